@@ -1,0 +1,235 @@
+//! Addresses, closed ranges, access rights and page masks.
+//!
+//! One type per address space, and no conversion between them: only the page table turns an
+//! [`Iova`] into a [`Gpa`].
+
+use std::fmt;
+
+/// An I/O virtual address: what an endpoint puts on the bus. Bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Iova(pub u64);
+
+/// A guest-physical address. Bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Gpa(pub u64);
+
+impl fmt::Display for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Display for Gpa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl Gpa {
+    /// This address plus `offset` bytes, or `None` past 2^64 - 1.
+    pub fn checked_add(self, offset: u64) -> Option<Self> {
+        self.0.checked_add(offset).map(Self)
+    }
+}
+
+/// A closed, never empty range of I/O virtual addresses: `first..=last`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IovaRange {
+    first: u64,
+    last: u64,
+}
+
+impl IovaRange {
+    /// Every address there is: `0..=2^64 - 1`.
+    pub const ALL: Self = Self {
+        first: 0,
+        last: u64::MAX,
+    };
+
+    /// The range `first..=last`, or `None` where `last < first`.
+    pub fn new(first: Iova, last: Iova) -> Option<Self> {
+        (first.0 <= last.0).then_some(Self {
+            first: first.0,
+            last: last.0,
+        })
+    }
+
+    /// The range of `len` bytes from `first`, or `None` where it is empty or passes 2^64 - 1.
+    pub fn from_len(first: Iova, len: u64) -> Option<Self> {
+        let last = first.0.checked_add(len.checked_sub(1)?)?;
+        Self::new(first, Iova(last))
+    }
+
+    /// The first address.
+    pub fn first(self) -> Iova {
+        Iova(self.first)
+    }
+
+    /// The last address, which belongs to the range.
+    pub fn last(self) -> Iova {
+        Iova(self.last)
+    }
+
+    /// Bytes from the first address to the last: the length less one, which always fits.
+    pub fn span(self) -> u64 {
+        self.last - self.first
+    }
+
+    /// The length in bytes, or `None` for the range of all 2^64 addresses.
+    pub fn len_bytes(self) -> Option<u64> {
+        self.span().checked_add(1)
+    }
+
+    /// Whether `address` lies in the range.
+    pub fn contains(self, address: Iova) -> bool {
+        (self.first..=self.last).contains(&address.0)
+    }
+
+    /// Whether every address of `other` lies in this range.
+    pub fn covers(self, other: Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+
+    /// Whether the two ranges share an address.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// The addresses the two ranges share, if any.
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        Self::new(
+            Iova(self.first.max(other.first)),
+            Iova(self.last.min(other.last)),
+        )
+    }
+}
+
+impl fmt::Display for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..={:#x}", self.first, self.last)
+    }
+}
+
+/// What an access does, or what a mapping lets an endpoint do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Access {
+    /// The endpoint reads memory.
+    pub read: bool,
+    /// The endpoint writes memory.
+    pub write: bool,
+}
+
+impl Access {
+    /// Neither read nor write.
+    pub const NONE: Self = Self {
+        read: false,
+        write: false,
+    };
+    /// Read only.
+    pub const READ: Self = Self {
+        read: true,
+        write: false,
+    };
+    /// Write only.
+    pub const WRITE: Self = Self {
+        read: false,
+        write: true,
+    };
+    /// Read and write.
+    pub const READ_WRITE: Self = Self {
+        read: true,
+        write: true,
+    };
+
+    /// Whether these rights allow all that `wanted` does.
+    pub fn allows(self, wanted: Self) -> bool {
+        (self.read || !wanted.read) && (self.write || !wanted.write)
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.read, self.write) {
+            (false, false) => "--",
+            (true, false) => "r-",
+            (false, true) => "-w",
+            (true, true) => "rw",
+        })
+    }
+}
+
+/// A set of page sizes, one bit each: bit `n` stands for `2^n` bytes
+/// (`page_size_mask` of `struct virtio_iommu_config`). Never empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PageMask(u64);
+
+impl PageMask {
+    /// The sizes the page table stores as one entry: 4 KiB, 2 MiB and 1 GiB.
+    pub const TABLE: Self = Self(1 << 12 | 1 << 21 | 1 << 30);
+
+    /// The mask, or `None` where no bit is set.
+    pub fn new(bits: u64) -> Option<Self> {
+        (bits != 0).then_some(Self(bits))
+    }
+
+    /// The bits, as the configuration space shows them.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The smallest page size in bytes: the granularity of mappings.
+    pub fn granule(self) -> u64 {
+        1 << self.0.trailing_zeros()
+    }
+
+    /// Whether `address` is a multiple of the granule.
+    pub fn is_aligned(self, address: u64) -> bool {
+        address & (self.granule() - 1) == 0
+    }
+
+    /// Whether `last + 1` is a multiple of the granule; true for 2^64 - 1.
+    pub fn ends_aligned(self, last: u64) -> bool {
+        self.is_aligned(last.wrapping_add(1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(first: u64, last: u64) -> IovaRange {
+        IovaRange::new(Iova(first), Iova(last)).expect("first <= last")
+    }
+
+    #[test]
+    fn ranges_are_closed_and_reach_the_last_address() {
+        assert!(IovaRange::new(Iova(1), Iova(0)).is_none());
+        assert!(IovaRange::from_len(Iova(0), 0).is_none());
+        assert!(IovaRange::from_len(Iova(u64::MAX), 2).is_none());
+        let top = IovaRange::from_len(Iova(u64::MAX), 1).expect("one byte");
+        assert_eq!(top.last(), Iova(u64::MAX));
+        assert_eq!(IovaRange::ALL.len_bytes(), None);
+        assert_eq!(range(0, 0xfff).len_bytes(), Some(0x1000));
+        assert!(range(0, 9).overlaps(range(9, 10)));
+        assert!(!range(0, 9).overlaps(range(10, 10)));
+        assert_eq!(range(0, 9).intersection(range(5, 20)), Some(range(5, 9)));
+        assert_eq!(range(0, 4).intersection(range(5, 20)), None);
+        assert!(range(0, 9).covers(range(0, 9)) && !range(0, 9).covers(range(0, 10)));
+    }
+
+    #[test]
+    fn the_granule_is_the_lowest_bit() {
+        let mask = PageMask::new(1 << 16 | 1 << 21).expect("not empty");
+        assert_eq!(mask.granule(), 0x1_0000);
+        assert!(mask.is_aligned(0x2_0000) && !mask.is_aligned(0x1000));
+        assert!(mask.ends_aligned(u64::MAX) && !mask.ends_aligned(0xfff));
+        assert!(PageMask::new(0).is_none());
+    }
+
+    #[test]
+    fn access_rights_compare_bit_by_bit() {
+        assert!(Access::READ_WRITE.allows(Access::WRITE));
+        assert!(!Access::WRITE.allows(Access::READ));
+        assert!(Access::NONE.allows(Access::NONE));
+    }
+}

@@ -1,0 +1,4 @@
+//! A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu.
+
+pub mod address;
+pub mod ids;
