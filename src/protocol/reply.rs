@@ -1,0 +1,107 @@
+//! The device-writable bytes of a request: an optional property list, zeroes, and the tail.
+
+use zerocopy::IntoBytes;
+
+use super::wire::ReqTail;
+
+/// Length of the tail in bytes.
+pub const TAIL_LEN: usize = size_of::<ReqTail>();
+
+/// `VIRTIO_IOMMU_S_*`: what became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// The request could not be read.
+    IoErr = 1,
+    /// Not supported.
+    Unsupp = 2,
+    /// The device failed.
+    DevErr = 3,
+    /// A parameter is invalid.
+    Inval = 4,
+    /// A parameter is out of range.
+    Range = 5,
+    /// No such endpoint or domain.
+    NoEnt = 6,
+    /// Bad address.
+    Fault = 7,
+    /// Not enough resources.
+    NoMem = 8,
+}
+
+impl Status {
+    /// All statuses, in the order of their numbers.
+    pub const ALL: [Self; 9] = [
+        Self::Ok,
+        Self::IoErr,
+        Self::Unsupp,
+        Self::DevErr,
+        Self::Inval,
+        Self::Range,
+        Self::NoEnt,
+        Self::Fault,
+        Self::NoMem,
+    ];
+
+    /// The name in lower case, as the specification spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::IoErr => "ioerr",
+            Self::Unsupp => "unsupp",
+            Self::DevErr => "deverr",
+            Self::Inval => "inval",
+            Self::Range => "range",
+            Self::NoEnt => "noent",
+            Self::Fault => "fault",
+            Self::NoMem => "nomem",
+        }
+    }
+}
+
+/// Fills `writable`, the whole device-writable part: `properties` first, then zeroes, the tail in
+/// the last four bytes. Properties that do not fit before the tail are left out altogether.
+///
+/// Returns whether there was room for the tail.
+pub fn write_reply(writable: &mut [u8], properties: &[u8], status: Status) -> bool {
+    let Some((body, tail)) = writable.split_last_chunk_mut::<TAIL_LEN>() else {
+        return false;
+    };
+    body.fill(0);
+    if let Some(room) = body.get_mut(..properties.len()) {
+        room.copy_from_slice(properties);
+    }
+    tail.copy_from_slice(
+        ReqTail {
+            status: status as u8,
+            reserved: [0; 3],
+        }
+        .as_bytes(),
+    );
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_is_last_and_the_rest_is_zero() {
+        let mut writable = [0xff; 12];
+        assert!(write_reply(&mut writable, &[1, 2], Status::Range));
+        assert_eq!(writable, [1, 2, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0]);
+        let mut writable = [0xff; 5];
+        assert!(write_reply(&mut writable, &[1, 2], Status::Ok));
+        assert_eq!(writable, [0; 5]);
+        assert!(!write_reply(&mut [0; 3], &[], Status::Ok));
+    }
+
+    #[test]
+    fn statuses_have_the_numbers_of_the_specification() {
+        for (number, status) in Status::ALL.into_iter().enumerate() {
+            assert_eq!(status as usize, number);
+        }
+    }
+}

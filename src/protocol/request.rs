@@ -1,0 +1,277 @@
+//! The device-readable bytes of a request, as a typed request.
+
+use thiserror::Error;
+use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
+
+use super::wire::{
+    ReqAttach, ReqDetach, ReqHead, ReqMap, ReqProbe, ReqUnmap, VIRTIO_IOMMU_T_ATTACH,
+    VIRTIO_IOMMU_T_DETACH, VIRTIO_IOMMU_T_MAP, VIRTIO_IOMMU_T_PROBE, VIRTIO_IOMMU_T_UNMAP,
+};
+use crate::address::{Gpa, Iova};
+use crate::ids::{DomainId, EndpointId};
+
+/// The longest device-readable part of any request, in bytes (PROBE).
+pub const MAX_REQUEST_LEN: usize = size_of::<ReqProbe>();
+
+/// The request types there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestKind {
+    /// `VIRTIO_IOMMU_T_ATTACH`
+    Attach,
+    /// `VIRTIO_IOMMU_T_DETACH`
+    Detach,
+    /// `VIRTIO_IOMMU_T_MAP`
+    Map,
+    /// `VIRTIO_IOMMU_T_UNMAP`
+    Unmap,
+    /// `VIRTIO_IOMMU_T_PROBE`
+    Probe,
+}
+
+impl RequestKind {
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [Self; 5] = [
+        Self::Attach,
+        Self::Detach,
+        Self::Map,
+        Self::Unmap,
+        Self::Probe,
+    ];
+
+    /// The kind of a request that starts with these bytes, if the type is known.
+    pub fn of(bytes: &[u8]) -> Option<Self> {
+        match *bytes.first()? {
+            VIRTIO_IOMMU_T_ATTACH => Some(Self::Attach),
+            VIRTIO_IOMMU_T_DETACH => Some(Self::Detach),
+            VIRTIO_IOMMU_T_MAP => Some(Self::Map),
+            VIRTIO_IOMMU_T_UNMAP => Some(Self::Unmap),
+            VIRTIO_IOMMU_T_PROBE => Some(Self::Probe),
+            _ => None,
+        }
+    }
+
+    /// The name in lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attach => "attach",
+            Self::Detach => "detach",
+            Self::Map => "map",
+            Self::Unmap => "unmap",
+            Self::Probe => "probe",
+        }
+    }
+}
+
+/// A request as it stands in guest memory: values are taken over, none is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Attach an endpoint to a domain.
+    Attach {
+        /// Domain ID.
+        domain: DomainId,
+        /// Endpoint ID.
+        endpoint: EndpointId,
+        /// `VIRTIO_IOMMU_ATTACH_F_*`, unknown bits included.
+        flags: u32,
+        /// Whether the reserved field is zero, as it must be.
+        reserved_is_zero: bool,
+    },
+    /// Detach an endpoint from a domain.
+    Detach {
+        /// Domain ID.
+        domain: DomainId,
+        /// Endpoint ID.
+        endpoint: EndpointId,
+    },
+    /// Create a mapping.
+    Map {
+        /// Domain ID.
+        domain: DomainId,
+        /// First I/O virtual address.
+        virt_start: Iova,
+        /// Last I/O virtual address, inclusive; may be below `virt_start`.
+        virt_end: Iova,
+        /// First guest-physical address.
+        phys_start: Gpa,
+        /// `VIRTIO_IOMMU_MAP_F_*`, unknown bits included.
+        flags: u32,
+    },
+    /// Remove mappings.
+    Unmap {
+        /// Domain ID.
+        domain: DomainId,
+        /// First I/O virtual address.
+        virt_start: Iova,
+        /// Last I/O virtual address, inclusive; may be below `virt_start`.
+        virt_end: Iova,
+    },
+    /// Ask for an endpoint's properties.
+    Probe {
+        /// Endpoint ID.
+        endpoint: EndpointId,
+    },
+}
+
+/// Why bytes are no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum DecodeError {
+    /// The type is none of `VIRTIO_IOMMU_T_*`, or there is not even a type.
+    #[error("unknown request type")]
+    UnknownType,
+    /// The bytes end before the request does.
+    #[error("{} request of {have} bytes instead of {need}", kind.name())]
+    TooShort {
+        /// What the head says it is.
+        kind: RequestKind,
+        /// Bytes this kind takes.
+        need: usize,
+        /// Bytes there are.
+        have: usize,
+    },
+}
+
+impl Request {
+    /// Reads a request from its device-readable bytes; bytes after it are ignored.
+    ///
+    /// # Errors
+    /// See [`DecodeError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let kind = RequestKind::of(bytes).ok_or(DecodeError::UnknownType)?;
+        Ok(match kind {
+            RequestKind::Attach => {
+                let r: &ReqAttach = prefix(kind, bytes)?;
+                Self::Attach {
+                    domain: DomainId(r.domain.get()),
+                    endpoint: EndpointId(r.endpoint.get()),
+                    flags: r.flags.get(),
+                    reserved_is_zero: r.reserved == [0; 4],
+                }
+            }
+            RequestKind::Detach => {
+                let r: &ReqDetach = prefix(kind, bytes)?;
+                Self::Detach {
+                    domain: DomainId(r.domain.get()),
+                    endpoint: EndpointId(r.endpoint.get()),
+                }
+            }
+            RequestKind::Map => {
+                let r: &ReqMap = prefix(kind, bytes)?;
+                Self::Map {
+                    domain: DomainId(r.domain.get()),
+                    virt_start: Iova(r.virt_start.get()),
+                    virt_end: Iova(r.virt_end.get()),
+                    phys_start: Gpa(r.phys_start.get()),
+                    flags: r.flags.get(),
+                }
+            }
+            RequestKind::Unmap => {
+                let r: &ReqUnmap = prefix(kind, bytes)?;
+                Self::Unmap {
+                    domain: DomainId(r.domain.get()),
+                    virt_start: Iova(r.virt_start.get()),
+                    virt_end: Iova(r.virt_end.get()),
+                }
+            }
+            RequestKind::Probe => {
+                let r: &ReqProbe = prefix(kind, bytes)?;
+                Self::Probe {
+                    endpoint: EndpointId(r.endpoint.get()),
+                }
+            }
+        })
+    }
+
+    /// Which kind of request this is.
+    pub fn kind(&self) -> RequestKind {
+        match self {
+            Self::Attach { .. } => RequestKind::Attach,
+            Self::Detach { .. } => RequestKind::Detach,
+            Self::Map { .. } => RequestKind::Map,
+            Self::Unmap { .. } => RequestKind::Unmap,
+            Self::Probe { .. } => RequestKind::Probe,
+        }
+    }
+}
+
+fn prefix<T>(kind: RequestKind, bytes: &[u8]) -> Result<&T, DecodeError>
+where
+    T: FromBytes + KnownLayout + Immutable + Unaligned,
+{
+    let Ok((request, _)) = T::ref_from_prefix(bytes) else {
+        return Err(DecodeError::TooShort {
+            kind,
+            need: size_of::<T>(),
+            have: bytes.len(),
+        });
+    };
+    Ok(request)
+}
+
+const _: () = assert!(size_of::<ReqHead>() <= MAX_REQUEST_LEN);
+const _: () = assert!(size_of::<ReqMap>() <= MAX_REQUEST_LEN);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn fields_stand_where_the_specification_puts_them() {
+        let mut map = vec![3, 0xff, 0xff, 0xff];
+        map.extend_from_slice(&7u32.to_le_bytes());
+        map.extend_from_slice(&0x1000u64.to_le_bytes());
+        map.extend_from_slice(&0x1fffu64.to_le_bytes());
+        map.extend_from_slice(&0xa000u64.to_le_bytes());
+        map.extend_from_slice(&0x8000_0003u32.to_le_bytes());
+        assert_eq!(
+            Request::decode(&map),
+            Ok(Request::Map {
+                domain: DomainId(7),
+                virt_start: Iova(0x1000),
+                virt_end: Iova(0x1fff),
+                phys_start: Gpa(0xa000),
+                flags: 0x8000_0003,
+            })
+        );
+        let mut attach = vec![1, 0, 0, 0];
+        for field in [9u32, 0x30, 1, 0x0100_0000] {
+            attach.extend_from_slice(&field.to_le_bytes());
+        }
+        assert_eq!(
+            Request::decode(&attach),
+            Ok(Request::Attach {
+                domain: DomainId(9),
+                endpoint: EndpointId(0x30),
+                flags: 1,
+                reserved_is_zero: false,
+            })
+        );
+    }
+
+    #[test]
+    fn short_and_unknown_requests_are_told_apart() {
+        assert_eq!(Request::decode(&[]), Err(DecodeError::UnknownType));
+        assert_eq!(Request::decode(&[0; 72]), Err(DecodeError::UnknownType));
+        assert_eq!(Request::decode(&[6; 72]), Err(DecodeError::UnknownType));
+        for (kind, need) in RequestKind::ALL.into_iter().zip([20, 20, 36, 28, 72]) {
+            let mut bytes = vec![0; need];
+            bytes[0] = kind as u8 + 1;
+            assert_eq!(Request::decode(&bytes).map(|r| r.kind()), Ok(kind));
+            assert_eq!(
+                Request::decode(&bytes[..need - 1]),
+                Err(DecodeError::TooShort {
+                    kind,
+                    need,
+                    have: need - 1
+                })
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Request::decode(&bytes);
+        }
+    }
+}
