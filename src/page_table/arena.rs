@@ -1,0 +1,483 @@
+//! Frames of a bounded, sealed memfd (of the heap under Miri).
+
+#![expect(
+    unsafe_code,
+    reason = "makes and maps the memory that holds the tables"
+)]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+#[cfg(not(miri))]
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use thiserror::Error;
+
+use super::layout::{
+    ABI_VERSION, Entry, FRAME_BYTES, FRAME_WORDS, HEADER_FRAMES, HEADER_LEVELS, HEADER_MAGIC,
+    HEADER_VERSION, Levels, MAGIC, TableOffset,
+};
+use super::reader::View;
+
+/// The header and one root: less than this holds no table at all.
+const MIN_FRAMES: u32 = 2;
+/// Free frames whose memory is kept for reuse; more than twice as many give memory back.
+const KEEP_FRAMES: usize = 512;
+
+/// Why an arena could not be made or opened.
+#[derive(Debug, Error)]
+pub enum ArenaError {
+    /// Frame numbers have 32 bits, and the address space of this process has an end.
+    #[error("an arena of {limit_bytes} bytes is too large; lower the arena limit")]
+    TooLarge {
+        /// The limit that was asked for.
+        limit_bytes: u64,
+    },
+    /// A system call on the memfd failed.
+    #[error("cannot {action} for the page tables")]
+    System {
+        /// What was attempted.
+        action: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The lists of free frames found no memory.
+    #[error("no memory to keep track of {frames} frames of page tables; lower the arena limit")]
+    Lists {
+        /// The number of frames.
+        frames: u32,
+    },
+    /// The descriptor a reader was given is no arena of this version.
+    #[error("the descriptor holds no arena of page tables: {0}")]
+    NotAnArena(&'static str),
+}
+
+/// The memory of all tables of one daemon, and the frames that are still to be had.
+///
+/// Memory is taken from the system when a frame is first used, so that a large limit costs
+/// nothing by itself.
+#[derive(Debug)]
+pub struct Arena {
+    memory: Memory,
+    frames: u32,
+    /// Frames from here on were never used.
+    watermark: u32,
+    /// Frames that were used before and can be used again, all zero. The first `given_back` of
+    /// them hold no memory.
+    free: Vec<u32>,
+    given_back: usize,
+    /// Frames a reader may still be inside, all zero.
+    retired: Vec<u32>,
+}
+
+impl Arena {
+    /// An arena of `limit_bytes`, rounded down to whole frames, but two frames at least.
+    ///
+    /// # Errors
+    ///
+    /// The limit is beyond 2^32 frames, or the system refuses the memfd or the mapping.
+    pub fn new(limit_bytes: u64) -> Result<Self, ArenaError> {
+        let too_large = ArenaError::TooLarge { limit_bytes };
+        let Ok(frames) = u32::try_from(limit_bytes / FRAME_BYTES) else {
+            return Err(too_large);
+        };
+        let frames = frames.max(MIN_FRAMES);
+        let Ok(bytes) = usize::try_from(u64::from(frames) * FRAME_BYTES) else {
+            return Err(too_large);
+        };
+        // The lists have room for every frame from the start, so that no commit can fail for
+        // want of it. Only the part that gets used takes memory.
+        let list = || {
+            let mut list = Vec::new();
+            list.try_reserve_exact(frames as usize)
+                .map_err(|_| ArenaError::Lists { frames })?;
+            Ok(list)
+        };
+        let arena = Self {
+            memory: Memory::new(bytes)?,
+            frames,
+            watermark: 1,
+            free: list()?,
+            given_back: 0,
+            retired: list()?,
+        };
+        arena.set_header(HEADER_VERSION, ABI_VERSION);
+        arena.set_header(HEADER_FRAMES, u64::from(frames));
+        arena.set_header(HEADER_MAGIC, MAGIC);
+        Ok(arena)
+    }
+
+    /// All frames, the header's own included.
+    pub fn frames_total(&self) -> u64 {
+        u64::from(self.frames)
+    }
+
+    /// Frames that can be had now.
+    pub fn frames_free(&self) -> u64 {
+        u64::from(self.frames - self.watermark) + self.free.len() as u64
+    }
+
+    /// Frames that cannot be had now: the header, tables, and retired frames.
+    pub fn frames_used(&self) -> u64 {
+        self.frames_total() - self.frames_free()
+    }
+
+    /// Frames that left their tree and wait for [`Self::reclaim`].
+    pub fn frames_retired(&self) -> u64 {
+        self.retired.len() as u64
+    }
+
+    /// The size of the memfd.
+    pub fn limit_bytes(&self) -> u64 {
+        self.frames_total() * FRAME_BYTES
+    }
+
+    /// [`Self::frames_used`] in bytes.
+    pub fn used_bytes(&self) -> u64 {
+        self.frames_used() * FRAME_BYTES
+    }
+
+    /// The memfd.
+    #[cfg(not(miri))]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.memory.fd.as_fd()
+    }
+
+    /// What a reader sees.
+    pub fn view(&self) -> View<'_> {
+        View::new(self.memory.words())
+    }
+
+    /// Makes the retired frames available again.
+    ///
+    /// The caller has seen to it that no reader is still inside a frame that was retired before
+    /// this call. Where many frames lie unused, most of their memory goes back to the system.
+    pub fn reclaim(&mut self) {
+        self.free.append(&mut self.retired);
+        if self.free.len() - self.given_back > 2 * KEEP_FRAMES {
+            self.give_back();
+        }
+    }
+
+    #[cold]
+    fn give_back(&mut self) {
+        let kept_from = self.free.len() - KEEP_FRAMES;
+        if let Some(idle) = self.free.get_mut(self.given_back..kept_from) {
+            idle.sort_unstable();
+            for run in idle.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
+                if let Some(first) = run.first() {
+                    self.memory.discard(*first, run.len());
+                }
+            }
+        }
+        self.given_back = kept_from;
+    }
+
+    /// A frame of zeros, or `None` where there is none to be had.
+    pub(super) fn allocate(&mut self) -> Option<TableOffset> {
+        let frame = match self.free.pop() {
+            Some(frame) => {
+                self.given_back = self.given_back.min(self.free.len());
+                frame
+            }
+            None if self.watermark < self.frames => {
+                self.watermark += 1;
+                self.watermark - 1
+            }
+            None => return None,
+        };
+        Some(TableOffset(u64::from(frame) * FRAME_BYTES))
+    }
+
+    /// Takes back a frame that no entry leads to any more and that is all zero.
+    pub(super) fn retire(&mut self, table: TableOffset) {
+        debug_assert!(
+            (0..FRAME_WORDS as u64).all(|i| self.load(table.slot(i)).is_free()),
+            "a retired frame is all zero"
+        );
+        if let Ok(frame) = u32::try_from(table.0 / FRAME_BYTES) {
+            self.retired.push(frame);
+        }
+    }
+
+    /// Tells readers how deep tables can get.
+    pub(super) fn note_levels(&mut self, levels: Levels) {
+        let words = self.memory.words();
+        let noted = words.get(HEADER_LEVELS).map(|w| w.load(Ordering::Relaxed));
+        let levels = u64::from(levels.count());
+        if noted.is_some_and(|noted| noted < levels) {
+            self.set_header(HEADER_LEVELS, levels);
+        }
+    }
+
+    fn set_header(&self, index: usize, value: u64) {
+        if let Some(word) = self.memory.words().get(index) {
+            word.store(value, Ordering::Release);
+        }
+    }
+
+    /// The entry at `slot`, as its only writer left it.
+    pub(super) fn load(&self, slot: usize) -> Entry {
+        // Relaxed: all stores come from the caller itself.
+        let word = self.memory.words().get(slot);
+        Entry::from_bits(word.map_or(0, |word| word.load(Ordering::Relaxed)))
+    }
+
+    /// Lets readers see `entry`, and with it all that was stored before.
+    pub(super) fn store(&mut self, slot: usize, entry: Entry) {
+        if let Some(word) = self.memory.words().get(slot) {
+            word.store(entry.bits(), Ordering::Release);
+        }
+    }
+}
+
+/// An arena of another process, or of another part of this one, that can only be read.
+#[cfg(not(miri))]
+#[derive(Debug)]
+pub struct ReadOnlyArena {
+    memory: Words,
+}
+
+#[cfg(not(miri))]
+impl ReadOnlyArena {
+    /// Maps the arena behind `fd`, which need not stay open.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is no memfd that is sealed against shrinking, its header is not that of an
+    /// arena of this version, or it cannot be mapped.
+    pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ArenaError> {
+        let bytes = sealed_size(fd)?;
+        let memory = Words::map(fd, bytes, libc::PROT_READ)?;
+        let header = |index: usize| {
+            let word = memory.as_slice().get(index);
+            word.map_or(0, |word| word.load(Ordering::Acquire))
+        };
+        if header(HEADER_MAGIC) != MAGIC {
+            return Err(ArenaError::NotAnArena("the magic number is missing"));
+        }
+        if header(HEADER_VERSION) != ABI_VERSION {
+            return Err(ArenaError::NotAnArena("it has another version"));
+        }
+        if header(HEADER_FRAMES).checked_mul(FRAME_BYTES) != u64::try_from(bytes).ok() {
+            return Err(ArenaError::NotAnArena("its size is not what it says"));
+        }
+        Ok(Self { memory })
+    }
+
+    /// What is there to be read.
+    pub fn view(&self) -> View<'_> {
+        View::new(self.memory.as_slice())
+    }
+}
+
+/// Aligned words, shared with other threads and processes, all of them accessed atomically.
+#[derive(Debug)]
+struct Words {
+    start: NonNull<AtomicU64>,
+    len: usize,
+}
+
+// SAFETY:
+// - the words belong to this value alone until it is dropped; no thread owns them
+unsafe impl Send for Words {}
+
+// SAFETY:
+// - shared references give out atomics only
+unsafe impl Sync for Words {}
+
+impl Words {
+    fn as_slice(&self) -> &[AtomicU64] {
+        // SAFETY:
+        // - start and len: describe memory that was made by `map` (or `heap`) and that lives
+        //   until drop; every byte of it is initialised, as zero or by a store
+        // - alignment: pages, or a layout asked for words
+        // - aliasing: the memory is accessed through atomics only, here and in other processes
+        // - sealed against shrinking, so no page of it can go away
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(not(miri))]
+impl Words {
+    fn map(fd: BorrowedFd<'_>, bytes: usize, protection: libc::c_int) -> Result<Self, ArenaError> {
+        // SAFETY:
+        // - no address is asked for, so nothing that is mapped now is replaced
+        // - the descriptor is open, being borrowed
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                protection,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(system("map the memfd"));
+        }
+        let Some(start) = NonNull::new(start.cast()) else {
+            return Err(ArenaError::NotAnArena("it was mapped at address 0"));
+        };
+        Ok(Self {
+            start,
+            len: bytes / size_of::<AtomicU64>(),
+        })
+    }
+}
+
+#[cfg(not(miri))]
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY:
+        // - start and len: what `map` got from mmap, unmapped nowhere else
+        // - no reference is left: they borrow from this value
+        unsafe {
+            libc::munmap(
+                self.start.as_ptr().cast(),
+                self.len * size_of::<AtomicU64>(),
+            )
+        };
+    }
+}
+
+#[cfg(miri)]
+impl Words {
+    fn heap(bytes: usize) -> Self {
+        let words = (0..bytes / size_of::<AtomicU64>()).map(|_| AtomicU64::new(0));
+        let words: Box<[AtomicU64]> = words.collect();
+        let len = words.len();
+        let start = NonNull::from(Box::leak(words)).cast();
+        Self { start, len }
+    }
+}
+
+#[cfg(miri)]
+impl Drop for Words {
+    fn drop(&mut self) {
+        let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.len);
+        // SAFETY:
+        // - start and len: those of the box that `heap` leaked, freed nowhere else
+        drop(unsafe { Box::from_raw(words) });
+    }
+}
+
+#[derive(Debug)]
+struct Memory {
+    words: Words,
+    #[cfg(not(miri))]
+    fd: OwnedFd,
+}
+
+impl Memory {
+    fn words(&self) -> &[AtomicU64] {
+        self.words.as_slice()
+    }
+
+    #[cfg(miri)]
+    fn new(bytes: usize) -> Result<Self, ArenaError> {
+        let words = Words::heap(bytes);
+        Ok(Self { words })
+    }
+
+    #[cfg(not(miri))]
+    fn new(bytes: usize) -> Result<Self, ArenaError> {
+        let fd = memfd()?;
+        let Ok(length) = libc::off_t::try_from(bytes) else {
+            return Err(ArenaError::TooLarge {
+                limit_bytes: bytes as u64,
+            });
+        };
+        // SAFETY:
+        // - the descriptor is open and ours; no pointer is passed
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), length) } != 0 {
+            return Err(system("set the size of the memfd"));
+        }
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY:
+        // - the descriptor is open and ours; no pointer is passed
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(system("seal the memfd"));
+        }
+        let words = Words::map(fd.as_fd(), bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Self { words, fd })
+    }
+
+    #[cfg(miri)]
+    fn discard(&self, _first: u32, _frames: usize) {}
+
+    /// Gives the memory of zeroed frames back to the system; they go on reading as zero.
+    #[cfg(not(miri))]
+    fn discard(&self, first: u32, frames: usize) {
+        let offset = libc::off_t::try_from(u64::from(first) * FRAME_BYTES);
+        let length = libc::off_t::try_from(frames as u64 * FRAME_BYTES);
+        let (Ok(offset), Ok(length)) = (offset, length) else {
+            return;
+        };
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY:
+        // - the descriptor is open and ours; no pointer is passed
+        // - mapped pages are replaced by zeros, which is what these frames hold already
+        let failed = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, length) } != 0;
+        if failed {
+            // Nothing is wrong but the amount of memory in use.
+            log::debug!("cannot give back page table memory: {}", last_error());
+        }
+    }
+}
+
+#[cfg(not(miri))]
+fn memfd() -> Result<OwnedFd, ArenaError> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // Some hosts refuse memfds that could be executed, others do not know the flag.
+    for flags in [flags | libc::MFD_NOEXEC_SEAL, flags] {
+        // SAFETY:
+        // - the name is a string with a final zero, which outlives the call
+        let fd = unsafe { libc::memfd_create(c"iommu-page-tables".as_ptr(), flags) };
+        if fd >= 0 {
+            // SAFETY:
+            // - the descriptor was just made and belongs to nobody else
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    Err(system("make a memfd"))
+}
+
+/// The size of a memfd that cannot shrink under its readers.
+#[cfg(not(miri))]
+fn sealed_size(fd: BorrowedFd<'_>) -> Result<usize, ArenaError> {
+    // SAFETY:
+    // - the descriptor is open, being borrowed; no pointer is passed
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+        return Err(ArenaError::NotAnArena("it is not sealed against shrinking"));
+    }
+    let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY:
+    // - the descriptor is open, being borrowed
+    // - the pointer leads to room for one `stat`
+    if unsafe { libc::fstat(fd.as_raw_fd(), status.as_mut_ptr()) } != 0 {
+        return Err(system("find the size of the memfd"));
+    }
+    // SAFETY:
+    // - fstat succeeded, so it filled in all of it
+    let size = unsafe { status.assume_init() }.st_size;
+    match usize::try_from(size) {
+        Ok(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err(ArenaError::NotAnArena("it is empty")),
+    }
+}
+
+#[cfg(not(miri))]
+fn system(action: &'static str) -> ArenaError {
+    let source = last_error();
+    ArenaError::System { action, source }
+}
+
+#[cfg(not(miri))]
+fn last_error() -> io::Error {
+    io::Error::last_os_error()
+}

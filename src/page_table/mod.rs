@@ -1,0 +1,25 @@
+//! The store of record of all IOMMU mappings: I/O page tables in a sealed memfd.
+//!
+//! ```text
+//! Arena (memfd): | header | root | table | table | free ... |
+//!                            |       ^       ^
+//! Table: one root per domain +-------+-------+   4 or 5 levels, leaves of 4 KiB, 2 MiB, 1 GiB
+//! ```
+//!
+//! One writer plans a change ([`Table::plan_map`], [`Table::plan_unmap`]), which decides every
+//! refusal and alters nothing, and then commits it, which cannot fail. Any number of readers, in
+//! this process or in others, follow the entries at the same time without a lock
+//! ([`reader::walk`]). A frame that leaves the tree is *retired*: it is handed out again only
+//! after [`Arena::reclaim`], which the owner calls once no reader can still be inside it.
+//!
+//! The bytes are an interface of their own, written down in `docs/page-table.md`.
+
+mod arena;
+pub mod layout;
+pub mod reader;
+mod writer;
+
+pub use arena::{Arena, ArenaError, ReadOnlyArena};
+pub use layout::{Levels, TableOffset};
+pub use reader::{Mapping, Mappings, Translation, View};
+pub use writer::{MapPlan, MapRefusal, OutOfFrames, Table, UnmapPlan, Unmapped, WouldSplit};

@@ -1,0 +1,243 @@
+//! Lock-free reading of tables, from nothing but a view of the arena and the offset of a root.
+//!
+//! A reader may live in another process and does not trust what it finds: every offset is
+//! checked against the arena, and no walk is deeper than the table.
+
+use std::iter::FusedIterator;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::layout::{Entry, Levels, TableOffset, entry_bytes, index};
+use crate::address::{Access, Gpa, Iova, IovaRange};
+
+/// What one MAP request asks for, or asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mapping {
+    /// The addresses that get translated.
+    pub range: IovaRange,
+    /// Where the first address of `range` leads.
+    pub gpa: Gpa,
+    /// What the endpoint may do there.
+    pub access: Access,
+    /// The mapping leads to device memory.
+    pub mmio: bool,
+}
+
+/// Where one address leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The guest-physical address of the very byte that was asked for.
+    pub gpa: Gpa,
+    /// The last address up to which all of this holds with `gpa` counting on: the end of the
+    /// leaf. What comes after may belong to the same mapping.
+    pub contiguous_last: Iova,
+    /// What the endpoint may do there.
+    pub access: Access,
+    /// It is device memory.
+    pub mmio: bool,
+}
+
+/// The words of an arena, for reading.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    words: &'a [AtomicU64],
+}
+
+impl<'a> View<'a> {
+    /// A view of `words`, the first of which is the first word of the header.
+    pub fn new(words: &'a [AtomicU64]) -> Self {
+        Self { words }
+    }
+
+    /// The entry at `index` of `table`, or `None` where that lies outside the arena.
+    fn entry(self, table: TableOffset, index: u64) -> Option<Entry> {
+        // Acquire: what the writer stored into a table before it made the way there is seen too.
+        let word = self.words.get(table.slot(index))?;
+        Some(Entry::from_bits(word.load(Ordering::Acquire)))
+    }
+}
+
+/// Where `iova` leads in the table of `levels` at `root`, or `None` where nothing is mapped.
+pub fn walk(view: View<'_>, root: TableOffset, levels: Levels, iova: Iova) -> Option<Translation> {
+    find_leaf(view, root, levels, iova).map(|leaf| leaf.translate(iova))
+}
+
+/// The leaf that covers `iova`.
+pub(super) fn find_leaf(
+    view: View<'_>,
+    root: TableOffset,
+    levels: Levels,
+    iova: Iova,
+) -> Option<Leaf> {
+    if iova > levels.last_address() {
+        return None;
+    }
+    find_leaf_below(view, root, levels.count(), iova)
+}
+
+/// The leaf that covers `iova`, searched from a table at `level` that covers it too.
+pub(super) fn find_leaf_below(
+    view: View<'_>,
+    mut table: TableOffset,
+    level: u32,
+    iova: Iova,
+) -> Option<Leaf> {
+    for level in (1..=level).rev() {
+        let entry = view.entry(table, index(iova.0, level))?;
+        if entry.is_table(level) {
+            table = entry.next_table();
+        } else if entry.is_leaf(level) {
+            return Some(Leaf::new(entry, level, iova));
+        } else {
+            return None;
+        }
+    }
+    None
+}
+
+/// A leaf and the addresses it covers: `first..=last`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Leaf {
+    pub(super) entry: Entry,
+    level: u32,
+    first: u64,
+    last: u64,
+}
+
+impl Leaf {
+    fn new(entry: Entry, level: u32, inside: Iova) -> Self {
+        let mask = entry_bytes(level) - 1;
+        Self {
+            entry,
+            level,
+            first: inside.0 & !mask,
+            last: inside.0 | mask,
+        }
+    }
+
+    pub(super) fn first(self) -> Iova {
+        Iova(self.first)
+    }
+
+    pub(super) fn last(self) -> Iova {
+        Iova(self.last)
+    }
+
+    pub(super) fn range(self) -> IovaRange {
+        IovaRange::new(self.first(), self.last()).unwrap_or(IovaRange::ALL)
+    }
+
+    fn gpa(self) -> Gpa {
+        self.entry.gpa(self.level)
+    }
+
+    fn translate(self, iova: Iova) -> Translation {
+        Translation {
+            gpa: Gpa(self.gpa().0 | iova.0 & (entry_bytes(self.level) - 1)),
+            contiguous_last: self.last(),
+            access: self.entry.access(),
+            mmio: self.entry.mmio(),
+        }
+    }
+}
+
+/// All leaves from some address on, in the order of their addresses.
+#[derive(Clone, Debug)]
+pub(super) struct Leaves<'a> {
+    view: View<'a>,
+    levels: Levels,
+    /// The tables from the root down to `level` that cover `next`, by level.
+    tables: [TableOffset; 6],
+    level: u32,
+    next: u64,
+}
+
+impl<'a> Leaves<'a> {
+    pub(super) fn new(view: View<'a>, root: TableOffset, levels: Levels, from: Iova) -> Self {
+        Self {
+            view,
+            levels,
+            tables: [root; 6],
+            level: levels.count(),
+            next: from.0,
+        }
+    }
+}
+
+impl Iterator for Leaves<'_> {
+    type Item = Leaf;
+
+    fn next(&mut self) -> Option<Leaf> {
+        while self.next <= self.levels.last_address().0 {
+            let (level, at) = (self.level, self.next);
+            let table = self.tables.get(level as usize)?;
+            let entry = self.view.entry(*table, index(at, level))?;
+            if entry.is_table(level) {
+                self.level = level - 1;
+                *self.tables.get_mut(self.level as usize)? = entry.next_table();
+                continue;
+            }
+            self.next = (at | (entry_bytes(level) - 1)) + 1;
+            // Past the last entry of a table, go on in the one above.
+            while self.level < self.levels.count() && index(self.next, self.level) == 0 {
+                self.level += 1;
+            }
+            if entry.is_leaf(level) {
+                return Some(Leaf::new(entry, level, Iova(at)));
+            }
+        }
+        None
+    }
+}
+
+/// Whole mappings in the order of their addresses: one item for each MAP request.
+#[derive(Clone, Debug)]
+pub struct Mappings<'a> {
+    leaves: Leaves<'a>,
+    last: Iova,
+}
+
+impl<'a> Mappings<'a> {
+    /// All mappings in the table at `root` that share an address with `range`.
+    ///
+    /// Finding the start of a mapping that `range` begins inside of takes time in proportion to
+    /// its leaves.
+    pub fn new(view: View<'a>, root: TableOffset, levels: Levels, range: IovaRange) -> Self {
+        let mut first = range.first();
+        while let Some(leaf) = find_leaf(view, root, levels, first) {
+            first = leaf.first();
+            if leaf.entry.has(Entry::FIRST) || first.0 == 0 {
+                break;
+            }
+            first = Iova(first.0 - 1);
+        }
+        Self {
+            leaves: Leaves::new(view, root, levels, first),
+            last: range.last(),
+        }
+    }
+}
+
+impl Iterator for Mappings<'_> {
+    type Item = Mapping;
+
+    fn next(&mut self) -> Option<Mapping> {
+        let first = self.leaves.next()?;
+        if first.first() > self.last {
+            // Nothing that is left can share an address with the range.
+            self.leaves.next = u64::MAX;
+            return None;
+        }
+        let mut last = first;
+        while !last.entry.has(Entry::LAST) {
+            last = self.leaves.next()?;
+        }
+        Some(Mapping {
+            range: IovaRange::new(first.first(), last.last())?,
+            gpa: first.gpa(),
+            access: first.entry.access(),
+            mmio: first.entry.mmio(),
+        })
+    }
+}
+
+impl FusedIterator for Mappings<'_> {}
