@@ -1,0 +1,311 @@
+//! Who sits behind the IOMMU: its own address, its endpoints, their host groups and the address
+//! ranges each of them must leave alone.
+
+#![forbid(unsafe_code)]
+
+pub mod groups;
+pub mod pci;
+pub mod reserved;
+
+use std::collections::HashMap;
+
+use thiserror::Error;
+
+use crate::ids::EndpointId;
+
+pub use groups::{GroupId, GroupName};
+pub use pci::{PciAddress, PciRange};
+pub use reserved::{
+    MAX_RESERVED_REGIONS, ReservedError, ReservedKind, ReservedRegion, ReservedRegions,
+};
+
+/// The most endpoints one IOMMU serves: as many as a PCI segment has functions.
+pub const MAX_ENDPOINTS: u64 = 65536;
+
+/// Endpoints as the operator names them: input of [`Topology::new`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSpec {
+    /// The functions.
+    pub range: PciRange,
+    /// The host group that all of them belong to.
+    pub group: Option<GroupName>,
+    /// Reserved regions of theirs, besides those of every endpoint.
+    pub reserved: Vec<ReservedRegion>,
+}
+
+/// Every endpoint, fixed for the life of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    iommu: PciAddress,
+    /// Sorted and disjoint.
+    entries: Vec<Entry>,
+    group_names: Vec<GroupName>,
+    /// The distinct sets of reserved regions; entries refer to them by index. The first is that
+    /// of endpoints without regions of their own.
+    reserved_sets: Vec<ReservedRegions>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    range: PciRange,
+    group: Option<GroupId>,
+    reserved_set: usize,
+}
+
+/// What is known of one endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointInfo<'a> {
+    /// The host group it belongs to, if the operator named one.
+    pub group: Option<GroupId>,
+    /// The addresses it must leave alone.
+    pub reserved: &'a ReservedRegions,
+}
+
+/// A run of endpoints that share everything but their address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointRange<'a> {
+    /// The functions.
+    pub range: PciRange,
+    /// What holds for each of them.
+    pub info: EndpointInfo<'a>,
+}
+
+impl Topology {
+    /// The topology of the IOMMU at `iommu` with the endpoints of `specs`, in any order. Each
+    /// endpoint has the regions of `reserved` and those of its own.
+    ///
+    /// # Errors
+    ///
+    /// Where two specs share a function, one has the IOMMU's own, there are more than
+    /// [`MAX_ENDPOINTS`], or the reserved regions of an endpoint do not go together.
+    pub fn new(
+        iommu: PciAddress,
+        reserved: ReservedRegions,
+        specs: &[EndpointSpec],
+    ) -> Result<Self, TopologyError> {
+        check_ranges(iommu, specs)?;
+
+        let mut groups = GroupNames::default();
+        let mut reserved_sets = vec![reserved];
+        let mut entries = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            let reserved_set = if spec.reserved.is_empty() {
+                0
+            } else {
+                let merged = reserved_sets[0].merged(&spec.reserved);
+                reserved_sets.push(merged.map_err(|source| TopologyError::Reserved {
+                    index,
+                    range: spec.range,
+                    source,
+                })?);
+                reserved_sets.len() - 1
+            };
+            entries.push(Entry {
+                range: spec.range,
+                group: spec.group.as_ref().map(|name| groups.id(name)),
+                reserved_set,
+            });
+        }
+        entries.sort_by_key(|entry| entry.range);
+        Ok(Self {
+            iommu,
+            entries,
+            group_names: groups.names,
+            reserved_sets,
+        })
+    }
+
+    /// The address of the IOMMU itself, which is no endpoint.
+    pub fn iommu(&self) -> PciAddress {
+        self.iommu
+    }
+
+    /// What is known of `id`, or `None` where it is no endpoint. O(log n).
+    pub fn endpoint(&self, id: EndpointId) -> Option<EndpointInfo<'_>> {
+        let address = PciAddress::from_endpoint_id(id);
+        let at = self
+            .entries
+            .partition_point(|entry| entry.range.last() < address);
+        self.entries
+            .get(at)
+            .filter(|entry| entry.range.contains(address))
+            .map(|entry| self.info(entry))
+    }
+
+    /// The endpoints in ascending order, in the ranges they were given in.
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = EndpointRange<'_>> {
+        self.entries.iter().map(|entry| EndpointRange {
+            range: entry.range,
+            info: self.info(entry),
+        })
+    }
+
+    /// How many endpoints there are.
+    pub fn endpoint_count(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.range.count()).sum()
+    }
+
+    /// The name of a group of this topology.
+    pub fn group_name(&self, id: GroupId) -> Option<&GroupName> {
+        self.group_names.get(usize::try_from(id.0).ok()?)
+    }
+
+    /// How many groups there are; their IDs are `0..group_count()`.
+    pub fn group_count(&self) -> usize {
+        self.group_names.len()
+    }
+
+    /// The regions of endpoints that have none of their own.
+    pub fn common_reserved(&self) -> &ReservedRegions {
+        &self.reserved_sets[0]
+    }
+
+    /// The number of regions of the endpoint with the most: what a PROBE answer must have room
+    /// for.
+    pub fn max_reserved_count(&self) -> usize {
+        self.reserved_sets
+            .iter()
+            .map(ReservedRegions::len)
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn info(&self, entry: &Entry) -> EndpointInfo<'_> {
+        EndpointInfo {
+            group: entry.group,
+            reserved: &self.reserved_sets[entry.reserved_set],
+        }
+    }
+}
+
+/// Endpoints that do not go together. `index` counts the specs given to [`Topology::new`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum TopologyError {
+    /// The same endpoint twice.
+    #[error("endpoint {range} is given twice; remove one of the two")]
+    Duplicate {
+        /// The later of the two.
+        index: usize,
+        /// The functions of both.
+        range: PciRange,
+    },
+    /// Two specs share functions.
+    #[error("endpoints {range} and {other} overlap; give each function to one of them")]
+    Overlap {
+        /// The later of the two.
+        index: usize,
+        /// Its functions.
+        range: PciRange,
+        /// The functions of the earlier one.
+        other: PciRange,
+    },
+    /// The IOMMU would be behind itself.
+    #[error(
+        "endpoint {range} contains the IOMMU's own address {iommu}; \
+         leave that function out (split the range around it) or move the IOMMU"
+    )]
+    ContainsIommu {
+        /// The spec.
+        index: usize,
+        /// Its functions.
+        range: PciRange,
+        /// The address of the IOMMU.
+        iommu: PciAddress,
+    },
+    /// More than [`MAX_ENDPOINTS`].
+    #[error(
+        "{count} endpoints, {MAX_ENDPOINTS} are possible; give narrower ranges, \
+         with only the functions the VM has"
+    )]
+    TooManyEndpoints {
+        /// The spec that brings the number over the cap.
+        index: usize,
+        /// How many there are up to and with that spec.
+        count: u64,
+    },
+    /// The reserved regions of an endpoint, with those of every endpoint, do not go together.
+    #[error("endpoint {range}: {source}")]
+    Reserved {
+        /// The spec.
+        index: usize,
+        /// Its functions.
+        range: PciRange,
+        /// What is wrong with the regions.
+        source: ReservedError,
+    },
+}
+
+impl TopologyError {
+    /// The spec that is to blame, counted from 0.
+    pub fn index(&self) -> usize {
+        match *self {
+            Self::Duplicate { index, .. }
+            | Self::Overlap { index, .. }
+            | Self::ContainsIommu { index, .. }
+            | Self::TooManyEndpoints { index, .. }
+            | Self::Reserved { index, .. } => index,
+        }
+    }
+}
+
+fn check_ranges(iommu: PciAddress, specs: &[EndpointSpec]) -> Result<(), TopologyError> {
+    let mut count = 0u64;
+    for (index, spec) in specs.iter().enumerate() {
+        let range = spec.range;
+        if range.contains(iommu) {
+            return Err(TopologyError::ContainsIommu {
+                index,
+                range,
+                iommu,
+            });
+        }
+        count = count.saturating_add(range.count());
+        if count > MAX_ENDPOINTS {
+            return Err(TopologyError::TooManyEndpoints { index, count });
+        }
+    }
+
+    let mut sorted: Vec<_> = specs
+        .iter()
+        .map(|spec| spec.range)
+        .enumerate()
+        .map(|(index, range)| (range, index))
+        .collect();
+    sorted.sort_unstable();
+    for pair in sorted.windows(2) {
+        let [a, b] = *pair else { continue };
+        if a.0.overlaps(b.0) {
+            let ((other, _), (range, index)) = if a.1 < b.1 { (a, b) } else { (b, a) };
+            return Err(if range == other {
+                TopologyError::Duplicate { index, range }
+            } else {
+                TopologyError::Overlap {
+                    index,
+                    range,
+                    other,
+                }
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Numbers group names in the order of their first use.
+#[derive(Default)]
+struct GroupNames {
+    names: Vec<GroupName>,
+    ids: HashMap<GroupName, GroupId>,
+}
+
+impl GroupNames {
+    fn id(&mut self, name: &GroupName) -> GroupId {
+        if let Some(&id) = self.ids.get(name) {
+            return id;
+        }
+        // There is at most one group per endpoint, and those are capped far below 2^32.
+        let id = GroupId(u32::try_from(self.names.len()).unwrap_or(u32::MAX));
+        self.names.push(name.clone());
+        self.ids.insert(name.clone(), id);
+        id
+    }
+}
