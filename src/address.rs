@@ -158,6 +158,26 @@ impl fmt::Display for Access {
     }
 }
 
+/// What one MAP request creates: `range` translates to the addresses from `gpa` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The I/O virtual addresses.
+    pub range: IovaRange,
+    /// The guest-physical address of the first byte.
+    pub gpa: Gpa,
+    /// What endpoints may do.
+    pub access: Access,
+    /// The target is device memory (`VIRTIO_IOMMU_MAP_F_MMIO`).
+    pub mmio: bool,
+}
+
+impl fmt::Display for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mmio = if self.mmio { " mmio" } else { "" };
+        write!(f, "{} -> {} {}{mmio}", self.range, self.gpa, self.access)
+    }
+}
+
 /// A set of page sizes, one bit each: bit `n` stands for `2^n` bytes
 /// (`page_size_mask` of `struct virtio_iommu_config`). Never empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -21,5 +21,7 @@ mod writer;
 
 pub use arena::{Arena, ArenaError, ReadOnlyArena};
 pub use layout::{Levels, TableOffset};
-pub use reader::{Mapping, Mappings, Translation, View};
+pub use reader::{Mappings, Translation, View};
+
+pub use crate::address::Mapping;
 pub use writer::{MapPlan, MapRefusal, OutOfFrames, Table, UnmapPlan, Unmapped, WouldSplit};

@@ -7,20 +7,7 @@ use std::iter::FusedIterator;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::layout::{Entry, Levels, TableOffset, entry_bytes, index};
-use crate::address::{Access, Gpa, Iova, IovaRange};
-
-/// What one MAP request asks for, or asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Mapping {
-    /// The addresses that get translated.
-    pub range: IovaRange,
-    /// Where the first address of `range` leads.
-    pub gpa: Gpa,
-    /// What the endpoint may do there.
-    pub access: Access,
-    /// The mapping leads to device memory.
-    pub mmio: bool,
-}
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 
 /// Where one address leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,8 +10,8 @@ use super::layout::{
     Entry, FRAME_BYTES, FRAME_WORDS, GPA_LIMIT, Levels, TOP_LEAF_LEVEL, TableOffset, entry_bytes,
     index,
 };
-use super::reader::{Leaf, Leaves, Mapping, Mappings, Translation, find_leaf_below, walk};
-use crate::address::{Gpa, Iova, IovaRange};
+use super::reader::{Leaf, Leaves, Mappings, Translation, find_leaf_below, walk};
+use crate::address::{Gpa, Iova, IovaRange, Mapping};
 
 /// The arena has not enough frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
