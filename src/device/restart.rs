@@ -1,0 +1,137 @@
+//! Telling a pause from a reset.
+//!
+//! Both stop the rings and start them again with the same messages. What differs is where the ring
+//! goes on: a paused driver's ring goes on where it was, a new driver's begins at 0. Only a ring
+//! that was stopped at 0 leaves a doubt. Then it is the same driver if the ring lies where it lay
+//! and still shows the entry that was written last; a new driver has cleared its rings.
+
+use vhost_user_backend::{VringRwLock, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// What a restart of the request ring means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Restart {
+    /// The driver that was there goes on.
+    Resumed,
+    /// Another driver has begun.
+    NewDriver,
+}
+
+/// Where a ring is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingState {
+    /// Index of the next available entry.
+    pub next_avail: u16,
+    size: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    features: u64,
+    last_used: Option<(u16, u32)>,
+}
+
+impl RingState {
+    /// The state of `ring` under these features; `last_used` is the last entry that was returned.
+    pub fn of(ring: &VringRwLock, features: u64, last_used: Option<(u16, u32)>) -> Self {
+        let ring = ring.get_ref();
+        let queue = ring.get_queue();
+        Self {
+            next_avail: queue.next_avail(),
+            size: queue.size(),
+            descriptors: queue.desc_table(),
+            available: queue.avail_ring(),
+            used: queue.used_ring(),
+            features,
+            last_used,
+        }
+    }
+
+    /// Compares the ring as it was stopped with the ring as it runs again.
+    pub fn compare(&self, now: &Self, memory: &GuestMemoryMmap) -> Restart {
+        let resumed = if self.next_avail != 0 {
+            now.next_avail == self.next_avail
+        } else {
+            self == now && self.shows_last_used(memory)
+        };
+        if resumed {
+            Restart::Resumed
+        } else {
+            Restart::NewDriver
+        }
+    }
+
+    /// Whether the used ring still has the last entry written, at the end of the ring: index 0 is
+    /// next, and the size divides 65536.
+    fn shows_last_used(&self, memory: &GuestMemoryMmap) -> bool {
+        const HEADER_LEN: u64 = 4;
+        const ENTRY_LEN: u64 = 8;
+        let Some((head, len)) = self.last_used else {
+            return false;
+        };
+        let last = u64::from(self.size.saturating_sub(1));
+        let Some(at) = self.used.checked_add(HEADER_LEN + last * ENTRY_LEN) else {
+            return false;
+        };
+        let mut entry = [0; 8];
+        if memory.read_slice(&mut entry, GuestAddress(at)).is_err() {
+            return false;
+        }
+        let mut expected = [0; 8];
+        expected[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        expected[4..].copy_from_slice(&len.to_le_bytes());
+        entry == expected
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stopped_at(next_avail: u16) -> RingState {
+        RingState {
+            next_avail,
+            size: 4,
+            descriptors: 0x1000,
+            available: 0x2000,
+            used: 0x3000,
+            features: 1 << 32,
+            last_used: Some((2, 4)),
+        }
+    }
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).expect("memory")
+    }
+
+    #[test]
+    fn the_index_tells_a_pause_from_a_reset() {
+        let (stopped, memory) = (stopped_at(7), memory());
+        assert_eq!(stopped.compare(&stopped, &memory), Restart::Resumed);
+        let new = stopped_at(0);
+        assert_eq!(stopped.compare(&new, &memory), Restart::NewDriver);
+        let odd = stopped_at(6);
+        assert_eq!(stopped.compare(&odd, &memory), Restart::NewDriver);
+    }
+
+    #[test]
+    fn a_ring_stopped_at_0_is_known_by_its_last_entry() {
+        let (stopped, memory) = (stopped_at(0), memory());
+        assert_eq!(stopped.compare(&stopped, &memory), Restart::NewDriver);
+        let last = GuestAddress(0x3000 + 4 + 3 * 8);
+        memory
+            .write_slice(&[2, 0, 0, 0, 4, 0, 0, 0], last)
+            .expect("in memory");
+        assert_eq!(stopped.compare(&stopped, &memory), Restart::Resumed);
+        let moved = RingState {
+            available: 0x2800,
+            ..stopped
+        };
+        assert_eq!(stopped.compare(&moved, &memory), Restart::NewDriver);
+        let none = RingState {
+            last_used: None,
+            ..stopped
+        };
+        assert_eq!(none.compare(&none, &memory), Restart::NewDriver);
+    }
+}

@@ -1,0 +1,49 @@
+//! Guest memory as the frontend describes it.
+
+use std::io;
+
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
+
+use crate::address::Gpa;
+
+/// The memory of the VM that is connected, if one is.
+pub type FrontendMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// Refuses regions that reach past the end of their file: touching those would be fatal.
+///
+/// A file that shrinks later still is; sealed memfds, which VMMs use, cannot.
+///
+/// # Errors
+/// Names the region.
+pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
+    for region in memory.iter() {
+        let Some(backing) = region.file_offset() else {
+            continue;
+        };
+        let size = backing.file().metadata()?.len();
+        let fits = backing
+            .start()
+            .checked_add(region.len())
+            .is_some_and(|end| end <= size);
+        if !fits {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "memory region of {:#x} bytes at guest-physical {:#x} reaches past the end of \
+                     its file of {size:#x} bytes",
+                    region.len(),
+                    region.start_addr().0
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether there is memory at every address of `len` bytes from `at` right now.
+pub fn is_backed(memory: &FrontendMemory, at: Gpa, len: usize) -> bool {
+    GuestMemoryBackend::check_range(&*memory.memory(), GuestAddress(at.0), len)
+}

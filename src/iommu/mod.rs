@@ -1,0 +1,799 @@
+//! The core: endpoints, domains, and the rules of the specification between them.
+//!
+//! Plain function calls drive it; it knows neither virtio nor sockets nor VFIO. Each check names
+//! the statement of `docs/conformance.md` it carries out.
+//!
+//! An endpoint is in one of these states:
+//!
+//! ```text
+//!               ATTACH                      failure in a backend
+//! unattached ----------> attached(domain) ----------------------> quarantined
+//!  bypass or <----------                  <----------------------
+//!  blocked, as  DETACH, reset               ATTACH that succeeds
+//!  `bypass` says
+//! ```
+
+mod domain;
+mod error;
+mod fault;
+mod groups;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use log::{error, warn};
+
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
+use crate::backends::{BackendError, DmaBackend, Target};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{
+    Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, Translation, Unmapped, WouldSplit,
+};
+use crate::topology::{GroupId, ReservedRegions, Topology};
+
+use self::domain::Domain;
+use self::groups::{Changes, Groups};
+
+pub use self::error::RequestError;
+pub use self::fault::{Fault, FaultReason};
+
+/// A domain of this many page-table frames may always grow within the arena's last part, so that
+/// one domain that uses up the arena does not keep the others from working.
+const SMALL_DOMAIN_FRAMES: u64 = 16;
+/// The arena's last part: one frame in this many.
+const RESERVE_DIVISOR: u64 = 16;
+
+/// What the IOMMU offers before its backends narrow it.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Width of I/O virtual addresses in bits.
+    pub address_width: u8,
+    /// Page sizes.
+    pub page_sizes: PageMask,
+    /// Highest domain ID, and with that the cap on live domains.
+    pub last_domain: u32,
+    /// Whether endpoints without a domain are in bypass mode in a new VM.
+    pub bypass_at_boot: bool,
+    /// Size of the page-table arena in bytes.
+    pub arena_limit: u64,
+}
+
+/// What an endpoint's DMA meets right now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dma {
+    /// The mappings of its domain.
+    Translated,
+    /// Guest-physical addresses as they are.
+    Bypass,
+    /// Nothing.
+    Blocked,
+}
+
+/// An endpoint as an operator sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointState {
+    /// Its ID.
+    pub id: EndpointId,
+    /// The domain it is attached to.
+    pub domain: Option<DomainId>,
+    /// What its DMA meets.
+    pub dma: Dma,
+    /// Blocked because something failed.
+    pub quarantined: bool,
+}
+
+/// A domain as an operator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainState {
+    /// Its ID.
+    pub id: DomainId,
+    /// A bypass domain, without mappings.
+    pub bypass: bool,
+    /// The endpoints attached to it.
+    pub endpoints: Vec<EndpointId>,
+    /// Live mappings.
+    pub mappings: u64,
+    /// Bytes they cover.
+    pub mapped_bytes: u64,
+}
+
+/// An endpoint that is attached or quarantined; all others are unattached.
+#[derive(Clone, Copy, Debug, Default)]
+struct Endpoint {
+    domain: Option<DomainId>,
+    /// Its group has moved to another domain without it.
+    suspended: bool,
+    quarantined: bool,
+}
+
+/// The IOMMU of one VM.
+pub struct Iommu {
+    topology: Topology,
+    backends: Vec<Box<dyn DmaBackend>>,
+    backend_of: BTreeMap<EndpointId, usize>,
+    input: IovaRange,
+    page_sizes: PageMask,
+    levels: Levels,
+    last_domain: u32,
+    bypass_at_boot: bool,
+    bypass: bool,
+    arena: Arena,
+    endpoints: BTreeMap<EndpointId, Endpoint>,
+    domains: BTreeMap<DomainId, Domain>,
+    groups: Groups,
+}
+
+impl Iommu {
+    /// An IOMMU whose endpoints are all unattached.
+    ///
+    /// # Errors
+    /// Where the arena cannot be made.
+    pub fn new(settings: Settings, topology: Topology) -> Result<Self, ArenaError> {
+        let last = 1u64
+            .checked_shl(settings.address_width.into())
+            .map_or(u64::MAX, |size| size - 1);
+        Ok(Self {
+            topology,
+            backends: Vec::new(),
+            backend_of: BTreeMap::new(),
+            input: IovaRange::new(Iova(0), Iova(last)).unwrap_or(IovaRange::ALL),
+            page_sizes: settings.page_sizes,
+            levels: Levels::for_width(settings.address_width.into()).unwrap_or(Levels::Five),
+            last_domain: settings.last_domain,
+            bypass_at_boot: settings.bypass_at_boot,
+            bypass: settings.bypass_at_boot,
+            arena: Arena::new(settings.arena_limit)?,
+            endpoints: BTreeMap::new(),
+            domains: BTreeMap::new(),
+            groups: Groups::default(),
+        })
+    }
+
+    /// Puts endpoints behind a backend, before the guest runs. What the guest is offered shrinks
+    /// to what the backend can do; endpoints it cannot take over are quarantined.
+    ///
+    /// # Errors
+    /// Where the backend has no addresses or page sizes in common with what is offered already.
+    pub fn add_backend(
+        &mut self,
+        backend: Box<dyn DmaBackend>,
+        endpoints: &[EndpointId],
+    ) -> Result<(), String> {
+        let can = backend.capabilities();
+        let input = self.input.intersection(can.aperture).ok_or_else(|| {
+            format!(
+                "a backend translates {} only, and {} is offered; narrow the address width",
+                can.aperture, self.input
+            )
+        })?;
+        let granule = self.page_sizes.granule().max(can.page_sizes.granule());
+        let shared = self.page_sizes.bits() & can.page_sizes.bits() & !(granule - 1);
+        self.page_sizes = PageMask::new(shared | granule).unwrap_or(self.page_sizes);
+        self.input = input;
+        let index = self.backends.len();
+        self.backends.push(backend);
+        for &endpoint in endpoints {
+            self.backend_of.insert(endpoint, index);
+            let target = self.unattached_target();
+            if let Err(cause) = self.backends[index].attach(endpoint, target) {
+                self.quarantine(endpoint, &cause);
+            }
+        }
+        Ok(())
+    }
+
+    /// The addresses MAP accepts.
+    pub fn input_range(&self) -> IovaRange {
+        self.input
+    }
+
+    /// The page sizes the guest is told of.
+    pub fn page_sizes(&self) -> PageMask {
+        self.page_sizes
+    }
+
+    /// Highest domain ID.
+    pub fn last_domain(&self) -> u32 {
+        self.last_domain
+    }
+
+    /// Who is behind this IOMMU.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The page tables' memory.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// Whether endpoints without a domain are in bypass mode.
+    pub fn bypass(&self) -> bool {
+        self.bypass
+    }
+
+    /// Attaches an endpoint to a domain, which is made if it does not exist; an endpoint attached
+    /// elsewhere moves.
+    ///
+    /// # Errors
+    /// See [`RequestError`]; the endpoint stays where it was.
+    pub fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        domain: DomainId,
+        bypass: bool,
+    ) -> Result<(), RequestError> {
+        // ATTACH-3
+        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        self.check_domain_id(domain)?;
+        let existing = self.domains.get(&domain);
+        // ATTACH-5
+        if let Some(existing) = existing
+            && existing.is_bypass() != bypass
+        {
+            return Err(RequestError::BypassMismatch {
+                domain,
+                is_bypass: existing.is_bypass(),
+            });
+        }
+        let before = self.endpoints.get(&endpoint).copied().unwrap_or_default();
+        if before.domain == Some(domain) && !before.suspended && !before.quarantined {
+            return Ok(());
+        }
+        // ATTACH-4
+        if let Some(group) = group
+            && let Some((other, other_domain)) = self.groups.conflict(group, endpoint, domain)
+        {
+            return Err(RequestError::GroupElsewhere {
+                endpoint,
+                other,
+                other_domain,
+            });
+        }
+        // ATTACH-7
+        if let Some(table) = existing.and_then(|d| d.table.as_ref()) {
+            for region in reserved.iter() {
+                if let Some(mapping) = table.mappings_in(&self.arena, region.range).next() {
+                    return Err(RequestError::RegionClash {
+                        endpoint,
+                        mapping,
+                        region: *region,
+                    });
+                }
+            }
+        }
+
+        let made = if existing.is_some() {
+            None
+        } else if bypass {
+            Some(Domain::new(None))
+        } else {
+            let table = Table::new(&mut self.arena, self.levels).map_err(
+                |OutOfFrames { needed, free }| RequestError::OutOfFrames { needed, free },
+            )?;
+            Some(Domain::new(Some(table)))
+        };
+        let backend = self.backend_of.get(&endpoint).copied();
+        if let Some(index) = backend
+            && let Err(cause) = self.attach_backend(index, endpoint, domain, bypass)
+        {
+            if let Some(table) = made.and_then(|d| d.table) {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
+            return Err(RequestError::Backend(cause));
+        }
+
+        // Nothing below fails: publish.
+        if let Some(made) = made {
+            self.domains.insert(domain, made);
+        }
+        if before.domain != Some(domain) {
+            if let Some(entered) = self.domains.get_mut(&domain) {
+                entered.enter(endpoint, backend, &reserved);
+            }
+            if let Some(old) = before.domain {
+                self.leave_domain(endpoint, old, backend, &reserved);
+            }
+        }
+        self.endpoints.insert(
+            endpoint,
+            Endpoint {
+                domain: Some(domain),
+                suspended: false,
+                quarantined: false,
+            },
+        );
+        if let Some(group) = group {
+            let changes = self.groups.join(group, endpoint, domain);
+            self.apply_group_changes(&changes);
+        }
+        Ok(())
+    }
+
+    /// Detaches an endpoint from the domain it is attached to.
+    ///
+    /// # Errors
+    /// See [`RequestError`]. Where a backend fails the endpoint stays attached and is quarantined.
+    pub fn detach(&mut self, endpoint: EndpointId, domain: DomainId) -> Result<(), RequestError> {
+        // DETACH-2
+        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        self.check_domain_id(domain)?;
+        // DETACH-3
+        if self.endpoints.get(&endpoint).and_then(|e| e.domain) != Some(domain) {
+            return Err(RequestError::NotAttached { endpoint, domain });
+        }
+        let backend = self.backend_of.get(&endpoint).copied();
+        if let Some(index) = backend {
+            let target = self.unattached_target();
+            if let Err(cause) = self.backends[index].attach(endpoint, target) {
+                self.quarantine(endpoint, &cause);
+                return Err(RequestError::Quarantined { cause, count: 1 });
+            }
+        }
+        self.endpoints.remove(&endpoint);
+        self.leave_domain(endpoint, domain, backend, &reserved);
+        if let Some(group) = group {
+            let changes = self.groups.leave(group, endpoint);
+            self.apply_group_changes(&changes);
+        }
+        Ok(())
+    }
+
+    /// Creates a mapping in a domain.
+    ///
+    /// # Errors
+    /// See [`RequestError`]; no part of the mapping exists anywhere.
+    pub fn map(&mut self, domain: DomainId, mapping: Mapping) -> Result<(), RequestError> {
+        self.check_domain_id(domain)?;
+        // MAP-4
+        let Some(entry) = self.domains.get_mut(&domain) else {
+            return Err(RequestError::NoSuchDomain(domain));
+        };
+        // OPS-4
+        if !self.input.covers(mapping.range) {
+            return Err(RequestError::OutsideInputRange {
+                range: mapping.range,
+                input: self.input,
+            });
+        }
+        // MAP-1
+        if !self.page_sizes.is_aligned(mapping.range.first().0)
+            || !self.page_sizes.ends_aligned(mapping.range.last().0)
+            || !self.page_sizes.is_aligned(mapping.gpa.0)
+        {
+            return Err(RequestError::Misaligned {
+                mapping,
+                granule: self.page_sizes.granule(),
+            });
+        }
+        // RESV-5
+        if let Some(region) = entry.reserved_overlap(mapping.range) {
+            return Err(RequestError::Reserved {
+                range: mapping.range,
+                region: *region,
+            });
+        }
+        // MAP-5
+        let Some(table) = entry.table.as_mut() else {
+            return Err(RequestError::BypassDomain(domain));
+        };
+        // MAP-2
+        let plan = table
+            .plan_map(&self.arena, &mapping)
+            .map_err(|refusal| match refusal {
+                MapRefusal::Overlap(existing) => RequestError::Overlap { mapping, existing },
+                MapRefusal::OutOfFrames(OutOfFrames { needed, free }) => {
+                    RequestError::OutOfFrames { needed, free }
+                }
+                MapRefusal::OutOfRange => RequestError::PhysOutOfRange(mapping),
+                MapRefusal::Misaligned => RequestError::Misaligned {
+                    mapping,
+                    granule: PageMask::TABLE.granule(),
+                },
+            })?;
+        let needed = plan.frames_needed();
+        if needed > 0 && table.frames() + needed > SMALL_DOMAIN_FRAMES {
+            let reserve = self.arena.frames_total() / RESERVE_DIVISOR;
+            let free = self.arena.frames_free().saturating_sub(reserve);
+            if needed > free {
+                return Err(RequestError::OutOfFrames { needed, free });
+            }
+        }
+        let mut failed = None;
+        for (done, &index) in entry.backends.keys().enumerate() {
+            if let Err(cause) = self.backends[index].map(domain, &mapping) {
+                failed = Some((done, cause));
+                break;
+            }
+        }
+        if let Some((done, cause)) = failed {
+            let undo: Vec<_> = entry.backends.keys().copied().take(done).collect();
+            return Err(self.undo_map(domain, &mapping, &undo, cause));
+        }
+        table.commit_map(&mut self.arena, plan);
+        Ok(())
+    }
+
+    /// Removes all mappings in `range`, which may reach over holes and past the input range.
+    ///
+    /// # Errors
+    /// See [`RequestError`]. Where a backend fails, the mappings are gone and the endpoints behind
+    /// that backend are quarantined.
+    pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
+        self.check_domain_id(domain)?;
+        // UNMAP-2
+        let Some(entry) = self.domains.get_mut(&domain) else {
+            return Err(RequestError::NoSuchDomain(domain));
+        };
+        // UNMAP-3
+        let Some(table) = entry.table.as_mut() else {
+            return Err(RequestError::BypassDomain(domain));
+        };
+        // UNMAP-4
+        let plan = table
+            .plan_unmap(&self.arena, range)
+            .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
+        // UNMAP-5
+        let unmapped = table.commit_unmap(&mut self.arena, plan);
+        self.arena.reclaim();
+        if unmapped.mappings == 0 {
+            return Ok(unmapped);
+        }
+        let backends: Vec<_> = entry.backends.keys().copied().collect();
+        let mut failure: Option<(BackendError, usize)> = None;
+        for index in backends {
+            if let Err(cause) = self.backends[index].unmap(domain, range) {
+                let count = self.quarantine_members(domain, index, &cause);
+                let before = failure.map_or(0, |(_, count)| count);
+                failure = Some((cause, before + count));
+            }
+        }
+        match failure {
+            None => Ok(unmapped),
+            Some((cause, count)) => Err(RequestError::Quarantined { cause, count }),
+        }
+    }
+
+    /// The reserved regions of an endpoint, for PROBE.
+    ///
+    /// # Errors
+    /// [`RequestError::NoSuchEndpoint`].
+    pub fn probe(&self, endpoint: EndpointId) -> Result<&ReservedRegions, RequestError> {
+        self.topology
+            .endpoint(endpoint)
+            .map(|info| info.reserved)
+            .ok_or(RequestError::NoSuchEndpoint(endpoint))
+    }
+
+    /// Sets whether endpoints without a domain are in bypass mode.
+    pub fn set_bypass(&mut self, bypass: bool) {
+        if self.bypass == bypass {
+            return;
+        }
+        self.bypass = bypass;
+        let unattached: Vec<_> = self
+            .backend_of
+            .keys()
+            .copied()
+            .filter(|e| !self.endpoints.contains_key(e))
+            .collect();
+        for endpoint in unattached {
+            self.retarget(endpoint, self.unattached_target());
+        }
+    }
+
+    /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
+    pub fn reset(&mut self) {
+        for domain in std::mem::take(&mut self.domains) {
+            self.remove_domain(domain.0, domain.1);
+        }
+        self.groups.clear();
+        self.endpoints.retain(|_, e| e.quarantined);
+        for endpoint in self.endpoints.values_mut() {
+            *endpoint = Endpoint {
+                quarantined: true,
+                ..Endpoint::default()
+            };
+        }
+    }
+
+    /// A new VM: device reset, and `bypass` is what it is at boot.
+    pub fn reset_system(&mut self) {
+        self.bypass = self.bypass_at_boot;
+        self.reset();
+        let endpoints: Vec<_> = self.backend_of.keys().copied().collect();
+        for endpoint in endpoints {
+            self.retarget(endpoint, self.unattached_target());
+        }
+    }
+
+    /// Where an access of `endpoint` at `iova` goes.
+    ///
+    /// # Errors
+    /// The fault to report where it goes nowhere.
+    pub fn translate(
+        &self,
+        endpoint: EndpointId,
+        iova: Iova,
+        access: Access,
+    ) -> Result<Translation, Fault> {
+        let fault = |reason| Fault {
+            endpoint,
+            reason,
+            access,
+            address: iova,
+        };
+        let Some(info) = self.topology.endpoint(endpoint) else {
+            return Err(fault(FaultReason::Unknown));
+        };
+        let state = self.endpoints.get(&endpoint).copied().unwrap_or_default();
+        if state.quarantined || state.suspended {
+            return Err(fault(FaultReason::Unknown));
+        }
+        let table = match state.domain.and_then(|d| self.domains.get(&d)) {
+            Some(domain) => domain.table.as_ref(),
+            None if self.bypass => None,
+            // OPS-5
+            None => return Err(fault(FaultReason::Domain)),
+        };
+        match table {
+            Some(table) => table
+                .translate(&self.arena, iova)
+                .filter(|t| t.access.allows(access))
+                .ok_or(fault(FaultReason::Mapping)),
+            None => bypass_translation(info.reserved, iova).ok_or(fault(FaultReason::Mapping)),
+        }
+    }
+
+    /// One endpoint's state, or `None` where there is no such endpoint.
+    pub fn endpoint(&self, id: EndpointId) -> Option<EndpointState> {
+        self.topology.endpoint(id)?;
+        let endpoint = self.endpoints.get(&id).copied().unwrap_or_default();
+        let dma = if endpoint.quarantined || endpoint.suspended {
+            Dma::Blocked
+        } else {
+            match endpoint.domain.and_then(|d| self.domains.get(&d)) {
+                Some(domain) if domain.is_bypass() => Dma::Bypass,
+                Some(_) => Dma::Translated,
+                None if self.bypass => Dma::Bypass,
+                None => Dma::Blocked,
+            }
+        };
+        Some(EndpointState {
+            id,
+            domain: endpoint.domain,
+            dma,
+            quarantined: endpoint.quarantined,
+        })
+    }
+
+    /// The domains, in the order of their IDs.
+    pub fn domains(&self) -> impl Iterator<Item = DomainState> {
+        self.domains.iter().map(|(&id, domain)| DomainState {
+            id,
+            bypass: domain.is_bypass(),
+            endpoints: domain.members.iter().copied().collect(),
+            mappings: domain.table.as_ref().map_or(0, Table::mapping_count),
+            mapped_bytes: domain.table.as_ref().map_or(0, Table::mapped_bytes),
+        })
+    }
+
+    /// The mappings of a domain from the one at or after `from` on, in the order of addresses.
+    pub fn mappings(&self, domain: DomainId, from: Iova) -> impl Iterator<Item = Mapping> {
+        self.domains
+            .get(&domain)
+            .and_then(|d| d.table.as_ref())
+            .into_iter()
+            .flat_map(move |table| table.mappings(&self.arena, from))
+    }
+
+    fn endpoint_facts(
+        &self,
+        endpoint: EndpointId,
+    ) -> Result<(Option<GroupId>, ReservedRegions), RequestError> {
+        self.topology
+            .endpoint(endpoint)
+            .map(|info| (info.group, info.reserved.clone()))
+            .ok_or(RequestError::NoSuchEndpoint(endpoint))
+    }
+
+    fn check_domain_id(&self, id: DomainId) -> Result<(), RequestError> {
+        // OPS-6
+        if id.0 > self.last_domain {
+            return Err(RequestError::DomainOutOfRange {
+                id,
+                last: self.last_domain,
+            });
+        }
+        Ok(())
+    }
+
+    fn unattached_target(&self) -> Target {
+        if self.bypass {
+            Target::Bypass
+        } else {
+            Target::Blocked
+        }
+    }
+
+    /// Brings `endpoint` into `domain` in its backend, with all that the domain holds already.
+    fn attach_backend(
+        &mut self,
+        index: usize,
+        endpoint: EndpointId,
+        domain: DomainId,
+        bypass: bool,
+    ) -> Result<(), BackendError> {
+        let backend = &mut self.backends[index];
+        if bypass {
+            return backend.attach(endpoint, Target::Bypass);
+        }
+        let existing = self.domains.get(&domain);
+        if existing.is_some_and(|d| d.backends.contains_key(&index)) {
+            return backend.attach(endpoint, Target::Domain(domain));
+        }
+        backend.create_domain(domain)?;
+        let table = existing.and_then(|d| d.table.as_ref());
+        let filled = table
+            .into_iter()
+            .flat_map(|t| t.mappings(&self.arena, Iova(0)))
+            .try_for_each(|mapping| backend.map(domain, &mapping))
+            .and_then(|()| backend.attach(endpoint, Target::Domain(domain)));
+        if filled.is_err() {
+            backend.destroy_domain(domain);
+        }
+        filled
+    }
+
+    fn leave_domain(
+        &mut self,
+        endpoint: EndpointId,
+        domain: DomainId,
+        backend: Option<usize>,
+        reserved: &ReservedRegions,
+    ) {
+        let Some(entry) = self.domains.get_mut(&domain) else {
+            return;
+        };
+        let unused = entry.leave(endpoint, backend, reserved);
+        if let Some(index) = unused
+            && !entry.is_bypass()
+        {
+            self.backends[index].destroy_domain(domain);
+        }
+        if entry.members.is_empty()
+            && let Some(gone) = self.domains.remove(&domain)
+            && let Some(table) = gone.table
+        {
+            table.destroy(&mut self.arena);
+            self.arena.reclaim();
+        }
+    }
+
+    fn remove_domain(&mut self, id: DomainId, domain: Domain) {
+        for &endpoint in &domain.members {
+            if self.backend_of.contains_key(&endpoint) {
+                self.retarget(endpoint, self.unattached_target());
+            }
+        }
+        if let Some(table) = domain.table {
+            for &index in domain.backends.keys() {
+                self.backends[index].destroy_domain(id);
+            }
+            table.destroy(&mut self.arena);
+            self.arena.reclaim();
+        }
+    }
+
+    /// Takes a mapping that one backend refused out of those that had it already.
+    fn undo_map(
+        &mut self,
+        domain: DomainId,
+        mapping: &Mapping,
+        backends: &[usize],
+        refusal: BackendError,
+    ) -> RequestError {
+        let mut quarantined = 0;
+        for &index in backends {
+            if let Err(cause) = self.backends[index].unmap(domain, mapping.range) {
+                quarantined += self.quarantine_members(domain, index, &cause);
+            }
+        }
+        if quarantined == 0 {
+            RequestError::Backend(refusal)
+        } else {
+            RequestError::Quarantined {
+                cause: refusal,
+                count: quarantined,
+            }
+        }
+    }
+
+    /// Switches an endpoint in its backend, if it has one; on failure it is quarantined.
+    fn retarget(&mut self, endpoint: EndpointId, target: Target) {
+        let Some(&index) = self.backend_of.get(&endpoint) else {
+            return;
+        };
+        match self.backends[index].attach(endpoint, target) {
+            Ok(()) => {
+                if let Some(state) = self.endpoints.get_mut(&endpoint) {
+                    state.quarantined = false;
+                }
+            }
+            Err(cause) => self.quarantine(endpoint, &cause),
+        }
+    }
+
+    fn quarantine_members(
+        &mut self,
+        domain: DomainId,
+        index: usize,
+        cause: &BackendError,
+    ) -> usize {
+        let members: Vec<_> = self
+            .domains
+            .get(&domain)
+            .into_iter()
+            .flat_map(|d| &d.members)
+            .copied()
+            .filter(|e| self.backend_of.get(e) == Some(&index))
+            .collect();
+        for &endpoint in &members {
+            self.quarantine(endpoint, cause);
+        }
+        members.len()
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId, cause: &BackendError) {
+        error!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
+        if let Some(&index) = self.backend_of.get(&endpoint) {
+            self.backends[index].quarantine(endpoint);
+        }
+        self.endpoints.entry(endpoint).or_default().quarantined = true;
+    }
+
+    fn apply_group_changes(&mut self, changes: &Changes) {
+        for &endpoint in &changes.suspended {
+            warn!("endpoint {endpoint} is blocked until it follows its group to the new domain");
+            self.set_suspended(endpoint, true);
+        }
+        for &endpoint in &changes.resumed {
+            self.set_suspended(endpoint, false);
+        }
+    }
+
+    fn set_suspended(&mut self, endpoint: EndpointId, suspended: bool) {
+        let Some(state) = self.endpoints.get_mut(&endpoint) else {
+            return;
+        };
+        state.suspended = suspended;
+        if state.quarantined {
+            return;
+        }
+        let target = match state.domain {
+            _ if suspended => Target::Blocked,
+            Some(d) if self.domains.get(&d).is_some_and(Domain::is_bypass) => Target::Bypass,
+            Some(d) => Target::Domain(d),
+            None => self.unattached_target(),
+        };
+        self.retarget(endpoint, target);
+    }
+}
+
+/// Identity, except in the endpoint's reserved regions (RESV-6).
+fn bypass_translation(reserved: &ReservedRegions, iova: Iova) -> Option<Translation> {
+    let rest = IovaRange::new(iova, Iova(u64::MAX))?;
+    let last = match reserved.overlapping(rest) {
+        Some(region) if region.range.contains(iova) => return None,
+        Some(region) => Iova(region.range.first().0 - 1),
+        None => Iova(u64::MAX),
+    };
+    Some(Translation {
+        gpa: Gpa(iova.0),
+        contiguous_last: last,
+        access: Access::READ_WRITE,
+        mmio: false,
+    })
+}
