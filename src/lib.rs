@@ -3,6 +3,8 @@
 pub mod address;
 pub mod backends;
 pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod device;
 pub mod guest_memory;
 pub mod ids;

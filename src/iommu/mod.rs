@@ -569,6 +569,20 @@ impl Iommu {
         })
     }
 
+    /// The endpoints the guest has touched, and of the others the first `untouched` ones.
+    pub fn endpoints(&self, untouched: usize) -> impl Iterator<Item = EndpointState> {
+        let others = self
+            .topology
+            .ranges()
+            .flat_map(|r| r.range.first().endpoint_id().0..=r.range.last().endpoint_id().0)
+            .map(EndpointId)
+            .filter(|id| !self.endpoints.contains_key(id))
+            .take(untouched);
+        let mut ids: Vec<_> = self.endpoints.keys().copied().chain(others).collect();
+        ids.sort_unstable();
+        ids.into_iter().filter_map(|id| self.endpoint(id))
+    }
+
     /// The domains, in the order of their IDs.
     pub fn domains(&self) -> impl Iterator<Item = DomainState> {
         self.domains.iter().map(|(&id, domain)| DomainState {

@@ -1,0 +1,357 @@
+//! The control socket: what the IOMMU holds, for operators and tests. It only ever reads.
+//!
+//! One request per connection: a line, answered with one JSON document and the end of the stream.
+//!
+//! | line | answer |
+//! |---|---|
+//! | `status` | endpoints, domains, counters |
+//! | `mappings`, `mappings DOMAIN` | every live mapping |
+//! | `translate ENDPOINT IOVA` | where one byte leads, and whether there is memory |
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use log::{debug, warn};
+use serde_json::{Value, json};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use crate::address::{Access, Iova, Mapping};
+use crate::device::{Device, lock};
+use crate::guest_memory::is_backed;
+use crate::ids::{DomainId, EndpointId};
+use crate::iommu::{Dma, EndpointState, Iommu};
+use crate::metrics::Metrics;
+use crate::protocol::reply::Status;
+use crate::protocol::request::RequestKind;
+use crate::topology::PciAddress;
+
+/// Version of the answers' format.
+const VERSION: u32 = 1;
+/// The longest request line in bytes.
+const MAX_LINE: u64 = 256;
+/// How long a client may take to send its line, or to take a piece of the answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Mappings read while the core is locked once.
+const MAPPINGS_PER_LOCK: usize = 512;
+/// Endpoints that `status` lists though the guest has not touched them.
+const MAX_UNTOUCHED: usize = 256;
+
+/// What the answers are made from.
+#[derive(Clone)]
+pub struct Subjects {
+    /// The core.
+    pub iommu: Arc<Mutex<Iommu>>,
+    /// The device in front of it.
+    pub device: Arc<Device>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The thread that answers; dropping it ends it and removes the socket.
+pub struct ControlServer {
+    path: PathBuf,
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ControlServer {
+    /// Listens at `path` and answers until dropped.
+    ///
+    /// # Errors
+    /// Where the socket cannot be made.
+    pub fn start(path: &Path, subjects: Subjects) -> io::Result<Self> {
+        let listener = bind(path)?;
+        let stop = EventFd::new(EFD_CLOEXEC)?;
+        let epoll = Epoll::new()?;
+        for (fd, id) in [(listener.as_raw_fd(), 0), (stop.as_raw_fd(), 1)] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
+        }
+        let thread = std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || serve(&listener, &epoll, &subjects))?;
+        Ok(Self {
+            path: path.to_owned(),
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        if let Err(cause) = self.stop.write(1) {
+            warn!("cannot stop the control thread: {cause}");
+            return;
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the control thread has panicked");
+        }
+        if let Err(cause) = fs::remove_file(&self.path) {
+            debug!("cannot remove {}: {cause}", self.path.display());
+        }
+    }
+}
+
+/// A listening socket at `path`, in place of one that nobody listens on any more.
+///
+/// # Errors
+/// Where something else is there, or another process listens.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    if let Ok(found) = fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                format!(
+                    "{} exists and is not a socket; remove it or choose another path",
+                    path.display()
+                ),
+            ));
+        }
+        if UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!(
+                    "another process listens on {}; stop it or choose another path",
+                    path.display()
+                ),
+            ));
+        }
+        fs::remove_file(path)?;
+    }
+    UnixListener::bind(path).map_err(|e| {
+        io::Error::new(
+            e.kind(),
+            format!("cannot listen on {}: {e}", path.display()),
+        )
+    })
+}
+
+fn serve(listener: &UnixListener, epoll: &Epoll, subjects: &Subjects) {
+    let mut events = [EpollEvent::default(); 2];
+    loop {
+        let ready = match epoll.wait(-1, &mut events) {
+            Ok(ready) => ready,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => continue,
+            Err(cause) => {
+                warn!("the control socket is closed: {cause}");
+                return;
+            }
+        };
+        for event in events.iter().take(ready) {
+            if event.data() != 0 {
+                return;
+            }
+            let answered = listener
+                .accept()
+                .and_then(|(stream, _)| answer(&stream, subjects));
+            if let Err(cause) = answered {
+                debug!("a control client got no answer: {cause}");
+            }
+        }
+    }
+}
+
+fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(stream.take(MAX_LINE)).read_line(&mut line)?;
+    let mut out = BufWriter::new(stream);
+    let words: Vec<_> = line.split_whitespace().collect();
+    let document = match words.as_slice() {
+        ["status"] => status(subjects),
+        ["mappings"] => return write_mappings(&mut out, subjects, None),
+        ["mappings", domain] => match parse_number(domain).and_then(|n| u32::try_from(n).ok()) {
+            Some(id) => return write_mappings(&mut out, subjects, Some(DomainId(id))),
+            None => refusal("the domain is a number"),
+        },
+        ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
+        _ => refusal("the request is one of: status | mappings [DOMAIN] | translate ENDPOINT IOVA"),
+    };
+    writeln!(out, "{document}")?;
+    out.flush()
+}
+
+fn refusal(message: &str) -> Value {
+    json!({ "version": VERSION, "error": message })
+}
+
+fn status(subjects: &Subjects) -> Value {
+    let iommu = lock(&subjects.iommu);
+    let arena = iommu.arena();
+    let domains: Vec<_> = iommu
+        .domains()
+        .map(|d| {
+            json!({
+                "id": d.id.0,
+                "bypass": d.bypass,
+                "endpoints": d.endpoints.iter().map(|e| e.0).collect::<Vec<_>>(),
+                "mappings": d.mappings,
+                "mapped_bytes": d.mapped_bytes,
+            })
+        })
+        .collect();
+    let endpoints: Vec<_> = iommu
+        .endpoints(MAX_UNTOUCHED)
+        .map(|e| endpoint(&e))
+        .collect();
+    let metrics = &subjects.metrics;
+    json!({
+        "version": VERSION,
+        "connected": subjects.device.is_connected(),
+        "bypass": iommu.bypass(),
+        "page_size_mask": hex(iommu.page_sizes().bits()),
+        "input_range": [hex(iommu.input_range().first().0), hex(iommu.input_range().last().0)],
+        "endpoint_count": iommu.topology().endpoint_count(),
+        "endpoints": endpoints,
+        "domains": domains,
+        "requests": requests(metrics),
+        "arena": {
+            "limit_bytes": arena.limit_bytes(),
+            "used_bytes": arena.used_bytes(),
+        },
+        "faults": {
+            "delivered": metrics.faults_delivered.get(),
+            "dropped": metrics.faults_dropped.get(),
+        },
+        "chains_refused": metrics.chains_refused.get(),
+        "connections": metrics.connections.get(),
+        "resets": metrics.resets.get(),
+    })
+}
+
+fn endpoint(state: &EndpointState) -> Value {
+    json!({
+        "id": state.id.0,
+        "address": PciAddress::from_endpoint_id(state.id).to_string(),
+        "state": if state.quarantined {
+            "quarantined"
+        } else if state.domain.is_some() {
+            "attached"
+        } else {
+            "unattached"
+        },
+        "dma": match state.dma {
+            Dma::Translated => "translated",
+            Dma::Bypass => "bypass",
+            Dma::Blocked => "blocked",
+        },
+        "domain": state.domain.map(|d| d.0),
+    })
+}
+
+/// Counters by request kind and status; statuses that never occurred are left out.
+fn requests(metrics: &Metrics) -> Value {
+    let mut kinds = serde_json::Map::new();
+    for (kind, counters) in RequestKind::ALL.iter().zip(&metrics.requests) {
+        let mut statuses = serde_json::Map::new();
+        for (status, counter) in Status::ALL.iter().zip(counters) {
+            if counter.get() > 0 {
+                statuses.insert(status.name().into(), counter.get().into());
+            }
+        }
+        kinds.insert(kind.name().into(), statuses.into());
+    }
+    kinds.into()
+}
+
+/// Writes all mappings, a piece at a time, so that the core is never locked for long and never
+/// while the client is waited for. Mappings that change meanwhile may be shown either way.
+fn write_mappings(
+    out: &mut impl Write,
+    subjects: &Subjects,
+    only: Option<DomainId>,
+) -> io::Result<()> {
+    let domains: Vec<_> = lock(&subjects.iommu)
+        .domains()
+        .map(|d| d.id)
+        .filter(|id| only.is_none_or(|o| o == *id))
+        .collect();
+    write!(out, "{{\"version\":{VERSION},\"domains\":[")?;
+    for (index, &id) in domains.iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        write!(out, "{comma}{{\"id\":{},\"mappings\":[", id.0)?;
+        let mut next = Some(Iova(0));
+        let mut comma = "";
+        while let Some(from) = next {
+            let piece: Vec<Mapping> = lock(&subjects.iommu)
+                .mappings(id, from)
+                .take(MAPPINGS_PER_LOCK)
+                .collect();
+            next = match piece.last() {
+                Some(last) if piece.len() == MAPPINGS_PER_LOCK => {
+                    last.range.last().0.checked_add(1).map(Iova)
+                }
+                _ => None,
+            };
+            for mapping in &piece {
+                let mapping = json!({
+                    "first": hex(mapping.range.first().0),
+                    "last": hex(mapping.range.last().0),
+                    "gpa": hex(mapping.gpa.0),
+                    "access": mapping.access.to_string(),
+                    "mmio": mapping.mmio,
+                });
+                write!(out, "{comma}{mapping}")?;
+                comma = ",";
+            }
+        }
+        write!(out, "]}}")?;
+    }
+    writeln!(out, "]}}")?;
+    out.flush()
+}
+
+fn translate(subjects: &Subjects, endpoint: &str, iova: &str) -> Value {
+    let endpoint = endpoint
+        .parse::<PciAddress>()
+        .ok()
+        .map(PciAddress::endpoint_id)
+        .or_else(|| {
+            parse_number(endpoint)
+                .and_then(|n| u32::try_from(n).ok())
+                .map(EndpointId)
+        });
+    let (Some(endpoint), Some(iova)) = (endpoint, parse_number(iova)) else {
+        return refusal("translate takes a PCI address or an endpoint number, and an address");
+    };
+    let translated = lock(&subjects.iommu).translate(endpoint, Iova(iova), Access::NONE);
+    match translated {
+        Ok(t) => json!({
+            "version": VERSION,
+            "result": "ok",
+            "gpa": hex(t.gpa.0),
+            "last": hex(t.contiguous_last.0),
+            "access": t.access.to_string(),
+            "mmio": t.mmio,
+            "backed": subjects.device.memory().is_some_and(|m| is_backed(&m, t.gpa, 1)),
+        }),
+        Err(fault) => json!({
+            "version": VERSION,
+            "result": "fault",
+            "reason": fault.reason.name(),
+        }),
+    }
+}
+
+fn hex(value: u64) -> String {
+    format!("{value:#x}")
+}
+
+/// A number in decimal, or in hexadecimal after `0x`.
+fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
