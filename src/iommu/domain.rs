@@ -14,10 +14,26 @@ pub(super) struct Domain {
     pub table: Option<Table>,
     /// The endpoints attached to it.
     pub members: BTreeSet<EndpointId>,
-    /// The backends its members are behind, with the number of members.
-    pub backends: BTreeMap<usize, usize>,
+    /// The backends its members are behind.
+    pub backends: BTreeMap<usize, BackendUse>,
     /// The distinct sets of reserved regions of its members, with the number of members.
     reserved: Vec<(ReservedRegions, usize)>,
+}
+
+/// The backends that have a domain.
+pub(super) fn present_in(backends: &BTreeMap<usize, BackendUse>) -> impl Iterator<Item = usize> {
+    let present = backends.iter().filter(|(_, used)| used.present);
+    present.map(|(&index, _)| index)
+}
+
+/// A domain in one of the backends.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BackendUse {
+    members: usize,
+    /// The backend has the domain and all its mappings. Never so for bypass domains. Not so after
+    /// it failed to unmap: then all members behind it are quarantined, and the next one that is
+    /// attached finds the domain made anew.
+    pub present: bool,
 }
 
 impl Domain {
@@ -45,7 +61,7 @@ impl Domain {
     ) {
         self.members.insert(endpoint);
         if let Some(backend) = backend {
-            *self.backends.entry(backend).or_default() += 1;
+            self.backends.entry(backend).or_default().members += 1;
         }
         match self.reserved.iter_mut().find(|(set, _)| set == reserved) {
             Some((_, members)) => *members += 1,
@@ -53,7 +69,7 @@ impl Domain {
         }
     }
 
-    /// Takes a member out. Returns the backend that serves no other member, if that is so.
+    /// Takes a member out. Returns the backend that has the domain for no member any more.
     pub(super) fn leave(
         &mut self,
         endpoint: EndpointId,
@@ -68,13 +84,13 @@ impl Domain {
             }
         }
         let backend = backend?;
-        let members = self.backends.get_mut(&backend)?;
-        *members -= 1;
-        if *members > 0 {
+        let used = self.backends.get_mut(&backend)?;
+        used.members -= 1;
+        if used.members > 0 {
             return None;
         }
-        self.backends.remove(&backend);
-        Some(backend)
+        let used = self.backends.remove(&backend)?;
+        used.present.then_some(backend)
     }
 
     /// A reserved region of some member that shares an address with `range`.

@@ -32,7 +32,7 @@ use crate::page_table::{
 };
 use crate::topology::{GroupId, ReservedRegions, Topology};
 
-use self::domain::Domain;
+use self::domain::{Domain, present_in};
 use self::groups::{Changes, Groups};
 
 pub use self::error::RequestError;
@@ -297,6 +297,15 @@ impl Iommu {
                 self.leave_domain(endpoint, old, backend, &reserved);
             }
         }
+        if let Some(index) = backend
+            && !bypass
+            && let Some(used) = self
+                .domains
+                .get_mut(&domain)
+                .and_then(|d| d.backends.get_mut(&index))
+        {
+            used.present = true;
+        }
         self.endpoints.insert(
             endpoint,
             Endpoint {
@@ -402,14 +411,14 @@ impl Iommu {
             }
         }
         let mut failed = None;
-        for (done, &index) in entry.backends.keys().enumerate() {
+        for (done, index) in present_in(&entry.backends).enumerate() {
             if let Err(cause) = self.backends[index].map(domain, &mapping) {
                 failed = Some((done, cause));
                 break;
             }
         }
         if let Some((done, cause)) = failed {
-            let undo: Vec<_> = entry.backends.keys().copied().take(done).collect();
+            let undo: Vec<_> = present_in(&entry.backends).take(done).collect();
             return Err(self.undo_map(domain, &mapping, &undo, cause));
         }
         table.commit_map(&mut self.arena, plan);
@@ -441,7 +450,7 @@ impl Iommu {
         if unmapped.mappings == 0 {
             return Ok(unmapped);
         }
-        let backends: Vec<_> = entry.backends.keys().copied().collect();
+        let backends: Vec<_> = present_in(&entry.backends).collect();
         let mut failure: Option<(BackendError, usize)> = None;
         for index in backends {
             if let Err(cause) = self.backends[index].unmap(domain, range) {
@@ -645,7 +654,7 @@ impl Iommu {
             return backend.attach(endpoint, Target::Bypass);
         }
         let existing = self.domains.get(&domain);
-        if existing.is_some_and(|d| d.backends.contains_key(&index)) {
+        if existing.is_some_and(|d| present_in(&d.backends).any(|b| b == index)) {
             return backend.attach(endpoint, Target::Domain(domain));
         }
         backend.create_domain(domain)?;
@@ -672,9 +681,7 @@ impl Iommu {
             return;
         };
         let unused = entry.leave(endpoint, backend, reserved);
-        if let Some(index) = unused
-            && !entry.is_bypass()
-        {
+        if let Some(index) = unused {
             self.backends[index].destroy_domain(domain);
         }
         if entry.members.is_empty()
@@ -693,7 +700,7 @@ impl Iommu {
             }
         }
         if let Some(table) = domain.table {
-            for &index in domain.backends.keys() {
+            for index in present_in(&domain.backends) {
                 self.backends[index].destroy_domain(id);
             }
             table.destroy(&mut self.arena);
@@ -740,6 +747,8 @@ impl Iommu {
         }
     }
 
+    /// Blocks every member of a domain behind a backend that failed it. What that backend still
+    /// has of the domain is not known, so it forgets all of it.
     fn quarantine_members(
         &mut self,
         domain: DomainId,
@@ -756,6 +765,14 @@ impl Iommu {
             .collect();
         for &endpoint in &members {
             self.quarantine(endpoint, cause);
+        }
+        if let Some(used) = self
+            .domains
+            .get_mut(&domain)
+            .and_then(|d| d.backends.get_mut(&index))
+        {
+            used.present = false;
+            self.backends[index].destroy_domain(domain);
         }
         members.len()
     }
