@@ -1,10 +1,49 @@
-//! One VM's configuration: checked values, made once.
+//! One VM's configuration: checked values, made once, from a file, from options, or from both.
 
+mod draft;
+mod error;
+mod summary;
+
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::address::PageMask;
-use crate::topology::Topology;
+use crate::address::{Iova, IovaRange, PageMask};
+use crate::args::RunArgs;
+use crate::topology::{
+    EndpointSpec, GroupName, PciAddress, PciRange, ReservedError, ReservedKind, ReservedRegion,
+    ReservedRegions, Topology, TopologyError,
+};
+use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
+
+pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
+pub use summary::Summary;
+
+/// The longest configuration file read, in bytes.
+pub const MAX_FILE: u64 = 1 << 20;
+/// The longest path of a socket: `sun_path` less its final zero.
+pub const MAX_SOCKET_PATH: usize = 107;
+/// The fewest bits of an I/O virtual address.
+pub const MIN_WIDTH: u8 = 32;
+/// The most bits of an I/O virtual address: what five table levels reach.
+pub const MAX_WIDTH: u8 = 57;
+/// The most domains.
+pub const MAX_DOMAINS: u32 = 65536;
+/// The smallest arena in bytes.
+pub const MIN_ARENA: u64 = 1 << 20;
+/// The largest arena in bytes.
+pub const MAX_ARENA: u64 = 1 << 40;
+/// The most guest RAM in bytes: x86 has 52 bits of physical address.
+pub const MAX_MEMORY: u64 = 1 << 52;
+
+/// The window in which x86 hosts take writes for interrupts.
+const X86_MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
+const DEFAULT_WIDTH: u8 = 48;
+const SMALLEST_PAGE: u64 = 4096;
+const GRANULES: [u64; 4] = [4 << 10, 16 << 10, 64 << 10, 2 << 20];
+/// What a VM of unknown size gets, and every VM besides its share of memory.
+const BASE_ARENA: u64 = 64 << 20;
 
 /// Where the frontend (the VMM) reaches the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +57,7 @@ pub enum Socket {
 /// Everything that is settled before the daemon starts. All values are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where the frontend connects; `None` only where the configuration is not for running.
+    /// Where the frontend connects. Always there in a configuration made from [`RunArgs`].
     pub socket: Option<Socket>,
     /// The path of the control socket, if there is to be one.
     pub control: Option<PathBuf>,
@@ -37,3 +76,709 @@ pub struct Config {
     /// The IOMMU's own address, the endpoints, their groups and reserved regions.
     pub topology: Topology,
 }
+
+impl Config {
+    /// The configuration in `file` alone, which need not name a socket.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the file cannot be read or used.
+    pub fn from_file(file: &Path) -> Result<Self, ConfigError> {
+        Self::from_text(file, &read(file)?)
+    }
+
+    /// The configuration that `text`, the content of `file`, stands for.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the text cannot be used.
+    pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let mut checker = Checker::new(Some(Source { path: file, text }));
+        let draft = checker.parse()?;
+        checker.config(&draft, None)
+    }
+
+    /// What this configuration says, for people.
+    pub fn summary(&self) -> Summary<'_> {
+        Summary::new(self)
+    }
+}
+
+impl TryFrom<&RunArgs> for Config {
+    type Error = ConfigError;
+
+    /// The configuration of a daemon that is to run: the file, if one is named, overridden by the
+    /// other options.
+    fn try_from(args: &RunArgs) -> Result<Self, ConfigError> {
+        let text = args.config.as_deref().map(read).transpose()?;
+        let source = args.config.as_deref().zip(text.as_deref());
+        let mut checker = Checker::new(source.map(|(path, text)| Source { path, text }));
+        let draft = checker.parse()?;
+        let draft = draft.overridden_by(args, |flag, fault| {
+            checker.refuse(&Origin::Flag(flag), "", fault);
+        });
+        checker.config(&draft, Some(args))
+    }
+}
+
+/// Reads a configuration file, but never more than [`MAX_FILE`].
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let fail = |fault| {
+        let place = Place::File {
+            path: path.to_owned(),
+            line: None,
+            key: String::new(),
+        };
+        ConfigError {
+            problems: vec![Problem { place, fault }],
+            omitted: 0,
+        }
+    };
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
+        .map_err(|source| fail(Fault::Read(source)))?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(fail(Fault::FileTooLong));
+    }
+    String::from_utf8(bytes).map_err(|_| fail(Fault::NotUtf8))
+}
+
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+/// Checks a draft and collects what is wrong with it. A value that was refused is `None`, and what
+/// depends on it is not checked.
+struct Checker<'a> {
+    source: Option<Source<'a>>,
+    problems: Vec<Problem>,
+    omitted: usize,
+}
+
+impl<'a> Checker<'a> {
+    fn new(source: Option<Source<'a>>) -> Self {
+        Self {
+            source,
+            problems: Vec::new(),
+            omitted: 0,
+        }
+    }
+
+    fn refuse(&mut self, origin: &Origin, key: &str, fault: Fault) {
+        if self.problems.len() >= MAX_PROBLEMS {
+            // Finding lines takes a pass over the file each.
+            self.omitted += 1;
+            return;
+        }
+        let place = match (origin, self.source) {
+            (Origin::Flag(name), _) => Place::Flag(name),
+            (Origin::File(span), source) => Place::File {
+                path: source.map_or_else(PathBuf::new, |source| source.path.to_owned()),
+                line: source.map(|source| line_of(source.text, span.start)),
+                key: key.to_owned(),
+            },
+        };
+        self.push(place, fault);
+    }
+
+    /// Refuses something that is nowhere to be found.
+    fn refuse_missing(&mut self, key: &str, flag: &'static str, cure: &'static str) {
+        let place = match self.source {
+            None => Place::Flag(flag),
+            Some(source) => Place::File {
+                path: source.path.to_owned(),
+                line: None,
+                key: key.to_owned(),
+            },
+        };
+        self.push(place, Fault::Missing(cure));
+    }
+
+    fn push(&mut self, place: Place, fault: Fault) {
+        self.problems.push(Problem { place, fault });
+    }
+
+    fn finish(self) -> ConfigError {
+        ConfigError {
+            problems: self.problems,
+            omitted: self.omitted,
+        }
+    }
+
+    /// The file as a draft; an empty one without a file.
+    fn parse(&mut self) -> Result<Draft, ConfigError> {
+        let Some(source) = self.source else {
+            return Ok(Draft::default());
+        };
+        toml::from_str(source.text).map_err(|error| {
+            let span = error.span().unwrap_or(0..0);
+            let fault = Fault::Syntax(syntax_message(
+                error.message(),
+                line_text(source.text, span.start),
+            ));
+            let mut checker = Checker::new(self.source);
+            checker.refuse(&Origin::File(span), "", fault);
+            checker.finish()
+        })
+    }
+
+    /// The checked configuration. `args` are there where the daemon is to run.
+    fn config(mut self, draft: &Draft, args: Option<&RunArgs>) -> Result<Config, ConfigError> {
+        let socket = match args.and_then(|args| args.fd) {
+            Some(fd) => Some(Socket::Fd(fd)),
+            None => {
+                if args.is_some() && draft.socket.is_none() {
+                    self.refuse_missing(
+                        "socket",
+                        "--socket-path",
+                        "give `socket = \"/run/vm0/iommu.sock\"` in the file, --socket-path or --fd",
+                    );
+                }
+                self.socket_path(draft.socket.as_ref(), "socket")
+                    .map(Socket::Path)
+            }
+        };
+        let control = self.socket_path(draft.control.as_ref(), "control");
+        if let (Some(Socket::Path(path)), Some(given)) = (&socket, &draft.control)
+            && control.as_ref() == Some(path)
+        {
+            self.refuse(&given.origin, "control", Fault::SamePath);
+        }
+
+        let address_width = self.address_width(draft.address_width.as_ref());
+        let granule = self.granule(draft.granule.as_ref());
+        let bypass_at_boot = self.bypass(draft.bypass.as_ref());
+        let max_domains = self.domains(draft.domains.as_ref());
+        let memory = self.memory(draft.memory.as_ref());
+        let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
+        let topology = self.topology(draft);
+
+        if let Some(topology) = topology
+            && let Some(address_width) = address_width
+            && let Some(page_mask) = granule.and_then(page_mask)
+            && let Some(bypass_at_boot) = bypass_at_boot
+            && let Some(max_domains) = max_domains
+            && let Some(memory) = memory
+            && let Some(arena_limit) = arena_limit
+            && self.problems.is_empty()
+        {
+            Ok(Config {
+                socket,
+                control,
+                address_width,
+                page_mask,
+                bypass_at_boot,
+                max_domains,
+                memory,
+                arena_limit,
+                topology,
+            })
+        } else {
+            Err(self.finish())
+        }
+    }
+
+    fn socket_path(&mut self, given: Option<&Given<Scalar>>, key: &str) -> Option<PathBuf> {
+        let given = given?;
+        let text = self.text(
+            given,
+            key,
+            "a path as a text, such as \"/run/vm0/iommu.sock\"",
+        )?;
+        let fault = if text.is_empty() {
+            Fault::PathEmpty
+        } else if text.len() > MAX_SOCKET_PATH {
+            Fault::PathTooLong(text.len())
+        } else if text.chars().any(char::is_control) {
+            Fault::PathControl
+        } else {
+            return Some(PathBuf::from(text));
+        };
+        self.refuse(&given.origin, key, fault);
+        None
+    }
+
+    fn address_width(&mut self, given: Option<&Given<Scalar>>) -> Option<u8> {
+        let Some(given) = given else {
+            return Some(DEFAULT_WIDTH);
+        };
+        let bits = self.integer(given, "address-width", "a number of bits, such as 48")?;
+        let width = u8::try_from(bits)
+            .ok()
+            .filter(|width| (MIN_WIDTH..=MAX_WIDTH).contains(width));
+        if width.is_none() {
+            self.refuse(&given.origin, "address-width", Fault::Width(bits));
+        }
+        width
+    }
+
+    fn granule(&mut self, given: Option<&Given<Scalar>>) -> Option<u64> {
+        let Some(given) = given else {
+            return Some(GRANULES[0]);
+        };
+        let size = match &given.value {
+            Scalar::Text(text) => parse_size(text),
+            Scalar::Integer(bytes) => u64::try_from(*bytes).ok(),
+            other => {
+                let wanted = "a size as a text, such as \"4k\"";
+                self.wrong_type(given, "granule", other.found(), wanted);
+                return None;
+            }
+        };
+        let granule = size.filter(|size| GRANULES.contains(size));
+        if granule.is_none() {
+            let fault = Fault::Granule(shown(&given.value));
+            self.refuse(&given.origin, "granule", fault);
+        }
+        granule
+    }
+
+    fn bypass(&mut self, given: Option<&Given<Scalar>>) -> Option<bool> {
+        match given {
+            None => Some(true),
+            Some(Given {
+                value: Scalar::Bool(value),
+                ..
+            }) => Some(*value),
+            Some(given) => {
+                self.wrong_type(given, "bypass", given.value.found(), "true or false");
+                None
+            }
+        }
+    }
+
+    fn domains(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {
+        let Some(given) = given else {
+            return Some(MAX_DOMAINS);
+        };
+        let count = self.integer(given, "domains", "a number, such as 1024")?;
+        let domains = u32::try_from(count)
+            .ok()
+            .filter(|domains| (1..=MAX_DOMAINS).contains(domains));
+        if domains.is_none() {
+            self.refuse(&given.origin, "domains", Fault::Domains(count));
+        }
+        domains
+    }
+
+    /// `Some(None)` where no size is given.
+    fn memory(&mut self, given: Option<&Given<Scalar>>) -> Option<Option<u64>> {
+        let Some(given) = given else {
+            return Some(None);
+        };
+        let bytes = self.size(given, "memory")?;
+        let whole = bytes % (1 << 20) == 0;
+        if bytes == 0 || bytes > MAX_MEMORY || !whole {
+            self.refuse(&given.origin, "memory", Fault::Memory(bytes));
+            return None;
+        }
+        Some(Some(bytes))
+    }
+
+    fn arena_limit(&mut self, given: Option<&Given<Scalar>>, memory: Option<u64>) -> Option<u64> {
+        let Some(given) = given else {
+            let share = memory.unwrap_or(0) / 256;
+            return Some(whole_pages(share.saturating_add(BASE_ARENA).min(MAX_ARENA)));
+        };
+        let bytes = self.size(given, "arena-limit")?;
+        let fault = if bytes < MIN_ARENA {
+            Fault::ArenaTooSmall(bytes)
+        } else if bytes > MAX_ARENA {
+            Fault::ArenaTooLarge(bytes)
+        } else {
+            return Some(whole_pages(bytes));
+        };
+        self.refuse(&given.origin, "arena-limit", fault);
+        None
+    }
+
+    fn topology(&mut self, draft: &Draft) -> Option<Topology> {
+        let iommu = self.iommu(draft.address.as_ref());
+        let reserved = self.common_reserved(draft);
+        let mut specs = Vec::with_capacity(draft.endpoint.len());
+        for (index, endpoint) in draft.endpoint.iter().enumerate() {
+            specs.extend(self.endpoint(index, endpoint));
+        }
+        // A refused endpoint is missing from the specs, and their numbers would not be the file's.
+        if specs.len() != draft.endpoint.len() {
+            return None;
+        }
+        match Topology::new(iommu?, reserved?, &specs) {
+            Ok(topology) => Some(topology),
+            Err(error) => {
+                self.refuse_topology(draft, error);
+                None
+            }
+        }
+    }
+
+    fn refuse_topology(&mut self, draft: &Draft, error: TopologyError) {
+        let index = error.index();
+        let Some(endpoint) = draft.endpoint.get(index) else {
+            return;
+        };
+        let value = &endpoint.value;
+        let (key, origin) = if let TopologyError::Reserved { .. } = error {
+            ("reserved", value.reserved.as_ref().map(|list| &list.origin))
+        } else if let Some(given) = &value.address {
+            ("address", Some(&given.origin))
+        } else {
+            ("range", value.range.as_ref().map(|given| &given.origin))
+        };
+        let fault = if draft.reserved.is_none() && names_default(&error) {
+            Fault::BesideDefault(error)
+        } else {
+            Fault::Topology(error)
+        };
+        let origin = origin.unwrap_or(&endpoint.origin);
+        self.refuse(origin, &format!("endpoint[{index}].{key}"), fault);
+    }
+
+    fn iommu(&mut self, given: Option<&Given<Scalar>>) -> Option<PciAddress> {
+        let Some(given) = given else {
+            self.refuse_missing(
+                "address",
+                "--iommu",
+                "give the PCI address the IOMMU itself has in the guest: \
+                 `address = \"00:05.0\"` in the file, or --iommu 00:05.0",
+            );
+            return None;
+        };
+        self.pci_address(given, "address")
+    }
+
+    fn pci_address(&mut self, given: &Given<Scalar>, key: &str) -> Option<PciAddress> {
+        let text = self.text(given, key, "a PCI address as a text, such as \"00:05.0\"")?;
+        match text.parse() {
+            Ok(address) => Some(address),
+            Err(source) => {
+                let value = shown(&given.value);
+                self.refuse(&given.origin, key, Fault::Pci { value, source });
+                None
+            }
+        }
+    }
+
+    fn pci_range(&mut self, given: &Given<Scalar>, key: &str) -> Option<PciRange> {
+        let wanted = "PCI addresses as a text, such as \"00:10.0-00:1f.7\"";
+        let text = self.text(given, key, wanted)?;
+        match text.parse() {
+            Ok(range) => Some(range),
+            Err(source) => {
+                let value = shown(&given.value);
+                self.refuse(&given.origin, key, Fault::PciRange { value, source });
+                None
+            }
+        }
+    }
+
+    fn endpoint(&mut self, index: usize, given: &Given<EndpointDraft>) -> Option<EndpointSpec> {
+        let key = |name: &str| format!("endpoint[{index}].{name}");
+        let value = &given.value;
+        let range = match (&value.address, &value.range) {
+            (Some(address), None) => self
+                .pci_address(address, &key("address"))
+                .map(PciRange::from),
+            (None, Some(range)) => self.pci_range(range, &key("range")),
+            (Some(_), Some(range)) => {
+                self.refuse(&range.origin, &key("range"), Fault::AddressAndRange);
+                None
+            }
+            (None, None) => {
+                let key = format!("endpoint[{index}]");
+                self.refuse(&given.origin, &key, Fault::NoAddress);
+                None
+            }
+        };
+        let group = match &value.group {
+            None => Some(None),
+            Some(group) => self.group(group, &key("group")).map(Some),
+        };
+        let reserved = match &value.reserved {
+            None => Some(Vec::new()),
+            Some(list) => self.regions(&list.value, &key("reserved")),
+        };
+        Some(EndpointSpec {
+            range: range?,
+            group: group?,
+            reserved: reserved?,
+        })
+    }
+
+    fn group(&mut self, given: &Given<Scalar>, key: &str) -> Option<GroupName> {
+        let text = self.text(given, key, "a name as a text, such as \"nic0\"")?;
+        match GroupName::new(text) {
+            Ok(name) => Some(name),
+            Err(source) => {
+                let value = shown(&given.value);
+                self.refuse(&given.origin, key, Fault::Group { value, source });
+                None
+            }
+        }
+    }
+
+    fn common_reserved(&mut self, draft: &Draft) -> Option<ReservedRegions> {
+        let Some(list) = &draft.reserved else {
+            return ReservedRegions::new(vec![default_region()?]).ok();
+        };
+        let regions = self.regions(&list.value, "reserved")?;
+        match ReservedRegions::new(regions) {
+            Ok(set) => Some(set),
+            Err(error) => {
+                self.refuse(&list.origin, "reserved", error.into());
+                None
+            }
+        }
+    }
+
+    fn regions(&mut self, list: &[Given<RegionDraft>], key: &str) -> Option<Vec<ReservedRegion>> {
+        let mut regions = Vec::with_capacity(list.len());
+        for (index, region) in list.iter().enumerate() {
+            regions.extend(self.region(region, &format!("{key}[{index}]")));
+        }
+        (regions.len() == list.len()).then_some(regions)
+    }
+
+    fn region(&mut self, given: &Given<RegionDraft>, key: &str) -> Option<ReservedRegion> {
+        let value = &given.value;
+        let first = self.bound(given, value.first.as_ref(), &format!("{key}.first"));
+        let last = self.bound(given, value.last.as_ref(), &format!("{key}.last"));
+        let kind = match &value.kind {
+            None => Some(ReservedKind::Reserved),
+            Some(kind) => self.region_kind(kind, &format!("{key}.kind")),
+        };
+        let (first, last) = (first?, last?);
+        let Some(range) = IovaRange::new(Iova(first), Iova(last)) else {
+            self.refuse(&given.origin, key, Fault::RegionBackwards { first, last });
+            return None;
+        };
+        // Pages of 4 KiB whatever the granule: meeting a region is a matter of bytes, so a
+        // region need not fill a larger granule (the MSI window does not fill 2 MiB). Bounds
+        // inside such a page are a slip, most often the length or the end in place of `last`.
+        let (whole_first, whole_last) = (whole_pages(first), last | (SMALLEST_PAGE - 1));
+        if (first, last) != (whole_first, whole_last) {
+            let fault = Fault::RegionUnaligned {
+                first,
+                last,
+                whole_first,
+                whole_last,
+            };
+            self.refuse(&given.origin, key, fault);
+            return None;
+        }
+        Some(ReservedRegion { range, kind: kind? })
+    }
+
+    fn bound(
+        &mut self,
+        region: &Given<RegionDraft>,
+        given: Option<&Given<Scalar>>,
+        key: &str,
+    ) -> Option<u64> {
+        let Some(given) = given else {
+            let cure = "give `first` and `last`, the first and last address of the region";
+            self.refuse(&region.origin, key, Fault::Missing(cure));
+            return None;
+        };
+        let address = match &given.value {
+            Scalar::Integer(value) => u64::try_from(*value).ok(),
+            Scalar::Text(text) => parse_number(text),
+            other => {
+                let wanted = "an address, such as 0xfee00000";
+                self.wrong_type(given, key, other.found(), wanted);
+                return None;
+            }
+        };
+        if address.is_none() {
+            self.refuse(&given.origin, key, Fault::Iova(shown(&given.value)));
+        }
+        address
+    }
+
+    fn region_kind(&mut self, given: &Given<Scalar>, key: &str) -> Option<ReservedKind> {
+        match self.text(given, key, "\"reserved\" or \"msi\"")? {
+            "reserved" => Some(ReservedKind::Reserved),
+            "msi" => Some(ReservedKind::Msi),
+            _ => {
+                self.refuse(&given.origin, key, Fault::RegionKind(shown(&given.value)));
+                None
+            }
+        }
+    }
+
+    fn text<'g>(
+        &mut self,
+        given: &'g Given<Scalar>,
+        key: &str,
+        wanted: &'static str,
+    ) -> Option<&'g str> {
+        if let Scalar::Text(text) = &given.value {
+            return Some(text);
+        }
+        self.wrong_type(given, key, given.value.found(), wanted);
+        None
+    }
+
+    fn integer(&mut self, given: &Given<Scalar>, key: &str, wanted: &'static str) -> Option<i128> {
+        if let Scalar::Integer(value) = given.value {
+            return Some(value);
+        }
+        self.wrong_type(given, key, given.value.found(), wanted);
+        None
+    }
+
+    fn size(&mut self, given: &Given<Scalar>, key: &str) -> Option<u64> {
+        let size = match &given.value {
+            Scalar::Text(text) => parse_size(text),
+            Scalar::Integer(bytes) => u64::try_from(*bytes).ok(),
+            other => {
+                let wanted = "a size: bytes as a number, or a text such as \"2G\"";
+                self.wrong_type(given, key, other.found(), wanted);
+                return None;
+            }
+        };
+        if size.is_none() {
+            self.refuse(&given.origin, key, Fault::Size(shown(&given.value)));
+        }
+        size
+    }
+
+    fn wrong_type(
+        &mut self,
+        given: &Given<Scalar>,
+        key: &str,
+        found: &'static str,
+        wanted: &'static str,
+    ) {
+        self.refuse(&given.origin, key, Fault::WrongType { found, wanted });
+    }
+}
+
+fn default_region() -> Option<ReservedRegion> {
+    Some(ReservedRegion {
+        range: IovaRange::new(Iova(X86_MSI.0), Iova(X86_MSI.1))?,
+        kind: ReservedKind::Msi,
+    })
+}
+
+/// Whether one of two reserved regions at odds is the default one.
+fn names_default(error: &TopologyError) -> bool {
+    let TopologyError::Reserved { source, .. } = error else {
+        return false;
+    };
+    match *source {
+        ReservedError::Overlap { first, second } | ReservedError::TwoMsi { first, second } => {
+            [Some(first), Some(second)].contains(&default_region())
+        }
+        ReservedError::TooMany { .. } => false,
+    }
+}
+
+fn page_mask(granule: u64) -> Option<PageMask> {
+    let larger = PageMask::TABLE.bits() & !(granule - 1);
+    PageMask::new(granule | larger)
+}
+
+fn whole_pages(bytes: u64) -> u64 {
+    bytes & !(SMALLEST_PAGE - 1)
+}
+
+/// Reads a decimal or, after `0x`, hexadecimal number; `_` may stand between digits.
+fn parse_number(text: &str) -> Option<u64> {
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None => (text, 10),
+    };
+    let well_formed = digits.starts_with(|c: char| c.is_ascii_hexdigit())
+        && digits.bytes().all(|b| b.is_ascii_hexdigit() || b == b'_');
+    well_formed.then(|| u64::from_str_radix(&digits.replace('_', ""), radix).ok())?
+}
+
+/// Reads a number of bytes with an optional binary suffix: `4096`, `64k`, `2G`, `2GiB`.
+fn parse_size(text: &str) -> Option<u64> {
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, suffix) = text.split_at(split);
+    let suffix = suffix.trim_start().to_ascii_lowercase();
+    let shift = match suffix.strip_suffix("ib").unwrap_or(&suffix) {
+        "" if suffix.is_empty() => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// A value as a message shows it: not too long.
+fn shown(value: &Scalar) -> String {
+    match value {
+        Scalar::Text(text) => shorten(text),
+        Scalar::Integer(value) => value.to_string(),
+        other => other.found().to_owned(),
+    }
+}
+
+fn shorten(text: &str) -> String {
+    const MOST: usize = 60;
+    match text.char_indices().nth(MOST) {
+        None => text.to_owned(),
+        Some((at, _)) => format!("{}...", &text[..at]),
+    }
+}
+
+/// The parser's message in this program's words, with a cure and the line at fault. Both may hold
+/// anything, so control characters are made visible.
+fn syntax_message(message: &str, line: &str) -> String {
+    let message = message.replace("unknown field", "unknown key");
+    let message = shorten_message(&message);
+    let cure = if message.starts_with("unknown key") {
+        "correct or remove it"
+    } else if message.starts_with("duplicate key") {
+        "keep one of the two"
+    } else if message.contains("expected a sequence") {
+        "write `reserved` as a list of tables and each endpoint under its own [[endpoint]]"
+    } else if message.starts_with("invalid type") {
+        "write a table, such as { first = 0x0, last = 0xfff } for a reserved region"
+    } else {
+        "correct the TOML"
+    };
+    let line = line.trim();
+    if line.is_empty() {
+        format!("{message}; {cure}")
+    } else {
+        format!("{message}; {cure} (in {:?})", shorten(line))
+    }
+}
+
+fn shorten_message(message: &str) -> String {
+    const MOST: usize = 400;
+    message
+        .chars()
+        .take(MOST)
+        .flat_map(|c| {
+            let escaped = c.is_control().then(|| c.escape_default());
+            let plain = (!c.is_control()).then_some(c);
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}
+
+/// The number of the line that byte `at` is on, counted from 1.
+fn line_of(text: &str, at: usize) -> usize {
+    let before = text.as_bytes().iter().take(at);
+    before.filter(|&&byte| byte == b'\n').count() + 1
+}
+
+/// The line that byte `at` is on.
+fn line_text(text: &str, at: usize) -> &str {
+    text.lines().nth(line_of(text, at) - 1).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

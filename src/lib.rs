@@ -1,9 +1,22 @@
 //! A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu.
+//!
+//! ```text
+//! request queue -> device -> protocol::Request -> iommu::Iommu --plan, apply, roll back--> page_table
+//!       ^                                             |                                   + backends
+//!       +---- used ring <- protocol::reply <- Result<(), RequestError>
+//! event queue <- device <- iommu::Fault
+//! args, file -> config -> topology -> iommu checks, PROBE answers, VIOT, QEMU arguments
+//! control socket <- control <- iommu, metrics
+//! ```
+//!
+//! Who may import whom is written down and enforced in `tests/layering.rs`.
 
 pub mod address;
+pub mod args;
 pub mod backends;
 pub mod config;
 pub mod control;
+pub mod ctl;
 pub mod daemon;
 pub mod device;
 pub mod guest_memory;
@@ -13,4 +26,5 @@ pub mod log_limit;
 pub mod metrics;
 pub mod page_table;
 pub mod protocol;
+pub mod qemu_args;
 pub mod topology;

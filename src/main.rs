@@ -1,84 +1,138 @@
-//! The daemon's command line.
+//! The `vhost-device-iommu` program: arguments in, exit status out.
 
-use std::path::PathBuf;
+use std::error::Error;
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_device_iommu::address::{Iova, IovaRange, PageMask};
-use vhost_device_iommu::config::{Config, Socket};
+use vhost_device_iommu::args::{Args, Command, Question};
+use vhost_device_iommu::config::Config;
+use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
-use vhost_device_iommu::topology::{
-    EndpointSpec, PciAddress, PciRange, ReservedKind, ReservedRegion, ReservedRegions, Topology,
-};
+use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
+use vhost_device_iommu::topology::viot;
 
-#[derive(Parser)]
-struct Args {
-    #[arg(long)]
-    socket_path: PathBuf,
-    #[arg(long)]
-    control_path: Option<PathBuf>,
-    #[arg(long)]
-    iommu: String,
-    #[arg(long)]
-    endpoint: Vec<String>,
-    #[arg(long, default_value = "64M")]
-    arena_limit: String,
-}
+type Outcome = Result<(), Box<dyn Error>>;
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
-    let args = Args::parse();
-    let msi = ReservedRegion {
-        range: IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)).expect("range"),
-        kind: ReservedKind::Msi,
+    let outcome = if asks_for_capabilities() {
+        print_capabilities()
+    } else {
+        dispatch(&Args::parse())
     };
-    let specs: Vec<_> = args
-        .endpoint
-        .iter()
-        .map(|e| {
-            let (first, last) = e.split_once('-').unwrap_or((e, e));
-            let first: PciAddress = first.parse().expect("address");
-            let last: PciAddress = last.parse().expect("address");
-            EndpointSpec {
-                range: PciRange::new(first, last).expect("range"),
-                group: None,
-                reserved: Vec::new(),
-            }
-        })
-        .collect();
-    let config = Config {
-        socket: Some(Socket::Path(args.socket_path)),
-        control: args.control_path,
-        address_width: 48,
-        page_mask: PageMask::TABLE,
-        bypass_at_boot: true,
-        max_domains: 65536,
-        memory: None,
-        arena_limit: args
-            .arena_limit
-            .trim_end_matches('M')
-            .parse::<u64>()
-            .expect("MiB")
-            << 20,
-        topology: Topology::new(
-            args.iommu.parse().expect("address"),
-            ReservedRegions::new(vec![msi]).expect("regions"),
-            &specs,
-        )
-        .expect("topology"),
-    };
-    let mut daemon = match Daemon::new(&config) {
-        Ok(daemon) => daemon,
-        Err(cause) => {
-            eprintln!("error: {cause}");
-            return ExitCode::FAILURE;
-        }
-    };
-    match daemon.run() {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(cause) => {
-            eprintln!("error: {cause}");
+        Err(error) => {
+            // Nobody is left to tell where standard error is closed.
+            let _ = writeln!(io::stderr(), "vhost-device-iommu: {error}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether `--print-capabilities` stands anywhere before `--`. Looked for by hand, since it must
+/// work whatever else is there, even what the parser would refuse.
+fn asks_for_capabilities() -> bool {
+    std::env::args_os()
+        .skip(1)
+        .take_while(|arg| arg != OsStr::new("--"))
+        .any(|arg| arg == OsStr::new("--print-capabilities"))
+}
+
+/// The form is that of the vhost-user specification, "Backend program conventions".
+fn print_capabilities() -> Outcome {
+    let capabilities = serde_json::json!({ "type": "iommu", "features": [] });
+    print(&format!("{capabilities:#}\n"))
+}
+
+fn dispatch(args: &Args) -> Outcome {
+    match &args.command {
+        None => serve(&Config::try_from(&args.run)?),
+        Some(Command::Check { file }) => check(file),
+        Some(Command::Viot { file, output }) => write_viot(file, output.as_deref()),
+        Some(Command::QemuArgs { file, viot, shell }) => {
+            print_qemu_args(file, viot.as_deref(), *shell)
+        }
+        Some(Command::Ctl {
+            socket,
+            json,
+            question,
+        }) => control(socket, question, *json),
+    }
+}
+
+/// Serves one VM until told to stop.
+fn serve(config: &Config) -> Outcome {
+    let default_level = env_logger::Env::default().default_filter_or("info");
+    env_logger::Builder::from_env(default_level).init();
+    Ok(Daemon::new(config)?.run()?)
+}
+
+/// Asks a running daemon and prints its answer.
+fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
+    let answer = ctl::ask(socket, question)?;
+    if json {
+        print(&format!("{answer:#}\n"))
+    } else {
+        print(&ctl::render(question, &answer))
+    }
+}
+
+fn check(file: &Path) -> Outcome {
+    let config = Config::from_file(file)?;
+    print(&config.summary().to_string())
+}
+
+fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {
+    let table = viot::table(&Config::from_file(file)?.topology)?;
+    let Some(output) = output else {
+        let mut stdout = io::stdout();
+        if stdout.is_terminal() {
+            return Err("the table is binary and standard output is a terminal; \
+                        give -o FILE or redirect the output"
+                .into());
+        }
+        stdout.write_all(&table)?;
+        return Ok(stdout.flush()?);
+    };
+    fs::write(output, table).map_err(|cause| {
+        let output = output.display();
+        format!("cannot write {output}: {cause}; give a path that can be written with -o").into()
+    })
+}
+
+fn print_qemu_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
+    let config = Config::from_file(file)?;
+    let viot = viot.map_or_else(|| default_viot_path(file), Path::to_owned);
+    let args = QemuArgs::new(&config, &viot).map_err(|error| {
+        let file = file.display();
+        format!("{file}: {error}")
+    })?;
+    // Not on standard output, where the arguments are for a program to read.
+    let notes: String = args
+        .notes
+        .iter()
+        .map(|note| format!("# {note}\n"))
+        .collect();
+    io::stderr().write_all(notes.as_bytes())?;
+    if shell {
+        print(&format!("{}\n", args.shell_line()))
+    } else {
+        let lines: String = args
+            .arguments
+            .iter()
+            .map(|arg| format!("{arg}\n"))
+            .collect();
+        print(&lines)
+    }
+}
+
+/// Unlike `println!`, fails rather than panics where the reader has gone.
+fn print(text: &str) -> Outcome {
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
 }

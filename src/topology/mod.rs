@@ -6,6 +6,7 @@
 pub mod groups;
 pub mod pci;
 pub mod reserved;
+pub mod viot;
 
 use std::collections::HashMap;
 

@@ -1,0 +1,160 @@
+//! The command line, as typed: nothing here is checked beyond its shape.
+//!
+//! Imports nothing of this crate, so that the manual page can be made from it alone.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu
+///
+/// Serves one virtual machine. The configuration comes from a TOML file (--config), from the
+/// options below, or from both: an option overrides the file's key of the same meaning.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "vhost-device-iommu",
+    version,
+    args_conflicts_with_subcommands = true
+)]
+pub struct Args {
+    /// What to do instead of serving a virtual machine.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// How to serve one.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// Options of the daemon itself.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct RunArgs {
+    /// Read the configuration from this TOML file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Listen for the VMM on a socket made at this path
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Listen for the VMM on this inherited descriptor of a listening socket
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
+    pub fd: Option<i32>,
+
+    /// Answer `ctl` on a socket made at this path
+    #[arg(long, value_name = "PATH")]
+    pub control_path: Option<PathBuf>,
+
+    /// PCI address of the IOMMU itself, such as 00:05.0
+    #[arg(long, value_name = "PCI")]
+    pub iommu: Option<String>,
+
+    /// A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1f.7; may be
+    /// repeated, and replaces the file's endpoints
+    #[arg(long, value_name = "PCI[-PCI]")]
+    pub endpoint: Vec<String>,
+
+    /// Bits of an I/O virtual address, 32 to 57 [default: 48]
+    #[arg(long, value_name = "N")]
+    pub address_width: Option<u64>,
+
+    /// Whether endpoints outside every domain pass untranslated at boot [default: on]
+    #[arg(long, value_name = "on|off", hide_possible_values = true)]
+    pub bypass: Option<OnOff>,
+
+    /// Smallest page of a mapping: 4k, 16k, 64k or 2m [default: 4k]
+    #[arg(long, value_name = "SIZE")]
+    pub granule: Option<String>,
+
+    /// Addresses no endpoint may map; may be repeated, and replaces the file's list
+    /// [default: 0xfee00000..=0xfeefffff:msi]
+    #[arg(long, value_name = "FIRST..=LAST:msi|reserved")]
+    pub reserved: Vec<String>,
+
+    /// Reserve no addresses for all endpoints, not even the default MSI window
+    #[arg(long, conflicts_with = "reserved")]
+    pub no_reserved: bool,
+
+    /// Size of guest RAM, such as 2G
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
+
+    /// Most memory the page tables may take [default: memory / 256 + 64M]
+    #[arg(long, value_name = "SIZE")]
+    pub arena_limit: Option<String>,
+
+    /// Print what this backend can do as JSON and exit; everything else is ignored
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// A switch that is written out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// What to do instead of serving a virtual machine.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Check a configuration file and print what it says
+    Check {
+        /// The configuration
+        file: PathBuf,
+    },
+    /// Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU
+    Viot {
+        /// The configuration
+        file: PathBuf,
+        /// Write to this file instead of standard output, which must not be a terminal
+        #[arg(short, long, value_name = "OUT")]
+        output: Option<PathBuf>,
+    },
+    /// Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line
+    ///
+    /// What cannot be an argument, such as the addresses to give to devices, is printed on
+    /// standard error.
+    QemuArgs {
+        /// The configuration
+        file: PathBuf,
+        /// Where QEMU finds the table written by `viot` [default: FILE with the ending .viot]
+        #[arg(long, value_name = "PATH")]
+        viot: Option<PathBuf>,
+        /// Print one line, quoted for a POSIX shell
+        #[arg(long)]
+        shell: bool,
+    },
+    /// Ask a running daemon
+    Ctl {
+        /// Its control socket
+        socket: PathBuf,
+        /// Print JSON
+        #[arg(long, global = true)]
+        json: bool,
+        /// The question
+        #[command(subcommand)]
+        question: Question,
+    },
+}
+
+/// What a running daemon can be asked.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Question {
+    /// Endpoints, domains, and counts of requests and faults
+    Status,
+    /// Live mappings
+    Mappings {
+        /// Of this domain only
+        #[arg(long, value_name = "N")]
+        domain: Option<u32>,
+    },
+    /// Where an endpoint's access to an I/O virtual address goes
+    Translate {
+        /// The endpoint, as a PCI address or a number
+        endpoint: String,
+        /// The address, decimal or with 0x
+        iova: String,
+    },
+}

@@ -1,0 +1,254 @@
+//! Values as they were given, by a file or by options, before anything is checked.
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use toml::Spanned;
+
+use super::error::Fault;
+use crate::args::{OnOff, RunArgs};
+
+/// Where a value stands: a file's bytes, or the option that gave it.
+#[derive(Clone, Debug)]
+pub(super) enum Origin {
+    File(Range<usize>),
+    Flag(&'static str),
+}
+
+/// A value and where it stands.
+#[derive(Clone, Debug)]
+pub(super) struct Given<T> {
+    pub value: T,
+    pub origin: Origin,
+}
+
+impl<T> Given<T> {
+    fn flag(name: &'static str, value: T) -> Self {
+        Self {
+            value,
+            origin: Origin::Flag(name),
+        }
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Given<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let spanned = Spanned::<T>::deserialize(deserializer)?;
+        Ok(Self {
+            origin: Origin::File(spanned.span()),
+            value: spanned.into_inner(),
+        })
+    }
+}
+
+/// A single value of whatever type was written. Its type is checked later, where the key is known.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Scalar {
+    Integer(i128),
+    Bool(bool),
+    Text(String),
+    Other(&'static str),
+}
+
+impl Scalar {
+    /// What this is, for a message.
+    pub fn found(&self) -> &'static str {
+        match self {
+            Self::Integer(_) => "a number",
+            Self::Bool(_) => "true or false",
+            Self::Text(_) => "a text",
+            Self::Other(name) => name,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Scalar {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct AnyValue;
+
+        impl<'de> Visitor<'de> for AnyValue {
+            type Value = Scalar;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a value")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Scalar, E> {
+                Ok(Scalar::Bool(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Scalar, E> {
+                Ok(Scalar::Integer(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Scalar, E> {
+                Ok(Scalar::Integer(value.into()))
+            }
+
+            fn visit_i128<E>(self, value: i128) -> Result<Scalar, E> {
+                Ok(Scalar::Integer(value))
+            }
+
+            fn visit_u128<E>(self, value: u128) -> Result<Scalar, E> {
+                Ok(Scalar::Integer(i128::try_from(value).unwrap_or(i128::MAX)))
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Scalar, E> {
+                Ok(Scalar::Other("a fraction"))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Scalar, E> {
+                Ok(Scalar::Text(value.to_owned()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Scalar, A::Error> {
+                while items.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other("a list"))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut items: A) -> Result<Scalar, A::Error> {
+                while items.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Scalar::Other("a table or a date"))
+            }
+        }
+
+        deserializer.deserialize_any(AnyValue)
+    }
+}
+
+/// All that can be given.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct Draft {
+    pub socket: Option<Given<Scalar>>,
+    pub control: Option<Given<Scalar>>,
+    pub address: Option<Given<Scalar>>,
+    pub address_width: Option<Given<Scalar>>,
+    pub bypass: Option<Given<Scalar>>,
+    pub granule: Option<Given<Scalar>>,
+    pub domains: Option<Given<Scalar>>,
+    pub memory: Option<Given<Scalar>>,
+    pub arena_limit: Option<Given<Scalar>>,
+    pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
+    #[serde(default)]
+    pub endpoint: Vec<Given<EndpointDraft>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct RegionDraft {
+    pub first: Option<Given<Scalar>>,
+    pub last: Option<Given<Scalar>>,
+    pub kind: Option<Given<Scalar>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct EndpointDraft {
+    pub address: Option<Given<Scalar>>,
+    pub range: Option<Given<Scalar>>,
+    pub group: Option<Given<Scalar>>,
+    pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
+}
+
+impl Draft {
+    /// This draft with what the options give instead. `refuse` is told of options that cannot be
+    /// read.
+    pub fn overridden_by(
+        mut self,
+        args: &RunArgs,
+        mut refuse: impl FnMut(&'static str, Fault),
+    ) -> Self {
+        let path = |name, path: &Option<std::path::PathBuf>| {
+            path.as_ref().map(|path| {
+                let text = path.to_str().map(str::to_owned);
+                Given::flag(
+                    name,
+                    text.map_or(Scalar::Other("a path outside UTF-8"), Scalar::Text),
+                )
+            })
+        };
+        let text = |name, text: &Option<String>| {
+            text.as_ref()
+                .map(|text| Given::flag(name, Scalar::Text(text.clone())))
+        };
+        fn replace<T>(old: &mut Option<T>, new: Option<T>) {
+            if new.is_some() {
+                *old = new;
+            }
+        }
+
+        replace(&mut self.socket, path("--socket-path", &args.socket_path));
+        replace(
+            &mut self.control,
+            path("--control-path", &args.control_path),
+        );
+        replace(&mut self.address, text("--iommu", &args.iommu));
+        replace(
+            &mut self.address_width,
+            args.address_width
+                .map(|bits| Given::flag("--address-width", Scalar::Integer(bits.into()))),
+        );
+        replace(
+            &mut self.bypass,
+            args.bypass
+                .map(|value| Given::flag("--bypass", Scalar::Bool(value == OnOff::On))),
+        );
+        replace(&mut self.granule, text("--granule", &args.granule));
+        replace(&mut self.memory, text("--memory", &args.memory));
+        replace(
+            &mut self.arena_limit,
+            text("--arena-limit", &args.arena_limit),
+        );
+        if args.no_reserved {
+            self.reserved = Some(Given::flag("--no-reserved", Vec::new()));
+        } else if !args.reserved.is_empty() {
+            let mut regions = Vec::new();
+            for text in &args.reserved {
+                match RegionDraft::from_flag(text) {
+                    Some(region) => regions.push(Given::flag("--reserved", region)),
+                    None => refuse("--reserved", Fault::RegionText(text.clone())),
+                }
+            }
+            self.reserved = Some(Given::flag("--reserved", regions));
+        }
+        if !args.endpoint.is_empty() {
+            self.endpoint = args
+                .endpoint
+                .iter()
+                .map(|text| {
+                    let range = Given::flag("--endpoint", Scalar::Text(text.clone()));
+                    Given::flag(
+                        "--endpoint",
+                        EndpointDraft {
+                            range: Some(range),
+                            ..EndpointDraft::default()
+                        },
+                    )
+                })
+                .collect();
+        }
+        self
+    }
+}
+
+impl RegionDraft {
+    /// Splits `FIRST..=LAST:KIND`.
+    fn from_flag(text: &str) -> Option<Self> {
+        let (bounds, kind) = text.rsplit_once(':')?;
+        let (first, last) = bounds.split_once("..=")?;
+        let part = |text: &str| {
+            Some(Given::flag(
+                "--reserved",
+                Scalar::Text(text.trim().to_owned()),
+            ))
+        };
+        Some(Self {
+            first: part(first),
+            last: part(last),
+            kind: part(kind),
+        })
+    }
+}

@@ -1,0 +1,261 @@
+//! What can be wrong with a configuration, where, and how to put it right.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::{
+    MAX_ARENA, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_SOCKET_PATH, MAX_WIDTH, MIN_ARENA, MIN_WIDTH,
+};
+use crate::topology::groups::GroupNameError;
+use crate::topology::pci::{PciAddressError, PciRangeError};
+use crate::topology::{ReservedError, TopologyError};
+
+/// The most problems listed in one error.
+pub const MAX_PROBLEMS: usize = 20;
+
+/// A configuration that cannot be used, with every reason found.
+#[derive(Debug, Error)]
+pub struct ConfigError {
+    /// The reasons, at least one and at most [`MAX_PROBLEMS`].
+    pub problems: Vec<Problem>,
+    /// How many more were found and not kept.
+    pub omitted: usize,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.problems.iter().enumerate() {
+            if index > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{problem}")?;
+        }
+        if self.omitted > 0 {
+            write!(f, "\nand {} more of such problems", self.omitted)?;
+        }
+        Ok(())
+    }
+}
+
+/// One thing that is wrong, and where.
+#[derive(Debug, Error)]
+#[error("{place}: {fault}")]
+pub struct Problem {
+    /// Where.
+    pub place: Place,
+    /// What, and the cure.
+    #[source]
+    pub fault: Fault,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A configuration file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1, where one is to blame.
+        line: Option<usize>,
+        /// The key, such as `endpoint[0].range`; empty where the file as a whole is to blame.
+        key: String,
+    },
+    /// An option on the command line.
+    Flag(&'static str),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(name) => f.write_str(name),
+            Self::File { path, line, key } => {
+                write!(f, "{}", path.display())?;
+                if let Some(line) = line {
+                    write!(f, ":{line}")?;
+                }
+                if !key.is_empty() {
+                    write!(f, ": {key}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What is wrong with a value. Each text ends with the cure.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The file cannot be read.
+    #[error("cannot be read: {0}; give the path of a readable TOML file")]
+    Read(#[source] io::Error),
+    /// The file is longer than [`MAX_FILE`].
+    #[error(
+        "is longer than {MAX_FILE} bytes; is it a configuration? \
+         If so, give ranges instead of single endpoints"
+    )]
+    FileTooLong,
+    /// The file is not text.
+    #[error("is not UTF-8 text; save it as UTF-8")]
+    NotUtf8,
+    /// The file is not TOML, or has keys that do not belong.
+    #[error("{0}")]
+    Syntax(String),
+    /// A value of the wrong type.
+    #[error("must be {wanted}, not {found}")]
+    WrongType {
+        /// What was found.
+        found: &'static str,
+        /// What is wanted, with an example.
+        wanted: &'static str,
+    },
+    /// Something that must be there is not.
+    #[error("is missing; {0}")]
+    Missing(&'static str),
+
+    /// A socket's path is empty.
+    #[error("is empty; give the path the socket is to have, such as /run/vm0/iommu.sock")]
+    PathEmpty,
+    /// A socket's path does not fit a socket address.
+    #[error(
+        "the path has {0} bytes, a socket's path has at most {MAX_SOCKET_PATH}; \
+         use a shorter one, such as /run/vm0/iommu.sock"
+    )]
+    PathTooLong(usize),
+    /// A socket's path has a control character.
+    #[error("the path contains a control character; use printable characters only")]
+    PathControl,
+    /// The two sockets have one path.
+    #[error("the control socket has the same path as the socket for the VMM; use another")]
+    SamePath,
+
+    /// Not a PCI address.
+    #[error("{value:?} is {source}")]
+    Pci {
+        /// The text.
+        value: String,
+        /// Why not.
+        source: PciAddressError,
+    },
+    /// Not a range of PCI addresses.
+    #[error("{value:?}: {source}")]
+    PciRange {
+        /// The text.
+        value: String,
+        /// Why not.
+        source: PciRangeError,
+    },
+    /// An endpoint with both an address and a range.
+    #[error("both `address` and `range` are given; keep one")]
+    AddressAndRange,
+    /// An endpoint with neither.
+    #[error(
+        "is not said which it is; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1f.7\"`"
+    )]
+    NoAddress,
+    /// Not the name of a host group.
+    #[error("{value:?} is {source}")]
+    Group {
+        /// The text.
+        value: String,
+        /// Why not.
+        source: GroupNameError,
+    },
+
+    /// The address width is out of range.
+    #[error(
+        "{0} bits are not possible; give {MIN_WIDTH} to {MAX_WIDTH}: \
+         48 suits most guests, more than 48 costs a fifth table level"
+    )]
+    Width(i128),
+    /// The granule is none of those supported.
+    #[error(
+        "{0:?} is no granule; use \"4k\", \"16k\", \"64k\" or \"2m\" (4k suits every x86 guest)"
+    )]
+    Granule(String),
+    /// The number of domains is out of range.
+    #[error("{0} domains are not possible; give 1 to {MAX_DOMAINS}")]
+    Domains(i128),
+    /// Not a size.
+    #[error(
+        "{0:?} is no size; write bytes as a number, or a text with K, M, G or T, such as \"2G\""
+    )]
+    Size(String),
+    /// The memory size is out of range or odd.
+    #[error(
+        "{0} bytes of guest RAM are not possible; give a multiple of 1M up to {limit}T",
+        limit = MAX_MEMORY >> 40
+    )]
+    Memory(u64),
+    /// The arena is too small to be of use.
+    #[error(
+        "{0} bytes are too few for page tables; give at least {least}M, \
+         or leave it out for memory / 256 + 64M",
+        least = MIN_ARENA >> 20
+    )]
+    ArenaTooSmall(u64),
+    /// The arena is larger than any VM needs.
+    #[error(
+        "{0} bytes are more than page tables ever take; give at most {most}T, \
+         or leave it out for memory / 256 + 64M",
+        most = MAX_ARENA >> 40
+    )]
+    ArenaTooLarge(u64),
+
+    /// Not an I/O virtual address.
+    #[error(
+        "{0:?} is no address; write a number up to 2^64 - 1, decimal or with 0x, \
+         as a number or as a text"
+    )]
+    Iova(String),
+    /// A reserved region that ends before it starts.
+    #[error(
+        "the region ends at {last:#x}, before its start {first:#x}; \
+         put the lower address into `first`"
+    )]
+    RegionBackwards {
+        /// The first address.
+        first: u64,
+        /// The last address.
+        last: u64,
+    },
+    /// A reserved region that does not consist of pages.
+    #[error(
+        "the region {first:#x}..={last:#x} does not consist of 4 KiB pages; \
+         `last` belongs to the region: {whole_first:#x}..={whole_last:#x} has all it touches"
+    )]
+    RegionUnaligned {
+        /// The first address.
+        first: u64,
+        /// The last address.
+        last: u64,
+        /// The first address of the first page.
+        whole_first: u64,
+        /// The last address of the last page.
+        whole_last: u64,
+    },
+    /// No kind of reserved region.
+    #[error("{0:?} is no kind of reserved region; use \"reserved\" or \"msi\"")]
+    RegionKind(String),
+    /// A reserved region that is not written as one.
+    #[error(
+        "{0:?} is no reserved region; write FIRST..=LAST:msi or FIRST..=LAST:reserved, \
+         such as 0xfee00000..=0xfeefffff:msi"
+    )]
+    RegionText(String),
+    /// The reserved regions of all endpoints do not go together.
+    #[error(transparent)]
+    Reserved(#[from] ReservedError),
+    /// The endpoints do not go together.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    /// An endpoint's reserved regions do not go with the default one.
+    #[error(
+        "{0}; the MSI region 0xfee00000..=0xfeefffff is there by default: \
+         `reserved = []` at the top of the file turns it off"
+    )]
+    BesideDefault(#[source] TopologyError),
+}

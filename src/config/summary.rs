@@ -1,0 +1,110 @@
+//! A configuration in words.
+
+use std::fmt;
+
+use super::{Config, Socket};
+use crate::topology::EndpointRange;
+
+/// The most endpoint ranges that are listed one by one.
+const MAX_LISTED: usize = 64;
+
+/// Prints a [`Config`], one fact to a line.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary<'a> {
+    config: &'a Config,
+}
+
+impl<'a> Summary<'a> {
+    pub(super) fn new(config: &'a Config) -> Self {
+        Self { config }
+    }
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let config = self.config;
+        let topology = &config.topology;
+        match &config.socket {
+            Some(Socket::Path(path)) => writeln!(f, "socket:           {}", path.display())?,
+            Some(Socket::Fd(fd)) => writeln!(f, "socket:           descriptor {fd}")?,
+            None => writeln!(
+                f,
+                "socket:           none; give --socket-path or --fd to run"
+            )?,
+        }
+        match &config.control {
+            Some(path) => writeln!(f, "control socket:   {}", path.display())?,
+            None => writeln!(f, "control socket:   none")?,
+        }
+        writeln!(f, "IOMMU address:    {}", topology.iommu())?;
+        writeln!(f, "address width:    {} bits", config.address_width)?;
+        write!(f, "page sizes:      ")?;
+        for bit in (0..64).filter(|bit| config.page_mask.bits() >> bit & 1 == 1) {
+            write!(f, " {}", Bytes(1 << bit))?;
+        }
+        writeln!(f)?;
+        let bypass = if config.bypass_at_boot { "on" } else { "off" };
+        writeln!(f, "bypass at boot:   {bypass}")?;
+        writeln!(f, "domains:          up to {}", config.max_domains)?;
+        match config.memory {
+            Some(bytes) => writeln!(f, "guest memory:     {}", Bytes(bytes))?,
+            None => writeln!(f, "guest memory:     not given")?,
+        }
+        writeln!(f, "page-table arena: up to {}", Bytes(config.arena_limit))?;
+
+        write!(f, "reserved regions:")?;
+        if topology.common_reserved().is_empty() {
+            write!(f, " none")?;
+        }
+        for region in topology.common_reserved() {
+            write!(f, " {region}")?;
+        }
+        writeln!(f)?;
+
+        write!(f, "endpoints:        {}", topology.endpoint_count())?;
+        if topology.group_count() > 0 {
+            write!(f, ", host groups: {}", topology.group_count())?;
+        }
+        writeln!(f)?;
+        for entry in topology.ranges().take(MAX_LISTED) {
+            self.endpoints(f, entry)?;
+        }
+        let more = topology.ranges().len().saturating_sub(MAX_LISTED);
+        if more > 0 {
+            writeln!(f, "  and {more} more ranges")?;
+        }
+        Ok(())
+    }
+}
+
+impl Summary<'_> {
+    fn endpoints(&self, f: &mut fmt::Formatter<'_>, entry: EndpointRange<'_>) -> fmt::Result {
+        let topology = &self.config.topology;
+        write!(f, "  {}", entry.range)?;
+        if let Some(name) = entry.info.group.and_then(|id| topology.group_name(id)) {
+            write!(f, " group {name}")?;
+        }
+        if entry.info.reserved != topology.common_reserved() {
+            write!(f, " reserved")?;
+            for region in entry.info.reserved {
+                write!(f, " {region}")?;
+            }
+        }
+        writeln!(f)
+    }
+}
+
+/// A number of bytes in the largest unit that needs no fraction.
+struct Bytes(u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+        for (shift, unit) in units {
+            if self.0 >> shift << shift == self.0 && self.0 != 0 {
+                return write!(f, "{} {unit}", self.0 >> shift);
+            }
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
