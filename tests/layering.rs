@@ -1,0 +1,120 @@
+//! Who may import whom (`docs/architecture.md`), read from the sources.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Modules everybody may import.
+const LEVEL_ZERO: [&str; 4] = ["address", "ids", "metrics", "log_limit"];
+
+/// What each module may import besides.
+const ALLOWED: [(&str, &[&str]); 16] = [
+    ("address", &[]),
+    ("ids", &[]),
+    ("metrics", &[]),
+    ("log_limit", &[]),
+    ("args", &[]),
+    ("protocol", &[]),
+    ("page_table", &[]),
+    ("topology", &[]),
+    ("guest_memory", &[]),
+    ("backends", &[]),
+    ("iommu", &["page_table", "topology", "backends"]),
+    (
+        "device",
+        &["protocol", "iommu", "guest_memory", "backends", "topology"],
+    ),
+    (
+        "control",
+        &["device", "iommu", "guest_memory", "protocol", "topology"],
+    ),
+    ("ctl", &["args"]),
+    ("config", &["args", "topology"]),
+    ("qemu_args", &["config", "topology"]),
+];
+
+/// Modules that put the others together and may import anything.
+const WIRING: [&str; 2] = ["daemon", "main"];
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("src can be read") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+fn module_of(path: &Path, src: &Path) -> String {
+    let below = path.strip_prefix(src).expect("below src");
+    let first = below.iter().next().expect("a component");
+    first.to_string_lossy().trim_end_matches(".rs").to_string()
+}
+
+/// Names that follow `crate::` in the code of a file.
+fn imports(text: &str) -> BTreeSet<String> {
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or(""))
+        .flat_map(|line| line.split("crate::").skip(1))
+        .map(|rest| {
+            rest.chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect::<String>()
+        })
+        .filter(|name| name != "warn_limited")
+        .collect()
+}
+
+#[test]
+fn modules_import_only_what_they_may() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let allowed: BTreeMap<&str, &[&str]> = ALLOWED.into_iter().collect();
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    assert!(files.len() > 20, "the sources were found");
+    let mut wrong = Vec::new();
+    for file in &files {
+        let module = module_of(file, &src);
+        if module == "lib" || WIRING.contains(&module.as_str()) {
+            continue;
+        }
+        let Some(may) = allowed.get(module.as_str()) else {
+            wrong.push(format!("{module} is not in the table"));
+            continue;
+        };
+        let text = fs::read_to_string(file).expect("a source file");
+        for name in imports(&text) {
+            let own_or_common = name == module || LEVEL_ZERO.contains(&name.as_str());
+            if !own_or_common && !may.contains(&name.as_str()) {
+                wrong.push(format!("{} imports {name}", file.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_core_knows_no_virtio_and_no_sockets() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for module in ["iommu", "page_table", "topology", "protocol"] {
+        let mut files = Vec::new();
+        sources(&src.join(module), &mut files);
+        for file in files {
+            let text = fs::read_to_string(&file).expect("a source file");
+            for name in [
+                "vhost",
+                "virtio_queue",
+                "vm_memory",
+                "std::net",
+                "unix::net",
+            ] {
+                let used = text
+                    .lines()
+                    .any(|l| l.trim_start().starts_with("use ") && l.contains(name));
+                assert!(!used, "{} uses {name}", file.display());
+            }
+        }
+    }
+}
