@@ -377,7 +377,7 @@ impl Iommu {
                 granule: self.page_sizes.granule(),
             });
         }
-        // RESV-5
+        // RESV-4
         if let Some(region) = entry.reserved_overlap(mapping.range) {
             return Err(RequestError::Reserved {
                 range: mapping.range,
@@ -813,7 +813,7 @@ impl Iommu {
     }
 }
 
-/// Identity, except in the endpoint's reserved regions (RESV-6).
+/// Identity, except in the endpoint's reserved regions (RESV-5).
 fn bypass_translation(reserved: &ReservedRegions, iova: Iova) -> Option<Translation> {
     let rest = IovaRange::new(iova, Iova(u64::MAX))?;
     let last = match reserved.overlapping(rest) {

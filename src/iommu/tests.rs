@@ -289,7 +289,7 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
         assert_eq!(dma(&iommu, RESERVED), Dma::Bypass);
         iommu.unmap(D1, clash.range).expect("unmapped");
         iommu.attach(RESERVED, D1, false).expect("nothing clashes");
-        // RESV-5: now the region holds for the whole domain, until its owner leaves.
+        // RESV-4: now the region holds for the whole domain, until its owner leaves.
         assert!(matches!(
             iommu.map(D1, clash),
             Err(RequestError::Reserved { .. })
@@ -462,7 +462,7 @@ fn map_6_accesses_need_the_rights_of_the_mapping() {
 }
 
 #[test]
-fn resv_5_and_6_reserved_regions_are_neither_mapped_nor_reached() {
+fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
     each(|mut iommu, _| {
         assert_eq!(translated(&iommu, A, MSI.0), Err(FaultReason::Mapping));
         assert_eq!(translated(&iommu, A, MSI.0 - 1), Ok(MSI.0 - 1));
