@@ -231,6 +231,25 @@ impl Arena {
             word.store(entry.bits(), Ordering::Release);
         }
     }
+
+    /// Frees all entries of a table, at most `used` of which are not free, and calls `each` with
+    /// every one of them.
+    pub(super) fn clear(&mut self, table: TableOffset, used: u64, mut each: impl FnMut(Entry)) {
+        let first = table.slot(0);
+        let words = self.memory.words().get(first..).unwrap_or(&[]);
+        let mut left = used;
+        for word in words.iter().take(FRAME_WORDS) {
+            if left == 0 {
+                return;
+            }
+            let entry = Entry::from_bits(word.load(Ordering::Relaxed));
+            if !entry.is_free() {
+                word.store(0, Ordering::Release);
+                each(entry);
+                left -= 1;
+            }
+        }
+    }
 }
 
 /// An arena of another process, or of another part of this one, that can only be read.

@@ -202,6 +202,7 @@ impl Table {
     ///
     /// The reason why it cannot be made, where several apply the first in the order of
     /// [`MapRefusal`].
+    #[inline]
     pub fn plan_map(&self, arena: &Arena, mapping: &Mapping) -> Result<MapPlan, MapRefusal> {
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
         let page = FRAME_BYTES - 1;
@@ -253,6 +254,7 @@ impl Table {
     /// # Panics
     ///
     /// Something else was committed since the plan was made, or it is of another table.
+    #[inline]
     pub fn commit_map(&mut self, arena: &mut Arena, plan: MapPlan) {
         assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
         assert!(
@@ -295,6 +297,7 @@ impl Table {
     /// # Errors
     ///
     /// The range covers part of a mapping only.
+    #[inline]
     pub fn plan_unmap(&self, arena: &Arena, range: IovaRange) -> Result<UnmapPlan, WouldSplit> {
         let mut plan = UnmapPlan {
             range: range.intersection(self.levels.range()),
@@ -337,6 +340,7 @@ impl Table {
     /// # Panics
     ///
     /// Something else was committed since the plan was made, or it is of another table.
+    #[inline]
     pub fn commit_unmap(&mut self, arena: &mut Arena, plan: UnmapPlan) -> Unmapped {
         assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
         self.commits = self.commits.wrapping_add(1);
@@ -549,6 +553,16 @@ impl<'a> Clear<'a> {
 
     /// Clears all of `table`, at `level`, which has at most `used` entries that are not free.
     fn whole(&mut self, table: TableOffset, level: u32, used: u64) {
+        if level == 1 {
+            let (mut leaves, mut mappings) = (0, 0);
+            self.arena.clear(table, used, |leaf| {
+                leaves += 1;
+                mappings += u64::from(leaf.has(Entry::LAST));
+            });
+            self.totals.bytes += leaves * FRAME_BYTES;
+            self.totals.mappings += mappings;
+            return;
+        }
         let mut left = used;
         for i in 0..FRAME_WORDS as u64 {
             if left == 0 {
