@@ -310,3 +310,139 @@ impl GroupNames {
         id
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::{Iova, IovaRange};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn spec(range: &str, group: Option<&str>) -> EndpointSpec {
+        EndpointSpec {
+            range: range.parse().expect("a range"),
+            group: group.map(|name| GroupName::new(name).expect("a name")),
+            reserved: Vec::new(),
+        }
+    }
+
+    fn topology(specs: &[EndpointSpec]) -> Result<Topology, TopologyError> {
+        let iommu = "00:05.0".parse().expect("an address");
+        Topology::new(iommu, ReservedRegions::default(), specs)
+    }
+
+    fn region(page: u64, kind: ReservedKind) -> ReservedRegion {
+        ReservedRegion {
+            range: IovaRange::from_len(Iova(page << 12), 1 << 12).expect("a page"),
+            kind,
+        }
+    }
+
+    #[test]
+    fn groups_are_numbered_by_first_use() {
+        let made = topology(&[
+            spec("00:12.0", Some("b")),
+            spec("00:10.0", Some("a")),
+            spec("00:11.0-00:11.7", Some("b")),
+            spec("00:13.0", None),
+        ])
+        .expect("disjoint");
+        let group = |text: &str| {
+            let address: PciAddress = text.parse().expect("an address");
+            made.endpoint(address.endpoint_id())
+                .expect("an endpoint")
+                .group
+        };
+        assert_eq!(group("00:12.0"), Some(GroupId(0)));
+        assert_eq!(group("00:11.3"), Some(GroupId(0)));
+        assert_eq!(group("00:10.0"), Some(GroupId(1)));
+        assert_eq!(group("00:13.0"), None);
+        assert_eq!(made.group_count(), 2);
+        assert_eq!(
+            made.group_name(GroupId(1)).map(GroupName::as_str),
+            Some("a")
+        );
+        assert_eq!(made.group_name(GroupId(2)), None);
+    }
+
+    #[test]
+    fn an_endpoint_has_common_and_own_regions() {
+        let common = ReservedRegions::new(vec![region(9, ReservedKind::Msi)]).expect("one region");
+        let mut with_own = spec("00:10.0", None);
+        with_own.reserved = vec![region(1, ReservedKind::Reserved)];
+        let iommu = "00:05.0".parse().expect("an address");
+        let made = Topology::new(iommu, common.clone(), &[with_own, spec("00:11.0", None)])
+            .expect("disjoint");
+        let reserved: Vec<_> = made.ranges().map(|entry| entry.info.reserved).collect();
+        assert_eq!((reserved[0].len(), reserved[1]), (2, &common));
+        assert_eq!(made.max_reserved_count(), 2);
+        assert_eq!(made.common_reserved(), &common);
+    }
+
+    #[test]
+    fn as_many_endpoints_as_a_segment_has() {
+        let whole = spec("0001:00:00.0-0001:ff:1f.7", None);
+        let made = topology(std::slice::from_ref(&whole)).expect("65536 endpoints");
+        assert_eq!(made.endpoint_count(), MAX_ENDPOINTS);
+        assert_eq!(
+            topology(&[whole, spec("00:10.0", None)]),
+            Err(TopologyError::TooManyEndpoints {
+                index: 1,
+                count: 65537
+            })
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn lookups_agree_with_a_plain_map(
+            ranges in proptest::collection::vec((0u32..120, 0u32..6, 0u8..4), 0..12),
+            own in 0u64..4,
+        ) {
+            // Ids on both sides of the border between two segments, so that neighbours there
+            // are not taken for one run.
+            let base = 0xffc0;
+            let address = |n| PciAddress::from_endpoint_id(EndpointId(base + n));
+            let iommu = address(64);
+            let mut specs = Vec::new();
+            let mut model: BTreeMap<u32, (usize, Option<String>)> = BTreeMap::new();
+            let mut clash = false;
+            for &(first, span, group) in &ranges {
+                let Ok(range) = PciRange::new(address(first), address(first + span)) else {
+                    prop_assert!(base + first < 1 << 16 && base + first + span >= 1 << 16);
+                    continue;
+                };
+                let group = (group > 0).then(|| format!("g{group}"));
+                for n in first..=first + span {
+                    clash |= n == 64;
+                    clash |= model.insert(base + n, (specs.len(), group.clone())).is_some();
+                }
+                specs.push(EndpointSpec {
+                    range,
+                    group: group.map(|name| GroupName::new(&name).expect("a name")),
+                    reserved: (0..own * (specs.len() as u64 % 2))
+                        .map(|page| region(page, ReservedKind::Reserved))
+                        .collect(),
+                });
+            }
+            let made = Topology::new(iommu, ReservedRegions::default(), &specs);
+            prop_assert_eq!(made.is_err(), clash);
+            let Ok(made) = made else { return Ok(()) };
+
+            prop_assert_eq!(made.endpoint_count(), model.len() as u64);
+            for id in (base - 2..base + 140).chain([0, u32::MAX]) {
+                let found = made.endpoint(EndpointId(id));
+                let expected = model.get(&id);
+                prop_assert_eq!(found.is_some(), expected.is_some());
+                if let (Some(found), Some((index, group))) = (found, expected) {
+                    let name = found.group.and_then(|id| made.group_name(id));
+                    prop_assert_eq!(name.map(GroupName::as_str), group.as_deref());
+                    let regions: Vec<_> = found.reserved.iter().copied().collect();
+                    prop_assert_eq!(&regions, &specs[*index].reserved);
+                }
+            }
+            let sorted: Vec<_> = made.ranges().map(|entry| entry.range).collect();
+            prop_assert!(sorted.windows(2).all(|pair| pair[0].last() < pair[1].first()));
+        }
+    }
+}
