@@ -1,0 +1,399 @@
+//! The program as a person or a VM manager runs it.
+
+// A failure here is a failed test wherever it happens; the lint sees only test functions as tests.
+#![allow(clippy::expect_used)]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+use clap::CommandFactory;
+use tempfile::TempDir;
+use vhost_device_iommu::args::Args;
+
+const GOOD: &str = r#"
+socket = "/run/vm0/iommu.sock"
+memory = "2G"
+address = "00:05.0"
+
+[[endpoint]]
+range = "00:10.0-00:1e.7"
+group = "cards"
+"#;
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked() {
+    for args in [
+        &["--print-capabilities"][..],
+        &["--config", "/nonexistent", "--print-capabilities"],
+        &["--no-such-option", "--print-capabilities", "stray"],
+        &["check", "--print-capabilities"],
+        &["--fd", "1", "--socket-path", "x", "--print-capabilities"],
+    ] {
+        let run = run(args);
+        assert_eq!(run.status, Some(0), "{args:?}: {}", run.stderr);
+        let json: serde_json::Value = serde_json::from_str(&run.stdout).expect("JSON");
+        assert_eq!(json, serde_json::json!({ "type": "iommu", "features": [] }));
+        assert_eq!(run.stderr, "");
+    }
+    let run = run(&["check", "--", "--print-capabilities"]);
+    assert_eq!(run.status, Some(1), "the name of a file after --");
+}
+
+#[test]
+fn check_prints_what_a_file_says() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    let run = run(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()]);
+    assert_eq!((run.status, run.stderr.as_str()), (Some(0), ""));
+    for part in [
+        "/run/vm0/iommu.sock",
+        "IOMMU address:    0000:00:05.0",
+        "48 bits",
+        "4 KiB 2 MiB 1 GiB",
+        "0xfee00000..=0xfeefffff:msi",
+        "endpoints:        120",
+        "0000:00:10.0-0000:00:1e.7 group cards",
+        "page-table arena: up to 72 MiB",
+    ] {
+        assert!(run.stdout.contains(part), "{part} in\n{}", run.stdout);
+    }
+}
+
+#[test]
+fn check_refuses_with_file_line_key_and_cure() {
+    let bad = GOOD.replace("00:10.0", "00:00.0");
+    let dir = files(&[("vm0.toml", &bad)]);
+    let file = dir.path().join("vm0.toml");
+    let run = run(&[OsStr::new("check"), file.as_ref()]);
+    assert_eq!((run.status, run.stdout.as_str()), (Some(1), ""));
+    let place = format!("{}:7: endpoint[0].range: ", file.display());
+    assert!(run.stderr.contains(&place), "{}", run.stderr);
+    assert!(run.stderr.contains("split the range"), "{}", run.stderr);
+}
+
+#[test]
+fn the_daemon_refuses_a_bad_configuration() {
+    for (args, part) in [
+        (&["--iommu", "00:05.0"][..], "--socket-path: is missing"),
+        (&["--fd", "3"], "--iommu: is missing"),
+        (
+            &["--fd", "3", "--iommu", "00:05.0", "--granule", "1k"],
+            "--granule: \"1k\" is no granule",
+        ),
+        (
+            &["--config", "/nonexistent/vm0.toml"],
+            "/nonexistent/vm0.toml: cannot be read",
+        ),
+    ] {
+        let run = run(args);
+        assert_eq!(run.status, Some(1), "{args:?}");
+        assert!(run.stderr.contains(part), "{part} in {}", run.stderr);
+    }
+}
+
+#[test]
+fn options_that_exclude_each_other_are_refused() {
+    for args in [
+        &["--fd", "3", "--socket-path", "a"][..],
+        &["--fd", "-1"],
+        &["--no-reserved", "--reserved", "0..=0xfff:msi"],
+        &["--bypass", "maybe"],
+        &["--iommu", "00:05.0", "check", "vm0.toml"],
+        &["ctl", "sock"],
+        &["ctl", "sock", "mappings", "--domain", "x"],
+    ] {
+        let run = run(args);
+        assert_eq!(run.status, Some(2), "{args:?}: {}", run.stderr);
+        assert!(run.stderr.contains("error:"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn viot_goes_to_a_file_or_a_pipe() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    let file = dir.path().join("vm0.toml");
+    let table = dir.path().join("vm0.viot");
+    let written = run(&[
+        OsStr::new("viot"),
+        file.as_ref(),
+        "-o".as_ref(),
+        table.as_ref(),
+    ]);
+    assert_eq!(written.status, Some(0), "{}", written.stderr);
+    let bytes = fs::read(&table).expect("a table");
+    assert_eq!((&bytes[..4], bytes.len()), (&b"VIOT"[..], 48 + 16 + 24));
+
+    let piped = command(&[OsStr::new("viot"), file.as_ref()])
+        .output()
+        .expect("it runs");
+    assert_eq!((piped.status.code(), piped.stdout), (Some(0), bytes));
+
+    let nowhere = dir.path().join("absent/vm0.viot");
+    let failed = run(&[
+        OsStr::new("viot"),
+        file.as_ref(),
+        "-o".as_ref(),
+        nowhere.as_ref(),
+    ]);
+    assert_eq!(failed.status, Some(1));
+    assert!(
+        failed.stderr.contains("absent/vm0.viot"),
+        "{}",
+        failed.stderr
+    );
+}
+
+#[test]
+fn viot_is_not_written_to_a_terminal() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    // A pseudo-terminal, the controlling end of which stays open in this process.
+    let terminal = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/ptmx")
+        .expect("a pseudo-terminal");
+    let output = command(&[OsStr::new("viot"), dir.path().join("vm0.toml").as_ref()])
+        .stdout(terminal)
+        .output()
+        .expect("it runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("-o FILE"), "{stderr}");
+}
+
+#[test]
+fn qemu_args_are_arguments_and_nothing_else() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    let file = dir.path().join("vm0.toml");
+    let lines = run(&[OsStr::new("qemu-args"), file.as_ref()]);
+    assert_eq!(lines.status, Some(0), "{}", lines.stderr);
+    let table = dir.path().join("vm0.viot");
+    let expected = [
+        "-machine",
+        "q35,memory-backend=mem0",
+        "-m",
+        "2048M",
+        "-object",
+        "memory-backend-memfd,id=mem0,size=2147483648,share=on",
+        "-chardev",
+        "socket,id=viommu,path=/run/vm0/iommu.sock",
+        "-device",
+        "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,config_size=40,\
+         chardev=viommu,addr=05.0",
+        "-acpitable",
+        &format!("file={}", table.display()),
+    ];
+    assert_eq!(lines.stdout.lines().collect::<Vec<_>>(), expected);
+    assert!(lines.stderr.lines().all(|line| line.starts_with("# ")));
+    assert!(
+        lines
+            .stderr
+            .contains("(host group cards): give devices addr=10.0 to addr=1e.7"),
+        "{}",
+        lines.stderr
+    );
+
+    // What a shell makes of the quoted line is the same again.
+    let odd = "/tmp/it's \"odd\", $HOME `x`\\.viot";
+    let shell = run(&[
+        OsStr::new("qemu-args"),
+        file.as_ref(),
+        "--shell".as_ref(),
+        "--viot".as_ref(),
+        odd.as_ref(),
+    ]);
+    assert_eq!(shell.stdout.lines().count(), 1);
+    let script = format!("printf '%s\\n' {}", shell.stdout);
+    let read = Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .output()
+        .expect("sh");
+    let read = String::from_utf8(read.stdout).expect("text");
+    let mut expected = expected.map(str::to_owned);
+    expected[11] = format!("file={}", odd.replace(',', ",,"));
+    assert_eq!(read.lines().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn qemu_args_refuse_what_qemu_cannot_be_told() {
+    let elsewhere = GOOD.replace("00:05.0", "01:05.0");
+    let dir = files(&[("vm0.toml", &elsewhere)]);
+    let run = run(&[
+        OsStr::new("qemu-args"),
+        dir.path().join("vm0.toml").as_ref(),
+    ]);
+    assert_eq!((run.status, run.stdout.as_str()), (Some(1), ""));
+    assert!(run.stderr.contains("not on bus 00"), "{}", run.stderr);
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_panic() {
+    let dir = files(&[("vm0.toml", GOOD)]);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = command(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()])
+        .stdout(writer)
+        .output()
+        .expect("it runs");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+#[test]
+fn the_examples_are_good() {
+    let mut count = 0;
+    for entry in fs::read_dir(docs().join("examples")).expect("examples") {
+        let path = entry.expect("an entry").path();
+        for command in ["check", "viot", "qemu-args"] {
+            let run = run(&[OsStr::new(command), path.as_ref()]);
+            assert_eq!(run.status, Some(0), "{command} {path:?}: {}", run.stderr);
+        }
+        count += 1;
+    }
+    assert!(count >= 3, "{count} examples");
+}
+
+/// Every option stands in the page on configuration, and every key in the file's table.
+#[test]
+fn the_page_on_configuration_is_complete() {
+    let page = fs::read_to_string(docs().join("configuration.md")).expect("the page");
+    for option in Args::command().get_arguments() {
+        let name = option.get_long().expect("only long options");
+        let known = ["config", "print-capabilities"].contains(&name);
+        assert!(known || page.contains(&format!("`--{name}")), "--{name}");
+    }
+    let message = {
+        let dir = files(&[("vm0.toml", "nonsense = 1")]);
+        run(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()]).stderr
+    };
+    let (_, keys) = message.split_once("expected").expect("the keys there are");
+    let keys: Vec<_> = keys.split('`').skip(1).step_by(2).collect();
+    assert!(keys.len() >= 11, "{keys:?}");
+    for key in keys {
+        let listed =
+            page.contains(&format!("| `{key}` |")) || page.contains(&format!("| `[[{key}]]` |"));
+        assert!(listed, "{key}");
+    }
+}
+
+/// Set VIOMMU_REGENERATE=1 to write the manual page instead of comparing it.
+#[test]
+fn the_manual_page_is_up_to_date() {
+    let path = docs().join("vhost-device-iommu.1");
+    let made = manual_page();
+    if env::var_os("VIOMMU_REGENERATE").is_some() {
+        fs::write(&path, made).expect("written");
+        return;
+    }
+    let kept = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        kept == made,
+        "docs/vhost-device-iommu.1 does not match src/args.rs; \
+         run VIOMMU_REGENERATE=1 cargo test --test cli manual_page"
+    );
+}
+
+/// One page for the program and its subcommands.
+fn manual_page() -> String {
+    let mut command = Args::command();
+    command.build();
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(command.clone());
+    man.render_title(&mut page).expect("rendered");
+    man.render_name_section(&mut page).expect("rendered");
+    let mut page = String::from_utf8(page).expect("text");
+    page.push_str(&sections(&command));
+
+    page.push_str(".SH COMMANDS\n");
+    describe(&command, command.get_name(), &mut page);
+    page.push_str(concat!(
+        ".SH EXIT STATUS\n",
+        "0 where all went well, 1 where something was refused or failed, ",
+        "2 where the command line cannot be read.\n",
+        ".SH SEE ALSO\n",
+        "docs/configuration.md for the keys of the configuration file.\n",
+    ));
+
+    // Each rendered piece brings the same two lines along; the first is enough.
+    let preamble = |line: &&str| line.starts_with(".ie ") || line.starts_with(".el ");
+    let first = page.lines().take(2);
+    let rest = page.lines().filter(|line| !preamble(line));
+    first.chain(rest).map(|line| format!("{line}\n")).collect()
+}
+
+/// Adds the commands below `command`, which is called as `name`.
+fn describe(command: &clap::Command, name: &str, page: &mut String) {
+    for subcommand in command.get_subcommands() {
+        if subcommand.get_name() == "help" {
+            continue;
+        }
+        let nested = subcommand.has_subcommands();
+        let name = format!("{name} {}", subcommand.get_name());
+        let called = subcommand
+            .clone()
+            .bin_name(&name)
+            .mut_arg("help", |help| help.hide(true));
+        let (_, heading) = name.split_once(' ').expect("a subcommand's name");
+        page.push_str(&format!(".SS {heading}\n"));
+        // The sections of a page become paragraphs here.
+        for line in sections(&called).lines() {
+            page.push_str(if line.starts_with(".SH ") {
+                ".PP"
+            } else {
+                line
+            });
+            page.push('\n');
+        }
+        if nested {
+            let required = subcommand.get_positionals();
+            let names = required.map(|arg| arg.get_id().as_str().to_uppercase());
+            let name = std::iter::once(name.clone()).chain(names);
+            describe(subcommand, &name.collect::<Vec<_>>().join(" "), page);
+        }
+    }
+}
+
+fn sections(command: &clap::Command) -> String {
+    let man = clap_mangen::Man::new(command.clone());
+    let mut text = Vec::new();
+    man.render_synopsis_section(&mut text).expect("rendered");
+    man.render_description_section(&mut text).expect("rendered");
+    man.render_options_section(&mut text).expect("rendered");
+    String::from_utf8(text).expect("text")
+}
+
+struct Run {
+    status: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn run<S: AsRef<OsStr>>(args: &[S]) -> Run {
+    let output = command(args).output().expect("it runs");
+    Run {
+        status: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+    command.args(args).stdin(Stdio::null());
+    command
+}
+
+fn files(contents: &[(&str, &str)]) -> TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    for (name, content) in contents {
+        fs::write(dir.path().join(name), content).expect("written");
+    }
+    dir
+}
+
+fn docs() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")
+}
