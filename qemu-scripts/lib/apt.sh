@@ -1,0 +1,161 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# A private APT root inside the cache: resolves and downloads Debian packages of a release that need not be
+# the host's, checks their signatures, and never touches the host's own package state. Needs no root.
+
+APT_SUITES="trixie trixie-backports"
+APT_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+
+# The mirror: VIOMMU_MIRROR, else the host's own when it is an ordinary one, else deb.debian.org.
+apt_mirror() {
+    if [ -n "${VIOMMU_MIRROR:-}" ]; then
+        printf '%s\n' "${VIOMMU_MIRROR%/}"
+        return
+    fi
+    local found
+    found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
+        sed 's/#.*//' | grep -oE 'https?://[^] ]+/debian/?( |$)' | grep -v snapshot | tr -d ' ' | head -n 1) || true
+    found=${found%/}
+    printf '%s\n' "${found:-http://deb.debian.org/debian}"
+}
+
+# Writes the configuration and exports APT_CONFIG. No network.
+apt_open() {
+    local tool root=$CACHE/apt suite mirror
+    [ "$(uname -m)" = x86_64 ] || die "the test guests are x86-64 only; this machine is $(uname -m)"
+    for tool in apt-get apt-cache apt-config dpkg-deb; do
+        have "$tool" || die "$tool not found: these scripts get their guests from Debian packages and need a Debian 12 or newer"
+    done
+    [ -r "$APT_KEYRING" ] || die "$APT_KEYRING not found: run 'apt-get install -y debian-archive-keyring' as root"
+    mkdir -p "$root"/lists/partial "$root"/archives/partial "$root"/etc/none "$root"/log
+    : >"$root/status"
+    : >"$root/etc/preferences"
+    mirror=$(apt_mirror)
+    for suite in $APT_SUITES; do
+        echo "deb [arch=amd64 signed-by=$APT_KEYRING] $mirror $suite main"
+    done | write_file "$root/etc/sources.list"
+    {
+        # Of the host's settings only the way to the network is taken over. Its hooks are not: they expect root.
+        env -u APT_CONFIG apt-config dump Acquire::http
+        env -u APT_CONFIG apt-config dump Acquire::https
+        cat <<CONF
+Dir::State "$root";
+Dir::State::status "$root/status";
+Dir::State::lists "$root/lists";
+Dir::Cache "$root";
+Dir::Cache::archives "$root/archives";
+Dir::Log "$root/log";
+Dir::Etc "$root/etc";
+Dir::Etc::sourcelist "sources.list";
+Dir::Etc::sourceparts "none";
+Dir::Etc::preferences "preferences";
+Dir::Etc::preferencesparts "none";
+Dir::Etc::parts "none";
+Dir::Etc::main "absent";
+APT::Architecture "amd64";
+APT::Architectures { "amd64"; };
+APT::Install-Recommends "false";
+APT::Sandbox::User "root";
+Acquire::Retries "5";
+Acquire::Languages "none";
+Debug::NoLocking "true";
+CONF
+    } | write_file "$root/etc/apt.conf"
+    export APT_CONFIG=$root/etc/apt.conf
+}
+
+apt_update() {
+    local log=$CACHE/apt/log/update
+    say "fetching Debian's package lists from $(apt_mirror) ..."
+    rm -f "$CACHE/apt/updated"
+    if apt-get update --error-on=any >"$log" 2>&1; then
+        cp "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated"
+        return
+    fi
+    sed 's/^/    /' "$log" >&2
+    if grep -qE 'NO_PUBKEY|not signed|Missing key' "$log"; then
+        die "this machine's debian-archive-keyring is too old to check $APT_SUITES: run 'apt-get install -y debian-archive-keyring' as root (2023.3+deb12u1 or newer is needed)"
+    fi
+    die "apt-get update failed (output above). Is the network there? Behind a proxy, set http_proxy; for another mirror, set VIOMMU_MIRROR=http://HOST/debian"
+}
+
+apt_lists_ready() {
+    cmp -s "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated" 2>/dev/null || apt_update
+}
+
+# apt_retry COMMAND...: packages move in the archive, so one failure may only mean that our lists are old.
+apt_retry() {
+    local log=$CACHE/apt/log/fetch
+    apt_lists_ready
+    "$@" >"$log" 2>&1 && return
+    say "that failed; trying again with fresh package lists ..."
+    apt_update
+    "$@" >"$log" 2>&1 && return
+    sed 's/^/    /' "$log" >&2
+    die "cannot download packages (output above)"
+}
+
+# apt_closure DIR SUITE PACKAGE...: the packages and all they depend on, as DIR/*.deb.
+apt_closure() {
+    local dir=$1 suite=$2
+    shift 2
+    mkdir -p "$dir/partial"
+    apt_retry apt-get install -y --download-only -o "Dir::Cache::archives=$dir" -t "$suite" "$@"
+    rm -rf "$dir/partial" "$dir/lock"
+}
+
+# apt_exactly DIR PACKAGE...: these packages alone, as DIR/*.deb.
+apt_exactly() {
+    local dir=$1
+    shift
+    mkdir -p "$dir"
+    apt_retry env -C "$dir" apt-get download "$@"
+}
+
+# apt_versions DIR: one line 'package version' for each DIR/*.deb.
+apt_versions() {
+    local deb
+    for deb in "$1"/*.deb; do
+        # shellcheck disable=SC2016 # dpkg-deb's own variables
+        dpkg-deb --show --showformat='${Package} ${Version}\n' "$deb"
+    done
+}
+
+# apt_sysroot TARGET SUITE PACKAGE...: packages and dependencies unpacked below TARGET, with TARGET/versions.
+apt_sysroot() {
+    local target=$1 suite=$2 stage deb link
+    shift 2
+    stage=$(new_stage)
+    apt_closure "$stage/debs" "$suite" "$@"
+    say "unpacking $(find "$stage/debs" -name '*.deb' | wc -l) packages ..."
+    mkdir -p "$stage"/usr/{bin,sbin,lib,lib64}
+    for link in bin sbin lib lib64; do
+        ln -s "usr/$link" "$stage/$link"
+    done
+    for deb in "$stage"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$stage"
+    done
+    apt_versions "$stage/debs" >"$stage/versions"
+    rm -rf "$stage/debs"
+    publish "$stage" "$target"
+}
+
+# in_sysroot_wrapper SYSROOT PROGRAM [SETTINGS [ARGUMENTS]]: on standard output, a script that runs SYSROOT's
+# PROGRAM in place with SYSROOT's own loader and libraries, whatever the host's are.
+in_sysroot_wrapper() {
+    cat <<WRAPPER
+#!/bin/sh
+S=$1
+${3:-}
+exec \$S/lib64/ld-linux-x86-64.so.2 --library-path \$S/usr/lib/x86_64-linux-gnu \$S$2 ${4:-} "\$@"
+WRAPPER
+}
+
+# install_wrapper NAME: standard input, executable, as CACHE/bin/NAME.
+install_wrapper() {
+    mkdir -p "$CACHE/bin"
+    cat >"$CACHE/bin/$1.tmp.$$"
+    chmod 755 "$CACHE/bin/$1.tmp.$$"
+    mv -f "$CACHE/bin/$1.tmp.$$" "$CACHE/bin/$1"
+}

@@ -1,0 +1,81 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Builds a guest's initramfs: busybox, the kernel's modules, the programs of guest/*.c and guest/init.
+
+GUEST_CFLAGS="-std=gnu11 -O2 -Wall -Wextra -static"
+
+# A C compiler with a static libc, or the command that brings one.
+cc_ready() {
+    local install="apt-get install -y gcc libc6-dev" probe
+    probe=$(new_stage)
+    echo 'int main(void) { return 0; }' >"$probe/probe.c"
+    if ! { have cc && cc -static -o "$probe/probe" "$probe/probe.c" 2>/dev/null; }; then
+        [ "$(id -u)" = 0 ] || die "no C compiler with a static C library: run '$install' as root"
+        say "installing a C compiler ..."
+        apt_host_install gcc libc6-dev
+        cc -static -o "$probe/probe" "$probe/probe.c" || die "cc still cannot link a static program: run '$install' as root"
+    fi
+    rm -rf "$probe"
+}
+
+# apt_host_install PACKAGE...: into the system itself; root only.
+apt_host_install() {
+    (
+        unset APT_CONFIG
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get install -y --no-install-recommends "$@" >/dev/null 2>&1 ||
+            { apt-get update >/dev/null && apt-get install -y --no-install-recommends "$@" >/dev/null; }
+    ) || die "apt-get install $* failed: see its output above"
+}
+
+# guest_programs OUT: every guest/*.c as the static program OUT/<name>.
+guest_programs() {
+    local source name
+    for source in "$SCRIPTS"/guest/*.c; do
+        [ -e "$source" ] || continue
+        name=$(basename "$source" .c)
+        # shellcheck disable=SC2086 # a list
+        cc $GUEST_CFLAGS -o "$1/$name" "$source" || die "cannot compile qemu-scripts/guest/$name.c (output above)"
+        strip "$1/$name" 2>/dev/null || true
+    done
+}
+
+# initramfs KERNEL_DIR: sets INITRAMFS to the file, named after its parts and built unless it is there.
+initramfs() {
+    local kernel=$1 init=$SCRIPTS/guest/init key stage root name release
+    [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
+    release=$(cat "$kernel/release")
+    # With their names: a program that only changes its name is another one too.
+    key=$(find "$CACHE/bin/busybox" "$kernel/modules" "$init" "$SCRIPTS/guest" "${BASH_SOURCE[0]}" -type f \
+        -exec sha256sum {} + 2>/dev/null | LC_ALL=C sort | sha256_of | cut -c 1-12) || true
+    INITRAMFS=$CACHE/initramfs/$release-$key.cpio
+    if [ -e "$INITRAMFS" ]; then
+        touch "$INITRAMFS"
+        return
+    fi
+    say "building the initramfs of $release ..."
+    cc_ready
+    stage=$(new_stage)
+    root=$stage/root
+    mkdir -p "$root"/{bin,dev,proc,sys,run,tmp,etc,lib/modules/viommu}
+    guest_programs "$root/bin"
+    cp "$CACHE/bin/busybox" "$root/bin/busybox"
+    "$CACHE/bin/busybox" --list | while read -r name; do
+        # A guest program goes before an applet of its name.
+        [ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
+    done
+    # `sh` and others are looked for here by habit.
+    ln -s bin "$root/sbin"
+    cp "$kernel"/modules/* "$root/lib/modules/viommu/"
+    cp "$init" "$root/init"
+    chmod -R u=rwX,go=rX "$root"
+    chmod 755 "$root/init"
+    # Not compressed: unpacking costs an emulated guest more than loading.
+    (cd "$root" && find . | LC_ALL=C sort | "$CACHE/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null) >"$stage/initramfs"
+    mkdir -p "$CACHE/initramfs"
+    mv -f "$stage/initramfs" "$INITRAMFS"
+    rm -rf "$stage"
+    # Other trees may be using theirs; what nobody has used for a while goes.
+    find "$CACHE/initramfs" -name '*.cpio' -mtime +7 -delete
+}

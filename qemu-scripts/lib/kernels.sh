@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# shellcheck disable=SC2034 # some names are for those that source this
+#
+# Debian's stock kernels for the guests: the image, and the few modules the guests load.
+
+KERNELS_DEFAULT="stable newest"
+# Loaded in this order, each behind the modules it depends on. One that is built in or unknown to a kernel
+# is left out.
+KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci"
+# Without any of these in its configuration, a kernel cannot be our guest.
+KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
+
+# kernel_packages REQUEST: the packages that hold the kernel, one a line; none when there is no such kernel. REQUEST is 'stable' (Debian 13's),
+# 'newest' (the one in its backports) or the beginning of a version.
+kernel_packages() {
+    local suite=trixie-backports image
+    case $1 in
+    stable) suite=trixie image=linux-image-amd64/trixie ;;
+    newest) image=linux-image-amd64/trixie-backports ;;
+    *)
+        image=$(apt-cache pkgnames linux-image- | grep -E "^linux-image-${1//./\\.}[.+-].*-amd64$" |
+            grep -vE -- '-(cloud|rt)-amd64$' | sort -V | tail -n 1) || true
+        if [ -z "$image" ]; then
+            say "there is no kernel $1 in $APT_SUITES; there is:"
+            apt-cache pkgnames linux-image- | grep -E '^linux-image-[0-9].*-amd64$' |
+                grep -vE -- '-(cloud|rt)-amd64$' | sed 's/^linux-image-/    /; s/-amd64$//' | sort -V >&2
+            return
+        fi
+        ;;
+    esac
+    apt-get install --print-uris -qq -t "$suite" "$image" | awk '{ print $2 }' |
+        grep -E '^linux-(image|binary|modules|base)-[0-9]' | sed 's/_.*//'
+}
+
+# module_file DIR NAME: the module's file below DIR; kernels spell names with '-' or '_'.
+module_file() {
+    find "$1" -name "${2//[_-]/[_-]}.ko*" | head -n 1
+}
+
+# module_take TREE OUT NAME: NAME and what it needs go to OUT, and to OUT/load-order in order.
+module_take() {
+    local tree=$1 out=$2 file plain needs need
+    file=$(module_file "$tree" "$3")
+    [ -n "$file" ] || return 0
+    plain=$(basename "$file")
+    plain=${plain%%.ko*}.ko
+    [ ! -e "$out/$plain" ] || return 0
+    case $file in
+    *.xz) "$CACHE/bin/busybox" xz -dc "$file" >"$out/$plain" ;;
+    *.gz) "$CACHE/bin/busybox" gzip -dc "$file" >"$out/$plain" ;;
+    *.ko) cp "$file" "$out/$plain" ;;
+    *) die "cannot unpack $(basename "$file"): a compression these scripts do not know" ;;
+    esac
+    needs=$(tr '\0' '\n' <"$out/$plain" | sed -n 's/^depends=//p' | tr ',' ' ')
+    for need in $needs; do
+        [ -n "$(module_file "$tree" "$need")" ] || die "$plain needs the module $need, which its package does not have"
+        module_take "$tree" "$out" "$need"
+    done
+    echo "$plain" >>"$out/load-order"
+}
+
+# kernel_lacks CONFIG: the first of KERNEL_OPTIONS that the configuration lacks.
+kernel_lacks() {
+    local option
+    for option in $KERNEL_OPTIONS; do
+        if ! grep -qE "^CONFIG_$option=[ym]" "$1"; then
+            echo "CONFIG_$option"
+            return
+        fi
+    done
+}
+
+# kernel_unpack DEBS TARGET: TARGET/{vmlinuz,config,release,lacks,modules/,versions} from the packages in DEBS.
+kernel_unpack() {
+    local debs=$1 target=$2 stage tree deb name
+    stage=$(new_stage)
+    tree=$stage/tree
+    mkdir -p "$tree" "$stage/modules"
+    for deb in "$debs"/*.deb; do
+        dpkg-deb -x "$deb" "$tree"
+    done
+    find "$tree" -type f -name 'vmlinuz*' -exec cp {} "$stage/vmlinuz" \;
+    find "$tree" -type f \( -path '*/boot/config-*' -o -path '*/modules/*/config' \) -exec cp {} "$stage/config" \;
+    find "$tree" -type d -path '*/modules/*/kernel' | sed -n '1s|.*/modules/\(.*\)/kernel|\1|p' >"$stage/release"
+    for name in vmlinuz config release; do
+        [ -s "$stage/$name" ] || die "no $name in $(basename -a "$debs"/*.deb | tr '\n' ' ')"
+    done
+    kernel_lacks "$stage/config" >"$stage/lacks"
+    if [ ! -s "$stage/lacks" ]; then
+        for name in $KERNEL_MODULES; do
+            module_take "$tree" "$stage/modules" "$name"
+        done
+    fi
+    apt_versions "$debs" >"$stage/versions"
+    rm -rf "$tree"
+    publish "$stage" "$target"
+}
+
+# kernel_ready REQUEST: sets KERNEL_DIR; to nothing, with a word about it, when there is no such kernel or it
+# cannot be our guest.
+kernel_ready() {
+    local request=$1 dir debs packages
+    case $request in
+    *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: name the beginning of a version, 'stable' or 'newest'" ;;
+    esac
+    KERNEL_DIR=
+    dir=$CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
+    if [ ! -e "$dir/versions" ]; then
+        debs=$CACHE/kernels/debs/$request
+        if [ ! -e "$debs/complete" ]; then
+            apt_lists_ready
+            packages=$(kernel_packages "$request")
+            [ -n "$packages" ] || return 0
+            say "downloading the $request kernel ($(echo "$packages" | tail -n 1), about 120 MB) ..."
+            rm -rf "$debs"
+            # shellcheck disable=SC2086 # a list
+            apt_exactly "$debs" $packages
+            : >"$debs/complete"
+        fi
+        say "unpacking the $request kernel ..."
+        kernel_unpack "$debs" "$dir"
+    fi
+    if [ -s "$dir/lacks" ]; then
+        say "the kernel $(cat "$dir/release") is left out: it is built without $(cat "$dir/lacks")"
+        return 0
+    fi
+    KERNEL_DIR=$dir
+}

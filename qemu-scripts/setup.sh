@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--print]
+#
+# Puts everything the guest tests need into a cache outside the tree: QEMU, iasl, busybox, Debian's stock
+# kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does no network access.
+# Says where things are in CACHE/env, a file of KEY="value" lines.
+#
+#   --kernels LIST  which kernels: 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning
+#                   of a version the archive has, as in "6.12 7". Default: "stable newest"
+#   --print         write CACHE/env to standard output too
+#
+# Environment:
+#   VIOMMU_CACHE    the cache (default: vhost-device-iommu in XDG_CACHE_HOME or ~/.cache)
+#   VIOMMU_MIRROR   the Debian mirror (default: the host's own, else http://deb.debian.org/debian)
+#   http_proxy      as everywhere
+
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/apt.sh"
+. "$SCRIPTS/lib/tools.sh"
+. "$SCRIPTS/lib/kernels.sh"
+. "$SCRIPTS/lib/initramfs.sh"
+
+kernels=$KERNELS_DEFAULT
+print=no
+while [ $# -gt 0 ]; do
+    case $1 in
+    --kernels)
+        [ $# -ge 2 ] || die "--kernels needs a list, as in --kernels \"6.12 7\""
+        kernels=$2
+        shift
+        ;;
+    --print) print=yes ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    *) die "unknown argument '$1': see $0 --help" ;;
+    esac
+    shift
+done
+
+cache_open
+cache_lock
+trap 'rm -rf "$CACHE"/tmp.*' EXIT
+apt_open
+tools_ready
+
+entries=() skipped=()
+for request in $kernels; do
+    kernel_ready "$request"
+    if [ -z "$KERNEL_DIR" ]; then
+        skipped+=("$request")
+        continue
+    fi
+    release=$(cat "$KERNEL_DIR/release")
+    initramfs "$KERNEL_DIR"
+    # The name is the release's first two numbers: 6.12.107+deb13-amd64 is '6.12'.
+    name=$(echo "$release" | sed -E 's/^([0-9]+\.[0-9]+).*/\1/')
+    entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
+done
+[ ${#entries[@]} -gt 0 ] || die "none of the kernels '$kernels' can be used"
+mapfile -t entries < <(printf '%s\n' "${entries[@]}" | sort -u -V)
+
+cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions | sort -u | write_file "$CACHE/versions"
+write_file "$CACHE/env" <<ENV
+VIOMMU_QEMU="$CACHE/bin/qemu-system-x86_64"
+VIOMMU_QEMU_VERSION="$QEMU_VERSION"
+VIOMMU_IASL="$CACHE/bin/iasl"
+VIOMMU_BUSYBOX="$CACHE/bin/busybox"
+VIOMMU_KERNELS="${entries[*]}"
+ENV
+
+for entry in "${entries[@]}"; do
+    IFS=: read -r name release _ <<<"$entry"
+    say "kernel $name ($release)"
+done
+say "ready: $CACHE/env"
+if [ $print = yes ]; then
+    cat "$CACHE/env"
+fi
+# Asked for by name and not there: the caller has to know.
+[ ${#skipped[@]} -eq 0 ] || die "left out: ${skipped[*]}"
