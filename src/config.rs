@@ -736,7 +736,7 @@ fn shorten(text: &str) -> String {
 /// anything, so control characters are made visible.
 fn syntax_message(message: &str, line: &str) -> String {
     let message = message.replace("unknown field", "unknown key");
-    let message = shorten_message(&message);
+    let message = printable(&message);
     let cure = if message.starts_with("unknown key") {
         "correct or remove it"
     } else if message.starts_with("duplicate key") {
@@ -756,17 +756,17 @@ fn syntax_message(message: &str, line: &str) -> String {
     }
 }
 
-fn shorten_message(message: &str) -> String {
+fn printable(message: &str) -> String {
     const MOST: usize = 400;
-    message
-        .chars()
-        .take(MOST)
-        .flat_map(|c| {
-            let escaped = c.is_control().then(|| c.escape_default());
-            let plain = (!c.is_control()).then_some(c);
-            escaped.into_iter().flatten().chain(plain)
-        })
-        .collect()
+    let mut text = String::new();
+    for c in message.chars().take(MOST) {
+        if c.is_control() {
+            text.extend(c.escape_default());
+        } else {
+            text.push(c);
+        }
+    }
+    text
 }
 
 /// The number of the line that byte `at` is on, counted from 1.

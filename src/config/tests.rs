@@ -661,6 +661,7 @@ fn messages_carry_no_control_characters() {
     ] {
         let message = parse(text).expect_err(text).to_string();
         assert!(!message.contains(['\u{1b}', '\u{7f}']), "{message:?}");
+        assert!(message.contains("\\u{1b}"), "made visible: {message}");
     }
 }
 
