@@ -1,0 +1,300 @@
+//! The daemon as a child process: started with a socket of its own, watched, always reaped.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use vhost::vhost_user::Frontend;
+
+/// A daemon that hangs is killed after this long, which makes every blocked test call return.
+const LIFETIME: Duration = Duration::from_secs(240);
+
+/// Endpoint 00:06.0.
+pub const EP: u32 = 0x30;
+/// Endpoint 00:07.0.
+pub const EP2: u32 = 0x38;
+/// Endpoint 00:08.0.
+pub const EP3: u32 = 0x40;
+/// No endpoint.
+pub const NO_EP: u32 = 0x48;
+
+/// A running daemon.
+pub struct Daemon {
+    child: Arc<Mutex<Child>>,
+    pid: u32,
+    directory: TempDir,
+    _watch: Sender<()>,
+}
+
+impl Daemon {
+    /// The daemon with three endpoints and nothing else said.
+    pub fn start() -> Self {
+        Self::with_args(&[])
+    }
+
+    /// The daemon with three endpoints and further arguments.
+    pub fn with_args(more: &[&str]) -> Self {
+        let mut args = vec!["--iommu", "00:05.0"];
+        for endpoint in ["00:06.0", "00:07.0", "00:08.0"] {
+            args.extend(["--endpoint", endpoint]);
+        }
+        args.extend(more);
+        Self::spawn(&args)
+    }
+
+    /// The daemon with a TOML configuration; the sockets are still given as flags.
+    pub fn with_config(toml: &str) -> Self {
+        let directory = TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        fs::write(&path, toml).expect("configuration written");
+        Self::launch(directory, &["--config", path.to_str().expect("UTF-8")])
+    }
+
+    /// The daemon with exactly these arguments beside the sockets.
+    pub fn spawn(args: &[&str]) -> Self {
+        Self::launch(TempDir::new().expect("temporary directory"), args)
+    }
+
+    fn launch(directory: TempDir, args: &[&str]) -> Self {
+        let stderr = fs::File::create(directory.path().join("stderr")).expect("stderr file");
+        let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+            .arg("--socket-path")
+            .arg(directory.path().join("vhost.sock"))
+            .arg("--control-path")
+            .arg(directory.path().join("control.sock"))
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .expect("the daemon starts");
+        let pid = child.id();
+        let child = Arc::new(Mutex::new(child));
+        let watched = Arc::clone(&child);
+        let (watch, over) = channel::<()>();
+        thread::spawn(move || {
+            if over.recv_timeout(LIFETIME) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("the daemon is killed: the test takes longer than {LIFETIME:?}");
+                let _ = watched.lock().expect("child").kill();
+            }
+        });
+        let daemon = Self {
+            child,
+            pid,
+            directory,
+            _watch: watch,
+        };
+        let sockets = [daemon.socket(), daemon.control_socket()];
+        daemon.wait_for("its sockets", || sockets.iter().all(|path| path.exists()));
+        daemon
+    }
+
+    /// The vhost-user socket.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("vhost.sock")
+    }
+
+    /// The control socket.
+    pub fn control_socket(&self) -> PathBuf {
+        self.directory.path().join("control.sock")
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// A vhost-user connection, as a stream of bytes.
+    pub fn stream(&self) -> UnixStream {
+        connect(&self.socket())
+    }
+
+    /// A vhost-user connection, nothing said yet.
+    pub fn frontend(&self) -> Frontend {
+        Frontend::from_stream(self.stream(), 2)
+    }
+
+    /// Waits up to ten seconds for `done`, with the daemon alive.
+    pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !done() {
+            self.assert_alive();
+            assert!(Instant::now() < deadline, "waited too long for {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// How the daemon ended, if it did.
+    pub fn exit_status(&self) -> Option<ExitStatus> {
+        self.child.lock().expect("child").try_wait().expect("wait")
+    }
+
+    /// Fails the test where the daemon is gone.
+    pub fn assert_alive(&self) {
+        if let Some(status) = self.exit_status() {
+            panic!("the daemon ended: {status}");
+        }
+    }
+
+    /// One request on the control socket, and the answer.
+    pub fn control(&self, request: &str) -> Value {
+        let text = self.control_text(request);
+        serde_json::from_str(&text)
+            .unwrap_or_else(|error| panic!("{request}: {error} in the answer {text:?}"))
+    }
+
+    /// One request on the control socket, and the answer's text.
+    pub fn control_text(&self, request: &str) -> String {
+        let mut stream = connect(&self.control_socket());
+        let limit = Some(Duration::from_secs(20));
+        stream.set_read_timeout(limit).expect("time limit");
+        writeln!(stream, "{request}").expect("control request");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("control answer");
+        text
+    }
+
+    /// The status document.
+    pub fn status(&self) -> Value {
+        self.control("status")
+    }
+
+    /// What the daemon says about an address of an endpoint.
+    pub fn translate(&self, endpoint: u32, iova: u64) -> Value {
+        self.control(&format!("translate {endpoint} {iova:#x}"))
+    }
+
+    /// The guest-physical address an IOVA leads to, or `None` for a fault.
+    pub fn gpa_of(&self, endpoint: u32, iova: u64) -> Option<u64> {
+        let answer = self.translate(endpoint, iova);
+        (answer["result"] == "ok").then(|| number(&answer["gpa"]))
+    }
+
+    /// Mappings of a domain as (first, last, gpa, access, mmio), in order of address; empty where
+    /// there is no such domain.
+    pub fn mappings(&self, domain: u32) -> Vec<(u64, u64, u64, String, bool)> {
+        let answer = self.control(&format!("mappings {domain}"));
+        let Some(entry) = answer["domains"]
+            .as_array()
+            .and_then(|domains| domains.iter().find(|entry| entry["id"] == domain))
+        else {
+            return Vec::new();
+        };
+        let list = entry["mappings"].as_array().expect("mappings");
+        list.iter()
+            .map(|mapping| {
+                (
+                    number(&mapping["first"]),
+                    number(&mapping["last"]),
+                    number(&mapping["gpa"]),
+                    mapping["access"].as_str().expect("access").to_owned(),
+                    mapping["mmio"].as_bool().expect("mmio"),
+                )
+            })
+            .collect()
+    }
+
+    /// Ids of the live domains, in order.
+    pub fn domains(&self) -> Vec<u64> {
+        let status = self.status();
+        let list = status["domains"].as_array().expect("domains");
+        let mut ids: Vec<u64> = list.iter().map(|domain| number(&domain["id"])).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// The entry of an endpoint in the status document.
+    pub fn endpoint(&self, id: u32) -> Value {
+        let status = self.status();
+        let list = status["endpoints"].as_array().expect("endpoints");
+        list.iter()
+            .find(|entry| number(&entry["id"]) == u64::from(id))
+            .unwrap_or_else(|| panic!("endpoint {id:#x} in {status}"))
+            .clone()
+    }
+
+    /// A line of `/proc/PID/status`, in KiB.
+    fn proc_kib(&self, key: &str) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("proc");
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key))
+            .expect("the key");
+        let value = line.trim_start_matches(':').trim();
+        let digits = value.trim_end_matches("kB").trim();
+        digits.parse().expect("a number")
+    }
+
+    /// Resident memory, KiB: anonymous and shared pages, without mapped files.
+    pub fn rss_kib(&self) -> u64 {
+        self.proc_kib("RssAnon") + self.proc_kib("RssShmem")
+    }
+
+    /// Open file descriptors.
+    pub fn fd_count(&self) -> usize {
+        let list = fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("proc");
+        list.count()
+    }
+
+    /// Threads.
+    pub fn thread_count(&self) -> usize {
+        let list = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("proc");
+        list.count()
+    }
+
+    /// Bytes written to standard error so far.
+    pub fn log_len(&self) -> u64 {
+        let path = self.directory.path().join("stderr");
+        fs::metadata(path).expect("stderr file").len()
+    }
+
+    /// What was written to standard error so far.
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.directory.path().join("stderr")).expect("stderr file");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = self.log();
+            let from = log.len().saturating_sub(4000);
+            let from = (from..log.len()).find(|&at| log.is_char_boundary(at));
+            eprintln!("--- daemon {}, end of its standard error:", self.pid);
+            eprintln!("{}", &log[from.unwrap_or(0)..]);
+        }
+        if let Ok(mut child) = self.child.lock() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A number in JSON, plain or as text in hexadecimal.
+pub fn number(value: &Value) -> u64 {
+    value
+        .as_u64()
+        .or_else(|| u64::from_str_radix(value.as_str()?.strip_prefix("0x")?, 16).ok())
+        .unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// Connects, with a little patience for a listener that is being set up.
+fn connect(path: &Path) -> UnixStream {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return stream,
+            Err(error) if Instant::now() > deadline => panic!("{}: {error}", path.display()),
+            Err(_) => thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}

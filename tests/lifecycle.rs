@@ -1,0 +1,524 @@
+//! What outlives what: connections, pauses, resets, memory slots, features and the
+//! configuration space.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use common::daemon::{Daemon, EP, EP2};
+use common::guest::{Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, Layout, STOCK, Setup};
+use common::memory::{Region, memfd};
+use common::wire::{
+    self, CONFIG_BYPASS, CONFIG_LEN, F_BYPASS, F_BYPASS_CONFIG, F_EVENT_IDX, F_INDIRECT,
+    F_PROTOCOL, F_VERSION_1, OK, RW, TAIL,
+};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+
+/// The `connected` field of the status.
+fn connected(daemon: &Daemon) -> bool {
+    daemon.status()["connected"].as_bool().expect("connected")
+}
+
+/// A mapping is there: RAM behind it as `backed` says.
+fn backed(daemon: &Daemon, iova: u64) -> bool {
+    let answer = daemon.translate(EP, iova);
+    assert_eq!(answer["result"], "ok", "{answer}");
+    answer["backed"].as_bool().expect("backed")
+}
+
+#[test]
+fn the_features_offered() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::connect(&daemon, Setup::default());
+    assert_eq!(
+        guest.offered & STOCK,
+        STOCK,
+        "missing {:#x}",
+        STOCK & !guest.offered
+    );
+    assert_eq!(guest.offered & F_BYPASS, 0, "BYPASS is superseded");
+    let extra = guest.offered & !(STOCK | F_PROTOCOL);
+    assert_eq!(extra, 0, "nothing else is promised");
+    for wanted in [
+        Protocol::MQ,
+        Protocol::CONFIG,
+        Protocol::REPLY_ACK,
+        Protocol::CONFIGURE_MEM_SLOTS,
+    ] {
+        assert!(guest.protocol.contains(wanted), "{wanted:?}");
+    }
+    for unwanted in [
+        Protocol::STATUS,
+        Protocol::INFLIGHT_SHMFD,
+        Protocol::LOG_SHMFD,
+        Protocol::PAGEFAULT,
+    ] {
+        assert!(!guest.protocol.contains(unwanted), "{unwanted:?}");
+    }
+    assert_eq!(guest.frontend.get_queue_num().unwrap(), 2);
+    assert!(guest.frontend.get_max_mem_slots().unwrap() >= 32);
+}
+
+#[test]
+fn every_mix_of_ring_features_works() {
+    let daemon = Daemon::start();
+    for refused in [
+        0,
+        F_INDIRECT,
+        F_EVENT_IDX,
+        F_INDIRECT | F_EVENT_IDX,
+        F_BYPASS_CONFIG,
+    ] {
+        for queue_size in [2, 4, 64, 256, 1024] {
+            let setup = Setup {
+                features: STOCK & !refused,
+                queue_size,
+                slots_one_by_one: queue_size == 64,
+            };
+            let mut guest = Guest::boot_with(&daemon, setup);
+            assert_eq!(guest.features & F_VERSION_1, F_VERSION_1);
+            assert_eq!(guest.attach(1, EP), OK, "{setup:x?}");
+            for page in 1..600 {
+                assert_eq!(guest.map_page(1, page << 12, page << 12), OK, "{setup:x?}");
+            }
+            assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
+            drop(guest);
+        }
+    }
+}
+
+#[test]
+fn the_configuration_space_is_read_at_any_offset_and_length() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    let whole = guest.config_bytes(0, CONFIG_LEN);
+    for offset in 0..CONFIG_LEN + 8 {
+        for len in 1..=CONFIG_LEN + 8 {
+            let got = guest.config_bytes(offset, len);
+            let want: Vec<u8> = (offset..offset + len)
+                .map(|at| whole.get(at as usize).copied().unwrap_or(0))
+                .collect();
+            assert_eq!(got, want, "offset {offset} length {len}");
+        }
+    }
+    for (offset, len) in [(0, 256), (255, 1), (200, 56), (39, 217)] {
+        assert_eq!(guest.config_bytes(offset, len).len(), len as usize);
+    }
+    let config = guest.config();
+    assert_ne!(config.page_size_mask, 0);
+    assert_ne!(config.page_size_mask & 0x1000, 0, "4 KiB pages");
+    assert!(config.input.0 < config.input.1);
+    assert!(config.domains.0 < config.domains.1);
+    assert!(config.bypass <= 1);
+    assert_eq!(config.reserved, [0; 3]);
+}
+
+#[test]
+fn only_the_bypass_byte_can_be_written_and_only_0_or_1() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    guest.set_config(CONFIG_BYPASS, &[0]);
+    let before = guest.config();
+    assert_eq!(before.bypass, 0);
+    for offset in (0..CONFIG_LEN).filter(|&offset| offset != CONFIG_BYPASS) {
+        for value in [0, 1, 0xff] {
+            guest.set_config(offset, &[value]);
+            assert_eq!(guest.config(), before, "offset {offset}");
+        }
+    }
+    for value in 2..=255 {
+        guest.set_config(CONFIG_BYPASS, &[value]);
+        assert_eq!(guest.config(), before, "value {value}");
+    }
+    guest.set_config(0, &[0xff; CONFIG_BYPASS as usize]);
+    guest.set_config(CONFIG_BYPASS + 1, &[1; 3]);
+    guest.set_config(CONFIG_LEN, &[1; 64]);
+    guest.set_config(255, &[1]);
+    assert_eq!(guest.config(), before);
+    // What a VMM does for a one-byte write: the whole image with one byte changed.
+    let mut image = guest.config_bytes(0, CONFIG_LEN);
+    image[CONFIG_BYPASS as usize] = 1;
+    guest.set_config(0, &image);
+    assert_eq!(guest.config().bypass, 1);
+    assert_eq!(daemon.status()["bypass"], true);
+    assert_eq!(daemon.gpa_of(EP, 0x1234), Some(0x1234));
+    image[..36].fill(0xff);
+    image[CONFIG_BYPASS as usize] = 0;
+    guest.set_config(0, &image);
+    assert_eq!(guest.config(), before);
+    assert_eq!(daemon.gpa_of(EP, 0x1234), None);
+    guest.set_config(CONFIG_BYPASS - 4, &[0, 0, 0, 0, 1]);
+    assert_eq!(guest.config().bypass, 1, "a write that ends with the byte");
+}
+
+#[test]
+fn bypass_written_before_the_driver_is_ready_counts() {
+    let daemon = Daemon::start();
+    for value in [0, 1] {
+        let mut guest = Guest::connect(&daemon, Setup::default());
+        guest.set_config(CONFIG_BYPASS, &[value]);
+        assert_eq!(guest.config().bypass, value);
+        let want = (value == 1).then_some(0x1234);
+        assert_eq!(daemon.gpa_of(EP, 0x1234), want);
+        guest.driver_ok();
+        assert_eq!(guest.config().bypass, value);
+        assert_eq!(daemon.gpa_of(EP, 0x1234), want);
+        drop(guest);
+    }
+}
+
+#[test]
+fn a_pause_keeps_every_domain() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.attach_bypass(2, EP2), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    for round in 1..20_u64 {
+        let done = guest.requests.used_idx;
+        let bases = guest.stop_rings();
+        assert_eq!(bases[0], done, "the base is the next chain to take");
+        assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000), "while paused");
+        guest.driver_ok();
+        assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+        assert_eq!(daemon.gpa_of(EP2, 0x1000), Some(0x1000));
+        assert_eq!(guest.map_page(1, 0x1000 + (round << 12), 0), OK);
+    }
+    assert_eq!(daemon.mappings(1).len(), 20);
+}
+
+#[test]
+fn requests_submitted_while_paused_are_served_on_resume() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    guest.stop_rings();
+    let map = wire::map(1, 0x1000, 0x1fff, 0x5000, RW);
+    guest.submit(&map, &Layout::plain(map.len(), TAIL));
+    guest.kick();
+    thread::sleep(Duration::from_millis(50));
+    assert!(guest.requests.take_used(&guest.memory).is_none());
+    assert!(daemon.mappings(1).is_empty());
+    guest.driver_ok();
+    assert_eq!(guest.complete().1.status(), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+}
+
+#[test]
+fn a_pause_in_the_middle_of_traffic_loses_nothing() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let layout = Layout::plain(36, TAIL);
+    let mut page = 0;
+    for round in 0..50 {
+        let count = 100;
+        for _ in 0..count {
+            page += 1;
+            let first = page << 12;
+            guest.submit(&wire::map(1, first, first + 0xfff, 0, RW), &layout);
+        }
+        guest.kick();
+        for _ in 0..round % 7 * 100 {
+            thread::yield_now();
+        }
+        guest.stop_rings();
+        let used = guest.memory.load_u16(guest.requests.used + 2);
+        thread::sleep(Duration::from_millis(2));
+        assert_eq!(
+            guest.memory.load_u16(guest.requests.used + 2),
+            used,
+            "nothing is written after the ring was stopped"
+        );
+        guest.driver_ok();
+        for _ in 0..count {
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+    }
+    assert_eq!(daemon.mappings(1).len() as u64, page);
+}
+
+#[test]
+fn a_disabled_ring_is_left_alone() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    guest.frontend.set_vring_enable(0, false).unwrap();
+    let map = wire::map(1, 0x1000, 0x1fff, 0x5000, RW);
+    guest.submit(&map, &Layout::plain(map.len(), TAIL));
+    guest.requests.kick_always();
+    thread::sleep(Duration::from_millis(100));
+    assert!(guest.requests.take_used(&guest.memory).is_none());
+    guest.frontend.set_vring_enable(0, true).unwrap();
+    assert_eq!(guest.complete().1.status(), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+}
+
+#[test]
+fn a_reset_drops_every_domain_and_keeps_the_bypass_field() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    for bypass in [0, 1, 0] {
+        guest.set_config(CONFIG_BYPASS, &[bypass]);
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.attach_bypass(2, EP2), OK);
+        assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+        guest.reboot();
+        daemon.wait_for("the reset", || daemon.domains().is_empty());
+        assert_eq!(guest.config().bypass, bypass);
+        let want = (bypass == 1).then_some(0x1000);
+        assert_eq!(daemon.gpa_of(EP, 0x1000), want);
+        assert_eq!(daemon.gpa_of(EP2, 0x1000), want);
+        assert_eq!(guest.map_page(1, 0x1000, 0x5000), wire::NOENT);
+        assert_eq!(guest.attach(1, EP), OK);
+        assert!(daemon.mappings(1).is_empty());
+    }
+}
+
+#[test]
+fn a_new_driver_with_other_features_starts_anew() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    guest.features &= !(F_EVENT_IDX | F_INDIRECT);
+    guest.stop_rings();
+    guest.forget_rings();
+    guest.requests.event_idx = false;
+    guest.events.event_idx = false;
+    guest.driver_ok();
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), wire::NOENT);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+}
+
+#[test]
+fn a_pause_at_the_wrap_of_the_index_is_no_reset() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let layout = Layout::plain(36, TAIL);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    // Up to a multiple of 65536 requests, in batches; all but two are refused as overlaps.
+    let map = wire::map(1, 0x1000, 0x1fff, 0x5000, RW);
+    let mut left = 0x1_0000 - 2;
+    while left > 0 {
+        let count = left.min(100);
+        for _ in 0..count {
+            guest.submit(&map, &layout);
+        }
+        guest.kick();
+        for _ in 0..count {
+            assert_eq!(guest.complete().1.status(), wire::INVAL);
+        }
+        left -= count;
+    }
+    assert_eq!(guest.requests.used_idx, 0);
+    assert_eq!(guest.stop_rings()[0], 0);
+    guest.driver_ok();
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+    assert_eq!(guest.unmap(1, 0x1000, 0x1fff), OK);
+}
+
+#[test]
+fn a_disconnect_leaves_a_clean_slate_for_the_next_vmm() {
+    let daemon = Daemon::start();
+    let at_boot = Guest::connect(&daemon, Setup::default()).config().bypass;
+    for round in 0..5 {
+        let mut guest = Guest::boot(&daemon);
+        assert!(connected(&daemon));
+        assert_eq!(guest.config().bypass, at_boot, "round {round}");
+        assert!(daemon.domains().is_empty(), "round {round}");
+        guest.set_config(CONFIG_BYPASS, &[1 - at_boot]);
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+        assert_eq!(guest.config().bypass, 1 - at_boot);
+        drop(guest);
+        daemon.wait_for("the disconnect", || !connected(&daemon));
+        assert!(daemon.domains().is_empty());
+        assert_eq!(daemon.status()["bypass"], at_boot == 1);
+        assert_eq!(daemon.endpoint(EP)["state"], "unattached");
+    }
+}
+
+#[test]
+fn memory_can_come_and_go_under_a_mapping() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let new = 0x2_0000_0000;
+    assert_eq!(guest.map_page(1, 0x1000, LOW_LEN - 0x1000), OK);
+    assert_eq!(guest.map_page(1, 0x2000, HIGH_RAM), OK);
+    assert_eq!(guest.map_page(1, 0x3000, new), OK);
+    assert!(backed(&daemon, 0x1000) && backed(&daemon, 0x2000) && !backed(&daemon, 0x3000));
+    guest.add_region(Region::new(new, 1 << 20));
+    assert!(backed(&daemon, 0x3000));
+    // A request in memory that has just come.
+    let at = new + 0x800;
+    guest
+        .memory
+        .write(at, &wire::map(1, 0x4000, 0x4fff, new, RW));
+    let descs = [
+        (0, common::ring::Desc::new(at, 36, common::ring::NEXT, 1)),
+        (
+            1,
+            common::ring::Desc::new(at + 64, 4, common::ring::WRITE, 0),
+        ),
+    ];
+    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert!(backed(&daemon, 0x4000));
+    guest.remove_region(HIGH_RAM);
+    assert!(!backed(&daemon, 0x2000) && backed(&daemon, 0x1000) && backed(&daemon, 0x3000));
+    let region = guest.remove_region(new);
+    assert!(!backed(&daemon, 0x3000));
+    // The request that lay there is now outside memory, and so is its tail.
+    for &(index, desc) in &descs {
+        guest.requests.set_desc(&guest.memory, index, desc);
+    }
+    assert_eq!(guest.raw_back(0, &[]), 0);
+    guest.add_region(region);
+    assert!(backed(&daemon, 0x3000));
+    assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
+}
+
+#[test]
+fn a_new_memory_table_replaces_the_old() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, HIGH_RAM + HIGH_LEN - 0x1000), OK);
+    assert!(backed(&daemon, 0x1000));
+    use vhost::VhostBackend;
+    let high = guest.memory.regions.pop().unwrap();
+    let infos: Vec<_> = guest.memory.regions.iter().map(Region::info).collect();
+    guest.frontend.set_mem_table(&infos).unwrap();
+    assert!(!backed(&daemon, 0x1000));
+    assert_eq!(guest.map_page(1, 0x2000, 0), OK);
+    guest.memory.regions.push(high);
+    let infos: Vec<_> = guest.memory.regions.iter().map(Region::info).collect();
+    guest.frontend.set_mem_table(&infos).unwrap();
+    assert!(backed(&daemon, 0x1000));
+    assert_eq!(guest.map_page(1, 0x3000, 0), OK);
+}
+
+#[test]
+fn many_slots_of_one_file() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let file = Arc::new(memfd(64 << 12));
+    let base = 0x10_0000_0000;
+    // Every other page of a range, so that no two slots touch.
+    for slot in 0..64 {
+        let gpa = base + (slot << 13);
+        guest.add_region(Region::of_file(gpa, 0x1000, Arc::clone(&file), slot << 12));
+    }
+    assert_eq!(guest.map(1, base, base + 0xf_ffff, base, RW), OK);
+    for slot in 0..64 {
+        assert!(backed(&daemon, base + (slot << 13)));
+        assert!(!backed(&daemon, base + (slot << 13) + 0x1000));
+    }
+    for slot in (0..64).step_by(2) {
+        guest.remove_region(base + (slot << 13));
+    }
+    for slot in 0..64 {
+        assert_eq!(backed(&daemon, base + (slot << 13)), slot % 2 == 1);
+    }
+    assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
+}
+
+#[test]
+fn the_control_socket_answers_while_requests_run() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let layout = Layout::plain(36, TAIL);
+    for round in 0..40_u64 {
+        for page in 0..100 {
+            let first = (1 + round * 100 + page) << 12;
+            guest.submit(&wire::map(1, first, first + 0xfff, 0, RW), &layout);
+        }
+        guest.kick();
+        let seen = daemon.mappings(1).len() as u64;
+        assert!(seen >= round * 100 && seen <= (round + 1) * 100);
+        for _ in 0..100 {
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+    }
+    let status = daemon.status();
+    let domain = &status["domains"][0];
+    assert_eq!(domain["mappings"], 4000, "{domain}");
+    assert_eq!(domain["mapped_bytes"], 4000 * 4096, "{domain}");
+    let used = status["arena"]["used_bytes"].as_u64().unwrap();
+    assert!(used >= 4000 * 8, "{used}");
+    assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
+    let used_after = daemon.status()["arena"]["used_bytes"].as_u64().unwrap();
+    assert!(used_after < used, "{used_after}: the tables are given back");
+}
+
+#[test]
+fn the_control_socket_bears_nonsense() {
+    let daemon = Daemon::start();
+    for request in [
+        "",
+        "nonsense",
+        "translate",
+        "translate 48",
+        "translate 48 zz",
+        "translate 99999999999999999999 0x0",
+        "mappings -1",
+        "mappings 4294967296",
+        "status status",
+        "\0\0\0",
+    ] {
+        let text = daemon.control_text(request);
+        assert!(text.len() < 4096, "{request:?}: {text}");
+    }
+    let long = "a".repeat(1 << 20);
+    use std::io::Write;
+    let mut stream = std::os::unix::net::UnixStream::connect(daemon.control_socket()).unwrap();
+    // The daemon may hang up before it has read all of this.
+    let _ = stream.write_all(long.as_bytes());
+    drop(stream);
+    let idle: Vec<_> = (0..20)
+        .map(|_| std::os::unix::net::UnixStream::connect(daemon.control_socket()).unwrap())
+        .collect();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    drop(idle);
+    assert_eq!(daemon.status()["version"], 1);
+}
+
+#[test]
+fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
+    for booted in [false, true] {
+        let daemon = Daemon::start();
+        let guest = booted.then(|| Guest::boot(&daemon));
+        let killed = std::process::Command::new("kill")
+            .arg(daemon.pid().to_string())
+            .status()
+            .unwrap();
+        assert!(killed.success());
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        let status = loop {
+            if let Some(status) = daemon.exit_status() {
+                break status;
+            }
+            assert!(std::time::Instant::now() < deadline, "SIGTERM is ignored");
+            thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!(status.code(), Some(0));
+        assert!(!daemon.socket().exists() && !daemon.control_socket().exists());
+        drop(guest);
+    }
+}
