@@ -12,7 +12,7 @@ mod common;
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2};
 use common::guest::{Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, Layout, STOCK, Setup};
@@ -94,6 +94,42 @@ fn every_mix_of_ring_features_works() {
             assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
             drop(guest);
         }
+    }
+}
+
+#[test]
+fn the_driver_is_told_when_it_asks_to_be() {
+    let daemon = Daemon::start();
+    for refused in [0, F_EVENT_IDX] {
+        let setup = Setup {
+            features: STOCK & !refused,
+            ..Setup::default()
+        };
+        let mut guest = Guest::boot_with(&daemon, setup);
+        let attach = wire::attach(1, EP, 0);
+        let layout = Layout::plain(attach.len(), TAIL);
+        for round in 0..300 {
+            while guest.requests.call.read().is_ok() {}
+            guest.submit(&attach, &layout);
+            guest.kick();
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while guest.requests.call.read().is_err() {
+                assert!(Instant::now() < deadline, "round {round}: no call");
+                thread::yield_now();
+            }
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+        if guest.requests.event_idx {
+            // As a stock driver does: it looks for itself and never moves used_event.
+            while guest.requests.call.read().is_ok() {}
+            for _ in 0..300 {
+                guest.submit(&attach, &layout);
+                guest.requests.kick(&guest.memory);
+                assert_eq!(guest.complete().1.status(), OK);
+            }
+            assert!(guest.requests.call.read().is_err(), "calls nobody wants");
+        }
+        drop(guest);
     }
 }
 
@@ -509,12 +545,12 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
             .status()
             .unwrap();
         assert!(killed.success());
-        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + Duration::from_secs(10);
         let status = loop {
             if let Some(status) = daemon.exit_status() {
                 break status;
             }
-            assert!(std::time::Instant::now() < deadline, "SIGTERM is ignored");
+            assert!(Instant::now() < deadline, "SIGTERM is ignored");
             thread::sleep(Duration::from_millis(10));
         };
         assert_eq!(status.code(), Some(0));

@@ -17,6 +17,9 @@ use vhost::vhost_user::Frontend;
 /// A daemon that hangs is killed after this long, which makes every blocked test call return.
 const LIFETIME: Duration = Duration::from_secs(240);
 
+/// What the kernel calls the guest's memory in the daemon's list of mappings.
+const GUEST_MEMORY: &str = "/memfd:guest-ram";
+
 /// Endpoint 00:06.0.
 pub const EP: u32 = 0x30;
 /// Endpoint 00:07.0.
@@ -221,21 +224,29 @@ impl Daemon {
             .clone()
     }
 
-    /// A line of `/proc/PID/status`, in KiB.
-    fn proc_kib(&self, key: &str) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).expect("proc");
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(key))
-            .expect("the key");
-        let value = line.trim_start_matches(':').trim();
-        let digits = value.trim_end_matches("kB").trim();
-        digits.parse().expect("a number")
-    }
-
-    /// Resident memory, KiB: anonymous and shared pages, without mapped files.
+    /// Resident memory of the daemon's own, KiB: all but the files it runs from and the guest's
+    /// memory, which is the guest's to fill.
     pub fn rss_kib(&self) -> u64 {
-        self.proc_kib("RssAnon") + self.proc_kib("RssShmem")
+        let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid)).expect("proc");
+        let mut own = true;
+        let mut total = 0;
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("Rss:") if own => {
+                    let kib = words.next().and_then(|word| word.parse::<u64>().ok());
+                    total += kib.expect("a number");
+                }
+                Some(word) if !word.ends_with(':') => {
+                    // A mapping: range, rights, offset, device, inode, and a path if it has one.
+                    let path = words.nth(4).unwrap_or("");
+                    own = !path.starts_with('/')
+                        || path.starts_with("/memfd:") && path != GUEST_MEMORY;
+                }
+                _ => {}
+            }
+        }
+        total
     }
 
     /// Open file descriptors.

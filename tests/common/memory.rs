@@ -20,7 +20,7 @@ pub const USER_BASE: u64 = 0x7a00_0000_0000;
 /// A sealed-size-free memfd of `len` bytes, all zero.
 pub fn memfd(len: u64) -> File {
     // SAFETY: the name is a NUL-terminated string that lives for the call.
-    let fd = unsafe { libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
     // SAFETY: `fd` was just returned by memfd_create and nobody else owns it.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
