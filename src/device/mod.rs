@@ -117,6 +117,11 @@ impl Device {
         }
     }
 
+    /// Counters.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// The memory of the VM that is connected.
     pub fn memory(&self) -> Option<FrontendMemory> {
         lock(&self.memory).clone()
@@ -338,18 +343,17 @@ impl VhostUserBackend for Device {
         rings: &[VringRwLock],
         _thread: usize,
     ) -> io::Result<()> {
-        let Some(ring) = rings.get(usize::from(event)) else {
-            return Ok(());
-        };
-        match event {
-            REQUEST_QUEUE => self.serve_requests(ring),
-            EVENT_QUEUE => {
-                let mut known = lock(&self.event_ring);
-                if known.is_none() {
-                    *known = Some(ring.clone());
-                }
+        if let Some(ring) = rings.get(usize::from(EVENT_QUEUE)) {
+            let mut known = lock(&self.event_ring);
+            if known.is_none() {
+                *known = Some(ring.clone());
             }
-            _ => {}
+        }
+        // Nothing waits for buffers of the event queue: faults without one are dropped.
+        if event == REQUEST_QUEUE
+            && let Some(ring) = rings.get(usize::from(event))
+        {
+            self.serve_requests(ring);
         }
         Ok(())
     }

@@ -299,7 +299,7 @@ pub fn number(value: &Value) -> u64 {
 }
 
 /// Connects, with a little patience for a listener that is being set up.
-fn connect(path: &Path) -> UnixStream {
+pub fn connect(path: &Path) -> UnixStream {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         match UnixStream::connect(path) {

@@ -1,6 +1,7 @@
 //! A VMM and its guest's driver: negotiation, memory slots, rings, requests.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, connect};
 use super::memory::{Memory, Region};
 use super::ring::{Desc, INDIRECT, NEXT, Queue, WRITE};
 use super::wire::{self, Config, Resv, TAIL};
@@ -186,7 +187,12 @@ impl Guest {
 
     /// Connects and negotiates, but starts no ring yet.
     pub fn connect(daemon: &Daemon, setup: Setup) -> Self {
-        let mut frontend = daemon.frontend();
+        Self::connect_to(&daemon.socket(), setup)
+    }
+
+    /// [`Self::connect`] to the daemon that listens at `socket`.
+    pub fn connect_to(socket: impl AsRef<Path>, setup: Setup) -> Self {
+        let mut frontend = Frontend::from_stream(connect(socket.as_ref()), 2);
         frontend.set_owner().expect("SET_OWNER");
         let offered = frontend.get_features().expect("GET_FEATURES");
         assert_ne!(offered & wire::F_PROTOCOL, 0, "protocol features");
