@@ -1,5 +1,9 @@
 //! What a daemon costs that has nothing to do: memory and wakeups, without a VM and with one.
 #![expect(clippy::expect_used, reason = "a bench ends by panicking")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "the lengths of a test's own buffers"
+)]
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -1,5 +1,9 @@
 //! Faults on their way to the driver: the device in this process, the driver over a real socket.
-#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
 
 mod common;
 
@@ -53,7 +57,7 @@ impl InProcess {
     }
 
     fn boot(&self) -> Guest {
-        let mut guest = Guest::connect_to(&self.socket(), Setup::default());
+        let mut guest = Guest::connect_to(self.socket(), Setup::default());
         guest.driver_ok();
         guest
     }

@@ -187,7 +187,7 @@ impl Guest {
 
     /// Connects and negotiates, but starts no ring yet.
     pub fn connect(daemon: &Daemon, setup: Setup) -> Self {
-        Self::connect_to(&daemon.socket(), setup)
+        Self::connect_to(daemon.socket(), setup)
     }
 
     /// [`Self::connect`] to the daemon that listens at `socket`.
