@@ -1125,6 +1125,13 @@ fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
     assert_eq!(guest.unmap(2, 0x1000, 0x1fff), OK);
     assert_eq!(daemon.gpa_of(EP2, 0x1000), None);
     assert_eq!(guest.map_page(2, 0x1000, 0x7000), OK);
+    // Small domains may have new tables still, old ones and new ones.
+    assert_eq!(guest.map_page(2, 0x4000_0000, 0x7000), OK);
+    assert_eq!(guest.attach(3, EP3), OK);
+    assert_eq!(guest.map_page(3, 0x4000_0000, 0x3000), OK);
+    assert_eq!(daemon.gpa_of(EP3, 0x4000_0123), Some(0x3123));
+    assert_eq!(guest.map_page(1, 0x7f_0000_0000, 0), NOMEM);
+    assert_eq!(guest.detach(3, EP3), OK);
     assert_eq!(guest.detach(2, EP2), OK);
     // What the flood took comes back whole.
     assert_eq!(guest.unmap(1, 0, u64::MAX), OK);

@@ -14,8 +14,8 @@ use common::daemon::{Daemon, EP, EP2, EP3, NO_EP};
 use common::guest::{Guest, Layout, STOCK, Setup, Table};
 use common::wire::{
     self, BYPASS, CONFIG_BYPASS, F_BYPASS_CONFIG, F_DOMAIN_RANGE, F_EVENT_IDX, F_INPUT_RANGE,
-    F_MAP_UNMAP, F_MMIO, F_PROBE, INVAL, IOERR, MMIO, NOENT, OK, RANGE, READ, RW, T_ATTACH,
-    T_PROBE, TAIL, WRITE,
+    F_MAP_UNMAP, F_MMIO, F_PROBE, INVAL, IOERR, MMIO, NOENT, OK, RANGE, READ, RW, Resv, T_ATTACH,
+    T_PROBE, TAIL, UNSUPP, WRITE,
 };
 
 /// Boots a stock guest on a new daemon.
@@ -727,4 +727,228 @@ fn the_daemon_counts_requests_by_outcome() {
     assert_eq!(requests["map"]["range"], 1, "{requests}");
     assert_eq!(requests["unmap"]["ok"], 1, "{requests}");
     assert_eq!(requests["detach"]["inval"], 1, "{requests}");
+}
+
+/// The three endpoints, with keys for the whole VM and for each endpoint.
+fn config(vm: &str, endpoints: [&str; 3]) -> Daemon {
+    let mut toml = format!("address = \"00:05.0\"\n{vm}\n");
+    for (slot, keys) in (6..).zip(endpoints) {
+        toml += &format!("[[endpoint]]\naddress = \"00:0{slot}.0\"\n{keys}\n");
+    }
+    Daemon::with_config(&toml)
+}
+
+#[test]
+fn reserved_regions_are_told_and_kept() {
+    let daemon = config(
+        "",
+        [
+            "reserved = [{ first = 0x8000000, last = 0x80fffff }]",
+            "",
+            "",
+        ],
+    );
+    let mut guest = Guest::boot(&daemon);
+    let msi = Resv {
+        subtype: 1,
+        start: 0xfee0_0000,
+        end: 0xfeef_ffff,
+    };
+    let own = Resv {
+        subtype: 0,
+        start: 0x800_0000,
+        end: 0x80f_ffff,
+    };
+    let mut told = guest.probe(EP);
+    told.sort_by_key(|region| region.start);
+    assert_eq!(told, [own, msi]);
+    assert_eq!(guest.probe(EP2), [msi]);
+    assert_eq!(guest.attach(1, EP), OK);
+    for region in [own, msi] {
+        for (first, last) in [
+            (region.start, region.end),
+            (region.start, region.start + 0xfff),
+            (region.end - 0xfff, region.end),
+            (region.start - 0x1000, region.start + 0xfff),
+            (region.end - 0xfff, region.end + 0x1000),
+            (0x1000, 0xffff_ffff),
+        ] {
+            let status = guest.map(1, first, last, 0, RW);
+            assert_eq!(status, INVAL, "{first:#x}..={last:#x}");
+            let status = guest.map(1, first, last, 0, RW | MMIO);
+            assert_eq!(status, INVAL, "{first:#x}..={last:#x}");
+        }
+        assert_eq!(guest.map_page(1, region.start - 0x1000, 0), OK);
+        assert_eq!(guest.map_page(1, region.end + 1, 0), OK);
+        assert_eq!(guest.unmap(1, 0, u64::MAX), OK, "regions are no mappings");
+    }
+    // In bypass mode too, a region is not memory.
+    assert_eq!(guest.attach_bypass(2, EP2), OK);
+    assert_eq!(daemon.gpa_of(EP2, 0xfedf_ffff), Some(0xfedf_ffff));
+    assert_eq!(daemon.gpa_of(EP2, 0xfee0_0000), None);
+    assert_eq!(daemon.gpa_of(EP3, 0xfeef_ffff), None);
+}
+
+#[test]
+fn an_endpoint_whose_regions_are_mapped_cannot_join() {
+    let daemon = config(
+        "",
+        [
+            "reserved = [{ first = 0x8000000, last = 0x80fffff }]",
+            "",
+            "",
+        ],
+    );
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP2), OK);
+    assert_eq!(guest.map(1, 0x700_0000, 0x8ff_ffff, 0, RW), OK);
+    assert_eq!(guest.attach(2, EP), OK);
+    assert_eq!(guest.map_page(2, 0x1000, 0x5000), OK);
+    assert_eq!(guest.attach(1, EP), UNSUPP);
+    // It stays where it was.
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+    assert_eq!(guest.unmap(1, 0x700_0000, 0x8ff_ffff), OK);
+    assert_eq!(guest.attach(1, EP), OK);
+    // Now the region counts for the whole domain, until the endpoint leaves.
+    assert_eq!(guest.map(1, 0x700_0000, 0x8ff_ffff, 0, RW), INVAL);
+    assert_eq!(guest.detach(1, EP), OK);
+    assert_eq!(guest.map(1, 0x700_0000, 0x8ff_ffff, 0, RW), OK);
+}
+
+#[test]
+fn as_many_regions_as_there_may_be_fit_the_answer_to_probe() {
+    let regions: Vec<String> = (0..64_u64)
+        .map(|index| {
+            let first = (index + 1) << 20;
+            format!("{{ first = {first}, last = {} }}", first + 0xfff)
+        })
+        .collect();
+    let daemon = config(
+        &format!("reserved = [{}]", regions.join(", ")),
+        ["", "", ""],
+    );
+    let mut guest = Guest::boot(&daemon);
+    let told = guest.probe(EP);
+    assert_eq!(told.len(), 64);
+    for (index, region) in told.iter().enumerate() {
+        let start = (index as u64 + 1) << 20;
+        let want = Resv {
+            subtype: 0,
+            start,
+            end: start + 0xfff,
+        };
+        assert_eq!(region, &want);
+    }
+}
+
+#[test]
+fn endpoints_of_one_group_stay_in_one_domain() {
+    let group = "group = \"card\"";
+    let daemon = config("", [group, group, ""]);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    assert_eq!(guest.attach(2, EP2), UNSUPP);
+    assert_eq!(guest.attach_bypass(2, EP2), UNSUPP);
+    assert_eq!(daemon.domains(), [1]);
+    assert_eq!(guest.attach(2, EP3), OK, "another group");
+    assert_eq!(guest.attach(1, EP2), OK);
+    // A driver moves a group one endpoint at a time; whoever is left behind is blocked.
+    assert_eq!(guest.attach(3, EP), OK);
+    assert_eq!(guest.map_page(3, 0x1000, 0x9000), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x9000));
+    assert_eq!(daemon.gpa_of(EP2, 0x1000), None);
+    assert_eq!(daemon.endpoint(EP2)["dma"], "blocked");
+    assert_eq!(guest.attach(3, EP2), OK);
+    assert_eq!(daemon.gpa_of(EP2, 0x1000), Some(0x9000));
+    assert_eq!(guest.detach(3, EP), OK);
+    assert_eq!(guest.detach(3, EP2), OK);
+    assert_eq!(guest.attach(1, EP2), OK);
+}
+
+#[test]
+fn the_address_width_bounds_the_input_range() {
+    for width in [32, 39, 48, 49, 57] {
+        let width_arg = width.to_string();
+        let daemon = Daemon::with_args(&["--address-width", &width_arg, "--no-reserved"]);
+        let mut guest = Guest::boot(&daemon);
+        let end = (1_u64 << width) - 1;
+        assert_eq!(guest.config().input, (0, end), "width {width}");
+        assert!(guest.probe(EP).is_empty());
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.map_page(1, end - 0xfff, 0x5000), OK);
+        assert_eq!(guest.map_page(1, end + 1, 0x5000), RANGE);
+        assert_eq!(guest.map(1, end - 0x1fff, end + 0x1000, 0, RW), RANGE);
+        assert_eq!(daemon.gpa_of(EP, end), Some(0x5fff));
+        assert_eq!(daemon.gpa_of(EP, end + 1), None);
+        assert_eq!(daemon.gpa_of(EP, u64::MAX), None);
+        assert_eq!(guest.unmap(1, end - 0xfff, u64::MAX), OK);
+        assert_eq!(daemon.gpa_of(EP, end), None);
+        // Everything at once, as far as guest-physical addresses reach.
+        let last = end.min((1 << 52) - 1);
+        assert_eq!(guest.map(1, 0, last, 0, RW), OK);
+        assert_eq!(daemon.gpa_of(EP, last), Some(last));
+        assert_eq!(guest.unmap(1, 0, last), OK);
+    }
+}
+
+#[test]
+fn the_granule_is_told_and_kept() {
+    for (name, size) in [
+        ("4k", 1 << 12),
+        ("16k", 1 << 14),
+        ("64k", 1 << 16),
+        ("2m", 1_u64 << 21),
+    ] {
+        let daemon = Daemon::with_args(&["--granule", name]);
+        let mut guest = Guest::boot(&daemon);
+        let mask = guest.config().page_size_mask;
+        assert_eq!(1 << mask.trailing_zeros(), size, "{name}: {mask:#x}");
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.map(1, size, 2 * size - 1, 3 * size, RW), OK);
+        assert_eq!(daemon.gpa_of(EP, size + 1), Some(3 * size + 1));
+        assert_eq!(guest.unmap(1, size, 2 * size - 1), OK);
+        let half = size / 2;
+        for (first, last, gpa) in [
+            (size + half, 2 * size - 1, 0),
+            (size, 2 * size - 1 - half, 0),
+            (size, 2 * size - 1, half),
+        ] {
+            assert_eq!(guest.map(1, first, last, gpa, RW), RANGE, "{name}");
+        }
+        // One byte shared with the MSI window is enough, however large the pages.
+        let first = 0xfee0_0000 & !(size - 1);
+        assert_eq!(
+            guest.map(1, first, first + size - 1, 0, RW),
+            INVAL,
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn the_number_of_domains_bounds_their_ids() {
+    let daemon = config("domains = 4", ["", "", ""]);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.config().domains, (0, 3));
+    assert_eq!(guest.attach(3, EP), OK);
+    assert_eq!(guest.attach(4, EP2), RANGE);
+    assert_eq!(guest.detach(4, EP), RANGE);
+    assert_eq!(daemon.domains(), [3]);
+}
+
+#[test]
+fn bypass_at_boot_is_what_was_configured() {
+    for (value, bypass) in [("on", 1), ("off", 0)] {
+        let daemon = Daemon::with_args(&["--bypass", value]);
+        for _ in 0..2 {
+            let mut guest = Guest::boot(&daemon);
+            assert_eq!(guest.config().bypass, bypass);
+            let want = (bypass == 1).then_some(0x1234);
+            assert_eq!(daemon.gpa_of(EP, 0x1234), want);
+            guest.set_config(CONFIG_BYPASS, &[1 - bypass]);
+            assert_eq!(guest.config().bypass, 1 - bypass);
+            drop(guest);
+        }
+    }
 }

@@ -9,6 +9,13 @@
     reason = "each test binary compiles this module and uses a part of it"
 )]
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic, and lengths here are small"
+)]
+
 pub mod daemon;
 pub mod guest;
 pub mod memory;
