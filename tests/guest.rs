@@ -1,0 +1,434 @@
+//! Stock guests under an unmodified QEMU, with the daemon as their IOMMU.
+//!
+//! Endpoints are `edu` devices: something to bind to vfio-pci. A program in the guest then maps and
+//! unmaps through VFIO, which the stock driver turns into requests; what it believes to be mapped is
+//! compared with what the daemon holds.
+
+#[path = "common/vm.rs"]
+mod vm;
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+use vm::{
+    ANSWER, Daemon, Kernel, LONG_ANSWER, Setup, Status, Table, Vm, VmOptions, Workplace, hex_of,
+    number, wait_for,
+};
+
+/// The endpoints, and the number of mappings each test of traffic makes.
+const FIRST: &str = "0000:00:06.0";
+const SECOND: &str = "0000:00:07.0";
+const THIRD: &str = "0000:00:08.0";
+const ENDPOINTS: [&str; 3] = [FIRST, SECOND, THIRD];
+const ROUNDS: u64 = 100_000;
+
+/// A range for all endpoints, and one for the first alone.
+const CONFIG: &str = r#"
+memory = "512M"
+address = "00:05.0"
+
+[[reserved]]
+first = 0xfee00000
+last = 0xfeefffff
+kind = "msi"
+
+[[endpoint]]
+address = "00:06.0"
+
+[[endpoint.reserved]]
+first = 0x4567_0000
+last = 0x4788_ffff
+kind = "reserved"
+
+[[endpoint]]
+range = "00:07.0-00:08.0"
+"#;
+const MSI: &str = "0x00000000fee00000 0x00000000feefffff msi";
+const OWN: &str = "0x0000000045670000 0x000000004788ffff reserved";
+
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    Strict,
+    Lazy,
+}
+
+impl Mode {
+    fn append(self) -> &'static str {
+        match self {
+            Self::Strict => "iommu.strict=1",
+            Self::Lazy => "iommu.strict=0",
+        }
+    }
+
+    /// The type of a translated default domain in sysfs.
+    fn group_type(self) -> &'static str {
+        match self {
+            Self::Strict => "DMA",
+            Self::Lazy => "DMA-FQ",
+        }
+    }
+}
+
+macro_rules! guest_tests {
+    ($($name:ident: $scenario:ident($kernel:ident, $mode:ident);)*) => {$(
+        #[test]
+        #[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh guest"]
+        fn $name() {
+            let setup = Setup::from_environment();
+            let kernel = setup.$kernel();
+            let place = Workplace::new(stringify!($name));
+            place.note(&format!("kernel {}", kernel.version));
+            $scenario(&setup, kernel, Mode::$mode, &place);
+            place.note("done");
+        }
+    )*};
+}
+
+guest_tests! {
+    traffic_oldest_strict: traffic(oldest, Strict);
+    traffic_oldest_lazy: traffic(oldest, Lazy);
+    traffic_newest_strict: traffic(newest, Strict);
+    traffic_newest_lazy: traffic(newest, Lazy);
+    lives_of_a_vm_oldest_strict: lives_of_a_vm(oldest, Strict);
+    lives_of_a_vm_oldest_lazy: lives_of_a_vm(oldest, Lazy);
+    lives_of_a_vm_newest_strict: lives_of_a_vm(newest, Strict);
+    lives_of_a_vm_newest_lazy: lives_of_a_vm(newest, Lazy);
+    passthrough_oldest_strict: passthrough(oldest, Strict);
+    passthrough_oldest_lazy: passthrough(oldest, Lazy);
+    passthrough_newest_strict: passthrough(newest, Strict);
+    passthrough_newest_lazy: passthrough(newest, Lazy);
+}
+
+/// Whatever other kernels were laid ready; at times there are none.
+#[test]
+#[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh guest"]
+fn traffic_between() {
+    let setup = Setup::from_environment();
+    for kernel in setup.between() {
+        let place = Workplace::new("traffic_between");
+        place.note(&format!("kernel {}", kernel.version));
+        traffic(&setup, kernel, Mode::Lazy, &place);
+        place.note("done");
+    }
+}
+
+/// The driver probes, endpoints get what they should have, 10^5 mappings interrupted by pauses are
+/// all kept and nothing else, and a reboot begins with nothing.
+fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+    let mut daemon = Daemon::start(place, CONFIG);
+    let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "");
+    place.note("up");
+    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
+
+    // Two endpoints in one container share a domain; the third has its own.
+    start_mapper(&mut vm, "pair", 1, &[FIRST, SECOND]);
+    start_mapper(&mut vm, "single", 2, &[THIRD]);
+    let status = daemon.status();
+    let pair = status.domain_of(FIRST);
+    assert_eq!(pair, status.domain_of(SECOND));
+    assert_ne!(pair, status.domain_of(THIRD));
+    let (ranges, _) = vm.try_run("ask pair ranges", ANSWER);
+    assert!(
+        ranges.contains(&"r fef00000 ffffffffffff".to_owned()),
+        "{ranges:?}"
+    );
+    assert!(ranges.contains(&"r 0 4566ffff".to_owned()), "{ranges:?}");
+    assert!(
+        ranges.contains(&"r 47890000 fedfffff".to_owned()),
+        "{ranges:?}"
+    );
+
+    let pauses = churn_with_pauses(&mut vm, &mut daemon, place);
+    assert!(pauses >= 5, "only {pauses} pauses fell into the traffic");
+    place.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
+    tables_agree(&mut vm, &mut daemon, &[("pair", FIRST), ("single", THIRD)]);
+    assert_eq!(daemon.status().refusals(), Vec::<String>::new());
+    place.note("tables agree");
+
+    // The program's end takes its domain away, and nothing else.
+    vm.run("ask single quit");
+    wait_for("the third endpoint's default domain", ANSWER, || {
+        (daemon
+            .tables()
+            .values()
+            .filter(|table| !table.0.is_empty())
+            .count()
+            == 1)
+            .then_some(())
+    });
+    assert_eq!(daemon.status().dma_of(THIRD), "translated");
+    tables_agree(&mut vm, &mut daemon, &[("pair", FIRST)]);
+
+    vm.qmp("system_reset", json!({}));
+    vm.wait_until_up();
+    place.note("up again");
+    nothing_is_mapped(&mut daemon);
+    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
+    nothing_is_mapped(&mut daemon);
+    start_mapper(&mut vm, "again", 3, &[SECOND, THIRD]);
+    vm.run_within(&format!("ask again churn {}", ROUNDS / 10), LONG_ANSWER);
+    tables_agree(&mut vm, &mut daemon, &[("again", SECOND)]);
+    drop(vm);
+    daemon.stop();
+}
+
+/// Memory added while running can be mapped at once; a VMM that is killed leaves nothing behind for
+/// the next one, which the same daemon serves.
+fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+    const ADDED: u64 = 256 << 20;
+    let mut daemon = Daemon::start(place, CONFIG);
+    let pid = daemon.pid();
+    let mut vm = boot(setup, kernel, mode, place, &daemon, "first", "");
+    place.note("up");
+    vm.run(&bind_all());
+    start_mapper(&mut vm, "mapper", 4, &ENDPOINTS);
+    vm.run_within("ask mapper churn 2000", LONG_ANSWER);
+
+    let before = memory_of(&mut vm);
+    vm.qmp(
+        "object-add",
+        json!({"qom-type": "memory-backend-memfd", "id": "added", "size": ADDED, "share": true}),
+    );
+    vm.qmp(
+        "device_add",
+        json!({"driver": "pc-dimm", "id": "dimm", "memdev": "added"}),
+    );
+    let devices = vm.qmp("query-memory-devices", json!({}));
+    let first = number(&devices[0]["data"], "addr");
+    let last = first + number(&devices[0]["data"], "size") - 1;
+    assert_eq!(last - first + 1, ADDED);
+    // In kB, as the guest counts; it keeps a little of the memory for itself.
+    let enough = ADDED / 1024 * 9 / 10;
+    wait_for("the added memory", ANSWER, || {
+        (memory_of(&mut vm) >= before + enough).then_some(())
+    });
+    let answer = vm.run_within(&format!("ask mapper hot {first:x} {last:x}"), LONG_ANSWER);
+    let (iova, (gpa, _)) = Table::from_dump(&answer).0.pop_first().expect("a page");
+    assert!((first..=last).contains(&gpa), "{gpa:#x}");
+    for endpoint in ENDPOINTS {
+        let found = daemon.ask(&format!("translate {endpoint} {iova:#x}"));
+        assert_eq!(found["result"], "ok", "{found}");
+        assert_eq!(hex_of(&found, "gpa"), gpa, "{found}");
+        assert_eq!(found["backed"], true, "{found}");
+    }
+    place.note("a page of the added memory is mapped");
+    vm.run_within("ask mapper churn 5000", LONG_ANSWER);
+    tables_agree(&mut vm, &mut daemon, &[("mapper", FIRST)]);
+
+    vm.kill();
+    let status = wait_for("the daemon without a VMM", ANSWER, || {
+        let status = daemon.status();
+        (status.0["connected"] == false).then_some(status)
+    });
+    assert_eq!(status.domains(), &[] as &[serde_json::Value]);
+    for endpoint in ENDPOINTS {
+        assert_eq!(status.endpoint(endpoint)["state"], "unattached");
+        let found = daemon.ask(&format!("translate {endpoint} {iova:#x}"));
+        assert_ne!(found["backed"], true, "{found}");
+    }
+
+    let mut vm = boot(setup, kernel, mode, place, &daemon, "second", "");
+    place.note("the second VM is up");
+    nothing_is_mapped(&mut daemon);
+    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
+    start_mapper(&mut vm, "mapper", 5, &ENDPOINTS);
+    vm.run_within("ask mapper churn 5000", LONG_ANSWER);
+    tables_agree(&mut vm, &mut daemon, &[("mapper", FIRST)]);
+    assert_eq!(daemon.pid(), pid);
+    drop(vm);
+    daemon.stop();
+}
+
+/// With `iommu=pt` the default domains are bypass domains; VFIO's are not.
+fn passthrough(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+    let mut daemon = Daemon::start(place, CONFIG);
+    let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "iommu=pt");
+    vm.run(&bind_all());
+    for endpoint in ENDPOINTS {
+        assert_eq!(group_type(&mut vm, endpoint), "identity");
+    }
+    all_bypass(&daemon.status(), &ENDPOINTS);
+
+    start_mapper(&mut vm, "mapper", 6, &[SECOND]);
+    vm.run("ask mapper churn 1000");
+    let status = daemon.status();
+    assert_eq!(status.dma_of(SECOND), "translated");
+    all_bypass(&status, &[FIRST, THIRD]);
+    tables_agree(&mut vm, &mut daemon, &[("mapper", SECOND)]);
+
+    vm.run("ask mapper quit");
+    wait_for("the second endpoint's default domain", ANSWER, || {
+        (daemon.status().dma_of(SECOND) == "bypass").then_some(())
+    });
+    all_bypass(&daemon.status(), &ENDPOINTS);
+    nothing_is_mapped(&mut daemon);
+    drop(vm);
+    daemon.stop();
+}
+
+fn all_bypass(status: &Status, endpoints: &[&str]) {
+    for endpoint in endpoints {
+        let domain = status.domain_of(endpoint);
+        let entry = status.domains().iter().find(|d| d["id"] == domain);
+        assert_eq!(entry.expect("listed")["bypass"], true);
+        assert_eq!(status.dma_of(endpoint), "bypass");
+    }
+}
+
+/// A guest that has come up, with the endpoints in it.
+fn boot(
+    setup: &Setup,
+    kernel: &Kernel,
+    mode: Mode,
+    place: &Workplace,
+    daemon: &Daemon,
+    name: &str,
+    append: &str,
+) -> Vm {
+    let mut extra = vec!["-m".to_owned(), "slots=2,maxmem=4G".to_owned()];
+    for slot in ["06.0", "07.0", "08.0"] {
+        extra.extend(["-device".to_owned(), format!("edu,addr={slot}")]);
+    }
+    let options = VmOptions {
+        kernel,
+        append: format!("{} memhp_default_state=online {append}", mode.append()),
+        iommu: daemon.qemu_args.clone(),
+        extra,
+    };
+    let mut vm = Vm::start(setup, place, name, &options);
+    vm.wait_until_up();
+    vm
+}
+
+fn bind_all() -> String {
+    format!("vfio_bind {}", ENDPOINTS.join(" "))
+}
+
+/// Binds the endpoints, and checks what the guest and the daemon say of them.
+fn probed_as_configured(vm: &mut Vm, daemon: &mut Daemon, kernel: &Kernel, mode: Mode) {
+    let release = vm.run("uname -r").join("");
+    assert!(release.starts_with(&kernel.version), "{release}");
+    vm.run("ls /sys/bus/virtio/drivers/virtio_iommu/virtio0");
+    // Older kernels give a device its group when a driver binds.
+    vm.run(&bind_all());
+    let mut groups = Vec::new();
+    for endpoint in ENDPOINTS {
+        let link = format!("/sys/bus/pci/devices/{endpoint}/iommu_group");
+        groups.extend(vm.run(&format!("basename $(readlink {link})")));
+        let mut regions = vm.run(&format!("cat {link}/reserved_regions"));
+        regions.sort();
+        let expected = if endpoint == FIRST {
+            vec![OWN, MSI]
+        } else {
+            vec![MSI]
+        };
+        assert_eq!(regions, expected, "{endpoint}");
+        assert_eq!(group_type(vm, endpoint), mode.group_type(), "{endpoint}");
+    }
+    groups.sort();
+    groups.dedup();
+    assert_eq!(groups.len(), ENDPOINTS.len(), "groups {groups:?}");
+
+    let status = daemon.status();
+    assert_eq!(status.0["connected"], true);
+    for endpoint in ENDPOINTS {
+        let domain = status.domain_of(endpoint);
+        assert_eq!(status.dma_of(endpoint), "translated");
+        let entry = status.domains().iter().find(|d| d["id"] == domain);
+        assert_eq!(entry.expect("listed")["bypass"], false);
+    }
+}
+
+fn group_type(vm: &mut Vm, endpoint: &str) -> String {
+    vm.run(&format!(
+        "cat /sys/bus/pci/devices/{endpoint}/iommu_group/type"
+    ))
+    .join("")
+}
+
+fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
+    let endpoints = endpoints.join(" ");
+    vm.run(&format!("start {name} vfio-map --seed {seed} {endpoints}"));
+}
+
+/// [`ROUNDS`] mappings, a few of them by the second program, with the VM stopped and continued over
+/// and over. Returns how many pauses ended before the traffic did.
+fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32 {
+    vm.begin(&format!(
+        "ask single churn {} >/run/single.answer & ask pair churn {ROUNDS}; wait; cat /run/single.answer",
+        ROUNDS / 5
+    ));
+    let maps = |daemon: &mut Daemon| daemon.status().requests("map", "ok");
+    let mut pauses = 0;
+    let (mut lines, mut status) = (Vec::new(), None);
+    while status.is_none() && pauses < 60 {
+        let before = maps(daemon);
+        let mut answer = None;
+        // Into the middle of it, and never twice without progress.
+        wait_for("traffic", LONG_ANSWER, || {
+            answer = vm.finish(Duration::from_millis(30));
+            (answer.is_some() || maps(daemon) > before).then_some(())
+        });
+        if let Some((text, code)) = answer {
+            (lines, status) = (text, Some(code));
+            break;
+        }
+        vm.qmp("stop", json!({}));
+        let stopped = maps(daemon);
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(maps(daemon), stopped, "requests while the VM is stopped");
+        vm.qmp("cont", json!({}));
+        pauses += 1;
+    }
+    if status.is_none() {
+        let answer = vm.finish(LONG_ANSWER).expect("an answer after the pauses");
+        (lines, status) = (answer.0, Some(answer.1));
+    }
+    place.note(&lines.join("; "));
+    assert_eq!(status, Some(0));
+    assert!(
+        lines.iter().filter(|line| line.starts_with("ok")).count() == 2,
+        "{lines:?}"
+    );
+    pauses
+}
+
+/// Requires that the domains of these programs, known by one of their endpoints, hold exactly what
+/// each program says, and that all other domains are empty.
+#[track_caller]
+fn tables_agree(vm: &mut Vm, daemon: &mut Daemon, programs: &[(&str, &str)]) {
+    let mut expected = BTreeMap::new();
+    for (program, endpoint) in programs {
+        let dump = vm.run_within(&format!("ask {program} dump"), LONG_ANSWER);
+        let table = Table::from_dump(&dump);
+        assert!(!table.0.is_empty(), "{program} has mapped nothing");
+        expected.insert(daemon.status().domain_of(endpoint), table);
+    }
+    for (domain, table) in daemon.tables() {
+        let believed = expected.remove(&domain).unwrap_or_default();
+        Table::assert_same(&believed, &table, &format!("domain {domain}"));
+    }
+    assert!(
+        expected.is_empty(),
+        "domains the daemon lacks: {:?}",
+        expected.keys()
+    );
+}
+
+#[track_caller]
+fn nothing_is_mapped(daemon: &mut Daemon) {
+    for (domain, table) in daemon.tables() {
+        Table::assert_same(&Table::default(), &table, &format!("domain {domain}"));
+    }
+}
+
+/// The guest's memory in kB.
+fn memory_of(vm: &mut Vm) -> u64 {
+    let line = vm.run("grep MemTotal /proc/meminfo").join("");
+    let figure = line.split_whitespace().nth(1);
+    figure
+        .and_then(|text| text.parse().ok())
+        .unwrap_or_else(|| panic!("the guest says `{line}`"))
+}
