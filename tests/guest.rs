@@ -4,6 +4,8 @@
 //! unmaps through VFIO, which the stock driver turns into requests; what it believes to be mapped is
 //! compared with what the daemon holds.
 
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
 #[path = "common/vm.rs"]
 mod vm;
 
@@ -357,7 +359,7 @@ fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
 /// and over. Returns how many pauses ended before the traffic did.
 fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32 {
     vm.begin(&format!(
-        "ask single churn {} >/run/single.answer & ask pair churn {ROUNDS}; wait; cat /run/single.answer",
+        "ask single churn {} >/run/single.answer & ask pair churn {ROUNDS}; wait $!; cat /run/single.answer",
         ROUNDS / 5
     ));
     let maps = |daemon: &mut Daemon| daemon.status().requests("map", "ok");

@@ -32,7 +32,6 @@ const HOW_TO_RUN: &str = "run the suite with `qemu-scripts/test.sh guest`, which
 /// A stock kernel and the initramfs that goes with it.
 #[derive(Clone, Debug)]
 pub struct Kernel {
-    pub name: String,
     pub version: String,
     pub image: PathBuf,
     pub initramfs: PathBuf,
@@ -54,8 +53,7 @@ impl Setup {
         let kernels: Vec<_> = variable("VIOMMU_KERNELS")
             .split_whitespace()
             .map(|entry| match entry.split(':').collect::<Vec<_>>()[..] {
-                [name, version, image, initramfs] => Kernel {
-                    name: name.into(),
+                [_, version, image, initramfs] => Kernel {
                     version: version.into(),
                     image: image.into(),
                     initramfs: initramfs.into(),
@@ -301,9 +299,7 @@ impl Vm {
             .args(["-run-with", "exit-with-parent=on"])
             .args(&options.iommu)
             .args(&options.extra)
-            .arg("-chardev")
-            .arg(format!("socket,id=qmp,path={qmp}"))
-            .args(["-mon", "chardev=qmp,mode=control"])
+            .args(["-qmp", &format!("unix:{qmp}")])
             .arg("-chardev")
             .arg(format!("file,id=console,path={}", console.display()))
             .args(["-serial", "chardev:console"])
