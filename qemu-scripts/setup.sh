@@ -21,6 +21,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/tools.sh"
 . "$SCRIPTS/lib/kernels.sh"
+. "$SCRIPTS/lib/toolchain.sh"
 . "$SCRIPTS/lib/initramfs.sh"
 
 kernels=$KERNELS_DEFAULT

@@ -5,30 +5,6 @@
 
 GUEST_CFLAGS="-std=gnu11 -O2 -Wall -Wextra -static"
 
-# A C compiler with a static libc, or the command that brings one.
-cc_ready() {
-    local install="apt-get install -y gcc libc6-dev" probe
-    probe=$(new_stage)
-    echo 'int main(void) { return 0; }' >"$probe/probe.c"
-    if ! { have cc && cc -static -o "$probe/probe" "$probe/probe.c" 2>/dev/null; }; then
-        [ "$(id -u)" = 0 ] || die "no C compiler with a static C library: run '$install' as root"
-        say "installing a C compiler ..."
-        apt_host_install gcc libc6-dev
-        cc -static -o "$probe/probe" "$probe/probe.c" || die "cc still cannot link a static program: run '$install' as root"
-    fi
-    rm -rf "$probe"
-}
-
-# apt_host_install PACKAGE...: into the system itself; root only.
-apt_host_install() {
-    (
-        unset APT_CONFIG
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get install -y --no-install-recommends "$@" >/dev/null 2>&1 ||
-            { apt-get update >/dev/null && apt-get install -y --no-install-recommends "$@" >/dev/null; }
-    ) || die "apt-get install $* failed: see its output above"
-}
-
 # guest_programs OUT: every guest/*.c as the static program OUT/<name>.
 guest_programs() {
     local source name
@@ -55,7 +31,7 @@ initramfs() {
         return
     fi
     say "building the initramfs of $release ..."
-    cc_ready
+    cc_ready -static
     stage=$(new_stage)
     root=$stage/root
     mkdir -p "$root"/{bin,dev,proc,sys,run,tmp,etc,lib/modules/viommu}

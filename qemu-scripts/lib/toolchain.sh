@@ -1,0 +1,105 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# A C compiler of the machine's, and a Rust toolchain new enough for Cargo.toml: the machine's own, else
+# Debian's, run in place from the cache.
+
+RUST_PACKAGES="rustc cargo rustfmt rust-clippy ca-certificates"
+
+# cc_ready [FLAG...]: there is a C compiler that links a program with these flags. Root gets one installed,
+# others are told the command.
+# shellcheck disable=SC2119,SC2120 # its caller with arguments is in another file
+cc_ready() {
+    local install="apt-get install -y gcc libc6-dev"
+    cc_links "$@" && return
+    [ "$(id -u)" = 0 ] || die "no C compiler that can link${*:+ with $*}: run '$install' as root"
+    say "installing a C compiler ..."
+    apt_host_install gcc libc6-dev
+    cc_links "$@" || die "cc still cannot link${*:+ with $*}: see what '$install' says"
+}
+
+cc_links() {
+    local probe status=0
+    have cc || return 1
+    probe=$(mktemp -d)
+    echo 'int main(void) { return 0; }' >"$probe/probe.c"
+    cc "$@" -o "$probe/probe" "$probe/probe.c" 2>/dev/null || status=1
+    rm -rf "$probe"
+    return $status
+}
+
+# apt_host_install PACKAGE...: into the system itself; root only.
+apt_host_install() {
+    (
+        unset APT_CONFIG
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get install -y --no-install-recommends "$@" >/dev/null 2>&1 ||
+            { apt-get update >/dev/null && apt-get install -y --no-install-recommends "$@" >/dev/null; }
+    ) || die "apt-get install $* failed: see its output above"
+}
+
+rust_wanted() {
+    sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$TREE/Cargo.toml"
+}
+
+# rust_suits: the cargo and rustc on PATH are new enough.
+rust_suits() {
+    local program version
+    for program in cargo rustc; do
+        version=$("$program" --version 2>/dev/null | cut -d ' ' -f 2)
+        [ -n "$version" ] && version_at_least "$version" "$(rust_wanted)" || return 1
+    done
+}
+
+# rust_wrapper PROGRAM [SETTINGS [ARGUMENTS]]
+rust_wrapper() {
+    local name=$1
+    shift
+    in_sysroot_wrapper "$CACHE/sysroot/rust" "/usr/bin/$name" "$@" | install_wrapper "../rust-bin/$name"
+}
+
+# Puts a fitting cargo first on PATH.
+toolchain_ready() {
+    local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings
+    if ! have cargo && [ -x "${CARGO_HOME:-${HOME:-}/.cargo}/bin/cargo" ]; then
+        # rustup's, and this is not a login shell.
+        PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+    fi
+    if rust_suits; then
+        say "$(cargo --version) ($(type -P cargo))"
+        cc_ready
+        return
+    fi
+    # A subshell, and with it the lock ends where the download does.
+    (
+        [ ! -e "$sysroot/versions" ] || exit 0
+        cache_lock
+        [ ! -e "$sysroot/versions" ] || exit 0
+        say "no Rust $(rust_wanted) or newer on this machine; downloading Debian's (about 200 MB) ..."
+        apt_open
+        # shellcheck disable=SC2086 # a list
+        apt_sysroot "$sysroot" trixie-backports $RUST_PACKAGES
+    )
+    mkdir -p "$bin"
+    # A program run through a loader cannot see its own name: each is told where it and its parts are.
+    # shellcheck disable=SC2016 # expanded when the wrapper runs
+    {
+        rust_wrapper rustc '' '--sysroot $S/usr'
+        rust_wrapper rustdoc '' '--sysroot $S/usr'
+        rust_wrapper clippy-driver 'export SYSROOT=$S/usr'
+        rust_wrapper cargo-clippy
+        rust_wrapper rustfmt
+        rust_wrapper cargo-fmt
+    }
+    settings="export CARGO=$bin/cargo"
+    if [ ! -e /etc/ssl/certs/ca-certificates.crt ]; then
+        cat "$sysroot"/usr/share/ca-certificates/mozilla/*.crt | write_file "$CACHE/rust-certificates.crt"
+        settings="$settings CARGO_HTTP_CAINFO=$CACHE/rust-certificates.crt"
+    fi
+    rust_wrapper cargo "$settings"
+    PATH=$bin:$PATH
+    hash -r
+    rust_suits || die "the Rust of trixie-backports ($(rustc --version 2>&1 || true)) does not run or is older than $(rust_wanted): install a newer one, for instance from https://rustup.rs"
+    say "$(cargo --version) (Debian's package)"
+    cc_ready
+}

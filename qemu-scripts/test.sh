@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: qemu-scripts/test.sh [--list] [--quick] [SUITE...]
+#
+# Runs the test suites, all of them unless some are named. Fetches what they need first (see setup.sh): no
+# root, no KVM. The last line is 'N passed, N failed', the sum over all suites; the exit status is 0 only if
+# nothing failed.
+#
+#   unit      format, lints, documentation, unit tests and every integration test that needs no VM
+#   hostile   a driver and a VMM that mean harm, against the daemon
+#   guest     stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
+#
+#   --list    print the suites' names, run nothing
+#   --quick   leave out what needs a VM: guest
+#
+# Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
+#   VIOMMU_GUEST_KERNELS   the kernels of the guest suite, as for setup.sh --kernels
+
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/apt.sh"
+. "$SCRIPTS/lib/toolchain.sh"
+
+ALL_SUITES="unit hostile guest"
+
+passed=0 failed=0 broken=()
+
+# step NAME COMMAND...: runs it, shows its output, and adds up the test results in it.
+step() {
+    local name=$1 log status=0 p f
+    shift
+    log=$LOGS/$(tr -d : <<<"${name// /-}").log
+    say "--- $name"
+    "$@" </dev/null 2>&1 | tee "$log" || status=$?
+    read -r p f < <(awk '/^test result: / {
+        for (i = 2; i <= NF; i++) {
+            if ($i == "passed;") p += $(i - 1)
+            if ($i == "failed;") f += $(i - 1)
+        }
+    } END { print p + 0, f + 0 }' "$log")
+    # Failed without a failed test: a lint, the format, a build, a test program that was killed.
+    if [ $status -ne 0 ] && [ "$f" -eq 0 ]; then
+        f=1
+    fi
+    passed=$((passed + p)) failed=$((failed + f))
+    if [ $status -ne 0 ]; then
+        broken+=("$name ($log)")
+    fi
+}
+
+# The integration tests' names but for those with a suite of their own.
+plain_tests() {
+    local file name
+    for file in "$TREE"/tests/*.rs; do
+        name=$(basename "$file" .rs)
+        case $name in
+        guest | hostile | '*') ;;
+        *) echo "--test=$name" ;;
+        esac
+    done
+}
+
+suite_unit() {
+    local part tests
+    for part in fmt clippy; do
+        cargo "$part" --version >/dev/null 2>&1 ||
+            die "this Rust has no cargo $part: run 'rustup component add rustfmt clippy', or install Debian's rustfmt and rust-clippy"
+    done
+    mapfile -t tests < <(plain_tests)
+    step "unit: format" cargo fmt --check
+    step "unit: lints" cargo clippy --locked --all-targets -- -D warnings
+    step "unit: documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+    step "unit: tests" cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
+    step "unit: examples in the documentation" cargo test --locked --no-fail-fast --doc
+}
+
+suite_hostile() {
+    step "hostile" cargo test --locked --no-fail-fast --test hostile
+}
+
+suite_guest() {
+    step "guest" cargo test --locked --no-fail-fast --test guest
+}
+
+quick=no suites=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --list)
+        tr " " "\n" <<<"$ALL_SUITES"
+        exit 0
+        ;;
+    --quick) quick=yes ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    -*) die "unknown option '$1': see $0 --help" ;;
+    *)
+        [[ " $ALL_SUITES " == *" $1 "* ]] || die "there is no suite '$1'; there is: $ALL_SUITES"
+        suites+=("$1")
+        ;;
+    esac
+    shift
+done
+if [ ${#suites[@]} -eq 0 ]; then
+    read -ra suites <<<"$ALL_SUITES"
+fi
+
+cache_open
+cd "$TREE"
+LOGS=${CARGO_TARGET_DIR:-$TREE/target}/test-logs
+rm -rf "$LOGS"
+mkdir -p "$LOGS/guests"
+# Where the guest tests keep what their guests and daemons wrote.
+export VIOMMU_LOGS=$LOGS/guests
+export CARGO_TERM_COLOR=never
+
+toolchain_ready
+if [ $quick = no ] && [[ " ${suites[*]} " == *" guest "* ]]; then
+    "$SCRIPTS/setup.sh" ${VIOMMU_GUEST_KERNELS:+--kernels "$VIOMMU_GUEST_KERNELS"} --print >"$LOGS/env"
+    set -a
+    # shellcheck source=/dev/null
+    . "$LOGS/env"
+    set +a
+elif [ -x "$CACHE/bin/iasl" ]; then
+    # Some unit tests do more with it.
+    export VIOMMU_IASL=$CACHE/bin/iasl
+fi
+
+times=()
+for suite in "${suites[@]}"; do
+    if [ $quick = yes ] && [ "$suite" = guest ]; then
+        times+=("guest: left out by --quick")
+        continue
+    fi
+    if [ "$suite" != unit ] && [ ! -e "tests/$suite.rs" ]; then
+        times+=("$suite: left out, there is no tests/$suite.rs")
+        continue
+    fi
+    say "=== $suite"
+    begun=$SECONDS
+    "suite_$suite"
+    times+=("$suite: $((SECONDS - begun)) s")
+done
+
+echo
+printf '%s\n' "${times[@]}"
+for name in "${broken[@]}"; do
+    echo "FAILED: $name"
+done
+if [ ${#broken[@]} -gt 0 ] && [ -n "$(ls -A "$VIOMMU_LOGS")" ]; then
+    echo "the guests' serial logs are in $VIOMMU_LOGS"
+fi
+echo "$passed passed, $failed failed"
+[ ${#broken[@]} -eq 0 ]
