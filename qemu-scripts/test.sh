@@ -111,9 +111,8 @@ cache_open
 cd "$TREE"
 LOGS=${CARGO_TARGET_DIR:-$TREE/target}/test-logs
 rm -rf "$LOGS"
-mkdir -p "$LOGS/guests"
-# Where the guest tests keep what their guests and daemons wrote.
-export VIOMMU_LOGS=$LOGS/guests
+mkdir -p "$LOGS"
+: >"$LOGS/begun"
 export CARGO_TERM_COLOR=never
 
 toolchain_ready
@@ -149,8 +148,10 @@ printf '%s\n' "${times[@]}"
 for name in "${broken[@]}"; do
     echo "FAILED: $name"
 done
-if [ ${#broken[@]} -gt 0 ] && [ -n "$(ls -A "$VIOMMU_LOGS")" ]; then
-    echo "the guests' serial logs are in $VIOMMU_LOGS"
+if [ ${#broken[@]} -gt 0 ]; then
+    # A guest test that fails leaves its directory.
+    find "${TMPDIR:-/tmp}" -maxdepth 1 -name 'viommu-guest-*' -newer "$LOGS/begun" \
+        -printf "a guest's serial console, and QEMU's and the daemon's logs: %p\\n" || true
 fi
 echo "$passed passed, $failed failed"
 [ ${#broken[@]} -eq 0 ]

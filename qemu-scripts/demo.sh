@@ -1,0 +1,320 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: qemu-scripts/demo.sh
+#
+# Builds the daemon, makes it the IOMMU of a stock Linux guest in an unmodified QEMU, and shows what happens,
+# as the guest sees it and as the daemon sees it. Fetches what it needs first (see setup.sh): no root, no KVM.
+# Ends by itself, with status 0 only if everything shown is as it should be.
+#
+# Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
+
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/apt.sh"
+. "$SCRIPTS/lib/toolchain.sh"
+
+case ${1:-} in
+'') ;;
+-h | --help)
+    usage
+    exit 0
+    ;;
+*) die "unknown argument '$1': see $0 --help" ;;
+esac
+
+# Where the endpoints sit, and what the configuration reserves for the second of them.
+FIRST=0000:00:10.0 SECOND=0000:00:11.0
+ENDPOINTS=("$FIRST" "$SECOND")
+OWN_RESERVED="^0x0000000010000000 0x000000001000ffff (direct|reserved)\$"
+
+BOOT_LIMIT=180 ANSWER_LIMIT=120
+wrong=0 daemon='' qemu=''
+
+title() {
+    printf '\n== %s\n\n' "$*"
+}
+
+indent() {
+    sed 's/^/    /'
+}
+
+# check WHAT COMMAND...: says whether WHAT holds.
+check() {
+    local what=$1
+    shift
+    if "$@"; then
+        printf '[ok]    %s\n' "$what"
+    else
+        printf '[WRONG] %s\n' "$what"
+        wrong=$((wrong + 1))
+    fi
+}
+
+# give_up WHY: nothing more can be shown.
+give_up() {
+    printf '[WRONG] %s\n' "$*"
+    wrong=$((wrong + 1))
+    exit 1
+}
+
+finish() {
+    local status=$? pid
+    for pid in $qemu $daemon; do
+        kill "$pid" 2>/dev/null || continue
+        await 5 gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
+        wait "$pid" 2>/dev/null || true
+    done
+    if [ $status -ne 0 ] || [ $wrong -ne 0 ]; then
+        say "the guest's console, QEMU's output and the daemon's log are in $work"
+        exit 1
+    fi
+    rm -rf "$work"
+}
+
+# guest COMMAND: runs it in the guest. Its output is in ANSWER; false where it fails.
+guest() {
+    local line
+    ANSWER=
+    printf '%s\n' "$1" >&"$to_guest"
+    while read -r -t "$ANSWER_LIMIT" line <&"$from_guest"; do
+        line=${line%$'\r'}
+        case $line in
+        '|'*) ANSWER+=${ANSWER:+$'\n'}${line#|} ;;
+        '= 0') return 0 ;;
+        '= '*) return 1 ;;
+        esac
+    done
+    give_up "the guest does not answer '$1'"
+}
+
+# must_guest COMMAND: the same, and the end where it fails.
+must_guest() {
+    guest "$1" || give_up "'$1' failed in the guest: $ANSWER"
+}
+
+ctl() {
+    "$program" ctl "$work/control.sock" "$@"
+}
+
+# await SECONDS COMMAND...: until it succeeds.
+await() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $end ] || return 1
+        sleep 0.1
+    done
+}
+
+# gone PID
+gone() {
+    ! kill -0 "$1" 2>/dev/null
+}
+
+# domain_of ENDPOINT: the endpoint's domain as the daemon has it.
+domain_of() {
+    ctl status | sed -n "s/^ *$1 .* domain \([0-9]*\)\$/\1/p"
+}
+
+# guest_pages: every page that the program in the guest believes to be mapped, as 'IOVA GPA ACCESS'.
+guest_pages() {
+    local kind a b access index i
+    local -A gpa
+    while read -r kind a b access index; do
+        case $kind in
+        b) gpa[$a]=$((16#$b)) ;;
+        m)
+            for ((i = 0; i < b; i++)); do
+                printf '%#x %#x %s\n' $((16#$a + i * 4096)) "${gpa[$((index + i))]}" "$access"
+            done
+            ;;
+        esac
+    done <<<"$1" | sort
+}
+
+# daemon_pages DOMAIN: every page that the daemon holds for the domain, in the same form.
+daemon_pages() {
+    local line i
+    local form='^ *(0x[0-9a-f]+)\.\.=(0x[0-9a-f]+) +-> (0x[0-9a-f]+) +([r-][w-])'
+    while IFS= read -r line; do
+        [[ $line =~ $form ]] || continue
+        for ((i = 0; BASH_REMATCH[1] + i <= BASH_REMATCH[2]; i += 4096)); do
+            printf '%#x %#x %s\n' $((BASH_REMATCH[1] + i)) $((BASH_REMATCH[3] + i)) "${BASH_REMATCH[4]}"
+        done
+    done < <(ctl mappings --domain "$1") | sort
+}
+
+# requests KIND: how many requests of this kind succeeded, in the status text in STATUS.
+requests() {
+    sed -n "s/^  $1 .*\bok \([0-9]*\).*/\1/p" <<<"$STATUS"
+}
+
+no_refusals() {
+    ! sed -n '/^requests/,/chains/p' <<<"$STATUS" | sed '1d;$d' | grep -qvE '^  [a-z]+ +(none|ok [0-9]+)$' &&
+        [ -n "$(requests map)" ] && [ -n "$(requests unmap)" ]
+}
+
+cache_open
+cd "$TREE"
+title "Getting ready"
+toolchain_ready
+setup=$("$SCRIPTS/setup.sh" --print)
+set -a
+eval "$setup"
+set +a
+say "building the daemon ..."
+cargo build --release --locked
+program=${CARGO_TARGET_DIR:-$TREE/target}/release/vhost-device-iommu
+
+# Not below the tree: a socket's path has a length limit.
+work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-demo-XXXXXX")
+trap finish EXIT
+trap 'exit 130' INT TERM
+# Oldest first.
+entry=${VIOMMU_KERNELS##* }
+IFS=: read -r _ release image initramfs <<<"$entry"
+
+title "One file for the VM"
+cat >"$work/vm.toml" <<TOML
+socket = "$work/iommu.sock"
+control = "$work/control.sock"
+address = "00:05.0"     # the IOMMU
+memory = "512M"
+
+[[endpoint]]
+address = "${FIRST#0000:}"
+
+[[endpoint]]
+address = "${SECOND#0000:}"
+reserved = [{ first = 0x10000000, last = 0x1000ffff, kind = "reserved" }]
+TOML
+indent <"$work/vm.toml"
+
+"$program" viot "$work/vm.toml" -o "$work/vm.viot"
+mapfile -t arguments < <("$program" qemu-args "$work/vm.toml" --viot "$work/vm.viot" 2>/dev/null)
+[ ${#arguments[@]} -gt 0 ] || give_up "no QEMU arguments"
+echo
+echo "The daemon makes of it the ACPI table that tells the guest who is behind the IOMMU, and the arguments"
+echo "that an unmodified QEMU needs:"
+echo
+printf '%s %s\n' "${arguments[@]}" | indent
+
+title "The daemon and QEMU $VIOMMU_QEMU_VERSION with Linux $release start"
+"$program" --config "$work/vm.toml" >"$work/daemon.log" 2>&1 &
+daemon=$!
+await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start: $(cat "$work/daemon.log")"
+
+mkfifo "$work/agent.in" "$work/agent.out"
+# Both ways, so that no open waits for the other side.
+exec {to_guest}<>"$work/agent.in" {from_guest}<>"$work/agent.out"
+"$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max "${arguments[@]}" \
+    -device edu,addr=10.0 -device edu,addr=11.0 \
+    -chardev "file,id=console,path=$work/console.log" -serial chardev:console \
+    -chardev "pipe,id=agent,path=$work/agent" -serial chardev:agent \
+    -kernel "$image" -initrd "$initramfs" -append "console=ttyS0 panic=-1" \
+    </dev/null >"$work/qemu.log" 2>&1 &
+qemu=$!
+begun=$SECONDS
+while :; do
+    kill -0 "$qemu" 2>/dev/null || give_up "QEMU has ended: $(cat "$work/qemu.log")"
+    [ $((SECONDS - begun)) -lt $BOOT_LIMIT ] || give_up "the guest is not up after $BOOT_LIMIT s"
+    if read -r -t 1 line <&"$from_guest" && [ "${line%$'\r'}" = "= ready" ]; then
+        break
+    fi
+done
+must_guest "uname -r"
+check "the guest runs $ANSWER, up after $((SECONDS - begun)) s" test "$ANSWER" = "$release"
+check "a VM is connected to the daemon" grep -q '^a VM is connected' <<<"$(ctl status)"
+
+title "The guest's own driver finds the IOMMU and asks for its endpoints"
+must_guest "vfio_bind ${ENDPOINTS[*]}"
+must_guest "dmesg | grep -iE 'viot|virtio_iommu|iommu group' | sed 's/^<[0-9]*>//'"
+indent <<<"$ANSWER"
+echo
+guest "test -e /sys/bus/virtio/drivers/virtio_iommu/virtio0" && bound=yes || bound=no
+check "the stock driver virtio_iommu is bound to the device" test "$bound" = yes
+groups=()
+for endpoint in "${ENDPOINTS[@]}"; do
+    at=/sys/bus/pci/devices/$endpoint/iommu_group
+    must_guest "basename \$(readlink $at)"
+    group=$ANSWER
+    groups+=("$group")
+    must_guest "cat $at/reserved_regions"
+    regions=$ANSWER
+    must_guest "cat $at/type"
+    echo
+    echo "$endpoint is in IOMMU group $group (type $ANSWER); the guest leaves these addresses alone:"
+    indent <<<"$regions"
+    check "the interrupt window is among them" grep -q '^0x00000000fee00000 0x00000000feefffff msi$' <<<"$regions"
+    if [ "$endpoint" = "$SECOND" ]; then
+        check "and so is what the file reserves for this endpoint" grep -qE "$OWN_RESERVED" <<<"$regions"
+    else
+        check "and nothing else is" test "$(wc -l <<<"$regions")" -eq 1
+    fi
+done
+echo
+check "each endpoint has a group of its own" test "${groups[0]}" != "${groups[1]}"
+
+title "The daemon's own account of it"
+STATUS=$(ctl status)
+indent <<<"$STATUS"
+echo
+for endpoint in "${ENDPOINTS[@]}"; do
+    check "$endpoint is attached to a domain and its DMA is translated" \
+        grep -qE "^ *$endpoint +attached +translated +domain [0-9]+\$" <<<"$STATUS"
+done
+
+title "A program in the guest makes and removes mappings through VFIO"
+must_guest "start mapper vfio-map --seed 7 --live 40 $FIRST"
+must_guest "ask mapper churn 400"
+echo "the program (400 mappings made at random, some removed again):"
+indent <<<"$ANSWER"
+must_guest "ask mapper dump"
+guest_pages "$ANSWER" >"$work/guest-pages"
+domain=$(domain_of "$FIRST")
+[ -n "$domain" ] || give_up "$FIRST has no domain: $(ctl status)"
+daemon_pages "$domain" >"$work/daemon-pages"
+echo
+echo "the daemon, the first lines of its domain $domain:"
+ctl mappings --domain "$domain" | sed -n '1,6p' | indent
+echo
+check "the program has $(wc -l <"$work/guest-pages") pages mapped" test -s "$work/guest-pages"
+check "the daemon holds exactly these: same addresses, same memory, same permissions" \
+    cmp -s "$work/guest-pages" "$work/daemon-pages"
+read -r iova gpa _ <"$work/guest-pages"
+translation=$(ctl translate "$FIRST" "$iova")
+echo
+echo "where would the device get to at $iova? The daemon:"
+indent <<<"$translation"
+check "that is the guest's own page, at $gpa" grep -q "guest-physical $gpa\\b" <<<"$translation"
+
+title "The program removes everything"
+must_guest "ask mapper clear"
+indent <<<"$ANSWER"
+STATUS=$(ctl status)
+sed -n '/^domains/,$p' <<<"$STATUS" | indent
+echo
+held=$(daemon_pages "$domain" | wc -l)
+check "the daemon holds no mapping of it any more" test "$held" -eq 0
+check "$(requests map) MAP and $(requests unmap) UNMAP requests were carried out, no request was refused" no_refusals
+translation=$(ctl translate "$FIRST" "$iova")
+check "the device would get nowhere at $iova now: ${translation}" grep -q '^fault' <<<"$translation"
+must_guest "ask mapper quit"
+
+title "The guest powers off"
+printf 'poweroff -f\n' >&"$to_guest"
+await 60 gone "$qemu" || give_up "QEMU does not end"
+wait "$qemu" || give_up "QEMU failed: $(cat "$work/qemu.log")"
+qemu=
+vm_gone() { grep -q '^no VM is connected' <<<"$(ctl status)"; }
+check "QEMU has ended; the daemon lives and waits for the next VM" await 10 vm_gone
+kill "$daemon"
+status=0
+wait "$daemon" || status=$?
+daemon=
+check "told to stop, the daemon ends in order" test $status -eq 0
+
+echo
+[ $wrong -eq 0 ] || exit 1
+echo "All of it is as it should be."
