@@ -714,7 +714,7 @@ fn random_ranges_all_over_five_levels() {
         base: 0,
         span: TOP_FIVE,
         units: &[PAGE, MIB2, GIB, 512 * GIB],
-        most_units: 64,
+        most_units: 6,
         reclaim: 4,
     };
     let outcomes = terrain.run(REQUESTS, 6);
@@ -844,7 +844,7 @@ fn any_run() -> impl Strategy<Value = (Levels, u64, Vec<Op>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn the_table_does_what_the_model_does((levels, frames, ops) in any_run()) {
@@ -1019,28 +1019,40 @@ fn memory_goes_back_when_many_frames_get_free() {
         arena.reclaim();
         assert!(in_use() < 1024 * FRAME_BYTES, "{} in use", in_use());
     }
-    // Frames that come back one by one go the same way.
-    for first in (0..8 * GIB).step_by(2 << 20) {
-        let wanted = mapping(first, PAGE, PAGE, Access::READ);
-        map(&mut table, &mut arena, &wanted).expect("free");
+    // Frames that come back one by one go the same way, and those between them stay.
+    let pages = || (0..8 * GIB).step_by(2 << 20);
+    let page = |first| mapping(first, PAGE, first + PAGE, Access::READ);
+    let stays = |first: &u64| first / MIB2 % 37 == 5;
+    for first in pages() {
+        map(&mut table, &mut arena, &page(first)).expect("free");
     }
     assert!(in_use() > 4096 * FRAME_BYTES);
-    for first in (0..8 * GIB).step_by(2 << 20) {
+    for first in pages().filter(|first| !stays(first)) {
         unmap(&mut table, &mut arena, range(first, first + PAGE - 1)).expect("whole");
         arena.reclaim();
     }
-    assert!(in_use() < 1100 * FRAME_BYTES, "{} in use", in_use());
+    assert!(in_use() < 1300 * FRAME_BYTES, "{} in use", in_use());
+    let live = table.mappings(&arena, Iova(0));
+    assert!(live.eq(pages().filter(stays).map(page)));
+    unmap(&mut table, &mut arena, IovaRange::ALL).expect("whole mappings");
+    arena.reclaim();
     assert_eq!(arena.frames_used(), 2);
 }
 
 #[test]
 fn a_reader_refuses_what_is_no_arena() {
-    let file = tempfile::tempfile().expect("a file");
-    file.set_len(8192).expect("a size");
-    let refused = ReadOnlyArena::map(file.as_fd());
-    assert!(matches!(refused, Err(ArenaError::NotAnArena(_))));
-
     let (arena, _table) = new_table(4, Levels::Four);
+    // All is right with these but the seals. Files in shared memory have some, others have none.
+    let directories = [std::env::temp_dir(), "/dev/shm".into()];
+    for directory in directories.iter().filter(|path| path.is_dir()) {
+        let file = tempfile::tempfile_in(directory).expect("a file");
+        let bytes = raw_words(&arena).into_iter().flat_map(u64::to_le_bytes);
+        let written = file.write_all_at(&bytes.collect::<Vec<u8>>(), 0);
+        written.expect("writable");
+        let refused = ReadOnlyArena::map(file.as_fd());
+        assert!(matches!(refused, Err(ArenaError::NotAnArena(_))));
+    }
+
     let copy = File::from(arena.fd().try_clone_to_owned().expect("a descriptor"));
     for (word, value) in [(0, 1u64), (1, 2), (3, 5)] {
         let mut good = [0; 8];

@@ -19,7 +19,9 @@ pub mod layout;
 pub mod reader;
 mod writer;
 
-pub use arena::{Arena, ArenaError, ReadOnlyArena};
+#[cfg(not(miri))]
+pub use arena::ReadOnlyArena;
+pub use arena::{Arena, ArenaError};
 pub use layout::{Levels, TableOffset};
 pub use reader::{Mappings, Translation, View};
 

@@ -187,8 +187,8 @@ impl<'a> Mappings<'a> {
     /// All mappings in the table at `root` that share an address with `range`.
     ///
     /// Finding the start of a mapping that `range` begins inside of takes time in proportion to
-    /// its leaves.
-    pub fn new(view: View<'a>, root: TableOffset, levels: Levels, range: IovaRange) -> Self {
+    /// its leaves. Unlike a walk, this is for tables whose contents can be trusted.
+    pub(super) fn new(view: View<'a>, root: TableOffset, levels: Levels, range: IovaRange) -> Self {
         let mut first = range.first();
         while let Some(leaf) = find_leaf(view, root, levels, first) {
             first = leaf.first();

@@ -195,6 +195,9 @@ impl Table {
         Mappings::new(arena.view(), self.root, self.levels, range)
     }
 
+    // Planning and committing are inlined: otherwise copying the plan out of the result costs as
+    // much as the work itself.
+
     /// Decides whether `mapping` can be made, and how. Takes time in proportion to the depth of
     /// the table, not to the size of the mapping.
     ///
