@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2, EP3, NO_EP};
 use common::guest::{
-    Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, LOW_RAM, Layout, POISON, RING_LEN, RING_RAM, Setup, Table,
+    Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, LOW_RAM, Layout, POISON, RING_LEN, RING_RAM, STOCK, Setup,
+    Table,
 };
 use common::memory::{Region, USER_BASE, memfd};
 use common::ring::{Desc, INDIRECT, NEXT, WRITE};
@@ -479,7 +480,7 @@ fn indirect_tables_of_every_wrong_kind() {
 fn indirect_tables_where_the_feature_was_refused() {
     let daemon = Daemon::start();
     let setup = Setup {
-        features: common::guest::STOCK & !wire::F_INDIRECT,
+        features: STOCK & !wire::F_INDIRECT,
         ..Setup::default()
     };
     let mut guest = Guest::boot_with(&daemon, setup);
@@ -999,21 +1000,41 @@ fn storm(daemon: &Daemon, guest: &mut Guest, seed: u64, total: usize) {
 
 #[test]
 fn a_storm_of_garbage() {
-    let (daemon, mut guest) = boot();
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
     assert_serves(&daemon, &mut guest);
     let rss = daemon.rss_kib();
-    for seed in [0x5eed, 0xc0ffee, 3, 4] {
+    for (seed, queue_size, refused) in [
+        (0x5eed, 256, 0),
+        (0xc0_ffee, 1024, wire::F_EVENT_IDX),
+        (3, 512, wire::F_INDIRECT | wire::F_BYPASS_CONFIG),
+        (4, 256, wire::F_MMIO | wire::F_PROBE),
+    ] {
+        drop(guest);
+        let setup = Setup {
+            features: STOCK & !refused,
+            queue_size,
+            ..Setup::default()
+        };
+        guest = Guest::boot_with(&daemon, setup);
         storm(&daemon, &mut guest, seed, 60_000);
         daemon.assert_alive();
     }
     let log = daemon.log_len();
-    assert!(log < 1 << 20, "{log} bytes of log");
+    assert!(log < 64 << 10, "{log} bytes of log");
     let grown = daemon.rss_kib().saturating_sub(rss);
     let arena = daemon.status()["arena"]["used_bytes"].as_u64().unwrap() / 1024;
     assert!(
-        grown <= arena + 8192,
+        grown <= arena + 4096,
         "{grown} KiB more, {arena} KiB of tables"
     );
+    let requests = daemon.status()["requests"].to_string();
+    for status in ["ok", "ioerr", "inval", "range", "noent"] {
+        assert!(
+            requests.contains(status),
+            "the storm never met {status}: {requests}"
+        );
+    }
     // The storm has used any domain and endpoint; a reset clears them.
     guest.reboot();
     assert_serves(&daemon, &mut guest);

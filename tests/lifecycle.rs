@@ -448,6 +448,34 @@ fn a_new_memory_table_replaces_the_old() {
 }
 
 #[test]
+fn slots_change_in_the_middle_of_traffic() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let layout = Layout::plain(36, TAIL);
+    let new = 0x2_0000_0000;
+    for round in 0..200_u64 {
+        for page in 0..100 {
+            let first = (1 + page) << 12;
+            let map = wire::map(1, first, first + 0xfff, new + first, RW);
+            guest.submit(&map, &layout);
+        }
+        guest.kick();
+        if round % 2 == 0 {
+            guest.add_region(Region::new(new, 1 << 20));
+        } else {
+            guest.remove_region(new);
+        }
+        assert_eq!(guest.config().reserved, [0; 3]);
+        for _ in 0..100 {
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+        assert_eq!(backed(&daemon, 0x1000), round % 2 == 0);
+        assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
+    }
+}
+
+#[test]
 fn many_slots_of_one_file() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);

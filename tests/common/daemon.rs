@@ -287,6 +287,11 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // A thread of the daemon that dies is easily overlooked: the others go on.
+        if !thread::panicking() {
+            let log = self.log();
+            assert!(!log.contains("panicked"), "in the daemon: {log}");
+        }
     }
 }
 
