@@ -8,37 +8,43 @@
 //! | `mappings`, `mappings DOMAIN` | every live mapping |
 //! | `translate ENDPOINT IOVA` | where one byte leads, and whether there is memory |
 
-use std::fs;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::address::{Access, Iova, Mapping};
-use crate::device::{Device, lock};
+use crate::device::Device;
 use crate::guest_memory::is_backed;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
+use crate::socket::{SocketFile, bind};
 use crate::topology::PciAddress;
+use crate::warn_limited;
 
 /// Version of the answers' format.
 const VERSION: u32 = 1;
 /// The longest request line in bytes.
 const MAX_LINE: u64 = 256;
-/// How long a client may take to send its line, or to take a piece of the answer.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a client may take to send its line.
+const QUESTION_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a client may take to take its answer.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the socket rests where a client cannot be accepted.
+const BACK_OFF: Duration = Duration::from_millis(100);
 /// Mappings read while the core is locked once.
 const MAPPINGS_PER_LOCK: usize = 512;
 /// Endpoints that `status` lists though the guest has not touched them.
@@ -57,9 +63,16 @@ pub struct Subjects {
 
 /// The thread that answers; dropping it ends it and removes the socket.
 pub struct ControlServer {
-    path: PathBuf,
-    stop: EventFd,
+    stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
+    file: Arc<SocketFile>,
+}
+
+/// What ends the thread, wherever it is.
+struct Stop {
+    event: EventFd,
+    /// The client that is being answered.
+    client: Mutex<Option<UnixStream>>,
 }
 
 impl ControlServer {
@@ -68,75 +81,52 @@ impl ControlServer {
     /// # Errors
     /// Where the socket cannot be made.
     pub fn start(path: &Path, subjects: Subjects) -> io::Result<Self> {
-        let listener = bind(path)?;
-        let stop = EventFd::new(EFD_CLOEXEC)?;
+        let (listener, file) = bind(path)?;
+        let stop = Arc::new(Stop {
+            event: EventFd::new(EFD_CLOEXEC)?,
+            client: Mutex::new(None),
+        });
         let epoll = Epoll::new()?;
-        for (fd, id) in [(listener.as_raw_fd(), 0), (stop.as_raw_fd(), 1)] {
+        for (fd, id) in [(listener.as_raw_fd(), 0), (stop.event.as_raw_fd(), 1)] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
         }
+        let watched = stop.clone();
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&listener, &epoll, &subjects))?;
+            .spawn(move || serve(&listener, &epoll, &watched, &subjects))?;
         Ok(Self {
-            path: path.to_owned(),
             stop,
             thread: Some(thread),
+            file: Arc::new(file),
         })
+    }
+
+    /// The socket's file.
+    pub fn file(&self) -> Arc<SocketFile> {
+        self.file.clone()
     }
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
-        if let Err(cause) = self.stop.write(1) {
+        if let Err(cause) = self.stop.event.write(1) {
             warn!("cannot stop the control thread: {cause}");
             return;
+        }
+        if let Some(client) = &*self.stop.client.lock() {
+            // It may be gone already.
+            let _ = client.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             warn!("the control thread has panicked");
         }
-        if let Err(cause) = fs::remove_file(&self.path) {
-            debug!("cannot remove {}: {cause}", self.path.display());
-        }
+        self.file.remove();
     }
 }
 
-/// A listening socket at `path`, in place of one that nobody listens on any more.
-///
-/// # Errors
-/// Where something else is there, or another process listens.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    if let Ok(found) = fs::symlink_metadata(path) {
-        if !found.file_type().is_socket() {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                format!(
-                    "{} exists and is not a socket; remove it or choose another path",
-                    path.display()
-                ),
-            ));
-        }
-        if UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(
-                io::ErrorKind::AddrInUse,
-                format!(
-                    "another process listens on {}; stop it or choose another path",
-                    path.display()
-                ),
-            ));
-        }
-        fs::remove_file(path)?;
-    }
-    UnixListener::bind(path).map_err(|e| {
-        io::Error::new(
-            e.kind(),
-            format!("cannot listen on {}: {e}", path.display()),
-        )
-    })
-}
-
-fn serve(listener: &UnixListener, epoll: &Epoll, subjects: &Subjects) {
+fn serve(listener: &UnixListener, epoll: &Epoll, stop: &Stop, subjects: &Subjects) {
     let mut events = [EpollEvent::default(); 2];
     loop {
         let ready = match epoll.wait(-1, &mut events) {
@@ -147,26 +137,69 @@ fn serve(listener: &UnixListener, epoll: &Epoll, subjects: &Subjects) {
                 return;
             }
         };
-        for event in events.iter().take(ready) {
-            if event.data() != 0 {
-                return;
+        if events.iter().take(ready).any(|event| event.data() != 0) {
+            return;
+        }
+        let client = listener.accept().and_then(|(stream, _)| {
+            *stop.client.lock() = Some(stream.try_clone()?);
+            Ok(stream)
+        });
+        match client {
+            Ok(stream) => {
+                if let Err(cause) = answer(&stream, subjects) {
+                    debug!("a control client got no answer: {cause}");
+                }
+                *stop.client.lock() = None;
             }
-            let answered = listener
-                .accept()
-                .and_then(|(stream, _)| answer(&stream, subjects));
-            if let Err(cause) = answered {
-                debug!("a control client got no answer: {cause}");
+            Err(cause) => {
+                warn_limited!("cannot accept a control client: {cause}");
+                std::thread::sleep(BACK_OFF);
             }
         }
     }
 }
 
+/// A stream with an end to all patience, however the client divides it up.
+struct Bounded<'a> {
+    stream: &'a UnixStream,
+    until: Instant,
+}
+
+impl Bounded<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.until.checked_duration_since(Instant::now()) {
+            Some(left) if !left.is_zero() => Ok(Some(left)),
+            _ => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+impl Read for Bounded<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Bounded<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    let bounded = |patience| Bounded {
+        stream,
+        until: Instant::now() + patience,
+    };
     let mut line = String::new();
-    BufReader::new(stream.take(MAX_LINE)).read_line(&mut line)?;
-    let mut out = BufWriter::new(stream);
+    BufReader::new(bounded(QUESTION_PATIENCE).take(MAX_LINE)).read_line(&mut line)?;
+    let mut out = BufWriter::new(bounded(ANSWER_PATIENCE));
     let words: Vec<_> = line.split_whitespace().collect();
     let document = match words.as_slice() {
         ["status"] => status(subjects),
@@ -187,10 +220,17 @@ fn refusal(message: &str) -> Value {
 }
 
 fn status(subjects: &Subjects) -> Value {
-    let iommu = lock(&subjects.iommu);
-    let arena = iommu.arena();
-    let domains: Vec<_> = iommu
-        .domains()
+    // Facts first, text later: the core is locked for as long as it takes to copy them.
+    let iommu = subjects.iommu.lock();
+    let domains: Vec<_> = iommu.domains().collect();
+    let endpoints: Vec<_> = iommu.endpoints(MAX_UNTOUCHED).collect();
+    let endpoint_count = iommu.topology().endpoint_count();
+    let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
+    let arena = (iommu.arena().limit_bytes(), iommu.arena().used_bytes());
+    drop(iommu);
+
+    let domains: Vec<_> = domains
+        .iter()
         .map(|d| {
             json!({
                 "id": d.id.0,
@@ -201,24 +241,21 @@ fn status(subjects: &Subjects) -> Value {
             })
         })
         .collect();
-    let endpoints: Vec<_> = iommu
-        .endpoints(MAX_UNTOUCHED)
-        .map(|e| endpoint(&e))
-        .collect();
+    let endpoints: Vec<_> = endpoints.iter().map(endpoint).collect();
     let metrics = &subjects.metrics;
     json!({
         "version": VERSION,
         "connected": subjects.device.is_connected(),
-        "bypass": iommu.bypass(),
-        "page_size_mask": hex(iommu.page_sizes().bits()),
-        "input_range": [hex(iommu.input_range().first().0), hex(iommu.input_range().last().0)],
-        "endpoint_count": iommu.topology().endpoint_count(),
+        "bypass": bypass,
+        "page_size_mask": hex(pages.bits()),
+        "input_range": [hex(input.first().0), hex(input.last().0)],
+        "endpoint_count": endpoint_count,
         "endpoints": endpoints,
         "domains": domains,
         "requests": requests(metrics),
         "arena": {
-            "limit_bytes": arena.limit_bytes(),
-            "used_bytes": arena.used_bytes(),
+            "limit_bytes": arena.0,
+            "used_bytes": arena.1,
         },
         "faults": {
             "delivered": metrics.faults_delivered.get(),
@@ -272,9 +309,10 @@ fn write_mappings(
     subjects: &Subjects,
     only: Option<DomainId>,
 ) -> io::Result<()> {
-    let domains: Vec<_> = lock(&subjects.iommu)
-        .domains()
-        .map(|d| d.id)
+    let domains: Vec<_> = subjects
+        .iommu
+        .lock()
+        .domain_ids()
         .filter(|id| only.is_none_or(|o| o == *id))
         .collect();
     write!(out, "{{\"version\":{VERSION},\"domains\":[")?;
@@ -284,7 +322,9 @@ fn write_mappings(
         let mut next = Some(Iova(0));
         let mut comma = "";
         while let Some(from) = next {
-            let piece: Vec<Mapping> = lock(&subjects.iommu)
+            let piece: Vec<Mapping> = subjects
+                .iommu
+                .lock()
                 .mappings(id, from)
                 .take(MAPPINGS_PER_LOCK)
                 .collect();
@@ -325,7 +365,10 @@ fn translate(subjects: &Subjects, endpoint: &str, iova: &str) -> Value {
     let (Some(endpoint), Some(iova)) = (endpoint, parse_number(iova)) else {
         return refusal("translate takes a PCI address or an endpoint number, and an address");
     };
-    let translated = lock(&subjects.iommu).translate(endpoint, Iova(iova), Access::NONE);
+    let translated = subjects
+        .iommu
+        .lock()
+        .translate(endpoint, Iova(iova), Access::NONE);
     match translated {
         Ok(t) => json!({
             "version": VERSION,

@@ -5,13 +5,14 @@
 )]
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::time::Duration;
 
-use log::{debug, error, info, warn};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use log::{error, info};
+use parking_lot::Mutex;
 use thiserror::Error;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
@@ -19,11 +20,18 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::config::{Config, Socket};
-use crate::control::{ControlServer, Subjects, bind};
-use crate::device::{Device, lock};
+use crate::control::{ControlServer, Subjects};
+use crate::device::Device;
 use crate::iommu::{Iommu, Settings};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::socket::{SocketFile, bind};
+use crate::{info_limited, warn_limited};
+
+/// How long the daemon rests after a connection it could not serve, for want of descriptors say.
+const BACK_OFF: Duration = Duration::from_millis(100);
+/// After this many in a row it gives up.
+const MAX_FAILURES: u32 = 50;
 
 /// Why the daemon could not run.
 #[derive(Debug, Error)]
@@ -64,9 +72,11 @@ pub enum DaemonError {
 pub struct Daemon {
     device: Arc<Device>,
     listener: Listener,
-    socket_path: Option<PathBuf>,
-    stop: StopSignal,
-    /// Ends before the device goes.
+    stop: Arc<Stop>,
+    /// Readable once the daemon is to end.
+    ended: UnixStream,
+    /// Connections in a row that could not be served.
+    failures: u32,
     _control: Option<ControlServer>,
 }
 
@@ -76,11 +86,12 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
-        let (listener, socket_path) = listener(config.socket.as_ref())?;
-        let stop = StopSignal::new().map_err(|source| DaemonError::System {
-            what: "watch for signals",
+        let (listener, file) = listener(config.socket.as_ref())?;
+        let no_events = |source| DaemonError::System {
+            what: "make event descriptors",
             source,
-        })?;
+        };
+        let (end, ended) = UnixStream::pair().map_err(no_events)?;
         let iommu = Iommu::new(
             Settings {
                 address_width: config.address_width,
@@ -93,7 +104,8 @@ impl Daemon {
         )?;
         let iommu = Arc::new(Mutex::new(iommu));
         let metrics = Arc::new(Metrics::default());
-        let device = Arc::new(Device::new(iommu.clone(), metrics.clone()));
+        let device = Device::new(iommu.clone(), metrics.clone()).map_err(no_events)?;
+        let device = Arc::new(device);
         let control = config
             .control
             .as_deref()
@@ -106,11 +118,17 @@ impl Daemon {
                 ControlServer::start(path, subjects).map_err(DaemonError::Socket)
             })
             .transpose()?;
+        let control_file = control.as_ref().map(ControlServer::file);
         Ok(Self {
             device,
             listener,
-            socket_path,
-            stop,
+            stop: Arc::new(Stop {
+                state: Mutex::default(),
+                end,
+                files: file.map(Arc::new).into_iter().chain(control_file).collect(),
+            }),
+            ended,
+            failures: 0,
             _control: control,
         })
     }
@@ -120,19 +138,27 @@ impl Daemon {
         &self.device
     }
 
-    /// Ends [`Daemon::run`] from another thread, as SIGTERM does.
+    /// What ends [`Daemon::run`] from another thread.
     pub fn stop_handle(&self) -> StopHandle {
-        StopHandle(self.stop.shared.clone())
+        StopHandle(self.stop.clone())
     }
 
-    /// Serves one frontend after the other until SIGTERM, SIGINT or a [`StopHandle`] ends it.
+    /// Serves one frontend after the other until a [`StopHandle`] ends it.
     ///
     /// # Errors
     /// Where the daemon cannot go on for a reason that is not the frontend's.
     pub fn run(&mut self) -> Result<(), DaemonError> {
         info!("waiting for a VMM to connect");
-        while self.stop.wait_for(self.listener.as_raw_fd())? {
-            self.serve_one()?;
+        while self.wait_for_connection()? {
+            match self.serve_one() {
+                Ok(()) => self.failures = 0,
+                Err(cause) if self.failures < MAX_FAILURES => {
+                    warn_limited!("a connection cannot be served: {cause}");
+                    self.failures += 1;
+                    std::thread::sleep(BACK_OFF);
+                }
+                Err(cause) => return Err(cause),
+            }
         }
         info!("ended");
         Ok(())
@@ -143,126 +169,53 @@ impl Daemon {
     /// A daemon object of the backend crate serves one connection, so each gets its own.
     fn serve_one(&mut self) -> Result<(), DaemonError> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let mut daemon = VhostUserDaemon::new("vhost-user".into(), self.device.clone(), memory)
-            .map_err(DaemonError::VhostUser)?;
-        self.device.connect();
-        let result = daemon.start(&mut self.listener).and_then(|()| {
-            info!("a VMM has connected");
-            self.stop.shared.watch(daemon.shutdown_handle());
+        let made = VhostUserDaemon::new("vhost-user".into(), self.device.clone(), memory);
+        let mut daemon = match made {
+            Ok(daemon) => daemon,
+            Err(cause) => {
+                close_leaked(self.device.take_leaked());
+                return Err(DaemonError::VhostUser(cause));
+            }
+        };
+        let (wake, event) = self.device.wake_event();
+        for worker in daemon.get_epoll_handlers() {
+            worker
+                .register_listener(wake, EventSet::IN, event)
+                .map_err(|source| DaemonError::System {
+                    what: "watch the device's own event",
+                    source,
+                })?;
+        }
+        let started = daemon.start(&mut self.listener);
+        let result = started.map(|()| {
+            info_limited!("a VMM has connected");
+            self.device.connect();
+            self.stop.watch(daemon.shutdown_handle());
             daemon.wait()
         });
-        self.stop.shared.watch(None);
+        self.stop.watch(None);
         self.device.stop();
         drop(daemon);
-        close_leaked(self.device.disconnect());
-        match result {
+        close_leaked(self.device.take_leaked());
+        self.device.disconnect();
+        match result.map_err(DaemonError::VhostUser)? {
             Ok(())
             | Err(BackendError::HandleRequest(
                 VhostUserError::Disconnected | VhostUserError::PartialMessage,
-            )) => info!("the VMM has disconnected"),
-            Err(cause) => warn!("the connection was closed: {cause}"),
+            )) => info_limited!("the VMM has disconnected"),
+            Err(cause) => warn_limited!("the connection was closed: {cause}"),
         }
         Ok(())
     }
-}
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if let Some(path) = &self.socket_path
-            && let Err(cause) = std::fs::remove_file(path)
-        {
-            debug!("cannot remove {}: {cause}", path.display());
-        }
-    }
-}
-
-/// Ends a running daemon.
-#[derive(Clone)]
-pub struct StopHandle(Arc<StopShared>);
-
-impl StopHandle {
-    /// Makes [`Daemon::run`] return soon; the frontend's connection is closed.
-    pub fn stop(&self) {
-        self.0.stop();
-    }
-}
-
-/// Turns signals into a readable descriptor and the end of the connection.
-struct StopSignal {
-    shared: Arc<StopShared>,
-    /// Readable once the daemon is to end.
-    ended: UnixStream,
-}
-
-struct StopShared {
-    /// Held while the flag and the handle change together.
-    state: Mutex<StopState>,
-    end: UnixStream,
-}
-
-#[derive(Default)]
-struct StopState {
-    stopping: bool,
-    connection: Option<ShutdownHandle>,
-}
-
-impl StopShared {
-    fn stop(&self) {
-        let mut state = lock(&self.state);
-        state.stopping = true;
-        if let Some(connection) = state.connection.take() {
-            connection.shutdown();
-        }
-        if let Err(cause) = self.end.shutdown(std::net::Shutdown::Write) {
-            error!("cannot end the daemon: {cause}");
-        }
-    }
-
-    /// The connection to shut down when the daemon is to end; at once where it is already.
-    fn watch(&self, connection: Option<ShutdownHandle>) {
-        let mut state = lock(&self.state);
-        if state.stopping
-            && let Some(connection) = connection
-        {
-            connection.shutdown();
-        } else {
-            state.connection = connection;
-        }
-    }
-}
-
-impl StopSignal {
-    fn new() -> io::Result<Self> {
-        let (end, ended) = UnixStream::pair()?;
-        let shared = Arc::new(StopShared {
-            state: Mutex::default(),
-            end,
-        });
-        let (caught, catch) = UnixStream::pair()?;
-        for signal in [SIGTERM, SIGINT] {
-            signal_hook::low_level::pipe::register(signal, catch.try_clone()?)?;
-        }
-        let on_signal = shared.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                let mut byte = [0];
-                // Ends with the process, or when the last writer is gone.
-                while io::Read::read(&mut &caught, &mut byte).is_ok_and(|n| n > 0) {
-                    on_signal.stop();
-                }
-            })?;
-        Ok(Self { shared, ended })
-    }
-
-    /// Waits until `fd` is readable (`true`) or the daemon is to end (`false`).
-    fn wait_for(&self, fd: RawFd) -> Result<bool, DaemonError> {
+    /// Waits until a frontend is there (`true`) or the daemon is to end (`false`).
+    fn wait_for_connection(&self) -> Result<bool, DaemonError> {
         let failed = |source| DaemonError::System {
             what: "wait for a connection",
             source,
         };
         let epoll = Epoll::new().map_err(failed)?;
-        for (fd, id) in [(fd, 0), (self.ended.as_raw_fd(), 1)] {
+        for (fd, id) in [(self.listener.as_raw_fd(), 0), (self.ended.as_raw_fd(), 1)] {
             epoll
                 .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))
                 .map_err(failed)?;
@@ -278,11 +231,70 @@ impl StopSignal {
     }
 }
 
-fn listener(socket: Option<&Socket>) -> Result<(Listener, Option<PathBuf>), DaemonError> {
+/// Ends a running daemon.
+#[derive(Clone)]
+pub struct StopHandle(Arc<Stop>);
+
+impl StopHandle {
+    /// Makes [`Daemon::run`] return soon; the frontend's connection is closed.
+    pub fn stop(&self) {
+        let mut state = self.0.state.lock();
+        state.stopping = true;
+        if let Some(connection) = state.connection.take() {
+            connection.shutdown();
+        }
+        if let Err(cause) = self.0.end.shutdown(Shutdown::Write) {
+            error!("cannot end the daemon: {cause}");
+        }
+    }
+
+    /// Removes the files of the daemon's sockets, for an end without [`Drop`].
+    pub fn remove_sockets(&self) {
+        for file in &self.0.files {
+            file.remove();
+        }
+    }
+}
+
+struct Stop {
+    state: Mutex<StopState>,
+    end: UnixStream,
+    /// Removed with the last owner.
+    files: Vec<Arc<SocketFile>>,
+}
+
+#[derive(Default)]
+struct StopState {
+    stopping: bool,
+    connection: Option<ShutdownHandle>,
+}
+
+impl Stop {
+    /// The connection to shut down when the daemon is to end; at once where it is already.
+    fn watch(&self, connection: Option<ShutdownHandle>) {
+        let mut state = self.state.lock();
+        if state.stopping
+            && let Some(connection) = connection
+        {
+            connection.shutdown();
+        } else {
+            state.connection = connection;
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // A handle may outlive the daemon.
+        StopHandle(self.stop.clone()).remove_sockets();
+    }
+}
+
+fn listener(socket: Option<&Socket>) -> Result<(Listener, Option<SocketFile>), DaemonError> {
     match socket.ok_or(DaemonError::NoSocket)? {
         Socket::Path(path) => {
-            let listener = bind(path).map_err(DaemonError::Socket)?;
-            Ok((listener.into(), Some(path.clone())))
+            let (listener, file) = bind(path).map_err(DaemonError::Socket)?;
+            Ok((listener.into(), Some(file)))
         }
         Socket::Fd(fd) => {
             let refuse = |why: &str| DaemonError::InheritedFd {
@@ -294,8 +306,10 @@ fn listener(socket: Option<&Socket>) -> Result<(Listener, Option<PathBuf>), Daem
                 Ok(_) => return Err(refuse("it does not listen")),
                 Err(cause) => return Err(refuse(&cause.to_string())),
             }
-            if !matches!(socket_option(*fd, libc::SO_DOMAIN), Ok(libc::AF_UNIX)) {
-                return Err(refuse("it is not a Unix socket"));
+            if !matches!(socket_option(*fd, libc::SO_DOMAIN), Ok(libc::AF_UNIX))
+                || !matches!(socket_option(*fd, libc::SO_TYPE), Ok(libc::SOCK_STREAM))
+            {
+                return Err(refuse("it is not a Unix stream socket"));
             }
             // SAFETY:
             // - the descriptor is open: it answered just now

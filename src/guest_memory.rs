@@ -2,15 +2,9 @@
 
 use std::io;
 
-use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::address::Gpa;
-
-/// The memory of the VM that is connected, if one is.
-pub type FrontendMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// Refuses regions that reach past the end of their file: touching those would be fatal.
 ///
@@ -43,7 +37,7 @@ pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether there is memory at every address of `len` bytes from `at` right now.
-pub fn is_backed(memory: &FrontendMemory, at: Gpa, len: usize) -> bool {
-    GuestMemoryBackend::check_range(&*memory.memory(), GuestAddress(at.0), len)
+/// Whether there is memory at every address of `len` bytes from `at`.
+pub fn is_backed(memory: &GuestMemoryMmap, at: Gpa, len: usize) -> bool {
+    GuestMemoryBackend::check_range(memory, GuestAddress(at.0), len)
 }

@@ -27,4 +27,6 @@ pub mod metrics;
 pub mod page_table;
 pub mod protocol;
 pub mod qemu_args;
+pub mod signals;
+pub mod socket;
 pub mod topology;

@@ -1,7 +1,10 @@
 //! Logging of what a guest or a peer can trigger at will: limited in rate, the rest counted.
 
-use std::sync::Mutex;
+use std::fmt;
 use std::time::{Duration, Instant};
+
+use log::Level;
+use parking_lot::Mutex;
 
 /// Messages a limiter lets through at once.
 const BURST: u32 = 10;
@@ -42,7 +45,7 @@ impl LogLimit {
     /// Whether a message may be written at `now`: `Some(n)` if so, where `n` messages were
     /// suppressed since the last one.
     pub fn allow(&self, now: Instant) -> Option<u64> {
-        let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
+        let mut state = self.state.lock();
         let since = *state.refilled.get_or_insert(now);
         let elapsed = now.saturating_duration_since(since);
         let earned = u32::try_from(elapsed.as_secs() / REFILL.as_secs()).unwrap_or(u32::MAX);
@@ -59,19 +62,43 @@ impl LogLimit {
     }
 }
 
+/// Writes a message through `limit`, with the number of those that were suppressed before it.
+pub fn log(limit: &LogLimit, level: Level, message: fmt::Arguments<'_>) {
+    if !log::log_enabled!(level) {
+        return;
+    }
+    match limit.allow(Instant::now()) {
+        Some(0) => log::log!(level, "{message}"),
+        Some(n) => log::log!(level, "{message} ({n} like it were not shown)"),
+        None => {}
+    }
+}
+
+/// Logs at a level through a limiter of this call site's own.
+#[macro_export]
+macro_rules! log_limited {
+    ($level:expr, $($arg:tt)+) => {{
+        static LIMIT: $crate::log_limit::LogLimit = $crate::log_limit::LogLimit::new();
+        $crate::log_limit::log(&LIMIT, $level, format_args!($($arg)+));
+    }};
+}
+
+/// `log::error!` through a limiter of this call site's own.
+#[macro_export]
+macro_rules! error_limited {
+    ($($arg:tt)+) => { $crate::log_limited!(log::Level::Error, $($arg)+) };
+}
+
 /// `log::warn!` through a limiter of this call site's own.
 #[macro_export]
 macro_rules! warn_limited {
-    ($($arg:tt)+) => {{
-        static LIMIT: $crate::log_limit::LogLimit = $crate::log_limit::LogLimit::new();
-        if log::log_enabled!(log::Level::Warn) {
-            match LIMIT.allow(std::time::Instant::now()) {
-                Some(0) => log::warn!($($arg)+),
-                Some(n) => log::warn!("{} ({n} like it were not shown)", format_args!($($arg)+)),
-                None => {}
-            }
-        }
-    }};
+    ($($arg:tt)+) => { $crate::log_limited!(log::Level::Warn, $($arg)+) };
+}
+
+/// `log::info!` through a limiter of this call site's own.
+#[macro_export]
+macro_rules! info_limited {
+    ($($arg:tt)+) => { $crate::log_limited!(log::Level::Info, $($arg)+) };
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
+use vhost_device_iommu::signals;
 use vhost_device_iommu::topology::viot;
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -66,9 +67,12 @@ fn dispatch(args: &Args) -> Outcome {
 
 /// Serves one VM until told to stop.
 fn serve(config: &Config) -> Outcome {
-    let default_level = env_logger::Env::default().default_filter_or("info");
+    // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
+    let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
     env_logger::Builder::from_env(default_level).init();
-    Ok(Daemon::new(config)?.run()?)
+    let mut daemon = Daemon::new(config)?;
+    signals::stop_on_signals(daemon.stop_handle())?;
+    Ok(daemon.run()?)
 }
 
 /// Asks a running daemon and prints its answer.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LEVEL_ZERO: [&str; 4] = ["address", "ids", "metrics", "log_limit"];
 
 /// What each module may import besides.
-const ALLOWED: [(&str, &[&str]); 16] = [
+const ALLOWED: [(&str, &[&str]); 17] = [
     ("address", &[]),
     ("ids", &[]),
     ("metrics", &[]),
@@ -27,15 +27,23 @@ const ALLOWED: [(&str, &[&str]); 16] = [
     ),
     (
         "control",
-        &["device", "iommu", "guest_memory", "protocol", "topology"],
+        &[
+            "device",
+            "iommu",
+            "guest_memory",
+            "protocol",
+            "socket",
+            "topology",
+        ],
     ),
+    ("socket", &[]),
     ("ctl", &["args"]),
     ("config", &["args", "topology"]),
     ("qemu_args", &["config", "topology"]),
 ];
 
 /// Modules that put the others together and may import anything.
-const WIRING: [&str; 2] = ["daemon", "main"];
+const WIRING: [&str; 3] = ["daemon", "signals", "main"];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("src can be read") {
@@ -59,12 +67,17 @@ fn imports(text: &str) -> BTreeSet<String> {
     text.lines()
         .map(|line| line.split("//").next().unwrap_or(""))
         .flat_map(|line| line.split("crate::").skip(1))
-        .map(|rest| {
-            rest.chars()
+        .flat_map(|rest| match rest.strip_prefix('{') {
+            Some(group) => group.split('}').next().unwrap_or("").split(',').collect(),
+            None => vec![rest],
+        })
+        .map(|path| {
+            path.trim()
+                .chars()
                 .take_while(|c| c.is_alphanumeric() || *c == '_')
                 .collect::<String>()
         })
-        .filter(|name| name != "warn_limited")
+        .filter(|name| !name.ends_with("_limited"))
         .collect()
 }
 

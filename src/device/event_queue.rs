@@ -2,18 +2,21 @@
 
 use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
+use super::ring::{is_running, notify};
 use crate::iommu::{Fault, FaultReason};
 use crate::protocol::fault::{FAULT_LEN, WireReason, encode};
 use crate::warn_limited;
+
+/// Buffers too small for a record that are returned for the sake of one fault.
+const MAX_UNFIT: usize = 16;
 
 /// Writes `fault` into the next buffer and notifies the driver.
 ///
 /// 1. Somebody meets a refused access and has the core's [`Fault`].
 /// 2. The next buffer is taken off the ring, under the ring's lock.
-/// 3. A buffer too small for a record goes back empty, and the next one is tried; there are no
-///    more of them than the ring has entries.
+/// 3. A buffer too small for a record goes back empty, and the next one is tried, up to 16 times.
 /// 4. The record is written, the buffer returned, the driver notified.
 ///
 /// Returns `false` where the ring is not running or has no fitting buffer: the fault is dropped.
@@ -26,38 +29,38 @@ pub fn deliver(vring: &VringRwLock, memory: &GuestMemoryMmap, fault: &Fault) -> 
     let record = encode(reason, fault.access, fault.endpoint, Some(fault.address));
 
     let mut ring = vring.get_mut();
-    if !ring.is_enabled() || !ring.get_queue().ready() {
+    if !is_running(&ring) {
         return false;
     }
     let mut delivered = false;
-    for _ in 0..ring.get_queue().size() {
-        let chain = match ring.get_queue_mut().iter(memory) {
+    let mut returned = 0;
+    while !delivered {
+        let queue = ring.get_queue_mut();
+        let size = queue.size();
+        let chain = match queue.iter(memory) {
             Ok(mut chains) => chains.next(),
             Err(cause) => {
                 warn_limited!("the event ring cannot be read: {cause}");
-                return false;
+                break;
             }
         };
         let Some(chain) = chain else {
             break;
         };
         let head = chain.head_index();
-        let fits = write_record(memory, chain, &record);
-        let len = if fits { FAULT_LEN } else { 0 };
-        let returned = ring
-            .get_queue_mut()
-            .add_used(memory, head, u32::try_from(len).unwrap_or(0));
-        if let Err(cause) = returned {
+        delivered = write_record(memory, chain, size, &record);
+        let len = if delivered { FAULT_LEN } else { 0 };
+        if let Err(cause) = queue.add_used(memory, head, u32::try_from(len).unwrap_or(0)) {
             warn_limited!("cannot return event buffer {head}: {cause}");
-        } else if fits {
-            delivered = true;
+            delivered = false;
+        }
+        returned += 1;
+        if returned > MAX_UNFIT {
             break;
         }
     }
-    if ring.needs_notification().unwrap_or(true)
-        && let Err(cause) = ring.signal_used_queue()
-    {
-        warn_limited!("cannot notify the driver of an event: {cause}");
+    if returned > 0 {
+        notify(&mut ring, memory);
     }
     delivered
 }
@@ -67,28 +70,31 @@ pub fn deliver(vring: &VringRwLock, memory: &GuestMemoryMmap, fault: &Fault) -> 
 fn write_record(
     memory: &GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,
+    queue_size: u16,
     record: &[u8; FAULT_LEN],
 ) -> bool {
-    let fits = |len: usize| len >= FAULT_LEN;
-    let mut pieces = Vec::with_capacity(1);
-    let mut room = 0usize;
-    for piece in chain {
-        let len = piece.len() as usize;
+    let mut pieces = [(GuestAddress(0), 0); FAULT_LEN];
+    let (mut count, mut room) = (0, 0usize);
+    for piece in chain.take(usize::from(queue_size)) {
+        let len = (piece.len() as usize).min(FAULT_LEN - room);
         if !piece.is_write_only() || !memory.check_range(piece.addr(), len, Permissions::Write) {
             return false;
         }
-        room = room.saturating_add(len);
-        pieces.push((piece.addr(), len));
-        if fits(room) {
+        if len > 0 {
+            pieces[count] = (piece.addr(), len);
+            count += 1;
+            room += len;
+        }
+        if room == FAULT_LEN {
             break;
         }
     }
-    if !fits(room) {
+    if room < FAULT_LEN {
         return false;
     }
     let mut rest = record.as_slice();
-    pieces.iter().all(|&(at, len)| {
-        let (now, later) = rest.split_at(len.min(rest.len()));
+    pieces.iter().take(count).all(|&(at, len)| {
+        let (now, later) = rest.split_at(len);
         rest = later;
         memory.write_slice(now, at).is_ok()
     })

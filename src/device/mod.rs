@@ -4,25 +4,28 @@ mod chain;
 mod event_queue;
 mod request_queue;
 mod restart;
+mod ring;
 mod status;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{debug, error, info};
+use log::debug;
+use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::guest_memory::{FrontendMemory, check_regions};
+use crate::guest_memory::check_regions;
 use crate::iommu::{Fault, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::config_space::ConfigSpace;
@@ -30,29 +33,35 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_DOMAIN_RANGE, VIRTIO_IOMMU_F_INPUT_RANGE,
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
-use crate::warn_limited;
+use crate::{error_limited, info_limited};
 
 use self::request_queue::{Context, Pass, RequestQueue, probe_size};
 use self::restart::{Restart, RingState};
+use self::ring::is_running;
 
 /// Index of the request queue.
 const REQUEST_QUEUE: u16 = 0;
 /// Index of the event queue.
 const EVENT_QUEUE: u16 = 1;
 const QUEUES: usize = 2;
+/// Number of the event that is no queue's; the backend crate keeps 2 to itself.
+const WAKE_EVENT: u16 = 3;
 /// The longest ring a driver may use.
 const MAX_QUEUE_SIZE: usize = 1024;
 
 /// The virtio-iommu device of one VM.
 ///
-/// Lock order: `requests`, then `iommu`, then the lock of a ring.
+/// Lock order: `requests`, then `events`, then `iommu`, then the lock of a ring. The others are
+/// held for a moment only, with nothing locked after them.
 pub struct Device {
     /// Guards: the request queue between passes, and that no pass is under way while a ring is
-    /// stopped or memory changes.
+    /// stopped or memory changes. Given up fairly, so that a busy driver keeps nobody out.
     requests: Mutex<Requests>,
+    /// The event queue's ring. Guards: that no fault is being written while memory changes.
+    events: Mutex<Option<VringRwLock>>,
     iommu: Arc<Mutex<Iommu>>,
-    memory: Mutex<Option<FrontendMemory>>,
-    event_ring: Mutex<Option<VringRwLock>>,
+    /// Guest memory that was checked; the rings' own copy is not.
+    memory: Mutex<Option<Arc<GuestMemoryMmap>>>,
     config: ConfigSpace,
     /// What the configuration space shows; the core has it too.
     bypass: AtomicBool,
@@ -60,6 +69,8 @@ pub struct Device {
     connected: AtomicBool,
     /// Tells the worker to leave its loop; set before the connection's threads are joined.
     shutdown: AtomicBool,
+    /// Makes the worker look at the request ring without a kick.
+    wake: EventFd,
     /// Descriptors vhost-user-backend has given up without closing them.
     exit_consumers: Mutex<Vec<RawFd>>,
     metrics: Arc<Metrics>,
@@ -69,15 +80,18 @@ pub struct Device {
 struct Requests {
     queue: RequestQueue,
     ring: Option<VringRwLock>,
-    /// Where the ring was when it was stopped last; taken when it starts again.
+    /// Where the ring was when it was stopped, until a pass finds it running again.
     stopped: Option<RingState>,
 }
 
 impl Device {
     /// The device in front of `iommu`, without a frontend.
-    pub fn new(iommu: Arc<Mutex<Iommu>>, metrics: Arc<Metrics>) -> Self {
+    ///
+    /// # Errors
+    /// Where the system has no event descriptor left.
+    pub fn new(iommu: Arc<Mutex<Iommu>>, metrics: Arc<Metrics>) -> io::Result<Self> {
         let (config, bypass) = {
-            let iommu = lock(&iommu);
+            let iommu = iommu.lock();
             let config = ConfigSpace {
                 page_sizes: iommu.page_sizes(),
                 input_range: iommu.input_range(),
@@ -86,28 +100,28 @@ impl Device {
             };
             (config, iommu.bypass())
         };
-        Self {
+        Ok(Self {
             requests: Mutex::default(),
+            events: Mutex::new(None),
             iommu,
             memory: Mutex::new(None),
-            event_ring: Mutex::new(None),
             config,
             bypass: AtomicBool::new(bypass),
             features: AtomicU64::new(0),
             connected: AtomicBool::new(false),
             shutdown: AtomicBool::new(false),
+            wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             exit_consumers: Mutex::default(),
             metrics,
-        }
+        })
     }
 
     /// Tells the guest of a refused access. Where it has posted no buffer the fault is dropped.
     /// Both are counted.
     pub fn report_fault(&self, fault: &Fault) {
-        let ring = lock(&self.event_ring).clone();
-        let memory = self.memory();
-        let delivered = match (ring, memory) {
-            (Some(ring), Some(memory)) => event_queue::deliver(&ring, &memory.memory(), fault),
+        let events = self.events.lock();
+        let delivered = match (&*events, self.memory()) {
+            (Some(ring), Some(memory)) => event_queue::deliver(ring, &memory, fault),
             _ => false,
         };
         if delivered {
@@ -122,9 +136,9 @@ impl Device {
         &self.metrics
     }
 
-    /// The memory of the VM that is connected.
-    pub fn memory(&self) -> Option<FrontendMemory> {
-        lock(&self.memory).clone()
+    /// The memory of the VM that is connected, as it is now.
+    pub fn memory(&self) -> Option<Arc<GuestMemoryMmap>> {
+        self.memory.lock().clone()
     }
 
     /// Whether a frontend is connected.
@@ -139,70 +153,68 @@ impl Device {
         self.metrics.connections.inc();
     }
 
+    /// What makes the worker look at the request ring, and the number of that event.
+    pub(crate) fn wake_event(&self) -> (RawFd, u64) {
+        (self.wake.as_raw_fd(), u64::from(WAKE_EVENT))
+    }
+
     /// Tells the worker to stop; its threads can be joined after this.
     pub(crate) fn stop(&self) {
         self.shutdown.store(true, Ordering::Release);
     }
 
     /// The frontend is gone and its threads are joined: nothing of its VM is kept.
-    ///
-    /// Returns the descriptors the backend crate has leaked for this connection.
-    pub(crate) fn disconnect(&self) -> Vec<RawFd> {
+    pub(crate) fn disconnect(&self) {
         self.connected.store(false, Ordering::Relaxed);
-        *lock(&self.requests) = Requests::default();
-        *lock(&self.event_ring) = None;
-        *lock(&self.memory) = None;
+        *self.requests.lock() = Requests::default();
+        *self.events.lock() = None;
+        *self.memory.lock() = None;
         self.features.store(0, Ordering::Relaxed);
-        let mut iommu = lock(&self.iommu);
+        let mut iommu = self.iommu.lock();
         iommu.reset_system();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
-        std::mem::take(&mut *lock(&self.exit_consumers))
+    }
+
+    /// The descriptors the backend crate has leaked so far.
+    pub(crate) fn take_leaked(&self) -> Vec<RawFd> {
+        std::mem::take(&mut *self.exit_consumers.lock())
     }
 
     /// Serves the request ring until it is empty and the driver has been asked to notify.
     fn serve_requests(&self, ring: &VringRwLock) {
-        let mut promised = false;
-        while !self.shutdown.load(Ordering::Acquire) {
-            match self.serve_batch(ring) {
-                Pass::Served => promised = false,
-                Pass::Stopped => return,
-                Pass::Empty if promised => {
-                    return self.give_up("it promises requests that cannot be read");
-                }
-                Pass::Empty => match ring.enable_notification() {
-                    Ok(false) => return,
-                    Ok(true) => promised = true,
-                    Err(cause) => return self.give_up(&cause.to_string()),
-                },
+        loop {
+            let ended = self.shutdown.load(Ordering::Acquire);
+            if ended || self.serve_batch(ring) != Pass::Served {
+                return;
             }
         }
     }
 
-    fn give_up(&self, cause: &str) {
-        lock(&self.requests).queue.broken = true;
-        warn_limited!("the request ring is left alone until the driver starts it anew: {cause}");
-    }
-
     fn serve_batch(&self, ring: &VringRwLock) -> Pass {
-        let mut requests = lock(&self.requests);
-        let Some(memory) = self.memory() else {
+        let mut requests = self.requests.lock();
+        // Only a ring that runs says where it goes on.
+        let running = is_running(&ring.get_ref());
+        let (true, Some(memory)) = (running, self.memory()) else {
             return Pass::Stopped;
         };
         if let Some(stopped) = requests.stopped.take() {
-            self.restart(&mut requests, ring, &memory.memory(), &stopped);
+            self.restart(&mut requests, ring, &memory, &stopped);
         }
         if requests.ring.is_none() {
             requests.ring = Some(ring.clone());
         }
-        let mut iommu = lock(&self.iommu);
+        let mut iommu = self.iommu.lock();
         let mut context = Context {
             iommu: &mut iommu,
-            memory: &memory.memory(),
+            memory: &memory,
             features: self.features.load(Ordering::Acquire),
             config: &self.config,
             metrics: &self.metrics,
         };
-        requests.queue.serve(ring, &mut context)
+        let pass = requests.queue.serve(ring, &mut context);
+        MutexGuard::unlock_fair(iommu);
+        MutexGuard::unlock_fair(requests);
+        pass
     }
 
     /// The request ring runs again after a stop: the same driver goes on, or a new one begins.
@@ -213,6 +225,7 @@ impl Device {
         memory: &GuestMemoryMmap,
         stopped: &RingState,
     ) {
+        requests.queue.broken = false;
         let now = RingState::of(
             ring,
             self.features.load(Ordering::Acquire),
@@ -221,10 +234,10 @@ impl Device {
         match stopped.compare(&now, memory) {
             Restart::Resumed => debug!("the request ring goes on at {}", now.next_avail),
             Restart::NewDriver => {
-                info!("a new driver has started the device: all domains are gone");
+                info_limited!("a new driver has started the device: all domains are gone");
                 requests.queue = RequestQueue::default();
                 self.metrics.resets.inc();
-                lock(&self.iommu).reset();
+                self.iommu.lock().reset();
             }
         }
     }
@@ -270,15 +283,16 @@ impl VhostUserBackend for Device {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::RESET_DEVICE
     }
 
+    /// Not offered, and done all the same where a frontend asks for it.
     fn reset_device(&self) {
-        let mut requests = lock(&self.requests);
+        let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
+        self.features.store(0, Ordering::Release);
         self.metrics.resets.inc();
-        lock(&self.iommu).reset();
+        self.iommu.lock().reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -292,22 +306,26 @@ impl VhostUserBackend for Device {
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         if let Some(bypass) = ConfigSpace::written_bypass(offset, bytes) {
-            let mut iommu = lock(&self.iommu);
+            let mut iommu = self.iommu.lock();
             iommu.set_bypass(bypass);
             self.bypass.store(bypass, Ordering::Relaxed);
         }
         Ok(())
     }
 
-    fn update_memory(&self, memory: FrontendMemory) -> io::Result<()> {
-        let _no_pass = lock(&self.requests);
-        if let Err(cause) = check_regions(&memory.memory()) {
-            error!("the frontend's memory is refused: {cause}");
-            *lock(&self.memory) = None;
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        let mut requests = self.requests.lock();
+        let _no_fault = self.events.lock();
+        let memory = memory.memory().into_inner();
+        if let Err(cause) = check_regions(&memory) {
+            error_limited!("the frontend's memory is refused: {cause}");
+            *self.memory.lock() = None;
             return Err(cause);
         }
-        *lock(&self.memory) = Some(memory);
-        Ok(())
+        *self.memory.lock() = Some(memory);
+        // Requests that could not be read before may be there now, and nobody kicks for them.
+        requests.queue.broken = false;
+        self.wake.write(1)
     }
 
     fn queues_per_thread(&self) -> Vec<u64> {
@@ -316,9 +334,9 @@ impl VhostUserBackend for Device {
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
-            .inspect_err(|cause| error!("cannot make an event descriptor: {cause}"))
+            .inspect_err(|cause| error_limited!("cannot make an event descriptor: {cause}"))
             .ok()?;
-        lock(&self.exit_consumers).push(pair.0.as_raw_fd());
+        self.exit_consumers.lock().push(pair.0.as_raw_fd());
         Some(pair)
     }
 
@@ -327,8 +345,11 @@ impl VhostUserBackend for Device {
             return Ok(());
         }
         // The ring is not ready any more, so once the lock was held no request is in flight.
-        let mut requests = lock(&self.requests);
-        if let Some(ring) = &requests.ring {
+        let mut requests = self.requests.lock();
+        // A stop that no pass has looked at still says where the driver was.
+        if requests.stopped.is_none()
+            && let Some(ring) = &requests.ring
+        {
             let features = self.features.load(Ordering::Acquire);
             requests.stopped = Some(RingState::of(ring, features, requests.queue.last_used));
         }
@@ -344,23 +365,18 @@ impl VhostUserBackend for Device {
         _thread: usize,
     ) -> io::Result<()> {
         if let Some(ring) = rings.get(usize::from(EVENT_QUEUE)) {
-            let mut known = lock(&self.event_ring);
-            if known.is_none() {
-                *known = Some(ring.clone());
-            }
+            self.events.lock().get_or_insert_with(|| ring.clone());
+        }
+        if event == WAKE_EVENT {
+            // Fails where it was read already.
+            let _ = self.wake.read();
         }
         // Nothing waits for buffers of the event queue: faults without one are dropped.
-        if event == REQUEST_QUEUE
-            && let Some(ring) = rings.get(usize::from(event))
+        if matches!(event, REQUEST_QUEUE | WAKE_EVENT)
+            && let Some(ring) = rings.get(usize::from(REQUEST_QUEUE))
         {
             self.serve_requests(ring);
         }
         Ok(())
     }
-}
-
-/// Locks even where a thread has panicked with the lock held: the core publishes last, so its
-/// state holds at any time.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

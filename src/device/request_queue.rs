@@ -1,14 +1,19 @@
 //! The request queue: chains to requests, requests to the core, outcomes to the used ring.
 
+use std::time::{Duration, Instant};
+
 use log::debug;
 use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, ChainRequest, Span, scatter};
+use super::restart::UsedEntry;
+use super::ring::{is_running, notify};
 use crate::address::{Access, IovaRange, Mapping};
 use crate::iommu::{Iommu, RequestError};
-use crate::metrics::Metrics;
+use crate::log_limit::{self, LogLimit};
+use crate::metrics::{Metrics, REQUEST_KINDS, STATUSES};
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::probe::{RESV_MEM_LEN, push_resv_mem};
 use crate::protocol::reply::{Status, TAIL_LEN, write_reply};
@@ -23,15 +28,18 @@ use crate::warn_limited;
 
 /// Chains taken off the ring before their outcomes are published.
 const MAX_BATCH: usize = 64;
+/// How long a pass may take chains; those left are put back for the next one. A single request
+/// takes no longer than the arena is large.
+const MAX_PASS: Duration = Duration::from_millis(1);
 
 /// What a pass over the ring came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// Chains were served; there may be more.
     Served,
-    /// Nothing was available.
-    Empty,
-    /// The ring is stopped, disabled, or beyond use until it is started anew.
+    /// Nothing is there, and the driver will notify.
+    Idle,
+    /// The ring is stopped, disabled, or out of reach, or beyond use until it is started anew.
     Stopped,
 }
 
@@ -40,8 +48,8 @@ pub enum Pass {
 pub struct RequestQueue {
     /// The driver has made the ring unusable.
     pub broken: bool,
-    /// The last entry written to the used ring: descriptor index and length.
-    pub last_used: Option<(u16, u32)>,
+    /// The last used entry that is not all zero.
+    pub last_used: Option<UsedEntry>,
     chains: Vec<Chain>,
     spans: Vec<Span>,
     done: Vec<(u16, u32)>,
@@ -71,22 +79,16 @@ impl RequestQueue {
         if self.broken {
             return Pass::Stopped;
         }
-        match self.take_chains(vring, context.memory) {
-            Ok(true) => {}
-            Ok(false) => return Pass::Stopped,
-            Err(cause) => {
-                self.broken = true;
-                warn_limited!(
-                    "the request ring is left alone until the driver starts it anew: {cause}"
-                );
-                return Pass::Stopped;
-            }
+        let taken = self.take_chains(vring, context.memory);
+        if taken != Pass::Served {
+            return taken;
         }
-        if self.chains.is_empty() {
-            return Pass::Empty;
-        }
+        let started = Instant::now();
         let chains = std::mem::take(&mut self.chains);
         for chain in &chains {
+            if !self.done.is_empty() && started.elapsed() > MAX_PASS {
+                break;
+            }
             let used = match &chain.request {
                 Some(request) => self.answer(request, context),
                 None => None,
@@ -96,49 +98,77 @@ impl RequestQueue {
             }
             self.done.push((chain.head, used.unwrap_or(0)));
         }
+        let left = chains.len() - self.done.len();
         self.chains = chains;
         self.chains.clear();
         self.spans.clear();
-        self.publish(vring, context.memory);
+        self.publish(vring, context.memory, left);
         Pass::Served
     }
 
-    /// Takes chains off the ring; `Ok(false)` where the ring is not running.
-    fn take_chains(
-        &mut self,
-        vring: &VringRwLock,
-        memory: &GuestMemoryMmap,
-    ) -> Result<bool, virtio_queue::Error> {
+    /// Takes chains off the ring; where there are none, asks the driver to notify.
+    fn take_chains(&mut self, vring: &VringRwLock, memory: &GuestMemoryMmap) -> Pass {
         let mut ring = vring.get_mut();
-        if !ring.is_enabled() || !ring.get_queue().ready() {
-            return Ok(false);
+        if !is_running(&ring) {
+            return Pass::Stopped;
         }
         let queue = ring.get_queue_mut();
         let size = queue.size();
-        for chain in queue.iter(memory)?.take(MAX_BATCH) {
-            let chain = Chain::read(memory, chain, size, &mut self.spans);
-            self.chains.push(chain);
+        // A second time where requests came in before the driver was asked.
+        for _ in 0..2 {
+            match queue.iter(memory) {
+                Ok(chains) => {
+                    for chain in chains.take(MAX_BATCH) {
+                        let chain = Chain::read(memory, chain, size, &mut self.spans);
+                        self.chains.push(chain);
+                    }
+                }
+                Err(cause @ virtio_queue::Error::InvalidAvailRingIndex) => {
+                    return self.give_up(&cause.to_string());
+                }
+                // The ring's memory is away; it is tried again when memory changes.
+                Err(_) => return Pass::Stopped,
+            }
+            if !self.chains.is_empty() {
+                return Pass::Served;
+            }
+            match queue.enable_notification(memory) {
+                Ok(false) => return Pass::Idle,
+                Ok(true) => {}
+                Err(_) => return Pass::Stopped,
+            }
         }
-        Ok(true)
+        self.give_up("it promises requests that cannot be read")
     }
 
-    fn publish(&mut self, vring: &VringRwLock, memory: &GuestMemoryMmap) {
+    fn give_up(&mut self, cause: &str) -> Pass {
+        self.broken = true;
+        warn_limited!("the request ring is left alone until the driver starts it anew: {cause}");
+        Pass::Stopped
+    }
+
+    /// Returns the chains that are done, and puts the last `left` ones taken back.
+    fn publish(&mut self, vring: &VringRwLock, memory: &GuestMemoryMmap, left: usize) {
         let mut ring = vring.get_mut();
+        let queue = ring.get_queue_mut();
+        let left = u16::try_from(left).unwrap_or(0);
+        queue.set_next_avail(queue.next_avail().wrapping_sub(left));
         for (head, len) in self.done.drain(..) {
-            match ring.get_queue_mut().add_used(memory, head, len) {
-                Ok(()) => self.last_used = Some((head, len)),
+            // The crate refuses such a head too, and says so each time.
+            if head >= queue.size() {
+                warn_limited!("request {head} is not in the ring and cannot be returned");
+                continue;
+            }
+            let slot = queue.next_used() % queue.size();
+            match queue.add_used(memory, head, len) {
+                Ok(()) if (head, len) != (0, 0) => {
+                    self.last_used = Some(UsedEntry { slot, head, len });
+                }
+                Ok(()) => {}
                 Err(cause) => warn_limited!("cannot return request {head}: {cause}"),
             }
         }
-        match ring.needs_notification() {
-            Ok(false) => {}
-            Ok(true) => {
-                if let Err(cause) = ring.signal_used_queue() {
-                    warn_limited!("cannot notify the driver: {cause}");
-                }
-            }
-            Err(cause) => warn_limited!("cannot tell whether to notify the driver: {cause}"),
-        }
+        notify(&mut ring, memory);
     }
 
     /// Serves one request. Returns the used length, or `None` where nothing is written.
@@ -188,11 +218,18 @@ impl RequestQueue {
             Ok(()) => Status::Ok,
             Err(error) => {
                 let status = Status::from(&error);
-                warn_limited!(
-                    "{} refused with status {}: {error}{}",
-                    request.kind().name(),
-                    status.name(),
-                    InDomain(request)
+                // A flood of one kind must not hide the others.
+                static LIMITS: [LogLimit; REQUEST_KINDS] =
+                    [const { LogLimit::new() }; REQUEST_KINDS];
+                log_limit::log(
+                    &LIMITS[request.kind() as usize],
+                    log::Level::Warn,
+                    format_args!(
+                        "{} refused with status {}: {error}{}",
+                        request.kind().name(),
+                        status.name(),
+                        InDomain(request)
+                    ),
                 );
                 status
             }
@@ -297,6 +334,9 @@ impl RequestQueue {
         Ok(())
     }
 }
+
+const _: () = assert!(RequestKind::ALL.len() == REQUEST_KINDS);
+const _: () = assert!(Status::ALL.len() == STATUSES);
 
 /// Size of PROBE's property list that holds `regions` regions, in bytes.
 pub fn probe_size(regions: usize) -> u32 {

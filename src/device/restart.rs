@@ -18,6 +18,17 @@ pub enum Restart {
     NewDriver,
 }
 
+/// An entry of the used ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UsedEntry {
+    /// Its place in the ring.
+    pub slot: u16,
+    /// Index of the chain's first descriptor.
+    pub head: u16,
+    /// The used length.
+    pub len: u32,
+}
+
 /// Where a ring is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingState {
@@ -28,12 +39,13 @@ pub struct RingState {
     available: u64,
     used: u64,
     features: u64,
-    last_used: Option<(u16, u32)>,
+    last_used: Option<UsedEntry>,
 }
 
 impl RingState {
-    /// The state of `ring` under these features; `last_used` is the last entry that was returned.
-    pub fn of(ring: &VringRwLock, features: u64, last_used: Option<(u16, u32)>) -> Self {
+    /// The state of `ring` under these features; `last_used` is the last entry that
+    /// was written and is not all zero, as those of a new driver's ring are.
+    pub fn of(ring: &VringRwLock, features: u64, last_used: Option<UsedEntry>) -> Self {
         let ring = ring.get_ref();
         let queue = ring.get_queue();
         Self {
@@ -61,16 +73,15 @@ impl RingState {
         }
     }
 
-    /// Whether the used ring still has the last entry written, at the end of the ring: index 0 is
-    /// next, and the size divides 65536.
+    /// Whether the used ring still has the last entry written.
     fn shows_last_used(&self, memory: &GuestMemoryMmap) -> bool {
         const HEADER_LEN: u64 = 4;
         const ENTRY_LEN: u64 = 8;
-        let Some((head, len)) = self.last_used else {
+        let Some(UsedEntry { slot, head, len }) = self.last_used else {
             return false;
         };
-        let last = u64::from(self.size.saturating_sub(1));
-        let Some(at) = self.used.checked_add(HEADER_LEN + last * ENTRY_LEN) else {
+        let offset = HEADER_LEN + u64::from(slot) * ENTRY_LEN;
+        let Some(at) = self.used.checked_add(offset) else {
             return false;
         };
         let mut entry = [0; 8];
@@ -96,7 +107,11 @@ mod tests {
             available: 0x2000,
             used: 0x3000,
             features: 1 << 32,
-            last_used: Some((2, 4)),
+            last_used: Some(UsedEntry {
+                slot: 3,
+                head: 2,
+                len: 4,
+            }),
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Members of a group cannot be isolated from each other, so at any time all *active* members are
 //! in the same domain. A driver moves a group one endpoint at a time; while it does, the members
-//! that have not followed yet are *suspended*: attached as before, but blocked.
+//! that have not followed yet are *suspended*: attached as before, but blocked. Members that are
+//! attached to nothing are blocked while another one is active, whatever `bypass` says.
 //!
 //! ```text
 //!             ATTACH, and no active member is elsewhere
@@ -32,8 +33,8 @@ struct Group {
     suspended: BTreeMap<EndpointId, DomainId>,
 }
 
-/// Members other than the one a request names whose DMA changes with it.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// Members whose DMA changes when one of them is attached. The one itself may be among them.
+#[derive(Debug, Default)]
 pub(super) struct Changes {
     /// These are blocked from now on.
     pub suspended: Vec<EndpointId>,
@@ -57,46 +58,49 @@ impl Groups {
         group.active.first_key_value().map(|(&e, &d)| (e, d))
     }
 
+    /// Whether a member is active, so that the others may not be in bypass mode.
+    pub(super) fn is_active(&self, group: GroupId) -> bool {
+        self.groups.get(&group).is_some_and(|g| g.domain.is_some())
+    }
+
+    /// What [`Groups::join`] will change.
+    pub(super) fn plan_join(&self, group: GroupId, domain: DomainId) -> Changes {
+        match self.groups.get(&group) {
+            Some(group) if group.domain != Some(domain) => Changes {
+                suspended: group.active.keys().copied().collect(),
+                resumed: group.suspended_in(domain),
+            },
+            _ => Changes::default(),
+        }
+    }
+
     /// Makes `endpoint` an active member in `domain`; [`Groups::conflict`] has found none.
-    pub(super) fn join(
-        &mut self,
-        group: GroupId,
-        endpoint: EndpointId,
-        domain: DomainId,
-    ) -> Changes {
+    pub(super) fn join(&mut self, group: GroupId, endpoint: EndpointId, domain: DomainId) {
         let group = self.groups.entry(group).or_default();
         group.active.remove(&endpoint);
         group.suspended.remove(&endpoint);
-        let mut changes = Changes::default();
         if group.domain != Some(domain) {
-            changes.suspended = group.active.keys().copied().collect();
             group.suspended.append(&mut group.active);
-            group.domain = Some(domain);
-            changes.resumed = group.resume(domain);
-            changes.suspended.retain(|e| !changes.resumed.contains(e));
+            group.resume(domain);
         }
         group.active.insert(endpoint, domain);
-        changes
     }
 
     /// Takes `endpoint` out. Where it was the last active member, the suspended ones of one domain
-    /// are active again.
-    pub(super) fn leave(&mut self, id: GroupId, endpoint: EndpointId) -> Changes {
-        let mut changes = Changes::default();
+    /// are active again: these are returned.
+    pub(super) fn leave(&mut self, id: GroupId, endpoint: EndpointId) -> Vec<EndpointId> {
         let Some(group) = self.groups.get_mut(&id) else {
-            return changes;
+            return Vec::new();
         };
         group.active.remove(&endpoint);
         group.suspended.remove(&endpoint);
         if group.active.is_empty() {
-            group.domain = group.suspended.values().next().copied();
-            if let Some(domain) = group.domain {
-                changes.resumed = group.resume(domain);
-            } else {
-                self.groups.remove(&id);
+            if let Some(&domain) = group.suspended.values().next() {
+                return group.resume(domain);
             }
+            self.groups.remove(&id);
         }
-        changes
+        Vec::new()
     }
 
     /// Forgets everything.
@@ -106,13 +110,15 @@ impl Groups {
 }
 
 impl Group {
+    fn suspended_in(&self, domain: DomainId) -> Vec<EndpointId> {
+        let there = self.suspended.iter().filter(|(_, d)| **d == domain);
+        there.map(|(&endpoint, _)| endpoint).collect()
+    }
+
+    /// Makes `domain` the group's, and the suspended members there active.
     fn resume(&mut self, domain: DomainId) -> Vec<EndpointId> {
-        let back: Vec<_> = self
-            .suspended
-            .iter()
-            .filter(|(_, d)| **d == domain)
-            .map(|(&e, _)| e)
-            .collect();
+        self.domain = Some(domain);
+        let back = self.suspended_in(domain);
         for endpoint in &back {
             self.suspended.remove(endpoint);
             self.active.insert(*endpoint, domain);

@@ -22,8 +22,6 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use log::{error, warn};
-
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::{BackendError, DmaBackend, Target};
 use crate::ids::{DomainId, EndpointId};
@@ -31,6 +29,7 @@ use crate::page_table::{
     Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, Translation, Unmapped, WouldSplit,
 };
 use crate::topology::{GroupId, ReservedRegions, Topology};
+use crate::{error_limited, warn_limited};
 
 use self::domain::{Domain, present_in};
 use self::groups::{Changes, Groups};
@@ -175,7 +174,7 @@ impl Iommu {
         self.backends.push(backend);
         for &endpoint in endpoints {
             self.backend_of.insert(endpoint, index);
-            let target = self.unattached_target();
+            let target = self.bypass_target();
             if let Err(cause) = self.backends[index].attach(endpoint, target) {
                 self.quarantine(endpoint, &cause);
             }
@@ -275,9 +274,23 @@ impl Iommu {
             Some(Domain::new(Some(table)))
         };
         let backend = self.backend_of.get(&endpoint).copied();
+        // Those that cannot be kept apart from it are blocked before it moves.
+        let was_active = group.is_some_and(|g| self.groups.is_active(g));
+        let mut changes = group.map_or_else(Changes::default, |g| self.groups.plan_join(g, domain));
+        changes.suspended.retain(|e| *e != endpoint);
+        changes.resumed.retain(|e| *e != endpoint);
+        self.suspend(&changes.suspended);
+        if !was_active {
+            self.retarget_unattached_mates(group, endpoint, Target::Blocked);
+        }
         if let Some(index) = backend
             && let Err(cause) = self.attach_backend(index, endpoint, domain, bypass)
         {
+            self.resume(&changes.suspended);
+            if !was_active {
+                let target = self.bypass_target();
+                self.retarget_unattached_mates(group, endpoint, target);
+            }
             if let Some(table) = made.and_then(|d| d.table) {
                 table.destroy(&mut self.arena);
                 self.arena.reclaim();
@@ -285,7 +298,7 @@ impl Iommu {
             return Err(RequestError::Backend(cause));
         }
 
-        // Nothing below fails: publish.
+        // Nothing below is refused: publish.
         if let Some(made) = made {
             self.domains.insert(domain, made);
         }
@@ -315,8 +328,8 @@ impl Iommu {
             },
         );
         if let Some(group) = group {
-            let changes = self.groups.join(group, endpoint, domain);
-            self.apply_group_changes(&changes);
+            self.groups.join(group, endpoint, domain);
+            self.resume(&changes.resumed);
         }
         Ok(())
     }
@@ -335,7 +348,11 @@ impl Iommu {
         }
         let backend = self.backend_of.get(&endpoint).copied();
         if let Some(index) = backend {
-            let target = self.unattached_target();
+            // A member of a group waits for what becomes of the others.
+            let target = match group {
+                Some(_) => Target::Blocked,
+                None => self.bypass_target(),
+            };
             if let Err(cause) = self.backends[index].attach(endpoint, target) {
                 self.quarantine(endpoint, &cause);
                 return Err(RequestError::Quarantined { cause, count: 1 });
@@ -343,9 +360,14 @@ impl Iommu {
         }
         self.endpoints.remove(&endpoint);
         self.leave_domain(endpoint, domain, backend, &reserved);
-        if let Some(group) = group {
-            let changes = self.groups.leave(group, endpoint);
-            self.apply_group_changes(&changes);
+        if let Some(id) = group {
+            let resumed = self.groups.leave(id, endpoint);
+            self.resume(&resumed);
+            let target = self.unattached_target(endpoint);
+            self.retarget(endpoint, target);
+            if !self.groups.is_active(id) {
+                self.retarget_unattached_mates(group, endpoint, target);
+            }
         }
         Ok(())
     }
@@ -486,25 +508,37 @@ impl Iommu {
             .backend_of
             .keys()
             .copied()
-            .filter(|e| !self.endpoints.contains_key(e))
+            .filter(|e| {
+                let state = self.endpoints.get(e);
+                state.is_none_or(|s| s.domain.is_none() && !s.quarantined)
+            })
             .collect();
         for endpoint in unattached {
-            self.retarget(endpoint, self.unattached_target());
+            self.retarget(endpoint, self.unattached_target(endpoint));
         }
     }
 
     /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
     pub fn reset(&mut self) {
-        for domain in std::mem::take(&mut self.domains) {
-            self.remove_domain(domain.0, domain.1);
-        }
         self.groups.clear();
-        self.endpoints.retain(|_, e| e.quarantined);
         for endpoint in self.endpoints.values_mut() {
-            *endpoint = Endpoint {
-                quarantined: true,
-                ..Endpoint::default()
-            };
+            endpoint.domain = None;
+            endpoint.suspended = false;
+        }
+        // Those that were in no domain may be blocked for their group, or quarantined.
+        let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
+        for endpoint in behind_backends {
+            self.retarget(endpoint, self.bypass_target());
+        }
+        self.endpoints.retain(|_, e| e.quarantined);
+        for (id, domain) in std::mem::take(&mut self.domains) {
+            for index in present_in(&domain.backends) {
+                self.backends[index].destroy_domain(id);
+            }
+            if let Some(table) = domain.table {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
         }
     }
 
@@ -512,10 +546,6 @@ impl Iommu {
     pub fn reset_system(&mut self) {
         self.bypass = self.bypass_at_boot;
         self.reset();
-        let endpoints: Vec<_> = self.backend_of.keys().copied().collect();
-        for endpoint in endpoints {
-            self.retarget(endpoint, self.unattached_target());
-        }
     }
 
     /// Where an access of `endpoint` at `iova` goes.
@@ -538,42 +568,34 @@ impl Iommu {
             return Err(fault(FaultReason::Unknown));
         };
         let state = self.endpoints.get(&endpoint).copied().unwrap_or_default();
-        if state.quarantined || state.suspended {
-            return Err(fault(FaultReason::Unknown));
-        }
-        let table = match state.domain.and_then(|d| self.domains.get(&d)) {
-            Some(domain) => domain.table.as_ref(),
-            None if self.bypass => None,
+        let table = match (self.dma(endpoint, &state), state.domain) {
+            (Dma::Translated, Some(domain)) => {
+                self.domains.get(&domain).and_then(|d| d.table.as_ref())
+            }
+            (Dma::Bypass, _) => {
+                return bypass_translation(info.reserved, iova).ok_or(fault(FaultReason::Mapping));
+            }
             // OPS-5
-            None => return Err(fault(FaultReason::Domain)),
+            (Dma::Blocked, None) if !state.quarantined => return Err(fault(FaultReason::Domain)),
+            (Dma::Blocked, _) | (Dma::Translated, None) => None,
         };
-        match table {
-            Some(table) => table
-                .translate(&self.arena, iova)
-                .filter(|t| t.access.allows(access))
-                .ok_or(fault(FaultReason::Mapping)),
-            None => bypass_translation(info.reserved, iova).ok_or(fault(FaultReason::Mapping)),
-        }
+        let Some(table) = table else {
+            return Err(fault(FaultReason::Unknown));
+        };
+        table
+            .translate(&self.arena, iova)
+            .filter(|t| t.access.allows(access))
+            .ok_or(fault(FaultReason::Mapping))
     }
 
     /// One endpoint's state, or `None` where there is no such endpoint.
     pub fn endpoint(&self, id: EndpointId) -> Option<EndpointState> {
         self.topology.endpoint(id)?;
         let endpoint = self.endpoints.get(&id).copied().unwrap_or_default();
-        let dma = if endpoint.quarantined || endpoint.suspended {
-            Dma::Blocked
-        } else {
-            match endpoint.domain.and_then(|d| self.domains.get(&d)) {
-                Some(domain) if domain.is_bypass() => Dma::Bypass,
-                Some(_) => Dma::Translated,
-                None if self.bypass => Dma::Bypass,
-                None => Dma::Blocked,
-            }
-        };
         Some(EndpointState {
             id,
             domain: endpoint.domain,
-            dma,
+            dma: self.dma(id, &endpoint),
             quarantined: endpoint.quarantined,
         })
     }
@@ -590,6 +612,11 @@ impl Iommu {
         let mut ids: Vec<_> = self.endpoints.keys().copied().chain(others).collect();
         ids.sort_unstable();
         ids.into_iter().filter_map(|id| self.endpoint(id))
+    }
+
+    /// The IDs of the domains, in their order.
+    pub fn domain_ids(&self) -> impl Iterator<Item = DomainId> {
+        self.domains.keys().copied()
     }
 
     /// The domains, in the order of their IDs.
@@ -633,11 +660,62 @@ impl Iommu {
         Ok(())
     }
 
-    fn unattached_target(&self) -> Target {
+    /// What the DMA of an endpoint in this state meets; in doubt, nothing.
+    fn dma(&self, id: EndpointId, endpoint: &Endpoint) -> Dma {
+        if endpoint.quarantined || endpoint.suspended {
+            return Dma::Blocked;
+        }
+        match endpoint.domain {
+            Some(domain) => match self.domains.get(&domain) {
+                Some(domain) if domain.is_bypass() => Dma::Bypass,
+                Some(_) => Dma::Translated,
+                None => Dma::Blocked,
+            },
+            None => match self.unattached_target(id) {
+                Target::Bypass => Dma::Bypass,
+                Target::Blocked | Target::Domain(_) => Dma::Blocked,
+            },
+        }
+    }
+
+    /// Where an endpoint without a domain and without a group goes.
+    fn bypass_target(&self) -> Target {
         if self.bypass {
             Target::Bypass
         } else {
             Target::Blocked
+        }
+    }
+
+    /// Where an endpoint without a domain goes.
+    fn unattached_target(&self, endpoint: EndpointId) -> Target {
+        let group = self.topology.endpoint(endpoint).and_then(|i| i.group);
+        match group {
+            Some(group) if self.groups.is_active(group) => Target::Blocked,
+            _ => self.bypass_target(),
+        }
+    }
+
+    /// Switches the members of a group that are attached to nothing, but for one of them.
+    fn retarget_unattached_mates(
+        &mut self,
+        group: Option<GroupId>,
+        except: EndpointId,
+        target: Target,
+    ) {
+        if group.is_none() {
+            return;
+        }
+        let mates: Vec<_> = self
+            .backend_of
+            .keys()
+            .copied()
+            .filter(|e| *e != except)
+            .filter(|e| self.endpoints.get(e).is_none_or(|s| s.domain.is_none()))
+            .filter(|e| self.topology.endpoint(*e).and_then(|i| i.group) == group)
+            .collect();
+        for endpoint in mates {
+            self.retarget(endpoint, target);
         }
     }
 
@@ -688,21 +766,6 @@ impl Iommu {
             && let Some(gone) = self.domains.remove(&domain)
             && let Some(table) = gone.table
         {
-            table.destroy(&mut self.arena);
-            self.arena.reclaim();
-        }
-    }
-
-    fn remove_domain(&mut self, id: DomainId, domain: Domain) {
-        for &endpoint in &domain.members {
-            if self.backend_of.contains_key(&endpoint) {
-                self.retarget(endpoint, self.unattached_target());
-            }
-        }
-        if let Some(table) = domain.table {
-            for index in present_in(&domain.backends) {
-                self.backends[index].destroy_domain(id);
-            }
             table.destroy(&mut self.arena);
             self.arena.reclaim();
         }
@@ -778,19 +841,28 @@ impl Iommu {
     }
 
     fn quarantine(&mut self, endpoint: EndpointId, cause: &BackendError) {
-        error!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
+        error_limited!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
         if let Some(&index) = self.backend_of.get(&endpoint) {
             self.backends[index].quarantine(endpoint);
         }
         self.endpoints.entry(endpoint).or_default().quarantined = true;
     }
 
-    fn apply_group_changes(&mut self, changes: &Changes) {
-        for &endpoint in &changes.suspended {
-            warn!("endpoint {endpoint} is blocked until it follows its group to the new domain");
+    fn suspend(&mut self, endpoints: &[EndpointId]) {
+        if let [first, ..] = endpoints {
+            warn_limited!(
+                "{} endpoints from {first} on are blocked until they follow their group to \
+                 another domain",
+                endpoints.len()
+            );
+        }
+        for &endpoint in endpoints {
             self.set_suspended(endpoint, true);
         }
-        for &endpoint in &changes.resumed {
+    }
+
+    fn resume(&mut self, endpoints: &[EndpointId]) {
+        for &endpoint in endpoints {
             self.set_suspended(endpoint, false);
         }
     }
@@ -807,7 +879,7 @@ impl Iommu {
             _ if suspended => Target::Blocked,
             Some(d) if self.domains.get(&d).is_some_and(Domain::is_bypass) => Target::Bypass,
             Some(d) => Target::Domain(d),
-            None => self.unattached_target(),
+            None => self.unattached_target(endpoint),
         };
         self.retarget(endpoint, target);
     }

@@ -8,7 +8,6 @@
     dead_code,
     reason = "each test binary compiles this module and uses a part of it"
 )]
-
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,0 +1,150 @@
+//! Listening sockets at paths, and the files they leave.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Duration;
+
+use log::debug;
+
+/// How long another listener may take to accept before it counts as alive.
+const PROBE: Duration = Duration::from_secs(1);
+
+/// The file of a listening socket; removed when dropped, if it is still the same file.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Removes the file, if it is still the one that was made.
+    pub fn remove(&self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity)
+            && let Err(cause) = fs::remove_file(&self.path)
+        {
+            debug!("cannot remove {}: {cause}", self.path.display());
+        }
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// A listening socket at `path`, in place of one that nobody listens on any more.
+///
+/// # Errors
+/// Where something else is there, or another process listens.
+pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    let shown = path.display();
+    let refuse = |kind, why: String| Err(io::Error::new(kind, why));
+    if let Ok(found) = fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return refuse(
+                io::ErrorKind::AlreadyExists,
+                format!("{shown} exists and is not a socket; remove it or choose another path"),
+            );
+        }
+        match probe(path) {
+            Err(cause) if cause.kind() == io::ErrorKind::ConnectionRefused => {
+                fs::remove_file(path)?;
+            }
+            Ok(()) => {
+                return refuse(
+                    io::ErrorKind::AddrInUse,
+                    format!("another process listens on {shown}; stop it or choose another path"),
+                );
+            }
+            Err(cause) => {
+                return refuse(
+                    cause.kind(),
+                    format!(
+                        "{shown} exists and may be in use ({cause}); remove it or choose another \
+                         path"
+                    ),
+                );
+            }
+        }
+    }
+    let made = UnixListener::bind(path)
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {shown}: {e}")))?;
+    let file = SocketFile {
+        path: path.to_owned(),
+        identity: identity(path)?,
+    };
+    Ok((made, file))
+}
+
+/// Whether somebody listens at `path`; `ConnectionRefused` where nobody does.
+///
+/// A listener whose backlog is full makes `connect` wait, so that is done aside.
+fn probe(path: &Path) -> io::Result<()> {
+    let (sender, receiver) = sync_channel(1);
+    let path = path.to_owned();
+    std::thread::Builder::new()
+        .name("socket-probe".into())
+        .spawn(move || sender.send(UnixStream::connect(path).map(drop)))?;
+    match receiver.recv_timeout(PROBE) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Ok(()),
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_nobody_listens_on_is_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let (listener, file) = bind(&path).expect("a free path");
+        let taken = bind(&path).expect_err("somebody listens");
+        assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+        assert!(taken.to_string().contains("choose another path"));
+        drop(listener);
+        // Kept under another name, so that its inode is not used again.
+        fs::hard_link(&path, folder.path().join("kept")).expect("a second name");
+        let (_listener, second) = bind(&path).expect("nobody listens any more");
+        drop(file);
+        assert!(path.exists(), "it is another file now");
+        drop(second);
+        assert!(!path.exists());
+
+        fs::write(&path, "text").expect("a file");
+        let refused = bind(&path).expect_err("no socket");
+        assert!(refused.to_string().contains("not a socket"), "{refused}");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_listener_that_does_not_accept_is_not_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let (_listener, _file) = bind(&path).expect("a free path");
+        // Fill the backlog, until a connection has to wait.
+        let mut waiting = Vec::new();
+        for _ in 0..2000 {
+            let path = path.clone();
+            let (sender, receiver) = sync_channel(1);
+            std::thread::spawn(move || sender.send(UnixStream::connect(path)));
+            match receiver.recv_timeout(Duration::from_millis(200)) {
+                Ok(stream) => waiting.push(stream),
+                Err(_) => break,
+            }
+        }
+        let refused = bind(&path).expect_err("in use");
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+    }
+}
