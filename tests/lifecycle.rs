@@ -322,6 +322,28 @@ fn a_reset_drops_every_domain_and_keeps_the_bypass_field() {
 }
 
 #[test]
+fn a_reset_in_the_middle_of_traffic_is_a_reset() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    let layout = Layout::plain(36, TAIL);
+    for round in 0..500_u64 {
+        assert_eq!(guest.attach(1, EP), OK, "round {round}");
+        for page in 0..round % 100 {
+            let first = (1 + page) << 12;
+            guest.submit(&wire::map(1, first, first + 0xfff, 0, RW), &layout);
+        }
+        // The device looks at the ring, or is about to, when it is stopped.
+        guest.requests.kick_always();
+        for _ in 0..round % 5 {
+            thread::yield_now();
+        }
+        guest.reboot();
+        let status = guest.map_page(1, 0x1000, 0);
+        assert_eq!(status, wire::NOENT, "round {round}");
+    }
+}
+
+#[test]
 fn a_new_driver_with_other_features_starts_anew() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
