@@ -7,7 +7,7 @@
 KERNELS_DEFAULT="stable newest"
 # Loaded in this order, each behind the modules it depends on. One that is built in or unknown to a kernel
 # is left out.
-KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci"
+KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
 # Without any of these in its configuration, a kernel cannot be our guest.
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
