@@ -184,6 +184,14 @@ impl Drop for Process {
     }
 }
 
+/// A command that ends with the thread that starts it, even one that is killed. It is still known by
+/// the number of the child.
+fn bound_command(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
+
 /// Calls `done` until it gives something.
 pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + limit;
@@ -291,12 +299,10 @@ impl Vm {
         let (qmp_listener, qmp) = listen("qmp");
         let (guest_listener, agent) = listen("agent");
         let console = place.path(&format!("{name}-console.log"));
-        let mut command = Command::new(&setup.qemu);
+        let mut command = bound_command(&setup.qemu);
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-accel", "tcg", "-smp", "1"])
-            // Should this test be killed.
-            .args(["-run-with", "exit-with-parent=on"])
             .args(&options.iommu)
             .args(&options.extra)
             .args(["-qmp", &format!("unix:{qmp}")])
@@ -457,9 +463,8 @@ impl Daemon {
             .collect();
         let mut process = Process::start(
             "the daemon",
-            // Ends with this thread, should it be killed.
-            Command::new("setpriv")
-                .args(["--pdeathsig", "KILL", "--", binary, "--config"])
+            bound_command(binary.as_ref())
+                .arg("--config")
                 .arg(&config)
                 .env("RUST_LOG", "info"),
             &place.path("daemon.log"),
