@@ -275,9 +275,7 @@ fn a_pause_in_the_middle_of_traffic_loses_nothing() {
             guest.submit(&wire::map(1, first, first + 0xfff, 0, RW), &layout);
         }
         guest.kick();
-        for _ in 0..round % 7 * 100 {
-            thread::yield_now();
-        }
+        thread::sleep(Duration::from_micros(round % 7 * 20));
         guest.stop_rings();
         let used = guest.memory.load_u16(guest.requests.used + 2);
         thread::sleep(Duration::from_millis(2));
