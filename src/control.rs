@@ -227,6 +227,7 @@ fn status(subjects: &Subjects) -> Value {
     let endpoint_count = iommu.topology().endpoint_count();
     let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
     let arena = (iommu.arena().limit_bytes(), iommu.arena().used_bytes());
+    let connected = subjects.device.is_connected();
     drop(iommu);
 
     let domains: Vec<_> = domains
@@ -245,7 +246,7 @@ fn status(subjects: &Subjects) -> Value {
     let metrics = &subjects.metrics;
     json!({
         "version": VERSION,
-        "connected": subjects.device.is_connected(),
+        "connected": connected,
         "bypass": bypass,
         "page_size_mask": hex(pages.bits()),
         "input_range": [hex(input.first().0), hex(input.last().0)],

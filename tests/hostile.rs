@@ -856,6 +856,32 @@ fn one_request_takes_bounded_time() {
     assert_serves(&daemon, &mut guest);
 }
 
+#[test]
+fn requests_that_take_long_keep_the_vmm_waiting_for_one_of_them_only() {
+    let (daemon, mut guest) = boot();
+    assert_eq!(guest.attach(1, EP), OK);
+    let start = 0x1_0000_0000;
+    let limit = daemon.status()["arena"]["limit_bytes"].as_u64().unwrap();
+    let bytes = (limit / 16) << 12;
+    let rounds = 30;
+    let (map, unmap) = (Layout::plain(36, TAIL), Layout::plain(28, TAIL));
+    for _ in 0..rounds {
+        let request = wire::map(1, start, start + bytes - 1, 0x1000, RW);
+        guest.submit(&request, &map);
+        guest.submit(&wire::unmap(1, 0, u64::MAX), &unmap);
+    }
+    guest.kick();
+    guest.complete();
+    // The rest is not waited for.
+    let done = guest.stop_rings()[0];
+    assert!(done < 1 + 2 * rounds, "all {done} requests were done first");
+    guest.driver_ok();
+    for _ in 1..2 * rounds {
+        assert_eq!(guest.complete().1.status(), OK);
+    }
+    assert!(daemon.mappings(1).is_empty());
+}
+
 /// One random descriptor. Its buffer is never in the rings' slot.
 fn random_desc(rng: &mut Rng, size: u16) -> Desc {
     let addr = match rng.below(16) {

@@ -10,12 +10,13 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2};
-use common::guest::{Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, Layout, STOCK, Setup};
+use common::guest::{Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, Layout, RING_RAM, STOCK, Setup};
 use common::memory::{Region, memfd};
 use common::wire::{
     self, CONFIG_BYPASS, CONFIG_LEN, F_BYPASS, F_BYPASS_CONFIG, F_EVENT_IDX, F_INDIRECT,
@@ -458,6 +459,29 @@ fn memory_can_come_and_go_under_a_mapping() {
 }
 
 #[test]
+fn requests_whose_ring_was_away_are_served_when_it_is_back() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let layout = Layout::plain(36, TAIL);
+    guest.submit(&wire::map(1, 0x1000, 0x1fff, 0x1000, RW), &layout);
+    let rings = guest.remove_region(RING_RAM);
+    guest.requests.kick_always();
+    thread::sleep(Duration::from_millis(50));
+    assert!(daemon.mappings(1).is_empty());
+    // Nobody kicks again: the driver has done so, and waits.
+    guest.add_region(rings);
+    let (_, reply) = guest.complete();
+    assert_eq!(reply.status(), OK);
+    assert_eq!(daemon.mappings(1).len(), 1);
+    // Nor has the ring been given up.
+    let bases = guest.stop_rings();
+    assert_eq!(bases[0], 2);
+    guest.driver_ok();
+    assert_eq!(guest.map_page(1, 0x2000, 0x2000), OK);
+}
+
+#[test]
 fn a_new_memory_table_replaces_the_old() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
@@ -598,6 +622,8 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
     for booted in [false, true] {
         let daemon = Daemon::start();
         let guest = booted.then(|| Guest::boot(&daemon));
+        // Neither a VMM nor a client that says nothing keeps it.
+        let _client = UnixStream::connect(daemon.control_socket()).unwrap();
         let killed = std::process::Command::new("kill")
             .arg(daemon.pid().to_string())
             .status()

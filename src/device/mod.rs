@@ -165,7 +165,6 @@ impl Device {
 
     /// The frontend is gone and its threads are joined: nothing of its VM is kept.
     pub(crate) fn disconnect(&self) {
-        self.connected.store(false, Ordering::Relaxed);
         *self.requests.lock() = Requests::default();
         *self.events.lock() = None;
         *self.memory.lock() = None;
@@ -173,6 +172,8 @@ impl Device {
         let mut iommu = self.iommu.lock();
         iommu.reset_system();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
+        // Whoever holds the core's lock sees both the VM and what is its, or neither.
+        self.connected.store(false, Ordering::Relaxed);
     }
 
     /// The descriptors the backend crate has leaked so far.

@@ -633,6 +633,42 @@ fn a_group_stays_in_one_domain() {
 }
 
 #[test]
+fn members_attached_to_nothing_are_blocked_while_another_is_active() {
+    each(|mut iommu, recorders| {
+        assert!(iommu.bypass());
+        iommu.attach(G1, D1, false).expect("attached");
+        for endpoint in [G2, G3] {
+            assert_eq!(dma(&iommu, endpoint), Dma::Blocked);
+            assert_eq!(
+                translated(&iommu, endpoint, 0x1000),
+                Err(FaultReason::Domain)
+            );
+        }
+        assert_eq!(dma(&iommu, A), Dma::Bypass, "in no group");
+        check_agreement(&iommu, recorders);
+
+        iommu.attach(G2, D1, false).expect("to its group");
+        iommu.detach(G2, D1).expect("detached");
+        assert_eq!(dma(&iommu, G2), Dma::Blocked, "G1 is still active");
+        check_agreement(&iommu, recorders);
+        iommu.set_bypass(false);
+        iommu.set_bypass(true);
+        check_agreement(&iommu, recorders);
+
+        iommu.detach(G1, D1).expect("detached");
+        for endpoint in [G1, G2, G3] {
+            assert_eq!(dma(&iommu, endpoint), Dma::Bypass);
+        }
+        check_agreement(&iommu, recorders);
+
+        iommu.attach(G1, D1, false).expect("attached");
+        iommu.reset();
+        assert_eq!(dma(&iommu, G2), Dma::Bypass);
+        check_agreement(&iommu, recorders);
+    });
+}
+
+#[test]
 fn a_group_moves_one_endpoint_at_a_time_and_nobody_is_left_behind_open() {
     each(|mut iommu, recorders| {
         for endpoint in [G1, G2, G3] {

@@ -1,4 +1,5 @@
-//! Faults on their way to the driver: the device in this process, the driver over a real socket.
+//! The device in this process, the driver over a real socket: faults on their way to the guest, and
+//! what only the device's own end can start.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -16,12 +17,14 @@ use common::daemon::EP;
 use common::guest::{Guest, Setup};
 use tempfile::TempDir;
 use vhost_device_iommu::address::{Access, Iova};
-use vhost_device_iommu::args::RunArgs;
+use vhost_device_iommu::args::{Question, RunArgs};
 use vhost_device_iommu::config::Config;
+use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::{Daemon, StopHandle};
 use vhost_device_iommu::device::Device;
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::iommu::{Fault, FaultReason};
+use vhost_user_backend::VhostUserBackend;
 
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);
@@ -192,4 +195,20 @@ fn a_stopped_event_ring_takes_no_faults_and_goes_on_afterwards() {
     assert_eq!(decode(&event.bytes).3, 0x1000);
     let event = guest.take_event(SOON).expect("the second");
     assert_eq!(decode(&event.bytes).3, 0x3000);
+}
+
+#[test]
+fn a_device_reset_drops_every_domain() {
+    let daemon = InProcess::start();
+    let mut guest = daemon.boot();
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, 0x1000, 0x1000), 0);
+    let domains = || {
+        let socket = daemon.directory.path().join("control.sock");
+        let status = ctl::ask(&socket, &Question::Status).expect("an answer");
+        status["domains"].as_array().expect("domains").len()
+    };
+    assert_eq!(domains(), 1);
+    daemon.device.reset_device();
+    assert_eq!(domains(), 0);
 }
