@@ -44,6 +44,8 @@ while [ $# -gt 0 ]; do
 done
 
 cache_open
+# First, so that nothing is downloaded for nothing.
+cc_ready -static
 cache_lock
 trap 'rm -rf "$CACHE"/tmp.*' EXIT
 apt_open

@@ -142,13 +142,14 @@ apt_sysroot() {
 }
 
 # in_sysroot_wrapper SYSROOT PROGRAM [SETTINGS [ARGUMENTS]]: on standard output, a script that runs SYSROOT's
-# PROGRAM in place with SYSROOT's own loader and libraries, whatever the host's are.
+# PROGRAM in place with SYSROOT's own loader and libraries, whatever the host's are. Debian's sh would drop
+# variables with a '-' in their name, which Cargo uses; bash keeps them.
 in_sysroot_wrapper() {
     cat <<WRAPPER
-#!/bin/sh
+#!/bin/bash
 S=$1
 ${3:-}
-exec \$S/lib64/ld-linux-x86-64.so.2 --library-path \$S/usr/lib/x86_64-linux-gnu \$S$2 ${4:-} "\$@"
+exec \$S/lib64/ld-linux-x86-64.so.2 --argv0 "\$0" --library-path \$S/usr/lib/x86_64-linux-gnu \$S$2 ${4:-} "\$@"
 WRAPPER
 }
 

@@ -31,7 +31,6 @@ initramfs() {
         return
     fi
     say "building the initramfs of $release ..."
-    cc_ready -static
     stage=$(new_stage)
     root=$stage/root
     mkdir -p "$root"/{bin,dev,proc,sys,run,tmp,etc,lib/modules/viommu}

@@ -60,7 +60,7 @@ rust_wrapper() {
 
 # Puts a fitting cargo first on PATH.
 toolchain_ready() {
-    local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings
+    local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings name
     if ! have cargo && [ -x "${CARGO_HOME:-${HOME:-}/.cargo}/bin/cargo" ]; then
         # rustup's, and this is not a login shell.
         PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
@@ -91,10 +91,14 @@ toolchain_ready() {
         rust_wrapper rustfmt
         rust_wrapper cargo-fmt
     }
+    # These two are looked for beside the program that asks for them, and that is the loader.
+    for name in clippy-driver rustfmt; do
+        ln -sf "$bin/$name" "$(dirname "$(readlink -f "$sysroot/lib64/ld-linux-x86-64.so.2")")/$name"
+    done
     settings="export CARGO=$bin/cargo"
     if [ ! -e /etc/ssl/certs/ca-certificates.crt ]; then
         cat "$sysroot"/usr/share/ca-certificates/mozilla/*.crt | write_file "$CACHE/rust-certificates.crt"
-        settings="$settings CARGO_HTTP_CAINFO=$CACHE/rust-certificates.crt"
+        settings="$settings CARGO_HTTP_CAINFO=\${CARGO_HTTP_CAINFO:-\${SSL_CERT_FILE:-$CACHE/rust-certificates.crt}}"
     fi
     rust_wrapper cargo "$settings"
     PATH=$bin:$PATH
