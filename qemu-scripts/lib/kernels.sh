@@ -11,25 +11,40 @@ KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
 # Without any of these in its configuration, a kernel cannot be our guest.
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
+# kernel_releases: the releases the archive has whole, oldest first. The newer ones are split into packages,
+# and of those that have been replaced some linger without the others.
+kernel_releases() {
+    apt-cache pkgnames linux- | sed -nE 's/^linux-(image|binary|modules|base)-([0-9].*)-amd64$/\1 \2/p' |
+        awk '{ has[$1, $2] = 1; seen[$2] = 1 }
+            END {
+                for (r in seen)
+                    if (has["image", r] && (!has["binary", r] || (has["modules", r] && has["base", r])))
+                        print r
+            }' | grep -vE -- '-(cloud|rt)$' | sort -V
+}
+
 # kernel_packages REQUEST: the packages that hold the kernel, one a line; none when there is no such kernel. REQUEST is 'stable' (Debian 13's),
 # 'newest' (the one in its backports) or the beginning of a version.
 kernel_packages() {
-    local suite=trixie-backports image
+    local suite releases release
     case $1 in
-    stable) suite=trixie image=linux-image-amd64/trixie ;;
-    newest) image=linux-image-amd64/trixie-backports ;;
+    stable) suite=trixie ;;
+    newest) suite=trixie-backports ;;
     *)
-        image=$(apt-cache pkgnames linux-image- | grep -E "^linux-image-${1//./\\.}[.+-].*-amd64$" |
-            grep -vE -- '-(cloud|rt)-amd64$' | sort -V | tail -n 1) || true
-        if [ -z "$image" ]; then
-            say "there is no kernel $1 in $APT_SUITES; there is:"
-            apt-cache pkgnames linux-image- | grep -E '^linux-image-[0-9].*-amd64$' |
-                grep -vE -- '-(cloud|rt)-amd64$' | sed 's/^linux-image-/    /; s/-amd64$//' | sort -V >&2
+        # By the names alone: an older kernel's dependencies may be gone, and are not needed.
+        releases=$(kernel_releases)
+        release=$(grep -E "^${1//./\\.}([.+-]|\$)" <<<"$releases" | tail -n 1) || true
+        if [ -z "$release" ]; then
+            # shellcheck disable=SC2086 # a list
+            say "there is no kernel $1 in $APT_SUITES; there is:" $releases
             return
         fi
+        apt-cache pkgnames linux- |
+            grep -xF "$(printf "linux-%s-$release-amd64\n" base binary image modules)" | sort
+        return
         ;;
     esac
-    apt-get install --print-uris -qq -t "$suite" "$image" | awk '{ print $2 }' |
+    apt-get install --print-uris -qq -t "$suite" "linux-image-amd64/$suite" | awk '{ print $2 }' |
         grep -E '^linux-(image|binary|modules|base)-[0-9]' | sed 's/_.*//'
 }
 
