@@ -65,7 +65,7 @@ for request in $kernels; do
     entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
 done
 [ ${#entries[@]} -gt 0 ] || die "none of the kernels '$kernels' can be used"
-mapfile -t entries < <(printf '%s\n' "${entries[@]}" | sort -u -V)
+mapfile -t entries < <(printf '%s\n' "${entries[@]}" | sort -t : -k 2,2V -u)
 
 cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions | sort -u | write_file "$CACHE/versions"
 write_file "$CACHE/env" <<ENV
