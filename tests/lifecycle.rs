@@ -624,11 +624,7 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
         let guest = booted.then(|| Guest::boot(&daemon));
         // Neither a VMM nor a client that says nothing keeps it.
         let _client = UnixStream::connect(daemon.control_socket()).unwrap();
-        let killed = std::process::Command::new("kill")
-            .arg(daemon.pid().to_string())
-            .status()
-            .unwrap();
-        assert!(killed.success());
+        daemon.terminate();
         let deadline = Instant::now() + Duration::from_secs(10);
         let status = loop {
             if let Some(status) = daemon.exit_status() {

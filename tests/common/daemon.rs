@@ -110,6 +110,14 @@ impl Daemon {
         self.directory.path().join("control.sock")
     }
 
+    /// Sends SIGTERM.
+    #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
+    pub fn terminate(&self) {
+        let pid = libc::pid_t::try_from(self.pid).expect("a process id");
+        // SAFETY: no pointer is passed, and the child is not reaped yet, so the number is its own.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.pid
