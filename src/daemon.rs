@@ -168,6 +168,8 @@ impl Daemon {
     ///
     /// A daemon object of the backend crate serves one connection, so each gets its own.
     fn serve_one(&mut self) -> Result<(), DaemonError> {
+        // Before there is a thread that could miss a kick by it.
+        self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let made = VhostUserDaemon::new("vhost-user".into(), self.device.clone(), memory);
         let mut daemon = match made {

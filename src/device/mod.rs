@@ -146,9 +146,13 @@ impl Device {
         self.connected.load(Ordering::Relaxed)
     }
 
+    /// A frontend will connect: its worker may serve.
+    pub(crate) fn prepare(&self) {
+        self.shutdown.store(false, Ordering::Release);
+    }
+
     /// A frontend has connected: it finds a device without a past.
     pub(crate) fn connect(&self) {
-        self.shutdown.store(false, Ordering::Release);
         self.connected.store(true, Ordering::Relaxed);
         self.metrics.connections.inc();
     }
