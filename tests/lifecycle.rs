@@ -10,7 +10,9 @@
 
 mod common;
 
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -637,4 +639,48 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
         assert!(!daemon.socket().exists() && !daemon.control_socket().exists());
         drop(guest);
     }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "lets a child inherit a descriptor")]
+fn an_inherited_listening_socket_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vhost.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    // SAFETY: the descriptor is open; no pointer is passed.
+    let kept_open = unsafe { libc::fcntl(listener.as_raw_fd(), libc::F_SETFD, 0) };
+    assert_eq!(kept_open, 0);
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .args(["--fd", &listener.as_raw_fd().to_string()])
+        .args(["--iommu", "00:05.0", "--endpoint", "00:06.0"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(listener);
+    for _ in 0..2 {
+        let mut guest = Guest::connect_to(&path, Setup::default());
+        guest.driver_ok();
+        assert_eq!(guest.attach(1, EP), OK);
+    }
+    let pid = libc::pid_t::try_from(daemon.id()).unwrap();
+    // SAFETY: no pointer is passed, and the child is not reaped yet.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+    assert_eq!(daemon.wait().unwrap().code(), Some(0));
+    assert!(path.exists(), "it was not the daemon's to remove");
+}
+
+#[test]
+fn a_descriptor_that_does_not_listen_is_refused() {
+    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .args(["--fd", "0", "--iommu", "00:05.0"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("descriptor 0 cannot be used"), "{text}");
+    assert!(
+        text.contains("pass a listening Unix stream socket"),
+        "{text}"
+    );
 }
