@@ -301,8 +301,11 @@ check "$(requests map) MAP and $(requests unmap) UNMAP requests were carried out
 translation=$(ctl translate "$FIRST" "$iova")
 check "the device would get nowhere at $iova now: ${translation}" grep -q '^fault' <<<"$translation"
 must_guest "ask mapper quit"
+given_back() { [ "$(ctl status | grep -c 'attached *translated')" -eq ${#ENDPOINTS[@]} ]; }
+check "the program gives the device back: it has its default domain again" await 10 given_back
 
 title "The guest powers off"
+must_guest "sync"
 printf 'poweroff -f\n' >&"$to_guest"
 await 60 gone "$qemu" || give_up "QEMU does not end"
 wait "$qemu" || give_up "QEMU failed: $(cat "$work/qemu.log")"

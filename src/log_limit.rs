@@ -62,14 +62,15 @@ impl LogLimit {
     }
 }
 
-/// Writes a message through `limit`, with the number of those that were suppressed before it.
-pub fn log(limit: &LogLimit, level: Level, message: fmt::Arguments<'_>) {
-    if !log::log_enabled!(level) {
+/// Writes a message of `module` through `limit`, with the number of those that were suppressed
+/// before it.
+pub fn log(limit: &LogLimit, level: Level, module: &str, message: fmt::Arguments<'_>) {
+    if !log::log_enabled!(target: module, level) {
         return;
     }
     match limit.allow(Instant::now()) {
-        Some(0) => log::log!(level, "{message}"),
-        Some(n) => log::log!(level, "{message} ({n} like it were not shown)"),
+        Some(0) => log::log!(target: module, level, "{message}"),
+        Some(n) => log::log!(target: module, level, "{message} ({n} like it were not shown)"),
         None => {}
     }
 }
@@ -79,7 +80,7 @@ pub fn log(limit: &LogLimit, level: Level, message: fmt::Arguments<'_>) {
 macro_rules! log_limited {
     ($level:expr, $($arg:tt)+) => {{
         static LIMIT: $crate::log_limit::LogLimit = $crate::log_limit::LogLimit::new();
-        $crate::log_limit::log(&LIMIT, $level, format_args!($($arg)+));
+        $crate::log_limit::log(&LIMIT, $level, module_path!(), format_args!($($arg)+));
     }};
 }
 

@@ -59,6 +59,8 @@ static const char usage[] =
 
 static uint64_t random_state;
 static int container = -1;
+static int groups[32];
+static int group_count;
 static struct vfio_iova_range ranges[MAX_RANGES];
 static unsigned range_count;
 static struct window windows[MAX_WINDOWS];
@@ -162,16 +164,15 @@ static void open_vfio(char **devices, int count)
         die("cannot open /dev/vfio/vfio");
     if (!ioctl(container, VFIO_CHECK_EXTENSION, VFIO_TYPE1v2_IOMMU))
         die("no type1v2");
-    int seen[32], seen_count = 0;
+    int seen[32];
     for (int i = 0; i < count; i++) {
         int number = group_number(devices[i]), known = 0;
-        for (int j = 0; j < seen_count; j++)
+        for (int j = 0; j < group_count; j++)
             known |= seen[j] == number;
         if (known)
             continue;
-        if (seen_count == 32)
+        if (group_count == 32)
             die("too many groups");
-        seen[seen_count++] = number;
         char path[64];
         snprintf(path, sizeof(path), "/dev/vfio/%d", number);
         int group = open(path, O_RDWR);
@@ -182,9 +183,19 @@ static void open_vfio(char **devices, int count)
             die("group %d is not viable", number);
         if (ioctl(group, VFIO_GROUP_SET_CONTAINER, &container))
             die("cannot put group %d into the container", number);
-        if (seen_count == 1 && ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
+        seen[group_count] = number;
+        groups[group_count++] = group;
+        if (group_count == 1 && ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
             die("cannot choose type1v2");
     }
+}
+
+/* What this does in the kernel (detaching, with interrupts off) is over when it returns. */
+static void close_vfio(void)
+{
+    while (group_count)
+        close(groups[--group_count]);
+    close(container);
 }
 
 static void read_ranges(void)
@@ -531,6 +542,7 @@ static void obey(void)
         } else if (!strcmp(word, "clear")) {
             clear();
         } else if (!strcmp(word, "quit")) {
+            close_vfio();
             printf("ok\n");
             fflush(stdout);
             return;

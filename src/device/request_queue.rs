@@ -224,6 +224,7 @@ impl RequestQueue {
                 log_limit::log(
                     &LIMITS[request.kind() as usize],
                     log::Level::Warn,
+                    module_path!(),
                     format_args!(
                         "{} refused with status {}: {error}{}",
                         request.kind().name(),
