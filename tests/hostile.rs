@@ -12,7 +12,7 @@ mod common;
 
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2, EP3, NO_EP};
@@ -26,6 +26,7 @@ use common::rng::Rng;
 use common::wire::{self, INVAL, IOERR, NOENT, NOMEM, OK, RANGE, RW, TAIL};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Where hand-made requests are put.
@@ -882,6 +883,55 @@ fn requests_that_take_long_keep_the_vmm_waiting_for_one_of_them_only() {
     assert!(daemon.mappings(1).is_empty());
 }
 
+#[test]
+fn a_group_moved_to_and_fro_and_resets_do_not_fill_the_log() {
+    let daemon = Daemon::with_config(
+        "address = \"00:05.0\"\n[[endpoint]]\nrange = \"00:08.0-00:0f.7\"\ngroup = \"g\"\n",
+    );
+    let mut guest = Guest::boot(&daemon);
+    for endpoint in 0x40..0x80 {
+        assert_eq!(guest.attach(1, endpoint), OK);
+    }
+    for round in 0..500 {
+        assert_eq!(guest.attach(2 - round % 2, 0x40), OK);
+    }
+    for _ in 0..100 {
+        guest.reboot();
+        assert_eq!(guest.attach(1, 0x40), OK);
+    }
+    // Heads that are not in the ring: nothing comes back for them.
+    for _ in 0..500 {
+        guest.raw(0xfff0, &[], Duration::ZERO);
+    }
+    assert_eq!(guest.attach(1, 0x40), OK);
+    assert!(daemon.log_len() < 20_000, "{} bytes", daemon.log_len());
+}
+
+#[test]
+#[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
+fn a_kick_descriptor_that_blocks_does_not_outlive_sigterm() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::connect(&daemon, Setup::default());
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    writer.write_all(&[0; 3]).expect("three bytes");
+    // SAFETY: the descriptor was just given up by its owner.
+    guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
+    guest.driver_ok();
+    daemon.terminate();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let status = loop {
+        if let Some(status) = daemon.exit_status() {
+            break status;
+        }
+        assert!(Instant::now() < deadline, "SIGTERM is ignored");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(status.code(), Some(1), "not an orderly end");
+    assert!(!daemon.socket().exists() && !daemon.control_socket().exists());
+    drop(writer);
+}
+
 /// One random descriptor. Its buffer is never in the rings' slot.
 fn random_desc(rng: &mut Rng, size: u16) -> Desc {
     let addr = match rng.below(16) {
@@ -1351,7 +1401,7 @@ fn memory_regions_that_are_not_there() {
     let file = memfd(0x1_0000);
     let fd = file.as_raw_fd();
     let null = std::fs::File::open("/dev/null").unwrap();
-    let event = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let event = EventFd::new(0).unwrap();
     let base = 0x3_0000_0000;
     for (name, info) in [
         ("past the end", region(base, 0x2_0000, base, 0, fd)),
