@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -1039,13 +1039,23 @@ fn memory_goes_back_when_many_frames_get_free() {
     assert_eq!(arena.frames_used(), 2);
 }
 
+#[expect(
+    unsafe_code,
+    reason = "memfd_create has no safe wrapper among our dependencies"
+)]
+fn memfd() -> File {
+    // SAFETY: the name is a string with a final zero that outlives the call.
+    let fd = unsafe { libc::memfd_create(c"not-an-arena".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "a memfd");
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    File::from(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[test]
 fn a_reader_refuses_what_is_no_arena() {
     let (arena, _table) = new_table(4, Levels::Four);
-    // All is right with these but the seals. Files in shared memory have some, others have none.
-    let directories = [std::env::temp_dir(), "/dev/shm".into()];
-    for directory in directories.iter().filter(|path| path.is_dir()) {
-        let file = tempfile::tempfile_in(directory).expect("a file");
+    // All is right with these but the seals: files on disk have none, a memfd has other ones.
+    for file in [tempfile::tempfile().expect("a file"), memfd()] {
         let bytes = raw_words(&arena).into_iter().flat_map(u64::to_le_bytes);
         let written = file.write_all_at(&bytes.collect::<Vec<u8>>(), 0);
         written.expect("writable");
