@@ -33,7 +33,7 @@ struct Group {
     suspended: BTreeMap<EndpointId, DomainId>,
 }
 
-/// Members whose DMA changes when one of them is attached. The one itself may be among them.
+/// Members whose DMA changes when another one is attached.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     /// These are blocked from now on.
@@ -64,14 +64,25 @@ impl Groups {
     }
 
     /// What [`Groups::join`] will change.
-    pub(super) fn plan_join(&self, group: GroupId, domain: DomainId) -> Changes {
-        match self.groups.get(&group) {
-            Some(group) if group.domain != Some(domain) => Changes {
-                suspended: group.active.keys().copied().collect(),
-                resumed: group.suspended_in(domain),
-            },
-            _ => Changes::default(),
+    pub(super) fn plan_join(
+        &self,
+        group: GroupId,
+        endpoint: EndpointId,
+        domain: DomainId,
+    ) -> Changes {
+        let Some(group) = self.groups.get(&group) else {
+            return Changes::default();
+        };
+        if group.domain == Some(domain) {
+            return Changes::default();
         }
+        let mut changes = Changes {
+            suspended: group.active.keys().copied().collect(),
+            resumed: group.suspended_in(domain),
+        };
+        changes.suspended.retain(|e| *e != endpoint);
+        changes.resumed.retain(|e| *e != endpoint);
+        changes
     }
 
     /// Makes `endpoint` an active member in `domain`; [`Groups::conflict`] has found none.

@@ -276,9 +276,9 @@ impl Iommu {
         let backend = self.backend_of.get(&endpoint).copied();
         // Those that cannot be kept apart from it are blocked before it moves.
         let was_active = group.is_some_and(|g| self.groups.is_active(g));
-        let mut changes = group.map_or_else(Changes::default, |g| self.groups.plan_join(g, domain));
-        changes.suspended.retain(|e| *e != endpoint);
-        changes.resumed.retain(|e| *e != endpoint);
+        let changes = group.map_or_else(Changes::default, |g| {
+            self.groups.plan_join(g, endpoint, domain)
+        });
         self.suspend(&changes.suspended);
         if !was_active {
             self.retarget_unattached_mates(group, endpoint, Target::Blocked);
