@@ -305,7 +305,6 @@ given_back() { [ "$(ctl status | grep -c 'attached *translated')" -eq ${#ENDPOIN
 check "the program gives the device back: it has its default domain again" await 10 given_back
 
 title "The guest powers off"
-must_guest "sync"
 printf 'poweroff -f\n' >&"$to_guest"
 await 60 gone "$qemu" || give_up "QEMU does not end"
 wait "$qemu" || give_up "QEMU failed: $(cat "$work/qemu.log")"

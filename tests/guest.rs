@@ -116,19 +116,6 @@ guest_tests! {
     passthrough_newest_lazy: passthrough(newest, Lazy);
 }
 
-/// Whatever other kernels were laid ready; at times there are none.
-#[test]
-#[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh guest"]
-fn traffic_between() {
-    let setup = Setup::from_environment();
-    for kernel in setup.between() {
-        let place = Workplace::new("traffic_between");
-        place.note(&format!("kernel {}", kernel.version));
-        traffic(&setup, kernel, Mode::Lazy, &place);
-        place.note("done");
-    }
-}
-
 /// The driver probes, endpoints get what they should have, 10^5 mappings interrupted by pauses are
 /// all kept and nothing else, and a reboot begins with nothing.
 fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {

@@ -270,8 +270,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_decode_or_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
-            let _ = Request::decode(&bytes);
+        fn any_bytes_are_a_request_or_named_for_what_they_lack(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            match Request::decode(&bytes) {
+                Ok(request) => prop_assert_eq!(RequestKind::of(&bytes), Some(request.kind())),
+                Err(DecodeError::UnknownType) => prop_assert_eq!(RequestKind::of(&bytes), None),
+                Err(DecodeError::TooShort { need, have, .. }) => {
+                    prop_assert!(have < need && have == bytes.len());
+                }
+            }
         }
     }
 }

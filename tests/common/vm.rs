@@ -78,10 +78,6 @@ impl Setup {
     pub fn newest(&self) -> &Kernel {
         &self.kernels[self.kernels.len() - 1]
     }
-
-    pub fn between(&self) -> &[Kernel] {
-        &self.kernels[1..self.kernels.len() - 1]
-    }
 }
 
 /// A test's directory: sockets and logs. Kept, and named, where the test fails.
