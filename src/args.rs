@@ -48,7 +48,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PCI")]
     pub iommu: Option<String>,
 
-    /// A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1f.7; may be
+    /// A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1e.7; may be
     /// repeated, and replaces the file's endpoints
     #[arg(long, value_name = "PCI[-PCI]")]
     pub endpoint: Vec<String>,

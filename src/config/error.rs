@@ -153,7 +153,7 @@ pub enum Fault {
     AddressAndRange,
     /// An endpoint with neither.
     #[error(
-        "is not said which it is; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1f.7\"`"
+        "is not said which it is; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1e.7\"`"
     )]
     NoAddress,
     /// Not the name of a host group.
