@@ -110,6 +110,56 @@ impl fmt::Display for IovaRange {
     }
 }
 
+/// A closed range of guest-physical addresses, `first..=last`; never empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GpaRange {
+    first: u64,
+    last: u64,
+}
+
+impl GpaRange {
+    /// The range of `len` bytes from `first`, or `None` where it is empty or passes 2^64 - 1.
+    pub fn from_len(first: Gpa, len: u64) -> Option<Self> {
+        let last = first.0.checked_add(len.checked_sub(1)?)?;
+        Some(Self {
+            first: first.0,
+            last,
+        })
+    }
+
+    /// The first address.
+    pub fn first(self) -> Gpa {
+        Gpa(self.first)
+    }
+
+    /// The last address, which belongs to the range.
+    pub fn last(self) -> Gpa {
+        Gpa(self.last)
+    }
+
+    /// Bytes from the first address to the last: the length less one, which always fits.
+    pub fn span(self) -> u64 {
+        self.last - self.first
+    }
+
+    /// Whether `address` lies in the range.
+    pub fn contains(self, address: Gpa) -> bool {
+        (self.first..=self.last).contains(&address.0)
+    }
+
+    /// The addresses the two ranges share, if any.
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        let (first, last) = (self.first.max(other.first), self.last.min(other.last));
+        (first <= last).then_some(Self { first, last })
+    }
+}
+
+impl fmt::Display for GpaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..={:#x}", self.first, self.last)
+    }
+}
+
 /// What an access does, or what a mapping lets an endpoint do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Access {
@@ -169,6 +219,31 @@ pub struct Mapping {
     pub access: Access,
     /// The target is device memory (`VIRTIO_IOMMU_MAP_F_MMIO`).
     pub mmio: bool,
+}
+
+impl Mapping {
+    /// The guest-physical addresses it leads to, or `None` where they pass 2^64 - 1.
+    pub fn target(&self) -> Option<GpaRange> {
+        let last = self.gpa.checked_add(self.range.span())?;
+        Some(GpaRange {
+            first: self.gpa.0,
+            last: last.0,
+        })
+    }
+
+    /// The part of it that leads into `target`, if any.
+    pub fn part_in(&self, target: GpaRange) -> Option<Self> {
+        let shared = self.target()?.intersection(target)?;
+        let first = self.range.first + (shared.first - self.gpa.0);
+        Some(Self {
+            range: IovaRange {
+                first,
+                last: first + shared.span(),
+            },
+            gpa: shared.first(),
+            ..*self
+        })
+    }
 }
 
 impl fmt::Display for Mapping {

@@ -3,9 +3,14 @@
 #[cfg(test)]
 pub(crate) mod recorder;
 
-use thiserror::Error;
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
 
-use crate::address::{IovaRange, Mapping, PageMask};
+use thiserror::Error;
+use vm_memory::MmapRegion;
+
+use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 
 /// What a backend can do. The core offers the guest no more than all backends can.
@@ -26,6 +31,52 @@ pub enum Target {
     Bypass,
     /// Nowhere.
     Blocked,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Domain(domain) => write!(f, "domain {domain}"),
+            Self::Bypass => f.write_str("bypass mode"),
+            Self::Blocked => f.write_str("blocked mode"),
+        }
+    }
+}
+
+/// A piece of guest RAM: one memory slot of the VMM's.
+///
+/// Two slots are equal where they show the same bytes of the same file at the same addresses; where
+/// this process has them mapped does not matter.
+#[derive(Clone)]
+pub struct MemorySlot {
+    /// The guest-physical addresses.
+    pub range: GpaRange,
+    /// The same bytes in this process, as many as in `range`.
+    pub memory: Arc<MmapRegion>,
+    /// The file the VMM shares it from.
+    pub file: Arc<File>,
+    /// Where in that file it begins, in bytes.
+    pub offset: u64,
+    /// Device and inode of the file: every message of the VMM's brings another descriptor.
+    pub identity: (u64, u64),
+}
+
+impl PartialEq for MemorySlot {
+    fn eq(&self, other: &Self) -> bool {
+        self.range == other.range && self.offset == other.offset && self.identity == other.identity
+    }
+}
+
+impl fmt::Debug for MemorySlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:#x} of {:?}", self.range, self.offset, self.file)
+    }
+}
+
+/// What the domains hold: the store of record, for backends that fill an address space from it.
+pub trait Contents {
+    /// The mappings of a domain in the order of addresses; none where it does not exist.
+    fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_>;
 }
 
 /// What kind of failure a backend met; it becomes the status of the request.
@@ -53,40 +104,81 @@ pub struct BackendError {
     pub message: String,
 }
 
+/// Why an endpoint was not switched over.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum AttachError {
+    /// It is where it was.
+    #[error("{0}")]
+    Unchanged(BackendError),
+    /// It could not be put back where it was either: its DMA goes nowhere.
+    #[error("{0}")]
+    Blocked(BackendError),
+}
+
+impl AttachError {
+    /// What failed first.
+    pub fn cause(&self) -> &BackendError {
+        match self {
+            Self::Unchanged(cause) | Self::Blocked(cause) => cause,
+        }
+    }
+}
+
 /// Makes endpoints obey. One backend may serve several endpoints and domains.
 ///
-/// The core calls it in this order: `create_domain`, `map` of what the domain holds, `attach` of
-/// an endpoint; then `map` and `unmap`; `attach` of the last endpoint elsewhere, `destroy_domain`.
+/// A backend has a domain from the first `attach` of an endpoint to it on, filled with what the
+/// domain holds then; `map` and `unmap` follow; `destroy_domain` after the last `attach` elsewhere.
 pub trait DmaBackend: Send {
     /// What this backend can do. Constant.
     fn capabilities(&self) -> Capabilities;
 
-    /// Prepares an empty domain.
+    /// A VMM has connected: the devices it shares with us are bound, and its memory slots follow.
+    /// What `attach` was asked before was only noted for such devices, which nobody could drive.
+    fn vmm_connected(&mut self);
+
+    /// Guest RAM has come.
     ///
     /// # Errors
-    /// On error the domain does not exist in this backend.
-    fn create_domain(&mut self, domain: DomainId) -> Result<(), BackendError>;
+    /// On error endpoints in bypass mode cannot reach it.
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
+
+    /// Guest RAM goes. The core has unmapped from every domain what leads there.
+    ///
+    /// When it returns `Ok`, no endpoint in bypass mode can reach it any more.
+    ///
+    /// # Errors
+    /// On error it is not known what can still be reached: the core quarantines the endpoints in
+    /// bypass mode.
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
+
+    /// Switches an endpoint over, from wherever it was. A domain this backend has not got is made
+    /// and filled from `contents`.
+    ///
+    /// # Errors
+    /// See [`AttachError`]. A domain made for it is gone again.
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError>;
 
     /// Forgets a domain no endpoint is attached to, with all its mappings.
     fn destroy_domain(&mut self, domain: DomainId);
-
-    /// Switches an endpoint over, from wherever it was.
-    ///
-    /// # Errors
-    /// On error the endpoint is where it was.
-    fn attach(&mut self, endpoint: EndpointId, target: Target) -> Result<(), BackendError>;
 
     /// Ends all DMA of an endpoint by every means there is; nothing can be done if that fails, so
     /// it must not: closing the endpoint's descriptors is the last of the means.
     fn quarantine(&mut self, endpoint: EndpointId);
 
-    /// Makes a mapping reachable, with exactly its access rights.
+    /// Makes a mapping, or the part of one that leads into a memory slot, reachable with exactly
+    /// its access rights.
     ///
     /// # Errors
-    /// On error no byte of the mapping is reachable.
+    /// On error some of it may be reachable: the core unmaps its range.
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
-    /// Removes every mapping in `range`; the core has checked that it splits none.
+    /// Removes everything mapped in `range`, which may have holes. It splits no mapping, unless
+    /// where one leads from one memory slot into the next.
     ///
     /// When it returns `Ok`, no endpoint can use an address of the range any more.
     ///

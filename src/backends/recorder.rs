@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{BackendError, BackendErrorKind, Capabilities, DmaBackend, Target};
+use super::{
+    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
+    Target,
+};
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 
@@ -20,6 +23,12 @@ pub(crate) struct State {
     pub calls: u64,
     /// The call that fails, counted from 1.
     pub fail_call: Option<u64>,
+    /// An endpoint that cannot be switched over cannot be put back either.
+    pub fail_blocks: bool,
+    /// Guest RAM.
+    pub memory: Vec<MemorySlot>,
+    /// A VMM has connected.
+    pub connected: bool,
 }
 
 impl State {
@@ -67,12 +76,36 @@ impl DmaBackend for Recorder {
         self.capabilities
     }
 
-    fn create_domain(&mut self, domain: DomainId) -> Result<(), BackendError> {
+    fn vmm_connected(&mut self) {
+        self.state().connected = true;
+    }
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         let mut state = self.state();
         state.step()?;
         assert!(
-            state.domains.insert(domain, BTreeMap::new()).is_none(),
-            "domain {domain} made twice"
+            !state
+                .memory
+                .iter()
+                .any(|s| s.range.intersection(slot.range).is_some()),
+            "the kernel refuses overlaps"
+        );
+        state.memory.push(slot.clone());
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        let mut state = self.state();
+        state.memory.retain(|s| s != slot);
+        state.step()?;
+        let leads_there = |m: &Mapping| m.part_in(slot.range).is_some();
+        assert!(
+            !state
+                .domains
+                .values()
+                .flat_map(BTreeMap::values)
+                .any(leads_there),
+            "unmapped before"
         );
         Ok(())
     }
@@ -89,17 +122,39 @@ impl DmaBackend for Recorder {
         );
     }
 
-    fn attach(&mut self, endpoint: EndpointId, target: Target) -> Result<(), BackendError> {
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
         let mut state = self.state();
-        state.step()?;
-        if let Target::Domain(domain) = target {
-            assert!(
-                state.domains.contains_key(&domain),
-                "domain {domain} unknown"
-            );
+        let made = match target {
+            Target::Domain(domain) if !state.domains.contains_key(&domain) => Some(domain),
+            Target::Domain(_) | Target::Bypass | Target::Blocked => None,
+        };
+        let mut filled = BTreeMap::new();
+        let mut done = state.step();
+        if let Some(domain) = made {
+            for mapping in contents.mappings(domain) {
+                done = done.and_then(|()| state.step());
+                filled.insert(mapping.range.first().0, mapping);
+            }
         }
-        state.targets.insert(endpoint, target);
-        Ok(())
+        match done {
+            Ok(()) => {
+                if let Some(domain) = made {
+                    state.domains.insert(domain, filled);
+                }
+                state.targets.insert(endpoint, target);
+                Ok(())
+            }
+            Err(cause) if state.fail_blocks => {
+                state.targets.insert(endpoint, Target::Blocked);
+                Err(AttachError::Blocked(cause))
+            }
+            Err(cause) => Err(AttachError::Unchanged(cause)),
+        }
     }
 
     fn quarantine(&mut self, endpoint: EndpointId) {

@@ -25,7 +25,7 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::guest_memory::check_regions;
+use crate::guest_memory::{check_regions, slots};
 use crate::iommu::{Fault, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::config_space::ConfigSpace;
@@ -153,6 +153,7 @@ impl Device {
 
     /// A frontend has connected: it finds a device without a past.
     pub(crate) fn connect(&self) {
+        self.iommu.lock().connect();
         self.connected.store(true, Ordering::Relaxed);
         self.metrics.connections.inc();
     }
@@ -174,7 +175,7 @@ impl Device {
         *self.memory.lock() = None;
         self.features.store(0, Ordering::Relaxed);
         let mut iommu = self.iommu.lock();
-        iommu.reset_system();
+        iommu.disconnect();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
         // Whoever holds the core's lock sees both the VM and what is its, or neither.
         self.connected.store(false, Ordering::Relaxed);
@@ -207,6 +208,8 @@ impl Device {
         }
         if requests.ring.is_none() {
             requests.ring = Some(ring.clone());
+            // The VMM has all its devices by now.
+            self.iommu.lock().settle_unattached();
         }
         let mut iommu = self.iommu.lock();
         let mut context = Context {
@@ -322,10 +325,14 @@ impl VhostUserBackend for Device {
         let mut requests = self.requests.lock();
         let _no_fault = self.events.lock();
         let memory = memory.memory().into_inner();
-        if let Err(cause) = check_regions(&memory) {
-            error_limited!("the frontend's memory is refused: {cause}");
-            *self.memory.lock() = None;
-            return Err(cause);
+        match check_regions(&memory).and_then(|()| slots(&memory)) {
+            Ok(slots) => self.iommu.lock().set_memory(slots),
+            Err(cause) => {
+                error_limited!("the frontend's memory is refused: {cause}");
+                *self.memory.lock() = None;
+                self.iommu.lock().set_memory(Vec::new());
+                return Err(cause);
+            }
         }
         *self.memory.lock() = Some(memory);
         // Requests that could not be read before may be there now, and nobody kicks for them.

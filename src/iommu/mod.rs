@@ -17,13 +17,16 @@ mod domain;
 mod error;
 mod fault;
 mod groups;
+mod memory;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
-use crate::backends::{BackendError, DmaBackend, Target};
+use crate::backends::{
+    AttachError, BackendError, BackendErrorKind, Contents, DmaBackend, MemorySlot, Target,
+};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{
     Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, Translation, Unmapped, WouldSplit,
@@ -121,6 +124,8 @@ pub struct Iommu {
     endpoints: BTreeMap<EndpointId, Endpoint>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
+    /// Guest RAM as the backends know it; nothing is kept where there is no backend.
+    memory: Vec<MemorySlot>,
 }
 
 impl Iommu {
@@ -146,6 +151,7 @@ impl Iommu {
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),
             groups: Groups::default(),
+            memory: Vec::new(),
         })
     }
 
@@ -174,10 +180,7 @@ impl Iommu {
         self.backends.push(backend);
         for &endpoint in endpoints {
             self.backend_of.insert(endpoint, index);
-            let target = self.bypass_target();
-            if let Err(cause) = self.backends[index].attach(endpoint, target) {
-                self.quarantine(endpoint, &cause);
-            }
+            self.retarget(endpoint, self.bypass_target());
         }
         Ok(())
     }
@@ -284,7 +287,7 @@ impl Iommu {
             self.retarget_unattached_mates(group, endpoint, Target::Blocked);
         }
         if let Some(index) = backend
-            && let Err(cause) = self.attach_backend(index, endpoint, domain, bypass)
+            && let Err(refusal) = self.switch(index, endpoint, target_of(domain, bypass))
         {
             self.resume(&changes.suspended);
             if !was_active {
@@ -295,7 +298,7 @@ impl Iommu {
                 table.destroy(&mut self.arena);
                 self.arena.reclaim();
             }
-            return Err(RequestError::Backend(cause));
+            return Err(self.attach_refused(endpoint, refusal));
         }
 
         // Nothing below is refused: publish.
@@ -353,7 +356,8 @@ impl Iommu {
                 Some(_) => Target::Blocked,
                 None => self.bypass_target(),
             };
-            if let Err(cause) = self.backends[index].attach(endpoint, target) {
+            if let Err(refusal) = self.switch(index, endpoint, target) {
+                let cause = refusal.cause().clone();
                 self.quarantine(endpoint, &cause);
                 return Err(RequestError::Quarantined { cause, count: 1 });
             }
@@ -440,7 +444,8 @@ impl Iommu {
             }
         }
         if let Some((done, cause)) = failed {
-            let undo: Vec<_> = present_in(&entry.backends).take(done).collect();
+            // With the one that refused: it may have got half-way.
+            let undo: Vec<_> = present_in(&entry.backends).take(done + 1).collect();
             return Err(self.undo_map(domain, &mapping, &undo, cause));
         }
         table.commit_map(&mut self.arena, plan);
@@ -472,7 +477,10 @@ impl Iommu {
         if unmapped.mappings == 0 {
             return Ok(unmapped);
         }
-        let backends: Vec<_> = present_in(&entry.backends).collect();
+        let (backends, range) = match range.intersection(self.input) {
+            Some(range) => (present_in(&entry.backends).collect(), range),
+            None => (Vec::new(), range),
+        };
         let mut failure: Option<(BackendError, usize)> = None;
         for index in backends {
             if let Err(cause) = self.backends[index].unmap(domain, range) {
@@ -520,32 +528,7 @@ impl Iommu {
 
     /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
     pub fn reset(&mut self) {
-        self.groups.clear();
-        for endpoint in self.endpoints.values_mut() {
-            endpoint.domain = None;
-            endpoint.suspended = false;
-        }
-        // Those that were in no domain may be blocked for their group, or quarantined.
-        let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
-        for endpoint in behind_backends {
-            self.retarget(endpoint, self.bypass_target());
-        }
-        self.endpoints.retain(|_, e| e.quarantined);
-        for (id, domain) in std::mem::take(&mut self.domains) {
-            for index in present_in(&domain.backends) {
-                self.backends[index].destroy_domain(id);
-            }
-            if let Some(table) = domain.table {
-                table.destroy(&mut self.arena);
-                self.arena.reclaim();
-            }
-        }
-    }
-
-    /// A new VM: device reset, and `bypass` is what it is at boot.
-    pub fn reset_system(&mut self) {
-        self.bypass = self.bypass_at_boot;
-        self.reset();
+        self.detach_all(self.bypass_target());
     }
 
     /// Where an access of `endpoint` at `iova` goes.
@@ -719,33 +702,61 @@ impl Iommu {
         }
     }
 
-    /// Brings `endpoint` into `domain` in its backend, with all that the domain holds already.
-    fn attach_backend(
+    /// Switches `endpoint` over in its backend, which finds in the page tables what it must fill
+    /// in. Nothing here changes.
+    fn switch(
         &mut self,
         index: usize,
         endpoint: EndpointId,
-        domain: DomainId,
-        bypass: bool,
-    ) -> Result<(), BackendError> {
-        let backend = &mut self.backends[index];
-        if bypass {
-            return backend.attach(endpoint, Target::Bypass);
+        target: Target,
+    ) -> Result<(), AttachError> {
+        let tables = Tables {
+            domains: &self.domains,
+            arena: &self.arena,
+        };
+        self.backends[index].attach(endpoint, target, &tables)
+    }
+
+    /// What ATTACH answers where the backend refused, with all else undone.
+    fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
+        match refusal {
+            AttachError::Unchanged(mut cause) => {
+                // ATTACH has no status for a mapping that leads to no memory: this endpoint and
+                // that domain do not go together.
+                if cause.kind == BackendErrorKind::Fault {
+                    cause.kind = BackendErrorKind::Unsupp;
+                }
+                RequestError::Backend(cause)
+            }
+            AttachError::Blocked(cause) => {
+                self.quarantine(endpoint, &cause);
+                RequestError::Quarantined { cause, count: 1 }
+            }
         }
-        let existing = self.domains.get(&domain);
-        if existing.is_some_and(|d| present_in(&d.backends).any(|b| b == index)) {
-            return backend.attach(endpoint, Target::Domain(domain));
+    }
+
+    /// Takes every endpoint out of its domain and switches those behind backends to `target`.
+    fn detach_all(&mut self, target: Target) {
+        self.groups.clear();
+        for endpoint in self.endpoints.values_mut() {
+            endpoint.domain = None;
+            endpoint.suspended = false;
         }
-        backend.create_domain(domain)?;
-        let table = existing.and_then(|d| d.table.as_ref());
-        let filled = table
-            .into_iter()
-            .flat_map(|t| t.mappings(&self.arena, Iova(0)))
-            .try_for_each(|mapping| backend.map(domain, &mapping))
-            .and_then(|()| backend.attach(endpoint, Target::Domain(domain)));
-        if filled.is_err() {
-            backend.destroy_domain(domain);
+        // Those that were in no domain may be blocked for their group, or quarantined.
+        let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
+        for endpoint in behind_backends {
+            self.retarget(endpoint, target);
         }
-        filled
+        self.endpoints.retain(|_, e| e.quarantined);
+        for (id, domain) in std::mem::take(&mut self.domains) {
+            for index in present_in(&domain.backends) {
+                self.backends[index].destroy_domain(id);
+            }
+            if let Some(table) = domain.table {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
+        }
     }
 
     fn leave_domain(
@@ -771,7 +782,7 @@ impl Iommu {
         }
     }
 
-    /// Takes a mapping that one backend refused out of those that had it already.
+    /// Takes a mapping that one backend refused out of all that may have some of it.
     fn undo_map(
         &mut self,
         domain: DomainId,
@@ -800,13 +811,13 @@ impl Iommu {
         let Some(&index) = self.backend_of.get(&endpoint) else {
             return;
         };
-        match self.backends[index].attach(endpoint, target) {
+        match self.switch(index, endpoint, target) {
             Ok(()) => {
                 if let Some(state) = self.endpoints.get_mut(&endpoint) {
                     state.quarantined = false;
                 }
             }
-            Err(cause) => self.quarantine(endpoint, &cause),
+            Err(refusal) => self.quarantine(endpoint, refusal.cause()),
         }
     }
 
@@ -877,11 +888,33 @@ impl Iommu {
         }
         let target = match state.domain {
             _ if suspended => Target::Blocked,
-            Some(d) if self.domains.get(&d).is_some_and(Domain::is_bypass) => Target::Bypass,
-            Some(d) => Target::Domain(d),
+            Some(d) => target_of(d, self.domains.get(&d).is_some_and(Domain::is_bypass)),
             None => self.unattached_target(endpoint),
         };
         self.retarget(endpoint, target);
+    }
+}
+
+/// Where an endpoint that is attached to a domain goes.
+fn target_of(domain: DomainId, bypass: bool) -> Target {
+    if bypass {
+        Target::Bypass
+    } else {
+        Target::Domain(domain)
+    }
+}
+
+/// The mappings of the domains, while backends are at work.
+struct Tables<'a> {
+    domains: &'a BTreeMap<DomainId, Domain>,
+    arena: &'a Arena,
+}
+
+impl Contents for Tables<'_> {
+    fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_> {
+        let table = self.domains.get(&domain).and_then(|d| d.table.as_ref());
+        let mappings = table.map(|t| t.mappings(self.arena, Iova(0)));
+        Box::new(mappings.into_iter().flatten())
     }
 }
 
