@@ -30,3 +30,4 @@ pub mod qemu_args;
 pub mod signals;
 pub mod socket;
 pub mod topology;
+pub mod vfio;

@@ -1,0 +1,269 @@
+//! A VFIO container with a type1 IOMMU.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
+    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
+    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map,
+};
+use vm_memory::MmapRegion;
+
+use super::{Type1, VfioError, ioctl};
+use crate::address::{Access, Iova, IovaRange};
+
+/// What a type1 IOMMU tells of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Type1Info {
+    /// Bit n: pages of 2^n bytes; 0 where it does not tell.
+    pub page_sizes: u64,
+    /// The addresses that can be mapped; `None` where it does not tell.
+    pub ranges: Option<Vec<IovaRange>>,
+    /// How many more mappings it takes; `None` where it does not tell.
+    pub available: Option<u32>,
+}
+
+/// An open container, `/dev/vfio/vfio`.
+#[derive(Debug)]
+pub struct Container {
+    file: File,
+}
+
+impl Container {
+    /// Opens a container through the node at `path`.
+    ///
+    /// # Errors
+    /// Where it is not there or may not be opened, or the kernel's VFIO is not the one known here.
+    pub fn open(path: &Path) -> Result<Self, VfioError> {
+        let failed = |source| VfioError {
+            what: format!("cannot open a container through {}", path.display()),
+            source,
+            cure: "load the module vfio and let this process open the node; \
+                   `vhost-device-iommu check` tells more",
+        };
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        let container = Self {
+            file: file.map_err(failed)?,
+        };
+        container.check_extensions().map_err(failed)?;
+        Ok(container)
+    }
+
+    /// The container that is open as `fd`, with its groups and its IOMMU set.
+    ///
+    /// # Errors
+    /// Where it is something else, or its IOMMU is not set.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        let container = Self { file: fd.into() };
+        container.check_extensions()?;
+        container.info()?;
+        Ok(container)
+    }
+
+    /// Makes it a type1 IOMMU; it has a group already.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_iommu(&self) -> Result<(), VfioError> {
+        ioctl::set_iommu(self.as_fd(), VFIO_TYPE1v2_IOMMU).map_err(|source| VfioError {
+            what: "cannot set a type1 IOMMU".into(),
+            source,
+            cure: "load vfio_iommu_type1; without interrupt remapping it also wants \
+                   allow_unsafe_interrupts=1, which lets devices forge interrupts",
+        })
+    }
+
+    /// `VFIO_IOMMU_GET_INFO`.
+    ///
+    /// # Errors
+    /// Where no IOMMU is set.
+    pub fn info(&self) -> io::Result<Type1Info> {
+        let words = ioctl::type1_info(self.as_fd())?;
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        Ok(parse_info(&bytes))
+    }
+
+    fn check_extensions(&self) -> io::Result<()> {
+        let version = ioctl::api_version(self.as_fd())?;
+        if u32::try_from(version) != Ok(VFIO_API_VERSION) {
+            return Err(io::Error::other(format!("VFIO has version {version}")));
+        }
+        for (extension, name) in [
+            (VFIO_TYPE1v2_IOMMU, "VFIO_TYPE1v2_IOMMU"),
+            (VFIO_UNMAP_ALL, "VFIO_UNMAP_ALL"),
+        ] {
+            if !ioctl::check_extension(self.as_fd(), extension)? {
+                return Err(io::Error::other(format!("the kernel lacks {name}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Container {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Type1 for Container {
+    fn map(
+        &self,
+        range: IovaRange,
+        access: Access,
+        memory: &MmapRegion,
+        offset: u64,
+    ) -> io::Result<()> {
+        let read = if access.read {
+            VFIO_DMA_MAP_FLAG_READ
+        } else {
+            0
+        };
+        let write = if access.write {
+            VFIO_DMA_MAP_FLAG_WRITE
+        } else {
+            0
+        };
+        let argument = vfio_iommu_type1_dma_map {
+            flags: read | write,
+            iova: range.first().0,
+            size: length(range)?,
+            ..Default::default()
+        };
+        ioctl::map_dma(self.as_fd(), memory, offset, argument)
+    }
+
+    fn unmap(&self, range: IovaRange) -> io::Result<u64> {
+        ioctl::unmap_dma(self.as_fd(), 0, range.first().0, length(range)?)
+    }
+
+    fn unmap_all(&self) -> io::Result<()> {
+        ioctl::unmap_dma(self.as_fd(), VFIO_DMA_UNMAP_FLAG_ALL, 0, 0).map(|_| ())
+    }
+}
+
+fn length(range: IovaRange) -> io::Result<u64> {
+    range
+        .len_bytes()
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+/// Reads a `vfio_iommu_type1_info` with its chain of capabilities. What lies outside of it is left
+/// out.
+fn parse_info(bytes: &[u8]) -> Type1Info {
+    let u32_at = |at: usize| -> Option<u32> {
+        let field = bytes.get(at..at.checked_add(4)?)?;
+        Some(u32::from_ne_bytes(field.try_into().ok()?))
+    };
+    let u64_at = |at: usize| -> Option<u64> {
+        let field = bytes.get(at..at.checked_add(8)?)?;
+        Some(u64::from_ne_bytes(field.try_into().ok()?))
+    };
+    let flags = u32_at(4).unwrap_or(0);
+    let mut info = Type1Info {
+        page_sizes: 0,
+        ranges: None,
+        available: None,
+    };
+    if flags & VFIO_IOMMU_INFO_PGSIZES != 0 {
+        info.page_sizes = u64_at(8).unwrap_or(0);
+    }
+    let mut next = if flags & VFIO_IOMMU_INFO_CAPS != 0 {
+        u32_at(16).unwrap_or(0) as usize
+    } else {
+        0
+    };
+    // A chain only leads forward.
+    let mut passed = 0;
+    while next > passed {
+        let at = next;
+        let Some(header) = u32_at(at) else { break };
+        match header & 0xffff {
+            VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE => {
+                let count = u32_at(at + 8).unwrap_or(0) as usize;
+                info.ranges = Some(
+                    (0..count)
+                        .map_while(|n| {
+                            let entry = at + 16 + 16 * n;
+                            Some((u64_at(entry)?, u64_at(entry + 8)?))
+                        })
+                        .filter_map(|(first, last)| IovaRange::new(Iova(first), Iova(last)))
+                        .collect(),
+                );
+            }
+            VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL => info.available = u32_at(at + 8),
+            _ => {}
+        }
+        passed = at;
+        next = u32_at(at + 4).unwrap_or(0) as usize;
+    }
+    info
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn word(bytes: &mut Vec<u8>, value: u32) {
+        bytes.extend(value.to_ne_bytes());
+    }
+
+    fn long(bytes: &mut Vec<u8>, value: u64) {
+        bytes.extend(value.to_ne_bytes());
+    }
+
+    fn sample() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for value in [96, 3] {
+            word(&mut bytes, value);
+        }
+        long(&mut bytes, 0x4020_1000);
+        for value in [24, 0, 1 | 1 << 16, 72, 2, 0] {
+            word(&mut bytes, value);
+        }
+        for value in [0, 0xfedf_ffff, 0xfef0_0000, (1 << 39) - 1] {
+            long(&mut bytes, value);
+        }
+        for value in [3 | 1 << 16, 0, 65535] {
+            word(&mut bytes, value);
+        }
+        bytes
+    }
+
+    #[test]
+    fn capabilities_are_found() {
+        let info = parse_info(&sample());
+        let range = |first, last| IovaRange::new(Iova(first), Iova(last)).expect("a range");
+        assert_eq!(
+            info,
+            Type1Info {
+                page_sizes: 0x4020_1000,
+                ranges: Some(vec![
+                    range(0, 0xfedf_ffff),
+                    range(0xfef0_0000, (1 << 39) - 1)
+                ]),
+                available: Some(65535),
+            }
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_chain_says_it_ends(
+            changes in proptest::collection::vec((0usize..84, any::<u8>()), 0..12),
+            cut in 0usize..84,
+        ) {
+            let mut bytes = sample();
+            for (at, value) in changes {
+                bytes[at] = value;
+            }
+            bytes.truncate(cut.max(4));
+            let info = parse_info(&bytes);
+            prop_assert!(info.ranges.is_none_or(|r| r.len() <= 84 / 16));
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! A VFIO group, the way to a device before there was iommufd.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+
+use super::{Cdev, Container, VfioError, ioctl};
+
+/// An open group, `/dev/vfio/N`. While it is open nobody else can open it.
+#[derive(Debug)]
+pub struct Group {
+    file: File,
+}
+
+impl Group {
+    /// Opens the group at `path`.
+    ///
+    /// # Errors
+    /// Where it is not there or may not be opened, somebody else has, or a device of the group has
+    /// a driver other than VFIO's.
+    pub fn open(path: &Path) -> Result<Self, VfioError> {
+        let failed = |source, cure| VfioError {
+            what: format!("cannot use the group {}", path.display()),
+            source,
+            cure,
+        };
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        let file = file.map_err(|e| {
+            failed(
+                e,
+                "bind the group's devices to vfio-pci, let this process open the node, and end \
+                 whoever else has it open; `vhost-device-iommu check` tells more",
+            )
+        })?;
+        let status = ioctl::group_status(file.as_fd())
+            .map_err(|e| failed(e, "the node is no VFIO group; see the kernel's log"))?;
+        if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+            return Err(failed(
+                io::Error::other("a device of the group has a driver that is not VFIO's"),
+                "`vhost-device-iommu check` names it",
+            ));
+        }
+        Ok(Self { file })
+    }
+
+    /// Puts the group into a container; the container's IOMMU can be set with the first one.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_container(&self, container: &Container) -> Result<(), VfioError> {
+        ioctl::group_set_container(self.file.as_fd(), container.as_fd().as_raw_fd()).map_err(
+            |source| VfioError {
+                what: "cannot put the group into its container".into(),
+                source,
+                cure: "end whoever uses the group, and see the kernel's log",
+            },
+        )
+    }
+
+    /// Opens a device of the group, by its name in sysfs.
+    ///
+    /// # Errors
+    /// Where it is not in the group, or its driver cannot start it.
+    pub fn device(&self, name: &str) -> Result<Cdev, VfioError> {
+        let failed = |source| VfioError {
+            what: format!("cannot open the device {name} of its group"),
+            source,
+            cure: "see the kernel's log",
+        };
+        let name = CString::new(name).map_err(|e| failed(e.into()))?;
+        let fd = ioctl::group_device(self.file.as_fd(), &name).map_err(failed)?;
+        Ok(Cdev::adopt(fd))
+    }
+}
