@@ -231,6 +231,17 @@ impl Mapping {
         })
     }
 
+    /// The part of it from the byte on that leads to `gpa`, if there is one.
+    pub fn part_from(&self, gpa: Gpa) -> Option<Self> {
+        let skipped = gpa.0.checked_sub(self.gpa.0)?;
+        let first = Iova(self.range.first.checked_add(skipped)?);
+        Some(Self {
+            range: IovaRange::new(first, self.range.last())?,
+            gpa,
+            ..*self
+        })
+    }
+
     /// The part of it that leads into `target`, if any.
     pub fn part_in(&self, target: GpaRange) -> Option<Self> {
         let shared = self.target()?.intersection(target)?;

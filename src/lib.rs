@@ -25,6 +25,8 @@ pub mod iommu;
 pub mod log_limit;
 pub mod metrics;
 pub mod page_table;
+#[cfg(test)]
+mod passthrough_tests;
 pub mod protocol;
 pub mod qemu_args;
 pub mod signals;

@@ -1,7 +1,12 @@
 //! What makes an endpoint obey: the one trait through which the core drives DMA.
 
+pub mod iommufd;
+mod reach;
 #[cfg(test)]
 pub(crate) mod recorder;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod type1;
 
 use std::fmt;
 use std::fs::File;

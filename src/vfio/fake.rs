@@ -1,1 +1,393 @@
+//! A kernel for tests: keeps iommufd's and type1's rules, and fails on demand.
 
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vm_memory::{FileOffset, MmapRegion};
+
+use super::{AddressSpaces, Allowed, Attach, Bar, DeviceMemory, Source, Type1};
+use crate::address::{Access, GpaRange, Iova, IovaRange};
+
+/// What one `map` or `copy` made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Area {
+    pub range: IovaRange,
+    pub access: Access,
+    /// Device and inode of the file.
+    pub file: (u64, u64),
+    /// Where in the file it begins.
+    pub offset: u64,
+}
+
+/// What the kernel holds.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Address spaces and what is mapped there, by first address.
+    pub spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
+    last_id: u32,
+    /// By group: what it is attached to, and the devices that are.
+    pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
+    /// Devices somebody has bound.
+    pub bound: Vec<u32>,
+    /// Devices whose bus-master bit was cleared.
+    pub stopped: Vec<u32>,
+    /// Calls made that may fail.
+    pub calls: u64,
+    /// The calls that fail, counted from 1, and how.
+    pub fail: Vec<(u64, i32)>,
+    /// Has no `IOMMU_IOAS_MAP_FILE`.
+    pub old: bool,
+}
+
+impl State {
+    fn step(&mut self) -> io::Result<()> {
+        self.calls += 1;
+        match self.fail.iter().find(|(call, _)| *call == self.calls) {
+            Some(&(_, errno)) => Err(error(errno)),
+            None => Ok(()),
+        }
+    }
+
+    fn space(&mut self, id: u32) -> io::Result<&mut BTreeMap<u64, Area>> {
+        self.spaces.get_mut(&id).ok_or_else(|| error(libc::ENOENT))
+    }
+
+    fn insert(&mut self, id: u32, areas: &[Area]) -> io::Result<()> {
+        let space = self.space(id)?;
+        for area in areas {
+            if area.access == Access::NONE {
+                return Err(error(libc::EINVAL));
+            }
+            if space.values().any(|a| a.range.overlaps(area.range)) {
+                return Err(error(libc::EEXIST));
+            }
+        }
+        space.extend(areas.iter().map(|a| (a.range.first().0, *a)));
+        Ok(())
+    }
+
+    fn remove(&mut self, id: u32, range: IovaRange) -> io::Result<u64> {
+        let space = self.space(id)?;
+        let touched = |a: &Area| a.range.overlaps(range);
+        if space.values().any(|a| touched(a) && !range.covers(a.range)) {
+            return Err(error(libc::ENOENT));
+        }
+        let bytes = space
+            .values()
+            .filter(|a| touched(a))
+            .map(|a| a.range.span() + 1);
+        let bytes = bytes.sum();
+        space.retain(|_, a| !touched(a));
+        Ok(bytes)
+    }
+}
+
+fn error(errno: i32) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}
+
+/// The kernel; clones share their state.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FakeKernel(Arc<Mutex<State>>);
+
+impl FakeKernel {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().expect("not poisoned")
+    }
+
+    /// A device that the VMM has bound and put into an address space of its own, whose id is
+    /// answered too.
+    pub fn vmm_device(&self, device: u32, group: u32) -> (FakeDevice, u32) {
+        let made = self.device(device, group);
+        let ioas = self.alloc().expect("an address space");
+        let mut state = self.state();
+        state.bound.push(device);
+        let entry = state.groups.entry(group).or_default();
+        let ioas = *entry.0.get_or_insert(ioas);
+        entry.1.push(device);
+        (made, ioas)
+    }
+
+    /// A device nobody has bound.
+    pub fn device(&self, device: u32, group: u32) -> FakeDevice {
+        FakeDevice {
+            kernel: self.clone(),
+            device,
+            group,
+        }
+    }
+
+    /// A container, and the number of its address space.
+    pub fn container(&self) -> (FakeContainer, u32) {
+        let space = self.alloc().expect("an address space");
+        let container = FakeContainer {
+            kernel: self.clone(),
+            space,
+        };
+        (container, space)
+    }
+}
+
+fn area_of(range: IovaRange, access: Access, source: Source<'_>) -> Area {
+    let (file, offset) = match source {
+        Source::File(fd, offset) => {
+            let file = File::from(fd.try_clone_to_owned().expect("a descriptor"));
+            (identity(&file), offset)
+        }
+        Source::Host(memory, offset) => {
+            assert!(offset + range.span() < memory.size() as u64);
+            let backing = memory.file_offset().expect("a file");
+            (identity(backing.file()), backing.start() + offset)
+        }
+    };
+    Area {
+        range,
+        access,
+        file,
+        offset,
+    }
+}
+
+/// Device and inode.
+pub(crate) fn identity(file: &File) -> (u64, u64) {
+    let metadata = file.metadata().expect("a file");
+    (metadata.dev(), metadata.ino())
+}
+
+impl AddressSpaces for FakeKernel {
+    fn alloc(&self) -> io::Result<u32> {
+        let mut state = self.state();
+        state.step()?;
+        state.last_id += 1;
+        let id = state.last_id;
+        state.spaces.insert(id, BTreeMap::new());
+        Ok(id)
+    }
+
+    fn destroy(&self, ioas: u32) -> io::Result<()> {
+        let mut state = self.state();
+        state.step()?;
+        if state.groups.values().any(|(at, _)| *at == Some(ioas)) {
+            return Err(error(libc::EBUSY));
+        }
+        state.space(ioas)?;
+        state.spaces.remove(&ioas);
+        Ok(())
+    }
+
+    fn map(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        source: Source<'_>,
+    ) -> io::Result<()> {
+        let mut state = self.state();
+        if state.old && matches!(source, Source::File(..)) {
+            return Err(error(libc::ENOTTY));
+        }
+        state.step()?;
+        state.insert(ioas, &[area_of(range, access, source)])
+    }
+
+    fn copy(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        from: u32,
+        first: Iova,
+    ) -> io::Result<()> {
+        let mut state = self.state();
+        state.step()?;
+        let wanted = IovaRange::new(first, Iova(first.0 + range.span())).expect("a range");
+        let mut parts = Vec::new();
+        let mut next = wanted.first();
+        for area in state
+            .space(from)?
+            .values()
+            .filter(|a| a.range.overlaps(wanted))
+        {
+            let shared = area.range.intersection(wanted).expect("they overlap");
+            if shared.first() != next {
+                break;
+            }
+            next = Iova(shared.last().0 + 1);
+            let at = range.first().0 + (shared.first().0 - first.0);
+            parts.push(Area {
+                range: IovaRange::new(Iova(at), Iova(at + shared.span())).expect("a range"),
+                access,
+                file: area.file,
+                offset: area.offset + (shared.first().0 - area.range.first().0),
+            });
+        }
+        if next.0 != wanted.last().0 + 1 {
+            return Err(error(libc::ENOENT));
+        }
+        state.insert(ioas, &parts)
+    }
+
+    fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
+        let mut state = self.state();
+        state.step()?;
+        match state.remove(ioas, range)? {
+            0 => Err(error(libc::ENOENT)),
+            bytes => Ok(bytes),
+        }
+    }
+
+    fn allowed(&self, _ioas: u32) -> io::Result<Allowed> {
+        Ok(Allowed {
+            ranges: vec![IovaRange::ALL],
+            granule: 4096,
+        })
+    }
+}
+
+/// One device of a group.
+#[derive(Clone, Debug)]
+pub(crate) struct FakeDevice {
+    kernel: FakeKernel,
+    device: u32,
+    group: u32,
+}
+
+impl Attach for FakeDevice {
+    fn is_bound(&self) -> bool {
+        self.kernel.state().bound.contains(&self.device)
+    }
+
+    fn attach(&self, ioas: u32) -> io::Result<()> {
+        let mut state = self.kernel.state();
+        if !state.bound.contains(&self.device) {
+            return Err(error(libc::EINVAL));
+        }
+        state.step()?;
+        state.space(ioas)?;
+        let (at, devices) = state.groups.entry(self.group).or_default();
+        let replaces = devices.contains(&self.device);
+        if !replaces && at.is_some_and(|at| at != ioas) {
+            return Err(error(libc::EINVAL));
+        }
+        if !replaces {
+            devices.push(self.device);
+        }
+        *at = Some(ioas);
+        Ok(())
+    }
+
+    fn detach(&self) -> io::Result<()> {
+        let mut state = self.kernel.state();
+        if !state.bound.contains(&self.device) {
+            return Err(error(libc::EINVAL));
+        }
+        state.step()?;
+        let (at, devices) = state.groups.entry(self.group).or_default();
+        devices.retain(|d| *d != self.device);
+        if devices.is_empty() {
+            *at = None;
+        }
+        Ok(())
+    }
+
+    fn clear_bus_master(&self) -> io::Result<()> {
+        self.kernel.state().stopped.push(self.device);
+        Ok(())
+    }
+}
+
+/// A container with its own address space among the kernel's.
+#[derive(Clone, Debug)]
+pub(crate) struct FakeContainer {
+    kernel: FakeKernel,
+    space: u32,
+}
+
+impl Type1 for FakeContainer {
+    fn map(
+        &self,
+        range: IovaRange,
+        access: Access,
+        memory: &MmapRegion,
+        offset: u64,
+    ) -> io::Result<()> {
+        let mut state = self.kernel.state();
+        state.step()?;
+        state.insert(
+            self.space,
+            &[area_of(range, access, Source::Host(memory, offset))],
+        )
+    }
+
+    fn unmap(&self, range: IovaRange) -> io::Result<u64> {
+        let mut state = self.kernel.state();
+        state.step()?;
+        state
+            .remove(self.space, range)
+            .map_err(|_| error(libc::EINVAL))
+    }
+
+    fn unmap_all(&self) -> io::Result<()> {
+        let mut state = self.kernel.state();
+        state.step()?;
+        state.space(self.space)?.clear();
+        Ok(())
+    }
+}
+
+/// A device with one BAR.
+#[derive(Debug)]
+pub(crate) struct FakeMemory {
+    bar: Bar,
+    memory: Arc<MmapRegion>,
+}
+
+impl FakeMemory {
+    pub fn at(index: u32, range: GpaRange) -> Self {
+        let size = usize::try_from(range.span() + 1).expect("small");
+        let file = FileOffset::new(memfd(range.span() + 1), 0);
+        Self {
+            bar: Bar { index, range },
+            memory: Arc::new(MmapRegion::from_file(file, size).expect("mapped")),
+        }
+    }
+
+    /// The file behind the BAR.
+    pub fn file(&self) -> (u64, u64) {
+        identity(self.memory.file_offset().expect("a file").file())
+    }
+}
+
+impl DeviceMemory for FakeMemory {
+    fn bars(&self) -> io::Result<Vec<Bar>> {
+        Ok(vec![self.bar])
+    }
+
+    fn export(&self, bar: u32, _offset: u64, _len: u64) -> io::Result<OwnedFd> {
+        assert_eq!(bar, self.bar.index);
+        let backing = self.memory.file_offset().expect("a file");
+        Ok(backing.file().try_clone()?.into())
+    }
+
+    fn map(&self, bar: u32) -> io::Result<Arc<MmapRegion>> {
+        assert_eq!(bar, self.bar.index);
+        Ok(self.memory.clone())
+    }
+}
+
+/// Shared memory of this length.
+#[expect(unsafe_code, reason = "a memfd")]
+pub(crate) fn memfd(len: u64) -> File {
+    // SAFETY: the name ends with a zero and is only read.
+    let fd = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(fd >= 0, "a memfd");
+    // SAFETY: made just now, and nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len).expect("room");
+    assert!(file.as_raw_fd() >= 0);
+    file
+}

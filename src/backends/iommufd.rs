@@ -1,0 +1,604 @@
+//! Host IOMMU through iommufd: one I/O address space (IOAS) per domain, whatever the number of its
+//! endpoints, replaced under devices that the VMM, or this process, has bound.
+//!
+//! With [`Pin::All`] guest RAM is mapped once, from its files, into an address space that endpoints
+//! in bypass mode use, and mappings of domains are copies of pieces of it. With [`Pin::Mapped`]
+//! each mapping is made from the file, and the address space for bypass mode is only there while it
+//! is used.
+//!
+//! Before the VMM has connected, a device of the VMM's is not bound and can do no DMA. When it has,
+//! the device is in the VMM's own address space, which is that of bypass mode, and stays there
+//! until it is to be somewhere else for the first time.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use log::warn;
+
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused};
+use super::{
+    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
+    Target,
+};
+use crate::address::{Access, Iova, IovaRange, Mapping};
+use crate::error_limited;
+use crate::ids::{DomainId, EndpointId};
+use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Source};
+
+/// What guest RAM is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pin {
+    /// All of it, once; mappings are copies.
+    All,
+    /// What is mapped, and all of it while an endpoint is in bypass mode.
+    Mapped,
+}
+
+/// A device behind the backend.
+pub struct HostDevice {
+    /// Its endpoint.
+    pub endpoint: EndpointId,
+    /// The host's name for it.
+    pub name: String,
+    /// The number of its group: the host keeps devices of one group together.
+    pub group: u32,
+    /// Whether the VMM binds it; else this process has.
+    pub shared: bool,
+    /// What switches it.
+    pub attach: Box<dyn Attach>,
+    /// Its memory.
+    pub memory: Arc<dyn DeviceMemory>,
+}
+
+/// The backend.
+pub struct Iommufd {
+    kernel: Arc<dyn AddressSpaces>,
+    capabilities: Capabilities,
+    pin: Pin,
+    connected: bool,
+    reach: Reach,
+    bypass: Option<Bypass>,
+    domains: BTreeMap<DomainId, u32>,
+    groups: Vec<Group>,
+    group_of: BTreeMap<EndpointId, usize>,
+    /// Address spaces that could not be destroyed, with the memory that may be mapped there.
+    condemned: Vec<(u32, Vec<MemorySlot>)>,
+}
+
+/// The address space of bypass mode.
+struct Bypass {
+    ioas: u32,
+    /// What is mapped there, at its guest-physical addresses.
+    slots: Vec<MemorySlot>,
+}
+
+/// Devices the host cannot keep apart; most groups have one.
+struct Group {
+    members: Vec<Member>,
+    place: Place,
+}
+
+struct Member {
+    endpoint: EndpointId,
+    name: String,
+    shared: bool,
+    attach: Box<dyn Attach>,
+    wanted: Target,
+    quarantined: bool,
+}
+
+/// What a group's devices obey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Nobody has bound them.
+    Unbound,
+    /// The VMM's address space, which is identity.
+    Vmm,
+    /// An address space of ours.
+    Ioas(u32),
+    /// Nothing: they are in no address space.
+    Detached,
+    /// Nothing: they could not be taken out of an address space and have their bus-master bits
+    /// cleared.
+    Stopped,
+}
+
+impl Iommufd {
+    /// The backend for `devices`.
+    pub fn new(
+        kernel: Arc<dyn AddressSpaces>,
+        capabilities: Capabilities,
+        pin: Pin,
+        devices: Vec<HostDevice>,
+    ) -> Self {
+        let reach = Reach::new(devices.iter().map(|d| d.memory.clone()).collect());
+        let mut numbers = Vec::new();
+        let mut groups: Vec<Group> = Vec::new();
+        let mut group_of = BTreeMap::new();
+        for device in devices {
+            let known = numbers.iter().position(|n| *n == device.group);
+            let index = known.unwrap_or_else(|| {
+                numbers.push(device.group);
+                groups.push(Group {
+                    members: Vec::new(),
+                    place: if device.shared {
+                        Place::Unbound
+                    } else {
+                        Place::Detached
+                    },
+                });
+                groups.len() - 1
+            });
+            group_of.insert(device.endpoint, index);
+            groups[index].members.push(Member {
+                endpoint: device.endpoint,
+                name: device.name,
+                shared: device.shared,
+                attach: device.attach,
+                wanted: Target::Blocked,
+                quarantined: false,
+            });
+        }
+        Self {
+            kernel,
+            capabilities,
+            pin,
+            connected: false,
+            reach,
+            bypass: None,
+            domains: BTreeMap::new(),
+            groups,
+            group_of,
+            condemned: Vec::new(),
+        }
+    }
+
+    /// Makes the address space of a domain and fills it.
+    fn make_domain(
+        &mut self,
+        domain: DomainId,
+        contents: &dyn Contents,
+    ) -> Result<u32, BackendError> {
+        let ioas = self.kernel.alloc().map_err(|cause| {
+            refused(
+                format_args!("domain {domain} gets no address space"),
+                &cause,
+            )
+        })?;
+        let filled = contents
+            .mappings(domain)
+            .try_for_each(|mapping| self.map_into(ioas, &mapping));
+        if let Err(cause) = filled {
+            self.destroy(ioas);
+            return Err(cause);
+        }
+        Ok(ioas)
+    }
+
+    /// The address space of bypass mode, made if it is not there.
+    fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
+        if let Some(bypass) = &self.bypass {
+            return Ok(bypass.ioas);
+        }
+        let ioas = self
+            .kernel
+            .alloc()
+            .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
+        let mut slots = Vec::new();
+        for slot in self.reach.slots() {
+            if let Err(cause) = self.map_slot(ioas, slot) {
+                self.destroy_with(ioas, slots);
+                return Err(cause);
+            }
+            slots.push(slot.clone());
+        }
+        self.bypass = Some(Bypass { ioas, slots });
+        Ok(ioas)
+    }
+
+    /// Maps a slot at its guest-physical addresses.
+    fn map_slot(&self, ioas: u32, slot: &MemorySlot) -> Result<(), BackendError> {
+        let (first, last) = (slot.range.first().0, slot.range.last().0);
+        let range = IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL);
+        self.map_ram(ioas, range, Access::READ_WRITE, slot, 0)
+            .map_err(|cause| {
+                refused(
+                    format_args!("guest RAM at {} stays unmapped", slot.range),
+                    &cause,
+                )
+            })
+    }
+
+    /// Maps a piece of RAM from its file, or where the kernel cannot from where it is mapped here.
+    fn map_ram(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        slot: &MemorySlot,
+        offset: u64,
+    ) -> io::Result<()> {
+        let at = slot.offset.saturating_add(offset);
+        let by_file = Source::File(slot.file.as_fd(), at);
+        match self.kernel.map(ioas, range, access, by_file) {
+            // Kernels before 6.13 have no such command; others map no file but shared memory.
+            Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                let here = Source::Host(&slot.memory, offset);
+                self.kernel.map(ioas, range, access, here)
+            }
+            done => done,
+        }
+    }
+
+    fn map_into(&self, ioas: u32, mapping: &Mapping) -> Result<(), BackendError> {
+        if mapping.access == Access::NONE {
+            // Nobody may use it, and the kernel knows no such mapping.
+            return self.reach.for_each_piece(mapping, |_| Ok(()));
+        }
+        self.reach
+            .for_each_piece(mapping, |piece| self.map_piece(ioas, &piece))
+    }
+
+    fn map_piece(&self, ioas: u32, piece: &Piece<'_>) -> Result<(), BackendError> {
+        let Piece {
+            part,
+            target,
+            offset,
+        } = piece;
+        match target {
+            PieceTarget::Ram(slot) => {
+                let copied = self.bypass.as_ref().filter(|_| self.pin == Pin::All);
+                let done = match copied.filter(|b| b.slots.contains(slot)) {
+                    Some(bypass) => {
+                        let from = Iova(part.gpa.0);
+                        self.kernel
+                            .copy(ioas, part.range, part.access, bypass.ioas, from)
+                    }
+                    None => self.map_ram(ioas, part.range, part.access, slot, *offset),
+                };
+                done.map_err(|cause| refused(format_args!("the host does not map {part}"), &cause))
+            }
+            PieceTarget::Bar(device, bar) => {
+                let refuse = |cause| no_peer_access(part, &cause);
+                let len = part.range.len_bytes().unwrap_or(u64::MAX);
+                let buffer = device.export(*bar, *offset, len).map_err(refuse)?;
+                let source = Source::File(buffer.as_fd(), 0);
+                self.kernel
+                    .map(ioas, part.range, part.access, source)
+                    .map_err(refuse)
+            }
+        }
+    }
+
+    fn destroy(&mut self, ioas: u32) {
+        self.destroy_with(ioas, Vec::new());
+    }
+
+    /// Destroys an address space. What memory of this process may still be mapped there stays.
+    fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
+        if let Err(cause) = self.kernel.destroy(ioas) {
+            warn!("address space {ioas} cannot be destroyed yet: {cause}");
+            let all = self.reach.slots().iter().chain(&slots).cloned().collect();
+            self.condemned.push((ioas, all));
+        }
+    }
+
+    /// Tries once more to get rid of what could not be destroyed.
+    fn sweep(&mut self) {
+        let kernel = &self.kernel;
+        self.condemned
+            .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
+    }
+
+    /// Gives up the address space of bypass mode where nobody needs it.
+    fn release_bypass(&mut self) {
+        let used = self
+            .bypass
+            .as_ref()
+            .is_some_and(|b| self.groups.iter().any(|g| g.place == Place::Ioas(b.ioas)));
+        if self.pin == Pin::Mapped
+            && !used
+            && let Some(bypass) = self.bypass.take()
+        {
+            self.destroy_with(bypass.ioas, bypass.slots);
+        }
+    }
+
+    /// Where the devices of a group belong.
+    fn place_for(&mut self, index: usize) -> Result<Place, BackendError> {
+        let group = &self.groups[index];
+        match group.target() {
+            Target::Blocked => Ok(Place::Detached),
+            Target::Bypass if group.place == Place::Vmm => Ok(Place::Vmm),
+            Target::Bypass => self.bypass_ioas().map(Place::Ioas),
+            Target::Domain(domain) => match self.domains.get(&domain) {
+                Some(&ioas) => Ok(Place::Ioas(ioas)),
+                None => Err(BackendError {
+                    kind: BackendErrorKind::DevErr,
+                    message: format!("domain {domain} has no address space"),
+                }),
+            },
+        }
+    }
+}
+
+impl DmaBackend for Iommufd {
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn vmm_connected(&mut self) {
+        self.connected = true;
+        for group in &mut self.groups {
+            group.notice_binding();
+        }
+    }
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.sweep();
+        self.reach.add(slot);
+        if self.pin == Pin::All && self.bypass.is_none() {
+            // With all there is; a slot that cannot be mapped keeps no other out.
+            let ioas = self
+                .kernel
+                .alloc()
+                .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
+            self.bypass = Some(Bypass {
+                ioas,
+                slots: Vec::new(),
+            });
+        }
+        let Some(ioas) = self.bypass.as_ref().map(|b| b.ioas) else {
+            return Ok(());
+        };
+        self.map_slot(ioas, slot)?;
+        if let Some(bypass) = &mut self.bypass {
+            bypass.slots.push(slot.clone());
+        }
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.reach.remove(slot);
+        let Some(bypass) = &mut self.bypass else {
+            return Ok(());
+        };
+        let Some(at) = bypass.slots.iter().position(|s| s == slot) else {
+            return Ok(());
+        };
+        let (first, last) = (slot.range.first().0, slot.range.last().0);
+        let range = IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL);
+        match self.kernel.unmap(bypass.ioas, range) {
+            Ok(_) => {
+                bypass.slots.swap_remove(at);
+                Ok(())
+            }
+            Err(cause) => {
+                // Whoever is there is quarantined now, and finds another one later.
+                if let Some(Bypass { ioas, slots }) = self.bypass.take() {
+                    self.condemned.push((ioas, slots));
+                }
+                let what = format_args!("guest RAM at {} stays mapped", slot.range);
+                Err(refused(what, &cause))
+            }
+        }
+    }
+
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let Some(&index) = self.group_of.get(&endpoint) else {
+            return Err(AttachError::Unchanged(unknown(endpoint)));
+        };
+        let before = self.groups[index].set_wanted(endpoint, target);
+        if !self.connected && self.groups[index].place == Place::Unbound {
+            return Ok(());
+        }
+        let made = match target {
+            Target::Domain(domain) if !self.domains.contains_key(&domain) => Some(domain),
+            Target::Domain(_) | Target::Bypass | Target::Blocked => None,
+        };
+        let switched = self.groups[index]
+            .check_bound(endpoint)
+            .and_then(|()| match made {
+                Some(domain) => {
+                    let ioas = self.make_domain(domain, contents)?;
+                    self.domains.insert(domain, ioas);
+                    Ok(())
+                }
+                None => Ok(()),
+            })
+            .and_then(|()| self.place_for(index))
+            .map_err(AttachError::Unchanged)
+            .and_then(|place| self.groups[index].switch(place));
+        if let Err(refusal) = &switched {
+            self.groups[index].restore_wanted(endpoint, before);
+            if let AttachError::Blocked(_) = refusal {
+                self.groups[index].quarantine(endpoint);
+            }
+            if let Some(domain) = made {
+                self.destroy_domain(domain);
+            }
+        }
+        self.sweep();
+        self.release_bypass();
+        switched
+    }
+
+    fn destroy_domain(&mut self, domain: DomainId) {
+        if let Some(ioas) = self.domains.remove(&domain) {
+            self.destroy(ioas);
+        }
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId) {
+        if let Some(&index) = self.group_of.get(&endpoint) {
+            self.groups[index].quarantine(endpoint);
+        }
+        self.sweep();
+    }
+
+    fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        match self.domains.get(&domain) {
+            Some(&ioas) => self.map_into(ioas, mapping),
+            None => Ok(()),
+        }
+    }
+
+    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
+        let Some(&ioas) = self.domains.get(&domain) else {
+            return Ok(());
+        };
+        match self.kernel.unmap(ioas, range) {
+            Ok(_) => Ok(()),
+            // There was nothing: a mapping without rights, or one whose memory has gone.
+            Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
+        }
+    }
+}
+
+impl Group {
+    /// The one place where all members that are let reach something want to be. Members that want
+    /// to be in different places, or one that may reach nothing, block them all.
+    fn target(&self) -> Target {
+        if self.members.iter().any(|m| m.quarantined) {
+            return Target::Blocked;
+        }
+        let mut targets = self
+            .members
+            .iter()
+            .map(|m| m.wanted)
+            .filter(|t| *t != Target::Blocked);
+        match targets.next() {
+            Some(target) if targets.all(|other| other == target) => target,
+            Some(_) | None => Target::Blocked,
+        }
+    }
+
+    /// Sets what a member wants; answers what it wanted, and whether it was quarantined.
+    fn set_wanted(&mut self, endpoint: EndpointId, target: Target) -> (Target, bool) {
+        let mut before = (Target::Blocked, false);
+        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
+            before = (member.wanted, member.quarantined);
+            (member.wanted, member.quarantined) = (target, false);
+        }
+        before
+    }
+
+    fn restore_wanted(&mut self, endpoint: EndpointId, before: (Target, bool)) {
+        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
+            (member.wanted, member.quarantined) = before;
+        }
+    }
+
+    /// Devices that somebody has bound meanwhile are in his address space.
+    fn notice_binding(&mut self) {
+        if self.place == Place::Unbound && self.members.iter().any(|m| m.attach.is_bound()) {
+            self.place = Place::Vmm;
+        }
+    }
+
+    fn check_bound(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
+        self.notice_binding();
+        let member = self.members.iter().find(|m| m.endpoint == endpoint);
+        match member {
+            None => Err(unknown(endpoint)),
+            Some(member) if member.shared && !member.attach.is_bound() => Err(BackendError {
+                kind: BackendErrorKind::Unsupp,
+                message: format!(
+                    "the VMM has not bound {} to the iommufd both were given; give it the device \
+                     before the vhost-user device",
+                    member.name
+                ),
+            }),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Puts all devices that are bound somewhere else, or leaves all where they were.
+    fn switch(&mut self, place: Place) -> Result<(), AttachError> {
+        if place == self.place {
+            return Ok(());
+        }
+        let before = self.place;
+        match self.put(place) {
+            Ok(()) => {
+                self.place = place;
+                Ok(())
+            }
+            // The first one moves them all, so the rest seldom has a say.
+            Err((cause, 0)) => Err(AttachError::Unchanged(cause)),
+            Err((cause, _)) => match self.put(before) {
+                Ok(()) if !matches!(before, Place::Vmm | Place::Stopped) => {
+                    Err(AttachError::Unchanged(cause))
+                }
+                Ok(()) | Err(_) => {
+                    self.block();
+                    Err(AttachError::Blocked(cause))
+                }
+            },
+        }
+    }
+
+    /// On error with the number of devices that were put there.
+    fn put(&mut self, place: Place) -> Result<(), (BackendError, usize)> {
+        let bound = self.members.iter().filter(|m| m.attach.is_bound());
+        for (done, member) in bound.enumerate() {
+            let result = match place {
+                Place::Ioas(ioas) => member.attach.attach(ioas),
+                Place::Detached => member.attach.detach(),
+                // Nobody but the VMM can put them there, or nobody wants to.
+                Place::Vmm | Place::Unbound | Place::Stopped => Ok(()),
+            };
+            result.map_err(|cause| {
+                let what = format_args!("{} cannot be switched over", member.name);
+                (refused(what, &cause), done)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId) {
+        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
+            member.quarantined = true;
+        }
+        self.block();
+    }
+
+    /// Ends all DMA of the group.
+    fn block(&mut self) {
+        if self.place == Place::Unbound {
+            return;
+        }
+        self.place = Place::Detached;
+        for member in self.members.iter().filter(|m| m.attach.is_bound()) {
+            // No reason is known why this should fail. What is left then is the switch on the
+            // device itself.
+            let Err(cause) = member.attach.detach() else {
+                continue;
+            };
+            self.place = Place::Stopped;
+            error_limited!(
+                "{} cannot be taken out of its address space ({cause}): its bus-master bit is \
+                 cleared",
+                member.name
+            );
+            if let Err(cause) = member.attach.clear_bus_master() {
+                error_limited!("{} cannot be stopped: {cause}", member.name);
+            }
+        }
+    }
+}
+
+fn unknown(endpoint: EndpointId) -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::DevErr,
+        message: format!("endpoint {endpoint} has no device of the host"),
+    }
+}

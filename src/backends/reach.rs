@@ -1,0 +1,265 @@
+//! What guest-physical addresses stand for on the host: guest RAM, and the memory of devices.
+
+use std::io;
+use std::sync::Arc;
+
+use super::{BackendError, BackendErrorKind, MemorySlot};
+use crate::address::{Gpa, Mapping};
+use crate::vfio::{Bar, DeviceMemory};
+
+/// A part of a mapping that leads into one thing.
+pub(super) struct Piece<'a> {
+    /// The part.
+    pub part: Mapping,
+    /// What is there.
+    pub target: PieceTarget<'a>,
+    /// Where in it the part begins, in bytes.
+    pub offset: u64,
+}
+
+pub(super) enum PieceTarget<'a> {
+    Ram(&'a MemorySlot),
+    Bar(&'a Arc<dyn DeviceMemory>, u32),
+}
+
+/// A BAR and whose it is.
+type Found<'a> = (&'a Arc<dyn DeviceMemory>, Bar);
+
+/// Everything DMA can be let reach.
+#[derive(Default)]
+pub(super) struct Reach {
+    /// In the order of addresses, disjoint.
+    slots: Vec<MemorySlot>,
+    devices: Vec<Arc<dyn DeviceMemory>>,
+}
+
+impl Reach {
+    /// With the memory of these devices beside what RAM will be added.
+    pub(super) fn new(devices: Vec<Arc<dyn DeviceMemory>>) -> Self {
+        Self {
+            slots: Vec::new(),
+            devices,
+        }
+    }
+
+    /// Guest RAM.
+    pub(super) fn slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    pub(super) fn add(&mut self, slot: &MemorySlot) {
+        let at = self.slots.partition_point(|s| s.range < slot.range);
+        self.slots.insert(at, slot.clone());
+    }
+
+    pub(super) fn remove(&mut self, slot: &MemorySlot) {
+        self.slots.retain(|s| s != slot);
+    }
+
+    /// Does something with every piece of a mapping, in the order of addresses.
+    ///
+    /// # Errors
+    /// [`BackendErrorKind::Fault`] before anything is done, where some of it leads nowhere; else
+    /// the first failure of `act`.
+    pub(super) fn for_each_piece(
+        &self,
+        mapping: &Mapping,
+        mut act: impl FnMut(Piece<'_>) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        // Nearly every mapping lies in one slot.
+        if let Some(slot) = self.slot_at(mapping.gpa)
+            && mapping
+                .target()
+                .is_some_and(|t| t.last() <= slot.range.last())
+        {
+            return act(Piece {
+                part: *mapping,
+                target: PieceTarget::Ram(slot),
+                offset: mapping.gpa.0 - slot.range.first().0,
+            });
+        }
+        let bars = self.bars(mapping)?;
+        let mut pieces = Vec::new();
+        let mut at = Some(mapping.gpa);
+        while let Some(gpa) = at {
+            let piece = self
+                .piece_at(&bars, mapping, gpa)
+                .ok_or_else(|| BackendError {
+                    kind: BackendErrorKind::Fault,
+                    message: format!(
+                        "{mapping} leads to {gpa}, where there is neither guest RAM nor memory of \
+                         a passthrough device"
+                    ),
+                })?;
+            at = gpa
+                .checked_add(piece.part.range.span())
+                .and_then(|last| last.checked_add(1))
+                .filter(|next| mapping.target().is_some_and(|t| t.contains(*next)));
+            pieces.push(piece);
+        }
+        pieces.into_iter().try_for_each(act)
+    }
+
+    fn slot_at(&self, gpa: Gpa) -> Option<&MemorySlot> {
+        let at = self.slots.partition_point(|s| s.range.last() < gpa);
+        self.slots.get(at).filter(|s| s.range.contains(gpa))
+    }
+
+    fn bars(&self, mapping: &Mapping) -> Result<Vec<Found<'_>>, BackendError> {
+        let mut found = Vec::new();
+        for device in &self.devices {
+            let bars = device.bars().map_err(|cause| BackendError {
+                kind: BackendErrorKind::Fault,
+                message: format!(
+                    "{mapping} leads to no guest RAM, and a device does not tell where its memory \
+                     is: {cause}"
+                ),
+            })?;
+            found.extend(bars.into_iter().map(|bar| (device, bar)));
+        }
+        Ok(found)
+    }
+
+    fn piece_at<'a>(
+        &'a self,
+        bars: &[Found<'a>],
+        mapping: &Mapping,
+        gpa: Gpa,
+    ) -> Option<Piece<'a>> {
+        let (target, range) = match self.slot_at(gpa) {
+            Some(slot) => (PieceTarget::Ram(slot), slot.range),
+            None => {
+                let (device, bar) = bars.iter().find(|(_, bar)| bar.range.contains(gpa))?;
+                (PieceTarget::Bar(device, bar.index), bar.range)
+            }
+        };
+        // BARs that overlap are the guest's doing: the first one counts, from here on.
+        let part = mapping.part_in(range)?.part_from(gpa)?;
+        Some(Piece {
+            part,
+            target,
+            offset: gpa.0 - range.first().0,
+        })
+    }
+}
+
+/// What became of a system call that was to map something.
+pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> BackendError {
+    let (kind, cure) = match cause.raw_os_error() {
+        Some(libc::ENOMEM) => (
+            BackendErrorKind::NoMem,
+            "; the host is out of memory, or RLIMIT_MEMLOCK (LimitMEMLOCK= of a unit) is too low",
+        ),
+        Some(libc::ENOSPC) => (
+            BackendErrorKind::NoMem,
+            "; raise dma_entry_limit of the module vfio_iommu_type1",
+        ),
+        Some(libc::EFAULT) => (BackendErrorKind::Fault, ""),
+        Some(libc::EINVAL | libc::EOVERFLOW | libc::EADDRINUSE) => (
+            BackendErrorKind::Range,
+            "; the host IOMMU does not take these addresses",
+        ),
+        _ => (BackendErrorKind::DevErr, ""),
+    };
+    BackendError {
+        kind,
+        message: format!("{what}: {cause}{cure}"),
+    }
+}
+
+/// What became of an attempt to let devices reach the memory of another one.
+pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::Fault,
+        message: format!(
+            "{part} leads into the memory of a device, which the host does not let others reach: \
+             {cause}; with iommufd this needs Linux 7.0 and VFIO's DMA buffers"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::{Access, GpaRange, Iova, IovaRange};
+    use crate::backends::testing::slot;
+    use crate::vfio::fake::FakeMemory;
+
+    fn mapping(first: u64, gpa: u64, len: u64) -> Mapping {
+        Mapping {
+            range: IovaRange::from_len(Iova(first), len).expect("not empty"),
+            gpa: Gpa(gpa),
+            access: Access::READ,
+            mmio: false,
+        }
+    }
+
+    /// First address, length, whether it is a BAR, and the offset of every piece.
+    fn pieces(reach: &Reach, mapping: &Mapping) -> Result<Vec<(u64, u64, bool, u64)>, String> {
+        let mut found = Vec::new();
+        reach
+            .for_each_piece(mapping, |piece| {
+                found.push((
+                    piece.part.range.first().0,
+                    piece.part.range.span() + 1,
+                    matches!(piece.target, PieceTarget::Bar(..)),
+                    piece.offset,
+                ));
+                Ok(())
+            })
+            .map_err(|e| {
+                assert_eq!(e.kind, BackendErrorKind::Fault);
+                e.message
+            })?;
+        Ok(found)
+    }
+
+    #[test]
+    fn mappings_are_cut_at_slots_and_bars() {
+        let bar = GpaRange::from_len(Gpa(0x8000), 0x2000).expect("not empty");
+        let mut reach = Reach::new(vec![Arc::new(FakeMemory::at(3, bar))]);
+        for (gpa, len) in [(0x6000, 0x2000), (0x1000, 0x3000), (0x4000, 0x2000)] {
+            reach.add(&slot(gpa, len, 0));
+        }
+        assert_eq!(
+            pieces(&reach, &mapping(0x10_2000, 0x2000, 0x1000)),
+            Ok(vec![(0x10_2000, 0x1000, false, 0x1000)])
+        );
+        assert_eq!(
+            pieces(&reach, &mapping(0x10_2000, 0x2000, 0x7000)),
+            Ok(vec![
+                (0x10_2000, 0x2000, false, 0x1000),
+                (0x10_4000, 0x2000, false, 0),
+                (0x10_6000, 0x2000, false, 0),
+                (0x10_8000, 0x1000, true, 0),
+            ])
+        );
+        assert_eq!(
+            pieces(&reach, &mapping(0, 0x9000, 0x1000)),
+            Ok(vec![(0, 0x1000, true, 0x1000)])
+        );
+    }
+
+    #[test]
+    fn what_leads_nowhere_is_refused_before_anything_is_done() {
+        let mut reach = Reach::default();
+        reach.add(&slot(0x1000, 0x1000, 0));
+        reach.add(&slot(0x3000, 0x1000, 0));
+        for (gpa, len, hole) in [
+            (0, 0x1000, "leads to 0x0,"),
+            (0x1000, 0x2000, "leads to 0x2000,"),
+            (0x3000, 0x2000, "leads to 0x4000,"),
+        ] {
+            let mut acted = false;
+            let refused = reach.for_each_piece(&mapping(0, gpa, len), |_| {
+                acted = true;
+                Ok(())
+            });
+            let message = refused.expect_err("a hole").message;
+            assert!(message.contains(hole), "{message}");
+            assert!(!acted);
+        }
+        reach.remove(&slot(0x1000, 0x1000, 0));
+        assert!(pieces(&reach, &mapping(0, 0x1000, 0x1000)).is_err());
+    }
+}

@@ -1,0 +1,288 @@
+//! Host IOMMU through a VFIO type1 container: one backend for the devices of one group, which have
+//! one address space between them.
+//!
+//! Moving them empties the address space and fills it anew, so their DMA meets nothing in between.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused};
+use super::{
+    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
+    Target,
+};
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
+use crate::error_limited;
+use crate::ids::{DomainId, EndpointId};
+use crate::vfio::{Attach, DeviceMemory, Type1};
+
+/// A device in the container's group.
+pub struct GroupDevice {
+    /// Its endpoint.
+    pub endpoint: EndpointId,
+    /// The host's name for it.
+    pub name: String,
+    /// What stops it; `None` where only the container was given.
+    pub device: Option<Box<dyn Attach>>,
+}
+
+/// The backend.
+pub struct Type1Group {
+    kernel: Box<dyn Type1>,
+    capabilities: Capabilities,
+    reach: Reach,
+    members: BTreeMap<EndpointId, Member>,
+    /// What the address space holds; `None` where it could not be emptied.
+    place: Option<Target>,
+}
+
+struct Member {
+    name: String,
+    device: Option<Box<dyn Attach>>,
+    wanted: Target,
+    quarantined: bool,
+}
+
+impl Type1Group {
+    /// The backend for the devices of a group, whose container is empty. `peers` are the devices
+    /// whose memory DMA may be let reach.
+    pub fn new(
+        kernel: Box<dyn Type1>,
+        capabilities: Capabilities,
+        devices: Vec<GroupDevice>,
+        peers: Vec<Arc<dyn DeviceMemory>>,
+    ) -> Self {
+        let members = devices.into_iter().map(|device| {
+            let member = Member {
+                name: device.name,
+                device: device.device,
+                wanted: Target::Blocked,
+                quarantined: false,
+            };
+            (device.endpoint, member)
+        });
+        Self {
+            kernel,
+            capabilities,
+            reach: Reach::new(peers),
+            members: members.collect(),
+            place: Some(Target::Blocked),
+        }
+    }
+
+    /// The one place where all members that are let reach something want to be; see
+    /// [`super::iommufd`].
+    fn target(&self) -> Target {
+        if self.members.values().any(|m| m.quarantined) {
+            return Target::Blocked;
+        }
+        let mut targets = self
+            .members
+            .values()
+            .map(|m| m.wanted)
+            .filter(|t| *t != Target::Blocked);
+        match targets.next() {
+            Some(target) if targets.all(|other| other == target) => target,
+            Some(_) | None => Target::Blocked,
+        }
+    }
+
+    /// Fills the empty address space.
+    fn fill(&self, target: Target, contents: &dyn Contents) -> Result<(), BackendError> {
+        match target {
+            Target::Blocked => Ok(()),
+            Target::Bypass => self.reach.slots().iter().try_for_each(|s| self.map_slot(s)),
+            Target::Domain(domain) => contents
+                .mappings(domain)
+                .try_for_each(|mapping| self.map_pieces(&mapping)),
+        }
+    }
+
+    fn empty(&self) -> Result<(), BackendError> {
+        self.kernel
+            .unmap_all()
+            .map_err(|cause| refused("a type1 container cannot be emptied", &cause))
+    }
+
+    fn map_slot(&self, slot: &MemorySlot) -> Result<(), BackendError> {
+        let identity = Mapping {
+            range: identity(slot),
+            gpa: slot.range.first(),
+            access: Access::READ_WRITE,
+            mmio: false,
+        };
+        self.map_pieces(&identity)
+    }
+
+    fn map_pieces(&self, mapping: &Mapping) -> Result<(), BackendError> {
+        self.reach
+            .for_each_piece(mapping, |piece| self.map_piece(&piece))
+    }
+
+    fn map_piece(&self, piece: &Piece<'_>) -> Result<(), BackendError> {
+        let part = &piece.part;
+        if part.access == Access::NONE {
+            // Nobody may use it, and the kernel knows no such mapping.
+            return Ok(());
+        }
+        match &piece.target {
+            PieceTarget::Ram(slot) => {
+                let done = self
+                    .kernel
+                    .map(part.range, part.access, &slot.memory, piece.offset);
+                done.map_err(|cause| refused(format_args!("the host does not map {part}"), &cause))
+            }
+            PieceTarget::Bar(device, bar) => {
+                let refuse = |cause| no_peer_access(part, &cause);
+                let memory = device.map(*bar).map_err(refuse)?;
+                self.kernel
+                    .map(part.range, part.access, &memory, piece.offset)
+                    .map_err(refuse)
+            }
+        }
+    }
+
+    /// Empties the address space and fills it with what `target` has; puts back what was there if
+    /// that fails.
+    fn switch(&mut self, target: Target, contents: &dyn Contents) -> Result<(), AttachError> {
+        if self.place == Some(target) {
+            return Ok(());
+        }
+        // Before the first change, so that the common refusals have no consequences.
+        if let Target::Domain(domain) = target {
+            contents
+                .mappings(domain)
+                .try_for_each(|m| self.reach.for_each_piece(&m, |_| Ok(())))
+                .map_err(AttachError::Unchanged)?;
+        }
+        let before = self.place;
+        let switched = self.empty().and_then(|()| self.fill(target, contents));
+        let Err(cause) = switched else {
+            self.place = Some(target);
+            return Ok(());
+        };
+        if let Some(before) = before
+            && self
+                .empty()
+                .and_then(|()| self.fill(before, contents))
+                .is_ok()
+        {
+            return Err(AttachError::Unchanged(cause));
+        }
+        self.block();
+        Err(AttachError::Blocked(cause))
+    }
+
+    /// Ends all DMA of the group.
+    fn block(&mut self) {
+        self.place = Some(Target::Blocked);
+        let Err(cause) = self.empty() else { return };
+        self.place = None;
+        error_limited!("{cause}: the devices' bus-master bits are cleared");
+        for member in self.members.values() {
+            if let Some(device) = &member.device
+                && let Err(cause) = device.clear_bus_master()
+            {
+                error_limited!("{} cannot be stopped: {cause}", member.name);
+            }
+        }
+    }
+}
+
+impl DmaBackend for Type1Group {
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn vmm_connected(&mut self) {
+        // The devices are this process's, or their container is ready.
+    }
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.reach.add(slot);
+        if self.place == Some(Target::Bypass) {
+            self.map_slot(slot)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.reach.remove(slot);
+        if self.place != Some(Target::Bypass) {
+            return Ok(());
+        }
+        match self.kernel.unmap(identity(slot)) {
+            Ok(_) => Ok(()),
+            Err(cause) => Err(refused(
+                format_args!("guest RAM at {} stays mapped", slot.range),
+                &cause,
+            )),
+        }
+    }
+
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let Some(member) = self.members.get_mut(&endpoint) else {
+            return Err(AttachError::Unchanged(BackendError {
+                kind: BackendErrorKind::DevErr,
+                message: format!("endpoint {endpoint} has no device of the host"),
+            }));
+        };
+        let before = (member.wanted, member.quarantined);
+        (member.wanted, member.quarantined) = (target, false);
+        let switched = self.switch(self.target(), contents);
+        if let Err(refusal) = &switched
+            && let Some(member) = self.members.get_mut(&endpoint)
+        {
+            (member.wanted, member.quarantined) = before;
+            if let AttachError::Blocked(_) = refusal {
+                member.quarantined = true;
+            }
+        }
+        switched
+    }
+
+    fn destroy_domain(&mut self, domain: DomainId) {
+        // There is nothing of it unless the group is still there, and then the core is mistaken.
+        if self.place == Some(Target::Domain(domain)) {
+            self.block();
+        }
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId) {
+        if let Some(member) = self.members.get_mut(&endpoint) {
+            member.quarantined = true;
+        }
+        self.block();
+    }
+
+    fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        if self.place == Some(Target::Domain(domain)) {
+            self.map_pieces(mapping)
+        } else {
+            // Its members are blocked for now; what leads nowhere is refused all the same.
+            self.reach.for_each_piece(mapping, |_| Ok(()))
+        }
+    }
+
+    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
+        if self.place != Some(Target::Domain(domain)) {
+            return Ok(());
+        }
+        match self.kernel.unmap(range) {
+            Ok(_) => Ok(()),
+            Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
+        }
+    }
+}
+
+/// A slot's guest-physical addresses as an endpoint in bypass mode uses them.
+fn identity(slot: &MemorySlot) -> IovaRange {
+    let (Gpa(first), Gpa(last)) = (slot.range.first(), slot.range.last());
+    IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL)
+}
