@@ -82,9 +82,31 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE")]
     pub arena_limit: Option<String>,
 
+    /// What the devices of the host are reached through.
+    #[command(flatten)]
+    pub descriptors: DescriptorArgs,
+
+    /// Use this inherited descriptor of a VFIO container, whose IOMMU is set, for the endpoint with
+    /// this address in the guest; may be repeated
+    #[arg(long, value_name = "ADDRESS=N")]
+    pub vfio_container_fd: Vec<String>,
+
     /// Print what this backend can do as JSON and exit; everything else is ignored
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// Inherited descriptors that a VMM uses too.
+#[derive(Clone, Debug, Default, ClapArgs)]
+pub struct DescriptorArgs {
+    /// Use this inherited descriptor of /dev/iommu
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub iommufd_fd: Option<i32>,
+
+    /// Use this inherited descriptor of a device of the host for the endpoint with this address in
+    /// the guest; may be repeated
+    #[arg(long, value_name = "ADDRESS=N")]
+    pub vfio_fd: Vec<String>,
 }
 
 /// A switch that is written out.

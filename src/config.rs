@@ -2,6 +2,7 @@
 
 mod draft;
 mod error;
+mod passthrough;
 mod summary;
 
 use std::fs::File;
@@ -10,7 +11,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use crate::address::{Iova, IovaRange, PageMask};
-use crate::args::RunArgs;
+use crate::args::{DescriptorArgs, RunArgs};
 use crate::topology::{
     EndpointSpec, GroupName, PciAddress, PciRange, ReservedError, ReservedKind, ReservedRegion,
     ReservedRegions, Topology, TopologyError,
@@ -18,6 +19,7 @@ use crate::topology::{
 use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
+pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use summary::Summary;
 
 /// The longest configuration file read, in bytes.
@@ -75,6 +77,14 @@ pub struct Config {
     pub arena_limit: u64,
     /// The IOMMU's own address, the endpoints, their groups and reserved regions.
     pub topology: Topology,
+    /// The endpoints that are devices of the host, in ascending order; no host device twice.
+    pub passthrough: Vec<Passthrough>,
+    /// How the host IOMMU is programmed for them.
+    pub host_iommu: HostIommu,
+    /// Which of the guest's memory is pinned for them.
+    pub pin: Pin,
+    /// What was inherited for them; empty in a configuration made from a file alone.
+    pub descriptors: Descriptors,
 }
 
 impl Config {
@@ -87,6 +97,24 @@ impl Config {
         Self::from_text(file, &read(file)?)
     }
 
+    /// The configuration in `file`, which need not name a socket, and inherited descriptors.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the file or the descriptors cannot be used.
+    pub fn with_descriptors(
+        file: &Path,
+        descriptors: &DescriptorArgs,
+    ) -> Result<Self, ConfigError> {
+        let text = read(file)?;
+        let mut checker = Checker::new(Some(Source {
+            path: file,
+            text: &text,
+        }));
+        let draft = checker.parse()?;
+        checker.config(&draft, descriptors, None)
+    }
+
     /// The configuration that `text`, the content of `file`, stands for.
     ///
     /// # Errors
@@ -95,7 +123,7 @@ impl Config {
     pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let mut checker = Checker::new(Some(Source { path: file, text }));
         let draft = checker.parse()?;
-        checker.config(&draft, None)
+        checker.config(&draft, &DescriptorArgs::default(), None)
     }
 
     /// What this configuration says, for people.
@@ -117,7 +145,7 @@ impl TryFrom<&RunArgs> for Config {
         let draft = draft.overridden_by(args, |flag, fault| {
             checker.refuse(&Origin::Flag(flag), "", fault);
         });
-        checker.config(&draft, Some(args))
+        checker.config(&draft, &args.descriptors, Some(args))
     }
 }
 
@@ -226,7 +254,12 @@ impl<'a> Checker<'a> {
     }
 
     /// The checked configuration. `args` are there where the daemon is to run.
-    fn config(mut self, draft: &Draft, args: Option<&RunArgs>) -> Result<Config, ConfigError> {
+    fn config(
+        mut self,
+        draft: &Draft,
+        descriptors: &DescriptorArgs,
+        args: Option<&RunArgs>,
+    ) -> Result<Config, ConfigError> {
         let socket = match args.and_then(|args| args.fd) {
             Some(fd) => Some(Socket::Fd(fd)),
             None => {
@@ -255,6 +288,17 @@ impl<'a> Checker<'a> {
         let memory = self.memory(draft.memory.as_ref());
         let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
         let topology = self.topology(draft);
+        let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
+        let pin = self.pin(draft.pin.as_ref());
+        let passthrough = self.passthrough(draft);
+        // Which endpoints there are decides which descriptors are right.
+        let descriptors = if let Some(host_iommu) = host_iommu
+            && let Some(passthrough) = &passthrough
+        {
+            self.descriptors(descriptors, args, host_iommu, passthrough)
+        } else {
+            Descriptors::default()
+        };
 
         if let Some(topology) = topology
             && let Some(address_width) = address_width
@@ -263,6 +307,9 @@ impl<'a> Checker<'a> {
             && let Some(max_domains) = max_domains
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
+            && let Some(passthrough) = passthrough
+            && let Some(host_iommu) = host_iommu
+            && let Some(pin) = pin
             && self.problems.is_empty()
         {
             Ok(Config {
@@ -275,6 +322,10 @@ impl<'a> Checker<'a> {
                 memory,
                 arena_limit,
                 topology,
+                passthrough,
+                host_iommu,
+                pin,
+                descriptors,
             })
         } else {
             Err(self.finish())

@@ -82,6 +82,10 @@ fn the_daemon_refuses_a_bad_configuration() {
             "--granule: \"1k\" is no granule",
         ),
         (
+            &["--fd", "3", "--iommu", "00:05.0", "--vfio-fd", "00:10.0=4"],
+            "--vfio-fd: 0000:00:10.0 is no endpoint with `vfio`",
+        ),
+        (
             &["--config", "/nonexistent/vm0.toml"],
             "/nonexistent/vm0.toml: cannot be read",
         ),
@@ -101,6 +105,8 @@ fn options_that_exclude_each_other_are_refused() {
         &["--bypass", "maybe"],
         &["--iommu", "00:05.0", "check", "vm0.toml"],
         &["ctl", "sock"],
+        &["--iommufd-fd", "-1"],
+        &["--iommufd-fd", "three"],
         &["ctl", "sock", "mappings", "--domain", "x"],
     ] {
         let run = run(args);
@@ -253,7 +259,7 @@ fn the_examples_are_good() {
         }
         count += 1;
     }
-    assert!(count >= 3, "{count} examples");
+    assert!(count >= 4, "{count} examples");
 }
 
 /// Every option stands in the page on configuration, and every key in the file's table.

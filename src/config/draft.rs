@@ -131,6 +131,8 @@ pub(super) struct Draft {
     pub domains: Option<Given<Scalar>>,
     pub memory: Option<Given<Scalar>>,
     pub arena_limit: Option<Given<Scalar>>,
+    pub host_iommu: Option<Given<Scalar>>,
+    pub pin: Option<Given<Scalar>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
     #[serde(default)]
     pub endpoint: Vec<Given<EndpointDraft>>,
@@ -150,6 +152,7 @@ pub(super) struct EndpointDraft {
     pub address: Option<Given<Scalar>>,
     pub range: Option<Given<Scalar>>,
     pub group: Option<Given<Scalar>>,
+    pub vfio: Option<Given<Scalar>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
 }
 

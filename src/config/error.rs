@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -11,7 +12,7 @@ use super::{
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
-use crate::topology::{ReservedError, TopologyError};
+use crate::topology::{PciAddress, PciRange, ReservedError, TopologyError};
 
 /// The most problems listed in one error.
 pub const MAX_PROBLEMS: usize = 20;
@@ -163,6 +164,97 @@ pub enum Fault {
         value: String,
         /// Why not.
         source: GroupNameError,
+    },
+
+    /// A range of endpoints is said to be one device of the host.
+    #[error(
+        "{range} is more than one function, and a device of the host is one; \
+         give each function its own [[endpoint]] with `address` and `vfio`"
+    )]
+    VfioOnRange {
+        /// The functions.
+        range: PciRange,
+    },
+    /// Two endpoints are said to be one device of the host.
+    #[error(
+        "the host's device {host} is endpoint {other} already; \
+         remove one of the two, or give the address of another device"
+    )]
+    HostTwice {
+        /// The address on the host.
+        host: PciAddress,
+        /// The endpoint that has it.
+        other: PciAddress,
+    },
+    /// No interface of the host IOMMU.
+    #[error(
+        "{0:?} is no way to program the host's IOMMU; use \"iommufd\" or, \
+         where the host's kernel has no iommufd, \"type1\""
+    )]
+    HostIommu(String),
+    /// No way to pin memory.
+    #[error(
+        "{0:?} is no way to pin memory; use \"all\" (fast) or \"mapped\" \
+         (leaves memory that no device uses to the host)"
+    )]
+    Pin(String),
+
+    /// Not a descriptor for an endpoint.
+    #[error(
+        "{0:?} is no descriptor of an endpoint; write ADDRESS=N with the endpoint's address in \
+         the guest, such as 00:10.0=4"
+    )]
+    DescriptorText(String),
+    /// A descriptor for what is no device of the host.
+    #[error(
+        "{endpoint} is no endpoint with `vfio`; give the endpoint's address in the guest, \
+         or `vfio` with the device's address on the host under its [[endpoint]]"
+    )]
+    NotPassthrough {
+        /// The address.
+        endpoint: PciAddress,
+    },
+    /// An endpoint with two descriptors.
+    #[error("endpoint {endpoint} is given twice; remove one of the two")]
+    EndpointTwice {
+        /// The endpoint.
+        endpoint: PciAddress,
+    },
+    /// A descriptor that is given for two things.
+    #[error("descriptor {fd} is given by {other} already; give each thing its own descriptor")]
+    DescriptorTwice {
+        /// The descriptor.
+        fd: RawFd,
+        /// The option that gave it first.
+        other: &'static str,
+    },
+    /// An iommufd that would not be used.
+    #[error(
+        "an iommufd is of no use with `host-iommu = \"type1\"`; \
+         leave out the option, or set `host-iommu = \"iommufd\"`"
+    )]
+    IommufdWithType1,
+    /// A container that would not be used.
+    #[error(
+        "a container is of no use with `host-iommu = \"iommufd\"`; \
+         leave out the option, or set `host-iommu = \"type1\"`"
+    )]
+    ContainerWithIommufd,
+    /// A device without the iommufd it is bound to.
+    #[error(
+        "a device can be used only through the iommufd it is bound to; \
+         give that with --iommufd-fd, or leave out --vfio-fd to have the device opened by path"
+    )]
+    DeviceWithoutIommufd,
+    /// A device without the container it is in.
+    #[error(
+        "the device of endpoint {endpoint} can be used only through the container it is in; \
+         give that with --vfio-container-fd, or leave out --vfio-fd to have the device opened \
+         by path"
+    )]
+    DeviceWithoutContainer {
+        /// The endpoint.
+        endpoint: PciAddress,
     },
 
     /// The address width is out of range.

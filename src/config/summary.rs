@@ -43,6 +43,10 @@ impl fmt::Display for Summary<'_> {
             write!(f, " {}", Bytes(1 << bit))?;
         }
         writeln!(f)?;
+        if !config.passthrough.is_empty() {
+            let (host, pin) = (config.host_iommu.name(), config.pin.name());
+            writeln!(f, "host IOMMU:       {host}, pins {pin}")?;
+        }
         let bypass = if config.bypass_at_boot { "on" } else { "off" };
         writeln!(f, "bypass at boot:   {bypass}")?;
         writeln!(f, "domains:          up to {}", config.max_domains)?;
@@ -83,6 +87,13 @@ impl Summary<'_> {
         write!(f, "  {}", entry.range)?;
         if let Some(name) = entry.info.group.and_then(|id| topology.group_name(id)) {
             write!(f, " group {name}")?;
+        }
+        let found = self
+            .config
+            .passthrough
+            .binary_search_by_key(&entry.range.first(), |device| device.endpoint);
+        if let Some(device) = found.ok().and_then(|at| self.config.passthrough.get(at)) {
+            write!(f, " vfio {}", device.host)?;
         }
         if entry.info.reserved != topology.common_reserved() {
             write!(f, " reserved")?;

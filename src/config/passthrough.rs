@@ -1,0 +1,241 @@
+//! Endpoints that are devices of the host: the keys, and the inherited descriptors that go with them.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::RawFd;
+
+use super::draft::{Draft, Given, Origin, Scalar};
+use super::error::Fault;
+use super::{Checker, shorten, shown};
+use crate::args::{DescriptorArgs, RunArgs};
+use crate::topology::{PciAddress, PciRange};
+
+/// An endpoint whose DMA is that of a device of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Passthrough {
+    /// The address the device has in the guest.
+    pub endpoint: PciAddress,
+    /// The address it has on the host.
+    pub host: PciAddress,
+}
+
+/// The kernel interface through which the host IOMMU is programmed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HostIommu {
+    /// `/dev/iommu`: address spaces that the VMM's devices are attached to.
+    #[default]
+    Iommufd,
+    /// VFIO containers of type 1, one for each endpoint.
+    Type1,
+}
+
+impl HostIommu {
+    /// The name in the configuration file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Iommufd => "iommufd",
+            Self::Type1 => "type1",
+        }
+    }
+}
+
+/// Which of the guest's memory is pinned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pin {
+    /// All of it, once; mappings of domains are copies that pin nothing more.
+    #[default]
+    All,
+    /// What domains map, as long as they do, and all of it while an endpoint is in bypass.
+    Mapped,
+}
+
+impl Pin {
+    /// The name in the configuration file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Mapped => "mapped",
+        }
+    }
+}
+
+/// Open files of the host IOMMU that were inherited. What is missing here is opened by path.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Descriptors {
+    /// `/dev/iommu`; there whenever a device is and the host IOMMU is [`HostIommu::Iommufd`].
+    pub iommufd: Option<RawFd>,
+    /// Devices by the address of their endpoint: of `/dev/vfio/devices/vfioN` for
+    /// [`HostIommu::Iommufd`], VFIO device descriptors for [`HostIommu::Type1`].
+    pub devices: BTreeMap<PciAddress, RawFd>,
+    /// Containers whose IOMMU is set, by the address of their endpoint; only for
+    /// [`HostIommu::Type1`], and there for each of `devices`.
+    pub containers: BTreeMap<PciAddress, RawFd>,
+}
+
+impl Checker<'_> {
+    pub(super) fn host_iommu(&mut self, given: Option<&Given<Scalar>>) -> Option<HostIommu> {
+        let Some(given) = given else {
+            return Some(HostIommu::default());
+        };
+        let wanted = "\"iommufd\" or \"type1\"";
+        match self.text(given, "host-iommu", wanted)? {
+            "iommufd" => Some(HostIommu::Iommufd),
+            "type1" => Some(HostIommu::Type1),
+            _ => {
+                let fault = Fault::HostIommu(shown(&given.value));
+                self.refuse(&given.origin, "host-iommu", fault);
+                None
+            }
+        }
+    }
+
+    pub(super) fn pin(&mut self, given: Option<&Given<Scalar>>) -> Option<Pin> {
+        let Some(given) = given else {
+            return Some(Pin::default());
+        };
+        match self.text(given, "pin", "\"all\" or \"mapped\"")? {
+            "all" => Some(Pin::All),
+            "mapped" => Some(Pin::Mapped),
+            _ => {
+                self.refuse(&given.origin, "pin", Fault::Pin(shown(&given.value)));
+                None
+            }
+        }
+    }
+
+    /// The endpoints with `vfio`, in ascending order. Their addresses are refused elsewhere.
+    pub(super) fn passthrough(&mut self, draft: &Draft) -> Option<Vec<Passthrough>> {
+        let mut found = Vec::new();
+        let mut hosts = HashMap::new();
+        let mut whole = true;
+        for (index, endpoint) in draft.endpoint.iter().enumerate() {
+            let value = &endpoint.value;
+            let Some(vfio) = &value.vfio else { continue };
+            let key = format!("endpoint[{index}].vfio");
+            let host = self.pci_address(vfio, &key);
+            let range = value.address.as_ref().or(value.range.as_ref());
+            let (Some(host), Some(range)) = (host, range.and_then(range_in)) else {
+                whole = false;
+                continue;
+            };
+            let fault = if range.count() > 1 {
+                Fault::VfioOnRange { range }
+            } else if let Some(other) = hosts.insert(host, range.first()) {
+                Fault::HostTwice { host, other }
+            } else {
+                found.push(Passthrough {
+                    endpoint: range.first(),
+                    host,
+                });
+                continue;
+            };
+            whole = false;
+            self.refuse(&vfio.origin, &key, fault);
+        }
+        found.sort_by_key(|entry| entry.endpoint);
+        whole.then_some(found)
+    }
+
+    /// The inherited descriptors. `passthrough` is in ascending order.
+    pub(super) fn descriptors(
+        &mut self,
+        given: &DescriptorArgs,
+        run: Option<&RunArgs>,
+        host_iommu: HostIommu,
+        passthrough: &[Passthrough],
+    ) -> Descriptors {
+        let mut taken = Taken::default();
+        if let Some(fd) = run.and_then(|args| args.fd) {
+            self.take(&mut taken, fd, "--fd");
+        }
+        if let Some(fd) = given.iommufd_fd {
+            self.take(&mut taken, fd, "--iommufd-fd");
+            if host_iommu == HostIommu::Type1 {
+                self.refuse_flag("--iommufd-fd", Fault::IommufdWithType1);
+            }
+        }
+        let devices = self.by_endpoint("--vfio-fd", &given.vfio_fd, passthrough, &mut taken);
+        let containers = run.map_or(&[][..], |args| &args.vfio_container_fd);
+        let containers =
+            self.by_endpoint("--vfio-container-fd", containers, passthrough, &mut taken);
+        match host_iommu {
+            HostIommu::Iommufd => {
+                if !devices.is_empty() && given.iommufd_fd.is_none() {
+                    self.refuse_flag("--vfio-fd", Fault::DeviceWithoutIommufd);
+                }
+                if !containers.is_empty() {
+                    self.refuse_flag("--vfio-container-fd", Fault::ContainerWithIommufd);
+                }
+            }
+            HostIommu::Type1 => {
+                let alone = devices.keys().find(|key| !containers.contains_key(key));
+                if let Some(&endpoint) = alone {
+                    self.refuse_flag("--vfio-fd", Fault::DeviceWithoutContainer { endpoint });
+                }
+            }
+        }
+        Descriptors {
+            iommufd: given.iommufd_fd,
+            devices,
+            containers,
+        }
+    }
+
+    /// Reads the texts `ADDRESS=N` of an option.
+    fn by_endpoint(
+        &mut self,
+        flag: &'static str,
+        texts: &[String],
+        passthrough: &[Passthrough],
+        taken: &mut Taken,
+    ) -> BTreeMap<PciAddress, RawFd> {
+        let mut found = BTreeMap::new();
+        for text in texts {
+            let Some((endpoint, fd)) = assignment(text) else {
+                self.refuse_flag(flag, Fault::DescriptorText(shorten(text)));
+                continue;
+            };
+            let known = passthrough.binary_search_by_key(&endpoint, |entry| entry.endpoint);
+            if known.is_err() {
+                self.refuse_flag(flag, Fault::NotPassthrough { endpoint });
+            } else if found.insert(endpoint, fd).is_some() {
+                self.refuse_flag(flag, Fault::EndpointTwice { endpoint });
+            } else {
+                self.take(taken, fd, flag);
+            }
+        }
+        found
+    }
+
+    /// Refuses a descriptor that another option has given already.
+    fn take(&mut self, taken: &mut Taken, fd: RawFd, flag: &'static str) {
+        if let Some(other) = taken.0.insert(fd, flag) {
+            self.refuse_flag(flag, Fault::DescriptorTwice { fd, other });
+        }
+    }
+
+    fn refuse_flag(&mut self, flag: &'static str, fault: Fault) {
+        self.refuse(&Origin::Flag(flag), "", fault);
+    }
+}
+
+/// Descriptors that are given, and by which option.
+#[derive(Default)]
+struct Taken(HashMap<RawFd, &'static str>);
+
+/// The functions that a text names, if it is one.
+fn range_in(given: &Given<Scalar>) -> Option<PciRange> {
+    match &given.value {
+        Scalar::Text(text) => text.parse().ok(),
+        Scalar::Integer(_) | Scalar::Bool(_) | Scalar::Other(_) => None,
+    }
+}
+
+/// Splits `ADDRESS=N`.
+fn assignment(text: &str) -> Option<(PciAddress, RawFd)> {
+    let (endpoint, fd) = text.split_once('=')?;
+    let plain = fd.bytes().all(|byte| byte.is_ascii_digit());
+    Some((
+        endpoint.parse().ok()?,
+        plain.then(|| fd.parse::<RawFd>().ok())??,
+    ))
+}
