@@ -147,6 +147,9 @@ pub enum Command {
         /// Print one line, quoted for a POSIX shell
         #[arg(long)]
         shell: bool,
+        /// The descriptors that QEMU will inherit [default: 3 and up].
+        #[command(flatten)]
+        descriptors: DescriptorArgs,
     },
     /// Ask a running daemon
     Ctl {

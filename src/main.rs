@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_device_iommu::args::{Args, Command, Question};
+use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question};
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
@@ -54,9 +54,12 @@ fn dispatch(args: &Args) -> Outcome {
         None => serve(&Config::try_from(&args.run)?),
         Some(Command::Check { file }) => check(file),
         Some(Command::Viot { file, output }) => write_viot(file, output.as_deref()),
-        Some(Command::QemuArgs { file, viot, shell }) => {
-            print_qemu_args(file, viot.as_deref(), *shell)
-        }
+        Some(Command::QemuArgs {
+            file,
+            viot,
+            shell,
+            descriptors,
+        }) => print_qemu_args(file, viot.as_deref(), *shell, descriptors),
         Some(Command::Ctl {
             socket,
             json,
@@ -108,8 +111,13 @@ fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {
     })
 }
 
-fn print_qemu_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
-    let config = Config::from_file(file)?;
+fn print_qemu_args(
+    file: &Path,
+    viot: Option<&Path>,
+    shell: bool,
+    descriptors: &DescriptorArgs,
+) -> Outcome {
+    let config = Config::with_descriptors(file, descriptors)?;
     let viot = viot.map_or_else(|| default_viot_path(file), Path::to_owned);
     let args = QemuArgs::new(&config, &viot).map_err(|error| {
         let file = file.display();

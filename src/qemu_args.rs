@@ -1,11 +1,17 @@
 //! The QEMU arguments that go with a configuration.
 
+mod devices;
+mod given;
+
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use crate::config::{Config, Socket};
 use crate::topology::{EndpointRange, PciAddress};
+use devices::{Devices, on_root_bus};
+use given::Given;
 
 /// The first QEMU with a vhost-user device that takes any virtio device ID.
 pub const OLDEST_QEMU: &str = "10.2";
@@ -27,25 +33,74 @@ impl QemuArgs {
     /// Where the configuration leaves out something QEMU must be told, or asks for what QEMU's
     /// q35 machine has not got.
     pub fn new(config: &Config, viot: &Path) -> Result<Self, QemuArgsError> {
+        Self::make(config, viot, Given::default())
+    }
+
+    /// The arguments to add to `others`, which come first: without a machine type, RAM or a size
+    /// of RAM where the others give them.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and where a device of the host cannot be put at its endpoint's
+    /// address by an argument.
+    pub fn beside(
+        config: &Config,
+        viot: &Path,
+        others: &[OsString],
+    ) -> Result<Self, QemuArgsError> {
+        let endpoints = config.passthrough.iter().map(|device| device.endpoint);
+        if let Some(endpoint) = endpoints.into_iter().find(|&it| !on_root_bus(it)) {
+            return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
+        }
+        Self::make(config, viot, Given::new(others))
+    }
+
+    fn make(config: &Config, viot: &Path, given: Given) -> Result<Self, QemuArgsError> {
         let socket = match &config.socket {
             Some(Socket::Path(path)) => path,
             Some(Socket::Fd(_)) | None => return Err(QemuArgsError::NoSocket),
         };
-        let memory = config.memory.ok_or(QemuArgsError::NoMemory)?;
+        let memory = if given.backend {
+            None
+        } else {
+            Some(config.memory.ok_or(QemuArgsError::NoMemory)?)
+        };
         let iommu = config.topology.iommu();
-        if iommu.segment() != 0 || iommu.bus() != 0 {
+        if !on_root_bus(iommu) {
             return Err(QemuArgsError::NotOnRootBus { iommu });
         }
         let socket = option_value(socket)?;
+        // A colon would part two files.
         let table = option_value(viot)?;
+        if table.contains(':') {
+            return Err(QemuArgsError::Colon {
+                path: viot.to_owned(),
+            });
+        }
+        let devices = Devices::new(config)?;
 
-        let arguments = [
-            ("-machine", "q35,memory-backend=mem0".to_owned()),
-            ("-m", format!("{}M", memory >> 20)),
-            (
+        let mut arguments = Vec::new();
+        let machine: Vec<_> = [
+            (!given.machine).then_some("q35"),
+            memory.map(|_| "memory-backend=mem0"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if !machine.is_empty() {
+            arguments.push(("-machine", machine.join(",")));
+        }
+        if let Some(memory) = memory {
+            if !given.size {
+                arguments.push(("-m", format!("{}M", memory >> 20)));
+            }
+            arguments.push((
                 "-object",
                 format!("memory-backend-memfd,id=mem0,size={memory},share=on"),
-            ),
+            ));
+        }
+        arguments.extend(devices.iter().flat_map(Devices::arguments));
+        arguments.extend([
             ("-chardev", format!("socket,id=viommu,path={socket}")),
             (
                 "-device",
@@ -56,7 +111,7 @@ impl QemuArgs {
                 ),
             ),
             ("-acpitable", format!("file={table}")),
-        ];
+        ]);
         let mut notes = vec![
             format!("needs QEMU {OLDEST_QEMU} or later"),
             format!(
@@ -64,11 +119,12 @@ impl QemuArgs {
                 viot.display()
             ),
         ];
+        notes.extend(devices.iter().flat_map(Devices::notes));
         notes.extend(
             config
                 .topology
                 .ranges()
-                .map(|entry| endpoint_note(config, entry)),
+                .map(|entry| endpoint_note(config, devices.as_ref(), entry)),
         );
         Ok(Self {
             arguments: arguments
@@ -119,6 +175,27 @@ pub enum QemuArgsError {
         /// The address.
         iommu: PciAddress,
     },
+    /// A device of the host is not where `addr=` can put it.
+    #[error(
+        "endpoint {endpoint} is a device of the host and not on bus 00 of segment 0, the only bus \
+         whose number QEMU's q35 machine fixes; give it an address such as `address = \"00:10.0\"`"
+    )]
+    DeviceNotOnRootBus {
+        /// The address.
+        endpoint: PciAddress,
+    },
+    /// QEMU keeps a device to itself with type1.
+    #[error(
+        "with `host-iommu = \"type1\"` the daemon alone holds the devices of the host, and QEMU's \
+         vfio-pci cannot have them too; set `host-iommu = \"iommufd\"`"
+    )]
+    Type1,
+    /// A path that QEMU takes for two.
+    #[error("the path {path:?} of the table has a colon, where QEMU sees two paths; use another")]
+    Colon {
+        /// The path.
+        path: PathBuf,
+    },
     /// A path that cannot stand in an argument.
     #[error(
         "the path {path:?} is not UTF-8 or has a line break, so it cannot be printed as an \
@@ -145,14 +222,17 @@ fn slot(address: PciAddress) -> String {
     format!("{:02x}.{:x}", address.device(), address.function())
 }
 
-fn endpoint_note(config: &Config, entry: EndpointRange<'_>) -> String {
+fn endpoint_note(config: &Config, devices: Option<&Devices>, entry: EndpointRange<'_>) -> String {
     let (first, last) = (entry.range.first(), entry.range.last());
     let group = entry
         .info
         .group
         .and_then(|id| config.topology.group_name(id))
         .map_or_else(String::new, |name| format!(" (host group {name})"));
-    let place = if first.segment() != 0 {
+    let device = devices.and_then(|devices| devices.endpoint_note(first));
+    let place = if let Some(note) = device {
+        note
+    } else if first.segment() != 0 {
         "q35 has segment 0 only, so QEMU can put no device there".to_owned()
     } else if first.bus() != last.bus() {
         format!(
@@ -255,13 +335,117 @@ mod tests {
                 "socket = 'a'\nmemory = '2G'\naddress = '0001:00:05.0'",
                 "not on bus 00",
             ),
+            (
+                "socket = 'a'\nmemory = '2G'\naddress = '00:05.0'\nhost-iommu = 'type1'\n\
+                 [[endpoint]]\naddress = '00:10.0'\nvfio = '65:00.0'",
+                "set `host-iommu = \"iommufd\"`",
+            ),
         ] {
             let error = arguments(text).expect_err(text).to_string();
             assert!(error.contains(cure), "{error}");
         }
         let good = config("socket = 'a'\nmemory = '2G'\naddress = '00:05.0'");
-        let error = QemuArgs::new(&good, Path::new("two\nlines")).expect_err("a line break");
-        assert!(error.to_string().contains("use another"));
+        for path in ["two\nlines", "/run/vm:0.viot"] {
+            let error = QemuArgs::new(&good, Path::new(path)).expect_err(path);
+            assert!(error.to_string().contains("use another"), "{error}");
+        }
+    }
+
+    const DEVICES: &str = "socket = '/run/s'\nmemory = '2G'\naddress = '00:05.0'\n\
+         [[endpoint]]\naddress = '00:11.1'\nvfio = '66:00.1'\n\
+         [[endpoint]]\naddress = '00:11.0'\nvfio = '66:00.0'\n\
+         [[endpoint]]\naddress = '00:10.0'\nvfio = '0001:65:00.0'\n\
+         [[endpoint]]\naddress = '01:00.0'\nvfio = '67:00.0'\n\
+         [[endpoint]]\naddress = '0001:00:00.0'\nvfio = '68:00.0'\n";
+
+    #[test]
+    fn devices_of_the_host_come_before_the_iommu() {
+        let made = arguments(DEVICES).expect("arguments");
+        assert_eq!(
+            made.arguments[6..14],
+            [
+                "-object",
+                "iommufd,id=iommufd0,fd=3",
+                "-device",
+                "vfio-pci,id=vfio-00-10-0,fd=4,iommufd=iommufd0,addr=10.0",
+                "-device",
+                "vfio-pci,id=vfio-00-11-0,fd=5,iommufd=iommufd0,addr=11.0,multifunction=on",
+                "-device",
+                "vfio-pci,id=vfio-00-11-1,fd=6,iommufd=iommufd0,addr=11.1,multifunction=on",
+            ]
+        );
+        assert_eq!(
+            made.arguments[14..16],
+            ["-chardev", "socket,id=viommu,path=/run/s"]
+        );
+        let notes = made.notes.join("\n");
+        for part in [
+            "exec 3<>/dev/iommu",
+            "exec 4<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/0001:65:00.0/vfio-dev)",
+            "--iommufd-fd 3 --vfio-fd 0000:00:10.0=4 --vfio-fd 0000:00:11.0=5 \
+             --vfio-fd 0000:00:11.1=6 --vfio-fd 0000:01:00.0=7 --vfio-fd 0001:00:00.0=8",
+            "endpoint 0000:00:10.0: the host's device 0001:65:00.0, among the arguments",
+            "add `-device vfio-pci,id=vfio-01-00-0,fd=7,iommufd=iommufd0,addr=00.0`, on the bridge \
+             that the guest numbers as bus 01 and before",
+            "the host's device 0000:68:00.0, but q35 has segment 0 only",
+        ] {
+            assert!(notes.contains(part), "{part} in {notes}");
+        }
+    }
+
+    #[test]
+    fn descriptors_that_are_given_keep_their_numbers() {
+        let mut config = config(DEVICES);
+        let second = config.passthrough[1].endpoint;
+        config.descriptors.iommufd = Some(4);
+        config.descriptors.devices.insert(second, 20);
+        let made = QemuArgs::new(&config, Path::new("t")).expect("arguments");
+        let fds: Vec<_> = made
+            .arguments
+            .iter()
+            .filter_map(|text| text.split_once("fd=")?.1.split(',').next())
+            .collect();
+        assert_eq!(fds, ["4", "3", "20", "5"]);
+    }
+
+    #[test]
+    fn what_others_say_is_not_said_again() {
+        let text = "socket = 's'\nmemory = '1G'\naddress = '00:05.0'";
+        let beside = |line: &str| {
+            let others: Vec<_> = line.split_whitespace().map(OsString::from).collect();
+            let made = QemuArgs::beside(&config(text), Path::new("t"), &others).expect(line);
+            let own = made.arguments.len() - 6;
+            made.arguments[..own].join(" ")
+        };
+        let object = "-object memory-backend-memfd,id=mem0,size=1073741824,share=on";
+        for (line, own) in [
+            (
+                "-nodefaults",
+                format!("-machine q35,memory-backend=mem0 -m 1024M {object}"),
+            ),
+            (
+                "-M q35",
+                format!("-machine memory-backend=mem0 -m 1024M {object}"),
+            ),
+            (
+                "-M q35 -m 1G",
+                format!("-machine memory-backend=mem0 {object}"),
+            ),
+            ("-M q35,memory-backend=ram", String::new()),
+            ("-numa node,memdev=ram", "-machine q35".into()),
+        ] {
+            assert_eq!(beside(line), own, "{line}");
+        }
+        let unknown = config("socket = 's'\naddress = '00:05.0'");
+        let others = ["-M".into(), "q35,memory-backend=ram".into()];
+        QemuArgs::beside(&unknown, Path::new("t"), &others).expect("others bring the RAM");
+        QemuArgs::beside(&unknown, Path::new("t"), &[]).expect_err("no size");
+        let error = QemuArgs::beside(&config(DEVICES), Path::new("t"), &[]);
+        let error = error.expect_err("a device on another bus").to_string();
+        assert!(
+            error.contains("endpoint 0000:01:00.0 is a device"),
+            "{error}"
+        );
     }
 
     #[test]

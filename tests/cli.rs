@@ -223,6 +223,42 @@ fn qemu_args_are_arguments_and_nothing_else() {
 }
 
 #[test]
+fn qemu_args_name_the_descriptors_they_are_given() {
+    let text = format!("{GOOD}\n[[endpoint]]\naddress = \"00:02.0\"\nvfio = \"65:00.0\"\n");
+    let dir = files(&[("vm0.toml", &text)]);
+    let file = dir.path().join("vm0.toml");
+    let qemu_args = |options: &[&str]| {
+        let args = [&["qemu-args", file.to_str().expect("UTF-8")], options].concat();
+        run(&args)
+    };
+    for (options, iommufd, device) in [
+        (&[][..], 3, 4),
+        (&["--iommufd-fd", "4"], 4, 3),
+        (&["--iommufd-fd", "9", "--vfio-fd", "00:02.0=11"], 9, 11),
+    ] {
+        let printed = qemu_args(options);
+        assert_eq!(printed.status, Some(0), "{}", printed.stderr);
+        let lines: Vec<_> = printed.stdout.lines().collect();
+        let expected = [
+            "-object".to_owned(),
+            format!("iommufd,id=iommufd0,fd={iommufd}"),
+            "-device".to_owned(),
+            format!("vfio-pci,id=vfio-00-02-0,fd={device},iommufd=iommufd0,addr=02.0"),
+        ];
+        assert_eq!(lines[6..10], expected);
+        let note = format!("--iommufd-fd {iommufd} --vfio-fd 0000:00:02.0={device}");
+        assert!(printed.stderr.contains(&note), "{}", printed.stderr);
+    }
+    let refused = qemu_args(&["--vfio-fd", "00:02.0=11"]);
+    assert_eq!((refused.status, refused.stdout.as_str()), (Some(1), ""));
+    assert!(
+        refused.stderr.contains("--iommufd-fd"),
+        "{}",
+        refused.stderr
+    );
+}
+
+#[test]
 fn qemu_args_refuse_what_qemu_cannot_be_told() {
     let elsewhere = GOOD.replace("00:05.0", "01:05.0");
     let dir = files(&[("vm0.toml", &elsewhere)]);

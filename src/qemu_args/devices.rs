@@ -1,0 +1,135 @@
+//! Arguments and notes for the devices of the host.
+
+use std::collections::BTreeSet;
+use std::os::fd::RawFd;
+
+use super::{QemuArgsError, slot};
+use crate::config::{Config, HostIommu, Passthrough};
+use crate::topology::PciAddress;
+
+/// The first descriptor that no convention gives a meaning.
+const FIRST_FREE: RawFd = 3;
+
+/// The devices of a VM and the descriptors QEMU is told to find them at.
+#[derive(Debug)]
+pub(super) struct Devices {
+    iommufd: RawFd,
+    /// In ascending order of endpoint; at least one.
+    devices: Vec<(Passthrough, RawFd)>,
+}
+
+impl Devices {
+    /// `None` where the configuration has no device of the host. Descriptors that it does not give
+    /// get the lowest numbers free, from 3 on.
+    pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
+        if config.passthrough.is_empty() {
+            return Ok(None);
+        }
+        if config.host_iommu == HostIommu::Type1 {
+            return Err(QemuArgsError::Type1);
+        }
+        let given = &config.descriptors;
+        let taken: BTreeSet<RawFd> = given
+            .devices
+            .values()
+            .copied()
+            .chain(given.iommufd)
+            .collect();
+        let mut free = (FIRST_FREE..).filter(|fd| !taken.contains(fd));
+        let mut number = |given: Option<RawFd>| given.or_else(|| free.next()).unwrap_or(RawFd::MAX);
+        let iommufd = number(given.iommufd);
+        let devices = config
+            .passthrough
+            .iter()
+            .map(|device| {
+                let given = given.devices.get(&device.endpoint).copied();
+                (*device, number(given))
+            })
+            .collect();
+        Ok(Some(Self { iommufd, devices }))
+    }
+
+    /// The arguments, which must come before the IOMMU's: what the VMM binds and attaches first
+    /// is there when the guest's driver begins.
+    pub fn arguments(&self) -> Vec<(&'static str, String)> {
+        let iommufd = format!("iommufd,id=iommufd0,fd={}", self.iommufd);
+        let mut arguments = vec![("-object", iommufd)];
+        for (device, fd) in &self.devices {
+            if on_root_bus(device.endpoint) {
+                arguments.push(("-device", self.device(*device, *fd)));
+            }
+        }
+        arguments
+    }
+
+    /// What whoever starts QEMU has to do beyond giving arguments.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = vec![
+            "QEMU and the daemon must inherit the same open files, which `vhost-device-iommu launch` \
+             sees to; to do so by hand in bash, before both are started:"
+                .to_owned(),
+            format!("  exec {}<>/dev/iommu", self.iommufd),
+        ];
+        let mut daemon = format!("--iommufd-fd {}", self.iommufd);
+        for (device, fd) in &self.devices {
+            let (endpoint, host) = (device.endpoint, device.host);
+            notes.push(format!(
+                "  exec {fd}<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{host}/vfio-dev)"
+            ));
+            daemon.push_str(&format!(" --vfio-fd {endpoint}={fd}"));
+        }
+        notes.push(format!("  and start the daemon with {daemon}"));
+        notes
+    }
+
+    /// What to say of an endpoint, if it is a device of the host.
+    pub fn endpoint_note(&self, endpoint: PciAddress) -> Option<String> {
+        let at = self
+            .devices
+            .binary_search_by_key(&endpoint, |(device, _)| device.endpoint)
+            .ok()?;
+        let (device, fd) = self.devices.get(at)?;
+        let host = device.host;
+        Some(if on_root_bus(endpoint) {
+            format!("the host's device {host}, among the arguments")
+        } else if endpoint.segment() != 0 {
+            format!(
+                "the host's device {host}, but q35 has segment 0 only, so QEMU can put no device \
+                 there"
+            )
+        } else {
+            format!(
+                "the host's device {host}; add `-device {}`, on the bridge that the guest numbers \
+                 as bus {:02x} and before the IOMMU's -device",
+                self.device(*device, *fd),
+                endpoint.bus()
+            )
+        })
+    }
+
+    fn device(&self, device: Passthrough, fd: RawFd) -> String {
+        let endpoint = device.endpoint;
+        let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
+        let multifunction = self.devices.iter().any(|(other, _)| {
+            other.endpoint != endpoint && slot_of(other.endpoint) == slot_of(endpoint)
+        });
+        // QEMU refuses a device given by descriptor that has no name.
+        format!(
+            "vfio-pci,id=vfio-{:02x}-{:02x}-{},fd={fd},iommufd=iommufd0,addr={}{}",
+            endpoint.bus(),
+            endpoint.device(),
+            endpoint.function(),
+            slot(endpoint),
+            if multifunction {
+                ",multifunction=on"
+            } else {
+                ""
+            }
+        )
+    }
+}
+
+/// Whether `addr=` alone puts a device there.
+pub(super) fn on_root_bus(address: PciAddress) -> bool {
+    address.segment() == 0 && address.bus() == 0
+}
