@@ -2,6 +2,7 @@
 //!
 //! Imports nothing of this crate, so that the manual page can be made from it alone.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
@@ -39,6 +40,10 @@ pub struct RunArgs {
     /// Listen for the VMM on this inherited descriptor of a listening socket
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<i32>,
+
+    /// Write a line feed to this inherited descriptor, and close it, once the sockets listen
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
+    pub ready_fd: Option<i32>,
 
     /// Answer `ctl` on a socket made at this path
     #[arg(long, value_name = "PATH")]
@@ -150,6 +155,25 @@ pub enum Command {
         /// The descriptors that QEMU will inherit [default: 3 and up].
         #[command(flatten)]
         descriptors: DescriptorArgs,
+    },
+    /// Start the daemon and a VMM (QEMU 10.2 or later), and end them together
+    ///
+    /// The VMM's program and its own arguments stand after --, as in
+    /// `launch --config vm0.toml -- qemu-system-x86_64 -smp 4`.
+    ///
+    /// Opens the devices of the host for both, and adds to the VMM's arguments those that `qemu-args`
+    /// prints, without a machine type and RAM where they are given. The exit status is the VMM's, 128
+    /// and the number for a signal, or 1 where the daemon ended first.
+    Launch {
+        /// The configuration
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+        /// Write the VIOT table to this file and leave it there, instead of a file without a name
+        #[arg(long, value_name = "PATH")]
+        viot: Option<PathBuf>,
+        /// The VMM's program and its own arguments
+        #[arg(last = true, required = true, value_name = "VMM")]
+        vmm: Vec<OsString>,
     },
     /// Ask a running daemon
     Ctl {

@@ -7,6 +7,7 @@
 //! event queue <- device <- iommu::Fault
 //! args, file -> config -> topology -> iommu checks, PROBE answers, VIOT, QEMU arguments
 //! control socket <- control <- iommu, metrics
+//! launch -> this program as the daemon, and a VMM
 //! ```
 //!
 //! Who may import whom is written down and enforced in `tests/layering.rs`.
@@ -22,6 +23,7 @@ pub mod device;
 pub mod guest_memory;
 pub mod ids;
 pub mod iommu;
+pub mod launch;
 pub mod log_limit;
 pub mod metrics;
 pub mod page_table;
@@ -29,6 +31,7 @@ pub mod page_table;
 mod passthrough_tests;
 pub mod protocol;
 pub mod qemu_args;
+pub mod ready;
 pub mod signals;
 pub mod socket;
 pub mod topology;

@@ -1,18 +1,20 @@
 //! The `vhost-device-iommu` program: arguments in, exit status out.
 
 use std::error::Error;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question};
+use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs};
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::launch::{HostFiles, Launch};
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
+use vhost_device_iommu::ready::Ready;
 use vhost_device_iommu::signals;
 use vhost_device_iommu::topology::viot;
 
@@ -20,12 +22,12 @@ type Outcome = Result<(), Box<dyn Error>>;
 
 fn main() -> ExitCode {
     let outcome = if asks_for_capabilities() {
-        print_capabilities()
+        print_capabilities().map(|()| ExitCode::SUCCESS)
     } else {
         dispatch(&Args::parse())
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             // Nobody is left to tell where standard error is closed.
             let _ = writeln!(io::stderr(), "vhost-device-iommu: {error}");
@@ -49,9 +51,9 @@ fn print_capabilities() -> Outcome {
     print(&format!("{capabilities:#}\n"))
 }
 
-fn dispatch(args: &Args) -> Outcome {
-    match &args.command {
-        None => serve(&Config::try_from(&args.run)?),
+fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
+    let done = match &args.command {
+        None => serve(&args.run),
         Some(Command::Check { file }) => check(file),
         Some(Command::Viot { file, output }) => write_viot(file, output.as_deref()),
         Some(Command::QemuArgs {
@@ -65,17 +67,45 @@ fn dispatch(args: &Args) -> Outcome {
             json,
             question,
         }) => control(socket, question, *json),
-    }
+        Some(Command::Launch { config, viot, vmm }) => {
+            return launch(config, viot.as_deref(), vmm);
+        }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Serves one VM until told to stop.
-fn serve(config: &Config) -> Outcome {
+fn serve(args: &RunArgs) -> Outcome {
+    let config = Config::try_from(args)?;
+    let ready = Ready::adopt(args.ready_fd)?;
     // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
     let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
     env_logger::Builder::from_env(default_level).init();
-    let mut daemon = Daemon::new(config)?;
+    let mut daemon = Daemon::new(&config)?;
     signals::stop_on_signals(daemon.stop_handle())?;
+    if let Err(cause) = ready.tell() {
+        log::warn!("nobody could be told that the daemon is ready: {cause}");
+    }
     Ok(daemon.run()?)
+}
+
+/// Runs one VM, the daemon and the VMM, until it ends.
+fn launch(
+    config: &Path,
+    viot: Option<&Path>,
+    vmm: &[OsString],
+) -> Result<ExitCode, Box<dyn Error>> {
+    let daemon = std::env::current_exe().map_err(|cause| {
+        format!("cannot find this program, which is the daemon's too: {cause}; is /proc mounted?")
+    })?;
+    let launch = Launch {
+        config,
+        viot,
+        vmm,
+        daemon: &daemon,
+        host: &HostFiles::default(),
+    };
+    Ok(ExitCode::from(launch.run()?))
 }
 
 /// Asks a running daemon and prints its answer.

@@ -22,6 +22,17 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
+    /// The file of a socket that another process has made, to be removed should that not do it.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn of_another(path: &Path) -> io::Result<Self> {
+        Ok(Self {
+            path: path.to_owned(),
+            identity: identity(path)?,
+        })
+    }
+
     /// Removes the file, if it is still the one that was made.
     pub fn remove(&self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity)

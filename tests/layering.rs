@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 const LEVEL_ZERO: [&str; 4] = ["address", "ids", "metrics", "log_limit"];
 
 /// What each module may import besides.
-const ALLOWED: [(&str, &[&str]); 18] = [
+const ALLOWED: &[(&str, &[&str])] = &[
     ("address", &[]),
     ("ids", &[]),
     ("metrics", &[]),
@@ -41,10 +41,12 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("ctl", &["args"]),
     ("config", &["args", "topology"]),
     ("qemu_args", &["config", "topology"]),
+    ("launch", &["config", "qemu_args", "socket", "topology"]),
+    ("ready", &[]),
 ];
 
 /// Modules that put the others together and may import anything.
-const WIRING: [&str; 4] = ["daemon", "signals", "main", "passthrough_tests"];
+const WIRING: &[&str] = &["daemon", "signals", "main", "passthrough_tests"];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("src can be read") {
@@ -85,7 +87,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 #[test]
 fn modules_import_only_what_they_may() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let allowed: BTreeMap<&str, &[&str]> = ALLOWED.into_iter().collect();
+    let allowed: BTreeMap<&str, &[&str]> = ALLOWED.iter().copied().collect();
     let mut files = Vec::new();
     sources(&src, &mut files);
     assert!(files.len() > 20, "the sources were found");

@@ -147,6 +147,9 @@ impl Checker<'_> {
         if let Some(fd) = run.and_then(|args| args.fd) {
             self.take(&mut taken, fd, "--fd");
         }
+        if let Some(fd) = run.and_then(|args| args.ready_fd) {
+            self.take(&mut taken, fd, "--ready-fd");
+        }
         if let Some(fd) = given.iommufd_fd {
             self.take(&mut taken, fd, "--iommufd-fd");
             if host_iommu == HostIommu::Type1 {

@@ -804,6 +804,12 @@ fn descriptors_of_something_else_are_refused() {
         ),
         (
             iommufd,
+            "--ready-fd 4 --iommufd-fd 4",
+            "--iommufd-fd: descriptor 4 is given by --ready-fd already",
+            "its own",
+        ),
+        (
+            iommufd,
             "--iommufd-fd 7 --vfio-fd 00:10.0=7",
             "--vfio-fd: descriptor 7 is given by --iommufd-fd already",
             "its own",

@@ -1,0 +1,54 @@
+//! The VIOT table as a file that only the VMM sees.
+#![expect(unsafe_code, reason = "makes a memfd")]
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+
+/// A file without a name that holds a table. It is gone when nobody has it open any more.
+#[derive(Debug)]
+pub(super) struct TableFile(File);
+
+impl TableFile {
+    /// A file with `table` in it, closed in programs that are started unless it is passed on.
+    pub fn new(table: &[u8]) -> io::Result<Self> {
+        // SAFETY:
+        // - the name is a C string that outlives the call; the kernel copies it
+        let fd = unsafe { libc::memfd_create(c"viot".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY:
+        // - ownership: the call has just made the descriptor, and nobody else knows it
+        let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+        let mut file = File::from(owned);
+        file.write_all(table)?;
+        Ok(Self(file))
+    }
+
+    /// What a program calls the file that has inherited it.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+}
+
+impl AsRawFd for TableFile {
+    fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_can_be_read_from_its_start() {
+        let file = TableFile::new(b"VIOT and more").expect("made");
+        for _ in 0..2 {
+            let bytes = std::fs::read(file.path()).expect("read");
+            assert_eq!(bytes, b"VIOT and more");
+        }
+    }
+}

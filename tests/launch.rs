@@ -1,0 +1,544 @@
+//! `launch`: the daemon and a VMM, which is a shell script here, start and end together.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking, and numbers are small"
+)]
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use vhost_device_iommu::launch::{HostFiles, Launch};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+
+/// Arguments of the VMM's own, after which come those that are added.
+const OWN: [&str; 2] = ["-nodefaults", "own argument"];
+
+/// The VMM says that it is there, and who it is.
+const ARRIVE: &str = "echo $$ >vmm.new; mv vmm.new vmm.pid;";
+/// The VMM stays.
+const STAY: &str = "while :; do sleep 0.05; done";
+
+#[test]
+fn the_daemon_serves_before_the_vmm_starts() {
+    let place = Place::new();
+    let run = place.run(
+        &format!(
+            "printf '%s\\n' \"$@\" >args
+             for last; do :; done
+             cat \"${{last#file=}}\" >table
+             {PROGRAM} ctl control.sock status >status || exit 99
+             exit 7"
+        ),
+        &[],
+    );
+    assert_eq!(run.status.code(), Some(7), "{}", run.stderr);
+    let args = place.read("args");
+    let args: Vec<_> = args.lines().collect();
+    let printed = Command::new(PROGRAM)
+        .args(["qemu-args", "vm.toml"])
+        .current_dir(place.path(""))
+        .output()
+        .expect("it runs");
+    let printed = String::from_utf8(printed.stdout).expect("text");
+    let printed: Vec<_> = printed.lines().collect();
+    let (table, rest) = args.split_last().expect("arguments");
+    let added = [&OWN[..], &printed[..printed.len() - 1]].concat();
+    assert_eq!(rest, added);
+    assert!(table.starts_with("file=/proc/self/fd/"), "{table}");
+
+    let expected = Command::new(PROGRAM)
+        .args(["viot", "vm.toml"])
+        .current_dir(place.path(""))
+        .output()
+        .expect("it runs");
+    let table = fs::read(place.path("table")).expect("a table");
+    assert!(table.starts_with(b"VIOT"));
+    assert_eq!(table, expected.stdout);
+    assert!(place.read("status").contains("no VM is connected"));
+    place.assert_clean();
+}
+
+#[test]
+fn the_exit_status_is_the_vmms() {
+    let place = Place::new();
+    for (script, status) in [
+        ("exit 0", 0),
+        ("exit 255", 255),
+        ("kill -TERM $$", 143),
+        ("kill -KILL $$", 137),
+    ] {
+        let run = place.run(script, &[]);
+        assert_eq!(run.status.code(), Some(status), "{script}: {}", run.stderr);
+        place.assert_clean();
+    }
+}
+
+#[test]
+fn a_machine_and_ram_of_the_vmms_own_are_kept() {
+    let place = Place::new();
+    let script = "printf '%s\\n' \"$@\" >args";
+    let run = place.run(script, &["-M", "q35", "-m", "1G"]);
+    assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
+    let args = place.read("args").replace('\n', " ");
+    let memory = "-m 1G -machine memory-backend=mem0 -object memory-backend-memfd,id=mem0";
+    assert!(args.contains(memory), "{args}");
+}
+
+#[test]
+fn a_table_can_be_left_at_a_path() {
+    let place = Place::new();
+    let script = "for last; do :; done; [ \"$last\" = file=kept.viot ] && [ -s kept.viot ]";
+    let mut command = place.command();
+    command.args(["--viot", "kept.viot"]);
+    let run = finish(&mut place.with_vmm(command, script, &[]));
+    assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
+    assert!(place.path("kept.viot").exists());
+}
+
+#[test]
+fn signals_go_to_the_vmm_and_the_daemon_stays() {
+    for name in ["TERM", "INT", "HUP"] {
+        let place = Place::new();
+        let mut launched = place.launch(&format!(
+            "trap '{PROGRAM} ctl control.sock status >status; echo {name} >told; exit 9' {name}
+             {ARRIVE} {STAY}"
+        ));
+        let (vmm, daemon) = launched.children(&place);
+        assert_ne!(
+            group(vmm),
+            group(daemon),
+            "a terminal's signals are for the VMM"
+        );
+        send(name, launched.pid());
+        let run = launched.finish();
+        assert_eq!(run.status.code(), Some(9), "{name}: {}", run.stderr);
+        assert_eq!(place.read("told"), format!("{name}\n"));
+        assert!(place.read("status").contains("no VM is connected"));
+        assert!(!is_alive(daemon));
+        place.assert_clean();
+    }
+}
+
+#[test]
+fn ignored_signals_stay_ignored() {
+    let place = Place::new();
+    let script = "kill -HUP $PPID; kill -HUP $$; exit 5";
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", PROGRAM]);
+    command.args(["launch", "--config", "vm.toml"]);
+    command.current_dir(place.path(""));
+    let run = finish(&mut place.with_vmm(command, script, &[]));
+    assert_eq!(run.status.code(), Some(5), "{}", run.stderr);
+}
+
+#[test]
+fn the_vmm_does_not_outlive_the_daemon() {
+    let place = Place::new();
+    let mut launched = place.launch(&format!(
+        "trap 'echo told >told; exit 0' TERM; {ARRIVE} {STAY}"
+    ));
+    let (vmm, daemon) = launched.children(&place);
+    send("KILL", daemon);
+    let run = launched.finish();
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("the daemon ended (signal: 9"),
+        "{}",
+        run.stderr
+    );
+    assert_eq!(place.read("told"), "told\n");
+    assert!(!is_alive(vmm));
+    place.assert_clean();
+}
+
+#[test]
+fn a_vmm_that_does_not_end_is_killed() {
+    let place = Place::new();
+    let mut launched = place.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
+    let (vmm, daemon) = launched.children(&place);
+    send("TERM", daemon);
+    let run = launched.finish();
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("the daemon ended (exit status: 0)"),
+        "{}",
+        run.stderr
+    );
+    assert!(!is_alive(vmm));
+}
+
+#[test]
+fn a_daemon_that_is_told_too_is_no_error() {
+    let place = Place::new();
+    let mut launched = place.launch(&format!("trap 'sleep 0.3; exit 4' TERM; {ARRIVE} {STAY}"));
+    let (_, daemon) = launched.children(&place);
+    send("TERM", launched.pid());
+    send("TERM", daemon);
+    let run = launched.finish();
+    assert_eq!(run.status.code(), Some(4), "{}", run.stderr);
+    place.assert_clean();
+}
+
+#[test]
+fn nobody_outlives_the_launcher() {
+    let place = Place::new();
+    let mut launched = place.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
+    let (vmm, daemon) = launched.children(&place);
+    send("KILL", launched.pid());
+    launched.finish();
+    wait_for("the VMM and the daemon to end", || {
+        !is_alive(vmm) && !is_alive(daemon)
+    });
+    place.assert_clean();
+}
+
+#[test]
+fn a_daemon_that_refuses_to_start_speaks_for_itself() {
+    let place = Place::new();
+    place.write("control.sock", "no socket");
+    let run = place.run("echo started >started", &[]);
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("exists and is not a socket"),
+        "{}",
+        run.stderr
+    );
+    let said = run.stderr.matches("vhost-device-iommu: ").count();
+    assert_eq!(said, 1, "{}", run.stderr);
+    assert!(!place.path("started").exists());
+    assert!(!place.path("vm.sock").exists());
+}
+
+#[test]
+fn what_cannot_be_started_is_refused_with_the_cure() {
+    let place = Place::new();
+    let address = "address = '00:05.0'\n";
+    let device = "[[endpoint]]\naddress = '00:10.0'\nvfio = '7f:1f.7'\n";
+    let whole = format!("socket = 'vm.sock'\nmemory = '64M'\n{address}");
+    for (text, cure) in [
+        (address.to_owned(), "give `socket ="),
+        (format!("socket = 'vm.sock'\n{address}"), "give `memory ="),
+        (format!("{whole}granule = 5"), "vm.toml:4: granule: "),
+        (
+            format!("{whole}host-iommu = 'type1'\n{device}"),
+            "set `host-iommu =",
+        ),
+        // Whether this machine has an iommufd is not known.
+        (format!("{whole}{device}"), "vhost-device-iommu: "),
+    ] {
+        place.write("vm.toml", &text);
+        let run = place.run("echo started >started", &[]);
+        assert_eq!(run.status.code(), Some(1), "{text}: {}", run.stderr);
+        assert!(run.stderr.contains(cure), "{cure} in {}", run.stderr);
+        assert!(!place.path("started").exists());
+        place.assert_clean();
+    }
+
+    let place = Place::new();
+    let mut command = place.command();
+    command.args(["--", "/nonexistent/vmm", "-nodefaults"]);
+    let run = finish(&mut command);
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("cannot start /nonexistent/vmm"),
+        "{}",
+        run.stderr
+    );
+    place.assert_clean();
+
+    let mut command = place.command();
+    command.args(["--viot", "absent/vm.viot"]);
+    let run = finish(&mut place.with_vmm(command, "", &[]));
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("cannot write absent/vm.viot"),
+        "{}",
+        run.stderr
+    );
+
+    let run = finish(&mut place.command());
+    assert_eq!(run.status.code(), Some(2), "no VMM: {}", run.stderr);
+}
+
+/// Both inherit the same open files under the numbers they are told, and nothing else.
+#[test]
+fn devices_of_the_host_are_opened_once_for_both() {
+    let place = Place::new();
+    let device =
+        |number, name| format!("[[endpoint]]\naddress = '00:{number}.0'\nvfio = '{name}:00.0'\n");
+    let text = place.read("vm.toml") + &device("10", "65") + &device("11", "66");
+    place.write("vm.toml", &text);
+    place.write("host/dev/iommu", "");
+    for (host, node) in [("65", "vfio3"), ("66", "vfio1")] {
+        place.write(&format!("host/dev/vfio/devices/{node}"), "");
+        let sys = format!("host/sys/bus/pci/devices/0000:{host}:00.0/vfio-dev/{node}/dev");
+        place.write(&sys, "511:0");
+    }
+    let folder = place.0.path().display().to_string();
+    let list = |out: &str| {
+        format!(
+            "ls -l /proc/$$/fd >{folder}/{out}.files
+             printf '%s\\n' \"$@\" >{folder}/{out}.args\n"
+        )
+    };
+    // Whoever runs the tests may have left some open.
+    let pipes: Vec<_> = fs::read_dir("/proc/self/fd")
+        .expect("proc")
+        .filter_map(|entry| {
+            fs::read_link(entry.ok()?.path())
+                .ok()?
+                .into_os_string()
+                .into_string()
+                .ok()
+        })
+        .collect();
+    // Says that it is ready, and waits to be ended.
+    let daemon = place.path("daemon");
+    let script = format!(
+        "#!/bin/sh\n{}echo >/proc/$$/fd/$4\nexec sleep 100\n",
+        list("daemon")
+    );
+    place.write("daemon", &script);
+    fs::set_permissions(&daemon, fs::Permissions::from_mode(0o755)).expect("executable");
+
+    let launch = |viot: Option<&Path>| {
+        let vmm: Vec<OsString> = ["sh", "-c", &list("vmm"), "vmm"].map(OsString::from).into();
+        let launch = Launch {
+            config: &place.path("vm.toml"),
+            viot,
+            vmm: &vmm,
+            daemon: &daemon,
+            host: &HostFiles::below(place.path("host")),
+        };
+        launch.run()
+    };
+    let status = launch(None).expect("both start and end");
+    assert_eq!(status, 0);
+
+    let args = place.read("daemon.args");
+    let args: Vec<_> = args.lines().collect();
+    let config = place.path("vm.toml").display().to_string();
+    assert_eq!(
+        (args[0], args[1], args[2]),
+        ("--config", &*config, "--ready-fd")
+    );
+    assert_eq!(
+        (args[4], args[6], args[8]),
+        ("--iommufd-fd", "--vfio-fd", "--vfio-fd")
+    );
+    let iommufd = args[5];
+    let first = args[7].strip_prefix("0000:00:10.0=").expect("an endpoint");
+    let second = args[9].strip_prefix("0000:00:11.0=").expect("an endpoint");
+    assert_eq!(args.len(), 10);
+
+    let mut expected = vec![
+        format!("{iommufd}=/host/dev/iommu"),
+        format!("{first}=/host/dev/vfio/devices/vfio3"),
+        format!("{second}=/host/dev/vfio/devices/vfio1"),
+    ];
+    expected.sort();
+    for (who, ready) in [("daemon", args[3]), ("vmm", "")] {
+        let files = place.read(&format!("{who}.files"));
+        let files = files.lines().filter_map(|line| {
+            let (start, target) = line.split_once(" -> ")?;
+            let fd = start.rsplit(' ').next()?;
+            match target.strip_prefix(&folder) {
+                Some(inside) if inside.starts_with("/host/") => Some(format!("{fd}={inside}")),
+                Some(_) => None,
+                None => {
+                    let known = pipes.iter().any(|pipe| pipe == target);
+                    let other = target.starts_with("pipe:") && !known
+                        || target.starts_with("/memfd:") && who == "daemon";
+                    (other && fd != ready).then(|| line.to_owned())
+                }
+            }
+        });
+        let mut files: Vec<_> = files.collect();
+        files.sort_unstable();
+        assert_eq!(files, expected, "{who}");
+    }
+    let args = place.read("vmm.args");
+    let args: Vec<_> = args.lines().collect();
+    let expected = [
+        "-object".to_owned(),
+        format!("iommufd,id=iommufd0,fd={iommufd}"),
+        "-device".to_owned(),
+        format!("vfio-pci,id=vfio-00-10-0,fd={first},iommufd=iommufd0,addr=10.0"),
+        "-device".to_owned(),
+        format!("vfio-pci,id=vfio-00-11-0,fd={second},iommufd=iommufd0,addr=11.0"),
+        "-chardev".to_owned(),
+    ];
+    assert_eq!(args[6..13], expected);
+
+    fs::remove_file(place.path("host/dev/vfio/devices/vfio1")).expect("removed");
+    fs::remove_file(place.path("vmm.args")).expect("removed");
+    let error = launch(None).expect_err("a node is missing").to_string();
+    assert!(
+        error.contains("0000:66:00.0") && error.contains("check"),
+        "{error}"
+    );
+    assert!(!place.path("vmm.args").exists());
+}
+
+/// A directory with a configuration, in which all programs run.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(TempDir::new().expect("a directory"));
+        place.write(
+            "vm.toml",
+            "socket = 'vm.sock'\ncontrol = 'control.sock'\nmemory = '64M'\naddress = '00:05.0'\n",
+        );
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).expect(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        fs::write(path, text).expect("written");
+    }
+
+    /// `launch` without a VMM yet.
+    fn command(&self) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(["launch", "--config", "vm.toml"]);
+        command.current_dir(self.0.path());
+        command
+    }
+
+    /// With a VMM that runs `script`, and arguments that stand before those that are added.
+    fn with_vmm(&self, mut command: Command, script: &str, more: &[&str]) -> Command {
+        command.args(["--", "sh", "-c", script, "vmm"]);
+        command.args(if more.is_empty() { &OWN } else { more });
+        command
+    }
+
+    fn run(&self, script: &str, more: &[&str]) -> Run {
+        finish(&mut self.with_vmm(self.command(), script, more))
+    }
+
+    fn launch(&self, script: &str) -> Launched {
+        Launched::start(&mut self.with_vmm(self.command(), script, &[]))
+    }
+
+    /// No socket is left.
+    fn assert_clean(&self) {
+        for entry in fs::read_dir(self.0.path()).expect("entries") {
+            let entry = entry.expect("an entry");
+            let kind = entry.file_type().expect("a type");
+            assert!(!kind.is_socket(), "{:?} is left", entry.path());
+        }
+    }
+}
+
+/// A running `launch`.
+struct Launched(Option<Child>);
+
+impl Launched {
+    fn start(command: &mut Command) -> Self {
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn();
+        Self(Some(child.expect("it starts")))
+    }
+
+    fn pid(&self) -> u32 {
+        self.0.as_ref().expect("running").id()
+    }
+
+    /// The VMM and the daemon, once the VMM has said that it is there.
+    fn children(&self, place: &Place) -> (u32, u32) {
+        wait_for("the VMM", || place.path("vmm.pid").exists());
+        let vmm: u32 = place.read("vmm.pid").trim().parse().expect("a number");
+        let pid = self.pid();
+        let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let list = list.expect("the children's list");
+        let list: Vec<u32> = list
+            .split_whitespace()
+            .map(|text| text.parse().expect("a number"))
+            .collect();
+        assert_eq!(list.len(), 2, "{list:?}");
+        assert!(list.contains(&vmm), "{list:?}");
+        let daemon = list.into_iter().find(|&child| child != vmm);
+        (vmm, daemon.expect("the daemon"))
+    }
+
+    fn finish(&mut self) -> Run {
+        let child = self.0.take().expect("running");
+        let output = child.wait_with_output().expect("its end");
+        Run {
+            status: output.status,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+struct Run {
+    status: ExitStatus,
+    stderr: String,
+}
+
+fn finish(command: &mut Command) -> Run {
+    Launched::start(command).finish()
+}
+
+fn send(signal: &str, pid: u32) {
+    let done = Command::new("sh")
+        .args(["-c", &format!("kill -{signal} {pid}")])
+        .status();
+    assert!(done.expect("sh runs").success(), "{signal} to {pid}");
+}
+
+/// Neither gone nor a zombie.
+fn is_alive(pid: u32) -> bool {
+    stat(pid).is_some_and(|fields| fields[0] != "Z" && fields[0] != "X")
+}
+
+fn group(pid: u32) -> u32 {
+    stat(pid).expect("running")[2].parse().expect("a number")
+}
+
+/// What the kernel says of a process after its name: state, parent, group.
+fn stat(pid: u32) -> Option<Vec<String>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = text.rsplit_once(')')?;
+    Some(rest.split_whitespace().map(str::to_owned).collect())
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "waited too long for {what}");
+        sleep(Duration::from_millis(5));
+    }
+}
