@@ -7,22 +7,26 @@
 # root, no KVM. The last line is 'N passed, N failed', the sum over all suites; the exit status is 0 only if
 # nothing failed.
 #
-#   unit      format, lints, documentation, unit tests and every integration test that needs no VM
-#   hostile   a driver and a VMM that mean harm, against the daemon
-#   guest     stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
+#   unit         format, lints, documentation, unit tests and every integration test that needs no VM
+#   hostile      a driver and a VMM that mean harm, against the daemon
+#   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
+#   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
 #
-#   --list    print the suites' names, run nothing
-#   --quick   leave out what needs a VM: guest
+#   --list       print the suites' names, run nothing
+#   --quick      leave out what needs a VM: guest, passthrough
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
-#   VIOMMU_GUEST_KERNELS   the kernels of the guest suite, as for setup.sh --kernels
+#   VIOMMU_GUEST_KERNELS   the stock kernels of these two suites, as for setup.sh --kernels
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 
-ALL_SUITES="unit hostile guest"
+ALL_SUITES="unit hostile guest passthrough"
+NEED_VM="guest passthrough"
+# Seconds for all tests in one boot of L1.
+L1_LIMIT=1800
 
 passed=0 failed=0 broken=()
 
@@ -55,7 +59,7 @@ plain_tests() {
     for file in "$TREE"/tests/*.rs; do
         name=$(basename "$file" .rs)
         case $name in
-        guest | hostile | '*') ;;
+        guest | hostile | vfio_host | '*') ;;
         *) echo "--test=$name" ;;
         esac
     done
@@ -81,6 +85,22 @@ suite_hostile() {
 
 suite_guest() {
     step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored
+}
+
+# The test program runs in L1, a machine with the files of this one.
+suite_passthrough() {
+    local iommu program build=(cargo test --locked --test vfio_host --no-run)
+    step "passthrough: build" "${build[@]}"
+    # Built already: this only asks for the name.
+    program=$("${build[@]}" --message-format=json 2>/dev/null | grep '"name":"vfio_host"' |
+        sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1) || true
+    if [ -z "$program" ]; then
+        return
+    fi
+    for iommu in vtd amd; do
+        step "passthrough: $iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
+            --log "$LOGS/l1-$iommu-console.log" -- "$program" --ignored --test-threads=1
+    done
 }
 
 quick=no suites=()
@@ -116,8 +136,17 @@ mkdir -p "$LOGS"
 export CARGO_TERM_COLOR=never
 
 toolchain_ready
-if [ $quick = no ] && [[ " ${suites[*]} " == *" guest "* ]]; then
-    "$SCRIPTS/setup.sh" ${VIOMMU_GUEST_KERNELS:+--kernels "$VIOMMU_GUEST_KERNELS"} --print >"$LOGS/env"
+setup=()
+if [ $quick = no ]; then
+    for suite in "${suites[@]}"; do
+        case $suite in
+        guest) setup+=(--print) ;;
+        passthrough) setup+=(--print --host-kernel) ;;
+        esac
+    done
+fi
+if [ ${#setup[@]} -gt 0 ]; then
+    "$SCRIPTS/setup.sh" ${VIOMMU_GUEST_KERNELS:+--kernels "$VIOMMU_GUEST_KERNELS"} "${setup[@]}" >"$LOGS/env"
     set -a
     # shellcheck source=/dev/null
     . "$LOGS/env"
@@ -129,8 +158,8 @@ fi
 
 times=()
 for suite in "${suites[@]}"; do
-    if [ $quick = yes ] && [ "$suite" = guest ]; then
-        times+=("guest: left out by --quick")
+    if [ $quick = yes ] && [[ " $NEED_VM " == *" $suite "* ]]; then
+        times+=("$suite: left out by --quick")
         continue
     fi
     say "=== $suite"

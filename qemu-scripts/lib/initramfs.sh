@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Builds a guest's initramfs: busybox, the kernel's modules, the programs of guest/*.c and guest/init.
+# Builds the initramfs of a guest (busybox, the kernel's modules, the programs of guest/*.c and guest/init) and
+# of the L1 machine (busybox and l1/init).
 
 GUEST_CFLAGS="-std=gnu11 -O2 -Wall -Wextra -static"
 
@@ -17,14 +18,12 @@ guest_programs() {
     done
 }
 
-# initramfs KERNEL_DIR: sets INITRAMFS to the file, named after its parts and built unless it is there.
+# initramfs KERNEL_DIR: sets INITRAMFS to a guest's file, named after its parts and built unless it is there.
 initramfs() {
-    local kernel=$1 init=$SCRIPTS/guest/init key stage root name release
+    local kernel=$1 init=$SCRIPTS/guest/init key stage root release
     [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
     release=$(cat "$kernel/release")
-    # With their names: a program that only changes its name is another one too.
-    key=$(find "$CACHE/bin/busybox" "$kernel/modules" "$init" "$SCRIPTS/guest" "${BASH_SOURCE[0]}" -type f \
-        -exec sha256sum {} + 2>/dev/null | LC_ALL=C sort | sha256_of | cut -c 1-12) || true
+    key=$(initramfs_key "$kernel/modules" "$init" "$SCRIPTS/guest")
     INITRAMFS=$CACHE/initramfs/$release-$key.cpio
     if [ -e "$INITRAMFS" ]; then
         touch "$INITRAMFS"
@@ -33,8 +32,36 @@ initramfs() {
     say "building the initramfs of $release ..."
     stage=$(new_stage)
     root=$stage/root
-    mkdir -p "$root"/{bin,dev,proc,sys,run,tmp,etc,lib/modules/viommu}
+    mkdir -p "$root"/{bin,lib/modules/viommu}
     guest_programs "$root/bin"
+    cp "$kernel"/modules/* "$root/lib/modules/viommu/"
+    initramfs_pack "$stage" "$init"
+}
+
+# l1_initramfs: sets INITRAMFS to the file of the L1 machine, which goes with every kernel.
+l1_initramfs() {
+    local stage
+    INITRAMFS=$CACHE/initramfs/l1-$(initramfs_key "$SCRIPTS/l1/init").cpio
+    if [ -e "$INITRAMFS" ]; then
+        touch "$INITRAMFS"
+        return
+    fi
+    stage=$(new_stage)
+    mkdir -p "$stage/root/bin"
+    initramfs_pack "$stage" "$SCRIPTS/l1/init"
+}
+
+# initramfs_key PART...: the hash of what an initramfs is made of, busybox and this file included.
+initramfs_key() {
+    # With their names: a program that only changes its name is another one too.
+    find "$CACHE/bin/busybox" "$@" "${BASH_SOURCE[0]}" -type f -exec sha256sum {} + 2>/dev/null |
+        LC_ALL=C sort | sha256_of | cut -c 1-12 || true
+}
+
+# initramfs_pack STAGE INIT: STAGE/root with busybox and the program INIT becomes the file INITRAMFS.
+initramfs_pack() {
+    local stage=$1 init=$2 root=$1/root name
+    mkdir -p "$root"/{dev,proc,sys,run,tmp,etc}
     cp "$CACHE/bin/busybox" "$root/bin/busybox"
     "$CACHE/bin/busybox" --list | while read -r name; do
         # A guest program goes before an applet of its name.
@@ -42,7 +69,6 @@ initramfs() {
     done
     # `sh` and others are looked for here by habit.
     ln -s bin "$root/sbin"
-    cp "$kernel"/modules/* "$root/lib/modules/viommu/"
     cp "$init" "$root/init"
     chmod -R u=rwX,go=rX "$root"
     chmod 755 "$root/init"

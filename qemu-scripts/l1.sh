@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: qemu-scripts/l1.sh [OPTION]... [--] COMMAND [ARGUMENT]...
+#
+# Runs a command as root in an emulated machine with an IOMMU (L1) and ends with its exit status. The machine
+# has this machine's files, at their places; it may write everywhere, and what it wrote is gone afterwards. The
+# command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the present directory. Needs no
+# root and no KVM. Fetches and builds first what is missing (see setup.sh --host-kernel).
+#
+#   --iommu KIND    vtd (default), vtd-scalable (first-stage tables) or amd
+#   --memory SIZE   default: 3G
+#   --cpus N        default: 2
+#   --timeout S     the machine is stopped after so many seconds, status 124; default: 900
+#   --device ARG    one more -device for its QEMU; repeatable
+#   --append ARGS   more for its kernel's command line
+#   --log FILE      its kernel's messages go there, and stay. Otherwise they stay where the command fails
+#
+# All of these are bound to vfio-pci; the command finds their addresses in its environment:
+#   VIOMMU_EDU      four edu devices, each in an IOMMU group of its own
+#   VIOMMU_EDU_PAIR two more behind one PCI bridge, in one group
+#   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty where QEMU has no such device
+#   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
+#   VIOMMU_L1       vtd, vtd-scalable or amd
+
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+
+# Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem.
+VFIO_IDS=1234:11e8,1b36:0005,1af4:1110
+EDU=(10.0 11.0 12.0 13.0)
+BRIDGE=18.0
+TESTDEV=(15.0 16.0)
+IVSHMEM=17.0
+
+iommu=vtd memory=3G cpus=2 limit=900 append='' log='' devices=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --iommu | --memory | --cpus | --timeout | --device | --append | --log)
+        [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
+        case $1 in
+        --iommu) iommu=$2 ;;
+        --memory) memory=$2 ;;
+        --cpus) cpus=$2 ;;
+        --timeout) limit=$2 ;;
+        --device) devices+=(-device "$2") ;;
+        --append) append=$2 ;;
+        --log) log=$2 ;;
+        esac
+        shift
+        ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --)
+        shift
+        break
+        ;;
+    -*) die "unknown option '$1': see $0 --help" ;;
+    *) break ;;
+    esac
+    shift
+done
+[ $# -gt 0 ] || die "no command: see $0 --help"
+
+case $iommu in
+vtd)
+    iommu_device=intel-iommu,intremap=on,aw-bits=48
+    iommu_append="intel_iommu=on,sm_off"
+    ;;
+vtd-scalable)
+    iommu_device=intel-iommu,intremap=on,scalable-mode=on,fsts=on
+    iommu_append="intel_iommu=on,sm_on"
+    ;;
+amd)
+    iommu_device=amd-iommu,dma-remap=on,intremap=on
+    iommu_append=
+    # QEMU has its IOAPIC at 00:14.0, and says so; Linux wants to find the south bridge there, or at least a
+    # device that is of its class, before it turns interrupt remapping on.
+    devices+=(-blockdev "null-co,node-name=none,size=512"
+        -device "virtio-blk-pci,drive=none,addr=14.0,class=0x0601")
+    ;;
+*) die "there is no IOMMU '$iommu'; there is: vtd, vtd-scalable, amd" ;;
+esac
+
+if [ -z "${VIOMMU_HOST_KERNEL:-}" ]; then
+    setup=$("$SCRIPTS/setup.sh" --host-kernel --print)
+    set -a
+    eval "$setup"
+    set +a
+fi
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-l1-XXXXXX")
+work=$(readlink -f "$work")
+qemu=''
+# shellcheck disable=SC2317 # called by the trap
+stop() {
+    if [ -n "$qemu" ]; then
+        # timeout hands it on.
+        kill "$qemu" 2>/dev/null || true
+        wait "$qemu" 2>/dev/null || true
+    fi
+    rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+case $work in
+*' '*) die "the temporary directory '$work' has a blank in its name: set TMPDIR to another one" ;;
+/dev/* | /proc/* | /run/* | /sys/*) die "the temporary directory '$work' is not visible in L1: set TMPDIR to one outside /dev, /proc, /run and /sys" ;;
+esac
+console=${log:-$work/console}
+
+full() {
+    printf '0000:00:%s ' "$@" | sed 's/ $//'
+}
+export VIOMMU_L1=$iommu
+VIOMMU_EDU=$(full "${EDU[@]}")
+# The one bus that is not the root.
+VIOMMU_EDU_PAIR="0000:01:01.0 0000:01:02.0"
+VIOMMU_TESTDEV=
+VIOMMU_IVSHMEM=$(full $IVSHMEM)
+export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_TESTDEV VIOMMU_IVSHMEM
+# Every address the devices are given can be used.
+edu=edu,dma_mask=0xffffffffffffffff
+for at in "${EDU[@]}"; do
+    devices+=(-device "$edu,addr=$at")
+done
+# shellcheck disable=SC2054 # the commas are QEMU's
+devices+=(-device "pcie-pci-bridge,id=pair,addr=$BRIDGE"
+    -device "$edu,bus=pair,addr=1.0" -device "$edu,bus=pair,addr=2.0"
+    -object memory-backend-memfd,id=peer,size=1M,share=on
+    -device "ivshmem-plain,memdev=peer,addr=$IVSHMEM")
+# shellcheck disable=SC2153 # set up by setup.sh
+if grep -q '"iommu-testdev"' <<<"$("$VIOMMU_QEMU" -device help 2>/dev/null)"; then
+    VIOMMU_TESTDEV=$(full "${TESTDEV[@]}")
+    for at in "${TESTDEV[@]}"; do
+        devices+=(-device "iommu-testdev,addr=$at")
+    done
+fi
+
+# What runs in L1. Not on the kernel's command line, whose length and quoting have limits.
+{
+    for name in $(compgen -e); do
+        case $name in
+        PATH | HOME | LANG | LC_* | VIOMMU_* | RUST_*) printf 'export %s=%q\n' "$name" "${!name}" ;;
+        esac
+    done
+    printf 'unset TMPDIR\ncd %q || exit 127\nexec' "$PWD"
+    printf ' %q' "$@"
+    echo
+} >"$work/run"
+: >"$work/status"
+: >"$console"
+# An input that never ends: at its end QEMU would take the output for closed as well.
+mkfifo "$work/idle"
+
+# Of the serial ports only the console: L1 has its files and its output through virtio. Devices of QEMU's own
+# that do not ask for the IOMMU do not meet it.
+timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
+    -machine q35 -accel tcg,thread=multi -cpu max -smp "$cpus" -m "$memory" \
+    -device "$iommu_device" \
+    -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
+    -device virtio-serial-pci,max_ports=4 \
+    -chardev stdio,id=output,signal=off -device virtserialport,chardev=output,name=output \
+    -chardev "file,id=status,path=$work/status" -device virtserialport,chardev=status,name=status \
+    -chardev "file,id=console,path=$console" -serial chardev:console \
+    "${devices[@]}" \
+    -kernel "$VIOMMU_HOST_KERNEL" -initrd "$VIOMMU_L1_INITRAMFS" \
+    -append "console=ttyS0 panic=-1 tsc=reliable $iommu_append vfio-pci.ids=$VFIO_IDS l1.run=$work/run $append" \
+    <>"$work/idle" 2>"$work/qemu" &
+qemu=$!
+ended=0
+wait "$qemu" || ended=$?
+qemu=
+
+status=$(tr -d '\r\n' <"$work/status")
+# Not the command's own status: it did not get so far, or not to its end.
+case $ended:$status in
+0:[0-9]*) ;;
+124:* | 137:*)
+    say "L1 was stopped after $limit s"
+    status=124
+    ;;
+*)
+    say "L1 ended before its command did (QEMU's status is $ended; init says: ${status:-nothing})"
+    cat "$work/qemu" >&2
+    tail -n 20 "$console" >&2
+    status=125
+    ;;
+esac
+if [ "$status" != 0 ]; then
+    if [ -z "$log" ]; then
+        log=$(mktemp "${TMPDIR:-/tmp}/viommu-l1-console-XXXXXX")
+        cp "$console" "$log"
+    fi
+    say "the messages of L1's kernel: $log"
+fi
+exit "$status"

@@ -1,0 +1,101 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# shellcheck disable=SC2034 # some names are for those that source this
+#
+# The kernel of the L1 machine, built from Debian's kernel source with l1/kernel.config: stock kernels have no
+# iommufd. Of the machine it uses the C compiler and its binutils, everything else is Debian's, run in place.
+
+HOST_KERNEL_TOOLS="flex bison m4 bc make xz-utils"
+
+# host_kernel_source: the newest kernel source package the archive has, iommufd as it is here begins with 7.
+host_kernel_source() {
+    apt-cache pkgnames linux-source- | grep -xE 'linux-source-([7-9]|[1-9][0-9])\.[0-9]+' | sort -V | tail -n 1
+}
+
+# host_kernel_config TREE OUT MAKE...: OUT/.config from l1/kernel.config, all of it and nothing else.
+host_kernel_config() {
+    local tree=$1 out=$2 lost
+    shift 2
+    "$@" -C "$tree" O="$out" KCONFIG_ALLCONFIG="$SCRIPTS/l1/kernel.config" allnoconfig >"$out/log" 2>&1 ||
+        { tail -n 20 "$out/log" >&2; die "cannot configure the kernel (output above)"; }
+    lost=$(grep '^CONFIG_' "$SCRIPTS/l1/kernel.config" | grep -vxFf "$out/.config" | tr '\n' ' ') || true
+    [ -z "$lost" ] || die "this kernel does not take these lines of qemu-scripts/l1/kernel.config: $lost"
+}
+
+# host_kernel_build DEBS STAGE: STAGE/{vmlinuz,config,release} from the source package in DEBS.
+host_kernel_build() {
+    local debs=$1 stage=$2 sysroot=$CACHE/sysroot/kernel-tools tree begun next pid name
+    local bin=$stage/bin out=$stage/out
+    mkdir -p "$bin" "$stage/source" "$out"
+    for name in flex bison m4 bc make xz; do
+        in_sysroot_wrapper "$sysroot" "/usr/bin/$name" "export M4=$bin/m4 BISON_PKGDATADIR=\$S/usr/share/bison" >"$bin/$name"
+        chmod 755 "$bin/$name"
+    done
+    say "unpacking the kernel's source ..."
+    dpkg-deb -x "$debs"/linux-source-*.deb "$stage/source"
+    "$bin/xz" -dc "$stage"/source/usr/src/linux-source-*.tar.xz | tar -C "$stage/source" -x
+    tree=$(find "$stage/source" -mindepth 1 -maxdepth 1 -type d -name 'linux-source-*')
+    # Without objtool, as on 32 bits: it would need libelf, and nothing that is on needs it.
+    sed -i '/select HAVE_OBJTOOL[[:space:]]/d' "$tree/arch/x86/Kconfig"
+    # The same bits on every machine.
+    local make=(env "PATH=$bin:$PATH" KBUILD_BUILD_TIMESTAMP=1970-01-01 KBUILD_BUILD_USER=viommu
+        KBUILD_BUILD_HOST=viommu "$bin/make" CC=cc HOSTCC=cc)
+    host_kernel_config "$tree" "$out" "${make[@]}"
+    say "compiling the kernel, about 6 minutes on two processors ..."
+    begun=$SECONDS next=$((SECONDS + 30))
+    "${make[@]}" -C "$tree" O="$out" "-j$(nproc)" bzImage >"$out/log" 2>&1 &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        if [ $SECONDS -ge $next ]; then
+            say "    $(grep -cE '^  (CC|AS) ' "$out/log") files compiled, $((SECONDS - begun)) s"
+            next=$((SECONDS + 30))
+        fi
+    done
+    wait "$pid" || {
+        grep -B 2 -A 10 -E 'rror:|\*\*\*' "$out/log" | head -n 40 >&2
+        die "the kernel does not compile (output above)"
+    }
+    cp "$out/arch/x86/boot/bzImage" "$stage/vmlinuz"
+    cp "$out/.config" "$stage/config"
+    cp "$out/include/config/kernel.release" "$stage/release"
+    # Made like a stock kernel's directory, so that initramfs() takes it too.
+    mkdir "$stage/modules"
+    : >"$stage/modules/load-order"
+    rm -rf "$stage/source" "$out" "$bin"
+}
+
+# host_kernel_there: sets HOST_KERNEL_DIR; false where it has not been built yet.
+host_kernel_there() {
+    # Not of the archive's newest version: what is there is used, without asking the network.
+    HOST_KERNEL_DIR=$CACHE/kernels/l1-$({
+        grep '^CONFIG_' "$SCRIPTS/l1/kernel.config"
+        declare -f host_kernel_build host_kernel_config
+    } | sha256_of | cut -c 1-12)
+    [ -e "$HOST_KERNEL_DIR/versions" ]
+}
+
+# host_kernel_ready: the same, and builds it.
+host_kernel_ready() {
+    local package debs stage
+    ! host_kernel_there || return 0
+    if [ ! -e "$CACHE/sysroot/kernel-tools/versions" ]; then
+        say "downloading what compiles a kernel (about 10 MB) ..."
+        # shellcheck disable=SC2086 # a list
+        apt_sysroot "$CACHE/sysroot/kernel-tools" trixie $HOST_KERNEL_TOOLS
+    fi
+    debs=$CACHE/kernels/debs/source
+    if [ ! -e "$debs/complete" ]; then
+        apt_lists_ready
+        package=$(host_kernel_source)
+        [ -n "$package" ] || die "there is no linux-source-7 or newer in $APT_SUITES: VIOMMU_MIRROR may name a mirror that has"
+        say "downloading $package (about 170 MB) ..."
+        rm -rf "$debs"
+        apt_exactly "$debs" "$package"
+        : >"$debs/complete"
+    fi
+    stage=$(new_stage)
+    host_kernel_build "$debs" "$stage"
+    apt_versions "$debs" >"$stage/versions"
+    publish "$stage" "$HOST_KERNEL_DIR"
+}

@@ -1,0 +1,79 @@
+//! The daemon on a host with VFIO and a physical IOMMU: an emulated machine with an emulated one (L1).
+//!
+//! `qemu-scripts/l1.sh` runs this program there, as root, and tells it through its environment which
+//! devices there are. All of them are bound to vfio-pci.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking"
+)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// The words of an environment variable that `l1.sh` sets.
+fn words(name: &str) -> Vec<String> {
+    std::env::var(name)
+        .unwrap_or_else(|_| panic!("{name} is not set; run `qemu-scripts/test.sh passthrough`"))
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect()
+}
+
+/// A path of a PCI function in sysfs.
+fn of(function: &str, entry: &str) -> String {
+    format!("/sys/bus/pci/devices/{function}/{entry}")
+}
+
+/// The last part of where a symbolic link leads.
+fn link(path: &str) -> String {
+    let target = fs::read_link(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    target.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+/// The machine has what the other tests need.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn the_machine_is_as_expected() {
+    let alone = [
+        words("VIOMMU_EDU"),
+        words("VIOMMU_TESTDEV"),
+        words("VIOMMU_IVSHMEM"),
+    ]
+    .concat();
+    let pair = words("VIOMMU_EDU_PAIR");
+    assert_eq!((words("VIOMMU_EDU").len(), pair.len()), (4, 2));
+
+    for node in ["/dev/iommu", "/dev/vfio/vfio"] {
+        assert!(Path::new(node).exists(), "{node}");
+    }
+    for function in alone.iter().chain(&pair) {
+        assert_eq!(link(&of(function, "driver")), "vfio-pci", "{function}");
+        let group = link(&of(function, "iommu_group"));
+        assert!(Path::new("/dev/vfio").join(&group).exists(), "{function}");
+        let nodes: Vec<_> = fs::read_dir(of(function, "vfio-dev"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(nodes.len(), 1, "{function}");
+        assert!(Path::new("/dev/vfio/devices").join(&nodes[0]).exists());
+    }
+    let group = |function: &String| link(&of(function, "iommu_group"));
+    assert_eq!(group(&pair[0]), group(&pair[1]));
+    let groups: BTreeSet<_> = alone.iter().chain(&pair[..1]).map(group).collect();
+    assert_eq!(groups.len(), alone.len() + 1, "{groups:?}");
+
+    let dmesg = std::process::Command::new("dmesg").output().unwrap();
+    let messages = String::from_utf8_lossy(&dmesg.stdout).into_owned();
+    let remapping = match words("VIOMMU_L1")[0].as_str() {
+        "amd" => "AMD-Vi: Interrupt remapping enabled",
+        _ => "DMAR-IR: Enabled IRQ remapping",
+    };
+    assert!(
+        messages.contains(remapping),
+        "no `{remapping}` in the kernel's log"
+    );
+}
