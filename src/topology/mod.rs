@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod groups;
+pub mod host;
 pub mod pci;
 pub mod reserved;
 pub mod viot;

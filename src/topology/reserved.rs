@@ -84,6 +84,13 @@ impl ReservedRegions {
         Ok(Self { sorted: regions })
     }
 
+    /// The set of regions that are sorted and disjoint already, with one MSI region at most, and no
+    /// more than [`MAX_RESERVED_REGIONS`].
+    pub(super) fn from_disjoint(sorted: Vec<ReservedRegion>) -> Self {
+        debug_assert!(Self::new(sorted.clone()).is_ok());
+        Self { sorted }
+    }
+
     /// These regions together with `more`.
     ///
     /// # Errors

@@ -1,0 +1,543 @@
+//! PCI bridges and access control services (ACS), as far as they decide who can be kept apart.
+//!
+//! The kernel has decided already, and its groups are what counts. This explains them, from what
+//! the functions say of themselves in their configuration space. The kernel also knows devices
+//! that behave better or worse than they say; such a group stays without explanation.
+
+use std::fmt;
+use std::path::Path;
+
+use super::read::{printable, read_bytes};
+
+/// All that is readable without privileges: the header, but no capabilities beyond it.
+const HEADER: usize = 64;
+/// Where extended capabilities begin.
+const EXTENDED: usize = 0x100;
+
+const STATUS: usize = 0x06;
+const STATUS_CAPABILITIES: u16 = 0x10;
+const HEADER_TYPE: usize = 0x0e;
+const MULTI_FUNCTION: u8 = 0x80;
+const BRIDGE_HEADER: u8 = 1;
+const CAPABILITIES: usize = 0x34;
+const CAPABILITY_EXPRESS: u8 = 0x10;
+const EXTENDED_ACS: u16 = 0x000d;
+
+/// What ACS must do for the kernel to keep two functions apart.
+const ACS_NAMES: [(u16, &str); 4] = [
+    (0x01, "source validation"),
+    (0x04, "request redirect"),
+    (0x08, "completion redirect"),
+    (0x10, "upstream forwarding"),
+];
+
+/// What kind of PCI function something is, by its PCI Express capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Port {
+    /// Its configuration space could not be read far enough.
+    Unknown,
+    /// A device: PCI Express, integrated into the root complex, or conventional.
+    Device,
+    /// A root port.
+    Root,
+    /// The upstream port of a switch.
+    Upstream,
+    /// A downstream port of a switch.
+    Downstream,
+    /// A bridge from PCI Express to conventional PCI.
+    ToConventional,
+    /// A bridge that is itself conventional PCI, or one back to PCI Express.
+    Conventional,
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unknown => "function",
+            Self::Device => "device",
+            Self::Root => "root port",
+            Self::Upstream => "switch upstream port",
+            Self::Downstream => "switch downstream port",
+            Self::ToConventional => "PCI Express to PCI bridge",
+            Self::Conventional => "conventional PCI bridge",
+        })
+    }
+}
+
+/// The access control services of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acs {
+    /// Its configuration space could not be read far enough.
+    Unknown,
+    /// It has none.
+    Missing,
+    /// It has some, a bit each as in the ACS capability register.
+    Present {
+        /// Those that can be switched.
+        supported: u16,
+        /// Those that are on.
+        enabled: u16,
+    },
+}
+
+impl Acs {
+    /// The services that are wanted, can be switched on and are off; `None` where that is unknown.
+    fn lacking(self) -> Option<Vec<&'static str>> {
+        let (supported, enabled) = match self {
+            Self::Unknown => return None,
+            Self::Missing => (u16::MAX, 0),
+            Self::Present { supported, enabled } => (supported, enabled),
+        };
+        let off = |bit: u16| supported & bit != 0 && enabled & bit == 0;
+        let lacking = ACS_NAMES.iter().filter(|(bit, _)| off(*bit));
+        Some(lacking.map(|(_, name)| *name).collect())
+    }
+}
+
+impl fmt::Display for Acs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self, self.lacking()) {
+            (Self::Unknown, _) | (_, None) => f.write_str("ACS unknown"),
+            (Self::Missing, _) => f.write_str("no ACS"),
+            (_, Some(lacking)) if lacking.is_empty() => f.write_str("ACS on"),
+            (_, Some(lacking)) => write!(f, "ACS without {}", lacking.join(", ")),
+        }
+    }
+}
+
+/// A PCI function, as its configuration space shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciFunction {
+    /// Its name in sysfs: `segment:bus:device.function`. The segment may have more digits than a
+    /// guest's can.
+    pub name: String,
+    /// Its kind.
+    pub port: Port,
+    /// Whether the device has more functions than this.
+    pub multi_function: bool,
+    /// Its access control services.
+    pub acs: Acs,
+}
+
+impl PciFunction {
+    /// The function in a folder of sysfs.
+    pub(super) fn read(folder: &Path) -> Self {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        let config = read_bytes(&folder.join("config")).unwrap_or_default();
+        Self::parse(&printable(&name), &config)
+    }
+
+    /// The function `name` with the `config` space, which may hold anything and be of any length.
+    pub fn parse(name: &str, config: &[u8]) -> Self {
+        // Only function 0 has to say that there are others.
+        let function_zero = name.ends_with(".0");
+        let header_type = config.get(HEADER_TYPE).copied().unwrap_or(0);
+        let port = port(config, header_type);
+        Self {
+            name: name.to_owned(),
+            port,
+            multi_function: !function_zero || header_type & MULTI_FUNCTION != 0,
+            acs: acs(config, port),
+        }
+    }
+
+    /// Whether what lies on different sides of it is kept apart; `None` where it cannot be told.
+    pub fn isolates(&self) -> Option<bool> {
+        let by_acs = || Some(self.acs.lacking()?.is_empty());
+        match self.port {
+            Port::Unknown => None,
+            Port::ToConventional | Port::Conventional => Some(false),
+            Port::Root | Port::Downstream => by_acs(),
+            Port::Device | Port::Upstream if self.multi_function => by_acs(),
+            Port::Device | Port::Upstream => Some(true),
+        }
+    }
+
+    fn is_port(&self) -> bool {
+        matches!(self.port, Port::Root | Port::Upstream | Port::Downstream)
+    }
+
+    fn is_conventional_bridge(&self) -> bool {
+        matches!(self.port, Port::Conventional | Port::ToConventional)
+    }
+
+    /// The device it is a function of: the name without the function.
+    fn device(&self) -> &str {
+        self.name
+            .rsplit_once('.')
+            .map_or(&self.name, |(device, _)| device)
+    }
+}
+
+impl fmt::Display for PciFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.port, self.name)?;
+        if self.is_port() {
+            write!(f, " ({})", self.acs)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a function is: the bridges above it, the one next to the root first, and itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciPlace {
+    /// The name of the host bridge, such as `pci0000:00`.
+    pub host_bridge: Option<String>,
+    /// The bridges between the host bridge and the function.
+    pub bridges: Vec<PciFunction>,
+    /// The function.
+    pub function: PciFunction,
+}
+
+impl PciPlace {
+    /// The bridges and the function.
+    fn chain(&self) -> impl Iterator<Item = &PciFunction> {
+        self.bridges.iter().chain([&self.function])
+    }
+}
+
+/// Why the host cannot keep two functions apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Both are behind, or one of them is, a conventional bridge: it puts its own name on what
+    /// passes it.
+    BehindBridge(PciFunction),
+    /// A port on the way lets functions reach each other without passing the IOMMU.
+    Port(PciFunction),
+    /// They are functions of one device, which may let them reach each other inside.
+    Functions {
+        /// The device: the name of a function without the function.
+        device: String,
+    },
+    /// The configuration space is readable to its first 64 bytes only.
+    Unreadable,
+    /// Nothing the functions say of themselves explains it.
+    Unexplained,
+}
+
+impl Shared {
+    /// Why `a` and `b`, members of one group, are in one group.
+    pub fn between(a: &PciPlace, b: &PciPlace) -> Self {
+        let common: Vec<_> = a
+            .chain()
+            .zip(b.chain())
+            .take_while(|(a, b)| a.name == b.name)
+            .map(|(a, _)| a)
+            .collect();
+        if let Some(bridge) = common.iter().find(|f| f.is_conventional_bridge()) {
+            return Self::BehindBridge((*bridge).clone());
+        }
+        let alone = || {
+            a.chain()
+                .chain(b.chain())
+                .skip_while(|f| common.contains(f))
+        };
+        let leaks = |f: &&PciFunction| f.is_port() && f.isolates() == Some(false);
+        let same_device = a
+            .chain()
+            .zip(b.chain())
+            .find(|(a, b)| a.name != b.name && a.device() == b.device());
+        // Nearest to the two first: it would have to be cured first.
+        if let Some(port) = common.iter().rev().copied().find(leaks) {
+            return Self::Port(port.clone());
+        }
+        if let Some(port) = alone().find(leaks) {
+            return Self::Port(port.clone());
+        }
+        if let Some((one, other)) = same_device
+            && (one.isolates() == Some(false) || other.isolates() == Some(false))
+        {
+            return Self::Functions {
+                device: one.device().to_owned(),
+            };
+        }
+        if let Some(bridge) = alone().find(|f| f.is_conventional_bridge()) {
+            return Self::BehindBridge(bridge.clone());
+        }
+        if a.chain().chain(b.chain()).any(|f| f.isolates().is_none()) {
+            Self::Unreadable
+        } else {
+            Self::Unexplained
+        }
+    }
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BehindBridge(bridge) => {
+                let PciFunction { name, port, .. } = bridge;
+                write!(
+                    f,
+                    "because of the {port} {name}: what is behind it has its name"
+                )
+            }
+            Self::Port(function) => {
+                let PciFunction { name, port, .. } = function;
+                match function.acs.lacking() {
+                    Some(lacking) if function.acs != Acs::Missing => write!(
+                        f,
+                        "because the ACS of the {port} {name} has {} off",
+                        lacking.join(", ")
+                    ),
+                    _ => write!(f, "because the {port} {name} has no ACS"),
+                }
+            }
+            Self::Functions { device } => write!(
+                f,
+                "because they are functions of the device {device}, which has no ACS between them"
+            ),
+            Self::Unreadable => f.write_str(
+                "for a reason that only root can read (the PCI configuration space beyond byte 64)",
+            ),
+            Self::Unexplained => f.write_str(
+                "for a reason the devices do not show (the kernel knows some devices better)",
+            ),
+        }
+    }
+}
+
+fn word(config: &[u8], at: usize) -> Option<u16> {
+    let bytes = config.get(at..at.checked_add(2)?)?;
+    Some(u16::from_le_bytes(bytes.try_into().ok()?))
+}
+
+fn port(config: &[u8], header_type: u8) -> Port {
+    let Some(status) = word(config, STATUS).filter(|_| config.len() >= HEADER) else {
+        return Port::Unknown;
+    };
+    let is_bridge = header_type & !MULTI_FUNCTION == BRIDGE_HEADER;
+    let plain = if is_bridge {
+        Port::Conventional
+    } else {
+        Port::Device
+    };
+    if status & STATUS_CAPABILITIES == 0 {
+        return plain;
+    }
+    if config.len() <= HEADER {
+        return Port::Unknown;
+    }
+    match express_capability(config) {
+        None => plain,
+        // The port's kind is in bits 7:4 of the capability's second word.
+        Some(flags) => match flags >> 4 & 0xf {
+            0x4 => Port::Root,
+            0x5 => Port::Upstream,
+            0x6 => Port::Downstream,
+            0x7 => Port::ToConventional,
+            0x8 => Port::Conventional,
+            _ => plain,
+        },
+    }
+}
+
+/// The flags of the PCI Express capability, if there is one.
+fn express_capability(config: &[u8]) -> Option<u16> {
+    let mut at = usize::from(config.get(CAPABILITIES)? & !3);
+    // A list that fits has at most this many; one with a loop ends here.
+    for _ in 0..(EXTENDED - HEADER) / 4 {
+        if at < HEADER {
+            return None;
+        }
+        if *config.get(at)? == CAPABILITY_EXPRESS {
+            return word(config, at + 2);
+        }
+        at = usize::from(config.get(at + 1)? & !3);
+    }
+    None
+}
+
+fn acs(config: &[u8], port: Port) -> Acs {
+    if port == Port::Unknown {
+        return Acs::Unknown;
+    }
+    let mut at = EXTENDED;
+    for _ in 0..(4096 - EXTENDED) / 4 {
+        // Without extended configuration space, or with a list that leads out of it, the kernel
+        // finds none either.
+        let (Some(id), Some(next)) = (word(config, at), word(config, at + 2)) else {
+            return Acs::Missing;
+        };
+        if id == EXTENDED_ACS {
+            return match (word(config, at + 4), word(config, at + 6)) {
+                (Some(supported), Some(enabled)) => Acs::Present { supported, enabled },
+                _ => Acs::Missing,
+            };
+        }
+        at = usize::from(next >> 4 & !3);
+        if at < EXTENDED {
+            return Acs::Missing;
+        }
+    }
+    Acs::Missing
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::made_up::ConfigSpace;
+    use super::*;
+    use proptest::prelude::*;
+
+    const ALL_ON: Option<(u16, u16)> = Some((0x1d, 0x1d));
+
+    fn function(name: &str, config: ConfigSpace) -> PciFunction {
+        PciFunction::parse(name, &config.bytes())
+    }
+
+    fn place(bridges: &[&PciFunction], last: &PciFunction) -> PciPlace {
+        PciPlace {
+            host_bridge: Some("pci0000:00".to_owned()),
+            bridges: bridges.iter().map(|f| (*f).clone()).collect(),
+            function: last.clone(),
+        }
+    }
+
+    fn why(a: &PciPlace, b: &PciPlace) -> String {
+        assert_eq!(
+            std::mem::discriminant(&Shared::between(a, b)),
+            std::mem::discriminant(&Shared::between(b, a))
+        );
+        Shared::between(a, b).to_string()
+    }
+
+    #[test]
+    fn kinds_and_acs_are_read() {
+        for (code, port) in [
+            (0, Port::Device),
+            (4, Port::Root),
+            (5, Port::Upstream),
+            (6, Port::Downstream),
+            (7, Port::ToConventional),
+            (8, Port::Conventional),
+            (9, Port::Device),
+        ] {
+            let made = function("0000:00:01.0", ConfigSpace::express(code, ALL_ON));
+            assert_eq!(made.port, port);
+            let (supported, enabled) = (0x1d, 0x1d);
+            assert_eq!(made.acs, Acs::Present { supported, enabled });
+        }
+        let plain = function("0000:00:01.0", ConfigSpace::conventional(false));
+        assert_eq!((plain.port, plain.acs), (Port::Device, Acs::Missing));
+        let bridge = function("0000:00:01.0", ConfigSpace::conventional(true));
+        assert_eq!(bridge.port, Port::Conventional);
+    }
+
+    #[test]
+    fn isolation_follows_the_kernels_rules() {
+        let isolates = |name, config| function(name, config).isolates();
+        let express = ConfigSpace::express;
+        assert_eq!(isolates("0:0:1.0", express(4, ALL_ON)), Some(true));
+        assert_eq!(isolates("0:0:1.0", express(4, None)), Some(false));
+        // What cannot be switched off is taken for on.
+        assert_eq!(
+            isolates("0:0:1.0", express(6, Some((0x05, 0x05)))),
+            Some(true)
+        );
+        assert_eq!(
+            isolates("0:0:1.0", express(6, Some((0x1d, 0x0d)))),
+            Some(false)
+        );
+        // A single function has nobody to be kept apart from.
+        assert_eq!(isolates("0:0:1.0", express(0, None)), Some(true));
+        assert_eq!(isolates("0:0:1.0", express(0, None).multi()), Some(false));
+        assert_eq!(isolates("0:0:1.1", express(0, None)), Some(false));
+        assert_eq!(isolates("0:0:1.1", express(0, ALL_ON)), Some(true));
+        assert_eq!(isolates("0:0:1.0", express(7, ALL_ON)), Some(false));
+    }
+
+    #[test]
+    fn without_privileges_it_is_unknown() {
+        let mut config = ConfigSpace::express(4, ALL_ON).bytes();
+        for length in [0, 63, 64] {
+            let made = PciFunction::parse("0000:00:01.0", &config[..length]);
+            assert_eq!((made.port, made.isolates()), (Port::Unknown, None));
+        }
+        config.truncate(256);
+        let made = PciFunction::parse("0000:00:01.0", &config);
+        assert_eq!((made.port, made.acs), (Port::Root, Acs::Missing));
+    }
+
+    #[test]
+    fn groups_are_explained() {
+        let root = function("0000:00:1c.0", ConfigSpace::express(4, None));
+        let good_root = function("0000:00:1d.0", ConfigSpace::express(4, ALL_ON));
+        let half_root = function("0000:00:1c.0", ConfigSpace::express(4, Some((0x1d, 1))));
+        let pci = function("0000:01:00.0", ConfigSpace::express(7, None));
+        let one = function("0000:02:00.0", ConfigSpace::express(0, None).multi());
+        let two = function("0000:02:00.1", ConfigSpace::express(0, None));
+        let card = function("0000:02:01.0", ConfigSpace::conventional(false));
+
+        assert_eq!(
+            why(&place(&[&root, &pci], &one), &place(&[&root, &pci], &card)),
+            "because of the PCI Express to PCI bridge 0000:01:00.0: \
+             what is behind it has its name"
+        );
+        assert_eq!(
+            why(&place(&[&root], &one), &place(&[&root], &two)),
+            "because the root port 0000:00:1c.0 has no ACS"
+        );
+        assert_eq!(
+            why(&place(&[&half_root], &one), &place(&[], &half_root)),
+            "because the ACS of the root port 0000:00:1c.0 has \
+             request redirect, completion redirect, upstream forwarding off"
+        );
+        assert_eq!(
+            why(&place(&[&good_root], &one), &place(&[&good_root], &two)),
+            "because they are functions of the device 0000:02:00, which has no ACS between them"
+        );
+        let single = function("0000:03:00.0", ConfigSpace::express(0, None));
+        let other = function("0000:04:00.0", ConfigSpace::express(0, None));
+        assert_eq!(
+            Shared::between(&place(&[&good_root], &single), &place(&[], &other)),
+            Shared::Unexplained
+        );
+        // A leaking port above one of the two only.
+        assert_eq!(
+            Shared::between(&place(&[&root], &single), &place(&[&good_root], &other)),
+            Shared::Port(root.clone())
+        );
+        assert!(matches!(
+            Shared::between(&place(&[&pci], &single), &place(&[], &other)),
+            Shared::BehindBridge(_)
+        ));
+        let hidden = PciFunction::parse("0000:05:00.0", &[]);
+        assert_eq!(
+            Shared::between(&place(&[&good_root], &hidden), &place(&[], &other)),
+            Shared::Unreadable
+        );
+    }
+
+    #[test]
+    fn capability_lists_with_loops_end() {
+        let mut config = vec![0; 4096];
+        config[STATUS] = 0x10;
+        config[CAPABILITIES] = 0x40;
+        config[0x40] = 1;
+        config[0x41] = 0x40;
+        // Extended: an unknown capability that names itself as the next.
+        config[EXTENDED] = 1;
+        config[EXTENDED + 3] = 0x10;
+        let made = PciFunction::parse("0000:00:01.0", &config);
+        assert_eq!((made.port, made.acs), (Port::Device, Acs::Missing));
+    }
+
+    proptest! {
+        #[test]
+        fn no_configuration_space_panics(
+            mut config in proptest::collection::vec(any::<u8>(), 0..600),
+            capabilities: bool,
+            pad in 0usize..4096,
+        ) {
+            if capabilities && config.len() > STATUS {
+                config[STATUS] |= 0x10;
+            }
+            config.resize(config.len().max(pad), 0xff);
+            let made = PciFunction::parse("x", &config);
+            let _ = (made.isolates(), made.to_string());
+            let here = place(&[&made], &made);
+            let _ = Shared::between(&here, &here).to_string();
+        }
+    }
+}

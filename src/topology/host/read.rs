@@ -1,0 +1,94 @@
+//! Reading small files below a root: never more than fits, and nothing unprintable kept.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// The most of one file that is read, in bytes: sysfs and procfs files are far shorter.
+const MAX_FILE: u64 = 1 << 18;
+/// The most characters kept of a name or a line.
+const MAX_NAME: usize = 120;
+
+/// Where `/sys`, `/proc` and `/dev` are: the root of this host, or of a made-up one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostRoot {
+    root: PathBuf,
+}
+
+impl Default for HostRoot {
+    /// This host.
+    fn default() -> Self {
+        Self::new("/")
+    }
+}
+
+impl HostRoot {
+    /// A host whose `sys`, `proc` and `dev` are in `root`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Where `below`, such as `sys/module`, is.
+    pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
+        self.root.join(below)
+    }
+
+    /// The content of the file `below`.
+    ///
+    /// # Errors
+    ///
+    /// Where it cannot be read. What is not UTF-8 in it is replaced, and of a file beyond any
+    /// reason only the start is returned.
+    pub fn text(&self, below: impl AsRef<Path>) -> io::Result<String> {
+        let bytes = read_bytes(&self.path(below))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The one line of the file `below`, or `None` where there is none to read.
+    pub fn value(&self, below: impl AsRef<Path>) -> Option<String> {
+        read_value(&self.path(below))
+    }
+}
+
+pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The first line of a file, without blanks around it; `None` where it is empty or cannot be read.
+pub(super) fn read_value(path: &Path) -> Option<String> {
+    let bytes = read_bytes(path).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().next()?.trim();
+    (!line.is_empty()).then(|| printable(line))
+}
+
+/// A number in hexadecimal with `0x`.
+pub(super) fn read_hex(path: &Path) -> Option<u32> {
+    let value = read_value(path)?;
+    let digits = value.strip_prefix("0x")?;
+    u32::from_str_radix(digits, 16).ok()
+}
+
+/// The last part of what a link points to.
+pub(super) fn link_name(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    Some(printable(&target.file_name()?.to_string_lossy()))
+}
+
+/// The names in a folder, in order; none where it cannot be read.
+pub(super) fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+/// The text with control characters made harmless, and not too long.
+pub(super) fn printable(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { '?' } else { c };
+    text.chars().take(MAX_NAME).map(visible).collect()
+}
