@@ -21,6 +21,7 @@ pub mod ctl;
 pub mod daemon;
 pub mod device;
 pub mod guest_memory;
+pub mod host_check;
 pub mod ids;
 pub mod iommu;
 pub mod launch;

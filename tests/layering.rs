@@ -43,6 +43,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qemu_args", &["config", "topology"]),
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
+    ("host_check", &["config", "topology"]),
 ];
 
 /// Modules that put the others together and may import anything.

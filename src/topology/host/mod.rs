@@ -9,6 +9,7 @@ pub(crate) mod made_up;
 mod read;
 mod refine;
 mod reserved;
+mod sharing;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -19,10 +20,11 @@ use std::path::Path;
 use super::PciAddress;
 use read::{link_name, names, printable, read_hex, read_value};
 
-pub use bridges::{Acs, PciFunction, PciPlace, Port, Shared};
+pub use bridges::{Acs, PciFunction, Port};
 pub use read::HostRoot;
 pub use refine::{RefineError, Refined, refine};
 pub use reserved::{HostRegion, HostRegionKind, gaps, merge, parse_regions};
+pub use sharing::{PciPlace, Shared};
 
 /// PCI class and subclass of bridges between PCI buses.
 const CLASS_PCI_BRIDGE: u32 = 0x0604;

@@ -397,7 +397,9 @@ mod tests {
             own in proptest::collection::vec((0u64..30, 0u64..4), 0..6),
             own_msi in proptest::option::of(0usize..6),
             given in proptest::collection::vec((0u64..300, 0u64..8, kind()), 0..160),
-            allowed in proptest::option::of(proptest::collection::vec((0u64..300, 0u64..200), 0..5)),
+            allowed in proptest::option::of(
+                proptest::collection::vec((0u64..300, 0u64..200), 0..5)
+            ),
             input_last in 1u64..320,
             // Also right at the top, where a last address has no successor.
             top: bool,

@@ -1,0 +1,59 @@
+//! Whether this process may open a device node, without opening it.
+#![expect(
+    unsafe_code,
+    reason = "asks the kernel by faccessat, which std does not offer"
+)]
+
+use std::ffi::CString;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Checks that the file at `path` may be opened for reading and writing, by access lists and
+/// capabilities as well as by its mode.
+///
+/// # Errors
+///
+/// What opening it would fail with, as far as the file decides: `NotFound`, `PermissionDenied`.
+/// A device filter of a container may refuse it still.
+pub(super) fn read_write(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY:
+    // - path: a string with a final zero that lives through the call; the kernel only reads it
+    // - no other memory is passed
+    let done = unsafe {
+        libc::faccessat(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::R_OK | libc::W_OK,
+            libc::AT_EACCESS,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn files_that_are_not_there_are_told_from_those_that_are() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("node");
+        let kind = |path: &Path| read_write(path).expect_err("refused").kind();
+        assert_eq!(kind(&file), io::ErrorKind::NotFound);
+        fs::write(&file, "").expect("written");
+        read_write(&file).expect("it may be opened");
+        assert_eq!(kind(&file.join("below")), io::ErrorKind::NotADirectory);
+        // Root may write it all the same.
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).expect("changed");
+        let opened = File::options().read(true).write(true).open(&file);
+        assert_eq!(read_write(&file).is_ok(), opened.is_ok());
+    }
+}

@@ -1,0 +1,207 @@
+//! Why devices share a group: PCI bridges and access control services (ACS), as far as they decide
+//! who can be kept apart.
+//!
+//! The kernel has decided already, and its groups are what counts. This explains them, from what
+//! the functions say of themselves in their configuration space. The kernel also knows devices
+//! that behave better or worse than they say; such a group stays without explanation.
+
+use std::fmt;
+
+use super::{Acs, PciFunction};
+
+/// Where a function is: the bridges above it, the one next to the root first, and itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PciPlace {
+    /// The name of the host bridge, such as `pci0000:00`.
+    pub host_bridge: Option<String>,
+    /// The bridges between the host bridge and the function.
+    pub bridges: Vec<PciFunction>,
+    /// The function.
+    pub function: PciFunction,
+}
+
+impl PciPlace {
+    /// The bridges and the function.
+    fn chain(&self) -> impl Iterator<Item = &PciFunction> {
+        self.bridges.iter().chain([&self.function])
+    }
+}
+
+/// Why the host cannot keep two functions apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shared {
+    /// Both are behind, or one of them is, a conventional bridge: it puts its own name on what
+    /// passes it.
+    BehindBridge(PciFunction),
+    /// A port on the way lets functions reach each other without passing the IOMMU.
+    Port(PciFunction),
+    /// They are functions of one device, which may let them reach each other inside.
+    Functions {
+        /// The device: the name of a function without the function.
+        device: String,
+    },
+    /// The configuration space is readable to its first 64 bytes only.
+    Unreadable,
+    /// Nothing the functions say of themselves explains it.
+    Unexplained,
+}
+
+impl Shared {
+    /// Why `a` and `b`, members of one group, are in one group.
+    pub fn between(a: &PciPlace, b: &PciPlace) -> Self {
+        let common: Vec<_> = a
+            .chain()
+            .zip(b.chain())
+            .take_while(|(a, b)| a.name == b.name)
+            .map(|(a, _)| a)
+            .collect();
+        if let Some(bridge) = common.iter().find(|f| f.is_conventional_bridge()) {
+            return Self::BehindBridge((*bridge).clone());
+        }
+        let alone = || {
+            a.chain()
+                .chain(b.chain())
+                .skip_while(|f| common.contains(f))
+        };
+        let leaks = |f: &&PciFunction| f.is_port() && f.isolates() == Some(false);
+        let same_device = a
+            .chain()
+            .zip(b.chain())
+            .find(|(a, b)| a.name != b.name && a.device() == b.device());
+        // Nearest to the two first: it would have to be cured first.
+        if let Some(port) = common.iter().rev().copied().find(leaks) {
+            return Self::Port(port.clone());
+        }
+        if let Some(port) = alone().find(leaks) {
+            return Self::Port(port.clone());
+        }
+        if let Some((one, other)) = same_device
+            && (one.isolates() == Some(false) || other.isolates() == Some(false))
+        {
+            return Self::Functions {
+                device: one.device().to_owned(),
+            };
+        }
+        if let Some(bridge) = alone().find(|f| f.is_conventional_bridge()) {
+            return Self::BehindBridge(bridge.clone());
+        }
+        if a.chain().chain(b.chain()).any(|f| f.isolates().is_none()) {
+            Self::Unreadable
+        } else {
+            Self::Unexplained
+        }
+    }
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BehindBridge(bridge) => {
+                let PciFunction { name, port, .. } = bridge;
+                write!(
+                    f,
+                    "because of the {port} {name}: what is behind it has its name"
+                )
+            }
+            Self::Port(function) => {
+                let PciFunction { name, port, .. } = function;
+                match function.acs.lacking() {
+                    Some(lacking) if function.acs != Acs::Missing => write!(
+                        f,
+                        "because the ACS of the {port} {name} has {} off",
+                        lacking.join(", ")
+                    ),
+                    _ => write!(f, "because the {port} {name} has no ACS"),
+                }
+            }
+            Self::Functions { device } => write!(
+                f,
+                "because they are functions of the device {device}, which has no ACS between them"
+            ),
+            Self::Unreadable => f.write_str(
+                "for a reason that only root can read (the PCI configuration space beyond byte 64)",
+            ),
+            Self::Unexplained => f.write_str(
+                "for a reason the devices do not show (the kernel knows some devices better)",
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::made_up::ConfigSpace;
+    use super::*;
+
+    const ALL_ON: Option<(u16, u16)> = Some((0x1d, 0x1d));
+
+    fn function(name: &str, config: ConfigSpace) -> PciFunction {
+        PciFunction::parse(name, &config.bytes())
+    }
+
+    fn place(bridges: &[&PciFunction], last: &PciFunction) -> PciPlace {
+        PciPlace {
+            host_bridge: Some("pci0000:00".to_owned()),
+            bridges: bridges.iter().map(|f| (*f).clone()).collect(),
+            function: last.clone(),
+        }
+    }
+
+    fn why(a: &PciPlace, b: &PciPlace) -> String {
+        assert_eq!(
+            std::mem::discriminant(&Shared::between(a, b)),
+            std::mem::discriminant(&Shared::between(b, a))
+        );
+        Shared::between(a, b).to_string()
+    }
+
+    #[test]
+    fn groups_are_explained() {
+        let root = function("0000:00:1c.0", ConfigSpace::express(4, None));
+        let good_root = function("0000:00:1d.0", ConfigSpace::express(4, ALL_ON));
+        let half_root = function("0000:00:1c.0", ConfigSpace::express(4, Some((0x1d, 1))));
+        let pci = function("0000:01:00.0", ConfigSpace::express(7, None));
+        let one = function("0000:02:00.0", ConfigSpace::express(0, None).multi());
+        let two = function("0000:02:00.1", ConfigSpace::express(0, None));
+        let card = function("0000:02:01.0", ConfigSpace::conventional(false));
+
+        assert_eq!(
+            why(&place(&[&root, &pci], &one), &place(&[&root, &pci], &card)),
+            "because of the PCI Express to PCI bridge 0000:01:00.0: \
+             what is behind it has its name"
+        );
+        assert_eq!(
+            why(&place(&[&root], &one), &place(&[&root], &two)),
+            "because the root port 0000:00:1c.0 has no ACS"
+        );
+        assert_eq!(
+            why(&place(&[&half_root], &one), &place(&[], &half_root)),
+            "because the ACS of the root port 0000:00:1c.0 has \
+             request redirect, completion redirect, upstream forwarding off"
+        );
+        assert_eq!(
+            why(&place(&[&good_root], &one), &place(&[&good_root], &two)),
+            "because they are functions of the device 0000:02:00, which has no ACS between them"
+        );
+        let single = function("0000:03:00.0", ConfigSpace::express(0, None));
+        let other = function("0000:04:00.0", ConfigSpace::express(0, None));
+        assert_eq!(
+            Shared::between(&place(&[&good_root], &single), &place(&[], &other)),
+            Shared::Unexplained
+        );
+        // A leaking port above one of the two only.
+        assert_eq!(
+            Shared::between(&place(&[&root], &single), &place(&[&good_root], &other)),
+            Shared::Port(root.clone())
+        );
+        assert!(matches!(
+            Shared::between(&place(&[&pci], &single), &place(&[], &other)),
+            Shared::BehindBridge(_)
+        ));
+        let hidden = PciFunction::parse("0000:05:00.0", &[]);
+        assert_eq!(
+            Shared::between(&place(&[&good_root], &hidden), &place(&[], &other)),
+            Shared::Unreadable
+        );
+    }
+}
