@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod device;
 pub mod guest_memory;
 pub mod host_check;
+pub mod host_tree;
 pub mod ids;
 pub mod iommu;
 pub mod launch;

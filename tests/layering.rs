@@ -44,6 +44,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
     ("host_check", &["config", "topology"]),
+    ("host_tree", &["config", "topology"]),
 ];
 
 /// Modules that put the others together and may import anything.
