@@ -12,10 +12,13 @@ use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs}
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::host_check::Report;
+use vhost_device_iommu::host_tree::HostTree;
 use vhost_device_iommu::launch::{HostFiles, Launch};
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
 use vhost_device_iommu::ready::Ready;
 use vhost_device_iommu::signals;
+use vhost_device_iommu::topology::host::HostRoot;
 use vhost_device_iommu::topology::viot;
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -54,7 +57,8 @@ fn print_capabilities() -> Outcome {
 fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let done = match &args.command {
         None => serve(&args.run),
-        Some(Command::Check { file }) => check(file),
+        Some(Command::Check { file, file_only }) => check(file, *file_only),
+        Some(Command::Topology { file, json }) => print_topology(file, *json),
         Some(Command::Viot { file, output }) => write_viot(file, output.as_deref()),
         Some(Command::QemuArgs {
             file,
@@ -118,9 +122,28 @@ fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
     }
 }
 
-fn check(file: &Path) -> Outcome {
+fn check(file: &Path, file_only: bool) -> Outcome {
     let config = Config::from_file(file)?;
-    print(&config.summary().to_string())
+    print(&config.summary().to_string())?;
+    if file_only {
+        return Ok(());
+    }
+    let report = Report::new(&HostRoot::default(), &config);
+    print(&report.to_string())?;
+    match report.missing() {
+        0 => Ok(()),
+        1 => Err("one thing is missing on this host; see above".into()),
+        count => Err(format!("{count} things are missing on this host; see above").into()),
+    }
+}
+
+fn print_topology(file: &Path, json: bool) -> Outcome {
+    let tree = HostTree::new(&HostRoot::default(), &Config::from_file(file)?)?;
+    if json {
+        print(&format!("{}\n", serde_json::to_string_pretty(&tree)?))
+    } else {
+        print(&tree.to_string())
+    }
 }
 
 fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {

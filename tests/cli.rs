@@ -72,6 +72,56 @@ fn check_refuses_with_file_line_key_and_cure() {
     assert!(run.stderr.contains("split the range"), "{}", run.stderr);
 }
 
+/// The last function a host can have; none is known to have it.
+const WITH_ABSENT_DEVICE: &str = r#"
+address = "00:05.0"
+
+[[endpoint]]
+address = "00:10.0"
+vfio = "0000:7f:1f.7"
+"#;
+
+#[test]
+fn check_tells_what_this_host_lacks() {
+    let dir = files(&[("vm0.toml", WITH_ABSENT_DEVICE)]);
+    let file = dir.path().join("vm0.toml");
+    let checked = run(&[OsStr::new("check"), file.as_ref()]);
+    assert_eq!(checked.status, Some(1));
+    for part in [
+        "IOMMU address:    0000:00:05.0\n",
+        "endpoint 0000:00:10.0, device 0000:7f:1f.7:\n",
+        "  missing: 0000:7f:1f.7: no such device on this host\n",
+        "lspci -D",
+    ] {
+        assert!(checked.stdout.contains(part), "{}", checked.stdout);
+    }
+    assert!(checked.stderr.contains("missing on this host"));
+
+    let alone = run(&[OsStr::new("check"), "--file-only".as_ref(), file.as_ref()]);
+    assert_eq!((alone.status, alone.stderr.as_str()), (Some(0), ""));
+    assert!(checked.stdout.starts_with(&alone.stdout));
+    assert!(!alone.stdout.contains("this host"));
+}
+
+#[test]
+fn topology_is_printed_for_people_and_programs() {
+    let dir = files(&[("vm0.toml", WITH_ABSENT_DEVICE)]);
+    let file = dir.path().join("vm0.toml");
+    let text = run(&[OsStr::new("topology"), file.as_ref()]);
+    assert_eq!((text.status, text.stderr.as_str()), (Some(0), ""));
+    for part in [
+        "  device 0000:7f:1f.7, not on this host\n",
+        "    endpoint 0000:00:10.0, backend iommufd\n",
+        "      reports 0xfee00000..=0xfeefffff msi (configuration)\n",
+    ] {
+        assert!(text.stdout.contains(part), "{}", text.stdout);
+    }
+    let json = run(&[OsStr::new("topology"), "--json".as_ref(), file.as_ref()]);
+    let json: serde_json::Value = serde_json::from_str(&json.stdout).expect("JSON");
+    assert_eq!(json["without_group"][0]["address"], "0000:7f:1f.7");
+    assert_eq!(json["groups"], serde_json::json!([]));
+}
+
 #[test]
 fn the_daemon_refuses_a_bad_configuration() {
     for (args, part) in [
@@ -289,9 +339,10 @@ fn the_examples_are_good() {
     let mut count = 0;
     for entry in fs::read_dir(docs().join("examples")).expect("examples") {
         let path = entry.expect("an entry").path();
-        for command in ["check", "viot", "qemu-args"] {
-            let run = run(&[OsStr::new(command), path.as_ref()]);
-            assert_eq!(run.status, Some(0), "{command} {path:?}: {}", run.stderr);
+        for command in [&["check", "--file-only"][..], &["viot"], &["qemu-args"]] {
+            let args: Vec<_> = command.iter().map(OsStr::new).collect();
+            let run = run(&[&args[..], &[path.as_ref()]].concat());
+            assert_eq!(run.status, Some(0), "{command:?} {path:?}: {}", run.stderr);
         }
         count += 1;
     }
