@@ -1,7 +1,7 @@
 //! Wiring: one core, one device, one frontend after the other, until a signal ends it.
 #![expect(
     unsafe_code,
-    reason = "adopts descriptors: an inherited socket, and those the backend crate gives up"
+    reason = "asks what an inherited socket is; closes what the backend crate gives up"
 )]
 
 use std::io;
@@ -22,6 +22,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::config::{Config, Socket};
 use crate::control::{ControlServer, Subjects};
 use crate::device::Device;
+use crate::host_side::{HostSide, HostSideError};
+use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
@@ -44,6 +46,12 @@ pub enum DaemonError {
     /// The page-table arena could not be made.
     #[error(transparent)]
     Arena(#[from] ArenaError),
+    /// A device of the host cannot be used.
+    #[error(transparent)]
+    HostSide(#[from] HostSideError),
+    /// The backends cannot do what the configuration asks for.
+    #[error("{0}")]
+    Backend(String),
     /// A socket could not be made or adopted.
     #[error("{0}")]
     Socket(io::Error),
@@ -86,13 +94,15 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
+        // First, before anything is opened that could get the number of a descriptor.
+        let host = HostSide::open(config)?;
         let (listener, file) = listener(config.socket.as_ref())?;
         let no_events = |source| DaemonError::System {
             what: "make event descriptors",
             source,
         };
         let (end, ended) = UnixStream::pair().map_err(no_events)?;
-        let iommu = Iommu::new(
+        let mut iommu = Iommu::new(
             Settings {
                 address_width: config.address_width,
                 page_sizes: config.page_mask,
@@ -100,8 +110,13 @@ impl Daemon {
                 bypass_at_boot: config.bypass_at_boot,
                 arena_limit: config.arena_limit,
             },
-            config.topology.clone(),
+            host.topology,
         )?;
+        for (backend, endpoints) in host.backends {
+            iommu
+                .add_backend(backend, &endpoints)
+                .map_err(DaemonError::Backend)?;
+        }
         let iommu = Arc::new(Mutex::new(iommu));
         let metrics = Arc::new(Metrics::default());
         let device = Device::new(iommu.clone(), metrics.clone()).map_err(no_events)?;
@@ -314,10 +329,7 @@ fn listener(socket: Option<&Socket>) -> Result<(Listener, Option<SocketFile>), D
             {
                 return Err(refuse("it is not a Unix stream socket"));
             }
-            // SAFETY:
-            // - the descriptor is open: it answered just now
-            // - ownership: the operator handed it over with --fd, and nothing else here uses it
-            let owned = unsafe { OwnedFd::from_raw_fd(*fd) };
+            let owned = adopt(*fd).map_err(|e| refuse(&e.to_string()))?;
             let listener = UnixListener::from(owned);
             // A non-blocking listener would make the backend crate spin.
             listener

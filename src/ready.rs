@@ -1,9 +1,10 @@
 //! Tells whoever started the daemon that it can be connected to.
-#![expect(unsafe_code, reason = "adopts an inherited descriptor")]
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::RawFd;
+
+use crate::inherited::adopt;
 
 /// An inherited descriptor on which somebody waits for a line feed.
 #[derive(Debug)]
@@ -19,20 +20,14 @@ impl Ready {
         let Some(fd) = fd else {
             return Ok(Self(None));
         };
-        // SAFETY:
-        // - no pointer is passed, and any number may be asked; a closed one gives an error
-        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-            let cause = io::Error::last_os_error();
+        let file = adopt(fd).map_err(|cause| {
             let text = format!(
                 "descriptor {fd} cannot be used: {cause}; \
                  pass one that is open for writing with --ready-fd"
             );
-            return Err(io::Error::new(cause.kind(), text));
-        }
-        // SAFETY:
-        // - the descriptor is open: it answered just now
-        // - ownership: the operator handed it over with --ready-fd, and nothing else here uses it
-        Ok(Self(Some(unsafe { File::from_raw_fd(fd) })))
+            io::Error::new(cause.kind(), text)
+        })?;
+        Ok(Self(Some(file.into())))
     }
 
     /// Writes the line feed and closes the descriptor.

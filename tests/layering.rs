@@ -6,12 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules everybody may import.
-const LEVEL_ZERO: [&str; 4] = ["address", "ids", "metrics", "log_limit"];
+const LEVEL_ZERO: [&str; 5] = ["address", "ids", "inherited", "metrics", "log_limit"];
 
 /// What each module may import besides.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("address", &[]),
     ("ids", &[]),
+    ("inherited", &[]),
     ("metrics", &[]),
     ("log_limit", &[]),
     ("args", &[]),
@@ -43,6 +44,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qemu_args", &["config", "topology"]),
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
+    ("host_side", &["backends", "config", "topology", "vfio"]),
     ("host_check", &["config", "topology"]),
     ("host_tree", &["config", "topology"]),
 ];

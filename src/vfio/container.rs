@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vm_memory::MmapRegion;
 
-use super::{Type1, VfioError, ioctl};
+use super::{Group, Type1, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
 /// What a type1 IOMMU tells of itself.
@@ -30,6 +30,8 @@ pub struct Type1Info {
 #[derive(Debug)]
 pub struct Container {
     file: File,
+    /// With the last descriptor of a group it leaves the container.
+    group: Option<Group>,
 }
 
 impl Container {
@@ -47,6 +49,7 @@ impl Container {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let container = Self {
             file: file.map_err(failed)?,
+            group: None,
         };
         container.check_extensions().map_err(failed)?;
         Ok(container)
@@ -57,23 +60,33 @@ impl Container {
     /// # Errors
     /// Where it is something else, or its IOMMU is not set.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
-        let container = Self { file: fd.into() };
+        let container = Self {
+            file: fd.into(),
+            group: None,
+        };
         container.check_extensions()?;
         container.info()?;
         Ok(container)
     }
 
-    /// Makes it a type1 IOMMU; it has a group already.
+    /// Puts a group into it, which makes it a type1 IOMMU.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn set_iommu(&self) -> Result<(), VfioError> {
+    pub fn set_group(&mut self, group: Group) -> Result<(), VfioError> {
+        group.set_container(self.as_fd())?;
+        self.group = Some(group);
         ioctl::set_iommu(self.as_fd(), VFIO_TYPE1v2_IOMMU).map_err(|source| VfioError {
             what: "cannot set a type1 IOMMU".into(),
             source,
             cure: "load vfio_iommu_type1; without interrupt remapping it also wants \
                    allow_unsafe_interrupts=1, which lets devices forge interrupts",
         })
+    }
+
+    /// The group that was put into it here.
+    pub fn group(&self) -> Option<&Group> {
+        self.group.as_ref()
     }
 
     /// `VFIO_IOMMU_GET_INFO`.

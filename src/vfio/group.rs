@@ -3,12 +3,12 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
-use super::{Cdev, Container, VfioError, ioctl};
+use super::{Cdev, VfioError, ioctl};
 
 /// An open group, `/dev/vfio/N`. While it is open nobody else can open it.
 #[derive(Debug)]
@@ -47,18 +47,15 @@ impl Group {
         Ok(Self { file })
     }
 
-    /// Puts the group into a container; the container's IOMMU can be set with the first one.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn set_container(&self, container: &Container) -> Result<(), VfioError> {
-        ioctl::group_set_container(self.file.as_fd(), container.as_fd().as_raw_fd()).map_err(
-            |source| VfioError {
+    /// Puts the group into a container.
+    pub(super) fn set_container(&self, container: BorrowedFd<'_>) -> Result<(), VfioError> {
+        ioctl::group_set_container(self.file.as_fd(), container.as_raw_fd()).map_err(|source| {
+            VfioError {
                 what: "cannot put the group into its container".into(),
                 source,
                 cure: "end whoever uses the group, and see the kernel's log",
-            },
-        )
+            }
+        })
     }
 
     /// Opens a device of the group, by its name in sysfs.

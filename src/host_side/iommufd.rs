@@ -1,0 +1,147 @@
+//! Devices through iommufd: the VMM's, which it binds, and this process's own.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use log::{info, warn};
+
+use super::{HostSideError, Opened, capabilities, group_of};
+use crate::address::IovaRange;
+use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
+use crate::config::{Config, Passthrough, Pin as ConfiguredPin};
+use crate::inherited::adopt;
+use crate::topology::PciAddress;
+use crate::topology::host::{HostFacts, HostRoot};
+use crate::vfio::{AddressSpaces, Allowed, Attach, Cdev, IommuFd, VfioError, allowed_by_scratch};
+
+pub(super) fn open(
+    config: &Config,
+    root: &HostRoot,
+    facts: &HostFacts,
+) -> Result<Opened, HostSideError> {
+    let node = root.path("dev/iommu");
+    // Inherited descriptors first, before anything is opened that could get their numbers.
+    let inherited = config
+        .descriptors
+        .iommufd
+        .map(|fd| {
+            adopt(fd)
+                .and_then(IommuFd::adopt)
+                .map_err(|source| HostSideError::Inherited {
+                    fd,
+                    what: "the host's iommufd",
+                    source,
+                    option: "--iommufd-fd, open on /dev/iommu",
+                })
+        })
+        .transpose()?;
+    let mut shared: BTreeMap<PciAddress, Cdev> = BTreeMap::new();
+    for (&endpoint, &fd) in &config.descriptors.devices {
+        let device = adopt(fd).map_err(|source| HostSideError::Inherited {
+            fd,
+            what: "a device",
+            source,
+            option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
+        })?;
+        shared.insert(endpoint, Cdev::adopt(device));
+    }
+    let iommufd = match inherited {
+        Some(iommufd) => iommufd,
+        None => IommuFd::open(&node)?,
+    };
+
+    let mut devices = Vec::new();
+    let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
+    let mut granule = 1;
+    for passthrough in &config.passthrough {
+        let &Passthrough { endpoint, host } = passthrough;
+        let group = group_of(facts, host, endpoint)?;
+        let path = device_node(root, facts, host);
+        let (cdev, found) = match shared.remove(&endpoint) {
+            Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
+            None => {
+                let path = path.ok_or(HostSideError::NoDevice {
+                    host,
+                    endpoint,
+                    why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
+                          lacks CONFIG_VFIO_DEVICE_CDEV",
+                })?;
+                let (cdev, found) =
+                    own(&iommufd, &path).map_err(|source| HostSideError::Device {
+                        host,
+                        endpoint,
+                        source,
+                    })?;
+                (cdev, Some(found))
+            }
+        };
+        if let Some(found) = found {
+            granule = granule.max(found.granule);
+            allowed.insert(endpoint, found.ranges);
+        }
+        devices.push(HostDevice {
+            endpoint: endpoint.endpoint_id(),
+            name: host.to_string(),
+            group,
+            shared: config.descriptors.devices.contains_key(&endpoint),
+            attach: Box::new(cdev.clone()),
+            memory: Arc::new(cdev),
+        });
+    }
+    let endpoints = devices.iter().map(|d| d.endpoint).collect();
+    let pin = match config.pin {
+        ConfiguredPin::All => Pin::All,
+        ConfiguredPin::Mapped => Pin::Mapped,
+    };
+    let capabilities = capabilities(allowed.values(), granule)?;
+    let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
+    Ok(Opened {
+        backends: vec![(Box::new(backend), endpoints)],
+        allowed,
+    })
+}
+
+fn device_node(root: &HostRoot, facts: &HostFacts, host: PciAddress) -> Option<PathBuf> {
+    let vfio = facts.device(host)?.vfio.as_ref()?;
+    let path = root.path("dev/vfio/devices").join(&vfio.name);
+    vfio.has_node.then_some(path)
+}
+
+/// What a device of the VMM's allows. That is known for certain only from VFIO, and this process
+/// may have no right to open the device, or be too late.
+fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
+    match allowed_by_scratch(node, path) {
+        Ok(allowed) => Some(allowed),
+        Err(cause) => {
+            info!(
+                "{host}: the addresses its IOMMU allows are taken from its group's reserved \
+                 regions alone: {cause}"
+            );
+            None
+        }
+    }
+}
+
+/// Opens a device for this process, blocked.
+fn own(iommufd: &IommuFd, path: &Path) -> Result<(Cdev, Allowed), VfioError> {
+    let cdev = Cdev::open(path)?;
+    cdev.bind(iommufd)?;
+    let step = |what: &str, source| VfioError {
+        what: format!("cannot {what} for {}", path.display()),
+        source,
+        cure: "see the kernel's log",
+    };
+    let ioas = iommufd
+        .alloc()
+        .map_err(|e| step("make an address space", e))?;
+    let allowed = cdev
+        .attach(ioas)
+        .and_then(|()| iommufd.allowed(ioas))
+        .and_then(|allowed| cdev.detach().map(|()| allowed))
+        .map_err(|e| step("learn the allowed addresses", e));
+    if let Err(cause) = iommufd.destroy(ioas) {
+        warn!("an address space cannot be destroyed: {cause}");
+    }
+    Ok((cdev, allowed?))
+}
