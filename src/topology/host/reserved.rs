@@ -460,7 +460,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(text in "(\\PC|0x[0-9a-f]{0,18}| |\n){0,40}") {
+        fn no_text_panics(text in "(((0x[0-9a-f]{0,17} ){2}(msi|direct|x)?|\\PC{0,9})\n){0,6}") {
             let (regions, odd) = parse_regions(&text);
             prop_assert!(regions.len() + odd.len() <= text.lines().count());
         }
