@@ -8,7 +8,8 @@
 )]
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -25,8 +26,8 @@ const OWN: [&str; 2] = ["-nodefaults", "own argument"];
 
 /// The VMM says that it is there, and who it is.
 const ARRIVE: &str = "echo $$ >vmm.new; mv vmm.new vmm.pid;";
-/// The VMM stays.
-const STAY: &str = "while :; do sleep 0.05; done";
+/// The VMM stays, but no longer than the test.
+const STAY: &str = "while [ -e vm.toml ]; do sleep 0.05; done";
 
 #[test]
 fn the_daemon_serves_before_the_vmm_starts() {
@@ -302,17 +303,18 @@ fn devices_of_the_host_are_opened_once_for_both() {
                 .ok()
         })
         .collect();
-    // Says that it is ready, and waits to be ended.
+    // Takes its time, says that it is ready, and waits to be ended.
     let daemon = place.path("daemon");
     let script = format!(
-        "#!/bin/sh\n{}echo >/proc/$$/fd/$4\nexec sleep 100\n",
+        "#!/bin/sh\n{}sleep 0.3\n>{folder}/served\necho >/proc/$$/fd/$4\nexec sleep 100\n",
         list("daemon")
     );
     place.write("daemon", &script);
     fs::set_permissions(&daemon, fs::Permissions::from_mode(0o755)).expect("executable");
 
     let launch = |viot: Option<&Path>| {
-        let vmm: Vec<OsString> = ["sh", "-c", &list("vmm"), "vmm"].map(OsString::from).into();
+        let script = format!("{}[ -e {folder}/served ]", list("vmm"));
+        let vmm: Vec<OsString> = ["sh", "-c", &script, "vmm"].map(OsString::from).into();
         let launch = Launch {
             config: &place.path("vm.toml"),
             viot,
@@ -323,7 +325,7 @@ fn devices_of_the_host_are_opened_once_for_both() {
         launch.run()
     };
     let status = launch(None).expect("both start and end");
-    assert_eq!(status, 0);
+    assert_eq!(status, 0, "the daemon was ready when the VMM started");
 
     let args = place.read("daemon.args");
     let args: Vec<_> = args.lines().collect();
@@ -450,21 +452,27 @@ impl Place {
     }
 }
 
-/// A running `launch`.
-struct Launched(Option<Child>);
+/// A running `launch`, and what it and its children have written to standard error. A file, since
+/// a pipe has no end as long as one of them lives.
+struct Launched {
+    child: Child,
+    stderr: File,
+}
 
 impl Launched {
     fn start(command: &mut Command) -> Self {
+        let stderr = tempfile::tempfile().expect("a file");
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        Self(Some(child.expect("it starts")))
+            .stderr(stderr.try_clone().expect("a descriptor"))
+            .spawn()
+            .expect("it starts");
+        Self { child, stderr }
     }
 
     fn pid(&self) -> u32 {
-        self.0.as_ref().expect("running").id()
+        self.child.id()
     }
 
     /// The VMM and the daemon, once the VMM has said that it is there.
@@ -485,21 +493,26 @@ impl Launched {
     }
 
     fn finish(&mut self) -> Run {
-        let child = self.0.take().expect("running");
-        let output = child.wait_with_output().expect("its end");
+        let mut status = None;
+        wait_for("the end", || {
+            status = self.child.try_wait().expect("a child");
+            status.is_some()
+        });
+        let mut stderr = String::new();
+        self.stderr.rewind().expect("a file");
+        self.stderr.read_to_string(&mut stderr).expect("text");
         Run {
-            status: output.status,
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            status: status.expect("ended"),
+            stderr,
         }
     }
 }
 
 impl Drop for Launched {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        // Its children go with it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
