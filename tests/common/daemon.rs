@@ -55,10 +55,16 @@ impl Daemon {
 
     /// The daemon with a TOML configuration; the sockets are still given as flags.
     pub fn with_config(toml: &str) -> Self {
+        Self::with_config_and(toml, &[])
+    }
+
+    /// With further arguments.
+    pub fn with_config_and(toml: &str, more: &[&str]) -> Self {
         let directory = TempDir::new().expect("temporary directory");
         let path = directory.path().join("vm.toml");
         fs::write(&path, toml).expect("configuration written");
-        Self::launch(directory, &["--config", path.to_str().expect("UTF-8")])
+        let config = ["--config", path.to_str().expect("UTF-8")];
+        Self::launch(directory, &[&config, more].concat())
     }
 
     /// The daemon with exactly these arguments beside the sockets.

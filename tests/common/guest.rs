@@ -192,6 +192,16 @@ impl Guest {
 
     /// [`Self::connect`] to the daemon that listens at `socket`.
     pub fn connect_to(socket: impl AsRef<Path>, setup: Setup) -> Self {
+        let regions = vec![
+            Region::new(LOW_RAM, LOW_LEN),
+            Region::new(RING_RAM, RING_LEN),
+            Region::new(HIGH_RAM, HIGH_LEN),
+        ];
+        Self::connect_with(socket, setup, regions)
+    }
+
+    /// With this memory, which must have the ring slot.
+    pub fn connect_with(socket: impl AsRef<Path>, setup: Setup, regions: Vec<Region>) -> Self {
         let mut frontend = Frontend::from_stream(connect(socket.as_ref()), 2);
         frontend.set_owner().expect("SET_OWNER");
         let offered = frontend.get_features().expect("GET_FEATURES");
@@ -206,13 +216,7 @@ impl Guest {
             .expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         let features = offered & setup.features;
-        let memory = Memory {
-            regions: vec![
-                Region::new(LOW_RAM, LOW_LEN),
-                Region::new(RING_RAM, RING_LEN),
-                Region::new(HIGH_RAM, HIGH_LEN),
-            ],
-        };
+        let memory = Memory { regions };
         let infos: Vec<VhostUserMemoryRegionInfo> =
             memory.regions.iter().map(Region::info).collect();
         if setup.slots_one_by_one {

@@ -10,6 +10,12 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "../common/mod.rs"]
+pub mod common;
+mod data;
+mod devices;
+mod rig;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;

@@ -1,0 +1,177 @@
+//! A VM whose devices are this machine's: the daemon, a VMM's part in sharing them, and a guest's
+//! driver.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vhost_device_iommu::address::{Access, Iova, IovaRange};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, IommuFd, Source};
+
+use crate::common::daemon::Daemon;
+use crate::common::guest::{
+    Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, LOW_RAM, RING_LEN, RING_RAM, Setup,
+};
+use crate::common::memory::Region;
+use crate::devices::Function;
+
+/// How devices are shared and driven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The VMM binds them; RAM is mapped once.
+    SharedAll,
+    /// The VMM binds them; RAM is mapped as the guest maps it.
+    SharedMapped,
+    /// The daemon has them by path, through iommufd.
+    Owned,
+    /// The daemon has them by path, through type1 containers.
+    Type1,
+}
+
+pub const WAYS: [Way; 4] = [Way::SharedAll, Way::SharedMapped, Way::Owned, Way::Type1];
+
+/// The guest's addresses of its devices, in turn.
+const SLOTS: [&str; 4] = ["00:06.0", "00:07.0", "00:08.0", "00:09.0"];
+
+/// The endpoint of the n-th device.
+pub fn endpoint(n: usize) -> u32 {
+    [0x30, 0x38, 0x40, 0x48][n]
+}
+
+pub struct Rig {
+    pub daemon: Daemon,
+    pub guest: Guest,
+    /// The VMM's side.
+    vmm: Option<Vmm>,
+}
+
+/// What a VMM does: it binds the devices and lets them reach all of guest RAM.
+struct Vmm {
+    iommufd: IommuFd,
+    devices: Vec<Cdev>,
+}
+
+impl Vmm {
+    fn new(functions: &[&str]) -> Self {
+        let devices = functions
+            .iter()
+            .map(|f| Cdev::open(Function::new(f).node().as_ref()).expect("a device"));
+        Self {
+            iommufd: IommuFd::open("/dev/iommu".as_ref()).expect("iommufd"),
+            devices: devices.collect(),
+        }
+    }
+
+    /// Arguments for the daemon, which inherits the descriptors.
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec![
+            "--iommufd-fd".to_owned(),
+            inheritable(self.iommufd.as_fd().as_raw_fd()).to_string(),
+        ];
+        for (device, slot) in self.devices.iter().zip(SLOTS) {
+            let fd = inheritable(device.as_fd().as_raw_fd());
+            arguments.extend(["--vfio-fd".to_owned(), format!("{slot}={fd}")]);
+        }
+        arguments
+    }
+
+    fn bind(&self) {
+        for device in &self.devices {
+            device.bind(&self.iommufd).expect("bound");
+        }
+    }
+
+    fn attach(&self, memory: &[(u64, u64, Arc<File>)]) {
+        let ioas = self.iommufd.alloc().expect("an address space");
+        for (gpa, len, file) in memory {
+            let range = IovaRange::from_len(Iova(*gpa), *len).expect("not empty");
+            self.iommufd
+                .map(
+                    ioas,
+                    range,
+                    Access::READ_WRITE,
+                    Source::File(file.as_fd(), 0),
+                )
+                .expect("guest RAM");
+        }
+        for device in &self.devices {
+            device.attach(ioas).expect("attached");
+        }
+    }
+}
+
+/// Lets children inherit a descriptor.
+#[expect(unsafe_code, reason = "a descriptor's flags")]
+fn inheritable(fd: RawFd) -> RawFd {
+    // SAFETY: no pointer is passed; the descriptor is open.
+    assert!(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } >= 0);
+    fd
+}
+
+impl Rig {
+    /// A VM with these devices of the host, in bypass mode.
+    pub fn new(way: Way, functions: &[&str]) -> Self {
+        Self::with(way, functions, "")
+    }
+
+    /// With more keys for its configuration.
+    pub fn with(way: Way, functions: &[&str], keys: &str) -> Self {
+        let (host_iommu, pin) = match way {
+            Way::SharedAll | Way::Owned => ("iommufd", "all"),
+            Way::SharedMapped => ("iommufd", "mapped"),
+            Way::Type1 => ("type1", "all"),
+        };
+        let mut config = format!(
+            "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\npin = \"{pin}\"\n{keys}\n"
+        );
+        for (function, slot) in functions.iter().zip(SLOTS) {
+            config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");
+        }
+        let vmm = matches!(way, Way::SharedAll | Way::SharedMapped).then(|| Vmm::new(functions));
+        let arguments = vmm.as_ref().map(Vmm::arguments).unwrap_or_default();
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let daemon = Daemon::with_config_and(&config, &arguments);
+        // As a VMM does it: the devices first, then the vhost-user device.
+        let files: Vec<_> = [
+            (LOW_RAM, LOW_LEN),
+            (RING_RAM, RING_LEN),
+            (HIGH_RAM, HIGH_LEN),
+        ]
+        .map(|(gpa, len)| (gpa, len, Arc::new(crate::common::memory::memfd(len))))
+        .into();
+        if let Some(vmm) = &vmm {
+            vmm.bind();
+            vmm.attach(&files);
+        }
+        let regions = files
+            .into_iter()
+            .map(|(gpa, len, file)| Region::of_file(gpa, len, file, 0));
+        let mut guest = Guest::connect_with(daemon.socket(), Setup::default(), regions.collect());
+        guest.driver_ok();
+        for function in functions {
+            Function::new(function).enable();
+        }
+        Self { daemon, guest, vmm }
+    }
+
+    /// All of guest memory, to compare later.
+    pub fn memory(&self) -> Vec<Vec<u8>> {
+        let regions = self.guest.memory.regions.iter();
+        regions
+            .map(|r| self.guest.memory.read(r.gpa, r.len as usize))
+            .collect()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // The daemon first, which puts the devices where they can do no harm; then the VMM's
+        // descriptors, so that the next VMM finds the devices free.
+        if self.daemon.exit_status().is_none() {
+            self.daemon.terminate();
+        }
+        self.daemon
+            .wait_for("its end", || self.daemon.exit_status().is_some());
+        self.vmm.take();
+    }
+}
