@@ -14,6 +14,8 @@
 mod vm;
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -114,6 +116,7 @@ guest_tests! {
     passthrough_oldest_lazy: passthrough(oldest, Lazy);
     passthrough_newest_strict: passthrough(newest, Strict);
     passthrough_newest_lazy: passthrough(newest, Lazy);
+    launched_newest_strict: launched(newest, Strict);
 }
 
 /// The driver probes, endpoints get what they should have, 10^5 mappings interrupted by pauses are
@@ -182,6 +185,55 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     tables_agree(&mut vm, &mut daemon, &[("again", SECOND)]);
     drop(vm);
     daemon.stop();
+}
+
+/// `launch` alone is enough: the guest's endpoint is translated, which takes the daemon, the device, the
+/// shared memory and the table. SIGTERM ends all of it.
+fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+    let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
+    let config = place.path("vm.toml");
+    let sockets = "socket = 'iommu.sock'\ncontrol = 'control.sock'\n";
+    fs::write(&config, sockets.to_owned() + CONFIG).expect("the configuration written");
+    let log = File::create(place.path("launch.log")).expect("a log");
+    let mut child = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", "--", binary, "launch"])
+        .args(["--config", "vm.toml", "--"])
+        .arg(&setup.qemu)
+        .args(["-accel", "tcg", "-nodefaults", "-no-user-config"])
+        .args(["-display", "none", "-serial", "file:console.log"])
+        .args(["-device", "edu,addr=06.0"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(&kernel.initramfs)
+        .args(["-append", &format!("console=ttyS0 {}", mode.append())])
+        .current_dir(config.parent().expect("a folder"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().expect("a descriptor"))
+        .stderr(log)
+        .spawn()
+        .expect("launch starts");
+    let control = place.path("control.sock");
+    wait_for("a translated endpoint", LONG_ANSWER, || {
+        assert_eq!(child.try_wait().expect("a child"), None, "launch ended");
+        let answer = Command::new(binary)
+            .args(["ctl".as_ref(), control.as_os_str(), "status".as_ref()])
+            .output()
+            .expect("it runs");
+        let text = String::from_utf8_lossy(&answer.stdout);
+        let mut lines = text.lines();
+        lines
+            .any(|line| line.contains(FIRST) && line.contains("translated"))
+            .then_some(())
+    });
+    place.note("translated");
+    let kill = Command::new("sh")
+        .args(["-c", &format!("kill -TERM {}", child.id())])
+        .status();
+    assert!(kill.expect("sh runs").success());
+    let status = wait_for("the end", ANSWER, || child.try_wait().expect("a child"));
+    assert_eq!(status.code(), Some(0), "QEMU's status after SIGTERM");
+    assert!(!control.exists() && !place.path("iommu.sock").exists());
 }
 
 /// Memory added while running can be mapped at once; a VMM that is killed leaves nothing behind for
