@@ -11,6 +11,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -462,6 +463,7 @@ struct Launched {
 impl Launched {
     fn start(command: &mut Command) -> Self {
         let stderr = tempfile::tempfile().expect("a file");
+        default_signals(command);
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -523,6 +525,23 @@ struct Run {
 
 fn finish(command: &mut Command) -> Run {
     Launched::start(command).finish()
+}
+
+/// Undoes what whoever runs the tests has done: a shell ignores SIGINT for what it runs in the
+/// background, `nohup` ignores SIGHUP.
+#[expect(unsafe_code, reason = "the standard library cannot")]
+fn default_signals(command: &mut Command) {
+    let reset = || {
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            // SAFETY:
+            // - the default action is no function, so no code of ours runs in a handler
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY:
+    // - between fork and exec the closure makes one system call that is async-signal-safe
+    unsafe { command.pre_exec(reset) };
 }
 
 fn send(signal: &str, pid: u32) {
