@@ -203,11 +203,10 @@ impl Daemon {
                     source,
                 })?;
         }
-        // Before its first message: memory may come with that.
-        self.device.connect();
         let started = daemon.start(&mut self.listener);
         let result = started.map(|()| {
             info_limited!("a VMM has connected");
+            self.device.connect();
             self.stop.watch(daemon.shutdown_handle());
             daemon.wait()
         });

@@ -67,6 +67,9 @@ pub struct Device {
     bypass: AtomicBool,
     features: AtomicU64,
     connected: AtomicBool,
+    /// The frontend has said something: QEMU connects before it has any device, but speaks when it
+    /// makes this one, after those that come before it on its command line.
+    spoken: AtomicBool,
     /// Tells the worker to leave its loop; set before the connection's threads are joined.
     shutdown: AtomicBool,
     /// Makes the worker look at the request ring without a kick.
@@ -109,6 +112,7 @@ impl Device {
             bypass: AtomicBool::new(bypass),
             features: AtomicU64::new(0),
             connected: AtomicBool::new(false),
+            spoken: AtomicBool::new(false),
             shutdown: AtomicBool::new(false),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             exit_consumers: Mutex::default(),
@@ -153,7 +157,6 @@ impl Device {
 
     /// A frontend has connected: it finds a device without a past.
     pub(crate) fn connect(&self) {
-        self.iommu.lock().connect();
         self.connected.store(true, Ordering::Relaxed);
         self.metrics.connections.inc();
     }
@@ -174,6 +177,7 @@ impl Device {
         *self.events.lock() = None;
         *self.memory.lock() = None;
         self.features.store(0, Ordering::Relaxed);
+        self.spoken.store(false, Ordering::Relaxed);
         let mut iommu = self.iommu.lock();
         iommu.disconnect();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
@@ -184,6 +188,13 @@ impl Device {
     /// The descriptors the backend crate has leaked so far.
     pub(crate) fn take_leaked(&self) -> Vec<RawFd> {
         std::mem::take(&mut *self.exit_consumers.lock())
+    }
+
+    /// The frontend speaks: with its first word, the devices before this one are there.
+    fn spoken_to(&self) {
+        if !self.spoken.swap(true, Ordering::Relaxed) {
+            self.iommu.lock().connect();
+        }
     }
 
     /// Serves the request ring until it is empty and the driver has been asked to notify.
@@ -287,6 +298,7 @@ impl VhostUserBackend for Device {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        self.spoken_to();
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -322,6 +334,7 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        self.spoken_to();
         let mut requests = self.requests.lock();
         let _no_fault = self.events.lock();
         let memory = memory.memory().into_inner();

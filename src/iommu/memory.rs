@@ -11,7 +11,7 @@ use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 
 impl Iommu {
-    /// A VMM has connected: its devices obey from now on.
+    /// A VMM is there, with its devices: they obey from now on.
     pub fn connect(&mut self) {
         for backend in &mut self.backends {
             backend.vmm_connected();

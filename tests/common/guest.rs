@@ -1,6 +1,7 @@
 //! A VMM and its guest's driver: negotiation, memory slots, rings, requests.
 
 use std::collections::HashMap;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -197,12 +198,12 @@ impl Guest {
             Region::new(RING_RAM, RING_LEN),
             Region::new(HIGH_RAM, HIGH_LEN),
         ];
-        Self::connect_with(socket, setup, regions)
+        Self::connect_with(connect(socket.as_ref()), setup, regions)
     }
 
-    /// With this memory, which must have the ring slot.
-    pub fn connect_with(socket: impl AsRef<Path>, setup: Setup, regions: Vec<Region>) -> Self {
-        let mut frontend = Frontend::from_stream(connect(socket.as_ref()), 2);
+    /// Negotiates over a connection. With this memory, which must have the ring slot.
+    pub fn connect_with(stream: UnixStream, setup: Setup, regions: Vec<Region>) -> Self {
+        let mut frontend = Frontend::from_stream(stream, 2);
         frontend.set_owner().expect("SET_OWNER");
         let offered = frontend.get_features().expect("GET_FEATURES");
         assert_ne!(offered & wire::F_PROTOCOL, 0, "protocol features");

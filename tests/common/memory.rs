@@ -58,6 +58,14 @@ impl Region {
         }
     }
 
+    /// What is in it.
+    pub fn read_all(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len as usize];
+        let memory = self.map.as_volatile_slice();
+        memory.read_slice(&mut bytes, 0).expect("all of it");
+        bytes
+    }
+
     /// The slot as vhost-user describes it.
     pub fn info(&self) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {

@@ -1,7 +1,8 @@
 //! Devices that do DMA on command, driven through their registers.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,10 +24,11 @@ impl Function {
         format!("/sys/bus/pci/devices/{}/{entry}", self.address)
     }
 
-    /// The number of its IOMMU group.
-    pub fn group(&self) -> String {
-        let target = fs::read_link(self.path("iommu_group")).expect("a group");
-        target.file_name().unwrap().to_string_lossy().into_owned()
+    /// The bridge above it.
+    pub fn bridge_of(address: &str) -> Self {
+        let path = fs::canonicalize(Self::new(address).path("")).expect("a function");
+        let bridge = path.parent().and_then(Path::file_name).expect("a bridge");
+        Self::new(&bridge.to_string_lossy())
     }
 
     /// `/dev/vfio/devices/vfioN`.
@@ -39,14 +41,6 @@ impl Function {
     /// Lets it answer to its BARs and do DMA, as its driver would.
     pub fn enable(&self) {
         self.command(|command| command | 1 << 1 | 1 << 2);
-    }
-
-    /// Whether it may do DMA.
-    pub fn is_bus_master(&self) -> bool {
-        let mut command = [0; 2];
-        let config = File::open(self.path("config")).expect("configuration space");
-        config.read_exact_at(&mut command, 4).unwrap();
-        u16::from_le_bytes(command) & 1 << 2 != 0
     }
 
     fn command(&self, change: impl Fn(u16) -> u16) {
@@ -84,7 +78,6 @@ impl Function {
 
 /// QEMU's `edu`: copies up to 4 KiB between memory and a buffer of its own, in 100 ms.
 pub struct Edu {
-    pub function: Function,
     registers: MmapRegion,
 }
 
@@ -93,12 +86,8 @@ impl Edu {
     const LEN: u64 = 4096;
 
     pub fn new(address: &str) -> Self {
-        let function = Function::new(address);
-        let registers = function.map_bar(0);
-        Self {
-            function,
-            registers,
-        }
+        let registers = Function::new(address).map_bar(0);
+        Self { registers }
     }
 
     /// Memory at `iova` into the device's buffer.
@@ -154,7 +143,6 @@ impl Edu {
 
 /// QEMU's `iommu-testdev`: writes a pattern to an address at once and says whether it was let.
 pub struct TestDev {
-    pub function: Function,
     registers: MmapRegion,
 }
 
@@ -163,12 +151,8 @@ impl TestDev {
     pub const PATTERN: u32 = 0x1234_5678;
 
     pub fn new(address: &str) -> Self {
-        let function = Function::new(address);
-        let registers = function.map_bar(0);
-        Self {
-            function,
-            registers,
-        }
+        let registers = Function::new(address).map_bar(0);
+        Self { registers }
     }
 
     /// Writes `len` bytes at `iova`; whether the IOMMU let it.

@@ -14,6 +14,7 @@
 pub mod common;
 mod data;
 mod devices;
+mod moves;
 mod rig;
 
 use std::collections::BTreeSet;

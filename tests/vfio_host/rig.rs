@@ -131,7 +131,8 @@ impl Rig {
         let arguments = vmm.as_ref().map(Vmm::arguments).unwrap_or_default();
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         let daemon = Daemon::with_config_and(&config, &arguments);
-        // As a VMM does it: the devices first, then the vhost-user device.
+        // As QEMU does it: it connects, makes the devices, and then the vhost-user device.
+        let stream = daemon.stream();
         let files: Vec<_> = [
             (LOW_RAM, LOW_LEN),
             (RING_RAM, RING_LEN),
@@ -146,7 +147,7 @@ impl Rig {
         let regions = files
             .into_iter()
             .map(|(gpa, len, file)| Region::of_file(gpa, len, file, 0));
-        let mut guest = Guest::connect_with(daemon.socket(), Setup::default(), regions.collect());
+        let mut guest = Guest::connect_with(stream, Setup::default(), regions.collect());
         guest.driver_ok();
         for function in functions {
             Function::new(function).enable();

@@ -1,0 +1,396 @@
+//! Domains with several devices, devices that move under load, many mappings, memory that goes:
+//! what the host IOMMU lets a device reach is read back by its own DMA.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use crate::common::guest::{HIGH_LEN, HIGH_RAM, LOW_RAM};
+use crate::common::memory::Region;
+use crate::common::rng::Rng;
+use crate::common::wire::{FAULT, NOENT, NOMEM, OK, READ, RW, UNSUPP, WRITE};
+use crate::devices::{Edu, Function, TestDev};
+use crate::rig::{Rig, WAYS, Way, endpoint};
+use crate::words;
+
+const PAGE: u64 = 4096;
+/// Guest pages the devices write to.
+const TARGETS: u64 = HIGH_RAM + 0x10_0000;
+
+/// Two test devices in one VM.
+fn pair(way: Way) -> (Rig, Vec<TestDev>) {
+    let names = words("VIOMMU_TESTDEV");
+    let functions: Vec<_> = names.iter().map(String::as_str).collect();
+    let rig = Rig::new(way, &functions);
+    (rig, names.iter().map(|n| TestDev::new(n)).collect())
+}
+
+/// Whether a write at `iova` is let, and then changes the first bytes at `gpa` and nothing before
+/// or behind.
+fn reaches(rig: &Rig, device: &TestDev, iova: u64, gpa: u64) -> bool {
+    let memory = &rig.guest.memory;
+    memory.write(gpa, &[0xee; 16]);
+    let done = device.write(iova, 8);
+    let now = memory.read(gpa, 16);
+    let pattern = TestDev::PATTERN.to_le_bytes();
+    let arrived = [&pattern[..], &pattern[..], &[0xee; 8]].concat();
+    memory.write(gpa, &[0; 16]);
+    if done {
+        assert_eq!(now, arrived, "{iova:#x} let through, but not to {gpa:#x}");
+    } else {
+        assert_eq!(
+            now, [0xee; 16],
+            "{iova:#x} refused, and {gpa:#x} written to"
+        );
+    }
+    done
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn two_devices_share_a_domain() {
+    for way in WAYS {
+        eprintln!("{way:?}");
+        let (mut rig, devices) = pair(way);
+        let (a, b) = (endpoint(0), endpoint(1));
+        assert_eq!(rig.guest.attach(1, a), OK);
+        assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, TARGETS, WRITE), OK);
+        // The second one finds what is there, and both have what comes.
+        assert_eq!(rig.guest.attach(1, b), OK);
+        assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, TARGETS + PAGE, RW), OK);
+        for device in &devices {
+            assert!(reaches(&rig, device, 0x1000, TARGETS));
+            assert!(reaches(&rig, device, 0x2000, TARGETS + PAGE));
+            assert!(!reaches(&rig, device, 0x3000, TARGETS));
+        }
+        assert_eq!(rig.guest.unmap(1, 0x1000, 0x1fff), OK);
+        for device in &devices {
+            assert!(!reaches(&rig, device, 0x1000, TARGETS));
+            assert!(reaches(&rig, device, 0x2000, TARGETS + PAGE));
+        }
+        // One leaves: the other stays.
+        assert_eq!(rig.guest.detach(1, a), OK);
+        assert!(!reaches(&rig, &devices[0], 0x2000, TARGETS + PAGE));
+        assert!(reaches(&rig, &devices[0], TARGETS, TARGETS), "bypass mode");
+        assert!(reaches(&rig, &devices[1], 0x2000, TARGETS + PAGE));
+        assert_eq!(rig.guest.detach(1, b), OK);
+        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), NOENT, "the domain is gone");
+    }
+}
+
+/// One device moves to and fro between two domains while it writes as fast as it can: each write
+/// lands where one of the domains leads, or nowhere.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_device_moves_between_domains_under_load() {
+    for way in WAYS {
+        eprintln!("{way:?}");
+        let (mut rig, mut devices) = pair(way);
+        let stays = devices.pop().expect("two");
+        let moves = devices.pop().expect("two");
+        let (iova, here, there, elsewhere) = (0x8000, TARGETS, TARGETS + PAGE, TARGETS + 2 * PAGE);
+        // Another device keeps the second domain.
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.attach(2, endpoint(1)), OK);
+        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
+        assert_eq!(rig.guest.map(2, iova, iova + PAGE - 1, there, RW), OK);
+        assert_eq!(rig.guest.map(2, 0, PAGE - 1, elsewhere, RW), OK);
+        let before = rig.guest.memory.read(LOW_RAM, 0x10_0000);
+        let stop = Arc::new(AtomicBool::new(false));
+        let writes = Arc::new(AtomicU64::new(0));
+        let let_through = Arc::new(AtomicU64::new(0));
+        let load = {
+            let (stop, writes, let_through) = (stop.clone(), writes.clone(), let_through.clone());
+            thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let done = moves.write(iova, 8);
+                    writes.fetch_add(1, Ordering::Relaxed);
+                    let_through.fetch_add(done.into(), Ordering::Relaxed);
+                }
+                moves
+            })
+        };
+        let pattern = TestDev::PATTERN.to_le_bytes();
+        for round in 0..200 {
+            let (to, expected, other) = if round % 2 == 0 {
+                (2, there, here)
+            } else {
+                (1, here, there)
+            };
+            assert_eq!(
+                rig.guest.attach(to, endpoint(0)),
+                OK,
+                "{}",
+                rig.daemon.log()
+            );
+            if to == 2 {
+                // The first domain was its alone, and is gone with it.
+                assert_eq!(rig.guest.unmap(1, 0, u64::MAX), NOENT);
+            } else {
+                assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
+            }
+            // Nothing in flight reaches the domain it has left.
+            rig.guest.memory.write(other, &[0; 8]);
+            rig.guest.memory.write(expected, &[0; 8]);
+            let since = writes.load(Ordering::Relaxed);
+            while writes.load(Ordering::Relaxed) < since + 2 {
+                thread::yield_now();
+            }
+            assert_eq!(rig.guest.memory.read(other, 8), [0; 8], "round {round}");
+            assert_eq!(rig.guest.memory.read(expected, 4), pattern, "round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+        load.join().expect("the load");
+        let (all, done) = (
+            writes.load(Ordering::Relaxed),
+            let_through.load(Ordering::Relaxed),
+        );
+        eprintln!("{all} writes, {done} let through");
+        assert!(reaches(&rig, &stays, 0, elsewhere));
+        assert!(rig.guest.memory.read(LOW_RAM, 0x10_0000) == before);
+    }
+}
+
+/// Random maps and unmaps with DMA in between, against a plain model.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn ten_thousand_rounds_agree_with_a_model() {
+    const WINDOW: u64 = 256;
+    for (way, rounds) in [
+        (Way::SharedAll, 10_000),
+        (Way::SharedMapped, 10_000),
+        (Way::Owned, 2_000),
+        (Way::Type1, 10_000),
+    ] {
+        let (mut rig, devices) = pair(way);
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.attach(1, endpoint(1)), OK);
+        let mut rng = Rng::new(0x5eed);
+        // First page of a mapping: pages, guest page, writable.
+        let mut model: BTreeMap<u64, (u64, u64, bool)> = BTreeMap::new();
+        let (mut maps, mut unmaps, mut probes) = (0, 0, 0);
+        for _ in 0..rounds {
+            let first = rng.below(WINDOW);
+            let pages = 1 + rng.below(8).min(rng.below(8));
+            if rng.below(2) == 0 {
+                let overlaps = model
+                    .iter()
+                    .any(|(f, (n, ..))| first < f + n && *f < first + pages);
+                let flags = [READ, WRITE, RW, RW][rng.below(4) as usize];
+                let gpa = TARGETS + rng.below(512) * PAGE;
+                let status = rig
+                    .guest
+                    .map(1, first * PAGE, (first + pages) * PAGE - 1, gpa, flags);
+                assert_eq!(status == OK, !overlaps);
+                if status == OK {
+                    model.insert(first, (pages, gpa, flags & WRITE != 0));
+                    maps += 1;
+                }
+            } else {
+                let pages = pages * 3;
+                let splits = model.iter().any(|(f, (n, ..))| {
+                    let inside = first <= *f && f + n <= first + pages;
+                    first < f + n && *f < first + pages && !inside
+                });
+                let status = rig.guest.unmap(1, first * PAGE, (first + pages) * PAGE - 1);
+                assert_eq!(status == OK, !splits);
+                if status == OK {
+                    let before = model.len();
+                    model.retain(|f, _| !(first..first + pages).contains(f));
+                    unmaps += before - model.len();
+                }
+            }
+            for device in &devices {
+                let page = rng.below(WINDOW + 8);
+                let hit = model
+                    .range(..=page)
+                    .next_back()
+                    .filter(|(f, (n, ..))| page < **f + n);
+                let (gpa, writable) = match hit {
+                    Some((f, (_, gpa, writable))) => (gpa + (page - f) * PAGE, *writable),
+                    None => (TARGETS, false),
+                };
+                assert_eq!(
+                    reaches(&rig, device, page * PAGE, gpa),
+                    writable,
+                    "page {page}"
+                );
+                probes += 1;
+            }
+        }
+        eprintln!("{way:?}: {maps} mapped, {unmaps} unmapped, {probes} DMAs");
+        assert_eq!(rig.daemon.mappings(1).len(), model.len());
+    }
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn many_mappings_and_one_unmap_of_all() {
+    for way in [Way::SharedAll, Way::SharedMapped, Way::Type1] {
+        let (mut rig, devices) = pair(way);
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        // A container takes 65535 mappings.
+        let count: u64 = if way == Way::Type1 { 65_535 } else { 65_536 };
+        let at = |n: u64| (n * 2 * PAGE, TARGETS + (n % 1024) * PAGE);
+        for n in 0..count {
+            let (iova, gpa) = at(n);
+            let status = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
+            assert_eq!(status, OK, "{n}: {}", rig.daemon.log());
+        }
+        if way == Way::Type1 {
+            let (iova, gpa) = at(count);
+            let refused = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
+            assert_eq!(refused, NOMEM);
+            assert!(
+                rig.daemon.log().contains("dma_entry_limit"),
+                "{}",
+                rig.daemon.log()
+            );
+        }
+        for n in (0..count).step_by(997) {
+            let (iova, gpa) = at(n);
+            assert!(reaches(&rig, &devices[0], iova, gpa));
+            assert!(!reaches(&rig, &devices[0], iova + PAGE, gpa));
+        }
+        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), OK);
+        for n in (0..count).step_by(997) {
+            let (iova, gpa) = at(n);
+            assert!(!reaches(&rig, &devices[0], iova, gpa));
+        }
+        let (iova, gpa) = at(count);
+        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW), OK);
+        assert!(reaches(&rig, &devices[0], iova, gpa));
+    }
+}
+
+/// When the VMM's request is acknowledged, nothing of the slot is reachable.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
+    for way in WAYS {
+        eprintln!("{way:?}");
+        let (mut rig, devices) = pair(way);
+        let hot = HIGH_RAM + HIGH_LEN;
+        rig.guest.add_region(Region::new(hot, 4 << 20));
+        // The second device stays in bypass mode. What the VMM lets it reach is the VMM's doing,
+        // so it is taken through a domain first.
+        assert_eq!(rig.guest.attach(2, endpoint(1)), OK);
+        assert_eq!(rig.guest.detach(2, endpoint(1)), OK);
+        assert!(reaches(&rig, &devices[1], hot, hot), "bypass mode has it");
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.map(1, 0, PAGE - 1, hot, RW), OK);
+        // Over the border between two slots.
+        let (first, last) = (0x10_0000, 0x10_0000 + 4 * PAGE - 1);
+        assert_eq!(rig.guest.map(1, first, last, hot - 2 * PAGE, RW), OK);
+        assert!(reaches(&rig, &devices[0], 0, hot));
+        assert!(reaches(&rig, &devices[0], first + 3 * PAGE, hot + PAGE));
+
+        let region = rig.guest.remove_region(hot);
+        for (device, iova) in [
+            (&devices[0], 0),
+            (&devices[0], first + 2 * PAGE),
+            (&devices[0], first + 3 * PAGE),
+            (&devices[1], hot),
+            (&devices[1], hot + PAGE),
+        ] {
+            assert!(!device.write(iova, 8), "{iova:#x}");
+        }
+        let written = region.read_all().iter().any(|byte| *byte != 0);
+        assert!(!written, "the memory that went was written to");
+        assert!(reaches(&rig, &devices[0], first + PAGE, hot - PAGE));
+        assert_eq!(rig.guest.map(1, 0x40_0000, 0x40_0fff, hot, RW), FAULT);
+        // A device that comes now gets what there is of an address space that is there; a container
+        // would have to be filled with what leads nowhere.
+        let expected = if way == Way::Type1 { UNSUPP } else { OK };
+        assert_eq!(rig.guest.attach(1, endpoint(1)), expected, "{way:?}");
+
+        // Other memory comes there: the guest's mappings lead to it.
+        rig.guest.add_region(Region::new(hot, 4 << 20));
+        assert!(reaches(&rig, &devices[0], 0, hot));
+        assert!(reaches(&rig, &devices[0], first + 3 * PAGE, hot + PAGE));
+        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), OK);
+        assert!(!reaches(&rig, &devices[0], 0, hot));
+    }
+}
+
+/// The host cannot keep them apart, and so the guest may not either.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn devices_of_one_group_stay_in_one_domain() {
+    let names = words("VIOMMU_EDU_PAIR");
+    let functions: Vec<_> = names.iter().map(String::as_str).collect();
+    for way in WAYS {
+        eprintln!("{way:?}");
+        let mut rig = Rig::new(way, &functions);
+        let edus: Vec<_> = names.iter().map(|n| Edu::new(n)).collect();
+        Function::bridge_of(&names[0]).enable();
+        let (a, b) = (endpoint(0), endpoint(1));
+        let guest = &mut rig.guest;
+        guest.memory.write(TARGETS, &[7; PAGE as usize]);
+        assert_eq!(guest.attach(1, a), OK);
+        assert_eq!(guest.attach(2, b), UNSUPP, "they share a group");
+        assert_eq!(guest.attach(1, b), OK);
+        assert_eq!(guest.map(1, 0, PAGE - 1, TARGETS, READ), OK);
+        assert_eq!(guest.map(1, PAGE, 2 * PAGE - 1, TARGETS + PAGE, WRITE), OK);
+        for edu in &edus {
+            guest.memory.write(TARGETS + PAGE, &[0; PAGE as usize]);
+            edu.read(0);
+            edu.write(PAGE);
+            assert!(guest.memory.read(TARGETS + PAGE, PAGE as usize) == [7; PAGE as usize]);
+        }
+        // One moves: the other is blocked until it follows.
+        assert_eq!(guest.attach(2, a), OK);
+        assert_eq!(
+            guest.map(2, PAGE, 2 * PAGE - 1, TARGETS + 2 * PAGE, WRITE),
+            OK
+        );
+        edus[0].write(PAGE);
+        assert_eq!(guest.memory.read(TARGETS + 2 * PAGE, 4), [7; 4]);
+        assert_eq!(guest.attach(2, b), OK);
+        guest.memory.write(TARGETS + 2 * PAGE, &[0; PAGE as usize]);
+        edus[1].write(PAGE);
+        assert_eq!(guest.memory.read(TARGETS + 2 * PAGE, 4), [7; 4]);
+        assert_eq!(guest.detach(2, a), OK);
+        assert_eq!(guest.detach(2, b), OK);
+        guest.memory.write(TARGETS + 2 * PAGE, &[0; PAGE as usize]);
+        edus[0].write(TARGETS + 2 * PAGE);
+        assert_eq!(
+            guest.memory.read(TARGETS + 2 * PAGE, 4),
+            [7; 4],
+            "bypass mode"
+        );
+    }
+}
+
+/// PROBE says what the host reserves, and a domain that has something there takes no such device.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn probe_tells_what_the_host_reserves() {
+    let name = words("VIOMMU_EDU")[0].clone();
+    let amd = words("VIOMMU_L1")[0] == "amd";
+    for way in WAYS {
+        let mut rig = Rig::new(way, &[&name]);
+        let regions: Vec<_> = rig
+            .guest
+            .probe(endpoint(0))
+            .iter()
+            .map(|r| (r.start, r.end, r.subtype))
+            .collect();
+        let msi = (0xfee0_0000, 0xfeef_ffff, 1);
+        let expected = if amd {
+            vec![msi, (0xfd_0000_0000, 0xff_ffff_ffff, 0)]
+        } else {
+            vec![msi]
+        };
+        assert_eq!(regions, expected, "{way:?}");
+        let guest = &mut rig.guest;
+        assert_eq!(guest.attach(1, endpoint(0)), OK);
+        for (first, last, _) in expected {
+            let page = first & !(PAGE - 1);
+            assert_ne!(guest.map(1, page, page + PAGE - 1, TARGETS, RW), OK);
+            let page = (last + 1) & !(PAGE - 1);
+            assert_eq!(guest.map(1, page, page + PAGE - 1, TARGETS, RW), OK);
+        }
+    }
+}
