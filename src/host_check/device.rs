@@ -47,15 +47,15 @@ pub(super) fn findings(
             HostIommu::Iommufd => character_device(root, device),
             HostIommu::Type1 => group.and_then(|group| {
                 let node = format!("dev/vfio/{}", group.number);
-                node_finding(root, &node, "vfio")
+                node_finding(root, &node, "SUBSYSTEM==\"vfio\"")
             }),
         });
     }
     found
 }
 
-/// What keeps this process from opening the node `below`, which udev finds in `subsystem`.
-pub(super) fn node_finding(root: &HostRoot, below: &str, subsystem: &str) -> Option<Finding> {
+/// What keeps this process from opening the node `below`, which `udev_match` matches in a rule.
+pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Option<Finding> {
     let cause = access::read_write(&root.path(below)).err()?;
     Some(if cause.kind() == ErrorKind::NotFound {
         Finding::missing(
@@ -67,7 +67,7 @@ pub(super) fn node_finding(root: &HostRoot, below: &str, subsystem: &str) -> Opt
             format!("/{below} cannot be opened for reading and writing: {cause}"),
             format!(
                 "give it to a group the daemon's user is in, here kvm; for good with the udev rule \
-                 SUBSYSTEM==\"{subsystem}\", GROUP=\"kvm\", MODE=\"0660\""
+                 {udev_match}, GROUP=\"kvm\", MODE=\"0660\""
             ),
         )
         .with_commands(vec![
@@ -168,7 +168,8 @@ fn group_findings<'a>(
 fn character_device(root: &HostRoot, device: &HostDevice) -> Option<Finding> {
     match &device.vfio {
         Some(vfio) if vfio.has_node => {
-            node_finding(root, &format!("dev/vfio/devices/{}", vfio.name), "vfio-dev")
+            let node = format!("dev/vfio/devices/{}", vfio.name);
+            node_finding(root, &node, "SUBSYSTEM==\"vfio-dev\"")
         }
         _ => Some(Finding::missing(
             format!("the kernel has no character device for {}", device.name),
@@ -345,12 +346,12 @@ mod tests {
         // Refused whoever asks, root too.
         let host = MadeUp::new();
         host.file("dev/vfio/devices", "not a folder");
-        let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "vfio-dev");
+        let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "KERNEL==\"vfio*\"");
         let finding = finding.expect("refused");
         let start = "/dev/vfio/devices/vfio0 cannot be opened";
         assert!(finding.what.starts_with(start), "{finding:?}");
         assert!(
-            finding.cure.contains("SUBSYSTEM==\"vfio-dev\""),
+            finding.cure.contains("rule KERNEL==\"vfio*\", GROUP="),
             "{finding:?}"
         );
         let node = "/dev/vfio/devices/vfio0";

@@ -40,7 +40,7 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
     }
     // Opening it makes an empty context and disturbs nobody; a container's filter shows only here.
     let open = || File::options().read(true).write(true).open(root.path(node));
-    node_finding(root, node, "misc").or_else(|| {
+    node_finding(root, node, "KERNEL==\"iommu\"").or_else(|| {
         let cause = open().err()?;
         Some(Finding::missing(
             format!("/dev/iommu cannot be opened: {cause}"),
@@ -60,7 +60,11 @@ fn type1(root: &HostRoot) -> Option<Finding> {
             .with_commands(vec!["modprobe vfio_iommu_type1".to_owned()]),
         );
     }
-    node_finding(root, "dev/vfio/vfio", "misc")
+    node_finding(
+        root,
+        "dev/vfio/vfio",
+        "KERNEL==\"vfio\", SUBSYSTEM==\"misc\"",
+    )
 }
 
 /// Whether devices can raise only interrupts that are theirs; `None` where it cannot be told.
