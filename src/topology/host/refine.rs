@@ -57,8 +57,8 @@ pub fn refine(
     for &(endpoint, host) in passthrough {
         let index = refined
             .entries
-            .iter()
-            .position(|entry| entry.range == PciRange::from(endpoint))
+            .binary_search_by_key(&PciRange::from(endpoint), |entry| entry.range)
+            .ok()
             .ok_or(RefineError::NotAnEndpoint(endpoint))?;
         let group = facts.group_of(host);
         let regions = group.map_or(&[][..], |group| &group.regions);
