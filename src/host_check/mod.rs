@@ -88,7 +88,7 @@ impl Report {
             host: if config.passthrough.is_empty() {
                 Vec::new()
             } else {
-                system::findings(root, config)
+                system::findings(root, &facts, config)
             },
             endpoints: devices.map(findings).collect(),
         }

@@ -1,10 +1,11 @@
 //! What the host as a whole lacks: nodes, interrupt remapping, limits.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 
 use super::{Finding, device::node_finding};
 use crate::config::{Config, HostIommu, Pin};
-use crate::topology::host::HostRoot;
+use crate::topology::host::{HostFacts, HostRoot};
 
 /// `CAP_IPC_LOCK` in a set of capabilities: memory may be locked without limit.
 const CAP_IPC_LOCK: u64 = 1 << 14;
@@ -12,14 +13,14 @@ const CAP_IPC_LOCK: u64 = 1 << 14;
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
 /// What is wrong for all devices alike.
-pub(super) fn findings(root: &HostRoot, config: &Config) -> Vec<Finding> {
+pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> Vec<Finding> {
     let mut found = Vec::new();
     found.extend(match config.host_iommu {
         HostIommu::Iommufd => iommufd(root),
         HostIommu::Type1 => type1(root),
     });
     found.extend(interrupts(root, config.host_iommu));
-    found.extend(locked_memory(root, config));
+    found.extend(locked_memory(root, facts, config));
     if config.host_iommu == HostIommu::Type1 {
         found.extend(mappings(root, config));
     }
@@ -125,7 +126,7 @@ fn interrupts(root: &HostRoot, iommu: HostIommu) -> Option<Finding> {
     }
 }
 
-fn locked_memory(root: &HostRoot, config: &Config) -> Option<Finding> {
+fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<Finding> {
     if may_lock_everything(root) {
         return None;
     }
@@ -152,7 +153,7 @@ fn locked_memory(root: &HostRoot, config: &Config) -> Option<Finding> {
         );
         return Some(Finding::advice(what, cure).with_commands(command));
     };
-    let (times, reason) = locked_times(config);
+    let (times, reason) = locked_times(facts, config);
     let needed = memory.saturating_mul(times);
     (limit < needed).then(|| {
         let what = format!(
@@ -165,7 +166,7 @@ fn locked_memory(root: &HostRoot, config: &Config) -> Option<Finding> {
 }
 
 /// How many times the guest's RAM is counted against the limit, at least, and why.
-fn locked_times(config: &Config) -> (u64, &'static str) {
+fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
     match (config.host_iommu, config.pin) {
         (HostIommu::Iommufd, Pin::All) => (
             2,
@@ -176,10 +177,22 @@ fn locked_times(config: &Config) -> (u64, &'static str) {
             "the guest's RAM for the VMM, and besides what the guest maps",
         ),
         (HostIommu::Type1, Pin::All | Pin::Mapped) => (
-            config.passthrough.len() as u64,
-            "the guest's RAM for each device",
+            containers(facts, config),
+            "the guest's RAM for each host group",
         ),
     }
+}
+
+/// How many containers there will be: one for each host group, where a device in none counts for
+/// itself.
+fn containers(facts: &HostFacts, config: &Config) -> u64 {
+    let group = |host| facts.device(host).and_then(|device| device.group);
+    let devices = config.passthrough.iter();
+    let (in_groups, alone): (Vec<_>, Vec<_>) = devices
+        .map(|device| group(device.host))
+        .partition(Option::is_some);
+    let groups: BTreeSet<_> = in_groups.into_iter().flatten().collect();
+    (groups.len() + alone.len()) as u64
 }
 
 /// Whether this process has the capability that lifts the limit.
@@ -221,7 +234,7 @@ fn mappings(root: &HostRoot, config: &Config) -> Option<Finding> {
         });
         Finding::advice(
             format!(
-                "a device can have {limit} mappings at once{pages} (dma_entry_limit); a guest that \
+                "a host group can have {limit} mappings at once{pages} (dma_entry_limit); a guest that \
                  asks for more is refused"
             ),
             "raise it before the VM starts if the guest maps single pages, or use iommufd, which \
@@ -236,14 +249,17 @@ mod tests {
     use super::super::Severity;
     use super::super::tests::config;
     use super::*;
-    use crate::topology::host::made_up::MadeUp;
+    use crate::topology::host::made_up::{Function, MadeUp};
     use proptest::prelude::*;
     use std::fs;
 
     const TYPE1: &str = "host-iommu = \"type1\"";
 
     fn found(host: &MadeUp, keys: &str) -> Vec<Finding> {
-        findings(&host.root(), &config(keys))
+        let config = config(keys);
+        let devices = config.passthrough.iter().map(|device| device.host);
+        let facts = HostFacts::read(&host.root(), devices);
+        findings(&host.root(), &facts, &config)
     }
 
     fn only(host: &MadeUp, keys: &str) -> Finding {
@@ -349,7 +365,13 @@ mod tests {
             assert_eq!(finding.commands, ["ulimit -l unlimited"]);
         }
         assert_eq!(found(&host, "pin = \"mapped\""), []);
+        // One container is enough for two devices of one group.
+        host.function(&Function::ready("0000:01:00.0", 7));
+        host.function(&Function::ready("0000:02:00.0", 7));
+        limits(&host, "2147483648");
+        assert_eq!(found(&host, TYPE1), []);
         limits(&host, "2147483647");
+        assert!(only(&host, TYPE1).what.contains("2048 MiB are needed"));
         assert_eq!(only(&host, "pin = \"mapped\"").severity, Severity::Missing);
         limits(&host, "odd");
         assert_eq!(only(&host, "").severity, Severity::Advice);
