@@ -120,8 +120,8 @@ fn group_findings<'a>(
             return None;
         }
         let why = Shared::between(&device.place, &other.place);
-        let cure = "bind that one to vfio-pci too, or take it off its driver, or put one of the \
-                    two into another slot";
+        let cure = "bind that one to vfio-pci too, or take it off its driver, or, if it is another \
+                    card, use another slot";
         let commands = binding(root, other);
         Some(if spoils {
             let what = format!(
