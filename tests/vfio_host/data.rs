@@ -123,7 +123,12 @@ fn scenario(way: Way) {
 
     eprintln!("what is mapped read-only cannot be written, nor read what is write-only");
     bench.edu.read(target);
-    bench.write_is_refused(source);
+    if words("VIOMMU_L1")[0] == "amd" {
+        // The emulation of AMD's IOMMU logs a missing page only.
+        bench.write_goes_nowhere(source);
+    } else {
+        bench.write_is_refused(source);
+    }
     let guest = &mut bench.rig.guest;
     assert_eq!(guest.map(1, 0x20_0000, 0x20_0fff, SECRET, WRITE), OK);
     bench.read_is_refused(0x20_0000, target, OTHER, SECRET);
