@@ -54,7 +54,7 @@ fn the_machine_is_as_expected() {
     let pair = words("VIOMMU_EDU_PAIR");
     assert_eq!((words("VIOMMU_EDU").len(), pair.len()), (4, 2));
 
-    for node in ["/dev/iommu", "/dev/vfio/vfio"] {
+    for node in ["/dev/iommu", "/dev/vfio/vfio", "/dev/kvm"] {
         assert!(Path::new(node).exists(), "{node}");
     }
     for function in alone.iter().chain(&pair) {
