@@ -1,8 +1,11 @@
 //! Real DMA: what a device reaches is what its domain maps, byte for byte.
 
-use vm_memory::{Bytes, VolatileMemory};
+use vhost_device_iommu::address::{Access, Iova, IovaRange};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, IommuFd, Source};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use crate::common::guest::{HIGH_RAM, LOW_RAM};
+use crate::common::memory::memfd;
 use crate::common::wire::{CONFIG_BYPASS, FAULT, MMIO, OK, READ, RW, WRITE};
 use crate::devices::{Edu, FaultLog, Function};
 use crate::rig::{Rig, WAYS, Way, endpoint};
@@ -218,6 +221,12 @@ fn dma_reaches_what_is_mapped_type1() {
     scenario(Way::Type1);
 }
 
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn dma_reaches_what_is_mapped_type1_inherited() {
+    scenario(Way::Type1Inherited);
+}
+
 /// Without bypass mode at boot a device is blocked from the moment the VMM is connected.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
@@ -278,4 +287,34 @@ fn another_devices_memory_can_be_mapped() {
             FAULT
         );
     }
+}
+
+/// Memory mapped by its address in this process, as on kernels that cannot map files.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn memory_can_be_mapped_by_address() {
+    let name = words("VIOMMU_EDU")[0].clone();
+    let iommufd = IommuFd::open("/dev/iommu".as_ref()).expect("iommufd");
+    let device = Cdev::open(Function::new(&name).node().as_ref()).expect("a device");
+    device.bind(&iommufd).expect("bound");
+    let file = FileOffset::new(memfd(4 * PAGE), 0);
+    let memory = MmapRegion::from_file(file, 4 * PAGE as usize).expect("mapped");
+    let ioas = iommufd.alloc().expect("an address space");
+    let range = IovaRange::from_len(Iova(0x10_0000), 2 * PAGE).expect("not empty");
+    let source = Source::Host(&memory, PAGE);
+    iommufd
+        .map(ioas, range, Access::READ_WRITE, source)
+        .expect("mapped by address");
+    let past = Source::Host(&memory, 3 * PAGE);
+    assert!(iommufd.map(ioas, range, Access::READ, past).is_err());
+    device.attach(ioas).expect("attached");
+    Function::new(&name).enable();
+    let edu = Edu::new(&name);
+    let view = memory.as_volatile_slice();
+    view.write_slice(&pattern(3), PAGE as usize).unwrap();
+    edu.read(0x10_0000);
+    edu.write(0x10_0000 + PAGE);
+    let mut arrived = vec![0; PAGE as usize];
+    view.read_slice(&mut arrived, 2 * PAGE as usize).unwrap();
+    assert_eq!(arrived, pattern(3));
 }

@@ -24,6 +24,12 @@ impl Function {
         format!("/sys/bus/pci/devices/{}/{entry}", self.address)
     }
 
+    /// The number of its IOMMU group.
+    pub fn group(&self) -> String {
+        let target = fs::read_link(self.path("iommu_group")).expect("a group");
+        target.file_name().unwrap().to_string_lossy().into_owned()
+    }
+
     /// The bridge above it.
     pub fn bridge_of(address: &str) -> Self {
         let path = fs::canonicalize(Self::new(address).path("")).expect("a function");

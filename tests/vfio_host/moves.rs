@@ -54,26 +54,28 @@ fn two_devices_share_a_domain() {
         eprintln!("{way:?}");
         let (mut rig, devices) = pair(way);
         let (a, b) = (endpoint(0), endpoint(1));
+        // Where there is no memory in bypass mode.
+        let at = |page: u64| 0x20_0000_0000 + page * PAGE;
         assert_eq!(rig.guest.attach(1, a), OK);
-        assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, TARGETS, WRITE), OK);
+        assert_eq!(rig.guest.map(1, at(1), at(2) - 1, TARGETS, WRITE), OK);
         // The second one finds what is there, and both have what comes.
         assert_eq!(rig.guest.attach(1, b), OK);
-        assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, TARGETS + PAGE, RW), OK);
+        assert_eq!(rig.guest.map(1, at(2), at(3) - 1, TARGETS + PAGE, RW), OK);
         for device in &devices {
-            assert!(reaches(&rig, device, 0x1000, TARGETS));
-            assert!(reaches(&rig, device, 0x2000, TARGETS + PAGE));
-            assert!(!reaches(&rig, device, 0x3000, TARGETS));
+            assert!(reaches(&rig, device, at(1), TARGETS));
+            assert!(reaches(&rig, device, at(2), TARGETS + PAGE));
+            assert!(!reaches(&rig, device, at(3), TARGETS));
         }
-        assert_eq!(rig.guest.unmap(1, 0x1000, 0x1fff), OK);
+        assert_eq!(rig.guest.unmap(1, at(1), at(2) - 1), OK);
         for device in &devices {
-            assert!(!reaches(&rig, device, 0x1000, TARGETS));
-            assert!(reaches(&rig, device, 0x2000, TARGETS + PAGE));
+            assert!(!reaches(&rig, device, at(1), TARGETS));
+            assert!(reaches(&rig, device, at(2), TARGETS + PAGE));
         }
         // One leaves: the other stays.
         assert_eq!(rig.guest.detach(1, a), OK);
-        assert!(!reaches(&rig, &devices[0], 0x2000, TARGETS + PAGE));
+        assert!(!reaches(&rig, &devices[0], at(2), TARGETS + PAGE));
         assert!(reaches(&rig, &devices[0], TARGETS, TARGETS), "bypass mode");
-        assert!(reaches(&rig, &devices[1], 0x2000, TARGETS + PAGE));
+        assert!(reaches(&rig, &devices[1], at(2), TARGETS + PAGE));
         assert_eq!(rig.guest.detach(1, b), OK);
         assert_eq!(rig.guest.unmap(1, 0, u64::MAX), NOENT, "the domain is gone");
     }
@@ -162,6 +164,7 @@ fn ten_thousand_rounds_agree_with_a_model() {
         (Way::SharedMapped, 10_000),
         (Way::Owned, 2_000),
         (Way::Type1, 10_000),
+        (Way::Type1Inherited, 2_000),
     ] {
         let (mut rig, devices) = pair(way);
         assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
@@ -231,14 +234,14 @@ fn many_mappings_and_one_unmap_of_all() {
         let (mut rig, devices) = pair(way);
         assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
         // A container takes 65535 mappings.
-        let count: u64 = if way == Way::Type1 { 65_535 } else { 65_536 };
+        let count: u64 = if way.is_type1() { 65_535 } else { 65_536 };
         let at = |n: u64| (n * 2 * PAGE, TARGETS + (n % 1024) * PAGE);
         for n in 0..count {
             let (iova, gpa) = at(n);
             let status = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(status, OK, "{n}: {}", rig.daemon.log());
         }
-        if way == Way::Type1 {
+        if way.is_type1() {
             let (iova, gpa) = at(count);
             let refused = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(refused, NOMEM);
@@ -302,7 +305,7 @@ fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
         assert_eq!(rig.guest.map(1, 0x40_0000, 0x40_0fff, hot, RW), FAULT);
         // A device that comes now gets what there is of an address space that is there; a container
         // would have to be filled with what leads nowhere.
-        let expected = if way == Way::Type1 { UNSUPP } else { OK };
+        let expected = if way.is_type1() { UNSUPP } else { OK };
         assert_eq!(rig.guest.attach(1, endpoint(1)), expected, "{way:?}");
 
         // Other memory comes there: the guest's mappings lead to it.
@@ -392,5 +395,61 @@ fn probe_tells_what_the_host_reserves() {
             let page = (last + 1) & !(PAGE - 1);
             assert_eq!(guest.map(1, page, page + PAGE - 1, TARGETS, RW), OK);
         }
+    }
+}
+
+/// An endpoint that comes to a domain with a mapping where its host reserves something.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_device_whose_regions_clash_is_refused() {
+    let name = words("VIOMMU_EDU")[0].clone();
+    // What VT-d reserves the configuration reserves for everybody, so it must not here.
+    let (keys, iova, region) = if words("VIOMMU_L1")[0] == "amd" {
+        ("", 0xfd_0000_0000, "0xfd00000000..=0xffffffffff:reserved")
+    } else {
+        ("reserved = []", 0xfee0_0000, "0xfee00000..=0xfeefffff:msi")
+    };
+    let keys = format!("{keys}\n[[endpoint]]\naddress = \"00:0a.0\"\n");
+    let emulated = 0x50;
+    for way in WAYS {
+        let mut rig = Rig::with(way, &[&name], &keys);
+        assert_eq!(rig.guest.attach(1, emulated), OK);
+        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert_eq!(rig.guest.attach(1, endpoint(0)), UNSUPP, "{way:?}");
+        let log = rig.daemon.log();
+        let mapping = format!("{iova:#x}..={:#x}", iova + PAGE - 1);
+        assert!(log.contains(region) && log.contains(&mapping), "{log}");
+        assert_eq!(rig.guest.unmap(1, iova, iova + PAGE - 1), OK);
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK, "{way:?}");
+        assert_ne!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        // Where no host device is, everything may be mapped; where one is, memory only.
+        assert_eq!(rig.guest.attach(2, emulated), OK);
+        assert_eq!(rig.guest.map(2, 0, PAGE - 1, 0x9_0000_0000, RW), OK);
+        assert_eq!(rig.guest.attach(2, endpoint(0)), UNSUPP, "{way:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_vmm_that_goes_leaves_nothing_reachable() {
+    for way in WAYS {
+        eprintln!("{way:?}");
+        let (mut rig, devices) = pair(way);
+        let iova = 0x20_0000_0000;
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert!(reaches(&rig, &devices[0], iova, TARGETS));
+        assert!(reaches(&rig, &devices[1], TARGETS, TARGETS), "bypass mode");
+        rig.hang_up();
+        assert!(!reaches(&rig, &devices[0], iova, TARGETS));
+        assert!(!reaches(&rig, &devices[1], TARGETS, TARGETS));
+        rig.connect_again();
+        for device in &devices {
+            assert!(!reaches(&rig, device, iova, TARGETS));
+            assert!(reaches(&rig, device, TARGETS, TARGETS), "bypass mode");
+        }
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert!(reaches(&rig, &devices[0], iova, TARGETS));
     }
 }

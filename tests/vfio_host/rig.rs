@@ -1,12 +1,16 @@
 //! A VM whose devices are this machine's: the daemon, a VMM's part in sharing them, and a guest's
 //! driver.
 
+use std::collections::BTreeMap;
 use std::fs::File;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, IommuFd, Source};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, Container, Group, IommuFd, Source};
 
 use crate::common::daemon::Daemon;
 use crate::common::guest::{
@@ -26,9 +30,23 @@ pub enum Way {
     Owned,
     /// The daemon has them by path, through type1 containers.
     Type1,
+    /// The same with containers and devices that somebody else has opened.
+    Type1Inherited,
 }
 
-pub const WAYS: [Way; 4] = [Way::SharedAll, Way::SharedMapped, Way::Owned, Way::Type1];
+impl Way {
+    pub fn is_type1(self) -> bool {
+        matches!(self, Self::Type1 | Self::Type1Inherited)
+    }
+}
+
+pub const WAYS: [Way; 5] = [
+    Way::SharedAll,
+    Way::SharedMapped,
+    Way::Owned,
+    Way::Type1,
+    Way::Type1Inherited,
+];
 
 /// The guest's addresses of its devices, in turn.
 const SLOTS: [&str; 4] = ["00:06.0", "00:07.0", "00:08.0", "00:09.0"];
@@ -41,8 +59,11 @@ pub fn endpoint(n: usize) -> u32 {
 pub struct Rig {
     pub daemon: Daemon,
     pub guest: Guest,
+    stream: UnixStream,
     /// The VMM's side.
     vmm: Option<Vmm>,
+    /// Containers and devices opened for the daemon.
+    _opened: Vec<(Rc<Container>, Cdev)>,
 }
 
 /// What a VMM does: it binds the devices and lets them reach all of guest RAM.
@@ -100,6 +121,43 @@ impl Vmm {
     }
 }
 
+/// Containers with one group each, and the devices.
+fn open_containers(functions: &[&str]) -> Vec<(Rc<Container>, Cdev)> {
+    let mut groups: BTreeMap<String, Rc<Container>> = BTreeMap::new();
+    let open = |name: &&str| {
+        let group = Function::new(name).group();
+        let container = groups.entry(group.clone()).or_insert_with(|| {
+            let mut container = Container::open("/dev/vfio/vfio".as_ref()).expect("a container");
+            let group = Group::open(format!("/dev/vfio/{group}").as_ref()).expect("a group");
+            container.set_group(group).expect("a type1 IOMMU");
+            Rc::new(container)
+        });
+        let group = container.group().expect("just set");
+        (container.clone(), group.device(name).expect("a device"))
+    };
+    functions.iter().map(open).collect()
+}
+
+fn container_arguments(opened: &[(Rc<Container>, Cdev)]) -> Vec<String> {
+    let mut arguments = Vec::new();
+    let mut passed = Vec::new();
+    for ((container, device), slot) in opened.iter().zip(SLOTS) {
+        let fd = inheritable(device.as_fd().as_raw_fd());
+        arguments.extend(["--vfio-fd".to_owned(), format!("{slot}={fd}")]);
+        // A number stands for one thing.
+        let container = container
+            .as_fd()
+            .try_clone_to_owned()
+            .expect("a descriptor");
+        let fd = inheritable(container.as_raw_fd());
+        arguments.extend(["--vfio-container-fd".to_owned(), format!("{slot}={fd}")]);
+        passed.push(container);
+    }
+    // The daemon inherits them when it is started; these copies go with the test.
+    passed.into_iter().for_each(std::mem::forget);
+    arguments
+}
+
 /// Lets children inherit a descriptor.
 #[expect(unsafe_code, reason = "a descriptor's flags")]
 fn inheritable(fd: RawFd) -> RawFd {
@@ -119,7 +177,7 @@ impl Rig {
         let (host_iommu, pin) = match way {
             Way::SharedAll | Way::Owned => ("iommufd", "all"),
             Way::SharedMapped => ("iommufd", "mapped"),
-            Way::Type1 => ("type1", "all"),
+            Way::Type1 | Way::Type1Inherited => ("type1", "all"),
         };
         let mut config = format!(
             "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\npin = \"{pin}\"\n{keys}\n"
@@ -128,11 +186,19 @@ impl Rig {
             config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");
         }
         let vmm = matches!(way, Way::SharedAll | Way::SharedMapped).then(|| Vmm::new(functions));
-        let arguments = vmm.as_ref().map(Vmm::arguments).unwrap_or_default();
+        let opened = match way {
+            Way::Type1Inherited => open_containers(functions),
+            Way::SharedAll | Way::SharedMapped | Way::Owned | Way::Type1 => Vec::new(),
+        };
+        let arguments = match &vmm {
+            Some(vmm) => vmm.arguments(),
+            None => container_arguments(&opened),
+        };
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         let daemon = Daemon::with_config_and(&config, &arguments);
         // As QEMU does it: it connects, makes the devices, and then the vhost-user device.
         let stream = daemon.stream();
+        let ours = stream.try_clone().expect("a descriptor");
         let files: Vec<_> = [
             (LOW_RAM, LOW_LEN),
             (RING_RAM, RING_LEN),
@@ -147,12 +213,34 @@ impl Rig {
         let regions = files
             .into_iter()
             .map(|(gpa, len, file)| Region::of_file(gpa, len, file, 0));
-        let mut guest = Guest::connect_with(stream, Setup::default(), regions.collect());
+        let mut guest = Guest::connect_with(ours, Setup::default(), regions.collect());
         guest.driver_ok();
         for function in functions {
             Function::new(function).enable();
         }
-        Self { daemon, guest, vmm }
+        Self {
+            daemon,
+            guest,
+            stream,
+            vmm,
+            _opened: opened,
+        }
+    }
+
+    /// The VMM hangs up, and the daemon has noticed.
+    pub fn hang_up(&mut self) {
+        self.stream.shutdown(Shutdown::Both).expect("connected");
+        let daemon = &self.daemon;
+        daemon.wait_for("the VMM's end", || daemon.status()["connected"] == false);
+    }
+
+    /// Another VMM comes, with a guest of its own.
+    pub fn connect_again(&mut self) {
+        self.stream = self.daemon.stream();
+        let stream = self.stream.try_clone().expect("a descriptor");
+        let regions = self.guest.memory.regions.drain(..).collect();
+        self.guest = Guest::connect_with(stream, Setup::default(), regions);
+        self.guest.driver_ok();
     }
 
     /// All of guest memory, to compare later.
