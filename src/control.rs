@@ -8,6 +8,7 @@
 //! | `mappings`, `mappings DOMAIN` | every live mapping |
 //! | `translate ENDPOINT IOVA` | where one byte leads, and whether there is memory |
 
+use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -59,6 +60,8 @@ pub struct Subjects {
     pub device: Arc<Device>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// The host's names of endpoints that are its devices.
+    pub hosts: BTreeMap<EndpointId, String>,
 }
 
 /// The thread that answers; dropping it ends it and removes the socket.
@@ -242,7 +245,10 @@ fn status(subjects: &Subjects) -> Value {
             })
         })
         .collect();
-    let endpoints: Vec<_> = endpoints.iter().map(endpoint).collect();
+    let endpoints: Vec<_> = endpoints
+        .iter()
+        .map(|state| endpoint(state, subjects.hosts.get(&state.id)))
+        .collect();
     let metrics = &subjects.metrics;
     json!({
         "version": VERSION,
@@ -268,7 +274,7 @@ fn status(subjects: &Subjects) -> Value {
     })
 }
 
-fn endpoint(state: &EndpointState) -> Value {
+fn endpoint(state: &EndpointState, host: Option<&String>) -> Value {
     json!({
         "id": state.id.0,
         "address": PciAddress::from_endpoint_id(state.id).to_string(),
@@ -285,6 +291,7 @@ fn endpoint(state: &EndpointState) -> Value {
             Dma::Blocked => "blocked",
         },
         "domain": state.domain.map(|d| d.0),
+        "host": host,
     })
 }
 

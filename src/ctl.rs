@@ -110,9 +110,13 @@ fn render_status(out: &mut String, answer: &Value) -> std::fmt::Result {
             Some(id) => format!("domain {id}"),
             None => "no domain".into(),
         };
+        let host = match endpoint["host"].as_str() {
+            Some(host) => format!("  host device {host}"),
+            None => String::new(),
+        };
         writeln!(
             out,
-            "  {}  {:<11} {:<10} {domain}",
+            "  {}  {:<11} {:<10} {domain}{host}",
             text(&endpoint["address"]),
             text(&endpoint["state"]),
             text(&endpoint["dma"]),

@@ -129,6 +129,11 @@ impl Daemon {
                     iommu: iommu.clone(),
                     device: device.clone(),
                     metrics: metrics.clone(),
+                    hosts: config
+                        .passthrough
+                        .iter()
+                        .map(|p| (p.endpoint.endpoint_id(), p.host.to_string()))
+                        .collect(),
                 };
                 ControlServer::start(path, subjects).map_err(DaemonError::Socket)
             })

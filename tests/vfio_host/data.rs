@@ -103,6 +103,8 @@ fn scenario(way: Way) {
     let mut bench = Bench::new(way, "");
     let ep = endpoint(0);
 
+    let status = bench.rig.daemon.endpoint(ep);
+    assert_eq!(status["host"], words("VIOMMU_EDU")[0].as_str());
     eprintln!("bypass mode reaches guest-physical addresses");
     assert!(bench.copies(SOURCE, TARGET, SOURCE, TARGET));
 

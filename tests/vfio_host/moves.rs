@@ -18,6 +18,15 @@ const PAGE: u64 = 4096;
 /// Guest pages the devices write to.
 const TARGETS: u64 = HIGH_RAM + 0x10_0000;
 
+/// The emulation of AMD's IOMMU takes its time over every change.
+fn fewer_on_amd(count: u64) -> u64 {
+    if words("VIOMMU_L1")[0] == "amd" {
+        count / 8
+    } else {
+        count
+    }
+}
+
 /// Two test devices in one VM.
 fn pair(way: Way) -> (Rig, Vec<TestDev>) {
     let names = words("VIOMMU_TESTDEV");
@@ -161,10 +170,10 @@ fn ten_thousand_rounds_agree_with_a_model() {
     const WINDOW: u64 = 256;
     for (way, rounds) in [
         (Way::SharedAll, 10_000),
-        (Way::SharedMapped, 10_000),
-        (Way::Owned, 2_000),
-        (Way::Type1, 10_000),
-        (Way::Type1Inherited, 2_000),
+        (Way::SharedMapped, 2_000),
+        (Way::Owned, 1_000),
+        (Way::Type1, fewer_on_amd(10_000)),
+        (Way::Type1Inherited, 1_000),
     ] {
         let (mut rig, devices) = pair(way);
         assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
@@ -234,14 +243,15 @@ fn many_mappings_and_one_unmap_of_all() {
         let (mut rig, devices) = pair(way);
         assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
         // A container takes 65535 mappings.
-        let count: u64 = if way.is_type1() { 65_535 } else { 65_536 };
+        let limit = 65_535;
+        let count: u64 = fewer_on_amd(65_536).min(if way.is_type1() { limit } else { u64::MAX });
         let at = |n: u64| (n * 2 * PAGE, TARGETS + (n % 1024) * PAGE);
         for n in 0..count {
             let (iova, gpa) = at(n);
             let status = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(status, OK, "{n}: {}", rig.daemon.log());
         }
-        if way.is_type1() {
+        if count == limit {
             let (iova, gpa) = at(count);
             let refused = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(refused, NOMEM);
