@@ -528,6 +528,12 @@ fn what_is_no_memory_is_refused_with_fault() {
         for gpa in [0x9000_0000, BAR + 0x4000, 0x1_e000] {
             let refused = bed.iommu.map(D1, mapping(0, 0x4000, gpa));
             assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
+            let none = Mapping {
+                access: Access::NONE,
+                ..mapping(0, 0x4000, gpa)
+            };
+            let refused = bed.iommu.map(D1, none);
+            assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
             assert!(bed.reached(1).is_empty());
         }
         bed.iommu
@@ -672,6 +678,24 @@ fn the_vmms_own_address_space_serves_until_it_is_left() {
     bed.check();
     bed.iommu.disconnect();
     assert_eq!(at(&bed), None, "the VMM is gone");
+}
+
+#[test]
+fn pinning_what_is_mapped_keeps_all_of_ram_only_while_it_is_used() {
+    let mut bed = Bed::new(Way::Iommufd(Pin::Mapped));
+    let spaces = |bed: &Bed| bed.kernel.state().spaces.len();
+    let empty = spaces(&bed);
+    bed.iommu.attach(A, D1, false).expect("attached");
+    assert_eq!(spaces(&bed), empty + 1, "the domain's");
+    bed.iommu.detach(A, D1).expect("detached");
+    assert_eq!(spaces(&bed), empty + 1, "that of bypass mode");
+    bed.check();
+    bed.iommu.attach(A, D1, false).expect("attached");
+    assert_eq!(spaces(&bed), empty + 1, "the domain's");
+    bed.iommu.attach(B, D1, false).expect("attached");
+    bed.iommu.attach(A, D2, true).expect("attached");
+    assert_eq!(spaces(&bed), empty + 2, "both");
+    bed.check();
 }
 
 fn any_op() -> impl Strategy<Value = Op> {
