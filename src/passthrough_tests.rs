@@ -521,6 +521,38 @@ fn permissions_reach_the_host() {
 }
 
 #[test]
+fn a_move_that_fails_leaves_the_device_where_it_was() {
+    for way in WAYS {
+        let mut bed = Bed::new(way);
+        bed.iommu.attach(A, D1, false).expect("attached");
+        bed.iommu.attach(B, D2, false).expect("attached");
+        for n in 0..4 {
+            let (here, there) = (mapping(n << 12, 0x1000, 0x1000), n << 13);
+            bed.iommu.map(D1, here).expect("mapped");
+            bed.iommu
+                .map(D2, mapping(there, 0x1000, 0))
+                .expect("mapped");
+        }
+        let before = bed.reached(1);
+        bed.fail_in(1, libc::ENOMEM);
+        let refused = bed.iommu.attach(A, D2, false);
+        assert_eq!(kind(refused), BackendErrorKind::NoMem, "{way:?}");
+        assert_eq!(bed.reached(1), before, "{way:?}");
+        bed.check();
+        // Half-way, where there is such a thing.
+        bed.fail_in(3, libc::ENOMEM);
+        match (way, bed.iommu.attach(A, D2, false)) {
+            (Way::Type1, refused) => {
+                assert_eq!(kind(refused), BackendErrorKind::NoMem);
+                assert_eq!(bed.reached(1), before);
+            }
+            (Way::Iommufd(_), moved) => moved.expect("one call"),
+        }
+        bed.check();
+    }
+}
+
+#[test]
 fn what_is_no_memory_is_refused_with_fault() {
     for way in WAYS {
         let mut bed = Bed::new(way);
