@@ -171,6 +171,7 @@ impl Bed {
     fn reached(&self, group: u32) -> Vec<Area> {
         let state = self.kernel.state();
         let space = match self.way {
+            Way::Iommufd(_) if state.adrift.contains(&group) => return Vec::new(),
             Way::Iommufd(_) => match state.groups.get(&group).and_then(|g| g.0) {
                 // Identity, by the VMM's doing.
                 Some(id) if self.spaces[&group] == id => return self.identity(),

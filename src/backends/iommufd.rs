@@ -306,6 +306,36 @@ impl Iommufd {
         }
     }
 
+    /// Puts the devices of a group somewhere else, or back where they were; in the latter case their
+    /// DMA meets nothing for a moment.
+    fn switch(&mut self, index: usize, place: Place) -> Result<(), AttachError> {
+        let before = self.groups[index].place;
+        if place == before {
+            return Ok(());
+        }
+        let Err(cause) = self.groups[index].put(place) else {
+            self.groups[index].place = place;
+            return Ok(());
+        };
+        let back = match before {
+            Place::Ioas(_) | Place::Detached => Some(before),
+            // Only the VMM can put them into its own; ours has the same in it.
+            Place::Vmm => self.bypass_ioas().ok().map(Place::Ioas),
+            Place::Unbound | Place::Stopped => None,
+        };
+        let group = &mut self.groups[index];
+        match back {
+            Some(back) if group.put_afresh(back).is_ok() => {
+                group.place = back;
+                Err(AttachError::Unchanged(cause))
+            }
+            Some(_) | None => {
+                group.block();
+                Err(AttachError::Blocked(cause))
+            }
+        }
+    }
+
     /// Where the devices of a group belong.
     fn place_for(&mut self, index: usize) -> Result<Place, BackendError> {
         let group = &self.groups[index];
@@ -415,7 +445,7 @@ impl DmaBackend for Iommufd {
             })
             .and_then(|()| self.place_for(index))
             .map_err(AttachError::Unchanged)
-            .and_then(|place| self.groups[index].switch(place));
+            .and_then(|place| self.switch(index, place));
         if let Err(refusal) = &switched {
             self.groups[index].restore_wanted(endpoint, before);
             if let AttachError::Blocked(_) = refusal {
@@ -521,35 +551,11 @@ impl Group {
         }
     }
 
-    /// Puts all devices that are bound somewhere else, or leaves all where they were.
-    fn switch(&mut self, place: Place) -> Result<(), AttachError> {
-        if place == self.place {
-            return Ok(());
-        }
-        let before = self.place;
-        match self.put(place) {
-            Ok(()) => {
-                self.place = place;
-                Ok(())
-            }
-            // The first one moves them all, so the rest seldom has a say.
-            Err((cause, 0)) => Err(AttachError::Unchanged(cause)),
-            Err((cause, _)) => match self.put(before) {
-                Ok(()) if !matches!(before, Place::Vmm | Place::Stopped) => {
-                    Err(AttachError::Unchanged(cause))
-                }
-                Ok(()) | Err(_) => {
-                    self.block();
-                    Err(AttachError::Blocked(cause))
-                }
-            },
-        }
-    }
-
-    /// On error with the number of devices that were put there.
-    fn put(&mut self, place: Place) -> Result<(), (BackendError, usize)> {
-        let bound = self.members.iter().filter(|m| m.attach.is_bound());
-        for (done, member) in bound.enumerate() {
+    /// Puts all devices that are bound somewhere else. On error they may be anywhere, or nowhere:
+    /// drivers of IOMMUs take a device out of one address space before they find that they cannot
+    /// put it into the next, and the kernel holds it to be in the first one all the same.
+    fn put(&self, place: Place) -> Result<(), BackendError> {
+        for member in self.members.iter().filter(|m| m.attach.is_bound()) {
             let result = match place {
                 Place::Ioas(ioas) => member.attach.attach(ioas),
                 Place::Detached => member.attach.detach(),
@@ -558,10 +564,17 @@ impl Group {
             };
             result.map_err(|cause| {
                 let what = format_args!("{} cannot be switched over", member.name);
-                (refused(what, &cause), done)
+                refused(what, &cause)
             })?;
         }
         Ok(())
+    }
+
+    /// The same where it is not known what they obey: the kernel does nothing for a device that it
+    /// holds to be there already.
+    fn put_afresh(&self, place: Place) -> Result<(), BackendError> {
+        self.put(Place::Detached)?;
+        self.put(place)
     }
 
     fn quarantine(&mut self, endpoint: EndpointId) {

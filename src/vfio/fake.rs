@@ -1,6 +1,6 @@
 //! A kernel for tests: keeps iommufd's and type1's rules, and fails on demand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -31,6 +31,9 @@ pub(crate) struct State {
     last_id: u32,
     /// By group: what it is attached to, and the devices that are.
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
+    /// Groups that reach nothing though they are attached: an attach that failed has taken them out
+    /// of where they were.
+    pub adrift: BTreeSet<u32>,
     /// Devices somebody has bound.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
@@ -266,13 +269,23 @@ impl Attach for FakeDevice {
         if !state.bound.contains(&self.device) {
             return Err(error(libc::EINVAL));
         }
-        state.step()?;
-        state.space(ioas)?;
         let (at, devices) = state.groups.entry(self.group).or_default();
-        let replaces = devices.contains(&self.device);
+        let (at, replaces) = (*at, devices.contains(&self.device));
+        if replaces && at == Some(ioas) {
+            return Ok(());
+        }
+        if let Err(cause) = state.step() {
+            state.adrift.insert(self.group);
+            return Err(cause);
+        }
+        state.space(ioas)?;
         if !replaces && at.is_some_and(|at| at != ioas) {
             return Err(error(libc::EINVAL));
         }
+        if at != Some(ioas) {
+            state.adrift.remove(&self.group);
+        }
+        let (at, devices) = state.groups.entry(self.group).or_default();
         if !replaces {
             devices.push(self.device);
         }
@@ -290,6 +303,7 @@ impl Attach for FakeDevice {
         devices.retain(|d| *d != self.device);
         if devices.is_empty() {
             *at = None;
+            state.adrift.remove(&self.group);
         }
         Ok(())
     }
