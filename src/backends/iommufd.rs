@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused};
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused, unmapped};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
@@ -61,6 +61,9 @@ pub struct Iommufd {
     reach: Reach,
     bypass: Option<Bypass>,
     domains: BTreeMap<DomainId, u32>,
+    /// A domain that `map` has failed in, and the bytes that were mapped before it did: the core is
+    /// about to unmap them.
+    half_way: Option<(DomainId, u64)>,
     groups: Vec<Group>,
     group_of: BTreeMap<EndpointId, usize>,
     /// Address spaces that could not be destroyed, with the memory that may be mapped there.
@@ -149,6 +152,7 @@ impl Iommufd {
             reach,
             bypass: None,
             domains: BTreeMap::new(),
+            half_way: None,
             groups,
             group_of,
             condemned: Vec::new(),
@@ -169,7 +173,7 @@ impl Iommufd {
         })?;
         let filled = contents
             .mappings(domain)
-            .try_for_each(|mapping| self.map_into(ioas, &mapping));
+            .try_for_each(|mapping| self.map_into(ioas, &mapping, &mut 0));
         if let Err(cause) = filled {
             self.destroy(ioas);
             return Err(cause);
@@ -232,13 +236,17 @@ impl Iommufd {
         }
     }
 
-    fn map_into(&self, ioas: u32, mapping: &Mapping) -> Result<(), BackendError> {
+    /// Adds to `done` the bytes that are mapped, also where it fails.
+    fn map_into(&self, ioas: u32, mapping: &Mapping, done: &mut u64) -> Result<(), BackendError> {
         if mapping.access == Access::NONE {
             // Nobody may use it, and the kernel knows no such mapping.
             return self.reach.for_each_piece(mapping, |_| Ok(()));
         }
-        self.reach
-            .for_each_piece(mapping, |piece| self.map_piece(ioas, &piece))
+        self.reach.for_each_piece(mapping, |piece| {
+            self.map_piece(ioas, &piece)?;
+            *done += piece.part.range.len_bytes().unwrap_or(0);
+            Ok(())
+        })
     }
 
     fn map_piece(&self, ioas: u32, piece: &Piece<'_>) -> Result<(), BackendError> {
@@ -461,6 +469,7 @@ impl DmaBackend for Iommufd {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
+        self.half_way.take_if(|(of, _)| *of == domain);
         if let Some(ioas) = self.domains.remove(&domain) {
             self.destroy(ioas);
         }
@@ -474,22 +483,33 @@ impl DmaBackend for Iommufd {
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
-        match self.domains.get(&domain) {
-            Some(&ioas) => self.map_into(ioas, mapping),
-            None => Ok(()),
-        }
-    }
-
-    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
         let Some(&ioas) = self.domains.get(&domain) else {
             return Ok(());
         };
-        match self.kernel.unmap(ioas, range) {
-            Ok(_) => Ok(()),
-            // There was nothing: a mapping without rights, or one whose memory has gone.
-            Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
-        }
+        let mut done = 0;
+        let result = self.map_into(ioas, mapping, &mut done);
+        self.half_way = result.is_err().then_some((domain, done));
+        result
+    }
+
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        least: u64,
+    ) -> Result<(), BackendError> {
+        let Some(&ioas) = self.domains.get(&domain) else {
+            return Ok(());
+        };
+        let half_way = self.half_way.take().filter(|(of, _)| *of == domain);
+        let least = least.saturating_add(half_way.map_or(0, |(_, bytes)| bytes));
+        let bytes = match self.kernel.unmap(ioas, range) {
+            // There was nothing. That is no failure as such: a mapping may have no rights, or its
+            // memory may have gone.
+            Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(0),
+            done => done,
+        };
+        unmapped(range, least, bytes)
     }
 }
 

@@ -183,11 +183,13 @@ pub trait DmaBackend: Send {
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
     /// Removes everything mapped in `range`, which may have holes. It splits no mapping, unless
-    /// where one leads from one memory slot into the next.
+    /// where one leads from one memory slot into the next. At least `least` bytes of it are mapped,
+    /// where the backend has the domain.
     ///
     /// When it returns `Ok`, no endpoint can use an address of the range any more.
     ///
     /// # Errors
     /// On error it is not known what can still be reached: the core quarantines the endpoints.
-    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError>;
+    fn unmap(&mut self, domain: DomainId, range: IovaRange, least: u64)
+    -> Result<(), BackendError>;
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::{BackendError, BackendErrorKind, MemorySlot};
-use crate::address::{Gpa, Mapping};
+use crate::address::{Gpa, IovaRange, Mapping};
 use crate::vfio::{Bar, DeviceMemory};
 
 /// A part of a mapping that leads into one thing.
@@ -162,6 +162,26 @@ pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> Backen
     }
 }
 
+/// What became of a system call that was to unmap all of `range`, and answers the bytes that were
+/// mapped there: `least` have to be.
+pub(super) fn unmapped(
+    range: IovaRange,
+    least: u64,
+    result: io::Result<u64>,
+) -> Result<(), BackendError> {
+    match result {
+        Ok(bytes) if bytes >= least => Ok(()),
+        Ok(bytes) => Err(BackendError {
+            kind: BackendErrorKind::DevErr,
+            message: format!(
+                "of {range} the host had {bytes:#x} bytes mapped, not {least:#x}; others may stay \
+                 mapped"
+            ),
+        }),
+        Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
+    }
+}
+
 /// What became of an attempt to let devices reach the memory of another one.
 pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError {
     BackendError {
@@ -176,7 +196,7 @@ pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::address::{Access, GpaRange, Iova, IovaRange};
+    use crate::address::{Access, GpaRange, Iova};
     use crate::backends::testing::slot;
     use crate::vfio::fake::FakeMemory;
 

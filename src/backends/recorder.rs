@@ -175,7 +175,12 @@ impl DmaBackend for Recorder {
         Ok(())
     }
 
-    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        least: u64,
+    ) -> Result<(), BackendError> {
         let mut state = self.state();
         state.step()?;
         let mappings = state.domains.get_mut(&domain).expect("domain exists");
@@ -185,6 +190,9 @@ impl DmaBackend for Recorder {
                 .all(|m| range.covers(m.range) || !range.overlaps(m.range)),
             "the kernel splits nothing"
         );
+        let gone = mappings.values().filter(|m| range.covers(m.range));
+        let gone: u64 = gone.map(|m| m.range.span() + 1).sum();
+        assert!(gone >= least, "{least} bytes in {range} were promised");
         mappings.retain(|_, m| !range.covers(m.range));
         Ok(())
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused};
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused, unmapped};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
@@ -270,14 +270,16 @@ impl DmaBackend for Type1Group {
         }
     }
 
-    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        least: u64,
+    ) -> Result<(), BackendError> {
         if self.place != Some(Target::Domain(domain)) {
             return Ok(());
         }
-        match self.kernel.unmap(range) {
-            Ok(_) => Ok(()),
-            Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
-        }
+        unmapped(range, least, self.kernel.unmap(range))
     }
 }
 

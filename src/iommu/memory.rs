@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use log::debug;
 
-use super::{Dma, Iommu, present_in};
+use super::{Dma, Iommu, present_in, reachable_bytes};
 use crate::address::{Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
@@ -65,7 +65,8 @@ impl Iommu {
         }
         debug!("{} memory slots go", gone.len());
         self.for_each_part(gone, |backend, domain, part| {
-            backend.unmap(domain, part.range)
+            let least = reachable_bytes(gone, std::iter::once(*part));
+            backend.unmap(domain, part.range, least)
         });
         for slot in gone {
             for index in 0..self.backends.len() {

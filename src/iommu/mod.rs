@@ -471,6 +471,11 @@ impl Iommu {
         let plan = table
             .plan_unmap(&self.arena, range)
             .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
+        let least = if entry.backends.is_empty() {
+            0
+        } else {
+            reachable_bytes(&self.memory, table.mappings_in(&self.arena, range))
+        };
         // UNMAP-5
         let unmapped = table.commit_unmap(&mut self.arena, plan);
         self.arena.reclaim();
@@ -483,7 +488,7 @@ impl Iommu {
         };
         let mut failure: Option<(BackendError, usize)> = None;
         for index in backends {
-            if let Err(cause) = self.backends[index].unmap(domain, range) {
+            if let Err(cause) = self.backends[index].unmap(domain, range, least) {
                 let count = self.quarantine_members(domain, index, &cause);
                 let before = failure.map_or(0, |(_, count)| count);
                 failure = Some((cause, before + count));
@@ -792,7 +797,7 @@ impl Iommu {
     ) -> RequestError {
         let mut quarantined = 0;
         for &index in backends {
-            if let Err(cause) = self.backends[index].unmap(domain, mapping.range) {
+            if let Err(cause) = self.backends[index].unmap(domain, mapping.range, 0) {
                 quarantined += self.quarantine_members(domain, index, &cause);
             }
         }
@@ -893,6 +898,15 @@ impl Iommu {
         };
         self.retarget(endpoint, target);
     }
+}
+
+/// The bytes of `mappings` that lead into `memory`, with rights: backends have these at least.
+fn reachable_bytes(memory: &[MemorySlot], mappings: impl Iterator<Item = Mapping>) -> u64 {
+    mappings
+        .filter(|mapping| mapping.access != Access::NONE)
+        .flat_map(|mapping| memory.iter().filter_map(move |s| mapping.part_in(s.range)))
+        .map(|part| part.range.len_bytes().unwrap_or(0))
+        .fold(0, u64::saturating_add)
 }
 
 /// Where an endpoint that is attached to a domain goes.
