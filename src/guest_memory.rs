@@ -1,6 +1,11 @@
 //! Guest memory as the frontend describes it.
 
+#![expect(unsafe_code, reason = "asks what file system a file is on")]
+
+use std::fs::File;
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -63,8 +68,39 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
             memory: region.get_mmap(),
             file: backing.arc().clone(),
             offset: backing.start(),
+            is_shared_memory: is_shared_memory(backing.file())?,
             identity: (metadata.dev(), metadata.ino()),
         });
     }
     Ok(slots)
+}
+
+/// Whether a file is a memfd or on a file system of memory or huge pages.
+fn is_shared_memory(file: &File) -> io::Result<bool> {
+    let mut answer = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY:
+    // - the descriptor is open: it is borrowed
+    // - answer: valid for writes of the whole structure
+    if unsafe { libc::fstatfs(file.as_raw_fd(), answer.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded and has filled it in.
+    let answer = unsafe { answer.assume_init() };
+    Ok(matches!(
+        answer.f_type,
+        libc::TMPFS_MAGIC | libc::HUGETLBFS_MAGIC
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vfio::fake::memfd;
+
+    #[test]
+    fn shared_memory_is_told_from_other_files() {
+        assert!(is_shared_memory(&memfd(4096)).expect("a memfd"));
+        let other = File::open("/proc/self/status").expect("a file");
+        assert!(!is_shared_memory(&other).expect("procfs"));
+    }
 }

@@ -65,6 +65,41 @@ pub enum HostSideError {
         /// The option.
         option: &'static str,
     },
+    /// A descriptor is not the one of the device that is named with it.
+    #[error(
+        "descriptor {fd} is not {host} (endpoint {endpoint}): another device's node is open there; \
+         pass the one of {node} with --vfio-fd"
+    )]
+    OtherDevice {
+        /// The descriptor.
+        fd: RawFd,
+        /// The device.
+        host: PciAddress,
+        /// The endpoint.
+        endpoint: PciAddress,
+        /// The node of the device.
+        node: String,
+    },
+    /// Two groups have one container.
+    #[error(
+        "the containers of endpoints {endpoint} and {other} are one; give each group of devices a \
+         container of its own, or the devices would reach what the others do"
+    )]
+    OneContainer {
+        /// An endpoint of one group.
+        endpoint: PciAddress,
+        /// An endpoint of the other.
+        other: PciAddress,
+    },
+    /// Devices of one group, some of them the VMM's.
+    #[error(
+        "group {group} has devices that are handed over with --vfio-fd and others that are not; \
+         hand over all of them or none"
+    )]
+    MixedGroup {
+        /// The host's number of the group.
+        group: u32,
+    },
     /// The topology and the host do not go together.
     #[error(transparent)]
     Refine(#[from] RefineError),

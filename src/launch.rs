@@ -34,8 +34,10 @@ use table::TableFile;
 
 pub use devices::{HostFiles, OpenError, OpenFiles};
 
-/// How long the daemon may take until it listens.
+/// How long the daemon may take until it listens, for its own part.
 const START: Duration = Duration::from_secs(10);
+/// And for each device, which it opens for a moment: some take seconds to be reset.
+const START_PER_DEVICE: Duration = Duration::from_secs(5);
 /// How long the daemon may take to end: longer than its own patience with its threads.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the VMM may take to end once its IOMMU is gone.
@@ -80,7 +82,9 @@ impl Launch<'_> {
         let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
         let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
-        match until_ready(&mut daemon, &events)? {
+        let devices = u32::try_from(config.passthrough.len()).unwrap_or(u32::MAX);
+        let patience = START.saturating_add(START_PER_DEVICE.saturating_mul(devices));
+        match until_ready(&mut daemon, &events, patience)? {
             Started::Ready => {}
             Started::Ended(status) => return Ok(exit_code(status)),
             Started::Told(signal) => return Ok(128u8.saturating_add(signal)),
@@ -192,9 +196,9 @@ pub enum LaunchError {
     #[error(
         "the daemon did not listen within {} s, so it was ended; try again when the machine is less \
          busy, or see what the daemon itself says: vhost-device-iommu --config FILE",
-        START.as_secs()
+        .0.as_secs()
     )]
-    NotReady,
+    NotReady(Duration),
     /// The daemon is gone, and the VMM with it.
     #[error(
         "the daemon ended ({0}) before the VMM, which was ended too, because a guest without its \
@@ -235,8 +239,12 @@ enum Started {
     Told(u8),
 }
 
-fn until_ready(daemon: &mut Running, events: &Events) -> Result<Started, LaunchError> {
-    let deadline = Instant::now() + START;
+fn until_ready(
+    daemon: &mut Running,
+    events: &Events,
+    patience: Duration,
+) -> Result<Started, LaunchError> {
+    let deadline = Instant::now() + patience;
     while let Some(event) = events.next_until(deadline) {
         match event {
             Event::Ready => return Ok(Started::Ready),
@@ -252,7 +260,7 @@ fn until_ready(daemon: &mut Running, events: &Events) -> Result<Started, LaunchE
             },
         }
     }
-    Err(LaunchError::NotReady)
+    Err(LaunchError::NotReady(patience))
 }
 
 /// Waits until one has ended, and ends the other.

@@ -62,6 +62,8 @@ pub struct MemorySlot {
     pub file: Arc<File>,
     /// Where in that file it begins, in bytes.
     pub offset: u64,
+    /// The file is shared memory or of huge pages: the kernel can keep hold of its pages by file.
+    pub is_shared_memory: bool,
     /// Device and inode of the file: every message of the VMM's brings another descriptor.
     pub identity: (u64, u64),
 }
@@ -137,9 +139,10 @@ pub trait DmaBackend: Send {
     /// What this backend can do. Constant.
     fn capabilities(&self) -> Capabilities;
 
-    /// A VMM has connected: the devices it shares with us are bound, and its memory slots follow.
-    /// What `attach` was asked before was only noted for such devices, which nobody could drive.
-    fn vmm_connected(&mut self);
+    /// A VMM is there, or gone. When it comes, the devices it shares with us are bound, and its
+    /// memory slots follow; while there is none, what `attach` is asked is only noted for such
+    /// devices where nobody has bound them, and so nobody can drive them.
+    fn vmm_present(&mut self, present: bool);
 
     /// Guest RAM has come.
     ///
@@ -171,8 +174,8 @@ pub trait DmaBackend: Send {
     /// Forgets a domain no endpoint is attached to, with all its mappings.
     fn destroy_domain(&mut self, domain: DomainId);
 
-    /// Ends all DMA of an endpoint by every means there is; nothing can be done if that fails, so
-    /// it must not: closing the endpoint's descriptors is the last of the means.
+    /// Ends all DMA of an endpoint by every means there is. What the last of them is, and whether
+    /// it can fail, is the backend's to say in its own words in the log: the core cannot do more.
     fn quarantine(&mut self, endpoint: EndpointId);
 
     /// Makes a mapping, or the part of one that leads into a memory slot, reachable with exactly

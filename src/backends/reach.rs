@@ -184,11 +184,15 @@ pub(super) fn unmapped(
 
 /// What became of an attempt to let devices reach the memory of another one.
 pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError {
+    let what = format_args!("{part} leads into the memory of a device");
+    if let Some(libc::ENOMEM | libc::ENOSPC | libc::EEXIST) = cause.raw_os_error() {
+        return refused(what, cause);
+    }
     BackendError {
         kind: BackendErrorKind::Fault,
         message: format!(
-            "{part} leads into the memory of a device, which the host does not let others reach: \
-             {cause}; with iommufd this needs Linux 7.0 and VFIO's DMA buffers"
+            "{what}, which the host does not let others reach: {cause}; with iommufd this needs \
+             Linux 7.0 and VFIO's DMA buffers"
         ),
     }
 }

@@ -76,8 +76,8 @@ impl DmaBackend for Recorder {
         self.capabilities
     }
 
-    fn vmm_connected(&mut self) {
-        self.state().connected = true;
+    fn vmm_present(&mut self, present: bool) {
+        self.state().connected = present;
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {

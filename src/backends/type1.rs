@@ -44,7 +44,8 @@ struct Member {
 }
 
 impl Type1Group {
-    /// The backend for the devices of a group, whose container is empty. `peers` are the devices
+    /// The backend for the devices of a group. Whatever their container holds goes with the first
+    /// `attach`. `peers` are the devices
     /// whose memory DMA may be let reach.
     pub fn new(
         kernel: Box<dyn Type1>,
@@ -66,7 +67,7 @@ impl Type1Group {
             capabilities,
             reach: Reach::new(peers),
             members: members.collect(),
-            place: Some(Target::Blocked),
+            place: None,
         }
     }
 
@@ -194,7 +195,7 @@ impl DmaBackend for Type1Group {
         self.capabilities
     }
 
-    fn vmm_connected(&mut self) {
+    fn vmm_present(&mut self, _present: bool) {
         // The devices are this process's, or their container is ready.
     }
 

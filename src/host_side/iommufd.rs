@@ -1,10 +1,12 @@
 //! Devices through iommufd: the VMM's, which it binds, and this process's own.
 
 use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use log::{info, warn};
+use log::warn;
 
 use super::{HostSideError, Opened, capabilities, group_of};
 use crate::address::IovaRange;
@@ -59,7 +61,17 @@ pub(super) fn open(
         let group = group_of(facts, host, endpoint)?;
         let path = device_node(root, facts, host);
         let (cdev, found) = match shared.remove(&endpoint) {
-            Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
+            Some(cdev) => {
+                if let Some(path) = &path {
+                    check_node(
+                        &cdev,
+                        path,
+                        config.descriptors.devices[&endpoint],
+                        passthrough,
+                    )?;
+                }
+                (cdev, path.and_then(|path| scratch(&node, &path, host)))
+            }
             None => {
                 let path = path.ok_or(HostSideError::NoDevice {
                     host,
@@ -89,6 +101,16 @@ pub(super) fn open(
             memory: Arc::new(cdev),
         });
     }
+    let mixed = |d: &&HostDevice| {
+        devices
+            .iter()
+            .any(|other| other.group == d.group && other.shared != d.shared)
+    };
+    if let Some(device) = devices.iter().find(mixed) {
+        return Err(HostSideError::MixedGroup {
+            group: device.group,
+        });
+    }
     let endpoints = devices.iter().map(|d| d.endpoint).collect();
     let pin = match config.pin {
         ConfiguredPin::All => Pin::All,
@@ -108,13 +130,32 @@ fn device_node(root: &HostRoot, facts: &HostFacts, host: PciAddress) -> Option<P
     vfio.has_node.then_some(path)
 }
 
+/// Refuses a descriptor of another device: the guest would drive one and the daemon the other.
+fn check_node(
+    cdev: &Cdev,
+    path: &Path,
+    fd: RawFd,
+    passthrough: &Passthrough,
+) -> Result<(), HostSideError> {
+    let node = std::fs::metadata(path).map(|metadata| metadata.rdev());
+    match (cdev.node_number(), node) {
+        (Ok(open), Ok(node)) if open != node => Err(HostSideError::OtherDevice {
+            fd,
+            host: passthrough.host,
+            endpoint: passthrough.endpoint,
+            node: path.display().to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// What a device of the VMM's allows. That is known for certain only from VFIO, and this process
 /// may have no right to open the device, or be too late.
 fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
     match allowed_by_scratch(node, path) {
         Ok(allowed) => Some(allowed),
         Err(cause) => {
-            info!(
+            warn!(
                 "{host}: the addresses its IOMMU allows are taken from its group's reserved \
                  regions alone: {cause}"
             );

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use log::warn;
@@ -10,7 +11,7 @@ use super::{HostSideError, Opened, capabilities, group_of};
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::config::{Config, Passthrough};
-use crate::inherited::adopt;
+use crate::inherited::{adopt, is_same_file};
 use crate::topology::PciAddress;
 use crate::topology::host::{HostFacts, HostRoot};
 use crate::vfio::{Attach, Cdev, Container, DeviceMemory, Group, VfioError};
@@ -58,6 +59,7 @@ pub(super) fn open(
         };
         open.devices.push((passthrough, device));
     }
+    refuse_shared_containers(&groups)?;
 
     let peers: Vec<Arc<dyn DeviceMemory>> = groups
         .values()
@@ -73,6 +75,25 @@ pub(super) fn open(
         add_group(&mut opened, number, open, &peers)?;
     }
     Ok(opened)
+}
+
+/// Refuses one container for several groups, as VMMs make them: it has one address space.
+fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), HostSideError> {
+    let open: Vec<_> = groups.values().collect();
+    for (n, one) in open.iter().enumerate() {
+        for other in &open[..n] {
+            if is_same_file(one.container.as_fd(), other.container.as_fd()) == Some(true)
+                && let (Some((one, _)), Some((other, _))) =
+                    (one.devices.first(), other.devices.first())
+            {
+                return Err(HostSideError::OneContainer {
+                    endpoint: one.endpoint,
+                    other: other.endpoint,
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What was handed over, by endpoint.

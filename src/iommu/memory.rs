@@ -14,7 +14,7 @@ impl Iommu {
     /// A VMM is there, with its devices: they obey from now on.
     pub fn connect(&mut self) {
         for backend in &mut self.backends {
-            backend.vmm_connected();
+            backend.vmm_present(true);
         }
         self.settle_unattached();
     }
@@ -25,6 +25,9 @@ impl Iommu {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
+        for backend in &mut self.backends {
+            backend.vmm_present(false);
+        }
     }
 
     /// Switches endpoints without a domain to where they belong, those too that could not be

@@ -726,9 +726,9 @@ impl Iommu {
     fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
         match refusal {
             AttachError::Unchanged(mut cause) => {
-                // ATTACH has no status for a mapping that leads to no memory: this endpoint and
-                // that domain do not go together.
-                if cause.kind == BackendErrorKind::Fault {
+                // A mapping that leads to no memory, or to addresses that only the host knows to be
+                // reserved: this endpoint and that domain do not go together.
+                if let BackendErrorKind::Fault | BackendErrorKind::Range = cause.kind {
                     cause.kind = BackendErrorKind::Unsupp;
                 }
                 RequestError::Backend(cause)

@@ -1,11 +1,14 @@
 //! An open VFIO device, whoever has opened it.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_BUS_MASTER, VFIO_DEVICE_FEATURE_CLEAR_MASTER, VFIO_DEVICE_FEATURE_DMA_BUF,
     VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, vfio_region_dma_range,
@@ -19,6 +22,8 @@ use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
 #[derive(Clone, Debug)]
 pub struct Cdev {
     file: Arc<File>,
+    /// BARs that are mapped: a mapping of a device's memory stays.
+    mapped: Arc<Mutex<BTreeMap<u32, Arc<MmapRegion>>>>,
 }
 
 impl Cdev {
@@ -41,7 +46,16 @@ impl Cdev {
     pub fn adopt(fd: OwnedFd) -> Self {
         Self {
             file: Arc::new(fd.into()),
+            mapped: Arc::default(),
         }
+    }
+
+    /// The number of the device node it was opened by, or of nothing that another node has.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn node_number(&self) -> io::Result<u64> {
+        self.file.metadata().map(|metadata| metadata.rdev())
     }
 
     /// Binds it to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which starts it.
@@ -65,7 +79,11 @@ impl AsFd for Cdev {
 
 impl Attach for Cdev {
     fn is_bound(&self) -> bool {
-        ioctl::device_info(self.as_fd()).is_ok()
+        // Other errors come from the device: a device that does not wake up is bound all the same.
+        match ioctl::device_info(self.as_fd()) {
+            Ok(_) => true,
+            Err(cause) => cause.raw_os_error() != Some(libc::EINVAL),
+        }
     }
 
     fn attach(&self, ioas: u32) -> io::Result<()> {
@@ -98,6 +116,12 @@ impl DeviceMemory for Cdev {
     }
 
     fn map(&self, bar: u32) -> io::Result<Arc<MmapRegion>> {
-        regions::map(&self.file, bar).map(Arc::new)
+        let mut mapped = self.mapped.lock();
+        if let Some(memory) = mapped.get(&bar) {
+            return Ok(memory.clone());
+        }
+        let memory = Arc::new(regions::map(&self.file, bar)?);
+        mapped.insert(bar, memory.clone());
+        Ok(memory)
     }
 }

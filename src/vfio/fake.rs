@@ -44,6 +44,10 @@ pub(crate) struct State {
     pub fail: Vec<(u64, i32)>,
     /// Has no `IOMMU_IOAS_MAP_FILE`.
     pub old: bool,
+    /// Files mapped so far.
+    pub mapped_by_file: u64,
+    /// Devices that are bound and do not wake up: every call for them fails.
+    pub asleep: Vec<u32>,
 }
 
 impl State {
@@ -194,6 +198,7 @@ impl AddressSpaces for FakeKernel {
             return Err(error(libc::ENOTTY));
         }
         state.step()?;
+        state.mapped_by_file += u64::from(matches!(source, Source::File(..)));
         state.insert(ioas, &[area_of(range, access, source)])
     }
 
@@ -269,6 +274,9 @@ impl Attach for FakeDevice {
         if !state.bound.contains(&self.device) {
             return Err(error(libc::EINVAL));
         }
+        if state.asleep.contains(&self.device) {
+            return Err(error(libc::EIO));
+        }
         let (at, devices) = state.groups.entry(self.group).or_default();
         let (at, replaces) = (*at, devices.contains(&self.device));
         if replaces && at == Some(ioas) {
@@ -297,6 +305,9 @@ impl Attach for FakeDevice {
         let mut state = self.kernel.state();
         if !state.bound.contains(&self.device) {
             return Err(error(libc::EINVAL));
+        }
+        if state.asleep.contains(&self.device) {
+            return Err(error(libc::EIO));
         }
         state.step()?;
         let (at, devices) = state.groups.entry(self.group).or_default();

@@ -334,6 +334,9 @@ pub(super) fn group_device(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedF
     Ok(unsafe { OwnedFd::from_raw_fd(made) })
 }
 
+/// The longest answer that is read, in words of 8 bytes.
+const MAX_INFO_WORDS: usize = 8192;
+
 /// The answer in whole words: a `vfio_iommu_type1_info`, and its capabilities behind it.
 pub(super) fn type1_info(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     let mut words = size_of::<vfio_iommu_type1_info>().div_ceil(8);
@@ -349,7 +352,10 @@ pub(super) fn type1_info(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
             return Ok(answer);
         }
         // The kernel's lists of ranges are short.
-        words = wanted.min(8192);
+        if wanted > MAX_INFO_WORDS {
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
+        words = wanted;
     }
 }
 

@@ -158,7 +158,7 @@ pub trait DeviceMemory: Send + Sync {
     /// `ENOTTY` or `EOPNOTSUPP` where the kernel or the device has none.
     fn export(&self, bar: u32, offset: u64, len: u64) -> io::Result<OwnedFd>;
 
-    /// The BAR mapped into this process.
+    /// The BAR mapped into this process, once for all who ask.
     ///
     /// # Errors
     /// The kernel's, or `EOPNOTSUPP` where the device does not let it be mapped.

@@ -10,22 +10,23 @@
 //! the device is in the VMM's own address space, which is that of bypass mode, and stays there
 //! until it is to be somewhere else for the first time.
 
+mod group;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use log::warn;
-
+use self::group::{Group, Member, Place};
 use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused, unmapped};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
 };
 use crate::address::{Access, Iova, IovaRange, Mapping};
-use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Source};
+use crate::warn_limited;
 
 /// What guest RAM is pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,37 +78,6 @@ struct Bypass {
     slots: Vec<MemorySlot>,
 }
 
-/// Devices the host cannot keep apart; most groups have one.
-struct Group {
-    members: Vec<Member>,
-    place: Place,
-}
-
-struct Member {
-    endpoint: EndpointId,
-    name: String,
-    shared: bool,
-    attach: Box<dyn Attach>,
-    wanted: Target,
-    quarantined: bool,
-}
-
-/// What a group's devices obey.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// Nobody has bound them.
-    Unbound,
-    /// The VMM's address space, which is identity.
-    Vmm,
-    /// An address space of ours.
-    Ioas(u32),
-    /// Nothing: they are in no address space.
-    Detached,
-    /// Nothing: they could not be taken out of an address space and have their bus-master bits
-    /// cleared.
-    Stopped,
-}
-
 impl Iommufd {
     /// The backend for `devices`.
     pub fn new(
@@ -117,33 +87,25 @@ impl Iommufd {
         devices: Vec<HostDevice>,
     ) -> Self {
         let reach = Reach::new(devices.iter().map(|d| d.memory.clone()).collect());
-        let mut numbers = Vec::new();
-        let mut groups: Vec<Group> = Vec::new();
+        let mut numbers: Vec<u32> = Vec::new();
+        let mut members: Vec<Vec<Member>> = Vec::new();
         let mut group_of = BTreeMap::new();
         for device in devices {
             let known = numbers.iter().position(|n| *n == device.group);
             let index = known.unwrap_or_else(|| {
                 numbers.push(device.group);
-                groups.push(Group {
-                    members: Vec::new(),
-                    place: if device.shared {
-                        Place::Unbound
-                    } else {
-                        Place::Detached
-                    },
-                });
-                groups.len() - 1
+                members.push(Vec::new());
+                numbers.len() - 1
             });
             group_of.insert(device.endpoint, index);
-            groups[index].members.push(Member {
-                endpoint: device.endpoint,
-                name: device.name,
-                shared: device.shared,
-                attach: device.attach,
-                wanted: Target::Blocked,
-                quarantined: false,
-            });
+            members[index].push(Member::new(
+                device.endpoint,
+                device.name,
+                device.shared,
+                device.attach,
+            ));
         }
+        let groups = members.into_iter().map(Group::new).collect();
         Self {
             kernel,
             capabilities,
@@ -181,25 +143,40 @@ impl Iommufd {
         Ok(ioas)
     }
 
-    /// The address space of bypass mode, made if it is not there.
+    /// The address space of bypass mode, made if it is not there, with all of guest RAM.
     fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
-        if let Some(bypass) = &self.bypass {
-            return Ok(bypass.ioas);
+        if self.bypass.is_none() {
+            let ioas = self
+                .kernel
+                .alloc()
+                .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
+            self.bypass = Some(Bypass {
+                ioas,
+                slots: Vec::new(),
+            });
         }
-        let ioas = self
-            .kernel
-            .alloc()
-            .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
-        let mut slots = Vec::new();
+        self.fill_bypass()
+    }
+
+    /// Maps what bypass mode lacks. On error it has all but one slot of it, or more.
+    fn fill_bypass(&mut self) -> Result<u32, BackendError> {
+        let mut bypass = self.bypass.take().ok_or_else(|| BackendError {
+            kind: BackendErrorKind::DevErr,
+            message: "bypass mode has no address space".into(),
+        })?;
+        let mut done = Ok(bypass.ioas);
         for slot in self.reach.slots() {
-            if let Err(cause) = self.map_slot(ioas, slot) {
-                self.destroy_with(ioas, slots);
-                return Err(cause);
+            if bypass.slots.contains(slot) {
+                continue;
             }
-            slots.push(slot.clone());
+            match self.map_slot(bypass.ioas, slot) {
+                Ok(()) => bypass.slots.push(slot.clone()),
+                // The others are of use all the same.
+                Err(cause) => done = Err(cause),
+            }
         }
-        self.bypass = Some(Bypass { ioas, slots });
-        Ok(ioas)
+        self.bypass = Some(bypass);
+        done
     }
 
     /// Maps a slot at its guest-physical addresses.
@@ -224,12 +201,16 @@ impl Iommufd {
         slot: &MemorySlot,
         offset: u64,
     ) -> io::Result<()> {
+        let here = Source::Host(&slot.memory, offset);
+        if !slot.is_shared_memory {
+            // The kernel would find only when a device is attached that it cannot pin such a file.
+            return self.kernel.map(ioas, range, access, here);
+        }
         let at = slot.offset.saturating_add(offset);
         let by_file = Source::File(slot.file.as_fd(), at);
         match self.kernel.map(ioas, range, access, by_file) {
-            // Kernels before 6.13 have no such command; others map no file but shared memory.
+            // Kernels before 6.13 have no such command.
             Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-                let here = Source::Host(&slot.memory, offset);
                 self.kernel.map(ioas, range, access, here)
             }
             done => done,
@@ -257,7 +238,7 @@ impl Iommufd {
         } = piece;
         match target {
             PieceTarget::Ram(slot) => {
-                let copied = self.bypass.as_ref().filter(|_| self.pin == Pin::All);
+                let copied = self.bypass.as_ref().filter(|_| self.may_copy());
                 let done = match copied.filter(|b| b.slots.contains(slot)) {
                     Some(bypass) => {
                         let from = Iova(part.gpa.0);
@@ -280,6 +261,19 @@ impl Iommufd {
         }
     }
 
+    /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
+    /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
+    /// those, and not to the ones the guest has now.
+    fn may_copy(&self) -> bool {
+        self.pin == Pin::All && !self.is_bypass_used()
+    }
+
+    fn is_bypass_used(&self) -> bool {
+        self.bypass
+            .as_ref()
+            .is_some_and(|b| self.groups.iter().any(|g| g.place() == Place::Ioas(b.ioas)))
+    }
+
     fn destroy(&mut self, ioas: u32) {
         self.destroy_with(ioas, Vec::new());
     }
@@ -287,7 +281,7 @@ impl Iommufd {
     /// Destroys an address space. What memory of this process may still be mapped there stays.
     fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
         if let Err(cause) = self.kernel.destroy(ioas) {
-            warn!("address space {ioas} cannot be destroyed yet: {cause}");
+            warn_limited!("address space {ioas} cannot be destroyed yet: {cause}");
             let all = self.reach.slots().iter().chain(&slots).cloned().collect();
             self.condemned.push((ioas, all));
         }
@@ -302,12 +296,8 @@ impl Iommufd {
 
     /// Gives up the address space of bypass mode where nobody needs it.
     fn release_bypass(&mut self) {
-        let used = self
-            .bypass
-            .as_ref()
-            .is_some_and(|b| self.groups.iter().any(|g| g.place == Place::Ioas(b.ioas)));
         if self.pin == Pin::Mapped
-            && !used
+            && !self.is_bypass_used()
             && let Some(bypass) = self.bypass.take()
         {
             self.destroy_with(bypass.ioas, bypass.slots);
@@ -317,30 +307,59 @@ impl Iommufd {
     /// Puts the devices of a group somewhere else, or back where they were; in the latter case their
     /// DMA meets nothing for a moment.
     fn switch(&mut self, index: usize, place: Place) -> Result<(), AttachError> {
-        let before = self.groups[index].place;
-        if place == before {
-            return Ok(());
+        let before = self.groups[index].place();
+        let proved = match place {
+            Place::Ioas(_) => self.prove(index),
+            Place::Unbound | Place::Vmm | Place::Detached | Place::Unknown => Ok(true),
+        };
+        if let Ok(false) = proved {
+            let group = &mut self.groups[index];
+            group.block();
+            return Err(AttachError::Blocked(group.is_foreign()));
         }
-        let Err(cause) = self.groups[index].put(place) else {
-            self.groups[index].place = place;
+        let Err(cause) = proved.and_then(|_| self.groups[index].put(place)) else {
             return Ok(());
         };
         let back = match before {
             Place::Ioas(_) | Place::Detached => Some(before),
             // Only the VMM can put them into its own; ours has the same in it.
             Place::Vmm => self.bypass_ioas().ok().map(Place::Ioas),
-            Place::Unbound | Place::Stopped => None,
+            Place::Unbound | Place::Unknown => None,
         };
         let group = &mut self.groups[index];
         match back {
-            Some(back) if group.put_afresh(back).is_ok() => {
-                group.place = back;
-                Err(AttachError::Unchanged(cause))
-            }
+            Some(back) if group.put_afresh(back).is_ok() => Err(AttachError::Unchanged(cause)),
             Some(_) | None => {
                 group.block();
                 Err(AttachError::Blocked(cause))
             }
+        }
+    }
+
+    /// Makes certain, once, that devices which somebody else has bound are bound to our iommufd: if
+    /// they are not, the number of an address space of ours names another one, that of the VMM for
+    /// example. An address space that a device obeys cannot be destroyed, so one is made for this.
+    fn prove(&mut self, index: usize) -> Result<bool, BackendError> {
+        if self.groups[index].is_proved() {
+            return Ok(true);
+        }
+        let ioas = self
+            .kernel
+            .alloc()
+            .map_err(|cause| refused("there is no address space to try a device with", &cause))?;
+        let put = self.groups[index].put(Place::Ioas(ioas));
+        let destroyed = self.kernel.destroy(ioas);
+        if destroyed.is_err() {
+            self.condemned.push((ioas, Vec::new()));
+        }
+        put?;
+        match destroyed {
+            Ok(()) => Ok(false),
+            Err(cause) if cause.raw_os_error() == Some(libc::EBUSY) => {
+                self.groups[index].set_proved();
+                Ok(true)
+            }
+            Err(cause) => Err(refused("a device cannot be tried", &cause)),
         }
     }
 
@@ -349,7 +368,7 @@ impl Iommufd {
         let group = &self.groups[index];
         match group.target() {
             Target::Blocked => Ok(Place::Detached),
-            Target::Bypass if group.place == Place::Vmm => Ok(Place::Vmm),
+            Target::Bypass if group.place() == Place::Vmm => Ok(Place::Vmm),
             Target::Bypass => self.bypass_ioas().map(Place::Ioas),
             Target::Domain(domain) => match self.domains.get(&domain) {
                 Some(&ioas) => Ok(Place::Ioas(ioas)),
@@ -367,33 +386,20 @@ impl DmaBackend for Iommufd {
         self.capabilities
     }
 
-    fn vmm_connected(&mut self) {
-        self.connected = true;
-        for group in &mut self.groups {
-            group.notice_binding();
+    fn vmm_present(&mut self, present: bool) {
+        self.connected = present;
+        if present {
+            for group in &mut self.groups {
+                group.notice_binding();
+            }
         }
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.sweep();
         self.reach.add(slot);
-        if self.pin == Pin::All && self.bypass.is_none() {
-            // With all there is; a slot that cannot be mapped keeps no other out.
-            let ioas = self
-                .kernel
-                .alloc()
-                .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
-            self.bypass = Some(Bypass {
-                ioas,
-                slots: Vec::new(),
-            });
-        }
-        let Some(ioas) = self.bypass.as_ref().map(|b| b.ioas) else {
-            return Ok(());
-        };
-        self.map_slot(ioas, slot)?;
-        if let Some(bypass) = &mut self.bypass {
-            bypass.slots.push(slot.clone());
+        if self.pin == Pin::All || self.bypass.is_some() {
+            self.bypass_ioas()?;
         }
         Ok(())
     }
@@ -434,7 +440,7 @@ impl DmaBackend for Iommufd {
             return Err(AttachError::Unchanged(unknown(endpoint)));
         };
         let before = self.groups[index].set_wanted(endpoint, target);
-        if !self.connected && self.groups[index].place == Place::Unbound {
+        if !self.connected && self.groups[index].place() == Place::Unbound {
             return Ok(());
         }
         let made = match target {
@@ -510,122 +516,6 @@ impl DmaBackend for Iommufd {
             done => done,
         };
         unmapped(range, least, bytes)
-    }
-}
-
-impl Group {
-    /// The one place where all members that are let reach something want to be. Members that want
-    /// to be in different places, or one that may reach nothing, block them all.
-    fn target(&self) -> Target {
-        if self.members.iter().any(|m| m.quarantined) {
-            return Target::Blocked;
-        }
-        let mut targets = self
-            .members
-            .iter()
-            .map(|m| m.wanted)
-            .filter(|t| *t != Target::Blocked);
-        match targets.next() {
-            Some(target) if targets.all(|other| other == target) => target,
-            Some(_) | None => Target::Blocked,
-        }
-    }
-
-    /// Sets what a member wants; answers what it wanted, and whether it was quarantined.
-    fn set_wanted(&mut self, endpoint: EndpointId, target: Target) -> (Target, bool) {
-        let mut before = (Target::Blocked, false);
-        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
-            before = (member.wanted, member.quarantined);
-            (member.wanted, member.quarantined) = (target, false);
-        }
-        before
-    }
-
-    fn restore_wanted(&mut self, endpoint: EndpointId, before: (Target, bool)) {
-        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
-            (member.wanted, member.quarantined) = before;
-        }
-    }
-
-    /// Devices that somebody has bound meanwhile are in his address space.
-    fn notice_binding(&mut self) {
-        if self.place == Place::Unbound && self.members.iter().any(|m| m.attach.is_bound()) {
-            self.place = Place::Vmm;
-        }
-    }
-
-    fn check_bound(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
-        self.notice_binding();
-        let member = self.members.iter().find(|m| m.endpoint == endpoint);
-        match member {
-            None => Err(unknown(endpoint)),
-            Some(member) if member.shared && !member.attach.is_bound() => Err(BackendError {
-                kind: BackendErrorKind::Unsupp,
-                message: format!(
-                    "the VMM has not bound {} to the iommufd both were given; give it the device \
-                     before the vhost-user device",
-                    member.name
-                ),
-            }),
-            Some(_) => Ok(()),
-        }
-    }
-
-    /// Puts all devices that are bound somewhere else. On error they may be anywhere, or nowhere:
-    /// drivers of IOMMUs take a device out of one address space before they find that they cannot
-    /// put it into the next, and the kernel holds it to be in the first one all the same.
-    fn put(&self, place: Place) -> Result<(), BackendError> {
-        for member in self.members.iter().filter(|m| m.attach.is_bound()) {
-            let result = match place {
-                Place::Ioas(ioas) => member.attach.attach(ioas),
-                Place::Detached => member.attach.detach(),
-                // Nobody but the VMM can put them there, or nobody wants to.
-                Place::Vmm | Place::Unbound | Place::Stopped => Ok(()),
-            };
-            result.map_err(|cause| {
-                let what = format_args!("{} cannot be switched over", member.name);
-                refused(what, &cause)
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The same where it is not known what they obey: the kernel does nothing for a device that it
-    /// holds to be there already.
-    fn put_afresh(&self, place: Place) -> Result<(), BackendError> {
-        self.put(Place::Detached)?;
-        self.put(place)
-    }
-
-    fn quarantine(&mut self, endpoint: EndpointId) {
-        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
-            member.quarantined = true;
-        }
-        self.block();
-    }
-
-    /// Ends all DMA of the group.
-    fn block(&mut self) {
-        if self.place == Place::Unbound {
-            return;
-        }
-        self.place = Place::Detached;
-        for member in self.members.iter().filter(|m| m.attach.is_bound()) {
-            // No reason is known why this should fail. What is left then is the switch on the
-            // device itself.
-            let Err(cause) = member.attach.detach() else {
-                continue;
-            };
-            self.place = Place::Stopped;
-            error_limited!(
-                "{} cannot be taken out of its address space ({cause}): its bus-master bit is \
-                 cleared",
-                member.name
-            );
-            if let Err(cause) = member.attach.clear_bus_master() {
-                error_limited!("{} cannot be stopped: {cause}", member.name);
-            }
-        }
     }
 }
 
