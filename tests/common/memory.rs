@@ -66,6 +66,11 @@ impl Region {
         bytes
     }
 
+    /// The same slot, of the same bytes.
+    pub fn again(&self) -> Self {
+        Self::of_file(self.gpa, self.len, self.file.clone(), self.file_start)
+    }
+
     /// The slot as vhost-user describes it.
     pub fn info(&self) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {

@@ -243,6 +243,20 @@ impl Rig {
         self.guest.driver_ok();
     }
 
+    /// How many objects there are in the iommufd that the VMM and the daemon share, if they do: so
+    /// many of the lowest numbers are not given out.
+    pub fn shared_objects(&self) -> Option<u32> {
+        const MORE: u32 = 64;
+        let vmm = self.vmm.as_ref()?;
+        let ids: Vec<_> = (0..MORE)
+            .map(|_| vmm.iommufd.alloc().expect("an address space"))
+            .collect();
+        for &id in &ids {
+            vmm.iommufd.destroy(id).expect("destroyed");
+        }
+        ids.iter().max().map(|last| last - MORE)
+    }
+
     /// All of guest memory, to compare later.
     pub fn memory(&self) -> Vec<Vec<u8>> {
         let regions = self.guest.memory.regions.iter();
