@@ -4,13 +4,16 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use proptest::prelude::*;
+use vhost_user_backend::VhostUserBackend;
 
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
 use crate::backends::testing::{slot, slot_of};
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::backends::{BackendErrorKind, Capabilities, MemorySlot};
+use crate::device::Device;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, Iommu, RequestError, Settings};
 use crate::topology::{EndpointSpec, GroupName, ReservedRegions, Topology};
@@ -668,9 +671,8 @@ fn kernels_without_mapping_by_file_take_addresses() {
     bed.check();
 }
 
-#[test]
-fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
-    let kernel = FakeKernel::default();
+/// A VM with the device A, which no VMM has bound yet, and without bypass mode at boot.
+fn with_unbound_device(kernel: &FakeKernel) -> Iommu {
     let device = HostDevice {
         endpoint: A,
         name: "0000:65:00.0".into(),
@@ -683,6 +685,13 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
     let calls = Arc::new(kernel.clone());
     let backend = Iommufd::new(calls, all_there_is(), Pin::All, vec![device]);
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
+    iommu
+}
+
+#[test]
+fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
+    let kernel = FakeKernel::default();
+    let mut iommu = with_unbound_device(&kernel);
     assert!(!iommu.endpoint(A).expect("an endpoint").quarantined);
     iommu.connect();
     let refused = iommu.attach(A, D1, false).expect_err("not bound");
@@ -701,6 +710,27 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
     assert!(!iommu.endpoint(A).expect("an endpoint").quarantined);
     iommu.attach(A, D1, false).expect("attached");
     assert!(kernel.state().groups[&1].0.is_some_and(|id| id != space));
+}
+
+#[test]
+fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
+    for says_something in [true, false] {
+        let kernel = FakeKernel::default();
+        let iommu = Arc::new(Mutex::new(with_unbound_device(&kernel)));
+        let device = Device::new(iommu.clone(), Arc::default()).expect("event descriptors");
+        let quarantined = || iommu.lock().endpoint(A).expect("an endpoint").quarantined;
+        device.connect();
+        assert!(!quarantined(), "nothing was tried yet");
+        if says_something {
+            let (_, space) = kernel.vmm_device(A.0, 1);
+            assert_eq!(kernel.state().groups[&1].0, Some(space));
+            device.protocol_features();
+            assert_eq!(kernel.state().groups[&1].0, None, "blocked");
+        }
+        assert!(!quarantined());
+        device.disconnect();
+        assert!(!quarantined());
+    }
 }
 
 #[test]
