@@ -3,6 +3,11 @@
 //! Everything has a time limit, everything started here ends with its owner, and the logs of a test
 //! that fails stay where its message says.
 
+#![allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -10,7 +15,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,7 +32,7 @@ const REPLY: Duration = Duration::from_secs(60);
 /// Lines of each log that are shown when a test fails.
 const TAIL: usize = 15;
 
-const HOW_TO_RUN: &str = "run the suite with `qemu-scripts/test.sh guest`, which sets it up";
+const HOW_TO_RUN: &str = "run the suite with `qemu-scripts/test.sh`, which sets it up";
 
 /// A stock kernel and the initramfs that goes with it.
 #[derive(Clone, Debug)]
@@ -273,6 +278,15 @@ pub struct VmOptions<'a> {
     pub extra: Vec<String>,
 }
 
+/// A program that starts QEMU and gives it further arguments: `launch`.
+#[derive(Clone, Debug)]
+pub struct Launcher {
+    /// The program and its arguments, before those of QEMU.
+    pub words: Vec<String>,
+    /// QEMU's `-accel` and `-cpu`.
+    pub accel: Vec<String>,
+}
+
 /// A running VM and its guest.
 pub struct Vm {
     qmp: Lines,
@@ -287,6 +301,34 @@ impl Vm {
     /// Starts QEMU; the guest is waited for with [`Vm::wait_until_up`]. Logs and sockets are named
     /// after `name`.
     pub fn start(setup: &Setup, place: &Workplace, name: &str, options: &VmOptions<'_>) -> Self {
+        let mut command = bound_command(&setup.qemu);
+        command.args(["-accel", "tcg"]);
+        Self::run_qemu(command, place, name, options)
+    }
+
+    /// Has it started by another program, which ends when QEMU does.
+    pub fn launch(
+        setup: &Setup,
+        place: &Workplace,
+        name: &str,
+        launcher: &Launcher,
+        options: &VmOptions<'_>,
+    ) -> Self {
+        let (program, arguments) = launcher.words.split_first().expect("a program");
+        let mut command = bound_command(program.as_ref());
+        command
+            .args(arguments)
+            .arg(&setup.qemu)
+            .args(&launcher.accel);
+        Self::run_qemu(command, place, name, options)
+    }
+
+    fn run_qemu(
+        mut command: Command,
+        place: &Workplace,
+        name: &str,
+        options: &VmOptions<'_>,
+    ) -> Self {
         let listen = |kind: &str| {
             let path = place.path(&format!("{name}.{kind}"));
             let listener = UnixListener::bind(&path).expect("a socket for QEMU");
@@ -295,10 +337,9 @@ impl Vm {
         let (qmp_listener, qmp) = listen("qmp");
         let (guest_listener, agent) = listen("agent");
         let console = place.path(&format!("{name}-console.log"));
-        let mut command = bound_command(&setup.qemu);
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-accel", "tcg", "-smp", "1"])
+            .args(["-smp", "1"])
             .args(&options.iommu)
             .args(&options.extra)
             .args(["-qmp", &format!("unix:{qmp}")])
@@ -413,6 +454,13 @@ impl Vm {
         }
     }
 
+    /// Waits until the guest has gone, and QEMU and what has started it with it.
+    pub fn wait_for_end(&mut self) -> ExitStatus {
+        wait_for("the end of QEMU", REPLY, || {
+            self.qemu.child.try_wait().expect("a child of ours")
+        })
+    }
+
     /// Ends QEMU as a crash would.
     pub fn kill(mut self) {
         self.qemu.assert_alive();
@@ -420,10 +468,59 @@ impl Vm {
     }
 }
 
+/// The control socket of a daemon.
+pub struct Control(pub PathBuf);
+
+impl Control {
+    pub fn ask(&self, line: &str) -> Value {
+        let exchange = || -> std::io::Result<String> {
+            let mut stream = UnixStream::connect(&self.0)?;
+            stream.set_read_timeout(Some(REPLY))?;
+            stream.write_all(format!("{line}\n").as_bytes())?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = exchange().unwrap_or_else(|e| panic!("the daemon's answer to `{line}`: {e}"));
+        let value: Value = serde_json::from_str(&answer)
+            .unwrap_or_else(|e| panic!("the daemon's answer to `{line}`: {e}: {answer}"));
+        assert!(value.get("error").is_none(), "`{line}`: {value}");
+        value
+    }
+
+    pub fn status(&self) -> Status {
+        Status(self.ask("status"))
+    }
+
+    /// Every domain's mappings, page by page.
+    pub fn tables(&self) -> BTreeMap<u64, Table> {
+        let answer = self.ask("mappings");
+        array(&answer, "domains")
+            .iter()
+            .map(|domain| {
+                let mut table = Table::default();
+                for mapping in array(domain, "mappings") {
+                    assert_eq!(mapping["mmio"], false, "{mapping}");
+                    let (first, last) = (hex_of(mapping, "first"), hex_of(mapping, "last"));
+                    assert!(first % PAGE == 0 && last % PAGE == PAGE - 1, "{mapping}");
+                    table.add(
+                        first,
+                        (last - first) / PAGE + 1,
+                        mapping["access"].as_str().expect("text"),
+                        |index| hex_of(mapping, "gpa") + index * PAGE,
+                    );
+                }
+                (number(domain, "id"), table)
+            })
+            .collect()
+    }
+}
+
 /// The daemon under test.
 pub struct Daemon {
     process: Process,
-    control: PathBuf,
+    control: Control,
     /// What QEMU must be told, as the daemon itself says.
     pub qemu_args: Vec<String>,
 }
@@ -471,7 +568,7 @@ impl Daemon {
         });
         Self {
             process,
-            control,
+            control: Control(control),
             qemu_args,
         }
     }
@@ -479,47 +576,18 @@ impl Daemon {
     /// Asks the control socket.
     pub fn ask(&mut self, line: &str) -> Value {
         self.process.assert_alive();
-        let exchange = || -> std::io::Result<String> {
-            let mut stream = UnixStream::connect(&self.control)?;
-            stream.set_read_timeout(Some(REPLY))?;
-            stream.write_all(format!("{line}\n").as_bytes())?;
-            stream.shutdown(Shutdown::Write)?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        };
-        let answer = exchange().unwrap_or_else(|e| panic!("the daemon's answer to `{line}`: {e}"));
-        let value: Value = serde_json::from_str(&answer)
-            .unwrap_or_else(|e| panic!("the daemon's answer to `{line}`: {e}: {answer}"));
-        assert!(value.get("error").is_none(), "`{line}`: {value}");
-        value
+        self.control.ask(line)
     }
 
     pub fn status(&mut self) -> Status {
-        Status(self.ask("status"))
+        self.process.assert_alive();
+        self.control.status()
     }
 
     /// Every domain's mappings, page by page.
     pub fn tables(&mut self) -> BTreeMap<u64, Table> {
-        let answer = self.ask("mappings");
-        array(&answer, "domains")
-            .iter()
-            .map(|domain| {
-                let mut table = Table::default();
-                for mapping in array(domain, "mappings") {
-                    assert_eq!(mapping["mmio"], false, "{mapping}");
-                    let (first, last) = (hex_of(mapping, "first"), hex_of(mapping, "last"));
-                    assert!(first % PAGE == 0 && last % PAGE == PAGE - 1, "{mapping}");
-                    table.add(
-                        first,
-                        (last - first) / PAGE + 1,
-                        mapping["access"].as_str().expect("text"),
-                        |index| hex_of(mapping, "gpa") + index * PAGE,
-                    );
-                }
-                (number(domain, "id"), table)
-            })
-            .collect()
+        self.process.assert_alive();
+        self.control.tables()
     }
 
     pub fn pid(&self) -> u32 {

@@ -16,7 +16,10 @@ mod data;
 mod devices;
 mod faults;
 mod moves;
+mod nested;
 mod rig;
+#[path = "../common/vm.rs"]
+mod vm;
 
 use std::collections::BTreeSet;
 use std::fs;

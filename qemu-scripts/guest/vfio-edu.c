@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//
+// Lets an `edu` device copy pages of a buffer through VFIO type1, at IOVAs that it is told, and says what has
+// become of the buffer.
+//
+// Every page is compared byte by byte with what was there before: a DMA that went anywhere but where it was
+// sent shows up as a change of a page nobody has named.
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <libgen.h>
+#include <linux/vfio.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096ul
+#define PAGES 64u           // of the buffer
+#define MAX_MAPPINGS 64u
+#define EDU_ID 0x010000edu  // register 0 of revision 1.0
+#define EDU_BUFFER 0x40000u // the device's own memory, one page
+#define DMA_LIMIT 30        // seconds
+
+struct mapping {
+    uint64_t iova;
+    unsigned pages, index;
+    uint32_t flags;
+};
+
+static const char usage[] =
+    "usage: vfio-edu PCI-ADDRESS\n"
+    "Opens the device (an edu, bound to vfio-pci) and reads commands from standard input. Each answer ends with\n"
+    "a line that starts with 'ok' or 'error'. The buffer has 64 pages of distinct contents.\n"
+    "  map IOVA PAGES ACCESS INDEX   map pages of the buffer from INDEX on; ACCESS is r-, -w or rw\n"
+    "  unmap IOVA PAGES              unmap exactly that\n"
+    "  copy FROM TO                  the device reads the page at IOVA FROM and writes it at IOVA TO. Prints for\n"
+    "                                each page of the buffer that has changed 'c INDEX SOURCE': SOURCE is the\n"
+    "                                page that has these bytes now, 'zeros' or 'other'\n"
+    "  dump                          print 'b INDEX GPA' for pages that are mapped and 'm IOVA PAGES ACCESS INDEX'\n"
+    "  where INDEX                   print 'b INDEX GPA'\n"
+    "  quit                          leave; the kernel removes what is mapped\n"
+    "Addresses are hexadecimal without 0x, PAGES and INDEX decimal.\n";
+
+static int container = -1, group = -1, device = -1;
+static struct vfio_region_info config_space;
+static volatile unsigned char *registers;
+static unsigned char *buffer, before[PAGES * PAGE];
+static struct mapping mappings[MAX_MAPPINGS];
+static unsigned mapping_count;
+
+static void die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    printf("error ");
+    vprintf(format, args);
+    printf(" (errno %d, %s)\n", errno, strerror(errno));
+    va_end(args);
+    fflush(stdout);
+    exit(1);
+}
+
+static void fill_page(unsigned index)
+{
+    uint64_t z = 0x9e3779b97f4a7c15ull * (index + 1);
+    for (unsigned i = 0; i < PAGE / sizeof(z); i++) {
+        z ^= z << 13;
+        z ^= z >> 7;
+        z ^= z << 17;
+        memcpy(buffer + index * PAGE + i * sizeof(z), &z, sizeof(z));
+    }
+}
+
+static void make_buffer(void)
+{
+    buffer = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (buffer == MAP_FAILED)
+        die("no memory for the buffer");
+    // Pages that move would be no DMA's fault.
+    if (mlock(buffer, PAGES * PAGE))
+        die("cannot lock the buffer");
+    for (unsigned i = 0; i < PAGES; i++)
+        fill_page(i);
+}
+
+static void open_vfio(const char *name)
+{
+    char path[128], target[256];
+    snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/iommu_group", name);
+    ssize_t length = readlink(path, target, sizeof(target) - 1);
+    if (length < 0)
+        die("%s has no IOMMU group", name);
+    target[length] = 0;
+    snprintf(path, sizeof(path), "/dev/vfio/%s", basename(target));
+    container = open("/dev/vfio/vfio", O_RDWR);
+    if (container < 0)
+        die("cannot open /dev/vfio/vfio");
+    group = open(path, O_RDWR);
+    if (group < 0)
+        die("cannot open %s", path);
+    if (ioctl(group, VFIO_GROUP_SET_CONTAINER, &container))
+        die("cannot put %s into a container", path);
+    if (ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU))
+        die("cannot choose type1v2");
+    device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, name);
+    if (device < 0)
+        die("cannot open %s", name);
+}
+
+static struct vfio_region_info region(unsigned index)
+{
+    struct vfio_region_info info = { .argsz = sizeof(info), .index = index };
+    if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &info))
+        die("region %u", index);
+    return info;
+}
+
+static uint32_t load32(unsigned at)
+{
+    return *(volatile uint32_t *)(registers + at);
+}
+
+static void store64(unsigned at, uint64_t value)
+{
+    *(volatile uint64_t *)(registers + at) = value;
+}
+
+static void open_device(void)
+{
+    config_space = region(VFIO_PCI_CONFIG_REGION_INDEX);
+    uint16_t command;
+    off_t at = (off_t)config_space.offset + 4;
+    if (pread(device, &command, sizeof(command), at) != sizeof(command))
+        die("cannot read the command register");
+    command |= 1 << 1 | 1 << 2; // memory space, bus master
+    if (pwrite(device, &command, sizeof(command), at) != sizeof(command))
+        die("cannot write the command register");
+    struct vfio_region_info bar = region(VFIO_PCI_BAR0_REGION_INDEX);
+    registers = mmap(NULL, bar.size, PROT_READ | PROT_WRITE, MAP_SHARED, device, (off_t)bar.offset);
+    if (registers == MAP_FAILED)
+        die("cannot map BAR 0");
+    errno = 0;
+    if (load32(0) != EDU_ID)
+        die("the device says %08x, which is no edu", load32(0));
+}
+
+/* What this does in the kernel (detaching, with interrupts off) is over when it returns. */
+static void close_vfio(void)
+{
+    close(device);
+    close(group);
+    close(container);
+}
+
+static void map(uint64_t iova, unsigned pages, const char *access, unsigned index)
+{
+    uint32_t flags = (strchr(access, 'r') ? VFIO_DMA_MAP_FLAG_READ : 0) |
+                     (strchr(access, 'w') ? VFIO_DMA_MAP_FLAG_WRITE : 0);
+    struct vfio_iommu_type1_dma_map request = {
+        .argsz = sizeof(request),
+        .flags = flags,
+        .vaddr = (uintptr_t)(buffer + index * PAGE),
+        .iova = iova,
+        .size = pages * PAGE,
+    };
+    if (mapping_count == MAX_MAPPINGS || index >= PAGES || pages > PAGES - index) {
+        printf("error no room for this mapping\n");
+    } else if (ioctl(container, VFIO_IOMMU_MAP_DMA, &request)) {
+        printf("error map: %s\n", strerror(errno));
+    } else {
+        mappings[mapping_count++] = (struct mapping){ iova, pages, index, flags };
+        printf("ok\n");
+    }
+}
+
+static void unmap(uint64_t iova, unsigned pages)
+{
+    struct vfio_iommu_type1_dma_unmap request = {
+        .argsz = sizeof(request),
+        .iova = iova,
+        .size = pages * PAGE,
+    };
+    if (ioctl(container, VFIO_IOMMU_UNMAP_DMA, &request)) {
+        printf("error unmap: %s\n", strerror(errno));
+        return;
+    }
+    for (unsigned i = mapping_count; i--;)
+        if (mappings[i].iova == iova)
+            mappings[i] = mappings[--mapping_count];
+    if (request.size == pages * PAGE)
+        printf("ok\n");
+    else
+        printf("error removed 0x%" PRIx64 " bytes\n", (uint64_t)request.size);
+}
+
+static void dma(uint64_t from, uint64_t to, uint64_t direction)
+{
+    store64(0x80, from);
+    store64(0x88, to);
+    store64(0x90, PAGE);
+    store64(0x98, 1 | direction << 1);
+    time_t since = time(NULL);
+    while (load32(0x98) & 1) {
+        if (time(NULL) - since > DMA_LIMIT) {
+            errno = ETIMEDOUT;
+            die("a DMA does not end");
+        }
+        usleep(1000);
+    }
+}
+
+static const char *source_of(unsigned index)
+{
+    static const unsigned char zeros[PAGE];
+    static char text[16];
+    const unsigned char *page = buffer + index * PAGE;
+    if (!memcmp(page, zeros, PAGE))
+        return "zeros";
+    for (unsigned i = 0; i < PAGES; i++)
+        if (!memcmp(page, before + i * PAGE, PAGE)) {
+            snprintf(text, sizeof(text), "%u", i);
+            return text;
+        }
+    return "other";
+}
+
+static void copy(uint64_t from, uint64_t to)
+{
+    memcpy(before, buffer, sizeof(before));
+    dma(from, EDU_BUFFER, 0);
+    dma(EDU_BUFFER, to, 1);
+    unsigned changed = 0;
+    for (unsigned i = 0; i < PAGES; i++)
+        if (memcmp(buffer + i * PAGE, before + i * PAGE, PAGE)) {
+            printf("c %u %s\n", i, source_of(i));
+            changed++;
+            // Distinct again.
+            fill_page(i);
+        }
+    printf("ok %u changed\n", changed);
+}
+
+// Where a page of the buffer is in memory.
+static void print_page(unsigned index)
+{
+    int pagemap = open("/proc/self/pagemap", O_RDONLY);
+    if (pagemap < 0)
+        die("cannot open /proc/self/pagemap");
+    uint64_t entry = 0;
+    off_t at = (off_t)((uintptr_t)(buffer + index * PAGE) / PAGE * sizeof(entry));
+    if (pread(pagemap, &entry, sizeof(entry), at) != sizeof(entry) || !(entry >> 63))
+        die("page %u of the buffer is nowhere", index);
+    close(pagemap);
+    printf("b %u %" PRIx64 "\n", index, (entry & ((UINT64_C(1) << 55) - 1)) * PAGE);
+}
+
+static void dump(void)
+{
+    for (unsigned i = 0; i < mapping_count; i++) {
+        const struct mapping *mapping = &mappings[i];
+        for (unsigned page = 0; page < mapping->pages; page++)
+            print_page(mapping->index + page);
+        printf("m %" PRIx64 " %u %c%c %u\n", mapping->iova, mapping->pages,
+               mapping->flags & VFIO_DMA_MAP_FLAG_READ ? 'r' : '-',
+               mapping->flags & VFIO_DMA_MAP_FLAG_WRITE ? 'w' : '-', mapping->index);
+    }
+    printf("ok %u mappings\n", mapping_count);
+}
+
+static void obey(void)
+{
+    char line[256];
+    while (fgets(line, sizeof(line), stdin)) {
+        char word[16] = "", access[4] = "";
+        uint64_t a = 0, b = 0;
+        unsigned pages = 0, index = 0;
+        if (sscanf(line, "map %" SCNx64 " %u %3[rw-] %u", &a, &pages, access, &index) == 4) {
+            map(a, pages, access, index);
+        } else if (sscanf(line, "unmap %" SCNx64 " %u", &a, &pages) == 2) {
+            unmap(a, pages);
+        } else if (sscanf(line, "copy %" SCNx64 " %" SCNx64, &a, &b) == 2) {
+            copy(a, b);
+        } else if (sscanf(line, "where %u", &index) == 1 && index < PAGES) {
+            print_page(index);
+            printf("ok\n");
+        } else if (sscanf(line, "%15s", word) == 1 && !strcmp(word, "dump")) {
+            dump();
+        } else if (!strcmp(word, "quit")) {
+            close_vfio();
+            printf("ok\n");
+            fflush(stdout);
+            return;
+        } else {
+            printf("error unknown command: %s\n", word);
+        }
+        fflush(stdout);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 2 || argv[1][0] == '-') {
+        fputs(usage, stderr);
+        return 2;
+    }
+    make_buffer();
+    open_vfio(argv[1]);
+    open_device();
+    printf("ok\n");
+    fflush(stdout);
+    obey();
+    return 0;
+}

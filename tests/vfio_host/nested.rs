@@ -1,0 +1,233 @@
+//! A VM as `launch` starts it: an unmodified QEMU and a stock kernel, whose own VFIO drives a device
+//! of this machine.
+//!
+//! This machine is an emulated one (L1), and the VM a machine within it (L2). The processor that is
+//! emulated for L1 can virtualize, so QEMU uses KVM there: without it, emulation within emulation
+//! takes more than two minutes for each boot.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::time::Duration;
+
+use vhost_device_iommu::vfio::{Cdev, IommuFd};
+
+use crate::devices::{FaultLog, Function};
+use crate::vm::{
+    Control, Kernel, Launcher, PAGE, Setup, Status, Table, Vm, VmOptions, Workplace, wait_for,
+};
+use crate::words;
+
+/// The device in the VM.
+const EDU: &str = "0000:00:10.0";
+/// Until a command in the VM has an answer.
+const ANSWER: Duration = Duration::from_secs(60);
+/// Until all processes of a VM are gone.
+const END: Duration = Duration::from_secs(10);
+
+/// IOVAs, none of which is an address of the VM's memory.
+const SOURCE: u64 = 0x4000_0000;
+const TARGET: u64 = 0x7654_3210_0000;
+const SINK: u64 = 0xf_fff0_0000;
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_stock_guest_drives_a_device_of_the_host() {
+    let setup = Setup::from_environment();
+    let host = words("VIOMMU_EDU")[0].clone();
+    let mut nested = Nested::launch(&setup, setup.newest(), &host);
+    // All devices are made: the guest's driver has not begun, firmware may use the device.
+    let status = nested.control.status();
+    assert_eq!(status.dma_of(EDU), "bypass", "{}", status.0);
+
+    nested.vm.wait_until_up();
+    nested.place.note("up");
+    let mut faults = FaultLog::now();
+    nested.drive(&mut faults);
+    nested.place.note("driven");
+
+    // With all that is mapped in place.
+    let resets = nested.resets();
+    nested.vm.begin("reboot -f");
+    nested.vm.wait_until_up();
+    nested.place.note("up again");
+    assert_eq!(nested.resets(), resets + 1);
+    let left = nested.control.tables();
+    assert!(left.values().all(|table| table.0.is_empty()), "{left:?}");
+    nested.drive(&mut faults);
+    nested.place.note("driven again");
+
+    nested.vm.begin("poweroff -f");
+    let status = nested.vm.wait_for_end();
+    assert_eq!((status.code(), status.signal()), (Some(0), None));
+    wait_for("the end of the daemon", END, || {
+        nested.processes().is_empty().then_some(())
+    });
+    for socket in ["iommu.sock", "control.sock"] {
+        assert!(!nested.place.path(socket).exists(), "{socket} is left");
+    }
+    let device = Cdev::open(Function::new(&host).node().as_ref()).expect("the device");
+    let iommufd = IommuFd::open("/dev/iommu".as_ref()).expect("iommufd");
+    device.bind(&iommufd).expect("the device is free");
+}
+
+/// A VM and the daemon behind it.
+struct Nested {
+    vm: Vm,
+    control: Control,
+    place: Workplace,
+}
+
+impl Nested {
+    fn launch(setup: &Setup, kernel: &Kernel, host: &str) -> Self {
+        let place = Workplace::new("nested");
+        let text = |path: &Path| path.display().to_string();
+        let (config, control) = (place.path("vm.toml"), place.path("control.sock"));
+        let socket = place.path("iommu.sock");
+        let keys = format!(
+            "socket = \"{}\"\ncontrol = \"{}\"\nmemory = \"512M\"\naddress = \"00:05.0\"\n\
+             [[endpoint]]\naddress = \"{EDU}\"\nvfio = \"{host}\"\n",
+            socket.display(),
+            control.display(),
+        );
+        fs::write(&config, keys).expect("the configuration written");
+        let launcher = Launcher {
+            words: vec![
+                env!("CARGO_BIN_EXE_vhost-device-iommu").to_owned(),
+                "launch".to_owned(),
+                "--config".to_owned(),
+                text(&config),
+                "--".to_owned(),
+            ],
+            // A timer that is set to a time stamp may never go off where the time stamps of L1
+            // are emulated.
+            accel: ["-accel", "kvm", "-cpu", "max,-tsc-deadline"]
+                .map(str::to_owned)
+                .into(),
+        };
+        let options = VmOptions {
+            kernel,
+            // Every character on the console costs.
+            append: "quiet no_timer_check".to_owned(),
+            iommu: Vec::new(),
+            extra: Vec::new(),
+        };
+        let vm = Vm::launch(setup, &place, "vm", &launcher, &options);
+        let nested = Self {
+            vm,
+            control: Control(control),
+            place,
+        };
+        // `launch` itself, the daemon and QEMU.
+        assert_eq!(nested.processes().len(), 3, "{:?}", nested.processes());
+        nested
+    }
+
+    /// The guest's VFIO has the device copy pages; where it may not, nothing happens.
+    fn drive(&mut self, faults: &mut FaultLog) {
+        self.vm.run(&format!("vfio_bind {EDU}"));
+        self.vm.run(&format!("start edu vfio-edu {EDU}"));
+        let status = self.control.status();
+        let domain = status.domain_of(EDU);
+        assert_eq!(status.dma_of(EDU), "translated");
+        assert!(!is_bypass(&status, domain));
+
+        self.ask(&format!("map {SOURCE:x} 2 r- 0"));
+        self.ask(&format!("map {TARGET:x} 3 rw 8"));
+        self.ask(&format!("map {SINK:x} 1 -w 20"));
+        self.tables_agree(6);
+
+        self.place.note("pages arrive where they are sent");
+        self.copies(SOURCE, TARGET + PAGE, &[(9, "0")]);
+        self.copies(SOURCE + PAGE, TARGET, &[(8, "1")]);
+        self.copies(TARGET + 2 * PAGE, SINK, &[(20, "10")]);
+        self.copies(SOURCE, TARGET + 2 * PAGE, &[(10, "0")]);
+
+        self.place.note("nothing arrives elsewhere");
+        let past = TARGET + 3 * PAGE;
+        faults.expect_fault(|| self.copies(SOURCE, past, &[]));
+        self.copies(SOURCE, SOURCE + PAGE, &[]);
+        let gpa = self.gpa_of(9);
+        self.copies(SOURCE, gpa, &[]);
+        let secret = self.gpa_of(30);
+        for forbidden in [secret, SINK] {
+            let changes = self.copy(forbidden, TARGET);
+            for (index, source) in &changes {
+                assert_eq!(*index, 8, "{forbidden:#x}: {changes:?}");
+                assert!(!["20", "30"].contains(&source.as_str()), "{changes:?}");
+            }
+        }
+
+        self.place.note("nothing arrives after UNMAP");
+        self.ask(&format!("unmap {TARGET:x} 3"));
+        self.tables_agree(3);
+        self.copies(SOURCE, TARGET, &[]);
+        self.copies(SOURCE, TARGET + PAGE, &[]);
+        self.ask(&format!("map {TARGET:x} 1 rw 40"));
+        self.copies(SOURCE, TARGET, &[(40, "0")]);
+        self.tables_agree(4);
+    }
+
+    /// Has a page copied; these pages of the buffer, and no others, become copies of those.
+    fn copies(&mut self, from: u64, to: u64, expected: &[(u64, &str)]) {
+        let changes = self.copy(from, to);
+        let changes: Vec<_> = changes.iter().map(|(n, s)| (*n, s.as_str())).collect();
+        assert_eq!(changes, expected, "{from:#x} to {to:#x}");
+    }
+
+    /// Has a page copied: which pages of the buffer have changed, and whose bytes each has.
+    fn copy(&mut self, from: u64, to: u64) -> Vec<(u64, String)> {
+        let answer = self.ask(&format!("copy {from:x} {to:x}"));
+        let changes = answer.iter().filter_map(|line| line.strip_prefix("c "));
+        changes
+            .map(|change| {
+                let (index, source) = change.split_once(' ').expect("two words");
+                (index.parse().expect("a number"), source.to_owned())
+            })
+            .collect()
+    }
+
+    fn ask(&mut self, line: &str) -> Vec<String> {
+        self.vm.run_within(&format!("ask edu {line}"), ANSWER)
+    }
+
+    /// Where a page of the program's buffer is in the guest's memory.
+    fn gpa_of(&mut self, page: u64) -> u64 {
+        let answer = self.ask(&format!("where {page}"));
+        let gpa = answer[0].rsplit(' ').next().expect("a word");
+        u64::from_str_radix(gpa, 16).expect("hexadecimal")
+    }
+
+    /// Requires that the daemon holds what the program believes to be mapped, and nothing else.
+    #[track_caller]
+    fn tables_agree(&mut self, pages: usize) {
+        let believed = Table::from_dump(&self.ask("dump"));
+        assert_eq!(believed.0.len(), pages);
+        let domain = self.control.status().domain_of(EDU);
+        for (id, table) in self.control.tables() {
+            let none = Table::default();
+            let expected = if id == domain { &believed } else { &none };
+            Table::assert_same(expected, &table, &format!("domain {id}"));
+        }
+    }
+
+    fn resets(&self) -> u64 {
+        crate::vm::number(&self.control.status().0, "resets")
+    }
+
+    /// Those whose arguments name this VM's directory.
+    fn processes(&self) -> Vec<String> {
+        let place = self.place.path("");
+        let place = place.to_str().expect("text").trim_end_matches('/');
+        let processes = fs::read_dir("/proc").expect("/proc").flatten();
+        processes
+            .filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok())
+            .filter(|line| line.contains(place))
+            .collect()
+    }
+}
+
+fn is_bypass(status: &Status, domain: u64) -> bool {
+    let entry = status.domains().iter().find(|d| d["id"] == domain);
+    entry.expect("listed")["bypass"] == true
+}
