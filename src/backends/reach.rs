@@ -66,16 +66,11 @@ impl Reach {
         mapping: &Mapping,
         mut act: impl FnMut(Piece<'_>) -> Result<(), BackendError>,
     ) -> Result<(), BackendError> {
-        // Nearly every mapping lies in one slot.
-        if let Some(slot) = self.slot_at(mapping.gpa)
-            && mapping
-                .target()
-                .is_some_and(|t| t.last() <= slot.range.last())
-        {
+        if let Some((slot, offset)) = self.in_one_slot(mapping) {
             return act(Piece {
                 part: *mapping,
                 target: PieceTarget::Ram(slot),
-                offset: mapping.gpa.0 - slot.range.first().0,
+                offset,
             });
         }
         let bars = self.bars();
@@ -100,6 +95,17 @@ impl Reach {
         pieces.into_iter().try_for_each(act)
     }
 
+    /// The slot that all of a mapping leads into, as nearly every mapping does, and where in it, in
+    /// bytes.
+    #[inline]
+    pub(super) fn in_one_slot(&self, mapping: &Mapping) -> Option<(&MemorySlot, u64)> {
+        let slot = self.slot_at(mapping.gpa)?;
+        let offset = mapping.gpa.0 - slot.range.first().0;
+        let room = slot.range.span() - offset;
+        (mapping.range.span() <= room).then_some((slot, offset))
+    }
+
+    #[inline]
     fn slot_at(&self, gpa: Gpa) -> Option<&MemorySlot> {
         let at = self.slots.partition_point(|s| s.range.last() < gpa);
         self.slots.get(at).filter(|s| s.range.contains(gpa))
@@ -160,6 +166,12 @@ pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> Backen
         kind,
         message: format!("{what}: {cause}{cure}"),
     }
+}
+
+/// What became of a part of a mapping that the host was to map.
+#[cold]
+pub(super) fn not_mapped(part: &Mapping, cause: &io::Error) -> BackendError {
+    refused(format_args!("the host does not map {part}"), cause)
 }
 
 /// What became of a system call that was to unmap all of `range`, and answers the bytes that were

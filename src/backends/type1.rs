@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused, unmapped};
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
@@ -116,23 +116,31 @@ impl Type1Group {
     }
 
     fn map_pieces(&self, mapping: &Mapping) -> Result<(), BackendError> {
-        self.reach
-            .for_each_piece(mapping, |piece| self.map_piece(&piece))
+        match self.reach.in_one_slot(mapping) {
+            Some((slot, offset)) => self.map_part(mapping, slot, offset),
+            None => self
+                .reach
+                .for_each_piece(mapping, |piece| self.map_piece(&piece)),
+        }
     }
 
-    fn map_piece(&self, piece: &Piece<'_>) -> Result<(), BackendError> {
-        let part = &piece.part;
+    /// Maps what leads into one slot.
+    #[inline]
+    fn map_part(&self, part: &Mapping, slot: &MemorySlot, offset: u64) -> Result<(), BackendError> {
         if part.access == Access::NONE {
             // Nobody may use it, and the kernel knows no such mapping.
             return Ok(());
         }
+        self.kernel
+            .map(part.range, part.access, &slot.memory, offset)
+            .map_err(|cause| not_mapped(part, &cause))
+    }
+
+    fn map_piece(&self, piece: &Piece<'_>) -> Result<(), BackendError> {
+        let part = &piece.part;
         match &piece.target {
-            PieceTarget::Ram(slot) => {
-                let done = self
-                    .kernel
-                    .map(part.range, part.access, &slot.memory, piece.offset);
-                done.map_err(|cause| refused(format_args!("the host does not map {part}"), &cause))
-            }
+            PieceTarget::Ram(slot) => self.map_part(part, slot, piece.offset),
+            PieceTarget::Bar(..) if part.access == Access::NONE => Ok(()),
             PieceTarget::Bar(device, bar) => {
                 let refuse = |cause| no_peer_access(part, &cause);
                 let memory = device.map(*bar).map_err(refuse)?;

@@ -18,7 +18,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use self::group::{Group, Member, Place};
-use super::reach::{Piece, PieceTarget, Reach, no_peer_access, refused, unmapped};
+use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
@@ -58,6 +58,10 @@ pub struct Iommufd {
     kernel: Arc<dyn AddressSpaces>,
     capabilities: Capabilities,
     pin: Pin,
+    /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
+    /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
+    /// those, and not to the ones the guest has now.
+    copies: bool,
     connected: bool,
     reach: Reach,
     bypass: Option<Bypass>,
@@ -110,6 +114,7 @@ impl Iommufd {
             kernel,
             capabilities,
             pin,
+            copies: pin == Pin::All,
             connected: false,
             reach,
             bypass: None,
@@ -193,6 +198,7 @@ impl Iommufd {
     }
 
     /// Maps a piece of RAM from its file, or where the kernel cannot from where it is mapped here.
+    #[inline]
     fn map_ram(
         &self,
         ioas: u32,
@@ -223,11 +229,39 @@ impl Iommufd {
             // Nobody may use it, and the kernel knows no such mapping.
             return self.reach.for_each_piece(mapping, |_| Ok(()));
         }
-        self.reach.for_each_piece(mapping, |piece| {
-            self.map_piece(ioas, &piece)?;
-            *done += piece.part.range.len_bytes().unwrap_or(0);
-            Ok(())
-        })
+        match self.reach.in_one_slot(mapping) {
+            Some((slot, offset)) => {
+                self.map_part(ioas, mapping, slot, offset)?;
+                *done += mapping.range.len_bytes().unwrap_or(0);
+                Ok(())
+            }
+            None => self.reach.for_each_piece(mapping, |piece| {
+                self.map_piece(ioas, &piece)?;
+                *done += piece.part.range.len_bytes().unwrap_or(0);
+                Ok(())
+            }),
+        }
+    }
+
+    /// Maps what leads into one slot.
+    #[inline]
+    fn map_part(
+        &self,
+        ioas: u32,
+        part: &Mapping,
+        slot: &MemorySlot,
+        offset: u64,
+    ) -> Result<(), BackendError> {
+        let copied = self.bypass.as_ref().filter(|_| self.copies);
+        let done = match copied.filter(|b| b.slots.contains(slot)) {
+            Some(bypass) => {
+                let from = Iova(part.gpa.0);
+                self.kernel
+                    .copy(ioas, part.range, part.access, bypass.ioas, from)
+            }
+            None => self.map_ram(ioas, part.range, part.access, slot, offset),
+        };
+        done.map_err(|cause| not_mapped(part, &cause))
     }
 
     fn map_piece(&self, ioas: u32, piece: &Piece<'_>) -> Result<(), BackendError> {
@@ -237,18 +271,7 @@ impl Iommufd {
             offset,
         } = piece;
         match target {
-            PieceTarget::Ram(slot) => {
-                let copied = self.bypass.as_ref().filter(|_| self.may_copy());
-                let done = match copied.filter(|b| b.slots.contains(slot)) {
-                    Some(bypass) => {
-                        let from = Iova(part.gpa.0);
-                        self.kernel
-                            .copy(ioas, part.range, part.access, bypass.ioas, from)
-                    }
-                    None => self.map_ram(ioas, part.range, part.access, slot, *offset),
-                };
-                done.map_err(|cause| refused(format_args!("the host does not map {part}"), &cause))
-            }
+            PieceTarget::Ram(slot) => self.map_part(ioas, part, slot, *offset),
             PieceTarget::Bar(device, bar) => {
                 let refuse = |cause| no_peer_access(part, &cause);
                 let len = part.range.len_bytes().unwrap_or(u64::MAX);
@@ -259,13 +282,6 @@ impl Iommufd {
                     .map_err(refuse)
             }
         }
-    }
-
-    /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
-    /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
-    /// those, and not to the ones the guest has now.
-    fn may_copy(&self) -> bool {
-        self.pin == Pin::All && !self.is_bypass_used()
     }
 
     fn is_bypass_used(&self) -> bool {
@@ -294,8 +310,10 @@ impl Iommufd {
             .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
     }
 
-    /// Gives up the address space of bypass mode where nobody needs it.
-    fn release_bypass(&mut self) {
+    /// Devices have been moved: what follows for bypass mode's address space, which is given up
+    /// where nobody needs it.
+    fn moved(&mut self) {
+        self.copies = self.pin == Pin::All && !self.is_bypass_used();
         if self.pin == Pin::Mapped
             && !self.is_bypass_used()
             && let Some(bypass) = self.bypass.take()
@@ -470,7 +488,7 @@ impl DmaBackend for Iommufd {
             }
         }
         self.sweep();
-        self.release_bypass();
+        self.moved();
         switched
     }
 
@@ -486,6 +504,7 @@ impl DmaBackend for Iommufd {
             self.groups[index].quarantine(endpoint);
         }
         self.sweep();
+        self.moved();
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
