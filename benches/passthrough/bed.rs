@@ -1,0 +1,286 @@
+//! The core with one backend and one endpoint, and the system calls beside it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
+use vhost_device_iommu::backends::iommufd::{HostDevice, Iommufd, Pin};
+use vhost_device_iommu::backends::type1::{GroupDevice, Type1Group};
+use vhost_device_iommu::backends::{Capabilities, DmaBackend, MemorySlot};
+use vhost_device_iommu::ids::{DomainId, EndpointId};
+use vhost_device_iommu::iommu::{Dma, Iommu, Settings};
+use vhost_device_iommu::topology::{
+    EndpointSpec, PciRange, ReservedKind, ReservedRegion, ReservedRegions, Topology,
+};
+use vhost_device_iommu::vfio::{
+    AddressSpaces, Allowed, Attach, Cdev, Container, DeviceMemory, Group, IommuFd, Source,
+};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+use crate::bare::{Bare, Kind};
+use crate::common::memory::memfd;
+use crate::devices::Function;
+use crate::no_kernel::NoKernel;
+use crate::{Side, Way};
+
+/// Bytes of guest RAM, from guest-physical 0.
+pub const RAM_LEN: u64 = 64 << 20;
+
+const ENDPOINT: EndpointId = EndpointId(0x30);
+const DOMAIN: DomainId = DomainId(1);
+const CAPABILITIES: Capabilities = Capabilities {
+    page_sizes: PageMask::TABLE,
+    aperture: IovaRange::ALL,
+};
+
+pub struct Bed {
+    iommu: Iommu,
+    /// On the same address space; `None` without a kernel.
+    bare: Option<Bare>,
+    /// How many mappings the address space takes.
+    room: u64,
+}
+
+impl Bed {
+    pub fn without_kernel(way: Way) -> Self {
+        let attach: Box<dyn Attach> = Box::new(NoKernel);
+        let backend: Box<dyn DmaBackend> = match way {
+            Way::Type1 => Box::new(type1(Box::new(NoKernel), attach, Arc::new(NoKernel))),
+            Way::Map | Way::Copy => {
+                Box::new(iommufd(way, Arc::new(NoKernel), attach, Arc::new(NoKernel)))
+            }
+        };
+        Self {
+            iommu: core(backend, &ram()),
+            bare: None,
+            room: u64::MAX,
+        }
+    }
+
+    /// With a device of this machine's attached to the domain.
+    pub fn with_device(way: Way, function: &str) -> Self {
+        let ram = ram();
+        let device = Function::new(function);
+        let (iommu, fd, kind, room) = match way {
+            Way::Type1 => {
+                let mut container = Container::open(Path::new("/dev/vfio/vfio")).expect("VFIO");
+                let group = format!("/dev/vfio/{}", device.group());
+                let group = Group::open(group.as_ref()).expect("the group");
+                container.set_group(group).expect("type1");
+                let group = container.group().expect("the group");
+                let cdev = group.device(function).expect("the device");
+                let info = container.info().expect("type1");
+                let room = info.available.map_or(u64::MAX, u64::from);
+                let fd = container.as_fd().try_clone_to_owned().expect("a copy");
+                let attach = Box::new(cdev.clone());
+                let backend = type1(Box::new(container), attach, Arc::new(cdev));
+                (core(Box::new(backend), &ram), fd, Kind::Type1, room)
+            }
+            Way::Map | Way::Copy => {
+                let iommufd_file = IommuFd::open(Path::new("/dev/iommu")).expect("iommufd");
+                let cdev = Cdev::open(device.node().as_ref()).expect("the device");
+                cdev.bind(&iommufd_file).expect("bound");
+                let fd = iommufd_file.as_fd().try_clone_to_owned().expect("a copy");
+                let kernel = Arc::new(Noting {
+                    iommufd: iommufd_file,
+                    made: Mutex::default(),
+                });
+                let attach = Box::new(cdev.clone());
+                let backend = iommufd(way, kernel.clone(), attach, Arc::new(cdev));
+                let iommu = core(Box::new(backend), &ram);
+                let made = kernel.made.lock().expect("nobody panicked").clone();
+                let kind = match (way, made.as_slice()) {
+                    (Way::Copy, &[from, ioas]) => Kind::Copy { ioas, from },
+                    (Way::Map, &[ioas]) => Kind::Map { ioas },
+                    _ => panic!("{} made the address spaces {made:?}", way.title()),
+                };
+                (iommu, fd, kind, u64::MAX)
+            }
+        };
+        let ram = Arc::new(ram);
+        let mut bed = Self {
+            iommu,
+            bare: Some(Bare { fd, kind, ram }),
+            room,
+        };
+        bed.check();
+        bed
+    }
+
+    /// How many mappings it takes.
+    pub fn room(&self) -> u64 {
+        self.room
+    }
+
+    pub fn map(&mut self, side: Side, mapping: &Mapping) {
+        match (side, &self.bare) {
+            (Side::Bare, Some(bare)) => bare.map(mapping),
+            (Side::Bare, None) | (Side::Daemon, _) => {
+                self.iommu.map(DOMAIN, *mapping).expect("mapped");
+            }
+        }
+    }
+
+    pub fn unmap(&mut self, side: Side, range: IovaRange) {
+        match (side, &self.bare) {
+            (Side::Bare, Some(bare)) => {
+                bare.unmap(range);
+            }
+            (Side::Bare, None) | (Side::Daemon, _) => {
+                self.iommu.unmap(DOMAIN, range).expect("unmapped");
+            }
+        }
+    }
+
+    /// Both sides work on the same address space.
+    fn check(&mut self) {
+        let page = Mapping {
+            range: IovaRange::from_len(Iova(0x1000), 0x1000).expect("not empty"),
+            gpa: Gpa(0x5000),
+            access: Access::READ_WRITE,
+            mmio: false,
+        };
+        self.map(Side::Daemon, &page);
+        if let Some(bare) = &self.bare {
+            assert_eq!(bare.unmap(page.range), 0x1000);
+            bare.map(&page);
+        }
+        self.unmap(Side::Daemon, page.range);
+        if let Some(bare) = &self.bare {
+            bare.map(&page);
+            assert_eq!(bare.unmap(page.range), 0x1000);
+        }
+    }
+}
+
+/// Guest RAM that is there already.
+fn ram() -> MemorySlot {
+    let file = Arc::new(memfd(RAM_LEN));
+    let mapped = FileOffset::from_arc(file.clone(), 0);
+    let memory = MmapRegion::from_file(mapped, RAM_LEN as usize).expect("memory");
+    let slice = memory.as_volatile_slice();
+    for page in (0..RAM_LEN as usize).step_by(4096) {
+        slice.write_obj(1u8, page).expect("inside");
+    }
+    MemorySlot {
+        range: GpaRange::from_len(Gpa(0), RAM_LEN).expect("not empty"),
+        memory: Arc::new(memory),
+        file,
+        offset: 0,
+        identity: (0, 1),
+    }
+}
+
+/// With the endpoint attached to the domain.
+fn core(backend: Box<dyn DmaBackend>, ram: &MemorySlot) -> Iommu {
+    let at = "00:06.0".parse().expect("an address");
+    let msi = ReservedRegion {
+        range: IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)).expect("not empty"),
+        kind: ReservedKind::Msi,
+    };
+    let spec = EndpointSpec {
+        range: PciRange::new(at, at).expect("one function"),
+        group: None,
+        reserved: vec![msi],
+    };
+    let iommu = "00:05.0".parse().expect("an address");
+    let topology = Topology::new(iommu, ReservedRegions::default(), &[spec]).expect("a topology");
+    let settings = Settings {
+        address_width: 48,
+        page_sizes: PageMask::TABLE,
+        last_domain: 0xffff,
+        bypass_at_boot: false,
+        arena_limit: 64 << 20,
+    };
+    let mut iommu = Iommu::new(settings, topology).expect("an arena");
+    iommu.add_backend(backend, &[ENDPOINT]).expect("added");
+    iommu.connect();
+    iommu.set_memory(vec![ram.clone()]);
+    iommu.attach(ENDPOINT, DOMAIN, false).expect("attached");
+    let state = iommu.endpoint(ENDPOINT).expect("an endpoint");
+    assert_eq!(state.dma, Dma::Translated);
+    iommu
+}
+
+fn type1(
+    kernel: Box<dyn vhost_device_iommu::vfio::Type1>,
+    device: Box<dyn Attach>,
+    memory: Arc<dyn DeviceMemory>,
+) -> Type1Group {
+    let device = GroupDevice {
+        endpoint: ENDPOINT,
+        name: "the device".into(),
+        device: Some(device),
+    };
+    Type1Group::new(kernel, CAPABILITIES, vec![device], vec![memory])
+}
+
+fn iommufd(
+    way: Way,
+    kernel: Arc<dyn AddressSpaces>,
+    attach: Box<dyn Attach>,
+    memory: Arc<dyn DeviceMemory>,
+) -> Iommufd {
+    let device = HostDevice {
+        endpoint: ENDPOINT,
+        name: "the device".into(),
+        group: 0,
+        shared: false,
+        attach,
+        memory,
+    };
+    let pin = match way {
+        Way::Copy => Pin::All,
+        Way::Map | Way::Type1 => Pin::Mapped,
+    };
+    Iommufd::new(kernel, CAPABILITIES, pin, vec![device])
+}
+
+/// The kernel's iommufd, whose address spaces are noted.
+struct Noting {
+    iommufd: IommuFd,
+    made: Mutex<Vec<u32>>,
+}
+
+impl AddressSpaces for Noting {
+    fn alloc(&self) -> io::Result<u32> {
+        let ioas = self.iommufd.alloc()?;
+        self.made.lock().expect("nobody panicked").push(ioas);
+        Ok(ioas)
+    }
+
+    fn destroy(&self, ioas: u32) -> io::Result<()> {
+        self.iommufd.destroy(ioas)
+    }
+
+    fn map(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        source: Source<'_>,
+    ) -> io::Result<()> {
+        self.iommufd.map(ioas, range, access, source)
+    }
+
+    fn copy(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        from: u32,
+        first: Iova,
+    ) -> io::Result<()> {
+        self.iommufd.copy(ioas, range, access, from, first)
+    }
+
+    fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
+        self.iommufd.unmap(ioas, range)
+    }
+
+    fn allowed(&self, ioas: u32) -> io::Result<Allowed> {
+        self.iommufd.allowed(ioas)
+    }
+}
