@@ -155,6 +155,9 @@ impl Arena {
     /// The caller has seen to it that no reader is still inside a frame that was retired before
     /// this call. Where many frames lie unused, most of their memory goes back to the system.
     pub fn reclaim(&mut self) {
+        if self.retired.is_empty() {
+            return;
+        }
         self.free.append(&mut self.retired);
         if self.free.len() - self.given_back > 2 * KEEP_FRAMES {
             self.give_back();

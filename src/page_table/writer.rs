@@ -62,6 +62,8 @@ pub struct MapPlan {
     mapping: Mapping,
     frames: u64,
     leaf_level: u32,
+    /// It is one leaf of `table`.
+    is_one_leaf: bool,
     /// The smallest table there is that covers the whole range, and the entry that leads to it.
     table: TableOffset,
     level: u32,
@@ -205,7 +207,7 @@ impl Table {
     ///
     /// The reason why it cannot be made, where several apply the first in the order of
     /// [`MapRefusal`].
-    #[inline]
+    #[inline(always)]
     pub fn plan_map(&self, arena: &Arena, mapping: &Mapping) -> Result<MapPlan, MapRefusal> {
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
         let page = FRAME_BYTES - 1;
@@ -220,31 +222,39 @@ impl Table {
         let leaf_level = largest_leaf(first ^ mapping.gpa.0);
 
         let (mut table, mut level, mut parent) = (self.root, self.levels.count(), None);
+        let mut is_one_leaf = false;
         while index(first, level) == index(last, level) {
             let slot = table.slot(index(first, level));
             let entry = arena.load(slot);
             if !entry.is_table(level) {
+                is_one_leaf =
+                    entry.is_free() && level <= leaf_level && is_whole_entry(level, first, last);
                 break;
             }
             (table, level, parent) = (entry.next_table(), level - 1, Some(slot));
         }
-        let job = Survey { arena, leaf_level };
-        let needed = match job.frames_for(table, level, first, last) {
-            Ok(needed) => needed,
-            Err(Occupied(at)) => {
-                let mut leaves = Leaves::new(arena.view(), self.root, self.levels, Iova(at));
-                let leaf = leaves.next().map(Leaf::range);
-                return Err(MapRefusal::Overlap(leaf.unwrap_or(mapping.range)));
+        // Nearly every mapping of a guest's driver is one leaf, in a table that is there.
+        let mut needed = 0;
+        if !is_one_leaf {
+            let job = Survey { arena, leaf_level };
+            needed = match job.frames_for(table, level, first, last) {
+                Ok(needed) => needed,
+                Err(Occupied(at)) => {
+                    let mut leaves = Leaves::new(arena.view(), self.root, self.levels, Iova(at));
+                    let leaf = leaves.next().map(Leaf::range);
+                    return Err(MapRefusal::Overlap(leaf.unwrap_or(mapping.range)));
+                }
+            };
+            let free = arena.frames_free();
+            if needed > free {
+                return Err(MapRefusal::OutOfFrames(OutOfFrames { needed, free }));
             }
-        };
-        let free = arena.frames_free();
-        if needed > free {
-            return Err(MapRefusal::OutOfFrames(OutOfFrames { needed, free }));
         }
         Ok(MapPlan {
             mapping: *mapping,
             frames: needed,
             leaf_level,
+            is_one_leaf,
             table,
             level,
             parent,
@@ -257,7 +267,7 @@ impl Table {
     /// # Panics
     ///
     /// Something else was committed since the plan was made, or it is of another table.
-    #[inline]
+    #[inline(always)]
     pub fn commit_map(&mut self, arena: &mut Arena, plan: MapPlan) {
         assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
         assert!(
@@ -282,7 +292,14 @@ impl Table {
             },
             leaf_level: plan.leaf_level,
         };
-        let added = fill.table(plan.table, plan.level, first, last);
+        let added = if plan.is_one_leaf {
+            let leaf = (fill.leaf)(plan.level, first);
+            let slot = plan.table.slot(index(first, plan.level));
+            fill.arena.store(slot, leaf);
+            1
+        } else {
+            fill.table(plan.table, plan.level, first, last)
+        };
         if let Some(parent) = plan.parent {
             let entry = arena.load(parent);
             arena.store(parent, entry.with_used(entry.used() + added));
@@ -324,12 +341,15 @@ impl Table {
             plan.level -= 1;
         }
         let leaf_at = |iova| find_leaf_below(arena.view(), plan.table, plan.level, iova);
-        if let Some(leaf) = leaf_at(range.first())
+        let head = leaf_at(range.first());
+        if let Some(leaf) = head
             && !(leaf.first() == range.first() && leaf.entry.has(Entry::FIRST))
         {
             return Err(WouldSplit(leaf.range()));
         }
-        if let Some(leaf) = leaf_at(range.last())
+        // Nearly every mapping of a guest's driver is one leaf.
+        let tail = head.filter(|leaf| leaf.last() >= range.last());
+        if let Some(leaf) = tail.or_else(|| leaf_at(range.last()))
             && !(leaf.last() == range.last() && leaf.entry.has(Entry::LAST))
         {
             return Err(WouldSplit(leaf.range()));
