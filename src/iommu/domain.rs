@@ -1,6 +1,6 @@
 //! A domain: members, mappings, and what its members forbid.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use crate::address::IovaRange;
 use crate::ids::EndpointId;
@@ -15,15 +15,51 @@ pub(super) struct Domain {
     /// The endpoints attached to it.
     pub members: BTreeSet<EndpointId>,
     /// The backends its members are behind.
-    pub backends: BTreeMap<usize, BackendUse>,
+    pub backends: BackendUses,
     /// The distinct sets of reserved regions of its members, with the number of members.
     reserved: Vec<(ReservedRegions, usize)>,
 }
 
 /// The backends that have a domain.
-pub(super) fn present_in(backends: &BTreeMap<usize, BackendUse>) -> impl Iterator<Item = usize> {
-    let present = backends.iter().filter(|(_, used)| used.present);
-    present.map(|(&index, _)| index)
+#[inline]
+pub(super) fn present_in(backends: &BackendUses) -> impl Iterator<Item = usize> {
+    let present = backends.sorted.iter().filter(|(_, used)| used.present);
+    present.map(|&(index, _)| index)
+}
+
+/// A domain in the backends that have members of it, by their index. There are few, and every MAP
+/// and UNMAP goes through them all.
+#[derive(Debug, Default)]
+pub(super) struct BackendUses {
+    sorted: Vec<(usize, BackendUse)>,
+}
+
+impl BackendUses {
+    pub fn is_empty(&self) -> bool {
+        self.sorted.is_empty()
+    }
+
+    pub fn get_mut(&mut self, index: &usize) -> Option<&mut BackendUse> {
+        let at = self.position(*index).ok()?;
+        Some(&mut self.sorted[at].1)
+    }
+
+    fn entry(&mut self, index: usize) -> &mut BackendUse {
+        let at = self.position(index).unwrap_or_else(|at| {
+            self.sorted.insert(at, (index, BackendUse::default()));
+            at
+        });
+        &mut self.sorted[at].1
+    }
+
+    fn remove(&mut self, index: usize) -> Option<BackendUse> {
+        let at = self.position(index).ok()?;
+        Some(self.sorted.remove(at).1)
+    }
+
+    fn position(&self, index: usize) -> Result<usize, usize> {
+        self.sorted.binary_search_by_key(&index, |(i, _)| *i)
+    }
 }
 
 /// A domain in one of the backends.
@@ -42,7 +78,7 @@ impl Domain {
         Self {
             table,
             members: BTreeSet::new(),
-            backends: BTreeMap::new(),
+            backends: BackendUses::default(),
             reserved: Vec::new(),
         }
     }
@@ -61,7 +97,7 @@ impl Domain {
     ) {
         self.members.insert(endpoint);
         if let Some(backend) = backend {
-            self.backends.entry(backend).or_default().members += 1;
+            self.backends.entry(backend).members += 1;
         }
         match self.reserved.iter_mut().find(|(set, _)| set == reserved) {
             Some((_, members)) => *members += 1,
@@ -89,7 +125,7 @@ impl Domain {
         if used.members > 0 {
             return None;
         }
-        let used = self.backends.remove(&backend)?;
+        let used = self.backends.remove(backend)?;
         used.present.then_some(backend)
     }
 

@@ -437,15 +437,17 @@ impl Iommu {
             }
         }
         let mut failed = None;
-        for (done, index) in present_in(&entry.backends).enumerate() {
+        for index in present_in(&entry.backends) {
             if let Err(cause) = self.backends[index].map(domain, &mapping) {
-                failed = Some((done, cause));
+                failed = Some((index, cause));
                 break;
             }
         }
-        if let Some((done, cause)) = failed {
+        if let Some((index, cause)) = failed {
             // With the one that refused: it may have got half-way.
-            let undo: Vec<_> = present_in(&entry.backends).take(done + 1).collect();
+            let undo: Vec<_> = present_in(&entry.backends)
+                .take_while(|i| *i <= index)
+                .collect();
             return Err(self.undo_map(domain, &mapping, &undo, cause));
         }
         table.commit_map(&mut self.arena, plan);
@@ -482,19 +484,24 @@ impl Iommu {
         if unmapped.mappings == 0 {
             return Ok(unmapped);
         }
-        let (backends, range) = match range.intersection(self.input) {
-            Some(range) => (present_in(&entry.backends).collect(), range),
-            None => (Vec::new(), range),
-        };
-        let mut failure: Option<(BackendError, usize)> = None;
-        for index in backends {
-            if let Err(cause) = self.backends[index].unmap(domain, range, least) {
-                let count = self.quarantine_members(domain, index, &cause);
-                let before = failure.map_or(0, |(_, count)| count);
-                failure = Some((cause, before + count));
+        let mut failures: Vec<(usize, BackendError)> = Vec::new();
+        if let Some(range) = range.intersection(self.input) {
+            for index in present_in(&entry.backends) {
+                if let Err(cause) = self.backends[index].unmap(domain, range, least) {
+                    failures.push((index, cause));
+                }
             }
         }
-        match failure {
+        if failures.is_empty() {
+            return Ok(unmapped);
+        }
+        let mut quarantined: Option<(BackendError, usize)> = None;
+        for (index, cause) in failures {
+            let count = self.quarantine_members(domain, index, &cause);
+            let before = quarantined.map_or(0, |(_, count)| count);
+            quarantined = Some((cause, before + count));
+        }
+        match quarantined {
             None => Ok(unmapped),
             Some((cause, count)) => Err(RequestError::Quarantined { cause, count }),
         }
