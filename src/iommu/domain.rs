@@ -16,6 +16,9 @@ pub(super) struct Domain {
     pub members: BTreeSet<EndpointId>,
     /// The backends its members are behind.
     pub backends: BackendUses,
+    /// Mappings some of which no backend has: without rights, or not wholly in one memory slot. Not
+    /// kept where there is no backend.
+    pub unreachable: u64,
     /// The distinct sets of reserved regions of its members, with the number of members.
     reserved: Vec<(ReservedRegions, usize)>,
 }
@@ -79,6 +82,7 @@ impl Domain {
             table,
             members: BTreeSet::new(),
             backends: BackendUses::default(),
+            unreachable: 0,
             reserved: Vec::new(),
         }
     }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use log::debug;
 
-use super::{Dma, Iommu, present_in, reachable_bytes};
-use crate::address::{Iova, Mapping};
+use super::{Dma, Iommu, present_in};
+use crate::address::{Access, Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
@@ -60,6 +60,18 @@ impl Iommu {
         self.memory.extend(new.iter().cloned());
         self.take_memory(&gone);
         self.give_memory(&new);
+        self.count_unreachable();
+    }
+
+    fn count_unreachable(&mut self) {
+        for domain in self.domains.values_mut() {
+            let Some(table) = &domain.table else { continue };
+            let mappings = table.mappings(&self.arena, Iova(0));
+            let unreachable = mappings
+                .filter(|m| !is_all_reachable(&self.memory, m))
+                .count();
+            domain.unreachable = unreachable as u64;
+        }
     }
 
     fn take_memory(&mut self, gone: &[MemorySlot]) {
@@ -68,7 +80,7 @@ impl Iommu {
         }
         debug!("{} memory slots go", gone.len());
         self.for_each_part(gone, |backend, domain, part| {
-            let least = reachable_bytes(gone, std::iter::once(*part));
+            let least = reachable_bytes(gone, part);
             backend.unmap(domain, part.range, least)
         });
         for slot in gone {
@@ -143,6 +155,27 @@ impl Iommu {
             self.quarantine(endpoint, cause);
         }
     }
+}
+
+/// Whether backends have all of a mapping, which is what they have to have of nearly every one.
+#[inline]
+pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool {
+    let inside = |slot: &MemorySlot| {
+        slot.range.contains(mapping.gpa)
+            && mapping.range.span() <= slot.range.last().0 - mapping.gpa.0
+    };
+    mapping.access != Access::NONE && memory.iter().any(inside)
+}
+
+/// The bytes of a mapping that lead into `memory`, with rights: backends have these at least.
+pub(super) fn reachable_bytes(memory: &[MemorySlot], mapping: &Mapping) -> u64 {
+    if mapping.access == Access::NONE {
+        return 0;
+    }
+    memory
+        .iter()
+        .filter_map(|slot| mapping.part_in(slot.range)?.range.len_bytes())
+        .fold(0, u64::saturating_add)
 }
 
 /// The slots of `from` that are not in `other`.

@@ -36,6 +36,7 @@ use crate::{error_limited, warn_limited};
 
 use self::domain::{Domain, present_in};
 use self::groups::{Changes, Groups};
+use self::memory::{is_all_reachable, reachable_bytes};
 
 pub use self::error::RequestError;
 pub use self::fault::{Fault, FaultReason};
@@ -451,6 +452,9 @@ impl Iommu {
             return Err(self.undo_map(domain, &mapping, &undo, cause));
         }
         table.commit_map(&mut self.arena, plan);
+        if !self.backends.is_empty() && !is_all_reachable(&self.memory, &mapping) {
+            entry.unreachable += 1;
+        }
         Ok(())
     }
 
@@ -473,14 +477,26 @@ impl Iommu {
         let plan = table
             .plan_unmap(&self.arena, range)
             .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
-        let least = if entry.backends.is_empty() {
-            0
-        } else {
-            reachable_bytes(&self.memory, table.mappings_in(&self.arena, range))
-        };
+        let least = (entry.unreachable > 0).then(|| {
+            let mut least = 0;
+            for mapping in table.mappings_in(&self.arena, range) {
+                if !is_all_reachable(&self.memory, &mapping) {
+                    entry.unreachable -= 1;
+                }
+                least += reachable_bytes(&self.memory, &mapping);
+            }
+            least
+        });
+        let counted = (cfg!(debug_assertions) && !entry.backends.is_empty()).then(|| {
+            let mappings = table.mappings_in(&self.arena, range);
+            mappings.map(|m| reachable_bytes(&self.memory, &m)).sum()
+        });
         // UNMAP-5
         let unmapped = table.commit_unmap(&mut self.arena, plan);
         self.arena.reclaim();
+        // Nearly always all that was mapped was reachable.
+        let least = least.unwrap_or(unmapped.bytes);
+        debug_assert_eq!(least, counted.unwrap_or(least));
         if unmapped.mappings == 0 {
             return Ok(unmapped);
         }
@@ -905,15 +921,6 @@ impl Iommu {
         };
         self.retarget(endpoint, target);
     }
-}
-
-/// The bytes of `mappings` that lead into `memory`, with rights: backends have these at least.
-fn reachable_bytes(memory: &[MemorySlot], mappings: impl Iterator<Item = Mapping>) -> u64 {
-    mappings
-        .filter(|mapping| mapping.access != Access::NONE)
-        .flat_map(|mapping| memory.iter().filter_map(move |s| mapping.part_in(s.range)))
-        .map(|part| part.range.len_bytes().unwrap_or(0))
-        .fold(0, u64::saturating_add)
 }
 
 /// Where an endpoint that is attached to a domain goes.
