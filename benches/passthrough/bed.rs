@@ -168,6 +168,7 @@ fn ram() -> MemorySlot {
         range: GpaRange::from_len(Gpa(0), RAM_LEN).expect("not empty"),
         memory: Arc::new(memory),
         file,
+        is_shared_memory: true,
         offset: 0,
         identity: (0, 1),
     }
