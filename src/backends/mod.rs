@@ -6,6 +6,7 @@ mod reach;
 pub(crate) mod recorder;
 #[cfg(test)]
 pub(crate) mod testing;
+mod together;
 pub mod type1;
 
 use std::fmt;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
+use super::together::common_target;
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
@@ -71,21 +72,8 @@ impl Type1Group {
         }
     }
 
-    /// The one place where all members that are let reach something want to be; see
-    /// [`super::iommufd`].
     fn target(&self) -> Target {
-        if self.members.values().any(|m| m.quarantined) {
-            return Target::Blocked;
-        }
-        let mut targets = self
-            .members
-            .values()
-            .map(|m| m.wanted)
-            .filter(|t| *t != Target::Blocked);
-        match targets.next() {
-            Some(target) if targets.all(|other| other == target) => target,
-            Some(_) | None => Target::Blocked,
-        }
+        common_target(self.members.values().map(|m| (m.wanted, m.quarantined)))
     }
 
     /// Fills the empty address space.

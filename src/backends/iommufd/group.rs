@@ -1,6 +1,7 @@
 //! Devices the host cannot keep apart, and what they obey together.
 
 use crate::backends::reach::refused;
+use crate::backends::together::common_target;
 use crate::backends::{BackendError, BackendErrorKind, Target};
 use crate::error_limited;
 use crate::ids::EndpointId;
@@ -106,21 +107,9 @@ impl Group {
         }
     }
 
-    /// The one place where all members that are let reach something want to be. Members that want
-    /// to be in different places, or one that may reach nothing, block them all.
+    /// Where the members belong.
     pub(super) fn target(&self) -> Target {
-        if self.members.iter().any(|m| m.quarantined) {
-            return Target::Blocked;
-        }
-        let mut targets = self
-            .members
-            .iter()
-            .map(|m| m.wanted)
-            .filter(|t| *t != Target::Blocked);
-        match targets.next() {
-            Some(target) if targets.all(|other| other == target) => target,
-            Some(_) | None => Target::Blocked,
-        }
+        common_target(self.members.iter().map(|m| (m.wanted, m.quarantined)))
     }
 
     /// Sets what a member wants; answers what it wanted, and whether it was quarantined.

@@ -1,0 +1,38 @@
+//! Devices of one host group obey one target.
+
+use super::Target;
+
+/// The one place where all members that are let reach something want to be; `members` are what each
+/// wants, and whether it is quarantined. Members that want to be in different places, or one that may
+/// reach nothing, block them all.
+pub(super) fn common_target(members: impl Iterator<Item = (Target, bool)> + Clone) -> Target {
+    if members.clone().any(|(_, quarantined)| quarantined) {
+        return Target::Blocked;
+    }
+    let mut targets = members
+        .map(|(wanted, _)| wanted)
+        .filter(|target| *target != Target::Blocked);
+    match targets.next() {
+        Some(target) if targets.all(|other| other == target) => target,
+        Some(_) | None => Target::Blocked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::DomainId;
+
+    #[test]
+    fn a_group_goes_where_all_that_want_something_want_to_be() {
+        use Target::{Blocked, Bypass};
+        let (one, two) = (Target::Domain(DomainId(1)), Target::Domain(DomainId(2)));
+        let common = |members: &[(Target, bool)]| common_target(members.iter().copied());
+        assert_eq!(common(&[]), Blocked);
+        assert_eq!(common(&[(one, false)]), one);
+        assert_eq!(common(&[(one, false), (one, false), (Blocked, false)]), one);
+        assert_eq!(common(&[(one, false), (two, false)]), Blocked);
+        assert_eq!(common(&[(Bypass, false), (one, false)]), Blocked);
+        assert_eq!(common(&[(Bypass, false), (Bypass, true)]), Blocked);
+    }
+}
