@@ -292,11 +292,6 @@ impl PageMask {
     pub fn is_aligned(self, address: u64) -> bool {
         address & (self.granule() - 1) == 0
     }
-
-    /// Whether `last + 1` is a multiple of the granule; true for 2^64 - 1.
-    pub fn ends_aligned(self, last: u64) -> bool {
-        self.is_aligned(last.wrapping_add(1))
-    }
 }
 
 #[cfg(test)]
@@ -328,7 +323,6 @@ mod tests {
         let mask = PageMask::new(1 << 16 | 1 << 21).expect("not empty");
         assert_eq!(mask.granule(), 0x1_0000);
         assert!(mask.is_aligned(0x2_0000) && !mask.is_aligned(0x1000));
-        assert!(mask.ends_aligned(u64::MAX) && !mask.ends_aligned(0xfff));
         assert!(PageMask::new(0).is_none());
     }
 

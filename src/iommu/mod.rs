@@ -395,10 +395,8 @@ impl Iommu {
             });
         }
         // MAP-1
-        if !self.page_sizes.is_aligned(mapping.range.first().0)
-            || !self.page_sizes.ends_aligned(mapping.range.last().0)
-            || !self.page_sizes.is_aligned(mapping.gpa.0)
-        {
+        let ends = mapping.range.first().0 | mapping.range.last().0.wrapping_add(1);
+        if !self.page_sizes.is_aligned(ends | mapping.gpa.0) {
             return Err(RequestError::Misaligned {
                 mapping,
                 granule: self.page_sizes.granule(),
