@@ -95,11 +95,11 @@ fn is_shared_memory(file: &File) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vfio::fake::memfd;
+    use crate::backends::testing::slot;
 
     #[test]
     fn shared_memory_is_told_from_other_files() {
-        assert!(is_shared_memory(&memfd(4096)).expect("a memfd"));
+        assert!(is_shared_memory(&slot(0, 4096, 0).file).expect("a memfd"));
         let other = File::open("/proc/self/status").expect("a file");
         assert!(!is_shared_memory(&other).expect("procfs"));
     }

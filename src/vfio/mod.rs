@@ -1,6 +1,6 @@
 //! Safe handles over the kernel's VFIO and iommufd; they know no domains and no endpoints.
 //!
-//! [`ioctl`] makes the system calls. What is above it goes through the traits here, so that doubles
+//! `ioctl` makes the system calls. What is above it goes through the traits here, so that doubles
 //! which obey the kernel's rules can stand in for the kernel and fail where they are told to.
 
 mod cdev;
