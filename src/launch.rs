@@ -27,12 +27,13 @@ use thiserror::Error;
 use crate::config::{Config, ConfigError, Descriptors, HostIommu, Socket};
 use crate::qemu_args::{QemuArgs, QemuArgsError};
 use crate::socket::SocketFile;
+use crate::topology::host::HostRoot;
 use crate::topology::viot::{self, ViotError};
 use events::{Event, Events};
 use process::{Running, exit_code};
 use table::TableFile;
 
-pub use devices::{HostFiles, OpenError, OpenFiles};
+pub use devices::{OpenError, OpenFiles};
 
 /// How long the daemon may take until it listens, for its own part.
 const START: Duration = Duration::from_secs(10);
@@ -54,8 +55,8 @@ pub struct Launch<'a> {
     pub vmm: &'a [OsString],
     /// The program of the daemon.
     pub daemon: &'a Path,
-    /// Where the devices of the host are found.
-    pub host: &'a HostFiles,
+    /// Where the `dev` and `sys` of the host are.
+    pub host: &'a HostRoot,
 }
 
 impl Launch<'_> {
@@ -72,7 +73,7 @@ impl Launch<'_> {
         let (program, others) = self.vmm.split_first().ok_or(LaunchError::NoVmm)?;
         let mut files = OpenFiles::default();
         if config.host_iommu == HostIommu::Iommufd {
-            files = self.host.open(&config)?;
+            files = OpenFiles::open(self.host, &config)?;
         }
         config.descriptors = files.descriptors();
         let table = self.table(&config)?;

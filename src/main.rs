@@ -14,7 +14,7 @@ use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::host_check::Report;
 use vhost_device_iommu::host_tree::HostTree;
-use vhost_device_iommu::launch::{HostFiles, Launch};
+use vhost_device_iommu::launch::Launch;
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
 use vhost_device_iommu::ready::Ready;
 use vhost_device_iommu::signals;
@@ -107,7 +107,7 @@ fn launch(
         viot,
         vmm,
         daemon: &daemon,
-        host: &HostFiles::default(),
+        host: &HostRoot::default(),
     };
     Ok(ExitCode::from(launch.run()?))
 }

@@ -18,7 +18,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vhost_device_iommu::launch::{HostFiles, Launch};
+use vhost_device_iommu::launch::Launch;
+use vhost_device_iommu::topology::host::HostRoot;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 
@@ -321,7 +322,7 @@ fn devices_of_the_host_are_opened_once_for_both() {
             viot,
             vmm: &vmm,
             daemon: &daemon,
-            host: &HostFiles::below(place.path("host")),
+            host: &HostRoot::new(place.path("host")),
         };
         launch.run()
     };

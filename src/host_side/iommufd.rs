@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use log::warn;
@@ -59,7 +59,7 @@ pub(super) fn open(
     for passthrough in &config.passthrough {
         let &Passthrough { endpoint, host } = passthrough;
         let group = group_of(facts, host, endpoint)?;
-        let path = device_node(root, facts, host);
+        let path = facts.device(host).and_then(|device| device.node(root));
         let (cdev, found) = match shared.remove(&endpoint) {
             Some(cdev) => {
                 if let Some(path) = &path {
@@ -122,12 +122,6 @@ pub(super) fn open(
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
     })
-}
-
-fn device_node(root: &HostRoot, facts: &HostFacts, host: PciAddress) -> Option<PathBuf> {
-    let vfio = facts.device(host)?.vfio.as_ref()?;
-    let path = root.path("dev/vfio/devices").join(&vfio.name);
-    vfio.has_node.then_some(path)
 }
 
 /// Refuses a descriptor of another device: the guest would drive one and the daemon the other.

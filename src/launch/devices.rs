@@ -1,7 +1,7 @@
 //! Opens what the host has for the endpoints of a VM, once for the daemon and the VMM.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -10,71 +10,7 @@ use thiserror::Error;
 
 use crate::config::{Config, Descriptors, Passthrough};
 use crate::topology::PciAddress;
-
-/// Where the host's `/dev` and `/sys` are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostFiles {
-    root: PathBuf,
-}
-
-impl Default for HostFiles {
-    fn default() -> Self {
-        Self::below("/")
-    }
-}
-
-impl HostFiles {
-    /// The `dev` and `sys` below `root`.
-    pub fn below(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
-    }
-
-    /// Opens `/dev/iommu` and the device of each endpoint with `vfio`; nothing where there is none.
-    /// The files are closed in programs that are started, unless they are passed on.
-    ///
-    /// # Errors
-    /// See [`OpenError`].
-    pub fn open(&self, config: &Config) -> Result<OpenFiles, OpenError> {
-        let mut files = OpenFiles::default();
-        if config.passthrough.is_empty() {
-            return Ok(files);
-        }
-        files.iommufd = Some(self.open_iommufd()?);
-        for device in &config.passthrough {
-            let path = self.node(device)?;
-            let file = open(&path).map_err(|source| OpenError::Device {
-                endpoint: device.endpoint,
-                host: device.host,
-                path,
-                source,
-            })?;
-            files.devices.insert(device.endpoint, file);
-        }
-        Ok(files)
-    }
-
-    fn open_iommufd(&self) -> Result<File, OpenError> {
-        let path = self.root.join("dev/iommu");
-        open(&path).map_err(|source| OpenError::Iommufd { path, source })
-    }
-
-    /// The node of a device, by the name that the kernel says it has.
-    fn node(&self, device: &Passthrough) -> Result<PathBuf, OpenError> {
-        let &Passthrough { endpoint, host } = device;
-        let folder = self.root.join("sys/bus/pci/devices").join(host.to_string());
-        if !folder.exists() {
-            return Err(OpenError::NoSuchDevice { endpoint, host });
-        }
-        let entries = fs::read_dir(folder.join("vfio-dev"));
-        let name = entries
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .find(|name| is_node_name(name))
-            .ok_or(OpenError::NotBound { endpoint, host })?;
-        Ok(self.root.join("dev/vfio/devices").join(name))
-    }
-}
+use crate::topology::host::{HostFacts, HostRoot};
 
 /// Open files of the host IOMMU.
 #[derive(Debug, Default)]
@@ -85,6 +21,38 @@ pub struct OpenFiles {
 }
 
 impl OpenFiles {
+    /// Opens `/dev/iommu` and the device of each endpoint with `vfio`; nothing where there is none.
+    /// The files are closed in programs that are started, unless they are passed on.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(root: &HostRoot, config: &Config) -> Result<Self, OpenError> {
+        let mut files = Self::default();
+        if config.passthrough.is_empty() {
+            return Ok(files);
+        }
+        let path = root.path("dev/iommu");
+        let iommufd = open(&path).map_err(|source| OpenError::Iommufd { path, source })?;
+        files.iommufd = Some(iommufd);
+        let facts = HostFacts::read(root, config.passthrough.iter().map(|device| device.host));
+        for &Passthrough { endpoint, host } in &config.passthrough {
+            let device = facts
+                .device(host)
+                .ok_or(OpenError::NoSuchDevice { endpoint, host })?;
+            let path = device
+                .node(root)
+                .ok_or(OpenError::NotBound { endpoint, host })?;
+            let file = open(&path).map_err(|source| OpenError::Device {
+                endpoint,
+                host,
+                path,
+                source,
+            })?;
+            files.devices.insert(endpoint, file);
+        }
+        Ok(files)
+    }
+
     /// Their numbers, as long as they are open.
     pub fn descriptors(&self) -> Descriptors {
         Descriptors {
@@ -166,14 +134,10 @@ fn open(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).open(path)
 }
 
-/// Whether this is `vfio` and a number.
-fn is_node_name(name: &str) -> bool {
-    name.strip_prefix("vfio")
-        .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use tempfile::TempDir;
 
     use super::*;
@@ -194,8 +158,8 @@ mod tests {
 
     fn opened(root: &TempDir, text: &str) -> Result<OpenFiles, String> {
         let config = Config::from_text(Path::new("vm.toml"), text).expect("good");
-        let host = HostFiles::below(root.path());
-        host.open(&config).map_err(|error| error.to_string())
+        let host = HostRoot::new(root.path());
+        OpenFiles::open(&host, &config).map_err(|error| error.to_string())
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::PciAddress;
 use read::{link_name, names, printable, read_hex, read_value};
@@ -110,7 +110,7 @@ impl HostDevice {
     fn read(folder: &Path) -> Self {
         let vfio = names(&folder.join("vfio-dev"))
             .into_iter()
-            .next()
+            .find(|name| is_node_name(name))
             .map(|name| VfioDevice {
                 has_node: folder.join("vfio-dev").join(&name).join("dev").exists(),
                 name: printable(&name),
@@ -128,6 +128,12 @@ impl HostDevice {
             vfio,
             place: place(folder),
         }
+    }
+
+    /// The path of its character device below `root`; `None` where there is none.
+    pub fn node(&self, root: &HostRoot) -> Option<PathBuf> {
+        let vfio = self.vfio.as_ref().filter(|vfio| vfio.has_node)?;
+        Some(root.path("dev/vfio/devices").join(&vfio.name))
     }
 
     /// Whether it is a bridge between PCI buses.
@@ -237,6 +243,12 @@ fn place(folder: &Path) -> PciPlace {
         bridges: above.into_iter().map(PciFunction::read).collect(),
         function: PciFunction::read(&real),
     }
+}
+
+/// Whether this is `vfio` and a number.
+fn is_node_name(name: &str) -> bool {
+    name.strip_prefix("vfio")
+        .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
 }
 
 #[cfg(test)]
