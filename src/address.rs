@@ -60,6 +60,15 @@ impl IovaRange {
         Self::new(first, Iova(last))
     }
 
+    /// All addresses of `bits` bits: `0..=2^bits - 1`, or all there are from 64 on.
+    pub fn of_width(bits: u8) -> Self {
+        let size = 1u64.checked_shl(bits.into());
+        Self {
+            first: 0,
+            last: size.map_or(u64::MAX, |size| size - 1),
+        }
+    }
+
     /// The first address.
     pub fn first(self) -> Iova {
         Iova(self.first)
@@ -140,6 +149,14 @@ impl GpaRange {
     /// Bytes from the first address to the last: the length less one, which always fits.
     pub fn span(self) -> u64 {
         self.last - self.first
+    }
+
+    /// The I/O virtual addresses that lead there in bypass mode.
+    pub fn identity(self) -> IovaRange {
+        IovaRange {
+            first: self.first,
+            last: self.last,
+        }
     }
 
     /// Whether `address` lies in the range.
@@ -316,6 +333,12 @@ mod tests {
         assert_eq!(range(0, 9).intersection(range(5, 20)), Some(range(5, 9)));
         assert_eq!(range(0, 4).intersection(range(5, 20)), None);
         assert!(range(0, 9).covers(range(0, 9)) && !range(0, 9).covers(range(0, 10)));
+    }
+
+    #[test]
+    fn a_width_gives_its_last_address() {
+        assert_eq!(IovaRange::of_width(39), range(0, (1 << 39) - 1));
+        assert_eq!(IovaRange::of_width(64), IovaRange::ALL);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::os::fd::RawFd;
 use log::{info, warn};
 use thiserror::Error;
 
-use crate::address::{Iova, IovaRange, PageMask};
+use crate::address::{IovaRange, PageMask};
 use crate::backends::{Capabilities, DmaBackend};
 use crate::config::{Config, HostIommu};
 use crate::ids::EndpointId;
@@ -141,10 +141,7 @@ impl HostSide {
             .iter()
             .map(|p| (p.endpoint, p.host))
             .collect();
-        let last = 1u64
-            .checked_shl(config.address_width.into())
-            .map_or(u64::MAX, |size| size - 1);
-        let input = IovaRange::new(Iova(0), Iova(last)).unwrap_or(IovaRange::ALL);
+        let input = IovaRange::of_width(config.address_width);
         let refined = refine(&config.topology, &pairs, &facts, &opened.allowed, input)?;
         for note in refined.notes {
             warn!("{note}");

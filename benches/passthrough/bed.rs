@@ -15,7 +15,7 @@ use vhost_device_iommu::topology::{
     EndpointSpec, PciRange, ReservedKind, ReservedRegion, ReservedRegions, Topology,
 };
 use vhost_device_iommu::vfio::{
-    AddressSpaces, Allowed, Attach, Cdev, Container, DeviceMemory, Group, IommuFd, Source,
+    AddressSpaces, Attach, Cdev, Container, DeviceMemory, Group, IommuFd, Source,
 };
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -279,9 +279,5 @@ impl AddressSpaces for Noting {
 
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
         self.iommufd.unmap(ioas, range)
-    }
-
-    fn allowed(&self, ioas: u32) -> io::Result<Allowed> {
-        self.iommufd.allowed(ioas)
     }
 }

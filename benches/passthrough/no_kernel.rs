@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Allowed, Attach, Bar, DeviceMemory, Source, Type1};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Bar, DeviceMemory, Source, Type1};
 use vm_memory::MmapRegion;
 
 pub struct NoKernel;
@@ -29,10 +29,6 @@ impl AddressSpaces for NoKernel {
 
     fn unmap(&self, _: u32, range: IovaRange) -> io::Result<u64> {
         Ok(range.span() + 1)
-    }
-
-    fn allowed(&self, _: u32) -> io::Result<Allowed> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,
 };
-use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
+use crate::address::{Access, IovaRange, Mapping};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{Attach, DeviceMemory, Type1};
@@ -46,8 +46,7 @@ struct Member {
 
 impl Type1Group {
     /// The backend for the devices of a group. Whatever their container holds goes with the first
-    /// `attach`. `peers` are the devices
-    /// whose memory DMA may be let reach.
+    /// `attach`. `peers` are the devices whose memory DMA may be let reach.
     pub fn new(
         kernel: Box<dyn Type1>,
         capabilities: Capabilities,
@@ -95,7 +94,7 @@ impl Type1Group {
 
     fn map_slot(&self, slot: &MemorySlot) -> Result<(), BackendError> {
         let identity = Mapping {
-            range: identity(slot),
+            range: slot.range.identity(),
             gpa: slot.range.first(),
             access: Access::READ_WRITE,
             mmio: false,
@@ -209,7 +208,7 @@ impl DmaBackend for Type1Group {
         if self.place != Some(Target::Bypass) {
             return Ok(());
         }
-        match self.kernel.unmap(identity(slot)) {
+        match self.kernel.unmap(slot.range.identity()) {
             Ok(_) => Ok(()),
             Err(cause) => Err(refused(
                 format_args!("guest RAM at {} stays mapped", slot.range),
@@ -278,10 +277,4 @@ impl DmaBackend for Type1Group {
         }
         unmapped(range, least, self.kernel.unmap(range))
     }
-}
-
-/// A slot's guest-physical addresses as an endpoint in bypass mode uses them.
-fn identity(slot: &MemorySlot) -> IovaRange {
-    let (Gpa(first), Gpa(last)) = (slot.range.first(), slot.range.last());
-    IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL)
 }

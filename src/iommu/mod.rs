@@ -135,14 +135,11 @@ impl Iommu {
     /// # Errors
     /// Where the arena cannot be made.
     pub fn new(settings: Settings, topology: Topology) -> Result<Self, ArenaError> {
-        let last = 1u64
-            .checked_shl(settings.address_width.into())
-            .map_or(u64::MAX, |size| size - 1);
         Ok(Self {
             topology,
             backends: Vec::new(),
             backend_of: BTreeMap::new(),
-            input: IovaRange::new(Iova(0), Iova(last)).unwrap_or(IovaRange::ALL),
+            input: IovaRange::of_width(settings.address_width),
             page_sizes: settings.page_sizes,
             levels: Levels::for_width(settings.address_width.into()).unwrap_or(Levels::Five),
             last_domain: settings.last_domain,

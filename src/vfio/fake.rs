@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::{AddressSpaces, Allowed, Attach, Bar, DeviceMemory, Source, Type1};
+use super::{AddressSpaces, Attach, Bar, DeviceMemory, Source, Type1};
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 /// What one `map` or `copy` made.
@@ -246,13 +246,6 @@ impl AddressSpaces for FakeKernel {
             0 => Err(error(libc::ENOENT)),
             bytes => Ok(bytes),
         }
-    }
-
-    fn allowed(&self, _ioas: u32) -> io::Result<Allowed> {
-        Ok(Allowed {
-            ranges: vec![IovaRange::ALL],
-            granule: 4096,
-        })
     }
 }
 

@@ -51,6 +51,29 @@ impl IommuFd {
         iommufd.destroy(ioas)?;
         Ok(iommufd)
     }
+
+    /// `IOMMU_IOAS_IOVA_RANGES`: what an address space allows, given the devices that are attached.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn allowed(&self, ioas: u32) -> io::Result<Allowed> {
+        let mut room = 16;
+        loop {
+            let mut found = vec![iommu_iova_range::default(); room];
+            let (count, granule) = ioctl::ioas_iova_ranges(self.as_fd(), ioas, &mut found)?;
+            if count <= found.len() || room == MAX_RANGES {
+                found.truncate(count);
+                return Ok(Allowed {
+                    ranges: found
+                        .iter()
+                        .filter_map(|r| IovaRange::new(Iova(r.start), Iova(r.last)))
+                        .collect(),
+                    granule,
+                });
+            }
+            room = count.min(MAX_RANGES);
+        }
+    }
 }
 
 impl AsFd for IommuFd {
@@ -130,25 +153,6 @@ impl AddressSpaces for IommuFd {
             ..Default::default()
         };
         ioctl::ioas_unmap(self.as_fd(), argument)
-    }
-
-    fn allowed(&self, ioas: u32) -> io::Result<Allowed> {
-        let mut room = 16;
-        loop {
-            let mut found = vec![iommu_iova_range::default(); room];
-            let (count, granule) = ioctl::ioas_iova_ranges(self.as_fd(), ioas, &mut found)?;
-            if count <= found.len() || room == MAX_RANGES {
-                found.truncate(count);
-                return Ok(Allowed {
-                    ranges: found
-                        .iter()
-                        .filter_map(|r| IovaRange::new(Iova(r.start), Iova(r.last)))
-                        .collect(),
-                    granule,
-                });
-            }
-            room = count.min(MAX_RANGES);
-        }
     }
 }
 

@@ -101,12 +101,6 @@ pub trait AddressSpaces: Send + Sync {
     /// # Errors
     /// The kernel's, among them `ENOENT` where nothing is mapped.
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64>;
-
-    /// `IOMMU_IOAS_IOVA_RANGES`, which knows of the devices that are attached.
-    ///
-    /// # Errors
-    /// The kernel's.
-    fn allowed(&self, ioas: u32) -> io::Result<Allowed>;
 }
 
 /// Which address space an open device obeys (`VFIO_DEVICE_*_IOMMUFD_PT` of `linux/vfio.h`).

@@ -186,8 +186,7 @@ impl Iommufd {
 
     /// Maps a slot at its guest-physical addresses.
     fn map_slot(&self, ioas: u32, slot: &MemorySlot) -> Result<(), BackendError> {
-        let (first, last) = (slot.range.first().0, slot.range.last().0);
-        let range = IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL);
+        let range = slot.range.identity();
         self.map_ram(ioas, range, Access::READ_WRITE, slot, 0)
             .map_err(|cause| {
                 refused(
@@ -430,9 +429,7 @@ impl DmaBackend for Iommufd {
         let Some(at) = bypass.slots.iter().position(|s| s == slot) else {
             return Ok(());
         };
-        let (first, last) = (slot.range.first().0, slot.range.last().0);
-        let range = IovaRange::new(Iova(first), Iova(last)).unwrap_or(IovaRange::ALL);
-        match self.kernel.unmap(bypass.ioas, range) {
+        match self.kernel.unmap(bypass.ioas, slot.range.identity()) {
             Ok(_) => {
                 bypass.slots.swap_remove(at);
                 Ok(())
