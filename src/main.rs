@@ -85,8 +85,9 @@ fn serve(args: &RunArgs) -> Outcome {
     // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
     let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
     env_logger::Builder::from_env(default_level).init();
+    let ending = signals::end_on_signals()?;
     let mut daemon = Daemon::new(&config)?;
-    signals::stop_on_signals(daemon.stop_handle())?;
+    ending.of(daemon.stop_handle());
     if let Err(cause) = ready.tell() {
         log::warn!("nobody could be told that the daemon is ready: {cause}");
     }

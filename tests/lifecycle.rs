@@ -641,6 +641,46 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
     }
 }
 
+/// Whatever the moment: before its sockets, between them, or while it makes its threads.
+#[test]
+#[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
+fn a_sigterm_during_the_start_leaves_no_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let sockets = ["vhost.sock", "control.sock"].map(|name| directory.path().join(name));
+    let mut orderly = 0;
+    for round in 0..60 {
+        let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+            .arg("--socket-path")
+            .arg(&sockets[0])
+            .arg("--control-path")
+            .arg(&sockets[1])
+            .args(["--iommu", "00:05.0", "--endpoint", "00:06.0"])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        match round % 3 {
+            0 => thread::sleep(Duration::from_micros(200 * round)),
+            which => {
+                let deadline = Instant::now() + Duration::from_secs(10);
+                let socket = &sockets[usize::try_from(which).unwrap() - 1];
+                while !socket.exists() {
+                    assert!(Instant::now() < deadline, "no socket");
+                }
+            }
+        }
+        let pid = libc::pid_t::try_from(daemon.id()).unwrap();
+        // SAFETY: no pointer is passed, and the child is not reaped yet.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        let status = daemon.wait().unwrap();
+        // Without a code the signal came before the program listened to it, thus before its sockets.
+        assert!(matches!(status.code(), Some(0) | None), "{status}");
+        assert!(sockets.iter().all(|socket| !socket.exists()), "{status}");
+        orderly += u32::from(status.success());
+    }
+    assert!(orderly >= 40, "{orderly} of 60 ended in order");
+}
+
 #[test]
 #[expect(unsafe_code, reason = "lets a child inherit a descriptor")]
 fn an_inherited_listening_socket_is_served() {
