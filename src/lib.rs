@@ -40,3 +40,4 @@ pub mod signals;
 pub mod socket;
 pub mod topology;
 pub mod vfio;
+pub mod vfio_user;

@@ -20,6 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("page_table", &[]),
     ("topology", &[]),
     ("vfio", &[]),
+    ("vfio_user", &[]),
     ("guest_memory", &["backends"]),
     ("backends", &["vfio"]),
     ("iommu", &["page_table", "topology", "backends"]),
