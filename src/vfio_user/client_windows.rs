@@ -1,0 +1,111 @@
+//! What a client says a device may reach: all of its guest's RAM.
+//!
+//! The daemon has that memory from the VMM's memory table, with its descriptors, so that nothing is
+//! kept here but the ranges: to answer as a server does, and to see that they are left alone.
+
+use std::collections::BTreeMap;
+
+use super::message::{DMA_UNMAP_ALL, DMA_UNMAP_DIRTY, DmaMapBody, DmaUnmapBody};
+use crate::address::{Iova, IovaRange};
+
+/// The most windows of a client.
+const MAX_WINDOWS: usize = 65535;
+
+/// The windows, by first address.
+#[derive(Debug, Default)]
+pub(super) struct ClientWindows(BTreeMap<Iova, IovaRange>);
+
+impl ClientWindows {
+    /// Takes note of a DMA_MAP.
+    ///
+    /// # Errors
+    /// The errno it is refused with.
+    pub(super) fn map(&mut self, body: &DmaMapBody) -> Result<(), i32> {
+        let range = range(body.address.get(), body.size.get())?;
+        let before = self.0.range(..=range.last()).next_back();
+        if before.is_some_and(|(_, other)| other.overlaps(range)) {
+            return Err(libc::EEXIST);
+        }
+        if self.0.len() >= MAX_WINDOWS {
+            return Err(libc::ENOSPC);
+        }
+        self.0.insert(range.first(), range);
+        Ok(())
+    }
+
+    /// Takes note of a DMA_UNMAP.
+    ///
+    /// # Errors
+    /// The errno it is refused with.
+    pub(super) fn unmap(&mut self, body: &DmaUnmapBody) -> Result<(), i32> {
+        let flags = body.flags.get();
+        if flags & DMA_UNMAP_DIRTY != 0 {
+            return Err(libc::ENOTSUP);
+        }
+        if flags & DMA_UNMAP_ALL != 0 {
+            if body.address.get() != 0 || body.size.get() != 0 {
+                return Err(libc::EINVAL);
+            }
+            self.0.clear();
+            return Ok(());
+        }
+        let range = range(body.address.get(), body.size.get())?;
+        if self.0.get(&range.first()) != Some(&range) {
+            return Err(libc::ENOENT);
+        }
+        self.0.remove(&range.first());
+        Ok(())
+    }
+}
+
+fn range(address: u64, size: u64) -> Result<IovaRange, i32> {
+    IovaRange::from_len(Iova(address), size).ok_or(libc::EINVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(windows: &mut ClientWindows, address: u64, size: u64) -> Result<(), i32> {
+        windows.map(&DmaMapBody {
+            argsz: 32.into(),
+            flags: 3.into(),
+            offset: 0.into(),
+            address: address.into(),
+            size: size.into(),
+        })
+    }
+
+    fn unmap(windows: &mut ClientWindows, flags: u32, address: u64, size: u64) -> Result<(), i32> {
+        windows.unmap(&DmaUnmapBody {
+            argsz: 24.into(),
+            flags: flags.into(),
+            address: address.into(),
+            size: size.into(),
+        })
+    }
+
+    #[test]
+    fn windows_neither_overlap_nor_go_in_parts() {
+        let w = &mut ClientWindows::default();
+        assert_eq!(map(w, 0x1000, 0x2000), Ok(()));
+        assert_eq!(map(w, 0x3000, 0x1000), Ok(()));
+        assert_eq!(map(w, u64::MAX - 0xfff, 0x1000), Ok(()));
+        for (address, size) in [(0, 0x1001), (0x2fff, 1), (0x2000, 0x1000), (0, u64::MAX)] {
+            assert_eq!(map(w, address, size), Err(libc::EEXIST), "{address:#x}");
+        }
+        assert_eq!(map(w, 0, 0), Err(libc::EINVAL));
+        assert_eq!(map(w, 2, u64::MAX), Err(libc::EINVAL));
+        assert_eq!(unmap(w, 0, 0x1000, 0x1000), Err(libc::ENOENT));
+        assert_eq!(unmap(w, 0, 0x1000, 0x3000), Err(libc::ENOENT));
+        assert_eq!(
+            unmap(w, DMA_UNMAP_DIRTY, 0x1000, 0x2000),
+            Err(libc::ENOTSUP)
+        );
+        assert_eq!(unmap(w, 0, 0x1000, 0x2000), Ok(()));
+        assert_eq!(map(w, 0, 0x1001), Ok(()));
+        assert_eq!(unmap(w, DMA_UNMAP_ALL, 0, 1), Err(libc::EINVAL));
+        assert_eq!(unmap(w, DMA_UNMAP_ALL, 0, 0), Ok(()));
+        assert_eq!(map(w, 0, u64::MAX), Ok(()));
+    }
+}

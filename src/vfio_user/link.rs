@@ -1,0 +1,606 @@
+//! The connection to a device's server, as two threads see it: the interposer's own, which moves
+//! messages, and the one whose requests change what the device may reach.
+//!
+//! Who guards what: one lock guards all of it, and it is held for computing and for system calls
+//! that return at once, never while anybody waits for a peer. Order: this lock, then the lock of
+//! what [`super::DmaTarget`] looks into. Whoever gives orders changes that under this lock, so that
+//! a server that connects is told of every window exactly once.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::Shutdown;
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+use super::message::{
+    Command, DMA_MAP_READ, DMA_MAP_WRITE, DmaMapBody, DmaUnmapBody, Header, Kind,
+};
+use super::socket::{Descriptor, Outbox};
+use super::version::Terms;
+use crate::address::{Access, IovaRange};
+use crate::warn_limited;
+
+/// Orders that wait for their replies at once; the others wait for those.
+const MAX_ORDERS: usize = 1024;
+/// While this many bytes wait to be sent, no order is added to them.
+const BUSY_BYTES: usize = 256 << 10;
+/// The number all commands without a reply have, so that a server that answers one all the same is
+/// understood.
+const NO_REPLY_ID: u16 = u16::MAX;
+/// The batch nobody waits for.
+const UNWATCHED: u64 = 0;
+
+/// Memory a device may reach.
+#[derive(Clone, Debug)]
+pub struct Window {
+    /// The device's addresses.
+    pub range: IovaRange,
+    /// What it may do there; not nothing.
+    pub access: Access,
+    /// The file it can map, and where in it; without one it has to ask.
+    pub file: Option<(Arc<File>, u64)>,
+}
+
+/// A change to what a device may reach.
+#[derive(Clone, Debug)]
+pub enum Order {
+    /// A new window.
+    Map(Window),
+    /// A window goes, of exactly this range.
+    Unmap(IovaRange),
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum OrderError {
+    /// The server refused a window.
+    #[error("the device's server refuses a window: {}", io::Error::from_raw_os_error(*.0))]
+    Refused(i32),
+    /// The server was cut off, for being late or for what it said.
+    #[error("the device's server is cut off: {0}")]
+    CutOff(String),
+}
+
+/// Orders that were given together.
+#[derive(Debug)]
+#[must_use = "the orders may have failed"]
+pub struct Ticket {
+    batch: u64,
+    until: Instant,
+}
+
+/// A connection to a server that comes and goes.
+#[derive(Debug)]
+pub struct Link {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: OwnedFd,
+    deadline: Duration,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    connection: Option<Connection>,
+    /// Connections there have been.
+    session: u64,
+    /// Orders somebody waits for.
+    batches: HashMap<u64, Batch>,
+    last_batch: u64,
+    /// The client's commands that no server will answer any more.
+    orphans: Vec<Header>,
+}
+
+#[derive(Debug, Default)]
+struct Batch {
+    remaining: usize,
+    failed: Option<OrderError>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    socket: Arc<OwnedFd>,
+    /// What was agreed on; before that the server knows nothing.
+    terms: Option<Terms>,
+    outbox: Outbox,
+    /// Orders that are not in the outbox yet, and their batches.
+    backlog: VecDeque<(Order, u64)>,
+    pending: HashMap<u16, Pending>,
+    next_id: u16,
+    orders: usize,
+    commands: usize,
+    /// Windows the server has.
+    windows: u64,
+    /// First addresses of windows it was asked to have and has not.
+    refused: HashSet<u64>,
+}
+
+/// A command the server owes a reply to.
+#[derive(Debug)]
+enum Pending {
+    Version,
+    Order(Order, u64),
+    /// The client's, with the client's header.
+    Client(Header),
+    /// The client's of long ago, told again.
+    Again(Command),
+}
+
+/// What a reply of the server's was.
+#[derive(Debug)]
+pub(super) enum Settled {
+    /// To VERSION.
+    Version,
+    /// To a command of the client's, whose header this is.
+    Client(Header),
+    /// To something that needs no more.
+    Done,
+    /// None to any command there was.
+    Wrong(&'static str),
+}
+
+/// How the link is doing, for the thread that moves messages.
+#[derive(Debug)]
+pub(super) struct Pulse {
+    pub(super) session: u64,
+    pub(super) connected: bool,
+    pub(super) up: bool,
+    /// All orders are in the outbox.
+    pub(super) told: bool,
+    /// Bytes that wait to be sent.
+    pub(super) bytes: usize,
+    /// The client's commands without a reply.
+    pub(super) commands: usize,
+}
+
+impl Link {
+    /// A link that is not connected. `deadline` is what a server has to answer orders in.
+    ///
+    /// # Errors
+    /// Where the system has no descriptor left.
+    pub fn new(deadline: Duration) -> io::Result<Self> {
+        Ok(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            deadline,
+        })
+    }
+
+    /// Keeps servers from being told anything until dropped, to give orders in step with what they
+    /// are about. Nothing may wait for a peer meanwhile.
+    pub fn lock(&self) -> Orders<'_> {
+        Orders {
+            state: self.state.lock(),
+            link: self,
+        }
+    }
+
+    /// Waits until orders are carried out. A server that takes too long is cut off.
+    ///
+    /// Without a server there is nothing to wait for: one that comes is told what holds then. One
+    /// that hangs up has nothing any more.
+    ///
+    /// # Errors
+    /// See [`OrderError`]. Orders to unmap are never refused.
+    pub fn wait(&self, ticket: Ticket) -> Result<(), OrderError> {
+        let mut state = self.state.lock();
+        loop {
+            match state.batches.get(&ticket.batch) {
+                Some(batch) if batch.remaining > 0 => {}
+                Some(_) | None => break,
+            }
+            if self
+                .changed
+                .wait_until(&mut state, ticket.until)
+                .timed_out()
+                && state
+                    .batches
+                    .get(&ticket.batch)
+                    .is_some_and(|b| b.remaining > 0)
+            {
+                let why = format!("no answer in {:?}", self.deadline);
+                self.end_locked(&mut state, Some(&why));
+            }
+        }
+        let failed = state.batches.remove(&ticket.batch).and_then(|b| b.failed);
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Closes the connection to the server, if there is one.
+    pub fn cut_off(&self, why: &str) {
+        self.end_locked(&mut self.state.lock(), Some(why));
+    }
+
+    /// Makes the interposer's thread look at the link.
+    pub(super) fn wake(&self) {
+        // A counter that is full wakes too.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// What [`Self::wake`] makes readable.
+    pub(super) fn woken(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Takes note of having been woken.
+    pub(super) fn awake(&self) {
+        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+    }
+
+    pub(super) fn pulse(&self) -> Pulse {
+        let state = self.state.lock();
+        let connection = state.connection.as_ref();
+        Pulse {
+            session: state.session,
+            connected: connection.is_some(),
+            up: connection.is_some_and(|c| c.terms.is_some()),
+            told: connection.is_none_or(|c| c.backlog.is_empty()),
+            bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
+            commands: connection.map_or(0, |c| c.commands),
+        }
+    }
+
+    /// A server is connected: asks it for a version. Returns the number of the session.
+    pub(super) fn begin(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
+        let mut state = self.state.lock();
+        state.session += 1;
+        let connection = state.connection.insert(Connection {
+            socket,
+            terms: None,
+            outbox: Outbox::default(),
+            backlog: VecDeque::new(),
+            pending: HashMap::new(),
+            next_id: 0,
+            orders: 0,
+            commands: 0,
+            windows: 0,
+            refused: HashSet::new(),
+        });
+        connection.send(Pending::Version, Command::Version, proposal, Vec::new());
+        let session = state.session;
+        self.flush_locked(&mut state);
+        session
+    }
+
+    /// Server and client have come to terms: the server is told what `windows` returns, and what
+    /// is to be told again.
+    pub(super) fn come_up(
+        &self,
+        terms: Terms,
+        windows: impl FnOnce() -> Vec<Window>,
+        again: Vec<(Command, Vec<u8>, Vec<Descriptor>)>,
+    ) {
+        let mut state = self.state.lock();
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        connection.terms = Some(terms);
+        let orders = windows().into_iter().map(|w| (Order::Map(w), UNWATCHED));
+        connection.backlog.extend(orders);
+        for (command, body, descriptors) in again {
+            connection.send(Pending::Again(command), command, &body, descriptors);
+        }
+        self.pump(&mut state);
+    }
+
+    /// Sends the server a command of the client's. `false` where there is no server for it.
+    pub(super) fn forward(
+        &self,
+        header: Header,
+        command: Command,
+        body: &[u8],
+        descriptors: Vec<Descriptor>,
+    ) -> bool {
+        let mut state = self.state.lock();
+        let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
+            return false;
+        };
+        if header.wants_no_reply() {
+            let renumbered = Header {
+                id: NO_REPLY_ID,
+                ..header
+            };
+            connection
+                .outbox
+                .push(renumbered.with_body(body), descriptors);
+        } else {
+            connection.commands += 1;
+            connection.send(Pending::Client(header), command, body, descriptors);
+        }
+        self.flush_locked(&mut state);
+        true
+    }
+
+    /// Sends the server the reply to a command of its own.
+    pub(super) fn reply(&self, bytes: Vec<u8>) {
+        let mut state = self.state.lock();
+        if let Some(connection) = &mut state.connection {
+            connection.outbox.push(bytes, Vec::new());
+            self.flush_locked(&mut state);
+        }
+    }
+
+    /// Sends what the server takes now.
+    pub(super) fn flush(&self) {
+        self.pump(&mut self.state.lock());
+    }
+
+    /// Finds what a reply is to.
+    pub(super) fn settle(&self, reply: &Header) -> Settled {
+        let mut state = self.state.lock();
+        let State {
+            connection: Some(connection),
+            batches,
+            ..
+        } = &mut *state
+        else {
+            return Settled::Done;
+        };
+        if reply.id == NO_REPLY_ID {
+            return Settled::Done;
+        }
+        let Some(pending) = connection.pending.remove(&reply.id) else {
+            return Settled::Wrong("a reply to no command");
+        };
+        if pending.command().number() != reply.command {
+            // Put back, so that whoever waits hears of the end.
+            connection.pending.insert(reply.id, pending);
+            return Settled::Wrong("a reply to another command");
+        }
+        match pending {
+            Pending::Version => Settled::Version,
+            Pending::Client(header) => {
+                connection.commands -= 1;
+                Settled::Client(header)
+            }
+            Pending::Again(command) => {
+                if let Kind::Refusal(error) = reply.kind {
+                    warn_limited!("a device's server refuses {command:?}: errno {error}");
+                }
+                Settled::Done
+            }
+            Pending::Order(order, batch) => {
+                connection.orders -= 1;
+                let error = match (reply.kind, &order) {
+                    (Kind::Refusal(_), Order::Unmap(range)) => {
+                        let why = format!("it refuses to give {range} up");
+                        if let Some(batch) = batches.get_mut(&batch) {
+                            batch.failed = Some(OrderError::CutOff(why));
+                        }
+                        return Settled::Wrong("it refuses to give a window up");
+                    }
+                    (Kind::Refusal(error), Order::Map(window)) => {
+                        connection.windows -= 1;
+                        connection.refused.insert(window.range.first().0);
+                        Some(i32::try_from(error).unwrap_or(libc::EIO))
+                    }
+                    (_, Order::Map(_)) => None,
+                    (_, Order::Unmap(_)) => {
+                        connection.windows -= 1;
+                        None
+                    }
+                };
+                finish(batches, batch, error);
+                self.pump(&mut state);
+                self.changed.notify_all();
+                Settled::Done
+            }
+        }
+    }
+
+    /// Ends the connection, which `why` says is the server's fault.
+    pub(super) fn end(&self, why: Option<&str>) {
+        self.end_locked(&mut self.state.lock(), why);
+    }
+
+    /// The client's commands that no server answers any more.
+    pub(super) fn take_orphans(&self) -> Vec<Header> {
+        std::mem::take(&mut self.state.lock().orphans)
+    }
+
+    fn end_locked(&self, state: &mut State, why: Option<&str>) {
+        let Some(connection) = state.connection.take() else {
+            return;
+        };
+        // It may have hung up itself.
+        let _ = rustix::net::shutdown(&*connection.socket, Shutdown::Both);
+        for pending in connection.pending.into_values() {
+            if let Pending::Client(header) = pending {
+                state.orphans.push(header);
+            }
+        }
+        for batch in state.batches.values_mut().filter(|b| b.remaining > 0) {
+            batch.remaining = 0;
+            if let Some(why) = why {
+                batch
+                    .failed
+                    .get_or_insert_with(|| OrderError::CutOff(why.into()));
+            }
+        }
+        self.changed.notify_all();
+        self.wake();
+    }
+
+    /// Puts orders that wait into the outbox, as many as may be there at once, and sends.
+    fn pump(&self, state: &mut State) {
+        let State {
+            connection: Some(connection),
+            batches,
+            ..
+        } = state
+        else {
+            return;
+        };
+        let most = connection.terms.as_ref().map_or(0, |t| t.windows);
+        while connection.orders < MAX_ORDERS && connection.outbox.len_bytes() < BUSY_BYTES {
+            let Some((order, batch)) = connection.backlog.pop_front() else {
+                break;
+            };
+            match &order {
+                Order::Map(window) if connection.windows >= most => {
+                    connection.refused.insert(window.range.first().0);
+                    finish(batches, batch, Some(libc::ENOSPC));
+                    self.changed.notify_all();
+                }
+                Order::Unmap(range) if connection.refused.remove(&range.first().0) => {
+                    finish(batches, batch, None);
+                    self.changed.notify_all();
+                }
+                Order::Map(window) => {
+                    connection.windows += 1;
+                    let (body, descriptors) = map_body(window);
+                    connection.order(order, batch, body.as_bytes(), descriptors);
+                }
+                Order::Unmap(range) => {
+                    let body = unmap_body(*range);
+                    connection.order(order, batch, body.as_bytes(), Vec::new());
+                }
+            }
+        }
+        self.flush_locked(state);
+    }
+
+    fn flush_locked(&self, state: &mut State) {
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        if connection.outbox.flush(&*connection.socket).is_err() {
+            self.end_locked(state, None);
+        } else if !connection.outbox.is_empty() {
+            // The interposer's thread sees when there is room.
+            self.wake();
+        }
+    }
+}
+
+/// The right to give orders.
+pub struct Orders<'a> {
+    state: MutexGuard<'a, State>,
+    link: &'a Link,
+}
+
+impl Orders<'_> {
+    /// Gives orders, which are carried out in their order. [`Link::wait`] tells when.
+    pub fn give(&mut self, orders: impl IntoIterator<Item = Order>) -> Ticket {
+        let until = Instant::now() + self.link.deadline;
+        let state = &mut *self.state;
+        let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
+            // A server that comes is told what holds then.
+            let batch = UNWATCHED;
+            return Ticket { batch, until };
+        };
+        state.last_batch += 1;
+        let batch = state.last_batch;
+        let before = connection.backlog.len();
+        let orders = orders.into_iter().map(|order| (order, batch));
+        connection.backlog.extend(orders);
+        let remaining = connection.backlog.len() - before;
+        let entry = Batch {
+            remaining,
+            failed: None,
+        };
+        state.batches.insert(batch, entry);
+        self.link.pump(state);
+        Ticket { batch, until }
+    }
+}
+
+impl Connection {
+    fn send(
+        &mut self,
+        pending: Pending,
+        command: Command,
+        body: &[u8],
+        descriptors: Vec<Descriptor>,
+    ) {
+        let id = self.free_id();
+        self.pending.insert(id, pending);
+        let header = Header::command(id, command, body.len());
+        self.outbox.push(header.with_body(body), descriptors);
+    }
+
+    fn order(&mut self, order: Order, batch: u64, body: &[u8], descriptors: Vec<Descriptor>) {
+        self.orders += 1;
+        let pending = Pending::Order(order, batch);
+        let command = pending.command();
+        self.send(pending, command, body, descriptors);
+    }
+
+    /// A number no command has. There are always some: far fewer commands wait at once.
+    fn free_id(&mut self) -> u16 {
+        loop {
+            let id = self.next_id;
+            self.next_id = self.next_id.wrapping_add(1);
+            if id != NO_REPLY_ID && !self.pending.contains_key(&id) {
+                return id;
+            }
+        }
+    }
+}
+
+impl Pending {
+    fn command(&self) -> Command {
+        match self {
+            Self::Version => Command::Version,
+            Self::Order(Order::Map(_), _) => Command::DmaMap,
+            Self::Order(Order::Unmap(_), _) => Command::DmaUnmap,
+            // Only what is known is ever forwarded.
+            Self::Client(header) => {
+                Command::from_number(header.command).unwrap_or(Command::Version)
+            }
+            Self::Again(command) => *command,
+        }
+    }
+}
+
+/// One order of a batch is done with.
+fn finish(batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
+    match batches.get_mut(&batch) {
+        Some(batch) => {
+            batch.remaining = batch.remaining.saturating_sub(1);
+            if let Some(error) = error {
+                batch.failed.get_or_insert(OrderError::Refused(error));
+            }
+        }
+        None => {
+            if let Some(error) = error {
+                let cause = io::Error::from_raw_os_error(error);
+                warn_limited!("a device's server refuses a window: {cause}");
+            }
+        }
+    }
+}
+
+fn map_body(window: &Window) -> (DmaMapBody, Vec<Descriptor>) {
+    let right = |has: bool, bit: u32| if has { bit } else { 0 };
+    let flags = right(window.access.read, DMA_MAP_READ) | right(window.access.write, DMA_MAP_WRITE);
+    let (offset, descriptors) = match &window.file {
+        Some((file, offset)) => (*offset, vec![Descriptor::Shared(file.clone())]),
+        None => (0, Vec::new()),
+    };
+    let body = DmaMapBody {
+        argsz: 32.into(),
+        flags: flags.into(),
+        offset: offset.into(),
+        address: window.range.first().0.into(),
+        // Memory is never all 2^64 bytes.
+        size: window.range.len_bytes().unwrap_or(u64::MAX).into(),
+    };
+    (body, descriptors)
+}
+
+fn unmap_body(range: IovaRange) -> DmaUnmapBody {
+    DmaUnmapBody {
+        argsz: 24.into(),
+        flags: 0.into(),
+        address: range.first().0.into(),
+        size: range.len_bytes().unwrap_or(u64::MAX).into(),
+    }
+}
