@@ -4,10 +4,12 @@ pub mod iommufd;
 mod reach;
 #[cfg(test)]
 pub(crate) mod recorder;
+mod space;
 #[cfg(test)]
 pub(crate) mod testing;
 mod together;
 pub mod type1;
+pub mod vfio_user;
 
 use std::fmt;
 use std::fs::File;

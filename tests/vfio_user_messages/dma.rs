@@ -1,0 +1,400 @@
+//! What a server is told it may reach, and what it reaches.
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::address::Access;
+use vhost_device_iommu::backends::vfio_user::{Isolation, Refusal};
+
+use crate::peer::{
+    COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, Peer, RESET, VERSION, dma,
+    version_body,
+};
+use crate::rig::{CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, Rig, accept, eventually, play};
+
+const IOVA: u64 = 0x4000_0000;
+
+#[test]
+fn windows_come_without_descriptors_or_with_them() {
+    for isolation in [Isolation::Messages, Isolation::Mappings] {
+        let rig = Rig::new(isolation);
+        // One before the server is there, two after.
+        rig.attach();
+        rig.map(IOVA, 0x1000, 0x2000, Access::READ_WRITE)
+            .expect("mapped");
+        let files = Arc::new(Mutex::new(Vec::new()));
+        let log = files.clone();
+        let (_client, played) = rig.pair(move |_, msg| {
+            if msg.cmd == DMA_MAP {
+                log.lock()
+                    .unwrap()
+                    .extend(msg.fds.drain(..).map(std::fs::File::from));
+            }
+            false
+        });
+        eventually("the first is told", || played.windows() == [IOVA]);
+        rig.map(IOVA + 0x2000, 0x8000, 0x1000, Access::READ)
+            .expect("mapped");
+        rig.map(IOVA + 0x4000, 0, 0x1000, Access::WRITE)
+            .expect("mapped");
+        rig.map(IOVA + 0x6000, 0, 0x1000, Access::NONE)
+            .expect("mapped");
+        // Leads nowhere.
+        rig.map(IOVA + 0x8000, RAM_LEN, 0x1000, Access::READ_WRITE)
+            .expect("mapped");
+        let file_at = |at| match isolation {
+            Isolation::Messages => 0,
+            Isolation::Mappings => RAM_OFFSET + at,
+        };
+        let told = || {
+            played.each(DMA_MAP, |m| {
+                (m.u32_at(4), m.u64_at(8), m.u64_at(16), m.u64_at(24))
+            })
+        };
+        let expected = [
+            (3, file_at(0x1000), IOVA, 0x2000),
+            (1, file_at(0x8000), IOVA + 0x2000, 0x1000),
+            (2, file_at(0), IOVA + 0x4000, 0x1000),
+        ];
+        eventually("all are told", || told() == expected);
+        let files = files.lock().unwrap();
+        match isolation {
+            Isolation::Messages => assert!(files.is_empty()),
+            Isolation::Mappings => {
+                assert_eq!(files.len(), 3);
+                let inode = files[0].metadata().expect("known").ino();
+                assert_eq!(inode, rig.slot.identity.1);
+                rig.poke(0x1000, b"seen");
+                let mut bytes = [0; 4];
+                files[0]
+                    .read_exact_at(&mut bytes, file_at(0x1000))
+                    .expect("read");
+                assert_eq!(&bytes, b"seen");
+            }
+        }
+        rig.unmap(IOVA, 0x8000).expect("unmapped");
+        eventually("all are gone", || played.windows().is_empty());
+        let unmapped = played.each(DMA_UNMAP, |m| (m.u64_at(8), m.u64_at(16)));
+        assert_eq!(
+            unmapped,
+            [
+                (IOVA, 0x2000),
+                (IOVA + 0x2000, 0x1000),
+                (IOVA + 0x4000, 0x1000)
+            ]
+        );
+    }
+}
+
+/// A server that is there to be told what to do by hand.
+fn asking(rig: &Rig) -> (Peer, Peer) {
+    let (client, mut server) = rig.raw_pair();
+    for _ in 0..rig
+        .iommu()
+        .mappings(DOMAIN, vhost_device_iommu::address::Iova(0))
+        .count()
+    {
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+    }
+    (client, server)
+}
+
+fn read(server: &mut Peer, address: u64, count: u64) -> Result<Vec<u8>, i32> {
+    let reply = server.call(DMA_READ, &dma(address, count, &[]), &[]);
+    match reply.errno() {
+        0 => {
+            assert_eq!((reply.u64_at(0), reply.u64_at(8)), (address, count));
+            Ok(reply.body[16..].to_vec())
+        }
+        error => Err(error),
+    }
+}
+
+fn write(server: &mut Peer, address: u64, data: &[u8]) -> i32 {
+    let body = dma(address, data.len() as u64, data);
+    server.call(DMA_WRITE, &body, &[]).errno()
+}
+
+#[test]
+fn messages_reach_what_is_mapped_and_nothing_else() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    rig.map(IOVA, 0x1000, 0x1000, Access::READ_WRITE)
+        .expect("mapped");
+    rig.map(IOVA + 0x1000, 0x20_0000, 0x1000, Access::READ_WRITE)
+        .expect("mapped");
+    rig.map(IOVA + 0x2000, 0x3000, 0x1000, Access::READ)
+        .expect("mapped");
+    let (_client, mut server) = asking(&rig);
+    rig.poke(0x1ffe, b"ab");
+    rig.poke(0x20_0000, b"cd");
+    assert_eq!(read(&mut server, IOVA + 0xffe, 4).expect("mapped"), b"abcd");
+    assert_eq!(write(&mut server, IOVA + 0xffe, b"wxyz"), 0);
+    assert_eq!(
+        (rig.peek(0x1ffe, 2), rig.peek(0x20_0000, 2)),
+        (b"wx".to_vec(), b"yz".to_vec())
+    );
+    assert_eq!(read(&mut server, IOVA, 0), Ok(Vec::new()));
+    assert!(rig.faults.take().is_empty());
+
+    let all = rig.peek(0, RAM_LEN as usize);
+    for (address, len, fault) in [
+        (IOVA - 1, 2, IOVA - 1),
+        (IOVA + 0x1fff, 2, IOVA + 0x2000),
+        (IOVA + 0x2000, 1, IOVA + 0x2000),
+        (IOVA + 0x3000, 1, IOVA + 0x3000),
+        (RAM, 1, RAM),
+        (0, 1, 0),
+        (u64::MAX, 1, u64::MAX),
+    ] {
+        assert_eq!(write(&mut server, address, &vec![0xee; len]), libc::EFAULT);
+        assert_eq!(rig.faults.take(), [(Refusal::NotMapped, fault)]);
+    }
+    assert_eq!(read(&mut server, IOVA + 0x2fff, 2), Err(libc::EFAULT));
+    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA + 0x3000)]);
+    assert_eq!(read(&mut server, u64::MAX, 2), Err(libc::EINVAL));
+    assert_eq!(read(&mut server, IOVA, (1 << 20) + 1), Err(libc::E2BIG));
+    assert_eq!(read(&mut server, 0, u64::MAX), Err(libc::E2BIG));
+    assert!(rig.faults.take().is_empty(), "no access");
+    assert!(all == rig.peek(0, RAM_LEN as usize), "nothing was written");
+
+    // Without a reply it is written all the same.
+    server.send(1, DMA_WRITE, NO_REPLY, &dma(IOVA, 2, b"no"), &[]);
+    assert_eq!(read(&mut server, IOVA, 2).expect("mapped"), b"no");
+    // No command of a server's.
+    assert_eq!(server.call(RESET, &[], &[]).errno(), libc::ENOTSUP);
+}
+
+#[test]
+fn what_is_reached_follows_the_endpoint() {
+    let rig = Rig::new(Isolation::Messages);
+    let (_client, mut server) = rig.raw_pair();
+    assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
+    assert_eq!(rig.faults.take(), [(Refusal::NotAttached, RAM)]);
+
+    // Bypass: RAM as it is.
+    let told = std::thread::scope(|scope| {
+        let switched = scope.spawn(|| rig.iommu().set_bypass(true));
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+        switched.join().expect("switched");
+        told
+    });
+    assert_eq!((told.u64_at(16), told.u64_at(24)), (RAM, RAM_LEN));
+    rig.poke(5, b"five");
+    assert_eq!(read(&mut server, RAM + 5, 4).expect("reached"), b"five");
+    assert_eq!(write(&mut server, RAM + RAM_LEN, b"x"), libc::EFAULT);
+    assert!(rig.faults.take().is_empty(), "no IOMMU between");
+    assert_eq!(write(&mut server, 0xfee0_0000, b"x"), libc::EFAULT);
+    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, 0xfee0_0000)]);
+
+    // The RAM goes: so does the window.
+    std::thread::scope(|scope| {
+        let removed = scope.spawn(|| rig.iommu().set_memory(Vec::new()));
+        let told = server.recv().expect("a window goes");
+        assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, RAM));
+        assert!(!removed.is_finished());
+        server.reply(&told, &[], &[]);
+        removed.join().expect("removed");
+    });
+    assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
+}
+
+#[test]
+fn unmap_waits_for_the_server_which_may_ask_meanwhile() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    rig.map(IOVA, 0, 0x1000, Access::READ_WRITE)
+        .expect("mapped");
+    rig.map(IOVA + 0x1000, 0x1000, 0x1000, Access::READ_WRITE)
+        .expect("mapped");
+    let (_client, mut server) = asking(&rig);
+    std::thread::scope(|scope| {
+        // The core is locked for as long as this takes.
+        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        let told = server.recv().expect("a window goes");
+        assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, IOVA));
+        assert_eq!(write(&mut server, IOVA + 0x1000, b"still there"), 0);
+        assert_eq!(write(&mut server, IOVA, b"gone"), libc::EFAULT);
+        assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA)]);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!unmapped.is_finished());
+        server.reply(&told, &told.body, &[]);
+        unmapped.join().expect("no panic").expect("unmapped");
+    });
+    assert_eq!(rig.peek(0x1000, 11), b"still there");
+    assert_eq!(rig.peek(0, 4), [0; 4]);
+}
+
+#[test]
+fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
+    let deadline = Duration::from_millis(300);
+    let rig = Rig::with_deadline(Isolation::Messages, deadline);
+    let listener = rig.listen();
+    let (mut client, mut server) = std::thread::scope(|scope| {
+        let client = scope.spawn(|| rig.client());
+        let mut server = accept(&listener);
+        let asked = server.recv().expect("VERSION");
+        server.reply(&asked, &version_body(crate::rig::SERVER_TEXT), &[]);
+        (client.join().expect("agreed"), server)
+    });
+    rig.attach();
+    std::thread::scope(|scope| {
+        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ_WRITE));
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+        mapped.join().expect("no panic").expect("mapped");
+    });
+    let begun = Instant::now();
+    let failed = rig.unmap(IOVA, 0x1000).expect_err("late");
+    assert!(begun.elapsed() >= deadline, "{:?}", begun.elapsed());
+    assert!(
+        failed.to_string().contains("no answer in 300ms"),
+        "{failed}"
+    );
+    assert!(
+        rig.iommu()
+            .endpoint(rig.endpoint())
+            .expect("known")
+            .quarantined
+    );
+    assert_eq!(rig.faults.take(), [(Refusal::Stopped, IOVA)]);
+    assert_eq!(server.recv().expect("the order").cmd, DMA_UNMAP);
+    assert!(server.is_closed());
+
+    // It may come back, and reaches nothing before the guest attaches it anew.
+    let mut server = accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    server.reply(&asked, &version_body(crate::rig::SERVER_TEXT), &[]);
+    assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
+    assert_eq!(rig.faults.take(), [(Refusal::Stopped, IOVA)]);
+    rig.attach();
+    assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
+    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA)]);
+    client.ask(RESET, &[], &[]);
+    assert_eq!(server.recv().expect("forwarded").cmd, RESET);
+}
+
+#[test]
+fn windows_a_server_refuses_do_not_exist() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    let (_client, played) = rig.pair(|peer, msg| {
+        let refused = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + 0x1000;
+        if refused {
+            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+        }
+        refused
+    });
+    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    let refused = rig
+        .map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+        .expect_err("refused");
+    assert!(
+        refused.to_string().contains("refuses a window"),
+        "{refused}"
+    );
+    rig.unmap(0, 1 << 40).expect("unmapped");
+    eventually("one goes", || {
+        played.each(DMA_UNMAP, |m| m.u64_at(8)) == [IOVA]
+    });
+    assert!(
+        !rig.iommu()
+            .endpoint(rig.endpoint())
+            .expect("known")
+            .quarantined
+    );
+}
+
+#[test]
+fn a_server_gets_no_more_windows_than_it_can_have() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    let (_client, played) = rig.pair(|peer, msg| {
+        if msg.cmd == VERSION {
+            let text = r#"{"capabilities":{"max_dma_maps":2}}"#;
+            peer.reply(msg, &version_body(text), &[]);
+        }
+        msg.cmd == VERSION
+    });
+    let map = |n: u64| rig.map(IOVA + n * 0x1000, 0, 0x1000, Access::READ);
+    assert!(map(0).is_ok() && map(1).is_ok());
+    assert!(map(2).is_err());
+    rig.unmap(IOVA, 0x1000).expect("unmapped");
+    map(2).expect("room");
+    eventually("two are left", || {
+        played.windows() == [IOVA + 0x1000, IOVA + 0x2000]
+    });
+}
+
+#[test]
+fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    rig.map(IOVA, 0, 0x1000, Access::READ_WRITE)
+        .expect("mapped");
+    let listener = rig.listen();
+    let mut client = rig.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    let mut server = accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
+    server.reply(&asked, &version_body(text), &[theirs.as_fd()]);
+    drop(theirs);
+    let answer = client.recv().expect("an answer");
+    assert!(answer.fds.is_empty());
+    let mut twin = Peer::new(ours);
+    assert_eq!(write(&mut twin, IOVA, b"twin"), 0);
+    assert_eq!(rig.peek(0, 4), b"twin");
+    assert_eq!(read(&mut twin, IOVA + 0x1000, 1), Err(libc::EFAULT));
+    // Replies have no place there.
+    twin.send(3, DMA_READ, 1, &[], &[]);
+    assert!(twin.is_closed());
+}
+
+#[test]
+fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    rig.map(IOVA, 0, RAM_LEN, Access::READ).expect("mapped");
+    let (_client, mut server) = asking(&rig);
+    let mut writer = server.stream.try_clone().expect("cloned");
+    let flood = std::thread::spawn(move || {
+        for n in 0..300u16 {
+            let body = dma(IOVA, 1 << 20, &[]);
+            let bytes = crate::peer::bytes(n, DMA_READ, COMMAND, 0, &body);
+            writer.write_all(&bytes).expect("taken in time");
+        }
+    });
+    std::thread::sleep(Duration::from_millis(100));
+    for n in 0..300u16 {
+        let reply = server.recv().expect("a reply");
+        assert_eq!((reply.id, reply.body.len()), (n, 16 + (1 << 20)));
+    }
+    flood.join().expect("sent");
+}
+
+#[test]
+fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
+    const COUNT: u64 = 20_000;
+    let rig = Rig::with_deadline(Isolation::Messages, Duration::from_secs(20));
+    rig.attach();
+    for n in 0..COUNT {
+        rig.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
+            .expect("mapped");
+    }
+    let listener = rig.listen();
+    let played = play(listener, |_, _| false);
+    let mut client = rig.client();
+    // What comes after is told after.
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(played.windows().len() as u64, COUNT);
+    rig.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
+    assert!(played.each(DMA_UNMAP, |_| ()).len() as u64 >= COUNT - 1);
+}

@@ -1,0 +1,180 @@
+//! Either end dies, and comes back.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use vhost_device_iommu::address::Access;
+use vhost_device_iommu::backends::vfio_user::Isolation;
+
+use crate::peer::{
+    DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region, version_body,
+};
+use crate::rig::{CLIENT_TEXT, Rig, SERVER_TEXT, accept, eventually, play};
+
+const IOVA: u64 = 0x4000_0000;
+
+#[test]
+fn a_server_that_comes_back_is_told_everything_again() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    let (mut client, mut server) = rig.raw_pair();
+    let null = File::open("/dev/null").expect("open");
+    std::thread::scope(|scope| {
+        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+        mapped.join().expect("no panic").expect("mapped");
+    });
+    let id = client.ask(
+        SET_IRQS,
+        &irqs(0x24, 2, 4, 2),
+        &[null.as_fd(), null.as_fd()],
+    );
+    let told = server.recv().expect("forwarded");
+    server.reply(&told, &[], &[]);
+    assert_eq!(client.recv().expect("a reply").id, id);
+
+    // It dies with a command and an order before it.
+    let lost = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
+    assert_eq!(server.recv().expect("forwarded").cmd, REGION_READ);
+    std::thread::scope(|scope| {
+        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        server.recv().expect("an order");
+        drop(server);
+        unmapped.join().expect("no panic").expect("nobody has it");
+    });
+    let reply = client.recv().expect("a reply");
+    assert_eq!((reply.id, reply.errno()), (lost, libc::EIO));
+    assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
+    // The guest goes on meanwhile.
+    rig.map(IOVA + 0x5000, 0, 0x1000, Access::READ)
+        .expect("mapped");
+
+    let played = play(rig.listen(), |_, _| false);
+    eventually("it is told", || {
+        played.windows() == [IOVA + 0x5000] && !played.each(SET_IRQS, |_| ()).is_empty()
+    });
+    let told = played.each(SET_IRQS, |m| {
+        (
+            m.u32_at(4),
+            m.u32_at(8),
+            m.u32_at(12),
+            m.u32_at(16),
+            m.fds.len(),
+        )
+    });
+    assert_eq!(told, [(0x24, 2, 4, 2, 2)]);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+}
+
+#[test]
+fn a_client_that_has_a_dead_server_s_descriptors_is_let_go() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, mut server) = rig.raw_pair();
+    client.ask(REGION_INFO, &[0; 32], &[]);
+    let asked = server.recv().expect("forwarded");
+    let null = File::open("/dev/null").expect("open");
+    server.reply(&asked, &asked.body, &[null.as_fd()]);
+    assert_eq!(client.recv().expect("a reply").fds.len(), 1);
+    drop(server);
+    assert!(client.is_closed());
+    let (mut client, _played) = rig.pair(|_, _| false);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+}
+
+#[test]
+fn a_client_that_dies_takes_the_server_s_connection_with_it() {
+    let rig = Rig::new(Isolation::Mappings);
+    rig.attach();
+    let listener = rig.listen();
+    for round in 0..3u64 {
+        let played = play(listener.try_clone().expect("cloned"), |_, _| false);
+        let mut client = rig.client();
+        rig.map(IOVA + round * 0x1000, 0, 0x1000, Access::READ)
+            .expect("mapped");
+        client.ask(RESET, &[], &[]);
+        drop(client);
+        let seen = played.seen.clone();
+        played.thread.join().expect("the connection has ended");
+        let maps = seen
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|m| m.cmd == DMA_MAP)
+            .count();
+        assert_eq!(maps as u64, round + 1);
+    }
+}
+
+#[test]
+fn a_client_waits_for_its_server() {
+    let rig = Rig::new(Isolation::Messages);
+    let mut client = rig.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    std::thread::sleep(Duration::from_millis(300));
+    let listener = rig.listen();
+    // One that dies at once is no harm.
+    drop(accept(&listener));
+    let mut server = accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+    assert_eq!(client.recv().expect("an answer").errno(), 0);
+}
+
+#[test]
+fn a_server_that_is_another_one_now_gets_no_old_client() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, server) = rig.raw_pair();
+    let listener = rig.listen();
+    drop(server);
+    let mut server = accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    let other = r#"{"capabilities":{"max_msg_fds":1}}"#;
+    server.reply(&asked, &version_body(other), &[]);
+    assert!(client.is_closed());
+}
+
+#[test]
+fn two_hundred_deaths_leave_nothing_behind() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    let listener = rig.listen();
+    let round = |n: u64| {
+        let mut client = rig.connect();
+        client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+        let mut server = accept(&listener);
+        if n.is_multiple_of(4) {
+            // The client first, before anything is agreed on.
+            drop(client);
+            assert_eq!(server.recv().expect("VERSION").cmd, VERSION);
+            assert!(server.is_closed());
+            return;
+        }
+        let asked = server.recv().expect("VERSION");
+        server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+        assert_eq!(client.recv().expect("an answer").errno(), 0);
+        if n % 4 == 1 {
+            drop(client);
+            while server.recv().is_some() {}
+            return;
+        }
+        client.ask(REGION_READ, &region(n, 0, 4, &[]), &[]);
+        drop(server);
+        assert_eq!(client.recv().expect("a reply").errno(), libc::EIO);
+    };
+    for n in 0..8 {
+        round(n);
+    }
+    let open = || {
+        std::fs::read_dir("/proc/self/fd")
+            .expect("readable")
+            .count()
+    };
+    for n in 0..200 {
+        round(n);
+    }
+    // Other tests open descriptors of their own meanwhile.
+    eventually("no descriptor leaks", || open() < 200);
+}

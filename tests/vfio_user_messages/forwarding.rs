@@ -1,0 +1,213 @@
+//! Messages that pass through, and those that do not.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use vhost_device_iommu::backends::vfio_user::Isolation;
+
+use crate::peer::{
+    DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, NO_REPLY, REGION_INFO, REGION_READ,
+    REGION_WRITE, RESET, SET_IRQS, VERSION, dma_map, dma_unmap, irqs, region, version_body,
+};
+use crate::rig::{CLIENT_TEXT, Rig, eventually, plainly};
+
+#[test]
+fn each_end_hears_what_the_other_and_the_interposer_can() {
+    let rig = Rig::new(Isolation::Messages);
+    let listener = rig.listen();
+    let mut client = rig.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    let mut server = crate::rig::accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    let can = &asked.text()["capabilities"];
+    assert_eq!(can["max_msg_fds"], 16, "what comes is for the client");
+    assert_eq!(can["twin_socket"]["supported"], true);
+    assert_eq!(can["write_multiple"], true);
+    let text = r#"{"capabilities":{"max_msg_fds":3,"max_data_xfer_size":4096}}"#;
+    server.reply(&asked, &version_body(text), &[]);
+    let answer = client.recv().expect("an answer");
+    let can = &answer.text()["capabilities"];
+    assert_eq!(can["max_msg_fds"], 3);
+    assert_eq!(can["max_data_xfer_size"], 4096);
+    assert_eq!(can["write_multiple"], serde_json::Value::Null);
+    assert_eq!(can["twin_socket"], serde_json::Value::Null);
+    // More than the server can do does not reach it.
+    let reply = client.call(REGION_READ, &region(0, 0, 4097, &[]), &[]);
+    assert_eq!(reply.errno(), libc::E2BIG);
+    let null = File::open("/dev/null").expect("open");
+    let four = [null.as_fd(); 4];
+    let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 4), &four);
+    assert_eq!(reply.errno(), libc::E2BIG);
+}
+
+#[test]
+fn descriptors_pass_both_ways_with_their_message() {
+    let rig = Rig::new(Isolation::Messages);
+    let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+    let mut kept = Vec::new();
+    let (mut client, _played) = rig.pair(move |peer, msg| match msg.cmd {
+        SET_IRQS => {
+            // As if an event: a byte over each.
+            for (fd, n) in msg.fds.drain(..).zip(b'a'..) {
+                let mut socket = UnixStream::from(fd);
+                socket.write_all(&[n]).expect("written");
+                kept.push(socket);
+            }
+            false
+        }
+        REGION_INFO => {
+            peer.reply(msg, &msg.body, &[ours.as_fd()]);
+            true
+        }
+        _ => false,
+    });
+    let events: Vec<_> = (0..3)
+        .map(|_| UnixStream::pair().expect("sockets"))
+        .collect();
+    let fds: Vec<_> = events.iter().map(|(_, there)| there.as_fd()).collect();
+    let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 3), &fds);
+    assert_eq!(reply.errno(), 0);
+    for ((mut here, _there), expected) in events.into_iter().zip(b'a'..) {
+        let mut byte = [0];
+        here.read_exact(&mut byte).expect("came");
+        assert_eq!(byte, [expected]);
+    }
+    let mut reply = client.call(REGION_INFO, &[7; 32], &[]);
+    assert_eq!(reply.body, [7; 32]);
+    let mut region = UnixStream::from(reply.fds.pop().expect("a descriptor"));
+    region.write_all(b"x").expect("written");
+    let mut byte = [0];
+    theirs.read_exact(&mut byte).expect("came");
+    assert!(client.call(RESET, &[], &[]).fds.is_empty());
+}
+
+#[test]
+fn commands_wait_for_each_other_as_little_as_at_the_server() {
+    let rig = Rig::new(Isolation::Messages);
+    let mut held = Vec::new();
+    let (mut client, _played) = rig.pair(move |peer, msg| {
+        if msg.cmd != REGION_READ {
+            return false;
+        }
+        let id = msg.id;
+        held.push((id, msg.body.clone()));
+        if held.len() == 40 {
+            for (id, body) in held.drain(..).rev() {
+                let data = [&body[..], &body[..8]].concat();
+                peer.send(id, REGION_READ, 1, &data, &[]);
+            }
+        }
+        true
+    });
+    // The client's numbers are its own, and may all be the same.
+    for n in 0..40u64 {
+        client.send(7, REGION_READ, 0, &region(n, 0, 8, &[]), &[]);
+    }
+    for n in (0..40u64).rev() {
+        let reply = client.recv().expect("a reply");
+        assert_eq!((reply.id, reply.errno()), (7, 0));
+        assert_eq!((reply.u64_at(0), reply.u64_at(16)), (n, n));
+    }
+}
+
+#[test]
+fn more_commands_than_may_wait_at_once_all_get_their_turn() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, _played) = rig.pair(|_, _| false);
+    let mut writer = crate::peer::Peer::new(client.stream.try_clone().expect("cloned"));
+    let sender = std::thread::spawn(move || {
+        for n in 0..2000u64 {
+            writer.send(n as u16, REGION_READ, 0, &region(n, 0, 4, &[]), &[]);
+        }
+    });
+    for n in 0..2000u64 {
+        let reply = client.recv().expect("a reply");
+        assert_eq!((u64::from(reply.id), reply.u64_at(0)), (n, n));
+    }
+    sender.join().expect("sent");
+}
+
+#[test]
+fn commands_without_reply_keep_their_place() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, played) = rig.pair(|peer, msg| {
+        // A server that replies all the same does no harm.
+        if msg.cmd == REGION_WRITE && msg.flags & NO_REPLY != 0 && msg.u64_at(0) == 1 {
+            peer.reply(msg, &msg.body[..16], &[]);
+        }
+        plainly(peer, msg);
+        true
+    });
+    for n in 0..3 {
+        client.send(5, REGION_WRITE, NO_REPLY, &region(n, 0, 1, b"x"), &[]);
+    }
+    let reply = client.call(REGION_WRITE, &region(3, 0, 1, b"x"), &[]);
+    assert_eq!((reply.errno(), reply.u64_at(0)), (0, 3));
+    eventually("the last is noted", || {
+        played.each(REGION_WRITE, |m| m.u64_at(0)) == [0, 1, 2, 3]
+    });
+}
+
+#[test]
+fn a_client_s_windows_stay_with_the_interposer() {
+    let rig = Rig::new(Isolation::Mappings);
+    let (mut client, played) = rig.pair(|_, _| false);
+    let file = File::open("/dev/zero").expect("open");
+    let mut map = |address, size, with_file: bool| {
+        let fds = [file.as_fd()];
+        let fds = if with_file { &fds[..] } else { &[] };
+        client
+            .call(DMA_MAP, &dma_map(3, 0, address, size), fds)
+            .errno()
+    };
+    assert_eq!(map(0, 0x8_0000, true), 0);
+    assert_eq!(map(0xf_0000, 0x1000, false), 0);
+    assert_eq!(map(0x7_f000, 0x2000, true), libc::EEXIST);
+    let mut unmap = |address, size| {
+        let reply = client.call(DMA_UNMAP, &dma_unmap(address, size), &[]);
+        (reply.errno(), reply.body.len())
+    };
+    assert_eq!(unmap(0, 0x1000), (libc::ENOENT, 0));
+    assert_eq!(unmap(0, 0x8_0000), (0, 24));
+    // The last message is there, and none of the others.
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    eventually("the last is noted", || {
+        !played.each(RESET, |_| ()).is_empty()
+    });
+    assert!(played.windows().is_empty());
+    assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
+}
+
+#[test]
+fn what_would_be_wrong_behind_an_iommu_is_refused() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, played) = rig.pair(|_, _| false);
+    for (cmd, body) in [
+        (DIRTY_PAGES, [8, 1]),
+        (FEATURE, [8, 6 | 1 << 17]),
+        (FEATURE, [8, 7 | 1 << 17]),
+        (FEATURE, [8, 8 | 1 << 16]),
+        (99, [0, 0]),
+    ] {
+        let body: Vec<u8> = body.into_iter().flat_map(u32::to_ne_bytes).collect();
+        assert_eq!(client.call(cmd, &body, &[]).errno(), libc::ENOTSUP);
+    }
+    assert!(played.each(FEATURE, |_| ()).is_empty());
+    // The server's own refusal.
+    assert_eq!(client.call(GET_INFO, &[0; 16], &[]).errno(), libc::ENOTSUP);
+    assert_eq!(played.each(GET_INFO, |m| m.body.len()), [16]);
+}
+
+#[test]
+fn large_messages_pass_whole() {
+    let rig = Rig::new(Isolation::Messages);
+    let (mut client, _played) = rig.pair(|_, _| false);
+    let data = vec![9; 1 << 20];
+    let written = client.call(REGION_WRITE, &region(4, 0, 1 << 20, &data), &[]);
+    assert_eq!(written.errno(), 0);
+    let read = client.call(REGION_READ, &region(4, 0, 1 << 20, &[]), &[]);
+    assert_eq!(read.body.len(), 16 + (1 << 20));
+    assert!(read.body[16..].iter().all(|b| *b == 4));
+}

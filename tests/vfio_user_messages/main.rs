@@ -1,0 +1,15 @@
+//! What stands between a VMM's vfio-user client and a device's server, over real sockets, with both
+//! of them played here.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking, and its numbers are small"
+)]
+
+mod dma;
+mod ends;
+mod forwarding;
+mod hostile;
+mod peer;
+mod rig;

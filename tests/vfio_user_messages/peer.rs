@@ -1,0 +1,227 @@
+//! One end of a vfio-user connection, written from the specification: it shares no code with the
+//! daemon, so that a misreading on one side is not repeated on the other.
+
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::cmsg_space;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+
+pub const VERSION: u16 = 1;
+pub const DMA_MAP: u16 = 2;
+pub const DMA_UNMAP: u16 = 3;
+pub const GET_INFO: u16 = 4;
+pub const REGION_INFO: u16 = 5;
+pub const SET_IRQS: u16 = 8;
+pub const REGION_READ: u16 = 9;
+pub const REGION_WRITE: u16 = 10;
+pub const DMA_READ: u16 = 11;
+pub const DMA_WRITE: u16 = 12;
+pub const RESET: u16 = 13;
+pub const DIRTY_PAGES: u16 = 14;
+pub const FEATURE: u16 = 16;
+
+pub const COMMAND: u32 = 0;
+pub const REPLY: u32 = 1;
+pub const NO_REPLY: u32 = 0x10;
+pub const ERROR: u32 = 0x21;
+
+/// A message, taken apart.
+#[derive(Debug)]
+pub struct Msg {
+    pub id: u16,
+    pub cmd: u16,
+    pub flags: u32,
+    pub error: u32,
+    pub body: Vec<u8>,
+    pub fds: Vec<OwnedFd>,
+}
+
+impl Msg {
+    pub fn u32_at(&self, at: usize) -> u32 {
+        u32::from_ne_bytes(self.body[at..at + 4].try_into().unwrap())
+    }
+
+    pub fn u64_at(&self, at: usize) -> u64 {
+        u64::from_ne_bytes(self.body[at..at + 8].try_into().unwrap())
+    }
+
+    /// The text of VERSION.
+    pub fn text(&self) -> serde_json::Value {
+        let text = self.body[4..].split(|b| *b == 0).next().unwrap();
+        serde_json::from_slice(text).expect("JSON")
+    }
+
+    /// The errno of a refusal, 0 of a reply.
+    pub fn errno(&self) -> i32 {
+        match self.flags {
+            REPLY => 0,
+            ERROR => self.error.cast_signed(),
+            other => panic!("flags {other:#x}"),
+        }
+    }
+}
+
+/// Header and body as they are sent.
+pub fn bytes(id: u16, cmd: u16, flags: u32, error: u32, body: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    all.extend(id.to_ne_bytes());
+    all.extend(cmd.to_ne_bytes());
+    all.extend((16 + body.len() as u32).to_ne_bytes());
+    all.extend(flags.to_ne_bytes());
+    all.extend(error.to_ne_bytes());
+    all.extend(body);
+    all
+}
+
+pub fn version_body(text: &str) -> Vec<u8> {
+    [&[0; 4], text.as_bytes(), &[0]].concat()
+}
+
+pub fn dma_map(flags: u32, offset: u64, address: u64, size: u64) -> Vec<u8> {
+    let mut body = [32u32.to_ne_bytes(), flags.to_ne_bytes()].concat();
+    for word in [offset, address, size] {
+        body.extend(word.to_ne_bytes());
+    }
+    body
+}
+
+pub fn dma_unmap(address: u64, size: u64) -> Vec<u8> {
+    let mut body = [24u32.to_ne_bytes(), [0; 4]].concat();
+    body.extend(address.to_ne_bytes());
+    body.extend(size.to_ne_bytes());
+    body
+}
+
+pub fn dma(address: u64, count: u64, data: &[u8]) -> Vec<u8> {
+    [&address.to_ne_bytes(), &count.to_ne_bytes(), data].concat()
+}
+
+pub fn region(offset: u64, index: u32, count: u32, data: &[u8]) -> Vec<u8> {
+    let head = [index.to_ne_bytes(), count.to_ne_bytes()].concat();
+    [&offset.to_ne_bytes()[..], &head, data].concat()
+}
+
+pub fn irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
+    let words = [20, flags, index, start, count];
+    words.into_iter().flat_map(u32::to_ne_bytes).collect()
+}
+
+/// A connected socket.
+pub struct Peer {
+    pub stream: UnixStream,
+    next_id: u16,
+}
+
+impl Peer {
+    pub fn new(stream: UnixStream) -> Self {
+        let patience = Some(Duration::from_secs(20));
+        stream.set_read_timeout(patience).expect("set");
+        stream.set_write_timeout(patience).expect("set");
+        Self {
+            stream,
+            next_id: 100,
+        }
+    }
+
+    pub fn send_raw(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        let flags = SendFlags::NOSIGNAL;
+        let iov = [IoSlice::new(bytes)];
+        match sendmsg(&self.stream, &iov, &mut control, flags) {
+            Ok(sent) => self.stream.write_all(&bytes[sent..]).expect("sent"),
+            // The other end is gone, which shows when something is to be received.
+            Err(rustix::io::Errno::PIPE) => {}
+            Err(cause) => panic!("not sent: {cause}"),
+        }
+    }
+
+    pub fn send(&mut self, id: u16, cmd: u16, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>]) {
+        self.send_raw(&bytes(id, cmd, flags, 0, body), fds);
+    }
+
+    pub fn refuse(&mut self, to: &Msg, error: u32) {
+        self.send_raw(&bytes(to.id, to.cmd, ERROR, error, &[]), &[]);
+    }
+
+    pub fn reply(&mut self, to: &Msg, body: &[u8], fds: &[BorrowedFd<'_>]) {
+        self.send(to.id, to.cmd, REPLY, body, fds);
+    }
+
+    /// Sends a command. Returns its number.
+    pub fn ask(&mut self, cmd: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> u16 {
+        self.next_id += 1;
+        self.send(self.next_id, cmd, COMMAND, body, fds);
+        self.next_id
+    }
+
+    /// Sends a command and waits for its reply, which is the next message.
+    pub fn call(&mut self, cmd: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Msg {
+        let id = self.ask(cmd, body, fds);
+        let reply = self.recv().expect("a reply");
+        assert_eq!((reply.id, reply.cmd), (id, cmd));
+        reply
+    }
+
+    /// The next message, or `None` at the end.
+    pub fn recv(&mut self) -> Option<Msg> {
+        let mut fds = Vec::new();
+        let mut head = [0; 16];
+        if !self.fill(&mut head, &mut fds) {
+            return None;
+        }
+        let word = |at: usize| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap());
+        let mut body = vec![0; word(4) as usize - 16];
+        assert!(self.fill(&mut body, &mut fds), "the rest");
+        Some(Msg {
+            id: word(0) as u16,
+            cmd: (word(0) >> 16) as u16,
+            flags: word(8),
+            error: word(12),
+            body,
+            fds,
+        })
+    }
+
+    /// Whether nothing more comes.
+    pub fn is_closed(&mut self) -> bool {
+        match self.stream.read(&mut [0]) {
+            Ok(n) => n == 0,
+            Err(cause) if cause.kind() == ErrorKind::ConnectionReset => true,
+            Err(cause) => panic!("{cause}"),
+        }
+    }
+
+    fn fill(&mut self, mut buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> bool {
+        while !buffer.is_empty() {
+            let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(253))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let into = &mut [IoSliceMut::new(buffer)];
+            let n = match recvmsg(&self.stream, into, &mut control, RecvFlags::empty()) {
+                Ok(received) => received.bytes,
+                Err(rustix::io::Errno::CONNRESET) => 0,
+                Err(cause) => panic!("no message: {cause}"),
+            };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(came) = message {
+                    fds.extend(came);
+                }
+            }
+            if n == 0 {
+                return false;
+            }
+            buffer = &mut buffer[n..];
+        }
+        true
+    }
+}
