@@ -1,6 +1,7 @@
 //! One VM's configuration: checked values, made once, from a file, from options, or from both.
 
 mod draft;
+mod emulated;
 mod error;
 mod passthrough;
 mod summary;
@@ -18,6 +19,7 @@ use crate::topology::{
 };
 use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 
+pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use summary::Summary;
@@ -79,7 +81,9 @@ pub struct Config {
     pub topology: Topology,
     /// The endpoints that are devices of the host, in ascending order; no host device twice.
     pub passthrough: Vec<Passthrough>,
-    /// How the host IOMMU is programmed for them.
+    /// The endpoints that are emulated in processes of their own, in ascending order.
+    pub emulated: Vec<Emulated>,
+    /// How the host IOMMU is programmed for `passthrough`.
     pub host_iommu: HostIommu,
     /// Which of the guest's memory is pinned for them.
     pub pin: Pin,
@@ -291,6 +295,11 @@ impl<'a> Checker<'a> {
         let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
         let pin = self.pin(draft.pin.as_ref());
         let passthrough = self.passthrough(draft);
+        let taken: Vec<_> = match &socket {
+            Some(Socket::Path(path)) => control.iter().chain([path]).collect(),
+            Some(Socket::Fd(_)) | None => control.iter().collect(),
+        };
+        let emulated = self.emulated(draft, &taken);
         // Which endpoints there are decides which descriptors are right.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
@@ -308,6 +317,7 @@ impl<'a> Checker<'a> {
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
+            && let Some(emulated) = emulated
             && let Some(host_iommu) = host_iommu
             && let Some(pin) = pin
             && self.problems.is_empty()
@@ -323,6 +333,7 @@ impl<'a> Checker<'a> {
                 arena_limit,
                 topology,
                 passthrough,
+                emulated,
                 host_iommu,
                 pin,
                 descriptors,

@@ -22,6 +22,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::config::{Config, Socket};
 use crate::control::{ControlServer, Subjects};
 use crate::device::Device;
+use crate::emulated_side::{EmulatedSide, FaultDelivery, FaultQueue};
 use crate::host_side::{HostSide, HostSideError};
 use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
@@ -86,6 +87,7 @@ pub struct Daemon {
     /// Connections in a row that could not be served.
     failures: u32,
     _control: Option<ControlServer>,
+    _faults: Option<FaultDelivery>,
 }
 
 impl Daemon {
@@ -117,10 +119,28 @@ impl Daemon {
                 .add_backend(backend, &endpoints)
                 .map_err(DaemonError::Backend)?;
         }
-        let iommu = Arc::new(Mutex::new(iommu));
         let metrics = Arc::new(Metrics::default());
+        let faults = Arc::new(FaultQueue::new(metrics.clone()));
+        let emulated =
+            EmulatedSide::open(config, iommu.topology(), &faults).map_err(DaemonError::Socket)?;
+        for (backend, endpoint) in emulated.backends {
+            iommu
+                .add_backend(backend, &[endpoint])
+                .map_err(DaemonError::Backend)?;
+        }
+        let iommu = Arc::new(Mutex::new(iommu));
         let device = Device::new(iommu.clone(), metrics.clone()).map_err(no_events)?;
         let device = Arc::new(device);
+        let faults = (!config.emulated.is_empty())
+            .then(|| {
+                let device = device.clone();
+                FaultDelivery::start(faults, move |fault| device.report_fault(fault))
+            })
+            .transpose()
+            .map_err(|source| DaemonError::System {
+                what: "start a thread",
+                source,
+            })?;
         let control = config
             .control
             .as_deref()
@@ -145,11 +165,17 @@ impl Daemon {
             stop: Arc::new(Stop {
                 state: Mutex::default(),
                 end,
-                files: file.map(Arc::new).into_iter().chain(control_file).collect(),
+                files: file
+                    .map(Arc::new)
+                    .into_iter()
+                    .chain(control_file)
+                    .chain(emulated.files)
+                    .collect(),
             }),
             ended,
             failures: 0,
             _control: control,
+            _faults: faults,
         })
     }
 

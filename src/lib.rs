@@ -20,6 +20,7 @@ pub mod control;
 pub mod ctl;
 pub mod daemon;
 pub mod device;
+pub mod emulated_side;
 pub mod guest_memory;
 pub mod host_check;
 pub mod host_side;

@@ -46,6 +46,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
     ("host_side", &["backends", "config", "topology", "vfio"]),
+    (
+        "emulated_side",
+        &["backends", "config", "iommu", "socket", "topology"],
+    ),
     ("host_check", &["config", "topology"]),
     ("host_tree", &["config", "topology"]),
 ];

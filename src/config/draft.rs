@@ -153,7 +153,17 @@ pub(super) struct EndpointDraft {
     pub range: Option<Given<Scalar>>,
     pub group: Option<Given<Scalar>>,
     pub vfio: Option<Given<Scalar>>,
+    pub vfio_user: Option<Given<EmulatedDraft>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct EmulatedDraft {
+    pub listen: Option<Given<Scalar>>,
+    pub connect: Option<Given<Scalar>>,
+    pub isolation: Option<Given<Scalar>>,
+    pub deadline_ms: Option<Given<Scalar>>,
 }
 
 impl Draft {

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::{
-    MAX_ARENA, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_SOCKET_PATH, MAX_WIDTH, MIN_ARENA, MIN_WIDTH,
+    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_SOCKET_PATH, MAX_WIDTH,
+    MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
@@ -186,6 +187,51 @@ pub enum Fault {
         /// The endpoint that has it.
         other: PciAddress,
     },
+    /// An emulated device on several functions.
+    #[error(
+        "{range} is more than one function, and an emulated device is one; \
+         give each function its own [[endpoint]] with `address` and `vfio-user`"
+    )]
+    EmulatedOnRange {
+        /// The functions.
+        range: PciRange,
+    },
+    /// An endpoint is a device of the host and an emulated one.
+    #[error(
+        "the endpoint has `vfio` too; a device is the host's or emulated: remove one of the two \
+         keys"
+    )]
+    EmulatedAndVfio,
+    /// An emulated device without one of its sockets.
+    #[error(
+        "`{0}` is missing; say where the daemon listens for the VMM (`listen = \"...\"`) and where \
+         the device's server listens (`connect = \"...\"`)"
+    )]
+    EmulatedMissing(&'static str),
+    /// The daemon would connect to itself.
+    #[error("`listen` and `connect` are the same; use two paths")]
+    ListenIsConnect,
+    /// Two sockets have one path.
+    #[error(
+        "{} listens there already; give each endpoint another path in `listen`",
+        .other.map_or("the daemon".into(), |other| format!("the daemon for endpoint {other}"))
+    )]
+    ListenTwice {
+        /// The endpoint it is for, if it is for one.
+        other: Option<PciAddress>,
+    },
+    /// No way to keep a server from memory.
+    #[error(
+        "{0:?} is no isolation; use \"messages\" (the server never has guest RAM) or \"mappings\" \
+         (fast, for servers that are trusted with all of it)"
+    )]
+    Isolation(String),
+    /// A server has too little or too much time.
+    #[error(
+        "{} milliseconds are no time to answer in; use {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS}",
+        .0
+    )]
+    Deadline(i128),
     /// No interface of the host IOMMU.
     #[error(
         "{0:?} is no way to program the host's IOMMU; use \"iommufd\" or, \

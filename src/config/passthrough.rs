@@ -226,7 +226,7 @@ impl Checker<'_> {
 struct Taken(HashMap<RawFd, &'static str>);
 
 /// The functions that a text names, if it is one.
-fn range_in(given: &Given<Scalar>) -> Option<PciRange> {
+pub(super) fn range_in(given: &Given<Scalar>) -> Option<PciRange> {
     match &given.value {
         Scalar::Text(text) => text.parse().ok(),
         Scalar::Integer(_) | Scalar::Bool(_) | Scalar::Other(_) => None,

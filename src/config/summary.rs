@@ -95,6 +95,14 @@ impl Summary<'_> {
         if let Some(device) = found.ok().and_then(|at| self.config.passthrough.get(at)) {
             write!(f, " vfio {}", device.host)?;
         }
+        let found = self
+            .config
+            .emulated
+            .binary_search_by_key(&entry.range.first(), |device| device.endpoint);
+        if let Some(device) = found.ok().and_then(|at| self.config.emulated.get(at)) {
+            let (path, isolation) = (device.connect.display(), device.isolation.name());
+            write!(f, " vfio-user {path}, isolation {isolation}")?;
+        }
         if entry.info.reserved != topology.common_reserved() {
             write!(f, " reserved")?;
             for region in entry.info.reserved {

@@ -7,6 +7,9 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+#[path = "../common/mod.rs"]
+pub mod common;
+mod daemon;
 mod dma;
 mod ends;
 mod forwarding;

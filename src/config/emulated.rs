@@ -1,0 +1,252 @@
+//! Endpoints that are devices emulated in processes of their own.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::draft::{Draft, EmulatedDraft, Given, Origin, Scalar};
+use super::error::Fault;
+use super::passthrough::range_in;
+use super::{Checker, shown};
+use crate::topology::PciAddress;
+
+/// The shortest time a server can be given to answer, in milliseconds.
+pub const MIN_DEADLINE_MS: u64 = 10;
+/// The longest time a server can be given to answer, in milliseconds: the guest waits for it.
+pub const MAX_DEADLINE_MS: u64 = 60_000;
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// An endpoint whose DMA is that of a device emulated by another process, over vfio-user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Emulated {
+    /// The address the device has in the guest.
+    pub endpoint: PciAddress,
+    /// Where the daemon listens for the VMM's vfio-user client.
+    pub listen: PathBuf,
+    /// Where the device's server listens.
+    pub connect: PathBuf,
+    /// How far that server is kept from guest RAM.
+    pub isolation: Isolation,
+    /// What it has to answer in where the guest waits for it:
+    /// [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
+    pub deadline: Duration,
+}
+
+/// How far a device's server is kept from guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Isolation {
+    /// It never has any of it: each access is a message.
+    #[default]
+    Messages,
+    /// It gets the descriptor of guest RAM with each mapping, and has to be trusted with all of it.
+    Mappings,
+}
+
+impl Isolation {
+    /// The name in the configuration file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Messages => "messages",
+            Self::Mappings => "mappings",
+        }
+    }
+}
+
+impl Checker<'_> {
+    /// The endpoints with `vfio-user`, in ascending order. `taken` are the paths of other sockets.
+    pub(super) fn emulated(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<Vec<Emulated>> {
+        let mut found = Vec::new();
+        let mut listening: HashMap<PathBuf, Option<PciAddress>> =
+            taken.iter().map(|path| ((*path).clone(), None)).collect();
+        let mut whole = true;
+        for (index, endpoint) in draft.endpoint.iter().enumerate() {
+            let value = &endpoint.value;
+            let Some(given) = &value.vfio_user else {
+                continue;
+            };
+            let key = format!("endpoint[{index}].vfio-user");
+            let parts = self.emulated_parts(given, &key);
+            let range = value.address.as_ref().or(value.range.as_ref());
+            let (Some(parts), Some(range)) = (parts, range.and_then(range_in)) else {
+                whole = false;
+                continue;
+            };
+            let first = range.first();
+            let fault = if range.count() > 1 {
+                Fault::EmulatedOnRange { range }
+            } else if value.vfio.is_some() {
+                Fault::EmulatedAndVfio
+            } else if parts.listen == parts.connect {
+                Fault::ListenIsConnect
+            } else if let Some(other) = listening.insert(parts.listen.clone(), Some(first)) {
+                Fault::ListenTwice { other }
+            } else {
+                found.push(Emulated {
+                    endpoint: first,
+                    ..parts
+                });
+                continue;
+            };
+            whole = false;
+            self.refuse(&given.origin, &key, fault);
+        }
+        found.sort_by_key(|entry| entry.endpoint);
+        whole.then_some(found)
+    }
+
+    /// All but the endpoint.
+    fn emulated_parts(&mut self, given: &Given<EmulatedDraft>, key: &str) -> Option<Emulated> {
+        let value = &given.value;
+        let listen = self.emulated_path(&given.origin, value.listen.as_ref(), key, "listen");
+        let connect = self.emulated_path(&given.origin, value.connect.as_ref(), key, "connect");
+        let isolation = self.isolation(value.isolation.as_ref(), &format!("{key}.isolation"));
+        let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
+        Some(Emulated {
+            // The caller's to say.
+            endpoint: PciAddress::new(0, 0, 0, 0)?,
+            listen: listen?,
+            connect: connect?,
+            isolation: isolation?,
+            deadline: deadline?,
+        })
+    }
+
+    fn emulated_path(
+        &mut self,
+        origin: &Origin,
+        given: Option<&Given<Scalar>>,
+        key: &str,
+        name: &'static str,
+    ) -> Option<PathBuf> {
+        if given.is_none() {
+            self.refuse(origin, key, Fault::EmulatedMissing(name));
+        }
+        self.socket_path(given, &format!("{key}.{name}"))
+    }
+
+    fn isolation(&mut self, given: Option<&Given<Scalar>>, key: &str) -> Option<Isolation> {
+        let Some(given) = given else {
+            return Some(Isolation::default());
+        };
+        match self.text(given, key, "\"messages\" or \"mappings\"")? {
+            "messages" => Some(Isolation::Messages),
+            "mappings" => Some(Isolation::Mappings),
+            _ => {
+                let fault = Fault::Isolation(shown(&given.value));
+                self.refuse(&given.origin, key, fault);
+                None
+            }
+        }
+    }
+
+    fn deadline(&mut self, given: Option<&Given<Scalar>>, key: &str) -> Option<Duration> {
+        let Some(given) = given else {
+            return Some(DEFAULT_DEADLINE);
+        };
+        let wanted = "a number of milliseconds, such as 1000";
+        let number = self.integer(given, key, wanted)?;
+        let deadline = u64::try_from(number)
+            .ok()
+            .filter(|ms| (MIN_DEADLINE_MS..=MAX_DEADLINE_MS).contains(ms));
+        if deadline.is_none() {
+            self.refuse(&given.origin, key, Fault::Deadline(number));
+        }
+        deadline.map(Duration::from_millis)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::Config;
+
+    /// An IOMMU and these endpoints.
+    fn parse(endpoints: &str) -> Result<Vec<Emulated>, String> {
+        let text = format!("socket = '/s'\ncontrol = '/c'\naddress = '00:05.0'\n{endpoints}");
+        let parsed = Config::from_text(Path::new("vm.toml"), &text);
+        parsed.map(|c| c.emulated).map_err(|e| e.to_string())
+    }
+
+    fn one(address: &str, table: &str) -> String {
+        format!("[[endpoint]]\naddress = '{address}'\nvfio-user = {{ {table} }}\n")
+    }
+
+    #[test]
+    fn devices_in_processes_of_their_own_are_endpoints() {
+        let text = one("00:07.0", "listen = '/a', connect = '/b'")
+            + &one(
+                "00:06.0",
+                "listen = '/d', connect = '/b', isolation = 'mappings', deadline-ms = 60000",
+            );
+        let address = |text: &str| text.parse().expect("an address");
+        let expected = [
+            Emulated {
+                endpoint: address("00:06.0"),
+                listen: "/d".into(),
+                connect: "/b".into(),
+                isolation: Isolation::Mappings,
+                deadline: Duration::from_secs(60),
+            },
+            Emulated {
+                endpoint: address("00:07.0"),
+                listen: "/a".into(),
+                connect: "/b".into(),
+                isolation: Isolation::Messages,
+                deadline: Duration::from_secs(1),
+            },
+        ];
+        assert_eq!(parse(&text), Ok(expected.to_vec()));
+        assert_eq!(parse(""), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_cure() {
+        let fine = "listen = '/a', connect = '/b'";
+        let two = one("00:06.0", fine) + &one("00:07.0", fine);
+        let both = one("00:06.0", fine) + "vfio = '65:00.0'\n";
+        let range = format!("[[endpoint]]\nrange = '00:06.0-00:06.7'\nvfio-user = {{ {fine} }}\n");
+        for (text, cure) in [
+            (two, "give each endpoint"),
+            (both, "remove one of the two keys"),
+            (range, "its own [[endpoint]]"),
+            (one("00:06.0", "listen = '/a'"), "connect = "),
+            (one("00:06.0", "connect = '/a'"), "listen = "),
+            (
+                one("00:06.0", "listen = '/a', connect = '/a'"),
+                "use two paths",
+            ),
+            (
+                one("00:06.0", "listen = '/s', connect = '/a'"),
+                "another path",
+            ),
+            (
+                one("00:06.0", "listen = '/c', connect = '/a'"),
+                "another path",
+            ),
+            (one("00:06.0", "listen = '', connect = '/a'"), "path"),
+            (one("00:06.0", "listen = 7, connect = '/a'"), "path"),
+            (
+                one("00:06.0", &format!("{fine}, isolation = 'none'")),
+                "\"messages\"",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, deadline-ms = 9")),
+                "10 to 60000",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, deadline-ms = 60001")),
+                "10 to 60000",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, deadline-ms = -1")),
+                "10 to 60000",
+            ),
+            (one("00:06.0", &format!("{fine}, fast = true")), "fast"),
+        ] {
+            let message = parse(&text).expect_err(&text);
+            assert!(message.contains(cure), "{text}: {message}");
+        }
+    }
+}

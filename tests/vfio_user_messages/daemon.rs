@@ -1,0 +1,179 @@
+//! The whole daemon: a guest's driver at one end, a device's server at the other.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::common::daemon::{Daemon, EP};
+use crate::common::guest::{Guest, Setup};
+use crate::peer::{
+    DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, Peer, REGION_READ, VERSION, dma, region, version_body,
+};
+use crate::rig::{CLIENT_TEXT, Handled, Played, accept, eventually, play};
+
+const IOVA: u64 = 0x7000_0000;
+/// Guest-physical, in the first memory slot.
+const PAGE: u64 = 0xa0_0000;
+const SOON: Duration = Duration::from_secs(10);
+
+struct Vm {
+    daemon: Daemon,
+    listener: UnixListener,
+    client_path: PathBuf,
+    _folder: TempDir,
+}
+
+impl Vm {
+    fn new(isolation: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let client_path = folder.path().join("client");
+        let server_path = folder.path().join("server");
+        let listener = UnixListener::bind(&server_path).expect("a socket");
+        let daemon = Daemon::with_config(&format!(
+            "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = {{ listen = {client_path:?}, connect = {server_path:?}, \
+             isolation = '{isolation}', deadline-ms = 5000 }}\n"
+        ));
+        Self {
+            daemon,
+            listener,
+            client_path,
+            _folder: folder,
+        }
+    }
+
+    fn client(&self) -> Peer {
+        Peer::new(UnixStream::connect(&self.client_path).expect("connected"))
+    }
+
+    /// A client and a server that have agreed.
+    fn pair(
+        &self,
+        script: impl FnMut(&mut Peer, &mut Msg) -> Handled + Send + 'static,
+    ) -> (Peer, Played) {
+        let played = play(self.listener.try_clone().expect("cloned"), script);
+        let mut client = self.client();
+        let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
+        assert_eq!(answer.errno(), 0);
+        (client, played)
+    }
+
+    /// A client and a server that do nothing by themselves but agree.
+    fn raw_pair(&self) -> (Peer, Peer) {
+        let mut client = self.client();
+        client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+        let mut server = accept(&self.listener);
+        let asked = server.recv().expect("VERSION");
+        server.reply(&asked, &version_body("{}"), &[]);
+        assert_eq!(client.recv().expect("an answer").errno(), 0);
+        (client, server)
+    }
+}
+
+#[test]
+fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
+    let vm = Vm::new("messages");
+    // While UNMAP waits for it, the server asks for another page, and for the one that goes.
+    let (mut client, played) = vm.pair(|peer, msg| {
+        if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
+            let kept = dma(IOVA + 0x1000, 4, b"kept");
+            assert_eq!(peer.call(DMA_WRITE, &kept, &[]).errno(), 0);
+            let gone = dma(IOVA, 4, b"gone");
+            assert_eq!(peer.call(DMA_WRITE, &gone, &[]).errno(), libc::EFAULT);
+        }
+        false
+    });
+    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    guest.post_event_buffer(24);
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+    assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE + 0x1000), 0);
+    assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
+    assert_eq!(guest.memory.read(PAGE + 0x1000, 4), b"kept");
+    assert_eq!(guest.memory.read(PAGE, 4), [0; 4]);
+    let event = guest.take_event(SOON).expect("a fault");
+    // Reason MAPPING; write, address valid; endpoint; address.
+    assert_eq!(event.bytes[0], 2);
+    assert_eq!(event.bytes[4..8], 0x102u32.to_le_bytes());
+    assert_eq!(event.bytes[8..12], EP.to_le_bytes());
+    assert_eq!(event.bytes[16..24], IOVA.to_le_bytes());
+    let reply = client.call(REGION_READ, &region(3, 0, 4, &[]), &[]);
+    assert_eq!(reply.body[16..], [3; 4]);
+    assert!(!played.windows().contains(&IOVA));
+}
+
+#[test]
+fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
+    let vm = Vm::new("messages");
+    let (_client, played) = vm.pair(|peer, msg| {
+        if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
+            // The event queue is locked now, and this is reported to it.
+            let reply = peer.call(DMA_READ, &dma(0x1234_0000, 4, &[]), &[]);
+            assert_eq!(reply.errno(), libc::EFAULT);
+        }
+        false
+    });
+    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    guest.post_event_buffer(24);
+    assert_eq!(guest.attach(1, EP), 0);
+    let gpa = 0x8_0000_0000;
+    guest.add_region(crate::common::memory::Region::new(gpa, 0x1000));
+    assert_eq!(guest.map_page(1, IOVA, gpa), 0);
+    eventually("a window", || played.windows().contains(&IOVA));
+    let begun = std::time::Instant::now();
+    guest.remove_region(gpa);
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(played.windows().is_empty());
+    assert!(guest.take_event(SOON).is_some());
+    assert!(!vm.daemon.log().contains("cut off"), "{}", vm.daemon.log());
+}
+
+#[test]
+fn the_dead_leave_no_descriptors_and_no_threads() {
+    let vm = Vm::new("mappings");
+    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+    let round = |n: usize| {
+        let (mut client, mut server) = vm.raw_pair();
+        // A window, with its descriptor.
+        assert_eq!(server.recv().expect("a window").fds.len(), 1);
+        match n % 3 {
+            0 => drop(server),
+            1 => drop(client),
+            _ => {
+                client.send_raw(&[0xff; 40], &[]);
+                assert!(client.is_closed());
+            }
+        }
+    };
+    round(0);
+    round(1);
+    let counts = || (vm.daemon.fd_count(), vm.daemon.thread_count());
+    let mut before = (0, 0);
+    vm.daemon.wait_for("quiet", || {
+        std::mem::replace(&mut before, counts()) == before
+    });
+    for n in 0..200 {
+        round(n);
+    }
+    vm.daemon
+        .wait_for("all is given back", || counts() <= before);
+    assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
+}
+
+#[test]
+fn the_socket_goes_with_the_daemon() {
+    let vm = Vm::new("messages");
+    vm.daemon.wait_for("a socket", || vm.client_path.exists());
+    vm.daemon.terminate();
+    vm.daemon
+        .wait_for("its end", || vm.daemon.exit_status().is_some());
+    assert!(!vm.client_path.exists());
+}
