@@ -1,6 +1,7 @@
 //! The QEMU arguments that go with a configuration.
 
 mod devices;
+mod emulated;
 mod given;
 
 use std::ffi::OsString;
@@ -100,6 +101,7 @@ impl QemuArgs {
             ));
         }
         arguments.extend(devices.iter().flat_map(Devices::arguments));
+        arguments.extend(emulated::arguments(config));
         arguments.extend([
             ("-chardev", format!("socket,id=viommu,path={socket}")),
             (
@@ -229,7 +231,9 @@ fn endpoint_note(config: &Config, devices: Option<&Devices>, entry: EndpointRang
         .group
         .and_then(|id| config.topology.group_name(id))
         .map_or_else(String::new, |name| format!(" (host group {name})"));
-    let device = devices.and_then(|devices| devices.endpoint_note(first));
+    let device = devices
+        .and_then(|devices| devices.endpoint_note(first))
+        .or_else(|| emulated::endpoint_note(config, first));
     let place = if let Some(note) = device {
         note
     } else if first.segment() != 0 {

@@ -312,6 +312,33 @@ fn windows_a_server_refuses_do_not_exist() {
 }
 
 #[test]
+fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.iommu().set_memory(Vec::new());
+    rig.iommu().set_bypass(true);
+    let (mut client, played) = rig.pair(|peer, msg| match msg.cmd {
+        DMA_MAP => {
+            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+            true
+        }
+        RESET => {
+            assert_eq!(write(peer, RAM, b"x"), libc::EFAULT);
+            false
+        }
+        _ => false,
+    });
+    rig.iommu().set_memory(vec![rig.slot.clone()]);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    rig.iommu().set_memory(Vec::new());
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(played.each(DMA_MAP, |m| m.u64_at(16)), [RAM]);
+    assert!(
+        played.each(DMA_UNMAP, |_| ()).is_empty(),
+        "it never had that"
+    );
+}
+
+#[test]
 fn a_server_gets_no_more_windows_than_it_can_have() {
     let rig = Rig::new(Isolation::Messages);
     rig.attach();

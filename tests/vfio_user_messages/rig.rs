@@ -232,10 +232,12 @@ pub fn play(
         let mut peer = accept(&listener);
         drop(listener);
         while let Some(mut msg) = peer.recv() {
+            // Whoever looks after a reply has come finds its command here.
+            let mut log = log.lock().unwrap();
             if !script(&mut peer, &mut msg) {
                 plainly(&mut peer, &msg);
             }
-            log.lock().unwrap().push(msg);
+            log.push(msg);
         }
     });
     Played { seen, thread }
