@@ -172,7 +172,7 @@ impl DmaBackend for VfioUser {
         }
     }
 
-    fn vmm_connected(&mut self) {
+    fn vmm_present(&mut self, _present: bool) {
         // A device is bound to nothing: the VMM's client connects by itself.
     }
 
@@ -264,7 +264,12 @@ impl DmaBackend for VfioUser {
             .map_err(|cause| self.refused(format_args!("{mapping} stays unmapped"), &cause))
     }
 
-    fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<(), BackendError> {
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        _least: u64,
+    ) -> Result<(), BackendError> {
         if self.target != Target::Domain(domain) {
             return Ok(());
         }

@@ -306,5 +306,6 @@ fn ram() -> MemorySlot {
         file,
         offset: RAM_OFFSET,
         identity,
+        is_shared_memory: true,
     }
 }
