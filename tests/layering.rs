@@ -22,7 +22,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vfio", &[]),
     ("vfio_user", &[]),
     ("guest_memory", &["backends"]),
-    ("backends", &["vfio", "vfio_user"]),
+    ("backends", &["page_table", "vfio", "vfio_user"]),
     ("iommu", &["page_table", "topology", "backends"]),
     (
         "device",

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -1004,6 +1004,68 @@ fn the_memfd_is_sealed_and_costs_nothing_while_idle() {
     assert!(file.set_len(64 * GIB - 1).is_err());
     assert!(file.set_len(64 * GIB + 1).is_err());
     assert_eq!(table.destroy(&mut arena), Unmapped::default());
+}
+
+/// Whether `fd` can be mapped with these rights, by the byte that is found at its start.
+#[expect(unsafe_code, reason = "tries what a hostile reader would")]
+fn try_map(fd: &OwnedFd, protection: libc::c_int, then: libc::c_int) -> bool {
+    // SAFETY:
+    // - no address is asked for, so nothing that is mapped now is replaced
+    let at = unsafe {
+        let fd = fd.as_raw_fd();
+        libc::mmap(
+            std::ptr::null_mut(),
+            4096,
+            protection,
+            libc::MAP_SHARED,
+            fd,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return false;
+    }
+    // SAFETY:
+    // - the page was mapped just now and nobody has a reference into it
+    let allowed = unsafe { libc::mprotect(at, 4096, then) == 0 };
+    // SAFETY:
+    // - the page was mapped by this function and is used no more
+    unsafe { libc::munmap(at, 4096) };
+    allowed
+}
+
+#[test]
+fn a_shared_arena_can_be_written_to_by_its_owner_only() {
+    let (mut arena, mut table) = new_table(64, Levels::Four);
+    let before = arena.fd().try_clone_to_owned().expect("a descriptor");
+    assert!(try_map(&before, libc::PROT_WRITE, libc::PROT_WRITE));
+    let shared = arena.share().expect("sealed");
+    let again = arena.share().expect("sealed already");
+    let path = format!("/proc/self/fd/{}", shared.as_raw_fd());
+    let reopened = File::options().read(true).write(true).open(path);
+    let mut all = vec![before, shared, again];
+    all.extend(reopened.map(OwnedFd::from));
+    assert_eq!(all.len(), 4, "the file itself could be opened again");
+    for fd in all {
+        assert!(!try_map(&fd, libc::PROT_WRITE, libc::PROT_WRITE));
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        assert!(!try_map(&fd, both, both));
+        assert!(!try_map(&fd, libc::PROT_READ, both), "made writable later");
+        assert!(try_map(&fd, libc::PROT_READ, libc::PROT_READ));
+        let file = File::from(fd);
+        assert!(file.write_all_at(&[0; 8], 0).is_err());
+        assert!(file.set_len(0).is_err());
+    }
+    // The owner goes on as before, also where memory would have gone back.
+    let reader = ReadOnlyArena::map(arena.fd()).expect("an arena");
+    for _ in 0..3 {
+        let one = mapping(0, PAGE, PAGE, Access::READ);
+        map(&mut table, &mut arena, &one).expect("free");
+        assert!(reader::walk(reader.view(), table.root(), Levels::Four, Iova(0)).is_some());
+        unmap(&mut table, &mut arena, IovaRange::ALL).expect("whole mappings");
+        assert!(reader::walk(reader.view(), table.root(), Levels::Four, Iova(0)).is_none());
+        arena.reclaim();
+    }
 }
 
 #[test]

@@ -20,6 +20,7 @@ use vm_memory::MmapRegion;
 
 use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{Levels, TableOffset};
 
 /// What a backend can do. The core offers the guest no more than all backends can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +88,10 @@ impl fmt::Debug for MemorySlot {
 pub trait Contents {
     /// The mappings of a domain in the order of addresses; none where it does not exist.
     fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_>;
+
+    /// The table of a domain, for backends whose endpoints follow it themselves; `None` where there
+    /// is none.
+    fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)>;
 }
 
 /// What kind of failure a backend met; it becomes the status of the request.

@@ -29,7 +29,8 @@ use crate::backends::{
 };
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{
-    Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, Translation, Unmapped, WouldSplit,
+    Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, TableOffset, Translation, Unmapped,
+    WouldSplit,
 };
 use crate::topology::{GroupId, ReservedRegions, Topology};
 use crate::{error_limited, warn_limited};
@@ -208,6 +209,11 @@ impl Iommu {
         &self.arena
     }
 
+    /// The page tables' memory, for backends that have endpoint slots there.
+    pub fn arena_mut(&mut self) -> &mut Arena {
+        &mut self.arena
+    }
+
     /// Whether endpoints without a domain are in bypass mode.
     pub fn bypass(&self) -> bool {
         self.bypass
@@ -285,7 +291,8 @@ impl Iommu {
             self.retarget_unattached_mates(group, endpoint, Target::Blocked);
         }
         if let Some(index) = backend
-            && let Err(refusal) = self.switch(index, endpoint, target_of(domain, bypass))
+            && let Err(refusal) =
+                self.switch(index, endpoint, target_of(domain, bypass), made.as_ref())
         {
             self.resume(&changes.suspended);
             if !was_active {
@@ -354,7 +361,7 @@ impl Iommu {
                 Some(_) => Target::Blocked,
                 None => self.bypass_target(),
             };
-            if let Err(refusal) = self.switch(index, endpoint, target) {
+            if let Err(refusal) = self.switch(index, endpoint, target, None) {
                 let cause = refusal.cause().clone();
                 self.quarantine(endpoint, &cause);
                 return Err(RequestError::Quarantined { cause, count: 1 });
@@ -488,7 +495,6 @@ impl Iommu {
         });
         // UNMAP-5
         let unmapped = table.commit_unmap(&mut self.arena, plan);
-        self.arena.reclaim();
         // Nearly always all that was mapped was reachable.
         let least = least.unwrap_or(unmapped.bytes);
         debug_assert_eq!(least, counted.unwrap_or(least));
@@ -504,6 +510,8 @@ impl Iommu {
             }
         }
         if failures.is_empty() {
+            // Not before: until then somebody may be reading the tables that have become empty.
+            self.arena.reclaim();
             return Ok(unmapped);
         }
         let mut quarantined: Option<(BackendError, usize)> = None;
@@ -512,6 +520,7 @@ impl Iommu {
             let before = quarantined.map_or(0, |(_, count)| count);
             quarantined = Some((cause, before + count));
         }
+        self.arena.reclaim();
         match quarantined {
             None => Ok(unmapped),
             Some((cause, count)) => Err(RequestError::Quarantined { cause, count }),
@@ -726,15 +735,17 @@ impl Iommu {
     }
 
     /// Switches `endpoint` over in its backend, which finds in the page tables what it must fill
-    /// in. Nothing here changes.
+    /// in. Nothing here changes. `made` is the domain it goes to where that is not known yet.
     fn switch(
         &mut self,
         index: usize,
         endpoint: EndpointId,
         target: Target,
+        made: Option<&Domain>,
     ) -> Result<(), AttachError> {
         let tables = Tables {
             domains: &self.domains,
+            made,
             arena: &self.arena,
         };
         self.backends[index].attach(endpoint, target, &tables)
@@ -834,7 +845,7 @@ impl Iommu {
         let Some(&index) = self.backend_of.get(&endpoint) else {
             return;
         };
-        match self.switch(index, endpoint, target) {
+        match self.switch(index, endpoint, target, None) {
             Ok(()) => {
                 if let Some(state) = self.endpoints.get_mut(&endpoint) {
                     state.quarantined = false;
@@ -930,6 +941,8 @@ fn target_of(domain: DomainId, bypass: bool) -> Target {
 /// The mappings of the domains, while backends are at work.
 struct Tables<'a> {
     domains: &'a BTreeMap<DomainId, Domain>,
+    /// A domain that is about to be one of them.
+    made: Option<&'a Domain>,
     arena: &'a Arena,
 }
 
@@ -938,6 +951,12 @@ impl Contents for Tables<'_> {
         let table = self.domains.get(&domain).and_then(|d| d.table.as_ref());
         let mappings = table.map(|t| t.mappings(self.arena, Iova(0)));
         Box::new(mappings.into_iter().flatten())
+    }
+
+    fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)> {
+        let domain = self.domains.get(&domain).or(self.made)?;
+        let table = domain.table.as_ref()?;
+        Some((table.root(), table.levels()))
     }
 }
 

@@ -1,16 +1,11 @@
 //! Frames of a bounded, sealed memfd (of the heap under Miri).
 
-#![expect(
-    unsafe_code,
-    reason = "makes and maps the memory that holds the tables"
-)]
-
 use std::io;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 #[cfg(not(miri))]
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use thiserror::Error;
 
@@ -19,6 +14,9 @@ use super::layout::{
     HEADER_VERSION, Levels, MAGIC, TableOffset,
 };
 use super::reader::View;
+use super::words::SharedWords;
+#[cfg(not(miri))]
+use super::words::{MappedWords, sealed_size};
 
 /// The header and one root: less than this holds no table at all.
 const MIN_FRAMES: u32 = 2;
@@ -60,7 +58,10 @@ pub enum ArenaError {
 /// nothing by itself.
 #[derive(Debug)]
 pub struct Arena {
-    memory: Memory,
+    memory: Arc<SharedWords>,
+    /// Readers have it: nothing but this process's mapping can write to it any more.
+    #[cfg(not(miri))]
+    shared: bool,
     frames: u32,
     /// Frames from here on were never used.
     watermark: u32,
@@ -96,7 +97,9 @@ impl Arena {
             Ok(list)
         };
         let arena = Self {
-            memory: Memory::new(bytes)?,
+            memory: Arc::new(SharedWords::new(bytes)?),
+            #[cfg(not(miri))]
+            shared: false,
             frames,
             watermark: 1,
             free: list()?,
@@ -139,10 +142,32 @@ impl Arena {
         self.frames_used() * FRAME_BYTES
     }
 
+    /// A descriptor for readers, who can change nothing through it: from now on no descriptor of
+    /// the memfd can be written to or mapped for writing, however it is opened, and no seal can be
+    /// added. This process's mapping stays as it is.
+    ///
+    /// Frames no longer in use keep their memory after this, since no hole can be made in the memfd.
+    ///
+    /// # Errors
+    /// The system refuses the seals.
+    #[cfg(not(miri))]
+    pub fn share(&mut self) -> Result<OwnedFd, ArenaError> {
+        if !self.shared {
+            let seals = libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+            self.memory.add_seals(seals)?;
+            self.shared = true;
+        }
+        let copy = self.memory.fd().try_clone_to_owned();
+        copy.map_err(|source| ArenaError::System {
+            action: "copy the descriptor of the memfd",
+            source,
+        })
+    }
+
     /// The memfd.
     #[cfg(not(miri))]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.memory.fd.as_fd()
+        self.memory.fd()
     }
 
     /// What a reader sees.
@@ -159,6 +184,10 @@ impl Arena {
             return;
         }
         self.free.append(&mut self.retired);
+        #[cfg(not(miri))]
+        if self.shared {
+            return;
+        }
         if self.free.len() - self.given_back > 2 * KEEP_FRAMES {
             self.give_back();
         }
@@ -176,6 +205,10 @@ impl Arena {
             }
         }
         self.given_back = kept_from;
+    }
+
+    pub(super) fn memory(&self) -> &Arc<SharedWords> {
+        &self.memory
     }
 
     /// A frame of zeros, or `None` where there is none to be had.
@@ -259,7 +292,7 @@ impl Arena {
 #[cfg(not(miri))]
 #[derive(Debug)]
 pub struct ReadOnlyArena {
-    memory: Words,
+    memory: MappedWords,
 }
 
 #[cfg(not(miri))]
@@ -272,7 +305,7 @@ impl ReadOnlyArena {
     /// arena of this version, or it cannot be mapped.
     pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ArenaError> {
         let bytes = sealed_size(fd)?;
-        let memory = Words::map(fd, bytes, libc::PROT_READ)?;
+        let memory = MappedWords::map(fd, bytes, libc::PROT_READ)?;
         let header = |index: usize| {
             let word = memory.as_slice().get(index);
             word.map_or(0, |word| word.load(Ordering::Acquire))
@@ -293,213 +326,4 @@ impl ReadOnlyArena {
     pub fn view(&self) -> View<'_> {
         View::new(self.memory.as_slice())
     }
-}
-
-/// Aligned words, shared with other threads and processes, all of them accessed atomically.
-#[derive(Debug)]
-struct Words {
-    start: NonNull<AtomicU64>,
-    len: usize,
-}
-
-// SAFETY:
-// - the words belong to this value alone until it is dropped; no thread owns them
-unsafe impl Send for Words {}
-
-// SAFETY:
-// - shared references give out atomics only
-unsafe impl Sync for Words {}
-
-impl Words {
-    fn as_slice(&self) -> &[AtomicU64] {
-        // SAFETY:
-        // - start and len: describe memory that was made by `map` (or `heap`) and that lives
-        //   until drop; every byte of it is initialised, as zero or by a store
-        // - alignment: pages, or a layout asked for words
-        // - aliasing: the memory is accessed through atomics only, here and in other processes
-        // - sealed against shrinking, so no page of it can go away
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
-}
-
-#[cfg(not(miri))]
-impl Words {
-    fn map(fd: BorrowedFd<'_>, bytes: usize, protection: libc::c_int) -> Result<Self, ArenaError> {
-        // SAFETY:
-        // - no address is asked for, so nothing that is mapped now is replaced
-        // - the descriptor is open, being borrowed
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                protection,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(system("map the memfd"));
-        }
-        let Some(start) = NonNull::new(start.cast()) else {
-            return Err(ArenaError::NotAnArena("it was mapped at address 0"));
-        };
-        Ok(Self {
-            start,
-            len: bytes / size_of::<AtomicU64>(),
-        })
-    }
-}
-
-#[cfg(not(miri))]
-impl Drop for Words {
-    fn drop(&mut self) {
-        // SAFETY:
-        // - start and len: what `map` got from mmap, unmapped nowhere else
-        // - no reference is left: they borrow from this value
-        unsafe {
-            libc::munmap(
-                self.start.as_ptr().cast(),
-                self.len * size_of::<AtomicU64>(),
-            )
-        };
-    }
-}
-
-#[cfg(miri)]
-impl Words {
-    fn heap(bytes: usize) -> Self {
-        let words = (0..bytes / size_of::<AtomicU64>()).map(|_| AtomicU64::new(0));
-        let words: Box<[AtomicU64]> = words.collect();
-        let len = words.len();
-        let start = NonNull::from(Box::leak(words)).cast();
-        Self { start, len }
-    }
-}
-
-#[cfg(miri)]
-impl Drop for Words {
-    fn drop(&mut self) {
-        let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.len);
-        // SAFETY:
-        // - start and len: those of the box that `heap` leaked, freed nowhere else
-        drop(unsafe { Box::from_raw(words) });
-    }
-}
-
-#[derive(Debug)]
-struct Memory {
-    words: Words,
-    #[cfg(not(miri))]
-    fd: OwnedFd,
-}
-
-impl Memory {
-    fn words(&self) -> &[AtomicU64] {
-        self.words.as_slice()
-    }
-
-    #[cfg(miri)]
-    fn new(bytes: usize) -> Result<Self, ArenaError> {
-        let words = Words::heap(bytes);
-        Ok(Self { words })
-    }
-
-    #[cfg(not(miri))]
-    fn new(bytes: usize) -> Result<Self, ArenaError> {
-        let fd = memfd()?;
-        let Ok(length) = libc::off_t::try_from(bytes) else {
-            return Err(ArenaError::TooLarge {
-                limit_bytes: bytes as u64,
-            });
-        };
-        // SAFETY:
-        // - the descriptor is open and ours; no pointer is passed
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), length) } != 0 {
-            return Err(system("set the size of the memfd"));
-        }
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY:
-        // - the descriptor is open and ours; no pointer is passed
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-            return Err(system("seal the memfd"));
-        }
-        let words = Words::map(fd.as_fd(), bytes, libc::PROT_READ | libc::PROT_WRITE)?;
-        Ok(Self { words, fd })
-    }
-
-    #[cfg(miri)]
-    fn discard(&self, _first: u32, _frames: usize) {}
-
-    /// Gives the memory of zeroed frames back to the system; they go on reading as zero.
-    #[cfg(not(miri))]
-    fn discard(&self, first: u32, frames: usize) {
-        let offset = libc::off_t::try_from(u64::from(first) * FRAME_BYTES);
-        let length = libc::off_t::try_from(frames as u64 * FRAME_BYTES);
-        let (Ok(offset), Ok(length)) = (offset, length) else {
-            return;
-        };
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY:
-        // - the descriptor is open and ours; no pointer is passed
-        // - mapped pages are replaced by zeros, which is what these frames hold already
-        let failed = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, length) } != 0;
-        if failed {
-            // Nothing is wrong but the amount of memory in use.
-            log::debug!("cannot give back page table memory: {}", last_error());
-        }
-    }
-}
-
-#[cfg(not(miri))]
-fn memfd() -> Result<OwnedFd, ArenaError> {
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // Some hosts refuse memfds that could be executed, others do not know the flag.
-    for flags in [flags | libc::MFD_NOEXEC_SEAL, flags] {
-        // SAFETY:
-        // - the name is a string with a final zero, which outlives the call
-        let fd = unsafe { libc::memfd_create(c"iommu-page-tables".as_ptr(), flags) };
-        if fd >= 0 {
-            // SAFETY:
-            // - the descriptor was just made and belongs to nobody else
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
-    }
-    Err(system("make a memfd"))
-}
-
-/// The size of a memfd that cannot shrink under its readers.
-#[cfg(not(miri))]
-fn sealed_size(fd: BorrowedFd<'_>) -> Result<usize, ArenaError> {
-    // SAFETY:
-    // - the descriptor is open, being borrowed; no pointer is passed
-    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
-    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
-        return Err(ArenaError::NotAnArena("it is not sealed against shrinking"));
-    }
-    let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY:
-    // - the descriptor is open, being borrowed
-    // - the pointer leads to room for one `stat`
-    if unsafe { libc::fstat(fd.as_raw_fd(), status.as_mut_ptr()) } != 0 {
-        return Err(system("find the size of the memfd"));
-    }
-    // SAFETY:
-    // - fstat succeeded, so it filled in all of it
-    let size = unsafe { status.assume_init() }.st_size;
-    match usize::try_from(size) {
-        Ok(bytes) if bytes > 0 => Ok(bytes),
-        _ => Err(ArenaError::NotAnArena("it is empty")),
-    }
-}
-
-#[cfg(not(miri))]
-fn system(action: &'static str) -> ArenaError {
-    let source = last_error();
-    ArenaError::System { action, source }
-}
-
-#[cfg(not(miri))]
-fn last_error() -> io::Error {
-    io::Error::last_os_error()
 }

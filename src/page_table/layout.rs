@@ -1,4 +1,4 @@
-//! What the words of the arena mean: the header frame, the entries, the levels.
+//! What the words of the arena mean: the header frame, the entries, the levels, endpoint slots.
 
 use crate::address::{Access, Gpa, Iova, IovaRange};
 
@@ -103,6 +103,61 @@ pub(super) fn index(iova: u64, level: u32) -> u64 {
 fn shift(level: u32) -> u32 {
     // The mask changes nothing for levels that exist, and lets the shift go unchecked.
     (PAGE_BITS + INDEX_BITS * level.wrapping_sub(1)) & 63
+}
+
+/// An endpoint slot: where the DMA of an endpoint goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndpointWord {
+    /// Nowhere.
+    Blocked,
+    /// To guest-physical addresses as they are, but for the endpoint's reserved regions.
+    Bypass,
+    /// Through the table at `root`.
+    Domain {
+        /// Where a walk starts.
+        root: TableOffset,
+        /// How deep the table is.
+        levels: Levels,
+    },
+}
+
+impl EndpointWord {
+    const KIND: u64 = 0b11;
+    const BYPASS: u64 = 1;
+    const DOMAIN: u64 = 2;
+    /// The table has five levels.
+    const FIVE: u64 = 1 << 2;
+
+    /// The word as it lies in memory.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Blocked => 0,
+            Self::Bypass => Self::BYPASS,
+            Self::Domain { root, levels } => {
+                let five = match levels {
+                    Levels::Four => 0,
+                    Levels::Five => Self::FIVE,
+                };
+                root.0 & Entry::ADDRESS | five | Self::DOMAIN
+            }
+        }
+    }
+
+    /// What a word says. One that says nothing known blocks.
+    pub fn from_bits(bits: u64) -> Self {
+        match bits & Self::KIND {
+            Self::BYPASS => Self::Bypass,
+            Self::DOMAIN => Self::Domain {
+                root: TableOffset(bits & Entry::ADDRESS),
+                levels: if bits & Self::FIVE == 0 {
+                    Levels::Four
+                } else {
+                    Levels::Five
+                },
+            },
+            _ => Self::Blocked,
+        }
+    }
 }
 
 /// One word of a table: free, a leaf, or the way to the next table.
@@ -278,6 +333,24 @@ mod tests {
             assert!(entry.is_table(2) && entry.is_table(5) && !entry.is_leaf(2));
             assert_eq!(entry.with_used(3), Entry::table(TableOffset(0x7_f000), 3));
         }
+    }
+
+    #[test]
+    fn an_endpoint_word_gives_back_what_it_was_made_of() {
+        let domain = |root, levels| EndpointWord::Domain {
+            root: TableOffset(root),
+            levels,
+        };
+        for (word, bits) in [
+            (EndpointWord::Blocked, 0),
+            (EndpointWord::Bypass, 1),
+            (domain(0x5000, Levels::Four), 0x5002),
+            (domain(0xf_ffff_ffff_f000, Levels::Five), 0xf_ffff_ffff_f006),
+        ] {
+            assert_eq!(word.bits(), bits);
+            assert_eq!(EndpointWord::from_bits(bits), word);
+        }
+        assert_eq!(EndpointWord::from_bits(3), EndpointWord::Blocked);
     }
 
     #[test]

@@ -10,20 +10,26 @@
 //! refusal and alters nothing, and then commits it, which cannot fail. Any number of readers, in
 //! this process or in others, follow the entries at the same time without a lock
 //! ([`reader::walk`]). A frame that leaves the tree is *retired*: it is handed out again only
-//! after [`Arena::reclaim`], which the owner calls once no reader can still be inside it.
+//! after [`Arena::reclaim`], which the owner calls once no reader can still be inside it. How it
+//! learns that is [`epoch`]'s part; [`EndpointSlots`] tell readers where to start.
 //!
 //! The bytes are an interface of their own, written down in `docs/page-table.md`.
 
 mod arena;
+pub mod epoch;
 pub mod layout;
 pub mod reader;
+mod slots;
+pub mod words;
 mod writer;
 
 #[cfg(not(miri))]
 pub use arena::ReadOnlyArena;
 pub use arena::{Arena, ArenaError};
-pub use layout::{Levels, TableOffset};
+pub use layout::{EndpointWord, Levels, TableOffset};
 pub use reader::{Mappings, Translation, View};
+
+pub use slots::EndpointSlots;
 
 pub use crate::address::Mapping;
 pub use writer::{MapPlan, MapRefusal, OutOfFrames, Table, UnmapPlan, Unmapped, WouldSplit};

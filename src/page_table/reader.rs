@@ -6,7 +6,7 @@
 use std::iter::FusedIterator;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::layout::{Entry, Levels, TableOffset, entry_bytes, index};
+use super::layout::{EndpointWord, Entry, Levels, TableOffset, entry_bytes, index};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 
 /// Where one address leads.
@@ -33,6 +33,13 @@ impl<'a> View<'a> {
     /// A view of `words`, the first of which is the first word of the header.
     pub fn new(words: &'a [AtomicU64]) -> Self {
         Self { words }
+    }
+
+    /// What the endpoint slot in this word says; blocked where that lies outside the arena.
+    pub fn endpoint(self, word: usize) -> EndpointWord {
+        // Acquire: a root is seen with all that is in its table.
+        let bits = self.words.get(word).map(|w| w.load(Ordering::Acquire));
+        EndpointWord::from_bits(bits.unwrap_or(0))
     }
 
     /// The entry at `index` of `table`, or `None` where that lies outside the arena.

@@ -1,0 +1,88 @@
+//! Endpoint slots: words of the arena that tell readers where the DMA of an endpoint goes.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::arena::Arena;
+use super::layout::{EndpointWord, FRAME_WORDS, TableOffset};
+use super::words::SharedWords;
+use super::writer::OutOfFrames;
+
+/// The slots of some endpoints, each of which is blocked at first.
+///
+/// Their frames stay theirs until the arena's end.
+#[derive(Debug)]
+pub struct EndpointSlots {
+    memory: Arc<SharedWords>,
+    frames: Vec<TableOffset>,
+}
+
+impl EndpointSlots {
+    /// `count` slots.
+    ///
+    /// # Errors
+    /// The arena has not enough frames.
+    pub fn new(arena: &mut Arena, count: usize) -> Result<Self, OutOfFrames> {
+        let needed = count.div_ceil(FRAME_WORDS) as u64;
+        let free = arena.frames_free();
+        let frames = if needed <= free {
+            (0..needed).map_while(|_| arena.allocate()).collect()
+        } else {
+            return Err(OutOfFrames { needed, free });
+        };
+        Ok(Self {
+            memory: arena.memory().clone(),
+            frames,
+        })
+    }
+
+    /// The word of the arena that is slot `index`; beyond the arena where there is no such slot.
+    pub fn word(&self, index: usize) -> usize {
+        let frame = self.frames.get(index / FRAME_WORDS);
+        frame.map_or(usize::MAX, |f| f.slot((index % FRAME_WORDS) as u64))
+    }
+
+    /// Accesses that begin after this call meet `state`, all at once. Those in progress are to be
+    /// waited for.
+    pub fn set(&self, index: usize, state: EndpointWord) {
+        // Release: a root is seen with all that is in its table.
+        if let Some(word) = self.memory.words().get(self.word(index)) {
+            word.store(state.bits(), Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_table::{Levels, Table};
+
+    #[test]
+    fn slots_are_words_of_their_own_that_readers_see() {
+        let mut arena = Arena::new(1 << 20).expect("an arena");
+        let used = arena.frames_used();
+        let slots = EndpointSlots::new(&mut arena, 513).expect("two frames");
+        assert_eq!(arena.frames_used(), used + 2);
+        let table = Table::new(&mut arena, Levels::Five).expect("a frame");
+        let domain = EndpointWord::Domain {
+            root: table.root(),
+            levels: table.levels(),
+        };
+        slots.set(0, EndpointWord::Bypass);
+        slots.set(512, domain);
+        assert_eq!(arena.view().endpoint(slots.word(0)), EndpointWord::Bypass);
+        assert_eq!(arena.view().endpoint(slots.word(1)), EndpointWord::Blocked);
+        assert_eq!(arena.view().endpoint(slots.word(512)), domain);
+        let beyond = slots.word(5000);
+        assert_eq!(arena.view().endpoint(beyond), EndpointWord::Blocked);
+        slots.set(5000, EndpointWord::Bypass);
+    }
+
+    #[test]
+    fn slots_take_no_more_than_there_is() {
+        let mut arena = Arena::new(8192).expect("an arena");
+        let refused = EndpointSlots::new(&mut arena, 513).expect_err("one frame");
+        assert_eq!(refused, OutOfFrames { needed: 2, free: 1 });
+        assert_eq!(arena.frames_free(), 1);
+    }
+}

@@ -1,0 +1,264 @@
+//! Words of memory that processes share: in a sealed memfd (on the heap under Miri).
+
+#![expect(unsafe_code, reason = "makes and maps memory")]
+
+use std::io;
+#[cfg(not(miri))]
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
+
+use super::arena::ArenaError;
+#[cfg(not(miri))]
+use super::layout::FRAME_BYTES;
+
+/// Aligned words, shared with other threads and processes, all of them accessed atomically.
+#[derive(Debug)]
+pub struct MappedWords {
+    start: NonNull<AtomicU64>,
+    len: usize,
+}
+
+// SAFETY:
+// - the words belong to this value alone until it is dropped; no thread owns them
+unsafe impl Send for MappedWords {}
+
+// SAFETY:
+// - shared references give out atomics only
+unsafe impl Sync for MappedWords {}
+
+impl MappedWords {
+    /// The words.
+    pub fn as_slice(&self) -> &[AtomicU64] {
+        // SAFETY:
+        // - start and len: describe memory that was made by `map` (or `heap`) and that lives
+        //   until drop; every byte of it is initialised, as zero or by a store
+        // - alignment: pages, or a layout asked for words
+        // - aliasing: the memory is accessed through atomics only, here and in other processes
+        // - sealed against shrinking, so no page of it can go away
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(not(miri))]
+impl MappedWords {
+    /// Maps the first `bytes` of a memfd that is sealed against shrinking, see [`sealed_size`].
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn map(
+        fd: BorrowedFd<'_>,
+        bytes: usize,
+        protection: libc::c_int,
+    ) -> Result<Self, ArenaError> {
+        // SAFETY:
+        // - no address is asked for, so nothing that is mapped now is replaced
+        // - the descriptor is open, being borrowed
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                protection,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                fd.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(system("map the memfd"));
+        }
+        let Some(start) = NonNull::new(start.cast()) else {
+            return Err(ArenaError::NotAnArena("it was mapped at address 0"));
+        };
+        Ok(Self {
+            start,
+            len: bytes / size_of::<AtomicU64>(),
+        })
+    }
+}
+
+#[cfg(not(miri))]
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        // SAFETY:
+        // - start and len: what `map` got from mmap, unmapped nowhere else
+        // - no reference is left: they borrow from this value
+        unsafe {
+            libc::munmap(
+                self.start.as_ptr().cast(),
+                self.len * size_of::<AtomicU64>(),
+            )
+        };
+    }
+}
+
+#[cfg(miri)]
+impl MappedWords {
+    fn heap(bytes: usize) -> Self {
+        let words = (0..bytes / size_of::<AtomicU64>()).map(|_| AtomicU64::new(0));
+        let words: Box<[AtomicU64]> = words.collect();
+        let len = words.len();
+        let start = NonNull::from(Box::leak(words)).cast();
+        Self { start, len }
+    }
+}
+
+#[cfg(miri)]
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.len);
+        // SAFETY:
+        // - start and len: those of the box that `heap` leaked, freed nowhere else
+        drop(unsafe { Box::from_raw(words) });
+    }
+}
+
+/// Words in a memfd of their own, all zero at first, that other processes can map, too.
+#[derive(Debug)]
+pub struct SharedWords {
+    words: MappedWords,
+    #[cfg(not(miri))]
+    fd: OwnedFd,
+}
+
+impl SharedWords {
+    /// The words.
+    pub fn words(&self) -> &[AtomicU64] {
+        self.words.as_slice()
+    }
+
+    /// `bytes` of memory.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(miri)]
+    pub fn new(bytes: usize) -> Result<Self, ArenaError> {
+        let words = MappedWords::heap(bytes);
+        Ok(Self { words })
+    }
+
+    /// `bytes` of memory, in a memfd that is sealed against shrinking and growing.
+    ///
+    /// # Errors
+    /// The system refuses.
+    #[cfg(not(miri))]
+    pub fn new(bytes: usize) -> Result<Self, ArenaError> {
+        let fd = memfd()?;
+        let Ok(length) = libc::off_t::try_from(bytes) else {
+            return Err(ArenaError::TooLarge {
+                limit_bytes: bytes as u64,
+            });
+        };
+        // SAFETY:
+        // - the descriptor is open and ours; no pointer is passed
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), length) } != 0 {
+            return Err(system("set the size of the memfd"));
+        }
+        add_seals(&fd, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
+        let words = MappedWords::map(fd.as_fd(), bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Self { words, fd })
+    }
+
+    /// The memfd.
+    #[cfg(not(miri))]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Seals the memfd further.
+    ///
+    /// # Errors
+    /// The system refuses.
+    #[cfg(not(miri))]
+    pub fn add_seals(&self, seals: libc::c_int) -> Result<(), ArenaError> {
+        add_seals(&self.fd, seals)
+    }
+
+    #[cfg(miri)]
+    pub(super) fn discard(&self, _first: u32, _frames: usize) {}
+
+    /// Gives the memory of zeroed frames back to the system; they go on reading as zero.
+    #[cfg(not(miri))]
+    pub(super) fn discard(&self, first: u32, frames: usize) {
+        let offset = libc::off_t::try_from(u64::from(first) * FRAME_BYTES);
+        let length = libc::off_t::try_from(frames as u64 * FRAME_BYTES);
+        let (Ok(offset), Ok(length)) = (offset, length) else {
+            return;
+        };
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY:
+        // - the descriptor is open and ours; no pointer is passed
+        // - mapped pages are replaced by zeros, which is what these frames hold already
+        let failed = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, length) } != 0;
+        if failed {
+            // Nothing is wrong but the amount of memory in use.
+            log::debug!("cannot give back page table memory: {}", last_error());
+        }
+    }
+}
+
+#[cfg(not(miri))]
+fn memfd() -> Result<OwnedFd, ArenaError> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // Some hosts refuse memfds that could be executed, others do not know the flag.
+    for flags in [flags | libc::MFD_NOEXEC_SEAL, flags] {
+        // SAFETY:
+        // - the name is a string with a final zero, which outlives the call
+        let fd = unsafe { libc::memfd_create(c"iommu-page-tables".as_ptr(), flags) };
+        if fd >= 0 {
+            // SAFETY:
+            // - the descriptor was just made and belongs to nobody else
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    Err(system("make a memfd"))
+}
+
+#[cfg(not(miri))]
+fn add_seals(fd: &OwnedFd, seals: libc::c_int) -> Result<(), ArenaError> {
+    // SAFETY:
+    // - the descriptor is open, being borrowed; no pointer is passed
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(system("seal the memfd"));
+    }
+    Ok(())
+}
+
+/// The size of a memfd that cannot shrink under its readers.
+///
+/// # Errors
+/// It is no memfd that is sealed so, or has no size.
+#[cfg(not(miri))]
+pub fn sealed_size(fd: BorrowedFd<'_>) -> Result<usize, ArenaError> {
+    // SAFETY:
+    // - the descriptor is open, being borrowed; no pointer is passed
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+        return Err(ArenaError::NotAnArena("it is not sealed against shrinking"));
+    }
+    let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
+    // SAFETY:
+    // - the descriptor is open, being borrowed
+    // - the pointer leads to room for one `stat`
+    if unsafe { libc::fstat(fd.as_raw_fd(), status.as_mut_ptr()) } != 0 {
+        return Err(system("find the size of the memfd"));
+    }
+    // SAFETY:
+    // - fstat succeeded, so it filled in all of it
+    let size = unsafe { status.assume_init() }.st_size;
+    match usize::try_from(size) {
+        Ok(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err(ArenaError::NotAnArena("it is empty")),
+    }
+}
+
+#[cfg(not(miri))]
+fn system(action: &'static str) -> ArenaError {
+    let source = last_error();
+    ArenaError::System { action, source }
+}
+
+#[cfg(not(miri))]
+fn last_error() -> io::Error {
+    io::Error::last_os_error()
+}

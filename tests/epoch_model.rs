@@ -1,0 +1,125 @@
+//! The epoch protocol under a model checker: every order in which the accesses of a reader and the
+//! changes of the writer can meet.
+#![allow(clippy::expect_used, reason = "a test fails by panicking")]
+
+use std::sync::atomic::Ordering;
+
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, fence};
+use loom::thread;
+use vhost_device_iommu::page_table::epoch::{Waiting, Word, enter, leave};
+
+/// A word of the model.
+struct Modelled(AtomicU64);
+
+impl Word for Modelled {
+    fn load(&self, order: Ordering) -> u64 {
+        self.0.load(order)
+    }
+
+    fn store(&self, value: u64, order: Ordering) {
+        self.0.store(value, order);
+    }
+
+    fn fence() {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// A reader's words, one entry (0: nothing mapped, else 1 + the page it leads to), and pages. The
+/// model refuses every access to a page that is not ordered with one for writing.
+struct Shared {
+    words: Vec<Modelled>,
+    entry: AtomicU64,
+    pages: Vec<UnsafeCell<u64>>,
+}
+
+impl Shared {
+    fn new(words: usize, pages: usize) -> Arc<Self> {
+        Arc::new(Self {
+            words: (0..words).map(|_| Modelled(AtomicU64::new(0))).collect(),
+            entry: AtomicU64::new(1),
+            pages: (0..pages).map(|_| UnsafeCell::new(0)).collect(),
+        })
+    }
+
+    /// One access of a reader, as `shadow` makes it.
+    #[expect(unsafe_code, reason = "the model watches over what happens in there")]
+    fn access(&self, word: usize) {
+        let inside = enter(&self.words[word]);
+        let entry = self.entry.load(Ordering::Acquire);
+        if entry > 0 {
+            let page = usize::try_from(entry - 1).expect("small");
+            // SAFETY: the model fails where the page is written to meanwhile.
+            self.pages[page].with(|page| unsafe { *page });
+        }
+        leave(&self.words[word], inside);
+    }
+
+    fn wait(&self) {
+        let mut waiting = Waiting::begin(&self.words);
+        while !waiting.is_over(|word| self.words.get(word)) {
+            thread::yield_now();
+        }
+    }
+
+    /// The page belongs to somebody else from now on.
+    #[expect(unsafe_code, reason = "the model watches over what happens in there")]
+    fn reuse(&self, page: usize) {
+        // SAFETY: the model fails where anybody reads meanwhile.
+        self.pages[page].with_mut(|page| unsafe { *page += 1 });
+    }
+}
+
+#[test]
+fn an_unmapped_page_is_not_reached_after_the_wait() {
+    loom::model(|| {
+        let shared = Shared::new(1, 1);
+        let reader = shared.clone();
+        let reader = thread::spawn(move || reader.access(0));
+        shared.entry.store(0, Ordering::Release);
+        shared.wait();
+        shared.reuse(0);
+        reader.join().expect("no race");
+    });
+}
+
+/// The next access of the same reader takes the word over, and is not waited for.
+#[test]
+fn accesses_that_follow_one_another_are_all_over() {
+    loom::model(|| {
+        let shared = Shared::new(1, 2);
+        let reader = shared.clone();
+        let reader = thread::spawn(move || {
+            reader.access(0);
+            reader.access(0);
+        });
+        // Another page takes the place of the first, as in an ATTACH to another domain.
+        shared.entry.store(2, Ordering::Release);
+        shared.wait();
+        shared.reuse(0);
+        reader.join().expect("no race");
+    });
+}
+
+#[test]
+fn all_words_are_waited_for() {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let shared = Shared::new(2, 1);
+        let readers: Vec<_> = [0, 1]
+            .map(|word| {
+                let reader = shared.clone();
+                thread::spawn(move || reader.access(word))
+            })
+            .into();
+        shared.entry.store(0, Ordering::Release);
+        shared.wait();
+        shared.reuse(0);
+        for reader in readers {
+            reader.join().expect("no race");
+        }
+    });
+}
