@@ -37,6 +37,8 @@ mod passthrough_tests;
 pub mod protocol;
 pub mod qemu_args;
 pub mod ready;
+#[cfg(not(miri))]
+pub mod shadow;
 pub mod signals;
 pub mod socket;
 pub mod topology;

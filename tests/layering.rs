@@ -22,7 +22,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vfio", &[]),
     ("vfio_user", &[]),
     ("guest_memory", &["backends"]),
-    ("backends", &["page_table", "vfio", "vfio_user"]),
+    ("backends", &["page_table", "vfio", "vfio_user", "shadow"]),
     ("iommu", &["page_table", "topology", "backends"]),
     (
         "device",
@@ -40,6 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("socket", &[]),
+    ("shadow", &["page_table", "socket"]),
     ("ctl", &["args"]),
     ("config", &["args", "topology"]),
     ("qemu_args", &["config", "topology"]),

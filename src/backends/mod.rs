@@ -4,6 +4,8 @@ pub mod iommufd;
 mod reach;
 #[cfg(test)]
 pub(crate) mod recorder;
+#[cfg(not(miri))]
+pub mod shadow;
 mod space;
 #[cfg(test)]
 pub(crate) mod testing;

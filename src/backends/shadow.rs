@@ -1,0 +1,142 @@
+//! Endpoints whose devices are processes that follow the page tables themselves.
+//!
+//! Nothing is copied: what the tables say holds. This switches the endpoints' slots and waits for
+//! readers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{
+    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
+    Target,
+};
+use crate::address::{IovaRange, Mapping, PageMask};
+use crate::error_limited;
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::EndpointWord;
+use crate::shadow::{Ram, Registry, Stuck};
+
+/// The backend.
+#[derive(Debug)]
+pub struct Shadow {
+    registry: Arc<Registry>,
+    targets: BTreeMap<EndpointId, Target>,
+}
+
+impl Shadow {
+    /// The backend of `endpoints`, which all are in `registry`.
+    pub fn new(registry: Arc<Registry>, endpoints: &[EndpointId]) -> Self {
+        let blocked = endpoints.iter().map(|&e| (e, Target::Blocked));
+        Self {
+            registry,
+            targets: blocked.collect(),
+        }
+    }
+
+    fn block(&mut self, endpoint: EndpointId) {
+        self.targets.insert(endpoint, Target::Blocked);
+        if let Err(stuck) = self.registry.switch(endpoint, EndpointWord::Blocked) {
+            error_limited!("endpoint {endpoint} is blocked, but {stuck}");
+        }
+    }
+}
+
+impl DmaBackend for Shadow {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            page_sizes: PageMask::TABLE,
+            aperture: IovaRange::ALL,
+        }
+    }
+
+    fn vmm_present(&mut self, _present: bool) {
+        // The devices are no part of the VMM.
+    }
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.registry.add_memory(Ram {
+            range: slot.range,
+            file: slot.file.clone(),
+            offset: slot.offset,
+        });
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.registry.remove_memory(slot.range).map_err(failed)
+    }
+
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let word = match target {
+            Target::Blocked => EndpointWord::Blocked,
+            Target::Bypass => EndpointWord::Bypass,
+            Target::Domain(domain) => match contents.table(domain) {
+                Some((root, levels)) => EndpointWord::Domain { root, levels },
+                None => {
+                    return Err(AttachError::Unchanged(BackendError {
+                        kind: BackendErrorKind::DevErr,
+                        message: format!("domain {domain} has no page table"),
+                    }));
+                }
+            },
+        };
+        match self.registry.switch(endpoint, word) {
+            Ok(()) => {
+                self.targets.insert(endpoint, target);
+                Ok(())
+            }
+            Err(stuck) => {
+                self.targets.insert(endpoint, Target::Blocked);
+                Err(AttachError::Blocked(failed(stuck)))
+            }
+        }
+    }
+
+    fn destroy_domain(&mut self, domain: DomainId) {
+        // There are none unless the core is mistaken.
+        let left: Vec<_> = self.members(domain).collect();
+        for endpoint in left {
+            self.block(endpoint);
+        }
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId) {
+        self.block(endpoint);
+    }
+
+    fn map(&mut self, _domain: DomainId, _mapping: &Mapping) -> Result<(), BackendError> {
+        // Readers find it in the table.
+        Ok(())
+    }
+
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        _range: IovaRange,
+        _least: u64,
+    ) -> Result<(), BackendError> {
+        let targets = &self.targets;
+        let concerned = |e| targets.get(&e) == Some(&Target::Domain(domain));
+        self.registry.wait_for_readers(concerned).map_err(failed)
+    }
+}
+
+impl Shadow {
+    fn members(&self, domain: DomainId) -> impl Iterator<Item = EndpointId> {
+        let inside = move |target: &Target| *target == Target::Domain(domain);
+        let members = self.targets.iter().filter(move |(_, t)| inside(t));
+        members.map(|(&endpoint, _)| endpoint)
+    }
+}
+
+fn failed(stuck: Stuck) -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::DevErr,
+        message: stuck.to_string(),
+    }
+}

@@ -1,0 +1,522 @@
+//! The registration sockets: one thread that lets readers in and hears what they say, and one that
+//! passes faults on.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use log::{debug, warn};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::registry::{Reader, Registry};
+use super::sys::receive;
+use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
+use crate::address::{Access, Iova};
+use crate::ids::EndpointId;
+use crate::socket::{SocketFile, bind};
+use crate::warn_limited;
+
+/// How long a process may take to say its greeting.
+const GREETING: Duration = Duration::from_secs(2);
+/// The most processes that are connected and have not said it.
+const MAX_STRANGERS: usize = 16;
+/// Faults of one reader that are passed on at once.
+const FAULT_BURST: u32 = 64;
+/// And after that one in this time.
+const FAULT_REFILL: Duration = Duration::from_millis(10);
+/// Faults that wait for being passed on.
+const FAULT_QUEUE: usize = 256;
+/// Frames read from one reader before another one gets its turn.
+const FRAMES_PER_TURN: usize = 64;
+/// How long the sockets rest where a process cannot be accepted.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+const STOP: u64 = 0;
+const FIRST_LISTENER: u64 = 1;
+const FIRST_CONNECTION: u64 = 1 << 32;
+/// Set in the number of the event that says that a connection's process is gone.
+const EXIT: u64 = 1 << 63;
+
+/// An access that a reader was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RefusedAccess {
+    /// Who tried.
+    pub endpoint: EndpointId,
+    /// What it tried.
+    pub access: Access,
+    /// Where.
+    pub address: Iova,
+}
+
+/// A socket and the endpoints that readers may register for there.
+#[derive(Debug)]
+pub struct ShadowSocket<'a> {
+    /// The path.
+    pub path: &'a Path,
+    /// The endpoints.
+    pub endpoints: Vec<EndpointId>,
+}
+
+/// The threads; dropping it ends them, hangs up on every reader and removes the sockets.
+pub struct ShadowServer {
+    /// Shut down to end the thread.
+    stop: UnixStream,
+    threads: Vec<JoinHandle<()>>,
+    files: Vec<Arc<SocketFile>>,
+}
+
+impl ShadowServer {
+    /// Listens at the paths. Each refused access, up to the rate that is passed on, is given to
+    /// `faults`, in a thread of its own.
+    ///
+    /// # Errors
+    /// A socket cannot be made.
+    pub fn start(
+        registry: Arc<Registry>,
+        sockets: &[ShadowSocket<'_>],
+        faults: impl FnMut(RefusedAccess) + Send + 'static,
+    ) -> io::Result<Self> {
+        let (stop, stopped) = UnixStream::pair()?;
+        let epoll = Epoll::new()?;
+        watch(&epoll, stopped.as_raw_fd(), STOP)?;
+        let mut listeners = Vec::new();
+        let mut files = Vec::new();
+        for (number, socket) in (FIRST_LISTENER..).zip(sockets) {
+            let (listener, file) = bind(socket.path)?;
+            listener.set_nonblocking(true)?;
+            watch(&epoll, listener.as_raw_fd(), number)?;
+            listeners.push((listener, socket.endpoints.clone()));
+            files.push(Arc::new(file));
+        }
+        let (sender, receiver) = sync_channel(FAULT_QUEUE);
+        let mut served = Served {
+            registry,
+            epoll,
+            listeners,
+            connections: BTreeMap::new(),
+            next: FIRST_CONNECTION,
+            faults: sender,
+        };
+        let spawn = |name: &str| std::thread::Builder::new().name(name.into());
+        let serving = spawn("shadow").spawn(move || {
+            served.run();
+            drop(stopped);
+        })?;
+        let passing = spawn("shadow-faults").spawn(move || pass_on(&receiver, faults))?;
+        Ok(Self {
+            stop,
+            threads: vec![serving, passing],
+            files,
+        })
+    }
+
+    /// The sockets' files.
+    pub fn files(&self) -> &[Arc<SocketFile>] {
+        &self.files
+    }
+}
+
+impl Drop for ShadowServer {
+    fn drop(&mut self) {
+        if let Err(cause) = self.stop.shutdown(Shutdown::Both) {
+            warn!("cannot stop the shadow thread: {cause}");
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                warn!("a shadow thread has panicked");
+            }
+        }
+        for file in &self.files {
+            file.remove();
+        }
+    }
+}
+
+fn pass_on(faults: &Receiver<RefusedAccess>, mut sink: impl FnMut(RefusedAccess)) {
+    while let Ok(fault) = faults.recv() {
+        sink(fault);
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, number: u64) -> io::Result<()> {
+    let event = EpollEvent::new(EventSet::IN, number);
+    epoll.ctl(ControlOperation::Add, fd, event)
+}
+
+/// What the thread works on.
+struct Served {
+    registry: Arc<Registry>,
+    epoll: Epoll,
+    listeners: Vec<(UnixListener, Vec<EndpointId>)>,
+    connections: BTreeMap<u64, Connection>,
+    next: u64,
+    faults: SyncSender<RefusedAccess>,
+}
+
+struct Connection {
+    who: Who,
+    /// The frame that is coming in, and how much of it is there.
+    frame: [u8; FRAME_LEN],
+    filled: usize,
+}
+
+enum Who {
+    Stranger {
+        stream: UnixStream,
+        listener: usize,
+        until: Instant,
+    },
+    Reader {
+        reader: Arc<Reader>,
+        budget: Budget,
+    },
+    /// A reader that has hung up inside an access.
+    Leaving(Arc<Reader>),
+}
+
+/// What came in on a connection.
+enum Input {
+    Frame(Frame),
+    /// Nothing more for now.
+    Nothing,
+    /// The other end is closed.
+    Closed,
+    /// Something that must not be.
+    Garbage(&'static str),
+}
+
+impl Connection {
+    fn stream(&self) -> Option<&UnixStream> {
+        match &self.who {
+            Who::Stranger { stream, .. } => Some(stream),
+            Who::Reader { reader, .. } => Some(reader.stream()),
+            Who::Leaving(_) => None,
+        }
+    }
+
+    fn next(&mut self) -> Input {
+        let mut frame = self.frame;
+        let filled = self.filled;
+        let Some(stream) = self.stream() else {
+            return Input::Nothing;
+        };
+        let received = receive(stream, frame.get_mut(filled..).unwrap_or_default(), false);
+        self.frame = frame;
+        match received {
+            Ok((_, fds)) if !fds.is_empty() => Input::Garbage("sends descriptors"),
+            Ok((0, _)) if filled > 0 => Input::Garbage("hangs up within a frame"),
+            Ok((0, _)) => Input::Closed,
+            Ok((got, _)) => {
+                self.filled += got;
+                if self.filled < FRAME_LEN {
+                    return Input::Nothing;
+                }
+                self.filled = 0;
+                Input::Frame(Frame::from_wire(&self.frame))
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Input::Nothing,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => Input::Nothing,
+            Err(_) => Input::Closed,
+        }
+    }
+}
+
+impl Served {
+    fn run(&mut self) {
+        let mut events = [EpollEvent::default(); 32];
+        loop {
+            let ready = match self.epoll.wait(self.timeout(), &mut events) {
+                Ok(ready) => ready,
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => 0,
+                Err(cause) => {
+                    warn!("the shadow sockets are closed: {cause}");
+                    break;
+                }
+            };
+            let numbers: Vec<u64> = events.iter().take(ready).map(EpollEvent::data).collect();
+            if numbers.contains(&STOP) {
+                break;
+            }
+            for number in numbers {
+                if number & EXIT != 0 {
+                    self.exited(number & !EXIT);
+                } else if number >= FIRST_CONNECTION {
+                    self.hear(number);
+                } else {
+                    self.accept(number);
+                }
+            }
+            self.drop_silent_strangers();
+        }
+        for (_, connection) in std::mem::take(&mut self.connections) {
+            match connection.who {
+                Who::Reader { reader, .. } | Who::Leaving(reader) => self.registry.hang_up(&reader),
+                Who::Stranger { .. } => {}
+            }
+        }
+    }
+
+    /// Milliseconds until a stranger has been silent for too long; -1 where there is none.
+    fn timeout(&self) -> i32 {
+        let first = self.connections.values().filter_map(|c| match c.who {
+            Who::Stranger { until, .. } => Some(until),
+            Who::Reader { .. } | Who::Leaving(_) => None,
+        });
+        first.min().map_or(-1, |until| {
+            let left = until.saturating_duration_since(Instant::now());
+            i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn accept(&mut self, number: u64) {
+        let index = usize::try_from(number - FIRST_LISTENER).unwrap_or(usize::MAX);
+        let Some((listener, _)) = self.listeners.get(index) else {
+            return;
+        };
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => return,
+            Err(cause) => {
+                warn_limited!("cannot accept a reader: {cause}");
+                std::thread::sleep(BACK_OFF);
+                return;
+            }
+        };
+        let strangers = self.connections.values();
+        let strangers = strangers.filter(|c| matches!(c.who, Who::Stranger { .. }));
+        if strangers.count() >= MAX_STRANGERS {
+            self.registry
+                .refuse(&stream, Refusal::Full, MAX_STRANGERS as u64);
+            return;
+        }
+        let number = self.next;
+        if let Err(cause) = watch(&self.epoll, stream.as_raw_fd(), number) {
+            warn_limited!("cannot listen to a reader: {cause}");
+            return;
+        }
+        self.next += 1;
+        let connection = Connection {
+            who: Who::Stranger {
+                stream,
+                listener: index,
+                until: Instant::now() + GREETING,
+            },
+            frame: [0; FRAME_LEN],
+            filled: 0,
+        };
+        self.connections.insert(number, connection);
+    }
+
+    fn hear(&mut self, number: u64) {
+        for _ in 0..FRAMES_PER_TURN {
+            let Some(connection) = self.connections.get_mut(&number) else {
+                return;
+            };
+            match connection.next() {
+                Input::Nothing => return,
+                Input::Closed => return self.closed(number),
+                Input::Garbage(why) => return self.broken(number, why),
+                Input::Frame(frame) => match &mut connection.who {
+                    Who::Stranger { .. } => return self.greeted(number, &frame),
+                    Who::Reader { reader, budget } => {
+                        let heard =
+                            hear_reader(&self.registry, reader, budget, &frame, &self.faults);
+                        if let Err(why) = heard {
+                            return self.broken(number, why);
+                        }
+                    }
+                    Who::Leaving(_) => return,
+                },
+            }
+        }
+    }
+
+    fn greeted(&mut self, number: u64, greeting: &Frame) {
+        let Some(connection) = self.connections.remove(&number) else {
+            return;
+        };
+        let Who::Stranger {
+            stream, listener, ..
+        } = connection.who
+        else {
+            return;
+        };
+        let served = self.listeners.get(listener).map(|(_, served)| served);
+        let served = served.map(Vec::as_slice).unwrap_or_default();
+        match self.registry.register(stream, greeting, served) {
+            Ok(reader) => {
+                let process = reader.process().as_raw_fd();
+                if let Err(cause) = watch(&self.epoll, process, number | EXIT) {
+                    // It is noticed all the same whenever it is waited for.
+                    debug!("the end of a reader is not watched: {cause}");
+                }
+                let who = Who::Reader {
+                    reader,
+                    budget: Budget::new(),
+                };
+                let connection = Connection {
+                    who,
+                    frame: [0; FRAME_LEN],
+                    filled: 0,
+                };
+                self.connections.insert(number, connection);
+            }
+            Err(refusal) => warn_limited!("a reader is refused: {refusal:?}"),
+        }
+    }
+
+    /// The other end is closed.
+    fn closed(&mut self, number: u64) {
+        let Some(connection) = self.connections.remove(&number) else {
+            return;
+        };
+        match connection.who {
+            Who::Stranger { .. } => {}
+            Who::Reader { reader, .. } | Who::Leaving(reader) => {
+                self.registry.hang_up(&reader);
+                self.leave(number, reader, false);
+            }
+        }
+    }
+
+    /// Something came in that must not be.
+    fn broken(&mut self, number: u64, why: &'static str) {
+        let Some(connection) = self.connections.remove(&number) else {
+            return;
+        };
+        match connection.who {
+            Who::Stranger { stream, .. } => {
+                warn_limited!("a process that wants to be a reader {why}");
+                self.registry.refuse(&stream, Refusal::NoGreeting, 0);
+            }
+            Who::Reader { reader, .. } | Who::Leaving(reader) => {
+                let dying = self.registry.expel(&reader, why);
+                self.leave(number, reader, dying);
+            }
+        }
+    }
+
+    /// Nothing is heard from a reader any more. Its process is watched on if it is `dying` or inside
+    /// an access.
+    fn leave(&mut self, number: u64, reader: Arc<Reader>, dying: bool) {
+        let event = EpollEvent::default();
+        let stream = reader.stream().as_raw_fd();
+        if let Err(cause) = self.epoll.ctl(ControlOperation::Delete, stream, event) {
+            debug!("reader {} cannot be left alone: {cause}", reader.number());
+        }
+        if dying || reader.is_inside() {
+            let connection = Connection {
+                who: Who::Leaving(reader),
+                frame: [0; FRAME_LEN],
+                filled: 0,
+            };
+            self.connections.insert(number, connection);
+        }
+    }
+
+    /// A reader's process is gone.
+    fn exited(&mut self, number: u64) {
+        if let Some(connection) = self.connections.remove(&number) {
+            match connection.who {
+                Who::Stranger { .. } => {}
+                Who::Reader { reader, .. } | Who::Leaving(reader) => self.registry.forget(&reader),
+            }
+        }
+    }
+
+    fn drop_silent_strangers(&mut self) {
+        let now = Instant::now();
+        let registry = &self.registry;
+        self.connections
+            .retain(|_, connection| match &connection.who {
+                Who::Stranger { stream, until, .. } if *until <= now => {
+                    registry.refuse(stream, Refusal::NoGreeting, 0);
+                    false
+                }
+                Who::Stranger { .. } | Who::Reader { .. } | Who::Leaving(_) => true,
+            });
+    }
+}
+
+fn hear_reader(
+    registry: &Registry,
+    reader: &Reader,
+    budget: &mut Budget,
+    frame: &Frame,
+    faults: &SyncSender<RefusedAccess>,
+) -> Result<(), &'static str> {
+    match frame.kind {
+        kind::MEMORY_TAKEN => {
+            let [generation, ..] = frame.numbers;
+            registry.taken(reader, generation);
+            Ok(())
+        }
+        kind::FAULT => {
+            let access = access_of(frame.value).ok_or("reports a fault of no known kind")?;
+            let [address, ..] = frame.numbers;
+            let fault = RefusedAccess {
+                endpoint: reader.endpoint(),
+                access,
+                address: Iova(address),
+            };
+            if budget.take(Instant::now()) && faults.try_send(fault).is_ok() {
+                registry.counters().faults.inc();
+            } else {
+                registry.counters().faults_suppressed.inc();
+            }
+            Ok(())
+        }
+        _ => Err("says what no reader says"),
+    }
+}
+
+/// How many faults of one reader are passed on.
+struct Budget {
+    left: u32,
+    since: Instant,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self {
+            left: FAULT_BURST,
+            since: Instant::now(),
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let elapsed = now.saturating_duration_since(self.since).as_millis();
+        let earned = u32::try_from(elapsed / FAULT_REFILL.as_millis()).unwrap_or(u32::MAX);
+        if earned > 0 {
+            self.left = self.left.saturating_add(earned).min(FAULT_BURST);
+            self.since = now;
+        }
+        let taken = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_has_a_burst_of_faults_and_then_some() {
+        let mut budget = Budget::new();
+        let start = budget.since;
+        let passed = (0..1000).filter(|_| budget.take(start)).count();
+        assert_eq!(passed, 64);
+        assert!(!budget.take(start + Duration::from_millis(9)));
+        assert!(budget.take(start + Duration::from_millis(10)));
+        assert!(!budget.take(start + Duration::from_millis(11)));
+    }
+}

@@ -1,0 +1,305 @@
+//! The system calls of this module: descriptors over sockets, who is at the other end, and the end of
+//! a process.
+
+#![expect(unsafe_code, reason = "system calls")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// Descriptors that come with one message at the most; more are closed by the kernel.
+const MAX_FDS: usize = 4;
+/// Room for their control message, in words.
+const CONTROL_WORDS: usize = 8;
+/// `SO_PEERPIDFD` of `asm-generic/socket.h`.
+const SO_PEERPIDFD: libc::c_int = 77;
+
+/// Sends all of `bytes`, or as many as there is room for, with `fds`; never waits.
+///
+/// # Errors
+/// `WouldBlock` where there is no room at all; no descriptor has been sent then.
+pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    if fds.len() > MAX_FDS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut control = [0u64; CONTROL_WORDS];
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let mut message = empty_message(&raw mut part);
+    if !fds.is_empty() {
+        let numbers: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let len = u32::try_from(size_of_val(numbers.as_slice())).unwrap_or(0);
+        message.msg_control = control.as_mut_ptr().cast();
+        // SAFETY: computes a size from a size.
+        message.msg_controllen = unsafe { libc::CMSG_SPACE(len) } as usize;
+        // SAFETY:
+        // - message: has a control buffer that lives until the end of this function, and is at
+        //   least as long as it says: MAX_FDS descriptors fit
+        let header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+        // SAFETY: computes a size from a size.
+        let total = unsafe { libc::CMSG_LEN(len) } as usize;
+        // SAFETY:
+        // - header: the start of the control buffer, aligned as words are, with room for a header
+        unsafe {
+            header.write(libc::cmsghdr {
+                cmsg_len: total,
+                cmsg_level: libc::SOL_SOCKET,
+                cmsg_type: libc::SCM_RIGHTS,
+            });
+        };
+        // SAFETY: header is that of the message.
+        let data = unsafe { libc::CMSG_DATA(header) };
+        // SAFETY:
+        // - data: room for `numbers` was asked for above
+        // - the two do not overlap: one is on the heap, one on the stack
+        unsafe {
+            data.copy_from_nonoverlapping(numbers.as_ptr().cast(), size_of_val(numbers.as_slice()));
+        };
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY:
+    // - message: describes `bytes`, which is only read, and the control buffer
+    // - the descriptor is open, being borrowed
+    let sent = unsafe { libc::sendmsg(stream.as_raw_fd(), &raw const message, flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives up to `buffer.len()` bytes, 0 at the end of the stream, and the descriptors that come with
+/// them, which are closed on exec.
+///
+/// # Errors
+/// `WouldBlock` where `wait` is not set and there is nothing.
+pub fn receive(
+    stream: &UnixStream,
+    buffer: &mut [u8],
+    wait: bool,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = [0u64; CONTROL_WORDS];
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    let mut message = empty_message(&raw mut part);
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    let flags = libc::MSG_CMSG_CLOEXEC | if wait { 0 } else { libc::MSG_DONTWAIT };
+    // SAFETY:
+    // - message: describes `buffer` and `control`, both valid for writes for the whole call
+    // - the descriptor is open, being borrowed
+    let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &raw mut message, flags) };
+    let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+    let mut fds = Vec::new();
+    // SAFETY: message is as the kernel has left it, and its control buffer is still there.
+    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !header.is_null() {
+        // SAFETY: header is not null, so it lies in the control buffer and was filled in.
+        let found = unsafe { *header };
+        if found.cmsg_level == libc::SOL_SOCKET && found.cmsg_type == libc::SCM_RIGHTS {
+            // SAFETY: header is that of a control message.
+            let data: *const RawFd = unsafe { libc::CMSG_DATA(header) }.cast();
+            // SAFETY: computes a size.
+            let before = unsafe { libc::CMSG_LEN(0) } as usize;
+            let count = found.cmsg_len.saturating_sub(before) / size_of::<RawFd>();
+            for index in 0..count {
+                // SAFETY: below the number of descriptors in this control message.
+                let at = unsafe { data.add(index) };
+                // SAFETY: the kernel has written a descriptor's number there.
+                let number = unsafe { at.read_unaligned() };
+                // SAFETY: the kernel has made the descriptor for this process just now.
+                fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        }
+        // SAFETY: both are those of the message.
+        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
+    }
+    Ok((got, fds))
+}
+
+fn empty_message(part: *mut libc::iovec) -> libc::msghdr {
+    // SAFETY: zero is a value of every field; pointers are null and lengths 0.
+    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    message.msg_iov = part;
+    message.msg_iovlen = 1;
+    message
+}
+
+/// This process's effective user.
+pub fn own_user() -> u32 {
+    // SAFETY: always succeeds.
+    unsafe { libc::geteuid() }
+}
+
+/// The user of the process that has connected.
+///
+/// # Errors
+/// The system will not tell.
+pub fn peer_user(stream: &UnixStream) -> io::Result<u32> {
+    credentials(stream).map(|c| c.uid)
+}
+
+fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
+    let mut found = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    socket_option(stream, libc::SO_PEERCRED, &mut found)?;
+    Ok(found)
+}
+
+fn socket_option<T: Copy>(
+    stream: &UnixStream,
+    option: libc::c_int,
+    value: &mut T,
+) -> io::Result<()> {
+    let size = size_of::<T>();
+    let mut len = libc::socklen_t::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let at: *mut T = value;
+    // SAFETY:
+    // - at and len: valid for writes for the whole call; the callers' types are plain numbers
+    // - the descriptor is open, being borrowed
+    let done = unsafe {
+        let fd = stream.as_raw_fd();
+        libc::getsockopt(fd, libc::SOL_SOCKET, option, at.cast(), &raw mut len)
+    };
+    match (done, usize::try_from(len)) {
+        (0, Ok(len)) if len == size => Ok(()),
+        (0, _) => Err(io::ErrorKind::InvalidData.into()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A process at the other end of a socket, whatever becomes of its number.
+#[derive(Debug)]
+pub struct Process {
+    handle: OwnedFd,
+    /// It is this one, which is never killed.
+    own: bool,
+}
+
+impl Process {
+    /// The process that has connected, which this one is able to end.
+    ///
+    /// # Errors
+    /// It is gone, or this process may not send it signals.
+    pub fn of_peer(stream: &UnixStream) -> io::Result<Self> {
+        let pid = credentials(stream)?.pid;
+        let mut number: libc::c_int = -1;
+        let handle = match socket_option(stream, SO_PEERPIDFD, &mut number) {
+            // SAFETY: the kernel has made the descriptor for this process just now.
+            Ok(()) if number >= 0 => unsafe { OwnedFd::from_raw_fd(number) },
+            // The kernel is older than 6.5.
+            Err(cause) if cause.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                let handle = pidfd_open(pid)?;
+                // Its end of the socket is open, so it was there when its number was looked up.
+                if has_hung_up(stream) {
+                    return Err(io::ErrorKind::NotConnected.into());
+                }
+                handle
+            }
+            Ok(()) => return Err(io::ErrorKind::NotConnected.into()),
+            Err(cause) => return Err(cause),
+        };
+        let process = Self {
+            handle,
+            own: u32::try_from(pid) == Ok(std::process::id()),
+        };
+        process.signal(0)?;
+        Ok(process)
+    }
+
+    /// Whether it runs no more: none of its threads accesses anything.
+    pub fn is_gone(&self) -> bool {
+        // In doubt it is there.
+        self.wait_until_gone(Duration::ZERO)
+    }
+
+    /// Waits until it is gone, but not longer than `patience`.
+    pub fn wait_until_gone(&self, patience: Duration) -> bool {
+        poll(self.handle.as_raw_fd(), libc::POLLIN, patience).unwrap_or(false)
+    }
+
+    /// Kills it. It may take some time to be gone.
+    ///
+    /// # Errors
+    /// The system refuses, or it is this process.
+    pub fn kill(&self) -> io::Result<()> {
+        if self.own {
+            return Err(io::Error::other("a process does not end itself"));
+        }
+        self.signal(libc::SIGKILL)
+    }
+
+    fn signal(&self, signal: libc::c_int) -> io::Result<()> {
+        // SAFETY:
+        // - the descriptor is open, being ours; no information is passed with the signal
+        let done = unsafe {
+            let fd = self.handle.as_raw_fd();
+            let none = std::ptr::null_mut::<libc::siginfo_t>();
+            libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0)
+        };
+        if done == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+}
+
+impl AsRawFd for Process {
+    /// Readable once the process is gone.
+    fn as_raw_fd(&self) -> RawFd {
+        self.handle.as_raw_fd()
+    }
+}
+
+fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: no pointer is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match RawFd::try_from(fd) {
+        // SAFETY: the kernel has made the descriptor for this process just now.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Waits until the stream takes more bytes, but not longer than `patience`.
+///
+/// # Errors
+/// The system refuses.
+pub fn wait_for_room(stream: &UnixStream, patience: Duration) -> io::Result<bool> {
+    poll(stream.as_raw_fd(), libc::POLLOUT, patience)
+}
+
+/// Whether the other end is closed, or this one is shut down.
+pub fn has_hung_up(stream: &UnixStream) -> bool {
+    poll(stream.as_raw_fd(), libc::POLLHUP, Duration::ZERO).unwrap_or(true)
+}
+
+fn poll(fd: RawFd, events: libc::c_short, patience: Duration) -> io::Result<bool> {
+    let mut watched = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    let timeout = libc::timespec {
+        tv_sec: libc::time_t::try_from(patience.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(patience.subsec_nanos() as i32),
+    };
+    // SAFETY:
+    // - watched: one structure, valid for writes for the whole call
+    // - timeout: valid for reads; no signal mask is given
+    let ready = unsafe { libc::ppoll(&raw mut watched, 1, &raw const timeout, std::ptr::null()) };
+    match ready {
+        1.. => Ok(watched.revents & events != 0),
+        0 => Ok(false),
+        _ => match io::Error::last_os_error() {
+            cause if cause.kind() == io::ErrorKind::Interrupted => Ok(false),
+            cause => Err(cause),
+        },
+    }
+}

@@ -1,0 +1,241 @@
+//! A core with shadow endpoints, guest RAM, and processes that read.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
+use vhost_device_iommu::backends::MemorySlot;
+use vhost_device_iommu::backends::shadow::Shadow;
+use vhost_device_iommu::ids::{DomainId, EndpointId};
+use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::shadow::{
+    Limits, RefusedAccess, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
+};
+use vhost_device_iommu::topology::{
+    EndpointSpec, ReservedKind, ReservedRegion, ReservedRegions, Topology,
+};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Served at the socket.
+pub const A: EndpointId = EndpointId(0x18);
+pub const B: EndpointId = EndpointId(0x20);
+/// Not served there.
+pub const OTHER: EndpointId = EndpointId(0x28);
+pub const D1: DomainId = DomainId(1);
+pub const D2: DomainId = DomainId(2);
+pub const PAGE: u64 = 4096;
+/// Guest RAM, at guest-physical 0.
+pub const RAM: u64 = 4 << 20;
+/// What bypass mode does not reach.
+pub const MSI: u64 = 0xfee0_0000;
+
+pub struct Bed {
+    pub iommu: Iommu,
+    pub registry: Arc<Registry>,
+    pub _server: ShadowServer,
+    pub faults: Receiver<RefusedAccess>,
+    pub ram: Vec<MemorySlot>,
+    folder: tempfile::TempDir,
+}
+
+pub fn range(first: u64, last: u64) -> IovaRange {
+    IovaRange::new(Iova(first), Iova(last)).expect("first <= last")
+}
+
+pub fn mapping(iova: u64, bytes: u64, gpa: u64, access: Access) -> Mapping {
+    Mapping {
+        range: range(iova, iova + (bytes - 1)),
+        gpa: Gpa(gpa),
+        access,
+        mmio: false,
+    }
+}
+
+/// Guest RAM in a file of its own.
+pub fn slot(gpa: u64, bytes: u64) -> MemorySlot {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(bytes).expect("room");
+    let file = Arc::new(file);
+    let backing = FileOffset::from_arc(file.clone(), 0);
+    let found = file.metadata().expect("a file");
+    MemorySlot {
+        range: GpaRange::from_len(Gpa(gpa), bytes).expect("not empty"),
+        memory: Arc::new(MmapRegion::from_file(backing, bytes as usize).expect("mapped")),
+        file,
+        offset: 0,
+        is_shared_memory: false,
+        identity: (found.dev(), found.ino()),
+    }
+}
+
+impl Bed {
+    pub fn new() -> Self {
+        Self::with(Limits {
+            patience: Duration::from_millis(500),
+            ..Limits::default()
+        })
+    }
+
+    pub fn with(limits: Limits) -> Self {
+        let settings = Settings {
+            address_width: 48,
+            page_sizes: PageMask::TABLE,
+            last_domain: 15,
+            bypass_at_boot: false,
+            arena_limit: 8 << 20,
+        };
+        let msi = ReservedRegion {
+            range: range(MSI, MSI + 0xf_ffff),
+            kind: ReservedKind::Msi,
+        };
+        let specs = [A, B, OTHER].map(|e| EndpointSpec {
+            range: format!("00:{:02x}.0", e.0 >> 3)
+                .parse()
+                .expect("an address"),
+            group: None,
+            reserved: Vec::new(),
+        });
+        let topology = Topology::new(
+            "00:01.0".parse().expect("an address"),
+            ReservedRegions::new(vec![msi]).expect("one region"),
+            &specs,
+        );
+        let mut iommu = Iommu::new(settings, topology.expect("a topology")).expect("an arena");
+        let endpoints = [A, B, OTHER].map(|id| ShadowEndpoint {
+            id,
+            reserved: vec![msi.range],
+        });
+        let registry = Registry::new(iommu.arena_mut(), endpoints.into(), limits).expect("shared");
+        let registry = Arc::new(registry);
+        let all = [A, B, OTHER];
+        let backend = Shadow::new(registry.clone(), &all);
+        iommu.add_backend(Box::new(backend), &all).expect("added");
+        let ram = vec![slot(0, RAM)];
+        iommu.set_memory(ram.clone());
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        let (sender, faults) = channel();
+        let sockets = [ShadowSocket {
+            path: &path,
+            endpoints: vec![A, B],
+        }];
+        let server = ShadowServer::start(registry.clone(), &sockets, move |fault| {
+            // The test may be over.
+            let _ = sender.send(fault);
+        });
+        Self {
+            iommu,
+            registry,
+            _server: server.expect("a socket"),
+            faults,
+            ram,
+            folder,
+        }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    pub fn reader(&self, endpoint: EndpointId) -> ShadowReader {
+        ShadowReader::connect(&self.path(), endpoint).expect("let in")
+    }
+
+    pub fn fault(&self) -> RefusedAccess {
+        let patience = Duration::from_secs(10);
+        self.faults.recv_timeout(patience).expect("a fault")
+    }
+
+    /// Guest RAM as the guest itself has it.
+    pub fn file(&self) -> &File {
+        &self.ram[0].file
+    }
+
+    pub fn poke(&self, gpa: u64, value: u64) {
+        let done = self.file().write_all_at(&value.to_le_bytes(), gpa);
+        done.expect("written");
+    }
+
+    pub fn peek(&self, gpa: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.file().read_exact_at(&mut bytes, gpa).expect("read");
+        u64::from_le_bytes(bytes)
+    }
+
+    /// Another process that plays a role, see `roles`.
+    pub fn process(&self, role: &str) -> Role {
+        Role::start(role, &self.path())
+    }
+
+    /// Waits until there are so many readers.
+    pub fn wait_for_readers(&self, count: usize) {
+        eventually("readers", || self.registry.reader_count() == count);
+    }
+}
+
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub struct Role {
+    pub child: Child,
+    pub said: BufReader<ChildStdout>,
+    pub stdin: ChildStdin,
+}
+
+impl Role {
+    fn start(role: &str, socket: &Path) -> Self {
+        let mut child = Command::new(std::env::current_exe().expect("this test"))
+            .args(["--ignored", "--exact", "roles::play", "--nocapture"])
+            .env("SHADOW_ROLE", role)
+            .env("SHADOW_SOCKET", socket)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let said = BufReader::new(child.stdout.take().expect("piped"));
+        let stdin = child.stdin.take().expect("piped");
+        Self { child, said, stdin }
+    }
+
+    /// Reads until it says `word`.
+    pub fn wait_for(&mut self, word: &str) {
+        let mut line = String::new();
+        while !line.contains(word) {
+            line.clear();
+            let read = self.said.read_line(&mut line).expect("readable");
+            assert!(read > 0, "it ended before it said {word}");
+        }
+    }
+
+    pub fn say(&mut self, line: &str) {
+        writeln!(self.stdin, "{line}").expect("it listens");
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+    }
+
+    /// Whether it ended by itself, and well.
+    pub fn ended_well(&mut self) -> bool {
+        self.child.wait().expect("its own child").success()
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,293 @@
+//! Readers that stall, die, or never meant well.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::address::{Access, IovaRange};
+use vhost_device_iommu::iommu::{Dma, RequestError};
+use vhost_device_iommu::shadow::wire::{FRAME_LEN, Frame, MAGIC, Refusal, VERSION, kind};
+use vhost_device_iommu::shadow::{ConnectError, Limits, ShadowReader};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::bed::{A, B, Bed, D1, OTHER, PAGE, eventually, mapping};
+
+fn mapped(bed: &mut Bed) {
+    bed.iommu.attach(A, D1, false).expect("attached");
+    let page = mapping(0, PAGE, 0, Access::READ_WRITE);
+    bed.iommu.map(D1, page).expect("mapped");
+}
+
+#[test]
+fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let good = bed.reader(A);
+    let mut stalled = bed.process("stall");
+    stalled.wait_for("inside");
+    bed.wait_for_readers(2);
+    let begun = Instant::now();
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(500), "{took:?}");
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    let ended = stalled.child.try_wait().expect("its own child");
+    assert!(
+        ended.is_some_and(|status| !status.success()),
+        "killed before"
+    );
+    assert_eq!(bed.registry.counters().killed.get(), 1);
+    // The other one and the endpoint go on.
+    bed.wait_for_readers(1);
+    let page = mapping(0, PAGE, 0, Access::READ_WRITE);
+    bed.iommu.map(D1, page).expect("mapped");
+    good.memory()
+        .read_obj::<u8>(GuestAddress(0))
+        .expect("mapped");
+    let state = bed.iommu.endpoint(A).expect("an endpoint");
+    assert_eq!((state.dma, state.quarantined), (Dma::Translated, false));
+}
+
+#[test]
+fn a_reader_that_died_inside_an_access_holds_nothing_up() {
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let mut stalled = bed.process("stall");
+    stalled.wait_for("inside");
+    stalled.kill();
+    let begun = Instant::now();
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
+    assert!(begun.elapsed() < Duration::from_millis(400));
+    bed.wait_for_readers(0);
+    assert_eq!(bed.registry.counters().killed.get(), 0);
+}
+
+/// A reader in the daemon's own process is the one that cannot be killed.
+#[test]
+fn where_a_reader_cannot_be_ended_its_endpoint_is_quarantined() {
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let reader = bed.reader(A);
+    let guard = reader.enter().expect("a word");
+    let refused = bed.iommu.unmap(D1, IovaRange::ALL).expect_err("stuck");
+    assert!(matches!(
+        refused,
+        RequestError::Quarantined { count: 1, .. }
+    ));
+    assert!(bed.iommu.endpoint(A).expect("an endpoint").quarantined);
+    drop(guard);
+    reader
+        .memory()
+        .read_obj::<u8>(GuestAddress(0))
+        .expect_err("blocked");
+}
+
+#[test]
+fn a_reader_that_does_not_let_go_of_memory_is_killed() {
+    let mut bed = Bed::new();
+    let mut deaf = bed.process("deaf");
+    deaf.wait_for("ready");
+    bed.wait_for_readers(1);
+    let begun = Instant::now();
+    bed.iommu.set_memory(Vec::new());
+    assert!(begun.elapsed() >= Duration::from_millis(500));
+    let ended = deaf.child.try_wait().expect("its own child");
+    assert!(ended.is_some_and(|status| !status.success()));
+    bed.wait_for_readers(0);
+}
+
+#[test]
+fn a_reader_that_babbles_is_killed_and_the_others_go_on() {
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let good = bed.reader(A);
+    let mut babbling = bed.process("babble");
+    babbling.wait_for("ready");
+    bed.wait_for_readers(2);
+    babbling.say("go");
+    eventually("it ends", || {
+        babbling.child.try_wait().expect("a child").is_some()
+    });
+    bed.wait_for_readers(1);
+    good.memory()
+        .read_obj::<u8>(GuestAddress(0))
+        .expect("mapped");
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
+}
+
+#[test]
+fn killed_at_any_moment_readers_leave_nothing_behind() {
+    // In a process without other tests, so that its descriptors can be counted.
+    let bed = Bed::new();
+    let mut daemon = bed.process("daemon-of-killed");
+    daemon.wait_for("all is well");
+    assert!(daemon.ended_well());
+}
+
+/// What the process of that name does.
+pub fn outlive_readers() {
+    let rounds = std::env::var("SHADOW_KILLS").ok();
+    let rounds = rounds.and_then(|n| n.parse().ok()).unwrap_or(20u32);
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let descriptors = || std::fs::read_dir("/proc/self/fd").expect("there").count();
+    let mappings = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("there");
+        maps.lines().filter(|l| l.contains("memfd")).count()
+    };
+    let before = (descriptors(), mappings());
+    for round in 0..rounds {
+        let mut process = bed.process("hammer-one");
+        if round % 4 != 0 {
+            process.wait_for("begun");
+        }
+        std::thread::sleep(Duration::from_micros(u64::from(round * 7919 % 3000)));
+        process.kill();
+        bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
+        bed.poke(0, 0);
+        let page = mapping(0, PAGE, 0, Access::READ_WRITE);
+        bed.iommu.map(D1, page).expect("mapped");
+        drop(process);
+        bed.wait_for_readers(0);
+        eventually("nothing is left", || (descriptors(), mappings()) == before);
+    }
+    assert_eq!(bed.registry.counters().killed.get(), 0);
+    let mut process = bed.process("write-on-command");
+    process.wait_for("ready");
+    process.say("go");
+    process.wait_for("written");
+    assert_eq!(bed.peek(0), 1);
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
+    process.say("go");
+    process.wait_for("refused");
+    assert_eq!(bed.peek(0), 1);
+}
+
+fn hello(version: u32, magic: u64, endpoint: u64) -> Frame {
+    Frame::new(kind::HELLO, version, [magic, endpoint, 0, 0])
+}
+
+/// What the daemon answers to these bytes, until it hangs up.
+fn answer(bed: &Bed, bytes: &[u8]) -> Option<(Refusal, u64)> {
+    let mut stream = UnixStream::connect(bed.path()).expect("somebody listens");
+    // The daemon may have hung up in the middle.
+    let _ = stream.write_all(bytes);
+    if bytes.len() < FRAME_LEN {
+        stream.shutdown(std::net::Shutdown::Write).expect("open");
+    }
+    let mut frame = [0; FRAME_LEN];
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .expect("set");
+    stream.read_exact(&mut frame).ok()?;
+    let frame = Frame::from_wire(&frame);
+    assert_eq!(frame.kind, kind::REFUSED);
+    Some((Refusal::of(frame.value).expect("known"), frame.numbers[0]))
+}
+
+#[test]
+fn garbage_is_refused_and_disturbs_nobody() {
+    let mut bed = Bed::new();
+    mapped(&mut bed);
+    let good = bed.reader(A);
+    let a = u64::from(A.0);
+    for (frame, refusal, number) in [
+        (hello(VERSION + 1, MAGIC, a), Refusal::Version, 1),
+        (hello(VERSION, 0, a), Refusal::NoGreeting, 0),
+        (
+            hello(VERSION, MAGIC, OTHER.0.into()),
+            Refusal::Endpoint,
+            0x28,
+        ),
+        (
+            hello(VERSION, MAGIC, 1 << 32 | a),
+            Refusal::Endpoint,
+            1 << 32 | a,
+        ),
+        (Frame::new(kind::FAULT, 1, [0; 4]), Refusal::NoGreeting, 0),
+        (
+            Frame::new(u32::MAX, u32::MAX, [u64::MAX; 4]),
+            Refusal::NoGreeting,
+            0,
+        ),
+    ] {
+        assert_eq!(
+            answer(&bed, &frame.to_wire()),
+            Some((refusal, number)),
+            "{frame:?}"
+        );
+    }
+    // Less than a frame, far more than one, and silence.
+    assert_eq!(answer(&bed, &[1; 7]), Some((Refusal::NoGreeting, 0)));
+    answer(&bed, &vec![0xff; 1 << 20]);
+    assert_eq!(answer(&bed, &[]), None);
+    // Descriptors where none belong.
+    let stream = UnixStream::connect(bed.path()).expect("somebody listens");
+    let greeting = hello(VERSION, MAGIC, a).to_wire();
+    let file = bed.file().as_fd();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+    stream.send_with_fds(&[&greeting[..]], &[fd]).expect("sent");
+    let mut frame = [0; FRAME_LEN];
+    (&stream).read_exact(&mut frame).expect("an answer");
+    assert_eq!(Frame::from_wire(&frame).kind, kind::REFUSED);
+
+    assert_eq!(bed.registry.reader_count(), 1);
+    good.memory()
+        .read_obj::<u8>(GuestAddress(0))
+        .expect("mapped");
+    let refused = ShadowReader::connect(&bed.path(), OTHER).expect_err("not served");
+    assert!(
+        refused.to_string().contains("does not serve endpoint 0x28"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn silent_strangers_are_hung_up_on_and_bounded() {
+    let bed = Bed::new();
+    let mut silent: Vec<_> = (0..17)
+        .map(|_| UnixStream::connect(bed.path()).expect("somebody listens"))
+        .collect();
+    let refusal = |stream: &mut UnixStream| {
+        let mut frame = [0; FRAME_LEN];
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .expect("set");
+        stream.read_exact(&mut frame).expect("an answer");
+        Refusal::of(Frame::from_wire(&frame).value)
+    };
+    let begun = Instant::now();
+    assert_eq!(refusal(&mut silent[16]), Some(Refusal::Full));
+    assert!(begun.elapsed() < Duration::from_millis(1500));
+    assert_eq!(refusal(&mut silent[0]), Some(Refusal::NoGreeting));
+    assert!(begun.elapsed() >= Duration::from_millis(1500));
+    assert_eq!(refusal(&mut silent[15]), Some(Refusal::NoGreeting));
+    bed.reader(A);
+}
+
+#[test]
+fn an_endpoint_has_so_many_readers_and_no_more() {
+    let bed = Bed::with(Limits {
+        readers: 2,
+        ..Limits::default()
+    });
+    let first = bed.reader(A);
+    let second = bed.reader(A);
+    let refused = ShadowReader::connect(&bed.path(), A).expect_err("full");
+    let full = matches!(
+        refused,
+        ConnectError::Refused {
+            refusal: Refusal::Full,
+            number: 2
+        }
+    );
+    assert!(full, "{refused}");
+    bed.reader(B);
+    drop(first);
+    eventually("there is room", || {
+        ShadowReader::connect(&bed.path(), A).is_ok()
+    });
+    drop(second);
+}
