@@ -161,6 +161,10 @@ fn translations(c: &mut Criterion) {
         });
     });
     let memory = reader.memory();
+    for page in 0..MAPPINGS {
+        let touched = memory.write_obj(page, GuestAddress(page * PAGE));
+        touched.expect("mapped");
+    }
     group.bench_function("vm_memory_random_of_64k", |b| {
         b.iter(|| {
             let found = memory.read_obj::<u64>(GuestAddress(random.next()));

@@ -4,6 +4,7 @@ mod draft;
 mod emulated;
 mod error;
 mod passthrough;
+mod shadow;
 mod summary;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
+pub use shadow::ShadowListener;
 pub use summary::Summary;
 
 /// The longest configuration file read, in bytes.
@@ -83,7 +85,9 @@ pub struct Config {
     pub passthrough: Vec<Passthrough>,
     /// The endpoints that are emulated in processes of their own, in ascending order.
     pub emulated: Vec<Emulated>,
-    /// How the host IOMMU is programmed for `passthrough`.
+    /// The endpoints whose devices follow the page tables themselves, in ascending order.
+    pub shadow: Vec<ShadowListener>,
+    /// How the host IOMMU is programmed for devices of the host.
     pub host_iommu: HostIommu,
     /// Which of the guest's memory is pinned for them.
     pub pin: Pin,
@@ -295,10 +299,12 @@ impl<'a> Checker<'a> {
         let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
         let pin = self.pin(draft.pin.as_ref());
         let passthrough = self.passthrough(draft);
-        let taken: Vec<_> = match &socket {
-            Some(Socket::Path(path)) => control.iter().chain([path]).collect(),
-            Some(Socket::Fd(_)) | None => control.iter().collect(),
-        };
+        let shadow = self.shadow(draft, socket.as_ref(), control.as_ref());
+        let mut taken: Vec<_> = control.iter().collect();
+        if let Some(Socket::Path(path)) = &socket {
+            taken.push(path);
+        }
+        taken.extend(shadow.iter().flatten().map(|listener| &listener.path));
         let emulated = self.emulated(draft, &taken);
         // Which endpoints there are decides which descriptors are right.
         let descriptors = if let Some(host_iommu) = host_iommu
@@ -318,6 +324,7 @@ impl<'a> Checker<'a> {
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
             && let Some(emulated) = emulated
+            && let Some(shadow) = shadow
             && let Some(host_iommu) = host_iommu
             && let Some(pin) = pin
             && self.problems.is_empty()
@@ -334,6 +341,7 @@ impl<'a> Checker<'a> {
                 topology,
                 passthrough,
                 emulated,
+                shadow,
                 host_iommu,
                 pin,
                 descriptors,

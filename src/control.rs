@@ -32,6 +32,7 @@ use crate::iommu::{Dma, EndpointState, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
+use crate::shadow::Registry;
 use crate::socket::{SocketFile, bind};
 use crate::topology::PciAddress;
 use crate::warn_limited;
@@ -60,6 +61,8 @@ pub struct Subjects {
     pub device: Arc<Device>,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Processes that follow the page tables, where there are such endpoints.
+    pub readers: Option<Arc<Registry>>,
     /// The host's names of endpoints that are its devices.
     pub hosts: BTreeMap<EndpointId, String>,
 }
@@ -268,6 +271,7 @@ fn status(subjects: &Subjects) -> Value {
             "delivered": metrics.faults_delivered.get(),
             "dropped": metrics.faults_dropped.get(),
         },
+        "readers": subjects.readers.as_deref().map(readers),
         "chains_refused": metrics.chains_refused.get(),
         "connections": metrics.connections.get(),
         "resets": metrics.resets.get(),
@@ -292,6 +296,18 @@ fn endpoint(state: &EndpointState, host: Option<&String>) -> Value {
         },
         "domain": state.domain.map(|d| d.0),
         "host": host,
+    })
+}
+
+fn readers(registry: &Registry) -> Value {
+    let counters = registry.counters();
+    json!({
+        "now": registry.reader_count(),
+        "registered": counters.registered.get(),
+        "refused": counters.refused.get(),
+        "killed": counters.killed.get(),
+        "faults": counters.faults.get(),
+        "faults_suppressed": counters.faults_suppressed.get(),
     })
 }
 

@@ -28,6 +28,8 @@ use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::shadow::ShadowServer;
+use crate::shadow_side::{self, ShadowSideError};
 use crate::socket::{SocketFile, bind};
 use crate::{info_limited, warn_limited};
 
@@ -50,6 +52,9 @@ pub enum DaemonError {
     /// A device of the host cannot be used.
     #[error(transparent)]
     HostSide(#[from] HostSideError),
+    /// Devices that follow the page tables cannot be served.
+    #[error(transparent)]
+    Shadow(#[from] ShadowSideError),
     /// The backends cannot do what the configuration asks for.
     #[error("{0}")]
     Backend(String),
@@ -88,6 +93,7 @@ pub struct Daemon {
     failures: u32,
     _control: Option<ControlServer>,
     _faults: Option<FaultDelivery>,
+    _shadow: Option<ShadowServer>,
 }
 
 impl Daemon {
@@ -119,6 +125,7 @@ impl Daemon {
                 .add_backend(backend, &endpoints)
                 .map_err(DaemonError::Backend)?;
         }
+        let readers = shadow_side::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
         let faults = Arc::new(FaultQueue::new(metrics.clone()));
         let emulated =
@@ -141,6 +148,14 @@ impl Daemon {
                 what: "start a thread",
                 source,
             })?;
+        let shadow = readers
+            .clone()
+            .map(|registry| {
+                shadow_side::serve(config, registry, iommu.clone(), device.clone())
+                    .map_err(DaemonError::Socket)
+            })
+            .transpose()?;
+        let shadow_files = shadow.iter().flat_map(ShadowServer::files).cloned();
         let control = config
             .control
             .as_deref()
@@ -149,6 +164,7 @@ impl Daemon {
                     iommu: iommu.clone(),
                     device: device.clone(),
                     metrics: metrics.clone(),
+                    readers: readers.clone(),
                     hosts: config
                         .passthrough
                         .iter()
@@ -170,12 +186,14 @@ impl Daemon {
                     .into_iter()
                     .chain(control_file)
                     .chain(emulated.files)
+                    .chain(shadow_files)
                     .collect(),
             }),
             ended,
             failures: 0,
             _control: control,
             _faults: faults,
+            _shadow: shadow,
         })
     }
 

@@ -16,8 +16,10 @@ pub mod address;
 pub mod args;
 pub mod backends;
 pub mod config;
+#[cfg(not(miri))]
 pub mod control;
 pub mod ctl;
+#[cfg(not(miri))]
 pub mod daemon;
 pub mod device;
 pub mod emulated_side;
@@ -39,6 +41,9 @@ pub mod qemu_args;
 pub mod ready;
 #[cfg(not(miri))]
 pub mod shadow;
+#[cfg(not(miri))]
+pub mod shadow_side;
+#[cfg(not(miri))]
 pub mod signals;
 pub mod socket;
 pub mod topology;

@@ -154,6 +154,7 @@ pub(super) struct EndpointDraft {
     pub group: Option<Given<Scalar>>,
     pub vfio: Option<Given<Scalar>>,
     pub vfio_user: Option<Given<EmulatedDraft>>,
+    pub shadow: Option<Given<Scalar>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
 }
 

@@ -176,6 +176,21 @@ pub enum Fault {
         /// The functions.
         range: PciRange,
     },
+    /// A shadow endpoint with several functions.
+    #[error(
+        "{range} is more than one function; give each function its own [[endpoint]] with `address` \
+         and `shadow` (they may have one path)"
+    )]
+    ShadowOnRange {
+        /// The functions.
+        range: PciRange,
+    },
+    /// An endpoint with two devices.
+    #[error("an endpoint has one device; leave out `shadow`, or `vfio` and `vfio-user`")]
+    ShadowWithVfio,
+    /// A socket for two purposes.
+    #[error("the socket at this path is for the VMM or for control; use another path")]
+    ShadowPath,
     /// Two endpoints are said to be one device of the host.
     #[error(
         "the host's device {host} is endpoint {other} already; \

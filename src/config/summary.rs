@@ -103,6 +103,11 @@ impl Summary<'_> {
             let (path, isolation) = (device.connect.display(), device.isolation.name());
             write!(f, " vfio-user {path}, isolation {isolation}")?;
         }
+        let shadow = &self.config.shadow;
+        let found = shadow.binary_search_by_key(&entry.range.first(), |s| s.endpoint);
+        if let Some(listener) = found.ok().and_then(|at| shadow.get(at)) {
+            write!(f, " shadow {}", listener.path.display())?;
+        }
         if entry.info.reserved != topology.common_reserved() {
             write!(f, " reserved")?;
             for region in entry.info.reserved {

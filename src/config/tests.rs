@@ -474,6 +474,42 @@ fn refusals_name_place_and_cure() {
             "vm0.toml:3: endpoint[0].address: ",
             &["vm0.toml:4: endpoint[0].vfio: "],
         ),
+        // Devices that follow the page tables.
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nshadow = ''",
+            "vm0.toml:4: endpoint[0].shadow: ",
+            &["is empty; give the path"],
+        ),
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nshadow = 5",
+            "vm0.toml:4: endpoint[0].shadow: ",
+            &["a path as a text"],
+        ),
+        (
+            "[[endpoint]]\nrange = '00:10.0-00:10.1'\nshadow = '/s'",
+            "vm0.toml:4: endpoint[0].shadow: ",
+            &["more than one function", "they may have one path"],
+        ),
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nshadow = '/s'\nvfio = '65:00.0'",
+            "vm0.toml:4: endpoint[0].shadow: ",
+            &["one device; leave out"],
+        ),
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nshadow = '/s'\nvfio-user = { listen = '/l', connect = '/n' }",
+            "vm0.toml:4: endpoint[0].shadow: ",
+            &["one device; leave out"],
+        ),
+        (
+            "control = '/c'\n[[endpoint]]\naddress = '00:10.0'\nshadow = '/c'",
+            "vm0.toml:5: endpoint[0].shadow: ",
+            &["for control; use another"],
+        ),
+        (
+            "socket = '/v'\n[[endpoint]]\naddress = '00:10.0'\nshadow = '/v'",
+            "vm0.toml:5: endpoint[0].shadow: ",
+            &["for the VMM or", "use another"],
+        ),
         // Endpoints.
         (
             "[[endpoint]]\naddress = '00:20.0'",
@@ -656,6 +692,22 @@ vfio = "66:00.1"
 range = "00:10.0"
 vfio = "0001:65:00.0"
 "#;
+
+#[test]
+fn shadow_endpoints_have_sockets_and_may_share_one() {
+    let config = parse(
+        "address = '00:05.0'\n[[endpoint]]\naddress = '00:11.0'\nshadow = '/a'\n\
+         [[endpoint]]\nrange = '00:10.0'\nshadow = '/a'\n[[endpoint]]\naddress = '00:12.0'",
+    )
+    .expect("good");
+    let listener = |endpoint: &str| ShadowListener {
+        endpoint: endpoint.parse().expect("an address"),
+        path: "/a".into(),
+    };
+    assert_eq!(config.shadow, [listener("00:10.0"), listener("00:11.0")]);
+    let summary = config.summary().to_string();
+    assert!(summary.contains("0000:00:11.0 shadow /a\n"), "{summary}");
+}
 
 fn passthrough(endpoint: &str, host: &str) -> Passthrough {
     Passthrough {

@@ -1,0 +1,61 @@
+//! Endpoints whose devices are processes that follow the page tables themselves.
+
+use std::path::PathBuf;
+
+use super::draft::Draft;
+use super::error::Fault;
+use super::passthrough::range_in;
+use super::{Checker, Socket};
+use crate::topology::PciAddress;
+
+/// An endpoint that processes register for at a socket. Several may share one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ShadowListener {
+    /// The address the device has in the guest.
+    pub endpoint: PciAddress,
+    /// The path of the socket.
+    pub path: PathBuf,
+}
+
+impl Checker<'_> {
+    /// The endpoints with `shadow`, in ascending order. Their addresses are refused elsewhere.
+    /// `taken` are the paths of the other sockets.
+    pub(super) fn shadow(
+        &mut self,
+        draft: &Draft,
+        socket: Option<&Socket>,
+        control: Option<&PathBuf>,
+    ) -> Option<Vec<ShadowListener>> {
+        let mut found = Vec::new();
+        let mut whole = true;
+        for (index, endpoint) in draft.endpoint.iter().enumerate() {
+            let value = &endpoint.value;
+            let Some(given) = &value.shadow else { continue };
+            let key = format!("endpoint[{index}].shadow");
+            let path = self.socket_path(Some(given), &key);
+            let range = value.address.as_ref().or(value.range.as_ref());
+            let (Some(path), Some(range)) = (path, range.and_then(range_in)) else {
+                whole = false;
+                continue;
+            };
+            let vmm = matches!(socket, Some(Socket::Path(other)) if *other == path);
+            let fault = if vmm || control == Some(&path) {
+                Fault::ShadowPath
+            } else if range.count() > 1 {
+                Fault::ShadowOnRange { range }
+            } else if value.vfio.is_some() || value.vfio_user.is_some() {
+                Fault::ShadowWithVfio
+            } else {
+                found.push(ShadowListener {
+                    endpoint: range.first(),
+                    path,
+                });
+                continue;
+            };
+            whole = false;
+            self.refuse(&given.origin, &key, fault);
+        }
+        found.sort_by_key(|entry| entry.endpoint);
+        whole.then_some(found)
+    }
+}

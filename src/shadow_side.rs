@@ -1,0 +1,109 @@
+//! The endpoints of a configuration whose devices follow the page tables themselves: their backend,
+//! their sockets, and the way of their faults to the guest.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use log::info;
+use parking_lot::Mutex;
+use thiserror::Error;
+
+use crate::backends::shadow::Shadow;
+use crate::config::Config;
+use crate::device::Device;
+use crate::ids::EndpointId;
+use crate::iommu::{Fault, FaultReason, Iommu};
+use crate::shadow::{
+    Limits, RefusedAccess, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket,
+};
+
+/// Why shadow endpoints cannot be served.
+#[derive(Debug, Error)]
+pub enum ShadowSideError {
+    /// The page tables cannot be given to readers.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The backend cannot do what the configuration asks for.
+    #[error("{0}")]
+    Backend(String),
+}
+
+/// Puts the shadow endpoints of `config` behind a backend; `None` where there are none.
+///
+/// # Errors
+/// See [`ShadowSideError`].
+pub fn add_backend(
+    config: &Config,
+    iommu: &mut Iommu,
+) -> Result<Option<Arc<Registry>>, ShadowSideError> {
+    if config.shadow.is_empty() {
+        return Ok(None);
+    }
+    let ids: Vec<_> = config
+        .shadow
+        .iter()
+        .map(|entry| entry.endpoint.endpoint_id())
+        .collect();
+    let endpoints = ids.iter().map(|&id| {
+        let info = iommu.topology().endpoint(id);
+        let reserved = info.map(|info| info.reserved.iter().map(|r| r.range).collect());
+        ShadowEndpoint {
+            id,
+            reserved: reserved.unwrap_or_default(),
+        }
+    });
+    let endpoints: Vec<_> = endpoints.collect();
+    let registry = Registry::new(iommu.arena_mut(), endpoints, Limits::default())?;
+    let registry = Arc::new(registry);
+    let backend = Shadow::new(registry.clone(), &ids);
+    iommu
+        .add_backend(Box::new(backend), &ids)
+        .map_err(ShadowSideError::Backend)?;
+    Ok(Some(registry))
+}
+
+/// Listens for readers. What they are refused, the guest is told.
+///
+/// # Errors
+/// A socket cannot be made.
+pub fn serve(
+    config: &Config,
+    registry: Arc<Registry>,
+    iommu: Arc<Mutex<Iommu>>,
+    device: Arc<Device>,
+) -> io::Result<ShadowServer> {
+    let mut sockets: BTreeMap<_, Vec<EndpointId>> = BTreeMap::new();
+    for entry in &config.shadow {
+        let served = sockets.entry(entry.path.as_path()).or_default();
+        served.push(entry.endpoint.endpoint_id());
+    }
+    for (path, endpoints) in &sockets {
+        info!("{} shadow endpoints at {}", endpoints.len(), path.display());
+    }
+    let sockets: Vec<_> = sockets
+        .into_iter()
+        .map(|(path, endpoints)| ShadowSocket { path, endpoints })
+        .collect();
+    ShadowServer::start(registry, &sockets, move |refused| {
+        let fault = judge(&iommu.lock(), &refused);
+        device.report_fault(&fault);
+    })
+}
+
+/// Why the access was refused, as things are now; if it would not be refused any more, there was no
+/// mapping then.
+fn judge(iommu: &Iommu, refused: &RefusedAccess) -> Fault {
+    let RefusedAccess {
+        endpoint,
+        access,
+        address,
+    } = *refused;
+    let now = iommu.translate(endpoint, address, access);
+    now.err().unwrap_or(Fault {
+        endpoint,
+        reason: FaultReason::Mapping,
+        access,
+        address,
+    })
+}

@@ -1,0 +1,121 @@
+//! The daemon with shadow endpoints: this test is the VMM, the guest, and the device's process.
+#![allow(
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::daemon::{Daemon, EP, EP2, EP3};
+use common::guest::{Guest, Setup};
+use common::wire;
+use tempfile::TempDir;
+use vhost_device_iommu::ids::EndpointId;
+use vhost_device_iommu::shadow::ShadowReader;
+use vm_memory::{Bytes, GuestAddress};
+
+const SOON: Duration = Duration::from_secs(10);
+/// Guest-physical address of a page that the guest uses for nothing else.
+const GPA: u64 = 0xf0_0000;
+
+fn daemon(folder: &Path) -> (Daemon, PathBuf) {
+    let path = folder.join("disk.sock");
+    let config = format!(
+        "address = '00:05.0'\nbypass = false\n\
+         [[endpoint]]\naddress = '00:06.0'\nshadow = '{0}'\n\
+         [[endpoint]]\naddress = '00:07.0'\nshadow = '{0}'\n\
+         [[endpoint]]\naddress = '00:08.0'\n",
+        path.display()
+    );
+    (Daemon::with_config(&config), path)
+}
+
+fn reader(path: &Path, endpoint: u32) -> ShadowReader {
+    ShadowReader::connect(path, EndpointId(endpoint)).expect("let in")
+}
+
+#[test]
+fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
+    let folder = TempDir::new().expect("a folder");
+    let (daemon, path) = daemon(folder.path());
+    // Before the VMM is there, and after.
+    let early = reader(&path, EP);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
+    let late = reader(&path, EP);
+    ShadowReader::connect(&path, EndpointId(EP3)).expect_err("no shadow endpoint");
+    guest.memory.write(GPA, &[7; 16]);
+    for reader in [&early, &late] {
+        let memory = reader.memory();
+        let found: u64 = memory.read_obj(GuestAddress(0x5008)).expect("mapped");
+        assert_eq!(found, 0x0707_0707_0707_0707);
+    }
+    let memory = early.memory();
+    memory
+        .write_obj(0x1122_3344_u32, GuestAddress(0x5000))
+        .expect("mapped");
+    assert_eq!(guest.memory.read_u32(GPA), 0x1122_3344);
+
+    guest.post_event_buffer(24);
+    memory
+        .write_obj(0u8, GuestAddress(0x6123))
+        .expect_err("not mapped");
+    let fault = guest.take_event(SOON).expect("a fault");
+    let fault = wire::Fault::parse(&fault.bytes);
+    assert_eq!((fault.reason, fault.flags), (2, 0x102));
+    assert_eq!((fault.endpoint, fault.address), (EP, 0x6123));
+
+    assert_eq!(guest.unmap(1, 0x5000, 0x5fff), 0);
+    memory
+        .read_obj::<u8>(GuestAddress(0x5000))
+        .expect_err("unmapped");
+    guest.post_event_buffer(24);
+    let other = reader(&path, EP2);
+    other
+        .memory()
+        .read_obj::<u8>(GuestAddress(0x5000))
+        .expect_err("in no domain");
+    let fault = guest.take_event(SOON).expect("a fault");
+    let fault = wire::Fault::parse(&fault.bytes);
+    assert_eq!((fault.reason, fault.flags), (1, 0x101));
+    assert_eq!((fault.endpoint, fault.address), (EP2, 0x5000));
+
+    let status = daemon.status();
+    assert_eq!(status["readers"]["now"], 3);
+    assert_eq!(status["readers"]["registered"], 3);
+    assert_eq!(status["readers"]["refused"], 1);
+    assert_eq!(status["readers"]["killed"], 0);
+}
+
+#[test]
+fn readers_outlive_the_vmm_and_not_the_daemon() {
+    let folder = TempDir::new().expect("a folder");
+    let (daemon, path) = daemon(folder.path());
+    let reader = reader(&path, EP);
+    for round in 0..3 {
+        let mut guest = Guest::connect(&daemon, Setup::default());
+        guest.driver_ok();
+        assert_eq!(guest.attach(1, EP), 0);
+        assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
+        let memory = reader.memory();
+        memory
+            .write_obj(round, GuestAddress(0x5000))
+            .expect("mapped");
+        assert_eq!(guest.memory.read_u32(GPA), round);
+        drop(guest);
+        daemon.wait_for("the VMM's end", || daemon.status()["connected"] == false);
+        memory
+            .write_obj(9u32, GuestAddress(0x5000))
+            .expect_err("no guest");
+    }
+    assert_eq!(daemon.status()["readers"]["now"], 1);
+    daemon.terminate();
+    daemon.wait_for("its end", || daemon.exit_status().is_some());
+    daemon.wait_for("the reader's notice", || !reader.is_connected());
+    assert!(!path.exists());
+}
