@@ -83,8 +83,7 @@ fn refusal_text(refusal: Refusal, number: u64) -> String {
              {VERSION}; build both from the same release"
         ),
         Refusal::User => format!(
-            "the daemon lets only processes of user {number} in; run as that user, or allow this \
-             one in the daemon's configuration"
+            "the daemon lets processes of user {number} in and not of this one; run as that user"
         ),
         Refusal::Endpoint => format!(
             "this socket does not serve endpoint {number:#x}; name it in the daemon's \

@@ -54,6 +54,21 @@ fn memory_is_reached_through_mappings_only() {
         .write_obj(0u64, at(0x10_0010))
         .expect_err("read-only");
     assert_eq!(bed.peek(0x7010), 7);
+    // The same page with other rights, right after a read of it.
+    let page = range(0x10_0000, 0x10_0fff);
+    bed.iommu.unmap(D1, page).expect("unmapped");
+    bed.iommu
+        .map(D1, mapping(0x10_0000, PAGE, 0x7000, all))
+        .expect("mapped");
+    memory.write_obj(8u64, at(0x10_0010)).expect("writable now");
+    bed.iommu.unmap(D1, page).expect("unmapped");
+    bed.iommu
+        .map(D1, mapping(0x10_0000, PAGE, 0x7000, Access::READ))
+        .expect("mapped");
+    memory
+        .write_obj(9u64, at(0x10_0010))
+        .expect_err("read-only");
+    assert_eq!(bed.peek(0x7010), 8);
     assert!(!memory.check_range(at(0x10_0ff0), 0x20, Permissions::Write));
     assert!(memory.check_range(at(0x10_0ff0), 0x20, Permissions::Read));
     assert_eq!(memory.read(&mut [], at(0)).expect("nothing to do"), 0);
@@ -297,6 +312,17 @@ fn nothing_is_reached_once_the_daemon_is_gone() {
     eventually("noticed", || !reader.is_connected());
     memory.read_obj::<u8>(at(0)).expect_err("gone");
     assert!(!path.exists());
+}
+
+#[test]
+fn no_system_call_is_made_on_the_way() {
+    let mut bed = Bed::new();
+    bed.iommu.attach(A, D1, false).expect("attached");
+    for page in 0..16 {
+        let apart = mapping(page * PAGE, PAGE, page * 3 * PAGE, Access::READ_WRITE);
+        bed.iommu.map(D1, apart).expect("mapped");
+    }
+    bed.process("strict").wait_for("no system call");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -195,7 +196,16 @@ pub struct Role {
 
 impl Role {
     fn start(role: &str, socket: &Path) -> Self {
-        let mut child = Command::new(std::env::current_exe().expect("this test"))
+        Self::start_as(role, socket, None)
+    }
+
+    /// Starts it as another user.
+    pub fn start_as(role: &str, socket: &Path, user: Option<u32>) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("this test"));
+        if let Some(user) = user {
+            command.uid(user);
+        }
+        let mut child = command
             .args(["--ignored", "--exact", "roles::play", "--nocapture"])
             .env("SHADOW_ROLE", role)
             .env("SHADOW_SOCKET", socket)

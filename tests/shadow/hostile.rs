@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use vhost_device_iommu::shadow::{ConnectError, Limits, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{A, B, Bed, D1, OTHER, PAGE, eventually, mapping};
+use crate::bed::{A, B, Bed, D1, OTHER, PAGE, Role, eventually, mapping};
 
 fn mapped(bed: &mut Bed) {
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -265,6 +266,34 @@ fn silent_strangers_are_hung_up_on_and_bounded() {
     assert!(begun.elapsed() >= Duration::from_millis(1500));
     assert_eq!(refusal(&mut silent[15]), Some(Refusal::NoGreeting));
     bed.reader(A);
+}
+
+#[test]
+fn processes_of_other_users_are_let_in_where_that_is_allowed() {
+    const NOBODY: u32 = 65534;
+    let able = std::fs::metadata("/proc/self").expect("there").uid() == 0;
+    if !able {
+        println!("not run: only root can start a process of another user");
+        return;
+    }
+    for users in [vec![], vec![NOBODY]] {
+        let allowed = !users.is_empty();
+        let bed = Bed::with(Limits {
+            users,
+            ..Limits::default()
+        });
+        let path = bed.path();
+        for open in [path.as_path(), path.parent().expect("a folder")] {
+            let all = std::fs::Permissions::from_mode(0o777);
+            std::fs::set_permissions(open, all).expect("set");
+        }
+        let mut process = Role::start_as("connect", &path, Some(NOBODY));
+        process.wait_for(if allowed {
+            "let in"
+        } else {
+            "processes of user 0"
+        });
+    }
 }
 
 #[test]

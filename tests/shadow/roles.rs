@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use vhost_device_iommu::address::{Access, Iova};
 use vhost_device_iommu::shadow::ShadowReader;
 use vhost_device_iommu::shadow::wire::{FRAME_LEN, Frame, MAGIC, VERSION, kind};
 use vm_memory::{Bytes, GuestAddress};
@@ -44,6 +45,11 @@ fn play() {
             hostile::outlive_readers();
             say("all is well");
         }
+        "strict" => strict(&socket),
+        "connect" => match ShadowReader::connect(&socket, A) {
+            Ok(_) => say("let in"),
+            Err(cause) => say(&cause.to_string()),
+        },
         "deaf" => deaf(&socket),
         "babble" => babble(&socket),
         other => panic!("no such role: {other}"),
@@ -66,6 +72,40 @@ fn stall(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("let in");
     let _inside = reader.enter().expect("a word");
     say("inside");
+    for_ever();
+}
+
+/// Reaches memory under a rule of the kernel's that ends whoever makes a system call other than `read`
+/// and `write`. Pages 0 to 15 are mapped.
+#[expect(unsafe_code, reason = "system calls without a wrapper")]
+fn strict(socket: &std::path::Path) {
+    let reader = ShadowReader::connect(socket, A).expect("let in");
+    let memory = reader.memory();
+    let page = |number: u64| number * 7 % 16 * 4096;
+    memory
+        .write_slice(&[1; 16 * 4096], GuestAddress(0))
+        .expect("mapped");
+    // SAFETY: passes no pointer; forbids this thread what it does not do any more.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECCOMP, 1) }, 0);
+    let mut sum = 0u64;
+    for number in 0..100_000 {
+        let guard = reader.enter().expect("a word");
+        let found = guard.translate(Iova(page(number)), Access::READ);
+        sum += found.expect("mapped").gpa.0 & 1;
+        drop(guard);
+        let found: u8 = memory.read_obj(GuestAddress(page(number))).expect("mapped");
+        sum += u64::from(found);
+        // Over the end of one mapping.
+        let across = GuestAddress(page(number % 15) / 2 + 4092);
+        memory
+            .write_obj(0x0101_0101_0101_0101_u64, across)
+            .expect("mapped");
+    }
+    say(if sum == 100_000 {
+        "no system call"
+    } else {
+        "wrong"
+    });
     for_ever();
 }
 
