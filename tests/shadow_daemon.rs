@@ -80,9 +80,12 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
     assert_eq!((fault.endpoint, fault.address), (EP, 0x6123));
 
     assert_eq!(guest.unmap(1, 0x5000, 0x5fff), 0);
+    guest.post_event_buffer(24);
     memory
         .read_obj::<u8>(GuestAddress(0x5000))
         .expect_err("unmapped");
+    let fault = guest.take_event(SOON).expect("a fault");
+    assert_eq!(wire::Fault::parse(&fault.bytes).endpoint, EP);
     guest.post_event_buffer(24);
     let other = reader(&path, EP2);
     other
