@@ -501,6 +501,11 @@ fn refusals_name_place_and_cure() {
             &["one device; leave out"],
         ),
         (
+            "[[endpoint]]\naddress = '00:10.0'\nshadow = '/s'\n[[endpoint]]\naddress = '00:11.0'\nvfio-user = { listen = '/s', connect = '/n' }",
+            "vm0.toml:7: endpoint[1].vfio-user: ",
+            &["listens there already"],
+        ),
+        (
             "control = '/c'\n[[endpoint]]\naddress = '00:10.0'\nshadow = '/c'",
             "vm0.toml:5: endpoint[0].shadow: ",
             &["for control; use another"],
