@@ -1,0 +1,217 @@
+//! The first bytes of every message.
+
+use zerocopy::native_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{Command, MAX_MESSAGE, Malformed};
+
+/// Bytes of a header.
+pub const HEADER_BYTES: usize = 16;
+
+/// Bits of a header's flags that tell the type.
+const TYPE_MASK: u32 = 0xf;
+const TYPE_REPLY: u32 = 1;
+const FLAG_NO_REPLY: u32 = 1 << 4;
+const FLAG_ERROR: u32 = 1 << 5;
+
+/// Whether a message asks or answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It asks.
+    Command {
+        /// And wants no answer.
+        no_reply: bool,
+    },
+    /// It answers.
+    Reply,
+    /// It refuses, with an errno, which may be 0.
+    Refusal(u32),
+}
+
+/// The first 16 bytes of every message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// The sender's number for a command, repeated in its reply.
+    pub id: u16,
+    /// The number of the command, which need not be one of [`Command`].
+    pub command: u16,
+    /// Whether it asks or answers.
+    pub kind: Kind,
+    /// Bytes that follow: `0..=MAX_MESSAGE - 16`.
+    pub body_len: usize,
+}
+
+impl Header {
+    /// A command's header.
+    pub fn command(id: u16, command: Command, body_len: usize) -> Self {
+        Self {
+            id,
+            command: command.number(),
+            kind: Kind::Command { no_reply: false },
+            body_len,
+        }
+    }
+
+    /// The header of the reply to a command.
+    pub fn reply_to(&self, body_len: usize) -> Self {
+        Self {
+            kind: Kind::Reply,
+            body_len,
+            ..*self
+        }
+    }
+
+    /// The header of a refusal of a command, with the errno `error`.
+    pub fn refusal_of(&self, error: i32) -> Self {
+        Self {
+            kind: Kind::Refusal(error.unsigned_abs()),
+            body_len: 0,
+            ..*self
+        }
+    }
+
+    /// Whether it is a command nobody is to answer.
+    pub fn wants_no_reply(&self) -> bool {
+        self.kind == Kind::Command { no_reply: true }
+    }
+
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// Where its size or its type is impossible. Bits that have no meaning yet are ignored.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, Malformed> {
+        let wire = WireHeader::read_from_bytes(bytes).map_err(|_| Malformed::Size(0))?;
+        let size = wire.size.get();
+        let body_len = usize::try_from(size)
+            .ok()
+            .filter(|_| size <= MAX_MESSAGE)
+            .and_then(|size| size.checked_sub(HEADER_BYTES))
+            .ok_or(Malformed::Size(size))?;
+        let flags = wire.flags.get();
+        let kind = match flags & TYPE_MASK {
+            0 => Kind::Command {
+                no_reply: flags & FLAG_NO_REPLY != 0,
+            },
+            TYPE_REPLY if flags & FLAG_ERROR != 0 => Kind::Refusal(wire.error.get()),
+            TYPE_REPLY => Kind::Reply,
+            other => return Err(Malformed::Type(other)),
+        };
+        if matches!(kind, Kind::Refusal(_)) && body_len > 0 {
+            return Err(Malformed::RefusalWithData(body_len));
+        }
+        Ok(Self {
+            id: wire.id.get(),
+            command: wire.command.get(),
+            kind,
+            body_len,
+        })
+    }
+
+    /// The bytes of the header.
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let (flags, error) = match self.kind {
+            Kind::Command { no_reply: false } => (0, 0),
+            Kind::Command { no_reply: true } => (FLAG_NO_REPLY, 0),
+            Kind::Reply => (TYPE_REPLY, 0),
+            Kind::Refusal(error) => (TYPE_REPLY | FLAG_ERROR, error),
+        };
+        let size = u32::try_from(self.body_len.saturating_add(HEADER_BYTES)).unwrap_or(u32::MAX);
+        zerocopy::transmute!(WireHeader {
+            id: self.id.into(),
+            command: self.command.into(),
+            size: size.into(),
+            flags: flags.into(),
+            error: error.into(),
+        })
+    }
+
+    /// The bytes of a whole message with `body`, whose length counts whatever `body_len` says.
+    pub fn with_body(&self, body: &[u8]) -> Vec<u8> {
+        let header = Self {
+            body_len: body.len(),
+            ..*self
+        };
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+        bytes.extend_from_slice(&header.encode());
+        bytes.extend_from_slice(body);
+        bytes
+    }
+}
+
+/// A header as it is sent.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireHeader {
+    /// See [`Header`].
+    id: U16,
+    /// Number of the command.
+    command: U16,
+    /// Bytes of the message, this header included.
+    size: U32,
+    /// Type, no reply, error.
+    flags: U32,
+    /// An errno, in a refusal.
+    error: U32,
+}
+
+const _: () = assert!(size_of::<WireHeader>() == HEADER_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn raw(size: u32, flags: u32, error: u32) -> [u8; HEADER_BYTES] {
+        zerocopy::transmute!(WireHeader {
+            id: 7.into(),
+            command: 9.into(),
+            size: size.into(),
+            flags: flags.into(),
+            error: error.into(),
+        })
+    }
+
+    #[test]
+    fn headers_with_impossible_sizes_and_types_are_refused() {
+        let decode = |size, flags| Header::decode(&raw(size, flags, 0));
+        for size in [0, 1, 15, MAX_MESSAGE + 1, u32::MAX] {
+            assert_eq!(decode(size, 0), Err(Malformed::Size(size)));
+        }
+        assert_eq!(decode(16, 0).map(|h| h.body_len), Ok(0));
+        assert_eq!(
+            decode(MAX_MESSAGE, 0).map(|h| h.body_len),
+            Ok(MAX_MESSAGE as usize - 16)
+        );
+        assert_eq!(decode(16, 2), Err(Malformed::Type(2)));
+        assert_eq!(decode(17, 0x21), Err(Malformed::RefusalWithData(1)));
+        let refusal = Header::decode(&raw(16, 0x21, 22)).expect("a refusal");
+        assert_eq!(refusal.kind, Kind::Refusal(22));
+        let posted = Header::decode(&raw(16, 0x10, 0)).expect("a command");
+        assert!(posted.wants_no_reply());
+    }
+
+    proptest! {
+        #[test]
+        fn headers_survive_the_way_there_and_back(
+            id: u16, command: u16, kind in 0..4u32, error: u32, len in 0..=MAX_MESSAGE as usize - 16
+        ) {
+            let kind = match kind {
+                0 => Kind::Command { no_reply: false },
+                1 => Kind::Command { no_reply: true },
+                2 => Kind::Reply,
+                _ => Kind::Refusal(error),
+            };
+            let body_len = if matches!(kind, Kind::Refusal(_)) { 0 } else { len };
+            let header = Header { id, command, kind, body_len };
+            prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+
+        #[test]
+        fn any_bytes_are_judged_without_panic(header: [u8; HEADER_BYTES]) {
+            if let Ok(header) = Header::decode(&header) {
+                prop_assert!(header.body_len + HEADER_BYTES <= MAX_MESSAGE as usize);
+            }
+        }
+    }
+}
