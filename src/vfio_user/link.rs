@@ -6,7 +6,9 @@
 //! what [`super::DmaTarget`] looks into. Whoever gives orders changes that under this lock, so that
 //! a server that connects is told of every window exactly once.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+mod connection;
+
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,10 +21,9 @@ use rustix::net::Shutdown;
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
-use super::message::{
-    Command, DMA_MAP_READ, DMA_MAP_WRITE, DmaMapBody, DmaUnmapBody, Header, Kind,
-};
-use super::socket::{Descriptor, Outbox};
+use self::connection::{Connection, NO_REPLY_ID, Pending, map_body, unmap_body};
+use super::message::{Command, Header, Kind};
+use super::socket::Descriptor;
 use super::version::Terms;
 use crate::address::{Access, IovaRange};
 use crate::warn_limited;
@@ -31,9 +32,6 @@ use crate::warn_limited;
 const MAX_ORDERS: usize = 1024;
 /// While this many bytes wait to be sent, no order is added to them.
 const BUSY_BYTES: usize = 256 << 10;
-/// The number all commands without a reply have, so that a server that answers one all the same is
-/// understood.
-const NO_REPLY_ID: u16 = u16::MAX;
 /// The batch nobody waits for.
 const UNWATCHED: u64 = 0;
 
@@ -101,35 +99,6 @@ struct State {
 struct Batch {
     remaining: usize,
     failed: Option<OrderError>,
-}
-
-#[derive(Debug)]
-struct Connection {
-    socket: Arc<OwnedFd>,
-    /// What was agreed on; before that the server knows nothing.
-    terms: Option<Terms>,
-    outbox: Outbox,
-    /// Orders that are not in the outbox yet, and their batches.
-    backlog: VecDeque<(Order, u64)>,
-    pending: HashMap<u16, Pending>,
-    next_id: u16,
-    orders: usize,
-    commands: usize,
-    /// Windows the server has.
-    windows: u64,
-    /// First addresses of windows it was asked to have and has not.
-    refused: HashSet<u64>,
-}
-
-/// A command the server owes a reply to.
-#[derive(Debug)]
-enum Pending {
-    Version,
-    Order(Order, u64),
-    /// The client's, with the client's header.
-    Client(Header),
-    /// The client's of long ago, told again.
-    Again(Command),
 }
 
 /// What a reply of the server's was.
@@ -251,18 +220,7 @@ impl Link {
     pub(super) fn begin(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
         let mut state = self.state.lock();
         state.session += 1;
-        let connection = state.connection.insert(Connection {
-            socket,
-            terms: None,
-            outbox: Outbox::default(),
-            backlog: VecDeque::new(),
-            pending: HashMap::new(),
-            next_id: 0,
-            orders: 0,
-            commands: 0,
-            windows: 0,
-            refused: HashSet::new(),
-        });
+        let connection = state.connection.insert(Connection::new(socket));
         connection.send(Pending::Version, Command::Version, proposal, Vec::new());
         let session = state.session;
         self.flush_locked(&mut state);
@@ -512,54 +470,6 @@ impl Orders<'_> {
     }
 }
 
-impl Connection {
-    fn send(
-        &mut self,
-        pending: Pending,
-        command: Command,
-        body: &[u8],
-        descriptors: Vec<Descriptor>,
-    ) {
-        let id = self.free_id();
-        self.pending.insert(id, pending);
-        let header = Header::command(id, command, body.len());
-        self.outbox.push(header.with_body(body), descriptors);
-    }
-
-    fn order(&mut self, order: Order, batch: u64, body: &[u8], descriptors: Vec<Descriptor>) {
-        self.orders += 1;
-        let pending = Pending::Order(order, batch);
-        let command = pending.command();
-        self.send(pending, command, body, descriptors);
-    }
-
-    /// A number no command has. There are always some: far fewer commands wait at once.
-    fn free_id(&mut self) -> u16 {
-        loop {
-            let id = self.next_id;
-            self.next_id = self.next_id.wrapping_add(1);
-            if id != NO_REPLY_ID && !self.pending.contains_key(&id) {
-                return id;
-            }
-        }
-    }
-}
-
-impl Pending {
-    fn command(&self) -> Command {
-        match self {
-            Self::Version => Command::Version,
-            Self::Order(Order::Map(_), _) => Command::DmaMap,
-            Self::Order(Order::Unmap(_), _) => Command::DmaUnmap,
-            // Only what is known is ever forwarded.
-            Self::Client(header) => {
-                Command::from_number(header.command).unwrap_or(Command::Version)
-            }
-            Self::Again(command) => *command,
-        }
-    }
-}
-
 /// One order of a batch is done with.
 fn finish(batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
     match batches.get_mut(&batch) {
@@ -575,32 +485,5 @@ fn finish(batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
                 warn_limited!("a device's server refuses a window: {cause}");
             }
         }
-    }
-}
-
-fn map_body(window: &Window) -> (DmaMapBody, Vec<Descriptor>) {
-    let right = |has: bool, bit: u32| if has { bit } else { 0 };
-    let flags = right(window.access.read, DMA_MAP_READ) | right(window.access.write, DMA_MAP_WRITE);
-    let (offset, descriptors) = match &window.file {
-        Some((file, offset)) => (*offset, vec![Descriptor::Shared(file.clone())]),
-        None => (0, Vec::new()),
-    };
-    let body = DmaMapBody {
-        argsz: 32.into(),
-        flags: flags.into(),
-        offset: offset.into(),
-        address: window.range.first().0.into(),
-        // Memory is never all 2^64 bytes.
-        size: window.range.len_bytes().unwrap_or(u64::MAX).into(),
-    };
-    (body, descriptors)
-}
-
-fn unmap_body(range: IovaRange) -> DmaUnmapBody {
-    DmaUnmapBody {
-        argsz: 24.into(),
-        flags: 0.into(),
-        address: range.first().0.into(),
-        size: range.len_bytes().unwrap_or(u64::MAX).into(),
     }
 }

@@ -1,0 +1,236 @@
+//! The client, and what it says.
+
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use zerocopy::IntoBytes;
+
+use super::{Between, MAX_WAITING, Reason, TURN};
+use crate::vfio_user::client_windows::ClientWindows;
+use crate::vfio_user::irqs::Irqs;
+use crate::vfio_user::link::Pulse;
+use crate::vfio_user::message::{
+    Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Header,
+    Kind, RegionAccessBody, check_command, take,
+};
+use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver};
+use crate::vfio_user::version::{Terms, Version};
+use crate::warn_limited;
+
+/// The most commands of the client's that wait for replies; the next ones wait unread.
+const MAX_COMMANDS: usize = 64;
+/// How long a client may take to say VERSION, while others wait.
+const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
+
+pub(super) struct Client {
+    pub(super) socket: Arc<UnixStream>,
+    pub(super) receiver: Receiver,
+    pub(super) outbox: Outbox,
+    pub(super) stage: Stage,
+    pub(super) windows: ClientWindows,
+    pub(super) irqs: Irqs,
+    /// It has descriptors of the server's, which lead nowhere when that is gone.
+    pub(super) holds_descriptors: bool,
+}
+
+/// How far a client has come.
+pub(super) enum Stage {
+    /// It has said nothing yet, and is to until this.
+    Fresh(Instant),
+    /// It waits for the answer to its VERSION.
+    Asked { header: Header, version: Version },
+    /// It was answered.
+    Agreed {
+        version: Version,
+        answer: Box<Version>,
+        terms: Terms,
+    },
+}
+
+impl Between {
+    pub(super) fn client_ready(&mut self, flags: PollFlags) {
+        if flags.contains(PollFlags::OUT) {
+            self.flush_client();
+        }
+        for _ in 0..TURN {
+            let pulse = self.link.pulse();
+            let Some(client) = &mut self.client else {
+                return;
+            };
+            if !client.may_speak(&pulse) {
+                if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
+                    self.end_client("it has hung up");
+                }
+                return;
+            }
+            let done = match client.receiver.receive(&*client.socket) {
+                Ok(Received::Message(message)) => self.client_says(message),
+                Ok(Received::Nothing) => return,
+                Ok(Received::End) => return self.end_client("it has hung up"),
+                Err(cause) => Err(cause.to_string()),
+            };
+            match done {
+                Ok(()) => self.flush_client(),
+                Err(why) => {
+                    warn_limited!("{}: the client is cut off: {why}", self.settings.name);
+                    return self.end_client(&why);
+                }
+            }
+        }
+    }
+
+    fn client_says(&mut self, message: Message) -> Result<(), Reason> {
+        let Some(client) = &mut self.client else {
+            return Ok(());
+        };
+        let header = message.header;
+        if !matches!(header.kind, Kind::Command { .. }) {
+            return Err("it replies, and was asked nothing".into());
+        }
+        let command = Command::from_number(header.command);
+        if let Some(command) = command {
+            check_command(command, &message.body, message.descriptors.len())
+                .map_err(|e| e.to_string())?;
+        }
+        let terms = match &client.stage {
+            Stage::Agreed { terms, .. } => terms,
+            Stage::Fresh(_) | Stage::Asked { .. } => {
+                if command != Some(Command::Version) {
+                    return Err("its first word is not VERSION".into());
+                }
+                let version = Version::decode(&message.body).map_err(|e| e.to_string())?;
+                version.proposal().map_err(|e| e.to_string())?;
+                client.stage = Stage::Asked { header, version };
+                self.connect_at = Instant::now();
+                return Ok(());
+            }
+        };
+        let Some(command) = command else {
+            client.refuse(&header, libc::ENOTSUP);
+            return Ok(());
+        };
+        match command {
+            Command::Version => return Err("it says VERSION twice".into()),
+            Command::DmaRead | Command::DmaWrite => {
+                return Err(format!("{command:?} is a server's command"));
+            }
+            Command::DmaMap => {
+                let (body, _) =
+                    take::<DmaMapBody>(command, &message.body).map_err(|e| e.to_string())?;
+                let done = client.windows.map(&body);
+                client.answer(&header, done, &[]);
+                return Ok(());
+            }
+            Command::DmaUnmap => {
+                let (body, _) =
+                    take::<DmaUnmapBody>(command, &message.body).map_err(|e| e.to_string())?;
+                let done = client.windows.unmap(&body);
+                client.answer(&header, done, body.as_bytes());
+                return Ok(());
+            }
+            // The client counts guest-physical pages, the server IOVAs: a log of those would have
+            // a client overlook what was written.
+            Command::DirtyPages => {
+                client.refuse(&header, libc::ENOTSUP);
+                return Ok(());
+            }
+            Command::DeviceFeature => {
+                let (body, _) =
+                    take::<FeatureBody>(command, &message.body).map_err(|e| e.to_string())?;
+                if FEATURES_DMA_LOGGING.contains(&(body.flags.get() & FEATURE_INDEX)) {
+                    client.refuse(&header, libc::ENOTSUP);
+                    return Ok(());
+                }
+            }
+            Command::RegionRead | Command::RegionWrite => {
+                let (body, _) =
+                    take::<RegionAccessBody>(command, &message.body).map_err(|e| e.to_string())?;
+                if body.count.get() > terms.server_data {
+                    client.refuse(&header, libc::E2BIG);
+                    return Ok(());
+                }
+            }
+            Command::DeviceGetInfo
+            | Command::DeviceGetRegionInfo
+            | Command::DeviceGetRegionIoFds
+            | Command::DeviceGetIrqInfo
+            | Command::DeviceSetIrqs
+            | Command::DeviceReset
+            | Command::RegionWriteMulti
+            | Command::MigDataRead
+            | Command::MigDataWrite => {}
+        }
+        if message.descriptors.len() > terms.server_descriptors {
+            client.refuse(&header, libc::E2BIG);
+            return Ok(());
+        }
+        let files = message.descriptors.into_iter().map(File::from);
+        let files: Vec<Arc<File>> = files.map(Arc::new).collect();
+        if command == Command::DeviceSetIrqs {
+            client.irqs.note(&message.body, &files);
+        }
+        let descriptors = files.into_iter().map(Descriptor::Shared).collect();
+        if !self
+            .link
+            .forward(header, command, &message.body, descriptors)
+        {
+            client.refuse(&header, libc::EIO);
+        }
+        Ok(())
+    }
+}
+
+impl Client {
+    /// A client that has said nothing yet.
+    pub(super) fn new(socket: UnixStream) -> Self {
+        Self {
+            socket: Arc::new(socket),
+            receiver: Receiver::default(),
+            outbox: Outbox::default(),
+            stage: Stage::Fresh(Instant::now() + FIRST_WORD_PATIENCE),
+            windows: ClientWindows::default(),
+            irqs: Irqs::default(),
+            holds_descriptors: false,
+        }
+    }
+
+    /// Whether its next message is taken in.
+    pub(super) fn may_speak(&self, pulse: &Pulse) -> bool {
+        if self.outbox.len_bytes() >= MAX_WAITING {
+            return false;
+        }
+        match self.stage {
+            Stage::Fresh(_) => true,
+            Stage::Asked { .. } => false,
+            // What the server is to know already when it gets a command has to go first.
+            Stage::Agreed { .. } => {
+                !pulse.connected
+                    || (pulse.up
+                        && pulse.told
+                        && pulse.commands < MAX_COMMANDS
+                        && pulse.bytes < MAX_WAITING)
+            }
+        }
+    }
+
+    fn answer(&mut self, header: &Header, done: Result<(), i32>, body: &[u8]) {
+        match done {
+            Ok(()) if header.wants_no_reply() => {}
+            Ok(()) => {
+                let reply = header.reply_to(body.len()).with_body(body);
+                self.outbox.push(reply, Vec::new());
+            }
+            Err(error) => self.refuse(header, error),
+        }
+    }
+
+    pub(super) fn refuse(&mut self, header: &Header, error: i32) {
+        if !header.wants_no_reply() {
+            let reply = header.refusal_of(error).encode().to_vec();
+            self.outbox.push(reply, Vec::new());
+        }
+    }
+}
