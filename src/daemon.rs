@@ -22,7 +22,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::config::{Config, Socket};
 use crate::control::{ControlServer, Subjects};
 use crate::device::Device;
-use crate::emulated_side::{EmulatedSide, FaultDelivery, FaultQueue};
+use crate::emulated_side::{EmulatedSide, Refusals};
+use crate::fault_queue::FaultDelivery;
 use crate::host_side::{HostSide, HostSideError};
 use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
@@ -127,9 +128,9 @@ impl Daemon {
         }
         let readers = shadow_side::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
-        let faults = Arc::new(FaultQueue::new(metrics.clone()));
+        let refusals = Arc::new(Refusals::new(metrics.clone()));
         let emulated =
-            EmulatedSide::open(config, iommu.topology(), &faults).map_err(DaemonError::Socket)?;
+            EmulatedSide::open(config, iommu.topology(), &refusals).map_err(DaemonError::Socket)?;
         for (backend, endpoint) in emulated.backends {
             iommu
                 .add_backend(backend, &[endpoint])
@@ -141,7 +142,7 @@ impl Daemon {
         let faults = (!config.emulated.is_empty())
             .then(|| {
                 let device = device.clone();
-                FaultDelivery::start(faults, move |fault| device.report_fault(fault))
+                refusals.deliver(move |fault| device.report_fault(fault))
             })
             .transpose()
             .map_err(|source| DaemonError::System {

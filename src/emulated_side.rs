@@ -1,28 +1,23 @@
 //! The devices that a configuration says other processes emulate: their sockets, their backends,
 //! and the way of refused accesses to the guest.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use log::{info, warn};
-use parking_lot::{Condvar, Mutex};
+use log::info;
 
 use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{
     EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser,
 };
 use crate::config::{self, Config};
+use crate::fault_queue::{FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason};
 use crate::metrics::Metrics;
 use crate::socket::{SocketFile, bind};
 use crate::topology::Topology;
 use crate::warn_limited;
-
-/// Refused accesses that wait to be told of; more are counted and dropped.
-const MAX_WAITING: usize = 256;
 
 /// What there is for emulated devices.
 pub struct EmulatedSide {
@@ -37,11 +32,7 @@ impl EmulatedSide {
     ///
     /// # Errors
     /// Where a socket cannot be made, or the system has no descriptor or thread left.
-    pub fn open(
-        config: &Config,
-        topology: &Topology,
-        faults: &Arc<FaultQueue>,
-    ) -> io::Result<Self> {
+    pub fn open(config: &Config, topology: &Topology, faults: &Arc<Refusals>) -> io::Result<Self> {
         let mut side = Self {
             backends: Vec::new(),
             files: Vec::new(),
@@ -76,45 +67,40 @@ impl EmulatedSide {
     }
 }
 
-/// Refused accesses on their way to the guest. Whoever reports one does not wait.
-pub struct FaultQueue {
-    state: Mutex<Waiting>,
-    changed: Condvar,
+/// Where the interposers leave what they have refused.
+pub struct Refusals {
+    queue: Arc<FaultQueue<Fault>>,
     metrics: Arc<Metrics>,
 }
 
-#[derive(Default)]
-struct Waiting {
-    faults: VecDeque<Fault>,
-    ended: bool,
-}
-
-impl FaultQueue {
-    /// An empty queue. What it drops is counted in `metrics`.
+impl Refusals {
+    /// None so far. What is dropped is counted in `metrics`.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
-            state: Mutex::default(),
-            changed: Condvar::new(),
+            queue: Arc::default(),
             metrics,
         }
     }
 
-    /// The next one, as soon as there is one; `None` in the end.
-    fn next(&self) -> Option<Fault> {
-        let mut state = self.state.lock();
-        loop {
-            if state.ended {
-                return None;
-            }
-            if let Some(fault) = state.faults.pop_front() {
-                return Some(fault);
-            }
-            self.changed.wait(&mut state);
-        }
+    /// Starts the thread that calls `tell` for each of them.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn deliver(&self, tell: impl Fn(&Fault) + Send + 'static) -> io::Result<FaultDelivery> {
+        FaultDelivery::start("faults", self.queue.clone(), move |fault| {
+            warn_limited!(
+                "endpoint {} is refused access {} at {}: {}",
+                fault.endpoint,
+                fault.access,
+                fault.address,
+                fault.reason.name()
+            );
+            tell(&fault);
+        })
     }
 }
 
-impl FaultSink for FaultQueue {
+impl FaultSink for Refusals {
     fn refused(&self, refused: &RefusedAccess) {
         let fault = Fault {
             endpoint: refused.endpoint,
@@ -126,61 +112,8 @@ impl FaultSink for FaultQueue {
             access: refused.access,
             address: refused.address,
         };
-        let mut state = self.state.lock();
-        if state.faults.len() < MAX_WAITING {
-            state.faults.push_back(fault);
-            self.changed.notify_one();
-        } else {
+        if !self.queue.push(fault) {
             self.metrics.faults_dropped.inc();
-        }
-    }
-}
-
-/// The thread that tells of refused accesses; dropping it ends it.
-pub struct FaultDelivery {
-    queue: Arc<FaultQueue>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl FaultDelivery {
-    /// Calls `tell` for each refused access, in their order.
-    ///
-    /// # Errors
-    /// Where the system has no thread left.
-    pub fn start(
-        queue: Arc<FaultQueue>,
-        tell: impl Fn(&Fault) + Send + 'static,
-    ) -> io::Result<Self> {
-        let source = queue.clone();
-        let thread = std::thread::Builder::new()
-            .name("faults".into())
-            .spawn(move || {
-                while let Some(fault) = source.next() {
-                    warn_limited!(
-                        "endpoint {} is refused access {} at {}: {}",
-                        fault.endpoint,
-                        fault.access,
-                        fault.address,
-                        fault.reason.name()
-                    );
-                    tell(&fault);
-                }
-            })?;
-        Ok(Self {
-            queue,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for FaultDelivery {
-    fn drop(&mut self) {
-        self.queue.state.lock().ended = true;
-        self.queue.changed.notify_all();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            warn!("the thread that reports faults has panicked");
         }
     }
 }
@@ -191,39 +124,45 @@ mod tests {
 
     use super::*;
     use crate::address::{Access, Iova};
+    use crate::fault_queue::MAX_WAITING;
 
-    fn refused(address: u64) -> RefusedAccess {
+    fn refused(address: u64, why: Refusal) -> RefusedAccess {
         RefusedAccess {
             endpoint: EndpointId(8),
-            why: Refusal::NotMapped,
+            why,
             access: Access::READ,
             address: Iova(address),
         }
     }
 
     #[test]
-    fn faults_that_nobody_takes_are_dropped_and_counted() {
+    fn refusals_become_faults_and_those_nobody_takes_are_counted() {
         let metrics = Arc::new(Metrics::default());
-        let queue = Arc::new(FaultQueue::new(metrics.clone()));
-        for n in 0..MAX_WAITING as u64 + 3 {
-            queue.refused(&refused(n));
+        let refusals = Refusals::new(metrics.clone());
+        let reasons = [
+            (Refusal::NotMapped, FaultReason::Mapping),
+            (Refusal::NotAttached, FaultReason::Domain),
+            (Refusal::Stopped, FaultReason::Unknown),
+        ];
+        let each = || (0..MAX_WAITING as u64).zip(reasons.into_iter().cycle());
+        for (address, (why, _)) in each() {
+            refusals.refused(&refused(address, why));
         }
-        assert_eq!(metrics.faults_dropped.get(), 3);
+        assert_eq!(metrics.faults_dropped.get(), 0);
+        refusals.refused(&refused(0, Refusal::NotMapped));
+        assert_eq!(metrics.faults_dropped.get(), 1);
         let (sender, told) = sync_channel(MAX_WAITING);
-        let delivery = FaultDelivery::start(queue.clone(), move |fault| {
-            sender.send(*fault).expect("room");
-        });
-        let delivery = delivery.expect("a thread");
-        for n in 0..MAX_WAITING as u64 {
+        let tell = move |fault: &Fault| sender.send(*fault).expect("room");
+        let delivery = refusals.deliver(tell).expect("a thread");
+        for (address, (_, reason)) in each() {
             let fault = told.recv().expect("told");
+            assert_eq!((fault.address, fault.reason), (Iova(address), reason));
             assert_eq!(
-                (fault.address, fault.reason),
-                (Iova(n), FaultReason::Mapping)
+                (fault.endpoint, fault.access),
+                (EndpointId(8), Access::READ)
             );
         }
-        queue.refused(&refused(7));
-        assert_eq!(told.recv().expect("told").address, Iova(7));
         drop(delivery);
-        assert!(told.recv().is_err(), "the thread has ended");
+        assert!(told.recv().is_err(), "nothing else");
     }
 }

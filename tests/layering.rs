@@ -41,7 +41,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("socket", &[]),
-    ("shadow", &["page_table", "socket"]),
+    ("fault_queue", &[]),
+    ("shadow", &["fault_queue", "page_table", "socket"]),
     (
         "shadow_side",
         &["backends", "config", "device", "iommu", "shadow"],
@@ -54,7 +55,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("host_side", &["backends", "config", "topology", "vfio"]),
     (
         "emulated_side",
-        &["backends", "config", "iommu", "socket", "topology"],
+        &[
+            "backends",
+            "config",
+            "fault_queue",
+            "iommu",
+            "socket",
+            "topology",
+        ],
     ),
     ("host_check", &["config", "topology"]),
     ("host_tree", &["config", "topology"]),

@@ -8,7 +8,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,6 +18,7 @@ use super::registry::{Reader, Registry};
 use super::sys::receive;
 use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
 use crate::address::{Access, Iova};
+use crate::fault_queue::{FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::socket::{SocketFile, bind};
 use crate::warn_limited;
@@ -27,12 +27,10 @@ use crate::warn_limited;
 const GREETING: Duration = Duration::from_secs(2);
 /// The most processes that are connected and have not said it.
 const MAX_STRANGERS: usize = 16;
-/// Faults of one reader that are passed on at once.
+/// Faults of one endpoint that are passed on at once.
 const FAULT_BURST: u32 = 64;
 /// And after that one in this time.
 const FAULT_REFILL: Duration = Duration::from_millis(10);
-/// Faults that wait for being passed on.
-const FAULT_QUEUE: usize = 256;
 /// Frames read from one reader before another one gets its turn.
 const FRAMES_PER_TURN: usize = 64;
 /// How long the sockets rest where a process cannot be accepted.
@@ -68,7 +66,9 @@ pub struct ShadowSocket<'a> {
 pub struct ShadowServer {
     /// Shut down to end the thread.
     stop: UnixStream,
-    threads: Vec<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
+    /// Ended after the thread that feeds it.
+    _delivery: FaultDelivery,
     files: Vec<Arc<SocketFile>>,
 }
 
@@ -95,24 +95,27 @@ impl ShadowServer {
             listeners.push((listener, socket.endpoints.clone()));
             files.push(Arc::new(file));
         }
-        let (sender, receiver) = sync_channel(FAULT_QUEUE);
+        let queue = Arc::new(FaultQueue::new());
         let mut served = Served {
             registry,
             epoll,
             listeners,
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
-            faults: sender,
+            faults: queue.clone(),
+            budgets: BTreeMap::new(),
         };
-        let spawn = |name: &str| std::thread::Builder::new().name(name.into());
-        let serving = spawn("shadow").spawn(move || {
-            served.run();
-            drop(stopped);
-        })?;
-        let passing = spawn("shadow-faults").spawn(move || pass_on(&receiver, faults))?;
+        let delivery = FaultDelivery::start("shadow-faults", queue, faults)?;
+        let thread = std::thread::Builder::new()
+            .name("shadow".into())
+            .spawn(move || {
+                served.run();
+                drop(stopped);
+            })?;
         Ok(Self {
             stop,
-            threads: vec![serving, passing],
+            thread: Some(thread),
+            _delivery: delivery,
             files,
         })
     }
@@ -129,20 +132,14 @@ impl Drop for ShadowServer {
             warn!("cannot stop the shadow thread: {cause}");
             return;
         }
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                warn!("a shadow thread has panicked");
-            }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the shadow thread has panicked");
         }
         for file in &self.files {
             file.remove();
         }
-    }
-}
-
-fn pass_on(faults: &Receiver<RefusedAccess>, mut sink: impl FnMut(RefusedAccess)) {
-    while let Ok(fault) = faults.recv() {
-        sink(fault);
     }
 }
 
@@ -158,7 +155,9 @@ struct Served {
     listeners: Vec<(UnixListener, Vec<EndpointId>)>,
     connections: BTreeMap<u64, Connection>,
     next: u64,
-    faults: SyncSender<RefusedAccess>,
+    faults: Arc<FaultQueue<RefusedAccess>>,
+    /// By endpoint, of those that have had faults: a process that comes anew finds what is left.
+    budgets: BTreeMap<EndpointId, Budget>,
 }
 
 struct Connection {
@@ -174,10 +173,7 @@ enum Who {
         listener: usize,
         until: Instant,
     },
-    Reader {
-        reader: Arc<Reader>,
-        budget: Budget,
-    },
+    Reader(Arc<Reader>),
     /// A reader that has hung up inside an access.
     Leaving(Arc<Reader>),
 }
@@ -197,7 +193,7 @@ impl Connection {
     fn stream(&self) -> Option<&UnixStream> {
         match &self.who {
             Who::Stranger { stream, .. } => Some(stream),
-            Who::Reader { reader, .. } => Some(reader.stream()),
+            Who::Reader(reader) => Some(reader.stream()),
             Who::Leaving(_) => None,
         }
     }
@@ -258,7 +254,7 @@ impl Served {
         }
         for (_, connection) in std::mem::take(&mut self.connections) {
             match connection.who {
-                Who::Reader { reader, .. } | Who::Leaving(reader) => self.registry.hang_up(&reader),
+                Who::Reader(reader) | Who::Leaving(reader) => self.registry.hang_up(&reader),
                 Who::Stranger { .. } => {}
             }
         }
@@ -268,7 +264,7 @@ impl Served {
     fn timeout(&self) -> i32 {
         let first = self.connections.values().filter_map(|c| match c.who {
             Who::Stranger { until, .. } => Some(until),
-            Who::Reader { .. } | Who::Leaving(_) => None,
+            Who::Reader(_) | Who::Leaving(_) => None,
         });
         first.min().map_or(-1, |until| {
             let left = until.saturating_duration_since(Instant::now());
@@ -324,12 +320,11 @@ impl Served {
                 Input::Nothing => return,
                 Input::Closed => return self.closed(number),
                 Input::Garbage(why) => return self.broken(number, why),
-                Input::Frame(frame) => match &mut connection.who {
+                Input::Frame(frame) => match &connection.who {
                     Who::Stranger { .. } => return self.greeted(number, &frame),
-                    Who::Reader { reader, budget } => {
-                        let heard =
-                            hear_reader(&self.registry, reader, budget, &frame, &self.faults);
-                        if let Err(why) = heard {
+                    Who::Reader(reader) => {
+                        let reader = reader.clone();
+                        if let Err(why) = self.heard(&reader, &frame) {
                             return self.broken(number, why);
                         }
                     }
@@ -358,12 +353,8 @@ impl Served {
                     // It is noticed all the same whenever it is waited for.
                     debug!("the end of a reader is not watched: {cause}");
                 }
-                let who = Who::Reader {
-                    reader,
-                    budget: Budget::new(),
-                };
                 let connection = Connection {
-                    who,
+                    who: Who::Reader(reader),
                     frame: [0; FRAME_LEN],
                     filled: 0,
                 };
@@ -380,7 +371,7 @@ impl Served {
         };
         match connection.who {
             Who::Stranger { .. } => {}
-            Who::Reader { reader, .. } | Who::Leaving(reader) => {
+            Who::Reader(reader) | Who::Leaving(reader) => {
                 self.registry.hang_up(&reader);
                 self.leave(number, reader, false);
             }
@@ -397,7 +388,7 @@ impl Served {
                 warn_limited!("a process that wants to be a reader {why}");
                 self.registry.refuse(&stream, Refusal::NoGreeting, 0);
             }
-            Who::Reader { reader, .. } | Who::Leaving(reader) => {
+            Who::Reader(reader) | Who::Leaving(reader) => {
                 let dying = self.registry.expel(&reader, why);
                 self.leave(number, reader, dying);
             }
@@ -427,7 +418,7 @@ impl Served {
         if let Some(connection) = self.connections.remove(&number) {
             match connection.who {
                 Who::Stranger { .. } => {}
-                Who::Reader { reader, .. } | Who::Leaving(reader) => self.registry.forget(&reader),
+                Who::Reader(reader) | Who::Leaving(reader) => self.registry.forget(&reader),
             }
         }
     }
@@ -441,44 +432,43 @@ impl Served {
                     registry.refuse(stream, Refusal::NoGreeting, 0);
                     false
                 }
-                Who::Stranger { .. } | Who::Reader { .. } | Who::Leaving(_) => true,
+                Who::Stranger { .. } | Who::Reader(_) | Who::Leaving(_) => true,
             });
     }
-}
 
-fn hear_reader(
-    registry: &Registry,
-    reader: &Reader,
-    budget: &mut Budget,
-    frame: &Frame,
-    faults: &SyncSender<RefusedAccess>,
-) -> Result<(), &'static str> {
-    match frame.kind {
-        kind::MEMORY_TAKEN => {
-            let [generation, ..] = frame.numbers;
-            registry.taken(reader, generation);
-            Ok(())
-        }
-        kind::FAULT => {
-            let access = access_of(frame.value).ok_or("reports a fault of no known kind")?;
-            let [address, ..] = frame.numbers;
-            let fault = RefusedAccess {
-                endpoint: reader.endpoint(),
-                access,
-                address: Iova(address),
-            };
-            if budget.take(Instant::now()) && faults.try_send(fault).is_ok() {
-                registry.counters().faults.inc();
-            } else {
-                registry.counters().faults_suppressed.inc();
+    /// A reader has said something.
+    fn heard(&mut self, reader: &Reader, frame: &Frame) -> Result<(), &'static str> {
+        match frame.kind {
+            kind::MEMORY_TAKEN => {
+                let [generation, ..] = frame.numbers;
+                self.registry.taken(reader, generation);
+                Ok(())
             }
-            Ok(())
+            kind::FAULT => {
+                let access = access_of(frame.value).ok_or("reports a fault of no known kind")?;
+                let [address, ..] = frame.numbers;
+                let fault = RefusedAccess {
+                    endpoint: reader.endpoint(),
+                    access,
+                    address: Iova(address),
+                };
+                let budget = self.budgets.entry(fault.endpoint);
+                let counters = self.registry.counters();
+                if budget.or_insert_with(Budget::new).take(Instant::now())
+                    && self.faults.push(fault)
+                {
+                    counters.faults.inc();
+                } else {
+                    counters.faults_suppressed.inc();
+                }
+                Ok(())
+            }
+            _ => Err("says what no reader says"),
         }
-        _ => Err("says what no reader says"),
     }
 }
 
-/// How many faults of one reader are passed on.
+/// How many faults of one endpoint are passed on.
 struct Budget {
     left: u32,
     since: Instant,
@@ -510,7 +500,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reader_has_a_burst_of_faults_and_then_some() {
+    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
         let mut budget = Budget::new();
         let start = budget.since;
         let passed = (0..1000).filter(|_| budget.take(start)).count();

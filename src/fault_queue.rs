@@ -1,0 +1,150 @@
+//! Refused accesses on their way to the guest.
+//!
+//! Who notices one must not wait: it moves messages that the core may be waiting for, or holds the core
+//! itself. Delivering one takes locks. So it is left here, and a thread of its own delivers it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use log::warn;
+use parking_lot::{Condvar, Mutex};
+
+/// The most that wait; what comes then is not taken.
+pub const MAX_WAITING: usize = 256;
+
+/// What waits for being delivered, first in, first out.
+#[derive(Debug)]
+pub struct FaultQueue<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    waiting: VecDeque<T>,
+    ended: bool,
+}
+
+impl<T> FaultQueue<T> {
+    /// An empty queue.
+    pub fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                waiting: VecDeque::new(),
+                ended: false,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Leaves one here. Returns `false`, at once too, where [`MAX_WAITING`] wait already: it is dropped,
+    /// and for the caller to count.
+    #[must_use = "what is dropped is counted"]
+    pub fn push(&self, fault: T) -> bool {
+        let mut state = self.state.lock();
+        let room = state.waiting.len() < MAX_WAITING;
+        if room {
+            state.waiting.push_back(fault);
+            self.changed.notify_one();
+        }
+        room
+    }
+
+    /// The next one, as soon as there is one; `None` in the end.
+    fn next(&self) -> Option<T> {
+        let mut state = self.state.lock();
+        loop {
+            if state.ended {
+                return None;
+            }
+            if let Some(fault) = state.waiting.pop_front() {
+                return Some(fault);
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    fn end(&self) {
+        self.state.lock().ended = true;
+        self.changed.notify_all();
+    }
+}
+
+impl<T> Default for FaultQueue<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The thread that empties a queue; dropping it ends it, and what still waits is not delivered.
+pub struct FaultDelivery {
+    end: Box<dyn Fn() + Send + Sync>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FaultDelivery {
+    /// Calls `deliver` with what comes into `queue`, in its order, in a thread of this name.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start<T: Send + 'static>(
+        name: &str,
+        queue: Arc<FaultQueue<T>>,
+        mut deliver: impl FnMut(T) + Send + 'static,
+    ) -> io::Result<Self> {
+        let source = queue.clone();
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || {
+                while let Some(fault) = source.next() {
+                    deliver(fault);
+                }
+            })?;
+        Ok(Self {
+            end: Box::new(move || queue.end()),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for FaultDelivery {
+    fn drop(&mut self) {
+        (self.end)();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("a thread that delivers faults has panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    #[test]
+    fn what_there_is_room_for_is_delivered_in_order_until_the_end() {
+        let queue = Arc::new(FaultQueue::new());
+        for number in 0..MAX_WAITING {
+            assert!(queue.push(number));
+        }
+        assert!(!queue.push(MAX_WAITING));
+        let (sender, delivered) = sync_channel(MAX_WAITING);
+        let delivery = FaultDelivery::start("faults", queue.clone(), move |number| {
+            sender.send(number).expect("room");
+        });
+        let delivery = delivery.expect("a thread");
+        for number in 0..MAX_WAITING {
+            assert_eq!(delivered.recv(), Ok(number));
+        }
+        assert!(queue.push(7));
+        assert_eq!(delivered.recv(), Ok(7));
+        drop(delivery);
+        assert!(delivered.recv().is_err(), "the thread has ended");
+        assert!(queue.push(8), "nobody is left to take it");
+    }
+}
