@@ -38,14 +38,6 @@ fn reader(path: &Path, endpoint: u32) -> ShadowReader {
     ShadowReader::connect(path, EndpointId(endpoint)).expect("let in")
 }
 
-/// Readers are told of memory that comes, and not waited for.
-fn wait_for_memory(daemon: &Daemon, reader: &ShadowReader) {
-    daemon.wait_for("the reader's memory", || {
-        let memory = reader.memory();
-        memory.read_obj::<u8>(GuestAddress(0x5000)).is_ok()
-    });
-}
-
 #[test]
 fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
     let folder = TempDir::new().expect("a folder");
@@ -59,7 +51,6 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
     ShadowReader::connect(&path, EndpointId(EP3)).expect_err("no shadow endpoint");
     guest.memory.write(GPA, &[7; 16]);
     for reader in [&early, &late] {
-        wait_for_memory(&daemon, reader);
         let memory = reader.memory();
         let found: u64 = memory.read_obj(GuestAddress(0x5008)).expect("mapped");
         assert_eq!(found, 0x0707_0707_0707_0707);
@@ -114,7 +105,6 @@ fn readers_outlive_the_vmm_and_not_the_daemon() {
         guest.driver_ok();
         assert_eq!(guest.attach(1, EP), 0);
         assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
-        wait_for_memory(&daemon, &reader);
         let memory = reader.memory();
         memory
             .write_obj(round, GuestAddress(0x5000))

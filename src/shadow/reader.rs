@@ -155,13 +155,13 @@ impl ShadowReader {
         stream.set_read_timeout(Some(WELCOME_PATIENCE))?;
         let hello = Frame::new(kind::HELLO, VERSION, [MAGIC, endpoint.0.into(), 0, 0]);
         say(&stream, &hello)?;
-        let (shared, mut regions) = Shared::welcomed(stream, endpoint)?;
+        let (shared, mut known) = Shared::welcomed(stream, endpoint)?;
         shared.stream.set_read_timeout(None)?;
         let shared = Arc::new(shared);
         let heard = shared.clone();
         let thread = std::thread::Builder::new()
             .name("shadow".into())
-            .spawn(move || heard.listen(&mut regions))?;
+            .spawn(move || heard.listen(&mut known))?;
         Ok(Self {
             connection: Arc::new(Connection {
                 shared,
@@ -404,6 +404,14 @@ struct Memory {
     regions: GuestMemoryMmap,
 }
 
+/// What the thread that listens knows of guest memory.
+#[derive(Debug, Default)]
+struct Known {
+    regions: Vec<Region>,
+    /// Some has gone that accesses in progress may still use.
+    some_went: bool,
+}
+
 /// What the threads of this process work with.
 #[derive(Debug)]
 struct Shared {
@@ -426,10 +434,7 @@ struct Shared {
 
 impl Shared {
     /// Reads what the daemon says first.
-    fn welcomed(
-        stream: UnixStream,
-        endpoint: EndpointId,
-    ) -> Result<(Self, Vec<Region>), ConnectError> {
+    fn welcomed(stream: UnixStream, endpoint: EndpointId) -> Result<(Self, Known), ConnectError> {
         let (welcome, mut fds) = hear(&stream)?;
         let [slot, words, reserved_count, _] = welcome.numbers;
         match welcome.kind {
@@ -474,19 +479,19 @@ impl Shared {
             let missing = ConnectError::Protocol("it does not tell the reserved regions");
             shared.reserved.push(range.ok_or(missing)?);
         }
-        let mut regions = Vec::new();
+        let mut known = Known::default();
         loop {
             let (frame, fds) = hear(&shared.stream)?;
-            if shared.heed(&frame, fds, &mut regions)? {
-                return Ok((shared, regions));
+            if shared.heed(&frame, fds, &mut known)? {
+                return Ok((shared, known));
             }
         }
     }
 
     /// What the thread does: hears of memory that comes and goes, until the daemon hangs up.
-    fn listen(&self, regions: &mut Vec<Region>) {
+    fn listen(&self, known: &mut Known) {
         loop {
-            match hear(&self.stream).and_then(|(frame, fds)| self.heed(&frame, fds, regions)) {
+            match hear(&self.stream).and_then(|(frame, fds)| self.heed(&frame, fds, known)) {
                 Ok(_) => {}
                 Err(cause) => {
                     debug!("the IOMMU of endpoint {} is gone: {cause}", self.endpoint);
@@ -504,7 +509,7 @@ impl Shared {
         &self,
         frame: &Frame,
         mut fds: Vec<OwnedFd>,
-        regions: &mut Vec<Region>,
+        known: &mut Known,
     ) -> Result<bool, ConnectError> {
         let [first, length, offset, _] = frame.numbers;
         match frame.kind {
@@ -512,11 +517,15 @@ impl Shared {
                 let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
                     return Err(ConnectError::Protocol("memory comes without a file"));
                 };
-                regions.push(map_region(File::from(fd), first, length, offset)?);
+                known
+                    .regions
+                    .push(map_region(File::from(fd), first, length, offset)?);
                 Ok(false)
             }
             kind::MEMORY_GOES => {
-                regions.retain(|region| region.start_addr() != GuestAddress(first));
+                let stays = |region: &Region| region.start_addr() != GuestAddress(first);
+                known.regions.retain(stays);
+                known.some_went = true;
                 // Views that were given out still have it. They are of no use from the next
                 // generation on.
                 let next = self.memory.lock().generation + 1;
@@ -524,38 +533,40 @@ impl Shared {
                 Ok(false)
             }
             kind::MEMORY => {
-                self.memory_is(first, regions)?;
+                self.memory_is(first, known)?;
                 Ok(true)
             }
             _ => Err(ConnectError::Protocol("it says something unknown")),
         }
     }
 
-    /// Memory consists of `regions` in this generation.
-    fn memory_is(&self, generation: u64, regions: &mut [Region]) -> Result<(), ConnectError> {
-        regions.sort_by_key(|region| region.start_addr());
-        let regions = if regions.is_empty() {
+    /// Memory consists of what is `known` in this generation.
+    fn memory_is(&self, generation: u64, known: &mut Known) -> Result<(), ConnectError> {
+        known.regions.sort_by_key(|region| region.start_addr());
+        let regions = if known.regions.is_empty() {
             GuestMemoryMmap::new()
         } else {
-            let all = GuestMemoryMmap::from_arc_regions(regions.to_vec());
+            let all = GuestMemoryMmap::from_arc_regions(known.regions.clone());
             all.map_err(|e| ConnectError::Memory(e.to_string()))?
         };
         *self.memory.lock() = Memory {
             generation,
             regions,
         };
-        self.let_go(generation)
+        if std::mem::take(&mut known.some_went) {
+            self.wait_for_accesses();
+        }
+        let taken = Frame::new(kind::MEMORY_TAKEN, 0, [generation, 0, 0, 0]);
+        Ok(say(&self.stream, &taken)?)
     }
 
-    /// Waits for the accesses that may still use what has gone, and says so.
-    fn let_go(&self, generation: u64) -> Result<(), ConnectError> {
+    /// Waits for the accesses that may still use what has gone.
+    fn wait_for_accesses(&self) {
         let words = self.epochs.as_slice();
         let mut waiting = Waiting::begin(epoch_words(words));
         while !waiting.is_over(|index| epoch_word(words, index)) {
             std::thread::sleep(NAP);
         }
-        let taken = Frame::new(kind::MEMORY_TAKEN, 0, [generation, 0, 0, 0]);
-        Ok(say(&self.stream, &taken)?)
     }
 
     /// Takes an epoch word that nobody in this process uses.

@@ -18,12 +18,12 @@ use super::wire::{
     EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, Refusal, VERSION, epoch_word, epoch_words, kind,
 };
 use crate::address::{GpaRange, IovaRange};
-use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::metrics::Counter;
 use crate::page_table::epoch::Waiting;
 use crate::page_table::words::SharedWords;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, EndpointWord, OutOfFrames};
+use crate::{error_limited, warn_limited};
 
 /// How often a writer that waits looks whether readers have left, before it lets other threads run.
 const SPINS: u32 = 2000;
@@ -322,16 +322,17 @@ impl Registry {
         let numbers = [word, EPOCH_WORDS as u64, facts.reserved.len() as u64, 0];
         let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
         let fds = [self.arena.as_fd(), epochs.fd()];
-        let mut said = self.say(&stream, &welcome, &fds);
+        let until = Instant::now() + self.limits.patience;
+        let mut said = say(&stream, &welcome, &fds, until);
         for range in &facts.reserved {
             let numbers = [range.first().0, range.last().0, 0, 0];
-            said =
-                said.and_then(|()| self.say(&stream, &Frame::new(kind::RESERVED, 0, numbers), &[]));
+            let frame = Frame::new(kind::RESERVED, 0, numbers);
+            said = said.and_then(|()| say(&stream, &frame, &[], until));
         }
         for ram in &state.memory {
-            said = said.and_then(|()| self.say_ram(&stream, ram));
+            said = said.and_then(|()| say_ram(&stream, ram, until));
         }
-        said = said.and_then(|()| self.say(&stream, &memory(state.generation), &[]));
+        said = said.and_then(|()| say(&stream, &memory(state.generation), &[], until));
         if let Err(cause) = said {
             debug!("a reader does not take its welcome: {cause}");
             return Err((stream, Refusal::Resources, 0));
@@ -359,6 +360,8 @@ impl Registry {
         let _ = reader.stream.shutdown(std::net::Shutdown::Both);
         if !reader.is_inside() || reader.process.is_gone() {
             self.forget(reader);
+        } else {
+            self.wake();
         }
     }
 
@@ -400,6 +403,11 @@ impl Registry {
     /// A reader has let go of the memory that went in `generation` or before.
     pub fn taken(&self, reader: &Reader, generation: u64) {
         reader.taken.store(generation, Ordering::Release);
+        self.wake();
+    }
+
+    /// Makes those who wait for readers to say something look again.
+    fn wake(&self) {
         // The lock is taken so that nobody is about to sleep.
         drop(self.state.lock());
         self.changed.notify_all();
@@ -486,20 +494,49 @@ impl Registry {
         Ok(())
     }
 
-    /// Guest RAM has come: readers are told.
+    /// Guest RAM has come. When this returns, the readers have it, so that what the guest is answered
+    /// after that holds for them too.
+    ///
+    /// A reader that does not take it in time does not reach it until it does, and is not waited for
+    /// again before it has caught up. Only what is needed for that is waited for: a thread that
+    /// registers readers or hears them does not need what the caller may hold.
     pub fn add_memory(&self, ram: Ram) {
         let mut state = self.state.lock();
+        let up_to_date = state.generation;
         state.generation += 1;
-        let done = memory(state.generation);
+        let generation = state.generation;
+        let done = memory(generation);
+        let until = Instant::now() + self.limits.patience;
+        let awaited: Vec<_> = state
+            .readers
+            .iter()
+            .filter(|r| r.taken.load(Ordering::Acquire) >= up_to_date)
+            .cloned()
+            .collect();
         let deaf = state.tell(|reader| {
-            self.say_ram(&reader.stream, &ram)
-                .and_then(|()| self.say(&reader.stream, &done, &[]))
+            say_ram(&reader.stream, &ram, until)
+                .and_then(|()| say(&reader.stream, &done, &[], until))
         });
         state.memory.push(ram);
-        drop(state);
         for reader in deaf {
             // What it does not know of it does not reach.
             let _ = reader.stream.shutdown(std::net::Shutdown::Both);
+        }
+        let behind = |r: &&Arc<Reader>| {
+            !r.is_gone()
+                && r.taken.load(Ordering::Acquire) < generation
+                && !has_hung_up(&r.stream)
+                && !r.process.is_gone()
+        };
+        while let Some(reader) = awaited.iter().find(behind) {
+            if self.changed.wait_until(&mut state, until).timed_out() {
+                warn_limited!(
+                    "reader {} of endpoint {} does not take the memory that has come",
+                    reader.number,
+                    reader.endpoint
+                );
+                return;
+            }
         }
     }
 
@@ -513,11 +550,11 @@ impl Registry {
         state.generation += 1;
         let generation = state.generation;
         let goes = Frame::new(kind::MEMORY_GOES, 0, [range.first().0, 0, 0, 0]);
-        let deaf = state.tell(|reader| {
-            self.say(&reader.stream, &goes, &[])
-                .and_then(|()| self.say(&reader.stream, &memory(generation), &[]))
-        });
         let until = Instant::now() + self.limits.patience;
+        let deaf = state.tell(|reader| {
+            say(&reader.stream, &goes, &[], until)
+                .and_then(|()| say(&reader.stream, &memory(generation), &[], until))
+        });
         let mut holding: Vec<_>;
         loop {
             let holds =
@@ -543,38 +580,6 @@ impl Registry {
             .iter()
             .try_for_each(|reader| self.end(reader, "does not let go of memory that goes"))
     }
-
-    fn say_ram(&self, stream: &UnixStream, ram: &Ram) -> io::Result<()> {
-        let (first, span) = (ram.range.first().0, ram.range.span());
-        // Whole pages, so that there is one more than the span.
-        let numbers = [first, span.saturating_add(1), ram.offset, 0];
-        let frame = Frame::new(kind::MEMORY_COMES, 0, numbers);
-        self.say(stream, &frame, &[ram.file.as_fd()])
-    }
-
-    /// Sends a frame, which takes no longer than a reader's patience lasts.
-    fn say(&self, stream: &UnixStream, frame: &Frame, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let bytes = frame.to_wire();
-        let (mut rest, mut fds) = (bytes.as_slice(), fds);
-        let until = Instant::now() + self.limits.patience;
-        while !rest.is_empty() {
-            match send(stream, rest, fds) {
-                Ok(sent) => {
-                    rest = rest.get(sent..).unwrap_or_default();
-                    fds = &[];
-                }
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    if left.is_zero() || !wait_for_room(stream, left)? {
-                        return Err(io::ErrorKind::TimedOut.into());
-                    }
-                }
-                Err(cause) => return Err(cause),
-            }
-        }
-        Ok(())
-    }
 }
 
 impl State {
@@ -598,4 +603,40 @@ impl State {
 
 fn memory(generation: u64) -> Frame {
     Frame::new(kind::MEMORY, 0, [generation, 0, 0, 0])
+}
+
+fn say_ram(stream: &UnixStream, ram: &Ram, until: Instant) -> io::Result<()> {
+    let (first, span) = (ram.range.first().0, ram.range.span());
+    // Whole pages, so that there is one more than the span.
+    let numbers = [first, span.saturating_add(1), ram.offset, 0];
+    let frame = Frame::new(kind::MEMORY_COMES, 0, numbers);
+    say(stream, &frame, &[ram.file.as_fd()], until)
+}
+
+/// Sends a frame, which does not wait longer than `until` for room.
+fn say(
+    stream: &UnixStream,
+    frame: &Frame,
+    fds: &[BorrowedFd<'_>],
+    until: Instant,
+) -> io::Result<()> {
+    let bytes = frame.to_wire();
+    let (mut rest, mut fds) = (bytes.as_slice(), fds);
+    while !rest.is_empty() {
+        match send(stream, rest, fds) {
+            Ok(sent) => {
+                rest = rest.get(sent..).unwrap_or_default();
+                fds = &[];
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() || !wait_for_room(stream, left)? {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+            }
+            Err(cause) => return Err(cause),
+        }
+    }
+    Ok(())
 }
