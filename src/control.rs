@@ -25,6 +25,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::address::{Access, Iova, Mapping};
+use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::device::Device;
 use crate::guest_memory::is_backed;
 use crate::ids::{DomainId, EndpointId};
@@ -63,6 +64,8 @@ pub struct Subjects {
     pub metrics: Arc<Metrics>,
     /// Processes that follow the page tables, where there are such endpoints.
     pub readers: Option<Arc<Registry>>,
+    /// Devices that other processes emulate.
+    pub emulated: Vec<Watch>,
     /// The host's names of endpoints that are its devices.
     pub hosts: BTreeMap<EndpointId, String>,
 }
@@ -272,6 +275,7 @@ fn status(subjects: &Subjects) -> Value {
             "dropped": metrics.faults_dropped.get(),
         },
         "readers": subjects.readers.as_deref().map(readers),
+        "emulated": subjects.emulated.iter().map(Watch::state).map(emulated).collect::<Vec<_>>(),
         "chains_refused": metrics.chains_refused.get(),
         "connections": metrics.connections.get(),
         "resets": metrics.resets.get(),
@@ -308,6 +312,18 @@ fn readers(registry: &Registry) -> Value {
         "killed": counters.killed.get(),
         "faults": counters.faults.get(),
         "faults_suppressed": counters.faults_suppressed.get(),
+    })
+}
+
+fn emulated(state: EmulatedState) -> Value {
+    json!({
+        "id": state.endpoint.0,
+        "address": PciAddress::from_endpoint_id(state.endpoint).to_string(),
+        "client": state.ends.client,
+        "server": state.ends.server,
+        "windows": state.windows,
+        "refused": state.refused,
+        "cut_offs": state.ends.cut_offs,
     })
 }
 

@@ -142,6 +142,8 @@ fn render_status(out: &mut String, answer: &Value) -> std::fmt::Result {
         )?;
     }
 
+    render_devices(out, answer)?;
+
     writeln!(out, "\nrequests since the daemon was started")?;
     for (kind, statuses) in answer["requests"].as_object().into_iter().flatten() {
         let counts: Vec<_> = statuses
@@ -167,6 +169,48 @@ fn render_status(out: &mut String, answer: &Value) -> std::fmt::Result {
         answer["connections"],
         answer["resets"],
     )
+}
+
+/// Devices in other processes, where there are any.
+fn render_devices(out: &mut String, answer: &Value) -> std::fmt::Result {
+    let emulated = items(&answer["emulated"]);
+    if !emulated.is_empty() {
+        writeln!(out, "\nemulated devices")?;
+    }
+    let there = |end: &Value| {
+        if end == true {
+            "is there"
+        } else {
+            "is missing"
+        }
+    };
+    for device in emulated {
+        writeln!(
+            out,
+            "  {}  the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off",
+            text(&device["address"]),
+            there(&device["client"]),
+            there(&device["server"]),
+            device["windows"],
+            device["refused"],
+            device["cut_offs"],
+        )?;
+    }
+    let readers = &answer["readers"];
+    if !readers.is_null() {
+        writeln!(
+            out,
+            "\nprocesses that follow the page tables: {} now, {} in all, {} refused, {} killed\n  \
+             faults: {} passed on, {} more not",
+            readers["now"],
+            readers["registered"],
+            readers["refused"],
+            readers["killed"],
+            readers["faults"],
+            readers["faults_suppressed"],
+        )?;
+    }
+    Ok(())
 }
 
 fn render_mappings(out: &mut String, answer: &Value) -> std::fmt::Result {

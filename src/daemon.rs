@@ -166,6 +166,7 @@ impl Daemon {
                     device: device.clone(),
                     metrics: metrics.clone(),
                     readers: readers.clone(),
+                    emulated: emulated.watches,
                     hosts: config
                         .passthrough
                         .iter()

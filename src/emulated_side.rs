@@ -8,7 +8,7 @@ use log::info;
 
 use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{
-    EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser,
+    EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser, Watch,
 };
 use crate::config::{self, Config};
 use crate::fault_queue::{FaultDelivery, FaultQueue};
@@ -23,6 +23,8 @@ use crate::warn_limited;
 pub struct EmulatedSide {
     /// The backends and the endpoint each of them has.
     pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
+    /// What tells how they are doing.
+    pub watches: Vec<Watch>,
     /// The files of the sockets that the VMM connects to.
     pub files: Vec<Arc<SocketFile>>,
 }
@@ -35,6 +37,7 @@ impl EmulatedSide {
     pub fn open(config: &Config, topology: &Topology, faults: &Arc<Refusals>) -> io::Result<Self> {
         let mut side = Self {
             backends: Vec::new(),
+            watches: Vec::new(),
             files: Vec::new(),
         };
         for device in &config.emulated {
@@ -54,6 +57,7 @@ impl EmulatedSide {
                 deadline: device.deadline,
             };
             let backend = VfioUser::start(emulated, listener, faults.clone())?;
+            side.watches.push(backend.watch());
             side.backends.push((Box::new(backend), endpoint));
             side.files.push(Arc::new(file));
             info!(

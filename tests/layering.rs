@@ -31,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "control",
         &[
+            "backends",
             "device",
             "iommu",
             "guest_memory",

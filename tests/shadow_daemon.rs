@@ -14,6 +14,8 @@ use common::daemon::{Daemon, EP, EP2, EP3};
 use common::guest::{Guest, Setup};
 use common::wire;
 use tempfile::TempDir;
+use vhost_device_iommu::args::Question;
+use vhost_device_iommu::ctl;
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
@@ -93,6 +95,9 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
     assert_eq!(status["readers"]["registered"], 3);
     assert_eq!(status["readers"]["refused"], 1);
     assert_eq!(status["readers"]["killed"], 0);
+    let text = ctl::render(&Question::Status, &status);
+    let line = "follow the page tables: 3 now, 3 in all, 1 refused, 0 killed";
+    assert!(text.contains(line), "{text}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use vm_memory::VolatileMemory;
 use super::MemorySlot;
 use crate::address::{Access, GpaRange, Iova, IovaRange, Mapping};
 use crate::ids::EndpointId;
+use crate::metrics::Counter;
 use crate::vfio_user::{DmaTarget, Refused, Window};
 
 /// Why an emulated device's access was refused.
@@ -97,6 +98,8 @@ pub(super) struct Space {
     /// What bypass mode does not reach.
     reserved: Vec<IovaRange>,
     sink: Arc<dyn FaultSink>,
+    /// Accesses that were refused, whether the guest is told or not.
+    refused: Counter,
     view: RwLock<View>,
 }
 
@@ -113,6 +116,7 @@ impl Space {
             isolation,
             reserved,
             sink,
+            refused: Counter::default(),
             view: RwLock::new(View {
                 gate: Gate::Blocked,
                 pieces: Pieces::new(),
@@ -124,6 +128,11 @@ impl Space {
     /// before the guard is dropped.
     pub(super) fn change(&self) -> RwLockWriteGuard<'_, View> {
         self.view.write()
+    }
+
+    /// How many windows there are, and how many accesses were refused so far.
+    pub(super) fn figures(&self) -> (usize, u64) {
+        (self.view.read().pieces.len(), self.refused.get())
     }
 
     /// Tells of a device that is stopped though it did nothing wrong with memory.
@@ -208,6 +217,7 @@ impl Space {
     }
 
     fn report(&self, gate: Gate, access: Access, address: Iova) {
+        self.refused.inc();
         let why = match gate {
             Gate::Translated => Refusal::NotMapped,
             // Where there is no memory is none of the IOMMU's business.

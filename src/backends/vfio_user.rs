@@ -22,7 +22,7 @@ use super::{
 };
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
-use crate::vfio_user::{Interposer, Link, Order, OrderError, Settings};
+use crate::vfio_user::{Ends, Interposer, Link, Order, OrderError, Settings};
 
 pub use super::space::{FaultSink, Isolation, Refusal, RefusedAccess};
 
@@ -84,6 +84,15 @@ impl VfioUser {
             target: Target::Blocked,
             interposer: Some(interposer),
         })
+    }
+
+    /// What tells how the device is doing, whoever owns the backend.
+    pub fn watch(&self) -> Watch {
+        Watch {
+            endpoint: self.endpoint,
+            link: self.link.clone(),
+            space: self.space.clone(),
+        }
     }
 
     /// Replaces all the device sees. Returns what it saw before, also on error.
@@ -160,6 +169,40 @@ impl VfioUser {
         BackendError {
             kind,
             message: format!("{}: {what}: {cause}", self.name),
+        }
+    }
+}
+
+/// Looks at an emulated device.
+#[derive(Clone)]
+pub struct Watch {
+    endpoint: EndpointId,
+    link: Arc<Link>,
+    space: Arc<Space>,
+}
+
+/// How an emulated device is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmulatedState {
+    /// Its endpoint.
+    pub endpoint: EndpointId,
+    /// Its client and its server.
+    pub ends: Ends,
+    /// Windows into guest RAM that it has, or would have if its server were there.
+    pub windows: usize,
+    /// Accesses that were refused.
+    pub refused: u64,
+}
+
+impl Watch {
+    /// How it is doing now. Waits for a copy that is under way, and for nobody else.
+    pub fn state(&self) -> EmulatedState {
+        let (windows, refused) = self.space.figures();
+        EmulatedState {
+            endpoint: self.endpoint,
+            ends: self.link.ends(),
+            windows,
+            refused,
         }
     }
 }

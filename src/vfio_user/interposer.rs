@@ -219,6 +219,7 @@ impl Between {
             Ok((socket, _)) => {
                 info_limited!("{}: a client has connected", self.settings.name);
                 self.client = Some(Client::new(socket));
+                self.link.set_client(true);
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
             Err(cause) => {
@@ -303,6 +304,7 @@ impl Between {
     fn end_client(&mut self, why: &str) {
         info_limited!("{}: the client is gone: {why}", self.settings.name);
         self.client = None;
+        self.link.set_client(false);
         self.link.end(None);
         self.server = None;
         drop(self.link.take_orphans());

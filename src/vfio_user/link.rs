@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -26,6 +27,7 @@ use super::message::{Command, Header, Kind};
 use super::socket::Descriptor;
 use super::version::Terms;
 use crate::address::{Access, IovaRange};
+use crate::metrics::Counter;
 use crate::warn_limited;
 
 /// Orders that wait for their replies at once; the others wait for those.
@@ -81,6 +83,19 @@ pub struct Link {
     changed: Condvar,
     wake: OwnedFd,
     deadline: Duration,
+    has_client: AtomicBool,
+    cut_offs: Counter,
+}
+
+/// How a device's two ends are doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ends {
+    /// A client is connected.
+    pub client: bool,
+    /// A server is connected, and the two have come to terms.
+    pub server: bool,
+    /// How many times a server was cut off: for what it said or did not say, or with its endpoint.
+    pub cut_offs: u64,
 }
 
 #[derive(Debug, Default)]
@@ -139,7 +154,23 @@ impl Link {
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             deadline,
+            has_client: AtomicBool::new(false),
+            cut_offs: Counter::default(),
         })
+    }
+
+    /// How things are now.
+    pub fn ends(&self) -> Ends {
+        Ends {
+            client: self.has_client.load(Ordering::Relaxed),
+            server: self.pulse().up,
+            cut_offs: self.cut_offs.get(),
+        }
+    }
+
+    /// There is a client, or none any more.
+    pub(super) fn set_client(&self, there: bool) {
+        self.has_client.store(there, Ordering::Relaxed);
     }
 
     /// Keeps servers from being told anything until dropped, to give orders in step with what they
@@ -367,6 +398,9 @@ impl Link {
         let Some(connection) = state.connection.take() else {
             return;
         };
+        if why.is_some() {
+            self.cut_offs.inc();
+        }
         // It may have hung up itself.
         let _ = rustix::net::shutdown(&*connection.socket, Shutdown::Both);
         for pending in connection.pending.into_values() {

@@ -22,7 +22,7 @@ pub mod socket;
 pub mod version;
 
 pub use self::interposer::{Interposer, Settings};
-pub use self::link::{Link, Order, OrderError, Orders, Ticket, Window};
+pub use self::link::{Ends, Link, Order, OrderError, Orders, Ticket, Window};
 
 use crate::address::IovaRange;
 

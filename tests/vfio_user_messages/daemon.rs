@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use vhost_device_iommu::args::Question;
+use vhost_device_iommu::ctl;
 
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
@@ -102,6 +104,47 @@ fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
     let reply = client.call(REGION_READ, &region(3, 0, 4, &[]), &[]);
     assert_eq!(reply.body[16..], [3; 4]);
     assert!(!played.windows().contains(&IOVA));
+}
+
+#[test]
+fn the_status_tells_how_devices_are_doing() {
+    let vm = Vm::new("messages");
+    let state = || {
+        let status = vm.daemon.status();
+        let list = status["emulated"].as_array().expect("a list").clone();
+        assert_eq!(list.len(), 1);
+        assert_eq!(
+            (&list[0]["id"], &list[0]["address"]),
+            (&EP.into(), &"0000:00:06.0".into())
+        );
+        let figure = |key: &str| list[0][key].as_u64().expect("a number");
+        let there = |key: &str| list[0][key].as_bool().expect("yes or no");
+        let figures = (figure("windows"), figure("refused"), figure("cut_offs"));
+        (there("client"), there("server"), figures)
+    };
+    assert_eq!(state(), (false, false, (0, 0, 0)));
+    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+    assert_eq!(state(), (false, false, (1, 0, 0)));
+    let (client, mut server) = vm.raw_pair();
+    server.recv().expect("a window");
+    for _ in 0..3 {
+        let refused = server.call(DMA_READ, &dma(0x1000, 4, &[]), &[]);
+        assert_eq!(refused.errno(), libc::EFAULT);
+    }
+    assert_eq!(state(), (true, true, (1, 3, 0)));
+    server.send_raw(&[0xff; 40], &[]);
+    assert!(server.is_closed());
+    assert_eq!(state(), (true, false, (1, 3, 1)));
+    let text = ctl::render(&Question::Status, &vm.daemon.status());
+    let line = "0000:00:06.0  the VMM is there, the server is missing; 1 windows, \
+                3 accesses refused, 1 times cut off";
+    assert!(text.contains(line), "{text}");
+    drop(client);
+    vm.daemon.wait_for("the client's end", || !state().0);
+    assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
+    assert_eq!(state(), (false, false, (0, 3, 1)));
 }
 
 #[test]
