@@ -4,6 +4,7 @@ mod draft;
 mod emulated;
 mod error;
 mod passthrough;
+mod readers;
 mod shadow;
 mod summary;
 
@@ -23,6 +24,7 @@ use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
+pub use readers::{MAX_READERS, MAX_USERS, Readers};
 pub use shadow::ShadowListener;
 pub use summary::Summary;
 
@@ -87,6 +89,8 @@ pub struct Config {
     pub emulated: Vec<Emulated>,
     /// The endpoints whose devices follow the page tables themselves, in ascending order.
     pub shadow: Vec<ShadowListener>,
+    /// What is asked of the processes that register for those.
+    pub readers: Readers,
     /// How the host IOMMU is programmed for devices of the host.
     pub host_iommu: HostIommu,
     /// Which of the guest's memory is pinned for them.
@@ -300,6 +304,7 @@ impl<'a> Checker<'a> {
         let pin = self.pin(draft.pin.as_ref());
         let passthrough = self.passthrough(draft);
         let shadow = self.shadow(draft, socket.as_ref(), control.as_ref());
+        let readers = self.readers(draft);
         let mut taken: Vec<_> = control.iter().collect();
         if let Some(Socket::Path(path)) = &socket {
             taken.push(path);
@@ -325,6 +330,7 @@ impl<'a> Checker<'a> {
             && let Some(passthrough) = passthrough
             && let Some(emulated) = emulated
             && let Some(shadow) = shadow
+            && let Some(readers) = readers
             && let Some(host_iommu) = host_iommu
             && let Some(pin) = pin
             && self.problems.is_empty()
@@ -342,6 +348,7 @@ impl<'a> Checker<'a> {
                 passthrough,
                 emulated,
                 shadow,
+                readers,
                 host_iommu,
                 pin,
                 descriptors,

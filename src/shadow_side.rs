@@ -54,7 +54,13 @@ pub fn add_backend(
         }
     });
     let endpoints: Vec<_> = endpoints.collect();
-    let registry = Registry::new(iommu.arena_mut(), endpoints, Limits::default())?;
+    let limits = Limits {
+        patience: config.readers.patience,
+        readers: config.readers.limit,
+        users: config.readers.users.clone(),
+        ..Limits::default()
+    };
+    let registry = Registry::new(iommu.arena_mut(), endpoints, limits)?;
     let registry = Arc::new(registry);
     let backend = Shadow::new(registry.clone(), &ids);
     iommu

@@ -8,7 +8,8 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2, EP3};
 use common::guest::{Guest, Setup};
@@ -126,4 +127,37 @@ fn readers_outlive_the_vmm_and_not_the_daemon() {
     daemon.wait_for("its end", || daemon.exit_status().is_some());
     daemon.wait_for("the reader's notice", || !reader.is_connected());
     assert!(!path.exists());
+}
+
+#[test]
+fn the_configuration_says_who_may_come_and_how_long_they_may_stay() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("disk.sock");
+    let daemon = Daemon::with_config(&format!(
+        "address = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\nshadow = '{}'\n\
+         [readers]\npatience-ms = 20000\nlimit = 2\n",
+        path.display()
+    ));
+    let readers = [reader(&path, EP), reader(&path, EP)];
+    let refused = ShadowReader::connect(&path, EndpointId(EP)).expect_err("full");
+    assert!(refused.to_string().contains("2 readers"), "{refused}");
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
+    // This process is the reader. With the usual patience it would be killed here.
+    let left = std::thread::scope(|scope| {
+        let (sender, inside) = channel();
+        let reader = &readers[0];
+        scope.spawn(move || {
+            let _guard = reader.enter().expect("a word");
+            sender.send(()).expect("somebody waits");
+            std::thread::sleep(Duration::from_millis(1300));
+        });
+        inside.recv().expect("said");
+        let begun = Instant::now();
+        assert_eq!(guest.unmap(1, 0x5000, 0x5fff), 0);
+        begun.elapsed()
+    });
+    assert!(left >= Duration::from_millis(1200), "{left:?}");
+    assert_eq!(daemon.status()["readers"]["killed"], 0);
 }

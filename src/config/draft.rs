@@ -133,9 +133,18 @@ pub(super) struct Draft {
     pub arena_limit: Option<Given<Scalar>>,
     pub host_iommu: Option<Given<Scalar>>,
     pub pin: Option<Given<Scalar>>,
+    pub readers: Option<Given<ReadersDraft>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
     #[serde(default)]
     pub endpoint: Vec<Given<EndpointDraft>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct ReadersDraft {
+    pub users: Option<Given<Vec<Given<Scalar>>>>,
+    pub patience_ms: Option<Given<Scalar>>,
+    pub limit: Option<Given<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

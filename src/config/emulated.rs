@@ -139,7 +139,11 @@ impl Checker<'_> {
         }
     }
 
-    fn deadline(&mut self, given: Option<&Given<Scalar>>, key: &str) -> Option<Duration> {
+    pub(super) fn deadline(
+        &mut self,
+        given: Option<&Given<Scalar>>,
+        key: &str,
+    ) -> Option<Duration> {
         let Some(given) = given else {
             return Some(DEFAULT_DEADLINE);
         };

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::{
-    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_SOCKET_PATH, MAX_WIDTH,
-    MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
+    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_READERS, MAX_SOCKET_PATH,
+    MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
@@ -247,6 +247,18 @@ pub enum Fault {
         .0
     )]
     Deadline(i128),
+    /// No user.
+    #[error("{0} is no user's number; give what `id -u NAME` prints")]
+    User(String),
+    /// More users than there can be.
+    #[error(
+        "{0} users are named and at most {MAX_USERS} can be; let processes share a user, or run \
+         them as the daemon's"
+    )]
+    TooManyUsers(usize),
+    /// No readers, or too many.
+    #[error("{0} processes for an endpoint cannot be; use 1 to {MAX_READERS}")]
+    ReaderLimit(i128),
     /// No interface of the host IOMMU.
     #[error(
         "{0:?} is no way to program the host's IOMMU; use \"iommufd\" or, \

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Config, Socket};
+use super::{Config, Readers, Socket};
 use crate::topology::EndpointRange;
 
 /// The most endpoint ranges that are listed one by one.
@@ -46,6 +46,21 @@ impl fmt::Display for Summary<'_> {
         if !config.passthrough.is_empty() {
             let (host, pin) = (config.host_iommu.name(), config.pin.name());
             writeln!(f, "host IOMMU:       {host}, pins {pin}")?;
+        }
+        if !config.shadow.is_empty() {
+            let Readers {
+                users,
+                patience,
+                limit,
+            } = &config.readers;
+            write!(
+                f,
+                "readers:          up to {limit} of an endpoint, patience {patience:?}, users: own"
+            )?;
+            for user in users {
+                write!(f, ", {user}")?;
+            }
+            writeln!(f)?;
         }
         let bypass = if config.bypass_at_boot { "on" } else { "off" };
         writeln!(f, "bypass at boot:   {bypass}")?;
