@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::shadow::{Refused, ShadowReader};
+use vhost_device_iommu::shadow::{Limits, Refused, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bed::{A, B, Bed, D1, D2, PAGE, mapping, range};
@@ -153,6 +153,14 @@ fn check_poisoned(bed: &Bed, ram: u64) {
     assert!(scribbled == POISON || scribbled == 0, "{scribbled:#x}");
 }
 
+/// Readers that get no processor for long are not what is looked for.
+fn patient() -> Bed {
+    Bed::with(Limits {
+        patience: Duration::from_secs(30),
+        ..Limits::default()
+    })
+}
+
 fn time() -> Duration {
     let seconds = std::env::var("SHADOW_STRESS_SECONDS").ok();
     let seconds = seconds.and_then(|s| s.parse().ok()).unwrap_or(2);
@@ -161,7 +169,7 @@ fn time() -> Duration {
 
 #[test]
 fn threads_reach_nothing_that_is_unmapped() {
-    let mut bed = Bed::new();
+    let mut bed = patient();
     let reader = bed.reader(A);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..3)
@@ -185,7 +193,7 @@ fn threads_reach_nothing_that_is_unmapped() {
 
 #[test]
 fn processes_reach_nothing_that_is_unmapped() {
-    let mut bed = Bed::new();
+    let mut bed = patient();
     let mut processes: Vec<_> = (0..2).map(|_| bed.process("hammer")).collect();
     for process in &mut processes {
         process.wait_for("begun");
