@@ -139,9 +139,13 @@ impl Peer {
         let flags = SendFlags::NOSIGNAL;
         let iov = [IoSlice::new(bytes)];
         match sendmsg(&self.stream, &iov, &mut control, flags) {
-            Ok(sent) => self.stream.write_all(&bytes[sent..]).expect("sent"),
-            // The other end is gone, which shows when something is to be received.
-            Err(rustix::io::Errno::PIPE) => {}
+            Ok(sent) => match self.stream.write_all(&bytes[sent..]) {
+                Ok(()) => {}
+                Err(cause) if is_gone(&cause) => {}
+                Err(cause) => panic!("not sent: {cause}"),
+            },
+            // Which shows when something is to be received.
+            Err(cause) if is_gone(&cause.into()) => {}
             Err(cause) => panic!("not sent: {cause}"),
         }
     }
@@ -182,7 +186,10 @@ impl Peer {
         }
         let word = |at: usize| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap());
         let mut body = vec![0; word(4) as usize - 16];
-        assert!(self.fill(&mut body, &mut fds), "the rest");
+        if !self.fill(&mut body, &mut fds) {
+            // It was killed before it had said all of it.
+            return None;
+        }
         Some(Msg {
             id: word(0) as u16,
             cmd: (word(0) >> 16) as u16,
@@ -224,4 +231,12 @@ impl Peer {
         }
         true
     }
+}
+
+/// Whether the other end is gone.
+fn is_gone(cause: &std::io::Error) -> bool {
+    matches!(
+        cause.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+    )
 }

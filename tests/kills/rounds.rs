@@ -1,0 +1,229 @@
+//! One after the other is killed.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::common::daemon::Daemon;
+use crate::common::memory::memfd;
+use crate::common::rng::Rng;
+use crate::process::Role;
+use crate::stamps::{GRAVE, PAGE, PAGES, Pages};
+
+/// Rounds before what the daemon has is counted.
+const WARM_UP: u64 = 20;
+/// What it may have grown by, KiB: its allocator keeps what it has had.
+const SLACK_KIB: u64 = 512;
+
+#[test]
+#[ignore = "takes half a minute; run the suite `emulated`"]
+fn killed_at_any_moment_they_leave_nothing_behind() {
+    let number = |name: &str, otherwise: u64| {
+        let given = std::env::var(name).ok();
+        given.map_or(otherwise, |n| n.parse().expect("a number"))
+    };
+    let kills = number("VIOMMU_KILLS", 200);
+    let seed = number("VIOMMU_KILLS_SEED", u64::from(std::process::id()));
+    println!("{kills} kills, seed {seed}");
+    let mut rng = Rng::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let begun = Instant::now();
+    let mut scene = Scene::new();
+    scene.wait_until_all_work();
+    let mut before = None;
+    let mut killed = [0; 5];
+    for round in 0..WARM_UP + kills {
+        if round == WARM_UP {
+            before = Some(scene.figures());
+        }
+        let victim = rng.pick(&VICTIMS);
+        sleep(Duration::from_micros(rng.below(20_000)));
+        scene.kill(victim);
+        scene.start(victim);
+        killed[victim as usize] += usize::from(round >= WARM_UP);
+        // Some die before they have done anything.
+        if !rng.one_in(4) {
+            scene.wait_until_all_work();
+        }
+        scene.all_is_well();
+    }
+    scene.wait_until_all_work();
+    let after = scene.figures();
+    let before = before.expect("there was a warm-up");
+    println!(
+        "killed {killed:?} {VICTIMS:?} in {:?}; descriptors, threads, KiB: {before:?}, then {after:?}",
+        begun.elapsed()
+    );
+    assert_eq!((after.0, after.1), (before.0, before.1));
+    assert!(after.2 <= before.2 + SLACK_KIB, "{before:?}, {after:?}");
+    scene.end();
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    MessageServer,
+    MappingServer,
+    Vmm,
+    FirstReader,
+    SecondReader,
+}
+
+const VICTIMS: [Victim; 5] = [
+    Victim::MessageServer,
+    Victim::MappingServer,
+    Victim::Vmm,
+    Victim::FirstReader,
+    Victim::SecondReader,
+];
+
+/// The daemon, and all who deal with it.
+struct Scene {
+    /// In the order of [`VICTIMS`], and whether they have worked since they were started. They end before
+    /// the daemon does.
+    roles: Vec<(Role, bool)>,
+    daemon: Daemon,
+    folder: TempDir,
+    /// The memory of the VM there is.
+    ram: File,
+    /// That of the last one that is gone.
+    grave: Option<File>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        let device = |address: &str, number: u8, isolation: &str| {
+            let (listen, connect) = (
+                at(&format!("client{number}")),
+                at(&format!("server{number}")),
+            );
+            format!(
+                "[[endpoint]]\naddress = '{address}'\nvfio-user = {{ listen = '{listen}', \
+                 connect = '{connect}', isolation = '{isolation}', deadline-ms = 20000 }}\n"
+            )
+        };
+        let daemon = Daemon::with_config(&format!(
+            "address = '00:05.0'\nbypass = false\n{}{}\
+             [[endpoint]]\naddress = '00:08.0'\nshadow = '{}'\n\
+             [readers]\npatience-ms = 20000\n",
+            device("00:06.0", 1, "messages"),
+            device("00:07.0", 2, "mappings"),
+            at("shadow")
+        ));
+        let mut scene = Self {
+            daemon,
+            folder,
+            roles: Vec::new(),
+            ram: memfd(PAGES * PAGE),
+            grave: None,
+        };
+        for victim in VICTIMS {
+            let role = scene.role(victim);
+            scene.roles.push((role, false));
+        }
+        scene
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn role(&self, victim: Victim) -> Role {
+        let told = |name: &'static str, path: &Path| Role::start(name, &[("KILLS_SOCKET", path)]);
+        match victim {
+            Victim::MessageServer => told("server by messages", &self.path("server1")),
+            Victim::MappingServer => told("server by mappings", &self.path("server2")),
+            Victim::FirstReader | Victim::SecondReader => told("reader", &self.path("shadow")),
+            Victim::Vmm => {
+                let (process, fd) = (std::process::id(), self.ram.as_raw_fd());
+                let ram = PathBuf::from(format!("/proc/{process}/fd/{fd}"));
+                let sockets = [
+                    ("KILLS_VHOST", self.daemon.socket()),
+                    ("KILLS_CLIENT_1", self.path("client1")),
+                    ("KILLS_CLIENT_2", self.path("client2")),
+                    ("KILLS_RAM", ram),
+                ];
+                let told: Vec<_> = sockets.iter().map(|(n, p)| (*n, p.as_path())).collect();
+                Role::start("VMM", &told)
+            }
+        }
+    }
+
+    fn kill(&mut self, victim: Victim) {
+        self.roles[victim as usize].0.kill();
+        if victim != Victim::Vmm {
+            return;
+        }
+        let status = || self.daemon.status();
+        self.daemon
+            .wait_for("the VMM's end", || status()["connected"] == false);
+        // Nobody is left who may reach its memory.
+        self.check_grave();
+        let ram = std::mem::replace(&mut self.ram, memfd(PAGES * PAGE));
+        for page in 0..PAGES {
+            Pages(&ram).fill(page, GRAVE);
+        }
+        self.grave = Some(ram);
+        // All devices have to find the new one.
+        for (role, works) in &mut self.roles {
+            role.forget();
+            *works = false;
+        }
+    }
+
+    fn check_grave(&self) {
+        for page in 0..PAGES {
+            if let Some(grave) = &self.grave {
+                Pages(grave).check_untouched(page, GRAVE);
+            }
+        }
+    }
+
+    fn start(&mut self, victim: Victim) {
+        self.roles[victim as usize] = (self.role(victim), false);
+    }
+
+    fn wait_until_all_work(&mut self) {
+        for (role, works) in &mut self.roles {
+            if !std::mem::replace(works, true) {
+                role.wait_for("works");
+            }
+        }
+    }
+
+    fn all_is_well(&mut self) {
+        self.daemon.assert_alive();
+        for (role, _) in &mut self.roles {
+            role.assert_alive();
+        }
+        self.check_grave();
+    }
+
+    /// Descriptors, threads, and memory in KiB, when everybody is there and nothing changes.
+    fn figures(&mut self) -> (usize, usize, u64) {
+        self.wait_until_all_work();
+        let counts = || (self.daemon.fd_count(), self.daemon.thread_count());
+        let mut before = counts();
+        self.daemon.wait_for("nothing changes", || {
+            sleep(Duration::from_millis(20));
+            std::mem::replace(&mut before, counts()) == before
+        });
+        let rss = (0..5).map(|_| self.daemon.rss_kib()).min();
+        (before.0, before.1, rss.expect("some"))
+    }
+
+    fn end(mut self) {
+        self.all_is_well();
+        let status = self.daemon.status();
+        assert_eq!(status["readers"]["killed"], 0, "{status}");
+        for endpoint in status["endpoints"].as_array().expect("a list") {
+            assert_ne!(endpoint["state"], "quarantined", "{status}");
+        }
+        let log = self.daemon.log();
+        assert!(!log.contains("cut off"), "{log}");
+    }
+}
