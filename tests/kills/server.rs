@@ -52,6 +52,7 @@ pub fn serve(path: &Path, manner: Manner) -> ! {
             asked: HashMap::new(),
             turn: 0,
             done: 0,
+            was_read: false,
         };
         let mut works = false;
         while connection.step().is_some() {
@@ -71,6 +72,8 @@ struct Connection {
     asked: HashMap<u16, (u16, u64)>,
     turn: usize,
     done: u64,
+    /// One of its registers was.
+    was_read: bool,
 }
 
 impl Connection {
@@ -163,7 +166,12 @@ impl Connection {
                 .into_iter()
                 .flat_map(u32::to_ne_bytes)
                 .collect(),
-            REGION_READ => region_read(&command),
+            REGION_READ => {
+                if self.manner == Manner::Reads && !std::mem::replace(&mut self.was_read, true) {
+                    say("read");
+                }
+                region_read(&command)
+            }
             REGION_WRITE => command.body[..16].to_vec(),
             _ => return self.peer.refuse(&command, libc::ENOTSUP.unsigned_abs()),
         };

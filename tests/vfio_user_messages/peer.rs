@@ -164,7 +164,7 @@ impl Peer {
 
     /// Sends a command. Returns its number.
     pub fn ask(&mut self, cmd: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> u16 {
-        self.next_id += 1;
+        self.next_id = self.next_id.wrapping_add(1);
         self.send(self.next_id, cmd, COMMAND, body, fds);
         self.next_id
     }
