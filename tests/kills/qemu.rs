@@ -1,7 +1,7 @@
 //! Unmodified QEMU, killed while it starts.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
@@ -85,7 +85,7 @@ fn an_unmodified_qemu_is_killed_while_it_starts() {
 }
 
 /// What `qemu-args` says, for the daemon's socket.
-fn arguments(config: &str, socket: &Path, viot: &PathBuf) -> Vec<String> {
+fn arguments(config: &str, socket: &Path, viot: &Path) -> Vec<String> {
     let file = viot.with_extension("toml");
     fs::write(&file, format!("socket = {socket:?}\n{config}")).expect("written");
     let run = |arguments: &[&Path]| {
