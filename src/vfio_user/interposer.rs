@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 
 use self::client::{Client, Stage};
 use self::server::Server;
@@ -122,6 +124,7 @@ enum Source {
     Client,
     Server,
     Twin,
+    Parting,
 }
 
 /// Why a connection ends: words for the log.
@@ -146,6 +149,7 @@ impl Between {
                 Source::Client => self.client_ready(flags),
                 Source::Server => self.server_ready(flags),
                 Source::Twin => self.twin_ready(flags),
+                Source::Parting => self.parting_ready(),
             }
         }
     }
@@ -153,6 +157,7 @@ impl Between {
     /// Which descriptors have something, after no longer than until something is due.
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
         let pulse = self.link.pulse();
+        let parting = self.link.parting();
         let now = Instant::now();
         let mut sources = vec![Source::Wake];
         let mut fds = vec![PollFd::from_borrowed_fd(self.link.woken(), PollFlags::IN)];
@@ -166,7 +171,9 @@ impl Between {
                 fds.push(PollFd::new(&client.socket, flags));
                 match client.stage {
                     Stage::Fresh(until) => due.push(until),
-                    Stage::Asked { .. } | Stage::Agreed { .. } if self.server.is_none() => {
+                    Stage::Asked { .. } | Stage::Agreed { .. }
+                        if self.server.is_none() && !pulse.parting =>
+                    {
                         due.push(self.connect_at);
                     }
                     Stage::Asked { .. } | Stage::Agreed { .. } => {}
@@ -195,6 +202,10 @@ impl Between {
                 fds.push(PollFd::new(&twin.socket, flags));
             }
         }
+        if let Some(socket) = &parting {
+            sources.push(Source::Parting);
+            fds.push(PollFd::new(socket, PollFlags::IN));
+        }
         let timeout = due.into_iter().min().map(|at| {
             let left = at.saturating_duration_since(now);
             // Rounded up, so as not to come back too early again and again.
@@ -206,7 +217,7 @@ impl Between {
         });
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
+            Err(Errno::INTR) => return Ok(Vec::new()),
             Err(cause) => return Err(cause.into()),
         }
         let events = sources.into_iter().zip(&fds);
@@ -249,6 +260,7 @@ impl Between {
         let version = match &client.stage {
             Stage::Fresh(until) if *until < now => return self.end_client("it says nothing"),
             Stage::Fresh(_) => return,
+            Stage::Asked { .. } | Stage::Agreed { .. } if pulse.parting => return,
             Stage::Asked { version, .. } | Stage::Agreed { version, .. } => version,
         };
         let proposal = match version.proposal() {
@@ -305,10 +317,27 @@ impl Between {
         info_limited!("{}: the client is gone: {why}", self.settings.name);
         self.client = None;
         self.link.set_client(false);
-        self.link.end(None);
+        self.link.part();
         self.server = None;
         drop(self.link.take_orphans());
         self.connect_at = Instant::now();
+    }
+
+    /// What a server still says whose client is gone is not heard.
+    fn parting_ready(&self) {
+        let Some(socket) = self.link.parting() else {
+            return;
+        };
+        let mut heard = [0; 4096];
+        for _ in 0..TURN {
+            match rustix::net::recv(&*socket, &mut heard, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return self.link.parted(),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                // It has hung up without hearing us out.
+                Err(_) => return self.link.parted(),
+            }
+        }
     }
 
     fn flush_client(&mut self) {

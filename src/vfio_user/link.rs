@@ -108,11 +108,15 @@ struct State {
     last_batch: u64,
     /// The client's commands that no server will answer any more.
     orphans: Vec<Header>,
+    /// A server whose client is gone, and that has memory until it hangs up too.
+    parting: Option<Arc<OwnedFd>>,
 }
 
 #[derive(Debug, Default)]
 struct Batch {
     remaining: usize,
+    /// It takes windows away, which a server that is parting may have.
+    unmaps: bool,
     failed: Option<OrderError>,
 }
 
@@ -141,6 +145,8 @@ pub(super) struct Pulse {
     pub(super) bytes: usize,
     /// The client's commands without a reply.
     pub(super) commands: usize,
+    /// The last server has not hung up yet, and no other is wanted before.
+    pub(super) parting: bool,
 }
 
 impl Link {
@@ -192,21 +198,27 @@ impl Link {
     pub fn wait(&self, ticket: Ticket) -> Result<(), OrderError> {
         let mut state = self.state.lock();
         loop {
-            match state.batches.get(&ticket.batch) {
-                Some(batch) if batch.remaining > 0 => {}
-                Some(_) | None => break,
+            let (answers, parting) = state.awaited(ticket.batch);
+            if !answers && !parting {
+                break;
             }
-            if self
-                .changed
-                .wait_until(&mut state, ticket.until)
-                .timed_out()
-                && state
-                    .batches
-                    .get(&ticket.batch)
-                    .is_some_and(|b| b.remaining > 0)
-            {
+            let late = self.changed.wait_until(&mut state, ticket.until);
+            if !late.timed_out() {
+                continue;
+            }
+            let (answers, parting) = state.awaited(ticket.batch);
+            if answers {
                 let why = format!("no answer in {:?}", self.deadline);
-                self.end_locked(&mut state, Some(&why));
+                self.end_locked(&mut state, Some(&why), Shutdown::Both);
+            } else if parting {
+                let why = format!(
+                    "its client is gone, and {:?} later it still has the client's memory",
+                    self.deadline
+                );
+                if let Some(batch) = state.batches.get_mut(&ticket.batch) {
+                    batch.failed.get_or_insert(OrderError::CutOff(why));
+                }
+                break;
             }
         }
         let failed = state.batches.remove(&ticket.batch).and_then(|b| b.failed);
@@ -215,7 +227,7 @@ impl Link {
 
     /// Closes the connection to the server, if there is one.
     pub fn cut_off(&self, why: &str) {
-        self.end_locked(&mut self.state.lock(), Some(why));
+        self.end_locked(&mut self.state.lock(), Some(why), Shutdown::Both);
     }
 
     /// Makes the interposer's thread look at the link.
@@ -244,6 +256,7 @@ impl Link {
             told: connection.is_none_or(|c| c.backlog.is_empty()),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
             commands: connection.map_or(0, |c| c.commands),
+            parting: state.parting.is_some(),
         }
     }
 
@@ -386,7 +399,37 @@ impl Link {
 
     /// Ends the connection, which `why` says is the server's fault.
     pub(super) fn end(&self, why: Option<&str>) {
-        self.end_locked(&mut self.state.lock(), why);
+        self.end_locked(&mut self.state.lock(), why, Shutdown::Both);
+    }
+
+    /// The client is gone. A server that was given memory is told by the end of its stream, and whoever
+    /// takes windows away waits until it has hung up, for then it has let go of them.
+    pub(super) fn part(&self) {
+        let mut state = self.state.lock();
+        let connection = state.connection.as_ref();
+        let given = connection.filter(|c| c.shares && c.windows > 0);
+        let parting = given.map(|c| c.socket.clone());
+        let how = if parting.is_some() {
+            Shutdown::Write
+        } else {
+            Shutdown::Both
+        };
+        if parting.is_some() {
+            // Before anybody is woken.
+            state.parting = parting;
+        }
+        self.end_locked(&mut state, None, how);
+    }
+
+    /// The server that is parting.
+    pub(super) fn parting(&self) -> Option<Arc<OwnedFd>> {
+        self.state.lock().parting.clone()
+    }
+
+    /// It has hung up.
+    pub(super) fn parted(&self) {
+        self.state.lock().parting = None;
+        self.changed.notify_all();
     }
 
     /// The client's commands that no server answers any more.
@@ -394,7 +437,7 @@ impl Link {
         std::mem::take(&mut self.state.lock().orphans)
     }
 
-    fn end_locked(&self, state: &mut State, why: Option<&str>) {
+    fn end_locked(&self, state: &mut State, why: Option<&str>, how: Shutdown) {
         let Some(connection) = state.connection.take() else {
             return;
         };
@@ -402,7 +445,7 @@ impl Link {
             self.cut_offs.inc();
         }
         // It may have hung up itself.
-        let _ = rustix::net::shutdown(&*connection.socket, Shutdown::Both);
+        let _ = rustix::net::shutdown(&*connection.socket, how);
         for pending in connection.pending.into_values() {
             if let Pending::Client(header) = pending {
                 state.orphans.push(header);
@@ -448,6 +491,7 @@ impl Link {
                 Order::Map(window) => {
                     connection.windows += 1;
                     let (body, descriptors) = map_body(window);
+                    connection.shares |= !descriptors.is_empty();
                     connection.order(order, batch, body.as_bytes(), descriptors);
                 }
                 Order::Unmap(range) => {
@@ -464,11 +508,21 @@ impl Link {
             return;
         };
         if connection.outbox.flush(&*connection.socket).is_err() {
-            self.end_locked(state, None);
+            self.end_locked(state, None, Shutdown::Both);
         } else if !connection.outbox.is_empty() {
             // The interposer's thread sees when there is room.
             self.wake();
         }
+    }
+}
+
+impl State {
+    /// What a batch waits for: answers to its orders, and a server that is parting.
+    fn awaited(&self, batch: u64) -> (bool, bool) {
+        self.batches.get(&batch).map_or((false, false), |batch| {
+            let parting = batch.unmaps && self.parting.is_some();
+            (batch.remaining > 0, parting)
+        })
     }
 }
 
@@ -483,21 +537,26 @@ impl Orders<'_> {
     pub fn give(&mut self, orders: impl IntoIterator<Item = Order>) -> Ticket {
         let until = Instant::now() + self.link.deadline;
         let state = &mut *self.state;
-        let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
+        let orders: Vec<_> = orders.into_iter().collect();
+        let unmaps = orders.iter().any(|o| matches!(o, Order::Unmap(_)));
+        let connection = state.connection.as_mut().filter(|c| c.terms.is_some());
+        if connection.is_none() && !(unmaps && state.parting.is_some()) {
             // A server that comes is told what holds then.
             let batch = UNWATCHED;
             return Ticket { batch, until };
-        };
+        }
         state.last_batch += 1;
         let batch = state.last_batch;
-        let before = connection.backlog.len();
-        let orders = orders.into_iter().map(|order| (order, batch));
-        connection.backlog.extend(orders);
-        let remaining = connection.backlog.len() - before;
-        let entry = Batch {
-            remaining,
+        let mut entry = Batch {
+            remaining: 0,
+            unmaps,
             failed: None,
         };
+        if let Some(connection) = connection {
+            entry.remaining = orders.len();
+            let orders = orders.into_iter().map(|order| (order, batch));
+            connection.backlog.extend(orders);
+        }
         state.batches.insert(batch, entry);
         self.link.pump(state);
         Ticket { batch, until }

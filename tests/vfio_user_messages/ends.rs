@@ -8,7 +8,7 @@ use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
 use crate::peer::{
-    DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region, version_body,
+    DMA_MAP, Peer, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region, version_body,
 };
 use crate::rig::{CLIENT_TEXT, Rig, SERVER_TEXT, accept, eventually, play};
 
@@ -105,6 +105,73 @@ fn a_client_that_dies_takes_the_server_s_connection_with_it() {
             .count();
         assert_eq!(maps as u64, round + 1);
     }
+}
+
+/// A server with memory of the guest's, whose client is gone while the guest lives on.
+fn abandoned(isolation: Isolation) -> (Rig, Peer) {
+    let rig = Rig::with_deadline(isolation, Duration::from_secs(1));
+    rig.attach();
+    let (client, mut server) = rig.raw_pair();
+    std::thread::scope(|scope| {
+        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+        mapped.join().expect("no panic").expect("mapped");
+    });
+    drop(client);
+    assert!(
+        server.recv().is_none(),
+        "it is told by the end of its stream"
+    );
+    (rig, server)
+}
+
+#[test]
+fn unmap_waits_for_a_server_without_client_that_has_memory() {
+    let (rig, server) = abandoned(Isolation::Mappings);
+    // Nothing is taken away by this.
+    rig.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+        .expect("mapped");
+    // The next client has to wait, too.
+    let listener = rig.listen();
+    let mut client = rig.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    std::thread::scope(|scope| {
+        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!unmapped.is_finished(), "the server may still reach it");
+        listener.set_nonblocking(true).expect("set");
+        assert!(listener.accept().is_err(), "one at a time");
+        listener.set_nonblocking(false).expect("set");
+        drop(server);
+        unmapped.join().expect("no panic").expect("unmapped");
+    });
+    let mut server = accept(&listener);
+    let asked = server.recv().expect("VERSION");
+    server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+    assert_eq!(client.recv().expect("an answer").errno(), 0);
+    assert_eq!(server.recv().expect("a window").u64_at(16), IOVA + 0x1000);
+}
+
+#[test]
+fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
+    let (rig, server) = abandoned(Isolation::Mappings);
+    let refused = rig.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    assert!(refused.to_string().contains("client is gone"), "{refused}");
+    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    assert!(endpoint.quarantined);
+    drop(server);
+}
+
+#[test]
+fn a_server_that_never_had_memory_is_not_waited_for() {
+    let (rig, server) = abandoned(Isolation::Messages);
+    rig.unmap(IOVA, 0x1000).expect("unmapped at once");
+    let listener = rig.listen();
+    let mut client = rig.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    accept(&listener).recv().expect("VERSION");
+    drop(server);
 }
 
 #[test]

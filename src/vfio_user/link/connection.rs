@@ -30,6 +30,8 @@ pub(super) struct Connection {
     pub(super) commands: usize,
     /// Windows the server has.
     pub(super) windows: u64,
+    /// It was given descriptors of memory with some of them.
+    pub(super) shares: bool,
     /// First addresses of windows it was asked to have and has not.
     pub(super) refused: HashSet<u64>,
 }
@@ -58,6 +60,7 @@ impl Connection {
             orders: 0,
             commands: 0,
             windows: 0,
+            shares: false,
             refused: HashSet::new(),
         }
     }
