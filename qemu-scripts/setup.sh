@@ -55,7 +55,7 @@ trap 'rm -rf "$CACHE"/tmp.*' EXIT
 apt_open
 tools_ready
 
-entries=() skipped=()
+entries=() storage_entries=() skipped=()
 for request in $kernels; do
     kernel_ready "$request"
     if [ -z "$KERNEL_DIR" ]; then
@@ -67,9 +67,12 @@ for request in $kernels; do
     # The name is the release's first two numbers: 6.12.107+deb13-amd64 is '6.12'.
     name=$(echo "$release" | sed -E 's/^([0-9]+\.[0-9]+).*/\1/')
     entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
+    storage_initramfs "$KERNEL_DIR"
+    storage_entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
 done
 [ ${#entries[@]} -gt 0 ] || die "none of the kernels '$kernels' can be used"
 mapfile -t entries < <(printf '%s\n' "${entries[@]}" | sort -t : -k 2,2V -u)
+mapfile -t storage_entries < <(printf '%s\n' "${storage_entries[@]}" | sort -t : -k 2,2V -u)
 
 if [ $host_kernel = yes ]; then
     host_kernel_ready
@@ -93,6 +96,7 @@ VIOMMU_QEMU_VERSION="$QEMU_VERSION"
 VIOMMU_IASL="$CACHE/bin/iasl"
 VIOMMU_BUSYBOX="$CACHE/bin/busybox"
 VIOMMU_KERNELS="${entries[*]}"
+VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
 ENV
 

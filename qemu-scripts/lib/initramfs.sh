@@ -1,20 +1,21 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Builds the initramfs of a guest (busybox, the kernel's modules, the programs of guest/*.c and guest/init) and
-# of the L1 machine (busybox and l1/init).
+# Builds the initramfs of a guest (busybox, the kernel's modules, the programs of guest/*.c and guest/init), the
+# same with what a disk needs (more modules, mke2fs, guest/storage), and that of the L1 machine (busybox and
+# l1/init).
 
 GUEST_CFLAGS="-std=gnu11 -O2 -Wall -Wextra -static"
 
-# guest_programs OUT: every guest/*.c as the static program OUT/<name>.
+# guest_programs DIR OUT: every DIR/*.c as the static program OUT/<name>.
 guest_programs() {
     local source name
-    for source in "$SCRIPTS"/guest/*.c; do
+    for source in "$1"/*.c; do
         [ -e "$source" ] || continue
         name=$(basename "$source" .c)
         # shellcheck disable=SC2086 # a list
-        cc $GUEST_CFLAGS -o "$1/$name" "$source" || die "cannot compile qemu-scripts/guest/$name.c (output above)"
-        strip "$1/$name" 2>/dev/null || true
+        cc $GUEST_CFLAGS -o "$2/$name" "$source" || die "cannot compile $source (output above)"
+        strip "$2/$name" 2>/dev/null || true
     done
 }
 
@@ -33,9 +34,50 @@ initramfs() {
     stage=$(new_stage)
     root=$stage/root
     mkdir -p "$root"/{bin,lib/modules/viommu}
-    guest_programs "$root/bin"
+    guest_programs "$SCRIPTS/guest" "$root/bin"
     cp "$kernel"/modules/* "$root/lib/modules/viommu/"
     initramfs_pack "$stage" "$init"
+}
+
+# storage_initramfs KERNEL_DIR: sets INITRAMFS to the file of a guest with a disk. INITRAMFS was that of a guest
+# with this kernel, and is the first part of it.
+storage_initramfs() {
+    local kernel=$1 base=$INITRAMFS sysroot=$CACHE/sysroot/storage stage root key
+    key=$(initramfs_key "$base" "$kernel/storage" "$SCRIPTS/guest/storage" "$sysroot/versions")
+    INITRAMFS=$CACHE/initramfs/$(cat "$kernel/release")-storage-$key.cpio
+    if [ -e "$INITRAMFS" ]; then
+        touch "$INITRAMFS"
+        return
+    fi
+    stage=$(new_stage)
+    root=$stage/root
+    mkdir -p "$root"/{bin,lib/modules/storage,lib/e2fsprogs}
+    cp "$kernel"/storage/* "$root/lib/modules/storage/"
+    guest_programs "$SCRIPTS/guest/storage" "$root/bin"
+    cp "$SCRIPTS/guest/storage/load-storage" "$root/bin/"
+    guest_e2fsprogs "$sysroot" "$root"
+    chmod -R u=rwX,go=rX "$root"
+    chmod 755 "$root"/bin/*
+    {
+        cat "$base"
+        cpio_of "$root"
+    } >"$stage/initramfs"
+    mv -f "$stage/initramfs" "$INITRAMFS"
+    rm -rf "$stage"
+}
+
+# guest_e2fsprogs SYSROOT ROOT: SYSROOT's mkfs.ext4 and fsck.ext4 with their libraries in ROOT, as programs of
+# /bin. By these names: under their others, busybox has applets, which its shell prefers.
+guest_e2fsprogs() {
+    local lib=$2/lib/e2fsprogs name loader=$1/lib64/ld-linux-x86-64.so.2 libraries=$1/usr/lib/x86_64-linux-gnu
+    cp -L "$loader" "$lib/"
+    for name in mkfs.ext4 fsck.ext4; do
+        cp -L "$1/usr/sbin/$name" "$lib/"
+        "$loader" --library-path "$libraries" --list "$1/usr/sbin/$name" |
+            sed -n "s|.* => \\($libraries/[^ ]*\\) .*|\\1|p" | xargs cp -Lt "$lib"
+        printf '#!/bin/sh\nexec %s/ld-linux-x86-64.so.2 --argv0 %s --library-path %s %s/%s "$@"\n' \
+            /lib/e2fsprogs "$name" /lib/e2fsprogs /lib/e2fsprogs "$name" >"$2/bin/$name"
+    done
 }
 
 # l1_initramfs: sets INITRAMFS to the file of the L1 machine, which goes with every kernel.
@@ -72,11 +114,16 @@ initramfs_pack() {
     cp "$init" "$root/init"
     chmod -R u=rwX,go=rX "$root"
     chmod 755 "$root/init"
-    # Not compressed: unpacking costs an emulated guest more than loading.
-    (cd "$root" && find . | LC_ALL=C sort | "$CACHE/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null) >"$stage/initramfs"
+    cpio_of "$root" >"$stage/initramfs"
     mkdir -p "$CACHE/initramfs"
     mv -f "$stage/initramfs" "$INITRAMFS"
     rm -rf "$stage"
     # Other trees may be using theirs; what nobody has used for a while goes.
     find "$CACHE/initramfs" -name '*.cpio' -mtime +7 -delete
+}
+
+# cpio_of ROOT: the archive a kernel unpacks; not compressed, as unpacking costs an emulated guest more than
+# loading.
+cpio_of() {
+    (cd "$1" && find . | LC_ALL=C sort | "$CACHE/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null)
 }

@@ -8,6 +8,8 @@ KERNELS_DEFAULT="stable newest"
 # Loaded in this order, each behind the modules it depends on. One that is built in or unknown to a kernel
 # is left out.
 KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
+# The same for guests with an NVMe disk and ext4 on it, loaded when they ask for it (guest/storage/load-storage).
+STORAGE_MODULES="crc32c_generic nvme ext4"
 # Without any of these in its configuration, a kernel cannot be our guest.
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
@@ -86,12 +88,12 @@ kernel_lacks() {
     done
 }
 
-# kernel_unpack DEBS TARGET: TARGET/{vmlinuz,config,release,lacks,modules/,versions} from the packages in DEBS.
+# kernel_unpack DEBS TARGET: TARGET/{vmlinuz,config,release,lacks,modules/,storage/,versions} from the packages in DEBS.
 kernel_unpack() {
     local debs=$1 target=$2 stage tree deb name
     stage=$(new_stage)
     tree=$stage/tree
-    mkdir -p "$tree" "$stage/modules"
+    mkdir -p "$tree" "$stage"/{modules,storage}
     for deb in "$debs"/*.deb; do
         dpkg-deb -x "$deb" "$tree"
     done
@@ -105,6 +107,9 @@ kernel_unpack() {
     if [ ! -s "$stage/lacks" ]; then
         for name in $KERNEL_MODULES; do
             module_take "$tree" "$stage/modules" "$name"
+        done
+        for name in $STORAGE_MODULES; do
+            module_take "$tree" "$stage/storage" "$name"
         done
     fi
     apt_versions "$debs" >"$stage/versions"
@@ -120,7 +125,7 @@ kernel_ready() {
     *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: name the beginning of a version, 'stable' or 'newest'" ;;
     esac
     KERNEL_DIR=
-    dir=$CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
+    dir=$CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
     if [ ! -e "$dir/versions" ]; then
         debs=$CACHE/kernels/debs/$request
         if [ ! -e "$debs/complete" ]; then

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# The programs the guests need on the host: QEMU, iasl and a static busybox, as CACHE/bin/*.
+# The programs the guests need on the host: QEMU, iasl and a static busybox, as CACHE/bin/*; and e2fsprogs, for
+# the guests themselves.
 
 QEMU_OLDEST=10.2
 QEMU_DEVICE=vhost-user-test-device-pci
@@ -54,9 +55,19 @@ tools_small() {
     install_wrapper busybox <"$sysroot/usr/bin/busybox"
 }
 
+# What makes file systems in guests: its programs go into the initramfs.
+tools_storage() {
+    local sysroot=$CACHE/sysroot/storage
+    if [ ! -e "$sysroot/versions" ]; then
+        say "downloading e2fsprogs (about 6 MB) ..."
+        apt_sysroot "$sysroot" trixie e2fsprogs
+    fi
+}
+
 # Fills CACHE/bin and sets QEMU_VERSION.
 tools_ready() {
     tools_small
+    tools_storage
     tools_qemu
     QEMU_VERSION=$(qemu_version "$CACHE/bin/qemu-system-x86_64")
     say "QEMU $QEMU_VERSION ($QEMU_ORIGIN)"

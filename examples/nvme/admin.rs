@@ -1,0 +1,132 @@
+//! Commands that administer (base specification 1.4, section 5), but for those that change queues.
+
+use crate::command::{Command, Failure};
+use crate::disk::Disk;
+use crate::identify::{self, LOG_BYTES};
+use crate::memory::{Gate, Memory};
+use crate::prp::{self, MAX_TRANSFER};
+use crate::queues::MAX_IO_QUEUES;
+
+/// DELETE I/O SUBMISSION QUEUE.
+pub const DELETE_SUBMISSION: u8 = 0x00;
+/// CREATE I/O SUBMISSION QUEUE.
+pub const CREATE_SUBMISSION: u8 = 0x01;
+/// DELETE I/O COMPLETION QUEUE.
+pub const DELETE_COMPLETION: u8 = 0x04;
+/// CREATE I/O COMPLETION QUEUE.
+pub const CREATE_COMPLETION: u8 = 0x05;
+/// ASYNCHRONOUS EVENT REQUEST.
+pub const EVENT_REQUEST: u8 = 0x0c;
+const GET_LOG_PAGE: u8 = 0x02;
+const IDENTIFY: u8 = 0x06;
+const ABORT: u8 = 0x08;
+const SET_FEATURES: u8 = 0x09;
+const GET_FEATURES: u8 = 0x0a;
+
+/// Answers a command that leaves the queues as they are. Returns what the completion says besides
+/// its status.
+///
+/// # Errors
+/// What the command is completed with.
+pub fn execute(
+    disk: &Disk,
+    memory: &dyn Memory,
+    gate: &Gate,
+    command: &Command,
+) -> Result<u32, Failure> {
+    let answer = |data: &[u8]| {
+        let segments = prp::segments(memory, gate, command, data.len())?;
+        let written = memory.write(gate, &segments, data);
+        written.map(|()| 0).map_err(|_| Failure::DataTransfer)
+    };
+    let cdw10 = command.cdw10.get();
+    match command.opcode {
+        IDENTIFY => answer(&identify::identify(
+            cdw10 & 0xff,
+            command.nsid.get(),
+            disk.blocks(),
+        )?),
+        GET_LOG_PAGE => {
+            let page = identify::log_page(cdw10 & 0xff)?;
+            answer(&log_part(&page, command)?)
+        }
+        // Commands are carried out one by one: the one that is meant is done, or has not begun.
+        ABORT => Ok(1),
+        SET_FEATURES => set_feature(cdw10 & 0xff, command.cdw11.get()),
+        GET_FEATURES => get_feature(cdw10 & 0xff, command.cdw11.get()),
+        _ => Err(Failure::InvalidOpcode),
+    }
+}
+
+/// The part of a log that is asked for. Logs go on with zeros.
+fn log_part(page: &[u8; LOG_BYTES], command: &Command) -> Result<Vec<u8>, Failure> {
+    let low = command.cdw10.get() >> 16;
+    let dwords = u64::from(command.cdw11.get() & 0xffff) << 16 | u64::from(low);
+    let len = usize::try_from((dwords + 1) * 4).unwrap_or(usize::MAX);
+    let offset = u64::from(command.cdw13.get()) << 32 | u64::from(command.cdw12.get());
+    let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+    if len > MAX_TRANSFER || offset % 4 != 0 || offset > LOG_BYTES {
+        return Err(Failure::InvalidField);
+    }
+    let rest = page.get(offset..).unwrap_or_default();
+    let mut part = rest.get(..len).unwrap_or(rest).to_vec();
+    part.resize(len, 0);
+    Ok(part)
+}
+
+/// Features, and what they are (section 5.21).
+mod feature {
+    pub const ARBITRATION: u32 = 0x01;
+    pub const POWER: u32 = 0x02;
+    pub const TEMPERATURE: u32 = 0x04;
+    pub const ERROR_RECOVERY: u32 = 0x05;
+    pub const WRITE_CACHE: u32 = 0x06;
+    pub const QUEUES: u32 = 0x07;
+    pub const COALESCING: u32 = 0x08;
+    pub const VECTOR: u32 = 0x09;
+    pub const ATOMICITY: u32 = 0x0a;
+    pub const EVENTS: u32 = 0x0b;
+}
+
+/// I/O queues of both kinds that there can be, less one each.
+const QUEUE_COUNTS: u32 = (MAX_IO_QUEUES as u32 - 1) << 16 | (MAX_IO_QUEUES as u32 - 1);
+
+fn set_feature(feature: u32, value: u32) -> Result<u32, Failure> {
+    match feature {
+        feature::QUEUES if value & 0xffff == 0xffff || value >> 16 == 0xffff => {
+            Err(Failure::InvalidField)
+        }
+        feature::QUEUES => Ok(QUEUE_COUNTS),
+        feature::WRITE_CACHE if value & 1 == 1 => Ok(0),
+        feature::WRITE_CACHE => Err(Failure::FeatureNotChangeable),
+        // Accepted, and without effect: there is one power state, temperature does not change,
+        // interrupts come at once, and no event happens.
+        feature::ARBITRATION
+        | feature::POWER
+        | feature::TEMPERATURE
+        | feature::ERROR_RECOVERY
+        | feature::COALESCING
+        | feature::VECTOR
+        | feature::ATOMICITY
+        | feature::EVENTS => Ok(0),
+        _ => Err(Failure::InvalidField),
+    }
+}
+
+fn get_feature(feature: u32, value: u32) -> Result<u32, Failure> {
+    match feature {
+        feature::QUEUES => Ok(QUEUE_COUNTS),
+        feature::WRITE_CACHE => Ok(1),
+        // Too warm from here on, in kelvins; none to be too cold.
+        feature::TEMPERATURE if value >> 20 & 3 == 0 => Ok(343),
+        feature::VECTOR => Ok(value & 0xffff),
+        feature::ARBITRATION
+        | feature::POWER
+        | feature::TEMPERATURE
+        | feature::ERROR_RECOVERY
+        | feature::COALESCING
+        | feature::ATOMICITY
+        | feature::EVENTS => Ok(0),
+        _ => Err(Failure::InvalidField),
+    }
+}

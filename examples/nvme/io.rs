@@ -1,0 +1,93 @@
+//! Commands that read and write the disk (NVM command set 1.4).
+
+use log::warn;
+
+use crate::command::{Command, Failure};
+use crate::disk::{BLOCK, Disk};
+use crate::identify::NAMESPACE;
+use crate::memory::{Gate, Memory};
+use crate::prp;
+
+const FLUSH: u8 = 0x00;
+const WRITE: u8 = 0x01;
+const READ: u8 = 0x02;
+const WRITE_ZEROES: u8 = 0x08;
+/// Bit of `cdw12`: not complete before it lasts.
+const FORCE_UNIT_ACCESS: u32 = 1 << 30;
+/// All namespaces.
+const ALL: u32 = u32::MAX;
+
+/// Carries out a command of an I/O queue.
+///
+/// Memory is touched before the disk is, or after: no access to memory waits for the disk.
+///
+/// # Errors
+/// What the command is completed with.
+pub fn execute(
+    disk: &Disk,
+    memory: &dyn Memory,
+    gate: &Gate,
+    command: &Command,
+) -> Result<(), Failure> {
+    if !matches!(command.opcode, FLUSH | WRITE | READ | WRITE_ZEROES) {
+        return Err(Failure::InvalidOpcode);
+    }
+    let nsid = command.nsid.get();
+    if nsid != NAMESPACE && !(nsid == ALL && command.opcode == FLUSH) {
+        return Err(Failure::InvalidNamespace);
+    }
+    if command.flags != 0 {
+        return Err(Failure::InvalidField);
+    }
+    if command.opcode == FLUSH {
+        return flush(disk);
+    }
+    let first = u64::from(command.cdw11.get()) << 32 | u64::from(command.cdw10.get());
+    let count = u64::from(command.cdw12.get() & 0xffff) + 1;
+    if !disk.has(first, count) {
+        return Err(Failure::LbaOutOfRange);
+    }
+    let bytes = usize::try_from(count).map_or(usize::MAX, |count| count * BLOCK);
+    match command.opcode {
+        READ => {
+            let segments = prp::segments(memory, gate, command, bytes)?;
+            let mut data = vec![0; bytes];
+            disk.read(first, &mut data).map_err(|cause| {
+                warn!("cannot read {count} blocks at {first}: {cause}");
+                Failure::UnrecoveredRead
+            })?;
+            let written = memory.write(gate, &segments, &data);
+            written.map_err(|_| Failure::DataTransfer)
+        }
+        WRITE => {
+            let segments = prp::segments(memory, gate, command, bytes)?;
+            let mut data = vec![0; bytes];
+            let read = memory.read(gate, &segments, &mut data);
+            read.map_err(|_| Failure::DataTransfer)?;
+            written(disk.write(first, &data))?;
+            last(disk, command)
+        }
+        _ => {
+            written(disk.zero(first, count))?;
+            last(disk, command)
+        }
+    }
+}
+
+fn last(disk: &Disk, command: &Command) -> Result<(), Failure> {
+    match command.cdw12.get() & FORCE_UNIT_ACCESS {
+        0 => Ok(()),
+        _ => flush(disk),
+    }
+}
+
+fn flush(disk: &Disk) -> Result<(), Failure> {
+    written(disk.flush())
+}
+
+fn written(outcome: std::io::Result<()>) -> Result<(), Failure> {
+    outcome.map_err(|cause| {
+        warn!("cannot write the disk: {cause}");
+        Failure::WriteFault
+    })
+}

@@ -1,0 +1,224 @@
+//! Guest memory that the client has passed the descriptors of.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use log::warn;
+use parking_lot::RwLock;
+use vhost_device_iommu::vfio_user::message::{
+    DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DMA_UNMAP_DIRTY, DmaMapBody, DmaUnmapBody,
+};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
+use super::{DmaError, Gate, Memory, Messages, PIECE, Segment};
+
+/// The most windows there can be: a process has about as many mappings, and needs some itself.
+pub const MAX_WINDOWS: usize = 60_000;
+
+/// No window ends within a page.
+const PAGE: usize = 4096;
+
+/// Windows that are mapped here. What is in none of them, or may not be done there, is asked for:
+/// the client may have memory without a descriptor, and knows best what to refuse.
+pub struct Mapped {
+    /// By their first address; disjoint. Held for writing while one goes.
+    windows: RwLock<BTreeMap<u64, Window>>,
+    messages: Arc<Messages>,
+}
+
+struct Window {
+    last: u64,
+    /// `DMA_MAP_*`.
+    rights: u32,
+    /// Missing where no descriptor came.
+    memory: Option<MmapRegion>,
+}
+
+impl Mapped {
+    /// No memory yet.
+    pub fn new(messages: Arc<Messages>) -> Self {
+        Self {
+            windows: RwLock::default(),
+            messages,
+        }
+    }
+
+    /// Goes through segments piece by piece: `copy` gets a window's memory, the place in it and the
+    /// bytes of the data; `ask` gets what no window has.
+    fn each(
+        &self,
+        gate: &Gate,
+        segments: &[Segment],
+        right: u32,
+        mut copy: impl FnMut(&MmapRegion, usize, Range<usize>),
+        mut ask: impl FnMut(Segment, Range<usize>) -> Result<(), DmaError>,
+    ) -> Result<(), DmaError> {
+        let mut done = 0;
+        for segment in segments {
+            let end = done + segment.len;
+            let mut address = segment.address;
+            while done < end {
+                let open = gate.enter()?;
+                // Nothing unmaps while this is held.
+                let windows = self.windows.read();
+                let left = (end - done).min(PIECE);
+                let len = if let Some((memory, at, room)) = find(&windows, address, right) {
+                    let len = left.min(room);
+                    copy(memory, at, done..done + len);
+                    len
+                } else {
+                    drop(windows);
+                    drop(open);
+                    let page_left = PAGE - usize::try_from(address % PAGE as u64).unwrap_or(0);
+                    let len = left.min(page_left);
+                    ask(Segment { address, len }, done..done + len)?;
+                    len
+                };
+                done += len;
+                address = address.wrapping_add(len as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Memory for Mapped {
+    fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError> {
+        let into = RefCell::new(into);
+        self.each(
+            gate,
+            from,
+            DMA_MAP_READ,
+            |memory, at, bytes| {
+                let mut into = into.borrow_mut();
+                if let (Some(into), Ok(from)) = (
+                    into.get_mut(bytes.clone()),
+                    memory.get_slice(at, bytes.len()),
+                ) {
+                    from.copy_to(into);
+                }
+            },
+            |piece, bytes| {
+                let mut into = into.borrow_mut();
+                let into = into.get_mut(bytes).unwrap_or_default();
+                self.messages.read(gate, &[piece], into)
+            },
+        )
+    }
+
+    fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
+        self.each(
+            gate,
+            to,
+            DMA_MAP_WRITE,
+            |memory, at, bytes| {
+                if let (Some(from), Ok(to)) =
+                    (from.get(bytes.clone()), memory.get_slice(at, bytes.len()))
+                {
+                    to.copy_from(from);
+                }
+            },
+            |piece, bytes| {
+                let from = from.get(bytes).unwrap_or_default();
+                self.messages.write(gate, &[piece], from)
+            },
+        )
+    }
+
+    fn map(&self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32> {
+        let (first, size) = (window.address.get(), window.size.get());
+        let last = size.checked_sub(1).and_then(|span| first.checked_add(span));
+        let last = last.ok_or(libc::EINVAL)?;
+        let rights = window.flags.get() & (DMA_MAP_READ | DMA_MAP_WRITE);
+        let memory = match file {
+            Some(file) => Some(map_file(file.into(), window, rights)?),
+            None => None,
+        };
+        let mut windows = self.windows.write();
+        if windows.len() >= MAX_WINDOWS {
+            return Err(libc::ENOSPC);
+        }
+        if windows
+            .range(..=last)
+            .next_back()
+            .is_some_and(|(_, w)| w.last >= first)
+        {
+            return Err(libc::EEXIST);
+        }
+        windows.insert(
+            first,
+            Window {
+                last,
+                rights,
+                memory,
+            },
+        );
+        Ok(())
+    }
+
+    fn unmap(&self, window: &DmaUnmapBody) -> Result<(), i32> {
+        let (first, size) = (window.address.get(), window.size.get());
+        let flags = window.flags.get();
+        // Waits for copies.
+        let mut windows = self.windows.write();
+        if flags == DMA_UNMAP_ALL && first == 0 && size == 0 {
+            windows.clear();
+            return Ok(());
+        }
+        if flags & DMA_UNMAP_DIRTY != 0 {
+            return Err(libc::ENOTSUP);
+        }
+        let last = size.checked_sub(1).and_then(|span| first.checked_add(span));
+        if flags != 0 || windows.get(&first).map(|w| w.last) != last {
+            return Err(libc::EINVAL);
+        }
+        windows.remove(&first);
+        Ok(())
+    }
+}
+
+/// The memory that `address` is in, its place there, and the bytes up to the window's end; where a
+/// window has it and `right`.
+fn find(
+    windows: &BTreeMap<u64, Window>,
+    address: u64,
+    right: u32,
+) -> Option<(&MmapRegion, usize, usize)> {
+    let (first, window) = windows.range(..=address).next_back()?;
+    let memory = window.memory.as_ref()?;
+    if address > window.last || window.rights & right == 0 {
+        return None;
+    }
+    let at = usize::try_from(address - first).ok()?;
+    Some((
+        memory,
+        at,
+        memory.len().checked_sub(at).filter(|room| *room > 0)?,
+    ))
+}
+
+/// Maps what a descriptor stands for. The file is the client's, which is trusted not to cut it off
+/// later: to touch what is gone would end this process.
+fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, i32> {
+    let offset = window.offset.get();
+    let end = offset.checked_add(window.size.get()).ok_or(libc::EINVAL)?;
+    let size = usize::try_from(window.size.get()).map_err(|_| libc::EINVAL)?;
+    if file.metadata().map_err(|_| libc::EINVAL)?.len() < end {
+        return Err(libc::EINVAL);
+    }
+    let protection = match rights {
+        0 => return Err(libc::EINVAL),
+        DMA_MAP_READ => libc::PROT_READ,
+        _ => libc::PROT_READ | libc::PROT_WRITE,
+    };
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    let file = FileOffset::new(file, offset);
+    MmapRegion::build(Some(file), size, protection, flags).map_err(|cause| {
+        warn!("cannot map {size:#x} bytes at {offset:#x} of what the client passed: {cause}");
+        libc::ENOMEM
+    })
+}
