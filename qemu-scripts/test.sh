@@ -11,20 +11,21 @@
 #   hostile      a driver and a VMM that mean harm, against the daemon
 #   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
 #   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
+#   emulated     devices that other processes emulate: a stock guest with an NVMe disk behind the daemon
 #
 #   --list       print the suites' names, run nothing
-#   --quick      leave out what needs a VM: guest, passthrough
+#   --quick      leave out what needs a VM: guest, passthrough, emulated
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
-#   VIOMMU_GUEST_KERNELS   the stock kernels of these two suites, as for setup.sh --kernels
+#   VIOMMU_GUEST_KERNELS   the stock kernels of these three suites, as for setup.sh --kernels
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 
-ALL_SUITES="unit hostile guest passthrough"
-NEED_VM="guest passthrough"
+ALL_SUITES="unit hostile guest passthrough emulated"
+NEED_VM="guest passthrough emulated"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
 
@@ -59,7 +60,7 @@ plain_tests() {
     for file in "$TREE"/tests/*.rs; do
         name=$(basename "$file" .rs)
         case $name in
-        guest | hostile | vfio_host | '*') ;;
+        emulated | guest | hostile | vfio_host | '*') ;;
         *) echo "--test=$name" ;;
         esac
     done
@@ -75,7 +76,7 @@ suite_unit() {
     step "unit: format" cargo fmt --check
     step "unit: lints" cargo clippy --locked --all-targets -- -D warnings
     step "unit: documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
-    step "unit: tests" cargo test --locked --no-fail-fast --lib --bins "${tests[@]}"
+    step "unit: tests" cargo test --locked --no-fail-fast --lib --bins --examples "${tests[@]}"
     step "unit: examples in the documentation" cargo test --locked --no-fail-fast --doc
 }
 
@@ -101,6 +102,12 @@ suite_passthrough() {
         step "passthrough: $iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
             --log "$LOGS/l1-$iommu-console.log" -- "$program" --ignored --test-threads=1
     done
+}
+
+suite_emulated() {
+    # The tests start it.
+    step "emulated: the device" cargo build --locked --example nvme
+    step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
 }
 
 quick=no suites=()
@@ -140,7 +147,7 @@ setup=()
 if [ $quick = no ]; then
     for suite in "${suites[@]}"; do
         case $suite in
-        guest) setup+=(--print) ;;
+        guest | emulated) setup+=(--print) ;;
         passthrough) setup+=(--print --host-kernel) ;;
         esac
     done

@@ -52,10 +52,19 @@ pub struct Setup {
 
 impl Setup {
     pub fn from_environment() -> Self {
+        Self::with_kernels("VIOMMU_KERNELS")
+    }
+
+    /// With guests that have the drivers of an NVMe disk and ext4, and what makes one.
+    pub fn with_storage() -> Self {
+        Self::with_kernels("VIOMMU_STORAGE_KERNELS")
+    }
+
+    fn with_kernels(name: &str) -> Self {
         let variable = |name: &str| {
             std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set; {HOW_TO_RUN}"))
         };
-        let kernels: Vec<_> = variable("VIOMMU_KERNELS")
+        let kernels: Vec<_> = variable(name)
             .split_whitespace()
             .map(|entry| match entry.split(':').collect::<Vec<_>>()[..] {
                 [_, version, image, initramfs] => Kernel {
@@ -63,12 +72,12 @@ impl Setup {
                     image: image.into(),
                     initramfs: initramfs.into(),
                 },
-                _ => panic!("VIOMMU_KERNELS has `{entry}`, not NAME:VERSION:VMLINUZ:INITRAMFS"),
+                _ => panic!("{name} has `{entry}`, not NAME:VERSION:VMLINUZ:INITRAMFS"),
             })
             .collect();
         assert!(
             kernels.len() >= 2,
-            "VIOMMU_KERNELS names fewer than two kernels; {HOW_TO_RUN}"
+            "{name} names fewer than two kernels; {HOW_TO_RUN}"
         );
         Self {
             qemu: variable("VIOMMU_QEMU").into(),
@@ -150,13 +159,13 @@ impl Drop for Workplace {
 }
 
 /// A child that ends with its owner.
-struct Process {
+pub struct Process {
     child: Child,
     what: &'static str,
 }
 
 impl Process {
-    fn start(what: &'static str, command: &mut Command, log: &Path) -> Self {
+    pub fn start(what: &'static str, command: &mut Command, log: &Path) -> Self {
         let log = File::create(log).expect("a log file");
         let child = command
             .stdin(Stdio::null())
@@ -167,7 +176,11 @@ impl Process {
         Self { child, what }
     }
 
-    fn assert_alive(&mut self) {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().expect("a child of ours") {
             panic!("{} has ended: {status}", self.what);
         }
@@ -187,7 +200,7 @@ impl Drop for Process {
 
 /// A command that ends with the thread that starts it, even one that is killed. It is still known by
 /// the number of the child.
-fn bound_command(program: &Path) -> Command {
+pub fn bound_command(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
@@ -459,6 +472,11 @@ impl Vm {
         wait_for("the end of QEMU", REPLY, || {
             self.qemu.child.try_wait().expect("a child of ours")
         })
+    }
+
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.qemu.pid()
     }
 
     /// Ends QEMU as a crash would.
