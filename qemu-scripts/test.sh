@@ -57,8 +57,10 @@ step() {
 # The integration tests' names but for those with a suite of their own.
 plain_tests() {
     local file name
-    for file in "$TREE"/tests/*.rs; do
-        name=$(basename "$file" .rs)
+    for file in "$TREE"/tests/*.rs "$TREE"/tests/*/main.rs; do
+        name=${file#"$TREE/tests/"}
+        name=${name%/main.rs}
+        name=${name%.rs}
         case $name in
         emulated | guest | hostile | vfio_host | '*') ;;
         *) echo "--test=$name" ;;
