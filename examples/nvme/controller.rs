@@ -135,8 +135,13 @@ impl Controller {
     pub fn read(&self, at: u64, into: &mut [u8]) {
         let state = self.shared.state.lock();
         // Registers have 4 or 8 bytes, and are read whole or by halves.
-        for (bytes, at) in into.chunks_mut(4).zip((at..).step_by(4)) {
-            let value = if at % 4 == 0 { state.register(at) } else { 0 };
+        for (bytes, index) in into.chunks_mut(4).zip(0..) {
+            let at = at.saturating_add(index * 4);
+            let value = if at.is_multiple_of(4) {
+                state.register(at)
+            } else {
+                0
+            };
             bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
         }
     }

@@ -67,7 +67,8 @@ pub fn check(name: &str, manner: Manner) {
     }
     bed.vm.run("ask mapper quit");
     place.note("refused where nothing is mapped, only reading is, and no longer");
-    bed.stop();
+    drop(bed.vm);
+    bed.daemon.stop();
 }
 
 /// The server may write there, and that is what changes in guest memory, and nothing else.

@@ -1,0 +1,203 @@
+//! Windows that are mapped, and what is asked for.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use vhost_device_iommu::vfio_user::message::{
+    Command, DMA_UNMAP_ALL, DmaAccessBody, DmaMapBody, DmaUnmapBody, HEADER_BYTES, Header, take,
+};
+use zerocopy::IntoBytes;
+
+use crate::memory::{DmaError, Gate, Mapped, Memory, Messages, Outbound, Segment};
+
+const READ: u32 = 1;
+const BOTH: u32 = 3;
+
+/// Takes messages down.
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Outbound for Said {
+    fn send(&self, message: Vec<u8>) {
+        self.0.lock().push(message);
+    }
+}
+
+impl Said {
+    /// The next message: header, and what follows it.
+    fn next(&self) -> (Header, Vec<u8>) {
+        loop {
+            let mut said = self.0.lock();
+            if said.is_empty() {
+                drop(said);
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            let message = said.remove(0);
+            let (head, body) = message.split_at(HEADER_BYTES);
+            let header = Header::decode(head.try_into().unwrap()).unwrap();
+            return (header, body.to_vec());
+        }
+    }
+}
+
+fn file(bytes: u64) -> (File, OwnedFd) {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(bytes).unwrap();
+    let other = file.try_clone().unwrap().into();
+    (file, other)
+}
+
+fn window(address: u64, size: u64, offset: u64, flags: u32) -> DmaMapBody {
+    DmaMapBody {
+        argsz: 32.into(),
+        flags: flags.into(),
+        offset: offset.into(),
+        address: address.into(),
+        size: size.into(),
+    }
+}
+
+fn gone(address: u64, size: u64, flags: u32) -> DmaUnmapBody {
+    DmaUnmapBody {
+        argsz: 24.into(),
+        flags: flags.into(),
+        address: address.into(),
+        size: size.into(),
+    }
+}
+
+fn at(address: u64, len: usize) -> [Segment; 1] {
+    [Segment { address, len }]
+}
+
+#[test]
+fn windows_side_by_side_are_one_memory_and_what_is_in_none_is_asked_for() {
+    let said = Said::default();
+    let messages = Arc::new(Messages::new(Box::new(said.clone())));
+    let memory = Arc::new(Mapped::new(messages.clone()));
+    let gate = Arc::new(Gate::new());
+    let (kept, fd) = file(0x4000);
+    memory
+        .map(&window(0x1000, 0x1000, 0x2000, BOTH), Some(fd))
+        .unwrap();
+    memory
+        .map(
+            &window(0x2000, 0x1000, 0, BOTH),
+            Some(kept.try_clone().unwrap().into()),
+        )
+        .unwrap();
+    memory.write(&gate, &at(0x1ffe, 4), b"abcd").unwrap();
+    let mut found = [0; 4];
+    memory.read(&gate, &at(0x1ffe, 4), &mut found).unwrap();
+    assert_eq!(&found, b"abcd");
+    kept.read_exact_at(&mut found[..2], 0x2ffe).unwrap();
+    kept.read_exact_at(&mut found[2..], 0).unwrap();
+    assert_eq!(&found, b"abcd");
+    assert!(said.0.lock().is_empty());
+
+    let (writing, passing) = (memory.clone(), gate.clone());
+    let writer = thread::spawn(move || writing.write(&passing, &at(0x2ffe, 4), b"efgh"));
+    let (header, body) = said.next();
+    let (access, data) = take::<DmaAccessBody>(Command::DmaWrite, &body).unwrap();
+    assert_eq!((header.command, access.address.get()), (12, 0x3000));
+    assert_eq!(data, b"gh");
+    assert!(messages.take_reply(&header.refusal_of(libc::EFAULT), &[]));
+    assert!(matches!(writer.join().unwrap(), Err(DmaError::Refused(_))));
+
+    memory
+        .map(
+            &window(0x3000, 0x1000, 0x3000, READ),
+            Some(kept.try_clone().unwrap().into()),
+        )
+        .unwrap();
+    memory.read(&gate, &at(0x3000, 4), &mut found).unwrap();
+    let (writing, passing) = (memory.clone(), gate.clone());
+    let writer = thread::spawn(move || writing.write(&passing, &at(0x3000, 4), b"ijkl"));
+    let (header, _) = said.next();
+    messages.end();
+    assert_eq!(writer.join().unwrap(), Err(DmaError::Closed));
+    assert!(
+        !messages.take_reply(&header.reply_to(0), &[]),
+        "nobody waits any more"
+    );
+    gate.close();
+    assert_eq!(
+        memory.write(&gate, &at(0x1000, 1), b"x"),
+        Err(DmaError::Closed)
+    );
+}
+
+#[test]
+fn windows_that_cannot_be_are_refused_and_those_that_go_are_gone() {
+    let said = Said::default();
+    let memory = Mapped::new(Arc::new(Messages::new(Box::new(said))));
+    let fd = || Some(file(0x4000).1);
+    for (bad, errno) in [
+        (window(0x1000, 0, 0, BOTH), libc::EINVAL),
+        (window(u64::MAX - 0xfff, 0x2000, 0, BOTH), libc::EINVAL),
+        (window(0x1000, 0x5000, 0, BOTH), libc::EINVAL),
+        (window(0x1000, 0x1000, u64::MAX, BOTH), libc::EINVAL),
+        (window(0x1000, 0x1000, 0, 0), libc::EINVAL),
+        (window(0x1000, 0x1000, 7, BOTH), libc::ENOMEM),
+    ] {
+        assert_eq!(memory.map(&bad, fd()), Err(errno), "{bad:?}");
+    }
+    assert_eq!(memory.map(&window(0x1000, 0x2000, 0, BOTH), fd()), Ok(()));
+    for overlapping in [0, 0x1000, 0x2000] {
+        assert_eq!(
+            memory.map(&window(overlapping, 0x2000, 0, BOTH), fd()),
+            Err(libc::EEXIST)
+        );
+    }
+    for (bad, errno) in [
+        (gone(0x1000, 0x1000, 0), libc::EINVAL),
+        (gone(0x2000, 0x1000, 0), libc::EINVAL),
+        (gone(0x1000, 0x2000, 1), libc::ENOTSUP),
+        (gone(0x1000, 0x2000, DMA_UNMAP_ALL), libc::EINVAL),
+    ] {
+        assert_eq!(memory.unmap(&bad), Err(errno), "{bad:?}");
+    }
+    assert_eq!(memory.unmap(&gone(0x1000, 0x2000, 0)), Ok(()));
+    assert_eq!(memory.map(&window(0x1000, 0x2000, 0, BOTH), fd()), Ok(()));
+    assert_eq!(memory.unmap(&gone(0, 0, DMA_UNMAP_ALL)), Ok(()));
+    assert_eq!(memory.map(&window(0, 0x4000, 0, BOTH), fd()), Ok(()));
+}
+
+#[test]
+fn answers_may_come_in_any_order_and_must_be_of_the_right_length() {
+    let said = Said::default();
+    let messages = Arc::new(Messages::new(Box::new(said.clone())));
+    messages.set_max_data(64);
+    for short in [false, true] {
+        let (done, is_done) = mpsc::channel();
+        let reading = messages.clone();
+        let reader = thread::spawn(move || {
+            let mut found = vec![0; 160];
+            let two = [at(0x1000, 100), at(0x9000, 60)].concat();
+            let outcome = reading.read(&Gate::new(), &two, &mut found);
+            done.send((outcome, found)).unwrap();
+        });
+        let asked: Vec<_> = (0..3).map(|_| said.next()).collect();
+        for (index, (header, body)) in asked.iter().enumerate().rev() {
+            let (access, _) = take::<DmaAccessBody>(Command::DmaRead, body).unwrap();
+            let len = access.count.get() as usize - usize::from(short && index == 1);
+            let reply = [access.as_bytes(), &vec![index as u8 + 1; len]].concat();
+            assert!(messages.take_reply(&header.reply_to(0), &reply));
+            assert!(!messages.take_reply(&header.reply_to(0), &reply), "once");
+        }
+        let (outcome, found) = is_done.recv_timeout(Duration::from_secs(10)).unwrap();
+        reader.join().unwrap();
+        if short {
+            assert!(matches!(outcome, Err(DmaError::Refused(_))));
+        } else {
+            assert_eq!(outcome, Ok(()));
+            assert_eq!(found, [vec![1; 64], vec![2; 36], vec![3; 60]].concat());
+        }
+    }
+}
