@@ -13,6 +13,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
+. "$SCRIPTS/lib/guest.sh"
 
 case ${1:-} in
 '') ;;
@@ -28,8 +29,7 @@ FIRST=0000:00:10.0 SECOND=0000:00:11.0
 ENDPOINTS=("$FIRST" "$SECOND")
 OWN_RESERVED="^0x0000000010000000 0x000000001000ffff (direct|reserved)\$"
 
-BOOT_LIMIT=180 ANSWER_LIMIT=120
-wrong=0 daemon='' qemu=''
+wrong=0 daemon='' server='' qemu=''
 
 title() {
     printf '\n== %s\n\n' "$*"
@@ -60,7 +60,7 @@ give_up() {
 
 finish() {
     local status=$? pid
-    for pid in $qemu $daemon; do
+    for pid in $qemu $daemon $server; do
         kill "$pid" 2>/dev/null || continue
         await 5 gone "$pid" || kill -KILL "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
@@ -72,44 +72,8 @@ finish() {
     rm -rf "$work"
 }
 
-# guest COMMAND: runs it in the guest. Its output is in ANSWER; false where it fails.
-guest() {
-    local line
-    ANSWER=
-    printf '%s\n' "$1" >&"$to_guest"
-    while read -r -t "$ANSWER_LIMIT" line <&"$from_guest"; do
-        line=${line%$'\r'}
-        case $line in
-        '|'*) ANSWER+=${ANSWER:+$'\n'}${line#|} ;;
-        '= 0') return 0 ;;
-        '= '*) return 1 ;;
-        esac
-    done
-    give_up "the guest does not answer '$1'"
-}
-
-# must_guest COMMAND: the same, and the end where it fails.
-must_guest() {
-    guest "$1" || give_up "'$1' failed in the guest: $ANSWER"
-}
-
 ctl() {
     "$program" ctl "$work/control.sock" "$@"
-}
-
-# await SECONDS COMMAND...: until it succeeds.
-await() {
-    local end=$((SECONDS + $1))
-    shift
-    until "$@"; do
-        [ $SECONDS -lt $end ] || return 1
-        sleep 0.1
-    done
-}
-
-# gone PID
-gone() {
-    ! kill -0 "$1" 2>/dev/null
 }
 
 # domain_of ENDPOINT: the endpoint's domain as the daemon has it.
@@ -163,9 +127,10 @@ setup=$("$SCRIPTS/setup.sh" --print)
 set -a
 eval "$setup"
 set +a
-say "building the daemon ..."
-cargo build --release --locked
-program=${CARGO_TARGET_DIR:-$TREE/target}/release/vhost-device-iommu
+say "building the daemon, and a disk ..."
+cargo build --release --locked --bins --example nvme
+built=${CARGO_TARGET_DIR:-$TREE/target}/release
+program=$built/vhost-device-iommu
 
 # Not below the tree: a socket's path has a length limit.
 work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-demo-XXXXXX")
@@ -174,6 +139,7 @@ trap 'exit 130' INT TERM
 # Oldest first.
 entry=${VIOMMU_KERNELS##* }
 IFS=: read -r _ release image initramfs <<<"$entry"
+IFS=: read -r _ _ _ storage_initramfs <<<"${VIOMMU_STORAGE_KERNELS##* }"
 
 title "One file for the VM"
 cat >"$work/vm.toml" <<TOML
@@ -205,24 +171,8 @@ title "The daemon and QEMU $VIOMMU_QEMU_VERSION with Linux $release start"
 daemon=$!
 await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start: $(cat "$work/daemon.log")"
 
-mkfifo "$work/agent.in" "$work/agent.out"
-# Both ways, so that no open waits for the other side.
-exec {to_guest}<>"$work/agent.in" {from_guest}<>"$work/agent.out"
-"$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max "${arguments[@]}" \
-    -device edu,addr=10.0 -device edu,addr=11.0 \
-    -chardev "file,id=console,path=$work/console.log" -serial chardev:console \
-    -chardev "pipe,id=agent,path=$work/agent" -serial chardev:agent \
-    -kernel "$image" -initrd "$initramfs" -append "console=ttyS0 panic=-1" \
-    </dev/null >"$work/qemu.log" 2>&1 &
-qemu=$!
 begun=$SECONDS
-while :; do
-    kill -0 "$qemu" 2>/dev/null || give_up "QEMU has ended: $(cat "$work/qemu.log")"
-    [ $((SECONDS - begun)) -lt $BOOT_LIMIT ] || give_up "the guest is not up after $BOOT_LIMIT s"
-    if read -r -t 1 line <&"$from_guest" && [ "${line%$'\r'}" = "= ready" ]; then
-        break
-    fi
-done
+guest_start "$work" "$image" "$initramfs" "" "${arguments[@]}" -device edu,addr=10.0 -device edu,addr=11.0
 must_guest "uname -r"
 check "the guest runs $ANSWER, up after $((SECONDS - begun)) s" test "$ANSWER" = "$release"
 check "a VM is connected to the daemon" grep -q '^a VM is connected' <<<"$(ctl status)"
@@ -305,10 +255,7 @@ given_back() { [ "$(ctl status | grep -c 'attached *translated')" -eq ${#ENDPOIN
 check "the program gives the device back: it has its default domain again" await 10 given_back
 
 title "The guest powers off"
-printf 'poweroff -f\n' >&"$to_guest"
-await 60 gone "$qemu" || give_up "QEMU does not end"
-wait "$qemu" || give_up "QEMU failed: $(cat "$work/qemu.log")"
-qemu=
+guest_end
 vm_gone() { grep -q '^no VM is connected' <<<"$(ctl status)"; }
 check "QEMU has ended; the daemon lives and waits for the next VM" await 10 vm_gone
 kill "$daemon"
@@ -316,6 +263,72 @@ status=0
 wait "$daemon" || status=$?
 daemon=
 check "told to stop, the daemon ends in order" test $status -eq 0
+
+title "A disk that another process emulates, behind the IOMMU"
+disk=0000:00:06.0
+cat >"$work/disk.toml" <<TOML
+socket = "$work/iommu.sock"
+control = "$work/control.sock"
+address = "00:05.0"
+memory = "256M"
+
+[[endpoint]]
+address = "${disk#0000:}"
+vfio-user = { listen = "$work/disk-iommu.sock", connect = "$work/disk.sock", isolation = "messages" }
+TOML
+indent <"$work/disk.toml"
+echo
+echo "The VMM's own vfio-user client connects to the daemon, the daemon to the disk's server. Each access of the"
+echo "server's to guest memory is a message, which the daemon carries out or refuses."
+truncate -s 64M "$work/disk.img"
+"$built/examples/nvme" serve --socket "$work/disk.sock" --disk "$work/disk.img" --dma messages \
+    --orders "$work/disk.orders" >"$work/disk.log" 2>&1 &
+server=$!
+await 10 test -S "$work/disk.sock" || give_up "the disk's server does not start: $(cat "$work/disk.log")"
+"$program" viot "$work/disk.toml" -o "$work/disk.viot"
+mapfile -t arguments < <("$program" qemu-args "$work/disk.toml" --viot "$work/disk.viot" 2>/dev/null)
+"$program" --config "$work/disk.toml" >"$work/daemon.log" 2>&1 &
+daemon=$!
+await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start: $(cat "$work/daemon.log")"
+guest_start "$work" "$image" "$storage_initramfs" "iommu.strict=1" "${arguments[@]}"
+guest_disk
+must_guest "mkfs.ext4 -q /dev/nvme0n1 && mkdir /mnt && mount -t ext4 /dev/nvme0n1 /mnt"
+must_guest "head -c 8000000 /dev/urandom >/mnt/file && sha256sum /mnt/file"
+sum=$ANSWER
+must_guest "umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/nvme0n1 /mnt"
+must_guest "dmesg | grep -E 'nvme|EXT4' | sed 's/^<[0-9]*>//'"
+echo
+indent <<<"$ANSWER"
+must_guest "sha256sum /mnt/file"
+echo
+check "a file of 8 MB on ext4 is the same after it was mounted again" test "$ANSWER" = "$sum"
+STATUS=$(ctl status)
+check "the disk's DMA is translated: $(requests map) mappings were made for it so far" \
+    grep -qE "^ *$disk +attached +translated" <<<"$STATUS"
+guest_memory() { find "/proc/$1/fd" -printf '%l\n' 2>/dev/null | grep -c memory-backend-memfd; }
+check "QEMU has guest memory open, the disk's server has not" \
+    test "$(guest_memory "$qemu" || true)" -gt 0 -a "$(guest_memory "$server" || true)" -eq 0
+
+title "The disk reaches for memory that is none of its business"
+outside=0x1000000
+for access in "read $outside 16" "write $outside a5 16"; do
+    # shellcheck disable=SC2086 # words
+    answer=$("$built/examples/nvme" order "$work/disk.orders" $access 2>/dev/null) && done=yes || done=no
+    echo "the server, told to $access: $answer"
+    check "it is refused" test "$done" = no
+done
+faults() { guest "dmesg | grep 'virtio_iommu.* fault .* at $outside '" && [ "$(wc -l <<<"$ANSWER")" -eq 2 ]; }
+await 10 faults || true
+echo
+echo "the guest's kernel:"
+sed 's/^<[0-9]*>//' <<<"$ANSWER" | indent
+check "it has logged one fault for each" faults
+must_guest "echo more >/mnt/another && sync && cat /mnt/another"
+check "and still uses the disk" test "$ANSWER" = more
+guest_end
+kill "$daemon" "$server"
+wait "$daemon" "$server" || true
+daemon='' server=''
 
 echo
 [ $wrong -eq 0 ] || exit 1

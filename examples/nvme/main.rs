@@ -14,6 +14,9 @@
 //! - `messages`: it asks for each access with DMA_READ and DMA_WRITE, and has no guest memory.
 //! - `shadow=SOCKET`: it follows the daemon's page tables with this crate's `shadow` library.
 //!
+//! `nvme serve` is the server. `nvme order` has it make an access of its own, as one that has gone
+//! wrong would (see `orders`).
+//!
 //! Two threads serve a client: `server` takes messages and answers at once, `controller` has a
 //! worker that fetches commands, moves data and waits for the disk. So a DMA_UNMAP never waits for
 //! a disk, and whatever arrives while the worker waits for the reply to a DMA_READ is served.
@@ -38,7 +41,7 @@ mod server;
 mod tests;
 
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -55,7 +58,21 @@ use crate::server::Setup;
 
 /// An NVMe controller as a vfio-user server.
 #[derive(Debug, Parser)]
-struct Args {
+enum Args {
+    /// Serves a disk.
+    Serve(Serve),
+    /// Orders a server to access guest memory, and prints its answer.
+    Order {
+        /// Where the server takes orders.
+        socket: PathBuf,
+        /// `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`.
+        #[arg(required = true)]
+        words: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Serve {
     /// Where to listen for a vfio-user client.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
@@ -96,7 +113,11 @@ impl FromStr for Dma {
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
-    match run(Args::parse()) {
+    let outcome = match Args::parse() {
+        Args::Serve(serve) => run(serve),
+        Args::Order { socket, words } => order(&socket, &words.join(" ")),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(cause) => {
             error!("{cause}");
@@ -105,7 +126,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<(), Box<dyn Error>> {
+fn order(socket: &Path, order: &str) -> Result<(), Box<dyn Error>> {
+    let answer = orders::give(socket, order)?;
+    println!("{answer}");
+    match answer.starts_with("ok") {
+        true => Ok(()),
+        false => Err("the server could not".into()),
+    }
+}
+
+fn run(args: Serve) -> Result<(), Box<dyn Error>> {
     let manner = match (args.dma, args.endpoint) {
         (Dma::Mapped, None) => Manner::Mapped,
         (Dma::Messages, None) => Manner::Messages,

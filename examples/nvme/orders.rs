@@ -13,6 +13,7 @@
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
@@ -72,6 +73,18 @@ pub fn listen(listener: UnixListener, orders: Arc<Orders>) -> io::Result<()> {
     };
     thread::Builder::new().name("orders".into()).spawn(serve)?;
     Ok(())
+}
+
+/// Gives an order to whoever listens at `path`. Returns the answer.
+///
+/// # Errors
+/// Where there is none.
+pub fn give(path: &Path, order: &str) -> io::Result<String> {
+    let stream = UnixStream::connect(path)?;
+    (&stream).write_all(format!("{order}\n").as_bytes())?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    Ok(answer.trim_end().to_owned())
 }
 
 fn take_from(stream: &UnixStream, orders: &Orders) -> io::Result<()> {

@@ -48,6 +48,7 @@ impl Server {
         let program = example();
         let mut command = bound_command(&program);
         command
+            .arg("serve")
             .arg("--socket")
             .arg(&socket)
             .arg("--disk")

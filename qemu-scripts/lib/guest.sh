@@ -1,0 +1,81 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# A guest that a script talks to. Who sources this defines give_up WHY, which ends the script, and has VIOMMU_QEMU.
+
+BOOT_LIMIT=180 ANSWER_LIMIT=120
+
+# guest_start DIR KERNEL INITRAMFS APPEND QEMU-ARGUMENT...: boots it, and returns when it obeys. Sets qemu, to_guest
+# and from_guest. Its logs are in DIR.
+guest_start() {
+    local dir=$1 image=$2 initramfs=$3 append=$4 begun=$SECONDS line
+    shift 4
+    rm -f "$dir"/agent.{in,out}
+    mkfifo "$dir/agent.in" "$dir/agent.out"
+    # Both ways, so that no open waits for the other side.
+    exec {to_guest}<>"$dir/agent.in" {from_guest}<>"$dir/agent.out"
+    "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max "$@" \
+        -chardev "file,id=console,path=$dir/console.log" -serial chardev:console \
+        -chardev "pipe,id=agent,path=$dir/agent" -serial chardev:agent \
+        -kernel "$image" -initrd "$initramfs" -append "console=ttyS0 panic=-1 $append" \
+        </dev/null >"$dir/qemu.log" 2>&1 &
+    qemu=$!
+    while :; do
+        kill -0 "$qemu" 2>/dev/null || give_up "QEMU has ended: $(cat "$dir/qemu.log")"
+        [ $((SECONDS - begun)) -lt $BOOT_LIMIT ] || give_up "the guest is not up after $BOOT_LIMIT s"
+        if read -r -t 1 line <&"$from_guest" && [ "${line%$'\r'}" = "= ready" ]; then
+            break
+        fi
+    done
+}
+
+# guest_end: powers it off and waits for QEMU.
+guest_end() {
+    printf 'poweroff -f\n' >&"$to_guest"
+    await 60 gone "$qemu" || give_up "QEMU does not end"
+    wait "$qemu" || give_up "QEMU failed"
+    qemu=
+    exec {to_guest}>&- {from_guest}>&-
+}
+
+# guest COMMAND: runs it in the guest. Its output is in ANSWER; false where it fails.
+guest() {
+    local line
+    ANSWER=
+    printf '%s\n' "$1" >&"$to_guest"
+    while read -r -t "$ANSWER_LIMIT" line <&"$from_guest"; do
+        line=${line%$'\r'}
+        case $line in
+        '|'*) ANSWER+=${ANSWER:+$'\n'}${line#|} ;;
+        '= 0') return 0 ;;
+        '= '*) return 1 ;;
+        esac
+    done
+    give_up "the guest does not answer '$1'"
+}
+
+# must_guest COMMAND: the same, and the end where it fails.
+must_guest() {
+    guest "$1" || give_up "'$1' failed in the guest: $ANSWER"
+}
+
+# guest_disk: loads the drivers of an NVMe disk, and waits for it.
+guest_disk() {
+    must_guest "load-storage"
+    must_guest "for _ in \$(seq 100); do [ -e /dev/nvme0n1 ] && break; sleep 0.1; done; [ -e /dev/nvme0n1 ]"
+}
+
+# await SECONDS COMMAND...: until it succeeds.
+await() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        [ $SECONDS -lt $end ] || return 1
+        sleep 0.1
+    done
+}
+
+# gone PID
+gone() {
+    ! kill -0 "$1" 2>/dev/null
+}
