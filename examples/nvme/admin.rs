@@ -6,22 +6,25 @@ use crate::identify::{self, LOG_BYTES};
 use crate::memory::{Gate, Memory};
 use crate::prp::{self, MAX_TRANSFER};
 use crate::queues::MAX_IO_QUEUES;
+use crate::state::Change;
 
-/// DELETE I/O SUBMISSION QUEUE.
-pub const DELETE_SUBMISSION: u8 = 0x00;
-/// CREATE I/O SUBMISSION QUEUE.
-pub const CREATE_SUBMISSION: u8 = 0x01;
-/// DELETE I/O COMPLETION QUEUE.
-pub const DELETE_COMPLETION: u8 = 0x04;
-/// CREATE I/O COMPLETION QUEUE.
-pub const CREATE_COMPLETION: u8 = 0x05;
-/// ASYNCHRONOUS EVENT REQUEST.
-pub const EVENT_REQUEST: u8 = 0x0c;
 const GET_LOG_PAGE: u8 = 0x02;
 const IDENTIFY: u8 = 0x06;
 const ABORT: u8 = 0x08;
 const SET_FEATURES: u8 = 0x09;
 const GET_FEATURES: u8 = 0x0a;
+
+/// The change a command is for, if it is for one.
+pub fn change_of(command: &Command) -> Option<Change> {
+    Some(match command.opcode {
+        0x00 => Change::DeleteSubmission,
+        0x01 => Change::CreateSubmission,
+        0x04 => Change::DeleteCompletions,
+        0x05 => Change::CreateCompletions,
+        0x0c => Change::RequestEvent,
+        _ => return None,
+    })
+}
 
 /// Answers a command that leaves the queues as they are. Returns what the completion says besides
 /// its status.

@@ -1,4 +1,4 @@
-//! The controller: its registers, and the worker that carries out what queues hold.
+//! The controller: the worker that carries out what queues hold, and who tells it to.
 //!
 //! ```text
 //! register write ---> State ---wakes---> worker: take a command, carry it out, complete it
@@ -15,6 +15,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use log::{debug, error, warn};
@@ -24,36 +25,10 @@ use zerocopy::{FromZeros, IntoBytes};
 use crate::admin;
 use crate::command::{COMMAND_BYTES, COMPLETION_BYTES, Command, Completion, Failure, status_of};
 use crate::disk::Disk;
-use crate::identify::{EVENT_LIMIT, VERSION};
 use crate::io as io_commands;
 use crate::memory::{DmaError, Gate, Memory, Segment};
 use crate::pci::VECTORS;
-use crate::prp::PAGE;
-use crate::queues::{Completions, MAX_ENTRIES, QUEUES, Submission};
-
-/// Where registers are in BAR 0 (base specification 1.4, section 3.1).
-mod register {
-    pub const CAPABILITIES: u64 = 0x00;
-    pub const VERSION: u64 = 0x08;
-    pub const CONFIGURATION: u64 = 0x14;
-    pub const STATUS: u64 = 0x1c;
-    pub const ADMIN_SIZES: u64 = 0x24;
-    pub const ADMIN_SUBMISSION: u64 = 0x28;
-    pub const ADMIN_COMPLETION: u64 = 0x30;
-    pub const DOORBELLS: u64 = 0x1000;
-}
-
-/// Longest queue less one; queues lie together; ready within 10 s; the NVM command set.
-const CAPABILITIES: u64 = (MAX_ENTRIES as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
-const ENABLE: u32 = 1 << 0;
-const SHUTDOWN: u32 = 3 << 14;
-const READY: u32 = 1 << 0;
-const FATAL: u32 = 1 << 1;
-const SHUTDOWN_DONE: u32 = 2 << 2;
-/// Bits of CONFIGURATION that must have one value to be enabled: command set, page size,
-/// arbitration; and the sizes of entries, which drivers set before there are I/O queues.
-const CONFIGURATION_MODE: u32 = 0x3ff0;
-const ENTRY_SIZES: u32 = 0x0046_0000;
+use crate::state::{Change, Job, State, Task};
 
 /// A controller, and its worker.
 pub struct Controller {
@@ -63,50 +38,13 @@ pub struct Controller {
 
 struct Shared {
     state: Mutex<State>,
+    /// The worker is to end. Set with the state locked.
+    ending: AtomicBool,
     work: Condvar,
     disk: Arc<Disk>,
     memory: Arc<dyn Memory>,
     /// What to signal for each interrupt.
     interrupts: Mutex<Vec<Option<OwnedFd>>>,
-}
-
-struct State {
-    ending: bool,
-    /// Whether the device may reach memory at all.
-    bus_master: bool,
-    configuration: u32,
-    status: u32,
-    admin_sizes: u32,
-    admin_submission: u64,
-    admin_completion: u64,
-    /// Open while the controller is enabled.
-    gate: Arc<Gate>,
-    /// Enabled, and not looked at by the worker.
-    is_new: bool,
-    submissions: [Option<Submission>; QUEUES],
-    completions: [Option<Completions>; QUEUES],
-    /// The queue whose turn it is.
-    turn: usize,
-    /// Requests that wait for an event. None ever happens.
-    event_requests: u8,
-}
-
-/// What the worker is to do.
-enum Task {
-    /// Look at the admin queue, and be ready.
-    Begin { gate: Arc<Gate>, address: u64 },
-    /// Carry out a command.
-    Command(Job),
-}
-
-/// A command that was taken from its queue.
-struct Job {
-    gate: Arc<Gate>,
-    queue: usize,
-    /// Where the command is.
-    address: u64,
-    /// How far its queue has been fetched with it.
-    head: u16,
 }
 
 impl Controller {
@@ -117,6 +55,7 @@ impl Controller {
     pub fn start(disk: Arc<Disk>, memory: Arc<dyn Memory>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::new()),
+            ending: AtomicBool::new(false),
             work: Condvar::new(),
             disk,
             memory,
@@ -164,7 +103,7 @@ impl Controller {
 
     /// Whether the device may reach memory.
     pub fn set_bus_master(&self, may: bool) {
-        self.shared.state.lock().bus_master = may;
+        self.shared.state.lock().set_bus_master(may);
         self.shared.work.notify_one();
     }
 
@@ -183,9 +122,7 @@ impl Controller {
 
     /// Everything as it was at first. The descriptors of interrupts stay.
     pub fn reset(&self) {
-        let mut state = self.shared.state.lock();
-        state.gate.close();
-        *state = State::new();
+        self.shared.state.lock().reset();
     }
 }
 
@@ -193,8 +130,8 @@ impl Drop for Controller {
     fn drop(&mut self) {
         {
             let mut state = self.shared.state.lock();
-            state.gate.close();
-            state.ending = true;
+            state.reset();
+            self.shared.ending.store(true, Ordering::Relaxed);
         }
         self.shared.work.notify_all();
         if let Some(worker) = self.worker.take()
@@ -205,284 +142,13 @@ impl Drop for Controller {
     }
 }
 
-impl State {
-    fn new() -> Self {
-        let gate = Gate::new();
-        gate.close();
-        Self {
-            ending: false,
-            bus_master: false,
-            configuration: 0,
-            status: 0,
-            admin_sizes: 0,
-            admin_submission: 0,
-            admin_completion: 0,
-            gate: Arc::new(gate),
-            is_new: false,
-            submissions: [None; QUEUES],
-            completions: [None; QUEUES],
-            turn: 0,
-            event_requests: 0,
-        }
-    }
-
-    fn register(&self, at: u64) -> u32 {
-        let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
-        match at {
-            register::CAPABILITIES => low(CAPABILITIES),
-            0x04 => low(CAPABILITIES >> 32),
-            register::VERSION => VERSION,
-            register::CONFIGURATION => self.configuration,
-            register::STATUS => self.status,
-            register::ADMIN_SIZES => self.admin_sizes,
-            register::ADMIN_SUBMISSION => low(self.admin_submission),
-            0x2c => low(self.admin_submission >> 32),
-            register::ADMIN_COMPLETION => low(self.admin_completion),
-            0x34 => low(self.admin_completion >> 32),
-            _ => 0,
-        }
-    }
-
-    fn set_register(&mut self, at: u64, value: u32) {
-        let wide = u64::from(value);
-        let low = |old: u64| old >> 32 << 32 | wide & !(PAGE as u64 - 1);
-        let high = |old: u64| old & 0xffff_ffff | wide << 32;
-        match at {
-            register::CONFIGURATION => self.configure(value),
-            register::ADMIN_SIZES => self.admin_sizes = value & 0x0fff_0fff,
-            register::ADMIN_SUBMISSION => self.admin_submission = low(self.admin_submission),
-            0x2c => self.admin_submission = high(self.admin_submission),
-            register::ADMIN_COMPLETION => self.admin_completion = low(self.admin_completion),
-            0x34 => self.admin_completion = high(self.admin_completion),
-            register::DOORBELLS.. => self.ring((at - register::DOORBELLS) / 4, value),
-            _ => {}
-        }
-    }
-
-    fn configure(&mut self, new: u32) {
-        let old = std::mem::replace(&mut self.configuration, new);
-        match (old & ENABLE, new & ENABLE) {
-            (0, ENABLE) => self.enable(),
-            (ENABLE, 0) => self.disable(),
-            _ => {}
-        }
-        if new & SHUTDOWN == 0 {
-            self.status &= !SHUTDOWN_DONE;
-        } else {
-            // What was completed is in the file; whoever wants more than that sends FLUSH first.
-            self.status |= SHUTDOWN_DONE;
-        }
-    }
-
-    fn enable(&mut self) {
-        let size = |field: u32| u16::try_from(field & 0xfff).unwrap_or(0) + 1;
-        let (submissions, completions) = (size(self.admin_sizes), size(self.admin_sizes >> 16));
-        let lengths = 2..=MAX_ENTRIES;
-        if self.configuration & CONFIGURATION_MODE != 0
-            || !lengths.contains(&submissions)
-            || !lengths.contains(&completions)
-        {
-            warn!("the driver enables what is not possible");
-            self.status |= FATAL;
-            return;
-        }
-        self.gate = Arc::new(Gate::new());
-        self.submissions[0] = Some(Submission {
-            base: self.admin_submission,
-            size: submissions,
-            head: 0,
-            tail: 0,
-            completion: 0,
-        });
-        self.completions[0] = Some(Completions {
-            base: self.admin_completion,
-            size: completions,
-            head: 0,
-            tail: 0,
-            phase: true,
-            vector: Some(0),
-        });
-        self.is_new = true;
-    }
-
-    fn disable(&mut self) {
-        self.gate.close();
-        self.submissions = [None; QUEUES];
-        self.completions = [None; QUEUES];
-        self.event_requests = 0;
-        self.is_new = false;
-        self.status = 0;
-    }
-
-    /// What no driver rings, and what it says that cannot be, has no effect.
-    fn ring(&mut self, doorbell: u64, value: u32) {
-        let Ok(index) = usize::try_from(doorbell / 2) else {
-            return;
-        };
-        let value = u16::try_from(value).unwrap_or(u16::MAX);
-        if doorbell.is_multiple_of(2) {
-            if let Some(Some(queue)) = self.submissions.get_mut(index)
-                && value < queue.size
-            {
-                queue.tail = value;
-            }
-        } else if let Some(Some(queue)) = self.completions.get_mut(index)
-            && value < queue.size
-        {
-            queue.head = value;
-        }
-    }
-
-    fn next_task(&mut self) -> Option<Task> {
-        if std::mem::take(&mut self.is_new) {
-            return Some(Task::Begin {
-                gate: self.gate.clone(),
-                address: self.admin_submission,
-            });
-        }
-        self.next_job().map(Task::Command)
-    }
-
-    /// The next command, if its completion has a place. Queues take turns.
-    fn next_job(&mut self) -> Option<Job> {
-        if self.status & (READY | FATAL) != READY || !self.bus_master {
-            return None;
-        }
-        for step in 0..QUEUES {
-            let index = (self.turn + step) % QUEUES;
-            let Some(queue) = &mut self.submissions[index] else {
-                continue;
-            };
-            let to = self.completions.get(usize::from(queue.completion));
-            if !to.is_some_and(|to| to.as_ref().is_some_and(Completions::has_room)) {
-                continue;
-            }
-            if let Some(address) = queue.take() {
-                let head = queue.head;
-                self.turn = index + 1;
-                return Some(Job {
-                    gate: self.gate.clone(),
-                    queue: index,
-                    address,
-                    head,
-                });
-            }
-        }
-        None
-    }
-
-    /// CREATE I/O COMPLETION QUEUE.
-    fn create_completions(&mut self, command: &Command) -> Result<(), Failure> {
-        let (index, size) = self.new_queue(command)?;
-        if self.completions[index].is_some() {
-            return Err(Failure::InvalidQueueIdentifier);
-        }
-        let flags = command.cdw11.get();
-        let vector = u16::try_from(flags >> 16).unwrap_or(u16::MAX);
-        if vector >= VECTORS {
-            return Err(Failure::InvalidInterruptVector);
-        }
-        self.completions[index] = Some(Completions {
-            base: command.prp1.get(),
-            size,
-            head: 0,
-            tail: 0,
-            phase: true,
-            vector: (flags & 2 != 0).then_some(vector),
-        });
-        Ok(())
-    }
-
-    /// CREATE I/O SUBMISSION QUEUE.
-    fn create_submission(&mut self, command: &Command) -> Result<(), Failure> {
-        let (index, size) = self.new_queue(command)?;
-        if self.submissions[index].is_some() {
-            return Err(Failure::InvalidQueueIdentifier);
-        }
-        let completion = u16::try_from(command.cdw11.get() >> 16).unwrap_or(u16::MAX);
-        let to = self.completions.get(usize::from(completion));
-        if completion == 0 || !to.is_some_and(Option::is_some) {
-            return Err(Failure::CompletionQueueInvalid);
-        }
-        self.submissions[index] = Some(Submission {
-            base: command.prp1.get(),
-            size,
-            head: 0,
-            tail: 0,
-            completion,
-        });
-        Ok(())
-    }
-
-    /// What both kinds have in common: number and length.
-    fn new_queue(&self, command: &Command) -> Result<(usize, u16), Failure> {
-        let cdw10 = command.cdw10.get();
-        let index = usize::try_from(cdw10 & 0xffff).unwrap_or(QUEUES);
-        if !(1..QUEUES).contains(&index) {
-            return Err(Failure::InvalidQueueIdentifier);
-        }
-        let size = u16::try_from(cdw10 >> 16).unwrap_or(u16::MAX);
-        let size = size
-            .checked_add(1)
-            .filter(|s| (2..=MAX_ENTRIES).contains(s));
-        let size = size.ok_or(Failure::InvalidQueueSize)?;
-        if self.configuration & 0x00ff_0000 != ENTRY_SIZES {
-            return Err(Failure::InvalidQueueSize);
-        }
-        // Entries lie together, from the start of a page.
-        if command.cdw11.get() & 1 == 0 {
-            return Err(Failure::InvalidField);
-        }
-        if !command.prp1.get().is_multiple_of(PAGE as u64) {
-            return Err(Failure::InvalidPrpOffset);
-        }
-        Ok((index, size))
-    }
-
-    fn delete_submission(&mut self, command: &Command) -> Result<(), Failure> {
-        let queue = io_queue(&mut self.submissions, command)?;
-        *queue = None;
-        Ok(())
-    }
-
-    fn delete_completions(&mut self, command: &Command) -> Result<(), Failure> {
-        let queue = io_queue(&mut self.completions, command)?;
-        let index = command.cdw10.get() & 0xffff;
-        let mut others = self.submissions.iter().flatten();
-        if others.any(|s| u32::from(s.completion) == index) {
-            return Err(Failure::InvalidQueueDeletion);
-        }
-        *queue = None;
-        Ok(())
-    }
-
-    /// ASYNCHRONOUS EVENT REQUEST: it waits for ever, as no event happens.
-    fn take_event_request(&mut self) -> Result<(), Failure> {
-        if self.event_requests > EVENT_LIMIT {
-            return Err(Failure::TooManyEventRequests);
-        }
-        self.event_requests += 1;
-        Ok(())
-    }
-}
-
-/// The place of the I/O queue a command means, which exists.
-fn io_queue<'a, T>(
-    queues: &'a mut [Option<T>; QUEUES],
-    command: &Command,
-) -> Result<&'a mut Option<T>, Failure> {
-    let index = usize::try_from(command.cdw10.get() & 0xffff).unwrap_or(QUEUES);
-    let place = queues.get_mut(index).filter(|q| index > 0 && q.is_some());
-    place.ok_or(Failure::InvalidQueueIdentifier)
-}
-
 impl Shared {
     fn work(&self) {
         loop {
             let task = {
                 let mut state = self.state.lock();
                 loop {
-                    if state.ending {
+                    if self.ending.load(Ordering::Relaxed) {
                         return;
                     }
                     if let Some(task) = state.next_task() {
@@ -511,8 +177,8 @@ impl Shared {
             return self.fail(gate, 0, &cause);
         }
         let mut state = self.state.lock();
-        if Arc::ptr_eq(&state.gate, gate) {
-            state.status |= READY;
+        if state.is_in_life_of(gate) {
+            state.set_ready();
         }
     }
 
@@ -551,25 +217,17 @@ impl Shared {
         if command.flags != 0 {
             return Err(Failure::InvalidField);
         }
-        let change = match command.opcode {
-            admin::CREATE_COMPLETION => State::create_completions,
-            admin::CREATE_SUBMISSION => State::create_submission,
-            admin::DELETE_SUBMISSION => State::delete_submission,
-            admin::DELETE_COMPLETION => State::delete_completions,
-            admin::EVENT_REQUEST => {
-                return self.state.lock().take_event_request().map(|()| None);
-            }
-            _ => {
-                let (disk, memory) = (&self.disk, &*self.memory);
-                return admin::execute(disk, memory, &job.gate, command).map(Some);
-            }
+        let Some(change) = admin::change_of(command) else {
+            let (disk, memory) = (&self.disk, &*self.memory);
+            return admin::execute(disk, memory, &job.gate, command).map(Some);
         };
         let mut state = self.state.lock();
         // Queues of another life are no affair of this command's.
-        if !Arc::ptr_eq(&state.gate, &job.gate) {
+        if !state.is_in_life_of(&job.gate) {
             return Err(Failure::Internal);
         }
-        change(&mut state, command).map(|()| Some(0))
+        state.change(change, command)?;
+        Ok((change != Change::RequestEvent).then_some(0))
     }
 
     fn complete(
@@ -579,36 +237,28 @@ impl Shared {
         outcome: Result<(), Failure>,
         result: u32,
     ) -> Result<(), DmaError> {
-        let (address, phase, vector) = {
+        let place = {
             let mut state = self.state.lock();
-            if !Arc::ptr_eq(&state.gate, &job.gate) {
+            if !state.is_in_life_of(&job.gate) {
                 return Err(DmaError::Closed);
             }
-            let to = state.submissions[job.queue].map_or(0, |queue| queue.completion);
-            let to = state.completions.get_mut(usize::from(to));
-            // It had room when the command was taken, and only this thread fills it.
-            let Some((queue, (address, phase))) = to
-                .and_then(Option::as_mut)
-                .and_then(|q| Some((q.vector, q.take()?)))
-            else {
-                return Ok(());
-            };
-            (address, phase, queue)
+            state.take_place(job)
         };
+        let Some(place) = place else { return Ok(()) };
         let completion = Completion {
             result: result.into(),
             reserved: 0.into(),
             sq_head: job.head.into(),
             sq_id: u16::try_from(job.queue).unwrap_or(0).into(),
             id: command.id,
-            status: (status_of(outcome) | u16::from(phase)).into(),
+            status: (status_of(outcome) | u16::from(place.phase)).into(),
         };
         let at = Segment {
-            address,
+            address: place.address,
             len: COMPLETION_BYTES,
         };
         self.memory.write(&job.gate, &[at], completion.as_bytes())?;
-        if let Some(vector) = vector {
+        if let Some(vector) = place.vector {
             self.interrupt(vector.into());
         }
         Ok(())
@@ -626,10 +276,10 @@ impl Shared {
     /// A queue cannot be reached: nothing goes on before the driver resets the controller.
     fn fail(&self, gate: &Arc<Gate>, queue: usize, cause: &DmaError) {
         let mut state = self.state.lock();
-        if *cause == DmaError::Closed || !Arc::ptr_eq(&state.gate, gate) {
+        if *cause == DmaError::Closed || !state.is_in_life_of(gate) {
             return;
         }
         warn!("queue {queue} cannot be reached, the controller stops: {cause}");
-        state.status |= FATAL;
+        state.set_fatal();
     }
 }

@@ -37,6 +37,7 @@ mod pci;
 mod prp;
 mod queues;
 mod server;
+mod state;
 #[cfg(test)]
 mod tests;
 

@@ -213,7 +213,7 @@ fn a_queue_that_cannot_be_reached_stops_the_controller_until_it_is_reset() {
     assert_eq!(driver.get(0x1c), 2, "queues of one entry");
 }
 
-/// Memory whose reads of data wait to be let go on.
+/// Memory where writing data waits to be let go on.
 struct Slow {
     plain: Arc<Plain>,
     begun: Mutex<Sender<()>>,
@@ -222,14 +222,14 @@ struct Slow {
 
 impl Memory for Slow {
     fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError> {
-        if from[0].address >= DATA {
-            self.begun.lock().send(()).unwrap();
-            self.go_on.lock().recv().unwrap();
-        }
         self.plain.read(gate, from, into)
     }
 
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
+        if to[0].address >= DATA {
+            self.begun.lock().send(()).unwrap();
+            self.go_on.lock().recv().unwrap();
+        }
         self.plain.write(gate, to, from)
     }
 
@@ -258,7 +258,8 @@ fn a_command_from_before_a_reset_touches_nothing_after_it() {
         |driver: &Driver| driver.set(0x14, 0),
         |driver: &Driver| driver.controller.reset(),
     ] {
-        driver.submit(1, blocks(WRITE, 0, 8, DATA, 0));
+        driver.memory.0.lock()[DATA as usize..][..4096].fill(0x5a);
+        driver.submit(1, blocks(READ, 0, 8, DATA, 0));
         has_begun.recv().unwrap();
         // Does not wait for the command.
         reset(&driver);
