@@ -21,7 +21,7 @@ use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
 /// open file.
 #[derive(Clone, Debug)]
 pub struct Cdev {
-    file: Arc<File>,
+    pub(super) file: Arc<File>,
     /// BARs that are mapped: a mapping of a device's memory stays.
     mapped: Arc<Mutex<BTreeMap<u32, Arc<MmapRegion>>>>,
 }

@@ -5,6 +5,8 @@
     reason = "system calls, each with the structure its number stands for"
 )]
 
+mod device;
+
 use std::ffi::{CStr, c_int, c_ulong};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -27,6 +29,8 @@ use vmm_sys_util::ioctl::{
     ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val,
 };
 use vmm_sys_util::ioctl_io_nr;
+
+pub(super) use self::device::{IrqData, if_mappable, irq_info, region_info_whole, reset, set_irqs};
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);

@@ -3,6 +3,7 @@
 //! `ioctl` makes the system calls. What is above it goes through the traits here, so that doubles
 //! which obey the kernel's rules can stand in for the kernel and fail where they are told to.
 
+mod access;
 mod cdev;
 mod container;
 #[cfg(test)]
@@ -21,6 +22,9 @@ use vm_memory::MmapRegion;
 
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
+pub use self::access::{
+    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqWhat, RegionInfo,
+};
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
 pub use self::group::Group;

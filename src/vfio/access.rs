@@ -1,0 +1,324 @@
+//! What a driver does with an open device: registers, interrupts, reset (`linux/vfio.h`).
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_REGION_INFO_FLAG_CAPS, vfio_region_info,
+};
+
+use super::ioctl::IrqData;
+use super::{Attach, Cdev, DeviceMemory, ioctl};
+
+/// What a device is (`VFIO_DEVICE_GET_INFO`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// `VFIO_DEVICE_FLAGS_*`.
+    pub flags: u32,
+    /// How many regions it has.
+    pub regions: u32,
+    /// How many kinds of interrupts it has.
+    pub irqs: u32,
+}
+
+/// What a region is (`VFIO_DEVICE_GET_REGION_INFO`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// `VFIO_REGION_INFO_FLAG_*`.
+    pub flags: u32,
+    /// Its bytes.
+    pub size: u64,
+    /// Where in the device's file it begins.
+    pub offset: u64,
+    /// What else there is to know, in the kernel's order.
+    pub capabilities: Vec<Capability>,
+}
+
+/// An element of a chain of capabilities (`vfio_info_cap_header`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capability {
+    /// `VFIO_REGION_INFO_CAP_*`.
+    pub id: u16,
+    /// Its version.
+    pub version: u16,
+    /// What follows its header.
+    pub data: Vec<u8>,
+}
+
+/// What a kind of interrupt is (`VFIO_DEVICE_GET_IRQ_INFO`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IrqInfo {
+    /// `VFIO_IRQ_INFO_*`.
+    pub flags: u32,
+    /// How many there are; 0 where the device has none of the kind.
+    pub count: u32,
+}
+
+/// What is to happen to interrupts (`VFIO_DEVICE_SET_IRQS`).
+#[derive(Clone, Copy, Debug)]
+pub struct IrqChange<'a> {
+    /// One of `VFIO_IRQ_SET_ACTION_*`.
+    pub action: u32,
+    /// The kind.
+    pub index: u32,
+    /// The first one.
+    pub start: u32,
+    /// What for, and how many.
+    pub what: IrqWhat<'a>,
+}
+
+/// Which of some interrupts something is to happen to.
+#[derive(Clone, Copy, Debug)]
+pub enum IrqWhat<'a> {
+    /// To so many. Of 0, with the action to trigger: the kind is switched off.
+    All(u32),
+    /// To those that are not 0.
+    Chosen(&'a [u8]),
+    /// When these events come, or for triggers: these events come when it happens. `None` takes an
+    /// event back.
+    Events(&'a [Option<BorrowedFd<'a>>]),
+}
+
+/// An open device as its driver uses it.
+pub trait DeviceAccess: Send {
+    /// `VFIO_DEVICE_GET_INFO`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn info(&self) -> io::Result<DeviceInfo>;
+
+    /// `VFIO_DEVICE_GET_REGION_INFO`.
+    ///
+    /// # Errors
+    /// The kernel's, among them `EINVAL` where there is no such region.
+    fn region(&self, index: u32) -> io::Result<RegionInfo>;
+
+    /// `VFIO_DEVICE_GET_IRQ_INFO`.
+    ///
+    /// # Errors
+    /// The kernel's, among them `EINVAL` where there is no such kind.
+    fn irq(&self, index: u32) -> io::Result<IrqInfo>;
+
+    /// `VFIO_DEVICE_SET_IRQS`.
+    ///
+    /// # Errors
+    /// The kernel's; `ENOSPC` where it has fewer interrupts than that.
+    fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()>;
+
+    /// Reads from `at` of a region; how many bytes, fewer than wanted where the rest cannot be read.
+    ///
+    /// # Errors
+    /// The kernel's, among them `EIO` where the device does not answer to the region now.
+    fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize>;
+
+    /// Writes to `at` of a region; how many bytes.
+    ///
+    /// # Errors
+    /// As for reads.
+    fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize>;
+
+    /// A file whose bytes are those of a region, from its first on, that can be mapped and stands
+    /// for nothing else of the device; `None` where there is none.
+    fn region_file(&self, index: u32, region: &RegionInfo) -> Option<OwnedFd>;
+
+    /// `VFIO_DEVICE_RESET`.
+    ///
+    /// # Errors
+    /// The kernel's, among them `ENOTTY` where the device cannot be reset alone.
+    fn reset(&self) -> io::Result<()>;
+
+    /// Ends the device's DMA at the device, until its driver lets it begin again.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn stop_dma(&self) -> io::Result<()>;
+}
+
+impl DeviceAccess for Cdev {
+    fn info(&self) -> io::Result<DeviceInfo> {
+        let info = ioctl::device_info(self.as_fd())?;
+        Ok(DeviceInfo {
+            flags: info.flags,
+            regions: info.num_regions,
+            irqs: info.num_irqs,
+        })
+    }
+
+    fn region(&self, index: u32) -> io::Result<RegionInfo> {
+        let info = ioctl::region_info_whole(self.as_fd(), index)?;
+        parse_region(&info).ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))
+    }
+
+    fn irq(&self, index: u32) -> io::Result<IrqInfo> {
+        let info = ioctl::irq_info(self.as_fd(), index)?;
+        Ok(IrqInfo {
+            flags: info.flags,
+            count: info.count,
+        })
+    }
+
+    fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()> {
+        let fds: Vec<RawFd>;
+        let (kind, count, data) = match change.what {
+            IrqWhat::All(count) => (VFIO_IRQ_SET_DATA_NONE, count as usize, IrqData::None),
+            IrqWhat::Chosen(bools) => (VFIO_IRQ_SET_DATA_BOOL, bools.len(), IrqData::Bools(bools)),
+            IrqWhat::Events(events) => {
+                fds = events
+                    .iter()
+                    .map(|event| event.map_or(-1, |fd| fd.as_raw_fd()))
+                    .collect();
+                (VFIO_IRQ_SET_DATA_EVENTFD, fds.len(), IrqData::Events(&fds))
+            }
+        };
+        let count = u32::try_from(count).map_err(io::Error::other)?;
+        let flags = kind | change.action;
+        let fd = self.as_fd();
+        match ioctl::set_irqs(fd, flags, change.index, change.start, count, &data)? {
+            0 => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+        }
+    }
+
+    fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize> {
+        self.file.read_at(into, place(region, at)?)
+    }
+
+    fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize> {
+        self.file.write_at(from, place(region, at)?)
+    }
+
+    fn region_file(&self, index: u32, region: &RegionInfo) -> Option<OwnedFd> {
+        // Kernels up to 7.3 at least make DMA buffers of BARs that cannot be mapped.
+        let buffer = self.export(index, 0, region.size).ok()?;
+        ioctl::if_mappable(buffer).ok()
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        ioctl::reset(self.as_fd())
+    }
+
+    fn stop_dma(&self) -> io::Result<()> {
+        self.clear_bus_master()
+    }
+}
+
+/// Where in the device's file `at` of a region is.
+fn place(region: &RegionInfo, at: u64) -> io::Result<u64> {
+    region
+        .offset
+        .checked_add(at)
+        .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}
+
+/// Reads a `vfio_region_info` with its chain of capabilities. What lies outside of it is left out;
+/// `None` where not even the structure is there.
+fn parse_region(bytes: &[u8]) -> Option<RegionInfo> {
+    const CAP_HEADER: usize = 8;
+    let u16_at = |at: usize| -> Option<u16> {
+        let field = bytes.get(at..at.checked_add(2)?)?;
+        Some(u16::from_ne_bytes(field.try_into().ok()?))
+    };
+    let u32_at = |at: usize| -> Option<u32> {
+        let field = bytes.get(at..at.checked_add(4)?)?;
+        Some(u32::from_ne_bytes(field.try_into().ok()?))
+    };
+    let u64_at = |at: usize| -> Option<u64> {
+        let field = bytes.get(at..at.checked_add(8)?)?;
+        Some(u64::from_ne_bytes(field.try_into().ok()?))
+    };
+    let mut info = RegionInfo {
+        flags: u32_at(4)?,
+        size: u64_at(16)?,
+        offset: u64_at(24)?,
+        capabilities: Vec::new(),
+    };
+    let end = bytes.len().min(u32_at(0)? as usize);
+    let mut at = if info.flags & VFIO_REGION_INFO_FLAG_CAPS != 0 {
+        u32_at(12)? as usize
+    } else {
+        0
+    };
+    // A chain only leads forward.
+    let mut passed = size_of::<vfio_region_info>() - 1;
+    while at > passed {
+        let (Some(id), Some(version), Some(next)) = (
+            u16_at(at),
+            u16_at(at.saturating_add(2)),
+            u32_at(at.saturating_add(4)),
+        ) else {
+            break;
+        };
+        let next = next as usize;
+        let last = if next > at { next.min(end) } else { end };
+        let data = bytes.get(at + CAP_HEADER..last).unwrap_or_default();
+        info.capabilities.push(Capability {
+            id,
+            version,
+            data: data.to_vec(),
+        });
+        passed = at;
+        at = next;
+    }
+    Some(info)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vfio_bindings::bindings::vfio::{
+        VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
+    };
+
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let words = |bytes: &mut Vec<u8>, words: &[u32]| {
+            bytes.extend(words.iter().flat_map(|w| w.to_ne_bytes()));
+        };
+        // 80 bytes in all: flags 0xf, index 2, capabilities from 32 on.
+        words(&mut bytes, &[80, 0xf, 2, 32]);
+        bytes.extend(0x10_0000u64.to_ne_bytes());
+        bytes.extend((2u64 << 40).to_ne_bytes());
+        // One area, then the word that the interrupt table may be mapped.
+        words(&mut bytes, &[1 | 1 << 16, 64, 1, 0, 0x2000, 0, 0x1000, 0]);
+        words(&mut bytes, &[3 | 1 << 16, 0, 0, 0]);
+        bytes
+    }
+
+    #[test]
+    fn capabilities_of_regions_are_found() {
+        let info = parse_region(&sample()).expect("whole");
+        assert_eq!((info.size, info.offset), (0x10_0000, 2 << 40));
+        let found: Vec<_> = info
+            .capabilities
+            .iter()
+            .map(|c| (u32::from(c.id), c.version, c.data.len()))
+            .collect();
+        let expected = [
+            (VFIO_REGION_INFO_CAP_SPARSE_MMAP, 1, 24),
+            (VFIO_REGION_INFO_CAP_MSIX_MAPPABLE, 1, 8),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(info.capabilities[0].data[8..16], 0x2000u64.to_ne_bytes());
+        assert_eq!(parse_region(&sample()[..31]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_the_chain_says_it_ends(
+            changes in proptest::collection::vec((0usize..80, any::<u8>()), 0..12),
+            cut in 32usize..=80,
+        ) {
+            let mut bytes = sample();
+            for (at, value) in changes {
+                bytes[at] = value;
+            }
+            bytes.truncate(cut);
+            let info = parse_region(&bytes).expect("whole");
+            prop_assert!(info.capabilities.len() <= 80 - 32);
+        }
+    }
+}
