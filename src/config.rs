@@ -3,6 +3,7 @@
 mod draft;
 mod emulated;
 mod error;
+mod export;
 mod passthrough;
 mod readers;
 mod shadow;
@@ -23,6 +24,7 @@ use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 
 pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
+pub use export::Export;
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::{MAX_READERS, MAX_USERS, Readers};
 pub use shadow::ShadowListener;
@@ -85,6 +87,8 @@ pub struct Config {
     pub topology: Topology,
     /// The endpoints that are devices of the host, in ascending order; no host device twice.
     pub passthrough: Vec<Passthrough>,
+    /// Those of them that the VMM gets as vfio-user devices, in ascending order.
+    pub exports: Vec<Export>,
     /// The endpoints that are emulated in processes of their own, in ascending order.
     pub emulated: Vec<Emulated>,
     /// The endpoints whose devices follow the page tables themselves, in ascending order.
@@ -311,6 +315,9 @@ impl<'a> Checker<'a> {
         }
         taken.extend(shadow.iter().flatten().map(|listener| &listener.path));
         let emulated = self.emulated(draft, &taken);
+        taken.extend(emulated.iter().flatten().map(|device| &device.listen));
+        taken.extend(emulated.iter().flatten().map(|device| &device.connect));
+        let exports = self.exports(draft, &taken);
         // Which endpoints there are decides which descriptors are right.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
@@ -328,6 +335,7 @@ impl<'a> Checker<'a> {
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
+            && let Some(exports) = exports
             && let Some(emulated) = emulated
             && let Some(shadow) = shadow
             && let Some(readers) = readers
@@ -346,6 +354,7 @@ impl<'a> Checker<'a> {
                 arena_limit,
                 topology,
                 passthrough,
+                exports,
                 emulated,
                 shadow,
                 readers,

@@ -162,6 +162,7 @@ pub(super) struct EndpointDraft {
     pub range: Option<Given<Scalar>>,
     pub group: Option<Given<Scalar>>,
     pub vfio: Option<Given<Scalar>>,
+    pub export: Option<Given<Scalar>>,
     pub vfio_user: Option<Given<EmulatedDraft>>,
     pub shadow: Option<Given<Scalar>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,

@@ -202,6 +202,15 @@ pub enum Fault {
         /// The endpoint that has it.
         other: PciAddress,
     },
+    /// Something to export that the host has not got.
+    #[error(
+        "only a device of the host can be exported; give its address there with `vfio = \"...\"`, or \
+         remove `export`"
+    )]
+    ExportWithoutVfio,
+    /// A socket for two purposes.
+    #[error("another socket has this path; use another path in `export`")]
+    ExportPath,
     /// An emulated device on several functions.
     #[error(
         "{range} is more than one function, and an emulated device is one; \

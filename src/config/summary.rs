@@ -110,6 +110,9 @@ impl Summary<'_> {
         if let Some(device) = found.ok().and_then(|at| self.config.passthrough.get(at)) {
             write!(f, " vfio {}", device.host)?;
         }
+        if let Some(export) = self.config.export_of(entry.range.first()) {
+            write!(f, ", exported at {}", export.path.display())?;
+        }
         let found = self
             .config
             .emulated

@@ -1,0 +1,144 @@
+//! Endpoints that are devices of the host, and that the VMM gets as vfio-user devices.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use super::draft::Draft;
+use super::error::Fault;
+use super::passthrough::range_in;
+use super::{Checker, Config};
+use crate::topology::PciAddress;
+
+/// A device of the host that the daemon keeps to itself and offers to the VMM over vfio-user.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Export {
+    /// The address the device has in the guest; there is a [`Passthrough`](super::Passthrough) for
+    /// it.
+    pub endpoint: PciAddress,
+    /// Where the daemon listens for the VMM's vfio-user client.
+    pub path: PathBuf,
+}
+
+impl Config {
+    /// The export of an endpoint, if it is exported.
+    pub fn export_of(&self, endpoint: PciAddress) -> Option<&Export> {
+        let at = self.exports.binary_search_by_key(&endpoint, |e| e.endpoint);
+        self.exports.get(at.ok()?)
+    }
+}
+
+impl Checker<'_> {
+    /// The endpoints with `export`, in ascending order. `taken` are the paths of other sockets.
+    pub(super) fn exports(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<Vec<Export>> {
+        let mut found = Vec::new();
+        let mut taken: HashSet<PathBuf> = taken.iter().copied().cloned().collect();
+        let mut whole = true;
+        for (index, endpoint) in draft.endpoint.iter().enumerate() {
+            let value = &endpoint.value;
+            let Some(given) = &value.export else { continue };
+            let key = format!("endpoint[{index}].export");
+            let path = self.socket_path(Some(given), &key);
+            let range = value.address.as_ref().or(value.range.as_ref());
+            let (Some(path), Some(range)) = (path, range.and_then(range_in)) else {
+                whole = false;
+                continue;
+            };
+            // That it is one function is seen to where `vfio` is checked.
+            let fault = if value.vfio.is_none() {
+                Fault::ExportWithoutVfio
+            } else if !taken.insert(path.clone()) {
+                Fault::ExportPath
+            } else {
+                found.push(Export {
+                    endpoint: range.first(),
+                    path,
+                });
+                continue;
+            };
+            whole = false;
+            self.refuse(&given.origin, &key, fault);
+        }
+        found.sort_by_key(|entry| entry.endpoint);
+        whole.then_some(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    /// An IOMMU and these endpoints.
+    fn parse(endpoints: &str) -> Result<Config, String> {
+        let text = format!("socket = '/s'\ncontrol = '/c'\naddress = '00:05.0'\n{endpoints}");
+        Config::from_text(Path::new("vm.toml"), &text).map_err(|e| e.to_string())
+    }
+
+    fn one(address: &str, keys: &str) -> String {
+        format!("[[endpoint]]\naddress = '{address}'\n{keys}\n")
+    }
+
+    #[test]
+    fn devices_of_the_host_can_be_exported() {
+        let config = parse(
+            &(one("00:08.0", "vfio = '65:00.1'\nexport = '/b'")
+                + &one("00:07.0", "vfio = '66:00.0'")
+                + &one("00:06.0", "vfio = '65:00.0'\nexport = '/a'")),
+        )
+        .expect("good");
+        let paths: Vec<_> = config.exports.iter().map(|e| e.path.as_path()).collect();
+        assert_eq!(paths, [Path::new("/a"), Path::new("/b")]);
+        let path_of = |text: &str| {
+            let address = text.parse().expect("an address");
+            config.export_of(address).map(|e| e.path.as_path())
+        };
+        assert_eq!(path_of("00:08.0"), Some(Path::new("/b")));
+        assert_eq!(path_of("00:07.0"), None);
+        let summary = config.summary().to_string();
+        assert!(
+            summary.contains("00:06.0 vfio 0000:65:00.0, exported at /a\n"),
+            "{summary}"
+        );
+        assert!(summary.contains("00:07.0 vfio 0000:66:00.0\n"), "{summary}");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_cure() {
+        let exported = |path: &str| format!("vfio = '65:00.0'\nexport = '{path}'");
+        let emulated = "vfio-user = { listen = '/l', connect = '/k' }";
+        let beside = |path: &str| {
+            one("00:06.0", &exported(path))
+                + &one("00:07.0", emulated)
+                + &one("00:08.0", "shadow = '/h'")
+                + &one("00:09.0", "vfio = '66:00.0'\nexport = '/e'")
+        };
+        assert!(parse(&beside("/a")).is_ok());
+        for path in ["/s", "/c", "/l", "/k", "/h", "/e"] {
+            let message = parse(&beside(path)).expect_err(path);
+            assert!(
+                message.contains("use another path in `export`"),
+                "{message}"
+            );
+        }
+        for (text, cure) in [
+            (one("00:06.0", "export = '/a'"), "`vfio = "),
+            (
+                one("00:06.0", &format!("{emulated}\nexport = '/a'")),
+                "`vfio = ",
+            ),
+            (one("00:06.0", &exported("")), "path"),
+            (one("00:06.0", "vfio = '65:00.0'\nexport = 7"), "path"),
+            (
+                format!(
+                    "[[endpoint]]\nrange = '00:06.0-00:06.7'\n{}\n",
+                    exported("/a")
+                ),
+                "its own [[endpoint]]",
+            ),
+        ] {
+            let message = parse(&text).expect_err(&text);
+            assert!(message.contains(cure), "{text}: {message}");
+        }
+    }
+}
