@@ -23,6 +23,8 @@ use crate::config::{Config, Socket};
 use crate::control::{ControlServer, Subjects};
 use crate::device::Device;
 use crate::emulated_side::{EmulatedSide, Refusals};
+use crate::export::ExportServer;
+use crate::export_side::ExportSide;
 use crate::fault_queue::FaultDelivery;
 use crate::host_side::{HostSide, HostSideError};
 use crate::inherited::adopt;
@@ -92,6 +94,8 @@ pub struct Daemon {
     ended: UnixStream,
     /// Connections in a row that could not be served.
     failures: u32,
+    /// Ending them releases the devices.
+    _exports: Vec<ExportServer>,
     _control: Option<ControlServer>,
     _faults: Option<FaultDelivery>,
     _shadow: Option<ShadowServer>,
@@ -176,6 +180,8 @@ impl Daemon {
                 ControlServer::start(path, subjects).map_err(DaemonError::Socket)
             })
             .transpose()?;
+        // Last: the clients that connect find everything else there.
+        let exports = ExportSide::open(config, host.exports).map_err(DaemonError::Socket)?;
         let control_file = control.as_ref().map(ControlServer::file);
         Ok(Self {
             device,
@@ -188,11 +194,13 @@ impl Daemon {
                     .into_iter()
                     .chain(control_file)
                     .chain(emulated.files)
+                    .chain(exports.files)
                     .chain(shadow_files)
                     .collect(),
             }),
             ended,
             failures: 0,
+            _exports: exports.servers,
             _control: control,
             _faults: faults,
             _shadow: shadow,

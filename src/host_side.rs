@@ -17,7 +17,7 @@ use crate::config::{Config, HostIommu};
 use crate::ids::EndpointId;
 use crate::topology::host::{HostFacts, HostRoot, RefineError, refine};
 use crate::topology::{PciAddress, Topology};
-use crate::vfio::VfioError;
+use crate::vfio::{DeviceAccess, VfioError};
 
 /// What there is on the host for a VM.
 pub struct HostSide {
@@ -25,6 +25,8 @@ pub struct HostSide {
     pub topology: Topology,
     /// The backends and the endpoints each of them has.
     pub backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
+    /// The devices that are exported, by the address of their endpoint.
+    pub exports: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
 /// Why a device of the host cannot be used.
@@ -93,8 +95,8 @@ pub enum HostSideError {
     },
     /// Devices of one group, some of them the VMM's.
     #[error(
-        "group {group} has devices that are handed over with --vfio-fd and others that are not; \
-         hand over all of them or none"
+        "group {group} has devices that the VMM binds (--vfio-fd) and others that the daemon has to \
+         itself; hand over all of them or none, and export all of them or none"
     )]
     MixedGroup {
         /// The host's number of the group.
@@ -116,6 +118,7 @@ struct Opened {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     /// By endpoint, where it is known.
     allowed: BTreeMap<PciAddress, Vec<IovaRange>>,
+    exports: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
 impl HostSide {
@@ -128,6 +131,7 @@ impl HostSide {
             return Ok(Self {
                 topology: config.topology.clone(),
                 backends: Vec::new(),
+                exports: Vec::new(),
             });
         }
         let root = HostRoot::default();
@@ -155,6 +159,7 @@ impl HostSide {
         Ok(Self {
             topology: refined.topology,
             backends: opened.backends,
+            exports: opened.exports,
         })
     }
 }

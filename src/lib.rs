@@ -23,6 +23,8 @@ pub mod ctl;
 pub mod daemon;
 pub mod device;
 pub mod emulated_side;
+pub mod export;
+pub mod export_side;
 pub mod fault_queue;
 pub mod guest_memory;
 pub mod host_check;

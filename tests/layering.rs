@@ -21,6 +21,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("topology", &[]),
     ("vfio", &[]),
     ("vfio_user", &[]),
+    ("export", &["vfio", "vfio_user"]),
     ("guest_memory", &["backends"]),
     ("backends", &["page_table", "vfio", "vfio_user", "shadow"]),
     ("iommu", &["page_table", "topology", "backends"]),
@@ -64,6 +65,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "socket",
             "topology",
         ],
+    ),
+    (
+        "export_side",
+        &["config", "export", "socket", "topology", "vfio"],
     ),
     ("host_check", &["config", "topology"]),
     ("host_tree", &["config", "topology"]),

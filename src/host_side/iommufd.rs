@@ -15,7 +15,9 @@ use crate::config::{Config, Passthrough, Pin as ConfiguredPin};
 use crate::inherited::adopt;
 use crate::topology::PciAddress;
 use crate::topology::host::{HostFacts, HostRoot};
-use crate::vfio::{AddressSpaces, Allowed, Attach, Cdev, IommuFd, VfioError, allowed_by_scratch};
+use crate::vfio::{
+    AddressSpaces, Allowed, Attach, Cdev, DeviceAccess, IommuFd, VfioError, allowed_by_scratch,
+};
 
 pub(super) fn open(
     config: &Config,
@@ -55,23 +57,30 @@ pub(super) fn open(
 
     let mut devices = Vec::new();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
+    let mut exports: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
     let mut granule = 1;
     for passthrough in &config.passthrough {
         let &Passthrough { endpoint, host } = passthrough;
         let group = group_of(facts, host, endpoint)?;
         let path = facts.device(host).and_then(|device| device.node(root));
-        let (cdev, found) = match shared.remove(&endpoint) {
-            Some(cdev) => {
-                if let Some(path) = &path {
-                    check_node(
-                        &cdev,
-                        path,
-                        config.descriptors.devices[&endpoint],
-                        passthrough,
-                    )?;
-                }
-                (cdev, path.and_then(|path| scratch(&node, &path, host)))
+        let failed = |source| HostSideError::Device {
+            host,
+            endpoint,
+            source,
+        };
+        let exported = config.export_of(endpoint).is_some();
+        let inherited = shared.remove(&endpoint);
+        if let (Some(cdev), Some(path)) = (&inherited, &path) {
+            let fd = config.descriptors.devices[&endpoint];
+            check_node(cdev, path, fd, passthrough)?;
+        }
+        let binds = inherited.is_some() && !exported;
+        let (cdev, found) = match inherited {
+            Some(cdev) if exported => {
+                let found = own(&iommufd, &cdev, host).map_err(failed)?;
+                (cdev, Some(found))
             }
+            Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
             None => {
                 let path = path.ok_or(HostSideError::NoDevice {
                     host,
@@ -79,12 +88,8 @@ pub(super) fn open(
                     why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
                           lacks CONFIG_VFIO_DEVICE_CDEV",
                 })?;
-                let (cdev, found) =
-                    own(&iommufd, &path).map_err(|source| HostSideError::Device {
-                        host,
-                        endpoint,
-                        source,
-                    })?;
+                let cdev = Cdev::open(&path).map_err(failed)?;
+                let found = own(&iommufd, &cdev, host).map_err(failed)?;
                 (cdev, Some(found))
             }
         };
@@ -92,11 +97,14 @@ pub(super) fn open(
             granule = granule.max(found.granule);
             allowed.insert(endpoint, found.ranges);
         }
+        if exported {
+            exports.push((endpoint, Box::new(cdev.clone())));
+        }
         devices.push(HostDevice {
             endpoint: endpoint.endpoint_id(),
             name: host.to_string(),
             group,
-            shared: config.descriptors.devices.contains_key(&endpoint),
+            shared: binds,
             attach: Box::new(cdev.clone()),
             memory: Arc::new(cdev),
         });
@@ -121,6 +129,7 @@ pub(super) fn open(
     Ok(Opened {
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
+        exports,
     })
 }
 
@@ -158,12 +167,11 @@ fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
     }
 }
 
-/// Opens a device for this process, blocked.
-fn own(iommufd: &IommuFd, path: &Path) -> Result<(Cdev, Allowed), VfioError> {
-    let cdev = Cdev::open(path)?;
+/// Binds a device for this process, blocked.
+fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<Allowed, VfioError> {
     cdev.bind(iommufd)?;
     let step = |what: &str, source| VfioError {
-        what: format!("cannot {what} for {}", path.display()),
+        what: format!("cannot {what} for {host}"),
         source,
         cure: "see the kernel's log",
     };
@@ -178,5 +186,5 @@ fn own(iommufd: &IommuFd, path: &Path) -> Result<(Cdev, Allowed), VfioError> {
     if let Err(cause) = iommufd.destroy(ioas) {
         warn!("an address space cannot be destroyed: {cause}");
     }
-    Ok((cdev, allowed?))
+    allowed
 }

@@ -57,6 +57,14 @@ pub(super) fn open(
             (None, Some(group)) => Some(group.device(&host.to_string()).map_err(failed)?),
             (None, None) => None,
         };
+        if device.is_none() && config.export_of(endpoint).is_some() {
+            return Err(HostSideError::NoDevice {
+                host,
+                endpoint,
+                why: "is exported, and only its container is handed over: pass the device with \
+                      --vfio-fd",
+            });
+        }
         open.devices.push((passthrough, device));
     }
     refuse_shared_containers(&groups)?;
@@ -70,9 +78,10 @@ pub(super) fn open(
     let mut opened = Opened {
         backends: Vec::new(),
         allowed: BTreeMap::new(),
+        exports: Vec::new(),
     };
     for (number, open) in groups {
-        add_group(&mut opened, number, open, &peers)?;
+        add_group(config, &mut opened, number, open, &peers)?;
     }
     Ok(opened)
 }
@@ -139,6 +148,7 @@ fn own(root: &HostRoot, number: u32) -> Result<Container, VfioError> {
 }
 
 fn add_group(
+    config: &Config,
     opened: &mut Opened,
     number: u32,
     open: Open,
@@ -166,6 +176,12 @@ fn add_group(
     for (passthrough, device) in open.devices {
         opened.allowed.insert(passthrough.endpoint, ranges.clone());
         endpoints.push(passthrough.endpoint.endpoint_id());
+        if let Some(device) = &device
+            && config.export_of(passthrough.endpoint).is_some()
+        {
+            let device = Box::new(device.clone());
+            opened.exports.push((passthrough.endpoint, device));
+        }
         devices.push(GroupDevice {
             endpoint: passthrough.endpoint.endpoint_id(),
             name: passthrough.host.to_string(),

@@ -13,14 +13,14 @@ const MAX_WINDOWS: usize = 65535;
 
 /// The windows, by first address.
 #[derive(Debug, Default)]
-pub(super) struct ClientWindows(BTreeMap<Iova, IovaRange>);
+pub(crate) struct ClientWindows(BTreeMap<Iova, IovaRange>);
 
 impl ClientWindows {
     /// Takes note of a DMA_MAP.
     ///
     /// # Errors
     /// The errno it is refused with.
-    pub(super) fn map(&mut self, body: &DmaMapBody) -> Result<(), i32> {
+    pub(crate) fn map(&mut self, body: &DmaMapBody) -> Result<(), i32> {
         let range = range(body.address.get(), body.size.get())?;
         let before = self.0.range(..=range.last()).next_back();
         if before.is_some_and(|(_, other)| other.overlaps(range)) {
@@ -37,7 +37,7 @@ impl ClientWindows {
     ///
     /// # Errors
     /// The errno it is refused with.
-    pub(super) fn unmap(&mut self, body: &DmaUnmapBody) -> Result<(), i32> {
+    pub(crate) fn unmap(&mut self, body: &DmaUnmapBody) -> Result<(), i32> {
         let flags = body.flags.get();
         if flags & DMA_UNMAP_DIRTY != 0 {
             return Err(libc::ENOTSUP);

@@ -21,6 +21,7 @@ pub mod message;
 pub mod socket;
 pub mod version;
 
+pub(crate) use self::client_windows::ClientWindows;
 pub use self::interposer::{Interposer, Settings};
 pub use self::link::{Ends, Link, Order, OrderError, Orders, Ticket, Window};
 

@@ -266,6 +266,23 @@ impl Version {
         ))
     }
 
+    /// What a client is answered that has asked for this, by a server that stands for itself: it
+    /// never asks the client for anything, and takes as many descriptors as the client does.
+    ///
+    /// # Errors
+    /// [`VersionError::Unknown`].
+    pub fn server_answer(&self) -> Result<Self, VersionError> {
+        let asked_for = self.proposal()?;
+        Ok(Self {
+            capabilities: Capabilities {
+                migration: None,
+                twin_socket: None,
+                ..asked_for.capabilities
+            },
+            ..asked_for
+        })
+    }
+
     /// Descriptors the sender takes with one message, no more than the system carries.
     fn descriptors(&self) -> u64 {
         let said = self.capabilities.max_msg_fds.unwrap_or(DEFAULT_DESCRIPTORS);
