@@ -305,6 +305,8 @@ fn sockets(config: &Config) -> Vec<SocketFile> {
     };
     path.into_iter()
         .chain(&config.control)
+        .chain(config.emulated.iter().map(|device| &device.listen))
+        .chain(config.exports.iter().map(|export| &export.path))
         .filter_map(|path| SocketFile::of_another(path).ok())
         .collect()
 }

@@ -2,7 +2,9 @@
 
 mod devices;
 mod emulated;
+mod exported;
 mod given;
+mod vfio_user;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -101,6 +103,7 @@ impl QemuArgs {
             ));
         }
         arguments.extend(devices.iter().flat_map(Devices::arguments));
+        arguments.extend(exported::arguments(config));
         arguments.extend(emulated::arguments(config));
         arguments.extend([
             ("-chardev", format!("socket,id=viommu,path={socket}")),
@@ -189,7 +192,8 @@ pub enum QemuArgsError {
     /// QEMU keeps a device to itself with type1.
     #[error(
         "with `host-iommu = \"type1\"` the daemon alone holds the devices of the host, and QEMU's \
-         vfio-pci cannot have them too; set `host-iommu = \"iommufd\"`"
+         vfio-pci cannot have them too; set `host-iommu = \"iommufd\"`, or export them to QEMU's \
+         vfio-user client with `export = \"...\"` under each [[endpoint]]"
     )]
     Type1,
     /// A path that QEMU takes for two.
@@ -233,6 +237,7 @@ fn endpoint_note(config: &Config, devices: Option<&Devices>, entry: EndpointRang
         .map_or_else(String::new, |name| format!(" (host group {name})"));
     let device = devices
         .and_then(|devices| devices.endpoint_note(first))
+        .or_else(|| exported::endpoint_note(config, first))
         .or_else(|| emulated::endpoint_note(config, first));
     let place = if let Some(note) = device {
         note

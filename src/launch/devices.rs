@@ -21,21 +21,26 @@ pub struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// Opens `/dev/iommu` and the device of each endpoint with `vfio`; nothing where there is none.
+    /// Opens `/dev/iommu` and the device of each endpoint that the VMM binds: those with `vfio` and
+    /// without `export`. Nothing where there is none; the daemon opens what it has to itself.
     /// The files are closed in programs that are started, unless they are passed on.
     ///
     /// # Errors
     /// See [`OpenError`].
     pub fn open(root: &HostRoot, config: &Config) -> Result<Self, OpenError> {
         let mut files = Self::default();
-        if config.passthrough.is_empty() {
+        let devices = config.passthrough.iter();
+        let shared: Vec<_> = devices
+            .filter(|device| config.export_of(device.endpoint).is_none())
+            .collect();
+        if shared.is_empty() {
             return Ok(files);
         }
         let path = root.path("dev/iommu");
         let iommufd = open(&path).map_err(|source| OpenError::Iommufd { path, source })?;
         files.iommufd = Some(iommufd);
-        let facts = HostFacts::read(root, config.passthrough.iter().map(|device| device.host));
-        for &Passthrough { endpoint, host } in &config.passthrough {
+        let facts = HostFacts::read(root, shared.iter().map(|device| device.host));
+        for &Passthrough { endpoint, host } in shared {
             let device = facts
                 .device(host)
                 .ok_or(OpenError::NoSuchDevice { endpoint, host })?;
@@ -188,6 +193,23 @@ mod tests {
         assert_eq!(device("00:10.0"), "dev/vfio/devices/vfio12");
         assert_eq!(device("00:11.0"), "dev/vfio/devices/vfio7");
         assert_eq!(files.numbers().len(), 3);
+    }
+
+    #[test]
+    fn what_is_exported_is_not_opened() {
+        let exported = TEXT.replacen("vfio = '65:00.0'", "vfio = '65:00.0'\nexport = '/e'", 1);
+        let root = host(&[
+            "dev/iommu",
+            "dev/vfio/devices/vfio7",
+            "sys/bus/pci/devices/0000:66:00.0/vfio-dev/vfio7/dev",
+        ]);
+        let files = opened(&root, &exported).expect("the other one is there");
+        let devices = files.descriptors().devices;
+        let endpoints: Vec<_> = devices.keys().map(ToString::to_string).collect();
+        assert_eq!(endpoints, ["0000:00:11.0"]);
+        let all = exported.replace("vfio = '66:00.0'", "vfio = '66:00.0'\nexport = '/f'");
+        let files = opened(&host(&[]), &all).expect("nothing is needed");
+        assert_eq!(files.descriptors(), Descriptors::default());
     }
 
     #[test]

@@ -15,14 +15,27 @@ const FIRST_FREE: RawFd = 3;
 pub(super) struct Devices {
     iommufd: RawFd,
     /// In ascending order of endpoint; at least one.
-    devices: Vec<(Passthrough, RawFd)>,
+    devices: Vec<Shared>,
+}
+
+/// A device that the VMM binds.
+#[derive(Clone, Copy, Debug)]
+struct Shared {
+    device: Passthrough,
+    fd: RawFd,
+    multifunction: bool,
 }
 
 impl Devices {
-    /// `None` where the configuration has no device of the host. Descriptors that it does not give
-    /// get the lowest numbers free, from 3 on.
+    /// `None` where the configuration has no device of the host that the VMM binds. Descriptors that
+    /// it does not give get the lowest numbers free, from 3 on.
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
-        if config.passthrough.is_empty() {
+        let mut shared = config
+            .passthrough
+            .iter()
+            .filter(|device| config.export_of(device.endpoint).is_none())
+            .peekable();
+        if shared.peek().is_none() {
             return Ok(None);
         }
         if config.host_iommu == HostIommu::Type1 {
@@ -38,12 +51,14 @@ impl Devices {
         let mut free = (FIRST_FREE..).filter(|fd| !taken.contains(fd));
         let mut number = |given: Option<RawFd>| given.or_else(|| free.next()).unwrap_or(RawFd::MAX);
         let iommufd = number(given.iommufd);
-        let devices = config
-            .passthrough
-            .iter()
+        let devices = shared
             .map(|device| {
                 let given = given.devices.get(&device.endpoint).copied();
-                (*device, number(given))
+                Shared {
+                    device: *device,
+                    fd: number(given),
+                    multifunction: shares_slot(config, device.endpoint),
+                }
             })
             .collect();
         Ok(Some(Self { iommufd, devices }))
@@ -54,9 +69,9 @@ impl Devices {
     pub fn arguments(&self) -> Vec<(&'static str, String)> {
         let iommufd = format!("iommufd,id=iommufd0,fd={}", self.iommufd);
         let mut arguments = vec![("-object", iommufd)];
-        for (device, fd) in &self.devices {
-            if on_root_bus(device.endpoint) {
-                arguments.push(("-device", self.device(*device, *fd)));
+        for shared in &self.devices {
+            if on_root_bus(shared.device.endpoint) {
+                arguments.push(("-device", shared.argument()));
             }
         }
         arguments
@@ -71,7 +86,7 @@ impl Devices {
             format!("  exec {}<>/dev/iommu", self.iommufd),
         ];
         let mut daemon = format!("--iommufd-fd {}", self.iommufd);
-        for (device, fd) in &self.devices {
+        for Shared { device, fd, .. } in &self.devices {
             let (endpoint, host) = (device.endpoint, device.host);
             notes.push(format!(
                 "  exec {fd}<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{host}/vfio-dev)"
@@ -86,10 +101,10 @@ impl Devices {
     pub fn endpoint_note(&self, endpoint: PciAddress) -> Option<String> {
         let at = self
             .devices
-            .binary_search_by_key(&endpoint, |(device, _)| device.endpoint)
+            .binary_search_by_key(&endpoint, |shared| shared.device.endpoint)
             .ok()?;
-        let (device, fd) = self.devices.get(at)?;
-        let host = device.host;
+        let shared = self.devices.get(at)?;
+        let host = shared.device.host;
         Some(if on_root_bus(endpoint) {
             format!("the host's device {host}, among the arguments")
         } else if endpoint.segment() != 0 {
@@ -101,18 +116,16 @@ impl Devices {
             format!(
                 "the host's device {host}; add `-device {}`, on the bridge that the guest numbers \
                  as bus {:02x} and before the IOMMU's -device",
-                self.device(*device, *fd),
+                shared.argument(),
                 endpoint.bus()
             )
         })
     }
+}
 
-    fn device(&self, device: Passthrough, fd: RawFd) -> String {
-        let endpoint = device.endpoint;
-        let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
-        let multifunction = self.devices.iter().any(|(other, _)| {
-            other.endpoint != endpoint && slot_of(other.endpoint) == slot_of(endpoint)
-        });
+impl Shared {
+    fn argument(&self) -> String {
+        let (endpoint, fd) = (self.device.endpoint, self.fd);
         // QEMU refuses a device given by descriptor that has no name.
         format!(
             "vfio-pci,id=vfio-{:02x}-{:02x}-{},fd={fd},iommufd=iommufd0,addr={}{}",
@@ -120,13 +133,23 @@ impl Devices {
             endpoint.device(),
             endpoint.function(),
             slot(endpoint),
-            if multifunction {
+            if self.multifunction {
                 ",multifunction=on"
             } else {
                 ""
             }
         )
     }
+}
+
+/// Whether a device has another one beside it in its slot.
+pub(super) fn shares_slot(config: &Config, endpoint: PciAddress) -> bool {
+    let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
+    let passthrough = config.passthrough.iter().map(|device| device.endpoint);
+    let emulated = config.emulated.iter().map(|device| device.endpoint);
+    passthrough
+        .chain(emulated)
+        .any(|other| other != endpoint && slot_of(other) == slot_of(endpoint))
 }
 
 /// Whether `addr=` alone puts a device there.

@@ -1,16 +1,14 @@
 //! Arguments and notes for devices that other processes emulate.
 
-use serde_json::json;
-
-use super::devices::on_root_bus;
-use super::slot;
+use super::devices::{on_root_bus, shares_slot};
+use super::vfio_user;
 use crate::config::{Config, Emulated};
 use crate::topology::PciAddress;
 
 /// The arguments for those that QEMU can be told where to put.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
     let placed = config.emulated.iter().filter(|d| on_root_bus(d.endpoint));
-    placed.map(|device| ("-device", argument(device)))
+    placed.map(|device| ("-device", argument(config, device)))
 }
 
 /// What to say of an endpoint, if another process emulates it.
@@ -29,22 +27,15 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
         format!(
             "the device at {server}; add `-device '{}'` with the bus= of the bridge that the guest \
              numbers as bus {:02x}",
-            argument(device),
+            argument(config, device),
             endpoint.bus()
         )
     })
 }
 
-fn argument(device: &Emulated) -> String {
-    let endpoint = device.endpoint;
-    let (bus, number, function) = (endpoint.bus(), endpoint.device(), endpoint.function());
-    json!({
-        "driver": "vfio-user-pci",
-        "id": format!("vfio-user-{bus:02x}-{number:02x}-{function}"),
-        "addr": slot(endpoint),
-        "socket": { "type": "unix", "path": device.listen },
-    })
-    .to_string()
+fn argument(config: &Config, device: &Emulated) -> String {
+    let beside = shares_slot(config, device.endpoint);
+    vfio_user::argument(device.endpoint, &device.listen, beside)
 }
 
 #[cfg(test)]
