@@ -11,10 +11,12 @@
 #include <inttypes.h>
 #include <libgen.h>
 #include <linux/vfio.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -26,6 +28,7 @@
 #define EDU_ID 0x010000edu  // register 0 of revision 1.0
 #define EDU_BUFFER 0x40000u // the device's own memory, one page
 #define DMA_LIMIT 30        // seconds
+#define IRQ_LIMIT 20000     // milliseconds
 
 struct mapping {
     uint64_t iova;
@@ -42,6 +45,8 @@ static const char usage[] =
     "  copy FROM TO                  the device reads the page at IOVA FROM and writes it at IOVA TO. Prints for\n"
     "                                each page of the buffer that has changed 'c INDEX SOURCE': SOURCE is the\n"
     "                                page that has these bytes now, 'zeros' or 'other'\n"
+    "  irq KIND COUNT                the device raises COUNT interrupts, 'intx' or 'msi', by each of its two means:\n"
+    "                                a computation that is done, and a DMA into its own memory\n"
     "  dump                          print 'b INDEX GPA' for pages that are mapped and 'm IOVA PAGES ACCESS INDEX'\n"
     "  where INDEX                   print 'b INDEX GPA'\n"
     "  quit                          leave; the kernel removes what is mapped\n"
@@ -215,6 +220,72 @@ static void dma(uint64_t from, uint64_t to, uint64_t direction)
     }
 }
 
+// Tells VFIO what is to happen to the device's one interrupt of a kind; with an event if 'event' is not -1.
+static int set_irq(uint32_t kind, uint32_t flags, uint32_t count, int event)
+{
+    struct {
+        struct vfio_irq_set head;
+        int event;
+    } request = {
+        .head = { .argsz = sizeof(request.head), .flags = flags, .index = kind, .count = count },
+        .event = event,
+    };
+    if (event != -1)
+        request.head.argsz += sizeof(event);
+    return ioctl(device, VFIO_DEVICE_SET_IRQS, &request);
+}
+
+static void store32(unsigned at, uint32_t value)
+{
+    *(volatile uint32_t *)(registers + at) = value;
+}
+
+// Waits for an interrupt, which must have this cause, and lets the next one come.
+static void take_irq(int event, uint32_t kind, uint32_t cause)
+{
+    struct pollfd wait = { .fd = event, .events = POLLIN };
+    uint64_t times;
+    errno = 0;
+    if (poll(&wait, 1, IRQ_LIMIT) != 1 || read(event, &times, sizeof(times)) != sizeof(times))
+        die("no interrupt comes");
+    uint32_t causes = load32(0x24);
+    if (causes != cause)
+        die("an interrupt comes for %x", causes);
+    store32(0x64, causes);
+    if (kind == VFIO_PCI_INTX_IRQ_INDEX && set_irq(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_UNMASK, 1, -1))
+        die("the interrupt stays masked");
+}
+
+static void irq(const char *name, unsigned count)
+{
+    uint32_t kind = strcmp(name, "intx") ? VFIO_PCI_MSI_IRQ_INDEX : VFIO_PCI_INTX_IRQ_INDEX;
+    int event = eventfd(0, EFD_CLOEXEC);
+    if (event < 0)
+        die("no event");
+    if (set_irq(kind, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, 1, event)) {
+        printf("error %s: %s\n", name, strerror(errno));
+        close(event);
+        return;
+    }
+    for (unsigned i = 0; i < count; i++) {
+        store32(0x20, 0x80);
+        store32(0x08, 5);
+        take_irq(event, kind, 1);
+        if (load32(0x08) != 120)
+            die("5! is %u", load32(0x08));
+        // No bytes to its own memory: a DMA that needs no mapping.
+        store64(0x80, EDU_BUFFER);
+        store64(0x88, 0);
+        store64(0x90, 0);
+        store64(0x98, 1 | 1 << 1 | 1 << 2);
+        take_irq(event, kind, 0x100);
+    }
+    if (set_irq(kind, VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER, 0, -1))
+        die("interrupts stay on");
+    close(event);
+    printf("ok %u interrupts\n", 2 * count);
+}
+
 static const char *source_of(unsigned index)
 {
     static const unsigned char zeros[PAGE];
@@ -286,6 +357,8 @@ static void obey(void)
             unmap(a, pages);
         } else if (sscanf(line, "copy %" SCNx64 " %" SCNx64, &a, &b) == 2) {
             copy(a, b);
+        } else if (sscanf(line, "irq %15s %u", word, &index) == 2) {
+            irq(word, index);
         } else if (sscanf(line, "where %u", &index) == 1 && index < PAGES) {
             print_page(index);
             printf("ok\n");

@@ -14,6 +14,7 @@
 pub mod common;
 mod data;
 mod devices;
+mod export;
 mod faults;
 mod moves;
 mod nested;

@@ -14,12 +14,12 @@ use vhost_device_iommu::vfio::{Cdev, IommuFd};
 
 use crate::devices::{FaultLog, Function};
 use crate::vm::{
-    Control, Kernel, Launcher, PAGE, Setup, Status, Table, Vm, VmOptions, Workplace, wait_for,
+    Control, Launcher, PAGE, Setup, Status, Table, Vm, VmOptions, Workplace, wait_for,
 };
 use crate::words;
 
 /// The device in the VM.
-const EDU: &str = "0000:00:10.0";
+pub const EDU: &str = "0000:00:10.0";
 /// Until a command in the VM has an answer.
 const ANSWER: Duration = Duration::from_secs(60);
 /// Until all processes of a VM are gone.
@@ -35,7 +35,7 @@ const SINK: u64 = 0xf_fff0_0000;
 fn a_stock_guest_drives_a_device_of_the_host() {
     let setup = Setup::from_environment();
     let host = words("VIOMMU_EDU")[0].clone();
-    let mut nested = Nested::launch(&setup, setup.newest(), &host);
+    let mut nested = Nested::launch(&setup, "nested", "", &format!("vfio = \"{host}\""));
     // All devices are made: the guest's driver has not begun, firmware may use the device.
     let status = nested.control.status();
     assert_eq!(status.dma_of(EDU), "bypass", "{}", status.0);
@@ -60,9 +60,7 @@ fn a_stock_guest_drives_a_device_of_the_host() {
     nested.vm.begin("poweroff -f");
     let status = nested.vm.wait_for_end();
     assert_eq!((status.code(), status.signal()), (Some(0), None));
-    wait_for("the end of the daemon", END, || {
-        nested.processes().is_empty().then_some(())
-    });
+    nested.wait_for_end();
     for socket in ["iommu.sock", "control.sock"] {
         assert!(!nested.place.path(socket).exists(), "{socket} is left");
     }
@@ -72,23 +70,26 @@ fn a_stock_guest_drives_a_device_of_the_host() {
 }
 
 /// A VM and the daemon behind it.
-struct Nested {
-    vm: Vm,
-    control: Control,
-    place: Workplace,
+pub struct Nested {
+    pub vm: Vm,
+    pub control: Control,
+    pub place: Workplace,
 }
 
 impl Nested {
-    fn launch(setup: &Setup, kernel: &Kernel, host: &str) -> Self {
-        let place = Workplace::new("nested");
+    /// With more keys for its configuration, and for its one endpoint, where `@` stands for the
+    /// VM's directory.
+    pub fn launch(setup: &Setup, name: &str, keys: &str, endpoint: &str) -> Self {
+        let place = Workplace::new(name);
         let text = |path: &Path| path.display().to_string();
         let (config, control) = (place.path("vm.toml"), place.path("control.sock"));
         let socket = place.path("iommu.sock");
         let keys = format!(
             "socket = \"{}\"\ncontrol = \"{}\"\nmemory = \"512M\"\naddress = \"00:05.0\"\n\
-             [[endpoint]]\naddress = \"{EDU}\"\nvfio = \"{host}\"\n",
+             {keys}\n[[endpoint]]\naddress = \"{EDU}\"\n{}\n",
             socket.display(),
             control.display(),
+            endpoint.replace('@', place.path("").to_str().expect("text")),
         );
         fs::write(&config, keys).expect("the configuration written");
         let launcher = Launcher {
@@ -106,7 +107,7 @@ impl Nested {
                 .into(),
         };
         let options = VmOptions {
-            kernel,
+            kernel: setup.newest(),
             // Every character on the console costs.
             append: "quiet no_timer_check".to_owned(),
             iommu: Vec::new(),
@@ -124,7 +125,7 @@ impl Nested {
     }
 
     /// The guest's VFIO has the device copy pages; where it may not, nothing happens.
-    fn drive(&mut self, faults: &mut FaultLog) {
+    pub fn drive(&mut self, faults: &mut FaultLog) {
         self.vm.run(&format!("vfio_bind {EDU}"));
         self.vm.run(&format!("start edu vfio-edu {EDU}"));
         let status = self.control.status();
@@ -187,7 +188,7 @@ impl Nested {
             .collect()
     }
 
-    fn ask(&mut self, line: &str) -> Vec<String> {
+    pub fn ask(&mut self, line: &str) -> Vec<String> {
         self.vm.run_within(&format!("ask edu {line}"), ANSWER)
     }
 
@@ -215,14 +216,36 @@ impl Nested {
         crate::vm::number(&self.control.status().0, "resets")
     }
 
-    /// Those whose arguments name this VM's directory.
-    fn processes(&self) -> Vec<String> {
+    /// Waits until all processes of the VM are gone.
+    pub fn wait_for_end(&self) {
+        wait_for("the end of the daemon", END, || {
+            self.processes().is_empty().then_some(())
+        });
+    }
+
+    /// The one whose arguments have this word.
+    pub fn process_with(&self, word: &str) -> u32 {
+        let mut found = self
+            .processes()
+            .into_iter()
+            .filter(|(_, l)| l.contains(word));
+        let (pid, _) = found.next().expect("running");
+        assert_eq!(found.next(), None, "{word}");
+        pid
+    }
+
+    /// Those whose arguments name this VM's directory, with their arguments.
+    fn processes(&self) -> Vec<(u32, String)> {
         let place = self.place.path("");
         let place = place.to_str().expect("text").trim_end_matches('/');
         let processes = fs::read_dir("/proc").expect("/proc").flatten();
         processes
-            .filter_map(|entry| fs::read_to_string(entry.path().join("cmdline")).ok())
-            .filter(|line| line.contains(place))
+            .filter_map(|entry| {
+                let pid = entry.file_name().to_str()?.parse().ok()?;
+                let line = fs::read_to_string(entry.path().join("cmdline")).ok()?;
+                Some((pid, line))
+            })
+            .filter(|(_, line)| line.contains(place))
             .collect()
     }
 }
