@@ -136,6 +136,19 @@ static void store64(unsigned at, uint64_t value)
     *(volatile uint64_t *)(registers + at) = value;
 }
 
+// Until the first access to registers that are trapped. A processor that is emulated, and virtualizes, tells of the
+// last event that was injected with every exit that follows, and KVM cannot do an access on behalf of a guest to
+// which an exception is being delivered. Such an exception is one whose delivery meets a page that KVM has just taken
+// away, as it does when BARs are switched on. So: one that is harmless, and a timer's interrupt behind it.
+static void settle(void)
+{
+    volatile char *fresh = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fresh == MAP_FAILED)
+        die("no memory");
+    *fresh = 1;
+    usleep(20000);
+}
+
 static void open_device(void)
 {
     config_space = region(VFIO_PCI_CONFIG_REGION_INDEX);
@@ -150,6 +163,7 @@ static void open_device(void)
     registers = mmap(NULL, bar.size, PROT_READ | PROT_WRITE, MAP_SHARED, device, (off_t)bar.offset);
     if (registers == MAP_FAILED)
         die("cannot map BAR 0");
+    settle();
     errno = 0;
     if (load32(0) != EDU_ID)
         die("the device says %08x, which is no edu", load32(0));

@@ -1,0 +1,323 @@
+//! A device that remembers what is done to it, and a server for it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::export::{ExportServer, Offered};
+use vhost_device_iommu::vfio::{
+    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqWhat, RegionInfo,
+};
+
+use crate::common::memory::memfd;
+use crate::peer::{Peer, VERSION, version_body};
+
+/// Regions: a BAR that can be mapped, one that cannot, the ROM, configuration space, one of the
+/// device's own kind. The others are not there.
+pub const BAR: u32 = 0;
+pub const TRAPPED: u32 = 2;
+pub const ROM: u32 = 6;
+pub const CONFIG: u32 = 7;
+pub const OWN: u32 = 9;
+pub const REGIONS: u32 = 10;
+pub const BAR_LEN: u64 = 0x4000;
+
+/// Kinds of interrupts.
+pub const INTX: u32 = 0;
+pub const MSI: u32 = 1;
+pub const MSIX: u32 = 2;
+
+pub const READ: u32 = 1;
+pub const WRITE: u32 = 2;
+pub const MMAP: u32 = 4;
+pub const CAPS: u32 = 8;
+pub const NORESIZE: u32 = 8;
+
+pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps":65535,
+    "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
+
+/// What there is of the device.
+pub struct State {
+    /// The bytes of each region.
+    pub bytes: Vec<Vec<u8>>,
+    /// Stands for the BAR, where the kernel has such files.
+    pub file: Option<File>,
+    /// What was done to interrupts.
+    pub changes: Vec<String>,
+    /// The events there are, by kind and number.
+    pub events: Vec<Vec<Option<OwnedFd>>>,
+    pub resets: u32,
+    /// What accesses and resets fail with.
+    pub error: Option<i32>,
+    /// Accesses that came through.
+    pub accesses: u32,
+}
+
+#[derive(Clone)]
+pub struct Double(Arc<Mutex<State>>);
+
+impl Double {
+    pub fn new() -> Self {
+        let mut bytes = vec![Vec::new(); REGIONS as usize];
+        for (index, len) in [
+            (BAR, BAR_LEN as usize),
+            (TRAPPED, 2 << 20),
+            (ROM, 0x1000),
+            (CONFIG, 0x1000),
+            (OWN, 0x100),
+        ] {
+            bytes[index as usize] = (0..len).map(|n| (n as u8) ^ index as u8).collect();
+        }
+        Self(Arc::new(Mutex::new(State {
+            bytes,
+            file: None,
+            changes: Vec::new(),
+            events: vec![Vec::new(), Vec::new(), Vec::new(), Vec::new()],
+            resets: 0,
+            error: None,
+            accesses: 0,
+        })))
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    /// Takes what was done to interrupts.
+    pub fn changes(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().changes)
+    }
+
+    /// Raises an interrupt: whether somebody is to hear of it.
+    pub fn raise(&self, kind: u32, number: usize) -> bool {
+        let state = self.state();
+        let event = state.events[kind as usize].get(number);
+        let Some(Some(event)) = event else {
+            return false;
+        };
+        rustix::io::write(event, &1u64.to_ne_bytes()).expect("an event");
+        true
+    }
+
+    fn access(&self) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.state();
+        if let Some(error) = state.error {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        state.accesses += 1;
+        Ok(state)
+    }
+}
+
+fn errno(error: i32) -> io::Error {
+    io::Error::from_raw_os_error(error)
+}
+
+/// A chain as the kernel has it: one area that may be mapped, and that the interrupt table may be.
+fn mapping_capabilities() -> Vec<Capability> {
+    let mut sparse = [1u32.to_ne_bytes(), [0; 4]].concat();
+    sparse.extend(0x1000u64.to_ne_bytes());
+    sparse.extend(0x2000u64.to_ne_bytes());
+    let capability = |id, data: &[u8]| Capability {
+        id,
+        version: 1,
+        data: data.to_vec(),
+    };
+    // One that nobody knows beside them.
+    vec![
+        capability(1, &sparse),
+        capability(77, b"new"),
+        capability(3, &[]),
+    ]
+}
+
+impl DeviceAccess for Double {
+    fn info(&self) -> io::Result<DeviceInfo> {
+        Ok(DeviceInfo {
+            flags: 3 | 1 << 7,
+            regions: REGIONS,
+            irqs: 4,
+        })
+    }
+
+    fn region(&self, index: u32) -> io::Result<RegionInfo> {
+        let size = self.state().bytes.get(index as usize).map(Vec::len);
+        let size = size
+            .filter(|len| *len > 0)
+            .ok_or_else(|| errno(libc::EINVAL))?;
+        let (flags, capabilities) = match index {
+            BAR => (READ | WRITE | MMAP | CAPS, mapping_capabilities()),
+            ROM => (READ, Vec::new()),
+            OWN => {
+                let kind = Capability {
+                    id: 2,
+                    version: 1,
+                    data: [0x8000_8086u32.to_ne_bytes(), 1u32.to_ne_bytes()].concat(),
+                };
+                (READ | WRITE | CAPS, vec![kind])
+            }
+            _ => (READ | WRITE, Vec::new()),
+        };
+        Ok(RegionInfo {
+            flags,
+            size: size as u64,
+            offset: u64::from(index) << 40,
+            capabilities,
+        })
+    }
+
+    fn irq(&self, index: u32) -> io::Result<IrqInfo> {
+        let (flags, count) = [(7, 1), (1 | NORESIZE, 32), (1, 64), (1 | NORESIZE, 1)]
+            .get(index as usize)
+            .copied()
+            .ok_or_else(|| errno(libc::EINVAL))?;
+        Ok(IrqInfo { flags, count })
+    }
+
+    /// As the kernel does it: one kind at a time, and MSI in the number of the first request.
+    fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()> {
+        let mut state = self.state();
+        if let Some(error) = state.error {
+            return Err(errno(error));
+        }
+        let (action, index) = (change.action, change.index);
+        let start = change.start as usize;
+        let what = match change.what {
+            IrqWhat::All(count) => format!("all {count}"),
+            IrqWhat::Chosen(bools) => format!("chosen {bools:?}"),
+            IrqWhat::Events(events) => {
+                let there = events.iter().map(|e| if e.is_some() { 'e' } else { '-' });
+                format!("events {}", there.collect::<String>())
+            }
+        };
+        state.changes.push(format!(
+            "kind {index} action {action:#x} from {start}: {what}"
+        ));
+        if action != 0x20 {
+            return Ok(());
+        }
+        match change.what {
+            IrqWhat::All(0) => state.events[index as usize].clear(),
+            IrqWhat::All(_) | IrqWhat::Chosen(_) => {}
+            IrqWhat::Events(events) => {
+                let kinds = state.events.iter().take(3).enumerate();
+                let mut others = kinds.filter(|(n, _)| *n != index as usize);
+                if index < 3 && others.any(|(_, e)| !e.is_empty()) {
+                    return Err(errno(libc::EINVAL));
+                }
+                let held = &mut state.events[index as usize];
+                let end = start + events.len();
+                if index == MSI && !held.is_empty() && end > held.len() {
+                    return Err(errno(libc::EINVAL));
+                }
+                held.resize_with(held.len().max(end), || None);
+                for (slot, event) in held[start..].iter_mut().zip(events) {
+                    *slot = event.map(own).transpose()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize> {
+        let state = self.access()?;
+        let at = at as usize;
+        into.copy_from_slice(&state.bytes[(region.offset >> 40) as usize][at..at + into.len()]);
+        Ok(into.len())
+    }
+
+    fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize> {
+        let mut state = self.access()?;
+        let at = at as usize;
+        state.bytes[(region.offset >> 40) as usize][at..at + from.len()].copy_from_slice(from);
+        Ok(from.len())
+    }
+
+    fn region_file(&self, index: u32, _: &RegionInfo) -> Option<OwnedFd> {
+        assert_eq!(index, BAR, "only what can be mapped is asked for");
+        let state = self.state();
+        Some(state.file.as_ref()?.try_clone().expect("cloned").into())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        let mut state = self.access()?;
+        state.accesses -= 1;
+        state.resets += 1;
+        Ok(())
+    }
+
+    fn stop_dma(&self) -> io::Result<()> {
+        panic!("there is a configuration space");
+    }
+}
+
+/// A copy of an event; like the kernel, of nothing else.
+fn own(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let copy = event.try_clone_to_owned()?;
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy));
+    let target = std::fs::read_link(path)?;
+    if target.display().to_string() != "anon_inode:[eventfd]" {
+        return Err(errno(libc::EINVAL));
+    }
+    Ok(copy)
+}
+
+/// A server with its device.
+pub struct Rig {
+    pub device: Double,
+    pub path: PathBuf,
+    pub server: Option<ExportServer>,
+    _folder: tempfile::TempDir,
+}
+
+impl Rig {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let device = Double::new();
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let offered = Offered::new("device".into(), Box::new(device.clone())).expect("a device");
+        let server = ExportServer::start(listener, offered).expect("a server");
+        Self {
+            device,
+            path,
+            server: Some(server),
+            _folder: folder,
+        }
+    }
+
+    /// A client that says nothing.
+    pub fn connect(&self) -> Peer {
+        Peer::new(UnixStream::connect(&self.path).expect("connected"))
+    }
+
+    /// A client that has agreed.
+    pub fn client(&self) -> Peer {
+        let mut client = self.connect();
+        let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
+        assert_eq!(answer.errno(), 0);
+        client
+    }
+
+    /// Gives the BAR a file of its own.
+    pub fn give_file(&self) -> (u64, u64) {
+        let file = memfd(BAR_LEN);
+        let metadata = file.metadata().expect("known");
+        self.device.state().file = Some(file);
+        (metadata.dev(), metadata.ino())
+    }
+}
+
+/// Waits until something holds.
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

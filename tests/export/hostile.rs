@@ -1,0 +1,189 @@
+//! Garbage: the connection is closed, the device released, and the next client is served.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+
+use crate::common::rng::Rng;
+use crate::double::{CONFIG, REGIONS, Rig, TRAPPED, eventually};
+use crate::peer::{
+    COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, NO_REPLY, Peer, REGION_INFO,
+    REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
+    version_body,
+};
+
+/// A message whose header declares another size.
+fn sized(size: u32, flags: u32) -> Vec<u8> {
+    let mut all = bytes(1, RESET, flags, 0, &[0; 32]);
+    all[4..8].copy_from_slice(&size.to_ne_bytes());
+    all
+}
+
+fn send(peer: &mut Peer, bytes: &[u8], descriptors: usize) {
+    let null = File::open("/dev/null").expect("open");
+    peer.send_raw(bytes, &vec![null.as_fd(); descriptors]);
+}
+
+#[test]
+fn what_is_no_message_ends_the_connection_and_nothing_else() {
+    let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
+    let rig = Rig::new();
+    for (what, sent, descriptors) in [
+        ("no size", sized(0, COMMAND), 0),
+        ("less than a header", sized(15, COMMAND), 0),
+        ("oversized", sized((1 << 20) + 4097, COMMAND), 0),
+        ("as large as can be", sized(u32::MAX, COMMAND), 0),
+        ("no type", sized(48, 2), 0),
+        ("a refusal with data", sized(48, ERROR), 0),
+        ("a reply", bytes(1, RESET, REPLY, 0, &[]), 0),
+        (
+            "VERSION once more",
+            command(VERSION, &version_body("{}")),
+            0,
+        ),
+        ("too short", command(REGION_READ, &[0; 15]), 0),
+        ("a server's command", command(DMA_READ, &dma(0, 1, &[])), 0),
+        ("another one", command(DMA_WRITE, &dma(0, 1, b"x")), 0),
+        (
+            "more counted than there",
+            command(REGION_WRITE, &region(0, 0, 9, b"x")),
+            0,
+        ),
+        ("descriptors for nothing", command(RESET, &[]), 1),
+        (
+            "two for a window",
+            command(DMA_MAP, &dma_map(3, 0, 0, 0x1000)),
+            2,
+        ),
+        (
+            "more than interrupts",
+            command(SET_IRQS, &irqs(0x24, 2, 0, 1)),
+            2,
+        ),
+        (
+            "for interrupts that want none",
+            command(SET_IRQS, &irqs(0x21, 2, 0, 1)),
+            1,
+        ),
+        ("a short window", command(DMA_UNMAP, &[0; 8]), 0),
+        (
+            "more bytes than there",
+            command(SET_IRQS, &irqs(0x22, 2, 0, 9)),
+            0,
+        ),
+    ] {
+        let resets = rig.device.state().resets;
+        let mut client = rig.client();
+        send(&mut client, &sent, descriptors);
+        assert!(client.is_closed(), "{what}");
+        assert_eq!(rig.device.state().resets, resets + 1, "{what}");
+    }
+    for (what, first) in [
+        ("no VERSION", command(GET_INFO, &[0; 16])),
+        ("a version to come", command(VERSION, &[1, 0, 0, 0])),
+        ("no JSON", command(VERSION, &version_body("{"))),
+        ("nothing known", command(99, &[])),
+    ] {
+        let mut client = rig.connect();
+        send(&mut client, &first, 0);
+        assert!(client.is_closed(), "{what}");
+    }
+    // Cut within a header, and within a body.
+    for len in [7, 20] {
+        let resets = rig.device.state().resets;
+        let mut client = rig.client();
+        send(
+            &mut client,
+            &command(REGION_WRITE, &region(0, 0, 4, b"abcd"))[..len],
+            0,
+        );
+        drop(client);
+        eventually("released", || rig.device.state().resets > resets);
+    }
+    assert_eq!(rig.client().call(RESET, &[], &[]).errno(), 0);
+}
+
+#[test]
+fn whatever_is_asked_for_is_answered_or_refused() {
+    let rig = Rig::new();
+    for seed in 0..40 {
+        let mut rng = Rng::new(seed);
+        let mut client = rig.client();
+        for _ in 0..100 {
+            let words = |rng: &mut Rng, n: usize| -> Vec<u8> {
+                let word = |rng: &mut Rng| match rng.below(6) {
+                    0 => rng.u32(),
+                    1 => u32::MAX,
+                    2 => 0x24,
+                    3 => rng.u32() & 0x3f,
+                    _ => rng.u32() % (REGIONS + 2),
+                };
+                (0..n).flat_map(|_| word(rng).to_ne_bytes()).collect()
+            };
+            let (command, body) = match rng.below(6) {
+                0 => (REGION_INFO, words(&mut rng, 8)),
+                1 => (SET_IRQS, words(&mut rng, 5)),
+                2 => (REGION_READ, words(&mut rng, 4)),
+                3 => (REGION_WRITE, {
+                    let data = rng.bytes(8);
+                    let (at, index) = (rng.below(0x5000), rng.u32() % REGIONS);
+                    region(at, index, 8, &data)
+                }),
+                4 => (DMA_MAP, words(&mut rng, 8)),
+                _ => (DMA_UNMAP, words(&mut rng, 6)),
+            };
+            let id = client.ask(command, &body, &[]);
+            // Bytes counted and not sent end the connection: seed and all are good otherwise.
+            match client.recv() {
+                Some(reply) => assert_eq!((reply.id, reply.cmd), (id, command)),
+                None => client = rig.client(),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_client_that_does_not_read_fills_no_memory() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let resident = || {
+        let text = fs::read_to_string("/proc/self/statm").expect("proc");
+        let pages = text.split_whitespace().nth(1).expect("a number");
+        pages.parse::<u64>().expect("a number") / 256
+    };
+    let before = resident();
+    // Each is answered with 1 MiB, and no answer is read.
+    let ask = bytes(
+        1,
+        REGION_READ,
+        COMMAND,
+        0,
+        &region(0, TRAPPED, 1 << 20, &[]),
+    );
+    // As many as the socket holds.
+    for _ in 0..100 {
+        client.send_raw(&ask, &[]);
+    }
+    eventually("the first one is served", || {
+        rig.device.state().accesses > 0
+    });
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(rig.device.state().accesses < 5, "the others wait unread");
+    assert!(resident() < before + 40, "{} MiB", resident() - before);
+    drop(client);
+    assert_eq!(rig.client().call(RESET, &[], &[]).errno(), 0);
+}
+
+#[test]
+fn a_device_that_fails_is_let_go_of_all_the_same() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let write = |n: u8| bytes(1, REGION_WRITE, NO_REPLY, 0, &region(4, CONFIG, 1, &[n]));
+    client.send_raw(&write(7), &[]);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    rig.device.state().error = Some(libc::EIO);
+    drop(client);
+    let mut client = rig.client();
+    assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
+    rig.device.state().error = None;
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+}

@@ -1,0 +1,193 @@
+//! Interrupts: events that the client is to hear, and when it is not.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use crate::double::{INTX, MSI, MSIX, Rig, eventually};
+use crate::peer::{Peer, RESET, SET_IRQS, irqs};
+
+const NONE: u32 = 1;
+const BOOL: u32 = 2;
+const EVENT: u32 = 4;
+const MASK: u32 = 8;
+const UNMASK: u32 = 0x10;
+const TRIGGER: u32 = 0x20;
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an event")
+}
+
+/// Whether the event has come since this was asked last.
+fn came(event: &OwnedFd) -> bool {
+    rustix::io::read(event, &mut [0; 8]).is_ok()
+}
+
+fn set(client: &mut Peer, flags: u32, kind: u32, start: u32, count: u32, fds: &[OwnedFd]) -> i32 {
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let body = irqs(flags, kind, start, count);
+    client.call(SET_IRQS, &body, &fds).errno()
+}
+
+#[test]
+fn lines_are_raised_masked_and_switched_off() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let raised = event();
+    let on = std::slice::from_ref(&raised);
+    assert_eq!(set(&mut client, EVENT | TRIGGER, INTX, 0, 1, on), 0);
+    assert!(!came(&raised));
+    assert!(rig.device.raise(INTX, 0));
+    assert!(came(&raised));
+    assert_eq!(set(&mut client, NONE | UNMASK, INTX, 0, 1, &[]), 0);
+    assert_eq!(set(&mut client, NONE | MASK, INTX, 0, 1, &[]), 0);
+    let eoi = event();
+    let unmask = std::slice::from_ref(&eoi);
+    assert_eq!(set(&mut client, EVENT | UNMASK, INTX, 0, 1, unmask), 0);
+    let body = [&irqs(BOOL | TRIGGER, INTX, 0, 1)[..], &[1]].concat();
+    assert_eq!(client.call(SET_IRQS, &body, &[]).errno(), 0);
+    assert_eq!(set(&mut client, NONE | TRIGGER, INTX, 0, 0, &[]), 0);
+    assert!(!rig.device.raise(INTX, 0));
+    assert_eq!(
+        rig.device.changes(),
+        [
+            "kind 0 action 0x20 from 0: events e",
+            "kind 0 action 0x10 from 0: all 1",
+            "kind 0 action 0x8 from 0: all 1",
+            "kind 0 action 0x10 from 0: events e",
+            "kind 0 action 0x20 from 0: chosen [1]",
+            "kind 0 action 0x20 from 0: all 0",
+        ]
+    );
+}
+
+#[test]
+fn messages_are_set_up_however_many_descriptors_a_message_carries() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let events: Vec<_> = (0..32).map(|_| event()).collect();
+    // The kernel gives MSI no more than it was first asked for; holes come in messages of their own.
+    assert_eq!(set(&mut client, EVENT | TRIGGER, MSI, 0, 3, &[]), 0);
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSI, 3, 13, &events[3..16]),
+        0
+    );
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSI, 16, 16, &events[16..]),
+        0
+    );
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSI, 1, 1, &events[1..2]),
+        0
+    );
+    for (n, event) in events.iter().enumerate() {
+        assert_eq!(rig.device.raise(MSI, n), ![0, 2].contains(&n), "{n}");
+        assert_eq!(came(event), ![0, 2].contains(&n), "{n}");
+    }
+    let there = "-".repeat(3) + &"e".repeat(13);
+    let changes = rig.device.changes();
+    assert_eq!(
+        changes,
+        [
+            "kind 1 action 0x20 from 0: events ---".to_owned(),
+            "kind 1 action 0x20 from 0: all 0".to_owned(),
+            format!("kind 1 action 0x20 from 0: events {there}"),
+            "kind 1 action 0x20 from 0: all 0".to_owned(),
+            format!(
+                "kind 1 action 0x20 from 0: events {there}{}",
+                "e".repeat(16)
+            ),
+            "kind 1 action 0x20 from 1: events e".to_owned(),
+        ]
+    );
+    assert_eq!(set(&mut client, NONE | TRIGGER, MSI, 0, 0, &[]), 0);
+    // Fewer, from the beginning.
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSI, 0, 2, &events[..2]),
+        0
+    );
+    assert!(rig.device.raise(MSI, 1) && !rig.device.raise(MSI, 2));
+    assert_eq!(set(&mut client, NONE | TRIGGER, MSI, 0, 0, &[]), 0);
+    rig.device.changes();
+    // MSI-X can grow.
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSIX, 0, 8, &events[..8]),
+        0
+    );
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSIX, 40, 2, &events[8..10]),
+        0
+    );
+    assert_eq!(rig.device.changes().len(), 2);
+    assert!(rig.device.raise(MSIX, 41) && came(&events[9]));
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let events: Vec<_> = (0..3).map(|_| event()).collect();
+    for (flags, kind, start, count) in [
+        (EVENT | TRIGGER, MSIX, 62, 3),
+        (EVENT | TRIGGER, MSIX, u32::MAX, 3),
+        (EVENT | TRIGGER, MSIX, 0, u32::MAX),
+        (EVENT | TRIGGER, 4, 0, 3),
+        (EVENT | TRIGGER, u32::MAX, 0, 3),
+        (EVENT, MSIX, 0, 3),
+        (EVENT | TRIGGER | MASK, MSIX, 0, 3),
+        (EVENT | NONE | TRIGGER, MSIX, 0, 3),
+        (EVENT | TRIGGER | 1 << 6, MSIX, 0, 3),
+        (EVENT | TRIGGER, MSIX, 0, 4),
+    ] {
+        let errno = set(&mut client, flags, kind, start, count, &events);
+        assert_eq!(errno, libc::EINVAL, "{flags:#x} {kind} {start} {count}");
+    }
+    for (flags, kind, start, count) in [
+        (TRIGGER, MSIX, 0, 1),
+        (EVENT | TRIGGER, MSIX, 0, 0),
+        (NONE | MASK, INTX, 0, 0),
+        (NONE | TRIGGER, INTX, 0, 2),
+        (NONE | TRIGGER, INTX, 2, 0),
+    ] {
+        let errno = set(&mut client, flags, kind, start, count, &[]);
+        assert_eq!(errno, libc::EINVAL, "{flags:#x} {kind} {start} {count}");
+    }
+    assert!(rig.device.changes().is_empty());
+    let null: OwnedFd = File::open("/dev/null").expect("open").into();
+    let errno = set(&mut client, EVENT | TRIGGER, MSIX, 0, 1, &[null]);
+    assert_eq!(errno, libc::EINVAL, "the device refuses what is no event");
+    assert_eq!(
+        client.call(RESET, &[], &[]).errno(),
+        0,
+        "the connection stays"
+    );
+}
+
+#[test]
+fn a_client_that_goes_leaves_no_interrupts() {
+    let rig = Rig::new();
+    let mut client = rig.client();
+    let events: Vec<_> = (0..2).map(|_| event()).collect();
+    assert_eq!(set(&mut client, EVENT | TRIGGER, MSI, 0, 2, &events), 0);
+    assert_eq!(set(&mut client, EVENT | TRIGGER, 3, 0, 1, &events[..1]), 0);
+    assert!(rig.device.raise(MSI, 1));
+    rig.device.changes();
+    drop(client);
+    eventually("released", || rig.device.state().resets == 1);
+    assert!(!rig.device.raise(MSI, 1) && !rig.device.raise(3, 0));
+    assert_eq!(
+        rig.device.changes(),
+        [
+            "kind 1 action 0x20 from 0: all 0",
+            "kind 3 action 0x20 from 0: all 0"
+        ]
+    );
+    // Nothing of the last one comes back with the next.
+    let mut client = rig.client();
+    assert_eq!(
+        set(&mut client, EVENT | TRIGGER, MSI, 1, 1, &events[..1]),
+        0
+    );
+    assert!(!rig.device.raise(MSI, 0) && rig.device.raise(MSI, 1));
+}

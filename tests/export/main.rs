@@ -1,0 +1,21 @@
+//! Devices of the host as a vfio-user client gets them: a device that a test plays behind the daemon's
+//! server, over real sockets.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking, and its numbers are small"
+)]
+
+mod access;
+#[path = "../common/mod.rs"]
+pub mod common;
+mod double;
+mod hostile;
+mod interrupts;
+#[path = "../vfio_user_messages/peer.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod peer;
