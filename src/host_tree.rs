@@ -78,6 +78,8 @@ pub struct Endpoint {
     pub group: Option<String>,
     /// What makes it obey: `iommufd`, `type1`, or `none` where nothing of the host is behind it.
     pub backend: &'static str,
+    /// The socket where the VMM finds it, if it is exported.
+    pub exported: Option<String>,
     /// What PROBE reports.
     pub reserved: Vec<Reserved>,
 }
@@ -197,7 +199,11 @@ impl Endpoint {
         if let Some(group) = &self.group {
             write!(f, ", group {group}")?;
         }
-        writeln!(f, ", backend {}", self.backend)?;
+        write!(f, ", backend {}", self.backend)?;
+        if let Some(path) = &self.exported {
+            write!(f, ", exported at {path}")?;
+        }
+        writeln!(f)?;
         for Reserved {
             range,
             kind,
@@ -320,8 +326,10 @@ impl Maker<'_> {
             info: self.topology.endpoint(address.endpoint_id())?,
         };
         let backend = self.config.host_iommu.name();
+        let export = self.config.export_of(address);
         Some(Endpoint {
             backend,
+            exported: export.map(|export| export.path.display().to_string()),
             ..self.endpoint(&entry, group)
         })
     }
@@ -354,6 +362,7 @@ impl Maker<'_> {
             address: entry.range.to_string(),
             group: named.map(ToString::to_string),
             backend: "none",
+            exported: None,
             reserved: entry.info.reserved.iter().map(reserved).collect(),
         }
     }
@@ -388,6 +397,7 @@ reserved = [{ first = 0xfd00000000, last = 0xfd00000fff }]
 [[endpoint]]
 address = "00:12.0"
 vfio = "0000:09:00.0"
+export = "/run/nic.sock"
 
 [[endpoint]]
 range = "00:13.0-00:1e.7"
@@ -435,7 +445,7 @@ host group 7
       reports 0xfd00000000..=0xffffffffff reserved (configuration, host group 7)
 in no host group
   device 0000:09:00.0, not on this host
-    endpoint 0000:00:12.0, backend iommufd
+    endpoint 0000:00:12.0, backend iommufd, exported at /run/nic.sock
       reports 0xfee00000..=0xfeefffff msi (configuration)
 no devices of the host
   endpoint 0000:00:13.0-0000:00:1e.7, group cards, backend none
@@ -457,7 +467,10 @@ no devices of the host
             device["endpoint"]["reserved"][0]["owners"][1],
             "host group 7"
         );
-        assert_eq!(json["without_group"][0]["present"], false);
+        assert!(device["endpoint"]["exported"].is_null());
+        let absent = &json["without_group"][0];
+        assert_eq!(absent["endpoint"]["exported"], "/run/nic.sock");
+        assert_eq!(absent["present"], false);
         assert_eq!(json["without_device"][0]["backend"], "none");
         assert_eq!(json["notes"], serde_json::json!([]));
     }

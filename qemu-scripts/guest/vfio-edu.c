@@ -6,6 +6,7 @@
 // Every page is compared byte by byte with what was there before: a DMA that went anywhere but where it was
 // sent shows up as a change of a page nobody has named.
 
+#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -53,8 +54,7 @@ static const char usage[] =
     "Addresses are hexadecimal without 0x, PAGES and INDEX decimal.\n";
 
 static int container = -1, group = -1, device = -1;
-static struct vfio_region_info config_space;
-static volatile unsigned char *registers;
+static struct vfio_region_info config_space, registers;
 static unsigned char *buffer, before[PAGES * PAGE];
 static struct mapping mappings[MAX_MAPPINGS];
 static unsigned mapping_count;
@@ -126,27 +126,39 @@ static struct vfio_region_info region(unsigned index)
     return info;
 }
 
+// Registers may be trapped by a VMM. A processor that is emulated and virtualizes takes the last exception within a
+// guest for one that is being delivered, up to the guest's next exit, and KVM gives up where it is to do an access
+// meanwhile. So no page fault comes before an access: it is the kernel's, and behind an instruction that exits.
+static void leave_guest(void)
+{
+    unsigned a, b, c, d;
+    __cpuid(0, a, b, c, d);
+}
+
 static uint32_t load32(unsigned at)
 {
-    return *(volatile uint32_t *)(registers + at);
+    uint32_t value;
+    leave_guest();
+    if (pread(device, &value, sizeof(value), (off_t)(registers.offset + at)) != sizeof(value))
+        die("cannot read register %x", at);
+    return value;
+}
+
+static void store(unsigned at, const void *value, size_t size)
+{
+    leave_guest();
+    if (pwrite(device, value, size, (off_t)(registers.offset + at)) != (ssize_t)size)
+        die("cannot write register %x", at);
+}
+
+static void store32(unsigned at, uint32_t value)
+{
+    store(at, &value, sizeof(value));
 }
 
 static void store64(unsigned at, uint64_t value)
 {
-    *(volatile uint64_t *)(registers + at) = value;
-}
-
-// Until the first access to registers that are trapped. A processor that is emulated, and virtualizes, tells of the
-// last event that was injected with every exit that follows, and KVM cannot do an access on behalf of a guest to
-// which an exception is being delivered. Such an exception is one whose delivery meets a page that KVM has just taken
-// away, as it does when BARs are switched on. So: one that is harmless, and a timer's interrupt behind it.
-static void settle(void)
-{
-    volatile char *fresh = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fresh == MAP_FAILED)
-        die("no memory");
-    *fresh = 1;
-    usleep(20000);
+    store(at, &value, sizeof(value));
 }
 
 static void open_device(void)
@@ -159,11 +171,7 @@ static void open_device(void)
     command |= 1 << 1 | 1 << 2; // memory space, bus master
     if (pwrite(device, &command, sizeof(command), at) != sizeof(command))
         die("cannot write the command register");
-    struct vfio_region_info bar = region(VFIO_PCI_BAR0_REGION_INDEX);
-    registers = mmap(NULL, bar.size, PROT_READ | PROT_WRITE, MAP_SHARED, device, (off_t)bar.offset);
-    if (registers == MAP_FAILED)
-        die("cannot map BAR 0");
-    settle();
+    registers = region(VFIO_PCI_BAR0_REGION_INDEX);
     errno = 0;
     if (load32(0) != EDU_ID)
         die("the device says %08x, which is no edu", load32(0));
@@ -247,11 +255,6 @@ static int set_irq(uint32_t kind, uint32_t flags, uint32_t count, int event)
     if (event != -1)
         request.head.argsz += sizeof(event);
     return ioctl(device, VFIO_DEVICE_SET_IRQS, &request);
-}
-
-static void store32(unsigned at, uint32_t value)
-{
-    *(volatile uint32_t *)(registers + at) = value;
 }
 
 // Waits for an interrupt, which must have this cause, and lets the next one come.

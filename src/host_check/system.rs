@@ -167,7 +167,12 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
 
 /// How many times the guest's RAM is counted against the limit, at least, and why.
 fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
+    let mut devices = config.passthrough.iter();
+    let vmm_has_none = devices.all(|device| config.export_of(device.endpoint).is_some());
     match (config.host_iommu, config.pin) {
+        (HostIommu::Iommufd, Pin::All | Pin::Mapped) if vmm_has_none => {
+            (1, "the guest's RAM for the daemon")
+        }
         (HostIommu::Iommufd, Pin::All) => (
             2,
             "the guest's RAM for the VMM, and again for the daemon of the same user",
@@ -377,6 +382,21 @@ mod tests {
         assert_eq!(only(&host, "").severity, Severity::Advice);
         limits(&host, "unlimited");
         assert_eq!(found(&host, ""), []);
+    }
+
+    #[test]
+    fn what_the_daemon_has_to_itself_is_locked_once() {
+        let times = |second: &str| {
+            let text = format!(
+                "address = '00:05.0'\n\
+                 [[endpoint]]\naddress = '00:10.0'\nvfio = '01:00.0'\nexport = '/a'\n\
+                 [[endpoint]]\naddress = '00:11.0'\nvfio = '02:00.0'\n{second}\n"
+            );
+            let config = Config::from_text("vm.toml".as_ref(), &text).expect("a configuration");
+            let hosts = config.passthrough.iter().map(|device| device.host);
+            locked_times(&HostFacts::read(&MadeUp::new().root(), hosts), &config).0
+        };
+        assert_eq!((times("export = '/b'"), times("")), (1, 2));
     }
 
     #[test]

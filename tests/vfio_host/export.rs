@@ -1,9 +1,23 @@
 //! Devices of this machine that the daemon offers to the VMM over vfio-user.
 
 use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
 
-use crate::devices::FaultLog;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+use crate::common::guest::HIGH_RAM;
+use crate::common::wire::{OK, READ, RW};
+use crate::devices::{FaultLog, Function};
 use crate::nested::{EDU, Nested};
+use crate::peer::{
+    Peer, REGION_INFO, REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION, irqs, region,
+    version_body,
+};
+use crate::rig::{Rig, Way, endpoint};
 use crate::vm::Setup;
 use crate::words;
 
@@ -47,6 +61,193 @@ fn a_stock_guest_drives_an_exported_device_iommufd() {
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn a_stock_guest_drives_an_exported_device_type1() {
     a_stock_guest_drives_an_exported_device("type1");
+}
+
+/// A client that plays a guest's driver of an `edu`.
+struct Driver(Peer);
+
+const BAR: u32 = 0;
+const CONFIG: u32 = 7;
+const PAGE: u64 = 4096;
+const EDU_BUFFER: u64 = 0x4_0000;
+/// Bits of the command register.
+const MEMORY: u16 = 1 << 1;
+const MASTER: u16 = 1 << 2;
+
+impl Driver {
+    /// A client that has switched memory and DMA on.
+    fn connect(path: &Path) -> Self {
+        let mut peer = Peer::new(UnixStream::connect(path).expect("connected"));
+        let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
+        let answer = peer.call(VERSION, &version_body(text), &[]);
+        assert_eq!(answer.errno(), 0);
+        let mut driver = Self(peer);
+        driver.write(CONFIG, 4, &[6, 0]);
+        driver
+    }
+
+    fn write(&mut self, index: u32, at: u64, data: &[u8]) {
+        let body = region(at, index, data.len() as u32, data);
+        let reply = self.0.call(REGION_WRITE, &body, &[]);
+        assert_eq!((reply.errno(), reply.u32_at(12)), (0, data.len() as u32));
+    }
+
+    fn load(&mut self, at: u64) -> u32 {
+        let reply = self.0.call(REGION_READ, &region(at, BAR, 4, &[]), &[]);
+        assert_eq!((reply.errno(), reply.body.len()), (0, 20));
+        reply.u32_at(16)
+    }
+
+    fn store(&mut self, at: u64, value: u64) {
+        self.write(BAR, at, &value.to_ne_bytes());
+    }
+
+    fn start(&mut self, from: u64, to: u64, direction: u64) {
+        self.store(0x80, from);
+        self.store(0x88, to);
+        self.store(0x90, PAGE);
+        self.store(0x98, 1 | direction);
+    }
+
+    fn wait(&mut self) {
+        while self.load(0x98) & 1 != 0 {
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn dma_read(&mut self, iova: u64) {
+        self.start(iova, EDU_BUFFER, 0);
+        self.wait();
+    }
+
+    fn dma_write(&mut self, iova: u64) {
+        self.start(EDU_BUFFER, iova, 2);
+        self.wait();
+    }
+}
+
+/// Whether the event comes.
+fn comes(event: &OwnedFd, limit: Duration) -> bool {
+    let timeout = Timespec {
+        tv_sec: 0,
+        tv_nsec: i64::from(limit.subsec_nanos()),
+    };
+    let ready = poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&timeout));
+    ready.expect("an event") == 1 && rustix::io::read(event, &mut [0; 8]).is_ok()
+}
+
+/// The command register as the host has it.
+fn command_of(name: &str) -> u16 {
+    let config = fs::read(Function::new(name).path("config")).expect("configuration space");
+    u16::from_le_bytes([config[4], config[5]])
+}
+
+fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
+    eprintln!("{way:?}");
+    let name = words("VIOMMU_EDU")[0].clone();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("edu");
+    let keys = format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{name}'\nexport = {path:?}\n");
+    let mut rig = Rig::with(way, &[], &keys);
+    let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
+    let bytes = [0x5a; PAGE as usize];
+    rig.guest.memory.write(source, &bytes);
+    let clear = |rig: &Rig| rig.guest.memory.write(target, &[0; PAGE as usize]);
+    let arrived = |rig: &Rig| rig.guest.memory.read(target, PAGE as usize) == bytes;
+
+    assert_eq!(command_of(&name) & MASTER, 0, "nobody has switched it on");
+    let mut driver = Driver::connect(&path);
+    assert_eq!(driver.load(0), 0x0100_00ed);
+    let words = [4096, 0, BAR, 0, 0, 0, 0, 0];
+    let body: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let info = driver.0.call(REGION_INFO, &body, &[]);
+    for fd in &info.fds {
+        let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let target = fs::read_link(link).expect("open").display().to_string();
+        assert!(target.contains("dmabuf"), "{target} is more than a BAR");
+    }
+    eprintln!("BAR 0 can be mapped: {}", !info.fds.is_empty());
+
+    eprintln!("DMA goes where the guest says");
+    driver.dma_read(source);
+    driver.dma_write(target);
+    assert!(arrived(&rig), "bypass mode");
+    clear(&rig);
+    assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+    driver.dma_write(target);
+    assert!(!arrived(&rig), "an empty domain");
+    assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
+    assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
+    driver.dma_read(0x1000);
+    driver.dma_write(0x2000);
+    assert!(arrived(&rig));
+
+    eprintln!("interrupts arrive as long as their client is there");
+    let event = || eventfd(0, EventfdFlags::CLOEXEC).expect("an event");
+    let line = event();
+    let body = irqs(0x24, 0, 0, 1);
+    assert_eq!(driver.0.call(SET_IRQS, &body, &[line.as_fd()]).errno(), 0);
+    for _ in 0..3 {
+        driver.write(BAR, 0x60, &7u32.to_ne_bytes());
+        assert!(comes(&line, Duration::from_millis(900)));
+        assert_eq!(driver.load(0x24), 7);
+        driver.write(BAR, 0x64, &7u32.to_ne_bytes());
+        assert_eq!(
+            driver.0.call(SET_IRQS, &irqs(0x11, 0, 0, 1), &[]).errno(),
+            0
+        );
+    }
+    assert_eq!(
+        driver.0.call(SET_IRQS, &irqs(0x21, 0, 0, 0), &[]).errno(),
+        0
+    );
+    let message = event();
+    let body = irqs(0x24, 1, 0, 1);
+    assert_eq!(
+        driver.0.call(SET_IRQS, &body, &[message.as_fd()]).errno(),
+        0
+    );
+    driver.write(BAR, 0x60, &7u32.to_ne_bytes());
+    assert!(comes(&message, Duration::from_millis(900)));
+    assert!(!comes(&line, Duration::ZERO));
+
+    eprintln!("a client that dies takes its DMA and its interrupts along");
+    clear(&rig);
+    driver.start(EDU_BUFFER, 0x2000, 2 | 4);
+    drop(driver);
+    assert!(!comes(&message, Duration::from_millis(400)));
+    assert!(!arrived(&rig));
+    assert_eq!(command_of(&name) & (MEMORY | MASTER), 0);
+
+    eprintln!("the next one finds the guest's mappings");
+    let mut driver = Driver::connect(&path);
+    driver.dma_read(0x1000);
+    driver.dma_write(0x2000);
+    assert!(arrived(&rig));
+    // `edu` cannot be reset alone.
+    let reset = driver.0.call(RESET, &[], &[]).errno();
+    assert!([0, libc::ENOTTY].contains(&reset), "{reset}");
+
+    eprintln!("without a VMM at the other socket DMA goes nowhere");
+    clear(&rig);
+    rig.hang_up();
+    driver.write(CONFIG, 4, &[6, 0]);
+    driver.dma_write(0x2000);
+    driver.dma_write(target);
+    assert!(!arrived(&rig));
+    rig.daemon.terminate();
+    let daemon = &rig.daemon;
+    daemon.wait_for("its end", || daemon.exit_status().is_some());
+    assert!(driver.0.is_closed());
+    assert_eq!(command_of(&name) & MASTER, 0);
+    assert!(!path.exists());
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn an_exported_device_obeys_its_guest_and_nobody_else() {
+    a_device_obeys_its_guest_and_nobody_else(Way::Owned);
+    a_device_obeys_its_guest_and_nobody_else(Way::Type1);
 }
 
 /// What a process has open of VFIO, iommufd, or DMA buffers.

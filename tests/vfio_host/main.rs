@@ -16,9 +16,17 @@ mod data;
 mod devices;
 mod export;
 mod faults;
+mod mixed;
 mod moves;
 mod nested;
+#[path = "../vfio_user_messages/peer.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod peer;
 mod rig;
+mod server;
 #[path = "../common/vm.rs"]
 mod vm;
 

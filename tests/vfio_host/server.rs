@@ -1,0 +1,158 @@
+//! A device's vfio-user server, played by a thread: it takes what it is told of windows, and does DMA
+//! when the test says so.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+
+use crate::peer::{
+    DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, Msg, NO_REPLY, Peer, REPLY, VERSION, dma,
+    version_body,
+};
+
+const TEXT: &str = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#;
+
+/// What the server was told of: first address, bytes, and what to map where it has that.
+struct Window {
+    first: u64,
+    len: u64,
+    file: Option<(File, u64)>,
+}
+
+pub struct Server {
+    windows: Arc<Mutex<Vec<Window>>>,
+    refuses: Arc<AtomicBool>,
+    replies: Receiver<Msg>,
+    asker: Peer,
+}
+
+impl Server {
+    /// Serves the one connection that is made to `path` once `begin` has been called.
+    pub fn start(path: &Path, begin: impl FnOnce()) -> Self {
+        let listener = UnixListener::bind(path).expect("a socket");
+        begin();
+        let (stream, _) = listener.accept().expect("a connection");
+        let windows = Arc::new(Mutex::new(Vec::new()));
+        let refuses = Arc::new(AtomicBool::new(false));
+        let (sender, replies) = channel();
+        let asker = Peer::new(stream.try_clone().expect("a descriptor"));
+        let mut peer = Peer::new(stream);
+        // It waits for messages as long as it takes.
+        peer.stream.set_read_timeout(None).expect("set");
+        let (told, refusing) = (windows.clone(), refuses.clone());
+        std::thread::spawn(move || {
+            while let Some(msg) = peer.recv() {
+                if msg.flags == REPLY || msg.flags == ERROR {
+                    let _ = sender.send(msg);
+                } else {
+                    answer(&mut peer, msg, &told, &refusing);
+                }
+            }
+        });
+        Self {
+            windows,
+            refuses,
+            replies,
+            asker,
+        }
+    }
+
+    /// First addresses of the windows there are, in order.
+    pub fn windows(&self) -> Vec<u64> {
+        let mut all: Vec<_> = self
+            .windows
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|w| w.first)
+            .collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// From now on DMA_MAP is refused, or no longer.
+    pub fn refuse(&self, refuses: bool) {
+        self.refuses.store(refuses, Ordering::SeqCst);
+    }
+
+    /// The device reads memory: in the window's file where it has that, else by a message.
+    pub fn read(&mut self, iova: u64, len: usize) -> Result<Vec<u8>, i32> {
+        let mut data = vec![0; len];
+        if let Some(done) = self.in_file(iova, len, |file, at| file.read_exact_at(&mut data, at)) {
+            done.expect("guest RAM");
+            return Ok(data);
+        }
+        let reply = self.ask(DMA_READ, &dma(iova, len as u64, &[]));
+        match reply.errno() {
+            0 => Ok(reply.body[16..].to_vec()),
+            errno => Err(errno),
+        }
+    }
+
+    /// The device writes memory, in the same ways.
+    pub fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), i32> {
+        if let Some(done) = self.in_file(iova, data.len(), |file, at| file.write_all_at(data, at)) {
+            done.expect("guest RAM");
+            return Ok(());
+        }
+        match self
+            .ask(DMA_WRITE, &dma(iova, data.len() as u64, data))
+            .errno()
+        {
+            0 => Ok(()),
+            errno => Err(errno),
+        }
+    }
+
+    fn in_file(
+        &self,
+        iova: u64,
+        len: usize,
+        act: impl FnOnce(&File, u64) -> io::Result<()>,
+    ) -> Option<io::Result<()>> {
+        let windows = self.windows.lock().unwrap();
+        let inside = |w: &&Window| iova >= w.first && iova + len as u64 <= w.first + w.len;
+        let window = windows.iter().find(inside)?;
+        let (file, offset) = window.file.as_ref()?;
+        Some(act(file, offset + (iova - window.first)))
+    }
+
+    fn ask(&mut self, command: u16, body: &[u8]) -> Msg {
+        let id = self.asker.ask(command, body, &[]);
+        let reply = self.replies.recv().expect("connected");
+        assert_eq!(reply.id, id);
+        reply
+    }
+}
+
+fn answer(peer: &mut Peer, mut msg: Msg, windows: &Mutex<Vec<Window>>, refuses: &AtomicBool) {
+    match msg.cmd {
+        VERSION => peer.reply(&msg, &version_body(TEXT), &[]),
+        DMA_MAP if refuses.load(Ordering::SeqCst) => {
+            peer.refuse(&msg, libc::ENOSPC.unsigned_abs());
+        }
+        DMA_MAP => {
+            let offset = msg.u64_at(8);
+            let file = msg.fds.pop().map(|fd: OwnedFd| (File::from(fd), offset));
+            windows.lock().unwrap().push(Window {
+                first: msg.u64_at(16),
+                len: msg.u64_at(24),
+                file,
+            });
+            peer.reply(&msg, &[], &[]);
+        }
+        DMA_UNMAP => {
+            let first = msg.u64_at(8);
+            windows.lock().unwrap().retain(|w| w.first != first);
+            peer.reply(&msg, &msg.body, &[]);
+        }
+        _ if msg.flags & NO_REPLY != 0 => {}
+        _ => peer.refuse(&msg, libc::ENOTSUP.unsigned_abs()),
+    }
+}
