@@ -11,7 +11,8 @@
 #   hostile      a driver and a VMM that mean harm, against the daemon
 #   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
 #   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
-#   emulated     devices that other processes emulate: a stock guest with an NVMe disk behind the daemon
+#   emulated     devices that other processes emulate, or get from the daemon: a stock guest with an NVMe disk
+#                behind the daemon, devices killed at any moment, and both beside those of such a host
 #
 #   --list       print the suites' names, run nothing
 #   --quick      leave out what needs a VM: guest, passthrough, emulated
@@ -90,10 +91,14 @@ suite_guest() {
     step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored
 }
 
-# The test program runs in L1, a machine with the files of this one.
-suite_passthrough() {
-    local iommu program build=(cargo test --locked --test vfio_host --no-run)
-    step "passthrough: build" "${build[@]}"
+# What of the test program vfio_host is about vfio-user, and belongs to the suite emulated.
+VFIO_USER_TESTS="export:: mixed::"
+
+# in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one.
+in_l1() {
+    local suite=$1 iommu program build=(cargo test --locked --test vfio_host --no-run)
+    shift
+    step "$suite: build" "${build[@]}"
     # Built already: this only asks for the name.
     program=$("${build[@]}" --message-format=json 2>/dev/null | grep '"name":"vfio_host"' |
         sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1) || true
@@ -101,15 +106,25 @@ suite_passthrough() {
         return
     fi
     for iommu in vtd amd; do
-        step "passthrough: $iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
-            --log "$LOGS/l1-$iommu-console.log" -- "$program" --ignored --test-threads=1
+        step "$suite: $iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
+            --log "$LOGS/l1-$suite-$iommu-console.log" -- "$program" --ignored --test-threads=1 "$@"
     done
+}
+
+suite_passthrough() {
+    local tests skip=()
+    for tests in $VFIO_USER_TESTS; do
+        skip+=(--skip "$tests")
+    done
+    in_l1 passthrough "${skip[@]}"
 }
 
 suite_emulated() {
     # The tests start it.
     step "emulated: the device" cargo build --locked --example nvme
     step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
+    # shellcheck disable=SC2086 # a list
+    in_l1 emulated $VFIO_USER_TESTS
 }
 
 quick=no suites=()
@@ -149,8 +164,8 @@ setup=()
 if [ $quick = no ]; then
     for suite in "${suites[@]}"; do
         case $suite in
-        guest | emulated) setup+=(--print) ;;
-        passthrough) setup+=(--print --host-kernel) ;;
+        guest) setup+=(--print) ;;
+        passthrough | emulated) setup+=(--print --host-kernel) ;;
         esac
     done
 fi
