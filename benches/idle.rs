@@ -40,10 +40,10 @@ fn main() {
 }
 
 fn report(what: &str, daemon: &Daemon) {
-    let before = switches(daemon.pid());
+    let before = daemon.context_switches();
     let ticks = cpu_ticks(daemon.pid());
     sleep(WATCHED);
-    let wakeups = switches(daemon.pid()) - before;
+    let wakeups = daemon.context_switches() - before;
     println!("{what}:");
     println!(
         "  resident:                {:>8} KiB",
@@ -62,21 +62,6 @@ fn report(what: &str, daemon: &Daemon) {
         "  processor ticks:         {:>8}",
         cpu_ticks(daemon.pid()) - ticks
     );
-}
-
-/// Context switches of all threads so far.
-fn switches(pid: u32) -> u64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the daemon's threads");
-    tasks
-        .map(|task| {
-            let status = task.expect("a thread").path().join("status");
-            let text = fs::read_to_string(status).expect("its status");
-            text.lines()
-                .filter(|line| line.contains("ctxt_switches"))
-                .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
-                .sum::<u64>()
-        })
-        .sum()
 }
 
 fn rss(pid: u32, key: &str) -> u64 {

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::address::{Iova, IovaRange, PageMask};
 use crate::args::{DescriptorArgs, RunArgs};
@@ -38,6 +39,10 @@ pub const MAX_SOCKET_PATH: usize = 107;
 pub const MIN_WIDTH: u8 = 32;
 /// The most bits of an I/O virtual address: what five table levels reach.
 pub const MAX_WIDTH: u8 = 57;
+/// The longest time the worker may look at an empty request ring, in microseconds.
+pub const MAX_POLL_US: u64 = 10_000;
+const DEFAULT_POLL: Duration = Duration::from_micros(100);
+
 /// The most domains.
 pub const MAX_DOMAINS: u32 = 65536;
 /// The smallest arena in bytes.
@@ -79,6 +84,9 @@ pub struct Config {
     pub bypass_at_boot: bool,
     /// The number of domains that can live at once; their IDs are `0..max_domains`.
     pub max_domains: u32,
+    /// How long the worker looks at an empty request ring at most before it sleeps:
+    /// zero to [`MAX_POLL_US`] microseconds.
+    pub longest_poll: Duration,
     /// The size of guest RAM in bytes, if known.
     pub memory: Option<u64>,
     /// The most bytes the page tables may take: a multiple of 4 KiB.
@@ -301,6 +309,7 @@ impl<'a> Checker<'a> {
         let granule = self.granule(draft.granule.as_ref());
         let bypass_at_boot = self.bypass(draft.bypass.as_ref());
         let max_domains = self.domains(draft.domains.as_ref());
+        let longest_poll = self.longest_poll(draft.poll_max_us.as_ref());
         let memory = self.memory(draft.memory.as_ref());
         let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
         let topology = self.topology(draft);
@@ -332,6 +341,7 @@ impl<'a> Checker<'a> {
             && let Some(page_mask) = granule.and_then(page_mask)
             && let Some(bypass_at_boot) = bypass_at_boot
             && let Some(max_domains) = max_domains
+            && let Some(longest_poll) = longest_poll
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
@@ -350,6 +360,7 @@ impl<'a> Checker<'a> {
                 page_mask,
                 bypass_at_boot,
                 max_domains,
+                longest_poll,
                 memory,
                 arena_limit,
                 topology,
@@ -434,6 +445,22 @@ impl<'a> Checker<'a> {
                 None
             }
         }
+    }
+
+    fn longest_poll(&mut self, given: Option<&Given<Scalar>>) -> Option<Duration> {
+        let Some(given) = given else {
+            return Some(DEFAULT_POLL);
+        };
+        let micros = self.integer(
+            given,
+            "poll-max-us",
+            "a number of microseconds, such as 100",
+        )?;
+        let fits = u64::try_from(micros).ok().filter(|&us| us <= MAX_POLL_US);
+        if fits.is_none() {
+            self.refuse(&given.origin, "poll-max-us", Fault::Poll(micros));
+        }
+        fits.map(Duration::from_micros)
     }
 
     fn domains(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {

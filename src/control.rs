@@ -276,6 +276,11 @@ fn status(subjects: &Subjects) -> Value {
         },
         "readers": subjects.readers.as_deref().map(readers),
         "emulated": subjects.emulated.iter().map(Watch::state).map(emulated).collect::<Vec<_>>(),
+        "worker": {
+            "wakeups": metrics.wakeups.get(),
+            "polls_paid": metrics.polls_paid.get(),
+            "polls_unpaid": metrics.polls_unpaid.get(),
+        },
         "chains_refused": metrics.chains_refused.get(),
         "connections": metrics.connections.get(),
         "resets": metrics.resets.get(),

@@ -161,9 +161,12 @@ fn render_status(out: &mut String, answer: &Value) -> std::fmt::Result {
     }
     writeln!(
         out,
-        "  chains returned unanswered: {}\n  faults: {} delivered, {} dropped\n  \
-         connections: {}, device resets: {}",
+        "  chains returned unanswered: {}\n  worker: woken {} times; polled {} times with success, \
+         {} without\n  faults: {} delivered, {} dropped\n  connections: {}, device resets: {}",
         answer["chains_refused"],
+        answer["worker"]["wakeups"],
+        answer["worker"]["polls_paid"],
+        answer["worker"]["polls_unpaid"],
         answer["faults"]["delivered"],
         answer["faults"]["dropped"],
         answer["connections"],

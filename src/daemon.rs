@@ -141,7 +141,8 @@ impl Daemon {
                 .map_err(DaemonError::Backend)?;
         }
         let iommu = Arc::new(Mutex::new(iommu));
-        let device = Device::new(iommu.clone(), metrics.clone()).map_err(no_events)?;
+        let device =
+            Device::new(iommu.clone(), metrics.clone(), config.longest_poll).map_err(no_events)?;
         let device = Arc::new(device);
         let faults = (!config.emulated.is_empty())
             .then(|| {

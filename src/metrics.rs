@@ -30,6 +30,12 @@ pub struct Metrics {
     pub requests: [[Counter; STATUSES]; REQUEST_KINDS],
     /// Chains that were returned unwritten.
     pub chains_refused: Counter,
+    /// How often the worker was woken for requests.
+    pub wakeups: Counter,
+    /// Times the worker looked at the empty request ring and requests came.
+    pub polls_paid: Counter,
+    /// Times it did and none came, or was too short of processor time for it.
+    pub polls_unpaid: Counter,
     /// Faults the guest was told of.
     pub faults_delivered: Counter,
     /// Faults for which the guest had no buffer.

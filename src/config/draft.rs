@@ -129,6 +129,7 @@ pub(super) struct Draft {
     pub bypass: Option<Given<Scalar>>,
     pub granule: Option<Given<Scalar>>,
     pub domains: Option<Given<Scalar>>,
+    pub poll_max_us: Option<Given<Scalar>>,
     pub memory: Option<Given<Scalar>>,
     pub arena_limit: Option<Given<Scalar>>,
     pub host_iommu: Option<Given<Scalar>>,

@@ -16,6 +16,7 @@ address-width = 57
 bypass = false
 granule = "64k"
 domains = 256
+poll-max-us = 0
 memory = "2G"
 arena-limit = "32M"
 reserved = [
@@ -63,6 +64,7 @@ fn a_full_file_is_understood() {
     assert!(!config.bypass_at_boot);
     assert_eq!(config.page_mask.bits(), 1 << 16 | 1 << 21 | 1 << 30);
     assert_eq!(config.max_domains, 256);
+    assert_eq!(config.longest_poll, Duration::ZERO);
     assert_eq!(config.memory, Some(2 << 30));
     assert_eq!(config.arena_limit, 32 << 20);
 
@@ -95,6 +97,7 @@ fn what_is_left_out_has_a_default() {
     assert!(config.bypass_at_boot);
     assert_eq!(config.page_mask, PageMask::TABLE);
     assert_eq!(config.max_domains, 65536);
+    assert_eq!(config.longest_poll, Duration::from_micros(100));
     assert_eq!(config.memory, None);
     assert_eq!(config.arena_limit, 64 << 20);
     let regions = config.topology.common_reserved();
@@ -300,6 +303,16 @@ fn refusals_name_place_and_cure() {
             "domains = 0",
             "vm0.toml:2: domains: ",
             &["0 domains", "1 to 65536"],
+        ),
+        (
+            "poll-max-us = -1",
+            "vm0.toml:2: poll-max-us: ",
+            &["-1 microseconds", "0 (never poll) to 10000"],
+        ),
+        (
+            "poll-max-us = 10001",
+            "vm0.toml:2: poll-max-us: ",
+            &["10001 microseconds", "0 (never poll) to 10000"],
         ),
         (
             "domains = 65537",

@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use virtio_queue::DescriptorChain;
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::view::GuestView;
 use crate::protocol::reply::TAIL_LEN;
 use crate::protocol::request::MAX_REQUEST_LEN;
 
@@ -15,7 +16,7 @@ pub const MAX_WRITABLE: usize = 64 * 1024;
 /// A piece of guest memory the device writes to.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
-    at: GuestAddress,
+    at: u64,
     len: usize,
 }
 
@@ -55,19 +56,27 @@ impl ReadBytes {
 }
 
 impl Chain {
-    /// Reads a chain; its device-writable pieces are appended to `spans`.
+    /// Reads the chain at `head` of a ring of `size` with its descriptor table at `table`; its
+    /// device-writable pieces are appended to `spans`.
     ///
     /// It goes back unwritten where it loops, breaks off, is longer than the queue, has a readable
     /// descriptor after a writable one, or has no room for a tail in guest memory.
     pub fn read(
-        memory: &GuestMemoryMmap,
-        chain: DescriptorChain<&GuestMemoryMmap>,
-        queue_size: u16,
+        view: &GuestView<'_>,
+        head: u16,
+        table: u64,
+        size: u16,
         spans: &mut Vec<Span>,
     ) -> Self {
-        let head = chain.head_index();
         let first_span = spans.len();
-        let request = read_parts(memory, chain, queue_size, spans);
+        let walk = Walk {
+            view,
+            table,
+            size,
+            next: Some(head),
+            indirect: false,
+        };
+        let request = read_parts(walk, size, spans);
         if request.is_none() {
             spans.truncate(first_span);
         }
@@ -75,31 +84,106 @@ impl Chain {
     }
 }
 
+/// Virtio specification, "The Virtqueue Descriptor Table".
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Descriptor {
+    addr: U64,
+    len: U32,
+    flags: U16,
+    next: U16,
+}
+
+const DESCRIPTOR_LEN: u32 = 16;
+const _: () = assert!(size_of::<Descriptor>() == DESCRIPTOR_LEN as usize);
+
+impl Descriptor {
+    fn has(&self, flag: u32) -> bool {
+        u32::from(self.flags.get()) & flag != 0
+    }
+}
+
+/// The descriptors of a chain, one after the other. A chain without end has no end here either.
+struct Walk<'a, 'm> {
+    view: &'a GuestView<'m>,
+    table: u64,
+    /// Entries in the table.
+    size: u16,
+    next: Option<u16>,
+    indirect: bool,
+}
+
+/// The chain leads out of its table, out of memory, or into a table in a table.
+struct Broken;
+
+impl Walk<'_, '_> {
+    /// The next descriptor that is not one of a table; `None` after the last.
+    fn step(&mut self) -> Result<Option<Descriptor>, Broken> {
+        let Some(index) = self.next else {
+            return Ok(None);
+        };
+        let mut descriptor = self.entry(index)?;
+        if descriptor.has(VRING_DESC_F_INDIRECT) {
+            let len = descriptor.len.get();
+            if self.indirect || !len.is_multiple_of(DESCRIPTOR_LEN) {
+                return Err(Broken);
+            }
+            self.indirect = true;
+            self.table = descriptor.addr.get();
+            // Indices have 16 bits.
+            self.size = u16::try_from(len / DESCRIPTOR_LEN).unwrap_or(u16::MAX);
+            descriptor = self.entry(0)?;
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                return Err(Broken);
+            }
+        }
+        self.next = descriptor
+            .has(VRING_DESC_F_NEXT)
+            .then_some(descriptor.next.get());
+        Ok(Some(descriptor))
+    }
+
+    fn entry(&self, index: u16) -> Result<Descriptor, Broken> {
+        if index >= self.size {
+            return Err(Broken);
+        }
+        let offset = u64::from(index) * u64::from(DESCRIPTOR_LEN);
+        let at = self.table.checked_add(offset).ok_or(Broken)?;
+        let mut descriptor = Descriptor::new_zeroed();
+        if self.view.read(at, descriptor.as_mut_bytes()) {
+            Ok(descriptor)
+        } else {
+            Err(Broken)
+        }
+    }
+}
+
 fn read_parts(
-    memory: &GuestMemoryMmap,
-    chain: DescriptorChain<&GuestMemoryMmap>,
+    mut walk: Walk<'_, '_>,
     queue_size: u16,
     spans: &mut Vec<Span>,
 ) -> Option<ChainRequest> {
+    let view = walk.view;
     let first_span = spans.len();
     let mut bytes = [0; MAX_REQUEST_LEN];
     let mut len = 0;
     let mut readable = true;
     let mut writable_seen = false;
     let mut writable_len = 0usize;
+    let mut total = 0u32;
     let mut descriptors = 0;
-    let mut last: Option<Descriptor> = None;
-    for descriptor in chain {
-        last = Some(descriptor);
+    while let Some(descriptor) = walk.step().ok()? {
         descriptors += 1;
+        // No chain is longer than the queue, or has more than 2^32 bytes.
+        total = total.checked_add(descriptor.len.get())?;
         if descriptors > queue_size {
             return None;
         }
-        let (at, size) = (descriptor.addr(), descriptor.len() as usize);
-        if descriptor.is_write_only() {
+        let (at, size) = (descriptor.addr.get(), descriptor.len.get() as usize);
+        if descriptor.has(VRING_DESC_F_WRITE) {
             writable_seen = true;
             writable_len = writable_len.checked_add(size)?;
-            if writable_len > MAX_WRITABLE || !memory.check_range(at, size, Permissions::Write) {
+            if writable_len > MAX_WRITABLE || !view.is_backed(at, size) {
                 return None;
             }
             if size > 0 {
@@ -112,13 +196,12 @@ fn read_parts(
             let room = bytes.get_mut(len..)?;
             let wanted = size.min(room.len());
             if readable && wanted > 0 {
-                readable = memory.read_slice(&mut room[..wanted], at).is_ok();
+                readable = view.read(at, &mut room[..wanted]);
                 len += wanted;
             }
         }
     }
-    // A chain the iterator gave up on still promises another descriptor.
-    if last?.has_next() || writable_len < TAIL_LEN {
+    if descriptors == 0 || writable_len < TAIL_LEN {
         return None;
     }
     Some(ChainRequest {
@@ -129,10 +212,10 @@ fn read_parts(
 }
 
 /// Writes `bytes` over the pieces. Returns whether all of them are still guest memory.
-pub fn scatter(memory: &GuestMemoryMmap, spans: &[Span], mut bytes: &[u8]) -> bool {
+pub fn scatter(view: &GuestView<'_>, spans: &[Span], mut bytes: &[u8]) -> bool {
     for span in spans {
         let (now, rest) = bytes.split_at(span.len.min(bytes.len()));
-        if memory.write_slice(now, span.at).is_err() {
+        if !view.write(span.at, now) {
             return false;
         }
         bytes = rest;

@@ -2,15 +2,19 @@
 
 mod chain;
 mod event_queue;
+mod polling;
 mod request_queue;
+mod request_ring;
 mod restart;
 mod ring;
 mod status;
+mod view;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use log::debug;
 use parking_lot::{Mutex, MutexGuard};
@@ -35,9 +39,12 @@ use crate::protocol::wire::{
 };
 use crate::{error_limited, info_limited};
 
+use self::polling::{Look, Polling};
 use self::request_queue::{Context, Pass, RequestQueue, probe_size};
+use self::request_ring::AvailIndex;
 use self::restart::{Restart, RingState};
 use self::ring::is_running;
+use self::view::GuestView;
 
 /// Index of the request queue.
 const REQUEST_QUEUE: u16 = 0;
@@ -72,6 +79,10 @@ pub struct Device {
     spoken: AtomicBool,
     /// Tells the worker to leave its loop; set before the connection's threads are joined.
     shutdown: AtomicBool,
+    /// Changes with guest memory: a worker that polls has to look at the ring where it is now.
+    memory_changes: AtomicU64,
+    /// The worker's own.
+    polling: Mutex<Polling>,
     /// Makes the worker look at the request ring without a kick.
     wake: EventFd,
     /// Descriptors vhost-user-backend has given up without closing them.
@@ -88,11 +99,16 @@ struct Requests {
 }
 
 impl Device {
-    /// The device in front of `iommu`, without a frontend.
+    /// The device in front of `iommu`, without a frontend. Its worker looks at an empty request
+    /// ring for `longest_poll` at most before it sleeps.
     ///
     /// # Errors
     /// Where the system has no event descriptor left.
-    pub fn new(iommu: Arc<Mutex<Iommu>>, metrics: Arc<Metrics>) -> io::Result<Self> {
+    pub fn new(
+        iommu: Arc<Mutex<Iommu>>,
+        metrics: Arc<Metrics>,
+        longest_poll: Duration,
+    ) -> io::Result<Self> {
         let (config, bypass) = {
             let iommu = iommu.lock();
             let config = ConfigSpace {
@@ -114,6 +130,8 @@ impl Device {
             connected: AtomicBool::new(false),
             spoken: AtomicBool::new(false),
             shutdown: AtomicBool::new(false),
+            memory_changes: AtomicU64::new(0),
+            polling: Mutex::new(Polling::new(longest_poll)),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             exit_consumers: Mutex::default(),
             metrics,
@@ -197,14 +215,54 @@ impl Device {
         }
     }
 
-    /// Serves the request ring until it is empty and the driver has been asked to notify.
+    /// Serves the request ring until it is empty, has stayed so for as long as is worth waiting, and
+    /// the driver has been asked to notify.
     fn serve_requests(&self, ring: &VringRwLock) {
+        let mut polling = self.polling.lock();
+        if let Some(memory) = self.memory() {
+            let requests = self.requests.lock();
+            requests.queue.do_without_kicks(ring, &memory);
+        }
         loop {
-            let ended = self.shutdown.load(Ordering::Acquire);
-            if ended || self.serve_batch(ring) != Pass::Served {
+            if self.shutdown.load(Ordering::Acquire) {
                 return;
             }
+            match self.serve_batch(ring) {
+                Pass::Served => {}
+                Pass::Stopped => return,
+                Pass::Empty if self.poll(ring, &mut polling) == Look::Found => {}
+                Pass::Empty if self.ask_for_kick(ring) => {}
+                Pass::Empty => return,
+            }
         }
+    }
+
+    /// Looks at the ring without a lock that anybody else wants.
+    fn poll(&self, ring: &VringRwLock, polling: &mut Polling) -> Look {
+        let Some(memory) = self.memory() else {
+            return Look::Over;
+        };
+        let changes = self.memory_changes.load(Ordering::Acquire);
+        let view = GuestView::new(&memory);
+        let index = AvailIndex::of(ring.get_ref().get_queue());
+        let look = polling.look(|| {
+            index.has_moved(&view)
+                || self.shutdown.load(Ordering::Relaxed)
+                || self.memory_changes.load(Ordering::Relaxed) != changes
+        });
+        match look {
+            Look::Found => self.metrics.polls_paid.inc(),
+            Look::Over => self.metrics.polls_unpaid.inc(),
+            Look::None => {}
+        }
+        look
+    }
+
+    /// Whether requests have come meanwhile, for which the driver may not notify.
+    fn ask_for_kick(&self, ring: &VringRwLock) -> bool {
+        let requests = self.requests.lock();
+        self.memory()
+            .is_some_and(|memory| requests.queue.ask_for_kick(ring, &memory))
     }
 
     fn serve_batch(&self, ring: &VringRwLock) -> Pass {
@@ -348,6 +406,7 @@ impl VhostUserBackend for Device {
             }
         }
         *self.memory.lock() = Some(memory);
+        self.memory_changes.fetch_add(1, Ordering::Release);
         // Requests that could not be read before may be there now, and nobody kicks for them.
         requests.queue.broken = false;
         self.wake.write(1)
@@ -395,6 +454,10 @@ impl VhostUserBackend for Device {
         if event == WAKE_EVENT {
             // Fails where it was read already.
             let _ = self.wake.read();
+        }
+        if event == REQUEST_QUEUE {
+            self.metrics.wakeups.inc();
+            self.polling.lock().woken();
         }
         // Nothing waits for buffers of the event queue: faults without one are dropped.
         if matches!(event, REQUEST_QUEUE | WAKE_EVENT)

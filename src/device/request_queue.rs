@@ -4,12 +4,14 @@ use std::time::{Duration, Instant};
 
 use log::debug;
 use vhost_user_backend::{VringRwLock, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, ChainRequest, Span, scatter};
+use super::request_ring::{self, RingError};
 use super::restart::UsedEntry;
-use super::ring::{is_running, notify};
+use super::ring::{is_running, signal};
+use super::view::GuestView;
 use crate::address::{Access, IovaRange, Mapping};
 use crate::iommu::{Iommu, RequestError};
 use crate::log_limit::{self, LogLimit};
@@ -26,19 +28,23 @@ use crate::protocol::wire::{
 use crate::topology::ReservedKind;
 use crate::warn_limited;
 
-/// Chains taken off the ring before their outcomes are published.
+/// Chains taken off the ring at a time.
 const MAX_BATCH: usize = 64;
 /// How long a pass may take chains; those left are put back for the next one. A single request
 /// takes no longer than the arena is large.
 const MAX_PASS: Duration = Duration::from_millis(1);
+/// How long a driver that spins may wait for the first answer of a batch.
+const MAX_SILENCE: Duration = Duration::from_micros(20);
+/// How much work is done between two looks at the clock; one is a small MAP without a backend.
+const WORK_PER_LOOK: u64 = 16;
 
 /// What a pass over the ring came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// Chains were served; there may be more.
     Served,
-    /// Nothing is there, and the driver will notify.
-    Idle,
+    /// Nothing is there.
+    Empty,
     /// The ring is stopped, disabled, or out of reach, or beyond use until it is started anew.
     Stopped,
 }
@@ -72,108 +78,159 @@ pub struct Context<'a> {
 }
 
 impl RequestQueue {
-    /// Serves up to a batch of requests.
+    /// Serves up to a batch of requests. The driver sees their answers when all are done, or after
+    /// 20 microseconds those that are.
     ///
     /// No lock of the ring is held while the core works.
     pub fn serve(&mut self, vring: &VringRwLock, context: &mut Context<'_>) -> Pass {
         if self.broken {
             return Pass::Stopped;
         }
-        let taken = self.take_chains(vring, context.memory);
+        let view = GuestView::new(context.memory);
+        let taken = self.take_chains(vring, &view);
         if taken != Pass::Served {
             return taken;
         }
         let started = Instant::now();
+        let mut told = started;
+        let mut work = 0;
         let chains = std::mem::take(&mut self.chains);
+        let mut left = chains.len();
         for chain in &chains {
-            if !self.done.is_empty() && started.elapsed() > MAX_PASS {
-                break;
+            if work >= WORK_PER_LOOK {
+                work = 0;
+                let now = Instant::now();
+                if now - started > MAX_PASS {
+                    break;
+                }
+                if now - told > MAX_SILENCE {
+                    self.publish(vring, &view, 0);
+                    told = now;
+                }
             }
             let used = match &chain.request {
-                Some(request) => self.answer(request, context),
+                Some(request) => {
+                    let (used, done) = self.answer(&view, request, context);
+                    work += done;
+                    used
+                }
                 None => None,
             };
             if used.is_none() {
                 context.metrics.chains_refused.inc();
             }
             self.done.push((chain.head, used.unwrap_or(0)));
+            left -= 1;
         }
-        let left = chains.len() - self.done.len();
         self.chains = chains;
         self.chains.clear();
         self.spans.clear();
-        self.publish(vring, context.memory, left);
+        self.publish(vring, &view, left);
         Pass::Served
     }
 
-    /// Takes chains off the ring; where there are none, asks the driver to notify.
-    fn take_chains(&mut self, vring: &VringRwLock, memory: &GuestMemoryMmap) -> Pass {
+    /// Asks the driver to notify of its next request. Returns whether one has come meanwhile, for
+    /// which it may not.
+    pub fn ask_for_kick(&self, vring: &VringRwLock, memory: &GuestMemoryMmap) -> bool {
+        let mut ring = vring.get_mut();
+        if self.broken || !is_running(&ring) {
+            return false;
+        }
+        let queue = ring.get_queue_mut();
+        // Out of reach is tried again when memory changes.
+        let more = queue.enable_notification(memory).unwrap_or(false);
+        more && queue.disable_notification(memory).is_ok()
+    }
+
+    /// Asks the driver not to notify: the ring is looked at anyway. With event indices it does not
+    /// until it is asked to.
+    pub fn do_without_kicks(&self, vring: &VringRwLock, memory: &GuestMemoryMmap) {
+        let mut ring = vring.get_mut();
+        if is_running(&ring) && !ring.get_queue().event_idx_enabled() {
+            // Out of reach, it cannot be looked at either.
+            let _ = ring.get_queue_mut().disable_notification(memory);
+        }
+    }
+
+    /// Takes chains off the ring.
+    fn take_chains(&mut self, vring: &VringRwLock, view: &GuestView<'_>) -> Pass {
         let mut ring = vring.get_mut();
         if !is_running(&ring) {
             return Pass::Stopped;
         }
         let queue = ring.get_queue_mut();
-        let size = queue.size();
-        // A second time where requests came in before the driver was asked.
-        for _ in 0..2 {
-            match queue.iter(memory) {
-                Ok(chains) => {
-                    for chain in chains.take(MAX_BATCH) {
-                        let chain = Chain::read(memory, chain, size, &mut self.spans);
-                        self.chains.push(chain);
-                    }
-                }
-                Err(cause @ virtio_queue::Error::InvalidAvailRingIndex) => {
-                    return self.give_up(&cause.to_string());
-                }
-                // The ring's memory is away; it is tried again when memory changes.
-                Err(_) => return Pass::Stopped,
+        let (table, size) = (queue.desc_table(), queue.size());
+        let count = match request_ring::available(queue, view) {
+            Ok(0) => return Pass::Empty,
+            Ok(count) => count,
+            // The ring's memory is away; it is tried again when memory changes.
+            Err(RingError::OutOfReach) => return Pass::Stopped,
+            Err(RingError::TooMany) => {
+                self.broken = true;
+                warn_limited!(
+                    "the request ring is left alone until the driver starts it anew: it promises \
+                     more requests than the ring has room for"
+                );
+                return Pass::Stopped;
             }
-            if !self.chains.is_empty() {
-                return Pass::Served;
-            }
-            match queue.enable_notification(memory) {
-                Ok(false) => return Pass::Idle,
-                Ok(true) => {}
-                Err(_) => return Pass::Stopped,
-            }
+        };
+        for _ in 0..usize::from(count).min(MAX_BATCH) {
+            let Some(head) = request_ring::take(queue, view) else {
+                break;
+            };
+            let chain = Chain::read(view, head, table, size, &mut self.spans);
+            self.chains.push(chain);
         }
-        self.give_up("it promises requests that cannot be read")
-    }
-
-    fn give_up(&mut self, cause: &str) -> Pass {
-        self.broken = true;
-        warn_limited!("the request ring is left alone until the driver starts it anew: {cause}");
-        Pass::Stopped
+        if self.chains.is_empty() {
+            return Pass::Stopped;
+        }
+        Pass::Served
     }
 
     /// Returns the chains that are done, and puts the last `left` ones taken back.
-    fn publish(&mut self, vring: &VringRwLock, memory: &GuestMemoryMmap, left: usize) {
+    fn publish(&mut self, vring: &VringRwLock, view: &GuestView<'_>, left: usize) {
         let mut ring = vring.get_mut();
         let queue = ring.get_queue_mut();
+        let (size, before) = (queue.size(), queue.next_used());
         let left = u16::try_from(left).unwrap_or(0);
         queue.set_next_avail(queue.next_avail().wrapping_sub(left));
-        for (head, len) in self.done.drain(..) {
-            // The crate refuses such a head too, and says so each time.
-            if head >= queue.size() {
+        self.done.retain(|&(head, _)| {
+            if head >= size {
                 warn_limited!("request {head} is not in the ring and cannot be returned");
-                continue;
             }
-            let slot = queue.next_used() % queue.size();
-            match queue.add_used(memory, head, len) {
-                Ok(()) if (head, len) != (0, 0) => {
-                    self.last_used = Some(UsedEntry { slot, head, len });
-                }
-                Ok(()) => {}
-                Err(cause) => warn_limited!("cannot return request {head}: {cause}"),
-            }
+            head < size
+        });
+        let returned = request_ring::publish(queue, view, &self.done);
+        let lost = self.done.len() - returned;
+        if lost > 0 {
+            warn_limited!(
+                "{lost} requests cannot be returned: the used ring is not in guest memory"
+            );
         }
-        notify(&mut ring, memory);
+        let returned = self.done.get(..returned).unwrap_or(&[]);
+        if let Some(index) = returned.iter().rposition(|entry| *entry != (0, 0))
+            && let Some(&(head, len)) = returned.get(index)
+        {
+            let index = u16::try_from(index).unwrap_or(0);
+            let slot = before.wrapping_add(index).checked_rem(size).unwrap_or(0);
+            self.last_used = Some(UsedEntry { slot, head, len });
+        }
+        self.done.clear();
+        if request_ring::wants_notification(queue, view, before) {
+            signal(&ring);
+        }
     }
 
-    /// Serves one request. Returns the used length, or `None` where nothing is written.
-    fn answer(&mut self, chain: &ChainRequest, context: &mut Context<'_>) -> Option<u32> {
+    /// Serves one request. Returns the used length, or `None` where nothing is written, and how
+    /// much work it was.
+    fn answer(
+        &mut self,
+        view: &GuestView<'_>,
+        chain: &ChainRequest,
+        context: &mut Context<'_>,
+    ) -> (Option<u32>, u64) {
         self.properties.clear();
+        let mut work = 1;
         let status = match chain.bytes {
             None => {
                 warn_limited!("a request's device-readable part is not in guest memory");
@@ -185,12 +242,15 @@ impl RequestQueue {
                         "{} request without its feature negotiated",
                         request.kind().name()
                     );
-                    return None;
+                    return (None, work);
                 }
-                Ok(request) => self.execute(&request, chain, context),
+                Ok(request) => {
+                    work = work_of(&request, context.iommu.has_backends());
+                    self.execute(&request, chain, context)
+                }
                 Err(DecodeError::UnknownType) => {
                     warn_limited!("unknown request type {:#x}", first_byte(bytes.as_slice()));
-                    return None;
+                    return (None, work);
                 }
                 Err(cause @ DecodeError::TooShort { kind, .. }) => {
                     warn_limited!("{cause}");
@@ -202,10 +262,10 @@ impl RequestQueue {
         self.reply.resize(chain.writable_len, 0);
         write_reply(&mut self.reply, &self.properties, status);
         let spans = self.spans.get(chain.spans.clone()).unwrap_or(&[]);
-        if !scatter(context.memory, spans, &self.reply) {
-            return None;
-        }
-        u32::try_from(chain.writable_len).ok()
+        let used = scatter(view, spans, &self.reply)
+            .then(|| u32::try_from(chain.writable_len).ok())
+            .flatten();
+        (used, work)
     }
 
     fn execute(
@@ -351,6 +411,30 @@ fn is_available(request: &Request, features: u64) -> bool {
         RequestKind::Map | RequestKind::Unmap => has(features, VIRTIO_IOMMU_F_MAP_UNMAP),
         RequestKind::Probe => has(features, VIRTIO_IOMMU_F_PROBE),
     }
+}
+
+/// What a request may cost, in small MAPs without a backend.
+fn work_of(request: &Request, has_backends: bool) -> u64 {
+    /// Table entries that are written in the time of a small MAP.
+    const PAGES: u64 = 64;
+    let pages = match *request {
+        Request::Attach { .. } | Request::Detach { .. } | Request::Probe { .. } => {
+            return WORK_PER_LOOK;
+        }
+        Request::Map {
+            virt_start,
+            virt_end,
+            ..
+        }
+        | Request::Unmap {
+            virt_start,
+            virt_end,
+            ..
+        } => virt_end.0.saturating_sub(virt_start.0) >> 12,
+    };
+    // A system call takes as long as many.
+    let work = if has_backends { WORK_PER_LOOK / 2 } else { 1 };
+    work + pages / PAGES
 }
 
 fn has(features: u64, bit: u32) -> bool {

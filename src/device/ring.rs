@@ -14,9 +14,14 @@ pub fn is_running(ring: &VringState) -> bool {
 /// Notifies the driver of returned buffers, if it wants to be.
 pub fn notify(ring: &mut VringState, memory: &GuestMemoryMmap) {
     let wanted = ring.get_queue_mut().needs_notification(memory);
-    if wanted.unwrap_or(true)
-        && let Err(cause) = ring.signal_used_queue()
-    {
+    if wanted.unwrap_or(true) {
+        signal(ring);
+    }
+}
+
+/// Notifies the driver.
+pub fn signal(ring: &VringState) {
+    if let Err(cause) = ring.signal_used_queue() {
         warn_limited!("cannot notify the driver: {cause}");
     }
 }

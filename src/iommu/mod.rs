@@ -209,6 +209,11 @@ impl Iommu {
         &self.arena
     }
 
+    /// Whether any endpoint is behind a backend.
+    pub fn has_backends(&self) -> bool {
+        !self.backends.is_empty()
+    }
+
     /// The page tables' memory, for backends that have endpoint slots there.
     pub fn arena_mut(&mut self) -> &mut Arena {
         &mut self.arena

@@ -124,6 +124,21 @@ impl Daemon {
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
     }
 
+    /// Context switches of all threads so far.
+    pub fn context_switches(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("its threads");
+        tasks
+            .map(|task| {
+                let status = task.expect("a thread").path().join("status");
+                let text = fs::read_to_string(status).expect("its status");
+                text.lines()
+                    .filter(|line| line.contains("ctxt_switches"))
+                    .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+                    .sum::<u64>()
+            })
+            .sum()
+    }
+
     /// The process id.
     pub fn pid(&self) -> u32 {
         self.pid

@@ -138,8 +138,8 @@ impl Queue {
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the device of what was published, if it wants to be told.
-    pub fn kick(&mut self, memory: &Memory) {
+    /// Tells the device of what was published, if it wants to be told. Whether it did.
+    pub fn kick(&mut self, memory: &Memory) -> bool {
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
             let event = memory.load_u16(self.used + 4 + 8 * u64::from(self.size));
@@ -152,6 +152,7 @@ impl Queue {
         if wanted {
             self.kick_always();
         }
+        wanted
     }
 
     /// Tells the device, wanted or not.
@@ -160,9 +161,14 @@ impl Queue {
         self.kick.write(1).expect("kick");
     }
 
+    /// Whether a used entry is there to be taken.
+    pub fn has_used(&self, memory: &Memory) -> bool {
+        memory.load_u16(self.used + 2) != self.used_idx
+    }
+
     /// Takes the next used entry: head and used length.
     pub fn take_used(&mut self, memory: &Memory) -> Option<(u32, u32)> {
-        if memory.load_u16(self.used + 2) == self.used_idx {
+        if !self.has_used(memory) {
             return None;
         }
         let at = self.used + 4 + 8 * u64::from(self.used_idx % self.size);

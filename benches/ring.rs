@@ -1,0 +1,291 @@
+//! Requests through the rings: what a request costs the device, and how long its driver waits.
+//!
+//! The driver's part is as small as it can be: chains, tables and buffers are laid out once, as the
+//! stock driver lays them out (one indirect descriptor, a table of two), and only addresses change.
+#![allow(
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a bench ends by panicking; its counts are small"
+)]
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::hint::spin_loop;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::guest::{Guest, HIGH_LEN as LEN, HIGH_RAM, LOW_RAM, RING_RAM, STOCK, Setup};
+use common::memory::{Memory, Region, memfd};
+use common::ring::{Desc, INDIRECT, NEXT, Queue, WRITE};
+use common::rng::Rng;
+use common::wire::{self, OK, RW, TAIL};
+use parking_lot::Mutex;
+use tempfile::TempDir;
+use vhost_device_iommu::args::RunArgs;
+use vhost_device_iommu::config::Config;
+use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::device::Device;
+use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::metrics::Metrics;
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
+use vmm_sys_util::epoll::EventSet;
+
+/// Mappings that stay.
+const LIVE: u64 = 65_536;
+/// Requests in the ring at a time.
+const BATCH: u16 = 32;
+const BATCHES: usize = 4000;
+const ROUND_TRIPS: usize = 20_000;
+const PAGE: u64 = 4096;
+/// A chain's table, request and tail lie here, one after the other.
+const SLOT: u64 = 256;
+const ENDPOINT: u32 = 0x30;
+const DOMAIN: u32 = 1;
+const RING_SIZE: u16 = 256;
+
+fn main() {
+    // `cargo test --benches` runs this too, with nothing to measure.
+    if !std::env::args().any(|arg| arg == "--bench") {
+        return;
+    }
+    device_alone();
+    through_a_daemon();
+}
+
+/// The device's part, called on this thread: take a batch off the ring, serve, return it.
+fn device_alone() {
+    let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
+    let memory = Memory {
+        regions: files
+            .iter()
+            .map(|(gpa, file)| Region::of_file(*gpa, LEN, file.clone(), 0))
+            .collect(),
+    };
+    let seen = files.map(|(gpa, file)| {
+        let range = MmapRegion::from_file(FileOffset::from_arc(file, 0), LEN as usize);
+        GuestRegionMmap::new(range.expect("mapped"), GuestAddress(gpa)).expect("a region")
+    });
+    let seen = GuestMemoryMmap::from_regions(seen.into()).expect("guest memory");
+    let seen = GuestMemoryAtomic::new(seen);
+    let metrics = Arc::new(Metrics::default());
+    let device =
+        Device::new(Arc::new(Mutex::new(core())), metrics, Duration::ZERO).expect("a device");
+    device.update_memory(seen.clone()).expect("memory taken");
+    device.acked_features(STOCK);
+    let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true), &memory);
+    let rings = [0, 1].map(|_| VringRwLock::new(seen.clone(), RING_SIZE).expect("a ring"));
+    let queue = &driver.queue;
+    rings[0]
+        .set_queue_info(queue.desc, queue.avail, queue.used)
+        .expect("addresses");
+    rings[0].set_queue_event_idx(true);
+    rings[0].set_queue_ready(true);
+    rings[0].set_enabled(true);
+    driver.put(&memory, &wire::attach(DOMAIN, ENDPOINT, 0));
+    let serve = || {
+        device
+            .handle_event(0, EventSet::IN, &rings, 0)
+            .expect("served");
+    };
+    serve();
+    driver.take_all(&memory);
+    driver.fill(&memory, |driver| {
+        serve();
+        driver.take_all(&memory);
+    });
+
+    let mut rng = Rng::new(1);
+    let mut times = Vec::new();
+    for _ in 0..BATCHES {
+        let pages = distinct_pages(&mut rng);
+        for request in [map_page, unmap_page] {
+            for &page in &pages {
+                driver.put(&memory, &request(page));
+            }
+            let start = Instant::now();
+            serve();
+            times.push(start.elapsed().as_nanos() as f64 / f64::from(BATCH));
+            driver.take_all(&memory);
+        }
+    }
+    report("device alone, a request in batches of 32", &mut times);
+}
+
+/// What the driver sees of a daemon that polls.
+fn through_a_daemon() {
+    let directory = TempDir::new().expect("a temporary directory");
+    let socket = directory.path().join("vhost.sock");
+    let config = Config::try_from(&RunArgs {
+        socket_path: Some(socket.clone()),
+        iommu: Some("00:05.0".into()),
+        endpoint: vec!["00:06.0".into()],
+        ..RunArgs::default()
+    });
+    let mut daemon = Daemon::new(&config.expect("a configuration")).expect("a daemon");
+    let stop = daemon.stop_handle();
+    let thread = std::thread::spawn(move || daemon.run().expect("an orderly end"));
+    let setup = Setup {
+        queue_size: RING_SIZE,
+        ..Setup::default()
+    };
+    let mut guest = Guest::connect_to(&socket, setup);
+    guest.driver_ok();
+    let memory = &guest.memory;
+    let mut driver = Driver::new(guest.requests, memory);
+    driver.put(memory, &wire::attach(DOMAIN, ENDPOINT, 0));
+    driver.wait(memory);
+    let mut rng = Rng::new(2);
+    driver.fill(memory, |driver| driver.wait(memory));
+
+    let mut times = Vec::new();
+    for _ in 0..ROUND_TRIPS {
+        let page = 2 * rng.below(LIVE) + 1;
+        for request in [map_page(page), unmap_page(page)] {
+            let start = Instant::now();
+            driver.put(memory, &request);
+            driver.wait(memory);
+            times.push(start.elapsed().as_nanos() as f64);
+        }
+    }
+    report("round trip of one request", &mut times);
+    let mut times = Vec::new();
+    for _ in 0..BATCHES {
+        let pages = distinct_pages(&mut rng);
+        for request in [map_page, unmap_page] {
+            let start = Instant::now();
+            for &page in &pages {
+                driver.put(memory, &request(page));
+            }
+            driver.wait(memory);
+            times.push(start.elapsed().as_nanos() as f64 / f64::from(BATCH));
+        }
+    }
+    report("both sides, a request in batches of 32", &mut times);
+    drop(guest.frontend);
+    stop.stop();
+    thread.join().expect("the daemon's thread");
+}
+
+/// A driver whose chains are laid out once, one for each slot of the ring.
+struct Driver {
+    queue: Queue,
+    put: u16,
+}
+
+impl Driver {
+    fn new(queue: Queue, memory: &Memory) -> Self {
+        for slot in 0..queue.size {
+            let table = Self::at(slot);
+            let chain = Desc::new(table, 32, INDIRECT, 0);
+            queue.set_desc(memory, slot, chain);
+            let readable = Desc::new(table + 32, 36, NEXT, 1);
+            memory.write(table, &readable.bytes());
+            let tail = Desc::new(table + 128, TAIL as u32, WRITE, 0);
+            memory.write(table + 16, &tail.bytes());
+        }
+        Self { queue, put: 0 }
+    }
+
+    fn at(slot: u16) -> u64 {
+        RING_RAM + 0x40_0000 + SLOT * u64::from(slot)
+    }
+
+    fn put(&mut self, memory: &Memory, request: &[u8]) {
+        let slot = self.put % self.queue.size;
+        let table = Self::at(slot);
+        memory.write(table + 8, &(request.len() as u32).to_le_bytes());
+        memory.write(table + 32, request);
+        memory.write(table + 128, &[0xff; TAIL]);
+        self.put = self.put.wrapping_add(1);
+        self.queue.publish(memory, slot);
+        self.queue.kick(memory);
+    }
+
+    fn take(&mut self, memory: &Memory) -> bool {
+        let Some((head, len)) = self.queue.take_used(memory) else {
+            return false;
+        };
+        assert_eq!(len, TAIL as u32);
+        let tail = memory.read(Self::at(head as u16) + 128, TAIL);
+        assert_eq!(tail[0], OK, "a request is refused");
+        true
+    }
+
+    fn take_all(&mut self, memory: &Memory) {
+        while self.take(memory) {}
+        assert_eq!(self.queue.used_idx, self.put, "a request is left");
+    }
+
+    fn wait(&mut self, memory: &Memory) {
+        while self.queue.used_idx != self.put {
+            if !self.take(memory) {
+                spin_loop();
+            }
+        }
+    }
+
+    /// The mappings that stay.
+    fn fill(&mut self, memory: &Memory, mut serve: impl FnMut(&mut Self)) {
+        for n in 0..LIVE {
+            self.put(memory, &map_page(2 * n));
+            if n % 128 == 127 {
+                serve(self);
+            }
+        }
+    }
+}
+
+fn core() -> Iommu {
+    let config = Config::try_from(&RunArgs {
+        // Never made.
+        socket_path: Some("unused.sock".into()),
+        iommu: Some("00:05.0".into()),
+        endpoint: vec!["00:06.0".into()],
+        ..RunArgs::default()
+    });
+    let config = config.expect("a configuration");
+    let settings = Settings {
+        address_width: config.address_width,
+        page_sizes: config.page_mask,
+        last_domain: config.max_domains - 1,
+        bypass_at_boot: config.bypass_at_boot,
+        arena_limit: config.arena_limit,
+    };
+    Iommu::new(settings, config.topology).expect("a core")
+}
+
+fn map_page(n: u64) -> Vec<u8> {
+    let gpa = HIGH_RAM + n * PAGE % LEN;
+    wire::map(DOMAIN, n * PAGE, n * PAGE + PAGE - 1, gpa, RW)
+}
+
+fn unmap_page(n: u64) -> Vec<u8> {
+    wire::unmap(DOMAIN, n * PAGE, n * PAGE + PAGE - 1)
+}
+
+/// Pages between those that stay.
+fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
+    let mut pages = Vec::new();
+    while pages.len() < usize::from(BATCH) {
+        let page = 2 * rng.below(LIVE) + 1;
+        if !pages.contains(&page) {
+            pages.push(page);
+        }
+    }
+    pages
+}
+
+fn report(what: &str, times: &mut [f64]) {
+    times.sort_by(f64::total_cmp);
+    let at = |part: usize| times[times.len() * part / 100];
+    println!(
+        "{what}: {:.0} ns (a tenth below {:.0}, a tenth above {:.0})",
+        at(50),
+        at(10),
+        at(90)
+    );
+}

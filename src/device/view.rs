@@ -1,0 +1,124 @@
+//! Guest memory during one pass over a ring.
+
+use std::cell::Cell;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress, VolatileSlice,
+};
+
+/// Guest memory with the region that was found last, which nearly always is the next one too.
+///
+/// Everything here is `vm-memory`'s. What it spares is looking up the region for each access, which
+/// takes most of the time of an access of a few bytes.
+pub struct GuestView<'a> {
+    memory: &'a GuestMemoryMmap,
+    last: Cell<Option<&'a GuestRegionMmap>>,
+}
+
+impl<'a> GuestView<'a> {
+    /// All of `memory`.
+    pub fn new(memory: &'a GuestMemoryMmap) -> Self {
+        Self {
+            memory,
+            last: Cell::new(None),
+        }
+    }
+
+    /// Fills `into` from guest-physical `at`. Returns whether all of it is memory.
+    pub fn read(&self, at: u64, into: &mut [u8]) -> bool {
+        match self.slice(at, into.len()) {
+            Some(slice) => {
+                slice.copy_to(into);
+                true
+            }
+            None => self.memory.read_slice(into, GuestAddress(at)).is_ok(),
+        }
+    }
+
+    /// Writes `bytes` at guest-physical `at`. Returns whether all of it is memory.
+    pub fn write(&self, at: u64, bytes: &[u8]) -> bool {
+        match self.slice(at, bytes.len()) {
+            Some(slice) => {
+                slice.copy_from(bytes);
+                true
+            }
+            None => self.memory.write_slice(bytes, GuestAddress(at)).is_ok(),
+        }
+    }
+
+    /// Reads a little-endian number of a ring, whatever comes after it in the program later.
+    /// `None` where there is no memory, or the address is odd.
+    pub fn load(&self, at: u64) -> Option<u16> {
+        let value: u16 = self.slice(at, 2)?.load(0, Ordering::Acquire).ok()?;
+        Some(u16::from_le(value))
+    }
+
+    /// Writes a little-endian number of a ring, whatever comes before it in the program first.
+    /// Returns whether there is memory, and the address is even.
+    pub fn store(&self, at: u64, value: u16) -> bool {
+        self.slice(at, 2)
+            .is_some_and(|slice| slice.store(value.to_le(), 0, Ordering::Release).is_ok())
+    }
+
+    /// Whether all of `len` bytes from `at` are memory.
+    pub fn is_backed(&self, at: u64, len: usize) -> bool {
+        self.slice(at, len).is_some()
+            || GuestMemoryBackend::check_range(self.memory, GuestAddress(at), len)
+    }
+
+    /// `len` bytes from `at`, where they are memory and in one region.
+    fn slice(&self, at: u64, len: usize) -> Option<VolatileSlice<'a>> {
+        if let Some(region) = self.last.get()
+            && let Some(slice) = slice_of(region, at, len)
+        {
+            return Some(slice);
+        }
+        let region = self.memory.find_region(GuestAddress(at))?;
+        self.last.set(Some(region));
+        slice_of(region, at, len)
+    }
+}
+
+fn slice_of(region: &GuestRegionMmap, at: u64, len: usize) -> Option<VolatileSlice<'_>> {
+    let offset = at.checked_sub(region.start_addr().0)?;
+    region.get_slice(MemoryRegionAddress(offset), len).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two neighbours, a hole, and a third.
+    fn memory() -> GuestMemoryMmap {
+        let regions = [(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)];
+        GuestMemoryMmap::from_ranges(&regions.map(|(at, len)| (GuestAddress(at), len)))
+            .expect("memory")
+    }
+
+    #[test]
+    fn accesses_go_over_borders_of_regions_but_not_into_holes() {
+        let memory = memory();
+        let view = GuestView::new(&memory);
+        // Each with the others' region remembered.
+        for at in [0x1ffc, 0x8000, 0x1000, 0x2ff8] {
+            assert!(view.write(at, &at.to_le_bytes()), "{at:#x}");
+            let mut bytes = [0; 8];
+            assert!(view.read(at, &mut bytes));
+            assert_eq!(u64::from_le_bytes(bytes), at);
+            assert!(view.is_backed(at, 8));
+        }
+        for at in [0xfff, 0x2ff9, 0x3000, 0x7fff, 0x8ff9, u64::MAX - 3] {
+            assert!(!view.read(at, &mut [0; 8]), "{at:#x}");
+            assert!(!view.write(at, &[0; 8]), "{at:#x}");
+            assert!(!view.is_backed(at, 8), "{at:#x}");
+        }
+        assert!(view.store(0x2ffe, 0x1234));
+        assert_eq!(view.load(0x2ffe), Some(0x1234));
+        for at in [0x2fff, 0x3000, 0x1001, u64::MAX] {
+            assert_eq!(view.load(at), None, "{at:#x}");
+            assert!(!view.store(at, 1), "{at:#x}");
+        }
+    }
+}
