@@ -205,4 +205,53 @@ pub trait DmaBackend: Send {
     /// On error it is not known what can still be reached: the core quarantines the endpoints.
     fn unmap(&mut self, domain: DomainId, range: IovaRange, least: u64)
     -> Result<(), BackendError>;
+
+    /// [`Self::unmap`] of each of `parts`, which do not overlap, by as few calls of it as there can
+    /// be: neighbours together.
+    ///
+    /// # Errors
+    /// On error it is not known which of them can still be reached.
+    fn unmap_all(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Result<(), BackendError> {
+        let mut rest = parts.iter();
+        let Some(&(mut joined)) = rest.next() else {
+            return Ok(());
+        };
+        for part in rest {
+            match joined.with(part) {
+                Some(more) => joined = more,
+                None => {
+                    self.unmap(domain, joined.range, joined.least)?;
+                    joined = *part;
+                }
+            }
+        }
+        self.unmap(domain, joined.range, joined.least)
+    }
+}
+
+/// One of several ranges to unmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnmapPart {
+    /// The addresses.
+    pub range: IovaRange,
+    /// How many bytes of it are mapped at least, where the backend has the domain.
+    pub least: u64,
+}
+
+impl UnmapPart {
+    /// Both as one, where they are neighbours.
+    fn with(&self, other: &Self) -> Option<Self> {
+        let follows = |a: IovaRange, b: IovaRange| a.last().0.checked_add(1) == Some(b.first().0);
+        let range = if follows(self.range, other.range) {
+            IovaRange::new(self.range.first(), other.range.last())
+        } else if follows(other.range, self.range) {
+            IovaRange::new(other.range.first(), self.range.last())
+        } else {
+            None
+        };
+        Some(Self {
+            range: range?,
+            least: self.least.saturating_add(other.least),
+        })
+    }
 }

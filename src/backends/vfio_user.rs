@@ -18,9 +18,9 @@ use std::time::Duration;
 use super::space::{Gate, Piece, Pieces, Space, pieces_of};
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    Target, UnmapPart,
 };
-use crate::address::{IovaRange, Mapping, PageMask};
+use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio_user::{Ends, Interposer, Link, Order, OrderError, Settings};
 
@@ -128,18 +128,37 @@ impl VfioUser {
 
     /// Removes windows. When this returns `Ok` the server has given them up.
     fn remove(&self, gone: impl Fn(&Piece) -> bool) -> Result<(), OrderError> {
-        self.remove_in(IovaRange::ALL, gone)
+        self.remove_in(&[IovaRange::ALL], gone)
     }
 
-    /// Removes windows that begin in `range`.
-    fn remove_in(&self, range: IovaRange, gone: impl Fn(&Piece) -> bool) -> Result<(), OrderError> {
+    /// Removes the windows that begin in one of `ranges`; where that fails, all of them.
+    fn unmap_ranges(&self, ranges: &[IovaRange]) -> Result<(), BackendError> {
+        self.remove_in(ranges, |_| true).map_err(|cause| {
+            let first = ranges.first().map_or(Iova(0), |range| range.first());
+            self.stop(Gate::Quarantined);
+            self.space.report_stop(first);
+            self.refused(
+                format_args!("what was mapped from {first} on may stay mapped"),
+                &cause,
+            )
+        })
+    }
+
+    /// Removes windows that begin in one of `ranges`.
+    fn remove_in(
+        &self,
+        ranges: &[IovaRange],
+        gone: impl Fn(&Piece) -> bool,
+    ) -> Result<(), OrderError> {
         let mut orders = self.link.lock();
         let mut unmaps = Vec::new();
         {
             let mut view = self.space.change();
-            let bounds = range.first().0..=range.last().0;
-            let inside = view.pieces.range(bounds).map(|(_, p)| p);
-            unmaps.extend(inside.filter(|p| gone(p)).map(|p| p.range));
+            for range in ranges {
+                let bounds = range.first().0..=range.last().0;
+                let inside = view.pieces.range(bounds).map(|(_, p)| p);
+                unmaps.extend(inside.filter(|p| gone(p)).map(|p| p.range));
+            }
             for range in &unmaps {
                 view.pieces.remove(&range.first().0);
             }
@@ -316,11 +335,16 @@ impl DmaBackend for VfioUser {
         if self.target != Target::Domain(domain) {
             return Ok(());
         }
-        self.remove_in(range, |_| true).map_err(|cause| {
-            self.stop(Gate::Quarantined);
-            self.space.report_stop(range.first());
-            self.refused(format_args!("{range} may stay mapped"), &cause)
-        })
+        self.unmap_ranges(&[range])
+    }
+
+    /// All in one go: the server's replies are waited for together.
+    fn unmap_all(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Result<(), BackendError> {
+        if self.target != Target::Domain(domain) {
+            return Ok(());
+        }
+        let ranges: Vec<_> = parts.iter().map(|part| part.range).collect();
+        self.unmap_ranges(&ranges)
     }
 }
 

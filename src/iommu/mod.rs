@@ -21,11 +21,12 @@ mod memory;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::{
     AttachError, BackendError, BackendErrorKind, Contents, DmaBackend, MemorySlot, Target,
+    UnmapPart,
 };
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{
@@ -471,6 +472,51 @@ impl Iommu {
     /// See [`RequestError`]. Where a backend fails, the mappings are gone and the endpoints behind
     /// that backend are quarantined.
     pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
+        let (unmapped, part) = self.take_out(domain, range)?;
+        if let Some(part) = part {
+            let failures = self.give_up(domain, &[part]);
+            self.end_unmap(domain, failures)?;
+        }
+        Ok(unmapped)
+    }
+
+    /// As if by [`Self::unmap`] of each of `ranges` in turn, with fewer calls of the backends.
+    /// What each of them came to is appended to `outcomes`. Where a backend fails, all of them that
+    /// it has to do with have failed.
+    pub fn unmap_all(
+        &mut self,
+        domain: DomainId,
+        ranges: &[IovaRange],
+        outcomes: &mut VecDeque<Result<(), RequestError>>,
+    ) {
+        let mut parts = Vec::with_capacity(ranges.len());
+        let mut places = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let outcome = self.take_out(domain, *range).map(|(_, part)| {
+                if let Some(part) = part {
+                    parts.push(part);
+                    places.push(outcomes.len());
+                }
+            });
+            outcomes.push_back(outcome);
+        }
+        let failures = self.give_up(domain, &parts);
+        if let Err(refusal) = self.end_unmap(domain, failures) {
+            for place in places {
+                if let Some(outcome) = outcomes.get_mut(place) {
+                    *outcome = Err(refusal.clone());
+                }
+            }
+        }
+    }
+
+    /// Removes mappings from the table of a domain. Returns what the backends have to give up, if
+    /// there is something; only then can the tables that have become empty be used again.
+    fn take_out(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+    ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
         self.check_domain_id(domain)?;
         // UNMAP-2
         let Some(entry) = self.domains.get_mut(&domain) else {
@@ -504,30 +550,43 @@ impl Iommu {
         let least = least.unwrap_or(unmapped.bytes);
         debug_assert_eq!(least, counted.unwrap_or(least));
         if unmapped.mappings == 0 {
-            return Ok(unmapped);
+            return Ok((unmapped, None));
         }
-        let mut failures: Vec<(usize, BackendError)> = Vec::new();
-        if let Some(range) = range.intersection(self.input) {
-            for index in present_in(&entry.backends) {
-                if let Err(cause) = self.backends[index].unmap(domain, range, least) {
-                    failures.push((index, cause));
-                }
+        // Mappings lie in the input range.
+        let range = range.intersection(self.input).unwrap_or(self.input);
+        Ok((unmapped, Some(UnmapPart { range, least })))
+    }
+
+    /// Makes the backends give up what was taken out of a table. Returns which of them failed.
+    fn give_up(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Vec<(usize, BackendError)> {
+        let mut failures = Vec::new();
+        let Some(entry) = self.domains.get(&domain) else {
+            return failures;
+        };
+        for index in present_in(&entry.backends) {
+            if let Err(cause) = self.backends[index].unmap_all(domain, parts) {
+                failures.push((index, cause));
             }
         }
-        if failures.is_empty() {
-            // Not before: until then somebody may be reading the tables that have become empty.
-            self.arena.reclaim();
-            return Ok(unmapped);
-        }
+        failures
+    }
+
+    /// The backends have given up what was taken out of a table, but for these.
+    fn end_unmap(
+        &mut self,
+        domain: DomainId,
+        failures: Vec<(usize, BackendError)>,
+    ) -> Result<(), RequestError> {
         let mut quarantined: Option<(BackendError, usize)> = None;
         for (index, cause) in failures {
             let count = self.quarantine_members(domain, index, &cause);
             let before = quarantined.map_or(0, |(_, count)| count);
             quarantined = Some((cause, before + count));
         }
+        // Not before: until then somebody may be reading the tables that have become empty.
         self.arena.reclaim();
         match quarantined {
-            None => Ok(unmapped),
+            None => Ok(()),
             Some((cause, count)) => Err(RequestError::Quarantined { cause, count }),
         }
     }

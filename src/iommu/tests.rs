@@ -914,6 +914,56 @@ fn an_unmap_that_fails_quarantines_and_attach_cures() {
     check_agreement(&iommu, &recorders);
 }
 
+#[test]
+fn neighbours_are_unmapped_by_one_call() {
+    let (mut iommu, recorders) = with_backends(2);
+    iommu.attach(A, D1, false).expect("attached");
+    iommu.attach(B, D1, false).expect("attached");
+    for n in 0..8 {
+        iommu.map(D1, page(n)).expect("mapped");
+    }
+    let calls = || recorders.iter().map(|r| r.state().calls).sum::<u64>();
+    let before = calls();
+    // Upwards, downwards, apart; one range holds nothing.
+    let ranges: Vec<_> = [0, 1, 2, 5, 4, 7, 30].map(|n| page(n).range).into();
+    let mut outcomes = VecDeque::new();
+    iommu.unmap_all(D1, &ranges, &mut outcomes);
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!(outcomes.len(), ranges.len());
+    assert_eq!(calls() - before, 3 * 2);
+    assert_eq!(all_mappings(&iommu, D1), [page(3), page(6)]);
+    check_agreement(&iommu, &recorders);
+}
+
+#[test]
+fn where_one_of_several_unmaps_fails_nobody_reaches_any_of_them() {
+    for fail in 1..=3 {
+        let (mut iommu, recorders) = with_backends(2);
+        iommu.attach(A, D1, false).expect("attached");
+        iommu.attach(B, D1, false).expect("attached");
+        for n in 0..6 {
+            iommu.map(D1, page(n)).expect("mapped");
+        }
+        let calls = recorders[0].state().calls;
+        recorders[0].state().fail_call = Some(calls + fail);
+        let ranges = [page(0).range, page(2).range, page(4).range];
+        let mut outcomes = VecDeque::new();
+        iommu.unmap_all(D1, &ranges, &mut outcomes);
+        for outcome in &outcomes {
+            let refused = matches!(outcome, Err(RequestError::Quarantined { count: 1, .. }));
+            assert!(refused, "{outcome:?}");
+        }
+        assert_eq!(dma(&iommu, A), Dma::Blocked);
+        assert_eq!(dma(&iommu, B), Dma::Translated, "its backend did not fail");
+        // With all that it was not asked for because of the failure.
+        assert!(!recorders[0].state().domains.contains_key(&D1));
+        assert_eq!(recorders[1].state().domains[&D1].len(), 3);
+        iommu.detach(A, D1).expect("detached");
+        iommu.attach(A, D1, false).expect("attached");
+        check_agreement(&iommu, &recorders);
+    }
+}
+
 /// The rules once more, as plainly as they can be written.
 #[derive(Default)]
 struct Model {
@@ -1072,5 +1122,36 @@ proptest! {
             model.check(&iommu);
             check_agreement(&iommu, &recorders);
         }
+    }
+
+    #[test]
+    fn unmaps_together_come_to_the_same_as_one_by_one(
+        backends in 0usize..3,
+        maps in prop::collection::vec((0u64..40, 1u64..4), 0..20),
+        unmaps in prop::collection::vec((0u64..40, 1u64..6), 1..12),
+    ) {
+        let (mut together, recorders) = with_backends(backends);
+        let (mut one_by_one, _) = with_backends(backends);
+        for iommu in [&mut together, &mut one_by_one] {
+            for endpoint in [A, B] {
+                iommu.attach(endpoint, D1, false).expect("attached");
+            }
+            for &(at, len) in &maps {
+                let _ = iommu.map(D1, mapping(at * KIB4, (at + len) * KIB4 - 1, at * KIB4));
+            }
+        }
+        let ranges: Vec<_> = unmaps
+            .iter()
+            .map(|&(at, len)| range(at * KIB4, (at + len) * KIB4 - 1))
+            .collect();
+        let mut outcomes = VecDeque::new();
+        together.unmap_all(D1, &ranges, &mut outcomes);
+        let expected: Vec<_> = ranges
+            .iter()
+            .map(|range| one_by_one.unmap(D1, *range).map(drop))
+            .collect();
+        prop_assert_eq!(outcomes, expected);
+        prop_assert_eq!(all_mappings(&together, D1), all_mappings(&one_by_one, D1));
+        check_agreement(&together, &recorders);
     }
 }
