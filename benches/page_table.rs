@@ -2,10 +2,14 @@
 
 #![expect(clippy::expect_used, reason = "a bench may stop")]
 
+#[path = "common/fragment.rs"]
+mod fragment;
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use serde_json::json;
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
 use vhost_device_iommu::page_table::{Arena, Levels, Mapping, Table};
 
@@ -196,6 +200,11 @@ fn memory(_: &mut Criterion) {
          {}.{:02} bytes each",
         hundredths / 100,
         hundredths % 100
+    );
+    let each = bytes as f64 / live as f64;
+    fragment::leave(
+        "memory",
+        &json!({ "engine": { "bytes_per_mapping": each } }),
     );
 }
 

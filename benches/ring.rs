@@ -10,6 +10,8 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "common/fragment.rs"]
+mod fragment;
 
 use std::hint::spin_loop;
 use std::sync::Arc;
@@ -21,6 +23,7 @@ use common::ring::{Desc, INDIRECT, NEXT, Queue, WRITE};
 use common::rng::Rng;
 use common::wire::{self, OK, RW, TAIL};
 use parking_lot::Mutex;
+use serde_json::json;
 use tempfile::TempDir;
 use vhost_device_iommu::args::RunArgs;
 use vhost_device_iommu::config::Config;
@@ -52,12 +55,14 @@ fn main() {
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
-    device_alone();
-    through_a_daemon();
+    let request = device_alone();
+    let round_trip = through_a_daemon();
+    let figures = json!({ "ring": { "request_ns": request, "round_trip_ns": round_trip } });
+    fragment::leave("ring", &figures);
 }
 
 /// The device's part, called on this thread: take a batch off the ring, serve, return it.
-fn device_alone() {
+fn device_alone() -> f64 {
     let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
     let memory = Memory {
         regions: files
@@ -112,11 +117,11 @@ fn device_alone() {
             driver.take_all(&memory);
         }
     }
-    report("device alone, a request in batches of 32", &mut times);
+    report("device alone, a request in batches of 32", &mut times)
 }
 
 /// What the driver sees of a daemon that polls.
-fn through_a_daemon() {
+fn through_a_daemon() -> f64 {
     let directory = TempDir::new().expect("a temporary directory");
     let socket = directory.path().join("vhost.sock");
     let config = Config::try_from(&RunArgs {
@@ -151,7 +156,7 @@ fn through_a_daemon() {
             times.push(start.elapsed().as_nanos() as f64);
         }
     }
-    report("round trip of one request", &mut times);
+    let round_trip = report("round trip of one request", &mut times);
     let mut times = Vec::new();
     for _ in 0..BATCHES {
         let pages = distinct_pages(&mut rng);
@@ -168,6 +173,7 @@ fn through_a_daemon() {
     drop(guest.frontend);
     stop.stop();
     thread.join().expect("the daemon's thread");
+    round_trip
 }
 
 /// A driver whose chains are laid out once, one for each slot of the ring.
@@ -279,7 +285,8 @@ fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
     pages
 }
 
-fn report(what: &str, times: &mut [f64]) {
+/// Says and returns the median.
+fn report(what: &str, times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     let at = |part: usize| times[times.len() * part / 100];
     println!(
@@ -288,4 +295,5 @@ fn report(what: &str, times: &mut [f64]) {
         at(10),
         at(90)
     );
+    at(50)
 }

@@ -1,0 +1,274 @@
+//! What mapping costs a stock guest: the daemon beside QEMU's own virtio-iommu, in turn.
+//!
+//! `qemu-scripts/bench.sh` sets up what this needs and runs it.
+#![allow(clippy::expect_used, reason = "a bench ends by panicking")]
+
+#[path = "../tests/common/vm.rs"]
+mod vm;
+
+#[path = "common/fragment.rs"]
+mod fragment;
+#[path = "guest/plot.rs"]
+mod plot;
+
+use std::fs;
+use std::time::Duration;
+
+use serde_json::json;
+use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
+
+/// The device that the kernel's benchmark maps for, and the one given to VFIO.
+const DMA: &str = "0000:00:06.0";
+const VFIO: &str = "0000:00:07.0";
+const CONFIG: &str = r#"
+memory = "512M"
+address = "00:05.0"
+
+[[endpoint]]
+range = "00:06.0-00:07.0"
+"#;
+const RUN: Duration = Duration::from_secs(120);
+const DEFAULT_ROUNDS: usize = 5;
+
+/// Name, the guest's mode, the command.
+const MEASURES: [(&str, &str, &str); 7] = [
+    ("strict", "DMA", "dma-bench 1 1"),
+    ("strict_2_threads", "DMA", "dma-bench 2 1"),
+    ("lazy", "DMA-FQ", "dma-bench 1 1"),
+    ("lazy_2_threads", "DMA-FQ", "dma-bench 2 1"),
+    ("vfio_page", "", "vfio-bench 0000:00:07.0 page 2048 6"),
+    ("vfio_huge", "", "vfio-bench 0000:00:07.0 huge 32 40"),
+    ("vfio_random", "", "vfio-bench 0000:00:07.0 random 1024 6"),
+];
+
+/// Who answers the guest's requests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Iommu {
+    Qemu,
+    Daemon,
+}
+
+/// Nanoseconds of one MAP and one UNMAP, as the guest sees it.
+type Times = [f64; 2];
+
+fn main() {
+    // `cargo test --benches` runs this too, with nothing to measure.
+    if !std::env::args().any(|arg| arg == "--bench") {
+        return;
+    }
+    let rounds = option("--rounds").map_or(DEFAULT_ROUNDS, |n| n.parse().expect("--rounds N"));
+    let setup = Setup::from_environment();
+    let kernel = host_kernel();
+    let mut qemu: Vec<Vec<Times>> = vec![Vec::new(); MEASURES.len()];
+    let mut ours = qemu.clone();
+    for round in 0..rounds {
+        // Each goes first in turn.
+        let order = if round % 2 == 0 {
+            [Iommu::Qemu, Iommu::Daemon]
+        } else {
+            [Iommu::Daemon, Iommu::Qemu]
+        };
+        for iommu in order {
+            eprintln!("round {} of {rounds}: {}", round + 1, iommu.name());
+            let into = match iommu {
+                Iommu::Qemu => &mut qemu,
+                Iommu::Daemon => &mut ours,
+            };
+            for (all, times) in into
+                .iter_mut()
+                .zip(boot_and_measure(&setup, &kernel, iommu))
+            {
+                all.push(times);
+            }
+        }
+    }
+    let rows: Vec<_> = MEASURES
+        .iter()
+        .zip(qemu.iter().zip(&ours))
+        .map(|(&(name, ..), (qemu, ours))| Row::new(name, qemu, ours))
+        .collect();
+    print_table(&rows, rounds);
+    fragment::leave("guest", &figures(&rows));
+    if let Some(path) = option("--svg") {
+        fs::write(path, plot::bars(&rows)).expect("plot written");
+    }
+}
+
+impl Iommu {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "QEMU's own",
+            Self::Daemon => "the daemon",
+        }
+    }
+}
+
+/// One measure: medians of both, and the ratios of the rounds. MAP first, then UNMAP.
+pub struct Row {
+    /// Its name.
+    pub name: &'static str,
+    /// Medians, in nanoseconds.
+    pub qemu: Times,
+    /// Medians, in nanoseconds.
+    pub ours: Times,
+    /// Ours : QEMU's; least, median and greatest of the rounds.
+    pub ratio: [[f64; 3]; 2],
+}
+
+impl Row {
+    fn new(name: &'static str, qemu: &[Times], ours: &[Times]) -> Self {
+        let column = |times: &[Times], what: usize| times.iter().map(|t| t[what]).collect();
+        let ratio = |what: usize| {
+            let pairs = qemu.iter().zip(ours);
+            let mut ratios: Vec<_> = pairs.map(|(q, o)| o[what] / q[what]).collect();
+            ratios.sort_by(f64::total_cmp);
+            [
+                ratios[0],
+                ratios[ratios.len() / 2],
+                ratios[ratios.len() - 1],
+            ]
+        };
+        Self {
+            name,
+            qemu: [0, 1].map(|what| median(column(qemu, what))),
+            ours: [0, 1].map(|what| median(column(ours, what))),
+            ratio: [0, 1].map(ratio),
+        }
+    }
+}
+
+fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> {
+    let place = Workplace::new("bench");
+    let daemon = Daemon::start(&place, CONFIG);
+    let mut arguments = daemon.qemu_args.clone();
+    let daemon = match iommu {
+        Iommu::Daemon => Some(daemon),
+        Iommu::Qemu => {
+            daemon.stop();
+            arguments = with_qemus_own(arguments);
+            None
+        }
+    };
+    let mut extra = vec!["-smp".to_owned(), "2".to_owned()];
+    for address in ["06.0", "07.0"] {
+        extra.extend(["-device".to_owned(), format!("edu,addr={address}")]);
+    }
+    let options = VmOptions {
+        kernel,
+        append: "iommu.strict=1".into(),
+        iommu: arguments,
+        extra,
+    };
+    let mut vm = Vm::start(setup, &place, "vm", &options);
+    vm.wait_until_up();
+    vm.run("mount -t debugfs debugfs /sys/kernel/debug");
+    let driver = format!("/sys/bus/pci/devices/{DMA}/driver_override");
+    vm.run(&format!("echo dma_map_benchmark >{driver}"));
+    vm.run(&format!("echo {DMA} >/sys/bus/pci/drivers_probe"));
+    vm.run("ls /sys/kernel/debug/dma_map_benchmark");
+    vm.run(&format!("vfio_bind {VFIO}"));
+    let mut times = Vec::new();
+    for (_, mode, command) in MEASURES {
+        if mode == "DMA-FQ" {
+            set_mode(&mut vm, mode);
+        }
+        if !mode.is_empty() {
+            let now = vm.run(&format!("cat /sys/bus/pci/devices/{DMA}/iommu_group/type"));
+            assert_eq!(now, [mode], "the guest's mode");
+        }
+        let answer = vm.run_within(command, RUN).join("");
+        times.push(parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}")));
+    }
+    vm.kill();
+    drop(daemon);
+    times
+}
+
+/// Gives the device's group another mode, which it takes while no driver is bound.
+fn set_mode(vm: &mut Vm, mode: &str) {
+    let device = format!("/sys/bus/pci/devices/{DMA}");
+    vm.run(&format!("echo {DMA} >{device}/driver/unbind"));
+    vm.run(&format!("echo {mode} >{device}/iommu_group/type"));
+    vm.run(&format!("echo {DMA} >/sys/bus/pci/drivers_probe"));
+}
+
+/// QEMU's arguments for the daemon, as they are for the same machine with QEMU's own device.
+fn with_qemus_own(arguments: Vec<String>) -> Vec<String> {
+    let mut own = Vec::new();
+    let mut words = arguments.into_iter();
+    while let (Some(option), Some(value)) = (words.next(), words.next()) {
+        match option.as_str() {
+            "-chardev" | "-acpitable" => {}
+            "-device" => own.extend([option, "virtio-iommu-pci,addr=05.0".into()]),
+            _ => own.extend([option, value]),
+        }
+    }
+    own
+}
+
+/// The kernel of the L1 machine, which has the benchmark, as a guest.
+fn host_kernel() -> Kernel {
+    let variable = |name: &str| {
+        std::env::var(name)
+            .unwrap_or_else(|_| panic!("{name} is not set; run qemu-scripts/bench.sh"))
+    };
+    Kernel {
+        version: variable("VIOMMU_HOST_KERNEL_RELEASE"),
+        image: variable("VIOMMU_HOST_KERNEL").into(),
+        initramfs: variable("VIOMMU_L2_INITRAMFS").into(),
+    }
+}
+
+/// "map 1200 unmap 900".
+fn parse(answer: &str) -> Option<Times> {
+    let mut words = answer.split_whitespace();
+    (words.next()? == "map").then_some(())?;
+    let map = words.next()?.parse().ok()?;
+    (words.next()? == "unmap").then_some(())?;
+    Some([map, words.next()?.parse().ok()?])
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+fn print_table(rows: &[Row], rounds: usize) {
+    println!(
+        "| measure | | QEMU's own, us | the daemon, us | ratio | least to greatest of {rounds} |"
+    );
+    println!("|---|---|---|---|---|---|");
+    for row in rows {
+        for (what, name) in ["map", "unmap"].into_iter().enumerate() {
+            let [least, ratio, greatest] = row.ratio[what];
+            println!(
+                "| {} | {name} | {:.1} | {:.1} | {ratio:.2} | {least:.2} to {greatest:.2} |",
+                row.name.replace('_', " "),
+                row.qemu[what] / 1e3,
+                row.ours[what] / 1e3,
+            );
+        }
+    }
+}
+
+fn figures(rows: &[Row]) -> serde_json::Value {
+    let all = rows.iter().map(|row| {
+        let value = json!({
+            "map_ratio": row.ratio[0][1],
+            "unmap_ratio": row.ratio[1][1],
+            "map_ns": row.ours[0],
+            "unmap_ns": row.ours[1],
+            "qemu_map_ns": row.qemu[0],
+            "qemu_unmap_ns": row.qemu[1],
+        });
+        (row.name.to_owned(), value)
+    });
+    all.collect::<serde_json::Map<_, _>>().into()
+}
+
+/// The value after `name` on the command line.
+fn option(name: &str) -> Option<String> {
+    let mut words = std::env::args().skip_while(|word| word != name);
+    words.next()?;
+    words.next()
+}
