@@ -93,6 +93,8 @@ pub struct Device {
 #[derive(Default)]
 struct Requests {
     queue: RequestQueue,
+    /// Guest memory, as in the device's own `memory`.
+    memory: Option<Arc<GuestMemoryMmap>>,
     ring: Option<VringRwLock>,
     /// Where the ring was when it was stopped, until a pass finds it running again.
     stopped: Option<RingState>,
@@ -267,18 +269,22 @@ impl Device {
 
     fn serve_batch(&self, ring: &VringRwLock) -> Pass {
         let mut requests = self.requests.lock();
-        // Only a ring that runs says where it goes on.
-        let running = is_running(&ring.get_ref());
-        let (true, Some(memory)) = (running, self.memory()) else {
+        let Some(memory) = requests.memory.clone() else {
             return Pass::Stopped;
         };
-        if let Some(stopped) = requests.stopped.take() {
-            self.restart(&mut requests, ring, &memory, &stopped);
-        }
-        if requests.ring.is_none() {
-            requests.ring = Some(ring.clone());
-            // The VMM has all its devices by now.
-            self.iommu.lock().settle_unattached();
+        if requests.stopped.is_some() || requests.ring.is_none() {
+            // Only a ring that runs says where it goes on.
+            if !is_running(&ring.get_ref()) {
+                return Pass::Stopped;
+            }
+            if let Some(stopped) = requests.stopped.take() {
+                self.restart(&mut requests, ring, &memory, &stopped);
+            }
+            if requests.ring.is_none() {
+                requests.ring = Some(ring.clone());
+                // The VMM has all its devices by now.
+                self.iommu.lock().settle_unattached();
+            }
         }
         let mut iommu = self.iommu.lock();
         let mut context = Context {
@@ -401,11 +407,13 @@ impl VhostUserBackend for Device {
             Err(cause) => {
                 error_limited!("the frontend's memory is refused: {cause}");
                 *self.memory.lock() = None;
+                requests.memory = None;
                 self.iommu.lock().set_memory(Vec::new());
                 return Err(cause);
             }
         }
-        *self.memory.lock() = Some(memory);
+        *self.memory.lock() = Some(memory.clone());
+        requests.memory = Some(memory);
         self.memory_changes.fetch_add(1, Ordering::Release);
         // Requests that could not be read before may be there now, and nobody kicks for them.
         requests.queue.broken = false;

@@ -15,8 +15,9 @@
 //! - A gap longer than the longest window: the window is halved, and nothing is polled below 2 us.
 //! - A gap that polling met: the window shrinks slowly towards four times that gap.
 //!
-//! Where the processor is taken away from a worker that polls, somebody else needs it more: polling
-//! pauses, for 1 ms and each time for twice as long, up to 100 ms.
+//! Where the processor is taken away from a worker that polls, somebody else needs it more; where a
+//! request comes as soon as the worker has given up, its driver may have had to wait for the worker's
+//! processor. Then polling pauses, for 1 ms and each time for twice as long, up to 100 ms.
 
 use std::hint::spin_loop;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ const SHORTEST: Duration = Duration::from_micros(2);
 const LOOKS: u32 = 16;
 /// Nobody was here for so long: another thread had the processor.
 const TAKEN_AWAY: Duration = Duration::from_micros(150);
+/// A request that comes so soon after a window in vain has waited for its end.
+const AT_ONCE: Duration = Duration::from_micros(15);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// Windows in which requests came that make up for one in which the processor was taken away.
@@ -50,6 +53,8 @@ pub struct Polling {
     window: Duration,
     /// Since when the ring has been empty, where it has.
     empty_since: Option<Instant>,
+    /// When the last window was over, where nothing came in it.
+    in_vain: Option<Instant>,
     paused_until: Option<Instant>,
     pause: Duration,
     /// Windows in which requests came since the last pause.
@@ -63,6 +68,7 @@ impl Polling {
             longest,
             window: Duration::ZERO,
             empty_since: None,
+            in_vain: None,
             paused_until: None,
             pause: FIRST_PAUSE,
             paid: 0,
@@ -88,10 +94,11 @@ impl Polling {
             }
             let now = Instant::now();
             if now - seen > TAKEN_AWAY {
-                self.taken_away(now);
+                self.short_of_processors(now);
                 return Look::Over;
             }
             if now - began >= self.window {
+                self.in_vain = Some(now);
                 return Look::Over;
             }
             seen = now;
@@ -103,7 +110,11 @@ impl Polling {
         let Some(since) = self.empty_since.take() else {
             return;
         };
-        self.slept_through(since.elapsed());
+        let now = Instant::now();
+        match self.in_vain.take() {
+            Some(over) if now - over < AT_ONCE => self.short_of_processors(now),
+            Some(_) | None => self.slept_through(now - since),
+        }
     }
 
     fn slept_through(&mut self, gap: Duration) {
@@ -130,7 +141,7 @@ impl Polling {
         }
     }
 
-    fn taken_away(&mut self, now: Instant) {
+    fn short_of_processors(&mut self, now: Instant) {
         self.paused_until = Some(now + self.pause);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         self.paid = 0;
@@ -233,7 +244,7 @@ mod tests {
         assert_eq!(polling.look(|| panic!("not to be asked")), Look::None);
         assert_eq!(polling.pause, FIRST_PAUSE * 2);
         for _ in 0..20 {
-            polling.taken_away(Instant::now());
+            polling.short_of_processors(Instant::now());
         }
         assert_eq!(polling.pause, LONGEST_PAUSE);
         for _ in 0..FORGIVEN {
@@ -242,5 +253,25 @@ mod tests {
         assert_eq!(polling.pause, LONGEST_PAUSE / 2);
         polling.paused_until = Some(Instant::now());
         assert_eq!(polling.look(|| true), Look::Found);
+    }
+
+    #[test]
+    fn a_driver_that_waits_for_the_worker_to_sleep_is_let_alone() {
+        let mut polling = polling(50);
+        let began = Instant::now();
+        polling.empty_since = Some(began);
+        polling.in_vain = Some(began);
+        polling.woken();
+        // Unless this thread was kept from running meanwhile.
+        if began.elapsed() < AT_ONCE {
+            assert!(polling.paused_until.is_some());
+            assert_eq!(polling.window, us(50));
+        }
+        polling.empty_since = Some(began);
+        polling.in_vain = Some(began);
+        polling.paused_until = None;
+        std::thread::sleep(AT_ONCE);
+        polling.woken();
+        assert_eq!(polling.paused_until, None);
     }
 }
