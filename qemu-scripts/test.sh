@@ -94,7 +94,29 @@ suite_guest() {
 # What of the test program vfio_host is about vfio-user, and belongs to the suite emulated.
 VFIO_USER_TESTS="export:: mixed::"
 
-# in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one.
+# apart NAME COMMAND...: begins a command, which writes NAME.log and, at its end, its status into NAME.status.
+apart() {
+    local name=$1
+    shift
+    rm -f "$LOGS/$name.status"
+    {
+        local status=0
+        "$@" </dev/null >"$LOGS/$name.log" 2>&1 || status=$?
+        echo $status >"$LOGS/$name.status"
+    } &
+}
+
+# outcome NAME: waits for a command that was begun apart; its output and its status.
+outcome() {
+    while [ ! -s "$LOGS/$1.status" ]; do
+        sleep 0.2
+    done
+    cat "$LOGS/$1.log"
+    return "$(cat "$LOGS/$1.status")"
+}
+
+# in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one. Both kinds
+# of it side by side: the tests wait for devices longer than they work.
 in_l1() {
     local suite=$1 iommu program build=(cargo test --locked --test vfio_host --no-run)
     shift
@@ -106,9 +128,13 @@ in_l1() {
         return
     fi
     for iommu in vtd amd; do
-        step "$suite: $iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
+        apart "l1-$suite-$iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
             --log "$LOGS/l1-$suite-$iommu-console.log" -- "$program" --ignored --test-threads=1 "$@"
     done
+    for iommu in vtd amd; do
+        step "$suite: $iommu" outcome "l1-$suite-$iommu"
+    done
+    wait
 }
 
 suite_passthrough() {
