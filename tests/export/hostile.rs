@@ -180,3 +180,14 @@ fn a_device_that_fails_is_let_go_of_all_the_same() {
     rig.device.state().error = None;
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
+
+/// Takes ten seconds.
+#[test]
+fn a_client_that_says_nothing_is_not_waited_for_for_ever() {
+    let rig = Rig::new();
+    let mut silent = rig.connect();
+    let mut next = rig.connect();
+    next.ask(VERSION, &version_body("{}"), &[]);
+    assert_eq!(next.recv().expect("an answer").errno(), 0);
+    assert!(silent.is_closed());
+}
