@@ -128,7 +128,7 @@ measure() {
 
 # cell WAY LOAD: the median, lowest and highest of what was measured: MB/s, or requests a second where these are small.
 cell() {
-    awk -v way="$1" -v load="$2" '$1 == way && $2 == load { print $4 > 4096 ? $3 * $4 / 1e6 : $3 }' "$work/figures" |
+    awk -v way="$1" -v load="$2" '$1 == way && $2 == load { print ($4 > 4096 ? $3 * $4 / 1e6 : $3) }' "$work/figures" |
         sort -n | awk '{ v[NR] = $1 } END { printf "%.0f (%.0f to %.0f)", v[int((NR + 1) / 2)], v[1], v[NR] }'
 }
 
