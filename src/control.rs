@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use log::{debug, warn};
+use log::warn;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -156,7 +156,7 @@ fn serve(listener: &UnixListener, epoll: &Epoll, stop: &Stop, subjects: &Subject
         match client {
             Ok(stream) => {
                 if let Err(cause) = answer(&stream, subjects) {
-                    debug!("a control client got no answer: {cause}");
+                    warn_limited!("a control client got no answer: {cause}");
                 }
                 *stop.client.lock() = None;
             }
@@ -206,9 +206,14 @@ fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
         stream,
         until: Instant::now() + patience,
     };
-    let mut line = String::new();
-    BufReader::new(bounded(QUESTION_PATIENCE).take(MAX_LINE)).read_line(&mut line)?;
+    let mut line = Vec::new();
+    BufReader::new(bounded(QUESTION_PATIENCE).take(MAX_LINE + 1)).read_until(b'\n', &mut line)?;
     let mut out = BufWriter::new(bounded(ANSWER_PATIENCE));
+    let line = match str::from_utf8(&line) {
+        Ok(line) if line.len() as u64 <= MAX_LINE => line,
+        Ok(_) => "(too long)",
+        Err(_) => "(no text)",
+    };
     let words: Vec<_> = line.split_whitespace().collect();
     let document = match words.as_slice() {
         ["status"] => status(subjects),
@@ -218,8 +223,14 @@ fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
             None => refusal("the domain is a number"),
         },
         ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
-        _ => refusal("the request is one of: status | mappings [DOMAIN] | translate ENDPOINT IOVA"),
+        _ => refusal(
+            "the request is one of: status | mappings [DOMAIN] | translate ENDPOINT IOVA, in one line \
+             of up to 256 bytes",
+        ),
     };
+    if let Some(why) = document.get("error").and_then(Value::as_str) {
+        warn_limited!("a control client is refused: {why}");
+    }
     writeln!(out, "{document}")?;
     out.flush()
 }

@@ -46,7 +46,7 @@ fn garbage() -> Vec<(&'static str, Vec<u8>, usize)> {
     ]
 }
 
-fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
+pub fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
     let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
     let mut all = garbage();
     all.extend([
@@ -84,7 +84,7 @@ fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
     all
 }
 
-fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
+pub fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
     let mut all = garbage();
     all.extend([
         ("a reply to nothing", bytes(77, RESET, REPLY, 0, &[]), 0),
@@ -108,7 +108,7 @@ fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
     all
 }
 
-fn send(peer: &mut Peer, bytes: &[u8], descriptors: usize) {
+pub fn send(peer: &mut Peer, bytes: &[u8], descriptors: usize) {
     let null = File::open("/dev/null").expect("open");
     peer.send_raw(bytes, &vec![null.as_fd(); descriptors]);
 }

@@ -16,3 +16,4 @@ mod forwarding;
 mod hostile;
 mod peer;
 mod rig;
+mod sockets;
