@@ -143,6 +143,8 @@ pub(super) struct Pulse {
     pub(super) told: bool,
     /// Bytes that wait to be sent.
     pub(super) bytes: usize,
+    /// Descriptors that wait with them.
+    pub(super) descriptors: usize,
     /// The client's commands without a reply.
     pub(super) commands: usize,
     /// The last server has not hung up yet, and no other is wanted before.
@@ -255,6 +257,7 @@ impl Link {
             up: connection.is_some_and(|c| c.terms.is_some()),
             told: connection.is_none_or(|c| c.backlog.is_empty()),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
+            descriptors: connection.map_or(0, |c| c.outbox.len_descriptors()),
             commands: connection.map_or(0, |c| c.commands),
             parting: state.parting.is_some(),
         }

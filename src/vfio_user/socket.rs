@@ -145,6 +145,8 @@ pub struct Outbox {
     queue: VecDeque<Outgoing>,
     /// Bytes in the queue that are not sent.
     bytes: usize,
+    /// Descriptors in the queue.
+    descriptors: usize,
 }
 
 #[derive(Debug)]
@@ -159,6 +161,7 @@ impl Outbox {
     /// Adds a message, header and all. It has no more than [`MAX_DESCRIPTORS`] descriptors.
     pub fn push(&mut self, bytes: Vec<u8>, descriptors: Vec<Descriptor>) {
         self.bytes += bytes.len();
+        self.descriptors += descriptors.len();
         self.queue.push_back(Outgoing {
             bytes,
             sent: 0,
@@ -176,6 +179,11 @@ impl Outbox {
         self.bytes
     }
 
+    /// Descriptors that wait, and are open here for so long.
+    pub fn len_descriptors(&self) -> usize {
+        self.descriptors
+    }
+
     /// Sends what the socket takes.
     ///
     /// # Errors
@@ -186,6 +194,7 @@ impl Outbox {
             let Some(sent) = send_some(socket.as_fd(), rest, &first.descriptors)? else {
                 return Ok(());
             };
+            self.descriptors = self.descriptors.saturating_sub(first.descriptors.len());
             first.descriptors.clear();
             first.sent += sent;
             self.bytes = self.bytes.saturating_sub(sent);
@@ -370,7 +379,7 @@ mod tests {
             }
         };
         assert_eq!((message.body, message.descriptors.len()), (body, 1));
-        assert_eq!(outbox.len_bytes(), 0);
+        assert_eq!((outbox.len_bytes(), outbox.len_descriptors()), (0, 0));
         there.set_nonblocking(true).expect("set");
         assert!(there.read(&mut [0]).is_err(), "nothing is left");
     }

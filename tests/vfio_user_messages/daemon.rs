@@ -2,16 +2,18 @@
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::peer::{
-    DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, Peer, REGION_READ, VERSION, dma, region, version_body,
+    DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, Peer, REGION_READ, SET_IRQS, VERSION, bytes,
+    dma, irqs, region, version_body,
 };
 use crate::rig::{CLIENT_TEXT, Handled, Played, accept, eventually, play};
 
@@ -165,7 +167,7 @@ fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
     guest.add_region(crate::common::memory::Region::new(gpa, 0x1000));
     assert_eq!(guest.map_page(1, IOVA, gpa), 0);
     eventually("a window", || played.windows().contains(&IOVA));
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     guest.remove_region(gpa);
     assert!(
         begun.elapsed() < Duration::from_secs(4),
@@ -175,6 +177,27 @@ fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
     assert!(played.windows().is_empty());
     assert!(guest.take_event(SOON).is_some());
     assert!(!vm.daemon.log().contains("cut off"), "{}", vm.daemon.log());
+}
+
+#[test]
+fn a_server_that_does_not_listen_fills_no_table_of_descriptors() {
+    let vm = Vm::new("messages");
+    let (client, _server) = vm.raw_pair();
+    let before = vm.daemon.fd_count();
+    // Nobody answers these, and nobody takes them in.
+    let null = std::fs::File::open("/dev/null").expect("open");
+    let body = irqs(0x24, 2, 0, 1);
+    let message = bytes(0, SET_IRQS, NO_REPLY, 0, &body);
+    client.stream.set_nonblocking(true).expect("set");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_millis(700) {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&null);
+        if client.stream.send_with_fds(&[&message[..]], &[fd]).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    let more = vm.daemon.fd_count() - before;
+    assert!((200..400).contains(&more), "{more} more descriptors");
 }
 
 #[test]

@@ -22,6 +22,9 @@ use crate::warn_limited;
 
 /// The most commands of the client's that wait for replies; the next ones wait unread.
 const MAX_COMMANDS: usize = 64;
+/// While this many descriptors wait to be sent to the server, nothing more is taken in: a process may
+/// have only so many open.
+const MAX_WAITING_DESCRIPTORS: usize = 256;
 /// How long a client may take to say VERSION, while others wait.
 const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -211,7 +214,8 @@ impl Client {
                     || (pulse.up
                         && pulse.told
                         && pulse.commands < MAX_COMMANDS
-                        && pulse.bytes < MAX_WAITING)
+                        && pulse.bytes < MAX_WAITING
+                        && pulse.descriptors < MAX_WAITING_DESCRIPTORS)
             }
         }
     }
