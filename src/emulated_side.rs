@@ -3,15 +3,18 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use log::info;
+use parking_lot::Mutex;
 
+use crate::address::Access;
 use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{
     EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser, Watch,
 };
 use crate::config::{self, Config};
-use crate::fault_queue::{FaultDelivery, FaultQueue};
+use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason};
 use crate::metrics::Metrics;
@@ -74,6 +77,8 @@ impl EmulatedSide {
 /// Where the interposers leave what they have refused.
 pub struct Refusals {
     queue: Arc<FaultQueue<Fault>>,
+    /// No device keeps the others' faults from the guest.
+    budgets: Mutex<Budgets>,
     metrics: Arc<Metrics>,
 }
 
@@ -82,6 +87,7 @@ impl Refusals {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             queue: Arc::default(),
+            budgets: Mutex::default(),
             metrics,
         }
     }
@@ -116,7 +122,10 @@ impl FaultSink for Refusals {
             access: refused.access,
             address: refused.address,
         };
-        if !self.queue.push(fault) {
+        // That an endpoint is stopped is no access of the device's, and is always said.
+        let may = refused.access == Access::NONE
+            || self.budgets.lock().take(fault.endpoint, Instant::now());
+        if !(may && self.queue.push(fault)) {
             self.metrics.faults_dropped.inc();
         }
     }
@@ -127,12 +136,12 @@ mod tests {
     use std::sync::mpsc::sync_channel;
 
     use super::*;
-    use crate::address::{Access, Iova};
+    use crate::address::Iova;
     use crate::fault_queue::MAX_WAITING;
 
-    fn refused(address: u64, why: Refusal) -> RefusedAccess {
+    fn refused(endpoint: u32, address: u64, why: Refusal) -> RefusedAccess {
         RefusedAccess {
-            endpoint: EndpointId(8),
+            endpoint: EndpointId(endpoint),
             why,
             access: Access::READ,
             address: Iova(address),
@@ -149,24 +158,41 @@ mod tests {
             (Refusal::Stopped, FaultReason::Unknown),
         ];
         let each = || (0..MAX_WAITING as u64).zip(reasons.into_iter().cycle());
-        for (address, (why, _)) in each() {
-            refusals.refused(&refused(address, why));
+        for (number, (why, _)) in each() {
+            // Each endpoint has a few.
+            let endpoint = u32::try_from(number % 8).expect("small");
+            refusals.refused(&refused(endpoint, number, why));
         }
         assert_eq!(metrics.faults_dropped.get(), 0);
-        refusals.refused(&refused(0, Refusal::NotMapped));
+        refusals.refused(&refused(9, 0, Refusal::NotMapped));
         assert_eq!(metrics.faults_dropped.get(), 1);
         let (sender, told) = sync_channel(MAX_WAITING);
         let tell = move |fault: &Fault| sender.send(*fault).expect("room");
         let delivery = refusals.deliver(tell).expect("a thread");
-        for (address, (_, reason)) in each() {
+        for (number, (_, reason)) in each() {
             let fault = told.recv().expect("told");
-            assert_eq!((fault.address, fault.reason), (Iova(address), reason));
-            assert_eq!(
-                (fault.endpoint, fault.access),
-                (EndpointId(8), Access::READ)
-            );
+            assert_eq!((fault.address, fault.reason), (Iova(number), reason));
+            assert_eq!(u64::from(fault.endpoint.0), number % 8);
+            assert_eq!(fault.access, Access::READ);
         }
         drop(delivery);
         assert!(told.recv().is_err(), "nothing else");
+    }
+
+    #[test]
+    fn one_endpoint_does_not_take_the_room_of_the_others() {
+        let metrics = Arc::new(Metrics::default());
+        let refusals = Refusals::new(metrics.clone());
+        for number in 0..1000 {
+            refusals.refused(&refused(1, number, Refusal::NotMapped));
+        }
+        let dropped = metrics.faults_dropped.get();
+        assert!(dropped > 800, "{dropped}");
+        refusals.refused(&refused(2, 0, Refusal::NotMapped));
+        refusals.refused(&RefusedAccess {
+            access: Access::NONE,
+            ..refused(1, 0, Refusal::Stopped)
+        });
+        assert_eq!(metrics.faults_dropped.get(), dropped);
     }
 }

@@ -3,16 +3,24 @@
 //! Who notices one must not wait: it moves messages that the core may be waiting for, or holds the core
 //! itself. Delivering one takes locks. So it is left here, and a thread of its own delivers it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use log::warn;
 use parking_lot::{Condvar, Mutex};
 
+use crate::ids::EndpointId;
+
 /// The most that wait; what comes then is not taken.
 pub const MAX_WAITING: usize = 256;
+
+/// Faults of one endpoint that are passed on at once.
+const BURST: u32 = 64;
+/// And after that one in this time.
+const REFILL: Duration = Duration::from_millis(10);
 
 /// What waits for being delivered, first in, first out.
 #[derive(Debug)]
@@ -120,11 +128,67 @@ impl Drop for FaultDelivery {
     }
 }
 
+/// How many faults of each endpoint are passed on: 64 at once, and after that one in 10 ms.
+#[derive(Debug, Default)]
+pub struct Budgets {
+    /// Of endpoints that have had faults.
+    endpoints: BTreeMap<EndpointId, Budget>,
+}
+
+impl Budgets {
+    /// Whether a fault of `endpoint` at `now` is passed on.
+    pub fn take(&mut self, endpoint: EndpointId, now: Instant) -> bool {
+        let budget = self.endpoints.entry(endpoint);
+        budget.or_insert(Budget::new(now)).take(now)
+    }
+}
+
+#[derive(Debug)]
+struct Budget {
+    left: u32,
+    since: Instant,
+}
+
+impl Budget {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: BURST,
+            since: now,
+        }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let elapsed = now.saturating_duration_since(self.since).as_millis();
+        let earned = u32::try_from(elapsed / REFILL.as_millis()).unwrap_or(u32::MAX);
+        if earned > 0 {
+            self.left = self.left.saturating_add(earned).min(BURST);
+            self.since = now;
+        }
+        let taken = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        taken
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::sync_channel;
 
     use super::*;
+
+    #[test]
+    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
+        let mut budgets = Budgets::default();
+        let (one, other) = (EndpointId(1), EndpointId(2));
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let passed = (0..1000).filter(|_| budgets.take(one, start)).count();
+        assert_eq!(passed, 64);
+        assert!(!budgets.take(one, at(9)));
+        assert!(budgets.take(other, at(9)), "it has its own");
+        assert!(budgets.take(one, at(10)));
+        assert!(!budgets.take(one, at(11)));
+    }
 
     #[test]
     fn what_there_is_room_for_is_delivered_in_order_until_the_end() {

@@ -18,7 +18,7 @@ use super::registry::{Reader, Registry};
 use super::sys::receive;
 use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
 use crate::address::{Access, Iova};
-use crate::fault_queue::{FaultDelivery, FaultQueue};
+use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::socket::{SocketFile, bind};
 use crate::warn_limited;
@@ -27,10 +27,6 @@ use crate::warn_limited;
 const GREETING: Duration = Duration::from_secs(2);
 /// The most processes that are connected and have not said it.
 const MAX_STRANGERS: usize = 16;
-/// Faults of one endpoint that are passed on at once.
-const FAULT_BURST: u32 = 64;
-/// And after that one in this time.
-const FAULT_REFILL: Duration = Duration::from_millis(10);
 /// Frames read from one reader before another one gets its turn.
 const FRAMES_PER_TURN: usize = 64;
 /// How long the sockets rest where a process cannot be accepted.
@@ -103,7 +99,7 @@ impl ShadowServer {
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
             faults: queue.clone(),
-            budgets: BTreeMap::new(),
+            budgets: Budgets::default(),
         };
         let delivery = FaultDelivery::start("shadow-faults", queue, faults)?;
         let thread = std::thread::Builder::new()
@@ -156,8 +152,8 @@ struct Served {
     connections: BTreeMap<u64, Connection>,
     next: u64,
     faults: Arc<FaultQueue<RefusedAccess>>,
-    /// By endpoint, of those that have had faults: a process that comes anew finds what is left.
-    budgets: BTreeMap<EndpointId, Budget>,
+    /// A process that comes anew finds what its endpoint has left.
+    budgets: Budgets,
 }
 
 struct Connection {
@@ -452,11 +448,9 @@ impl Served {
                     access,
                     address: Iova(address),
                 };
-                let budget = self.budgets.entry(fault.endpoint);
                 let counters = self.registry.counters();
-                if budget.or_insert_with(Budget::new).take(Instant::now())
-                    && self.faults.push(fault)
-                {
+                let may = self.budgets.take(fault.endpoint, Instant::now());
+                if may && self.faults.push(fault) {
                     counters.faults.inc();
                 } else {
                     counters.faults_suppressed.inc();
@@ -465,48 +459,5 @@ impl Served {
             }
             _ => Err("says what no reader says"),
         }
-    }
-}
-
-/// How many faults of one endpoint are passed on.
-struct Budget {
-    left: u32,
-    since: Instant,
-}
-
-impl Budget {
-    fn new() -> Self {
-        Self {
-            left: FAULT_BURST,
-            since: Instant::now(),
-        }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let elapsed = now.saturating_duration_since(self.since).as_millis();
-        let earned = u32::try_from(elapsed / FAULT_REFILL.as_millis()).unwrap_or(u32::MAX);
-        if earned > 0 {
-            self.left = self.left.saturating_add(earned).min(FAULT_BURST);
-            self.since = now;
-        }
-        let taken = self.left > 0;
-        self.left = self.left.saturating_sub(1);
-        taken
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
-        let mut budget = Budget::new();
-        let start = budget.since;
-        let passed = (0..1000).filter(|_| budget.take(start)).count();
-        assert_eq!(passed, 64);
-        assert!(!budget.take(start + Duration::from_millis(9)));
-        assert!(budget.take(start + Duration::from_millis(10)));
-        assert!(!budget.take(start + Duration::from_millis(11)));
     }
 }
