@@ -8,11 +8,13 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2, EP3};
 use common::guest::{Guest, Setup};
+use common::memory::Region;
 use common::wire;
 use tempfile::TempDir;
 use vhost_device_iommu::args::Question;
@@ -159,5 +161,39 @@ fn the_configuration_says_who_may_come_and_how_long_they_may_stay() {
         begun.elapsed()
     });
     assert!(left >= Duration::from_millis(1200), "{left:?}");
+    assert_eq!(daemon.status()["readers"]["killed"], 0);
+}
+
+#[test]
+fn faults_hold_nobody_up_while_memory_comes_and_goes() {
+    let folder = TempDir::new().expect("a folder");
+    let (daemon, path) = daemon(folder.path());
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), 0);
+    let over = AtomicBool::new(false);
+    let took = std::thread::scope(|scope| {
+        let (over, path) = (&over, &path);
+        scope.spawn(move || {
+            let reader = reader(path, EP);
+            while !over.load(Ordering::Relaxed) {
+                // Judging these takes the lock that whoever changes memory holds.
+                let memory = reader.memory();
+                memory
+                    .read_obj::<u8>(GuestAddress(0x9000))
+                    .expect_err("not mapped");
+            }
+        });
+        daemon.wait_for("the reader's faults", || {
+            daemon.status()["readers"]["faults_suppressed"] != 0
+        });
+        let begun = Instant::now();
+        for _ in 0..50 {
+            guest.add_region(Region::new(0x8_0000_0000, 0x1000));
+            guest.remove_region(0x8_0000_0000);
+        }
+        over.store(true, Ordering::Relaxed);
+        begun.elapsed()
+    });
+    assert!(took < Duration::from_secs(5), "{took:?}");
     assert_eq!(daemon.status()["readers"]["killed"], 0);
 }
