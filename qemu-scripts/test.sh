@@ -63,7 +63,7 @@ plain_tests() {
         name=${name%/main.rs}
         name=${name%.rs}
         case $name in
-        emulated | guest | hostile | vfio_host | '*') ;;
+        emulated | guest | hostile | kills | vfio_host | '*') ;;
         *) echo "--test=$name" ;;
         esac
     done
@@ -149,6 +149,7 @@ suite_emulated() {
     # The tests start it.
     step "emulated: the device" cargo build --locked --example nvme
     step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
+    step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored
     # shellcheck disable=SC2086 # a list
     in_l1 emulated $VFIO_USER_TESTS
 }
