@@ -149,7 +149,7 @@ suite_emulated() {
     # The tests start it.
     step "emulated: the device" cargo build --locked --example nvme
     step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
-    step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored
+    step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored --test-threads=1
     # shellcheck disable=SC2086 # a list
     in_l1 emulated $VFIO_USER_TESTS
 }
