@@ -141,7 +141,7 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> 
     let place = Workplace::new("bench");
     let daemon = Daemon::start(&place, CONFIG);
     let mut arguments = daemon.qemu_args.clone();
-    let daemon = match iommu {
+    let mut daemon = match iommu {
         Iommu::Daemon => Some(daemon),
         Iommu::Qemu => {
             daemon.stop();
@@ -176,12 +176,26 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> 
             let now = vm.run(&format!("cat /sys/bus/pci/devices/{DMA}/iommu_group/type"));
             assert_eq!(now, [mode], "the guest's mode");
         }
+        let before = daemon.as_mut().map(polled);
         let answer = vm.run_within(command, RUN).join("");
+        if let (Some((polls, ns)), Some(daemon)) = (before, &mut daemon) {
+            let (more, waited) = polled(daemon);
+            let each = (waited - ns) as f64 / (more - polls).max(1) as f64;
+            eprintln!("    {command}: {each:.0} ns from an answer to the next request");
+        }
         times.push(parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}")));
     }
     vm.kill();
     drop(daemon);
     times
+}
+
+/// How often the daemon's worker waited for the guest without sleeping, and how long in all.
+fn polled(daemon: &mut Daemon) -> (u64, u64) {
+    let status = daemon.status().0;
+    ["polls_paid", "polls_paid_ns"]
+        .map(|key| status["worker"][key].as_u64().unwrap_or(0))
+        .into()
 }
 
 /// Gives the device's group another mode, which it takes while no driver is bound.

@@ -290,6 +290,7 @@ fn status(subjects: &Subjects) -> Value {
         "worker": {
             "wakeups": metrics.wakeups.get(),
             "polls_paid": metrics.polls_paid.get(),
+            "polls_paid_ns": metrics.polls_paid_ns.get(),
             "polls_unpaid": metrics.polls_unpaid.get(),
         },
         "chains_refused": metrics.chains_refused.get(),

@@ -12,6 +12,11 @@ impl Counter {
         self.0.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Adds `more`.
+    pub fn add(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
     /// The number so far.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
@@ -34,6 +39,9 @@ pub struct Metrics {
     pub wakeups: Counter,
     /// Times the worker looked at the empty request ring and requests came.
     pub polls_paid: Counter,
+    /// Nanoseconds until they came, in all: where a guest asks for one thing after the other, its own
+    /// part of the time.
+    pub polls_paid_ns: Counter,
     /// Times it did and none came, or was too short of processor time for it.
     pub polls_unpaid: Counter,
     /// Faults the guest was told of.

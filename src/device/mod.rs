@@ -232,17 +232,18 @@ impl Device {
             match self.serve_batch(ring) {
                 Pass::Served => {}
                 Pass::Stopped => return,
-                Pass::Empty if self.poll(ring, &mut polling) == Look::Found => {}
+                Pass::Empty if self.poll(ring, &mut polling) => {}
                 Pass::Empty if self.ask_for_kick(ring) => {}
                 Pass::Empty => return,
             }
         }
     }
 
-    /// Looks at the ring without a lock that anybody else wants.
-    fn poll(&self, ring: &VringRwLock, polling: &mut Polling) -> Look {
+    /// Looks at the ring without a lock that anybody else wants. Returns whether there may be
+    /// something.
+    fn poll(&self, ring: &VringRwLock, polling: &mut Polling) -> bool {
         let Some(memory) = self.memory() else {
-            return Look::Over;
+            return false;
         };
         let changes = self.memory_changes.load(Ordering::Acquire);
         let view = GuestView::new(&memory);
@@ -253,11 +254,15 @@ impl Device {
                 || self.memory_changes.load(Ordering::Relaxed) != changes
         });
         match look {
-            Look::Found => self.metrics.polls_paid.inc(),
+            Look::Found(gap) => {
+                self.metrics.polls_paid.inc();
+                let gap = u64::try_from(gap.as_nanos()).unwrap_or(u64::MAX);
+                self.metrics.polls_paid_ns.add(gap);
+            }
             Look::Over => self.metrics.polls_unpaid.inc(),
             Look::None => {}
         }
-        look
+        matches!(look, Look::Found(_))
     }
 
     /// Whether requests have come meanwhile, for which the driver may not notify.

@@ -38,8 +38,8 @@ const FORGIVEN: u32 = 100;
 /// What looking came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// Something is there.
-    Found,
+    /// Something is there, after so long.
+    Found(Duration),
     /// The window is over.
     Over,
     /// There was no window.
@@ -87,8 +87,9 @@ impl Polling {
         loop {
             for _ in 0..LOOKS {
                 if found() {
-                    self.met(began.elapsed());
-                    return Look::Found;
+                    let gap = began.elapsed();
+                    self.met(gap);
+                    return Look::Found(gap);
                 }
                 spin_loop();
             }
@@ -229,7 +230,7 @@ mod tests {
             looks += 1;
             looks == 5
         });
-        assert_eq!((look, looks), (Look::Found, 5));
+        assert!(matches!(look, Look::Found(_)) && looks == 5, "{look:?}");
         assert_eq!(polling.empty_since, None);
     }
 
@@ -252,7 +253,7 @@ mod tests {
         }
         assert_eq!(polling.pause, LONGEST_PAUSE / 2);
         polling.paused_until = Some(Instant::now());
-        assert_eq!(polling.look(|| true), Look::Found);
+        assert!(matches!(polling.look(|| true), Look::Found(_)));
     }
 
     #[test]
