@@ -373,6 +373,9 @@ impl Link {
             }
             Pending::Order(order, batch) => {
                 connection.orders -= 1;
+                if let Order::Map(window) = &order {
+                    connection.asked.remove(&window.range.first().0);
+                }
                 let error = match (reply.kind, &order) {
                     (Kind::Refusal(_), Order::Unmap(range)) => {
                         let why = format!("it refuses to give {range} up");
@@ -478,6 +481,14 @@ impl Link {
         };
         let most = connection.terms.as_ref().map_or(0, |t| t.windows);
         while connection.orders < MAX_ORDERS && connection.outbox.len_bytes() < BUSY_BYTES {
+            // Whether there is a window to take away is not known before the server has said so.
+            let unknown = match connection.backlog.front() {
+                Some((Order::Unmap(range), _)) => connection.asked.contains(&range.first().0),
+                Some((Order::Map(_), _)) | None => false,
+            };
+            if unknown {
+                break;
+            }
             let Some((order, batch)) = connection.backlog.pop_front() else {
                 break;
             };
@@ -493,6 +504,7 @@ impl Link {
                 }
                 Order::Map(window) => {
                     connection.windows += 1;
+                    connection.asked.insert(window.range.first().0);
                     let (body, descriptors) = map_body(window);
                     connection.shares |= !descriptors.is_empty();
                     connection.order(order, batch, body.as_bytes(), descriptors);

@@ -312,6 +312,32 @@ fn windows_a_server_refuses_do_not_exist() {
 }
 
 #[test]
+fn a_window_that_is_refused_while_it_goes_is_not_taken_for_a_later_one() {
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    // Told to the server when it comes, and so by nobody who waits.
+    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    let mut maps = 0;
+    let (mut client, played) = rig.pair(move |peer, msg| {
+        maps += u32::from(msg.cmd == DMA_MAP);
+        let refused = msg.cmd == DMA_MAP && maps == 1;
+        if refused {
+            std::thread::sleep(Duration::from_millis(300));
+            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+        }
+        refused
+    });
+    rig.unmap(IOVA, 0x1000).expect("it never had that");
+    assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
+    rig.map(IOVA, 0x1000, 0x1000, Access::READ).expect("mapped");
+    rig.unmap(IOVA, 0x1000).expect("unmapped");
+    assert_eq!(played.each(DMA_UNMAP, |m| m.u64_at(8)), [IOVA]);
+    rig.map(IOVA, 0, 0x1000, Access::READ)
+        .expect("there is room");
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+}
+
+#[test]
 fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
     let rig = Rig::new(Isolation::Messages);
     rig.iommu().set_memory(Vec::new());

@@ -32,6 +32,8 @@ pub(super) struct Connection {
     pub(super) windows: u64,
     /// It was given descriptors of memory with some of them.
     pub(super) shares: bool,
+    /// First addresses of windows it was asked to have, and has not answered for.
+    pub(super) asked: HashSet<u64>,
     /// First addresses of windows it was asked to have and has not.
     pub(super) refused: HashSet<u64>,
 }
@@ -61,6 +63,7 @@ impl Connection {
             commands: 0,
             windows: 0,
             shares: false,
+            asked: HashSet::new(),
             refused: HashSet::new(),
         }
     }
