@@ -80,7 +80,7 @@ impl Interposer {
                 while !stopping.load(Ordering::Acquire) {
                     between.turn();
                 }
-                between.link.end(None);
+                between.link.end();
             })?;
         Ok(Self {
             link,
@@ -308,7 +308,7 @@ impl Between {
     /// The server is to blame for something.
     fn end_server(&mut self, why: &str) {
         warn_limited!("{}: the server is cut off: {why}", self.settings.name);
-        self.link.end(Some(why));
+        self.link.cut_off(why);
         self.server_lost();
     }
 

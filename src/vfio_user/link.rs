@@ -108,8 +108,19 @@ struct State {
     last_batch: u64,
     /// The client's commands that no server will answer any more.
     orphans: Vec<Header>,
-    /// A server whose client is gone, and that has memory until it hangs up too.
+    /// A server that was let go, and that has memory until it hangs up too.
     parting: Option<Arc<OwnedFd>>,
+}
+
+/// How a connection ends.
+#[derive(Clone, Copy, Debug)]
+enum Ending<'a> {
+    /// The server has hung up: it has let go of everything.
+    HungUp,
+    /// Its client is gone.
+    ClientGone,
+    /// The server is to blame, for this.
+    CutOff(&'a str),
 }
 
 #[derive(Debug, Default)]
@@ -211,10 +222,10 @@ impl Link {
             let (answers, parting) = state.awaited(ticket.batch);
             if answers {
                 let why = format!("no answer in {:?}", self.deadline);
-                self.end_locked(&mut state, Some(&why), Shutdown::Both);
+                self.end_locked(&mut state, Ending::CutOff(&why));
             } else if parting {
                 let why = format!(
-                    "its client is gone, and {:?} later it still has the client's memory",
+                    "it was told to let go, and {:?} later it still has the guest's memory",
                     self.deadline
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
@@ -227,9 +238,9 @@ impl Link {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Closes the connection to the server, if there is one.
+    /// Ends the connection to the server, if there is one, for which that is to blame.
     pub fn cut_off(&self, why: &str) {
-        self.end_locked(&mut self.state.lock(), Some(why), Shutdown::Both);
+        self.end_locked(&mut self.state.lock(), Ending::CutOff(why));
     }
 
     /// Makes the interposer's thread look at the link.
@@ -403,28 +414,14 @@ impl Link {
         }
     }
 
-    /// Ends the connection, which `why` says is the server's fault.
-    pub(super) fn end(&self, why: Option<&str>) {
-        self.end_locked(&mut self.state.lock(), why, Shutdown::Both);
+    /// The server has hung up, or nobody is left to talk to it.
+    pub(super) fn end(&self) {
+        self.end_locked(&mut self.state.lock(), Ending::HungUp);
     }
 
-    /// The client is gone. A server that was given memory is told by the end of its stream, and whoever
-    /// takes windows away waits until it has hung up, for then it has let go of them.
+    /// The client is gone.
     pub(super) fn part(&self) {
-        let mut state = self.state.lock();
-        let connection = state.connection.as_ref();
-        let given = connection.filter(|c| c.shares && c.windows > 0);
-        let parting = given.map(|c| c.socket.clone());
-        let how = if parting.is_some() {
-            Shutdown::Write
-        } else {
-            Shutdown::Both
-        };
-        if parting.is_some() {
-            // Before anybody is woken.
-            state.parting = parting;
-        }
-        self.end_locked(&mut state, None, how);
+        self.end_locked(&mut self.state.lock(), Ending::ClientGone);
     }
 
     /// The server that is parting.
@@ -443,13 +440,26 @@ impl Link {
         std::mem::take(&mut self.state.lock().orphans)
     }
 
-    fn end_locked(&self, state: &mut State, why: Option<&str>, how: Shutdown) {
+    /// Ends the connection. A server that was given memory, and has not hung up, is told by the end of
+    /// its stream. Whoever takes windows away waits until it has hung up, for then it has let go of them.
+    fn end_locked(&self, state: &mut State, ending: Ending<'_>) {
         let Some(connection) = state.connection.take() else {
             return;
+        };
+        let (may_have_memory, why) = match ending {
+            Ending::HungUp => (false, None),
+            Ending::ClientGone => (true, None),
+            Ending::CutOff(why) => (true, Some(why)),
         };
         if why.is_some() {
             self.cut_offs.inc();
         }
+        let how = if may_have_memory && connection.shares && connection.windows > 0 {
+            state.parting = Some(connection.socket.clone());
+            Shutdown::Write
+        } else {
+            Shutdown::Both
+        };
         // It may have hung up itself.
         let _ = rustix::net::shutdown(&*connection.socket, how);
         for pending in connection.pending.into_values() {
@@ -522,8 +532,14 @@ impl Link {
         let Some(connection) = &mut state.connection else {
             return;
         };
-        if connection.outbox.flush(&*connection.socket).is_err() {
-            self.end_locked(state, None, Shutdown::Both);
+        if let Err(cause) = connection.outbox.flush(&*connection.socket) {
+            match cause.kind() {
+                io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                    self.end_locked(state, Ending::HungUp);
+                }
+                // The system will not send it: the server is there, and has what it has.
+                _ => self.end_locked(state, Ending::CutOff(&cause.to_string())),
+            }
         } else if !connection.outbox.is_empty() {
             // The interposer's thread sees when there is room.
             self.wake();

@@ -157,9 +157,58 @@ fn unmap_waits_for_a_server_without_client_that_has_memory() {
 fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
     let (rig, server) = abandoned(Isolation::Mappings);
     let refused = rig.unmap(IOVA, 0x1000).expect_err("it keeps it");
-    assert!(refused.to_string().contains("client is gone"), "{refused}");
+    assert!(refused.to_string().contains("told to let go"), "{refused}");
     let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
     assert!(endpoint.quarantined);
+    drop(server);
+}
+
+/// A client, and its server with memory of the guest's that was cut off for being late with another
+/// window.
+fn late(isolation: Isolation) -> (Rig, Peer, Peer) {
+    let rig = Rig::with_deadline(isolation, Duration::from_secs(1));
+    rig.attach();
+    let (client, mut server) = rig.raw_pair();
+    std::thread::scope(|scope| {
+        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let told = server.recv().expect("a window");
+        server.reply(&told, &[], &[]);
+        mapped.join().expect("no panic").expect("mapped");
+    });
+    rig.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+        .expect_err("not in time");
+    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    assert!(!endpoint.quarantined);
+    (rig, client, server)
+}
+
+#[test]
+fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
+    let (rig, _client, mut server) = late(Isolation::Mappings);
+    let listener = rig.listen();
+    std::thread::scope(|scope| {
+        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!unmapped.is_finished(), "the server may still reach it");
+        assert_eq!(server.recv().expect("the order").cmd, DMA_MAP);
+        assert!(
+            server.recv().is_none(),
+            "it is told by the end of its stream"
+        );
+        drop(server);
+        unmapped.join().expect("no panic").expect("unmapped");
+    });
+    let mut server = accept(&listener);
+    assert_eq!(server.recv().expect("it may come back").cmd, VERSION);
+
+    let (rig, _client, server) = late(Isolation::Mappings);
+    rig.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    assert!(endpoint.quarantined);
+    drop(server);
+
+    let (rig, _client, server) = late(Isolation::Messages);
+    rig.unmap(IOVA, 0x1000).expect("it never had memory");
     drop(server);
 }
 

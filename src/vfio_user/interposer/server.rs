@@ -46,7 +46,7 @@ impl Between {
             }
             if pulse.bytes >= MAX_WAITING {
                 if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
-                    self.link.end(None);
+                    self.link.end();
                 }
                 return;
             }
@@ -55,7 +55,7 @@ impl Between {
                 Ok(Received::Nothing) => break,
                 Ok(Received::End) => {
                     warn_limited!("{}: the server has hung up", self.settings.name);
-                    self.link.end(None);
+                    self.link.end();
                     return self.server_lost();
                 }
                 Err(cause) => Err(cause.to_string()),
