@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use log::debug;
 
@@ -17,9 +17,12 @@ const PROBE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
-    identity: (u64, u64),
+    identity: Identity,
 }
+
+/// What tells a file from all others: device, inode, and when it was made, where the file system says so.
+/// The number of an inode is free for the next file as soon as the first is gone.
+type Identity = (u64, u64, Option<SystemTime>);
 
 impl SocketFile {
     /// The file of a socket that another process has made, to be removed should that not do it.
@@ -108,8 +111,8 @@ fn probe(path: &Path) -> io::Result<()> {
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+fn identity(path: &Path) -> io::Result<Identity> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino(), found.created().ok()))
 }
 
 #[cfg(test)]
@@ -127,8 +130,8 @@ mod tests {
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
         assert!(taken.to_string().contains("choose another path"));
         drop(listener);
-        // Kept under another name, so that its inode is not used again.
-        fs::hard_link(&path, folder.path().join("kept")).expect("a second name");
+        // File systems give a number that is free to the next file, and count time in ticks.
+        std::thread::sleep(Duration::from_millis(50));
         let (_listener, second) = bind(&path).expect("nobody listens any more");
         drop(file);
         assert!(path.exists(), "it is another file now");
