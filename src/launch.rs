@@ -307,6 +307,7 @@ fn sockets(config: &Config) -> Vec<SocketFile> {
         .chain(&config.control)
         .chain(config.emulated.iter().map(|device| &device.listen))
         .chain(config.exports.iter().map(|export| &export.path))
+        .chain(config.shadow.iter().map(|listener| &listener.path))
         .filter_map(|path| SocketFile::of_another(path).ok())
         .collect()
 }

@@ -147,10 +147,17 @@ fn ignored_signals_stay_ignored() {
 #[test]
 fn the_vmm_does_not_outlive_the_daemon() {
     let place = Place::new();
+    // Sockets of every kind that the daemon can make without a device of the host.
+    let config = place.read("vm.toml")
+        + "[[endpoint]]\naddress = '00:06.0'\nshadow = 'shadow.sock'\n\
+           [[endpoint]]\naddress = '00:07.0'\n\
+           vfio-user = { listen = 'client.sock', connect = 'server.sock' }\n";
+    place.write("vm.toml", &config);
     let mut launched = place.launch(&format!(
         "trap 'echo told >told; exit 0' TERM; {ARRIVE} {STAY}"
     ));
     let (vmm, daemon) = launched.children(&place);
+    assert!(place.path("shadow.sock").exists() && place.path("client.sock").exists());
     send("KILL", daemon);
     let run = launched.finish();
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
