@@ -18,8 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use log::{debug, error, warn};
+use log::{debug, error};
 use parking_lot::{Condvar, Mutex};
+use vhost_device_iommu::warn_limited;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::admin;
@@ -269,7 +270,7 @@ impl Shared {
             && let Err(cause) = rustix::io::write(fd, &1u64.to_ne_bytes())
             && cause != rustix::io::Errno::AGAIN
         {
-            warn!("cannot raise interrupt {vector}: {cause}");
+            warn_limited!("cannot raise interrupt {vector}: {cause}");
         }
     }
 
@@ -279,7 +280,7 @@ impl Shared {
         if *cause == DmaError::Closed || !state.is_in_life_of(gate) {
             return;
         }
-        warn!("queue {queue} cannot be reached, the controller stops: {cause}");
+        warn_limited!("queue {queue} cannot be reached, the controller stops: {cause}");
         state.set_fatal();
     }
 }

@@ -1,6 +1,6 @@
 //! Commands that read and write the disk (NVM command set 1.4).
 
-use log::warn;
+use vhost_device_iommu::warn_limited;
 
 use crate::command::{Command, Failure};
 use crate::disk::{BLOCK, Disk};
@@ -53,7 +53,7 @@ pub fn execute(
             let segments = prp::segments(memory, gate, command, bytes)?;
             let mut data = vec![0; bytes];
             disk.read(first, &mut data).map_err(|cause| {
-                warn!("cannot read {count} blocks at {first}: {cause}");
+                warn_limited!("cannot read {count} blocks at {first}: {cause}");
                 Failure::UnrecoveredRead
             })?;
             let written = memory.write(gate, &segments, &data);
@@ -87,7 +87,7 @@ fn flush(disk: &Disk) -> Result<(), Failure> {
 
 fn written(outcome: std::io::Result<()>) -> Result<(), Failure> {
     outcome.map_err(|cause| {
-        warn!("cannot write the disk: {cause}");
+        warn_limited!("cannot write the disk: {cause}");
         Failure::WriteFault
     })
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use log::warn;
+use vhost_device_iommu::warn_limited;
 
 use crate::command::{Command, Failure};
 use crate::identify::{EVENT_LIMIT, VERSION};
@@ -197,7 +197,7 @@ impl State {
             || !lengths.contains(&submissions)
             || !lengths.contains(&completions)
         {
-            warn!("the driver enables what is not possible");
+            warn_limited!("the driver enables what is not possible");
             self.status |= FATAL;
             return;
         }

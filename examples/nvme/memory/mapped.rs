@@ -7,11 +7,11 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use log::warn;
 use parking_lot::RwLock;
 use vhost_device_iommu::vfio_user::message::{
     DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DMA_UNMAP_DIRTY, DmaMapBody, DmaUnmapBody,
 };
+use vhost_device_iommu::warn_limited;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use super::{DmaError, Gate, Memory, Messages, PIECE, Segment};
@@ -218,7 +218,9 @@ fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, 
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let file = FileOffset::new(file, offset);
     MmapRegion::build(Some(file), size, protection, flags).map_err(|cause| {
-        warn!("cannot map {size:#x} bytes at {offset:#x} of what the client passed: {cause}");
+        warn_limited!(
+            "cannot map {size:#x} bytes at {offset:#x} of what the client passed: {cause}"
+        );
         libc::ENOMEM
     })
 }

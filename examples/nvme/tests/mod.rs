@@ -9,5 +9,6 @@
 
 mod controller;
 mod driver;
+mod log;
 mod memory;
 mod server;
