@@ -74,6 +74,8 @@ pub enum OrderError {
 pub struct Ticket {
     batch: u64,
     until: Instant,
+    /// What there was until then.
+    patience: Duration,
 }
 
 /// A connection to a server that comes and goes.
@@ -163,7 +165,8 @@ pub(super) struct Pulse {
 }
 
 impl Link {
-    /// A link that is not connected. `deadline` is what a server has to answer orders in.
+    /// A link that is not connected. `deadline` is what a server has to answer an order in; for many at
+    /// once it has that for each 1024 of them, those included that are before them.
     ///
     /// # Errors
     /// Where the system has no descriptor left.
@@ -221,12 +224,12 @@ impl Link {
             }
             let (answers, parting) = state.awaited(ticket.batch);
             if answers {
-                let why = format!("no answer in {:?}", self.deadline);
+                let why = format!("no answer in {:?}", ticket.patience);
                 self.end_locked(&mut state, Ending::CutOff(&why));
             } else if parting {
                 let why = format!(
                     "it was told to let go, and {:?} later it still has the guest's memory",
-                    self.deadline
+                    ticket.patience
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
                     batch.failed.get_or_insert(OrderError::CutOff(why));
@@ -566,15 +569,25 @@ pub struct Orders<'a> {
 impl Orders<'_> {
     /// Gives orders, which are carried out in their order. [`Link::wait`] tells when.
     pub fn give(&mut self, orders: impl IntoIterator<Item = Order>) -> Ticket {
-        let until = Instant::now() + self.link.deadline;
         let state = &mut *self.state;
         let orders: Vec<_> = orders.into_iter().collect();
         let unmaps = orders.iter().any(|o| matches!(o, Order::Unmap(_)));
         let connection = state.connection.as_mut().filter(|c| c.terms.is_some());
+        let before = connection
+            .as_ref()
+            .map_or(0, |c| c.orders + c.backlog.len());
+        let rounds = 1 + (before + orders.len()) / MAX_ORDERS;
+        let patience = self.link.deadline;
+        let patience = patience.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
+        let until = Instant::now() + patience;
         if connection.is_none() && !(unmaps && state.parting.is_some()) {
             // A server that comes is told what holds then.
             let batch = UNWATCHED;
-            return Ticket { batch, until };
+            return Ticket {
+                batch,
+                until,
+                patience,
+            };
         }
         state.last_batch += 1;
         let batch = state.last_batch;
@@ -590,7 +603,11 @@ impl Orders<'_> {
         }
         state.batches.insert(batch, entry);
         self.link.pump(state);
-        Ticket { batch, until }
+        Ticket {
+            batch,
+            until,
+            patience,
+        }
     }
 }
 

@@ -451,3 +451,29 @@ fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
     rig.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
     assert!(played.each(DMA_UNMAP, |_| ()).len() as u64 >= COUNT - 1);
 }
+
+#[test]
+fn many_orders_at_once_have_the_time_that_many_take() {
+    const COUNT: u64 = 6_000;
+    let rig = Rig::with_deadline(Isolation::Messages, Duration::from_secs(1));
+    rig.attach();
+    for n in 0..COUNT {
+        rig.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
+            .expect("mapped");
+    }
+    let (mut client, played) = rig.pair(|_, msg| {
+        if msg.cmd == DMA_UNMAP {
+            std::thread::sleep(Duration::from_micros(250));
+        }
+        false
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    let begun = Instant::now();
+    rig.unmap(IOVA, COUNT * 0x2000)
+        .expect("it goes on answering");
+    assert!(
+        begun.elapsed() > Duration::from_secs(1),
+        "a test of nothing"
+    );
+    eventually("all are gone", || played.windows().is_empty());
+}
