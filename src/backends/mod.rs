@@ -206,8 +206,8 @@ pub trait DmaBackend: Send {
     fn unmap(&mut self, domain: DomainId, range: IovaRange, least: u64)
     -> Result<(), BackendError>;
 
-    /// [`Self::unmap`] of each of `parts`, which do not overlap, by as few calls of it as there can
-    /// be: neighbours together.
+    /// [`Self::unmap`] of each of `parts` in turn, by as few calls of it as there can be: neighbours
+    /// together. A part may cover one before it, and with that what is unmapped already.
     ///
     /// # Errors
     /// On error it is not known which of them can still be reached.

@@ -121,7 +121,7 @@ impl VfioUser {
         drop(orders);
         let added = self.link.wait(ticket);
         if added.is_err() {
-            self.remove(|p| keys.contains(&p.range))?;
+            self.remove_in(&keys, |_| true)?;
         }
         added
     }
@@ -157,10 +157,12 @@ impl VfioUser {
             for range in ranges {
                 let bounds = range.first().0..=range.last().0;
                 let inside = view.pieces.range(bounds).map(|(_, p)| p);
+                let before = unmaps.len();
                 unmaps.extend(inside.filter(|p| gone(p)).map(|p| p.range));
-            }
-            for range in &unmaps {
-                view.pieces.remove(&range.first().0);
+                // At once: the next range may cover them too.
+                for range in unmaps.iter().skip(before) {
+                    view.pieces.remove(&range.first().0);
+                }
             }
         }
         let ticket = orders.give(unmaps.into_iter().map(Order::Unmap));

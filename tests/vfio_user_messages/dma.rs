@@ -1,5 +1,6 @@
 //! What a server is told it may reach, and what it reaches.
 
+use std::collections::VecDeque;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -14,7 +15,9 @@ use crate::peer::{
     COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, Peer, RESET, VERSION, dma,
     version_body,
 };
-use crate::rig::{CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, Rig, accept, eventually, play};
+use crate::rig::{
+    CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, Rig, accept, eventually, play, range,
+};
 
 const IOVA: u64 = 0x4000_0000;
 
@@ -88,6 +91,43 @@ fn windows_come_without_descriptors_or_with_them() {
             ]
         );
     }
+}
+
+/// Ranges of one batch may cover what one before has removed: UNMAP reaches over holes.
+#[test]
+fn unmaps_that_overlap_take_each_window_away_once() {
+    const PAGE: u64 = 0x1000;
+    let rig = Rig::new(Isolation::Messages);
+    rig.attach();
+    for page in [0, 1, 2] {
+        rig.map(IOVA + page * PAGE, page * PAGE, PAGE, Access::READ_WRITE)
+            .expect("mapped");
+    }
+    // As servers are: what is not there cannot be given up.
+    let mut there = vec![];
+    let (_client, played) = rig.pair(move |peer, msg| {
+        match msg.cmd {
+            DMA_MAP => there.push(msg.u64_at(16)),
+            DMA_UNMAP => match there.iter().position(|w| *w == msg.u64_at(8)) {
+                Some(at) => drop(there.swap_remove(at)),
+                None => {
+                    peer.refuse(msg, libc::ENOENT.unsigned_abs());
+                    return true;
+                }
+            },
+            _ => {}
+        }
+        false
+    });
+    eventually("all are told", || played.windows().len() == 3);
+    let ranges = [(0, 1), (0, 2), (1, 2)].map(|(at, pages)| range(IOVA + at * PAGE, pages * PAGE));
+    let mut outcomes = VecDeque::new();
+    rig.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
+    assert_eq!(outcomes, [Ok(()), Ok(()), Ok(())]);
+    let unmapped = played.each(DMA_UNMAP, |m| m.u64_at(8));
+    assert_eq!(unmapped, [IOVA, IOVA + PAGE, IOVA + 2 * PAGE]);
+    let state = rig.iommu().endpoint(rig.endpoint()).expect("an endpoint");
+    assert!(!state.quarantined);
 }
 
 /// A server that is there to be told what to do by hand.
