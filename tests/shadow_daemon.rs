@@ -104,6 +104,25 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
 }
 
 #[test]
+fn readers_that_come_and_go_do_not_fill_the_log() {
+    let folder = TempDir::new().expect("a folder");
+    let (daemon, path) = daemon(folder.path());
+    for _ in 0..200 {
+        reader(&path, EP);
+    }
+    let all_gone = || daemon.status()["readers"]["now"] == 0;
+    daemon.wait_for("the last one is gone", all_gone);
+    assert_eq!(daemon.status()["readers"]["registered"], 200);
+    let said = |what| {
+        let log = daemon.log();
+        log.lines().filter(|line| line.contains(what)).count()
+    };
+    for what in ["has come", "is gone"] {
+        assert!((1..50).contains(&said(what)), "{}", daemon.log());
+    }
+}
+
+#[test]
 fn readers_outlive_the_vmm_and_not_the_daemon() {
     let folder = TempDir::new().expect("a folder");
     let (daemon, path) = daemon(folder.path());

@@ -6,10 +6,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
-use log::{debug, info};
+use log::debug;
 use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
 
@@ -23,7 +23,7 @@ use crate::metrics::Counter;
 use crate::page_table::epoch::Waiting;
 use crate::page_table::words::SharedWords;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, EndpointWord, OutOfFrames};
-use crate::{error_limited, warn_limited};
+use crate::{error_limited, info_limited, warn_limited};
 
 /// How often a writer that waits looks whether readers have left, before it lets other threads run.
 const SPINS: u32 = 2000;
@@ -150,6 +150,9 @@ impl Reader {
 
     /// Whether one of its threads is inside an access.
     pub fn is_inside(&self) -> bool {
+        // A process that has hung up begins no access after that: one whose word is not seen here
+        // finds that there is no connection.
+        fence(Ordering::SeqCst);
         let mut words = epoch_words(self.epochs.words());
         words.any(|word| word.load(Ordering::Acquire) & 1 == 1)
     }
@@ -241,7 +244,7 @@ impl Registry {
             Ok((endpoint, process)) => match self.welcome(stream, endpoint, process) {
                 Ok(reader) => {
                     self.counters.registered.inc();
-                    info!("reader {} of endpoint {endpoint} has come", reader.number);
+                    info_limited!("reader {} of endpoint {endpoint} has come", reader.number);
                     return Ok(reader);
                 }
                 Err((stream, refusal, number)) => (stream, refusal, number),
@@ -391,9 +394,10 @@ impl Registry {
     /// A reader's process is gone.
     pub fn forget(&self, reader: &Reader) {
         if !reader.gone.swap(true, Ordering::AcqRel) {
-            info!(
+            info_limited!(
                 "reader {} of endpoint {} is gone",
-                reader.number, reader.endpoint
+                reader.number,
+                reader.endpoint
             );
         }
         self.state.lock().forget_gone();
@@ -519,8 +523,9 @@ impl Registry {
         });
         state.memory.push(ram);
         for reader in deaf {
-            // What it does not know of it does not reach.
-            let _ = reader.stream.shutdown(std::net::Shutdown::Both);
+            // What it does not know of it does not reach. It goes on with what it knows until it has
+            // read as far as to here, and is waited for: it is out when it has hung up itself.
+            let _ = reader.stream.shutdown(std::net::Shutdown::Write);
         }
         let behind = |r: &&Arc<Reader>| {
             !r.is_gone()

@@ -6,7 +6,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use vhost_device_iommu::address::{Access, IovaRange};
+use vhost_device_iommu::address::{Access, Gpa, GpaRange, IovaRange};
+use vhost_device_iommu::backends::MemorySlot;
 use vhost_device_iommu::iommu::{Dma, RequestError};
 use vhost_device_iommu::shadow::wire::{FRAME_LEN, Frame, MAGIC, Refusal, VERSION, kind};
 use vhost_device_iommu::shadow::{ConnectError, Limits, ShadowReader};
@@ -107,6 +108,31 @@ fn a_reader_that_does_not_let_go_of_memory_is_killed() {
     assert!(begun.elapsed() >= Duration::from_millis(500));
     let ended = deaf.child.try_wait().expect("its own child");
     assert!(ended.is_some_and(|status| !status.success()));
+    bed.wait_for_readers(0);
+}
+
+/// One that the daemon has given up telling anything still has what it was told of before.
+#[test]
+fn a_reader_that_is_told_nothing_more_is_waited_for_all_the_same() {
+    let mut bed = Bed::new();
+    let mut deaf = bed.process("deaf");
+    deaf.wait_for("ready");
+    bed.wait_for_readers(1);
+    // More than its socket takes.
+    let mut memory = bed.ram.clone();
+    let more = slot(RAM, 1000 * PAGE);
+    memory.extend((0..1000).map(|number| MemorySlot {
+        range: GpaRange::from_len(Gpa(RAM + number * PAGE), PAGE).expect("a page"),
+        offset: number * PAGE,
+        ..more.clone()
+    }));
+    bed.iommu.set_memory(memory);
+    // In case anybody takes it to have hung up.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(bed.registry.reader_count(), 1);
+    bed.iommu.set_memory(Vec::new());
+    let ended = deaf.child.try_wait().expect("its own child");
+    assert!(ended.is_some(), "it has memory that is gone");
     bed.wait_for_readers(0);
 }
 
