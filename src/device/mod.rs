@@ -221,9 +221,11 @@ impl Device {
     /// the driver has been asked to notify.
     fn serve_requests(&self, ring: &VringRwLock) {
         let mut polling = self.polling.lock();
-        if let Some(memory) = self.memory() {
+        {
             let requests = self.requests.lock();
-            requests.queue.do_without_kicks(ring, &memory);
+            if let Some(memory) = &requests.memory {
+                requests.queue.do_without_kicks(ring, memory);
+            }
         }
         loop {
             if self.shutdown.load(Ordering::Acquire) {
@@ -242,10 +244,11 @@ impl Device {
     /// Looks at the ring without a lock that anybody else wants. Returns whether there may be
     /// something.
     fn poll(&self, ring: &VringRwLock, polling: &mut Polling) -> bool {
+        // Before the memory, so that what is looked at is that of this number or a later one.
+        let changes = self.memory_changes.load(Ordering::Acquire);
         let Some(memory) = self.memory() else {
             return false;
         };
-        let changes = self.memory_changes.load(Ordering::Acquire);
         let view = GuestView::new(&memory);
         let index = AvailIndex::of(ring.get_ref().get_queue());
         let look = polling.look(|| {
@@ -268,8 +271,8 @@ impl Device {
     /// Whether requests have come meanwhile, for which the driver may not notify.
     fn ask_for_kick(&self, ring: &VringRwLock) -> bool {
         let requests = self.requests.lock();
-        self.memory()
-            .is_some_and(|memory| requests.queue.ask_for_kick(ring, &memory))
+        let memory = requests.memory.as_ref();
+        memory.is_some_and(|memory| requests.queue.ask_for_kick(ring, memory))
     }
 
     fn serve_batch(&self, ring: &VringRwLock) -> Pass {
