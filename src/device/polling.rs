@@ -25,7 +25,10 @@ use std::time::{Duration, Instant};
 /// Windows shorter than this are not worth a look.
 const SHORTEST: Duration = Duration::from_micros(2);
 /// Looks at the ring between two looks at the clock.
-const LOOKS: u32 = 16;
+const LOOKS: u32 = 4;
+/// Pauses between two looks at the ring: what looks all the time keeps the driver's processor from
+/// its own cache lines, and from the core they may share.
+const PAUSES: u32 = 2;
 /// Nobody was here for so long: another thread had the processor.
 const TAKEN_AWAY: Duration = Duration::from_micros(150);
 /// A request that comes so soon after a window in vain has waited for its end.
@@ -91,7 +94,9 @@ impl Polling {
                     self.met(gap);
                     return Look::Found(gap);
                 }
-                spin_loop();
+                for _ in 0..PAUSES {
+                    spin_loop();
+                }
             }
             let now = Instant::now();
             if now - seen > TAKEN_AWAY {
