@@ -145,7 +145,7 @@ fn readers_outlive_the_vmm_and_not_the_daemon() {
     }
     assert_eq!(daemon.status()["readers"]["now"], 1);
     daemon.terminate();
-    daemon.wait_for("its end", || daemon.exit_status().is_some());
+    daemon.wait_for_end();
     daemon.wait_for("the reader's notice", || !reader.is_connected());
     assert!(!path.exists());
 }

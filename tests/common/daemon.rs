@@ -154,12 +154,24 @@ impl Daemon {
         Frontend::from_stream(self.stream(), 2)
     }
 
-    /// Waits up to ten seconds for `done`, with the daemon alive.
+    /// Waits up to ten seconds for `done`, with the daemon alive: not for its end.
     pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done() {
             self.assert_alive();
             assert!(Instant::now() < deadline, "waited too long for {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits up to ten seconds for the daemon's end.
+    pub fn wait_for_end(&self) -> ExitStatus {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(status) = self.exit_status() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "waited too long for its end");
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -194,7 +194,7 @@ fn scenario(way: Way) {
     );
     bench.rig.daemon.terminate();
     let daemon = &bench.rig.daemon;
-    daemon.wait_for("its end", || daemon.exit_status().is_some());
+    daemon.wait_for_end();
     bench.write_goes_nowhere(target);
     bench.write_goes_nowhere(TARGET);
 }

@@ -235,7 +235,7 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     assert!(!arrived(&rig));
     rig.daemon.terminate();
     let daemon = &rig.daemon;
-    daemon.wait_for("its end", || daemon.exit_status().is_some());
+    daemon.wait_for_end();
     assert!(driver.0.is_closed());
     assert_eq!(command_of(&name) & MASTER, 0);
     assert!(!path.exists());

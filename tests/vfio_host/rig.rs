@@ -274,8 +274,7 @@ impl Drop for Rig {
         if self.daemon.exit_status().is_none() {
             self.daemon.terminate();
         }
-        self.daemon
-            .wait_for("its end", || self.daemon.exit_status().is_some());
+        self.daemon.wait_for_end();
         self.vmm.take();
     }
 }

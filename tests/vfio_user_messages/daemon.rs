@@ -239,7 +239,6 @@ fn the_socket_goes_with_the_daemon() {
     let vm = Vm::new("messages");
     vm.daemon.wait_for("a socket", || vm.client_path.exists());
     vm.daemon.terminate();
-    vm.daemon
-        .wait_for("its end", || vm.daemon.exit_status().is_some());
+    vm.daemon.wait_for_end();
     assert!(!vm.client_path.exists());
 }
