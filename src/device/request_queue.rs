@@ -96,21 +96,21 @@ impl RequestQueue {
         if taken != Pass::Served {
             return taken;
         }
-        // Asked only where there is enough to do: for one request it is a good part of the time.
-        let mut started = None;
-        let mut told = None;
-        let mut work = 0;
         let chains = std::mem::take(&mut self.chains);
+        // Not asked for a single request, of whose time it is a good part.
+        let started = (chains.len() > 1).then(Instant::now);
+        let mut told = started;
+        let mut work = 0;
         let mut left = chains.len();
         let backends = context.iommu.has_backends();
         for (at, chain) in chains.iter().enumerate() {
             if work >= WORK_PER_LOOK && self.unmapped.is_empty() {
                 work = 0;
                 let now = Instant::now();
-                if now - *started.get_or_insert(now) > MAX_PASS {
+                if started.is_some_and(|started| now - started > MAX_PASS) {
                     break;
                 }
-                if now - *told.get_or_insert(now) > MAX_SILENCE {
+                if told.is_some_and(|told| now - told > MAX_SILENCE) {
                     self.publish(vring, &view, 0);
                     told = Some(now);
                 }
