@@ -93,6 +93,8 @@ suite_guest() {
 
 # What of the test program vfio_host is about vfio-user, and belongs to the suite emulated.
 VFIO_USER_TESTS="export:: mixed::"
+# What is left out in the machine with VT-d: see there.
+NOT_ON_VTD="export::a_stock_guest"
 
 # apart NAME COMMAND...: begins a command, which writes NAME.log and, at its end, its status into NAME.status.
 apart() {
@@ -118,7 +120,7 @@ outcome() {
 # in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one. Both kinds
 # of it side by side: the tests wait for devices longer than they work.
 in_l1() {
-    local suite=$1 iommu program build=(cargo test --locked --test vfio_host --no-run)
+    local suite=$1 iommu program without build=(cargo test --locked --test vfio_host --no-run)
     shift
     step "$suite: build" "${build[@]}"
     # Built already: this only asks for the name.
@@ -128,8 +130,13 @@ in_l1() {
         return
     fi
     for iommu in vtd amd; do
+        if [ $iommu = vtd ]; then
+            without=(--skip "$NOT_ON_VTD")
+        else
+            without=()
+        fi
         apart "l1-$suite-$iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
-            --log "$LOGS/l1-$suite-$iommu-console.log" -- "$program" --ignored --test-threads=1 "$@"
+            --log "$LOGS/l1-$suite-$iommu-console.log" -- "$program" --ignored --test-threads=1 "$@" "${without[@]}"
     done
     for iommu in vtd amd; do
         step "$suite: $iommu" outcome "l1-$suite-$iommu"
