@@ -478,24 +478,6 @@ fn indirect_tables_of_every_wrong_kind() {
 }
 
 #[test]
-fn indirect_tables_where_the_feature_was_refused() {
-    let daemon = Daemon::start();
-    let setup = Setup {
-        features: STOCK & !wire::F_INDIRECT,
-        ..Setup::default()
-    };
-    let mut guest = Guest::boot_with(&daemon, setup);
-    let attach = wire::attach(1, EP, 0);
-    let layout = Layout::cut(attach.len(), TAIL, 20, Table::Indirect);
-    let reply = guest.request_in(&attach, &layout);
-    assert!(reply.is_untouched() || reply.status() == OK, "{reply:?}");
-    if daemon.domains() == [1] {
-        assert_eq!(guest.detach(1, EP), OK);
-    }
-    assert_serves(&daemon, &mut guest);
-}
-
-#[test]
 fn requests_and_tails_at_odd_addresses() {
     let (daemon, mut guest) = boot();
     for odd in 1..16 {
@@ -1083,7 +1065,7 @@ fn a_storm_of_garbage() {
     for (seed, queue_size, refused) in [
         (0x5eed, 256, 0),
         (0xc0_ffee, 1024, wire::F_EVENT_IDX),
-        (3, 512, wire::F_INDIRECT | wire::F_BYPASS_CONFIG),
+        (3, 512, wire::F_BYPASS_CONFIG),
         (4, 256, wire::F_MMIO | wire::F_PROBE),
     ] {
         drop(guest);

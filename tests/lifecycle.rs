@@ -21,8 +21,8 @@ use common::daemon::{Daemon, EP, EP2};
 use common::guest::{Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, Layout, RING_RAM, STOCK, Setup};
 use common::memory::{Region, memfd};
 use common::wire::{
-    self, CONFIG_BYPASS, CONFIG_LEN, F_BYPASS, F_BYPASS_CONFIG, F_EVENT_IDX, F_INDIRECT,
-    F_PROTOCOL, F_VERSION_1, OK, RW, TAIL,
+    self, CONFIG_BYPASS, CONFIG_LEN, F_BYPASS, F_BYPASS_CONFIG, F_EVENT_IDX, F_PROTOCOL,
+    F_VERSION_1, OK, RW, TAIL,
 };
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
@@ -77,10 +77,9 @@ fn every_mix_of_ring_features_works() {
     let daemon = Daemon::start();
     for refused in [
         0,
-        F_INDIRECT,
         F_EVENT_IDX,
-        F_INDIRECT | F_EVENT_IDX,
         F_BYPASS_CONFIG,
+        F_EVENT_IDX | F_BYPASS_CONFIG,
     ] {
         for queue_size in [2, 4, 64, 256, 1024] {
             let setup = Setup {
@@ -362,7 +361,7 @@ fn a_new_driver_with_other_features_starts_anew() {
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
-    guest.features &= !(F_EVENT_IDX | F_INDIRECT);
+    guest.features &= !F_EVENT_IDX;
     guest.stop_rings();
     guest.forget_rings();
     guest.requests.event_idx = false;

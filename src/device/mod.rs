@@ -21,7 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -347,9 +347,11 @@ impl VhostUserBackend for Device {
     }
 
     fn features(&self) -> u64 {
+        // Not VIRTIO_RING_F_INDIRECT_DESC: a driver that has it allocates and frees a table for each
+        // request, which costs it more than the two descriptors of the ring it spares. One that
+        // uses tables nevertheless, for it began with another device, is answered.
         [
             VIRTIO_F_VERSION_1,
-            VIRTIO_RING_F_INDIRECT_DESC,
             VIRTIO_RING_F_EVENT_IDX,
             VIRTIO_IOMMU_F_INPUT_RANGE,
             VIRTIO_IOMMU_F_DOMAIN_RANGE,

@@ -43,7 +43,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// All a stock driver accepts.
 pub const STOCK: u64 = wire::F_VERSION_1
-    | wire::F_INDIRECT
     | wire::F_EVENT_IDX
     | wire::F_INPUT_RANGE
     | wire::F_DOMAIN_RANGE

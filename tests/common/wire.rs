@@ -15,8 +15,6 @@ pub const F_PROBE: u64 = 1 << 4;
 pub const F_MMIO: u64 = 1 << 5;
 /// VIRTIO_IOMMU_F_BYPASS_CONFIG.
 pub const F_BYPASS_CONFIG: u64 = 1 << 6;
-/// VIRTIO_F_INDIRECT_DESC.
-pub const F_INDIRECT: u64 = 1 << 28;
 /// VIRTIO_F_EVENT_IDX.
 pub const F_EVENT_IDX: u64 = 1 << 29;
 /// VHOST_USER_F_PROTOCOL_FEATURES.
