@@ -78,7 +78,7 @@ fn device_alone() -> f64 {
     let seen = GuestMemoryAtomic::new(seen);
     let metrics = Arc::new(Metrics::default());
     let device =
-        Device::new(Arc::new(Mutex::new(core())), metrics, Duration::ZERO).expect("a device");
+        Device::new(Arc::new(Mutex::new(core())), metrics, Duration::ZERO, None).expect("a device");
     device.update_memory(seen.clone()).expect("memory taken");
     device.acked_features(STOCK);
     let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true), &memory);

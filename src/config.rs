@@ -41,6 +41,8 @@ pub const MIN_WIDTH: u8 = 32;
 pub const MAX_WIDTH: u8 = 57;
 /// The longest time the worker may look at an empty request ring, in microseconds.
 pub const MAX_POLL_US: u64 = 10_000;
+/// The highest realtime priority of a thread (sched(7)).
+pub const MAX_PRIORITY: u8 = 99;
 const DEFAULT_POLL: Duration = Duration::from_micros(100);
 
 /// The most domains.
@@ -87,6 +89,8 @@ pub struct Config {
     /// How long the worker looks at an empty request ring at most before it sleeps:
     /// zero to [`MAX_POLL_US`] microseconds.
     pub longest_poll: Duration,
+    /// The realtime priority of the worker: `1..=`[`MAX_PRIORITY`]. Ordinary scheduling without.
+    pub realtime_priority: Option<u8>,
     /// The size of guest RAM in bytes, if known.
     pub memory: Option<u64>,
     /// The most bytes the page tables may take: a multiple of 4 KiB.
@@ -310,6 +314,7 @@ impl<'a> Checker<'a> {
         let bypass_at_boot = self.bypass(draft.bypass.as_ref());
         let max_domains = self.domains(draft.domains.as_ref());
         let longest_poll = self.longest_poll(draft.poll_max_us.as_ref());
+        let realtime_priority = self.realtime_priority(draft.realtime_priority.as_ref());
         let memory = self.memory(draft.memory.as_ref());
         let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
         let topology = self.topology(draft);
@@ -342,6 +347,7 @@ impl<'a> Checker<'a> {
             && let Some(bypass_at_boot) = bypass_at_boot
             && let Some(max_domains) = max_domains
             && let Some(longest_poll) = longest_poll
+            && let Some(realtime_priority) = realtime_priority
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
@@ -361,6 +367,7 @@ impl<'a> Checker<'a> {
                 bypass_at_boot,
                 max_domains,
                 longest_poll,
+                realtime_priority,
                 memory,
                 arena_limit,
                 topology,
@@ -461,6 +468,20 @@ impl<'a> Checker<'a> {
             self.refuse(&given.origin, "poll-max-us", Fault::Poll(micros));
         }
         fits.map(Duration::from_micros)
+    }
+
+    fn realtime_priority(&mut self, given: Option<&Given<Scalar>>) -> Option<Option<u8>> {
+        let Some(given) = given else {
+            return Some(None);
+        };
+        let number = self.integer(given, "realtime-priority", "a priority, such as 1")?;
+        let priority = u8::try_from(number)
+            .ok()
+            .filter(|priority| (1..=MAX_PRIORITY).contains(priority));
+        if priority.is_none() {
+            self.refuse(&given.origin, "realtime-priority", Fault::Priority(number));
+        }
+        priority.map(Some)
     }
 
     fn domains(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {

@@ -31,6 +31,7 @@ use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::realtime::{Realtime, RealtimeError};
 use crate::shadow::ShadowServer;
 use crate::shadow_side::{self, ShadowSideError};
 use crate::socket::{SocketFile, bind};
@@ -61,6 +62,9 @@ pub enum DaemonError {
     /// The backends cannot do what the configuration asks for.
     #[error("{0}")]
     Backend(String),
+    /// The worker may not have the priority it is to have.
+    #[error(transparent)]
+    Realtime(#[from] RealtimeError),
     /// A socket could not be made or adopted.
     #[error("{0}")]
     Socket(io::Error),
@@ -109,6 +113,7 @@ impl Daemon {
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         // First, before anything is opened that could get the number of a descriptor.
         let host = HostSide::open(config)?;
+        let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config.socket.as_ref())?;
         let no_events = |source| DaemonError::System {
             what: "make event descriptors",
@@ -141,8 +146,13 @@ impl Daemon {
                 .map_err(DaemonError::Backend)?;
         }
         let iommu = Arc::new(Mutex::new(iommu));
-        let device =
-            Device::new(iommu.clone(), metrics.clone(), config.longest_poll).map_err(no_events)?;
+        let device = Device::new(
+            iommu.clone(),
+            metrics.clone(),
+            config.longest_poll,
+            realtime,
+        )
+        .map_err(no_events)?;
         let device = Arc::new(device);
         let faults = (!config.emulated.is_empty())
             .then(|| {

@@ -42,6 +42,7 @@ mod passthrough_tests;
 pub mod protocol;
 pub mod qemu_args;
 pub mod ready;
+pub mod realtime;
 #[cfg(not(miri))]
 pub mod shadow;
 #[cfg(not(miri))]

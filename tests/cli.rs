@@ -4,6 +4,7 @@
 #![allow(clippy::expect_used)]
 
 use std::ffi::OsStr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
@@ -144,6 +145,36 @@ fn the_daemon_refuses_a_bad_configuration() {
         assert_eq!(run.status, Some(1), "{args:?}");
         assert!(run.stderr.contains(part), "{part} in {}", run.stderr);
     }
+}
+
+#[test]
+fn a_priority_that_is_not_allowed_is_refused_with_the_cure() {
+    let config = "address = \"00:05.0\"\nrealtime-priority = 7\n";
+    let dir = files(&[("vm0.toml", config)]);
+    let mut alone = Command::new("setpriv");
+    alone.arg("--no-new-privs");
+    if fs::metadata("/proc/self").expect("this process").uid() == 0 {
+        alone.arg("--bounding-set=-sys_nice,-sys_resource");
+    }
+    let daemon = alone
+        .args([
+            "prlimit",
+            "--rtprio=0",
+            env!("CARGO_BIN_EXE_vhost-device-iommu"),
+        ])
+        .arg("--config")
+        .arg(dir.path().join("vm0.toml"))
+        .arg("--socket-path")
+        .arg(dir.path().join("vm0.sock"))
+        .stdin(Stdio::null())
+        .output()
+        .expect("setpriv and prlimit of util-linux");
+    let error = String::from_utf8_lossy(&daemon.stderr);
+    assert_eq!(daemon.status.code(), Some(1), "{error}");
+    for part in ["realtime-priority = 7", "LimitRTPRIO=7", "ulimit -r 7"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(!dir.path().join("vm0.sock").exists());
 }
 
 #[test]

@@ -27,7 +27,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("iommu", &["page_table", "topology", "backends"]),
     (
         "device",
-        &["protocol", "iommu", "guest_memory", "backends", "topology"],
+        &[
+            "protocol",
+            "iommu",
+            "guest_memory",
+            "backends",
+            "realtime",
+            "topology",
+        ],
     ),
     (
         "control",
@@ -54,6 +61,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qemu_args", &["config", "topology"]),
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
+    ("realtime", &[]),
     ("host_side", &["backends", "config", "topology", "vfio"]),
     (
         "emulated_side",

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::daemon::{Daemon, EP};
 use common::guest::{Guest, HIGH_RAM, LOW_RAM, Layout, STOCK, Setup};
 use common::wire::{self, OK, RW, TAIL};
+use vhost_device_iommu::realtime::Realtime;
 
 const PAGE: u64 = 4096;
 /// Long enough for a busy machine.
@@ -173,4 +174,49 @@ fn nobody_waits_for_a_worker_that_polls() {
     while daemon.status()["connected"] == true {
         assert!(began.elapsed() < Duration::from_secs(2), "still connected");
     }
+}
+
+/// Whether this user may have what is tested.
+fn may_be_realtime() -> bool {
+    Realtime::new(3).is_ok()
+}
+
+/// Policy and realtime priority of the threads with this name (`/proc/PID/task/TID/stat`).
+fn scheduling(daemon: &Daemon, name: &str) -> Vec<(u32, u32)> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("its threads");
+    let stats = tasks
+        .map(|task| std::fs::read_to_string(task.expect("a thread").path().join("stat")))
+        .map(|stat| stat.expect("its state"));
+    let of_name = stats.filter(|stat| stat.contains(&format!("({name})")));
+    of_name
+        .map(|stat| {
+            // Fields 40 and 41, of which 2 come before the name's end (proc_pid_stat(5)).
+            let rest = stat.rsplit_once(") ").expect("a name").1;
+            let fields: Vec<_> = rest.split(' ').collect();
+            let number = |field: usize| fields[field - 3].parse().expect("a number");
+            (number(41), number(40))
+        })
+        .collect()
+}
+
+#[test]
+fn the_worker_and_nothing_else_has_the_realtime_priority() {
+    let config = POLLS.replace("poll-max-us", "realtime-priority = 3\npoll-max-us");
+    if !may_be_realtime() {
+        eprintln!("left out: this user may not have realtime threads (ulimit -r)");
+        return;
+    }
+    let daemon = Daemon::with_config(&config);
+    for _ in 0..2 {
+        let mut guest = Guest::boot(&daemon);
+        assert_eq!(guest.attach(1, EP), OK);
+        let fifo = libc::SCHED_FIFO as u32;
+        assert_eq!(scheduling(&daemon, "vring_worker"), [(fifo, 3)]);
+        assert_eq!(scheduling(&daemon, "vhost-device-io"), [(0, 0)]);
+        assert_eq!(scheduling(&daemon, "control")[..], [(0, 0)]);
+    }
+    let daemon = Daemon::with_config(POLLS);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(scheduling(&daemon, "vring_worker"), [(0, 0)]);
 }

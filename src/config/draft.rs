@@ -130,6 +130,7 @@ pub(super) struct Draft {
     pub granule: Option<Given<Scalar>>,
     pub domains: Option<Given<Scalar>>,
     pub poll_max_us: Option<Given<Scalar>>,
+    pub realtime_priority: Option<Given<Scalar>>,
     pub memory: Option<Given<Scalar>>,
     pub arena_limit: Option<Given<Scalar>>,
     pub host_iommu: Option<Given<Scalar>>,

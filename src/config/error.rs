@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::{
-    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_POLL_US, MAX_READERS,
-    MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
+    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_POLL_US, MAX_PRIORITY,
+    MAX_READERS, MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
@@ -353,6 +353,9 @@ pub enum Fault {
     /// Polling would take too long.
     #[error("{0} microseconds are too many; give 0 (never poll) to {MAX_POLL_US}")]
     Poll(i128),
+    /// The realtime priority is out of range.
+    #[error("{0} is no realtime priority; give 1 to {MAX_PRIORITY}, or leave it out")]
+    Priority(i128),
     /// The number of domains is out of range.
     #[error("{0} domains are not possible; give 1 to {MAX_DOMAINS}")]
     Domains(i128),

@@ -17,6 +17,7 @@ bypass = false
 granule = "64k"
 domains = 256
 poll-max-us = 0
+realtime-priority = 99
 memory = "2G"
 arena-limit = "32M"
 reserved = [
@@ -65,6 +66,7 @@ fn a_full_file_is_understood() {
     assert_eq!(config.page_mask.bits(), 1 << 16 | 1 << 21 | 1 << 30);
     assert_eq!(config.max_domains, 256);
     assert_eq!(config.longest_poll, Duration::ZERO);
+    assert_eq!(config.realtime_priority, Some(99));
     assert_eq!(config.memory, Some(2 << 30));
     assert_eq!(config.arena_limit, 32 << 20);
 
@@ -98,6 +100,7 @@ fn what_is_left_out_has_a_default() {
     assert_eq!(config.page_mask, PageMask::TABLE);
     assert_eq!(config.max_domains, 65536);
     assert_eq!(config.longest_poll, Duration::from_micros(100));
+    assert_eq!(config.realtime_priority, None);
     assert_eq!(config.memory, None);
     assert_eq!(config.arena_limit, 64 << 20);
     let regions = config.topology.common_reserved();
@@ -313,6 +316,16 @@ fn refusals_name_place_and_cure() {
             "poll-max-us = 10001",
             "vm0.toml:2: poll-max-us: ",
             &["10001 microseconds", "0 (never poll) to 10000"],
+        ),
+        (
+            "realtime-priority = 0",
+            "vm0.toml:2: realtime-priority: ",
+            &["0 is no realtime priority", "1 to 99"],
+        ),
+        (
+            "realtime-priority = 100",
+            "vm0.toml:2: realtime-priority: ",
+            &["100 is no realtime priority", "1 to 99"],
         ),
         (
             "domains = 65537",

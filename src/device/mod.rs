@@ -37,7 +37,8 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_DOMAIN_RANGE, VIRTIO_IOMMU_F_INPUT_RANGE,
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
-use crate::{error_limited, info_limited};
+use crate::realtime::Realtime;
+use crate::{error_limited, info_limited, warn_limited};
 
 use self::polling::{Look, Polling};
 use self::request_queue::{Context, Pass, RequestQueue, probe_size};
@@ -83,6 +84,9 @@ pub struct Device {
     memory_changes: AtomicU64,
     /// The worker's own.
     polling: Mutex<Polling>,
+    realtime: Option<Realtime>,
+    /// The worker is a new thread, with the priority of the others.
+    ordinary: AtomicBool,
     /// Makes the worker look at the request ring without a kick.
     wake: EventFd,
     /// Descriptors vhost-user-backend has given up without closing them.
@@ -102,7 +106,7 @@ struct Requests {
 
 impl Device {
     /// The device in front of `iommu`, without a frontend. Its worker looks at an empty request
-    /// ring for `longest_poll` at most before it sleeps.
+    /// ring for `longest_poll` at most before it sleeps, and has a realtime priority where it is to.
     ///
     /// # Errors
     /// Where the system has no event descriptor left.
@@ -110,6 +114,7 @@ impl Device {
         iommu: Arc<Mutex<Iommu>>,
         metrics: Arc<Metrics>,
         longest_poll: Duration,
+        realtime: Option<Realtime>,
     ) -> io::Result<Self> {
         let (config, bypass) = {
             let iommu = iommu.lock();
@@ -134,6 +139,8 @@ impl Device {
             shutdown: AtomicBool::new(false),
             memory_changes: AtomicU64::new(0),
             polling: Mutex::new(Polling::new(longest_poll)),
+            realtime,
+            ordinary: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             exit_consumers: Mutex::default(),
             metrics,
@@ -173,6 +180,7 @@ impl Device {
     /// A frontend will connect: its worker may serve.
     pub(crate) fn prepare(&self) {
         self.shutdown.store(false, Ordering::Release);
+        self.ordinary.store(true, Ordering::Release);
     }
 
     /// A frontend has connected: it finds a device without a past.
@@ -468,6 +476,12 @@ impl VhostUserBackend for Device {
     ) -> io::Result<()> {
         if let Some(ring) = rings.get(usize::from(EVENT_QUEUE)) {
             self.events.lock().get_or_insert_with(|| ring.clone());
+        }
+        if self.ordinary.load(Ordering::Relaxed) {
+            self.ordinary.store(false, Ordering::Relaxed);
+            if let Some(Err(cause)) = self.realtime.map(Realtime::apply) {
+                warn_limited!("the worker has no realtime priority: {cause}");
+            }
         }
         if event == WAKE_EVENT {
             // Fails where it was read already.
