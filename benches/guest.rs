@@ -15,6 +15,7 @@ use std::fs;
 use std::time::Duration;
 
 use serde_json::json;
+use vhost_device_iommu::realtime::Realtime;
 use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
 
 /// The device that the kernel's benchmark maps for, and the one given to VFIO.
@@ -27,6 +28,8 @@ address = "00:05.0"
 [[endpoint]]
 range = "00:06.0-00:07.0"
 "#;
+/// For the daemon whose worker comes before the guest's processors.
+const PRIORITY: &str = "realtime-priority = 1\n";
 const RUN: Duration = Duration::from_secs(120);
 const DEFAULT_ROUNDS: usize = 5;
 
@@ -46,6 +49,8 @@ const MEASURES: [(&str, &str, &str); 7] = [
 enum Iommu {
     Qemu,
     Daemon,
+    /// The daemon with a realtime priority. Only for as many busy processors as the host has.
+    Realtime,
 }
 
 /// Nanoseconds of one MAP and one UNMAP, as the guest sees it.
@@ -60,33 +65,41 @@ fn main() {
     let setup = Setup::from_environment();
     let kernel = host_kernel();
     let mut qemu: Vec<Vec<Times>> = vec![Vec::new(); MEASURES.len()];
-    let mut ours = qemu.clone();
+    let (mut ours, mut realtime) = (qemu.clone(), qemu.clone());
+    let allowed = Realtime::new(1);
+    if let Err(cause) = &allowed {
+        eprintln!("left out: {cause}");
+    }
     for round in 0..rounds {
         // Each goes first in turn.
-        let order = if round % 2 == 0 {
-            [Iommu::Qemu, Iommu::Daemon]
-        } else {
-            [Iommu::Daemon, Iommu::Qemu]
-        };
+        let mut order = vec![Iommu::Qemu, Iommu::Daemon];
+        order.extend(allowed.is_ok().then_some(Iommu::Realtime));
+        if round % 2 == 1 {
+            order.reverse();
+        }
         for iommu in order {
             eprintln!("round {} of {rounds}: {}", round + 1, iommu.name());
             let into = match iommu {
                 Iommu::Qemu => &mut qemu,
                 Iommu::Daemon => &mut ours,
+                Iommu::Realtime => &mut realtime,
             };
             for (all, times) in into
                 .iter_mut()
                 .zip(boot_and_measure(&setup, &kernel, iommu))
             {
-                all.push(times);
+                all.extend(times);
             }
         }
     }
-    let rows: Vec<_> = MEASURES
-        .iter()
-        .zip(qemu.iter().zip(&ours))
-        .map(|(&(name, ..), (qemu, ours))| Row::new(name, qemu, ours))
-        .collect();
+    let mut rows = Vec::new();
+    for (index, (name, ..)) in MEASURES.iter().enumerate() {
+        rows.push(Row::new((*name).to_owned(), &qemu[index], &ours[index]));
+        if !realtime[index].is_empty() {
+            let name = format!("{name}_realtime");
+            rows.push(Row::new(name, &qemu[index], &realtime[index]));
+        }
+    }
     print_table(&rows, rounds);
     fragment::leave("guest", &figures(&rows));
     if let Some(path) = option("--svg") {
@@ -99,14 +112,19 @@ impl Iommu {
         match self {
             Self::Qemu => "QEMU's own",
             Self::Daemon => "the daemon",
+            Self::Realtime => "the daemon, realtime",
         }
+    }
+
+    fn answers(self, measure: &str) -> bool {
+        self != Self::Realtime || measure.contains("2_threads")
     }
 }
 
 /// One measure: medians of both, and the ratios of the rounds. MAP first, then UNMAP.
 pub struct Row {
     /// Its name.
-    pub name: &'static str,
+    pub name: String,
     /// Medians, in nanoseconds.
     pub qemu: Times,
     /// Medians, in nanoseconds.
@@ -116,7 +134,7 @@ pub struct Row {
 }
 
 impl Row {
-    fn new(name: &'static str, qemu: &[Times], ours: &[Times]) -> Self {
+    fn new(name: String, qemu: &[Times], ours: &[Times]) -> Self {
         let column = |times: &[Times], what: usize| times.iter().map(|t| t[what]).collect();
         let ratio = |what: usize| {
             let pairs = qemu.iter().zip(ours);
@@ -137,12 +155,17 @@ impl Row {
     }
 }
 
-fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> {
+/// What was measured, by measure.
+fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Option<Times>> {
     let place = Workplace::new("bench");
-    let daemon = Daemon::start(&place, CONFIG);
+    let config = match iommu {
+        Iommu::Realtime => format!("{PRIORITY}{CONFIG}"),
+        Iommu::Qemu | Iommu::Daemon => CONFIG.to_owned(),
+    };
+    let daemon = Daemon::start(&place, &config);
     let mut arguments = daemon.qemu_args.clone();
     let mut daemon = match iommu {
-        Iommu::Daemon => Some(daemon),
+        Iommu::Daemon | Iommu::Realtime => Some(daemon),
         Iommu::Qemu => {
             daemon.stop();
             arguments = with_qemus_own(arguments);
@@ -168,7 +191,11 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> 
     vm.run("ls /sys/kernel/debug/dma_map_benchmark");
     vm.run(&format!("vfio_bind {VFIO}"));
     let mut times = Vec::new();
-    for (_, mode, command) in MEASURES {
+    for (name, mode, command) in MEASURES {
+        if !iommu.answers(name) {
+            times.push(None);
+            continue;
+        }
         if mode == "DMA-FQ" {
             set_mode(&mut vm, mode);
         }
@@ -183,7 +210,8 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Times> 
             let each = (waited - ns) as f64 / (more - polls).max(1) as f64;
             eprintln!("    {command}: {each:.0} ns from an answer to the next request");
         }
-        times.push(parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}")));
+        let both = parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}"));
+        times.push(Some(both));
     }
     vm.kill();
     drop(daemon);
@@ -275,7 +303,7 @@ fn figures(rows: &[Row]) -> serde_json::Value {
             "qemu_map_ns": row.qemu[0],
             "qemu_unmap_ns": row.qemu[1],
         });
-        (row.name.to_owned(), value)
+        (row.name.clone(), value)
     });
     all.collect::<serde_json::Map<_, _>>().into()
 }
