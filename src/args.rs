@@ -96,6 +96,15 @@ pub struct RunArgs {
     #[arg(long, value_name = "ADDRESS=N")]
     pub vfio_container_fd: Vec<String>,
 
+    /// Run without the sandbox, for debugging only: a fault in the daemon is then the host's
+    #[arg(long)]
+    pub no_sandbox: bool,
+
+    /// Name a forbidden system call on standard error before ending, instead of being ended at
+    /// once, for debugging only
+    #[arg(long, conflicts_with = "no_sandbox")]
+    pub sandbox_report: bool,
+
     /// Print what this backend can do as JSON and exit; everything else is ignored
     #[arg(long)]
     pub print_capabilities: bool,

@@ -33,6 +33,7 @@ use crate::iommu::{Dma, EndpointState, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
+use crate::sandbox::{self, Role};
 use crate::shadow::Registry;
 use crate::socket::{SocketFile, bind};
 use crate::topology::PciAddress;
@@ -100,9 +101,9 @@ impl ControlServer {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
         }
         let watched = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || serve(&listener, &epoll, &watched, &subjects))?;
+        let thread = sandbox::spawn(Role::Control, move || {
+            serve(&listener, &epoll, &watched, &subjects);
+        })?;
         Ok(Self {
             stop,
             thread: Some(thread),

@@ -18,6 +18,7 @@ use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason};
 use crate::metrics::Metrics;
+use crate::sandbox::Role;
 use crate::socket::{SocketFile, bind};
 use crate::topology::Topology;
 use crate::warn_limited;
@@ -97,7 +98,7 @@ impl Refusals {
     /// # Errors
     /// The system has no thread left.
     pub fn deliver(&self, tell: impl Fn(&Fault) + Send + 'static) -> io::Result<FaultDelivery> {
-        FaultDelivery::start("faults", self.queue.clone(), move |fault| {
+        FaultDelivery::start(Role::Faults, self.queue.clone(), move |fault| {
             warn_limited!(
                 "endpoint {} is refused access {} at {}: {}",
                 fault.endpoint,

@@ -13,6 +13,7 @@ use log::warn;
 use parking_lot::{Condvar, Mutex};
 
 use crate::ids::EndpointId;
+use crate::sandbox::{self, Role};
 
 /// The most that wait; what comes then is not taken.
 pub const MAX_WAITING: usize = 256;
@@ -93,23 +94,21 @@ pub struct FaultDelivery {
 }
 
 impl FaultDelivery {
-    /// Calls `deliver` with what comes into `queue`, in its order, in a thread of this name.
+    /// Calls `deliver` with what comes into `queue`, in its order, in a thread of this role.
     ///
     /// # Errors
     /// The system has no thread left.
     pub fn start<T: Send + 'static>(
-        name: &str,
+        role: Role,
         queue: Arc<FaultQueue<T>>,
         mut deliver: impl FnMut(T) + Send + 'static,
     ) -> io::Result<Self> {
         let source = queue.clone();
-        let thread = std::thread::Builder::new()
-            .name(name.into())
-            .spawn(move || {
-                while let Some(fault) = source.next() {
-                    deliver(fault);
-                }
-            })?;
+        let thread = sandbox::spawn(role, move || {
+            while let Some(fault) = source.next() {
+                deliver(fault);
+            }
+        })?;
         Ok(Self {
             end: Box::new(move || queue.end()),
             thread: Some(thread),
@@ -198,7 +197,7 @@ mod tests {
         }
         assert!(!queue.push(MAX_WAITING));
         let (sender, delivered) = sync_channel(MAX_WAITING);
-        let delivery = FaultDelivery::start("faults", queue.clone(), move |number| {
+        let delivery = FaultDelivery::start(Role::Faults, queue.clone(), move |number| {
             sender.send(number).expect("room");
         });
         let delivery = delivery.expect("a thread");

@@ -43,6 +43,9 @@ pub mod protocol;
 pub mod qemu_args;
 pub mod ready;
 pub mod realtime;
+pub mod sandbox;
+#[cfg(not(miri))]
+pub mod sandbox_side;
 #[cfg(not(miri))]
 pub mod shadow;
 #[cfg(not(miri))]

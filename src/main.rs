@@ -17,6 +17,8 @@ use vhost_device_iommu::host_tree::HostTree;
 use vhost_device_iommu::launch::Launch;
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
 use vhost_device_iommu::ready::Ready;
+use vhost_device_iommu::sandbox::{self, Role, Violation};
+use vhost_device_iommu::sandbox_side;
 use vhost_device_iommu::signals;
 use vhost_device_iommu::topology::host::HostRoot;
 use vhost_device_iommu::topology::viot;
@@ -85,9 +87,20 @@ fn serve(args: &RunArgs) -> Outcome {
     // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
     let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
     env_logger::Builder::from_env(default_level).init();
+    if args.no_sandbox {
+        log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
+    } else {
+        let violation = if args.sandbox_report {
+            Violation::Report
+        } else {
+            Violation::Kill
+        };
+        sandbox::arm(sandbox_side::needs(&config), violation)?;
+    }
     let ending = signals::end_on_signals()?;
     let mut daemon = Daemon::new(&config)?;
     ending.of(daemon.stop_handle());
+    sandbox::enter(Role::Main);
     if let Err(cause) = ready.tell() {
         log::warn!("nobody could be told that the daemon is ready: {cause}");
     }

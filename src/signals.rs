@@ -13,6 +13,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::daemon::StopHandle;
+use crate::sandbox::{self, Role};
 
 /// How long an orderly end may take, and the start of a daemon that is to end.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -40,13 +41,11 @@ impl Ending {
 pub fn end_on_signals() -> io::Result<Ending> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let (ending, named) = sync_channel(1);
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            if signals.forever().next().is_some() {
-                end(&named);
-            }
-        })?;
+    sandbox::spawn(Role::Signals, move || {
+        if signals.forever().next().is_some() {
+            end(&named);
+        }
+    })?;
     Ok(Ending(ending))
 }
 

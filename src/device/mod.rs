@@ -38,6 +38,7 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
 use crate::realtime::Realtime;
+use crate::sandbox::{self, Role};
 use crate::{error_limited, info_limited, warn_limited};
 
 use self::polling::{Look, Polling};
@@ -354,7 +355,9 @@ impl VhostUserBackend for Device {
         MAX_QUEUE_SIZE
     }
 
+    /// What every frontend asks first, in the thread that hears it.
     fn features(&self) -> u64 {
+        sandbox::enter(Role::VhostUser);
         // Not VIRTIO_RING_F_INDIRECT_DESC: a driver that has it allocates and frees a table for each
         // request, which costs it more than the two descriptors of the ring it spares. One that
         // uses tables nevertheless, for it began with another device, is answered.
@@ -416,6 +419,8 @@ impl VhostUserBackend for Device {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        // For a frontend that has not asked for the features.
+        sandbox::enter(Role::VhostUser);
         self.spoken_to();
         let mut requests = self.requests.lock();
         let _no_fault = self.events.lock();
@@ -474,6 +479,7 @@ impl VhostUserBackend for Device {
         rings: &[VringRwLock],
         _thread: usize,
     ) -> io::Result<()> {
+        sandbox::enter(Role::Worker);
         if let Some(ring) = rings.get(usize::from(EVENT_QUEUE)) {
             self.events.lock().get_or_insert_with(|| ring.clone());
         }

@@ -12,6 +12,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use zerocopy::IntoBytes;
 
 use super::device::Offered;
+use crate::sandbox::{self, Role};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, Header, IrqInfoBody, IrqSetBody, Kind, Malformed,
@@ -46,9 +47,7 @@ impl ExportServer {
             stop: stop.clone(),
             client: None,
         };
-        let thread = std::thread::Builder::new()
-            .name("export".into())
-            .spawn(move || server.run())?;
+        let thread = sandbox::spawn(Role::Export, move || server.run())?;
         Ok(Self {
             stop,
             thread: Some(thread),

@@ -20,6 +20,7 @@ use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
 use crate::address::{Access, Iova};
 use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
+use crate::sandbox::{self, Role};
 use crate::socket::{SocketFile, bind};
 use crate::warn_limited;
 
@@ -101,13 +102,11 @@ impl ShadowServer {
             faults: queue.clone(),
             budgets: Budgets::default(),
         };
-        let delivery = FaultDelivery::start("shadow-faults", queue, faults)?;
-        let thread = std::thread::Builder::new()
-            .name("shadow".into())
-            .spawn(move || {
-                served.run();
-                drop(stopped);
-            })?;
+        let delivery = FaultDelivery::start(Role::ShadowFaults, queue, faults)?;
+        let thread = sandbox::spawn(Role::Shadow, move || {
+            served.run();
+            drop(stopped);
+        })?;
         Ok(Self {
             stop,
             thread: Some(thread),

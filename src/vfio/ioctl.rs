@@ -30,7 +30,9 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
-pub(super) use self::device::{IrqData, if_mappable, irq_info, region_info_whole, reset, set_irqs};
+pub(super) use self::device::{
+    IrqData, if_mappable, irq_info, region_info_whole, requests_of_exports, reset, set_irqs,
+};
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
@@ -79,6 +81,28 @@ ioctl_io_nr!(
     IOMMUFD_TYPE as u32,
     IOMMUFD_CMD_IOAS_UNMAP
 );
+
+/// The requests by which mappings are made and unmade and devices are moved between address spaces:
+/// all but those that open devices and groups.
+pub(super) fn requests_of_backends() -> Vec<c_ulong> {
+    vec![
+        VFIO_DEVICE_GET_INFO(),
+        VFIO_DEVICE_GET_REGION_INFO(),
+        VFIO_DEVICE_FEATURE(),
+        VFIO_DEVICE_ATTACH_IOMMUFD_PT(),
+        VFIO_DEVICE_DETACH_IOMMUFD_PT(),
+        VFIO_IOMMU_GET_INFO(),
+        VFIO_IOMMU_MAP_DMA(),
+        VFIO_IOMMU_UNMAP_DMA(),
+        IOMMU_DESTROY(),
+        IOMMU_IOAS_ALLOC(),
+        IOMMU_IOAS_COPY(),
+        IOMMU_IOAS_IOVA_RANGES(),
+        IOMMU_IOAS_MAP(),
+        IOMMU_IOAS_MAP_FILE(),
+        IOMMU_IOAS_UNMAP(),
+    ]
+}
 
 /// A structure's size as its first field has it.
 pub(super) fn size_of_u32<T>() -> u32 {

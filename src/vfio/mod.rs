@@ -42,6 +42,22 @@ pub struct VfioError {
     pub cure: &'static str,
 }
 
+/// The numbers of the ioctls that backends make, once their devices and groups are open.
+pub fn ioctls_of_backends() -> Vec<u32> {
+    numbers(ioctl::requests_of_backends())
+}
+
+/// The numbers of the ioctls that serving an exported device takes.
+pub fn ioctls_of_exports() -> Vec<u32> {
+    numbers(ioctl::requests_of_exports())
+}
+
+fn numbers(requests: Vec<libc::c_ulong>) -> Vec<u32> {
+    // They have 32 bits, whatever the type.
+    let numbers = requests.into_iter().map(u32::try_from);
+    numbers.filter_map(Result::ok).collect()
+}
+
 /// Where the bytes behind I/O virtual addresses come from.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {

@@ -22,6 +22,7 @@ use self::server::Server;
 use super::DmaTarget;
 use super::link::Link;
 use super::socket::{Receiver, connect};
+use crate::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
 /// Messages taken from one peer before the others have their turn.
@@ -74,14 +75,12 @@ impl Interposer {
             connect_at: Instant::now(),
         };
         let stopping = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("vfio-user".into())
-            .spawn(move || {
-                while !stopping.load(Ordering::Acquire) {
-                    between.turn();
-                }
-                between.link.end();
-            })?;
+        let thread = sandbox::spawn(Role::VfioUser, move || {
+            while !stopping.load(Ordering::Acquire) {
+                between.turn();
+            }
+            between.link.end();
+        })?;
         Ok(Self {
             link,
             stop,

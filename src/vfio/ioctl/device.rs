@@ -1,5 +1,6 @@
 //! What a driver of a device asks VFIO for: regions, interrupts, reset.
 
+use std::ffi::c_ulong;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -10,12 +11,25 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
 use super::{
-    MAX_INFO_WORDS, VFIO_DEVICE_GET_REGION_INFO, checked, first_word, low_half, size_of_u32, update,
+    MAX_INFO_WORDS, VFIO_DEVICE_FEATURE, VFIO_DEVICE_GET_INFO, VFIO_DEVICE_GET_REGION_INFO,
+    checked, first_word, low_half, size_of_u32, update,
 };
 
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+
+/// The requests of whoever serves a device's registers and interrupts to somebody else.
+pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
+    vec![
+        VFIO_DEVICE_GET_INFO(),
+        VFIO_DEVICE_GET_REGION_INFO(),
+        VFIO_DEVICE_GET_IRQ_INFO(),
+        VFIO_DEVICE_SET_IRQS(),
+        VFIO_DEVICE_RESET(),
+        VFIO_DEVICE_FEATURE(),
+    ]
+}
 
 /// What follows a `vfio_irq_set`.
 pub(in crate::vfio) enum IrqData<'a> {

@@ -1,0 +1,389 @@
+//! Which system calls each role makes.
+//!
+//! Names are those of the C library's header; where an older call does the same, it is there as
+//! well, because C libraries and their versions differ in which they take.
+
+use libc::c_long;
+
+use super::role::{Needs, Role};
+
+/// A system call's number, and when it is allowed.
+pub(super) type Call = (c_long, Allowed);
+
+/// When a call is allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Allowed {
+    /// Whatever its arguments are.
+    Always,
+    /// With such an argument.
+    With(Argument),
+}
+
+/// What the lower 32 bits of an argument have to be; arguments are counted from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Argument {
+    /// This value.
+    Is(u8, u64),
+    /// A value with all of these bits.
+    HasAll(u8, u64),
+    /// A value with none of these bits.
+    HasNone(u8, u64),
+}
+
+/// What a thread of this role may call.
+pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
+    let mut list = everywhere();
+    match role {
+        Role::Main => {
+            list.extend(calls(Role::VhostUser, needs));
+            list.extend(calls(Role::Worker, needs));
+            list.extend(always(&WAIT));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&SPAWN));
+            list.extend(threads_only());
+            list.extend(descriptors());
+            list.extend(always(&REMOVE_SOCKETS));
+        }
+        Role::VhostUser => {
+            list.extend(always(&MESSAGES));
+            list.extend(always(&MEMORY_FILES));
+            list.extend(always(&[libc::SYS_epoll_ctl]));
+            list.extend(confine());
+            list.extend(descriptors());
+            list.extend(backends(needs));
+        }
+        Role::Worker => {
+            list.extend(always(&WAIT));
+            list.extend(confine());
+            list.extend(backends(needs));
+        }
+        Role::Control => {
+            list.extend(always(&WAIT));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&MESSAGES));
+            list.extend(descriptors());
+        }
+        Role::Shadow => {
+            list.extend(always(&WAIT));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(&READERS));
+            list.extend(always(&SHARED_WORDS));
+            list.extend(always(&[libc::SYS_epoll_ctl, libc::SYS_geteuid]));
+            list.extend(descriptors());
+            list.push(fcntl(libc::F_ADD_SEALS));
+        }
+        Role::VfioUser => {
+            list.extend(always(&WAIT));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(&CONNECT));
+            list.extend(local_sockets(libc::SYS_socket));
+            list.extend(descriptors());
+        }
+        Role::Export => {
+            list.extend(always(&WAIT));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(&DEVICE_REGISTERS));
+            list.extend(descriptors());
+            list.extend(ioctls(&needs.device_ioctls));
+        }
+        Role::Signals => {
+            list.extend(always(&WAIT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(&REMOVE_SOCKETS));
+        }
+        Role::ShadowFaults | Role::Faults => {}
+    }
+    list
+}
+
+/// Locks, memory, time, the log, events, and a thread's end.
+const EVERYWHERE: [c_long; 28] = [
+    libc::SYS_brk,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    // What a signal's handler tells the thread `signals` with, on any thread.
+    libc::SYS_sendto,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_rseq,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// Waiting for descriptors.
+#[cfg(target_arch = "x86_64")]
+const WAIT: [c_long; 4] = [
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const WAIT: [c_long; 2] = [libc::SYS_epoll_pwait, libc::SYS_ppoll];
+
+/// Taking a connection.
+#[cfg(target_arch = "x86_64")]
+const ACCEPT: [c_long; 2] = [libc::SYS_accept, libc::SYS_accept4];
+#[cfg(not(target_arch = "x86_64"))]
+const ACCEPT: [c_long; 1] = [libc::SYS_accept4];
+
+/// Messages over a connection, its options and its end.
+const MESSAGES: [c_long; 7] = [
+    libc::SYS_getsockopt,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
+/// Reaching another process, at a socket that `local_sockets` allows to make.
+const CONNECT: [c_long; 1] = [libc::SYS_connect];
+
+/// What a file of the guest's memory is.
+#[cfg(target_arch = "x86_64")]
+const MEMORY_FILES: [c_long; 5] = [
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const MEMORY_FILES: [c_long; 4] = [
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_lseek,
+    libc::SYS_statx,
+];
+
+/// The page tables' own memory grows and shrinks.
+const ARENA: [c_long; 2] = [libc::SYS_fallocate, libc::SYS_ftruncate];
+
+/// Who a reader is, whether it is there, and its end.
+const READERS: [c_long; 2] = [libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal];
+
+/// What a reader is given to write to.
+const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
+
+/// Registers of a device of the host.
+const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
+
+/// A connection's threads and events are made. Clones are in `threads_only`.
+const SPAWN: [c_long; 5] = [
+    // Answered with ENOSYS: see the filter.
+    libc::SYS_clone3,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_eventfd2,
+    libc::SYS_set_tid_address,
+];
+
+/// The files of sockets are removed if they are still the same.
+#[cfg(target_arch = "x86_64")]
+const REMOVE_SOCKETS: [c_long; 6] = [
+    libc::SYS_lstat,
+    libc::SYS_newfstatat,
+    libc::SYS_stat,
+    libc::SYS_statx,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const REMOVE_SOCKETS: [c_long; 3] = [libc::SYS_newfstatat, libc::SYS_statx, libc::SYS_unlinkat];
+
+fn everywhere() -> Vec<Call> {
+    let bits = |flags: libc::c_int| u64::from(flags.unsigned_abs());
+    let exec = bits(libc::PROT_EXEC);
+    let own = u64::from(std::process::id());
+    let with = |call, argument| (call, Allowed::With(argument));
+    always(&EVERYWHERE)
+        .chain([
+            // Memory that is code is never made.
+            with(libc::SYS_mmap, Argument::HasNone(2, exec)),
+            with(libc::SYS_mprotect, Argument::HasNone(2, exec)),
+            // Names of threads and of memory.
+            with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_NAME))),
+            with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_VMA))),
+            // Builds for debugging see whether a descriptor is open before they close it.
+            with(libc::SYS_fcntl, Argument::Is(1, bits(libc::F_GETFD))),
+            // Its own end.
+            with(libc::SYS_tgkill, Argument::Is(0, own)),
+        ])
+        .collect()
+}
+
+/// What backends do for whoever maps, unmaps or moves an endpoint.
+fn backends(needs: &Needs) -> Vec<Call> {
+    let mut list: Vec<Call> = always(&ARENA).collect();
+    if !needs.iommu_ioctls.is_empty() {
+        list.extend(ioctls(&needs.iommu_ioctls));
+        // Where the devices' own memory is, is read from them.
+        list.extend(always(&[libc::SYS_pread64]));
+    }
+    if needs.emulated || needs.shadow {
+        list.extend(always(&WAIT));
+        list.extend(always(&MESSAGES));
+    }
+    if needs.shadow {
+        list.extend(always(&READERS));
+    }
+    list
+}
+
+/// Duplicates and flags of descriptors.
+fn descriptors() -> Vec<Call> {
+    let commands = [
+        libc::F_DUPFD_CLOEXEC,
+        libc::F_SETFD,
+        libc::F_GETFL,
+        libc::F_SETFL,
+        libc::F_GET_SEALS,
+    ];
+    let mut list: Vec<Call> = commands.iter().map(|command| fcntl(*command)).collect();
+    list.push(ioctl(FIONBIO));
+    list
+}
+
+fn fcntl(command: libc::c_int) -> Call {
+    let command = Argument::Is(1, u64::from(command.unsigned_abs()));
+    (libc::SYS_fcntl, Allowed::With(command))
+}
+
+/// `FIONBIO` of `asm-generic/ioctls.h`, by which a socket is made to wait or not.
+const FIONBIO: u32 = 0x5421;
+
+fn ioctls(numbers: &[u32]) -> impl Iterator<Item = Call> {
+    numbers.iter().map(|number| ioctl(*number))
+}
+
+fn ioctl(number: u32) -> Call {
+    let number = Argument::Is(1, number.into());
+    (libc::SYS_ioctl, Allowed::With(number))
+}
+
+fn local_sockets(call: c_long) -> [Call; 1] {
+    let local = u64::from(libc::AF_UNIX.unsigned_abs());
+    [(call, Allowed::With(Argument::Is(0, local)))]
+}
+
+/// A thread that a library has made adds its own filter to the main thread's.
+fn confine() -> [Call; 2] {
+    let privileges = u64::from(libc::PR_SET_NO_NEW_PRIVS.unsigned_abs());
+    [
+        (libc::SYS_seccomp, Allowed::Always),
+        (libc::SYS_prctl, Allowed::With(Argument::Is(0, privileges))),
+    ]
+}
+
+/// Threads, and no processes.
+fn threads_only() -> [Call; 1] {
+    let flags = libc::CLONE_THREAD | libc::CLONE_VM;
+    let thread = Argument::HasAll(0, u64::from(flags.unsigned_abs()));
+    [(libc::SYS_clone, Allowed::With(thread))]
+}
+
+fn always(numbers: &[c_long]) -> impl Iterator<Item = Call> {
+    numbers.iter().map(|number| (*number, Allowed::Always))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No thread opens a file, starts a program or process, listens, or looks into another process.
+    #[test]
+    fn what_no_role_may_call() {
+        let needs = Needs {
+            iommu_ioctls: vec![0x3b71],
+            device_ioctls: vec![0x3b6e],
+            emulated: true,
+            shadow: true,
+            socket_folders: Vec::new(),
+        };
+        let never = [
+            libc::SYS_openat,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_bind,
+            libc::SYS_listen,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_kill,
+            libc::SYS_rt_sigaction,
+            libc::SYS_bpf,
+            libc::SYS_io_uring_setup,
+            libc::SYS_mount,
+            libc::SYS_setuid,
+            libc::SYS_setns,
+            libc::SYS_unshare,
+            libc::SYS_chmod,
+            libc::SYS_mkdirat,
+            libc::SYS_renameat2,
+            libc::SYS_keyctl,
+            libc::SYS_userfaultfd,
+        ];
+        for role in Role::ALL {
+            let allowed = calls(role, &needs);
+            for (number, _) in &allowed {
+                assert!(!never.contains(number), "{role:?} may call {number}");
+            }
+            // No role gets these but under a condition.
+            for narrow in [
+                libc::SYS_ioctl,
+                libc::SYS_socket,
+                libc::SYS_clone,
+                libc::SYS_mmap,
+                libc::SYS_mprotect,
+                libc::SYS_fcntl,
+                libc::SYS_prctl,
+                libc::SYS_tgkill,
+            ] {
+                assert!(!allowed.contains(&(narrow, Allowed::Always)), "{role:?}");
+            }
+        }
+    }
+
+    /// Whoever reaches other processes or the host does it because the configuration says so.
+    #[test]
+    fn what_is_not_configured_is_not_allowed() {
+        let plain = Needs::default();
+        for role in [Role::Main, Role::VhostUser, Role::Worker] {
+            let allowed = calls(role, &plain);
+            let has = |wanted| allowed.iter().any(|(number, _)| *number == wanted);
+            assert!(!has(libc::SYS_pidfd_send_signal), "{role:?}");
+            assert!(!has(libc::SYS_connect), "{role:?}");
+        }
+        let worker = calls(Role::Worker, &plain);
+        assert!(!worker.iter().any(|(number, _)| *number == libc::SYS_ioctl));
+        assert!(
+            !worker
+                .iter()
+                .any(|(number, _)| *number == libc::SYS_sendmsg)
+        );
+    }
+}

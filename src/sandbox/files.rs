@@ -1,0 +1,110 @@
+//! What of the file system is in reach: nothing but the removal of the daemon's own sockets.
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+};
+
+use super::SandboxError;
+use super::role::Needs;
+
+/// The newest version whose rights are known here; an older kernel takes those that it knows.
+const NEWEST: ABI = ABI::V6;
+
+/// The rules for `needs`: no file is opened, made or changed, only sockets are removed from their
+/// folders; no port is reached, nor an abstract socket of anybody else's. Descriptors that are open
+/// already stay what they are, and sockets at paths can be connected to.
+///
+/// # Errors
+/// The kernel refuses for another reason than that it has no Landlock.
+pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
+    let mut rules = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::AbstractUnixSocket)?
+        .create()?;
+    for folder in &needs.socket_folders {
+        // A folder that cannot be opened is none from which anything could be removed.
+        if let Ok(folder) = PathFd::new(folder) {
+            rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
+        }
+    }
+    Ok(rules)
+}
+
+/// Puts the calling thread, and those that it makes, under the rules. Returns whether the kernel
+/// has anything to enforce them with.
+///
+/// # Errors
+/// The kernel refuses, as after 16 layers of rules.
+pub(super) fn restrict(rules: RulesetCreated) -> Result<bool, SandboxError> {
+    let status = rules.restrict_self()?;
+    Ok(status.ruleset != RulesetStatus::NotEnforced)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io;
+    use std::net::TcpListener;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+
+    use super::*;
+
+    fn is_refused<T>(tried: io::Result<T>) -> bool {
+        tried.is_err_and(|cause| {
+            matches!(
+                cause.raw_os_error(),
+                Some(libc::EACCES | libc::EPERM | libc::EXDEV)
+            )
+        })
+    }
+
+    /// In a thread of its own, which alone is restricted.
+    #[test]
+    fn nothing_is_in_reach_but_the_removal_of_sockets() {
+        let own = tempfile::tempdir().expect("a folder");
+        let other = tempfile::tempdir().expect("a folder");
+        let needs = Needs {
+            socket_folders: vec![own.path().to_owned(), other.path().join("missing")],
+            ..Needs::default()
+        };
+        for folder in [&own, &other] {
+            fs::write(folder.path().join("file"), "text").expect("a file");
+        }
+        let socket = UnixListener::bind(other.path().join("socket")).expect("a socket");
+        let name = format!("viommu-test-{}", std::process::id());
+        let abstract_name = SocketAddr::from_abstract_name(name).expect("a name");
+        let elsewhere = UnixListener::bind_addr(&abstract_name).expect("a socket");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let rules = rules(&needs).expect("rules");
+                let status = rules.restrict_self().expect("restricted").ruleset;
+                if status == RulesetStatus::NotEnforced {
+                    return;
+                }
+                for folder in [&own, &other] {
+                    let file = folder.path().join("file");
+                    assert!(is_refused(fs::read(&file)));
+                    assert!(is_refused(fs::write(&file, "")));
+                    assert!(is_refused(fs::write(folder.path().join("new"), "")));
+                    assert!(is_refused(UnixListener::bind(folder.path().join("s"))));
+                    assert!(is_refused(fs::read_dir(folder.path())));
+                }
+                assert!(is_refused(fs::remove_file(other.path().join("file"))));
+                fs::remove_file(own.path().join("file")).expect("of its own sockets' folder");
+                // An emulated device's server is found where the configuration says.
+                UnixStream::connect(other.path().join("socket")).expect("connected");
+                // What not every version of Landlock has.
+                if status == RulesetStatus::FullyEnforced {
+                    assert!(is_refused(TcpListener::bind("127.0.0.1:0")));
+                    assert!(is_refused(UnixStream::connect_addr(&abstract_name)));
+                }
+            });
+        });
+        drop((socket, elsewhere));
+        fs::read(other.path().join("file")).expect("other threads are as before");
+    }
+}

@@ -1,0 +1,82 @@
+//! What the process as a whole does, and which threads do it.
+
+use std::path::PathBuf;
+
+/// A kind of thread. Each has a filter of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Accepts one VMM after the other. The two below are its children, so that it may do what
+    /// they do.
+    Main,
+    /// Hears the VMM that is connected.
+    VhostUser,
+    /// Serves the request ring.
+    Worker,
+    /// Answers the control socket.
+    Control,
+    /// Lets readers of the page tables in and hears them.
+    Shadow,
+    /// Passes their faults on to the guest.
+    ShadowFaults,
+    /// Passes on to the guest what emulated devices are refused.
+    Faults,
+    /// Moves the messages of one emulated device.
+    VfioUser,
+    /// Serves one exported device of the host.
+    Export,
+    /// Turns signals into an orderly end.
+    Signals,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Main,
+        Self::VhostUser,
+        Self::Worker,
+        Self::Control,
+        Self::Shadow,
+        Self::ShadowFaults,
+        Self::Faults,
+        Self::VfioUser,
+        Self::Export,
+        Self::Signals,
+    ];
+
+    /// Whether the main thread has such a thread made once it is confined itself.
+    pub(super) const fn is_child_of_main(self) -> bool {
+        matches!(self, Self::VhostUser | Self::Worker)
+    }
+
+    /// The name of such a thread, as the kernel's log and `ps` have it. The main thread has the
+    /// program's; the two after it get theirs from the vhost-user-backend crate.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::VhostUser => "vhost-user",
+            Self::Worker => "vring_worker",
+            Self::Control => "control",
+            Self::Shadow => "shadow",
+            Self::ShadowFaults => "shadow-faults",
+            Self::Faults => "faults",
+            Self::VfioUser => "vfio-user",
+            Self::Export => "export",
+            Self::Signals => "signals",
+        }
+    }
+}
+
+/// What one process's configuration asks of its threads, beyond what all of them do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Numbers of the ioctls that program the host's IOMMU; empty without devices of the host.
+    pub iommu_ioctls: Vec<u32>,
+    /// Numbers of the ioctls of devices that are exported; empty without such devices.
+    pub device_ioctls: Vec<u32>,
+    /// There are devices that other processes emulate, which are connected to at any time.
+    pub emulated: bool,
+    /// There are readers of the page tables, which may have to be killed.
+    pub shadow: bool,
+    /// Folders in which sockets were made, which are removed at the end.
+    pub socket_folders: Vec<PathBuf>,
+}

@@ -1,0 +1,131 @@
+//! System and library calls of this module: what the kernel knows of filters, and the last words of a
+//! thread that breaks its own.
+
+#![expect(
+    unsafe_code,
+    reason = "a signal's handler, a question to the kernel, a setting of the C library"
+)]
+
+use std::io;
+use std::mem::MaybeUninit;
+
+use libc::{c_int, c_void, siginfo_t};
+
+use super::{CONFINED, SandboxError};
+
+/// Whether the kernel has filters that end a process.
+///
+/// # Errors
+/// [`SandboxError::NoFilters`].
+pub(super) fn filters_are_there() -> Result<(), SandboxError> {
+    let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
+    // SAFETY:
+    // - action: read only, and there for the whole call
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_GET_ACTION_AVAIL,
+            0,
+            &raw const action,
+        )
+    };
+    if answer == 0 {
+        return Ok(());
+    }
+    Err(SandboxError::NoFilters {
+        why: format!("in this kernel ({})", io::Error::last_os_error()),
+    })
+}
+
+/// Has the C library's allocator not look up the number of processors in a file, as it does once
+/// there are more threads than it has pools of memory, so many at the most. Nothing is lost: no more
+/// than two threads or so ask for memory at the same time.
+pub(super) fn keep_the_allocator_from_files() {
+    #[cfg(target_env = "gnu")]
+    {
+        const POOLS: c_int = 8;
+        // SAFETY: sets a number, which it refuses where it does not know what for.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, POOLS) };
+    }
+}
+
+/// Has a thread name the call that its filter does not allow, before the process ends by the same
+/// signal.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn name_violations() -> Result<(), SandboxError> {
+    // SAFETY: zero is a value of every field.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = name_the_call;
+    action.sa_sigaction = handler as libc::sighandler_t;
+    // Once only: the handler's own signal ends the process.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_NODEFER;
+    // SAFETY:
+    // - action: a handler of the kind that the flags say, which makes only system calls that a
+    //   handler may make
+    // - the old action is not asked for
+    if unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) } == 0 {
+        return Ok(());
+    }
+    Err(SandboxError::System {
+        what: "watch for forbidden system calls",
+        source: io::Error::last_os_error(),
+    })
+}
+
+extern "C" fn name_the_call(_signal: c_int, about: *mut siginfo_t, _context: *mut c_void) {
+    // `si_syscall` of `asm-generic/siginfo.h`, at byte 24 on machines of 64 bits, the only ones that
+    // filters are made for here.
+    let number = about.cast::<c_int>().wrapping_add(6);
+    // SAFETY:
+    // - number: inside the structure, which the kernel has filled in and this handler has to itself
+    let number = unsafe { number.read() };
+    let role = CONFINED.try_with(std::cell::Cell::get).ok().flatten();
+    let role = role.map_or("?", super::Role::name);
+    let mut digits = [0; 10];
+    let parts: [&[u8]; 5] = [
+        b"vhost-device-iommu: the thread ",
+        role.as_bytes(),
+        b" makes system call ",
+        decimal(number, &mut digits),
+        b", which its filter does not allow; please report it\n",
+    ];
+    for part in parts {
+        // SAFETY:
+        // - part: valid for reads of its length; the call keeps nothing
+        unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
+    }
+    // SAFETY: no pointers are passed; the action was reset, so that it ends the process.
+    unsafe { libc::raise(libc::SIGSYS) };
+    // SAFETY: does not return.
+    unsafe { libc::_exit(1) }
+}
+
+/// The number's digits, without asking for memory.
+fn decimal(number: c_int, room: &mut [u8; 10]) -> &[u8] {
+    let mut rest = number.unsigned_abs();
+    let mut first = room.len();
+    for (at, digit) in room.iter_mut().enumerate().rev() {
+        *digit = b'0' + u8::try_from(rest % 10).unwrap_or(0);
+        first = at;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    room.get(first..).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_as_people_do() {
+        for number in [0, 7, 59, 435, c_int::MAX] {
+            let mut room = [0; 10];
+            assert_eq!(decimal(number, &mut room), number.to_string().as_bytes());
+        }
+    }
+}

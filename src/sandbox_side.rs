@@ -1,0 +1,77 @@
+//! What a configuration asks of the sandbox.
+
+use std::path::Path;
+
+use crate::config::{Config, Socket};
+use crate::sandbox::Needs;
+use crate::vfio::{ioctls_of_backends, ioctls_of_exports};
+
+/// What the daemon with this configuration does once it serves.
+pub fn needs(config: &Config) -> Needs {
+    let of = |wanted: bool, numbers: fn() -> Vec<u32>| {
+        if wanted { numbers() } else { Vec::new() }
+    };
+    let socket = match &config.socket {
+        Some(Socket::Path(path)) => Some(path),
+        Some(Socket::Fd(_)) | None => None,
+    };
+    let mut socket_folders: Vec<_> = socket
+        .into_iter()
+        .chain(&config.control)
+        .chain(config.emulated.iter().map(|device| &device.listen))
+        .chain(config.exports.iter().map(|export| &export.path))
+        .chain(config.shadow.iter().map(|listener| &listener.path))
+        .filter_map(|path| path.parent())
+        .map(|folder| {
+            // A bare name is of a socket in the folder that the daemon is in.
+            if folder.as_os_str().is_empty() {
+                Path::new(".").to_owned()
+            } else {
+                folder.to_owned()
+            }
+        })
+        .collect();
+    socket_folders.sort_unstable();
+    socket_folders.dedup();
+    Needs {
+        iommu_ioctls: of(!config.passthrough.is_empty(), ioctls_of_backends),
+        device_ioctls: of(!config.exports.is_empty(), ioctls_of_exports),
+        emulated: !config.emulated.is_empty(),
+        shadow: !config.shadow.is_empty(),
+        socket_folders,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn needs_of(text: &str) -> Needs {
+        needs(&Config::from_text(Path::new("vm.toml"), text).expect("a configuration"))
+    }
+
+    const PLAIN: &str = "socket = \"/run/vm/iommu.sock\"\ncontrol = \"ctl.sock\"\n\
+                         address = \"00:05.0\"\n";
+
+    #[test]
+    fn only_what_is_configured_is_needed() {
+        let plain = needs_of(&format!("{PLAIN}[[endpoint]]\naddress = \"00:06.0\"\n"));
+        assert_eq!(
+            plain,
+            Needs {
+                socket_folders: vec![PathBuf::from("."), PathBuf::from("/run/vm")],
+                ..Needs::default()
+            }
+        );
+        let shadow = "[[endpoint]]\naddress = \"00:06.0\"\nshadow = \"/run/readers/r.sock\"\n";
+        let shadow = needs_of(&format!("{PLAIN}{shadow}"));
+        assert!(shadow.shadow && !shadow.emulated && shadow.iommu_ioctls.is_empty());
+        assert!(
+            shadow
+                .socket_folders
+                .contains(&PathBuf::from("/run/readers"))
+        );
+    }
+}

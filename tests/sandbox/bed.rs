@@ -1,0 +1,112 @@
+//! A daemon with every kind of thread that needs no device of the host, and a VM behind it.
+
+use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use crate::common::daemon::{Daemon, EP};
+use crate::common::guest::{Guest, Setup};
+use crate::peer::{Peer, VERSION, version_body};
+
+/// Where the guest maps a page for its device.
+pub const IOVA: u64 = 0x7000_0000;
+/// Which page, guest-physical.
+pub const PAGE: u64 = 0xa0_0000;
+
+/// Their names, but for the main thread's, whose number is the process's.
+pub const THREADS: [&str; 8] = [
+    "vhost-user",
+    "vring_worker",
+    "control",
+    "shadow",
+    "shadow-faults",
+    "vfio-user",
+    "faults",
+    "signals",
+];
+
+/// A daemon, a guest that has mapped a page, and the server of its emulated device.
+pub struct Bed {
+    pub daemon: Daemon,
+    pub guest: Guest,
+    /// What the device says and hears.
+    pub device: Peer,
+    _client: Peer,
+    _folder: TempDir,
+}
+
+impl Bed {
+    pub fn new(more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let listener = UnixListener::bind(at("server")).expect("a socket");
+        let config = format!(
+            "address = '00:05.0'\nbypass = false\n\
+             [[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = {{ listen = {:?}, connect = {:?} }}\n\
+             [[endpoint]]\naddress = '00:07.0'\nshadow = {:?}\n",
+            at("client"),
+            at("server"),
+            at("readers"),
+        );
+        let daemon = Daemon::with_config_and(&config, more);
+        let mut guest = Guest::boot_with(&daemon, Setup::default());
+        assert_eq!(guest.attach(1, EP), 0);
+        assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+        let mut client = Peer::new(UnixStream::connect(at("client")).expect("connected"));
+        client.ask(VERSION, &version_body("{}"), &[]);
+        let (stream, _) = listener.accept().expect("the daemon connects");
+        let mut device = Peer::new(stream);
+        let asked = device.recv().expect("VERSION");
+        device.reply(&asked, &version_body("{}"), &[]);
+        let window = device.recv().expect("a window");
+        device.reply(&window, &[], &[]);
+        assert_eq!(client.recv().expect("an answer").errno(), 0);
+        Self {
+            daemon,
+            guest,
+            device,
+            _client: client,
+            _folder: folder,
+        }
+    }
+
+    /// The number of the thread with this name; there is one.
+    pub fn thread(&self, name: &str) -> u32 {
+        if name == "main" {
+            return self.daemon.pid();
+        }
+        let found: Vec<u32> = threads(self.daemon.pid())
+            .into_iter()
+            .filter(|(_, found)| found == name)
+            .map(|(number, _)| number)
+            .collect();
+        assert_eq!(found.len(), 1, "{name}: {found:?}");
+        found[0]
+    }
+}
+
+/// Numbers and names of a process's threads.
+pub fn threads(pid: u32) -> Vec<(u32, String)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    tasks
+        .map(|task| {
+            let path = task.expect("a thread").path();
+            let number = path.file_name().unwrap().to_str().unwrap().parse();
+            let name = fs::read_to_string(path.join("comm")).expect("its name");
+            (number.expect("a number"), name.trim_end().to_owned())
+        })
+        .collect()
+}
+
+/// What stands behind `key` in `/proc/PID/task/TID/status`; `None` where this kernel has no such line.
+pub fn status_of(pid: u32, tid: u32, key: &str) -> Option<String> {
+    let path = format!("/proc/{pid}/task/{tid}/status");
+    let text = fs::read_to_string(Path::new(&path)).expect("its status");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(line.trim().to_owned())
+}

@@ -1,0 +1,143 @@
+//! Makes a thread of another process call what it would not.
+#![expect(unsafe_code, reason = "traces a process")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::ptr::null_mut;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use libc::{c_long, c_void, pid_t, user_regs_struct};
+
+/// The instruction `syscall`.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// How far below the stack pointer a string is put: past what the thread's functions may use there.
+const BELOW: u64 = 4096;
+
+/// Has thread `tid`, which sleeps in a system call, make this call in its place. `text`, if there is
+/// one, is put into its memory, and its address becomes the argument `at`. Whatever comes of it,
+/// nobody waits.
+pub fn call(tid: u32, number: c_long, arguments: [u64; 6], text: Option<(usize, &str)>) {
+    let tid = pid_t::try_from(tid).expect("a thread's number");
+    let found = stop_in_a_call(tid);
+    prepare(tid, &found, number, arguments, text);
+    let none = null_mut::<c_void>();
+    // SAFETY: no pointer is passed.
+    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+}
+
+/// As [`call`], for one that comes back. The thread then makes its own call anew, as if nothing had
+/// been. Returns what came back: a number below 0 is an errno.
+pub fn call_and_return(
+    tid: u32,
+    number: c_long,
+    arguments: [u64; 6],
+    text: Option<(usize, &str)>,
+) -> i64 {
+    let tid = pid_t::try_from(tid).expect("a thread's number");
+    let mut found = stop_in_a_call(tid);
+    prepare(tid, &found, number, arguments, text);
+    let none = null_mut::<c_void>();
+    for _ in ["its beginning", "its end"] {
+        // SAFETY: no pointer is passed.
+        checked(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, none, none) }).expect("goes on");
+        wait_for_stop(tid);
+    }
+    let result = registers(tid).rax.cast_signed();
+    found.rax = found.orig_rax;
+    found.orig_rax = u64::MAX;
+    found.rip -= SYSCALL.len() as u64;
+    set_registers(tid, &found);
+    // SAFETY: no pointer is passed.
+    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+    result
+}
+
+fn prepare(
+    tid: pid_t,
+    found: &user_regs_struct,
+    number: c_long,
+    mut arguments: [u64; 6],
+    text: Option<(usize, &str)>,
+) {
+    if let Some((at, text)) = text {
+        let address = (found.rsp - BELOW) & !7;
+        let padded: Vec<u8> = text.bytes().chain([0; 8]).collect();
+        for (n, word) in padded.chunks_exact(8).enumerate() {
+            let word = u64::from_ne_bytes(word.try_into().unwrap());
+            let to = address + 8 * n as u64;
+            // SAFETY: writes into the tracee's memory, not this process's.
+            checked(unsafe { libc::ptrace(libc::PTRACE_POKEDATA, tid, to, word) }).expect("poked");
+        }
+        arguments[at] = address;
+    }
+    let mut changed = *found;
+    [
+        changed.rdi,
+        changed.rsi,
+        changed.rdx,
+        changed.r10,
+        changed.r8,
+        changed.r9,
+    ] = arguments;
+    changed.rax = u64::try_from(number).expect("a number");
+    // The call that was interrupted is not begun anew.
+    changed.orig_rax = u64::MAX;
+    changed.rip -= SYSCALL.len() as u64;
+    set_registers(tid, &changed);
+}
+
+/// Stops the thread where it has made a system call that waits.
+fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
+    let none = null_mut::<c_void>();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        // SAFETY: no pointer is passed.
+        checked(unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, none, none) }).expect("traced");
+        // SAFETY: no pointer is passed.
+        checked(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, tid, none, none) }).expect("stopped");
+        wait_for_stop(tid);
+        let registers = registers(tid);
+        let before = registers.rip - SYSCALL.len() as u64;
+        // SAFETY: reads the tracee's memory, not this process's.
+        let code = unsafe { libc::ptrace(libc::PTRACE_PEEKTEXT, tid, before, none) };
+        if code.to_ne_bytes()[..2] == SYSCALL && registers.orig_rax.cast_signed() >= 0 {
+            return registers;
+        }
+        // SAFETY: no pointer is passed.
+        checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+        assert!(Instant::now() < deadline, "the thread does not sleep");
+        sleep(Duration::from_millis(5));
+    }
+}
+
+fn wait_for_stop(tid: pid_t) {
+    let mut status = 0;
+    // SAFETY: status is valid for writes.
+    let waited = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+    assert!(waited == tid && libc::WIFSTOPPED(status), "{status:#x}");
+}
+
+fn registers(tid: pid_t) -> user_regs_struct {
+    let mut found = MaybeUninit::<user_regs_struct>::uninit();
+    let none = null_mut::<c_void>();
+    let into = found.as_mut_ptr();
+    // SAFETY: registers are valid for writes.
+    checked(unsafe { libc::ptrace(libc::PTRACE_GETREGS, tid, none, into) }).expect("registers");
+    // SAFETY: the call has filled them in.
+    unsafe { found.assume_init() }
+}
+
+fn set_registers(tid: pid_t, registers: &user_regs_struct) {
+    let none = null_mut::<c_void>();
+    let from: *const user_regs_struct = registers;
+    // SAFETY: registers are read only, and there for the whole call.
+    checked(unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, none, from) }).expect("set");
+}
+
+fn checked(done: c_long) -> io::Result<()> {
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -1,0 +1,20 @@
+//! What the daemon is confined to: seen from outside, and tried from inside by an intruder, a test
+//! that makes one of its threads call what it never calls by itself.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking, and its numbers are small"
+)]
+
+mod bed;
+#[path = "../common/mod.rs"]
+mod common;
+#[cfg(target_arch = "x86_64")]
+mod intruder;
+#[path = "../vfio_user_messages/peer.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod peer;
+#[cfg(target_arch = "x86_64")]
+mod violations;
+mod worn;

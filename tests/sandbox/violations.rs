@@ -1,0 +1,144 @@
+//! Calls that no thread makes by itself.
+
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+
+use libc::c_long;
+
+use crate::bed::{Bed, IOVA, PAGE, THREADS};
+use crate::intruder::{call, call_and_return};
+use crate::peer::{DMA_READ, dma};
+
+fn assert_killed(bed: &Bed, what: &str) {
+    let status = bed.daemon.wait_for_end();
+    assert_eq!(status.signal(), Some(libc::SIGSYS), "{what}: {status}");
+    assert!(!status.core_dumped(), "{what}");
+}
+
+#[test]
+fn a_forbidden_call_ends_the_process_whichever_thread_makes_it() {
+    for name in THREADS.iter().chain(&["main"]) {
+        let bed = Bed::new(&[]);
+        call(bed.thread(name), libc::SYS_getppid, [0; 6], None);
+        assert_killed(&bed, name);
+    }
+}
+
+#[test]
+fn arguments_are_looked_at() {
+    let bits = |flags: i32| u64::from(flags.cast_unsigned());
+    let exec = bits(libc::PROT_READ | libc::PROT_EXEC);
+    let anonymous = bits(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let nobody = u64::MAX;
+    let refused: [(&str, c_long, [u64; 6]); 7] = [
+        // Code is made.
+        (
+            "control",
+            libc::SYS_mmap,
+            [0, 4096, exec, anonymous, nobody, 0],
+        ),
+        ("control", libc::SYS_mprotect, [0, 0, exec, 0, 0, 0]),
+        // The network is reached.
+        (
+            "vfio-user",
+            libc::SYS_socket,
+            [bits(libc::AF_INET), bits(libc::SOCK_STREAM), 0, 0, 0, 0],
+        ),
+        // A process is made.
+        (
+            "main",
+            libc::SYS_clone,
+            [bits(libc::SIGCHLD), 0, 0, 0, 0, 0],
+        ),
+        // A terminal is typed at.
+        ("control", libc::SYS_ioctl, [2, libc::TIOCSTI, 0, 0, 0, 0]),
+        // A device of the host, which the configuration does not have, is programmed.
+        ("vring_worker", libc::SYS_ioctl, [2, 0x3b71, 0, 0, 0, 0]),
+        // Another process gets a signal.
+        (
+            "control",
+            libc::SYS_tgkill,
+            [
+                u64::from(std::process::id()),
+                u64::from(std::process::id()),
+                0,
+                0,
+                0,
+                0,
+            ],
+        ),
+    ];
+    for (thread, number, arguments) in refused {
+        let bed = Bed::new(&[]);
+        call(bed.thread(thread), number, arguments, None);
+        assert_killed(&bed, &format!("{thread}, call {number}"));
+    }
+}
+
+#[test]
+fn no_file_can_be_opened() {
+    for thread in ["main", "control", "vhost-user"] {
+        let bed = Bed::new(&[]);
+        let here = u64::from(libc::AT_FDCWD.cast_unsigned());
+        let arguments = [here, 0, 0, 0, 0, 0];
+        let path = Some((1, "/etc/passwd"));
+        call(bed.thread(thread), libc::SYS_openat, arguments, path);
+        assert_killed(&bed, thread);
+    }
+}
+
+/// The main thread removes its sockets, so that the filter lets it remove files.
+#[test]
+fn only_files_beside_the_sockets_can_be_removed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    for (more, there_after) in [(&[][..], true), (&["--no-sandbox"][..], false)] {
+        let bed = Bed::new(more);
+        let other = folder.path().join("other");
+        let beside = bed.daemon.socket().with_file_name("beside");
+        for path in [&other, &beside] {
+            fs::write(path, "").expect("a file");
+            let path = Some((0, path.to_str().expect("text")));
+            let result = call_and_return(bed.daemon.pid(), libc::SYS_unlink, [0; 6], path);
+            println!("{more:?} {path:?}: {result}");
+        }
+        // The thread waits again.
+        bed.daemon.assert_alive();
+        bed.daemon.terminate();
+        assert!(bed.daemon.wait_for_end().success());
+        assert!(!beside.exists());
+        assert_eq!(other.exists(), there_after, "{more:?}");
+    }
+}
+
+#[test]
+fn a_killed_daemon_leaves_the_device_without_memory() {
+    let mut bed = Bed::new(&[]);
+    bed.guest.memory.write(PAGE, b"here");
+    let read = |bed: &mut Bed| {
+        bed.device.ask(DMA_READ, &dma(IOVA, 4, &[]), &[]);
+        bed.device.recv()
+    };
+    let reply = read(&mut bed).expect("an answer");
+    assert_eq!((reply.errno(), &reply.body[16..]), (0, &b"here"[..]));
+    assert_eq!(bed.guest.memory.read(PAGE, 4), b"here");
+
+    call(bed.thread("vring_worker"), libc::SYS_getppid, [0; 6], None);
+    assert_killed(&bed, "the worker");
+    assert!(
+        read(&mut bed).is_none(),
+        "nobody serves the device's accesses"
+    );
+    // Nor does the guest get its IOMMU to let anything through.
+    bed.guest.kick();
+    assert!(bed.device.is_closed());
+}
+
+#[test]
+fn a_debugging_daemon_names_the_call() {
+    let bed = Bed::new(&["--sandbox-report"]);
+    call(bed.thread("control"), libc::SYS_getppid, [0; 6], None);
+    assert_killed(&bed, "control");
+    let log = bed.daemon.log();
+    let said = format!("the thread control makes system call {}", libc::SYS_getppid);
+    assert!(log.contains(&said), "{log}");
+}

@@ -1,0 +1,87 @@
+//! What the kernel says of a daemon's threads.
+
+use std::fs;
+
+use crate::bed::{Bed, THREADS, status_of, threads};
+use crate::common::daemon::Daemon;
+
+/// CAP_DAC_OVERRIDE to connect to servers of other users, CAP_KILL for their readers.
+const KEPT: u64 = 1 << 1 | 1 << 5;
+
+fn permitted_to_this_test() -> u64 {
+    let own = std::process::id();
+    hex(&status_of(own, own, "CapPrm").expect("a kernel with capabilities"))
+}
+
+fn hex(text: &str) -> u64 {
+    u64::from_str_radix(text, 16).expect("a mask")
+}
+
+#[test]
+fn every_thread_is_confined() {
+    let bed = Bed::new(&[]);
+    let pid = bed.daemon.pid();
+    let found = threads(pid);
+    let names: Vec<_> = found.iter().map(|(_, name)| name.as_str()).collect();
+    for name in THREADS {
+        assert!(names.contains(&name), "{name} is not in {names:?}");
+    }
+    assert_eq!(found.len(), THREADS.len() + 1, "{names:?}");
+    let kept = permitted_to_this_test() & KEPT;
+    for (tid, name) in &found {
+        let status = |key| status_of(pid, *tid, key);
+        assert_eq!(status("Seccomp").as_deref(), Some("2"), "{name}");
+        assert_eq!(status("NoNewPrivs").as_deref(), Some("1"), "{name}");
+        for set in ["CapEff", "CapPrm"] {
+            assert_eq!(hex(&status(set).unwrap()), kept, "{set} of {name}");
+        }
+        for set in ["CapInh", "CapAmb"] {
+            assert_eq!(hex(&status(set).unwrap()), 0, "{set} of {name}");
+        }
+        // Its own, and the two of the main thread where that is what made it.
+        let filters = match name.as_str() {
+            _ if *tid == pid => "2",
+            "vhost-user" | "vring_worker" => "3",
+            _ => "1",
+        };
+        if let Some(count) = status("Seccomp_filters") {
+            assert_eq!(count, filters, "{name}");
+        }
+    }
+    let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("its limits");
+    let core = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max core file size"))
+        .expect("a limit");
+    assert_eq!(
+        core.split_whitespace().collect::<Vec<_>>(),
+        ["0", "0", "bytes"]
+    );
+    assert!(bed.daemon.log().contains("sandboxed: "), "it says so");
+}
+
+#[test]
+fn nothing_is_kept_that_is_not_needed() {
+    let daemon = Daemon::start();
+    daemon.wait_for("the sandbox", || daemon.log().contains("sandboxed: "));
+    for (tid, name) in threads(daemon.pid()) {
+        for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+            let value = status_of(daemon.pid(), tid, set).expect("a mask");
+            assert_eq!(hex(&value), 0, "{set} of {name}");
+        }
+    }
+}
+
+#[test]
+fn without_the_sandbox_the_log_warns() {
+    let bed = Bed::new(&["--no-sandbox"]);
+    let pid = bed.daemon.pid();
+    for (tid, name) in threads(pid) {
+        assert_eq!(
+            status_of(pid, tid, "Seccomp").as_deref(),
+            Some("0"),
+            "{name}"
+        );
+    }
+    assert!(bed.daemon.log().contains("without the sandbox"));
+}
