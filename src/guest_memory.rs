@@ -8,14 +8,18 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+use rustix::fs::SealFlags;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::address::{Gpa, GpaRange};
 use crate::backends::MemorySlot;
+use crate::info_limited;
 
-/// Refuses regions that reach past the end of their file: touching those would be fatal.
+/// Refuses regions that are of no regular file, such as of a device, and those that reach past the
+/// end of their file: touching those would be fatal.
 ///
-/// A file that shrinks later still is; sealed memfds, which VMMs use, cannot.
+/// A file that shrinks later still is, which is said of those that can; sealed memfds, which VMMs
+/// use, cannot.
 ///
 /// # Errors
 /// Names the region.
@@ -24,7 +28,25 @@ pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
         let Some(backing) = region.file_offset() else {
             continue;
         };
-        let size = backing.file().metadata()?.len();
+        let metadata = backing.file().metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "memory region at guest-physical {:#x} is of no regular file; share the guest's \
+                     memory as a memfd or a file",
+                    region.start_addr().0
+                ),
+            ));
+        }
+        if can_shrink(backing.file()) {
+            info_limited!(
+                "memory region at guest-physical {:#x} is of a file that can shrink, which would end \
+                 this daemon; a sealed memfd cannot",
+                region.start_addr().0
+            );
+        }
+        let size = metadata.len();
         let fits = backing
             .start()
             .checked_add(region.len())
@@ -75,6 +97,12 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
     Ok(slots)
 }
 
+/// Whether nothing keeps a file from being cut short, as far as the system tells.
+fn can_shrink(file: &File) -> bool {
+    let seals = rustix::fs::fcntl_get_seals(file);
+    !seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+}
+
 /// Whether a file is a memfd or on a file system of memory or huge pages.
 fn is_shared_memory(file: &File) -> io::Result<bool> {
     let mut answer = MaybeUninit::<libc::statfs>::uninit();
@@ -96,6 +124,18 @@ fn is_shared_memory(file: &File) -> io::Result<bool> {
 mod tests {
     use super::*;
     use crate::backends::testing::slot;
+
+    #[test]
+    fn a_sealed_memfd_cannot_shrink() {
+        let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let file = File::from(rustix::fs::memfd_create("test", flags).expect("a memfd"));
+        assert!(can_shrink(&file));
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK).expect("sealed");
+        assert!(!can_shrink(&file));
+        assert!(can_shrink(
+            &File::open("/proc/self/status").expect("a file")
+        ));
+    }
 
     #[test]
     fn shared_memory_is_told_from_other_files() {

@@ -1,8 +1,10 @@
 //! Devices through iommufd: the VMM's, which it binds, and this process's own.
 
 use std::collections::BTreeMap;
-use std::os::fd::RawFd;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -42,12 +44,14 @@ pub(super) fn open(
         .transpose()?;
     let mut shared: BTreeMap<PciAddress, Cdev> = BTreeMap::new();
     for (&endpoint, &fd) in &config.descriptors.devices {
-        let device = adopt(fd).map_err(|source| HostSideError::Inherited {
-            fd,
-            what: "a device",
-            source,
-            option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
-        })?;
+        let device = adopt(fd)
+            .and_then(check_kind)
+            .map_err(|source| HostSideError::Inherited {
+                fd,
+                what: "a device",
+                source,
+                option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
+            })?;
         shared.insert(endpoint, Cdev::adopt(device));
     }
     let iommufd = match inherited {
@@ -131,6 +135,15 @@ pub(super) fn open(
         allowed,
         exports,
     })
+}
+
+/// Refuses what is open on no device's node, before VFIO is asked about it.
+fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let file = File::from(fd);
+    if !file.metadata()?.file_type().is_char_device() {
+        return Err(io::Error::other("it is open on something else"));
+    }
+    Ok(file.into())
 }
 
 /// Refuses a descriptor of another device: the guest would drive one and the daemon the other.
