@@ -1,4 +1,5 @@
-//! `docs/conformance.md` names a test that exists for every statement, and no statement is missing.
+//! `docs/conformance.md` names a test that exists for every statement, and no statement is missing;
+//! the tests that `docs/security.md` names exist, too.
 #![expect(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -60,6 +61,39 @@ fn rows() -> BTreeMap<String, Vec<String>> {
         .collect()
 }
 
+fn all_files() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    rust_files(&root().join("tests"), &mut files);
+    files
+}
+
+/// Whether there is such a test; `test` is named as `file::function`.
+fn exists(files: &[PathBuf], test: &str) -> bool {
+    let (file, function) = test.split_once("::").expect("file::function");
+    let wanted = match file {
+        "core" => root().join("src/iommu/tests.rs"),
+        _ => PathBuf::from(format!("{file}.rs")),
+    };
+    files
+        .iter()
+        .filter(|path| path.ends_with(&wanted))
+        .any(|path| {
+            let text = fs::read_to_string(path).unwrap();
+            text.match_indices(&format!("fn {function}("))
+                .any(|(at, _)| is_test(&text[..at]))
+        })
+}
+
+/// Whether the attributes at the end of `before` make a test of the function that follows.
+fn is_test(before: &str) -> bool {
+    let attributes = before.lines().rev().map(str::trim);
+    attributes
+        .skip_while(|line| line.is_empty())
+        .take_while(|line| line.starts_with("#["))
+        .any(|line| line == "#[test]")
+}
+
 #[test]
 fn every_statement_has_a_row() {
     let expected: BTreeSet<_> = STATEMENTS
@@ -72,32 +106,28 @@ fn every_statement_has_a_row() {
 
 #[test]
 fn every_row_names_tests_that_exist() {
-    let mut files = Vec::new();
-    rust_files(&root().join("src"), &mut files);
-    rust_files(&root().join("tests"), &mut files);
+    let files = all_files();
     let mut missing = Vec::new();
     for (id, tests) in rows() {
         assert!(!tests.is_empty(), "{id} has no test");
         for test in tests {
-            let (file, function) = test.split_once("::").expect("file::function");
-            let wanted = match file {
-                "core" => root().join("src/iommu/tests.rs"),
-                _ => PathBuf::from(format!("{file}.rs")),
-            };
-            let exists = files
-                .iter()
-                .filter(|path| path.ends_with(&wanted))
-                .any(|path| {
-                    let text = fs::read_to_string(path).unwrap();
-                    text.match_indices(&format!("fn {function}("))
-                        .any(|(at, _)| text[..at].trim_end().ends_with("#[test]"))
-                });
-            if !exists {
+            if !exists(&files, &test) {
                 missing.push(format!("{id}: {test}"));
             }
         }
     }
     assert!(missing.is_empty(), "{}", missing.join("\n"));
+}
+
+#[test]
+fn the_page_on_security_names_tests_that_exist() {
+    let text = fs::read_to_string(root().join("docs/security.md")).expect("the document");
+    let files = all_files();
+    let named = text.split('`').filter(|word| word.contains("::"));
+    let tests: Vec<_> = named.filter(|word| *word != "file::function").collect();
+    assert!(tests.len() > 40, "the tests were found");
+    let missing: Vec<_> = tests.iter().filter(|test| !exists(&files, test)).collect();
+    assert!(missing.is_empty(), "{missing:#?}");
 }
 
 #[test]
