@@ -23,11 +23,7 @@ pub(super) fn give_up_growth(needs: &Needs) -> Result<(), SandboxError> {
         }
     };
     rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
-    let none = Rlimit {
-        current: Some(0),
-        maximum: Some(0),
-    };
-    rustix::process::setrlimit(Resource::Core, none).map_err(failed("switch off core dumps"))?;
+    limit(Resource::Core, Some(0), Some(0)).map_err(failed("switch off core dumps"))?;
     // A build for debugging can be looked into by its own user.
     if !cfg!(debug_assertions) {
         close_to_others().map_err(|source| SandboxError::System {
@@ -36,15 +32,24 @@ pub(super) fn give_up_growth(needs: &Needs) -> Result<(), SandboxError> {
         })?;
     }
     if !needs.iommu_ioctls.is_empty() {
-        let limit = rustix::process::getrlimit(Resource::Memlock);
-        let all = Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        };
-        rustix::process::setrlimit(Resource::Memlock, all)
+        let most = rustix::process::getrlimit(Resource::Memlock).maximum;
+        limit(Resource::Memlock, most, most)
             .map_err(failed("use the limit of locked memory to the full"))?;
     }
     Ok(())
+}
+
+/// Sets a limit where it is another one: a service manager that has set it may not let others do so.
+fn limit(
+    resource: Resource,
+    current: Option<u64>,
+    maximum: Option<u64>,
+) -> Result<(), rustix::io::Errno> {
+    let wanted = Rlimit { current, maximum };
+    if rustix::process::getrlimit(resource) == wanted {
+        return Ok(());
+    }
+    rustix::process::setrlimit(resource, wanted)
 }
 
 /// No core dump, and no tracing nor reading of its memory through /proc but by the super-user.
@@ -67,6 +72,10 @@ pub(super) fn drop_capabilities(needs: &Needs) -> Result<CapabilitySet, SandboxE
     let kept = needed(needs) & now.permitted;
     // An empty ambient set is what old kernels without one have.
     let _ = rustix::thread::clear_ambient_capability_set();
+    if now.permitted == kept && now.effective == kept && now.inheritable.is_empty() {
+        // Nor may a service be let do what it has no need of.
+        return Ok(kept);
+    }
     let left = CapabilitySets {
         effective: kept,
         permitted: kept,

@@ -37,15 +37,15 @@ pub(super) fn filters_are_there() -> Result<(), SandboxError> {
     })
 }
 
-/// Has the C library's allocator not look up the number of processors in a file, as it does once
-/// there are more threads than it has pools of memory, so many at the most. Nothing is lost: no more
-/// than two threads or so ask for memory at the same time.
+/// Has all threads share one pool of memory. With one for each, glibc opens files now and then, in
+/// whichever thread it is: for the number of processors when it thinks of one more pool, for the
+/// kernel's manner of overcommitting when it gives a pool's memory back. Each thread keeps its small
+/// pieces to itself as before, so that they hardly wait for each other.
 pub(super) fn keep_the_allocator_from_files() {
     #[cfg(target_env = "gnu")]
     {
-        const POOLS: c_int = 8;
-        // SAFETY: sets a number, which it refuses where it does not know what for.
-        unsafe { libc::mallopt(libc::M_ARENA_MAX, POOLS) };
+        // SAFETY: sets a number of the allocator's.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     }
 }
 

@@ -8,12 +8,15 @@ use tempfile::TempDir;
 
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
+use crate::common::wire::RW;
 use crate::peer::{Peer, VERSION, version_body};
 
-/// Where the guest maps a page for its device.
+/// Where the guest maps memory for its device.
 pub const IOVA: u64 = 0x7000_0000;
-/// Which page, guest-physical.
-pub const PAGE: u64 = 0xa0_0000;
+/// Which, guest-physical.
+pub const MEMORY: u64 = 0xa0_0000;
+/// How much, in bytes.
+pub const LENGTH: u64 = 0x10_0000;
 
 /// Their names, but for the main thread's, whose number is the process's.
 pub const THREADS: [&str; 8] = [
@@ -27,7 +30,7 @@ pub const THREADS: [&str; 8] = [
     "signals",
 ];
 
-/// A daemon, a guest that has mapped a page, and the server of its emulated device.
+/// A daemon, a guest that has mapped memory, and the server of its emulated device.
 pub struct Bed {
     pub daemon: Daemon,
     pub guest: Guest,
@@ -54,7 +57,7 @@ impl Bed {
         let daemon = Daemon::with_config_and(&config, more);
         let mut guest = Guest::boot_with(&daemon, Setup::default());
         assert_eq!(guest.attach(1, EP), 0);
-        assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+        assert_eq!(guest.map(1, IOVA, IOVA + LENGTH - 1, MEMORY, RW), 0);
         let mut client = Peer::new(UnixStream::connect(at("client")).expect("connected"));
         client.ask(VERSION, &version_body("{}"), &[]);
         let (stream, _) = listener.accept().expect("the daemon connects");

@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 
 use libc::c_long;
 
-use crate::bed::{Bed, IOVA, PAGE, THREADS};
+use crate::bed::{Bed, IOVA, MEMORY, THREADS};
 use crate::intruder::{call, call_and_return};
 use crate::peer::{DMA_READ, dma};
 
@@ -113,14 +113,14 @@ fn only_files_beside_the_sockets_can_be_removed() {
 #[test]
 fn a_killed_daemon_leaves_the_device_without_memory() {
     let mut bed = Bed::new(&[]);
-    bed.guest.memory.write(PAGE, b"here");
+    bed.guest.memory.write(MEMORY, b"here");
     let read = |bed: &mut Bed| {
         bed.device.ask(DMA_READ, &dma(IOVA, 4, &[]), &[]);
         bed.device.recv()
     };
     let reply = read(&mut bed).expect("an answer");
     assert_eq!((reply.errno(), &reply.body[16..]), (0, &b"here"[..]));
-    assert_eq!(bed.guest.memory.read(PAGE, 4), b"here");
+    assert_eq!(bed.guest.memory.read(MEMORY, 4), b"here");
 
     call(bed.thread("vring_worker"), libc::SYS_getppid, [0; 6], None);
     assert_killed(&bed, "the worker");

@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use crate::bed::{Bed, THREADS, status_of, threads};
+use crate::bed::{Bed, IOVA, LENGTH, THREADS, status_of, threads};
 use crate::common::daemon::Daemon;
+use crate::peer::{DMA_READ, dma};
 
 /// CAP_DAC_OVERRIDE to connect to servers of other users, CAP_KILL for their readers.
 const KEPT: u64 = 1 << 1 | 1 << 5;
@@ -58,6 +59,26 @@ fn every_thread_is_confined() {
         ["0", "0", "bytes"]
     );
     assert!(bed.daemon.log().contains("sandboxed: "), "it says so");
+}
+
+/// A C library may look into files when a thread gives much memory back, and must not.
+#[test]
+fn the_allocator_needs_no_files() {
+    let mut bed = Bed::new(&[]);
+    for _ in 0..10 {
+        // More than is sent at once, so that it piles up, and then goes.
+        let asked: Vec<_> = (0..16)
+            .map(|_| bed.device.ask(DMA_READ, &dma(IOVA, LENGTH / 2, &[]), &[]))
+            .collect();
+        for id in asked {
+            let reply = bed.device.recv().expect("a reply");
+            assert_eq!((reply.id, reply.errno()), (id, 0));
+            assert_eq!(reply.body.len() as u64, 16 + LENGTH / 2);
+        }
+    }
+    bed.daemon.terminate();
+    let status = bed.daemon.wait_for_end();
+    assert!(status.success(), "{status}");
 }
 
 #[test]
