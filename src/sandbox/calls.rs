@@ -163,20 +163,23 @@ const MESSAGES: [c_long; 7] = [
 /// Reaching another process, at a socket that `local_sockets` allows to make.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
 
-/// What a file of the guest's memory is.
+/// What a file of the guest's memory is, and its name, where an error is about it.
 #[cfg(target_arch = "x86_64")]
-const MEMORY_FILES: [c_long; 5] = [
+const MEMORY_FILES: [c_long; 7] = [
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_lseek,
     libc::SYS_newfstatat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
     libc::SYS_statx,
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const MEMORY_FILES: [c_long; 4] = [
+const MEMORY_FILES: [c_long; 5] = [
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_lseek,
+    libc::SYS_readlinkat,
     libc::SYS_statx,
 ];
 
