@@ -61,7 +61,7 @@ mod tests {
         assert_eq!(
             plain,
             Needs {
-                socket_folders: vec![PathBuf::from("."), PathBuf::from("/run/vm")],
+                socket_folders: vec![PathBuf::from("/run/vm"), PathBuf::from(".")],
                 ..Needs::default()
             }
         );
