@@ -38,6 +38,7 @@ pub fn needs(config: &Config) -> Needs {
         device_ioctls: of(!config.exports.is_empty(), ioctls_of_exports),
         emulated: !config.emulated.is_empty(),
         shadow: !config.shadow.is_empty(),
+        plugging: None,
         socket_folders,
     }
 }

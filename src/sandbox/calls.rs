@@ -5,7 +5,7 @@
 
 use libc::c_long;
 
-use super::role::{Needs, Role};
+use super::role::{Needs, Plugging, Role};
 
 /// A system call's number, and when it is allowed.
 pub(super) type Call = (c_long, Allowed);
@@ -62,6 +62,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(descriptors());
+            if let Some(plugged) = &needs.plugging {
+                list.extend(plugging(needs, plugged));
+            }
         }
         Role::Shadow => {
             list.extend(always(&WAIT));
@@ -195,6 +198,36 @@ const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
 /// Registers of a device of the host.
 const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
+/// Devices, what the system says of them, and listening sockets.
+#[cfg(target_arch = "x86_64")]
+const OPEN: [c_long; 12] = [
+    libc::SYS_bind,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_getdents64,
+    libc::SYS_kcmp,
+    libc::SYS_landlock_restrict_self,
+    libc::SYS_listen,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_socketpair,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OPEN: [c_long; 10] = [
+    libc::SYS_bind,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_getdents64,
+    libc::SYS_kcmp,
+    libc::SYS_landlock_restrict_self,
+    libc::SYS_listen,
+    libc::SYS_openat,
+    libc::SYS_readlinkat,
+    libc::SYS_socketpair,
+];
+
 /// A connection's threads and events are made. Clones are in `threads_only`.
 const SPAWN: [c_long; 5] = [
     // Answered with ENOSYS: see the filter.
@@ -237,6 +270,23 @@ fn everywhere() -> Vec<Call> {
             with(libc::SYS_tgkill, Argument::Is(0, own)),
         ])
         .collect()
+}
+
+/// What it takes to open a device or make a socket at a path, and a thread for it; and what those
+/// threads do, which are children of the one that does it. Which paths, Landlock decides.
+fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
+    let mut list: Vec<Call> = ioctls(&plugging.ioctls).collect();
+    for child in [Role::VfioUser, Role::Export, Role::Faults] {
+        list.extend(calls(child, needs));
+    }
+    list.extend(always(&OPEN));
+    list.extend(always(&SPAWN));
+    list.extend(always(&REMOVE_SOCKETS));
+    list.extend(always(&MEMORY_FILES));
+    list.extend(threads_only());
+    list.extend(confine());
+    list.extend(backends(needs));
+    list
 }
 
 /// What backends do for whoever maps, unmaps or moves an endpoint.
@@ -325,6 +375,7 @@ mod tests {
             device_ioctls: vec![0x3b6e],
             emulated: true,
             shadow: true,
+            plugging: None,
             socket_folders: Vec::new(),
         };
         let never = [
@@ -368,6 +419,25 @@ mod tests {
             ] {
                 assert!(!allowed.contains(&(narrow, Allowed::Always)), "{role:?}");
             }
+        }
+    }
+
+    /// Only the thread that adds endpoints opens files then.
+    #[test]
+    fn who_may_open_files_where_endpoints_are_added() {
+        let needs = Needs {
+            plugging: Some(Plugging::default()),
+            ..Needs::default()
+        };
+        for role in Role::ALL {
+            let allowed = calls(role, &needs);
+            let opens = allowed.contains(&(libc::SYS_openat, Allowed::Always));
+            assert_eq!(opens, role == Role::Control, "{role:?}");
+            assert!(
+                !allowed
+                    .iter()
+                    .any(|(number, _)| *number == libc::SYS_execve)
+            );
         }
     }
 

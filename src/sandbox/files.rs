@@ -1,12 +1,14 @@
 //! What of the file system is in reach: nothing but the removal of the daemon's own sockets.
 
+use std::path::Path;
+
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
 use super::SandboxError;
-use super::role::Needs;
+use super::role::{Needs, Plugging};
 
 /// The newest version whose rights are known here; an older kernel takes those that it knows.
 const NEWEST: ABI = ABI::V6;
@@ -18,6 +20,29 @@ const NEWEST: ABI = ABI::V6;
 /// # Errors
 /// The kernel refuses for another reason than that it has no Landlock.
 pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
+    with_sockets(needs, AccessFs::RemoveFile.into())
+}
+
+/// The rules for the thread that adds endpoints: it also opens their devices and makes their sockets.
+///
+/// # Errors
+/// As for [`rules`].
+pub(super) fn plugging_rules(
+    needs: &Needs,
+    plugging: &Plugging,
+) -> Result<RulesetCreated, SandboxError> {
+    let mut rules = with_sockets(needs, AccessFs::RemoveFile | AccessFs::MakeSock)?;
+    let node = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
+    let fact = AccessFs::ReadFile | AccessFs::ReadDir;
+    let nodes = plugging.nodes.iter().map(|path| (path, node));
+    let facts = plugging.facts.iter().map(|path| (path, fact));
+    for (path, rights) in nodes.chain(facts) {
+        rules = beneath(rules, path, rights)?;
+    }
+    Ok(rules)
+}
+
+fn with_sockets(needs: &Needs, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, SandboxError> {
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
@@ -25,12 +50,27 @@ pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
         .scope(Scope::AbstractUnixSocket)?
         .create()?;
     for folder in &needs.socket_folders {
-        // A folder that cannot be opened is none from which anything could be removed.
-        if let Ok(folder) = PathFd::new(folder) {
-            rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
-        }
+        rules = beneath(rules, folder, rights)?;
     }
     Ok(rules)
+}
+
+/// Lets `rights` be used at `path` and below. Where it cannot be opened there is nothing to be used.
+fn beneath(
+    rules: RulesetCreated,
+    path: &Path,
+    rights: BitFlags<AccessFs>,
+) -> Result<RulesetCreated, SandboxError> {
+    let Ok(opened) = PathFd::new(path) else {
+        return Ok(rules);
+    };
+    // A file takes no rights of folders.
+    let rights = if path.is_dir() {
+        rights
+    } else {
+        rights & AccessFs::from_file(NEWEST)
+    };
+    Ok(rules.add_rule(PathBeneath::new(opened, rights))?)
 }
 
 /// Puts the calling thread, and those that it makes, under the rules. Returns whether the kernel
@@ -60,6 +100,43 @@ mod tests {
                 Some(libc::EACCES | libc::EPERM | libc::EXDEV)
             )
         })
+    }
+
+    #[test]
+    fn who_adds_endpoints_reaches_devices_and_folders_of_sockets() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        for name in ["dev", "sys", "run", "other"] {
+            fs::create_dir(at(name)).expect("a folder");
+            fs::write(at(name).join("file"), "text").expect("a file");
+        }
+        let plugging = Plugging {
+            nodes: vec![at("dev"), at("missing")],
+            facts: vec![at("sys")],
+            ..Plugging::default()
+        };
+        let needs = Needs {
+            socket_folders: vec![at("run")],
+            ..Needs::default()
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let rules = plugging_rules(&needs, &plugging).expect("rules");
+                if !restrict(rules).expect("restricted") {
+                    return;
+                }
+                let file = |name: &str| at(name).join("file");
+                let mut open = fs::OpenOptions::new();
+                open.read(true).write(true);
+                open.open(file("dev")).expect("a device");
+                fs::read(file("sys")).expect("a fact");
+                assert!(is_refused(fs::write(file("sys"), "")));
+                UnixListener::bind(at("run").join("socket")).expect("a socket");
+                assert!(is_refused(fs::read(file("run"))));
+                assert!(is_refused(fs::read(file("other"))));
+                assert!(is_refused(UnixListener::bind(at("other").join("socket"))));
+            });
+        });
     }
 
     /// In a thread of its own, which alone is restricted.

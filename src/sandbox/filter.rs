@@ -36,7 +36,7 @@ pub(super) fn programs(
         why: format!("for the processor {arch}"),
     })?;
     let mut programs = Vec::new();
-    if role == Role::Main {
+    if role.makes_threads(needs) {
         // The arguments of clone3 are in memory, where no filter sees them. The C library takes
         // clone instead where the kernel is said not to know it.
         let hidden = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
@@ -101,22 +101,30 @@ fn rule(argument: &Argument) -> Result<SeccompRule, SandboxError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::role::Plugging;
     use super::*;
 
     #[test]
-    fn each_role_has_a_filter_and_only_the_main_thread_two() {
+    fn each_role_has_a_filter_and_who_makes_threads_has_two() {
         let needs = Needs {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
             emulated: true,
             shadow: true,
+            plugging: None,
             socket_folders: Vec::new(),
+        };
+        let plugging = Needs {
+            plugging: Some(Plugging::default()),
+            ..needs.clone()
         };
         for role in Role::ALL {
             for violation in [Violation::Kill, Violation::Report] {
-                for needs in [&needs, &Needs::default()] {
+                for needs in [&needs, &plugging, &Needs::default()] {
                     let made = programs(role, needs, violation).expect("a filter");
-                    assert_eq!(made.len(), if role == Role::Main { 2 } else { 1 });
+                    let makers =
+                        role == Role::Main || role == Role::Control && needs.plugging.is_some();
+                    assert_eq!(made.len(), if makers { 2 } else { 1 });
                     // The kernel takes no more than 4096 instructions.
                     assert!(made.iter().all(|program| program.len() < 1000), "{role:?}");
                 }

@@ -30,7 +30,7 @@ use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
 pub use filter::Violation;
-pub use role::{Needs, Role};
+pub use role::{Needs, Plugging, Role};
 
 /// The sandbox of this process, if it is armed. A process is confined as a whole and for good, so
 /// that there is no second one.
@@ -79,8 +79,11 @@ pub enum SandboxError {
 struct Armed {
     needs: Needs,
     violation: Violation,
-    /// Until the main thread is confined, whose threads inherit them.
+    /// Until the main thread is confined, whose threads inherit them; for good where the thread
+    /// `control` makes others.
     files: Mutex<Option<RulesetCreated>>,
+    /// Those of the thread `control`, where it adds endpoints.
+    plugging_files: Mutex<Option<RulesetCreated>>,
 }
 
 /// Begins to confine the process, before it has threads: threads of [`spawn`] are confined from now
@@ -96,8 +99,14 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
         system::name_violations()?;
     }
     privileges::give_up_growth(&needs)?;
+    let plugging_files = needs
+        .plugging
+        .as_ref()
+        .map(|plugging| files::plugging_rules(&needs, plugging))
+        .transpose()?;
     let armed = Armed {
         files: Mutex::new(Some(files::rules(&needs)?)),
+        plugging_files: Mutex::new(plugging_files),
         needs,
         violation,
     };
@@ -167,7 +176,9 @@ impl Armed {
     /// Whether there is anything in the kernel that enforces it.
     fn restrict_files(&self, role: Role) -> Result<bool, SandboxError> {
         let mut files = self.files.lock();
-        let rules = if role == Role::Main {
+        let rules = if role == Role::Control && self.needs.plugging.is_some() {
+            self.plugging_files.lock().take()
+        } else if role == Role::Main && self.needs.plugging.is_none() {
             files.take()
         } else {
             let copy = files.as_ref().map(RulesetCreated::try_clone);

@@ -115,6 +115,7 @@ mod tests {
             device_ioctls: vec![0],
             emulated: true,
             shadow: true,
+            plugging: None,
             socket_folders: Vec::new(),
         };
         let kept = CapabilitySet::IPC_LOCK | CapabilitySet::KILL | CapabilitySet::DAC_OVERRIDE;

@@ -48,6 +48,23 @@ impl Role {
         matches!(self, Self::VhostUser | Self::Worker)
     }
 
+    /// Whether such a thread makes others once it is confined itself. Those are confined to what it
+    /// may do and to what they may do themselves.
+    pub(super) const fn makes_threads(self, needs: &Needs) -> bool {
+        match self {
+            Self::Main => true,
+            Self::Control => needs.plugging.is_some(),
+            Self::VhostUser
+            | Self::Worker
+            | Self::Shadow
+            | Self::ShadowFaults
+            | Self::Faults
+            | Self::VfioUser
+            | Self::Export
+            | Self::Signals => false,
+        }
+    }
+
     /// The name of such a thread, as the kernel's log and `ps` have it. The main thread has the
     /// program's; the two after it get theirs from the vhost-user-backend crate.
     pub const fn name(self) -> &'static str {
@@ -77,6 +94,20 @@ pub struct Needs {
     pub emulated: bool,
     /// There are readers of the page tables, which may have to be killed.
     pub shadow: bool,
+    /// Where endpoints are added and removed while the VM runs: what the thread `control` does for
+    /// that, which opens their devices and makes sockets and threads.
+    pub plugging: Option<Plugging>,
     /// Folders in which sockets were made, which are removed at the end.
     pub socket_folders: Vec<PathBuf>,
+}
+
+/// What adding endpoints takes. Their sockets can be in the folders of the others alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plugging {
+    /// Numbers of the ioctls by which devices are opened.
+    pub ioctls: Vec<u32>,
+    /// Nodes of devices, and folders of them, that are opened to be read, written and controlled.
+    pub nodes: Vec<PathBuf>,
+    /// Folders that are read, to learn what devices there are.
+    pub facts: Vec<PathBuf>,
 }

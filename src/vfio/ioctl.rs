@@ -82,6 +82,19 @@ ioctl_io_nr!(
     IOMMUFD_CMD_IOAS_UNMAP
 );
 
+/// The requests that open devices and groups.
+pub(super) fn requests_of_opening() -> Vec<c_ulong> {
+    vec![
+        VFIO_GET_API_VERSION(),
+        VFIO_CHECK_EXTENSION(),
+        VFIO_SET_IOMMU(),
+        VFIO_GROUP_GET_STATUS(),
+        VFIO_GROUP_SET_CONTAINER(),
+        VFIO_GROUP_GET_DEVICE_FD(),
+        VFIO_DEVICE_BIND_IOMMUFD(),
+    ]
+}
+
 /// The requests by which mappings are made and unmade and devices are moved between address spaces:
 /// all but those that open devices and groups.
 pub(super) fn requests_of_backends() -> Vec<c_ulong> {

@@ -42,6 +42,11 @@ pub struct VfioError {
     pub cure: &'static str,
 }
 
+/// The numbers of the ioctls that open devices and groups.
+pub fn ioctls_of_opening() -> Vec<u32> {
+    numbers(ioctl::requests_of_opening())
+}
+
 /// The numbers of the ioctls that backends make, once their devices and groups are open.
 pub fn ioctls_of_backends() -> Vec<u32> {
     numbers(ioctl::requests_of_backends())
