@@ -37,6 +37,7 @@ pub fn needs(config: &Config) -> Needs {
         iommu_ioctls: of(!config.passthrough.is_empty(), ioctls_of_backends),
         device_ioctls: of(!config.exports.is_empty(), ioctls_of_exports),
         emulated: !config.emulated.is_empty(),
+        realtime: config.realtime_priority.is_some(),
         shadow: !config.shadow.is_empty(),
         plugging: None,
         socket_folders,

@@ -56,6 +56,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&WAIT));
             list.extend(confine());
             list.extend(backends(needs));
+            if needs.realtime {
+                list.extend(always(&[libc::SYS_sched_setscheduler]));
+            }
         }
         Role::Control => {
             list.extend(always(&WAIT));
@@ -374,6 +377,7 @@ mod tests {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
             emulated: true,
+            realtime: true,
             shadow: true,
             plugging: None,
             socket_folders: Vec::new(),

@@ -110,6 +110,7 @@ mod tests {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
             emulated: true,
+            realtime: true,
             shadow: true,
             plugging: None,
             socket_folders: Vec::new(),

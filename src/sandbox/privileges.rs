@@ -114,6 +114,7 @@ mod tests {
             iommu_ioctls: vec![0],
             device_ioctls: vec![0],
             emulated: true,
+            realtime: true,
             shadow: true,
             plugging: None,
             socket_folders: Vec::new(),

@@ -92,6 +92,8 @@ pub struct Needs {
     pub device_ioctls: Vec<u32>,
     /// There are devices that other processes emulate, which are connected to at any time.
     pub emulated: bool,
+    /// The worker gives itself a realtime priority.
+    pub realtime: bool,
     /// There are readers of the page tables, which may have to be killed.
     pub shadow: bool,
     /// Where endpoints are added and removed while the VM runs: what the thread `control` does for
