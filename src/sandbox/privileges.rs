@@ -92,6 +92,10 @@ fn needed(needs: &Needs) -> CapabilitySet {
         // The guest's memory is pinned without regard to the limit.
         kept |= CapabilitySet::IPC_LOCK;
     }
+    if needs.realtime {
+        // The worker of each connection takes its priority, where the limit does not let it.
+        kept |= CapabilitySet::SYS_NICE;
+    }
     if needs.shadow {
         // Readers of other users that do not leave in time are killed.
         kept |= CapabilitySet::KILL;
@@ -119,7 +123,10 @@ mod tests {
             plugging: None,
             socket_folders: Vec::new(),
         };
-        let kept = CapabilitySet::IPC_LOCK | CapabilitySet::KILL | CapabilitySet::DAC_OVERRIDE;
+        let kept = CapabilitySet::IPC_LOCK
+            | CapabilitySet::SYS_NICE
+            | CapabilitySet::KILL
+            | CapabilitySet::DAC_OVERRIDE;
         assert_eq!(needed(&all), kept);
     }
 
