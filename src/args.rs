@@ -180,6 +180,14 @@ pub enum Command {
         #[command(flatten)]
         descriptors: DescriptorArgs,
     },
+    /// Print what a configuration asks of systemd beyond the unit that all daemons share
+    ///
+    /// A drop-in for vhost-device-iommu@.service: memory, descriptors, threads, and devices of the host
+    /// where there are any. The package's generator calls this.
+    DropIn {
+        /// The configuration
+        file: PathBuf,
+    },
     /// Start the daemon and a VMM (QEMU 10.2 or later), and end them together
     ///
     /// The VMM's program and its own arguments stand after --, as in

@@ -38,7 +38,12 @@ use crate::shadow::Registry;
 use crate::socket::{SocketFile, bind};
 use crate::topology::PciAddress;
 use crate::warn_limited;
+use crate::watchdog::Pulse;
 
+/// The control thread's events: a client, the end, the watchdog's question.
+const CLIENT: u64 = 0;
+const END: u64 = 1;
+const PULSE: u64 = 2;
 /// Version of the answers' format.
 const VERSION: u32 = 1;
 /// The longest request line in bytes.
@@ -76,6 +81,7 @@ pub struct ControlServer {
     stop: Arc<Stop>,
     thread: Option<JoinHandle<()>>,
     file: Arc<SocketFile>,
+    pulse: Arc<Pulse>,
 }
 
 /// What ends the thread, wherever it is.
@@ -97,18 +103,29 @@ impl ControlServer {
             client: Mutex::new(None),
         });
         let epoll = Epoll::new()?;
-        for (fd, id) in [(listener.as_raw_fd(), 0), (stop.event.as_raw_fd(), 1)] {
+        let pulse = Arc::new(Pulse::new("the control socket")?);
+        for (fd, id) in [
+            (listener.as_raw_fd(), CLIENT),
+            (stop.event.as_raw_fd(), END),
+            (pulse.event(), PULSE),
+        ] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
         }
-        let watched = stop.clone();
+        let (watched, asked) = (stop.clone(), pulse.clone());
         let thread = sandbox::spawn(Role::Control, move || {
-            serve(&listener, &epoll, &watched, &subjects);
+            serve(&listener, &epoll, &watched, &asked, &subjects);
         })?;
         Ok(Self {
             stop,
             thread: Some(thread),
             file: Arc::new(file),
+            pulse,
         })
+    }
+
+    /// What its thread answers the watchdog with, between clients.
+    pub fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
     }
 
     /// The socket's file.
@@ -136,8 +153,8 @@ impl Drop for ControlServer {
     }
 }
 
-fn serve(listener: &UnixListener, epoll: &Epoll, stop: &Stop, subjects: &Subjects) {
-    let mut events = [EpollEvent::default(); 2];
+fn serve(listener: &UnixListener, epoll: &Epoll, stop: &Stop, pulse: &Pulse, subjects: &Subjects) {
+    let mut events = [EpollEvent::default(); 3];
     loop {
         let ready = match epoll.wait(-1, &mut events) {
             Ok(ready) => ready,
@@ -147,8 +164,13 @@ fn serve(listener: &UnixListener, epoll: &Epoll, stop: &Stop, subjects: &Subject
                 return;
             }
         };
-        if events.iter().take(ready).any(|event| event.data() != 0) {
+        let is_there = |id| events.iter().take(ready).any(|event| event.data() == id);
+        if is_there(END) {
             return;
+        }
+        pulse.answer();
+        if !is_there(CLIENT) {
+            continue;
         }
         let client = listener.accept().and_then(|(stream, _)| {
             *stop.client.lock() = Some(stream.try_clone()?);

@@ -35,12 +35,18 @@ use crate::realtime::{Realtime, RealtimeError};
 use crate::shadow::ShadowServer;
 use crate::shadow_side::{self, ShadowSideError};
 use crate::socket::{SocketFile, bind};
+use crate::watchdog::Pulse;
 use crate::{info_limited, warn_limited};
 
 /// How long the daemon rests after a connection it could not serve, for want of descriptors say.
 const BACK_OFF: Duration = Duration::from_millis(100);
 /// After this many in a row it gives up.
 const MAX_FAILURES: u32 = 50;
+
+/// Events the daemon waits for: a frontend, its end, the watchdog's question.
+const CLIENT: u64 = 0;
+const END: u64 = 1;
+const PULSE: u64 = 2;
 
 /// Why the daemon could not run.
 #[derive(Debug, Error)]
@@ -100,7 +106,7 @@ pub struct Daemon {
     failures: u32,
     /// Ending them releases the devices.
     _exports: Vec<ExportServer>,
-    _control: Option<ControlServer>,
+    control: Option<ControlServer>,
     _faults: Option<FaultDelivery>,
     _shadow: Option<ShadowServer>,
 }
@@ -212,7 +218,7 @@ impl Daemon {
             ended,
             failures: 0,
             _exports: exports.servers,
-            _control: control,
+            control,
             _faults: faults,
             _shadow: shadow,
         })
@@ -221,6 +227,16 @@ impl Daemon {
     /// The device, to report faults through.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// What the loops answer with that the daemon cannot do without: the worker's, which is that of
+    /// [`Daemon::run`] while there is no frontend, and the control socket's.
+    pub fn pulses(&self) -> Vec<Arc<Pulse>> {
+        let control = self.control.as_ref().map(ControlServer::pulse);
+        std::iter::once(self.device.pulse())
+            .chain(control)
+            .cloned()
+            .collect()
     }
 
     /// What ends [`Daemon::run`] from another thread.
@@ -264,14 +280,15 @@ impl Daemon {
                 return Err(DaemonError::VhostUser(cause));
             }
         };
-        let (wake, event) = self.device.wake_event();
         for worker in daemon.get_epoll_handlers() {
-            worker
-                .register_listener(wake, EventSet::IN, event)
-                .map_err(|source| DaemonError::System {
-                    what: "watch the device's own event",
-                    source,
-                })?;
+            for (fd, event) in [self.device.wake_event(), self.device.pulse_event()] {
+                worker
+                    .register_listener(fd, EventSet::IN, event)
+                    .map_err(|source| DaemonError::System {
+                        what: "watch the device's own events",
+                        source,
+                    })?;
+            }
         }
         let started = daemon.start(&mut self.listener);
         let result = started.map(|()| {
@@ -302,15 +319,27 @@ impl Daemon {
             source,
         };
         let epoll = Epoll::new().map_err(failed)?;
-        for (fd, id) in [(self.listener.as_raw_fd(), 0), (self.ended.as_raw_fd(), 1)] {
+        let pulse = self.device.pulse();
+        for (fd, id) in [
+            (self.listener.as_raw_fd(), CLIENT),
+            (self.ended.as_raw_fd(), END),
+            (pulse.event(), PULSE),
+        ] {
             epoll
                 .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))
                 .map_err(failed)?;
         }
-        let mut events = [EpollEvent::default(); 2];
+        let mut events = [EpollEvent::default(); 3];
         loop {
             match epoll.wait(-1, &mut events) {
-                Ok(ready) => return Ok(!events.iter().take(ready).any(|e| e.data() == 1)),
+                Ok(ready) => {
+                    let is_there = |id| events.iter().take(ready).any(|event| event.data() == id);
+                    if is_there(END) || is_there(CLIENT) {
+                        return Ok(!is_there(END));
+                    }
+                    // There is no worker now, and a frontend would be served.
+                    pulse.answer();
+                }
                 Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
                 Err(cause) => return Err(failed(cause)),
             }

@@ -22,6 +22,7 @@ pub mod ctl;
 #[cfg(not(miri))]
 pub mod daemon;
 pub mod device;
+pub mod drop_in;
 pub mod emulated_side;
 pub mod export;
 pub mod export_side;
@@ -47,6 +48,8 @@ pub mod sandbox;
 #[cfg(not(miri))]
 pub mod sandbox_side;
 #[cfg(not(miri))]
+pub mod service;
+#[cfg(not(miri))]
 pub mod shadow;
 #[cfg(not(miri))]
 pub mod shadow_side;
@@ -56,3 +59,5 @@ pub mod socket;
 pub mod topology;
 pub mod vfio;
 pub mod vfio_user;
+#[cfg(not(miri))]
+pub mod watchdog;

@@ -6,12 +6,14 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs};
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::drop_in::drop_in;
 use vhost_device_iommu::host_check::Report;
 use vhost_device_iommu::host_tree::HostTree;
 use vhost_device_iommu::launch::Launch;
@@ -19,9 +21,11 @@ use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
 use vhost_device_iommu::ready::Ready;
 use vhost_device_iommu::sandbox::{self, Role, Violation};
 use vhost_device_iommu::sandbox_side;
+use vhost_device_iommu::service::Service;
 use vhost_device_iommu::signals;
 use vhost_device_iommu::topology::host::HostRoot;
 use vhost_device_iommu::topology::viot;
+use vhost_device_iommu::watchdog::Watchdog;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -73,6 +77,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             json,
             question,
         }) => control(socket, question, *json),
+        Some(Command::DropIn { file }) => print_drop_in(file),
         Some(Command::Launch { config, viot, vmm }) => {
             return launch(config, viot.as_deref(), vmm);
         }
@@ -82,6 +87,14 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Serves one VM until told to stop.
 fn serve(args: &RunArgs) -> Outcome {
+    let service = Service::from_environment()?;
+    let mut args = args.clone();
+    if let Some(fd) = service.socket()
+        && args.socket_path.is_none()
+    {
+        args.fd.get_or_insert(fd);
+    }
+    let args = &args;
     let config = Config::try_from(args)?;
     let ready = Ready::adopt(args.ready_fd)?;
     // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
@@ -100,11 +113,30 @@ fn serve(args: &RunArgs) -> Outcome {
     let ending = signals::end_on_signals()?;
     let mut daemon = Daemon::new(&config)?;
     ending.of(daemon.stop_handle());
+    let service = Arc::new(service);
+    let listener = service.clone();
+    let _watchdog = service
+        .watchdog()
+        .map(|patience| {
+            let alive = move || listener.tell("WATCHDOG=1");
+            Watchdog::start(daemon.pulses(), patience, alive)
+        })
+        .transpose()?;
     sandbox::enter(Role::Main);
     if let Err(cause) = ready.tell() {
         log::warn!("nobody could be told that the daemon is ready: {cause}");
     }
-    Ok(daemon.run()?)
+    tell(&service, "READY=1");
+    daemon.run()?;
+    tell(&service, "STOPPING=1");
+    Ok(())
+}
+
+/// What the service manager does not hear, it finds out for itself.
+fn tell(service: &Service, state: &str) {
+    if let Err(cause) = service.tell(state) {
+        log::warn!("the service manager could not be told {state}: {cause}");
+    }
 }
 
 /// Runs one VM, the daemon and the VMM, until it ends.
@@ -176,6 +208,10 @@ fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {
         let output = output.display();
         format!("cannot write {output}: {cause}; give a path that can be written with -o").into()
     })
+}
+
+fn print_drop_in(file: &Path) -> Outcome {
+    print(&drop_in(file, &Config::from_file(file)?))
 }
 
 fn print_qemu_args(

@@ -39,6 +39,7 @@ use crate::protocol::wire::{
 };
 use crate::realtime::Realtime;
 use crate::sandbox::{self, Role};
+use crate::watchdog::Pulse;
 use crate::{error_limited, info_limited, warn_limited};
 
 use self::polling::{Look, Polling};
@@ -55,6 +56,8 @@ const EVENT_QUEUE: u16 = 1;
 const QUEUES: usize = 2;
 /// Number of the event that is no queue's; the backend crate keeps 2 to itself.
 const WAKE_EVENT: u16 = 3;
+/// Number of the event by which the watchdog asks.
+const PULSE_EVENT: u16 = 4;
 /// The longest ring a driver may use.
 const MAX_QUEUE_SIZE: usize = 1024;
 
@@ -90,6 +93,8 @@ pub struct Device {
     ordinary: AtomicBool,
     /// Makes the worker look at the request ring without a kick.
     wake: EventFd,
+    /// What the worker says that it is alive with.
+    pulse: Arc<Pulse>,
     /// Descriptors vhost-user-backend has given up without closing them.
     exit_consumers: Mutex<Vec<RawFd>>,
     metrics: Arc<Metrics>,
@@ -143,6 +148,7 @@ impl Device {
             realtime,
             ordinary: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            pulse: Arc::new(Pulse::new("the worker")?),
             exit_consumers: Mutex::default(),
             metrics,
         })
@@ -195,6 +201,16 @@ impl Device {
         (self.wake.as_raw_fd(), u64::from(WAKE_EVENT))
     }
 
+    /// What the worker answers the watchdog with, and while there is no frontend whoever waits for one.
+    pub(crate) fn pulse(&self) -> &Arc<Pulse> {
+        &self.pulse
+    }
+
+    /// The event by which the watchdog asks, and its number.
+    pub(crate) fn pulse_event(&self) -> (RawFd, u64) {
+        (self.pulse.event(), u64::from(PULSE_EVENT))
+    }
+
     /// Tells the worker to stop; its threads can be joined after this.
     pub(crate) fn stop(&self) {
         self.shutdown.store(true, Ordering::Release);
@@ -240,6 +256,8 @@ impl Device {
             if self.shutdown.load(Ordering::Acquire) {
                 return;
             }
+            // A driver that is never idle keeps the worker here.
+            self.pulse.answer();
             match self.serve_batch(ring) {
                 Pass::Served => {}
                 Pass::Stopped => return,
@@ -488,6 +506,12 @@ impl VhostUserBackend for Device {
             if let Some(Err(cause)) = self.realtime.map(Realtime::apply) {
                 warn_limited!("the worker has no realtime priority: {cause}");
             }
+        }
+        if event == PULSE_EVENT {
+            // Alive is who gets what a request needs.
+            drop(self.requests.lock());
+            drop(self.iommu.lock());
+            self.pulse.answer();
         }
         if event == WAKE_EVENT {
             // Fails where it was read already.

@@ -100,7 +100,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(always(&REMOVE_SOCKETS));
         }
-        Role::ShadowFaults | Role::Faults => {}
+        Role::ShadowFaults | Role::Faults | Role::Watchdog => {}
     }
     list
 }

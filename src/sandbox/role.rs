@@ -26,11 +26,13 @@ pub enum Role {
     Export,
     /// Turns signals into an orderly end.
     Signals,
+    /// Asks the others whether they live.
+    Watchdog,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::VhostUser,
         Self::Worker,
@@ -41,6 +43,7 @@ impl Role {
         Self::VfioUser,
         Self::Export,
         Self::Signals,
+        Self::Watchdog,
     ];
 
     /// Whether the main thread has such a thread made once it is confined itself.
@@ -79,6 +82,7 @@ impl Role {
             Self::VfioUser => "vfio-user",
             Self::Export => "export",
             Self::Signals => "signals",
+            Self::Watchdog => "watchdog",
         }
     }
 }

@@ -1,0 +1,176 @@
+//! What a VM's file asks of the service manager beyond the unit all daemons share: a drop-in for systemd.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use crate::config::{Config, HostIommu, Pin};
+
+/// What the daemon takes beside its page tables: code, stacks, buffers of sockets.
+const BASE_MEMORY: u64 = 32 << 20;
+/// What each device costs that is served over a socket: a stack, and messages of up to 2 MiB both ways.
+const MEMORY_PER_DEVICE: u64 = 8 << 20;
+/// Tables of the host's IOMMU are counted too: 8 bytes for each 4 KiB of the guest, and as much again.
+const HOST_TABLE_SHARE: u64 = 256;
+/// Threads that every daemon has or can have, and as many to spare.
+const BASE_TASKS: usize = 32;
+/// Descriptors that every daemon has or can have: memory slots among them.
+const BASE_FILES: usize = 1024;
+/// Descriptors of one device: sockets, its file, interrupts.
+const FILES_PER_DEVICE: usize = 64;
+/// Sockets and memory of one process that follows the page tables.
+const FILES_PER_READER: usize = 4;
+
+/// The drop-in for the service of `config`, which came from `file`.
+///
+/// Memory is limited to the arena and what surrounds it, so that a daemon that goes wrong is stopped
+/// before it costs others; locked memory to the guest's, where it is pinned. Devices can be opened only
+/// where there are endpoints with `vfio`.
+pub fn drop_in(file: &Path, config: &Config) -> String {
+    let devices = config.emulated.len() + config.passthrough.len();
+    let readers = config.shadow.len() * config.readers.limit;
+    let host_tables = match config.memory {
+        Some(memory) if !config.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
+        _ => 0,
+    };
+    let memory = config.arena_limit.saturating_add(BASE_MEMORY)
+        + MEMORY_PER_DEVICE * u64::try_from(devices).unwrap_or(0)
+        + host_tables;
+    let files = BASE_FILES + FILES_PER_DEVICE * devices + FILES_PER_READER * readers;
+    let lines = [
+        format!("# What {} asks for.", file.display()),
+        "[Service]".into(),
+        format!("MemoryMax={memory}"),
+        format!("LimitNOFILE={files}"),
+        format!("TasksMax={}", BASE_TASKS + 2 * devices),
+    ];
+    let mut text = lines.join("\n") + "\n";
+    // Writing to a String cannot fail, here and below.
+    if !config.passthrough.is_empty() {
+        text.push_str(&host_devices(config));
+    }
+    if let Some(priority) = config.realtime_priority {
+        let _ = writeln!(
+            text,
+            "LimitRTPRIO={priority}\nRestrictRealtime=no\nSystemCallFilter=sched_setscheduler"
+        );
+    }
+    if !config.readers.users.is_empty() {
+        // Other users' processes are told apart, and killed where they hold up the guest.
+        text.push_str(
+            "PrivateUsers=no\nCapabilityBoundingSet=CAP_KILL\nAmbientCapabilities=CAP_KILL\n",
+        );
+    }
+    text
+}
+
+fn host_devices(config: &Config) -> String {
+    let mut text = String::new();
+    // With type1 each container pins the guest for itself.
+    let pinned = match (config.host_iommu, config.pin) {
+        (HostIommu::Iommufd, Pin::All | Pin::Mapped) => config.memory,
+        (HostIommu::Type1, Pin::All | Pin::Mapped) => {
+            let containers = u64::try_from(config.passthrough.len()).unwrap_or(u64::MAX);
+            config.memory.map(|bytes| bytes.saturating_mul(containers))
+        }
+    };
+    let locked = match pinned {
+        // Rings and tables of the host come on top of the guest's RAM.
+        Some(bytes) => bytes.saturating_add(64 << 20).to_string(),
+        None => "infinity".into(),
+    };
+    let _ = writeln!(text, "LimitMEMLOCK={locked}\nPrivateDevices=no");
+    let nodes: &[&str] = match config.host_iommu {
+        HostIommu::Iommufd => &["/dev/iommu", "char-vfio-dev", "char-vfio"],
+        HostIommu::Type1 => &["/dev/vfio/vfio", "char-vfio"],
+    };
+    for node in nodes {
+        let _ = writeln!(text, "DeviceAllow={node} rw");
+    }
+    // Numbers of interrupts and the devices' files are there.
+    text.push_str("ProcSubset=all\n");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(text: &str) -> Vec<String> {
+        let file = Path::new("/etc/vhost-device-iommu/vm1.toml");
+        let config = Config::from_text(file, text).expect("a good file");
+        drop_in(file, &config).lines().map(String::from).collect()
+    }
+
+    #[test]
+    fn a_simple_vm_gets_memory_for_its_page_tables_and_no_devices() {
+        let lines = lines("address = \"00:05.0\"\nmemory = \"4G\"\n");
+        // 4G / 256 + 64M of arena, and 32M.
+        assert_eq!(
+            lines,
+            [
+                "# What /etc/vhost-device-iommu/vm1.toml asks for.",
+                "[Service]",
+                "MemoryMax=117440512",
+                "LimitNOFILE=1024",
+                "TasksMax=32",
+            ]
+        );
+    }
+
+    #[test]
+    fn devices_of_the_host_can_be_opened_and_the_guest_be_pinned() {
+        let file = "address = \"00:05.0\"\nmemory = \"4G\"\nhost-iommu = \"KIND\"\n\
+                    [[endpoint]]\naddress = \"00:10.0\"\nvfio = \"0000:65:00.0\"\n\
+                    [[endpoint]]\naddress = \"00:11.0\"\nvfio = \"0000:66:00.0\"\n";
+        let has = |kind: &str, wanted: &[&str]| {
+            let lines = lines(&file.replace("KIND", kind));
+            for line in wanted {
+                assert!(lines.iter().any(|l| l == line), "{line} in {lines:#?}");
+            }
+        };
+        has(
+            "iommufd",
+            &[
+                "LimitMEMLOCK=4362076160",
+                "DeviceAllow=/dev/iommu rw",
+                "PrivateDevices=no",
+            ],
+        );
+        has(
+            "type1",
+            &[
+                "LimitMEMLOCK=8657043456",
+                "DeviceAllow=/dev/vfio/vfio rw",
+                "TasksMax=36",
+            ],
+        );
+        let unknown = file
+            .replace("memory = \"4G\"\n", "")
+            .replace("KIND", "type1");
+        assert!(lines(&unknown).contains(&"LimitMEMLOCK=infinity".to_string()));
+    }
+
+    #[test]
+    fn a_worker_may_have_the_priority_it_is_to_have() {
+        let lines = lines("address = \"00:05.0\"\nrealtime-priority = 10\n");
+        for line in [
+            "LimitRTPRIO=10",
+            "RestrictRealtime=no",
+            "SystemCallFilter=sched_setscheduler",
+        ] {
+            assert!(lines.contains(&line.to_string()), "{lines:#?}");
+        }
+    }
+
+    #[test]
+    fn readers_of_other_users_can_be_killed() {
+        let file = "address = \"00:05.0\"\n[readers]\nusers = [1001]\nlimit = 4\n\
+                    [[endpoint]]\naddress = \"00:10.0\"\nshadow = \"/run/x/disk.sock\"\n";
+        let lines = lines(file);
+        assert!(lines.contains(&"AmbientCapabilities=CAP_KILL".to_string()));
+        assert!(
+            lines.contains(&"LimitNOFILE=1040".to_string()),
+            "{lines:#?}"
+        );
+    }
+}

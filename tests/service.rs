@@ -1,0 +1,252 @@
+//! The daemon as a service: readiness, the watchdog, socket activation, with the test as service manager.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failure here is a failed test wherever it happens"
+)]
+
+mod common;
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
+
+use common::daemon::{EP, connect};
+use common::guest::{Guest, Setup};
+use common::wire::OK;
+use tempfile::TempDir;
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long the daemon may be silent.
+const WATCHDOG: Duration = Duration::from_millis(400);
+/// Longer than the daemon ever is when all is well, on a machine that does much else.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The daemon, started as a service manager would.
+struct Service {
+    child: Child,
+    manager: UnixDatagram,
+    folder: TempDir,
+}
+
+impl Service {
+    /// With a socket of its own.
+    fn start() -> Self {
+        Self::spawn(None, &[("LISTEN_FDS", "2")])
+    }
+
+    /// Handed `listener` as descriptor 3, and told so.
+    fn activated_by(listener: UnixListener) -> Self {
+        Self::spawn(Some(listener), &[])
+    }
+
+    fn spawn(listener: Option<UnixListener>, variables: &[(&str, &str)]) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
+        manager.set_read_timeout(Some(PATIENCE)).expect("a socket");
+        let mut command = Command::new("sh");
+        // The shell's number is the daemon's after exec, as the service manager knows it.
+        let script = match &listener {
+            Some(_) => "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null",
+            None => "exec \"$0\" \"$@\"",
+        };
+        command.args(["-c", script, env!("CARGO_BIN_EXE_vhost-device-iommu")]);
+        if listener.is_some() {
+            // Overridden by what is handed over.
+            let file = folder.path().join("vm.toml");
+            fs::write(&file, "socket = \"/nonexistent/vm.sock\"\n").expect("a file");
+            command.arg("--config").arg(file);
+        } else {
+            command
+                .arg("--socket-path")
+                .arg(folder.path().join("vhost.sock"));
+        }
+        command
+            .arg("--control-path")
+            .arg(folder.path().join("control.sock"))
+            .args(["--iommu", "00:05.0", "--endpoint", "00:06.0"])
+            .env("NOTIFY_SOCKET", folder.path().join("notify"))
+            .env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string())
+            .envs(variables.iter().copied())
+            .stdin(listener.map_or_else(Stdio::null, |listener| OwnedFd::from(listener).into()))
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(folder.path().join("log")).expect("a file"));
+        Self {
+            child: command.spawn().expect("the daemon starts"),
+            manager,
+            folder,
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.path("log")).expect("its log")
+    }
+
+    /// What the service manager hears next.
+    fn hear(&self) -> String {
+        let mut bytes = [0; 128];
+        let len = self.manager.recv(&mut bytes);
+        let len = len.unwrap_or_else(|e| panic!("nothing is heard: {e}; {}", self.log()));
+        String::from_utf8_lossy(&bytes[..len]).into_owned()
+    }
+
+    /// What it has heard for as long as told.
+    fn hear_for(&self, time: Duration) -> Vec<String> {
+        let until = Instant::now() + time;
+        let mut heard = Vec::new();
+        self.manager.set_nonblocking(true).expect("a socket");
+        while Instant::now() < until {
+            let mut bytes = [0; 128];
+            match self.manager.recv(&mut bytes) {
+                Ok(len) => heard.push(String::from_utf8_lossy(&bytes[..len]).into_owned()),
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+        self.manager.set_nonblocking(false).expect("a socket");
+        heard
+    }
+
+    #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
+    fn end(&mut self) -> ExitStatus {
+        let pid = libc::pid_t::try_from(self.child.id()).expect("a process id");
+        // SAFETY: no pointer is passed, and the child is not reaped yet, so the number is its own.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn guest(socket: &Path) -> Guest {
+    let mut guest = Guest::connect_to(socket, Setup::default());
+    guest.driver_ok();
+    guest
+}
+
+#[test]
+fn the_manager_hears_of_start_life_and_end() {
+    let mut service = Service::start();
+    assert_eq!(service.hear(), "READY=1");
+    assert!(
+        service.path("vhost.sock").exists() && service.path("control.sock").exists(),
+        "ready is who listens"
+    );
+    assert_eq!(service.hear(), "WATCHDOG=1", "waiting for a VMM");
+    let mut guest = guest(&service.path("vhost.sock"));
+    service.hear_for(WATCHDOG);
+    assert_eq!(service.hear(), "WATCHDOG=1", "an idle guest");
+    let busy_until = Instant::now() + WATCHDOG * 5;
+    let mut rounds = 0;
+    while Instant::now() < busy_until {
+        assert_eq!(guest.attach(1 + rounds % 2, EP), OK);
+        rounds += 1;
+    }
+    let heard = service.hear_for(WATCHDOG);
+    assert!(heard.len() >= 5, "a busy guest: {heard:?}");
+    drop(guest);
+    service.hear_for(WATCHDOG);
+    assert_eq!(service.hear(), "WATCHDOG=1", "waiting again");
+    assert_eq!(service.end().code(), Some(0));
+    let last = service.hear_for(Duration::from_millis(50));
+    assert_eq!(last.last().map(String::as_str), Some("STOPPING=1"));
+}
+
+#[test]
+#[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
+fn a_worker_that_hangs_is_not_vouched_for() {
+    let service = Service::start();
+    assert_eq!(service.hear(), "READY=1");
+    let mut guest = Guest::connect_to(service.path("vhost.sock"), Setup::default());
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    writer.write_all(&[0; 3]).expect("three bytes");
+    // SAFETY: the descriptor was just given up by its owner.
+    guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
+    guest.driver_ok();
+    // One may be under way.
+    service.hear_for(WATCHDOG);
+    let heard = service.hear_for(WATCHDOG * 3);
+    assert!(heard.is_empty(), "{heard:?}");
+    let log = service.log();
+    assert!(log.contains("no sign of life from: the worker;"), "{log}");
+    // The rest comes, and with it life.
+    writer.write_all(&[0; 5]).expect("five bytes");
+    assert_eq!(service.hear(), "WATCHDOG=1");
+}
+
+#[test]
+fn a_control_client_without_a_question_delays_and_does_not_end_the_signs() {
+    let service = Service::start();
+    assert_eq!(service.hear(), "READY=1");
+    let _silent = UnixStream::connect(service.path("control.sock")).expect("a connection");
+    // The client has two seconds.
+    assert_eq!(service.hear(), "WATCHDOG=1");
+}
+
+#[test]
+fn a_socket_that_is_handed_over_is_served_and_left_alone() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("vm.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let kept = listener.try_clone().expect("a descriptor");
+    // Who connects first is served once there is a daemon.
+    let early = connect(&path);
+    let mut service = Service::activated_by(listener);
+    assert_eq!(service.hear(), "READY=1", "{}", service.log());
+    drop(early);
+    assert_eq!(guest(&path).attach(1, EP), OK);
+    assert_eq!(service.end().code(), Some(0));
+    assert!(path.exists(), "the manager's, not the daemon's");
+    // The next one goes on with it.
+    let again = Service::activated_by(kept);
+    assert_eq!(again.hear(), "READY=1", "{}", again.log());
+    assert_eq!(guest(&path).attach(1, EP), OK);
+}
+
+#[test]
+fn an_environment_that_cannot_be_is_refused() {
+    for (name, value, cure) in [
+        (
+            "WATCHDOG_USEC",
+            OsString::from("soon"),
+            "set WatchdogSec= in the unit",
+        ),
+        (
+            "NOTIFY_SOCKET",
+            OsString::from("/nonexistent/notify"),
+            "Type=notify",
+        ),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+            .args(["--socket-path", "/nonexistent/s", "--iommu", "00:05.0"])
+            .env(name, value)
+            .output()
+            .expect("it runs");
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(cure), "{text}");
+    }
+}
