@@ -1,0 +1,98 @@
+# Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
+function __fish_vhost_device_iommu_global_optspecs
+    string join \n config= socket-path= fd= ready-fd= control-path= iommu= endpoint= address-width= bypass= granule= reserved= no-reserved memory= arena-limit= iommufd-fd= vfio-fd= vfio-container-fd= print-capabilities h/help V/version
+end
+
+function __fish_vhost_device_iommu_needs_command
+    # Figure out if the current invocation already has a command.
+    set -l cmd (commandline -opc)
+    set -e cmd[1]
+    argparse -s (__fish_vhost_device_iommu_global_optspecs) -- $cmd 2>/dev/null
+    or return
+    if set -q argv[1]
+        # Also print the command, so this can be used to figure out what it is.
+        echo $argv[1]
+        return 1
+    end
+    return 0
+end
+
+function __fish_vhost_device_iommu_using_subcommand
+    set -l cmd (__fish_vhost_device_iommu_needs_command)
+    test -z "$cmd"
+    and return 1
+    contains -- $cmd[1] $argv
+end
+
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l config -d 'Read the configuration from this TOML file' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l socket-path -d 'Listen for the VMM on a socket made at this path' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l fd -d 'Listen for the VMM on this inherited descriptor of a listening socket' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l ready-fd -d 'Write a line feed to this inherited descriptor, and close it, once the sockets listen' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l control-path -d 'Answer `ctl` on a socket made at this path' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommu -d 'PCI address of the IOMMU itself, such as 00:05.0' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l endpoint -d 'A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1e.7; may be repeated, and replaces the file\'s endpoints' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l address-width -d 'Bits of an I/O virtual address, 32 to 57 [default: 48]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints outside every domain pass untranslated at boot [default: on]' -r -f -a "on\t'Yes'
+off\t'No'"
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l granule -d 'Smallest page of a mapping: 4k, 16k, 64k or 2m [default: 4k]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'Addresses no endpoint may map; may be repeated, and replaces the file\'s list [default: 0xfee00000..=0xfeefffff:msi]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l memory -d 'Size of guest RAM, such as 2G' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l arena-limit -d 'Most memory the page tables may take [default: memory / 256 + 64M]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-fd -d 'Use this inherited descriptor of a device of the host for the endpoint with this address in the guest; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container, whose IOMMU is set, for the endpoint with this address in the guest; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Reserve no addresses for all endpoints, not even the default MSI window'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l print-capabilities -d 'Print what this backend can do as JSON and exit; everything else is ignored'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s V -l version -d 'Print version'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "check" -d 'Check a configuration file and print what it says'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "topology" -d 'Print which endpoints are which devices of this host, their groups and reserved regions'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "viot" -d 'Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "qemu-args" -d 'Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print what a configuration asks of systemd beyond the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "ctl" -d 'Ask a running daemon'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -l file-only -d 'Leave out this host'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand topology" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand topology" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand viot" -s o -l output -d 'Write to this file instead of standard output, which must not be a terminal' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand viot" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l viot -d 'Where QEMU finds the table written by `viot` [default: FILE with the ending .viot]' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l vfio-fd -d 'Use this inherited descriptor of a device of the host for the endpoint with this address in the guest; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l shell -d 'Print one line, quoted for a POSIX shell'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand drop-in" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l config -d 'The configuration' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and leave it there, instead of a file without a name' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "status" -d 'Endpoints, domains, and counts of requests and faults'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l domain -d 'Of this domain only' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from translate" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from translate" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "status" -d 'Endpoints, domains, and counts of requests and faults'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "check" -d 'Check a configuration file and print what it says'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "topology" -d 'Print which endpoints are which devices of this host, their groups and reserved regions'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "viot" -d 'Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "qemu-args" -d 'Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "drop-in" -d 'Print what a configuration asks of systemd beyond the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "ctl" -d 'Ask a running daemon'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'Endpoints, domains, and counts of requests and faults'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'

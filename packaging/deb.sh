@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: packaging/deb.sh [--binary PROGRAM] [--output DIR]
+#
+# Makes a Debian package of the program (the release build, which it makes where no other is named), its units,
+# manual pages, completions and examples. Needs dpkg-deb and binutils; no root, and no network beyond cargo's.
+# Prints the package's path.
+#
+#   --binary PROGRAM  package this one
+#   --output DIR      put the package there; default: target/debian
+
+set -euo pipefail
+PACKAGING=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+TREE=$(dirname "$PACKAGING")
+NAME=vhost-device-iommu
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+binary='' output=${CARGO_TARGET_DIR:-$TREE/target}/debian
+while [ $# -gt 0 ]; do
+    case $1 in
+    --binary | --output)
+        [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
+        case $1 in
+        --binary) binary=$2 ;;
+        --output) output=$2 ;;
+        esac
+        shift
+        ;;
+    -h | --help)
+        sed -n '/^# Usage:/,/^$/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+    *) die "unknown argument '$1': see $0 --help" ;;
+    esac
+    shift
+done
+for tool in dpkg-deb readelf strip; do
+    command -v $tool >/dev/null || die "$tool not found: run 'apt-get install -y dpkg binutils' as root"
+done
+if [ -z "$binary" ]; then
+    (cd "$TREE" && cargo build --release --locked >&2)
+    binary=${CARGO_TARGET_DIR:-$TREE/target}/release/$NAME
+fi
+[ -x "$binary" ] || die "$binary is no program: give --binary one that was built"
+
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$TREE/Cargo.toml" | head -n 1)
+case $(readelf -h "$binary" | sed -n 's/ *Machine: *//p') in
+*X86-64) arch=amd64 ;;
+*AArch64) arch=arm64 ;;
+*) die "$binary is for a machine whose Debian name is not known here" ;;
+esac
+# A pre-release comes before its release.
+version=${version/-/\~}
+
+# The newest symbol versions that the program asks the C library for.
+libc=$(readelf -W --version-info "$binary" | grep -oE 'Name: GLIBC_[0-9.]+' | sed 's/.*_//' | sort -V | tail -n 1)
+depends="libc6 (>= ${libc:?the program does not use the C library})"
+for library in $(readelf -d "$binary" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
+    case $library in
+    libc.so.6 | libm.so.6 | libdl.so.2 | libpthread.so.0 | librt.so.1 | ld-linux-*) ;;
+    libgcc_s.so.1) depends+=", libgcc-s1 (>= 4.2)" ;;
+    *) die "the program needs $library, whose package is not known here: name it in $0" ;;
+    esac
+done
+depends+=", systemd (>= 252)"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+root=$work/root
+
+# put MODE SOURCE TARGET
+put() {
+    install -D -m "$1" "$2" "$root/$3"
+}
+
+# put_page SOURCE: compressed, without a time, so that the same sources give the same package.
+put_page() {
+    local name=${1##*/} section=${1##*.}
+    mkdir -p "$root/usr/share/man/man$section"
+    gzip -9nc "$1" >"$root/usr/share/man/man$section/$name.gz"
+}
+
+put 755 "$binary" usr/bin/$NAME
+strip --strip-unneeded "$root/usr/bin/$NAME"
+put 644 "$PACKAGING/systemd/$NAME@.service" usr/lib/systemd/system/$NAME@.service
+put 644 "$PACKAGING/systemd/$NAME@.socket" usr/lib/systemd/system/$NAME@.socket
+put 644 "$PACKAGING/systemd/viommu.slice" usr/lib/systemd/system/viommu.slice
+put 755 "$PACKAGING/systemd/$NAME-generator" usr/lib/systemd/system-generators/$NAME-generator
+put 644 "$PACKAGING/systemd/sysusers.conf" usr/lib/sysusers.d/$NAME.conf
+put 644 "$PACKAGING/systemd/tmpfiles.conf" usr/lib/tmpfiles.d/$NAME.conf
+put 644 "$PACKAGING/udev/70-$NAME.rules" usr/lib/udev/rules.d/70-$NAME.rules
+put 644 "$PACKAGING/vhost-user/50-$NAME.json" usr/share/qemu/vhost-user/50-$NAME.json
+put 644 "$PACKAGING/completions/$NAME" usr/share/bash-completion/completions/$NAME
+put 644 "$PACKAGING/completions/_$NAME" usr/share/zsh/vendor-completions/_$NAME
+put 644 "$PACKAGING/completions/$NAME.fish" usr/share/fish/vendor_completions.d/$NAME.fish
+put_page "$TREE/docs/$NAME.1"
+put_page "$TREE/docs/$NAME.toml.5"
+for file in "$TREE"/docs/examples/*.toml; do
+    put 644 "$file" "usr/share/doc/$NAME/examples/$(basename "$file")"
+done
+put 644 "$PACKAGING/debian/copyright" usr/share/doc/$NAME/copyright
+put 644 "$TREE/LICENSE-BSD-3-Clause" usr/share/doc/$NAME/LICENSE-BSD-3-Clause
+put 644 "$TREE/docs/operations.md" usr/share/doc/$NAME/operations.md
+gzip -9nc "$TREE/CHANGELOG.md" >"$root/usr/share/doc/$NAME/changelog.gz"
+mkdir -p "$root/etc/$NAME" "$root/DEBIAN"
+
+for script in postinst prerm postrm; do
+    put 755 "$PACKAGING/debian/$script" DEBIAN/$script
+done
+(cd "$root" && find usr -type f -exec md5sum {} + | LC_ALL=C sort -k 2 >DEBIAN/md5sums)
+cat >"$root/DEBIAN/control" <<CONTROL
+Package: $NAME
+Version: $version
+Architecture: $arch
+Maintainer: The $NAME authors <$NAME@localhost>
+Installed-Size: $(du -sk --exclude=DEBIAN "$root" | cut -f 1)
+Depends: $depends
+Suggests: qemu-system-x86 (>= 10.2)
+Section: admin
+Priority: optional
+Description: virtio-iommu for virtual machines, in a process of its own
+ A vhost-user backend for virtio-iommu: one daemon for each virtual machine
+ is its IOMMU. It holds the mappings of the guest's devices, emulated in other
+ processes or devices of the host, and checks what the guest asks for.
+CONTROL
+# Nobody's umask.
+chmod -R u=rwX,go=rX "$root"
+mkdir -p "$output"
+package=$output/${NAME}_${version}_$arch.deb
+# A reader of the package cannot tell when it was made.
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(stat -c %Y "$TREE/Cargo.toml")} \
+    dpkg-deb --root-owner-group -Zxz --build "$root" "$package" >/dev/null
+echo "$package"

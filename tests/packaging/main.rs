@@ -1,0 +1,148 @@
+//! What a package consists of, beside the program: made from the sources, or in step with them.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failure here is a failed test wherever it happens"
+)]
+
+mod manual;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+use clap_complete::aot::generate;
+use vhost_device_iommu::args::Args;
+
+const PROGRAM: &str = "vhost-device-iommu";
+
+/// Set VIOMMU_REGENERATE=1 to write what is made instead of comparing it.
+fn assert_up_to_date(path: &Path, made: &str) {
+    if env::var_os("VIOMMU_REGENERATE").is_some() {
+        fs::write(path, made).expect("written");
+        return;
+    }
+    let kept = fs::read_to_string(path).unwrap_or_default();
+    assert!(
+        kept == made,
+        "{} does not match what it is made from; run VIOMMU_REGENERATE=1 cargo test --test packaging",
+        path.display()
+    );
+}
+
+#[test]
+fn the_completions_are_up_to_date() {
+    for (shell, file) in [
+        (Shell::Bash, "vhost-device-iommu"),
+        (Shell::Zsh, "_vhost-device-iommu"),
+        (Shell::Fish, "vhost-device-iommu.fish"),
+    ] {
+        let mut made = Vec::new();
+        generate(shell, &mut Args::command(), PROGRAM, &mut made);
+        let made = String::from_utf8(made).expect("text");
+        // What the generator for bash calls a command with `-` in its name, and what it looks for, differ.
+        let made = made.replace(
+            "vhost__subcmd__device__subcmd__iommu",
+            "vhost__device__iommu",
+        );
+        assert_up_to_date(&tree("packaging/completions").join(file), &made);
+    }
+}
+
+#[test]
+fn bash_completes_with_them() {
+    let file = tree("packaging/completions").join(PROGRAM);
+    let script = "source \"$0\"; COMP_WORDS=(vhost-device-iommu ctl /run/s sta); COMP_CWORD=3; \
+                  _vhost__device__iommu vhost-device-iommu sta /run/s; echo \"${COMPREPLY[*]}\"";
+    let output = Command::new("bash").args(["-c", script]).arg(file).output();
+    let output = output.expect("bash");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.split_whitespace().any(|word| word == "status"),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn the_manual_page_of_the_file_is_up_to_date() {
+    let text = fs::read_to_string(tree("docs/configuration.md")).expect("the page");
+    let title = format!(
+        ".TH vhost-device-iommu.toml 5 \"\" \"vhost-device-iommu {}\"",
+        env!("CARGO_PKG_VERSION")
+    );
+    let name = "vhost\\-device\\-iommu.toml \\- the IOMMU of one virtual machine";
+    let made = manual::page(&text, &title, name);
+    assert_up_to_date(&tree("docs/vhost-device-iommu.toml.5"), &made);
+    // No key is lost on the way.
+    for line in text.lines().filter(|line| line.starts_with("| `")) {
+        let key = line.split('`').nth(1).expect("a key");
+        let key = key.replace('-', "\\-").replace("\\|", "|");
+        assert!(made.contains(&format!("\\fB{key}\\fR")), "{key}");
+    }
+}
+
+#[test]
+fn the_description_for_management_software_says_what_the_program_says() {
+    let path = tree("packaging/vhost-user/50-vhost-device-iommu.json");
+    let text = fs::read_to_string(path).expect("the description");
+    let described: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .arg("--print-capabilities")
+        .output()
+        .expect("it runs");
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(described["type"], said["type"]);
+    assert_eq!(described["binary"], format!("/usr/bin/{PROGRAM}"));
+    assert!(described["description"].is_string());
+}
+
+/// Where the units look is where the package puts things, and the example follows them.
+#[test]
+fn units_and_example_agree() {
+    let read = |name: &str| fs::read_to_string(tree(name)).expect("a file");
+    let service = read("packaging/systemd/vhost-device-iommu@.service");
+    let socket = read("packaging/systemd/vhost-device-iommu@.socket");
+    let example: toml::Table = read("docs/examples/service.toml").parse().expect("TOML");
+    let listens = socket
+        .lines()
+        .find_map(|line| line.strip_prefix("ListenStream="))
+        .expect("a socket");
+    assert_eq!(
+        example["socket"].as_str(),
+        Some(&*listens.replace("%i", "vm1"))
+    );
+    assert!(service.contains("\nRuntimeDirectory=vhost-device-iommu/%i\n"));
+    let run = "/run/vhost-device-iommu/vm1/";
+    assert!(
+        example["control"]
+            .as_str()
+            .expect("a path")
+            .starts_with(run)
+    );
+    for unit in [&service, &socket] {
+        for line in unit.lines().filter(|line| line.contains("man:")) {
+            let (_, page) = line.split_once("man:").expect("a page");
+            assert!(page.starts_with(PROGRAM), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_drop_in_is_printed() {
+    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .arg("drop-in")
+        .arg(tree("docs/examples/passthrough.toml"))
+        .output()
+        .expect("it runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.contains("\n[Service]\n") && text.contains("\nDeviceAllow=/dev/iommu rw\n"));
+}
+
+fn tree(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
