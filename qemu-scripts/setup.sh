@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--print]
+# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--debian] [--print]
 #
 # Puts everything the guest tests need into a cache outside the tree: QEMU, iasl, busybox, Debian's stock
 # kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does no network access.
@@ -11,6 +11,8 @@
 #                   of a version the archive has, as in "6.12 7". Default: "stable newest"
 #   --host-kernel   the kernel of the L1 machine too (see l1.sh), built from Debian's source: 170 MB to download,
 #                   6 minutes on two processors, 2 GB of disk while it lasts
+#   --debian        a clean Debian with systemd too (see debian.sh), installed in a machine of its own: 33 MB to
+#                   download, a minute
 #   --print         write CACHE/env to standard output too
 #
 # Environment:
@@ -26,9 +28,10 @@ set -euo pipefail
 . "$SCRIPTS/lib/host-kernel.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 . "$SCRIPTS/lib/initramfs.sh"
+. "$SCRIPTS/lib/debian-root.sh"
 
 kernels=$KERNELS_DEFAULT
-print=no host_kernel=no
+print=no host_kernel=no debian=no
 while [ $# -gt 0 ]; do
     case $1 in
     --kernels)
@@ -37,6 +40,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     --host-kernel) host_kernel=yes ;;
+    --debian) debian=yes ;;
     --print) print=yes ;;
     -h | --help)
         usage
@@ -89,7 +93,17 @@ VIOMMU_L2_INITRAMFS=\"$INITRAMFS\""
 VIOMMU_L1_INITRAMFS=\"$INITRAMFS\""
 fi
 
-cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions | sort -u | write_file "$CACHE/versions"
+if [ $debian = yes ]; then
+    IFS=: read -r _ _ image storage <<<"${storage_entries[0]}"
+    debian_root_ready "$image" "$storage"
+fi
+debian_entry=
+if debian_root_there; then
+    debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
+fi
+
+# shellcheck disable=SC2046 # a list
+cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions $(compgen -G "$CACHE/debian/*/versions") | sort -u | write_file "$CACHE/versions"
 write_file "$CACHE/env" <<ENV
 VIOMMU_QEMU="$CACHE/bin/qemu-system-x86_64"
 VIOMMU_QEMU_VERSION="$QEMU_VERSION"
@@ -98,6 +112,7 @@ VIOMMU_BUSYBOX="$CACHE/bin/busybox"
 VIOMMU_KERNELS="${entries[*]}"
 VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
+$debian_entry
 ENV
 
 for entry in "${entries[@]}"; do

@@ -13,9 +13,11 @@
 #   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
 #   emulated     devices that other processes emulate, or get from the daemon: a stock guest with an NVMe disk
 #                behind the daemon, devices killed at any moment, and both beside those of such a host
+#   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
+#                killed, watched
 #
 #   --list       print the suites' names, run nothing
-#   --quick      leave out what needs a VM: guest, passthrough, emulated
+#   --quick      leave out what needs a VM: guest, passthrough, emulated, operations
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
 #   VIOMMU_GUEST_KERNELS   the stock kernels of these three suites, as for setup.sh --kernels
@@ -25,8 +27,8 @@ set -euo pipefail
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 
-ALL_SUITES="unit hostile guest passthrough emulated"
-NEED_VM="guest passthrough emulated"
+ALL_SUITES="unit hostile guest passthrough emulated operations"
+NEED_VM="guest passthrough emulated operations"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
 
@@ -63,7 +65,7 @@ plain_tests() {
         name=${name%/main.rs}
         name=${name%.rs}
         case $name in
-        emulated | guest | hostile | kills | vfio_host | '*') ;;
+        emulated | guest | hostile | kills | operations | vfio_host | '*') ;;
         *) echo "--test=$name" ;;
         esac
     done
@@ -117,15 +119,21 @@ outcome() {
     return "$(cat "$LOGS/$1.status")"
 }
 
+# test_program NAME BUILD...: the path of the test program that cargo builds. It is built already: this only asks.
+test_program() {
+    local name=$1
+    shift
+    "$@" --message-format=json 2>/dev/null | grep "\"name\":\"$name\"" |
+        sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1 || true
+}
+
 # in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one. Both kinds
 # of it side by side: the tests wait for devices longer than they work.
 in_l1() {
     local suite=$1 iommu program without build=(cargo test --locked --test vfio_host --no-run)
     shift
     step "$suite: build" "${build[@]}"
-    # Built already: this only asks for the name.
-    program=$("${build[@]}" --message-format=json 2>/dev/null | grep '"name":"vfio_host"' |
-        sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1) || true
+    program=$(test_program vfio_host "${build[@]}")
     if [ -z "$program" ]; then
         return
     fi
@@ -159,6 +167,24 @@ suite_emulated() {
     step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored --test-threads=1
     # shellcheck disable=SC2086 # a list
     in_l1 emulated $VFIO_USER_TESTS
+}
+
+# Seconds for all tests in the Debian with systemd.
+DEBIAN_LIMIT=600
+
+suite_operations() {
+    local build=(cargo test --locked --test operations --no-run) program package target=${CARGO_TARGET_DIR:-$TREE/target}
+    step "operations: build" "${build[@]}"
+    program=$(test_program operations "${build[@]}")
+    # The program as tests have it; nothing here is about its speed.
+    step "operations: package" packaging/deb.sh --binary "$target/debug/vhost-device-iommu" --output "$LOGS"
+    package=$(find "$LOGS" -name '*.deb')
+    if [ -z "$program" ] || [ -z "$package" ]; then
+        return
+    fi
+    strip -o "$LOGS/operations" "$program"
+    step "operations: services" "$SCRIPTS/debian.sh" --timeout "$DEBIAN_LIMIT" --log "$LOGS/debian-console.log" \
+        --file "$package" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
 }
 
 quick=no suites=()
@@ -200,6 +226,7 @@ if [ $quick = no ]; then
         case $suite in
         guest) setup+=(--print) ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
+        operations) setup+=(--print --debian) ;;
         esac
     done
 fi

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#
+# Usage: qemu-scripts/debian.sh [OPTION]... [--] COMMAND [ARGUMENT]...
+#
+# Runs a command as root in a clean Debian with systemd, a machine of its own, when that has booted, and ends with
+# its exit status. The machine is a stock kernel in QEMU and what every Debian has; what is written in it is gone
+# afterwards. The command starts in /host, where the files are that --file has sent along. Needs no root and no
+# KVM. Fetches and builds first what is missing (see setup.sh --debian).
+#
+#   --file PATH     a file for /host; repeatable
+#   --set NAME=TEXT an environment variable of the command; repeatable
+#   --memory SIZE   default: 1G
+#   --timeout S     the machine is stopped after so many seconds, status 124; default: 300
+#   --log FILE      the messages of its kernel and of systemd go there, and stay. Otherwise they stay where the
+#                   command fails
+
+set -euo pipefail
+. "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/initramfs.sh"
+. "$SCRIPTS/lib/debian-root.sh"
+
+memory=1G limit=300 log='' files=() variables=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --file | --set | --memory | --timeout | --log)
+        [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
+        case $1 in
+        --file)
+            [ -r "$2" ] || die "$2 cannot be read; give --file the path of a file"
+            files+=("$2")
+            ;;
+        --set) variables+=("$2") ;;
+        --memory) memory=$2 ;;
+        --timeout) limit=$2 ;;
+        --log) log=$2 ;;
+        esac
+        shift
+        ;;
+    -h | --help)
+        usage
+        exit 0
+        ;;
+    --)
+        shift
+        break
+        ;;
+    -*) die "unknown option '$1': see $0 --help" ;;
+    *) break ;;
+    esac
+    shift
+done
+[ $# -gt 0 ] || die "no command: see $0 --help"
+
+if [ -z "${VIOMMU_DEBIAN_DISK:-}" ]; then
+    setup=$("$SCRIPTS/setup.sh" --debian --print)
+    set -a
+    eval "$setup"
+    set +a
+fi
+cache_open
+# NAME:RELEASE:VMLINUZ:INITRAMFS, the oldest kernel first.
+IFS=: read -r _ _ kernel initramfs <<<"${VIOMMU_STORAGE_KERNELS%% *}"
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-debian-XXXXXX")
+qemu=''
+# shellcheck disable=SC2317 # called by the trap
+stop() {
+    if [ -n "$qemu" ]; then
+        # timeout hands it on.
+        kill "$qemu" 2>/dev/null || true
+        wait "$qemu" 2>/dev/null || true
+    fi
+    rm -rf "$work"
+}
+trap stop EXIT
+trap 'exit 130' INT TERM
+console=${log:-$work/console}
+: >"$console"
+: >"$work/status"
+
+mkdir -p "$work/init/host"
+for file in "${files[@]}"; do
+    cp "$file" "$work/init/host/"
+done
+{
+    echo 'cd /host || exit 127'
+    for variable in "${variables[@]}"; do
+        printf 'export %s=%q\n' "${variable%%=*}" "${variable#*=}"
+    done
+    printf 'exec'
+    printf ' %q' "$@"
+    echo
+} >"$work/init/host/run"
+debian_initramfs "$initramfs" "$SCRIPTS/debian/init" "$work"
+
+# An input that never ends: at its end QEMU would take the output for closed as well.
+mkfifo "$work/idle"
+# shellcheck disable=SC2153 # set up by setup.sh
+timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
+    -machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" \
+    -drive "file=$VIOMMU_DEBIAN_DISK,if=none,id=disk,format=raw,snapshot=on,cache=unsafe" \
+    -device nvme,drive=disk,serial=disk \
+    -chardev "file,id=console,path=$console" -serial chardev:console \
+    -chardev stdio,id=output,signal=off -serial chardev:output \
+    -chardev "file,id=status,path=$work/status" -serial chardev:status \
+    -kernel "$kernel" -initrd "$work/initramfs" \
+    -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check audit=0 systemd.show_status=1" \
+    <>"$work/idle" 2>"$work/qemu" &
+qemu=$!
+ended=0
+wait "$qemu" || ended=$?
+qemu=
+
+status=$(tr -d '\r\n' <"$work/status")
+# Not the command's own status: it did not get so far, or not to its end.
+case $ended:$status in
+0:[0-9]*) ;;
+124:* | 137:*)
+    say "the machine was stopped after $limit s"
+    status=124
+    ;;
+*)
+    say "the machine ended before its command did (QEMU's status is $ended)"
+    cat "$work/qemu" >&2
+    tail -n 20 "$console" >&2
+    status=125
+    ;;
+esac
+if [ "$status" != 0 ]; then
+    if [ -z "$log" ]; then
+        log=$(mktemp "${TMPDIR:-/tmp}/viommu-debian-console-XXXXXX")
+        cp "$console" "$log"
+    fi
+    say "the messages of its kernel and of systemd: $log"
+fi
+exit "$status"

@@ -1,0 +1,84 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+# shellcheck disable=SC2034 # some names are for those that source this
+#
+# A clean Debian with systemd as a disk for a machine to boot from: what every Debian has (the essential packages),
+# systemd and udev, installed by dpkg itself in a machine of its own. Needs no root.
+
+DEBIAN_ROOT_SUITE=trixie
+DEBIAN_ROOT_SIZE=768M
+# The essential packages, and those that make a system of them.
+DEBIAN_ROOT_PACKAGES="base-files base-passwd bash bsdutils coreutils dash debianutils diffutils dpkg findutils grep
+gzip hostname init-system-helpers libc-bin login ncurses-base ncurses-bin perl-base sed sysvinit-utils tar util-linux
+systemd-sysv udev"
+# For dpkg's work under emulation; a minute where nothing else is going on.
+DEBIAN_ROOT_LIMIT=900
+
+# debian_root_there: sets DEBIAN_ROOT, the directory with the disk; false where it has not been made yet.
+debian_root_there() {
+    # Not of the archive's newest versions: what is there is used, without asking the network.
+    DEBIAN_ROOT=$CACHE/debian/$({
+        echo "$DEBIAN_ROOT_SUITE $DEBIAN_ROOT_SIZE $DEBIAN_ROOT_PACKAGES"
+        declare -f debian_root_stage debian_root_install
+        cat "$SCRIPTS/debian/install"
+    } | sha256_of | cut -c 1-12)
+    [ -e "$DEBIAN_ROOT/versions" ]
+}
+
+# debian_root_ready KERNEL INITRAMFS: the same, and makes it with this kernel and its initramfs for disks.
+debian_root_ready() {
+    local stage
+    ! debian_root_there || return 0
+    stage=$(new_stage)
+    say "downloading a minimal Debian (about 33 MB) ..."
+    # shellcheck disable=SC2086 # a list
+    apt_closure "$stage/debs" "$DEBIAN_ROOT_SUITE" $DEBIAN_ROOT_PACKAGES
+    debian_root_stage "$stage"
+    say "installing it in a machine of its own, about a minute ..."
+    debian_root_install "$stage" "$1" "$2"
+    apt_versions "$stage/debs" >"$stage/versions"
+    rm -rf "$stage"/{debs,root,initramfs,init,console}
+    publish "$stage" "$DEBIAN_ROOT"
+}
+
+# debian_root_stage STAGE: the packages of STAGE/debs unpacked on the file system STAGE/disk, themselves beside them.
+debian_root_stage() {
+    local stage=$1 root=$1/root deb link sysroot=$CACHE/sysroot/storage
+    mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/{dev,proc,sys,run,tmp,debs} "$root/var/lib/dpkg/info"
+    for link in bin sbin lib lib64; do
+        ln -s "usr/$link" "$root/$link"
+    done
+    for deb in "$stage"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$root"
+    done
+    : >"$root/var/lib/dpkg/status"
+    cp "$stage"/debs/*.deb "$root/debs/"
+    truncate -s "$DEBIAN_ROOT_SIZE" "$stage/disk"
+    "$sysroot/lib64/ld-linux-x86-64.so.2" --library-path "$sysroot/usr/lib/x86_64-linux-gnu" \
+        "$sysroot/usr/sbin/mke2fs" -q -t ext4 -O ^has_journal -d "$root" "$stage/disk" ||
+        die "cannot make the file system of a minimal Debian (output above)"
+}
+
+# debian_root_install STAGE KERNEL INITRAMFS: dpkg installs what is unpacked on STAGE/disk.
+debian_root_install() {
+    local stage=$1
+    debian_initramfs "$3" "$SCRIPTS/debian/install" "$stage"
+    timeout -k 5 "$DEBIAN_ROOT_LIMIT" "$CACHE/bin/qemu-system-x86_64" -nodefaults -no-user-config -no-reboot \
+        -display none -machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1G \
+        -drive "file=$stage/disk,if=none,id=disk,format=raw,cache=unsafe" -device nvme,drive=disk,serial=disk \
+        -serial "file:$stage/console" -kernel "$2" -initrd "$stage/initramfs" \
+        -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check" </dev/null || true
+    if ! grep -q '^debian: installed' "$stage/console"; then
+        tail -n 30 "$stage/console" >&2
+        die "a minimal Debian cannot be installed (output above)"
+    fi
+}
+
+# debian_initramfs INITRAMFS INIT STAGE: STAGE/initramfs is INITRAMFS with INIT as its first program.
+debian_initramfs() {
+    mkdir -p "$3/init"
+    cp "$2" "$3/init/init"
+    chmod 755 "$3/init/init"
+    cat "$1" >"$3/initramfs"
+    cpio_of "$3/init" >>"$3/initramfs"
+}

@@ -1,0 +1,162 @@
+//! The machine the tests run in: a clean Debian with systemd, in which the package is installed once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Until something that was asked for has happened, in a machine that is emulated.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PROGRAM: &str = "/usr/bin/vhost-device-iommu";
+
+/// What a command has said.
+#[derive(Debug)]
+pub struct Said {
+    pub good: bool,
+    /// Standard output, and standard error after it.
+    pub text: String,
+}
+
+/// Runs a command.
+pub fn run(words: &[&str]) -> Said {
+    let (program, arguments) = words.split_first().expect("a command");
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run {program}: {e}"));
+    let text = [output.stdout, output.stderr].concat();
+    Said {
+        good: output.status.success(),
+        text: String::from_utf8_lossy(&text).into_owned(),
+    }
+}
+
+/// Runs a command that must not fail; what it has said.
+pub fn good(words: &[&str]) -> String {
+    let said = run(words);
+    assert!(said.good, "{words:?}: {}", said.text);
+    said.text
+}
+
+/// Installs the package, the first time.
+pub fn installed() {
+    static DONE: OnceLock<()> = OnceLock::new();
+    DONE.get_or_init(|| {
+        let package = fs::read_dir("/host").expect("what was sent along");
+        let package = package
+            .map(|entry| entry.expect("an entry").path())
+            .find(|path| path.extension().is_some_and(|e| e == "deb"))
+            .expect("the package; run the suite with `qemu-scripts/test.sh operations`");
+        good(&["dpkg", "-i", package.to_str().expect("text")]);
+    });
+}
+
+/// One VM and its service, stopped and forgotten at the end.
+pub struct Vm {
+    name: &'static str,
+}
+
+impl Vm {
+    /// With a file like the example's, and `more` in it; not started.
+    pub fn new(name: &'static str, more: &str) -> Self {
+        installed();
+        let example = "/usr/share/doc/vhost-device-iommu/examples/service.toml";
+        let text = fs::read_to_string(example).expect("the example");
+        let text = text.replace("/vm1/", &format!("/{name}/"));
+        let vm = Self { name };
+        fs::write(vm.file(), text + more).expect("its file");
+        good(&["systemctl", "daemon-reload"]);
+        vm
+    }
+
+    pub fn file(&self) -> PathBuf {
+        format!("/etc/vhost-device-iommu/{}.toml", self.name).into()
+    }
+
+    pub fn service(&self) -> String {
+        format!("vhost-device-iommu@{}.service", self.name)
+    }
+
+    pub fn socket_unit(&self) -> String {
+        format!("vhost-device-iommu@{}.socket", self.name)
+    }
+
+    /// The socket for the VMM.
+    pub fn socket(&self) -> PathBuf {
+        format!("/run/vhost-device-iommu/{}/vhost-user.sock", self.name).into()
+    }
+
+    pub fn start(&self) {
+        let said = run(&["systemctl", "start", &self.service()]);
+        assert!(said.good, "{}\n{}", said.text, self.journal());
+    }
+
+    /// Gives the service more settings, until the machine ends or the VM is forgotten.
+    pub fn set(&self, settings: &str) {
+        let folder = format!("/run/systemd/system/{}.d", self.service());
+        fs::create_dir_all(&folder).expect("a folder");
+        let text = format!("[Service]\n{settings}\n");
+        fs::write(Path::new(&folder).join("test.conf"), text).expect("a drop-in");
+        good(&["systemctl", "daemon-reload"]);
+    }
+
+    /// A property of the service.
+    pub fn property(&self, name: &str) -> String {
+        let text = good(&["systemctl", "show", "--value", "-p", name, &self.service()]);
+        text.trim().into()
+    }
+
+    /// Waits until a property has this value.
+    pub fn wait_for(&self, name: &str, value: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = self.property(name);
+            if now == value {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{name} is {now}, not {value}\n{}",
+                self.journal()
+            );
+            sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// What the daemon answers to `status`.
+    pub fn status(&self) -> Value {
+        let control = self.socket().with_file_name("control.sock");
+        let control = control.to_str().expect("text");
+        let text = good(&[PROGRAM, "ctl", control, "--json", "status"]);
+        serde_json::from_str(&text).expect("JSON")
+    }
+
+    /// The state of an endpoint.
+    pub fn endpoint(&self, address: &str) -> String {
+        let status = self.status();
+        let endpoints = status["endpoints"].as_array().expect("endpoints");
+        let found = endpoints.iter().find(|e| e["address"] == address);
+        found.map_or("untouched".into(), |e| {
+            e["state"].as_str().expect("text").into()
+        })
+    }
+
+    /// What the journal has of the service.
+    pub fn journal(&self) -> String {
+        good(&["journalctl", "--sync"]);
+        good(&["journalctl", "--no-pager", "-u", &self.service()])
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        run(&["systemctl", "stop", &self.socket_unit(), &self.service()]);
+        run(&["systemctl", "reset-failed", &self.service()]);
+        let _ = fs::remove_dir_all(format!("/run/systemd/system/{}.d", self.service()));
+        let _ = fs::remove_file(self.file());
+    }
+}

@@ -1,0 +1,230 @@
+//! The package in a clean Debian that boots systemd, as root: `qemu-scripts/test.sh operations`.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a failure here is a failed test wherever it happens"
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod machine;
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use common::guest::{Guest, Setup};
+use common::wire::OK;
+use vmm_sys_util::eventfd::EventFd;
+
+use machine::{Vm, good, installed, run};
+
+/// Endpoint 00:10.0, the first of the example.
+const EP: u32 = 0x80;
+const EP_ADDRESS: &str = "0000:00:10.0";
+/// The worst figure of `systemd-analyze security` that passes.
+const WORST_EXPOSURE: f64 = 2.0;
+
+/// A frontend that stands in for a VMM and its guest, with the first endpoint in a domain.
+fn guest(vm: &Vm) -> Guest {
+    let mut guest = Guest::connect_to(vm.socket(), Setup::default());
+    guest.driver_ok();
+    assert_eq!(guest.attach(1, EP), OK);
+    guest
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn the_package_installs_cleanly() {
+    installed();
+    assert_eq!(good(&["dpkg", "--audit"]), "");
+    assert_eq!(good(&["dpkg", "--verify", "vhost-device-iommu"]), "");
+    assert!(good(&["vhost-device-iommu", "--version"]).starts_with("vhost-device-iommu "));
+    let user = good(&["id", "vhost-device-iommu"]);
+    assert!(user.contains("(vfio)"), "{user}");
+    let folder = fs::metadata("/etc/vhost-device-iommu").expect("its folder");
+    assert_eq!(folder.permissions().mode() & 0o7777, 0o750);
+    assert_ne!(folder.gid(), 0, "its group's");
+    for unit in [
+        "vhost-device-iommu@vm1.service",
+        "vhost-device-iommu@vm1.socket",
+    ] {
+        let said = run(&["systemd-analyze", "verify", "--man=no", unit]);
+        assert!(said.good && said.text.is_empty(), "{unit}: {}", said.text);
+    }
+    good(&[
+        "udevadm",
+        "verify",
+        "/usr/lib/udev/rules.d/70-vhost-device-iommu.rules",
+    ]);
+    for page in [
+        "/usr/share/man/man1/vhost-device-iommu.1.gz",
+        "/usr/share/man/man5/vhost-device-iommu.toml.5.gz",
+        "/usr/share/bash-completion/completions/vhost-device-iommu",
+        "/usr/share/qemu/vhost-user/50-vhost-device-iommu.json",
+    ] {
+        assert!(Path::new(page).exists(), "{page}");
+    }
+    assert_eq!(good(&["systemctl", "is-system-running"]), "running\n");
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn two_vms_run_side_by_side() {
+    let (one, two) = (
+        Vm::new("one", ""),
+        Vm::new("two", "arena-limit-is-not-a-key = 1\n"),
+    );
+    // Not with a mistake in its file, which the journal names with its line.
+    assert!(!run(&["systemctl", "start", &two.service()]).good);
+    let journal = two.journal();
+    assert!(journal.contains("vhost-device-iommu@two["), "{journal}");
+    assert!(
+        journal.contains("/etc/vhost-device-iommu/two.toml:"),
+        "{journal}"
+    );
+    drop(two);
+    let two = Vm::new("two", "");
+    one.start();
+    two.start();
+    for vm in [&one, &two] {
+        assert_eq!(vm.property("ActiveState"), "active");
+        assert_eq!(vm.property("Slice"), "viommu.slice");
+        assert_eq!(vm.property("User"), "vhost-device-iommu");
+        // By the generator: 2G / 256 + 64M of arena, and 32M.
+        assert_eq!(vm.property("MemoryMax"), (104 << 20).to_string());
+        let control = fs::metadata(vm.socket().with_file_name("control.sock")).expect("a socket");
+        assert!(control.file_type().is_socket());
+        assert_eq!(control.permissions().mode() & 0o007, 0, "not for others");
+    }
+    let first = guest(&one);
+    let mut second = guest(&two);
+    assert_eq!(one.endpoint(EP_ADDRESS), "attached");
+    assert_eq!(two.endpoint(EP_ADDRESS), "attached");
+    let journal = one.journal();
+    assert!(journal.contains("a VMM has connected"), "{journal}");
+
+    good(&["systemctl", "stop", &one.service()]);
+    assert_eq!(one.property("ActiveState"), "inactive");
+    assert_eq!(one.property("Result"), "success");
+    assert_eq!(second.detach(1, EP), OK, "the other one goes on");
+    drop(first);
+    one.start();
+    assert_eq!(one.endpoint(EP_ADDRESS), "unattached");
+    let _again = guest(&one);
+    let before = one.property("MainPID");
+    good(&["systemctl", "restart", &one.service()]);
+    assert_ne!(one.property("MainPID"), before);
+    assert_eq!(guest(&one).detach(1, EP), OK);
+    assert_eq!(second.attach(1, EP), OK);
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn the_socket_starts_the_daemon() {
+    let vm = Vm::new("lazy", "");
+    good(&["systemctl", "start", &vm.socket_unit()]);
+    assert_eq!(vm.property("ActiveState"), "inactive");
+    let socket = fs::metadata(vm.socket()).expect("the socket");
+    assert_eq!(socket.permissions().mode() & 0o777, 0o660);
+    for _ in 0..2 {
+        // Who connects waits until the daemon answers.
+        assert_eq!(guest(&vm).detach(1, EP), OK);
+        vm.wait_for("ActiveState", "active");
+        assert_eq!(vm.status()["connections"], 1);
+        let said = run(&["systemctl", "stop", &vm.service()]);
+        assert!(said.good, "{}", said.text);
+        assert!(vm.socket().exists(), "the socket is not the daemon's");
+    }
+    good(&["systemctl", "stop", &vm.socket_unit()]);
+    assert!(!vm.socket().exists());
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn one_that_is_killed_is_started_anew_and_alone() {
+    let (one, two) = (Vm::new("one", ""), Vm::new("two", ""));
+    one.start();
+    two.start();
+    let _first = guest(&one);
+    let mut second = guest(&two);
+    let pids = [one.property("MainPID"), two.property("MainPID")];
+    good(&["sh", "-c", &format!("kill -9 {}", pids[0])]);
+    one.wait_for("NRestarts", "1");
+    one.wait_for("ActiveState", "active");
+    assert_ne!(one.property("MainPID"), pids[0]);
+    assert_eq!(guest(&one).detach(1, EP), OK);
+    assert_eq!(two.property("MainPID"), pids[1]);
+    assert_eq!(two.property("NRestarts"), "0");
+    assert_eq!(second.detach(1, EP), OK, "it has noticed nothing");
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+#[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
+fn one_whose_worker_hangs_is_started_anew() {
+    let vm = Vm::new("hung", "");
+    vm.set("WatchdogSec=4");
+    vm.start();
+    let mut guest = Guest::connect_to(vm.socket(), Setup::default());
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    writer.write_all(&[0; 3]).expect("three bytes");
+    // SAFETY: the descriptor was just given up by its owner.
+    guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
+    guest.driver_ok();
+    vm.wait_for("NRestarts", "1");
+    vm.wait_for("ActiveState", "active");
+    let journal = vm.journal();
+    for part in ["no sign of life from: the worker;", "Watchdog timeout"] {
+        assert!(journal.contains(part), "{part} in {journal}");
+    }
+    // Longer than the watchdog waits: one that is well stays.
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    assert_eq!(vm.property("NRestarts"), "1");
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn the_service_is_locked_down() {
+    let vm = Vm::new("one", "");
+    let said = good(&["systemd-analyze", "security", "--no-pager", &vm.service()]);
+    let last = said.lines().last().expect("a figure");
+    println!("{last}");
+    let figure = last
+        .split_whitespace()
+        .find_map(|word| word.parse::<f64>().ok())
+        .expect("a figure");
+    let bad: Vec<_> = said.lines().filter(|line| line.starts_with('✗')).collect();
+    assert!(figure <= WORST_EXPOSURE, "{last}\n{}", bad.join("\n"));
+    vm.start();
+    let pid = vm.property("MainPID");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("its state");
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ] {
+        assert!(status.contains(line), "{line} in {status}");
+    }
+}
+
+#[test]
+#[ignore = "in the machine of qemu-scripts/debian.sh"]
+fn zz_the_package_goes_as_it_came() {
+    let vm = Vm::new("last", "");
+    vm.start();
+    good(&["dpkg", "-r", "vhost-device-iommu"]);
+    assert_eq!(vm.property("ActiveState"), "inactive");
+    assert!(vm.file().exists(), "the operator's");
+    drop(vm);
+    good(&["dpkg", "-P", "vhost-device-iommu"]);
+    assert!(!Path::new("/etc/vhost-device-iommu").exists());
+    assert!(!Path::new("/run/vhost-device-iommu").exists());
+    assert_eq!(good(&["systemctl", "is-system-running"]), "running\n");
+}
