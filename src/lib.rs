@@ -34,6 +34,7 @@ pub mod host_tree;
 pub mod ids;
 pub mod inherited;
 pub mod iommu;
+pub mod journal;
 pub mod launch;
 pub mod log_limit;
 pub mod metrics;

@@ -16,6 +16,7 @@ use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::drop_in::drop_in;
 use vhost_device_iommu::host_check::Report;
 use vhost_device_iommu::host_tree::HostTree;
+use vhost_device_iommu::journal;
 use vhost_device_iommu::launch::Launch;
 use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
 use vhost_device_iommu::ready::Ready;
@@ -39,7 +40,11 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             // Nobody is left to tell where standard error is closed.
-            let _ = writeln!(io::stderr(), "vhost-device-iommu: {error}");
+            let _ = if journal::is_listening() {
+                journal::write_error(&mut io::stderr(), &error.to_string())
+            } else {
+                writeln!(io::stderr(), "vhost-device-iommu: {error}")
+            };
             ExitCode::FAILURE
         }
     }
@@ -99,7 +104,11 @@ fn serve(args: &RunArgs) -> Outcome {
     let ready = Ready::adopt(args.ready_fd)?;
     // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
     let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
-    env_logger::Builder::from_env(default_level).init();
+    let mut logger = env_logger::Builder::from_env(default_level);
+    if journal::is_listening() {
+        logger.format(journal::write);
+    }
+    logger.init();
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
     } else {

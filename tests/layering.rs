@@ -73,6 +73,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("qemu_args", &["config", "topology"]),
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),
+    ("journal", &[]),
     ("realtime", &[]),
     ("service", &[]),
     ("watchdog", &[]),

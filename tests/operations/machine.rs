@@ -147,8 +147,14 @@ impl Vm {
 
     /// What the journal has of the service.
     pub fn journal(&self) -> String {
+        self.journal_from("debug")
+    }
+
+    /// The same, of this priority and above.
+    pub fn journal_from(&self, priority: &str) -> String {
         good(&["journalctl", "--sync"]);
-        good(&["journalctl", "--no-pager", "-u", &self.service()])
+        let (unit, priority) = (self.service(), format!("--priority={priority}"));
+        good(&["journalctl", "--no-pager", &priority, "-u", &unit])
     }
 }
 

@@ -81,12 +81,14 @@ fn two_vms_run_side_by_side() {
     );
     // Not with a mistake in its file, which the journal names with its line.
     assert!(!run(&["systemctl", "start", &two.service()]).good);
-    let journal = two.journal();
-    assert!(journal.contains("vhost-device-iommu@two["), "{journal}");
-    assert!(
-        journal.contains("/etc/vhost-device-iommu/two.toml:"),
-        "{journal}"
-    );
+    let errors = two.journal_from("err");
+    for part in [
+        "vhost-device-iommu@two[",
+        "/etc/vhost-device-iommu/two.toml:",
+        "is-not-a-key",
+    ] {
+        assert!(errors.contains(part), "{part} in {errors}");
+    }
     drop(two);
     let two = Vm::new("two", "");
     one.start();
@@ -106,7 +108,11 @@ fn two_vms_run_side_by_side() {
     assert_eq!(one.endpoint(EP_ADDRESS), "attached");
     assert_eq!(two.endpoint(EP_ADDRESS), "attached");
     let journal = one.journal();
-    assert!(journal.contains("a VMM has connected"), "{journal}");
+    let pid = one.property("MainPID");
+    let line = format!(" vhost-device-iommu@one[{pid}]: a VMM has connected\n");
+    assert!(journal.contains(&line), "{journal}");
+    let warnings = one.journal_from("warning");
+    assert!(!warnings.contains(&format!("[{pid}]")), "{warnings}");
 
     good(&["systemctl", "stop", &one.service()]);
     assert_eq!(one.property("ActiveState"), "inactive");

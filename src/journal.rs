@@ -1,0 +1,64 @@
+//! Lines of the log as systemd's journal takes them: with their priority, without the time, which the
+//! journal knows.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use log::{Level, Record};
+
+/// Whether standard error goes to the journal, which says so in `JOURNAL_STREAM` (systemd.exec(5)): the
+/// numbers of device and inode, in case somebody has redirected it since.
+pub fn is_listening() -> bool {
+    let stderr = io::stderr().as_fd().try_clone_to_owned();
+    let Ok(metadata) = stderr.and_then(|fd| File::from(fd).metadata()) else {
+        return false;
+    };
+    let stream = std::env::var("JOURNAL_STREAM");
+    stream.is_ok_and(|stream| stream == format!("{}:{}", metadata.dev(), metadata.ino()))
+}
+
+/// Writes one line, as sd-daemon(3) has it.
+///
+/// # Errors
+/// Where `out` cannot be written to.
+pub fn write(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
+    let priority = match record.level() {
+        Level::Error => 3,
+        Level::Warn => 4,
+        Level::Info => 6,
+        Level::Debug | Level::Trace => 7,
+    };
+    // A second line would have no priority.
+    let text = record.args().to_string().replace('\n', " ");
+    writeln!(out, "<{priority}>{text}")
+}
+
+/// Writes why the program ends, line by line.
+///
+/// # Errors
+/// Where `out` cannot be written to.
+pub fn write_error(out: &mut impl Write, text: &str) -> io::Result<()> {
+    text.lines().try_for_each(|line| writeln!(out, "<3>{line}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_has_its_priority_and_stays_one() {
+        let mut out = Vec::new();
+        for (level, text) in [
+            (Level::Error, "a\nb"),
+            (Level::Info, "c"),
+            (Level::Trace, "d"),
+        ] {
+            let args = format_args!("{text}");
+            write(&mut out, &Record::builder().level(level).args(args).build()).expect("written");
+        }
+        write_error(&mut out, "e\nf").expect("written");
+        assert_eq!(out, b"<3>a b\n<6>c\n<7>d\n<3>e\n<3>f\n");
+    }
+}
