@@ -11,6 +11,7 @@ mod space;
 pub(crate) mod testing;
 mod together;
 pub mod type1;
+pub mod vacant;
 pub mod vfio_user;
 
 use std::fmt;

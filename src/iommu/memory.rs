@@ -13,6 +13,7 @@ use crate::ids::{DomainId, EndpointId};
 impl Iommu {
     /// A VMM is there, with its devices: they obey from now on.
     pub fn connect(&mut self) {
+        self.vmm_present = true;
         for backend in &mut self.backends {
             backend.vmm_present(true);
         }
@@ -25,6 +26,7 @@ impl Iommu {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
+        self.vmm_present = false;
         for backend in &mut self.backends {
             backend.vmm_present(false);
         }
@@ -50,20 +52,21 @@ impl Iommu {
     /// A mapping stays the guest's while the memory behind it goes and comes: its addresses lead
     /// nowhere in between.
     pub fn set_memory(&mut self, slots: Vec<MemorySlot>) {
-        if self.backends.is_empty() {
-            return;
-        }
         let gone: Vec<_> = difference(&self.memory, &slots);
         let new: Vec<_> = difference(&slots, &self.memory);
         // What stays keeps its first mapping in this process: backends may have been given it.
         self.memory.retain(|slot| !gone.contains(slot));
         self.memory.extend(new.iter().cloned());
+        if self.backends.is_empty() {
+            return;
+        }
         self.take_memory(&gone);
         self.give_memory(&new);
         self.count_unreachable();
     }
 
-    fn count_unreachable(&mut self) {
+    /// Counts anew, in every domain, the mappings that backends have not got, or not wholly.
+    pub(super) fn count_unreachable(&mut self) {
         for domain in self.domains.values_mut() {
             let Some(table) = &domain.table else { continue };
             let mappings = table.mappings(&self.arena, Iova(0));

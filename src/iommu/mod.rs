@@ -17,6 +17,7 @@ mod domain;
 mod error;
 mod fault;
 mod groups;
+mod hotplug;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -42,6 +43,7 @@ use self::memory::{is_all_reachable, reachable_bytes};
 
 pub use self::error::RequestError;
 pub use self::fault::{Fault, FaultReason};
+pub use self::hotplug::{AddError, NewEndpoints};
 
 /// A domain of this many page-table frames may always grow within the arena's last part, so that
 /// one domain that uses up the arena does not keep the others from working.
@@ -115,7 +117,12 @@ struct Endpoint {
 /// The IOMMU of one VM.
 pub struct Iommu {
     topology: Topology,
+    /// By number; where one has gone, something that does nothing keeps its place.
     backends: Vec<Box<dyn DmaBackend>>,
+    /// Such places.
+    vacant: Vec<usize>,
+    /// A VMM has spoken, and is there.
+    vmm_present: bool,
     backend_of: BTreeMap<EndpointId, usize>,
     input: IovaRange,
     page_sizes: PageMask,
@@ -127,7 +134,7 @@ pub struct Iommu {
     endpoints: BTreeMap<EndpointId, Endpoint>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
-    /// Guest RAM as the backends know it; nothing is kept where there is no backend.
+    /// Guest RAM as the backends know it.
     memory: Vec<MemorySlot>,
 }
 
@@ -140,6 +147,8 @@ impl Iommu {
         Ok(Self {
             topology,
             backends: Vec::new(),
+            vacant: Vec::new(),
+            vmm_present: false,
             backend_of: BTreeMap::new(),
             input: IovaRange::of_width(settings.address_width),
             page_sizes: settings.page_sizes,
@@ -212,7 +221,7 @@ impl Iommu {
 
     /// Whether any endpoint is behind a backend.
     pub fn has_backends(&self) -> bool {
-        !self.backends.is_empty()
+        self.backends.len() > self.vacant.len()
     }
 
     /// The page tables' memory, for backends that have endpoint slots there.
@@ -625,6 +634,12 @@ impl Iommu {
     /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
     pub fn reset(&mut self) {
         self.detach_all(self.bypass_target());
+    }
+
+    /// Reset of the whole VM: as [`Self::reset`], and `bypass` is what it is at boot.
+    pub fn reset_vm(&mut self) {
+        self.bypass = self.bypass_at_boot;
+        self.reset();
     }
 
     /// Where an access of `endpoint` at `iova` goes.

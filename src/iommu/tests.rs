@@ -1,5 +1,7 @@
 //! The rules, driven by plain function calls, with 0, 1 and 2 backends behind the endpoints.
 
+mod hotplug;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod changes;
 pub mod groups;
 pub mod host;
 pub mod pci;
@@ -15,6 +16,7 @@ use thiserror::Error;
 
 use crate::ids::EndpointId;
 
+pub use changes::NoSuchEndpoints;
 pub use groups::{GroupId, GroupName};
 pub use pci::{PciAddress, PciRange};
 pub use reserved::{
@@ -35,7 +37,7 @@ pub struct EndpointSpec {
     pub reserved: Vec<ReservedRegion>,
 }
 
-/// Every endpoint, fixed for the life of a VM.
+/// Every endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topology {
     iommu: PciAddress,
@@ -45,6 +47,8 @@ pub struct Topology {
     /// The distinct sets of reserved regions; entries refer to them by index. The first is that
     /// of endpoints without regions of their own.
     reserved_sets: Vec<ReservedRegions>,
+    /// Where endpoints may come later: the guest is told of these too.
+    expected: Vec<PciRange>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +118,7 @@ impl Topology {
             entries,
             group_names: groups.names,
             reserved_sets,
+            expected: Vec::new(),
         })
     }
 

@@ -147,6 +147,19 @@ impl PciRange {
     pub fn overlaps(self, other: Self) -> bool {
         self.first <= other.last && other.first <= self.last
     }
+
+    /// What is left of it without `other`, which it contains: up to two ranges.
+    pub fn without(self, other: Self) -> impl Iterator<Item = Self> {
+        let neighbour = |bdf: Option<u16>| {
+            let segment = u32::from(self.first.segment()) << 16;
+            bdf.map(|bdf| PciAddress::from_endpoint_id(EndpointId(segment | u32::from(bdf))))
+        };
+        let before = neighbour(other.first.bdf().checked_sub(1));
+        let after = neighbour(other.last.bdf().checked_add(1));
+        let before = before.and_then(|last| Self::new(self.first, last).ok());
+        let after = after.and_then(|first| Self::new(first, self.last).ok());
+        before.into_iter().chain(after)
+    }
 }
 
 impl From<PciAddress> for PciRange {

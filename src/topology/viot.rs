@@ -63,7 +63,8 @@ const _: () = assert!(size_of::<Head>() == HEAD_LEN as usize);
 const _: () = assert!(size_of::<PciRangeNode>() == 24);
 const _: () = assert!(size_of::<VirtioPciNode>() == 16);
 
-/// The table for `topology`: the IOMMU, then its endpoints in ascending order, neighbours joined.
+/// The table for `topology`: the IOMMU, then its endpoints, and where some may come, in ascending
+/// order, neighbours joined.
 ///
 /// # Errors
 ///
@@ -116,14 +117,17 @@ pub struct ViotError {
     source: std::num::TryFromIntError,
 }
 
-/// The ranges of a topology, those that adjoin in one segment made one.
+/// The ranges of a topology, also those that endpoints may come to later. Those that adjoin or share
+/// functions are made one.
 fn joined(topology: &Topology) -> Vec<PciRange> {
-    let mut joined: Vec<PciRange> = Vec::with_capacity(topology.ranges().len());
-    for entry in topology.ranges() {
-        let next = entry.range;
+    let mut ranges: Vec<_> = topology.ranges().map(|entry| entry.range).collect();
+    ranges.extend(topology.expected());
+    ranges.sort_unstable();
+    let mut joined: Vec<PciRange> = Vec::with_capacity(ranges.len());
+    for next in ranges {
         if let Some(before) = joined.last_mut()
-            && before.last().bdf().checked_add(1) == Some(next.first().bdf())
-            && let Ok(both) = PciRange::new(before.first(), next.last())
+            && u32::from(next.first().bdf()) <= u32::from(before.last().bdf()) + 1
+            && let Ok(both) = PciRange::new(before.first(), before.last().max(next.last()))
         {
             *before = both;
         } else {
