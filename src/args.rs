@@ -238,4 +238,25 @@ pub enum Question {
         /// The address, decimal or with 0x
         iova: String,
     },
+    /// Add an endpoint to the running VM
+    ///
+    /// The device itself is plugged in afterwards, by the VMM.
+    AddEndpoint {
+        /// Its PCI address in the guest, or a range of them
+        #[arg(value_name = "PCI[-PCI]")]
+        endpoint: String,
+        /// What else would stand under its [[endpoint]] in the configuration, each key in an
+        /// argument of its own, such as 'group = "nic0"'
+        #[arg(value_name = "KEY = VALUE")]
+        keys: Vec<String>,
+    },
+    /// Remove an endpoint from the running VM
+    ///
+    /// The device itself is unplugged before, by the VMM. Nothing that the endpoint had mapped is in
+    /// its reach when this returns.
+    RemoveEndpoint {
+        /// Its PCI address in the guest, or a range of them
+        #[arg(value_name = "PCI[-PCI]")]
+        endpoint: String,
+    },
 }

@@ -1,5 +1,6 @@
 //! One VM's configuration: checked values, made once, from a file, from options, or from both.
 
+mod addition;
 mod draft;
 mod emulated;
 mod error;
@@ -78,6 +79,8 @@ pub struct Config {
     pub socket: Option<Socket>,
     /// The path of the control socket, if there is to be one.
     pub control: Option<PathBuf>,
+    /// Where the VMM listens for QMP, if the daemon is to hear of resets there.
+    pub qmp: Option<PathBuf>,
     /// Bits of an I/O virtual address: `32..=57`.
     pub address_width: u8,
     /// The page sizes offered to the guest: the granule, and 2 MiB and 1 GiB where not smaller.
@@ -309,6 +312,17 @@ impl<'a> Checker<'a> {
             self.refuse(&given.origin, "control", Fault::SamePath);
         }
 
+        let qmp = self.socket_path(draft.qmp.as_ref(), "qmp");
+        let own = socket.as_ref().and_then(|socket| match socket {
+            Socket::Path(path) => Some(path),
+            Socket::Fd(_) => None,
+        });
+        if let (Some(path), Some(given)) = (&qmp, &draft.qmp)
+            && [own, control.as_ref()].contains(&Some(path))
+        {
+            self.refuse(&given.origin, "qmp", Fault::QmpPath);
+        }
+
         let address_width = self.address_width(draft.address_width.as_ref());
         let granule = self.granule(draft.granule.as_ref());
         let bypass_at_boot = self.bypass(draft.bypass.as_ref());
@@ -362,6 +376,7 @@ impl<'a> Checker<'a> {
             Ok(Config {
                 socket,
                 control,
+                qmp,
                 address_width,
                 page_mask,
                 bypass_at_boot,
@@ -540,13 +555,35 @@ impl<'a> Checker<'a> {
         if specs.len() != draft.endpoint.len() {
             return None;
         }
+        let expected = self.expected(draft)?;
         match Topology::new(iommu?, reserved?, &specs) {
-            Ok(topology) => Some(topology),
+            Ok(topology) => match topology.expecting(expected) {
+                Ok(topology) => Some(topology),
+                Err(error) => {
+                    let list = draft.hotplug.as_ref().map(|list| &list.value);
+                    if let Some(given) = list.and_then(|list| list.get(error.index())) {
+                        let key = format!("hotplug[{}]", error.index());
+                        self.refuse(&given.origin, &key, Fault::Topology(error));
+                    }
+                    None
+                }
+            },
             Err(error) => {
                 self.refuse_topology(draft, error);
                 None
             }
         }
+    }
+
+    /// Where endpoints may come later.
+    fn expected(&mut self, draft: &Draft) -> Option<Vec<PciRange>> {
+        let list = draft.hotplug.as_ref().map(|list| list.value.as_slice());
+        let list = list.unwrap_or_default();
+        let mut ranges = Vec::with_capacity(list.len());
+        for (index, given) in list.iter().enumerate() {
+            ranges.extend(self.pci_range(given, &format!("hotplug[{index}]")));
+        }
+        (ranges.len() == list.len()).then_some(ranges)
     }
 
     fn refuse_topology(&mut self, draft: &Draft, error: TopologyError) {

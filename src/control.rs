@@ -1,4 +1,4 @@
-//! The control socket: what the IOMMU holds, for operators and tests. It only ever reads.
+//! The control socket: what the IOMMU holds, for operators and tests, and which endpoints it has.
 //!
 //! One request per connection: a line, answered with one JSON document and the end of the stream.
 //!
@@ -7,8 +7,11 @@
 //! | `status` | endpoints, domains, counters |
 //! | `mappings`, `mappings DOMAIN` | every live mapping |
 //! | `translate ENDPOINT IOVA` | where one byte leads, and whether there is memory |
+//! | `add-endpoint KEYS` | the endpoint that was added; see `Config::with_endpoint` for the keys |
+//! | `remove-endpoint RANGE` | the endpoints that were removed |
 
-use std::collections::BTreeMap;
+mod hotplug;
+
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -28,6 +31,7 @@ use crate::address::{Access, Iova, Mapping};
 use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::device::Device;
 use crate::guest_memory::is_backed;
+use crate::hotplug::Hotplug;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState, Iommu};
 use crate::metrics::Metrics;
@@ -47,7 +51,7 @@ const PULSE: u64 = 2;
 /// Version of the answers' format.
 const VERSION: u32 = 1;
 /// The longest request line in bytes.
-const MAX_LINE: u64 = 256;
+const MAX_LINE: u64 = 4096;
 /// How long a client may take to send its line.
 const QUESTION_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a client may take to take its answer.
@@ -70,10 +74,8 @@ pub struct Subjects {
     pub metrics: Arc<Metrics>,
     /// Processes that follow the page tables, where there are such endpoints.
     pub readers: Option<Arc<Registry>>,
-    /// Devices that other processes emulate.
-    pub emulated: Vec<Watch>,
-    /// The host's names of endpoints that are its devices.
-    pub hosts: BTreeMap<EndpointId, String>,
+    /// The endpoints' devices, which may come and go.
+    pub hotplug: Arc<Hotplug>,
 }
 
 /// The thread that answers; dropping it ends it and removes the socket.
@@ -239,6 +241,11 @@ fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
     };
     let words: Vec<_> = line.split_whitespace().collect();
     let document = match words.as_slice() {
+        ["add-endpoint", ..] => {
+            let keys = line.trim().trim_start_matches("add-endpoint");
+            hotplug::add(&subjects.hotplug, keys.trim())
+        }
+        ["remove-endpoint", range] => hotplug::remove(&subjects.hotplug, range),
         ["status"] => status(subjects),
         ["mappings"] => return write_mappings(&mut out, subjects, None),
         ["mappings", domain] => match parse_number(domain).and_then(|n| u32::try_from(n).ok()) {
@@ -247,8 +254,8 @@ fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
         },
         ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
         _ => refusal(
-            "the request is one of: status | mappings [DOMAIN] | translate ENDPOINT IOVA, in one line \
-             of up to 256 bytes",
+            "the request is one of: status | mappings [DOMAIN] | translate ENDPOINT IOVA | \
+             add-endpoint KEYS | remove-endpoint RANGE, in one line of up to 4096 bytes",
         ),
     };
     if let Some(why) = document.get("error").and_then(Value::as_str) {
@@ -285,9 +292,10 @@ fn status(subjects: &Subjects) -> Value {
             })
         })
         .collect();
+    let (hosts, watches) = (subjects.hotplug.hosts(), subjects.hotplug.watches());
     let endpoints: Vec<_> = endpoints
         .iter()
-        .map(|state| endpoint(state, subjects.hosts.get(&state.id)))
+        .map(|state| endpoint(state, hosts.get(&state.id)))
         .collect();
     let metrics = &subjects.metrics;
     json!({
@@ -309,7 +317,7 @@ fn status(subjects: &Subjects) -> Value {
             "dropped": metrics.faults_dropped.get(),
         },
         "readers": subjects.readers.as_deref().map(readers),
-        "emulated": subjects.emulated.iter().map(Watch::state).map(emulated).collect::<Vec<_>>(),
+        "emulated": watches.iter().map(Watch::state).map(emulated).collect::<Vec<_>>(),
         "worker": {
             "wakeups": metrics.wakeups.get(),
             "polls_paid": metrics.polls_paid.get(),

@@ -1,5 +1,7 @@
 //! The other end of the control socket: asks a running daemon and renders its answer for people.
 
+mod hotplug;
+
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -58,6 +60,8 @@ pub fn ask(path: &Path, question: &Question) -> Result<Value, CtlError> {
             domain: Some(domain),
         } => format!("mappings {domain}"),
         Question::Translate { endpoint, iova } => format!("translate {endpoint} {iova}"),
+        Question::AddEndpoint { endpoint, keys } => hotplug::add_line(endpoint, keys),
+        Question::RemoveEndpoint { endpoint } => format!("remove-endpoint {endpoint}"),
     };
     writeln!(stream, "{line}")?;
     let mut text = String::new();
@@ -77,6 +81,8 @@ pub fn render(question: &Question, answer: &Value) -> String {
         Question::Status => render_status(&mut out, answer),
         Question::Mappings { .. } => render_mappings(&mut out, answer),
         Question::Translate { .. } => render_translation(&mut out, answer),
+        Question::AddEndpoint { .. } => hotplug::render_added(&mut out, answer),
+        Question::RemoveEndpoint { .. } => hotplug::render_removed(&mut out, answer),
     };
     out
 }

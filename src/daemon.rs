@@ -23,14 +23,14 @@ use crate::config::{Config, Socket};
 use crate::control::{ControlServer, Subjects};
 use crate::device::Device;
 use crate::emulated_side::{EmulatedSide, Refusals};
-use crate::export::ExportServer;
 use crate::export_side::ExportSide;
-use crate::fault_queue::FaultDelivery;
 use crate::host_side::{HostSide, HostSideError};
+use crate::hotplug::{Files, Hotplug};
 use crate::inherited::adopt;
 use crate::iommu::{Iommu, Settings};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::qmp::Qmp;
 use crate::realtime::{Realtime, RealtimeError};
 use crate::shadow::ShadowServer;
 use crate::shadow_side::{self, ShadowSideError};
@@ -104,10 +104,9 @@ pub struct Daemon {
     ended: UnixStream,
     /// Connections in a row that could not be served.
     failures: u32,
-    /// Ending them releases the devices.
-    _exports: Vec<ExportServer>,
+    hotplug: Arc<Hotplug>,
+    qmp: Option<Qmp>,
     control: Option<ControlServer>,
-    _faults: Option<FaultDelivery>,
     _shadow: Option<ShadowServer>,
 }
 
@@ -144,9 +143,9 @@ impl Daemon {
         let readers = shadow_side::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
         let refusals = Arc::new(Refusals::new(metrics.clone()));
-        let emulated =
-            EmulatedSide::open(config, iommu.topology(), &refusals).map_err(DaemonError::Socket)?;
-        for (backend, endpoint) in emulated.backends {
+        let mut emulated = EmulatedSide::open(&config.emulated, iommu.topology(), &refusals)
+            .map_err(DaemonError::Socket)?;
+        for (backend, endpoint) in emulated.backends.drain(..) {
             iommu
                 .add_backend(backend, &[endpoint])
                 .map_err(DaemonError::Backend)?;
@@ -160,16 +159,11 @@ impl Daemon {
         )
         .map_err(no_events)?;
         let device = Arc::new(device);
-        let faults = (!config.emulated.is_empty())
-            .then(|| {
-                let device = device.clone();
-                refusals.deliver(move |fault| device.report_fault(fault))
-            })
-            .transpose()
-            .map_err(|source| DaemonError::System {
-                what: "start a thread",
-                source,
-            })?;
+        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), refusals, emulated);
+        let hotplug = Arc::new(hotplug.map_err(|source| DaemonError::System {
+            what: "start a thread",
+            source,
+        })?);
         let shadow = readers
             .clone()
             .map(|registry| {
@@ -187,18 +181,25 @@ impl Daemon {
                     device: device.clone(),
                     metrics: metrics.clone(),
                     readers: readers.clone(),
-                    emulated: emulated.watches,
-                    hosts: config
-                        .passthrough
-                        .iter()
-                        .map(|p| (p.endpoint.endpoint_id(), p.host.to_string()))
-                        .collect(),
+                    hotplug: hotplug.clone(),
                 };
                 ControlServer::start(path, subjects).map_err(DaemonError::Socket)
             })
             .transpose()?;
         // Last: the clients that connect find everything else there.
-        let exports = ExportSide::open(config, host.exports).map_err(DaemonError::Socket)?;
+        hotplug.adopt(ExportSide::open(config, host.exports).map_err(DaemonError::Socket)?);
+        let qmp = config.qmp.clone().map(|path| {
+            let device = device.clone();
+            Qmp::start(path, move || {
+                if device.reset_vm() {
+                    info_limited!("the VM was reset: all domains are gone");
+                }
+            })
+        });
+        let qmp = qmp.transpose().map_err(|source| DaemonError::System {
+            what: "start a thread",
+            source,
+        })?;
         let control_file = control.as_ref().map(ControlServer::file);
         Ok(Self {
             device,
@@ -210,16 +211,15 @@ impl Daemon {
                     .map(Arc::new)
                     .into_iter()
                     .chain(control_file)
-                    .chain(emulated.files)
-                    .chain(exports.files)
                     .chain(shadow_files)
                     .collect(),
+                devices: hotplug.files(),
             }),
             ended,
             failures: 0,
-            _exports: exports.servers,
+            hotplug,
+            qmp,
             control,
-            _faults: faults,
             _shadow: shadow,
         })
     }
@@ -294,10 +294,12 @@ impl Daemon {
         let result = started.map(|()| {
             info_limited!("a VMM has connected");
             self.device.connect();
+            self.listen_for_resets(true);
             self.stop.watch(daemon.shutdown_handle());
             daemon.wait()
         });
         self.stop.watch(None);
+        self.listen_for_resets(false);
         self.device.stop();
         drop(daemon);
         close_leaked(self.device.take_leaked());
@@ -310,6 +312,13 @@ impl Daemon {
             Err(cause) => warn_limited!("the connection was closed: {cause}"),
         }
         Ok(())
+    }
+
+    /// A VMM is there, which says when it resets the VM, or gone.
+    fn listen_for_resets(&self, present: bool) {
+        if let Some(qmp) = &self.qmp {
+            qmp.vmm_present(present);
+        }
     }
 
     /// Waits until a frontend is there (`true`) or the daemon is to end (`false`).
@@ -369,6 +378,9 @@ impl StopHandle {
         for file in &self.0.files {
             file.remove();
         }
+        for file in self.0.devices.lock().values() {
+            file.remove();
+        }
     }
 }
 
@@ -377,6 +389,8 @@ struct Stop {
     end: UnixStream,
     /// Removed with the last owner.
     files: Vec<Arc<SocketFile>>,
+    /// Those of devices, which come and go.
+    devices: Files,
 }
 
 #[derive(Default)]
@@ -401,6 +415,8 @@ impl Stop {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        // First of all: it releases devices.
+        self.hotplug.end_exports();
         // A handle may outlive the daemon.
         StopHandle(self.stop.clone()).remove_sockets();
     }

@@ -13,14 +13,14 @@ use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{
     EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser, Watch,
 };
-use crate::config::{self, Config};
+use crate::config::{self, Emulated};
 use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason};
 use crate::metrics::Metrics;
 use crate::sandbox::Role;
 use crate::socket::{SocketFile, bind};
-use crate::topology::Topology;
+use crate::topology::{PciAddress, Topology};
 use crate::warn_limited;
 
 /// What there is for emulated devices.
@@ -28,23 +28,27 @@ pub struct EmulatedSide {
     /// The backends and the endpoint each of them has.
     pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
     /// What tells how they are doing.
-    pub watches: Vec<Watch>,
+    pub watches: Vec<(PciAddress, Watch)>,
     /// The files of the sockets that the VMM connects to.
-    pub files: Vec<Arc<SocketFile>>,
+    pub files: Vec<(PciAddress, Arc<SocketFile>)>,
 }
 
 impl EmulatedSide {
-    /// Listens for the VMM's clients.
+    /// Listens for the VMM's clients of these devices.
     ///
     /// # Errors
     /// Where a socket cannot be made, or the system has no descriptor or thread left.
-    pub fn open(config: &Config, topology: &Topology, faults: &Arc<Refusals>) -> io::Result<Self> {
+    pub fn open(
+        devices: &[Emulated],
+        topology: &Topology,
+        faults: &Arc<Refusals>,
+    ) -> io::Result<Self> {
         let mut side = Self {
             backends: Vec::new(),
             watches: Vec::new(),
             files: Vec::new(),
         };
-        for device in &config.emulated {
+        for device in devices {
             let (listener, file) = bind(&device.listen)?;
             let endpoint = device.endpoint.endpoint_id();
             let info = topology.endpoint(endpoint);
@@ -61,9 +65,9 @@ impl EmulatedSide {
                 deadline: device.deadline,
             };
             let backend = VfioUser::start(emulated, listener, faults.clone())?;
-            side.watches.push(backend.watch());
+            side.watches.push((device.endpoint, backend.watch()));
             side.backends.push((Box::new(backend), endpoint));
-            side.files.push(Arc::new(file));
+            side.files.push((device.endpoint, Arc::new(file)));
             info!(
                 "endpoint {} is the device at {}, isolation {}",
                 device.endpoint,

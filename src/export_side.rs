@@ -15,9 +15,9 @@ use crate::vfio::DeviceAccess;
 /// What there is for exported devices.
 pub struct ExportSide {
     /// A server for each of them.
-    pub servers: Vec<ExportServer>,
+    pub servers: Vec<(PciAddress, ExportServer)>,
     /// The files of the sockets that the VMM connects to.
-    pub files: Vec<Arc<SocketFile>>,
+    pub files: Vec<(PciAddress, Arc<SocketFile>)>,
 }
 
 impl ExportSide {
@@ -45,8 +45,9 @@ impl ExportSide {
                 io::Error::new(cause.kind(), what)
             })?;
             let (listener, file) = bind(&export.path)?;
-            side.servers.push(ExportServer::start(listener, offered)?);
-            side.files.push(Arc::new(file));
+            let server = ExportServer::start(listener, offered)?;
+            side.servers.push((endpoint, server));
+            side.files.push((endpoint, Arc::new(file)));
             info!(
                 "endpoint {endpoint} is exported at {}",
                 export.path.display()

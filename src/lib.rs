@@ -31,6 +31,8 @@ pub mod guest_memory;
 pub mod host_check;
 pub mod host_side;
 pub mod host_tree;
+#[cfg(not(miri))]
+pub mod hotplug;
 pub mod ids;
 pub mod inherited;
 pub mod iommu;
@@ -43,6 +45,8 @@ pub mod page_table;
 mod passthrough_tests;
 pub mod protocol;
 pub mod qemu_args;
+#[cfg(not(miri))]
+pub mod qmp;
 pub mod ready;
 pub mod realtime;
 pub mod sandbox;

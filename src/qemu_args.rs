@@ -117,6 +117,11 @@ impl QemuArgs {
             ),
             ("-acpitable", format!("file={table}")),
         ]);
+        if let Some(path) = &config.qmp {
+            // A monitor of the daemon's own: it serves one client.
+            let path = option_value(path)?;
+            arguments.push(("-qmp", format!("unix:{path},server=on,wait=off")));
+        }
         let mut notes = vec![
             format!("needs QEMU {OLDEST_QEMU} or later"),
             format!(

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use crate::config::{Config, Socket};
-use crate::sandbox::Needs;
-use crate::vfio::{ioctls_of_backends, ioctls_of_exports};
+use crate::sandbox::{Needs, Plugging};
+use crate::vfio::{ioctls_of_backends, ioctls_of_exports, ioctls_of_opening};
 
 /// What the daemon with this configuration does once it serves.
 pub fn needs(config: &Config) -> Needs {
@@ -33,13 +33,22 @@ pub fn needs(config: &Config) -> Needs {
         .collect();
     socket_folders.sort_unstable();
     socket_folders.dedup();
+    // What may come counts as what is there.
+    let hotplug = !config.topology.expected().is_empty();
     Needs {
-        iommu_ioctls: of(!config.passthrough.is_empty(), ioctls_of_backends),
-        device_ioctls: of(!config.exports.is_empty(), ioctls_of_exports),
-        emulated: !config.emulated.is_empty(),
+        iommu_ioctls: of(
+            hotplug || !config.passthrough.is_empty(),
+            ioctls_of_backends,
+        ),
+        device_ioctls: of(hotplug || !config.exports.is_empty(), ioctls_of_exports),
+        emulated: hotplug || !config.emulated.is_empty(),
         realtime: config.realtime_priority.is_some(),
         shadow: !config.shadow.is_empty(),
-        plugging: None,
+        plugging: hotplug.then(|| Plugging {
+            ioctls: ioctls_of_opening(),
+            nodes: ["/dev/vfio", "/dev/iommu"].map(Into::into).into(),
+            facts: vec!["/sys".into()],
+        }),
         socket_folders,
     }
 }
@@ -67,6 +76,9 @@ mod tests {
                 ..Needs::default()
             }
         );
+        let plugging = needs_of(&format!("{PLAIN}hotplug = [\"01:00.0-01:1f.7\"]\n"));
+        assert!(plugging.plugging.is_some() && plugging.emulated);
+        assert!(!plugging.iommu_ioctls.is_empty() && !plugging.device_ioctls.is_empty());
         let shadow = "[[endpoint]]\naddress = \"00:06.0\"\nshadow = \"/run/readers/r.sock\"\n";
         let shadow = needs_of(&format!("{PLAIN}{shadow}"));
         assert!(shadow.shadow && !shadow.emulated && shadow.iommu_ioctls.is_empty());

@@ -53,6 +53,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "device",
             "iommu",
             "guest_memory",
+            "hotplug",
             "protocol",
             "shadow",
             "socket",
@@ -77,6 +78,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("realtime", &[]),
     ("service", &[]),
     ("watchdog", &[]),
+    ("qmp", &[]),
     ("host_side", &["backends", "config", "topology", "vfio"]),
     (
         "emulated_side",
@@ -92,6 +94,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "export_side",
         &["config", "export", "socket", "topology", "vfio"],
+    ),
+    (
+        "hotplug",
+        &[
+            "backends",
+            "config",
+            "device",
+            "emulated_side",
+            "export",
+            "export_side",
+            "fault_queue",
+            "host_side",
+            "iommu",
+            "socket",
+            "topology",
+        ],
     ),
     ("host_check", &["config", "topology"]),
     ("host_tree", &["config", "topology"]),

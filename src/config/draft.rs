@@ -135,6 +135,8 @@ pub(super) struct Draft {
     pub arena_limit: Option<Given<Scalar>>,
     pub host_iommu: Option<Given<Scalar>>,
     pub pin: Option<Given<Scalar>>,
+    pub hotplug: Option<Given<Vec<Given<Scalar>>>>,
+    pub qmp: Option<Given<Scalar>>,
     pub readers: Option<Given<ReadersDraft>>,
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
     #[serde(default)]

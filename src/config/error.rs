@@ -67,12 +67,16 @@ pub enum Place {
     },
     /// An option on the command line.
     Flag(&'static str),
+    /// A key of an endpoint that is added to a running VM; empty where the whole is to blame.
+    Addition(String),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Flag(name) => f.write_str(name),
+            Self::Addition(key) if key.is_empty() => f.write_str("the endpoint"),
+            Self::Addition(key) => write!(f, "the endpoint's {key}"),
             Self::File { path, line, key } => {
                 write!(f, "{}", path.display())?;
                 if let Some(line) = line {
@@ -118,6 +122,13 @@ pub enum Fault {
     #[error("is missing; {0}")]
     Missing(&'static str),
 
+    /// An endpoint that is added has a control character.
+    #[error("contains a control character; write the keys in one line, with commas between them")]
+    AdditionControl,
+    /// Several endpoints, or none, where one is added.
+    #[error("must be one endpoint; add each by a command of its own")]
+    AdditionNotOne,
+
     /// A socket's path is empty.
     #[error("is empty; give the path the socket is to have, such as /run/vm0/iommu.sock")]
     PathEmpty,
@@ -133,6 +144,12 @@ pub enum Fault {
     /// The two sockets have one path.
     #[error("the control socket has the same path as the socket for the VMM; use another")]
     SamePath,
+
+    /// The VMM's socket is the daemon's.
+    #[error(
+        "the daemon itself makes the socket at this path; give the path that the VMM's -qmp has"
+    )]
+    QmpPath,
 
     /// Not a PCI address.
     #[error("{value:?} is {source}")]

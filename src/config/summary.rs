@@ -36,6 +36,9 @@ impl fmt::Display for Summary<'_> {
             Some(path) => writeln!(f, "control socket:   {}", path.display())?,
             None => writeln!(f, "control socket:   none")?,
         }
+        if let Some(path) = &config.qmp {
+            writeln!(f, "QMP socket:       {}", path.display())?;
+        }
         writeln!(f, "IOMMU address:    {}", topology.iommu())?;
         writeln!(f, "address width:    {} bits", config.address_width)?;
         write!(f, "page sizes:      ")?;
@@ -87,6 +90,9 @@ impl fmt::Display for Summary<'_> {
         writeln!(f)?;
         for entry in topology.ranges().take(MAX_LISTED) {
             self.endpoints(f, entry)?;
+        }
+        for range in topology.expected() {
+            writeln!(f, "  {range} may come later")?;
         }
         let more = topology.ranges().len().saturating_sub(MAX_LISTED);
         if more > 0 {

@@ -33,6 +33,7 @@ use crate::guest_memory::{check_regions, slots};
 use crate::iommu::{Fault, Iommu};
 use crate::metrics::Metrics;
 use crate::protocol::config_space::ConfigSpace;
+use crate::protocol::probe::RESV_MEM_LEN;
 use crate::protocol::wire::{
     VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_DOMAIN_RANGE, VIRTIO_IOMMU_F_INPUT_RANGE,
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
@@ -194,6 +195,28 @@ impl Device {
     pub(crate) fn connect(&self) {
         self.connected.store(true, Ordering::Relaxed);
         self.metrics.connections.inc();
+    }
+
+    /// The VMM says that it has reset the VM, and with it this device: all domains go at once, before
+    /// the next driver, or its firmware, does anything. Returns whether they were still there.
+    ///
+    /// A ring that runs is the next driver's already, and its beginning did the same.
+    pub fn reset_vm(&self) -> bool {
+        let mut requests = self.requests.lock();
+        if requests.stopped.is_none() {
+            return false;
+        }
+        requests.queue.broken = false;
+        let mut iommu = self.iommu.lock();
+        let had_domains = iommu.domain_ids().next().is_some();
+        iommu.reset_vm();
+        self.bypass.store(iommu.bypass(), Ordering::Relaxed);
+        had_domains
+    }
+
+    /// How many reserved regions of an endpoint a PROBE has room for: the guest was told.
+    pub fn probe_room(&self) -> usize {
+        self.config.probe_size as usize / RESV_MEM_LEN
     }
 
     /// What makes the worker look at the request ring, and the number of that event.

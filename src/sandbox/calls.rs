@@ -79,6 +79,13 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(descriptors());
             list.push(fcntl(libc::F_ADD_SEALS));
         }
+        Role::Qmp => {
+            list.extend(always(&MESSAGES));
+            list.extend(always(&CONNECT));
+            list.extend(local_sockets(libc::SYS_socket));
+            list.extend(descriptors());
+            list.extend(backends(needs));
+        }
         Role::VfioUser => {
             list.extend(always(&WAIT));
             list.extend(always(&ACCEPT));

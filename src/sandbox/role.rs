@@ -28,11 +28,13 @@ pub enum Role {
     Signals,
     /// Asks the others whether they live.
     Watchdog,
+    /// Hears of the VMM that it has reset the VM.
+    Qmp,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Main,
         Self::VhostUser,
         Self::Worker,
@@ -44,6 +46,7 @@ impl Role {
         Self::Export,
         Self::Signals,
         Self::Watchdog,
+        Self::Qmp,
     ];
 
     /// Whether the main thread has such a thread made once it is confined itself.
@@ -64,7 +67,9 @@ impl Role {
             | Self::Faults
             | Self::VfioUser
             | Self::Export
-            | Self::Signals => false,
+            | Self::Signals
+            | Self::Watchdog
+            | Self::Qmp => false,
         }
     }
 
@@ -83,6 +88,7 @@ impl Role {
             Self::Export => "export",
             Self::Signals => "signals",
             Self::Watchdog => "watchdog",
+            Self::Qmp => "qmp",
         }
     }
 }

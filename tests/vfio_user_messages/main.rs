@@ -14,6 +14,7 @@ mod dma;
 mod ends;
 mod forwarding;
 mod hostile;
+mod hotplug;
 mod peer;
 mod rig;
 mod sockets;

@@ -1,0 +1,200 @@
+//! One more endpoint for a configuration, or some fewer, while the VM runs.
+
+use std::path::Path;
+
+use super::draft::Draft;
+use super::error::{Fault, Place};
+use super::{Checker, Config, ConfigError, Origin, Socket, Source};
+use crate::topology::{NoSuchEndpoints, PciRange};
+
+impl Config {
+    /// This configuration with the endpoint that `text` describes, and its functions. The text is
+    /// what may stand under an `[[endpoint]]`, with commas between the keys in place of line feeds:
+    /// `address = "00:07.0", group = "nic"`.
+    ///
+    /// # Errors
+    /// With every problem found, where the text cannot be used or does not go with the rest.
+    pub fn with_endpoint(&self, text: &str) -> Result<(Self, PciRange), ConfigError> {
+        let whole = format!("endpoint = [{{ {text} }}]");
+        let mut checker = Checker::new(Some(Source {
+            path: Path::new(""),
+            text: &whole,
+        }));
+        let added = if text.chars().any(char::is_control) {
+            checker.refuse(&Origin::File(0..0), "", Fault::AdditionControl);
+            Err(checker.finish())
+        } else {
+            checker
+                .parse()
+                .and_then(|draft| checker.addition(self, &draft))
+        };
+        added.map_err(|mut error| {
+            for problem in &mut error.problems {
+                if let Place::File { key, .. } = &mut problem.place {
+                    let key = key.strip_prefix("endpoint[0]").unwrap_or(key);
+                    problem.place = Place::Addition(key.trim_start_matches('.').to_owned());
+                }
+            }
+            error
+        })
+    }
+
+    /// This configuration without these endpoints, which were given together or are some of such.
+    ///
+    /// # Errors
+    /// Where they are anything else.
+    pub fn without_endpoints(&self, range: PciRange) -> Result<Self, NoSuchEndpoints> {
+        let mut config = self.clone();
+        config.topology.remove(range)?;
+        config.passthrough.retain(|p| !range.contains(p.endpoint));
+        config.exports.retain(|e| !range.contains(e.endpoint));
+        config.emulated.retain(|e| !range.contains(e.endpoint));
+        config.shadow.retain(|s| !range.contains(s.endpoint));
+        Ok(config)
+    }
+}
+
+impl Checker<'_> {
+    fn addition(
+        mut self,
+        config: &Config,
+        draft: &Draft,
+    ) -> Result<(Config, PciRange), ConfigError> {
+        let [given] = draft.endpoint.as_slice() else {
+            self.refuse(&Origin::File(0..0), "", Fault::AdditionNotOne);
+            return Err(self.finish());
+        };
+        let vmm = match &config.socket {
+            Some(Socket::Path(path)) => Some(path),
+            Some(Socket::Fd(_)) | None => None,
+        };
+        let emulated = &config.emulated;
+        let taken: Vec<_> = vmm
+            .into_iter()
+            .chain(config.control.iter())
+            .chain(config.shadow.iter().map(|s| &s.path))
+            .chain(config.exports.iter().map(|e| &e.path))
+            .chain(emulated.iter().map(|e| &e.listen))
+            .collect();
+
+        let spec = self.endpoint(0, given);
+        let passthrough = self.passthrough(draft);
+        let shadow = self.shadow(draft, config.socket.as_ref(), config.control.as_ref());
+        let devices = self.emulated(draft, &taken);
+        let connect = emulated.iter().map(|e| &e.connect);
+        let taken: Vec<_> = taken.iter().copied().chain(connect).collect();
+        let exports = self.exports(draft, &taken);
+
+        let mut made = config.clone();
+        if let Some(spec) = &spec
+            && let Err(cause) = made.topology.add(spec)
+        {
+            self.refuse_topology(draft, cause);
+        }
+        let known = |host| config.passthrough.iter().find(|p| p.host == host);
+        if let Some([new]) = passthrough.as_deref()
+            && let Some(other) = known(new.host)
+            && let Some(vfio) = &given.value.vfio
+        {
+            let fault = Fault::HostTwice {
+                host: new.host,
+                other: other.endpoint,
+            };
+            self.refuse(&vfio.origin, "endpoint[0].vfio", fault);
+        }
+        let (Some(spec), true) = (spec, self.problems.is_empty()) else {
+            return Err(self.finish());
+        };
+        made.passthrough.extend(passthrough.into_iter().flatten());
+        made.passthrough.sort_by_key(|p| p.endpoint);
+        made.exports.extend(exports.into_iter().flatten());
+        made.exports.sort_by_key(|e| e.endpoint);
+        made.emulated.extend(devices.into_iter().flatten());
+        made.emulated.sort_by_key(|e| e.endpoint);
+        made.shadow.extend(shadow.into_iter().flatten());
+        made.shadow.sort_by_key(|s| s.endpoint);
+        Ok((made, spec.range))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BASE: &str = "socket = '/s'\ncontrol = '/c'\naddress = '00:05.0'\n\
+         [[endpoint]]\naddress = '00:06.0'\nvfio-user = { listen = '/l', connect = '/k' }\n\
+         [[endpoint]]\naddress = '00:07.0'\nvfio = '65:00.0'\nexport = '/e'\n\
+         [[endpoint]]\nrange = '00:10.0-00:10.7'\ngroup = 'g'\n";
+
+    fn parse(text: &str) -> Config {
+        Config::from_text(Path::new("vm.toml"), text).expect("good")
+    }
+
+    #[test]
+    fn an_endpoint_more_is_as_if_it_had_been_in_the_file() {
+        for keys in [
+            "address = '00:08.0'",
+            "range = '00:08.0-00:09.7'; group = 'n'; reserved = [{ first = 0, last = 0xfff }]",
+            "address = '00:08.0'; group = 'g'",
+            "address = '00:08.0'; vfio-user = { listen = '/m', connect = '/k', deadline-ms = 50 }",
+            "address = '00:00.0'; vfio = '66:00.0'; export = '/f'",
+            "address = '00:08.0'; shadow = '/h'",
+        ] {
+            let added = parse(BASE).with_endpoint(&keys.replace(';', ","));
+            let (made, range) = added.expect(keys);
+            // The same keys, under a heading of their own.
+            let file = format!("{BASE}[[endpoint]]\n{}", keys.replace("; ", "\n"));
+            assert_eq!(made, parse(&file), "{keys}");
+            assert!(made.topology.are_together(range).is_ok());
+            let back = made.without_endpoints(range).expect("there");
+            let of = |config: &Config| config.summary().to_string();
+            assert_eq!(
+                of(&back).replace("groups: 2", "groups: 1"),
+                of(&parse(BASE))
+            );
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_with_the_rest_is_refused_with_its_cure() {
+        for (keys, cure) in [
+            ("", "give `address"),
+            ("address = '00:06.0'", "overlap"),
+            ("address = '00:05.0'", "IOMMU's own"),
+            ("range = '00:0f.0-00:10.0'", "overlap"),
+            ("address = '00:08.0', vfio = '65:00.0'", "00:07.0 already"),
+            ("address = '00:08.0', shadow = '/c'", "use another path"),
+            (
+                "address = '00:08.0', vfio-user = { listen = '/l', connect = '/x' }",
+                "another path",
+            ),
+            (
+                "address = '00:08.0', vfio-user = { listen = '/e', connect = '/x' }",
+                "another path",
+            ),
+            (
+                "address = '00:08.0', vfio = '66:00.0', export = '/k'",
+                "another path",
+            ),
+            ("address = '00:08.0', colour = 'red'", "unknown key"),
+            ("address = '00:08.0' # a remark", "correct the TOML"),
+            (
+                "address = '00:08.0' }]\nsocket = '/t' #",
+                "control character",
+            ),
+            (
+                "address = '00:08.0' }, { address = '00:09.0'",
+                "one endpoint",
+            ),
+            (
+                "address = '00:08.0', reserved = [{ first = 0xfee00000, last = 0xfee00fff }]",
+                "default",
+            ),
+        ] {
+            let error = parse(BASE).with_endpoint(keys).expect_err(keys);
+            let message = error.to_string();
+            assert!(message.contains(cure), "{keys}: {message}");
+            assert!(!message.contains("endpoint[0]"), "{message}");
+        }
+    }
+}

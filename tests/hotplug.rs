@@ -1,0 +1,207 @@
+//! Endpoints added to and removed from a running VM, by `ctl`, as its guest meets them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
+
+mod common;
+
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::daemon::{Daemon, EP, EP2, EP3, NO_EP};
+use common::guest::{Guest, Setup};
+use common::wire::{self, NOENT, OK};
+
+const IOVA: u64 = 0x7000_0000;
+const PAGE: u64 = 0xa0_0000;
+
+/// One endpoint, and room for others.
+const CONFIG: &str = "address = '00:05.0'\nbypass = false\nhotplug = ['00:07.0-00:07.7']\n\
+                      [[endpoint]]\naddress = '00:06.0'\n";
+
+fn ctl(daemon: &Daemon, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .arg("ctl")
+        .arg(daemon.control_socket())
+        .args(args)
+        .output()
+        .expect("it runs")
+}
+
+/// What it prints where it succeeds.
+fn said(daemon: &Daemon, args: &[&str]) -> String {
+    let output = ctl(daemon, args);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {errors}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// What it prints where it is refused.
+fn refused(daemon: &Daemon, args: &[&str]) -> String {
+    let output = ctl(daemon, args);
+    assert!(!output.status.success(), "{args:?}");
+    assert!(output.stdout.is_empty());
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
+    let daemon = Daemon::with_config(CONFIG);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP2), NOENT);
+    assert_eq!(guest.request(&wire::probe(EP2), 512 + 4).status(), NOENT);
+
+    let region = "reserved = [{ first = 0x1000, last = 0x1fff }]";
+    let answer = said(&daemon, &["add-endpoint", "00:07.0", region]);
+    assert_eq!(answer, "endpoint 0000:00:07.0 is added\n");
+    let regions: Vec<_> = guest.probe(EP2).iter().map(|r| (r.start, r.end)).collect();
+    assert_eq!(regions, [(0x1000, 0x1fff), (0xfee0_0000, 0xfeef_ffff)]);
+    assert_eq!(daemon.endpoint(EP2)["dma"], "blocked");
+    assert_eq!(guest.attach(1, EP2), OK);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
+    assert_eq!(daemon.gpa_of(EP2, IOVA), Some(PAGE));
+
+    let answer = said(&daemon, &["--json", "remove-endpoint", "00:07.0"]);
+    let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+    assert_eq!(answer["removed"]["first"], "0000:00:07.0");
+    assert_eq!(daemon.gpa_of(EP2, IOVA), None);
+    assert_eq!(daemon.domains(), [0u64; 0]);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), NOENT);
+    assert_eq!(guest.detach(1, EP2), NOENT);
+    assert_eq!(guest.attach(1, EP2), NOENT);
+    assert_eq!(guest.request(&wire::probe(EP2), 512 + 4).status(), NOENT);
+    // The other one has noticed nothing.
+    assert_eq!(guest.attach(1, EP), OK);
+}
+
+#[test]
+fn the_domain_of_others_stays_as_it_is() {
+    let daemon = Daemon::with_config(CONFIG);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
+    let answer = said(&daemon, &["add-endpoint", "00:08.0", "group = 'g'"]);
+    assert!(
+        answer.contains("`hotplug` in the configuration"),
+        "{answer}"
+    );
+    assert_eq!(guest.attach(1, EP3), OK);
+    assert_eq!(daemon.gpa_of(EP3, IOVA), Some(PAGE));
+    said(&daemon, &["remove-endpoint", "00:08.0"]);
+    assert_eq!(daemon.gpa_of(EP, IOVA), Some(PAGE));
+    assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), OK);
+}
+
+#[test]
+fn what_cannot_be_added_or_removed_is_refused_with_its_cure() {
+    let daemon = Daemon::with_config(CONFIG);
+    let before = daemon.status();
+    for (args, cure) in [
+        (&["add-endpoint", "00:06.0"][..], "overlap"),
+        (&["add-endpoint", "00:05.0"], "IOMMU's own"),
+        (&["add-endpoint", "nonsense"], "PCI address"),
+        (&["add-endpoint", "00:07.0", "colour = 1"], "unknown key"),
+        (
+            &["add-endpoint", "00:07.0", "shadow = '/h'"],
+            "start the VM anew",
+        ),
+        (
+            &["add-endpoint", "00:07.0", "vfio = '65:00.0'"],
+            "`export = ",
+        ),
+        (
+            &[
+                "add-endpoint",
+                "00:07.0",
+                "vfio = 'ff:1f.7'",
+                "export = '/x/y'",
+            ],
+            "vhost-device-iommu check",
+        ),
+        (
+            &[
+                "add-endpoint",
+                "00:07.0",
+                "vfio-user = { listen = '/no/where', connect = '/x' }",
+            ],
+            "/no/where",
+        ),
+        (&["remove-endpoint", "00:07.0"], "ctl SOCKET status"),
+        (&["remove-endpoint", "00:06.0-00:06.1"], "ctl SOCKET status"),
+        (&["remove-endpoint", "nonsense"], "PCI address"),
+    ] {
+        let message = refused(&daemon, args);
+        assert!(message.contains(cure), "{args:?}: {message}");
+    }
+    let after = daemon.status();
+    assert_eq!(after["endpoints"], before["endpoints"]);
+    assert_eq!(
+        daemon.thread_count(),
+        Daemon::with_config(CONFIG).thread_count()
+    );
+    // And the line itself.
+    for line in [
+        "add-endpoint",
+        "remove-endpoint",
+        "add-endpoint }",
+        "add-endpoint range",
+    ] {
+        assert!(daemon.control(line)["error"].is_string(), "{line}");
+    }
+}
+
+#[test]
+fn a_guest_at_work_does_not_stop_for_endpoints_that_come_and_go() {
+    let daemon = Daemon::with_config(CONFIG);
+    let mut guest = Guest::boot_with(&daemon, Setup::default());
+    assert_eq!(guest.attach(1, EP), OK);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..200 {
+                let added = daemon.control("add-endpoint range = '00:07.0-00:07.7'");
+                assert_eq!(added["added"]["endpoints"], 8, "{added}");
+                let removed = daemon.control("remove-endpoint 00:07.0-00:07.7");
+                assert!(removed["error"].is_null(), "{removed}");
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        let mut attached = 0;
+        while !done.load(Ordering::Relaxed) {
+            assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
+            match guest.attach(2, EP2) {
+                OK => attached += 1,
+                status => assert_eq!(status, NOENT),
+            }
+            assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), OK);
+            assert_eq!(guest.attach(1, NO_EP), NOENT);
+        }
+        eprintln!("attached {attached} times");
+    });
+    assert_eq!(daemon.domains(), [1]);
+}
+
+#[test]
+fn the_guest_is_told_of_endpoints_that_may_come() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (config, viot) = (folder.path().join("vm.toml"), folder.path().join("viot"));
+    std::fs::write(&config, CONFIG).expect("written");
+    let status = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .args([
+            "viot".as_ref(),
+            config.as_os_str(),
+            "-o".as_ref(),
+            viot.as_os_str(),
+        ])
+        .status();
+    assert!(status.expect("it runs").success());
+    let bytes = std::fs::read(viot).expect("a table");
+    // Head, the IOMMU, and two ranges: first endpoint, segments, functions.
+    let ranges: Vec<_> = bytes[64..].chunks(24).map(|n| n[4..16].to_vec()).collect();
+    let node = |first: u8, last: u8| vec![first, 0, 0, 0, 0, 0, 0, 0, first, 0, last, 0];
+    assert_eq!(ranges, [node(0x30, 0x30), node(0x38, 0x3f)]);
+}

@@ -1,0 +1,196 @@
+//! The VMM's word that the VM was reset, and what comes at the same socket instead.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use common::daemon::{Daemon, EP};
+use common::guest::{Guest, Setup};
+use common::wire::{CONFIG_BYPASS, OK};
+use tempfile::TempDir;
+
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 11}}, "capabilities": ["oob"]}}"#;
+const RESET: &str = r#"{"timestamp": {"seconds": 1}, "event": "RESET", "data": {"guest": false}}"#;
+const IOVA: u64 = 0x7000_0000;
+const PAGE: u64 = 0xa0_0000;
+
+/// A daemon whose VMM listens for QMP.
+struct Bed {
+    daemon: Daemon,
+    listener: UnixListener,
+    _folder: TempDir,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let daemon = Daemon::with_config(&format!(
+            "address = '00:05.0'\nqmp = {path:?}\n[[endpoint]]\naddress = '00:06.0'\n"
+        ));
+        Self {
+            daemon,
+            listener,
+            _folder: folder,
+        }
+    }
+
+    /// The next connection, within some time.
+    fn accept(&self, limit: Duration) -> Option<UnixStream> {
+        self.listener.set_nonblocking(true).expect("a socket");
+        let until = Instant::now() + limit;
+        while Instant::now() < until {
+            if let Ok((stream, _)) = self.listener.accept() {
+                stream.set_nonblocking(false).expect("a socket");
+                return Some(stream);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    }
+
+    /// A connection that has come as far as events.
+    fn talk(&self) -> UnixStream {
+        let mut stream = self.accept(Duration::from_secs(20)).expect("it connects");
+        writeln!(stream, "{GREETING}\r").expect("taken");
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).expect("said");
+        assert_eq!(line.trim(), r#"{"execute":"qmp_capabilities"}"#);
+        writeln!(stream, "{{\"return\": {{}}}}\r").expect("taken");
+        stream
+    }
+
+    fn guest(&self) -> Guest {
+        let mut guest = Guest::boot_with(&self.daemon, Setup::default());
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
+        guest
+    }
+}
+
+#[test]
+fn a_reset_ends_all_domains_before_a_driver_starts() {
+    let bed = Bed::new();
+    let mut guest = bed.guest();
+    let mut qmp = bed.talk();
+    guest.set_config(CONFIG_BYPASS, &[0]);
+    guest.stop_rings();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(bed.daemon.domains(), [1], "it may be a pause");
+    writeln!(qmp, "{}", RESET.replace("RESET", "STOP")).expect("taken");
+    writeln!(qmp, "{RESET}").expect("taken");
+    bed.daemon
+        .wait_for("no domain", || bed.daemon.domains().is_empty());
+    // The guest's choice goes with the guest; its memory does not count until it is chosen anew.
+    assert_eq!(bed.daemon.endpoint(EP)["dma"], "bypass");
+    assert_eq!(guest.config_bytes(CONFIG_BYPASS, 1), [1]);
+    guest.reboot();
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(bed.daemon.mappings(1), []);
+}
+
+#[test]
+fn late_word_of_a_reset_takes_nothing_from_the_next_driver() {
+    let bed = Bed::new();
+    let mut guest = bed.guest();
+    let mut qmp = bed.talk();
+    guest.stop_rings();
+    guest.reboot();
+    assert_eq!(guest.attach(2, EP), OK);
+    for _ in 0..20 {
+        writeln!(qmp, "{RESET}").expect("taken");
+    }
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(bed.daemon.domains(), [2]);
+    assert_eq!(guest.map_page(2, IOVA, PAGE), OK);
+}
+
+#[test]
+fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
+    let bed = Bed::new();
+    let mut guest = bed.guest();
+    let long = vec![b'['; 1 << 20];
+    let deep = "[".repeat(30_000);
+    let pieces: [(bool, &[u8]); 7] = [
+        (false, b"hello\n"),
+        (false, b"{}\n"),
+        (false, b"\xff\xfe\n"),
+        (true, &long),
+        (true, deep.as_bytes()),
+        (true, b"{\"error\": {\"class\": \"GenericError\"}}\n"),
+        (true, b"{\"event\": [\"RESET\"]}\n{\"event\": \"RESET\"\n"),
+    ];
+    for (greets, piece) in pieces {
+        let mut stream = bed.accept(Duration::from_secs(20)).expect("it tries again");
+        if greets {
+            writeln!(stream, "{GREETING}").expect("taken");
+        }
+        // It may hang up in between.
+        let _ = stream.write_all(piece);
+        let _ = stream.write_all(b"\n");
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .expect("a limit");
+        let mut rest = Vec::new();
+        let _ = std::io::Read::read_to_end(&mut stream, &mut rest);
+        assert!(rest.len() < 100, "no more than its word is said");
+        assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE), OK);
+        assert_eq!(guest.unmap(1, IOVA + 0x1000, IOVA + 0x1fff), OK);
+    }
+    assert!(
+        bed.daemon.log().contains("-qmp unix:"),
+        "{}",
+        bed.daemon.log()
+    );
+    assert_eq!(bed.daemon.domains(), [1]);
+    // And in earnest.
+    let mut qmp = bed.talk();
+    guest.stop_rings();
+    writeln!(qmp, "{RESET}").expect("taken");
+    bed.daemon
+        .wait_for("no domain", || bed.daemon.domains().is_empty());
+}
+
+#[test]
+fn a_socket_that_hangs_up_at_once_is_left_alone_for_longer_and_longer() {
+    let bed = Bed::new();
+    let guest = bed.guest();
+    let begun = Instant::now();
+    let mut count = 0;
+    while begun.elapsed() < Duration::from_secs(2) {
+        count += usize::from(bed.accept(Duration::from_millis(100)).is_some());
+    }
+    // After 0.1, 0.3, 0.7 and 1.5 seconds.
+    assert!((2..=6).contains(&count), "{count} attempts");
+    // Nothing is tried for a VM that is gone.
+    drop(guest);
+    bed.daemon
+        .wait_for("the end", || bed.daemon.status()["connected"] == false);
+    while bed.accept(Duration::from_millis(100)).is_some() {}
+    assert!(bed.accept(Duration::from_secs(3)).is_none());
+    // Nor does it keep the daemon from its end.
+    bed.daemon.terminate();
+    assert!(bed.daemon.wait_for_end().success());
+}
+
+#[test]
+fn listening_costs_nothing() {
+    let bed = Bed::new();
+    let _guest = bed.guest();
+    let _qmp = bed.talk();
+    std::thread::sleep(Duration::from_millis(300));
+    let before = bed.daemon.context_switches();
+    std::thread::sleep(Duration::from_secs(1));
+    let switches = bed.daemon.context_switches() - before;
+    assert!(switches <= 2, "{switches} wakeups in a second");
+}

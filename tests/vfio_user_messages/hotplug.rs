@@ -1,0 +1,70 @@
+//! Emulated devices that are added to a running VM, and removed.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use crate::common::daemon::{Daemon, EP};
+use crate::common::guest::{Guest, Setup};
+use crate::peer::{Peer, VERSION, version_body};
+use crate::rig::{CLIENT_TEXT, Played, eventually, play};
+
+const IOVA: u64 = 0x7000_0000;
+const PAGE: u64 = 0xa0_0000;
+const NOENT: u8 = 6;
+
+fn add(daemon: &Daemon, client: &Path, server: &Path) {
+    let answer = daemon.control(&format!(
+        "add-endpoint address = '00:06.0', \
+         vfio-user = {{ listen = {client:?}, connect = {server:?}, deadline-ms = 5000 }}"
+    ));
+    assert!(answer["error"].is_null(), "{answer}");
+}
+
+fn pair(client: &Path, listener: &UnixListener) -> (Peer, Played) {
+    let played = play(listener.try_clone().expect("cloned"), |_, _| false);
+    let mut client = Peer::new(UnixStream::connect(client).expect("connected"));
+    let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
+    assert_eq!(answer.errno(), 0);
+    (client, played)
+}
+
+#[test]
+fn an_emulated_device_comes_reaches_what_is_mapped_and_goes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (client_path, server_path) = (folder.path().join("client"), folder.path().join("server"));
+    let listener = UnixListener::bind(&server_path).expect("a socket");
+    let daemon = Daemon::with_config(
+        "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:07.0'\n",
+    );
+    let mut guest = Guest::boot_with(&daemon, Setup::default());
+    // A domain that holds something already, and memory that came before any backend.
+    assert_eq!(guest.attach(1, 0x38), 0);
+    assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
+    let (threads, descriptors) = (daemon.thread_count(), daemon.fd_count());
+
+    for _ in 0..3 {
+        add(&daemon, &client_path, &server_path);
+        let (mut client, played) = pair(&client_path, &listener);
+        assert_eq!(guest.attach(1, EP), 0);
+        assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE + 0x1000), 0);
+        assert_eq!(played.windows(), [IOVA, IOVA + 0x1000]);
+        assert_eq!(daemon.status()["emulated"][0]["windows"], 2);
+
+        let answer = daemon.control("remove-endpoint 00:06.0");
+        assert!(answer["error"].is_null(), "{answer}");
+        // The server was told, or its connection is closed; it has nothing to reach memory by.
+        assert_eq!(daemon.status()["emulated"], serde_json::json!([]));
+        assert_eq!(guest.attach(1, EP), NOENT);
+        assert!(client.recv().is_none(), "hung up");
+        eventually("the server's connection ends", || {
+            played.thread.is_finished()
+        });
+        assert!(played.windows().is_empty());
+        assert!(!client_path.exists(), "the socket's file is gone");
+        assert_eq!(guest.unmap(1, IOVA + 0x1000, IOVA + 0x1fff), 0);
+    }
+    // One thread stays: it tells the guest of faults, and waits for the next device.
+    eventually("threads and descriptors are given back", || {
+        (daemon.thread_count(), daemon.fd_count()) == (threads + 1, descriptors)
+    });
+}
