@@ -1,0 +1,634 @@
+//! What provokes each error.
+
+/// The beginning of `docs/errors.md`.
+pub const HEAD: &str = "# Errors and their cures\n\n\
+Every error that a person can make in the configuration or on the command line. `...` stands for what is filled\n\
+in. A problem in the configuration is said with its file, line and key before it, one on the command line with\n\
+its option; all problems of a file are listed at once. The table is made from the sources and each row is\n\
+provoked by a test (`tests/errors/`), which fails where an error is missing here. What the *host* lacks for a\n\
+device is said by `vhost-device-iommu check`, with its cure: [passthrough.md](passthrough.md).\n";
+
+/// An error and what provokes it.
+pub struct Case {
+    /// Its name in the sources.
+    pub name: &'static str,
+    /// How a person makes it.
+    pub how: How,
+}
+
+/// How an error is made.
+pub enum How {
+    /// `check` of a file with this text, below the IOMMU's address.
+    File(&'static str),
+    /// `check` of a file with exactly this text.
+    Text(&'static str),
+    /// A command without a file.
+    Args(&'static [&'static str]),
+    /// A file with this text below the IOMMU's address, `vm.toml`, and a command.
+    With(&'static str, &'static [&'static str]),
+    /// The same, where the text has to be made.
+    Made(fn() -> String, &'static [&'static str]),
+    /// A daemon with this configuration beside its address and sockets, and a question.
+    Ctl(&'static str, &'static [&'static str]),
+}
+
+use How::{Args, Ctl, File, Made, Text, With};
+
+const CHECK: &[&str] = &["check", "--file-only", "vm.toml"];
+const RUN: &[&str] = &["--config", "vm.toml"];
+
+const fn case(name: &'static str, how: How) -> Case {
+    Case { name, how }
+}
+
+fn long_path() -> String {
+    format!("address = '00:05.0'\nsocket = '/{}'\n", "x".repeat(107))
+}
+
+fn too_many_regions() -> String {
+    let region = |n: u64| {
+        let first = n << 16;
+        format!("{{ first = {first}, last = {} }}", first + 0xfff)
+    };
+    let regions: Vec<_> = (0..65).map(region).collect();
+    format!("address = '00:05.0'\nreserved = [{}]\n", regions.join(", "))
+}
+
+fn too_many_users() -> String {
+    format!(
+        "address = '00:05.0'\n[readers]\nusers = {:?}\n",
+        (0..65).collect::<Vec<_>>()
+    )
+}
+
+/// Every other function of two segments, in as few bytes as can be.
+fn scattered() -> String {
+    let each = (0..0x2_0000u32).step_by(2).map(|id| {
+        let (segment, bus, device, function) = (id >> 16, id >> 8 & 0xff, id >> 3 & 31, id & 7);
+        format!("'{segment}:{bus:x}:{device:x}.{function}'")
+    });
+    let list = each.collect::<Vec<_>>().join(",");
+    format!("address='2:0:5.0'\nhotplug=[{list}]\n")
+}
+
+/// Errors whose words stand in the code: heading, name, pattern.
+pub const IN_CODE: &[(&str, &str, &str)] = &[
+    (
+        "TOML",
+        "toml/unknown",
+        "unknown key `...`, expected ...; correct or remove it",
+    ),
+    (
+        "TOML",
+        "toml/duplicate",
+        "duplicate key; keep one of the two",
+    ),
+    (
+        "TOML",
+        "toml/sequence",
+        "invalid type: ..., expected a sequence; write `reserved` as a list of tables and each \
+         endpoint under its own [[endpoint]]",
+    ),
+    (
+        "TOML",
+        "toml/table",
+        "invalid type: ...; write a table, such as { first = 0x0, last = 0xfff } for a reserved \
+         region",
+    ),
+    ("TOML", "toml/other", "...; correct the TOML"),
+    (
+        "Sockets",
+        "socket/file",
+        "... exists and is not a socket; remove it or choose another path",
+    ),
+    (
+        "Sockets",
+        "socket/taken",
+        "another process listens on ...; stop it or choose another path",
+    ),
+    ("Sockets", "socket/bind", "cannot listen on ...: ..."),
+    (
+        "Descriptors",
+        "ready-fd",
+        "descriptor ... cannot be used: ...; pass one that is open for writing with --ready-fd",
+    ),
+    (
+        "`viot`",
+        "viot/output",
+        "cannot write ...: ...; give a path that can be written with -o",
+    ),
+    (
+        "The command line",
+        "clap/unknown",
+        "error: unexpected argument '...' found",
+    ),
+    (
+        "The command line",
+        "clap/value",
+        "error: invalid value '...' for '...'",
+    ),
+    (
+        "The command line",
+        "clap/required",
+        "error: the following required arguments were not provided:",
+    ),
+    (
+        "The command line",
+        "clap/conflict",
+        "error: the argument '...' cannot be used with '...'",
+    ),
+    (
+        "The command line",
+        "clap/subcommand",
+        "error: '...' requires a subcommand but one was not provided",
+    ),
+    (
+        "The command line",
+        "clap/repeated",
+        "error: the argument '...' cannot be used multiple times",
+    ),
+];
+
+/// Errors that take more than a file and a command, or that nobody makes, and what tests them instead.
+pub const ELSEWHERE: &[(&str, &str)] = &[
+    // Their words are those of what they hold, which have rows of their own.
+    ("Problem", "a place before another error's words"),
+    ("Fault::Syntax", "see TOML"),
+    ("HotplugError::System", "see Sockets"),
+    ("DaemonError::Backend", "a backend's words"),
+    ("DaemonError::Socket", "see Sockets"),
+    (
+        "AddError::Backend",
+        "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
+    ),
+    // The system's failures, not a person's.
+    ("DaemonError::System", "no descriptors or threads left"),
+    ("DaemonError::VhostUser", "no descriptors or threads left"),
+    ("LaunchError::System", "no files, memory or processes left"),
+    // Refused earlier, so that the words are a second net.
+    ("DaemonError::NoSocket", "Fault::Missing comes first"),
+    // What takes a program that dies, or a host with devices.
+    ("LaunchError::NoVmm", "clap/required comes first"),
+    ("LaunchError::NotReady", "a machine that is too busy"),
+    (
+        "LaunchError::DaemonEnded",
+        "tests/launch.rs::the_vmm_does_not_outlive_the_daemon",
+    ),
+    (
+        "OpenError::NotBound",
+        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+    ),
+    (
+        "OpenError::NoSuchDevice",
+        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+    ),
+    (
+        "OpenError::Device",
+        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+    ),
+    (
+        "HostSideError::Device",
+        "a device that VFIO refuses: tests/vfio_host",
+    ),
+    ("HostSideError::OtherDevice", "tests/vfio_host"),
+    ("HostSideError::OneContainer", "tests/vfio_host"),
+    ("HostSideError::MixedGroup", "tests/vfio_host"),
+    ("HostSideError::NoCommonAddresses", "two IOMMUs that differ"),
+    (
+        "AddError::TooWeak",
+        "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
+    ),
+];
+
+/// One for each other error.
+pub const CASES: &[Case] = &[
+    // The file as a whole.
+    case("Fault::Read", Args(&["check", "missing.toml"])),
+    case("Fault::FileTooLong", Args(&["check", "long.toml"])),
+    case("Fault::NotUtf8", Args(&["check", "bytes.toml"])),
+    case("toml/unknown", File("adress = '00:05.0'")),
+    case("toml/duplicate", File("address = '00:05.0'")),
+    case("toml/sequence", File("reserved = 1")),
+    case("toml/table", File("reserved = [1]")),
+    case("toml/other", File("bypass = ")),
+    case("Fault::WrongType", File("bypass = 1")),
+    case("Fault::Missing", Text("")),
+    // Sockets.
+    case("Fault::PathEmpty", File("socket = ''")),
+    case("Fault::PathTooLong", Made(long_path, CHECK)),
+    case("Fault::PathControl", File("socket = \"a\\tb\"")),
+    case("Fault::SamePath", File("socket = 's'\ncontrol = 's'")),
+    case("Fault::QmpPath", File("control = 's'\nqmp = 's'")),
+    case("socket/file", With("socket = 'file'", RUN)),
+    case("socket/taken", With("socket = 'taken.sock'", RUN)),
+    case("socket/bind", With("socket = 'no/where'", RUN)),
+    // Values.
+    case("Fault::Width", File("address-width = 20")),
+    case("Fault::Granule", File("granule = '8k'")),
+    case("Fault::Poll", File("poll-max-us = 20000")),
+    case("Fault::Domains", File("domains = 0")),
+    case("Fault::Size", File("memory = 'much'")),
+    case("Fault::Memory", File("memory = 4096")),
+    case("Fault::ArenaTooSmall", File("arena-limit = 4096")),
+    case("Fault::ArenaTooLarge", File("arena-limit = '2T'")),
+    case("Fault::HostIommu", File("host-iommu = 'vfio'")),
+    case("Fault::Pin", File("pin = 'some'")),
+    case("Fault::User", File("[readers]\nusers = ['root']")),
+    case("Fault::TooManyUsers", Made(too_many_users, CHECK)),
+    case("Fault::ReaderLimit", File("[readers]\nlimit = 0")),
+    // Addresses.
+    case("Fault::Pci", File("[[endpoint]]\naddress = 'x'")),
+    case("PciAddressError", File("[[endpoint]]\naddress = 'x'")),
+    case(
+        "Fault::PciRange",
+        File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
+    ),
+    case(
+        "PciRangeError::Backwards",
+        File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
+    ),
+    case(
+        "PciRangeError::AcrossSegments",
+        File("[[endpoint]]\nrange = '0:00:07.0-1:00:08.0'"),
+    ),
+    case(
+        "Fault::AddressAndRange",
+        File("[[endpoint]]\naddress = '00:06.0'\nrange = '00:06.0-00:07.0'"),
+    ),
+    case("Fault::NoAddress", File("[[endpoint]]\ngroup = 'g'")),
+    case(
+        "Fault::Group",
+        File("[[endpoint]]\naddress = '00:06.0'\ngroup = 'a b'"),
+    ),
+    case(
+        "GroupNameError",
+        File("[[endpoint]]\naddress = '00:06.0'\ngroup = 'a b'"),
+    ),
+    case(
+        "TopologyError::Duplicate",
+        File("[[endpoint]]\naddress = '00:06.0'\n[[endpoint]]\naddress = '00:06.0'"),
+    ),
+    case(
+        "TopologyError::Overlap",
+        File("[[endpoint]]\naddress = '00:06.0'\n[[endpoint]]\nrange = '00:06.0-00:07.0'"),
+    ),
+    case(
+        "TopologyError::ContainsIommu",
+        File("[[endpoint]]\naddress = '00:05.0'"),
+    ),
+    case(
+        "TopologyError::TooManyEndpoints",
+        File(
+            "[[endpoint]]\nrange = '1:00:00.0-1:ff:1f.7'\n\
+             [[endpoint]]\nrange = '2:00:00.0-2:ff:1f.7'",
+        ),
+    ),
+    case(
+        "TopologyError::Reserved",
+        File(
+            "reserved = [{ first = 0, last = 0xfff }]\n[[endpoint]]\naddress = '00:06.0'\n\
+             reserved = [{ first = 0, last = 0xfff }]",
+        ),
+    ),
+    // Devices.
+    case(
+        "Fault::VfioOnRange",
+        File("[[endpoint]]\nrange = '00:06.0-00:06.1'\nvfio = '65:00.0'"),
+    ),
+    case(
+        "Fault::HostTwice",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n\
+             [[endpoint]]\naddress = '00:07.0'\nvfio = '65:00.0'",
+        ),
+    ),
+    case(
+        "Fault::ExportWithoutVfio",
+        File("[[endpoint]]\naddress = '00:06.0'\nexport = 'e'"),
+    ),
+    case(
+        "Fault::ExportPath",
+        File("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = 's'"),
+    ),
+    case(
+        "Fault::ShadowOnRange",
+        File("[[endpoint]]\nrange = '00:06.0-00:06.1'\nshadow = 'h'"),
+    ),
+    case(
+        "Fault::ShadowWithVfio",
+        File("[[endpoint]]\naddress = '00:06.0'\nshadow = 'h'\nvfio = '65:00.0'"),
+    ),
+    case(
+        "Fault::ShadowPath",
+        File("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nshadow = 's'"),
+    ),
+    case(
+        "Fault::EmulatedOnRange",
+        File(
+            "[[endpoint]]\nrange = '00:06.0-00:06.1'\n\
+             vfio-user = { listen = 'l', connect = 'k' }",
+        ),
+    ),
+    case(
+        "Fault::EmulatedAndVfio",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n\
+             vfio-user = { listen = 'l', connect = 'k' }",
+        ),
+    ),
+    case(
+        "Fault::EmulatedMissing",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio-user = { listen = 'l' }"),
+    ),
+    case(
+        "Fault::ListenIsConnect",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio-user = { listen = 'l', connect = 'l' }"),
+    ),
+    case(
+        "Fault::ListenTwice",
+        File(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 's', connect = 'k' }",
+        ),
+    ),
+    case(
+        "Fault::Isolation",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', isolation = 'none' }",
+        ),
+    ),
+    case(
+        "Fault::Deadline",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', deadline-ms = 1 }",
+        ),
+    ),
+    // Reserved regions.
+    case(
+        "Fault::Iova",
+        File("reserved = [{ first = 'x', last = 1 }]"),
+    ),
+    case(
+        "Fault::RegionBackwards",
+        File("reserved = [{ first = 0x1000, last = 0xfff }]"),
+    ),
+    case(
+        "Fault::RegionUnaligned",
+        File("reserved = [{ first = 0, last = 0x1000 }]"),
+    ),
+    case(
+        "Fault::RegionKind",
+        File("reserved = [{ first = 0, last = 0xfff, kind = 'mmio' }]"),
+    ),
+    case(
+        "Fault::RegionText",
+        With(
+            "socket = 's'",
+            &["--config", "vm.toml", "--reserved", "0-1"],
+        ),
+    ),
+    case("ReservedError::TooMany", Made(too_many_regions, CHECK)),
+    case(
+        "ReservedError::Overlap",
+        File("reserved = [{ first = 0, last = 0x1fff }, { first = 0x1000, last = 0x1fff }]"),
+    ),
+    case(
+        "ReservedError::TwoMsi",
+        File(
+            "reserved = [{ first = 0, last = 0xfff, kind = 'msi' }, \
+             { first = 0x1000, last = 0x1fff, kind = 'msi' }]",
+        ),
+    ),
+    case(
+        "Fault::BesideDefault",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             reserved = [{ first = 0xfee00000, last = 0xfee00fff }]",
+        ),
+    ),
+    // Descriptors.
+    case(
+        "Fault::DescriptorText",
+        With("socket = 's'", &["--config", "vm.toml", "--vfio-fd", "4"]),
+    ),
+    case(
+        "Fault::NotPassthrough",
+        With(
+            "socket = 's'",
+            &["--config", "vm.toml", "--vfio-fd", "00:06.0=4"],
+        ),
+    ),
+    case(
+        "Fault::EndpointTwice",
+        With(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &[
+                "--config",
+                "vm.toml",
+                "--iommufd-fd",
+                "3",
+                "--vfio-fd",
+                "00:06.0=4",
+                "--vfio-fd",
+                "00:06.0=5",
+            ],
+        ),
+    ),
+    case(
+        "Fault::DescriptorTwice",
+        With(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &[
+                "--config",
+                "vm.toml",
+                "--iommufd-fd",
+                "4",
+                "--vfio-fd",
+                "00:06.0=4",
+            ],
+        ),
+    ),
+    case(
+        "Fault::IommufdWithType1",
+        With(
+            "socket = 's'\nhost-iommu = 'type1'",
+            &["--config", "vm.toml", "--iommufd-fd", "4"],
+        ),
+    ),
+    case(
+        "Fault::ContainerWithIommufd",
+        With(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &["--config", "vm.toml", "--vfio-container-fd", "00:06.0=4"],
+        ),
+    ),
+    case(
+        "Fault::DeviceWithoutIommufd",
+        With(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &["--config", "vm.toml", "--vfio-fd", "00:06.0=4"],
+        ),
+    ),
+    case(
+        "Fault::DeviceWithoutContainer",
+        With(
+            "socket = 's'\nhost-iommu = 'type1'\n[[endpoint]]\naddress = '00:06.0'\n\
+             vfio = '65:00.0'",
+            &["--config", "vm.toml", "--vfio-fd", "00:06.0=4"],
+        ),
+    ),
+    case(
+        "ready-fd",
+        With("socket = 's'", &["--config", "vm.toml", "--ready-fd", "99"]),
+    ),
+    case(
+        "DaemonError::InheritedFd",
+        With("", &["--config", "vm.toml", "--fd", "0"]),
+    ),
+    // Devices of the host, and the other commands.
+    case(
+        "HostSideError::NoDevice",
+        With(
+            "socket = 's'\nhost-iommu = 'type1'\n[[endpoint]]\naddress = '00:06.0'\n\
+             vfio = 'ff:1f.7'",
+            RUN,
+        ),
+    ),
+    case(
+        "HostSideError::Inherited",
+        With(
+            "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = 'ff:1f.7'",
+            &["--config", "vm.toml", "--iommufd-fd", "99"],
+        ),
+    ),
+    case(
+        "ViotError",
+        Made(scattered, &["viot", "vm.toml", "-o", "out"]),
+    ),
+    case(
+        "viot/output",
+        With("", &["viot", "vm.toml", "-o", "no/where"]),
+    ),
+    case(
+        "QemuArgsError::NoSocket",
+        With("memory = '1G'", &["qemu-args", "vm.toml"]),
+    ),
+    case(
+        "QemuArgsError::NoMemory",
+        With("socket = 's'", &["qemu-args", "vm.toml"]),
+    ),
+    case(
+        "QemuArgsError::NotOnRootBus",
+        Made(
+            || "address = '01:00.0'\nsocket = 's'\nmemory = '1G'\n".into(),
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "QemuArgsError::DeviceNotOnRootBus",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[endpoint]]\naddress = '01:00.0'\nvfio = '65:00.0'\n\
+             export = 'e'",
+            &["launch", "--config", "vm.toml", "--", "true"],
+        ),
+    ),
+    case(
+        "QemuArgsError::Type1",
+        With(
+            "socket = 's'\nmemory = '1G'\nhost-iommu = 'type1'\n[[endpoint]]\n\
+             address = '00:06.0'\nvfio = '65:00.0'",
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "QemuArgsError::Colon",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &["qemu-args", "vm.toml", "--viot", "a:b"],
+        ),
+    ),
+    case(
+        "QemuArgsError::Path",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &["qemu-args", "vm.toml", "--viot", "a\nb"],
+        ),
+    ),
+    case(
+        "OpenError::Iommufd",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[endpoint]]\naddress = '00:06.0'\nvfio = 'ff:1f.7'",
+            &["launch", "--config", "vm.toml", "--", "true"],
+        ),
+    ),
+    case(
+        "LaunchError::WriteTable",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch", "--config", "vm.toml", "--viot", "no/where", "--", "true",
+            ],
+        ),
+    ),
+    case(
+        "LaunchError::Start",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &["launch", "--config", "vm.toml", "--", "./no-such-program"],
+        ),
+    ),
+    case("CtlError::Connect", Args(&["ctl", "no-socket", "status"])),
+    case("CtlError::Broken", Args(&["ctl", "mute.sock", "status"])),
+    case(
+        "CtlError::NotJson",
+        Args(&["ctl", "nonsense.sock", "status"]),
+    ),
+    case("CtlError::Refused", Ctl("", &["translate", "x", "1"])),
+    // The command line.
+    case("clap/unknown", Args(&["--colour"])),
+    case("clap/value", Args(&["--address-width", "wide"])),
+    case("clap/required", Args(&["check"])),
+    case("clap/conflict", Args(&["--fd", "3", "--socket-path", "s"])),
+    case("clap/subcommand", Args(&["ctl", "s"])),
+    case(
+        "clap/repeated",
+        Args(&["--iommu", "00:05.0", "--iommu", "00:06.0"]),
+    ),
+    // Endpoints that come and go.
+    case(
+        "Fault::AdditionControl",
+        Ctl("", &["add-endpoint", "00:06.0", "group = 'a\tb'"]),
+    ),
+    case(
+        "Fault::AdditionNotOne",
+        Ctl(
+            "",
+            &["add-endpoint", "00:06.0", "group = 'g' }, { group = 'h'"],
+        ),
+    ),
+    case("NoSuchEndpoints", Ctl("", &["remove-endpoint", "00:06.0"])),
+    case(
+        "HotplugError::Shadow",
+        Ctl("", &["add-endpoint", "00:06.0", "shadow = 'h'"]),
+    ),
+    case(
+        "HotplugError::Shared",
+        Ctl("", &["add-endpoint", "00:06.0", "vfio = '65:00.0'"]),
+    ),
+    case(
+        "AddError::NoRoom",
+        Ctl("", &["add-endpoint", "00:06.0", MANY]),
+    ),
+];
+
+/// More regions than PROBE has room for.
+const MANY: &str = "reserved = [{first=0,last=0xfff},{first=0x2000,last=0x2fff},\
+{first=0x4000,last=0x4fff},{first=0x6000,last=0x6fff},{first=0x8000,last=0x8fff},\
+{first=0xa000,last=0xafff},{first=0xc000,last=0xcfff},{first=0xe000,last=0xefff},\
+{first=0x10000,last=0x10fff},{first=0x12000,last=0x12fff},{first=0x14000,last=0x14fff},\
+{first=0x16000,last=0x16fff},{first=0x18000,last=0x18fff},{first=0x1a000,last=0x1afff},\
+{first=0x1c000,last=0x1cfff},{first=0x1e000,last=0x1efff},{first=0x20000,last=0x20fff},\
+{first=0x22000,last=0x22fff},{first=0x24000,last=0x24fff},{first=0x26000,last=0x26fff},\
+{first=0x28000,last=0x28fff}]";

@@ -1,0 +1,247 @@
+//! `docs/errors.md`: every error a person can make in the configuration or on the command line, with
+//! its cure. The table is made from the sources; each row is provoked here, and an error without a
+//! case of its own fails the test.
+//!
+//! `VIOMMU_REGENERATE=1 cargo test --test errors` writes the table.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::cast_possible_truncation,
+    reason = "a test ends with a panic"
+)]
+
+mod cases;
+mod messages;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use cases::{CASES, Case, ELSEWHERE, How};
+use messages::{Message, matches};
+use tempfile::TempDir;
+
+/// Where errors of the configuration and the command line are said to be, and the heading they get.
+const SOURCES: [(&str, &str); 12] = [
+    ("src/config/error.rs", "The configuration"),
+    ("src/topology/pci.rs", "PCI addresses and ranges"),
+    ("src/topology/groups.rs", "Names of host groups"),
+    ("src/topology/reserved.rs", "Reserved regions"),
+    ("src/topology/mod.rs", "Endpoints together"),
+    ("src/topology/viot.rs", "`viot`"),
+    ("src/qemu_args.rs", "`qemu-args` and `launch`"),
+    ("src/launch/devices.rs", "`launch`, devices of the host"),
+    ("src/launch.rs", "`launch`"),
+    ("src/daemon.rs", "The daemon"),
+    ("src/ctl.rs", "`ctl`"),
+    ("src/hotplug.rs", "`ctl add-endpoint` and `remove-endpoint`"),
+];
+/// More of the last.
+const MORE: [(&str, &str); 3] = [
+    (
+        "src/topology/changes.rs",
+        "`ctl add-endpoint` and `remove-endpoint`",
+    ),
+    (
+        "src/iommu/hotplug.rs",
+        "`ctl add-endpoint` and `remove-endpoint`",
+    ),
+    ("src/host_side.rs", "Devices of the host"),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// All messages, under their headings in the order of the sources.
+fn all() -> Vec<(&'static str, Message)> {
+    let mut all = Vec::new();
+    for (file, heading) in SOURCES.into_iter().chain(MORE) {
+        let text = fs::read_to_string(root().join(file)).expect("a source");
+        let found = messages::in_source(&text);
+        assert!(!found.is_empty(), "{file} has no errors: it has moved");
+        all.extend(found.into_iter().map(|message| (heading, message)));
+    }
+    for (heading, name, pattern) in cases::IN_CODE {
+        let pattern = pattern.to_string();
+        let name = name.to_string();
+        all.push((heading, Message { name, pattern }));
+    }
+    all
+}
+
+#[test]
+fn every_error_has_a_case_or_a_test_elsewhere() {
+    let known: BTreeSet<_> = all().into_iter().map(|(_, m)| m.name).collect();
+    let cases: BTreeSet<_> = CASES.iter().map(|case| case.name.to_owned()).collect();
+    let elsewhere: BTreeSet<_> = ELSEWHERE.iter().map(|(name, _)| name.to_string()).collect();
+    let both: Vec<_> = cases.intersection(&elsewhere).collect();
+    assert!(both.is_empty(), "here and elsewhere: {both:?}");
+    let named: BTreeSet<_> = cases.union(&elsewhere).cloned().collect();
+    let missing: Vec<_> = known.difference(&named).collect();
+    assert!(missing.is_empty(), "no case provokes {missing:?}");
+    let stale: Vec<_> = named.difference(&known).collect();
+    assert!(stale.is_empty(), "there is no error {stale:?}");
+    // What is said to be tested elsewhere is there.
+    for (name, test) in ELSEWHERE {
+        if let Some((file, function)) = test.split_once(".rs::") {
+            let file = format!("{file}.rs");
+            let text = fs::read_to_string(root().join(&file)).expect(&file);
+            assert!(text.contains(&format!("fn {function}(")), "{name}: {test}");
+        }
+    }
+}
+
+#[test]
+fn every_case_gives_its_message() {
+    let patterns: BTreeMap<_, _> = all()
+        .into_iter()
+        .map(|(_, m)| (m.name, m.pattern))
+        .collect();
+    let mut wrong = Vec::new();
+    for case in CASES {
+        let Some(pattern) = patterns.get(case.name) else {
+            continue;
+        };
+        let said = provoke(case);
+        // Lines are broken nowhere but between problems.
+        if !said.lines().any(|line| matches(pattern, line)) && !matches(pattern, &said) {
+            wrong.push(format!(
+                "{}\n  wanted: {pattern}\n  said:   {said}",
+                case.name
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_table_is_that_of_the_sources() {
+    let mut text = String::from(cases::HEAD);
+    let mut heading = "";
+    for (under, message) in all() {
+        let Some((what, cure)) = message.halves() else {
+            continue;
+        };
+        if under != heading {
+            heading = under;
+            text += &format!("\n## {heading}\n\n| message | cure |\n|---|---|\n");
+        }
+        text += &format!("| {what} | {cure} |\n");
+    }
+    let path = root().join("docs/errors.md");
+    if std::env::var_os("VIOMMU_REGENERATE").is_some() {
+        fs::write(&path, &text).expect("written");
+    }
+    let there = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        there == text,
+        "docs/errors.md is not what the sources say; \
+         VIOMMU_REGENERATE=1 cargo test --test errors writes it"
+    );
+}
+
+/// A folder with what cases need, and what the program says in it.
+struct Bed {
+    folder: TempDir,
+    _listener: UnixListener,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let listener = UnixListener::bind(at("taken.sock")).expect("a socket");
+        answer(&at("mute.sock"), drop);
+        answer(&at("nonsense.sock"), |mut stream| {
+            let _ = BufReader::new(&stream).read_line(&mut String::new());
+            let _ = stream.write_all(b"Hello?\n");
+        });
+        fs::write(at("file"), "text").expect("written");
+        fs::write(at("long.toml"), vec![b'#'; (1 << 20) + 1]).expect("written");
+        fs::write(at("bytes.toml"), b"\xff\xfe").expect("written");
+        Self {
+            folder,
+            _listener: listener,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    /// Standard error of the program with these arguments, which must fail soon.
+    fn run(&self, args: &[&str]) -> String {
+        let mut command = Command::new("timeout");
+        command
+            .args(["-k", "1", "20", env!("CARGO_BIN_EXE_vhost-device-iommu")])
+            .args(args)
+            .current_dir(self.path())
+            .stdin(Stdio::null());
+        let output = command.output().expect("it runs");
+        let text = fs::read_to_string(self.path().join("vm.toml")).unwrap_or_default();
+        assert!(
+            !output.status.success(),
+            "{args:?} is no error: {text:.1000}"
+        );
+        assert_ne!(output.status.code(), Some(124), "{args:?} goes on");
+        assert_ne!(output.status.code(), Some(101), "{args:?} panics");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+}
+
+/// Somebody at a socket who is no daemon.
+fn answer(path: &Path, with: impl FnOnce(UnixStream) + Send + 'static) {
+    let listener = UnixListener::bind(path).expect("a socket");
+    std::thread::spawn(move || listener.accept().map(|(stream, _)| with(stream)));
+}
+
+fn provoke(case: &Case) -> String {
+    let bed = Bed::new();
+    let write = |text: &str| fs::write(bed.path().join("vm.toml"), text).expect("written");
+    match case.how {
+        How::File(text) => {
+            write(&format!("address = '00:05.0'\n{text}"));
+            bed.run(&["check", "--file-only", "vm.toml"])
+        }
+        How::Text(text) => {
+            write(text);
+            bed.run(&["check", "--file-only", "vm.toml"])
+        }
+        How::Args(args) => bed.run(args),
+        How::With(text, args) => {
+            write(&format!("address = '00:05.0'\n{text}"));
+            bed.run(args)
+        }
+        How::Made(make, args) => {
+            write(&make());
+            bed.run(args)
+        }
+        How::Ctl(text, args) => {
+            write(&format!(
+                "address = '00:05.0'\nsocket = 's'\ncontrol = 'c'\n{text}"
+            ));
+            let mut daemon = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+                .args(["--config", "vm.toml"])
+                .current_dir(bed.path())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("it starts");
+            let control = bed.path().join("c");
+            for _ in 0..1000 {
+                if control.exists() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            let said = bed.run(&[&["ctl", "c"], args].concat());
+            daemon.kill().expect("killed");
+            daemon.wait().expect("reaped");
+            said
+        }
+    }
+}
