@@ -17,7 +17,7 @@ pub const DISK: &str = "0000:00:06.0";
 /// Bytes of guest memory, which QEMU has at its addresses from the start of its file.
 const MEMORY: &str = "256M";
 /// One with random numbers: without them, who makes a file system waits for seconds.
-const CPU: [&str; 2] = ["-cpu", "max"];
+pub const CPU: [&str; 2] = ["-cpu", "max"];
 /// Bytes of a disk.
 const DISK_BYTES: u64 = 64 << 20;
 /// Until a server or the guest has done what takes no time.
@@ -72,6 +72,11 @@ impl Server {
 
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     /// Has the server make an access of its own: `read ADDRESS LENGTH`, `write ADDRESS BYTE LENGTH`.

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `files` | a file system is what it should be, whichever way the disk reaches memory |
 //! | `reach` | a disk that reaches for more than it may is refused, and the guest told |
+//! | `plugged` | a disk comes and goes while the guest runs; a reset |
 //! | `bed` | what these need: the disk's server, the daemon, the guest |
 
 #![allow(
@@ -16,6 +17,7 @@
 
 mod bed;
 mod files;
+mod plugged;
 mod reach;
 #[path = "../common/vm.rs"]
 mod vm;
