@@ -167,6 +167,11 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("LaunchError::System", "no files, memory or processes left"),
     // Refused earlier, so that the words are a second net.
     ("DaemonError::NoSocket", "Fault::Missing comes first"),
+    // Root may.
+    (
+        "RealtimeError",
+        "tests/cli.rs::a_priority_that_is_not_allowed_is_refused_with_the_cure",
+    ),
     // What takes a program that dies, or a host with devices.
     ("LaunchError::NoVmm", "clap/required comes first"),
     ("LaunchError::NotReady", "a machine that is too busy"),
@@ -226,6 +231,7 @@ pub const CASES: &[Case] = &[
     case("Fault::Width", File("address-width = 20")),
     case("Fault::Granule", File("granule = '8k'")),
     case("Fault::Poll", File("poll-max-us = 20000")),
+    case("Fault::Priority", File("realtime-priority = 0")),
     case("Fault::Domains", File("domains = 0")),
     case("Fault::Size", File("memory = 'much'")),
     case("Fault::Memory", File("memory = 4096")),

@@ -41,7 +41,7 @@ const SOURCES: [(&str, &str); 12] = [
     ("src/hotplug.rs", "`ctl add-endpoint` and `remove-endpoint`"),
 ];
 /// More of the last.
-const MORE: [(&str, &str); 3] = [
+const MORE: [(&str, &str); 4] = [
     (
         "src/topology/changes.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
@@ -51,6 +51,7 @@ const MORE: [(&str, &str); 3] = [
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
     ("src/host_side.rs", "Devices of the host"),
+    ("src/realtime.rs", "Priorities"),
 ];
 
 fn root() -> &'static Path {

@@ -120,6 +120,7 @@ fn constant(name: &str) -> Option<String> {
         "MIN_WIDTH" => config::MIN_WIDTH.to_string(),
         "MAX_WIDTH" => config::MAX_WIDTH.to_string(),
         "MAX_POLL_US" => config::MAX_POLL_US.to_string(),
+        "MAX_PRIORITY" => config::MAX_PRIORITY.to_string(),
         "MAX_DOMAINS" => config::MAX_DOMAINS.to_string(),
         "MIN_DEADLINE_MS" => config::MIN_DEADLINE_MS.to_string(),
         "MAX_DEADLINE_MS" => config::MAX_DEADLINE_MS.to_string(),
