@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::common::guest::HIGH_RAM;
-use crate::common::wire::{OK, READ, RW};
+use crate::common::wire::{NOENT, OK, READ, RW};
 use crate::devices::{FaultLog, Function};
 use crate::nested::{EDU, Nested};
 use crate::peer::{
@@ -249,6 +249,48 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
 fn an_exported_device_obeys_its_guest_and_nobody_else() {
     a_device_obeys_its_guest_and_nobody_else(Way::Owned);
     a_device_obeys_its_guest_and_nobody_else(Way::Type1);
+}
+
+fn a_device_is_added_and_removed(way: Way) {
+    eprintln!("{way:?}");
+    let name = words("VIOMMU_EDU")[0].clone();
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("edu");
+    let mut rig = Rig::with(way, &[], "");
+    let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
+    let bytes = [0xa5; PAGE as usize];
+    rig.guest.memory.write(source, &bytes);
+    for round in 0..2 {
+        eprintln!("round {round}");
+        assert_eq!(vfio_descriptors(rig.daemon.pid()), Vec::<String>::new());
+        assert_eq!(rig.guest.attach(1, endpoint(0)), NOENT);
+        let keys = format!("address = '00:06.0', vfio = '{name}', export = {path:?}");
+        let added = rig.daemon.control(&format!("add-endpoint {keys}"));
+        assert!(added["error"].is_null(), "{added}");
+        assert_eq!(rig.daemon.endpoint(endpoint(0))["host"], name);
+        let mut driver = Driver::connect(&path);
+        rig.guest.memory.write(target, &[0; PAGE as usize]);
+        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
+        assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
+        driver.dma_read(0x1000);
+        driver.dma_write(0x2000);
+        assert_eq!(rig.guest.memory.read(target, PAGE as usize), bytes);
+        let removed = rig.daemon.control("remove-endpoint 00:06.0");
+        assert!(removed["error"].is_null(), "{removed}");
+        assert!(driver.0.is_closed());
+        assert_eq!(command_of(&name) & MASTER, 0);
+        assert!(!path.exists());
+        assert_eq!(rig.guest.attach(1, endpoint(0)), NOENT);
+    }
+    rig.hang_up();
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
+fn a_device_is_added_to_a_running_vm_and_given_back_to_the_host() {
+    a_device_is_added_and_removed(Way::Owned);
+    a_device_is_added_and_removed(Way::Type1);
 }
 
 /// What a process has open of VFIO, iommufd, or DMA buffers.
