@@ -28,7 +28,7 @@ fn main() {
     let count = std::env::var("VIOMMU_DAEMONS").ok();
     let count = count.and_then(|text| text.parse().ok()).unwrap_or(DAEMONS);
     let folder = tempfile::tempdir().expect("a folder");
-    let before = available();
+    let before = kernel();
     let started = Instant::now();
     let mut daemons: Vec<_> = (0..count).map(|n| start(folder.path(), n)).collect();
     let listening = |n: usize| folder.path().join(format!("{n}.control")).exists();
@@ -41,7 +41,7 @@ fn main() {
     }
     let start = started.elapsed();
     println!(
-        "{count} daemons started:     {:>8.1} s, {:.1} ms each",
+        "{count} daemons listen:     {:>8.1} s, {:.1} ms each",
         start.as_secs_f64(),
         start.as_secs_f64() * 1e3 / count as f64
     );
@@ -50,7 +50,7 @@ fn main() {
     let (ticks, switches) = (sum(&pids, cpu_ticks), sum(&pids, context_switches));
     sleep(WATCHED);
     let total = |key: &str| sum(&pids, |pid| rollup(pid, key));
-    let used = before.saturating_sub(available());
+    let kernel = kernel().saturating_sub(before);
     let each = |kib: u64| {
         format!(
             "{:>8.1} MiB, {:>6} KiB each",
@@ -64,11 +64,7 @@ fn main() {
         "private:                   {}",
         each(total("Private_Dirty:"))
     );
-    println!("machine's memory, in all:  {}", each(used));
-    println!(
-        "  of that not PSS:         {}",
-        each(used.saturating_sub(total("Pss:")))
-    );
+    println!("kernel's part:             {}", each(kernel));
     println!("threads:                   {:>8}", sum(&pids, threads));
     println!(
         "processor ticks in {} s:   {:>8}",
@@ -107,12 +103,11 @@ fn start(folder: &Path, number: usize) -> Child {
         .expect("it starts")
 }
 
-/// KiB that the machine could still give.
-fn available() -> u64 {
-    value(
-        &fs::read_to_string("/proc/meminfo").expect("it is told"),
-        "MemAvailable:",
-    )
+/// KiB that the kernel has for processes beside their own pages, on the whole machine.
+fn kernel() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("it is told");
+    let keys = ["Slab:", "KernelStack:", "PageTables:", "Percpu:"];
+    keys.iter().map(|key| value(&text, key)).sum()
 }
 
 fn rollup(pid: u32, key: &str) -> u64 {
