@@ -245,7 +245,7 @@ pub enum Question {
         /// Its PCI address in the guest, or a range of them
         #[arg(value_name = "PCI[-PCI]")]
         endpoint: String,
-        /// What else would stand under its [[endpoint]] in the configuration, each key in an
+        /// What else would stand below its address in the configuration, each key in an
         /// argument of its own, such as 'group = "nic0"'
         #[arg(value_name = "KEY = VALUE")]
         keys: Vec<String>,
