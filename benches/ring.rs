@@ -14,7 +14,12 @@ mod common;
 mod fragment;
 
 use std::hint::spin_loop;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::guest::{Guest, HIGH_LEN as LEN, HIGH_RAM, LOW_RAM, RING_RAM, STOCK, Setup};
@@ -27,10 +32,14 @@ use serde_json::json;
 use tempfile::TempDir;
 use vhost_device_iommu::args::RunArgs;
 use vhost_device_iommu::config::Config;
+use vhost_device_iommu::control::{ControlServer, Places, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
-use vhost_device_iommu::device::Device;
+use vhost_device_iommu::device::{Device, WorkerSettings};
+use vhost_device_iommu::emulated_side::{EmulatedSide, Refusals};
+use vhost_device_iommu::hotplug::Hotplug;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::metrics::Metrics;
+use vhost_device_iommu::socket::Access;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
@@ -55,14 +64,19 @@ fn main() {
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
-    let request = device_alone();
+    let (request, watched) = device_alone();
     let round_trip = through_a_daemon();
-    let figures = json!({ "ring": { "request_ns": request, "round_trip_ns": round_trip } });
+    let figures = json!({ "ring": {
+        "request_ns": request,
+        "request_while_mappings_are_listed_ns": watched,
+        "round_trip_ns": round_trip,
+    } });
     fragment::leave("ring", &figures);
 }
 
-/// The device's part, called on this thread: take a batch off the ring, serve, return it.
-fn device_alone() -> f64 {
+/// The device's part, called on this thread: take a batch off the ring, serve, return it. By itself,
+/// and while an operator asks for all mappings again and again.
+fn device_alone() -> (f64, f64) {
     let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
     let memory = Memory {
         regions: files
@@ -77,8 +91,14 @@ fn device_alone() -> f64 {
     let seen = GuestMemoryMmap::from_regions(seen.into()).expect("guest memory");
     let seen = GuestMemoryAtomic::new(seen);
     let metrics = Arc::new(Metrics::default());
-    let device =
-        Device::new(Arc::new(Mutex::new(core())), metrics, Duration::ZERO, None).expect("a device");
+    let worker = WorkerSettings {
+        longest_poll: Duration::ZERO,
+        max_batch: 64,
+        realtime: None,
+    };
+    let core = Arc::new(Mutex::new(core()));
+    let device = Device::new(core.clone(), metrics.clone(), worker).expect("a device");
+    let device = Arc::new(device);
     device.update_memory(seen.clone()).expect("memory taken");
     device.acked_features(STOCK);
     let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true), &memory);
@@ -104,20 +124,93 @@ fn device_alone() -> f64 {
     });
 
     let mut rng = Rng::new(1);
-    let mut times = Vec::new();
-    for _ in 0..BATCHES {
-        let pages = distinct_pages(&mut rng);
-        for request in [map_page, unmap_page] {
-            for &page in &pages {
-                driver.put(&memory, &request(page));
+    let mut batches = |what| {
+        let mut times = Vec::new();
+        for _ in 0..BATCHES {
+            let pages = distinct_pages(&mut rng);
+            for request in [map_page, unmap_page] {
+                for &page in &pages {
+                    driver.put(&memory, &request(page));
+                }
+                let start = Instant::now();
+                serve();
+                times.push(start.elapsed().as_nanos() as f64 / f64::from(BATCH));
+                driver.take_all(&memory);
             }
-            let start = Instant::now();
-            serve();
-            times.push(start.elapsed().as_nanos() as f64 / f64::from(BATCH));
-            driver.take_all(&memory);
+        }
+        report(what, &mut times)
+    };
+    let alone = batches("device alone, a request in batches of 32");
+    let looker = Looker::start(core, device.clone(), metrics);
+    let watched = batches("the same while all mappings are asked for without a pause");
+    println!("  ({} answers of {LIVE} mappings meanwhile)", looker.stop());
+    (alone, watched)
+}
+
+/// An operator without patience.
+struct Looker {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+    _control: ControlServer,
+    _directory: TempDir,
+}
+
+impl Looker {
+    fn start(iommu: Arc<Mutex<Iommu>>, device: Arc<Device>, metrics: Arc<Metrics>) -> Self {
+        let directory = TempDir::new().expect("a temporary directory");
+        let path = directory.path().join("control.sock");
+        let access = Access {
+            mode: 0o600,
+            group: None,
+        };
+        let places = Places {
+            control: Some((path.clone(), access)),
+            ..Places::default()
+        };
+        let config = Config::from_text(Path::new("bench"), "address = '00:05.0'");
+        let config = config.expect("a configuration");
+        let refusals = Arc::new(Refusals::new(metrics.clone(), 100));
+        let emulated = EmulatedSide::open(&[], &config.topology, &refusals).expect("nothing");
+        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), refusals, emulated);
+        let hotplug = hotplug.expect("no devices");
+        let subjects = Subjects {
+            name: "bench".into(),
+            iommu,
+            device,
+            metrics,
+            readers: None,
+            hotplug: Arc::new(hotplug),
+            limits: SetLimits {
+                batch: 64,
+                fault_rate: 100,
+            },
+            clients: Arc::default(),
+        };
+        let control = ControlServer::start(&places, subjects).expect("a control socket");
+        let over = Arc::new(AtomicBool::new(false));
+        let told = over.clone();
+        let thread = std::thread::spawn(move || {
+            let mut answers = 0;
+            while !told.load(Ordering::Relaxed) {
+                let mut stream = UnixStream::connect(&path).expect("connected");
+                stream.write_all(b"mappings\n").expect("asked");
+                std::io::copy(&mut stream, &mut std::io::sink()).expect("answered");
+                answers += 1;
+            }
+            answers
+        });
+        Self {
+            over,
+            thread,
+            _control: control,
+            _directory: directory,
         }
     }
-    report("device alone, a request in batches of 32", &mut times)
+
+    fn stop(self) -> u64 {
+        self.over.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the client's thread")
+    }
 }
 
 /// What the driver sees of a daemon that polls.
@@ -289,8 +382,9 @@ fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
 fn report(what: &str, times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     let at = |part: usize| times[times.len() * part / 100];
+    let mean = times.iter().sum::<f64>() / times.len() as f64;
     println!(
-        "{what}: {:.0} ns (a tenth below {:.0}, a tenth above {:.0})",
+        "{what}: {:.0} ns (a tenth below {:.0}, a tenth above {:.0}, mean {mean:.0})",
         at(50),
         at(10),
         at(90)

@@ -223,14 +223,25 @@ pub enum Command {
 /// What a running daemon can be asked.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Question {
-    /// Endpoints, domains, and counts of requests and faults
+    /// The VM, its endpoints and domains, devices in other processes, and counts
+    ///
+    /// Lists the endpoints the guest has touched, up to 256 others, and up to 256 domains.
     Status,
+    /// All endpoints
+    Endpoints,
+    /// All domains
+    Domains,
     /// Live mappings
     Mappings {
         /// Of this domain only
         #[arg(long, value_name = "N")]
         domain: Option<u32>,
+        /// Only those that share an address with this range, such as 0x1000..=0x2fff
+        #[arg(long, value_name = "FIRST..=LAST")]
+        iova: Option<String>,
     },
+    /// Accesses that were refused: the last 256, and counts
+    Faults,
     /// Where an endpoint's access to an I/O virtual address goes
     Translate {
         /// The endpoint, as a PCI address or a number
@@ -258,5 +269,23 @@ pub enum Question {
         /// Its PCI address in the guest, or a range of them
         #[arg(value_name = "PCI[-PCI]")]
         endpoint: String,
+    },
+    /// All counters, the times of request batches, and each limit with its use
+    Stats,
+    /// Show the rates of what happens, each second anew, until interrupted
+    Watch {
+        /// Seconds between two looks
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        interval: u64,
+        /// End after so many
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+    },
+    /// Show or change how much the daemon logs
+    ///
+    /// What is changed lasts until the daemon ends. Only root and the user it runs as may change it.
+    LogLevel {
+        /// off, error, warn, info, debug or trace, or default for what it was started with
+        level: Option<String>,
     },
 }

@@ -5,6 +5,8 @@ mod draft;
 mod emulated;
 mod error;
 mod export;
+mod limits;
+mod operator;
 mod passthrough;
 mod readers;
 mod shadow;
@@ -27,6 +29,10 @@ use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
 pub use export::Export;
+pub use limits::{MAX_BATCH, MAX_FAULT_RATE};
+pub use operator::{
+    MAX_INTERVAL_S, MAX_NAME, MIN_INTERVAL_S, MetricsOutput, SocketAccess, Textfile,
+};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::{MAX_READERS, MAX_USERS, Readers};
 pub use shadow::ShadowListener;
@@ -75,12 +81,18 @@ pub enum Socket {
 /// Everything that is settled before the daemon starts. All values are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
+    /// What the VM is called in messages: 1 to [`MAX_NAME`] printable ASCII characters.
+    pub name: String,
     /// Where the frontend connects. Always there in a configuration made from [`RunArgs`].
     pub socket: Option<Socket>,
     /// The path of the control socket, if there is to be one.
     pub control: Option<PathBuf>,
     /// Where the VMM listens for QMP, if the daemon is to hear of resets there.
     pub qmp: Option<PathBuf>,
+    /// Who may connect there.
+    pub control_access: SocketAccess,
+    /// Where metrics go.
+    pub metrics: MetricsOutput,
     /// Bits of an I/O virtual address: `32..=57`.
     pub address_width: u8,
     /// The page sizes offered to the guest: the granule, and 2 MiB and 1 GiB where not smaller.
@@ -89,6 +101,11 @@ pub struct Config {
     pub bypass_at_boot: bool,
     /// The number of domains that can live at once; their IDs are `0..max_domains`.
     pub max_domains: u32,
+    /// The most requests the worker takes off the ring at a time: `1..=`[`MAX_BATCH`].
+    pub max_batch: usize,
+    /// The most faults of one endpoint that the guest is told of in a second, once 64 have been:
+    /// `1..=`[`MAX_FAULT_RATE`].
+    pub fault_rate: u32,
     /// How long the worker looks at an empty request ring at most before it sleeps:
     /// zero to [`MAX_POLL_US`] microseconds.
     pub longest_poll: Duration,
@@ -311,6 +328,8 @@ impl<'a> Checker<'a> {
         {
             self.refuse(&given.origin, "control", Fault::SamePath);
         }
+        let name = self.name(draft.name.as_ref(), socket.as_ref());
+        let control_access = self.control_access(draft);
 
         let qmp = self.socket_path(draft.qmp.as_ref(), "qmp");
         let own = socket.as_ref().and_then(|socket| match socket {
@@ -327,6 +346,8 @@ impl<'a> Checker<'a> {
         let granule = self.granule(draft.granule.as_ref());
         let bypass_at_boot = self.bypass(draft.bypass.as_ref());
         let max_domains = self.domains(draft.domains.as_ref());
+        let max_batch = self.max_batch(draft.batch.as_ref());
+        let fault_rate = self.fault_rate(draft.fault_rate.as_ref());
         let longest_poll = self.longest_poll(draft.poll_max_us.as_ref());
         let realtime_priority = self.realtime_priority(draft.realtime_priority.as_ref());
         let memory = self.memory(draft.memory.as_ref());
@@ -342,6 +363,8 @@ impl<'a> Checker<'a> {
             taken.push(path);
         }
         taken.extend(shadow.iter().flatten().map(|listener| &listener.path));
+        let metrics = self.metrics(draft, &taken);
+        taken.extend(metrics.iter().filter_map(|metrics| metrics.socket.as_ref()));
         let emulated = self.emulated(draft, &taken);
         taken.extend(emulated.iter().flatten().map(|device| &device.listen));
         taken.extend(emulated.iter().flatten().map(|device| &device.connect));
@@ -360,6 +383,11 @@ impl<'a> Checker<'a> {
             && let Some(page_mask) = granule.and_then(page_mask)
             && let Some(bypass_at_boot) = bypass_at_boot
             && let Some(max_domains) = max_domains
+            && let Some(name) = name
+            && let Some(control_access) = control_access
+            && let Some(metrics) = metrics
+            && let Some(max_batch) = max_batch
+            && let Some(fault_rate) = fault_rate
             && let Some(longest_poll) = longest_poll
             && let Some(realtime_priority) = realtime_priority
             && let Some(memory) = memory
@@ -374,13 +402,18 @@ impl<'a> Checker<'a> {
             && self.problems.is_empty()
         {
             Ok(Config {
+                name,
                 socket,
                 control,
                 qmp,
+                control_access,
+                metrics,
                 address_width,
                 page_mask,
                 bypass_at_boot,
                 max_domains,
+                max_batch,
+                fault_rate,
                 longest_poll,
                 realtime_priority,
                 memory,

@@ -19,9 +19,9 @@ use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon}
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use crate::config::{Config, Socket};
-use crate::control::{ControlServer, Subjects};
-use crate::device::Device;
+use crate::config::{Config, Socket, SocketAccess};
+use crate::control::{ControlServer, Places, SetLimits, Subjects};
+use crate::device::{Device, WorkerSettings};
 use crate::emulated_side::{EmulatedSide, Refusals};
 use crate::export_side::ExportSide;
 use crate::host_side::{HostSide, HostSideError};
@@ -34,7 +34,7 @@ use crate::qmp::Qmp;
 use crate::realtime::{Realtime, RealtimeError};
 use crate::shadow::ShadowServer;
 use crate::shadow_side::{self, ShadowSideError};
-use crate::socket::{SocketFile, bind};
+use crate::socket::{Access, SocketFile, bind};
 use crate::watchdog::Pulse;
 use crate::{info_limited, warn_limited};
 
@@ -142,7 +142,7 @@ impl Daemon {
         }
         let readers = shadow_side::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
-        let refusals = Arc::new(Refusals::new(metrics.clone()));
+        let refusals = Arc::new(Refusals::new(metrics.clone(), config.fault_rate));
         let mut emulated = EmulatedSide::open(&config.emulated, iommu.topology(), &refusals)
             .map_err(DaemonError::Socket)?;
         for (backend, endpoint) in emulated.backends.drain(..) {
@@ -151,13 +151,12 @@ impl Daemon {
                 .map_err(DaemonError::Backend)?;
         }
         let iommu = Arc::new(Mutex::new(iommu));
-        let device = Device::new(
-            iommu.clone(),
-            metrics.clone(),
-            config.longest_poll,
+        let worker = WorkerSettings {
+            longest_poll: config.longest_poll,
+            max_batch: config.max_batch,
             realtime,
-        )
-        .map_err(no_events)?;
+        };
+        let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
         let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), refusals, emulated);
         let hotplug = Arc::new(hotplug.map_err(|source| DaemonError::System {
@@ -172,22 +171,29 @@ impl Daemon {
             })
             .transpose()?;
         let shadow_files = shadow.iter().flat_map(ShadowServer::files).cloned();
-        let control = config
-            .control
-            .as_deref()
-            .map(|path| {
-                let subjects = Subjects {
-                    iommu: iommu.clone(),
-                    device: device.clone(),
-                    metrics: metrics.clone(),
-                    readers: readers.clone(),
-                    hotplug: hotplug.clone(),
-                };
-                ControlServer::start(path, subjects).map_err(DaemonError::Socket)
-            })
-            .transpose()?;
-        // Last: the clients that connect find everything else there.
+        // Late: the clients that connect find all that they need there.
         hotplug.adopt(ExportSide::open(config, host.exports).map_err(DaemonError::Socket)?);
+        let subjects = Subjects {
+            name: config.name.clone(),
+            iommu: iommu.clone(),
+            device: device.clone(),
+            metrics: metrics.clone(),
+            readers: readers.clone(),
+            hotplug: hotplug.clone(),
+            limits: SetLimits {
+                batch: config.max_batch,
+                fault_rate: config.fault_rate,
+            },
+            clients: Arc::default(),
+        };
+        let control = places(config)
+            .map(|places| ControlServer::start(&places, subjects).map_err(DaemonError::Socket))
+            .transpose()?;
+        let control_files: Vec<_> = control
+            .iter()
+            .flat_map(ControlServer::files)
+            .cloned()
+            .collect();
         let qmp = config.qmp.clone().map(|path| {
             let device = device.clone();
             Qmp::start(path, move || {
@@ -200,7 +206,6 @@ impl Daemon {
             what: "start a thread",
             source,
         })?;
-        let control_file = control.as_ref().map(ControlServer::file);
         Ok(Self {
             device,
             listener,
@@ -210,7 +215,7 @@ impl Daemon {
                 files: file
                     .map(Arc::new)
                     .into_iter()
-                    .chain(control_file)
+                    .chain(control_files)
                     .chain(shadow_files)
                     .collect(),
                 devices: hotplug.files(),
@@ -420,6 +425,31 @@ impl Drop for Daemon {
         // A handle may outlive the daemon.
         StopHandle(self.stop.clone()).remove_sockets();
     }
+}
+
+/// Where the daemon is to be looked into, if anywhere.
+fn places(config: &Config) -> Option<Places> {
+    let access = |access: SocketAccess| Access {
+        mode: access.mode,
+        group: access.group,
+    };
+    let metrics = &config.metrics;
+    let places = Places {
+        control: config
+            .control
+            .clone()
+            .map(|path| (path, access(config.control_access))),
+        metrics: metrics
+            .socket
+            .clone()
+            .map(|path| (path, access(metrics.access))),
+        textfile: metrics
+            .textfile
+            .as_ref()
+            .map(|file| (file.path.clone(), file.interval)),
+    };
+    let any = places.control.is_some() || places.metrics.is_some() || places.textfile.is_some();
+    any.then_some(places)
 }
 
 fn listener(socket: Option<&Socket>) -> Result<(Listener, Option<SocketFile>), DaemonError> {

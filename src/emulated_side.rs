@@ -88,11 +88,12 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// None so far. What is dropped is counted in `metrics`.
-    pub fn new(metrics: Arc<Metrics>) -> Self {
+    /// None so far. Up to `rate` of one endpoint are passed on in a second; what is dropped is counted
+    /// in `metrics`.
+    pub fn new(metrics: Arc<Metrics>, rate: u32) -> Self {
         Self {
             queue: Arc::default(),
-            budgets: Mutex::default(),
+            budgets: Mutex::new(Budgets::new(rate)),
             metrics,
         }
     }
@@ -132,6 +133,7 @@ impl FaultSink for Refusals {
             || self.budgets.lock().take(fault.endpoint, Instant::now());
         if !(may && self.queue.push(fault)) {
             self.metrics.faults_dropped.inc();
+            self.metrics.faults_suppressed.inc();
         }
     }
 }
@@ -156,7 +158,7 @@ mod tests {
     #[test]
     fn refusals_become_faults_and_those_nobody_takes_are_counted() {
         let metrics = Arc::new(Metrics::default());
-        let refusals = Refusals::new(metrics.clone());
+        let refusals = Refusals::new(metrics.clone(), 100);
         let reasons = [
             (Refusal::NotMapped, FaultReason::Mapping),
             (Refusal::NotAttached, FaultReason::Domain),
@@ -187,7 +189,7 @@ mod tests {
     #[test]
     fn one_endpoint_does_not_take_the_room_of_the_others() {
         let metrics = Arc::new(Metrics::default());
-        let refusals = Refusals::new(metrics.clone());
+        let refusals = Refusals::new(metrics.clone(), 100);
         for number in 0..1000 {
             refusals.refused(&refused(1, number, Refusal::NotMapped));
         }

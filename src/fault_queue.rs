@@ -20,8 +20,8 @@ pub const MAX_WAITING: usize = 256;
 
 /// Faults of one endpoint that are passed on at once.
 const BURST: u32 = 64;
-/// And after that one in this time.
-const REFILL: Duration = Duration::from_millis(10);
+/// And after that so many in a second, unless told otherwise.
+const USUAL_RATE: u32 = 100;
 
 /// What waits for being delivered, first in, first out.
 #[derive(Debug)]
@@ -127,18 +127,34 @@ impl Drop for FaultDelivery {
     }
 }
 
-/// How many faults of each endpoint are passed on: 64 at once, and after that one in 10 ms.
-#[derive(Debug, Default)]
+/// How many faults of each endpoint are passed on: 64 at once, and after that so many in a second.
+#[derive(Debug)]
 pub struct Budgets {
+    /// How long it takes until there may be one more.
+    refill: Duration,
     /// Of endpoints that have had faults.
     endpoints: BTreeMap<EndpointId, Budget>,
 }
 
+impl Default for Budgets {
+    fn default() -> Self {
+        Self::new(USUAL_RATE)
+    }
+}
+
 impl Budgets {
+    /// Up to `rate` in a second, which is at least 1.
+    pub fn new(rate: u32) -> Self {
+        Self {
+            refill: Duration::from_secs(1) / rate.max(1),
+            endpoints: BTreeMap::new(),
+        }
+    }
+
     /// Whether a fault of `endpoint` at `now` is passed on.
     pub fn take(&mut self, endpoint: EndpointId, now: Instant) -> bool {
         let budget = self.endpoints.entry(endpoint);
-        budget.or_insert(Budget::new(now)).take(now)
+        budget.or_insert(Budget::new(now)).take(now, self.refill)
     }
 }
 
@@ -156,9 +172,9 @@ impl Budget {
         }
     }
 
-    fn take(&mut self, now: Instant) -> bool {
-        let elapsed = now.saturating_duration_since(self.since).as_millis();
-        let earned = u32::try_from(elapsed / REFILL.as_millis()).unwrap_or(u32::MAX);
+    fn take(&mut self, now: Instant, refill: Duration) -> bool {
+        let elapsed = now.saturating_duration_since(self.since).as_nanos();
+        let earned = u32::try_from(elapsed / refill.as_nanos().max(1)).unwrap_or(u32::MAX);
         if earned > 0 {
             self.left = self.left.saturating_add(earned).min(BURST);
             self.since = now;

@@ -14,7 +14,7 @@ use crate::backends::vfio_user::Watch;
 use crate::config::{Config, ConfigError, Descriptors};
 use crate::device::Device;
 use crate::emulated_side::{EmulatedSide, Refusals};
-use crate::export::ExportServer;
+use crate::export::{ExportServer, ExportState};
 use crate::export_side::ExportSide;
 use crate::fault_queue::FaultDelivery;
 use crate::host_side::{HostSide, HostSideError};
@@ -159,6 +159,15 @@ impl Hotplug {
     /// The host's names of endpoints that are its devices.
     pub fn hosts(&self) -> BTreeMap<EndpointId, String> {
         self.parts.lock().hosts.clone()
+    }
+
+    /// How the devices are doing that are offered to the VMM.
+    pub fn export_states(&self) -> Vec<(EndpointId, Arc<ExportState>)> {
+        let parts = self.parts.lock();
+        let exports = parts.exports.iter();
+        exports
+            .map(|(at, server)| (at.endpoint_id(), server.state()))
+            .collect()
     }
 
     /// The files of the devices' sockets, now and later.

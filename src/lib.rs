@@ -26,6 +26,7 @@ pub mod drop_in;
 pub mod emulated_side;
 pub mod export;
 pub mod export_side;
+pub mod fault_log;
 pub mod fault_queue;
 pub mod guest_memory;
 pub mod host_check;
@@ -64,5 +65,6 @@ pub mod socket;
 pub mod topology;
 pub mod vfio;
 pub mod vfio_user;
+pub mod vm_log;
 #[cfg(not(miri))]
 pub mod watchdog;

@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs};
@@ -26,6 +27,7 @@ use vhost_device_iommu::service::Service;
 use vhost_device_iommu::signals;
 use vhost_device_iommu::topology::host::HostRoot;
 use vhost_device_iommu::topology::viot;
+use vhost_device_iommu::vm_log;
 use vhost_device_iommu::watchdog::Watchdog;
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -102,13 +104,7 @@ fn serve(args: &RunArgs) -> Outcome {
     let args = &args;
     let config = Config::try_from(args)?;
     let ready = Ready::adopt(args.ready_fd)?;
-    // What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
-    let default_level = env_logger::Env::default().default_filter_or("info,virtio_queue=off");
-    let mut logger = env_logger::Builder::from_env(default_level);
-    if journal::is_listening() {
-        logger.format(journal::write);
-    }
-    logger.init();
+    vm_log::init(&config.name);
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
     } else {
@@ -169,6 +165,16 @@ fn launch(
 
 /// Asks a running daemon and prints its answer.
 fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
+    if let Question::Watch { interval, count } = question {
+        let interval = Duration::from_secs(*interval);
+        return Ok(ctl::watch(
+            socket,
+            interval,
+            *count,
+            json,
+            &mut io::stdout(),
+        )?);
+    }
     let answer = ctl::ask(socket, question)?;
     if json {
         print(&format!("{answer:#}\n"))

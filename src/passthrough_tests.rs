@@ -717,13 +717,12 @@ fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
     for says_something in [true, false] {
         let kernel = FakeKernel::default();
         let iommu = Arc::new(Mutex::new(with_unbound_device(&kernel)));
-        let device = Device::new(
-            iommu.clone(),
-            Arc::default(),
-            std::time::Duration::ZERO,
-            None,
-        )
-        .expect("event descriptors");
+        let worker = crate::device::WorkerSettings {
+            longest_poll: std::time::Duration::ZERO,
+            max_batch: 64,
+            realtime: None,
+        };
+        let device = Device::new(iommu.clone(), Arc::default(), worker).expect("event descriptors");
         let quarantined = || iommu.lock().endpoint(A).expect("an endpoint").quarantined;
         device.connect();
         assert!(!quarantined(), "nothing was tried yet");

@@ -1,6 +1,6 @@
 //! What a configuration asks of the sandbox.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::{Config, Socket};
 use crate::sandbox::{Needs, Plugging};
@@ -21,15 +21,8 @@ pub fn needs(config: &Config) -> Needs {
         .chain(config.emulated.iter().map(|device| &device.listen))
         .chain(config.exports.iter().map(|export| &export.path))
         .chain(config.shadow.iter().map(|listener| &listener.path))
-        .filter_map(|path| path.parent())
-        .map(|folder| {
-            // A bare name is of a socket in the folder that the daemon is in.
-            if folder.as_os_str().is_empty() {
-                Path::new(".").to_owned()
-            } else {
-                folder.to_owned()
-            }
-        })
+        .chain(&config.metrics.socket)
+        .map(|path| folder(path))
         .collect();
     socket_folders.sort_unstable();
     socket_folders.dedup();
@@ -49,14 +42,25 @@ pub fn needs(config: &Config) -> Needs {
             nodes: ["/dev/vfio", "/dev/iommu"].map(Into::into).into(),
             facts: vec!["/sys".into()],
         }),
+        textfile_folder: config
+            .metrics
+            .textfile
+            .as_ref()
+            .map(|file| folder(&file.path)),
         socket_folders,
+    }
+}
+
+/// Where a file is; a bare name is of one in the folder that the daemon is in.
+fn folder(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        Some(_) | None => PathBuf::from("."),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
-
     use super::*;
 
     fn needs_of(text: &str) -> Needs {

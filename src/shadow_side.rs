@@ -58,6 +58,7 @@ pub fn add_backend(
         patience: config.readers.patience,
         readers: config.readers.limit,
         users: config.readers.users.clone(),
+        fault_rate: config.fault_rate,
         ..Limits::default()
     };
     let registry = Registry::new(iommu.arena_mut(), endpoints, limits)?;

@@ -1,17 +1,21 @@
 //! Listening sockets at paths, and the files they leave.
 
-use std::fs;
+use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, SystemTime};
 
 use log::debug;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
 /// How long another listener may take to accept before it counts as alive.
 const PROBE: Duration = Duration::from_secs(1);
+/// Clients that wait for being accepted.
+const BACKLOG: i32 = 128;
 
 /// The file of a listening socket; removed when dropped, if it is still the same file.
 #[derive(Debug)]
@@ -52,11 +56,55 @@ impl Drop for SocketFile {
     }
 }
 
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The rights of its file.
+    pub mode: u32,
+    /// The number of the file's group, where it is not the process's own.
+    pub group: Option<u32>,
+}
+
+/// A listening socket at `path`, in place of one that nobody listens on any more. At no time can
+/// anybody connect whom `access` does not let in.
+///
+/// # Errors
+/// As of [`bind`], and where the file cannot be given its group or rights.
+pub fn bind_for(path: &Path, access: Access) -> io::Result<(UnixListener, SocketFile)> {
+    let shown = path.display();
+    bind_with(path, || {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // What the file begins with: nothing for anybody but its owner.
+        let socket = File::from(socket);
+        socket.set_permissions(Permissions::from_mode(access.mode & 0o700))?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        if access.group.is_some() {
+            lchown(path, None, access.group).map_err(|cause| {
+                let what = format!(
+                    "cannot give {shown} its group: {cause}; the daemon must be a member of it, or root"
+                );
+                io::Error::new(cause.kind(), what)
+            })?;
+        }
+        fs::set_permissions(path, Permissions::from_mode(access.mode))?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(UnixListener::from(OwnedFd::from(socket)))
+    })
+}
+
 /// A listening socket at `path`, in place of one that nobody listens on any more.
 ///
 /// # Errors
 /// Where something else is there, or another process listens.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    bind_with(path, || UnixListener::bind(path))
+}
+
+fn bind_with(
+    path: &Path,
+    make: impl FnOnce() -> io::Result<UnixListener>,
+) -> io::Result<(UnixListener, SocketFile)> {
     let shown = path.display();
     let refuse = |kind, why: String| Err(io::Error::new(kind, why));
     if let Ok(found) = fs::symlink_metadata(path) {
@@ -87,8 +135,8 @@ pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
             }
         }
     }
-    let made = UnixListener::bind(path)
-        .map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {shown}: {e}")))?;
+    let made =
+        make().map_err(|e| io::Error::new(e.kind(), format!("cannot listen on {shown}: {e}")))?;
     let file = SocketFile {
         path: path.to_owned(),
         identity: identity(path)?,
@@ -142,6 +190,26 @@ mod tests {
         let refused = bind(&path).expect_err("no socket");
         assert!(refused.to_string().contains("not a socket"), "{refused}");
         assert!(path.exists());
+    }
+
+    #[test]
+    fn a_socket_has_the_rights_it_is_given() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("s");
+        for mode in [0o600, 0o666, 0o000, 0o660] {
+            let group = Some(folder.path().metadata().expect("a group").gid());
+            let (listener, file) = bind_for(&path, Access { mode, group }).expect("a free path");
+            let found = fs::metadata(&path).expect("it is there");
+            assert_eq!(found.mode() & 0o7777, mode);
+            assert_eq!(Some(found.gid()), group);
+            if mode & 0o200 != 0 {
+                UnixStream::connect(&path).expect("it listens");
+                let taken = bind_for(&path, Access { mode, group }).expect_err("in use");
+                assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
+            }
+            drop((listener, file));
+            assert!(!path.exists());
+        }
     }
 
     #[test]

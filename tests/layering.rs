@@ -39,6 +39,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "protocol",
             "iommu",
+            "fault_log",
             "guest_memory",
             "backends",
             "realtime",
@@ -51,6 +52,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "backends",
             "device",
+            "export",
+            "fault_log",
             "iommu",
             "guest_memory",
             "hotplug",
@@ -58,10 +61,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "shadow",
             "socket",
             "topology",
+            "vm_log",
             "watchdog",
         ],
     ),
     ("socket", &[]),
+    ("fault_log", &["iommu"]),
+    ("vm_log", &["journal"]),
     ("fault_queue", &[]),
     ("shadow", &["fault_queue", "page_table", "socket"]),
     (

@@ -69,7 +69,7 @@ impl VfioUser {
         let endpoint = device.endpoint;
         let space = Space::new(endpoint, device.isolation, device.reserved, sink);
         let space = Arc::new(space);
-        let link = Arc::new(Link::new(device.deadline)?);
+        let link = Arc::new(Link::new(device.name.clone(), device.deadline)?);
         let settings = Settings {
             name: device.name.clone(),
             server: device.server,
@@ -216,6 +216,11 @@ pub struct EmulatedState {
 }
 
 impl Watch {
+    /// The device's endpoint.
+    pub fn endpoint(&self) -> EndpointId {
+        self.endpoint
+    }
+
     /// How it is doing now. Waits for a copy that is under way, and for nobody else.
     pub fn state(&self) -> EmulatedState {
         let (windows, refused) = self.space.figures();

@@ -122,13 +122,19 @@ impl<'de> Deserialize<'de> for Scalar {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Draft {
+    pub name: Option<Given<Scalar>>,
     pub socket: Option<Given<Scalar>>,
     pub control: Option<Given<Scalar>>,
+    pub control_mode: Option<Given<Scalar>>,
+    pub control_group: Option<Given<Scalar>>,
+    pub metrics: Option<Given<MetricsDraft>>,
     pub address: Option<Given<Scalar>>,
     pub address_width: Option<Given<Scalar>>,
     pub bypass: Option<Given<Scalar>>,
     pub granule: Option<Given<Scalar>>,
     pub domains: Option<Given<Scalar>>,
+    pub batch: Option<Given<Scalar>>,
+    pub fault_rate: Option<Given<Scalar>>,
     pub poll_max_us: Option<Given<Scalar>>,
     pub realtime_priority: Option<Given<Scalar>>,
     pub memory: Option<Given<Scalar>>,
@@ -141,6 +147,16 @@ pub(super) struct Draft {
     pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
     #[serde(default)]
     pub endpoint: Vec<Given<EndpointDraft>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub(super) struct MetricsDraft {
+    pub socket: Option<Given<Scalar>>,
+    pub mode: Option<Given<Scalar>>,
+    pub group: Option<Given<Scalar>>,
+    pub textfile: Option<Given<Scalar>>,
+    pub interval_s: Option<Given<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

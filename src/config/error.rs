@@ -8,8 +8,9 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::{
-    MAX_ARENA, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FILE, MAX_MEMORY, MAX_POLL_US, MAX_PRIORITY,
-    MAX_READERS, MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_WIDTH,
+    MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
+    MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_SOCKET_PATH, MAX_USERS,
+    MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
@@ -373,6 +374,39 @@ pub enum Fault {
     /// The realtime priority is out of range.
     #[error("{0} is no realtime priority; give 1 to {MAX_PRIORITY}, or leave it out")]
     Priority(i128),
+    /// A pass takes too few or too many requests.
+    #[error("{0} requests cannot be taken at a time; give 1 to {MAX_BATCH}")]
+    Batch(i128),
+    /// Too few or too many faults.
+    #[error("{0} faults in a second cannot be; give 1 to {MAX_FAULT_RATE}")]
+    FaultRate(i128),
+    /// Not a name for a VM.
+    #[error(
+        "{0:?} is no name of a VM; use 1 to {MAX_NAME} printable ASCII characters without spaces, or leave \
+         it out for the name of the file"
+    )]
+    Name(String),
+    /// Not the rights of a file.
+    #[error("{0:?} are no rights of a socket's file; write them in octal, such as \"0660\"")]
+    SocketMode(String),
+    /// No group.
+    #[error("{0} is no group's number; give what `getent group NAME` prints third")]
+    SocketGroup(String),
+    /// Metrics without a place to go.
+    #[error("nobody would get the metrics; give `socket`, `textfile` or both")]
+    MetricsNowhere,
+    /// A socket for two purposes.
+    #[error("another socket has this path; use another path in `metrics.socket`")]
+    MetricsPath,
+    /// A file that node_exporter would not read.
+    #[error(
+        "{0:?} is no textfile; give a path of printable characters that ends with .prom, which is what \
+         node_exporter reads"
+    )]
+    Textfile(String),
+    /// Written too often or too seldom.
+    #[error("{0} seconds cannot be; give {MIN_INTERVAL_S} to {MAX_INTERVAL_S}")]
+    Interval(i128),
     /// The number of domains is out of range.
     #[error("{0} domains are not possible; give 1 to {MAX_DOMAINS}")]
     Domains(i128),

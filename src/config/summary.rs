@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Config, Readers, Socket};
+use super::{Config, Readers, Socket, SocketAccess};
 use crate::topology::EndpointRange;
 
 /// The most endpoint ranges that are listed one by one.
@@ -24,6 +24,7 @@ impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let config = self.config;
         let topology = &config.topology;
+        writeln!(f, "name:             {}", config.name)?;
         match &config.socket {
             Some(Socket::Path(path)) => writeln!(f, "socket:           {}", path.display())?,
             Some(Socket::Fd(fd)) => writeln!(f, "socket:           descriptor {fd}")?,
@@ -33,11 +34,22 @@ impl fmt::Display for Summary<'_> {
             )?,
         }
         match &config.control {
-            Some(path) => writeln!(f, "control socket:   {}", path.display())?,
+            Some(path) => {
+                let access = Access(config.control_access);
+                writeln!(f, "control socket:   {}, {access}", path.display())?;
+            }
             None => writeln!(f, "control socket:   none")?,
         }
         if let Some(path) = &config.qmp {
             writeln!(f, "QMP socket:       {}", path.display())?;
+        }
+        if let Some(path) = &config.metrics.socket {
+            let access = Access(config.metrics.access);
+            writeln!(f, "metrics socket:   {}, {access}", path.display())?;
+        }
+        if let Some(file) = &config.metrics.textfile {
+            let (path, interval) = (file.path.display(), file.interval);
+            writeln!(f, "metrics textfile: {path}, every {interval:?}")?;
         }
         writeln!(f, "IOMMU address:    {}", topology.iommu())?;
         writeln!(f, "address width:    {} bits", config.address_width)?;
@@ -68,6 +80,16 @@ impl fmt::Display for Summary<'_> {
         let bypass = if config.bypass_at_boot { "on" } else { "off" };
         writeln!(f, "bypass at boot:   {bypass}")?;
         writeln!(f, "domains:          up to {}", config.max_domains)?;
+        writeln!(
+            f,
+            "worker:           up to {} requests at a time, polls up to {:?}",
+            config.max_batch, config.longest_poll
+        )?;
+        writeln!(
+            f,
+            "faults:           up to {} a second of an endpoint",
+            config.fault_rate
+        )?;
         match config.memory {
             Some(bytes) => writeln!(f, "guest memory:     {}", Bytes(bytes))?,
             None => writeln!(f, "guest memory:     not given")?,
@@ -139,6 +161,19 @@ impl Summary<'_> {
             }
         }
         writeln!(f)
+    }
+}
+
+/// Who may connect to a socket.
+struct Access(SocketAccess);
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "mode {:04o}", self.0.mode)?;
+        match self.0.group {
+            Some(group) => write!(f, ", group {group}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -160,7 +160,11 @@ fn options_override_the_file() {
     let path = file.path().display();
 
     let config = flags(&format!("--config {path}")).expect("the file alone");
-    assert_eq!(config, parse(GOOD).expect("good"));
+    let named = Config {
+        name: config.name.clone(),
+        ..parse(GOOD).expect("good")
+    };
+    assert_eq!(config, named);
 
     let config = flags(&format!(
         "--config {path} --fd 7 --iommu 00:06.0 --endpoint 02:00.0 --bypass on --granule 4k \
@@ -1062,7 +1066,10 @@ fn the_summary_says_everything() {
     let summary = parse(GOOD).expect("good").summary().to_string();
     for line in [
         "socket:           /run/vm0/iommu.sock",
-        "control socket:   /run/vm0/iommu.ctl",
+        "name:             vm0",
+        "control socket:   /run/vm0/iommu.ctl, mode 0600",
+        "worker:           up to 64 requests at a time, polls up to 0ns",
+        "faults:           up to 100 a second of an endpoint",
         "IOMMU address:    0000:00:05.0",
         "address width:    57 bits",
         "page sizes:       64 KiB 2 MiB 1 GiB",

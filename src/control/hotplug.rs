@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{VERSION, refusal};
+use super::commands::{VERSION, refusal};
 use crate::hotplug::Hotplug;
 use crate::topology::PciRange;
 

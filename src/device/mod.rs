@@ -29,6 +29,7 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::fault_log::FaultLog;
 use crate::guest_memory::{check_regions, slots};
 use crate::iommu::{Fault, Iommu};
 use crate::metrics::Metrics;
@@ -61,6 +62,17 @@ const WAKE_EVENT: u16 = 3;
 const PULSE_EVENT: u16 = 4;
 /// The longest ring a driver may use.
 const MAX_QUEUE_SIZE: usize = 1024;
+
+/// How the worker serves.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkerSettings {
+    /// How long it looks at an empty request ring at most before it sleeps.
+    pub longest_poll: Duration,
+    /// The most requests it takes off the ring at a time.
+    pub max_batch: usize,
+    /// The priority it has, where it is not the usual one.
+    pub realtime: Option<Realtime>,
+}
 
 /// The virtio-iommu device of one VM.
 ///
@@ -98,7 +110,9 @@ pub struct Device {
     pulse: Arc<Pulse>,
     /// Descriptors vhost-user-backend has given up without closing them.
     exit_consumers: Mutex<Vec<RawFd>>,
+    max_batch: usize,
     metrics: Arc<Metrics>,
+    faults: FaultLog,
 }
 
 #[derive(Default)]
@@ -112,16 +126,14 @@ struct Requests {
 }
 
 impl Device {
-    /// The device in front of `iommu`, without a frontend. Its worker looks at an empty request
-    /// ring for `longest_poll` at most before it sleeps, and has a realtime priority where it is to.
+    /// The device in front of `iommu`, without a frontend.
     ///
     /// # Errors
     /// Where the system has no event descriptor left.
     pub fn new(
         iommu: Arc<Mutex<Iommu>>,
         metrics: Arc<Metrics>,
-        longest_poll: Duration,
-        realtime: Option<Realtime>,
+        worker: WorkerSettings,
     ) -> io::Result<Self> {
         let (config, bypass) = {
             let iommu = iommu.lock();
@@ -145,13 +157,15 @@ impl Device {
             spoken: AtomicBool::new(false),
             shutdown: AtomicBool::new(false),
             memory_changes: AtomicU64::new(0),
-            polling: Mutex::new(Polling::new(longest_poll)),
-            realtime,
+            polling: Mutex::new(Polling::new(worker.longest_poll)),
+            realtime: worker.realtime,
             ordinary: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             pulse: Arc::new(Pulse::new("the worker")?),
             exit_consumers: Mutex::default(),
+            max_batch: worker.max_batch,
             metrics,
+            faults: FaultLog::default(),
         })
     }
 
@@ -168,6 +182,16 @@ impl Device {
         } else {
             self.metrics.faults_dropped.inc();
         }
+        drop(events);
+        if let Some(counter) = self.metrics.faults.get(fault.reason as usize) {
+            counter.inc();
+        }
+        self.faults.add(*fault, delivered);
+    }
+
+    /// The faults that were reported.
+    pub fn faults(&self) -> &FaultLog {
+        &self.faults
     }
 
     /// Counters.
@@ -351,6 +375,7 @@ impl Device {
             features: self.features.load(Ordering::Acquire),
             config: &self.config,
             metrics: &self.metrics,
+            max_batch: self.max_batch,
         };
         let pass = requests.queue.serve(ring, &mut context);
         MutexGuard::unlock_fair(iommu);

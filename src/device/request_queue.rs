@@ -15,9 +15,9 @@ use super::ring::{is_running, signal};
 use super::view::GuestView;
 use crate::address::{Access, IovaRange, Mapping};
 use crate::ids::DomainId;
-use crate::iommu::{Iommu, RequestError};
+use crate::iommu::{FaultReason, Iommu, RequestError};
 use crate::log_limit::{self, LogLimit};
-use crate::metrics::{Metrics, REQUEST_KINDS, STATUSES};
+use crate::metrics::{FAULT_REASONS, Metrics, REQUEST_KINDS, SINGLES_PER_LOOK, STATUSES};
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::probe::{RESV_MEM_LEN, push_resv_mem};
 use crate::protocol::reply::{Status, TAIL_LEN, write_reply};
@@ -30,8 +30,6 @@ use crate::protocol::wire::{
 use crate::topology::ReservedKind;
 use crate::warn_limited;
 
-/// Chains taken off the ring at a time.
-const MAX_BATCH: usize = 64;
 /// How long a pass may take chains; those left are put back for the next one. A single request
 /// takes no longer than the arena is large.
 const MAX_PASS: Duration = Duration::from_millis(1);
@@ -66,6 +64,8 @@ pub struct RequestQueue {
     /// Of the UNMAPs that come next, which were served together with one before.
     unmapped: VecDeque<Result<(), RequestError>>,
     ranges: Vec<IovaRange>,
+    /// Passes of a single request, to look at the time of some of them.
+    singles: u64,
 }
 
 /// What serving requests needs besides the queue.
@@ -80,6 +80,8 @@ pub struct Context<'a> {
     pub config: &'a ConfigSpace,
     /// Counters.
     pub metrics: &'a Metrics,
+    /// The most requests of a pass.
+    pub max_batch: usize,
 }
 
 impl RequestQueue {
@@ -92,13 +94,13 @@ impl RequestQueue {
             return Pass::Stopped;
         }
         let view = GuestView::new(context.memory);
-        let taken = self.take_chains(vring, &view);
+        let taken = self.take_chains(vring, &view, context);
         if taken != Pass::Served {
             return taken;
         }
         let chains = std::mem::take(&mut self.chains);
-        // Not asked for a single request, of whose time it is a good part.
-        let started = (chains.len() > 1).then(Instant::now);
+        let weight = self.weight(chains.len());
+        let started = (weight > 0).then(Instant::now);
         let mut told = started;
         let mut work = 0;
         let mut left = chains.len();
@@ -136,7 +138,23 @@ impl RequestQueue {
         self.chains.clear();
         self.spans.clear();
         self.publish(vring, &view, left);
+        if let Some(started) = started {
+            context.metrics.batches.record(started.elapsed(), weight);
+        }
         Pass::Served
+    }
+
+    /// How many batches one of `requests` counts for; 0 where its time is not looked at.
+    fn weight(&mut self, requests: usize) -> u64 {
+        if requests > 1 {
+            return 1;
+        }
+        self.singles = self.singles.wrapping_add(1);
+        if self.singles.is_multiple_of(SINGLES_PER_LOOK) {
+            SINGLES_PER_LOOK
+        } else {
+            0
+        }
     }
 
     /// Where several UNMAPs of one domain are next, serves them in one go: a backend takes hardly
@@ -186,7 +204,12 @@ impl RequestQueue {
     }
 
     /// Takes chains off the ring.
-    fn take_chains(&mut self, vring: &VringRwLock, view: &GuestView<'_>) -> Pass {
+    fn take_chains(
+        &mut self,
+        vring: &VringRwLock,
+        view: &GuestView<'_>,
+        context: &Context<'_>,
+    ) -> Pass {
         let mut ring = vring.get_mut();
         if !is_running(&ring) {
             return Pass::Stopped;
@@ -207,7 +230,10 @@ impl RequestQueue {
                 return Pass::Stopped;
             }
         };
-        for _ in 0..usize::from(count).min(MAX_BATCH) {
+        if usize::from(count) > context.max_batch {
+            context.metrics.batch_full.inc();
+        }
+        for _ in 0..usize::from(count).min(context.max_batch) {
             let Some(head) = request_ring::take(queue, view) else {
                 break;
             };
@@ -311,6 +337,7 @@ impl RequestQueue {
             Ok(()) => Status::Ok,
             Err(error) => {
                 let status = Status::from(&error);
+                count_cause(context.metrics, request.kind(), &error);
                 // A flood of one kind must not hide the others.
                 static LIMITS: [LogLimit; REQUEST_KINDS] =
                     [const { LogLimit::new() }; REQUEST_KINDS];
@@ -319,10 +346,10 @@ impl RequestQueue {
                     log::Level::Warn,
                     module_path!(),
                     format_args!(
-                        "{} refused with status {}: {error}{}",
+                        "{} refused with status {}: {error} ({})",
                         request.kind().name(),
                         status.name(),
-                        InDomain(request)
+                        Subject(request)
                     ),
                 );
                 status
@@ -436,6 +463,7 @@ impl RequestQueue {
 
 const _: () = assert!(RequestKind::ALL.len() == REQUEST_KINDS);
 const _: () = assert!(Status::ALL.len() == STATUSES);
+const _: () = assert!(FaultReason::ALL.len() == FAULT_REASONS);
 
 /// Size of PROBE's property list that holds `regions` regions, in bytes.
 pub fn probe_size(regions: usize) -> u32 {
@@ -516,16 +544,52 @@ fn first_byte(bytes: &[u8]) -> u8 {
     bytes.first().copied().unwrap_or(0)
 }
 
-/// " (domain 3)" for messages, where the request names one.
-struct InDomain<'a>(&'a Request);
+/// Counts what is behind a refusal: a limit, or a backend.
+fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
+    match error {
+        RequestError::OutOfFrames { .. } => metrics.arena_full.inc(),
+        RequestError::DomainOutOfRange { .. } => metrics.domain_beyond.inc(),
+        RequestError::Backend(_) | RequestError::Quarantined { .. } => {
+            if let Some(counter) = metrics.backend_failures.get(kind as usize) {
+                counter.inc();
+            }
+        }
+        RequestError::NoSuchEndpoint(_)
+        | RequestError::NoSuchDomain(_)
+        | RequestError::NotAttached { .. }
+        | RequestError::BypassMismatch { .. }
+        | RequestError::BypassDomain(_)
+        | RequestError::UnknownFlags(_)
+        | RequestError::ReservedNotZero
+        | RequestError::EmptyRange { .. }
+        | RequestError::Misaligned { .. }
+        | RequestError::OutsideInputRange { .. }
+        | RequestError::PhysOutOfRange(_)
+        | RequestError::Overlap { .. }
+        | RequestError::Reserved { .. }
+        | RequestError::WouldSplit { .. }
+        | RequestError::GroupElsewhere { .. }
+        | RequestError::RegionClash { .. }
+        | RequestError::ProbeTooSmall { .. } => {}
+    }
+}
 
-impl std::fmt::Display for InDomain<'_> {
+/// "endpoint 0x30, domain 3" for messages: what a request names of the two.
+struct Subject<'a>(&'a Request);
+
+impl std::fmt::Display for Subject<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.0 {
             Request::Map { domain, .. } | Request::Unmap { domain, .. } => {
-                write!(f, " (domain {domain})")
+                write!(f, "domain {domain}")
             }
-            Request::Attach { .. } | Request::Detach { .. } | Request::Probe { .. } => Ok(()),
+            Request::Attach {
+                domain, endpoint, ..
+            }
+            | Request::Detach { domain, endpoint } => {
+                write!(f, "endpoint {endpoint}, domain {domain}")
+            }
+            Request::Probe { endpoint } => write!(f, "endpoint {endpoint}"),
         }
     }
 }

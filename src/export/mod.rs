@@ -15,4 +15,4 @@ mod irqs;
 mod server;
 
 pub use self::device::{Offered, RegionReply};
-pub use self::server::ExportServer;
+pub use self::server::{ExportServer, ExportState};

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use zerocopy::IntoBytes;
 
 use super::device::Offered;
+use crate::metrics::Counter;
 use crate::sandbox::{self, Role};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
@@ -27,8 +29,26 @@ const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it takes to try once more to accept a client, or to wait.
 const RETRY: Duration = Duration::from_millis(100);
 
+/// How an exported device is doing.
+#[derive(Debug, Default)]
+pub struct ExportState {
+    connected: AtomicBool,
+    /// Clients so far.
+    pub clients: Counter,
+    /// Those of them that were cut off for what they said.
+    pub cut_offs: Counter,
+}
+
+impl ExportState {
+    /// Whether a client is there.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+}
+
 /// A server of one device; dropping it ends it, and releases the device.
 pub struct ExportServer {
+    state: Arc<ExportState>,
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -41,17 +61,25 @@ impl ExportServer {
     pub fn start(listener: UnixListener, device: Offered) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let state = Arc::new(ExportState::default());
         let mut server = Server {
             device,
+            state: state.clone(),
             listener,
             stop: stop.clone(),
             client: None,
         };
         let thread = sandbox::spawn(Role::Export, move || server.run())?;
         Ok(Self {
+            state,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// How it is doing, whoever owns the server.
+    pub fn state(&self) -> Arc<ExportState> {
+        self.state.clone()
     }
 }
 
@@ -72,6 +100,7 @@ impl Drop for ExportServer {
 /// All the thread has.
 struct Server {
     device: Offered,
+    state: Arc<ExportState>,
     listener: UnixListener,
     stop: Arc<OwnedFd>,
     client: Option<Client>,
@@ -158,6 +187,8 @@ impl Server {
         match self.listener.accept() {
             Ok((socket, _)) => {
                 info_limited!("{name}: a client has connected");
+                self.state.clients.inc();
+                self.state.connected.store(true, Ordering::Relaxed);
                 self.client = Some(Client {
                     socket,
                     receiver: Receiver::default(),
@@ -187,6 +218,7 @@ impl Server {
         };
         let name = self.device.name();
         if odd {
+            self.state.cut_offs.inc();
             warn_limited!("{name}: the client is cut off: {why}");
         } else {
             info_limited!("{name}: the client is gone: {why}");
@@ -194,6 +226,7 @@ impl Server {
         // The next one finds the device as after a reset; this one is told last that it is gone.
         let gone = self.client.take();
         self.device.release();
+        self.state.connected.store(false, Ordering::Relaxed);
         drop(gone);
     }
 }

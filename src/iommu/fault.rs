@@ -15,6 +15,9 @@ pub enum FaultReason {
 }
 
 impl FaultReason {
+    /// All reasons, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Unknown, Self::Domain, Self::Mapping];
+
     /// The name in lower case.
     pub fn name(self) -> &'static str {
         match self {

@@ -18,6 +18,7 @@ mod error;
 mod fault;
 mod groups;
 mod hotplug;
+mod look;
 mod memory;
 #[cfg(test)]
 mod tests;
@@ -44,6 +45,7 @@ use self::memory::{is_all_reachable, reachable_bytes};
 pub use self::error::RequestError;
 pub use self::fault::{Fault, FaultReason};
 pub use self::hotplug::{AddError, NewEndpoints};
+pub use self::look::{Next, Totals};
 
 /// A domain of this many page-table frames may always grow within the arena's last part, so that
 /// one domain that uses up the arena does not keep the others from working.
@@ -715,13 +717,7 @@ impl Iommu {
 
     /// The domains, in the order of their IDs.
     pub fn domains(&self) -> impl Iterator<Item = DomainState> {
-        self.domains.iter().map(|(&id, domain)| DomainState {
-            id,
-            bypass: domain.is_bypass(),
-            endpoints: domain.members.iter().copied().collect(),
-            mappings: domain.table.as_ref().map_or(0, Table::mapping_count),
-            mapped_bytes: domain.table.as_ref().map_or(0, Table::mapped_bytes),
-        })
+        self.domains_from(DomainId(0))
     }
 
     /// The mappings of a domain from the one at or after `from` on, in the order of addresses.

@@ -65,8 +65,13 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(descriptors());
+            list.extend(always(&[libc::SYS_geteuid]));
             if let Some(plugged) = &needs.plugging {
                 list.extend(plugging(needs, plugged));
+            }
+            if needs.textfile_folder.is_some() {
+                list.extend(always(&TEXTFILE));
+                list.extend(always(&REMOVE_SOCKETS));
             }
         }
         Role::Shadow => {
@@ -238,6 +243,12 @@ const OPEN: [c_long; 10] = [
     libc::SYS_socketpair,
 ];
 
+/// A file is written beside another, which it then takes the place of. Where, Landlock decides.
+#[cfg(target_arch = "x86_64")]
+const TEXTFILE: [c_long; 3] = [libc::SYS_openat, libc::SYS_rename, libc::SYS_renameat2];
+#[cfg(not(target_arch = "x86_64"))]
+const TEXTFILE: [c_long; 2] = [libc::SYS_openat, libc::SYS_renameat2];
+
 /// A connection's threads and events are made. Clones are in `threads_only`.
 const SPAWN: [c_long; 5] = [
     // Answered with ENOSYS: see the filter.
@@ -387,6 +398,7 @@ mod tests {
             realtime: true,
             shadow: true,
             plugging: None,
+            textfile_folder: None,
             socket_folders: Vec::new(),
         };
         let never = [

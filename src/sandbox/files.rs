@@ -23,21 +23,31 @@ pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
     with_sockets(needs, AccessFs::RemoveFile.into())
 }
 
-/// The rules for the thread that adds endpoints: it also opens their devices and makes their sockets.
+/// The rules for the thread `control`, where it does more than to answer: to add endpoints it opens their
+/// devices and makes their sockets, and it writes a file with metrics.
 ///
 /// # Errors
 /// As for [`rules`].
-pub(super) fn plugging_rules(
-    needs: &Needs,
-    plugging: &Plugging,
-) -> Result<RulesetCreated, SandboxError> {
-    let mut rules = with_sockets(needs, AccessFs::RemoveFile | AccessFs::MakeSock)?;
-    let node = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
-    let fact = AccessFs::ReadFile | AccessFs::ReadDir;
-    let nodes = plugging.nodes.iter().map(|path| (path, node));
-    let facts = plugging.facts.iter().map(|path| (path, fact));
-    for (path, rights) in nodes.chain(facts) {
-        rules = beneath(rules, path, rights)?;
+pub(super) fn control_rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
+    let mut rights: BitFlags<AccessFs> = AccessFs::RemoveFile.into();
+    if needs.plugging.is_some() {
+        rights |= AccessFs::MakeSock;
+    }
+    let mut rules = with_sockets(needs, rights)?;
+    if let Some(Plugging { nodes, facts, .. }) = &needs.plugging {
+        let node =
+            AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
+        let fact = AccessFs::ReadFile | AccessFs::ReadDir;
+        let nodes = nodes.iter().map(|path| (path, node));
+        let facts = facts.iter().map(|path| (path, fact));
+        for (path, rights) in nodes.chain(facts) {
+            rules = beneath(rules, path, rights)?;
+        }
+    }
+    if let Some(folder) = &needs.textfile_folder {
+        let file =
+            AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::RemoveFile;
+        rules = beneath(rules, folder, file)?;
     }
     Ok(rules)
 }
@@ -103,10 +113,10 @@ mod tests {
     }
 
     #[test]
-    fn who_adds_endpoints_reaches_devices_and_folders_of_sockets() {
+    fn control_reaches_what_it_adds_endpoints_and_writes_metrics_with() {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
-        for name in ["dev", "sys", "run", "other"] {
+        for name in ["dev", "sys", "run", "metrics", "other"] {
             fs::create_dir(at(name)).expect("a folder");
             fs::write(at(name).join("file"), "text").expect("a file");
         }
@@ -116,12 +126,14 @@ mod tests {
             ..Plugging::default()
         };
         let needs = Needs {
+            plugging: Some(plugging),
+            textfile_folder: Some(at("metrics")),
             socket_folders: vec![at("run")],
             ..Needs::default()
         };
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let rules = plugging_rules(&needs, &plugging).expect("rules");
+                let rules = control_rules(&needs).expect("rules");
                 if !restrict(rules).expect("restricted") {
                     return;
                 }
@@ -132,6 +144,9 @@ mod tests {
                 fs::read(file("sys")).expect("a fact");
                 assert!(is_refused(fs::write(file("sys"), "")));
                 UnixListener::bind(at("run").join("socket")).expect("a socket");
+                fs::write(file("metrics"), "figures").expect("metrics");
+                fs::rename(file("metrics"), at("metrics").join("new")).expect("the same folder");
+                assert!(is_refused(fs::read(at("metrics").join("new"))));
                 assert!(is_refused(fs::read(file("run"))));
                 assert!(is_refused(fs::read(file("other"))));
                 assert!(is_refused(UnixListener::bind(at("other").join("socket"))));

@@ -113,6 +113,7 @@ mod tests {
             realtime: true,
             shadow: true,
             plugging: None,
+            textfile_folder: None,
             socket_folders: Vec::new(),
         };
         let plugging = Needs {

@@ -83,7 +83,7 @@ struct Armed {
     /// `control` makes others.
     files: Mutex<Option<RulesetCreated>>,
     /// Those of the thread `control`, where it adds endpoints.
-    plugging_files: Mutex<Option<RulesetCreated>>,
+    control_files: Mutex<Option<RulesetCreated>>,
 }
 
 /// Begins to confine the process, before it has threads: threads of [`spawn`] are confined from now
@@ -99,14 +99,13 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
         system::name_violations()?;
     }
     privileges::give_up_growth(&needs)?;
-    let plugging_files = needs
-        .plugging
-        .as_ref()
-        .map(|plugging| files::plugging_rules(&needs, plugging))
+    let more_for_control = needs.plugging.is_some() || needs.textfile_folder.is_some();
+    let control_files = more_for_control
+        .then(|| files::control_rules(&needs))
         .transpose()?;
     let armed = Armed {
         files: Mutex::new(Some(files::rules(&needs)?)),
-        plugging_files: Mutex::new(plugging_files),
+        control_files: Mutex::new(control_files),
         needs,
         violation,
     };
@@ -176,8 +175,9 @@ impl Armed {
     /// Whether there is anything in the kernel that enforces it.
     fn restrict_files(&self, role: Role) -> Result<bool, SandboxError> {
         let mut files = self.files.lock();
-        let rules = if role == Role::Control && self.needs.plugging.is_some() {
-            self.plugging_files.lock().take()
+        let mut control_files = self.control_files.lock();
+        let rules = if role == Role::Control && control_files.is_some() {
+            control_files.take()
         } else if role == Role::Main && self.needs.plugging.is_none() {
             files.take()
         } else {

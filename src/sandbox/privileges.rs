@@ -121,6 +121,7 @@ mod tests {
             realtime: true,
             shadow: true,
             plugging: None,
+            textfile_folder: None,
             socket_folders: Vec::new(),
         };
         let kept = CapabilitySet::IPC_LOCK

@@ -109,6 +109,8 @@ pub struct Needs {
     /// Where endpoints are added and removed while the VM runs: what the thread `control` does for
     /// that, which opens their devices and makes sockets and threads.
     pub plugging: Option<Plugging>,
+    /// The folder in which the thread `control` makes a file with metrics, anew each time.
+    pub textfile_folder: Option<PathBuf>,
     /// Folders in which sockets were made, which are removed at the end.
     pub socket_folders: Vec<PathBuf>,
 }

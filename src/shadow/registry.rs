@@ -42,6 +42,8 @@ pub struct Limits {
     pub readers: usize,
     /// Users whose processes may read besides the daemon's own.
     pub users: Vec<u32>,
+    /// The most faults of one endpoint that are passed on in a second.
+    pub fault_rate: u32,
 }
 
 impl Default for Limits {
@@ -51,6 +53,7 @@ impl Default for Limits {
             exit: Duration::from_secs(5),
             readers: 16,
             users: Vec::new(),
+            fault_rate: 100,
         }
     }
 }
@@ -105,6 +108,8 @@ pub struct ReaderCounters {
     pub registered: Counter,
     /// Those that were not.
     pub refused: Counter,
+    /// Those of them for whom the endpoint had too many already.
+    pub refused_full: Counter,
     /// Those that were killed.
     pub killed: Counter,
     /// Faults that were reported.
@@ -223,6 +228,21 @@ impl Registry {
         &self.counters
     }
 
+    /// What readers are allowed.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The readers that the endpoint with the most of them has now.
+    pub fn most_readers(&self) -> usize {
+        let state = self.state.lock();
+        let mut counts: BTreeMap<EndpointId, usize> = BTreeMap::new();
+        for reader in state.readers.iter().filter(|r| !r.is_gone()) {
+            *counts.entry(reader.endpoint).or_default() += 1;
+        }
+        counts.into_values().max().unwrap_or(0)
+    }
+
     /// The readers there are now.
     pub fn reader_count(&self) -> usize {
         let state = self.state.lock();
@@ -259,6 +279,9 @@ impl Registry {
     /// Tells a process that it is not let in.
     pub fn refuse(&self, stream: &UnixStream, refusal: Refusal, number: u64) {
         self.counters.refused.inc();
+        if refusal == Refusal::Full {
+            self.counters.refused_full.inc();
+        }
         let frame = Frame::new(kind::REFUSED, refusal.code(), [number, 0, 0, 0]);
         // It may have hung up.
         if let Err(cause) = send(stream, &frame.to_wire(), &[]) {

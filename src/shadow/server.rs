@@ -93,6 +93,7 @@ impl ShadowServer {
             files.push(Arc::new(file));
         }
         let queue = Arc::new(FaultQueue::new());
+        let budgets = Budgets::new(registry.limits().fault_rate);
         let mut served = Served {
             registry,
             epoll,
@@ -100,7 +101,7 @@ impl ShadowServer {
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
             faults: queue.clone(),
-            budgets: Budgets::default(),
+            budgets,
         };
         let delivery = FaultDelivery::start(Role::ShadowFaults, queue, faults)?;
         let thread = sandbox::spawn(Role::Shadow, move || {
@@ -355,7 +356,10 @@ impl Served {
                 };
                 self.connections.insert(number, connection);
             }
-            Err(refusal) => warn_limited!("a reader is refused: {refusal:?}"),
+            Err(refusal) => {
+                let [_, wanted, ..] = greeting.numbers;
+                warn_limited!("a reader is refused: {refusal:?} (endpoint {wanted:#x})");
+            }
         }
     }
 

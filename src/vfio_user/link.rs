@@ -81,6 +81,8 @@ pub struct Ticket {
 /// A connection to a server that comes and goes.
 #[derive(Debug)]
 pub struct Link {
+    /// The device's name, for messages.
+    name: String,
     state: Mutex<State>,
     changed: Condvar,
     wake: OwnedFd,
@@ -165,13 +167,14 @@ pub(super) struct Pulse {
 }
 
 impl Link {
-    /// A link that is not connected. `deadline` is what a server has to answer an order in; for many at
+    /// A link that is not connected, of the device of this name. `deadline` is what a server has to answer an order in; for many at
     /// once it has that for each 1024 of them, those included that are before them.
     ///
     /// # Errors
     /// Where the system has no descriptor left.
-    pub fn new(deadline: Duration) -> io::Result<Self> {
+    pub fn new(name: String, deadline: Duration) -> io::Result<Self> {
         Ok(Self {
+            name,
             state: Mutex::default(),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -381,7 +384,8 @@ impl Link {
             }
             Pending::Again(command) => {
                 if let Kind::Refusal(error) = reply.kind {
-                    warn_limited!("a device's server refuses {command:?}: errno {error}");
+                    let name = &self.name;
+                    warn_limited!("{name}: the server refuses {command:?}: errno {error}");
                 }
                 Settled::Done
             }
@@ -409,7 +413,7 @@ impl Link {
                         None
                     }
                 };
-                finish(batches, batch, error);
+                finish(&self.name, batches, batch, error);
                 self.pump(&mut state);
                 self.changed.notify_all();
                 Settled::Done
@@ -508,11 +512,11 @@ impl Link {
             match &order {
                 Order::Map(window) if connection.windows >= most => {
                     connection.refused.insert(window.range.first().0);
-                    finish(batches, batch, Some(libc::ENOSPC));
+                    finish(&self.name, batches, batch, Some(libc::ENOSPC));
                     self.changed.notify_all();
                 }
                 Order::Unmap(range) if connection.refused.remove(&range.first().0) => {
-                    finish(batches, batch, None);
+                    finish(&self.name, batches, batch, None);
                     self.changed.notify_all();
                 }
                 Order::Map(window) => {
@@ -612,7 +616,7 @@ impl Orders<'_> {
 }
 
 /// One order of a batch is done with.
-fn finish(batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
+fn finish(name: &str, batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
     match batches.get_mut(&batch) {
         Some(batch) => {
             batch.remaining = batch.remaining.saturating_sub(1);
@@ -623,7 +627,7 @@ fn finish(batches: &mut HashMap<u64, Batch>, batch: u64, error: Option<i32>) {
         None => {
             if let Some(error) = error {
                 let cause = io::Error::from_raw_os_error(error);
-                warn_limited!("a device's server refuses a window: {cause}");
+                warn_limited!("{name}: the server refuses a window: {cause}");
             }
         }
     }

@@ -13,6 +13,7 @@ pub mod common;
 mod double;
 mod hostile;
 mod interrupts;
+mod looked_at;
 #[path = "../vfio_user_messages/peer.rs"]
 #[allow(
     dead_code,

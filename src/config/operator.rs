@@ -1,0 +1,314 @@
+//! What operators and their programs see of a daemon, where, and who may look.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::draft::{Draft, Given, MetricsDraft, Scalar};
+use super::error::Fault;
+use super::{Checker, Socket, shown};
+
+/// The longest name of a VM in bytes.
+pub const MAX_NAME: usize = 64;
+/// The shortest time between two versions of a textfile, in seconds.
+pub const MIN_INTERVAL_S: u64 = 1;
+/// The longest time between two versions of a textfile, in seconds.
+pub const MAX_INTERVAL_S: u64 = 3600;
+
+const DEFAULT_INTERVAL: Duration = Duration::from_secs(15);
+/// Every right there is.
+const ALL_RIGHTS: u32 = 0o777;
+
+/// Who may connect to a socket: what its file says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The file's rights, at most `0o777`.
+    pub mode: u32,
+    /// The number of the file's group, where it is not the daemon's own.
+    pub group: Option<u32>,
+}
+
+impl Default for SocketAccess {
+    fn default() -> Self {
+        Self {
+            mode: 0o600,
+            group: None,
+        }
+    }
+}
+
+/// Where metrics go; nowhere, unless asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MetricsOutput {
+    /// The path of the socket that answers `GET /metrics`.
+    pub socket: Option<PathBuf>,
+    /// Who may connect there.
+    pub access: SocketAccess,
+    /// The file for node_exporter's textfile collector.
+    pub textfile: Option<Textfile>,
+}
+
+/// A file that is written anew from time to time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Textfile {
+    /// Its path, which ends with `.prom`.
+    pub path: PathBuf,
+    /// How often: [`MIN_INTERVAL_S`] to [`MAX_INTERVAL_S`] seconds.
+    pub interval: Duration,
+}
+
+impl Checker<'_> {
+    /// What the VM is called in messages: what is given, or the name of the file, or of the socket.
+    pub(super) fn name(
+        &mut self,
+        given: Option<&Given<Scalar>>,
+        socket: Option<&Socket>,
+    ) -> Option<String> {
+        let Some(given) = given else {
+            let path = match (self.source, socket) {
+                (Some(source), _) => Some(source.path),
+                (None, Some(Socket::Path(path))) => Some(path.as_path()),
+                (None, Some(Socket::Fd(_)) | None) => None,
+            };
+            return Some(path.map_or_else(|| "vm".to_owned(), name_of));
+        };
+        let text = self.text(given, "name", "a text, such as \"vm1\"")?;
+        if text.is_empty() || text.len() > MAX_NAME || !text.bytes().all(|b| b.is_ascii_graphic()) {
+            self.refuse(&given.origin, "name", Fault::Name(shown(&given.value)));
+            return None;
+        }
+        Some(text.to_owned())
+    }
+
+    /// Who may connect to the control socket.
+    pub(super) fn control_access(&mut self, draft: &Draft) -> Option<SocketAccess> {
+        let (mode, group) = (draft.control_mode.as_ref(), draft.control_group.as_ref());
+        self.socket_access((mode, "control-mode"), (group, "control-group"))
+    }
+
+    /// The table `metrics`. `taken` are the paths of other sockets.
+    pub(super) fn metrics(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<MetricsOutput> {
+        let Some(Given { value, origin }) = &draft.metrics else {
+            return Some(MetricsOutput::default());
+        };
+        if value.socket.is_none() && value.textfile.is_none() {
+            self.refuse(origin, "metrics", Fault::MetricsNowhere);
+            return None;
+        }
+        let socket = match &value.socket {
+            None => Some(None),
+            Some(given) => {
+                let path = self.socket_path(Some(given), "metrics.socket");
+                if path.as_ref().is_some_and(|path| taken.contains(&path)) {
+                    self.refuse(&given.origin, "metrics.socket", Fault::MetricsPath);
+                    None
+                } else {
+                    path.map(Some)
+                }
+            }
+        };
+        let (mode, group) = (value.mode.as_ref(), value.group.as_ref());
+        let access = self.socket_access((mode, "metrics.mode"), (group, "metrics.group"));
+        let textfile = self.textfile(value);
+        Some(MetricsOutput {
+            socket: socket?,
+            access: access?,
+            textfile: textfile?,
+        })
+    }
+
+    fn socket_access(
+        &mut self,
+        (mode, mode_key): (Option<&Given<Scalar>>, &str),
+        (group, group_key): (Option<&Given<Scalar>>, &str),
+    ) -> Option<SocketAccess> {
+        let usual = SocketAccess::default();
+        let mode = match mode {
+            None => Some(usual.mode),
+            Some(given) => {
+                let text = self.text(given, mode_key, "a text in octal, such as \"0660\"");
+                let digits =
+                    text.filter(|t| !t.is_empty() && t.bytes().all(|b| b.is_ascii_digit()));
+                let mode = digits.and_then(|text| u32::from_str_radix(text, 8).ok());
+                let mode = mode.filter(|mode| *mode <= ALL_RIGHTS);
+                if mode.is_none() && text.is_some() {
+                    self.refuse(
+                        &given.origin,
+                        mode_key,
+                        Fault::SocketMode(shown(&given.value)),
+                    );
+                }
+                mode
+            }
+        };
+        let group = match group {
+            None => Some(usual.group),
+            Some(given) => {
+                let number = match &given.value {
+                    Scalar::Integer(number) => u32::try_from(*number).ok(),
+                    Scalar::Bool(_) | Scalar::Text(_) | Scalar::Other(_) => None,
+                };
+                // The last number stands for no group.
+                let number = number.filter(|number| *number < u32::MAX);
+                if number.is_none() {
+                    self.refuse(
+                        &given.origin,
+                        group_key,
+                        Fault::SocketGroup(shown(&given.value)),
+                    );
+                }
+                number.map(Some)
+            }
+        };
+        Some(SocketAccess {
+            mode: mode?,
+            group: group?,
+        })
+    }
+
+    /// `Some(None)` where there is to be none.
+    fn textfile(&mut self, draft: &MetricsDraft) -> Option<Option<Textfile>> {
+        let interval = match &draft.interval_s {
+            None => Some(DEFAULT_INTERVAL),
+            Some(given) => {
+                let key = "metrics.interval-s";
+                let seconds = self.integer(given, key, "a number of seconds, such as 15")?;
+                let fits = u64::try_from(seconds)
+                    .ok()
+                    .filter(|s| (MIN_INTERVAL_S..=MAX_INTERVAL_S).contains(s));
+                if fits.is_none() {
+                    self.refuse(&given.origin, key, Fault::Interval(seconds));
+                }
+                fits.map(Duration::from_secs)
+            }
+        };
+        let Some(given) = &draft.textfile else {
+            return interval.map(|_| None);
+        };
+        let key = "metrics.textfile";
+        let text = self.text(
+            given,
+            key,
+            "a path as a text, such as \"/var/lib/prometheus/node-exporter/vm1.prom\"",
+        )?;
+        let path = Path::new(text);
+        let ends = path.extension().is_some_and(|ending| ending == "prom");
+        if !ends || text.chars().any(char::is_control) {
+            self.refuse(&given.origin, key, Fault::Textfile(shown(&given.value)));
+            return None;
+        }
+        Some(Some(Textfile {
+            path: path.to_owned(),
+            interval: interval?,
+        }))
+    }
+}
+
+/// The name of a file without its ending, as far as a name can have it.
+fn name_of(path: &Path) -> String {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let plain = |c: char| if c.is_ascii_graphic() { c } else { '?' };
+    let name: String = stem.chars().take(MAX_NAME).map(plain).collect();
+    if name.is_empty() { "vm".into() } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn parse(file: &str, text: &str) -> Result<Config, String> {
+        let text = format!("address = '00:05.0'\n{text}");
+        Config::from_text(Path::new(file), &text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_vm_has_the_name_of_its_file_or_the_one_it_is_given() {
+        let long = format!("/{}.toml", "x".repeat(200));
+        for (file, text, name) in [
+            ("/etc/vm1.toml", "", "vm1"),
+            ("a b\n\u{e9}.toml", "", "a?b??"),
+            (long.as_str(), "", &long[1..=64]),
+            ("", "", "vm"),
+            ("vm1.toml", "name = 'web-3'", "web-3"),
+        ] {
+            assert_eq!(parse(file, text).map(|c| c.name), Ok(name.to_owned()));
+        }
+    }
+
+    #[test]
+    fn metrics_go_where_they_are_told() {
+        let usual = parse("a", "").expect("good");
+        assert_eq!(usual.metrics, MetricsOutput::default());
+        assert_eq!(usual.control_access.mode, 0o600);
+        let all = "control = '/c'\ncontrol-mode = '660'\ncontrol-group = 0\n[metrics]\nsocket = \
+                   '/m'\nmode = '0666'\ngroup = 7\ntextfile = '/t/vm.prom'\ninterval-s = 3600";
+        let config = parse("a", all).expect("good");
+        let expected = MetricsOutput {
+            socket: Some("/m".into()),
+            access: SocketAccess {
+                mode: 0o666,
+                group: Some(7),
+            },
+            textfile: Some(Textfile {
+                path: "/t/vm.prom".into(),
+                interval: Duration::from_secs(3600),
+            }),
+        };
+        assert_eq!(config.metrics, expected);
+        let access = config.control_access;
+        assert_eq!((access.mode, access.group), (0o660, Some(0)));
+        let file = parse("a", "[metrics]\ntextfile = 't.prom'").expect("good");
+        let interval = file.metrics.textfile.map(|file| file.interval);
+        assert_eq!(interval, Some(DEFAULT_INTERVAL));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_cure() {
+        for (text, place, cure) in [
+            ("name = ''", "name", "1 to 64"),
+            ("name = 'a b'", "name", "1 to 64"),
+            ("name = 3", "name", "such as"),
+            ("control-mode = '0800'", "control-mode", "0660"),
+            ("control-mode = '+660'", "control-mode", "0660"),
+            ("control-mode = '1777'", "control-mode", "0660"),
+            ("control-mode = 432", "control-mode", "0660"),
+            ("control-group = 'adm'", "control-group", "getent group"),
+            ("control-group = -1", "control-group", "getent group"),
+            ("[metrics]", "metrics", "textfile"),
+            ("[metrics]\nsocket = ''", "metrics.socket", "is empty"),
+            (
+                "control = '/m'\n[metrics]\nsocket = '/m'",
+                "metrics.socket",
+                "another path",
+            ),
+            ("[metrics]\ntextfile = '/t/vm'", "metrics.textfile", ".prom"),
+            (
+                "[metrics]\ntextfile = \"t\\n.prom\"",
+                "metrics.textfile",
+                ".prom",
+            ),
+            (
+                "[metrics]\nsocket = '/m'\ninterval-s = 0",
+                "metrics.interval-s",
+                "1 to 3600",
+            ),
+            (
+                "[metrics]\nsocket = '/m'\nmode = 'rw'",
+                "metrics.mode",
+                "0660",
+            ),
+            (
+                "[metrics]\nsocket = '/m'\ngroup = true",
+                "metrics.group",
+                "getent group",
+            ),
+        ] {
+            let message = parse("vm.toml", text).expect_err(text);
+            assert!(message.contains(place), "{text}: {message}");
+            assert!(message.contains(cure), "{text}: {message}");
+        }
+        let shared = "[metrics]\nsocket = '/m'\n[[endpoint]]\naddress = '00:06.0'\nexport = '/m'\nvfio \
+                      = '65:00.0'";
+        assert!(parse("vm.toml", shared).is_err());
+    }
+}

@@ -1,0 +1,276 @@
+//! The control protocol: a line in, a document out.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use log::info;
+use serde_json::{Map, Value, json};
+
+use super::client::{hear, may_change, reply};
+use super::figures::Figures;
+use super::lists::{endpoint, write_domains, write_endpoints, write_mappings};
+use super::{Subjects, hotplug};
+use crate::address::{Access, Iova, IovaRange};
+use crate::fault_log::Seen;
+use crate::guest_memory::is_backed;
+use crate::ids::{DomainId, EndpointId};
+use crate::topology::PciAddress;
+use crate::{vm_log, warn_limited};
+
+/// Version of the protocol.
+pub(super) const VERSION: u32 = 1;
+/// The longest request line in bytes.
+const MAX_LINE: u64 = 4096;
+/// Endpoints that `status` lists though the guest has not touched them.
+const MAX_UNTOUCHED: usize = 256;
+/// Domains that `status` lists.
+const MAX_DOMAINS: usize = 256;
+
+const USAGE: &str = "the request is one of: status | endpoints | domains | mappings [DOMAIN|all] \
+                     [FIRST..=LAST] | translate ENDPOINT IOVA | faults | stats | log-level [LEVEL] | \
+                     add-endpoint KEYS | remove-endpoint RANGE, in one line of up to 4096 bytes";
+
+/// Answers one client.
+///
+/// # Errors
+/// It is too slow, or gone.
+pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
+    let line = hear(stream, MAX_LINE, |_| true)?;
+    let line = match str::from_utf8(&line) {
+        Ok(line) if line.len() as u64 <= MAX_LINE => line,
+        Ok(_) => "(too long)",
+        Err(_) => "(no text)",
+    };
+    let mut out = reply(stream);
+    let words: Vec<_> = line.split_whitespace().collect();
+    let document = match words.as_slice() {
+        ["status"] => status(subjects),
+        ["stats"] => stats(subjects),
+        ["faults"] => faults(subjects),
+        ["endpoints"] => return write_endpoints(&mut out, subjects),
+        ["domains"] => return write_domains(&mut out, subjects),
+        ["mappings", which @ ..] => match parse_mappings(which) {
+            Ok((only, range)) => return write_mappings(&mut out, subjects, only, range),
+            Err(why) => refusal(why),
+        },
+        ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
+        ["log-level"] => json!({ "version": VERSION, "level": vm_log::level() }),
+        ["log-level" | "add-endpoint" | "remove-endpoint", ..] if !may_change(stream) => {
+            refusal("only root and the user that the daemon runs as may change anything")
+        }
+        ["log-level", level] => log_level(level),
+        ["add-endpoint", ..] => {
+            let keys = line.trim().trim_start_matches("add-endpoint");
+            hotplug::add(&subjects.hotplug, keys.trim())
+        }
+        ["remove-endpoint", range] => hotplug::remove(&subjects.hotplug, range),
+        _ => refusal(USAGE),
+    };
+    if let Some(why) = document.get("error").and_then(Value::as_str) {
+        warn_limited!("a control client is refused: {why}");
+    }
+    writeln!(out, "{document}")?;
+    out.flush()
+}
+
+/// A number as the answers write addresses.
+pub(super) fn hex(value: u64) -> String {
+    format!("{value:#x}")
+}
+
+pub(super) fn refusal(message: &str) -> Value {
+    json!({ "version": VERSION, "error": message })
+}
+
+fn stats(subjects: &Subjects) -> Value {
+    versioned(Figures::gather(subjects).to_json())
+}
+
+/// The figures, and the first endpoints and domains.
+fn status(subjects: &Subjects) -> Value {
+    let mut document = Figures::gather(subjects).to_json();
+    // Facts first, text later: the core is locked for as long as it takes to copy them.
+    let iommu = subjects.iommu.lock();
+    let domains: Vec<_> = iommu.domains().take(MAX_DOMAINS).collect();
+    let endpoints: Vec<_> = iommu.endpoints(MAX_UNTOUCHED).collect();
+    let endpoint_count = iommu.topology().endpoint_count();
+    let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
+    let connected = subjects.device.is_connected();
+    drop(iommu);
+
+    let domains = domains.iter().map(|d| {
+        json!({
+            "id": d.id.0,
+            "bypass": d.bypass,
+            "endpoints": d.endpoints.iter().map(|e| e.0).collect::<Vec<_>>(),
+            "mappings": d.mappings,
+            "mapped_bytes": d.mapped_bytes,
+        })
+    });
+    document.insert("domains".into(), domains.collect());
+    let devices = subjects.devices();
+    let endpoints = endpoints.iter().map(|state| endpoint(state, &devices));
+    document.insert("endpoints".into(), endpoints.collect());
+    document.insert("endpoint_count".into(), endpoint_count.into());
+    // Of the same moment as the domains.
+    document.insert("connected".into(), connected.into());
+    document.insert("bypass".into(), bypass.into());
+    document.insert("page_size_mask".into(), hex(pages.bits()).into());
+    let input = json!([hex(input.first().0), hex(input.last().0)]);
+    document.insert("input_range".into(), input);
+    versioned(document)
+}
+
+fn versioned(mut document: Map<String, Value>) -> Value {
+    document.insert("version".into(), VERSION.into());
+    document.into()
+}
+
+fn faults(subjects: &Subjects) -> Value {
+    let log = subjects.device.faults();
+    let (recent, endpoints) = (log.recent(), log.endpoints());
+    let endpoints = endpoints.iter().map(|(id, of)| {
+        json!({
+            "id": id.0,
+            "address": PciAddress::from_endpoint_id(*id).to_string(),
+            "count": of.count,
+            "last": fault(&of.last),
+        })
+    });
+    let mut document = Figures::gather(subjects).to_json();
+    json!({
+        "version": VERSION,
+        "counts": document.remove("faults"),
+        "endpoints": endpoints.collect::<Vec<_>>(),
+        "recent": recent.iter().map(fault).collect::<Vec<_>>(),
+    })
+}
+
+fn fault(seen: &Seen) -> Value {
+    let since_1970 = seen.when.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let age = SystemTime::now().duration_since(seen.when);
+    json!({
+        "number": seen.number,
+        "time_s": since_1970.as_secs_f64(),
+        "age_s": age.unwrap_or_default().as_secs_f64(),
+        "id": seen.fault.endpoint.0,
+        "address": PciAddress::from_endpoint_id(seen.fault.endpoint).to_string(),
+        "iova": hex(seen.fault.address.0),
+        "access": seen.fault.access.to_string(),
+        "reason": seen.fault.reason.name(),
+        "delivered": seen.delivered,
+    })
+}
+
+fn translate(subjects: &Subjects, endpoint: &str, iova: &str) -> Value {
+    let endpoint = endpoint
+        .parse::<PciAddress>()
+        .ok()
+        .map(PciAddress::endpoint_id)
+        .or_else(|| {
+            parse_number(endpoint)
+                .and_then(|n| u32::try_from(n).ok())
+                .map(EndpointId)
+        });
+    let (Some(endpoint), Some(iova)) = (endpoint, parse_number(iova)) else {
+        return refusal("translate takes a PCI address or an endpoint number, and an address");
+    };
+    let translated = subjects
+        .iommu
+        .lock()
+        .translate(endpoint, Iova(iova), Access::NONE);
+    match translated {
+        Ok(t) => json!({
+            "version": VERSION,
+            "result": "ok",
+            "gpa": hex(t.gpa.0),
+            "last": hex(t.contiguous_last.0),
+            "access": t.access.to_string(),
+            "mmio": t.mmio,
+            "backed": subjects.device.memory().is_some_and(|m| is_backed(&m, t.gpa, 1)),
+        }),
+        Err(fault) => json!({
+            "version": VERSION,
+            "result": "fault",
+            "reason": fault.reason.name(),
+        }),
+    }
+}
+
+fn log_level(level: &str) -> Value {
+    match vm_log::set_level(level) {
+        Ok(()) => {
+            info!("the level of the log is {level} now");
+            json!({ "version": VERSION, "level": vm_log::level() })
+        }
+        Err(why) => refusal(&why.to_string()),
+    }
+}
+
+/// Which mappings: of which domain, if not of all, and in which range.
+fn parse_mappings(words: &[&str]) -> Result<(Option<DomainId>, IovaRange), &'static str> {
+    let (domain, range) = match words {
+        [] => (None, None),
+        [range] if range.contains("..=") => (None, Some(range)),
+        [domain] => (Some(domain), None),
+        [domain, range] => (Some(domain), Some(range)),
+        _ => return Err("mappings takes a domain and a range, in this order, or one of them"),
+    };
+    let domain = match domain {
+        None | Some(&"all") => None,
+        Some(text) => {
+            let number = parse_number(text).and_then(|n| u32::try_from(n).ok());
+            Some(DomainId(number.ok_or("the domain is a number, or all")?))
+        }
+    };
+    let Some(range) = range else {
+        return Ok((domain, IovaRange::ALL));
+    };
+    let ends = range.split_once("..=");
+    let ends = ends.and_then(|(a, b)| Some((parse_number(a)?, parse_number(b)?)));
+    let range = ends.and_then(|(first, last)| IovaRange::new(Iova(first), Iova(last)));
+    let range =
+        range.ok_or("the range is FIRST..=LAST, such as 0x1000..=0x2fff, both ends included")?;
+    Ok((domain, range))
+}
+
+/// A number in decimal, or in hexadecimal after `0x`.
+fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_asked_for_by_domain_and_range() {
+        let range = |first, last| IovaRange::new(Iova(first), Iova(last)).expect("a range");
+        for (words, expected) in [
+            (&[][..], (None, IovaRange::ALL)),
+            (&["3"], (Some(DomainId(3)), IovaRange::ALL)),
+            (&["all"], (None, IovaRange::ALL)),
+            (&["0x10..=31"], (None, range(16, 31))),
+            (&["7", "0..=0"], (Some(DomainId(7)), range(0, 0))),
+            (&["all", "1..=2"], (None, range(1, 2))),
+        ] {
+            assert_eq!(parse_mappings(words), Ok(expected), "{words:?}");
+        }
+        for words in [
+            &["-1"][..],
+            &["4294967296"],
+            &["1..=0"],
+            &["..="],
+            &["1..2"],
+            &["1", "2"],
+            &["1..=2", "1"],
+            &["1", "1..=2", "3"],
+        ] {
+            assert!(parse_mappings(words).is_err(), "{words:?}");
+        }
+    }
+}

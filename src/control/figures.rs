@@ -1,0 +1,366 @@
+//! All counters and gauges, gathered once for whatever form they are asked for in.
+
+use serde_json::{Map, Value, json};
+
+use super::{Devices, Subjects};
+use crate::backends::vfio_user::{EmulatedState, Watch};
+use crate::iommu::{FaultReason, Next, Totals};
+use crate::metrics::Counter;
+use crate::protocol::reply::Status;
+use crate::protocol::request::RequestKind;
+use crate::shadow::Registry;
+use crate::topology::PciAddress;
+use crate::vm_log;
+
+/// Domains or endpoints that are counted while the core is locked once.
+const COUNTED_PER_LOCK: usize = 1024;
+
+/// What there is, and what there has been since the daemon was started.
+pub(super) struct Figures {
+    pub name: String,
+    pub connected: bool,
+    pub totals: Totals,
+    /// Bytes of page tables, and the most there can be.
+    pub tables: (u64, u64),
+    /// The number of domain IDs.
+    pub max_domains: u64,
+    /// By kind and status, where there were any.
+    pub requests: Vec<(RequestKind, Vec<(Status, u64)>)>,
+    pub chains_refused: u64,
+    /// Upper bounds in nanoseconds, the last without one, and how many batches there were up to each
+    /// and above the one before.
+    pub batches: Vec<(Option<u64>, u64)>,
+    pub batches_ns: u64,
+    pub faults: Vec<(FaultReason, u64)>,
+    pub faults_delivered: u64,
+    pub faults_dropped: u64,
+    pub faults_suppressed: u64,
+    /// Requests that a backend failed, by kind.
+    pub backend_failures: Vec<(RequestKind, u64)>,
+    pub wakeups: u64,
+    pub polls_paid: u64,
+    pub polls_paid_ns: u64,
+    pub polls_unpaid: u64,
+    pub connections: u64,
+    pub resets: u64,
+    pub readers: Option<ReaderFigures>,
+    pub emulated: Vec<EmulatedState>,
+    pub exports: Vec<ExportFigures>,
+    pub limits: Vec<LimitFigures>,
+    pub log_suppressed: u64,
+    pub clients_answered: u64,
+    pub clients_cut_off: u64,
+    pub unwritten: u64,
+}
+
+/// Processes that follow the page tables.
+pub(super) struct ReaderFigures {
+    pub now: u64,
+    pub registered: u64,
+    pub refused: u64,
+    pub killed: u64,
+    pub faults: u64,
+    pub faults_suppressed: u64,
+}
+
+/// A device that is offered over vfio-user.
+pub(super) struct ExportFigures {
+    pub endpoint: PciAddress,
+    pub connected: bool,
+    pub clients: u64,
+    pub cut_offs: u64,
+}
+
+/// A limit of the configuration.
+pub(super) struct LimitFigures {
+    /// Its name.
+    pub name: &'static str,
+    /// Its key in the configuration, without which it has its usual value.
+    pub key: &'static str,
+    pub value: u64,
+    /// How much of it is in use, where that is a number.
+    pub used: Option<u64>,
+    /// How often it has kept something from happening.
+    pub hits: u64,
+}
+
+impl Figures {
+    /// The figures now. The core is locked for a moment at a time, so that they may be of different
+    /// moments.
+    pub fn gather(subjects: &Subjects) -> Self {
+        let totals = totals(subjects);
+        let devices = subjects.devices();
+        let (tables, last_domain) = {
+            let iommu = subjects.iommu.lock();
+            let arena = iommu.arena();
+            let tables = (arena.used_bytes(), arena.limit_bytes());
+            (tables, iommu.last_domain())
+        };
+        let metrics = &subjects.metrics;
+        let by_kind = |counters: &[Counter]| {
+            let kinds = RequestKind::ALL.into_iter().zip(counters);
+            kinds.map(|(kind, c)| (kind, c.get())).collect()
+        };
+        let readers = subjects.readers.as_deref();
+        let mut figures = Self {
+            name: subjects.name.clone(),
+            connected: subjects.device.is_connected(),
+            totals,
+            tables,
+            max_domains: u64::from(last_domain) + 1,
+            requests: requests(subjects),
+            chains_refused: metrics.chains_refused.get(),
+            batches: metrics.batches.buckets().collect(),
+            batches_ns: metrics.batches.sum_ns(),
+            faults: FaultReason::ALL
+                .into_iter()
+                .zip(metrics.faults.iter().map(Counter::get))
+                .collect(),
+            faults_delivered: metrics.faults_delivered.get(),
+            faults_dropped: metrics.faults_dropped.get(),
+            faults_suppressed: metrics.faults_suppressed.get()
+                + readers.map_or(0, |r| r.counters().faults_suppressed.get()),
+            backend_failures: by_kind(&metrics.backend_failures),
+            wakeups: metrics.wakeups.get(),
+            polls_paid: metrics.polls_paid.get(),
+            polls_paid_ns: metrics.polls_paid_ns.get(),
+            polls_unpaid: metrics.polls_unpaid.get(),
+            connections: metrics.connections.get(),
+            resets: metrics.resets.get(),
+            readers: readers.map(reader_figures),
+            emulated: devices.emulated.iter().map(Watch::state).collect(),
+            exports: exports(&devices),
+            limits: Vec::new(),
+            log_suppressed: vm_log::suppressed(),
+            clients_answered: subjects.clients.answered.get(),
+            clients_cut_off: subjects.clients.cut_off.get(),
+            unwritten: subjects.clients.unwritten.get(),
+        };
+        figures.limits = limits(subjects, &figures);
+        figures
+    }
+
+    /// As a document for programs.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let totals = &self.totals;
+        let fields = json!({
+            "name": self.name,
+            "connected": self.connected,
+            "domain_count": totals.domains,
+            "mappings": totals.mappings,
+            "mapped_bytes": totals.mapped_bytes,
+            "endpoints_attached": totals.attached,
+            "endpoints_quarantined": totals.quarantined,
+            "arena": { "limit_bytes": self.tables.1, "used_bytes": self.tables.0 },
+            "requests": self.requests_json(),
+            "chains_refused": self.chains_refused,
+            "batches": self.batches_json(),
+            "faults": {
+                "reasons": by_name(self.faults.iter().map(|(r, n)| (r.name(), *n))),
+                "delivered": self.faults_delivered,
+                "dropped": self.faults_dropped,
+                "suppressed": self.faults_suppressed,
+            },
+            "backend_failures":
+                by_name(self.backend_failures.iter().map(|(kind, n)| (kind.name(), *n))),
+            "worker": self.worker_json(),
+            "connections": self.connections,
+            "resets": self.resets,
+            "readers": self.readers_json(),
+            "emulated": self.emulated_json(),
+            "exports": self.exports_json(),
+            "limits": self.limits.iter().map(limit_json).collect::<Vec<_>>(),
+            "log": { "level": vm_log::level(), "suppressed": self.log_suppressed },
+            "clients": {
+                "answered": self.clients_answered,
+                "cut_off": self.clients_cut_off,
+                "metrics_unwritten": self.unwritten,
+            },
+        });
+        match fields {
+            Value::Object(fields) => fields,
+            // It is one, as written above.
+            Value::Null
+            | Value::Bool(_)
+            | Value::Number(_)
+            | Value::String(_)
+            | Value::Array(_) => Map::new(),
+        }
+    }
+
+    /// Counters by request kind and status; statuses that never occurred are left out.
+    fn requests_json(&self) -> Value {
+        let kinds = self.requests.iter().map(|(kind, statuses)| {
+            let counts = by_name(statuses.iter().map(|(status, n)| (status.name(), *n)));
+            (kind.name().to_owned(), counts)
+        });
+        Value::Object(kinds.collect())
+    }
+
+    fn batches_json(&self) -> Value {
+        let buckets = self.batches.iter();
+        json!({
+            "count": self.batches.iter().map(|(_, n)| n).sum::<u64>(),
+            "sum_ns": self.batches_ns,
+            "buckets": buckets
+                .map(|(bound, count)| json!({ "up_to_ns": bound, "count": count }))
+                .collect::<Vec<_>>(),
+        })
+    }
+
+    fn worker_json(&self) -> Value {
+        json!({
+            "wakeups": self.wakeups,
+            "polls_paid": self.polls_paid,
+            "polls_paid_ns": self.polls_paid_ns,
+            "polls_unpaid": self.polls_unpaid,
+        })
+    }
+
+    fn readers_json(&self) -> Value {
+        let Some(readers) = &self.readers else {
+            return Value::Null;
+        };
+        json!({
+            "now": readers.now,
+            "registered": readers.registered,
+            "refused": readers.refused,
+            "killed": readers.killed,
+            "faults": readers.faults,
+            "faults_suppressed": readers.faults_suppressed,
+        })
+    }
+
+    fn emulated_json(&self) -> Value {
+        let each = self.emulated.iter().map(|state| {
+            json!({
+                "id": state.endpoint.0,
+                "address": PciAddress::from_endpoint_id(state.endpoint).to_string(),
+                "client": state.ends.client,
+                "server": state.ends.server,
+                "windows": state.windows,
+                "refused": state.refused,
+                "cut_offs": state.ends.cut_offs,
+            })
+        });
+        each.collect()
+    }
+
+    fn exports_json(&self) -> Value {
+        let each = self.exports.iter().map(|state| {
+            json!({
+                "id": state.endpoint.endpoint_id().0,
+                "address": state.endpoint.to_string(),
+                "client": state.connected,
+                "clients": state.clients,
+                "cut_offs": state.cut_offs,
+            })
+        });
+        each.collect()
+    }
+}
+
+fn totals(subjects: &Subjects) -> Totals {
+    let mut totals = Totals::default();
+    let mut next = Some(Next::Domain(crate::ids::DomainId(0)));
+    while let Some(from) = next {
+        let iommu = subjects.iommu.lock();
+        next = iommu.add_totals(&mut totals, from, COUNTED_PER_LOCK);
+    }
+    totals
+}
+
+fn requests(subjects: &Subjects) -> Vec<(RequestKind, Vec<(Status, u64)>)> {
+    let kinds = RequestKind::ALL.into_iter().zip(&subjects.metrics.requests);
+    kinds
+        .map(|(kind, counters)| {
+            let counts = counters.iter().map(Counter::get);
+            let counts = Status::ALL.into_iter().zip(counts);
+            (kind, counts.filter(|(_, count)| *count > 0).collect())
+        })
+        .collect()
+}
+
+fn reader_figures(registry: &Registry) -> ReaderFigures {
+    let counters = registry.counters();
+    ReaderFigures {
+        now: registry.reader_count() as u64,
+        registered: counters.registered.get(),
+        refused: counters.refused.get(),
+        killed: counters.killed.get(),
+        faults: counters.faults.get(),
+        faults_suppressed: counters.faults_suppressed.get(),
+    }
+}
+
+fn exports(devices: &Devices) -> Vec<ExportFigures> {
+    let each = devices
+        .exports
+        .iter()
+        .map(|(endpoint, state)| ExportFigures {
+            endpoint: PciAddress::from_endpoint_id(*endpoint),
+            connected: state.is_connected(),
+            clients: state.clients.get(),
+            cut_offs: state.cut_offs.get(),
+        });
+    each.collect()
+}
+
+fn limits(subjects: &Subjects, figures: &Figures) -> Vec<LimitFigures> {
+    let metrics = &subjects.metrics;
+    let mut limits = vec![
+        LimitFigures {
+            name: "arena_bytes",
+            key: "arena-limit",
+            value: figures.tables.1,
+            used: Some(figures.tables.0),
+            hits: metrics.arena_full.get(),
+        },
+        LimitFigures {
+            name: "domains",
+            key: "domains",
+            value: figures.max_domains,
+            used: Some(figures.totals.domains),
+            hits: metrics.domain_beyond.get(),
+        },
+        LimitFigures {
+            name: "batch",
+            key: "batch",
+            value: subjects.limits.batch as u64,
+            used: None,
+            hits: metrics.batch_full.get(),
+        },
+        LimitFigures {
+            name: "fault_rate",
+            key: "fault-rate",
+            value: subjects.limits.fault_rate.into(),
+            used: None,
+            hits: figures.faults_suppressed,
+        },
+    ];
+    if let Some(readers) = &subjects.readers {
+        limits.push(LimitFigures {
+            name: "readers",
+            key: "readers.limit",
+            value: readers.limits().readers as u64,
+            used: Some(readers.most_readers() as u64),
+            hits: readers.counters().refused_full.get(),
+        });
+    }
+    limits
+}
+
+fn limit_json(limit: &LimitFigures) -> Value {
+    json!({
+        "name": limit.name,
+        "key": limit.key,
+        "value": limit.value,
+        "used": limit.used,
+        "hits": limit.hits,
+    })
+}
+
+fn by_name(counts: impl Iterator<Item = (&'static str, u64)>) -> Value {
+    let fields = counts.map(|(name, count)| (name.to_owned(), count.into()));
+    Value::Object(fields.collect())
+}

@@ -1,0 +1,74 @@
+//! Metrics in a file for node_exporter's textfile collector.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use log::debug;
+
+use super::figures::Figures;
+use super::{Subjects, prometheus};
+use crate::warn_limited;
+
+/// A file that is written anew from time to time; removed when dropped, so that nobody takes the last
+/// figures for those of a daemon that runs.
+pub(super) struct Textfile {
+    path: PathBuf,
+    /// Beside it, with an ending that the collector does not read.
+    draft: PathBuf,
+    interval: Duration,
+    due: Instant,
+}
+
+impl Textfile {
+    /// The file at `path`, due at once.
+    pub fn new(path: PathBuf, interval: Duration) -> Self {
+        Self {
+            draft: path.with_extension("prom.new"),
+            path,
+            interval,
+            due: Instant::now(),
+        }
+    }
+
+    /// Milliseconds until it is due, rounded up.
+    pub fn wait_ms(&self) -> i32 {
+        let left = self.due.saturating_duration_since(Instant::now());
+        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
+    /// Writes it, if that is due. A reader sees all of it or the one before.
+    pub fn write_if_due(&mut self, now: Instant, subjects: &Subjects) {
+        if now < self.due {
+            return;
+        }
+        // Not the sum: a daemon that was stopped for long does not catch up.
+        self.due = now + self.interval;
+        let text = prometheus::render(&Figures::gather(subjects));
+        if let Err(cause) = self.write(&text) {
+            subjects.clients.unwritten.inc();
+            let path = self.path.display();
+            warn_limited!(
+                "the metrics cannot be written to {path}: {cause}; give the daemon a folder where it may \
+                 make files"
+            );
+        }
+    }
+
+    fn write(&self, text: &str) -> io::Result<()> {
+        let mut file = File::create(&self.draft)?;
+        file.write_all(text.as_bytes())?;
+        fs::rename(&self.draft, &self.path)
+    }
+}
+
+impl Drop for Textfile {
+    fn drop(&mut self) {
+        for path in [&self.path, &self.draft] {
+            if let Err(cause) = fs::remove_file(path) {
+                debug!("cannot remove {}: {cause}", path.display());
+            }
+        }
+    }
+}

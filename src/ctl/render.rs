@@ -1,0 +1,364 @@
+//! Answers as text for people.
+
+use std::fmt::{Result, Write};
+
+use serde_json::Value;
+
+use super::hotplug;
+use crate::args::Question;
+
+/// The answer to `question` as text for people.
+pub fn render(question: &Question, answer: &Value) -> String {
+    let mut out = String::new();
+    // Writing to a string cannot fail.
+    let _ = match question {
+        Question::Status => status(&mut out, answer),
+        Question::Endpoints => endpoints(&mut out, answer),
+        Question::Domains => domains(&mut out, answer),
+        Question::Mappings { .. } => mappings(&mut out, answer),
+        Question::Faults => faults(&mut out, answer),
+        Question::Translate { .. } => translation(&mut out, answer),
+        Question::Stats | Question::Watch { .. } => stats(&mut out, answer),
+        Question::LogLevel { .. } => writeln!(out, "{}", text(&answer["level"])),
+        Question::AddEndpoint { .. } => hotplug::render_added(&mut out, answer),
+        Question::RemoveEndpoint { .. } => hotplug::render_removed(&mut out, answer),
+    };
+    out
+}
+
+fn status(out: &mut String, answer: &Value) -> Result {
+    let connected = if answer["connected"] == true {
+        "a VM is connected"
+    } else {
+        "no VM is connected"
+    };
+    writeln!(
+        out,
+        "{}: {connected}; endpoints without a domain are {}",
+        text(&answer["name"]),
+        if answer["bypass"] == true {
+            "in bypass mode"
+        } else {
+            "blocked"
+        }
+    )?;
+    let arena = &answer["arena"];
+    writeln!(
+        out,
+        "page tables: {} KiB of at most {} KiB",
+        number(&arena["used_bytes"]) / 1024,
+        number(&arena["limit_bytes"]) / 1024
+    )?;
+
+    writeln!(out, "\nendpoints ({} in all)", answer["endpoint_count"])?;
+    endpoints(out, answer)?;
+    writeln!(out, "\ndomains ({} in all)", answer["domain_count"])?;
+    domains(out, answer)?;
+    devices(out, answer)?;
+    writeln!(out, "\nsince the daemon was started")?;
+    counts(out, answer)
+}
+
+fn endpoints(out: &mut String, answer: &Value) -> Result {
+    for endpoint in items(&answer["endpoints"]) {
+        let domain = match endpoint["domain"].as_u64() {
+            Some(id) => format!("domain {id}"),
+            None => "no domain".into(),
+        };
+        let host = match endpoint["host"].as_str() {
+            Some(host) => format!("  host device {host}"),
+            None => String::new(),
+        };
+        let exported = if endpoint["exported"] == true {
+            ", exported"
+        } else {
+            ""
+        };
+        let emulated = if endpoint["emulated"] == true {
+            "  emulated"
+        } else {
+            ""
+        };
+        writeln!(
+            out,
+            "  {}  {:<11} {:<10} {domain}{host}{exported}{emulated}",
+            text(&endpoint["address"]),
+            text(&endpoint["state"]),
+            text(&endpoint["dma"]),
+        )?;
+    }
+    Ok(())
+}
+
+fn domains(out: &mut String, answer: &Value) -> Result {
+    for domain in items(&answer["domains"]) {
+        let kind = if domain["bypass"] == true {
+            "bypass".into()
+        } else {
+            format!(
+                "{} mappings, {} KiB",
+                domain["mappings"],
+                number(&domain["mapped_bytes"]) / 1024
+            )
+        };
+        let members = domain["endpoint_count"]
+            .as_u64()
+            .unwrap_or(items(&domain["endpoints"]).len() as u64);
+        writeln!(
+            out,
+            "  {:<5}  {members} endpoints, {kind}",
+            domain["id"].to_string(),
+        )?;
+    }
+    Ok(())
+}
+
+fn faults(out: &mut String, answer: &Value) -> Result {
+    let counts = &answer["counts"];
+    writeln!(
+        out,
+        "{}; {} delivered, {} dropped, {} of them too fast",
+        pairs(&counts["reasons"]),
+        counts["delivered"],
+        counts["dropped"],
+        counts["suppressed"],
+    )?;
+    for endpoint in items(&answer["endpoints"]) {
+        write!(
+            out,
+            "\n  {}: {}, the last one",
+            text(&endpoint["address"]),
+            endpoint["count"]
+        )?;
+        fault(out, &endpoint["last"])?;
+    }
+    if !items(&answer["recent"]).is_empty() {
+        writeln!(out, "\n\nthe last ones")?;
+    }
+    for one in items(&answer["recent"]) {
+        write!(
+            out,
+            "  {:<6} {}",
+            one["number"].to_string(),
+            text(&one["address"])
+        )?;
+        fault(out, one)?;
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
+fn fault(out: &mut String, fault: &Value) -> Result {
+    write!(
+        out,
+        " {:.1} s ago: {} at {}, {}{}",
+        fault["age_s"].as_f64().unwrap_or(0.0),
+        text(&fault["access"]),
+        text(&fault["iova"]),
+        text(&fault["reason"]),
+        if fault["delivered"] == true {
+            ""
+        } else {
+            ", not delivered"
+        }
+    )
+}
+
+fn stats(out: &mut String, answer: &Value) -> Result {
+    writeln!(
+        out,
+        "{}: {} domains, {} mappings of {} KiB, {} endpoints attached, {} quarantined",
+        text(&answer["name"]),
+        answer["domain_count"],
+        answer["mappings"],
+        number(&answer["mapped_bytes"]) / 1024,
+        answer["endpoints_attached"],
+        answer["endpoints_quarantined"],
+    )?;
+    writeln!(out, "\nsince the daemon was started")?;
+    counts(out, answer)?;
+    writeln!(out, "\nbatches of requests, by how long they took")?;
+    let batches = &answer["batches"];
+    let all = number(&batches["count"]).max(1);
+    let mut so_far = 0;
+    for bucket in items(&batches["buckets"]) {
+        let count = number(&bucket["count"]);
+        so_far += count;
+        if count == 0 {
+            continue;
+        }
+        let bound = match bucket["up_to_ns"].as_u64() {
+            Some(ns) => format!("up to {:>6} us", ns / 1000),
+            None => "longer than that".to_owned(),
+        };
+        let percent = so_far.saturating_mul(1000) / all;
+        writeln!(
+            out,
+            "  {bound:<16} {count:>12}  {:>3}.{} %",
+            percent / 10,
+            percent % 10
+        )?;
+    }
+    let mean = number(&batches["sum_ns"]) / all;
+    writeln!(out, "  mean {mean} ns")?;
+    devices(out, answer)?;
+    writeln!(out, "\nlimits")?;
+    for limit in items(&answer["limits"]) {
+        let used = match limit["used"].as_u64() {
+            Some(used) => format!("{used} used"),
+            None => String::new(),
+        };
+        writeln!(
+            out,
+            "  {:<14} {:>14}  {used:<22} hit {} times",
+            text(&limit["key"]),
+            limit["value"].to_string(),
+            limit["hits"],
+        )?;
+    }
+    Ok(())
+}
+
+/// Counters by which one sees whether all is well.
+fn counts(out: &mut String, answer: &Value) -> Result {
+    for (kind, statuses) in answer["requests"].as_object().into_iter().flatten() {
+        writeln!(out, "  {kind:<7} {}", pairs(statuses))?;
+    }
+    writeln!(
+        out,
+        "  chains returned unanswered: {}\n  requests failed by a backend: {}\n  worker: woken {} times; \
+         polled {} times with success, {} without\n  faults: {} delivered, {} dropped\n  \
+         connections: {}, device resets: {}\n  messages not logged: {}; control clients: {} answered, \
+         {} cut off",
+        answer["chains_refused"],
+        pairs(&answer["backend_failures"]),
+        answer["worker"]["wakeups"],
+        answer["worker"]["polls_paid"],
+        answer["worker"]["polls_unpaid"],
+        answer["faults"]["delivered"],
+        answer["faults"]["dropped"],
+        answer["connections"],
+        answer["resets"],
+        answer["log"]["suppressed"],
+        answer["clients"]["answered"],
+        answer["clients"]["cut_off"],
+    )
+}
+
+/// "ok 3, noent 1": what an object counts, without what there was none of.
+fn pairs(counts: &Value) -> String {
+    let pairs: Vec<_> = counts
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(_, count)| **count != 0)
+        .map(|(name, count)| format!("{name} {count}"))
+        .collect();
+    if pairs.is_empty() {
+        "none".into()
+    } else {
+        pairs.join(", ")
+    }
+}
+
+/// Devices in other processes, where there are any.
+fn devices(out: &mut String, answer: &Value) -> Result {
+    let emulated = items(&answer["emulated"]);
+    if !emulated.is_empty() || !items(&answer["exports"]).is_empty() {
+        writeln!(out, "\ndevices over vfio-user")?;
+    }
+    let there = |end: &Value| {
+        if end == true {
+            "is there"
+        } else {
+            "is missing"
+        }
+    };
+    for device in emulated {
+        writeln!(
+            out,
+            "  {}  emulated: the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off",
+            text(&device["address"]),
+            there(&device["client"]),
+            there(&device["server"]),
+            device["windows"],
+            device["refused"],
+            device["cut_offs"],
+        )?;
+    }
+    for device in items(&answer["exports"]) {
+        writeln!(
+            out,
+            "  {}  exported: a client {}; {} clients so far, {} cut off",
+            text(&device["address"]),
+            there(&device["client"]),
+            device["clients"],
+            device["cut_offs"],
+        )?;
+    }
+    let readers = &answer["readers"];
+    if !readers.is_null() {
+        writeln!(
+            out,
+            "\nprocesses that follow the page tables: {} now, {} in all, {} refused, {} killed\n  \
+             faults: {} passed on, {} more not",
+            readers["now"],
+            readers["registered"],
+            readers["refused"],
+            readers["killed"],
+            readers["faults"],
+            readers["faults_suppressed"],
+        )?;
+    }
+    Ok(())
+}
+
+fn mappings(out: &mut String, answer: &Value) -> Result {
+    for domain in items(&answer["domains"]) {
+        let list = items(&domain["mappings"]);
+        writeln!(out, "domain {}: {} mappings", domain["id"], list.len())?;
+        for mapping in list {
+            writeln!(
+                out,
+                "  {:>18}..={:<18} -> {:<18} {}{}",
+                text(&mapping["first"]),
+                text(&mapping["last"]),
+                text(&mapping["gpa"]),
+                text(&mapping["access"]),
+                if mapping["mmio"] == true { " mmio" } else { "" },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn translation(out: &mut String, answer: &Value) -> Result {
+    if answer["result"] != "ok" {
+        return writeln!(out, "fault: {}", text(&answer["reason"]));
+    }
+    writeln!(
+        out,
+        "guest-physical {}, {}{}; {}; the same on to I/O address {}",
+        text(&answer["gpa"]),
+        text(&answer["access"]),
+        if answer["mmio"] == true { " mmio" } else { "" },
+        if answer["backed"] == true {
+            "there is memory"
+        } else {
+            "there is no memory"
+        },
+        text(&answer["last"]),
+    )
+}
+
+pub(super) fn items(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+pub(super) fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or("?")
+}
+
+pub(super) fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}

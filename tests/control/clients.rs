@@ -1,0 +1,85 @@
+//! Clients of the control socket that mean no good, and those who are not let in.
+
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::time::{Duration, Instant};
+
+use crate::bed::{Bed, ctl};
+use crate::common::daemon::{EP, connect};
+use crate::common::guest::{Guest, LOW_RAM, Layout};
+use crate::common::wire::{self, OK, RW, TAIL};
+
+#[test]
+fn a_client_that_does_not_read_is_cut_off() {
+    let bed = Bed::new("", "");
+    let mut guest = Guest::boot(&bed.daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    // More than a socket holds.
+    let layout = Layout::plain(36, TAIL);
+    for batch in 0..200_u64 {
+        for n in 0..100 {
+            let first = (batch * 100 + n) << 13;
+            guest.submit(&wire::map(1, first, first + 0xfff, LOW_RAM, RW), &layout);
+        }
+        guest.kick();
+        for _ in 0..100 {
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+    }
+    let mut lazy = connect(&bed.daemon.control_socket());
+    writeln!(lazy, "mappings").expect("asked");
+    let begun = Instant::now();
+    // The guest does not notice.
+    let mut longest = Duration::ZERO;
+    let over = begun + Duration::from_secs(1);
+    while Instant::now() < over {
+        let begun = Instant::now();
+        assert_eq!(guest.map_page(1, 0x1000, LOW_RAM), OK);
+        assert_eq!(guest.unmap(1, 0x1000, 0x1fff), OK);
+        longest = longest.max(begun.elapsed());
+    }
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+    // The next client is answered as soon as the other is let go.
+    let stats = bed.daemon.control("stats");
+    let waited = begun.elapsed();
+    assert!(waited < Duration::from_secs(12), "{waited:?}");
+    assert_eq!(stats["clients"]["cut_off"], 1, "after {waited:?}");
+    assert!(bed.daemon.log().contains("a control client got no answer"));
+    drop(lazy);
+}
+
+#[test]
+fn the_socket_is_its_owners_unless_others_are_let_in() {
+    let bed = Bed::new("", "");
+    let found = std::fs::metadata(bed.daemon.control_socket()).expect("a socket");
+    assert_eq!(found.mode() & 0o7777, 0o600);
+}
+
+/// Rights and group of the socket decide who gets in. Only root can be somebody else.
+#[test]
+fn a_group_can_be_let_in() {
+    let own = std::fs::metadata("/proc/self").expect("a process");
+    let group = if own.uid() == 0 { 4321 } else { own.gid() };
+    let bed = Bed::new(
+        &format!("control-mode = '0660'\ncontrol-group = {group}"),
+        "",
+    );
+    let socket = bed.daemon.control_socket();
+    let found = std::fs::metadata(&socket).expect("a socket");
+    assert_eq!((found.mode() & 0o7777, found.gid()), (0o660, group));
+    if own.uid() != 0 {
+        return;
+    }
+    let folder = socket.parent().expect("a folder");
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).expect("opened");
+    let as_group = |gid| {
+        let mut command = ctl(&socket, &["status"]);
+        command.uid(65534).gid(gid).output().expect("it runs")
+    };
+    assert!(as_group(group).status.success());
+    let refused = as_group(65534);
+    assert!(!refused.status.success());
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(why.contains("Permission denied"), "{why}");
+}

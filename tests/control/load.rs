@@ -1,0 +1,206 @@
+//! Mappings are asked for while a driver works at its full rate.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::bed::Bed;
+use crate::common::daemon::{EP, EP2};
+use crate::common::guest::{Guest, LOW_RAM, Layout};
+use crate::common::rng::Rng;
+use crate::common::wire::{self, OK, RW, TAIL};
+
+const PAGE: u64 = 4096;
+const DOMAINS: [(u32, u32); 2] = [(1, EP), (2, EP2)];
+/// Pairs of neighbouring pages, of which at least one is mapped at any moment.
+const PAIRS: u64 = 4096;
+/// Requests in the ring at a time.
+const BATCH: usize = 32;
+
+/// Ends the driver's work when it is dropped, whatever happens.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+type Believed = BTreeMap<u64, u64>;
+
+/// Where a page leads, which depends on the domain: a page of another domain is noticed.
+fn gpa_of(domain: u32, page: u64) -> u64 {
+    LOW_RAM + (u64::from(domain) * 1_000_000 + page) * PAGE
+}
+
+fn map_page(domain: u32, page: u64) -> Vec<u8> {
+    let first = page * PAGE;
+    wire::map(domain, first, first + PAGE - 1, gpa_of(domain, page), RW)
+}
+
+fn unmap_page(domain: u32, page: u64) -> Vec<u8> {
+    wire::unmap(domain, page * PAGE, page * PAGE + PAGE - 1)
+}
+
+fn all_ok(guest: &mut Guest, requests: &[Vec<u8>]) {
+    for request in requests {
+        guest.submit(request, &Layout::plain(request.len(), TAIL));
+    }
+    guest.kick();
+    for _ in requests {
+        assert_eq!(guest.complete().1.status(), OK);
+    }
+}
+
+/// Moves pages of pairs to and fro until told to stop: the other page is mapped before the first one is
+/// unmapped. Returns what is mapped in the end, by domain, and how many requests there were.
+fn work(guest: &mut Guest, over: &AtomicBool) -> (BTreeMap<u32, Believed>, u64) {
+    let mut pages = BTreeMap::new();
+    for (domain, _) in DOMAINS {
+        let firsts: Vec<_> = (0..PAIRS).map(|pair| 2 * pair).collect();
+        for some in firsts.chunks(BATCH) {
+            let maps: Vec<_> = some.iter().map(|page| map_page(domain, *page)).collect();
+            all_ok(guest, &maps);
+        }
+        pages.insert(domain, firsts);
+    }
+    let mut rng = Rng::new(5);
+    let mut requests = 0;
+    while !over.load(Ordering::Relaxed) {
+        let (domain, _) = DOMAINS[rng.below(2) as usize];
+        let of_domain = pages.get_mut(&domain).expect("it has pages");
+        let mut batch = Vec::new();
+        for _ in 0..BATCH / 2 {
+            let page = &mut of_domain[rng.below(PAIRS) as usize];
+            let other = *page ^ 1;
+            batch.extend([map_page(domain, other), unmap_page(domain, *page)]);
+            *page = other;
+        }
+        all_ok(guest, &batch);
+        requests += batch.len() as u64;
+    }
+    let believed = pages.into_iter().map(|(domain, pages)| {
+        let mapped = pages.into_iter().map(|page| (page, gpa_of(domain, page)));
+        (domain, mapped.collect())
+    });
+    (believed.collect(), requests)
+}
+
+/// What the daemon says is mapped in a domain, with each mapping a page, in order, each once.
+fn shown(bed: &Bed, domain: u32) -> Believed {
+    let mut pages = Believed::new();
+    let mut before = None;
+    for (first, last, gpa, access, mmio) in bed.daemon.mappings(domain) {
+        assert_eq!(
+            (last - first, access.as_str(), mmio),
+            (PAGE - 1, "rw", false)
+        );
+        assert!(before < Some(first), "{first:#x} comes after {before:x?}");
+        before = Some(first);
+        pages.insert(first / PAGE, gpa);
+    }
+    pages
+}
+
+#[test]
+fn mappings_under_load_are_what_the_guest_believes() {
+    let bed = Bed::new("", "");
+    let mut guest = Guest::boot(&bed.daemon);
+    for (domain, endpoint) in DOMAINS {
+        assert_eq!(guest.attach(domain, endpoint), OK);
+    }
+    let over = AtomicBool::new(false);
+    let (believed, requests, looks) = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| work(&mut guest, &over));
+        let ending = Over(&over);
+        let mapped = || {
+            let stats = bed.daemon.control("stats");
+            stats["mappings"].as_u64().expect("a number")
+        };
+        bed.daemon
+            .wait_for("the first mappings", || mapped() >= 2 * PAIRS);
+        let until = Instant::now() + Duration::from_secs(3);
+        let (mut looks, mut missing) = (0, 0);
+        while Instant::now() < until {
+            for (domain, _) in DOMAINS {
+                let shown = shown(&bed, domain);
+                for (&page, &gpa) in &shown {
+                    assert!(page < 2 * PAIRS);
+                    assert_eq!(
+                        gpa,
+                        gpa_of(domain, page),
+                        "page {page:#x} of domain {domain}"
+                    );
+                }
+                let has = |page| shown.contains_key(&page);
+                missing += (0..PAIRS)
+                    .filter(|p| !has(2 * p) && !has(2 * p + 1))
+                    .count() as u64;
+                looks += 1;
+            }
+        }
+        drop(ending);
+        // A piece is of one moment. A pair may fall between two pieces, and there are a few hundred
+        // pairs to a piece.
+        assert!(looks >= 10, "{looks}");
+        let most = looks * PAIRS / 100;
+        assert!(
+            missing <= most,
+            "{missing} pairs of {} are missing",
+            looks * PAIRS
+        );
+        let (believed, requests) = worker.join().expect("the driver");
+        (believed, requests, looks)
+    });
+    println!("{looks} looks at a domain while there were {requests} requests");
+    for (domain, _) in DOMAINS {
+        assert_eq!(shown(&bed, domain), believed[&domain], "domain {domain}");
+        let stats = bed.json(&["domains"]);
+        let listed = stats["domains"].as_array().expect("domains");
+        let listed = listed.iter().find(|d| d["id"] == domain).expect("listed");
+        assert_eq!(listed["mappings"], PAIRS);
+    }
+}
+
+#[test]
+fn a_long_answer_keeps_nobody_waiting() {
+    let bed = Bed::new("memory = '16G'", "");
+    let mut guest = Guest::boot(&bed.daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    // Many small mappings, and a few of very many pages each, which take long to look at.
+    for some in (0..50_000).collect::<Vec<u64>>().chunks(BATCH) {
+        let maps: Vec<_> = some.iter().map(|n| map_page(1, 2 * n)).collect();
+        all_ok(&mut guest, &maps);
+    }
+    for n in 1..=16_u64 {
+        let first = (n << 40) + 0x1000;
+        assert_eq!(guest.map(1, first, first + (128 << 20) - 1, 0, RW), OK);
+    }
+    let memory = bed.daemon.rss_kib();
+    let over = AtomicBool::new(false);
+    let longest = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let _over = Over(&over);
+            for _ in 0..4 {
+                // With the page that comes and goes, or without.
+                let listed = bed.daemon.mappings(1).len();
+                assert!((50_016..=50_017).contains(&listed), "{listed}");
+            }
+        });
+        let mut longest = Duration::ZERO;
+        while !over.load(Ordering::Relaxed) {
+            let begun = Instant::now();
+            assert_eq!(guest.map_page(1, PAGE, LOW_RAM), OK);
+            assert_eq!(guest.unmap(1, PAGE, 2 * PAGE - 1), OK);
+            longest = longest.max(begun.elapsed());
+        }
+        asking.join().expect("answers");
+        longest
+    });
+    let grown = bed.daemon.rss_kib().saturating_sub(memory);
+    println!("the longest wait was {longest:?}, memory grew by {grown} KiB");
+    // A machine short of processors takes longer by itself.
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+    // The answer is 5 MB.
+    assert!(grown < 1024, "{grown} KiB");
+}

@@ -1,0 +1,130 @@
+//! What the log says, and how much.
+
+use crate::bed::Bed;
+use crate::common::daemon::{EP, EP2, NO_EP};
+use crate::common::guest::{Guest, LOW_RAM, Layout};
+use crate::common::rng::Rng;
+use crate::common::wire::{self, INVAL, NOENT, OK, RW, TAIL};
+
+#[test]
+fn each_message_names_the_vm_and_what_it_is_about() {
+    let bed = Bed::new("", "");
+    let mut guest = Guest::boot(&bed.daemon);
+    assert_eq!(guest.attach(5, NO_EP + 0x100), NOENT);
+    assert_eq!(guest.attach(5, EP), OK);
+    assert_eq!(guest.detach(6, EP), INVAL);
+    assert_eq!(guest.map(5, 0, 1, 0, RW), wire::RANGE);
+    assert_eq!(guest.call(&wire::attach(7, EP2, 0x80)), INVAL);
+    let size = guest.config().probe_size as usize;
+    assert_eq!(guest.probe_sized(0x77, size).status(), NOENT);
+    let log = bed.daemon.log();
+    for line in log.lines() {
+        let (head, message) = line.split_once("] ").expect("a head");
+        assert!(head.starts_with('['), "{line}");
+        assert!(message.starts_with("web-1: "), "{line}");
+    }
+    for part in [
+        "ATTACH",
+        "(endpoint 0x148, domain 5)",
+        "(endpoint 0x30, domain 6)",
+        "(domain 5)",
+        "(endpoint 0x38, domain 7)",
+        "(endpoint 0x77)",
+    ] {
+        let log = log.to_lowercase();
+        assert!(log.contains(&part.to_lowercase()), "{part} in {log}");
+    }
+}
+
+#[test]
+fn a_vm_without_a_name_is_called_like_its_file() {
+    let daemon = crate::common::daemon::Daemon::with_config("address = '00:05.0'");
+    assert_eq!(daemon.status()["name"], "vm");
+    assert!(daemon.log().contains("] vm: waiting for a VMM"));
+}
+
+/// Garbage of every kind, resets, and connections that come and go.
+#[test]
+fn nothing_a_guest_does_fills_a_disk() {
+    let bed = Bed::new("", "");
+    let mut rng = Rng::new(77);
+    let mut requests = 0;
+    for round in 0..30 {
+        let mut guest = Guest::boot(&bed.daemon);
+        for _ in 0..30 {
+            flood(&mut guest, &mut rng);
+            requests += 100;
+        }
+        if round % 2 == 0 {
+            guest.reboot();
+        }
+    }
+    let length = bed.daemon.log_len();
+    println!("{requests} requests that are refused, {length} bytes of log");
+    assert!(length < 64 << 10, "{length} bytes");
+    let refused: u64 = bed.daemon.status()["requests"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .flat_map(|(_, statuses)| statuses.as_object().cloned().unwrap_or_default())
+        .filter(|(status, _)| status != "ok")
+        .filter_map(|(_, count)| count.as_u64())
+        .sum();
+    assert!(refused > 10_000, "{refused} refusals");
+}
+
+/// An operator who asks for details gets them, and has a disk afterwards too.
+#[test]
+fn details_have_an_end_too() {
+    let bed = Bed::new("", "");
+    let mut guest = Guest::boot(&bed.daemon);
+    bed.text(&["log-level", "trace"]);
+    let layout = Layout::plain(20, TAIL);
+    let moves = [wire::attach(1, EP, 0), wire::detach(1, EP)];
+    let mut length = 0;
+    for round in 0..800 {
+        for _ in 0..50 {
+            for request in &moves {
+                guest.submit(request, &layout);
+            }
+        }
+        guest.kick();
+        for _ in 0..100 {
+            assert_eq!(guest.complete().1.status(), OK);
+        }
+        if round == 700 {
+            length = bed.daemon.log_len();
+        }
+    }
+    assert!(length > 1 << 20, "{length} bytes are not many");
+    let stats = bed.daemon.control("stats");
+    let suppressed = stats["log"]["suppressed"].as_u64();
+    assert!(suppressed > Some(1000), "{suppressed:?}");
+    let more = bed.daemon.log_len() - length;
+    assert!(more < 256 << 10, "{more} bytes more");
+    // What matters is said all the same.
+    assert_eq!(guest.detach(9, EP), INVAL);
+}
+
+/// A hundred requests of random kinds, nearly all of which are wrong.
+fn flood(guest: &mut Guest, rng: &mut Rng) {
+    for _ in 0..100 {
+        let (domain, endpoint) = (rng.below(3) as u32, (rng.below(20) * 8) as u32);
+        let (first, last) = (rng.below(1 << 20), rng.below(1 << 20));
+        let mut request = match rng.below(6) {
+            0 => wire::attach(domain, endpoint, rng.below(4) as u32),
+            1 => wire::detach(domain, endpoint),
+            2 => wire::map(domain, first, last, LOW_RAM + first, rng.below(16) as u32),
+            3 => wire::unmap(domain, first, last),
+            4 => wire::probe(endpoint),
+            _ => vec![rng.below(256) as u8; 1 + rng.below(80) as usize],
+        };
+        request.truncate(1 + rng.below(100) as usize);
+        let layout = Layout::plain(request.len(), TAIL);
+        guest.submit(&request, &layout);
+    }
+    guest.kick();
+    for _ in 0..100 {
+        guest.complete();
+    }
+}

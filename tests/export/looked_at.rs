@@ -1,0 +1,45 @@
+//! What an operator sees of an exported device.
+
+use serde_json::json;
+use vhost_device_iommu::args::Question;
+use vhost_device_iommu::ctl;
+
+use crate::double::{Rig, eventually};
+
+#[test]
+fn clients_that_come_go_and_are_cut_off_are_counted() {
+    let rig = Rig::new();
+    let state = rig.server.as_ref().expect("it runs").state();
+    let figures = || {
+        let counts = (state.clients.get(), state.cut_offs.get());
+        (state.is_connected(), counts)
+    };
+    assert_eq!(figures(), (false, (0, 0)));
+    let client = rig.client();
+    assert_eq!(figures(), (true, (1, 0)));
+    drop(client);
+    eventually("the client's end", || !figures().0);
+    assert_eq!(figures(), (false, (1, 0)));
+    let mut wild = rig.client();
+    wild.send_raw(&[0xff; 40], &[]);
+    assert!(wild.is_closed());
+    eventually("the client's end", || !figures().0);
+    assert_eq!(figures(), (false, (2, 1)));
+}
+
+#[test]
+fn the_status_shows_exported_devices() {
+    let status = json!({
+        "name": "vm1", "connected": true, "endpoint_count": 1,
+        "endpoints": [{ "address": "0000:00:06.0", "state": "attached", "dma": "translated",
+            "domain": 3, "host": "0000:65:00.0", "exported": true, "emulated": false }],
+        "exports": [{ "address": "0000:00:06.0", "client": true, "clients": 2, "cut_offs": 1 }],
+    });
+    let text = ctl::render(&Question::Status, &status);
+    for line in [
+        "  0000:00:06.0  attached    translated domain 3  host device 0000:65:00.0, exported",
+        "  0000:00:06.0  exported: a client is there; 2 clients so far, 1 cut off",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} in {text}");
+    }
+}
