@@ -200,6 +200,19 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("HostSideError::MixedGroup", "tests/vfio_host"),
     ("HostSideError::NoCommonAddresses", "two IOMMUs that differ"),
     (
+        "ServiceError::Sockets",
+        "src/service.rs::one_socket_is_taken_and_no_other_number",
+    ),
+    (
+        "ServiceError::Notify",
+        "src/service.rs::what_cannot_be_is_refused_with_a_cure",
+    ),
+    (
+        "ServiceError::Watchdog",
+        "src/service.rs::what_cannot_be_is_refused_with_a_cure",
+    ),
+    ("LevelError::NotOurs", "the library in another program"),
+    (
         "AddError::TooWeak",
         "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
     ),
@@ -232,6 +245,27 @@ pub const CASES: &[Case] = &[
     case("Fault::Granule", File("granule = '8k'")),
     case("Fault::Poll", File("poll-max-us = 20000")),
     case("Fault::Priority", File("realtime-priority = 0")),
+    case("Fault::Batch", File("batch = 0")),
+    case("Fault::FaultRate", File("fault-rate = 0")),
+    case("Fault::Name", File("name = 'a b'")),
+    case(
+        "Fault::SocketMode",
+        File("control = 's'\ncontrol-mode = '0999'"),
+    ),
+    case(
+        "Fault::SocketGroup",
+        File("control = 's'\ncontrol-group = -1"),
+    ),
+    case("Fault::MetricsNowhere", File("[metrics]")),
+    case(
+        "Fault::MetricsPath",
+        File("control = 's'\n[metrics]\nsocket = 's'"),
+    ),
+    case("Fault::Textfile", File("[metrics]\ntextfile = 'm.txt'")),
+    case(
+        "Fault::Interval",
+        File("[metrics]\ntextfile = 'm.prom'\ninterval-s = 0"),
+    ),
     case("Fault::Domains", File("domains = 0")),
     case("Fault::Size", File("memory = 'much'")),
     case("Fault::Memory", File("memory = 4096")),
@@ -623,6 +657,18 @@ pub const CASES: &[Case] = &[
         "HotplugError::Shared",
         Ctl("", &["add-endpoint", "00:06.0", "vfio = '65:00.0'"]),
     ),
+    case(
+        "HotplugError::Unprepared",
+        Ctl(
+            "",
+            &[
+                "add-endpoint",
+                "00:06.0",
+                "vfio-user = { listen = 'l', connect = 'c' }",
+            ],
+        ),
+    ),
+    case("LevelError::Unknown", Ctl("", &["log-level", "loud"])),
     case(
         "AddError::NoRoom",
         Ctl("", &["add-endpoint", "00:06.0", MANY]),

@@ -37,11 +37,11 @@ const SOURCES: [(&str, &str); 12] = [
     ("src/launch/devices.rs", "`launch`, devices of the host"),
     ("src/launch.rs", "`launch`"),
     ("src/daemon.rs", "The daemon"),
-    ("src/ctl.rs", "`ctl`"),
+    ("src/ctl/mod.rs", "`ctl`"),
     ("src/hotplug.rs", "`ctl add-endpoint` and `remove-endpoint`"),
 ];
 /// More of the last.
-const MORE: [(&str, &str); 4] = [
+const MORE: [(&str, &str); 6] = [
     (
         "src/topology/changes.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
@@ -52,6 +52,8 @@ const MORE: [(&str, &str); 4] = [
     ),
     ("src/host_side.rs", "Devices of the host"),
     ("src/realtime.rs", "Priorities"),
+    ("src/service.rs", "Services"),
+    ("src/vm_log.rs", "`ctl log-level`"),
 ];
 
 fn root() -> &'static Path {
