@@ -17,7 +17,7 @@
 #                killed, watched
 #
 #   --list       print the suites' names, run nothing
-#   --quick      leave out what needs a VM: guest, passthrough, emulated, operations
+#   --quick      leave out what needs a VM: guest, passthrough, emulated, and the services of operations
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
 #   VIOMMU_GUEST_KERNELS   the stock kernels of these three suites, as for setup.sh --kernels
@@ -28,7 +28,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/toolchain.sh"
 
 ALL_SUITES="unit hostile guest passthrough emulated operations"
-NEED_VM="guest passthrough emulated operations"
+NEED_VM="guest passthrough emulated"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
 
@@ -57,6 +57,9 @@ step() {
     fi
 }
 
+# Of the suite operations, what needs no VM.
+OPERATIONS_TESTS="control errors hotplug packaging qmp sandbox service"
+
 # The integration tests' names but for those with a suite of their own.
 plain_tests() {
     local file name
@@ -66,7 +69,7 @@ plain_tests() {
         name=${name%.rs}
         case $name in
         emulated | guest | hostile | kills | operations | vfio_host | '*') ;;
-        *) echo "--test=$name" ;;
+        *) [[ " $OPERATIONS_TESTS " == *" $name "* ]] || echo "--test=$name" ;;
         esac
     done
 }
@@ -174,6 +177,12 @@ DEBIAN_LIMIT=600
 
 suite_operations() {
     local build=(cargo test --locked --test operations --no-run) program package target=${CARGO_TARGET_DIR:-$TREE/target}
+    local tests
+    read -ra tests <<<"$OPERATIONS_TESTS"
+    step "operations: a running daemon" cargo test --locked --no-fail-fast "${tests[@]/#/--test=}"
+    if [ $quick = yes ]; then
+        return
+    fi
     step "operations: build" "${build[@]}"
     program=$(test_program operations "${build[@]}")
     # The program as tests have it; nothing here is about its speed.

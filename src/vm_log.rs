@@ -79,6 +79,8 @@ pub fn suppressed() -> u64 {
 
 struct VmLog {
     name: String,
+    /// The journal knows the name and the time. Found out once: later nothing is looked at.
+    to_journal: bool,
     /// What is shown, and how.
     inner: RwLock<Logger>,
     budgets: Mutex<Budgets>,
@@ -96,9 +98,11 @@ struct Budgets {
 impl VmLog {
     fn new(name: &str) -> Self {
         let now = Instant::now();
+        let to_journal = journal::is_listening();
         Self {
             name: name.to_owned(),
-            inner: RwLock::new(builder(name, None).build()),
+            to_journal,
+            inner: RwLock::new(builder(name, to_journal, None).build()),
             budgets: Mutex::new(Budgets {
                 errors: Budget::new(ERRORS, now),
                 messages: Budget::new(MESSAGES, now),
@@ -116,7 +120,7 @@ impl VmLog {
             let parsed = level.parse::<LevelFilter>();
             Some(parsed.map_err(|_| LevelError::Unknown(level.to_owned()))?)
         };
-        *self.inner.write() = builder(&self.name, level).build();
+        *self.inner.write() = builder(&self.name, self.to_journal, level).build();
         Ok(())
     }
 
@@ -169,7 +173,7 @@ impl Log for VmLog {
 }
 
 /// What shows messages at `level`, or at the environment's.
-fn builder(name: &str, level: Option<LevelFilter>) -> Builder {
+fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder {
     let mut builder = match level {
         Some(level) => {
             let mut builder = Builder::new();
@@ -181,7 +185,7 @@ fn builder(name: &str, level: Option<LevelFilter>) -> Builder {
             Builder::from_env(Env::default().default_filter_or(usual))
         }
     };
-    if journal::is_listening() {
+    if to_journal {
         builder.format(journal::write);
         return builder;
     }

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_vhost_device_iommu_global_optspecs
-    string join \n config= socket-path= fd= ready-fd= control-path= iommu= endpoint= address-width= bypass= granule= reserved= no-reserved memory= arena-limit= iommufd-fd= vfio-fd= vfio-container-fd= print-capabilities h/help V/version
+    string join \n config= socket-path= fd= ready-fd= control-path= iommu= endpoint= address-width= bypass= granule= reserved= no-reserved memory= arena-limit= iommufd-fd= vfio-fd= vfio-container-fd= no-sandbox sandbox-report print-capabilities h/help V/version
 end
 
 function __fish_vhost_device_iommu_needs_command
@@ -42,6 +42,8 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l i
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-fd -d 'Use this inherited descriptor of a device of the host for the endpoint with this address in the guest; may be repeated' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container, whose IOMMU is set, for the endpoint with this address in the guest; may be repeated' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Reserve no addresses for all endpoints, not even the default MSI window'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-sandbox -d 'Run without the sandbox, for debugging only: a fault in the daemon is then the host\'s'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l sandbox-report -d 'Name a forbidden system call on standard error before ending, instead of being ended at once, for debugging only'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l print-capabilities -d 'Print what this backend can do as JSON and exit; everything else is ignored'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s V -l version -d 'Print version'
@@ -68,22 +70,57 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand dr
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l config -d 'The configuration' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and leave it there, instead of a file without a name' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -l json -d 'Print JSON'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "status" -d 'Endpoints, domains, and counts of requests and faults'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "mappings" -d 'Live mappings'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status mappings translate help" -a "help" -d 'Print this message or the help of the given subcommand(s)'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "endpoints" -d 'All endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "domains" -d 'All domains'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "faults" -d 'Accesses that were refused: the last 256, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "add-endpoint" -d 'Add an endpoint to the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "log-level" -d 'Show or change how much the daemon logs'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -l json -d 'Print JSON'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from endpoints" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from endpoints" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from domains" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from domains" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l domain -d 'Of this domain only' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l iova -d 'Only those that share an address with this range, such as 0x1000..=0x2fff' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from faults" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from faults" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from translate" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from translate" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "status" -d 'Endpoints, domains, and counts of requests and faults'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from add-endpoint" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from add-endpoint" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from remove-endpoint" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from remove-endpoint" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from stats" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from stats" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l interval -d 'Seconds between two looks' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l count -d 'End after so many' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -s h -l help -d 'Print help'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from log-level" -l json -d 'Print JSON'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from log-level" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "endpoints" -d 'All endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "domains" -d 'All domains'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "faults" -d 'Accesses that were refused: the last 256, and counts'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "add-endpoint" -d 'Add an endpoint to the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "log-level" -d 'Show or change how much the daemon logs'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "check" -d 'Check a configuration file and print what it says'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "topology" -d 'Print which endpoints are which devices of this host, their groups and reserved regions'
@@ -93,6 +130,14 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand he
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "ctl" -d 'Ask a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'Endpoints, domains, and counts of requests and faults'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "endpoints" -d 'All endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "domains" -d 'All domains'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "mappings" -d 'Live mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "faults" -d 'Accesses that were refused: the last 256, and counts'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "add-endpoint" -d 'Add an endpoint to the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "log-level" -d 'Show or change how much the daemon logs'

@@ -301,6 +301,9 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
         list.extend(calls(child, needs));
     }
     list.extend(always(&OPEN));
+    // A new thread gives up what this one has kept.
+    let ambient = Argument::Is(0, u64::from(libc::PR_CAP_AMBIENT.unsigned_abs()));
+    list.push((libc::SYS_prctl, Allowed::With(ambient)));
     list.extend(always(&SPAWN));
     list.extend(always(&REMOVE_SOCKETS));
     list.extend(always(&MEMORY_FILES));

@@ -254,9 +254,9 @@ fn an_exported_device_obeys_its_guest_and_nobody_else() {
 fn a_device_is_added_and_removed(way: Way) {
     eprintln!("{way:?}");
     let name = words("VIOMMU_EDU")[0].clone();
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().join("edu");
-    let mut rig = Rig::with(way, &[], "");
+    let mut rig = Rig::with(way, &[], "hotplug = ['00:06.0']");
+    // Where the daemon has sockets anyway.
+    let path = rig.daemon.socket().with_file_name("edu");
     let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
     let bytes = [0xa5; PAGE as usize];
     rig.guest.memory.write(source, &bytes);

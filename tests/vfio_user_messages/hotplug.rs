@@ -31,11 +31,13 @@ fn pair(client: &Path, listener: &UnixListener) -> (Peer, Played) {
 #[test]
 fn an_emulated_device_comes_reaches_what_is_mapped_and_goes() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (client_path, server_path) = (folder.path().join("client"), folder.path().join("server"));
+    let server_path = folder.path().join("server");
     let listener = UnixListener::bind(&server_path).expect("a socket");
     let daemon = Daemon::with_config(
-        "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:07.0'\n",
+        "address = '00:05.0'\nbypass = false\nhotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:07.0'\n",
     );
+    // Where the daemon has sockets anyway.
+    let client_path = daemon.socket().with_file_name("client");
     let mut guest = Guest::boot_with(&daemon, Setup::default());
     // A domain that holds something already, and memory that came before any backend.
     assert_eq!(guest.attach(1, 0x38), 0);
