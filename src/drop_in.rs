@@ -26,7 +26,9 @@ const FILES_PER_READER: usize = 4;
 /// before it costs others; locked memory to the guest's, where it is pinned. Devices can be opened only
 /// where there are endpoints with `vfio`.
 pub fn drop_in(file: &Path, config: &Config) -> String {
-    let devices = config.emulated.len() + config.passthrough.len();
+    // Of those that may come, one behind each port.
+    let devices =
+        config.emulated.len() + config.passthrough.len() + config.topology.expected().len();
     let readers = config.shadow.len() * config.readers.limit;
     let host_tables = match config.memory {
         Some(memory) if !config.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
@@ -53,6 +55,12 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
             text,
             "LimitRTPRIO={priority}\nRestrictRealtime=no\nSystemCallFilter=sched_setscheduler"
         );
+    }
+    if let Some(textfile) = &config.metrics.textfile
+        && let Some(folder) = textfile.path.parent()
+        && folder.is_absolute()
+    {
+        let _ = writeln!(text, "ReadWritePaths={}", folder.display());
     }
     if !config.readers.users.is_empty() {
         // Other users' processes are told apart, and killed where they hold up the guest.
@@ -159,6 +167,16 @@ mod tests {
             "SystemCallFilter=sched_setscheduler",
         ] {
             assert!(lines.contains(&line.to_string()), "{lines:#?}");
+        }
+    }
+
+    #[test]
+    fn what_may_come_is_counted_and_metrics_can_be_written() {
+        let file = "address = \"00:05.0\"\nhotplug = [\"01:00.0-01:00.7\", \"02:00.0-02:00.7\"]\n\
+                    [metrics]\ntextfile = \"/var/lib/metrics/vm1.prom\"\n";
+        let lines = lines(file);
+        for line in ["TasksMax=36", "ReadWritePaths=/var/lib/metrics"] {
+            assert!(lines.contains(&line.to_string()), "{line} in {lines:#?}");
         }
     }
 

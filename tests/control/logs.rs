@@ -40,7 +40,9 @@ fn each_message_names_the_vm_and_what_it_is_about() {
 fn a_vm_without_a_name_is_called_like_its_file() {
     let daemon = crate::common::daemon::Daemon::with_config("address = '00:05.0'");
     assert_eq!(daemon.status()["name"], "vm");
-    assert!(daemon.log().contains("] vm: waiting for a VMM"));
+    daemon.wait_for("its name in the log", || {
+        daemon.log().contains("] vm: waiting for a VMM")
+    });
 }
 
 /// Garbage of every kind, resets, and connections that come and go.

@@ -58,7 +58,8 @@ fn every_thread_is_confined() {
         core.split_whitespace().collect::<Vec<_>>(),
         ["0", "0", "bytes"]
     );
-    assert!(bed.daemon.log().contains("sandboxed: "), "it says so");
+    bed.daemon
+        .wait_for("word of it", || bed.daemon.log().contains("sandboxed: "));
 }
 
 /// A C library may look into files when a thread gives much memory back, and must not.
@@ -104,5 +105,7 @@ fn without_the_sandbox_the_log_warns() {
             "{name}"
         );
     }
-    assert!(bed.daemon.log().contains("without the sandbox"));
+    bed.daemon.wait_for("a warning", || {
+        bed.daemon.log().contains("without the sandbox")
+    });
 }
