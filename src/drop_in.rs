@@ -2,9 +2,13 @@
 
 use std::fmt::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use crate::config::{Config, HostIommu, Pin};
+use crate::vfio_user::MAX_PATIENCE;
 
+/// What the unit has for `WatchdogSec`.
+const WATCHDOG: Duration = Duration::from_secs(60);
 /// What the daemon takes beside its page tables: code, stacks, buffers of sockets.
 const BASE_MEMORY: u64 = 32 << 20;
 /// What each device costs that is served over a socket: a stack, and messages of up to 2 MiB both ways.
@@ -34,9 +38,19 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         Some(memory) if !config.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
         _ => 0,
     };
-    let memory = config.arena_limit.saturating_add(BASE_MEMORY)
-        + MEMORY_PER_DEVICE * u64::try_from(devices).unwrap_or(0)
-        + host_tables;
+    // Pages of the guest count for whoever touches them first, which a device's DMA may be.
+    let guest = if devices > 0 { config.memory } else { Some(0) };
+    let memory = guest.map_or("infinity".into(), |guest| {
+        let own = [
+            BASE_MEMORY,
+            MEMORY_PER_DEVICE.saturating_mul(u64::try_from(devices).unwrap_or(u64::MAX)),
+            host_tables,
+            guest,
+        ];
+        own.into_iter()
+            .fold(config.arena_limit, u64::saturating_add)
+            .to_string()
+    });
     let files = BASE_FILES + FILES_PER_DEVICE * devices + FILES_PER_READER * readers;
     let lines = [
         format!("# What {} asks for.", file.display()),
@@ -50,6 +64,12 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     if !config.passthrough.is_empty() {
         text.push_str(&host_devices(config));
     }
+    let waits = waits(config);
+    if waits > Duration::ZERO {
+        // A third more: the daemon is asked four times in it.
+        let seconds = WATCHDOG.saturating_add(waits / 3 * 4).as_secs();
+        let _ = writeln!(text, "WatchdogSec={seconds}");
+    }
     if let Some(priority) = config.realtime_priority {
         let _ = writeln!(
             text,
@@ -60,7 +80,11 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         && let Some(folder) = textfile.path.parent()
         && folder.is_absolute()
     {
-        let _ = writeln!(text, "ReadWritePaths={}", folder.display());
+        // Where it is missing, only the metrics are.
+        let folder = folder.display().to_string();
+        let folder = folder.replace('\\', "\\\\").replace('"', "\\\"");
+        let folder = folder.replace('%', "%%");
+        let _ = writeln!(text, "ReadWritePaths=\"-{folder}\"");
     }
     if !config.readers.users.is_empty() {
         // Other users' processes are told apart, and killed where they hold up the guest.
@@ -69,6 +93,13 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         );
     }
     text
+}
+
+/// How long servers and readers that hang can keep the worker, one after the other, before each is cut off.
+fn waits(config: &Config) -> Duration {
+    let servers = config.emulated.iter().map(|e| e.deadline.max(MAX_PATIENCE));
+    let readers = config.shadow.iter().map(|_| config.readers.patience);
+    servers.chain(readers).sum()
 }
 
 fn host_devices(config: &Config) -> String {
@@ -159,6 +190,34 @@ mod tests {
     }
 
     #[test]
+    fn guest_memory_that_a_device_touches_counts() {
+        let endpoint = "[[endpoint]]\naddress = \"00:10.0\"\n\
+                        vfio-user = { listen = \"/run/l\", connect = \"/run/c\" }\n";
+        let with = lines(&format!(
+            "address = \"00:05.0\"\nmemory = \"4G\"\n{endpoint}"
+        ));
+        // 4G, 4G / 256 + 64M of arena, 32M, and 8M.
+        assert!(
+            with.contains(&"MemoryMax=4420796416".to_string()),
+            "{with:#?}"
+        );
+        assert!(with.contains(&"WatchdogSec=86".to_string()), "{with:#?}");
+        let unknown = lines(&format!("address = \"00:05.0\"\n{endpoint}"));
+        assert!(
+            unknown.contains(&"MemoryMax=infinity".to_string()),
+            "{unknown:#?}"
+        );
+    }
+
+    #[test]
+    fn paths_are_quoted() {
+        let file = "address = \"00:05.0\"\n[metrics]\ntextfile = '/srv/a b/100%/\"q\\/vm.prom'\n";
+        let lines = lines(file);
+        let line = r#"ReadWritePaths="-/srv/a b/100%%/\"q\\""#;
+        assert!(lines.contains(&line.to_string()), "{lines:#?}");
+    }
+
+    #[test]
     fn a_worker_may_have_the_priority_it_is_to_have() {
         let lines = lines("address = \"00:05.0\"\nrealtime-priority = 10\n");
         for line in [
@@ -175,7 +234,7 @@ mod tests {
         let file = "address = \"00:05.0\"\nhotplug = [\"01:00.0-01:00.7\", \"02:00.0-02:00.7\"]\n\
                     [metrics]\ntextfile = \"/var/lib/metrics/vm1.prom\"\n";
         let lines = lines(file);
-        for line in ["TasksMax=36", "ReadWritePaths=/var/lib/metrics"] {
+        for line in ["TasksMax=36", "ReadWritePaths=\"-/var/lib/metrics\""] {
             assert!(lines.contains(&line.to_string()), "{line} in {lines:#?}");
         }
     }

@@ -19,7 +19,7 @@ use crate::export_side::ExportSide;
 use crate::fault_queue::FaultDelivery;
 use crate::host_side::{HostSide, HostSideError};
 use crate::ids::EndpointId;
-use crate::iommu::{AddError, Iommu, NewEndpoints};
+use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::socket::SocketFile;
 use crate::topology::{GroupName, NoSuchEndpoints, PciAddress, PciRange, ReservedRegions};
 
@@ -59,6 +59,9 @@ pub enum HotplugError {
     /// The IOMMU does not take it.
     #[error(transparent)]
     Add(#[from] AddError),
+    /// The IOMMU does not let it go.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
 }
 
 /// An endpoint that was added.

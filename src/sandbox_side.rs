@@ -34,6 +34,7 @@ pub fn needs(config: &Config) -> Needs {
             ioctls_of_backends,
         ),
         device_ioctls: of(hotplug || !config.exports.is_empty(), ioctls_of_exports),
+        qmp: config.qmp.is_some(),
         emulated: hotplug || !config.emulated.is_empty(),
         realtime: config.realtime_priority.is_some(),
         shadow: !config.shadow.is_empty(),

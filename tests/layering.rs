@@ -76,7 +76,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("ctl", &["args"]),
     ("config", &["args", "topology"]),
-    ("drop_in", &["config"]),
+    ("drop_in", &["config", "vfio_user"]),
     ("qemu_args", &["config", "topology"]),
     ("launch", &["config", "qemu_args", "socket", "topology"]),
     ("ready", &[]),

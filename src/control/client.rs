@@ -1,12 +1,13 @@
 //! A client whose patience with us is its own affair, and ours with it is bounded.
+#![expect(unsafe_code, reason = "asks who is at the other end of a socket")]
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 
 /// How long a client may take to say what it wants.
@@ -52,7 +53,33 @@ pub(super) fn reply(stream: &UnixStream) -> BufWriter<Bounded<'_>> {
 /// Whether a client may change things: it is the daemon's own user or root. Others may look, where the
 /// socket's file lets them connect.
 pub(super) fn may_change(stream: &UnixStream) -> bool {
-    socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root() || peer.uid == geteuid())
+    user_of(stream).is_ok_and(|user| user == 0 || user == geteuid().as_raw())
+}
+
+/// The user at the other end. The process there may be one that has no number here, which typed
+/// credentials do not have.
+fn user_of(stream: &UnixStream) -> io::Result<libc::uid_t> {
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: libc::uid_t::MAX,
+        gid: libc::gid_t::MAX,
+    };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).map_err(io::Error::other)?;
+    // SAFETY: peer and len are valid for writes, and len is the size of peer.
+    let done = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if done == 0 {
+        Ok(peer.uid)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 impl<'a> Bounded<'a> {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::client::{hear, may_change, reply};
 use super::figures::Figures;
-use super::lists::{endpoint, write_domains, write_endpoints, write_mappings};
+use super::lists::{MAX_MEMBERS, endpoint, write_domains, write_endpoints, write_mappings};
 use super::{Subjects, hotplug};
 use crate::address::{Access, Iova, IovaRange};
 use crate::fault_log::Seen;
@@ -22,6 +22,8 @@ use crate::{vm_log, warn_limited};
 pub(super) const VERSION: u32 = 1;
 /// The longest request line in bytes.
 const MAX_LINE: u64 = 4096;
+/// Endpoints that `status` lists because the guest has touched them; `endpoints` lists all.
+const MAX_TOUCHED: usize = 1024;
 /// Endpoints that `status` lists though the guest has not touched them.
 const MAX_UNTOUCHED: usize = 256;
 /// Domains that `status` lists.
@@ -93,7 +95,7 @@ fn status(subjects: &Subjects) -> Value {
     // Facts first, text later: the core is locked for as long as it takes to copy them.
     let iommu = subjects.iommu.lock();
     let domains: Vec<_> = iommu.domains().take(MAX_DOMAINS).collect();
-    let endpoints: Vec<_> = iommu.endpoints(MAX_UNTOUCHED).collect();
+    let endpoints: Vec<_> = iommu.endpoints(MAX_TOUCHED, MAX_UNTOUCHED).collect();
     let endpoint_count = iommu.topology().endpoint_count();
     let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
     let connected = subjects.device.is_connected();
@@ -103,7 +105,7 @@ fn status(subjects: &Subjects) -> Value {
         json!({
             "id": d.id.0,
             "bypass": d.bypass,
-            "endpoints": d.endpoints.iter().map(|e| e.0).collect::<Vec<_>>(),
+            "endpoints": d.endpoints.iter().take(MAX_MEMBERS).map(|e| e.0).collect::<Vec<_>>(),
             "mappings": d.mappings,
             "mapped_bytes": d.mapped_bytes,
         })

@@ -19,7 +19,7 @@ const PIECE: usize = 512;
 /// How long that may take: who asks for mappings of many pages each waits for other pieces.
 const PIECE_TIME: Duration = Duration::from_micros(50);
 /// Endpoints of a domain that are listed.
-const MAX_MEMBERS: usize = 256;
+pub(super) const MAX_MEMBERS: usize = 256;
 
 /// Writes all endpoints.
 ///

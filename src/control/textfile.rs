@@ -1,7 +1,8 @@
 //! Metrics in a file for node_exporter's textfile collector.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -58,6 +59,8 @@ impl Textfile {
 
     fn write(&self, text: &str) -> io::Result<()> {
         let mut file = File::create(&self.draft)?;
+        // Who may enter the folder may read it, whatever the umask is for sockets.
+        file.set_permissions(Permissions::from_mode(0o644))?;
         file.write_all(text.as_bytes())?;
         fs::rename(&self.draft, &self.path)
     }

@@ -8,7 +8,9 @@ use crate::backends::vacant::Vacant;
 use crate::backends::{BackendError, Capabilities, DmaBackend};
 use crate::error_limited;
 use crate::ids::EndpointId;
-use crate::topology::{GroupName, NoSuchEndpoints, PciRange, ReservedRegions, TopologyError};
+use crate::topology::{
+    GroupName, NoSuchEndpoints, PciAddress, PciRange, ReservedRegions, TopologyError,
+};
 
 /// Why an endpoint was not added. Nothing has changed then.
 #[derive(Debug, Error)]
@@ -41,6 +43,23 @@ pub enum AddError {
     /// Its backend could not take it over.
     #[error("its device cannot be used: {0}; see to the device and add the endpoint again")]
     Backend(BackendError),
+}
+
+/// Why endpoints are not removed. Nothing has changed then.
+#[derive(Debug, Error)]
+pub enum RemoveError {
+    /// There are no such endpoints.
+    #[error(transparent)]
+    NoSuch(#[from] NoSuchEndpoints),
+    /// The host cannot keep one of them apart from another that stays.
+    #[error(
+        "the host cannot tell this device from that of endpoint {mate}, which would take it along \
+         into its domain; leave it there until the VM ends"
+    )]
+    HostGroup {
+        /// An endpoint in the same host group.
+        mate: PciAddress,
+    },
 }
 
 /// An endpoint to add, or several that have all but the address in common.
@@ -98,12 +117,15 @@ impl Iommu {
     /// reaches anything. Returns the backends that nobody is behind any more.
     ///
     /// # Errors
-    /// Where `range` names anything else; nothing has changed then.
+    /// See [`RemoveError`].
     pub fn remove_endpoints(
         &mut self,
         range: PciRange,
-    ) -> Result<Vec<Box<dyn DmaBackend>>, NoSuchEndpoints> {
+    ) -> Result<Vec<Box<dyn DmaBackend>>, RemoveError> {
         self.topology.are_together(range)?;
+        if let Some(mate) = self.host_mate_left_behind(range) {
+            return Err(RemoveError::HostGroup { mate });
+        }
         let ids = range.first().endpoint_id()..=range.last().endpoint_id();
         let touched = self.endpoints.range(ids.clone()).map(|(&id, _)| id);
         let behind = self.backend_of.range(ids).map(|(&id, _)| id);
@@ -148,6 +170,26 @@ impl Iommu {
             }
         }
         backend
+    }
+
+    /// An endpoint that is not in `range` and shares backend and host group with one that is.
+    fn host_mate_left_behind(&self, range: PciRange) -> Option<PciAddress> {
+        let place = |id: EndpointId, backend: usize| {
+            let group = self.topology.endpoint(id)?.group?;
+            Some((PciAddress::from_endpoint_id(id), (backend, group)))
+        };
+        let places: Vec<_> = self
+            .backend_of
+            .iter()
+            .filter_map(|(&id, &backend)| place(id, backend))
+            .collect();
+        let goes = |at: &PciAddress| range.contains(*at);
+        places
+            .iter()
+            .find(|(mate, held)| {
+                !goes(mate) && places.iter().any(|(at, with)| goes(at) && with == held)
+            })
+            .map(|(mate, _)| *mate)
     }
 
     fn check_new(&self, new: &NewEndpoints<'_>, can: Option<Capabilities>) -> Result<(), AddError> {

@@ -44,7 +44,7 @@ use self::memory::{is_all_reachable, reachable_bytes};
 
 pub use self::error::RequestError;
 pub use self::fault::{Fault, FaultReason};
-pub use self::hotplug::{AddError, NewEndpoints};
+pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
 pub use self::look::{Next, Totals};
 
 /// A domain of this many page-table frames may always grow within the arena's last part, so that
@@ -696,8 +696,13 @@ impl Iommu {
         })
     }
 
-    /// The endpoints the guest has touched, and of the others the first `untouched` ones.
-    pub fn endpoints(&self, untouched: usize) -> impl Iterator<Item = EndpointState> {
+    /// The first `touched` of the endpoints the guest has touched, and of the others the first
+    /// `untouched` ones.
+    pub fn endpoints(
+        &self,
+        touched: usize,
+        untouched: usize,
+    ) -> impl Iterator<Item = EndpointState> {
         let others = self
             .topology
             .ranges()
@@ -705,7 +710,8 @@ impl Iommu {
             .map(EndpointId)
             .filter(|id| !self.endpoints.contains_key(id))
             .take(untouched);
-        let mut ids: Vec<_> = self.endpoints.keys().copied().chain(others).collect();
+        let known = self.endpoints.keys().copied().take(touched);
+        let mut ids: Vec<_> = known.chain(others).collect();
         ids.sort_unstable();
         ids.into_iter().filter_map(|id| self.endpoint(id))
     }

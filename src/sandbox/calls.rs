@@ -245,9 +245,21 @@ const OPEN: [c_long; 10] = [
 
 /// A file is written beside another, which it then takes the place of. Where, Landlock decides.
 #[cfg(target_arch = "x86_64")]
-const TEXTFILE: [c_long; 3] = [libc::SYS_openat, libc::SYS_rename, libc::SYS_renameat2];
-#[cfg(not(target_arch = "x86_64"))]
-const TEXTFILE: [c_long; 2] = [libc::SYS_openat, libc::SYS_renameat2];
+const TEXTFILE: [c_long; 4] = [
+    libc::SYS_fchmod,
+    libc::SYS_openat,
+    libc::SYS_rename,
+    libc::SYS_renameat2,
+];
+#[cfg(target_arch = "aarch64")]
+const TEXTFILE: [c_long; 4] = [
+    libc::SYS_fchmod,
+    libc::SYS_openat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+const TEXTFILE: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_openat, libc::SYS_renameat2];
 
 /// A connection's threads and events are made. Clones are in `threads_only`.
 const SPAWN: [c_long; 5] = [
@@ -287,6 +299,9 @@ fn everywhere() -> Vec<Call> {
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_VMA))),
             // Builds for debugging see whether a descriptor is open before they close it.
             with(libc::SYS_fcntl, Argument::Is(1, bits(libc::F_GETFD))),
+            // The runtime's handler of a fault that is no full stack lets that fault end the process.
+            with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGBUS))),
+            with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGSEGV))),
             // Its own end.
             with(libc::SYS_tgkill, Argument::Is(0, own)),
         ])
@@ -397,6 +412,7 @@ mod tests {
         let needs = Needs {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
+            qmp: true,
             emulated: true,
             realtime: true,
             shadow: true,
@@ -414,7 +430,6 @@ mod tests {
             libc::SYS_process_vm_readv,
             libc::SYS_process_vm_writev,
             libc::SYS_kill,
-            libc::SYS_rt_sigaction,
             libc::SYS_bpf,
             libc::SYS_io_uring_setup,
             libc::SYS_mount,
@@ -441,6 +456,7 @@ mod tests {
                 libc::SYS_mprotect,
                 libc::SYS_fcntl,
                 libc::SYS_prctl,
+                libc::SYS_rt_sigaction,
                 libc::SYS_tgkill,
             ] {
                 assert!(!allowed.contains(&(narrow, Allowed::Always)), "{role:?}");

@@ -7,6 +7,8 @@ use landlock::{
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
+use log::warn;
+
 use super::SandboxError;
 use super::role::{Needs, Plugging};
 
@@ -72,6 +74,10 @@ fn beneath(
     rights: BitFlags<AccessFs>,
 ) -> Result<RulesetCreated, SandboxError> {
     let Ok(opened) = PathFd::new(path) else {
+        warn!(
+            "{} is not there: what needs it cannot be done until the daemon is started anew",
+            path.display()
+        );
         return Ok(rules);
     };
     // A file takes no rights of folders.

@@ -109,6 +109,7 @@ mod tests {
         let needs = Needs {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
+            qmp: true,
             emulated: true,
             realtime: true,
             shadow: true,

@@ -100,8 +100,8 @@ fn needed(needs: &Needs) -> CapabilitySet {
         // Readers of other users that do not leave in time are killed.
         kept |= CapabilitySet::KILL;
     }
-    if needs.emulated {
-        // Sockets of servers of other users are connected to, at any time.
+    if needs.emulated || needs.qmp || needs.textfile_folder.is_some() {
+        // Sockets and folders of other users are used, at any time.
         kept |= CapabilitySet::DAC_OVERRIDE;
     }
     kept
@@ -117,6 +117,7 @@ mod tests {
         let all = Needs {
             iommu_ioctls: vec![0],
             device_ioctls: vec![0],
+            qmp: true,
             emulated: true,
             realtime: true,
             shadow: true,

@@ -100,6 +100,8 @@ pub struct Needs {
     pub iommu_ioctls: Vec<u32>,
     /// Numbers of the ioctls of devices that are exported; empty without such devices.
     pub device_ioctls: Vec<u32>,
+    /// The VMM is listened to at a socket of its own.
+    pub qmp: bool,
     /// There are devices that other processes emulate, which are connected to at any time.
     pub emulated: bool,
     /// The worker gives itself a realtime priority.

@@ -32,6 +32,9 @@ use crate::warn_limited;
 
 /// Orders that wait for their replies at once; the others wait for those.
 const MAX_ORDERS: usize = 1024;
+/// The longest wait for all orders of one request, where the deadline of one is not longer: however many
+/// there are, a server that hangs is cut off by then.
+pub const MAX_PATIENCE: Duration = Duration::from_secs(20);
 /// While this many bytes wait to be sent, no order is added to them.
 const BUSY_BYTES: usize = 256 << 10;
 /// The batch nobody waits for.
@@ -583,6 +586,7 @@ impl Orders<'_> {
         let rounds = 1 + (before + orders.len()) / MAX_ORDERS;
         let patience = self.link.deadline;
         let patience = patience.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
+        let patience = patience.min(self.link.deadline.max(MAX_PATIENCE));
         let until = Instant::now() + patience;
         if connection.is_none() && !(unmaps && state.parting.is_some()) {
             // A server that comes is told what holds then.

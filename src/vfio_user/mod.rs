@@ -23,7 +23,7 @@ pub mod version;
 
 pub(crate) use self::client_windows::ClientWindows;
 pub use self::interposer::{Interposer, Settings};
-pub use self::link::{Ends, Link, Order, OrderError, Orders, Ticket, Window};
+pub use self::link::{Ends, Link, MAX_PATIENCE, Order, OrderError, Orders, Ticket, Window};
 
 use crate::address::IovaRange;
 

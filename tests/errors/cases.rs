@@ -200,6 +200,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("HostSideError::MixedGroup", "tests/vfio_host"),
     ("HostSideError::NoCommonAddresses", "two IOMMUs that differ"),
     (
+        "RemoveError::HostGroup",
+        "src/iommu/tests/hotplug.rs::a_device_that_the_host_cannot_keep_apart_stays",
+    ),
+    (
         "ServiceError::Sockets",
         "src/service.rs::one_socket_is_taken_and_no_other_number",
     ),
