@@ -192,6 +192,12 @@ fn the_file_is_whole_at_any_moment_and_goes_with_the_daemon() {
     let bed = Bed::new("", "[metrics]\ntextfile = 'FOLDER/vm.prom'\ninterval-s = 1");
     let file = bed.path("vm.prom");
     bed.daemon.wait_for("the file", || file.exists());
+    let mode = fs::metadata(&file).expect("a file").mode();
+    assert_eq!(
+        mode & 0o7777,
+        0o644,
+        "for its collector, who is somebody else"
+    );
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
     let (mut versions, mut last) = (BTreeSet::new(), String::new());

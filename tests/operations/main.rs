@@ -91,6 +91,11 @@ fn two_vms_run_side_by_side() {
     }
     drop(two);
     let two = Vm::new("two", "");
+    // The control socket of one of them is for the group, too.
+    let group = good(&["id", "-g", "vhost-device-iommu"]).trim().to_owned();
+    let text = fs::read_to_string(two.file()).expect("its file");
+    let keys = format!("control-mode = \"0660\"\ncontrol-group = {group}\n");
+    fs::write(two.file(), keys + &text).expect("its file");
     one.start();
     two.start();
     for vm in [&one, &two] {
@@ -103,6 +108,11 @@ fn two_vms_run_side_by_side() {
         assert!(control.file_type().is_socket());
         assert_eq!(control.permissions().mode() & 0o007, 0, "not for others");
     }
+    let mode = |vm: &Vm| {
+        let control = fs::metadata(vm.socket().with_file_name("control.sock"));
+        control.expect("a socket").permissions().mode() & 0o777
+    };
+    assert_eq!((mode(&one), mode(&two)), (0o600, 0o660));
     let first = guest(&one);
     let mut second = guest(&two);
     assert_eq!(one.endpoint(EP_ADDRESS), "attached");
