@@ -409,17 +409,7 @@ mod tests {
     /// No thread opens a file, starts a program or process, listens, or looks into another process.
     #[test]
     fn what_no_role_may_call() {
-        let needs = Needs {
-            iommu_ioctls: vec![0x3b71],
-            device_ioctls: vec![0x3b6e],
-            qmp: true,
-            emulated: true,
-            realtime: true,
-            shadow: true,
-            plugging: None,
-            textfile_folder: None,
-            socket_folders: Vec::new(),
-        };
+        let needs = Needs::most();
         let never = [
             libc::SYS_openat,
             libc::SYS_execve,

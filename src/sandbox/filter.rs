@@ -106,17 +106,7 @@ mod tests {
 
     #[test]
     fn each_role_has_a_filter_and_who_makes_threads_has_two() {
-        let needs = Needs {
-            iommu_ioctls: vec![0x3b71],
-            device_ioctls: vec![0x3b6e],
-            qmp: true,
-            emulated: true,
-            realtime: true,
-            shadow: true,
-            plugging: None,
-            textfile_folder: None,
-            socket_folders: Vec::new(),
-        };
+        let needs = Needs::most();
         let plugging = Needs {
             plugging: Some(Plugging::default()),
             ..needs.clone()

@@ -114,17 +114,7 @@ mod tests {
     #[test]
     fn capabilities_are_kept_for_a_reason_only() {
         assert_eq!(needed(&Needs::default()), CapabilitySet::empty());
-        let all = Needs {
-            iommu_ioctls: vec![0],
-            device_ioctls: vec![0],
-            qmp: true,
-            emulated: true,
-            realtime: true,
-            shadow: true,
-            plugging: None,
-            textfile_folder: None,
-            socket_folders: Vec::new(),
-        };
+        let all = Needs::most();
         let kept = CapabilitySet::IPC_LOCK
             | CapabilitySet::SYS_NICE
             | CapabilitySet::KILL

@@ -117,6 +117,24 @@ pub struct Needs {
     pub socket_folders: Vec<PathBuf>,
 }
 
+#[cfg(test)]
+impl Needs {
+    /// Everything but what lets files be opened.
+    pub(super) fn most() -> Self {
+        Self {
+            iommu_ioctls: vec![0x3b71],
+            device_ioctls: vec![0x3b6e],
+            qmp: true,
+            emulated: true,
+            realtime: true,
+            shadow: true,
+            plugging: None,
+            textfile_folder: None,
+            socket_folders: Vec::new(),
+        }
+    }
+}
+
 /// What adding endpoints takes. Their sockets can be in the folders of the others alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plugging {
