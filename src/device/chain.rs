@@ -35,6 +35,8 @@ pub struct ChainRequest {
     /// The first bytes of the device-readable part, up to the longest request there is; `None`
     /// where they are not in guest memory.
     pub bytes: Option<ReadBytes>,
+    /// Where the device-readable part begins, if it has any bytes.
+    pub at: u64,
     /// The device-writable part: indices into the batch's spans.
     pub spans: Range<usize>,
     /// Its length in bytes, from 4 to [`MAX_WRITABLE`].
@@ -94,8 +96,9 @@ struct Descriptor {
     next: U16,
 }
 
-const DESCRIPTOR_LEN: u32 = 16;
-const _: () = assert!(size_of::<Descriptor>() == DESCRIPTOR_LEN as usize);
+/// Size of a descriptor in bytes.
+pub const DESCRIPTOR_LEN: u64 = 16;
+const _: () = assert!(size_of::<Descriptor>() as u64 == DESCRIPTOR_LEN);
 
 impl Descriptor {
     fn has(&self, flag: u32) -> bool {
@@ -124,7 +127,7 @@ impl Walk<'_, '_> {
         };
         let mut descriptor = self.entry(index)?;
         if descriptor.has(VRING_DESC_F_INDIRECT) {
-            let len = descriptor.len.get();
+            let len = u64::from(descriptor.len.get());
             if self.indirect || !len.is_multiple_of(DESCRIPTOR_LEN) {
                 return Err(Broken);
             }
@@ -147,7 +150,7 @@ impl Walk<'_, '_> {
         if index >= self.size {
             return Err(Broken);
         }
-        let offset = u64::from(index) * u64::from(DESCRIPTOR_LEN);
+        let offset = u64::from(index) * DESCRIPTOR_LEN;
         let at = self.table.checked_add(offset).ok_or(Broken)?;
         let mut descriptor = Descriptor::new_zeroed();
         if self.view.read(at, descriptor.as_mut_bytes()) {
@@ -167,6 +170,7 @@ fn read_parts(
     let first_span = spans.len();
     let mut bytes = [0; MAX_REQUEST_LEN];
     let mut len = 0;
+    let mut begin = 0;
     let mut readable = true;
     let mut writable_seen = false;
     let mut writable_len = 0usize;
@@ -195,6 +199,9 @@ fn read_parts(
             }
             let room = bytes.get_mut(len..)?;
             let wanted = size.min(room.len());
+            if len == 0 {
+                begin = at;
+            }
             if readable && wanted > 0 {
                 readable = view.read(at, &mut room[..wanted]);
                 len += wanted;
@@ -206,6 +213,7 @@ fn read_parts(
     }
     Some(ChainRequest {
         bytes: readable.then_some(ReadBytes { bytes, len }),
+        at: begin,
         spans: first_span..spans.len(),
         writable_len,
     })

@@ -46,7 +46,7 @@ use crate::{error_limited, info_limited, warn_limited};
 
 use self::polling::{Look, Polling};
 use self::request_queue::{Context, Pass, RequestQueue, probe_size};
-use self::request_ring::AvailIndex;
+use self::request_ring::NextChain;
 use self::restart::{Restart, RingState};
 use self::ring::is_running;
 use self::view::GuestView;
@@ -320,14 +320,24 @@ impl Device {
     fn poll(&self, ring: &VringRwLock, polling: &mut Polling) -> bool {
         // Before the memory, so that what is looked at is that of this number or a later one.
         let changes = self.memory_changes.load(Ordering::Acquire);
-        let Some(memory) = self.memory() else {
+        let (memory, places) = {
+            let requests = self.requests.lock();
+            (requests.memory.clone(), requests.queue.places())
+        };
+        let Some(memory) = memory else {
             return false;
         };
         let view = GuestView::new(&memory);
-        let index = AvailIndex::of(ring.get_ref().get_queue());
+        let next = NextChain::of(ring.get_ref().get_queue());
         let look = polling.look(|| {
-            index.has_moved(&view)
-                || self.shutdown.load(Ordering::Relaxed)
+            if next.is_there(&view) {
+                // All at once, where the one leads to the other: most of the time of a single request is
+                // that of fetching what the driver's processor has just written.
+                next.prefetch(&view);
+                places.prefetch(&view);
+                return true;
+            }
+            self.shutdown.load(Ordering::Relaxed)
                 || self.memory_changes.load(Ordering::Relaxed) != changes
         });
         match look {

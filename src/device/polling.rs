@@ -41,7 +41,8 @@ const FORGIVEN: u32 = 100;
 /// What looking came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Look {
-    /// Something is there, after so long.
+    /// Something is there, after so long: as of the last look at the clock, for another one would take a
+    /// tenth of the time a request does.
     Found(Duration),
     /// The window is over.
     Over,
@@ -90,7 +91,7 @@ impl Polling {
         loop {
             for _ in 0..LOOKS {
                 if found() {
-                    let gap = began.elapsed();
+                    let gap = seen - began;
                     self.met(gap);
                     return Look::Found(gap);
                 }
@@ -136,7 +137,7 @@ impl Polling {
 
     fn met(&mut self, gap: Duration) {
         self.empty_since = None;
-        let enough = gap * 4;
+        let enough = (gap * 4).max(SHORTEST);
         if self.window > enough {
             self.window -= (self.window - enough) / 16;
         }

@@ -8,7 +8,7 @@ use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
-use super::chain::{Chain, ChainRequest, Span, scatter};
+use super::chain::{Chain, ChainRequest, DESCRIPTOR_LEN, Span, scatter};
 use super::request_ring::{self, RingError};
 use super::restart::UsedEntry;
 use super::ring::{is_running, signal};
@@ -64,8 +64,26 @@ pub struct RequestQueue {
     /// Of the UNMAPs that come next, which were served together with one before.
     unmapped: VecDeque<Result<(), RequestError>>,
     ranges: Vec<IovaRange>,
+    /// Where the last chain had what was read: a driver that waits for each answer frees and
+    /// allocates the same descriptors and the same bytes again and again.
+    places: Places,
     /// Passes of a single request, to look at the time of some of them.
     singles: u64,
+}
+
+/// The places of a chain in guest memory, as good as any other address where it had none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Places {
+    descriptor: u64,
+    request: u64,
+}
+
+impl Places {
+    /// Has what is there fetched.
+    pub fn prefetch(&self, view: &GuestView<'_>) {
+        view.prefetch(self.descriptor);
+        view.prefetch(self.request);
+    }
 }
 
 /// What serving requests needs besides the queue.
@@ -203,6 +221,11 @@ impl RequestQueue {
         }
     }
 
+    /// Where the last chain that was taken was.
+    pub fn places(&self) -> Places {
+        self.places
+    }
+
     /// Takes chains off the ring.
     fn take_chains(
         &mut self,
@@ -240,9 +263,13 @@ impl RequestQueue {
             let chain = Chain::read(view, head, table, size, &mut self.spans);
             self.chains.push(chain);
         }
-        if self.chains.is_empty() {
+        let Some(last) = self.chains.last() else {
             return Pass::Stopped;
-        }
+        };
+        self.places = Places {
+            descriptor: table.saturating_add(u64::from(last.head) * DESCRIPTOR_LEN),
+            request: last.request.as_ref().map_or(0, |request| request.at),
+        };
         Pass::Served
     }
 

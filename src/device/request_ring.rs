@@ -45,25 +45,38 @@ pub fn available(queue: &Queue, view: &GuestView<'_>) -> Result<u16, RingError> 
     Ok(count)
 }
 
-/// What changes when the driver makes chains available.
+/// What changes when the driver makes the next chain available, and what the device will need then.
 #[derive(Clone, Copy, Debug)]
-pub struct AvailIndex {
-    at: u64,
+pub struct NextChain {
+    index: u64,
     taken: u16,
+    avail_entry: u64,
+    used_entry: u64,
 }
 
-impl AvailIndex {
+impl NextChain {
     /// As it is where all chains have been taken.
     pub fn of(queue: &Queue) -> Self {
+        let slot = |next: u16| u64::from(next.checked_rem(queue.size()).unwrap_or(0));
+        let avail = ENTRIES + AVAIL_ENTRY_LEN * slot(queue.next_avail());
+        let used = ENTRIES + USED_ENTRY_LEN * slot(queue.next_used());
         Self {
-            at: queue.avail_ring().saturating_add(INDEX),
+            index: queue.avail_ring().saturating_add(INDEX),
             taken: queue.next_avail(),
+            avail_entry: queue.avail_ring().saturating_add(avail),
+            used_entry: queue.used_ring().saturating_add(used),
         }
     }
 
     /// Whether there is something to look at more closely: a chain, or a ring out of reach.
-    pub fn has_moved(&self, view: &GuestView<'_>) -> bool {
-        view.load(self.at) != Some(self.taken)
+    pub fn is_there(&self, view: &GuestView<'_>) -> bool {
+        view.load(self.index) != Some(self.taken)
+    }
+
+    /// Has its entries in the ring fetched.
+    pub fn prefetch(&self, view: &GuestView<'_>) {
+        view.prefetch(self.avail_entry);
+        view.prefetch(self.used_entry);
     }
 }
 
