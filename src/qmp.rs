@@ -126,6 +126,18 @@ impl Shared {
         state.stream = wanted.then_some(clone);
         Ok(wanted)
     }
+
+    /// Calls `reset`, unless the VMM that was listened to is gone: what it has left unread is not about
+    /// the next one's VM. Returns whether it is still there.
+    fn heed(&self, reset: &impl Fn()) -> bool {
+        let state = self.state.lock();
+        let there = state.stream.is_some();
+        if there {
+            // With the lock held, so that nobody takes its place meanwhile.
+            reset();
+        }
+        there
+    }
 }
 
 fn listen(path: &Path, shared: &Shared, reset: impl Fn()) {
@@ -134,7 +146,7 @@ fn listen(path: &Path, shared: &Shared, reset: impl Fn()) {
         let mut greeted = false;
         let ended = connect_to(path).and_then(|stream| {
             if shared.publish(&stream)? {
-                converse(stream, &mut greeted, &reset)
+                converse(stream, shared, &mut greeted, &reset)
             } else {
                 Ok(())
             }
@@ -170,7 +182,12 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
 }
 
 /// Listens until the connection ends.
-fn converse(stream: UnixStream, greeted: &mut bool, reset: &impl Fn()) -> io::Result<()> {
+fn converse(
+    stream: UnixStream,
+    shared: &Shared,
+    greeted: &mut bool,
+    reset: &impl Fn(),
+) -> io::Result<()> {
     let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidData, why));
     let mut out = stream.try_clone()?;
     let mut lines = Lines::new(stream);
@@ -186,7 +203,9 @@ fn converse(stream: UnixStream, greeted: &mut bool, reset: &impl Fn()) -> io::Re
         } else if message.get("error").is_some() {
             return refuse("it does not let us in");
         } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
-            reset();
+            if !shared.heed(reset) {
+                return Ok(());
+            }
             std::thread::sleep(RESET_PAUSE);
         }
     }

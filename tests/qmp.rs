@@ -116,6 +116,26 @@ fn late_word_of_a_reset_takes_nothing_from_the_next_driver() {
 }
 
 #[test]
+fn what_a_vmm_has_left_unread_is_not_about_the_next_one() {
+    let bed = Bed::new();
+    let mut guest = bed.guest();
+    let mut qmp = bed.talk();
+    guest.stop_rings();
+    // More than can be heeded until the next VM is paused.
+    qmp.write_all(format!("{RESET}\n").repeat(100).as_bytes())
+        .expect("taken");
+    bed.daemon
+        .wait_for("no domain", || bed.daemon.domains().is_empty());
+    drop(guest);
+    let mut guest = bed.guest();
+    guest.stop_rings();
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(bed.daemon.domains(), [1]);
+    guest.driver_ok();
+    assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE), OK);
+}
+
+#[test]
 fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
     let bed = Bed::new();
     let mut guest = bed.guest();

@@ -391,16 +391,33 @@ impl Vm {
             match self.guest.next(left) {
                 Some(line) if line == "= ready" => return,
                 Some(_) => {}
-                None => panic!("the guest is not up after {} s", BOOT.as_secs()),
+                None => {
+                    self.tell_where_it_is();
+                    panic!("the guest is not up after {} s", BOOT.as_secs())
+                }
             }
+        }
+    }
+
+    /// What the processors of a guest that says nothing are at, for whoever reads the failed test.
+    fn tell_where_it_is(&mut self) {
+        for look in 0..2 {
+            for command in ["info registers", "info lapic", "info pic"] {
+                let arguments = json!({ "command-line": command });
+                let answer = self.qmp("human-monitor-command", arguments);
+                eprintln!("look {look}, {command}: {}", answer.as_str().unwrap_or(""));
+            }
+            thread::sleep(Duration::from_secs(1));
         }
     }
 
     /// Runs a shell command in the guest: its output lines and exit status.
     pub fn try_run(&mut self, command: &str, limit: Duration) -> (Vec<String>, i32) {
         self.begin(command);
-        self.finish(limit)
-            .unwrap_or_else(|| panic!("`{command}`: no answer in {} s", limit.as_secs()))
+        self.finish(limit).unwrap_or_else(|| {
+            self.tell_where_it_is();
+            panic!("`{command}`: no answer in {} s", limit.as_secs())
+        })
     }
 
     /// Runs a shell command that must succeed.
