@@ -32,7 +32,7 @@ NEED_VM="guest passthrough emulated"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
 
-passed=0 failed=0 broken=()
+passed=0 failed=0 broken=() broken_logs=()
 
 # step NAME COMMAND...: runs it, shows its output, and adds up the test results in it.
 step() {
@@ -54,6 +54,7 @@ step() {
     passed=$((passed + p)) failed=$((failed + f))
     if [ $status -ne 0 ]; then
         broken+=("$name ($log)")
+        broken_logs+=("$log")
     fi
 }
 
@@ -266,6 +267,10 @@ echo
 printf '%s\n' "${times[@]}"
 for name in "${broken[@]}"; do
     echo "FAILED: $name"
+done
+# Once more what each failed test had to say: the rest of its output is far above.
+for log in "${broken_logs[@]}"; do
+    grep -a -A 3 "panicked at" "$log" | grep -a -v "^stack backtrace" | head -n 40 || true
 done
 if [ ${#broken[@]} -gt 0 ]; then
     # A guest test that fails leaves its directory.
