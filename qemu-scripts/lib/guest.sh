@@ -4,6 +4,8 @@
 # A guest that a script talks to. Who sources this defines give_up WHY, which ends the script, and has VIOMMU_QEMU.
 
 BOOT_LIMIT=180 ANSWER_LIMIT=120
+# Seconds after which a guest that is silent is asked whether it has heard all of a command.
+NUDGE=15
 
 # guest_start DIR KERNEL INITRAMFS APPEND QEMU-ARGUMENT...: boots it, and returns when it obeys. Sets qemu, to_guest
 # and from_guest. Its logs are in DIR.
@@ -29,9 +31,19 @@ guest_start() {
     done
 }
 
+# guest_send COMMAND: with its length, by which the guest sees that it has heard all of it.
+guest_send() {
+    printf '%d %s\n' ${#1} "$1" >&"$to_guest"
+}
+
 # guest_end: powers it off and waits for QEMU.
 guest_end() {
-    printf 'poweroff -f\n' >&"$to_guest"
+    local command="poweroff -f"
+    guest_send "$command"
+    if ! await $NUDGE gone "$qemu"; then
+        echo >&"$to_guest"
+        guest_send "$command"
+    fi
     await 60 gone "$qemu" || give_up "QEMU does not end"
     wait "$qemu" || give_up "QEMU failed"
     qemu=
@@ -40,13 +52,20 @@ guest_end() {
 
 # guest COMMAND: runs it in the guest. Its output is in ANSWER; false where it fails.
 guest() {
-    local line
+    local line part= begun=$SECONDS
     ANSWER=
-    printf '%s\n' "$1" >&"$to_guest"
-    while read -r -t "$ANSWER_LIMIT" line <&"$from_guest"; do
-        line=${line%$'\r'}
+    guest_send "$1"
+    while [ $((SECONDS - begun)) -lt $ANSWER_LIMIT ]; do
+        if ! read -r -t $NUDGE line <&"$from_guest"; then
+            part+=$line
+            echo >&"$to_guest"
+            continue
+        fi
+        line=$part${line%$'\r'}
+        part=
         case $line in
         '|'*) ANSWER+=${ANSWER:+$'\n'}${line#|} ;;
+        '= garbled') guest_send "$1" ;;
         '= 0') return 0 ;;
         '= '*) return 1 ;;
         esac

@@ -27,6 +27,9 @@ pub const BOOT: Duration = Duration::from_secs(120);
 pub const ANSWER: Duration = Duration::from_secs(120);
 /// Until the guest has done 10^5 rounds, on a machine that does much else.
 pub const LONG_ANSWER: Duration = Duration::from_secs(400);
+/// Until a guest that is silent is asked whether it has heard all of a command. Its serial port loses
+/// characters, or the interrupt for them, where interrupts are off for long.
+const NUDGE: Duration = Duration::from_secs(15);
 /// Until QEMU or the daemon has answered.
 const REPLY: Duration = Duration::from_secs(60);
 /// Lines of each log that are shown when a test fails.
@@ -304,6 +307,8 @@ pub struct Launcher {
 pub struct Vm {
     qmp: Lines,
     guest: Lines,
+    /// The line that the guest was sent last, until it has answered.
+    sent: Option<String>,
     /// What has come of the answer that is waited for.
     answer: Vec<String>,
     // Ends after the connections are closed.
@@ -376,6 +381,7 @@ impl Vm {
         let mut vm = Self {
             qmp,
             guest,
+            sent: None,
             answer: Vec::new(),
             qemu,
         };
@@ -387,9 +393,11 @@ impl Vm {
     pub fn wait_until_up(&mut self) {
         let deadline = Instant::now() + BOOT;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.guest.next(left) {
-                Some(line) if line == "= ready" => return,
+            match self.hear(deadline) {
+                Some(line) if line == "= ready" => {
+                    self.sent = None;
+                    return;
+                }
                 Some(_) => {}
                 None => {
                     self.tell_where_it_is();
@@ -440,22 +448,43 @@ impl Vm {
     /// Sends a shell command without waiting.
     pub fn begin(&mut self, command: &str) {
         self.qemu.assert_alive();
-        self.guest.send(command);
+        // With its length, by which the guest sees that it has heard all of it.
+        let line = format!("{} {command}", command.len());
+        self.guest.send(&line);
+        self.sent = Some(line);
+    }
+
+    /// The guest's next line, with what it takes that it has heard the command before.
+    fn hear(&mut self, deadline: Instant) -> Option<String> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match (self.guest.next(left.min(NUDGE)), &self.sent) {
+                (Some(line), Some(sent)) if line == "= garbled" => {
+                    eprintln!("the guest has not heard all of `{sent}`: it is told again");
+                    self.guest.send(sent);
+                }
+                (None, Some(_)) if left > NUDGE => {
+                    eprintln!("the guest is silent: the line may be without its end");
+                    self.guest.send("");
+                }
+                (None, None) if left > NUDGE => {}
+                (line, _) => return line,
+            }
+        }
     }
 
     /// The answer to [`Vm::begin`], if it is complete within `limit`.
     pub fn finish(&mut self, limit: Duration) -> Option<(Vec<String>, i32)> {
         let deadline = Instant::now() + limit;
         loop {
-            let line = self
-                .guest
-                .next(deadline.saturating_duration_since(Instant::now()))?;
+            let line = self.hear(deadline)?;
             if let Some(text) = line.strip_prefix('|') {
                 self.answer.push(text.to_owned());
             } else if let Some(status) = line.strip_prefix("= ") {
                 let status = status
                     .parse()
                     .unwrap_or_else(|_| panic!("the guest's shell has started again: {line}"));
+                self.sent = None;
                 return Some((std::mem::take(&mut self.answer), status));
             } else {
                 panic!("the guest said `{line}` where an answer was due");
@@ -486,7 +515,15 @@ impl Vm {
 
     /// Waits until the guest has gone, and QEMU and what has started it with it.
     pub fn wait_for_end(&mut self) -> ExitStatus {
+        let mut told = Instant::now();
         wait_for("the end of QEMU", REPLY, || {
+            if let Some(sent) = &self.sent
+                && told.elapsed() > NUDGE
+            {
+                told = Instant::now();
+                // Once more, for it does no harm. It may be gone this moment.
+                let _ = write!(self.guest.stream, "\n{sent}\n");
+            }
             self.qemu.child.try_wait().expect("a child of ours")
         })
     }
