@@ -35,6 +35,9 @@ const TAKEN_AWAY: Duration = Duration::from_micros(150);
 const AT_ONCE: Duration = Duration::from_micros(15);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// The part of what a window is too long by that it loses with each request: a longer gap between
+/// bursts of requests must not be forgotten within one.
+const SLOWNESS: u32 = 128;
 /// Windows in which requests came that make up for one in which the processor was taken away.
 const FORGIVEN: u32 = 100;
 
@@ -139,7 +142,7 @@ impl Polling {
         self.empty_since = None;
         let enough = (gap * 4).max(SHORTEST);
         if self.window > enough {
-            self.window -= (self.window - enough) / 16;
+            self.window -= (self.window - enough) / SLOWNESS;
         }
         self.paid += 1;
         if self.paid >= FORGIVEN {
@@ -207,7 +210,11 @@ mod tests {
     #[test]
     fn a_window_longer_than_the_gaps_shrinks() {
         let mut polling = polling(100);
-        for _ in 0..100 {
+        for _ in 0..16 {
+            polling.met(us(5));
+        }
+        assert!(polling.window > us(90), "{polling:?}");
+        for _ in 0..1000 {
             polling.met(us(5));
         }
         assert!((us(20)..us(22)).contains(&polling.window), "{polling:?}");
