@@ -95,7 +95,7 @@ pub struct Metrics {
     /// Times the worker looked at the empty request ring and requests came.
     pub polls_paid: Counter,
     /// Nanoseconds until they came, in all: where a guest asks for one thing after the other, its own
-    /// part of the time.
+    /// part of the time. Each is rounded down to the last look at the clock, by a microsecond at most.
     pub polls_paid_ns: Counter,
     /// Times it did and none came, or was too short of processor time for it.
     pub polls_unpaid: Counter,

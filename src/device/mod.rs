@@ -76,8 +76,8 @@ pub struct WorkerSettings {
 
 /// The virtio-iommu device of one VM.
 ///
-/// Lock order: `requests`, then `events`, then `iommu`, then the lock of a ring. The others are
-/// held for a moment only, with nothing locked after them.
+/// Lock order: what says whose QMP events count, then `requests`, then `events`, then `iommu`, then
+/// the lock of a ring. The others are held for a moment only, with nothing locked after them.
 pub struct Device {
     /// Guards: the request queue between passes, and that no pass is under way while a ring is
     /// stopped or memory changes. Given up fairly, so that a busy driver keeps nobody out.

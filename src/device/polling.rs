@@ -15,9 +15,11 @@
 //! - A gap longer than the longest window: the window is halved, and nothing is polled below 2 us.
 //! - A gap that polling met: the window shrinks slowly towards four times that gap.
 //!
-//! Where the processor is taken away from a worker that polls, somebody else needs it more; where a
-//! request comes as soon as the worker has given up, its driver may have had to wait for the worker's
-//! processor. Then polling pauses, for 1 ms and each time for twice as long, up to 100 ms.
+//! Where the processor is taken away from a worker that polls, somebody else needs it more. Where a
+//! request comes as soon as the worker has given up, either the window was hardly too short, and
+//! becomes longer, or its driver had to wait for the worker's processor; where the longer window is in
+//! vain in the same way, it is that. Then polling pauses, for 1 ms and each time for twice as long, up
+//! to 100 ms.
 
 use std::hint::spin_loop;
 use std::time::{Duration, Instant};
@@ -62,6 +64,8 @@ pub struct Polling {
     empty_since: Option<Instant>,
     /// When the last window was over, where nothing came in it.
     in_vain: Option<Instant>,
+    /// A request came as soon as the last window in vain was over, and polling has met none since.
+    too_late: bool,
     paused_until: Option<Instant>,
     pause: Duration,
     /// Windows in which requests came since the last pause.
@@ -76,6 +80,7 @@ impl Polling {
             window: Duration::ZERO,
             empty_since: None,
             in_vain: None,
+            too_late: false,
             paused_until: None,
             pause: FIRST_PAUSE,
             paid: 0,
@@ -121,9 +126,13 @@ impl Polling {
             return;
         };
         let now = Instant::now();
-        match self.in_vain.take() {
-            Some(over) if now - over < AT_ONCE => self.short_of_processors(now),
-            Some(_) | None => self.slept_through(now - since),
+        let at_once = self.in_vain.take().is_some_and(|over| now - over < AT_ONCE);
+        if at_once && self.too_late {
+            self.too_late = false;
+            self.short_of_processors(now);
+        } else {
+            self.too_late |= at_once;
+            self.slept_through(now - since);
         }
     }
 
@@ -140,6 +149,7 @@ impl Polling {
 
     fn met(&mut self, gap: Duration) {
         self.empty_since = None;
+        self.too_late = false;
         let enough = (gap * 4).max(SHORTEST);
         if self.window > enough {
             self.window -= (self.window - enough) / SLOWNESS;
@@ -269,23 +279,41 @@ mod tests {
         assert!(matches!(polling.look(|| true), Look::Found(_)));
     }
 
+    /// A window that was over `ago`, in vain, and a wakeup now.
+    fn woken_after(polling: &mut Polling, ago: Duration) {
+        let over = Instant::now() - ago;
+        polling.empty_since = Some(over - polling.window);
+        polling.in_vain = Some(over);
+        polling.woken();
+    }
+
     #[test]
     fn a_driver_that_waits_for_the_worker_to_sleep_is_let_alone() {
-        let mut polling = polling(50);
+        let mut polling = polling(30);
         let began = Instant::now();
-        polling.empty_since = Some(began);
-        polling.in_vain = Some(began);
-        polling.woken();
+        woken_after(&mut polling, us(1));
+        woken_after(&mut polling, us(1));
         // Unless this thread was kept from running meanwhile.
-        if began.elapsed() < AT_ONCE {
+        if began.elapsed() < AT_ONCE - us(1) {
+            assert!(
+                polling.window >= us(60),
+                "the first is made up for: {polling:?}"
+            );
             assert!(polling.paused_until.is_some());
-            assert_eq!(polling.window, us(50));
         }
-        polling.empty_since = Some(began);
-        polling.in_vain = Some(began);
         polling.paused_until = None;
-        std::thread::sleep(AT_ONCE);
-        polling.woken();
+        woken_after(&mut polling, AT_ONCE);
         assert_eq!(polling.paused_until, None);
+    }
+
+    #[test]
+    fn a_window_that_was_hardly_too_short_becomes_longer() {
+        let mut polling = polling(30);
+        for _ in 0..10 {
+            woken_after(&mut polling, us(1));
+            polling.met(us(1));
+        }
+        assert_eq!(polling.paused_until, None);
+        assert!(polling.window > us(60), "{polling:?}");
     }
 }
