@@ -4,8 +4,10 @@
 # A guest that a script talks to. Who sources this defines give_up WHY, which ends the script, and has VIOMMU_QEMU.
 
 BOOT_LIMIT=180 ANSWER_LIMIT=120
-# Seconds after which a guest that is silent is asked whether it has heard all of a command.
+# Seconds after which a guest that is silent is told its command once more.
 NUDGE=15
+# Of the last command.
+guest_number=0
 
 # guest_start DIR KERNEL INITRAMFS APPEND QEMU-ARGUMENT...: boots it, and returns when it obeys. Sets qemu, to_guest
 # and from_guest. Its logs are in DIR.
@@ -31,14 +33,17 @@ guest_start() {
     done
 }
 
-# guest_send COMMAND: with its length, by which the guest sees that it has heard all of it.
+# guest_send COMMAND: with its number and its length, by which the guest sees that it has heard all of it; see
+# guest/init.
 guest_send() {
-    printf '%d %s\n' ${#1} "$1" >&"$to_guest"
+    local LC_ALL=C numbered="$guest_number $1"
+    printf '%d %s\n' ${#numbered} "$numbered" >&"$to_guest"
 }
 
 # guest_end: powers it off and waits for QEMU.
 guest_end() {
     local command="poweroff -f"
+    guest_number=$((guest_number + 1))
     guest_send "$command"
     if ! await $NUDGE gone "$qemu"; then
         echo >&"$to_guest"
@@ -54,11 +59,14 @@ guest_end() {
 guest() {
     local line part= begun=$SECONDS
     ANSWER=
+    guest_number=$((guest_number + 1))
     guest_send "$1"
     while [ $((SECONDS - begun)) -lt $ANSWER_LIMIT ]; do
-        if ! read -r -t $NUDGE line <&"$from_guest"; then
+        if ! IFS= read -r -t $NUDGE line <&"$from_guest"; then
             part+=$line
+            # The end of what it may have heard of it, and all of it.
             echo >&"$to_guest"
+            guest_send "$1"
             continue
         fi
         line=$part${line%$'\r'}
@@ -66,8 +74,10 @@ guest() {
         case $line in
         '|'*) ANSWER+=${ANSWER:+$'\n'}${line#|} ;;
         '= garbled') guest_send "$1" ;;
-        '= 0') return 0 ;;
-        '= '*) return 1 ;;
+        "= $guest_number 0") return 0 ;;
+        "= $guest_number "*) return 1 ;;
+        # To a command that was answered before.
+        '= '*) ANSWER= ;;
         esac
     done
     give_up "the guest does not answer '$1'"

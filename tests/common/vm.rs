@@ -27,8 +27,8 @@ pub const BOOT: Duration = Duration::from_secs(120);
 pub const ANSWER: Duration = Duration::from_secs(120);
 /// Until the guest has done 10^5 rounds, on a machine that does much else.
 pub const LONG_ANSWER: Duration = Duration::from_secs(400);
-/// Until a guest that is silent is asked whether it has heard all of a command. Its serial port loses
-/// characters, or the interrupt for them, where interrupts are off for long.
+/// Until a guest that is silent is told its command once more, then twice as long each time. Its serial
+/// port loses characters, or the interrupt for them, where interrupts are off for long.
 const NUDGE: Duration = Duration::from_secs(15);
 /// Until QEMU or the daemon has answered.
 const REPLY: Duration = Duration::from_secs(60);
@@ -307,6 +307,8 @@ pub struct Launcher {
 pub struct Vm {
     qmp: Lines,
     guest: Lines,
+    /// Of the last command; see qemu-scripts/guest/init.
+    number: u32,
     /// The line that the guest was sent last, until it has answered.
     sent: Option<String>,
     /// What has come of the answer that is waited for.
@@ -381,6 +383,7 @@ impl Vm {
         let mut vm = Self {
             qmp,
             guest,
+            number: 0,
             sent: None,
             answer: Vec::new(),
             qemu,
@@ -393,22 +396,22 @@ impl Vm {
     pub fn wait_until_up(&mut self) {
         let deadline = Instant::now() + BOOT;
         loop {
-            match self.hear(deadline) {
+            // What was to make it start anew must not do so twice.
+            match self.hear(deadline, false) {
                 Some(line) if line == "= ready" => {
                     self.sent = None;
                     return;
                 }
                 Some(_) => {}
-                None => {
-                    self.tell_where_it_is();
-                    panic!("the guest is not up after {} s", BOOT.as_secs())
-                }
+                None => self.give_up(&format!("the guest is not up after {} s", BOOT.as_secs())),
             }
         }
     }
 
-    /// What the processors of a guest that says nothing are at, for whoever reads the failed test.
-    fn tell_where_it_is(&mut self) {
+    /// Ends the test, and shows what the processor of a guest that says nothing is at.
+    fn give_up(&mut self, why: &str) -> ! {
+        // Before anything else, for QEMU may be silent too.
+        eprintln!("{why}");
         for look in 0..2 {
             for command in ["info registers", "info lapic", "info pic"] {
                 let arguments = json!({ "command-line": command });
@@ -417,14 +420,14 @@ impl Vm {
             }
             thread::sleep(Duration::from_secs(1));
         }
+        panic!("{why}")
     }
 
     /// Runs a shell command in the guest: its output lines and exit status.
     pub fn try_run(&mut self, command: &str, limit: Duration) -> (Vec<String>, i32) {
         self.begin(command);
         self.finish(limit).unwrap_or_else(|| {
-            self.tell_where_it_is();
-            panic!("`{command}`: no answer in {} s", limit.as_secs())
+            self.give_up(&format!("`{command}`: no answer in {} s", limit.as_secs()))
         })
     }
 
@@ -448,26 +451,33 @@ impl Vm {
     /// Sends a shell command without waiting.
     pub fn begin(&mut self, command: &str) {
         self.qemu.assert_alive();
-        // With its length, by which the guest sees that it has heard all of it.
-        let line = format!("{} {command}", command.len());
+        self.number += 1;
+        let numbered = format!("{} {command}", self.number);
+        let line = format!("{} {numbered}", numbered.len());
         self.guest.send(&line);
         self.sent = Some(line);
     }
 
-    /// The guest's next line, with what it takes that it has heard the command before.
-    fn hear(&mut self, deadline: Instant) -> Option<String> {
+    /// The guest's next line, with what it takes that it has heard the command before: the end of its
+    /// line, and all of it where it is the same one that the guest may be carrying out.
+    fn hear(&mut self, deadline: Instant, again: bool) -> Option<String> {
+        let mut patience = NUDGE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match (self.guest.next(left.min(NUDGE)), &self.sent) {
+            match (self.guest.next(left.min(patience)), &self.sent) {
                 (Some(line), Some(sent)) if line == "= garbled" => {
                     eprintln!("the guest has not heard all of `{sent}`: it is told again");
                     self.guest.send(sent);
                 }
-                (None, Some(_)) if left > NUDGE => {
-                    eprintln!("the guest is silent: the line may be without its end");
+                (None, Some(sent)) if left > patience => {
+                    eprintln!("the guest is silent after `{sent}`: it may not have heard it");
                     self.guest.send("");
+                    if again {
+                        self.guest.send(sent);
+                    }
+                    patience *= 2;
                 }
-                (None, None) if left > NUDGE => {}
+                (None, None) if left > patience => {}
                 (line, _) => return line,
             }
         }
@@ -477,15 +487,20 @@ impl Vm {
     pub fn finish(&mut self, limit: Duration) -> Option<(Vec<String>, i32)> {
         let deadline = Instant::now() + limit;
         loop {
-            let line = self.hear(deadline)?;
+            let line = self.hear(deadline, true)?;
             if let Some(text) = line.strip_prefix('|') {
                 self.answer.push(text.to_owned());
-            } else if let Some(status) = line.strip_prefix("= ") {
-                let status = status
-                    .parse()
-                    .unwrap_or_else(|_| panic!("the guest's shell has started again: {line}"));
-                self.sent = None;
-                return Some((std::mem::take(&mut self.answer), status));
+            } else if let Some(end) = line.strip_prefix("= ") {
+                let (number, status): (u32, i32) = end
+                    .split_once(' ')
+                    .and_then(|(number, status)| Some((number.parse().ok()?, status.parse().ok()?)))
+                    .unwrap_or_else(|| panic!("the guest's shell has started again: {line}"));
+                let answer = std::mem::take(&mut self.answer);
+                if self.number == number {
+                    self.sent = None;
+                    return Some((answer, status));
+                }
+                // To a command that was answered before.
             } else {
                 panic!("the guest said `{line}` where an answer was due");
             }
