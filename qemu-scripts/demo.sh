@@ -175,7 +175,7 @@ begun=$SECONDS
 guest_start "$work" "$image" "$initramfs" "" "${arguments[@]}" -device edu,addr=10.0 -device edu,addr=11.0
 must_guest "uname -r"
 check "the guest runs $ANSWER, up after $((SECONDS - begun)) s" test "$ANSWER" = "$release"
-check "a VM is connected to the daemon" grep -q '^a VM is connected' <<<"$(ctl status)"
+check "a VM is connected to the daemon" grep -q '^[^ ]*: a VM is connected' <<<"$(ctl status)"
 
 title "The guest's own driver finds the IOMMU and asks for its endpoints"
 must_guest "vfio_bind ${ENDPOINTS[*]}"
@@ -256,7 +256,7 @@ check "the program gives the device back: it has its default domain again" await
 
 title "The guest powers off"
 guest_end
-vm_gone() { grep -q '^no VM is connected' <<<"$(ctl status)"; }
+vm_gone() { grep -q '^[^ ]*: no VM is connected' <<<"$(ctl status)"; }
 check "QEMU has ended; the daemon lives and waits for the next VM" await 10 vm_gone
 kill "$daemon"
 status=0
