@@ -122,10 +122,13 @@ impl Polling {
 
     /// The worker was woken by a request.
     pub fn woken(&mut self) {
+        self.woken_at(Instant::now());
+    }
+
+    fn woken_at(&mut self, now: Instant) {
         let Some(since) = self.empty_since.take() else {
             return;
         };
-        let now = Instant::now();
         let at_once = self.in_vain.take().is_some_and(|over| now - over < AT_ONCE);
         if at_once && self.too_late {
             self.too_late = false;
@@ -279,41 +282,40 @@ mod tests {
         assert!(matches!(polling.look(|| true), Look::Found(_)));
     }
 
-    /// A window that was over `ago`, in vain, and a wakeup now.
-    fn woken_after(polling: &mut Polling, ago: Duration) {
-        let over = Instant::now() - ago;
-        polling.empty_since = Some(over - polling.window);
+    /// The window is over, in vain, and a request comes `later`.
+    fn missed(polling: &mut Polling, later: Duration) {
+        let began = Instant::now();
+        let over = began + polling.window;
+        polling.empty_since = Some(began);
         polling.in_vain = Some(over);
-        polling.woken();
+        polling.woken_at(over + later);
     }
 
     #[test]
     fn a_driver_that_waits_for_the_worker_to_sleep_is_let_alone() {
-        let mut polling = polling(30);
-        let began = Instant::now();
-        woken_after(&mut polling, us(1));
-        woken_after(&mut polling, us(1));
-        // Unless this thread was kept from running meanwhile.
-        if began.elapsed() < AT_ONCE - us(1) {
-            assert!(
-                polling.window >= us(60),
-                "the first is made up for: {polling:?}"
-            );
-            assert!(polling.paused_until.is_some());
-        }
+        let mut polling = polling(20);
+        missed(&mut polling, us(1));
+        assert_eq!(polling.paused_until, None);
+        assert_eq!(polling.window, us(42), "it may have been hardly too short");
+        missed(&mut polling, us(1));
+        assert!(polling.paused_until.is_some());
+        assert_eq!(polling.window, us(42));
         polling.paused_until = None;
-        woken_after(&mut polling, AT_ONCE);
+        missed(&mut polling, AT_ONCE);
+        missed(&mut polling, AT_ONCE);
         assert_eq!(polling.paused_until, None);
     }
 
     #[test]
-    fn a_window_that_was_hardly_too_short_becomes_longer() {
-        let mut polling = polling(30);
+    fn what_polling_meets_between_two_windows_in_vain_clears_the_driver() {
+        let mut polling = polling(0);
         for _ in 0..10 {
-            woken_after(&mut polling, us(1));
+            // Just below a gap that comes again and again.
+            polling.window = us(40);
+            missed(&mut polling, us(1));
+            assert_eq!(polling.window, us(82));
             polling.met(us(1));
         }
         assert_eq!(polling.paused_until, None);
-        assert!(polling.window > us(60), "{polling:?}");
     }
 }
