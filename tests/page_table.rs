@@ -952,6 +952,31 @@ fn planning_the_largest_mapping_takes_no_longer_than_a_small_one() {
 }
 
 #[test]
+fn a_range_as_long_as_a_leaf_that_lies_across_two_is_no_leaf() {
+    let (mut arena, mut table) = new_table(16, Levels::Four);
+    // The second time the way to the table is known already.
+    for _ in 0..2 {
+        for (first, bytes) in [(GIB, PAGE), (GIB + PAGE, PAGE), (0, MIB2), (MIB2, MIB2)] {
+            let wanted = mapping(first, bytes, first, Access::READ);
+            map(&mut table, &mut arena, &wanted).expect("free");
+        }
+        for (first, bytes) in [(GIB, PAGE), (0, MIB2)] {
+            for moved in [1, bytes / 2, bytes - 1] {
+                let across = range(first + moved, first + moved + (bytes - 1));
+                let refused = unmap(&mut table, &mut arena, across);
+                let whole = range(first, first + (bytes - 1));
+                assert_eq!(refused, Err(WouldSplit(whole)), "{across}");
+            }
+            let both = range(first, first + (2 * bytes - 1));
+            let unmapped = unmap(&mut table, &mut arena, both).expect("whole mappings");
+            assert_eq!((unmapped.mappings, unmapped.bytes), (2, 2 * bytes));
+        }
+        assert_eq!(table.mapping_count(), 0);
+        arena.reclaim();
+    }
+}
+
+#[test]
 #[should_panic(expected = "out of date")]
 fn a_plan_is_good_for_the_state_it_was_made_for_only() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
@@ -966,7 +991,8 @@ fn a_plan_is_good_for_the_state_it_was_made_for_only() {
 #[should_panic(expected = "the frames went elsewhere")]
 fn a_plan_needs_the_frames_it_counted() {
     let (mut arena, mut table) = new_table(5, Levels::Four);
-    let plan = table.plan_map(&arena, &mapping(0, PAGE, 0, Access::READ));
+    let page = mapping(0, PAGE, 0, Access::READ);
+    let plan = table.plan_map(&arena, &page);
     let _other = Table::new(&mut arena, Levels::Four).expect("a root");
     table.commit_map(&mut arena, plan.expect("free"));
 }

@@ -58,20 +58,16 @@ pub struct Unmapped {
 /// A MAP that will succeed.
 #[derive(Clone, Debug)]
 #[must_use = "nothing is mapped before the plan is committed"]
-pub struct MapPlan {
-    mapping: Mapping,
+pub struct MapPlan<'a> {
+    mapping: &'a Mapping,
     frames: u64,
-    leaf_level: u32,
-    /// It is one leaf of `table`.
-    is_one_leaf: bool,
-    /// The smallest table there is that covers the whole range, and the entry that leads to it.
-    table: TableOffset,
-    level: u32,
-    parent: Option<usize>,
+    place: Place,
+    /// All of it, where it is one leaf of the table there, and its place.
+    leaf: Option<(usize, Entry)>,
     ticket: Ticket,
 }
 
-impl MapPlan {
+impl MapPlan<'_> {
     /// Frames the commit will take from the arena.
     pub fn frames_needed(&self) -> u64 {
         self.frames
@@ -79,7 +75,7 @@ impl MapPlan {
 
     /// The mapping that the commit will make.
     pub fn mapping(&self) -> &Mapping {
-        &self.mapping
+        self.mapping
     }
 }
 
@@ -89,12 +85,82 @@ impl MapPlan {
 pub struct UnmapPlan {
     /// The part of the range the table reaches.
     range: Option<IovaRange>,
-    /// The smallest table there is that covers the whole range.
+    place: Place,
+    /// The place of all that is there, where it is one leaf of the table there.
+    leaf: Option<usize>,
+    ticket: Ticket,
+}
+
+/// The smallest table there is that covers the whole range of a plan.
+#[derive(Clone, Copy, Debug)]
+struct Place {
     table: TableOffset,
     level: u32,
-    /// The entries that lead there from the root, which is at the front.
-    path: [usize; 4],
-    ticket: Ticket,
+    /// The entry that leads to it; `None` for the root.
+    parent: Option<usize>,
+}
+
+/// A place, and the entry there for the first address of the range.
+struct Found {
+    place: Place,
+    slot: usize,
+    entry: Entry,
+    /// The range is all that the entry covers.
+    is_whole: bool,
+}
+
+/// Where the tables of level 1 are that were used last: most mappings of a guest's driver are near
+/// others. Whatever leaves the tree is forgotten.
+#[derive(Debug)]
+struct Recent([RecentTable; 8]);
+
+#[derive(Clone, Copy, Debug)]
+struct RecentTable {
+    /// What it covers: addresses without the bits a table of level 1 translates.
+    tag: u64,
+    table: TableOffset,
+    parent: usize,
+}
+
+impl Recent {
+    const NONE: Self = Self(
+        [RecentTable {
+            // No address has one as high.
+            tag: u64::MAX,
+            table: TableOffset(0),
+            parent: 0,
+        }; 8],
+    );
+
+    fn tag(iova: u64) -> u64 {
+        iova / entry_bytes(2)
+    }
+
+    /// The table for `iova`.
+    fn get(&self, iova: u64) -> Option<Place> {
+        let tag = Self::tag(iova);
+        let recent = self.0[(tag % 8) as usize];
+        (recent.tag == tag).then_some(Place {
+            table: recent.table,
+            level: 1,
+            parent: Some(recent.parent),
+        })
+    }
+
+    /// Notes the table at `place`, if it is one for `iova` at level 1.
+    fn note(&mut self, iova: u64, place: &Place) {
+        if let (1, Some(parent)) = (place.level, place.parent) {
+            let tag = Self::tag(iova);
+            let recent = &mut self.0[(tag % 8) as usize];
+            if recent.tag != tag {
+                *recent = RecentTable {
+                    tag,
+                    table: place.table,
+                    parent,
+                };
+            }
+        }
+    }
 }
 
 /// The state of the table a plan was made for.
@@ -114,13 +180,14 @@ pub struct Table {
     levels: Levels,
     commits: u64,
     counters: Counters,
+    recent: Recent,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
-    mappings: u64,
     bytes: u64,
     frames: u64,
+    mappings: u64,
 }
 
 impl Table {
@@ -142,6 +209,7 @@ impl Table {
                 frames: 1,
                 ..Counters::default()
             },
+            recent: Recent::NONE,
         })
     }
 
@@ -208,7 +276,11 @@ impl Table {
     /// The reason why it cannot be made, where several apply the first in the order of
     /// [`MapRefusal`].
     #[inline(always)]
-    pub fn plan_map(&self, arena: &Arena, mapping: &Mapping) -> Result<MapPlan, MapRefusal> {
+    pub fn plan_map<'a>(
+        &self,
+        arena: &Arena,
+        mapping: &'a Mapping,
+    ) -> Result<MapPlan<'a>, MapRefusal> {
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
         let page = FRAME_BYTES - 1;
         if (first | mapping.gpa.0 | !last) & page != 0 {
@@ -219,25 +291,23 @@ impl Table {
         if last > self.levels.last_address().0 || !gpa_fits {
             return Err(MapRefusal::OutOfRange);
         }
-        let leaf_level = largest_leaf(first ^ mapping.gpa.0);
-
-        let (mut table, mut level, mut parent) = (self.root, self.levels.count(), None);
-        let mut is_one_leaf = false;
-        while index(first, level) == index(last, level) {
-            let slot = table.slot(index(first, level));
-            let entry = arena.load(slot);
-            if !entry.is_table(level) {
-                is_one_leaf =
-                    entry.is_free() && level <= leaf_level && is_whole_entry(level, first, last);
-                break;
-            }
-            (table, level, parent) = (entry.next_table(), level - 1, Some(slot));
-        }
+        let Found {
+            place,
+            slot,
+            entry,
+            is_whole,
+        } = self.find(arena, first, last);
+        let fits = |level| level == 1 || level <= largest_leaf(first ^ mapping.gpa.0);
         // Nearly every mapping of a guest's driver is one leaf, in a table that is there.
+        let leaf = (entry.is_free() && is_whole && fits(place.level)).then(|| {
+            let leaf = Entry::leaf(place.level, mapping.gpa.0, mapping.access, mapping.mmio);
+            (slot, leaf.with(Entry::FIRST | Entry::LAST))
+        });
         let mut needed = 0;
-        if !is_one_leaf {
+        if leaf.is_none() {
+            let leaf_level = largest_leaf(first ^ mapping.gpa.0);
             let job = Survey { arena, leaf_level };
-            needed = match job.frames_for(table, level, first, last) {
+            needed = match job.frames_for(place.table, place.level, first, last) {
                 Ok(needed) => needed,
                 Err(Occupied(at)) => {
                     let mut leaves = Leaves::new(arena.view(), self.root, self.levels, Iova(at));
@@ -251,13 +321,10 @@ impl Table {
             }
         }
         Ok(MapPlan {
-            mapping: *mapping,
+            mapping,
             frames: needed,
-            leaf_level,
-            is_one_leaf,
-            table,
-            level,
-            parent,
+            place,
+            leaf,
             ticket: self.ticket(),
         })
     }
@@ -268,42 +335,41 @@ impl Table {
     ///
     /// Something else was committed since the plan was made, or it is of another table.
     #[inline(always)]
-    pub fn commit_map(&mut self, arena: &mut Arena, plan: MapPlan) {
+    pub fn commit_map(&mut self, arena: &mut Arena, plan: MapPlan<'_>) {
         assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
-        assert!(
-            plan.frames <= arena.frames_free(),
-            "the frames went elsewhere"
-        );
-        let mapping = &plan.mapping;
+        let (mapping, place) = (plan.mapping, &plan.place);
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
-        let mut fill = Fill {
-            arena,
-            leaf: |level, iova| {
-                // Cannot wrap: the plan saw to it that the whole range fits.
-                let gpa = mapping.gpa.0.wrapping_add(iova - first);
-                let mut leaf = Entry::leaf(level, gpa, mapping.access, mapping.mmio);
-                if iova == first {
-                    leaf = leaf.with(Entry::FIRST);
-                }
-                if iova | (entry_bytes(level) - 1) == last {
-                    leaf = leaf.with(Entry::LAST);
-                }
-                leaf
-            },
-            leaf_level: plan.leaf_level,
-        };
-        let added = if plan.is_one_leaf {
-            let leaf = (fill.leaf)(plan.level, first);
-            let slot = plan.table.slot(index(first, plan.level));
-            fill.arena.store(slot, leaf);
+        let added = if let Some((slot, leaf)) = plan.leaf {
+            arena.store(slot, leaf);
             1
         } else {
-            fill.table(plan.table, plan.level, first, last)
+            assert!(
+                plan.frames <= arena.frames_free(),
+                "the frames went elsewhere"
+            );
+            let mut fill = Fill {
+                arena,
+                leaf: |level, iova| {
+                    // Cannot wrap: the plan saw to it that the whole range fits.
+                    let gpa = mapping.gpa.0.wrapping_add(iova - first);
+                    let mut leaf = Entry::leaf(level, gpa, mapping.access, mapping.mmio);
+                    if iova == first {
+                        leaf = leaf.with(Entry::FIRST);
+                    }
+                    if iova | (entry_bytes(level) - 1) == last {
+                        leaf = leaf.with(Entry::LAST);
+                    }
+                    leaf
+                },
+                leaf_level: largest_leaf(first ^ mapping.gpa.0),
+            };
+            fill.table(place.table, place.level, first, last)
         };
-        if let Some(parent) = plan.parent {
+        if let Some(parent) = place.parent {
             let entry = arena.load(parent);
             arena.store(parent, entry.with_used(entry.used() + added));
         }
+        self.recent.note(first, place);
         self.commits = self.commits.wrapping_add(1);
         self.counters.mappings += 1;
         self.counters.bytes += mapping.range.span() + 1;
@@ -317,44 +383,40 @@ impl Table {
     /// # Errors
     ///
     /// The range covers part of a mapping only.
-    #[inline]
+    #[inline(always)]
     pub fn plan_unmap(&self, arena: &Arena, range: IovaRange) -> Result<UnmapPlan, WouldSplit> {
-        let mut plan = UnmapPlan {
-            range: range.intersection(self.levels.range()),
-            table: self.root,
-            level: self.levels.count(),
-            path: [0; 4],
+        let plan = |range, place, leaf| UnmapPlan {
+            range,
+            place,
+            leaf,
             ticket: self.ticket(),
         };
-        let Some(range) = plan.range else {
-            return Ok(plan);
+        let Some(range) = range.intersection(self.levels.range()) else {
+            return Ok(plan(None, self.root_place(), None));
         };
         let (first, last) = (range.first().0, range.last().0);
-        for step in &mut plan.path {
-            let slot = plan.table.slot(index(first, plan.level));
-            let entry = arena.load(slot);
-            if index(first, plan.level) != index(last, plan.level) || !entry.is_table(plan.level) {
-                break;
-            }
-            *step = slot;
-            plan.table = entry.next_table();
-            plan.level -= 1;
+        let Found {
+            place,
+            slot,
+            entry,
+            is_whole,
+        } = self.find(arena, first, last);
+        // Nearly every mapping of a guest's driver is one leaf.
+        if is_whole && entry.is_leaf(place.level) && entry.has(Entry::FIRST | Entry::LAST) {
+            return Ok(plan(Some(range), place, Some(slot)));
         }
-        let leaf_at = |iova| find_leaf_below(arena.view(), plan.table, plan.level, iova);
-        let head = leaf_at(range.first());
-        if let Some(leaf) = head
+        let leaf_at = |iova| find_leaf_below(arena.view(), place.table, place.level, iova);
+        if let Some(leaf) = leaf_at(range.first())
             && !(leaf.first() == range.first() && leaf.entry.has(Entry::FIRST))
         {
             return Err(WouldSplit(leaf.range()));
         }
-        // Nearly every mapping of a guest's driver is one leaf.
-        let tail = head.filter(|leaf| leaf.last() >= range.last());
-        if let Some(leaf) = tail.or_else(|| leaf_at(range.last()))
+        if let Some(leaf) = leaf_at(range.last())
             && !(leaf.last() == range.last() && leaf.entry.has(Entry::LAST))
         {
             return Err(WouldSplit(leaf.range()));
         }
-        Ok(plan)
+        Ok(plan(Some(range), place, None))
     }
 
     /// Unmaps everything in the range of `plan`. Takes time in proportion to the frames and the
@@ -363,7 +425,7 @@ impl Table {
     /// # Panics
     ///
     /// Something else was committed since the plan was made, or it is of another table.
-    #[inline]
+    #[inline(always)]
     pub fn commit_unmap(&mut self, arena: &mut Arena, plan: UnmapPlan) -> Unmapped {
         assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
         self.commits = self.commits.wrapping_add(1);
@@ -373,13 +435,97 @@ impl Table {
         if range == self.levels.range() {
             return self.clear_all(arena);
         }
+        let place = &plan.place;
+        let (first, last) = (range.first().0, range.last().0);
+        let (removed, mut gone) = if let Some(slot) = plan.leaf {
+            arena.store(slot, Entry::FREE);
+            let gone = Counters {
+                mappings: 1,
+                bytes: last - first + 1,
+                frames: 0,
+            };
+            (1, gone)
+        } else {
+            let mut clear = Clear::new(arena);
+            let removed = clear.part(place.table, place.level, first, last);
+            (removed, clear.totals)
+        };
+        if let Some(parent) = place.parent {
+            let entry = arena.load(parent);
+            if removed < entry.used() {
+                let less = entry.with_used(entry.used() - removed);
+                arena.store(parent, less);
+                self.recent.note(first, place);
+            } else {
+                gone.frames += self.retire_up(arena, place, first);
+            }
+        }
+        self.subtract(gone)
+    }
+
+    /// Retires the table at `place`, which covers `iova` and has become empty, and those above that
+    /// become empty by it. Returns how many.
+    #[cold]
+    fn retire_up(&self, arena: &mut Arena, place: &Place, iova: u64) -> u64 {
+        let mut path = [0; 4];
+        let mut table = self.root;
+        let above = (place.level + 1..=self.levels.count()).rev();
+        let depth = above.clone().count();
+        for (slot, level) in path.iter_mut().zip(above) {
+            *slot = table.slot(index(iova, level));
+            table = arena.load(*slot).next_table();
+        }
         let mut clear = Clear::new(arena);
-        let removed = clear.part(plan.table, plan.level, range.first().0, range.last().0);
-        let depth = (self.levels.count() - plan.level) as usize;
-        let path = plan.path.get(..depth).unwrap_or_default();
-        clear.shrink(path, removed);
-        let totals = clear.totals;
-        self.subtract(totals)
+        let mut removed = u64::MAX;
+        for slot in path.iter().take(depth).rev() {
+            let entry = clear.arena.load(*slot);
+            removed = clear.shrink_entry(*slot, entry, removed);
+        }
+        clear.totals.frames
+    }
+
+    fn root_place(&self) -> Place {
+        Place {
+            table: self.root,
+            level: self.levels.count(),
+            parent: None,
+        }
+    }
+
+    /// The smallest table there is that covers all of `first..=last`, which lie within the table.
+    #[inline(always)]
+    fn find(&self, arena: &Arena, first: u64, last: u64) -> Found {
+        let apart = first ^ last;
+        if apart < entry_bytes(2)
+            && let Some(place) = self.recent.get(first)
+        {
+            let slot = place.table.slot(index(first, 1));
+            return Found {
+                place,
+                slot,
+                entry: arena.load(slot),
+                is_whole: apart < FRAME_BYTES && is_whole_entry(1, first, last),
+            };
+        }
+        let mut place = self.root_place();
+        loop {
+            let slot = place.table.slot(index(first, place.level));
+            let entry = arena.load(slot);
+            let in_one = apart < entry_bytes(place.level);
+            if !in_one || !entry.is_table(place.level) {
+                return Found {
+                    place,
+                    slot,
+                    entry,
+                    is_whole: in_one && is_whole_entry(place.level, first, last),
+                };
+            }
+            place = Place {
+                table: entry.next_table(),
+                level: place.level - 1,
+                parent: Some(slot),
+            };
+        }
     }
 
     fn clear_all(&mut self, arena: &mut Arena) -> Unmapped {
@@ -390,6 +536,9 @@ impl Table {
     }
 
     fn subtract(&mut self, gone: Counters) -> Unmapped {
+        if gone.frames > 0 {
+            self.recent = Recent::NONE;
+        }
         self.counters.mappings -= gone.mappings;
         self.counters.bytes -= gone.bytes;
         self.counters.frames -= gone.frames;
@@ -604,18 +753,6 @@ impl<'a> Clear<'a> {
             } else {
                 self.count(entry, level);
             }
-        }
-    }
-
-    /// Follows a change up to the root: the last entry of `path` leads to a table of whose
-    /// entries `removed` got free.
-    fn shrink(&mut self, path: &[usize], mut removed: u64) {
-        for slot in path.iter().rev() {
-            if removed == 0 {
-                return;
-            }
-            let entry = self.arena.load(*slot);
-            removed = self.shrink_entry(*slot, entry, removed);
         }
     }
 
