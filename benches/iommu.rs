@@ -74,7 +74,7 @@ fn requests(c: &mut Criterion) {
     for live in LIVE {
         let mut iommu = iommu();
         for n in 0..live {
-            iommu.map(DOMAIN, page(2 * n)).expect("mapped");
+            iommu.map(DOMAIN, &page(2 * n)).expect("mapped");
         }
         let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
         let mut pages = move || -> Vec<Mapping> {
@@ -94,7 +94,7 @@ fn requests(c: &mut Criterion) {
                 let pages = pages();
                 let start = Instant::now();
                 for page in &pages {
-                    iommu.map(DOMAIN, *page).expect("mapped");
+                    iommu.map(DOMAIN, page).expect("mapped");
                 }
                 let mapped = start.elapsed();
                 let start = Instant::now();

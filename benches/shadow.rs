@@ -97,7 +97,7 @@ impl Bed {
         for page in 0..MAPPINGS {
             // No two pages side by side in memory are so for the endpoint.
             let gpa = page * 40_503 % MAPPINGS * PAGE;
-            iommu.map(DOMAIN, at(page, gpa)).expect("mapped");
+            iommu.map(DOMAIN, &at(page, gpa)).expect("mapped");
         }
         Self {
             iommu,
@@ -212,7 +212,7 @@ fn unmaps(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter(|| {
                 bed.iommu.unmap(DOMAIN, range).expect("unmapped");
-                bed.iommu.map(DOMAIN, at(0, 0)).expect("mapped");
+                bed.iommu.map(DOMAIN, &at(0, 0)).expect("mapped");
             });
         });
         stop.store(true, std::sync::atomic::Ordering::Relaxed);

@@ -348,7 +348,7 @@ fn run(bed: &mut Bed, op: &Op) -> Result<(), RequestError> {
     match op {
         Op::Attach(endpoint, domain, bypass) => bed.iommu.attach(*endpoint, *domain, *bypass),
         Op::Detach(endpoint, domain) => bed.iommu.detach(*endpoint, *domain),
-        Op::Map(domain, mapping) => bed.iommu.map(*domain, *mapping),
+        Op::Map(domain, mapping) => bed.iommu.map(*domain, mapping),
         Op::Unmap(domain, range) => bed.iommu.unmap(*domain, *range).map(|_| ()),
         Op::Bypass(bypass) => {
             bed.iommu.set_bypass(*bypass);
@@ -487,7 +487,7 @@ fn every_failure_of_the_kernel_leaves_agreement() {
                     bed.iommu.attach(A, domain, false).expect("attached");
                 }
                 bed.iommu
-                    .map(D2, mapping(0, 0x1000, 0))
+                    .map(D2, &mapping(0, 0x1000, 0))
                     .expect("mapped again");
                 bed.check();
                 assert_eq!(bed.leaks(), 0, "{way:?} {n}");
@@ -504,7 +504,7 @@ fn one_domain_is_one_host_mapping_whatever_the_endpoints() {
         bed.iommu.attach(endpoint, D1, false).expect("attached");
     }
     let before = bed.kernel.state().calls;
-    bed.iommu.map(D1, mapping(0, 0x1000, 0)).expect("mapped");
+    bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     assert_eq!(bed.kernel.state().calls, before + 1);
     bed.check();
     bed.iommu
@@ -529,7 +529,7 @@ fn permissions_reach_the_host() {
                 access,
                 ..mapping(n as u64 * 0x2000, 0x1000, 0x4000)
             };
-            bed.iommu.map(D1, wanted).expect("mapped");
+            bed.iommu.map(D1, &wanted).expect("mapped");
         }
         let held: Vec<_> = bed.reached(1).iter().map(|a| a.access).collect();
         assert_eq!(held, rights[..3]);
@@ -541,7 +541,7 @@ fn permissions_reach_the_host() {
             access: Access::NONE,
             ..mapping(0, 0x1000, 0x4000)
         };
-        bed.iommu.map(D1, none).expect("mapped");
+        bed.iommu.map(D1, &none).expect("mapped");
         bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
     }
 }
@@ -554,9 +554,9 @@ fn a_move_that_fails_leaves_the_device_where_it_was() {
         bed.iommu.attach(B, D2, false).expect("attached");
         for n in 0..4 {
             let (here, there) = (mapping(n << 12, 0x1000, 0x1000), n << 13);
-            bed.iommu.map(D1, here).expect("mapped");
+            bed.iommu.map(D1, &here).expect("mapped");
             bed.iommu
-                .map(D2, mapping(there, 0x1000, 0))
+                .map(D2, &mapping(there, 0x1000, 0))
                 .expect("mapped");
         }
         let before = bed.reached(1);
@@ -584,18 +584,18 @@ fn what_is_no_memory_is_refused_with_fault() {
         let mut bed = Bed::new(way);
         bed.iommu.attach(A, D1, false).expect("attached");
         for gpa in [0x9000_0000, BAR + 0x4000, 0x1_e000] {
-            let refused = bed.iommu.map(D1, mapping(0, 0x4000, gpa));
+            let refused = bed.iommu.map(D1, &mapping(0, 0x4000, gpa));
             assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
             let none = Mapping {
                 access: Access::NONE,
                 ..mapping(0, 0x4000, gpa)
             };
-            let refused = bed.iommu.map(D1, none);
+            let refused = bed.iommu.map(D1, &none);
             assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
             assert!(bed.reached(1).is_empty());
         }
         bed.iommu
-            .map(D1, mapping(0, 0x2000, BAR + 0x1000))
+            .map(D1, &mapping(0, 0x2000, BAR + 0x1000))
             .expect("memory of another device");
         bed.check();
     }
@@ -614,10 +614,10 @@ fn the_hosts_limits_become_statuses() {
             let mut bed = Bed::new(way);
             bed.iommu.attach(A, D1, false).expect("attached");
             bed.fail_in(1, errno);
-            let refused = bed.iommu.map(D1, mapping(0, 0x1000, 0));
+            let refused = bed.iommu.map(D1, &mapping(0, 0x1000, 0));
             assert_eq!(kind(refused), expected, "{way:?} {errno}");
             bed.check();
-            bed.iommu.map(D1, mapping(0, 0x1000, 0)).expect("mapped");
+            bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
         }
     }
 }
@@ -628,7 +628,7 @@ fn a_domain_that_leads_nowhere_takes_no_host_device() {
         let mut bed = Bed::new(way);
         bed.iommu.attach(A, D1, false).expect("attached");
         bed.iommu
-            .map(D1, mapping(0, 0x4000, 0x1_0000))
+            .map(D1, &mapping(0, 0x4000, 0x1_0000))
             .expect("mapped");
         run(&mut bed, &Op::Memory(1)).expect("the slot goes");
         bed.check();
@@ -652,7 +652,7 @@ fn the_vmm_may_send_the_same_memory_again() {
         let again = file.try_clone().expect("a descriptor");
         bed.set_memory(vec![slot_of(file, 0, 0x4000, 0)]);
         bed.iommu.attach(A, D1, false).expect("attached");
-        bed.iommu.map(D1, mapping(0, 0x4000, 0)).expect("mapped");
+        bed.iommu.map(D1, &mapping(0, 0x4000, 0)).expect("mapped");
         let before = bed.kernel.state().calls;
         bed.set_memory(vec![slot_of(again, 0, 0x4000, 0)]);
         assert_eq!(bed.kernel.state().calls, before, "nothing has changed");
@@ -666,7 +666,7 @@ fn kernels_without_mapping_by_file_take_addresses() {
     bed.kernel.state().old = true;
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu
-        .map(D1, mapping(0, 0x4000, 0xe000))
+        .map(D1, &mapping(0, 0x4000, 0xe000))
         .expect("mapped");
     bed.check();
 }
@@ -793,7 +793,7 @@ fn a_container_that_is_handed_over_is_emptied() {
 fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
     let mut bed = Bed::new(Way::Iommufd(Pin::All));
     bed.iommu.attach(A, D1, false).expect("attached");
-    bed.iommu.map(D1, mapping(0, 0x1000, 0)).expect("mapped");
+    bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     bed.kernel.state().asleep.push(A.0);
     let detached = bed.iommu.detach(A, D1);
     assert!(
@@ -853,7 +853,7 @@ fn a_device_bound_to_another_iommufd_is_found_out() {
     assert!(iommu.endpoint(A).expect("an endpoint").quarantined);
     assert_eq!(theirs.state().groups[&1].0, None, "not even in {space}");
     assert!(
-        iommu.map(D1, mapping(0, 0x1000, 0)).is_err(),
+        iommu.map(D1, &mapping(0, 0x1000, 0)).is_err(),
         "no such domain"
     );
 }
@@ -886,7 +886,7 @@ fn addresses_only_the_host_reserves_make_attach_unsupported() {
     for way in WAYS {
         let mut bed = Bed::new(way);
         bed.iommu.attach(A, D1, false).expect("attached");
-        bed.iommu.map(D1, mapping(0, 0x1000, 0)).expect("mapped");
+        bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
         bed.iommu.attach(B, D2, false).expect("attached");
         bed.fail_in(1, libc::EADDRINUSE);
         let refused = bed.iommu.attach(B, D1, false);
@@ -926,14 +926,14 @@ fn nothing_is_copied_from_bypass_mode_while_it_is_used() {
     let files = |bed: &Bed| bed.kernel.state().mapped_by_file;
     bed.iommu.attach(A, D1, false).expect("attached");
     let before = files(&bed);
-    bed.iommu.map(D1, mapping(0, 0x1000, 0)).expect("mapped");
+    bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     assert_eq!(files(&bed), before, "a copy");
     // Out of the VMM's address space, and into ours.
     bed.iommu.attach(B, D1, false).expect("attached");
     bed.iommu.detach(B, D1).expect("detached");
     let before = files(&bed);
     bed.iommu
-        .map(D1, mapping(0x1000, 0x1000, 0))
+        .map(D1, &mapping(0x1000, 0x1000, 0))
         .expect("mapped");
     assert_eq!(
         files(&bed),

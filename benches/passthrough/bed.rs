@@ -118,7 +118,7 @@ impl Bed {
         match (side, &self.bare) {
             (Side::Bare, Some(bare)) => bare.map(mapping),
             (Side::Bare, None) | (Side::Daemon, _) => {
-                self.iommu.map(DOMAIN, *mapping).expect("mapped");
+                self.iommu.map(DOMAIN, mapping).expect("mapped");
             }
         }
     }

@@ -69,7 +69,7 @@ fuzz_target!(|ops: Vec<Op>| {
                         access,
                         mmio: read,
                     };
-                    drop(iommu.map(domain(d), mapping));
+                    drop(iommu.map(domain(d), &mapping));
                 }
             }
             Op::MapPages(d, first, count, gpa) => {
@@ -79,7 +79,7 @@ fuzz_target!(|ops: Vec<Op>| {
                     access: Access::READ_WRITE,
                     mmio: false,
                 };
-                if iommu.map(domain(d), mapping).is_ok() {
+                if iommu.map(domain(d), &mapping).is_ok() {
                     let found = iommu.mappings(domain(d), mapping.range.first()).next();
                     assert_eq!(found, Some(mapping));
                 }

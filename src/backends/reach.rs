@@ -176,6 +176,7 @@ pub(super) fn not_mapped(part: &Mapping, cause: &io::Error) -> BackendError {
 
 /// What became of a system call that was to unmap all of `range`, and answers the bytes that were
 /// mapped there: `least` have to be.
+#[inline]
 pub(super) fn unmapped(
     range: IovaRange,
     least: u64,
@@ -183,14 +184,21 @@ pub(super) fn unmapped(
 ) -> Result<(), BackendError> {
     match result {
         Ok(bytes) if bytes >= least => Ok(()),
-        Ok(bytes) => Err(BackendError {
+        result => Err(not_unmapped(range, least, result)),
+    }
+}
+
+#[cold]
+fn not_unmapped(range: IovaRange, least: u64, result: io::Result<u64>) -> BackendError {
+    match result {
+        Ok(bytes) => BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
                 "of {range} the host had {bytes:#x} bytes mapped, not {least:#x}; others may stay \
                  mapped"
             ),
-        }),
-        Err(cause) => Err(refused(format_args!("{range} stays mapped"), &cause)),
+        },
+        Err(cause) => refused(format_args!("{range} stays mapped"), &cause),
     }
 }
 

@@ -102,13 +102,18 @@ impl Type1Group {
         self.map_pieces(&identity)
     }
 
+    #[inline]
     fn map_pieces(&self, mapping: &Mapping) -> Result<(), BackendError> {
         match self.reach.in_one_slot(mapping) {
             Some((slot, offset)) => self.map_part(mapping, slot, offset),
-            None => self
-                .reach
-                .for_each_piece(mapping, |piece| self.map_piece(&piece)),
+            None => self.map_several(mapping),
         }
+    }
+
+    #[cold]
+    fn map_several(&self, mapping: &Mapping) -> Result<(), BackendError> {
+        self.reach
+            .for_each_piece(mapping, |piece| self.map_piece(&piece))
     }
 
     /// Maps what leads into one slot.

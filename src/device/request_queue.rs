@@ -439,7 +439,7 @@ impl RequestQueue {
                     })?;
                 iommu.map(
                     domain,
-                    Mapping {
+                    &Mapping {
                         range,
                         gpa: phys_start,
                         access: Access {

@@ -3,9 +3,13 @@
 use std::collections::BTreeSet;
 
 use crate::address::IovaRange;
-use crate::ids::EndpointId;
-use crate::page_table::Table;
+use crate::backends::{MemorySlot, UnmapPart};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{Arena, Table, Unmapped, WouldSplit};
 use crate::topology::reserved::{ReservedRegion, ReservedRegions};
+
+use super::error::RequestError;
+use super::memory::{is_all_reachable, reachable_bytes};
 
 /// An address space of the guest's. It exists while it has members.
 #[derive(Debug)]
@@ -131,6 +135,52 @@ impl Domain {
         }
         let used = self.backends.remove(backend)?;
         used.present.then_some(backend)
+    }
+
+    /// Removes mappings from the table. Returns what the backends have to give up, if there is
+    /// something; only then can the tables that have become empty be used again.
+    #[inline]
+    pub(super) fn take_out(
+        &mut self,
+        id: DomainId,
+        range: IovaRange,
+        input: IovaRange,
+        arena: &mut Arena,
+        memory: &[MemorySlot],
+    ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
+        // UNMAP-3
+        let Some(table) = self.table.as_mut() else {
+            return Err(RequestError::BypassDomain(id));
+        };
+        // UNMAP-4
+        let plan = table
+            .plan_unmap(arena, range)
+            .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
+        let least = (self.unreachable > 0).then(|| {
+            let mut least = 0;
+            for mapping in table.mappings_in(arena, range) {
+                if !is_all_reachable(memory, &mapping) {
+                    self.unreachable -= 1;
+                }
+                least += reachable_bytes(memory, &mapping);
+            }
+            least
+        });
+        let counted = (cfg!(debug_assertions) && !self.backends.is_empty()).then(|| {
+            let mappings = table.mappings_in(arena, range);
+            mappings.map(|m| reachable_bytes(memory, &m)).sum()
+        });
+        // UNMAP-5
+        let unmapped = table.commit_unmap(arena, plan);
+        // Nearly always all that was mapped was reachable.
+        let least = least.unwrap_or(unmapped.bytes);
+        debug_assert_eq!(least, counted.unwrap_or(least));
+        if unmapped.mappings == 0 {
+            return Ok((unmapped, None));
+        }
+        // Mappings lie in the input range.
+        let range = range.intersection(input).unwrap_or(input);
+        Ok((unmapped, Some(UnmapPart { range, least })))
     }
 
     /// A reserved region of some member that shares an address with `range`.

@@ -33,14 +33,13 @@ use crate::backends::{
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{
     Arena, ArenaError, Levels, MapRefusal, OutOfFrames, Table, TableOffset, Translation, Unmapped,
-    WouldSplit,
 };
 use crate::topology::{GroupId, ReservedRegions, Topology};
 use crate::{error_limited, warn_limited};
 
 use self::domain::{Domain, present_in};
 use self::groups::{Changes, Groups};
-use self::memory::{is_all_reachable, reachable_bytes};
+use self::memory::is_all_reachable;
 
 pub use self::error::RequestError;
 pub use self::fault::{Fault, FaultReason};
@@ -402,7 +401,7 @@ impl Iommu {
     ///
     /// # Errors
     /// See [`RequestError`]; no part of the mapping exists anywhere.
-    pub fn map(&mut self, domain: DomainId, mapping: Mapping) -> Result<(), RequestError> {
+    pub fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), RequestError> {
         self.check_domain_id(domain)?;
         // MAP-4
         let Some(entry) = self.domains.get_mut(&domain) else {
@@ -419,7 +418,7 @@ impl Iommu {
         let ends = mapping.range.first().0 | mapping.range.last().0.wrapping_add(1);
         if !self.page_sizes.is_aligned(ends | mapping.gpa.0) {
             return Err(RequestError::Misaligned {
-                mapping,
+                mapping: *mapping,
                 granule: self.page_sizes.granule(),
             });
         }
@@ -436,15 +435,18 @@ impl Iommu {
         };
         // MAP-2
         let plan = table
-            .plan_map(&self.arena, &mapping)
+            .plan_map(&self.arena, mapping)
             .map_err(|refusal| match refusal {
-                MapRefusal::Overlap(existing) => RequestError::Overlap { mapping, existing },
+                MapRefusal::Overlap(existing) => RequestError::Overlap {
+                    mapping: *mapping,
+                    existing,
+                },
                 MapRefusal::OutOfFrames(OutOfFrames { needed, free }) => {
                     RequestError::OutOfFrames { needed, free }
                 }
-                MapRefusal::OutOfRange => RequestError::PhysOutOfRange(mapping),
+                MapRefusal::OutOfRange => RequestError::PhysOutOfRange(*mapping),
                 MapRefusal::Misaligned => RequestError::Misaligned {
-                    mapping,
+                    mapping: *mapping,
                     granule: PageMask::TABLE.granule(),
                 },
             })?;
@@ -458,7 +460,7 @@ impl Iommu {
         }
         let mut failed = None;
         for index in present_in(&entry.backends) {
-            if let Err(cause) = self.backends[index].map(domain, &mapping) {
+            if let Err(cause) = self.backends[index].map(domain, mapping) {
                 failed = Some((index, cause));
                 break;
             }
@@ -468,10 +470,10 @@ impl Iommu {
             let undo: Vec<_> = present_in(&entry.backends)
                 .take_while(|i| *i <= index)
                 .collect();
-            return Err(self.undo_map(domain, &mapping, &undo, cause));
+            return Err(self.undo_map(domain, mapping, &undo, cause));
         }
         table.commit_map(&mut self.arena, plan);
-        if !self.backends.is_empty() && !is_all_reachable(&self.memory, &mapping) {
+        if !self.backends.is_empty() && !is_all_reachable(&self.memory, mapping) {
             entry.unreachable += 1;
         }
         Ok(())
@@ -483,11 +485,19 @@ impl Iommu {
     /// See [`RequestError`]. Where a backend fails, the mappings are gone and the endpoints behind
     /// that backend are quarantined.
     pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
-        let (unmapped, part) = self.take_out(domain, range)?;
-        if let Some(part) = part {
-            let failures = self.give_up(domain, &[part]);
-            self.end_unmap(domain, failures)?;
-        }
+        self.check_domain_id(domain)?;
+        // UNMAP-2
+        let Some(entry) = self.domains.get_mut(&domain) else {
+            return Err(RequestError::NoSuchDomain(domain));
+        };
+        let (unmapped, part) =
+            entry.take_out(domain, range, self.input, &mut self.arena, &self.memory)?;
+        let Some(UnmapPart { range, least }) = part else {
+            return Ok(unmapped);
+        };
+        let give_up = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
+        let failures = failures_of(&mut self.backends, entry, give_up);
+        self.end_unmap(domain, &failures)?;
         Ok(unmapped)
     }
 
@@ -500,10 +510,24 @@ impl Iommu {
         ranges: &[IovaRange],
         outcomes: &mut VecDeque<Result<(), RequestError>>,
     ) {
+        let known = self.check_domain_id(domain);
+        let entry = known.and_then(|()| {
+            // UNMAP-2
+            let entry = self.domains.get_mut(&domain);
+            entry.ok_or(RequestError::NoSuchDomain(domain))
+        });
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(refusal) => {
+                outcomes.extend(ranges.iter().map(|_| Err(refusal.clone())));
+                return;
+            }
+        };
         let mut parts = Vec::with_capacity(ranges.len());
         let mut places = Vec::with_capacity(ranges.len());
         for range in ranges {
-            let outcome = self.take_out(domain, *range).map(|(_, part)| {
+            let taken = entry.take_out(domain, *range, self.input, &mut self.arena, &self.memory);
+            let outcome = taken.map(|(_, part)| {
                 if let Some(part) = part {
                     parts.push(part);
                     places.push(outcomes.len());
@@ -511,8 +535,9 @@ impl Iommu {
             });
             outcomes.push_back(outcome);
         }
-        let failures = self.give_up(domain, &parts);
-        if let Err(refusal) = self.end_unmap(domain, failures) {
+        let give_up = |backend: &mut dyn DmaBackend| backend.unmap_all(domain, &parts);
+        let failures = failures_of(&mut self.backends, entry, give_up);
+        if let Err(refusal) = self.end_unmap(domain, &failures) {
             for place in places {
                 if let Some(outcome) = outcomes.get_mut(place) {
                     *outcome = Err(refusal.clone());
@@ -521,84 +546,34 @@ impl Iommu {
         }
     }
 
-    /// Removes mappings from the table of a domain. Returns what the backends have to give up, if
-    /// there is something; only then can the tables that have become empty be used again.
-    fn take_out(
-        &mut self,
-        domain: DomainId,
-        range: IovaRange,
-    ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
-        self.check_domain_id(domain)?;
-        // UNMAP-2
-        let Some(entry) = self.domains.get_mut(&domain) else {
-            return Err(RequestError::NoSuchDomain(domain));
-        };
-        // UNMAP-3
-        let Some(table) = entry.table.as_mut() else {
-            return Err(RequestError::BypassDomain(domain));
-        };
-        // UNMAP-4
-        let plan = table
-            .plan_unmap(&self.arena, range)
-            .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
-        let least = (entry.unreachable > 0).then(|| {
-            let mut least = 0;
-            for mapping in table.mappings_in(&self.arena, range) {
-                if !is_all_reachable(&self.memory, &mapping) {
-                    entry.unreachable -= 1;
-                }
-                least += reachable_bytes(&self.memory, &mapping);
-            }
-            least
-        });
-        let counted = (cfg!(debug_assertions) && !entry.backends.is_empty()).then(|| {
-            let mappings = table.mappings_in(&self.arena, range);
-            mappings.map(|m| reachable_bytes(&self.memory, &m)).sum()
-        });
-        // UNMAP-5
-        let unmapped = table.commit_unmap(&mut self.arena, plan);
-        // Nearly always all that was mapped was reachable.
-        let least = least.unwrap_or(unmapped.bytes);
-        debug_assert_eq!(least, counted.unwrap_or(least));
-        if unmapped.mappings == 0 {
-            return Ok((unmapped, None));
-        }
-        // Mappings lie in the input range.
-        let range = range.intersection(self.input).unwrap_or(self.input);
-        Ok((unmapped, Some(UnmapPart { range, least })))
-    }
-
-    /// Makes the backends give up what was taken out of a table. Returns which of them failed.
-    fn give_up(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Vec<(usize, BackendError)> {
-        let mut failures = Vec::new();
-        let Some(entry) = self.domains.get(&domain) else {
-            return failures;
-        };
-        for index in present_in(&entry.backends) {
-            if let Err(cause) = self.backends[index].unmap_all(domain, parts) {
-                failures.push((index, cause));
-            }
-        }
-        failures
-    }
-
     /// The backends have given up what was taken out of a table, but for these.
-    fn end_unmap(
+    #[inline]
+    fn end_unmap(&mut self, domain: DomainId, failures: &Failures) -> Result<(), RequestError> {
+        if failures.is_empty() {
+            // Not before: until then somebody may be reading the tables that have become empty.
+            self.arena.reclaim();
+            return Ok(());
+        }
+        self.end_failed_unmap(domain, failures)
+    }
+
+    #[cold]
+    fn end_failed_unmap(
         &mut self,
         domain: DomainId,
-        failures: Vec<(usize, BackendError)>,
+        failures: &Failures,
     ) -> Result<(), RequestError> {
-        let mut quarantined: Option<(BackendError, usize)> = None;
+        let mut count = 0;
         for (index, cause) in failures {
-            let count = self.quarantine_members(domain, index, &cause);
-            let before = quarantined.map_or(0, |(_, count)| count);
-            quarantined = Some((cause, before + count));
+            count += self.quarantine_members(domain, *index, cause);
         }
-        // Not before: until then somebody may be reading the tables that have become empty.
         self.arena.reclaim();
-        match quarantined {
+        match failures.last() {
             None => Ok(()),
-            Some((cause, count)) => Err(RequestError::Quarantined { cause, count }),
+            Some((_, cause)) => Err(RequestError::Quarantined {
+                cause: cause.clone(),
+                count,
+            }),
         }
     }
 
@@ -1008,6 +983,25 @@ impl Iommu {
         };
         self.retarget(endpoint, target);
     }
+}
+
+/// Which backends failed, and how.
+type Failures = [(usize, BackendError)];
+
+/// Has every backend that has a domain do something.
+#[inline]
+fn failures_of(
+    backends: &mut [Box<dyn DmaBackend>],
+    domain: &Domain,
+    mut act: impl FnMut(&mut dyn DmaBackend) -> Result<(), BackendError>,
+) -> Vec<(usize, BackendError)> {
+    let mut failures = Vec::new();
+    for index in present_in(&domain.backends) {
+        if let Err(cause) = act(&mut *backends[index]) {
+            failures.push((index, cause));
+        }
+    }
+    failures
 }
 
 /// Where an endpoint that is attached to a domain goes.

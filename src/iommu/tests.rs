@@ -204,7 +204,7 @@ fn ops_6_domains_above_the_range_are_refused_everywhere() {
         };
         assert_eq!(iommu.attach(A, id, false), Err(refused.clone()));
         assert_eq!(iommu.detach(A, id), Err(refused.clone()));
-        assert_eq!(iommu.map(id, page(1)), Err(refused.clone()));
+        assert_eq!(iommu.map(id, &page(1)), Err(refused.clone()));
         assert_eq!(iommu.unmap(id, range(0, 1)), Err(refused));
         assert_eq!(iommu.attach(A, DomainId(LAST_DOMAIN), false), Ok(()));
     });
@@ -242,7 +242,7 @@ fn attach_5_the_bypass_flag_agrees_with_the_domain() {
 fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
     each(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
-        iommu.map(D1, page(1)).expect("mapped");
+        iommu.map(D1, &page(1)).expect("mapped");
         iommu.attach(B, D1, false).expect("a second endpoint");
         assert_eq!(translated(&iommu, B, 0x1000), Ok(0x4000_1000));
         check_agreement(&iommu, recorders);
@@ -254,7 +254,7 @@ fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
 
         // With its last endpoint D1 goes, and its ID names a new, empty domain.
         iommu.attach(B, D2, false).expect("moved");
-        assert_eq!(iommu.map(D1, page(1)), Err(RequestError::NoSuchDomain(D1)));
+        assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::NoSuchDomain(D1)));
         iommu.attach(B, D1, false).expect("moved back");
         assert_eq!(all_mappings(&iommu, D1), []);
         assert_eq!(translated(&iommu, B, 0x1000), Err(FaultReason::Mapping));
@@ -266,7 +266,7 @@ fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
 fn attaching_again_to_the_same_domain_keeps_its_mappings() {
     each(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
-        iommu.map(D1, page(1)).expect("mapped");
+        iommu.map(D1, &page(1)).expect("mapped");
         iommu.attach(A, D1, false).expect("attached already");
         assert_eq!(all_mappings(&iommu, D1), [page(1)]);
         check_agreement(&iommu, recorders);
@@ -278,7 +278,7 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
     each(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         let clash = mapping(OWN_RESERVED.0 - KIB4, OWN_RESERVED.0 + KIB4 - 1, 0);
-        iommu.map(D1, clash).expect("not reserved for A");
+        iommu.map(D1, &clash).expect("not reserved for A");
         let refused = iommu.attach(RESERVED, D1, false);
         assert!(
             matches!(
@@ -293,11 +293,11 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
         iommu.attach(RESERVED, D1, false).expect("nothing clashes");
         // RESV-4: now the region holds for the whole domain, until its owner leaves.
         assert!(matches!(
-            iommu.map(D1, clash),
+            iommu.map(D1, &clash),
             Err(RequestError::Reserved { .. })
         ));
         iommu.detach(RESERVED, D1).expect("detached");
-        iommu.map(D1, clash).expect("its owner has left");
+        iommu.map(D1, &clash).expect("its owner has left");
         check_agreement(&iommu, recorders);
     });
 }
@@ -326,7 +326,7 @@ fn detach_4_a_detached_endpoint_reaches_no_mapping() {
         each(|mut iommu, recorders| {
             iommu.set_bypass(bypass);
             iommu.attach(A, D1, false).expect("attached");
-            iommu.map(D1, page(1)).expect("mapped");
+            iommu.map(D1, &page(1)).expect("mapped");
             iommu.detach(A, D1).expect("detached");
             let expected = if bypass {
                 Ok(0x1000)
@@ -352,7 +352,7 @@ fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
             mapping(0, KIB4 - 1, 1),
             mapping(0x800, 0x17ff, 0),
         ] {
-            let refused = iommu.map(D1, bad);
+            let refused = iommu.map(D1, &bad);
             assert!(
                 matches!(refused, Err(RequestError::Misaligned { .. })),
                 "{bad}: {refused:?}"
@@ -364,7 +364,7 @@ fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
             mapping(0, u64::MAX, 0),
             mapping(u64::MAX - KIB4 + 1, u64::MAX, 0),
         ] {
-            let refused = iommu.map(D1, bad);
+            let refused = iommu.map(D1, &bad);
             assert!(
                 matches!(refused, Err(RequestError::OutsideInputRange { .. })),
                 "{bad}: {refused:?}"
@@ -375,7 +375,7 @@ fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
             mapping(0, 0x1fff, (1 << 52) - KIB4),
             mapping(0, 0xfff, 1 << 52),
         ] {
-            let refused = iommu.map(D1, bad);
+            let refused = iommu.map(D1, &bad);
             assert!(
                 matches!(refused, Err(RequestError::PhysOutOfRange(_))),
                 "{bad}: {refused:?}"
@@ -383,7 +383,7 @@ fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
         }
         assert_eq!(all_mappings(&iommu, D1), []);
         iommu
-            .map(D1, mapping(top + 1 - KIB4, top, (1 << 52) - KIB4))
+            .map(D1, &mapping(top + 1 - KIB4, top, (1 << 52) - KIB4))
             .expect("the last page of both spaces");
         assert_eq!(translated(&iommu, A, top), Ok((1 << 52) - 1));
     });
@@ -394,7 +394,7 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
     each(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         let there = mapping(0x4000, 0x7fff, 0);
-        iommu.map(D1, there).expect("mapped");
+        iommu.map(D1, &there).expect("mapped");
         for bad in [
             there,
             mapping(0x3000, 0x4fff, 0),
@@ -402,7 +402,7 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
             mapping(0x5000, 0x5fff, 0),
             mapping(0, 0x3fff_ffff, 0),
         ] {
-            let refused = iommu.map(D1, bad);
+            let refused = iommu.map(D1, &bad);
             assert!(
                 matches!(refused, Err(RequestError::Overlap { existing, .. })
                     if there.range.covers(existing) && bad.range.overlaps(existing)),
@@ -410,8 +410,8 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
             );
         }
         assert_eq!(all_mappings(&iommu, D1), [there]);
-        iommu.map(D1, mapping(0x3000, 0x3fff, 0)).expect("before");
-        iommu.map(D1, mapping(0x8000, 0x8fff, 0)).expect("after");
+        iommu.map(D1, &mapping(0x3000, 0x3fff, 0)).expect("before");
+        iommu.map(D1, &mapping(0x8000, 0x8fff, 0)).expect("after");
         check_agreement(&iommu, recorders);
     });
 }
@@ -419,13 +419,13 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
 #[test]
 fn map_4_and_5_unmap_2_and_3_unknown_and_bypass_domains() {
     each(|mut iommu, _| {
-        assert_eq!(iommu.map(D1, page(1)), Err(RequestError::NoSuchDomain(D1)));
+        assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::NoSuchDomain(D1)));
         assert_eq!(
             iommu.unmap(D1, range(0, 1)),
             Err(RequestError::NoSuchDomain(D1))
         );
         iommu.attach(A, D1, true).expect("a bypass domain");
-        assert_eq!(iommu.map(D1, page(1)), Err(RequestError::BypassDomain(D1)));
+        assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::BypassDomain(D1)));
         assert_eq!(
             iommu.unmap(D1, range(0, 1)),
             Err(RequestError::BypassDomain(D1))
@@ -449,7 +449,7 @@ fn map_6_accesses_need_the_rights_of_the_mapping() {
                 mmio: number % 2 == 1,
                 ..page(number)
             };
-            iommu.map(D1, mapping).expect("mapped");
+            iommu.map(D1, &mapping).expect("mapped");
             for wanted in rights {
                 let got = iommu.translate(A, Iova(number * KIB4 + 5), wanted);
                 assert_eq!(got.is_ok(), access.allows(wanted), "{access} {wanted}");
@@ -485,7 +485,7 @@ fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
             mapping(MSI.1 - KIB4 + 1, MSI.1 + KIB4, 0),
             mapping(0, (1 << 32) - 1, 0),
         ] {
-            let refused = iommu.map(D1, bad);
+            let refused = iommu.map(D1, &bad);
             assert!(
                 matches!(refused, Err(RequestError::Reserved { region, .. })
                     if region.range == range(MSI.0, MSI.1)),
@@ -493,10 +493,10 @@ fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
             );
         }
         iommu
-            .map(D1, mapping(MSI.0 - KIB4, MSI.0 - 1, 0))
+            .map(D1, &mapping(MSI.0 - KIB4, MSI.0 - 1, 0))
             .expect("just below");
         iommu
-            .map(D1, mapping(MSI.1 + 1, MSI.1 + KIB4, 0))
+            .map(D1, &mapping(MSI.1 + 1, MSI.1 + KIB4, 0))
             .expect("just above");
     });
 }
@@ -525,7 +525,7 @@ fn unmap_4_and_5_the_examples_of_the_specification() {
             iommu.attach(A, D1, false).expect("attached");
             for &at in maps {
                 let (first, last) = units(at);
-                iommu.map(D1, mapping(first, last, 0)).expect("mapped");
+                iommu.map(D1, &mapping(first, last, 0)).expect("mapped");
             }
             let (first, last) = units(unmap);
             let result = iommu.unmap(D1, range(first, last));
@@ -551,10 +551,10 @@ fn unmap_4_and_5_the_examples_of_the_specification() {
 fn unmap_reaches_over_everything_and_to_the_last_address() {
     each(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
-        iommu.map(D1, page(0)).expect("mapped");
+        iommu.map(D1, &page(0)).expect("mapped");
         let top = (1u64 << 48) - 1;
         iommu
-            .map(D1, mapping(top + 1 - KIB4, top, 0))
+            .map(D1, &mapping(top + 1 - KIB4, top, 0))
             .expect("mapped");
         assert!(matches!(
             iommu.unmap(D1, range(1, u64::MAX)),
@@ -605,7 +605,7 @@ fn init_1_a_reset_detaches_everything_and_frees_every_frame() {
                 .expect("attached");
         }
         for number in 0..600 {
-            iommu.map(D1, page(number * 700 + 300)).expect("mapped");
+            iommu.map(D1, &page(number * 700 + 300)).expect("mapped");
         }
         iommu.reset();
         assert_eq!(iommu.domains().count(), 0);
@@ -677,7 +677,7 @@ fn a_group_moves_one_endpoint_at_a_time_and_nobody_is_left_behind_open() {
         for endpoint in [G1, G2, G3] {
             iommu.attach(endpoint, D1, false).expect("attached");
         }
-        iommu.map(D1, page(1)).expect("mapped");
+        iommu.map(D1, &page(1)).expect("mapped");
 
         iommu.attach(G1, D2, false).expect("the first to move");
         for endpoint in [G2, G3] {
@@ -727,12 +727,12 @@ fn one_domain_cannot_use_up_what_the_others_need() {
     .expect("an arena");
     iommu.attach(A, D1, false).expect("attached");
     iommu.attach(B, D2, false).expect("attached");
-    iommu.map(D2, page(1)).expect("mapped");
+    iommu.map(D2, &page(1)).expect("mapped");
     let mut mapped = 0;
     let refused = (0..).find_map(|number: u64| {
         // A page table for each page.
         let at = number << 21;
-        match iommu.map(D1, mapping(at, at + KIB4 - 1, 0)) {
+        match iommu.map(D1, &mapping(at, at + KIB4 - 1, 0)) {
             Ok(()) => {
                 mapped += 1;
                 None
@@ -749,14 +749,14 @@ fn one_domain_cannot_use_up_what_the_others_need() {
     for number in 1..4u64 {
         let at = number << 30;
         iommu
-            .map(D2, mapping(at, at + KIB4 - 1, 0))
+            .map(D2, &mapping(at, at + KIB4 - 1, 0))
             .expect("a small domain");
     }
     assert_eq!(translated(&iommu, B, 0x1000), Ok(0x4000_1000));
     iommu.attach(G1, DomainId(3), false).expect("a new domain");
     // The greedy one still unmaps, and then maps again.
     iommu.unmap(D1, range(0, (1 << 30) - 1)).expect("unmapped");
-    iommu.map(D1, page(0)).expect("mapped again");
+    iommu.map(D1, &page(0)).expect("mapped again");
 }
 
 #[test]
@@ -781,18 +781,18 @@ fn the_guest_is_offered_what_all_backends_can_do() {
     assert!(refused.contains("narrow the address width"), "{refused}");
     iommu.attach(A, D1, false).expect("attached");
     assert!(matches!(
-        iommu.map(D1, mapping(0, 0xffff, 0)),
+        iommu.map(D1, &mapping(0, 0xffff, 0)),
         Err(RequestError::OutsideInputRange { .. })
     ));
     assert!(matches!(
-        iommu.map(D1, mapping(0x1_0000, 0x1_0fff, 0)),
+        iommu.map(D1, &mapping(0x1_0000, 0x1_0fff, 0)),
         Err(RequestError::Misaligned {
             granule: 0x1_0000,
             ..
         })
     ));
     iommu
-        .map(D1, mapping(0x1_0000, 0x1_ffff, 0))
+        .map(D1, &mapping(0x1_0000, 0x1_ffff, 0))
         .expect("mapped");
 }
 
@@ -810,7 +810,7 @@ fn run(iommu: &mut Iommu, op: Op) -> Result<(), RequestError> {
     match op {
         Op::Attach(endpoint, domain, bypass) => iommu.attach(endpoint, domain, bypass),
         Op::Detach(endpoint, domain) => iommu.detach(endpoint, domain),
-        Op::Map(domain, mapping) => iommu.map(domain, mapping),
+        Op::Map(domain, mapping) => iommu.map(domain, &mapping),
         Op::Unmap(domain, range) => iommu.unmap(domain, range).map(|_| ()),
         Op::Bypass(bypass) => {
             iommu.set_bypass(bypass);
@@ -897,7 +897,7 @@ fn an_unmap_that_fails_quarantines_and_attach_cures() {
     let (mut iommu, recorders) = with_backends(1);
     iommu.attach(A, D1, false).expect("attached");
     iommu.attach(B, D1, false).expect("attached");
-    iommu.map(D1, page(1)).expect("mapped");
+    iommu.map(D1, &page(1)).expect("mapped");
     let calls = recorders[0].state().calls;
     recorders[0].state().fail_call = Some(calls + 1);
     assert!(matches!(
@@ -924,7 +924,7 @@ fn neighbours_are_unmapped_by_one_call() {
     iommu.attach(A, D1, false).expect("attached");
     iommu.attach(B, D1, false).expect("attached");
     for n in 0..8 {
-        iommu.map(D1, page(n)).expect("mapped");
+        iommu.map(D1, &page(n)).expect("mapped");
     }
     let calls = || recorders.iter().map(|r| r.state().calls).sum::<u64>();
     let before = calls();
@@ -946,7 +946,7 @@ fn where_one_of_several_unmaps_fails_nobody_reaches_any_of_them() {
         iommu.attach(A, D1, false).expect("attached");
         iommu.attach(B, D1, false).expect("attached");
         for n in 0..6 {
-            iommu.map(D1, page(n)).expect("mapped");
+            iommu.map(D1, &page(n)).expect("mapped");
         }
         let calls = recorders[0].state().calls;
         recorders[0].state().fail_call = Some(calls + fail);
@@ -1141,7 +1141,7 @@ proptest! {
                 iommu.attach(endpoint, D1, false).expect("attached");
             }
             for &(at, len) in &maps {
-                let _ = iommu.map(D1, mapping(at * KIB4, (at + len) * KIB4 - 1, at * KIB4));
+                let _ = iommu.map(D1, &mapping(at * KIB4, (at + len) * KIB4 - 1, at * KIB4));
             }
         }
         let ranges: Vec<_> = unmaps

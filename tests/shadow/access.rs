@@ -21,10 +21,10 @@ fn memory_is_reached_through_mappings_only() {
     let all = Access::READ_WRITE;
     // Two pages that are apart in memory, one after the other for the endpoint.
     bed.iommu
-        .map(D1, mapping(0x10_0000, PAGE, 0x5000, all))
+        .map(D1, &mapping(0x10_0000, PAGE, 0x5000, all))
         .expect("mapped");
     bed.iommu
-        .map(D1, mapping(0x10_1000, PAGE, 0x2000, all))
+        .map(D1, &mapping(0x10_1000, PAGE, 0x2000, all))
         .expect("mapped");
     memory
         .write_obj(0x1122_3344_5566_7788_u64, at(0x10_0ffc))
@@ -46,7 +46,7 @@ fn memory_is_reached_through_mappings_only() {
         .unmap(D1, range(0x10_0000, 0x10_0fff))
         .expect("unmapped");
     bed.iommu
-        .map(D1, mapping(0x10_0000, PAGE, 0x7000, Access::READ))
+        .map(D1, &mapping(0x10_0000, PAGE, 0x7000, Access::READ))
         .expect("mapped");
     bed.poke(0x7010, 7);
     assert_eq!(memory.read_obj::<u64>(at(0x10_0010)).expect("mapped"), 7);
@@ -58,12 +58,12 @@ fn memory_is_reached_through_mappings_only() {
     let page = range(0x10_0000, 0x10_0fff);
     bed.iommu.unmap(D1, page).expect("unmapped");
     bed.iommu
-        .map(D1, mapping(0x10_0000, PAGE, 0x7000, all))
+        .map(D1, &mapping(0x10_0000, PAGE, 0x7000, all))
         .expect("mapped");
     memory.write_obj(8u64, at(0x10_0010)).expect("writable now");
     bed.iommu.unmap(D1, page).expect("unmapped");
     bed.iommu
-        .map(D1, mapping(0x10_0000, PAGE, 0x7000, Access::READ))
+        .map(D1, &mapping(0x10_0000, PAGE, 0x7000, Access::READ))
         .expect("mapped");
     memory
         .write_obj(9u64, at(0x10_0010))
@@ -88,10 +88,10 @@ fn each_refusal_is_told_with_endpoint_rights_and_address() {
     assert_eq!(bed.fault(), refused(A, Access::READ, 0x1234));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu
-        .map(D1, mapping(0, PAGE, 0, Access::WRITE))
+        .map(D1, &mapping(0, PAGE, 0, Access::WRITE))
         .expect("mapped");
     bed.iommu
-        .map(D1, mapping(PAGE, PAGE, 0, Access::NONE))
+        .map(D1, &mapping(PAGE, PAGE, 0, Access::NONE))
         .expect("mapped");
     // Nothing there, and the first byte that is not there.
     b.memory().write_obj(0u8, at(0x9000)).expect_err("blocked");
@@ -146,12 +146,12 @@ fn an_endpoint_is_switched_over_at_once() {
     bed.iommu.attach(A, D1, false).expect("attached");
     assert_eq!(read(), None);
     bed.iommu
-        .map(D1, mapping(PAGE, PAGE, 0, Access::READ))
+        .map(D1, &mapping(PAGE, PAGE, 0, Access::READ))
         .expect("mapped");
     assert_eq!(read(), Some(0x1000_0000));
     bed.iommu.attach(B, D2, false).expect("attached");
     let third = mapping(PAGE, PAGE, 2 * PAGE, Access::READ);
-    bed.iommu.map(D2, third).expect("mapped");
+    bed.iommu.map(D2, &third).expect("mapped");
     bed.iommu.attach(A, D2, false).expect("moved");
     assert_eq!(read(), Some(0x3000_0000));
     bed.iommu.detach(A, D2).expect("detached");
@@ -171,7 +171,7 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.attach(B, D2, false).expect("attached");
     let page = mapping(0, PAGE, 0, Access::READ);
-    bed.iommu.map(D1, page).expect("mapped");
+    bed.iommu.map(D1, &page).expect("mapped");
     let wait = Duration::from_millis(150);
     // Another domain's reader.
     let other = b.enter().expect("a word");
@@ -179,7 +179,7 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
     bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
     assert!(begun.elapsed() < wait);
     drop(other);
-    bed.iommu.map(D1, page).expect("mapped");
+    bed.iommu.map(D1, &page).expect("mapped");
     std::thread::scope(|scope| {
         let inside = a.enter().expect("a word");
         inside.translate(Iova(0), Access::READ).expect("mapped");
@@ -216,7 +216,7 @@ fn a_guard_keeps_slices_usable() {
     let memory = reader.memory();
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu
-        .map(D1, mapping(0, PAGE, 0, Access::READ_WRITE))
+        .map(D1, &mapping(0, PAGE, 0, Access::READ_WRITE))
         .expect("mapped");
     let guard = reader.enter().expect("a word");
     let slices = memory
@@ -254,7 +254,7 @@ fn memory_comes_and_goes() {
     bed.iommu.attach(A, D1, false).expect("attached");
     let before = reader.memory();
     let far = mapping(0, PAGE, RAM, Access::READ_WRITE);
-    bed.iommu.map(D1, far).expect("mapped");
+    bed.iommu.map(D1, &far).expect("mapped");
     before.read_obj::<u8>(at(0)).expect_err("no memory there");
     assert!(
         bed.faults.try_recv().is_err(),
@@ -269,7 +269,7 @@ fn memory_comes_and_goes() {
     with.write_obj(9u64, at(0)).expect("memory there");
     // Only what goes makes older views useless.
     bed.iommu
-        .map(D1, mapping(PAGE, PAGE, 0, Access::READ))
+        .map(D1, &mapping(PAGE, PAGE, 0, Access::READ))
         .expect("mapped");
     before.read_obj::<u8>(at(PAGE)).expect("as before");
 
@@ -339,7 +339,7 @@ fn no_system_call_is_made_on_the_way() {
     bed.iommu.attach(A, D1, false).expect("attached");
     for page in 0..16 {
         let apart = mapping(page * PAGE, PAGE, page * 3 * PAGE, Access::READ_WRITE);
-        bed.iommu.map(D1, apart).expect("mapped");
+        bed.iommu.map(D1, &apart).expect("mapped");
     }
     bed.process("strict").wait_for("no system call");
 }

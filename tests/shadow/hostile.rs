@@ -19,7 +19,7 @@ use crate::bed::{A, B, Bed, D1, OTHER, PAGE, RAM, Role, eventually, mapping, slo
 fn mapped(bed: &mut Bed) {
     bed.iommu.attach(A, D1, false).expect("attached");
     let page = mapping(0, PAGE, 0, Access::READ_WRITE);
-    bed.iommu.map(D1, page).expect("mapped");
+    bed.iommu.map(D1, &page).expect("mapped");
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
     // The other one and the endpoint go on.
     bed.wait_for_readers(1);
     let page = mapping(0, PAGE, 0, Access::READ_WRITE);
-    bed.iommu.map(D1, page).expect("mapped");
+    bed.iommu.map(D1, &page).expect("mapped");
     good.memory()
         .read_obj::<u8>(GuestAddress(0))
         .expect("mapped");
@@ -186,7 +186,7 @@ pub fn outlive_readers() {
         bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
         bed.poke(0, 0);
         let page = mapping(0, PAGE, 0, Access::READ_WRITE);
-        bed.iommu.map(D1, page).expect("mapped");
+        bed.iommu.map(D1, &page).expect("mapped");
         drop(process);
         bed.wait_for_readers(0);
         eventually("nothing is left", || (descriptors(), mappings()) == before);

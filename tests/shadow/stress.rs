@@ -114,7 +114,7 @@ fn change(bed: &mut Bed, time: Duration) -> u64 {
                     check_poisoned(bed, ram);
                     bed.poke(ram * PAGE, stamp(domain.0, iova));
                     let page_of = mapping(iova, PAGE, ram * PAGE, Access::READ_WRITE);
-                    bed.iommu.map(domain, page_of).expect("mapped");
+                    bed.iommu.map(domain, &page_of).expect("mapped");
                     leads[which][page as usize] = Some(ram);
                 }
             },

@@ -149,7 +149,7 @@ impl Rig {
             access,
             mmio: false,
         };
-        self.iommu().map(DOMAIN, mapping)
+        self.iommu().map(DOMAIN, &mapping)
     }
 
     pub fn unmap(&self, iova: u64, len: u64) -> Result<(), RequestError> {

@@ -223,23 +223,35 @@ impl Iommufd {
     }
 
     /// Adds to `done` the bytes that are mapped, also where it fails.
+    #[inline]
     fn map_into(&self, ioas: u32, mapping: &Mapping, done: &mut u64) -> Result<(), BackendError> {
-        if mapping.access == Access::NONE {
-            // Nobody may use it, and the kernel knows no such mapping.
-            return self.reach.for_each_piece(mapping, |_| Ok(()));
-        }
         match self.reach.in_one_slot(mapping) {
-            Some((slot, offset)) => {
+            Some((slot, offset)) if mapping.access != Access::NONE => {
                 self.map_part(ioas, mapping, slot, offset)?;
                 *done += mapping.range.len_bytes().unwrap_or(0);
                 Ok(())
             }
-            None => self.reach.for_each_piece(mapping, |piece| {
-                self.map_piece(ioas, &piece)?;
-                *done += piece.part.range.len_bytes().unwrap_or(0);
-                Ok(())
-            }),
+            Some(_) | None => self.map_otherwise(ioas, mapping, done),
         }
+    }
+
+    /// The same for a mapping without rights, or one that does not lead into one slot of RAM.
+    #[cold]
+    fn map_otherwise(
+        &self,
+        ioas: u32,
+        mapping: &Mapping,
+        done: &mut u64,
+    ) -> Result<(), BackendError> {
+        self.reach.for_each_piece(mapping, |piece| {
+            if mapping.access == Access::NONE {
+                // Nobody may use it, and the kernel knows no such mapping.
+                return Ok(());
+            }
+            self.map_piece(ioas, &piece)?;
+            *done += piece.part.range.len_bytes().unwrap_or(0);
+            Ok(())
+        })
     }
 
     /// Maps what leads into one slot.

@@ -40,7 +40,7 @@ fn an_endpoint_comes_while_a_guest_runs_and_goes_with_its_mappings() {
     assert!(recorder.state().connected);
     assert_eq!(recorder.state().targets[&A], Target::Bypass);
     iommu.attach(A, D1, false).expect("attached");
-    iommu.map(D1, page(1)).expect("mapped");
+    iommu.map(D1, &page(1)).expect("mapped");
     assert_eq!(recorder.state().domains[&D1].len(), 1);
 
     let unused = iommu.remove_endpoints(function(A)).expect("there");
@@ -64,8 +64,8 @@ fn a_backend_that_comes_late_gets_what_its_domain_has() {
     iommu.attach(A, D1, false).expect("attached");
     // One in memory, one outside: the latter counts from now on.
     let inside = mapping(0x1000, 0x1fff, 0x1000);
-    iommu.map(D1, inside).expect("mapped");
-    iommu.map(D1, page(2)).expect("mapped");
+    iommu.map(D1, &inside).expect("mapped");
+    iommu.map(D1, &page(2)).expect("mapped");
 
     let recorder = Recorder::new();
     assert!(iommu.add_endpoints(new(B, None), boxed(&recorder)).is_ok());
@@ -244,7 +244,7 @@ proptest! {
                     prop_assert_eq!(noent, !known, "{:?}", done);
                 }
                 Step::Detach(n, d) => drop(iommu.detach(ALL[n], DomainId(d))),
-                Step::Map(d, n) => drop(iommu.map(DomainId(d), page(n))),
+                Step::Map(d, n) => drop(iommu.map(DomainId(d), &page(n))),
                 Step::Unmap(d, n) => drop(iommu.unmap(DomainId(d), page(n).range)),
                 Step::Bypass(bypass) => iommu.set_bypass(bypass),
                 Step::Reset => iommu.reset(),
