@@ -1,6 +1,8 @@
 //! What mapping costs a stock guest: the daemon beside QEMU's own virtio-iommu, in turn.
 //!
-//! `qemu-scripts/bench.sh` sets up what this needs and runs it.
+//! `qemu-scripts/bench.sh` sets up what this needs and runs it. With `--accel kvm` the guest is not
+//! emulated; in the emulated machine of `qemu-scripts/l1.sh`, whose files go when it ends, the
+//! figures and the plot are printed instead, where `-` stands for their files.
 #![allow(clippy::expect_used, reason = "a bench ends by panicking")]
 
 #[path = "../tests/common/vm.rs"]
@@ -8,12 +10,15 @@ mod vm;
 
 #[path = "common/fragment.rs"]
 mod fragment;
+#[path = "guest/machine.rs"]
+mod machine;
 #[path = "guest/plot.rs"]
 mod plot;
 
 use std::fs;
 use std::time::Duration;
 
+use machine::Machine;
 use serde_json::json;
 use vhost_device_iommu::realtime::Realtime;
 use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
@@ -56,6 +61,14 @@ enum Iommu {
 /// Nanoseconds of one MAP and one UNMAP, as the guest sees it.
 type Times = [f64; 2];
 
+/// What one boot came to.
+#[derive(Clone, Copy)]
+struct Measured {
+    times: Times,
+    /// Exits from the guest for a MAP and its UNMAP, where KVM tells.
+    exits: Option<f64>,
+}
+
 fn main() {
     // `cargo test --benches` runs this too, with nothing to measure.
     if !std::env::args().any(|arg| arg == "--bench") {
@@ -64,7 +77,8 @@ fn main() {
     let rounds = option("--rounds").map_or(DEFAULT_ROUNDS, |n| n.parse().expect("--rounds N"));
     let setup = Setup::from_environment();
     let kernel = host_kernel();
-    let mut qemu: Vec<Vec<Times>> = vec![Vec::new(); MEASURES.len()];
+    let machine = Machine::new(option("--accel").as_deref().unwrap_or("tcg"));
+    let mut qemu: Vec<Vec<Measured>> = vec![Vec::new(); MEASURES.len()];
     let (mut ours, mut realtime) = (qemu.clone(), qemu.clone());
     let allowed = Realtime::new(1);
     if let Err(cause) = &allowed {
@@ -73,7 +87,8 @@ fn main() {
     for round in 0..rounds {
         // Each goes first in turn.
         let mut order = vec![Iommu::Qemu, Iommu::Daemon];
-        order.extend(allowed.is_ok().then_some(Iommu::Realtime));
+        let with_realtime = allowed.is_ok() && machine.processors() > 1;
+        order.extend(with_realtime.then_some(Iommu::Realtime));
         if round % 2 == 1 {
             order.reverse();
         }
@@ -86,7 +101,7 @@ fn main() {
             };
             for (all, times) in into
                 .iter_mut()
-                .zip(boot_and_measure(&setup, &kernel, iommu))
+                .zip(boot_and_measure(&setup, &kernel, &machine, iommu))
             {
                 all.extend(times);
             }
@@ -94,17 +109,22 @@ fn main() {
     }
     let mut rows = Vec::new();
     for (index, (name, ..)) in MEASURES.iter().enumerate() {
-        rows.push(Row::new((*name).to_owned(), &qemu[index], &ours[index]));
+        if !qemu[index].is_empty() {
+            rows.push(Row::new((*name).to_owned(), &qemu[index], &ours[index]));
+        }
         if !realtime[index].is_empty() {
             let name = format!("{name}_realtime");
             rows.push(Row::new(name, &qemu[index], &realtime[index]));
         }
     }
     print_table(&rows, rounds);
-    fragment::leave("guest", &figures(&rows));
-    if let Some(path) = option("--svg") {
-        fs::write(path, plot::bars(&rows)).expect("plot written");
+    let figures = machine.in_group(figures(&rows));
+    match option("--svg").as_deref() {
+        Some("-") => println!("{figures}\n{}", plot::bars(&rows)),
+        Some(path) => fs::write(path, plot::bars(&rows)).expect("plot written"),
+        None => {}
     }
+    fragment::leave(&machine.fragment(), &figures);
 }
 
 impl Iommu {
@@ -116,8 +136,12 @@ impl Iommu {
         }
     }
 
-    fn answers(self, measure: &str) -> bool {
-        self != Self::Realtime || measure.contains("2_threads")
+    fn answers(self, measure: &str, machine: &Machine) -> bool {
+        if measure.contains("2_threads") {
+            machine.processors() > 1
+        } else {
+            self != Self::Realtime
+        }
     }
 }
 
@@ -131,14 +155,20 @@ pub struct Row {
     pub ours: Times,
     /// Ours : QEMU's; least, median and greatest of the rounds.
     pub ratio: [[f64; 3]; 2],
+    /// Exits from the guest for a MAP and its UNMAP: medians of QEMU's own and of ours.
+    pub exits: Option<[f64; 2]>,
 }
 
 impl Row {
-    fn new(name: String, qemu: &[Times], ours: &[Times]) -> Self {
-        let column = |times: &[Times], what: usize| times.iter().map(|t| t[what]).collect();
+    fn new(name: String, qemu: &[Measured], ours: &[Measured]) -> Self {
+        let column = |all: &[Measured], what: usize| all.iter().map(|m| m.times[what]).collect();
+        let exits = |all: &[Measured]| -> Option<f64> {
+            let exits: Option<Vec<_>> = all.iter().map(|m| m.exits).collect();
+            exits.map(median)
+        };
         let ratio = |what: usize| {
             let pairs = qemu.iter().zip(ours);
-            let mut ratios: Vec<_> = pairs.map(|(q, o)| o[what] / q[what]).collect();
+            let mut ratios: Vec<_> = pairs.map(|(q, o)| o.times[what] / q.times[what]).collect();
             ratios.sort_by(f64::total_cmp);
             [
                 ratios[0],
@@ -151,17 +181,24 @@ impl Row {
             qemu: [0, 1].map(|what| median(column(qemu, what))),
             ours: [0, 1].map(|what| median(column(ours, what))),
             ratio: [0, 1].map(ratio),
+            exits: exits(qemu).zip(exits(ours)).map(Into::into),
         }
     }
 }
 
 /// What was measured, by measure.
-fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Option<Times>> {
+fn boot_and_measure(
+    setup: &Setup,
+    kernel: &Kernel,
+    machine: &Machine,
+    iommu: Iommu,
+) -> Vec<Option<Measured>> {
     let place = Workplace::new("bench");
-    let config = match iommu {
-        Iommu::Realtime => format!("{PRIORITY}{CONFIG}"),
-        Iommu::Qemu | Iommu::Daemon => CONFIG.to_owned(),
+    let priority = match iommu {
+        Iommu::Realtime => PRIORITY,
+        Iommu::Qemu | Iommu::Daemon => "",
     };
+    let config = format!("{}{priority}{CONFIG}", machine.config());
     let daemon = Daemon::start(&place, &config);
     let mut arguments = daemon.qemu_args.clone();
     let mut daemon = match iommu {
@@ -172,17 +209,17 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Option<
             None
         }
     };
-    let mut extra = vec!["-smp".to_owned(), "2".to_owned()];
+    let mut extra = vec!["-smp".to_owned(), machine.processors().to_string()];
     for address in ["06.0", "07.0"] {
         extra.extend(["-device".to_owned(), format!("edu,addr={address}")]);
     }
     let options = VmOptions {
         kernel,
-        append: "iommu.strict=1".into(),
+        append: format!("iommu.strict=1 {}", machine.append()),
         iommu: arguments,
         extra,
     };
-    let mut vm = Vm::start(setup, &place, "vm", &options);
+    let mut vm = Vm::start_with(machine.accel(), setup, &place, "vm", &options);
     vm.wait_until_up();
     vm.run("mount -t debugfs debugfs /sys/kernel/debug");
     let driver = format!("/sys/bus/pci/devices/{DMA}/driver_override");
@@ -192,7 +229,7 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Option<
     vm.run(&format!("vfio_bind {VFIO}"));
     let mut times = Vec::new();
     for (name, mode, command) in MEASURES {
-        if !iommu.answers(name) {
+        if !iommu.answers(name, machine) {
             times.push(None);
             continue;
         }
@@ -204,14 +241,17 @@ fn boot_and_measure(setup: &Setup, kernel: &Kernel, iommu: Iommu) -> Vec<Option<
             assert_eq!(now, [mode], "the guest's mode");
         }
         let before = daemon.as_mut().map(polled);
+        let exits_before = machine::exits();
         let answer = vm.run_within(command, RUN).join("");
+        let exits = exits_before.zip(machine::exits()).zip(pairs(command));
         if let (Some((polls, ns)), Some(daemon)) = (before, &mut daemon) {
             let (more, waited) = polled(daemon);
             let each = (waited - ns) as f64 / (more - polls).max(1) as f64;
             eprintln!("    {command}: {each:.0} ns from an answer to the next request");
         }
         let both = parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}"));
-        times.push(Some(both));
+        let exits = exits.map(|((before, after), pairs)| (after - before) as f64 / pairs);
+        times.push(Some(Measured { times: both, exits }));
     }
     vm.kill();
     drop(daemon);
@@ -232,6 +272,15 @@ fn set_mode(vm: &mut Vm, mode: &str) {
     vm.run(&format!("echo {DMA} >{device}/driver/unbind"));
     vm.run(&format!("echo {mode} >{device}/iommu_group/type"));
     vm.run(&format!("echo {DMA} >/sys/bus/pci/drivers_probe"));
+}
+
+/// How many MAPs, each with its UNMAP, a command makes; `None` where it goes by the time.
+fn pairs(command: &str) -> Option<f64> {
+    let words: Vec<_> = command.split(' ').collect();
+    let ["vfio-bench", _, _, count, rounds] = words[..] else {
+        return None;
+    };
+    Some(count.parse::<f64>().ok()? * rounds.parse::<f64>().ok()?)
 }
 
 /// QEMU's arguments for the daemon, as they are for the same machine with QEMU's own device.
@@ -291,11 +340,20 @@ fn print_table(rows: &[Row], rounds: usize) {
             );
         }
     }
+    for row in rows {
+        if let Some([qemu, ours]) = row.exits {
+            println!(
+                "{}: exits from the guest for a MAP and its UNMAP: QEMU's own {qemu:.2}, the \
+                 daemon {ours:.2}",
+                row.name.replace('_', " ")
+            );
+        }
+    }
 }
 
 fn figures(rows: &[Row]) -> serde_json::Value {
     let all = rows.iter().map(|row| {
-        let value = json!({
+        let mut value = json!({
             "map_ratio": row.ratio[0][1],
             "unmap_ratio": row.ratio[1][1],
             "map_ns": row.ours[0],
@@ -303,6 +361,10 @@ fn figures(rows: &[Row]) -> serde_json::Value {
             "qemu_map_ns": row.qemu[0],
             "qemu_unmap_ns": row.qemu[1],
         });
+        if let Some([qemu, ours]) = row.exits {
+            value["exits"] = ours.into();
+            value["qemu_exits"] = qemu.into();
+        }
         (row.name.clone(), value)
     });
     all.collect::<serde_json::Map<_, _>>().into()

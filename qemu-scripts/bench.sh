@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART...]
+# Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
 #
 # Measures. Boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and the parts of the
-# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about a quarter of an hour once
-# everything is built; nothing else should run on the machine meanwhile.
+# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about 20 minutes once everything
+# is built; nothing else should run on the machine meanwhile.
 #
 #   --json FILE     writes the medians as nested keys
-#   --svg FILE      draws what mapping costs the guest
+#   --svg FILE      draws what mapping costs the guest: in FILE emulated, in FILE with -kvm before its last dot with
+#                   KVM
 #   --rounds N      how often each of the two boots (default 5)
 #   --part PART     only this part; more than one may be given:
-#                     guest    a guest's dma_map_benchmark, strict and lazy, and VFIO, beside QEMU's own device
+#                     guest    a guest's dma_map_benchmark, strict and lazy, and VFIO, beside QEMU's own device;
+#                              the guest is emulated
+#                     kvm      the same with KVM, that of an emulated machine (see l1.sh)
 #                     ring     a request through the rings
 #                     engine   the page table and the core
 #                     idle     start, memory and wakeups
+#   --host-kvm      for the part kvm, this machine's own KVM. Not looked for: one that is itself virtual may fail
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
 
@@ -23,9 +27,9 @@ set -euo pipefail
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 
-ALL_PARTS="engine ring idle guest"
+ALL_PARTS="engine ring idle guest kvm"
 
-json='' svg='' rounds=5 parts=()
+json='' svg='' rounds=5 host_kvm='' parts=()
 while [ $# -gt 0 ]; do
     case $1 in
     --json | --svg | --rounds | --part)
@@ -41,6 +45,7 @@ while [ $# -gt 0 ]; do
         esac
         shift
         ;;
+    --host-kvm) host_kvm=1 ;;
     -h | --help)
         usage
         exit 0
@@ -52,7 +57,7 @@ done
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || die "--rounds $rounds: give a number from 1"
 if [ ${#parts[@]} -eq 0 ]; then
     read -ra parts <<<"$ALL_PARTS"
-elif [ -n "$json" ] && [ ${#parts[@]} -lt 4 ]; then
+elif [ -n "$json" ] && [ ${#parts[@]} -lt 5 ]; then
     die "--json is for all parts; leave out --part"
 fi
 
@@ -71,6 +76,29 @@ bench() {
     cargo bench --locked --quiet --bench "$name" -- "$@"
 }
 
+guest_ready() {
+    "$SCRIPTS/setup.sh" --host-kernel --print >"$work/env"
+    set -a
+    # shellcheck source=/dev/null
+    . "$work/env"
+    set +a
+}
+
+# The files of the emulated machine go when it ends: it prints what is to stay.
+bench_kvm_in_l1() {
+    local ran=0
+    say "--- guest with KVM, in an emulated machine"
+    cargo bench --locked --quiet --no-run --bench guest
+    VIOMMU_FIGURES='' "$SCRIPTS/l1.sh" --iommu amd --timeout $((300 + 120 * rounds)) -- \
+        cargo bench --offline --quiet --bench guest -- --accel kvm --rounds "$rounds" --svg - |
+        tee "$work/kvm" | grep -v '^[<{]' || ran=$?
+    [ $ran = 0 ] || die "the guest with KVM was not measured"
+    grep '^{' "$work/kvm" >"$VIOMMU_FIGURES/guest-kvm.json"
+    if [ -n "$1" ]; then
+        grep '^<' "$work/kvm" >"$1"
+    fi
+}
+
 for part in "${parts[@]}"; do
     case $part in
     engine)
@@ -80,12 +108,17 @@ for part in "${parts[@]}"; do
     ring) bench ring ;;
     idle) bench idle ;;
     guest)
-        "$SCRIPTS/setup.sh" --host-kernel --print >"$work/env"
-        set -a
-        # shellcheck source=/dev/null
-        . "$work/env"
-        set +a
+        guest_ready
         bench guest --rounds "$rounds" ${svg:+--svg "$svg"}
+        ;;
+    kvm)
+        guest_ready
+        kvm_svg=${svg:+${svg%.*}-kvm.${svg##*.}}
+        if [ -n "$host_kvm" ]; then
+            bench guest --accel kvm --rounds "$rounds" ${kvm_svg:+--svg "$kvm_svg"}
+        else
+            bench_kvm_in_l1 "$kvm_svg"
+        fi
         ;;
     esac
 done

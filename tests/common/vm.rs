@@ -321,8 +321,19 @@ impl Vm {
     /// Starts QEMU; the guest is waited for with [`Vm::wait_until_up`]. Logs and sockets are named
     /// after `name`.
     pub fn start(setup: &Setup, place: &Workplace, name: &str, options: &VmOptions<'_>) -> Self {
+        Self::start_with(&["-accel", "tcg"], setup, place, name, options)
+    }
+
+    /// With other arguments for what runs the guest.
+    pub fn start_with(
+        accel: &[&str],
+        setup: &Setup,
+        place: &Workplace,
+        name: &str,
+        options: &VmOptions<'_>,
+    ) -> Self {
         let mut command = bound_command(&setup.qemu);
-        command.args(["-accel", "tcg"]);
+        command.args(accel);
         Self::run_qemu(command, place, name, options)
     }
 
