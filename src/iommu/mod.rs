@@ -496,7 +496,8 @@ impl Iommu {
             return Ok(unmapped);
         };
         let give_up = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
-        let failures = failures_of(&mut self.backends, entry, give_up);
+        let mut failures = Vec::new();
+        act_in_all(&mut self.backends, entry, give_up, &mut failures);
         self.end_unmap(domain, &failures)?;
         Ok(unmapped)
     }
@@ -536,7 +537,8 @@ impl Iommu {
             outcomes.push_back(outcome);
         }
         let give_up = |backend: &mut dyn DmaBackend| backend.unmap_all(domain, &parts);
-        let failures = failures_of(&mut self.backends, entry, give_up);
+        let mut failures = Vec::new();
+        act_in_all(&mut self.backends, entry, give_up, &mut failures);
         if let Err(refusal) = self.end_unmap(domain, &failures) {
             for place in places {
                 if let Some(outcome) = outcomes.get_mut(place) {
@@ -988,20 +990,19 @@ impl Iommu {
 /// Which backends failed, and how.
 type Failures = [(usize, BackendError)];
 
-/// Has every backend that has a domain do something.
+/// Has every backend that has a domain do something, and adds those that failed to `failures`.
 #[inline]
-fn failures_of(
+fn act_in_all(
     backends: &mut [Box<dyn DmaBackend>],
     domain: &Domain,
     mut act: impl FnMut(&mut dyn DmaBackend) -> Result<(), BackendError>,
-) -> Vec<(usize, BackendError)> {
-    let mut failures = Vec::new();
+    failures: &mut Vec<(usize, BackendError)>,
+) {
     for index in present_in(&domain.backends) {
         if let Err(cause) = act(&mut *backends[index]) {
             failures.push((index, cause));
         }
     }
-    failures
 }
 
 /// Where an endpoint that is attached to a domain goes.

@@ -179,8 +179,8 @@ pub struct Table {
     root: TableOffset,
     levels: Levels,
     commits: u64,
-    counters: Counters,
     recent: Recent,
+    counters: Counters,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -373,7 +373,9 @@ impl Table {
         self.commits = self.commits.wrapping_add(1);
         self.counters.mappings += 1;
         self.counters.bytes += mapping.range.span() + 1;
-        self.counters.frames += plan.frames;
+        if plan.frames > 0 {
+            self.counters.frames += plan.frames;
+        }
     }
 
     /// Decides whether everything in `range` can be unmapped. The range may begin and end
