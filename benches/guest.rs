@@ -61,7 +61,7 @@ enum Iommu {
 /// Nanoseconds of one MAP and one UNMAP, as the guest sees it.
 type Times = [f64; 2];
 
-/// What one boot came to.
+/// What one measure came to in one boot.
 #[derive(Clone, Copy)]
 struct Measured {
     times: Times,
@@ -136,6 +136,7 @@ impl Iommu {
         }
     }
 
+    /// Whether this measure is made with it.
     fn answers(self, measure: &str, machine: &Machine) -> bool {
         if measure.contains("2_threads") {
             machine.processors() > 1
@@ -241,16 +242,14 @@ fn boot_and_measure(
             assert_eq!(now, [mode], "the guest's mode");
         }
         let before = daemon.as_mut().map(polled);
-        let exits_before = machine::exits();
         let answer = vm.run_within(command, RUN).join("");
-        let exits = exits_before.zip(machine::exits()).zip(pairs(command));
         if let (Some((polls, ns)), Some(daemon)) = (before, &mut daemon) {
             let (more, waited) = polled(daemon);
             let each = (waited - ns) as f64 / (more - polls).max(1) as f64;
             eprintln!("    {command}: {each:.0} ns from an answer to the next request");
         }
         let both = parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}"));
-        let exits = exits.map(|((before, after), pairs)| (after - before) as f64 / pairs);
+        let exits = exits_a_pair(&mut vm, machine, command);
         times.push(Some(Measured { times: both, exits }));
     }
     vm.kill();
@@ -274,13 +273,23 @@ fn set_mode(vm: &mut Vm, mode: &str) {
     vm.run(&format!("echo {DMA} >/sys/bus/pci/drivers_probe"));
 }
 
-/// How many MAPs, each with its UNMAP, a command makes; `None` where it goes by the time.
-fn pairs(command: &str) -> Option<f64> {
+/// Exits from the guest for each page that VFIO maps and unmaps, without those of the program's start
+/// and end; `None` for other measures.
+fn exits_a_pair(vm: &mut Vm, machine: &Machine, command: &str) -> Option<f64> {
     let words: Vec<_> = command.split(' ').collect();
-    let ["vfio-bench", _, _, count, rounds] = words[..] else {
+    let ["vfio-bench", device, "page", count, rounds] = words[..] else {
         return None;
     };
-    Some(count.parse::<f64>().ok()? * rounds.parse::<f64>().ok()?)
+    let [count, rounds]: [u64; 2] = [count, rounds].map(|word| word.parse().expect("a number"));
+    let mut exits = |rounds: u64| {
+        let before = machine.exits()?;
+        vm.run_within(&format!("vfio-bench {device} page {count} {rounds}"), RUN);
+        machine.exits()?.checked_sub(before)
+    };
+    let (one, all) = (exits(1)?, exits(rounds)?);
+    let pairs = count * (rounds - 1);
+    // Few enough of them, and chance decides.
+    Some(all.saturating_sub(one) as f64 / pairs as f64)
 }
 
 /// QEMU's arguments for the daemon, as they are for the same machine with QEMU's own device.
@@ -343,8 +352,8 @@ fn print_table(rows: &[Row], rounds: usize) {
     for row in rows {
         if let Some([qemu, ours]) = row.exits {
             println!(
-                "{}: exits from the guest for a MAP and its UNMAP: QEMU's own {qemu:.2}, the \
-                 daemon {ours:.2}",
+                "{}: exits from the guest for a MAP and its UNMAP: QEMU's own {qemu:.3}, the \
+                 daemon {ours:.3}",
                 row.name.replace('_', " ")
             );
         }

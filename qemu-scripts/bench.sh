@@ -4,17 +4,18 @@
 # Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
 #
 # Measures. Boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and the parts of the
-# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about 20 minutes once everything
+# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about 25 minutes once everything
 # is built; nothing else should run on the machine meanwhile.
 #
 #   --json FILE     writes the medians as nested keys
-#   --svg FILE      draws what mapping costs the guest: in FILE emulated, in FILE with -kvm before its last dot with
-#                   KVM
+#   --svg FILE      draws what mapping costs the guest: emulated in FILE, which ends in .svg, and with KVM in one whose
+#                   name ends in -kvm.svg instead
 #   --rounds N      how often each of the two boots (default 5)
 #   --part PART     only this part; more than one may be given:
 #                     guest    a guest's dma_map_benchmark, strict and lazy, and VFIO, beside QEMU's own device;
 #                              the guest is emulated
-#                     kvm      the same with KVM, that of an emulated machine (see l1.sh)
+#                     kvm      the same with KVM, that of an emulated machine (see l1.sh): with one processor, and
+#                              without what takes two
 #                     ring     a request through the rings
 #                     engine   the page table and the core
 #                     idle     start, memory and wakeups
@@ -54,12 +55,14 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[[ $svg == '' || $svg == *.svg ]] || die "--svg $svg: give a name that ends in .svg"
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || die "--rounds $rounds: give a number from 1"
 if [ ${#parts[@]} -eq 0 ]; then
     read -ra parts <<<"$ALL_PARTS"
-elif [ -n "$json" ] && [ ${#parts[@]} -lt 5 ]; then
+elif [ -n "$json" ] && [ ${#parts[@]} -lt "$(wc -w <<<"$ALL_PARTS")" ]; then
     die "--json is for all parts; leave out --part"
 fi
+[ -z "$host_kvm" ] || [[ " ${parts[*]} " == *" kvm "* ]] || die "--host-kvm is for the part kvm"
 
 cache_open
 cd "$TREE"
@@ -84,18 +87,21 @@ guest_ready() {
     set +a
 }
 
-# The files of the emulated machine go when it ends: it prints what is to stay.
+# The files of the emulated machine go when it ends: it prints what is to stay. It is given the built program, since it
+# does not know what cargo was told here.
 bench_kvm_in_l1() {
-    local ran=0
+    local ran=0 program build=(cargo bench --locked --quiet --no-run --bench guest)
     say "--- guest with KVM, in an emulated machine"
-    cargo bench --locked --quiet --no-run --bench guest
+    "${build[@]}"
+    program=$(built_program guest "${build[@]}")
+    [ -x "$program" ] || die "the benchmark of the guest was not built"
     VIOMMU_FIGURES='' "$SCRIPTS/l1.sh" --iommu amd --timeout $((300 + 120 * rounds)) -- \
-        cargo bench --offline --quiet --bench guest -- --accel kvm --rounds "$rounds" --svg - |
-        tee "$work/kvm" | grep -v '^[<{]' || ran=$?
+        "$program" --bench --accel kvm --rounds "$rounds" --svg - |
+        tee "$work/kvm" | grep --line-buffered -v '^<\|^{"kvm":' || ran=$?
     [ $ran = 0 ] || die "the guest with KVM was not measured"
-    grep '^{' "$work/kvm" >"$VIOMMU_FIGURES/guest-kvm.json"
+    grep '^{"kvm":' "$work/kvm" >"$VIOMMU_FIGURES/guest-kvm.json" || die "the guest with KVM left no figures"
     if [ -n "$1" ]; then
-        grep '^<' "$work/kvm" >"$1"
+        grep '^<' "$work/kvm" >"$1" || die "the guest with KVM left no drawing"
     fi
 }
 
@@ -113,7 +119,7 @@ for part in "${parts[@]}"; do
         ;;
     kvm)
         guest_ready
-        kvm_svg=${svg:+${svg%.*}-kvm.${svg##*.}}
+        kvm_svg=${svg:+${svg%.svg}-kvm.svg}
         if [ -n "$host_kvm" ]; then
             bench guest --accel kvm --rounds "$rounds" ${kvm_svg:+--svg "$kvm_svg"}
         else

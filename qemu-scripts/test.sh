@@ -123,21 +123,13 @@ outcome() {
     return "$(cat "$LOGS/$1.status")"
 }
 
-# test_program NAME BUILD...: the path of the test program that cargo builds. It is built already: this only asks.
-test_program() {
-    local name=$1
-    shift
-    "$@" --message-format=json 2>/dev/null | grep "\"name\":\"$name\"" |
-        sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1 || true
-}
-
 # in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one. Both kinds
 # of it side by side: the tests wait for devices longer than they work.
 in_l1() {
     local suite=$1 iommu program without build=(cargo test --locked --test vfio_host --no-run)
     shift
     step "$suite: build" "${build[@]}"
-    program=$(test_program vfio_host "${build[@]}")
+    program=$(built_program vfio_host "${build[@]}")
     if [ -z "$program" ]; then
         return
     fi
@@ -185,7 +177,7 @@ suite_operations() {
         return
     fi
     step "operations: build" "${build[@]}"
-    program=$(test_program operations "${build[@]}")
+    program=$(built_program operations "${build[@]}")
     # The program as tests have it; nothing here is about its speed.
     step "operations: package" packaging/deb.sh --binary "$target/debug/vhost-device-iommu" --output "$LOGS"
     package=$(find "$LOGS" -name '*.deb')

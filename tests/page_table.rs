@@ -954,7 +954,9 @@ fn planning_the_largest_mapping_takes_no_longer_than_a_small_one() {
 #[test]
 fn a_range_as_long_as_a_leaf_that_lies_across_two_is_no_leaf() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
-    // The second time the way to the table is known already.
+    // Keeps its table, so that the second time the way there is known already.
+    let beside = mapping(GIB + 8 * PAGE, PAGE, 0, Access::READ);
+    map(&mut table, &mut arena, &beside).expect("free");
     for _ in 0..2 {
         for (first, bytes) in [(GIB, PAGE), (GIB + PAGE, PAGE), (0, MIB2), (MIB2, MIB2)] {
             let wanted = mapping(first, bytes, first, Access::READ);
@@ -971,8 +973,55 @@ fn a_range_as_long_as_a_leaf_that_lies_across_two_is_no_leaf() {
             let unmapped = unmap(&mut table, &mut arena, both).expect("whole mappings");
             assert_eq!((unmapped.mappings, unmapped.bytes), (2, 2 * bytes));
         }
-        assert_eq!(table.mapping_count(), 0);
+        assert_eq!(table.mapping_count(), 1);
         arena.reclaim();
+    }
+}
+
+/// Tables of level 1 are remembered, and of some only the one used last: pages of many such tables,
+/// mapped, found and unmapped in every order, among them last pages of their tables.
+#[test]
+fn what_is_remembered_of_a_table_is_no_other_table() {
+    let (mut arena, mut table) = new_table(64, Levels::Four);
+    let page = |n: u64, at: u64| {
+        mapping(
+            n * MIB2 + at * PAGE,
+            PAGE,
+            (n * 8 + at) * PAGE,
+            Access::READ,
+        )
+    };
+    let check = |table: &Table, arena: &Arena, live: &[Mapping]| {
+        let mut expected = live.to_vec();
+        expected.sort_by_key(|m| m.range);
+        let there: Vec<_> = table.mappings(arena, Iova(0)).collect();
+        assert_eq!(there, expected);
+    };
+    for stride in [1, 7, 8, 16, 512] {
+        let mut live = Vec::new();
+        for at in 0..2 {
+            for n in 0..20 {
+                let wanted = page(n * stride, at);
+                map(&mut table, &mut arena, &wanted).expect("free");
+                live.push(wanted);
+            }
+        }
+        check(&table, &arena, &live);
+        // Neighbours in time are in different tables, then in the same one.
+        while let Some(gone) = live.pop() {
+            let unmapped = unmap(&mut table, &mut arena, gone.range).expect("whole");
+            assert_eq!(unmapped.mappings, 1, "{gone}");
+            arena.reclaim();
+            check(&table, &arena, &live);
+            if live.len() % 3 == 0 {
+                map(&mut table, &mut arena, &gone).expect("free again");
+                let refused = map(&mut table, &mut arena, &gone);
+                assert_eq!(refused, Err(MapRefusal::Overlap(gone.range)));
+                unmap(&mut table, &mut arena, gone.range).expect("whole");
+                arena.reclaim();
+            }
+        }
+        assert_eq!((table.mapping_count(), table.frames()), (0, 1));
     }
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-/// Counts the exits of all guests of this machine.
+/// The exits of all guests of this machine.
 const EXITS: &str = "/sys/kernel/debug/kvm/exits";
 
 /// An accelerator of QEMU's, and the machine it is on.
@@ -72,7 +72,19 @@ impl Machine {
     pub fn in_group(self, figures: Value) -> Value {
         match self {
             Self::Tcg => figures,
-            Self::Kvm | Self::KvmInL1 => json!({ "kvm": figures }),
+            Self::Kvm | Self::KvmInL1 => {
+                let mut figures = figures;
+                figures["machine"] = json!({ "emulated": self == Self::KvmInL1 });
+                json!({ "kvm": figures })
+            }
+        }
+    }
+
+    /// Exits from guests so far, those that run; `None` where KVM does not tell.
+    pub fn exits(self) -> Option<u64> {
+        match self {
+            Self::Tcg => None,
+            Self::Kvm | Self::KvmInL1 => fs::read_to_string(EXITS).ok()?.trim().parse().ok(),
         }
     }
 
@@ -83,11 +95,6 @@ impl Machine {
             Self::Kvm | Self::KvmInL1 => "guest-kvm".into(),
         }
     }
-}
-
-/// Exits from guests so far, where KVM tells.
-pub fn exits() -> Option<u64> {
-    fs::read_to_string(EXITS).ok()?.trim().parse().ok()
 }
 
 /// How fast time stamps count, in kHz.

@@ -107,3 +107,11 @@ toolchain_ready() {
     say "$(cargo --version) (Debian's package)"
     cc_ready
 }
+
+# built_program NAME BUILD...: the path of the test or bench that cargo builds. It is built already: this only asks.
+built_program() {
+    local name=$1
+    shift
+    "$@" --message-format=json 2>/dev/null | grep "\"name\":\"$name\"" |
+        sed -nE 's/.*"executable":"([^"]+)".*/\1/p' | tail -n 1 || true
+}

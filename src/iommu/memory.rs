@@ -163,7 +163,7 @@ impl Iommu {
 /// Whether backends have all of a mapping, which is what they have to have of nearly every one.
 #[inline(always)]
 pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool {
-    // A loop by hand: `any` is a function call.
+    // Slots are disjoint: if not all of it is in this one, it is in none.
     for slot in memory {
         if slot.range.contains(mapping.gpa) {
             let room = slot.range.last().0 - mapping.gpa.0;

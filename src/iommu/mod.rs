@@ -550,33 +550,30 @@ impl Iommu {
 
     /// The backends have given up what was taken out of a table, but for these.
     #[inline]
-    fn end_unmap(&mut self, domain: DomainId, failures: &Failures) -> Result<(), RequestError> {
-        if failures.is_empty() {
-            // Not before: until then somebody may be reading the tables that have become empty.
-            self.arena.reclaim();
-            return Ok(());
-        }
-        self.end_failed_unmap(domain, failures)
-    }
-
-    #[cold]
-    fn end_failed_unmap(
+    fn end_unmap(
         &mut self,
         domain: DomainId,
-        failures: &Failures,
+        failures: &[(usize, BackendError)],
     ) -> Result<(), RequestError> {
-        let mut count = 0;
-        for (index, cause) in failures {
-            count += self.quarantine_members(domain, *index, cause);
-        }
-        self.arena.reclaim();
-        match failures.last() {
-            None => Ok(()),
-            Some((_, cause)) => Err(RequestError::Quarantined {
+        let refusal = match failures {
+            [] => None,
+            [.., (_, cause)] => Some(RequestError::Quarantined {
                 cause: cause.clone(),
-                count,
+                count: self.quarantine_after(domain, failures),
             }),
-        }
+        };
+        // Not before: until then somebody may be reading the tables that have become empty.
+        self.arena.reclaim();
+        refusal.map_or(Ok(()), Err)
+    }
+
+    /// Blocks the members of a domain behind the backends that failed it. Returns how many there are.
+    #[cold]
+    fn quarantine_after(&mut self, domain: DomainId, failures: &[(usize, BackendError)]) -> usize {
+        let counts = failures
+            .iter()
+            .map(|(index, cause)| self.quarantine_members(domain, *index, cause));
+        counts.sum()
     }
 
     /// The reserved regions of an endpoint, for PROBE.
@@ -987,10 +984,8 @@ impl Iommu {
     }
 }
 
-/// Which backends failed, and how.
-type Failures = [(usize, BackendError)];
-
-/// Has every backend that has a domain do something, and adds those that failed to `failures`.
+/// Has every backend that has a domain do something, and adds those that failed to `failures`, which
+/// are not returned because moving them costs more than the rest where there are none.
 #[inline]
 fn act_in_all(
     backends: &mut [Box<dyn DmaBackend>],

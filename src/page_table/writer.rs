@@ -62,7 +62,7 @@ pub struct MapPlan<'a> {
     mapping: &'a Mapping,
     frames: u64,
     place: Place,
-    /// All of it, where it is one leaf of the table there, and its place.
+    /// Its slot and all of it, where it is one leaf of the table at `place`.
     leaf: Option<(usize, Entry)>,
     ticket: Ticket,
 }
@@ -86,7 +86,7 @@ pub struct UnmapPlan {
     /// The part of the range the table reaches.
     range: Option<IovaRange>,
     place: Place,
-    /// The place of all that is there, where it is one leaf of the table there.
+    /// The slot of all that is there, where it is one leaf of the table at `place`.
     leaf: Option<usize>,
     ticket: Ticket,
 }
@@ -109,10 +109,14 @@ struct Found {
     is_whole: bool,
 }
 
-/// Where the tables of level 1 are that were used last: most mappings of a guest's driver are near
-/// others. Whatever leaves the tree is forgotten.
+/// How many tables of level 1 are remembered.
+const RECENT_TABLES: usize = 8;
+
+/// Where tables of level 1 are that were used lately: most mappings of a guest's driver are near
+/// others. Each has one place it can be in, so that of two that are a multiple of [`RECENT_TABLES`]
+/// apart the later one is remembered. Those that leave the tree are forgotten.
 #[derive(Debug)]
-struct Recent([RecentTable; 8]);
+struct Recent([RecentTable; RECENT_TABLES]);
 
 #[derive(Clone, Copy, Debug)]
 struct RecentTable {
@@ -122,15 +126,22 @@ struct RecentTable {
     parent: usize,
 }
 
+impl RecentTable {
+    const NONE: Self = Self {
+        // No address has one as high.
+        tag: u64::MAX,
+        table: TableOffset(0),
+        parent: 0,
+    };
+}
+
 impl Recent {
-    const NONE: Self = Self(
-        [RecentTable {
-            // No address has one as high.
-            tag: u64::MAX,
-            table: TableOffset(0),
-            parent: 0,
-        }; 8],
-    );
+    const NONE: Self = Self([RecentTable::NONE; RECENT_TABLES]);
+
+    /// Where the table with this tag can be.
+    fn index(tag: u64) -> usize {
+        usize::try_from(tag % RECENT_TABLES as u64).unwrap_or(0)
+    }
 
     fn tag(iova: u64) -> u64 {
         iova / entry_bytes(2)
@@ -139,7 +150,7 @@ impl Recent {
     /// The table for `iova`.
     fn get(&self, iova: u64) -> Option<Place> {
         let tag = Self::tag(iova);
-        let recent = self.0[(tag % 8) as usize];
+        let recent = self.0[Self::index(tag)];
         (recent.tag == tag).then_some(Place {
             table: recent.table,
             level: 1,
@@ -151,7 +162,7 @@ impl Recent {
     fn note(&mut self, iova: u64, place: &Place) {
         if let (1, Some(parent)) = (place.level, place.parent) {
             let tag = Self::tag(iova);
-            let recent = &mut self.0[(tag % 8) as usize];
+            let recent = &mut self.0[Self::index(tag)];
             if recent.tag != tag {
                 *recent = RecentTable {
                     tag,
@@ -159,6 +170,15 @@ impl Recent {
                     parent,
                 };
             }
+        }
+    }
+
+    /// Forgets the table for `iova`.
+    fn forget(&mut self, iova: u64) {
+        let tag = Self::tag(iova);
+        let recent = &mut self.0[Self::index(tag)];
+        if recent.tag == tag {
+            *recent = RecentTable::NONE;
         }
     }
 }
@@ -183,6 +203,8 @@ pub struct Table {
     counters: Counters,
 }
 
+// Apart from `commits`, and the two that every MAP adds to apart from each other: neighbours are added
+// to as a pair, which is slower where one of them was stored just before.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
     bytes: u64,
@@ -373,6 +395,7 @@ impl Table {
         self.commits = self.commits.wrapping_add(1);
         self.counters.mappings += 1;
         self.counters.bytes += mapping.range.span() + 1;
+        // Without the condition all three would be added to together; see `Counters`.
         if plan.frames > 0 {
             self.counters.frames += plan.frames;
         }
@@ -459,16 +482,21 @@ impl Table {
                 arena.store(parent, less);
                 self.recent.note(first, place);
             } else {
-                gone.frames += self.retire_up(arena, place, first);
+                gone.frames += self.retire_up(arena, place, first, removed);
             }
+        }
+        match gone.frames {
+            0 => {}
+            1 if place.level == 1 => self.recent.forget(first),
+            _ => self.recent = Recent::NONE,
         }
         self.subtract(gone)
     }
 
-    /// Retires the table at `place`, which covers `iova` and has become empty, and those above that
-    /// become empty by it. Returns how many.
+    /// Retires the table at `place`, which covers `iova` and has become empty by the last `removed`
+    /// entries, and those above that become empty by it. Returns how many.
     #[cold]
-    fn retire_up(&self, arena: &mut Arena, place: &Place, iova: u64) -> u64 {
+    fn retire_up(&self, arena: &mut Arena, place: &Place, iova: u64, mut removed: u64) -> u64 {
         let mut path = [0; 4];
         let mut table = self.root;
         let above = (place.level + 1..=self.levels.count()).rev();
@@ -478,7 +506,6 @@ impl Table {
             table = arena.load(*slot).next_table();
         }
         let mut clear = Clear::new(arena);
-        let mut removed = u64::MAX;
         for slot in path.iter().take(depth).rev() {
             let entry = clear.arena.load(*slot);
             removed = clear.shrink_entry(*slot, entry, removed);
@@ -534,13 +561,11 @@ impl Table {
         let mut clear = Clear::new(arena);
         clear.whole(self.root, self.levels.count(), FRAME_WORDS as u64);
         let totals = clear.totals;
+        self.recent = Recent::NONE;
         self.subtract(totals)
     }
 
     fn subtract(&mut self, gone: Counters) -> Unmapped {
-        if gone.frames > 0 {
-            self.recent = Recent::NONE;
-        }
         self.counters.mappings -= gone.mappings;
         self.counters.bytes -= gone.bytes;
         self.counters.frames -= gone.frames;
