@@ -163,14 +163,10 @@ impl Iommu {
 /// Whether backends have all of a mapping, which is what they have to have of nearly every one.
 #[inline(always)]
 pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool {
-    // Slots are disjoint: if not all of it is in this one, it is in none.
-    for slot in memory {
-        if slot.range.contains(mapping.gpa) {
-            let room = slot.range.last().0 - mapping.gpa.0;
-            return mapping.range.span() <= room && mapping.access != Access::NONE;
-        }
-    }
-    false
+    // Slots are disjoint: if not all of it is in the first, it is in none.
+    let first = memory.iter().find(|s| s.range.contains(mapping.gpa));
+    let is_inside = |s: &MemorySlot| mapping.range.span() <= s.range.last().0 - mapping.gpa.0;
+    mapping.access != Access::NONE && first.is_some_and(is_inside)
 }
 
 /// The bytes of a mapping that lead into `memory`, with rights: backends have these at least.

@@ -404,9 +404,7 @@ impl Iommu {
     pub fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), RequestError> {
         self.check_domain_id(domain)?;
         // MAP-4
-        let Some(entry) = self.domains.get_mut(&domain) else {
-            return Err(RequestError::NoSuchDomain(domain));
-        };
+        let entry = existing(&mut self.domains, domain)?;
         // OPS-4
         if !self.input.covers(mapping.range) {
             return Err(RequestError::OutsideInputRange {
@@ -487,9 +485,7 @@ impl Iommu {
     pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
         self.check_domain_id(domain)?;
         // UNMAP-2
-        let Some(entry) = self.domains.get_mut(&domain) else {
-            return Err(RequestError::NoSuchDomain(domain));
-        };
+        let entry = existing(&mut self.domains, domain)?;
         let (unmapped, part) =
             entry.take_out(domain, range, self.input, &mut self.arena, &self.memory)?;
         let Some(UnmapPart { range, least }) = part else {
@@ -511,13 +507,9 @@ impl Iommu {
         ranges: &[IovaRange],
         outcomes: &mut VecDeque<Result<(), RequestError>>,
     ) {
+        // UNMAP-2
         let known = self.check_domain_id(domain);
-        let entry = known.and_then(|()| {
-            // UNMAP-2
-            let entry = self.domains.get_mut(&domain);
-            entry.ok_or(RequestError::NoSuchDomain(domain))
-        });
-        let entry = match entry {
+        let entry = match known.and_then(|()| existing(&mut self.domains, domain)) {
             Ok(entry) => entry,
             Err(refusal) => {
                 outcomes.extend(ranges.iter().map(|_| Err(refusal.clone())));
@@ -982,6 +974,15 @@ impl Iommu {
         };
         self.retarget(endpoint, target);
     }
+}
+
+/// A domain there is.
+#[inline]
+fn existing(
+    domains: &mut BTreeMap<DomainId, Domain>,
+    id: DomainId,
+) -> Result<&mut Domain, RequestError> {
+    domains.get_mut(&id).ok_or(RequestError::NoSuchDomain(id))
 }
 
 /// Has every backend that has a domain do something, and adds those that failed to `failures`, which

@@ -313,17 +313,13 @@ impl Table {
         if last > self.levels.last_address().0 || !gpa_fits {
             return Err(MapRefusal::OutOfRange);
         }
-        let Found {
-            place,
-            slot,
-            entry,
-            is_whole,
-        } = self.find(arena, first, last);
+        let found = self.find(arena, first, last);
+        let place = found.place;
         let fits = |level| level == 1 || level <= largest_leaf(first ^ mapping.gpa.0);
         // Nearly every mapping of a guest's driver is one leaf, in a table that is there.
-        let leaf = (entry.is_free() && is_whole && fits(place.level)).then(|| {
+        let leaf = (found.entry.is_free() && found.is_whole && fits(place.level)).then(|| {
             let leaf = Entry::leaf(place.level, mapping.gpa.0, mapping.access, mapping.mmio);
-            (slot, leaf.with(Entry::FIRST | Entry::LAST))
+            (found.slot, leaf.with(Entry::FIRST | Entry::LAST))
         });
         let mut needed = 0;
         if leaf.is_none() {
@@ -420,15 +416,12 @@ impl Table {
             return Ok(plan(None, self.root_place(), None));
         };
         let (first, last) = (range.first().0, range.last().0);
-        let Found {
-            place,
-            slot,
-            entry,
-            is_whole,
-        } = self.find(arena, first, last);
+        let found = self.find(arena, first, last);
+        let place = found.place;
         // Nearly every mapping of a guest's driver is one leaf.
-        if is_whole && entry.is_leaf(place.level) && entry.has(Entry::FIRST | Entry::LAST) {
-            return Ok(plan(Some(range), place, Some(slot)));
+        let is_mapping = found.entry.has(Entry::FIRST | Entry::LAST);
+        if found.is_whole && found.entry.is_leaf(place.level) && is_mapping {
+            return Ok(plan(Some(range), place, Some(found.slot)));
         }
         let leaf_at = |iova| find_leaf_below(arena.view(), place.table, place.level, iova);
         if let Some(leaf) = leaf_at(range.first())
