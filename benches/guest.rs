@@ -101,7 +101,7 @@ fn main() {
             };
             for (all, times) in into
                 .iter_mut()
-                .zip(boot_and_measure(&setup, &kernel, &machine, iommu))
+                .zip(boot_and_measure(&setup, &kernel, machine, iommu))
             {
                 all.extend(times);
             }
@@ -124,7 +124,7 @@ fn main() {
         Some(path) => fs::write(path, plot::bars(&rows)).expect("plot written"),
         None => {}
     }
-    fragment::leave(&machine.fragment(), &figures);
+    fragment::leave(machine.fragment(), &figures);
 }
 
 impl Iommu {
@@ -137,7 +137,7 @@ impl Iommu {
     }
 
     /// Whether this measure is made with it.
-    fn answers(self, measure: &str, machine: &Machine) -> bool {
+    fn answers(self, measure: &str, machine: Machine) -> bool {
         if measure.contains("2_threads") {
             machine.processors() > 1
         } else {
@@ -191,7 +191,7 @@ impl Row {
 fn boot_and_measure(
     setup: &Setup,
     kernel: &Kernel,
-    machine: &Machine,
+    machine: Machine,
     iommu: Iommu,
 ) -> Vec<Option<Measured>> {
     let place = Workplace::new("bench");
@@ -275,7 +275,7 @@ fn set_mode(vm: &mut Vm, mode: &str) {
 
 /// Exits from the guest for each page that VFIO maps and unmaps, without those of the program's start
 /// and end; `None` for other measures.
-fn exits_a_pair(vm: &mut Vm, machine: &Machine, command: &str) -> Option<f64> {
+fn exits_a_pair(vm: &mut Vm, machine: Machine, command: &str) -> Option<f64> {
     let words: Vec<_> = command.split(' ').collect();
     let ["vfio-bench", device, "page", count, rounds] = words[..] else {
         return None;

@@ -4,8 +4,8 @@
 # Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
 #
 # Measures. Boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and the parts of the
-# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about 25 minutes once everything
-# is built; nothing else should run on the machine meanwhile.
+# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about a quarter of an hour once
+# everything is built; nothing else should run on the machine meanwhile.
 #
 #   --json FILE     writes the medians as nested keys
 #   --svg FILE      draws what mapping costs the guest: emulated in FILE, which ends in .svg, and with KVM in one whose
@@ -95,7 +95,7 @@ bench_kvm_in_l1() {
     "${build[@]}"
     program=$(built_program guest "${build[@]}")
     [ -x "$program" ] || die "the benchmark of the guest was not built"
-    VIOMMU_FIGURES='' "$SCRIPTS/l1.sh" --iommu amd --timeout $((300 + 120 * rounds)) -- \
+    env -u VIOMMU_FIGURES "$SCRIPTS/l1.sh" --iommu amd --timeout $((300 + 120 * rounds)) -- \
         "$program" --bench --accel kvm --rounds "$rounds" --svg - |
         tee "$work/kvm" | grep --line-buffered -v '^<\|^{"kvm":' || ran=$?
     [ $ran = 0 ] || die "the guest with KVM was not measured"

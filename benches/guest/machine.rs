@@ -89,10 +89,10 @@ impl Machine {
     }
 
     /// A name for the file they are in.
-    pub fn fragment(self) -> String {
+    pub fn fragment(self) -> &'static str {
         match self {
-            Self::Tcg => "guest".into(),
-            Self::Kvm | Self::KvmInL1 => "guest-kvm".into(),
+            Self::Tcg => "guest",
+            Self::Kvm | Self::KvmInL1 => "guest-kvm",
         }
     }
 }
