@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use machine::Machine;
 use serde_json::json;
-use vhost_device_iommu::realtime::Realtime;
+use vhost_device_iommu::process::realtime::Realtime;
 use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
 
 /// The device that the kernel's benchmark maps for, and the one given to VFIO.

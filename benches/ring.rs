@@ -35,11 +35,11 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::control::{ControlServer, Places, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::device::{Device, WorkerSettings};
-use vhost_device_iommu::emulated_side::{EmulatedSide, Refusals};
-use vhost_device_iommu::hotplug::Hotplug;
+use vhost_device_iommu::endpoints::emulated::{EmulatedSide, Refusals};
+use vhost_device_iommu::endpoints::hotplug::Hotplug;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::metrics::Metrics;
-use vhost_device_iommu::socket::Access;
+use vhost_device_iommu::process::socket::Access;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion,

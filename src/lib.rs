@@ -22,49 +22,20 @@ pub mod ctl;
 #[cfg(not(miri))]
 pub mod daemon;
 pub mod device;
-pub mod drop_in;
-pub mod emulated_side;
+pub mod endpoints;
 pub mod export;
-pub mod export_side;
-pub mod fault_log;
-pub mod fault_queue;
-pub mod guest_memory;
-pub mod host_check;
-pub mod host_side;
-pub mod host_tree;
-#[cfg(not(miri))]
-pub mod hotplug;
+pub mod faults;
+pub mod host;
 pub mod ids;
-pub mod inherited;
 pub mod iommu;
-pub mod journal;
-pub mod launch;
-pub mod log_limit;
+pub mod logging;
 pub mod metrics;
 pub mod page_table;
-#[cfg(test)]
-mod passthrough_tests;
+pub mod process;
 pub mod protocol;
-pub mod qemu_args;
-#[cfg(not(miri))]
-pub mod qmp;
-pub mod ready;
-pub mod realtime;
-pub mod sandbox;
-#[cfg(not(miri))]
-pub mod sandbox_side;
-#[cfg(not(miri))]
-pub mod service;
+pub mod qemu;
 #[cfg(not(miri))]
 pub mod shadow;
-#[cfg(not(miri))]
-pub mod shadow_side;
-#[cfg(not(miri))]
-pub mod signals;
-pub mod socket;
 pub mod topology;
 pub mod vfio;
 pub mod vfio_user;
-pub mod vm_log;
-#[cfg(not(miri))]
-pub mod watchdog;

@@ -14,21 +14,21 @@ use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs}
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
-use vhost_device_iommu::drop_in::drop_in;
-use vhost_device_iommu::host_check::Report;
-use vhost_device_iommu::host_tree::HostTree;
-use vhost_device_iommu::journal;
-use vhost_device_iommu::launch::Launch;
-use vhost_device_iommu::qemu_args::{QemuArgs, default_viot_path};
-use vhost_device_iommu::ready::Ready;
-use vhost_device_iommu::sandbox::{self, Role, Violation};
-use vhost_device_iommu::sandbox_side;
-use vhost_device_iommu::service::Service;
-use vhost_device_iommu::signals;
-use vhost_device_iommu::topology::host::HostRoot;
+use vhost_device_iommu::daemon::drop_in::drop_in;
+use vhost_device_iommu::daemon::sandbox_needs;
+use vhost_device_iommu::daemon::signals;
+use vhost_device_iommu::host::check::Report;
+use vhost_device_iommu::host::sysfs::HostRoot;
+use vhost_device_iommu::host::tree::HostTree;
+use vhost_device_iommu::logging;
+use vhost_device_iommu::logging::journal;
+use vhost_device_iommu::process::ready::Ready;
+use vhost_device_iommu::process::sandbox::{self, Role, Violation};
+use vhost_device_iommu::process::service::Service;
+use vhost_device_iommu::process::watchdog::Watchdog;
+use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path};
+use vhost_device_iommu::qemu::launch::Launch;
 use vhost_device_iommu::topology::viot;
-use vhost_device_iommu::vm_log;
-use vhost_device_iommu::watchdog::Watchdog;
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -104,7 +104,7 @@ fn serve(args: &RunArgs) -> Outcome {
     let args = &args;
     let config = Config::try_from(args)?;
     let ready = Ready::adopt(args.ready_fd)?;
-    vm_log::init(&config.name);
+    logging::init(&config.name);
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
     } else {
@@ -113,7 +113,7 @@ fn serve(args: &RunArgs) -> Outcome {
         } else {
             Violation::Kill
         };
-        sandbox::arm(sandbox_side::needs(&config), violation)?;
+        sandbox::arm(sandbox_needs::needs(&config), violation)?;
     }
     let ending = signals::end_on_signals()?;
     let mut daemon = Daemon::new(&config)?;

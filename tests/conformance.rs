@@ -72,7 +72,7 @@ fn all_files() -> Vec<PathBuf> {
 fn exists(files: &[PathBuf], test: &str) -> bool {
     let (file, function) = test.split_once("::").expect("file::function");
     let wanted = match file {
-        "core" => root().join("src/iommu/tests.rs"),
+        "core" => root().join("src/iommu/tests/mod.rs"),
         _ => PathBuf::from(format!("{file}.rs")),
     };
     files

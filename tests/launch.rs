@@ -18,8 +18,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
-use vhost_device_iommu::launch::Launch;
-use vhost_device_iommu::topology::host::HostRoot;
+use vhost_device_iommu::host::sysfs::HostRoot;
+use vhost_device_iommu::qemu::launch::Launch;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::daemon::{Daemon, EP};
 use common::guest::{Guest, HIGH_RAM, LOW_RAM, Layout, STOCK, Setup};
 use common::wire::{self, OK, RW, TAIL};
-use vhost_device_iommu::realtime::Realtime;
+use vhost_device_iommu::process::realtime::Realtime;
 
 const PAGE: u64 = 4096;
 /// Long enough for a busy machine.

@@ -49,7 +49,7 @@ use std::sync::Arc;
 
 use clap::Parser;
 use log::{error, info};
-use vhost_device_iommu::socket;
+use vhost_device_iommu::process::socket;
 use vhost_device_iommu::topology::PciAddress;
 
 use crate::disk::Disk;

@@ -1,15 +1,14 @@
 //! What makes an endpoint obey: the one trait through which the core drives DMA.
 
+mod group_target;
 pub mod iommufd;
 mod reach;
 #[cfg(test)]
 pub(crate) mod recorder;
 #[cfg(not(miri))]
 pub mod shadow;
-mod space;
 #[cfg(test)]
 pub(crate) mod testing;
-mod together;
 pub mod type1;
 pub mod vacant;
 pub mod vfio_user;

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::group_target::common_target;
 use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
-use super::together::common_target;
 use super::{
     AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
     Target,

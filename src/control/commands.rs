@@ -12,11 +12,12 @@ use super::figures::Figures;
 use super::lists::{MAX_MEMBERS, endpoint, write_domains, write_endpoints, write_mappings};
 use super::{Subjects, hotplug};
 use crate::address::{Access, Iova, IovaRange};
-use crate::fault_log::Seen;
-use crate::guest_memory::is_backed;
+use crate::device::guest_memory::is_backed;
+use crate::faults::log::Seen;
 use crate::ids::{DomainId, EndpointId};
+use crate::logging;
 use crate::topology::PciAddress;
-use crate::{vm_log, warn_limited};
+use crate::warn_limited;
 
 /// Version of the protocol.
 pub(super) const VERSION: u32 = 1;
@@ -57,7 +58,7 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
             Err(why) => refusal(why),
         },
         ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
-        ["log-level"] => json!({ "version": VERSION, "level": vm_log::level() }),
+        ["log-level"] => json!({ "version": VERSION, "level": logging::level() }),
         ["log-level" | "add-endpoint" | "remove-endpoint", ..] if !may_change(stream) => {
             refusal("only root and the user that the daemon runs as may change anything")
         }
@@ -201,10 +202,10 @@ fn translate(subjects: &Subjects, endpoint: &str, iova: &str) -> Value {
 }
 
 fn log_level(level: &str) -> Value {
-    match vm_log::set_level(level) {
+    match logging::set_level(level) {
         Ok(()) => {
             info!("the level of the log is {level} now");
-            json!({ "version": VERSION, "level": vm_log::level() })
+            json!({ "version": VERSION, "level": logging::level() })
         }
         Err(why) => refusal(&why.to_string()),
     }

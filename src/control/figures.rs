@@ -5,12 +5,12 @@ use serde_json::{Map, Value, json};
 use super::{Devices, Subjects};
 use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::iommu::{FaultReason, Next, Totals};
+use crate::logging;
 use crate::metrics::Counter;
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
 use crate::shadow::Registry;
 use crate::topology::PciAddress;
-use crate::vm_log;
 
 /// Domains or endpoints that are counted while the core is locked once.
 const COUNTED_PER_LOCK: usize = 1024;
@@ -131,7 +131,7 @@ impl Figures {
             emulated: devices.emulated.iter().map(Watch::state).collect(),
             exports: exports(&devices),
             limits: Vec::new(),
-            log_suppressed: vm_log::suppressed(),
+            log_suppressed: logging::suppressed(),
             clients_answered: subjects.clients.answered.get(),
             clients_cut_off: subjects.clients.cut_off.get(),
             unwritten: subjects.clients.unwritten.get(),
@@ -170,7 +170,7 @@ impl Figures {
             "emulated": self.emulated_json(),
             "exports": self.exports_json(),
             "limits": self.limits.iter().map(limit_json).collect::<Vec<_>>(),
-            "log": { "level": vm_log::level(), "suppressed": self.log_suppressed },
+            "log": { "level": logging::level(), "suppressed": self.log_suppressed },
             "clients": {
                 "answered": self.clients_answered,
                 "cut_off": self.clients_cut_off,

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::commands::{VERSION, refusal};
-use crate::hotplug::Hotplug;
+use crate::endpoints::hotplug::Hotplug;
 use crate::topology::PciRange;
 
 /// Adds the endpoint that `text` describes.

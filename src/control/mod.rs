@@ -31,16 +31,16 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::backends::vfio_user::Watch;
 use crate::device::Device;
+use crate::endpoints::hotplug::Hotplug;
 use crate::export::ExportState;
-use crate::hotplug::Hotplug;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::metrics::{Counter, Metrics};
-use crate::sandbox::{self, Role};
+use crate::process::sandbox::{self, Role};
+use crate::process::socket::{Access, SocketFile, bind_for};
+use crate::process::watchdog::Pulse;
 use crate::shadow::Registry;
-use crate::socket::{Access, SocketFile, bind_for};
 use crate::warn_limited;
-use crate::watchdog::Pulse;
 
 use self::textfile::Textfile;
 

@@ -2,10 +2,11 @@
 
 mod chain;
 mod event_queue;
+pub mod guest_memory;
 mod polling;
 mod request_queue;
 mod request_ring;
-mod restart;
+mod resume;
 mod ring;
 mod status;
 mod view;
@@ -29,25 +30,25 @@ use vmm_sys_util::event::{
 };
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::fault_log::FaultLog;
-use crate::guest_memory::{check_regions, slots};
+use crate::device::guest_memory::{check_regions, slots};
+use crate::faults::log::FaultLog;
 use crate::iommu::{Fault, Iommu};
 use crate::metrics::Metrics;
+use crate::process::realtime::Realtime;
+use crate::process::sandbox::{self, Role};
+use crate::process::watchdog::Pulse;
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::probe::RESV_MEM_LEN;
 use crate::protocol::wire::{
     VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_DOMAIN_RANGE, VIRTIO_IOMMU_F_INPUT_RANGE,
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
-use crate::realtime::Realtime;
-use crate::sandbox::{self, Role};
-use crate::watchdog::Pulse;
 use crate::{error_limited, info_limited, warn_limited};
 
 use self::polling::{Look, Polling};
 use self::request_queue::{Context, Pass, RequestQueue, probe_size};
 use self::request_ring::NextChain;
-use self::restart::{Restart, RingState};
+use self::resume::{Restart, RingState};
 use self::ring::is_running;
 use self::view::GuestView;
 

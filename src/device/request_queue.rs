@@ -10,13 +10,13 @@ use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, ChainRequest, DESCRIPTOR_LEN, Span, scatter};
 use super::request_ring::{self, RingError};
-use super::restart::UsedEntry;
+use super::resume::UsedEntry;
 use super::ring::{is_running, signal};
 use super::view::GuestView;
 use crate::address::{Access, IovaRange, Mapping};
 use crate::ids::DomainId;
 use crate::iommu::{FaultReason, Iommu, RequestError};
-use crate::log_limit::{self, LogLimit};
+use crate::logging::limit::{self, LogLimit};
 use crate::metrics::{FAULT_REASONS, Metrics, REQUEST_KINDS, SINGLES_PER_LOOK, STATUSES};
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::probe::{RESV_MEM_LEN, push_resv_mem};
@@ -368,7 +368,7 @@ impl RequestQueue {
                 // A flood of one kind must not hide the others.
                 static LIMITS: [LogLimit; REQUEST_KINDS] =
                     [const { LogLimit::new() }; REQUEST_KINDS];
-                log_limit::log(
+                limit::log(
                     &LIMITS[request.kind() as usize],
                     log::Level::Warn,
                     module_path!(),

@@ -14,7 +14,7 @@ use zerocopy::IntoBytes;
 
 use super::device::Offered;
 use crate::metrics::Counter;
-use crate::sandbox::{self, Role};
+use crate::process::sandbox::{self, Role};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, Header, IrqInfoBody, IrqSetBody, Kind, Malformed,

@@ -18,10 +18,10 @@ use super::registry::{Reader, Registry};
 use super::sys::receive;
 use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
 use crate::address::{Access, Iova};
-use crate::fault_queue::{Budgets, FaultDelivery, FaultQueue};
+use crate::faults::queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
-use crate::sandbox::{self, Role};
-use crate::socket::{SocketFile, bind};
+use crate::process::sandbox::{self, Role};
+use crate::process::socket::{SocketFile, bind};
 use crate::warn_limited;
 
 /// How long a process may take to say its greeting.

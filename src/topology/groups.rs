@@ -35,7 +35,7 @@ impl GroupName {
 
     /// The name of a group that the host made and the operator did not name: `host-group-N`, with
     /// a `+` for each such name that is `taken` already.
-    pub(super) fn of_host_group(number: u32, taken: impl Fn(&Self) -> bool) -> Self {
+    pub(crate) fn of_host_group(number: u32, taken: impl Fn(&Self) -> bool) -> Self {
         let mut name = Self(format!("host-group-{number}"));
         while taken(&name) {
             name.0.push('+');

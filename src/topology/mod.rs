@@ -5,7 +5,6 @@
 
 pub mod changes;
 pub mod groups;
-pub mod host;
 pub mod pci;
 pub mod reserved;
 pub mod viot;
@@ -42,20 +41,20 @@ pub struct EndpointSpec {
 pub struct Topology {
     iommu: PciAddress,
     /// Sorted and disjoint.
-    entries: Vec<Entry>,
-    group_names: Vec<GroupName>,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) group_names: Vec<GroupName>,
     /// The distinct sets of reserved regions; entries refer to them by index. The first is that
     /// of endpoints without regions of their own.
-    reserved_sets: Vec<ReservedRegions>,
+    pub(crate) reserved_sets: Vec<ReservedRegions>,
     /// Where endpoints may come later: the guest is told of these too.
     expected: Vec<PciRange>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Entry {
-    range: PciRange,
-    group: Option<GroupId>,
-    reserved_set: usize,
+pub(crate) struct Entry {
+    pub(crate) range: PciRange,
+    pub(crate) group: Option<GroupId>,
+    pub(crate) reserved_set: usize,
 }
 
 /// What is known of one endpoint.
@@ -299,13 +298,13 @@ fn check_ranges(iommu: PciAddress, specs: &[EndpointSpec]) -> Result<(), Topolog
 
 /// Numbers group names in the order of their first use.
 #[derive(Default)]
-struct GroupNames {
-    names: Vec<GroupName>,
+pub(crate) struct GroupNames {
+    pub(crate) names: Vec<GroupName>,
     ids: HashMap<GroupName, GroupId>,
 }
 
 impl GroupNames {
-    fn id(&mut self, name: &GroupName) -> GroupId {
+    pub(crate) fn id(&mut self, name: &GroupName) -> GroupId {
         if let Some(&id) = self.ids.get(name) {
             return id;
         }

@@ -86,7 +86,7 @@ impl ReservedRegions {
 
     /// The set of regions that are sorted and disjoint already, with one MSI region at most, and no
     /// more than [`MAX_RESERVED_REGIONS`].
-    pub(super) fn from_disjoint(sorted: Vec<ReservedRegion>) -> Self {
+    pub(crate) fn from_disjoint(sorted: Vec<ReservedRegion>) -> Self {
         debug_assert!(Self::new(sorted.clone()).is_ok());
         Self { sorted }
     }

@@ -181,15 +181,15 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "OpenError::NotBound",
-        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
     ),
     (
         "OpenError::NoSuchDevice",
-        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
     ),
     (
         "OpenError::Device",
-        "src/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
     ),
     (
         "HostSideError::Device",
@@ -205,15 +205,15 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "ServiceError::Sockets",
-        "src/service.rs::one_socket_is_taken_and_no_other_number",
+        "src/process/service.rs::one_socket_is_taken_and_no_other_number",
     ),
     (
         "ServiceError::Notify",
-        "src/service.rs::what_cannot_be_is_refused_with_a_cure",
+        "src/process/service.rs::what_cannot_be_is_refused_with_a_cure",
     ),
     (
         "ServiceError::Watchdog",
-        "src/service.rs::what_cannot_be_is_refused_with_a_cure",
+        "src/process/service.rs::what_cannot_be_is_refused_with_a_cure",
     ),
     ("LevelError::NotOurs", "the library in another program"),
     (

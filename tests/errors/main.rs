@@ -33,12 +33,18 @@ const SOURCES: [(&str, &str); 12] = [
     ("src/topology/reserved.rs", "Reserved regions"),
     ("src/topology/mod.rs", "Endpoints together"),
     ("src/topology/viot.rs", "`viot`"),
-    ("src/qemu_args.rs", "`qemu-args` and `launch`"),
-    ("src/launch/devices.rs", "`launch`, devices of the host"),
-    ("src/launch.rs", "`launch`"),
-    ("src/daemon.rs", "The daemon"),
+    ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
+    (
+        "src/qemu/launch/devices.rs",
+        "`launch`, devices of the host",
+    ),
+    ("src/qemu/launch/mod.rs", "`launch`"),
+    ("src/daemon/mod.rs", "The daemon"),
     ("src/ctl/mod.rs", "`ctl`"),
-    ("src/hotplug.rs", "`ctl add-endpoint` and `remove-endpoint`"),
+    (
+        "src/endpoints/hotplug.rs",
+        "`ctl add-endpoint` and `remove-endpoint`",
+    ),
 ];
 /// More of the last.
 const MORE: [(&str, &str); 6] = [
@@ -50,10 +56,10 @@ const MORE: [(&str, &str); 6] = [
         "src/iommu/hotplug.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
-    ("src/host_side.rs", "Devices of the host"),
-    ("src/realtime.rs", "Priorities"),
-    ("src/service.rs", "Services"),
-    ("src/vm_log.rs", "`ctl log-level`"),
+    ("src/endpoints/passthrough/mod.rs", "Devices of the host"),
+    ("src/process/realtime.rs", "Priorities"),
+    ("src/process/service.rs", "Services"),
+    ("src/logging/mod.rs", "`ctl log-level`"),
 ];
 
 fn root() -> &'static Path {

@@ -1,7 +1,7 @@
 //! Devices the host cannot keep apart, and what they obey together.
 
+use crate::backends::group_target::common_target;
 use crate::backends::reach::refused;
-use crate::backends::together::common_target;
 use crate::backends::{BackendError, BackendErrorKind, Target};
 use crate::error_limited;
 use crate::ids::EndpointId;
@@ -61,7 +61,7 @@ impl Member {
 }
 
 impl Group {
-    /// A group before a VMM is there. Devices of both kinds do not go together: see `host_side`.
+    /// A group before a VMM is there. Devices of both kinds do not go together: see `endpoints::passthrough`.
     pub(super) fn new(members: Vec<Member>) -> Self {
         let shared = members.iter().any(|m| m.shared);
         let place = if !shared {

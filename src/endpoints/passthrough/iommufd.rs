@@ -1,0 +1,203 @@
+//! Devices through iommufd: the VMM's, which it binds, and this process's own.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use log::warn;
+
+use super::{HostSideError, Opened, capabilities, group_of};
+use crate::address::IovaRange;
+use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
+use crate::config::{Config, Passthrough, Pin as ConfiguredPin};
+use crate::host::sysfs::{HostFacts, HostRoot};
+use crate::process::inherited::adopt;
+use crate::topology::PciAddress;
+use crate::vfio::{
+    AddressSpaces, Allowed, Attach, Cdev, DeviceAccess, IommuFd, VfioError, allowed_by_scratch,
+};
+
+pub(super) fn open(
+    config: &Config,
+    root: &HostRoot,
+    facts: &HostFacts,
+) -> Result<Opened, HostSideError> {
+    let node = root.path("dev/iommu");
+    // Inherited descriptors first, before anything is opened that could get their numbers.
+    let inherited = config
+        .descriptors
+        .iommufd
+        .map(|fd| {
+            adopt(fd)
+                .and_then(IommuFd::adopt)
+                .map_err(|source| HostSideError::Inherited {
+                    fd,
+                    what: "the host's iommufd",
+                    source,
+                    option: "--iommufd-fd, open on /dev/iommu",
+                })
+        })
+        .transpose()?;
+    let mut shared: BTreeMap<PciAddress, Cdev> = BTreeMap::new();
+    for (&endpoint, &fd) in &config.descriptors.devices {
+        let device = adopt(fd)
+            .and_then(check_kind)
+            .map_err(|source| HostSideError::Inherited {
+                fd,
+                what: "a device",
+                source,
+                option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
+            })?;
+        shared.insert(endpoint, Cdev::adopt(device));
+    }
+    let iommufd = match inherited {
+        Some(iommufd) => iommufd,
+        None => IommuFd::open(&node)?,
+    };
+
+    let mut devices = Vec::new();
+    let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
+    let mut exports: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
+    let mut granule = 1;
+    for passthrough in &config.passthrough {
+        let &Passthrough { endpoint, host } = passthrough;
+        let group = group_of(facts, host, endpoint)?;
+        let path = facts.device(host).and_then(|device| device.node(root));
+        let failed = |source| HostSideError::Device {
+            host,
+            endpoint,
+            source,
+        };
+        let exported = config.export_of(endpoint).is_some();
+        let inherited = shared.remove(&endpoint);
+        if let (Some(cdev), Some(path)) = (&inherited, &path) {
+            let fd = config.descriptors.devices[&endpoint];
+            check_node(cdev, path, fd, passthrough)?;
+        }
+        let binds = inherited.is_some() && !exported;
+        let (cdev, found) = match inherited {
+            Some(cdev) if exported => {
+                let found = own(&iommufd, &cdev, host).map_err(failed)?;
+                (cdev, Some(found))
+            }
+            Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
+            None => {
+                let path = path.ok_or(HostSideError::NoDevice {
+                    host,
+                    endpoint,
+                    why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
+                          lacks CONFIG_VFIO_DEVICE_CDEV",
+                })?;
+                let cdev = Cdev::open(&path).map_err(failed)?;
+                let found = own(&iommufd, &cdev, host).map_err(failed)?;
+                (cdev, Some(found))
+            }
+        };
+        if let Some(found) = found {
+            granule = granule.max(found.granule);
+            allowed.insert(endpoint, found.ranges);
+        }
+        if exported {
+            exports.push((endpoint, Box::new(cdev.clone())));
+        }
+        devices.push(HostDevice {
+            endpoint: endpoint.endpoint_id(),
+            name: host.to_string(),
+            group,
+            shared: binds,
+            attach: Box::new(cdev.clone()),
+            memory: Arc::new(cdev),
+        });
+    }
+    let mixed = |d: &&HostDevice| {
+        devices
+            .iter()
+            .any(|other| other.group == d.group && other.shared != d.shared)
+    };
+    if let Some(device) = devices.iter().find(mixed) {
+        return Err(HostSideError::MixedGroup {
+            group: device.group,
+        });
+    }
+    let endpoints = devices.iter().map(|d| d.endpoint).collect();
+    let pin = match config.pin {
+        ConfiguredPin::All => Pin::All,
+        ConfiguredPin::Mapped => Pin::Mapped,
+    };
+    let capabilities = capabilities(allowed.values(), granule)?;
+    let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
+    Ok(Opened {
+        backends: vec![(Box::new(backend), endpoints)],
+        allowed,
+        exports,
+    })
+}
+
+/// Refuses what is open on no device's node, before VFIO is asked about it.
+fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let file = File::from(fd);
+    if !file.metadata()?.file_type().is_char_device() {
+        return Err(io::Error::other("it is open on something else"));
+    }
+    Ok(file.into())
+}
+
+/// Refuses a descriptor of another device: the guest would drive one and the daemon the other.
+fn check_node(
+    cdev: &Cdev,
+    path: &Path,
+    fd: RawFd,
+    passthrough: &Passthrough,
+) -> Result<(), HostSideError> {
+    let node = std::fs::metadata(path).map(|metadata| metadata.rdev());
+    match (cdev.node_number(), node) {
+        (Ok(open), Ok(node)) if open != node => Err(HostSideError::OtherDevice {
+            fd,
+            host: passthrough.host,
+            endpoint: passthrough.endpoint,
+            node: path.display().to_string(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What a device of the VMM's allows. That is known for certain only from VFIO, and this process
+/// may have no right to open the device, or be too late.
+fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
+    match allowed_by_scratch(node, path) {
+        Ok(allowed) => Some(allowed),
+        Err(cause) => {
+            warn!(
+                "{host}: the addresses its IOMMU allows are taken from its group's reserved \
+                 regions alone: {cause}"
+            );
+            None
+        }
+    }
+}
+
+/// Binds a device for this process, blocked.
+fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<Allowed, VfioError> {
+    cdev.bind(iommufd)?;
+    let step = |what: &str, source| VfioError {
+        what: format!("cannot {what} for {host}"),
+        source,
+        cure: "see the kernel's log",
+    };
+    let ioas = iommufd
+        .alloc()
+        .map_err(|e| step("make an address space", e))?;
+    let allowed = cdev
+        .attach(ioas)
+        .and_then(|()| iommufd.allowed(ioas))
+        .and_then(|allowed| cdev.detach().map(|()| allowed))
+        .map_err(|e| step("learn the allowed addresses", e));
+    if let Err(cause) = iommufd.destroy(ioas) {
+        warn!("an address space cannot be destroyed: {cause}");
+    }
+    allowed
+}

@@ -1,0 +1,199 @@
+//! Devices through VFIO containers: one container for each group.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use log::warn;
+
+use super::{HostSideError, Opened, capabilities, group_of};
+use crate::address::IovaRange;
+use crate::backends::type1::{GroupDevice, Type1Group};
+use crate::config::{Config, Passthrough};
+use crate::host::sysfs::{HostFacts, HostRoot};
+use crate::process::inherited::{adopt, is_same_file};
+use crate::topology::PciAddress;
+use crate::vfio::{Attach, Cdev, Container, DeviceMemory, Group, VfioError};
+
+/// A container and the devices of its group.
+struct Open {
+    container: Container,
+    devices: Vec<(Passthrough, Option<Cdev>)>,
+}
+
+pub(super) fn open(
+    config: &Config,
+    root: &HostRoot,
+    facts: &HostFacts,
+) -> Result<Opened, HostSideError> {
+    let mut inherited = Inherited::adopt(config)?;
+    let mut groups: BTreeMap<u32, Open> = BTreeMap::new();
+    for &passthrough in &config.passthrough {
+        let Passthrough { endpoint, host } = passthrough;
+        let number = group_of(facts, host, endpoint)?;
+        let failed = |source| HostSideError::Device {
+            host,
+            endpoint,
+            source,
+        };
+        let device = inherited.devices.remove(&endpoint);
+        let container = inherited.containers.remove(&endpoint);
+        let open = match groups.entry(number) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let container = match container {
+                    Some(container) => container,
+                    None => own(root, number).map_err(failed)?,
+                };
+                entry.insert(Open {
+                    container,
+                    devices: Vec::new(),
+                })
+            }
+        };
+        let device = match (device, open.container.group()) {
+            (Some(device), _) => Some(device),
+            (None, Some(group)) => Some(group.device(&host.to_string()).map_err(failed)?),
+            (None, None) => None,
+        };
+        if device.is_none() && config.export_of(endpoint).is_some() {
+            return Err(HostSideError::NoDevice {
+                host,
+                endpoint,
+                why: "is exported, and only its container is handed over: pass the device with \
+                      --vfio-fd",
+            });
+        }
+        open.devices.push((passthrough, device));
+    }
+    refuse_shared_containers(&groups)?;
+
+    let peers: Vec<Arc<dyn DeviceMemory>> = groups
+        .values()
+        .flat_map(|open| &open.devices)
+        .filter_map(|(_, device)| device.clone())
+        .map(|device| -> Arc<dyn DeviceMemory> { Arc::new(device) })
+        .collect();
+    let mut opened = Opened {
+        backends: Vec::new(),
+        allowed: BTreeMap::new(),
+        exports: Vec::new(),
+    };
+    for (number, open) in groups {
+        add_group(config, &mut opened, number, open, &peers)?;
+    }
+    Ok(opened)
+}
+
+/// Refuses one container for several groups, as VMMs make them: it has one address space.
+fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), HostSideError> {
+    let open: Vec<_> = groups.values().collect();
+    for (n, one) in open.iter().enumerate() {
+        for other in &open[..n] {
+            if is_same_file(one.container.as_fd(), other.container.as_fd()) == Some(true)
+                && let (Some((one, _)), Some((other, _))) =
+                    (one.devices.first(), other.devices.first())
+            {
+                return Err(HostSideError::OneContainer {
+                    endpoint: one.endpoint,
+                    other: other.endpoint,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What was handed over, by endpoint.
+struct Inherited {
+    containers: BTreeMap<PciAddress, Container>,
+    devices: BTreeMap<PciAddress, Cdev>,
+}
+
+impl Inherited {
+    fn adopt(config: &Config) -> Result<Self, HostSideError> {
+        let mut containers = BTreeMap::new();
+        let mut devices = BTreeMap::new();
+        for (&endpoint, &fd) in &config.descriptors.containers {
+            let container = adopt(fd).and_then(Container::adopt);
+            let container = container.map_err(|source| HostSideError::Inherited {
+                fd,
+                what: "a VFIO container with a type1 IOMMU",
+                source,
+                option: "--vfio-container-fd",
+            })?;
+            containers.insert(endpoint, container);
+        }
+        for (&endpoint, &fd) in &config.descriptors.devices {
+            let device = adopt(fd).map_err(|source| HostSideError::Inherited {
+                fd,
+                what: "a VFIO device",
+                source,
+                option: "--vfio-fd",
+            })?;
+            devices.insert(endpoint, Cdev::adopt(device));
+        }
+        Ok(Self {
+            containers,
+            devices,
+        })
+    }
+}
+
+fn own(root: &HostRoot, number: u32) -> Result<Container, VfioError> {
+    let mut container = Container::open(&root.path("dev/vfio/vfio"))?;
+    container.set_group(Group::open(&root.path(format!("dev/vfio/{number}")))?)?;
+    Ok(container)
+}
+
+fn add_group(
+    config: &Config,
+    opened: &mut Opened,
+    number: u32,
+    open: Open,
+    peers: &[Arc<dyn DeviceMemory>],
+) -> Result<(), HostSideError> {
+    let info = open.container.info().map_err(|source| VfioError {
+        what: format!("cannot ask the IOMMU of group {number}"),
+        source,
+        cure: "see the kernel's log",
+    })?;
+    if let Some(available) = info.available.filter(|n| *n < 4096) {
+        warn!(
+            "group {number} takes {available} mappings only; raise dma_entry_limit of the module \
+             vfio_iommu_type1"
+        );
+    }
+    let ranges: Vec<IovaRange> = info.ranges.unwrap_or_else(|| vec![IovaRange::ALL]);
+    let granule = match info.page_sizes {
+        0 => 1,
+        sizes => 1 << sizes.trailing_zeros(),
+    };
+    let capabilities = capabilities([&ranges], granule)?;
+    let mut endpoints = Vec::new();
+    let mut devices = Vec::new();
+    for (passthrough, device) in open.devices {
+        opened.allowed.insert(passthrough.endpoint, ranges.clone());
+        endpoints.push(passthrough.endpoint.endpoint_id());
+        if let Some(device) = &device
+            && config.export_of(passthrough.endpoint).is_some()
+        {
+            let device = Box::new(device.clone());
+            opened.exports.push((passthrough.endpoint, device));
+        }
+        devices.push(GroupDevice {
+            endpoint: passthrough.endpoint.endpoint_id(),
+            name: passthrough.host.to_string(),
+            device: device.map(|device| -> Box<dyn Attach> { Box::new(device) }),
+        });
+    }
+    let backend = Type1Group::new(
+        Box::new(open.container),
+        capabilities,
+        devices,
+        peers.to_vec(),
+    );
+    opened.backends.push((Box::new(backend), endpoints));
+    Ok(())
+}

@@ -1,0 +1,363 @@
+//! What one device of the host lacks.
+
+use std::io::ErrorKind;
+
+use super::{Finding, access};
+use crate::config::HostIommu;
+use crate::host::sysfs::{HostDevice, HostFacts, HostGroup, HostRegionKind, HostRoot, Shared};
+use crate::topology::PciAddress;
+
+/// What is wrong with the device at `address`.
+pub(super) fn findings(
+    root: &HostRoot,
+    facts: &HostFacts,
+    address: PciAddress,
+    iommu: HostIommu,
+) -> Vec<Finding> {
+    let Some(device) = facts.device(address) else {
+        return vec![Finding::missing(
+            format!("{address}: no such device on this host"),
+            "give `vfio` an address that lspci -D lists",
+        )];
+    };
+    let mut found = Vec::new();
+    if device.is_bridge() {
+        found.push(Finding::missing(
+            format!("{device} is a bridge"),
+            "give `vfio` the address of a device behind it",
+        ));
+    }
+    if !device.is_held_by_vfio() {
+        found.push(not_bound(root, device));
+    }
+    let group = facts.group_of(address).filter(|group| !group.without_iommu);
+    match group {
+        None => found.push(Finding::missing(
+            format!(
+                "{} is in no IOMMU group, so no IOMMU is in front of it",
+                device.name
+            ),
+            "turn the IOMMU on in the firmware (VT-d, AMD-Vi, SMMU) and, on Intel, boot with \
+             intel_iommu=on",
+        )),
+        Some(group) => found.extend(group_findings(root, device, group)),
+    }
+    if device.is_held_by_vfio() {
+        found.extend(match iommu {
+            HostIommu::Iommufd => character_device(root, device),
+            HostIommu::Type1 => group.and_then(|group| {
+                let node = format!("dev/vfio/{}", group.number);
+                node_finding(root, &node, "SUBSYSTEM==\"vfio\"")
+            }),
+        });
+    }
+    found
+}
+
+/// What keeps this process from opening the node `below`, which `udev_match` matches in a rule.
+pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Option<Finding> {
+    let cause = access::read_write(&root.path(below)).err()?;
+    Some(if cause.kind() == ErrorKind::NotFound {
+        Finding::missing(
+            format!("there is no /{below}"),
+            "make the node: udev does it by itself, a container must be given it",
+        )
+    } else {
+        Finding::missing(
+            format!("/{below} cannot be opened for reading and writing: {cause}"),
+            format!(
+                "give it to a group the daemon's user is in, here kvm; for good with the udev rule \
+                 {udev_match}, GROUP=\"kvm\", MODE=\"0660\""
+            ),
+        )
+        .with_commands(vec![
+            format!("chgrp kvm /{below}"),
+            format!("chmod 660 /{below}"),
+        ])
+    })
+}
+
+fn not_bound(root: &HostRoot, device: &HostDevice) -> Finding {
+    let what = match &device.driver {
+        Some(driver) => format!(
+            "{} is bound to the driver {driver}, not to VFIO",
+            device.name
+        ),
+        None => format!("{} is bound to no driver, and must be to VFIO", device.name),
+    };
+    Finding::missing(what, "bind it to vfio-pci").with_commands(binding(root, device))
+}
+
+/// The commands that bind a device to vfio-pci.
+fn binding(root: &HostRoot, device: &HostDevice) -> Vec<String> {
+    let name = &device.name;
+    let mut commands = Vec::new();
+    if !root.path("sys/bus/pci/drivers/vfio-pci").exists() {
+        commands.push("modprobe vfio-pci".to_owned());
+    }
+    let folder = format!("/sys/bus/pci/devices/{name}");
+    commands.push(format!("echo vfio-pci > {folder}/driver_override"));
+    if device.driver.is_some() {
+        commands.push(format!("echo {name} > {folder}/driver/unbind"));
+    }
+    commands.push(format!("echo {name} > /sys/bus/pci/drivers_probe"));
+    commands
+}
+
+fn group_findings<'a>(
+    root: &'a HostRoot,
+    device: &'a HostDevice,
+    group: &'a HostGroup,
+) -> impl Iterator<Item = Finding> + 'a {
+    let number = group.number;
+    let others = group
+        .members
+        .iter()
+        .filter(|other| other.name != device.name);
+    let spoiled = others.filter_map(move |other| {
+        let spoils = other.spoils_group();
+        if !spoils && !other.may_spoil_group() {
+            return None;
+        }
+        let why = Shared::between(&device.place, &other.place);
+        let cure = "bind that one to vfio-pci too, or take it off its driver, or, if it is another \
+                    card, use another slot";
+        let commands = binding(root, other);
+        Some(if spoils {
+            let what = format!(
+                "host group {number} is not viable: {other} spoils it; it is in the group {why}"
+            );
+            Finding::missing(what, cure).with_commands(commands)
+        } else {
+            let what = format!(
+                "host group {number} may not be viable: some kernels do not accept {other} in it; \
+                 it is in the group {why}"
+            );
+            let cure = "if VFIO refuses the group, take the bridge off its driver";
+            let unbind = format!(
+                "echo {0} > /sys/bus/pci/devices/{0}/driver/unbind",
+                other.name
+            );
+            Finding::advice(what, cure).with_commands(vec![unbind])
+        })
+    });
+    let direct = |kind| kind == HostRegionKind::Direct;
+    let claimed = group.regions.iter().find(|region| direct(region.kind));
+    let claimed = claimed.map(move |region| {
+        Finding::missing(
+            format!(
+                "the firmware wants {} mapped one to one for host group {number}, and Linux 6.6 \
+                 and later give no such device away",
+                region.range
+            ),
+            "turn off the firmware's option that needs it (shared memory with management \
+             controllers, legacy USB, DMA protection before boot), update the firmware, or use \
+             another device",
+        )
+    });
+    let odd = group.odd_lines.first().map(move |line| {
+        Finding::advice(
+            format!("a reserved region of host group {number} cannot be read: {line:?}"),
+            "compare with /sys/kernel/iommu_groups/N/reserved_regions, and name the region in \
+             `reserved` of the endpoint",
+        )
+    });
+    spoiled.chain(claimed).chain(odd)
+}
+
+fn character_device(root: &HostRoot, device: &HostDevice) -> Option<Finding> {
+    match &device.vfio {
+        Some(vfio) if vfio.has_node => {
+            let node = format!("dev/vfio/devices/{}", vfio.name);
+            node_finding(root, &node, "SUBSYSTEM==\"vfio-dev\"")
+        }
+        _ => Some(Finding::missing(
+            format!("the kernel has no character device for {}", device.name),
+            "use Linux 6.6 or later with CONFIG_VFIO_DEVICE_CDEV, or host-iommu = \"type1\"",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Severity;
+    use super::*;
+    use crate::host::sysfs::made_up::{ConfigSpace, Function, MadeUp};
+
+    const PATH: &str = "0000:00:1c.0/0000:01:00.0";
+
+    fn host(function: &Function<'_>) -> MadeUp {
+        let host = MadeUp::new();
+        let port = ConfigSpace::express(4, None);
+        host.function(&Function::bridge("0000:00:1c.0", 3, port));
+        host.function(function);
+        host
+    }
+
+    fn found(host: &MadeUp, iommu: HostIommu) -> Vec<Finding> {
+        let address = "0000:01:00.0".parse().expect("an address");
+        let facts = HostFacts::read(&host.root(), [address]);
+        findings(&host.root(), &facts, address, iommu)
+    }
+
+    /// The only finding there is.
+    fn only(host: &MadeUp, iommu: HostIommu) -> Finding {
+        let found = found(host, iommu);
+        assert_eq!(found.len(), 1, "{found:#?}");
+        found.into_iter().next().expect("one")
+    }
+
+    #[test]
+    fn a_device_that_is_ready() {
+        let host = host(&Function::ready(PATH, 7));
+        for iommu in [HostIommu::Iommufd, HostIommu::Type1] {
+            assert_eq!(found(&host, iommu), []);
+        }
+    }
+
+    #[test]
+    fn a_device_with_another_driver() {
+        let host = host(&Function::bound(PATH, 7, Some("e1000e")));
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.severity, Severity::Missing);
+        assert!(finding.what.contains("driver e1000e"), "{}", finding.what);
+        let folder = "/sys/bus/pci/devices/0000:01:00.0";
+        let commands = [
+            format!("echo vfio-pci > {folder}/driver_override"),
+            format!("echo 0000:01:00.0 > {folder}/driver/unbind"),
+            "echo 0000:01:00.0 > /sys/bus/pci/drivers_probe".to_owned(),
+        ];
+        assert_eq!(finding.commands, commands);
+
+        host.remove("sys/bus/pci/drivers/vfio-pci");
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.commands[0], "modprobe vfio-pci");
+    }
+
+    #[test]
+    fn a_device_without_a_driver_is_not_unbound() {
+        let host = host(&Function::bound(PATH, 7, None));
+        let finding = only(&host, HostIommu::Type1);
+        assert!(finding.what.contains("no driver"), "{}", finding.what);
+        assert_eq!(finding.commands.len(), 2, "{finding:?}");
+    }
+
+    #[test]
+    fn a_device_without_an_iommu() {
+        let ready = Function::ready(PATH, 7);
+        let without = host(&Function {
+            group: None,
+            ..ready.clone()
+        });
+        let finding = only(&without, HostIommu::Iommufd);
+        assert!(finding.cure.contains("intel_iommu=on"), "{finding:?}");
+
+        let pretended = host(&ready);
+        pretended.file("sys/kernel/iommu_groups/7/name", "vfio-noiommu\n");
+        let finding = only(&pretended, HostIommu::Type1);
+        assert!(finding.what.contains("no IOMMU group"), "{finding:?}");
+    }
+
+    #[test]
+    fn a_group_that_somebody_spoils() {
+        let host = host(&Function::ready(PATH, 7));
+        let sibling = "0000:00:1c.0/0000:01:00.1";
+        host.function(&Function::bound(sibling, 7, Some("snd_hda_intel")));
+        host.function(&Function::bound("0000:00:1c.0/0000:01:00.2", 7, None));
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.severity, Severity::Missing);
+        for part in [
+            "host group 7",
+            "0000:01:00.1 [8086:10d3] driver snd_hda_intel spoils it",
+            "root port 0000:00:1c.0 has no ACS",
+        ] {
+            assert!(finding.what.contains(part), "{}", finding.what);
+        }
+        assert!(finding.commands[0].contains("0000:01:00.1"));
+
+        // A bridge is no such device, but one with a driver of its own may be.
+        host.remove("sys/devices/pci0000:00/0000:00:1c.0/0000:01:00.1/driver");
+        let bridge = Function {
+            driver: Some("shpchp"),
+            ..Function::bridge("0000:00:02.0", 7, ConfigSpace::conventional(true))
+        };
+        host.function(&bridge);
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.severity, Severity::Advice);
+        assert!(finding.what.contains("0000:00:02.0"), "{}", finding.what);
+    }
+
+    #[test]
+    fn a_bridge_cannot_be_passed_through() {
+        let class = Function {
+            class: "0x060400",
+            ..Function::ready(PATH, 7)
+        };
+        let finding = only(&host(&class), HostIommu::Iommufd);
+        assert!(finding.what.contains("is a bridge"), "{}", finding.what);
+    }
+
+    #[test]
+    fn regions_the_firmware_keeps() {
+        let host = host(&Function::ready(PATH, 7));
+        let regions = "sys/kernel/iommu_groups/7/reserved_regions";
+        host.file(regions, "0x0 0xffffff direct-relaxable\n");
+        assert_eq!(found(&host, HostIommu::Iommufd), []);
+        host.file(regions, "0x8d000000 0x8d0fffff direct\n");
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.severity, Severity::Missing);
+        assert!(finding.what.contains("0x8d000000..=0x8d0fffff"));
+        host.file(regions, "0x8d000000 direct\n");
+        assert_eq!(only(&host, HostIommu::Iommufd).severity, Severity::Advice);
+    }
+
+    #[test]
+    fn a_kernel_without_character_devices() {
+        let ready = Function::ready(PATH, 7);
+        for vfio in [None, Some(("vfio0", false))] {
+            let host = host(&Function {
+                vfio,
+                ..ready.clone()
+            });
+            host.file("dev/vfio/7", "");
+            let finding = only(&host, HostIommu::Iommufd);
+            assert!(
+                finding.cure.contains("CONFIG_VFIO_DEVICE_CDEV"),
+                "{finding:?}"
+            );
+            assert_eq!(found(&host, HostIommu::Type1), []);
+        }
+    }
+
+    #[test]
+    fn nodes_that_are_not_there() {
+        let host = host(&Function::ready(PATH, 7));
+        host.remove("dev/vfio/7");
+        assert_eq!(found(&host, HostIommu::Iommufd), []);
+        let finding = only(&host, HostIommu::Type1);
+        assert_eq!(finding.what, "there is no /dev/vfio/7");
+        host.remove("dev/vfio/devices/vfio0");
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.what, "there is no /dev/vfio/devices/vfio0");
+    }
+
+    #[test]
+    fn nodes_that_may_not_be_opened() {
+        // Refused whoever asks, root too.
+        let host = MadeUp::new();
+        host.file("dev/vfio/devices", "not a folder");
+        let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "KERNEL==\"vfio*\"");
+        let finding = finding.expect("refused");
+        let start = "/dev/vfio/devices/vfio0 cannot be opened";
+        assert!(finding.what.starts_with(start), "{finding:?}");
+        assert!(
+            finding.cure.contains("rule KERNEL==\"vfio*\", GROUP="),
+            "{finding:?}"
+        );
+        let node = "/dev/vfio/devices/vfio0";
+        assert_eq!(
+            finding.commands,
+            [format!("chgrp kvm {node}"), format!("chmod 660 {node}")]
+        );
+    }
+}

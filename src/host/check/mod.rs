@@ -1,0 +1,206 @@
+//! What this host lacks for the endpoints of a configuration that are devices of the host, and the
+//! cure for each.
+//!
+//! Nothing is changed, and no device is opened: a running VM does not notice, and is no error.
+
+mod access;
+mod device;
+mod system;
+
+use std::fmt;
+
+use crate::config::{Config, Passthrough};
+use crate::host::sysfs::{HostFacts, HostRoot};
+
+/// How bad a [`Finding`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// The VM does not run without it.
+    Missing,
+    /// The VM runs, but may not do so well or safely, or this program could not find out.
+    Advice,
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "missing",
+            Self::Advice => "advice",
+        })
+    }
+}
+
+/// One thing that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What is wrong.
+    pub what: String,
+    /// What to do.
+    pub cure: String,
+    /// Commands that do it, for a shell of root's.
+    pub commands: Vec<String>,
+}
+
+impl Finding {
+    fn missing(what: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Missing,
+            what: what.into(),
+            cure: cure.into(),
+            commands: Vec::new(),
+        }
+    }
+
+    fn advice(what: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self {
+            severity: Severity::Advice,
+            ..Self::missing(what, cure)
+        }
+    }
+
+    fn with_commands(self, commands: Vec<String>) -> Self {
+        Self { commands, ..self }
+    }
+}
+
+/// What was found for a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What concerns all endpoints.
+    pub host: Vec<Finding>,
+    /// What concerns one of them, in the order of the configuration. All are listed, also those
+    /// that are as they should be.
+    pub endpoints: Vec<(Passthrough, Vec<Finding>)>,
+}
+
+impl Report {
+    /// Compares the host below `root` with what `config` needs.
+    pub fn new(root: &HostRoot, config: &Config) -> Self {
+        let devices = config.passthrough.iter();
+        let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
+        let findings = |device: &Passthrough| {
+            let found = device::findings(root, &facts, device.host, config.host_iommu);
+            (*device, found)
+        };
+        Self {
+            host: if config.passthrough.is_empty() {
+                Vec::new()
+            } else {
+                system::findings(root, &facts, config)
+            },
+            endpoints: devices.map(findings).collect(),
+        }
+    }
+
+    /// How many things are missing.
+    pub fn missing(&self) -> usize {
+        let endpoints = self.endpoints.iter().flat_map(|(_, findings)| findings);
+        self.host
+            .iter()
+            .chain(endpoints)
+            .filter(|finding| finding.severity == Severity::Missing)
+            .count()
+    }
+}
+
+/// One heading and its findings after the other; empty without any endpoint to check.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.endpoints.is_empty() {
+            return Ok(());
+        }
+        section(f, "this host:", &self.host)?;
+        for (device, findings) in &self.endpoints {
+            let heading = format!("endpoint {}, device {}:", device.endpoint, device.host);
+            section(f, &heading, findings)?;
+        }
+        Ok(())
+    }
+}
+
+fn section(f: &mut fmt::Formatter<'_>, heading: &str, findings: &[Finding]) -> fmt::Result {
+    if findings.is_empty() {
+        return writeln!(f, "{heading} ok");
+    }
+    writeln!(f, "{heading}")?;
+    let mut sorted: Vec<_> = findings.iter().collect();
+    sorted.sort_by_key(|finding| finding.severity);
+    for finding in sorted {
+        writeln!(f, "  {}: {}", finding.severity, finding.what)?;
+        writeln!(f, "    {}", finding.cure)?;
+        for command in &finding.commands {
+            writeln!(f, "      {command}")?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::sysfs::made_up::{Function, MadeUp};
+    use std::path::Path;
+
+    /// A configuration with `keys` and two devices of the host.
+    pub(super) fn config(keys: &str) -> Config {
+        let text = format!(
+            "address = \"00:05.0\"\nmemory = \"2G\"\n{keys}\n\
+             [[endpoint]]\naddress = \"00:10.0\"\nvfio = \"0000:01:00.0\"\n\
+             [[endpoint]]\naddress = \"00:11.0\"\nvfio = \"0000:02:00.0\"\n"
+        );
+        Config::from_text(Path::new("vm.toml"), &text).expect("a configuration")
+    }
+
+    #[test]
+    fn a_host_that_has_everything() {
+        let host = MadeUp::new();
+        for (path, vfio, group) in [("0000:01:00.0", "vfio0", 1), ("0000:02:00.0", "vfio1", 2)] {
+            host.function(&Function {
+                vfio: Some((vfio, true)),
+                ..Function::ready(path, group)
+            });
+        }
+        let config = config("");
+        let report = Report::new(&host.root(), &config);
+        assert_eq!(
+            report.to_string(),
+            "this host: ok\n\
+             endpoint 0000:00:10.0, device 0000:01:00.0: ok\n\
+             endpoint 0000:00:11.0, device 0000:02:00.0: ok\n"
+        );
+        assert_eq!(report.missing(), 0);
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_its_cure() {
+        let host = MadeUp::new();
+        host.function(&Function::bound("0000:01:00.0", 1, Some("e1000e")));
+        host.remove("dev/iommu");
+        let report = Report::new(&host.root(), &config(""));
+        assert_eq!(report.missing(), 3, "{report}");
+        let text = report.to_string();
+        for line in [
+            "this host:",
+            "  missing: there is no /dev/iommu",
+            "      modprobe iommufd",
+            "endpoint 0000:00:10.0, device 0000:01:00.0:",
+            "      echo 0000:01:00.0 > /sys/bus/pci/drivers_probe",
+            "  missing: 0000:02:00.0: no such device on this host",
+        ] {
+            assert!(
+                text.lines().any(|l| l.starts_with(line)),
+                "{line} in\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_is_asked_of_a_host_without_passthrough() {
+        let text = "address = \"00:05.0\"\n";
+        let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
+        let report = Report::new(&HostRoot::new("/nonexistent"), &config);
+        assert_eq!((report.missing(), report.to_string()), (0, String::new()));
+    }
+}

@@ -1,0 +1,383 @@
+//! What this host says of the devices behind passthrough endpoints.
+//!
+//! Everything here is read from sysfs below a [`HostRoot`]; no device is opened or changed. What
+//! cannot be read is left out, and no content makes this fail.
+
+mod bridges;
+#[cfg(test)]
+pub(crate) mod made_up;
+mod read;
+mod refine;
+mod reserved;
+mod sharing;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::topology::PciAddress;
+use read::{link_name, names, printable, read_hex, read_value};
+
+pub use bridges::{Acs, PciFunction, Port};
+pub use read::HostRoot;
+pub use refine::{RefineError, Refined, refine};
+pub use reserved::{HostRegion, HostRegionKind, gaps, merge, parse_regions};
+pub use sharing::{PciPlace, Shared};
+
+/// PCI class and subclass of bridges between PCI buses.
+const CLASS_PCI_BRIDGE: u32 = 0x0604;
+/// What groups without an IOMMU are called, where VFIO was told to do without.
+const NO_IOMMU: &str = "vfio-noiommu";
+
+/// A number of devices, and the groups they are in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFacts {
+    devices: BTreeMap<PciAddress, HostDevice>,
+    groups: BTreeMap<u32, HostGroup>,
+}
+
+impl HostFacts {
+    /// What the host below `root` says of the devices at `addresses`, and of those that share a
+    /// group with them.
+    pub fn read(root: &HostRoot, addresses: impl IntoIterator<Item = PciAddress>) -> Self {
+        let mut facts = Self::default();
+        for address in addresses {
+            let folder = root.path(format!("sys/bus/pci/devices/{address}"));
+            if !folder.is_dir() {
+                continue;
+            }
+            let device = HostDevice::read(&folder);
+            if let Some(number) = device.group {
+                let group = facts.groups.entry(number);
+                group.or_insert_with(|| HostGroup::read(root, number));
+            }
+            facts.devices.insert(address, device);
+        }
+        facts
+    }
+
+    /// The device at `address`, or `None` where there is none.
+    pub fn device(&self, address: PciAddress) -> Option<&HostDevice> {
+        self.devices.get(&address)
+    }
+
+    /// A group that one of the devices is in.
+    pub fn group(&self, number: u32) -> Option<&HostGroup> {
+        self.groups.get(&number)
+    }
+
+    /// The group of the device at `address`, if it is there and in one.
+    pub fn group_of(&self, address: PciAddress) -> Option<&HostGroup> {
+        self.group(self.device(address)?.group?)
+    }
+}
+
+/// One device of the host, most often a PCI function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostDevice {
+    /// Its name in sysfs: for a PCI function its address in full.
+    pub name: String,
+    /// The driver it is bound to.
+    pub driver: Option<String>,
+    /// The only driver it may be bound to, where one is named.
+    pub driver_override: Option<String>,
+    /// PCI vendor ID.
+    pub vendor: Option<u32>,
+    /// PCI device ID.
+    pub device: Option<u32>,
+    /// PCI class, subclass and programming interface: 24 bits.
+    pub class: Option<u32>,
+    /// The number of its IOMMU group; `None` without an IOMMU.
+    pub group: Option<u32>,
+    /// The VFIO device, where a VFIO driver holds it.
+    pub vfio: Option<VfioDevice>,
+    /// Where it is in the tree of PCI buses.
+    pub place: PciPlace,
+}
+
+/// What VFIO calls a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfioDevice {
+    /// Its name: `vfioN`.
+    pub name: String,
+    /// Whether the kernel made a character device for it, `/dev/vfio/devices/vfioN`.
+    pub has_node: bool,
+}
+
+impl HostDevice {
+    fn read(folder: &Path) -> Self {
+        let vfio = names(&folder.join("vfio-dev"))
+            .into_iter()
+            .find(|name| is_node_name(name))
+            .map(|name| VfioDevice {
+                has_node: folder.join("vfio-dev").join(&name).join("dev").exists(),
+                name: printable(&name),
+            });
+        let name = folder.file_name().unwrap_or_default().to_string_lossy();
+        Self {
+            name: printable(&name),
+            driver: link_name(&folder.join("driver")),
+            driver_override: read_value(&folder.join("driver_override"))
+                .filter(|value| value != "(null)"),
+            vendor: read_hex(&folder.join("vendor")),
+            device: read_hex(&folder.join("device")),
+            class: read_hex(&folder.join("class")),
+            group: link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
+            vfio,
+            place: place(folder),
+        }
+    }
+
+    /// The path of its character device below `root`; `None` where there is none.
+    pub fn node(&self, root: &HostRoot) -> Option<PathBuf> {
+        let vfio = self.vfio.as_ref().filter(|vfio| vfio.has_node)?;
+        Some(root.path("dev/vfio/devices").join(&vfio.name))
+    }
+
+    /// Whether it is a bridge between PCI buses.
+    pub fn is_bridge(&self) -> bool {
+        self.class
+            .is_some_and(|class| class >> 8 == CLASS_PCI_BRIDGE)
+    }
+
+    /// Whether a VFIO driver holds it: vfio-pci, or one of those made for a single device, all of
+    /// which have `vfio` in their names.
+    pub fn is_held_by_vfio(&self) -> bool {
+        let by_name = |driver: &String| driver.contains("vfio");
+        self.vfio.is_some() || self.driver.as_ref().is_some_and(by_name)
+    }
+
+    /// Whether the kernel lets no other program have the group because of this member: a driver
+    /// of the kernel's own does DMA with it.
+    pub fn spoils_group(&self) -> bool {
+        let harmless = |driver: &String| driver == "pci-stub";
+        !self.is_bridge()
+            && !self.is_held_by_vfio()
+            && self.driver.as_ref().is_some_and(|driver| !harmless(driver))
+    }
+
+    /// Whether it may be what [`spoils_group`](Self::spoils_group) says: a bridge with a driver
+    /// that not every kernel lets pass.
+    pub fn may_spoil_group(&self) -> bool {
+        let harmless = |driver: &String| driver == "pcieport" || driver == "pci-stub";
+        self.is_bridge()
+            && !self.is_held_by_vfio()
+            && self.driver.as_ref().is_some_and(|driver| !harmless(driver))
+    }
+}
+
+impl fmt::Display for HostDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        if let (Some(vendor), Some(device)) = (self.vendor, self.device) {
+            write!(f, " [{vendor:04x}:{device:04x}]")?;
+        }
+        match &self.driver {
+            Some(driver) => write!(f, " driver {driver}"),
+            None => f.write_str(" no driver"),
+        }
+    }
+}
+
+/// Devices the host's IOMMU cannot tell apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostGroup {
+    /// Its number.
+    pub number: u32,
+    /// Whether it is one of those VFIO makes where there is no IOMMU.
+    pub without_iommu: bool,
+    /// All devices in it, ordered by name.
+    pub members: Vec<HostDevice>,
+    /// Its reserved regions, as the kernel lists them.
+    pub regions: Vec<HostRegion>,
+    /// Lines of that list which could not be read.
+    pub odd_lines: Vec<String>,
+}
+
+impl HostGroup {
+    fn read(root: &HostRoot, number: u32) -> Self {
+        let folder = root.path(format!("sys/kernel/iommu_groups/{number}"));
+        let members = names(&folder.join("devices"));
+        let text = root.text(format!("sys/kernel/iommu_groups/{number}/reserved_regions"));
+        let (regions, odd_lines) = parse_regions(&text.unwrap_or_default());
+        Self {
+            number,
+            without_iommu: read_value(&folder.join("name")).as_deref() == Some(NO_IOMMU),
+            members: members
+                .iter()
+                .map(|name| HostDevice::read(&folder.join("devices").join(name)))
+                .collect(),
+            regions,
+            odd_lines,
+        }
+    }
+}
+
+/// Where the device in `folder`, a link into the tree of devices, is.
+fn place(folder: &Path) -> PciPlace {
+    let real = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    let is_host_bridge = |name: &OsStr| {
+        let name = name.to_string_lossy();
+        name.strip_prefix("pci")
+            .is_some_and(|rest| rest.contains(':'))
+    };
+    let mut above: Vec<_> = real
+        .ancestors()
+        .skip(1)
+        .take_while(|path| path.file_name().is_some_and(|name| !is_host_bridge(name)))
+        .collect();
+    let root = real
+        .ancestors()
+        .nth(above.len() + 1)
+        .and_then(Path::file_name);
+    let host_bridge = root.map(|name| printable(&name.to_string_lossy()));
+    if host_bridge.is_none() {
+        // Not in the tree of PCI buses: what is above it are no bridges.
+        above.clear();
+    }
+    above.reverse();
+    PciPlace {
+        host_bridge,
+        bridges: above.into_iter().map(PciFunction::read).collect(),
+        function: PciFunction::read(&real),
+    }
+}
+
+/// Whether this is `vfio` and a number.
+fn is_node_name(name: &str) -> bool {
+    name.strip_prefix("vfio")
+        .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::made_up::{ConfigSpace, Function, MadeUp};
+    use super::*;
+
+    fn address(text: &str) -> PciAddress {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn a_device_its_group_and_its_place() {
+        let host = MadeUp::new();
+        let root = "0000:00:1c.0";
+        let acs = Some((0x1d, 0x1d));
+        host.function(&Function::bridge(root, 3, ConfigSpace::express(4, acs)));
+        host.function(&Function::ready("0000:00:1c.0/0000:01:00.0", 7));
+        host.function(&Function::bound(
+            "0000:00:1c.0/0000:01:00.1",
+            7,
+            Some("e1000e"),
+        ));
+        let facts = HostFacts::read(&host.root(), [address("01:00.0"), address("02:00.0")]);
+        assert_eq!(facts.device(address("02:00.0")), None);
+        let device = facts.device(address("01:00.0")).expect("it is there");
+        assert_eq!(
+            device.to_string(),
+            "0000:01:00.0 [8086:10d3] driver vfio-pci"
+        );
+        assert_eq!(
+            (device.group, device.driver_override.as_ref()),
+            (Some(7), None)
+        );
+        let vfio = device.vfio.as_ref().expect("a VFIO device");
+        assert_eq!((vfio.name.as_str(), vfio.has_node), ("vfio0", true));
+        assert_eq!(device.place.host_bridge.as_deref(), Some("pci0000:00"));
+        let bridges: Vec<_> = device
+            .place
+            .bridges
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(bridges, ["root port 0000:00:1c.0 (ACS on)"]);
+
+        let group = facts.group_of(address("01:00.0")).expect("a group");
+        assert_eq!((group.number, group.regions.len()), (7, 1));
+        let members: Vec<_> = group.members.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(members, ["0000:01:00.0", "0000:01:00.1"]);
+        assert_eq!(group.members[0].place, device.place);
+
+        host.remove("sys/devices/pci0000:00/0000:00:1c.0/config");
+        let facts = HostFacts::read(&host.root(), [address("01:00.0")]);
+        let device = facts.device(address("01:00.0")).expect("it is there");
+        assert_eq!(device.place.bridges[0].port, Port::Unknown);
+    }
+
+    #[test]
+    fn who_spoils_a_group() {
+        let host = MadeUp::new();
+        for (path, driver, class, spoils, may) in [
+            ("0000:00:01.0", Some("e1000e"), "0x020000", true, false),
+            ("0000:00:02.0", None, "0x020000", false, false),
+            ("0000:00:03.0", Some("pci-stub"), "0x020000", false, false),
+            (
+                "0000:00:04.0",
+                Some("mlx5_vfio_pci"),
+                "0x020000",
+                false,
+                false,
+            ),
+            ("0000:00:05.0", Some("pcieport"), "0x060400", false, false),
+            ("0000:00:06.0", Some("shpchp"), "0x060400", false, true),
+            (
+                "0000:00:07.0",
+                Some("snd_hda_intel"),
+                "garbage",
+                true,
+                false,
+            ),
+        ] {
+            let class = Function {
+                class,
+                ..Function::bound(path, 1, driver)
+            };
+            host.function(&class);
+            let at = address(path);
+            let facts = HostFacts::read(&host.root(), [at]);
+            let device = facts.device(at).expect("it is there");
+            assert_eq!(
+                (device.spoils_group(), device.may_spoil_group()),
+                (spoils, may),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn odd_trees_are_read_as_far_as_they_go() {
+        let host = MadeUp::new();
+        let odd = "sys/bus/pci/devices/0000:01:00.0";
+        for file in [
+            "class",
+            "vendor",
+            "driver_override",
+            "driver",
+            "iommu_group",
+            "vfio-dev",
+        ] {
+            host.file(&format!("{odd}/{file}"), [0xff, 0x1b, b'\n', 0]);
+        }
+        host.file("sys/bus/pci/devices/0000:02:00.0", "not a folder");
+        let facts = HostFacts::read(&host.root(), [address("01:00.0"), address("02:00.0")]);
+        let device = facts.device(address("01:00.0")).expect("it is there");
+        assert_eq!(
+            (device.class, device.vendor, device.group, &device.driver),
+            (None, None, None, &None)
+        );
+        assert_eq!(device.driver_override.as_deref(), Some("\u{fffd}?"));
+        assert_eq!(device.place.host_bridge, None);
+        assert_eq!(facts.device(address("02:00.0")), None);
+    }
+
+    #[test]
+    fn a_group_without_an_iommu_is_known_by_its_name() {
+        let host = MadeUp::new();
+        host.function(&Function::ready("0000:00:01.0", 0));
+        host.file("sys/kernel/iommu_groups/0/name", "vfio-noiommu\n");
+        let facts = HostFacts::read(&host.root(), [address("00:01.0")]);
+        assert!(facts.group(0).is_some_and(|group| group.without_iommu));
+    }
+}

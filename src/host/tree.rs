@@ -1,0 +1,477 @@
+//! The host's groups, their devices and the endpoints made of them, for people and programs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Serialize;
+
+use crate::address::{Iova, IovaRange};
+use crate::config::{Config, Passthrough};
+use crate::host::sysfs::{
+    HostDevice, HostFacts, HostGroup, HostRegion, HostRoot, RefineError, Shared, refine,
+};
+use crate::topology::{EndpointRange, PciAddress, PciRange, ReservedRegion, Topology};
+
+/// Every endpoint of a configuration, below the device and the group of the host it comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HostTree {
+    /// Groups with a device that is an endpoint, by number.
+    pub groups: Vec<Group>,
+    /// Endpoints whose device is not on this host, or in no group.
+    pub without_group: Vec<Device>,
+    /// Endpoints that are no devices of the host.
+    pub without_device: Vec<Endpoint>,
+    /// Groups of the configuration that had to be joined.
+    pub notes: Vec<String>,
+}
+
+/// A group of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Group {
+    /// Its number.
+    pub number: u32,
+    /// Its reserved regions, as the kernel lists them.
+    pub regions: Vec<GroupRegion>,
+    /// All devices in it, ordered by name.
+    pub devices: Vec<Device>,
+}
+
+/// A reserved region of a group of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GroupRegion {
+    /// The addresses: `first..=last`.
+    pub range: String,
+    /// What the kernel says it is for.
+    pub kind: String,
+    /// Whether a guest may map it all the same.
+    pub mappable: bool,
+}
+
+/// A device of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Device {
+    /// Its address.
+    pub address: String,
+    /// Whether it is on this host.
+    pub present: bool,
+    /// PCI vendor and device ID, `vvvv:dddd`.
+    pub id: Option<String>,
+    /// The driver it is bound to.
+    pub driver: Option<String>,
+    /// Its name as a VFIO device: `vfioN`.
+    pub vfio: Option<String>,
+    /// The host bridge and the bridges above it, the one next to it last.
+    pub below: Vec<String>,
+    /// Why it is in a group with an endpoint's device, where it is no endpoint's itself, or comes
+    /// after another that is.
+    pub shares_because: Option<String>,
+    /// The endpoint made of it.
+    pub endpoint: Option<Endpoint>,
+}
+
+/// One endpoint, or a range of those that have all in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Endpoint {
+    /// Its address in the guest, or the range.
+    pub address: String,
+    /// The group whose endpoints the guest must keep in one domain.
+    pub group: Option<String>,
+    /// What makes it obey: `iommufd`, `type1`, or `none` where nothing of the host is behind it.
+    pub backend: &'static str,
+    /// The socket where the VMM finds it, if it is exported.
+    pub exported: Option<String>,
+    /// What PROBE reports.
+    pub reserved: Vec<Reserved>,
+}
+
+/// A region PROBE reports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Reserved {
+    /// The addresses: `first..=last`.
+    pub range: String,
+    /// `reserved` or `msi`.
+    pub kind: String,
+    /// Who says so.
+    pub owners: Vec<String>,
+}
+
+impl HostTree {
+    /// The tree of `config` on the host below `root`.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration and the host cannot be brought together.
+    pub fn new(root: &HostRoot, config: &Config) -> Result<Self, RefineError> {
+        let pairs: Vec<_> = config
+            .passthrough
+            .iter()
+            .map(|device| (device.endpoint, device.host))
+            .collect();
+        let facts = HostFacts::read(root, pairs.iter().map(|(_, host)| *host));
+        let last = u64::MAX >> (64 - u32::from(config.address_width).clamp(1, 64));
+        let input = IovaRange::new(Iova(0), Iova(last)).unwrap_or(IovaRange::ALL);
+        let refined = refine(&config.topology, &pairs, &facts, &BTreeMap::new(), input)?;
+        let maker = Maker {
+            config,
+            facts: &facts,
+            topology: &refined.topology,
+        };
+        Ok(Self {
+            groups: maker.groups(),
+            without_group: maker.without_group(),
+            without_device: maker.without_device(),
+            notes: refined.notes,
+        })
+    }
+}
+
+impl fmt::Display for HostTree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for group in &self.groups {
+            writeln!(f, "host group {}", group.number)?;
+            for GroupRegion {
+                range,
+                kind,
+                mappable,
+            } in &group.regions
+            {
+                let note = if *mappable { ", may be mapped" } else { "" };
+                writeln!(f, "  region {range} {kind}{note}")?;
+            }
+            for device in &group.devices {
+                write!(f, "{device}")?;
+            }
+        }
+        if !self.without_group.is_empty() {
+            writeln!(f, "in no host group")?;
+            for device in &self.without_group {
+                write!(f, "{device}")?;
+            }
+        }
+        if !self.without_device.is_empty() {
+            writeln!(f, "no devices of the host")?;
+            for endpoint in &self.without_device {
+                endpoint.print(f, "  ")?;
+            }
+        }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Indented as a member of a group.
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  device {}", self.address)?;
+        if self.present {
+            if let Some(id) = &self.id {
+                write!(f, " [{id}]")?;
+            }
+            match &self.driver {
+                Some(driver) => write!(f, ", driver {driver}")?,
+                None => write!(f, ", no driver")?,
+            }
+            if let Some(vfio) = &self.vfio {
+                write!(f, ", {vfio}")?;
+            }
+        } else {
+            write!(f, ", not on this host")?;
+        }
+        writeln!(f)?;
+        if !self.below.is_empty() {
+            writeln!(f, "    below {}", self.below.join(", "))?;
+        }
+        if let Some(why) = &self.shares_because {
+            writeln!(f, "    shares the group {why}")?;
+        }
+        match &self.endpoint {
+            Some(endpoint) => endpoint.print(f, "    "),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Endpoint {
+    fn print(&self, f: &mut fmt::Formatter<'_>, indent: &str) -> fmt::Result {
+        write!(f, "{indent}endpoint {}", self.address)?;
+        if let Some(group) = &self.group {
+            write!(f, ", group {group}")?;
+        }
+        write!(f, ", backend {}", self.backend)?;
+        if let Some(path) = &self.exported {
+            write!(f, ", exported at {path}")?;
+        }
+        writeln!(f)?;
+        for Reserved {
+            range,
+            kind,
+            owners,
+        } in &self.reserved
+        {
+            writeln!(
+                f,
+                "{indent}  reports {range} {kind} ({})",
+                owners.join(", ")
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// What the parts of a tree are made from.
+struct Maker<'a> {
+    config: &'a Config,
+    facts: &'a HostFacts,
+    /// With what the host says.
+    topology: &'a Topology,
+}
+
+impl Maker<'_> {
+    fn groups(&self) -> Vec<Group> {
+        let numbers: BTreeSet<u32> = self
+            .config
+            .passthrough
+            .iter()
+            .filter_map(|device| self.facts.device(device.host)?.group)
+            .collect();
+        let groups = numbers
+            .iter()
+            .filter_map(|number| self.facts.group(*number));
+        groups.map(|group| self.group(group)).collect()
+    }
+
+    fn group(&self, group: &HostGroup) -> Group {
+        let is_endpoint = |device: &&HostDevice| self.passthrough(&device.name).is_some();
+        let first = group.members.iter().find(is_endpoint);
+        let device = |member: &HostDevice| {
+            let other = first.filter(|first| first.name != member.name);
+            Device {
+                shares_because: other
+                    .map(|first| Shared::between(&first.place, &member.place).to_string()),
+                ..self.device(member)
+            }
+        };
+        Group {
+            number: group.number,
+            regions: group.regions.iter().map(group_region).collect(),
+            devices: group.members.iter().map(device).collect(),
+        }
+    }
+
+    fn without_group(&self) -> Vec<Device> {
+        let devices = self.config.passthrough.iter();
+        devices
+            .filter_map(|device| match self.facts.device(device.host) {
+                Some(found) if found.group.is_some() => None,
+                Some(found) => Some(self.device(found)),
+                None => Some(Device {
+                    address: device.host.to_string(),
+                    present: false,
+                    id: None,
+                    driver: None,
+                    vfio: None,
+                    below: Vec::new(),
+                    shares_because: None,
+                    endpoint: self.endpoint_at(device.endpoint),
+                }),
+            })
+            .collect()
+    }
+
+    fn without_device(&self) -> Vec<Endpoint> {
+        let devices = self.config.passthrough.iter();
+        let ours: BTreeSet<_> = devices
+            .map(|device| PciRange::from(device.endpoint))
+            .collect();
+        self.topology
+            .ranges()
+            .filter(|entry| !ours.contains(&entry.range))
+            .map(|entry| self.endpoint(&entry, None))
+            .collect()
+    }
+
+    fn device(&self, device: &HostDevice) -> Device {
+        let ids = device.vendor.zip(device.device);
+        let place = &device.place;
+        let bridges = place.bridges.iter().map(ToString::to_string);
+        Device {
+            address: device.name.clone(),
+            present: true,
+            id: ids.map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")),
+            driver: device.driver.clone(),
+            vfio: device.vfio.as_ref().map(|vfio| vfio.name.clone()),
+            below: place.host_bridge.iter().cloned().chain(bridges).collect(),
+            shares_because: None,
+            endpoint: self
+                .passthrough(&device.name)
+                .and_then(|found| self.endpoint_at(found.endpoint)),
+        }
+    }
+
+    /// The endpoint that the host's device `name` is behind.
+    fn passthrough(&self, name: &str) -> Option<&Passthrough> {
+        let address: PciAddress = name.parse().ok()?;
+        let mut devices = self.config.passthrough.iter();
+        devices.find(|device| device.host == address)
+    }
+
+    fn endpoint_at(&self, address: PciAddress) -> Option<Endpoint> {
+        let mut devices = self.config.passthrough.iter();
+        let device = devices.find(|device| device.endpoint == address)?;
+        let group = self.facts.group_of(device.host);
+        let entry = EndpointRange {
+            range: address.into(),
+            info: self.topology.endpoint(address.endpoint_id())?,
+        };
+        let backend = self.config.host_iommu.name();
+        let export = self.config.export_of(address);
+        Some(Endpoint {
+            backend,
+            exported: export.map(|export| export.path.display().to_string()),
+            ..self.endpoint(&entry, group)
+        })
+    }
+
+    fn endpoint(&self, entry: &EndpointRange<'_>, group: Option<&HostGroup>) -> Endpoint {
+        let named = entry.info.group.and_then(|id| self.topology.group_name(id));
+        let first = entry.range.first().endpoint_id();
+        let configured = self
+            .config
+            .topology
+            .endpoint(first)
+            .map(|info| info.reserved);
+        let reserved = |region: &ReservedRegion| {
+            let of_config = configured
+                .filter(|regions| regions.overlapping(region.range).is_some())
+                .map(|_| "configuration".to_owned());
+            let of_host = group.filter(|group| {
+                let kept = |r: &&HostRegion| r.kind.reserved_kind().is_some();
+                let mut regions = group.regions.iter().filter(kept);
+                regions.any(|r| r.range.overlaps(region.range))
+            });
+            let of_host = of_host.map(|group| format!("host group {}", group.number));
+            Reserved {
+                range: region.range.to_string(),
+                kind: region.kind.to_string(),
+                owners: of_config.into_iter().chain(of_host).collect(),
+            }
+        };
+        Endpoint {
+            address: entry.range.to_string(),
+            group: named.map(ToString::to_string),
+            backend: "none",
+            exported: None,
+            reserved: entry.info.reserved.iter().map(reserved).collect(),
+        }
+    }
+}
+
+fn group_region(region: &HostRegion) -> GroupRegion {
+    GroupRegion {
+        range: region.range.to_string(),
+        kind: region.kind.to_string(),
+        mappable: region.kind.reserved_kind().is_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::sysfs::made_up::{ConfigSpace, Function, MadeUp};
+    use std::path::Path;
+
+    const CONFIG: &str = r#"
+address = "00:05.0"
+
+[[endpoint]]
+address = "00:10.0"
+vfio = "0000:01:00.0"
+
+[[endpoint]]
+address = "00:11.0"
+vfio = "0000:01:00.1"
+reserved = [{ first = 0xfd00000000, last = 0xfd00000fff }]
+
+[[endpoint]]
+address = "00:12.0"
+vfio = "0000:09:00.0"
+export = "/run/nic.sock"
+
+[[endpoint]]
+range = "00:13.0-00:1e.7"
+group = "cards"
+"#;
+
+    fn tree() -> HostTree {
+        let host = MadeUp::new();
+        let port = "0000:00:1c.0";
+        host.function(&Function::bridge(port, 7, ConfigSpace::express(4, None)));
+        host.function(&Function::ready("0000:00:1c.0/0000:01:00.0", 7));
+        host.function(&Function {
+            vfio: Some(("vfio1", true)),
+            ..Function::ready("0000:00:1c.0/0000:01:00.1", 7)
+        });
+        host.file(
+            "sys/kernel/iommu_groups/7/reserved_regions",
+            "0x0 0xffffff direct-relaxable\n0xfee00000 0xfeefffff msi\n\
+             0xfd00000000 0xffffffffff reserved\n",
+        );
+        let config = Config::from_text(Path::new("vm.toml"), CONFIG).expect("a configuration");
+        HostTree::new(&host.root(), &config).expect("a tree")
+    }
+
+    #[test]
+    fn the_tree_as_people_see_it() {
+        let expected = "\
+host group 7
+  region 0x0..=0xffffff direct-relaxable, may be mapped
+  region 0xfee00000..=0xfeefffff msi
+  region 0xfd00000000..=0xffffffffff reserved
+  device 0000:00:1c.0 [8086:10d3], driver pcieport
+    below pci0000:00
+    shares the group because the root port 0000:00:1c.0 has no ACS
+  device 0000:01:00.0 [8086:10d3], driver vfio-pci, vfio0
+    below pci0000:00, root port 0000:00:1c.0 (no ACS)
+    endpoint 0000:00:10.0, group host-group-7, backend iommufd
+      reports 0xfee00000..=0xfeefffff msi (configuration, host group 7)
+      reports 0xfd00000000..=0xffffffffff reserved (host group 7)
+  device 0000:01:00.1 [8086:10d3], driver vfio-pci, vfio1
+    below pci0000:00, root port 0000:00:1c.0 (no ACS)
+    shares the group because the root port 0000:00:1c.0 has no ACS
+    endpoint 0000:00:11.0, group host-group-7, backend iommufd
+      reports 0xfee00000..=0xfeefffff msi (configuration, host group 7)
+      reports 0xfd00000000..=0xffffffffff reserved (configuration, host group 7)
+in no host group
+  device 0000:09:00.0, not on this host
+    endpoint 0000:00:12.0, backend iommufd, exported at /run/nic.sock
+      reports 0xfee00000..=0xfeefffff msi (configuration)
+no devices of the host
+  endpoint 0000:00:13.0-0000:00:1e.7, group cards, backend none
+    reports 0xfee00000..=0xfeefffff msi (configuration)
+";
+        assert_eq!(tree().to_string(), expected);
+    }
+
+    #[test]
+    fn the_tree_as_programs_see_it() {
+        let json = serde_json::to_value(tree()).expect("JSON");
+        let device = &json["groups"][0]["devices"][1];
+        assert_eq!(json["groups"][0]["number"], 7);
+        assert_eq!(json["groups"][0]["regions"][0]["mappable"], true);
+        assert_eq!(device["address"], "0000:01:00.0");
+        assert_eq!(device["endpoint"]["group"], "host-group-7");
+        assert_eq!(device["endpoint"]["reserved"][0]["kind"], "msi");
+        assert_eq!(
+            device["endpoint"]["reserved"][0]["owners"][1],
+            "host group 7"
+        );
+        assert!(device["endpoint"]["exported"].is_null());
+        let absent = &json["without_group"][0];
+        assert_eq!(absent["endpoint"]["exported"], "/run/nic.sock");
+        assert_eq!(absent["present"], false);
+        assert_eq!(json["without_device"][0]["backend"], "none");
+        assert_eq!(json["notes"], serde_json::json!([]));
+    }
+}

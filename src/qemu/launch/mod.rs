@@ -1,0 +1,317 @@
+//! One VM as a whole: the daemon and the VMM, started together and ended together.
+//!
+//! ```text
+//! launch -- opens /dev/iommu and the devices, makes the VIOT table
+//!   |-- daemon   own process group; SIGTERM when launch dies
+//!   |     \-- says on a pipe that it listens; only then:
+//!   \-- VMM      its own arguments, then ours; SIGKILL when launch dies
+//! ```
+
+mod devices;
+mod events;
+mod process;
+mod table;
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use libc::{SIGKILL, SIGTERM};
+use thiserror::Error;
+
+use crate::config::{Config, ConfigError, Descriptors, HostIommu, Socket};
+use crate::host::sysfs::HostRoot;
+use crate::process::socket::SocketFile;
+use crate::qemu::args::{QemuArgs, QemuArgsError};
+use crate::topology::viot::{self, ViotError};
+use events::{Event, Events};
+use process::{Running, exit_code};
+use table::TableFile;
+
+pub use devices::{OpenError, OpenFiles};
+
+/// How long the daemon may take until it listens, for its own part.
+const START: Duration = Duration::from_secs(10);
+/// And for each device, which it opens for a moment: some take seconds to be reset.
+const START_PER_DEVICE: Duration = Duration::from_secs(5);
+/// How long the daemon may take to end: longer than its own patience with its threads.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
+/// How long the VMM may take to end once its IOMMU is gone.
+const VMM_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// The configuration's file, which the daemon reads too.
+    pub config: &'a Path,
+    /// Where to leave the VIOT table, if it is to be kept.
+    pub viot: Option<&'a Path>,
+    /// The VMM's program and the arguments to it that come first; not empty.
+    pub vmm: &'a [OsString],
+    /// The program of the daemon.
+    pub daemon: &'a Path,
+    /// Where the `dev` and `sys` of the host are.
+    pub host: &'a HostRoot,
+}
+
+impl Launch<'_> {
+    /// Starts the daemon and the VMM, and waits until both have ended. Signals that would end this
+    /// process go to the VMM meanwhile. When the thread that calls this dies, both end.
+    ///
+    /// Returns the VMM's exit status (128 and the number for a signal), or the daemon's where it
+    /// refused to start, for which it has given its reasons itself.
+    ///
+    /// # Errors
+    /// See [`LaunchError`]. Nothing is left running then.
+    pub fn run(&self) -> Result<u8, LaunchError> {
+        let mut config = Config::from_file(self.config)?;
+        let (program, others) = self.vmm.split_first().ok_or(LaunchError::NoVmm)?;
+        let mut files = OpenFiles::default();
+        if config.host_iommu == HostIommu::Iommufd {
+            files = OpenFiles::open(self.host, &config)?;
+        }
+        config.descriptors = files.descriptors();
+        let table = self.table(&config)?;
+        let made = QemuArgs::beside(&config, &table.path, others)?;
+
+        // Dropped last: the daemon removes its own, if it can.
+        let leftover;
+        let events = Events::listen().map_err(system("watch signals"))?;
+        let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
+        let devices = u32::try_from(config.passthrough.len()).unwrap_or(u32::MAX);
+        let patience = START.saturating_add(START_PER_DEVICE.saturating_mul(devices));
+        match until_ready(&mut daemon, &events, patience)? {
+            Started::Ready => {}
+            Started::Ended(status) => return Ok(exit_code(status)),
+            Started::Told(signal) => return Ok(128u8.saturating_add(signal)),
+        }
+        leftover = sockets(&config);
+
+        let inherited = files.numbers().into_iter().chain(table.fd()).collect();
+        let mut command = Command::new(program);
+        command.args(others).args(&made.arguments);
+        let vmm = Running::start(command, inherited, SIGKILL, VMM_PATIENCE);
+        let vmm = vmm.map_err(|source| LaunchError::Start {
+            program: program.into(),
+            source,
+        })?;
+        // From here on the devices are theirs alone.
+        drop((files, table));
+        let status = supervise(vmm, &mut daemon, &events)?;
+        drop(daemon);
+        drop(leftover);
+        Ok(exit_code(status))
+    }
+
+    fn table(&self, config: &Config) -> Result<Table, LaunchError> {
+        let bytes = viot::table(&config.topology)?;
+        if let Some(path) = self.viot {
+            return match fs::write(path, bytes) {
+                Ok(()) => Ok(Table {
+                    path: path.to_owned(),
+                    file: None,
+                }),
+                Err(source) => Err(LaunchError::WriteTable {
+                    path: path.to_owned(),
+                    source,
+                }),
+            };
+        }
+        let file = TableFile::new(&bytes).map_err(system("make a file for the VIOT table"))?;
+        Ok(Table {
+            path: file.path(),
+            file: Some(file),
+        })
+    }
+
+    fn start_daemon(
+        &self,
+        descriptors: &Descriptors,
+        mut inherited: Vec<RawFd>,
+        events: &Events,
+    ) -> Result<Running, LaunchError> {
+        let (reader, writer) = io::pipe().map_err(system("make a pipe"))?;
+        let mut command = Command::new(self.daemon);
+        command.arg("--config").arg(self.config);
+        command.args(["--ready-fd", &writer.as_raw_fd().to_string()]);
+        if let Some(fd) = descriptors.iommufd {
+            command.args(["--iommufd-fd", &fd.to_string()]);
+        }
+        for (endpoint, fd) in &descriptors.devices {
+            command.args(["--vfio-fd", &format!("{endpoint}={fd}")]);
+        }
+        command.stdin(Stdio::null());
+        // A terminal's signals are for the VMM; the daemon must not go before it.
+        command.process_group(0);
+        inherited.push(writer.as_raw_fd());
+        let daemon = Running::start(command, inherited, SIGTERM, DAEMON_PATIENCE);
+        let daemon = daemon.map_err(|source| LaunchError::Start {
+            program: self.daemon.to_owned(),
+            source,
+        })?;
+        events.watch(reader).map_err(system("start a thread"))?;
+        Ok(daemon)
+    }
+}
+
+/// A VM that could not be started, or did not end as it should.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The VMM cannot be told of the configuration.
+    #[error(transparent)]
+    QemuArgs(#[from] QemuArgsError),
+    /// A file of the host cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// There is no VIOT table for the configuration.
+    #[error(transparent)]
+    Viot(#[from] ViotError),
+    /// The VIOT table cannot be written where it was asked for.
+    #[error("cannot write {path}: {source}; give a path that can be written with --viot")]
+    WriteTable {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No program to run the VM.
+    #[error("there is no VMM to start; give its program and arguments after --")]
+    NoVmm,
+    /// A program cannot be started.
+    #[error("cannot start {program}: {source}; give a program that can be run, or its path")]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The daemon does not serve.
+    #[error(
+        "the daemon did not listen within {} s, so it was ended; try again when the machine is less \
+         busy, or see what the daemon itself says: vhost-device-iommu --config FILE",
+        .0.as_secs()
+    )]
+    NotReady(Duration),
+    /// The daemon is gone, and the VMM with it.
+    #[error(
+        "the daemon ended ({0}) before the VMM, which was ended too, because a guest without its \
+         IOMMU hangs; what the daemon said last may tell why, and the VM can be started again"
+    )]
+    DaemonEnded(ExitStatus),
+    /// Something needed from the system failed.
+    #[error(
+        "cannot {what}: {source}; see whether the system is short of files, memory or processes"
+    )]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The VIOT table, where the VMM finds it.
+struct Table {
+    path: PathBuf,
+    /// The file, where it has no other name.
+    file: Option<TableFile>,
+}
+
+impl Table {
+    fn fd(&self) -> Option<RawFd> {
+        self.file.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+/// What became of the daemon's start.
+enum Started {
+    Ready,
+    /// It ended with a status other than 0.
+    Ended(ExitStatus),
+    /// This process got a signal.
+    Told(u8),
+}
+
+fn until_ready(
+    daemon: &mut Running,
+    events: &Events,
+    patience: Duration,
+) -> Result<Started, LaunchError> {
+    let deadline = Instant::now() + patience;
+    while let Some(event) = events.next_until(deadline) {
+        match event {
+            Event::Ready => return Ok(Started::Ready),
+            Event::Signal(signal) => {
+                return Ok(Started::Told(u8::try_from(signal).unwrap_or(u8::MAX)));
+            }
+            Event::Child => match daemon.poll().map_err(system("wait for the daemon"))? {
+                None => {}
+                Some(status) if status.code().is_some_and(|code| code != 0) => {
+                    return Ok(Started::Ended(status));
+                }
+                Some(status) => return Err(LaunchError::DaemonEnded(status)),
+            },
+        }
+    }
+    Err(LaunchError::NotReady(patience))
+}
+
+/// Waits until one has ended, and ends the other.
+fn supervise(
+    mut vmm: Running,
+    daemon: &mut Running,
+    events: &Events,
+) -> Result<ExitStatus, LaunchError> {
+    let failed = || system("wait for the daemon and the VMM");
+    // Whether the VM is to end, so that nobody wonders at the end of its parts.
+    let mut told = false;
+    loop {
+        if let Event::Signal(signal) = events.next() {
+            told = true;
+            vmm.signal(signal)
+                .map_err(system("send the VMM a signal"))?;
+        }
+        let vmm_status = vmm.poll().map_err(failed())?;
+        let daemon_status = daemon.poll().map_err(failed())?;
+        if vmm_status.is_none() && daemon_status.is_none() {
+            continue;
+        }
+        told |= events.drain();
+        return match (vmm_status, daemon_status) {
+            // A service manager may tell both at once.
+            (_, Some(status)) if !told => {
+                vmm.end().map_err(failed())?;
+                Err(LaunchError::DaemonEnded(status))
+            }
+            (Some(status), _) => Ok(status),
+            (None, _) => vmm.end().map_err(failed()),
+        };
+    }
+}
+
+/// The daemon's sockets, to be removed in its stead where it is killed.
+fn sockets(config: &Config) -> Vec<SocketFile> {
+    let path = match &config.socket {
+        Some(Socket::Path(path)) => Some(path),
+        Some(Socket::Fd(_)) | None => None,
+    };
+    path.into_iter()
+        .chain(&config.control)
+        .chain(config.emulated.iter().map(|device| &device.listen))
+        .chain(config.exports.iter().map(|export| &export.path))
+        .chain(config.shadow.iter().map(|listener| &listener.path))
+        .filter_map(|path| SocketFile::of_another(path).ok())
+        .collect()
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
+    move |source| LaunchError::System { what, source }
+}

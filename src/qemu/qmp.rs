@@ -1,0 +1,281 @@
+//! The VMM's QMP socket, where it says that the VM was reset.
+//!
+//! The vhost-user protocol says only that rings stop and start. With this connection the daemon knows
+//! a reset from a pause at once, and need not wait for what the next driver does.
+//!
+//! What comes from there may be anything: lines are bounded, whatever is not understood ends the
+//! connection, and the next one is made after a pause that grows.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use log::warn;
+use parking_lot::{Condvar, Mutex};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use serde_json::Value;
+
+use crate::process::sandbox::{self, Role};
+use crate::{info_limited, warn_limited};
+
+/// The longest line in bytes. QEMU's events and answers to what is said here have a few hundred.
+const MAX_LINE: usize = 1 << 16;
+/// The pause before the second attempt to connect; each further one is twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause between two attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How long the VMM may take to take a line.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The shortest time between two resets that are heeded.
+const RESET_PAUSE: Duration = Duration::from_millis(10);
+
+/// The thread that listens to the VMM; dropping it ends it.
+pub struct Qmp {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// A VMM is there to be listened to.
+    wanted: bool,
+    ended: bool,
+    /// What is being listened to.
+    stream: Option<UnixStream>,
+}
+
+impl Qmp {
+    /// Calls `reset` for each reset that the VMM behind the socket at `path` tells of, while there is
+    /// one: see [`Self::vmm_present`].
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start(path: PathBuf, reset: impl Fn() + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let listened = shared.clone();
+        let thread = sandbox::spawn(Role::Qmp, move || listen(&path, &listened, reset))?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// A VMM is there, or gone. While there is none, nothing is tried.
+    pub fn vmm_present(&self, present: bool) {
+        self.shared.change(|state| state.wanted = present);
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        self.shared.change(|state| state.ended = true);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the thread that listens to QMP has panicked");
+        }
+    }
+}
+
+impl Shared {
+    /// Changes what is wanted, and ends the connection where none is.
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.lock();
+        change(&mut state);
+        if (state.ended || !state.wanted)
+            && let Some(stream) = state.stream.take()
+        {
+            // It may be gone already.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        self.changed.notify_one();
+    }
+
+    /// Waits until a connection is wanted. Returns whether one is, rather than the end.
+    fn wait_until_wanted(&self) -> bool {
+        let mut state = self.state.lock();
+        while !state.wanted && !state.ended {
+            self.changed.wait(&mut state);
+        }
+        !state.ended
+    }
+
+    /// Rests, unless something changes.
+    fn rest(&self, pause: Duration) {
+        let mut state = self.state.lock();
+        if state.wanted && !state.ended {
+            self.changed.wait_for(&mut state, pause);
+        }
+    }
+
+    /// Makes `stream` what a change ends. Returns whether it is still wanted.
+    fn publish(&self, stream: &UnixStream) -> io::Result<bool> {
+        let clone = stream.try_clone()?;
+        let mut state = self.state.lock();
+        let wanted = state.wanted && !state.ended;
+        state.stream = wanted.then_some(clone);
+        Ok(wanted)
+    }
+
+    /// Calls `reset`, unless the VMM that was listened to is gone: what it has left unread is not about
+    /// the next one's VM. Returns whether it is still there.
+    fn heed(&self, reset: &impl Fn()) -> bool {
+        let state = self.state.lock();
+        let there = state.stream.is_some();
+        if there {
+            // With the lock held, so that nobody takes its place meanwhile.
+            reset();
+        }
+        there
+    }
+}
+
+fn listen(path: &Path, shared: &Shared, reset: impl Fn()) {
+    let mut pause = FIRST_PAUSE;
+    while shared.wait_until_wanted() {
+        let mut greeted = false;
+        let ended = connect_to(path).and_then(|stream| {
+            if shared.publish(&stream)? {
+                converse(stream, shared, &mut greeted, &reset)
+            } else {
+                Ok(())
+            }
+        });
+        shared.state.lock().stream = None;
+        if greeted {
+            pause = FIRST_PAUSE;
+        }
+        let wanted = shared.state.lock().wanted;
+        if let Err(cause) = ended
+            && wanted
+        {
+            let path = path.display();
+            warn_limited!(
+                "no word of the VM's resets: QMP at {path}: {cause}; start QEMU with \
+                 -qmp unix:{path},server=on,wait=off, for the daemon alone"
+            );
+        }
+        shared.rest(pause);
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Connects without waiting for a listener that accepts nobody.
+fn connect_to(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// Listens until the connection ends.
+fn converse(
+    stream: UnixStream,
+    shared: &Shared,
+    greeted: &mut bool,
+    reset: &impl Fn(),
+) -> io::Result<()> {
+    let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+    let mut out = stream.try_clone()?;
+    let mut lines = Lines::new(stream);
+    while let Some(line) = lines.next()? {
+        let message: Value = serde_json::from_slice(line)?;
+        if !*greeted {
+            if message.get("QMP").is_none() {
+                return refuse("what answers there does not greet as QMP does");
+            }
+            *greeted = true;
+            out.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+            info_limited!("the VMM will tell of the VM's resets");
+        } else if message.get("error").is_some() {
+            return refuse("it does not let us in");
+        } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
+            if !shared.heed(reset) {
+                return Ok(());
+            }
+            std::thread::sleep(RESET_PAUSE);
+        }
+    }
+    refuse("it has hung up")
+}
+
+/// Lines of up to [`MAX_LINE`] bytes.
+struct Lines<R> {
+    stream: R,
+    buffer: Vec<u8>,
+    /// What was returned last, from the beginning of the buffer.
+    taken: usize,
+}
+
+impl<R: Read> Lines<R> {
+    fn new(stream: R) -> Self {
+        Self {
+            stream,
+            buffer: Vec::new(),
+            taken: 0,
+        }
+    }
+
+    /// The next line, without its end; `None` at the end of the stream.
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        self.buffer.drain(..self.taken);
+        self.taken = 0;
+        let mut searched = 0;
+        loop {
+            let rest = self.buffer.iter().skip(searched);
+            if let Some(more) = rest.clone().position(|byte| *byte == b'\n') {
+                let end = searched + more;
+                self.taken = end + 1;
+                return Ok(self.buffer.get(..end));
+            }
+            searched = self.buffer.len();
+            if searched >= MAX_LINE {
+                let why = "a line is longer than any of QMP's";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
+            let mut piece = [0; 4096];
+            match self.stream.read(&mut piece) {
+                Ok(0) => return Ok(None),
+                Ok(count) => self.buffer.extend(piece.iter().take(count)),
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                Err(cause) => return Err(cause),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(bytes: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+        let mut lines = Lines::new(bytes);
+        let mut all = Vec::new();
+        while let Some(line) = lines.next()? {
+            all.push(line.to_vec());
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn lines_are_found_whatever_they_come_in() {
+        let long = vec![b'x'; MAX_LINE - 1];
+        let text = [&b"one\n\n"[..], &long, b"\nlast\nno line"].concat();
+        let found = all(&text).expect("lines");
+        assert_eq!(found, [b"one".to_vec(), Vec::new(), long, b"last".to_vec()]);
+        assert!(all(&vec![b'x'; 2 * MAX_LINE]).is_err());
+    }
+}
