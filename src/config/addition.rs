@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::draft::Draft;
-use super::error::{Fault, Place};
+use super::error::{Place, ProblemKind};
 use super::{Checker, Config, ConfigError, Origin, Socket, Source};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
@@ -21,7 +21,7 @@ impl Config {
             text: &whole,
         }));
         let added = if text.chars().any(char::is_control) {
-            checker.refuse(&Origin::File(0..0), "", Fault::AdditionControl);
+            checker.refuse(&Origin::File(0..0), "", ProblemKind::AdditionControl);
             Err(checker.finish())
         } else {
             checker
@@ -61,7 +61,7 @@ impl Checker<'_> {
         draft: &Draft,
     ) -> Result<(Config, PciRange), ConfigError> {
         let [given] = draft.endpoint.as_slice() else {
-            self.refuse(&Origin::File(0..0), "", Fault::AdditionNotOne);
+            self.refuse(&Origin::File(0..0), "", ProblemKind::AdditionNotOne);
             return Err(self.finish());
         };
         let vmm = match &config.socket {
@@ -96,11 +96,11 @@ impl Checker<'_> {
             && let Some(other) = known(new.host)
             && let Some(vfio) = &given.value.vfio
         {
-            let fault = Fault::HostTwice {
+            let kind = ProblemKind::HostTwice {
                 host: new.host,
                 other: other.endpoint,
             };
-            self.refuse(&vfio.origin, "endpoint[0].vfio", fault);
+            self.refuse(&vfio.origin, "endpoint[0].vfio", kind);
         }
         let (Some(spec), true) = (spec, self.problems.is_empty()) else {
             return Err(self.finish());

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use toml::Spanned;
 
-use super::error::Fault;
+use super::error::ProblemKind;
 use crate::args::{OnOff, RunArgs};
 
 /// Where a value stands: a file's bytes, or the option that gave it.
@@ -203,7 +203,7 @@ impl Draft {
     pub fn overridden_by(
         mut self,
         args: &RunArgs,
-        mut refuse: impl FnMut(&'static str, Fault),
+        mut refuse: impl FnMut(&'static str, ProblemKind),
     ) -> Self {
         let path = |name, path: &Option<std::path::PathBuf>| {
             path.as_ref().map(|path| {
@@ -253,7 +253,7 @@ impl Draft {
             for text in &args.reserved {
                 match RegionDraft::from_flag(text) {
                     Some(region) => regions.push(Given::flag("--reserved", region)),
-                    None => refuse("--reserved", Fault::RegionText(text.clone())),
+                    None => refuse("--reserved", ProblemKind::RegionText(text.clone())),
                 }
             }
             self.reserved = Some(Given::flag("--reserved", regions));

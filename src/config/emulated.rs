@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::draft::{Draft, EmulatedDraft, Given, Origin, Scalar};
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::passthrough::range_in;
 use super::{Checker, shown};
 use crate::topology::PciAddress;
@@ -72,14 +72,14 @@ impl Checker<'_> {
                 continue;
             };
             let first = range.first();
-            let fault = if range.count() > 1 {
-                Fault::EmulatedOnRange { range }
+            let kind = if range.count() > 1 {
+                ProblemKind::EmulatedOnRange { range }
             } else if value.vfio.is_some() {
-                Fault::EmulatedAndVfio
+                ProblemKind::EmulatedAndVfio
             } else if parts.listen == parts.connect {
-                Fault::ListenIsConnect
+                ProblemKind::ListenIsConnect
             } else if let Some(other) = listening.insert(parts.listen.clone(), Some(first)) {
-                Fault::ListenTwice { other }
+                ProblemKind::ListenTwice { other }
             } else {
                 found.push(Emulated {
                     endpoint: first,
@@ -88,7 +88,7 @@ impl Checker<'_> {
                 continue;
             };
             whole = false;
-            self.refuse(&given.origin, &key, fault);
+            self.refuse(&given.origin, &key, kind);
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)
@@ -119,7 +119,7 @@ impl Checker<'_> {
         name: &'static str,
     ) -> Option<PathBuf> {
         if given.is_none() {
-            self.refuse(origin, key, Fault::EmulatedMissing(name));
+            self.refuse(origin, key, ProblemKind::EmulatedMissing(name));
         }
         self.socket_path(given, &format!("{key}.{name}"))
     }
@@ -132,8 +132,8 @@ impl Checker<'_> {
             "messages" => Some(Isolation::Messages),
             "mappings" => Some(Isolation::Mappings),
             _ => {
-                let fault = Fault::Isolation(shown(&given.value));
-                self.refuse(&given.origin, key, fault);
+                let kind = ProblemKind::Isolation(shown(&given.value));
+                self.refuse(&given.origin, key, kind);
                 None
             }
         }
@@ -153,7 +153,7 @@ impl Checker<'_> {
             .ok()
             .filter(|ms| (MIN_DEADLINE_MS..=MAX_DEADLINE_MS).contains(ms));
         if deadline.is_none() {
-            self.refuse(&given.origin, key, Fault::Deadline(number));
+            self.refuse(&given.origin, key, ProblemKind::Deadline(number));
         }
         deadline.map(Duration::from_millis)
     }

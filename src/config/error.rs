@@ -45,13 +45,13 @@ impl fmt::Display for ConfigError {
 
 /// One thing that is wrong, and where.
 #[derive(Debug, Error)]
-#[error("{place}: {fault}")]
+#[error("{place}: {kind}")]
 pub struct Problem {
     /// Where.
     pub place: Place,
     /// What, and the cure.
     #[source]
-    pub fault: Fault,
+    pub kind: ProblemKind,
 }
 
 /// Where a value came from.
@@ -95,7 +95,7 @@ impl fmt::Display for Place {
 /// What is wrong with a value. Each text ends with the cure.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum Fault {
+pub enum ProblemKind {
     /// The file cannot be read.
     #[error("cannot be read: {0}; give the path of a readable TOML file")]
     Read(#[source] io::Error),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::draft::Draft;
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::passthrough::range_in;
 use super::{Checker, Config};
 use crate::topology::PciAddress;
@@ -44,10 +44,10 @@ impl Checker<'_> {
                 continue;
             };
             // That it is one function is seen to where `vfio` is checked.
-            let fault = if value.vfio.is_none() {
-                Fault::ExportWithoutVfio
+            let kind = if value.vfio.is_none() {
+                ProblemKind::ExportWithoutVfio
             } else if !taken.insert(path.clone()) {
-                Fault::ExportPath
+                ProblemKind::ExportPath
             } else {
                 found.push(Export {
                     endpoint: range.first(),
@@ -56,7 +56,7 @@ impl Checker<'_> {
                 continue;
             };
             whole = false;
-            self.refuse(&given.origin, &key, fault);
+            self.refuse(&given.origin, &key, kind);
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)

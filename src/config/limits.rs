@@ -2,7 +2,7 @@
 
 use super::Checker;
 use super::draft::{Given, Scalar};
-use super::error::Fault;
+use super::error::ProblemKind;
 
 /// The most requests that can be taken at a time: the longest ring.
 pub const MAX_BATCH: usize = 1024;
@@ -23,7 +23,7 @@ impl Checker<'_> {
             .ok()
             .filter(|batch| (1..=MAX_BATCH).contains(batch));
         if batch.is_none() {
-            self.refuse(&given.origin, "batch", Fault::Batch(number));
+            self.refuse(&given.origin, "batch", ProblemKind::Batch(number));
         }
         batch
     }
@@ -38,7 +38,7 @@ impl Checker<'_> {
             .ok()
             .filter(|rate| (1..=MAX_FAULT_RATE).contains(rate));
         if rate.is_none() {
-            self.refuse(&given.origin, "fault-rate", Fault::FaultRate(number));
+            self.refuse(&given.origin, "fault-rate", ProblemKind::FaultRate(number));
         }
         rate
     }

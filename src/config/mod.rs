@@ -27,7 +27,7 @@ use crate::topology::{
 use draft::{Draft, EndpointDraft, Given, Origin, RegionDraft, Scalar};
 
 pub use emulated::{Emulated, Isolation, MAX_DEADLINE_MS, MIN_DEADLINE_MS};
-pub use error::{ConfigError, Fault, MAX_PROBLEMS, Place, Problem};
+pub use error::{ConfigError, MAX_PROBLEMS, Place, Problem, ProblemKind};
 pub use export::Export;
 pub use limits::{MAX_BATCH, MAX_FAULT_RATE};
 pub use operator::{
@@ -190,8 +190,8 @@ impl TryFrom<&RunArgs> for Config {
         let source = args.config.as_deref().zip(text.as_deref());
         let mut checker = Checker::new(source.map(|(path, text)| Source { path, text }));
         let draft = checker.parse()?;
-        let draft = draft.overridden_by(args, |flag, fault| {
-            checker.refuse(&Origin::Flag(flag), "", fault);
+        let draft = draft.overridden_by(args, |flag, kind| {
+            checker.refuse(&Origin::Flag(flag), "", kind);
         });
         checker.config(&draft, &args.descriptors, Some(args))
     }
@@ -199,25 +199,25 @@ impl TryFrom<&RunArgs> for Config {
 
 /// Reads a configuration file, but never more than [`MAX_FILE`].
 fn read(path: &Path) -> Result<String, ConfigError> {
-    let fail = |fault| {
+    let fail = |kind| {
         let place = Place::File {
             path: path.to_owned(),
             line: None,
             key: String::new(),
         };
         ConfigError {
-            problems: vec![Problem { place, fault }],
+            problems: vec![Problem { place, kind }],
             omitted: 0,
         }
     };
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
-        .map_err(|source| fail(Fault::Read(source)))?;
+        .map_err(|source| fail(ProblemKind::Read(source)))?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(fail(Fault::FileTooLong));
+        return Err(fail(ProblemKind::FileTooLong));
     }
-    String::from_utf8(bytes).map_err(|_| fail(Fault::NotUtf8))
+    String::from_utf8(bytes).map_err(|_| fail(ProblemKind::NotUtf8))
 }
 
 #[derive(Clone, Copy)]
@@ -243,7 +243,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn refuse(&mut self, origin: &Origin, key: &str, fault: Fault) {
+    fn refuse(&mut self, origin: &Origin, key: &str, kind: ProblemKind) {
         if self.problems.len() >= MAX_PROBLEMS {
             // Finding lines takes a pass over the file each.
             self.omitted += 1;
@@ -257,7 +257,7 @@ impl<'a> Checker<'a> {
                 key: key.to_owned(),
             },
         };
-        self.push(place, fault);
+        self.push(place, kind);
     }
 
     /// Refuses something that is nowhere to be found.
@@ -270,11 +270,11 @@ impl<'a> Checker<'a> {
                 key: key.to_owned(),
             },
         };
-        self.push(place, Fault::Missing(cure));
+        self.push(place, ProblemKind::Missing(cure));
     }
 
-    fn push(&mut self, place: Place, fault: Fault) {
-        self.problems.push(Problem { place, fault });
+    fn push(&mut self, place: Place, kind: ProblemKind) {
+        self.problems.push(Problem { place, kind });
     }
 
     fn finish(self) -> ConfigError {
@@ -291,12 +291,12 @@ impl<'a> Checker<'a> {
         };
         toml::from_str(source.text).map_err(|error| {
             let span = error.span().unwrap_or(0..0);
-            let fault = Fault::Syntax(syntax_message(
+            let kind = ProblemKind::Syntax(syntax_message(
                 error.message(),
                 line_text(source.text, span.start),
             ));
             let mut checker = Checker::new(self.source);
-            checker.refuse(&Origin::File(span), "", fault);
+            checker.refuse(&Origin::File(span), "", kind);
             checker.finish()
         })
     }
@@ -326,7 +326,7 @@ impl<'a> Checker<'a> {
         if let (Some(Socket::Path(path)), Some(given)) = (&socket, &draft.control)
             && control.as_ref() == Some(path)
         {
-            self.refuse(&given.origin, "control", Fault::SamePath);
+            self.refuse(&given.origin, "control", ProblemKind::SamePath);
         }
         let name = self.name(draft.name.as_ref(), socket.as_ref());
         let control_access = self.control_access(draft);
@@ -339,7 +339,7 @@ impl<'a> Checker<'a> {
         if let (Some(path), Some(given)) = (&qmp, &draft.qmp)
             && [own, control.as_ref()].contains(&Some(path))
         {
-            self.refuse(&given.origin, "qmp", Fault::QmpPath);
+            self.refuse(&given.origin, "qmp", ProblemKind::QmpPath);
         }
 
         let address_width = self.address_width(draft.address_width.as_ref());
@@ -440,16 +440,16 @@ impl<'a> Checker<'a> {
             key,
             "a path as a text, such as \"/run/vm0/iommu.sock\"",
         )?;
-        let fault = if text.is_empty() {
-            Fault::PathEmpty
+        let kind = if text.is_empty() {
+            ProblemKind::PathEmpty
         } else if text.len() > MAX_SOCKET_PATH {
-            Fault::PathTooLong(text.len())
+            ProblemKind::PathTooLong(text.len())
         } else if text.chars().any(char::is_control) {
-            Fault::PathControl
+            ProblemKind::PathControl
         } else {
             return Some(PathBuf::from(text));
         };
-        self.refuse(&given.origin, key, fault);
+        self.refuse(&given.origin, key, kind);
         None
     }
 
@@ -462,7 +462,7 @@ impl<'a> Checker<'a> {
             .ok()
             .filter(|width| (MIN_WIDTH..=MAX_WIDTH).contains(width));
         if width.is_none() {
-            self.refuse(&given.origin, "address-width", Fault::Width(bits));
+            self.refuse(&given.origin, "address-width", ProblemKind::Width(bits));
         }
         width
     }
@@ -482,8 +482,8 @@ impl<'a> Checker<'a> {
         };
         let granule = size.filter(|size| GRANULES.contains(size));
         if granule.is_none() {
-            let fault = Fault::Granule(shown(&given.value));
-            self.refuse(&given.origin, "granule", fault);
+            let kind = ProblemKind::Granule(shown(&given.value));
+            self.refuse(&given.origin, "granule", kind);
         }
         granule
     }
@@ -513,7 +513,7 @@ impl<'a> Checker<'a> {
         )?;
         let fits = u64::try_from(micros).ok().filter(|&us| us <= MAX_POLL_US);
         if fits.is_none() {
-            self.refuse(&given.origin, "poll-max-us", Fault::Poll(micros));
+            self.refuse(&given.origin, "poll-max-us", ProblemKind::Poll(micros));
         }
         fits.map(Duration::from_micros)
     }
@@ -527,7 +527,11 @@ impl<'a> Checker<'a> {
             .ok()
             .filter(|priority| (1..=MAX_PRIORITY).contains(priority));
         if priority.is_none() {
-            self.refuse(&given.origin, "realtime-priority", Fault::Priority(number));
+            self.refuse(
+                &given.origin,
+                "realtime-priority",
+                ProblemKind::Priority(number),
+            );
         }
         priority.map(Some)
     }
@@ -541,7 +545,7 @@ impl<'a> Checker<'a> {
             .ok()
             .filter(|domains| (1..=MAX_DOMAINS).contains(domains));
         if domains.is_none() {
-            self.refuse(&given.origin, "domains", Fault::Domains(count));
+            self.refuse(&given.origin, "domains", ProblemKind::Domains(count));
         }
         domains
     }
@@ -554,7 +558,7 @@ impl<'a> Checker<'a> {
         let bytes = self.size(given, "memory")?;
         let whole = bytes % (1 << 20) == 0;
         if bytes == 0 || bytes > MAX_MEMORY || !whole {
-            self.refuse(&given.origin, "memory", Fault::Memory(bytes));
+            self.refuse(&given.origin, "memory", ProblemKind::Memory(bytes));
             return None;
         }
         Some(Some(bytes))
@@ -566,14 +570,14 @@ impl<'a> Checker<'a> {
             return Some(whole_pages(share.saturating_add(BASE_ARENA).min(MAX_ARENA)));
         };
         let bytes = self.size(given, "arena-limit")?;
-        let fault = if bytes < MIN_ARENA {
-            Fault::ArenaTooSmall(bytes)
+        let kind = if bytes < MIN_ARENA {
+            ProblemKind::ArenaTooSmall(bytes)
         } else if bytes > MAX_ARENA {
-            Fault::ArenaTooLarge(bytes)
+            ProblemKind::ArenaTooLarge(bytes)
         } else {
             return Some(whole_pages(bytes));
         };
-        self.refuse(&given.origin, "arena-limit", fault);
+        self.refuse(&given.origin, "arena-limit", kind);
         None
     }
 
@@ -596,7 +600,7 @@ impl<'a> Checker<'a> {
                     let list = draft.hotplug.as_ref().map(|list| &list.value);
                     if let Some(given) = list.and_then(|list| list.get(error.index())) {
                         let key = format!("hotplug[{}]", error.index());
-                        self.refuse(&given.origin, &key, Fault::Topology(error));
+                        self.refuse(&given.origin, &key, ProblemKind::Topology(error));
                     }
                     None
                 }
@@ -632,13 +636,13 @@ impl<'a> Checker<'a> {
         } else {
             ("range", value.range.as_ref().map(|given| &given.origin))
         };
-        let fault = if draft.reserved.is_none() && names_default(&error) {
-            Fault::BesideDefault(error)
+        let kind = if draft.reserved.is_none() && names_default(&error) {
+            ProblemKind::BesideDefault(error)
         } else {
-            Fault::Topology(error)
+            ProblemKind::Topology(error)
         };
         let origin = origin.unwrap_or(&endpoint.origin);
-        self.refuse(origin, &format!("endpoint[{index}].{key}"), fault);
+        self.refuse(origin, &format!("endpoint[{index}].{key}"), kind);
     }
 
     fn iommu(&mut self, given: Option<&Given<Scalar>>) -> Option<PciAddress> {
@@ -660,7 +664,7 @@ impl<'a> Checker<'a> {
             Ok(address) => Some(address),
             Err(source) => {
                 let value = shown(&given.value);
-                self.refuse(&given.origin, key, Fault::Pci { value, source });
+                self.refuse(&given.origin, key, ProblemKind::Pci { value, source });
                 None
             }
         }
@@ -673,7 +677,7 @@ impl<'a> Checker<'a> {
             Ok(range) => Some(range),
             Err(source) => {
                 let value = shown(&given.value);
-                self.refuse(&given.origin, key, Fault::PciRange { value, source });
+                self.refuse(&given.origin, key, ProblemKind::PciRange { value, source });
                 None
             }
         }
@@ -688,12 +692,12 @@ impl<'a> Checker<'a> {
                 .map(PciRange::from),
             (None, Some(range)) => self.pci_range(range, &key("range")),
             (Some(_), Some(range)) => {
-                self.refuse(&range.origin, &key("range"), Fault::AddressAndRange);
+                self.refuse(&range.origin, &key("range"), ProblemKind::AddressAndRange);
                 None
             }
             (None, None) => {
                 let key = format!("endpoint[{index}]");
-                self.refuse(&given.origin, &key, Fault::NoAddress);
+                self.refuse(&given.origin, &key, ProblemKind::NoAddress);
                 None
             }
         };
@@ -718,7 +722,7 @@ impl<'a> Checker<'a> {
             Ok(name) => Some(name),
             Err(source) => {
                 let value = shown(&given.value);
-                self.refuse(&given.origin, key, Fault::Group { value, source });
+                self.refuse(&given.origin, key, ProblemKind::Group { value, source });
                 None
             }
         }
@@ -756,7 +760,11 @@ impl<'a> Checker<'a> {
         };
         let (first, last) = (first?, last?);
         let Some(range) = IovaRange::new(Iova(first), Iova(last)) else {
-            self.refuse(&given.origin, key, Fault::RegionBackwards { first, last });
+            self.refuse(
+                &given.origin,
+                key,
+                ProblemKind::RegionBackwards { first, last },
+            );
             return None;
         };
         // Pages of 4 KiB whatever the granule: meeting a region is a matter of bytes, so a
@@ -764,13 +772,13 @@ impl<'a> Checker<'a> {
         // inside such a page are a slip, most often the length or the end in place of `last`.
         let (whole_first, whole_last) = (whole_pages(first), last | (SMALLEST_PAGE - 1));
         if (first, last) != (whole_first, whole_last) {
-            let fault = Fault::RegionUnaligned {
+            let kind = ProblemKind::RegionUnaligned {
                 first,
                 last,
                 whole_first,
                 whole_last,
             };
-            self.refuse(&given.origin, key, fault);
+            self.refuse(&given.origin, key, kind);
             return None;
         }
         Some(ReservedRegion { range, kind: kind? })
@@ -784,7 +792,7 @@ impl<'a> Checker<'a> {
     ) -> Option<u64> {
         let Some(given) = given else {
             let cure = "give `first` and `last`, the first and last address of the region";
-            self.refuse(&region.origin, key, Fault::Missing(cure));
+            self.refuse(&region.origin, key, ProblemKind::Missing(cure));
             return None;
         };
         let address = match &given.value {
@@ -797,7 +805,7 @@ impl<'a> Checker<'a> {
             }
         };
         if address.is_none() {
-            self.refuse(&given.origin, key, Fault::Iova(shown(&given.value)));
+            self.refuse(&given.origin, key, ProblemKind::Iova(shown(&given.value)));
         }
         address
     }
@@ -807,7 +815,11 @@ impl<'a> Checker<'a> {
             "reserved" => Some(ReservedKind::Reserved),
             "msi" => Some(ReservedKind::Msi),
             _ => {
-                self.refuse(&given.origin, key, Fault::RegionKind(shown(&given.value)));
+                self.refuse(
+                    &given.origin,
+                    key,
+                    ProblemKind::RegionKind(shown(&given.value)),
+                );
                 None
             }
         }
@@ -845,7 +857,7 @@ impl<'a> Checker<'a> {
             }
         };
         if size.is_none() {
-            self.refuse(&given.origin, key, Fault::Size(shown(&given.value)));
+            self.refuse(&given.origin, key, ProblemKind::Size(shown(&given.value)));
         }
         size
     }
@@ -857,7 +869,7 @@ impl<'a> Checker<'a> {
         found: &'static str,
         wanted: &'static str,
     ) {
-        self.refuse(&given.origin, key, Fault::WrongType { found, wanted });
+        self.refuse(&given.origin, key, ProblemKind::WrongType { found, wanted });
     }
 }
 

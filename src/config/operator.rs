@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::draft::{Draft, Given, MetricsDraft, Scalar};
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::{Checker, Socket, shown};
 
 /// The longest name of a VM in bytes.
@@ -73,7 +73,11 @@ impl Checker<'_> {
         };
         let text = self.text(given, "name", "a text, such as \"vm1\"")?;
         if text.is_empty() || text.len() > MAX_NAME || !text.bytes().all(|b| b.is_ascii_graphic()) {
-            self.refuse(&given.origin, "name", Fault::Name(shown(&given.value)));
+            self.refuse(
+                &given.origin,
+                "name",
+                ProblemKind::Name(shown(&given.value)),
+            );
             return None;
         }
         Some(text.to_owned())
@@ -91,7 +95,7 @@ impl Checker<'_> {
             return Some(MetricsOutput::default());
         };
         if value.socket.is_none() && value.textfile.is_none() {
-            self.refuse(origin, "metrics", Fault::MetricsNowhere);
+            self.refuse(origin, "metrics", ProblemKind::MetricsNowhere);
             return None;
         }
         let socket = match &value.socket {
@@ -99,7 +103,7 @@ impl Checker<'_> {
             Some(given) => {
                 let path = self.socket_path(Some(given), "metrics.socket");
                 if path.as_ref().is_some_and(|path| taken.contains(&path)) {
-                    self.refuse(&given.origin, "metrics.socket", Fault::MetricsPath);
+                    self.refuse(&given.origin, "metrics.socket", ProblemKind::MetricsPath);
                     None
                 } else {
                     path.map(Some)
@@ -134,7 +138,7 @@ impl Checker<'_> {
                     self.refuse(
                         &given.origin,
                         mode_key,
-                        Fault::SocketMode(shown(&given.value)),
+                        ProblemKind::SocketMode(shown(&given.value)),
                     );
                 }
                 mode
@@ -153,7 +157,7 @@ impl Checker<'_> {
                     self.refuse(
                         &given.origin,
                         group_key,
-                        Fault::SocketGroup(shown(&given.value)),
+                        ProblemKind::SocketGroup(shown(&given.value)),
                     );
                 }
                 number.map(Some)
@@ -176,7 +180,7 @@ impl Checker<'_> {
                     .ok()
                     .filter(|s| (MIN_INTERVAL_S..=MAX_INTERVAL_S).contains(s));
                 if fits.is_none() {
-                    self.refuse(&given.origin, key, Fault::Interval(seconds));
+                    self.refuse(&given.origin, key, ProblemKind::Interval(seconds));
                 }
                 fits.map(Duration::from_secs)
             }
@@ -193,7 +197,11 @@ impl Checker<'_> {
         let path = Path::new(text);
         let ends = path.extension().is_some_and(|ending| ending == "prom");
         if !ends || text.chars().any(char::is_control) {
-            self.refuse(&given.origin, key, Fault::Textfile(shown(&given.value)));
+            self.refuse(
+                &given.origin,
+                key,
+                ProblemKind::Textfile(shown(&given.value)),
+            );
             return None;
         }
         Some(Some(Textfile {

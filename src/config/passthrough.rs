@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::RawFd;
 
 use super::draft::{Draft, Given, Origin, Scalar};
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::{Checker, shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
 use crate::topology::{PciAddress, PciRange};
@@ -81,8 +81,8 @@ impl Checker<'_> {
             "iommufd" => Some(HostIommu::Iommufd),
             "type1" => Some(HostIommu::Type1),
             _ => {
-                let fault = Fault::HostIommu(shown(&given.value));
-                self.refuse(&given.origin, "host-iommu", fault);
+                let kind = ProblemKind::HostIommu(shown(&given.value));
+                self.refuse(&given.origin, "host-iommu", kind);
                 None
             }
         }
@@ -96,7 +96,7 @@ impl Checker<'_> {
             "all" => Some(Pin::All),
             "mapped" => Some(Pin::Mapped),
             _ => {
-                self.refuse(&given.origin, "pin", Fault::Pin(shown(&given.value)));
+                self.refuse(&given.origin, "pin", ProblemKind::Pin(shown(&given.value)));
                 None
             }
         }
@@ -117,10 +117,10 @@ impl Checker<'_> {
                 whole = false;
                 continue;
             };
-            let fault = if range.count() > 1 {
-                Fault::VfioOnRange { range }
+            let kind = if range.count() > 1 {
+                ProblemKind::VfioOnRange { range }
             } else if let Some(other) = hosts.insert(host, range.first()) {
-                Fault::HostTwice { host, other }
+                ProblemKind::HostTwice { host, other }
             } else {
                 found.push(Passthrough {
                     endpoint: range.first(),
@@ -129,7 +129,7 @@ impl Checker<'_> {
                 continue;
             };
             whole = false;
-            self.refuse(&vfio.origin, &key, fault);
+            self.refuse(&vfio.origin, &key, kind);
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)
@@ -153,7 +153,7 @@ impl Checker<'_> {
         if let Some(fd) = given.iommufd_fd {
             self.take(&mut taken, fd, "--iommufd-fd");
             if host_iommu == HostIommu::Type1 {
-                self.refuse_flag("--iommufd-fd", Fault::IommufdWithType1);
+                self.refuse_flag("--iommufd-fd", ProblemKind::IommufdWithType1);
             }
         }
         let devices = self.by_endpoint("--vfio-fd", &given.vfio_fd, passthrough, &mut taken);
@@ -163,16 +163,19 @@ impl Checker<'_> {
         match host_iommu {
             HostIommu::Iommufd => {
                 if !devices.is_empty() && given.iommufd_fd.is_none() {
-                    self.refuse_flag("--vfio-fd", Fault::DeviceWithoutIommufd);
+                    self.refuse_flag("--vfio-fd", ProblemKind::DeviceWithoutIommufd);
                 }
                 if !containers.is_empty() {
-                    self.refuse_flag("--vfio-container-fd", Fault::ContainerWithIommufd);
+                    self.refuse_flag("--vfio-container-fd", ProblemKind::ContainerWithIommufd);
                 }
             }
             HostIommu::Type1 => {
                 let alone = devices.keys().find(|key| !containers.contains_key(key));
                 if let Some(&endpoint) = alone {
-                    self.refuse_flag("--vfio-fd", Fault::DeviceWithoutContainer { endpoint });
+                    self.refuse_flag(
+                        "--vfio-fd",
+                        ProblemKind::DeviceWithoutContainer { endpoint },
+                    );
                 }
             }
         }
@@ -194,14 +197,14 @@ impl Checker<'_> {
         let mut found = BTreeMap::new();
         for text in texts {
             let Some((endpoint, fd)) = assignment(text) else {
-                self.refuse_flag(flag, Fault::DescriptorText(shorten(text)));
+                self.refuse_flag(flag, ProblemKind::DescriptorText(shorten(text)));
                 continue;
             };
             let known = passthrough.binary_search_by_key(&endpoint, |entry| entry.endpoint);
             if known.is_err() {
-                self.refuse_flag(flag, Fault::NotPassthrough { endpoint });
+                self.refuse_flag(flag, ProblemKind::NotPassthrough { endpoint });
             } else if found.insert(endpoint, fd).is_some() {
-                self.refuse_flag(flag, Fault::EndpointTwice { endpoint });
+                self.refuse_flag(flag, ProblemKind::EndpointTwice { endpoint });
             } else {
                 self.take(taken, fd, flag);
             }
@@ -212,12 +215,12 @@ impl Checker<'_> {
     /// Refuses a descriptor that another option has given already.
     fn take(&mut self, taken: &mut Taken, fd: RawFd, flag: &'static str) {
         if let Some(other) = taken.0.insert(fd, flag) {
-            self.refuse_flag(flag, Fault::DescriptorTwice { fd, other });
+            self.refuse_flag(flag, ProblemKind::DescriptorTwice { fd, other });
         }
     }
 
-    fn refuse_flag(&mut self, flag: &'static str, fault: Fault) {
-        self.refuse(&Origin::Flag(flag), "", fault);
+    fn refuse_flag(&mut self, flag: &'static str, kind: ProblemKind) {
+        self.refuse(&Origin::Flag(flag), "", kind);
     }
 }
 

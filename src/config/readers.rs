@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::draft::{Draft, Given, ReadersDraft, Scalar};
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::{Checker, shown};
 
 /// The most processes that can be let in for one endpoint.
@@ -54,8 +54,8 @@ impl Checker<'_> {
             return Some(Vec::new());
         };
         if given.value.len() > MAX_USERS {
-            let fault = Fault::TooManyUsers(given.value.len());
-            self.refuse(&given.origin, "readers.users", fault);
+            let kind = ProblemKind::TooManyUsers(given.value.len());
+            self.refuse(&given.origin, "readers.users", kind);
             return None;
         }
         let mut users = Vec::new();
@@ -71,7 +71,7 @@ impl Checker<'_> {
             } else {
                 whole = false;
                 let key = format!("readers.users[{index}]");
-                self.refuse(&user.origin, &key, Fault::User(shown(&user.value)));
+                self.refuse(&user.origin, &key, ProblemKind::User(shown(&user.value)));
             }
         }
         users.sort_unstable();
@@ -89,7 +89,7 @@ impl Checker<'_> {
             .ok()
             .filter(|limit| (1..=MAX_READERS).contains(limit));
         if limit.is_none() {
-            self.refuse(&given.origin, key, Fault::ReaderLimit(number));
+            self.refuse(&given.origin, key, ProblemKind::ReaderLimit(number));
         }
         limit
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::draft::Draft;
-use super::error::Fault;
+use super::error::ProblemKind;
 use super::passthrough::range_in;
 use super::{Checker, Socket};
 use crate::topology::PciAddress;
@@ -39,12 +39,12 @@ impl Checker<'_> {
                 continue;
             };
             let vmm = matches!(socket, Some(Socket::Path(other)) if *other == path);
-            let fault = if vmm || control == Some(&path) {
-                Fault::ShadowPath
+            let kind = if vmm || control == Some(&path) {
+                ProblemKind::ShadowPath
             } else if range.count() > 1 {
-                Fault::ShadowOnRange { range }
+                ProblemKind::ShadowOnRange { range }
             } else if value.vfio.is_some() || value.vfio_user.is_some() {
-                Fault::ShadowWithVfio
+                ProblemKind::ShadowWithVfio
             } else {
                 found.push(ShadowListener {
                     endpoint: range.first(),
@@ -53,7 +53,7 @@ impl Checker<'_> {
                 continue;
             };
             whole = false;
-            self.refuse(&given.origin, &key, fault);
+            self.refuse(&given.origin, &key, kind);
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)

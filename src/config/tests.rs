@@ -980,14 +980,14 @@ fn every_problem_is_reported_up_to_a_limit() {
     let error = parse("address = 'x'\ngranule = 'y'\nmemory = 'z'\n[[endpoint]]")
         .expect_err("four problems");
     assert_eq!((error.problems.len(), error.omitted), (4, 0));
-    let kinds: [fn(&Fault) -> bool; 4] = [
-        |fault| matches!(fault, Fault::Granule(_)),
-        |fault| matches!(fault, Fault::Size(_)),
-        |fault| matches!(fault, Fault::Pci { .. }),
-        |fault| matches!(fault, Fault::NoAddress),
+    let kinds: [fn(&ProblemKind) -> bool; 4] = [
+        |kind| matches!(kind, ProblemKind::Granule(_)),
+        |kind| matches!(kind, ProblemKind::Size(_)),
+        |kind| matches!(kind, ProblemKind::Pci { .. }),
+        |kind| matches!(kind, ProblemKind::NoAddress),
     ];
     for (kind, problem) in kinds.iter().zip(&error.problems) {
-        assert!(kind(&problem.fault), "{problem}");
+        assert!(kind(&problem.kind), "{problem}");
     }
 
     let many = format!(

@@ -153,7 +153,7 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
 pub const ELSEWHERE: &[(&str, &str)] = &[
     // Their words are those of what they hold, which have rows of their own.
     ("Problem", "a place before another error's words"),
-    ("Fault::Syntax", "see TOML"),
+    ("ProblemKind::Syntax", "see TOML"),
     ("HotplugError::System", "see Sockets"),
     ("DaemonError::Backend", "a backend's words"),
     ("DaemonError::Socket", "see Sockets"),
@@ -166,7 +166,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("DaemonError::VhostUser", "no descriptors or threads left"),
     ("LaunchError::System", "no files, memory or processes left"),
     // Refused earlier, so that the words are a second net.
-    ("DaemonError::NoSocket", "Fault::Missing comes first"),
+    ("DaemonError::NoSocket", "ProblemKind::Missing comes first"),
     // Root may.
     (
         "RealtimeError",
@@ -225,66 +225,69 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
 /// One for each other error.
 pub const CASES: &[Case] = &[
     // The file as a whole.
-    case("Fault::Read", Args(&["check", "missing.toml"])),
-    case("Fault::FileTooLong", Args(&["check", "long.toml"])),
-    case("Fault::NotUtf8", Args(&["check", "bytes.toml"])),
+    case("ProblemKind::Read", Args(&["check", "missing.toml"])),
+    case("ProblemKind::FileTooLong", Args(&["check", "long.toml"])),
+    case("ProblemKind::NotUtf8", Args(&["check", "bytes.toml"])),
     case("toml/unknown", File("adress = '00:05.0'")),
     case("toml/duplicate", File("address = '00:05.0'")),
     case("toml/sequence", File("reserved = 1")),
     case("toml/table", File("reserved = [1]")),
     case("toml/other", File("bypass = ")),
-    case("Fault::WrongType", File("bypass = 1")),
-    case("Fault::Missing", Text("")),
+    case("ProblemKind::WrongType", File("bypass = 1")),
+    case("ProblemKind::Missing", Text("")),
     // Sockets.
-    case("Fault::PathEmpty", File("socket = ''")),
-    case("Fault::PathTooLong", Made(long_path, CHECK)),
-    case("Fault::PathControl", File("socket = \"a\\tb\"")),
-    case("Fault::SamePath", File("socket = 's'\ncontrol = 's'")),
-    case("Fault::QmpPath", File("control = 's'\nqmp = 's'")),
+    case("ProblemKind::PathEmpty", File("socket = ''")),
+    case("ProblemKind::PathTooLong", Made(long_path, CHECK)),
+    case("ProblemKind::PathControl", File("socket = \"a\\tb\"")),
+    case("ProblemKind::SamePath", File("socket = 's'\ncontrol = 's'")),
+    case("ProblemKind::QmpPath", File("control = 's'\nqmp = 's'")),
     case("socket/file", With("socket = 'file'", RUN)),
     case("socket/taken", With("socket = 'taken.sock'", RUN)),
     case("socket/bind", With("socket = 'no/where'", RUN)),
     // Values.
-    case("Fault::Width", File("address-width = 20")),
-    case("Fault::Granule", File("granule = '8k'")),
-    case("Fault::Poll", File("poll-max-us = 20000")),
-    case("Fault::Priority", File("realtime-priority = 0")),
-    case("Fault::Batch", File("batch = 0")),
-    case("Fault::FaultRate", File("fault-rate = 0")),
-    case("Fault::Name", File("name = 'a b'")),
+    case("ProblemKind::Width", File("address-width = 20")),
+    case("ProblemKind::Granule", File("granule = '8k'")),
+    case("ProblemKind::Poll", File("poll-max-us = 20000")),
+    case("ProblemKind::Priority", File("realtime-priority = 0")),
+    case("ProblemKind::Batch", File("batch = 0")),
+    case("ProblemKind::FaultRate", File("fault-rate = 0")),
+    case("ProblemKind::Name", File("name = 'a b'")),
     case(
-        "Fault::SocketMode",
+        "ProblemKind::SocketMode",
         File("control = 's'\ncontrol-mode = '0999'"),
     ),
     case(
-        "Fault::SocketGroup",
+        "ProblemKind::SocketGroup",
         File("control = 's'\ncontrol-group = -1"),
     ),
-    case("Fault::MetricsNowhere", File("[metrics]")),
+    case("ProblemKind::MetricsNowhere", File("[metrics]")),
     case(
-        "Fault::MetricsPath",
+        "ProblemKind::MetricsPath",
         File("control = 's'\n[metrics]\nsocket = 's'"),
     ),
-    case("Fault::Textfile", File("[metrics]\ntextfile = 'm.txt'")),
     case(
-        "Fault::Interval",
+        "ProblemKind::Textfile",
+        File("[metrics]\ntextfile = 'm.txt'"),
+    ),
+    case(
+        "ProblemKind::Interval",
         File("[metrics]\ntextfile = 'm.prom'\ninterval-s = 0"),
     ),
-    case("Fault::Domains", File("domains = 0")),
-    case("Fault::Size", File("memory = 'much'")),
-    case("Fault::Memory", File("memory = 4096")),
-    case("Fault::ArenaTooSmall", File("arena-limit = 4096")),
-    case("Fault::ArenaTooLarge", File("arena-limit = '2T'")),
-    case("Fault::HostIommu", File("host-iommu = 'vfio'")),
-    case("Fault::Pin", File("pin = 'some'")),
-    case("Fault::User", File("[readers]\nusers = ['root']")),
-    case("Fault::TooManyUsers", Made(too_many_users, CHECK)),
-    case("Fault::ReaderLimit", File("[readers]\nlimit = 0")),
+    case("ProblemKind::Domains", File("domains = 0")),
+    case("ProblemKind::Size", File("memory = 'much'")),
+    case("ProblemKind::Memory", File("memory = 4096")),
+    case("ProblemKind::ArenaTooSmall", File("arena-limit = 4096")),
+    case("ProblemKind::ArenaTooLarge", File("arena-limit = '2T'")),
+    case("ProblemKind::HostIommu", File("host-iommu = 'vfio'")),
+    case("ProblemKind::Pin", File("pin = 'some'")),
+    case("ProblemKind::User", File("[readers]\nusers = ['root']")),
+    case("ProblemKind::TooManyUsers", Made(too_many_users, CHECK)),
+    case("ProblemKind::ReaderLimit", File("[readers]\nlimit = 0")),
     // Addresses.
-    case("Fault::Pci", File("[[endpoint]]\naddress = 'x'")),
+    case("ProblemKind::Pci", File("[[endpoint]]\naddress = 'x'")),
     case("PciAddressError", File("[[endpoint]]\naddress = 'x'")),
     case(
-        "Fault::PciRange",
+        "ProblemKind::PciRange",
         File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
     ),
     case(
@@ -296,12 +299,12 @@ pub const CASES: &[Case] = &[
         File("[[endpoint]]\nrange = '0:00:07.0-1:00:08.0'"),
     ),
     case(
-        "Fault::AddressAndRange",
+        "ProblemKind::AddressAndRange",
         File("[[endpoint]]\naddress = '00:06.0'\nrange = '00:06.0-00:07.0'"),
     ),
-    case("Fault::NoAddress", File("[[endpoint]]\ngroup = 'g'")),
+    case("ProblemKind::NoAddress", File("[[endpoint]]\ngroup = 'g'")),
     case(
-        "Fault::Group",
+        "ProblemKind::Group",
         File("[[endpoint]]\naddress = '00:06.0'\ngroup = 'a b'"),
     ),
     case(
@@ -336,74 +339,74 @@ pub const CASES: &[Case] = &[
     ),
     // Devices.
     case(
-        "Fault::VfioOnRange",
+        "ProblemKind::VfioOnRange",
         File("[[endpoint]]\nrange = '00:06.0-00:06.1'\nvfio = '65:00.0'"),
     ),
     case(
-        "Fault::HostTwice",
+        "ProblemKind::HostTwice",
         File(
             "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n\
              [[endpoint]]\naddress = '00:07.0'\nvfio = '65:00.0'",
         ),
     ),
     case(
-        "Fault::ExportWithoutVfio",
+        "ProblemKind::ExportWithoutVfio",
         File("[[endpoint]]\naddress = '00:06.0'\nexport = 'e'"),
     ),
     case(
-        "Fault::ExportPath",
+        "ProblemKind::ExportPath",
         File("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = 's'"),
     ),
     case(
-        "Fault::ShadowOnRange",
+        "ProblemKind::ShadowOnRange",
         File("[[endpoint]]\nrange = '00:06.0-00:06.1'\nshadow = 'h'"),
     ),
     case(
-        "Fault::ShadowWithVfio",
+        "ProblemKind::ShadowWithVfio",
         File("[[endpoint]]\naddress = '00:06.0'\nshadow = 'h'\nvfio = '65:00.0'"),
     ),
     case(
-        "Fault::ShadowPath",
+        "ProblemKind::ShadowPath",
         File("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nshadow = 's'"),
     ),
     case(
-        "Fault::EmulatedOnRange",
+        "ProblemKind::EmulatedOnRange",
         File(
             "[[endpoint]]\nrange = '00:06.0-00:06.1'\n\
              vfio-user = { listen = 'l', connect = 'k' }",
         ),
     ),
     case(
-        "Fault::EmulatedAndVfio",
+        "ProblemKind::EmulatedAndVfio",
         File(
             "[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n\
              vfio-user = { listen = 'l', connect = 'k' }",
         ),
     ),
     case(
-        "Fault::EmulatedMissing",
+        "ProblemKind::EmulatedMissing",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio-user = { listen = 'l' }"),
     ),
     case(
-        "Fault::ListenIsConnect",
+        "ProblemKind::ListenIsConnect",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio-user = { listen = 'l', connect = 'l' }"),
     ),
     case(
-        "Fault::ListenTwice",
+        "ProblemKind::ListenTwice",
         File(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = { listen = 's', connect = 'k' }",
         ),
     ),
     case(
-        "Fault::Isolation",
+        "ProblemKind::Isolation",
         File(
             "[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = { listen = 'l', connect = 'k', isolation = 'none' }",
         ),
     ),
     case(
-        "Fault::Deadline",
+        "ProblemKind::Deadline",
         File(
             "[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = { listen = 'l', connect = 'k', deadline-ms = 1 }",
@@ -411,23 +414,23 @@ pub const CASES: &[Case] = &[
     ),
     // Reserved regions.
     case(
-        "Fault::Iova",
+        "ProblemKind::Iova",
         File("reserved = [{ first = 'x', last = 1 }]"),
     ),
     case(
-        "Fault::RegionBackwards",
+        "ProblemKind::RegionBackwards",
         File("reserved = [{ first = 0x1000, last = 0xfff }]"),
     ),
     case(
-        "Fault::RegionUnaligned",
+        "ProblemKind::RegionUnaligned",
         File("reserved = [{ first = 0, last = 0x1000 }]"),
     ),
     case(
-        "Fault::RegionKind",
+        "ProblemKind::RegionKind",
         File("reserved = [{ first = 0, last = 0xfff, kind = 'mmio' }]"),
     ),
     case(
-        "Fault::RegionText",
+        "ProblemKind::RegionText",
         With(
             "socket = 's'",
             &["--config", "vm.toml", "--reserved", "0-1"],
@@ -446,7 +449,7 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
-        "Fault::BesideDefault",
+        "ProblemKind::BesideDefault",
         File(
             "[[endpoint]]\naddress = '00:06.0'\n\
              reserved = [{ first = 0xfee00000, last = 0xfee00fff }]",
@@ -454,18 +457,18 @@ pub const CASES: &[Case] = &[
     ),
     // Descriptors.
     case(
-        "Fault::DescriptorText",
+        "ProblemKind::DescriptorText",
         With("socket = 's'", &["--config", "vm.toml", "--vfio-fd", "4"]),
     ),
     case(
-        "Fault::NotPassthrough",
+        "ProblemKind::NotPassthrough",
         With(
             "socket = 's'",
             &["--config", "vm.toml", "--vfio-fd", "00:06.0=4"],
         ),
     ),
     case(
-        "Fault::EndpointTwice",
+        "ProblemKind::EndpointTwice",
         With(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
             &[
@@ -481,7 +484,7 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
-        "Fault::DescriptorTwice",
+        "ProblemKind::DescriptorTwice",
         With(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
             &[
@@ -495,28 +498,28 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
-        "Fault::IommufdWithType1",
+        "ProblemKind::IommufdWithType1",
         With(
             "socket = 's'\nhost-iommu = 'type1'",
             &["--config", "vm.toml", "--iommufd-fd", "4"],
         ),
     ),
     case(
-        "Fault::ContainerWithIommufd",
+        "ProblemKind::ContainerWithIommufd",
         With(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
             &["--config", "vm.toml", "--vfio-container-fd", "00:06.0=4"],
         ),
     ),
     case(
-        "Fault::DeviceWithoutIommufd",
+        "ProblemKind::DeviceWithoutIommufd",
         With(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
             &["--config", "vm.toml", "--vfio-fd", "00:06.0=4"],
         ),
     ),
     case(
-        "Fault::DeviceWithoutContainer",
+        "ProblemKind::DeviceWithoutContainer",
         With(
             "socket = 's'\nhost-iommu = 'type1'\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio = '65:00.0'",
@@ -642,11 +645,11 @@ pub const CASES: &[Case] = &[
     ),
     // Endpoints that come and go.
     case(
-        "Fault::AdditionControl",
+        "ProblemKind::AdditionControl",
         Ctl("", &["add-endpoint", "00:06.0", "group = 'a\tb'"]),
     ),
     case(
-        "Fault::AdditionNotOne",
+        "ProblemKind::AdditionNotOne",
         Ctl(
             "",
             &["add-endpoint", "00:06.0", "group = 'g' }, { group = 'h'"],
