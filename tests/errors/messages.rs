@@ -44,7 +44,10 @@ pub fn matches(pattern: &str, said: &str) -> bool {
 /// The messages in a source file, but for those that only pass on another error's.
 pub fn in_source(text: &str) -> Vec<Message> {
     let mut found = Vec::new();
-    let text = text.split("#[cfg(test)]").next().expect("a first part");
+    let text = text
+        .split("#[cfg(test)]\nmod tests {")
+        .next()
+        .expect("a first part");
     let mut owner = String::new();
     let mut rest = text;
     while let Some(at) = rest.find("#[error(") {
