@@ -17,7 +17,7 @@
 #
 # Environment:
 #   VIOMMU_CACHE    the cache (default: vhost-device-iommu in XDG_CACHE_HOME or ~/.cache)
-#   VIOMMU_MIRROR   the Debian mirror (default: the host's own, else http://deb.debian.org/debian)
+#   VIOMMU_MIRROR   the URL of a Debian mirror (default: the first one in the host's APT sources)
 #   http_proxy      as everywhere
 
 set -euo pipefail

@@ -7,22 +7,24 @@
 APT_SUITES="trixie trixie-backports"
 APT_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
-# The mirror: VIOMMU_MIRROR, else the host's own when it is an ordinary one, else deb.debian.org.
+# apt_mirror: prints the Debian mirror: VIOMMU_MIRROR, or the first one in the host's APT sources. Prints nothing if
+# both are missing. No mirror is built in: the operator of the host decides which servers these scripts contact.
 apt_mirror() {
     if [ -n "${VIOMMU_MIRROR:-}" ]; then
         printf '%s\n' "${VIOMMU_MIRROR%/}"
         return
     fi
     local found
-    found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
-        sed 's/#.*//' | grep -oE 'https?://[^] ]+/debian/?( |$)' | grep -v snapshot | tr -d ' ' | head -n 1) || true
-    found=${found%/}
-    printf '%s\n' "${found:-http://deb.debian.org/debian}"
+    # A source may name a list of mirrors in a file instead ('mirror+file:').
+    found=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.{list,sources} /etc/apt/mirrors/*.list 2>/dev/null |
+        sed 's/#.*//' | grep -oE 'https?://[^] ]+/debian/?( |$)' | tr -d ' ' | head -n 1) || true
+    printf '%s\n' "${found%/}"
 }
 
-# Writes the configuration and exports APT_CONFIG. No network.
+# Writes the configuration, exports APT_CONFIG and sets APT_MIRROR. No network. A missing mirror is no error here: a
+# warm cache does not need one.
 apt_open() {
-    local tool root=$CACHE/apt suite mirror
+    local tool root=$CACHE/apt suite
     [ "$(uname -m)" = x86_64 ] || die "the test guests are x86-64 only; this machine is $(uname -m)"
     for tool in apt-get apt-cache apt-config dpkg-deb; do
         have "$tool" || die "$tool not found: these scripts get their guests from Debian packages and need a Debian 12 or newer"
@@ -31,9 +33,9 @@ apt_open() {
     mkdir -p "$root"/lists/partial "$root"/archives/partial "$root"/etc/none "$root"/log
     : >"$root/status"
     : >"$root/etc/preferences"
-    mirror=$(apt_mirror)
-    for suite in $APT_SUITES; do
-        echo "deb [arch=amd64 signed-by=$APT_KEYRING] $mirror $suite main"
+    APT_MIRROR=$(apt_mirror)
+    for suite in ${APT_MIRROR:+$APT_SUITES}; do
+        echo "deb [arch=amd64 signed-by=$APT_KEYRING] $APT_MIRROR $suite main"
     done | write_file "$root/etc/sources.list"
     {
         # Of the host's settings only the way to the network is taken over. Its hooks are not: they expect root.
@@ -67,7 +69,9 @@ CONF
 
 apt_update() {
     local log=$CACHE/apt/log/update
-    say "fetching Debian's package lists from $(apt_mirror) ..."
+    [ -n "$APT_MIRROR" ] ||
+        die "no Debian mirror: the APT sources of this machine name none; set VIOMMU_MIRROR to the URL of one, as in http://HOST/debian"
+    say "fetching Debian's package lists from $APT_MIRROR ..."
     rm -f "$CACHE/apt/updated"
     if apt-get update --error-on=any >"$log" 2>&1; then
         cp "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated"

@@ -103,7 +103,7 @@ toolchain_ready() {
     rust_wrapper cargo "$settings"
     PATH=$bin:$PATH
     hash -r
-    rust_suits || die "the Rust of trixie-backports ($(rustc --version 2>&1 || true)) does not run or is older than $(rust_wanted): install a newer one, for instance from https://rustup.rs"
+    rust_suits || die "the Rust of trixie-backports ($(rustc --version 2>&1 || true)) does not run or is older than $(rust_wanted): install a newer cargo and rustc and put them on PATH"
     say "$(cargo --version) (Debian's package)"
     cc_ready
 }

@@ -7,6 +7,7 @@
     reason = "a failure here is a failed test wherever it happens"
 )]
 
+mod hosts;
 mod manual;
 
 use std::path::{Path, PathBuf};
