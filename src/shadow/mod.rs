@@ -27,11 +27,14 @@
 //! This guards against a device that errs, not against one that is malicious: it has guest memory
 //! mapped, all of it.
 
+mod process;
 pub mod reader;
 pub mod registry;
 pub mod server;
 mod sys;
 pub mod wire;
+
+pub use process::Process;
 
 pub use reader::{
     AccessGuard, ConnectError, Refused, ShadowIommu, ShadowMemory, ShadowReader, TlbGuard,
@@ -40,4 +43,3 @@ pub use registry::{
     Limits, Ram, Reader, ReaderCounters, Registry, RegistryError, ShadowEndpoint, Stuck,
 };
 pub use server::{RefusedAccess, ShadowServer, ShadowSocket};
-pub use sys::Process;

@@ -13,7 +13,8 @@ use log::debug;
 use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
 
-use super::sys::{Process, has_hung_up, own_user, peer_user, send, wait_for_room};
+use super::process::{Process, has_hung_up, own_user, peer_user};
+use super::sys::{send, wait_for_room};
 use super::wire::{
     EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, Refusal, VERSION, epoch_word, epoch_words, kind,
 };

@@ -1,5 +1,4 @@
-//! The system calls of this module: descriptors over sockets, who is at the other end, and the end of
-//! a process.
+//! System calls on sockets: bytes and descriptors, and readiness.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -13,8 +12,6 @@ use std::time::Duration;
 const MAX_FDS: usize = 4;
 /// Room for their control message, in words.
 const CONTROL_WORDS: usize = 8;
-/// `SO_PEERPIDFD` of `asm-generic/socket.h`.
-const SO_PEERPIDFD: libc::c_int = 77;
 
 /// Sends all of `bytes`, or as many as there is room for, with `fds`; never waits.
 ///
@@ -127,146 +124,6 @@ fn empty_message(part: *mut libc::iovec) -> libc::msghdr {
     message
 }
 
-/// This process's effective user.
-pub fn own_user() -> u32 {
-    // SAFETY: always succeeds.
-    unsafe { libc::geteuid() }
-}
-
-/// The user of the process that has connected.
-///
-/// # Errors
-/// The system will not tell.
-pub fn peer_user(stream: &UnixStream) -> io::Result<u32> {
-    credentials(stream).map(|c| c.uid)
-}
-
-fn credentials(stream: &UnixStream) -> io::Result<libc::ucred> {
-    let mut found = libc::ucred {
-        pid: 0,
-        uid: u32::MAX,
-        gid: u32::MAX,
-    };
-    socket_option(stream, libc::SO_PEERCRED, &mut found)?;
-    Ok(found)
-}
-
-fn socket_option<T: Copy>(
-    stream: &UnixStream,
-    option: libc::c_int,
-    value: &mut T,
-) -> io::Result<()> {
-    let size = size_of::<T>();
-    let mut len = libc::socklen_t::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let at: *mut T = value;
-    // SAFETY:
-    // - at and len: valid for writes for the whole call; the callers' types are plain numbers
-    // - the descriptor is open, being borrowed
-    let done = unsafe {
-        let fd = stream.as_raw_fd();
-        libc::getsockopt(fd, libc::SOL_SOCKET, option, at.cast(), &raw mut len)
-    };
-    match (done, usize::try_from(len)) {
-        (0, Ok(len)) if len == size => Ok(()),
-        (0, _) => Err(io::ErrorKind::InvalidData.into()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// A process at the other end of a socket, whatever becomes of its number.
-#[derive(Debug)]
-pub struct Process {
-    handle: OwnedFd,
-    /// It is this one, which is never killed.
-    own: bool,
-}
-
-impl Process {
-    /// The process that has connected, which this one is able to end.
-    ///
-    /// # Errors
-    /// It is gone, or this process may not send it signals.
-    pub fn of_peer(stream: &UnixStream) -> io::Result<Self> {
-        let pid = credentials(stream)?.pid;
-        let mut number: libc::c_int = -1;
-        let handle = match socket_option(stream, SO_PEERPIDFD, &mut number) {
-            // SAFETY: the kernel has made the descriptor for this process just now.
-            Ok(()) if number >= 0 => unsafe { OwnedFd::from_raw_fd(number) },
-            // The kernel is older than 6.5.
-            Err(cause) if cause.raw_os_error() == Some(libc::ENOPROTOOPT) => {
-                let handle = pidfd_open(pid)?;
-                // Its end of the socket is open, so it was there when its number was looked up.
-                if has_hung_up(stream) {
-                    return Err(io::ErrorKind::NotConnected.into());
-                }
-                handle
-            }
-            Ok(()) => return Err(io::ErrorKind::NotConnected.into()),
-            Err(cause) => return Err(cause),
-        };
-        let process = Self {
-            handle,
-            own: u32::try_from(pid) == Ok(std::process::id()),
-        };
-        process.signal(0)?;
-        Ok(process)
-    }
-
-    /// Whether it runs no more: none of its threads accesses anything.
-    pub fn is_gone(&self) -> bool {
-        // In doubt it is there.
-        self.wait_until_gone(Duration::ZERO)
-    }
-
-    /// Waits until it is gone, but not longer than `patience`.
-    pub fn wait_until_gone(&self, patience: Duration) -> bool {
-        poll(self.handle.as_raw_fd(), libc::POLLIN, patience).unwrap_or(false)
-    }
-
-    /// Kills it. It may take some time to be gone.
-    ///
-    /// # Errors
-    /// The system refuses, or it is this process.
-    pub fn kill(&self) -> io::Result<()> {
-        if self.own {
-            return Err(io::Error::other("a process does not end itself"));
-        }
-        self.signal(libc::SIGKILL)
-    }
-
-    fn signal(&self, signal: libc::c_int) -> io::Result<()> {
-        // SAFETY:
-        // - the descriptor is open, being ours; no information is passed with the signal
-        let done = unsafe {
-            let fd = self.handle.as_raw_fd();
-            let none = std::ptr::null_mut::<libc::siginfo_t>();
-            libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0)
-        };
-        if done == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-}
-
-impl AsRawFd for Process {
-    /// Readable once the process is gone.
-    fn as_raw_fd(&self) -> RawFd {
-        self.handle.as_raw_fd()
-    }
-}
-
-fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
-    // SAFETY: no pointer is passed.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    match RawFd::try_from(fd) {
-        // SAFETY: the kernel has made the descriptor for this process just now.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// Waits until the stream takes more bytes, but not longer than `patience`.
 ///
 /// # Errors
@@ -275,12 +132,11 @@ pub fn wait_for_room(stream: &UnixStream, patience: Duration) -> io::Result<bool
     poll(stream.as_raw_fd(), libc::POLLOUT, patience)
 }
 
-/// Whether the other end is closed, or this one is shut down.
-pub fn has_hung_up(stream: &UnixStream) -> bool {
-    poll(stream.as_raw_fd(), libc::POLLHUP, Duration::ZERO).unwrap_or(true)
-}
-
-fn poll(fd: RawFd, events: libc::c_short, patience: Duration) -> io::Result<bool> {
+/// Waits until one of `events` is there, but not longer than `patience`.
+///
+/// # Errors
+/// The system refuses.
+pub fn poll(fd: RawFd, events: libc::c_short, patience: Duration) -> io::Result<bool> {
     let mut watched = libc::pollfd {
         fd,
         events,
