@@ -13,29 +13,47 @@
 //! Who may import whom is written down and enforced in `tests/layering.rs`.
 
 pub mod address;
+#[cfg(feature = "daemon")]
 pub mod args;
+#[cfg(feature = "daemon")]
 pub mod backends;
+#[cfg(feature = "daemon")]
 pub mod config;
-#[cfg(not(miri))]
+#[cfg(all(feature = "daemon", not(miri)))]
 pub mod control;
+#[cfg(feature = "daemon")]
 pub mod ctl;
-#[cfg(not(miri))]
+#[cfg(all(feature = "daemon", not(miri)))]
 pub mod daemon;
+#[cfg(feature = "daemon")]
 pub mod device;
+#[cfg(feature = "daemon")]
 pub mod endpoints;
+#[cfg(feature = "daemon")]
 pub mod export;
+#[cfg(feature = "daemon")]
 pub mod faults;
+#[cfg(feature = "daemon")]
 pub mod host;
 pub mod ids;
+#[cfg(feature = "daemon")]
 pub mod iommu;
+#[cfg(feature = "daemon")]
 pub mod logging;
+#[cfg(feature = "daemon")]
 pub mod metrics;
 pub mod page_table;
+#[cfg(feature = "daemon")]
 pub mod process;
+#[cfg(feature = "daemon")]
 pub mod protocol;
+#[cfg(feature = "daemon")]
 pub mod qemu;
 #[cfg(not(miri))]
 pub mod shadow;
+#[cfg(feature = "daemon")]
 pub mod topology;
+#[cfg(feature = "daemon")]
 pub mod vfio;
+#[cfg(feature = "daemon")]
 pub mod vfio_user;

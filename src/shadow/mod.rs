@@ -27,19 +27,25 @@
 //! This guards against a device that errs, not against one that is malicious: it has guest memory
 //! mapped, all of it.
 
+#[cfg(feature = "daemon")]
 mod process;
 pub mod reader;
+#[cfg(feature = "daemon")]
 pub mod registry;
+#[cfg(feature = "daemon")]
 pub mod server;
 mod sys;
 pub mod wire;
 
+#[cfg(feature = "daemon")]
 pub use process::Process;
 
 pub use reader::{
     AccessGuard, ConnectError, Refused, ShadowIommu, ShadowMemory, ShadowReader, TlbGuard,
 };
+#[cfg(feature = "daemon")]
 pub use registry::{
     Limits, Ram, Reader, ReaderCounters, Registry, RegistryError, ShadowEndpoint, Stuck,
 };
+#[cfg(feature = "daemon")]
 pub use server::{RefusedAccess, ShadowServer, ShadowSocket};
