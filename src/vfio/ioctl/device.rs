@@ -1,139 +1,163 @@
-//! What a driver of a device asks VFIO for: regions, interrupts, reset.
+//! An open device: its address space, its regions, and its switches.
 
-use std::ffi::c_ulong;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_irq_info, vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_TYPE, vfio_device_attach_iommufd_pt, vfio_device_bind_iommufd,
+    vfio_device_detach_iommufd_pt, vfio_device_feature, vfio_device_feature_bus_master,
+    vfio_device_feature_dma_buf, vfio_device_info, vfio_region_dma_range, vfio_region_info,
 };
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
+use vm_memory::MmapRegion;
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{
-    MAX_INFO_WORDS, VFIO_DEVICE_FEATURE, VFIO_DEVICE_GET_INFO, VFIO_DEVICE_GET_REGION_INFO,
-    checked, first_word, low_half, size_of_u32, update,
-};
+use super::{size_of_u32, update};
 
-ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
-ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
-ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 7);
+ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
+ioctl_io_nr!(VFIO_DEVICE_BIND_IOMMUFD, VFIO_TYPE as u32, VFIO_BASE + 18);
+ioctl_io_nr!(
+    VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+    VFIO_TYPE as u32,
+    VFIO_BASE + 19
+);
+ioctl_io_nr!(
+    VFIO_DEVICE_DETACH_IOMMUFD_PT,
+    VFIO_TYPE as u32,
+    VFIO_BASE + 20
+);
 
-/// The requests of whoever serves a device's registers and interrupts to somebody else.
-pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
-    vec![
-        VFIO_DEVICE_GET_INFO(),
-        VFIO_DEVICE_GET_REGION_INFO(),
-        VFIO_DEVICE_GET_IRQ_INFO(),
-        VFIO_DEVICE_SET_IRQS(),
-        VFIO_DEVICE_RESET(),
-        VFIO_DEVICE_FEATURE(),
-    ]
+pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut argument = vfio_device_bind_iommufd {
+        // Without the token, which older kernels do not know.
+        argsz: 16,
+        iommufd: iommufd.as_raw_fd(),
+        ..Default::default()
+    };
+    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    unsafe { update(fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
+    Ok(())
 }
 
-/// What follows a `vfio_irq_set`.
-pub(in crate::vfio) enum IrqData<'a> {
-    None,
-    Bools(&'a [u8]),
-    /// -1 where there is none.
-    Events(&'a [RawFd]),
+pub(in crate::vfio) fn attach_iommufd_pt(fd: BorrowedFd<'_>, pt_id: u32) -> io::Result<()> {
+    let mut argument = vfio_device_attach_iommufd_pt {
+        // Without the PASID, which older kernels do not know.
+        argsz: 12,
+        pt_id,
+        ..Default::default()
+    };
+    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    unsafe { update(fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut argument) }?;
+    Ok(())
 }
 
-/// The answer in bytes: a `vfio_region_info`, and its capabilities behind it.
-pub(in crate::vfio) fn region_info_whole(fd: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
-    let mut words = size_of::<vfio_region_info>().div_ceil(8);
-    loop {
-        let mut answer = vec![0u64; words];
-        let argsz = u32::try_from(words * 8).unwrap_or(u32::MAX);
-        answer[0] = u64::from_ne_bytes(first_word(argsz));
-        answer[1] = u64::from_ne_bytes(first_word(index));
-        // SAFETY: `answer` has as many bytes as its first field says, is aligned as the structure
-        // wants, and is borrowed mutably for the whole call.
-        let done =
-            unsafe { ioctl_with_mut_ptr(&fd, VFIO_DEVICE_GET_REGION_INFO(), answer.as_mut_ptr()) };
-        checked(done)?;
-        let wanted = (low_half(answer[0]) as usize).div_ceil(8);
-        if wanted <= words {
-            return Ok(answer.iter().flat_map(|w| w.to_ne_bytes()).collect());
-        }
-        // The kernel's lists of areas are short.
-        if wanted > MAX_INFO_WORDS {
-            return Err(io::Error::from_raw_os_error(libc::E2BIG));
-        }
-        words = wanted;
-    }
+pub(in crate::vfio) fn detach_iommufd_pt(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut argument = vfio_device_detach_iommufd_pt {
+        // Without the PASID, which older kernels do not know.
+        argsz: 8,
+        ..Default::default()
+    };
+    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    unsafe { update(fd, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &mut argument) }?;
+    Ok(())
 }
 
-pub(in crate::vfio) fn irq_info(fd: BorrowedFd<'_>, index: u32) -> io::Result<vfio_irq_info> {
-    let mut argument = vfio_irq_info {
-        argsz: size_of_u32::<vfio_irq_info>(),
+pub(in crate::vfio) fn device_info(fd: BorrowedFd<'_>) -> io::Result<vfio_device_info> {
+    let mut argument = vfio_device_info {
+        argsz: size_of_u32::<vfio_device_info>(),
+        ..Default::default()
+    };
+    // SAFETY: the number's structure, with its size; it points to nothing.
+    unsafe { update(fd, VFIO_DEVICE_GET_INFO(), &mut argument) }?;
+    Ok(argument)
+}
+
+pub(in crate::vfio) fn region_info(fd: BorrowedFd<'_>, index: u32) -> io::Result<vfio_region_info> {
+    let mut argument = vfio_region_info {
+        argsz: size_of_u32::<vfio_region_info>(),
         index,
         ..Default::default()
     };
     // SAFETY: the number's structure, with its size; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_GET_IRQ_INFO(), &mut argument) }?;
+    unsafe { update(fd, VFIO_DEVICE_GET_REGION_INFO(), &mut argument) }?;
     Ok(argument)
 }
 
-/// `count` interrupts from `start` on, of which `data` has as many, where it has any. A number that
-/// is not negative: 0, or how many there could be.
-pub(in crate::vfio) fn set_irqs(
-    fd: BorrowedFd<'_>,
-    flags: u32,
-    index: u32,
-    start: u32,
-    count: u32,
-    data: &IrqData<'_>,
-) -> io::Result<i32> {
-    let bytes: Vec<u8> = match data {
-        IrqData::None => Vec::new(),
-        IrqData::Bools(bools) => bools.to_vec(),
-        IrqData::Events(fds) => fds.iter().flat_map(|fd| fd.to_ne_bytes()).collect(),
+#[repr(C)]
+struct BusMaster {
+    header: [u32; 2],
+    control: vfio_device_feature_bus_master,
+}
+
+pub(in crate::vfio) fn set_bus_master(fd: BorrowedFd<'_>, feature: u32, op: u32) -> io::Result<()> {
+    let mut argument = BusMaster {
+        header: [size_of_u32::<BusMaster>(), feature],
+        control: vfio_device_feature_bus_master { op },
     };
-    let len = size_of::<vfio_irq_set>() + bytes.len();
-    let argsz = u32::try_from(len).map_err(io::Error::other)?;
-    let mut argument: Vec<u8> = [argsz, flags, index, start, count]
-        .into_iter()
-        .flat_map(u32::to_ne_bytes)
-        .collect();
-    argument.extend(bytes);
-    // The structure is made of words.
-    let mut words = vec![0u32; argument.len().div_ceil(4)];
-    for (word, bytes) in words.iter_mut().zip(argument.chunks(4)) {
-        let mut whole = [0; 4];
-        whole[..bytes.len()].copy_from_slice(bytes);
-        *word = u32::from_ne_bytes(whole);
-    }
-    // SAFETY: `words` has at least as many bytes as its first field says, is aligned as the
-    // structure wants, and is only read. Descriptors in it are numbers; the kernel refuses those
-    // that are not open, or no event descriptors.
-    checked(unsafe { ioctl_with_ptr(&fd, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+    const _: () = assert!(size_of::<vfio_device_feature>() == 8);
+    // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
+    unsafe { update(fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
+    Ok(())
 }
 
-pub(in crate::vfio) fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: takes no argument; the descriptor is open.
-    checked(unsafe { ioctl(&fd, VFIO_DEVICE_RESET()) }).map(drop)
+#[repr(C)]
+struct DmaBuf {
+    header: [u32; 2],
+    region_index: u32,
+    open_flags: u32,
+    flags: u32,
+    nr_ranges: u32,
+    range: vfio_region_dma_range,
 }
 
-/// `file` where its first page can be mapped.
-pub(in crate::vfio) fn if_mappable(file: OwnedFd) -> io::Result<OwnedFd> {
-    const PAGE: usize = 4096;
+/// A DMA buffer of one piece of a region. `feature` is the feature's number and GET.
+pub(in crate::vfio) fn dma_buf(
+    fd: BorrowedFd<'_>,
+    feature: u32,
+    region_index: u32,
+    range: vfio_region_dma_range,
+) -> io::Result<OwnedFd> {
+    let mut argument = DmaBuf {
+        header: [size_of_u32::<DmaBuf>(), feature],
+        region_index,
+        open_flags: (libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned(),
+        flags: 0,
+        nr_ranges: 1,
+        range,
+    };
+    const _: () = assert!(size_of::<vfio_device_feature_dma_buf>() == 16);
+    // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
+    let made = unsafe { update(fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
+    // SAFETY: the kernel made it for this call and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(made) })
+}
+
+/// Maps `size` bytes of a device's memory, readable and writable. They stay mapped.
+pub(in crate::vfio) fn map_region(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    size: u64,
+) -> io::Result<MmapRegion> {
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let size = usize::try_from(size).map_err(invalid)?;
+    let offset = libc::off_t::try_from(offset).map_err(invalid)?;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
     let address = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
-            PAGE,
+            size,
             prot,
             libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
+            fd.as_raw_fd(),
+            offset,
         )
     };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the mapping was made just now with this size, and nobody knows its address.
-    unsafe { libc::munmap(address, PAGE) };
-    Ok(file)
+    // SAFETY: the mapping was made just now with this size, and is never unmapped.
+    unsafe { MmapRegion::build_raw(address.cast(), size, prot, libc::MAP_SHARED) }
+        .map_err(io::Error::other)
 }
