@@ -9,7 +9,7 @@ use crate::page_table::{Arena, Table, Unmapped, WouldSplit};
 use crate::topology::reserved::{ReservedRegion, ReservedRegions};
 
 use super::error::RequestError;
-use super::memory::{is_all_reachable, reachable_bytes};
+use super::reachable::{is_all_reachable, reachable_bytes};
 
 /// An address space of the guest's. It exists while it has members.
 #[derive(Debug)]

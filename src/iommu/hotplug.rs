@@ -2,10 +2,10 @@
 
 use thiserror::Error;
 
-use super::{Iommu, Target};
+use super::Iommu;
 use crate::address::IovaRange;
 use crate::backends::vacant::Vacant;
-use crate::backends::{BackendError, Capabilities, DmaBackend};
+use crate::backends::{BackendError, Capabilities, DmaBackend, Target};
 use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::topology::{

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use log::debug;
 
-use super::{Dma, Iommu, present_in};
-use crate::address::{Access, Iova, Mapping};
+use super::Iommu;
+use super::domain::present_in;
+use super::inspect::Dma;
+use super::reachable::{is_all_reachable, reachable_bytes};
+use crate::address::{Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
@@ -158,26 +161,6 @@ impl Iommu {
             self.quarantine(endpoint, cause);
         }
     }
-}
-
-/// Whether backends have all of a mapping, which is what they have to have of nearly every one.
-#[inline(always)]
-pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool {
-    // Slots are disjoint: if not all of it is in the first, it is in none.
-    let first = memory.iter().find(|s| s.range.contains(mapping.gpa));
-    let is_inside = |s: &MemorySlot| mapping.range.span() <= s.range.last().0 - mapping.gpa.0;
-    mapping.access != Access::NONE && first.is_some_and(is_inside)
-}
-
-/// The bytes of a mapping that lead into `memory`, with rights: backends have these at least.
-pub(super) fn reachable_bytes(memory: &[MemorySlot], mapping: &Mapping) -> u64 {
-    if mapping.access == Access::NONE {
-        return 0;
-    }
-    memory
-        .iter()
-        .filter_map(|slot| mapping.part_in(slot.range)?.range.len_bytes())
-        .fold(0, u64::saturating_add)
 }
 
 /// The slots of `from` that are not in `other`.

@@ -2,13 +2,14 @@
 
 mod hotplug;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::backends::Capabilities;
+use crate::address::{Access, Gpa, Iova, Mapping};
 use crate::backends::recorder::Recorder;
+use crate::backends::{Capabilities, Target};
 use crate::topology::{
     EndpointSpec, GroupName, PciAddress, PciRange, ReservedKind, ReservedRegion, ReservedRegions,
 };

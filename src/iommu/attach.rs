@@ -1,0 +1,271 @@
+//! ATTACH, DETACH, `bypass` and resets: which endpoint is in which domain.
+
+use super::domain::{Domain, present_in};
+use super::error::RequestError;
+use super::groups::Changes;
+use super::target::target_of;
+use super::{Endpoint, Iommu};
+use crate::backends::{AttachError, BackendErrorKind, Target};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{OutOfFrames, Table};
+use crate::topology::ReservedRegions;
+
+impl Iommu {
+    /// Attaches an endpoint to a domain, which is made if it does not exist; an endpoint attached
+    /// elsewhere moves.
+    ///
+    /// # Errors
+    /// See [`RequestError`]; the endpoint stays where it was.
+    pub fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        domain: DomainId,
+        bypass: bool,
+    ) -> Result<(), RequestError> {
+        // ATTACH-3
+        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        self.check_domain_id(domain)?;
+        let existing = self.domains.get(&domain);
+        // ATTACH-5
+        if let Some(existing) = existing
+            && existing.is_bypass() != bypass
+        {
+            return Err(RequestError::BypassMismatch {
+                domain,
+                is_bypass: existing.is_bypass(),
+            });
+        }
+        let before = self.endpoints.get(&endpoint).copied().unwrap_or_default();
+        if before.domain == Some(domain) && !before.suspended && !before.quarantined {
+            return Ok(());
+        }
+        // ATTACH-4
+        if let Some(group) = group
+            && let Some((other, other_domain)) = self.groups.conflict(group, endpoint, domain)
+        {
+            return Err(RequestError::GroupElsewhere {
+                endpoint,
+                other,
+                other_domain,
+            });
+        }
+        // ATTACH-7
+        if let Some(table) = existing.and_then(|d| d.table.as_ref()) {
+            for region in reserved.iter() {
+                if let Some(mapping) = table.mappings_in(&self.arena, region.range).next() {
+                    return Err(RequestError::RegionClash {
+                        endpoint,
+                        mapping,
+                        region: *region,
+                    });
+                }
+            }
+        }
+
+        let made = if existing.is_some() {
+            None
+        } else if bypass {
+            Some(Domain::new(None))
+        } else {
+            let table = Table::new(&mut self.arena, self.levels).map_err(
+                |OutOfFrames { needed, free }| RequestError::OutOfFrames { needed, free },
+            )?;
+            Some(Domain::new(Some(table)))
+        };
+        let backend = self.backend_of.get(&endpoint).copied();
+        // Those that cannot be kept apart from it are blocked before it moves.
+        let was_active = group.is_some_and(|g| self.groups.is_active(g));
+        let changes = group.map_or_else(Changes::default, |g| {
+            self.groups.plan_join(g, endpoint, domain)
+        });
+        self.suspend(&changes.suspended);
+        if !was_active {
+            self.retarget_unattached_mates(group, endpoint, Target::Blocked);
+        }
+        if let Some(index) = backend
+            && let Err(refusal) =
+                self.switch(index, endpoint, target_of(domain, bypass), made.as_ref())
+        {
+            self.resume(&changes.suspended);
+            if !was_active {
+                let target = self.bypass_target();
+                self.retarget_unattached_mates(group, endpoint, target);
+            }
+            if let Some(table) = made.and_then(|d| d.table) {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
+            return Err(self.attach_refused(endpoint, refusal));
+        }
+
+        // Nothing below is refused: publish.
+        if let Some(made) = made {
+            self.domains.insert(domain, made);
+        }
+        if before.domain != Some(domain) {
+            if let Some(entered) = self.domains.get_mut(&domain) {
+                entered.enter(endpoint, backend, &reserved);
+            }
+            if let Some(old) = before.domain {
+                self.leave_domain(endpoint, old, backend, &reserved);
+            }
+        }
+        if let Some(index) = backend
+            && !bypass
+            && let Some(used) = self
+                .domains
+                .get_mut(&domain)
+                .and_then(|d| d.backends.get_mut(&index))
+        {
+            used.present = true;
+        }
+        self.endpoints.insert(
+            endpoint,
+            Endpoint {
+                domain: Some(domain),
+                suspended: false,
+                quarantined: false,
+            },
+        );
+        if let Some(group) = group {
+            self.groups.join(group, endpoint, domain);
+            self.resume(&changes.resumed);
+        }
+        Ok(())
+    }
+
+    /// Detaches an endpoint from the domain it is attached to.
+    ///
+    /// # Errors
+    /// See [`RequestError`]. Where a backend fails the endpoint stays attached and is quarantined.
+    pub fn detach(&mut self, endpoint: EndpointId, domain: DomainId) -> Result<(), RequestError> {
+        // DETACH-2
+        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        self.check_domain_id(domain)?;
+        // DETACH-3
+        if self.endpoints.get(&endpoint).and_then(|e| e.domain) != Some(domain) {
+            return Err(RequestError::NotAttached { endpoint, domain });
+        }
+        let backend = self.backend_of.get(&endpoint).copied();
+        if let Some(index) = backend {
+            // A member of a group waits for what becomes of the others.
+            let target = match group {
+                Some(_) => Target::Blocked,
+                None => self.bypass_target(),
+            };
+            if let Err(refusal) = self.switch(index, endpoint, target, None) {
+                let cause = refusal.cause().clone();
+                self.quarantine(endpoint, &cause);
+                return Err(RequestError::Quarantined { cause, count: 1 });
+            }
+        }
+        self.endpoints.remove(&endpoint);
+        self.leave_domain(endpoint, domain, backend, &reserved);
+        if let Some(id) = group {
+            let resumed = self.groups.leave(id, endpoint);
+            self.resume(&resumed);
+            let target = self.unattached_target(endpoint);
+            self.retarget(endpoint, target);
+            if !self.groups.is_active(id) {
+                self.retarget_unattached_mates(group, endpoint, target);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets whether endpoints without a domain are in bypass mode.
+    pub fn set_bypass(&mut self, bypass: bool) {
+        if self.bypass == bypass {
+            return;
+        }
+        self.bypass = bypass;
+        let unattached: Vec<_> = self
+            .backend_of
+            .keys()
+            .copied()
+            .filter(|e| {
+                let state = self.endpoints.get(e);
+                state.is_none_or(|s| s.domain.is_none() && !s.quarantined)
+            })
+            .collect();
+        for endpoint in unattached {
+            self.retarget(endpoint, self.unattached_target(endpoint));
+        }
+    }
+
+    /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
+    pub fn reset(&mut self) {
+        self.detach_all(self.bypass_target());
+    }
+
+    /// Reset of the whole VM: as [`Self::reset`], and `bypass` is what it is at boot.
+    pub fn reset_vm(&mut self) {
+        self.bypass = self.bypass_at_boot;
+        self.reset();
+    }
+
+    /// What ATTACH answers where the backend refused, with all else undone.
+    fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
+        match refusal {
+            AttachError::Unchanged(mut cause) => {
+                // A mapping that leads to no memory, or to addresses that only the host knows to be
+                // reserved: this endpoint and that domain do not go together.
+                if let BackendErrorKind::Fault | BackendErrorKind::Range = cause.kind {
+                    cause.kind = BackendErrorKind::Unsupp;
+                }
+                RequestError::Backend(cause)
+            }
+            AttachError::Blocked(cause) => {
+                self.quarantine(endpoint, &cause);
+                RequestError::Quarantined { cause, count: 1 }
+            }
+        }
+    }
+
+    /// Takes every endpoint out of its domain and switches those behind backends to `target`.
+    pub(super) fn detach_all(&mut self, target: Target) {
+        self.groups.clear();
+        for endpoint in self.endpoints.values_mut() {
+            endpoint.domain = None;
+            endpoint.suspended = false;
+        }
+        // Those that were in no domain may be blocked for their group, or quarantined.
+        let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
+        for endpoint in behind_backends {
+            self.retarget(endpoint, target);
+        }
+        self.endpoints.retain(|_, e| e.quarantined);
+        for (id, domain) in std::mem::take(&mut self.domains) {
+            for index in present_in(&domain.backends) {
+                self.backends[index].destroy_domain(id);
+            }
+            if let Some(table) = domain.table {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
+        }
+    }
+
+    pub(super) fn leave_domain(
+        &mut self,
+        endpoint: EndpointId,
+        domain: DomainId,
+        backend: Option<usize>,
+        reserved: &ReservedRegions,
+    ) {
+        let Some(entry) = self.domains.get_mut(&domain) else {
+            return;
+        };
+        let unused = entry.leave(endpoint, backend, reserved);
+        if let Some(index) = unused {
+            self.backends[index].destroy_domain(domain);
+        }
+        if entry.members.is_empty()
+            && let Some(gone) = self.domains.remove(&domain)
+            && let Some(table) = gone.table
+        {
+            table.destroy(&mut self.arena);
+            self.arena.reclaim();
+        }
+    }
+}

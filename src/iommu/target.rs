@@ -1,0 +1,191 @@
+//! Switching endpoints over in their backends, and blocking them where a backend fails.
+
+use std::collections::BTreeMap;
+
+use super::Iommu;
+use super::domain::Domain;
+use crate::address::{Iova, Mapping};
+use crate::backends::{AttachError, BackendError, Contents, Target};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{Arena, Levels, TableOffset};
+use crate::topology::GroupId;
+use crate::{error_limited, warn_limited};
+
+impl Iommu {
+    /// Where an endpoint without a domain and without a group goes.
+    pub(super) fn bypass_target(&self) -> Target {
+        if self.bypass {
+            Target::Bypass
+        } else {
+            Target::Blocked
+        }
+    }
+
+    /// Where an endpoint without a domain goes.
+    pub(super) fn unattached_target(&self, endpoint: EndpointId) -> Target {
+        let group = self.topology.endpoint(endpoint).and_then(|i| i.group);
+        match group {
+            Some(group) if self.groups.is_active(group) => Target::Blocked,
+            _ => self.bypass_target(),
+        }
+    }
+
+    /// Switches the members of a group that are attached to nothing, but for one of them.
+    pub(super) fn retarget_unattached_mates(
+        &mut self,
+        group: Option<GroupId>,
+        except: EndpointId,
+        target: Target,
+    ) {
+        if group.is_none() {
+            return;
+        }
+        let mates: Vec<_> = self
+            .backend_of
+            .keys()
+            .copied()
+            .filter(|e| *e != except)
+            .filter(|e| self.endpoints.get(e).is_none_or(|s| s.domain.is_none()))
+            .filter(|e| self.topology.endpoint(*e).and_then(|i| i.group) == group)
+            .collect();
+        for endpoint in mates {
+            self.retarget(endpoint, target);
+        }
+    }
+
+    /// Switches `endpoint` over in its backend, which finds in the page tables what it must fill
+    /// in. Nothing here changes. `made` is the domain it goes to where that is not known yet.
+    pub(super) fn switch(
+        &mut self,
+        index: usize,
+        endpoint: EndpointId,
+        target: Target,
+        made: Option<&Domain>,
+    ) -> Result<(), AttachError> {
+        let tables = Tables {
+            domains: &self.domains,
+            made,
+            arena: &self.arena,
+        };
+        self.backends[index].attach(endpoint, target, &tables)
+    }
+
+    /// Switches an endpoint in its backend, if it has one; on failure it is quarantined.
+    pub(super) fn retarget(&mut self, endpoint: EndpointId, target: Target) {
+        let Some(&index) = self.backend_of.get(&endpoint) else {
+            return;
+        };
+        match self.switch(index, endpoint, target, None) {
+            Ok(()) => {
+                if let Some(state) = self.endpoints.get_mut(&endpoint) {
+                    state.quarantined = false;
+                }
+            }
+            Err(refusal) => self.quarantine(endpoint, refusal.cause()),
+        }
+    }
+
+    /// Blocks every member of a domain behind a backend that failed it. What that backend still
+    /// has of the domain is not known, so it forgets all of it.
+    pub(super) fn quarantine_members(
+        &mut self,
+        domain: DomainId,
+        index: usize,
+        cause: &BackendError,
+    ) -> usize {
+        let members: Vec<_> = self
+            .domains
+            .get(&domain)
+            .into_iter()
+            .flat_map(|d| &d.members)
+            .copied()
+            .filter(|e| self.backend_of.get(e) == Some(&index))
+            .collect();
+        for &endpoint in &members {
+            self.quarantine(endpoint, cause);
+        }
+        if let Some(used) = self
+            .domains
+            .get_mut(&domain)
+            .and_then(|d| d.backends.get_mut(&index))
+        {
+            used.present = false;
+            self.backends[index].destroy_domain(domain);
+        }
+        members.len()
+    }
+
+    pub(super) fn quarantine(&mut self, endpoint: EndpointId, cause: &BackendError) {
+        error_limited!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
+        if let Some(&index) = self.backend_of.get(&endpoint) {
+            self.backends[index].quarantine(endpoint);
+        }
+        self.endpoints.entry(endpoint).or_default().quarantined = true;
+    }
+
+    pub(super) fn suspend(&mut self, endpoints: &[EndpointId]) {
+        if let [first, ..] = endpoints {
+            warn_limited!(
+                "{} endpoints from {first} on are blocked until they follow their group to \
+                 another domain",
+                endpoints.len()
+            );
+        }
+        for &endpoint in endpoints {
+            self.set_suspended(endpoint, true);
+        }
+    }
+
+    pub(super) fn resume(&mut self, endpoints: &[EndpointId]) {
+        for &endpoint in endpoints {
+            self.set_suspended(endpoint, false);
+        }
+    }
+
+    fn set_suspended(&mut self, endpoint: EndpointId, suspended: bool) {
+        let Some(state) = self.endpoints.get_mut(&endpoint) else {
+            return;
+        };
+        state.suspended = suspended;
+        if state.quarantined {
+            return;
+        }
+        let target = match state.domain {
+            _ if suspended => Target::Blocked,
+            Some(d) => target_of(d, self.domains.get(&d).is_some_and(Domain::is_bypass)),
+            None => self.unattached_target(endpoint),
+        };
+        self.retarget(endpoint, target);
+    }
+}
+
+/// Where an endpoint that is attached to a domain goes.
+pub(super) fn target_of(domain: DomainId, bypass: bool) -> Target {
+    if bypass {
+        Target::Bypass
+    } else {
+        Target::Domain(domain)
+    }
+}
+
+/// The mappings of the domains, while backends are at work.
+struct Tables<'a> {
+    domains: &'a BTreeMap<DomainId, Domain>,
+    /// A domain that is about to be one of them.
+    made: Option<&'a Domain>,
+    arena: &'a Arena,
+}
+
+impl Contents for Tables<'_> {
+    fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_> {
+        let table = self.domains.get(&domain).and_then(|d| d.table.as_ref());
+        let mappings = table.map(|t| t.mappings(self.arena, Iova(0)));
+        Box::new(mappings.into_iter().flatten())
+    }
+
+    fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)> {
+        let domain = self.domains.get(&domain).or(self.made)?;
+        let table = domain.table.as_ref()?;
+        Some((table.root(), table.levels()))
+    }
+}
