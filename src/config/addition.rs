@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::draft::Draft;
-use super::error::{Place, ProblemKind};
-use super::{Checker, Config, ConfigError, Origin, Socket, Source};
+use super::checker::{Checker, Source};
+use super::draft::{Draft, Origin};
+use super::error::{ConfigError, Place, ProblemKind};
+use super::{Config, Socket};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
 impl Config {

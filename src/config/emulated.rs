@@ -4,16 +4,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::bounds::{MAX_DEADLINE_MS, MIN_DEADLINE_MS};
+use super::checker::Checker;
 use super::draft::{Draft, EmulatedDraft, Given, Origin, Scalar};
 use super::error::ProblemKind;
 use super::passthrough::range_in;
-use super::{Checker, shown};
+use super::text::shown;
 use crate::topology::PciAddress;
 
-/// The shortest time a server can be given to answer, in milliseconds.
-pub const MIN_DEADLINE_MS: u64 = 10;
-/// The longest time a server can be given to answer, in milliseconds: the guest waits for it.
-pub const MAX_DEADLINE_MS: u64 = 60_000;
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// An endpoint whose DMA is that of a device emulated by another process, over vfio-user.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::{
+use super::bounds::{
     MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_SOCKET_PATH, MAX_USERS,
     MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
@@ -16,13 +16,10 @@ use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
 use crate::topology::{PciAddress, PciRange, ReservedError, TopologyError};
 
-/// The most problems listed in one error.
-pub const MAX_PROBLEMS: usize = 20;
-
 /// A configuration that cannot be used, with every reason found.
 #[derive(Debug, Error)]
 pub struct ConfigError {
-    /// The reasons, at least one and at most [`MAX_PROBLEMS`].
+    /// The reasons, at least one and at most [`MAX_PROBLEMS`](super::MAX_PROBLEMS).
     pub problems: Vec<Problem>,
     /// How many more were found and not kept.
     pub omitted: usize,

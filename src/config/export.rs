@@ -3,10 +3,11 @@
 use std::collections::HashSet;
 use std::path::PathBuf;
 
+use super::Config;
+use super::checker::Checker;
 use super::draft::Draft;
 use super::error::ProblemKind;
 use super::passthrough::range_in;
-use super::{Checker, Config};
 use crate::topology::PciAddress;
 
 /// A device of the host that the daemon keeps to itself and offers to the VMM over vfio-user.

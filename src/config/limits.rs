@@ -1,18 +1,109 @@
 //! How much of the daemon's work one guest or one device can have.
 
-use super::Checker;
+use std::time::Duration;
+
+use super::bounds::{
+    MAX_ARENA, MAX_BATCH, MAX_DOMAINS, MAX_FAULT_RATE, MAX_MEMORY, MAX_POLL_US, MAX_PRIORITY,
+    MIN_ARENA,
+};
+use super::checker::Checker;
 use super::draft::{Given, Scalar};
 use super::error::ProblemKind;
 
-/// The most requests that can be taken at a time: the longest ring.
-pub const MAX_BATCH: usize = 1024;
-/// The most faults of one endpoint that the guest can be told of in a second.
-pub const MAX_FAULT_RATE: u32 = 10_000;
-
+const DEFAULT_POLL: Duration = Duration::from_micros(100);
+pub(super) const SMALLEST_PAGE: u64 = 4096;
+/// What a VM of unknown size gets, and every VM besides its share of memory.
+const BASE_ARENA: u64 = 64 << 20;
 const DEFAULT_BATCH: usize = 64;
 const DEFAULT_FAULT_RATE: u32 = 100;
 
 impl Checker<'_> {
+    pub(super) fn domains(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {
+        let Some(given) = given else {
+            return Some(MAX_DOMAINS);
+        };
+        let count = self.integer(given, "domains", "a number, such as 1024")?;
+        let domains = u32::try_from(count)
+            .ok()
+            .filter(|domains| (1..=MAX_DOMAINS).contains(domains));
+        if domains.is_none() {
+            self.refuse(&given.origin, "domains", ProblemKind::Domains(count));
+        }
+        domains
+    }
+
+    /// `Some(None)` where no size is given.
+    pub(super) fn memory(&mut self, given: Option<&Given<Scalar>>) -> Option<Option<u64>> {
+        let Some(given) = given else {
+            return Some(None);
+        };
+        let bytes = self.size(given, "memory")?;
+        let whole = bytes % (1 << 20) == 0;
+        if bytes == 0 || bytes > MAX_MEMORY || !whole {
+            self.refuse(&given.origin, "memory", ProblemKind::Memory(bytes));
+            return None;
+        }
+        Some(Some(bytes))
+    }
+
+    pub(super) fn arena_limit(
+        &mut self,
+        given: Option<&Given<Scalar>>,
+        memory: Option<u64>,
+    ) -> Option<u64> {
+        let Some(given) = given else {
+            let share = memory.unwrap_or(0) / 256;
+            return Some(whole_pages(share.saturating_add(BASE_ARENA).min(MAX_ARENA)));
+        };
+        let bytes = self.size(given, "arena-limit")?;
+        let kind = if bytes < MIN_ARENA {
+            ProblemKind::ArenaTooSmall(bytes)
+        } else if bytes > MAX_ARENA {
+            ProblemKind::ArenaTooLarge(bytes)
+        } else {
+            return Some(whole_pages(bytes));
+        };
+        self.refuse(&given.origin, "arena-limit", kind);
+        None
+    }
+
+    pub(super) fn longest_poll(&mut self, given: Option<&Given<Scalar>>) -> Option<Duration> {
+        let Some(given) = given else {
+            return Some(DEFAULT_POLL);
+        };
+        let micros = self.integer(
+            given,
+            "poll-max-us",
+            "a number of microseconds, such as 100",
+        )?;
+        let fits = u64::try_from(micros).ok().filter(|&us| us <= MAX_POLL_US);
+        if fits.is_none() {
+            self.refuse(&given.origin, "poll-max-us", ProblemKind::Poll(micros));
+        }
+        fits.map(Duration::from_micros)
+    }
+
+    pub(super) fn realtime_priority(
+        &mut self,
+        given: Option<&Given<Scalar>>,
+    ) -> Option<Option<u8>> {
+        let Some(given) = given else {
+            return Some(None);
+        };
+        let number = self.integer(given, "realtime-priority", "a priority, such as 1")?;
+        let priority = u8::try_from(number)
+            .ok()
+            .filter(|priority| (1..=MAX_PRIORITY).contains(priority));
+        if priority.is_none() {
+            self.refuse(
+                &given.origin,
+                "realtime-priority",
+                ProblemKind::Priority(number),
+            );
+        }
+        priority.map(Some)
+    }
+
     /// Requests that are taken off the ring at a time: `1..=`[`MAX_BATCH`].
     pub(super) fn max_batch(&mut self, given: Option<&Given<Scalar>>) -> Option<usize> {
         let Some(given) = given else {
@@ -42,6 +133,10 @@ impl Checker<'_> {
         }
         rate
     }
+}
+
+pub(super) fn whole_pages(bytes: u64) -> u64 {
+    bytes & !(SMALLEST_PAGE - 1)
 }
 
 #[cfg(test)]

@@ -3,16 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::Socket;
+use super::bounds::{MAX_INTERVAL_S, MAX_NAME, MIN_INTERVAL_S};
+use super::checker::Checker;
 use super::draft::{Draft, Given, MetricsDraft, Scalar};
 use super::error::ProblemKind;
-use super::{Checker, Socket, shown};
-
-/// The longest name of a VM in bytes.
-pub const MAX_NAME: usize = 64;
-/// The shortest time between two versions of a textfile, in seconds.
-pub const MIN_INTERVAL_S: u64 = 1;
-/// The longest time between two versions of a textfile, in seconds.
-pub const MAX_INTERVAL_S: u64 = 3600;
+use super::text::shown;
 
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(15);
 /// Every right there is.

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::RawFd;
 
+use super::checker::Checker;
 use super::draft::{Draft, Given, Origin, Scalar};
 use super::error::ProblemKind;
-use super::{Checker, shorten, shown};
+use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
 use crate::topology::{PciAddress, PciRange};
 

@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
+use super::bounds::{MAX_READERS, MAX_USERS};
+use super::checker::Checker;
 use super::draft::{Draft, Given, ReadersDraft, Scalar};
 use super::error::ProblemKind;
-use super::{Checker, shown};
-
-/// The most processes that can be let in for one endpoint.
-pub const MAX_READERS: usize = 256;
-/// The most users that can be named.
-pub const MAX_USERS: usize = 64;
+use super::text::shown;
 
 /// Which processes are let in, how many, and how long they are waited for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use super::Socket;
+use super::checker::Checker;
 use super::draft::Draft;
 use super::error::ProblemKind;
 use super::passthrough::range_in;
-use super::{Checker, Socket};
 use crate::topology::PciAddress;
 
 /// An endpoint that processes register for at a socket. Several may share one.

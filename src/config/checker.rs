@@ -1,0 +1,301 @@
+//! Checks a draft as a whole and collects every problem with its place.
+
+use std::path::{Path, PathBuf};
+
+use super::bounds::{MAX_PROBLEMS, MAX_SOCKET_PATH};
+use super::draft::{Draft, Given, Origin, Scalar};
+use super::error::{ConfigError, Place, Problem, ProblemKind};
+use super::text::{line_of, line_text, parse_size, shown, syntax_message};
+use super::translation::page_mask;
+use super::{Config, Descriptors, Socket};
+use crate::args::{DescriptorArgs, RunArgs};
+
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub path: &'a Path,
+    pub text: &'a str,
+}
+
+/// Checks a draft and collects what is wrong with it. A value that was refused is `None`, and what
+/// depends on it is not checked.
+pub(super) struct Checker<'a> {
+    pub source: Option<Source<'a>>,
+    pub problems: Vec<Problem>,
+    omitted: usize,
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn new(source: Option<Source<'a>>) -> Self {
+        Self {
+            source,
+            problems: Vec::new(),
+            omitted: 0,
+        }
+    }
+
+    pub(super) fn refuse(&mut self, origin: &Origin, key: &str, kind: ProblemKind) {
+        if self.problems.len() >= MAX_PROBLEMS {
+            // Finding lines takes a pass over the file each.
+            self.omitted += 1;
+            return;
+        }
+        let place = match (origin, self.source) {
+            (Origin::Flag(name), _) => Place::Flag(name),
+            (Origin::File(span), source) => Place::File {
+                path: source.map_or_else(PathBuf::new, |source| source.path.to_owned()),
+                line: source.map(|source| line_of(source.text, span.start)),
+                key: key.to_owned(),
+            },
+        };
+        self.push(place, kind);
+    }
+
+    /// Refuses something that is nowhere to be found.
+    pub(super) fn refuse_missing(&mut self, key: &str, flag: &'static str, cure: &'static str) {
+        let place = match self.source {
+            None => Place::Flag(flag),
+            Some(source) => Place::File {
+                path: source.path.to_owned(),
+                line: None,
+                key: key.to_owned(),
+            },
+        };
+        self.push(place, ProblemKind::Missing(cure));
+    }
+
+    fn push(&mut self, place: Place, kind: ProblemKind) {
+        self.problems.push(Problem { place, kind });
+    }
+
+    pub(super) fn finish(self) -> ConfigError {
+        ConfigError {
+            problems: self.problems,
+            omitted: self.omitted,
+        }
+    }
+
+    /// The file as a draft; an empty one without a file.
+    pub(super) fn parse(&mut self) -> Result<Draft, ConfigError> {
+        let Some(source) = self.source else {
+            return Ok(Draft::default());
+        };
+        toml::from_str(source.text).map_err(|error| {
+            let span = error.span().unwrap_or(0..0);
+            let kind = ProblemKind::Syntax(syntax_message(
+                error.message(),
+                line_text(source.text, span.start),
+            ));
+            let mut checker = Checker::new(self.source);
+            checker.refuse(&Origin::File(span), "", kind);
+            checker.finish()
+        })
+    }
+
+    /// The checked configuration. `args` are there where the daemon is to run.
+    pub(super) fn config(
+        mut self,
+        draft: &Draft,
+        descriptors: &DescriptorArgs,
+        args: Option<&RunArgs>,
+    ) -> Result<Config, ConfigError> {
+        let socket = match args.and_then(|args| args.fd) {
+            Some(fd) => Some(Socket::Fd(fd)),
+            None => {
+                if args.is_some() && draft.socket.is_none() {
+                    self.refuse_missing(
+                        "socket",
+                        "--socket-path",
+                        "give `socket = \"/run/vm0/iommu.sock\"` in the file, --socket-path or --fd",
+                    );
+                }
+                self.socket_path(draft.socket.as_ref(), "socket")
+                    .map(Socket::Path)
+            }
+        };
+        let control = self.socket_path(draft.control.as_ref(), "control");
+        if let (Some(Socket::Path(path)), Some(given)) = (&socket, &draft.control)
+            && control.as_ref() == Some(path)
+        {
+            self.refuse(&given.origin, "control", ProblemKind::SamePath);
+        }
+        let name = self.name(draft.name.as_ref(), socket.as_ref());
+        let control_access = self.control_access(draft);
+
+        let qmp = self.socket_path(draft.qmp.as_ref(), "qmp");
+        let own = socket.as_ref().and_then(|socket| match socket {
+            Socket::Path(path) => Some(path),
+            Socket::Fd(_) => None,
+        });
+        if let (Some(path), Some(given)) = (&qmp, &draft.qmp)
+            && [own, control.as_ref()].contains(&Some(path))
+        {
+            self.refuse(&given.origin, "qmp", ProblemKind::QmpPath);
+        }
+
+        let address_width = self.address_width(draft.address_width.as_ref());
+        let granule = self.granule(draft.granule.as_ref());
+        let bypass_at_boot = self.bypass(draft.bypass.as_ref());
+        let max_domains = self.domains(draft.domains.as_ref());
+        let max_batch = self.max_batch(draft.batch.as_ref());
+        let fault_rate = self.fault_rate(draft.fault_rate.as_ref());
+        let longest_poll = self.longest_poll(draft.poll_max_us.as_ref());
+        let realtime_priority = self.realtime_priority(draft.realtime_priority.as_ref());
+        let memory = self.memory(draft.memory.as_ref());
+        let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
+        let topology = self.topology(draft);
+        let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
+        let pin = self.pin(draft.pin.as_ref());
+        let passthrough = self.passthrough(draft);
+        let shadow = self.shadow(draft, socket.as_ref(), control.as_ref());
+        let readers = self.readers(draft);
+        let mut taken: Vec<_> = control.iter().collect();
+        if let Some(Socket::Path(path)) = &socket {
+            taken.push(path);
+        }
+        taken.extend(shadow.iter().flatten().map(|listener| &listener.path));
+        let metrics = self.metrics(draft, &taken);
+        taken.extend(metrics.iter().filter_map(|metrics| metrics.socket.as_ref()));
+        let emulated = self.emulated(draft, &taken);
+        taken.extend(emulated.iter().flatten().map(|device| &device.listen));
+        taken.extend(emulated.iter().flatten().map(|device| &device.connect));
+        let exports = self.exports(draft, &taken);
+        // Which endpoints there are decides which descriptors are right.
+        let descriptors = if let Some(host_iommu) = host_iommu
+            && let Some(passthrough) = &passthrough
+        {
+            self.descriptors(descriptors, args, host_iommu, passthrough)
+        } else {
+            Descriptors::default()
+        };
+
+        if let Some(topology) = topology
+            && let Some(address_width) = address_width
+            && let Some(page_mask) = granule.and_then(page_mask)
+            && let Some(bypass_at_boot) = bypass_at_boot
+            && let Some(max_domains) = max_domains
+            && let Some(name) = name
+            && let Some(control_access) = control_access
+            && let Some(metrics) = metrics
+            && let Some(max_batch) = max_batch
+            && let Some(fault_rate) = fault_rate
+            && let Some(longest_poll) = longest_poll
+            && let Some(realtime_priority) = realtime_priority
+            && let Some(memory) = memory
+            && let Some(arena_limit) = arena_limit
+            && let Some(passthrough) = passthrough
+            && let Some(exports) = exports
+            && let Some(emulated) = emulated
+            && let Some(shadow) = shadow
+            && let Some(readers) = readers
+            && let Some(host_iommu) = host_iommu
+            && let Some(pin) = pin
+            && self.problems.is_empty()
+        {
+            Ok(Config {
+                name,
+                socket,
+                control,
+                qmp,
+                control_access,
+                metrics,
+                address_width,
+                page_mask,
+                bypass_at_boot,
+                max_domains,
+                max_batch,
+                fault_rate,
+                longest_poll,
+                realtime_priority,
+                memory,
+                arena_limit,
+                topology,
+                passthrough,
+                exports,
+                emulated,
+                shadow,
+                readers,
+                host_iommu,
+                pin,
+                descriptors,
+            })
+        } else {
+            Err(self.finish())
+        }
+    }
+
+    pub(super) fn socket_path(
+        &mut self,
+        given: Option<&Given<Scalar>>,
+        key: &str,
+    ) -> Option<PathBuf> {
+        let given = given?;
+        let text = self.text(
+            given,
+            key,
+            "a path as a text, such as \"/run/vm0/iommu.sock\"",
+        )?;
+        let kind = if text.is_empty() {
+            ProblemKind::PathEmpty
+        } else if text.len() > MAX_SOCKET_PATH {
+            ProblemKind::PathTooLong(text.len())
+        } else if text.chars().any(char::is_control) {
+            ProblemKind::PathControl
+        } else {
+            return Some(PathBuf::from(text));
+        };
+        self.refuse(&given.origin, key, kind);
+        None
+    }
+
+    pub(super) fn text<'g>(
+        &mut self,
+        given: &'g Given<Scalar>,
+        key: &str,
+        wanted: &'static str,
+    ) -> Option<&'g str> {
+        if let Scalar::Text(text) = &given.value {
+            return Some(text);
+        }
+        self.wrong_type(given, key, given.value.found(), wanted);
+        None
+    }
+
+    pub(super) fn integer(
+        &mut self,
+        given: &Given<Scalar>,
+        key: &str,
+        wanted: &'static str,
+    ) -> Option<i128> {
+        if let Scalar::Integer(value) = given.value {
+            return Some(value);
+        }
+        self.wrong_type(given, key, given.value.found(), wanted);
+        None
+    }
+
+    pub(super) fn size(&mut self, given: &Given<Scalar>, key: &str) -> Option<u64> {
+        let size = match &given.value {
+            Scalar::Text(text) => parse_size(text),
+            Scalar::Integer(bytes) => u64::try_from(*bytes).ok(),
+            other => {
+                let wanted = "a size: bytes as a number, or a text such as \"2G\"";
+                self.wrong_type(given, key, other.found(), wanted);
+                return None;
+            }
+        };
+        if size.is_none() {
+            self.refuse(&given.origin, key, ProblemKind::Size(shown(&given.value)));
+        }
+        size
+    }
+
+    pub(super) fn wrong_type(
+        &mut self,
+        given: &Given<Scalar>,
+        key: &str,
+        found: &'static str,
+        wanted: &'static str,
+    ) {
+        self.refuse(&given.origin, key, ProblemKind::WrongType { found, wanted });
+    }
+}

@@ -1,0 +1,97 @@
+//! Makes a [`Config`]: from a file, from options, or from a file that options override.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use super::bounds::MAX_FILE;
+use super::checker::{Checker, Source};
+use super::draft::Origin;
+use super::error::{ConfigError, Place, Problem, ProblemKind};
+use super::{Config, Summary};
+use crate::args::{DescriptorArgs, RunArgs};
+
+impl Config {
+    /// The configuration in `file` alone, which need not name a socket.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the file cannot be read or used.
+    pub fn from_file(file: &Path) -> Result<Self, ConfigError> {
+        Self::from_text(file, &read(file)?)
+    }
+
+    /// The configuration in `file`, which need not name a socket, and inherited descriptors.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the file or the descriptors cannot be used.
+    pub fn with_descriptors(
+        file: &Path,
+        descriptors: &DescriptorArgs,
+    ) -> Result<Self, ConfigError> {
+        let text = read(file)?;
+        let mut checker = Checker::new(Some(Source {
+            path: file,
+            text: &text,
+        }));
+        let draft = checker.parse()?;
+        checker.config(&draft, descriptors, None)
+    }
+
+    /// The configuration that `text`, the content of `file`, stands for.
+    ///
+    /// # Errors
+    ///
+    /// With every problem found, where the text cannot be used.
+    pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let mut checker = Checker::new(Some(Source { path: file, text }));
+        let draft = checker.parse()?;
+        checker.config(&draft, &DescriptorArgs::default(), None)
+    }
+
+    /// What this configuration says, for people.
+    pub fn summary(&self) -> Summary<'_> {
+        Summary::new(self)
+    }
+}
+
+impl TryFrom<&RunArgs> for Config {
+    type Error = ConfigError;
+
+    /// The configuration of a daemon that is to run: the file, if one is named, overridden by the
+    /// other options.
+    fn try_from(args: &RunArgs) -> Result<Self, ConfigError> {
+        let text = args.config.as_deref().map(read).transpose()?;
+        let source = args.config.as_deref().zip(text.as_deref());
+        let mut checker = Checker::new(source.map(|(path, text)| Source { path, text }));
+        let draft = checker.parse()?;
+        let draft = draft.overridden_by(args, |flag, kind| {
+            checker.refuse(&Origin::Flag(flag), "", kind);
+        });
+        checker.config(&draft, &args.descriptors, Some(args))
+    }
+}
+
+/// Reads a configuration file, but never more than [`MAX_FILE`].
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let fail = |kind| {
+        let place = Place::File {
+            path: path.to_owned(),
+            line: None,
+            key: String::new(),
+        };
+        ConfigError {
+            problems: vec![Problem { place, kind }],
+            omitted: 0,
+        }
+    };
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
+        .map_err(|source| fail(ProblemKind::Read(source)))?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(fail(ProblemKind::FileTooLong));
+    }
+    String::from_utf8(bytes).map_err(|_| fail(ProblemKind::NotUtf8))
+}
