@@ -32,7 +32,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use crate::backends::vfio_user::Watch;
 use crate::device::Device;
 use crate::endpoints::hotplug::Hotplug;
-use crate::export::ExportState;
+use crate::export::ServerStatus;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::metrics::{Counter, Metrics};
@@ -99,7 +99,7 @@ struct Devices {
     /// Devices that other processes emulate.
     emulated: Vec<Watch>,
     /// Devices of the host that are offered to the VMM over vfio-user.
-    exports: Vec<(EndpointId, Arc<ExportState>)>,
+    exports: Vec<(EndpointId, Arc<ServerStatus>)>,
 }
 
 /// Limits that are known to nobody else here.

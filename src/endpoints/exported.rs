@@ -7,7 +7,7 @@ use std::sync::Arc;
 use log::info;
 
 use crate::config::Config;
-use crate::export::{ExportServer, Offered};
+use crate::export::{self, DeviceServer, ExportedDevice};
 use crate::process::socket::{SocketFile, bind};
 use crate::topology::PciAddress;
 use crate::vfio::DeviceAccess;
@@ -15,7 +15,7 @@ use crate::vfio::DeviceAccess;
 /// What there is for exported devices.
 pub struct ExportSide {
     /// A server for each of them.
-    pub servers: Vec<(PciAddress, ExportServer)>,
+    pub servers: Vec<(PciAddress, DeviceServer)>,
     /// The files of the sockets that the VMM connects to.
     pub files: Vec<(PciAddress, Arc<SocketFile>)>,
 }
@@ -40,12 +40,12 @@ impl ExportSide {
                 continue;
             };
             let name = format!("endpoint {endpoint}");
-            let offered = Offered::new(name, device).map_err(|cause| {
+            let offered = ExportedDevice::new(name, device).map_err(|cause| {
                 let what = format!("endpoint {endpoint} cannot be exported: {cause}");
                 io::Error::new(cause.kind(), what)
             })?;
             let (listener, file) = bind(&export.path)?;
-            let server = ExportServer::start(listener, offered)?;
+            let server = export::serve(listener, offered)?;
             side.servers.push((endpoint, server));
             side.files.push((endpoint, Arc::new(file)));
             info!(

@@ -16,7 +16,7 @@ use crate::device::Device;
 use crate::endpoints::emulated::{EmulatedSide, Refusals};
 use crate::endpoints::exported::ExportSide;
 use crate::endpoints::passthrough::{HostSide, HostSideError};
-use crate::export::{ExportServer, ExportState};
+use crate::export::{DeviceServer, ServerStatus};
 use crate::faults::queue::FaultDelivery;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
@@ -92,7 +92,7 @@ pub type Files = Arc<Mutex<BTreeMap<PciAddress, Arc<SocketFile>>>>;
 struct Parts {
     watches: BTreeMap<PciAddress, Watch>,
     hosts: BTreeMap<EndpointId, String>,
-    exports: BTreeMap<PciAddress, ExportServer>,
+    exports: BTreeMap<PciAddress, DeviceServer>,
     faults: Option<FaultDelivery>,
 }
 
@@ -101,7 +101,7 @@ struct Parts {
 struct Opened {
     backend: Option<Box<dyn DmaBackend>>,
     watches: Vec<(PciAddress, Watch)>,
-    exports: Vec<(PciAddress, ExportServer)>,
+    exports: Vec<(PciAddress, DeviceServer)>,
     files: Vec<(PciAddress, Arc<SocketFile>)>,
     host: Option<String>,
     /// Where the host has a say in them.
@@ -165,11 +165,11 @@ impl Hotplug {
     }
 
     /// How the devices are doing that are offered to the VMM.
-    pub fn export_states(&self) -> Vec<(EndpointId, Arc<ExportState>)> {
+    pub fn export_states(&self) -> Vec<(EndpointId, Arc<ServerStatus>)> {
         let parts = self.parts.lock();
         let exports = parts.exports.iter();
         exports
-            .map(|(at, server)| (at.endpoint_id(), server.state()))
+            .map(|(at, server)| (at.endpoint_id(), server.status()))
             .collect()
     }
 

@@ -1,114 +1,89 @@
-//! A device's interrupts, as a client asks for them.
+//! A VFIO device's interrupts as a vfio-user client sets them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
-    VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_IRQ_SET_DATA_TYPE_MASK,
+    VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK,
 };
 
-use crate::vfio::{DeviceAccess, IrqChange, IrqInfo, IrqWhat};
-use crate::vfio_user::message::IrqSetBody;
+use crate::vfio::{DeviceAccess, IrqChange, IrqWhat};
+use crate::vfio_user::server::{IrqAction, IrqKind, IrqSet, IrqSetData};
 use crate::warn_limited;
 
-/// What the client has set up.
+/// The interrupts that the client has set.
 #[derive(Debug, Default)]
-pub(super) struct Irqs {
-    /// The kinds it may have switched on.
+pub(super) struct ExportedIrqs {
+    /// The kinds that the client may have enabled.
     used: BTreeSet<u32>,
-    /// The events of kinds that the kernel gives no more interrupts than it was first asked for.
+    /// The eventfds of each kind whose number of interrupts the kernel fixes when they are enabled.
     kept: BTreeMap<u32, Vec<Option<OwnedFd>>>,
 }
 
-impl Irqs {
-    /// Does what a DEVICE_SET_IRQS asks for of a kind that the device has.
+impl ExportedIrqs {
+    /// Executes a DEVICE_SET_IRQS of a kind that the device has.
     ///
-    /// A client sends the descriptors of many interrupts in several messages. Where the kernel
-    /// fixes their number with the first one, all are set up again from the beginning: that loses
-    /// what comes in between, as it does for whoever uses VFIO itself.
+    /// A client sends the eventfds of many interrupts in several messages. If the kernel fixes the
+    /// number of interrupts with the first message, all are disabled and enabled anew. An interrupt
+    /// in between is lost, as it is for a VMM that uses VFIO itself.
     ///
     /// # Errors
-    /// The errno it is refused with; what was there before may be switched off then.
+    /// The kernel's errno. The interrupts of the kind may then be disabled.
     pub(super) fn set(
         &mut self,
         device: &dyn DeviceAccess,
-        info: IrqInfo,
-        set: &IrqSetBody,
-        data: &[u8],
-        descriptors: Vec<OwnedFd>,
+        kind: IrqKind,
+        set: IrqSet<'_>,
     ) -> Result<(), i32> {
-        let (flags, index) = (set.flags.get(), set.index.get());
-        let (start, count) = (set.start.get(), set.count.get());
-        let action = flags & VFIO_IRQ_SET_ACTION_TYPE_MASK;
-        let known = VFIO_IRQ_SET_ACTION_TYPE_MASK | VFIO_IRQ_SET_DATA_TYPE_MASK;
-        let inside = start
-            .checked_add(count)
-            .is_some_and(|end| end <= info.count);
-        if flags & !known != 0 || action.count_ones() != 1 || !inside {
-            return Err(libc::EINVAL);
-        }
-        let off = count == 0;
-        if off && flags != VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER {
-            return Err(libc::EINVAL);
-        }
-        let wanted = count as usize;
+        let IrqSet { index, start, .. } = set;
+        let action = match set.action {
+            IrqAction::Mask => VFIO_IRQ_SET_ACTION_MASK,
+            IrqAction::Unmask => VFIO_IRQ_SET_ACTION_UNMASK,
+            IrqAction::Trigger => VFIO_IRQ_SET_ACTION_TRIGGER,
+        };
         let change = |what| IrqChange {
             action,
             index,
             start,
             what,
         };
-        match flags & VFIO_IRQ_SET_DATA_TYPE_MASK {
-            VFIO_IRQ_SET_DATA_NONE if off => {
+        match set.data {
+            IrqSetData::Disable => {
                 self.kept.remove(&index);
                 self.used.remove(&index);
-                errno(device.set_irqs(&change(IrqWhat::All(0))))
+                errno_of(device.set_irqs(&change(IrqWhat::All(0))))
             }
-            VFIO_IRQ_SET_DATA_NONE => errno(device.set_irqs(&change(IrqWhat::All(count)))),
-            VFIO_IRQ_SET_DATA_BOOL => {
-                let chosen = data.get(..wanted).ok_or(libc::EINVAL)?;
-                errno(device.set_irqs(&change(IrqWhat::Chosen(chosen))))
+            IrqSetData::All(count) => errno_of(device.set_irqs(&change(IrqWhat::All(count)))),
+            IrqSetData::Chosen(chosen) => {
+                errno_of(device.set_irqs(&change(IrqWhat::Chosen(chosen))))
             }
-            VFIO_IRQ_SET_DATA_EVENTFD => {
-                let events: Vec<Option<OwnedFd>> = match descriptors.len() {
-                    0 => (0..wanted).map(|_| None).collect(),
-                    n if n == wanted => descriptors.into_iter().map(Some).collect(),
-                    _ => return Err(libc::EINVAL),
-                };
+            IrqSetData::Eventfds(events) => {
                 self.used.insert(index);
-                let fixed = info.flags & VFIO_IRQ_INFO_NORESIZE != 0;
-                if action == VFIO_IRQ_SET_ACTION_TRIGGER && fixed && info.count > 1 {
+                let fixed = kind.flags & VFIO_IRQ_INFO_NORESIZE != 0;
+                if set.action == IrqAction::Trigger && fixed && kind.count > 1 {
                     return self.set_fixed(device, index, start as usize, events);
                 }
-                errno(set_events(device, action, index, start, &events))
+                errno_of(set_events(device, action, index, start, &events))
             }
-            _ => Err(libc::EINVAL),
         }
     }
 
-    /// Switches everything off.
+    /// Disables all interrupts that the client may have enabled.
     pub(super) fn release(&mut self, device: &dyn DeviceAccess, name: &str) {
         self.kept.clear();
         for index in std::mem::take(&mut self.used) {
-            let off = IrqChange {
-                action: VFIO_IRQ_SET_ACTION_TRIGGER,
-                index,
-                start: 0,
-                what: IrqWhat::All(0),
-            };
-            // The kernel refuses what is off already: a client may have asked in vain.
-            if let Err(cause) = device.set_irqs(&off)
+            // The kernel refuses to disable what is disabled: the client's request may have failed.
+            if let Err(cause) = device.set_irqs(&disable_all(index))
                 && cause.raw_os_error() != Some(libc::EINVAL)
             {
-                warn_limited!("{name}: interrupts of kind {index} stay on: {cause}");
+                warn_limited!("{name}: cannot disable interrupts of kind {index}: {cause}");
             }
         }
     }
 
-    /// Sets events of a kind whose number of interrupts the kernel fixes.
+    /// Sets eventfds of a kind whose number of interrupts the kernel fixes.
     fn set_fixed(
         &mut self,
         device: &dyn DeviceAccess,
@@ -123,27 +98,30 @@ impl Irqs {
             *slot = event;
         }
         let action = VFIO_IRQ_SET_ACTION_TRIGGER;
-        let again = before > 0 && end > before;
-        let done = if again {
-            let off = IrqChange {
-                action,
-                index,
-                start: 0,
-                what: IrqWhat::All(0),
-            };
+        let grows = before > 0 && end > before;
+        let outcome = if grows {
             device
-                .set_irqs(&off)
+                .set_irqs(&disable_all(index))
                 .and_then(|()| set_events(device, action, index, 0, kept))
         } else {
             let first = if before == 0 { 0 } else { start };
-            let some = kept.get(first..end).unwrap_or_default();
+            let events = kept.get(first..end).unwrap_or_default();
             let start = u32::try_from(first).unwrap_or(u32::MAX);
-            set_events(device, action, index, start, some)
+            set_events(device, action, index, start, events)
         };
-        if done.is_err() {
-            kept.truncate(if again { 0 } else { before });
+        if outcome.is_err() {
+            kept.truncate(if grows { 0 } else { before });
         }
-        errno(done)
+        errno_of(outcome)
+    }
+}
+
+fn disable_all(index: u32) -> IrqChange<'static> {
+    IrqChange {
+        action: VFIO_IRQ_SET_ACTION_TRIGGER,
+        index,
+        start: 0,
+        what: IrqWhat::All(0),
     }
 }
 
@@ -166,7 +144,7 @@ fn set_events(
     })
 }
 
-/// What to refuse with.
-pub(super) fn errno<T>(result: io::Result<T>) -> Result<T, i32> {
+/// The errno of a failed system call; `EIO` if the failure has none.
+pub(super) fn errno_of<T>(result: io::Result<T>) -> Result<T, i32> {
     result.map_err(|cause| cause.raw_os_error().unwrap_or(libc::EIO))
 }

@@ -1,18 +1,30 @@
-//! Devices of the host that are offered to a VMM as vfio-user devices, so that it needs no access to
-//! VFIO.
+//! Devices of the host that the daemon offers to the VMM as vfio-user devices, so that the VMM needs
+//! no access to VFIO.
 //!
 //! ```text
-//! VMM's vfio-user client <--socket--> ExportServer's thread --> Offered --> VFIO device
-//!                                                                             ^
-//!                                           a DMA backend of the core --------+  host IOMMU
+//! VMM's vfio-user client <--socket--> DeviceServer --> ExportedDevice --> VFIO device
+//!                                                                            ^
+//!                                          a DMA backend of the core --------+  host IOMMU
 //! ```
 //!
-//! The two ways to the device do not meet: what the client says of memory is taken note of and has no
-//! effect, and the core decides where the device's DMA goes. `docs/export.md` tells what is offered.
+//! The server and the core share no state. The server checks and answers DMA_MAP and DMA_UNMAP of the
+//! client, without effect; the core alone decides where the device's DMA goes. `docs/export.md` lists
+//! what the client is offered.
 
 mod device;
 mod irqs;
-mod server;
 
-pub use self::device::{Offered, RegionReply};
-pub use self::server::{ExportServer, ExportState};
+use std::io;
+use std::os::unix::net::UnixListener;
+
+pub use self::device::ExportedDevice;
+use crate::process::sandbox::Role;
+pub use crate::vfio_user::server::{DeviceServer, ServerStatus};
+
+/// Serves one client of `device` after the other at `listener`.
+///
+/// # Errors
+/// The system has no descriptor or thread left.
+pub fn serve(listener: UnixListener, device: ExportedDevice) -> io::Result<DeviceServer> {
+    DeviceServer::start(Role::Export, listener, Box::new(device))
+}

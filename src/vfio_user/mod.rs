@@ -18,6 +18,7 @@ mod interposer;
 mod irqs;
 mod link;
 pub mod message;
+pub mod server;
 pub mod socket;
 pub mod version;
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vhost_device_iommu::export::{ExportServer, Offered};
+use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
     Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqWhat, RegionInfo,
 };
@@ -271,7 +271,7 @@ fn own(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub struct Rig {
     pub device: Double,
     pub path: PathBuf,
-    pub server: Option<ExportServer>,
+    pub server: Option<DeviceServer>,
     _folder: tempfile::TempDir,
 }
 
@@ -281,8 +281,9 @@ impl Rig {
         let path = folder.path().join("socket");
         let device = Double::new();
         let listener = UnixListener::bind(&path).expect("a socket");
-        let offered = Offered::new("device".into(), Box::new(device.clone())).expect("a device");
-        let server = ExportServer::start(listener, offered).expect("a server");
+        let offered =
+            ExportedDevice::new("device".into(), Box::new(device.clone())).expect("a device");
+        let server = serve(listener, offered).expect("a server");
         Self {
             device,
             path,

@@ -9,7 +9,7 @@ use crate::double::{Rig, eventually};
 #[test]
 fn clients_that_come_go_and_are_cut_off_are_counted() {
     let rig = Rig::new();
-    let state = rig.server.as_ref().expect("it runs").state();
+    let state = rig.server.as_ref().expect("it runs").status();
     let figures = || {
         let counts = (state.clients.get(), state.cut_offs.get());
         (state.is_connected(), counts)

@@ -9,23 +9,49 @@ use super::{Command, Malformed};
 pub const DMA_MAP_READ: u32 = 1 << 0;
 /// `flags` of [`DmaMapBody`]: the device may write.
 pub const DMA_MAP_WRITE: u32 = 1 << 1;
-/// `flags` of [`DmaUnmapBody`]: report what was written to.
+/// `flags` of [`DmaUnmapBody`]: report the pages that the device wrote.
 pub const DMA_UNMAP_DIRTY: u32 = 1 << 0;
-/// `flags` of [`DmaUnmapBody`]: everything, with address and size 0.
+/// `flags` of [`DmaUnmapBody`]: unmap everything; address and size are 0.
 pub const DMA_UNMAP_ALL: u32 = 1 << 1;
+/// `flags` of [`DeviceInfoBody`]: the device can be reset.
+pub const DEVICE_RESET: u32 = 1 << 0;
+/// `flags` of [`DeviceInfoBody`]: it is a PCI device.
+pub const DEVICE_PCI: u32 = 1 << 1;
+/// `flags` of [`RegionInfoBody`]: the client may read the region.
+pub const REGION_READ: u32 = 1 << 0;
+/// `flags` of [`RegionInfoBody`]: the client may write the region.
+pub const REGION_WRITE: u32 = 1 << 1;
+/// `flags` of [`RegionInfoBody`]: the client may map the region.
+pub const REGION_MMAP: u32 = 1 << 2;
+/// `flags` of [`RegionInfoBody`]: capabilities follow.
+pub const REGION_CAPS: u32 = 1 << 3;
+/// Capability of a region: the parts of it that can be mapped.
+pub const REGION_CAP_SPARSE_MMAP: u16 = 1;
+/// Capability of a region: its type.
+pub const REGION_CAP_TYPE: u16 = 2;
+/// Capability of a region: the MSI-X table may be mapped with the rest.
+pub const REGION_CAP_MSIX_MAPPABLE: u16 = 3;
+/// `flags` of [`IrqInfoBody`]: eventfds can signal the interrupts.
+pub const IRQ_INFO_EVENTFD: u32 = 1 << 0;
 /// `flags` of [`IrqSetBody`]: no data.
 pub const IRQ_DATA_NONE: u32 = 1 << 0;
 /// `flags` of [`IrqSetBody`]: a byte for each interrupt.
 pub const IRQ_DATA_BOOL: u32 = 1 << 1;
 /// `flags` of [`IrqSetBody`]: a descriptor for each interrupt.
 pub const IRQ_DATA_EVENTFD: u32 = 1 << 2;
-/// `flags` of [`IrqSetBody`]: when the interrupt is to be raised.
+/// `flags` of [`IrqSetBody`]: the bits for the kind of data.
+pub const IRQ_DATA: u32 = IRQ_DATA_NONE | IRQ_DATA_BOOL | IRQ_DATA_EVENTFD;
+/// `flags` of [`IrqSetBody`]: mask the interrupts.
+pub const IRQ_ACTION_MASK: u32 = 1 << 3;
+/// `flags` of [`IrqSetBody`]: unmask the interrupts.
+pub const IRQ_ACTION_UNMASK: u32 = 1 << 4;
+/// `flags` of [`IrqSetBody`]: signal the interrupts, or set what signals them.
 pub const IRQ_ACTION_TRIGGER: u32 = 1 << 5;
-/// `flags` of [`IrqSetBody`]: the bits that say what is to happen.
-pub const IRQ_ACTIONS: u32 = 1 << 3 | 1 << 4 | IRQ_ACTION_TRIGGER;
-/// `flags` of [`FeatureBody`]: the bits that number the feature.
+/// `flags` of [`IrqSetBody`]: the bits for the action.
+pub const IRQ_ACTIONS: u32 = IRQ_ACTION_MASK | IRQ_ACTION_UNMASK | IRQ_ACTION_TRIGGER;
+/// `flags` of [`FeatureBody`]: the bits for the number of the feature.
 pub const FEATURE_INDEX: u32 = 0xffff;
-/// Features that start, stop and read a log of what DMA wrote.
+/// Features that start, stop and read a log of the pages that DMA wrote.
 pub const FEATURES_DMA_LOGGING: std::ops::RangeInclusive<u32> = 6..=8;
 
 /// Derives what every structure on the wire has.
@@ -36,6 +62,10 @@ macro_rules! wire {
         #[repr(C)]
         pub struct $name { $($(#[$field_doc])* pub $field: $kind,)* }
         const _: () = assert!(size_of::<$name>() == $size);
+        impl $name {
+            /// Bytes of the structure.
+            pub const BYTES: u32 = $size;
+        }
     };
 }
 

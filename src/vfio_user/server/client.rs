@@ -1,0 +1,336 @@
+//! One client: its messages are received in order, and each is answered before the next is received.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use thiserror::Error;
+
+use super::commands::{Reply, execute};
+use super::device::ServedDevice;
+use crate::vfio_user::message::{Command, Header, Kind, Malformed, check_command};
+use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver, SocketError};
+use crate::vfio_user::version::{Version, VersionError};
+use crate::warn_limited;
+
+/// How long a client may take to send VERSION: other clients wait meanwhile.
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the server waits before it polls again after `poll` failed.
+const RETRY: Duration = Duration::from_millis(100);
+/// The server of a device that only answers receives nothing while replies wait to be sent.
+const MAX_UNSENT_REPLIES: usize = 1;
+/// The server of a device that sends commands receives nothing while this many bytes wait to be
+/// sent. Not less: client and server could then wait for each other to receive.
+const MAX_UNSENT_COMMANDS: usize = 4 << 20;
+
+/// Why the server cuts a client off.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The connection failed, or the client sent what is no message.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A command has too few bytes, or too many descriptors.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// VERSION cannot be decoded, or names another protocol.
+    #[error(transparent)]
+    Version(#[from] VersionError),
+    /// The client violated the protocol.
+    #[error("{0}")]
+    Protocol(&'static str),
+    /// The client sent a command that only servers send.
+    #[error("the client sent {0:?}, a command for servers to send")]
+    ServerCommand(Command),
+    /// A system call failed.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// How a client that was not cut off came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientEnd {
+    /// The client hung up between two messages.
+    HungUp,
+    /// [`ServerSignal::stop`] was called.
+    Stopped,
+}
+
+/// Interrupts the wait of a serving thread, so that it sends what another thread has queued, or
+/// stops.
+#[derive(Debug)]
+pub struct ServerSignal {
+    event: OwnedFd,
+    stopped: AtomicBool,
+}
+
+impl ServerSignal {
+    /// A signal that was not sent yet.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            stopped: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes the serving thread return after the command that it executes.
+    ///
+    /// # Errors
+    /// The signal cannot be sent; the thread then goes on.
+    pub fn stop(&self) -> io::Result<()> {
+        self.stopped.store(true, Ordering::Release);
+        self.wake()
+    }
+
+    /// Whether [`Self::stop`] was called.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn wake(&self) -> io::Result<()> {
+        match rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
+            // A counter that is full is readable, too.
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
+            Err(cause) => Err(cause.into()),
+        }
+    }
+
+    /// Makes the signal unreadable until it is sent again.
+    pub(super) fn clear(&self) {
+        // The count does not matter, nor whether another thread has read it.
+        let _ = rustix::io::read(&self.event, &mut [0; 8]);
+    }
+}
+
+impl AsFd for ServerSignal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// The connection to one client, which any thread may send messages through.
+#[derive(Debug)]
+pub struct ClientChannel {
+    stream: UnixStream,
+    outbox: Mutex<Outbox>,
+    signal: Arc<ServerSignal>,
+}
+
+impl ClientChannel {
+    /// The connection `stream`; `signal` interrupts the thread that serves the client.
+    pub fn new(stream: UnixStream, signal: Arc<ServerSignal>) -> Self {
+        Self {
+            stream,
+            outbox: Mutex::default(),
+            signal,
+        }
+    }
+
+    /// Sends a message, header and body, or queues it for the serving thread to send. If the
+    /// connection has failed, the serving thread finds out, too.
+    pub fn send(&self, message: Vec<u8>) {
+        let mut outbox = self.outbox.lock();
+        outbox.push(message, Vec::new());
+        if outbox.flush(&self.stream).is_err() || !outbox.is_empty() {
+            // It fails only if the descriptor is gone, which this object owns.
+            let _ = self.signal.wake();
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.outbox.lock().flush(&self.stream)
+    }
+
+    fn unsent_bytes(&self) -> usize {
+        self.outbox.lock().len_bytes()
+    }
+}
+
+/// Serves a client until it hangs up, violates the protocol, or the server is stopped.
+///
+/// The caller must call [`ServedDevice::release`] before it serves the next client.
+///
+/// # Errors
+/// The client has to be cut off: the caller closes the connection.
+pub fn serve_client(
+    channel: &ClientChannel,
+    device: &mut dyn ServedDevice,
+) -> Result<ClientEnd, ServeError> {
+    let mut connection = Connection {
+        channel,
+        receiver: Receiver::default(),
+        version_until: Some(Instant::now() + VERSION_DEADLINE),
+        max_unsent: if device.sends_commands() {
+            MAX_UNSENT_COMMANDS
+        } else {
+            MAX_UNSENT_REPLIES
+        },
+    };
+    while !channel.signal.is_stopped() {
+        match connection.wait() {
+            Ok(()) => {}
+            Err(cause) => {
+                let name = device.name();
+                warn_limited!("{name}: cannot wait for messages: {cause}");
+                std::thread::sleep(RETRY);
+                continue;
+            }
+        }
+        if channel.signal.is_stopped() {
+            break;
+        }
+        if let Some(end) = connection.serve_message(device)? {
+            return Ok(end);
+        }
+    }
+    Ok(ClientEnd::Stopped)
+}
+
+/// What the server knows of a client.
+struct Connection<'a> {
+    channel: &'a ClientChannel,
+    receiver: Receiver,
+    /// When the server cuts the client off, unless VERSION is received before.
+    version_until: Option<Instant>,
+    /// The server receives while fewer bytes than this wait to be sent.
+    max_unsent: usize,
+}
+
+impl Connection<'_> {
+    /// Waits until there is something to receive, to send or to stop for.
+    fn wait(&self) -> io::Result<()> {
+        let unsent = self.channel.unsent_bytes();
+        let mut flags = PollFlags::empty();
+        flags.set(PollFlags::IN, unsent < self.max_unsent);
+        flags.set(PollFlags::OUT, unsent > 0);
+        let timeout = self.version_until.map(|at| {
+            let left = at.saturating_duration_since(Instant::now());
+            // Rounded up: rounded down, the thread would poll again and again in the last moment.
+            let left = left + Duration::from_millis(1);
+            Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            }
+        });
+        let signal = &*self.channel.signal;
+        let mut fds = [
+            PollFd::new(signal, PollFlags::IN),
+            PollFd::new(&self.channel.stream, flags),
+        ];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(cause) => return Err(cause.into()),
+        }
+        if !fds[0].revents().is_empty() && !signal.is_stopped() {
+            signal.clear();
+        }
+        Ok(())
+    }
+
+    /// Sends what waits, then receives and answers at most one message: the server may be stopped
+    /// after each. Returns how the client ended, if it did.
+    fn serve_message(
+        &mut self,
+        device: &mut dyn ServedDevice,
+    ) -> Result<Option<ClientEnd>, ServeError> {
+        self.channel.flush()?;
+        if self.channel.unsent_bytes() >= self.max_unsent {
+            return Ok(None);
+        }
+        if self.version_until.is_some_and(|at| at <= Instant::now()) {
+            return Err(ServeError::Protocol("the client sent no VERSION in time"));
+        }
+        match self.receiver.receive(&self.channel.stream)? {
+            Received::Message(message) => self.handle_message(device, message)?,
+            Received::Nothing => return Ok(None),
+            Received::End => return Ok(Some(ClientEnd::HungUp)),
+        }
+        self.channel.flush()?;
+        Ok(None)
+    }
+
+    fn handle_message(
+        &mut self,
+        device: &mut dyn ServedDevice,
+        message: Message,
+    ) -> Result<(), ServeError> {
+        let header = message.header;
+        match header.kind {
+            Kind::Command { .. } => {}
+            Kind::Reply | Kind::Refusal(_) => {
+                return handle_reply(device, &message);
+            }
+        }
+        let command = Command::from_number(header.command);
+        if let Some(command) = command {
+            check_command(command, &message.body, message.descriptors.len())?;
+        }
+        if self.version_until.is_some() {
+            if command != Some(Command::Version) {
+                return Err(ServeError::Protocol(
+                    "the client's first message is not VERSION",
+                ));
+            }
+            let client = Version::decode(&message.body)?;
+            let mut answer = client.server_answer()?;
+            device.negotiate(&client, &mut answer.capabilities);
+            self.version_until = None;
+            self.reply(&header, Ok(answer.encode().into()));
+            return Ok(());
+        }
+        let outcome = match command {
+            None => Err(libc::ENOTSUP),
+            Some(Command::Version) => {
+                return Err(ServeError::Protocol("the client sent VERSION twice"));
+            }
+            Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
+                return Err(ServeError::ServerCommand(command));
+            }
+            Some(command) => execute(device, command, message)?,
+        };
+        self.reply(&header, outcome);
+        Ok(())
+    }
+
+    fn reply(&self, header: &Header, outcome: Result<Reply, i32>) {
+        if header.wants_no_reply() {
+            return;
+        }
+        let mut outbox = self.channel.outbox.lock();
+        match outcome {
+            Ok(reply) => {
+                let bytes = header.reply_to(reply.body.len()).with_body(&reply.body);
+                let descriptor = reply.descriptor.map(Descriptor::Owned);
+                outbox.push(bytes, descriptor.into_iter().collect());
+            }
+            Err(errno) => {
+                outbox.push(header.refusal_of(errno).encode().to_vec(), Vec::new());
+            }
+        }
+    }
+}
+
+fn handle_reply(device: &mut dyn ServedDevice, message: &Message) -> Result<(), ServeError> {
+    if !device.sends_commands() {
+        return Err(ServeError::Protocol(
+            "the client sent a reply, and the server sends no commands",
+        ));
+    }
+    if !message.descriptors.is_empty() {
+        return Err(ServeError::Protocol(
+            "the client sent a reply with descriptors",
+        ));
+    }
+    if device.handle_reply(&message.header, &message.body) {
+        Ok(())
+    } else {
+        Err(ServeError::Protocol("the client replied to no command"))
+    }
+}

@@ -1,0 +1,190 @@
+//! A device as the server needs it: one method for each command of a vfio-user client.
+
+use std::os::fd::OwnedFd;
+
+use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody, Header};
+use crate::vfio_user::version::{Capabilities, Version};
+
+/// A device that a server offers to one vfio-user client at a time.
+///
+/// The server decodes and checks every message before it calls the device:
+///
+/// - An access lies within a region that [`ServedDevice::region`] returns, has a right that the
+///   region grants, and has at most [`MAX_DATA`](crate::vfio_user::message::MAX_DATA) bytes.
+/// - A change of interrupts concerns interrupts that [`ServedDevice::irq`] returns, and its data and
+///   descriptors match their number.
+///
+/// The thread that serves the client calls all methods. While a method waits, the client waits for
+/// its reply and the server cannot be stopped.
+///
+/// Every error is an errno, which the client gets in the reply.
+pub trait ServedDevice {
+    /// The device's name in log messages.
+    fn name(&self) -> &str;
+
+    /// VERSION: a client has connected and can do what `client` says. `answer` holds what the server
+    /// itself can do; the device may lower these limits to its own.
+    fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) {
+        let _ = (client, answer);
+    }
+
+    /// DEVICE_GET_INFO: the kind of the device, and how many regions and kinds of interrupts it has.
+    fn info(&self) -> DeviceSummary;
+
+    /// DEVICE_GET_REGION_INFO: region `index`. A region that the device lacks has no bytes; `None`
+    /// means that the index is not below the number of regions.
+    fn region(&self, index: u32) -> Option<&Region>;
+
+    /// DEVICE_GET_REGION_INFO: the file that the client may map instead of sending accesses to
+    /// region `index`, which has [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP). The region
+    /// must begin at offset 0 of the file.
+    fn region_file(&self, index: u32) -> Option<OwnedFd> {
+        let _ = index;
+        None
+    }
+
+    /// DEVICE_GET_IRQ_INFO: the interrupts of kind `index`; `None` means that the index is not below
+    /// the number of kinds.
+    fn irq(&self, index: u32) -> Option<IrqKind>;
+
+    /// DEVICE_SET_IRQS: signals, masks, unmasks, enables or disables interrupts.
+    ///
+    /// # Errors
+    /// An errno. The interrupts that the change concerns may then be disabled.
+    fn set_irqs(&mut self, set: IrqSet<'_>) -> Result<(), i32>;
+
+    /// REGION_READ: reads region `index` from `offset` on. Returns how many bytes of `into` were
+    /// read; the reply has no more than these.
+    ///
+    /// # Errors
+    /// An errno.
+    fn read_region(&mut self, index: u32, offset: u64, into: &mut [u8]) -> Result<usize, i32>;
+
+    /// REGION_WRITE and each entry of REGION_WRITE_MULTI: writes region `index` from `offset` on.
+    /// Returns how many bytes of `data` were written.
+    ///
+    /// # Errors
+    /// An errno.
+    fn write_region(&mut self, index: u32, offset: u64, data: &[u8]) -> Result<usize, i32>;
+
+    /// DEVICE_RESET: resets the device.
+    ///
+    /// # Errors
+    /// An errno; `ENOTTY` if the device has no reset.
+    fn reset(&mut self) -> Result<(), i32>;
+
+    /// DMA_MAP: the client lets the device reach the guest memory of `window`. `file` is the memory,
+    /// if the client passed a descriptor.
+    ///
+    /// # Errors
+    /// An errno; the device must then not reach the window.
+    fn dma_map(&mut self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32>;
+
+    /// DMA_UNMAP: the client takes `window` back. On success, no access of the device uses the
+    /// window after this method returns.
+    ///
+    /// # Errors
+    /// An errno.
+    fn dma_unmap(&mut self, window: &DmaUnmapBody) -> Result<(), i32>;
+
+    /// Whether the device sends commands of its own (DMA_READ, DMA_WRITE), through
+    /// [`ClientChannel::send`](super::ClientChannel::send). The server cuts off a client that replies
+    /// to a device that sends none.
+    fn sends_commands(&self) -> bool {
+        false
+    }
+
+    /// The client replied to a command of the device. Returns whether the device had sent it; if
+    /// not, the server cuts the client off.
+    fn handle_reply(&mut self, header: &Header, body: &[u8]) -> bool {
+        let _ = (header, body);
+        false
+    }
+
+    /// The client is gone, and no method was called for another client yet. The device must forget
+    /// the client's interrupts and windows and must stop its DMA.
+    fn release(&mut self);
+}
+
+/// The reply to DEVICE_GET_INFO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSummary {
+    /// `DEVICE_*` bits of [`message`](crate::vfio_user::message).
+    pub flags: u32,
+    /// The number of regions; a PCI device has at least 9.
+    pub regions: u32,
+    /// The number of kinds of interrupts; a PCI device has at least 5.
+    pub irqs: u32,
+}
+
+/// A region of a device: a BAR, the configuration space, ..
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Region {
+    /// [`REGION_READ`](crate::vfio_user::message::REGION_READ),
+    /// [`REGION_WRITE`](crate::vfio_user::message::REGION_WRITE) and
+    /// [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP); the server ignores and adds the
+    /// others.
+    pub flags: u32,
+    /// Bytes; 0 if the device lacks the region.
+    pub size: u64,
+    /// The server passes on the region's type, and the capabilities that concern mapping if there is
+    /// a file to map. It omits the others, since a client might rely on them in vain.
+    pub capabilities: Vec<RegionCapability>,
+}
+
+/// A capability of a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionCapability {
+    /// Its number.
+    pub id: u16,
+    /// The version of its layout.
+    pub version: u16,
+    /// The bytes after the header.
+    pub data: Vec<u8>,
+}
+
+/// The interrupts of one kind, for example MSI-X.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IrqKind {
+    /// `IRQ_INFO_*` bits of [`message`](crate::vfio_user::message).
+    pub flags: u32,
+    /// The number of interrupts; 0 if the device has none of this kind.
+    pub count: u32,
+}
+
+/// A DEVICE_SET_IRQS.
+#[derive(Debug)]
+pub struct IrqSet<'a> {
+    /// The kind of the interrupts.
+    pub index: u32,
+    /// What happens to them, or what their descriptors are for.
+    pub action: IrqAction,
+    /// The first interrupt.
+    pub start: u32,
+    /// The interrupts, `start..start + count`, and how each is concerned.
+    pub data: IrqSetData<'a>,
+}
+
+/// What a DEVICE_SET_IRQS does to interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IrqAction {
+    /// Masks them.
+    Mask,
+    /// Unmasks them.
+    Unmask,
+    /// Signals them, or enables and disables them.
+    Trigger,
+}
+
+/// The data of a DEVICE_SET_IRQS.
+#[derive(Debug)]
+pub enum IrqSetData<'a> {
+    /// Disables all interrupts of the kind. The action is [`IrqAction::Trigger`].
+    Disable,
+    /// Performs the action for all of this many interrupts, at least 1.
+    All(u32),
+    /// Performs the action for the interrupts whose byte is not 0; at least one byte.
+    Chosen(&'a [u8]),
+    /// Each interrupt performs the action by its eventfd, or by none any more; at least one entry.
+    Eventfds(Vec<Option<OwnedFd>>),
+}

@@ -1,0 +1,162 @@
+//! The thread that accepts clients and serves one after the other.
+
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use log::warn;
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
+use super::device::ServedDevice;
+use crate::metrics::Counter;
+use crate::process::sandbox::{self, Role};
+use crate::{info_limited, warn_limited};
+
+/// How long the server waits before it tries again to accept a client.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// How a served device is doing.
+#[derive(Debug, Default)]
+pub struct ServerStatus {
+    connected: AtomicBool,
+    /// Clients that have connected so far.
+    pub clients: Counter,
+    /// Clients that the server cut off.
+    pub cut_offs: Counter,
+}
+
+impl ServerStatus {
+    /// Whether a client is connected.
+    pub fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+    }
+}
+
+/// The running server of one device. Dropping it ends the connection and releases the device.
+pub struct DeviceServer {
+    status: Arc<ServerStatus>,
+    signal: Arc<ServerSignal>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl DeviceServer {
+    /// Serves one client after the other at `listener`, in a thread that is confined to what `role`
+    /// needs.
+    ///
+    /// # Errors
+    /// The system has no descriptor or thread left.
+    pub fn start(
+        role: Role,
+        listener: UnixListener,
+        device: Box<dyn ServedDevice + Send>,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let signal = Arc::new(ServerSignal::new()?);
+        let status = Arc::new(ServerStatus::default());
+        let mut acceptor = Acceptor {
+            device,
+            status: status.clone(),
+            listener,
+            signal: signal.clone(),
+        };
+        let thread = sandbox::spawn(role, move || acceptor.run())?;
+        Ok(Self {
+            status,
+            signal,
+            thread: Some(thread),
+        })
+    }
+
+    /// The server's status, which may outlive the server.
+    pub fn status(&self) -> Arc<ServerStatus> {
+        self.status.clone()
+    }
+}
+
+impl Drop for DeviceServer {
+    fn drop(&mut self) {
+        if let Err(cause) = self.signal.stop() {
+            warn!("cannot stop the thread that serves a vfio-user client: {cause}");
+            return;
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the thread that serves a vfio-user client has panicked");
+        }
+    }
+}
+
+/// The state of the thread while no client is connected.
+struct Acceptor {
+    device: Box<dyn ServedDevice + Send>,
+    status: Arc<ServerStatus>,
+    listener: UnixListener,
+    signal: Arc<ServerSignal>,
+}
+
+impl Acceptor {
+    fn run(&mut self) {
+        while !self.signal.is_stopped() {
+            match self.accept() {
+                Ok(Some(stream)) => self.serve(stream),
+                Ok(None) => {}
+                Err(cause) => {
+                    let name = self.device.name();
+                    warn_limited!("{name}: cannot accept a client: {cause}");
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
+    }
+
+    /// Waits for a client. Returns `None` if there is none yet.
+    fn accept(&self) -> io::Result<Option<UnixStream>> {
+        let mut fds = [
+            PollFd::new(&*self.signal, PollFlags::IN),
+            PollFd::new(&self.listener, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(None),
+            Err(cause) => return Err(cause.into()),
+        }
+        if !fds[0].revents().is_empty() {
+            // Sent to stop, or left over from the last client.
+            if !self.signal.is_stopped() {
+                self.signal.clear();
+            }
+            return Ok(None);
+        }
+        match self.listener.accept() {
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(cause) => Err(cause),
+        }
+    }
+
+    fn serve(&mut self, stream: UnixStream) {
+        info_limited!("{}: a client has connected", self.device.name());
+        self.status.clients.inc();
+        self.status.connected.store(true, Ordering::Relaxed);
+        let channel = ClientChannel::new(stream, self.signal.clone());
+        let outcome = serve_client(&channel, &mut *self.device);
+        let name = self.device.name();
+        match outcome {
+            Ok(ClientEnd::Stopped) => {}
+            Ok(ClientEnd::HungUp) => info_limited!("{name}: the client has hung up"),
+            Err(cause) => {
+                self.status.cut_offs.inc();
+                warn_limited!("{name}: the client is cut off: {cause}");
+            }
+        }
+        // Before `channel` closes the connection: a client that sees the end must find the device
+        // released.
+        self.device.release();
+        self.status.connected.store(false, Ordering::Relaxed);
+    }
+}

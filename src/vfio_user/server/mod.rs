@@ -1,0 +1,30 @@
+//! The served half of vfio-user: a client, usually a VMM, drives a device that this process has.
+//!
+//! ```text
+//! client <--socket--> DeviceServer's thread --> ServedDevice
+//!                     serve_client                  |
+//!            ^                                      |  DMA_READ, DMA_WRITE
+//!            +------ ClientChannel::send -----------+  (if the device sends commands)
+//! ```
+//!
+//! The server knows no device: `listen` accepts clients, `client` receives messages and sends
+//! replies, `commands` checks each command and calls the device, and `region` encodes the
+//! description of a region. A device implements [`ServedDevice`].
+//!
+//! A client may be hostile. It is cut off if it sends nothing for ten seconds after it has connected,
+//! or if a message violates the protocol; every other refusal is an errno in a reply. The server
+//! receives nothing while a client leaves its replies unread, so that a client cannot fill memory.
+
+mod client;
+mod commands;
+mod device;
+mod listen;
+mod region;
+#[cfg(test)]
+mod tests;
+
+pub use self::client::{ClientChannel, ClientEnd, ServeError, ServerSignal, serve_client};
+pub use self::device::{
+    DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, Region, RegionCapability, ServedDevice,
+};
+pub use self::listen::{DeviceServer, ServerStatus};
