@@ -10,12 +10,13 @@ use proptest::prelude::*;
 use vhost_device_iommu::vfio_user::message::{
     Command, HEADER_BYTES, Header, IrqSetBody, Kind, RegionAccessBody, WriteMultiBody, WriteOneBody,
 };
+use vhost_device_iommu::vfio_user::server::ServeError;
 use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
 use crate::memory::Manner;
 use crate::orders::Orders;
-use crate::server::{ServeError, Setup, serve};
+use crate::server::{Setup, serve};
 
 struct Client {
     stream: UnixStream,
