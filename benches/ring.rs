@@ -40,6 +40,7 @@ use vhost_device_iommu::endpoints::hotplug::Hotplug;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::metrics::Metrics;
 use vhost_device_iommu::process::socket::Access;
+use vhost_device_iommu::transport::vhost_user::backend::VhostUserDevice;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
@@ -100,8 +101,9 @@ fn device_alone() -> (f64, f64) {
     let core = Arc::new(Mutex::new(core()));
     let device = Device::new(core.clone(), metrics.clone(), worker).expect("a device");
     let device = Arc::new(device);
-    device.update_memory(seen.clone()).expect("memory taken");
-    device.acked_features(STOCK);
+    let backend = VhostUserDevice::new(device.clone());
+    backend.update_memory(seen.clone()).expect("memory taken");
+    backend.acked_features(STOCK);
     let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true));
     let rings = [0, 1].map(|_| VringRwLock::new(seen.clone(), RING_SIZE).expect("a ring"));
     let queue = &driver.queue;
@@ -113,7 +115,7 @@ fn device_alone() -> (f64, f64) {
     rings[0].set_enabled(true);
     driver.put(&memory, &wire::attach(DOMAIN, ENDPOINT, 0));
     let serve = || {
-        device
+        backend
             .handle_event(0, EventSet::IN, &rings, 0)
             .expect("served");
     };

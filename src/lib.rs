@@ -54,6 +54,8 @@ pub mod shadow;
 #[cfg(feature = "daemon")]
 pub mod topology;
 #[cfg(feature = "daemon")]
+pub mod transport;
+#[cfg(feature = "daemon")]
 pub mod vfio;
 #[cfg(feature = "daemon")]
 pub mod vfio_user;

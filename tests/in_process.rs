@@ -24,7 +24,6 @@ use vhost_device_iommu::daemon::{Daemon, StopHandle};
 use vhost_device_iommu::device::Device;
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::iommu::{Fault, FaultReason};
-use vhost_user_backend::VhostUserBackend;
 
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);
@@ -209,6 +208,6 @@ fn a_device_reset_drops_every_domain() {
         status["domains"].as_array().expect("domains").len()
     };
     assert_eq!(domains(), 1);
-    daemon.device.reset_device();
+    daemon.device.reset();
     assert_eq!(domains(), 0);
 }

@@ -33,6 +33,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "process", "topology",
         ],
     ),
+    ("transport", &["device", "process"]),
     (
         "device",
         &[
@@ -156,6 +157,26 @@ fn the_core_knows_no_virtio_and_no_sockets() {
             }
         }
     }
+}
+
+/// A second transport is added beside the first, without a change to the device.
+#[test]
+fn only_the_vhost_user_transport_names_the_vhost_user_crates() {
+    const CRATES: [&str; 2] = ["vhost::", "vhost_user_backend"];
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let transport = src.join("transport/vhost_user");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    assert!(files.iter().any(|file| file.starts_with(&transport)));
+    let mut wrong = Vec::new();
+    for file in files.iter().filter(|file| !file.starts_with(&transport)) {
+        let text = fs::read_to_string(file).expect("a source file");
+        let mut code = text.lines().filter_map(|line| line.split("//").next());
+        if code.any(|line| CRATES.iter().any(|name| line.contains(name))) {
+            wrong.push(file.display().to_string());
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?} name a vhost-user crate");
 }
 
 /// A thread that is made elsewhere would have no filter.

@@ -1,10 +1,9 @@
 //! The event queue: fault records into the buffers the driver has posted.
 
-use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
-use super::ring::{is_running, notify};
+use super::ring::{LockedRing, Ring, notify};
 use crate::iommu::{Fault, FaultReason};
 use crate::protocol::fault::{FAULT_LEN, WireReason, encode};
 use crate::warn_limited;
@@ -20,7 +19,7 @@ const MAX_UNFIT: usize = 16;
 /// 4. The record is written, the buffer returned, the driver notified.
 ///
 /// Returns `false` where the ring is not running or has no fitting buffer: the fault is dropped.
-pub fn deliver(vring: &VringRwLock, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
+pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
     let reason = match fault.reason {
         FaultReason::Unknown => WireReason::Unknown,
         FaultReason::Domain => WireReason::Domain,
@@ -28,14 +27,14 @@ pub fn deliver(vring: &VringRwLock, memory: &GuestMemoryMmap, fault: &Fault) -> 
     };
     let record = encode(reason, fault.access, fault.endpoint, Some(fault.address));
 
-    let mut ring = vring.get_mut();
-    if !is_running(&ring) {
+    let mut ring = ring.lock();
+    if !ring.is_running() {
         return false;
     }
     let mut delivered = false;
     let mut returned = 0;
     while !delivered {
-        let queue = ring.get_queue_mut();
+        let queue = ring.queue_mut();
         let size = queue.size();
         let chain = match queue.iter(memory) {
             Ok(mut chains) => chains.next(),

@@ -4,14 +4,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use log::debug;
-use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, ChainRequest, DESCRIPTOR_LEN, Span, scatter};
 use super::request_ring::{self, RingError};
 use super::resume::UsedEntry;
-use super::ring::{is_running, signal};
+use super::ring::{LockedRing, Ring, signal};
 use super::view::GuestView;
 use crate::address::{Access, IovaRange, Mapping};
 use crate::ids::DomainId;
@@ -107,12 +106,12 @@ impl RequestQueue {
     /// 20 microseconds those that are.
     ///
     /// No lock of the ring is held while the core works.
-    pub fn serve(&mut self, vring: &VringRwLock, context: &mut Context<'_>) -> Pass {
+    pub fn serve(&mut self, ring: &impl Ring, context: &mut Context<'_>) -> Pass {
         if self.broken {
             return Pass::Stopped;
         }
         let view = GuestView::new(context.memory);
-        let taken = self.take_chains(vring, &view, context);
+        let taken = self.take_chains(ring, &view, context);
         if taken != Pass::Served {
             return taken;
         }
@@ -131,7 +130,7 @@ impl RequestQueue {
                     break;
                 }
                 if told.is_some_and(|told| now - told > MAX_SILENCE) {
-                    self.publish(vring, &view, 0);
+                    self.publish(ring, &view, 0);
                     told = Some(now);
                 }
             }
@@ -155,7 +154,7 @@ impl RequestQueue {
         self.chains = chains;
         self.chains.clear();
         self.spans.clear();
-        self.publish(vring, &view, left);
+        self.publish(ring, &view, left);
         if let Some(started) = started {
             context.metrics.batches.record(started.elapsed(), weight);
         }
@@ -200,12 +199,12 @@ impl RequestQueue {
 
     /// Asks the driver to notify of its next request. Returns whether one has come meanwhile, for
     /// which it may not.
-    pub fn ask_for_kick(&self, vring: &VringRwLock, memory: &GuestMemoryMmap) -> bool {
-        let mut ring = vring.get_mut();
-        if self.broken || !is_running(&ring) {
+    pub fn ask_for_kick(&self, ring: &impl Ring, memory: &GuestMemoryMmap) -> bool {
+        let mut ring = ring.lock();
+        if self.broken || !ring.is_running() {
             return false;
         }
-        let queue = ring.get_queue_mut();
+        let queue = ring.queue_mut();
         // Out of reach is tried again when memory changes.
         let more = queue.enable_notification(memory).unwrap_or(false);
         more && queue.disable_notification(memory).is_ok()
@@ -213,11 +212,11 @@ impl RequestQueue {
 
     /// Asks the driver not to notify: the ring is looked at anyway. With event indices it does not
     /// until it is asked to.
-    pub fn do_without_kicks(&self, vring: &VringRwLock, memory: &GuestMemoryMmap) {
-        let mut ring = vring.get_mut();
-        if is_running(&ring) && !ring.get_queue().event_idx_enabled() {
+    pub fn do_without_kicks(&self, ring: &impl Ring, memory: &GuestMemoryMmap) {
+        let mut ring = ring.lock();
+        if ring.is_running() && !ring.queue().event_idx_enabled() {
             // Out of reach, it cannot be looked at either.
-            let _ = ring.get_queue_mut().disable_notification(memory);
+            let _ = ring.queue_mut().disable_notification(memory);
         }
     }
 
@@ -229,15 +228,15 @@ impl RequestQueue {
     /// Takes chains off the ring.
     fn take_chains(
         &mut self,
-        vring: &VringRwLock,
+        ring: &impl Ring,
         view: &GuestView<'_>,
         context: &Context<'_>,
     ) -> Pass {
-        let mut ring = vring.get_mut();
-        if !is_running(&ring) {
+        let mut ring = ring.lock();
+        if !ring.is_running() {
             return Pass::Stopped;
         }
-        let queue = ring.get_queue_mut();
+        let queue = ring.queue_mut();
         let (table, size) = (queue.desc_table(), queue.size());
         let count = match request_ring::available(queue, view) {
             Ok(0) => return Pass::Empty,
@@ -274,9 +273,9 @@ impl RequestQueue {
     }
 
     /// Returns the chains that are done, and puts the last `left` ones taken back.
-    fn publish(&mut self, vring: &VringRwLock, view: &GuestView<'_>, left: usize) {
-        let mut ring = vring.get_mut();
-        let queue = ring.get_queue_mut();
+    fn publish(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) {
+        let mut ring = ring.lock();
+        let queue = ring.queue_mut();
         let (size, before) = (queue.size(), queue.next_used());
         let left = u16::try_from(left).unwrap_or(0);
         queue.set_next_avail(queue.next_avail().wrapping_sub(left));

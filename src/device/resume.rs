@@ -5,9 +5,10 @@
 //! that was stopped at 0 leaves a doubt. Then it is the same driver if the ring lies where it lay
 //! and still shows the entry that was written last; a new driver has cleared its rings.
 
-use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::ring::{LockedRing, Ring};
 
 /// What a restart of the request ring means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +46,9 @@ pub struct RingState {
 impl RingState {
     /// The state of `ring` under these features; `last_used` is the last entry that
     /// was written and is not all zero, as those of a new driver's ring are.
-    pub fn of(ring: &VringRwLock, features: u64, last_used: Option<UsedEntry>) -> Self {
-        let ring = ring.get_ref();
-        let queue = ring.get_queue();
+    pub fn of(ring: &impl Ring, features: u64, last_used: Option<UsedEntry>) -> Self {
+        let ring = ring.lock();
+        let queue = ring.queue();
         Self {
             next_avail: queue.next_avail(),
             size: queue.size(),

@@ -1,27 +1,55 @@
-//! What both queues do with their rings.
+//! What the device needs of a ring, whichever transport set it up.
+//!
+//! [`Ring`] is a handle to a ring, [`LockedRing`] is the ring while its lock is held. The request path calls both
+//! directly: the compiler makes one copy of it for each transport, not a trait object.
 
-use vhost_user_backend::VringState;
-use virtio_queue::QueueT;
+use std::io;
+
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
 use crate::warn_limited;
 
-/// Whether the frontend lets the ring run: started, and enabled.
-pub fn is_running(ring: &VringState) -> bool {
-    ring.is_enabled() && ring.get_queue().ready()
+/// A handle to a ring that a transport has set up. Clones name the same ring.
+pub trait Ring: Clone + Send + Sync + 'static {
+    /// The ring while its lock is held.
+    type Locked<'a>: LockedRing
+    where
+        Self: 'a;
+
+    /// Takes the ring's lock. It is the last one in the lock order.
+    fn lock(&self) -> Self::Locked<'_>;
 }
 
-/// Notifies the driver of returned buffers, if it wants to be.
-pub fn notify(ring: &mut VringState, memory: &GuestMemoryMmap) {
-    let wanted = ring.get_queue_mut().needs_notification(memory);
+/// A ring whose lock is held.
+pub trait LockedRing {
+    /// Whether the VMM lets the device use the ring: it is started and enabled.
+    fn is_running(&self) -> bool;
+
+    /// Addresses, size, indices and features of the ring.
+    fn queue(&self) -> &Queue;
+
+    /// The same, to advance the indices.
+    fn queue_mut(&mut self) -> &mut Queue;
+
+    /// Sends the driver this ring's interrupt.
+    ///
+    /// # Errors
+    /// The transport cannot send it.
+    fn signal(&self) -> io::Result<()>;
+}
+
+/// Notifies the driver of returned buffers unless it has suppressed that.
+pub fn notify(ring: &mut impl LockedRing, memory: &GuestMemoryMmap) {
+    let wanted = ring.queue_mut().needs_notification(memory);
     if wanted.unwrap_or(true) {
         signal(ring);
     }
 }
 
 /// Notifies the driver.
-pub fn signal(ring: &VringState) {
-    if let Err(cause) = ring.signal_used_queue() {
+pub fn signal(ring: &impl LockedRing) {
+    if let Err(cause) = ring.signal() {
         warn_limited!("cannot notify the driver: {cause}");
     }
 }

@@ -163,7 +163,9 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     // The system's failures, not a person's.
     ("DaemonError::System", "no descriptors or threads left"),
-    ("DaemonError::VhostUser", "no descriptors or threads left"),
+    ("ServeError::Wait", "no descriptors left"),
+    ("ServeError::Watch", "no descriptors left"),
+    ("ServeError::VhostUser", "no descriptors or threads left"),
     ("LaunchError::System", "no files, memory or processes left"),
     // Refused earlier, so that the words are a second net.
     ("DaemonError::NoSocket", "ProblemKind::Missing comes first"),

@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Where errors of the configuration and the command line are said to be, and the heading they get.
-const SOURCES: [(&str, &str); 12] = [
+const SOURCES: [(&str, &str); 13] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 12] = [
     ),
     ("src/qemu/launch/mod.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
+    ("src/transport/vhost_user/serve.rs", "The daemon"),
     ("src/ctl/mod.rs", "`ctl`"),
     (
         "src/endpoints/hotplug.rs",

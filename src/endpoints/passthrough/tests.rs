@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use vhost_user_backend::VhostUserBackend;
 
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
@@ -729,7 +728,7 @@ fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
         if says_something {
             let (_, space) = kernel.vmm_device(A.0, 1);
             assert_eq!(kernel.state().groups[&1].0, Some(space));
-            device.protocol_features();
+            device.announce_vmm();
             assert_eq!(kernel.state().groups[&1].0, None, "blocked");
         }
         assert!(!quarantined());

@@ -1,0 +1,183 @@
+//! The worker's part of the device: it serves the request ring at each event of the transport.
+
+use std::sync::atomic::Ordering;
+
+use log::debug;
+use parking_lot::MutexGuard;
+use vm_memory::GuestMemoryMmap;
+
+use super::polling::{Look, Polling};
+use super::request_queue::{Context, Pass, RequestQueue};
+use super::request_ring::NextChain;
+use super::resume::{Restart, RingState};
+use super::ring::{LockedRing, Ring};
+use super::view::GuestView;
+use super::{Device, Requests};
+use crate::process::realtime::Realtime;
+use crate::{info_limited, warn_limited};
+
+impl Device {
+    /// The worker has an event of any kind; `events` is the event queue's ring. To be called first.
+    pub fn begin_event(&self, events: &impl Ring) {
+        self.events
+            .lock()
+            .get_or_insert_with(|| Box::new(events.clone()));
+        if self.ordinary.load(Ordering::Relaxed) {
+            self.ordinary.store(false, Ordering::Relaxed);
+            if let Some(Err(cause)) = self.realtime.map(Realtime::apply) {
+                warn_limited!("the worker has no realtime priority: {cause}");
+            }
+        }
+    }
+
+    /// The watchdog asks whether the worker is alive.
+    pub fn answer_watchdog(&self) {
+        // Alive is who gets what a request needs.
+        drop(self.requests.lock());
+        drop(self.iommu.lock());
+        self.pulse.answer();
+    }
+
+    /// The driver has kicked the request queue's ring.
+    pub fn serve_kick(&self, ring: &impl Ring) {
+        self.metrics.wakeups.inc();
+        self.polling.lock().woken();
+        self.serve_requests(ring);
+    }
+
+    /// [`Device::wake_event`] is readable; `ring` is the request queue's.
+    pub fn serve_wake(&self, ring: &impl Ring) {
+        // Fails where it was read already.
+        let _ = self.wake.read();
+        self.serve_requests(ring);
+    }
+
+    /// Serves the request ring until it is empty, has stayed so for as long as is worth waiting, and
+    /// the driver has been asked to notify.
+    fn serve_requests(&self, ring: &impl Ring) {
+        let mut polling = self.polling.lock();
+        {
+            let requests = self.requests.lock();
+            if let Some(memory) = &requests.memory {
+                requests.queue.do_without_kicks(ring, memory);
+            }
+        }
+        loop {
+            if self.shutdown.load(Ordering::Acquire) {
+                return;
+            }
+            // A driver that is never idle keeps the worker here.
+            self.pulse.answer();
+            match self.serve_batch(ring) {
+                Pass::Served => {}
+                Pass::Stopped => return,
+                Pass::Empty if self.poll(ring, &mut polling) => {}
+                Pass::Empty if self.ask_for_kick(ring) => {}
+                Pass::Empty => return,
+            }
+        }
+    }
+
+    /// Looks at the ring without a lock that anybody else wants. Returns whether there may be
+    /// something.
+    fn poll(&self, ring: &impl Ring, polling: &mut Polling) -> bool {
+        // Before the memory, so that what is looked at is that of this number or a later one.
+        let changes = self.memory_changes.load(Ordering::Acquire);
+        let (memory, places) = {
+            let requests = self.requests.lock();
+            (requests.memory.clone(), requests.queue.places())
+        };
+        let Some(memory) = memory else {
+            return false;
+        };
+        let view = GuestView::new(&memory);
+        let next = NextChain::of(ring.lock().queue());
+        let look = polling.look(|| {
+            if next.is_there(&view) {
+                // All at once, where the one leads to the other: most of the time of a single request is
+                // that of fetching what the driver's processor has just written.
+                next.prefetch(&view);
+                places.prefetch(&view);
+                return true;
+            }
+            self.shutdown.load(Ordering::Relaxed)
+                || self.memory_changes.load(Ordering::Relaxed) != changes
+        });
+        match look {
+            Look::Found(gap) => {
+                self.metrics.polls_paid.inc();
+                let gap = u64::try_from(gap.as_nanos()).unwrap_or(u64::MAX);
+                self.metrics.polls_paid_ns.add(gap);
+            }
+            Look::Over => self.metrics.polls_unpaid.inc(),
+            Look::None => {}
+        }
+        matches!(look, Look::Found(_))
+    }
+
+    /// Whether requests have come meanwhile, for which the driver may not notify.
+    fn ask_for_kick(&self, ring: &impl Ring) -> bool {
+        let requests = self.requests.lock();
+        let memory = requests.memory.as_ref();
+        memory.is_some_and(|memory| requests.queue.ask_for_kick(ring, memory))
+    }
+
+    fn serve_batch(&self, ring: &impl Ring) -> Pass {
+        let mut requests = self.requests.lock();
+        let Some(memory) = requests.memory.clone() else {
+            return Pass::Stopped;
+        };
+        if requests.stopped.is_some() || requests.ring.is_none() {
+            // Only a ring that runs says where it goes on.
+            if !ring.lock().is_running() {
+                return Pass::Stopped;
+            }
+            if let Some(stopped) = requests.stopped.take() {
+                self.restart(&mut requests, ring, &memory, &stopped);
+            }
+            if requests.ring.is_none() {
+                requests.ring = Some(Box::new(ring.clone()));
+                // The VMM has all its devices by now.
+                self.iommu.lock().settle_unattached();
+            }
+        }
+        let mut iommu = self.iommu.lock();
+        let mut context = Context {
+            iommu: &mut iommu,
+            memory: &memory,
+            features: self.features.load(Ordering::Acquire),
+            config: &self.config,
+            metrics: &self.metrics,
+            max_batch: self.max_batch,
+        };
+        let pass = requests.queue.serve(ring, &mut context);
+        MutexGuard::unlock_fair(iommu);
+        MutexGuard::unlock_fair(requests);
+        pass
+    }
+
+    /// The request ring runs again after a stop: the same driver goes on, or a new one begins.
+    fn restart(
+        &self,
+        requests: &mut Requests,
+        ring: &impl Ring,
+        memory: &GuestMemoryMmap,
+        stopped: &RingState,
+    ) {
+        requests.queue.broken = false;
+        let now = RingState::of(
+            ring,
+            self.features.load(Ordering::Acquire),
+            requests.queue.last_used,
+        );
+        match stopped.compare(&now, memory) {
+            Restart::Resumed => debug!("the request ring goes on at {}", now.next_avail),
+            Restart::NewDriver => {
+                info_limited!("a new driver has started the device: all domains are gone");
+                requests.queue = RequestQueue::default();
+                self.metrics.resets.inc();
+                self.iommu.lock().reset();
+            }
+        }
+    }
+}

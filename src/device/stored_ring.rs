@@ -1,0 +1,28 @@
+//! Rings that the device keeps from one event to the next.
+
+use vm_memory::GuestMemoryMmap;
+
+use super::event_queue;
+use super::resume::{RingState, UsedEntry};
+use super::ring::Ring;
+use crate::iommu::Fault;
+
+/// A ring of any transport, as a trait object. Only a stop and a fault go through it, never a request: so
+/// [`Device`](super::Device) has no type parameter, and the code around it does not depend on the transport.
+pub trait StoredRing: Send + Sync {
+    /// See [`RingState::of`].
+    fn state(&self, features: u64, last_used: Option<UsedEntry>) -> RingState;
+
+    /// See [`event_queue::deliver`].
+    fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool;
+}
+
+impl<R: Ring> StoredRing for R {
+    fn state(&self, features: u64, last_used: Option<UsedEntry>) -> RingState {
+        RingState::of(self, features, last_used)
+    }
+
+    fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
+        event_queue::deliver(self, memory, fault)
+    }
+}

@@ -1,0 +1,3 @@
+//! How a VMM reaches the device.
+
+pub mod vhost_user;

@@ -1,0 +1,178 @@
+//! vhost-user messages and the worker's events as calls of the device.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, RwLockWriteGuard};
+
+use parking_lot::Mutex;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringState, VringT};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use crate::device::ring::{LockedRing, Ring};
+use crate::device::{Device, EVENT_QUEUE, MAX_QUEUE_SIZE, QUEUES, REQUEST_QUEUE};
+use crate::error_limited;
+use crate::process::sandbox::{self, Role};
+
+/// Number of the event [`Device::wake_event`]. The backend crate gives the queues 0 and 1 and keeps 2 for itself.
+const WAKE_EVENT: u16 = 3;
+/// Number of the event by which the watchdog asks.
+const PULSE_EVENT: u16 = 4;
+
+impl Ring for VringRwLock {
+    type Locked<'a> = RwLockWriteGuard<'a, VringState>;
+
+    fn lock(&self) -> Self::Locked<'_> {
+        self.get_mut()
+    }
+}
+
+impl LockedRing for RwLockWriteGuard<'_, VringState> {
+    fn is_running(&self) -> bool {
+        self.is_enabled() && self.get_queue().ready()
+    }
+
+    fn queue(&self) -> &Queue {
+        self.get_queue()
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        self.get_queue_mut()
+    }
+
+    fn signal(&self) -> io::Result<()> {
+        self.signal_used_queue()
+    }
+}
+
+/// The device as vhost-user frontends see it, one frontend after the other.
+pub struct VhostUserDevice {
+    device: Arc<Device>,
+    /// Descriptors that the backend crate has given up without closing them.
+    exit_consumers: Mutex<Vec<RawFd>>,
+}
+
+impl VhostUserDevice {
+    /// In front of `device`.
+    pub fn new(device: Arc<Device>) -> Self {
+        Self {
+            device,
+            exit_consumers: Mutex::default(),
+        }
+    }
+
+    /// The descriptors the backend crate has leaked so far.
+    pub(super) fn take_leaked(&self) -> Vec<RawFd> {
+        std::mem::take(&mut *self.exit_consumers.lock())
+    }
+
+    /// Descriptors that the worker waits for besides the kicks, each with the number of its event.
+    pub(super) fn own_events(&self) -> [(RawFd, u16); 2] {
+        [
+            (self.device.wake_event(), WAKE_EVENT),
+            (self.device.pulse().event(), PULSE_EVENT),
+        ]
+    }
+}
+
+impl VhostUserBackend for VhostUserDevice {
+    type Bitmap = ();
+    type Vring = VringRwLock;
+
+    fn num_queues(&self) -> usize {
+        QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    /// What every frontend asks first, in the thread that hears it.
+    fn features(&self) -> u64 {
+        sandbox::enter(Role::VhostUser);
+        VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | Device::offered_features()
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.device.accept_features(features);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        self.device.announce_vmm();
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    /// Not offered, and done all the same where a frontend asks for it.
+    fn reset_device(&self) {
+        self.device.reset();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The rings keep it.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.device.read_config(offset, size)
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        self.device.write_config(offset, bytes);
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        // For a frontend that has not asked for the features.
+        sandbox::enter(Role::VhostUser);
+        self.device.announce_vmm();
+        self.device.set_memory(memory.memory().into_inner())
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        vec![1 << REQUEST_QUEUE | 1 << EVENT_QUEUE]
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let pair = new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC)
+            .inspect_err(|cause| error_limited!("cannot make an event descriptor: {cause}"))
+            .ok()?;
+        self.exit_consumers.lock().push(pair.0.as_raw_fd());
+        Some(pair)
+    }
+
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        if let Ok(index) = u16::try_from(index) {
+            self.device.stop_ring(index);
+        }
+        Ok(())
+    }
+
+    /// Never fails: an error would end the worker for good.
+    fn handle_event(
+        &self,
+        event: u16,
+        _events: EventSet,
+        rings: &[VringRwLock],
+        _thread: usize,
+    ) -> io::Result<()> {
+        sandbox::enter(Role::Worker);
+        if let Some(events) = rings.get(usize::from(EVENT_QUEUE)) {
+            self.device.begin_event(events);
+        }
+        // Nothing waits for buffers of the event queue: faults without one are dropped.
+        match (event, rings.get(usize::from(REQUEST_QUEUE))) {
+            (REQUEST_QUEUE, Some(requests)) => self.device.serve_kick(requests),
+            (WAKE_EVENT, Some(requests)) => self.device.serve_wake(requests),
+            (PULSE_EVENT, _) => self.device.answer_watchdog(),
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,53 @@
+//! The socket that VMMs connect to: made by the daemon, or inherited.
+#![expect(unsafe_code, reason = "asks what an inherited socket is")]
+
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::net::UnixListener;
+
+use crate::process::inherited::adopt;
+
+/// Takes over the inherited descriptor `fd`.
+///
+/// # Errors
+/// Says why it cannot be used: it must be a listening Unix stream socket.
+pub fn inherit(fd: RawFd) -> Result<UnixListener, String> {
+    match socket_option(fd, libc::SO_ACCEPTCONN) {
+        Ok(1) => {}
+        Ok(_) => return Err("it does not listen".into()),
+        Err(cause) => return Err(cause.to_string()),
+    }
+    if !matches!(socket_option(fd, libc::SO_DOMAIN), Ok(libc::AF_UNIX))
+        || !matches!(socket_option(fd, libc::SO_TYPE), Ok(libc::SOCK_STREAM))
+    {
+        return Err("it is not a Unix stream socket".into());
+    }
+    let listener = UnixListener::from(adopt(fd).map_err(|cause| cause.to_string())?);
+    // A non-blocking listener would make the backend crate spin.
+    listener
+        .set_nonblocking(false)
+        .map_err(|cause| cause.to_string())?;
+    Ok(listener)
+}
+
+fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len: libc::socklen_t = 4;
+    // SAFETY:
+    // - value and len: valid for writes for the whole call; len is the size of value
+    // - any descriptor number may be asked; a closed one gives an error
+    let done = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if done == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -1,0 +1,236 @@
+//! One VMM after the other, until the daemon is to end.
+#![expect(unsafe_code, reason = "closes what the backend crate gives up")]
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::{error, info};
+use parking_lot::Mutex;
+use thiserror::Error;
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::backend::VhostUserDevice;
+use crate::device::Device;
+use crate::{info_limited, warn_limited};
+
+/// How long the server rests after a connection it could not serve, for want of descriptors say.
+const BACK_OFF: Duration = Duration::from_millis(100);
+/// After this many in a row it gives up.
+const MAX_FAILURES: u32 = 50;
+
+/// Events the server waits for: a frontend, its own end, the watchdog's question.
+const CLIENT: u64 = 0;
+const END: u64 = 1;
+const PULSE: u64 = 2;
+
+/// Why no VMM can be served any more.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The system does not let the server wait.
+    #[error("cannot wait for a connection: {0}")]
+    Wait(io::Error),
+    /// The system does not let the worker wait.
+    #[error("cannot watch the device's own events: {0}")]
+    Watch(io::Error),
+    /// The vhost-user machinery did not start.
+    #[error("cannot serve vhost-user: {0}")]
+    VhostUser(BackendError),
+}
+
+/// Serves the device to the VMMs that connect to one socket.
+pub struct VhostUserServer {
+    device: Arc<Device>,
+    backend: Arc<VhostUserDevice>,
+    listener: Listener,
+    stop: Arc<StopRequest>,
+    /// Readable once the server is to end.
+    ended: UnixStream,
+    /// Connections in a row that could not be served.
+    failures: u32,
+}
+
+impl VhostUserServer {
+    /// For those that connect to `listener`.
+    ///
+    /// # Errors
+    /// Where the system has no descriptors left.
+    pub fn new(device: Arc<Device>, listener: UnixListener) -> io::Result<Self> {
+        let (end, ended) = UnixStream::pair()?;
+        Ok(Self {
+            backend: Arc::new(VhostUserDevice::new(device.clone())),
+            device,
+            listener: listener.into(),
+            stop: Arc::new(StopRequest {
+                state: Mutex::default(),
+                end,
+            }),
+            ended,
+            failures: 0,
+        })
+    }
+
+    /// What ends [`VhostUserServer::run`] from another thread.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.stop.clone())
+    }
+
+    /// Serves one frontend after the other until a [`Stopper`] ends it. `vmm_present` is called when one has
+    /// connected (`true`) and when it has gone.
+    ///
+    /// # Errors
+    /// Where the server cannot go on for a reason that is not the frontend's.
+    pub fn run(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+        info!("waiting for a VMM to connect");
+        while self.wait_for_connection()? {
+            match self.serve_one(&vmm_present) {
+                Ok(()) => self.failures = 0,
+                Err(cause) if self.failures < MAX_FAILURES => {
+                    warn_limited!("a connection cannot be served: {cause}");
+                    self.failures += 1;
+                    std::thread::sleep(BACK_OFF);
+                }
+                Err(cause) => return Err(cause),
+            }
+        }
+        info!("ended");
+        Ok(())
+    }
+
+    /// Serves the frontend that is waiting in the backlog until it hangs up.
+    ///
+    /// A daemon object of the backend crate serves one connection, so each gets its own.
+    fn serve_one(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+        // Before there is a thread that could miss a kick by it.
+        self.device.prepare();
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let made = VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory);
+        let mut daemon = match made {
+            Ok(daemon) => daemon,
+            Err(cause) => {
+                close_leaked(self.backend.take_leaked());
+                return Err(ServeError::VhostUser(cause));
+            }
+        };
+        for worker in daemon.get_epoll_handlers() {
+            for (fd, event) in self.backend.own_events() {
+                worker
+                    .register_listener(fd, EventSet::IN, u64::from(event))
+                    .map_err(ServeError::Watch)?;
+            }
+        }
+        let started = daemon.start(&mut self.listener);
+        let result = started.map(|()| {
+            info_limited!("a VMM has connected");
+            self.device.connect();
+            vmm_present(true);
+            self.stop.watch(daemon.shutdown_handle());
+            daemon.wait()
+        });
+        self.stop.watch(None);
+        vmm_present(false);
+        self.device.stop();
+        drop(daemon);
+        close_leaked(self.backend.take_leaked());
+        self.device.disconnect();
+        match result.map_err(ServeError::VhostUser)? {
+            Ok(())
+            | Err(BackendError::HandleRequest(
+                VhostUserError::Disconnected | VhostUserError::PartialMessage,
+            )) => info_limited!("the VMM has disconnected"),
+            Err(cause) => warn_limited!("the connection was closed: {cause}"),
+        }
+        Ok(())
+    }
+
+    /// Waits until a frontend is there (`true`) or the server is to end (`false`).
+    fn wait_for_connection(&self) -> Result<bool, ServeError> {
+        let epoll = Epoll::new().map_err(ServeError::Wait)?;
+        let pulse = self.device.pulse();
+        for (fd, id) in [
+            (self.listener.as_raw_fd(), CLIENT),
+            (self.ended.as_raw_fd(), END),
+            (pulse.event(), PULSE),
+        ] {
+            epoll
+                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))
+                .map_err(ServeError::Wait)?;
+        }
+        let mut events = [EpollEvent::default(); 3];
+        loop {
+            match epoll.wait(-1, &mut events) {
+                Ok(ready) => {
+                    let is_there = |id| events.iter().take(ready).any(|event| event.data() == id);
+                    if is_there(END) || is_there(CLIENT) {
+                        return Ok(!is_there(END));
+                    }
+                    // There is no worker now, and a frontend would be served.
+                    pulse.answer();
+                }
+                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
+                Err(cause) => return Err(ServeError::Wait(cause)),
+            }
+        }
+    }
+}
+
+/// Ends a running server.
+#[derive(Clone)]
+pub struct Stopper(Arc<StopRequest>);
+
+impl Stopper {
+    /// Makes [`VhostUserServer::run`] return soon; the frontend's connection is closed.
+    pub fn stop(&self) {
+        let mut state = self.0.state.lock();
+        state.stopping = true;
+        if let Some(connection) = state.connection.take() {
+            connection.shutdown();
+        }
+        if let Err(cause) = self.0.end.shutdown(Shutdown::Write) {
+            error!("cannot end the daemon: {cause}");
+        }
+    }
+}
+
+struct StopRequest {
+    state: Mutex<StopState>,
+    end: UnixStream,
+}
+
+#[derive(Default)]
+struct StopState {
+    stopping: bool,
+    connection: Option<ShutdownHandle>,
+}
+
+impl StopRequest {
+    /// The connection to shut down when the server is to end; at once where it is already.
+    fn watch(&self, connection: Option<ShutdownHandle>) {
+        let mut state = self.state.lock();
+        if state.stopping
+            && let Some(connection) = connection
+        {
+            connection.shutdown();
+        } else {
+            state.connection = connection;
+        }
+    }
+}
+
+/// Closes what the backend crate has taken out of its owners and left open: the consumer side of
+/// each worker's exit event.
+fn close_leaked(descriptors: Vec<RawFd>) {
+    for fd in descriptors {
+        // SAFETY:
+        // - ownership: `VringEpollHandler::new` turned the consumer into a bare descriptor and
+        //   keeps only its number in an epoll set
+        // - nobody uses it any more: that epoll set was closed with the connection's daemon
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+    }
+}
