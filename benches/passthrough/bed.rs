@@ -1,7 +1,8 @@
 //! The core with one backend and one endpoint, and the system calls beside it.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -79,10 +80,13 @@ impl Bed {
                 (core(Box::new(backend), &ram), fd, Kind::Type1, room)
             }
             Way::Map | Way::Copy => {
-                let iommufd_file = IommuFd::open(Path::new("/dev/iommu")).expect("iommufd");
+                let mut node = File::options();
+                let node = node.read(true).write(true).open("/dev/iommu");
+                let fd = OwnedFd::from(node.expect("iommufd"));
+                let copy = fd.try_clone().expect("a copy");
+                let iommufd_file = IommuFd::from(copy);
                 let cdev = Cdev::open(device.node().as_ref()).expect("the device");
                 cdev.bind(&iommufd_file).expect("bound");
-                let fd = iommufd_file.as_fd().try_clone_to_owned().expect("a copy");
                 let kernel = Arc::new(Noting {
                     iommufd: iommufd_file,
                     made: Mutex::default(),

@@ -63,7 +63,7 @@ impl Cdev {
     /// # Errors
     /// Where somebody else has, or its group is in use otherwise.
     pub fn bind(&self, iommufd: &IommuFd) -> Result<(), VfioError> {
-        ioctl::bind_iommufd(self.as_fd(), iommufd.as_fd()).map_err(|source| VfioError {
+        ioctl::bind_iommufd(self.as_fd(), iommufd).map_err(|source| VfioError {
             what: "cannot bind the device to iommufd".into(),
             source,
             cure: "end whoever uses the device or its group, and see the kernel's log",

@@ -1,18 +1,21 @@
 //! The kernel's iommufd.
 
-use std::fs::{File, OpenOptions};
+use std::fmt;
+use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use iommufd_bindings::{
-    iommu_ioas_copy, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap, iommu_iova_range,
-    iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as FIXED_IOVA,
+    iommu_ioas_alloc, iommu_ioas_copy, iommu_ioas_map, iommu_ioas_map_file, iommu_ioas_unmap,
+    iommu_iova_range, iommufd_ioas_map_flags_IOMMU_IOAS_MAP_FIXED_IOVA as FIXED_IOVA,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_READABLE as READABLE,
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as WRITEABLE,
 };
+use iommufd_ioctls::IommufdError;
 use log::warn;
 
+use super::ioctl::size_of_u32;
 use super::{AddressSpaces, Allowed, Attach, Cdev, Source, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
@@ -20,9 +23,8 @@ use crate::address::{Access, Iova, IovaRange};
 const MAX_RANGES: usize = 1024;
 
 /// An open `/dev/iommu`.
-#[derive(Debug)]
 pub struct IommuFd {
-    file: File,
+    kernel: iommufd_ioctls::IommuFd,
 }
 
 impl IommuFd {
@@ -38,7 +40,7 @@ impl IommuFd {
             cure: "the kernel needs CONFIG_IOMMUFD and this process the right to open it; \
                    `vhost-device-iommu check` tells more",
         })?;
-        Ok(Self { file })
+        Ok(Self::from(OwnedFd::from(file)))
     }
 
     /// The iommufd that is open as `fd`.
@@ -46,7 +48,7 @@ impl IommuFd {
     /// # Errors
     /// Where it is something else.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
-        let iommufd = Self { file: fd.into() };
+        let iommufd = Self::from(fd);
         let ioas = iommufd.alloc()?;
         iommufd.destroy(ioas)?;
         Ok(iommufd)
@@ -60,7 +62,7 @@ impl IommuFd {
         let mut room = 16;
         loop {
             let mut found = vec![iommu_iova_range::default(); room];
-            let (count, granule) = ioctl::ioas_iova_ranges(self.as_fd(), ioas, &mut found)?;
+            let (count, granule) = ioctl::ioas_iova_ranges(&self.kernel, ioas, &mut found)?;
             if count <= found.len() || room == MAX_RANGES {
                 found.truncate(count);
                 return Ok(Allowed {
@@ -76,19 +78,39 @@ impl IommuFd {
     }
 }
 
-impl AsFd for IommuFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+impl From<OwnedFd> for IommuFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self {
+            kernel: iommufd_ioctls::IommuFd::new_from_fd(fd.into()),
+        }
+    }
+}
+
+impl AsRawFd for IommuFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.kernel.as_raw_fd()
+    }
+}
+
+impl fmt::Debug for IommuFd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("IommuFd").field(&self.as_raw_fd()).finish()
     }
 }
 
 impl AddressSpaces for IommuFd {
     fn alloc(&self) -> io::Result<u32> {
-        ioctl::ioas_alloc(self.as_fd())
+        let mut argument = iommu_ioas_alloc {
+            size: size_of_u32::<iommu_ioas_alloc>(),
+            ..Default::default()
+        };
+        let done = self.kernel.alloc_iommu_ioas(&mut argument);
+        done.map_err(errno)?;
+        Ok(argument.out_ioas_id)
     }
 
     fn destroy(&self, ioas: u32) -> io::Result<()> {
-        ioctl::destroy(self.as_fd(), ioas)
+        self.kernel.destroy_iommu_object(ioas).map_err(errno)
     }
 
     fn map(
@@ -102,24 +124,30 @@ impl AddressSpaces for IommuFd {
         match source {
             Source::File(file, start) => {
                 let argument = iommu_ioas_map_file {
+                    size: size_of_u32::<iommu_ioas_map_file>(),
                     flags,
                     ioas_id: ioas,
+                    fd: file.as_raw_fd(),
                     start,
                     length,
                     iova,
-                    ..Default::default()
                 };
-                ioctl::ioas_map_file(self.as_fd(), file, argument)
+                self.kernel.map_iommu_ioas_file(&argument).map_err(errno)
             }
             Source::Host(memory, offset) => {
+                // The addresses lie in a mapping of memory that is shared with others and never
+                // borrowed as Rust memory, so that a device may write there. The owner of `memory`
+                // keeps it until this range is unmapped (see `backends::MemorySlot`).
                 let argument = iommu_ioas_map {
+                    size: size_of_u32::<iommu_ioas_map>(),
                     flags,
                     ioas_id: ioas,
+                    user_va: ioctl::address_in(memory, offset, length)?,
                     length,
                     iova,
                     ..Default::default()
                 };
-                ioctl::ioas_map(self.as_fd(), memory, offset, argument)
+                self.kernel.map_iommu_ioas(&argument).map_err(errno)
             }
         }
     }
@@ -141,18 +169,20 @@ impl AddressSpaces for IommuFd {
             src_iova: first.0,
             ..Default::default()
         };
-        ioctl::ioas_copy(self.as_fd(), argument)
+        ioctl::ioas_copy(&self.kernel, argument)
     }
 
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
-        let argument = iommu_ioas_unmap {
+        let mut argument = iommu_ioas_unmap {
+            size: size_of_u32::<iommu_ioas_unmap>(),
             ioas_id: ioas,
             iova: range.first().0,
             // For the whole of it there is this number of its own.
             length: range.len_bytes().unwrap_or(u64::MAX),
-            ..Default::default()
         };
-        ioctl::ioas_unmap(self.as_fd(), argument)
+        let done = self.kernel.unmap_iommu_ioas(&mut argument);
+        done.map_err(errno)?;
+        Ok(argument.length)
     }
 }
 
@@ -184,6 +214,19 @@ pub fn allowed_by_scratch(iommu: &Path, cdev: &Path) -> Result<Allowed, VfioErro
         warn!("{} cannot be detached: {cause}", cdev.display());
     }
     allowed
+}
+
+/// The system's error in one of the crate's, whose text is left out: the caller says what failed.
+fn errno(error: IommufdError) -> io::Error {
+    match error {
+        IommufdError::IommuDestroy(cause)
+        | IommufdError::IommuIoasAlloc(cause)
+        | IommufdError::IommuIoasMap(cause)
+        | IommufdError::IommuIoasMapFile(cause)
+        | IommufdError::IommuIoasUnmap(cause) => io::Error::from_raw_os_error(cause.errno()),
+        // Of requests that are not made here.
+        other => io::Error::other(other),
+    }
 }
 
 fn flags(access: Access) -> u32 {

@@ -87,7 +87,7 @@ impl Vmm {
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec![
             "--iommufd-fd".to_owned(),
-            inheritable(self.iommufd.as_fd().as_raw_fd()).to_string(),
+            inheritable(self.iommufd.as_raw_fd()).to_string(),
         ];
         for (device, slot) in self.devices.iter().zip(SLOTS) {
             let fd = inheritable(device.as_fd().as_raw_fd());

@@ -28,7 +28,7 @@ ioctl_io_nr!(
     VFIO_BASE + 20
 );
 
-pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: BorrowedFd<'_>) -> io::Result<()> {
+pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: &impl AsRawFd) -> io::Result<()> {
     let mut argument = vfio_device_bind_iommufd {
         // Without the token, which older kernels do not know.
         argsz: 16,
@@ -36,7 +36,7 @@ pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: BorrowedFd<'_>)
         ..Default::default()
     };
     // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
     Ok(())
 }
 
@@ -48,7 +48,7 @@ pub(in crate::vfio) fn attach_iommufd_pt(fd: BorrowedFd<'_>, pt_id: u32) -> io::
         ..Default::default()
     };
     // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
 }
 
@@ -59,7 +59,7 @@ pub(in crate::vfio) fn detach_iommufd_pt(fd: BorrowedFd<'_>) -> io::Result<()> {
         ..Default::default()
     };
     // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
 }
 
@@ -69,7 +69,7 @@ pub(in crate::vfio) fn device_info(fd: BorrowedFd<'_>) -> io::Result<vfio_device
         ..Default::default()
     };
     // SAFETY: the number's structure, with its size; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_GET_INFO(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_GET_INFO(), &mut argument) }?;
     Ok(argument)
 }
 
@@ -80,35 +80,44 @@ pub(in crate::vfio) fn region_info(fd: BorrowedFd<'_>, index: u32) -> io::Result
         ..Default::default()
     };
     // SAFETY: the number's structure, with its size; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_GET_REGION_INFO(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_GET_REGION_INFO(), &mut argument) }?;
     Ok(argument)
 }
 
 #[repr(C)]
 struct BusMaster {
-    header: [u32; 2],
+    header: vfio_device_feature,
     control: vfio_device_feature_bus_master,
 }
 
 pub(in crate::vfio) fn set_bus_master(fd: BorrowedFd<'_>, feature: u32, op: u32) -> io::Result<()> {
     let mut argument = BusMaster {
-        header: [size_of_u32::<BusMaster>(), feature],
+        header: feature_header::<BusMaster>(feature),
         control: vfio_device_feature_bus_master { op },
     };
-    const _: () = assert!(size_of::<vfio_device_feature>() == 8);
     // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
-    unsafe { update(fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
     Ok(())
 }
 
 #[repr(C)]
 struct DmaBuf {
-    header: [u32; 2],
-    region_index: u32,
-    open_flags: u32,
-    flags: u32,
-    nr_ranges: u32,
+    header: vfio_device_feature,
+    buffer: vfio_device_feature_dma_buf,
     range: vfio_region_dma_range,
+}
+
+// Nothing lies between the parts.
+const _: () = assert!(size_of::<BusMaster>() == 8 + 4);
+const _: () = assert!(size_of::<DmaBuf>() == 8 + 16 + 16);
+
+/// The header of a feature whose header and data are a `T`.
+fn feature_header<T>(feature: u32) -> vfio_device_feature {
+    vfio_device_feature {
+        argsz: size_of_u32::<T>(),
+        flags: feature,
+        ..Default::default()
+    }
 }
 
 /// A DMA buffer of one piece of a region. `feature` is the feature's number and GET.
@@ -119,16 +128,17 @@ pub(in crate::vfio) fn dma_buf(
     range: vfio_region_dma_range,
 ) -> io::Result<OwnedFd> {
     let mut argument = DmaBuf {
-        header: [size_of_u32::<DmaBuf>(), feature],
-        region_index,
-        open_flags: (libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned(),
-        flags: 0,
-        nr_ranges: 1,
+        header: feature_header::<DmaBuf>(feature),
+        buffer: vfio_device_feature_dma_buf {
+            region_index,
+            open_flags: (libc::O_RDWR | libc::O_CLOEXEC).cast_unsigned(),
+            nr_ranges: 1,
+            ..Default::default()
+        },
         range,
     };
-    const _: () = assert!(size_of::<vfio_device_feature_dma_buf>() == 16);
     // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
-    let made = unsafe { update(fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
+    let made = unsafe { update(&fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
     // SAFETY: the kernel made it for this call and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(made) })
 }

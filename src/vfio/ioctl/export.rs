@@ -69,7 +69,7 @@ pub(in crate::vfio) fn irq_info(fd: BorrowedFd<'_>, index: u32) -> io::Result<vf
         ..Default::default()
     };
     // SAFETY: the number's structure, with its size; it points to nothing.
-    unsafe { update(fd, VFIO_DEVICE_GET_IRQ_INFO(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_DEVICE_GET_IRQ_INFO(), &mut argument) }?;
     Ok(argument)
 }
 

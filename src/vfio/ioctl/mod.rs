@@ -1,5 +1,5 @@
-//! The only system calls of this module: ioctls of `linux/vfio.h` and `linux/iommufd.h`, and mmap of
-//! a device's memory.
+//! The only system calls of this module beside those of `iommufd-ioctls`: ioctls of `linux/vfio.h` and
+//! `linux/iommufd.h`, and mmap of a device's memory. `docs/architecture.md` has the reason for each.
 #![expect(
     unsafe_code,
     reason = "system calls, each with the structure its number stands for"
@@ -12,7 +12,7 @@ mod type1;
 
 use std::ffi::{c_int, c_ulong};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::AsRawFd;
 
 use vm_memory::MmapRegion;
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
@@ -38,9 +38,7 @@ pub(super) use self::device::{
 pub(super) use self::export::{
     IrqData, if_mappable, irq_info, region_info_whole, requests_of_exports, reset, set_irqs,
 };
-pub(super) use self::iommufd::{
-    destroy, ioas_alloc, ioas_copy, ioas_iova_ranges, ioas_map, ioas_map_file, ioas_unmap,
-};
+pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges};
 pub(super) use self::type1::{
     api_version, check_extension, group_device, group_set_container, group_status, map_dma,
     set_iommu, type1_info, unmap_dma,
@@ -82,7 +80,7 @@ pub(super) fn requests_of_backends() -> Vec<c_ulong> {
 }
 
 /// A structure's size as its first field has it.
-fn size_of_u32<T>() -> u32 {
+pub(super) fn size_of_u32<T>() -> u32 {
     // The largest of them has a few dozen bytes.
     u32::try_from(size_of::<T>()).unwrap_or(u32::MAX)
 }
@@ -98,11 +96,11 @@ fn checked(done: c_int) -> io::Result<c_int> {
 /// # Safety
 /// `request` takes a pointer to a `T`, whose size field, where it has one, says `size_of::<T>()`;
 /// what the `T` points to or maps is sound to hand to the kernel.
-unsafe fn update<T>(fd: BorrowedFd<'_>, request: c_ulong, argument: &mut T) -> io::Result<c_int> {
+unsafe fn update<T>(fd: &impl AsRawFd, request: c_ulong, argument: &mut T) -> io::Result<c_int> {
     // SAFETY:
-    // - the descriptor is open: it is borrowed
+    // - the descriptor is open: its owner is borrowed
     // - argument: valid for reads and writes of all its bytes, and the rest is the caller's promise
-    checked(unsafe { ioctl_with_mut_ref(&fd, request, argument) })
+    checked(unsafe { ioctl_with_mut_ref(fd, request, argument) })
 }
 
 /// The longest answer that is read, in words of 8 bytes.
@@ -119,7 +117,10 @@ fn low_half(word: u64) -> u32 {
 }
 
 /// The address of `offset` in `memory`, where `len` bytes follow.
-fn address_in(memory: &MmapRegion, offset: u64, len: u64) -> io::Result<u64> {
+///
+/// # Errors
+/// `EFAULT` where they are not all in `memory`.
+pub(super) fn address_in(memory: &MmapRegion, offset: u64, len: u64) -> io::Result<u64> {
     let inside = offset
         .checked_add(len)
         .is_some_and(|end| end <= memory.size() as u64);

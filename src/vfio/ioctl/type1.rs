@@ -49,7 +49,7 @@ pub(in crate::vfio) fn group_status(fd: BorrowedFd<'_>) -> io::Result<vfio_group
         flags: 0,
     };
     // SAFETY: the number's structure, with its size; it points to nothing.
-    unsafe { update(fd, VFIO_GROUP_GET_STATUS(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_GROUP_GET_STATUS(), &mut argument) }?;
     Ok(argument)
 }
 
@@ -100,7 +100,7 @@ pub(in crate::vfio) fn map_dma(
     // SAFETY: the number's structure, with its size. The addresses lie in a mapping of memory that
     // is shared with others and never borrowed as Rust memory, so that a device may write there;
     // the kernel takes references to its pages.
-    unsafe { update(fd, VFIO_IOMMU_MAP_DMA(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_IOMMU_MAP_DMA(), &mut argument) }?;
     Ok(())
 }
 
@@ -119,6 +119,6 @@ pub(in crate::vfio) fn unmap_dma(
         ..Default::default()
     };
     // SAFETY: the number's structure, with its size; without the bitmap flag there is no data.
-    unsafe { update(fd, VFIO_IOMMU_UNMAP_DMA(), &mut argument) }?;
+    unsafe { update(&fd, VFIO_IOMMU_UNMAP_DMA(), &mut argument) }?;
     Ok(argument.size)
 }
