@@ -1,5 +1,6 @@
 //! What a daemon process needs whatever it serves: sandbox, service manager, sockets, inherited descriptors.
 
+pub mod event_loop;
 pub mod inherited;
 pub mod ready;
 pub mod realtime;
