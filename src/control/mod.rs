@@ -26,7 +26,6 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 use parking_lot::Mutex;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::backends::vfio_user::Watch;
@@ -36,6 +35,7 @@ use crate::export::ServerStatus;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::metrics::{Counter, Metrics};
+use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
 use crate::process::socket::{Access, SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
@@ -159,7 +159,7 @@ impl ControlServer {
             pulse: pulse.clone(),
             listeners: Vec::new(),
             textfile: None,
-            epoll: Epoll::new()?,
+            events: EventLoop::new()?,
             stop: stop.clone(),
             subjects,
         };
@@ -182,8 +182,7 @@ impl ControlServer {
         let listeners = server.listeners.iter().map(|(l, _)| l.as_raw_fd());
         let others = [(stop.event.as_raw_fd(), END), (pulse.event(), PULSE)];
         for (fd, id) in listeners.zip(0..).chain(others) {
-            let event = EpollEvent::new(EventSet::IN, id);
-            server.epoll.ctl(ControlOperation::Add, fd, event)?;
+            server.events.add(fd, id)?;
         }
         let thread = sandbox::spawn(Role::Control, move || server.run())?;
         Ok(Self {
@@ -230,7 +229,7 @@ impl Drop for ControlServer {
 struct Server {
     listeners: Vec<(UnixListener, Service)>,
     textfile: Option<Textfile>,
-    epoll: Epoll,
+    events: EventLoop,
     stop: Arc<Stop>,
     pulse: Arc<Pulse>,
     subjects: Subjects,
@@ -238,23 +237,20 @@ struct Server {
 
 impl Server {
     fn run(mut self) {
-        let mut events = [EpollEvent::default(); 4];
         loop {
             if let Some(file) = &mut self.textfile {
                 file.write_if_due(Instant::now(), &self.subjects);
             }
-            let timeout = self.textfile.as_ref().map_or(-1, Textfile::wait_ms);
-            let ready = match self.epoll.wait(timeout, &mut events) {
+            let ready = match self.events.wait(self.textfile.as_ref().map(Textfile::due)) {
                 Ok(ready) => ready,
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => continue,
                 Err(cause) => {
                     warn!("the control socket is closed: {cause}");
                     return;
                 }
             };
             self.pulse.answer();
-            for event in events.iter().take(ready) {
-                match event.data() {
+            for (id, _) in ready.iter() {
+                match id {
                     END => return,
                     PULSE => {}
                     id => {

@@ -33,10 +33,9 @@ impl Textfile {
         }
     }
 
-    /// Milliseconds until it is due, rounded up.
-    pub fn wait_ms(&self) -> i32 {
-        let left = self.due.saturating_duration_since(Instant::now());
-        i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    /// When it is written next.
+    pub fn due(&self) -> Instant {
+        self.due
     }
 
     /// Writes it, if that is due. A reader sees all of it or the one before.
