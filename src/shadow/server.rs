@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +12,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::registry::{Reader, Registry};
 use super::sys::receive;
@@ -20,6 +19,7 @@ use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
 use crate::address::{Access, Iova};
 use crate::faults::queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
+use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
 use crate::process::socket::{SocketFile, bind};
 use crate::warn_limited;
@@ -81,14 +81,14 @@ impl ShadowServer {
         faults: impl FnMut(RefusedAccess) + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = UnixStream::pair()?;
-        let epoll = Epoll::new()?;
-        watch(&epoll, stopped.as_raw_fd(), STOP)?;
+        let events = EventLoop::new()?;
+        events.add(stopped.as_raw_fd(), STOP)?;
         let mut listeners = Vec::new();
         let mut files = Vec::new();
         for (number, socket) in (FIRST_LISTENER..).zip(sockets) {
             let (listener, file) = bind(socket.path)?;
             listener.set_nonblocking(true)?;
-            watch(&epoll, listener.as_raw_fd(), number)?;
+            events.add(listener.as_raw_fd(), number)?;
             listeners.push((listener, socket.endpoints.clone()));
             files.push(Arc::new(file));
         }
@@ -96,7 +96,7 @@ impl ShadowServer {
         let budgets = Budgets::new(registry.limits().fault_rate);
         let mut served = Served {
             registry,
-            epoll,
+            events,
             listeners,
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
@@ -139,15 +139,10 @@ impl Drop for ShadowServer {
     }
 }
 
-fn watch(epoll: &Epoll, fd: RawFd, number: u64) -> io::Result<()> {
-    let event = EpollEvent::new(EventSet::IN, number);
-    epoll.ctl(ControlOperation::Add, fd, event)
-}
-
 /// What the thread works on.
 struct Served {
     registry: Arc<Registry>,
-    epoll: Epoll,
+    events: EventLoop,
     listeners: Vec<(UnixListener, Vec<EndpointId>)>,
     connections: BTreeMap<u64, Connection>,
     next: u64,
@@ -223,21 +218,18 @@ impl Connection {
 
 impl Served {
     fn run(&mut self) {
-        let mut events = [EpollEvent::default(); 32];
         loop {
-            let ready = match self.epoll.wait(self.timeout(), &mut events) {
+            let ready = match self.events.wait(self.first_deadline()) {
                 Ok(ready) => ready,
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => 0,
                 Err(cause) => {
                     warn!("the shadow sockets are closed: {cause}");
                     break;
                 }
             };
-            let numbers: Vec<u64> = events.iter().take(ready).map(EpollEvent::data).collect();
-            if numbers.contains(&STOP) {
+            if ready.contains(STOP) {
                 break;
             }
-            for number in numbers {
+            for (number, _) in ready.iter() {
                 if number & EXIT != 0 {
                     self.exited(number & !EXIT);
                 } else if number >= FIRST_CONNECTION {
@@ -256,16 +248,13 @@ impl Served {
         }
     }
 
-    /// Milliseconds until a stranger has been silent for too long; -1 where there is none.
-    fn timeout(&self) -> i32 {
+    /// When the first stranger will have been silent for too long.
+    fn first_deadline(&self) -> Option<Instant> {
         let first = self.connections.values().filter_map(|c| match c.who {
             Who::Stranger { until, .. } => Some(until),
             Who::Reader(_) | Who::Leaving(_) => None,
         });
-        first.min().map_or(-1, |until| {
-            let left = until.saturating_duration_since(Instant::now());
-            i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
-        })
+        first.min()
     }
 
     fn accept(&mut self, number: u64) {
@@ -290,7 +279,7 @@ impl Served {
             return;
         }
         let number = self.next;
-        if let Err(cause) = watch(&self.epoll, stream.as_raw_fd(), number) {
+        if let Err(cause) = self.events.add(stream.as_raw_fd(), number) {
             warn_limited!("cannot listen to a reader: {cause}");
             return;
         }
@@ -345,7 +334,7 @@ impl Served {
         match self.registry.register(stream, greeting, served) {
             Ok(reader) => {
                 let process = reader.process().as_raw_fd();
-                if let Err(cause) = watch(&self.epoll, process, number | EXIT) {
+                if let Err(cause) = self.events.add(process, number | EXIT) {
                     // It is noticed all the same whenever it is waited for.
                     debug!("the end of a reader is not watched: {cause}");
                 }
@@ -397,9 +386,7 @@ impl Served {
     /// Nothing is heard from a reader any more. Its process is watched on if it is `dying` or inside
     /// an access.
     fn leave(&mut self, number: u64, reader: Arc<Reader>, dying: bool) {
-        let event = EpollEvent::default();
-        let stream = reader.stream().as_raw_fd();
-        if let Err(cause) = self.epoll.ctl(ControlOperation::Delete, stream, event) {
+        if let Err(cause) = self.events.remove(reader.stream().as_raw_fd()) {
             debug!("reader {} cannot be left alone: {cause}", reader.number());
         }
         if dying || reader.is_inside() {
