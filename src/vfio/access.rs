@@ -1,4 +1,4 @@
-//! What a driver does with an open device: registers, interrupts, reset (`linux/vfio.h`).
+//! An open device as its driver uses it: registers, interrupts, reset (`linux/vfio.h`).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -12,72 +12,72 @@ use vfio_bindings::bindings::vfio::{
 use super::ioctl::IrqData;
 use super::{Attach, Cdev, DeviceMemory, ioctl};
 
-/// What a device is (`VFIO_DEVICE_GET_INFO`).
+/// A device (`VFIO_DEVICE_GET_INFO`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// `VFIO_DEVICE_FLAGS_*`.
     pub flags: u32,
-    /// How many regions it has.
+    /// The number of regions.
     pub regions: u32,
-    /// How many kinds of interrupts it has.
+    /// The number of kinds of interrupts.
     pub irqs: u32,
 }
 
-/// What a region is (`VFIO_DEVICE_GET_REGION_INFO`).
+/// A region of a device (`VFIO_DEVICE_GET_REGION_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegionInfo {
     /// `VFIO_REGION_INFO_FLAG_*`.
     pub flags: u32,
-    /// Its bytes.
+    /// Its length in bytes.
     pub size: u64,
-    /// Where in the device's file it begins.
+    /// Its first byte in the device's file.
     pub offset: u64,
-    /// What else there is to know, in the kernel's order.
+    /// Its capabilities, in the kernel's order.
     pub capabilities: Vec<Capability>,
 }
 
-/// An element of a chain of capabilities (`vfio_info_cap_header`).
+/// An element of the chain of capabilities (`vfio_info_cap_header`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capability {
     /// `VFIO_REGION_INFO_CAP_*`.
     pub id: u16,
     /// Its version.
     pub version: u16,
-    /// What follows its header.
+    /// The bytes after its header.
     pub data: Vec<u8>,
 }
 
-/// What a kind of interrupt is (`VFIO_DEVICE_GET_IRQ_INFO`).
+/// A kind of interrupt (`VFIO_DEVICE_GET_IRQ_INFO`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IrqInfo {
     /// `VFIO_IRQ_INFO_*`.
     pub flags: u32,
-    /// How many there are; 0 where the device has none of the kind.
+    /// The number of interrupts; 0 if the device has none of this kind.
     pub count: u32,
 }
 
-/// What is to happen to interrupts (`VFIO_DEVICE_SET_IRQS`).
+/// A change to interrupts of one kind (`VFIO_DEVICE_SET_IRQS`).
 #[derive(Clone, Copy, Debug)]
 pub struct IrqChange<'a> {
     /// One of `VFIO_IRQ_SET_ACTION_*`.
     pub action: u32,
-    /// The kind.
+    /// The kind of interrupt.
     pub index: u32,
-    /// The first one.
+    /// The first interrupt that changes.
     pub start: u32,
-    /// What for, and how many.
+    /// The interrupts that change.
     pub what: IrqWhat<'a>,
 }
 
-/// Which of some interrupts something is to happen to.
+/// The interrupts of an [`IrqChange`], counted from its `start`.
 #[derive(Clone, Copy, Debug)]
 pub enum IrqWhat<'a> {
-    /// To so many. Of 0, with the action to trigger: the kind is switched off.
+    /// This many. 0 with the action `TRIGGER` switches the kind off.
     All(u32),
-    /// To those that are not 0.
+    /// One byte for each: the interrupt changes if it is not 0.
     Chosen(&'a [u8]),
-    /// When these events come, or for triggers: these events come when it happens. `None` takes an
-    /// event back.
+    /// One event for each. The action happens whenever the event is signalled; with the action `TRIGGER` the
+    /// interrupt signals the event. `None` takes the event back.
     Events(&'a [Option<BorrowedFd<'a>>]),
 }
 
@@ -92,44 +92,45 @@ pub trait DeviceAccess: Send {
     /// `VFIO_DEVICE_GET_REGION_INFO`.
     ///
     /// # Errors
-    /// The kernel's, among them `EINVAL` where there is no such region.
+    /// The kernel's, among them `EINVAL` if there is no such region.
     fn region(&self, index: u32) -> io::Result<RegionInfo>;
 
     /// `VFIO_DEVICE_GET_IRQ_INFO`.
     ///
     /// # Errors
-    /// The kernel's, among them `EINVAL` where there is no such kind.
+    /// The kernel's, among them `EINVAL` if there is no such kind.
     fn irq(&self, index: u32) -> io::Result<IrqInfo>;
 
     /// `VFIO_DEVICE_SET_IRQS`.
     ///
     /// # Errors
-    /// The kernel's; `ENOSPC` where it has fewer interrupts than that.
+    /// The kernel's; `ENOSPC` if the device has fewer vectors than asked for.
     fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()>;
 
-    /// Reads from `at` of a region; how many bytes, fewer than wanted where the rest cannot be read.
+    /// Reads from byte `at` of a region. Returns the number of bytes, which is below the length of `into` if the rest
+    /// cannot be read.
     ///
     /// # Errors
-    /// The kernel's, among them `EIO` where the device does not answer to the region now.
+    /// The kernel's, among them `EIO` while the device does not decode the region.
     fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize>;
 
-    /// Writes to `at` of a region; how many bytes.
+    /// Writes to byte `at` of a region. Returns the number of bytes.
     ///
     /// # Errors
-    /// As for reads.
+    /// As [`Self::read`].
     fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize>;
 
-    /// A file whose bytes are those of a region, from its first on, that can be mapped and stands
-    /// for nothing else of the device; `None` where there is none.
+    /// A file that holds the region from its byte 0 on and nothing else of the device, and that can be mapped;
+    /// `None` if the kernel has no such file.
     fn region_file(&self, index: u32, region: &RegionInfo) -> Option<OwnedFd>;
 
     /// `VFIO_DEVICE_RESET`.
     ///
     /// # Errors
-    /// The kernel's, among them `ENOTTY` where the device cannot be reset alone.
+    /// The kernel's, among them `ENOTTY` if the device cannot be reset alone.
     fn reset(&self) -> io::Result<()>;
 
-    /// Ends the device's DMA at the device, until its driver lets it begin again.
+    /// Ends the device's DMA at the device itself, until its driver enables bus mastering again.
     ///
     /// # Errors
     /// The kernel's.
@@ -182,15 +183,15 @@ impl DeviceAccess for Cdev {
     }
 
     fn read(&self, region: &RegionInfo, at: u64, into: &mut [u8]) -> io::Result<usize> {
-        self.file.read_at(into, place(region, at)?)
+        self.file.read_at(into, file_offset(region, at)?)
     }
 
     fn write(&self, region: &RegionInfo, at: u64, from: &[u8]) -> io::Result<usize> {
-        self.file.write_at(from, place(region, at)?)
+        self.file.write_at(from, file_offset(region, at)?)
     }
 
     fn region_file(&self, index: u32, region: &RegionInfo) -> Option<OwnedFd> {
-        // Kernels up to 7.3 at least make DMA buffers of BARs that cannot be mapped.
+        // Kernels up to at least 7.3 export BARs as DMA buffers that cannot be mapped.
         let buffer = self.export(index, 0, region.size).ok()?;
         ioctl::if_mappable(buffer).ok()
     }
@@ -204,16 +205,16 @@ impl DeviceAccess for Cdev {
     }
 }
 
-/// Where in the device's file `at` of a region is.
-fn place(region: &RegionInfo, at: u64) -> io::Result<u64> {
+/// The offset of byte `at` of a region in the device's file.
+fn file_offset(region: &RegionInfo, at: u64) -> io::Result<u64> {
     region
         .offset
         .checked_add(at)
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
 }
 
-/// Reads a `vfio_region_info` with its chain of capabilities. What lies outside of it is left out;
-/// `None` where not even the structure is there.
+/// Parses a `vfio_region_info` and its chain of capabilities. The chain ends at the first capability that lies
+/// outside of `bytes`; `None` if `bytes` is shorter than the structure.
 fn parse_region(bytes: &[u8]) -> Option<RegionInfo> {
     const CAP_HEADER: usize = 8;
     let u16_at = |at: usize| -> Option<u16> {
@@ -240,7 +241,7 @@ fn parse_region(bytes: &[u8]) -> Option<RegionInfo> {
     } else {
         0
     };
-    // A chain only leads forward.
+    // Each capability must lie behind the one before, so the chain ends.
     let mut passed = size_of::<vfio_region_info>() - 1;
     while at > passed {
         let (Some(id), Some(version), Some(next)) = (
@@ -278,11 +279,11 @@ mod tests {
         let words = |bytes: &mut Vec<u8>, words: &[u32]| {
             bytes.extend(words.iter().flat_map(|w| w.to_ne_bytes()));
         };
-        // 80 bytes in all: flags 0xf, index 2, capabilities from 32 on.
+        // 80 bytes in all: flags 0xf, index 2, capabilities from byte 32 on.
         words(&mut bytes, &[80, 0xf, 2, 32]);
         bytes.extend(0x10_0000u64.to_ne_bytes());
         bytes.extend((2u64 << 40).to_ne_bytes());
-        // One area, then the word that the interrupt table may be mapped.
+        // A sparse mapping with one area, then the capability that the MSI-X table can be mapped.
         words(&mut bytes, &[1 | 1 << 16, 64, 1, 0, 0x2000, 0, 0x1000, 0]);
         words(&mut bytes, &[3 | 1 << 16, 0, 0, 0]);
         bytes

@@ -1,4 +1,4 @@
-//! An open VFIO device, whoever has opened it.
+//! An open VFIO device.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -17,12 +17,11 @@ use vm_memory::MmapRegion;
 
 use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
 
-/// An open device: `/dev/vfio/devices/vfioN`, or what a group gave for it. Clones are the same
-/// open file.
+/// An open device: `/dev/vfio/devices/vfioN`, or a descriptor from a group. Clones share the open file.
 #[derive(Clone, Debug)]
 pub struct Cdev {
     pub(super) file: Arc<File>,
-    /// BARs that are mapped: a mapping of a device's memory stays.
+    /// The BARs that are mapped. They stay mapped, for DMA mappings lead there by address.
     mapped: Arc<Mutex<BTreeMap<u32, Arc<MmapRegion>>>>,
 }
 
@@ -30,7 +29,7 @@ impl Cdev {
     /// Opens the device node at `path`.
     ///
     /// # Errors
-    /// Where it is not there or may not be opened.
+    /// The node does not exist or this process may not open it.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| VfioError {
@@ -42,7 +41,7 @@ impl Cdev {
         Ok(Self::adopt(file.into()))
     }
 
-    /// The device that is open as `fd`.
+    /// The device that `fd` is open on.
     pub fn adopt(fd: OwnedFd) -> Self {
         Self {
             file: Arc::new(fd.into()),
@@ -50,7 +49,8 @@ impl Cdev {
         }
     }
 
-    /// The number of the device node it was opened by, or of nothing that another node has.
+    /// The number of the device node that the file was opened through; for a descriptor from a group, a number that no
+    /// device node has.
     ///
     /// # Errors
     /// The kernel's.
@@ -58,15 +58,15 @@ impl Cdev {
         self.file.metadata().map(|metadata| metadata.rdev())
     }
 
-    /// Binds it to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which starts it.
+    /// Binds the device to `iommufd` (`VFIO_DEVICE_BIND_IOMMUFD`), which also starts it.
     ///
     /// # Errors
-    /// Where somebody else has, or its group is in use otherwise.
+    /// The device is bound already, or its group is in use.
     pub fn bind(&self, iommufd: &IommuFd) -> Result<(), VfioError> {
         ioctl::bind_iommufd(self.as_fd(), iommufd).map_err(|source| VfioError {
             what: "cannot bind the device to iommufd".into(),
             source,
-            cure: "end whoever uses the device or its group, and see the kernel's log",
+            cure: "end the process that uses the device or its group, and see the kernel's log",
         })
     }
 }
@@ -79,7 +79,7 @@ impl AsFd for Cdev {
 
 impl Attach for Cdev {
     fn is_bound(&self) -> bool {
-        // Other errors come from the device: a device that does not wake up is bound all the same.
+        // Only EINVAL says that the device is not bound. A device that does not wake up answers EIO, and is bound.
         match ioctl::device_info(self.as_fd()) {
             Ok(_) => true,
             Err(cause) => cause.raw_os_error() != Some(libc::EINVAL),

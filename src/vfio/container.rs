@@ -15,14 +15,14 @@ use vm_memory::MmapRegion;
 use super::{Group, Type1, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
-/// What a type1 IOMMU tells of itself.
+/// The properties of a type1 IOMMU (`VFIO_IOMMU_GET_INFO`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Type1Info {
-    /// Bit n: pages of 2^n bytes; 0 where it does not tell.
+    /// Bit n stands for pages of 2^n bytes; 0 if the kernel does not say.
     pub page_sizes: u64,
-    /// The addresses that can be mapped; `None` where it does not tell.
+    /// The addresses that can be mapped; `None` if the kernel does not say.
     pub ranges: Option<Vec<IovaRange>>,
-    /// How many more mappings it takes; `None` where it does not tell.
+    /// The number of further mappings it takes; `None` if the kernel does not say.
     pub available: Option<u32>,
 }
 
@@ -30,7 +30,7 @@ pub struct Type1Info {
 #[derive(Debug)]
 pub struct Container {
     file: File,
-    /// With the last descriptor of a group it leaves the container.
+    /// Kept open: a group leaves its container with its last descriptor.
     group: Option<Group>,
 }
 
@@ -38,7 +38,7 @@ impl Container {
     /// Opens a container through the node at `path`.
     ///
     /// # Errors
-    /// Where it is not there or may not be opened, or the kernel's VFIO is not the one known here.
+    /// The node does not exist, this process may not open it, or the kernel's VFIO lacks what this module needs.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let failed = |source| VfioError {
             what: format!("cannot open a container through {}", path.display()),
@@ -55,10 +55,10 @@ impl Container {
         Ok(container)
     }
 
-    /// The container that is open as `fd`, with its groups and its IOMMU set.
+    /// The container that `fd` is open on. Its groups and its IOMMU must be set already.
     ///
     /// # Errors
-    /// Where it is something else, or its IOMMU is not set.
+    /// `fd` is open on something else, or no IOMMU is set.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
         let container = Self {
             file: fd.into(),
@@ -69,7 +69,7 @@ impl Container {
         Ok(container)
     }
 
-    /// Puts a group into it, which makes it a type1 IOMMU.
+    /// Puts a group into the container, and then makes the container a type1 IOMMU.
     ///
     /// # Errors
     /// The kernel's.
@@ -84,7 +84,7 @@ impl Container {
         })
     }
 
-    /// The group that was put into it here.
+    /// The group of [`Self::set_group`].
     pub fn group(&self) -> Option<&Group> {
         self.group.as_ref()
     }
@@ -92,7 +92,7 @@ impl Container {
     /// `VFIO_IOMMU_GET_INFO`.
     ///
     /// # Errors
-    /// Where no IOMMU is set.
+    /// No IOMMU is set.
     pub fn info(&self) -> io::Result<Type1Info> {
         let words = ioctl::type1_info(self.as_fd())?;
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
@@ -164,8 +164,7 @@ fn length(range: IovaRange) -> io::Result<u64> {
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EOVERFLOW))
 }
 
-/// Reads a `vfio_iommu_type1_info` with its chain of capabilities. What lies outside of it is left
-/// out.
+/// Parses a `vfio_iommu_type1_info` and its chain of capabilities. Parts that lie outside of `bytes` are left out.
 fn parse_info(bytes: &[u8]) -> Type1Info {
     let u32_at = |at: usize| -> Option<u32> {
         let field = bytes.get(at..at.checked_add(4)?)?;
@@ -189,7 +188,7 @@ fn parse_info(bytes: &[u8]) -> Type1Info {
     } else {
         0
     };
-    // A chain only leads forward.
+    // Each capability must lie behind the one before, so the chain ends.
     let mut passed = 0;
     while next > passed {
         let at = next;

@@ -1,4 +1,4 @@
-//! A kernel for tests: keeps iommufd's and type1's rules, and fails on demand.
+//! A kernel for tests: it obeys the rules of iommufd and type1, and fails on demand.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -12,41 +12,41 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::{AddressSpaces, Attach, Bar, DeviceMemory, Source, Type1};
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
-/// What one `map` or `copy` made.
+/// The result of one `map` or `copy`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Area {
     pub range: IovaRange,
     pub access: Access,
     /// Device and inode of the file.
     pub file: (u64, u64),
-    /// Where in the file it begins.
+    /// Its first byte in the file.
     pub offset: u64,
 }
 
-/// What the kernel holds.
+/// The kernel's state.
 #[derive(Debug, Default)]
 pub(crate) struct State {
-    /// Address spaces and what is mapped there, by first address.
+    /// Address spaces by id, with their areas by first address.
     pub spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
     last_id: u32,
-    /// By group: what it is attached to, and the devices that are.
+    /// By group: its address space, and the devices that are attached to it.
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
-    /// Groups that reach nothing though they are attached: an attach that failed has taken them out
-    /// of where they were.
+    /// Groups that are attached and reach nothing all the same: an attach has failed after it took them out of their
+    /// address space.
     pub adrift: BTreeSet<u32>,
-    /// Devices somebody has bound.
+    /// Bound devices.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
     pub stopped: Vec<u32>,
-    /// Calls made that may fail.
+    /// The number of calls so far, of those that can fail.
     pub calls: u64,
-    /// The calls that fail, counted from 1, and how.
+    /// The calls that fail, counted from 1, and their errno.
     pub fail: Vec<(u64, i32)>,
-    /// Has no `IOMMU_IOAS_MAP_FILE`.
+    /// The kernel lacks `IOMMU_IOAS_MAP_FILE`.
     pub old: bool,
-    /// Files mapped so far.
+    /// The number of mappings by file so far.
     pub mapped_by_file: u64,
-    /// Devices that are bound and do not wake up: every call for them fails.
+    /// Bound devices that do not wake up: every call on them fails.
     pub asleep: Vec<u32>,
 }
 
@@ -106,8 +106,7 @@ impl FakeKernel {
         self.0.lock().expect("not poisoned")
     }
 
-    /// A device that the VMM has bound and put into an address space of its own, whose id is
-    /// answered too.
+    /// A device that the VMM has bound and attached to an address space of the VMM's, and the id of that space.
     pub fn vmm_device(&self, device: u32, group: u32) -> (FakeDevice, u32) {
         let made = self.device(device, group);
         let ioas = self.alloc().expect("an address space");
@@ -119,7 +118,7 @@ impl FakeKernel {
         (made, ioas)
     }
 
-    /// A device nobody has bound.
+    /// A device that is not bound.
     pub fn device(&self, device: u32, group: u32) -> FakeDevice {
         FakeDevice {
             kernel: self.clone(),
@@ -128,7 +127,7 @@ impl FakeKernel {
         }
     }
 
-    /// A container, and the number of its address space.
+    /// A container, and the id of its address space.
     pub fn container(&self) -> (FakeContainer, u32) {
         let space = self.alloc().expect("an address space");
         let container = FakeContainer {
@@ -397,13 +396,13 @@ impl DeviceMemory for FakeMemory {
     }
 }
 
-/// Shared memory of this length.
+/// Shared memory of `len` bytes.
 #[expect(unsafe_code, reason = "a memfd")]
 pub(crate) fn memfd(len: u64) -> File {
     // SAFETY: the name ends with a zero and is only read.
     let fd = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "a memfd");
-    // SAFETY: made just now, and nobody else has it.
+    // SAFETY: it was just opened, and nothing else owns it.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len).expect("room");
     assert!(file.as_raw_fd() >= 0);

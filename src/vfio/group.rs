@@ -1,4 +1,4 @@
-//! A VFIO group, the way to a device before there was iommufd.
+//! A VFIO group: the way to a device without iommufd.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
 use super::{Cdev, VfioError, ioctl};
 
-/// An open group, `/dev/vfio/N`. While it is open nobody else can open it.
+/// An open group, `/dev/vfio/N`. The kernel lets it be opened once at a time.
 #[derive(Debug)]
 pub struct Group {
     file: File,
@@ -20,8 +20,8 @@ impl Group {
     /// Opens the group at `path`.
     ///
     /// # Errors
-    /// Where it is not there or may not be opened, somebody else has, or a device of the group has
-    /// a driver other than VFIO's.
+    /// The node does not exist, this process may not open it, another process has it open, or a device of the group
+    /// has a driver other than VFIO's.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let failed = |source, cure| VfioError {
             what: format!("cannot use the group {}", path.display()),
@@ -33,7 +33,7 @@ impl Group {
             failed(
                 e,
                 "bind the group's devices to vfio-pci, let this process open the node, and end \
-                 whoever else has it open; `vhost-device-iommu check` tells more",
+                 the process that has it open; `vhost-device-iommu check` tells more",
             )
         })?;
         let status = ioctl::group_status(file.as_fd())
@@ -53,7 +53,7 @@ impl Group {
             VfioError {
                 what: "cannot put the group into its container".into(),
                 source,
-                cure: "end whoever uses the group, and see the kernel's log",
+                cure: "end the process that uses the group, and see the kernel's log",
             }
         })
     }
@@ -61,7 +61,7 @@ impl Group {
     /// Opens a device of the group, by its name in sysfs.
     ///
     /// # Errors
-    /// Where it is not in the group, or its driver cannot start it.
+    /// The group has no such device, or the device's driver cannot start it.
     pub fn device(&self, name: &str) -> Result<Cdev, VfioError> {
         let failed = |source| VfioError {
             what: format!("cannot open the device {name} of its group"),

@@ -19,7 +19,7 @@ use super::ioctl::size_of_u32;
 use super::{AddressSpaces, Allowed, Attach, Cdev, Source, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
-/// The most ranges asked for; more are an implausible host.
+/// The most ranges that are asked for. A host with more is implausible.
 const MAX_RANGES: usize = 1024;
 
 /// An open `/dev/iommu`.
@@ -31,7 +31,7 @@ impl IommuFd {
     /// Opens the device node at `path`, `/dev/iommu` on a host.
     ///
     /// # Errors
-    /// Where it is not there or may not be opened.
+    /// The node does not exist or this process may not open it.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| VfioError {
@@ -43,10 +43,10 @@ impl IommuFd {
         Ok(Self::from(OwnedFd::from(file)))
     }
 
-    /// The iommufd that is open as `fd`.
+    /// The iommufd that `fd` is open on.
     ///
     /// # Errors
-    /// Where it is something else.
+    /// `fd` is open on something else.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
         let iommufd = Self::from(fd);
         let ioas = iommufd.alloc()?;
@@ -54,7 +54,7 @@ impl IommuFd {
         Ok(iommufd)
     }
 
-    /// `IOMMU_IOAS_IOVA_RANGES`: what an address space allows, given the devices that are attached.
+    /// `IOMMU_IOAS_IOVA_RANGES`: the addresses that an address space can map with the devices that are attached to it.
     ///
     /// # Errors
     /// The kernel's.
@@ -177,7 +177,7 @@ impl AddressSpaces for IommuFd {
             size: size_of_u32::<iommu_ioas_unmap>(),
             ioas_id: ioas,
             iova: range.first().0,
-            // For the whole of it there is this number of its own.
+            // The kernel takes this for the whole address space, whose length has no number.
             length: range.len_bytes().unwrap_or(u64::MAX),
         };
         let done = self.kernel.unmap_iommu_ioas(&mut argument);
@@ -186,12 +186,11 @@ impl AddressSpaces for IommuFd {
     }
 }
 
-/// What a device's host IOMMU allows, found by binding the device to an iommufd of its own for a
-/// moment. Both nodes are opened afresh and closed again, which resets the device; fails where
-/// somebody uses it.
+/// The addresses that a device's host IOMMU can map. To find them, this binds the device for a moment to an iommufd
+/// opened for the purpose. Closing both nodes again resets the device.
 ///
 /// # Errors
-/// Names the step.
+/// Names the step that failed; binding fails if the device is in use.
 pub fn allowed_by_scratch(iommu: &Path, cdev: &Path) -> Result<Allowed, VfioError> {
     let iommufd = IommuFd::open(iommu)?;
     let device = Cdev::open(cdev)?;
@@ -216,7 +215,7 @@ pub fn allowed_by_scratch(iommu: &Path, cdev: &Path) -> Result<Allowed, VfioErro
     allowed
 }
 
-/// The system's error in one of the crate's, whose text is left out: the caller says what failed.
+/// The system's error behind the crate's. The crate's own words are left out: the caller says what failed.
 fn errno(error: IommufdError) -> io::Error {
     match error {
         IommufdError::IommuDestroy(cause)
@@ -224,7 +223,7 @@ fn errno(error: IommufdError) -> io::Error {
         | IommufdError::IommuIoasMap(cause)
         | IommufdError::IommuIoasMapFile(cause)
         | IommufdError::IommuIoasUnmap(cause) => io::Error::from_raw_os_error(cause.errno()),
-        // Of requests that are not made here.
+        // Errors of requests that this module does not make.
         other => io::Error::other(other),
     }
 }

@@ -1,7 +1,7 @@
-//! Safe handles over the kernel's VFIO and iommufd; they know no domains and no endpoints.
+//! Safe handles over the kernel's VFIO and iommufd. They know neither domains nor endpoints.
 //!
-//! `ioctl` makes the system calls. What is above it goes through the traits here, so that doubles
-//! which obey the kernel's rules can stand in for the kernel and fail where they are told to.
+//! `ioctl` and the crate `iommufd-ioctls` make the system calls. Backends call them through the traits here, so
+//! that tests can put `fake` in the kernel's place: it obeys the kernel's rules and fails on demand.
 
 mod access;
 mod cdev;
@@ -30,40 +30,40 @@ pub use self::container::{Container, Type1Info};
 pub use self::group::Group;
 pub use self::iommufd::{IommuFd, allowed_by_scratch};
 
-/// Something that cannot be opened or prepared.
+/// A node or device that cannot be opened or prepared.
 #[derive(Debug, Error)]
 #[error("{what}: {source}; {cure}")]
 pub struct VfioError {
-    /// What was tried, with the path.
+    /// The step that failed, with the path.
     pub what: String,
-    /// What the system said.
+    /// The system's error.
     pub source: io::Error,
-    /// What to do about it.
+    /// What the operator can do about it.
     pub cure: &'static str,
 }
 
-/// The numbers of the ioctls that open devices and groups.
+/// The numbers of the ioctls that open devices and groups, for the sandbox.
 pub fn ioctls_of_opening() -> Vec<u32> {
     numbers(ioctl::requests_of_opening())
 }
 
-/// The numbers of the ioctls that backends make, once their devices and groups are open.
+/// The numbers of the ioctls that backends make once their devices and groups are open.
 pub fn ioctls_of_backends() -> Vec<u32> {
     numbers(ioctl::requests_of_backends())
 }
 
-/// The numbers of the ioctls that serving an exported device takes.
+/// The numbers of the ioctls that the server of an exported device makes.
 pub fn ioctls_of_exports() -> Vec<u32> {
     numbers(ioctl::requests_of_exports())
 }
 
 fn numbers(requests: Vec<libc::c_ulong>) -> Vec<u32> {
-    // They have 32 bits, whatever the type.
+    // The kernel's numbers have 32 bits, though `c_ulong` may have more.
     let numbers = requests.into_iter().map(u32::try_from);
     numbers.filter_map(Result::ok).collect()
 }
 
-/// Where the bytes behind I/O virtual addresses come from.
+/// The memory that a mapping leads to.
 #[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// A file (memfd, shared or huge-page memory, or a DMA buffer), from this byte on.
@@ -72,12 +72,12 @@ pub enum Source<'a> {
     Host(&'a MmapRegion, u64),
 }
 
-/// What an I/O address space allows before anything is mapped.
+/// The addresses that an empty I/O address space can map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowed {
-    /// The addresses that can be mapped, in ascending order and disjoint.
+    /// Closed ranges, in ascending order and disjoint.
     pub ranges: Vec<IovaRange>,
-    /// The smallest page in bytes, a power of two.
+    /// The smallest page in bytes; a power of two.
     pub granule: u64,
 }
 
@@ -95,10 +95,10 @@ pub trait AddressSpaces: Send + Sync {
     /// `EBUSY` while a device is attached.
     fn destroy(&self, ioas: u32) -> io::Result<()>;
 
-    /// `IOMMU_IOAS_MAP_FILE` or `IOMMU_IOAS_MAP` at fixed addresses.
+    /// `IOMMU_IOAS_MAP_FILE` or `IOMMU_IOAS_MAP`, at exactly the addresses of `range`.
     ///
     /// # Errors
-    /// The kernel's; nothing is mapped then.
+    /// The kernel's; then nothing of `range` is mapped.
     fn map(
         &self,
         ioas: u32,
@@ -107,10 +107,10 @@ pub trait AddressSpaces: Send + Sync {
         source: Source<'_>,
     ) -> io::Result<()>;
 
-    /// `IOMMU_IOAS_COPY`: what another address space maps from `first` on.
+    /// `IOMMU_IOAS_COPY`: maps `range` to the memory that the address space `from` has mapped from `first` on.
     ///
     /// # Errors
-    /// The kernel's; nothing is mapped then.
+    /// The kernel's; then nothing of `range` is mapped.
     fn copy(
         &self,
         ioas: u32,
@@ -120,31 +120,30 @@ pub trait AddressSpaces: Send + Sync {
         first: Iova,
     ) -> io::Result<()>;
 
-    /// `IOMMU_IOAS_UNMAP` of all there is in `range`, which must not cut through one `map`.
-    /// Answers the bytes that were mapped.
+    /// `IOMMU_IOAS_UNMAP` of every mapping in `range`, which must not cut through one. Returns the number of bytes
+    /// that were mapped.
     ///
     /// # Errors
-    /// The kernel's, among them `ENOENT` where nothing is mapped.
+    /// The kernel's, among them `ENOENT` if nothing was mapped.
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64>;
 }
 
-/// Which address space an open device obeys (`VFIO_DEVICE_*_IOMMUFD_PT` of `linux/vfio.h`).
+/// The address space of an open device (`VFIO_DEVICE_*_IOMMUFD_PT` of `linux/vfio.h`).
 pub trait Attach: Send {
-    /// Whether somebody has bound the device to an iommufd through this open file.
+    /// Whether the device is bound to an iommufd through this open file, by the VMM or by this process.
     fn is_bound(&self) -> bool;
 
-    /// Replaces the address space of the device, and of all devices of its group, under whatever
-    /// it does.
+    /// Replaces the address space of the device and of all devices of its group, while they may be doing DMA.
     ///
     /// # Errors
-    /// The kernel's; the device obeys what it obeyed before.
+    /// The kernel's; the kernel then holds the device to be in its former address space.
     fn attach(&self, ioas: u32) -> io::Result<()>;
 
-    /// Takes the device out of every address space: its DMA is blocked, unless another device of
-    /// its group is still attached.
+    /// Takes the device out of its address space, which blocks its DMA unless another device of its group is still
+    /// attached.
     ///
     /// # Errors
-    /// `EINVAL` where nobody has bound it.
+    /// `EINVAL` if the device is not bound.
     fn detach(&self) -> io::Result<()>;
 
     /// Clears the device's bus-master bit.
@@ -159,13 +158,13 @@ pub trait Attach: Send {
 pub struct Bar {
     /// Its number: `0..=5`.
     pub index: u32,
-    /// Where the guest has put it.
+    /// The addresses that the guest has given it.
     pub range: GpaRange,
 }
 
-/// The memory of a device, which others may be let reach.
+/// The memory of a device, to which mappings of other devices may lead.
 pub trait DeviceMemory: Send + Sync {
-    /// The memory BARs the guest has given an address, while it has them switched on.
+    /// The memory BARs that have an address; none while the guest has memory decoding switched off.
     ///
     /// # Errors
     /// The kernel's.
@@ -174,13 +173,13 @@ pub trait DeviceMemory: Send + Sync {
     /// A DMA buffer of `len` bytes from `offset` of a BAR (`VFIO_DEVICE_FEATURE_DMA_BUF`).
     ///
     /// # Errors
-    /// `ENOTTY` or `EOPNOTSUPP` where the kernel or the device has none.
+    /// `ENOTTY` or `EOPNOTSUPP` if the kernel or the device has no DMA buffers.
     fn export(&self, bar: u32, offset: u64, len: u64) -> io::Result<OwnedFd>;
 
-    /// The BAR mapped into this process, once for all who ask.
+    /// The BAR mapped into this process. Each BAR is mapped once and shared by all callers.
     ///
     /// # Errors
-    /// The kernel's, or `EOPNOTSUPP` where the device does not let it be mapped.
+    /// The kernel's, or `EOPNOTSUPP` if the BAR cannot be mapped.
     fn map(&self, bar: u32) -> io::Result<Arc<MmapRegion>>;
 }
 
@@ -189,7 +188,7 @@ pub trait Type1: Send {
     /// `VFIO_IOMMU_MAP_DMA`.
     ///
     /// # Errors
-    /// The kernel's; nothing is mapped then.
+    /// The kernel's; then nothing of `range` is mapped.
     fn map(
         &self,
         range: IovaRange,
@@ -198,14 +197,14 @@ pub trait Type1: Send {
         offset: u64,
     ) -> io::Result<()>;
 
-    /// `VFIO_IOMMU_UNMAP_DMA` of all there is in `range`, which must not cut through one `map`.
-    /// Answers the bytes that were mapped.
+    /// `VFIO_IOMMU_UNMAP_DMA` of every mapping in `range`, which must not cut through one. Returns the number of
+    /// bytes that were mapped.
     ///
     /// # Errors
     /// The kernel's.
     fn unmap(&self, range: IovaRange) -> io::Result<u64>;
 
-    /// `VFIO_IOMMU_UNMAP_DMA` with `VFIO_DMA_UNMAP_FLAG_ALL`.
+    /// `VFIO_IOMMU_UNMAP_DMA` with `VFIO_DMA_UNMAP_FLAG_ALL`: unmaps everything.
     ///
     /// # Errors
     /// The kernel's.

@@ -1,4 +1,4 @@
-//! A device's configuration space and BARs, as its VFIO regions show them.
+//! A PCI device's configuration space and BARs, through its VFIO regions.
 
 use std::fs::File;
 use std::io;
@@ -26,8 +26,8 @@ const BAR_64: u32 = 2 << 1;
 const BAR_FLAGS: u32 = 0xf;
 const HEADER: usize = BARS + 4 * BAR_COUNT;
 
-/// The memory BARs where whoever drives the device has put them. VFIO keeps what was written to
-/// them apart from the real ones.
+/// The memory BARs at the addresses that the device's driver has written. VFIO keeps these apart from the addresses
+/// in the device itself.
 pub(super) fn bars(device: &File) -> io::Result<Vec<Bar>> {
     let config = ioctl::region_info(device.as_fd(), VFIO_PCI_CONFIG_REGION_INDEX)?;
     let mut header = [0; HEADER];
@@ -44,8 +44,7 @@ pub(super) fn bars(device: &File) -> io::Result<Vec<Bar>> {
         .collect()
 }
 
-/// The numbers and addresses of the memory BARs in a configuration header; none while the device
-/// does not answer to them.
+/// The numbers and addresses of the memory BARs in a configuration header; none while memory decoding is off.
 fn parse_bars(header: &[u8; HEADER]) -> Vec<(u32, u64)> {
     let command = u16::from_le_bytes([header[COMMAND], header[COMMAND + 1]]);
     if command & COMMAND_MEMORY == 0 {
@@ -83,7 +82,7 @@ pub(super) fn clear_bus_master(device: &File) -> io::Result<()> {
     device.write_all_at(&cleared.to_le_bytes(), at)
 }
 
-/// A whole BAR, mapped.
+/// Maps a whole BAR.
 pub(super) fn map(device: &File, index: u32) -> io::Result<MmapRegion> {
     let info = ioctl::region_info(device.as_fd(), index)?;
     let all = VFIO_REGION_INFO_FLAG_MMAP | VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE;

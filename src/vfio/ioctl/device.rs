@@ -1,4 +1,4 @@
-//! An open device: its address space, its regions, and its switches.
+//! An open device: binding, address space, regions and features.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -35,7 +35,7 @@ pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: &impl AsRawFd) 
         iommufd: iommufd.as_raw_fd(),
         ..Default::default()
     };
-    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_BIND_IOMMUFD(), &mut argument) }?;
     Ok(())
 }
@@ -47,7 +47,7 @@ pub(in crate::vfio) fn attach_iommufd_pt(fd: BorrowedFd<'_>, pt_id: u32) -> io::
         pt_id,
         ..Default::default()
     };
-    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
 }
@@ -58,7 +58,7 @@ pub(in crate::vfio) fn detach_iommufd_pt(fd: BorrowedFd<'_>) -> io::Result<()> {
         argsz: 8,
         ..Default::default()
     };
-    // SAFETY: the number's structure, which is longer than the size it gives; it points to nothing.
+    // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
 }
@@ -68,7 +68,7 @@ pub(in crate::vfio) fn device_info(fd: BorrowedFd<'_>) -> io::Result<vfio_device
         argsz: size_of_u32::<vfio_device_info>(),
         ..Default::default()
     };
-    // SAFETY: the number's structure, with its size; it points to nothing.
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_GET_INFO(), &mut argument) }?;
     Ok(argument)
 }
@@ -79,7 +79,7 @@ pub(in crate::vfio) fn region_info(fd: BorrowedFd<'_>, index: u32) -> io::Result
         index,
         ..Default::default()
     };
-    // SAFETY: the number's structure, with its size; it points to nothing.
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_GET_REGION_INFO(), &mut argument) }?;
     Ok(argument)
 }
@@ -95,7 +95,7 @@ pub(in crate::vfio) fn set_bus_master(fd: BorrowedFd<'_>, feature: u32, op: u32)
         header: feature_header::<BusMaster>(feature),
         control: vfio_device_feature_bus_master { op },
     };
-    // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
+    // SAFETY: this is a `vfio_device_feature` with the feature's data behind it, and the size of both.
     unsafe { update(&fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
     Ok(())
 }
@@ -107,11 +107,11 @@ struct DmaBuf {
     range: vfio_region_dma_range,
 }
 
-// Nothing lies between the parts.
+// The kernel expects the data right behind the header.
 const _: () = assert!(size_of::<BusMaster>() == 8 + 4);
 const _: () = assert!(size_of::<DmaBuf>() == 8 + 16 + 16);
 
-/// The header of a feature whose header and data are a `T`.
+/// The header of `T`, a header with a feature's data behind it.
 fn feature_header<T>(feature: u32) -> vfio_device_feature {
     vfio_device_feature {
         argsz: size_of_u32::<T>(),
@@ -120,7 +120,7 @@ fn feature_header<T>(feature: u32) -> vfio_device_feature {
     }
 }
 
-/// A DMA buffer of one piece of a region. `feature` is the feature's number and GET.
+/// Exports a range of a region as a DMA buffer. `feature` is the feature's number and GET.
 pub(in crate::vfio) fn dma_buf(
     fd: BorrowedFd<'_>,
     feature: u32,
@@ -137,13 +137,13 @@ pub(in crate::vfio) fn dma_buf(
         },
         range,
     };
-    // SAFETY: a `vfio_device_feature` and its data behind it, with the size of both.
+    // SAFETY: this is a `vfio_device_feature` with the feature's data behind it, and the size of both.
     let made = unsafe { update(&fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
-    // SAFETY: the kernel made it for this call and nobody else knows it.
+    // SAFETY: the kernel has opened it for this call, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(made) })
 }
 
-/// Maps `size` bytes of a device's memory, readable and writable. They stay mapped.
+/// Maps `size` bytes of a device's memory, readable and writable. They are never unmapped.
 pub(in crate::vfio) fn map_region(
     fd: BorrowedFd<'_>,
     offset: u64,
@@ -167,7 +167,7 @@ pub(in crate::vfio) fn map_region(
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the mapping was made just now with this size, and is never unmapped.
+    // SAFETY: the mapping was just made with this size, and is never unmapped.
     unsafe { MmapRegion::build_raw(address.cast(), size, prot, libc::MAP_SHARED) }
         .map_err(io::Error::other)
 }

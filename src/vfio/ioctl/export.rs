@@ -1,4 +1,4 @@
-//! What a driver of a device asks VFIO for: regions, interrupts, reset.
+//! Requests of a device's driver: regions, interrupts, reset.
 
 use std::ffi::c_ulong;
 use std::io;
@@ -17,7 +17,7 @@ ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 
-/// The requests of whoever serves a device's registers and interrupts to somebody else.
+/// The requests of a server that passes a device's registers and interrupts on to a VMM.
 pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
     vec![
         VFIO_DEVICE_GET_INFO(),
@@ -29,15 +29,15 @@ pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
     ]
 }
 
-/// What follows a `vfio_irq_set`.
+/// The data behind a `vfio_irq_set`.
 pub(in crate::vfio) enum IrqData<'a> {
     None,
     Bools(&'a [u8]),
-    /// -1 where there is none.
+    /// Descriptors; -1 for no event.
     Events(&'a [RawFd]),
 }
 
-/// The answer in bytes: a `vfio_region_info`, and its capabilities behind it.
+/// Returns a `vfio_region_info` with its capabilities behind it, in bytes.
 pub(in crate::vfio) fn region_info_whole(fd: BorrowedFd<'_>, index: u32) -> io::Result<Vec<u8>> {
     let mut words = size_of::<vfio_region_info>().div_ceil(8);
     loop {
@@ -45,8 +45,8 @@ pub(in crate::vfio) fn region_info_whole(fd: BorrowedFd<'_>, index: u32) -> io::
         let argsz = u32::try_from(words * 8).unwrap_or(u32::MAX);
         answer[0] = u64::from_ne_bytes(first_word(argsz));
         answer[1] = u64::from_ne_bytes(first_word(index));
-        // SAFETY: `answer` has as many bytes as its first field says, is aligned as the structure
-        // wants, and is borrowed mutably for the whole call.
+        // SAFETY: `answer` has as many bytes as its first field says, has the structure's alignment, and is borrowed
+        // mutably for the whole call.
         let done =
             unsafe { ioctl_with_mut_ptr(&fd, VFIO_DEVICE_GET_REGION_INFO(), answer.as_mut_ptr()) };
         checked(done)?;
@@ -54,7 +54,6 @@ pub(in crate::vfio) fn region_info_whole(fd: BorrowedFd<'_>, index: u32) -> io::
         if wanted <= words {
             return Ok(answer.iter().flat_map(|w| w.to_ne_bytes()).collect());
         }
-        // The kernel's lists of areas are short.
         if wanted > MAX_INFO_WORDS {
             return Err(io::Error::from_raw_os_error(libc::E2BIG));
         }
@@ -68,13 +67,13 @@ pub(in crate::vfio) fn irq_info(fd: BorrowedFd<'_>, index: u32) -> io::Result<vf
         index,
         ..Default::default()
     };
-    // SAFETY: the number's structure, with its size; it points to nothing.
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_GET_IRQ_INFO(), &mut argument) }?;
     Ok(argument)
 }
 
-/// `count` interrupts from `start` on, of which `data` has as many, where it has any. A number that
-/// is not negative: 0, or how many there could be.
+/// Changes `count` interrupts from `start` on; `data`, unless it is `None`, has one element for each. Returns 0, or the
+/// number of vectors that the device has if those are fewer than asked for.
 pub(in crate::vfio) fn set_irqs(
     fd: BorrowedFd<'_>,
     flags: u32,
@@ -95,25 +94,25 @@ pub(in crate::vfio) fn set_irqs(
         .flat_map(u32::to_ne_bytes)
         .collect();
     argument.extend(bytes);
-    // The structure is made of words.
+    // The structure has the alignment of words.
     let mut words = vec![0u32; argument.len().div_ceil(4)];
     for (word, bytes) in words.iter_mut().zip(argument.chunks(4)) {
         let mut whole = [0; 4];
         whole[..bytes.len()].copy_from_slice(bytes);
         *word = u32::from_ne_bytes(whole);
     }
-    // SAFETY: `words` has at least as many bytes as its first field says, is aligned as the
-    // structure wants, and is only read. Descriptors in it are numbers; the kernel refuses those
-    // that are not open, or no event descriptors.
+    // SAFETY:
+    // - `words` has at least as many bytes as its first field says, has the structure's alignment, and is only read
+    // - descriptors in it are plain numbers: the kernel refuses one that is not open or not an event
     checked(unsafe { ioctl_with_ptr(&fd, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
 }
 
 pub(in crate::vfio) fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: takes no argument; the descriptor is open.
+    // SAFETY: the request takes no argument; the descriptor is open.
     checked(unsafe { ioctl(&fd, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
-/// `file` where its first page can be mapped.
+/// Returns `file` if its first page can be mapped.
 pub(in crate::vfio) fn if_mappable(file: OwnedFd) -> io::Result<OwnedFd> {
     const PAGE: usize = 4096;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -131,7 +130,7 @@ pub(in crate::vfio) fn if_mappable(file: OwnedFd) -> io::Result<OwnedFd> {
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the mapping was made just now with this size, and nobody knows its address.
+    // SAFETY: the mapping was just made with this size, and nobody knows its address.
     unsafe { libc::munmap(address, PAGE) };
     Ok(file)
 }

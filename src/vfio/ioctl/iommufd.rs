@@ -1,5 +1,4 @@
-//! I/O address spaces of an iommufd: the requests that `iommufd-ioctls` does not make, and the numbers of
-//! those that it makes.
+//! I/O address spaces of an iommufd: the requests that `iommufd-ioctls` does not have, and the numbers of all.
 
 use std::io;
 
@@ -14,7 +13,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use super::{size_of_u32, update};
 
-// The crate keeps its numbers to itself, and the sandbox allows each request by its number.
+// The sandbox allows each request by its number, and the crate does not export its numbers.
 ioctl_io_nr!(IOMMU_DESTROY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_DESTROY);
 ioctl_io_nr!(
     IOMMU_IOAS_ALLOC,
@@ -44,12 +43,12 @@ pub(in crate::vfio) fn ioas_copy(
     mut argument: iommu_ioas_copy,
 ) -> io::Result<()> {
     argument.size = size_of_u32::<iommu_ioas_copy>();
-    // SAFETY: the number's structure, with its size; it points to nothing.
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(iommufd, IOMMU_IOAS_COPY(), &mut argument) }?;
     Ok(())
 }
 
-/// As many ranges as there is room for in `ranges`; answers how many there are, and the alignment.
+/// Fills `ranges` as far as it reaches. Returns the number of ranges that the kernel has, and the alignment in bytes.
 pub(in crate::vfio) fn ioas_iova_ranges(
     iommufd: &IommuFd,
     ioas: u32,
@@ -63,11 +62,11 @@ pub(in crate::vfio) fn ioas_iova_ranges(
         ..Default::default()
     };
     ranges.as_mut_ptr().expose_provenance();
-    // SAFETY: the number's structure, with its size; it points to `num_iovas` elements that are
-    // borrowed mutably for the whole call.
+    // SAFETY: this is the request's structure, with its size; it points to `num_iovas` elements, which are borrowed
+    // mutably for the whole call.
     let done = unsafe { update(iommufd, IOMMU_IOAS_IOVA_RANGES(), &mut argument) };
     match done {
-        // The number that is needed comes with it.
+        // EMSGSIZE: there are more ranges than elements, and `num_iovas` is their number.
         Err(cause) if cause.raw_os_error() != Some(libc::EMSGSIZE) => Err(cause),
         Ok(_) | Err(_) => Ok((argument.num_iovas as usize, argument.out_iova_alignment)),
     }

@@ -1,5 +1,5 @@
-//! The only system calls of this module beside those of `iommufd-ioctls`: ioctls of `linux/vfio.h` and
-//! `linux/iommufd.h`, and mmap of a device's memory. `docs/architecture.md` has the reason for each.
+//! The system calls that `iommufd-ioctls` does not make: ioctls of `linux/vfio.h` and `linux/iommufd.h`, and mmap of
+//! a device's memory. `docs/architecture.md` has the reason for each.
 #![expect(
     unsafe_code,
     reason = "system calls, each with the structure its number stands for"
@@ -57,8 +57,7 @@ pub(super) fn requests_of_opening() -> Vec<c_ulong> {
     ]
 }
 
-/// The requests by which mappings are made and unmade and devices are moved between address spaces:
-/// all but those that open devices and groups.
+/// The requests that map, unmap, and move devices between address spaces, once devices and groups are open.
 pub(super) fn requests_of_backends() -> Vec<c_ulong> {
     vec![
         VFIO_DEVICE_GET_INFO(),
@@ -79,9 +78,9 @@ pub(super) fn requests_of_backends() -> Vec<c_ulong> {
     ]
 }
 
-/// A structure's size as its first field has it.
+/// The size of a structure, as the structure's first field holds it.
 pub(super) fn size_of_u32<T>() -> u32 {
-    // The largest of them has a few dozen bytes.
+    // The largest structure has a few dozen bytes.
     u32::try_from(size_of::<T>()).unwrap_or(u32::MAX)
 }
 
@@ -94,8 +93,9 @@ fn checked(done: c_int) -> io::Result<c_int> {
 }
 
 /// # Safety
-/// `request` takes a pointer to a `T`, whose size field, where it has one, says `size_of::<T>()`;
-/// what the `T` points to or maps is sound to hand to the kernel.
+/// - `request` must take a pointer to a `T`.
+/// - The size field of `argument`, if it has one, must be at most `size_of::<T>()`.
+/// - Memory that `argument` points to or maps must be sound to hand to the kernel.
 unsafe fn update<T>(fd: &impl AsRawFd, request: c_ulong, argument: &mut T) -> io::Result<c_int> {
     // SAFETY:
     // - the descriptor is open: its owner is borrowed
@@ -103,7 +103,7 @@ unsafe fn update<T>(fd: &impl AsRawFd, request: c_ulong, argument: &mut T) -> io
     checked(unsafe { ioctl_with_mut_ref(fd, request, argument) })
 }
 
-/// The longest answer that is read, in words of 8 bytes.
+/// The longest answer that is read, in words of 8 bytes. The kernel's lists of ranges and areas are far shorter.
 const MAX_INFO_WORDS: usize = 8192;
 
 fn first_word(argsz: u32) -> [u8; 8] {
@@ -116,10 +116,10 @@ fn low_half(word: u64) -> u32 {
     u32::from_ne_bytes([a, b, c, d])
 }
 
-/// The address of `offset` in `memory`, where `len` bytes follow.
+/// The address of the `len` bytes from `offset` on in `memory`.
 ///
 /// # Errors
-/// `EFAULT` where they are not all in `memory`.
+/// `EFAULT` if some of them lie outside of `memory`.
 pub(super) fn address_in(memory: &MmapRegion, offset: u64, len: u64) -> io::Result<u64> {
     let inside = offset
         .checked_add(len)

@@ -1,4 +1,4 @@
-//! Containers with a type1 IOMMU, and groups.
+//! Containers with a type1 IOMMU, and their groups.
 
 use std::ffi::{CStr, c_int};
 use std::io;
@@ -27,18 +27,18 @@ ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 14);
 
 pub(in crate::vfio) fn api_version(fd: BorrowedFd<'_>) -> io::Result<c_int> {
-    // SAFETY: takes no argument; the descriptor is open.
+    // SAFETY: the request takes no argument; the descriptor is open.
     checked(unsafe { ioctl(&fd, VFIO_GET_API_VERSION()) })
 }
 
 pub(in crate::vfio) fn check_extension(fd: BorrowedFd<'_>, extension: u32) -> io::Result<bool> {
-    // SAFETY: takes a number; the descriptor is open.
+    // SAFETY: the request takes a number; the descriptor is open.
     let answer = unsafe { ioctl_with_val(&fd, VFIO_CHECK_EXTENSION(), extension.into()) };
     checked(answer).map(|answer| answer > 0)
 }
 
 pub(in crate::vfio) fn set_iommu(fd: BorrowedFd<'_>, kind: u32) -> io::Result<()> {
-    // SAFETY: takes a number; the descriptor is open.
+    // SAFETY: the request takes a number; the descriptor is open.
     checked(unsafe { ioctl_with_val(&fd, VFIO_SET_IOMMU(), kind.into()) })?;
     Ok(())
 }
@@ -48,39 +48,38 @@ pub(in crate::vfio) fn group_status(fd: BorrowedFd<'_>) -> io::Result<vfio_group
         argsz: size_of_u32::<vfio_group_status>(),
         flags: 0,
     };
-    // SAFETY: the number's structure, with its size; it points to nothing.
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(&fd, VFIO_GROUP_GET_STATUS(), &mut argument) }?;
     Ok(argument)
 }
 
 pub(in crate::vfio) fn group_set_container(fd: BorrowedFd<'_>, container: RawFd) -> io::Result<()> {
-    // SAFETY: takes a pointer to a descriptor's number, and only reads it.
+    // SAFETY: the request takes a pointer to a descriptor's number, and only reads it.
     checked(unsafe { ioctl_with_ref(&fd, VFIO_GROUP_SET_CONTAINER(), &container) })?;
     Ok(())
 }
 
 pub(in crate::vfio) fn group_device(fd: BorrowedFd<'_>, name: &CStr) -> io::Result<OwnedFd> {
-    // SAFETY: takes a pointer to a text that ends with a zero, and only reads it.
+    // SAFETY: the request takes a pointer to a string that ends with a zero, and only reads it.
     let made = checked(unsafe { ioctl_with_ptr(&fd, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr()) })?;
-    // SAFETY: the kernel made it for this call and nobody else knows it.
+    // SAFETY: the kernel has opened it for this call, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(made) })
 }
 
-/// The answer in whole words: a `vfio_iommu_type1_info`, and its capabilities behind it.
+/// Returns a `vfio_iommu_type1_info` with its capabilities behind it, in words of 8 bytes.
 pub(in crate::vfio) fn type1_info(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     let mut words = size_of::<vfio_iommu_type1_info>().div_ceil(8);
     loop {
         let mut answer = vec![0u64; words];
         let argsz = u32::try_from(words * 8).unwrap_or(u32::MAX);
         answer[0] = u64::from_ne_bytes(first_word(argsz));
-        // SAFETY: `answer` has as many bytes as its first field says, is aligned as the structure
-        // wants, and is borrowed mutably for the whole call.
+        // SAFETY: `answer` has as many bytes as its first field says, has the structure's alignment, and is borrowed
+        // mutably for the whole call.
         checked(unsafe { ioctl_with_mut_ptr(&fd, VFIO_IOMMU_GET_INFO(), answer.as_mut_ptr()) })?;
         let wanted = (low_half(answer[0]) as usize).div_ceil(8);
         if wanted <= words {
             return Ok(answer);
         }
-        // The kernel's lists of ranges are short.
         if wanted > MAX_INFO_WORDS {
             return Err(io::Error::from_raw_os_error(libc::E2BIG));
         }
@@ -88,7 +87,7 @@ pub(in crate::vfio) fn type1_info(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     }
 }
 
-/// `argument.vaddr` is set here, and `argument.size` bytes from `offset` must be in `memory`.
+/// Maps `argument.size` bytes from `offset` of `memory`; `argument.vaddr` is filled in here.
 pub(in crate::vfio) fn map_dma(
     fd: BorrowedFd<'_>,
     memory: &MmapRegion,
@@ -97,14 +96,16 @@ pub(in crate::vfio) fn map_dma(
 ) -> io::Result<()> {
     argument.argsz = size_of_u32::<vfio_iommu_type1_dma_map>();
     argument.vaddr = address_in(memory, offset, argument.size)?;
-    // SAFETY: the number's structure, with its size. The addresses lie in a mapping of memory that
-    // is shared with others and never borrowed as Rust memory, so that a device may write there;
-    // the kernel takes references to its pages.
+    // SAFETY:
+    // - this is the request's structure, with its size
+    // - its addresses lie in `memory`, which is shared with other processes and never borrowed as Rust memory, so a
+    //   device may write there
+    // - the kernel takes references to the pages
     unsafe { update(&fd, VFIO_IOMMU_MAP_DMA(), &mut argument) }?;
     Ok(())
 }
 
-/// Answers the bytes that were mapped.
+/// Returns the number of bytes that were mapped.
 pub(in crate::vfio) fn unmap_dma(
     fd: BorrowedFd<'_>,
     flags: u32,
@@ -118,7 +119,7 @@ pub(in crate::vfio) fn unmap_dma(
         size,
         ..Default::default()
     };
-    // SAFETY: the number's structure, with its size; without the bitmap flag there is no data.
+    // SAFETY: this is the request's structure, with its size; without the bitmap flag no data follows.
     unsafe { update(&fd, VFIO_IOMMU_UNMAP_DMA(), &mut argument) }?;
     Ok(argument.size)
 }
