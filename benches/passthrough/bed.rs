@@ -7,16 +7,16 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
-use vhost_device_iommu::backends::iommufd::{HostDevice, Iommufd, Pin};
+use vhost_device_iommu::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use vhost_device_iommu::backends::type1::{GroupDevice, Type1Group};
-use vhost_device_iommu::backends::{Capabilities, DmaBackend, MemorySlot};
+use vhost_device_iommu::backends::{BackendCapabilities, DmaBackend, MemorySlot};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Dma, Iommu, Settings};
 use vhost_device_iommu::topology::{
     EndpointSpec, PciRange, ReservedKind, ReservedRegion, ReservedRegions, Topology,
 };
 use vhost_device_iommu::vfio::{
-    AddressSpaces, Attach, Cdev, Container, DeviceMemory, Group, IommuFd, Source,
+    AddressSpaces, Attach, Cdev, Container, DeviceMemory, DmaSource, Group, IommuFd,
 };
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -31,7 +31,7 @@ pub const RAM_LEN: u64 = 64 << 20;
 
 const ENDPOINT: EndpointId = EndpointId(0x30);
 const DOMAIN: DomainId = DomainId(1);
-const CAPABILITIES: Capabilities = Capabilities {
+const CAPABILITIES: BackendCapabilities = BackendCapabilities {
     page_sizes: PageMask::TABLE,
     aperture: IovaRange::ALL,
 };
@@ -228,7 +228,7 @@ fn iommufd(
     attach: Box<dyn Attach>,
     memory: Arc<dyn DeviceMemory>,
 ) -> Iommufd {
-    let device = HostDevice {
+    let device = PassthroughDevice {
         endpoint: ENDPOINT,
         name: "the device".into(),
         group: 0,
@@ -237,8 +237,8 @@ fn iommufd(
         memory,
     };
     let pin = match way {
-        Way::Copy => Pin::All,
-        Way::Map | Way::Type1 => Pin::Mapped,
+        Way::Copy => Pinning::All,
+        Way::Map | Way::Type1 => Pinning::Mapped,
     };
     Iommufd::new(kernel, CAPABILITIES, pin, vec![device])
 }
@@ -265,7 +265,7 @@ impl AddressSpaces for Noting {
         ioas: u32,
         range: IovaRange,
         access: Access,
-        source: Source<'_>,
+        source: DmaSource<'_>,
     ) -> io::Result<()> {
         self.iommufd.map(ioas, range, access, source)
     }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Attach, Bar, DeviceMemory, Source, Type1};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1};
 use vm_memory::MmapRegion;
 
 pub struct NoKernel;
@@ -19,7 +19,7 @@ impl AddressSpaces for NoKernel {
         Ok(())
     }
 
-    fn map(&self, _: u32, _: IovaRange, _: Access, _: Source<'_>) -> io::Result<()> {
+    fn map(&self, _: u32, _: IovaRange, _: Access, _: DmaSource<'_>) -> io::Result<()> {
         Ok(())
     }
 

@@ -26,7 +26,7 @@ use crate::page_table::{Levels, TableOffset};
 
 /// What a backend can do. The core offers the guest no more than all backends can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capabilities {
+pub struct BackendCapabilities {
     /// Page sizes; the smallest bounds the granularity the guest sees.
     pub page_sizes: PageMask,
     /// The addresses it can translate.
@@ -147,7 +147,7 @@ impl AttachError {
 /// domain holds then; `map` and `unmap` follow; `destroy_domain` after the last `attach` elsewhere.
 pub trait DmaBackend: Send {
     /// What this backend can do. Constant.
-    fn capabilities(&self) -> Capabilities;
+    fn capabilities(&self) -> BackendCapabilities;
 
     /// A VMM is there, or gone. When it comes, the devices it shares with us are bound, and its
     /// memory slots follow; while there is none, what `attach` is asked is only noted for such

@@ -23,7 +23,7 @@ pub(super) enum PieceTarget<'a> {
 }
 
 /// A BAR and whose it is.
-type Found<'a> = (&'a Arc<dyn DeviceMemory>, Bar);
+type DeviceBar<'a> = (&'a Arc<dyn DeviceMemory>, Bar);
 
 /// Everything DMA can be let reach.
 #[derive(Default)]
@@ -112,7 +112,7 @@ impl Reach {
     }
 
     /// The memory of all devices that tell where theirs is: those somebody has started.
-    fn bars(&self) -> Vec<Found<'_>> {
+    fn bars(&self) -> Vec<DeviceBar<'_>> {
         let mut found = Vec::new();
         for device in &self.devices {
             let bars = device.bars().unwrap_or_default();
@@ -123,7 +123,7 @@ impl Reach {
 
     fn piece_at<'a>(
         &'a self,
-        bars: &[Found<'a>],
+        bars: &[DeviceBar<'a>],
         mapping: &Mapping,
         gpa: Gpa,
     ) -> Option<Piece<'a>> {

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target,
 };
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 
 /// What the recorder holds; shared with the test that looks at it.
 #[derive(Debug, Default)]
-pub(crate) struct State {
+pub(crate) struct Recorded {
     /// Mappings by domain and first address.
     pub domains: BTreeMap<DomainId, BTreeMap<u64, Mapping>>,
     /// Where each endpoint is.
@@ -31,7 +31,7 @@ pub(crate) struct State {
     pub connected: bool,
 }
 
-impl State {
+impl Recorded {
     fn step(&mut self) -> Result<(), BackendError> {
         self.calls += 1;
         if self.fail_call == Some(self.calls) {
@@ -47,32 +47,32 @@ impl State {
 /// The backend; clones share their state.
 #[derive(Clone, Debug)]
 pub(crate) struct Recorder {
-    state: Arc<Mutex<State>>,
-    capabilities: Capabilities,
+    state: Arc<Mutex<Recorded>>,
+    capabilities: BackendCapabilities,
 }
 
 impl Recorder {
     pub(crate) fn new() -> Self {
-        Self::with(Capabilities {
+        Self::with(BackendCapabilities {
             page_sizes: PageMask::TABLE,
             aperture: IovaRange::ALL,
         })
     }
 
-    pub(crate) fn with(capabilities: Capabilities) -> Self {
+    pub(crate) fn with(capabilities: BackendCapabilities) -> Self {
         Self {
             state: Arc::default(),
             capabilities,
         }
     }
 
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, Recorded> {
         self.state.lock().expect("not poisoned")
     }
 }
 
 impl DmaBackend for Recorder {
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
         self.capabilities
     }
 

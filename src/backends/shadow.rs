@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target,
 };
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::error_limited;
@@ -42,8 +42,8 @@ impl Shadow {
 }
 
 impl DmaBackend for Shadow {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
+        BackendCapabilities {
             page_sizes: PageMask::TABLE,
             aperture: IovaRange::ALL,
         }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use super::group_target::common_target;
 use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target,
 };
 use crate::address::{Access, IovaRange, Mapping};
 use crate::error_limited;
@@ -30,14 +30,14 @@ pub struct GroupDevice {
 /// The backend.
 pub struct Type1Group {
     kernel: Box<dyn Type1>,
-    capabilities: Capabilities,
+    capabilities: BackendCapabilities,
     reach: Reach,
-    members: BTreeMap<EndpointId, Member>,
+    members: BTreeMap<EndpointId, ContainerMember>,
     /// What the address space holds; `None` where it could not be emptied.
-    place: Option<Target>,
+    filled_for: Option<Target>,
 }
 
-struct Member {
+struct ContainerMember {
     name: String,
     device: Option<Box<dyn Attach>>,
     wanted: Target,
@@ -49,12 +49,12 @@ impl Type1Group {
     /// `attach`. `peers` are the devices whose memory DMA may be let reach.
     pub fn new(
         kernel: Box<dyn Type1>,
-        capabilities: Capabilities,
+        capabilities: BackendCapabilities,
         devices: Vec<GroupDevice>,
         peers: Vec<Arc<dyn DeviceMemory>>,
     ) -> Self {
         let members = devices.into_iter().map(|device| {
-            let member = Member {
+            let member = ContainerMember {
                 name: device.name,
                 device: device.device,
                 wanted: Target::Blocked,
@@ -67,7 +67,7 @@ impl Type1Group {
             capabilities,
             reach: Reach::new(peers),
             members: members.collect(),
-            place: None,
+            filled_for: None,
         }
     }
 
@@ -146,7 +146,7 @@ impl Type1Group {
     /// Empties the address space and fills it with what `target` has; puts back what was there if
     /// that fails.
     fn switch(&mut self, target: Target, contents: &dyn Contents) -> Result<(), AttachError> {
-        if self.place == Some(target) {
+        if self.filled_for == Some(target) {
             return Ok(());
         }
         // Before the first change, so that the common refusals have no consequences.
@@ -156,10 +156,10 @@ impl Type1Group {
                 .try_for_each(|m| self.reach.for_each_piece(&m, |_| Ok(())))
                 .map_err(AttachError::Unchanged)?;
         }
-        let before = self.place;
+        let before = self.filled_for;
         let switched = self.empty().and_then(|()| self.fill(target, contents));
         let Err(cause) = switched else {
-            self.place = Some(target);
+            self.filled_for = Some(target);
             return Ok(());
         };
         if let Some(before) = before
@@ -176,9 +176,9 @@ impl Type1Group {
 
     /// Ends all DMA of the group.
     fn block(&mut self) {
-        self.place = Some(Target::Blocked);
+        self.filled_for = Some(Target::Blocked);
         let Err(cause) = self.empty() else { return };
-        self.place = None;
+        self.filled_for = None;
         error_limited!("{cause}: the devices' bus-master bits are cleared");
         for member in self.members.values() {
             if let Some(device) = &member.device
@@ -191,7 +191,7 @@ impl Type1Group {
 }
 
 impl DmaBackend for Type1Group {
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
         self.capabilities
     }
 
@@ -201,7 +201,7 @@ impl DmaBackend for Type1Group {
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.reach.add(slot);
-        if self.place == Some(Target::Bypass) {
+        if self.filled_for == Some(Target::Bypass) {
             self.map_slot(slot)
         } else {
             Ok(())
@@ -210,7 +210,7 @@ impl DmaBackend for Type1Group {
 
     fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.reach.remove(slot);
-        if self.place != Some(Target::Bypass) {
+        if self.filled_for != Some(Target::Bypass) {
             return Ok(());
         }
         match self.kernel.unmap(slot.range.identity()) {
@@ -250,7 +250,7 @@ impl DmaBackend for Type1Group {
 
     fn destroy_domain(&mut self, domain: DomainId) {
         // There is nothing of it unless the group is still there, and then the core is mistaken.
-        if self.place == Some(Target::Domain(domain)) {
+        if self.filled_for == Some(Target::Domain(domain)) {
             self.block();
         }
     }
@@ -263,7 +263,7 @@ impl DmaBackend for Type1Group {
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
-        if self.place == Some(Target::Domain(domain)) {
+        if self.filled_for == Some(Target::Domain(domain)) {
             self.map_pieces(mapping)
         } else {
             // Its members are blocked for now; what leads nowhere is refused all the same.
@@ -277,7 +277,7 @@ impl DmaBackend for Type1Group {
         range: IovaRange,
         least: u64,
     ) -> Result<(), BackendError> {
-        if self.place != Some(Target::Domain(domain)) {
+        if self.filled_for != Some(Target::Domain(domain)) {
             return Ok(());
         }
         unmapped(range, least, self.kernel.unmap(range))

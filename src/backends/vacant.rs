@@ -1,8 +1,8 @@
 //! What stands where a backend was that nobody is behind any more: it is asked for nothing.
 
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target,
 };
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
@@ -12,8 +12,8 @@ use crate::ids::{DomainId, EndpointId};
 pub struct Vacant;
 
 impl DmaBackend for Vacant {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
+        BackendCapabilities {
             page_sizes: PageMask::TABLE,
             aperture: IovaRange::ALL,
         }

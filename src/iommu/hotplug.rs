@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::Iommu;
 use crate::address::IovaRange;
 use crate::backends::vacant::Vacant;
-use crate::backends::{BackendError, Capabilities, DmaBackend, Target};
+use crate::backends::{BackendCapabilities, BackendError, DmaBackend, Target};
 use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::topology::{
@@ -192,7 +192,11 @@ impl Iommu {
             .map(|(mate, _)| *mate)
     }
 
-    fn check_new(&self, new: &NewEndpoints<'_>, can: Option<Capabilities>) -> Result<(), AddError> {
+    fn check_new(
+        &self,
+        new: &NewEndpoints<'_>,
+        can: Option<BackendCapabilities>,
+    ) -> Result<(), AddError> {
         let (count, room) = (new.reserved.len(), new.room);
         if count > room {
             return Err(AddError::NoRoom { count, room });

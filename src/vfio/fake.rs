@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::{AddressSpaces, Attach, Bar, DeviceMemory, Source, Type1};
+use super::{AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1};
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 /// The result of one `map` or `copy`.
@@ -25,7 +25,7 @@ pub(crate) struct Area {
 
 /// The kernel's state.
 #[derive(Debug, Default)]
-pub(crate) struct State {
+pub(crate) struct KernelState {
     /// Address spaces by id, with their areas by first address.
     pub spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
     last_id: u32,
@@ -50,7 +50,7 @@ pub(crate) struct State {
     pub asleep: Vec<u32>,
 }
 
-impl State {
+impl KernelState {
     fn step(&mut self) -> io::Result<()> {
         self.calls += 1;
         match self.fail.iter().find(|(call, _)| *call == self.calls) {
@@ -99,10 +99,10 @@ fn error(errno: i32) -> io::Error {
 
 /// The kernel; clones share their state.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct FakeKernel(Arc<Mutex<State>>);
+pub(crate) struct FakeKernel(Arc<Mutex<KernelState>>);
 
 impl FakeKernel {
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub fn state(&self) -> MutexGuard<'_, KernelState> {
         self.0.lock().expect("not poisoned")
     }
 
@@ -138,13 +138,13 @@ impl FakeKernel {
     }
 }
 
-fn area_of(range: IovaRange, access: Access, source: Source<'_>) -> Area {
+fn area_of(range: IovaRange, access: Access, source: DmaSource<'_>) -> Area {
     let (file, offset) = match source {
-        Source::File(fd, offset) => {
+        DmaSource::File(fd, offset) => {
             let file = File::from(fd.try_clone_to_owned().expect("a descriptor"));
             (identity(&file), offset)
         }
-        Source::Host(memory, offset) => {
+        DmaSource::Host(memory, offset) => {
             assert!(offset + range.span() < memory.size() as u64);
             let backing = memory.file_offset().expect("a file");
             (identity(backing.file()), backing.start() + offset)
@@ -190,14 +190,14 @@ impl AddressSpaces for FakeKernel {
         ioas: u32,
         range: IovaRange,
         access: Access,
-        source: Source<'_>,
+        source: DmaSource<'_>,
     ) -> io::Result<()> {
         let mut state = self.state();
-        if state.old && matches!(source, Source::File(..)) {
+        if state.old && matches!(source, DmaSource::File(..)) {
             return Err(error(libc::ENOTTY));
         }
         state.step()?;
-        state.mapped_by_file += u64::from(matches!(source, Source::File(..)));
+        state.mapped_by_file += u64::from(matches!(source, DmaSource::File(..)));
         state.insert(ioas, &[area_of(range, access, source)])
     }
 
@@ -336,7 +336,7 @@ impl Type1 for FakeContainer {
         state.step()?;
         state.insert(
             self.space,
-            &[area_of(range, access, Source::Host(memory, offset))],
+            &[area_of(range, access, DmaSource::Host(memory, offset))],
         )
     }
 

@@ -16,7 +16,7 @@ use iommufd_ioctls::IommufdError;
 use log::warn;
 
 use super::ioctl::size_of_u32;
-use super::{AddressSpaces, Allowed, Attach, Cdev, Source, VfioError, ioctl};
+use super::{AddressSpaces, AllowedIovas, Attach, Cdev, DmaSource, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
 /// The most ranges that are asked for. A host with more is implausible.
@@ -58,14 +58,14 @@ impl IommuFd {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn allowed(&self, ioas: u32) -> io::Result<Allowed> {
+    pub fn allowed_iovas(&self, ioas: u32) -> io::Result<AllowedIovas> {
         let mut room = 16;
         loop {
             let mut found = vec![iommu_iova_range::default(); room];
             let (count, granule) = ioctl::ioas_iova_ranges(&self.kernel, ioas, &mut found)?;
             if count <= found.len() || room == MAX_RANGES {
                 found.truncate(count);
-                return Ok(Allowed {
+                return Ok(AllowedIovas {
                     ranges: found
                         .iter()
                         .filter_map(|r| IovaRange::new(Iova(r.start), Iova(r.last)))
@@ -118,11 +118,11 @@ impl AddressSpaces for IommuFd {
         ioas: u32,
         range: IovaRange,
         access: Access,
-        source: Source<'_>,
+        source: DmaSource<'_>,
     ) -> io::Result<()> {
         let (flags, iova, length) = (flags(access), range.first().0, length(range)?);
         match source {
-            Source::File(file, start) => {
+            DmaSource::File(file, start) => {
                 let argument = iommu_ioas_map_file {
                     size: size_of_u32::<iommu_ioas_map_file>(),
                     flags,
@@ -134,7 +134,7 @@ impl AddressSpaces for IommuFd {
                 };
                 self.kernel.map_iommu_ioas_file(&argument).map_err(errno)
             }
-            Source::Host(memory, offset) => {
+            DmaSource::Host(memory, offset) => {
                 // The addresses lie in a mapping of memory that is shared with others and never
                 // borrowed as Rust memory, so that a device may write there. The owner of `memory`
                 // keeps it until this range is unmapped (see `backends::MemorySlot`).
@@ -191,7 +191,7 @@ impl AddressSpaces for IommuFd {
 ///
 /// # Errors
 /// Names the step that failed; binding fails if the device is in use.
-pub fn allowed_by_scratch(iommu: &Path, cdev: &Path) -> Result<Allowed, VfioError> {
+pub fn probe_allowed_iovas(iommu: &Path, cdev: &Path) -> Result<AllowedIovas, VfioError> {
     let iommufd = IommuFd::open(iommu)?;
     let device = Cdev::open(cdev)?;
     device.bind(&iommufd)?;
@@ -207,7 +207,7 @@ pub fn allowed_by_scratch(iommu: &Path, cdev: &Path) -> Result<Allowed, VfioErro
         .attach(ioas)
         .map_err(|e| step("attach an address space", e))?;
     let allowed = iommufd
-        .allowed(ioas)
+        .allowed_iovas(ioas)
         .map_err(|e| step("ask for the allowed addresses", e));
     if let Err(cause) = device.detach() {
         warn!("{} cannot be detached: {cause}", cdev.display());

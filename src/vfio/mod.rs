@@ -28,7 +28,7 @@ pub use self::access::{
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
 pub use self::group::Group;
-pub use self::iommufd::{IommuFd, allowed_by_scratch};
+pub use self::iommufd::{IommuFd, probe_allowed_iovas};
 
 /// A node or device that cannot be opened or prepared.
 #[derive(Debug, Error)]
@@ -65,7 +65,7 @@ fn numbers(requests: Vec<libc::c_ulong>) -> Vec<u32> {
 
 /// The memory that a mapping leads to.
 #[derive(Clone, Copy, Debug)]
-pub enum Source<'a> {
+pub enum DmaSource<'a> {
     /// A file (memfd, shared or huge-page memory, or a DMA buffer), from this byte on.
     File(BorrowedFd<'a>, u64),
     /// Memory mapped into this process, from this byte of the mapping on.
@@ -74,7 +74,7 @@ pub enum Source<'a> {
 
 /// The addresses that an empty I/O address space can map.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allowed {
+pub struct AllowedIovas {
     /// Closed ranges, in ascending order and disjoint.
     pub ranges: Vec<IovaRange>,
     /// The smallest page in bytes; a power of two.
@@ -104,7 +104,7 @@ pub trait AddressSpaces: Send + Sync {
         ioas: u32,
         range: IovaRange,
         access: Access,
-        source: Source<'_>,
+        source: DmaSource<'_>,
     ) -> io::Result<()>;
 
     /// `IOMMU_IOAS_COPY`: maps `range` to the memory that the address space `from` has mapped from `first` on.

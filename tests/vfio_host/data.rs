@@ -1,7 +1,7 @@
 //! Real DMA: what a device reaches is what its domain maps, byte for byte.
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, IommuFd, Source};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, DmaSource, IommuFd};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use crate::common::guest::{HIGH_RAM, LOW_RAM};
@@ -303,11 +303,11 @@ fn memory_can_be_mapped_by_address() {
     let memory = MmapRegion::from_file(file, 4 * PAGE as usize).expect("mapped");
     let ioas = iommufd.alloc().expect("an address space");
     let range = IovaRange::from_len(Iova(0x10_0000), 2 * PAGE).expect("not empty");
-    let source = Source::Host(&memory, PAGE);
+    let source = DmaSource::Host(&memory, PAGE);
     iommufd
         .map(ioas, range, Access::READ_WRITE, source)
         .expect("mapped by address");
-    let past = Source::Host(&memory, 3 * PAGE);
+    let past = DmaSource::Host(&memory, 3 * PAGE);
     assert!(iommufd.map(ioas, range, Access::READ, past).is_err());
     device.attach(ioas).expect("attached");
     Function::new(&name).enable();

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, Container, Group, IommuFd, Source};
+use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, Container, DmaSource, Group, IommuFd};
 
 use crate::common::daemon::Daemon;
 use crate::common::guest::{
@@ -111,7 +111,7 @@ impl Vmm {
                     ioas,
                     range,
                     Access::READ_WRITE,
-                    Source::File(file.as_fd(), 0),
+                    DmaSource::File(file.as_fd(), 0),
                 )
                 .expect("guest RAM");
         }

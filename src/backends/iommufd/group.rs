@@ -8,15 +8,15 @@ use crate::ids::EndpointId;
 use crate::vfio::Attach;
 
 /// A group of the host's; most have one device.
-pub(super) struct Group {
-    members: Vec<Member>,
-    place: Place,
+pub(super) struct DeviceGroup {
+    members: Vec<GroupMember>,
+    attachment: Attachment,
     /// The devices are known to be bound to our iommufd.
-    proved: bool,
+    verified: bool,
 }
 
 /// A device of a group.
-pub(super) struct Member {
+pub(super) struct GroupMember {
     endpoint: EndpointId,
     name: String,
     shared: bool,
@@ -27,7 +27,7 @@ pub(super) struct Member {
 
 /// What a group's devices obey.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum Attachment {
     /// Nobody has bound them.
     Unbound,
     /// The VMM's address space, which is identity.
@@ -41,7 +41,7 @@ pub(super) enum Place {
     Unknown,
 }
 
-impl Member {
+impl GroupMember {
     /// A device. `shared`: the VMM binds it; else this process has.
     pub(super) fn new(
         endpoint: EndpointId,
@@ -60,38 +60,38 @@ impl Member {
     }
 }
 
-impl Group {
+impl DeviceGroup {
     /// A group before a VMM is there. Devices of both kinds do not go together: see `endpoints::passthrough`.
-    pub(super) fn new(members: Vec<Member>) -> Self {
+    pub(super) fn new(members: Vec<GroupMember>) -> Self {
         let shared = members.iter().any(|m| m.shared);
-        let place = if !shared {
-            Place::Detached
+        let attachment = if !shared {
+            Attachment::Detached
         } else if members.iter().any(|m| m.attach.is_bound()) {
             // Not by this VMM, which has not connected yet.
-            Place::Unknown
+            Attachment::Unknown
         } else {
-            Place::Unbound
+            Attachment::Unbound
         };
         Self {
             members,
-            place,
-            proved: !shared,
+            attachment,
+            verified: !shared,
         }
     }
 
     /// What the devices obey.
-    pub(super) fn place(&self) -> Place {
-        self.place
+    pub(super) fn attachment(&self) -> Attachment {
+        self.attachment
     }
 
     /// Whether the devices are known to be bound to our iommufd.
-    pub(super) fn is_proved(&self) -> bool {
-        self.proved
+    pub(super) fn is_verified(&self) -> bool {
+        self.verified
     }
 
     /// They are.
-    pub(super) fn set_proved(&mut self) {
-        self.proved = true;
+    pub(super) fn set_verified(&mut self) {
+        self.verified = true;
     }
 
     /// What to say where they are bound to another one.
@@ -131,8 +131,10 @@ impl Group {
 
     /// Devices that somebody has bound meanwhile are in his address space.
     pub(super) fn notice_binding(&mut self) {
-        if self.place == Place::Unbound && self.members.iter().any(|m| m.attach.is_bound()) {
-            self.place = Place::Vmm;
+        if self.attachment == Attachment::Unbound
+            && self.members.iter().any(|m| m.attach.is_bound())
+        {
+            self.attachment = Attachment::Vmm;
         }
     }
 
@@ -162,19 +164,23 @@ impl Group {
     /// On error they may be anywhere, or nowhere: drivers of IOMMUs take a device out of one address
     /// space before they find that they cannot put it into the next, and the kernel holds it to be in
     /// the first one all the same.
-    pub(super) fn put(&mut self, place: Place) -> Result<(), BackendError> {
-        let put = self.try_put(place);
-        self.place = if put.is_ok() { place } else { Place::Unknown };
+    pub(super) fn move_to(&mut self, attachment: Attachment) -> Result<(), BackendError> {
+        let put = self.try_move_to(attachment);
+        self.attachment = if put.is_ok() {
+            attachment
+        } else {
+            Attachment::Unknown
+        };
         put
     }
 
-    fn try_put(&self, place: Place) -> Result<(), BackendError> {
+    fn try_move_to(&self, attachment: Attachment) -> Result<(), BackendError> {
         for member in self.members.iter().filter(|m| m.attach.is_bound()) {
-            let result = match place {
-                Place::Ioas(ioas) => member.attach.attach(ioas),
-                Place::Detached => member.attach.detach(),
+            let result = match attachment {
+                Attachment::Ioas(ioas) => member.attach.attach(ioas),
+                Attachment::Detached => member.attach.detach(),
                 // Nobody but the VMM can put them there, or nobody wants to.
-                Place::Vmm | Place::Unbound | Place::Unknown => Ok(()),
+                Attachment::Vmm | Attachment::Unbound | Attachment::Unknown => Ok(()),
             };
             result.map_err(|cause| {
                 let what = format_args!("{} cannot be switched over", member.name);
@@ -186,9 +192,9 @@ impl Group {
 
     /// The same where it is not known what they obey: the kernel does nothing for a device that it
     /// holds to be there already.
-    pub(super) fn put_afresh(&mut self, place: Place) -> Result<(), BackendError> {
-        self.put(Place::Detached)?;
-        self.put(place)
+    pub(super) fn reattach(&mut self, attachment: Attachment) -> Result<(), BackendError> {
+        self.move_to(Attachment::Detached)?;
+        self.move_to(attachment)
     }
 
     /// Ends all DMA of the group, for a member's sake.
@@ -201,10 +207,10 @@ impl Group {
 
     /// Ends all DMA of the group.
     pub(super) fn block(&mut self) {
-        if self.place == Place::Unbound {
+        if self.attachment == Attachment::Unbound {
             return;
         }
-        self.place = Place::Detached;
+        self.attachment = Attachment::Detached;
         for member in &self.members {
             let Err(cause) = member.attach.detach() else {
                 continue;
@@ -214,7 +220,7 @@ impl Group {
             }
             // No reason is known why this should fail, but for a device that does not wake up. What
             // is left then is the switch on the device itself.
-            self.place = Place::Unknown;
+            self.attachment = Attachment::Unknown;
             error_limited!(
                 "{} cannot be taken out of its address space ({cause}): its bus-master bit is \
                  cleared",

@@ -1,8 +1,8 @@
 //! Host IOMMU through iommufd: one I/O address space (IOAS) per domain, whatever the number of its
 //! endpoints, replaced under devices that the VMM, or this process, has bound.
 //!
-//! With [`Pin::All`] guest RAM is mapped once, from its files, into an address space that endpoints
-//! in bypass mode use, and mappings of domains are copies of pieces of it. With [`Pin::Mapped`]
+//! With [`Pinning::All`] guest RAM is mapped once, from its files, into an address space that endpoints
+//! in bypass mode use, and mappings of domains are copies of pieces of it. With [`Pinning::Mapped`]
 //! each mapping is made from the file, and the address space for bypass mode is only there while it
 //! is used.
 //!
@@ -17,20 +17,20 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use self::group::{Group, Member, Place};
+use self::group::{Attachment, DeviceGroup, GroupMember};
 use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target,
 };
 use crate::address::{Access, Iova, IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
-use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Source};
+use crate::vfio::{AddressSpaces, Attach, DeviceMemory, DmaSource};
 use crate::warn_limited;
 
 /// What guest RAM is pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pin {
+pub enum Pinning {
     /// All of it, once; mappings are copies.
     All,
     /// What is mapped, and all of it while an endpoint is in bypass mode.
@@ -38,7 +38,7 @@ pub enum Pin {
 }
 
 /// A device behind the backend.
-pub struct HostDevice {
+pub struct PassthroughDevice {
     /// Its endpoint.
     pub endpoint: EndpointId,
     /// The host's name for it.
@@ -56,8 +56,8 @@ pub struct HostDevice {
 /// The backend.
 pub struct Iommufd {
     kernel: Arc<dyn AddressSpaces>,
-    capabilities: Capabilities,
-    pin: Pin,
+    capabilities: BackendCapabilities,
+    pin: Pinning,
     /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
     /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
     /// those, and not to the ones the guest has now.
@@ -69,7 +69,7 @@ pub struct Iommufd {
     /// A domain that `map` has failed in, and the bytes that were mapped before it did: the core is
     /// about to unmap them.
     half_way: Option<(DomainId, u64)>,
-    groups: Vec<Group>,
+    groups: Vec<DeviceGroup>,
     group_of: BTreeMap<EndpointId, usize>,
     /// Address spaces that could not be destroyed, with the memory that may be mapped there.
     condemned: Vec<(u32, Vec<MemorySlot>)>,
@@ -86,13 +86,13 @@ impl Iommufd {
     /// The backend for `devices`.
     pub fn new(
         kernel: Arc<dyn AddressSpaces>,
-        capabilities: Capabilities,
-        pin: Pin,
-        devices: Vec<HostDevice>,
+        capabilities: BackendCapabilities,
+        pin: Pinning,
+        devices: Vec<PassthroughDevice>,
     ) -> Self {
         let reach = Reach::new(devices.iter().map(|d| d.memory.clone()).collect());
         let mut numbers: Vec<u32> = Vec::new();
-        let mut members: Vec<Vec<Member>> = Vec::new();
+        let mut members: Vec<Vec<GroupMember>> = Vec::new();
         let mut group_of = BTreeMap::new();
         for device in devices {
             let known = numbers.iter().position(|n| *n == device.group);
@@ -102,19 +102,19 @@ impl Iommufd {
                 numbers.len() - 1
             });
             group_of.insert(device.endpoint, index);
-            members[index].push(Member::new(
+            members[index].push(GroupMember::new(
                 device.endpoint,
                 device.name,
                 device.shared,
                 device.attach,
             ));
         }
-        let groups = members.into_iter().map(Group::new).collect();
+        let groups = members.into_iter().map(DeviceGroup::new).collect();
         Self {
             kernel,
             capabilities,
             pin,
-            copies: pin == Pin::All,
+            copies: pin == Pinning::All,
             connected: false,
             reach,
             bypass: None,
@@ -206,13 +206,13 @@ impl Iommufd {
         slot: &MemorySlot,
         offset: u64,
     ) -> io::Result<()> {
-        let here = Source::Host(&slot.memory, offset);
+        let here = DmaSource::Host(&slot.memory, offset);
         if !slot.is_shared_memory {
             // The kernel would find only when a device is attached that it cannot pin such a file.
             return self.kernel.map(ioas, range, access, here);
         }
         let at = slot.offset.saturating_add(offset);
-        let by_file = Source::File(slot.file.as_fd(), at);
+        let by_file = DmaSource::File(slot.file.as_fd(), at);
         match self.kernel.map(ioas, range, access, by_file) {
             // Kernels before 6.13 have no such command.
             Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
@@ -287,7 +287,7 @@ impl Iommufd {
                 let refuse = |cause| no_peer_access(part, &cause);
                 let len = part.range.len_bytes().unwrap_or(u64::MAX);
                 let buffer = device.export(*bar, *offset, len).map_err(refuse)?;
-                let source = Source::File(buffer.as_fd(), 0);
+                let source = DmaSource::File(buffer.as_fd(), 0);
                 self.kernel
                     .map(ioas, part.range, part.access, source)
                     .map_err(refuse)
@@ -296,9 +296,11 @@ impl Iommufd {
     }
 
     fn is_bypass_used(&self) -> bool {
-        self.bypass
-            .as_ref()
-            .is_some_and(|b| self.groups.iter().any(|g| g.place() == Place::Ioas(b.ioas)))
+        self.bypass.as_ref().is_some_and(|b| {
+            self.groups
+                .iter()
+                .any(|g| g.attachment() == Attachment::Ioas(b.ioas))
+        })
     }
 
     fn destroy(&mut self, ioas: u32) {
@@ -324,8 +326,8 @@ impl Iommufd {
     /// Devices have been moved: what follows for bypass mode's address space, which is given up
     /// where nobody needs it.
     fn moved(&mut self) {
-        self.copies = self.pin == Pin::All && !self.is_bypass_used();
-        if self.pin == Pin::Mapped
+        self.copies = self.pin == Pinning::All && !self.is_bypass_used();
+        if self.pin == Pinning::Mapped
             && !self.is_bypass_used()
             && let Some(bypass) = self.bypass.take()
         {
@@ -335,29 +337,31 @@ impl Iommufd {
 
     /// Puts the devices of a group somewhere else, or back where they were; in the latter case their
     /// DMA meets nothing for a moment.
-    fn switch(&mut self, index: usize, place: Place) -> Result<(), AttachError> {
-        let before = self.groups[index].place();
-        let proved = match place {
-            Place::Ioas(_) => self.prove(index),
-            Place::Unbound | Place::Vmm | Place::Detached | Place::Unknown => Ok(true),
+    fn switch(&mut self, index: usize, attachment: Attachment) -> Result<(), AttachError> {
+        let before = self.groups[index].attachment();
+        let verified = match attachment {
+            Attachment::Ioas(_) => self.verify_iommufd(index),
+            Attachment::Unbound | Attachment::Vmm | Attachment::Detached | Attachment::Unknown => {
+                Ok(true)
+            }
         };
-        if let Ok(false) = proved {
+        if let Ok(false) = verified {
             let group = &mut self.groups[index];
             group.block();
             return Err(AttachError::Blocked(group.is_foreign()));
         }
-        let Err(cause) = proved.and_then(|_| self.groups[index].put(place)) else {
+        let Err(cause) = verified.and_then(|_| self.groups[index].move_to(attachment)) else {
             return Ok(());
         };
         let back = match before {
-            Place::Ioas(_) | Place::Detached => Some(before),
+            Attachment::Ioas(_) | Attachment::Detached => Some(before),
             // Only the VMM can put them into its own; ours has the same in it.
-            Place::Vmm => self.bypass_ioas().ok().map(Place::Ioas),
-            Place::Unbound | Place::Unknown => None,
+            Attachment::Vmm => self.bypass_ioas().ok().map(Attachment::Ioas),
+            Attachment::Unbound | Attachment::Unknown => None,
         };
         let group = &mut self.groups[index];
         match back {
-            Some(back) if group.put_afresh(back).is_ok() => Err(AttachError::Unchanged(cause)),
+            Some(back) if group.reattach(back).is_ok() => Err(AttachError::Unchanged(cause)),
             Some(_) | None => {
                 group.block();
                 Err(AttachError::Blocked(cause))
@@ -368,15 +372,15 @@ impl Iommufd {
     /// Makes certain, once, that devices which somebody else has bound are bound to our iommufd: if
     /// they are not, the number of an address space of ours names another one, that of the VMM for
     /// example. An address space that a device obeys cannot be destroyed, so one is made for this.
-    fn prove(&mut self, index: usize) -> Result<bool, BackendError> {
-        if self.groups[index].is_proved() {
+    fn verify_iommufd(&mut self, index: usize) -> Result<bool, BackendError> {
+        if self.groups[index].is_verified() {
             return Ok(true);
         }
         let ioas = self
             .kernel
             .alloc()
             .map_err(|cause| refused("there is no address space to try a device with", &cause))?;
-        let put = self.groups[index].put(Place::Ioas(ioas));
+        let put = self.groups[index].move_to(Attachment::Ioas(ioas));
         let destroyed = self.kernel.destroy(ioas);
         if destroyed.is_err() {
             self.condemned.push((ioas, Vec::new()));
@@ -385,7 +389,7 @@ impl Iommufd {
         match destroyed {
             Ok(()) => Ok(false),
             Err(cause) if cause.raw_os_error() == Some(libc::EBUSY) => {
-                self.groups[index].set_proved();
+                self.groups[index].set_verified();
                 Ok(true)
             }
             Err(cause) => Err(refused("a device cannot be tried", &cause)),
@@ -393,14 +397,14 @@ impl Iommufd {
     }
 
     /// Where the devices of a group belong.
-    fn place_for(&mut self, index: usize) -> Result<Place, BackendError> {
+    fn attachment_for(&mut self, index: usize) -> Result<Attachment, BackendError> {
         let group = &self.groups[index];
         match group.target() {
-            Target::Blocked => Ok(Place::Detached),
-            Target::Bypass if group.place() == Place::Vmm => Ok(Place::Vmm),
-            Target::Bypass => self.bypass_ioas().map(Place::Ioas),
+            Target::Blocked => Ok(Attachment::Detached),
+            Target::Bypass if group.attachment() == Attachment::Vmm => Ok(Attachment::Vmm),
+            Target::Bypass => self.bypass_ioas().map(Attachment::Ioas),
             Target::Domain(domain) => match self.domains.get(&domain) {
-                Some(&ioas) => Ok(Place::Ioas(ioas)),
+                Some(&ioas) => Ok(Attachment::Ioas(ioas)),
                 None => Err(BackendError {
                     kind: BackendErrorKind::DevErr,
                     message: format!("domain {domain} has no address space"),
@@ -411,7 +415,7 @@ impl Iommufd {
 }
 
 impl DmaBackend for Iommufd {
-    fn capabilities(&self) -> Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
         self.capabilities
     }
 
@@ -427,7 +431,7 @@ impl DmaBackend for Iommufd {
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.sweep();
         self.reach.add(slot);
-        if self.pin == Pin::All || self.bypass.is_some() {
+        if self.pin == Pinning::All || self.bypass.is_some() {
             self.bypass_ioas()?;
         }
         Ok(())
@@ -467,7 +471,7 @@ impl DmaBackend for Iommufd {
             return Err(AttachError::Unchanged(unknown(endpoint)));
         };
         let before = self.groups[index].set_wanted(endpoint, target);
-        if !self.connected && self.groups[index].place() == Place::Unbound {
+        if !self.connected && self.groups[index].attachment() == Attachment::Unbound {
             return Ok(());
         }
         let made = match target {
@@ -484,9 +488,9 @@ impl DmaBackend for Iommufd {
                 }
                 None => Ok(()),
             })
-            .and_then(|()| self.place_for(index))
+            .and_then(|()| self.attachment_for(index))
             .map_err(AttachError::Unchanged)
-            .and_then(|place| self.switch(index, place));
+            .and_then(|attachment| self.switch(index, attachment));
         if let Err(refusal) = &switched {
             self.groups[index].restore_wanted(endpoint, before);
             if let AttachError::Blocked(_) = refusal {

@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use self::windows::{Gate, Piece, Pieces, Space, pieces_of};
 use super::{
-    AttachError, BackendError, BackendErrorKind, Capabilities, Contents, DmaBackend, MemorySlot,
-    Target, UnmapPart,
+    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
+    MemorySlot, Target, UnmapPart,
 };
 use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
@@ -236,8 +236,8 @@ impl Watch {
 }
 
 impl DmaBackend for VfioUser {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
+    fn capabilities(&self) -> BackendCapabilities {
+        BackendCapabilities {
             page_sizes: PageMask::TABLE,
             aperture: IovaRange::ALL,
         }

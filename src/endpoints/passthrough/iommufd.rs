@@ -12,13 +12,14 @@ use log::warn;
 
 use super::{HostSideError, Opened, capabilities, group_of};
 use crate::address::IovaRange;
-use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
-use crate::config::{Config, Passthrough, Pin as ConfiguredPin};
+use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
+use crate::config::{Config, Passthrough, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::adopt;
 use crate::topology::PciAddress;
 use crate::vfio::{
-    AddressSpaces, Allowed, Attach, Cdev, DeviceAccess, IommuFd, VfioError, allowed_by_scratch,
+    AddressSpaces, AllowedIovas, Attach, Cdev, DeviceAccess, IommuFd, VfioError,
+    probe_allowed_iovas,
 };
 
 pub(super) fn open(
@@ -104,7 +105,7 @@ pub(super) fn open(
         if exported {
             exports.push((endpoint, Box::new(cdev.clone())));
         }
-        devices.push(HostDevice {
+        devices.push(PassthroughDevice {
             endpoint: endpoint.endpoint_id(),
             name: host.to_string(),
             group,
@@ -113,7 +114,7 @@ pub(super) fn open(
             memory: Arc::new(cdev),
         });
     }
-    let mixed = |d: &&HostDevice| {
+    let mixed = |d: &&PassthroughDevice| {
         devices
             .iter()
             .any(|other| other.group == d.group && other.shared != d.shared)
@@ -125,8 +126,8 @@ pub(super) fn open(
     }
     let endpoints = devices.iter().map(|d| d.endpoint).collect();
     let pin = match config.pin {
-        ConfiguredPin::All => Pin::All,
-        ConfiguredPin::Mapped => Pin::Mapped,
+        Pin::All => Pinning::All,
+        Pin::Mapped => Pinning::Mapped,
     };
     let capabilities = capabilities(allowed.values(), granule)?;
     let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
@@ -167,8 +168,8 @@ fn check_node(
 
 /// What a device of the VMM's allows. That is known for certain only from VFIO, and this process
 /// may have no right to open the device, or be too late.
-fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
-    match allowed_by_scratch(node, path) {
+fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
+    match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),
         Err(cause) => {
             warn!(
@@ -181,7 +182,7 @@ fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<Allowed> {
 }
 
 /// Binds a device for this process, blocked.
-fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<Allowed, VfioError> {
+fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<AllowedIovas, VfioError> {
     cdev.bind(iommufd)?;
     let step = |what: &str, source| VfioError {
         what: format!("cannot {what} for {host}"),
@@ -193,7 +194,7 @@ fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<Allowed, Vfio
         .map_err(|e| step("make an address space", e))?;
     let allowed = cdev
         .attach(ioas)
-        .and_then(|()| iommufd.allowed(ioas))
+        .and_then(|()| iommufd.allowed_iovas(ioas))
         .and_then(|allowed| cdev.detach().map(|()| allowed))
         .map_err(|e| step("learn the allowed addresses", e));
     if let Err(cause) = iommufd.destroy(ioas) {

@@ -14,7 +14,7 @@ use log::{info, warn};
 use thiserror::Error;
 
 use crate::address::{IovaRange, PageMask};
-use crate::backends::{Capabilities, DmaBackend};
+use crate::backends::{BackendCapabilities, DmaBackend};
 use crate::config::{Config, HostIommu};
 use crate::host::sysfs::{HostFacts, HostRoot, RefineError, refine};
 use crate::ids::EndpointId;
@@ -189,7 +189,7 @@ fn group_of(
 fn capabilities<'a>(
     allowed: impl IntoIterator<Item = &'a Vec<IovaRange>>,
     granule: u64,
-) -> Result<Capabilities, HostSideError> {
+) -> Result<BackendCapabilities, HostSideError> {
     let mut aperture = IovaRange::ALL;
     for ranges in allowed {
         let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else {
@@ -201,7 +201,7 @@ fn capabilities<'a>(
     }
     let granule = granule.max(PageMask::TABLE.granule()).next_power_of_two();
     let larger = PageMask::TABLE.bits() & !(granule - 1);
-    Ok(Capabilities {
+    Ok(BackendCapabilities {
         page_sizes: PageMask::new(larger | granule).unwrap_or(PageMask::TABLE),
         aperture,
     })

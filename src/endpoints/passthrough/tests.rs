@@ -8,10 +8,10 @@ use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
-use crate::backends::iommufd::{HostDevice, Iommufd, Pin};
+use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::backends::testing::{slot, slot_of};
 use crate::backends::type1::{GroupDevice, Type1Group};
-use crate::backends::{BackendErrorKind, Capabilities, MemorySlot};
+use crate::backends::{BackendCapabilities, BackendErrorKind, MemorySlot};
 use crate::device::Device;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, Iommu, RequestError, Settings};
@@ -34,13 +34,13 @@ const BAR: u64 = 0xe000_0000;
 /// How the endpoints are driven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    Iommufd(Pin),
+    Iommufd(Pinning),
     Type1,
 }
 
 const WAYS: [Way; 3] = [
-    Way::Iommufd(Pin::All),
-    Way::Iommufd(Pin::Mapped),
+    Way::Iommufd(Pinning::All),
+    Way::Iommufd(Pinning::Mapped),
     Way::Type1,
 ];
 
@@ -82,8 +82,8 @@ fn settings(bypass_at_boot: bool) -> Settings {
     }
 }
 
-fn all_there_is() -> Capabilities {
-    Capabilities {
+fn all_there_is() -> BackendCapabilities {
+    BackendCapabilities {
         page_sizes: PageMask::TABLE,
         aperture: IovaRange::ALL,
     }
@@ -112,7 +112,7 @@ impl Bed {
                 let mut devices = Vec::new();
                 for (n, (&endpoint, &group)) in ALL.iter().zip(&GROUPS).enumerate() {
                     let device = kernel.device(endpoint.0, group);
-                    devices.push(HostDevice {
+                    devices.push(PassthroughDevice {
                         endpoint,
                         name: format!("device {n}"),
                         group,
@@ -498,7 +498,7 @@ fn every_failure_of_the_kernel_leaves_agreement() {
 
 #[test]
 fn one_domain_is_one_host_mapping_whatever_the_endpoints() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     for endpoint in [A, B] {
         bed.iommu.attach(endpoint, D1, false).expect("attached");
     }
@@ -661,7 +661,7 @@ fn the_vmm_may_send_the_same_memory_again() {
 
 #[test]
 fn kernels_without_mapping_by_file_take_addresses() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::Mapped));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::Mapped));
     bed.kernel.state().old = true;
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu
@@ -672,7 +672,7 @@ fn kernels_without_mapping_by_file_take_addresses() {
 
 /// A VM with the device A, which no VMM has bound yet, and without bypass mode at boot.
 fn with_unbound_device(kernel: &FakeKernel) -> Iommu {
-    let device = HostDevice {
+    let device = PassthroughDevice {
         endpoint: A,
         name: "0000:65:00.0".into(),
         group: 1,
@@ -682,7 +682,7 @@ fn with_unbound_device(kernel: &FakeKernel) -> Iommu {
     };
     let mut iommu = Iommu::new(settings(false), topology()).expect("an arena");
     let calls = Arc::new(kernel.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pin::All, vec![device]);
+    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, vec![device]);
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     iommu
 }
@@ -739,7 +739,7 @@ fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
 
 #[test]
 fn the_vmms_own_address_space_serves_until_it_is_left() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     let own = bed.spaces[&1];
     let at = |bed: &Bed| bed.kernel.state().groups[&1].0;
     assert_eq!(at(&bed), Some(own));
@@ -753,7 +753,7 @@ fn the_vmms_own_address_space_serves_until_it_is_left() {
 
 #[test]
 fn pinning_what_is_mapped_keeps_all_of_ram_only_while_it_is_used() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::Mapped));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::Mapped));
     let spaces = |bed: &Bed| bed.kernel.state().spaces.len();
     let empty = spaces(&bed);
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -790,7 +790,7 @@ fn a_container_that_is_handed_over_is_emptied() {
 
 #[test]
 fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     bed.kernel.state().asleep.push(A.0);
@@ -811,7 +811,7 @@ fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
 
 #[test]
 fn what_the_vmm_has_moved_since_is_moved_back() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     bed.iommu.set_bypass(false);
     assert!(bed.reached(1).is_empty());
     let vmm = bed.spaces[&1];
@@ -828,7 +828,7 @@ fn what_the_vmm_has_moved_since_is_moved_back() {
 fn a_device_bound_to_another_iommufd_is_found_out() {
     let ours = FakeKernel::default();
     let theirs = FakeKernel::default();
-    let devices = vec![HostDevice {
+    let devices = vec![PassthroughDevice {
         endpoint: A,
         name: "0000:65:00.0".into(),
         group: 1,
@@ -837,7 +837,7 @@ fn a_device_bound_to_another_iommufd_is_found_out() {
         memory: no_memory(),
     }];
     let calls = Arc::new(ours.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pin::All, devices);
+    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, devices);
     let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     let (_, space) = theirs.vmm_device(A.0, 1);
@@ -861,7 +861,7 @@ fn a_device_bound_to_another_iommufd_is_found_out() {
 fn devices_bound_before_any_vmm_are_where_nobody_knows() {
     let kernel = FakeKernel::default();
     let (device, old) = kernel.vmm_device(A.0, 1);
-    let devices = vec![HostDevice {
+    let devices = vec![PassthroughDevice {
         endpoint: A,
         name: "0000:65:00.0".into(),
         group: 1,
@@ -870,7 +870,7 @@ fn devices_bound_before_any_vmm_are_where_nobody_knows() {
         memory: no_memory(),
     }];
     let calls = Arc::new(kernel.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pin::All, devices);
+    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, devices);
     let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     iommu.connect();
@@ -896,7 +896,7 @@ fn addresses_only_the_host_reserves_make_attach_unsupported() {
 
 #[test]
 fn bypass_mode_that_lacks_memory_is_filled_or_refused() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.attach(B, D1, false).expect("attached");
     let mut memory = bed.memory.clone();
@@ -921,7 +921,7 @@ fn bypass_mode_that_lacks_memory_is_filled_or_refused() {
 
 #[test]
 fn nothing_is_copied_from_bypass_mode_while_it_is_used() {
-    let mut bed = Bed::new(Way::Iommufd(Pin::All));
+    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
     let files = |bed: &Bed| bed.kernel.state().mapped_by_file;
     bed.iommu.attach(A, D1, false).expect("attached");
     let before = files(&bed);

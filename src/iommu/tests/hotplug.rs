@@ -122,7 +122,7 @@ fn what_cannot_be_added_changes_nothing() {
         (PageMask::new(1 << 21).expect("a mask"), IovaRange::ALL),
         (PageMask::TABLE, IovaRange::of_width(39)),
     ] {
-        let weak = Recorder::with(Capabilities {
+        let weak = Recorder::with(BackendCapabilities {
             page_sizes,
             aperture,
         });

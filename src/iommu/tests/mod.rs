@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::address::{Access, Gpa, Iova, Mapping};
 use crate::backends::recorder::Recorder;
-use crate::backends::{Capabilities, Target};
+use crate::backends::{BackendCapabilities, Target};
 use crate::topology::{
     EndpointSpec, GroupName, PciAddress, PciRange, ReservedKind, ReservedRegion, ReservedRegions,
 };
@@ -763,7 +763,7 @@ fn one_domain_cannot_use_up_what_the_others_need() {
 #[test]
 fn the_guest_is_offered_what_all_backends_can_do() {
     let mut iommu = Iommu::new(settings(), topology()).expect("an arena");
-    let narrow = Recorder::with(Capabilities {
+    let narrow = Recorder::with(BackendCapabilities {
         page_sizes: PageMask::new(1 << 16 | 1 << 21).expect("not empty"),
         aperture: range(0x1_0000, (1 << 39) - 1),
     });
@@ -772,7 +772,7 @@ fn the_guest_is_offered_what_all_backends_can_do() {
         .expect("common addresses");
     assert_eq!(iommu.input_range(), range(0x1_0000, (1 << 39) - 1));
     assert_eq!(iommu.page_sizes().bits(), 1 << 16 | 1 << 21);
-    let far = Recorder::with(Capabilities {
+    let far = Recorder::with(BackendCapabilities {
         page_sizes: PageMask::TABLE,
         aperture: range(1 << 40, (1 << 41) - 1),
     });
