@@ -1,0 +1,312 @@
+//! The address spaces of domains and of bypass mode: how they are made, filled, and destroyed.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::address::{Access, Iova, IovaRange, Mapping};
+use crate::backends::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused};
+use crate::backends::{BackendError, BackendErrorKind, Contents, MemorySlot};
+use crate::ids::DomainId;
+use crate::vfio::{AddressSpaces, DmaSource};
+use crate::warn_limited;
+
+/// What guest RAM is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pinning {
+    /// All of it, once; mappings are copies.
+    All,
+    /// What is mapped, and all of it while an endpoint is in bypass mode.
+    Mapped,
+}
+
+/// The address spaces, and the memory that they can lead to.
+pub(super) struct Spaces {
+    pub(super) kernel: Arc<dyn AddressSpaces>,
+    pinning: Pinning,
+    /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
+    /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
+    /// those, and not to the ones the guest has now.
+    copies: bool,
+    pub(super) reach: Reach,
+    bypass: Option<Bypass>,
+    /// Address spaces that could not be destroyed, with the memory that may be mapped there.
+    condemned: Vec<(u32, Vec<MemorySlot>)>,
+}
+
+/// The address space of bypass mode.
+struct Bypass {
+    ioas: u32,
+    /// What is mapped there, at its guest-physical addresses.
+    slots: Vec<MemorySlot>,
+}
+
+impl Spaces {
+    /// No address space yet.
+    pub(super) fn new(kernel: Arc<dyn AddressSpaces>, pinning: Pinning, reach: Reach) -> Self {
+        Self {
+            kernel,
+            pinning,
+            copies: pinning == Pinning::All,
+            reach,
+            bypass: None,
+            condemned: Vec::new(),
+        }
+    }
+
+    /// Makes the address space of a domain and fills it.
+    pub(super) fn make_domain(
+        &mut self,
+        domain: DomainId,
+        contents: &dyn Contents,
+    ) -> Result<u32, BackendError> {
+        let ioas = self.kernel.alloc().map_err(|cause| {
+            refused(
+                format_args!("domain {domain} gets no address space"),
+                &cause,
+            )
+        })?;
+        let filled = contents
+            .mappings(domain)
+            .try_for_each(|mapping| self.map_into(ioas, &mapping, &mut 0));
+        if let Err(cause) = filled {
+            self.destroy(ioas);
+            return Err(cause);
+        }
+        Ok(ioas)
+    }
+
+    /// The address space of bypass mode, made if it is not there, with all of guest RAM.
+    pub(super) fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
+        if self.bypass.is_none() {
+            let ioas = self
+                .kernel
+                .alloc()
+                .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
+            self.bypass = Some(Bypass {
+                ioas,
+                slots: Vec::new(),
+            });
+        }
+        self.fill_bypass()
+    }
+
+    /// Maps what bypass mode lacks. On error it has all but one slot of it, or more.
+    fn fill_bypass(&mut self) -> Result<u32, BackendError> {
+        let mut bypass = self.bypass.take().ok_or_else(|| BackendError {
+            kind: BackendErrorKind::DevErr,
+            message: "bypass mode has no address space".into(),
+        })?;
+        let mut done = Ok(bypass.ioas);
+        for slot in self.reach.slots() {
+            if bypass.slots.contains(slot) {
+                continue;
+            }
+            match self.map_slot(bypass.ioas, slot) {
+                Ok(()) => bypass.slots.push(slot.clone()),
+                // The others are of use all the same.
+                Err(cause) => done = Err(cause),
+            }
+        }
+        self.bypass = Some(bypass);
+        done
+    }
+
+    /// Maps a slot at its guest-physical addresses.
+    fn map_slot(&self, ioas: u32, slot: &MemorySlot) -> Result<(), BackendError> {
+        let range = slot.range.identity();
+        self.map_ram(ioas, range, Access::READ_WRITE, slot, 0)
+            .map_err(|cause| {
+                refused(
+                    format_args!("guest RAM at {} stays unmapped", slot.range),
+                    &cause,
+                )
+            })
+    }
+
+    /// Maps a piece of RAM from its file, or where the kernel cannot from where it is mapped here.
+    #[inline]
+    fn map_ram(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        slot: &MemorySlot,
+        offset: u64,
+    ) -> io::Result<()> {
+        let here = DmaSource::Host(&slot.memory, offset);
+        if !slot.is_shared_memory {
+            // The kernel would find only when a device is attached that it cannot pin such a file.
+            return self.kernel.map(ioas, range, access, here);
+        }
+        let at = slot.offset.saturating_add(offset);
+        let by_file = DmaSource::File(slot.file.as_fd(), at);
+        match self.kernel.map(ioas, range, access, by_file) {
+            // Kernels before 6.13 have no such command.
+            Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                self.kernel.map(ioas, range, access, here)
+            }
+            done => done,
+        }
+    }
+
+    /// Adds to `done` the bytes that are mapped, also where it fails.
+    #[inline]
+    pub(super) fn map_into(
+        &self,
+        ioas: u32,
+        mapping: &Mapping,
+        done: &mut u64,
+    ) -> Result<(), BackendError> {
+        match self.reach.in_one_slot(mapping) {
+            Some((slot, offset)) if mapping.access != Access::NONE => {
+                self.map_part(ioas, mapping, slot, offset)?;
+                *done += mapping.range.len_bytes().unwrap_or(0);
+                Ok(())
+            }
+            Some(_) | None => self.map_otherwise(ioas, mapping, done),
+        }
+    }
+
+    /// The same for a mapping without rights, or one that does not lead into one slot of RAM.
+    #[cold]
+    fn map_otherwise(
+        &self,
+        ioas: u32,
+        mapping: &Mapping,
+        done: &mut u64,
+    ) -> Result<(), BackendError> {
+        self.reach.for_each_piece(mapping, |piece| {
+            if mapping.access == Access::NONE {
+                // Nobody may use it, and the kernel knows no such mapping.
+                return Ok(());
+            }
+            self.map_piece(ioas, &piece)?;
+            *done += piece.part.range.len_bytes().unwrap_or(0);
+            Ok(())
+        })
+    }
+
+    /// Maps what leads into one slot.
+    #[inline]
+    fn map_part(
+        &self,
+        ioas: u32,
+        part: &Mapping,
+        slot: &MemorySlot,
+        offset: u64,
+    ) -> Result<(), BackendError> {
+        let copied = self.bypass.as_ref().filter(|_| self.copies);
+        let done = match copied.filter(|b| b.slots.contains(slot)) {
+            Some(bypass) => {
+                let from = Iova(part.gpa.0);
+                self.kernel
+                    .copy(ioas, part.range, part.access, bypass.ioas, from)
+            }
+            None => self.map_ram(ioas, part.range, part.access, slot, offset),
+        };
+        done.map_err(|cause| not_mapped(part, &cause))
+    }
+
+    fn map_piece(&self, ioas: u32, piece: &Piece<'_>) -> Result<(), BackendError> {
+        let Piece {
+            part,
+            target,
+            offset,
+        } = piece;
+        match target {
+            PieceTarget::Ram(slot) => self.map_part(ioas, part, slot, *offset),
+            PieceTarget::Bar(device, bar) => {
+                let refuse = |cause| no_peer_access(part, &cause);
+                let len = part.range.len_bytes().unwrap_or(u64::MAX);
+                let buffer = device.export(*bar, *offset, len).map_err(refuse)?;
+                let source = DmaSource::File(buffer.as_fd(), 0);
+                self.kernel
+                    .map(ioas, part.range, part.access, source)
+                    .map_err(refuse)
+            }
+        }
+    }
+
+    /// The address space of bypass mode, if there is one.
+    pub(super) fn bypass(&self) -> Option<u32> {
+        self.bypass.as_ref().map(|bypass| bypass.ioas)
+    }
+
+    pub(super) fn destroy(&mut self, ioas: u32) {
+        self.destroy_with(ioas, Vec::new());
+    }
+
+    /// Destroys an address space. What memory of this process may still be mapped there stays.
+    pub(super) fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
+        if let Err(cause) = self.kernel.destroy(ioas) {
+            warn_limited!("address space {ioas} cannot be destroyed yet: {cause}");
+            let all = self.reach.slots().iter().chain(&slots).cloned().collect();
+            self.condemned.push((ioas, all));
+        }
+    }
+
+    /// Tries once more to get rid of what could not be destroyed.
+    pub(super) fn sweep(&mut self) {
+        let kernel = &self.kernel;
+        self.condemned
+            .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
+    }
+
+    /// Devices have been moved: `is_bypass_used` tells whether one is in the address space of bypass mode, which is
+    /// given up where nobody needs it.
+    pub(super) fn moved(&mut self, is_bypass_used: bool) {
+        self.copies = self.pinning == Pinning::All && !is_bypass_used;
+        if self.pinning == Pinning::Mapped
+            && !is_bypass_used
+            && let Some(bypass) = self.bypass.take()
+        {
+            self.destroy_with(bypass.ioas, bypass.slots);
+        }
+    }
+
+    /// Guest RAM has come.
+    pub(super) fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.sweep();
+        self.reach.add(slot);
+        if self.pinning == Pinning::All || self.bypass.is_some() {
+            self.bypass_ioas()?;
+        }
+        Ok(())
+    }
+
+    /// Guest RAM goes.
+    pub(super) fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.reach.remove(slot);
+        let Some(bypass) = &mut self.bypass else {
+            return Ok(());
+        };
+        let Some(at) = bypass.slots.iter().position(|s| s == slot) else {
+            return Ok(());
+        };
+        match self.kernel.unmap(bypass.ioas, slot.range.identity()) {
+            Ok(_) => {
+                bypass.slots.swap_remove(at);
+                Ok(())
+            }
+            Err(cause) => {
+                // Whoever is there is quarantined now, and finds another one later.
+                if let Some(Bypass { ioas, slots }) = self.bypass.take() {
+                    self.condemned.push((ioas, slots));
+                }
+                let what = format_args!("guest RAM at {} stays mapped", slot.range);
+                Err(refused(what, &cause))
+            }
+        }
+    }
+
+    /// Destroys an address space that devices may still obey, now or when they have left it. Returns the kernel's answer to
+    /// the first attempt.
+    pub(super) fn destroy_or_condemn(&mut self, ioas: u32) -> io::Result<()> {
+        let destroyed = self.kernel.destroy(ioas);
+        if destroyed.is_err() {
+            self.condemned.push((ioas, Vec::new()));
+        }
+        destroyed
+    }
+}
