@@ -1,10 +1,10 @@
-//! Devices of one host group obey one target.
+//! The one target of all devices in a host group.
 
 use super::Target;
 
-/// The one place where all members that are let reach something want to be; `members` are what each
-/// wants, and whether it is quarantined. Members that want to be in different places, or one that may
-/// reach nothing, block them all.
+/// The target that a group gets. For each member, `members` has the target that it is to have and whether it is
+/// quarantined. Members with target [`Target::Blocked`] do not count. Two members with different targets, or one
+/// quarantined member, block the whole group, because the host cannot tell their DMA apart.
 pub(super) fn common_target(members: impl Iterator<Item = (Target, bool)> + Clone) -> Target {
     if members.clone().any(|(_, quarantined)| quarantined) {
         return Target::Blocked;

@@ -1,4 +1,4 @@
-//! What makes an endpoint obey: the one trait through which the core drives DMA.
+//! Backends: the one trait through which the core controls the DMA of endpoints, and its implementations.
 
 mod group_target;
 pub mod iommufd;
@@ -24,23 +24,23 @@ use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Levels, TableOffset};
 
-/// What a backend can do. The core offers the guest no more than all backends can.
+/// The limits of a backend. The core offers the guest what all backends support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendCapabilities {
-    /// Page sizes; the smallest bounds the granularity the guest sees.
+    /// The page sizes. The smallest one bounds the granule that the guest sees.
     pub page_sizes: PageMask,
-    /// The addresses it can translate.
+    /// The addresses that the backend can translate.
     pub aperture: IovaRange,
 }
 
-/// Where an endpoint's DMA goes.
+/// The destination of an endpoint's DMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// Through the mappings of a domain.
     Domain(DomainId),
-    /// To guest-physical addresses as they are.
+    /// To the same guest-physical addresses, untranslated.
     Bypass,
-    /// Nowhere.
+    /// Nowhere: the DMA is blocked.
     Blocked,
 }
 
@@ -54,23 +54,23 @@ impl fmt::Display for Target {
     }
 }
 
-/// A piece of guest RAM: one memory slot of the VMM's.
+/// A memory slot of the VMM: a range of guest RAM.
 ///
-/// Two slots are equal where they show the same bytes of the same file at the same addresses; where
-/// this process has them mapped does not matter.
+/// Two slots are equal if they have the same bytes of the same file at the same guest-physical addresses. Where this
+/// process has mapped them does not matter.
 #[derive(Clone)]
 pub struct MemorySlot {
     /// The guest-physical addresses.
     pub range: GpaRange,
-    /// The same bytes in this process, as many as in `range`.
+    /// The slot's bytes, mapped into this process; as long as `range`.
     pub memory: Arc<MmapRegion>,
-    /// The file the VMM shares it from.
+    /// The file through which the VMM shares the slot.
     pub file: Arc<File>,
-    /// Where in that file it begins, in bytes.
+    /// The slot's first byte in that file.
     pub offset: u64,
-    /// The file is shared memory or of huge pages: the kernel can keep hold of its pages by file.
+    /// Whether the file is shared memory or of huge pages, so that the kernel can pin its pages by file.
     pub is_shared_memory: bool,
-    /// Device and inode of the file: every message of the VMM's brings another descriptor.
+    /// Device and inode of the file. The descriptor identifies nothing: each message of the VMM brings a new one.
     pub identity: (u64, u64),
 }
 
@@ -86,26 +86,25 @@ impl fmt::Debug for MemorySlot {
     }
 }
 
-/// What the domains hold: the store of record, for backends that fill an address space from it.
+/// The mappings of all domains, from which a backend fills an address space.
 pub trait Contents {
-    /// The mappings of a domain in the order of addresses; none where it does not exist.
+    /// The mappings of a domain, in ascending order; none if the domain does not exist.
     fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_>;
 
-    /// The table of a domain, for backends whose endpoints follow it themselves; `None` where there
-    /// is none.
+    /// The page table of a domain, for backends whose endpoints walk it themselves; `None` if the domain has none.
     fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)>;
 }
 
-/// What kind of failure a backend met; it becomes the status of the request.
+/// The kind of a backend's failure, which becomes the status of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackendErrorKind {
-    /// Out of memory, of mapping entries, or over a limit.
+    /// The host is out of memory or of mapping entries, or a limit is reached.
     NoMem,
-    /// The guest-physical addresses are not memory this backend can reach.
+    /// The mapping leads to guest-physical addresses where the backend reaches no memory.
     Fault,
-    /// The addresses are out of the backend's range.
+    /// The backend cannot translate the addresses.
     Range,
-    /// The endpoint cannot be put there.
+    /// The endpoint cannot have this target.
     Unsupp,
     /// The backend failed.
     DevErr,
@@ -115,25 +114,25 @@ pub enum BackendErrorKind {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{message}")]
 pub struct BackendError {
-    /// What kind of failure it was.
+    /// The kind of failure.
     pub kind: BackendErrorKind,
-    /// What failed, with the backend's own words.
+    /// The failed step and its cause, for the log.
     pub message: String,
 }
 
-/// Why an endpoint was not switched over.
+/// A failure to give an endpoint its new target.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AttachError {
-    /// It is where it was.
+    /// The endpoint keeps its former target.
     #[error("{0}")]
     Unchanged(BackendError),
-    /// It could not be put back where it was either: its DMA goes nowhere.
+    /// The endpoint could not get its former target back either: its DMA is blocked.
     #[error("{0}")]
     Blocked(BackendError),
 }
 
 impl AttachError {
-    /// What failed first.
+    /// The first failure.
     pub fn cause(&self) -> &BackendError {
         match self {
             Self::Unchanged(cause) | Self::Blocked(cause) => cause,
@@ -141,39 +140,38 @@ impl AttachError {
     }
 }
 
-/// Makes endpoints obey. One backend may serve several endpoints and domains.
+/// Controls the DMA of endpoints. One backend may serve several endpoints and domains.
 ///
-/// A backend has a domain from the first `attach` of an endpoint to it on, filled with what the
-/// domain holds then; `map` and `unmap` follow; `destroy_domain` after the last `attach` elsewhere.
+/// A backend gets a domain with the first `attach` of an endpoint to it, and fills it with the mappings that the domain
+/// has then. `map` and `unmap` follow. After the last endpoint has gone elsewhere, `destroy_domain` ends it.
 pub trait DmaBackend: Send {
-    /// What this backend can do. Constant.
+    /// The backend's limits, which never change.
     fn capabilities(&self) -> BackendCapabilities;
 
-    /// A VMM is there, or gone. When it comes, the devices it shares with us are bound, and its
-    /// memory slots follow; while there is none, what `attach` is asked is only noted for such
-    /// devices where nobody has bound them, and so nobody can drive them.
+    /// A VMM has connected, or has gone. A VMM that connects has bound the devices that it shares with this process, and
+    /// its memory slots follow. Without a VMM, an `attach` of an unbound shared device is deferred: an unbound device
+    /// can do no DMA.
     fn vmm_present(&mut self, present: bool);
 
-    /// Guest RAM has come.
+    /// The VMM has added guest RAM.
     ///
     /// # Errors
-    /// On error endpoints in bypass mode cannot reach it.
+    /// On error, endpoints in bypass mode cannot reach the slot.
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
 
-    /// Guest RAM goes. The core has unmapped from every domain what leads there.
+    /// The VMM removes guest RAM. The core has unmapped every mapping into the slot before.
     ///
-    /// When it returns `Ok`, no endpoint in bypass mode can reach it any more.
+    /// After `Ok`, no endpoint in bypass mode must be able to reach the slot.
     ///
     /// # Errors
-    /// On error it is not known what can still be reached: the core quarantines the endpoints in
-    /// bypass mode.
+    /// On error, an unknown part of the slot is still reachable: the core quarantines the endpoints in bypass mode.
     fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
 
-    /// Switches an endpoint over, from wherever it was. A domain this backend has not got is made
-    /// and filled from `contents`.
+    /// Gives an endpoint a new target, whatever its target was. If the backend has no such domain, it makes the domain
+    /// and fills it from `contents`.
     ///
     /// # Errors
-    /// See [`AttachError`]. A domain made for it is gone again.
+    /// See [`AttachError`]. On error, the backend must have removed a domain that it made for this call.
     fn attach(
         &mut self,
         endpoint: EndpointId,
@@ -181,36 +179,34 @@ pub trait DmaBackend: Send {
         contents: &dyn Contents,
     ) -> Result<(), AttachError>;
 
-    /// Forgets a domain no endpoint is attached to, with all its mappings.
+    /// Destroys a domain with all its mappings. No endpoint is attached to it.
     fn destroy_domain(&mut self, domain: DomainId);
 
-    /// Ends all DMA of an endpoint by every means there is. What the last of them is, and whether
-    /// it can fail, is the backend's to say in its own words in the log: the core cannot do more.
+    /// Ends all DMA of an endpoint by every means that the backend has. The backend logs the failure of its last means
+    /// itself: the core can do nothing more.
     fn quarantine(&mut self, endpoint: EndpointId);
 
-    /// Makes a mapping, or the part of one that leads into a memory slot, reachable with exactly
-    /// its access rights.
+    /// Makes a mapping, or the part of one that leads into a memory slot, reachable with exactly its access rights.
     ///
     /// # Errors
-    /// On error some of it may be reachable: the core unmaps its range.
+    /// On error, a part of the mapping may be reachable: the core unmaps its range.
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
-    /// Removes everything mapped in `range`, which may have holes. It splits no mapping, unless
-    /// where one leads from one memory slot into the next. At least `least` bytes of it are mapped,
-    /// where the backend has the domain.
+    /// Removes every mapping in `range`, which may have holes. `range` splits a mapping only at the border between two
+    /// memory slots. If the backend has the domain, at least `least` bytes of `range` are mapped.
     ///
-    /// When it returns `Ok`, no endpoint can use an address of the range any more.
+    /// After `Ok`, no endpoint must be able to use an address of `range`.
     ///
     /// # Errors
-    /// On error it is not known what can still be reached: the core quarantines the endpoints.
+    /// On error, an unknown part of `range` is still reachable: the core quarantines the endpoints.
     fn unmap(&mut self, domain: DomainId, range: IovaRange, least: u64)
     -> Result<(), BackendError>;
 
-    /// [`Self::unmap`] of each of `parts` in turn, by as few calls of it as there can be: neighbours
-    /// together. A part may cover one before it, and with that what is unmapped already.
+    /// Calls [`Self::unmap`] for `parts` in their order, once for adjacent parts together. A part may cover an earlier
+    /// one, and so addresses that are unmapped already.
     ///
     /// # Errors
-    /// On error it is not known which of them can still be reached.
+    /// On error, an unknown number of the parts is still reachable.
     fn unmap_all(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Result<(), BackendError> {
         let mut rest = parts.iter();
         let Some(&(mut joined)) = rest.next() else {
@@ -234,12 +230,12 @@ pub trait DmaBackend: Send {
 pub struct UnmapPart {
     /// The addresses.
     pub range: IovaRange,
-    /// How many bytes of it are mapped at least, where the backend has the domain.
+    /// At least this many bytes of it are mapped, if the backend has the domain.
     pub least: u64,
 }
 
 impl UnmapPart {
-    /// Both as one, where they are neighbours.
+    /// Both parts as one, if they are adjacent.
     fn with(&self, other: &Self) -> Option<Self> {
         let follows = |a: IovaRange, b: IovaRange| a.last().0.checked_add(1) == Some(b.first().0);
         let range = if follows(self.range, other.range) {

@@ -1,4 +1,4 @@
-//! What guest-physical addresses stand for on the host: guest RAM, and the memory of devices.
+//! The memory behind guest-physical addresses: guest RAM and BARs of passthrough devices.
 
 use std::io;
 use std::sync::Arc;
@@ -7,25 +7,26 @@ use super::{BackendError, BackendErrorKind, MemorySlot};
 use crate::address::{Gpa, IovaRange, Mapping};
 use crate::vfio::{Bar, DeviceMemory};
 
-/// A part of a mapping that leads into one thing.
+/// A part of a mapping that leads into one memory slot or one BAR.
 pub(super) struct Piece<'a> {
-    /// The part.
+    /// The part of the mapping.
     pub part: Mapping,
-    /// What is there.
+    /// The slot or BAR.
     pub target: PieceTarget<'a>,
-    /// Where in it the part begins, in bytes.
+    /// The part's first byte in the slot or BAR.
     pub offset: u64,
 }
 
+/// The memory that a piece leads to.
 pub(super) enum PieceTarget<'a> {
     Ram(&'a MemorySlot),
     Bar(&'a Arc<dyn DeviceMemory>, u32),
 }
 
-/// A BAR and whose it is.
+/// A BAR and its device.
 type DeviceBar<'a> = (&'a Arc<dyn DeviceMemory>, Bar);
 
-/// Everything DMA can be let reach.
+/// All memory that mappings can lead to.
 #[derive(Default)]
 pub(super) struct Reach {
     /// In the order of addresses, disjoint.
@@ -34,7 +35,7 @@ pub(super) struct Reach {
 }
 
 impl Reach {
-    /// With the memory of these devices beside what RAM will be added.
+    /// The memory of `devices`, and no guest RAM yet.
     pub(super) fn new(devices: Vec<Arc<dyn DeviceMemory>>) -> Self {
         Self {
             slots: Vec::new(),
@@ -42,7 +43,7 @@ impl Reach {
         }
     }
 
-    /// Guest RAM.
+    /// The slots of guest RAM, in ascending order.
     pub(super) fn slots(&self) -> &[MemorySlot] {
         &self.slots
     }
@@ -56,11 +57,11 @@ impl Reach {
         self.slots.retain(|s| s != slot);
     }
 
-    /// Does something with every piece of a mapping, in the order of addresses.
+    /// Calls `act` for every piece of a mapping, in ascending order.
     ///
     /// # Errors
-    /// [`BackendErrorKind::Fault`] before anything is done, where some of it leads nowhere; else
-    /// the first failure of `act`.
+    /// [`BackendErrorKind::Fault`] if a part of the mapping leads to no memory; then `act` is not called at all. Else the
+    /// first failure of `act`.
     pub(super) fn for_each_piece(
         &self,
         mapping: &Mapping,
@@ -95,8 +96,8 @@ impl Reach {
         pieces.into_iter().try_for_each(act)
     }
 
-    /// The slot that all of a mapping leads into, as nearly every mapping does, and where in it, in
-    /// bytes.
+    /// The slot that contains the whole target of a mapping, and the target's first byte in the slot. Nearly every
+    /// mapping has such a slot.
     #[inline]
     pub(super) fn in_one_slot(&self, mapping: &Mapping) -> Option<(&MemorySlot, u64)> {
         let slot = self.slot_at(mapping.gpa)?;
@@ -111,7 +112,7 @@ impl Reach {
         self.slots.get(at).filter(|s| s.range.contains(gpa))
     }
 
-    /// The memory of all devices that tell where theirs is: those somebody has started.
+    /// The BARs of all devices. A device that does not tell them has not been started, and has none yet.
     fn bars(&self) -> Vec<DeviceBar<'_>> {
         let mut found = Vec::new();
         for device in &self.devices {
@@ -134,7 +135,7 @@ impl Reach {
                 (PieceTarget::Bar(device, bar.index), bar.range)
             }
         };
-        // BARs that overlap are the guest's doing: the first one counts, from here on.
+        // Only the guest can make BARs overlap; then the first one counts.
         let part = mapping.part_in(range)?.part_from(gpa)?;
         Some(Piece {
             part,
@@ -144,7 +145,7 @@ impl Reach {
     }
 }
 
-/// What became of a system call that was to map something.
+/// The error for a system call that failed with `cause`; `what` is the step that failed.
 pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> BackendError {
     let (kind, cure) = match cause.raw_os_error() {
         Some(libc::ENOMEM) => (
@@ -168,14 +169,13 @@ pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> Backen
     }
 }
 
-/// What became of a part of a mapping that the host was to map.
+/// The error for a part of a mapping that the host did not map.
 #[cold]
 pub(super) fn not_mapped(part: &Mapping, cause: &io::Error) -> BackendError {
     refused(format_args!("the host does not map {part}"), cause)
 }
 
-/// What became of a system call that was to unmap all of `range`, and answers the bytes that were
-/// mapped there: `least` have to be.
+/// Checks the result of a system call that unmaps `range`: it must have unmapped at least `least` bytes.
 #[inline]
 pub(super) fn unmapped(
     range: IovaRange,
@@ -202,7 +202,7 @@ fn not_unmapped(range: IovaRange, least: u64, result: io::Result<u64>) -> Backen
     }
 }
 
-/// What became of an attempt to let devices reach the memory of another one.
+/// The error for a mapping into another device's memory that the host did not make.
 pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError {
     let what = format_args!("{part} leads into the memory of a device");
     if let Some(libc::ENOMEM | libc::ENOSPC | libc::EEXIST) = cause.raw_os_error() {
@@ -233,7 +233,7 @@ mod tests {
         }
     }
 
-    /// First address, length, whether it is a BAR, and the offset of every piece.
+    /// Of every piece: first address, length, whether it is a BAR, and offset.
     fn pieces(reach: &Reach, mapping: &Mapping) -> Result<Vec<(u64, u64, bool, u64)>, String> {
         let mut found = Vec::new();
         reach

@@ -1,4 +1,4 @@
-//! A backend for tests: keeps what it was told under the kernel's rules, and fails on demand.
+//! A backend for tests: it records its calls, checks the kernel's rules, and fails on demand.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,20 +10,20 @@ use super::{
 use crate::address::{IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 
-/// What the recorder holds; shared with the test that looks at it.
+/// The recorder's state, which it shares with the test.
 #[derive(Debug, Default)]
 pub(crate) struct Recorded {
     /// Mappings by domain and first address.
     pub domains: BTreeMap<DomainId, BTreeMap<u64, Mapping>>,
-    /// Where each endpoint is.
+    /// The target of each endpoint.
     pub targets: BTreeMap<EndpointId, Target>,
-    /// Endpoints that were quarantined.
+    /// Quarantined endpoints.
     pub quarantined: Vec<EndpointId>,
-    /// Calls made that may fail.
+    /// The number of calls so far, of those that can fail.
     pub calls: u64,
     /// The call that fails, counted from 1.
     pub fail_call: Option<u64>,
-    /// An endpoint that cannot be switched over cannot be put back either.
+    /// A failed `attach` blocks the endpoint instead of leaving it where it was.
     pub fail_blocks: bool,
     /// Guest RAM.
     pub memory: Vec<MemorySlot>,

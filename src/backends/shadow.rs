@@ -1,7 +1,7 @@
-//! Endpoints whose devices are processes that follow the page tables themselves.
+//! Endpoints whose devices are processes that walk the page tables themselves.
 //!
-//! Nothing is copied: what the tables say holds. This switches the endpoints' slots and waits for
-//! readers.
+//! The backend copies no mapping: the readers find it in the page table. The backend switches the endpoints' words in
+//! the arena, and waits until no reader is inside an access that began before.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub struct Shadow {
 }
 
 impl Shadow {
-    /// The backend of `endpoints`, which all are in `registry`.
+    /// The backend of `endpoints`, all of which must be in `registry`.
     pub fn new(registry: Arc<Registry>, endpoints: &[EndpointId]) -> Self {
         let blocked = endpoints.iter().map(|&e| (e, Target::Blocked));
         Self {
@@ -50,7 +50,7 @@ impl DmaBackend for Shadow {
     }
 
     fn vmm_present(&mut self, _present: bool) {
-        // The devices are no part of the VMM.
+        // The VMM does not run the devices.
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
@@ -98,7 +98,7 @@ impl DmaBackend for Shadow {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
-        // There are none unless the core is mistaken.
+        // The core has moved every endpoint away; one that is left is an error of the core's.
         let left: Vec<_> = self.members(domain).collect();
         for endpoint in left {
             self.block(endpoint);
@@ -110,7 +110,7 @@ impl DmaBackend for Shadow {
     }
 
     fn map(&mut self, _domain: DomainId, _mapping: &Mapping) -> Result<(), BackendError> {
-        // Readers find it in the table.
+        // The readers find the mapping in the page table.
         Ok(())
     }
 

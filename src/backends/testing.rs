@@ -9,12 +9,12 @@ use super::MemorySlot;
 use crate::address::{Gpa, GpaRange};
 use crate::vfio::fake::{identity, memfd};
 
-/// Guest RAM in a file of its own, from `offset` on.
+/// A memory slot in a new file, from byte `offset` on.
 pub(crate) fn slot(gpa: u64, len: u64, offset: u64) -> MemorySlot {
     slot_of(memfd(offset + len), gpa, len, offset)
 }
 
-/// Guest RAM in a file.
+/// A memory slot in `file`, from byte `offset` on.
 pub(crate) fn slot_of(file: File, gpa: u64, len: u64, offset: u64) -> MemorySlot {
     let file = Arc::new(file);
     let backing = FileOffset::from_arc(file.clone(), offset);

@@ -1,7 +1,7 @@
-//! Host IOMMU through a VFIO type1 container: one backend for the devices of one group, which have
-//! one address space between them.
+//! Host IOMMU through a VFIO type1 container: one backend for the devices of one group, which share the container's
+//! only address space.
 //!
-//! Moving them empties the address space and fills it anew, so their DMA meets nothing in between.
+//! To give them a new target, the backend empties the address space and fills it again. DMA in between faults.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub struct GroupDevice {
     pub endpoint: EndpointId,
     /// The host's name for it.
     pub name: String,
-    /// What stops it; `None` where only the container was given.
+    /// The device, to stop its DMA; `None` if this process was given the container alone.
     pub device: Option<Box<dyn Attach>>,
 }
 
@@ -33,7 +33,7 @@ pub struct Type1Group {
     capabilities: BackendCapabilities,
     reach: Reach,
     members: BTreeMap<EndpointId, ContainerMember>,
-    /// What the address space holds; `None` where it could not be emptied.
+    /// The target whose mappings the address space holds; `None` if it holds others that could not be removed.
     filled_for: Option<Target>,
 }
 
@@ -45,8 +45,8 @@ struct ContainerMember {
 }
 
 impl Type1Group {
-    /// The backend for the devices of a group. Whatever their container holds goes with the first
-    /// `attach`. `peers` are the devices whose memory DMA may be let reach.
+    /// The backend for the devices of a group. The first `attach` removes all mappings that the container has already.
+    /// `peers` are the devices to whose memory mappings may lead.
     pub fn new(
         kernel: Box<dyn Type1>,
         capabilities: BackendCapabilities,
@@ -116,11 +116,11 @@ impl Type1Group {
             .for_each_piece(mapping, |piece| self.map_piece(&piece))
     }
 
-    /// Maps what leads into one slot.
+    /// Maps a part that leads into one slot.
     #[inline]
     fn map_part(&self, part: &Mapping, slot: &MemorySlot, offset: u64) -> Result<(), BackendError> {
         if part.access == Access::NONE {
-            // Nobody may use it, and the kernel knows no such mapping.
+            // Nothing may use such a mapping, and the kernel refuses a mapping without rights.
             return Ok(());
         }
         self.kernel
@@ -143,13 +143,13 @@ impl Type1Group {
         }
     }
 
-    /// Empties the address space and fills it with what `target` has; puts back what was there if
-    /// that fails.
+    /// Empties the address space and fills it with the mappings of `target`. If that fails, fills it with the former ones.
     fn switch(&mut self, target: Target, contents: &dyn Contents) -> Result<(), AttachError> {
         if self.filled_for == Some(target) {
             return Ok(());
         }
-        // Before the first change, so that the common refusals have no consequences.
+        // Checked before the first change: a mapping that leads to no memory is the common refusal, and then has no
+        // effect on DMA.
         if let Target::Domain(domain) = target {
             contents
                 .mappings(domain)
@@ -196,7 +196,7 @@ impl DmaBackend for Type1Group {
     }
 
     fn vmm_present(&mut self, _present: bool) {
-        // The devices are this process's, or their container is ready.
+        // This process has opened the devices, or was given a container that is ready.
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
@@ -249,7 +249,7 @@ impl DmaBackend for Type1Group {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
-        // There is nothing of it unless the group is still there, and then the core is mistaken.
+        // A group that still has this target is an error of the core's: block it.
         if self.filled_for == Some(Target::Domain(domain)) {
             self.block();
         }
@@ -266,7 +266,7 @@ impl DmaBackend for Type1Group {
         if self.filled_for == Some(Target::Domain(domain)) {
             self.map_pieces(mapping)
         } else {
-            // Its members are blocked for now; what leads nowhere is refused all the same.
+            // The group is blocked now. A mapping that leads to no memory is refused all the same.
             self.reach.for_each_piece(mapping, |_| Ok(()))
         }
     }

@@ -1,4 +1,4 @@
-//! What stands where a backend was that nobody is behind any more: it is asked for nothing.
+//! The tombstone of a backend whose endpoints were removed. It keeps the backend's index; the core asks it for nothing.
 
 use super::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,

@@ -1,4 +1,4 @@
-//! Devices the host cannot keep apart, and what they obey together.
+//! Groups of devices that the host IOMMU cannot isolate from each other, and their common address space.
 
 use crate::backends::group_target::common_target;
 use crate::backends::reach::refused;
@@ -7,11 +7,11 @@ use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::vfio::Attach;
 
-/// A group of the host's; most have one device.
+/// A group of the host. Most groups have one device.
 pub(super) struct DeviceGroup {
     members: Vec<GroupMember>,
     attachment: Attachment,
-    /// The devices are known to be bound to our iommufd.
+    /// Whether the devices are known to be bound to this process's iommufd.
     verified: bool,
 }
 
@@ -25,24 +25,24 @@ pub(super) struct GroupMember {
     quarantined: bool,
 }
 
-/// What a group's devices obey.
+/// The address space of a group's devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Attachment {
-    /// Nobody has bound them.
+    /// None: the devices are not bound.
     Unbound,
-    /// The VMM's address space, which is identity.
+    /// One of the VMM's, which maps all guest RAM at its guest-physical addresses.
     Vmm,
-    /// An address space of ours.
+    /// One of this process's.
     Ioas(u32),
-    /// Nothing: they are in no address space.
+    /// None: the devices are bound and detached.
     Detached,
-    /// It is not known what: they were bound before this process was there, or could not be taken
-    /// out of an address space. In the latter case their bus-master bits are cleared.
+    /// Unknown: the devices were bound before this process started, or could not be detached. In the latter case their
+    /// bus-master bits are cleared.
     Unknown,
 }
 
 impl GroupMember {
-    /// A device. `shared`: the VMM binds it; else this process has.
+    /// A device. The VMM binds it if it is `shared`; otherwise this process has bound it.
     pub(super) fn new(
         endpoint: EndpointId,
         name: String,
@@ -61,13 +61,13 @@ impl GroupMember {
 }
 
 impl DeviceGroup {
-    /// A group before a VMM is there. Devices of both kinds do not go together: see `endpoints::passthrough`.
+    /// A group before a VMM has connected. `endpoints::passthrough` refuses groups with shared and other devices.
     pub(super) fn new(members: Vec<GroupMember>) -> Self {
         let shared = members.iter().any(|m| m.shared);
         let attachment = if !shared {
             Attachment::Detached
         } else if members.iter().any(|m| m.attach.is_bound()) {
-            // Not by this VMM, which has not connected yet.
+            // Another process has bound it: this VMM has not connected yet.
             Attachment::Unknown
         } else {
             Attachment::Unbound
@@ -79,23 +79,23 @@ impl DeviceGroup {
         }
     }
 
-    /// What the devices obey.
+    /// The devices' address space.
     pub(super) fn attachment(&self) -> Attachment {
         self.attachment
     }
 
-    /// Whether the devices are known to be bound to our iommufd.
+    /// Whether the devices are known to be bound to this process's iommufd.
     pub(super) fn is_verified(&self) -> bool {
         self.verified
     }
 
-    /// They are.
+    /// Notes that the devices are bound to this process's iommufd.
     pub(super) fn set_verified(&mut self) {
         self.verified = true;
     }
 
-    /// What to say where they are bound to another one.
-    pub(super) fn is_foreign(&self) -> BackendError {
+    /// The error for devices that are bound to another iommufd.
+    pub(super) fn wrong_iommufd(&self) -> BackendError {
         let names: Vec<_> = self.members.iter().map(|m| m.name.as_str()).collect();
         BackendError {
             kind: BackendErrorKind::DevErr,
@@ -107,12 +107,12 @@ impl DeviceGroup {
         }
     }
 
-    /// Where the members belong.
+    /// The target that the group is to have.
     pub(super) fn target(&self) -> Target {
         common_target(self.members.iter().map(|m| (m.wanted, m.quarantined)))
     }
 
-    /// Sets what a member wants; answers what it wanted, and whether it was quarantined.
+    /// Sets the target that a member is to have, and ends its quarantine. Returns both as they were.
     pub(super) fn set_wanted(&mut self, endpoint: EndpointId, target: Target) -> (Target, bool) {
         let mut before = (Target::Blocked, false);
         for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
@@ -122,14 +122,14 @@ impl DeviceGroup {
         before
     }
 
-    /// Undoes it.
+    /// Undoes [`Self::set_wanted`].
     pub(super) fn restore_wanted(&mut self, endpoint: EndpointId, before: (Target, bool)) {
         for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
             (member.wanted, member.quarantined) = before;
         }
     }
 
-    /// Devices that somebody has bound meanwhile are in his address space.
+    /// Devices that have been bound since are in the VMM's address space: the VMM has bound them.
     pub(super) fn notice_binding(&mut self) {
         if self.attachment == Attachment::Unbound
             && self.members.iter().any(|m| m.attach.is_bound())
@@ -138,7 +138,7 @@ impl DeviceGroup {
         }
     }
 
-    /// Refuses a member that nobody has bound.
+    /// Refuses a member that is not bound.
     pub(super) fn check_bound(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
         self.notice_binding();
         let unbound = self
@@ -158,20 +158,19 @@ impl DeviceGroup {
         }
     }
 
-    /// Puts all devices that are bound somewhere else; also where they are said to be there: the VMM
-    /// may have moved them since.
+    /// Gives all bound devices another address space. Asks the kernel also if they have it already: the VMM may have
+    /// moved them since.
     ///
-    /// On error they may be anywhere, or nowhere: drivers of IOMMUs take a device out of one address
-    /// space before they find that they cannot put it into the next, and the kernel holds it to be in
-    /// the first one all the same.
+    /// On error their address space is unknown: an IOMMU driver may take a device out of one address space before it
+    /// finds that it cannot put it into the next, while the kernel still holds it to be in the first.
     pub(super) fn move_to(&mut self, attachment: Attachment) -> Result<(), BackendError> {
-        let put = self.try_move_to(attachment);
-        self.attachment = if put.is_ok() {
+        let moved = self.try_move_to(attachment);
+        self.attachment = if moved.is_ok() {
             attachment
         } else {
             Attachment::Unknown
         };
-        put
+        moved
     }
 
     fn try_move_to(&self, attachment: Attachment) -> Result<(), BackendError> {
@@ -179,7 +178,7 @@ impl DeviceGroup {
             let result = match attachment {
                 Attachment::Ioas(ioas) => member.attach.attach(ioas),
                 Attachment::Detached => member.attach.detach(),
-                // Nobody but the VMM can put them there, or nobody wants to.
+                // Only the VMM can put devices into its address space; the others are no destinations.
                 Attachment::Vmm | Attachment::Unbound | Attachment::Unknown => Ok(()),
             };
             result.map_err(|cause| {
@@ -190,14 +189,14 @@ impl DeviceGroup {
         Ok(())
     }
 
-    /// The same where it is not known what they obey: the kernel does nothing for a device that it
-    /// holds to be there already.
+    /// As [`Self::move_to`], for devices whose address space is unknown. Detaches them first: for a device that the kernel
+    /// holds to be in `attachment` already, an attach alone would do nothing.
     pub(super) fn reattach(&mut self, attachment: Attachment) -> Result<(), BackendError> {
         self.move_to(Attachment::Detached)?;
         self.move_to(attachment)
     }
 
-    /// Ends all DMA of the group, for a member's sake.
+    /// Quarantines a member, which ends all DMA of the group.
     pub(super) fn quarantine(&mut self, endpoint: EndpointId) {
         for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
             member.quarantined = true;
@@ -218,8 +217,7 @@ impl DeviceGroup {
             if !member.attach.is_bound() {
                 continue;
             }
-            // No reason is known why this should fail, but for a device that does not wake up. What
-            // is left then is the switch on the device itself.
+            // Only a device that does not wake up is known to fail here. The last means is the device's own bus-master bit.
             self.attachment = Attachment::Unknown;
             error_limited!(
                 "{} cannot be taken out of its address space ({cause}): its bus-master bit is \

@@ -1,14 +1,12 @@
-//! Host IOMMU through iommufd: one I/O address space (IOAS) per domain, whatever the number of its
-//! endpoints, replaced under devices that the VMM, or this process, has bound.
+//! Host IOMMU through iommufd: one I/O address space (IOAS) for each domain, whatever the number of its endpoints. The
+//! backend attaches devices to them that the VMM or this process has bound.
 //!
-//! With [`Pinning::All`] guest RAM is mapped once, from its files, into an address space that endpoints
-//! in bypass mode use, and mappings of domains are copies of pieces of it. With [`Pinning::Mapped`]
-//! each mapping is made from the file, and the address space for bypass mode is only there while it
-//! is used.
+//! With [`Pinning::All`] the backend maps guest RAM once, from its files, into an address space for bypass mode; the
+//! mappings of domains are copies of parts of that. With [`Pinning::Mapped`] it makes each mapping from the file, and
+//! the address space for bypass mode exists only while it is used.
 //!
-//! Before the VMM has connected, a device of the VMM's is not bound and can do no DMA. When it has,
-//! the device is in the VMM's own address space, which is that of bypass mode, and stays there
-//! until it is to be somewhere else for the first time.
+//! Before the VMM has connected, a shared device is not bound and can do no DMA. Once it has connected, the device is
+//! in the VMM's own address space, which maps what bypass mode reaches, and stays there until its target first changes.
 
 mod group;
 mod spaces;
@@ -18,8 +16,6 @@ use std::sync::Arc;
 
 use self::group::{Attachment, DeviceGroup, GroupMember};
 use self::spaces::Spaces;
-
-pub use self::spaces::Pinning;
 use super::reach::{Reach, refused, unmapped};
 use super::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
@@ -29,17 +25,19 @@ use crate::address::{IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory};
 
+pub use self::spaces::Pinning;
+
 /// A device behind the backend.
 pub struct PassthroughDevice {
     /// Its endpoint.
     pub endpoint: EndpointId,
     /// The host's name for it.
     pub name: String,
-    /// The number of its group: the host keeps devices of one group together.
+    /// The number of its host group. The host cannot isolate devices of one group from each other.
     pub group: u32,
-    /// Whether the VMM binds it; else this process has.
+    /// Whether the VMM binds it; otherwise this process has.
     pub shared: bool,
-    /// What switches it.
+    /// Gives it an address space.
     pub attach: Box<dyn Attach>,
     /// Its memory.
     pub memory: Arc<dyn DeviceMemory>,
@@ -51,9 +49,8 @@ pub struct Iommufd {
     connected: bool,
     spaces: Spaces,
     domains: BTreeMap<DomainId, u32>,
-    /// A domain that `map` has failed in, and the bytes that were mapped before it did: the core is
-    /// about to unmap them.
-    half_way: Option<(DomainId, u64)>,
+    /// The domain of a `map` that has failed, and the number of bytes that it had mapped: the core unmaps them next.
+    partial_map: Option<(DomainId, u64)>,
     groups: Vec<DeviceGroup>,
     group_of: BTreeMap<EndpointId, usize>,
 }
@@ -91,21 +88,21 @@ impl Iommufd {
             connected: false,
             spaces: Spaces::new(kernel, pinning, reach),
             domains: BTreeMap::new(),
-            half_way: None,
+            partial_map: None,
             groups,
             group_of,
         }
     }
 
-    /// Devices have been moved.
+    /// Adapts the address spaces to devices that have been moved.
     fn moved(&mut self) {
         let bypass = self.spaces.bypass().map(Attachment::Ioas);
         let is_used = bypass.is_some_and(|b| self.groups.iter().any(|g| g.attachment() == b));
         self.spaces.moved(is_used);
     }
 
-    /// Puts the devices of a group somewhere else, or back where they were; in the latter case their
-    /// DMA meets nothing for a moment.
+    /// Gives the devices of a group another address space. If that fails, they get the former one back, and their DMA
+    /// faults for a moment.
     fn switch(&mut self, index: usize, attachment: Attachment) -> Result<(), AttachError> {
         let before = self.groups[index].attachment();
         let verified = match attachment {
@@ -117,14 +114,14 @@ impl Iommufd {
         if let Ok(false) = verified {
             let group = &mut self.groups[index];
             group.block();
-            return Err(AttachError::Blocked(group.is_foreign()));
+            return Err(AttachError::Blocked(group.wrong_iommufd()));
         }
         let Err(cause) = verified.and_then(|_| self.groups[index].move_to(attachment)) else {
             return Ok(());
         };
         let back = match before {
             Attachment::Ioas(_) | Attachment::Detached => Some(before),
-            // Only the VMM can put them into its own; ours has the same in it.
+            // Only the VMM can put them back into its own. Ours for bypass mode maps the same.
             Attachment::Vmm => self.spaces.bypass_ioas().ok().map(Attachment::Ioas),
             Attachment::Unbound | Attachment::Unknown => None,
         };
@@ -138,17 +135,18 @@ impl Iommufd {
         }
     }
 
-    /// Makes certain, once, that devices which somebody else has bound are bound to our iommufd: if
-    /// they are not, the number of an address space of ours names another one, that of the VMM for
-    /// example. An address space that a device obeys cannot be destroyed, so one is made for this.
+    /// Verifies, once, that devices which the VMM has bound are bound to this process's iommufd. If they are not, the id of
+    /// one of our address spaces stands for another one, such as the VMM's.
+    ///
+    /// The test: attach them to a new address space and try to destroy it. The kernel refuses with EBUSY only if a device
+    /// is attached to it.
     fn verify_iommufd(&mut self, index: usize) -> Result<bool, BackendError> {
         if self.groups[index].is_verified() {
             return Ok(true);
         }
-        let ioas =
-            self.spaces.kernel.alloc().map_err(|cause| {
-                refused("there is no address space to try a device with", &cause)
-            })?;
+        let ioas = self.spaces.kernel.alloc().map_err(|cause| {
+            refused("no address space to verify a device's iommufd with", &cause)
+        })?;
         let moved = self.groups[index].move_to(Attachment::Ioas(ioas));
         let destroyed = self.spaces.destroy_or_condemn(ioas);
         moved?;
@@ -158,11 +156,11 @@ impl Iommufd {
                 self.groups[index].set_verified();
                 Ok(true)
             }
-            Err(cause) => Err(refused("a device cannot be tried", &cause)),
+            Err(cause) => Err(refused("cannot verify a device's iommufd", &cause)),
         }
     }
 
-    /// Where the devices of a group belong.
+    /// The address space that the devices of a group are to have.
     fn attachment_for(&mut self, index: usize) -> Result<Attachment, BackendError> {
         let group = &self.groups[index];
         match group.target() {
@@ -247,7 +245,7 @@ impl DmaBackend for Iommufd {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
-        self.half_way.take_if(|(of, _)| *of == domain);
+        self.partial_map.take_if(|(of, _)| *of == domain);
         if let Some(ioas) = self.domains.remove(&domain) {
             self.spaces.destroy(ioas);
         }
@@ -267,7 +265,7 @@ impl DmaBackend for Iommufd {
         };
         let mut done = 0;
         let result = self.spaces.map_into(ioas, mapping, &mut done);
-        self.half_way = result.is_err().then_some((domain, done));
+        self.partial_map = result.is_err().then_some((domain, done));
         result
     }
 
@@ -280,11 +278,10 @@ impl DmaBackend for Iommufd {
         let Some(&ioas) = self.domains.get(&domain) else {
             return Ok(());
         };
-        let half_way = self.half_way.take().filter(|(of, _)| *of == domain);
-        let least = least.saturating_add(half_way.map_or(0, |(_, bytes)| bytes));
+        let partial_map = self.partial_map.take().filter(|(of, _)| *of == domain);
+        let least = least.saturating_add(partial_map.map_or(0, |(_, bytes)| bytes));
         let bytes = match self.spaces.kernel.unmap(ioas, range) {
-            // There was nothing. That is no failure as such: a mapping may have no rights, or its
-            // memory may have gone.
+            // Nothing was mapped. That alone is no failure: a mapping may have no rights, or its memory may be gone.
             Err(cause) if cause.raw_os_error() == Some(libc::ENOENT) => Ok(0),
             done => done,
         };

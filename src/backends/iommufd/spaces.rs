@@ -1,4 +1,4 @@
-//! The address spaces of domains and of bypass mode: how they are made, filled, and destroyed.
+//! The address spaces of domains and of bypass mode: making, filling and destroying them.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -11,38 +11,38 @@ use crate::ids::DomainId;
 use crate::vfio::{AddressSpaces, DmaSource};
 use crate::warn_limited;
 
-/// What guest RAM is pinned.
+/// The guest RAM that stays pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pinning {
-    /// All of it, once; mappings are copies.
+    /// All of it, pinned once; mappings are copies.
     All,
-    /// What is mapped, and all of it while an endpoint is in bypass mode.
+    /// The mapped part; all of it while an endpoint is in bypass mode.
     Mapped,
 }
 
-/// The address spaces, and the memory that they can lead to.
+/// The address spaces, and the memory to which they can lead.
 pub(super) struct Spaces {
     pub(super) kernel: Arc<dyn AddressSpaces>,
     pinning: Pinning,
-    /// Whether mappings are copies of pieces of the address space of bypass mode. While a device is
-    /// there, its pages are pinned: where the VMM has discarded some since, a copy would lead to
-    /// those, and not to the ones the guest has now.
+    /// Whether mappings are copies of parts of the address space of bypass mode. While a device is attached there, its
+    /// pages are pinned, and a copy leads to the pinned pages: to the wrong ones, if the VMM has discarded pages since
+    /// and the guest has new ones.
     copies: bool,
     pub(super) reach: Reach,
     bypass: Option<Bypass>,
-    /// Address spaces that could not be destroyed, with the memory that may be mapped there.
+    /// Address spaces that could not be destroyed, with the memory that may be mapped in them.
     condemned: Vec<(u32, Vec<MemorySlot>)>,
 }
 
 /// The address space of bypass mode.
 struct Bypass {
     ioas: u32,
-    /// What is mapped there, at its guest-physical addresses.
+    /// The slots that it maps, at their guest-physical addresses.
     slots: Vec<MemorySlot>,
 }
 
 impl Spaces {
-    /// No address space yet.
+    /// No address spaces yet.
     pub(super) fn new(kernel: Arc<dyn AddressSpaces>, pinning: Pinning, reach: Reach) -> Self {
         Self {
             kernel,
@@ -76,7 +76,7 @@ impl Spaces {
         Ok(ioas)
     }
 
-    /// The address space of bypass mode, made if it is not there, with all of guest RAM.
+    /// The address space of bypass mode with all of guest RAM; made if there is none.
     pub(super) fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
         if self.bypass.is_none() {
             let ioas = self
@@ -91,7 +91,7 @@ impl Spaces {
         self.fill_bypass()
     }
 
-    /// Maps what bypass mode lacks. On error it has all but one slot of it, or more.
+    /// Maps the slots that bypass mode lacks. On error it lacks one or more of them.
     fn fill_bypass(&mut self) -> Result<u32, BackendError> {
         let mut bypass = self.bypass.take().ok_or_else(|| BackendError {
             kind: BackendErrorKind::DevErr,
@@ -104,7 +104,7 @@ impl Spaces {
             }
             match self.map_slot(bypass.ioas, slot) {
                 Ok(()) => bypass.slots.push(slot.clone()),
-                // The others are of use all the same.
+                // Goes on: the other slots are of use without this one.
                 Err(cause) => done = Err(cause),
             }
         }
@@ -124,7 +124,7 @@ impl Spaces {
             })
     }
 
-    /// Maps a piece of RAM from its file, or where the kernel cannot from where it is mapped here.
+    /// Maps a part of RAM from its file, or from this process's memory if the kernel cannot map the file.
     #[inline]
     fn map_ram(
         &self,
@@ -136,13 +136,13 @@ impl Spaces {
     ) -> io::Result<()> {
         let here = DmaSource::Host(&slot.memory, offset);
         if !slot.is_shared_memory {
-            // The kernel would find only when a device is attached that it cannot pin such a file.
+            // The kernel maps such a file, and finds only when a device is attached that it cannot pin its pages.
             return self.kernel.map(ioas, range, access, here);
         }
         let at = slot.offset.saturating_add(offset);
         let by_file = DmaSource::File(slot.file.as_fd(), at);
         match self.kernel.map(ioas, range, access, by_file) {
-            // Kernels before 6.13 have no such command.
+            // Kernels before 6.13 lack IOMMU_IOAS_MAP_FILE.
             Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 self.kernel.map(ioas, range, access, here)
             }
@@ -150,7 +150,7 @@ impl Spaces {
         }
     }
 
-    /// Adds to `done` the bytes that are mapped, also where it fails.
+    /// Maps a mapping into an address space. Adds the number of bytes that it has mapped to `done`, also on error.
     #[inline]
     pub(super) fn map_into(
         &self,
@@ -168,7 +168,7 @@ impl Spaces {
         }
     }
 
-    /// The same for a mapping without rights, or one that does not lead into one slot of RAM.
+    /// As [`Self::map_into`], for a mapping without rights or one that does not lead into a single slot.
     #[cold]
     fn map_otherwise(
         &self,
@@ -178,7 +178,7 @@ impl Spaces {
     ) -> Result<(), BackendError> {
         self.reach.for_each_piece(mapping, |piece| {
             if mapping.access == Access::NONE {
-                // Nobody may use it, and the kernel knows no such mapping.
+                // Nothing may use such a mapping, and the kernel refuses a mapping without rights.
                 return Ok(());
             }
             self.map_piece(ioas, &piece)?;
@@ -187,7 +187,7 @@ impl Spaces {
         })
     }
 
-    /// Maps what leads into one slot.
+    /// Maps a part that leads into one slot.
     #[inline]
     fn map_part(
         &self,
@@ -237,7 +237,7 @@ impl Spaces {
         self.destroy_with(ioas, Vec::new());
     }
 
-    /// Destroys an address space. What memory of this process may still be mapped there stays.
+    /// Destroys an address space. If that fails, the memory that may be mapped in it stays mapped into this process, too.
     pub(super) fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
         if let Err(cause) = self.kernel.destroy(ioas) {
             warn_limited!("address space {ioas} cannot be destroyed yet: {cause}");
@@ -246,15 +246,15 @@ impl Spaces {
         }
     }
 
-    /// Tries once more to get rid of what could not be destroyed.
+    /// Tries again to destroy the address spaces that could not be destroyed.
     pub(super) fn sweep(&mut self) {
         let kernel = &self.kernel;
         self.condemned
             .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
     }
 
-    /// Devices have been moved: `is_bypass_used` tells whether one is in the address space of bypass mode, which is
-    /// given up where nobody needs it.
+    /// Adapts to devices that have been moved. `is_bypass_used` tells whether a device is in the address space of bypass
+    /// mode now; an unused one is given up if it costs pinned memory.
     pub(super) fn moved(&mut self, is_bypass_used: bool) {
         self.copies = self.pinning == Pinning::All && !is_bypass_used;
         if self.pinning == Pinning::Mapped
@@ -265,7 +265,7 @@ impl Spaces {
         }
     }
 
-    /// Guest RAM has come.
+    /// Adds guest RAM.
     pub(super) fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.sweep();
         self.reach.add(slot);
@@ -275,7 +275,7 @@ impl Spaces {
         Ok(())
     }
 
-    /// Guest RAM goes.
+    /// Removes guest RAM.
     pub(super) fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.reach.remove(slot);
         let Some(bypass) = &mut self.bypass else {
@@ -290,7 +290,7 @@ impl Spaces {
                 Ok(())
             }
             Err(cause) => {
-                // Whoever is there is quarantined now, and finds another one later.
+                // The core quarantines the endpoints in it. The next one in bypass mode gets a new address space.
                 if let Some(Bypass { ioas, slots }) = self.bypass.take() {
                     self.condemned.push((ioas, slots));
                 }
@@ -300,8 +300,8 @@ impl Spaces {
         }
     }
 
-    /// Destroys an address space that devices may still obey, now or when they have left it. Returns the kernel's answer to
-    /// the first attempt.
+    /// Destroys an empty address space now, or later once no device is attached to it. Returns the kernel's answer to the
+    /// first attempt.
     pub(super) fn destroy_or_condemn(&mut self, ioas: u32) -> io::Result<()> {
         let destroyed = self.kernel.destroy(ioas);
         if destroyed.is_err() {
