@@ -3,13 +3,13 @@
 #
 # Usage: qemu-scripts/bench-nvme.sh [--rounds N] [--seconds N] [--append ARGS]
 #
-# How fast an NVMe disk is in a guest that another process emulates: without an IOMMU and behind the daemon, in
-# each manner of reaching guest memory. Release builds; the disk is a file in memory where /dev/shm is. Prints a
+# Measures, in a guest, an NVMe disk that another process emulates: without an IOMMU and behind the daemon, with each
+# way of reaching guest memory. Uses release builds; the disk is a file in memory if there is /dev/shm. Prints a
 # table of medians, with the lowest and the highest in brackets.
 #
 #   --rounds N      boots of each way, all ways in turn (default 5)
 #   --seconds N     how long each measurement takes (default 3)
-#   --append ARGS   for the guest's kernel (default iommu.strict=0)
+#   --append ARGS   arguments for the guest's kernel (default iommu.strict=0)
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
 
@@ -55,7 +55,8 @@ finish() {
     rm -rf "$disks"
 }
 
-# configure WAY: the daemon's configuration for it, if it has one, and the server's arguments, in server_arguments.
+# configure WAY: writes the daemon's configuration for this way, if it needs the daemon, and sets server_arguments to
+# the server's arguments.
 configure() {
     local device=
     server_arguments=(--dma messages)
@@ -92,14 +93,14 @@ measure() {
     "$built/examples/nvme" serve --socket "$work/disk.sock" --disk "$disks/disk" "${server_arguments[@]}" \
         >"$work/server.log" 2>&1 &
     server=$!
-    await 10 test -S "$work/disk.sock" || give_up "the disk's server does not start"
+    await 10 test -S "$work/disk.sock" || give_up "the disk's server has made no socket within 10 s"
     direct="{\"driver\":\"vfio-user-pci\",\"addr\":\"06.0\",\"socket\":{\"type\":\"unix\",\"path\":\"$work/disk.sock\"}}"
     if [ -e "$work/vm.toml" ]; then
         "$program" viot "$work/vm.toml" -o "$work/vm.viot"
         mapfile -t arguments < <("$program" qemu-args "$work/vm.toml" --viot "$work/vm.viot" 2>/dev/null)
         "$program" --config "$work/vm.toml" >"$work/daemon.log" 2>&1 &
         daemon=$!
-        await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start"
+        await 10 test -S "$work/iommu.sock" || give_up "the daemon has made no socket within 10 s"
         [ "$way" != shadow ] || arguments+=(-device "$direct")
     else
         arguments=(-machine "q35,memory-backend=memory" -m 256M
@@ -107,7 +108,7 @@ measure() {
     fi
     guest_start "$work" "$image" "$initramfs" "$append" "${arguments[@]}"
     guest_disk
-    # What is not written yet would be read as a hole.
+    # Write everything once: reads of unwritten blocks would be reads of holes.
     must_guest "dd if=/dev/zero of=/dev/nvme0n1 bs=1M count=256 oflag=direct 2>/dev/null"
     for load in $LOADS; do
         name=${load%%:*}
@@ -126,7 +127,7 @@ measure() {
     exec {to_guest}>&- {from_guest}>&-
 }
 
-# cell WAY LOAD: the median, lowest and highest of what was measured: MB/s, or requests a second where these are small.
+# cell WAY LOAD: the median, lowest and highest figure: MB/s for large requests, requests a second for small ones.
 cell() {
     awk -v way="$1" -v load="$2" '$1 == way && $2 == load { print ($4 > 4096 ? $3 * $4 / 1e6 : $3) }' "$work/figures" |
         sort -n | awk '{ v[NR] = $1 } END { printf "%.0f (%.0f to %.0f)", v[int((NR + 1) / 2)], v[1], v[NR] }'

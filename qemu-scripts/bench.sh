@@ -3,23 +3,23 @@
 #
 # Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
 #
-# Measures. Boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and the parts of the
-# daemon alone. Fetches what it needs first (see setup.sh): no root, no KVM. Takes about a quarter of an hour once
-# everything is built; nothing else should run on the machine meanwhile.
+# Measures the cost of mapping: boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and runs
+# the benchmarks of the daemon's parts. Fetches its requirements first (see setup.sh): no root, no KVM. Takes about a
+# quarter of an hour once everything is built; nothing else should run on the machine meanwhile.
 #
 #   --json FILE     writes the medians as nested keys
-#   --svg FILE      draws what mapping costs the guest: emulated in FILE, which ends in .svg, and with KVM in one whose
-#                   name ends in -kvm.svg instead
-#   --rounds N      how often each of the two boots (default 5)
-#   --part PART     only this part; more than one may be given:
+#   --svg FILE      draws the cost of mapping for the guest: the emulated guest in FILE, whose name ends in .svg, and
+#                   the guest with KVM in a file whose name ends in -kvm.svg instead
+#   --rounds N      how often the guest boots with each of the two devices (default 5)
+#   --part PART     only this part; repeatable:
 #                     guest    a guest's dma_map_benchmark, strict and lazy, and VFIO, beside QEMU's own device;
 #                              the guest is emulated
-#                     kvm      the same with KVM, that of an emulated machine (see l1.sh): with one processor, and
-#                              without what takes two
+#                     kvm      the same with KVM in an emulated machine (see l1.sh): with one processor, and
+#                              without the measures that need two
 #                     ring     a request through the rings
 #                     engine   the page table and the core
 #                     idle     start, memory and wakeups
-#   --host-kvm      for the part kvm, this machine's own KVM. Not looked for: one that is itself virtual may fail
+#   --host-kvm      use this machine's own KVM for the part kvm. Not the default: KVM of a virtual machine may fail
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
 
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         --svg) svg=$(realpath -m "$2") ;;
         --rounds) rounds=$2 ;;
         --part)
-            [[ " $ALL_PARTS " == *" $2 "* ]] || die "there is no part '$2'; there is: $ALL_PARTS"
+            [[ " $ALL_PARTS " == *" $2 "* ]] || die "unknown part '$2': give one of $ALL_PARTS"
             parts+=("$2")
             ;;
         esac
@@ -60,9 +60,9 @@ done
 if [ ${#parts[@]} -eq 0 ]; then
     read -ra parts <<<"$ALL_PARTS"
 elif [ -n "$json" ] && [ ${#parts[@]} -lt "$(wc -w <<<"$ALL_PARTS")" ]; then
-    die "--json is for all parts; leave out --part"
+    die "--json needs all parts: leave out --part"
 fi
-[ -z "$host_kvm" ] || [[ " ${parts[*]} " == *" kvm "* ]] || die "--host-kvm is for the part kvm"
+[ -z "$host_kvm" ] || [[ " ${parts[*]} " == *" kvm "* ]] || die "--host-kvm needs the part kvm: add --part kvm"
 
 cache_open
 cd "$TREE"
@@ -87,8 +87,8 @@ guest_ready() {
     set +a
 }
 
-# The files of the emulated machine go when it ends: it prints what is to stay. It is given the built program, since it
-# does not know what cargo was told here.
+# The files of the emulated machine are lost when it ends, so the benchmark prints its results. L1 gets the built
+# program, since it does not know cargo's settings of this environment.
 bench_kvm_in_l1() {
     local ran=0 program build=(cargo bench --locked --quiet --no-run --bench guest)
     say "--- guest with KVM, in an emulated machine"

@@ -3,17 +3,17 @@
 #
 # Usage: qemu-scripts/debian.sh [OPTION]... [--] COMMAND [ARGUMENT]...
 #
-# Runs a command as root in a clean Debian with systemd, a machine of its own, when that has booted, and ends with
-# its exit status. The machine is a stock kernel in QEMU and what every Debian has; what is written in it is gone
-# afterwards. The command starts in /host, where the files are that --file has sent along. Needs no root and no
-# KVM. Fetches and builds first what is missing (see setup.sh --debian).
+# Boots a clean Debian with systemd in a machine of its own, runs a command there as root, and ends with its exit
+# status. The machine has a stock kernel in QEMU and the packages of every Debian; writes to its disk are lost at the
+# end. The command starts in /host, which holds the files of --file. Needs no root and no KVM. Fetches and
+# builds missing parts first (see setup.sh --debian).
 #
-#   --file PATH     a file for /host; repeatable
+#   --file PATH     copy this file to /host; repeatable
 #   --set NAME=TEXT an environment variable of the command; repeatable
 #   --memory SIZE   default: 1G
-#   --timeout S     the machine is stopped after so many seconds, status 124; default: 300
-#   --log FILE      the messages of its kernel and of systemd go there, and stay. Otherwise they stay where the
-#                   command fails
+#   --timeout S     stop the machine after so many seconds, status 124; default: 300
+#   --log FILE      keep the messages of its kernel and of systemd there. Default: keep them in a temporary file if
+#                   the command fails
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
@@ -67,7 +67,7 @@ qemu=''
 # shellcheck disable=SC2317 # called by the trap
 stop() {
     if [ -n "$qemu" ]; then
-        # timeout hands it on.
+        # timeout passes the signal on.
         kill "$qemu" 2>/dev/null || true
         wait "$qemu" 2>/dev/null || true
     fi
@@ -94,7 +94,7 @@ done
 } >"$work/init/host/run"
 debian_initramfs "$initramfs" "$SCRIPTS/debian/init" "$work"
 
-# An input that never ends: at its end QEMU would take the output for closed as well.
+# An input that never ends: at its end QEMU would treat the output as closed as well.
 mkfifo "$work/idle"
 # shellcheck disable=SC2153 # set up by setup.sh
 timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
@@ -113,11 +113,11 @@ wait "$qemu" || ended=$?
 qemu=
 
 status=$(tr -d '\r\n' <"$work/status")
-# Not the command's own status: it did not get so far, or not to its end.
+# In the other cases the command did not start or did not end.
 case $ended:$status in
 0:[0-9]*) ;;
 124:* | 137:*)
-    say "the machine was stopped after $limit s"
+    say "the machine was stopped after $limit s: set --timeout to allow more"
     status=124
     ;;
 *)

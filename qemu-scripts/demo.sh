@@ -3,9 +3,9 @@
 #
 # Usage: qemu-scripts/demo.sh
 #
-# Builds the daemon, makes it the IOMMU of a stock Linux guest in an unmodified QEMU, and shows what happens,
-# as the guest sees it and as the daemon sees it. Fetches what it needs first (see setup.sh): no root, no KVM.
-# Ends by itself, with status 0 only if everything shown is as it should be.
+# Builds the daemon, makes it the IOMMU of a stock Linux guest in an unmodified QEMU, and shows each step from the
+# guest's side and from the daemon's. Fetches its requirements first (see setup.sh): no root, no KVM.
+# Ends by itself, with status 0 only if every check passes.
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
 
@@ -24,7 +24,7 @@ case ${1:-} in
 *) die "unknown argument '$1': see $0 --help" ;;
 esac
 
-# Where the endpoints sit, and what the configuration reserves for the second of them.
+# The endpoints' addresses, and the region that the configuration reserves for the second one.
 FIRST=0000:00:10.0 SECOND=0000:00:11.0
 ENDPOINTS=("$FIRST" "$SECOND")
 OWN_RESERVED="^0x0000000010000000 0x000000001000ffff (direct|reserved)\$"
@@ -39,19 +39,19 @@ indent() {
     sed 's/^/    /'
 }
 
-# check WHAT COMMAND...: says whether WHAT holds.
+# check CLAIM COMMAND...: prints whether CLAIM holds, that is, whether the command succeeds.
 check() {
-    local what=$1
+    local claim=$1
     shift
     if "$@"; then
-        printf '[ok]    %s\n' "$what"
+        printf '[ok]    %s\n' "$claim"
     else
-        printf '[WRONG] %s\n' "$what"
+        printf '[WRONG] %s\n' "$claim"
         wrong=$((wrong + 1))
     fi
 }
 
-# give_up WHY: nothing more can be shown.
+# give_up REASON: ends the demonstration as failed.
 give_up() {
     printf '[WRONG] %s\n' "$*"
     wrong=$((wrong + 1))
@@ -76,12 +76,12 @@ ctl() {
     "$program" ctl "$work/control.sock" "$@"
 }
 
-# domain_of ENDPOINT: the endpoint's domain as the daemon has it.
+# domain_of ENDPOINT: prints the endpoint's domain as the daemon reports it.
 domain_of() {
     ctl status | sed -n "s/^ *$1 .* domain \([0-9]*\)\$/\1/p"
 }
 
-# guest_pages: every page that the program in the guest believes to be mapped, as 'IOVA GPA ACCESS'.
+# guest_pages DUMP: prints every page that the program in the guest has mapped, as 'IOVA GPA ACCESS'.
 guest_pages() {
     local kind a b access index i
     local -A gpa
@@ -97,7 +97,7 @@ guest_pages() {
     done <<<"$1" | sort
 }
 
-# daemon_pages DOMAIN: every page that the daemon holds for the domain, in the same form.
+# daemon_pages DOMAIN: prints every page that the daemon holds for the domain, in the same form.
 daemon_pages() {
     local line i
     local form='^ *(0x[0-9a-f]+)\.\.=(0x[0-9a-f]+) +-> (0x[0-9a-f]+) +([r-][w-])'
@@ -109,7 +109,7 @@ daemon_pages() {
     done < <(ctl mappings --domain "$1") | sort
 }
 
-# requests KIND: how many requests of this kind succeeded, in the status text in STATUS.
+# requests KIND: prints how many requests of this kind succeeded, according to the status text in STATUS.
 requests() {
     sed -n "s/^  $1 .*\bok \([0-9]*\).*/\1/p" <<<"$STATUS"
 }
@@ -161,8 +161,8 @@ indent <"$work/vm.toml"
 mapfile -t arguments < <("$program" qemu-args "$work/vm.toml" --viot "$work/vm.viot" 2>/dev/null)
 [ ${#arguments[@]} -gt 0 ] || give_up "no QEMU arguments"
 echo
-echo "The daemon makes of it the ACPI table that tells the guest who is behind the IOMMU, and the arguments"
-echo "that an unmodified QEMU needs:"
+echo "From this file come the ACPI table that tells the guest which devices are behind the IOMMU, and the"
+echo "arguments that an unmodified QEMU needs:"
 echo
 printf '%s %s\n' "${arguments[@]}" | indent
 
@@ -206,7 +206,7 @@ done
 echo
 check "each endpoint has a group of its own" test "${groups[0]}" != "${groups[1]}"
 
-title "The daemon's own account of it"
+title "The daemon reports the same"
 STATUS=$(ctl status)
 indent <<<"$STATUS"
 echo
@@ -235,7 +235,7 @@ check "the daemon holds exactly these: same addresses, same memory, same permiss
 read -r iova gpa _ <"$work/guest-pages"
 translation=$(ctl translate "$FIRST" "$iova")
 echo
-echo "where would the device get to at $iova? The daemon:"
+echo "the daemon translates $iova for the device:"
 indent <<<"$translation"
 check "that is the guest's own page, at $gpa" grep -q "guest-physical $gpa\\b" <<<"$translation"
 
@@ -249,10 +249,10 @@ held=$(daemon_pages "$domain" | wc -l)
 check "the daemon holds no mapping of it any more" test "$held" -eq 0
 check "$(requests map) MAP and $(requests unmap) UNMAP requests were carried out, no request was refused" no_refusals
 translation=$(ctl translate "$FIRST" "$iova")
-check "the device would get nowhere at $iova now: ${translation}" grep -q '^fault' <<<"$translation"
+check "the device would reach nothing at $iova now: ${translation}" grep -q '^fault' <<<"$translation"
 must_guest "ask mapper quit"
 given_back() { [ "$(ctl status | grep -c 'attached *translated')" -eq ${#ENDPOINTS[@]} ]; }
-check "the program gives the device back: it has its default domain again" await 10 given_back
+check "the program releases the device, which is back in its default domain" await 10 given_back
 
 title "The guest powers off"
 guest_end
@@ -262,7 +262,7 @@ kill "$daemon"
 status=0
 wait "$daemon" || status=$?
 daemon=
-check "told to stop, the daemon ends in order" test $status -eq 0
+check "after SIGTERM the daemon ends with status 0" test $status -eq 0
 
 title "A disk that another process emulates, behind the IOMMU"
 disk=0000:00:06.0
@@ -278,8 +278,8 @@ vfio-user = { listen = "$work/disk-iommu.sock", connect = "$work/disk.sock", iso
 TOML
 indent <"$work/disk.toml"
 echo
-echo "The VMM's own vfio-user client connects to the daemon, the daemon to the disk's server. Each access of the"
-echo "server's to guest memory is a message, which the daemon carries out or refuses."
+echo "The VMM's own vfio-user client connects to the daemon, and the daemon to the disk's server. Each access of the"
+echo "server to guest memory is a message, which the daemon carries out or refuses."
 truncate -s 64M "$work/disk.img"
 "$built/examples/nvme" serve --socket "$work/disk.sock" --disk "$work/disk.img" --dma messages \
     --orders "$work/disk.orders" >"$work/disk.log" 2>&1 &
@@ -309,7 +309,7 @@ guest_memory() { find "/proc/$1/fd" -printf '%l\n' 2>/dev/null | grep -c memory-
 check "QEMU has guest memory open, the disk's server has not" \
     test "$(guest_memory "$qemu" || true)" -gt 0 -a "$(guest_memory "$server" || true)" -eq 0
 
-title "The disk reaches for memory that is none of its business"
+title "The disk's server accesses memory that is not mapped for it"
 outside=0x1000000
 for access in "read $outside 16" "write $outside a5 16"; do
     # shellcheck disable=SC2086 # words
@@ -322,9 +322,9 @@ await 10 faults || true
 echo
 echo "the guest's kernel:"
 sed 's/^<[0-9]*>//' <<<"$ANSWER" | indent
-check "it has logged one fault for each" faults
+check "it has logged one fault for each access" faults
 must_guest "echo more >/mnt/another && sync && cat /mnt/another"
-check "and still uses the disk" test "$ANSWER" = more
+check "and it still uses the disk" test "$ANSWER" = more
 guest_end
 kill "$daemon" "$server"
 wait "$daemon" "$server" || true
@@ -332,4 +332,4 @@ daemon='' server=''
 
 echo
 [ $wrong -eq 0 ] || exit 1
-echo "All of it is as it should be."
+echo "Every check passed."

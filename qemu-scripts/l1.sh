@@ -4,22 +4,22 @@
 # Usage: qemu-scripts/l1.sh [OPTION]... [--] COMMAND [ARGUMENT]...
 #
 # Runs a command as root in an emulated machine with an IOMMU (L1) and ends with its exit status. The machine
-# has this machine's files, at their places; it may write everywhere, and what it wrote is gone afterwards. The
+# has this machine's files, at their places; it may write everywhere, and its writes are lost at the end. The
 # command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the present directory. Needs no
-# root and no KVM. Fetches and builds first what is missing (see setup.sh --host-kernel).
+# root and no KVM. Fetches and builds missing parts first (see setup.sh --host-kernel).
 #
 #   --iommu KIND    vtd (default), vtd-scalable (first-stage tables) or amd
 #   --memory SIZE   default: 3G
 #   --cpus N        default: 2
-#   --timeout S     the machine is stopped after so many seconds, status 124; default: 900
+#   --timeout S     stop the machine after so many seconds, status 124; default: 900
 #   --device ARG    one more -device for its QEMU; repeatable
-#   --append ARGS   more for its kernel's command line
-#   --log FILE      its kernel's messages go there, and stay. Otherwise they stay where the command fails
+#   --append ARGS   more arguments for its kernel's command line
+#   --log FILE      keep its kernel's messages there. Default: keep them in a temporary file if the command fails
 #
-# All of these are bound to vfio-pci; the command finds their addresses in its environment:
+# These devices are bound to vfio-pci; the command finds their addresses in its environment:
 #   VIOMMU_EDU      four edu devices, each in an IOMMU group of its own
 #   VIOMMU_EDU_PAIR two more behind one PCI bridge, in one group
-#   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty where QEMU has no such device
+#   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty if QEMU has no such device
 #   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
 #   VIOMMU_L1       vtd, vtd-scalable or amd
 
@@ -76,12 +76,12 @@ vtd-scalable)
 amd)
     iommu_device=amd-iommu,dma-remap=on,intremap=on
     iommu_append=
-    # QEMU has its IOAPIC at 00:14.0, and says so; Linux wants to find the south bridge there, or at least a
-    # device that is of its class, before it turns interrupt remapping on.
+    # QEMU reports its IOAPIC at 00:14.0. Linux turns interrupt remapping on only if it finds the south bridge
+    # there, or at least a device of its class.
     devices+=(-blockdev "null-co,node-name=none,size=512"
         -device "virtio-blk-pci,drive=none,addr=14.0,class=0x0601")
     ;;
-*) die "there is no IOMMU '$iommu'; there is: vtd, vtd-scalable, amd" ;;
+*) die "unknown IOMMU '$iommu': give one of vtd, vtd-scalable, amd" ;;
 esac
 
 if [ -z "${VIOMMU_HOST_KERNEL:-}" ]; then
@@ -97,7 +97,7 @@ qemu=''
 # shellcheck disable=SC2317 # called by the trap
 stop() {
     if [ -n "$qemu" ]; then
-        # timeout hands it on.
+        # timeout passes the signal on.
         kill "$qemu" 2>/dev/null || true
         wait "$qemu" 2>/dev/null || true
     fi
@@ -116,12 +116,12 @@ full() {
 }
 export VIOMMU_L1=$iommu
 VIOMMU_EDU=$(full "${EDU[@]}")
-# The one bus that is not the root.
+# The bus behind the bridge; all other devices are on the root bus.
 VIOMMU_EDU_PAIR="0000:01:01.0 0000:01:02.0"
 VIOMMU_TESTDEV=
 VIOMMU_IVSHMEM=$(full $IVSHMEM)
 export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_TESTDEV VIOMMU_IVSHMEM
-# Every address the devices are given can be used.
+# The mask allows the devices DMA to every address.
 edu=edu,dma_mask=0xffffffffffffffff
 for at in "${EDU[@]}"; do
     devices+=(-device "$edu,addr=$at")
@@ -139,7 +139,7 @@ if grep -q '"iommu-testdev"' <<<"$("$VIOMMU_QEMU" -device help 2>/dev/null)"; th
     done
 fi
 
-# What runs in L1. Not on the kernel's command line, whose length and quoting have limits.
+# The script that L1 runs. A file, because the kernel's command line has limits of length and quoting.
 {
     for name in $(compgen -e); do
         case $name in
@@ -152,14 +152,14 @@ fi
 } >"$work/run"
 : >"$work/status"
 : >"$console"
-# An input that never ends: at its end QEMU would take the output for closed as well.
+# An input that never ends: at its end QEMU would treat the output as closed as well.
 mkfifo "$work/idle"
 
-# The kernel's check of its timer takes a busy machine for a broken one.
+# On a busy machine the kernel's check of its timer would fail.
 kernel_append="console=ttyS0 panic=-1 tsc=reliable no_timer_check $iommu_append vfio-pci.ids=$VFIO_IDS"
 
-# Of the serial ports only the console: L1 has its files and its output through virtio. Devices of QEMU's own
-# that do not ask for the IOMMU do not meet it.
+# The only serial port is the console: L1 has its files and its output through virtio. QEMU's virtio devices bypass
+# the IOMMU unless an option says otherwise.
 timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
     -machine q35 -accel tcg,thread=multi -cpu max -smp "$cpus" -m "$memory" \
     -device "$iommu_device" \
@@ -178,15 +178,15 @@ wait "$qemu" || ended=$?
 qemu=
 
 status=$(tr -d '\r\n' <"$work/status")
-# Not the command's own status: it did not get so far, or not to its end.
+# In the other cases the command did not start or did not end.
 case $ended:$status in
 0:[0-9]*) ;;
 124:* | 137:*)
-    say "L1 was stopped after $limit s"
+    say "L1 was stopped after $limit s: set --timeout to allow more"
     status=124
     ;;
 *)
-    say "L1 ended before its command did (QEMU's status is $ended; init says: ${status:-nothing})"
+    say "L1 ended before its command did (QEMU's status: $ended; message of its init: ${status:-none})"
     cat "$work/qemu" >&2
     tail -n 20 "$console" >&2
     status=125

@@ -3,22 +3,22 @@
 #
 # Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--debian] [--print]
 #
-# Puts everything the guest tests need into a cache outside the tree: QEMU, iasl, busybox, Debian's stock
-# kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does no network access.
-# Says where things are in CACHE/env, a file of KEY="value" lines.
+# Fills a cache outside the tree with everything that the guest tests need: QEMU, iasl, busybox, Debian's stock
+# kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does not use the network.
+# Writes the paths to CACHE/env, a file of KEY="value" lines.
 #
-#   --kernels LIST  which kernels: 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning
-#                   of a version the archive has, as in "6.12 7". Default: "stable newest"
-#   --host-kernel   the kernel of the L1 machine too (see l1.sh), built from Debian's source: 170 MB to download,
-#                   6 minutes on two processors, 2 GB of disk while it lasts
-#   --debian        a clean Debian with systemd too (see debian.sh), installed in a machine of its own: 33 MB to
+#   --kernels LIST  the kernels: 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning
+#                   of a version in the archive, as in "6.12 7". Default: "stable newest"
+#   --host-kernel   also build the kernel of the L1 machine (see l1.sh) from Debian's source: 170 MB to download,
+#                   6 minutes on two processors, 2 GB of disk during the build
+#   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
-#   --print         write CACHE/env to standard output too
+#   --print         also write CACHE/env to standard output
 #
 # Environment:
 #   VIOMMU_CACHE    the cache (default: vhost-device-iommu in XDG_CACHE_HOME or ~/.cache)
 #   VIOMMU_MIRROR   the URL of a Debian mirror (default: the first one in the host's APT sources)
-#   http_proxy      as everywhere
+#   http_proxy      the proxy, as for other programs
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
@@ -52,7 +52,7 @@ while [ $# -gt 0 ]; do
 done
 
 cache_open
-# First, so that nothing is downloaded for nothing.
+# First: without a compiler the downloads would be of no use.
 cc_ready -static
 cache_lock
 trap 'rm -rf "$CACHE"/tmp.*' EXIT
@@ -81,7 +81,7 @@ mapfile -t storage_entries < <(printf '%s\n' "${storage_entries[@]}" | sort -t :
 if [ $host_kernel = yes ]; then
     host_kernel_ready
 fi
-# Told of as soon as it is there, whoever asked for it.
+# CACHE/env names the L1 machine whenever its kernel exists, also without --host-kernel.
 host_entries=
 if host_kernel_there; then
     initramfs "$HOST_KERNEL_DIR"
@@ -126,5 +126,5 @@ say "ready: $CACHE/env"
 if [ $print = yes ]; then
     cat "$CACHE/env"
 fi
-# Asked for by name and not there: the caller has to know.
+# The caller has named a kernel that is missing: fail at the end.
 [ ${#skipped[@]} -eq 0 ] || die "left out: ${skipped[*]}"

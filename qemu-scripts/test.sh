@@ -3,24 +3,23 @@
 #
 # Usage: qemu-scripts/test.sh [--list] [--quick] [SUITE...]
 #
-# Runs the test suites, all of them unless some are named. Fetches what they need first (see setup.sh): no
-# root, no KVM. The last line is 'N passed, N failed', the sum over all suites; the exit status is 0 only if
-# nothing failed.
+# Runs the named test suites, or all of them. Fetches their requirements first (see setup.sh): no root, no KVM.
+# The last line is 'N passed, N failed', the sum over all suites; the exit status is 0 only if nothing failed.
 #
 #   unit         format, lints, documentation, unit tests and every integration test that needs no VM
-#   hostile      a driver and a VMM that mean harm, against the daemon
+#   hostile      a malicious driver and a malicious VMM against the daemon
 #   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
 #   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
-#   emulated     devices that other processes emulate, or get from the daemon: a stock guest with an NVMe disk
-#                behind the daemon, devices killed at any moment, and both beside those of such a host
+#   emulated     emulated and exported devices: a stock guest with an NVMe disk behind the daemon, devices killed
+#                at any moment, and both beside the passthrough devices of such a host
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
 #                killed, watched
 #
 #   --list       print the suites' names, run nothing
-#   --quick      leave out what needs a VM: guest, passthrough, emulated, and the services of operations
+#   --quick      leave out the tests that need a VM: guest, passthrough, emulated, and the services of operations
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
-#   VIOMMU_GUEST_KERNELS   the stock kernels of these three suites, as for setup.sh --kernels
+#   VIOMMU_GUEST_KERNELS   the stock kernels of the suites with a VM, as for setup.sh --kernels
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
@@ -47,7 +46,7 @@ step() {
             if ($i == "failed;") f += $(i - 1)
         }
     } END { print p + 0, f + 0 }' "$log")
-    # Failed without a failed test: a lint, the format, a build, a test program that was killed.
+    # The command can fail without a failed test: a lint, the format, a build, a killed test program.
     if [ $status -ne 0 ] && [ "$f" -eq 0 ]; then
         f=1
     fi
@@ -58,10 +57,10 @@ step() {
     fi
 }
 
-# Of the suite operations, what needs no VM.
+# The test programs of the suite operations that need no VM.
 OPERATIONS_TESTS="control errors hotplug packaging qmp sandbox service"
 
-# The integration tests' names but for those with a suite of their own.
+# plain_tests: prints the integration tests that have no suite of their own, as arguments for cargo.
 plain_tests() {
     local file name
     for file in "$TREE"/tests/*.rs "$TREE"/tests/*/main.rs; do
@@ -79,7 +78,7 @@ suite_unit() {
     local part tests
     for part in fmt clippy; do
         cargo "$part" --version >/dev/null 2>&1 ||
-            die "this Rust has no cargo $part: run 'rustup component add rustfmt clippy', or install Debian's rustfmt and rust-clippy"
+            die "this Rust has no cargo $part: install the components rustfmt and clippy of this toolchain, or Debian's packages rustfmt and rust-clippy"
     done
     mapfile -t tests < <(plain_tests)
     step "unit: format" cargo fmt --check
@@ -97,12 +96,12 @@ suite_guest() {
     step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored
 }
 
-# What of the test program vfio_host is about vfio-user, and belongs to the suite emulated.
+# The modules of the test program vfio_host that test vfio-user and belong to the suite emulated.
 VFIO_USER_TESTS="export:: mixed::"
-# What is left out in the machine with VT-d: see there.
+# Tests that the machine with VT-d leaves out; README.md gives the reason.
 NOT_ON_VTD="export::a_stock_guest"
 
-# apart NAME COMMAND...: begins a command, which writes NAME.log and, at its end, its status into NAME.status.
+# apart NAME COMMAND...: starts a command in the background. Its output goes to NAME.log, its status to NAME.status.
 apart() {
     local name=$1
     shift
@@ -114,7 +113,7 @@ apart() {
     } &
 }
 
-# outcome NAME: waits for a command that was begun apart; its output and its status.
+# outcome NAME: waits for a command that `apart` started; prints its output and returns its status.
 outcome() {
     while [ ! -s "$LOGS/$1.status" ]; do
         sleep 0.2
@@ -123,8 +122,8 @@ outcome() {
     return "$(cat "$LOGS/$1.status")"
 }
 
-# in_l1 SUITE ARGUMENT...: the test program vfio_host in L1, a machine with the files of this one. Both kinds
-# of it side by side: the tests wait for devices longer than they work.
+# in_l1 SUITE ARGUMENT...: runs the test program vfio_host in L1, with VT-d and with AMD-Vi at the same time: the tests
+# wait for devices longer than they compute.
 in_l1() {
     local suite=$1 iommu program without build=(cargo test --locked --test vfio_host --no-run)
     shift
@@ -157,7 +156,7 @@ suite_passthrough() {
 }
 
 suite_emulated() {
-    # The tests start it.
+    # The tests start this program.
     step "emulated: the device" cargo build --locked --example nvme
     step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
     step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored --test-threads=1
@@ -178,7 +177,7 @@ suite_operations() {
     fi
     step "operations: build" "${build[@]}"
     program=$(built_program operations "${build[@]}")
-    # The program as tests have it; nothing here is about its speed.
+    # A debug build suffices: no test here measures speed.
     step "operations: package" packaging/deb.sh --binary "$target/debug/vhost-device-iommu" --output "$LOGS"
     package=$(find "$LOGS" -name '*.deb')
     if [ -z "$program" ] || [ -z "$package" ]; then
@@ -203,7 +202,7 @@ while [ $# -gt 0 ]; do
         ;;
     -*) die "unknown option '$1': see $0 --help" ;;
     *)
-        [[ " $ALL_SUITES " == *" $1 "* ]] || die "there is no suite '$1'; there is: $ALL_SUITES"
+        [[ " $ALL_SUITES " == *" $1 "* ]] || die "unknown suite '$1': give one of $ALL_SUITES"
         suites+=("$1")
         ;;
     esac
@@ -239,7 +238,7 @@ if [ ${#setup[@]} -gt 0 ]; then
     . "$LOGS/env"
     set +a
 elif [ -x "$CACHE/bin/iasl" ]; then
-    # Some unit tests do more with it.
+    # Some unit tests check more with it.
     export VIOMMU_IASL=$CACHE/bin/iasl
 fi
 
@@ -260,12 +259,12 @@ printf '%s\n' "${times[@]}"
 for name in "${broken[@]}"; do
     echo "FAILED: $name"
 done
-# Once more what each failed test had to say: the rest of its output is far above.
+# Print the messages of each failed test again: its output is far above.
 for log in "${broken_logs[@]}"; do
     grep -a -A 3 "panicked at" "$log" | grep -a -v "^stack backtrace" | head -n 40 || true
 done
 if [ ${#broken[@]} -gt 0 ]; then
-    # A guest test that fails leaves its directory.
+    # A failed guest test leaves its directory.
     find "${TMPDIR:-/tmp}" -maxdepth 1 -name 'viommu-guest-*' -newer "$LOGS/begun" \
         -printf "a guest's serial console, and QEMU's and the daemon's logs: %p\\n" || true
 fi

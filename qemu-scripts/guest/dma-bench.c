@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
-// As <linux/map_benchmark.h> has it, which is not installed everywhere.
+// A copy of the structure in <linux/map_benchmark.h>, which is not installed everywhere.
 struct benchmark {
     uint64_t map_100ns, map_deviation, unmap_100ns, unmap_deviation;
     uint32_t threads, seconds;

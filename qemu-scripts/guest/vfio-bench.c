@@ -22,7 +22,7 @@
 
 static const char usage[] =
     "usage: vfio-bench PCI-ADDRESS KIND COUNT ROUNDS\n"
-    "Maps COUNT (1 to 4096) pieces of memory, side by side with a page between them, and unmaps each; all of that\n"
+    "Maps COUNT (1 to 4096) pieces of memory, with a page between neighbours, and unmaps each; repeats that\n"
     "ROUNDS times. KIND is 'page' (4 KiB), 'huge' (2 MiB) or 'random' (1 to 16 pages).\n";
 
 static struct { uint64_t iova, size; } pieces[MOST];

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //
-// Lets an `edu` device copy pages of a buffer through VFIO type1, at IOVAs that it is told, and says what has
-// become of the buffer.
+// Makes an `edu` device copy pages of a buffer through VFIO type1, at IOVAs from standard input, and prints the pages
+// that have changed.
 //
-// Every page is compared byte by byte with what was there before: a DMA that went anywhere but where it was
-// sent shows up as a change of a page nobody has named.
+// The program compares every page byte by byte with its contents before the copy: a DMA to a wrong place shows as a
+// change of a page that the command did not name.
 
 #include <cpuid.h>
 #include <errno.h>
@@ -87,7 +87,7 @@ static void make_buffer(void)
     buffer = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (buffer == MAP_FAILED)
         die("no memory for the buffer");
-    // Pages that move would be no DMA's fault.
+    // A page that the kernel moves would look like the result of a DMA.
     if (mlock(buffer, PAGES * PAGE))
         die("cannot lock the buffer");
     for (unsigned i = 0; i < PAGES; i++)
@@ -126,9 +126,9 @@ static struct vfio_region_info region(unsigned index)
     return info;
 }
 
-// Registers may be trapped by a VMM. A processor that is emulated and virtualizes takes the last exception within a
-// guest for one that is being delivered, up to the guest's next exit, and KVM gives up where it is to do an access
-// meanwhile. So no page fault comes before an access: it is the kernel's, and behind an instruction that exits.
+// A VMM may trap accesses to registers. An emulated processor that virtualizes treats the last exception within a
+// guest as one that is being delivered, until the guest's next exit; KVM fails if it has to emulate an access meanwhile.
+// So no page fault may come right before an access: the kernel makes the access, behind an instruction that exits.
 static void leave_guest(void)
 {
     unsigned a, b, c, d;
@@ -177,7 +177,7 @@ static void open_device(void)
         die("the device says %08x, which is no edu", load32(0));
 }
 
-/* What this does in the kernel (detaching, with interrupts off) is over when it returns. */
+/* The kernel's part (detaching, with interrupts off) is over when this returns. */
 static void close_vfio(void)
 {
     close(device);
@@ -242,7 +242,7 @@ static void dma(uint64_t from, uint64_t to, uint64_t direction)
     }
 }
 
-// Tells VFIO what is to happen to the device's one interrupt of a kind; with an event if 'event' is not -1.
+// Sets up the device's one interrupt of a kind through VFIO; with an event if 'event' is not -1.
 static int set_irq(uint32_t kind, uint32_t flags, uint32_t count, int event)
 {
     struct {
@@ -257,7 +257,7 @@ static int set_irq(uint32_t kind, uint32_t flags, uint32_t count, int event)
     return ioctl(device, VFIO_DEVICE_SET_IRQS, &request);
 }
 
-// Waits for an interrupt, which must have this cause, and lets the next one come.
+// Waits for an interrupt, checks that it has this cause, and enables the next one.
 static void take_irq(int event, uint32_t kind, uint32_t cause)
 {
     struct pollfd wait = { .fd = event, .events = POLLIN };
@@ -290,7 +290,7 @@ static void irq(const char *name, unsigned count)
         take_irq(event, kind, 1);
         if (load32(0x08) != 120)
             die("5! is %u", load32(0x08));
-        // No bytes to its own memory: a DMA that needs no mapping.
+        // A DMA of no bytes to the device's own memory needs no mapping.
         store64(0x80, EDU_BUFFER);
         store64(0x88, 0);
         store64(0x90, 0);
@@ -328,13 +328,13 @@ static void copy(uint64_t from, uint64_t to)
         if (memcmp(buffer + i * PAGE, before + i * PAGE, PAGE)) {
             printf("c %u %s\n", i, source_of(i));
             changed++;
-            // Distinct again.
+            // Make the page's contents distinct again.
             fill_page(i);
         }
     printf("ok %u changed\n", changed);
 }
 
-// Where a page of the buffer is in memory.
+// Prints the guest-physical address of a page of the buffer.
 static void print_page(unsigned index)
 {
     int pagemap = open("/proc/self/pagemap", O_RDONLY);

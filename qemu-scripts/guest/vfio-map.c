@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //
-// Makes and removes DMA mappings through VFIO type1, at random, and says what is left.
+// Makes and removes DMA mappings through VFIO type1, at random, and prints those that are left.
 //
-// The stock virtio-iommu driver turns every one of them into MAP and UNMAP requests. All choices come
-// from one seed. What the program believes to be mapped is printed by `dump` as pages of a buffer
+// The stock virtio-iommu driver turns every mapping into MAP and UNMAP requests. All choices come
+// from one seed. `dump` prints the mappings that the program has: pages of a buffer
 // (with the guest-physical address of each) and ranges of IOVAs that point into it.
 
 #include <errno.h>
@@ -190,7 +190,7 @@ static void open_vfio(char **devices, int count)
     }
 }
 
-/* What this does in the kernel (detaching, with interrupts off) is over when it returns. */
+/* The kernel's part (detaching, with interrupts off) is over when this returns. */
 static void close_vfio(void)
 {
     while (group_count)
@@ -225,7 +225,7 @@ static void add_window(uint64_t first)
     uint64_t last = first + WINDOW_PAGES * PAGE - 1;
     if (first % PAGE || last < first || window_count == MAX_WINDOWS)
         return;
-    // type1 of older kernels loses count at the very end of a 64-bit space.
+    // type1 of older kernels miscalculates at the very end of a 64-bit space.
     if (last > UINT64_MAX - 16 * PAGE)
         return;
     int inside = 0;
@@ -237,7 +237,7 @@ static void add_window(uint64_t first)
         windows[window_count++].first = first;
 }
 
-// At both ends of every range, where reserved regions begin, and anywhere else.
+// Places windows at both ends of every range, where reserved regions begin, and at random.
 static void make_windows(void)
 {
     const uint64_t size = WINDOW_PAGES * PAGE;
@@ -251,7 +251,7 @@ static void make_windows(void)
     for (unsigned tries = 0; tries < 1000 && window_count < MAX_WINDOWS; tries++) {
         struct vfio_iova_range *range = &ranges[below(range_count)];
         uint64_t length = range->end - range->start;
-        // Any magnitude equally likely: low addresses as well as high ones.
+        // Every magnitude is equally likely, so that low addresses occur as well as high ones.
         unsigned bits = 24 + below(40);
         uint64_t offset = next_random() & ((1ull << bits) - 1);
         if (length < size || offset > length - size)
@@ -384,7 +384,7 @@ static void map_random(void)
     die("no free IOVA found");
 }
 
-// One mapping, or now and then all that lie in a stretch, gaps included.
+// Unmaps one mapping, or now and then all mappings of a range, gaps included.
 static unsigned unmap_random(void)
 {
     struct mapping *start = &slots[live[below(live_count)]];
@@ -472,7 +472,7 @@ static void map_single(uint32_t source)
     die("no free IOVA found");
 }
 
-// Takes memory until a page of it lies in first..=last; all other pages are given back.
+// Allocates memory until a page of it lies in first..=last; frees all other pages.
 static void hot(uint64_t first, uint64_t last)
 {
     enum { CHUNKS = 4096, CHUNK = 1 << 20 };

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# A private APT root inside the cache: resolves and downloads Debian packages of a release that need not be
+# A private APT root inside the cache. It resolves and downloads Debian packages of a release that may differ from
 # the host's, checks their signatures, and never touches the host's own package state. Needs no root.
 
 APT_SUITES="trixie trixie-backports"
@@ -21,8 +21,8 @@ apt_mirror() {
     printf '%s\n' "${found%/}"
 }
 
-# Writes the configuration, exports APT_CONFIG and sets APT_MIRROR. No network. A missing mirror is no error here: a
-# warm cache does not need one.
+# apt_open: writes the configuration, exports APT_CONFIG and sets APT_MIRROR. Does not use the network. A missing mirror
+# is no error here: a warm cache does not need one.
 apt_open() {
     local tool root=$CACHE/apt suite
     [ "$(uname -m)" = x86_64 ] || die "the test guests are x86-64 only; this machine is $(uname -m)"
@@ -38,7 +38,7 @@ apt_open() {
         echo "deb [arch=amd64 signed-by=$APT_KEYRING] $APT_MIRROR $suite main"
     done | write_file "$root/etc/sources.list"
     {
-        # Of the host's settings only the way to the network is taken over. Its hooks are not: they expect root.
+        # Take over only the host's proxy settings. The host's hooks expect root.
         env -u APT_CONFIG apt-config dump Acquire::http
         env -u APT_CONFIG apt-config dump Acquire::https
         cat <<CONF
@@ -88,19 +88,20 @@ apt_lists_ready() {
     cmp -s "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated" 2>/dev/null || apt_update
 }
 
-# apt_retry COMMAND...: packages move in the archive, so one failure may only mean that our lists are old.
+# apt_retry COMMAND...: runs the command; if it fails, fetches new package lists and runs it once more. The archive
+# replaces packages, so a failure may only mean that the lists are old.
 apt_retry() {
     local log=$CACHE/apt/log/fetch
     apt_lists_ready
     "$@" >"$log" 2>&1 && return
-    say "that failed; trying again with fresh package lists ..."
+    say "the download failed; trying again with new package lists ..."
     apt_update
     "$@" >"$log" 2>&1 && return
     sed 's/^/    /' "$log" >&2
     die "cannot download packages (output above)"
 }
 
-# apt_closure DIR SUITE PACKAGE...: the packages and all they depend on, as DIR/*.deb.
+# apt_closure DIR SUITE PACKAGE...: downloads the packages and their dependencies as DIR/*.deb.
 apt_closure() {
     local dir=$1 suite=$2
     shift 2
@@ -109,7 +110,7 @@ apt_closure() {
     rm -rf "$dir/partial" "$dir/lock"
 }
 
-# apt_exactly DIR PACKAGE...: these packages alone, as DIR/*.deb.
+# apt_exactly DIR PACKAGE...: downloads these packages without dependencies as DIR/*.deb.
 apt_exactly() {
     local dir=$1
     shift
@@ -117,7 +118,7 @@ apt_exactly() {
     apt_retry env -C "$dir" apt-get download "$@"
 }
 
-# apt_versions DIR: one line 'package version' for each DIR/*.deb.
+# apt_versions DIR: prints a line 'package version' for each DIR/*.deb.
 apt_versions() {
     local deb
     for deb in "$1"/*.deb; do
@@ -126,7 +127,8 @@ apt_versions() {
     done
 }
 
-# apt_sysroot TARGET SUITE PACKAGE...: packages and dependencies unpacked below TARGET, with TARGET/versions.
+# apt_sysroot TARGET SUITE PACKAGE...: unpacks the packages and their dependencies below TARGET, and writes
+# TARGET/versions.
 apt_sysroot() {
     local target=$1 suite=$2 stage deb link
     shift 2
@@ -145,9 +147,9 @@ apt_sysroot() {
     publish "$stage" "$target"
 }
 
-# in_sysroot_wrapper SYSROOT PROGRAM [SETTINGS [ARGUMENTS]]: on standard output, a script that runs SYSROOT's
-# PROGRAM in place with SYSROOT's own loader and libraries, whatever the host's are. Debian's sh would drop
-# variables with a '-' in their name, which Cargo uses; bash keeps them.
+# in_sysroot_wrapper SYSROOT PROGRAM [SETTINGS [ARGUMENTS]]: prints a script that runs SYSROOT's PROGRAM in place with
+# SYSROOT's own loader and libraries. Not a script for Debian's sh, which would drop variables with a '-' in their
+# name; Cargo uses such variables, and bash keeps them.
 in_sysroot_wrapper() {
     cat <<WRAPPER
 #!/bin/bash
@@ -157,7 +159,7 @@ exec \$S/lib64/ld-linux-x86-64.so.2 --argv0 "\$0" --library-path \$S/usr/lib/x86
 WRAPPER
 }
 
-# install_wrapper NAME: standard input, executable, as CACHE/bin/NAME.
+# install_wrapper NAME: writes standard input to the executable file CACHE/bin/NAME.
 install_wrapper() {
     mkdir -p "$CACHE/bin"
     cat >"$CACHE/bin/$1.tmp.$$"

@@ -1,22 +1,22 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# shellcheck disable=SC2034 # some names are for those that source this
+# shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# A clean Debian with systemd as a disk for a machine to boot from: what every Debian has (the essential packages),
-# systemd and udev, installed by dpkg itself in a machine of its own. Needs no root.
+# Makes a disk with a clean Debian and systemd for a machine to boot from: the packages of every Debian (the essential
+# ones), systemd and udev, installed by dpkg itself in a machine of its own. Needs no root.
 
 DEBIAN_ROOT_SUITE=trixie
 DEBIAN_ROOT_SIZE=768M
-# The essential packages, and those that make a system of them.
+# The essential packages, and systemd and udev, which make a bootable system of them.
 DEBIAN_ROOT_PACKAGES="base-files base-passwd bash bsdutils coreutils dash debianutils diffutils dpkg findutils grep
 gzip hostname init-system-helpers libc-bin login ncurses-base ncurses-bin perl-base sed sysvinit-utils tar util-linux
 systemd-sysv udev"
-# For dpkg's work under emulation; a minute where nothing else is going on.
+# Seconds for dpkg's work under emulation, which takes a minute on an idle machine.
 DEBIAN_ROOT_LIMIT=900
 
-# debian_root_there: sets DEBIAN_ROOT, the directory with the disk; false where it has not been made yet.
+# debian_root_there: sets DEBIAN_ROOT, the directory with the disk; false if the disk has not been made yet.
 debian_root_there() {
-    # Not of the archive's newest versions: what is there is used, without asking the network.
+    # The key leaves out the archive's newest versions: a disk that exists is used without the network.
     DEBIAN_ROOT=$CACHE/debian/$({
         echo "$DEBIAN_ROOT_SUITE $DEBIAN_ROOT_SIZE $DEBIAN_ROOT_PACKAGES"
         declare -f debian_root_stage debian_root_install
@@ -25,7 +25,8 @@ debian_root_there() {
     [ -e "$DEBIAN_ROOT/versions" ]
 }
 
-# debian_root_ready KERNEL INITRAMFS: the same, and makes it with this kernel and its initramfs for disks.
+# debian_root_ready KERNEL INITRAMFS: the same, but makes the disk, with this kernel and its initramfs for disks, if it
+# is missing.
 debian_root_ready() {
     local stage
     ! debian_root_there || return 0
@@ -41,7 +42,7 @@ debian_root_ready() {
     publish "$stage" "$DEBIAN_ROOT"
 }
 
-# debian_root_stage STAGE: the packages of STAGE/debs unpacked on the file system STAGE/disk, themselves beside them.
+# debian_root_stage STAGE: makes the file system STAGE/disk with the packages of STAGE/debs, unpacked and as files.
 debian_root_stage() {
     local stage=$1 root=$1/root deb link sysroot=$CACHE/sysroot/storage
     mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/{dev,proc,sys,run,tmp,debs} "$root/var/lib/dpkg/info"
@@ -59,7 +60,7 @@ debian_root_stage() {
         die "cannot make the file system of a minimal Debian (output above)"
 }
 
-# debian_root_install STAGE KERNEL INITRAMFS: dpkg installs what is unpacked on STAGE/disk.
+# debian_root_install STAGE KERNEL INITRAMFS: boots a machine in which dpkg installs the packages on STAGE/disk.
 debian_root_install() {
     local stage=$1
     debian_initramfs "$3" "$SCRIPTS/debian/install" "$stage"
@@ -74,7 +75,7 @@ debian_root_install() {
     fi
 }
 
-# debian_initramfs INITRAMFS INIT STAGE: STAGE/initramfs is INITRAMFS with INIT as its first program.
+# debian_initramfs INITRAMFS INIT STAGE: makes STAGE/initramfs: INITRAMFS with INIT as its first program.
 debian_initramfs() {
     mkdir -p "$3/init"
     cp "$2" "$3/init/init"

@@ -1,22 +1,23 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# A guest that a script talks to. Who sources this defines give_up WHY, which ends the script, and has VIOMMU_QEMU.
+# Boots a guest that a script controls. The sourcing script must define give_up REASON, which ends the script, and set
+# VIOMMU_QEMU.
 
 BOOT_LIMIT=180 ANSWER_LIMIT=120
-# Seconds after which a guest that is silent is told its command once more.
+# Seconds after which a silent guest gets its command again.
 NUDGE=15
-# Of the last command.
+# The number of the last command.
 guest_number=0
 
-# guest_start DIR KERNEL INITRAMFS APPEND QEMU-ARGUMENT...: boots it, and returns when it obeys. Sets qemu, to_guest
-# and from_guest. Its logs are in DIR.
+# guest_start DIR KERNEL INITRAMFS APPEND QEMU-ARGUMENT...: boots a guest, and returns when it accepts commands. Sets
+# qemu, to_guest and from_guest. Logs go to DIR.
 guest_start() {
     local dir=$1 image=$2 initramfs=$3 append=$4 begun=$SECONDS line
     shift 4
     rm -f "$dir"/agent.{in,out}
     mkfifo "$dir/agent.in" "$dir/agent.out"
-    # Both ways, so that no open waits for the other side.
+    # Opened for both directions, so that no open waits for the other side.
     exec {to_guest}<>"$dir/agent.in" {from_guest}<>"$dir/agent.out"
     "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none -accel tcg -cpu max "$@" \
         -chardev "file,id=console,path=$dir/console.log" -serial chardev:console \
@@ -33,14 +34,14 @@ guest_start() {
     done
 }
 
-# guest_send COMMAND: with its number and its length, by which the guest sees that it has heard all of it; see
+# guest_send COMMAND: sends the command with its number and its length, so that the guest detects lost characters; see
 # guest/init.
 guest_send() {
     local LC_ALL=C numbered="$guest_number $1"
     printf '%d %s\n' ${#numbered} "$numbered" >&"$to_guest"
 }
 
-# guest_end: powers it off and waits for QEMU.
+# guest_end: powers the guest off and waits for QEMU.
 guest_end() {
     local command="poweroff -f"
     guest_number=$((guest_number + 1))
@@ -55,7 +56,7 @@ guest_end() {
     exec {to_guest}>&- {from_guest}>&-
 }
 
-# guest COMMAND: runs it in the guest. Its output is in ANSWER; false where it fails.
+# guest COMMAND: runs the command in the guest and sets ANSWER to its output; false if the command fails.
 guest() {
     local line part= begun=$SECONDS
     ANSWER=
@@ -64,7 +65,7 @@ guest() {
     while [ $((SECONDS - begun)) -lt $ANSWER_LIMIT ]; do
         if ! IFS= read -r -t $NUDGE line <&"$from_guest"; then
             part+=$line
-            # The end of what it may have heard of it, and all of it.
+            # End the line of which the guest may have received a part, and send the command again.
             echo >&"$to_guest"
             guest_send "$1"
             continue
@@ -76,25 +77,25 @@ guest() {
         '= garbled') guest_send "$1" ;;
         "= $guest_number 0") return 0 ;;
         "= $guest_number "*) return 1 ;;
-        # To a command that was answered before.
+        # The answer to an earlier command.
         '= '*) ANSWER= ;;
         esac
     done
     give_up "the guest does not answer '$1'"
 }
 
-# must_guest COMMAND: the same, and the end where it fails.
+# must_guest COMMAND: the same, but ends the script if the command fails.
 must_guest() {
     guest "$1" || give_up "'$1' failed in the guest: $ANSWER"
 }
 
-# guest_disk: loads the drivers of an NVMe disk, and waits for it.
+# guest_disk: loads the drivers of an NVMe disk, and waits for the disk.
 guest_disk() {
     must_guest "load-storage"
     must_guest "for _ in \$(seq 100); do [ -e /dev/nvme0n1 ] && break; sleep 0.1; done; [ -e /dev/nvme0n1 ]"
 }
 
-# await SECONDS COMMAND...: until it succeeds.
+# await SECONDS COMMAND...: repeats the command until it succeeds; false after SECONDS.
 await() {
     local end=$((SECONDS + $1))
     shift
@@ -104,7 +105,7 @@ await() {
     done
 }
 
-# gone PID
+# gone PID: whether the process has ended.
 gone() {
     ! kill -0 "$1" 2>/dev/null
 }

@@ -1,18 +1,19 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# shellcheck disable=SC2034 # some names are for those that source this
+# shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# The kernel of the L1 machine, built from Debian's kernel source with l1/kernel.config: stock kernels have no
-# iommufd. Of the machine it uses the C compiler and its binutils, everything else is Debian's, run in place.
+# Builds the kernel of the L1 machine from Debian's kernel source with l1/kernel.config: stock kernels have no
+# iommufd. Uses the machine's C compiler and binutils; all other tools are Debian's, run in place.
 
 HOST_KERNEL_TOOLS="flex bison m4 bc make xz-utils"
 
-# host_kernel_source: the newest kernel source package the archive has, iommufd as it is here begins with 7.
+# host_kernel_source: prints the newest kernel source package in the archive. Kernels before 7 lack parts of iommufd
+# that the tests use.
 host_kernel_source() {
     apt-cache pkgnames linux-source- | grep -xE 'linux-source-([7-9]|[1-9][0-9])\.[0-9]+' | sort -V | tail -n 1
 }
 
-# host_kernel_config TREE OUT MAKE...: OUT/.config from l1/kernel.config, all of it and nothing else.
+# host_kernel_config TREE OUT MAKE...: makes OUT/.config from l1/kernel.config, with every line of it and nothing else.
 host_kernel_config() {
     local tree=$1 out=$2 lost
     shift 2
@@ -22,7 +23,7 @@ host_kernel_config() {
     [ -z "$lost" ] || die "this kernel does not take these lines of qemu-scripts/l1/kernel.config: $lost"
 }
 
-# host_kernel_build DEBS STAGE: STAGE/{vmlinuz,config,release} from the source package in DEBS.
+# host_kernel_build DEBS STAGE: builds STAGE/{vmlinuz,config,release} from the source package in DEBS.
 host_kernel_build() {
     local debs=$1 stage=$2 sysroot=$CACHE/sysroot/kernel-tools tree begun next pid name
     local bin=$stage/bin out=$stage/out
@@ -35,9 +36,9 @@ host_kernel_build() {
     dpkg-deb -x "$debs"/linux-source-*.deb "$stage/source"
     "$bin/xz" -dc "$stage"/source/usr/src/linux-source-*.tar.xz | tar -C "$stage/source" -x
     tree=$(find "$stage/source" -mindepth 1 -maxdepth 1 -type d -name 'linux-source-*')
-    # Without objtool, as on 32 bits: it would need libelf, and nothing that is on needs it.
+    # Build without objtool, as on 32 bits: it needs libelf, and no enabled option needs objtool.
     sed -i '/select HAVE_OBJTOOL[[:space:]]/d' "$tree/arch/x86/Kconfig"
-    # The same bits on every machine.
+    # These settings make the build the same on every machine.
     local make=(env "PATH=$bin:$PATH" KBUILD_BUILD_TIMESTAMP=1970-01-01 KBUILD_BUILD_USER=viommu
         KBUILD_BUILD_HOST=viommu "$bin/make" CC=cc HOSTCC=cc)
     host_kernel_config "$tree" "$out" "${make[@]}"
@@ -59,15 +60,15 @@ host_kernel_build() {
     cp "$out/arch/x86/boot/bzImage" "$stage/vmlinuz"
     cp "$out/.config" "$stage/config"
     cp "$out/include/config/kernel.release" "$stage/release"
-    # Made like a stock kernel's directory, so that initramfs() takes it too.
+    # The directory has the form of a stock kernel's, so that initramfs() accepts it.
     mkdir "$stage/modules"
     : >"$stage/modules/load-order"
     rm -rf "$stage/source" "$out" "$bin"
 }
 
-# host_kernel_there: sets HOST_KERNEL_DIR; false where it has not been built yet.
+# host_kernel_there: sets HOST_KERNEL_DIR; false if the kernel has not been built yet.
 host_kernel_there() {
-    # Not of the archive's newest version: what is there is used, without asking the network.
+    # The key leaves out the archive's newest version: a kernel that exists is used without the network.
     HOST_KERNEL_DIR=$CACHE/kernels/l1-$({
         grep '^CONFIG_' "$SCRIPTS/l1/kernel.config"
         declare -f host_kernel_build host_kernel_config
@@ -75,12 +76,12 @@ host_kernel_there() {
     [ -e "$HOST_KERNEL_DIR/versions" ]
 }
 
-# host_kernel_ready: the same, and builds it.
+# host_kernel_ready: the same, but builds the kernel if it is missing.
 host_kernel_ready() {
     local package debs stage
     ! host_kernel_there || return 0
     if [ ! -e "$CACHE/sysroot/kernel-tools/versions" ]; then
-        say "downloading what compiles a kernel (about 10 MB) ..."
+        say "downloading the tools that compile a kernel (about 10 MB) ..."
         # shellcheck disable=SC2086 # a list
         apt_sysroot "$CACHE/sysroot/kernel-tools" trixie $HOST_KERNEL_TOOLS
     fi
@@ -88,7 +89,7 @@ host_kernel_ready() {
     if [ ! -e "$debs/complete" ]; then
         apt_lists_ready
         package=$(host_kernel_source)
-        [ -n "$package" ] || die "there is no linux-source-7 or newer in $APT_SUITES: VIOMMU_MIRROR may name a mirror that has"
+        [ -n "$package" ] || die "there is no linux-source-7 or newer in $APT_SUITES: set VIOMMU_MIRROR to a mirror that has one"
         say "downloading $package (about 170 MB) ..."
         rm -rf "$debs"
         apt_exactly "$debs" "$package"

@@ -1,13 +1,12 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Builds the initramfs of a guest (busybox, the kernel's modules, the programs of guest/*.c and guest/init), the
-# same with what a disk needs (more modules, mke2fs, guest/storage), and that of the L1 machine (busybox and
-# l1/init).
+# Builds the initramfs of a guest (busybox, the kernel's modules, the programs of guest/*.c and guest/init), that of a
+# guest with a disk (in addition more modules, mke2fs, guest/storage), and that of the L1 machine (busybox and l1/init).
 
 GUEST_CFLAGS="-std=gnu11 -O2 -Wall -Wextra -static"
 
-# guest_programs DIR OUT: every DIR/*.c as the static program OUT/<name>.
+# guest_programs DIR OUT: compiles every DIR/NAME.c to the static program OUT/NAME.
 guest_programs() {
     local source name
     for source in "$1"/*.c; do
@@ -19,7 +18,7 @@ guest_programs() {
     done
 }
 
-# initramfs KERNEL_DIR: sets INITRAMFS to a guest's file, named after its parts and built unless it is there.
+# initramfs KERNEL_DIR: sets INITRAMFS to a guest's file, whose name has a hash of its parts. Builds a missing one.
 initramfs() {
     local kernel=$1 init=$SCRIPTS/guest/init key stage root release
     [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
@@ -39,8 +38,8 @@ initramfs() {
     initramfs_pack "$stage" "$init"
 }
 
-# storage_initramfs KERNEL_DIR: sets INITRAMFS to the file of a guest with a disk. INITRAMFS was that of a guest
-# with this kernel, and is the first part of it.
+# storage_initramfs KERNEL_DIR: sets INITRAMFS to the file of a guest with a disk. Before the call INITRAMFS must be the
+# file of a guest with this kernel, which is the first part of the new one.
 storage_initramfs() {
     local kernel=$1 base=$INITRAMFS sysroot=$CACHE/sysroot/storage stage root key
     key=$(initramfs_key "$base" "$kernel/storage" "$SCRIPTS/guest/storage" "$sysroot/versions")
@@ -66,8 +65,8 @@ storage_initramfs() {
     rm -rf "$stage"
 }
 
-# guest_e2fsprogs SYSROOT ROOT: SYSROOT's mkfs.ext4 and fsck.ext4 with their libraries in ROOT, as programs of
-# /bin. By these names: under their others, busybox has applets, which its shell prefers.
+# guest_e2fsprogs SYSROOT ROOT: copies SYSROOT's mkfs.ext4 and fsck.ext4 with their libraries to ROOT, as programs of
+# /bin. Their other names are those of busybox applets, which busybox's shell prefers.
 guest_e2fsprogs() {
     local lib=$2/lib/e2fsprogs name loader=$1/lib64/ld-linux-x86-64.so.2 libraries=$1/usr/lib/x86_64-linux-gnu
     cp -L "$loader" "$lib/"
@@ -80,7 +79,7 @@ guest_e2fsprogs() {
     done
 }
 
-# l1_initramfs: sets INITRAMFS to the file of the L1 machine, which goes with every kernel.
+# l1_initramfs: sets INITRAMFS to the file of the L1 machine, which fits every kernel.
 l1_initramfs() {
     local stage
     INITRAMFS=$CACHE/initramfs/l1-$(initramfs_key "$SCRIPTS/l1/init").cpio
@@ -93,23 +92,23 @@ l1_initramfs() {
     initramfs_pack "$stage" "$SCRIPTS/l1/init"
 }
 
-# initramfs_key PART...: the hash of what an initramfs is made of, busybox and this file included.
+# initramfs_key PART...: prints the hash of the parts of an initramfs, busybox and this file included.
 initramfs_key() {
-    # With their names: a program that only changes its name is another one too.
+    # The names count, too: a renamed program changes the initramfs.
     find "$CACHE/bin/busybox" "$@" "${BASH_SOURCE[0]}" -type f -exec sha256sum {} + 2>/dev/null |
         LC_ALL=C sort | sha256_of | cut -c 1-12 || true
 }
 
-# initramfs_pack STAGE INIT: STAGE/root with busybox and the program INIT becomes the file INITRAMFS.
+# initramfs_pack STAGE INIT: adds busybox and the program INIT to STAGE/root, and packs it into the file INITRAMFS.
 initramfs_pack() {
     local stage=$1 init=$2 root=$1/root name
     mkdir -p "$root"/{dev,proc,sys,run,tmp,etc}
     cp "$CACHE/bin/busybox" "$root/bin/busybox"
     "$CACHE/bin/busybox" --list | while read -r name; do
-        # A guest program goes before an applet of its name.
+        # A guest program replaces an applet of its name.
         [ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
     done
-    # `sh` and others are looked for here by habit.
+    # Some programs expect `sh` and others here.
     ln -s bin "$root/sbin"
     cp "$init" "$root/init"
     chmod -R u=rwX,go=rX "$root"
@@ -118,12 +117,12 @@ initramfs_pack() {
     mkdir -p "$CACHE/initramfs"
     mv -f "$stage/initramfs" "$INITRAMFS"
     rm -rf "$stage"
-    # Other trees may be using theirs; what nobody has used for a while goes.
+    # Other trees may use their own files: remove only those that have been unused for a week.
     find "$CACHE/initramfs" -name '*.cpio' -mtime +7 -delete
 }
 
-# cpio_of ROOT: the archive a kernel unpacks; not compressed, as unpacking costs an emulated guest more than
-# loading.
+# cpio_of ROOT: prints ROOT as an archive for the kernel. Not compressed: an emulated guest unpacks more slowly than it
+# loads.
 cpio_of() {
     (cd "$1" && find . | LC_ALL=C sort | "$CACHE/bin/busybox" cpio -o -H newc -R 0:0 2>/dev/null)
 }

@@ -1,20 +1,20 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# shellcheck disable=SC2034 # some names are for those that source this
+# shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# Debian's stock kernels for the guests: the image, and the few modules the guests load.
+# Fetches Debian's stock kernels for the guests: the image, and the few modules that the guests load.
 
 KERNELS_DEFAULT="stable newest"
-# Loaded in this order, each behind the modules it depends on. One that is built in or unknown to a kernel
-# is left out.
+# The guest loads these modules in this order, each behind its dependencies. A module that is built in or unknown to a
+# kernel is left out.
 KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
-# The same for guests with an NVMe disk and ext4 on it, loaded when they ask for it (guest/storage/load-storage).
+# The same for guests with an NVMe disk and ext4; guest/storage/load-storage loads them.
 STORAGE_MODULES="crc32c_generic nvme ext4"
-# Without any of these in its configuration, a kernel cannot be our guest.
+# A kernel whose configuration lacks one of these options cannot be a guest.
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
-# kernel_releases: the releases the archive has whole, oldest first. The newer ones are split into packages,
-# and of those that have been replaced some linger without the others.
+# kernel_releases: prints the releases that are complete in the archive, oldest first. Newer kernels are split into
+# packages; of a kernel that has been replaced, single packages may remain.
 kernel_releases() {
     apt-cache pkgnames linux- | sed -nE 's/^linux-(image|binary|modules|base)-([0-9].*)-amd64$/\1 \2/p' |
         awk '{ has[$1, $2] = 1; seen[$2] = 1 }
@@ -25,20 +25,20 @@ kernel_releases() {
             }' | grep -vE -- '-(cloud|rt)$' | sort -V
 }
 
-# kernel_packages REQUEST: the packages that hold the kernel, one a line; none when there is no such kernel. REQUEST is 'stable' (Debian 13's),
-# 'newest' (the one in its backports) or the beginning of a version.
+# kernel_packages REQUEST: prints the packages that hold the kernel, one a line; none if there is no such kernel.
+# REQUEST is 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning of a version.
 kernel_packages() {
     local suite releases release
     case $1 in
     stable) suite=trixie ;;
     newest) suite=trixie-backports ;;
     *)
-        # By the names alone: an older kernel's dependencies may be gone, and are not needed.
+        # Selects by name only: an older kernel's dependencies may be gone, and are not needed.
         releases=$(kernel_releases)
         release=$(grep -E "^${1//./\\.}([.+-]|\$)" <<<"$releases" | tail -n 1) || true
         if [ -z "$release" ]; then
             # shellcheck disable=SC2086 # a list
-            say "there is no kernel $1 in $APT_SUITES; there is:" $releases
+            say "there is no kernel $1 in $APT_SUITES; available are:" $releases
             return
         fi
         apt-cache pkgnames linux- |
@@ -50,12 +50,13 @@ kernel_packages() {
         grep -E '^linux-(image|binary|modules|base)-[0-9]' | sed 's/_.*//'
 }
 
-# module_file DIR NAME: the module's file below DIR; kernels spell names with '-' or '_'.
+# module_file DIR NAME: prints the module's file below DIR. Kernels spell names with '-' or '_'.
 module_file() {
     find "$1" -name "${2//[_-]/[_-]}.ko*" | head -n 1
 }
 
-# module_take TREE OUT NAME: NAME and what it needs go to OUT, and to OUT/load-order in order.
+# module_take TREE OUT NAME: copies the module NAME and its dependencies to OUT, and appends them to OUT/load-order in
+# order.
 module_take() {
     local tree=$1 out=$2 file plain needs need
     file=$(module_file "$tree" "$3")
@@ -77,7 +78,7 @@ module_take() {
     echo "$plain" >>"$out/load-order"
 }
 
-# kernel_lacks CONFIG: the first of KERNEL_OPTIONS that the configuration lacks.
+# kernel_lacks CONFIG: prints the first of KERNEL_OPTIONS that the configuration lacks.
 kernel_lacks() {
     local option
     for option in $KERNEL_OPTIONS; do
@@ -88,7 +89,8 @@ kernel_lacks() {
     done
 }
 
-# kernel_unpack DEBS TARGET: TARGET/{vmlinuz,config,release,lacks,modules/,storage/,versions} from the packages in DEBS.
+# kernel_unpack DEBS TARGET: makes TARGET/{vmlinuz,config,release,lacks,modules/,storage/,versions} from the packages in
+# DEBS.
 kernel_unpack() {
     local debs=$1 target=$2 stage tree deb name
     stage=$(new_stage)
@@ -117,12 +119,12 @@ kernel_unpack() {
     publish "$stage" "$target"
 }
 
-# kernel_ready REQUEST: sets KERNEL_DIR; to nothing, with a word about it, when there is no such kernel or it
-# cannot be our guest.
+# kernel_ready REQUEST: sets KERNEL_DIR. Prints a message and sets it to nothing if there is no such kernel, or if it
+# cannot be a guest.
 kernel_ready() {
     local request=$1 dir debs packages
     case $request in
-    *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: name the beginning of a version, 'stable' or 'newest'" ;;
+    *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: give the beginning of a version, 'stable' or 'newest'" ;;
     esac
     KERNEL_DIR=
     dir=$CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# A C compiler of the machine's, and a Rust toolchain new enough for Cargo.toml: the machine's own, else
-# Debian's, run in place from the cache.
+# Finds the machine's C compiler, and a Rust toolchain new enough for Cargo.toml: the machine's own, or else Debian's,
+# run in place from the cache.
 
 RUST_PACKAGES="rustc cargo rustfmt rust-clippy ca-certificates"
 
-# cc_ready [FLAG...]: there is a C compiler that links a program with these flags. Root gets one installed,
-# others are told the command.
-# shellcheck disable=SC2119,SC2120 # its caller with arguments is in another file
+# cc_ready [FLAG...]: makes sure that a C compiler can link a program with these flags. Installs one if the user is
+# root, and otherwise fails with the command.
+# shellcheck disable=SC2119,SC2120 # the caller with arguments is in another file
 cc_ready() {
     local install="apt-get install -y gcc libc6-dev"
     cc_links "$@" && return
@@ -28,7 +28,7 @@ cc_links() {
     return $status
 }
 
-# apt_host_install PACKAGE...: into the system itself; root only.
+# apt_host_install PACKAGE...: installs packages in the system itself; root only.
 apt_host_install() {
     (
         unset APT_CONFIG
@@ -42,7 +42,7 @@ rust_wanted() {
     sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$TREE/Cargo.toml"
 }
 
-# rust_suits: the cargo and rustc on PATH are new enough.
+# rust_suits: whether the cargo and rustc on PATH are new enough.
 rust_suits() {
     local program version
     for program in cargo rustc; do
@@ -51,18 +51,18 @@ rust_suits() {
     done
 }
 
-# rust_wrapper PROGRAM [SETTINGS [ARGUMENTS]]
+# rust_wrapper PROGRAM [SETTINGS [ARGUMENTS]]: installs a wrapper of Debian's PROGRAM in CACHE/rust-bin.
 rust_wrapper() {
     local name=$1
     shift
     in_sysroot_wrapper "$CACHE/sysroot/rust" "/usr/bin/$name" "$@" | install_wrapper "../rust-bin/$name"
 }
 
-# Puts a fitting cargo first on PATH.
+# toolchain_ready: puts a cargo that is new enough first on PATH.
 toolchain_ready() {
     local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings name
     if ! have cargo && [ -x "${CARGO_HOME:-${HOME:-}/.cargo}/bin/cargo" ]; then
-        # rustup's, and this is not a login shell.
+        # rustup sets PATH for login shells only.
         PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
     fi
     if rust_suits; then
@@ -70,7 +70,7 @@ toolchain_ready() {
         cc_ready
         return
     fi
-    # A subshell, and with it the lock ends where the download does.
+    # A subshell, so that the lock ends with the download.
     (
         [ ! -e "$sysroot/versions" ] || exit 0
         cache_lock
@@ -81,7 +81,7 @@ toolchain_ready() {
         apt_sysroot "$sysroot" trixie-backports $RUST_PACKAGES
     )
     mkdir -p "$bin"
-    # A program run through a loader cannot see its own name: each is told where it and its parts are.
+    # A program that runs through a loader cannot find its own path: the wrapper passes the paths of its parts.
     # shellcheck disable=SC2016 # expanded when the wrapper runs
     {
         rust_wrapper rustc '' '--sysroot $S/usr'
@@ -91,7 +91,7 @@ toolchain_ready() {
         rust_wrapper rustfmt
         rust_wrapper cargo-fmt
     }
-    # These two are looked for beside the program that asks for them, and that is the loader.
+    # cargo-clippy and cargo-fmt search these two beside their own program, which is the loader.
     for name in clippy-driver rustfmt; do
         ln -sf "$bin/$name" "$(dirname "$(readlink -f "$sysroot/lib64/ld-linux-x86-64.so.2")")/$name"
     done
@@ -108,7 +108,7 @@ toolchain_ready() {
     cc_ready
 }
 
-# built_program NAME BUILD...: the path of the test or bench that cargo builds. It is built already: this only asks.
+# built_program NAME BUILD...: prints the path of the test or bench that the cargo command BUILD has already built.
 built_program() {
     local name=$1
     shift

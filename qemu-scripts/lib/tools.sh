@@ -1,27 +1,26 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# The programs the guests need on the host: QEMU, iasl and a static busybox, as CACHE/bin/*; and e2fsprogs, for
-# the guests themselves.
+# Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), and e2fsprogs for the guests.
 
 QEMU_OLDEST=10.2
 QEMU_DEVICE=vhost-user-test-device-pci
 
-# qemu_version PROGRAM
+# qemu_version PROGRAM: prints its version.
 qemu_version() {
     "$1" --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p'
 }
 
-# qemu_suits PROGRAM: new enough, and built with the device that carries ours.
+# qemu_suits PROGRAM: whether it is new enough and has the generic vhost-user device.
 qemu_suits() {
     local version
     version=$(qemu_version "$1")
     [ -n "$version" ] && version_at_least "$version" "$QEMU_OLDEST" || return 1
-    # Not a pipe: grep -q would stop reading and QEMU's death by SIGPIPE would count as a failure.
+    # Not a pipe: grep -q would stop reading, and the death of QEMU by SIGPIPE would count as a failure.
     grep -q "\"$QEMU_DEVICE\"" <<<"$("$1" -device help 2>/dev/null)"
 }
 
-# The host's own QEMU when it suits, else the newest of Debian, unpacked beside the system.
+# tools_qemu: takes the host's own QEMU if it is suitable, or else unpacks Debian's newest beside the system.
 tools_qemu() {
     local found sysroot=$CACHE/sysroot/qemu
     found=$(type -P qemu-system-x86_64 || true)
@@ -41,7 +40,7 @@ tools_qemu() {
         install_wrapper qemu-system-x86_64
     QEMU_ORIGIN="Debian's package"
     qemu_suits "$CACHE/bin/qemu-system-x86_64" ||
-        die "QEMU $(qemu_version "$CACHE/bin/qemu-system-x86_64" || true) of trixie-backports has no $QEMU_DEVICE (QEMU $QEMU_OLDEST or newer has): put one on PATH that has, or remove $sysroot to fetch the archive's present one"
+        die "QEMU $(qemu_version "$CACHE/bin/qemu-system-x86_64" || true) of trixie-backports has no $QEMU_DEVICE (QEMU $QEMU_OLDEST or newer has it): put such a QEMU on PATH, or remove $sysroot to fetch the archive's present one"
 }
 
 tools_small() {
@@ -51,11 +50,11 @@ tools_small() {
         apt_sysroot "$sysroot" trixie busybox-static acpica-tools
     fi
     in_sysroot_wrapper "$sysroot" /usr/bin/iasl | install_wrapper iasl
-    # Static: it runs on the host and in the guests alike.
+    # The static busybox runs on the host and in the guests.
     install_wrapper busybox <"$sysroot/usr/bin/busybox"
 }
 
-# What makes file systems in guests: its programs go into the initramfs.
+# tools_storage: fetches the programs that make file systems in guests; they go into the initramfs.
 tools_storage() {
     local sysroot=$CACHE/sysroot/storage
     if [ ! -e "$sysroot/versions" ]; then
@@ -64,7 +63,7 @@ tools_storage() {
     fi
 }
 
-# Fills CACHE/bin and sets QEMU_VERSION.
+# tools_ready: fills CACHE/bin and sets QEMU_VERSION.
 tools_ready() {
     tools_small
     tools_storage

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //
-// Reads or writes a disk at random or in order, past the page cache, with several requests at once, and says
-// how fast that was.
+// Reads or writes a disk at random or in order, past the page cache, with several requests at once, and prints the
+// number of requests and the time.
 
 #define _GNU_SOURCE
 #include <fcntl.h>
