@@ -3,11 +3,11 @@
 #
 # Usage: packaging/deb.sh [--binary PROGRAM] [--output DIR]
 #
-# Makes a Debian package of the program (the release build, which it makes where no other is named), its units,
-# manual pages, completions and examples. Needs dpkg-deb and binutils; no root, and no network beyond cargo's.
-# Prints the package's path.
+# Makes a Debian package of the program, its units, manual pages, completions and examples. Builds the release program
+# unless --binary names one. Needs dpkg-deb and binutils; no root, and no network beyond cargo's. Prints the package's
+# path.
 #
-#   --binary PROGRAM  package this one
+#   --binary PROGRAM  package this program
 #   --output DIR      put the package there; default: target/debian
 
 set -euo pipefail
@@ -46,25 +46,25 @@ if [ -z "$binary" ]; then
     (cd "$TREE" && cargo build --release --locked >&2)
     binary=${CARGO_TARGET_DIR:-$TREE/target}/release/$NAME
 fi
-[ -x "$binary" ] || die "$binary is no program: give --binary one that was built"
+[ -x "$binary" ] || die "$binary is no executable file: give --binary a program that was built"
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$TREE/Cargo.toml" | head -n 1)
 case $(readelf -h "$binary" | sed -n 's/ *Machine: *//p') in
 *X86-64) arch=amd64 ;;
 *AArch64) arch=arm64 ;;
-*) die "$binary is for a machine whose Debian name is not known here" ;;
+*) die "$binary is for a machine that this script does not know: build it for amd64 or arm64" ;;
 esac
-# A pre-release comes before its release.
+# In Debian's order of versions, '~' puts a pre-release before its release.
 version=${version/-/\~}
 
-# The newest symbol versions that the program asks the C library for.
+# The package depends on the newest version of the C library whose symbols the program uses.
 libc=$(readelf -W --version-info "$binary" | grep -oE 'Name: GLIBC_[0-9.]+' | sed 's/.*_//' | sort -V | tail -n 1)
 depends="libc6 (>= ${libc:?the program does not use the C library})"
 for library in $(readelf -d "$binary" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p'); do
     case $library in
     libc.so.6 | libm.so.6 | libdl.so.2 | libpthread.so.0 | librt.so.1 | ld-linux-*) ;;
     libgcc_s.so.1) depends+=", libgcc-s1 (>= 4.2)" ;;
-    *) die "the program needs $library, whose package is not known here: name it in $0" ;;
+    *) die "the program needs $library, and this script does not know its package: add it to $0" ;;
     esac
 done
 depends+=", systemd (>= 252)"
@@ -73,12 +73,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 root=$work/root
 
-# put MODE SOURCE TARGET
+# put MODE SOURCE TARGET: installs a file in the package.
 put() {
     install -D -m "$1" "$2" "$root/$3"
 }
 
-# put_page SOURCE: compressed, without a time, so that the same sources give the same package.
+# put_page SOURCE: installs a manual page, compressed without a time stamp, so that the package is reproducible.
 put_page() {
     local name=${1##*/} section=${1##*.}
     mkdir -p "$root/usr/share/man/man$section"
@@ -125,14 +125,14 @@ Section: admin
 Priority: optional
 Description: virtio-iommu for virtual machines, in a process of its own
  A vhost-user backend for virtio-iommu: one daemon for each virtual machine
- is its IOMMU. It holds the mappings of the guest's devices, emulated in other
- processes or devices of the host, and checks what the guest asks for.
+ is its IOMMU. It holds the mappings of the guest's devices, which other
+ processes emulate or the host passes through, and checks the guest's requests.
 CONTROL
-# Nobody's umask.
+# Set all modes: the builder's umask must not matter.
 chmod -R u=rwX,go=rX "$root"
 mkdir -p "$output"
 package=$output/${NAME}_${version}_$arch.deb
-# A reader of the package cannot tell when it was made.
+# Fixed time stamps make the package reproducible.
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(stat -c %Y "$TREE/Cargo.toml")} \
     dpkg-deb --root-owner-group -Zxz --build "$root" "$package" >/dev/null
 echo "$package"
