@@ -27,7 +27,7 @@ use common::memory::{Memory, Region, memfd};
 use common::ring::{Desc, NEXT, Queue, WRITE};
 use common::rng::Rng;
 use common::wire::{self, OK, RW, TAIL};
-use parking_lot::Mutex;
+
 use serde_json::json;
 use tempfile::TempDir;
 use vhost_device_iommu::args::RunArgs;
@@ -38,6 +38,7 @@ use vhost_device_iommu::device::{Device, WorkerSettings};
 use vhost_device_iommu::endpoints::emulated::{EmulatedSide, Refusals};
 use vhost_device_iommu::endpoints::hotplug::Hotplug;
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
 use vhost_device_iommu::process::socket::Access;
 use vhost_device_iommu::transport::vhost_user::backend::VhostUserDevice;
@@ -98,7 +99,7 @@ fn device_alone() -> (f64, f64) {
         max_batch: 64,
         realtime: None,
     };
-    let core = Arc::new(Mutex::new(core()));
+    let core = Arc::new(Mutex::new(Rank::Core, core()));
     let device = Device::new(core.clone(), metrics.clone(), worker).expect("a device");
     let device = Arc::new(device);
     let backend = VhostUserDevice::new(device.clone());

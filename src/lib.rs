@@ -38,6 +38,7 @@ pub mod host;
 pub mod ids;
 #[cfg(feature = "daemon")]
 pub mod iommu;
+pub mod locks;
 #[cfg(feature = "daemon")]
 pub mod logging;
 #[cfg(feature = "daemon")]

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules everybody may import.
-const EVERYBODY: [&str; 4] = ["address", "ids", "logging", "metrics"];
+const EVERYBODY: [&str; 5] = ["address", "ids", "locks", "logging", "metrics"];
 
 /// What each module may import besides, from the top down: a module imports only modules below it.
 const ALLOWED: &[(&str, &[&str])] = &[
@@ -56,6 +56,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("topology", &[]),
     ("args", &[]),
     ("logging", &[]),
+    ("locks", &[]),
     ("metrics", &[]),
     ("address", &[]),
     ("ids", &[]),
@@ -205,4 +206,32 @@ fn threads_of_the_daemon_are_made_by_the_sandbox() {
         }
     }
     assert!(wrong.is_empty(), "use sandbox::spawn in {wrong:?}");
+}
+
+/// A lock without a rank would be outside the order that `locks` checks.
+#[test]
+fn every_lock_has_a_rank() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    let mut wrong = Vec::new();
+    for file in files {
+        let below = file.strip_prefix(&src).expect("below src");
+        // The last two are compiled for tests alone.
+        let exempt = ["locks", "backends/recorder.rs", "vfio/fake.rs"];
+        if exempt.iter().any(|path| below.starts_with(path)) {
+            continue;
+        }
+        let text = fs::read_to_string(&file).expect("a source file");
+        let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or("");
+        let unranked = |line: &&str| {
+            line.contains("parking_lot")
+                || (line.contains("std::sync::")
+                    && (line.contains("Mutex") || line.contains("RwLock")))
+        };
+        if code.lines().any(|line| unranked(&line)) {
+            wrong.push(below.display().to_string());
+        }
+    }
+    assert!(wrong.is_empty(), "use locks::Mutex in {wrong:?}");
 }

@@ -25,7 +25,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::warn;
-use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::backends::vfio_user::Watch;
@@ -34,6 +33,7 @@ use crate::endpoints::hotplug::Hotplug;
 use crate::export::ServerStatus;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
+use crate::locks::{Mutex, Rank};
 use crate::metrics::{Counter, Metrics};
 use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
@@ -152,7 +152,7 @@ impl ControlServer {
     pub fn start(places: &Places, subjects: Subjects) -> io::Result<Self> {
         let stop = Arc::new(Stop {
             event: EventFd::new(EFD_CLOEXEC)?,
-            client: Mutex::new(None),
+            client: Mutex::new(Rank::ControlClient, None),
         });
         let pulse = Arc::new(Pulse::new("the control socket")?);
         let mut server = Server {

@@ -9,7 +9,6 @@ use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::config::{Config, Socket, SocketAccess};
@@ -22,6 +21,7 @@ use crate::endpoints::passthrough::{HostSide, HostSideError};
 use crate::endpoints::shadow::{self, ShadowSideError};
 use crate::info_limited;
 use crate::iommu::{Iommu, Settings};
+use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
 use crate::process::realtime::{Realtime, RealtimeError};
@@ -129,7 +129,7 @@ impl Daemon {
                 .add_backend(backend, &[endpoint])
                 .map_err(DaemonError::Backend)?;
         }
-        let iommu = Arc::new(Mutex::new(iommu));
+        let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
         let worker = WorkerSettings {
             longest_poll: config.longest_poll,
             max_batch: config.max_batch,

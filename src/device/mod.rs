@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestMemoryMmap;
@@ -34,6 +33,7 @@ use crate::device::guest_memory::{check_regions, slots};
 use crate::error_limited;
 use crate::faults::log::FaultLog;
 use crate::iommu::{Fault, Iommu};
+use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::process::realtime::Realtime;
 use crate::process::watchdog::Pulse;
@@ -139,10 +139,10 @@ impl Device {
             (config, iommu.bypass())
         };
         Ok(Self {
-            requests: Mutex::default(),
-            events: Mutex::new(None),
+            requests: Mutex::new(Rank::RequestQueue, Requests::default()),
+            events: Mutex::new(Rank::EventQueue, None),
             iommu,
-            memory: Mutex::new(None),
+            memory: Mutex::new(Rank::GuestMemory, None),
             config,
             bypass: AtomicBool::new(bypass),
             features: AtomicU64::new(0),
@@ -150,7 +150,7 @@ impl Device {
             announced: AtomicBool::new(false),
             shutdown: AtomicBool::new(false),
             memory_changes: AtomicU64::new(0),
-            polling: Mutex::new(Polling::new(worker.longest_poll)),
+            polling: Mutex::new(Rank::Polling, Polling::new(worker.longest_poll)),
             realtime: worker.realtime,
             ordinary: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,

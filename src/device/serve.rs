@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use log::debug;
-use parking_lot::MutexGuard;
+
 use vm_memory::GuestMemoryMmap;
 
 use super::polling::{Look, Polling};
@@ -13,6 +13,7 @@ use super::resume::{Restart, RingState};
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
 use super::{Device, Requests};
+use crate::locks::MutexGuard;
 use crate::process::realtime::Realtime;
 use crate::{info_limited, warn_limited};
 

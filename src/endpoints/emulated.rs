@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use log::info;
-use parking_lot::Mutex;
 
 use crate::address::Access;
 use crate::backends::DmaBackend;
@@ -17,6 +16,7 @@ use crate::config::{self, Emulated};
 use crate::faults::queue::{Budgets, FaultDelivery, FaultQueue};
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason};
+use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::process::sandbox::Role;
 use crate::process::socket::{SocketFile, bind};
@@ -93,7 +93,7 @@ impl Refusals {
     pub fn new(metrics: Arc<Metrics>, rate: u32) -> Self {
         Self {
             queue: Arc::default(),
-            budgets: Mutex::new(Budgets::new(rate)),
+            budgets: Mutex::new(Rank::FaultBudgets, Budgets::new(rate)),
             metrics,
         }
     }

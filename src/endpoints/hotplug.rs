@@ -6,7 +6,6 @@ use std::io;
 use std::sync::Arc;
 
 use log::info;
-use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::backends::DmaBackend;
@@ -20,6 +19,7 @@ use crate::export::{DeviceServer, ServerStatus};
 use crate::faults::queue::FaultDelivery;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
+use crate::locks::{Mutex, Rank};
 use crate::process::socket::SocketFile;
 use crate::topology::{GroupName, NoSuchEndpoints, PciAddress, PciRange, ReservedRegions};
 
@@ -132,9 +132,12 @@ impl Hotplug {
             iommu,
             device,
             refusals,
-            config: Mutex::new(config.clone()),
-            parts: Mutex::new(parts),
-            files: Arc::new(Mutex::new(emulated.files.into_iter().collect())),
+            config: Mutex::new(Rank::HotplugConfig, config.clone()),
+            parts: Mutex::new(Rank::HotplugParts, parts),
+            files: Arc::new(Mutex::new(
+                Rank::SocketFiles,
+                emulated.files.into_iter().collect(),
+            )),
         };
         if !config.emulated.is_empty() {
             hotplug.deliver_faults()?;

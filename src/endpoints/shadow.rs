@@ -6,7 +6,6 @@ use std::io;
 use std::sync::Arc;
 
 use log::info;
-use parking_lot::Mutex;
 use thiserror::Error;
 
 use crate::backends::shadow::Shadow;
@@ -14,6 +13,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::ids::EndpointId;
 use crate::iommu::{Fault, FaultReason, Iommu};
+use crate::locks::Mutex;
 use crate::shadow::{
     Limits, RefusedAccess, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket,
 };

@@ -3,10 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
 
-use parking_lot::Mutex;
-
 use crate::ids::EndpointId;
 use crate::iommu::Fault;
+use crate::locks::{Mutex, Rank};
 
 /// The most faults that are remembered one by one; the oldest is forgotten first.
 pub const MAX_RECENT: usize = 256;
@@ -36,9 +35,17 @@ pub struct OfEndpoint {
 }
 
 /// What is remembered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FaultLog {
     state: Mutex<State>,
+}
+
+impl Default for FaultLog {
+    fn default() -> Self {
+        Self {
+            state: Mutex::new(Rank::FaultLog, State::default()),
+        }
+    }
 }
 
 #[derive(Debug, Default)]

@@ -10,9 +10,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::warn;
-use parking_lot::{Condvar, Mutex};
 
 use crate::ids::EndpointId;
+use crate::locks::{Condvar, Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 
 /// The most that wait; what comes then is not taken.
@@ -40,10 +40,13 @@ impl<T> FaultQueue<T> {
     /// An empty queue.
     pub fn new() -> Self {
         Self {
-            state: Mutex::new(State {
-                waiting: VecDeque::new(),
-                ended: false,
-            }),
+            state: Mutex::new(
+                Rank::FaultQueue,
+                State {
+                    waiting: VecDeque::new(),
+                    ended: false,
+                },
+            ),
             changed: Condvar::new(),
         }
     }

@@ -4,7 +4,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use log::Level;
-use parking_lot::Mutex;
+
+use crate::locks::{Mutex, Rank};
 
 /// Messages a limiter lets through at once.
 const BURST: u32 = 10;
@@ -34,11 +35,14 @@ impl LogLimit {
     /// A limiter that lets a burst of 10 messages through, then one every 5 seconds.
     pub const fn new() -> Self {
         Self {
-            state: Mutex::new(State {
-                tokens: BURST,
-                refilled: None,
-                suppressed: 0,
-            }),
+            state: Mutex::new(
+                Rank::LogLimit,
+                State {
+                    tokens: BURST,
+                    refilled: None,
+                    suppressed: 0,
+                },
+            ),
         }
     }
 

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use env_logger::{Builder, Env, Logger};
 use log::{Level, LevelFilter, Log, Metadata, Record};
-use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
+
+use crate::locks::{Mutex, Rank, RwLock};
 
 /// What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
 const LIBRARIES: &str = "virtio_queue=off";
@@ -103,13 +104,16 @@ impl VmLog {
         Self {
             name: name.to_owned(),
             to_journal,
-            inner: RwLock::new(builder(name, to_journal, None).build()),
-            budgets: Mutex::new(Budgets {
-                errors: Budget::new(ERRORS, now),
-                messages: Budget::new(MESSAGES, now),
-                details: Budget::new(DETAILS, now),
-                missing: 0,
-            }),
+            inner: RwLock::new(Rank::Logger, builder(name, to_journal, None).build()),
+            budgets: Mutex::new(
+                Rank::LogBudgets,
+                Budgets {
+                    errors: Budget::new(ERRORS, now),
+                    messages: Budget::new(MESSAGES, now),
+                    details: Budget::new(DETAILS, now),
+                    missing: 0,
+                },
+            ),
             suppressed: AtomicU64::new(0),
         }
     }

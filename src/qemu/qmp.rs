@@ -15,10 +15,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::warn;
-use parking_lot::{Condvar, Mutex};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
 
+use crate::locks::{Condvar, Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
@@ -39,7 +39,6 @@ pub struct Qmp {
     thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Default)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
@@ -61,7 +60,10 @@ impl Qmp {
     /// # Errors
     /// The system has no thread left.
     pub fn start(path: PathBuf, reset: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared {
+            state: Mutex::new(Rank::Qmp, State::default()),
+            changed: Condvar::new(),
+        });
         let listened = shared.clone();
         let thread = sandbox::spawn(Role::Qmp, move || listen(&path, &listened, reset))?;
         Ok(Self {

@@ -14,7 +14,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::{debug, error};
-use parking_lot::{Mutex, MutexGuard};
 use thiserror::Error;
 use vm_memory::iommu::{Error as IommuError, IotlbIterator, IovaRange as VmIovaRange};
 use vm_memory::{
@@ -29,6 +28,7 @@ use super::wire::{
 };
 use crate::address::{Access, Gpa, Iova, IovaRange};
 use crate::ids::EndpointId;
+use crate::locks::{Mutex, MutexGuard, Rank};
 use crate::page_table::epoch::{Waiting, enter, leave};
 use crate::page_table::words::{MappedWords, sealed_size};
 use crate::page_table::{ArenaError, EndpointWord, ReadOnlyArena, Translation, reader};
@@ -464,10 +464,12 @@ impl Shared {
             arena: ReadOnlyArena::map(arena.as_fd())?,
             slot: usize::try_from(slot).unwrap_or(usize::MAX),
             epochs: MappedWords::map(epochs.as_fd(), EPOCH_BYTES, protection)?,
-            tlbs: (0..EPOCH_WORDS).map(|_| Mutex::new(Tlb::new())).collect(),
+            tlbs: (0..EPOCH_WORDS)
+                .map(|_| Mutex::new(Rank::ReaderCache, Tlb::new()))
+                .collect(),
             reserved: Vec::new(),
             connected: AtomicBool::new(true),
-            memory: Mutex::default(),
+            memory: Mutex::new(Rank::ReaderMemory, Memory::default()),
             valid_from: AtomicU64::new(0),
             faults_unsaid: AtomicU64::new(0),
         };

@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use log::debug;
-use parking_lot::{Condvar, Mutex};
 use thiserror::Error;
 
 use super::process::{Process, has_hung_up, own_user, peer_user};
@@ -20,6 +19,7 @@ use super::wire::{
 };
 use crate::address::{GpaRange, IovaRange};
 use crate::ids::EndpointId;
+use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::page_table::epoch::Waiting;
 use crate::page_table::words::SharedWords;
@@ -219,7 +219,7 @@ impl Registry {
                 .collect(),
             limits,
             counters: ReaderCounters::default(),
-            state: Mutex::default(),
+            state: Mutex::new(Rank::Readers, State::default()),
             changed: Condvar::new(),
         })
     }
@@ -558,7 +558,7 @@ impl Registry {
                 && !r.process.is_gone()
         };
         while let Some(reader) = awaited.iter().find(behind) {
-            if self.changed.wait_until(&mut state, until).timed_out() {
+            if self.changed.wait_until(&mut state, until) {
                 warn_limited!(
                     "reader {} of endpoint {} does not take the memory that has come",
                     reader.number,
@@ -596,7 +596,7 @@ impl Registry {
             {
                 break;
             }
-            if self.changed.wait_until(&mut state, until).timed_out() {
+            if self.changed.wait_until(&mut state, until) {
                 break;
             }
         }

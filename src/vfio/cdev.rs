@@ -8,7 +8,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_BUS_MASTER, VFIO_DEVICE_FEATURE_CLEAR_MASTER, VFIO_DEVICE_FEATURE_DMA_BUF,
     VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, vfio_region_dma_range,
@@ -16,6 +15,7 @@ use vfio_bindings::bindings::vfio::{
 use vm_memory::MmapRegion;
 
 use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
+use crate::locks::{Mutex, Rank};
 
 /// An open device: `/dev/vfio/devices/vfioN`, or a descriptor from a group. Clones share the open file.
 #[derive(Clone, Debug)]
@@ -45,7 +45,7 @@ impl Cdev {
     pub fn adopt(fd: OwnedFd) -> Self {
         Self {
             file: Arc::new(fd.into()),
-            mapped: Arc::default(),
+            mapped: Arc::new(Mutex::new(Rank::DeviceRegions, BTreeMap::new())),
         }
     }
 

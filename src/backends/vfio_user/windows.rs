@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use parking_lot::{RwLock, RwLockWriteGuard};
 use vm_memory::VolatileMemory;
 
 use super::MemorySlot;
 use crate::address::{Access, GpaRange, Iova, IovaRange, Mapping};
 use crate::ids::EndpointId;
+use crate::locks::{Rank, RwLock, RwLockWriteGuard};
 use crate::metrics::Counter;
 use crate::vfio_user::{DmaTarget, Refused, Window};
 
@@ -117,10 +117,13 @@ impl Space {
             reserved,
             sink,
             refused: Counter::default(),
-            view: RwLock::new(View {
-                gate: Gate::Blocked,
-                pieces: Pieces::new(),
-            }),
+            view: RwLock::new(
+                Rank::Windows,
+                View {
+                    gate: Gate::Blocked,
+                    pieces: Pieces::new(),
+                },
+            ),
         }
     }
 

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use proptest::prelude::*;
 
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
@@ -15,6 +14,7 @@ use crate::backends::{BackendCapabilities, BackendErrorKind, MemorySlot};
 use crate::device::Device;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, Iommu, RequestError, Settings};
+use crate::locks::{Mutex, Rank};
 use crate::topology::{EndpointSpec, GroupName, ReservedRegions, Topology};
 use crate::vfio::fake::{Area, FakeKernel, FakeMemory, memfd};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Type1};
@@ -715,7 +715,7 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
 fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
     for says_something in [true, false] {
         let kernel = FakeKernel::default();
-        let iommu = Arc::new(Mutex::new(with_unbound_device(&kernel)));
+        let iommu = Arc::new(Mutex::new(Rank::Core, with_unbound_device(&kernel)));
         let worker = crate::device::WorkerSettings {
             longest_poll: std::time::Duration::ZERO,
             max_batch: 64,

@@ -25,9 +25,10 @@ use std::thread::JoinHandle;
 
 use landlock::RulesetCreated;
 use log::{debug, error, info};
-use parking_lot::Mutex;
 use rustix::thread::CapabilitySet;
 use thiserror::Error;
+
+use crate::locks::{Mutex, Rank};
 
 pub use filter::Violation;
 pub use role::{Needs, Plugging, Role};
@@ -104,8 +105,8 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
         .then(|| files::control_rules(&needs))
         .transpose()?;
     let armed = Armed {
-        files: Mutex::new(Some(files::rules(&needs)?)),
-        control_files: Mutex::new(control_files),
+        files: Mutex::new(Rank::SandboxFiles, Some(files::rules(&needs)?)),
+        control_files: Mutex::new(Rank::SandboxControlFiles, control_files),
         needs,
         violation,
     };

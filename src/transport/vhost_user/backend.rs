@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, RwLockWriteGuard};
 
-use parking_lot::Mutex;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringState, VringT};
 use virtio_queue::{Queue, QueueT};
@@ -17,6 +16,7 @@ use vmm_sys_util::event::{
 use crate::device::ring::{LockedRing, Ring};
 use crate::device::{Device, EVENT_QUEUE, MAX_QUEUE_SIZE, QUEUES, REQUEST_QUEUE};
 use crate::error_limited;
+use crate::locks::{Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 
 /// Number of the event [`Device::wake_event`]. The backend crate gives the queues 0 and 1 and keeps 2 for itself.
@@ -62,7 +62,7 @@ impl VhostUserDevice {
     pub fn new(device: Arc<Device>) -> Self {
         Self {
             device,
-            exit_consumers: Mutex::default(),
+            exit_consumers: Mutex::new(Rank::ExitConsumers, Vec::new()),
         }
     }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use log::{error, info};
-use parking_lot::Mutex;
+
 use thiserror::Error;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::backend::VhostUserDevice;
 use crate::device::Device;
+use crate::locks::{Mutex, Rank};
 use crate::{info_limited, warn_limited};
 
 /// How long the server rests after a connection it could not serve, for want of descriptors say.
@@ -68,7 +69,7 @@ impl VhostUserServer {
             device,
             listener: listener.into(),
             stop: Arc::new(StopRequest {
-                state: Mutex::default(),
+                state: Mutex::new(Rank::Stop, StopState::default()),
                 end,
             }),
             ended,

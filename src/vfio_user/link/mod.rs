@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::Shutdown;
 use thiserror::Error;
@@ -27,6 +26,7 @@ use super::message::{Command, Header, Kind};
 use super::socket::Descriptor;
 use super::version::Terms;
 use crate::address::{Access, IovaRange};
+use crate::locks::{Condvar, Mutex, MutexGuard, Rank};
 use crate::metrics::Counter;
 use crate::warn_limited;
 
@@ -178,7 +178,7 @@ impl Link {
     pub fn new(name: String, deadline: Duration) -> io::Result<Self> {
         Ok(Self {
             name,
-            state: Mutex::default(),
+            state: Mutex::new(Rank::Link, State::default()),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             deadline,
@@ -225,7 +225,7 @@ impl Link {
                 break;
             }
             let late = self.changed.wait_until(&mut state, ticket.until);
-            if !late.timed_out() {
+            if !late {
                 continue;
             }
             let (answers, parting) = state.awaited(ticket.batch);

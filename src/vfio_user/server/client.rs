@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use thiserror::Error;
 
 use super::commands::{Reply, execute};
 use super::device::ServedDevice;
+use crate::locks::{Mutex, Rank};
 use crate::vfio_user::message::{Command, Header, Kind, Malformed, check_command};
 use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver, SocketError};
 use crate::vfio_user::version::{Version, VersionError};
@@ -128,7 +128,7 @@ impl ClientChannel {
     pub fn new(stream: UnixStream, signal: Arc<ServerSignal>) -> Self {
         Self {
             stream,
-            outbox: Mutex::default(),
+            outbox: Mutex::new(Rank::ClientOutbox, Outbox::default()),
             signal,
         }
     }
