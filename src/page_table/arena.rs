@@ -1,56 +1,23 @@
 //! Frames of a bounded, sealed memfd (of the heap under Miri).
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 #[cfg(not(miri))]
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use thiserror::Error;
-
+use super::error::ArenaError;
 use super::layout::{
     ABI_VERSION, Entry, FRAME_BYTES, FRAME_WORDS, HEADER_FRAMES, HEADER_LEVELS, HEADER_MAGIC,
     HEADER_VERSION, Levels, MAGIC, TableOffset,
 };
 use super::reader::View;
 use super::words::SharedWords;
-#[cfg(not(miri))]
-use super::words::{MappedWords, sealed_size};
 
 /// The header and one root: less than this holds no table at all.
 const MIN_FRAMES: u32 = 2;
 /// Free frames whose memory is kept for reuse; more than twice as many give memory back.
 const KEEP_FRAMES: usize = 512;
-
-/// Why an arena could not be made or opened.
-#[derive(Debug, Error)]
-pub enum ArenaError {
-    /// Frame numbers have 32 bits, and the address space of this process has an end.
-    #[error("an arena of {limit_bytes} bytes is too large; lower the arena limit")]
-    TooLarge {
-        /// The limit that was asked for.
-        limit_bytes: u64,
-    },
-    /// A system call on the memfd failed.
-    #[error("cannot {action} for the page tables")]
-    System {
-        /// What was attempted.
-        action: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The lists of free frames found no memory.
-    #[error("no memory to keep track of {frames} frames of page tables; lower the arena limit")]
-    Lists {
-        /// The number of frames.
-        frames: u32,
-    },
-    /// The descriptor a reader was given is no arena of this version.
-    #[error("the descriptor holds no arena of page tables: {0}")]
-    NotAnArena(&'static str),
-}
 
 /// The memory of all tables of one daemon, and the frames that are still to be had.
 ///
@@ -285,45 +252,5 @@ impl Arena {
                 left -= 1;
             }
         }
-    }
-}
-
-/// An arena of another process, or of another part of this one, that can only be read.
-#[cfg(not(miri))]
-#[derive(Debug)]
-pub struct ReadOnlyArena {
-    memory: MappedWords,
-}
-
-#[cfg(not(miri))]
-impl ReadOnlyArena {
-    /// Maps the arena behind `fd`, which need not stay open.
-    ///
-    /// # Errors
-    ///
-    /// The descriptor is no memfd that is sealed against shrinking, its header is not that of an
-    /// arena of this version, or it cannot be mapped.
-    pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ArenaError> {
-        let bytes = sealed_size(fd)?;
-        let memory = MappedWords::map(fd, bytes, libc::PROT_READ)?;
-        let header = |index: usize| {
-            let word = memory.as_slice().get(index);
-            word.map_or(0, |word| word.load(Ordering::Acquire))
-        };
-        if header(HEADER_MAGIC) != MAGIC {
-            return Err(ArenaError::NotAnArena("the magic number is missing"));
-        }
-        if header(HEADER_VERSION) != ABI_VERSION {
-            return Err(ArenaError::NotAnArena("it has another version"));
-        }
-        if header(HEADER_FRAMES).checked_mul(FRAME_BYTES) != u64::try_from(bytes).ok() {
-            return Err(ArenaError::NotAnArena("its size is not what it says"));
-        }
-        Ok(Self { memory })
-    }
-
-    /// What is there to be read.
-    pub fn view(&self) -> View<'_> {
-        View::new(self.memory.as_slice())
     }
 }

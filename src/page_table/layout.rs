@@ -100,6 +100,18 @@ pub(super) fn index(iova: u64, level: u32) -> u64 {
     iova >> shift(level) & INDEX_MASK
 }
 
+/// Whether `first..=last`, a part of one entry at `level`, is all of it.
+pub(super) fn is_whole_entry(level: u32, first: u64, last: u64) -> bool {
+    last - first == entry_bytes(level) - 1
+}
+
+/// The level of the largest leaf for addresses that differ from where they lead in the bits of
+/// `difference`.
+pub(super) fn largest_leaf(difference: u64) -> u32 {
+    let fits = |level: &u32| difference & (entry_bytes(*level) - 1) == 0;
+    (1..=TOP_LEAF_LEVEL).rev().find(fits).unwrap_or(1)
+}
+
 fn shift(level: u32) -> u32 {
     // The mask changes nothing for levels that exist, and lets the shift go unchecked.
     (PAGE_BITS + INDEX_BITS * level.wrapping_sub(1)) & 63

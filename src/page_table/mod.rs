@@ -16,20 +16,26 @@
 //! The bytes are an interface of their own, written down in `docs/page-table.md`.
 
 mod arena;
+mod clear;
 pub mod epoch;
+mod error;
+mod fill;
 pub mod layout;
+#[cfg(not(miri))]
+mod read_only;
 pub mod reader;
+mod recent;
 mod slots;
 pub mod words;
 mod writer;
 
-#[cfg(not(miri))]
-pub use arena::ReadOnlyArena;
-pub use arena::{Arena, ArenaError};
+pub use arena::Arena;
+pub use error::{ArenaError, MapRefusal, OutOfFrames, WouldSplit};
 pub use layout::{EndpointWord, Levels, TableOffset};
+#[cfg(not(miri))]
+pub use read_only::ReadOnlyArena;
 pub use reader::{Mappings, Translation, View};
-
 pub use slots::EndpointSlots;
+pub use writer::{MapPlan, Table, UnmapPlan, Unmapped};
 
 pub use crate::address::Mapping;
-pub use writer::{MapPlan, MapRefusal, OutOfFrames, Table, UnmapPlan, Unmapped, WouldSplit};

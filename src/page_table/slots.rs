@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::arena::Arena;
+use super::error::OutOfFrames;
 use super::layout::{EndpointWord, FRAME_WORDS, TableOffset};
 use super::words::SharedWords;
-use super::writer::OutOfFrames;
 
 /// The slots of some endpoints, each of which is blocked at first.
 ///

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-use super::arena::ArenaError;
+use super::error::ArenaError;
 #[cfg(not(miri))]
 use super::layout::FRAME_BYTES;
 

@@ -3,48 +3,17 @@
 //! A plan decides every refusal and alters nothing. A commit cannot fail. Between the two nothing
 //! else may be committed to the same table.
 
-use thiserror::Error;
-
 use super::arena::Arena;
+use super::clear::{Clear, Counters};
+use super::error::{MapRefusal, OutOfFrames, WouldSplit};
+use super::fill::{Fill, Occupied, Survey};
 use super::layout::{
-    Entry, FRAME_BYTES, FRAME_WORDS, GPA_LIMIT, Levels, TOP_LEAF_LEVEL, TableOffset, entry_bytes,
-    index,
+    Entry, FRAME_BYTES, FRAME_WORDS, GPA_LIMIT, Levels, TableOffset, entry_bytes, index,
+    is_whole_entry, largest_leaf,
 };
 use super::reader::{Leaf, Leaves, Mappings, Translation, find_leaf_below, walk};
+use super::recent::{Place, Recent};
 use crate::address::{Gpa, Iova, IovaRange, Mapping};
-
-/// The arena has not enough frames.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("{needed} page table frames needed, {free} free; raise the arena limit")]
-pub struct OutOfFrames {
-    /// Frames the request takes.
-    pub needed: u64,
-    /// Frames that can be had now; retired ones are not among them.
-    pub free: u64,
-}
-
-/// Why a MAP is refused. Nothing was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum MapRefusal {
-    /// The range or the guest-physical address is not made of whole 4 KiB pages.
-    #[error("the range or the guest-physical address is not a multiple of 4 KiB")]
-    Misaligned,
-    /// The range passes the last address of the table, or the guest-physical range 2^52.
-    #[error("the range passes the end of the table, or the guest-physical one 2^52")]
-    OutOfRange,
-    /// Part of the range is mapped already: by the mapping this leaf belongs to, the first in the
-    /// range.
-    #[error("{0} is mapped already")]
-    Overlap(IovaRange),
-    /// The arena is full.
-    #[error(transparent)]
-    OutOfFrames(OutOfFrames),
-}
-
-/// An UNMAP is refused: it would cut a mapping at this leaf of it. Nothing was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("it would split the mapping at {0}")]
-pub struct WouldSplit(pub IovaRange);
 
 /// What an UNMAP removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,15 +60,6 @@ pub struct UnmapPlan {
     ticket: Ticket,
 }
 
-/// The smallest table there is that covers the whole range of a plan.
-#[derive(Clone, Copy, Debug)]
-struct Place {
-    table: TableOffset,
-    level: u32,
-    /// The entry that leads to it; `None` for the root.
-    parent: Option<usize>,
-}
-
 /// A place, and the entry there for the first address of the range.
 struct Found {
     place: Place,
@@ -107,80 +67,6 @@ struct Found {
     entry: Entry,
     /// The range is all that the entry covers.
     is_whole: bool,
-}
-
-/// How many tables of level 1 are remembered.
-const RECENT_TABLES: usize = 8;
-
-/// Where tables of level 1 are that were used lately: most mappings of a guest's driver are near
-/// others. Each has one place it can be in, so that of two that are a multiple of [`RECENT_TABLES`]
-/// apart the later one is remembered. Those that leave the tree are forgotten.
-#[derive(Debug)]
-struct Recent([RecentTable; RECENT_TABLES]);
-
-#[derive(Clone, Copy, Debug)]
-struct RecentTable {
-    /// What it covers: addresses without the bits a table of level 1 translates.
-    tag: u64,
-    table: TableOffset,
-    parent: usize,
-}
-
-impl RecentTable {
-    const NONE: Self = Self {
-        // No address has one as high.
-        tag: u64::MAX,
-        table: TableOffset(0),
-        parent: 0,
-    };
-}
-
-impl Recent {
-    const NONE: Self = Self([RecentTable::NONE; RECENT_TABLES]);
-
-    /// Where the table with this tag can be.
-    fn index(tag: u64) -> usize {
-        usize::try_from(tag % RECENT_TABLES as u64).unwrap_or(0)
-    }
-
-    fn tag(iova: u64) -> u64 {
-        iova / entry_bytes(2)
-    }
-
-    /// The table for `iova`.
-    fn get(&self, iova: u64) -> Option<Place> {
-        let tag = Self::tag(iova);
-        let recent = self.0[Self::index(tag)];
-        (recent.tag == tag).then_some(Place {
-            table: recent.table,
-            level: 1,
-            parent: Some(recent.parent),
-        })
-    }
-
-    /// Notes the table at `place`, if it is one for `iova` at level 1.
-    fn note(&mut self, iova: u64, place: &Place) {
-        if let (1, Some(parent)) = (place.level, place.parent) {
-            let tag = Self::tag(iova);
-            let recent = &mut self.0[Self::index(tag)];
-            if recent.tag != tag {
-                *recent = RecentTable {
-                    tag,
-                    table: place.table,
-                    parent,
-                };
-            }
-        }
-    }
-
-    /// Forgets the table for `iova`.
-    fn forget(&mut self, iova: u64) {
-        let tag = Self::tag(iova);
-        let recent = &mut self.0[Self::index(tag)];
-        if recent.tag == tag {
-            *recent = RecentTable::NONE;
-        }
-    }
 }
 
 /// The state of the table a plan was made for.
@@ -201,15 +87,6 @@ pub struct Table {
     commits: u64,
     recent: Recent,
     counters: Counters,
-}
-
-// Apart from `commits`, and the two that every MAP adds to apart from each other: neighbours are added
-// to as a pair, which is slower where one of them was stored just before.
-#[derive(Clone, Copy, Debug, Default)]
-struct Counters {
-    bytes: u64,
-    frames: u64,
-    mappings: u64,
 }
 
 impl Table {
@@ -573,232 +450,5 @@ impl Table {
             root: self.root,
             commits: self.commits,
         }
-    }
-}
-
-/// The level of the largest leaf for addresses that differ from where they lead in the bits of
-/// `difference`.
-fn largest_leaf(difference: u64) -> u32 {
-    let fits = |level: &u32| difference & (entry_bytes(*level) - 1) == 0;
-    (1..=TOP_LEAF_LEVEL).rev().find(fits).unwrap_or(1)
-}
-
-/// Whether `first..=last`, a part of one entry at `level`, is all of it.
-fn is_whole_entry(level: u32, first: u64, last: u64) -> bool {
-    last - first == entry_bytes(level) - 1
-}
-
-/// A leaf lies at this address or in the rest of the entry that covers it.
-struct Occupied(u64);
-
-/// Counting what a mapping takes.
-struct Survey<'a> {
-    arena: &'a Arena,
-    leaf_level: u32,
-}
-
-impl Survey<'_> {
-    /// Frames to be added below `table`, at `level`, for leaves all over `first..=last`.
-    ///
-    /// Only the first and the last entry can be covered in part, so that this goes down at most
-    /// twice on each level.
-    fn frames_for(
-        &self,
-        table: TableOffset,
-        level: u32,
-        first: u64,
-        last: u64,
-    ) -> Result<u64, Occupied> {
-        let mut needed = 0;
-        let mut at = first;
-        loop {
-            let until = last.min(at | (entry_bytes(level) - 1));
-            let entry = self.arena.load(table.slot(index(at, level)));
-            if entry.is_free() {
-                needed += self.frames_below_free(level, at, until);
-            } else if entry.is_table(level) && !is_whole_entry(level, at, until) {
-                needed += self.frames_for(entry.next_table(), level - 1, at, until)?;
-            } else {
-                return Err(Occupied(at));
-            }
-            if until == last {
-                return Ok(needed);
-            }
-            at = until + 1;
-        }
-    }
-
-    /// Frames to be added below a free entry at `level` for leaves all over `first..=last`.
-    fn frames_below_free(&self, level: u32, first: u64, last: u64) -> u64 {
-        if is_whole_entry(level, first, last) {
-            return self.frames_below_whole(level);
-        }
-        let below = level - 1;
-        let (low, high) = (index(first, below), index(last, below));
-        if low == high {
-            return 1 + self.frames_below_free(below, first, last);
-        }
-        let mask = entry_bytes(below) - 1;
-        1 + self.frames_below_free(below, first, first | mask)
-            + self.frames_below_free(below, last & !mask, last)
-            + (high - low - 1) * self.frames_below_whole(below)
-    }
-
-    /// Frames to be added below a free entry at `level` for leaves all over it.
-    fn frames_below_whole(&self, level: u32) -> u64 {
-        (self.leaf_level..level).fold(0, |below, _| 1 + below * FRAME_WORDS as u64)
-    }
-}
-
-/// Filling in a mapping whose leaves `leaf` makes, given a level and an address.
-struct Fill<'a, F> {
-    arena: &'a mut Arena,
-    leaf: F,
-    leaf_level: u32,
-}
-
-impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
-    /// Fills `first..=last` of `table`, at `level`, and says how many entries are no longer free.
-    fn table(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
-        let mut added = 0;
-        let mut at = first;
-        loop {
-            let until = last.min(at | (entry_bytes(level) - 1));
-            let slot = table.slot(index(at, level));
-            if level <= self.leaf_level && is_whole_entry(level, at, until) {
-                let leaf = (self.leaf)(level, at);
-                self.arena.store(slot, leaf);
-                added += 1;
-            } else {
-                added += self.below(slot, level, at, until);
-            }
-            if until == last {
-                return added;
-            }
-            at = until + 1;
-        }
-    }
-
-    /// Fills a part of the entry in `slot`, and says whether it was free: 1, or 0.
-    fn below(&mut self, slot: usize, level: u32, first: u64, last: u64) -> u64 {
-        let entry = self.arena.load(slot);
-        if !entry.is_free() {
-            let used = self.table(entry.next_table(), level - 1, first, last);
-            self.arena.store(slot, entry.with_used(entry.used() + used));
-            return 0;
-        }
-        let Some(table) = self.arena.allocate() else {
-            unreachable!("the plan counted every frame");
-        };
-        // The way to the new table is stored last: whoever finds it finds it filled.
-        let used = self.table(table, level - 1, first, last);
-        self.arena.store(slot, Entry::table(table, used));
-        1
-    }
-}
-
-/// Taking leaves away, and the tables that get empty by it.
-struct Clear<'a> {
-    arena: &'a mut Arena,
-    totals: Counters,
-}
-
-impl<'a> Clear<'a> {
-    fn new(arena: &'a mut Arena) -> Self {
-        Self {
-            arena,
-            totals: Counters::default(),
-        }
-    }
-
-    /// Clears `first..=last` of `table`, at `level`, where it cuts no leaf, and says how many
-    /// entries are free now that were not.
-    fn part(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
-        let mut removed = 0;
-        let mut at = first;
-        loop {
-            let until = last.min(at | (entry_bytes(level) - 1));
-            let slot = table.slot(index(at, level));
-            let entry = self.arena.load(slot);
-            if entry.is_leaf(level) {
-                self.arena.store(slot, Entry::FREE);
-                self.count(entry, level);
-                removed += 1;
-            } else if entry.is_table(level) {
-                let below = entry.next_table();
-                if is_whole_entry(level, at, until) {
-                    self.arena.store(slot, Entry::FREE);
-                    self.whole(below, level - 1, entry.used());
-                    self.retire(below);
-                    removed += 1;
-                } else {
-                    let less = self.part(below, level - 1, at, until);
-                    removed += self.shrink_entry(slot, entry, less);
-                }
-            }
-            if until == last {
-                return removed;
-            }
-            at = until + 1;
-        }
-    }
-
-    /// Clears all of `table`, at `level`, which has at most `used` entries that are not free.
-    fn whole(&mut self, table: TableOffset, level: u32, used: u64) {
-        if level == 1 {
-            let (mut leaves, mut mappings) = (0, 0);
-            self.arena.clear(table, used, |leaf| {
-                leaves += 1;
-                mappings += u64::from(leaf.has(Entry::LAST));
-            });
-            self.totals.bytes += leaves * FRAME_BYTES;
-            self.totals.mappings += mappings;
-            return;
-        }
-        let mut left = used;
-        for i in 0..FRAME_WORDS as u64 {
-            if left == 0 {
-                return;
-            }
-            let slot = table.slot(i);
-            let entry = self.arena.load(slot);
-            if entry.is_free() {
-                continue;
-            }
-            left -= 1;
-            self.arena.store(slot, Entry::FREE);
-            if entry.is_table(level) {
-                self.whole(entry.next_table(), level - 1, entry.used());
-                self.retire(entry.next_table());
-            } else {
-                self.count(entry, level);
-            }
-        }
-    }
-
-    /// Notes that the table behind `entry` lost `removed` entries, and says whether the entry
-    /// itself got free by that: 1, or 0.
-    fn shrink_entry(&mut self, slot: usize, entry: Entry, removed: u64) -> u64 {
-        if removed == 0 {
-            return 0;
-        }
-        if removed < entry.used() {
-            self.arena
-                .store(slot, entry.with_used(entry.used() - removed));
-            return 0;
-        }
-        self.arena.store(slot, Entry::FREE);
-        self.retire(entry.next_table());
-        1
-    }
-
-    fn retire(&mut self, table: TableOffset) {
-        self.arena.retire(table);
-        self.totals.frames += 1;
-    }
-
-    fn count(&mut self, leaf: Entry, level: u32) {
-        self.totals.bytes += entry_bytes(level);
-        self.totals.mappings += u64::from(leaf.has(Entry::LAST));
     }
 }

@@ -1,0 +1,113 @@
+//! Making a mapping: the frames it takes, and its leaves.
+
+use super::arena::Arena;
+use super::layout::{Entry, FRAME_WORDS, TableOffset, entry_bytes, index, is_whole_entry};
+
+/// A leaf lies at this address or in the rest of the entry that covers it.
+pub(super) struct Occupied(pub(super) u64);
+
+/// Counting what a mapping takes.
+pub(super) struct Survey<'a> {
+    pub(super) arena: &'a Arena,
+    pub(super) leaf_level: u32,
+}
+
+impl Survey<'_> {
+    /// Frames to be added below `table`, at `level`, for leaves all over `first..=last`.
+    ///
+    /// Only the first and the last entry can be covered in part, so that this goes down at most
+    /// twice on each level.
+    pub(super) fn frames_for(
+        &self,
+        table: TableOffset,
+        level: u32,
+        first: u64,
+        last: u64,
+    ) -> Result<u64, Occupied> {
+        let mut needed = 0;
+        let mut at = first;
+        loop {
+            let until = last.min(at | (entry_bytes(level) - 1));
+            let entry = self.arena.load(table.slot(index(at, level)));
+            if entry.is_free() {
+                needed += self.frames_below_free(level, at, until);
+            } else if entry.is_table(level) && !is_whole_entry(level, at, until) {
+                needed += self.frames_for(entry.next_table(), level - 1, at, until)?;
+            } else {
+                return Err(Occupied(at));
+            }
+            if until == last {
+                return Ok(needed);
+            }
+            at = until + 1;
+        }
+    }
+
+    /// Frames to be added below a free entry at `level` for leaves all over `first..=last`.
+    fn frames_below_free(&self, level: u32, first: u64, last: u64) -> u64 {
+        if is_whole_entry(level, first, last) {
+            return self.frames_below_whole(level);
+        }
+        let below = level - 1;
+        let (low, high) = (index(first, below), index(last, below));
+        if low == high {
+            return 1 + self.frames_below_free(below, first, last);
+        }
+        let mask = entry_bytes(below) - 1;
+        1 + self.frames_below_free(below, first, first | mask)
+            + self.frames_below_free(below, last & !mask, last)
+            + (high - low - 1) * self.frames_below_whole(below)
+    }
+
+    /// Frames to be added below a free entry at `level` for leaves all over it.
+    fn frames_below_whole(&self, level: u32) -> u64 {
+        (self.leaf_level..level).fold(0, |below, _| 1 + below * FRAME_WORDS as u64)
+    }
+}
+
+/// Filling in a mapping whose leaves `leaf` makes, given a level and an address.
+pub(super) struct Fill<'a, F> {
+    pub(super) arena: &'a mut Arena,
+    pub(super) leaf: F,
+    pub(super) leaf_level: u32,
+}
+
+impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
+    /// Fills `first..=last` of `table`, at `level`, and says how many entries are no longer free.
+    pub(super) fn table(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
+        let mut added = 0;
+        let mut at = first;
+        loop {
+            let until = last.min(at | (entry_bytes(level) - 1));
+            let slot = table.slot(index(at, level));
+            if level <= self.leaf_level && is_whole_entry(level, at, until) {
+                let leaf = (self.leaf)(level, at);
+                self.arena.store(slot, leaf);
+                added += 1;
+            } else {
+                added += self.below(slot, level, at, until);
+            }
+            if until == last {
+                return added;
+            }
+            at = until + 1;
+        }
+    }
+
+    /// Fills a part of the entry in `slot`, and says whether it was free: 1, or 0.
+    fn below(&mut self, slot: usize, level: u32, first: u64, last: u64) -> u64 {
+        let entry = self.arena.load(slot);
+        if !entry.is_free() {
+            let used = self.table(entry.next_table(), level - 1, first, last);
+            self.arena.store(slot, entry.with_used(entry.used() + used));
+            return 0;
+        }
+        let Some(table) = self.arena.allocate() else {
+            unreachable!("the plan counted every frame");
+        };
+        // The way to the new table is stored last: whoever finds it finds it filled.
+        let used = self.table(table, level - 1, first, last);
+        self.arena.store(slot, Entry::table(table, used));
+        1
+    }
+}
