@@ -1,5 +1,5 @@
-//! The epoch protocol under a model checker: every order in which the accesses of a reader and the
-//! changes of the writer can meet.
+//! The epoch protocol under a model checker, which explores every interleaving of the accesses of a
+//! reader with the changes of the writer.
 #![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::sync::atomic::Ordering;
@@ -8,7 +8,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
 use loom::thread;
-use vhost_device_iommu::page_table::epoch::{Waiting, Word, enter, leave};
+use vhost_device_iommu::page_table::epoch::{GracePeriod, Word, enter, leave};
 
 /// A word of the model.
 struct Modelled(AtomicU64);
@@ -27,8 +27,8 @@ impl Word for Modelled {
     }
 }
 
-/// A reader's words, one entry (0: nothing mapped, else 1 + the page it leads to), and pages. The
-/// model refuses every access to a page that is not ordered with one for writing.
+/// A reader's words, one entry (0: free, otherwise 1 + the index of its page), and pages. The model
+/// refuses every access to a page that is not ordered with a write to the same page.
 struct Shared {
     words: Vec<Modelled>,
     entry: AtomicU64,
@@ -44,30 +44,30 @@ impl Shared {
         })
     }
 
-    /// One access of a reader, as `shadow` makes it.
-    #[expect(unsafe_code, reason = "the model watches over what happens in there")]
+    /// One access of a reader, made in the same way as in `shadow`.
+    #[expect(unsafe_code, reason = "the model checks every access to a page")]
     fn access(&self, word: usize) {
         let inside = enter(&self.words[word]);
         let entry = self.entry.load(Ordering::Acquire);
         if entry > 0 {
             let page = usize::try_from(entry - 1).expect("small");
-            // SAFETY: the model fails where the page is written to meanwhile.
+            // SAFETY: the model fails if another thread writes to the page meanwhile.
             self.pages[page].with(|page| unsafe { *page });
         }
         leave(&self.words[word], inside);
     }
 
     fn wait(&self) {
-        let mut waiting = Waiting::begin(&self.words);
-        while !waiting.is_over(|word| self.words.get(word)) {
+        let mut grace = GracePeriod::begin(&self.words);
+        while !grace.is_over(|word| self.words.get(word)) {
             thread::yield_now();
         }
     }
 
-    /// The page belongs to somebody else from now on.
-    #[expect(unsafe_code, reason = "the model watches over what happens in there")]
+    /// Gives the page to a new owner, which writes to it.
+    #[expect(unsafe_code, reason = "the model checks every access to a page")]
     fn reuse(&self, page: usize) {
-        // SAFETY: the model fails where anybody reads meanwhile.
+        // SAFETY: the model fails if another thread reads the page meanwhile.
         self.pages[page].with_mut(|page| unsafe { *page += 1 });
     }
 }
@@ -85,9 +85,9 @@ fn an_unmapped_page_is_not_reached_after_the_wait() {
     });
 }
 
-/// The next access of the same reader takes the word over, and is not waited for.
+/// The next access of the same reader takes the word over, and the writer does not wait for it.
 #[test]
-fn accesses_that_follow_one_another_are_all_over() {
+fn consecutive_accesses_have_all_ended_after_the_wait() {
     loom::model(|| {
         let shared = Shared::new(1, 2);
         let reader = shared.clone();
@@ -95,7 +95,7 @@ fn accesses_that_follow_one_another_are_all_over() {
             reader.access(0);
             reader.access(0);
         });
-        // Another page takes the place of the first, as in an ATTACH to another domain.
+        // Another page replaces the first, as in an ATTACH to another domain.
         shared.entry.store(2, Ordering::Release);
         shared.wait();
         shared.reuse(0);
@@ -104,7 +104,7 @@ fn accesses_that_follow_one_another_are_all_over() {
 }
 
 #[test]
-fn all_words_are_waited_for() {
+fn the_writer_waits_for_all_words() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(3);
     model.check(|| {

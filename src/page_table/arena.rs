@@ -1,4 +1,4 @@
-//! Frames of a bounded, sealed memfd (of the heap under Miri).
+//! The arena: frames of a bounded, sealed memfd (under Miri: of the heap).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,38 +14,40 @@ use super::layout::{
 use super::reader::View;
 use super::words::SharedWords;
 
-/// The header and one root: less than this holds no table at all.
+/// The header and one root: a smaller arena holds no table.
 const MIN_FRAMES: u32 = 2;
-/// Free frames whose memory is kept for reuse; more than twice as many give memory back.
+/// Free frames whose memory is kept for reuse. Once twice as many hold memory, the arena returns the
+/// excess to the system.
 const KEEP_FRAMES: usize = 512;
 
-/// The memory of all tables of one daemon, and the frames that are still to be had.
+/// The memory of all tables of one daemon, and the allocator of its frames.
 ///
-/// Memory is taken from the system when a frame is first used, so that a large limit costs
+/// The system provides memory for a frame when the frame is first used, so a large limit costs
 /// nothing by itself.
 #[derive(Debug)]
 pub struct Arena {
     memory: Arc<SharedWords>,
-    /// Readers have it: nothing but this process's mapping can write to it any more.
+    /// Readers have the descriptor, so the memfd is sealed against writing: only this process's
+    /// mapping can still write.
     #[cfg(not(miri))]
     shared: bool,
     frames: u32,
-    /// Frames from here on were never used.
+    /// The first frame that was never used; nor were any after it.
     watermark: u32,
-    /// Frames that were used before and can be used again, all zero. The first `given_back` of
-    /// them hold no memory.
+    /// Frames that were used before and are free again, all zero. The first `released` of them hold
+    /// no memory.
     free: Vec<u32>,
-    given_back: usize,
-    /// Frames a reader may still be inside, all zero.
+    released: usize,
+    /// Retired frames, which a reader may still be inside; all zero.
     retired: Vec<u32>,
 }
 
 impl Arena {
-    /// An arena of `limit_bytes`, rounded down to whole frames, but two frames at least.
+    /// Makes an arena of `limit_bytes`, rounded down to whole frames, but of at least two frames.
     ///
     /// # Errors
     ///
-    /// The limit is beyond 2^32 frames, or the system refuses the memfd or the mapping.
+    /// The limit exceeds 2^32 frames, or the system refuses the memfd or the mapping.
     pub fn new(limit_bytes: u64) -> Result<Self, ArenaError> {
         let too_large = ArenaError::TooLarge { limit_bytes };
         let Ok(frames) = u32::try_from(limit_bytes / FRAME_BYTES) else {
@@ -55,8 +57,8 @@ impl Arena {
         let Ok(bytes) = usize::try_from(u64::from(frames) * FRAME_BYTES) else {
             return Err(too_large);
         };
-        // The lists have room for every frame from the start, so that no commit can fail for
-        // want of it. Only the part that gets used takes memory.
+        // Reserve room for every frame now, so that no commit can fail for lack of it. The system
+        // provides memory only for the part in use.
         let list = || {
             let mut list = Vec::new();
             list.try_reserve_exact(frames as usize)
@@ -70,7 +72,7 @@ impl Arena {
             frames,
             watermark: 1,
             free: list()?,
-            given_back: 0,
+            released: 0,
             retired: list()?,
         };
         arena.set_header(HEADER_VERSION, ABI_VERSION);
@@ -79,27 +81,27 @@ impl Arena {
         Ok(arena)
     }
 
-    /// All frames, the header's own included.
+    /// The number of frames, including the header.
     pub fn frames_total(&self) -> u64 {
         u64::from(self.frames)
     }
 
-    /// Frames that can be had now.
+    /// Frames available now.
     pub fn frames_free(&self) -> u64 {
         u64::from(self.frames - self.watermark) + self.free.len() as u64
     }
 
-    /// Frames that cannot be had now: the header, tables, and retired frames.
+    /// Frames not available now: the header, tables, endpoint slots and retired frames.
     pub fn frames_used(&self) -> u64 {
         self.frames_total() - self.frames_free()
     }
 
-    /// Frames that left their tree and wait for [`Self::reclaim`].
+    /// Retired frames: they have left their tree and wait for [`Self::reclaim`].
     pub fn frames_retired(&self) -> u64 {
         self.retired.len() as u64
     }
 
-    /// The size of the memfd.
+    /// The size of the memfd in bytes.
     pub fn limit_bytes(&self) -> u64 {
         self.frames_total() * FRAME_BYTES
     }
@@ -109,14 +111,14 @@ impl Arena {
         self.frames_used() * FRAME_BYTES
     }
 
-    /// A descriptor for readers, who can change nothing through it: from now on no descriptor of
-    /// the memfd can be written to or mapped for writing, however it is opened, and no seal can be
-    /// added. This process's mapping stays as it is.
+    /// Seals the memfd against writing and returns a descriptor for readers.
     ///
-    /// Frames no longer in use keep their memory after this, since no hole can be made in the memfd.
+    /// From this call on no descriptor of the memfd can be written to or mapped for writing, however
+    /// it is opened, and no further seal can be added. This process's mapping stays writable. Free
+    /// frames keep their memory from now on, because the seal also forbids holes.
     ///
     /// # Errors
-    /// The system refuses the seals.
+    /// The system refuses the seals or the copy of the descriptor.
     #[cfg(not(miri))]
     pub fn share(&mut self) -> Result<OwnedFd, ArenaError> {
         if !self.shared {
@@ -137,15 +139,15 @@ impl Arena {
         self.memory.fd()
     }
 
-    /// What a reader sees.
+    /// The view that a reader has.
     pub fn view(&self) -> View<'_> {
         View::new(self.memory.words())
     }
 
     /// Makes the retired frames available again.
     ///
-    /// The caller has seen to it that no reader is still inside a frame that was retired before
-    /// this call. Where many frames lie unused, most of their memory goes back to the system.
+    /// No reader may still be inside a frame that was retired before this call; the caller must
+    /// ensure that. If many frames are free, most of their memory goes back to the system.
     pub fn reclaim(&mut self) {
         if self.retired.is_empty() {
             return;
@@ -155,15 +157,15 @@ impl Arena {
         if self.shared {
             return;
         }
-        if self.free.len() - self.given_back > 2 * KEEP_FRAMES {
-            self.give_back();
+        if self.free.len() - self.released > 2 * KEEP_FRAMES {
+            self.release_memory();
         }
     }
 
     #[cold]
-    fn give_back(&mut self) {
+    fn release_memory(&mut self) {
         let kept_from = self.free.len() - KEEP_FRAMES;
-        if let Some(idle) = self.free.get_mut(self.given_back..kept_from) {
+        if let Some(idle) = self.free.get_mut(self.released..kept_from) {
             idle.sort_unstable();
             for run in idle.chunk_by(|a, b| a.checked_add(1) == Some(*b)) {
                 if let Some(first) = run.first() {
@@ -171,18 +173,18 @@ impl Arena {
                 }
             }
         }
-        self.given_back = kept_from;
+        self.released = kept_from;
     }
 
     pub(super) fn memory(&self) -> &Arc<SharedWords> {
         &self.memory
     }
 
-    /// A frame of zeros, or `None` where there is none to be had.
+    /// Takes a frame of zeros, or `None` if no frame is free.
     pub(super) fn allocate(&mut self) -> Option<TableOffset> {
         let frame = match self.free.pop() {
             Some(frame) => {
-                self.given_back = self.given_back.min(self.free.len());
+                self.released = self.released.min(self.free.len());
                 frame
             }
             None if self.watermark < self.frames => {
@@ -194,7 +196,7 @@ impl Arena {
         Some(TableOffset(u64::from(frame) * FRAME_BYTES))
     }
 
-    /// Takes back a frame that no entry leads to any more and that is all zero.
+    /// Retires a frame. It must be all zero, and no entry may point to it any more.
     pub(super) fn retire(&mut self, table: TableOffset) {
         debug_assert!(
             (0..FRAME_WORDS as u64).all(|i| self.load(table.slot(i)).is_free()),
@@ -205,7 +207,7 @@ impl Arena {
         }
     }
 
-    /// Tells readers how deep tables can get.
+    /// Records the levels of a new table in the header, for readers.
     pub(super) fn note_levels(&mut self, levels: Levels) {
         let words = self.memory.words();
         let noted = words.get(HEADER_LEVELS).map(|w| w.load(Ordering::Relaxed));
@@ -221,22 +223,22 @@ impl Arena {
         }
     }
 
-    /// The entry at `slot`, as its only writer left it.
+    /// The entry at `slot`.
     pub(super) fn load(&self, slot: usize) -> Entry {
-        // Relaxed: all stores come from the caller itself.
+        // Relaxed suffices: this is the only writer, so every store is the caller's own.
         let word = self.memory.words().get(slot);
         Entry::from_bits(word.map_or(0, |word| word.load(Ordering::Relaxed)))
     }
 
-    /// Lets readers see `entry`, and with it all that was stored before.
+    /// Stores `entry`. A reader that sees it also sees everything stored before.
     pub(super) fn store(&mut self, slot: usize, entry: Entry) {
         if let Some(word) = self.memory.words().get(slot) {
             word.store(entry.bits(), Ordering::Release);
         }
     }
 
-    /// Frees all entries of a table, at most `used` of which are not free, and calls `each` with
-    /// every one of them.
+    /// Frees all entries of a table, and calls `each` with every entry that was in use. At most
+    /// `used` entries may be in use.
     pub(super) fn clear(&mut self, table: TableOffset, used: u64, mut each: impl FnMut(Entry)) {
         let first = table.slot(0);
         let words = self.memory.words().get(first..).unwrap_or(&[]);

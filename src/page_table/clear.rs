@@ -1,12 +1,15 @@
-//! Removing mappings, and the tables that get empty by it.
+//! Removing mappings, and the tables that become empty.
 
 use super::arena::Arena;
 use super::layout::{
     Entry, FRAME_BYTES, FRAME_WORDS, TableOffset, entry_bytes, index, is_whole_entry,
 };
 
-// Apart from `commits`, and the two that every MAP adds to apart from each other: neighbours are added
-// to as a pair, which is slower where one of them was stored just before.
+/// Mappings, bytes and frames of a table, or of the part removed from it.
+//
+// A struct apart from `Table::commits`, with `frames` between the two fields that every MAP adds to:
+// the compiler updates neighbours as a pair, and loading the pair stalls if one of them was stored
+// just before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counters {
     pub(super) bytes: u64,
@@ -14,7 +17,7 @@ pub(super) struct Counters {
     pub(super) mappings: u64,
 }
 
-/// Taking leaves away, and the tables that get empty by it.
+/// Removes leaves, and the tables that become empty, and counts both.
 pub(super) struct Clear<'a> {
     pub(super) arena: &'a mut Arena,
     pub(super) totals: Counters,
@@ -28,8 +31,8 @@ impl<'a> Clear<'a> {
         }
     }
 
-    /// Clears `first..=last` of `table`, at `level`, where it cuts no leaf, and says how many
-    /// entries are free now that were not.
+    /// Clears `first..=last` of `table`, at `level`. The range must split no leaf. Returns how many
+    /// entries of `table` became free.
     pub(super) fn part(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
         let mut removed = 0;
         let mut at = first;
@@ -60,7 +63,7 @@ impl<'a> Clear<'a> {
         }
     }
 
-    /// Clears all of `table`, at `level`, which has at most `used` entries that are not free.
+    /// Clears all of `table`, at `level`. At most `used` entries may be in use.
     pub(super) fn whole(&mut self, table: TableOffset, level: u32, used: u64) {
         if level == 1 {
             let (mut leaves, mut mappings) = (0, 0);
@@ -93,8 +96,8 @@ impl<'a> Clear<'a> {
         }
     }
 
-    /// Notes that the table behind `entry` lost `removed` entries, and says whether the entry
-    /// itself got free by that: 1, or 0.
+    /// Updates `entry`, in `slot`, after its table lost `removed` entries, and retires the table if it
+    /// is empty. Returns 1 if the entry became free, and 0 otherwise.
     pub(super) fn shrink_entry(&mut self, slot: usize, entry: Entry, removed: u64) -> u64 {
         if removed == 0 {
             return 0;

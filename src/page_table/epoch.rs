@@ -1,7 +1,8 @@
-//! Epochs: how the writer learns that readers have left what they found before.
+//! Epochs: how the writer learns that every reader has left the frames and memory it took away.
 //!
 //! A reader has *epoch words* in memory that the writer reads. A word belongs to one access at a
-//! time; it is odd while that access lasts, even between two, and never has the same value twice.
+//! time. It is odd during an access and even between accesses, and it never takes the same value
+//! twice.
 //!
 //! ```text
 //! reader                                    writer
@@ -12,26 +13,26 @@
 //! word := even, release   (4)               the memory and the frames are free
 //! ```
 //!
-//! Why that is enough:
-//! - One of the two fences comes first. If it is the reader's, (7) sees (1) or something later, so the
-//!   writer waits for this access. If it is the writer's, (3) sees (5), so this access finds
-//!   nothing that goes away.
-//! - Every store to a word is a release and (7), (8) are acquires: when a word has changed, what the
-//!   access did is over, also where its word was taken by the next access meanwhile.
-//! - A word that was even at (7), or changed since, belongs to no access begun before (5): the writer
-//!   waits for nobody else, and readers that come all the time cannot hold it up.
+//! Correctness:
+//! - One of the two fences comes first. If it is the reader's, (7) sees (1) or a later store, so the
+//!   writer waits for this access. If it is the writer's, (3) sees (5), so this access finds the
+//!   entry free.
+//! - Every store to a word is a release, and (7) and (8) are acquires. Once the writer sees a word
+//!   change, the access has ended, even if the next access has taken the word meanwhile.
+//! - A word that is even at (7), or that has changed since, belongs to no access begun before (5).
+//!   The writer waits for no other access, so a steady stream of new accesses cannot delay it.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// A word that readers and the writer share.
 ///
-/// A trait, so that a model checker can put its own in.
+/// It is a trait so that a model checker can substitute its own atomics.
 pub trait Word {
     /// Reads the word.
     fn load(&self, order: Ordering) -> u64;
     /// Writes the word.
     fn store(&self, value: u64, order: Ordering);
-    /// A fence, sequentially consistent, over all words.
+    /// A sequentially consistent fence over all words.
     fn fence();
 }
 
@@ -49,33 +50,35 @@ impl Word for AtomicU64 {
     }
 }
 
-/// Begins an access. What is loaded after this stays usable until [`leave`].
+/// Begins an access. Entries loaded after this call stay usable until [`leave`].
 ///
-/// The caller is the only one to use `word` until then. Returns what `leave` wants to see.
+/// No other access may use `word` until then. Returns the value that the caller must pass to
+/// [`leave`].
 pub fn enter<W: Word>(word: &W) -> u64 {
-    // Odd whatever was there: nothing but this process's own harm comes from another value.
+    // The result is odd whatever the word held: the memory belongs to the reader's process, and a
+    // value corrupted there harms only that process.
     let inside = word.load(Ordering::Relaxed).wrapping_add(1) | 1;
-    // Release, not relaxed: the writer that sees this instead of the end of the access before must
-    // see what that one did, too.
+    // Not relaxed: a writer may see this store instead of the one that ended the previous access,
+    // and must then see everything that access did.
     word.store(inside, Ordering::Release);
     W::fence();
     inside
 }
 
-/// Ends the access that [`enter`] has begun.
+/// Ends the access that [`enter`] began.
 pub fn leave<W: Word>(word: &W, inside: u64) {
     word.store(inside.wrapping_add(1), Ordering::Release);
 }
 
-/// Accesses the writer waits for.
+/// The accesses that the writer must wait for: those in progress when it began to wait.
 #[derive(Clone, Debug, Default)]
-pub struct Waiting {
-    /// Word and the value it had.
+pub struct GracePeriod {
+    /// Index of each odd word, and the value it had.
     inside: Vec<(usize, u64)>,
 }
 
-impl Waiting {
-    /// The accesses in progress that may have found what was there before this call.
+impl GracePeriod {
+    /// Collects the accesses in progress, which may have loaded entries changed before this call.
     pub fn begin<'a, W: Word + 'a>(words: impl IntoIterator<Item = &'a W>) -> Self {
         W::fence();
         let now = words.into_iter().map(|word| word.load(Ordering::Acquire));
@@ -85,7 +88,7 @@ impl Waiting {
         }
     }
 
-    /// Whether all of them have ended. `word` gives the words in the order they had before.
+    /// Whether all of them have ended. `word` must index the words as [`Self::begin`] saw them.
     pub fn is_over<'a, W: Word + 'a>(&mut self, word: impl Fn(usize) -> Option<&'a W>) -> bool {
         self.inside.retain(|(index, value)| {
             word(*index).is_some_and(|word| word.load(Ordering::Acquire) == *value)
@@ -103,17 +106,14 @@ mod tests {
         let words: [AtomicU64; 3] = Default::default();
         let first = enter(&words[0]);
         let second = enter(&words[1]);
-        let mut waiting = Waiting::begin(&words);
+        let mut grace = GracePeriod::begin(&words);
         let _late = enter(&words[2]);
-        assert!(!waiting.is_over(|i| words.get(i)));
+        assert!(!grace.is_over(|i| words.get(i)));
         leave(&words[0], first);
         let _again = enter(&words[0]);
-        assert!(
-            !waiting.is_over(|i| words.get(i)),
-            "the second one is still inside"
-        );
+        assert!(!grace.is_over(|i| words.get(i)), "the second access lasts");
         leave(&words[1], second);
-        assert!(waiting.is_over(|i| words.get(i)), "those inside came later");
+        assert!(grace.is_over(|i| words.get(i)), "the rest began later");
     }
 
     #[test]

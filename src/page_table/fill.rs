@@ -1,21 +1,21 @@
-//! Making a mapping: the frames it takes, and its leaves.
+//! Making a mapping: counting the frames it needs, and storing its leaves.
 
 use super::arena::Arena;
 use super::layout::{Entry, FRAME_WORDS, TableOffset, entry_bytes, index, is_whole_entry};
 
-/// A leaf lies at this address or in the rest of the entry that covers it.
+/// A leaf lies in the way: at this address, or after it within the entry that covers the address.
 pub(super) struct Occupied(pub(super) u64);
 
-/// Counting what a mapping takes.
-pub(super) struct Survey<'a> {
+/// Counts the frames that a mapping needs.
+pub(super) struct FrameCount<'a> {
     pub(super) arena: &'a Arena,
     pub(super) leaf_level: u32,
 }
 
-impl Survey<'_> {
-    /// Frames to be added below `table`, at `level`, for leaves all over `first..=last`.
+impl FrameCount<'_> {
+    /// The frames to add below `table`, at `level`, to fill `first..=last` with leaves.
     ///
-    /// Only the first and the last entry can be covered in part, so that this goes down at most
+    /// The range covers only its first and its last entry in part, so the recursion descends at most
     /// twice on each level.
     pub(super) fn frames_for(
         &self,
@@ -43,7 +43,7 @@ impl Survey<'_> {
         }
     }
 
-    /// Frames to be added below a free entry at `level` for leaves all over `first..=last`.
+    /// The frames to add below a free entry at `level` to fill `first..=last` with leaves.
     fn frames_below_free(&self, level: u32, first: u64, last: u64) -> u64 {
         if is_whole_entry(level, first, last) {
             return self.frames_below_whole(level);
@@ -59,13 +59,13 @@ impl Survey<'_> {
             + (high - low - 1) * self.frames_below_whole(below)
     }
 
-    /// Frames to be added below a free entry at `level` for leaves all over it.
+    /// The frames to add below a free entry at `level` to fill the whole entry with leaves.
     fn frames_below_whole(&self, level: u32) -> u64 {
         (self.leaf_level..level).fold(0, |below, _| 1 + below * FRAME_WORDS as u64)
     }
 }
 
-/// Filling in a mapping whose leaves `leaf` makes, given a level and an address.
+/// Stores the leaves of a mapping. `leaf` makes the leaf for a level and an address.
 pub(super) struct Fill<'a, F> {
     pub(super) arena: &'a mut Arena,
     pub(super) leaf: F,
@@ -73,7 +73,7 @@ pub(super) struct Fill<'a, F> {
 }
 
 impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
-    /// Fills `first..=last` of `table`, at `level`, and says how many entries are no longer free.
+    /// Fills `first..=last` of `table`, at `level`. Returns how many of its entries came into use.
     pub(super) fn table(&mut self, table: TableOffset, level: u32, first: u64, last: u64) -> u64 {
         let mut added = 0;
         let mut at = first;
@@ -85,7 +85,7 @@ impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
                 self.arena.store(slot, leaf);
                 added += 1;
             } else {
-                added += self.below(slot, level, at, until);
+                added += self.part_of_entry(slot, level, at, until);
             }
             if until == last {
                 return added;
@@ -94,8 +94,8 @@ impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
         }
     }
 
-    /// Fills a part of the entry in `slot`, and says whether it was free: 1, or 0.
-    fn below(&mut self, slot: usize, level: u32, first: u64, last: u64) -> u64 {
+    /// Fills a part of the entry in `slot`. Returns 1 if the entry was free, and 0 otherwise.
+    fn part_of_entry(&mut self, slot: usize, level: u32, first: u64, last: u64) -> u64 {
         let entry = self.arena.load(slot);
         if !entry.is_free() {
             let used = self.table(entry.next_table(), level - 1, first, last);
@@ -105,7 +105,7 @@ impl<F: Fn(u32, u64) -> Entry> Fill<'_, F> {
         let Some(table) = self.arena.allocate() else {
             unreachable!("the plan counted every frame");
         };
-        // The way to the new table is stored last: whoever finds it finds it filled.
+        // Store the pointer last, so that a reader that follows it finds the new table filled.
         let used = self.table(table, level - 1, first, last);
         self.arena.store(slot, Entry::table(table, used));
         1

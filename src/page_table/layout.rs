@@ -1,28 +1,28 @@
-//! What the words of the arena mean: the header frame, the entries, the levels, endpoint slots.
+//! The layout of the arena: header words, table entries, levels and endpoint slots.
 
 use crate::address::{Access, Gpa, Iova, IovaRange};
 
-/// Bytes of a frame: of the header, and of every table.
+/// Bytes of a frame. The header is one frame, and so is every table.
 pub const FRAME_BYTES: u64 = 4096;
-/// Words of a frame, each 8 bytes: the entries of one table.
+/// Words of 8 bytes in a frame: the entries of one table.
 pub const FRAME_WORDS: usize = 512;
 
 /// First word of the arena.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"iova\0tbl");
-/// The version of this layout. A reader refuses every other one.
+/// The version of this layout. A reader refuses any other version.
 pub const ABI_VERSION: u64 = 1;
 
 /// Index of the header word that holds [`MAGIC`].
 pub const HEADER_MAGIC: usize = 0;
 /// Index of the header word that holds [`ABI_VERSION`].
 pub const HEADER_VERSION: usize = 1;
-/// Index of the header word that holds the levels of the deepest table made so far, 0 before the
-/// first.
+/// Index of the header word that holds the levels of the deepest table made so far; 0 before the
+/// first table.
 pub const HEADER_LEVELS: usize = 2;
-/// Index of the header word that holds the number of frames, the header's own included.
+/// Index of the header word that holds the number of frames, including the header.
 pub const HEADER_FRAMES: usize = 3;
 
-/// Guest-physical addresses lie below this: 52 bits are what an entry can hold.
+/// Guest-physical addresses lie below this limit: an entry holds 52 bits of address.
 pub const GPA_LIMIT: u64 = 1 << 52;
 
 /// The largest level whose entries may be leaves: 1 GiB.
@@ -32,7 +32,7 @@ const PAGE_BITS: u32 = 12;
 const INDEX_BITS: u32 = 9;
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
 
-/// How many tables a walk passes from the root to a 4 KiB leaf.
+/// The depth of a table: the number of tables a walk passes from the root to a 4 KiB leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Levels {
     /// 48 bits of address.
@@ -51,7 +51,7 @@ impl Levels {
         }
     }
 
-    /// The level of the root; level 1 holds the 4 KiB leaves.
+    /// The number of levels, which is also the level of the root. Level 1 holds the 4 KiB leaves.
     pub fn count(self) -> u32 {
         match self {
             Self::Four => 4,
@@ -59,76 +59,77 @@ impl Levels {
         }
     }
 
-    /// Bits of I/O virtual address the table reaches.
+    /// The width of the I/O virtual addresses that the table translates, in bits.
     pub fn address_bits(self) -> u32 {
         PAGE_BITS + INDEX_BITS * self.count()
     }
 
-    /// The last address the table reaches.
+    /// The last address that the table translates.
     pub fn last_address(self) -> Iova {
         Iova((1 << self.address_bits()) - 1)
     }
 
-    /// Every address the table reaches.
+    /// All addresses that the table translates.
     pub fn range(self) -> IovaRange {
         let whole = IovaRange::new(Iova(0), self.last_address());
         whole.unwrap_or(IovaRange::ALL)
     }
 }
 
-/// The place of a table in the arena: its offset in bytes, a multiple of [`FRAME_BYTES`].
+/// The offset of a table in the arena in bytes, a multiple of [`FRAME_BYTES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TableOffset(pub u64);
 
 impl TableOffset {
     /// Index of the arena word that holds entry `index` of this table.
     ///
-    /// The value may lie outside the arena where the offset came from elsewhere.
+    /// The result may lie outside the arena if the offset was read from untrusted memory.
     pub(super) fn slot(self, index: u64) -> usize {
         let word = (self.0 & Entry::ADDRESS) >> 3 | index & INDEX_MASK;
         usize::try_from(word).unwrap_or(usize::MAX)
     }
 }
 
-/// Bytes that one entry of a table at `level` covers.
+/// The bytes that one entry of a table at `level` covers.
 pub(super) fn entry_bytes(level: u32) -> u64 {
     1 << shift(level)
 }
 
-/// Which entry of a table at `level` covers `iova`.
+/// The index of the entry that covers `iova` in a table at `level`.
 pub(super) fn index(iova: u64, level: u32) -> u64 {
     iova >> shift(level) & INDEX_MASK
 }
 
-/// Whether `first..=last`, a part of one entry at `level`, is all of it.
+/// Whether `first..=last`, which lies within one entry at `level`, is the whole entry.
 pub(super) fn is_whole_entry(level: u32, first: u64, last: u64) -> bool {
     last - first == entry_bytes(level) - 1
 }
 
-/// The level of the largest leaf for addresses that differ from where they lead in the bits of
-/// `difference`.
+/// The level of the largest leaf that can translate between two addresses which differ in the bits
+/// of `difference`.
 pub(super) fn largest_leaf(difference: u64) -> u32 {
     let fits = |level: &u32| difference & (entry_bytes(*level) - 1) == 0;
     (1..=TOP_LEAF_LEVEL).rev().find(fits).unwrap_or(1)
 }
 
 fn shift(level: u32) -> u32 {
-    // The mask changes nothing for levels that exist, and lets the shift go unchecked.
+    // The mask is a no-op for valid levels; it lets the compiler drop the overflow check of the
+    // shift.
     (PAGE_BITS + INDEX_BITS * level.wrapping_sub(1)) & 63
 }
 
-/// An endpoint slot: where the DMA of an endpoint goes.
+/// The contents of an endpoint slot: where the DMA of an endpoint goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndpointWord {
-    /// Nowhere.
+    /// DMA is blocked.
     Blocked,
-    /// To guest-physical addresses as they are, but for the endpoint's reserved regions.
+    /// Addresses are guest-physical, except in the endpoint's reserved regions.
     Bypass,
-    /// Through the table at `root`.
+    /// The table at `root` translates.
     Domain {
-        /// Where a walk starts.
+        /// The root of the table.
         root: TableOffset,
-        /// How deep the table is.
+        /// The depth of the table.
         levels: Levels,
     },
 }
@@ -140,7 +141,7 @@ impl EndpointWord {
     /// The table has five levels.
     const FIVE: u64 = 1 << 2;
 
-    /// The word as it lies in memory.
+    /// The word in memory.
     pub fn bits(self) -> u64 {
         match self {
             Self::Blocked => 0,
@@ -155,7 +156,7 @@ impl EndpointWord {
         }
     }
 
-    /// What a word says. One that says nothing known blocks.
+    /// Decodes a word. An unknown kind blocks.
     pub fn from_bits(bits: u64) -> Self {
         match bits & Self::KIND {
             Self::BYPASS => Self::Bypass,
@@ -172,23 +173,23 @@ impl EndpointWord {
     }
 }
 
-/// One word of a table: free, a leaf, or the way to the next table.
+/// One word of a table: free, a leaf, or a pointer to the next table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u64);
 
 impl Entry {
-    /// Nothing is mapped here.
+    /// The free entry: it maps nothing.
     pub const FREE: Self = Self(0);
 
-    /// Hardware may use the entry. Clear in a leaf without any right.
+    /// Hardware may use the entry. Clear in a leaf without access rights.
     pub const PRESENT: u64 = 1 << 0;
     /// The endpoint may write.
     pub const WRITE: u64 = 1 << 1;
-    /// Requests without privilege may use the entry; always set with [`Self::PRESENT`].
+    /// Unprivileged requests may use the entry. Always set together with [`Self::PRESENT`].
     pub const USER: u64 = 1 << 2;
-    /// Preset, so that hardware never writes to a table.
+    /// Always set, so that hardware never writes to a table.
     pub const ACCESSED: u64 = 1 << 5;
-    /// Preset in leaves, so that hardware never writes to a table.
+    /// Always set in leaves, so that hardware never writes to a table.
     pub const DIRTY: u64 = 1 << 6;
     /// A leaf at level 2 or 3.
     pub const PAGE_SIZE: u64 = 1 << 7;
@@ -198,35 +199,35 @@ impl Entry {
     pub const FIRST: u64 = 1 << 52;
     /// Last leaf of a mapping.
     pub const LAST: u64 = 1 << 53;
-    /// The mapping leads to device memory.
+    /// The target is device memory.
     pub const MMIO: u64 = 1 << 54;
-    /// The endpoint may not read: hardware cannot express it, software readers must obey it.
+    /// The endpoint may not read. Hardware cannot express this right; software readers must obey it.
     pub const NO_READ: u64 = 1 << 55;
 
     const USED_SHIFT: u32 = 52;
     const USED_MASK: u64 = (1 << 10) - 1;
 
-    /// The entry with these bits.
+    /// An entry with these bits.
     pub fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
 
-    /// The bits as they lie in memory.
+    /// The bits in memory.
     pub fn bits(self) -> u64 {
         self.0
     }
 
-    /// Whether nothing is mapped here.
+    /// Whether the entry is free.
     pub fn is_free(self) -> bool {
         self.0 == 0
     }
 
-    /// Whether the entry, found at `level`, leads to another table.
+    /// Whether the entry, at `level`, points to another table.
     pub fn is_table(self, level: u32) -> bool {
         level > 1 && self.0 & (Self::PRESENT | Self::PAGE_SIZE) == Self::PRESENT
     }
 
-    /// Whether the entry, found at `level`, is a leaf.
+    /// Whether the entry, at `level`, is a leaf.
     pub fn is_leaf(self, level: u32) -> bool {
         match level {
             1 => !self.is_free(),
@@ -235,7 +236,7 @@ impl Entry {
         }
     }
 
-    /// Whether all of `bits` are set.
+    /// Whether all bits of `bits` are set.
     pub fn has(self, bits: u64) -> bool {
         self.0 & bits == bits
     }
@@ -261,39 +262,39 @@ impl Entry {
         Self(bits)
     }
 
-    /// This leaf with `bits` set as well.
+    /// This leaf with `bits` set in addition.
     pub(super) fn with(self, bits: u64) -> Self {
         Self(self.0 | bits)
     }
 
-    /// The way to `table`, of whose entries `used` are not free.
+    /// A pointer to `table`, which has `used` entries in use.
     pub(super) fn table(table: TableOffset, used: u64) -> Self {
         let bits = Self::PRESENT | Self::WRITE | Self::USER | Self::ACCESSED;
         Self(table.0 & Self::ADDRESS | bits).with_used(used)
     }
 
-    /// The table this entry leads to.
+    /// The table this entry points to.
     pub(super) fn next_table(self) -> TableOffset {
         TableOffset(self.0 & Self::ADDRESS)
     }
 
-    /// How many entries of the table this one leads to are not free: 1 to 512.
+    /// The number of entries in use in the table that this entry points to: 1 to 512.
     pub fn used(self) -> u64 {
         self.0 >> Self::USED_SHIFT & Self::USED_MASK
     }
 
-    /// This way to a table, of whose entries now `used` are not free.
+    /// This pointer with `used` as the number of entries in use in its table.
     pub(super) fn with_used(self, used: u64) -> Self {
         let kept = self.0 & !(Self::USED_MASK << Self::USED_SHIFT);
         Self(kept | (used & Self::USED_MASK) << Self::USED_SHIFT)
     }
 
-    /// Where a leaf found at `level` leads.
+    /// The first guest-physical address of a leaf at `level`.
     pub fn gpa(self, level: u32) -> Gpa {
         Gpa(self.0 & Self::ADDRESS & !(entry_bytes(level) - 1))
     }
 
-    /// What a leaf lets the endpoint do.
+    /// The access rights of a leaf.
     pub fn access(self) -> Access {
         Access {
             read: self.0 & (Self::PRESENT | Self::NO_READ) == Self::PRESENT,
@@ -301,7 +302,7 @@ impl Entry {
         }
     }
 
-    /// Whether a leaf leads to device memory.
+    /// Whether the target of a leaf is device memory.
     pub fn mmio(self) -> bool {
         self.has(Self::MMIO)
     }
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_way_to_a_table_counts_up_to_all_its_entries() {
+    fn a_table_pointer_counts_up_to_all_its_entries() {
         for used in [1, 511, 512] {
             let entry = Entry::table(TableOffset(0x7_f000), used);
             assert_eq!(entry.used(), used);

@@ -6,14 +6,16 @@
 //! Table: one root per domain +-------+-------+   4 or 5 levels, leaves of 4 KiB, 2 MiB, 1 GiB
 //! ```
 //!
-//! One writer plans a change ([`Table::plan_map`], [`Table::plan_unmap`]), which decides every
-//! refusal and alters nothing, and then commits it, which cannot fail. Any number of readers, in
+//! One writer plans a change ([`Table::plan_map`], [`Table::plan_unmap`]) and then commits it. The
+//! plan decides every refusal and changes nothing; the commit cannot fail. Any number of readers, in
 //! this process or in others, follow the entries at the same time without a lock
-//! ([`reader::walk`]). A frame that leaves the tree is *retired*: it is handed out again only
-//! after [`Arena::reclaim`], which the owner calls once no reader can still be inside it. How it
-//! learns that is [`epoch`]'s part; [`EndpointSlots`] tell readers where to start.
+//! ([`reader::walk`]).
 //!
-//! The bytes are an interface of their own, written down in `docs/page-table.md`.
+//! A frame that leaves the tree is *retired*. The arena hands it out again only after
+//! [`Arena::reclaim`], which the owner calls once no reader can still be inside it; [`epoch`] tells
+//! the owner when that is. [`EndpointSlots`] tell readers which root to start from.
+//!
+//! `docs/page-table.md` specifies the bytes: they are an interface for readers in other processes.
 
 mod arena;
 mod clear;

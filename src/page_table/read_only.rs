@@ -8,19 +8,19 @@ use super::layout::{ABI_VERSION, FRAME_BYTES, HEADER_FRAMES, HEADER_MAGIC, HEADE
 use super::reader::View;
 use super::words::{MappedWords, sealed_size};
 
-/// An arena of another process, or of another part of this one, that can only be read.
+/// An arena made by another process, or another part of this one, mapped read-only.
 #[derive(Debug)]
 pub struct ReadOnlyArena {
     memory: MappedWords,
 }
 
 impl ReadOnlyArena {
-    /// Maps the arena behind `fd`, which need not stay open.
+    /// Maps the arena behind `fd`. The caller may close `fd` afterwards.
     ///
     /// # Errors
     ///
-    /// The descriptor is no memfd that is sealed against shrinking, its header is not that of an
-    /// arena of this version, or it cannot be mapped.
+    /// The descriptor is not a memfd sealed against shrinking, its header is not that of an arena of
+    /// this version, or it cannot be mapped.
     pub fn map(fd: BorrowedFd<'_>) -> Result<Self, ArenaError> {
         let bytes = sealed_size(fd)?;
         let memory = MappedWords::map(fd, bytes, libc::PROT_READ)?;
@@ -40,7 +40,7 @@ impl ReadOnlyArena {
         Ok(Self { memory })
     }
 
-    /// What is there to be read.
+    /// A view of the arena.
     pub fn view(&self) -> View<'_> {
         View::new(self.memory.as_slice())
     }

@@ -1,7 +1,7 @@
-//! Lock-free reading of tables, from nothing but a view of the arena and the offset of a root.
+//! Lock-free reading of tables, given a view of the arena and the offset of a root.
 //!
-//! A reader may live in another process and does not trust what it finds: every offset is
-//! checked against the arena, and no walk is deeper than the table.
+//! A reader may live in another process and must not trust the contents of the arena: it checks
+//! every offset against the arena's size, and never walks deeper than the table.
 
 use std::iter::FusedIterator;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,48 +9,49 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::layout::{EndpointWord, Entry, Levels, TableOffset, entry_bytes, index};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 
-/// Where one address leads.
+/// The translation of one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translation {
-    /// The guest-physical address of the very byte that was asked for.
+    /// The guest-physical address of the requested byte.
     pub gpa: Gpa,
-    /// The last address up to which all of this holds with `gpa` counting on: the end of the
-    /// leaf. What comes after may belong to the same mapping.
+    /// The last address of the leaf. Up to there guest-physical addresses are contiguous, and rights
+    /// and kind are the same. The addresses after it may belong to the same mapping.
     pub contiguous_last: Iova,
-    /// What the endpoint may do there.
+    /// The endpoint's access rights.
     pub access: Access,
-    /// It is device memory.
+    /// The target is device memory.
     pub mmio: bool,
 }
 
-/// The words of an arena, for reading.
+/// A read-only view of an arena's words.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     words: &'a [AtomicU64],
 }
 
 impl<'a> View<'a> {
-    /// A view of `words`, the first of which is the first word of the header.
+    /// A view of `words`, which begin with the first word of the header.
     pub fn new(words: &'a [AtomicU64]) -> Self {
         Self { words }
     }
 
-    /// What the endpoint slot in this word says; blocked where that lies outside the arena.
+    /// The endpoint slot at the index `word`; [`EndpointWord::Blocked`] outside the arena.
     pub fn endpoint(self, word: usize) -> EndpointWord {
-        // Acquire: a root is seen with all that is in its table.
+        // Acquire pairs with the writer's release: a reader that sees the root sees its table filled.
         let bits = self.words.get(word).map(|w| w.load(Ordering::Acquire));
         EndpointWord::from_bits(bits.unwrap_or(0))
     }
 
-    /// The entry at `index` of `table`, or `None` where that lies outside the arena.
+    /// The entry at `index` of `table`, or `None` outside the arena.
     fn entry(self, table: TableOffset, index: u64) -> Option<Entry> {
-        // Acquire: what the writer stored into a table before it made the way there is seen too.
+        // Acquire pairs with the writer's release: a reader that sees a pointer sees its table
+        // filled.
         let word = self.words.get(table.slot(index))?;
         Some(Entry::from_bits(word.load(Ordering::Acquire)))
     }
 }
 
-/// Where `iova` leads in the table of `levels` at `root`, or `None` where nothing is mapped.
+/// Translates `iova` through the table of `levels` at `root`; `None` if it is not mapped.
 pub fn walk(view: View<'_>, root: TableOffset, levels: Levels, iova: Iova) -> Option<Translation> {
     find_leaf(view, root, levels, iova).map(|leaf| leaf.translate(iova))
 }
@@ -68,7 +69,7 @@ pub(super) fn find_leaf(
     find_leaf_below(view, root, levels.count(), iova)
 }
 
-/// The leaf that covers `iova`, searched from a table at `level` that covers it too.
+/// The leaf that covers `iova`, searched for from `table`, which is at `level` and covers it.
 pub(super) fn find_leaf_below(
     view: View<'_>,
     mut table: TableOffset,
@@ -134,12 +135,12 @@ impl Leaf {
     }
 }
 
-/// All leaves from some address on, in the order of their addresses.
+/// All leaves from an address on, in the order of their addresses.
 #[derive(Clone, Debug)]
 pub(super) struct Leaves<'a> {
     view: View<'a>,
     levels: Levels,
-    /// The tables from the root down to `level` that cover `next`, by level.
+    /// The tables on the path from the root down to `level` that cover `next`, indexed by level.
     tables: [TableOffset; 6],
     level: u32,
     next: u64,
@@ -171,7 +172,7 @@ impl Iterator for Leaves<'_> {
                 continue;
             }
             self.next = (at | (entry_bytes(level) - 1)) + 1;
-            // Past the last entry of a table, go on in the one above.
+            // After the last entry of a table, continue in the table above.
             while self.level < self.levels.count() && index(self.next, self.level) == 0 {
                 self.level += 1;
             }
@@ -193,8 +194,8 @@ pub struct Mappings<'a> {
 impl<'a> Mappings<'a> {
     /// All mappings in the table at `root` that share an address with `range`.
     ///
-    /// Finding the start of a mapping that `range` begins inside of takes time in proportion to
-    /// its leaves. Unlike a walk, this is for tables whose contents can be trusted.
+    /// If `range` begins inside a mapping, finding its first leaf takes time proportional to its
+    /// leaves. Unlike [`walk`], this must only be used on tables with trusted contents.
     pub(super) fn new(view: View<'a>, root: TableOffset, levels: Levels, range: IovaRange) -> Self {
         let mut first = range.first();
         while let Some(leaf) = find_leaf(view, root, levels, first) {
@@ -217,7 +218,7 @@ impl Iterator for Mappings<'_> {
     fn next(&mut self) -> Option<Mapping> {
         let first = self.leaves.next()?;
         if first.first() > self.last {
-            // Nothing that is left can share an address with the range.
+            // No later mapping overlaps the range: end the iteration for good.
             self.leaves.next = u64::MAX;
             return None;
         }

@@ -1,86 +1,87 @@
-//! Where tables of level 1 lie that were used lately.
+//! The cache of lately used tables of level 1, which saves most walks from the root.
 
 use super::layout::{TableOffset, entry_bytes};
 
-/// The smallest table there is that covers the whole range of a plan.
+/// A table in the tree.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    pub(super) table: TableOffset,
+pub(super) struct TableRef {
+    pub(super) offset: TableOffset,
     pub(super) level: u32,
-    /// The entry that leads to it; `None` for the root.
+    /// The slot of the entry that points to it; `None` for the root.
     pub(super) parent: Option<usize>,
 }
 
-/// How many tables of level 1 are remembered.
-const RECENT_TABLES: usize = 8;
+/// The size of the cache in tables.
+const CACHED_TABLES: usize = 8;
 
-/// Where tables of level 1 are that were used lately: most mappings of a guest's driver are near
-/// others. Each has one place it can be in, so that of two that are a multiple of [`RECENT_TABLES`]
-/// apart the later one is remembered. Those that leave the tree are forgotten.
+/// A direct-mapped cache of tables of level 1: most mappings of a guest's driver lie near others.
+///
+/// Two tables whose tags differ by a multiple of [`CACHED_TABLES`] share a line, and the later one
+/// evicts the other. The writer must drop a table from the cache when the table leaves the tree.
 #[derive(Debug)]
-pub(super) struct Recent([RecentTable; RECENT_TABLES]);
+pub(super) struct RecentTables([CachedTable; CACHED_TABLES]);
 
 #[derive(Clone, Copy, Debug)]
-struct RecentTable {
-    /// What it covers: addresses without the bits a table of level 1 translates.
+struct CachedTable {
+    /// The addresses it covers, without the bits that a table of level 1 translates.
     tag: u64,
     table: TableOffset,
     parent: usize,
 }
 
-impl RecentTable {
+impl CachedTable {
     const NONE: Self = Self {
-        // No address has one as high.
+        // Above the tag of every address.
         tag: u64::MAX,
         table: TableOffset(0),
         parent: 0,
     };
 }
 
-impl Recent {
-    pub(super) const NONE: Self = Self([RecentTable::NONE; RECENT_TABLES]);
+impl RecentTables {
+    pub(super) const NONE: Self = Self([CachedTable::NONE; CACHED_TABLES]);
 
-    /// Where the table with this tag can be.
+    /// The line for this tag.
     fn index(tag: u64) -> usize {
-        usize::try_from(tag % RECENT_TABLES as u64).unwrap_or(0)
+        usize::try_from(tag % CACHED_TABLES as u64).unwrap_or(0)
     }
 
     fn tag(iova: u64) -> u64 {
         iova / entry_bytes(2)
     }
 
-    /// The table for `iova`.
-    pub(super) fn get(&self, iova: u64) -> Option<Place> {
+    /// The table of level 1 that covers `iova`, if it is cached.
+    pub(super) fn get(&self, iova: u64) -> Option<TableRef> {
         let tag = Self::tag(iova);
-        let recent = self.0[Self::index(tag)];
-        (recent.tag == tag).then_some(Place {
-            table: recent.table,
+        let line = self.0[Self::index(tag)];
+        (line.tag == tag).then_some(TableRef {
+            offset: line.table,
             level: 1,
-            parent: Some(recent.parent),
+            parent: Some(line.parent),
         })
     }
 
-    /// Notes the table at `place`, if it is one for `iova` at level 1.
-    pub(super) fn note(&mut self, iova: u64, place: &Place) {
-        if let (1, Some(parent)) = (place.level, place.parent) {
+    /// Caches `table`, which covers `iova`, if it is at level 1.
+    pub(super) fn insert(&mut self, iova: u64, table: &TableRef) {
+        if let (1, Some(parent)) = (table.level, table.parent) {
             let tag = Self::tag(iova);
-            let recent = &mut self.0[Self::index(tag)];
-            if recent.tag != tag {
-                *recent = RecentTable {
+            let line = &mut self.0[Self::index(tag)];
+            if line.tag != tag {
+                *line = CachedTable {
                     tag,
-                    table: place.table,
+                    table: table.offset,
                     parent,
                 };
             }
         }
     }
 
-    /// Forgets the table for `iova`.
-    pub(super) fn forget(&mut self, iova: u64) {
+    /// Drops the table that covers `iova`.
+    pub(super) fn remove(&mut self, iova: u64) {
         let tag = Self::tag(iova);
-        let recent = &mut self.0[Self::index(tag)];
-        if recent.tag == tag {
-            *recent = RecentTable::NONE;
+        let line = &mut self.0[Self::index(tag)];
+        if line.tag == tag {
+            *line = CachedTable::NONE;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Endpoint slots: words of the arena that tell readers where the DMA of an endpoint goes.
+//! Endpoint slots: words of the arena that tell readers where an endpoint's DMA goes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,9 +8,9 @@ use super::error::OutOfFrames;
 use super::layout::{EndpointWord, FRAME_WORDS, TableOffset};
 use super::words::SharedWords;
 
-/// The slots of some endpoints, each of which is blocked at first.
+/// A set of endpoint slots. Each is blocked at first.
 ///
-/// Their frames stay theirs until the arena's end.
+/// The slots keep their frames for the lifetime of the arena.
 #[derive(Debug)]
 pub struct EndpointSlots {
     memory: Arc<SharedWords>,
@@ -18,10 +18,10 @@ pub struct EndpointSlots {
 }
 
 impl EndpointSlots {
-    /// `count` slots.
+    /// Allocates `count` slots.
     ///
     /// # Errors
-    /// The arena has not enough frames.
+    /// The arena has too few free frames.
     pub fn new(arena: &mut Arena, count: usize) -> Result<Self, OutOfFrames> {
         let needed = count.div_ceil(FRAME_WORDS) as u64;
         let free = arena.frames_free();
@@ -36,16 +36,17 @@ impl EndpointSlots {
         })
     }
 
-    /// The word of the arena that is slot `index`; beyond the arena where there is no such slot.
+    /// The index of the arena word that holds slot `index`; `usize::MAX`, which lies outside every
+    /// arena, if there is no such slot.
     pub fn word(&self, index: usize) -> usize {
         let frame = self.frames.get(index / FRAME_WORDS);
         frame.map_or(usize::MAX, |f| f.slot((index % FRAME_WORDS) as u64))
     }
 
-    /// Accesses that begin after this call meet `state`, all at once. Those in progress are to be
-    /// waited for.
+    /// Switches a slot to `state`: every access that begins after this call sees it. The caller must
+    /// wait for accesses in progress.
     pub fn set(&self, index: usize, state: EndpointWord) {
-        // Release: a root is seen with all that is in its table.
+        // Release: a reader that sees the root must see its table filled.
         if let Some(word) = self.memory.words().get(self.word(index)) {
             word.store(state.bits(), Ordering::Release);
         }
@@ -58,7 +59,7 @@ mod tests {
     use crate::page_table::{Levels, Table};
 
     #[test]
-    fn slots_are_words_of_their_own_that_readers_see() {
+    fn readers_see_each_slot_in_a_word_of_its_own() {
         let mut arena = Arena::new(1 << 20).expect("an arena");
         let used = arena.frames_used();
         let slots = EndpointSlots::new(&mut arena, 513).expect("two frames");
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn slots_take_no_more_than_there_is() {
+    fn slots_beyond_the_free_frames_are_refused() {
         let mut arena = Arena::new(8192).expect("an arena");
         let refused = EndpointSlots::new(&mut arena, 513).expect_err("one frame");
         assert_eq!(refused, OutOfFrames { needed: 2, free: 1 });

@@ -1,4 +1,4 @@
-//! Words of memory that processes share: in a sealed memfd (on the heap under Miri).
+//! Words of memory shared between processes, in a sealed memfd (under Miri: on the heap).
 
 #![expect(unsafe_code, reason = "makes and maps memory")]
 
@@ -12,7 +12,7 @@ use super::error::ArenaError;
 #[cfg(not(miri))]
 use super::layout::FRAME_BYTES;
 
-/// Aligned words, shared with other threads and processes, all of them accessed atomically.
+/// Mapped words. Threads and other processes share them, so every access is atomic.
 #[derive(Debug)]
 pub struct MappedWords {
     start: NonNull<AtomicU64>,
@@ -20,29 +20,30 @@ pub struct MappedWords {
 }
 
 // SAFETY:
-// - the words belong to this value alone until it is dropped; no thread owns them
+// - this value alone owns the mapping until it is dropped, and no thread has a claim to it
 unsafe impl Send for MappedWords {}
 
 // SAFETY:
-// - shared references give out atomics only
+// - a shared reference gives access to atomics only
 unsafe impl Sync for MappedWords {}
 
 impl MappedWords {
     /// The words.
     pub fn as_slice(&self) -> &[AtomicU64] {
         // SAFETY:
-        // - start and len: describe memory that was made by `map` (or `heap`) and that lives
-        //   until drop; every byte of it is initialised, as zero or by a store
-        // - alignment: pages, or a layout asked for words
-        // - aliasing: the memory is accessed through atomics only, here and in other processes
-        // - sealed against shrinking, so no page of it can go away
+        // - start and len: describe memory that `map` (or `heap`) made and that lives until drop;
+        //   every byte is initialised, to zero or by a store
+        // - alignment: `map` returns whole pages, `heap` allocates words
+        // - aliasing: this process and all others access the memory through atomics only
+        // - validity: the memfd is sealed against shrinking, so no page can disappear
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 #[cfg(not(miri))]
 impl MappedWords {
-    /// Maps the first `bytes` of a memfd that is sealed against shrinking, see [`sealed_size`].
+    /// Maps the first `bytes` of a memfd, which must be sealed against shrinking (see
+    /// [`sealed_size`]).
     ///
     /// # Errors
     /// The system refuses.
@@ -52,8 +53,8 @@ impl MappedWords {
         protection: libc::c_int,
     ) -> Result<Self, ArenaError> {
         // SAFETY:
-        // - no address is asked for, so nothing that is mapped now is replaced
-        // - the descriptor is open, being borrowed
+        // - no address is requested, so the call replaces no existing mapping
+        // - the descriptor is borrowed and therefore open
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -65,7 +66,7 @@ impl MappedWords {
             )
         };
         if start == libc::MAP_FAILED {
-            return Err(system("map the memfd"));
+            return Err(system_error("map the memfd"));
         }
         let Some(start) = NonNull::new(start.cast()) else {
             return Err(ArenaError::NotAnArena("it was mapped at address 0"));
@@ -81,8 +82,8 @@ impl MappedWords {
 impl Drop for MappedWords {
     fn drop(&mut self) {
         // SAFETY:
-        // - start and len: what `map` got from mmap, unmapped nowhere else
-        // - no reference is left: they borrow from this value
+        // - start and len: returned by mmap in `map`, and unmapped nowhere else
+        // - no reference remains: references borrow from this value
         unsafe {
             libc::munmap(
                 self.start.as_ptr().cast(),
@@ -108,12 +109,12 @@ impl Drop for MappedWords {
     fn drop(&mut self) {
         let words = std::ptr::slice_from_raw_parts_mut(self.start.as_ptr(), self.len);
         // SAFETY:
-        // - start and len: those of the box that `heap` leaked, freed nowhere else
+        // - start and len: those of the box that `heap` leaked, which is freed nowhere else
         drop(unsafe { Box::from_raw(words) });
     }
 }
 
-/// Words in a memfd of their own, all zero at first, that other processes can map, too.
+/// Words in a memfd that other processes can map. All are zero at first.
 #[derive(Debug)]
 pub struct SharedWords {
     words: MappedWords,
@@ -127,17 +128,17 @@ impl SharedWords {
         self.words.as_slice()
     }
 
-    /// `bytes` of memory.
+    /// Allocates `bytes` of memory.
     ///
     /// # Errors
-    /// None.
+    /// Never.
     #[cfg(miri)]
     pub fn new(bytes: usize) -> Result<Self, ArenaError> {
         let words = MappedWords::heap(bytes);
         Ok(Self { words })
     }
 
-    /// `bytes` of memory, in a memfd that is sealed against shrinking and growing.
+    /// Allocates `bytes` of memory in a memfd sealed against shrinking and growing.
     ///
     /// # Errors
     /// The system refuses.
@@ -150,9 +151,9 @@ impl SharedWords {
             });
         };
         // SAFETY:
-        // - the descriptor is open and ours; no pointer is passed
+        // - the descriptor is open and owned by this function; no pointer is passed
         if unsafe { libc::ftruncate(fd.as_raw_fd(), length) } != 0 {
-            return Err(system("set the size of the memfd"));
+            return Err(system_error("set the size of the memfd"));
         }
         add_seals(&fd, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
         let words = MappedWords::map(fd.as_fd(), bytes, libc::PROT_READ | libc::PROT_WRITE)?;
@@ -165,7 +166,7 @@ impl SharedWords {
         self.fd.as_fd()
     }
 
-    /// Seals the memfd further.
+    /// Adds seals to the memfd.
     ///
     /// # Errors
     /// The system refuses.
@@ -177,7 +178,8 @@ impl SharedWords {
     #[cfg(miri)]
     pub(super) fn discard(&self, _first: u32, _frames: usize) {}
 
-    /// Gives the memory of zeroed frames back to the system; they go on reading as zero.
+    /// Returns the memory of `frames` frames from frame `first` on to the system. The frames must be
+    /// all zero, and still read as zero afterwards.
     #[cfg(not(miri))]
     pub(super) fn discard(&self, first: u32, frames: usize) {
         let offset = libc::off_t::try_from(u64::from(first) * FRAME_BYTES);
@@ -187,12 +189,15 @@ impl SharedWords {
         };
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY:
-        // - the descriptor is open and ours; no pointer is passed
-        // - mapped pages are replaced by zeros, which is what these frames hold already
+        // - the descriptor is open and owned by this value; no pointer is passed
+        // - the call replaces mapped pages by zeros, and the caller ensures that these are zero
         let failed = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, length) } != 0;
         if failed {
-            // Nothing is wrong but the amount of memory in use.
-            log::debug!("cannot give back page table memory: {}", last_error());
+            // Harmless: the process only keeps more memory than it needs.
+            log::debug!(
+                "cannot return page table memory to the system: {}",
+                last_error()
+            );
         }
     }
 }
@@ -200,51 +205,51 @@ impl SharedWords {
 #[cfg(not(miri))]
 fn memfd() -> Result<OwnedFd, ArenaError> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // Some hosts refuse memfds that could be executed, others do not know the flag.
+    // Some hosts refuse memfds that could be executed, and older kernels refuse the unknown flag.
     for flags in [flags | libc::MFD_NOEXEC_SEAL, flags] {
         // SAFETY:
-        // - the name is a string with a final zero, which outlives the call
+        // - the name is a zero-terminated string that outlives the call
         let fd = unsafe { libc::memfd_create(c"iommu-page-tables".as_ptr(), flags) };
         if fd >= 0 {
             // SAFETY:
-            // - the descriptor was just made and belongs to nobody else
+            // - the descriptor is new and has no other owner
             return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
         }
     }
-    Err(system("make a memfd"))
+    Err(system_error("make a memfd"))
 }
 
 #[cfg(not(miri))]
 fn add_seals(fd: &OwnedFd, seals: libc::c_int) -> Result<(), ArenaError> {
     // SAFETY:
-    // - the descriptor is open, being borrowed; no pointer is passed
+    // - the descriptor is borrowed and therefore open; no pointer is passed
     if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-        return Err(system("seal the memfd"));
+        return Err(system_error("seal the memfd"));
     }
     Ok(())
 }
 
-/// The size of a memfd that cannot shrink under its readers.
+/// The size of a memfd in bytes, once it is known that the file cannot shrink under its readers.
 ///
 /// # Errors
-/// It is no memfd that is sealed so, or has no size.
+/// The descriptor is not a memfd sealed against shrinking, or the file is empty.
 #[cfg(not(miri))]
 pub fn sealed_size(fd: BorrowedFd<'_>) -> Result<usize, ArenaError> {
     // SAFETY:
-    // - the descriptor is open, being borrowed; no pointer is passed
+    // - the descriptor is borrowed and therefore open; no pointer is passed
     let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
     if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
         return Err(ArenaError::NotAnArena("it is not sealed against shrinking"));
     }
     let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
     // SAFETY:
-    // - the descriptor is open, being borrowed
-    // - the pointer leads to room for one `stat`
+    // - the descriptor is borrowed and therefore open
+    // - the pointer is valid for writes of one `stat`
     if unsafe { libc::fstat(fd.as_raw_fd(), status.as_mut_ptr()) } != 0 {
-        return Err(system("find the size of the memfd"));
+        return Err(system_error("find the size of the memfd"));
     }
     // SAFETY:
-    // - fstat succeeded, so it filled in all of it
+    // - fstat succeeded, so it initialised the whole structure
     let size = unsafe { status.assume_init() }.st_size;
     match usize::try_from(size) {
         Ok(bytes) if bytes > 0 => Ok(bytes),
@@ -253,7 +258,7 @@ pub fn sealed_size(fd: BorrowedFd<'_>) -> Result<usize, ArenaError> {
 }
 
 #[cfg(not(miri))]
-fn system(action: &'static str) -> ArenaError {
+fn system_error(action: &'static str) -> ArenaError {
     let source = last_error();
     ArenaError::System { action, source }
 }

@@ -1,39 +1,39 @@
-//! Planning and committing changes: the one writer of a table.
+//! The one writer of a table, which plans changes and commits them.
 //!
-//! A plan decides every refusal and alters nothing. A commit cannot fail. Between the two nothing
-//! else may be committed to the same table.
+//! A plan decides every refusal and changes nothing. A commit cannot fail. No other change may be
+//! committed to the same table between a plan and its commit.
 
 use super::arena::Arena;
 use super::clear::{Clear, Counters};
 use super::error::{MapRefusal, OutOfFrames, WouldSplit};
-use super::fill::{Fill, Occupied, Survey};
+use super::fill::{Fill, FrameCount, Occupied};
 use super::layout::{
     Entry, FRAME_BYTES, FRAME_WORDS, GPA_LIMIT, Levels, TableOffset, entry_bytes, index,
     is_whole_entry, largest_leaf,
 };
 use super::reader::{Leaf, Leaves, Mappings, Translation, find_leaf_below, walk};
-use super::recent::{Place, Recent};
+use super::recent::{RecentTables, TableRef};
 use crate::address::{Gpa, Iova, IovaRange, Mapping};
 
-/// What an UNMAP removed.
+/// The mappings that an UNMAP removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unmapped {
-    /// Whole mappings.
+    /// Their number.
     pub mappings: u64,
     /// The bytes they covered.
     pub bytes: u64,
 }
 
-/// A MAP that will succeed.
+/// A planned MAP, which will succeed.
 #[derive(Clone, Debug)]
 #[must_use = "nothing is mapped before the plan is committed"]
 pub struct MapPlan<'a> {
     mapping: &'a Mapping,
     frames: u64,
-    place: Place,
-    /// Its slot and all of it, where it is one leaf of the table at `place`.
+    table: TableRef,
+    /// The leaf and its slot, if the mapping is a single leaf of `table`.
     leaf: Option<(usize, Entry)>,
-    ticket: Ticket,
+    generation: Generation,
 }
 
 impl MapPlan<'_> {
@@ -42,59 +42,59 @@ impl MapPlan<'_> {
         self.frames
     }
 
-    /// The mapping that the commit will make.
+    /// The planned mapping.
     pub fn mapping(&self) -> &Mapping {
         self.mapping
     }
 }
 
-/// An UNMAP that will succeed.
+/// A planned UNMAP, which will succeed.
 #[derive(Clone, Debug)]
 #[must_use = "nothing is unmapped before the plan is committed"]
 pub struct UnmapPlan {
-    /// The part of the range the table reaches.
+    /// The part of the range that the table translates.
     range: Option<IovaRange>,
-    place: Place,
-    /// The slot of all that is there, where it is one leaf of the table at `place`.
+    table: TableRef,
+    /// The slot of the only leaf in the range, if it is a whole mapping in `table`.
     leaf: Option<usize>,
-    ticket: Ticket,
+    generation: Generation,
 }
 
-/// A place, and the entry there for the first address of the range.
-struct Found {
-    place: Place,
+/// The smallest table that covers a range, and its entry for the first address.
+struct Lookup {
+    table: TableRef,
     slot: usize,
     entry: Entry,
-    /// The range is all that the entry covers.
+    /// The range is the whole entry.
     is_whole: bool,
 }
 
-/// The state of the table a plan was made for.
+/// The state of a table that a plan was made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Ticket {
+struct Generation {
     root: TableOffset,
     commits: u64,
 }
 
 /// The I/O page table of one domain.
 ///
-/// Its frames lie in the arena it was made in, which every call wants to see again. They are
-/// lost until the arena's end where a table is dropped without [`Self::destroy`].
+/// Its frames lie in the arena it was made in; every call must get the same arena. A table dropped
+/// without [`Self::destroy`] leaks its frames for the lifetime of the arena.
 #[derive(Debug)]
 pub struct Table {
     root: TableOffset,
     levels: Levels,
     commits: u64,
-    recent: Recent,
+    recent: RecentTables,
     counters: Counters,
 }
 
 impl Table {
-    /// An empty table.
+    /// Makes an empty table.
     ///
     /// # Errors
     ///
-    /// The arena has no frame left for the root.
+    /// The arena has no free frame for the root.
     pub fn new(arena: &mut Arena, levels: Levels) -> Result<Self, OutOfFrames> {
         let Some(root) = arena.allocate() else {
             return Err(OutOfFrames { needed: 1, free: 0 });
@@ -108,72 +108,70 @@ impl Table {
                 frames: 1,
                 ..Counters::default()
             },
-            recent: Recent::NONE,
+            recent: RecentTables::NONE,
         })
     }
 
-    /// Unmaps everything and retires all frames, the root's too. Takes time in proportion to
-    /// the number of frames.
+    /// Unmaps everything and retires all frames, including the root. Takes time proportional to the
+    /// number of frames.
     ///
-    /// The caller has taken the root away from new readers.
+    /// The caller must have made the root unreachable for new readers.
     pub fn destroy(mut self, arena: &mut Arena) -> Unmapped {
         let unmapped = self.clear_all(arena);
         arena.retire(self.root);
         unmapped
     }
 
-    /// Where readers start.
+    /// The root, from which readers start.
     pub fn root(&self) -> TableOffset {
         self.root
     }
 
-    /// How deep the table is.
+    /// The depth of the table.
     pub fn levels(&self) -> Levels {
         self.levels
     }
 
-    /// Mappings that are live.
+    /// The number of live mappings.
     pub fn mapping_count(&self) -> u64 {
         self.counters.mappings
     }
 
-    /// Bytes of I/O virtual address that are mapped.
+    /// The number of mapped bytes.
     pub fn mapped_bytes(&self) -> u64 {
         self.counters.bytes
     }
 
-    /// Frames in the tree, the root included.
+    /// The number of frames in the tree, including the root.
     pub fn frames(&self) -> u64 {
         self.counters.frames
     }
 
-    /// Where `iova` leads, or `None` where nothing is mapped.
+    /// Translates `iova`; `None` if it is not mapped.
     pub fn translate(&self, arena: &Arena, iova: Iova) -> Option<Translation> {
         walk(arena.view(), self.root, self.levels, iova)
     }
 
-    /// All mappings from the one that covers `from`, or follows it, in the order of their
-    /// addresses.
+    /// All mappings from the one that covers or follows `from`, in the order of their addresses.
     pub fn mappings<'a>(&self, arena: &'a Arena, from: Iova) -> Mappings<'a> {
         let range = IovaRange::new(from, Iova(u64::MAX)).unwrap_or(IovaRange::ALL);
         self.mappings_in(arena, range)
     }
 
-    /// All mappings that share an address with `range`, in the order of their addresses.
+    /// All mappings that overlap `range`, in the order of their addresses.
     pub fn mappings_in<'a>(&self, arena: &'a Arena, range: IovaRange) -> Mappings<'a> {
         Mappings::new(arena.view(), self.root, self.levels, range)
     }
 
-    // Planning and committing are inlined: otherwise copying the plan out of the result costs as
-    // much as the work itself.
+    // `inline(always)` on plans and commits: as a call, copying the plan out of the result would
+    // cost as much as the work itself.
 
-    /// Decides whether `mapping` can be made, and how. Takes time in proportion to the depth of
-    /// the table, not to the size of the mapping.
+    /// Plans a mapping, or refuses it. Takes time proportional to the depth of the table, not to the
+    /// size of the mapping.
     ///
     /// # Errors
     ///
-    /// The reason why it cannot be made, where several apply the first in the order of
-    /// [`MapRefusal`].
+    /// The refusal. If several apply, it is the first in the order of [`MapRefusal`].
     #[inline(always)]
     pub fn plan_map<'a>(
         &self,
@@ -190,19 +188,19 @@ impl Table {
         if last > self.levels.last_address().0 || !gpa_fits {
             return Err(MapRefusal::OutOfRange);
         }
-        let found = self.find(arena, first, last);
-        let place = found.place;
+        let found = self.look_up(arena, first, last);
+        let table = found.table;
         let fits = |level| level == 1 || level <= largest_leaf(first ^ mapping.gpa.0);
-        // Nearly every mapping of a guest's driver is one leaf, in a table that is there.
-        let leaf = (found.entry.is_free() && found.is_whole && fits(place.level)).then(|| {
-            let leaf = Entry::leaf(place.level, mapping.gpa.0, mapping.access, mapping.mmio);
+        // Nearly every mapping of a guest's driver is a single leaf in a table that exists.
+        let leaf = (found.entry.is_free() && found.is_whole && fits(table.level)).then(|| {
+            let leaf = Entry::leaf(table.level, mapping.gpa.0, mapping.access, mapping.mmio);
             (found.slot, leaf.with(Entry::FIRST | Entry::LAST))
         });
         let mut needed = 0;
         if leaf.is_none() {
             let leaf_level = largest_leaf(first ^ mapping.gpa.0);
-            let job = Survey { arena, leaf_level };
-            needed = match job.frames_for(place.table, place.level, first, last) {
+            let count = FrameCount { arena, leaf_level };
+            needed = match count.frames_for(table.offset, table.level, first, last) {
                 Ok(needed) => needed,
                 Err(Occupied(at)) => {
                     let mut leaves = Leaves::new(arena.view(), self.root, self.levels, Iova(at));
@@ -218,21 +216,25 @@ impl Table {
         Ok(MapPlan {
             mapping,
             frames: needed,
-            place,
+            table,
             leaf,
-            ticket: self.ticket(),
+            generation: self.generation(),
         })
     }
 
-    /// Makes the mapping of `plan`. Takes time in proportion to its leaves.
+    /// Makes the mapping of `plan`. Takes time proportional to its leaves.
     ///
     /// # Panics
     ///
-    /// Something else was committed since the plan was made, or it is of another table.
+    /// Another change was committed since the plan was made, or the plan is for another table.
     #[inline(always)]
     pub fn commit_map(&mut self, arena: &mut Arena, plan: MapPlan<'_>) {
-        assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
-        let (mapping, place) = (plan.mapping, &plan.place);
+        assert_eq!(
+            plan.generation,
+            self.generation(),
+            "the plan is out of date"
+        );
+        let (mapping, table) = (plan.mapping, &plan.table);
         let (first, last) = (mapping.range.first().0, mapping.range.last().0);
         let added = if let Some((slot, leaf)) = plan.leaf {
             arena.store(slot, leaf);
@@ -245,7 +247,7 @@ impl Table {
             let mut fill = Fill {
                 arena,
                 leaf: |level, iova| {
-                    // Cannot wrap: the plan saw to it that the whole range fits.
+                    // Cannot wrap: the plan checked the last guest-physical address.
                     let gpa = mapping.gpa.0.wrapping_add(iova - first);
                     let mut leaf = Entry::leaf(level, gpa, mapping.access, mapping.mmio);
                     if iova == first {
@@ -258,49 +260,49 @@ impl Table {
                 },
                 leaf_level: largest_leaf(first ^ mapping.gpa.0),
             };
-            fill.table(place.table, place.level, first, last)
+            fill.table(table.offset, table.level, first, last)
         };
-        if let Some(parent) = place.parent {
+        if let Some(parent) = table.parent {
             let entry = arena.load(parent);
             arena.store(parent, entry.with_used(entry.used() + added));
         }
-        self.recent.note(first, place);
+        self.recent.insert(first, table);
         self.commits = self.commits.wrapping_add(1);
         self.counters.mappings += 1;
         self.counters.bytes += mapping.range.span() + 1;
-        // Without the condition all three would be added to together; see `Counters`.
+        // Without the condition, the compiler updates all three counters together; see `Counters`.
         if plan.frames > 0 {
             self.counters.frames += plan.frames;
         }
     }
 
-    /// Decides whether everything in `range` can be unmapped. The range may begin and end
-    /// anywhere, cover holes, and pass the end of the table. Takes time in proportion to the
-    /// depth of the table.
+    /// Plans the removal of every mapping in `range`, or refuses it. The range may begin and end
+    /// anywhere, cover holes, and pass the end of the table. Takes time proportional to the depth of
+    /// the table.
     ///
     /// # Errors
     ///
-    /// The range covers part of a mapping only.
+    /// The range covers only a part of a mapping.
     #[inline(always)]
     pub fn plan_unmap(&self, arena: &Arena, range: IovaRange) -> Result<UnmapPlan, WouldSplit> {
-        let plan = |range, place, leaf| UnmapPlan {
+        let plan = |range, table, leaf| UnmapPlan {
             range,
-            place,
+            table,
             leaf,
-            ticket: self.ticket(),
+            generation: self.generation(),
         };
         let Some(range) = range.intersection(self.levels.range()) else {
-            return Ok(plan(None, self.root_place(), None));
+            return Ok(plan(None, self.root_ref(), None));
         };
         let (first, last) = (range.first().0, range.last().0);
-        let found = self.find(arena, first, last);
-        let place = found.place;
-        // Nearly every mapping of a guest's driver is one leaf.
+        let found = self.look_up(arena, first, last);
+        let table = found.table;
+        // Nearly every mapping of a guest's driver is a single leaf.
         let is_mapping = found.entry.has(Entry::FIRST | Entry::LAST);
-        if found.is_whole && found.entry.is_leaf(place.level) && is_mapping {
-            return Ok(plan(Some(range), place, Some(found.slot)));
+        if found.is_whole && found.entry.is_leaf(table.level) && is_mapping {
+            return Ok(plan(Some(range), table, Some(found.slot)));
         }
-        let leaf_at = |iova| find_leaf_below(arena.view(), place.table, place.level, iova);
+        let leaf_at = |iova| find_leaf_below(arena.view(), table.offset, table.level, iova);
         if let Some(leaf) = leaf_at(range.first())
             && !(leaf.first() == range.first() && leaf.entry.has(Entry::FIRST))
         {
@@ -311,18 +313,22 @@ impl Table {
         {
             return Err(WouldSplit(leaf.range()));
         }
-        Ok(plan(Some(range), place, None))
+        Ok(plan(Some(range), table, None))
     }
 
-    /// Unmaps everything in the range of `plan`. Takes time in proportion to the frames and the
-    /// leaves that it visits. Tables that get empty are retired at once.
+    /// Unmaps everything in the range of `plan` and retires every table that becomes empty. Takes time
+    /// proportional to the frames and leaves that it visits.
     ///
     /// # Panics
     ///
-    /// Something else was committed since the plan was made, or it is of another table.
+    /// Another change was committed since the plan was made, or the plan is for another table.
     #[inline(always)]
     pub fn commit_unmap(&mut self, arena: &mut Arena, plan: UnmapPlan) -> Unmapped {
-        assert_eq!(plan.ticket, self.ticket(), "the plan is out of date");
+        assert_eq!(
+            plan.generation,
+            self.generation(),
+            "the plan is out of date"
+        );
         self.commits = self.commits.wrapping_add(1);
         let Some(range) = plan.range else {
             return Unmapped::default();
@@ -330,7 +336,7 @@ impl Table {
         if range == self.levels.range() {
             return self.clear_all(arena);
         }
-        let place = &plan.place;
+        let table = &plan.table;
         let (first, last) = (range.first().0, range.last().0);
         let (removed, mut gone) = if let Some(slot) = plan.leaf {
             arena.store(slot, Entry::FREE);
@@ -342,34 +348,34 @@ impl Table {
             (1, gone)
         } else {
             let mut clear = Clear::new(arena);
-            let removed = clear.part(place.table, place.level, first, last);
+            let removed = clear.part(table.offset, table.level, first, last);
             (removed, clear.totals)
         };
-        if let Some(parent) = place.parent {
+        if let Some(parent) = table.parent {
             let entry = arena.load(parent);
             if removed < entry.used() {
                 let less = entry.with_used(entry.used() - removed);
                 arena.store(parent, less);
-                self.recent.note(first, place);
+                self.recent.insert(first, table);
             } else {
-                gone.frames += self.retire_up(arena, place, first, removed);
+                gone.frames += self.retire_up(arena, table, first, removed);
             }
         }
         match gone.frames {
             0 => {}
-            1 if place.level == 1 => self.recent.forget(first),
-            _ => self.recent = Recent::NONE,
+            1 if table.level == 1 => self.recent.remove(first),
+            _ => self.recent = RecentTables::NONE,
         }
         self.subtract(gone)
     }
 
-    /// Retires the table at `place`, which covers `iova` and has become empty by the last `removed`
-    /// entries, and those above that become empty by it. Returns how many.
+    /// Retires `empty`, a table that covers `iova` and just lost its last `removed` entries, and every
+    /// table above it that becomes empty. Returns the number of retired tables.
     #[cold]
-    fn retire_up(&self, arena: &mut Arena, place: &Place, iova: u64, mut removed: u64) -> u64 {
+    fn retire_up(&self, arena: &mut Arena, empty: &TableRef, iova: u64, mut removed: u64) -> u64 {
         let mut path = [0; 4];
         let mut table = self.root;
-        let above = (place.level + 1..=self.levels.count()).rev();
+        let above = (empty.level + 1..=self.levels.count()).rev();
         let depth = above.clone().count();
         for (slot, level) in path.iter_mut().zip(above) {
             *slot = table.slot(index(iova, level));
@@ -383,45 +389,46 @@ impl Table {
         clear.totals.frames
     }
 
-    fn root_place(&self) -> Place {
-        Place {
-            table: self.root,
+    fn root_ref(&self) -> TableRef {
+        TableRef {
+            offset: self.root,
             level: self.levels.count(),
             parent: None,
         }
     }
 
-    /// The smallest table there is that covers all of `first..=last`, which lie within the table.
+    /// Looks up the smallest table that covers all of `first..=last`, addresses that this table
+    /// translates.
     #[inline(always)]
-    fn find(&self, arena: &Arena, first: u64, last: u64) -> Found {
+    fn look_up(&self, arena: &Arena, first: u64, last: u64) -> Lookup {
         let apart = first ^ last;
         if apart < entry_bytes(2)
-            && let Some(place) = self.recent.get(first)
+            && let Some(table) = self.recent.get(first)
         {
-            let slot = place.table.slot(index(first, 1));
-            return Found {
-                place,
+            let slot = table.offset.slot(index(first, 1));
+            return Lookup {
+                table,
                 slot,
                 entry: arena.load(slot),
                 is_whole: apart < FRAME_BYTES && is_whole_entry(1, first, last),
             };
         }
-        let mut place = self.root_place();
+        let mut table = self.root_ref();
         loop {
-            let slot = place.table.slot(index(first, place.level));
+            let slot = table.offset.slot(index(first, table.level));
             let entry = arena.load(slot);
-            let in_one = apart < entry_bytes(place.level);
-            if !in_one || !entry.is_table(place.level) {
-                return Found {
-                    place,
+            let in_one = apart < entry_bytes(table.level);
+            if !in_one || !entry.is_table(table.level) {
+                return Lookup {
+                    table,
                     slot,
                     entry,
-                    is_whole: in_one && is_whole_entry(place.level, first, last),
+                    is_whole: in_one && is_whole_entry(table.level, first, last),
                 };
             }
-            place = Place {
-                table: entry.next_table(),
-                level: place.level - 1,
+            table = TableRef {
+                offset: entry.next_table(),
+                level: table.level - 1,
                 parent: Some(slot),
             };
         }
@@ -431,7 +438,7 @@ impl Table {
         let mut clear = Clear::new(arena);
         clear.whole(self.root, self.levels.count(), FRAME_WORDS as u64);
         let totals = clear.totals;
-        self.recent = Recent::NONE;
+        self.recent = RecentTables::NONE;
         self.subtract(totals)
     }
 
@@ -445,8 +452,8 @@ impl Table {
         }
     }
 
-    fn ticket(&self) -> Ticket {
-        Ticket {
+    fn generation(&self) -> Generation {
+        Generation {
             root: self.root,
             commits: self.commits,
         }

@@ -29,7 +29,7 @@ use super::wire::{
 use crate::address::{Access, Gpa, Iova, IovaRange};
 use crate::ids::EndpointId;
 use crate::locks::{Mutex, MutexGuard, Rank};
-use crate::page_table::epoch::{Waiting, enter, leave};
+use crate::page_table::epoch::{GracePeriod, enter, leave};
 use crate::page_table::words::{MappedWords, sealed_size};
 use crate::page_table::{ArenaError, EndpointWord, ReadOnlyArena, Translation, reader};
 
@@ -565,8 +565,8 @@ impl Shared {
     /// Waits for the accesses that may still use what has gone.
     fn wait_for_accesses(&self) {
         let words = self.epochs.as_slice();
-        let mut waiting = Waiting::begin(epoch_words(words));
-        while !waiting.is_over(|index| epoch_word(words, index)) {
+        let mut grace = GracePeriod::begin(epoch_words(words));
+        while !grace.is_over(|index| epoch_word(words, index)) {
             std::thread::sleep(NAP);
         }
     }

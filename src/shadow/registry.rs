@@ -21,7 +21,7 @@ use crate::address::{GpaRange, IovaRange};
 use crate::ids::EndpointId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
-use crate::page_table::epoch::Waiting;
+use crate::page_table::epoch::GracePeriod;
 use crate::page_table::words::SharedWords;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, EndpointWord, OutOfFrames};
 use crate::{error_limited, info_limited, warn_limited};
@@ -163,12 +163,12 @@ impl Reader {
         words.any(|word| word.load(Ordering::Acquire) & 1 == 1)
     }
 
-    fn begin_wait(&self) -> Waiting {
-        Waiting::begin(epoch_words(self.epochs.words()))
+    fn begin_wait(&self) -> GracePeriod {
+        GracePeriod::begin(epoch_words(self.epochs.words()))
     }
 
-    fn has_left(&self, waiting: &mut Waiting) -> bool {
-        waiting.is_over(|index| epoch_word(self.epochs.words(), index))
+    fn has_left(&self, grace: &mut GracePeriod) -> bool {
+        grace.is_over(|index| epoch_word(self.epochs.words(), index))
     }
 
     /// It accesses nothing any more.
