@@ -1,4 +1,4 @@
-//! Names of endpoints and domains.
+//! Names: the IDs of endpoints and domains, and lists of the variants of enums.
 
 use std::fmt;
 
@@ -21,5 +21,51 @@ pub struct DomainId(pub u32);
 impl fmt::Display for DomainId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
+    }
+}
+
+/// Lists all variants of an enum without fields: `list_variants!(Kind: First, Second)` gives it
+/// `COUNT`, `ALL` and `index`.
+///
+/// A variant that is missing from the list does not compile, because `index` matches on the list
+/// alone. A plain `ALL` array could miss one unnoticed, and an index by variant would then panic.
+macro_rules! list_variants {
+    ($name:ident: $($variant:ident),+ $(,)?) => {
+        impl $name {
+            /// The number of variants.
+            pub const COUNT: usize = Self::ALL.len();
+            /// All variants, in the order of their declaration.
+            pub const ALL: [Self; [$(Self::$variant),+].len()] = [$(Self::$variant),+];
+
+            /// The index of this variant in [`Self::ALL`], below [`Self::COUNT`].
+            pub const fn index(self) -> usize {
+                enum Position {
+                    $($variant),+
+                }
+                match self {
+                    $(Self::$variant => Position::$variant as usize),+
+                }
+            }
+        }
+    };
+}
+
+pub(crate) use list_variants;
+
+#[cfg(test)]
+mod tests {
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Sparse {
+        Low = 3,
+        High = 90,
+    }
+
+    list_variants!(Sparse: Low, High);
+
+    #[test]
+    fn variants_are_counted_by_position_not_by_value() {
+        assert_eq!(Sparse::ALL, [Sparse::Low, Sparse::High]);
+        assert_eq!(Sparse::ALL.map(Sparse::index), [0, 1]);
+        assert_eq!((Sparse::COUNT, Sparse::High as u8), (2, 90));
     }
 }

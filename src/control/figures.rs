@@ -97,7 +97,7 @@ impl Figures {
             (tables, iommu.last_domain())
         };
         let metrics = &subjects.metrics;
-        let by_kind = |counters: &[Counter]| {
+        let by_kind = |counters: &[Counter; RequestKind::COUNT]| {
             let kinds = RequestKind::ALL.into_iter().zip(counters);
             kinds.map(|(kind, c)| (kind, c.get())).collect()
         };

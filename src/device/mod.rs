@@ -175,7 +175,7 @@ impl Device {
             self.metrics.faults_dropped.inc();
         }
         drop(events);
-        if let Some(counter) = self.metrics.faults.get(fault.reason as usize) {
+        if let Some(counter) = self.metrics.faults.get(fault.reason.index()) {
             counter.inc();
         }
         self.faults.add(*fault, delivered);

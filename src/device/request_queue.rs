@@ -365,10 +365,10 @@ impl RequestQueue {
                 let status = Status::from(&error);
                 count_cause(context.metrics, request.kind(), &error);
                 // A flood of one kind must not hide the others.
-                static LIMITS: [LogLimit; REQUEST_KINDS] =
-                    [const { LogLimit::new() }; REQUEST_KINDS];
+                static LIMITS: [LogLimit; RequestKind::COUNT] =
+                    [const { LogLimit::new() }; RequestKind::COUNT];
                 limit::log(
-                    &LIMITS[request.kind() as usize],
+                    &LIMITS[request.kind().index()],
                     log::Level::Warn,
                     module_path!(),
                     format_args!(
@@ -487,9 +487,9 @@ impl RequestQueue {
     }
 }
 
-const _: () = assert!(RequestKind::ALL.len() == REQUEST_KINDS);
-const _: () = assert!(Status::ALL.len() == STATUSES);
-const _: () = assert!(FaultReason::ALL.len() == FAULT_REASONS);
+const _: () = assert!(RequestKind::COUNT == REQUEST_KINDS);
+const _: () = assert!(Status::COUNT == STATUSES);
+const _: () = assert!(FaultReason::COUNT == FAULT_REASONS);
 
 /// Size of PROBE's property list that holds `regions` regions, in bytes.
 pub fn probe_size(regions: usize) -> u32 {
@@ -559,8 +559,8 @@ fn check_flags(flags: u32, known: u32) -> Result<(), RequestError> {
 fn count(metrics: &Metrics, kind: RequestKind, status: Status) {
     if let Some(counter) = metrics
         .requests
-        .get(kind as usize)
-        .and_then(|kinds| kinds.get(status as usize))
+        .get(kind.index())
+        .and_then(|kinds| kinds.get(status.index()))
     {
         counter.inc();
     }
@@ -576,7 +576,7 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
         RequestError::OutOfFrames { .. } => metrics.arena_full.inc(),
         RequestError::DomainOutOfRange { .. } => metrics.domain_beyond.inc(),
         RequestError::Backend(_) | RequestError::Quarantined { .. } => {
-            if let Some(counter) = metrics.backend_failures.get(kind as usize) {
+            if let Some(counter) = metrics.backend_failures.get(kind.index()) {
                 counter.inc();
             }
         }

@@ -1,7 +1,7 @@
 //! Accesses that were refused.
 
 use crate::address::{Access, Iova};
-use crate::ids::EndpointId;
+use crate::ids::{EndpointId, list_variants};
 
 /// Why an access was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,10 +14,9 @@ pub enum FaultReason {
     Mapping,
 }
 
-impl FaultReason {
-    /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 3] = [Self::Unknown, Self::Domain, Self::Mapping];
+list_variants!(FaultReason: Unknown, Domain, Mapping);
 
+impl FaultReason {
     /// The name in lower case.
     pub fn name(self) -> &'static str {
         match self {

@@ -3,6 +3,7 @@
 use zerocopy::IntoBytes;
 
 use super::wire::ReqTail;
+use crate::ids::list_variants;
 
 /// Length of the tail in bytes.
 pub const TAIL_LEN: usize = size_of::<ReqTail>();
@@ -31,20 +32,9 @@ pub enum Status {
     NoMem = 8,
 }
 
-impl Status {
-    /// All statuses, in the order of their numbers.
-    pub const ALL: [Self; 9] = [
-        Self::Ok,
-        Self::IoErr,
-        Self::Unsupp,
-        Self::DevErr,
-        Self::Inval,
-        Self::Range,
-        Self::NoEnt,
-        Self::Fault,
-        Self::NoMem,
-    ];
+list_variants!(Status: Ok, IoErr, Unsupp, DevErr, Inval, Range, NoEnt, Fault, NoMem);
 
+impl Status {
     /// The name in lower case, as the specification spells it.
     pub fn name(self) -> &'static str {
         match self {

@@ -4,11 +4,11 @@ use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::wire::{
-    ReqAttach, ReqDetach, ReqHead, ReqMap, ReqProbe, ReqUnmap, VIRTIO_IOMMU_T_ATTACH,
-    VIRTIO_IOMMU_T_DETACH, VIRTIO_IOMMU_T_MAP, VIRTIO_IOMMU_T_PROBE, VIRTIO_IOMMU_T_UNMAP,
+    ReqAttach, ReqDetach, ReqMap, ReqProbe, ReqUnmap, VIRTIO_IOMMU_T_ATTACH, VIRTIO_IOMMU_T_DETACH,
+    VIRTIO_IOMMU_T_MAP, VIRTIO_IOMMU_T_PROBE, VIRTIO_IOMMU_T_UNMAP,
 };
 use crate::address::{Gpa, Iova};
-use crate::ids::{DomainId, EndpointId};
+use crate::ids::{DomainId, EndpointId, list_variants};
 
 /// The longest device-readable part of any request, in bytes (PROBE).
 pub const MAX_REQUEST_LEN: usize = size_of::<ReqProbe>();
@@ -28,25 +28,44 @@ pub enum RequestKind {
     Probe,
 }
 
-impl RequestKind {
-    /// All kinds, in the order of their numbers.
-    pub const ALL: [Self; 5] = [
-        Self::Attach,
-        Self::Detach,
-        Self::Map,
-        Self::Unmap,
-        Self::Probe,
-    ];
+list_variants!(RequestKind: Attach, Detach, Map, Unmap, Probe);
 
+impl RequestKind {
     /// The kind of a request that starts with these bytes, if the type is known.
     pub fn of(bytes: &[u8]) -> Option<Self> {
-        match *bytes.first()? {
+        Self::from_number(*bytes.first()?)
+    }
+
+    const fn from_number(number: u8) -> Option<Self> {
+        match number {
             VIRTIO_IOMMU_T_ATTACH => Some(Self::Attach),
             VIRTIO_IOMMU_T_DETACH => Some(Self::Detach),
             VIRTIO_IOMMU_T_MAP => Some(Self::Map),
             VIRTIO_IOMMU_T_UNMAP => Some(Self::Unmap),
             VIRTIO_IOMMU_T_PROBE => Some(Self::Probe),
             _ => None,
+        }
+    }
+
+    /// Its number, `VIRTIO_IOMMU_T_*`.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Attach => VIRTIO_IOMMU_T_ATTACH,
+            Self::Detach => VIRTIO_IOMMU_T_DETACH,
+            Self::Map => VIRTIO_IOMMU_T_MAP,
+            Self::Unmap => VIRTIO_IOMMU_T_UNMAP,
+            Self::Probe => VIRTIO_IOMMU_T_PROBE,
+        }
+    }
+
+    /// The length of its device-readable part in bytes.
+    pub const fn request_len(self) -> usize {
+        match self {
+            Self::Attach => size_of::<ReqAttach>(),
+            Self::Detach => size_of::<ReqDetach>(),
+            Self::Map => size_of::<ReqMap>(),
+            Self::Unmap => size_of::<ReqUnmap>(),
+            Self::Probe => size_of::<ReqProbe>(),
         }
     }
 
@@ -207,8 +226,17 @@ where
     Ok(request)
 }
 
-const _: () = assert!(size_of::<ReqHead>() <= MAX_REQUEST_LEN);
-const _: () = assert!(size_of::<ReqMap>() <= MAX_REQUEST_LEN);
+// A kind that `from_number` does not know would not compile, nor would one that is too long.
+const _: () = {
+    let mut rest: &[RequestKind] = &RequestKind::ALL;
+    while let [kind, others @ ..] = rest {
+        assert!(
+            matches!(RequestKind::from_number(kind.number()), Some(k) if k.index() == kind.index())
+        );
+        assert!(kind.request_len() <= MAX_REQUEST_LEN);
+        rest = others;
+    }
+};
 
 #[cfg(test)]
 mod tests {
@@ -255,7 +283,7 @@ mod tests {
         assert_eq!(Request::decode(&[6; 72]), Err(DecodeError::UnknownType));
         for (kind, need) in RequestKind::ALL.into_iter().zip([20, 20, 36, 28, 72]) {
             let mut bytes = vec![0; need];
-            bytes[0] = kind as u8 + 1;
+            bytes[0] = kind.number();
             assert_eq!(Request::decode(&bytes).map(|r| r.kind()), Ok(kind));
             assert_eq!(
                 Request::decode(&bytes[..need - 1]),

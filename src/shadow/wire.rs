@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicU64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::address::Access;
+use crate::ids::list_variants;
 
 /// First number of a greeting.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"iommushd");
@@ -122,17 +123,9 @@ pub enum Refusal {
     Resources,
 }
 
-impl Refusal {
-    const ALL: [Self; 7] = [
-        Self::NoGreeting,
-        Self::Version,
-        Self::User,
-        Self::Endpoint,
-        Self::Full,
-        Self::Process,
-        Self::Resources,
-    ];
+list_variants!(Refusal: NoGreeting, Version, User, Endpoint, Full, Process, Resources);
 
+impl Refusal {
     /// The number that stands for it.
     pub fn code(self) -> u32 {
         match self {

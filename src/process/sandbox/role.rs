@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::ids::list_variants;
+
 /// A kind of thread. Each has a filter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -32,23 +34,13 @@ pub enum Role {
     Qmp,
 }
 
-impl Role {
-    /// All of them.
-    pub const ALL: [Self; 12] = [
-        Self::Main,
-        Self::VhostUser,
-        Self::Worker,
-        Self::Control,
-        Self::Shadow,
-        Self::ShadowFaults,
-        Self::Faults,
-        Self::VfioUser,
-        Self::Export,
-        Self::Signals,
-        Self::Watchdog,
-        Self::Qmp,
-    ];
+list_variants!(
+    Role:
+    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Signals,
+    Watchdog, Qmp,
+);
 
+impl Role {
     /// Whether the main thread has such a thread made once it is confined itself.
     pub(super) const fn is_child_of_main(self) -> bool {
         matches!(self, Self::VhostUser | Self::Worker)

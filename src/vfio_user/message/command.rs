@@ -1,6 +1,7 @@
 //! The commands.
 
 use super::MAX_DESCRIPTORS;
+use crate::ids::list_variants;
 
 /// What a message is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,28 +45,14 @@ pub enum Command {
     MigDataWrite = 18,
 }
 
-impl Command {
-    const ALL: [Self; 18] = [
-        Self::Version,
-        Self::DmaMap,
-        Self::DmaUnmap,
-        Self::DeviceGetInfo,
-        Self::DeviceGetRegionInfo,
-        Self::DeviceGetRegionIoFds,
-        Self::DeviceGetIrqInfo,
-        Self::DeviceSetIrqs,
-        Self::RegionRead,
-        Self::RegionWrite,
-        Self::DmaRead,
-        Self::DmaWrite,
-        Self::DeviceReset,
-        Self::DirtyPages,
-        Self::RegionWriteMulti,
-        Self::DeviceFeature,
-        Self::MigDataRead,
-        Self::MigDataWrite,
-    ];
+list_variants!(
+    Command:
+    Version, DmaMap, DmaUnmap, DeviceGetInfo, DeviceGetRegionInfo, DeviceGetRegionIoFds,
+    DeviceGetIrqInfo, DeviceSetIrqs, RegionRead, RegionWrite, DmaRead, DmaWrite, DeviceReset,
+    DirtyPages, RegionWriteMulti, DeviceFeature, MigDataRead, MigDataWrite,
+);
 
+impl Command {
     /// The command of this number, if there is one.
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|c| c.number() == number)
