@@ -1,4 +1,4 @@
-//! What a package consists of, beside the program: made from the sources, or in step with them.
+//! The files of a package besides the program: each is generated from the sources or agrees with them.
 
 #![allow(
     clippy::expect_used,
@@ -21,7 +21,7 @@ use vhost_device_iommu::args::Args;
 
 const PROGRAM: &str = "vhost-device-iommu";
 
-/// Set VIOMMU_REGENERATE=1 to write what is made instead of comparing it.
+/// Compares a generated text with the file. VIOMMU_REGENERATE=1 writes the file instead.
 fn assert_up_to_date(path: &Path, made: &str) {
     if env::var_os("VIOMMU_REGENERATE").is_some() {
         fs::write(path, made).expect("written");
@@ -45,7 +45,7 @@ fn the_completions_are_up_to_date() {
         let mut made = Vec::new();
         generate(shell, &mut Args::command(), PROGRAM, &mut made);
         let made = String::from_utf8(made).expect("text");
-        // What the generator for bash calls a command with `-` in its name, and what it looks for, differ.
+        // For a command with `-` in its name, the generator for bash defines another name than it searches.
         let made = made.replace(
             "vhost__subcmd__device__subcmd__iommu",
             "vhost__device__iommu",
@@ -78,7 +78,7 @@ fn the_manual_page_of_the_file_is_up_to_date() {
     let name = "vhost\\-device\\-iommu.toml \\- the IOMMU of one virtual machine";
     let made = manual::page(&text, &title, name);
     assert_up_to_date(&tree("docs/vhost-device-iommu.toml.5"), &made);
-    // No key is lost on the way.
+    // The manual page must have every key of the tables.
     for line in text.lines().filter(|line| line.starts_with("| `")) {
         let key = line.split('`').nth(1).expect("a key");
         let key = key.replace('-', "\\-").replace("\\|", "|");
@@ -101,7 +101,7 @@ fn the_description_for_management_software_says_what_the_program_says() {
     assert!(described["description"].is_string());
 }
 
-/// Where the units look is where the package puts things, and the example follows them.
+/// The units, the package and the example must use the same paths.
 #[test]
 fn units_and_example_agree() {
     let read = |name: &str| fs::read_to_string(tree(name)).expect("a file");

@@ -1,11 +1,11 @@
-//! A page of the documentation as a manual page: headings, paragraphs, tables of keys, code.
+//! Converts a page of the documentation to a manual page: headings, paragraphs, tables of keys, code.
 
-/// The page `text`, in the Markdown that `docs/` uses, for `man`.
+/// Converts the page `text`, in the Markdown that `docs/` uses, for `man`.
 pub fn page(text: &str, title: &str, name: &str) -> String {
     let mut out = format!(
         ".\\\" Made from docs/configuration.md by tests/packaging.\n{title}\n.SH NAME\n{name}\n"
     );
-    // The keys come first here, too, but a page begins with what it is about.
+    // A manual page begins with a description; the table of keys follows.
     out.push_str(".SH DESCRIPTION\n");
     let mut lines = text.lines().skip(1).peekable();
     while let Some(line) = lines.next() {
@@ -46,7 +46,7 @@ pub fn page(text: &str, title: &str, name: &str) -> String {
     out
 }
 
-/// Rows as a list: the first cell, and what is said of it.
+/// Writes rows as a list: the first cell as the term, the other cells as its description.
 fn table(rows: &[&str], out: &mut String) {
     let cells = |row: &str| -> Vec<String> {
         let row = row.trim_matches('|').trim().replace("\\|", "\u{1}");
@@ -72,7 +72,7 @@ fn table(rows: &[&str], out: &mut String) {
     }
 }
 
-/// Code and emphasis bold, links without their address.
+/// Converts inline Markdown: code and emphasis become bold, links lose their address.
 fn inline(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -109,7 +109,7 @@ fn escaped(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
-/// A line that is no request of roff's.
+/// Guards a line that roff would take for a request.
 fn guarded(line: &str) -> String {
     let guard = if line.starts_with(['.', '\'']) {
         "\\&"
