@@ -14,11 +14,12 @@ use thiserror::Error;
 use vhost::vhost_user::{Error as VhostUserError, Listener};
 use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 
 use super::backend::VhostUserDevice;
 use crate::device::Device;
 use crate::locks::{Mutex, Rank};
+use crate::process::event_loop::EventLoop;
 use crate::{info_limited, warn_limited};
 
 /// How long the server rests after a connection it could not serve, for want of descriptors say.
@@ -152,31 +153,22 @@ impl VhostUserServer {
 
     /// Waits until a frontend is there (`true`) or the server is to end (`false`).
     fn wait_for_connection(&self) -> Result<bool, ServeError> {
-        let epoll = Epoll::new().map_err(ServeError::Wait)?;
+        let events = EventLoop::new().map_err(ServeError::Wait)?;
         let pulse = self.device.pulse();
-        for (fd, id) in [
+        for (fd, token) in [
             (self.listener.as_raw_fd(), CLIENT),
             (self.ended.as_raw_fd(), END),
             (pulse.event(), PULSE),
         ] {
-            epoll
-                .ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))
-                .map_err(ServeError::Wait)?;
+            events.add(fd, token).map_err(ServeError::Wait)?;
         }
-        let mut events = [EpollEvent::default(); 3];
         loop {
-            match epoll.wait(-1, &mut events) {
-                Ok(ready) => {
-                    let is_there = |id| events.iter().take(ready).any(|event| event.data() == id);
-                    if is_there(END) || is_there(CLIENT) {
-                        return Ok(!is_there(END));
-                    }
-                    // There is no worker now, and a frontend would be served.
-                    pulse.answer();
-                }
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                Err(cause) => return Err(ServeError::Wait(cause)),
+            let ready = events.wait(None).map_err(ServeError::Wait)?;
+            if ready.contains(END) || ready.contains(CLIENT) {
+                return Ok(!ready.contains(END));
             }
+            // Without a VMM there is no worker, so this thread answers: it would serve a VMM.
+            pulse.answer();
         }
     }
 }
