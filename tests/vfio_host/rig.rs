@@ -9,8 +9,10 @@ use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, Container, DmaSource, Group, IommuFd};
+use iommufd_bindings::iommu_ioas_alloc;
+use iommufd_ioctls::{IommuFd, IommufdIoas};
+use vfio_ioctls::{VfioDevice, VfioIommufd};
+use vhost_device_iommu::vfio::{Cdev, Container, Group};
 
 use crate::common::daemon::Daemon;
 use crate::common::guest::{
@@ -66,20 +68,27 @@ pub struct Rig {
     _opened: Vec<(Rc<Container>, Cdev)>,
 }
 
-/// What a VMM does: it binds the devices and lets them reach all of guest RAM.
+/// A VMM on rust-vmm's crates, as Cloud Hypervisor is one: it binds the devices and lets them reach all of guest RAM.
 struct Vmm {
-    iommufd: IommuFd,
-    devices: Vec<Cdev>,
+    iommufd: Arc<IommuFd>,
+    /// Devices that are not bound yet.
+    opened: Vec<File>,
+    devices: Vec<VfioDevice>,
+    ioas: Option<Arc<IommufdIoas>>,
 }
 
 impl Vmm {
     fn new(functions: &[&str]) -> Self {
-        let devices = functions
-            .iter()
-            .map(|f| Cdev::open(Function::new(f).node().as_ref()).expect("a device"));
+        let open = |function: &&str| {
+            let mut node = File::options();
+            let node = node.read(true).write(true);
+            node.open(Function::new(function).node()).expect("a device")
+        };
         Self {
-            iommufd: IommuFd::open("/dev/iommu".as_ref()).expect("iommufd"),
-            devices: devices.collect(),
+            iommufd: Arc::new(IommuFd::new().expect("iommufd")),
+            opened: functions.iter().map(open).collect(),
+            devices: Vec::new(),
+            ioas: None,
         }
     }
 
@@ -89,35 +98,43 @@ impl Vmm {
             "--iommufd-fd".to_owned(),
             inheritable(self.iommufd.as_raw_fd()).to_string(),
         ];
-        for (device, slot) in self.devices.iter().zip(SLOTS) {
-            let fd = inheritable(device.as_fd().as_raw_fd());
+        for (device, slot) in self.opened.iter().zip(SLOTS) {
+            let fd = inheritable(device.as_raw_fd());
             arguments.extend(["--vfio-fd".to_owned(), format!("{slot}={fd}")]);
         }
         arguments
     }
 
-    fn bind(&self) {
-        for device in &self.devices {
-            device.bind(&self.iommufd).expect("bound");
-        }
+    fn bind(&mut self) {
+        let ioas = IommufdIoas::new(self.iommufd.clone()).expect("an address space");
+        let ioas = Arc::new(ioas);
+        let operations = VfioIommufd::new(self.iommufd.clone(), Some(ioas.clone()), None);
+        let operations = Arc::new(operations.expect("an iommufd to bind to"));
+        let bind = |file| VfioDevice::new_from_fd(file, operations.clone(), false).expect("bound");
+        self.devices.extend(self.opened.drain(..).map(bind));
+        self.ioas = Some(ioas);
     }
 
     fn attach(&self, memory: &[(u64, u64, Arc<File>)]) {
-        let ioas = self.iommufd.alloc().expect("an address space");
+        let ioas = self.ioas.as_ref().expect("bound before");
         for (gpa, len, file) in memory {
-            let range = IovaRange::from_len(Iova(*gpa), *len).expect("not empty");
-            self.iommufd
-                .map(
-                    ioas,
-                    range,
-                    Access::READ_WRITE,
-                    DmaSource::File(file.as_fd(), 0),
-                )
+            ioas.map_file(file.as_raw_fd(), 0, *len, *gpa, true)
                 .expect("guest RAM");
         }
         for device in &self.devices {
-            device.attach(ioas).expect("attached");
+            device.attach_hwpt(ioas.id()).expect("attached");
         }
+    }
+
+    /// A new address space.
+    fn alloc(&self) -> u32 {
+        let mut alloc = iommu_ioas_alloc {
+            size: u32::try_from(size_of::<iommu_ioas_alloc>()).expect("small"),
+            ..Default::default()
+        };
+        let done = self.iommufd.alloc_iommu_ioas(&mut alloc);
+        done.expect("an address space");
+        alloc.out_ioas_id
     }
 }
 
@@ -185,7 +202,8 @@ impl Rig {
         for (function, slot) in functions.iter().zip(SLOTS) {
             config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");
         }
-        let vmm = matches!(way, Way::SharedAll | Way::SharedMapped).then(|| Vmm::new(functions));
+        let mut vmm =
+            matches!(way, Way::SharedAll | Way::SharedMapped).then(|| Vmm::new(functions));
         let opened = match way {
             Way::Type1Inherited => open_containers(functions),
             Way::SharedAll | Way::SharedMapped | Way::Owned | Way::Type1 => Vec::new(),
@@ -206,7 +224,7 @@ impl Rig {
         ]
         .map(|(gpa, len)| (gpa, len, Arc::new(crate::common::memory::memfd(len))))
         .into();
-        if let Some(vmm) = &vmm {
+        if let Some(vmm) = &mut vmm {
             vmm.bind();
             vmm.attach(&files);
         }
@@ -249,11 +267,9 @@ impl Rig {
     pub fn shared_objects(&self) -> Option<u32> {
         const MORE: u32 = 64;
         let vmm = self.vmm.as_ref()?;
-        let ids: Vec<_> = (0..MORE)
-            .map(|_| vmm.iommufd.alloc().expect("an address space"))
-            .collect();
+        let ids: Vec<_> = (0..MORE).map(|_| vmm.alloc()).collect();
         for &id in &ids {
-            vmm.iommufd.destroy(id).expect("destroyed");
+            vmm.iommufd.destroy_iommu_object(id).expect("destroyed");
         }
         ids.iter().max().map(|last| last - MORE)
     }
