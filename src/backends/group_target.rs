@@ -24,7 +24,7 @@ mod tests {
     use crate::ids::DomainId;
 
     #[test]
-    fn a_group_goes_where_all_that_want_something_want_to_be() {
+    fn members_that_agree_set_the_target_of_their_group() {
         use Target::{Blocked, Bypass};
         let (one, two) = (Target::Domain(DomainId(1)), Target::Domain(DomainId(2)));
         let common = |members: &[(Target, bool)]| common_target(members.iter().copied());

@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_leads_nowhere_is_refused_before_anything_is_done() {
+    fn a_mapping_to_no_memory_is_refused_before_any_piece_is_made() {
         let mut reach = Reach::default();
         let low = slot(0x1000, 0x1000, 0);
         reach.add(&low);

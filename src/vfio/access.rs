@@ -309,7 +309,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_chain_says_it_ends(
+        fn any_capability_chain_ends(
             changes in proptest::collection::vec((0usize..80, any::<u8>()), 0..12),
             cut in 32usize..=80,
         ) {

@@ -265,7 +265,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_the_chain_says_it_ends(
+        fn any_capability_chain_ends(
             changes in proptest::collection::vec((0usize..84, any::<u8>()), 0..12),
             cut in 0usize..84,
         ) {

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_bars_are_told_from_others() {
+    fn memory_bars_are_distinguished_from_other_bars() {
         let registers = [0xfebf_0000, 0xc001, 0xe000_000c, 0x1, 0, 0xfec0_0008];
         assert_eq!(
             parse_bars(&header(COMMAND_MEMORY, registers)),

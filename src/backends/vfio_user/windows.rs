@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn mappings_are_cut_at_slots_and_lead_nowhere_in_between() {
+    fn mappings_have_one_window_for_each_slot() {
         let slots = [
             Arc::new(slot(0x1000, 0x1000, 0)),
             Arc::new(slot(0x2000, 0x1000, 0)),
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_tells_what_the_endpoint_is() {
+    fn the_reason_of_a_fault_follows_the_gate() {
         let (space, sink) = space(Vec::new());
         for gate in [Gate::Blocked, Gate::Quarantined, Gate::Translated] {
             insert(&space, gate, None);
