@@ -35,8 +35,9 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::control::{ControlServer, Places, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::device::{Device, WorkerSettings};
-use vhost_device_iommu::endpoints::emulated::{EmulatedSide, Refusals};
+use vhost_device_iommu::endpoints::emulated::EmulatedSide;
 use vhost_device_iommu::endpoints::hotplug::Hotplug;
+use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
@@ -173,9 +174,9 @@ impl Looker {
         };
         let config = Config::from_text(Path::new("bench"), "address = '00:05.0'");
         let config = config.expect("a configuration");
-        let refusals = Arc::new(Refusals::new(metrics.clone(), 100));
-        let emulated = EmulatedSide::open(&[], &config.topology, &refusals).expect("nothing");
-        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), refusals, emulated);
+        let reporter = Arc::new(FaultReporter::new(metrics.clone(), 100));
+        let emulated = EmulatedSide::open(&[], &config.topology, &reporter).expect("nothing");
+        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), reporter, emulated);
         let hotplug = hotplug.expect("no devices");
         let subjects = Subjects {
             name: "bench".into(),

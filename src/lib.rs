@@ -4,7 +4,7 @@
 //! request queue -> device -> protocol::Request -> iommu::Iommu --plan, apply, roll back--> page_table
 //!       ^                                             |                                   + backends
 //!       +---- used ring <- protocol::reply <- Result<(), RequestError>
-//! event queue <- device <- iommu::Fault
+//! event queue <- device <- faults::Fault <- iommu, backends, shadow
 //! args, file -> config -> topology -> iommu checks, PROBE answers, VIOT, QEMU arguments
 //! control socket <- control <- iommu, metrics
 //! launch -> this program as the daemon, and a VMM
@@ -31,7 +31,6 @@ pub mod device;
 pub mod endpoints;
 #[cfg(feature = "daemon")]
 pub mod export;
-#[cfg(feature = "daemon")]
 pub mod faults;
 #[cfg(feature = "daemon")]
 pub mod host;

@@ -22,8 +22,8 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::{Daemon, StopHandle};
 use vhost_device_iommu::device::Device;
+use vhost_device_iommu::faults::{Fault, FaultReason};
 use vhost_device_iommu::ids::EndpointId;
-use vhost_device_iommu::iommu::{Fault, FaultReason};
 
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);

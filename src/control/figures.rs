@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Devices, Subjects};
 use crate::backends::vfio_user::{EmulatedState, Watch};
-use crate::iommu::{FaultReason, Next, Totals};
+use crate::faults::FaultReason;
+use crate::iommu::{Next, Totals};
 use crate::logging;
 use crate::metrics::Counter;
 use crate::protocol::reply::Status;

@@ -14,11 +14,12 @@ use thiserror::Error;
 use crate::config::{Config, Socket, SocketAccess};
 use crate::control::{ControlServer, Places, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
-use crate::endpoints::emulated::{EmulatedSide, Refusals};
+use crate::endpoints::emulated::EmulatedSide;
 use crate::endpoints::exported::ExportSide;
 use crate::endpoints::hotplug::{Files, Hotplug};
 use crate::endpoints::passthrough::{HostSide, HostSideError};
 use crate::endpoints::shadow::{self, ShadowSideError};
+use crate::faults::report::FaultReporter;
 use crate::info_limited;
 use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
@@ -121,8 +122,8 @@ impl Daemon {
         }
         let readers = shadow::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
-        let refusals = Arc::new(Refusals::new(metrics.clone(), config.fault_rate));
-        let mut emulated = EmulatedSide::open(&config.emulated, iommu.topology(), &refusals)
+        let reporter = Arc::new(FaultReporter::new(metrics.clone(), config.fault_rate));
+        let mut emulated = EmulatedSide::open(&config.emulated, iommu.topology(), &reporter)
             .map_err(DaemonError::Socket)?;
         for (backend, endpoint) in emulated.backends.drain(..) {
             iommu
@@ -138,7 +139,7 @@ impl Daemon {
         let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
         let server = VhostUserServer::new(device.clone(), listener).map_err(no_events)?;
-        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), refusals, emulated);
+        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), reporter, emulated);
         let hotplug = Arc::new(hotplug.map_err(|source| DaemonError::System {
             what: "start a thread",
             source,

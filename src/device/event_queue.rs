@@ -2,10 +2,12 @@
 
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use zerocopy::IntoBytes;
 
 use super::ring::{LockedRing, Ring, notify};
-use crate::iommu::{Fault, FaultReason};
-use crate::protocol::fault::{FAULT_LEN, WireReason, encode};
+use crate::faults::Fault;
+use crate::protocol::fault::FAULT_LEN;
+use crate::protocol::wire::FaultRecord;
 use crate::warn_limited;
 
 /// Buffers too small for a record that are returned for the sake of one fault.
@@ -13,19 +15,14 @@ const MAX_UNFIT: usize = 16;
 
 /// Writes `fault` into the next buffer and notifies the driver.
 ///
-/// 1. Somebody meets a refused access and has the core's [`Fault`].
+/// 1. Somebody meets a refused access and makes a [`Fault`].
 /// 2. The next buffer is taken off the ring, under the ring's lock.
 /// 3. A buffer too small for a record goes back empty, and the next one is tried, up to 16 times.
 /// 4. The record is written, the buffer returned, the driver notified.
 ///
 /// Returns `false` where the ring is not running or has no fitting buffer: the fault is dropped.
 pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
-    let reason = match fault.reason {
-        FaultReason::Unknown => WireReason::Unknown,
-        FaultReason::Domain => WireReason::Domain,
-        FaultReason::Mapping => WireReason::Mapping,
-    };
-    let record = encode(reason, fault.access, fault.endpoint, Some(fault.address));
+    let record = FaultRecord::from(fault);
 
     let mut ring = ring.lock();
     if !ring.is_running() {
@@ -70,7 +67,7 @@ fn write_record(
     memory: &GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,
     queue_size: u16,
-    record: &[u8; FAULT_LEN],
+    record: &FaultRecord,
 ) -> bool {
     let mut pieces = [(GuestAddress(0), 0); FAULT_LEN];
     let (mut count, mut room) = (0, 0usize);
@@ -91,7 +88,7 @@ fn write_record(
     if room < FAULT_LEN {
         return false;
     }
-    let mut rest = record.as_slice();
+    let mut rest = record.as_bytes();
     pieces.iter().take(count).all(|&(at, len)| {
         let (now, later) = rest.split_at(len);
         rest = later;

@@ -31,8 +31,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::guest_memory::{check_regions, slots};
 use crate::error_limited;
+use crate::faults::Fault;
 use crate::faults::log::FaultLog;
-use crate::iommu::{Fault, Iommu};
+use crate::iommu::Iommu;
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::process::realtime::Realtime;

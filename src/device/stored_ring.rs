@@ -5,7 +5,7 @@ use vm_memory::GuestMemoryMmap;
 use super::event_queue;
 use super::resume::{RingState, UsedEntry};
 use super::ring::Ring;
-use crate::iommu::Fault;
+use crate::faults::Fault;
 
 /// A ring of any transport, as a trait object. Only a stop and a fault go through it, never a request: so
 /// [`Device`](super::Device) has no type parameter, and the code around it does not depend on the transport.

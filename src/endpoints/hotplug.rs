@@ -12,11 +12,12 @@ use crate::backends::DmaBackend;
 use crate::backends::vfio_user::Watch;
 use crate::config::{Config, ConfigError, Descriptors};
 use crate::device::Device;
-use crate::endpoints::emulated::{EmulatedSide, Refusals};
+use crate::endpoints::emulated::EmulatedSide;
 use crate::endpoints::exported::ExportSide;
 use crate::endpoints::passthrough::{HostSide, HostSideError};
 use crate::export::{DeviceServer, ServerStatus};
 use crate::faults::queue::FaultDelivery;
+use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::locks::{Mutex, Rank};
@@ -77,7 +78,7 @@ pub struct Added {
 pub struct Hotplug {
     iommu: Arc<Mutex<Iommu>>,
     device: Arc<Device>,
-    refusals: Arc<Refusals>,
+    reporter: Arc<FaultReporter>,
     /// As if it had just been read. Held while an endpoint is added or removed.
     config: Mutex<Config>,
     /// Held for a moment only, and last.
@@ -117,7 +118,7 @@ impl Hotplug {
         config: &Config,
         iommu: Arc<Mutex<Iommu>>,
         device: Arc<Device>,
-        refusals: Arc<Refusals>,
+        reporter: Arc<FaultReporter>,
         emulated: EmulatedSide,
     ) -> io::Result<Self> {
         let hosts = config.passthrough.iter();
@@ -131,7 +132,7 @@ impl Hotplug {
         let hotplug = Self {
             iommu,
             device,
-            refusals,
+            reporter,
             config: Mutex::new(Rank::HotplugConfig, config.clone()),
             parts: Mutex::new(Rank::HotplugParts, parts),
             files: Arc::new(Mutex::new(
@@ -264,7 +265,7 @@ impl Hotplug {
         if let Some(device) = with.emulated.iter().find(|e| e.endpoint == first) {
             is_prepared(with)?;
             let devices = std::slice::from_ref(device);
-            let side = EmulatedSide::open(devices, &with.topology, &self.refusals)?;
+            let side = EmulatedSide::open(devices, &with.topology, &self.reporter)?;
             self.deliver_faults()?;
             return Ok(Opened {
                 backend: side.backends.into_iter().next().map(|(backend, _)| backend),
@@ -308,8 +309,8 @@ impl Hotplug {
         if parts.faults.is_none() {
             let device = self.device.clone();
             let delivery = self
-                .refusals
-                .deliver(move |fault| device.report_fault(fault))?;
+                .reporter
+                .start(move |fault| device.report_fault(fault))?;
             parts.faults = Some(delivery);
         }
         Ok(())

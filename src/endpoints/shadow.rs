@@ -11,12 +11,11 @@ use thiserror::Error;
 use crate::backends::shadow::Shadow;
 use crate::config::Config;
 use crate::device::Device;
+use crate::faults::Fault;
 use crate::ids::EndpointId;
-use crate::iommu::{Fault, FaultReason, Iommu};
+use crate::iommu::Iommu;
 use crate::locks::Mutex;
-use crate::shadow::{
-    Limits, RefusedAccess, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket,
-};
+use crate::shadow::{Limits, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket};
 
 /// Why shadow endpoints cannot be served.
 #[derive(Debug, Error)]
@@ -92,25 +91,16 @@ pub fn serve(
         .into_iter()
         .map(|(path, endpoints)| ShadowSocket { path, endpoints })
         .collect();
-    ShadowServer::start(registry, &sockets, move |refused| {
-        let fault = judge(&iommu.lock(), &refused);
+    ShadowServer::start(registry, &sockets, move |fault| {
+        let fault = with_reason(&iommu.lock(), fault);
         device.report_fault(&fault);
     })
 }
 
-/// Why the access was refused, as things are now; if it would not be refused any more, there was no
-/// mapping then.
-fn judge(iommu: &Iommu, refused: &RefusedAccess) -> Fault {
-    let RefusedAccess {
-        endpoint,
-        access,
-        address,
-    } = *refused;
-    let now = iommu.translate(endpoint, address, access);
-    now.err().unwrap_or(Fault {
-        endpoint,
-        reason: FaultReason::Mapping,
-        access,
-        address,
-    })
+/// The fault with its reason. A reader does not send one, so the core is asked for the address again; where
+/// it would allow the access by now, there was no mapping before, and the reason stays
+/// [`FaultReason::Mapping`](crate::faults::FaultReason::Mapping).
+fn with_reason(iommu: &Iommu, fault: Fault) -> Fault {
+    let again = iommu.translate(fault.endpoint, fault.address, fault.access);
+    again.err().unwrap_or(fault)
 }

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
 
+use super::Fault;
 use crate::ids::EndpointId;
-use crate::iommu::Fault;
 use crate::locks::{Mutex, Rank};
 
 /// The most faults that are remembered one by one; the oldest is forgotten first.
@@ -99,7 +99,7 @@ impl FaultLog {
 mod tests {
     use super::*;
     use crate::address::{Access, Iova};
-    use crate::iommu::FaultReason;
+    use crate::faults::FaultReason;
 
     fn fault(endpoint: u32, address: u64) -> Fault {
         Fault {

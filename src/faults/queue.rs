@@ -1,7 +1,8 @@
 //! Refused accesses on their way to the guest.
 //!
-//! Who notices one must not wait: it moves messages that the core may be waiting for, or holds the core
-//! itself. Delivering one takes locks. So it is left here, and a thread of its own delivers it.
+//! A thread that notices a fault must not wait: it moves messages that the core may be waiting for, or it
+//! holds the core's lock. Delivering a fault takes locks. So the noticing thread only enqueues the fault,
+//! and a delivery thread takes it from there.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -11,50 +12,46 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
+use super::Fault;
 use crate::ids::EndpointId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 
-/// The most that wait; what comes then is not taken.
+/// The most faults that wait; the queue refuses more.
 pub const MAX_WAITING: usize = 256;
 
 /// Faults of one endpoint that are passed on at once.
 const BURST: u32 = 64;
-/// And after that so many in a second, unless told otherwise.
-const USUAL_RATE: u32 = 100;
+/// Faults of one endpoint that are passed on in a second after a burst, by default.
+const DEFAULT_RATE: u32 = 100;
 
-/// What waits for being delivered, first in, first out.
+/// Faults that wait for delivery, first in, first out.
 #[derive(Debug)]
-pub struct FaultQueue<T> {
-    state: Mutex<State<T>>,
+pub struct FaultQueue {
+    state: Mutex<QueueState>,
     changed: Condvar,
 }
 
-#[derive(Debug)]
-struct State<T> {
-    waiting: VecDeque<T>,
+#[derive(Debug, Default)]
+struct QueueState {
+    waiting: VecDeque<Fault>,
     ended: bool,
 }
 
-impl<T> FaultQueue<T> {
-    /// An empty queue.
-    pub fn new() -> Self {
+impl Default for FaultQueue {
+    fn default() -> Self {
         Self {
-            state: Mutex::new(
-                Rank::FaultQueue,
-                State {
-                    waiting: VecDeque::new(),
-                    ended: false,
-                },
-            ),
+            state: Mutex::new(Rank::FaultQueue, QueueState::default()),
             changed: Condvar::new(),
         }
     }
+}
 
-    /// Leaves one here. Returns `false`, at once too, where [`MAX_WAITING`] wait already: it is dropped,
-    /// and for the caller to count.
-    #[must_use = "what is dropped is counted"]
-    pub fn push(&self, fault: T) -> bool {
+impl FaultQueue {
+    /// Adds a fault, without waiting. Returns `false` where [`MAX_WAITING`] faults wait already: this one
+    /// is dropped, and the caller must count it.
+    #[must_use = "the caller counts dropped faults"]
+    pub fn push(&self, fault: Fault) -> bool {
         let mut state = self.state.lock();
         let room = state.waiting.len() < MAX_WAITING;
         if room {
@@ -64,8 +61,8 @@ impl<T> FaultQueue<T> {
         room
     }
 
-    /// The next one, as soon as there is one; `None` in the end.
-    fn next(&self) -> Option<T> {
+    /// Waits for the next fault; `None` after [`Self::end`].
+    fn next(&self) -> Option<Fault> {
         let mut state = self.state.lock();
         loop {
             if state.ended {
@@ -84,27 +81,21 @@ impl<T> FaultQueue<T> {
     }
 }
 
-impl<T> Default for FaultQueue<T> {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// The thread that empties a queue; dropping it ends it, and what still waits is not delivered.
+/// The thread that empties a queue. Dropping it ends the thread; waiting faults are not delivered then.
 pub struct FaultDelivery {
-    end: Box<dyn Fn() + Send + Sync>,
+    queue: Arc<FaultQueue>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl FaultDelivery {
-    /// Calls `deliver` with what comes into `queue`, in its order, in a thread of this role.
+    /// Starts a thread of this role that calls `deliver` with each fault of `queue`, in order.
     ///
     /// # Errors
     /// The system has no thread left.
-    pub fn start<T: Send + 'static>(
+    pub fn start(
         role: Role,
-        queue: Arc<FaultQueue<T>>,
-        mut deliver: impl FnMut(T) + Send + 'static,
+        queue: Arc<FaultQueue>,
+        mut deliver: impl FnMut(Fault) + Send + 'static,
     ) -> io::Result<Self> {
         let source = queue.clone();
         let thread = sandbox::spawn(role, move || {
@@ -113,7 +104,7 @@ impl FaultDelivery {
             }
         })?;
         Ok(Self {
-            end: Box::new(move || queue.end()),
+            queue,
             thread: Some(thread),
         })
     }
@@ -121,7 +112,7 @@ impl FaultDelivery {
 
 impl Drop for FaultDelivery {
     fn drop(&mut self) {
-        (self.end)();
+        self.queue.end();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -130,23 +121,24 @@ impl Drop for FaultDelivery {
     }
 }
 
-/// How many faults of each endpoint are passed on: 64 at once, and after that so many in a second.
+/// Limits the faults of each endpoint: a burst of 64, then a fixed number in a second. One endpoint that
+/// floods the queue must not keep the faults of another one from the guest.
 #[derive(Debug)]
-pub struct Budgets {
-    /// How long it takes until there may be one more.
+pub struct FaultRateLimit {
+    /// The time after which an endpoint may report one more fault.
     refill: Duration,
-    /// Of endpoints that have had faults.
-    endpoints: BTreeMap<EndpointId, Budget>,
+    /// The endpoints that have had faults.
+    endpoints: BTreeMap<EndpointId, TokenBucket>,
 }
 
-impl Default for Budgets {
+impl Default for FaultRateLimit {
     fn default() -> Self {
-        Self::new(USUAL_RATE)
+        Self::new(DEFAULT_RATE)
     }
 }
 
-impl Budgets {
-    /// Up to `rate` in a second, which is at least 1.
+impl FaultRateLimit {
+    /// A limit of `rate` faults in a second; 0 counts as 1.
     pub fn new(rate: u32) -> Self {
         Self {
             refill: Duration::from_secs(1) / rate.max(1),
@@ -155,35 +147,38 @@ impl Budgets {
     }
 
     /// Whether a fault of `endpoint` at `now` is passed on.
-    pub fn take(&mut self, endpoint: EndpointId, now: Instant) -> bool {
-        let budget = self.endpoints.entry(endpoint);
-        budget.or_insert(Budget::new(now)).take(now, self.refill)
+    pub fn allow(&mut self, endpoint: EndpointId, now: Instant) -> bool {
+        let bucket = self.endpoints.entry(endpoint);
+        let bucket = bucket.or_insert(TokenBucket::new(now));
+        bucket.take(now, self.refill)
     }
 }
 
+/// Each token is a fault that may be passed on.
 #[derive(Debug)]
-struct Budget {
-    left: u32,
-    since: Instant,
+struct TokenBucket {
+    tokens: u32,
+    /// When the last token came in.
+    refilled: Instant,
 }
 
-impl Budget {
+impl TokenBucket {
     fn new(now: Instant) -> Self {
         Self {
-            left: BURST,
-            since: now,
+            tokens: BURST,
+            refilled: now,
         }
     }
 
     fn take(&mut self, now: Instant, refill: Duration) -> bool {
-        let elapsed = now.saturating_duration_since(self.since).as_nanos();
+        let elapsed = now.saturating_duration_since(self.refilled).as_nanos();
         let earned = u32::try_from(elapsed / refill.as_nanos().max(1)).unwrap_or(u32::MAX);
         if earned > 0 {
-            self.left = self.left.saturating_add(earned).min(BURST);
-            self.since = now;
+            self.tokens = self.tokens.saturating_add(earned).min(BURST);
+            self.refilled = now;
         }
-        let taken = self.left > 0;
-        self.left = self.left.saturating_sub(1);
+        let taken = self.tokens > 0;
+        self.tokens = self.tokens.saturating_sub(1);
         taken
     }
 }
@@ -193,40 +188,51 @@ mod tests {
     use std::sync::mpsc::sync_channel;
 
     use super::*;
+    use crate::address::{Access, Iova};
+    use crate::faults::FaultReason;
 
-    #[test]
-    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
-        let mut budgets = Budgets::default();
-        let (one, other) = (EndpointId(1), EndpointId(2));
-        let start = Instant::now();
-        let at = |ms| start + Duration::from_millis(ms);
-        let passed = (0..1000).filter(|_| budgets.take(one, start)).count();
-        assert_eq!(passed, 64);
-        assert!(!budgets.take(one, at(9)));
-        assert!(budgets.take(other, at(9)), "it has its own");
-        assert!(budgets.take(one, at(10)));
-        assert!(!budgets.take(one, at(11)));
+    fn fault(address: usize) -> Fault {
+        Fault {
+            endpoint: EndpointId(1),
+            reason: FaultReason::Mapping,
+            access: Access::READ,
+            address: Iova(address as u64),
+        }
     }
 
     #[test]
-    fn what_there_is_room_for_is_delivered_in_order_until_the_end() {
-        let queue = Arc::new(FaultQueue::new());
+    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
+        let mut limit = FaultRateLimit::default();
+        let (one, other) = (EndpointId(1), EndpointId(2));
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let passed = (0..1000).filter(|_| limit.allow(one, start)).count();
+        assert_eq!(passed, 64);
+        assert!(!limit.allow(one, at(9)));
+        assert!(limit.allow(other, at(9)), "it has its own");
+        assert!(limit.allow(one, at(10)));
+        assert!(!limit.allow(one, at(11)));
+    }
+
+    #[test]
+    fn a_queue_delivers_in_order_until_its_delivery_is_dropped() {
+        let queue = Arc::new(FaultQueue::default());
         for number in 0..MAX_WAITING {
-            assert!(queue.push(number));
+            assert!(queue.push(fault(number)));
         }
-        assert!(!queue.push(MAX_WAITING));
+        assert!(!queue.push(fault(MAX_WAITING)));
         let (sender, delivered) = sync_channel(MAX_WAITING);
-        let delivery = FaultDelivery::start(Role::Faults, queue.clone(), move |number| {
-            sender.send(number).expect("room");
+        let delivery = FaultDelivery::start(Role::Faults, queue.clone(), move |fault| {
+            sender.send(fault).expect("room");
         });
         let delivery = delivery.expect("a thread");
         for number in 0..MAX_WAITING {
-            assert_eq!(delivered.recv(), Ok(number));
+            assert_eq!(delivered.recv(), Ok(fault(number)));
         }
-        assert!(queue.push(7));
-        assert_eq!(delivered.recv(), Ok(7));
+        assert!(queue.push(fault(7)));
+        assert_eq!(delivered.recv(), Ok(fault(7)));
         drop(delivery);
         assert!(delivered.recv().is_err(), "the thread has ended");
-        assert!(queue.push(8), "nobody is left to take it");
+        assert!(queue.push(fault(8)), "no thread is left to take it");
     }
 }

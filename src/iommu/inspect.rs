@@ -2,10 +2,10 @@
 
 use super::domain::Domain;
 use super::error::RequestError;
-use super::fault::{Fault, FaultReason};
 use super::{Endpoint, Iommu};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::backends::Target;
+use crate::faults::{Fault, FaultReason};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Table, Translation};
 use crate::topology::ReservedRegions;

@@ -16,7 +16,6 @@
 mod attach;
 mod domain;
 mod error;
-mod fault;
 mod groups;
 mod hotplug;
 mod inspect;
@@ -39,7 +38,6 @@ use self::domain::Domain;
 use self::groups::Groups;
 
 pub use self::error::RequestError;
-pub use self::fault::{Fault, FaultReason};
 pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
 pub use self::inspect::{Dma, DomainState, EndpointState, Next, Totals};
 

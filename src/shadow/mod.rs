@@ -48,4 +48,4 @@ pub use registry::{
     Limits, Ram, Reader, ReaderCounters, Registry, RegistryError, ShadowEndpoint, Stuck,
 };
 #[cfg(feature = "daemon")]
-pub use server::{RefusedAccess, ShadowServer, ShadowSocket};
+pub use server::{ShadowServer, ShadowSocket};

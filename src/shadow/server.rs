@@ -16,8 +16,9 @@ use log::{debug, warn};
 use super::registry::{Reader, Registry};
 use super::sys::receive;
 use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
-use crate::address::{Access, Iova};
-use crate::faults::queue::{Budgets, FaultDelivery, FaultQueue};
+use crate::address::Iova;
+use crate::faults::queue::{FaultDelivery, FaultQueue, FaultRateLimit};
+use crate::faults::{Fault, FaultReason};
 use crate::ids::EndpointId;
 use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
@@ -39,17 +40,6 @@ const FIRST_CONNECTION: u64 = 1 << 32;
 /// Set in the number of the event that says that a connection's process is gone.
 const EXIT: u64 = 1 << 63;
 
-/// An access that a reader was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefusedAccess {
-    /// Who tried.
-    pub endpoint: EndpointId,
-    /// What it tried.
-    pub access: Access,
-    /// Where.
-    pub address: Iova,
-}
-
 /// A socket and the endpoints that readers may register for there.
 #[derive(Debug)]
 pub struct ShadowSocket<'a> {
@@ -70,15 +60,15 @@ pub struct ShadowServer {
 }
 
 impl ShadowServer {
-    /// Listens at the paths. Each refused access, up to the rate that is passed on, is given to
-    /// `faults`, in a thread of its own.
+    /// Listens at the paths. A thread of its own calls `faults` with each refused access, up to the rate
+    /// that is passed on. Readers send no reason: it is always [`FaultReason::Mapping`].
     ///
     /// # Errors
     /// A socket cannot be made.
     pub fn start(
         registry: Arc<Registry>,
         sockets: &[ShadowSocket<'_>],
-        faults: impl FnMut(RefusedAccess) + Send + 'static,
+        faults: impl FnMut(Fault) + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = UnixStream::pair()?;
         let events = EventLoop::new()?;
@@ -92,8 +82,8 @@ impl ShadowServer {
             listeners.push((listener, socket.endpoints.clone()));
             files.push(Arc::new(file));
         }
-        let queue = Arc::new(FaultQueue::new());
-        let budgets = Budgets::new(registry.limits().fault_rate);
+        let queue = Arc::new(FaultQueue::default());
+        let rate = FaultRateLimit::new(registry.limits().fault_rate);
         let mut served = Served {
             registry,
             events,
@@ -101,7 +91,7 @@ impl ShadowServer {
             connections: BTreeMap::new(),
             next: FIRST_CONNECTION,
             faults: queue.clone(),
-            budgets,
+            rate,
         };
         let delivery = FaultDelivery::start(Role::ShadowFaults, queue, faults)?;
         let thread = sandbox::spawn(Role::Shadow, move || {
@@ -146,9 +136,9 @@ struct Served {
     listeners: Vec<(UnixListener, Vec<EndpointId>)>,
     connections: BTreeMap<u64, Connection>,
     next: u64,
-    faults: Arc<FaultQueue<RefusedAccess>>,
+    faults: Arc<FaultQueue>,
     /// A process that comes anew finds what its endpoint has left.
-    budgets: Budgets,
+    rate: FaultRateLimit,
 }
 
 struct Connection {
@@ -433,13 +423,14 @@ impl Served {
             kind::FAULT => {
                 let access = access_of(frame.value).ok_or("reports a fault of no known kind")?;
                 let [address, ..] = frame.numbers;
-                let fault = RefusedAccess {
+                let fault = Fault {
                     endpoint: reader.endpoint(),
+                    reason: FaultReason::Mapping,
                     access,
                     address: Iova(address),
                 };
                 let counters = self.registry.counters();
-                let may = self.budgets.take(fault.endpoint, Instant::now());
+                let may = self.rate.allow(fault.endpoint, Instant::now());
                 if may && self.faults.push(fault) {
                     counters.faults.inc();
                 } else {

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
-use vhost_device_iommu::shadow::{Limits, Refused, RefusedAccess};
+use vhost_device_iommu::faults::{Fault, FaultReason};
+use vhost_device_iommu::shadow::{Limits, Refused};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::bed::{A, B, Bed, D1, D2, MSI, PAGE, RAM, eventually, mapping, range, slot};
@@ -78,8 +79,9 @@ fn memory_is_reached_through_mappings_only() {
 fn each_refusal_is_told_with_endpoint_rights_and_address() {
     let mut bed = Bed::new();
     let (a, b) = (bed.reader(A), bed.reader(B));
-    let refused = |endpoint, access, address| RefusedAccess {
+    let refused = |endpoint, access, address| Fault {
         endpoint,
+        reason: FaultReason::Mapping,
         access,
         address: Iova(address),
     };

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
 use vhost_device_iommu::backends::shadow::Shadow;
+use vhost_device_iommu::faults::Fault;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::shadow::{
-    Limits, RefusedAccess, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
+    Limits, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
 };
 use vhost_device_iommu::topology::{
     EndpointSpec, ReservedKind, ReservedRegion, ReservedRegions, Topology,
@@ -40,7 +41,7 @@ pub struct Bed {
     pub iommu: Iommu,
     pub registry: Arc<Registry>,
     pub _server: ShadowServer,
-    pub faults: Receiver<RefusedAccess>,
+    pub faults: Receiver<Fault>,
     pub ram: Vec<MemorySlot>,
     folder: tempfile::TempDir,
 }
@@ -148,7 +149,7 @@ impl Bed {
         ShadowReader::connect(&self.path(), endpoint).expect("let in")
     }
 
-    pub fn fault(&self) -> RefusedAccess {
+    pub fn fault(&self) -> Fault {
         let patience = Duration::from_secs(10);
         self.faults.recv_timeout(patience).expect("a fault")
     }

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::Access;
-use vhost_device_iommu::backends::vfio_user::{Isolation, Refusal};
+use vhost_device_iommu::backends::vfio_user::Isolation;
+use vhost_device_iommu::faults::FaultReason;
 
 use crate::peer::{
     COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, Peer, RESET, VERSION, dma,
@@ -193,10 +194,10 @@ fn messages_reach_what_is_mapped_and_nothing_else() {
         (u64::MAX, 1, u64::MAX),
     ] {
         assert_eq!(write(&mut server, address, &vec![0xee; len]), libc::EFAULT);
-        assert_eq!(rig.faults.take(), [(Refusal::NotMapped, fault)]);
+        assert_eq!(rig.faults.take(), [(FaultReason::Mapping, fault)]);
     }
     assert_eq!(read(&mut server, IOVA + 0x2fff, 2), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA + 0x3000)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA + 0x3000)]);
     assert_eq!(read(&mut server, u64::MAX, 2), Err(libc::EINVAL));
     assert_eq!(read(&mut server, IOVA, (1 << 20) + 1), Err(libc::E2BIG));
     assert_eq!(read(&mut server, 0, u64::MAX), Err(libc::E2BIG));
@@ -215,7 +216,7 @@ fn what_is_reached_follows_the_endpoint() {
     let rig = Rig::new(Isolation::Messages);
     let (_client, mut server) = rig.raw_pair();
     assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(Refusal::NotAttached, RAM)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Domain, RAM)]);
 
     // Bypass: RAM as it is.
     let told = std::thread::scope(|scope| {
@@ -231,7 +232,7 @@ fn what_is_reached_follows_the_endpoint() {
     assert_eq!(write(&mut server, RAM + RAM_LEN, b"x"), libc::EFAULT);
     assert!(rig.faults.take().is_empty(), "no IOMMU between");
     assert_eq!(write(&mut server, 0xfee0_0000, b"x"), libc::EFAULT);
-    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, 0xfee0_0000)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, 0xfee0_0000)]);
 
     // The RAM goes: so does the window.
     std::thread::scope(|scope| {
@@ -261,7 +262,7 @@ fn unmap_waits_for_the_server_which_may_ask_meanwhile() {
         assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, IOVA));
         assert_eq!(write(&mut server, IOVA + 0x1000, b"still there"), 0);
         assert_eq!(write(&mut server, IOVA, b"gone"), libc::EFAULT);
-        assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA)]);
+        assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA)]);
         std::thread::sleep(Duration::from_millis(50));
         assert!(!unmapped.is_finished());
         server.reply(&told, &told.body, &[]);
@@ -303,7 +304,7 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
             .expect("known")
             .quarantined
     );
-    assert_eq!(rig.faults.take(), [(Refusal::Stopped, IOVA)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Unknown, IOVA)]);
     assert_eq!(server.recv().expect("the order").cmd, DMA_UNMAP);
     assert!(server.is_closed());
 
@@ -312,10 +313,10 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     let asked = server.recv().expect("VERSION");
     server.reply(&asked, &version_body(crate::rig::SERVER_TEXT), &[]);
     assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(Refusal::Stopped, IOVA)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Unknown, IOVA)]);
     rig.attach();
     assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(Refusal::NotMapped, IOVA)]);
+    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA)]);
     client.ask(RESET, &[], &[]);
     assert_eq!(server.recv().expect("forwarded").cmd, RESET);
 }

@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
-use vhost_device_iommu::backends::vfio_user::{
-    EmulatedDevice, FaultSink, Isolation, Refusal, RefusedAccess, VfioUser,
-};
+use vhost_device_iommu::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser};
+use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
 use vhost_device_iommu::topology::{EndpointSpec, PciAddress, PciRange, ReservedRegions, Topology};
@@ -37,19 +36,19 @@ pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps
     "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
 
 #[derive(Default)]
-pub struct Faults(Mutex<Vec<RefusedAccess>>);
+pub struct Faults(Mutex<Vec<Fault>>);
 
 impl FaultSink for Faults {
-    fn refused(&self, access: &RefusedAccess) {
-        self.0.lock().unwrap().push(*access);
+    fn report(&self, fault: Fault) {
+        self.0.lock().unwrap().push(fault);
     }
 }
 
 impl Faults {
     /// Those since the last call: why, and where.
-    pub fn take(&self) -> Vec<(Refusal, u64)> {
+    pub fn take(&self) -> Vec<(FaultReason, u64)> {
         let taken = std::mem::take(&mut *self.0.lock().unwrap());
-        taken.into_iter().map(|f| (f.why, f.address.0)).collect()
+        taken.into_iter().map(|f| (f.reason, f.address.0)).collect()
     }
 }
 

@@ -23,10 +23,11 @@ use super::{
     MemorySlot, Target, UnmapPart,
 };
 use crate::address::{Iova, IovaRange, Mapping, PageMask};
+use crate::faults::FaultSink;
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio_user::{Ends, Interposer, Link, Order, OrderError, Settings};
 
-pub use self::windows::{FaultSink, Isolation, Refusal, RefusedAccess};
+pub use self::windows::Isolation;
 
 /// An emulated device.
 #[derive(Clone, Debug)]

@@ -7,45 +7,11 @@ use vm_memory::VolatileMemory;
 
 use super::MemorySlot;
 use crate::address::{Access, GpaRange, Iova, IovaRange, Mapping};
+use crate::faults::{Fault, FaultReason, FaultSink};
 use crate::ids::EndpointId;
 use crate::locks::{Rank, RwLock, RwLockWriteGuard};
 use crate::metrics::Counter;
 use crate::vfio_user::{DmaTarget, Refused, Window};
-
-/// Why an emulated device's access was refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The endpoint is not attached to a domain and not in bypass mode.
-    NotAttached,
-    /// The address is not mapped, or not for this access.
-    NotMapped,
-    /// The endpoint is blocked because something failed.
-    Stopped,
-}
-
-/// A refused access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RefusedAccess {
-    /// Who tried.
-    pub endpoint: EndpointId,
-    /// Why it was refused.
-    pub why: Refusal,
-    /// What it tried.
-    pub access: Access,
-    /// The first address it may not use.
-    pub address: Iova,
-}
-
-/// Who is told of refused accesses.
-///
-/// The thread that moves a device's messages calls this, and so does the one that serves the
-/// guest's requests, with the core locked. It must wait for nothing either of them may hold: the
-/// core, the rings, guest memory that is being replaced. A queue that drops what it has no room
-/// for does.
-pub trait FaultSink: Send + Sync {
-    /// An access was refused.
-    fn refused(&self, access: &RefusedAccess);
-}
 
 /// How far apart a device's process and guest RAM are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,9 +106,9 @@ impl Space {
 
     /// Tells of a device that is stopped though it did nothing wrong with memory.
     pub(super) fn report_stop(&self, address: Iova) {
-        self.sink.refused(&RefusedAccess {
+        self.sink.report(Fault {
             endpoint: self.endpoint,
-            why: Refusal::Stopped,
+            reason: FaultReason::Unknown,
             access: Access::NONE,
             address,
         });
@@ -221,17 +187,17 @@ impl Space {
 
     fn report(&self, gate: Gate, access: Access, address: Iova) {
         self.refused.inc();
-        let why = match gate {
-            Gate::Translated => Refusal::NotMapped,
+        let reason = match gate {
+            Gate::Translated => FaultReason::Mapping,
             // Where there is no memory is none of the IOMMU's business.
             Gate::Bypass if !self.reserved.iter().any(|r| r.contains(address)) => return,
-            Gate::Bypass => Refusal::NotMapped,
-            Gate::Blocked => Refusal::NotAttached,
-            Gate::Quarantined => Refusal::Stopped,
+            Gate::Bypass => FaultReason::Mapping,
+            Gate::Blocked => FaultReason::Domain,
+            Gate::Quarantined => FaultReason::Unknown,
         };
-        self.sink.refused(&RefusedAccess {
+        self.sink.report(Fault {
             endpoint: self.endpoint,
-            why,
+            reason,
             access,
             address,
         });
@@ -334,11 +300,11 @@ mod tests {
     use crate::backends::testing::slot;
 
     #[derive(Default)]
-    struct Sink(Mutex<Vec<(Refusal, u64)>>);
+    struct Sink(Mutex<Vec<(FaultReason, u64)>>);
 
     impl FaultSink for Sink {
-        fn refused(&self, access: &RefusedAccess) {
-            self.0.lock().push((access.why, access.address.0));
+        fn report(&self, fault: Fault) {
+            self.0.lock().push((fault.reason, fault.address.0));
         }
     }
 
@@ -422,9 +388,9 @@ mod tests {
         assert_eq!(
             *sink.0.lock(),
             [
-                (Refusal::NotMapped, 0x10_2000),
-                (Refusal::NotMapped, 0x10_3000),
-                (Refusal::NotMapped, 0xf_ffff),
+                (FaultReason::Mapping, 0x10_2000),
+                (FaultReason::Mapping, 0x10_3000),
+                (FaultReason::Mapping, 0xf_ffff),
             ]
         );
     }
@@ -476,7 +442,7 @@ mod tests {
         assert_eq!(space.write(range(0x5000, 0x5000), &[1]), Ok(()));
         assert_eq!(space.write(range(0x4fff, 0x5000), &[1, 2]), Err(Refused));
         assert_eq!(space.write(range(0x10_0000, 0x10_0000), &[1]), Err(Refused));
-        assert_eq!(*sink.0.lock(), [(Refusal::NotMapped, 0x4fff)]);
+        assert_eq!(*sink.0.lock(), [(FaultReason::Mapping, 0x4fff)]);
     }
 
     #[test]
@@ -486,10 +452,14 @@ mod tests {
             insert(&space, gate, None);
             assert_eq!(space.read(range(0, 0), &mut [0]), Err(Refused));
         }
-        let reasons: Vec<_> = sink.0.lock().iter().map(|(why, _)| *why).collect();
+        let reasons: Vec<_> = sink.0.lock().iter().map(|(reason, _)| *reason).collect();
         assert_eq!(
             reasons,
-            [Refusal::NotAttached, Refusal::Stopped, Refusal::NotMapped]
+            [
+                FaultReason::Domain,
+                FaultReason::Unknown,
+                FaultReason::Mapping
+            ]
         );
     }
 }

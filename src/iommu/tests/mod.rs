@@ -10,6 +10,7 @@ use super::*;
 use crate::address::{Access, Gpa, Iova, Mapping};
 use crate::backends::recorder::Recorder;
 use crate::backends::{BackendCapabilities, Target};
+use crate::faults::FaultReason;
 use crate::topology::{
     EndpointSpec, GroupName, PciAddress, PciRange, ReservedKind, ReservedRegion, ReservedRegions,
 };
