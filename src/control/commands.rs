@@ -5,12 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use log::info;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::answer::{VERSION, hex, refusal, versioned};
 use super::client::{hear, may_change, reply};
 use super::figures::Figures;
+use super::hotplug;
 use super::lists::{MAX_MEMBERS, endpoint, write_domains, write_endpoints, write_mappings};
-use super::{Subjects, hotplug};
+use super::subjects::Subjects;
 use crate::address::{Access, Iova, IovaRange};
 use crate::device::guest_memory::is_backed;
 use crate::faults::log::Seen;
@@ -19,8 +21,6 @@ use crate::logging;
 use crate::topology::PciAddress;
 use crate::warn_limited;
 
-/// Version of the protocol.
-pub(super) const VERSION: u32 = 1;
 /// The longest request line in bytes.
 const MAX_LINE: u64 = 4096;
 /// Endpoints that `status` lists because the guest has touched them; `endpoints` lists all.
@@ -77,15 +77,6 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
     out.flush()
 }
 
-/// A number as the answers write addresses.
-pub(super) fn hex(value: u64) -> String {
-    format!("{value:#x}")
-}
-
-pub(super) fn refusal(message: &str) -> Value {
-    json!({ "version": VERSION, "error": message })
-}
-
 fn stats(subjects: &Subjects) -> Value {
     versioned(Figures::gather(subjects).to_json())
 }
@@ -123,11 +114,6 @@ fn status(subjects: &Subjects) -> Value {
     let input = json!([hex(input.first().0), hex(input.last().0)]);
     document.insert("input_range".into(), input);
     versioned(document)
-}
-
-fn versioned(mut document: Map<String, Value>) -> Value {
-    document.insert("version".into(), VERSION.into());
-    document.into()
 }
 
 fn faults(subjects: &Subjects) -> Value {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Devices, Subjects};
+use super::subjects::{Devices, Subjects};
 use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::faults::FaultReason;
 use crate::iommu::{Next, Totals};

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::commands::{VERSION, refusal};
+use super::answer::{VERSION, refusal};
 use crate::endpoints::hotplug::Hotplug;
 use crate::topology::PciRange;
 

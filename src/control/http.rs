@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 
 use super::client::{hear, reply};
 use super::figures::Figures;
-use super::{Subjects, prometheus};
+use super::prometheus;
+use super::subjects::Subjects;
 
 /// The longest head of a request in bytes.
 const MAX_HEAD: u64 = 4096;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::commands::{VERSION, hex};
-use super::{Devices, Subjects};
+use super::answer::{VERSION, hex};
+use super::subjects::{Devices, Subjects};
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState};

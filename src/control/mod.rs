@@ -5,6 +5,7 @@
 //! the core locked for a moment only: long answers are made a piece at a time, and no client is waited
 //! for meanwhile.
 
+mod answer;
 mod client;
 mod commands;
 mod figures;
@@ -12,9 +13,9 @@ mod hotplug;
 mod http;
 mod lists;
 mod prometheus;
+mod subjects;
 mod textfile;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -27,22 +28,16 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use crate::backends::vfio_user::Watch;
-use crate::device::Device;
-use crate::endpoints::hotplug::Hotplug;
-use crate::export::ServerStatus;
-use crate::ids::EndpointId;
-use crate::iommu::Iommu;
 use crate::locks::{Mutex, Rank};
-use crate::metrics::{Counter, Metrics};
 use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
 use crate::process::socket::{Access, SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
-use crate::shadow::Registry;
 use crate::warn_limited;
 
 use self::textfile::Textfile;
+
+pub use self::subjects::{ClientCounters, SetLimits, Subjects};
 
 /// The thread's events beside clients, whose numbers are those of the listeners.
 const END: u64 = 16;
@@ -59,67 +54,6 @@ pub struct Places {
     pub metrics: Option<(PathBuf, Access)>,
     /// A file with metrics, and how often it is written.
     pub textfile: Option<(PathBuf, Duration)>,
-}
-
-/// What the answers are made from.
-#[derive(Clone)]
-pub struct Subjects {
-    /// What the VM is called.
-    pub name: String,
-    /// The core.
-    pub iommu: Arc<Mutex<Iommu>>,
-    /// The device in front of it.
-    pub device: Arc<Device>,
-    /// Counters.
-    pub metrics: Arc<Metrics>,
-    /// Processes that follow the page tables, where there are such endpoints.
-    pub readers: Option<Arc<Registry>>,
-    /// The endpoints' devices, which may come and go.
-    pub hotplug: Arc<Hotplug>,
-    /// Limits that the configuration sets.
-    pub limits: SetLimits,
-    /// What clients of these sockets have done.
-    pub clients: Arc<ClientCounters>,
-}
-
-impl Subjects {
-    fn devices(&self) -> Devices {
-        Devices {
-            hosts: self.hotplug.hosts(),
-            emulated: self.hotplug.watches(),
-            exports: self.hotplug.export_states(),
-        }
-    }
-}
-
-/// Devices that are not the VMM's own, as they are at one time.
-struct Devices {
-    /// The host's names of endpoints that are its devices.
-    hosts: BTreeMap<EndpointId, String>,
-    /// Devices that other processes emulate.
-    emulated: Vec<Watch>,
-    /// Devices of the host that are offered to the VMM over vfio-user.
-    exports: Vec<(EndpointId, Arc<ServerStatus>)>,
-}
-
-/// Limits that are known to nobody else here.
-#[derive(Clone, Copy, Debug)]
-pub struct SetLimits {
-    /// Requests taken off the ring at a time.
-    pub batch: usize,
-    /// Faults of one endpoint that the guest is told of in a second.
-    pub fault_rate: u32,
-}
-
-/// What has become of clients.
-#[derive(Debug, Default)]
-pub struct ClientCounters {
-    /// Clients that got an answer.
-    pub answered: Counter,
-    /// Clients that did not: they were silent, did not read, or hung up.
-    pub cut_off: Counter,
-    /// Times the metrics could not be written to their file.
-    pub unwritten: Counter,
 }
 
 /// The thread that answers; dropping it ends it and removes the sockets.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use log::debug;
 
 use super::figures::Figures;
-use super::{Subjects, prometheus};
+use super::prometheus;
+use super::subjects::Subjects;
 use crate::warn_limited;
 
 /// A file that is written anew from time to time; removed when dropped, so that nobody takes the last

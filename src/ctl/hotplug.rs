@@ -4,7 +4,7 @@ use std::fmt::{self, Write};
 
 use serde_json::Value;
 
-use super::render::text;
+use super::fields::text;
 
 /// The line that asks for an endpoint with these keys.
 pub(super) fn add_line(endpoint: &str, keys: &[String]) -> String {

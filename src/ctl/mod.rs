@@ -1,86 +1,11 @@
 //! The other end of the control socket: asks a running daemon and renders its answer for people.
 
+mod ask;
+mod fields;
 mod hotplug;
 mod render;
 mod watch;
 
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-use serde_json::Value;
-use thiserror::Error;
-
-use crate::args::Question;
-
+pub use self::ask::{CtlError, ask};
 pub use self::render::render;
 pub use self::watch::watch;
-
-/// How long a daemon may keep silent: it answers one client after the other, and none of them for
-/// longer than 30 seconds.
-const PATIENCE: Duration = Duration::from_secs(35);
-
-/// Why there is no answer.
-#[derive(Debug, Error)]
-pub enum CtlError {
-    /// Nobody listens.
-    #[error(
-        "cannot ask the daemon at {}: {source}; is it running, with --control-path or `control`?",
-        path.display()
-    )]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The conversation broke off.
-    #[error("the daemon did not answer: {0}")]
-    Broken(#[from] io::Error),
-    /// What came is no answer.
-    #[error("the daemon's answer cannot be read: {0}")]
-    NotJson(#[from] serde_json::Error),
-    /// The daemon refused the question.
-    #[error("the daemon says: {0}")]
-    Refused(String),
-}
-
-/// Asks the daemon whose control socket is at `path`.
-///
-/// # Errors
-/// See [`CtlError`].
-pub fn ask(path: &Path, question: &Question) -> Result<Value, CtlError> {
-    let connect = |source| CtlError::Connect {
-        path: path.to_owned(),
-        source,
-    };
-    let mut stream = UnixStream::connect(path).map_err(connect)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let line = match question {
-        Question::Status => "status".into(),
-        Question::Endpoints => "endpoints".into(),
-        Question::Domains => "domains".into(),
-        Question::Mappings { domain, iova } => {
-            let domain = domain.map_or_else(|| "all".into(), |domain| domain.to_string());
-            format!("mappings {domain} {}", iova.as_deref().unwrap_or(""))
-        }
-        Question::Faults => "faults".into(),
-        Question::Translate { endpoint, iova } => format!("translate {endpoint} {iova}"),
-        Question::Stats | Question::Watch { .. } => "stats".into(),
-        Question::LogLevel { level } => {
-            format!("log-level {}", level.as_deref().unwrap_or(""))
-        }
-        Question::AddEndpoint { endpoint, keys } => hotplug::add_line(endpoint, keys),
-        Question::RemoveEndpoint { endpoint } => format!("remove-endpoint {endpoint}"),
-    };
-    writeln!(stream, "{line}")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    let answer: Value = serde_json::from_str(&text)?;
-    match answer.get("error").and_then(Value::as_str) {
-        Some(message) => Err(CtlError::Refused(message.into())),
-        None => Ok(answer),
-    }
-}

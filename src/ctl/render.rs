@@ -4,6 +4,7 @@ use std::fmt::{Result, Write};
 
 use serde_json::Value;
 
+use super::fields::{items, number, text};
 use super::hotplug;
 use crate::args::Question;
 
@@ -349,16 +350,4 @@ fn translation(out: &mut String, answer: &Value) -> Result {
         },
         text(&answer["last"]),
     )
-}
-
-pub(super) fn items(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
-pub(super) fn text(value: &Value) -> &str {
-    value.as_str().unwrap_or("?")
-}
-
-pub(super) fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or(0)
 }

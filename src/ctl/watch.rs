@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::render::{items, number, text};
-use super::{CtlError, ask};
+use super::ask::{CtlError, ask};
+use super::fields::{items, number, text};
 use crate::args::Question;
 
 /// Clears a terminal and goes to its first line.

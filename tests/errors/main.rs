@@ -41,7 +41,7 @@ const SOURCES: [(&str, &str); 13] = [
     ("src/qemu/launch/mod.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
     ("src/transport/vhost_user/serve.rs", "The daemon"),
-    ("src/ctl/mod.rs", "`ctl`"),
+    ("src/ctl/ask.rs", "`ctl`"),
     (
         "src/endpoints/hotplug.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
