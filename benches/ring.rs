@@ -32,7 +32,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use vhost_device_iommu::args::RunArgs;
 use vhost_device_iommu::config::Config;
-use vhost_device_iommu::control::{ControlServer, Places, SetLimits, Subjects};
+use vhost_device_iommu::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::device::{Device, WorkerSettings};
 use vhost_device_iommu::endpoints::emulated::EmulatedSide;
@@ -41,7 +41,7 @@ use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
-use vhost_device_iommu::process::socket::Access;
+use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::transport::vhost_user::backend::VhostUserDevice;
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use vm_memory::{
@@ -164,13 +164,13 @@ impl Looker {
     fn start(iommu: Arc<Mutex<Iommu>>, device: Arc<Device>, metrics: Arc<Metrics>) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let path = directory.path().join("control.sock");
-        let access = Access {
+        let access = SocketRights {
             mode: 0o600,
             group: None,
         };
-        let places = Places {
+        let places = ControlPaths {
             control: Some((path.clone(), access)),
-            ..Places::default()
+            ..ControlPaths::default()
         };
         let config = Config::from_text(Path::new("bench"), "address = '00:05.0'");
         let config = config.expect("a configuration");

@@ -15,7 +15,7 @@ use super::lists::{MAX_MEMBERS, endpoint, write_domains, write_endpoints, write_
 use super::subjects::Subjects;
 use crate::address::{Access, Iova, IovaRange};
 use crate::device::guest_memory::is_backed;
-use crate::faults::log::Seen;
+use crate::faults::log::ReportedFault;
 use crate::ids::{DomainId, EndpointId};
 use crate::logging;
 use crate::topology::PciAddress;
@@ -136,7 +136,7 @@ fn faults(subjects: &Subjects) -> Value {
     })
 }
 
-fn fault(seen: &Seen) -> Value {
+fn fault(seen: &ReportedFault) -> Value {
     let since_1970 = seen.when.duration_since(UNIX_EPOCH).unwrap_or_default();
     let age = SystemTime::now().duration_since(seen.when);
     json!({

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::subjects::{Devices, Subjects};
+use super::subjects::{ExternalDevices, Subjects};
 use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::faults::FaultReason;
 use crate::iommu::{Next, Totals};
@@ -294,7 +294,7 @@ fn reader_figures(registry: &Registry) -> ReaderFigures {
     }
 }
 
-fn exports(devices: &Devices) -> Vec<ExportFigures> {
+fn exports(devices: &ExternalDevices) -> Vec<ExportFigures> {
     let each = devices
         .exports
         .iter()

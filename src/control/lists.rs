@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::answer::{VERSION, hex};
-use super::subjects::{Devices, Subjects};
+use super::subjects::{ExternalDevices, Subjects};
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState};
@@ -162,7 +162,7 @@ fn write_mappings_of(
 }
 
 /// An endpoint as `status` and `endpoints` show it.
-pub(super) fn endpoint(state: &EndpointState, devices: &Devices) -> Value {
+pub(super) fn endpoint(state: &EndpointState, devices: &ExternalDevices) -> Value {
     let id = state.id;
     let is_emulated = devices.emulated.iter().any(|w| w.endpoint() == id);
     let is_exported = devices.exports.iter().any(|(e, _)| *e == id);

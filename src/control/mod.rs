@@ -31,11 +31,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
-use crate::process::socket::{Access, SocketFile, bind_for};
+use crate::process::socket::{SocketFile, SocketRights, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::warn_limited;
 
-use self::textfile::Textfile;
+use self::textfile::TextfileWriter;
 
 pub use self::subjects::{ClientCounters, SetLimits, Subjects};
 
@@ -47,25 +47,25 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 
 /// Where the daemon is looked into.
 #[derive(Clone, Debug, Default)]
-pub struct Places {
+pub struct ControlPaths {
     /// The control socket.
-    pub control: Option<(PathBuf, Access)>,
+    pub control: Option<(PathBuf, SocketRights)>,
     /// The socket that answers `GET /metrics`.
-    pub metrics: Option<(PathBuf, Access)>,
+    pub metrics: Option<(PathBuf, SocketRights)>,
     /// A file with metrics, and how often it is written.
     pub textfile: Option<(PathBuf, Duration)>,
 }
 
 /// The thread that answers; dropping it ends it and removes the sockets.
 pub struct ControlServer {
-    stop: Arc<Stop>,
+    stop: Arc<StopRequest>,
     thread: Option<JoinHandle<()>>,
     files: Vec<Arc<SocketFile>>,
     pulse: Arc<Pulse>,
 }
 
 /// What ends the thread, wherever it is.
-struct Stop {
+struct StopRequest {
     event: EventFd,
     /// The client that is being answered.
     client: Mutex<Option<UnixStream>>,
@@ -73,23 +73,23 @@ struct Stop {
 
 /// What a client that connects gets.
 #[derive(Clone, Copy)]
-enum Service {
+enum Protocol {
     Control,
     Metrics,
 }
 
 impl ControlServer {
-    /// Serves at `places` until dropped.
+    /// Serves at `paths` until dropped.
     ///
     /// # Errors
     /// Where a socket cannot be made.
-    pub fn start(places: &Places, subjects: Subjects) -> io::Result<Self> {
-        let stop = Arc::new(Stop {
+    pub fn start(paths: &ControlPaths, subjects: Subjects) -> io::Result<Self> {
+        let stop = Arc::new(StopRequest {
             event: EventFd::new(EFD_CLOEXEC)?,
             client: Mutex::new(Rank::ControlClient, None),
         });
         let pulse = Arc::new(Pulse::new("the control socket")?);
-        let mut server = Server {
+        let mut server = ControlThread {
             pulse: pulse.clone(),
             listeners: Vec::new(),
             textfile: None,
@@ -99,20 +99,20 @@ impl ControlServer {
         };
         let mut files = Vec::new();
         let sockets = [
-            (&places.control, Service::Control),
-            (&places.metrics, Service::Metrics),
+            (&paths.control, Protocol::Control),
+            (&paths.metrics, Protocol::Metrics),
         ];
-        for (place, service) in sockets {
-            if let Some((path, access)) = place {
-                let (listener, file) = bind_for(path, *access)?;
+        for (place, protocol) in sockets {
+            if let Some((path, rights)) = place {
+                let (listener, file) = bind_for(path, *rights)?;
                 // A client may be gone before it is accepted.
                 listener.set_nonblocking(true)?;
                 files.push(Arc::new(file));
-                server.listeners.push((listener, service));
+                server.listeners.push((listener, protocol));
             }
         }
-        let textfile = places.textfile.clone();
-        server.textfile = textfile.map(|(path, interval)| Textfile::new(path, interval));
+        let textfile = paths.textfile.clone();
+        server.textfile = textfile.map(|(path, interval)| TextfileWriter::new(path, interval));
         let listeners = server.listeners.iter().map(|(l, _)| l.as_raw_fd());
         let others = [(stop.event.as_raw_fd(), END), (pulse.event(), PULSE)];
         for (fd, id) in listeners.zip(0..).chain(others) {
@@ -160,22 +160,25 @@ impl Drop for ControlServer {
 }
 
 /// All the thread has.
-struct Server {
-    listeners: Vec<(UnixListener, Service)>,
-    textfile: Option<Textfile>,
+struct ControlThread {
+    listeners: Vec<(UnixListener, Protocol)>,
+    textfile: Option<TextfileWriter>,
     events: EventLoop,
-    stop: Arc<Stop>,
+    stop: Arc<StopRequest>,
     pulse: Arc<Pulse>,
     subjects: Subjects,
 }
 
-impl Server {
+impl ControlThread {
     fn run(mut self) {
         loop {
             if let Some(file) = &mut self.textfile {
                 file.write_if_due(Instant::now(), &self.subjects);
             }
-            let ready = match self.events.wait(self.textfile.as_ref().map(Textfile::due)) {
+            let ready = match self
+                .events
+                .wait(self.textfile.as_ref().map(TextfileWriter::due))
+            {
                 Ok(ready) => ready,
                 Err(cause) => {
                     warn!("the control socket is closed: {cause}");
@@ -189,8 +192,8 @@ impl Server {
                     PULSE => {}
                     id => {
                         let index = usize::try_from(id).unwrap_or(usize::MAX);
-                        if let Some((listener, service)) = self.listeners.get(index) {
-                            self.accept(listener, *service);
+                        if let Some((listener, protocol)) = self.listeners.get(index) {
+                            self.accept(listener, *protocol);
                         }
                     }
                 }
@@ -198,7 +201,7 @@ impl Server {
         }
     }
 
-    fn accept(&self, listener: &UnixListener, service: Service) {
+    fn accept(&self, listener: &UnixListener, protocol: Protocol) {
         let client = listener.accept().and_then(|(stream, _)| {
             stream.set_nonblocking(true)?;
             *self.stop.client.lock() = Some(stream.try_clone()?);
@@ -206,7 +209,7 @@ impl Server {
         });
         match client {
             Ok(stream) => {
-                self.serve(&stream, service);
+                self.serve(&stream, protocol);
                 *self.stop.client.lock() = None;
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
@@ -217,10 +220,10 @@ impl Server {
         }
     }
 
-    fn serve(&self, stream: &UnixStream, service: Service) {
-        let served = match service {
-            Service::Control => commands::answer(stream, &self.subjects),
-            Service::Metrics => http::answer(stream, &self.subjects),
+    fn serve(&self, stream: &UnixStream, protocol: Protocol) {
+        let served = match protocol {
+            Protocol::Control => commands::answer(stream, &self.subjects),
+            Protocol::Metrics => http::answer(stream, &self.subjects),
         };
         let clients = &self.subjects.clients;
         match served {

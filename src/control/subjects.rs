@@ -35,8 +35,8 @@ pub struct Subjects {
 }
 
 impl Subjects {
-    pub(super) fn devices(&self) -> Devices {
-        Devices {
+    pub(super) fn devices(&self) -> ExternalDevices {
+        ExternalDevices {
             hosts: self.hotplug.hosts(),
             emulated: self.hotplug.watches(),
             exports: self.hotplug.export_states(),
@@ -45,7 +45,7 @@ impl Subjects {
 }
 
 /// Devices that are not the VMM's own, as they are at one time.
-pub(super) struct Devices {
+pub(super) struct ExternalDevices {
     /// The host's names of endpoints that are its devices.
     pub hosts: BTreeMap<EndpointId, String>,
     /// Devices that other processes emulate.

@@ -15,7 +15,7 @@ use crate::warn_limited;
 
 /// A file that is written anew from time to time; removed when dropped, so that nobody takes the last
 /// figures for those of a daemon that runs.
-pub(super) struct Textfile {
+pub(super) struct TextfileWriter {
     path: PathBuf,
     /// Beside it, with an ending that the collector does not read.
     draft: PathBuf,
@@ -23,7 +23,7 @@ pub(super) struct Textfile {
     due: Instant,
 }
 
-impl Textfile {
+impl TextfileWriter {
     /// The file at `path`, due at once.
     pub fn new(path: PathBuf, interval: Duration) -> Self {
         Self {
@@ -66,7 +66,7 @@ impl Textfile {
     }
 }
 
-impl Drop for Textfile {
+impl Drop for TextfileWriter {
     fn drop(&mut self) {
         for path in [&self.path, &self.draft] {
             if let Err(cause) = fs::remove_file(path) {

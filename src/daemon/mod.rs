@@ -12,7 +12,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::config::{Config, Socket, SocketAccess};
-use crate::control::{ControlServer, Places, SetLimits, Subjects};
+use crate::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::emulated::EmulatedSide;
 use crate::endpoints::exported::ExportSide;
@@ -26,7 +26,7 @@ use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
 use crate::process::realtime::{Realtime, RealtimeError};
-use crate::process::socket::{Access, SocketFile, bind};
+use crate::process::socket::{SocketFile, SocketRights, bind};
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::ShadowServer;
@@ -293,13 +293,13 @@ impl Drop for Daemon {
 }
 
 /// Where the daemon is to be looked into, if anywhere.
-fn places(config: &Config) -> Option<Places> {
-    let access = |access: SocketAccess| Access {
+fn places(config: &Config) -> Option<ControlPaths> {
+    let access = |access: SocketAccess| SocketRights {
         mode: access.mode,
         group: access.group,
     };
     let metrics = &config.metrics;
-    let places = Places {
+    let places = ControlPaths {
         control: config
             .control
             .clone()

@@ -14,7 +14,7 @@ pub const MAX_ENDPOINTS: usize = 1024;
 
 /// A fault that was reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct ReportedFault {
     /// Which of all of them, counted from 1.
     pub number: u64,
     /// When it was reported.
@@ -27,32 +27,32 @@ pub struct Seen {
 
 /// The faults of one endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OfEndpoint {
+pub struct EndpointFaults {
     /// How many there were.
     pub count: u64,
     /// The last one, whatever other endpoints have had since.
-    pub last: Seen,
+    pub last: ReportedFault,
 }
 
 /// What is remembered.
 #[derive(Debug)]
 pub struct FaultLog {
-    state: Mutex<State>,
+    state: Mutex<LogState>,
 }
 
 impl Default for FaultLog {
     fn default() -> Self {
         Self {
-            state: Mutex::new(Rank::FaultLog, State::default()),
+            state: Mutex::new(Rank::FaultLog, LogState::default()),
         }
     }
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct LogState {
     count: u64,
-    recent: VecDeque<Seen>,
-    endpoints: BTreeMap<EndpointId, OfEndpoint>,
+    recent: VecDeque<ReportedFault>,
+    endpoints: BTreeMap<EndpointId, EndpointFaults>,
 }
 
 impl FaultLog {
@@ -60,7 +60,7 @@ impl FaultLog {
     pub fn add(&self, fault: Fault, delivered: bool) {
         let mut state = self.state.lock();
         state.count += 1;
-        let seen = Seen {
+        let seen = ReportedFault {
             number: state.count,
             when: SystemTime::now(),
             fault,
@@ -75,7 +75,7 @@ impl FaultLog {
             of.count += 1;
             of.last = seen;
         } else if room {
-            let first = OfEndpoint {
+            let first = EndpointFaults {
                 count: 1,
                 last: seen,
             };
@@ -84,12 +84,12 @@ impl FaultLog {
     }
 
     /// The last faults, the oldest first.
-    pub fn recent(&self) -> Vec<Seen> {
+    pub fn recent(&self) -> Vec<ReportedFault> {
         self.state.lock().recent.iter().copied().collect()
     }
 
     /// Endpoints that had faults, in the order of their IDs.
-    pub fn endpoints(&self) -> Vec<(EndpointId, OfEndpoint)> {
+    pub fn endpoints(&self) -> Vec<(EndpointId, EndpointFaults)> {
         let state = self.state.lock();
         state.endpoints.iter().map(|(&id, &of)| (id, of)).collect()
     }

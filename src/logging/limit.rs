@@ -15,11 +15,11 @@ const REFILL: Duration = Duration::from_secs(5);
 /// A token bucket for one kind of message.
 #[derive(Debug)]
 pub struct LogLimit {
-    state: Mutex<State>,
+    state: Mutex<LimitState>,
 }
 
 #[derive(Debug)]
-struct State {
+struct LimitState {
     tokens: u32,
     refilled: Option<Instant>,
     suppressed: u64,
@@ -37,7 +37,7 @@ impl LogLimit {
         Self {
             state: Mutex::new(
                 Rank::LogLimit,
-                State {
+                LimitState {
                     tokens: BURST,
                     refilled: None,
                     suppressed: 0,

@@ -58,7 +58,7 @@ impl Drop for SocketFile {
 
 /// Who may connect to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
+pub struct SocketRights {
     /// The rights of its file.
     pub mode: u32,
     /// The number of the file's group, where it is not the process's own.
@@ -66,28 +66,28 @@ pub struct Access {
 }
 
 /// A listening socket at `path`, in place of one that nobody listens on any more. At no time can
-/// anybody connect whom `access` does not let in.
+/// anybody connect whom `rights` does not let in.
 ///
 /// # Errors
 /// As of [`bind`], and where the file cannot be given its group or rights.
-pub fn bind_for(path: &Path, access: Access) -> io::Result<(UnixListener, SocketFile)> {
+pub fn bind_for(path: &Path, rights: SocketRights) -> io::Result<(UnixListener, SocketFile)> {
     let shown = path.display();
     bind_with(path, || {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         // What the file begins with: nothing for anybody but its owner.
         let socket = File::from(socket);
-        socket.set_permissions(Permissions::from_mode(access.mode & 0o700))?;
+        socket.set_permissions(Permissions::from_mode(rights.mode & 0o700))?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-        if access.group.is_some() {
-            lchown(path, None, access.group).map_err(|cause| {
+        if rights.group.is_some() {
+            lchown(path, None, rights.group).map_err(|cause| {
                 let what = format!(
                     "cannot give {shown} its group: {cause}; the daemon must be a member of it, or root"
                 );
                 io::Error::new(cause.kind(), what)
             })?;
         }
-        fs::set_permissions(path, Permissions::from_mode(access.mode))?;
+        fs::set_permissions(path, Permissions::from_mode(rights.mode))?;
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(UnixListener::from(OwnedFd::from(socket)))
     })
@@ -198,13 +198,14 @@ mod tests {
         let path = folder.path().join("s");
         for mode in [0o600, 0o666, 0o000, 0o660] {
             let group = Some(folder.path().metadata().expect("a group").gid());
-            let (listener, file) = bind_for(&path, Access { mode, group }).expect("a free path");
+            let (listener, file) =
+                bind_for(&path, SocketRights { mode, group }).expect("a free path");
             let found = fs::metadata(&path).expect("it is there");
             assert_eq!(found.mode() & 0o7777, mode);
             assert_eq!(Some(found.gid()), group);
             if mode & 0o200 != 0 {
                 UnixStream::connect(&path).expect("it listens");
-                let taken = bind_for(&path, Access { mode, group }).expect_err("in use");
+                let taken = bind_for(&path, SocketRights { mode, group }).expect_err("in use");
                 assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
             }
             drop((listener, file));

@@ -8,11 +8,11 @@ use libc::c_long;
 use super::role::{Needs, Plugging, Role};
 
 /// A system call's number, and when it is allowed.
-pub(super) type Call = (c_long, Allowed);
+pub(super) type Call = (c_long, Condition);
 
 /// When a call is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Allowed {
+pub(super) enum Condition {
     /// Whatever its arguments are.
     Always,
     /// With such an argument.
@@ -288,7 +288,7 @@ fn everywhere() -> Vec<Call> {
     let bits = |flags: libc::c_int| u64::from(flags.unsigned_abs());
     let exec = bits(libc::PROT_EXEC);
     let own = u64::from(std::process::id());
-    let with = |call, argument| (call, Allowed::With(argument));
+    let with = |call, argument| (call, Condition::With(argument));
     always(&EVERYWHERE)
         .chain([
             // Memory that is code is never made.
@@ -318,7 +318,7 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     list.extend(always(&OPEN));
     // A new thread gives up what this one has kept.
     let ambient = Argument::Is(0, u64::from(libc::PR_CAP_AMBIENT.unsigned_abs()));
-    list.push((libc::SYS_prctl, Allowed::With(ambient)));
+    list.push((libc::SYS_prctl, Condition::With(ambient)));
     list.extend(always(&SPAWN));
     list.extend(always(&REMOVE_SOCKETS));
     list.extend(always(&MEMORY_FILES));
@@ -362,7 +362,7 @@ fn descriptors() -> Vec<Call> {
 
 fn fcntl(command: libc::c_int) -> Call {
     let command = Argument::Is(1, u64::from(command.unsigned_abs()));
-    (libc::SYS_fcntl, Allowed::With(command))
+    (libc::SYS_fcntl, Condition::With(command))
 }
 
 /// `FIONBIO` of `asm-generic/ioctls.h`, by which a socket is made to wait or not.
@@ -374,20 +374,23 @@ fn ioctls(numbers: &[u32]) -> impl Iterator<Item = Call> {
 
 fn ioctl(number: u32) -> Call {
     let number = Argument::Is(1, number.into());
-    (libc::SYS_ioctl, Allowed::With(number))
+    (libc::SYS_ioctl, Condition::With(number))
 }
 
 fn local_sockets(call: c_long) -> [Call; 1] {
     let local = u64::from(libc::AF_UNIX.unsigned_abs());
-    [(call, Allowed::With(Argument::Is(0, local)))]
+    [(call, Condition::With(Argument::Is(0, local)))]
 }
 
 /// A thread that a library has made adds its own filter to the main thread's.
 fn confine() -> [Call; 2] {
     let privileges = u64::from(libc::PR_SET_NO_NEW_PRIVS.unsigned_abs());
     [
-        (libc::SYS_seccomp, Allowed::Always),
-        (libc::SYS_prctl, Allowed::With(Argument::Is(0, privileges))),
+        (libc::SYS_seccomp, Condition::Always),
+        (
+            libc::SYS_prctl,
+            Condition::With(Argument::Is(0, privileges)),
+        ),
     ]
 }
 
@@ -395,11 +398,11 @@ fn confine() -> [Call; 2] {
 fn threads_only() -> [Call; 1] {
     let flags = libc::CLONE_THREAD | libc::CLONE_VM;
     let thread = Argument::HasAll(0, u64::from(flags.unsigned_abs()));
-    [(libc::SYS_clone, Allowed::With(thread))]
+    [(libc::SYS_clone, Condition::With(thread))]
 }
 
 fn always(numbers: &[c_long]) -> impl Iterator<Item = Call> {
-    numbers.iter().map(|number| (*number, Allowed::Always))
+    numbers.iter().map(|number| (*number, Condition::Always))
 }
 
 #[cfg(test)]
@@ -449,7 +452,7 @@ mod tests {
                 libc::SYS_rt_sigaction,
                 libc::SYS_tgkill,
             ] {
-                assert!(!allowed.contains(&(narrow, Allowed::Always)), "{role:?}");
+                assert!(!allowed.contains(&(narrow, Condition::Always)), "{role:?}");
             }
         }
     }
@@ -463,7 +466,7 @@ mod tests {
         };
         for role in Role::ALL {
             let allowed = calls(role, &needs);
-            let opens = allowed.contains(&(libc::SYS_openat, Allowed::Always));
+            let opens = allowed.contains(&(libc::SYS_openat, Condition::Always));
             assert_eq!(opens, role == Role::Control, "{role:?}");
             assert!(
                 !allowed

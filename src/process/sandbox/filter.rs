@@ -8,7 +8,7 @@ use seccompiler::{
 };
 
 use super::SandboxError;
-use super::calls::{Allowed, Argument, Call, calls};
+use super::calls::{Argument, Call, Condition, calls};
 use super::role::{Needs, Role};
 
 /// What becomes of a process that makes a call it is not allowed.
@@ -67,11 +67,11 @@ fn program(
 /// A call that is allowed at all under no condition is allowed under any.
 fn rules(calls: &[Call]) -> Result<Rules, SandboxError> {
     let mut rules = Rules::new();
-    for (number, _) in calls.iter().filter(|(_, a)| *a == Allowed::Always) {
+    for (number, _) in calls.iter().filter(|(_, a)| *a == Condition::Always) {
         rules.insert(*number, Vec::new());
     }
     for (number, allowed) in calls {
-        let Allowed::With(argument) = allowed else {
+        let Condition::With(argument) = allowed else {
             continue;
         };
         let rule = rule(argument)?;
@@ -127,12 +127,12 @@ mod tests {
 
     #[test]
     fn what_is_allowed_without_condition_needs_none() {
-        let with = |value| (7, Allowed::With(Argument::Is(0, value)));
+        let with = |value| (7, Condition::With(Argument::Is(0, value)));
         let made = rules(&[with(1), with(2), with(1)]).expect("rules");
         assert_eq!(made[&7].len(), 2);
         for calls in [
-            [with(1), (7, Allowed::Always)],
-            [(7, Allowed::Always), with(1)],
+            [with(1), (7, Condition::Always)],
+            [(7, Condition::Always), with(1)],
         ] {
             assert!(rules(&calls).expect("rules")[&7].is_empty());
         }
