@@ -1,15 +1,15 @@
 //! Addresses, closed ranges, access rights and page masks.
 //!
-//! One type per address space, and no conversion between them: only the page table turns an
+//! Each address space has a type, without conversions between them: only the page table turns an
 //! [`Iova`] into a [`Gpa`].
 
 use std::fmt;
 
-/// An I/O virtual address: what an endpoint puts on the bus. Bytes.
+/// An I/O virtual address, which an endpoint puts on the bus. In bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Iova(pub u64);
 
-/// A guest-physical address. Bytes.
+/// A guest-physical address. In bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gpa(pub u64);
 
@@ -26,7 +26,7 @@ impl fmt::Display for Gpa {
 }
 
 impl Gpa {
-    /// This address plus `offset` bytes, or `None` past 2^64 - 1.
+    /// This address plus `offset` bytes; `None` past 2^64 - 1.
     pub fn checked_add(self, offset: u64) -> Option<Self> {
         self.0.checked_add(offset).map(Self)
     }
@@ -40,13 +40,13 @@ pub struct IovaRange {
 }
 
 impl IovaRange {
-    /// Every address there is: `0..=2^64 - 1`.
+    /// All addresses: `0..=2^64 - 1`.
     pub const ALL: Self = Self {
         first: 0,
         last: u64::MAX,
     };
 
-    /// The range `first..=last`, or `None` where `last < first`.
+    /// The range `first..=last`; `None` where `last < first`.
     pub fn new(first: Iova, last: Iova) -> Option<Self> {
         (first.0 <= last.0).then_some(Self {
             first: first.0,
@@ -60,7 +60,7 @@ impl IovaRange {
         Self::new(first, Iova(last))
     }
 
-    /// All addresses of `bits` bits: `0..=2^bits - 1`, or all there are from 64 on.
+    /// All addresses of `bits` bits: `0..=2^bits - 1`; [`Self::ALL`] for 64 bits or more.
     pub fn of_width(bits: u8) -> Self {
         let size = 1u64.checked_shl(bits.into());
         Self {
@@ -79,12 +79,12 @@ impl IovaRange {
         Iova(self.last)
     }
 
-    /// Bytes from the first address to the last: the length less one, which always fits.
+    /// The distance from the first address to the last in bytes: the length less one, which always fits.
     pub fn span(self) -> u64 {
         self.last - self.first
     }
 
-    /// The length in bytes, or `None` for the range of all 2^64 addresses.
+    /// The length in bytes; `None` for [`Self::ALL`], whose length is 2^64.
     pub fn len_bytes(self) -> Option<u64> {
         self.span().checked_add(1)
     }
@@ -146,12 +146,12 @@ impl GpaRange {
         Gpa(self.last)
     }
 
-    /// Bytes from the first address to the last: the length less one, which always fits.
+    /// The distance from the first address to the last in bytes: the length less one, which always fits.
     pub fn span(self) -> u64 {
         self.last - self.first
     }
 
-    /// The I/O virtual addresses that lead there in bypass mode.
+    /// The I/O virtual addresses with the same numbers, as in bypass mode.
     pub fn identity(self) -> IovaRange {
         IovaRange {
             first: self.first,
@@ -177,7 +177,7 @@ impl fmt::Display for GpaRange {
     }
 }
 
-/// What an access does, or what a mapping lets an endpoint do.
+/// The kind of an access, or the accesses that a mapping allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Access {
     /// The endpoint reads memory.
@@ -208,7 +208,7 @@ impl Access {
         write: true,
     };
 
-    /// Whether these rights allow all that `wanted` does.
+    /// Whether these rights allow both reading and writing as far as `wanted` has them.
     pub fn allows(self, wanted: Self) -> bool {
         (self.read || !wanted.read) && (self.write || !wanted.write)
     }
@@ -225,21 +225,21 @@ impl fmt::Display for Access {
     }
 }
 
-/// What one MAP request creates: `range` translates to the addresses from `gpa` on.
+/// A mapping, as a MAP request creates it: `range` translates to the addresses from `gpa` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// The I/O virtual addresses.
     pub range: IovaRange,
-    /// The guest-physical address of the first byte.
+    /// The guest-physical address that the first byte of `range` translates to.
     pub gpa: Gpa,
-    /// What endpoints may do.
+    /// The accesses that endpoints may make.
     pub access: Access,
     /// The target is device memory (`VIRTIO_IOMMU_MAP_F_MMIO`).
     pub mmio: bool,
 }
 
 impl Mapping {
-    /// The guest-physical addresses it leads to, or `None` where they pass 2^64 - 1.
+    /// The guest-physical addresses that `range` translates to; `None` where they pass 2^64 - 1.
     pub fn target(&self) -> Option<GpaRange> {
         let last = self.gpa.checked_add(self.range.span())?;
         Some(GpaRange {
@@ -248,7 +248,7 @@ impl Mapping {
         })
     }
 
-    /// The part of it from the byte on that leads to `gpa`, if there is one.
+    /// The part of the mapping from the byte on that translates to `gpa`; `None` without such a byte.
     pub fn part_from(&self, gpa: Gpa) -> Option<Self> {
         let skipped = gpa.0.checked_sub(self.gpa.0)?;
         let first = Iova(self.range.first.checked_add(skipped)?);
@@ -259,7 +259,7 @@ impl Mapping {
         })
     }
 
-    /// The part of it that leads into `target`, if any.
+    /// The part of the mapping that translates to addresses in `target`; `None` without such a part.
     pub fn part_in(&self, target: GpaRange) -> Option<Self> {
         let shared = self.target()?.intersection(target)?;
         let first = self.range.first + (shared.first - self.gpa.0);
@@ -290,12 +290,12 @@ impl PageMask {
     /// The sizes the page table stores as one entry: 4 KiB, 2 MiB and 1 GiB.
     pub const TABLE: Self = Self(1 << 12 | 1 << 21 | 1 << 30);
 
-    /// The mask, or `None` where no bit is set.
+    /// The mask; `None` where no bit is set.
     pub fn new(bits: u64) -> Option<Self> {
         (bits != 0).then_some(Self(bits))
     }
 
-    /// The bits, as the configuration space shows them.
+    /// The bits, as in the configuration space.
     pub fn bits(self) -> u64 {
         self.0
     }

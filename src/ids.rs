@@ -1,4 +1,4 @@
-//! Names: the IDs of endpoints and domains, and lists of the variants of enums.
+//! IDs of endpoints and domains, and lists of the variants of enums.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ impl fmt::Display for EndpointId {
     }
 }
 
-/// An address space the guest made (virtio specification, field `domain`).
+/// An address space that the guest created (virtio specification, field `domain`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DomainId(pub u32);
 

@@ -1,9 +1,9 @@
-//! Counters: cheap to bump, read whenever somebody asks.
+//! Counters. Incrementing one is a relaxed atomic addition; reading them needs no lock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A number that only grows.
+/// A number that only grows. It wraps at 2^64.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
@@ -18,16 +18,16 @@ impl Counter {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 
-    /// The number so far.
+    /// The current number.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// Buckets of a [`Histogram`]: up to 1 µs, 2 µs, 4 µs and so on to 32.768 ms, and what is longer.
+/// Buckets of a [`Histogram`]: up to 1 µs, 2 µs, 4 µs and so on to 32.768 ms, and one for longer times.
 pub const BUCKETS: usize = 17;
 
-/// How long things took, in buckets that double.
+/// A distribution of durations. Each bucket reaches to twice the bound of the one before.
 #[derive(Debug, Default)]
 pub struct Histogram {
     buckets: [Counter; BUCKETS],
@@ -35,7 +35,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// Counts something that took `time`, `weight` times.
+    /// Counts `weight` events in the bucket of `time`, and adds `time` to the sum `weight` times.
     pub fn record(&self, time: Duration, weight: u64) {
         let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         // A bucket's bound belongs to it.
@@ -47,8 +47,8 @@ impl Histogram {
         self.sum_ns.add(ns.saturating_mul(weight));
     }
 
-    /// The upper bound of each bucket in nanoseconds, which belongs to it, and what it counts; the
-    /// last one has no bound.
+    /// Upper bound and count of each bucket. The bound is in nanoseconds and belongs to the bucket; the
+    /// last bucket has none.
     pub fn buckets(&self) -> impl Iterator<Item = (Option<u64>, u64)> {
         self.buckets.iter().enumerate().map(|(index, counter)| {
             let bound = (index + 1 < BUCKETS).then_some(1000 << index);
@@ -56,60 +56,63 @@ impl Histogram {
         })
     }
 
-    /// Nanoseconds in all.
+    /// The sum of all durations in nanoseconds.
     pub fn sum_ns(&self) -> u64 {
         self.sum_ns.get()
     }
 }
 
-/// Request kinds that are counted apart.
+/// The number of request kinds, each with counters of its own.
 pub const REQUEST_KINDS: usize = 5;
-/// Statuses that are counted apart.
+/// The number of statuses, each with a counter of its own.
 pub const STATUSES: usize = 9;
-/// Reasons of faults that are counted apart.
+/// The number of fault reasons, each with a counter of its own.
 pub const FAULT_REASONS: usize = 3;
 
-/// Reading the clock is a good part of a single request's time.
-pub const SINGLES_PER_LOOK: u64 = 16;
+/// Batches of a single request for each one that is timed: reading the clock takes a good part of the time
+/// of a single request.
+pub const SINGLES_PER_SAMPLE: u64 = 16;
 
-/// What has happened since the daemon was started.
+/// All counters since the daemon started.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Answered requests by kind and status, in the order of their numbers.
+    /// Answered requests by kind and status, both in the order of their numbers.
     pub requests: [[Counter; STATUSES]; REQUEST_KINDS],
-    /// Chains that were returned unwritten.
+    /// Descriptor chains that the device returned without writing to them.
     pub chains_refused: Counter,
-    /// How long batches of requests took, from taking them off the ring to returning the last one. Of
-    /// batches of a single request one in [`SINGLES_PER_LOOK`] is looked at, and counts for them all.
+    /// Durations of batches of requests, from taking them off the ring to returning the last one. Of
+    /// batches with a single request only one in [`SINGLES_PER_SAMPLE`] is timed, with that weight.
     pub batches: Histogram,
-    /// Requests that a backend failed, by kind, in the order of their numbers.
+    /// Requests that failed in a backend, by kind, in the order of their numbers.
     pub backend_failures: [Counter; REQUEST_KINDS],
-    /// Requests refused because the page-table arena is full.
+    /// Requests refused because the page-table arena was full.
     pub arena_full: Counter,
-    /// Requests refused because their domain's ID is above the last one.
+    /// Requests refused because their domain ID is above the highest one.
     pub domain_beyond: Counter,
-    /// Passes that took as many requests as one may, with more in the ring.
+    /// Passes over the ring that took the most requests allowed and left more in the ring.
     pub batch_full: Counter,
-    /// How often the worker was woken for requests.
+    /// Times a notification of the driver woke the worker.
     pub wakeups: Counter,
-    /// Times the worker looked at the empty request ring and requests came.
+    /// Times the worker polled the empty request ring and requests came.
     pub polls_paid: Counter,
-    /// Nanoseconds until they came, in all: where a guest asks for one thing after the other, its own
-    /// part of the time. Each is rounded down to the last look at the clock, by a microsecond at most.
+    /// The sum of these polls in nanoseconds. Where the guest sends one request after the other, this is
+    /// its own part of the time. Each poll is rounded down by at most a microsecond, to the last reading
+    /// of the clock.
     pub polls_paid_ns: Counter,
-    /// Times it did and none came, or was too short of processor time for it.
+    /// Times the worker polled and no request came, or it had too little processor time to poll.
     pub polls_unpaid: Counter,
-    /// Faults the guest was to be told of, by reason, in the order of their numbers.
+    /// Reported faults, delivered or not, by reason in the order of their numbers.
     pub faults: [Counter; FAULT_REASONS],
-    /// Faults of emulated devices that came faster than they are passed on, which count as dropped too.
+    /// Faults of emulated devices dropped by the rate limit or a full queue. They are in
+    /// `faults_dropped`, too.
     pub faults_suppressed: Counter,
-    /// Faults the guest was told of.
+    /// Faults the driver got a record of.
     pub faults_delivered: Counter,
-    /// Faults the guest was not told of: it had no buffer, or there were too many.
+    /// Faults the driver got no record of: it had posted no buffer, or there were too many.
     pub faults_dropped: Counter,
     /// Frontends that connected.
     pub connections: Counter,
-    /// Device resets seen.
+    /// Device resets.
     pub resets: Counter,
 }
 

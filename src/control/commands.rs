@@ -136,19 +136,20 @@ fn faults(subjects: &Subjects) -> Value {
     })
 }
 
-fn fault(seen: &ReportedFault) -> Value {
-    let since_1970 = seen.when.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let age = SystemTime::now().duration_since(seen.when);
+fn fault(reported: &ReportedFault) -> Value {
+    let since_1970 = reported.time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let age = SystemTime::now().duration_since(reported.time);
+    let fault = &reported.fault;
     json!({
-        "number": seen.number,
+        "number": reported.number,
         "time_s": since_1970.as_secs_f64(),
         "age_s": age.unwrap_or_default().as_secs_f64(),
-        "id": seen.fault.endpoint.0,
-        "address": PciAddress::from_endpoint_id(seen.fault.endpoint).to_string(),
-        "iova": hex(seen.fault.address.0),
-        "access": seen.fault.access.to_string(),
-        "reason": seen.fault.reason.name(),
-        "delivered": seen.delivered,
+        "id": fault.endpoint.0,
+        "address": PciAddress::from_endpoint_id(fault.endpoint).to_string(),
+        "iova": hex(fault.address.0),
+        "access": fault.access.to_string(),
+        "reason": fault.reason.name(),
+        "delivered": reported.delivered,
     })
 }
 

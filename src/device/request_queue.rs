@@ -17,7 +17,7 @@ use crate::faults::FaultReason;
 use crate::ids::DomainId;
 use crate::iommu::{Iommu, RequestError};
 use crate::logging::limit::{self, LogLimit};
-use crate::metrics::{FAULT_REASONS, Metrics, REQUEST_KINDS, SINGLES_PER_LOOK, STATUSES};
+use crate::metrics::{FAULT_REASONS, Metrics, REQUEST_KINDS, SINGLES_PER_SAMPLE, STATUSES};
 use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::probe::{RESV_MEM_LEN, push_resv_mem};
 use crate::protocol::reply::{Status, TAIL_LEN, write_reply};
@@ -168,8 +168,8 @@ impl RequestQueue {
             return 1;
         }
         self.singles = self.singles.wrapping_add(1);
-        if self.singles.is_multiple_of(SINGLES_PER_LOOK) {
-            SINGLES_PER_LOOK
+        if self.singles.is_multiple_of(SINGLES_PER_SAMPLE) {
+            SINGLES_PER_SAMPLE
         } else {
             0
         }

@@ -1,4 +1,4 @@
-//! The faults there were: the last ones, and how many each endpoint had.
+//! A log of reported faults: the latest ones, and counts by endpoint.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
@@ -7,34 +7,35 @@ use super::Fault;
 use crate::ids::EndpointId;
 use crate::locks::{Mutex, Rank};
 
-/// The most faults that are remembered one by one; the oldest is forgotten first.
+/// The most faults the log keeps one by one. A new one replaces the oldest.
 pub const MAX_RECENT: usize = 256;
-/// The most endpoints whose faults are counted apart: endpoints come and go while the daemon runs.
+/// The most endpoints the log has counts for. Endpoints come and go while the daemon runs, so the number
+/// must have a bound.
 pub const MAX_ENDPOINTS: usize = 1024;
 
 /// A fault that was reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReportedFault {
-    /// Which of all of them, counted from 1.
+    /// Its number among all faults, from 1.
     pub number: u64,
     /// When it was reported.
-    pub when: SystemTime,
-    /// What it was.
+    pub time: SystemTime,
+    /// The fault.
     pub fault: Fault,
-    /// Whether the guest was told of it.
+    /// Whether the driver got a record of it.
     pub delivered: bool,
 }
 
 /// The faults of one endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointFaults {
-    /// How many there were.
+    /// The number of its faults.
     pub count: u64,
-    /// The last one, whatever other endpoints have had since.
+    /// Its last fault. It stays here even if faults of other endpoints have replaced it in the log.
     pub last: ReportedFault,
 }
 
-/// What is remembered.
+/// The log. Every method locks it for a moment.
 #[derive(Debug)]
 pub struct FaultLog {
     state: Mutex<LogState>,
@@ -56,39 +57,39 @@ struct LogState {
 }
 
 impl FaultLog {
-    /// Remembers a fault.
+    /// Adds a fault that was reported just now.
     pub fn add(&self, fault: Fault, delivered: bool) {
         let mut state = self.state.lock();
         state.count += 1;
-        let seen = ReportedFault {
+        let reported = ReportedFault {
             number: state.count,
-            when: SystemTime::now(),
+            time: SystemTime::now(),
             fault,
             delivered,
         };
         if state.recent.len() >= MAX_RECENT {
             state.recent.pop_front();
         }
-        state.recent.push_back(seen);
+        state.recent.push_back(reported);
         let room = state.endpoints.len() < MAX_ENDPOINTS;
         if let Some(of) = state.endpoints.get_mut(&fault.endpoint) {
             of.count += 1;
-            of.last = seen;
+            of.last = reported;
         } else if room {
             let first = EndpointFaults {
                 count: 1,
-                last: seen,
+                last: reported,
             };
             state.endpoints.insert(fault.endpoint, first);
         }
     }
 
-    /// The last faults, the oldest first.
+    /// The last [`MAX_RECENT`] faults, the oldest first.
     pub fn recent(&self) -> Vec<ReportedFault> {
         self.state.lock().recent.iter().copied().collect()
     }
 
-    /// Endpoints that had faults, in the order of their IDs.
+    /// The endpoints that had faults, in the order of their IDs; at most [`MAX_ENDPOINTS`].
     pub fn endpoints(&self) -> Vec<(EndpointId, EndpointFaults)> {
         let state = self.state.lock();
         state.endpoints.iter().map(|(&id, &of)| (id, of)).collect()
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_beyond_all_measure_are_not_counted_apart() {
+    fn the_number_of_counted_endpoints_is_bounded() {
         let log = FaultLog::default();
         for endpoint in 0..3000 {
             log.add(fault(endpoint, 0), true);
@@ -139,6 +140,6 @@ mod tests {
         assert_eq!(log.endpoints().len(), MAX_ENDPOINTS);
         log.add(fault(5, 1), true);
         assert_eq!(log.endpoints()[5].1.count, 2);
-        assert_eq!(log.recent().last().map(|seen| seen.number), Some(3001));
+        assert_eq!(log.recent().last().map(|last| last.number), Some(3001));
     }
 }
