@@ -1,5 +1,8 @@
-//! A client whose patience with us is its own affair, and ours with it is bounded.
-#![expect(unsafe_code, reason = "asks who is at the other end of a socket")]
+//! Clients of the control thread: requests and answers with deadlines, and the user at the other end.
+#![expect(
+    unsafe_code,
+    reason = "reads the credentials of the process at the other end of a socket"
+)]
 
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::os::fd::AsRawFd;
@@ -10,54 +13,53 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-/// How long a client may take to say what it wants.
-const QUESTION: Duration = Duration::from_secs(2);
-/// How long it may take to take its answer.
-const ANSWER: Duration = Duration::from_secs(30);
-/// How long it may take none of it.
+/// The time a client has to send its request.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(2);
+/// The time a client has to read its answer.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// The time for which a client may read or send nothing.
 const STALL: Duration = Duration::from_secs(5);
-/// Bytes of an answer that are sent at a time.
+/// Bytes of an answer that are sent in one piece.
 const CHUNK: usize = 64 << 10;
 
-/// A stream, which does not block by itself, with an end to all patience, however the client divides
-/// it up.
-pub(super) struct Bounded<'a> {
+/// A nonblocking stream with a deadline for all reads and writes together.
+pub(super) struct DeadlineStream<'a> {
     stream: &'a UnixStream,
-    until: Instant,
-    /// It has failed, and is not tried again: a buffer may want to, when it is dropped.
+    deadline: Instant,
+    /// A read or write has failed. It must not be tried again: a `BufWriter` would do so in its `drop`.
     failed: bool,
 }
 
-/// What a client says, up to `most` bytes and the end of what `is_whole` calls whole; shorter where it
-/// hangs up, and longer than `most` where that is too long.
+/// Reads a request: lines up to the one with which `is_whole` holds. The result is shorter where the client
+/// hangs up, and longer than `most` bytes where the request is too long.
 ///
 /// # Errors
-/// It takes too long.
-pub(super) fn hear(
+/// The client takes too long.
+pub(super) fn read_request(
     stream: &UnixStream,
     most: u64,
     is_whole: impl Fn(&[u8]) -> bool,
 ) -> io::Result<Vec<u8>> {
-    let bounded = Bounded::new(stream, QUESTION);
-    let mut reader = BufReader::new(bounded.take(most + 1));
-    let mut heard = Vec::new();
-    while reader.read_until(b'\n', &mut heard)? > 0 && !is_whole(&heard) {}
-    Ok(heard)
+    let stream = DeadlineStream::new(stream, REQUEST_DEADLINE);
+    let mut reader = BufReader::new(stream.take(most + 1));
+    let mut request = Vec::new();
+    while reader.read_until(b'\n', &mut request)? > 0 && !is_whole(&request) {}
+    Ok(request)
 }
 
-/// Where the answer goes.
-pub(super) fn reply(stream: &UnixStream) -> BufWriter<Bounded<'_>> {
-    BufWriter::with_capacity(CHUNK, Bounded::new(stream, ANSWER))
+/// A buffered writer for the answer.
+pub(super) fn answer_writer(stream: &UnixStream) -> BufWriter<DeadlineStream<'_>> {
+    BufWriter::with_capacity(CHUNK, DeadlineStream::new(stream, ANSWER_DEADLINE))
 }
 
-/// Whether a client may change things: it is the daemon's own user or root. Others may look, where the
-/// socket's file lets them connect.
+/// Whether a client may change the daemon: only root and the daemon's own user may. Other users may query
+/// it if the rights of the socket's file let them connect.
 pub(super) fn may_change(stream: &UnixStream) -> bool {
     user_of(stream).is_ok_and(|user| user == 0 || user == geteuid().as_raw())
 }
 
-/// The user at the other end. The process there may be one that has no number here, which typed
-/// credentials do not have.
+/// The user at the other end. Not rustix's typed credentials: they cannot express a process without a
+/// number in this PID namespace.
 fn user_of(stream: &UnixStream) -> io::Result<libc::uid_t> {
     let mut peer = libc::ucred {
         pid: 0,
@@ -82,22 +84,22 @@ fn user_of(stream: &UnixStream) -> io::Result<libc::uid_t> {
     }
 }
 
-impl<'a> Bounded<'a> {
-    fn new(stream: &'a UnixStream, patience: Duration) -> Self {
+impl<'a> DeadlineStream<'a> {
+    fn new(stream: &'a UnixStream, time: Duration) -> Self {
         Self {
             stream,
-            until: Instant::now() + patience,
+            deadline: Instant::now() + time,
             failed: false,
         }
     }
 
-    /// Who says or takes a little now and then has no more time than others.
-    fn check_time(&mut self) {
-        self.failed |= self.until <= Instant::now();
+    /// Fails the stream after its deadline, even if the client sends or reads a little now and then.
+    fn check_deadline(&mut self) {
+        self.failed |= self.deadline <= Instant::now();
     }
 
-    /// Does what it can do at once, or as soon as the stream is ready for it.
-    fn when_ready(
+    /// Calls `act`, and again each time the stream becomes `ready`, until it does not block.
+    fn retry_when_ready(
         &mut self,
         ready: PollFlags,
         mut act: impl FnMut(&UnixStream) -> io::Result<usize>,
@@ -113,7 +115,7 @@ impl<'a> Bounded<'a> {
                     return done;
                 }
             }
-            let left = self.until.saturating_duration_since(Instant::now());
+            let left = self.deadline.saturating_duration_since(Instant::now());
             let left = left.min(STALL);
             let timeout = Timespec {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(0),
@@ -132,17 +134,17 @@ impl<'a> Bounded<'a> {
     }
 }
 
-impl Read for Bounded<'_> {
+impl Read for DeadlineStream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.check_time();
-        self.when_ready(PollFlags::IN, |mut stream| stream.read(buffer))
+        self.check_deadline();
+        self.retry_when_ready(PollFlags::IN, |mut stream| stream.read(buffer))
     }
 }
 
-impl Write for Bounded<'_> {
+impl Write for DeadlineStream<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.check_time();
-        self.when_ready(PollFlags::OUT, |mut stream| stream.write(bytes))
+        self.check_deadline();
+        self.retry_when_ready(PollFlags::OUT, |mut stream| stream.write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {

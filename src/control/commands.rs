@@ -1,4 +1,4 @@
-//! The control protocol: a line in, a document out.
+//! The control protocol: a client sends one line and gets one JSON document.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use log::info;
 use serde_json::{Value, json};
 
 use super::answer::{VERSION, hex, refusal, versioned};
-use super::client::{hear, may_change, reply};
+use super::client::{answer_writer, may_change, read_request};
 use super::figures::Figures;
 use super::hotplug;
 use super::lists::{MAX_MEMBERS, endpoint, write_domains, write_endpoints, write_mappings};
@@ -23,11 +23,11 @@ use crate::warn_limited;
 
 /// The longest request line in bytes.
 const MAX_LINE: u64 = 4096;
-/// Endpoints that `status` lists because the guest has touched them; `endpoints` lists all.
+/// The most endpoints used by the guest that `status` lists; `endpoints` lists all.
 const MAX_TOUCHED: usize = 1024;
-/// Endpoints that `status` lists though the guest has not touched them.
+/// The most unused endpoints that `status` lists.
 const MAX_UNTOUCHED: usize = 256;
-/// Domains that `status` lists.
+/// The most domains that `status` lists.
 const MAX_DOMAINS: usize = 256;
 
 const USAGE: &str = "the request is one of: status | endpoints | domains | mappings [DOMAIN|all] \
@@ -37,15 +37,15 @@ const USAGE: &str = "the request is one of: status | endpoints | domains | mappi
 /// Answers one client.
 ///
 /// # Errors
-/// It is too slow, or gone.
+/// The client is too slow, or has hung up.
 pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
-    let line = hear(stream, MAX_LINE, |_| true)?;
+    let line = read_request(stream, MAX_LINE, |_| true)?;
     let line = match str::from_utf8(&line) {
         Ok(line) if line.len() as u64 <= MAX_LINE => line,
         Ok(_) => "(too long)",
         Err(_) => "(no text)",
     };
-    let mut out = reply(stream);
+    let mut out = answer_writer(stream);
     let words: Vec<_> = line.split_whitespace().collect();
     let document = match words.as_slice() {
         ["status"] => status(subjects),
@@ -81,10 +81,10 @@ fn stats(subjects: &Subjects) -> Value {
     versioned(Figures::gather(subjects).to_json())
 }
 
-/// The figures, and the first endpoints and domains.
+/// All figures, and the first endpoints and domains.
 fn status(subjects: &Subjects) -> Value {
     let mut document = Figures::gather(subjects).to_json();
-    // Facts first, text later: the core is locked for as long as it takes to copy them.
+    // The core is locked only to copy the facts. They become text afterwards.
     let iommu = subjects.iommu.lock();
     let domains: Vec<_> = iommu.domains().take(MAX_DOMAINS).collect();
     let endpoints: Vec<_> = iommu.endpoints(MAX_TOUCHED, MAX_UNTOUCHED).collect();
@@ -107,7 +107,7 @@ fn status(subjects: &Subjects) -> Value {
     let endpoints = endpoints.iter().map(|state| endpoint(state, &devices));
     document.insert("endpoints".into(), endpoints.collect());
     document.insert("endpoint_count".into(), endpoint_count.into());
-    // Of the same moment as the domains.
+    // These replace the figures above, so that they are of the same moment as the domains.
     document.insert("connected".into(), connected.into());
     document.insert("bypass".into(), bypass.into());
     document.insert("page_size_mask".into(), hex(pages.bits()).into());
@@ -198,7 +198,7 @@ fn log_level(level: &str) -> Value {
     }
 }
 
-/// Which mappings: of which domain, if not of all, and in which range.
+/// The arguments of `mappings`: the domain, `None` for all domains, and the range.
 fn parse_mappings(words: &[&str]) -> Result<(Option<DomainId>, IovaRange), &'static str> {
     let (domain, range) = match words {
         [] => (None, None),
@@ -238,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mappings_are_asked_for_by_domain_and_range() {
+    fn mappings_takes_a_domain_and_a_range() {
         let range = |first, last| IovaRange::new(Iova(first), Iova(last)).expect("a range");
         for (words, expected) in [
             (&[][..], (None, IovaRange::ALL)),

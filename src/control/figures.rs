@@ -1,4 +1,4 @@
-//! All counters and gauges, gathered once for whatever form they are asked for in.
+//! All counters and gauges, gathered once for every form of answer.
 
 use serde_json::{Map, Value, json};
 
@@ -13,30 +13,29 @@ use crate::protocol::request::RequestKind;
 use crate::shadow::Registry;
 use crate::topology::PciAddress;
 
-/// Domains or endpoints that are counted while the core is locked once.
+/// The most domains or endpoints that are counted under one lock of the core.
 const COUNTED_PER_LOCK: usize = 1024;
 
-/// What there is, and what there has been since the daemon was started.
+/// Gauges as of now, and counters since the daemon started.
 pub(super) struct Figures {
     pub name: String,
     pub connected: bool,
     pub totals: Totals,
-    /// Bytes of page tables, and the most there can be.
+    /// Bytes of the page tables, and their limit.
     pub tables: (u64, u64),
     /// The number of domain IDs.
     pub max_domains: u64,
-    /// By kind and status, where there were any.
+    /// Counts by kind and status, without those that are 0.
     pub requests: Vec<(RequestKind, Vec<(Status, u64)>)>,
     pub chains_refused: u64,
-    /// Upper bounds in nanoseconds, the last without one, and how many batches there were up to each
-    /// and above the one before.
+    /// Upper bound in nanoseconds and number of batches of each bucket; the last bucket has no bound.
     pub batches: Vec<(Option<u64>, u64)>,
     pub batches_ns: u64,
     pub faults: Vec<(FaultReason, u64)>,
     pub faults_delivered: u64,
     pub faults_dropped: u64,
     pub faults_suppressed: u64,
-    /// Requests that a backend failed, by kind.
+    /// Requests that failed in a backend, by kind.
     pub backend_failures: Vec<(RequestKind, u64)>,
     pub wakeups: u64,
     pub polls_paid: u64,
@@ -54,7 +53,7 @@ pub(super) struct Figures {
     pub unwritten: u64,
 }
 
-/// Processes that follow the page tables.
+/// Figures of shadow readers.
 pub(super) struct ReaderFigures {
     pub now: u64,
     pub registered: u64,
@@ -64,7 +63,7 @@ pub(super) struct ReaderFigures {
     pub faults_suppressed: u64,
 }
 
-/// A device that is offered over vfio-user.
+/// Figures of an exported device.
 pub(super) struct ExportFigures {
     pub endpoint: PciAddress,
     pub connected: bool,
@@ -76,18 +75,17 @@ pub(super) struct ExportFigures {
 pub(super) struct LimitFigures {
     /// Its name.
     pub name: &'static str,
-    /// Its key in the configuration, without which it has its usual value.
+    /// Its key in the configuration.
     pub key: &'static str,
     pub value: u64,
-    /// How much of it is in use, where that is a number.
+    /// The amount in use, where the limit bounds an amount.
     pub used: Option<u64>,
-    /// How often it has kept something from happening.
+    /// How often the daemon reached it.
     pub hits: u64,
 }
 
 impl Figures {
-    /// The figures now. The core is locked for a moment at a time, so that they may be of different
-    /// moments.
+    /// Gathers the figures. They may be of different moments, as the core is locked for a moment at a time.
     pub fn gather(subjects: &Subjects) -> Self {
         let totals = totals(subjects);
         let devices = subjects.devices();
@@ -141,7 +139,7 @@ impl Figures {
         figures
     }
 
-    /// As a document for programs.
+    /// The figures as JSON.
     pub fn to_json(&self) -> Map<String, Value> {
         let totals = &self.totals;
         let fields = json!({
@@ -180,7 +178,7 @@ impl Figures {
         });
         match fields {
             Value::Object(fields) => fields,
-            // It is one, as written above.
+            // The literal above is an object.
             Value::Null
             | Value::Bool(_)
             | Value::Number(_)
@@ -189,7 +187,7 @@ impl Figures {
         }
     }
 
-    /// Counters by request kind and status; statuses that never occurred are left out.
+    /// Counts by request kind and status, without those that are 0.
     fn requests_json(&self) -> Value {
         let kinds = self.requests.iter().map(|(kind, statuses)| {
             let counts = by_name(statuses.iter().map(|(status, n)| (status.name(), *n)));

@@ -1,4 +1,4 @@
-//! Adding and removing endpoints, as the control socket is asked to.
+//! The commands that add and remove endpoints.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use super::answer::{VERSION, refusal};
 use crate::endpoints::hotplug::Hotplug;
 use crate::topology::PciRange;
 
-/// Adds the endpoint that `text` describes.
+/// Adds the endpoint that the keys in `text` describe.
 pub(super) fn add(hotplug: &Hotplug, text: &str) -> Value {
     match hotplug.add(text) {
         Ok(added) => json!({

@@ -1,10 +1,9 @@
-//! As much of HTTP as a program needs that collects metrics: `GET /metrics`, one request for each
-//! connection.
+//! The part of HTTP that a metrics collector needs: `GET /metrics`, one request in each connection.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 
-use super::client::{hear, reply};
+use super::client::{answer_writer, read_request};
 use super::figures::Figures;
 use super::prometheus;
 use super::subjects::Subjects;
@@ -15,9 +14,9 @@ const MAX_HEAD: u64 = 4096;
 /// Answers one client.
 ///
 /// # Errors
-/// It is too slow, or gone.
+/// The client is too slow, or has hung up.
 pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()> {
-    let head = hear(stream, MAX_HEAD, |head| {
+    let head = read_request(stream, MAX_HEAD, |head| {
         head.ends_with(b"\r\n\r\n") || head.ends_with(b"\n\n")
     })?;
     let (status, kind, body) = match target(&head) {
@@ -37,7 +36,7 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
             "ask with GET /metrics HTTP/1.1\n".into(),
         ),
     };
-    let mut out = reply(stream);
+    let mut out = answer_writer(stream);
     write!(
         out,
         "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
@@ -46,7 +45,7 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
     out.flush()
 }
 
-/// What a GET asks for, without a query.
+/// The path of a GET request, without its query.
 fn target(head: &[u8]) -> Result<&str, &'static str> {
     if head.len() as u64 > MAX_HEAD {
         return Err("431 Request Header Fields Too Large");

@@ -1,6 +1,8 @@
-//! Answers of any length: made a piece at a time, so that the core is never locked for long, never
-//! while the client is waited for, and no more is in memory than a piece. What changes meanwhile may be
-//! shown either way; a piece is what there was at one moment.
+//! Answers of any length.
+//!
+//! They are read from the core and written in pieces. So the core is never locked for long, is never
+//! locked while the thread waits for the client, and at most one piece is in memory. A piece shows one
+//! moment. A change between two pieces may or may not show.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -14,17 +16,17 @@ use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState};
 use crate::topology::PciAddress;
 
-/// What is read while the core is locked once.
+/// The most items that are read under one lock of the core.
 const PIECE: usize = 512;
-/// How long that may take: who asks for mappings of many pages each waits for other pieces.
+/// The time after which a piece ends early: reading mappings of many pages each takes long.
 const PIECE_TIME: Duration = Duration::from_micros(50);
-/// Endpoints of a domain that are listed.
+/// The most endpoints of a domain that are listed.
 pub(super) const MAX_MEMBERS: usize = 256;
 
 /// Writes all endpoints.
 ///
 /// # Errors
-/// The client does not take them.
+/// The client does not read the answer.
 pub(super) fn write_endpoints(out: &mut impl Write, subjects: &Subjects) -> io::Result<()> {
     let devices = &subjects.devices();
     write!(out, "{{\"version\":{VERSION},\"endpoints\":[")?;
@@ -51,7 +53,7 @@ pub(super) fn write_endpoints(out: &mut impl Write, subjects: &Subjects) -> io::
 /// Writes all domains.
 ///
 /// # Errors
-/// The client does not take them.
+/// The client does not read the answer.
 pub(super) fn write_domains(out: &mut impl Write, subjects: &Subjects) -> io::Result<()> {
     write!(out, "{{\"version\":{VERSION},\"domains\":[")?;
     let mut comma = "";
@@ -83,10 +85,10 @@ pub(super) fn write_domains(out: &mut impl Write, subjects: &Subjects) -> io::Re
     out.flush()
 }
 
-/// Writes the mappings of all domains, or of `only` one, that share an address with `range`.
+/// Writes the mappings that share an address with `range`, of all domains or of `only` one.
 ///
 /// # Errors
-/// The client does not take them.
+/// The client does not read the answer.
 pub(super) fn write_mappings(
     out: &mut impl Write,
     subjects: &Subjects,
@@ -139,7 +141,7 @@ fn write_mappings_of(
                 }
             }
         }
-        // One more look where it was the last one that filled the piece.
+        // A full piece may be the last one: then the next one is empty.
         next = piece.last().and_then(|last| {
             let after = last.range.last().0.checked_add(1)?;
             IovaRange::new(Iova(after), range.last())
@@ -161,7 +163,7 @@ fn write_mappings_of(
     Ok(())
 }
 
-/// An endpoint as `status` and `endpoints` show it.
+/// An endpoint, as in the answers to `status` and `endpoints`.
 pub(super) fn endpoint(state: &EndpointState, devices: &ExternalDevices) -> Value {
     let id = state.id;
     let is_emulated = devices.emulated.iter().any(|w| w.endpoint() == id);

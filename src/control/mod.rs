@@ -1,9 +1,9 @@
-//! What operators and their programs see of a running daemon: the control socket, and metrics at a
-//! socket or in a file. The protocol is described in `docs/control.md`.
+//! The operator's interfaces to a running daemon: the control socket, and metrics at a socket or in a
+//! file. `docs/control.md` describes the protocol.
 //!
-//! One thread serves one client after the other. None of them can make it wait for long, and it keeps
-//! the core locked for a moment only: long answers are made a piece at a time, and no client is waited
-//! for meanwhile.
+//! One thread serves the clients one after the other. Deadlines bound the time of each client. The thread
+//! locks the core for a moment at a time: it builds long answers in pieces, and never waits for a client
+//! with the core locked.
 
 mod answer;
 mod client;
@@ -39,24 +39,24 @@ use self::textfile::TextfileWriter;
 
 pub use self::subjects::{ClientCounters, SetLimits, Subjects};
 
-/// The thread's events beside clients, whose numbers are those of the listeners.
+/// Event numbers of the stop event and the watchdog. A listener has its index as number.
 const END: u64 = 16;
 const PULSE: u64 = 17;
-/// How long the sockets rest where a client cannot be accepted.
+/// The pause after a failed `accept`, so that the thread does not spin.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// Where the daemon is looked into.
+/// The paths of the interfaces.
 #[derive(Clone, Debug, Default)]
 pub struct ControlPaths {
-    /// The control socket.
+    /// The control socket, and who may connect to it.
     pub control: Option<(PathBuf, SocketRights)>,
-    /// The socket that answers `GET /metrics`.
+    /// The socket that answers `GET /metrics`, and who may connect to it.
     pub metrics: Option<(PathBuf, SocketRights)>,
-    /// A file with metrics, and how often it is written.
+    /// A file with metrics, and the interval at which it is written.
     pub textfile: Option<(PathBuf, Duration)>,
 }
 
-/// The thread that answers; dropping it ends it and removes the sockets.
+/// The control thread. Dropping it ends the thread and removes the sockets.
 pub struct ControlServer {
     stop: Arc<StopRequest>,
     thread: Option<JoinHandle<()>>,
@@ -64,14 +64,14 @@ pub struct ControlServer {
     pulse: Arc<Pulse>,
 }
 
-/// What ends the thread, wherever it is.
+/// Ends the thread, whether it waits for events or for a client.
 struct StopRequest {
     event: EventFd,
-    /// The client that is being answered.
+    /// The client that the thread serves now. Shutting its socket down ends the wait for it.
     client: Mutex<Option<UnixStream>>,
 }
 
-/// What a client that connects gets.
+/// The protocol of a listener.
 #[derive(Clone, Copy)]
 enum Protocol {
     Control,
@@ -82,7 +82,7 @@ impl ControlServer {
     /// Serves at `paths` until dropped.
     ///
     /// # Errors
-    /// Where a socket cannot be made.
+    /// A socket cannot be created.
     pub fn start(paths: &ControlPaths, subjects: Subjects) -> io::Result<Self> {
         let stop = Arc::new(StopRequest {
             event: EventFd::new(EFD_CLOEXEC)?,
@@ -105,7 +105,7 @@ impl ControlServer {
         for (place, protocol) in sockets {
             if let Some((path, rights)) = place {
                 let (listener, file) = bind_for(path, *rights)?;
-                // A client may be gone before it is accepted.
+                // A client may hang up before it is accepted: `accept` must not wait for the next one.
                 listener.set_nonblocking(true)?;
                 files.push(Arc::new(file));
                 server.listeners.push((listener, protocol));
@@ -127,12 +127,12 @@ impl ControlServer {
         })
     }
 
-    /// What its thread answers the watchdog with, between clients.
+    /// The watchdog's pulse, which the thread answers between clients.
     pub fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
     }
 
-    /// The sockets' files.
+    /// The files of the sockets.
     pub fn files(&self) -> &[Arc<SocketFile>] {
         &self.files
     }
@@ -145,7 +145,7 @@ impl Drop for ControlServer {
             return;
         }
         if let Some(client) = &*self.stop.client.lock() {
-            // It may be gone already.
+            // Fails where the client has hung up, which ends the wait, too.
             let _ = client.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take()
@@ -159,7 +159,7 @@ impl Drop for ControlServer {
     }
 }
 
-/// All the thread has.
+/// The state of the thread.
 struct ControlThread {
     listeners: Vec<(UnixListener, Protocol)>,
     textfile: Option<TextfileWriter>,
@@ -181,7 +181,7 @@ impl ControlThread {
             {
                 Ok(ready) => ready,
                 Err(cause) => {
-                    warn!("the control socket is closed: {cause}");
+                    warn!("the control thread cannot wait for clients, and ends: {cause}");
                     return;
                 }
             };

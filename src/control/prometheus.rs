@@ -5,7 +5,7 @@ use std::fmt::{self, Display, Write};
 use super::figures::Figures;
 use crate::topology::PciAddress;
 
-/// What every name begins with.
+/// The prefix of every metric name.
 const PREFIX: &str = "vhost_device_iommu";
 
 /// All figures, each labelled with the VM's name.
@@ -15,7 +15,7 @@ pub(super) fn render(figures: &Figures) -> String {
         vm: figures.name.clone(),
     };
     // Writing to a string cannot fail.
-    let _ = page.all(figures);
+    let _ = page.write_all(figures);
     page.out
 }
 
@@ -25,7 +25,7 @@ struct Page {
 }
 
 impl Page {
-    fn all(&mut self, figures: &Figures) -> fmt::Result {
+    fn write_all(&mut self, figures: &Figures) -> fmt::Result {
         self.head("info", "gauge", "The version of the daemon.")?;
         self.line("info", &[("version", &env!("CARGO_PKG_VERSION"))], 1)?;
         self.gauge(
@@ -40,7 +40,7 @@ impl Page {
         self.limits(figures)?;
         self.counter(
             "log_messages_suppressed_total",
-            "Messages that were not logged because there were too many.",
+            "Log messages suppressed by a limit.",
             figures.log_suppressed,
         )?;
         self.counter(
@@ -61,7 +61,7 @@ impl Page {
         )?;
         self.gauge(
             "page_table_bytes",
-            "Memory of the page tables.",
+            "Bytes of the page tables.",
             figures.tables.0,
         )?;
         self.head("endpoints", "gauge", "Endpoints, by state.")?;
@@ -86,30 +86,38 @@ impl Page {
         }
         self.counter(
             "chains_refused_total",
-            "Descriptor chains that were returned unanswered.",
+            "Descriptor chains returned without an answer.",
             figures.chains_refused,
         )?;
         self.histogram(figures)?;
         let name = "host_map_failures_total";
-        self.head(name, "counter", "Requests that a backend failed, by type.")?;
+        self.head(
+            name,
+            "counter",
+            "Requests that failed in a backend, by type.",
+        )?;
         for (kind, count) in &figures.backend_failures {
             self.line(name, &[("type", &kind.name())], *count)?;
         }
         self.counter(
             "wakeups_total",
-            "Times the worker was woken for requests.",
+            "Times a notification of the driver woke the worker.",
             figures.wakeups,
         )?;
         let name = "polls_total";
         self.head(
             name,
             "counter",
-            "Times the worker looked at the empty ring, by result.",
+            "Times the worker polled the empty ring, by result.",
         )?;
         self.line(name, &[("result", &"paid")], figures.polls_paid)?;
         self.line(name, &[("result", &"unpaid")], figures.polls_unpaid)?;
         let name = "polls_paid_seconds_total";
-        self.head(name, "counter", "Time until requests came, where they did.")?;
+        self.head(
+            name,
+            "counter",
+            "Time of the polls during which requests came.",
+        )?;
         self.line(name, &[], Seconds(figures.polls_paid_ns))?;
         self.counter(
             "connections_total",
@@ -141,22 +149,18 @@ impl Page {
 
     fn faults(&mut self, figures: &Figures) -> fmt::Result {
         let name = "faults_total";
-        self.head(
-            name,
-            "counter",
-            "Refused accesses that were reported, by reason.",
-        )?;
+        self.head(name, "counter", "Refused accesses, by reason.")?;
         for (reason, count) in &figures.faults {
             self.line(name, &[("reason", &reason.name())], *count)?;
         }
         self.counter(
             "faults_delivered_total",
-            "Faults the guest was told of.",
+            "Faults delivered to the guest.",
             figures.faults_delivered,
         )?;
         self.counter(
             "faults_dropped_total",
-            "Faults the guest was not told of.",
+            "Faults dropped before they reached the guest.",
             figures.faults_dropped,
         )
     }
@@ -165,12 +169,12 @@ impl Page {
         if let Some(readers) = &figures.readers {
             self.gauge(
                 "readers",
-                "Processes that follow the page tables.",
+                "Shadow readers that are registered.",
                 readers.now,
             )?;
             self.counter(
                 "readers_killed_total",
-                "Such processes that were killed.",
+                "Shadow readers that the daemon killed.",
                 readers.killed,
             )?;
         }
@@ -178,7 +182,7 @@ impl Page {
             self.head(
                 "emulated_up",
                 "gauge",
-                "Whether an emulated device's server is there.",
+                "Whether the server of an emulated device is connected.",
             )?;
             for device in &figures.emulated {
                 let endpoint = PciAddress::from_endpoint_id(device.endpoint);
@@ -186,11 +190,7 @@ impl Page {
                 self.line("emulated_up", &[("endpoint", &endpoint)], up)?;
             }
             let name = "emulated_refused_total";
-            self.head(
-                name,
-                "counter",
-                "Accesses of an emulated device that were refused.",
-            )?;
+            self.head(name, "counter", "Refused accesses of an emulated device.")?;
             for device in &figures.emulated {
                 let endpoint = PciAddress::from_endpoint_id(device.endpoint);
                 self.line(name, &[("endpoint", &endpoint)], device.refused)?;
@@ -211,17 +211,21 @@ impl Page {
     }
 
     fn limits(&mut self, figures: &Figures) -> fmt::Result {
-        self.head("limit", "gauge", "What the configuration limits.")?;
+        self.head("limit", "gauge", "Limits of the configuration.")?;
         for limit in &figures.limits {
             self.line("limit", &[("limit", &limit.name)], limit.value)?;
         }
-        self.head("limit_used", "gauge", "How much of a limit is in use.")?;
+        self.head(
+            "limit_used",
+            "gauge",
+            "The amount of a limit that is in use.",
+        )?;
         for limit in &figures.limits {
             if let Some(used) = limit.used {
                 self.line("limit_used", &[("limit", &limit.name)], used)?;
             }
         }
-        self.head("limit_hits_total", "counter", "How often a limit was hit.")?;
+        self.head("limit_hits_total", "counter", "Times a limit was reached.")?;
         for limit in &figures.limits {
             self.line("limit_hits_total", &[("limit", &limit.name)], limit.hits)?;
         }
@@ -257,7 +261,7 @@ impl Page {
     }
 }
 
-/// A label's text.
+/// The text of a label, escaped as the format has it.
 struct Escaped<'a>(&'a str);
 
 impl Display for Escaped<'_> {
@@ -274,7 +278,7 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// Nanoseconds in seconds, exactly.
+/// Nanoseconds, shown in seconds without rounding.
 struct Seconds(u64);
 
 impl Display for Seconds {
@@ -306,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_ends_no_label() {
+    fn label_texts_are_escaped() {
         let name = "a\"b\\c\n";
         assert_eq!(Escaped(name).to_string(), "a\\\"b\\\\c\\n");
     }

@@ -1,4 +1,4 @@
-//! What the answers are made from.
+//! The parts of the daemon that answers are about.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,24 +13,24 @@ use crate::locks::Mutex;
 use crate::metrics::{Counter, Metrics};
 use crate::shadow::Registry;
 
-/// What the answers are made from.
+/// The parts of the daemon that answers are about.
 #[derive(Clone)]
 pub struct Subjects {
-    /// What the VM is called.
+    /// The name of the VM.
     pub name: String,
     /// The core.
     pub iommu: Arc<Mutex<Iommu>>,
     /// The device in front of it.
     pub device: Arc<Device>,
-    /// Counters.
+    /// The counters of the device.
     pub metrics: Arc<Metrics>,
-    /// Processes that follow the page tables, where there are such endpoints.
+    /// The registry of shadow readers; `None` without shadow endpoints.
     pub readers: Option<Arc<Registry>>,
-    /// The endpoints' devices, which may come and go.
+    /// The devices of passthrough, emulated and exported endpoints, which hotplug changes.
     pub hotplug: Arc<Hotplug>,
-    /// Limits that the configuration sets.
+    /// Limits of the configuration.
     pub limits: SetLimits,
-    /// What clients of these sockets have done.
+    /// Counters of the clients of these sockets.
     pub clients: Arc<ClientCounters>,
 }
 
@@ -44,32 +44,32 @@ impl Subjects {
     }
 }
 
-/// Devices that are not the VMM's own, as they are at one time.
+/// A snapshot of the devices that the VMM does not emulate itself.
 pub(super) struct ExternalDevices {
-    /// The host's names of endpoints that are its devices.
+    /// The name on the host of each passthrough endpoint.
     pub hosts: BTreeMap<EndpointId, String>,
-    /// Devices that other processes emulate.
+    /// Emulated devices.
     pub emulated: Vec<Watch>,
-    /// Devices of the host that are offered to the VMM over vfio-user.
+    /// Exported devices.
     pub exports: Vec<(EndpointId, Arc<ServerStatus>)>,
 }
 
-/// Limits that are known to nobody else here.
+/// Limits of the configuration that no other subject knows.
 #[derive(Clone, Copy, Debug)]
 pub struct SetLimits {
-    /// Requests taken off the ring at a time.
+    /// The most requests the worker takes off the ring at a time.
     pub batch: usize,
-    /// Faults of one endpoint that the guest is told of in a second.
+    /// Faults of one endpoint that are passed on to the guest in a second.
     pub fault_rate: u32,
 }
 
-/// What has become of clients.
+/// Counters of clients.
 #[derive(Debug, Default)]
 pub struct ClientCounters {
     /// Clients that got an answer.
     pub answered: Counter,
-    /// Clients that did not: they were silent, did not read, or hung up.
+    /// Clients that got no answer: they sent no request in time, did not read, or hung up.
     pub cut_off: Counter,
-    /// Times the metrics could not be written to their file.
+    /// Failed attempts to write the file with metrics.
     pub unwritten: Counter,
 }

@@ -13,18 +13,18 @@ use super::prometheus;
 use super::subjects::Subjects;
 use crate::warn_limited;
 
-/// A file that is written anew from time to time; removed when dropped, so that nobody takes the last
-/// figures for those of a daemon that runs.
+/// Writes the file at an interval. Dropping it removes the file, so that the collector does not take the
+/// last figures for those of a running daemon.
 pub(super) struct TextfileWriter {
     path: PathBuf,
-    /// Beside it, with an ending that the collector does not read.
+    /// A file in the same folder, with an ending that the collector ignores.
     draft: PathBuf,
     interval: Duration,
     due: Instant,
 }
 
 impl TextfileWriter {
-    /// The file at `path`, due at once.
+    /// A writer of the file at `path`. The first write is due at once.
     pub fn new(path: PathBuf, interval: Duration) -> Self {
         Self {
             draft: path.with_extension("prom.new"),
@@ -34,17 +34,18 @@ impl TextfileWriter {
         }
     }
 
-    /// When it is written next.
+    /// The time of the next write.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// Writes it, if that is due. A reader sees all of it or the one before.
+    /// Writes the file if a write is due. A rename makes the change atomic: a reader sees either the old
+    /// content or the new one.
     pub fn write_if_due(&mut self, now: Instant, subjects: &Subjects) {
         if now < self.due {
             return;
         }
-        // Not the sum: a daemon that was stopped for long does not catch up.
+        // Not `self.due + self.interval`: a daemon that was stopped for long must not catch up.
         self.due = now + self.interval;
         let text = prometheus::render(&Figures::gather(subjects));
         if let Err(cause) = self.write(&text) {
@@ -52,14 +53,14 @@ impl TextfileWriter {
             let path = self.path.display();
             warn_limited!(
                 "the metrics cannot be written to {path}: {cause}; give the daemon a folder where it may \
-                 make files"
+                 create files"
             );
         }
     }
 
     fn write(&self, text: &str) -> io::Result<()> {
         let mut file = File::create(&self.draft)?;
-        // Who may enter the folder may read it, whatever the umask is for sockets.
+        // Not the umask, which is for the sockets: whoever may enter the folder may read the file.
         file.set_permissions(Permissions::from_mode(0o644))?;
         file.write_all(text.as_bytes())?;
         fs::rename(&self.draft, &self.path)

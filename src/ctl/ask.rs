@@ -1,4 +1,4 @@
-//! One question to a running daemon.
+//! One query of a running daemon.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,14 +11,13 @@ use thiserror::Error;
 use super::hotplug;
 use crate::args::Question;
 
-/// How long a daemon may keep silent: it answers one client after the other, and none of them for
-/// longer than 30 seconds.
-const PATIENCE: Duration = Duration::from_secs(35);
+/// The time a daemon has to answer. It answers its clients one after the other, each within 30 seconds.
+const DEADLINE: Duration = Duration::from_secs(35);
 
-/// Why there is no answer.
+/// Why a query has no answer.
 #[derive(Debug, Error)]
 pub enum CtlError {
-    /// Nobody listens.
+    /// No daemon listens on the socket.
     #[error(
         "cannot ask the daemon at {}: {source}; is it running, with --control-path or `control`?",
         path.display()
@@ -26,21 +25,21 @@ pub enum CtlError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The conversation broke off.
+    /// The connection failed before the answer was complete.
     #[error("the daemon did not answer: {0}")]
     Broken(#[from] io::Error),
-    /// What came is no answer.
+    /// The answer is not JSON.
     #[error("the daemon's answer cannot be read: {0}")]
     NotJson(#[from] serde_json::Error),
-    /// The daemon refused the question.
+    /// The daemon refused the query.
     #[error("the daemon says: {0}")]
     Refused(String),
 }
 
-/// Asks the daemon whose control socket is at `path`.
+/// Queries the daemon whose control socket is at `path`.
 ///
 /// # Errors
 /// See [`CtlError`].
@@ -50,8 +49,8 @@ pub fn ask(path: &Path, question: &Question) -> Result<Value, CtlError> {
         source,
     };
     let mut stream = UnixStream::connect(path).map_err(connect)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.set_write_timeout(Some(DEADLINE))?;
     let line = match question {
         Question::Status => "status".into(),
         Question::Endpoints => "endpoints".into(),

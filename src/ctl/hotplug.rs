@@ -1,4 +1,4 @@
-//! Adding and removing endpoints: the line that asks for it, and the answer in words.
+//! Adding and removing endpoints: the request line, and the answer as text.
 
 use std::fmt::{self, Write};
 
@@ -6,9 +6,9 @@ use serde_json::Value;
 
 use super::fields::text;
 
-/// The line that asks for an endpoint with these keys.
+/// The request line that adds an endpoint with these keys.
 pub(super) fn add_line(endpoint: &str, keys: &[String]) -> String {
-    // A line feed would end the line; a text of TOML has none inside, and between keys it is a blank.
+    // A line feed would end the request. TOML has none inside a string, and between keys a blank does as well.
     let keys: Vec<_> = keys.iter().map(|key| key.replace('\n', " ")).collect();
     let first = format!("range = {}", quoted(endpoint));
     let all: Vec<_> = std::iter::once(first).chain(keys).collect();
@@ -40,7 +40,7 @@ fn range(value: &Value) -> String {
     }
 }
 
-/// A text as TOML has it.
+/// A TOML string with this text.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {

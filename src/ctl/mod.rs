@@ -1,4 +1,4 @@
-//! The other end of the control socket: asks a running daemon and renders its answer for people.
+//! `ctl`, the client of the control socket: queries a running daemon and renders its answer as text.
 
 mod ask;
 mod fields;

@@ -1,4 +1,4 @@
-//! Answers as text for people.
+//! Answers as text for the operator.
 
 use std::fmt::{Result, Write};
 
@@ -8,7 +8,7 @@ use super::fields::{items, number, text};
 use super::hotplug;
 use crate::args::Question;
 
-/// The answer to `question` as text for people.
+/// The answer to `question` as text for the operator.
 pub fn render(question: &Question, answer: &Value) -> String {
     let mut out = String::new();
     // Writing to a string cannot fail.
@@ -118,7 +118,7 @@ fn faults(out: &mut String, answer: &Value) -> Result {
     let counts = &answer["counts"];
     writeln!(
         out,
-        "{}; {} delivered, {} dropped, {} of them too fast",
+        "{}; {} delivered, {} dropped, {} of them by the rate limit",
         pairs(&counts["reasons"]),
         counts["delivered"],
         counts["dropped"],
@@ -134,7 +134,7 @@ fn faults(out: &mut String, answer: &Value) -> Result {
         fault(out, &endpoint["last"])?;
     }
     if !items(&answer["recent"]).is_empty() {
-        writeln!(out, "\n\nthe last ones")?;
+        writeln!(out, "\n\nlatest faults")?;
     }
     for one in items(&answer["recent"]) {
         write!(
@@ -178,7 +178,7 @@ fn stats(out: &mut String, answer: &Value) -> Result {
     )?;
     writeln!(out, "\nsince the daemon was started")?;
     counts(out, answer)?;
-    writeln!(out, "\nbatches of requests, by how long they took")?;
+    writeln!(out, "\nbatches of requests, by duration")?;
     let batches = &answer["batches"];
     let all = number(&batches["count"]).max(1);
     let mut so_far = 0;
@@ -190,7 +190,7 @@ fn stats(out: &mut String, answer: &Value) -> Result {
         }
         let bound = match bucket["up_to_ns"].as_u64() {
             Some(ns) => format!("up to {:>6} us", ns / 1000),
-            None => "longer than that".to_owned(),
+            None => "longer".to_owned(),
         };
         let percent = so_far.saturating_mul(1000) / all;
         writeln!(
@@ -220,7 +220,7 @@ fn stats(out: &mut String, answer: &Value) -> Result {
     Ok(())
 }
 
-/// Counters by which one sees whether all is well.
+/// The counters that tell whether the daemon is in order.
 fn counts(out: &mut String, answer: &Value) -> Result {
     for (kind, statuses) in answer["requests"].as_object().into_iter().flatten() {
         writeln!(out, "  {kind:<7} {}", pairs(statuses))?;
@@ -246,7 +246,7 @@ fn counts(out: &mut String, answer: &Value) -> Result {
     )
 }
 
-/// "ok 3, noent 1": what an object counts, without what there was none of.
+/// The counts in an object, without those that are 0, such as "ok 3, noent 1".
 fn pairs(counts: &Value) -> String {
     let pairs: Vec<_> = counts
         .as_object()
@@ -262,17 +262,17 @@ fn pairs(counts: &Value) -> String {
     }
 }
 
-/// Devices in other processes, where there are any.
+/// Emulated and exported devices and shadow readers, if there are any.
 fn devices(out: &mut String, answer: &Value) -> Result {
     let emulated = items(&answer["emulated"]);
     if !emulated.is_empty() || !items(&answer["exports"]).is_empty() {
         writeln!(out, "\ndevices over vfio-user")?;
     }
-    let there = |end: &Value| {
+    let connection = |end: &Value| {
         if end == true {
-            "is there"
+            "is connected"
         } else {
-            "is missing"
+            "is not connected"
         }
     };
     for device in emulated {
@@ -280,8 +280,8 @@ fn devices(out: &mut String, answer: &Value) -> Result {
             out,
             "  {}  emulated: the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off",
             text(&device["address"]),
-            there(&device["client"]),
-            there(&device["server"]),
+            connection(&device["client"]),
+            connection(&device["server"]),
             device["windows"],
             device["refused"],
             device["cut_offs"],
@@ -292,7 +292,7 @@ fn devices(out: &mut String, answer: &Value) -> Result {
             out,
             "  {}  exported: a client {}; {} clients so far, {} cut off",
             text(&device["address"]),
-            there(&device["client"]),
+            connection(&device["client"]),
             device["clients"],
             device["cut_offs"],
         )?;
@@ -301,8 +301,8 @@ fn devices(out: &mut String, answer: &Value) -> Result {
     if !readers.is_null() {
         writeln!(
             out,
-            "\nprocesses that follow the page tables: {} now, {} in all, {} refused, {} killed\n  \
-             faults: {} passed on, {} more not",
+            "\nshadow readers: {} now, {} in all, {} refused, {} killed\n  \
+             faults: {} passed on, {} suppressed",
             readers["now"],
             readers["registered"],
             readers["refused"],
@@ -339,14 +339,14 @@ fn translation(out: &mut String, answer: &Value) -> Result {
     }
     writeln!(
         out,
-        "guest-physical {}, {}{}; {}; the same on to I/O address {}",
+        "guest-physical {}, {}{}; {}; contiguous up to I/O address {}",
         text(&answer["gpa"]),
         text(&answer["access"]),
         if answer["mmio"] == true { " mmio" } else { "" },
         if answer["backed"] == true {
-            "there is memory"
+            "backed by guest RAM"
         } else {
-            "there is no memory"
+            "not backed by guest RAM"
         },
         text(&answer["last"]),
     )

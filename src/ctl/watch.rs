@@ -1,4 +1,4 @@
-//! A live view: what has happened since the last look, in a second.
+//! A live view: the rates of counters since the last query, per second.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -11,9 +11,9 @@ use super::ask::{CtlError, ask};
 use super::fields::{items, number, text};
 use crate::args::Question;
 
-/// Clears a terminal and goes to its first line.
+/// Clears the terminal and moves the cursor to its first line.
 const CLEAR: &str = "\x1b[H\x1b[2J";
-/// Counters that are shown as rates: where they are, and their names.
+/// Counters that are shown as rates: the path in the answer, and the name.
 const RATES: [(&[&str], &str); 9] = [
     (&["batches", "count"], "batches"),
     (&["chains_refused"], "chains refused"),
@@ -26,11 +26,11 @@ const RATES: [(&[&str], &str); 9] = [
     (&["resets"], "resets"),
 ];
 
-/// Asks the daemon at `path` every `interval`, `count` times or for ever, and writes what has changed
-/// to `out`: a text, which takes the place of the one before on a terminal, or a line of JSON.
+/// Queries the daemon at `path` every `interval`, `count` times or for ever, and writes the rates to `out`:
+/// a line of JSON each time, or a text, which replaces the one before on a terminal.
 ///
 /// # Errors
-/// The daemon does not answer any more, or nobody reads any more.
+/// The daemon does not answer any more, or `out` is closed.
 pub fn watch(
     path: &Path,
     interval: Duration,
@@ -61,11 +61,11 @@ pub fn watch(
     Ok(())
 }
 
-/// By name, in a second.
+/// The rate of each counter per second, by name.
 fn rates(before: &Value, now: &Value, seconds: f64) -> Vec<(String, f64)> {
     let mut rates = Vec::new();
     let mut add = |name: String, before: &Value, now: &Value| {
-        // A daemon that was started anew counts from 0.
+        // A daemon that was restarted counts from 0 again.
         let more = number(now).saturating_sub(number(before));
         #[expect(clippy::cast_precision_loss, reason = "it is shown in a few digits")]
         rates.push((name, more as f64 / seconds.max(0.001)));

@@ -38,7 +38,7 @@ fn the_status_shows_exported_devices() {
     let text = ctl::render(&Question::Status, &status);
     for line in [
         "  0000:00:06.0  attached    translated domain 3  host device 0000:65:00.0, exported",
-        "  0000:00:06.0  exported: a client is there; 2 clients so far, 1 cut off",
+        "  0000:00:06.0  exported: a client is connected; 2 clients so far, 1 cut off",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} in {text}");
     }

@@ -140,7 +140,7 @@ fn the_status_tells_how_devices_are_doing() {
     assert!(server.is_closed());
     assert_eq!(state(), (true, false, (1, 3, 1)));
     let text = ctl::render(&Question::Status, &vm.daemon.status());
-    let line = "0000:00:06.0  emulated: the VMM is there, the server is missing; 1 windows, \
+    let line = "0000:00:06.0  emulated: the VMM is connected, the server is not connected; 1 windows, \
                 3 accesses refused, 1 times cut off";
     assert!(text.contains(line), "{text}");
     drop(client);
