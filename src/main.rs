@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(status) => status,
         Err(error) => {
-            // Nobody is left to tell where standard error is closed.
+            // Fails if standard error is closed, and there is no other way to report the error.
             let _ = if journal::is_listening() {
                 journal::write_error(&mut io::stderr(), &error.to_string())
             } else {
@@ -52,8 +52,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether `--print-capabilities` stands anywhere before `--`. Looked for by hand, since it must
-/// work whatever else is there, even what the parser would refuse.
+/// Whether `--print-capabilities` is anywhere before `--`. Not left to the parser: the option must work even
+/// beside arguments that the parser refuses.
 fn asks_for_capabilities() -> bool {
     std::env::args_os()
         .skip(1)
@@ -61,7 +61,7 @@ fn asks_for_capabilities() -> bool {
         .any(|arg| arg == OsStr::new("--print-capabilities"))
 }
 
-/// The form is that of the vhost-user specification, "Backend program conventions".
+/// The format is that of the vhost-user specification, "Backend program conventions".
 fn print_capabilities() -> Outcome {
     let capabilities = serde_json::json!({ "type": "iommu", "features": [] });
     print(&format!("{capabilities:#}\n"))
@@ -92,7 +92,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// Serves one VM until told to stop.
+/// Serves one VM until a signal ends the daemon.
 fn serve(args: &RunArgs) -> Outcome {
     let service = Service::from_environment()?;
     let mut args = args.clone();
@@ -119,39 +119,39 @@ fn serve(args: &RunArgs) -> Outcome {
     let mut daemon = Daemon::new(&config)?;
     ending.of(daemon.stop_handle());
     let service = Arc::new(service);
-    let listener = service.clone();
+    let manager = service.clone();
     let _watchdog = service
         .watchdog()
-        .map(|patience| {
-            let alive = move || listener.tell("WATCHDOG=1");
-            Watchdog::start(daemon.pulses(), patience, alive)
+        .map(|deadline| {
+            let alive = move || manager.notify("WATCHDOG=1");
+            Watchdog::start(daemon.pulses(), deadline, alive)
         })
         .transpose()?;
     sandbox::enter(Role::Main);
-    if let Err(cause) = ready.tell() {
-        log::warn!("nobody could be told that the daemon is ready: {cause}");
+    if let Err(cause) = ready.notify() {
+        log::warn!("cannot write to the descriptor of --ready-fd: {cause}");
     }
-    tell(&service, "READY=1");
+    notify(&service, "READY=1");
     daemon.run()?;
-    tell(&service, "STOPPING=1");
+    notify(&service, "STOPPING=1");
     Ok(())
 }
 
-/// What the service manager does not hear, it finds out for itself.
-fn tell(service: &Service, state: &str) {
-    if let Err(cause) = service.tell(state) {
-        log::warn!("the service manager could not be told {state}: {cause}");
+/// Sends a notification. A failure is only logged: the daemon works without the service manager.
+fn notify(service: &Service, state: &str) {
+    if let Err(cause) = service.notify(state) {
+        log::warn!("cannot send {state} to the service manager: {cause}");
     }
 }
 
-/// Runs one VM, the daemon and the VMM, until it ends.
+/// Starts the daemon and the VMM of one VM, and waits until they end.
 fn launch(
     config: &Path,
     viot: Option<&Path>,
     vmm: &[OsString],
 ) -> Result<ExitCode, Box<dyn Error>> {
     let daemon = std::env::current_exe().map_err(|cause| {
-        format!("cannot find this program, which is the daemon's too: {cause}; is /proc mounted?")
+        format!("cannot find this program to start the daemon: {cause}; is /proc mounted?")
     })?;
     let launch = Launch {
         config,
@@ -163,7 +163,7 @@ fn launch(
     Ok(ExitCode::from(launch.run()?))
 }
 
-/// Asks a running daemon and prints its answer.
+/// Queries a running daemon and prints its answer.
 fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
     if let Question::Watch { interval, count } = question {
         let interval = Duration::from_secs(*interval);
@@ -241,7 +241,7 @@ fn print_qemu_args(
         let file = file.display();
         format!("{file}: {error}")
     })?;
-    // Not on standard output, where the arguments are for a program to read.
+    // Not on standard output, which another program may read.
     let notes: String = args
         .notes
         .iter()
@@ -260,7 +260,7 @@ fn print_qemu_args(
     }
 }
 
-/// Unlike `println!`, fails rather than panics where the reader has gone.
+/// Prints to standard output. Unlike `println!`, it fails instead of panicking if the reader has gone.
 fn print(text: &str) -> Outcome {
     let mut stdout = io::stdout();
     stdout.write_all(text.as_bytes())?;

@@ -1,5 +1,4 @@
-//! Lines of the log as systemd's journal takes them: with their priority, without the time, which the
-//! journal knows.
+//! The format of log lines for systemd's journal: with a priority, and without the time, which the journal adds.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -8,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 
 use log::{Level, Record};
 
-/// Whether standard error goes to the journal, which says so in `JOURNAL_STREAM` (systemd.exec(5)): the
-/// numbers of device and inode, in case somebody has redirected it since.
+/// Whether standard error goes to the journal. `JOURNAL_STREAM` (systemd.exec(5)) has the numbers of device and
+/// inode of that stream; they differ if standard error was redirected.
 pub fn is_listening() -> bool {
     let stderr = io::stderr().as_fd().try_clone_to_owned();
     let Ok(metadata) = stderr.and_then(|fd| File::from(fd).metadata()) else {
@@ -19,10 +18,10 @@ pub fn is_listening() -> bool {
     stream.is_ok_and(|stream| stream == format!("{}:{}", metadata.dev(), metadata.ino()))
 }
 
-/// Writes one line, as sd-daemon(3) has it.
+/// Writes one line in the format of sd-daemon(3).
 ///
 /// # Errors
-/// Where `out` cannot be written to.
+/// `out` cannot be written to.
 pub fn write(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
     let priority = match record.level() {
         Level::Error => 3,
@@ -30,15 +29,15 @@ pub fn write(out: &mut impl Write, record: &Record<'_>) -> io::Result<()> {
         Level::Info => 6,
         Level::Debug | Level::Trace => 7,
     };
-    // A second line would have no priority.
+    // One line, as a second one would have no priority.
     let text = record.args().to_string().replace('\n', " ");
     writeln!(out, "<{priority}>{text}")
 }
 
-/// Writes why the program ends, line by line.
+/// Writes the error that ends the program, line by line.
 ///
 /// # Errors
-/// Where `out` cannot be written to.
+/// `out` cannot be written to.
 pub fn write_error(out: &mut impl Write, text: &str) -> io::Result<()> {
     text.lines().try_for_each(|line| writeln!(out, "<3>{line}"))
 }

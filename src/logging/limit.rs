@@ -1,4 +1,4 @@
-//! Logging of what a guest or a peer can trigger at will: limited in rate, the rest counted.
+//! Rate limits for messages that a guest or a peer can trigger. Suppressed messages are counted.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -7,9 +7,9 @@ use log::Level;
 
 use crate::locks::{Mutex, Rank};
 
-/// Messages a limiter lets through at once.
+/// Messages that a limiter allows at once.
 const BURST: u32 = 10;
-/// How often one more message is let through.
+/// The time after which a limiter allows one more message.
 const REFILL: Duration = Duration::from_secs(5);
 
 /// A token bucket for one kind of message.
@@ -32,7 +32,7 @@ impl Default for LogLimit {
 }
 
 impl LogLimit {
-    /// A limiter that lets a burst of 10 messages through, then one every 5 seconds.
+    /// A limiter that allows a burst of 10 messages, and then one every 5 seconds.
     pub const fn new() -> Self {
         Self {
             state: Mutex::new(
@@ -46,8 +46,8 @@ impl LogLimit {
         }
     }
 
-    /// Whether a message may be written at `now`: `Some(n)` if so, where `n` messages were
-    /// suppressed since the last one.
+    /// Asks to write a message at `now`. Returns the number of messages suppressed since the last one that was
+    /// written, or `None` if this message must not be written.
     pub fn allow(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock();
         let since = *state.refilled.get_or_insert(now);
@@ -66,20 +66,19 @@ impl LogLimit {
     }
 }
 
-/// Writes a message of `module` through `limit`, with the number of those that were suppressed
-/// before it.
+/// Writes a message of `module` if `limit` allows it, with the number of messages suppressed before it.
 pub fn log(limit: &LogLimit, level: Level, module: &str, message: fmt::Arguments<'_>) {
     if !log::log_enabled!(target: module, level) {
         return;
     }
     match limit.allow(Instant::now()) {
         Some(0) => log::log!(target: module, level, "{message}"),
-        Some(n) => log::log!(target: module, level, "{message} ({n} like it were not shown)"),
+        Some(n) => log::log!(target: module, level, "{message} ({n} like it were suppressed)"),
         None => {}
     }
 }
 
-/// Logs at a level through a limiter of this call site's own.
+/// Logs at a level. The call site has a limiter of its own.
 #[macro_export]
 macro_rules! log_limited {
     ($level:expr, $($arg:tt)+) => {{
@@ -88,19 +87,19 @@ macro_rules! log_limited {
     }};
 }
 
-/// `log::error!` through a limiter of this call site's own.
+/// `log::error!` with a limiter of the call site.
 #[macro_export]
 macro_rules! error_limited {
     ($($arg:tt)+) => { $crate::log_limited!(log::Level::Error, $($arg)+) };
 }
 
-/// `log::warn!` through a limiter of this call site's own.
+/// `log::warn!` with a limiter of the call site.
 #[macro_export]
 macro_rules! warn_limited {
     ($($arg:tt)+) => { $crate::log_limited!(log::Level::Warn, $($arg)+) };
 }
 
-/// `log::info!` through a limiter of this call site's own.
+/// `log::info!` with a limiter of the call site.
 #[macro_export]
 macro_rules! info_limited {
     ($($arg:tt)+) => { $crate::log_limited!(log::Level::Info, $($arg)+) };

@@ -1,9 +1,9 @@
-//! The log of one VM's daemon: the VM's name in every line, a level that can be changed while it runs,
-//! and an end to how much anybody can make it write.
+//! The log of the daemon of one VM: the VM's name in every line, a level that can change at run time, and a bound
+//! on the bytes written.
 //!
-//! What a guest or a peer can trigger at will is limited where it is logged (`limit`), one kind of
-//! message at a time. The budgets here bound what all kinds come to, those of libraries too. Errors have
-//! one of their own, so that a flood of warnings does not hide them.
+//! `limit` limits each message that a guest or a peer can trigger, at the place where it is logged. The budgets
+//! here bound the sum of all messages, including those of libraries. Errors have a budget of their own, so that a
+//! flood of warnings does not hide them.
 
 pub mod journal;
 pub mod limit;
@@ -20,35 +20,36 @@ use thiserror::Error;
 
 use crate::locks::{Mutex, Rank, RwLock};
 
-/// What the virtqueue library says of a guest's mistakes is said once more, and limited, by ours.
+/// Filters out the virtqueue library, which logs mistakes of the guest without a limit. This crate logs them, too,
+/// with a limit.
 const LIBRARIES: &str = "virtio_queue=off";
-/// What is shown where nobody has said otherwise.
-const USUAL: LevelFilter = LevelFilter::Info;
-/// Bytes of a line beside its message.
+/// The level without `RUST_LOG`.
+const DEFAULT_LEVEL: LevelFilter = LevelFilter::Info;
+/// Bytes of a line in addition to its message.
 const LINE_OVERHEAD: u64 = 100;
 
-/// Bytes at once and in a second: 17 MB in a day.
+/// The budget of errors: bytes at once, and bytes in a second. 17 MB in a day.
 const ERRORS: (u64, u64) = (64 << 10, 200);
-/// Bytes at once and in a second: 17 MB in a day.
+/// The budget of warnings and infos: bytes at once, and bytes in a second. 17 MB in a day.
 const MESSAGES: (u64, u64) = (256 << 10, 200);
-/// Bytes at once and in a second, for who has asked for them: 350 MB in a day.
+/// The budget of the levels debug and trace: bytes at once, and bytes in a second. 350 MB in a day.
 const DETAILS: (u64, u64) = (4 << 20, 4000);
 
 static LOG: OnceLock<VmLog> = OnceLock::new();
 
-/// Why the level of the log stays as it is.
+/// The level of the log cannot be changed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum LevelError {
     /// Not a level.
     #[error("{0:?} is no level; use off, error, warn, info, debug, trace, or default")]
     Unknown(String),
-    /// This process logs through something else.
+    /// The process has another logger.
     #[error("the log of this process is not the daemon's; change it where it was set up")]
     NotOurs,
 }
 
-/// Makes all messages of this process those of the VM `name`, with the level that the environment
-/// (`RUST_LOG`) asks for. Only the first call does anything.
+/// Installs the logger of this process, for the VM `name` and with the level of the environment (`RUST_LOG`). Only
+/// the first call has an effect.
 pub fn init(name: &str) {
     let log = LOG.get_or_init(|| VmLog::new(name));
     if log::set_logger(log).is_ok() {
@@ -56,8 +57,7 @@ pub fn init(name: &str) {
     }
 }
 
-/// Shows messages from now on that are at `level` or more severe; `default` is what the environment
-/// asked for.
+/// Sets the level: messages that are less severe are not written. `default` is the level of the environment.
 ///
 /// # Errors
 /// See [`LevelError`].
@@ -68,12 +68,12 @@ pub fn set_level(level: &str) -> Result<(), LevelError> {
     Ok(())
 }
 
-/// The level now: the one of the least severe messages that some part of the program may write.
+/// The current level, in lower case. If modules have different levels, it is the least severe one.
 pub fn level() -> String {
     log::max_level().to_string().to_lowercase()
 }
 
-/// Messages that were not written because there were too many.
+/// The number of messages that the budgets suppressed.
 pub fn suppressed() -> u64 {
     LOG.get()
         .map_or(0, |log| log.suppressed.load(Ordering::Relaxed))
@@ -81,9 +81,10 @@ pub fn suppressed() -> u64 {
 
 struct VmLog {
     name: String,
-    /// The journal knows the name and the time. Found out once: later nothing is looked at.
+    /// Whether standard error goes to the journal, which knows name and time. Set once, as the sandboxed daemon
+    /// cannot check it later.
     to_journal: bool,
-    /// What is shown, and how.
+    /// Filters and formats messages.
     inner: RwLock<Logger>,
     budgets: Mutex<Budgets>,
     suppressed: AtomicU64,
@@ -93,8 +94,8 @@ struct Budgets {
     errors: Budget,
     messages: Budget,
     details: Budget,
-    /// Messages not written since the last one that was.
-    missing: u64,
+    /// Messages suppressed since the last one that was written.
+    suppressed: u64,
 }
 
 impl VmLog {
@@ -111,7 +112,7 @@ impl VmLog {
                     errors: Budget::new(ERRORS, now),
                     messages: Budget::new(MESSAGES, now),
                     details: Budget::new(DETAILS, now),
-                    missing: 0,
+                    suppressed: 0,
                 },
             ),
             suppressed: AtomicU64::new(0),
@@ -129,8 +130,8 @@ impl VmLog {
         Ok(())
     }
 
-    /// Whether a message of `len` bytes may be written at `now`: `Some(n)` if so, where `n` messages
-    /// were not since the last one.
+    /// Takes `len` bytes from the budget of `level` at `now`. Returns the number of messages suppressed since the
+    /// last one that was written, or `None` if this message must not be written.
     fn allow(&self, level: Level, len: u64, now: Instant) -> Option<u64> {
         let mut budgets = self.budgets.lock();
         let budget = match level {
@@ -139,9 +140,9 @@ impl VmLog {
             Level::Debug | Level::Trace => &mut budgets.details,
         };
         if budget.take(len, now) {
-            return Some(std::mem::take(&mut budgets.missing));
+            return Some(std::mem::take(&mut budgets.suppressed));
         }
-        budgets.missing += 1;
+        budgets.suppressed += 1;
         self.suppressed.fetch_add(1, Ordering::Relaxed);
         None
     }
@@ -160,11 +161,13 @@ impl Log for VmLog {
         let len = record.args().to_string().len() as u64 + LINE_OVERHEAD;
         match self.allow(record.level(), len, Instant::now()) {
             Some(0) => {}
-            Some(missing) => inner.log(
+            Some(suppressed) => inner.log(
                 &Record::builder()
                     .level(Level::Warn)
                     .target(module_path!())
-                    .args(format_args!("{missing} messages were not shown: too many"))
+                    .args(format_args!(
+                        "{suppressed} messages were suppressed: too many"
+                    ))
                     .build(),
             ),
             None => return,
@@ -177,7 +180,7 @@ impl Log for VmLog {
     }
 }
 
-/// What shows messages at `level`, or at the environment's.
+/// A builder of the logger with `level`, or with the level of the environment.
 fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder {
     let mut builder = match level {
         Some(level) => {
@@ -186,7 +189,7 @@ fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder 
             builder
         }
         None => {
-            let usual = format!("{USUAL},{LIBRARIES}");
+            let usual = format!("{DEFAULT_LEVEL},{LIBRARIES}");
             Builder::from_env(Env::default().default_filter_or(usual))
         }
     };
@@ -207,7 +210,7 @@ fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder 
     builder
 }
 
-/// A text in which nothing ends the line or moves the cursor.
+/// A text whose control characters are escaped, so that none ends the line or moves the cursor.
 struct OneLine<'a>(&'a str);
 
 impl fmt::Display for OneLine<'_> {
@@ -226,13 +229,13 @@ impl fmt::Display for OneLine<'_> {
     }
 }
 
-/// Bytes that may be written.
+/// A token bucket of bytes.
 struct Budget {
     left: u64,
     most: u64,
-    /// Bytes that are earned in a second.
+    /// Bytes that are added in a second.
     rate: u64,
-    since: Instant,
+    refilled: Instant,
 }
 
 impl Budget {
@@ -241,16 +244,16 @@ impl Budget {
             left: most,
             most,
             rate,
-            since: now,
+            refilled: now,
         }
     }
 
     fn take(&mut self, len: u64, now: Instant) -> bool {
-        let seconds = now.saturating_duration_since(self.since).as_secs();
+        let seconds = now.saturating_duration_since(self.refilled).as_secs();
         if seconds > 0 {
             let earned = self.rate.saturating_mul(seconds);
             self.left = self.left.saturating_add(earned).min(self.most);
-            self.since += Duration::from_secs(seconds);
+            self.refilled += Duration::from_secs(seconds);
         }
         let left = self.left.checked_sub(len);
         self.left = left.unwrap_or(self.left);
@@ -263,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_messages_together_have_an_end() {
+    fn budgets_bound_the_sum_of_all_messages() {
         let log = VmLog::new("vm1");
         let now = Instant::now();
         let flood = |level, now| {
@@ -276,8 +279,8 @@ mod tests {
         assert_eq!(flood(Level::Error, now), (64 << 10) / 200);
         assert_eq!(flood(Level::Debug, now), 10_000);
         let day = Duration::from_secs(24 * 3600);
-        let missing = log.suppressed.load(Ordering::Relaxed);
-        assert_eq!(missing, 30_000 - (256 << 10) / 200 - (64 << 10) / 200);
+        let suppressed = log.suppressed.load(Ordering::Relaxed);
+        assert_eq!(suppressed, 30_000 - (256 << 10) / 200 - (64 << 10) / 200);
         // A second at a time, for an hour.
         let mut shown = 0;
         for second in 1..=3600 {
@@ -316,6 +319,6 @@ mod tests {
             log.enabled(&metadata)
         };
         assert!(enabled("vhost_device_iommu::device"));
-        assert!(!enabled("virtio_queue::queue"), "the guest's to trigger");
+        assert!(!enabled("virtio_queue::queue"), "the guest can trigger it");
     }
 }

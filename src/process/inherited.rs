@@ -1,38 +1,38 @@
-//! Descriptors this process was started with.
+//! Inherited descriptors, which were open when this process started.
 #![expect(unsafe_code, reason = "adopts descriptors by their numbers")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Takes over an inherited descriptor, and keeps it from being inherited once more. Each may be
-/// taken once, and before any file is opened that could get the number of one that was not passed
-/// on.
+/// Takes over an inherited descriptor and sets its close-on-exec flag.
+///
+/// The caller must adopt each number only once, and before it opens any file: a file could get the number of
+/// a descriptor that was not inherited after all.
 ///
 /// # Errors
-/// Where it is not open.
+/// The descriptor is not open.
 pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: no pointer is passed, and any number may be asked; a closed one gives an error.
+    // SAFETY: passes no pointer, and takes any number; a closed one gives an error.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
     if flags < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: no pointer is passed, and the descriptor is open: it answered just now.
+    // SAFETY: passes no pointer, and the descriptor is open, as the call above has shown.
     if unsafe { libc::fcntl(fd, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY:
     // - the descriptor is open
-    // - ownership: the operator handed it over on the command line, each number for one purpose,
-    //   and nothing else here uses it
+    // - ownership: the operator passes each number for one purpose on the command line, and nothing
+    //   else in this process uses it
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Whether two descriptors are of the same open file; `None` where the kernel does not say
-/// (`CONFIG_KCMP`).
+/// Whether two descriptors refer to the same open file; `None` on a kernel without `CONFIG_KCMP`.
 pub fn is_same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Option<bool> {
     const KCMP_FILE: libc::c_int = 0;
     let pid = libc::pid_t::try_from(std::process::id()).ok()?;
-    // SAFETY: no pointer is passed; both descriptors are open: they are borrowed.
+    // SAFETY: passes no pointer; both descriptors are open, as they are borrowed.
     let order = unsafe {
         libc::syscall(
             libc::SYS_kcmp,
@@ -56,7 +56,7 @@ mod tests {
     fn copies_of_a_descriptor_are_the_same_file() {
         let (one, other) = io::pipe().expect("a pipe");
         let copy = one.try_clone().expect("a descriptor");
-        // Where the kernel says it at all.
+        // A kernel without CONFIG_KCMP gives no answer.
         if let Some(same) = is_same_file(one.as_fd(), copy.as_fd()) {
             assert!(same);
             assert_eq!(is_same_file(one.as_fd(), other.as_fd()), Some(false));

@@ -1,4 +1,5 @@
-//! What a daemon process needs whatever it serves: sandbox, service manager, sockets, inherited descriptors.
+//! The process of the daemon: sandbox, service manager, watchdog, sockets and inherited descriptors. Nothing
+//! here knows the device.
 
 pub mod event_loop;
 pub mod inherited;

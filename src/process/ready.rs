@@ -1,4 +1,4 @@
-//! Tells whoever started the daemon that it can be connected to.
+//! Tells the process that started the daemon that its sockets listen.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -6,16 +6,16 @@ use std::os::fd::RawFd;
 
 use crate::process::inherited::adopt;
 
-/// An inherited descriptor on which somebody waits for a line feed.
+/// An inherited descriptor, on which another process waits for a line feed.
 #[derive(Debug)]
 pub struct Ready(Option<File>);
 
 impl Ready {
-    /// Takes over the descriptor, if one was given. Must come before any file is opened, which
-    /// could get the number of a descriptor that was not passed on.
+    /// Takes over the descriptor, if there is one. The caller must not have opened any file before: see
+    /// [`adopt`].
     ///
     /// # Errors
-    /// Where it is not open.
+    /// The descriptor is not open.
     pub fn adopt(fd: Option<RawFd>) -> io::Result<Self> {
         let Some(fd) = fd else {
             return Ok(Self(None));
@@ -33,8 +33,8 @@ impl Ready {
     /// Writes the line feed and closes the descriptor.
     ///
     /// # Errors
-    /// Where it cannot be written to, as where nobody reads any more.
-    pub fn tell(self) -> io::Result<()> {
+    /// The descriptor cannot be written to, for example because the other process has closed its end.
+    pub fn notify(self) -> io::Result<()> {
         match self.0 {
             Some(mut file) => file.write_all(b"\n"),
             None => Ok(()),
@@ -50,10 +50,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_feed_is_written_and_that_is_the_end() {
+    fn a_line_feed_is_written_and_the_descriptor_closed() {
         let (mut reader, writer) = io::pipe().expect("a pipe");
         let ready = Ready::adopt(Some(writer.into_raw_fd())).expect("open");
-        ready.tell().expect("told");
+        ready.notify().expect("written");
         let mut text = String::new();
         reader.read_to_string(&mut text).expect("the end");
         assert_eq!(text, "\n");
@@ -66,7 +66,7 @@ mod tests {
             .to_string();
         assert!(message.contains("--ready-fd"), "{message}");
         Ready::adopt(None)
-            .and_then(Ready::tell)
-            .expect("nobody waits");
+            .and_then(Ready::notify)
+            .expect("nothing to write to");
     }
 }

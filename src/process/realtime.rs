@@ -1,18 +1,15 @@
-//! Realtime scheduling of the thread that serves requests.
+//! Realtime scheduling of the worker, which serves requests.
 //!
-//! A driver spins until it is answered. Where all processors are a guest's, a worker of ordinary
-//! priority waits for the scheduler while the driver burns the time it waits for.
-#![expect(
-    unsafe_code,
-    reason = "asks the system for a scheduling policy and for a limit"
-)]
+//! The driver spins until it has its answer. Where the guest keeps all processors busy, a worker of ordinary
+//! priority waits for the very processor that the spinning driver occupies.
+#![expect(unsafe_code, reason = "sets a scheduling policy and a resource limit")]
 
 use std::io;
 use std::thread;
 
 use thiserror::Error;
 
-/// Why threads cannot have a realtime priority.
+/// Threads of this process cannot have the realtime priority.
 #[derive(Debug, Error)]
 #[error(
     "realtime-priority = {priority}: {source}; raise the limit (LimitRTPRIO={priority} in the unit, or \
@@ -23,22 +20,22 @@ pub struct RealtimeError {
     source: io::Error,
 }
 
-/// A priority under SCHED_FIFO that threads of this process were found to be allowed.
+/// A priority under SCHED_FIFO that threads of this process may have, as an attempt has shown.
 #[derive(Clone, Copy, Debug)]
 pub struct Realtime {
     priority: u8,
 }
 
 impl Realtime {
-    /// Tries `priority`, `1..=99` (sched(7)). The process's soft limit is raised to it, so that what was
-    /// found holds when privileges are gone.
+    /// Tries `priority`, `1..=99` (sched(7)). Raises the soft limit of the process to it, so that the priority
+    /// is still allowed after the process has dropped its privileges.
     ///
     /// # Errors
-    /// Where threads are not allowed to have it.
+    /// Threads of this process may not have it.
     pub fn new(priority: u8) -> Result<Self, RealtimeError> {
         let this = Self { priority };
         raise_limit(priority);
-        // Of a thread of its own: this one keeps its policy.
+        // In a thread of its own: the calling thread keeps its policy.
         let tried = thread::scope(|scope| {
             let thread = thread::Builder::new().name("realtime".into());
             let thread = thread.spawn_scoped(scope, || this.apply())?;
@@ -55,14 +52,14 @@ impl Realtime {
     /// Gives the calling thread the priority.
     ///
     /// # Errors
-    /// As the system says.
+    /// The error of the system.
     pub fn apply(self) -> io::Result<()> {
-        // SAFETY: all fields of a sched_param may be zero.
+        // SAFETY: zero is a value of every field of a sched_param.
         let mut parameters: libc::sched_param = unsafe { std::mem::zeroed() };
         parameters.sched_priority = self.priority.into();
         // SAFETY: has no conditions.
         let this = unsafe { libc::pthread_self() };
-        // SAFETY: `this` is a thread that lives, and the parameters are only read.
+        // SAFETY: `this` is the calling thread, and the parameters are read only.
         let error =
             unsafe { libc::pthread_setschedparam(this, libc::SCHED_FIFO, &raw const parameters) };
         match error {
@@ -72,7 +69,7 @@ impl Realtime {
     }
 }
 
-/// Raises the soft limit as far as is allowed. Where that is too little, the attempt tells.
+/// Raises the soft limit as far as it may. If that is too little, the attempt that follows fails.
 fn raise_limit(priority: u8) {
     let wanted = libc::rlim_t::from(priority);
     let mut limit = libc::rlimit {

@@ -1,12 +1,12 @@
-//! What a service manager (systemd) hands to the daemon, and what it wants to hear.
+//! The interface to a service manager (systemd): socket activation, notifications, and its watchdog.
 //!
-//! | variable | means |
+//! | variable | meaning |
 //! |---|---|
-//! | `LISTEN_PID`, `LISTEN_FDS` | the first descriptors from 3 up are sockets that listen: socket activation |
-//! | `NOTIFY_SOCKET` | where to say that the daemon is ready, ends, and is alive |
-//! | `WATCHDOG_PID`, `WATCHDOG_USEC` | how often it has to say that it is alive |
+//! | `LISTEN_PID`, `LISTEN_FDS` | the number of inherited listening sockets, from descriptor 3 up (socket activation) |
+//! | `NOTIFY_SOCKET` | the socket for READY=1, STOPPING=1 and WATCHDOG=1 |
+//! | `WATCHDOG_PID`, `WATCHDOG_USEC` | the longest time between two WATCHDOG=1 |
 //!
-//! The forms are those of sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3).
+//! See sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3).
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -18,37 +18,37 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-/// The first descriptor that is handed over.
+/// The first descriptor that the service manager passes.
 const FIRST_FD: RawFd = 3;
 
-/// Why the environment cannot be obeyed.
+/// A variable of the service manager cannot be used.
 #[derive(Debug, Error)]
 pub enum ServiceError {
-    /// More or fewer sockets than one.
+    /// The number of sockets is not one.
     #[error(
-        "LISTEN_FDS hands over {0:?} sockets where one is wanted, the VMM's; \
+        "LISTEN_FDS passes {0:?} sockets, and the daemon takes one, for the VMM; \
          give the .socket unit exactly one ListenStream="
     )]
     Sockets(OsString),
-    /// The socket of the service manager cannot be reached.
+    /// The daemon cannot connect to the socket of the service manager.
     #[error(
-        "the service manager cannot be told anything over NOTIFY_SOCKET {address:?}: {source}; \
+        "cannot connect to the service manager at NOTIFY_SOCKET {address:?}: {source}; \
          start the daemon without that variable, or as a service with Type=notify"
     )]
     Notify {
-        /// The variable's value.
+        /// The value of the variable.
         address: OsString,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// The watchdog's time is none.
+    /// The time of the watchdog is not a number above 0.
     #[error(
         "WATCHDOG_USEC is {0:?}, not a number of microseconds above 0; set WatchdogSec= in the unit"
     )]
     Watchdog(OsString),
 }
 
-/// The service manager, or nobody.
+/// The service manager that started this process, if one did.
 #[derive(Debug, Default)]
 pub struct Service {
     socket: Option<RawFd>,
@@ -57,20 +57,20 @@ pub struct Service {
 }
 
 impl Service {
-    /// What this process's environment says.
+    /// Reads the environment of this process.
     ///
     /// # Errors
-    /// Where it says something that cannot be.
+    /// See [`ServiceError`].
     pub fn from_environment() -> Result<Self, ServiceError> {
         Self::new(std::process::id(), |name| std::env::var_os(name))
     }
 
-    /// What the variables say to the process with this number.
+    /// Reads the variables as the process with the number `process`.
     fn new(
         process: u32,
         variable: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self, ServiceError> {
-        // Variables that a parent has passed on by mistake are another process's.
+        // A parent may pass on variables that are meant for itself.
         let is_ours = |name: &str| variable(name).and_then(|v| number(&v)) == Some(process.into());
         let socket = match variable("LISTEN_FDS") {
             Some(count) if is_ours("LISTEN_PID") => match number(&count) {
@@ -86,7 +86,7 @@ impl Service {
             })
             .transpose()?;
         let watchdog = match variable("WATCHDOG_USEC") {
-            // Without a number of a process it is meant for this one.
+            // Without WATCHDOG_PID the time is meant for every process that sees it.
             Some(time) if variable("WATCHDOG_PID").is_none() || is_ours("WATCHDOG_PID") => {
                 match number(&time) {
                     Some(micros) if micros > 0 => Some(Duration::from_micros(micros)),
@@ -102,21 +102,22 @@ impl Service {
         })
     }
 
-    /// The descriptor of the socket that listens for the VMM, where one was handed over.
+    /// The inherited descriptor of the socket that listens for the VMM.
     pub fn socket(&self) -> Option<RawFd> {
         self.socket
     }
 
-    /// How long the daemon may be silent before it counts as dead; `None` where nobody listens.
+    /// The longest time between two WATCHDOG=1 before the service manager kills the daemon; `None` without a
+    /// watchdog or a socket.
     pub fn watchdog(&self) -> Option<Duration> {
         self.watchdog.filter(|_| self.notify.is_some())
     }
 
-    /// Says something, such as `READY=1`; `Ok` where nobody listens.
+    /// Sends a notification such as `READY=1`. Without a service manager, does nothing.
     ///
     /// # Errors
-    /// Where it cannot be said, as where the service manager is gone.
-    pub fn tell(&self, state: &str) -> io::Result<()> {
+    /// It cannot be sent, for example because the service manager is gone.
+    pub fn notify(&self, state: &str) -> io::Result<()> {
         match &self.notify {
             Some(socket) => socket.send(state.as_bytes()).map(drop),
             None => Ok(()),
@@ -124,7 +125,7 @@ impl Service {
     }
 }
 
-/// Connected once, so that a daemon that may open no sockets any more can still speak.
+/// Connects in advance: the sandboxed daemon cannot open sockets later.
 fn connect(address: &OsStr) -> io::Result<UnixDatagram> {
     let address = match address.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
@@ -132,7 +133,7 @@ fn connect(address: &OsStr) -> io::Result<UnixDatagram> {
     };
     let socket = UnixDatagram::unbound()?;
     socket.connect_addr(&address)?;
-    // A service manager that does not read must not stop the daemon.
+    // Nonblocking: a service manager that does not read must not stop the daemon.
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
@@ -153,14 +154,14 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_there_without_variables() {
-        let service = service(&[]).expect("nothing said");
+    fn without_variables_there_is_no_service_manager() {
+        let service = service(&[]).expect("no variables");
         assert_eq!((service.socket(), service.watchdog()), (None, None));
-        service.tell("READY=1").expect("nobody listens");
+        service.notify("READY=1").expect("nothing to send to");
     }
 
     #[test]
-    fn what_is_meant_for_another_process_is_ignored() {
+    fn variables_for_another_process_are_ignored() {
         let other = service(&[
             ("LISTEN_PID", "78"),
             ("LISTEN_FDS", "1"),
@@ -170,7 +171,7 @@ mod tests {
         let other = other.expect("not ours");
         assert_eq!((other.socket, other.watchdog), (None, None));
         assert_eq!(
-            service(&[("LISTEN_FDS", "1")]).expect("nobody's").socket,
+            service(&[("LISTEN_FDS", "1")]).expect("ignored").socket,
             None
         );
     }
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn the_manager_hears_what_it_is_told() {
+    fn the_manager_receives_notifications() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("notify");
         let manager = UnixDatagram::bind(&path).expect("a socket");
@@ -196,10 +197,10 @@ mod tests {
         ]);
         let service = service.expect("a manager");
         assert_eq!(service.watchdog(), Some(Duration::from_secs(2)));
-        service.tell("READY=1").expect("told");
-        let mut heard = [0; 64];
-        let len = manager.recv(&mut heard).expect("heard");
-        assert_eq!(&heard[..len], b"READY=1");
+        service.notify("READY=1").expect("sent");
+        let mut received = [0; 64];
+        let len = manager.recv(&mut received).expect("received");
+        assert_eq!(&received[..len], b"READY=1");
     }
 
     #[test]
@@ -208,12 +209,12 @@ mod tests {
         let address = SocketAddr::from_abstract_name(&name).expect("a name");
         let manager = UnixDatagram::bind_addr(&address).expect("a socket");
         let service = service(&[("NOTIFY_SOCKET", &format!("@{name}"))]).expect("a manager");
-        service.tell("READY=1").expect("told");
-        assert_eq!(manager.recv(&mut [0; 64]).expect("heard"), 7);
+        service.notify("READY=1").expect("sent");
+        assert_eq!(manager.recv(&mut [0; 64]).expect("received"), 7);
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_a_cure() {
+    fn unusable_variables_are_refused_with_a_cure() {
         let refused = service(&[("NOTIFY_SOCKET", "/nonexistent/notify")]).expect_err("no manager");
         assert!(refused.to_string().contains("Type=notify"), "{refused}");
         for time in ["0", "soon", "-1"] {

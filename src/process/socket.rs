@@ -1,4 +1,4 @@
-//! Listening sockets at paths, and the files they leave.
+//! Listening sockets at paths, and the files of these sockets.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -12,27 +12,27 @@ use std::time::{Duration, SystemTime};
 use log::debug;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
-/// How long another listener may take to accept before it counts as alive.
+/// The time a connection attempt may take. After that the listener counts as alive: its backlog is full.
 const PROBE: Duration = Duration::from_secs(1);
-/// Clients that wait for being accepted.
+/// The most clients that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// The file of a listening socket; removed when dropped, if it is still the same file.
+/// The file of a listening socket. Dropping it removes the file if it is still the same one.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
     identity: Identity,
 }
 
-/// What tells a file from all others: device, inode, and when it was made, where the file system says so.
-/// The number of an inode is free for the next file as soon as the first is gone.
+/// The identity of a file: device, inode, and creation time if the file system has it. The inode alone is not
+/// enough: the next file may get the number of one that was removed.
 type Identity = (u64, u64, Option<SystemTime>);
 
 impl SocketFile {
-    /// The file of a socket that another process has made, to be removed should that not do it.
+    /// The file of a socket that another process has created. It is removed here in case that process does not.
     ///
     /// # Errors
-    /// Where there is none.
+    /// The file does not exist.
     pub fn of_another(path: &Path) -> io::Result<Self> {
         Ok(Self {
             path: path.to_owned(),
@@ -40,7 +40,7 @@ impl SocketFile {
         })
     }
 
-    /// Removes the file, if it is still the one that was made.
+    /// Removes the file if it is still the same one.
     pub fn remove(&self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity)
             && let Err(cause) = fs::remove_file(&self.path)
@@ -59,23 +59,23 @@ impl Drop for SocketFile {
 /// Who may connect to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketRights {
-    /// The rights of its file.
+    /// The mode of its file.
     pub mode: u32,
-    /// The number of the file's group, where it is not the process's own.
+    /// The number of the file's group; `None` for the group of the process.
     pub group: Option<u32>,
 }
 
-/// A listening socket at `path`, in place of one that nobody listens on any more. At no time can
-/// anybody connect whom `rights` does not let in.
+/// Creates a listening socket at `path` with these rights. It replaces the file of a socket without a listener.
+/// At no time can a user connect whom `rights` does not let in.
 ///
 /// # Errors
-/// As of [`bind`], and where the file cannot be given its group or rights.
+/// As for [`bind`], and if the file cannot get its group or mode.
 pub fn bind_for(path: &Path, rights: SocketRights) -> io::Result<(UnixListener, SocketFile)> {
     let shown = path.display();
     bind_with(path, || {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // What the file begins with: nothing for anybody but its owner.
+        // At first the file has rights for its owner only.
         let socket = File::from(socket);
         socket.set_permissions(Permissions::from_mode(rights.mode & 0o700))?;
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
@@ -93,10 +93,10 @@ pub fn bind_for(path: &Path, rights: SocketRights) -> io::Result<(UnixListener, 
     })
 }
 
-/// A listening socket at `path`, in place of one that nobody listens on any more.
+/// Creates a listening socket at `path`. It replaces the file of a socket without a listener.
 ///
 /// # Errors
-/// Where something else is there, or another process listens.
+/// Another kind of file is there, or another process listens on the socket.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     bind_with(path, || UnixListener::bind(path))
 }
@@ -144,9 +144,9 @@ fn bind_with(
     Ok((made, file))
 }
 
-/// Whether somebody listens at `path`; `ConnectionRefused` where nobody does.
+/// Whether a process listens at `path`; `ConnectionRefused` if none does.
 ///
-/// A listener whose backlog is full makes `connect` wait, so that is done aside.
+/// The attempt runs in a thread of its own, because `connect` waits while the backlog of a listener is full.
 fn probe(path: &Path) -> io::Result<()> {
     let (sender, receiver) = sync_channel(1);
     let path = path.to_owned();
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_socket_nobody_listens_on_is_replaced() {
+    fn only_a_socket_without_a_listener_is_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let (listener, file) = bind(&path).expect("a free path");
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
         assert!(taken.to_string().contains("choose another path"));
         drop(listener);
-        // File systems give a number that is free to the next file, and count time in ticks.
+        // File systems reuse the number of a removed file, and count creation times in ticks.
         std::thread::sleep(Duration::from_millis(50));
         let (_listener, second) = bind(&path).expect("nobody listens any more");
         drop(file);
@@ -214,13 +214,13 @@ mod tests {
     }
 
     #[test]
-    #[expect(unsafe_code, reason = "makes the backlog short")]
+    #[expect(unsafe_code, reason = "shortens the backlog")]
     fn a_listener_that_does_not_accept_is_not_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let (listener, _file) = bind(&path).expect("a free path");
         // SAFETY:
-        // - the descriptor is open, being borrowed, and listens already; no pointer is passed
+        // - the descriptor is open, as it is borrowed, and listens already; no pointer is passed
         assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
         // Fill the backlog, until a connection has to wait.
         let mut accepted = Vec::new();

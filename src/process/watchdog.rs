@@ -1,9 +1,9 @@
-//! Proof of life for a service manager, by the threads the daemon is there for.
+//! Proof of life for a service manager, given by the threads that do the daemon's work.
 //!
-//! 1. The watchdog's thread asks each [`Pulse`]: its event wakes the thread that owes the answer.
-//! 2. That thread answers from the loop in which it does its work. One that hangs does not get there.
-//! 3. Once all have answered, the service manager is told. Where one does not answer, it is told nothing
-//!    more, and does what its unit says: it kills the daemon and starts it anew.
+//! 1. The watchdog thread asks each [`Pulse`]. Its event wakes the thread that owes the answer.
+//! 2. That thread answers from its main loop. A thread that hangs does not get there.
+//! 3. Once all threads have answered, the watchdog sends WATCHDOG=1. If one does not answer, the watchdog sends
+//!    nothing more, and the service manager does what the unit says: it kills and restarts the daemon.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,23 +18,24 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::process::sandbox::{self, Role};
 use crate::{error_limited, warn_limited};
 
-/// Questions in the time after which the daemon counts as dead: a late answer is not the end yet.
-const QUESTIONS: u32 = 4;
+/// Rounds of questions within the deadline of the service manager. With more than one, a single late answer
+/// does not end the daemon.
+const ROUNDS: u32 = 4;
 
-/// What one loop is asked by and answers with.
+/// The question to one main loop, and its answer.
 #[derive(Debug)]
 pub struct Pulse {
-    /// Whose it is, for people.
+    /// The name of the thread in log messages.
     name: &'static str,
     event: EventFd,
     owed: AtomicBool,
 }
 
 impl Pulse {
-    /// Nobody has asked yet.
+    /// A pulse without an open question.
     ///
     /// # Errors
-    /// Where the system has no event descriptor left.
+    /// The system has no event descriptor left.
     pub fn new(name: &'static str) -> io::Result<Self> {
         Ok(Self {
             name,
@@ -43,23 +44,24 @@ impl Pulse {
         })
     }
 
-    /// Readable while an answer is owed; for the loop's own epoll.
+    /// Readable while an answer is owed. The loop must wait for it in its epoll.
     pub fn event(&self) -> RawFd {
         self.event.as_raw_fd()
     }
 
-    /// The loop is alive. Costs next to nothing where nobody has asked.
+    /// Answers an open question. Without one, this costs a relaxed load.
     pub fn answer(&self) {
         if self.owed.load(Ordering::Relaxed) {
-            // Fails where it was read already.
+            // Fails if the event was read already.
             let _ = self.event.read();
             self.owed.store(false, Ordering::Release);
         }
     }
 
     fn ask(&self) {
-        // In this order: an answer between the two leaves nothing behind that wakes the loop for ever. The
-        // write fails where the event has been set so often that it is set anyway.
+        // The event before the flag: in the other order, an answer between the two would clear the flag before
+        // the event is set, and the event would wake the loop for ever. The write fails only if the counter of
+        // the event is full, and then the event is set anyway.
         let _ = self.event.write(1);
         self.owed.store(true, Ordering::Release);
     }
@@ -69,7 +71,7 @@ impl Pulse {
     }
 }
 
-/// The thread that asks; dropping it ends it.
+/// The watchdog thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct Watchdog {
     stop: Option<Sender<()>>,
@@ -77,13 +79,13 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// From now on asks `pulses` four times in `patience`, and calls `alive` when all have answered.
+    /// Starts the thread. It asks `pulses` four times within `deadline`, and calls `alive` when all have answered.
     ///
     /// # Errors
-    /// Where the thread cannot be made.
+    /// The system has no thread left.
     pub fn start(
         pulses: Vec<Arc<Pulse>>,
-        patience: Duration,
+        deadline: Duration,
         mut alive: impl FnMut() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = channel();
@@ -92,7 +94,7 @@ impl Watchdog {
                 for pulse in pulses.iter().filter(|pulse| !pulse.is_owed()) {
                     pulse.ask();
                 }
-                match stopped.recv_timeout(patience / QUESTIONS) {
+                match stopped.recv_timeout(deadline / ROUNDS) {
                     Err(RecvTimeoutError::Timeout) => {}
                     Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
                 }
@@ -100,11 +102,11 @@ impl Watchdog {
                 if silent.peek().is_some() {
                     let names: Vec<_> = silent.map(|pulse| pulse.name).collect();
                     error_limited!(
-                        "no sign of life from: {}; the service manager is told nothing",
+                        "no sign of life from: {}; WATCHDOG=1 is not sent",
                         names.join(", ")
                     );
                 } else if let Err(cause) = alive() {
-                    warn_limited!("the service manager cannot be told of life: {cause}");
+                    warn_limited!("cannot send WATCHDOG=1: {cause}");
                 }
             }
         })?;
@@ -119,7 +121,7 @@ impl Drop for Watchdog {
     fn drop(&mut self) {
         self.stop = None;
         if let Some(thread) = self.thread.take() {
-            // A panic of its was reported by itself.
+            // A panic has been reported by the thread itself.
             let _ = thread.join();
         }
     }
@@ -133,10 +135,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_answers_of_all_count() {
+    fn alive_is_called_only_when_all_have_answered() {
         let pulses = [Pulse::new("one"), Pulse::new("other")].map(|p| Arc::new(p.expect("made")));
-        let told = Arc::new(AtomicU32::new(0));
-        let counter = told.clone();
+        let calls = Arc::new(AtomicU32::new(0));
+        let counter = calls.clone();
         let watchdog = Watchdog::start(pulses.to_vec(), Duration::from_millis(80), move || {
             counter.fetch_add(1, Ordering::Relaxed);
             Ok(())
@@ -146,15 +148,15 @@ mod tests {
             sleep(Duration::from_millis(5));
             pulses[0].answer();
         }
-        assert_eq!(told.load(Ordering::Relaxed), 0, "one is silent");
+        assert_eq!(calls.load(Ordering::Relaxed), 0, "one is silent");
         for _ in 0..40 {
             sleep(Duration::from_millis(5));
             pulses.iter().for_each(|pulse| pulse.answer());
         }
-        assert!(told.load(Ordering::Relaxed) > 0, "both are alive");
+        assert!(calls.load(Ordering::Relaxed) > 0, "both are alive");
         drop(watchdog);
-        let last = told.load(Ordering::Relaxed);
+        let last = calls.load(Ordering::Relaxed);
         sleep(Duration::from_millis(60));
-        assert_eq!(told.load(Ordering::Relaxed), last, "its end is the end");
+        assert_eq!(calls.load(Ordering::Relaxed), last, "the thread has ended");
     }
 }

@@ -211,11 +211,11 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "ServiceError::Notify",
-        "src/process/service.rs::what_cannot_be_is_refused_with_a_cure",
+        "src/process/service.rs::unusable_variables_are_refused_with_a_cure",
     ),
     (
         "ServiceError::Watchdog",
-        "src/process/service.rs::what_cannot_be_is_refused_with_a_cure",
+        "src/process/service.rs::unusable_variables_are_refused_with_a_cure",
     ),
     ("LevelError::NotOurs", "the library in another program"),
     (

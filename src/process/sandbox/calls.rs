@@ -1,25 +1,27 @@
-//! Which system calls each role makes.
+//! The system calls that each role may make.
 //!
-//! Names are those of the C library's header; where an older call does the same, it is there as
-//! well, because C libraries and their versions differ in which they take.
+//! If there is an older call with the same effect, it is in the list, too: C libraries and their versions differ
+//! in the call they use.
+//!
+//! The file is long because it is one list, which a reviewer should see as a whole.
 
 use libc::c_long;
 
 use super::role::{Needs, Plugging, Role};
 
-/// A system call's number, and when it is allowed.
+/// The number of a system call, and the condition under which it is allowed.
 pub(super) type Call = (c_long, Condition);
 
-/// When a call is allowed.
+/// The condition under which a call is allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Condition {
-    /// Whatever its arguments are.
+    /// With any arguments.
     Always,
-    /// With such an argument.
+    /// If one argument has a certain value.
     With(Argument),
 }
 
-/// What the lower 32 bits of an argument have to be; arguments are counted from 0.
+/// A condition on the lower 32 bits of an argument. Arguments are counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Argument {
     /// This value.
@@ -30,7 +32,7 @@ pub(super) enum Argument {
     HasNone(u8, u64),
 }
 
-/// What a thread of this role may call.
+/// The calls that a thread of this role may make.
 pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
     let mut list = everywhere();
     match role {
@@ -117,7 +119,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
     list
 }
 
-/// Locks, memory, time, the log, events, and a thread's end.
+/// Locks, memory, time, the log, events, and the end of a thread.
 const EVERYWHERE: [c_long; 28] = [
     libc::SYS_brk,
     libc::SYS_clock_getres,
@@ -141,7 +143,7 @@ const EVERYWHERE: [c_long; 28] = [
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_yield,
-    // What a signal's handler tells the thread `signals` with, on any thread.
+    // The signal handler, which runs on any thread, wakes the thread `signals` with it.
     libc::SYS_sendto,
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
@@ -161,13 +163,13 @@ const WAIT: [c_long; 4] = [
 #[cfg(not(target_arch = "x86_64"))]
 const WAIT: [c_long; 2] = [libc::SYS_epoll_pwait, libc::SYS_ppoll];
 
-/// Taking a connection.
+/// Accepting a connection.
 #[cfg(target_arch = "x86_64")]
 const ACCEPT: [c_long; 2] = [libc::SYS_accept, libc::SYS_accept4];
 #[cfg(not(target_arch = "x86_64"))]
 const ACCEPT: [c_long; 1] = [libc::SYS_accept4];
 
-/// Messages over a connection, its options and its end.
+/// Sending and receiving messages, options of a socket, and shutting it down.
 const MESSAGES: [c_long; 7] = [
     libc::SYS_getsockopt,
     libc::SYS_readv,
@@ -178,10 +180,10 @@ const MESSAGES: [c_long; 7] = [
     libc::SYS_shutdown,
 ];
 
-/// Reaching another process, at a socket that `local_sockets` allows to make.
+/// Connecting a socket that `local_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
 
-/// What a file of the guest's memory is, and its name, where an error is about it.
+/// Type and size of a file of guest memory, and its name for an error message.
 #[cfg(target_arch = "x86_64")]
 const MEMORY_FILES: [c_long; 7] = [
     libc::SYS_fstat,
@@ -201,19 +203,19 @@ const MEMORY_FILES: [c_long; 5] = [
     libc::SYS_statx,
 ];
 
-/// The page tables' own memory grows and shrinks.
+/// Growing and shrinking the page-table arena.
 const ARENA: [c_long; 2] = [libc::SYS_fallocate, libc::SYS_ftruncate];
 
-/// Who a reader is, whether it is there, and its end.
+/// Identifying, waiting for and killing the process of a shadow reader.
 const READERS: [c_long; 2] = [libc::SYS_pidfd_open, libc::SYS_pidfd_send_signal];
 
-/// What a reader is given to write to.
+/// Creating the epoch words of a shadow reader.
 const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
 
-/// Registers of a device of the host.
+/// Registers and interrupts of an exported device.
 const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
-/// Devices, what the system says of them, and listening sockets.
+/// Opening devices, reading sysfs, and creating listening sockets.
 #[cfg(target_arch = "x86_64")]
 const OPEN: [c_long; 12] = [
     libc::SYS_bind,
@@ -243,7 +245,7 @@ const OPEN: [c_long; 10] = [
     libc::SYS_socketpair,
 ];
 
-/// A file is written beside another, which it then takes the place of. Where, Landlock decides.
+/// Writing a file and renaming it over another one. Landlock limits the folder.
 #[cfg(target_arch = "x86_64")]
 const TEXTFILE: [c_long; 4] = [
     libc::SYS_fchmod,
@@ -261,9 +263,9 @@ const TEXTFILE: [c_long; 4] = [
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 const TEXTFILE: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_openat, libc::SYS_renameat2];
 
-/// A connection's threads and events are made. Clones are in `threads_only`.
+/// Starting the threads of a connection and creating its events. `clone` is in `threads_only`.
 const SPAWN: [c_long; 5] = [
-    // Answered with ENOSYS: see the filter.
+    // The other filter answers it with ENOSYS.
     libc::SYS_clone3,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -271,7 +273,7 @@ const SPAWN: [c_long; 5] = [
     libc::SYS_set_tid_address,
 ];
 
-/// The files of sockets are removed if they are still the same.
+/// Removing the file of a socket if it is still the same.
 #[cfg(target_arch = "x86_64")]
 const REMOVE_SOCKETS: [c_long; 6] = [
     libc::SYS_lstat,
@@ -291,32 +293,32 @@ fn everywhere() -> Vec<Call> {
     let with = |call, argument| (call, Condition::With(argument));
     always(&EVERYWHERE)
         .chain([
-            // Memory that is code is never made.
+            // No executable memory.
             with(libc::SYS_mmap, Argument::HasNone(2, exec)),
             with(libc::SYS_mprotect, Argument::HasNone(2, exec)),
             // Names of threads and of memory.
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_NAME))),
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_VMA))),
-            // Builds for debugging see whether a descriptor is open before they close it.
+            // Debug builds check that a descriptor is open before they close it.
             with(libc::SYS_fcntl, Argument::Is(1, bits(libc::F_GETFD))),
-            // The runtime's handler of a fault that is no full stack lets that fault end the process.
+            // Rust's handler resets the action for a fault that is no stack overflow, so that it ends the process.
             with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGBUS))),
             with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGSEGV))),
-            // Its own end.
+            // Aborting itself.
             with(libc::SYS_tgkill, Argument::Is(0, own)),
         ])
         .collect()
 }
 
-/// What it takes to open a device or make a socket at a path, and a thread for it; and what those
-/// threads do, which are children of the one that does it. Which paths, Landlock decides.
+/// Opening a device, creating a socket at a path, and starting a thread for it; and all calls of those threads,
+/// because they inherit the filter of the thread that starts them. Landlock limits the paths.
 fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     let mut list: Vec<Call> = ioctls(&plugging.ioctls).collect();
     for child in [Role::VfioUser, Role::Export, Role::Faults] {
         list.extend(calls(child, needs));
     }
     list.extend(always(&OPEN));
-    // A new thread gives up what this one has kept.
+    // A new thread drops capabilities that this one has kept.
     let ambient = Argument::Is(0, u64::from(libc::PR_CAP_AMBIENT.unsigned_abs()));
     list.push((libc::SYS_prctl, Condition::With(ambient)));
     list.extend(always(&SPAWN));
@@ -328,12 +330,12 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     list
 }
 
-/// What backends do for whoever maps, unmaps or moves an endpoint.
+/// The calls of backends, in every thread that maps, unmaps or attaches.
 fn backends(needs: &Needs) -> Vec<Call> {
     let mut list: Vec<Call> = always(&ARENA).collect();
     if !needs.iommu_ioctls.is_empty() {
         list.extend(ioctls(&needs.iommu_ioctls));
-        // Where the devices' own memory is, is read from them.
+        // Reads the BARs of the devices.
         list.extend(always(&[libc::SYS_pread64]));
     }
     if needs.emulated || needs.shadow {
@@ -346,7 +348,7 @@ fn backends(needs: &Needs) -> Vec<Call> {
     list
 }
 
-/// Duplicates and flags of descriptors.
+/// Duplicating descriptors, and their flags.
 fn descriptors() -> Vec<Call> {
     let commands = [
         libc::F_DUPFD_CLOEXEC,
@@ -365,7 +367,7 @@ fn fcntl(command: libc::c_int) -> Call {
     (libc::SYS_fcntl, Condition::With(command))
 }
 
-/// `FIONBIO` of `asm-generic/ioctls.h`, by which a socket is made to wait or not.
+/// `FIONBIO` of `asm-generic/ioctls.h`, which makes a socket blocking or nonblocking.
 const FIONBIO: u32 = 0x5421;
 
 fn ioctls(numbers: &[u32]) -> impl Iterator<Item = Call> {
@@ -382,7 +384,7 @@ fn local_sockets(call: c_long) -> [Call; 1] {
     [(call, Condition::With(Argument::Is(0, local)))]
 }
 
-/// A thread that a library has made adds its own filter to the main thread's.
+/// A thread that a library has started adds its own filter to the one of the main thread.
 fn confine() -> [Call; 2] {
     let privileges = u64::from(libc::PR_SET_NO_NEW_PRIVS.unsigned_abs());
     [
@@ -394,7 +396,7 @@ fn confine() -> [Call; 2] {
     ]
 }
 
-/// Threads, and no processes.
+/// Starting threads, but not processes.
 fn threads_only() -> [Call; 1] {
     let flags = libc::CLONE_THREAD | libc::CLONE_VM;
     let thread = Argument::HasAll(0, u64::from(flags.unsigned_abs()));
@@ -409,10 +411,10 @@ fn always(numbers: &[c_long]) -> impl Iterator<Item = Call> {
 mod tests {
     use super::*;
 
-    /// No thread opens a file, starts a program or process, listens, or looks into another process.
+    /// No thread opens a file, starts a program or process, listens, or reads the memory of another process.
     #[test]
-    fn what_no_role_may_call() {
-        let needs = Needs::most();
+    fn no_role_may_make_a_dangerous_call() {
+        let needs = Needs::all_without_files();
         let never = [
             libc::SYS_openat,
             libc::SYS_execve,
@@ -440,7 +442,7 @@ mod tests {
             for (number, _) in &allowed {
                 assert!(!never.contains(number), "{role:?} may call {number}");
             }
-            // No role gets these but under a condition.
+            // Roles may make these calls only under a condition.
             for narrow in [
                 libc::SYS_ioctl,
                 libc::SYS_socket,
@@ -457,9 +459,9 @@ mod tests {
         }
     }
 
-    /// Only the thread that adds endpoints opens files then.
+    /// With hotplug, only the thread that adds endpoints opens files.
     #[test]
-    fn who_may_open_files_where_endpoints_are_added() {
+    fn only_control_may_open_files_to_add_endpoints() {
         let needs = Needs {
             plugging: Some(Plugging::default()),
             ..Needs::default()
@@ -476,9 +478,9 @@ mod tests {
         }
     }
 
-    /// Whoever reaches other processes or the host does it because the configuration says so.
+    /// Without a need in the configuration, threads reach neither other processes nor the host's IOMMU.
     #[test]
-    fn what_is_not_configured_is_not_allowed() {
+    fn calls_without_a_need_are_not_allowed() {
         let plain = Needs::default();
         for role in [Role::Main, Role::VhostUser, Role::Worker] {
             let allowed = calls(role, &plain);

@@ -1,4 +1,4 @@
-//! What of the file system is in reach: nothing but the removal of the daemon's own sockets.
+//! The Landlock rules: the daemon may remove its own sockets, and reaches nothing else in the file system.
 
 use std::path::Path;
 
@@ -12,21 +12,21 @@ use log::warn;
 use super::SandboxError;
 use super::role::{Needs, Plugging};
 
-/// The newest version whose rights are known here; an older kernel takes those that it knows.
+/// The newest Landlock version whose rights are used here. An older kernel uses those that it has.
 const NEWEST: ABI = ABI::V6;
 
-/// The rules for `needs`: no file is opened, made or changed, only sockets are removed from their
-/// folders; no port is reached, nor an abstract socket of anybody else's. Descriptors that are open
-/// already stay what they are, and sockets at paths can be connected to.
+/// The rules for `needs`. A thread may remove sockets from their folders. It may not open, create or change a
+/// file, use a TCP port, or connect to an abstract socket of another process. It may still use descriptors that
+/// are open, and connect to sockets at paths.
 ///
 /// # Errors
-/// The kernel refuses for another reason than that it has no Landlock.
+/// The kernel refuses. A kernel without Landlock is not an error.
 pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
     with_sockets(needs, AccessFs::RemoveFile.into())
 }
 
-/// The rules for the thread `control`, where it does more than to answer: to add endpoints it opens their
-/// devices and makes their sockets, and it writes a file with metrics.
+/// The rules for the thread `control` if it adds endpoints or writes a file with metrics. To add an endpoint it
+/// opens the device and creates the sockets.
 ///
 /// # Errors
 /// As for [`rules`].
@@ -67,7 +67,7 @@ fn with_sockets(needs: &Needs, rights: BitFlags<AccessFs>) -> Result<RulesetCrea
     Ok(rules)
 }
 
-/// Lets `rights` be used at `path` and below. Where it cannot be opened there is nothing to be used.
+/// Allows `rights` at `path` and below. Adds no rule if `path` cannot be opened.
 fn beneath(
     rules: RulesetCreated,
     path: &Path,
@@ -75,12 +75,12 @@ fn beneath(
 ) -> Result<RulesetCreated, SandboxError> {
     let Ok(opened) = PathFd::new(path) else {
         warn!(
-            "{} is not there: what needs it cannot be done until the daemon is started anew",
+            "{} cannot be opened, so the sandbox does not allow it; restart the daemon once it exists",
             path.display()
         );
         return Ok(rules);
     };
-    // A file takes no rights of folders.
+    // Rights of folders are not valid for a file.
     let rights = if path.is_dir() {
         rights
     } else {
@@ -89,11 +89,11 @@ fn beneath(
     Ok(rules.add_rule(PathBeneath::new(opened, rights))?)
 }
 
-/// Puts the calling thread, and those that it makes, under the rules. Returns whether the kernel
-/// has anything to enforce them with.
+/// Puts the calling thread and the threads that it starts under the rules. Returns whether the kernel enforces
+/// them.
 ///
 /// # Errors
-/// The kernel refuses, as after 16 layers of rules.
+/// The kernel refuses, for example because the thread has 16 layers of rules already.
 pub(super) fn restrict(rules: RulesetCreated) -> Result<bool, SandboxError> {
     let status = rules.restrict_self()?;
     Ok(status.ruleset != RulesetStatus::NotEnforced)
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn control_reaches_what_it_adds_endpoints_and_writes_metrics_with() {
+    fn control_reaches_devices_sockets_and_its_textfile() {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         for name in ["dev", "sys", "run", "metrics", "other"] {
@@ -160,9 +160,9 @@ mod tests {
         });
     }
 
-    /// In a thread of its own, which alone is restricted.
+    /// In a thread of its own, so that the test program is not restricted.
     #[test]
-    fn nothing_is_in_reach_but_the_removal_of_sockets() {
+    fn a_thread_may_only_remove_sockets() {
         let own = tempfile::tempdir().expect("a folder");
         let other = tempfile::tempdir().expect("a folder");
         let needs = Needs {

@@ -1,4 +1,4 @@
-//! A thread's seccomp filter: the program made of what its role may call.
+//! The seccomp filter of a thread, compiled from the system calls of its role.
 
 use std::collections::BTreeMap;
 
@@ -11,21 +11,21 @@ use super::SandboxError;
 use super::calls::{Argument, Call, Condition, calls};
 use super::role::{Needs, Role};
 
-/// What becomes of a process that makes a call it is not allowed.
+/// What the filter does about a call that it does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
-    /// The kernel ends it at once, all threads of it, with SIGSYS.
+    /// The kernel kills the process, with SIGSYS and at once.
     Kill,
-    /// The thread says on standard error which call it was, and ends the process with SIGSYS.
+    /// The thread names the call on standard error and then ends the process with SIGSYS.
     Report,
 }
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// The filters of a thread, in the order in which they are to be installed.
+/// The filters of a thread, in the order in which they must be installed.
 ///
 /// # Errors
-/// The processor is none that filters can be made for.
+/// The processor has no filters.
 pub(super) fn programs(
     role: Role,
     needs: &Needs,
@@ -37,8 +37,8 @@ pub(super) fn programs(
     })?;
     let mut programs = Vec::new();
     if role.makes_threads(needs) {
-        // The arguments of clone3 are in memory, where no filter sees them. The C library takes
-        // clone instead where the kernel is said not to know it.
+        // A filter cannot check the arguments of clone3, because they are in memory. The C library uses clone
+        // instead if clone3 gives ENOSYS.
         let hidden = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
         let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
         programs.push(program(hidden, SeccompAction::Allow, unknown, arch)?);
@@ -64,7 +64,7 @@ fn program(
         .map_err(SandboxError::Filter)
 }
 
-/// A call that is allowed at all under no condition is allowed under any.
+/// The rules by call. A call that is in the list without a condition needs none of its conditions.
 fn rules(calls: &[Call]) -> Result<Rules, SandboxError> {
     let mut rules = Rules::new();
     for (number, _) in calls.iter().filter(|(_, a)| *a == Condition::Always) {
@@ -105,8 +105,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_role_has_a_filter_and_who_makes_threads_has_two() {
-        let needs = Needs::most();
+    fn each_role_has_a_filter_and_roles_that_start_threads_have_two() {
+        let needs = Needs::all_without_files();
         let plugging = Needs {
             plugging: Some(Plugging::default()),
             ..needs.clone()
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allowed_without_condition_needs_none() {
+    fn a_call_allowed_without_condition_has_none() {
         let with = |value| (7, Condition::With(Argument::Is(0, value)));
         let made = rules(&[with(1), with(2), with(1)]).expect("rules");
         assert_eq!(made[&7].len(), 2);

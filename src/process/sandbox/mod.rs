@@ -1,14 +1,14 @@
-//! What is left to the process once it serves: no more than it needs, thread by thread.
+//! The sandbox: each thread keeps only the rights that its role needs.
 //!
 //! ```text
-//! arm        the whole process, before it has threads: no new privileges, no core dumps
-//! spawn      a thread of ours: confined before its first step
-//! enter      a thread that somebody else has made, or the main thread when all is set up
-//!              capabilities -> Landlock -> seccomp, each of the thread alone and inherited
+//! arm        confines the process as a whole, before it has threads: no new privileges, no core dumps
+//! spawn      starts a thread of this crate, confined before its first step
+//! enter      confines a thread that a library has started, or the main thread once all is set up
+//!              capabilities -> Landlock -> seccomp; each holds for the thread and the threads it starts
 //! ```
 //!
-//! A process that was not armed, as of tests and of other programs with this library, is not
-//! confined: `spawn` makes a thread and `enter` does nothing.
+//! A process that was not armed is not confined: `spawn` only starts a thread, and `enter` does nothing. This
+//! is so for tests and for other programs that use this library.
 
 mod calls;
 mod files;
@@ -33,73 +33,73 @@ use crate::locks::{Mutex, Rank};
 pub use filter::Violation;
 pub use role::{Needs, Plugging, Role};
 
-/// The sandbox of this process, if it is armed. A process is confined as a whole and for good, so
-/// that there is no second one.
+/// The sandbox of this process, if it is armed. A process can be armed only once, because the confinement
+/// cannot be undone.
 static ARMED: OnceLock<Armed> = OnceLock::new();
 
 thread_local! {
-    /// What the calling thread is confined to.
+    /// The role that the calling thread is confined to.
     static CONFINED: Cell<Option<Role>> = const { Cell::new(None) };
 }
 
-/// Why the process cannot be confined.
+/// The process or a thread cannot be confined.
 #[derive(Debug, Error)]
 pub enum SandboxError {
-    /// There are no filters here.
+    /// The kernel or the processor has no system call filters.
     #[error(
         "the sandbox cannot be made: there are no system call filters {why}; use a kernel with \
          CONFIG_SECCOMP_FILTER, or give --no-sandbox to run without any protection"
     )]
     NoFilters {
-        /// Where there are none.
+        /// The kernel or the processor, and the error.
         why: String,
     },
-    /// A filter could not be made or installed.
+    /// A filter cannot be compiled.
     #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
     Filter(#[source] seccompiler::BackendError),
     /// The kernel refused a filter.
     #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
     Install(#[source] seccompiler::Error),
-    /// The kernel refused the rules for files.
+    /// The kernel refused the Landlock rules.
     #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
     Files(#[from] landlock::RulesetError),
     /// The kernel refused something else.
     #[error("the sandbox cannot be made: cannot {what}: {source}; --no-sandbox runs without it")]
     System {
-        /// What was tried.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// It was done already.
+    /// The process is armed already.
     #[error("the sandbox of this process is made already; call it once")]
     Twice,
 }
 
-/// What threads are confined with.
+/// The settings by which threads are confined.
 struct Armed {
     needs: Needs,
     violation: Violation,
-    /// Until the main thread is confined, whose threads inherit them; for good where the thread
-    /// `control` makes others.
+    /// The Landlock rules. The main thread takes them, because threads that start later inherit its rules. They
+    /// stay here if the thread `control` starts threads.
     files: Mutex<Option<RulesetCreated>>,
-    /// Those of the thread `control`, where it adds endpoints.
+    /// The Landlock rules of the thread `control`, if it adds endpoints or writes a file with metrics.
     control_files: Mutex<Option<RulesetCreated>>,
 }
 
-/// Begins to confine the process, before it has threads: threads of [`spawn`] are confined from now
-/// on, and [`enter`] confines the others.
+/// Arms the process. The caller must do so before it starts any thread. From then on [`spawn`] confines the
+/// threads it starts, and [`enter`] confines other threads.
 ///
 /// # Errors
-/// The kernel cannot do it; see [`SandboxError`]. A kernel without Landlock is no error: the filters
-/// let no file be opened either.
+/// See [`SandboxError`]. A kernel without Landlock is not an error, because the filters do not allow opening
+/// files either.
 pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
-    system::filters_are_there()?;
-    system::keep_the_allocator_from_files();
+    system::check_filters()?;
+    system::limit_the_allocator_to_one_arena();
     if violation == Violation::Report {
         system::name_violations()?;
     }
-    privileges::give_up_growth(&needs)?;
+    privileges::confine_process(&needs)?;
     let more_for_control = needs.plugging.is_some() || needs.textfile_folder.is_some();
     let control_files = more_for_control
         .then(|| files::control_rules(&needs))
@@ -113,10 +113,10 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
     ARMED.set(armed).map_err(|_| SandboxError::Twice)
 }
 
-/// A thread named after its role, which is confined before its first step; that is waited for.
+/// Starts a thread named after its role, and waits until it is confined. It runs `run` only then.
 ///
 /// # Errors
-/// The system has no thread left, or the kernel does not confine it.
+/// The system has no thread left, or the thread cannot be confined.
 pub fn spawn(role: Role, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     let thread = std::thread::Builder::new().name(role.name().into());
     let Some(armed) = ARMED.get() else {
@@ -126,7 +126,7 @@ pub fn spawn(role: Role, run: impl FnOnce() + Send + 'static) -> io::Result<Join
     let thread = thread.spawn(move || {
         let done = armed.confine(role);
         let is_confined = done.is_ok();
-        // Its receiver is there until it has it.
+        // Cannot fail: the receiver waits for it.
         let _ = sender.send(done);
         if is_confined {
             run();
@@ -137,8 +137,8 @@ pub fn spawn(role: Role, run: impl FnOnce() + Send + 'static) -> io::Result<Join
     Ok(thread)
 }
 
-/// Confines the calling thread, and the threads that it will make, if the process is armed and it
-/// has not been done. Where the kernel refuses, the process ends: nobody runs with less.
+/// Confines the calling thread and the threads that it will start. Does nothing if the process is not armed or
+/// the thread is confined already. Aborts the process if the kernel refuses: no thread may run unconfined.
 pub fn enter(role: Role) {
     if CONFINED.get().is_some() {
         return;
@@ -147,7 +147,7 @@ pub fn enter(role: Role) {
         return;
     };
     if let Err(cause) = armed.confine(role) {
-        error!("the thread {} is not run: {cause}", role.name());
+        error!("the thread {} cannot be confined: {cause}", role.name());
         std::process::abort();
     }
 }
@@ -158,7 +158,7 @@ impl Armed {
         CONFINED.set(Some(role));
         let programs = filter::programs(role, &self.needs, self.violation)?;
         let mut rights = None;
-        // The main thread's children have the rest from it.
+        // Children of the main thread inherit its capabilities and Landlock rules.
         if !role.is_child_of_main() {
             let kept = privileges::drop_capabilities(&self.needs)?;
             rights = Some((kept, self.restrict_files(role)?));
@@ -167,13 +167,13 @@ impl Armed {
             seccompiler::apply_filter(program).map_err(SandboxError::Install)?;
         }
         match rights {
-            Some((kept, enforced)) if role == Role::Main => tell(kept, enforced),
+            Some((kept, enforced)) if role == Role::Main => log_confinement(kept, enforced),
             _ => debug!("{} is confined", role.name()),
         }
         Ok(())
     }
 
-    /// Whether there is anything in the kernel that enforces it.
+    /// Puts the calling thread under the Landlock rules of its role. Returns whether the kernel enforces them.
     fn restrict_files(&self, role: Role) -> Result<bool, SandboxError> {
         let mut files = self.files.lock();
         let mut control_files = self.control_files.lock();
@@ -188,16 +188,16 @@ impl Armed {
                 source,
             })?
         };
-        // Later than the main thread, threads are its children and have its rules.
+        // Without rules here, the main thread has taken them, and this thread has inherited them.
         rules.map_or(Ok(true), files::restrict)
     }
 }
 
-fn tell(kept: CapabilitySet, enforced: bool) {
+fn log_confinement(kept: CapabilitySet, enforced: bool) {
     let files = if enforced {
         "out of reach"
     } else {
-        "kept away by the filter alone, as this kernel has no Landlock"
+        "protected by the filter alone, as this kernel has no Landlock"
     };
     let names: Vec<_> = kept.iter_names().map(|(name, _)| name).collect();
     let kept = if names.is_empty() {

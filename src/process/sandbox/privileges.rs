@@ -1,5 +1,5 @@
-//! Rights that are given up: capabilities, new privileges, core dumps; and the limit of locked
-//! memory, which is used to the full.
+//! Gives up rights: capabilities, new privileges, core dumps. Raises the limit of locked memory as far as
+//! allowed.
 
 use std::io;
 
@@ -9,13 +9,13 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use super::SandboxError;
 use super::role::Needs;
 
-/// For the whole process, before it has other threads: no program gives it rights, it leaves no
-/// image of its memory, which is the guest's, and no process of its own user looks into it. It may
-/// lock as much memory as it is allowed to.
+/// Confines the whole process; must be called before it has other threads. It gets no rights from programs that
+/// it runs. It leaves no core dump, which would have the guest's memory in it, and other processes of its user
+/// cannot trace it. It may lock as much memory as its hard limit allows.
 ///
 /// # Errors
 /// The kernel refuses.
-pub(super) fn give_up_growth(needs: &Needs) -> Result<(), SandboxError> {
+pub(super) fn confine_process(needs: &Needs) -> Result<(), SandboxError> {
     let failed = |what| {
         move |source: rustix::io::Errno| SandboxError::System {
             what,
@@ -24,9 +24,9 @@ pub(super) fn give_up_growth(needs: &Needs) -> Result<(), SandboxError> {
     };
     rustix::thread::set_no_new_privs(true).map_err(failed("give up new privileges"))?;
     limit(Resource::Core, Some(0), Some(0)).map_err(failed("switch off core dumps"))?;
-    // A build for debugging can be looked into by its own user.
+    // Its own user may trace a debug build.
     if !cfg!(debug_assertions) {
-        close_to_others().map_err(|source| SandboxError::System {
+        disable_dumps_and_tracing().map_err(|source| SandboxError::System {
             what: "keep others from looking into this process",
             source,
         })?;
@@ -39,7 +39,7 @@ pub(super) fn give_up_growth(needs: &Needs) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// Sets a limit where it is another one: a service manager that has set it may not let others do so.
+/// Sets a limit if it differs: a sandboxed service may not change a limit that the service manager has set.
 fn limit(
     resource: Resource,
     current: Option<u64>,
@@ -52,14 +52,14 @@ fn limit(
     rustix::process::setrlimit(resource, wanted)
 }
 
-/// No core dump, and no tracing nor reading of its memory through /proc but by the super-user.
-fn close_to_others() -> io::Result<()> {
+/// Allows only root to dump the process, to trace it, or to read its memory through /proc.
+fn disable_dumps_and_tracing() -> io::Result<()> {
     Ok(rustix::process::set_dumpable_behavior(
         DumpableBehavior::NotDumpable,
     )?)
 }
 
-/// Takes from the calling thread all capabilities but those that the configuration needs.
+/// Drops all capabilities of the calling thread that the configuration does not need. Returns those that stay.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -70,10 +70,10 @@ pub(super) fn drop_capabilities(needs: &Needs) -> Result<CapabilitySet, SandboxE
     };
     let now = rustix::thread::capabilities(None).map_err(failed)?;
     let kept = needed(needs) & now.permitted;
-    // An empty ambient set is what old kernels without one have.
+    // Fails on old kernels, which have no ambient set.
     let _ = rustix::thread::clear_ambient_capability_set();
     if now.permitted == kept && now.effective == kept && now.inheritable.is_empty() {
-        // Nor may a service be let do what it has no need of.
+        // Nothing to drop. A sandboxed service may not be allowed to call capset.
         return Ok(kept);
     }
     let left = CapabilitySets {
@@ -85,23 +85,23 @@ pub(super) fn drop_capabilities(needs: &Needs) -> Result<CapabilitySet, SandboxE
     Ok(kept)
 }
 
-/// What a daemon that was started with all capabilities keeps of them.
+/// The capabilities that the configuration needs.
 fn needed(needs: &Needs) -> CapabilitySet {
     let mut kept = CapabilitySet::empty();
     if !needs.iommu_ioctls.is_empty() {
-        // The guest's memory is pinned without regard to the limit.
+        // Pins the guest's memory regardless of the limit of locked memory.
         kept |= CapabilitySet::IPC_LOCK;
     }
     if needs.realtime {
-        // The worker of each connection takes its priority, where the limit does not let it.
+        // The worker of each connection sets its priority, even above the limit.
         kept |= CapabilitySet::SYS_NICE;
     }
     if needs.shadow {
-        // Readers of other users that do not leave in time are killed.
+        // Kills readers of other users that do not release memory in time.
         kept |= CapabilitySet::KILL;
     }
     if needs.emulated || needs.qmp || needs.textfile_folder.is_some() {
-        // Sockets and folders of other users are used, at any time.
+        // Opens sockets and folders of other users, at any time.
         kept |= CapabilitySet::DAC_OVERRIDE;
     }
     kept
@@ -114,7 +114,7 @@ mod tests {
     #[test]
     fn capabilities_are_kept_for_a_reason_only() {
         assert_eq!(needed(&Needs::default()), CapabilitySet::empty());
-        let all = Needs::most();
+        let all = Needs::all_without_files();
         let kept = CapabilitySet::IPC_LOCK
             | CapabilitySet::SYS_NICE
             | CapabilitySet::KILL
@@ -123,12 +123,12 @@ mod tests {
     }
 
     #[test]
-    #[expect(unsafe_code, reason = "tries it in a child, which ends at once")]
-    fn a_process_is_closed_to_others() {
+    #[expect(unsafe_code, reason = "forks a child, which ends at once")]
+    fn dumps_and_tracing_can_be_disabled() {
         // SAFETY: the child makes system calls only, and leaves without running anything else.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let closed = close_to_others().is_ok()
+            let closed = disable_dumps_and_tracing().is_ok()
                 && rustix::process::dumpable_behavior() == Ok(DumpableBehavior::NotDumpable);
             // SAFETY: does not return.
             unsafe { libc::_exit(i32::from(!closed)) };

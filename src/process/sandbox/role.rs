@@ -1,36 +1,36 @@
-//! What the process as a whole does, and which threads do it.
+//! The roles of threads, and the rights that the configuration makes them need.
 
 use std::path::PathBuf;
 
 use crate::ids::list_variants;
 
-/// A kind of thread. Each has a filter of its own.
+/// The role of a thread. Each role has a filter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Accepts one VMM after the other. The two below are its children, so that it may do what
-    /// they do.
+    /// Accepts VMMs, one after the other. It starts the threads of the next two roles, so its filter allows what
+    /// theirs allow.
     Main,
-    /// Hears the VMM that is connected.
+    /// Handles the vhost-user messages of the connected VMM.
     VhostUser,
     /// Serves the request ring.
     Worker,
     /// Answers the control socket.
     Control,
-    /// Lets readers of the page tables in and hears them.
+    /// Registers shadow readers and handles their messages.
     Shadow,
-    /// Passes their faults on to the guest.
+    /// Delivers the faults of shadow readers to the guest.
     ShadowFaults,
-    /// Passes on to the guest what emulated devices are refused.
+    /// Delivers the faults of emulated devices to the guest.
     Faults,
     /// Moves the messages of one emulated device.
     VfioUser,
-    /// Serves one exported device of the host.
+    /// Serves one exported device.
     Export,
-    /// Turns signals into an orderly end.
+    /// Stops the daemon in order when a signal comes.
     Signals,
-    /// Asks the others whether they live.
+    /// Asks other threads for a sign of life.
     Watchdog,
-    /// Hears of the VMM that it has reset the VM.
+    /// Listens for resets of the VM at the QMP socket of the VMM.
     Qmp,
 }
 
@@ -41,13 +41,13 @@ list_variants!(
 );
 
 impl Role {
-    /// Whether the main thread has such a thread made once it is confined itself.
+    /// Whether the main thread starts threads of this role after it is confined.
     pub(super) const fn is_child_of_main(self) -> bool {
         matches!(self, Self::VhostUser | Self::Worker)
     }
 
-    /// Whether such a thread makes others once it is confined itself. Those are confined to what it
-    /// may do and to what they may do themselves.
+    /// Whether a thread of this role starts others after it is confined. They inherit its filter and add the one
+    /// of their own role.
     pub(super) const fn makes_threads(self, needs: &Needs) -> bool {
         match self {
             Self::Main => true,
@@ -65,8 +65,8 @@ impl Role {
         }
     }
 
-    /// The name of such a thread, as the kernel's log and `ps` have it. The main thread has the
-    /// program's; the two after it get theirs from the vhost-user-backend crate.
+    /// The name of a thread of this role, as in the kernel's log and in `ps`. The main thread has the name of the
+    /// program there, and the vhost-user-backend crate names the threads of the next two roles.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
@@ -85,34 +85,34 @@ impl Role {
     }
 }
 
-/// What one process's configuration asks of its threads, beyond what all of them do.
+/// The rights that threads need because of the configuration, in addition to those that they always need.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
-    /// Numbers of the ioctls that program the host's IOMMU; empty without devices of the host.
+    /// Numbers of the ioctls that program the host's IOMMU; empty without passthrough endpoints.
     pub iommu_ioctls: Vec<u32>,
-    /// Numbers of the ioctls of devices that are exported; empty without such devices.
+    /// Numbers of the ioctls of exported devices; empty without such devices.
     pub device_ioctls: Vec<u32>,
-    /// The VMM is listened to at a socket of its own.
+    /// The daemon connects to the QMP socket of the VMM.
     pub qmp: bool,
-    /// There are devices that other processes emulate, which are connected to at any time.
+    /// There are emulated endpoints. The daemon may connect to their servers at any time.
     pub emulated: bool,
     /// The worker gives itself a realtime priority.
     pub realtime: bool,
-    /// There are readers of the page tables, which may have to be killed.
+    /// There are shadow endpoints. The daemon may have to kill their readers.
     pub shadow: bool,
-    /// Where endpoints are added and removed while the VM runs: what the thread `control` does for
-    /// that, which opens their devices and makes sockets and threads.
+    /// The rights with which the thread `control` adds and removes endpoints while the VM runs: it opens their
+    /// devices, and creates sockets and threads. `None` without a control socket.
     pub plugging: Option<Plugging>,
-    /// The folder in which the thread `control` makes a file with metrics, anew each time.
+    /// The folder in which the thread `control` writes a file with metrics.
     pub textfile_folder: Option<PathBuf>,
-    /// Folders in which sockets were made, which are removed at the end.
+    /// The folders of the sockets. The daemon removes their files at its end.
     pub socket_folders: Vec<PathBuf>,
 }
 
 #[cfg(test)]
 impl Needs {
-    /// Everything but what lets files be opened.
-    pub(super) fn most() -> Self {
+    /// All needs except those that allow opening files.
+    pub(super) fn all_without_files() -> Self {
         Self {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
@@ -127,13 +127,13 @@ impl Needs {
     }
 }
 
-/// What adding endpoints takes. Their sockets can be in the folders of the others alone.
+/// The rights with which endpoints are added. Their sockets can only be in the folders of other sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plugging {
-    /// Numbers of the ioctls by which devices are opened.
+    /// Numbers of the ioctls that open a device.
     pub ioctls: Vec<u32>,
-    /// Nodes of devices, and folders of them, that are opened to be read, written and controlled.
+    /// Device nodes and folders of nodes, which are opened for reading, writing and ioctls.
     pub nodes: Vec<PathBuf>,
-    /// Folders that are read, to learn what devices there are.
+    /// Folders that are read to find devices.
     pub facts: Vec<PathBuf>,
 }

@@ -1,9 +1,9 @@
-//! System and library calls of this module: what the kernel knows of filters, and the last words of a
-//! thread that breaks its own.
+//! System and library calls of the sandbox: a check for filters, a setting of the allocator, and the signal
+//! handler that names a forbidden call.
 
 #![expect(
     unsafe_code,
-    reason = "a signal's handler, a question to the kernel, a setting of the C library"
+    reason = "installs a signal handler, queries the kernel, and sets up the C library"
 )]
 
 use std::io;
@@ -13,11 +13,11 @@ use libc::{c_int, c_void, siginfo_t};
 
 use super::{CONFINED, SandboxError};
 
-/// Whether the kernel has filters that end a process.
+/// Checks that the kernel has filters that can kill a process.
 ///
 /// # Errors
 /// [`SandboxError::NoFilters`].
-pub(super) fn filters_are_there() -> Result<(), SandboxError> {
+pub(super) fn check_filters() -> Result<(), SandboxError> {
     let action: u32 = libc::SECCOMP_RET_KILL_PROCESS;
     // SAFETY:
     // - action: read only, and there for the whole call
@@ -37,20 +37,18 @@ pub(super) fn filters_are_there() -> Result<(), SandboxError> {
     })
 }
 
-/// Has all threads share one pool of memory. With one for each, glibc opens files now and then, in
-/// whichever thread it is: for the number of processors when it thinks of one more pool, for the
-/// kernel's manner of overcommitting when it gives a pool's memory back. Each thread keeps its small
-/// pieces to itself as before, so that they hardly wait for each other.
-pub(super) fn keep_the_allocator_from_files() {
+/// Limits glibc to one arena for all threads. With several arenas, any thread may open files: to count the
+/// processors before it creates another arena, and to read the overcommit mode before it returns memory of one.
+/// Each thread still has a cache of small blocks, so threads hardly wait for each other.
+pub(super) fn limit_the_allocator_to_one_arena() {
     #[cfg(target_env = "gnu")]
     {
-        // SAFETY: sets a number of the allocator's.
+        // SAFETY: sets a parameter of the allocator, and passes no pointer.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     }
 }
 
-/// Has a thread name the call that its filter does not allow, before the process ends by the same
-/// signal.
+/// Installs a handler of SIGSYS that names the forbidden call. The same signal then ends the process.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -59,7 +57,7 @@ pub(super) fn name_violations() -> Result<(), SandboxError> {
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = name_the_call;
     action.sa_sigaction = handler as libc::sighandler_t;
-    // Once only: the handler's own signal ends the process.
+    // Reset after the first signal, so that the second one, from the handler, ends the process.
     action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND | libc::SA_NODEFER;
     // SAFETY:
     // - action: a handler of the kind that the flags say, which makes only system calls that a
@@ -75,8 +73,7 @@ pub(super) fn name_violations() -> Result<(), SandboxError> {
 }
 
 extern "C" fn name_the_call(_signal: c_int, about: *mut siginfo_t, _context: *mut c_void) {
-    // `si_syscall` of `asm-generic/siginfo.h`, at byte 24 on machines of 64 bits, the only ones that
-    // filters are made for here.
+    // `si_syscall` of `asm-generic/siginfo.h` is at byte 24 on 64-bit machines. Filters exist only for those.
     let number = about.cast::<c_int>().wrapping_add(6);
     // SAFETY:
     // - number: inside the structure, which the kernel has filled in and this handler has to itself
@@ -102,7 +99,7 @@ extern "C" fn name_the_call(_signal: c_int, about: *mut siginfo_t, _context: *mu
     unsafe { libc::_exit(1) }
 }
 
-/// The number's digits, without asking for memory.
+/// The decimal digits of a number. Allocates nothing, as a signal handler must not.
 fn decimal(number: c_int, room: &mut [u8; 10]) -> &[u8] {
     let mut rest = number.unsigned_abs();
     let mut first = room.len();
@@ -122,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_written_as_people_do() {
+    fn numbers_are_written_in_decimal() {
         for number in [0, 7, 59, 435, c_int::MAX] {
             let mut room = [0; 10];
             assert_eq!(decimal(number, &mut room), number.to_string().as_bytes());
