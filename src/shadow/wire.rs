@@ -3,8 +3,6 @@
 
 use std::sync::atomic::AtomicU64;
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
 use crate::address::Access;
 use crate::ids::list_variants;
 
@@ -22,10 +20,7 @@ pub const EPOCH_STRIDE: usize = 8;
 pub const EPOCH_BYTES: usize = EPOCH_WORDS * EPOCH_STRIDE * 8;
 
 /// A frame: a kind and numbers whose meaning depends on it.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
-#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frame {
     /// What it says, see [`kind`].
     pub kind: u32,
@@ -34,8 +29,6 @@ pub struct Frame {
     /// More numbers.
     pub numbers: [u64; 4],
 }
-
-const _: () = assert!(size_of::<Frame>() == FRAME_LEN);
 
 /// Kinds of frames.
 pub mod kind {
@@ -72,12 +65,26 @@ impl Frame {
 
     /// The frame in `bytes`.
     pub fn from_wire(bytes: &[u8; FRAME_LEN]) -> Self {
-        zerocopy::transmute!(*bytes)
+        let (halves, words) = (bytes.as_chunks::<4>().0, bytes.as_chunks::<8>().0);
+        let half = |index: usize| halves.get(index).map_or(0, |h| u32::from_ne_bytes(*h));
+        let word = |index: usize| words.get(index).map_or(0, |w| u64::from_ne_bytes(*w));
+        Self {
+            kind: half(0),
+            value: half(1),
+            numbers: [1, 2, 3, 4].map(word),
+        }
     }
 
-    /// The bytes.
+    /// The bytes of this frame.
     pub fn to_wire(self) -> [u8; FRAME_LEN] {
-        zerocopy::transmute!(self)
+        let head = [self.kind, self.value].into_iter();
+        let head = head.flat_map(u32::to_ne_bytes);
+        let numbers = self.numbers.into_iter().flat_map(u64::to_ne_bytes);
+        let mut bytes = [0; FRAME_LEN];
+        for (to, from) in bytes.iter_mut().zip(head.chain(numbers)) {
+            *to = from;
+        }
+        bytes
     }
 }
 
@@ -153,6 +160,9 @@ mod tests {
     fn frames_and_codes_give_back_what_they_were_made_of() {
         let frame = Frame::new(kind::FAULT, 2, [0x1000, 2, 3, u64::MAX]);
         assert_eq!(Frame::from_wire(&frame.to_wire()), frame);
+        let head = [9u32, 2].map(u32::to_ne_bytes).concat();
+        let numbers = [0x1000, 2, 3, u64::MAX].map(u64::to_ne_bytes).concat();
+        assert_eq!(frame.to_wire().to_vec(), [head, numbers].concat());
         for refusal in Refusal::ALL {
             assert_eq!(Refusal::of(refusal.code()), Some(refusal));
         }
