@@ -192,7 +192,7 @@ fn threads_of_the_daemon_are_made_by_the_sandbox() {
         "process/socket.rs",
         "process/realtime.rs",
         "qemu/launch/events.rs",
-        "shadow/reader.rs",
+        "shadow/reader/session.rs",
     ];
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();

@@ -27,6 +27,7 @@
 //! This guards against a device that errs, not against one that is malicious: it has guest memory
 //! mapped, all of it.
 
+mod frames;
 #[cfg(feature = "daemon")]
 mod process;
 pub mod reader;
@@ -41,7 +42,7 @@ pub mod wire;
 pub use process::Process;
 
 pub use reader::{
-    AccessGuard, ConnectError, Refused, ShadowIommu, ShadowMemory, ShadowReader, TlbGuard,
+    AccessError, AccessGuard, ConnectError, ShadowIommu, ShadowMemory, ShadowReader, TlbGuard,
 };
 #[cfg(feature = "daemon")]
 pub use registry::{

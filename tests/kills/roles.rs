@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use vhost_device_iommu::address::{Access, Iova};
 use vhost_device_iommu::ids::EndpointId;
-use vhost_device_iommu::shadow::{Refused, ShadowReader};
+use vhost_device_iommu::shadow::{AccessError, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::daemon::EP3;
@@ -65,7 +65,7 @@ fn read() -> ! {
             }
             let page = match inside.translate(Iova(at), Access::READ_WRITE) {
                 Ok(page) => page.gpa.0,
-                Err(Refused::Fault { .. }) => continue,
+                Err(AccessError::Fault { .. }) => continue,
                 Err(other) => panic!("{other}"),
             };
             let ram = memory.get_backend();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
 use vhost_device_iommu::faults::{Fault, FaultReason};
-use vhost_device_iommu::shadow::{Limits, Refused};
+use vhost_device_iommu::shadow::{Limits, AccessError};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::bed::{A, B, Bed, D1, D2, MSI, PAGE, RAM, eventually, mapping, range, slot};
@@ -108,7 +108,7 @@ fn each_refusal_is_told_with_endpoint_rights_and_address() {
     assert_eq!(bed.fault(), refused(A, Access::READ, 0x10));
     let inside = a.enter().expect("a word");
     let refusal = inside.translate(Iova(0x5000), Access::READ_WRITE);
-    assert!(matches!(refusal, Err(Refused::Fault { .. })));
+    assert!(matches!(refusal, Err(AccessError::Fault { .. })));
     drop(inside);
     assert_eq!(bed.fault(), refused(A, Access::READ_WRITE, 0x5000));
     // Addresses no access can have.
@@ -243,7 +243,7 @@ fn as_many_accesses_as_there_are_words_go_on_at_once() {
     let bed = Bed::new();
     let reader = bed.reader(A);
     let mut inside: Vec<_> = (0..64).map(|_| reader.enter().expect("a word")).collect();
-    assert_eq!(reader.enter().err(), Some(Refused::Busy));
+    assert_eq!(reader.enter().err(), Some(AccessError::Busy));
     reader.memory().read_obj::<u8>(at(0)).expect_err("busy");
     inside.pop();
     drop(reader.enter().expect("a word"));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
-use vhost_device_iommu::shadow::{Limits, Refused, ShadowReader};
+use vhost_device_iommu::shadow::{AccessError, Limits, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bed::{A, B, Bed, D1, D2, PAGE, mapping, range};
@@ -60,7 +60,7 @@ pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
                 assert_eq!(still, first, "at {iova:#x}, within one access");
                 done += 1;
             }
-            Err(Refused::Fault { .. } | Refused::Disconnected) => {}
+            Err(AccessError::Fault { .. } | AccessError::Disconnected) => {}
             Err(other) => panic!("{other}"),
         }
     }

@@ -1,0 +1,152 @@
+//! Accesses in progress, and what they find in the page tables.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use super::error::AccessError;
+use super::session::Session;
+use super::tlb::{LAST_REACHED, Tlb};
+use crate::address::{Access, Gpa, Iova};
+use crate::locks::MutexGuard;
+use crate::page_table::epoch::{enter, leave};
+use crate::page_table::{EndpointWord, Translation, reader};
+use crate::shadow::wire::{EPOCH_WORDS, epoch_word};
+
+/// The part of an address within a page.
+const PAGE_MASK: u64 = 0xfff;
+
+/// An epoch word in use.
+#[derive(Debug)]
+pub(super) struct Inside<'a> {
+    pub(super) word: &'a AtomicU64,
+    value: u64,
+    /// Nobody else in this process uses the word while this is held.
+    pub(super) tlb: MutexGuard<'a, Tlb>,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        leave(self.word, self.value);
+    }
+}
+
+impl Session {
+    /// Takes an epoch word that nobody in this process uses.
+    #[inline]
+    pub(super) fn enter(&self) -> Option<Inside<'_>> {
+        let hint = preferred_word();
+        let (before, from) = self.tlbs.split_at(hint.min(self.tlbs.len()));
+        let from = from.iter().enumerate().map(|(n, tlb)| (n + hint, tlb));
+        for (index, tlb) in from.chain(before.iter().enumerate()) {
+            if let Some(tlb) = tlb.try_lock() {
+                let word = epoch_word(self.epochs.as_slice(), index)?;
+                let value = enter(word);
+                return Some(Inside { word, value, tlb });
+            }
+        }
+        None
+    }
+
+    /// Where `iova` leads. To be called inside an access.
+    #[inline]
+    pub(super) fn find(&self, iova: Iova, access: Access) -> Result<Translation, AccessError> {
+        if !self.connected.load(Ordering::Acquire) {
+            return Err(AccessError::Disconnected);
+        }
+        let found = match self.arena.view().endpoint(self.slot) {
+            EndpointWord::Blocked => None,
+            EndpointWord::Bypass => self.bypass(iova),
+            EndpointWord::Domain { root, levels } => {
+                reader::walk(self.arena.view(), root, levels, iova)
+            }
+        };
+        found
+            .filter(|found| found.access.allows(access))
+            .ok_or(AccessError::Fault {
+                endpoint: self.endpoint,
+                access,
+                address: iova,
+            })
+    }
+
+    fn bypass(&self, iova: Iova) -> Option<Translation> {
+        let mut last = u64::MAX;
+        for region in &self.reserved {
+            if region.contains(iova) {
+                return None;
+            }
+            if region.first() > iova {
+                last = last.min(region.first().0 - 1);
+            }
+        }
+        Some(Translation {
+            gpa: Gpa(iova.0),
+            contiguous_last: Iova(last),
+            access: Access::READ_WRITE,
+            mmio: false,
+        })
+    }
+
+    /// Begins an access and puts the translation of a range where `vm-memory` finds it.
+    pub(super) fn fill(
+        &self,
+        iova: Iova,
+        length: u64,
+        access: Access,
+        generation: u64,
+    ) -> Result<Inside<'_>, AccessError> {
+        let last = iova.0.checked_add(length.saturating_sub(1));
+        let last = last.filter(|last| *last <= LAST_REACHED);
+        let last = last.ok_or(AccessError::Range {
+            address: iova,
+            length,
+        })?;
+        let mut inside = self.enter().ok_or(AccessError::Busy)?;
+        // After the access has begun: then who makes it outdated waits for this access, or is seen.
+        if generation < self.valid_from.load(Ordering::Acquire) {
+            return Err(AccessError::Outdated);
+        }
+        if length == 0 {
+            return Ok(inside);
+        }
+        let tlb = &mut *inside.tlb;
+        let mut at = iova.0;
+        loop {
+            let found = self.find(Iova(at), access)?;
+            let until = found.contiguous_last.0;
+            if at == iova.0 && last <= until {
+                if tlb.has(at, last, found.gpa.0, found.access) {
+                    return Ok(inside);
+                }
+                tlb.clear();
+                // From the start of the page: what comes next may lie before this.
+                // Both addresses are at the same place in a page.
+                let (start, gpa) = (at & !PAGE_MASK, found.gpa.0 & !PAGE_MASK);
+                tlb.add(start, until.min(LAST_REACHED), gpa, found.access);
+                return Ok(inside);
+            }
+            if at == iova.0 {
+                tlb.clear();
+            }
+            tlb.add(at, until.min(last), found.gpa.0, found.access);
+            if until >= last {
+                return Ok(inside);
+            }
+            at = until + 1;
+        }
+    }
+}
+
+/// The epoch word this thread tries first.
+fn preferred_word() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static WORD: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    WORD.with(|word| {
+        if word.get() == usize::MAX {
+            word.set(NEXT.fetch_add(1, Ordering::Relaxed) % EPOCH_WORDS);
+        }
+        word.get()
+    })
+}
