@@ -1,23 +1,40 @@
 //! Whole frames over a socket.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::sys::{receive, send, wait_for_room};
 use super::wire::{FRAME_LEN, Frame};
 
-/// Says a frame, however long the daemon takes to listen.
-pub fn send_frame(stream: &UnixStream, frame: &Frame) -> io::Result<()> {
+/// Sends a frame with `fds`, and waits for room until `deadline` at most, or for ever.
+pub fn send_frame(
+    stream: &UnixStream,
+    frame: &Frame,
+    fds: &[BorrowedFd<'_>],
+    deadline: Option<Instant>,
+) -> io::Result<()> {
     let bytes = frame.to_wire();
-    let mut rest = bytes.as_slice();
+    let (mut rest, mut fds) = (bytes.as_slice(), fds);
     while !rest.is_empty() {
-        match send(stream, rest, &[]) {
-            Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
+        match send(stream, rest, fds) {
+            Ok(sent) => {
+                rest = rest.get(sent..).unwrap_or_default();
+                fds = &[];
+            }
             Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {
-                wait_for_room(stream, Duration::from_secs(1))?;
+                let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+                let has_room = match left {
+                    Some(Duration::ZERO) => false,
+                    Some(left) => wait_for_room(stream, left)?,
+                    // A second at a time, for as long as it takes.
+                    None => wait_for_room(stream, Duration::from_secs(1)).map(|_| true)?,
+                };
+                if !has_room {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
             }
             Err(cause) => return Err(cause),
         }

@@ -49,7 +49,7 @@ impl Registration {
         })?;
         stream.set_read_timeout(Some(WELCOME_PATIENCE))?;
         let hello = Frame::new(kind::HELLO, VERSION, [MAGIC, endpoint.0.into(), 0, 0]);
-        send_frame(&stream, &hello)?;
+        send_frame(&stream, &hello, &[], None)?;
         let (shared, mut known) = Session::welcomed(stream, endpoint)?;
         shared.stream.set_read_timeout(None)?;
         let shared = Arc::new(shared);
@@ -224,7 +224,7 @@ impl Session {
             self.wait_for_accesses();
         }
         let taken = Frame::new(kind::MEMORY_TAKEN, 0, [generation, 0, 0, 0]);
-        Ok(send_frame(&self.stream, &taken)?)
+        Ok(send_frame(&self.stream, &taken, &[], None)?)
     }
 
     /// Waits for the accesses that may still use what has gone.

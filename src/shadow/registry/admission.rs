@@ -1,0 +1,153 @@
+//! Who may be a reader, and the welcome.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Instant;
+
+use log::debug;
+
+use super::Registry;
+use super::memory::{memory_frame, send_ram};
+use super::reader::Reader;
+use crate::ids::EndpointId;
+use crate::info_limited;
+use crate::page_table::words::SharedWords;
+use crate::shadow::frames::send_frame;
+use crate::shadow::process::{Process, own_user, peer_user};
+use crate::shadow::sys::send;
+use crate::shadow::wire::{EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, Refusal, VERSION, kind};
+
+impl Registry {
+    /// Lets the process at the other end of `stream` in, which has said `greeting` and wants one of
+    /// `served`.
+    ///
+    /// # Errors
+    /// Why not, and a number that explains it; the other end has been told.
+    pub fn register(
+        &self,
+        stream: UnixStream,
+        greeting: &Frame,
+        served: &[EndpointId],
+    ) -> Result<Arc<Reader>, Refusal> {
+        let refused = match self.admit(&stream, greeting, served) {
+            Ok((endpoint, process)) => match self.welcome(stream, endpoint, process) {
+                Ok(reader) => {
+                    self.counters.registered.inc();
+                    info_limited!("reader {} of endpoint {endpoint} has come", reader.number);
+                    return Ok(reader);
+                }
+                Err((stream, refusal, number)) => (stream, refusal, number),
+            },
+            Err((refusal, number)) => (stream, refusal, number),
+        };
+        let (stream, refusal, number) = refused;
+        self.refuse(&stream, refusal, number);
+        Err(refusal)
+    }
+
+    /// Tells a process that it is not let in.
+    pub fn refuse(&self, stream: &UnixStream, refusal: Refusal, number: u64) {
+        self.counters.refused.inc();
+        if refusal == Refusal::Full {
+            self.counters.refused_full.inc();
+        }
+        let frame = Frame::new(kind::REFUSED, refusal.code(), [number, 0, 0, 0]);
+        // It may have hung up.
+        if let Err(cause) = send(stream, &frame.to_wire(), &[]) {
+            debug!("a refused reader is not told: {cause}");
+        }
+    }
+
+    fn admit(
+        &self,
+        stream: &UnixStream,
+        greeting: &Frame,
+        served: &[EndpointId],
+    ) -> Result<(EndpointId, Process), (Refusal, u64)> {
+        let [magic, wanted, ..] = greeting.numbers;
+        if greeting.kind != kind::HELLO || magic != MAGIC {
+            return Err((Refusal::NoGreeting, 0));
+        }
+        if greeting.value != VERSION {
+            return Err((Refusal::Version, VERSION.into()));
+        }
+        let endpoint = u32::try_from(wanted).ok().map(EndpointId);
+        let Some(endpoint) = endpoint.filter(|e| served.contains(e)) else {
+            return Err((Refusal::Endpoint, wanted));
+        };
+        let own = own_user();
+        let user = peer_user(stream).map_err(|_| (Refusal::Process, 0))?;
+        if user != own && !self.limits.users.contains(&user) {
+            return Err((Refusal::User, own.into()));
+        }
+        let process = Process::of_peer(stream).map_err(|cause| {
+            debug!("a reader's process cannot be held: {cause}");
+            (Refusal::Process, 0)
+        })?;
+        Ok((endpoint, process))
+    }
+
+    fn welcome(
+        &self,
+        stream: UnixStream,
+        endpoint: EndpointId,
+        process: Process,
+    ) -> Result<Arc<Reader>, (UnixStream, Refusal, u64)> {
+        let Some((slot, facts)) = self.endpoints.get(&endpoint) else {
+            return Err((stream, Refusal::Endpoint, endpoint.0.into()));
+        };
+        let mut state = self.state.lock();
+        state.forget_gone();
+        let present = state.readers.iter().filter(|r| r.endpoint == endpoint);
+        if present.count() >= self.limits.readers {
+            return Err((stream, Refusal::Full, self.limits.readers as u64));
+        }
+        let sealed = SharedWords::new(EPOCH_BYTES).and_then(|epochs| {
+            epochs.add_seals(libc::F_SEAL_SEAL)?;
+            Ok(epochs)
+        });
+        let epochs = match sealed {
+            Ok(epochs) => epochs,
+            Err(cause) => {
+                debug!("no epoch memory for a reader: {cause}");
+                return Err((stream, Refusal::Resources, 0));
+            }
+        };
+        let word = self.slots.word(*slot) as u64;
+        let numbers = [word, EPOCH_WORDS as u64, facts.reserved.len() as u64, 0];
+        let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
+        let fds = [self.arena.as_fd(), epochs.fd()];
+        let until = Instant::now() + self.limits.patience;
+        let mut said = send_frame(&stream, &welcome, &fds, Some(until));
+        for range in &facts.reserved {
+            let numbers = [range.first().0, range.last().0, 0, 0];
+            let frame = Frame::new(kind::RESERVED, 0, numbers);
+            said = said.and_then(|()| send_frame(&stream, &frame, &[], Some(until)));
+        }
+        for ram in &state.memory {
+            said = said.and_then(|()| send_ram(&stream, ram, until));
+        }
+        said = said
+            .and_then(|()| send_frame(&stream, &memory_frame(state.generation), &[], Some(until)));
+        if let Err(cause) = said {
+            debug!("a reader does not take its welcome: {cause}");
+            return Err((stream, Refusal::Resources, 0));
+        }
+        let reader = Arc::new(Reader {
+            number: state.next_number,
+            endpoint,
+            stream,
+            epochs,
+            process,
+            taken: AtomicU64::new(state.generation),
+            gone: AtomicBool::new(false),
+        });
+        state.next_number += 1;
+        // Whatever changes after this is told to it, and whoever unmaps after this waits for it. What
+        // changed before, it has found: it was let in later.
+        state.readers.push(reader.clone());
+        Ok(reader)
+    }
+}
