@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 use super::sys::{receive, send, wait_for_room};
 use super::wire::{FRAME_LEN, Frame};
 
-/// Sends a frame with `fds`, and waits for room until `deadline` at most, or for ever.
+/// Sends a frame with `fds`. Waits for room in the socket, until `deadline` where there is one.
+///
+/// # Errors
+/// `TimedOut` where the deadline passes, or the system's error. Part of the frame may have been sent.
 pub fn send_frame(
     stream: &UnixStream,
     frame: &Frame,
@@ -29,7 +32,6 @@ pub fn send_frame(
                 let has_room = match left {
                     Some(Duration::ZERO) => false,
                     Some(left) => wait_for_room(stream, left)?,
-                    // A second at a time, for as long as it takes.
                     None => wait_for_room(stream, Duration::from_secs(1)).map(|_| true)?,
                 };
                 if !has_room {
@@ -43,6 +45,9 @@ pub fn send_frame(
 }
 
 /// Waits for a frame and the descriptors that come with it.
+///
+/// # Errors
+/// `UnexpectedEof` where the stream ends, or the system's error.
 pub fn receive_frame(stream: &UnixStream) -> io::Result<(Frame, Vec<OwnedFd>)> {
     let mut bytes = [0; FRAME_LEN];
     let mut filled = 0;

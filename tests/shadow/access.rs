@@ -356,10 +356,10 @@ fn faults_are_limited_and_counted() {
     }
     let counters = bed.registry.counters();
     eventually("all are counted", || {
-        counters.faults.get() + counters.faults_suppressed.get() + reader.faults_unsaid() == 1000
+        counters.faults.get() + counters.faults_suppressed.get() + reader.faults_unreported() == 1000
     });
     assert!(counters.faults.get() >= 64);
-    assert!(counters.faults_suppressed.get() + reader.faults_unsaid() > 100);
+    assert!(counters.faults_suppressed.get() + reader.faults_unreported() > 100);
 }
 
 #[test]
@@ -374,7 +374,7 @@ fn who_comes_anew_has_no_more_faults_than_the_endpoint_had_left() {
         for _ in 0..64 {
             memory.read_obj::<u8>(at(0)).expect_err("blocked");
         }
-        said += 64 - reader.faults_unsaid();
+        said += 64 - reader.faults_unreported();
         drop((memory, reader));
         eventually("all are counted", || {
             counters.faults.get() + counters.faults_suppressed.get() == said

@@ -1,4 +1,4 @@
-//! Accesses in progress, and what they find in the page tables.
+//! Accesses in progress, and their way through the page tables.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,28 +12,29 @@ use crate::page_table::epoch::{enter, leave};
 use crate::page_table::{EndpointWord, Translation, reader};
 use crate::shadow::wire::{EPOCH_WORDS, epoch_word};
 
-/// The part of an address within a page.
+/// The bits of an address that select a byte of its 4 KiB page.
 const PAGE_MASK: u64 = 0xfff;
 
-/// An epoch word in use.
+/// An access in progress: an epoch word that is odd, and the TLB that goes with it.
 #[derive(Debug)]
-pub(super) struct Inside<'a> {
+pub(super) struct EpochGuard<'a> {
     pub(super) word: &'a AtomicU64,
     value: u64,
-    /// Nobody else in this process uses the word while this is held.
+    /// Reserves the word: no other thread of this process uses it while this guard lives.
     pub(super) tlb: MutexGuard<'a, Tlb>,
 }
 
-impl Drop for Inside<'_> {
+impl Drop for EpochGuard<'_> {
     fn drop(&mut self) {
         leave(self.word, self.value);
     }
 }
 
 impl Session {
-    /// Takes an epoch word that nobody in this process uses.
+    /// Begins an access with an epoch word that no other access of this process uses, or returns `None`
+    /// where all of them are in use.
     #[inline]
-    pub(super) fn enter(&self) -> Option<Inside<'_>> {
+    pub(super) fn enter(&self) -> Option<EpochGuard<'_>> {
         let hint = preferred_word();
         let (before, from) = self.tlbs.split_at(hint.min(self.tlbs.len()));
         let from = from.iter().enumerate().map(|(n, tlb)| (n + hint, tlb));
@@ -41,15 +42,15 @@ impl Session {
             if let Some(tlb) = tlb.try_lock() {
                 let word = epoch_word(self.epochs.as_slice(), index)?;
                 let value = enter(word);
-                return Some(Inside { word, value, tlb });
+                return Some(EpochGuard { word, value, tlb });
             }
         }
         None
     }
 
-    /// Where `iova` leads. To be called inside an access.
+    /// Translates `iova`. The caller must be inside an access, or the translation is stale at once.
     #[inline]
-    pub(super) fn find(&self, iova: Iova, access: Access) -> Result<Translation, AccessError> {
+    pub(super) fn translate(&self, iova: Iova, access: Access) -> Result<Translation, AccessError> {
         if !self.connected.load(Ordering::Acquire) {
             return Err(AccessError::Disconnected);
         }
@@ -87,14 +88,14 @@ impl Session {
         })
     }
 
-    /// Begins an access and puts the translation of a range where `vm-memory` finds it.
-    pub(super) fn fill(
+    /// Begins an access and fills its TLB with the translation of `length` bytes at `iova`.
+    pub(super) fn translate_range(
         &self,
         iova: Iova,
         length: u64,
         access: Access,
         generation: u64,
-    ) -> Result<Inside<'_>, AccessError> {
+    ) -> Result<EpochGuard<'_>, AccessError> {
         let last = iova.0.checked_add(length.saturating_sub(1));
         let last = last.filter(|last| *last <= LAST_REACHED);
         let last = last.ok_or(AccessError::Range {
@@ -102,7 +103,8 @@ impl Session {
             length,
         })?;
         let mut inside = self.enter().ok_or(AccessError::Busy)?;
-        // After the access has begun: then who makes it outdated waits for this access, or is seen.
+        // After the access has begun: the thread that outdates this generation either waits for this
+        // access or has stored the new generation before it.
         if generation < self.valid_from.load(Ordering::Acquire) {
             return Err(AccessError::Outdated);
         }
@@ -112,15 +114,15 @@ impl Session {
         let tlb = &mut *inside.tlb;
         let mut at = iova.0;
         loop {
-            let found = self.find(Iova(at), access)?;
+            let found = self.translate(Iova(at), access)?;
             let until = found.contiguous_last.0;
             if at == iova.0 && last <= until {
-                if tlb.has(at, last, found.gpa.0, found.access) {
+                if tlb.matches(at, last, found.gpa.0, found.access) {
                     return Ok(inside);
                 }
                 tlb.clear();
-                // From the start of the page: what comes next may lie before this.
-                // Both addresses are at the same place in a page.
+                // From the start of the page, because the next access may lie below this one. The IOVA and
+                // the guest-physical address have the same offset in their pages.
                 let (start, gpa) = (at & !PAGE_MASK, found.gpa.0 & !PAGE_MASK);
                 tlb.add(start, until.min(LAST_REACHED), gpa, found.access);
                 return Ok(inside);
@@ -137,7 +139,7 @@ impl Session {
     }
 }
 
-/// The epoch word this thread tries first.
+/// The epoch word that this thread tries first: threads begin with different words, so that they seldom meet.
 fn preferred_word() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {

@@ -1,4 +1,4 @@
-//! The reader's errors.
+//! Why a process cannot become a reader, and why an access fails.
 
 use std::io;
 
@@ -9,56 +9,60 @@ use crate::ids::EndpointId;
 use crate::page_table::ArenaError;
 use crate::shadow::wire::{EPOCH_WORDS, Refusal, VERSION};
 
-/// Why a process does not become a reader.
+/// Why a process cannot become a reader.
 #[derive(Debug, Error)]
 pub enum ConnectError {
-    /// Nobody listens there.
-    #[error("cannot connect to {path}: {source}; is the daemon running, with a socket there?")]
+    /// No daemon listens at the path.
+    #[error(
+        "cannot connect to {path}: {source}; start the daemon, with a `shadow` socket at that path"
+    )]
     Connect {
         /// The path.
         path: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The daemon does not want it.
+    /// The daemon refuses the registration.
     #[error("{}", refusal_text(*refusal, *number))]
     Refused {
-        /// Why.
+        /// The daemon's reason.
         refusal: Refusal,
-        /// A number that explains it.
+        /// A number whose meaning depends on the reason, see [`Refusal`].
         number: u64,
     },
-    /// The other end does not keep to the protocol.
-    #[error("no daemon of this protocol is at the other end: {0}; connect to a `shadow` socket")]
+    /// The peer breaks the protocol.
+    #[error("the peer does not speak the readers' protocol: {0}; connect to a `shadow` socket")]
     Protocol(&'static str),
-    /// The page tables are not as they should be.
+    /// The daemon passed page tables that cannot be used.
     #[error(transparent)]
     Arena(#[from] ArenaError),
     /// A system call failed.
     #[error("cannot become a reader: {0}")]
     System(#[from] io::Error),
-    /// Guest memory cannot be mapped.
-    #[error("guest memory cannot be mapped: {0}")]
+    /// Guest memory cannot be mapped into this process.
+    #[error("cannot map guest memory: {0}")]
     Memory(String),
 }
 
 fn refusal_text(refusal: Refusal, number: u64) -> String {
     match refusal {
-        Refusal::NoGreeting => "the daemon has not understood the greeting".into(),
+        Refusal::NoGreeting => "the daemon does not accept the greeting; connect to a `shadow` socket".into(),
         Refusal::Version => format!(
             "the daemon speaks version {number} of the protocol and this library version \
              {VERSION}; build both from the same release"
         ),
         Refusal::User => format!(
-            "the daemon lets processes of user {number} in and not of this one; run as that user"
+            "the daemon accepts processes of user {number}, not of this one; run as that user, or \
+             add this one to `users` of `[readers]`"
         ),
         Refusal::Endpoint => format!(
             "this socket does not serve endpoint {number:#x}; name it in the daemon's \
              configuration, or connect to its own socket"
         ),
-        Refusal::Full => format!("there are {number} readers already; end one of them"),
+        Refusal::Full => format!("there are {number} readers already, which is the limit; end one of them"),
         Refusal::Process => {
-            "the daemon could not end this process, should it have to; run both as the same user"
+            "the daemon must be able to kill its readers and has no right to kill this process; run both \
+             as the same user"
                 .into()
         }
         Refusal::Resources => {
@@ -67,34 +71,36 @@ fn refusal_text(refusal: Refusal, number: u64) -> String {
     }
 }
 
-/// Why an access is refused.
+/// Why an access fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum AccessError {
-    /// The IOMMU does not allow it. The guest is told.
+    /// The IOMMU does not allow the access. The library reports it to the guest as a fault.
     #[error("endpoint {endpoint} has no {access} access at {address}")]
     Fault {
         /// The endpoint.
         endpoint: EndpointId,
-        /// What it tried.
+        /// The access that the device tried.
         access: Access,
-        /// The first address at which it is refused.
+        /// The first address without that access.
         address: Iova,
     },
-    /// The daemon is gone, and nothing is reached any more.
-    #[error("the IOMMU is gone; connect anew")]
+    /// The daemon has closed the connection. Every later access fails, too.
+    #[error("the daemon has closed the connection; connect again")]
     Disconnected,
-    /// Memory has gone since this view of it was asked for.
-    #[error("guest memory has changed; ask for it again")]
+    /// The VMM has removed memory since this view of guest memory was taken.
+    #[error("guest memory has changed since this view of it was taken; take a new one")]
     Outdated,
-    /// Too many accesses are in progress in this process.
+    /// This process already has as many accesses in progress as it may have.
     #[error("{EPOCH_WORDS} accesses are in progress in this process; end one before the next")]
     Busy,
-    /// The range is empty, or passes the last address that can be reached.
-    #[error("{length} bytes from {address} cannot be reached by one access")]
+    /// The range passes the last address that `vm-memory` can reach.
+    #[error(
+        "{length} bytes at {address} pass the last address; use a lower address or fewer bytes"
+    )]
     Range {
         /// The first address.
         address: Iova,
-        /// The length in bytes.
+        /// Bytes.
         length: u64,
     },
 }

@@ -1,4 +1,4 @@
-//! Guest memory behind the IOMMU, in the form that `vm-memory` asks for.
+//! The reader as an IOMMU of `vm-memory`.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -6,42 +6,42 @@ use std::sync::Arc;
 use vm_memory::iommu::{Error as IommuError, IotlbIterator, IovaRange as VmIovaRange};
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
-use super::access::Inside;
+use super::access::EpochGuard;
 use super::session::Registration;
 use crate::address::{Access, Iova};
 
-/// What `vm-memory` asks for translations.
+/// Translates for `vm-memory`, through the page tables of the daemon.
 #[derive(Clone, Debug)]
 pub struct ShadowIommu {
-    pub(super) connection: Arc<Registration>,
-    /// The generation of memory it goes with.
+    pub(super) registration: Arc<Registration>,
+    /// The generation of guest memory that the view holds.
     pub(super) generation: u64,
 }
 
 impl Iommu for ShadowIommu {
     type IotlbGuard<'a> = TlbGuard<'a>;
 
-    /// Reports what is refused to the guest.
+    /// Begins an access and translates `length` bytes at `iova`. A refused access is reported to the guest.
     fn translate(
         &self,
         iova: GuestAddress,
         length: usize,
         access: Permissions,
     ) -> Result<IotlbIterator<TlbGuard<'_>>, IommuError> {
-        let shared = &*self.connection.shared;
+        let session = &*self.registration.session;
         let wanted = Access {
             read: access.allow(Permissions::Read),
             write: access.allow(Permissions::Write),
         };
-        let found = shared.fill(Iova(iova.0), length as u64, wanted, self.generation);
+        let found = session.translate_range(Iova(iova.0), length as u64, wanted, self.generation);
         let refused = match found {
             Ok(inside) => match Iotlb::lookup(TlbGuard(inside), iova, length, access) {
                 Ok(found) => return Ok(found),
-                Err(_) => "the translation was lost".to_owned(),
+                Err(_) => "the library lost the translation; report this as its bug".to_owned(),
             },
-            // The access is over here, so whoever waits for it does not wait for the report.
+            // The access has ended, so an UNMAP that waits for it does not wait for the report.
             Err(refused) => {
-                shared.report(&refused);
+                session.report(&refused);
                 refused.to_string()
             }
         };
@@ -52,9 +52,9 @@ impl Iommu for ShadowIommu {
     }
 }
 
-/// A translation in use: the access lasts as long as this.
+/// An access in progress with its translation. The access ends when this is dropped.
 #[derive(Debug)]
-pub struct TlbGuard<'a>(Inside<'a>);
+pub struct TlbGuard<'a>(EpochGuard<'a>);
 
 impl Deref for TlbGuard<'_> {
     type Target = Iotlb;

@@ -1,4 +1,4 @@
-//! The guest RAM that a reader has mapped.
+//! Guest RAM that a reader has mapped.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 use super::error::ConnectError;
 
-/// A piece of guest RAM.
+/// A piece of guest RAM, mapped into this process.
 pub(super) type Region = Arc<GuestRegionMmap>;
 
 #[derive(Clone, Debug, Default)]
@@ -16,12 +16,12 @@ pub(super) struct Memory {
     pub(super) regions: GuestMemoryMmap,
 }
 
-/// What the thread that listens knows of guest memory.
+/// Guest RAM as the daemon has announced it so far. Only the session's thread uses it.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(super) struct AnnouncedMemory {
     pub(super) regions: Vec<Region>,
-    /// Some has gone that accesses in progress may still use.
-    pub(super) some_went: bool,
+    /// A region was removed since the last complete generation; accesses in progress may still use it.
+    pub(super) has_removed: bool,
 }
 
 pub(super) fn map_region(
@@ -40,5 +40,5 @@ pub(super) fn map_region(
         .map_err(|e| refuse(e.to_string()))?;
     GuestRegionMmap::new(memory, GuestAddress(first))
         .map(Arc::new)
-        .ok_or_else(|| refuse("it passes the last address".into()))
+        .ok_or_else(|| refuse("it passes the last guest-physical address".into()))
 }

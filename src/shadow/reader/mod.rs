@@ -1,4 +1,4 @@
-//! The reader's side: guest memory through the IOMMU, for devices in processes of their own.
+//! The reader: guest memory behind the IOMMU, for a device in a process of its own.
 
 mod access;
 mod error;
@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{GuestMemoryMmap, IommuMemory};
 
-use self::access::Inside;
+use self::access::EpochGuard;
 pub use self::error::{AccessError, ConnectError};
 pub use self::iommu::{ShadowIommu, TlbGuard};
 use self::session::{Registration, Session};
@@ -21,14 +21,16 @@ use crate::address::{Access, Iova};
 use crate::ids::EndpointId;
 use crate::page_table::Translation;
 
-/// Guest memory as an endpoint sees it.
+/// Guest memory as the endpoint sees it: addresses are I/O virtual addresses.
 pub type ShadowMemory = IommuMemory<GuestMemoryMmap, ShadowIommu>;
 
-/// A process's registration for one endpoint. Clones share it; it ends with the last of them and
-/// of what was got from them.
+/// A registration of this process for the DMA of one endpoint.
+///
+/// Clones share the registration. It ends when the last clone, and the last [`ShadowMemory`] taken from one,
+/// is dropped.
 #[derive(Clone, Debug)]
 pub struct ShadowReader {
-    connection: Arc<Registration>,
+    registration: Arc<Registration>,
 }
 
 impl ShadowReader {
@@ -38,75 +40,79 @@ impl ShadowReader {
     /// See [`ConnectError`].
     pub fn connect(path: &Path, endpoint: EndpointId) -> Result<Self, ConnectError> {
         Ok(Self {
-            connection: Arc::new(Registration::connect(path, endpoint)?),
+            registration: Arc::new(Registration::connect(path, endpoint)?),
         })
     }
 
-    /// What this process reads for.
+    /// The endpoint that this process is registered for.
     pub fn endpoint(&self) -> EndpointId {
-        self.connection.shared.endpoint
+        self.registration.session.endpoint
     }
 
-    /// Whether the daemon is still there.
+    /// Whether the connection to the daemon still stands. Without it every access fails.
     pub fn is_connected(&self) -> bool {
-        self.connection.shared.connected.load(Ordering::Acquire)
+        self.registration.session.connected.load(Ordering::Acquire)
     }
 
-    /// Guest memory as the endpoint sees it from now on.
+    /// A view of guest memory as the endpoint sees it.
     ///
-    /// When memory has gone since, accesses through what this returns fail with
-    /// [`AccessError::Outdated`]; memory that has come is not in it. Ask again then.
+    /// When the VMM removes memory, accesses through older views fail with [`AccessError::Outdated`]. When it
+    /// adds memory, older views do not reach it. In both cases take a new view.
     pub fn memory(&self) -> ShadowMemory {
-        let memory = self.connection.shared.memory.lock().clone();
+        let memory = self.registration.session.memory.lock().clone();
         let iommu = ShadowIommu {
-            connection: self.connection.clone(),
+            registration: self.registration.clone(),
             generation: memory.generation,
         };
         IommuMemory::new(memory.regions, iommu, true, ())
     }
 
-    /// Whether memory has come or gone since `memory` was asked for.
+    /// Whether the VMM has added or removed guest memory since the view `memory` was taken.
     pub fn has_changed(&self, memory: &ShadowMemory) -> bool {
-        self.connection.shared.memory.lock().generation != memory.iommu().generation
+        self.registration.session.memory.lock().generation != memory.iommu().generation
     }
 
-    /// Begins an access. What is translated before it ends stays usable until then.
+    /// Begins an access. Translations made while it is in progress stay valid until it ends.
     ///
-    /// The guest waits for it where it unmaps something: it must not last, and the process is killed
-    /// where it lasts longer than the daemon's patience.
+    /// An UNMAP of the guest waits until the access has ended, so the holder must not block. The daemon kills
+    /// this process if the access lasts longer than `patience-ms`.
     ///
     /// # Errors
-    /// [`AccessError::Busy`].
+    /// [`AccessError::Busy`] where as many accesses are in progress as there may be.
     pub fn enter(&self) -> Result<AccessGuard<'_>, AccessError> {
-        let shared = &*self.connection.shared;
-        let inside = shared.enter().ok_or(AccessError::Busy)?;
-        Ok(AccessGuard { shared, inside })
+        let session = &*self.registration.session;
+        let inside = session.enter().ok_or(AccessError::Busy)?;
+        Ok(AccessGuard { session, inside })
     }
 
-    /// Refused accesses the daemon could not be told of, because it did not listen.
-    pub fn faults_unsaid(&self) -> u64 {
-        self.connection.shared.faults_unsaid.load(Ordering::Relaxed)
+    /// Refused accesses that were not reported to the daemon, because its socket was full or closed.
+    pub fn faults_unreported(&self) -> u64 {
+        self.registration
+            .session
+            .faults_unreported
+            .load(Ordering::Relaxed)
     }
 }
 
-/// An access in progress.
+/// An access in progress. It ends when this is dropped.
 #[derive(Debug)]
 pub struct AccessGuard<'a> {
-    shared: &'a Session,
-    inside: Inside<'a>,
+    session: &'a Session,
+    inside: EpochGuard<'a>,
 }
 
 impl AccessGuard<'_> {
-    /// Where `iova` leads. The guest-physical address may be used until this access ends.
+    /// Translates `iova`. The caller may use the guest-physical address until this access ends. The library
+    /// reports a refused access to the guest.
     ///
     /// # Errors
     /// See [`AccessError`].
     #[inline]
     pub fn translate(&self, iova: Iova, access: Access) -> Result<Translation, AccessError> {
         debug_assert!(self.inside.word.load(Ordering::Relaxed) & 1 == 1);
-        let found = self.shared.find(iova, access);
+        let found = self.session.translate(iova, access);
         if let Err(fault @ AccessError::Fault { .. }) = &found {
-            self.shared.report(fault);
+            self.session.report(fault);
         }
         found
     }

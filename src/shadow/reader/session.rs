@@ -1,4 +1,4 @@
-//! A reader's connection to the daemon: the welcome, and guest memory that comes and goes.
+//! A reader's connection to the daemon: the handshake, and guest memory that the VMM adds and removes.
 
 use std::fs::File;
 use std::net::Shutdown;
@@ -14,7 +14,7 @@ use log::{debug, error};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::error::{AccessError, ConnectError};
-use super::memory::{Known, Memory, Region, map_region};
+use super::memory::{AnnouncedMemory, Memory, Region, map_region};
 use super::tlb::Tlb;
 use crate::address::{Iova, IovaRange};
 use crate::ids::EndpointId;
@@ -29,19 +29,20 @@ use crate::shadow::wire::{
     epoch_words, kind,
 };
 
-/// How long the daemon may take for its welcome.
+/// The longest silence of the daemon during the handshake.
 const WELCOME_PATIENCE: Duration = Duration::from_secs(10);
-/// Between two looks whether this process's own accesses have ended.
+/// The pause between two checks whether this process's accesses have ended.
 const NAP: Duration = Duration::from_micros(50);
 
-/// The socket's owner: the last one to go hangs up.
+/// A session and its thread. Dropping it closes the connection and joins the thread.
 #[derive(Debug)]
 pub(super) struct Registration {
-    pub(super) shared: Arc<Session>,
+    pub(super) session: Arc<Session>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Registration {
+    /// Connects to the daemon that listens at `path`, and registers for `endpoint`.
     pub(super) fn connect(path: &Path, endpoint: EndpointId) -> Result<Self, ConnectError> {
         let stream = UnixStream::connect(path).map_err(|source| ConnectError::Connect {
             path: path.display().to_string(),
@@ -50,15 +51,15 @@ impl Registration {
         stream.set_read_timeout(Some(WELCOME_PATIENCE))?;
         let hello = Frame::new(kind::HELLO, VERSION, [MAGIC, endpoint.0.into(), 0, 0]);
         send_frame(&stream, &hello, &[], None)?;
-        let (shared, mut known) = Session::welcomed(stream, endpoint)?;
-        shared.stream.set_read_timeout(None)?;
-        let shared = Arc::new(shared);
-        let heard = shared.clone();
+        let (session, mut announced) = Session::handshake(stream, endpoint)?;
+        session.stream.set_read_timeout(None)?;
+        let session = Arc::new(session);
+        let listener = session.clone();
         let thread = std::thread::Builder::new()
             .name("shadow".into())
-            .spawn(move || heard.listen(&mut known))?;
+            .spawn(move || listener.listen(&mut announced))?;
         Ok(Self {
-            shared,
+            session,
             thread: Some(thread),
         })
     }
@@ -66,8 +67,8 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // It may be closed already.
-        let _ = self.shared.stream.shutdown(Shutdown::Both);
+        // Fails where the connection is closed already.
+        let _ = self.session.stream.shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -76,53 +77,64 @@ impl Drop for Registration {
     }
 }
 
-/// What the threads of this process work with.
+/// What the session's thread and the accesses share.
 #[derive(Debug)]
 pub(super) struct Session {
     stream: UnixStream,
     pub(super) endpoint: EndpointId,
     pub(super) arena: ReadOnlyArena,
-    /// The word of the arena that says where the endpoint's DMA goes.
+    /// The index of the arena's word that is the endpoint's slot.
     pub(super) slot: usize,
     pub(super) epochs: MappedWords,
-    /// One for each epoch word: who holds it has the word. Only ever tried, never waited for.
+    /// One for each epoch word. Its lock reserves the word; threads only try it and never wait for it.
     pub(super) tlbs: Vec<Mutex<Tlb>>,
-    /// What bypass mode does not reach.
+    /// Addresses that bypass mode does not reach.
     pub(super) reserved: Vec<IovaRange>,
     pub(super) connected: AtomicBool,
     pub(super) memory: Mutex<Memory>,
-    /// Views of memory of an older generation than this have some that has gone.
+    /// Views of an older generation than this hold memory that the VMM has removed.
     pub(super) valid_from: AtomicU64,
-    pub(super) faults_unsaid: AtomicU64,
+    pub(super) faults_unreported: AtomicU64,
 }
 
 impl Session {
-    /// Reads what the daemon says first.
-    fn welcomed(stream: UnixStream, endpoint: EndpointId) -> Result<(Self, Known), ConnectError> {
+    /// Reads the daemon's answer to the greeting, up to the first complete guest memory.
+    fn handshake(
+        stream: UnixStream,
+        endpoint: EndpointId,
+    ) -> Result<(Self, AnnouncedMemory), ConnectError> {
         let (welcome, mut fds) = receive_frame(&stream)?;
         let [slot, words, reserved_count, _] = welcome.numbers;
         match welcome.kind {
             kind::WELCOME if welcome.value == VERSION => {}
-            kind::WELCOME => return Err(ConnectError::Protocol("it has another version")),
+            kind::WELCOME => {
+                return Err(ConnectError::Protocol("it welcomes with another version"));
+            }
             kind::REFUSED => {
                 return Err(match Refusal::of(welcome.value) {
                     Some(refusal) => ConnectError::Refused {
                         refusal,
                         number: slot,
                     },
-                    None => ConnectError::Protocol("it refuses for a reason unknown"),
+                    None => ConnectError::Protocol("it refuses with an unknown reason"),
                 });
             }
-            _ => return Err(ConnectError::Protocol("it says no welcome")),
+            _ => {
+                return Err(ConnectError::Protocol(
+                    "its answer to the greeting is no welcome",
+                ));
+            }
         }
         let (Some(epochs), Some(arena), None) = (fds.pop(), fds.pop(), fds.pop()) else {
-            return Err(ConnectError::Protocol("it does not pass the page tables"));
+            return Err(ConnectError::Protocol(
+                "its welcome does not carry two descriptors",
+            ));
         };
         if words != EPOCH_WORDS as u64 || sealed_size(epochs.as_fd())? != EPOCH_BYTES {
-            return Err(ConnectError::Protocol("the epoch memory has another size"));
+            return Err(ConnectError::Protocol("its epoch memory has another size"));
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let mut shared = Self {
+        let mut session = Self {
             stream,
             endpoint,
             arena: ReadOnlyArena::map(arena.as_fd())?,
@@ -135,99 +147,109 @@ impl Session {
             connected: AtomicBool::new(true),
             memory: Mutex::new(Rank::ReaderMemory, Memory::default()),
             valid_from: AtomicU64::new(0),
-            faults_unsaid: AtomicU64::new(0),
+            faults_unreported: AtomicU64::new(0),
         };
         for _ in 0..reserved_count {
-            let (frame, _) = receive_frame(&shared.stream)?;
+            let (frame, _) = receive_frame(&session.stream)?;
             let [first, last, ..] = frame.numbers;
             let range = IovaRange::new(Iova(first), Iova(last));
             let range = range.filter(|_| frame.kind == kind::RESERVED);
-            let missing = ConnectError::Protocol("it does not tell the reserved regions");
-            shared.reserved.push(range.ok_or(missing)?);
+            let missing = ConnectError::Protocol("it does not send the reserved regions");
+            session.reserved.push(range.ok_or(missing)?);
         }
-        let mut known = Known::default();
+        let mut announced = AnnouncedMemory::default();
         loop {
-            let (frame, fds) = receive_frame(&shared.stream)?;
-            if shared.heed(&frame, fds, &mut known)? {
-                return Ok((shared, known));
+            let (frame, fds) = receive_frame(&session.stream)?;
+            if session.handle_frame(&frame, fds, &mut announced)? {
+                return Ok((session, announced));
             }
         }
     }
 
-    /// What the thread does: hears of memory that comes and goes, until the daemon hangs up.
-    fn listen(&self, known: &mut Known) {
+    /// The thread's loop: follows guest memory until the daemon closes the connection.
+    fn listen(&self, announced: &mut AnnouncedMemory) {
         loop {
             let frame = receive_frame(&self.stream).map_err(ConnectError::from);
-            match frame.and_then(|(frame, fds)| self.heed(&frame, fds, known)) {
+            match frame.and_then(|(frame, fds)| self.handle_frame(&frame, fds, announced)) {
                 Ok(_) => {}
                 Err(cause) => {
-                    debug!("the IOMMU of endpoint {} is gone: {cause}", self.endpoint);
+                    debug!(
+                        "the connection for endpoint {} has ended: {cause}",
+                        self.endpoint
+                    );
                     break;
                 }
             }
         }
         self.connected.store(false, Ordering::Release);
-        // It may be closed already.
+        // Fails where the connection is closed already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// Does what a frame about memory says. Returns whether memory is complete.
-    fn heed(
+    /// Carries out a frame about guest memory. Returns whether guest memory is complete.
+    fn handle_frame(
         &self,
         frame: &Frame,
         mut fds: Vec<OwnedFd>,
-        known: &mut Known,
+        announced: &mut AnnouncedMemory,
     ) -> Result<bool, ConnectError> {
         let [first, length, offset, _] = frame.numbers;
         match frame.kind {
             kind::MEMORY_COMES => {
                 let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
-                    return Err(ConnectError::Protocol("memory comes without a file"));
+                    return Err(ConnectError::Protocol("it adds memory without a file"));
                 };
-                known
+                announced
                     .regions
                     .push(map_region(File::from(fd), first, length, offset)?);
                 Ok(false)
             }
             kind::MEMORY_GOES => {
                 let stays = |region: &Region| region.start_addr() != GuestAddress(first);
-                known.regions.retain(stays);
-                known.some_went = true;
-                // Views that were given out still have it. They are of no use from the next
+                announced.regions.retain(stays);
+                announced.has_removed = true;
+                // Views taken before still hold the region. Accesses through them fail from the next
                 // generation on.
                 let next = self.memory.lock().generation + 1;
                 self.valid_from.fetch_max(next, Ordering::Release);
                 Ok(false)
             }
             kind::MEMORY => {
-                self.memory_is(first, known)?;
+                self.publish_memory(first, announced)?;
                 Ok(true)
             }
-            _ => Err(ConnectError::Protocol("it says something unknown")),
+            _ => Err(ConnectError::Protocol(
+                "it sends a frame of an unknown kind",
+            )),
         }
     }
 
-    /// Memory consists of what is `known` in this generation.
-    fn memory_is(&self, generation: u64, known: &mut Known) -> Result<(), ConnectError> {
-        known.regions.sort_by_key(|region| region.start_addr());
-        let regions = if known.regions.is_empty() {
+    /// Makes the announced regions the guest memory of this generation, and acknowledges it once no access
+    /// uses a removed region.
+    fn publish_memory(
+        &self,
+        generation: u64,
+        announced: &mut AnnouncedMemory,
+    ) -> Result<(), ConnectError> {
+        announced.regions.sort_by_key(|region| region.start_addr());
+        let regions = if announced.regions.is_empty() {
             GuestMemoryMmap::new()
         } else {
-            let all = GuestMemoryMmap::from_arc_regions(known.regions.clone());
+            let all = GuestMemoryMmap::from_arc_regions(announced.regions.clone());
             all.map_err(|e| ConnectError::Memory(e.to_string()))?
         };
         *self.memory.lock() = Memory {
             generation,
             regions,
         };
-        if std::mem::take(&mut known.some_went) {
+        if std::mem::take(&mut announced.has_removed) {
             self.wait_for_accesses();
         }
         let taken = Frame::new(kind::MEMORY_TAKEN, 0, [generation, 0, 0, 0]);
         Ok(send_frame(&self.stream, &taken, &[], None)?)
     }
 
-    /// Waits for the accesses that may still use what has gone.
+    /// Waits until every access that was in progress has ended.
     fn wait_for_accesses(&self) {
         let words = self.epochs.as_slice();
         let mut grace = GracePeriod::begin(epoch_words(words));
@@ -236,7 +258,8 @@ impl Session {
         }
     }
 
-    /// Tells the daemon of a fault, if it listens; never waits.
+    /// Reports a refused access to the daemon. Never waits: where the socket is full, the report is counted
+    /// instead.
     #[cold]
     pub(super) fn report(&self, refused: &AccessError) {
         let AccessError::Fault {
@@ -248,7 +271,7 @@ impl Session {
         let fault = Frame::new(kind::FAULT, access_bits(*access), [address.0, 0, 0, 0]);
         let sent = send(&self.stream, &fault.to_wire(), &[]);
         if !matches!(sent, Ok(FRAME_LEN)) {
-            self.faults_unsaid.fetch_add(1, Ordering::Relaxed);
+            self.faults_unreported.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

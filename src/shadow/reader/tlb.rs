@@ -1,28 +1,29 @@
-//! The last translation of an access, in the form in which `vm-memory` looks it up.
+//! The last translation made with an epoch word, in the form in which `vm-memory` looks it up.
 
 use vm_memory::{GuestAddress, Iotlb, Permissions};
 
 use crate::address::Access;
 
-/// No access reaches up to here: ranges in `vm-memory` end before an address of 64 bits.
+/// The last address that an access can reach: `vm-memory` stores the address after a range in 64 bits.
 pub(super) const LAST_REACHED: u64 = u64::MAX - 2;
 
-/// What `vm-memory` wants to see a translation in. It holds the last one only, and is checked
-/// against the tables each time.
+/// The translation of one range. It saves `vm-memory`'s map from being rebuilt, not the walk: each access
+/// compares it with the page tables before it is used.
 #[derive(Debug)]
 pub(super) struct Tlb {
     pub(super) found: Iotlb,
-    /// Addresses in it, where there are any.
+    /// The addresses it translates, `first..=last`, if any.
     range: Option<(u64, u64)>,
-    /// If it is one piece: the address it leads to, and the rights.
+    /// Where the range is contiguous in guest memory: the guest-physical address of its first byte, and
+    /// the rights.
     piece: Option<(u64, Access)>,
 }
 
 impl Tlb {
     pub(super) fn new() -> Self {
         let mut found = Iotlb::new();
-        // One entry that nothing is looked up in: with it, the map keeps its memory when the others
-        // go, and what is translated takes none.
+        // An entry above every address that is looked up. An empty map would free its memory, and each
+        // translation would allocate it again.
         let kept = found.set_mapping(
             GuestAddress(LAST_REACHED + 1),
             GuestAddress(0),
@@ -37,8 +38,8 @@ impl Tlb {
         }
     }
 
-    /// Whether it says of `first..=last` what the tables say.
-    pub(super) fn has(&self, first: u64, last: u64, gpa: u64, access: Access) -> bool {
+    /// Whether it translates `first..=last` to `gpa` on with the rights `access`, as the tables now do.
+    pub(super) fn matches(&self, first: u64, last: u64, gpa: u64, access: Access) -> bool {
         let (Some((from, to)), Some((leads, rights))) = (self.range, self.piece) else {
             return false;
         };
@@ -56,7 +57,7 @@ impl Tlb {
         }
     }
 
-    /// Adds a piece after the ones there are.
+    /// Adds a piece behind the pieces that it holds.
     pub(super) fn add(&mut self, first: u64, last: u64, gpa: u64, access: Access) {
         let rights = match (access.read, access.write) {
             (false, false) => Permissions::No,
