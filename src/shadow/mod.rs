@@ -1,9 +1,12 @@
-//! Devices in processes of their own that follow the page tables themselves.
+//! Shadow readers: devices in processes of their own that walk the page tables themselves.
 //!
-//! A device process connects to the daemon's socket and names its endpoint. It gets the page tables for
-//! reading, guest memory, and *epoch words*, in which it says that an access is in progress. From then
-//! on it translates addresses without a lock, a system call or a message; the daemon is told of refused
-//! accesses only, and tells the guest.
+//! A device process connects to the daemon's socket and names its endpoint. The daemon passes it the page tables
+//! for reading, guest memory, and *epoch words*, which the reader makes odd while an access is in progress. From
+//! then on the reader translates addresses without waiting for a lock, without a system call and without a message.
+//! It reports only refused accesses to the daemon, which reports them to the guest.
+//!
+//! A device links this module without the daemon (`default-features = false`): [`reader`] and [`wire`] are what is
+//! left of it. `registry` and `server` are the daemon's side.
 //!
 //! ```no_run
 //! use vhost_device_iommu::ids::EndpointId;
@@ -20,12 +23,12 @@
 //! # }
 //! ```
 //!
-//! What an author of devices has to keep in mind is in `docs/shadow.md`. Above all: a slice of guest
-//! memory that is kept (`get_slices`, the readers and writers of `virtio-queue`) may be used only while
-//! an access is in progress that was begun before it was got: hold what [`ShadowReader::enter`] returns.
+//! `docs/shadow.md` has the rules for authors of devices. Above all: a device must use a slice of guest memory
+//! (from `get_slices`, or in the readers and writers of `virtio-queue`) only during an access that began before it
+//! took the slice. [`ShadowReader::enter`] begins such an access.
 //!
-//! This guards against a device that errs, not against one that is malicious: it has guest memory
-//! mapped, all of it.
+//! This protects the guest against a faulty device, not against a malicious one: the process has all of guest
+//! memory mapped.
 
 mod frames;
 #[cfg(feature = "daemon")]

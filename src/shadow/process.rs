@@ -1,4 +1,4 @@
-//! The process at the other end of a socket: its user, and its end.
+//! The peer of a socket: its user, and a handle to kill its process and to notice its end.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -18,10 +18,10 @@ pub fn own_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// The user of the process that has connected.
+/// The user of the peer at the time it connected.
 ///
 /// # Errors
-/// The system will not tell.
+/// The system's error.
 pub fn peer_user(stream: &UnixStream) -> io::Result<u32> {
     credentials(stream).map(|c| c.uid)
 }
@@ -58,29 +58,29 @@ fn socket_option<T: Copy>(
     }
 }
 
-/// A process at the other end of a socket, whatever becomes of its number.
+/// A handle of a socket's peer. It never stands for another process, even if the kernel reuses the PID.
 #[derive(Debug)]
 pub struct Process {
     handle: OwnedFd,
-    /// It is this one, which is never killed.
+    /// It is this very process, which must not kill itself.
     own: bool,
 }
 
 impl Process {
-    /// The process that has connected, which this one is able to end.
+    /// A handle of the peer's process, to which this process may send signals.
     ///
     /// # Errors
-    /// It is gone, or this process may not send it signals.
+    /// The peer's process is gone, or this process may not send it signals.
     pub fn of_peer(stream: &UnixStream) -> io::Result<Self> {
         let pid = credentials(stream)?.pid;
         let mut number: libc::c_int = -1;
         let handle = match socket_option(stream, SO_PEERPIDFD, &mut number) {
             // SAFETY: the kernel has made the descriptor for this process just now.
             Ok(()) if number >= 0 => unsafe { OwnedFd::from_raw_fd(number) },
-            // The kernel is older than 6.5.
+            // Linux before 6.5.
             Err(cause) if cause.raw_os_error() == Some(libc::ENOPROTOOPT) => {
                 let handle = pidfd_open(pid)?;
-                // Its end of the socket is open, so it was there when its number was looked up.
+                // If the peer's end is open now, the peer ran when its PID was opened, so the PID was its own.
                 if has_hung_up(stream) {
                     return Err(io::ErrorKind::NotConnected.into());
                 }
@@ -97,24 +97,24 @@ impl Process {
         Ok(process)
     }
 
-    /// Whether it runs no more: none of its threads accesses anything.
+    /// Whether the process has ended: none of its threads accesses memory any more.
     pub fn is_gone(&self) -> bool {
-        // In doubt it is there.
+        // On error it counts as running.
         self.wait_until_gone(Duration::ZERO)
     }
 
-    /// Waits until it is gone, but not longer than `patience`.
+    /// Waits up to `patience` for the end of the process. Returns whether it has ended.
     pub fn wait_until_gone(&self, patience: Duration) -> bool {
         poll(self.handle.as_raw_fd(), libc::POLLIN, patience).unwrap_or(false)
     }
 
-    /// Kills it. It may take some time to be gone.
+    /// Sends SIGKILL. The process may run for some time after that.
     ///
     /// # Errors
-    /// The system refuses, or it is this process.
+    /// The system refuses, or the process is this one.
     pub fn kill(&self) -> io::Result<()> {
         if self.own {
-            return Err(io::Error::other("a process does not end itself"));
+            return Err(io::Error::other("the daemon does not kill itself"));
         }
         self.signal(libc::SIGKILL)
     }
@@ -136,13 +136,13 @@ impl Process {
 }
 
 impl AsRawFd for Process {
-    /// Readable once the process is gone.
+    /// Readable once the process has ended.
     fn as_raw_fd(&self) -> RawFd {
         self.handle.as_raw_fd()
     }
 }
 
-/// Whether the other end is closed, or this one is shut down.
+/// Whether the peer has closed the connection, or this side has shut it down. On error it counts as closed.
 pub fn has_hung_up(stream: &UnixStream) -> bool {
     poll(stream.as_raw_fd(), libc::POLLHUP, Duration::ZERO).unwrap_or(true)
 }

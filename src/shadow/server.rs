@@ -394,7 +394,7 @@ impl Served {
         if let Some(connection) = self.connections.remove(&number) {
             match connection.who {
                 Who::Stranger { .. } => {}
-                Who::Reader(reader) | Who::Leaving(reader) => self.registry.forget(&reader),
+                Who::Reader(reader) | Who::Leaving(reader) => self.registry.remove(&reader),
             }
         }
     }
@@ -417,7 +417,7 @@ impl Served {
         match frame.kind {
             kind::MEMORY_TAKEN => {
                 let [generation, ..] = frame.numbers;
-                self.registry.taken(reader, generation);
+                self.registry.acknowledge(reader, generation);
                 Ok(())
             }
             kind::FAULT => {

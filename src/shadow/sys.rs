@@ -1,4 +1,4 @@
-//! System calls on sockets: bytes and descriptors, and readiness.
+//! System calls on sockets: sending and receiving bytes with descriptors, and polling.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -8,15 +8,15 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// Descriptors that come with one message at the most; more are closed by the kernel.
+/// The most descriptors of one message. The kernel closes those beyond.
 const MAX_FDS: usize = 4;
-/// Room for their control message, in words.
+/// Room for their control message. Words.
 const CONTROL_WORDS: usize = 8;
 
-/// Sends all of `bytes`, or as many as there is room for, with `fds`; never waits.
+/// Sends as many of `bytes` as the socket has room for, with `fds`. Never waits. Returns the number of bytes sent.
 ///
 /// # Errors
-/// `WouldBlock` where there is no room at all; no descriptor has been sent then.
+/// `WouldBlock` where the socket has no room at all. On error no descriptor has been sent.
 pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if fds.len() > MAX_FDS {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -65,11 +65,11 @@ pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Re
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Receives up to `buffer.len()` bytes, 0 at the end of the stream, and the descriptors that come with
-/// them, which are closed on exec.
+/// Receives up to `buffer.len()` bytes and the descriptors that come with them. Returns 0 bytes at the end of the
+/// stream. The descriptors are closed on exec.
 ///
 /// # Errors
-/// `WouldBlock` where `wait` is not set and there is nothing.
+/// `WouldBlock` where `wait` is not set and no byte has arrived, or the system's error.
 pub fn receive(
     stream: &UnixStream,
     buffer: &mut [u8],
@@ -124,18 +124,18 @@ fn empty_message(part: *mut libc::iovec) -> libc::msghdr {
     message
 }
 
-/// Waits until the stream takes more bytes, but not longer than `patience`.
+/// Waits up to `patience` until the socket has room. Returns whether it has.
 ///
 /// # Errors
-/// The system refuses.
+/// The system's error.
 pub fn wait_for_room(stream: &UnixStream, patience: Duration) -> io::Result<bool> {
     poll(stream.as_raw_fd(), libc::POLLOUT, patience)
 }
 
-/// Waits until one of `events` is there, but not longer than `patience`.
+/// Waits up to `patience` for one of `events`. Returns whether one occurred; a signal ends the wait early.
 ///
 /// # Errors
-/// The system refuses.
+/// The system's error.
 pub fn poll(fd: RawFd, events: libc::c_short, patience: Duration) -> io::Result<bool> {
     let mut watched = libc::pollfd {
         fd,

@@ -1,60 +1,60 @@
-//! What daemon and readers say to each other: frames of 40 bytes on a stream socket, in the byte order
-//! of the host. `docs/shadow.md` has the order of frames.
+//! The protocol between the daemon and its readers: frames of 40 bytes on a stream socket, in the host's byte
+//! order. `docs/shadow.md` has the order of frames.
 
 use std::sync::atomic::AtomicU64;
 
 use crate::address::Access;
 use crate::ids::list_variants;
 
-/// First number of a greeting.
+/// First number of a HELLO frame.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"iommushd");
-/// The version of this protocol. Each side refuses every other one.
+/// The version of this protocol. Each side refuses every other version.
 pub const VERSION: u32 = 1;
-/// Bytes of a frame.
+/// Length of a frame. Bytes.
 pub const FRAME_LEN: usize = 40;
-/// Epoch words a reader has: as many accesses can be in progress at once.
+/// Epoch words of a reader: the number of accesses that it can have in progress at once.
 pub const EPOCH_WORDS: usize = 64;
-/// Epoch words lie this many words apart, each in a cache line of its own.
+/// Distance of two epoch words, in words: each epoch word has a cache line to itself.
 pub const EPOCH_STRIDE: usize = 8;
-/// Bytes of a reader's epoch memory.
+/// Length of a reader's epoch memory. Bytes.
 pub const EPOCH_BYTES: usize = EPOCH_WORDS * EPOCH_STRIDE * 8;
 
-/// A frame: a kind and numbers whose meaning depends on it.
+/// A frame: a kind, and numbers whose meaning depends on the kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Frame {
-    /// What it says, see [`kind`].
+    /// The kind, see [`kind`].
     pub kind: u32,
-    /// A number.
+    /// The first number.
     pub value: u32,
-    /// More numbers.
+    /// Four more numbers.
     pub numbers: [u64; 4],
 }
 
-/// Kinds of frames.
+/// Kinds of frames: the sender, then the frame's value and numbers.
 pub mod kind {
     /// Reader: version; magic, endpoint.
     pub const HELLO: u32 = 1;
-    /// Daemon: version; word of the endpoint slot, epoch words, frames RESERVED that follow. With the
-    /// arena's descriptor and that of the epoch memory.
+    /// Daemon: version; index of the endpoint slot's word, number of epoch words, number of RESERVED frames
+    /// that follow. Carries the descriptors of the arena and of the epoch memory.
     pub const WELCOME: u32 = 2;
-    /// Daemon: why, see [`super::Refusal`]; a number that explains it.
+    /// Daemon: a [`super::Refusal`]; a number whose meaning depends on it.
     pub const REFUSED: u32 = 3;
-    /// Daemon: first and last address that bypass mode does not reach.
+    /// Daemon: no value; first and last address of a range that bypass mode does not reach.
     pub const RESERVED: u32 = 4;
-    /// Daemon: guest-physical address, bytes, offset in the file. With the file's descriptor.
+    /// Daemon: no value; guest-physical address, bytes, offset in the file. Carries the file's descriptor.
     pub const MEMORY_COMES: u32 = 5;
-    /// Daemon: guest-physical address.
+    /// Daemon: no value; guest-physical address of the region that the reader must unmap.
     pub const MEMORY_GOES: u32 = 6;
-    /// Daemon: the generation of guest memory that is complete now.
+    /// Daemon: no value; the generation of guest memory that is complete with this frame.
     pub const MEMORY: u32 = 7;
-    /// Reader: no access reaches memory that has gone in this generation or before.
+    /// Reader: no value; a generation. No access of the reader uses memory removed in it or before.
     pub const MEMORY_TAKEN: u32 = 8;
-    /// Reader: bit 0 for a read, bit 1 for a write; the address that was refused.
+    /// Reader: the access, bit 0 for a read and bit 1 for a write; the address that was refused.
     pub const FAULT: u32 = 9;
 }
 
 impl Frame {
-    /// A frame of these numbers.
+    /// A frame of this kind with these numbers.
     pub fn new(kind: u32, value: u32, numbers: [u64; 4]) -> Self {
         Self {
             kind,
@@ -88,22 +88,22 @@ impl Frame {
     }
 }
 
-/// Epoch word `index` of a reader's epoch memory.
+/// Epoch word `index` of a reader's epoch memory, or `None` past the last.
 pub fn epoch_word(memory: &[AtomicU64], index: usize) -> Option<&AtomicU64> {
     memory.get(index.checked_mul(EPOCH_STRIDE)?)
 }
 
-/// All epoch words of a reader's epoch memory.
+/// All epoch words of a reader's epoch memory, in order.
 pub fn epoch_words(memory: &[AtomicU64]) -> impl Iterator<Item = &AtomicU64> {
     memory.iter().step_by(EPOCH_STRIDE)
 }
 
-/// Rights as bits: 0 for reading, 1 for writing.
+/// An access as bits: bit 0 for a read, bit 1 for a write.
 pub fn access_bits(access: Access) -> u32 {
     u32::from(access.read) | u32::from(access.write) << 1
 }
 
-/// The rights that bits stand for, or `None` where others than these are set.
+/// The access that `bits` stand for, or `None` where another bit is set.
 pub fn access_of(bits: u32) -> Option<Access> {
     (bits < 4).then_some(Access {
         read: bits & 1 != 0,
@@ -111,29 +111,30 @@ pub fn access_of(bits: u32) -> Option<Access> {
     })
 }
 
-/// Why a reader is refused.
+/// Why the daemon refuses a reader, and the number that a REFUSED frame carries with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// No greeting of this protocol.
+    /// The peer sent no greeting of this protocol, or not in time. The number is 0.
     NoGreeting,
-    /// Another version; the number is the daemon's.
+    /// The peer has another version. The number is the daemon's version.
     Version,
-    /// The reader's user may not; the number is the daemon's user.
+    /// The peer's user may not register. The number is the daemon's user.
     User,
-    /// This socket does not serve that endpoint.
+    /// This socket does not serve the endpoint. The number is the endpoint.
     Endpoint,
-    /// The endpoint, or the socket, has as many readers as it may have; the number is that.
+    /// The endpoint has as many readers, or the sockets as many unregistered peers, as they may have. The
+    /// number is the limit.
     Full,
-    /// The daemon cannot end this process, should it have to.
+    /// The daemon may not kill the peer's process. The number is 0.
     Process,
-    /// The daemon lacks memory or descriptors.
+    /// The daemon lacks memory or descriptors. The number is 0.
     Resources,
 }
 
 list_variants!(Refusal: NoGreeting, Version, User, Endpoint, Full, Process, Resources);
 
 impl Refusal {
-    /// The number that stands for it.
+    /// Its value in a REFUSED frame.
     pub fn code(self) -> u32 {
         match self {
             Self::NoGreeting => 1,
@@ -146,7 +147,7 @@ impl Refusal {
         }
     }
 
-    /// What a number stands for.
+    /// The refusal that a value stands for, if any.
     pub fn of(code: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|r| r.code() == code)
     }

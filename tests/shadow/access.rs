@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange};
 use vhost_device_iommu::faults::{Fault, FaultReason};
-use vhost_device_iommu::shadow::{Limits, AccessError};
+use vhost_device_iommu::shadow::{AccessError, Limits};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::bed::{A, B, Bed, D1, D2, MSI, PAGE, RAM, eventually, mapping, range, slot};
@@ -356,7 +356,8 @@ fn faults_are_limited_and_counted() {
     }
     let counters = bed.registry.counters();
     eventually("all are counted", || {
-        counters.faults.get() + counters.faults_suppressed.get() + reader.faults_unreported() == 1000
+        counters.faults.get() + counters.faults_suppressed.get() + reader.faults_unreported()
+            == 1000
     });
     assert!(counters.faults.get() >= 64);
     assert!(counters.faults_suppressed.get() + reader.faults_unreported() > 100);

@@ -1,4 +1,4 @@
-//! Who may be a reader, and the welcome.
+//! Admission of readers: the checks, and the welcome.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -20,11 +20,10 @@ use crate::shadow::sys::send;
 use crate::shadow::wire::{EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, Refusal, VERSION, kind};
 
 impl Registry {
-    /// Lets the process at the other end of `stream` in, which has said `greeting` and wants one of
-    /// `served`.
+    /// Registers the peer of `stream`, which has sent `greeting`, for one of the endpoints `served`.
     ///
     /// # Errors
-    /// Why not, and a number that explains it; the other end has been told.
+    /// The reason, which the peer has been sent.
     pub fn register(
         &self,
         stream: UnixStream,
@@ -35,7 +34,10 @@ impl Registry {
             Ok((endpoint, process)) => match self.welcome(stream, endpoint, process) {
                 Ok(reader) => {
                     self.counters.registered.inc();
-                    info_limited!("reader {} of endpoint {endpoint} has come", reader.number);
+                    info_limited!(
+                        "reader {} of endpoint {endpoint} is registered",
+                        reader.number
+                    );
                     return Ok(reader);
                 }
                 Err((stream, refusal, number)) => (stream, refusal, number),
@@ -47,16 +49,16 @@ impl Registry {
         Err(refusal)
     }
 
-    /// Tells a process that it is not let in.
+    /// Sends a peer its refusal, with a number whose meaning depends on it (see [`Refusal`]), and counts it.
     pub fn refuse(&self, stream: &UnixStream, refusal: Refusal, number: u64) {
         self.counters.refused.inc();
         if refusal == Refusal::Full {
             self.counters.refused_full.inc();
         }
         let frame = Frame::new(kind::REFUSED, refusal.code(), [number, 0, 0, 0]);
-        // It may have hung up.
+        // Fails where the peer has closed the connection.
         if let Err(cause) = send(stream, &frame.to_wire(), &[]) {
-            debug!("a refused reader is not told: {cause}");
+            debug!("cannot send a refusal to a reader: {cause}");
         }
     }
 
@@ -83,7 +85,7 @@ impl Registry {
             return Err((Refusal::User, own.into()));
         }
         let process = Process::of_peer(stream).map_err(|cause| {
-            debug!("a reader's process cannot be held: {cause}");
+            debug!("cannot get a handle of a reader's process: {cause}");
             (Refusal::Process, 0)
         })?;
         Ok((endpoint, process))
@@ -99,7 +101,7 @@ impl Registry {
             return Err((stream, Refusal::Endpoint, endpoint.0.into()));
         };
         let mut state = self.state.lock();
-        state.forget_gone();
+        state.drop_gone();
         let present = state.readers.iter().filter(|r| r.endpoint == endpoint);
         if present.count() >= self.limits.readers {
             return Err((stream, Refusal::Full, self.limits.readers as u64));
@@ -111,7 +113,7 @@ impl Registry {
         let epochs = match sealed {
             Ok(epochs) => epochs,
             Err(cause) => {
-                debug!("no epoch memory for a reader: {cause}");
+                debug!("cannot make epoch memory for a reader: {cause}");
                 return Err((stream, Refusal::Resources, 0));
             }
         };
@@ -119,20 +121,26 @@ impl Registry {
         let numbers = [word, EPOCH_WORDS as u64, facts.reserved.len() as u64, 0];
         let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
         let fds = [self.arena.as_fd(), epochs.fd()];
-        let until = Instant::now() + self.limits.patience;
-        let mut said = send_frame(&stream, &welcome, &fds, Some(until));
+        let deadline = Instant::now() + self.limits.patience;
+        let mut said = send_frame(&stream, &welcome, &fds, Some(deadline));
         for range in &facts.reserved {
             let numbers = [range.first().0, range.last().0, 0, 0];
             let frame = Frame::new(kind::RESERVED, 0, numbers);
-            said = said.and_then(|()| send_frame(&stream, &frame, &[], Some(until)));
+            said = said.and_then(|()| send_frame(&stream, &frame, &[], Some(deadline)));
         }
         for ram in &state.memory {
-            said = said.and_then(|()| send_ram(&stream, ram, until));
+            said = said.and_then(|()| send_ram(&stream, ram, deadline));
         }
-        said = said
-            .and_then(|()| send_frame(&stream, &memory_frame(state.generation), &[], Some(until)));
+        said = said.and_then(|()| {
+            send_frame(
+                &stream,
+                &memory_frame(state.generation),
+                &[],
+                Some(deadline),
+            )
+        });
         if let Err(cause) = said {
-            debug!("a reader does not take its welcome: {cause}");
+            debug!("cannot send a reader its welcome: {cause}");
             return Err((stream, Refusal::Resources, 0));
         }
         let reader = Arc::new(Reader {
@@ -141,12 +149,12 @@ impl Registry {
             stream,
             epochs,
             process,
-            taken: AtomicU64::new(state.generation),
+            acknowledged: AtomicU64::new(state.generation),
             gone: AtomicBool::new(false),
         });
         state.next_number += 1;
-        // Whatever changes after this is told to it, and whoever unmaps after this waits for it. What
-        // changed before, it has found: it was let in later.
+        // The state's lock is held since the memory was read. A later change of memory is sent to this
+        // reader, and a later UNMAP waits for it. The reader has found every earlier change.
         state.readers.push(reader.clone());
         Ok(reader)
     }

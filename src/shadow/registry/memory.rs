@@ -1,4 +1,4 @@
-//! Guest RAM that comes and goes under the readers.
+//! Guest RAM that the VMM adds and removes while readers run.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -18,45 +18,46 @@ use crate::shadow::wire::{Frame, kind};
 use crate::warn_limited;
 
 impl Registry {
-    /// Guest RAM has come. When this returns, the readers have it, so that what the guest is answered
-    /// after that holds for them too.
+    /// Adds guest RAM and waits until the readers have mapped it, so that the guest's next request already
+    /// holds for them.
     ///
-    /// A reader that does not take it in time does not reach it until it does, and is not waited for
-    /// again before it has caught up. Only what is needed for that is waited for: a thread that
-    /// registers readers or hears them does not need what the caller may hold.
+    /// A reader that does not acknowledge in time reaches the RAM once it does; later calls do not wait for it
+    /// until it has caught up. The caller may hold the core's lock: the thread that serves the readers does not
+    /// need that lock to receive an acknowledgement.
     pub fn add_memory(&self, ram: Ram) {
         let mut state = self.state.lock();
         let up_to_date = state.generation;
         state.generation += 1;
         let generation = state.generation;
         let done = memory_frame(generation);
-        let until = Instant::now() + self.limits.patience;
+        let deadline = Instant::now() + self.limits.patience;
         let awaited: Vec<_> = state
             .readers
             .iter()
-            .filter(|r| r.taken.load(Ordering::Acquire) >= up_to_date)
+            .filter(|r| r.acknowledged.load(Ordering::Acquire) >= up_to_date)
             .cloned()
             .collect();
-        let deaf = state.tell(|reader| {
-            send_ram(&reader.stream, &ram, until)
-                .and_then(|()| send_frame(&reader.stream, &done, &[], Some(until)))
+        let unreached = state.broadcast(|reader| {
+            send_ram(&reader.stream, &ram, deadline)
+                .and_then(|()| send_frame(&reader.stream, &done, &[], Some(deadline)))
         });
         state.memory.push(ram);
-        for reader in deaf {
-            // What it does not know of it does not reach. It goes on with what it knows until it has
-            // read as far as to here, and is waited for: it is out when it has hung up itself.
+        for reader in unreached {
+            // Half-close: the reader drains its socket, then disconnects. Not removed here, because until
+            // then its accesses are valid and must be waited for. It never reaches the RAM that it was not
+            // told of.
             let _ = reader.stream.shutdown(std::net::Shutdown::Write);
         }
         let behind = |r: &&Arc<Reader>| {
             !r.is_gone()
-                && r.taken.load(Ordering::Acquire) < generation
+                && r.acknowledged.load(Ordering::Acquire) < generation
                 && !has_hung_up(&r.stream)
                 && !r.process.is_gone()
         };
         while let Some(reader) = awaited.iter().find(behind) {
-            if self.changed.wait_until(&mut state, until) {
+            if self.changed.wait_until(&mut state, deadline) {
                 warn_limited!(
-                    "reader {} of endpoint {} does not take the memory that has come",
+                    "reader {} of endpoint {} did not acknowledge the new memory slot in time",
                     reader.number,
                     reader.endpoint
                 );
@@ -65,60 +66,67 @@ impl Registry {
         }
     }
 
-    /// Guest RAM goes. When this returns `Ok`, no reader reaches it any more.
+    /// Removes guest RAM. On success no reader reaches it any more. Kills a reader that does not acknowledge in
+    /// time.
     ///
     /// # Errors
-    /// A reader does not let go and cannot be ended.
+    /// A reader does not acknowledge and cannot be killed.
     pub fn remove_memory(&self, range: GpaRange) -> Result<(), Stuck> {
         let mut state = self.state.lock();
         state.memory.retain(|ram| ram.range != range);
         state.generation += 1;
         let generation = state.generation;
         let goes = Frame::new(kind::MEMORY_GOES, 0, [range.first().0, 0, 0, 0]);
-        let until = Instant::now() + self.limits.patience;
-        let deaf = state.tell(|reader| {
-            send_frame(&reader.stream, &goes, &[], Some(until)).and_then(|()| {
-                send_frame(&reader.stream, &memory_frame(generation), &[], Some(until))
+        let deadline = Instant::now() + self.limits.patience;
+        let unreached = state.broadcast(|reader| {
+            send_frame(&reader.stream, &goes, &[], Some(deadline)).and_then(|()| {
+                send_frame(
+                    &reader.stream,
+                    &memory_frame(generation),
+                    &[],
+                    Some(deadline),
+                )
             })
         });
         let mut holding: Vec<_>;
         loop {
-            let holds =
-                |r: &&Arc<Reader>| !r.is_gone() && r.taken.load(Ordering::Acquire) < generation;
+            let holds = |r: &&Arc<Reader>| {
+                !r.is_gone() && r.acknowledged.load(Ordering::Acquire) < generation
+            };
             holding = state.readers.iter().filter(holds).cloned().collect();
             holding.retain(|r| !r.process.is_gone());
             if holding
                 .iter()
-                .all(|r| deaf.iter().any(|d| Arc::ptr_eq(r, d)))
+                .all(|r| unreached.iter().any(|d| Arc::ptr_eq(r, d)))
             {
                 break;
             }
-            if self.changed.wait_until(&mut state, until) {
+            if self.changed.wait_until(&mut state, deadline) {
                 break;
             }
         }
         drop(state);
-        // Those that have hung up have let go of all memory, unless they are still at it.
+        // A reader that has disconnected begins no access any more. If it is inside none, it uses no memory.
         for reader in holding.extract_if(.., |r| has_hung_up(&r.stream) && !r.is_inside()) {
-            self.forget(&reader);
+            self.remove(&reader);
         }
         holding
             .iter()
-            .try_for_each(|reader| self.end(reader, "does not let go of memory that goes"))
+            .try_for_each(|reader| self.kill(reader, "does not release removed memory"))
     }
 }
 
 impl RegistryState {
-    /// Tells every reader something; returns those that do not listen.
-    fn tell(&self, mut tell: impl FnMut(&Reader) -> io::Result<()>) -> Vec<Arc<Reader>> {
-        let deaf = self.readers.iter().filter(|reader| {
-            let told = tell(reader);
-            if let Err(cause) = &told {
-                debug!("reader {} does not listen: {cause}", reader.number);
+    /// Calls `send` for every reader. Returns the readers to which nothing could be sent.
+    fn broadcast(&self, mut send: impl FnMut(&Reader) -> io::Result<()>) -> Vec<Arc<Reader>> {
+        let unreached = self.readers.iter().filter(|reader| {
+            let sent = send(reader);
+            if let Err(cause) = &sent {
+                debug!("cannot send to reader {}: {cause}", reader.number);
             }
-            told.is_err()
+            sent.is_err()
         });
-        deaf.cloned().collect()
+        unreached.cloned().collect()
     }
 }
 
@@ -126,10 +134,10 @@ pub(super) fn memory_frame(generation: u64) -> Frame {
     Frame::new(kind::MEMORY, 0, [generation, 0, 0, 0])
 }
 
-pub(super) fn send_ram(stream: &UnixStream, ram: &Ram, until: Instant) -> io::Result<()> {
+pub(super) fn send_ram(stream: &UnixStream, ram: &Ram, deadline: Instant) -> io::Result<()> {
     let (first, span) = (ram.range.first().0, ram.range.span());
-    // Whole pages, so that there is one more than the span.
+    // A region is whole pages below 2^64, so the length fits.
     let numbers = [first, span.saturating_add(1), ram.offset, 0];
     let frame = Frame::new(kind::MEMORY_COMES, 0, numbers);
-    send_frame(stream, &frame, &[ram.file.as_fd()], Some(until))
+    send_frame(stream, &frame, &[ram.file.as_fd()], Some(deadline))
 }

@@ -1,4 +1,4 @@
-//! The daemon's side: which readers there are, what they are told, and how they are waited for.
+//! The daemon's registry of readers: it admits them, tells them of guest memory, and waits for their accesses.
 
 mod admission;
 mod memory;
@@ -23,19 +23,19 @@ use crate::metrics::Counter;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, OutOfFrames};
 use crate::{error_limited, info_limited};
 
-/// What readers are allowed.
+/// Limits of the readers.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// How long a reader may stay inside one access while the writer waits for it, and how long it
-    /// may take to let go of memory. Then it is killed.
+    /// The longest time a reader may stay inside one access that the writer waits for, and the longest time
+    /// it may take to release removed memory. After that the daemon kills it.
     pub patience: Duration,
-    /// How long a killed process may take to be gone.
+    /// The longest time a killed process may take to end.
     pub exit: Duration,
     /// The most readers of one endpoint.
     pub readers: usize,
-    /// Users whose processes may read besides the daemon's own.
+    /// Users whose processes may register, besides the daemon's own user.
     pub users: Vec<u32>,
-    /// The most faults of one endpoint that are passed on in a second.
+    /// The most faults of one endpoint that the guest gets in a second.
     pub fault_rate: u32,
 }
 
@@ -51,63 +51,63 @@ impl Default for Limits {
     }
 }
 
-/// An endpoint that readers serve.
+/// An endpoint whose DMA readers do.
 #[derive(Clone, Debug)]
 pub struct ShadowEndpoint {
-    /// Its ID.
+    /// The endpoint's ID.
     pub id: EndpointId,
-    /// What bypass mode does not reach.
+    /// Addresses that bypass mode does not reach.
     pub reserved: Vec<IovaRange>,
 }
 
 /// A piece of guest RAM.
 #[derive(Clone, Debug)]
 pub struct Ram {
-    /// The guest-physical addresses.
+    /// Its guest-physical addresses.
     pub range: GpaRange,
-    /// The file.
+    /// The file that holds it.
     pub file: Arc<File>,
-    /// Where in it the memory begins, in bytes.
+    /// Offset of its first byte in the file. Bytes.
     pub offset: u64,
 }
 
-/// Why there can be no readers.
+/// Why a registry cannot be made.
 #[derive(Debug, Error)]
 pub enum RegistryError {
     /// The page tables cannot be shared.
     #[error(transparent)]
     Arena(#[from] ArenaError),
-    /// No frame is left for endpoint slots.
+    /// The arena has no frame left for endpoint slots.
     #[error(transparent)]
     Slots(#[from] OutOfFrames),
 }
 
-/// A reader that could not be made to leave.
+/// A reader that stays inside an access and cannot be killed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("reader {reader} of endpoint {endpoint} is inside an access and cannot be ended: {why}")]
+#[error("reader {reader} of endpoint {endpoint} is inside an access and cannot be killed: {why}")]
 pub struct Stuck {
     /// The reader's number.
     pub reader: u64,
-    /// What it reads for.
+    /// The reader's endpoint.
     pub endpoint: EndpointId,
-    /// Why it cannot be ended.
+    /// Why it cannot be killed.
     pub why: String,
 }
 
-/// What has happened to readers.
+/// Counters of the readers, since the daemon's start.
 #[derive(Debug, Default)]
 pub struct ReaderCounters {
-    /// Readers that were let in.
+    /// Readers that registered.
     pub registered: Counter,
-    /// Those that were not.
+    /// Processes whose registration was refused.
     pub refused: Counter,
-    /// Those of them for whom the endpoint had too many already.
+    /// Refusals because the endpoint had as many readers as it may have.
     pub refused_full: Counter,
-    /// Those that were killed.
+    /// Readers that the daemon killed.
     pub killed: Counter,
-    /// Faults that were reported.
+    /// Faults of readers that were passed on.
     pub faults: Counter,
-    /// Faults beyond the rate that is passed on.
+    /// Faults of readers that were dropped, because they exceeded the rate or the queue.
     pub faults_suppressed: Counter,
 }
 
@@ -120,7 +120,7 @@ pub struct Registry {
     limits: Limits,
     counters: ReaderCounters,
     state: Mutex<RegistryState>,
-    /// A reader has acknowledged, or is gone.
+    /// Signalled when a reader acknowledges a generation of memory, and when one is gone.
     changed: Condvar,
 }
 
@@ -133,7 +133,7 @@ struct RegistryState {
 }
 
 impl Registry {
-    /// The readers of `endpoints`, all blocked, in the tables of `arena`, which is shared from now on.
+    /// A registry for readers of `endpoints`, each of which is blocked. The arena is shared from now on.
     ///
     /// # Errors
     /// See [`RegistryError`].
@@ -158,17 +158,17 @@ impl Registry {
         })
     }
 
-    /// What has happened so far.
+    /// The counters.
     pub fn counters(&self) -> &ReaderCounters {
         &self.counters
     }
 
-    /// What readers are allowed.
+    /// The limits.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// The readers that the endpoint with the most of them has now.
+    /// The number of readers of the endpoint that has the most.
     pub fn most_readers(&self) -> usize {
         let state = self.state.lock();
         let mut counts: BTreeMap<EndpointId, usize> = BTreeMap::new();
@@ -178,26 +178,26 @@ impl Registry {
         counts.into_values().max().unwrap_or(0)
     }
 
-    /// The readers there are now.
+    /// The number of readers now.
     pub fn reader_count(&self) -> usize {
         let state = self.state.lock();
         state.readers.iter().filter(|r| !r.is_gone()).count()
     }
 
-    /// A reader has hung up, or said what it must not. It is out at once if it is inside no access;
-    /// else when its process is gone, or has been waited for in vain.
+    /// Closes a reader's connection. A reader that is inside no access is removed at once; another one is
+    /// removed when its process is gone, or when a wait for its access has killed it.
     pub fn hang_up(&self, reader: &Reader) {
-        // It may be closed already.
+        // Fails where the connection is closed already.
         let _ = reader.stream.shutdown(std::net::Shutdown::Both);
         if !reader.is_inside() || reader.process.is_gone() {
-            self.forget(reader);
+            self.remove(reader);
         } else {
             self.wake();
         }
     }
 
-    /// A reader breaks the protocol: it is killed, and is out once its process is gone. Returns
-    /// whether it could be.
+    /// Kills a reader that breaks the protocol. It is removed once its process is gone. Returns whether the
+    /// kill succeeded.
     pub fn expel(&self, reader: &Reader, why: &str) -> bool {
         error_limited!(
             "reader {} of endpoint {} {why}: its process is killed",
@@ -207,20 +207,20 @@ impl Registry {
         match reader.process.kill() {
             Ok(()) => {
                 self.counters.killed.inc();
-                // It may be closed already.
+                // Fails where the connection is closed already.
                 let _ = reader.stream.shutdown(std::net::Shutdown::Both);
                 true
             }
             Err(cause) => {
-                debug!("reader {} is not killed: {cause}", reader.number);
+                debug!("cannot kill reader {}: {cause}", reader.number);
                 self.hang_up(reader);
                 false
             }
         }
     }
 
-    /// A reader's process is gone.
-    pub fn forget(&self, reader: &Reader) {
+    /// Removes a reader that accesses nothing any more.
+    pub fn remove(&self, reader: &Reader) {
         if !reader.gone.swap(true, Ordering::AcqRel) {
             info_limited!(
                 "reader {} of endpoint {} is gone",
@@ -228,26 +228,26 @@ impl Registry {
                 reader.endpoint
             );
         }
-        self.state.lock().forget_gone();
+        self.state.lock().drop_gone();
         self.changed.notify_all();
     }
 
-    /// A reader has let go of the memory that went in `generation` or before.
-    pub fn taken(&self, reader: &Reader, generation: u64) {
-        reader.taken.store(generation, Ordering::Release);
+    /// Notes that a reader has acknowledged `generation`: it uses no memory removed in it or before.
+    pub fn acknowledge(&self, reader: &Reader, generation: u64) {
+        reader.acknowledged.store(generation, Ordering::Release);
         self.wake();
     }
 
-    /// Makes those who wait for readers to say something look again.
+    /// Wakes the threads that wait for acknowledgements, so that they check again.
     fn wake(&self) {
-        // The lock is taken so that nobody is about to sleep.
+        // Taking the lock makes sure that no thread is between its check and its sleep.
         drop(self.state.lock());
         self.changed.notify_all();
     }
 }
 
 impl RegistryState {
-    fn forget_gone(&mut self) {
+    fn drop_gone(&mut self) {
         self.readers
             .retain(|r| !r.is_gone() && !r.process.is_gone());
     }

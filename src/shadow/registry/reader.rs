@@ -9,7 +9,7 @@ use crate::page_table::words::SharedWords;
 use crate::shadow::process::Process;
 use crate::shadow::wire::{epoch_word, epoch_words};
 
-/// A process that reads for one endpoint.
+/// A process that is registered for the DMA of one endpoint.
 #[derive(Debug)]
 pub struct Reader {
     pub(super) number: u64,
@@ -17,37 +17,37 @@ pub struct Reader {
     pub(super) stream: UnixStream,
     pub(super) epochs: SharedWords,
     pub(super) process: Process,
-    /// The generation of memory it has acknowledged.
-    pub(super) taken: AtomicU64,
-    /// It has left, or it was killed.
+    /// The latest generation of guest memory that it has acknowledged.
+    pub(super) acknowledged: AtomicU64,
+    /// It has been removed: it accesses nothing any more.
     pub(super) gone: AtomicBool,
 }
 
 impl Reader {
-    /// Its number, which no other reader gets.
+    /// The reader's number. No other reader of this daemon gets it.
     pub fn number(&self) -> u64 {
         self.number
     }
 
-    /// What it reads for.
+    /// The reader's endpoint.
     pub fn endpoint(&self) -> EndpointId {
         self.endpoint
     }
 
-    /// Its socket.
+    /// The reader's socket.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
     }
 
-    /// Its process.
+    /// The reader's process.
     pub fn process(&self) -> &Process {
         &self.process
     }
 
     /// Whether one of its threads is inside an access.
     pub fn is_inside(&self) -> bool {
-        // A process that has hung up begins no access after that: one whose word is not seen here
-        // finds that there is no connection.
+        // The fence orders this check after the end of the connection. An access whose word is not odd here
+        // begins later and finds the reader disconnected.
         fence(Ordering::SeqCst);
         let mut words = epoch_words(self.epochs.words());
         words.any(|word| word.load(Ordering::Acquire) & 1 == 1)
@@ -61,7 +61,7 @@ impl Reader {
         grace.is_over(|index| epoch_word(self.epochs.words(), index))
     }
 
-    /// It accesses nothing any more.
+    /// Whether it accesses nothing any more.
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
     }

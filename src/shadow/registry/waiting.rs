@@ -1,4 +1,4 @@
-//! Waiting for accesses to end, and the end of readers that do not end them.
+//! Waiting for accesses in progress, and killing the readers that do not end them.
 
 use std::time::{Duration, Instant};
 
@@ -8,17 +8,16 @@ use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::page_table::EndpointWord;
 
-/// How often a writer that waits looks whether readers have left, before it lets other threads run.
+/// How often the writer checks the epoch words before it lets other threads run.
 const SPINS: u32 = 2000;
-/// How long a writer that still waits then sleeps between two looks.
+/// The writer's sleep between two checks after that.
 const NAP: Duration = Duration::from_micros(50);
 
 impl Registry {
-    /// Switches an endpoint over. When this returns `Ok`, no access is in progress that found where
-    /// it went before.
+    /// Sets an endpoint's slot. On success, no access is in progress that found the slot's value before.
     ///
     /// # Errors
-    /// A reader cannot be made to leave; the endpoint is blocked.
+    /// A reader stays inside an access and cannot be killed. The endpoint is blocked then.
     pub fn switch(&self, endpoint: EndpointId, to: EndpointWord) -> Result<(), Stuck> {
         let Some((slot, _)) = self.endpoints.get(&endpoint) else {
             return Ok(());
@@ -31,13 +30,14 @@ impl Registry {
         done
     }
 
-    /// Waits for every access that was in progress before this call, by readers of the endpoints that
-    /// are `concerned`. A reader that does not leave in time is killed.
+    /// Waits for every access in progress at this call of readers whose endpoint is `concerned`. Kills a
+    /// reader whose access outlasts the patience.
     ///
     /// # Errors
-    /// A reader cannot be made to leave: what was unmapped before this call may still be reached.
+    /// A reader stays inside an access and cannot be killed. It may still reach memory that was unmapped
+    /// before this call.
     pub fn wait_for_readers(&self, concerned: impl Fn(EndpointId) -> bool) -> Result<(), Stuck> {
-        // Readers that come later find what was stored before this lock.
+        // A reader that registers later finds every store made before this lock.
         let readers: Vec<_> = {
             let state = self.state.lock();
             let concerned = state.readers.iter().filter(|r| concerned(r.endpoint));
@@ -47,32 +47,30 @@ impl Registry {
             .into_iter()
             .map(|reader| (reader.begin_wait(), reader))
             .collect();
-        left.retain_mut(|(waiting, reader)| !reader.has_left(waiting));
+        left.retain_mut(|(grace, reader)| !reader.has_left(grace));
         if left.is_empty() {
             return Ok(());
         }
         for _ in 0..SPINS {
             std::hint::spin_loop();
-            left.retain_mut(|(waiting, reader)| !reader.has_left(waiting));
+            left.retain_mut(|(grace, reader)| !reader.has_left(grace));
             if left.is_empty() {
                 return Ok(());
             }
         }
-        let until = Instant::now() + self.limits.patience;
-        while !left.is_empty() && Instant::now() < until {
+        let deadline = Instant::now() + self.limits.patience;
+        while !left.is_empty() && Instant::now() < deadline {
             if let Some((_, reader)) = left.first() {
                 reader.process.wait_until_gone(NAP);
             }
-            left.retain_mut(|(waiting, reader)| {
-                !reader.has_left(waiting) && !reader.process.is_gone()
-            });
+            left.retain_mut(|(grace, reader)| !reader.has_left(grace) && !reader.process.is_gone());
         }
         left.iter()
-            .try_for_each(|(_, reader)| self.end(reader, "stays inside an access"))
+            .try_for_each(|(_, reader)| self.kill(reader, "stays inside an access"))
     }
 
-    /// Kills a reader. When this returns `Ok` it accesses nothing any more.
-    pub(super) fn end(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
+    /// Kills a reader. On success it accesses nothing any more.
+    pub(super) fn kill(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
         if reader.is_gone() {
             return Ok(());
         }
@@ -91,7 +89,7 @@ impl Registry {
             return Err(stuck("its process does not end".into()));
         }
         self.counters.killed.inc();
-        self.forget(reader);
+        self.remove(reader);
         Ok(())
     }
 }
