@@ -1,16 +1,39 @@
 //! A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu.
 //!
-//! ```text
-//! request queue -> device -> protocol::Request -> iommu::Iommu --plan, apply, roll back--> page_table
-//!       ^                                             |                                   + backends
-//!       +---- used ring <- protocol::reply <- Result<(), RequestError>
-//! event queue <- device <- faults::Fault <- iommu, backends, shadow
-//! args, file -> config -> topology -> iommu checks, PROBE answers, VIOT, QEMU arguments
-//! control socket <- control <- iommu, metrics
-//! launch -> this program as the daemon, and a VMM
-//! ```
+//! The map, from the top down. `docs/architecture.md` walks a request, a fault and a configuration key through it;
+//! `tests/layering` holds who may import whom.
 //!
-//! Who may import whom is written down and enforced in `tests/layering.rs`.
+//! | module | holds |
+//! |---|---|
+//! | `args` | the command line |
+//! | `daemon` | the parts of a running daemon put together, signals, the service drop-in, the sandbox's needs |
+//! | `control` | the control socket's server, and metrics |
+//! | `ctl` | the control socket's client, `ctl` |
+//! | `endpoints` | from the configuration to opened parts, one file for each kind of endpoint; hot-plug |
+//! | `qemu` | QEMU's arguments, `launch`, QMP |
+//! | `host` | what this host's sysfs says, what the host lacks, the tree of its devices |
+//! | `config` | the file and the flags, checked |
+//! | `transport` | how a VMM reaches the device: vhost-user |
+//! | `device` | the virtio device: rings, chains, request queue, event queue, guest memory, polling, resume |
+//! | `iommu` | the core: endpoints, domains, and the specification's rules between them |
+//! | `backends` | what makes endpoints obey: one trait, thin adapters |
+//! | `export` | a device of the host as a device of the vfio-user server |
+//! | `shadow` | readers of the page tables in other processes: the library for them, and their server |
+//! | `protocol` | virtio-iommu on the wire: types, no actions |
+//! | `faults` | the one `Fault`, its queue on the way to the guest, its log |
+//! | `vfio_user` | vfio-user: messages, the link to a server, the interposer, one server for every served device |
+//! | `vfio` | VFIO and iommufd: the ioctls, and traits above them |
+//! | `page_table` | I/O page tables in a sealed memfd: writer, readers, the arena |
+//! | `process` | what any daemon needs: sandbox, service manager, watchdog, priorities, sockets, event loop |
+//! | `topology` | PCI addresses and ranges, host groups, reserved regions, the VIOT table |
+//! | `logging` | the VM's log, its limits, the journal |
+//! | `locks` | locks with a rank |
+//! | `metrics` | counters |
+//! | `address` | addresses, ranges, permissions: one type for each address space |
+//! | `ids` | identifiers of endpoints and domains |
+//!
+//! Without the feature `daemon` the crate is a library for device processes: `address`, `ids`, `locks`, `faults`,
+//! `page_table` and `shadow`'s reader.
 
 pub mod address;
 #[cfg(feature = "daemon")]
