@@ -3,7 +3,8 @@
 use zerocopy::native_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Command, Malformed};
+use super::command::Command;
+use super::malformed::Malformed;
 
 /// `flags` of [`DmaMapBody`]: the device may read.
 pub const DMA_MAP_READ: u32 = 1 << 0;

@@ -1,10 +1,12 @@
 //! What a well-formed message is.
 
-use super::{
-    Command, DeviceInfoBody, DmaAccessBody, DmaMapBody, DmaUnmapBody, FeatureBody, IRQ_DATA_BOOL,
-    IRQ_DATA_EVENTFD, IrqInfoBody, IrqSetBody, Malformed, MigDataBody, RegionAccessBody,
-    RegionInfoBody, RegionIoFdsBody, VersionBody, WriteMultiBody, WriteOneBody, take,
+use super::body::{
+    DeviceInfoBody, DmaAccessBody, DmaMapBody, DmaUnmapBody, FeatureBody, IRQ_DATA_BOOL,
+    IRQ_DATA_EVENTFD, IrqInfoBody, IrqSetBody, MigDataBody, RegionAccessBody, RegionInfoBody,
+    RegionIoFdsBody, VersionBody, WriteMultiBody, WriteOneBody, take,
 };
+use super::command::Command;
+use super::malformed::Malformed;
 
 /// Whether a command is what it says it is: enough bytes, counts that fit them, descriptors only
 /// where they belong.

@@ -1,6 +1,6 @@
 //! The commands.
 
-use super::MAX_DESCRIPTORS;
+use super::limits::MAX_DESCRIPTORS;
 use crate::ids::list_variants;
 
 /// What a message is about.

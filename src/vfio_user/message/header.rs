@@ -3,10 +3,9 @@
 use zerocopy::native_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Command, MAX_MESSAGE, Malformed};
-
-/// Bytes of a header.
-pub const HEADER_BYTES: usize = 16;
+use super::command::Command;
+use super::limits::{HEADER_BYTES, MAX_MESSAGE};
+use super::malformed::Malformed;
 
 /// Bits of a header's flags that tell the type.
 const TYPE_MASK: u32 = 0xf;

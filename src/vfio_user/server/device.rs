@@ -88,7 +88,7 @@ pub trait ServedDevice {
     fn dma_unmap(&mut self, window: &DmaUnmapBody) -> Result<(), i32>;
 
     /// Whether the device sends commands of its own (DMA_READ, DMA_WRITE), through
-    /// [`ClientChannel::send`](super::ClientChannel::send). The server cuts off a client that replies
+    /// [`ClientChannel::send`](super::client::ClientChannel::send). The server cuts off a client that replies
     /// to a device that sends none.
     fn sends_commands(&self) -> bool {
         false
