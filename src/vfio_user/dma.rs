@@ -2,9 +2,34 @@
 
 use zerocopy::IntoBytes;
 
+use super::link::Window;
 use super::message::{Command, DmaAccessBody, HEADER_BYTES, Header, MAX_DATA, Malformed, take};
-use super::{DmaTarget, Refused};
 use crate::address::{Iova, IovaRange};
+
+/// An access that is not allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
+
+/// Memory as a device sees it.
+///
+/// The interposer's thread calls this. It must not wait for whoever gives a [`Link`] orders, nor
+/// for anything such a one may hold while it waits for a reply, the core above all.
+pub trait DmaTarget: Send + Sync {
+    /// Reads all of `range`, which is as long as `into`.
+    ///
+    /// # Errors
+    /// Where some of it may not be read; what is in `into` then means nothing.
+    fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), Refused>;
+
+    /// Writes all of `range`, which is as long as `from`.
+    ///
+    /// # Errors
+    /// Where some of it may not be written; nothing is written then.
+    fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), Refused>;
+
+    /// What a server that connects may reach; called with the [`Link`] locked.
+    fn windows(&self) -> Vec<Window>;
+}
 
 /// Does what DMA_READ or DMA_WRITE asks for. Returns the whole reply.
 ///

@@ -1,57 +1,21 @@
 //! The client, and what it says.
 
 use std::fs::File;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::PollFlags;
 use zerocopy::IntoBytes;
 
-use super::{Between, MAX_WAITING, Reason, TURN};
-use crate::vfio_user::client_windows::ClientWindows;
-use crate::vfio_user::irqs::Irqs;
-use crate::vfio_user::link::Pulse;
+use super::between::{Between, Reason};
+use super::peers::{Stage, TURN};
 use crate::vfio_user::message::{
-    Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Header,
-    Kind, RegionAccessBody, check_command, take,
+    Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
+    RegionAccessBody, check_command, take,
 };
-use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver};
-use crate::vfio_user::version::{Terms, Version};
+use crate::vfio_user::socket::{Descriptor, Message, Received};
+use crate::vfio_user::version::Version;
 use crate::warn_limited;
-
-/// The most commands of the client's that wait for replies; the next ones wait unread.
-const MAX_COMMANDS: usize = 64;
-/// While this many descriptors wait to be sent to the server, nothing more is taken in: a process may
-/// have only so many open.
-const MAX_WAITING_DESCRIPTORS: usize = 256;
-/// How long a client may take to say VERSION, while others wait.
-const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
-
-pub(super) struct Client {
-    pub(super) socket: Arc<UnixStream>,
-    pub(super) receiver: Receiver,
-    pub(super) outbox: Outbox,
-    pub(super) stage: Stage,
-    pub(super) windows: ClientWindows,
-    pub(super) irqs: Irqs,
-    /// It has descriptors of the server's, which lead nowhere when that is gone.
-    pub(super) holds_descriptors: bool,
-}
-
-/// How far a client has come.
-pub(super) enum Stage {
-    /// It has said nothing yet, and is to until this.
-    Fresh(Instant),
-    /// It waits for the answer to its VERSION.
-    Asked { header: Header, version: Version },
-    /// It was answered.
-    Agreed {
-        version: Version,
-        answer: Box<Version>,
-        terms: Terms,
-    },
-}
 
 impl Between {
     pub(super) fn client_ready(&mut self, flags: PollFlags) {
@@ -183,58 +147,5 @@ impl Between {
             client.refuse(&header, libc::EIO);
         }
         Ok(())
-    }
-}
-
-impl Client {
-    /// A client that has said nothing yet.
-    pub(super) fn new(socket: UnixStream) -> Self {
-        Self {
-            socket: Arc::new(socket),
-            receiver: Receiver::default(),
-            outbox: Outbox::default(),
-            stage: Stage::Fresh(Instant::now() + FIRST_WORD_PATIENCE),
-            windows: ClientWindows::default(),
-            irqs: Irqs::default(),
-            holds_descriptors: false,
-        }
-    }
-
-    /// Whether its next message is taken in.
-    pub(super) fn may_speak(&self, pulse: &Pulse) -> bool {
-        if self.outbox.len_bytes() >= MAX_WAITING {
-            return false;
-        }
-        match self.stage {
-            Stage::Fresh(_) => true,
-            Stage::Asked { .. } => false,
-            // What the server is to know already when it gets a command has to go first.
-            Stage::Agreed { .. } => {
-                !pulse.connected
-                    || (pulse.up
-                        && pulse.told
-                        && pulse.commands < MAX_COMMANDS
-                        && pulse.bytes < MAX_WAITING
-                        && pulse.descriptors < MAX_WAITING_DESCRIPTORS)
-            }
-        }
-    }
-
-    fn answer(&mut self, header: &Header, done: Result<(), i32>, body: &[u8]) {
-        match done {
-            Ok(()) if header.wants_no_reply() => {}
-            Ok(()) => {
-                let reply = header.reply_to(body.len()).with_body(body);
-                self.outbox.push(reply, Vec::new());
-            }
-            Err(error) => self.refuse(header, error),
-        }
-    }
-
-    pub(super) fn refuse(&mut self, header: &Header, error: i32) {
-        if !header.wants_no_reply() {
-            let reply = header.refusal_of(error).encode().to_vec();
-            self.outbox.push(reply, Vec::new());
-        }
     }
 }

@@ -1,35 +1,17 @@
 //! The server, and what it says.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::event::PollFlags;
 
-use super::client::Stage;
-use super::{Between, MAX_WAITING, Reason, TURN};
+use super::between::{Between, Reason};
+use super::peers::{MAX_WAITING, Stage, TURN, Twin};
 use crate::vfio_user::dma;
 use crate::vfio_user::link::Settled;
 use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
 use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
-
-pub(super) struct Server {
-    pub(super) session: u64,
-    pub(super) socket: Arc<OwnedFd>,
-    pub(super) receiver: Receiver,
-    /// The socket of the server's commands.
-    pub(super) twin: Option<Twin>,
-    /// When VERSION has to be answered, where it is not.
-    pub(super) answer_until: Option<Instant>,
-}
-
-pub(super) struct Twin {
-    pub(super) socket: Arc<OwnedFd>,
-    pub(super) receiver: Receiver,
-    pub(super) outbox: Outbox,
-}
 
 impl Between {
     pub(super) fn server_ready(&mut self, flags: PollFlags) {
