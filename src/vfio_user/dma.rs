@@ -8,7 +8,7 @@ use crate::address::{Iova, IovaRange};
 
 /// An access that is not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused;
+pub struct AccessDenied;
 
 /// Memory as a device sees it.
 ///
@@ -19,13 +19,13 @@ pub trait DmaTarget: Send + Sync {
     ///
     /// # Errors
     /// Where some of it may not be read; what is in `into` then means nothing.
-    fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), Refused>;
+    fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), AccessDenied>;
 
     /// Writes all of `range`, which is as long as `from`.
     ///
     /// # Errors
     /// Where some of it may not be written; nothing is written then.
-    fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), Refused>;
+    fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), AccessDenied>;
 
     /// What a server that connects may reach; called with the [`Link`] locked.
     fn windows(&self) -> Vec<Window>;
@@ -71,6 +71,6 @@ pub(super) fn serve(
     };
     match done {
         Ok(()) => Ok(reply),
-        Err(Refused) => refusal(libc::EFAULT),
+        Err(AccessDenied) => refusal(libc::EFAULT),
     }
 }

@@ -15,7 +15,7 @@
 mod client_windows;
 mod dma;
 mod interposer;
-mod irqs;
+mod irq_replay;
 mod link;
 pub mod message;
 pub mod server;
@@ -23,6 +23,8 @@ pub mod socket;
 pub mod version;
 
 pub(crate) use self::client_windows::ClientWindows;
-pub use self::dma::{DmaTarget, Refused};
-pub use self::interposer::{Interposer, Settings};
-pub use self::link::{Ends, Link, MAX_PATIENCE, Order, OrderError, Orders, Ticket, Window};
+pub use self::dma::{AccessDenied, DmaTarget};
+pub use self::interposer::{Interposer, InterposerSettings};
+pub use self::link::{
+    BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_PATIENCE, Window,
+};

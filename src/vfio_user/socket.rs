@@ -123,14 +123,14 @@ impl Receiver {
 
 /// A descriptor that goes out with a message.
 #[derive(Debug)]
-pub enum Descriptor {
+pub enum OutgoingFd {
     /// Closed once it is sent.
     Owned(OwnedFd),
     /// Used elsewhere too.
     Shared(Arc<File>),
 }
 
-impl AsFd for Descriptor {
+impl AsFd for OutgoingFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Owned(fd) => fd.as_fd(),
@@ -154,12 +154,12 @@ struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
     /// Gone with the first byte.
-    descriptors: Vec<Descriptor>,
+    descriptors: Vec<OutgoingFd>,
 }
 
 impl Outbox {
     /// Adds a message, header and all. It has no more than [`MAX_DESCRIPTORS`] descriptors.
-    pub fn push(&mut self, bytes: Vec<u8>, descriptors: Vec<Descriptor>) {
+    pub fn push(&mut self, bytes: Vec<u8>, descriptors: Vec<OutgoingFd>) {
         self.bytes += bytes.len();
         self.descriptors += descriptors.len();
         self.queue.push_back(Outgoing {
@@ -255,7 +255,7 @@ fn receive_some(
 fn send_some(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
-    descriptors: &[Descriptor],
+    descriptors: &[OutgoingFd],
 ) -> io::Result<Option<usize>> {
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -311,10 +311,10 @@ mod tests {
     fn descriptors_stay_with_their_message_and_are_closed_on_exec() {
         let (here, there) = pair();
         let mut outbox = Outbox::default();
-        outbox.push(message(1, b"first"), vec![Descriptor::Owned(null())]);
+        outbox.push(message(1, b"first"), vec![OutgoingFd::Owned(null())]);
         outbox.push(message(2, b"second"), Vec::new());
         let shared = Arc::new(File::open("/dev/null").expect("open"));
-        let three = (0..3).map(|_| Descriptor::Shared(shared.clone())).collect();
+        let three = (0..3).map(|_| OutgoingFd::Shared(shared.clone())).collect();
         outbox.push(message(3, b""), three);
         outbox.flush(&here).expect("sent");
         assert!(outbox.is_empty());
@@ -367,7 +367,7 @@ mod tests {
         let (here, mut there) = pair();
         let mut outbox = Outbox::default();
         let body = vec![7; 1 << 20];
-        outbox.push(message(1, &body), vec![Descriptor::Owned(null())]);
+        outbox.push(message(1, &body), vec![OutgoingFd::Owned(null())]);
         outbox.flush(&here).expect("sent");
         assert!(!outbox.is_empty());
         let mut receiver = Receiver::default();

@@ -25,7 +25,7 @@ use super::{
 use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::faults::FaultSink;
 use crate::ids::{DomainId, EndpointId};
-use crate::vfio_user::{Ends, Interposer, Link, Order, OrderError, Settings};
+use crate::vfio_user::{DmaUpdate, DmaUpdateError, Ends, Interposer, InterposerSettings, Link};
 
 pub use self::windows::Isolation;
 
@@ -73,7 +73,7 @@ impl VfioUser {
         let space = Space::new(endpoint, device.isolation, device.reserved, sink);
         let space = Arc::new(space);
         let link = Arc::new(Link::new(device.name.clone(), device.deadline)?);
-        let settings = Settings {
+        let settings = InterposerSettings {
             name: device.name.clone(),
             server: device.server,
         };
@@ -99,7 +99,7 @@ impl VfioUser {
     }
 
     /// Replaces all the device sees. Returns what it saw before, also on error.
-    fn replace(&self, gate: Gate, pieces: Pieces) -> (Gate, Pieces, Result<(), OrderError>) {
+    fn replace(&self, gate: Gate, pieces: Pieces) -> (Gate, Pieces, Result<(), DmaUpdateError>) {
         let mut orders = self.link.lock();
         let maps: Vec<_> = pieces.values().map(|p| self.map_order(p)).collect();
         let (old_gate, old) = {
@@ -107,20 +107,20 @@ impl VfioUser {
             let old_gate = std::mem::replace(&mut view.gate, gate);
             (old_gate, std::mem::replace(&mut view.pieces, pieces))
         };
-        let unmaps = old.values().map(|p| Order::Unmap(p.range));
-        let ticket = orders.give(unmaps.chain(maps));
+        let unmaps = old.values().map(|p| DmaUpdate::Unmap(p.range));
+        let ticket = orders.send(unmaps.chain(maps));
         drop(orders);
         (old_gate, old, self.link.wait(ticket))
     }
 
     /// Adds windows; on error there is none of them.
-    fn add(&self, pieces: Vec<Piece>) -> Result<(), OrderError> {
+    fn add(&self, pieces: Vec<Piece>) -> Result<(), DmaUpdateError> {
         let mut orders = self.link.lock();
         let maps: Vec<_> = pieces.iter().map(|p| self.map_order(p)).collect();
         let keys: Vec<_> = pieces.iter().map(|p| p.range).collect();
         let by_first = pieces.into_iter().map(|p| (p.range.first().0, p));
         self.space.change().pieces.extend(by_first);
-        let ticket = orders.give(maps);
+        let ticket = orders.send(maps);
         drop(orders);
         let added = self.link.wait(ticket);
         if added.is_err() {
@@ -130,7 +130,7 @@ impl VfioUser {
     }
 
     /// Removes windows. When this returns `Ok` the server has given them up.
-    fn remove(&self, gone: impl Fn(&Piece) -> bool) -> Result<(), OrderError> {
+    fn remove(&self, gone: impl Fn(&Piece) -> bool) -> Result<(), DmaUpdateError> {
         self.remove_in(&[IovaRange::ALL], gone)
     }
 
@@ -152,7 +152,7 @@ impl VfioUser {
         &self,
         ranges: &[IovaRange],
         gone: impl Fn(&Piece) -> bool,
-    ) -> Result<(), OrderError> {
+    ) -> Result<(), DmaUpdateError> {
         let mut orders = self.link.lock();
         let mut unmaps = Vec::new();
         {
@@ -168,13 +168,13 @@ impl VfioUser {
                 }
             }
         }
-        let ticket = orders.give(unmaps.into_iter().map(Order::Unmap));
+        let ticket = orders.send(unmaps.into_iter().map(DmaUpdate::Unmap));
         drop(orders);
         self.link.wait(ticket)
     }
 
-    fn map_order(&self, piece: &Piece) -> Order {
-        Order::Map(self.space.window(piece))
+    fn map_order(&self, piece: &Piece) -> DmaUpdate {
+        DmaUpdate::Map(self.space.window(piece))
     }
 
     /// Ends all that the device can reach.
@@ -185,10 +185,10 @@ impl VfioUser {
         view.pieces.clear();
     }
 
-    fn refused(&self, what: impl std::fmt::Display, cause: &OrderError) -> BackendError {
+    fn refused(&self, what: impl std::fmt::Display, cause: &DmaUpdateError) -> BackendError {
         let kind = match cause {
-            OrderError::Refused(libc::ENOMEM | libc::ENOSPC) => BackendErrorKind::NoMem,
-            OrderError::Refused(_) | OrderError::CutOff(_) => BackendErrorKind::DevErr,
+            DmaUpdateError::Refused(libc::ENOMEM | libc::ENOSPC) => BackendErrorKind::NoMem,
+            DmaUpdateError::Refused(_) | DmaUpdateError::CutOff(_) => BackendErrorKind::DevErr,
         };
         BackendError {
             kind,
@@ -303,8 +303,8 @@ impl DmaBackend for VfioUser {
         };
         let refusal = self.refused(format_args!("it cannot be switched to {target}"), &cause);
         let back = match cause {
-            OrderError::Refused(_) => self.replace(old_gate, old).2,
-            OrderError::CutOff(_) => Err(cause),
+            DmaUpdateError::Refused(_) => self.replace(old_gate, old).2,
+            DmaUpdateError::CutOff(_) => Err(cause),
         };
         if back.is_ok() {
             return Err(AttachError::Unchanged(refusal));

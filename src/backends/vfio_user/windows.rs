@@ -11,7 +11,7 @@ use crate::faults::{Fault, FaultReason, FaultSink};
 use crate::ids::EndpointId;
 use crate::locks::{Rank, RwLock, RwLockWriteGuard};
 use crate::metrics::Counter;
-use crate::vfio_user::{DmaTarget, Refused, Window};
+use crate::vfio_user::{AccessDenied, DmaTarget, Window};
 
 /// How far apart a device's process and guest RAM are kept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -167,20 +167,20 @@ impl Space {
         range: IovaRange,
         access: Access,
         mut act: impl FnMut(usize, vm_memory::VolatileSlice<'_>),
-    ) -> Result<(), Refused> {
+    ) -> Result<(), AccessDenied> {
         let view = self.view.read();
         let checked = view.each_part(range, access, |_, _| {});
         match checked {
             Ok(()) => {
                 // As it was a moment ago, for the view is locked.
                 let done = view.each_part(range, access, &mut act);
-                done.map_err(|_| Refused)
+                done.map_err(|_| AccessDenied)
             }
             Err(address) => {
                 let gate = view.gate;
                 drop(view);
                 self.report(gate, access, address);
-                Err(Refused)
+                Err(AccessDenied)
             }
         }
     }
@@ -205,7 +205,7 @@ impl Space {
 }
 
 impl DmaTarget for Space {
-    fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), Refused> {
+    fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), AccessDenied> {
         self.with_memory(range, Access::READ, |at, memory| {
             if let Some(into) = into.get_mut(at..) {
                 memory.copy_to(into);
@@ -213,7 +213,7 @@ impl DmaTarget for Space {
         })
     }
 
-    fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), Refused> {
+    fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), AccessDenied> {
         self.with_memory(range, Access::WRITE, |at, memory| {
             if let Some(from) = from.get(at..) {
                 memory.copy_from(from);
@@ -373,17 +373,17 @@ mod tests {
         // The second half may not be written: neither is the first.
         assert_eq!(
             space.write(range(0x10_1ffe, 0x10_2001), b"wxyz"),
-            Err(Refused)
+            Err(AccessDenied)
         );
         assert_eq!(space.read(range(0x10_1ffe, 0x10_2001), &mut back), Ok(()));
         assert_eq!(back, [0; 4]);
         assert_eq!(
             space.read(range(0x10_2fff, 0x10_3000), &mut back[..2]),
-            Err(Refused)
+            Err(AccessDenied)
         );
         assert_eq!(
             space.read(range(0xf_ffff, 0x10_0000), &mut back[..2]),
-            Err(Refused)
+            Err(AccessDenied)
         );
         assert_eq!(
             *sink.0.lock(),
@@ -440,8 +440,14 @@ mod tests {
         );
         insert(&space, Gate::Bypass, pieces);
         assert_eq!(space.write(range(0x5000, 0x5000), &[1]), Ok(()));
-        assert_eq!(space.write(range(0x4fff, 0x5000), &[1, 2]), Err(Refused));
-        assert_eq!(space.write(range(0x10_0000, 0x10_0000), &[1]), Err(Refused));
+        assert_eq!(
+            space.write(range(0x4fff, 0x5000), &[1, 2]),
+            Err(AccessDenied)
+        );
+        assert_eq!(
+            space.write(range(0x10_0000, 0x10_0000), &[1]),
+            Err(AccessDenied)
+        );
         assert_eq!(*sink.0.lock(), [(FaultReason::Mapping, 0x4fff)]);
     }
 
@@ -450,7 +456,7 @@ mod tests {
         let (space, sink) = space(Vec::new());
         for gate in [Gate::Blocked, Gate::Quarantined, Gate::Translated] {
             insert(&space, gate, None);
-            assert_eq!(space.read(range(0, 0), &mut [0]), Err(Refused));
+            assert_eq!(space.read(range(0, 0), &mut [0]), Err(AccessDenied));
         }
         let reasons: Vec<_> = sink.0.lock().iter().map(|(reason, _)| *reason).collect();
         assert_eq!(

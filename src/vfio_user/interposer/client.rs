@@ -7,23 +7,23 @@ use std::time::Instant;
 use rustix::event::PollFlags;
 use zerocopy::IntoBytes;
 
-use super::between::{Between, Reason};
 use super::peers::{Stage, TURN};
+use super::proxy::{CutOffReason, Proxy};
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
     RegionAccessBody, check_command, take,
 };
-use crate::vfio_user::socket::{Descriptor, Message, Received};
+use crate::vfio_user::socket::{Message, OutgoingFd, Received};
 use crate::vfio_user::version::Version;
 use crate::warn_limited;
 
-impl Between {
+impl Proxy {
     pub(super) fn client_ready(&mut self, flags: PollFlags) {
         if flags.contains(PollFlags::OUT) {
             self.flush_client();
         }
         for _ in 0..TURN {
-            let pulse = self.link.pulse();
+            let pulse = self.link.status();
             let Some(client) = &mut self.client else {
                 return;
             };
@@ -49,7 +49,7 @@ impl Between {
         }
     }
 
-    fn client_says(&mut self, message: Message) -> Result<(), Reason> {
+    fn client_says(&mut self, message: Message) -> Result<(), CutOffReason> {
         let Some(client) = &mut self.client else {
             return Ok(());
         };
@@ -139,7 +139,7 @@ impl Between {
         if command == Command::DeviceSetIrqs {
             client.irqs.note(&message.body, &files);
         }
-        let descriptors = files.into_iter().map(Descriptor::Shared).collect();
+        let descriptors = files.into_iter().map(OutgoingFd::Shared).collect();
         if !self
             .link
             .forward(header, command, &message.body, descriptors)

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::vfio_user::client_windows::ClientWindows;
-use crate::vfio_user::irqs::Irqs;
-use crate::vfio_user::link::Pulse;
+use crate::vfio_user::irq_replay::IrqReplay;
+use crate::vfio_user::link::LinkStatus;
 use crate::vfio_user::message::Header;
 use crate::vfio_user::socket::{Outbox, Receiver};
 use crate::vfio_user::version::{Terms, Version};
@@ -24,13 +24,13 @@ const MAX_WAITING_DESCRIPTORS: usize = 256;
 /// How long a client may take to say VERSION, while others wait.
 const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
 
-pub(super) struct Client {
+pub(super) struct ClientLeg {
     pub(super) socket: Arc<UnixStream>,
     pub(super) receiver: Receiver,
     pub(super) outbox: Outbox,
     pub(super) stage: Stage,
     pub(super) windows: ClientWindows,
-    pub(super) irqs: Irqs,
+    pub(super) irqs: IrqReplay,
     /// It has descriptors of the server's, which lead nowhere when that is gone.
     pub(super) holds_descriptors: bool,
 }
@@ -49,7 +49,7 @@ pub(super) enum Stage {
     },
 }
 
-pub(super) struct Server {
+pub(super) struct ServerLeg {
     pub(super) session: u64,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) receiver: Receiver,
@@ -65,7 +65,7 @@ pub(super) struct Twin {
     pub(super) outbox: Outbox,
 }
 
-impl Client {
+impl ClientLeg {
     /// A client that has said nothing yet.
     pub(super) fn new(socket: UnixStream) -> Self {
         Self {
@@ -74,13 +74,13 @@ impl Client {
             outbox: Outbox::default(),
             stage: Stage::Fresh(Instant::now() + FIRST_WORD_PATIENCE),
             windows: ClientWindows::default(),
-            irqs: Irqs::default(),
+            irqs: IrqReplay::default(),
             holds_descriptors: false,
         }
     }
 
     /// Whether its next message is taken in.
-    pub(super) fn may_speak(&self, pulse: &Pulse) -> bool {
+    pub(super) fn may_speak(&self, pulse: &LinkStatus) -> bool {
         if self.outbox.len_bytes() >= MAX_WAITING {
             return false;
         }

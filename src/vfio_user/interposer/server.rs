@@ -4,22 +4,22 @@ use std::sync::Arc;
 
 use rustix::event::PollFlags;
 
-use super::between::{Between, Reason};
 use super::peers::{MAX_WAITING, Stage, TURN, Twin};
+use super::proxy::{CutOffReason, Proxy};
 use crate::vfio_user::dma;
 use crate::vfio_user::link::Settled;
 use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
-use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver};
+use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
 
-impl Between {
+impl Proxy {
     pub(super) fn server_ready(&mut self, flags: PollFlags) {
         if flags.contains(PollFlags::OUT) {
             self.link.flush();
         }
         for _ in 0..TURN {
-            let pulse = self.link.pulse();
+            let pulse = self.link.status();
             let Some(server) = &mut self.server else {
                 return;
             };
@@ -49,7 +49,7 @@ impl Between {
         self.flush_client();
     }
 
-    fn server_says(&mut self, message: Message) -> Result<(), Reason> {
+    fn server_says(&mut self, message: Message) -> Result<(), CutOffReason> {
         if matches!(message.header.kind, Kind::Command { .. }) {
             if let Some(reply) = self.serve(&message)? {
                 self.link.reply(reply);
@@ -88,7 +88,7 @@ impl Between {
             id: client_header.id,
             ..message.header
         };
-        let descriptors = message.descriptors.into_iter().map(Descriptor::Owned);
+        let descriptors = message.descriptors.into_iter().map(OutgoingFd::Owned);
         client
             .outbox
             .push(reply.with_body(&message.body), descriptors.collect());
@@ -96,7 +96,7 @@ impl Between {
     }
 
     /// The server has answered VERSION.
-    fn agree(&mut self, message: Message) -> Result<(), Reason> {
+    fn agree(&mut self, message: Message) -> Result<(), CutOffReason> {
         let (Some(client), Some(server)) = (&mut self.client, &mut self.server) else {
             return Ok(());
         };
@@ -195,7 +195,7 @@ impl Between {
     }
 
     /// Does what a command of the server's asks for. Returns the reply, if one is wanted.
-    fn serve(&self, message: &Message) -> Result<Option<Vec<u8>>, Reason> {
+    fn serve(&self, message: &Message) -> Result<Option<Vec<u8>>, CutOffReason> {
         let header = &message.header;
         let reply = match Command::from_number(header.command) {
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {

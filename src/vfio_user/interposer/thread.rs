@@ -12,8 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::between::{Between, Settings};
-use super::peers::{Client, MAX_WAITING, Server, Stage, TURN};
+use super::peers::{ClientLeg, MAX_WAITING, ServerLeg, Stage, TURN};
+use super::proxy::{InterposerSettings, Proxy};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
@@ -40,14 +40,14 @@ impl Interposer {
     /// # Errors
     /// Where the thread cannot be started.
     pub fn start(
-        settings: Settings,
+        settings: InterposerSettings,
         listener: UnixListener,
         link: Arc<Link>,
         target: Arc<dyn DmaTarget>,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let mut between = Between {
+        let mut proxy = Proxy {
             settings,
             listener,
             link: link.clone(),
@@ -60,9 +60,9 @@ impl Interposer {
         let stopping = stop.clone();
         let thread = sandbox::spawn(Role::VfioUser, move || {
             while !stopping.load(Ordering::Acquire) {
-                between.turn();
+                proxy.turn();
             }
-            between.link.end();
+            proxy.link.end();
         })?;
         Ok(Self {
             link,
@@ -86,16 +86,16 @@ impl Drop for Interposer {
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+enum EventSource {
     Wake,
     Listener,
-    Client,
-    Server,
+    ClientLeg,
+    ServerLeg,
     Twin,
     Parting,
 }
 
-impl Between {
+impl Proxy {
     /// Waits for something to do, and does it.
     fn turn(&mut self) {
         self.look_after_server();
@@ -109,22 +109,22 @@ impl Between {
         };
         for (source, flags) in ready {
             match source {
-                Source::Wake => self.link.awake(),
-                Source::Listener => self.accept(),
-                Source::Client => self.client_ready(flags),
-                Source::Server => self.server_ready(flags),
-                Source::Twin => self.twin_ready(flags),
-                Source::Parting => self.parting_ready(),
+                EventSource::Wake => self.link.awake(),
+                EventSource::Listener => self.accept(),
+                EventSource::ClientLeg => self.client_ready(flags),
+                EventSource::ServerLeg => self.server_ready(flags),
+                EventSource::Twin => self.twin_ready(flags),
+                EventSource::Parting => self.parting_ready(),
             }
         }
     }
 
     /// Which descriptors have something, after no longer than until something is due.
-    fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
-        let pulse = self.link.pulse();
+    fn wait(&self) -> io::Result<Vec<(EventSource, PollFlags)>> {
+        let pulse = self.link.status();
         let parting = self.link.parting();
         let now = Instant::now();
-        let mut sources = vec![Source::Wake];
+        let mut sources = vec![EventSource::Wake];
         let mut fds = vec![PollFd::from_borrowed_fd(self.link.woken(), PollFlags::IN)];
         let mut due: Vec<Instant> = Vec::new();
         match &self.client {
@@ -132,7 +132,7 @@ impl Between {
                 let mut flags = PollFlags::empty();
                 flags.set(PollFlags::IN, client.may_speak(&pulse));
                 flags.set(PollFlags::OUT, !client.outbox.is_empty());
-                sources.push(Source::Client);
+                sources.push(EventSource::ClientLeg);
                 fds.push(PollFd::new(&client.socket, flags));
                 match client.stage {
                     Stage::Fresh(until) => due.push(until),
@@ -147,7 +147,7 @@ impl Between {
             None => match self.accept_at.filter(|at| *at > now) {
                 Some(at) => due.push(at),
                 None => {
-                    sources.push(Source::Listener);
+                    sources.push(EventSource::Listener);
                     fds.push(PollFd::new(&self.listener, PollFlags::IN));
                 }
             },
@@ -156,19 +156,19 @@ impl Between {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, pulse.bytes < MAX_WAITING);
             flags.set(PollFlags::OUT, pulse.bytes > 0);
-            sources.push(Source::Server);
+            sources.push(EventSource::ServerLeg);
             fds.push(PollFd::new(&server.socket, flags));
             due.extend(server.answer_until);
             if let Some(twin) = &server.twin {
                 let mut flags = PollFlags::empty();
                 flags.set(PollFlags::IN, twin.outbox.len_bytes() < MAX_WAITING);
                 flags.set(PollFlags::OUT, !twin.outbox.is_empty());
-                sources.push(Source::Twin);
+                sources.push(EventSource::Twin);
                 fds.push(PollFd::new(&twin.socket, flags));
             }
         }
         if let Some(socket) = &parting {
-            sources.push(Source::Parting);
+            sources.push(EventSource::Parting);
             fds.push(PollFd::new(socket, PollFlags::IN));
         }
         let timeout = due.into_iter().min().map(|at| {
@@ -194,7 +194,7 @@ impl Between {
         match self.listener.accept() {
             Ok((socket, _)) => {
                 info_limited!("{}: a client has connected", self.settings.name);
-                self.client = Some(Client::new(socket));
+                self.client = Some(ClientLeg::new(socket));
                 self.link.set_client(true);
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
@@ -207,7 +207,7 @@ impl Between {
 
     /// Lets go of a server that is gone, and looks for one where one is needed.
     fn look_after_server(&mut self) {
-        let pulse = self.link.pulse();
+        let pulse = self.link.status();
         if let Some(server) = &self.server {
             if pulse.connected && pulse.session == server.session {
                 if server.answer_until.is_some_and(|at| at < Instant::now()) {
@@ -237,7 +237,7 @@ impl Between {
             Ok(socket) => {
                 let socket = Arc::new(socket);
                 let session = self.link.begin(socket.clone(), &proposal.encode());
-                self.server = Some(Server {
+                self.server = Some(ServerLeg {
                     session,
                     socket,
                     receiver: Receiver::default(),

@@ -4,12 +4,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::update::{Order, Window};
+use super::update::{DmaUpdate, Window};
 use crate::address::IovaRange;
 use crate::vfio_user::message::{
     Command, DMA_MAP_READ, DMA_MAP_WRITE, DmaMapBody, DmaUnmapBody, Header,
 };
-use crate::vfio_user::socket::{Descriptor, Outbox};
+use crate::vfio_user::socket::{Outbox, OutgoingFd};
 use crate::vfio_user::version::Terms;
 
 /// The number all commands without a reply have, so that a server that answers one all the same is
@@ -17,13 +17,13 @@ use crate::vfio_user::version::Terms;
 pub(super) const NO_REPLY_ID: u16 = u16::MAX;
 
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct ServerConnection {
     pub(super) socket: Arc<OwnedFd>,
     /// What was agreed on; before that the server knows nothing.
     pub(super) terms: Option<Terms>,
     pub(super) outbox: Outbox,
-    /// Orders that are not in the outbox yet, and their batches.
-    pub(super) backlog: VecDeque<(Order, u64)>,
+    /// Updates that are not in the outbox yet, and their batches.
+    pub(super) backlog: VecDeque<(DmaUpdate, u64)>,
     pub(super) pending: HashMap<u16, Pending>,
     next_id: u16,
     pub(super) orders: usize,
@@ -42,14 +42,14 @@ pub(super) struct Connection {
 #[derive(Debug)]
 pub(super) enum Pending {
     Version,
-    Order(Order, u64),
+    DmaUpdate(DmaUpdate, u64),
     /// The client's, with the client's header.
     Client(Header),
     /// The client's of long ago, told again.
     Again(Command),
 }
 
-impl Connection {
+impl ServerConnection {
     /// Nothing is agreed on, nothing is on its way.
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
         Self {
@@ -73,7 +73,7 @@ impl Connection {
         pending: Pending,
         command: Command,
         body: &[u8],
-        descriptors: Vec<Descriptor>,
+        descriptors: Vec<OutgoingFd>,
     ) {
         let id = self.free_id();
         self.pending.insert(id, pending);
@@ -83,13 +83,13 @@ impl Connection {
 
     pub(super) fn order(
         &mut self,
-        order: Order,
+        order: DmaUpdate,
         batch: u64,
         body: &[u8],
-        descriptors: Vec<Descriptor>,
+        descriptors: Vec<OutgoingFd>,
     ) {
         self.orders += 1;
-        let pending = Pending::Order(order, batch);
+        let pending = Pending::DmaUpdate(order, batch);
         let command = pending.command();
         self.send(pending, command, body, descriptors);
     }
@@ -110,8 +110,8 @@ impl Pending {
     pub(super) fn command(&self) -> Command {
         match self {
             Self::Version => Command::Version,
-            Self::Order(Order::Map(_), _) => Command::DmaMap,
-            Self::Order(Order::Unmap(_), _) => Command::DmaUnmap,
+            Self::DmaUpdate(DmaUpdate::Map(_), _) => Command::DmaMap,
+            Self::DmaUpdate(DmaUpdate::Unmap(_), _) => Command::DmaUnmap,
             // Only what is known is ever forwarded.
             Self::Client(header) => {
                 Command::from_number(header.command).unwrap_or(Command::Version)
@@ -121,11 +121,11 @@ impl Pending {
     }
 }
 
-pub(super) fn map_body(window: &Window) -> (DmaMapBody, Vec<Descriptor>) {
+pub(super) fn map_body(window: &Window) -> (DmaMapBody, Vec<OutgoingFd>) {
     let right = |has: bool, bit: u32| if has { bit } else { 0 };
     let flags = right(window.access.read, DMA_MAP_READ) | right(window.access.write, DMA_MAP_WRITE);
     let (offset, descriptors) = match &window.file {
-        Some((file, offset)) => (*offset, vec![Descriptor::Shared(file.clone())]),
+        Some((file, offset)) => (*offset, vec![OutgoingFd::Shared(file.clone())]),
         None => (0, Vec::new()),
     };
     let body = DmaMapBody {

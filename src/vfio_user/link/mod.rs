@@ -7,12 +7,12 @@
 //! a server that connects is told of every window exactly once.
 
 mod connection;
-mod orders;
+mod requester;
 mod state;
 mod thread;
 mod update;
 
-pub use self::orders::Orders;
+pub use self::requester::DmaUpdates;
 pub use self::state::{Ends, Link};
-pub(super) use self::thread::{Pulse, Settled};
-pub use self::update::{MAX_PATIENCE, Order, OrderError, Ticket, Window};
+pub(super) use self::thread::{LinkStatus, Settled};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_PATIENCE, Window};

@@ -11,14 +11,14 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::Shutdown;
 use zerocopy::IntoBytes;
 
-use super::connection::{Connection, Pending, map_body, unmap_body};
-use super::update::{Order, OrderError};
+use super::connection::{Pending, ServerConnection, map_body, unmap_body};
+use super::update::{DmaUpdate, DmaUpdateError};
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
 
-/// Orders that wait for their replies at once; the others wait for those.
+/// Updates that wait for their replies at once; the others wait for those.
 pub(super) const MAX_ORDERS: usize = 1024;
 /// While this many bytes wait to be sent, no order is added to them.
 const BUSY_BYTES: usize = 256 << 10;
@@ -30,7 +30,7 @@ pub(super) const UNWATCHED: u64 = 0;
 pub struct Link {
     /// The device's name, for messages.
     pub(super) name: String,
-    pub(super) state: Mutex<State>,
+    pub(super) state: Mutex<LinkState>,
     pub(super) changed: Condvar,
     wake: OwnedFd,
     pub(super) deadline: Duration,
@@ -50,11 +50,11 @@ pub struct Ends {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) connection: Option<Connection>,
+pub(super) struct LinkState {
+    pub(super) connection: Option<ServerConnection>,
     /// Connections there have been.
     pub(super) session: u64,
-    /// Orders somebody waits for.
+    /// Updates somebody waits for.
     pub(super) batches: HashMap<u64, Batch>,
     pub(super) last_batch: u64,
     /// The client's commands that no server will answer any more.
@@ -65,7 +65,7 @@ pub(super) struct State {
 
 /// How a connection ends.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Ending<'a> {
+pub(super) enum Disconnect<'a> {
     /// The server has hung up: it has let go of everything.
     HungUp,
     /// Its client is gone.
@@ -79,7 +79,7 @@ pub(super) struct Batch {
     pub(super) remaining: usize,
     /// It takes windows away, which a server that is parting may have.
     pub(super) unmaps: bool,
-    pub(super) failed: Option<OrderError>,
+    pub(super) failed: Option<DmaUpdateError>,
 }
 
 impl Link {
@@ -91,7 +91,7 @@ impl Link {
     pub fn new(name: String, deadline: Duration) -> io::Result<Self> {
         Ok(Self {
             name,
-            state: Mutex::new(Rank::Link, State::default()),
+            state: Mutex::new(Rank::Link, LinkState::default()),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             deadline,
@@ -104,7 +104,7 @@ impl Link {
     pub fn ends(&self) -> Ends {
         Ends {
             client: self.has_client.load(Ordering::Relaxed),
-            server: self.pulse().up,
+            server: self.status().up,
             cut_offs: self.cut_offs.get(),
         }
     }
@@ -116,7 +116,7 @@ impl Link {
 
     /// Ends the connection to the server, if there is one, for which that is to blame.
     pub fn cut_off(&self, why: &str) {
-        self.end_locked(&mut self.state.lock(), Ending::CutOff(why));
+        self.end_locked(&mut self.state.lock(), Disconnect::CutOff(why));
     }
 
     /// Makes the interposer's thread look at the link.
@@ -137,14 +137,14 @@ impl Link {
 
     /// Ends the connection. A server that was given memory, and has not hung up, is told by the end of
     /// its stream. Whoever takes windows away waits until it has hung up, for then it has let go of them.
-    pub(super) fn end_locked(&self, state: &mut State, ending: Ending<'_>) {
+    pub(super) fn end_locked(&self, state: &mut LinkState, ending: Disconnect<'_>) {
         let Some(connection) = state.connection.take() else {
             return;
         };
         let (may_have_memory, why) = match ending {
-            Ending::HungUp => (false, None),
-            Ending::ClientGone => (true, None),
-            Ending::CutOff(why) => (true, Some(why)),
+            Disconnect::HungUp => (false, None),
+            Disconnect::ClientGone => (true, None),
+            Disconnect::CutOff(why) => (true, Some(why)),
         };
         if why.is_some() {
             self.cut_offs.inc();
@@ -167,7 +167,7 @@ impl Link {
             if let Some(why) = why {
                 batch
                     .failed
-                    .get_or_insert_with(|| OrderError::CutOff(why.into()));
+                    .get_or_insert_with(|| DmaUpdateError::CutOff(why.into()));
             }
         }
         self.changed.notify_all();
@@ -175,8 +175,8 @@ impl Link {
     }
 
     /// Puts orders that wait into the outbox, as many as may be there at once, and sends.
-    pub(super) fn pump(&self, state: &mut State) {
-        let State {
+    pub(super) fn pump(&self, state: &mut LinkState) {
+        let LinkState {
             connection: Some(connection),
             batches,
             ..
@@ -188,8 +188,8 @@ impl Link {
         while connection.orders < MAX_ORDERS && connection.outbox.len_bytes() < BUSY_BYTES {
             // Whether there is a window to take away is not known before the server has said so.
             let unknown = match connection.backlog.front() {
-                Some((Order::Unmap(range), _)) => connection.asked.contains(&range.first().0),
-                Some((Order::Map(_), _)) | None => false,
+                Some((DmaUpdate::Unmap(range), _)) => connection.asked.contains(&range.first().0),
+                Some((DmaUpdate::Map(_), _)) | None => false,
             };
             if unknown {
                 break;
@@ -198,23 +198,23 @@ impl Link {
                 break;
             };
             match &order {
-                Order::Map(window) if connection.windows >= most => {
+                DmaUpdate::Map(window) if connection.windows >= most => {
                     connection.refused.insert(window.range.first().0);
                     finish(&self.name, batches, batch, Some(libc::ENOSPC));
                     self.changed.notify_all();
                 }
-                Order::Unmap(range) if connection.refused.remove(&range.first().0) => {
+                DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => {
                     finish(&self.name, batches, batch, None);
                     self.changed.notify_all();
                 }
-                Order::Map(window) => {
+                DmaUpdate::Map(window) => {
                     connection.windows += 1;
                     connection.asked.insert(window.range.first().0);
                     let (body, descriptors) = map_body(window);
                     connection.shares |= !descriptors.is_empty();
                     connection.order(order, batch, body.as_bytes(), descriptors);
                 }
-                Order::Unmap(range) => {
+                DmaUpdate::Unmap(range) => {
                     let body = unmap_body(*range);
                     connection.order(order, batch, body.as_bytes(), Vec::new());
                 }
@@ -223,17 +223,17 @@ impl Link {
         self.flush_locked(state);
     }
 
-    pub(super) fn flush_locked(&self, state: &mut State) {
+    pub(super) fn flush_locked(&self, state: &mut LinkState) {
         let Some(connection) = &mut state.connection else {
             return;
         };
         if let Err(cause) = connection.outbox.flush(&*connection.socket) {
             match cause.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                    self.end_locked(state, Ending::HungUp);
+                    self.end_locked(state, Disconnect::HungUp);
                 }
                 // The system will not send it: the server is there, and has what it has.
-                _ => self.end_locked(state, Ending::CutOff(&cause.to_string())),
+                _ => self.end_locked(state, Disconnect::CutOff(&cause.to_string())),
             }
         } else if !connection.outbox.is_empty() {
             // The interposer's thread sees when there is room.
@@ -253,7 +253,7 @@ pub(super) fn finish(
         Some(batch) => {
             batch.remaining = batch.remaining.saturating_sub(1);
             if let Some(error) = error {
-                batch.failed.get_or_insert(OrderError::Refused(error));
+                batch.failed.get_or_insert(DmaUpdateError::Refused(error));
             }
         }
         None => {

@@ -3,11 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::connection::{Connection, NO_REPLY_ID, Pending};
-use super::state::{Ending, Link, State, UNWATCHED, finish};
-use super::update::{Order, OrderError, Window};
+use super::connection::{NO_REPLY_ID, Pending, ServerConnection};
+use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish};
+use super::update::{DmaUpdate, DmaUpdateError, Window};
 use crate::vfio_user::message::{Command, Header, Kind};
-use crate::vfio_user::socket::Descriptor;
+use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
 use crate::warn_limited;
 
@@ -26,7 +26,7 @@ pub(in crate::vfio_user) enum Settled {
 
 /// How the link is doing, for the thread that moves messages.
 #[derive(Debug)]
-pub(in crate::vfio_user) struct Pulse {
+pub(in crate::vfio_user) struct LinkStatus {
     pub(in crate::vfio_user) session: u64,
     pub(in crate::vfio_user) connected: bool,
     pub(in crate::vfio_user) up: bool,
@@ -43,10 +43,10 @@ pub(in crate::vfio_user) struct Pulse {
 }
 
 impl Link {
-    pub(in crate::vfio_user) fn pulse(&self) -> Pulse {
+    pub(in crate::vfio_user) fn status(&self) -> LinkStatus {
         let state = self.state.lock();
         let connection = state.connection.as_ref();
-        Pulse {
+        LinkStatus {
             session: state.session,
             connected: connection.is_some(),
             up: connection.is_some_and(|c| c.terms.is_some()),
@@ -62,7 +62,7 @@ impl Link {
     pub(in crate::vfio_user) fn begin(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
         let mut state = self.state.lock();
         state.session += 1;
-        let connection = state.connection.insert(Connection::new(socket));
+        let connection = state.connection.insert(ServerConnection::new(socket));
         connection.send(Pending::Version, Command::Version, proposal, Vec::new());
         let session = state.session;
         self.flush_locked(&mut state);
@@ -75,14 +75,16 @@ impl Link {
         &self,
         terms: Terms,
         windows: impl FnOnce() -> Vec<Window>,
-        again: Vec<(Command, Vec<u8>, Vec<Descriptor>)>,
+        again: Vec<(Command, Vec<u8>, Vec<OutgoingFd>)>,
     ) {
         let mut state = self.state.lock();
         let Some(connection) = &mut state.connection else {
             return;
         };
         connection.terms = Some(terms);
-        let orders = windows().into_iter().map(|w| (Order::Map(w), UNWATCHED));
+        let orders = windows()
+            .into_iter()
+            .map(|w| (DmaUpdate::Map(w), UNWATCHED));
         connection.backlog.extend(orders);
         for (command, body, descriptors) in again {
             connection.send(Pending::Again(command), command, &body, descriptors);
@@ -96,7 +98,7 @@ impl Link {
         header: Header,
         command: Command,
         body: &[u8],
-        descriptors: Vec<Descriptor>,
+        descriptors: Vec<OutgoingFd>,
     ) -> bool {
         let mut state = self.state.lock();
         let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
@@ -135,7 +137,7 @@ impl Link {
     /// Finds what a reply is to.
     pub(in crate::vfio_user) fn settle(&self, reply: &Header) -> Settled {
         let mut state = self.state.lock();
-        let State {
+        let LinkState {
             connection: Some(connection),
             batches,
             ..
@@ -167,26 +169,26 @@ impl Link {
                 }
                 Settled::Done
             }
-            Pending::Order(order, batch) => {
+            Pending::DmaUpdate(order, batch) => {
                 connection.orders -= 1;
-                if let Order::Map(window) = &order {
+                if let DmaUpdate::Map(window) = &order {
                     connection.asked.remove(&window.range.first().0);
                 }
                 let error = match (reply.kind, &order) {
-                    (Kind::Refusal(_), Order::Unmap(range)) => {
+                    (Kind::Refusal(_), DmaUpdate::Unmap(range)) => {
                         let why = format!("it refuses to give {range} up");
                         if let Some(batch) = batches.get_mut(&batch) {
-                            batch.failed = Some(OrderError::CutOff(why));
+                            batch.failed = Some(DmaUpdateError::CutOff(why));
                         }
                         return Settled::Wrong("it refuses to give a window up");
                     }
-                    (Kind::Refusal(error), Order::Map(window)) => {
+                    (Kind::Refusal(error), DmaUpdate::Map(window)) => {
                         connection.windows -= 1;
                         connection.refused.insert(window.range.first().0);
                         Some(i32::try_from(error).unwrap_or(libc::EIO))
                     }
-                    (_, Order::Map(_)) => None,
-                    (_, Order::Unmap(_)) => {
+                    (_, DmaUpdate::Map(_)) => None,
+                    (_, DmaUpdate::Unmap(_)) => {
                         connection.windows -= 1;
                         None
                     }
@@ -201,12 +203,12 @@ impl Link {
 
     /// The server has hung up, or nobody is left to talk to it.
     pub(in crate::vfio_user) fn end(&self) {
-        self.end_locked(&mut self.state.lock(), Ending::HungUp);
+        self.end_locked(&mut self.state.lock(), Disconnect::HungUp);
     }
 
     /// The client is gone.
     pub(in crate::vfio_user) fn part(&self) {
-        self.end_locked(&mut self.state.lock(), Ending::ClientGone);
+        self.end_locked(&mut self.state.lock(), Disconnect::ClientGone);
     }
 
     /// The server that is parting.

@@ -26,7 +26,7 @@ pub struct Window {
 
 /// A change to what a device may reach.
 #[derive(Clone, Debug)]
-pub enum Order {
+pub enum DmaUpdate {
     /// A new window.
     Map(Window),
     /// A window goes, of exactly this range.
@@ -35,7 +35,7 @@ pub enum Order {
 
 /// Why an order was not carried out.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum OrderError {
+pub enum DmaUpdateError {
     /// The server refused a window.
     #[error("the device's server refuses a window: {}", io::Error::from_raw_os_error(*.0))]
     Refused(i32),
@@ -44,10 +44,10 @@ pub enum OrderError {
     CutOff(String),
 }
 
-/// Orders that were given together.
+/// Updates that were given together.
 #[derive(Debug)]
 #[must_use = "the orders may have failed"]
-pub struct Ticket {
+pub struct BatchTicket {
     pub(super) batch: u64,
     pub(super) until: Instant,
     /// What there was until then.

@@ -14,7 +14,7 @@ use super::commands::{Reply, execute};
 use super::device::ServedDevice;
 use crate::locks::{Mutex, Rank};
 use crate::vfio_user::message::{Command, Header, Kind, Malformed, check_command};
-use crate::vfio_user::socket::{Descriptor, Message, Outbox, Received, Receiver, SocketError};
+use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, SocketError};
 use crate::vfio_user::version::{Version, VersionError};
 use crate::warn_limited;
 
@@ -307,7 +307,7 @@ impl Connection<'_> {
         match outcome {
             Ok(reply) => {
                 let bytes = header.reply_to(reply.body.len()).with_body(&reply.body);
-                let descriptor = reply.descriptor.map(Descriptor::Owned);
+                let descriptor = reply.descriptor.map(OutgoingFd::Owned);
                 outbox.push(bytes, descriptor.into_iter().collect());
             }
             Err(errno) => {

@@ -2,15 +2,15 @@
 
 use std::time::Instant;
 
-use super::state::{Batch, Ending, Link, MAX_ORDERS, State, UNWATCHED};
-use super::update::{MAX_PATIENCE, Order, OrderError, Ticket};
+use super::state::{Batch, Disconnect, Link, LinkState, MAX_ORDERS, UNWATCHED};
+use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_PATIENCE};
 use crate::locks::MutexGuard;
 
 impl Link {
     /// Keeps servers from being told anything until dropped, to give orders in step with what they
     /// are about. Nothing may wait for a peer meanwhile.
-    pub fn lock(&self) -> Orders<'_> {
-        Orders {
+    pub fn lock(&self) -> DmaUpdates<'_> {
+        DmaUpdates {
             state: self.state.lock(),
             link: self,
         }
@@ -22,8 +22,8 @@ impl Link {
     /// that hangs up has nothing any more.
     ///
     /// # Errors
-    /// See [`OrderError`]. Orders to unmap are never refused.
-    pub fn wait(&self, ticket: Ticket) -> Result<(), OrderError> {
+    /// See [`DmaUpdateError`]. Updates to unmap are never refused.
+    pub fn wait(&self, ticket: BatchTicket) -> Result<(), DmaUpdateError> {
         let mut state = self.state.lock();
         loop {
             let (answers, parting) = state.awaited(ticket.batch);
@@ -37,14 +37,14 @@ impl Link {
             let (answers, parting) = state.awaited(ticket.batch);
             if answers {
                 let why = format!("no answer in {:?}", ticket.patience);
-                self.end_locked(&mut state, Ending::CutOff(&why));
+                self.end_locked(&mut state, Disconnect::CutOff(&why));
             } else if parting {
                 let why = format!(
                     "it was told to let go, and {:?} later it still has the guest's memory",
                     ticket.patience
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
-                    batch.failed.get_or_insert(OrderError::CutOff(why));
+                    batch.failed.get_or_insert(DmaUpdateError::CutOff(why));
                 }
                 break;
             }
@@ -54,7 +54,7 @@ impl Link {
     }
 }
 
-impl State {
+impl LinkState {
     /// What a batch waits for: answers to its orders, and a server that is parting.
     fn awaited(&self, batch: u64) -> (bool, bool) {
         self.batches.get(&batch).map_or((false, false), |batch| {
@@ -65,17 +65,17 @@ impl State {
 }
 
 /// The right to give orders.
-pub struct Orders<'a> {
-    state: MutexGuard<'a, State>,
+pub struct DmaUpdates<'a> {
+    state: MutexGuard<'a, LinkState>,
     link: &'a Link,
 }
 
-impl Orders<'_> {
+impl DmaUpdates<'_> {
     /// Gives orders, which are carried out in their order. [`Link::wait`] tells when.
-    pub fn give(&mut self, orders: impl IntoIterator<Item = Order>) -> Ticket {
+    pub fn send(&mut self, orders: impl IntoIterator<Item = DmaUpdate>) -> BatchTicket {
         let state = &mut *self.state;
         let orders: Vec<_> = orders.into_iter().collect();
-        let unmaps = orders.iter().any(|o| matches!(o, Order::Unmap(_)));
+        let unmaps = orders.iter().any(|o| matches!(o, DmaUpdate::Unmap(_)));
         let connection = state.connection.as_mut().filter(|c| c.terms.is_some());
         let before = connection
             .as_ref()
@@ -88,7 +88,7 @@ impl Orders<'_> {
         if connection.is_none() && !(unmaps && state.parting.is_some()) {
             // A server that comes is told what holds then.
             let batch = UNWATCHED;
-            return Ticket {
+            return BatchTicket {
                 batch,
                 until,
                 patience,
@@ -108,7 +108,7 @@ impl Orders<'_> {
         }
         state.batches.insert(batch, entry);
         self.link.pump(state);
-        Ticket {
+        BatchTicket {
             batch,
             until,
             patience,

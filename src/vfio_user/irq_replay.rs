@@ -7,18 +7,18 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::message::{Command, IRQ_ACTIONS, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, IrqSetBody, take};
-use super::socket::Descriptor;
+use super::socket::OutgoingFd;
 
 /// The most event descriptors kept for one device: MSI-X has 2048 interrupts.
 const MAX_KEPT: usize = 4096;
 
 /// The descriptors by kind of interrupt, what they are for, and number.
 #[derive(Debug, Default)]
-pub(super) struct Irqs {
+pub(super) struct IrqReplay {
     kept: BTreeMap<(u32, u32, u32), Arc<File>>,
 }
 
-impl Irqs {
+impl IrqReplay {
     /// Takes note of a DEVICE_SET_IRQS, which is well-formed.
     pub(super) fn note(&mut self, body: &[u8], descriptors: &[Arc<File>]) {
         let Ok((set, _)) = take::<IrqSetBody>(Command::DeviceSetIrqs, body) else {
@@ -46,7 +46,7 @@ impl Irqs {
     }
 
     /// The messages that say all of it, with no more than `most` descriptors each.
-    pub(super) fn messages(&self, most: usize) -> Vec<(Command, Vec<u8>, Vec<Descriptor>)> {
+    pub(super) fn messages(&self, most: usize) -> Vec<(Command, Vec<u8>, Vec<OutgoingFd>)> {
         let mut messages = Vec::new();
         let mut run: Vec<Arc<File>> = Vec::new();
         let mut from = (0, 0, 0);
@@ -68,7 +68,7 @@ impl Irqs {
 fn message(
     (index, action, start): (u32, u32, u32),
     run: &[Arc<File>],
-) -> Option<(Command, Vec<u8>, Vec<Descriptor>)> {
+) -> Option<(Command, Vec<u8>, Vec<OutgoingFd>)> {
     let count = u32::try_from(run.len()).ok().filter(|n| *n > 0)?;
     let body = IrqSetBody {
         argsz: 20.into(),
@@ -77,7 +77,7 @@ fn message(
         start: start.into(),
         count: count.into(),
     };
-    let descriptors = run.iter().cloned().map(Descriptor::Shared).collect();
+    let descriptors = run.iter().cloned().map(OutgoingFd::Shared).collect();
     Some((
         Command::DeviceSetIrqs,
         body.as_bytes().to_vec(),
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
     use crate::vfio_user::message::IRQ_ACTION_TRIGGER;
 
-    fn set(irqs: &mut Irqs, flags: u32, index: u32, start: u32, count: u32, files: usize) {
+    fn set(irqs: &mut IrqReplay, flags: u32, index: u32, start: u32, count: u32, files: usize) {
         let body = IrqSetBody {
             argsz: 20.into(),
             flags: (flags | IRQ_ACTION_TRIGGER).into(),
@@ -103,7 +103,7 @@ mod tests {
     }
 
     /// Kind, first number and descriptors of every message.
-    fn told(irqs: &Irqs, most: usize) -> Vec<(u32, u32, usize)> {
+    fn told(irqs: &IrqReplay, most: usize) -> Vec<(u32, u32, usize)> {
         let messages = irqs.messages(most);
         let parts = messages.iter().map(|(command, body, descriptors)| {
             let (set, _) = take::<IrqSetBody>(*command, body).expect("whole");
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn the_last_word_on_each_interrupt_is_told_again() {
-        let mut irqs = Irqs::default();
+        let mut irqs = IrqReplay::default();
         assert_eq!(told(&irqs, 8), []);
         set(&mut irqs, IRQ_DATA_EVENTFD, 2, 0, 5, 5);
         set(&mut irqs, IRQ_DATA_EVENTFD, 1, 0, 1, 1);

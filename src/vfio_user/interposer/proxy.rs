@@ -5,14 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::peers::{Client, Server};
+use super::peers::{ClientLeg, ServerLeg};
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
 use crate::{info_limited, warn_limited};
 
 /// Whom an interposer stands between.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct InterposerSettings {
     /// The device's name, for messages.
     pub name: String,
     /// Where the device's server listens.
@@ -20,13 +20,13 @@ pub struct Settings {
 }
 
 /// All the thread has.
-pub(super) struct Between {
-    pub(super) settings: Settings,
+pub(super) struct Proxy {
+    pub(super) settings: InterposerSettings,
     pub(super) listener: UnixListener,
     pub(super) link: Arc<Link>,
     pub(super) target: Arc<dyn DmaTarget>,
-    pub(super) client: Option<Client>,
-    pub(super) server: Option<Server>,
+    pub(super) client: Option<ClientLeg>,
+    pub(super) server: Option<ServerLeg>,
     /// Not before this is a client accepted.
     pub(super) accept_at: Option<Instant>,
     /// Not before this is the server tried.
@@ -34,9 +34,9 @@ pub(super) struct Between {
 }
 
 /// Why a connection ends: words for the log.
-pub(super) type Reason = String;
+pub(super) type CutOffReason = String;
 
-impl Between {
+impl Proxy {
     /// The link has ended, whoever ended it.
     pub(super) fn server_lost(&mut self) {
         self.server = None;
