@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::config::{Config, HostIommu, Pin};
-use crate::vfio_user::MAX_PATIENCE;
+use crate::vfio_user::MAX_BATCH_TIMEOUT;
 
 /// What the unit has for `WatchdogSec`.
 const WATCHDOG: Duration = Duration::from_secs(60);
@@ -97,7 +97,10 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
 
 /// How long servers and readers that hang can keep the worker, one after the other, before each is cut off.
 fn waits(config: &Config) -> Duration {
-    let servers = config.emulated.iter().map(|e| e.deadline.max(MAX_PATIENCE));
+    let servers = config
+        .emulated
+        .iter()
+        .map(|e| e.deadline.max(MAX_BATCH_TIMEOUT));
     let readers = config.shadow.iter().map(|_| config.readers.patience);
     servers.chain(readers).sum()
 }

@@ -1,14 +1,14 @@
-//! What a client says a device may reach: all of its guest's RAM.
+//! The windows that a client grants a device: all RAM of its guest.
 //!
-//! The daemon has that memory from the VMM's memory table, with its descriptors, so that nothing is
-//! kept here but the ranges: to answer as a server does, and to see that they are left alone.
+//! The daemon gets that memory, with its descriptors, from the VMM's memory table. Only the ranges are
+//! kept here, to answer DMA_MAP and DMA_UNMAP as a server of the device does.
 
 use std::collections::BTreeMap;
 
 use super::message::{DMA_UNMAP_ALL, DMA_UNMAP_DIRTY, DmaMapBody, DmaUnmapBody};
 use crate::address::{Iova, IovaRange};
 
-/// The most windows of a client.
+/// A client has at most this many windows.
 const MAX_WINDOWS: usize = 65535;
 
 /// The windows, by first address.
@@ -16,10 +16,10 @@ const MAX_WINDOWS: usize = 65535;
 pub(crate) struct ClientWindows(BTreeMap<Iova, IovaRange>);
 
 impl ClientWindows {
-    /// Takes note of a DMA_MAP.
+    /// Records a DMA_MAP.
     ///
     /// # Errors
-    /// The errno it is refused with.
+    /// The errno of the refusal.
     pub(crate) fn map(&mut self, body: &DmaMapBody) -> Result<(), i32> {
         let range = range(body.address.get(), body.size.get())?;
         let before = self.0.range(..=range.last()).next_back();
@@ -33,10 +33,10 @@ impl ClientWindows {
         Ok(())
     }
 
-    /// Takes note of a DMA_UNMAP.
+    /// Records a DMA_UNMAP.
     ///
     /// # Errors
-    /// The errno it is refused with.
+    /// The errno of the refusal.
     pub(crate) fn unmap(&mut self, body: &DmaUnmapBody) -> Result<(), i32> {
         let flags = body.flags.get();
         if flags & DMA_UNMAP_DIRTY != 0 {

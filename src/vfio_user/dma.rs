@@ -1,4 +1,5 @@
-//! A server's own accesses to memory: each is looked up, checked and done here, or refused.
+//! Accesses to memory that a device's server asks for: each is checked and performed here, or
+//! refused.
 
 use zerocopy::IntoBytes;
 
@@ -6,37 +7,37 @@ use super::link::Window;
 use super::message::{Command, DmaAccessBody, HEADER_BYTES, Header, MAX_DATA, Malformed, take};
 use crate::address::{Iova, IovaRange};
 
-/// An access that is not allowed.
+/// The device has no right to an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AccessDenied;
 
 /// Memory as a device sees it.
 ///
-/// The interposer's thread calls this. It must not wait for whoever gives a [`Link`] orders, nor
-/// for anything such a one may hold while it waits for a reply, the core above all.
+/// The interposer's thread calls this trait. An implementation must not wait for a thread that uses a
+/// [`Link`](super::Link), nor for a lock that such a thread holds while it waits for a reply, above
+/// all not for the core.
 pub trait DmaTarget: Send + Sync {
     /// Reads all of `range`, which is as long as `into`.
     ///
     /// # Errors
-    /// Where some of it may not be read; what is in `into` then means nothing.
+    /// The device may not read all of the range. The content of `into` is then unspecified.
     fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), AccessDenied>;
 
     /// Writes all of `range`, which is as long as `from`.
     ///
     /// # Errors
-    /// Where some of it may not be written; nothing is written then.
+    /// The device may not write all of the range. Nothing is then written.
     fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), AccessDenied>;
 
-    /// What a server that connects may reach; called with the [`Link`] locked.
+    /// The windows of a server that connects. The caller holds the lock of the
+    /// [`Link`](super::Link).
     fn windows(&self) -> Vec<Window>;
 }
 
-/// Does what DMA_READ or DMA_WRITE asks for. Returns the whole reply.
-///
-/// The body is well-formed ([`super::message::check_command`]).
+/// Executes a DMA_READ or DMA_WRITE. Returns the whole reply.
 ///
 /// # Errors
-/// Where it is not.
+/// The body is malformed, although [`check_command`](super::message::check_command) accepted it.
 pub(super) fn serve(
     target: &dyn DmaTarget,
     header: &Header,
@@ -44,7 +45,7 @@ pub(super) fn serve(
     body: &[u8],
 ) -> Result<Vec<u8>, Malformed> {
     let (access, data) = take::<DmaAccessBody>(command, body)?;
-    let refusal = |error| Ok(header.refusal_of(error).encode().to_vec());
+    let refusal = |errno| Ok(header.refusal_of(errno).encode().to_vec());
     let count = access.count.get();
     let (Ok(len), true) = (usize::try_from(count), count <= MAX_DATA.into()) else {
         return refusal(libc::E2BIG);
@@ -55,7 +56,7 @@ pub(super) fn serve(
     }
     let head = access.as_bytes();
     let mut reply = header.reply_to(head.len()).with_body(head);
-    let done = match (range, command) {
+    let outcome = match (range, command) {
         (None, _) => Ok(()),
         (Some(range), Command::DmaWrite) => {
             let data = data.get(..len).unwrap_or(data);
@@ -69,7 +70,7 @@ pub(super) fn serve(
             target.read(range, &mut reply[at..])
         }
     };
-    match done {
+    match outcome {
         Ok(()) => Ok(reply),
         Err(AccessDenied) => refusal(libc::EFAULT),
     }

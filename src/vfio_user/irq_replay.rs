@@ -1,4 +1,4 @@
-//! How a client wants to hear of interrupts, to be told again to a server that comes back.
+//! The interrupts that a client has set, to be set again in a server that reconnects.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -9,18 +9,19 @@ use zerocopy::IntoBytes;
 use super::message::{Command, IRQ_ACTIONS, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, IrqSetBody, take};
 use super::socket::OutgoingFd;
 
-/// The most event descriptors kept for one device: MSI-X has 2048 interrupts.
+/// At most this many eventfds are kept for one device: MSI-X has 2048 interrupts.
 const MAX_KEPT: usize = 4096;
 
-/// The descriptors by kind of interrupt, what they are for, and number.
+/// The eventfds of one client.
 #[derive(Debug, Default)]
 pub(super) struct IrqReplay {
+    /// By kind of interrupt, action and number.
     kept: BTreeMap<(u32, u32, u32), Arc<File>>,
 }
 
 impl IrqReplay {
-    /// Takes note of a DEVICE_SET_IRQS, which is well-formed.
-    pub(super) fn note(&mut self, body: &[u8], descriptors: &[Arc<File>]) {
+    /// Records a DEVICE_SET_IRQS, which the caller has checked.
+    pub(super) fn record(&mut self, body: &[u8], descriptors: &[Arc<File>]) {
         let Ok((set, _)) = take::<IrqSetBody>(Command::DeviceSetIrqs, body) else {
             return;
         };
@@ -45,33 +46,34 @@ impl IrqReplay {
         }
     }
 
-    /// The messages that say all of it, with no more than `most` descriptors each.
-    pub(super) fn messages(&self, most: usize) -> Vec<(Command, Vec<u8>, Vec<OutgoingFd>)> {
+    /// The messages that set all interrupts again, with at most `max_fds` descriptors each.
+    pub(super) fn messages(&self, max_fds: usize) -> Vec<(Command, Vec<u8>, Vec<OutgoingFd>)> {
         let mut messages = Vec::new();
         let mut run: Vec<Arc<File>> = Vec::new();
-        let mut from = (0, 0, 0);
+        let mut first = (0, 0, 0);
         for (&(index, action, number), file) in &self.kept {
-            let follows = (index, action) == (from.0, from.1)
-                && u64::from(from.2) + run.len() as u64 == u64::from(number)
-                && run.len() < most.max(1);
+            let follows = (index, action) == (first.0, first.1)
+                && u64::from(first.2) + run.len() as u64 == u64::from(number)
+                && run.len() < max_fds.max(1);
             if !follows {
-                messages.extend(message(from, &std::mem::take(&mut run)));
-                from = (index, action, number);
+                messages.extend(message(first, &std::mem::take(&mut run)));
+                first = (index, action, number);
             }
             run.push(file.clone());
         }
-        messages.extend(message(from, &run));
+        messages.extend(message(first, &run));
         messages
     }
 }
 
+/// The message for a run of eventfds; `None` for an empty run.
 fn message(
     (index, action, start): (u32, u32, u32),
     run: &[Arc<File>],
 ) -> Option<(Command, Vec<u8>, Vec<OutgoingFd>)> {
     let count = u32::try_from(run.len()).ok().filter(|n| *n > 0)?;
     let body = IrqSetBody {
-        argsz: 20.into(),
+        argsz: IrqSetBody::BYTES.into(),
         flags: (IRQ_DATA_EVENTFD | action).into(),
         index: index.into(),
         start: start.into(),
@@ -99,12 +101,12 @@ mod tests {
             count: count.into(),
         };
         let null = Arc::new(File::open("/dev/null").expect("open"));
-        irqs.note(body.as_bytes(), &vec![null; files]);
+        irqs.record(body.as_bytes(), &vec![null; files]);
     }
 
-    /// Kind, first number and descriptors of every message.
-    fn told(irqs: &IrqReplay, most: usize) -> Vec<(u32, u32, usize)> {
-        let messages = irqs.messages(most);
+    /// Kind, first number and number of descriptors of each message.
+    fn replayed(irqs: &IrqReplay, max_fds: usize) -> Vec<(u32, u32, usize)> {
+        let messages = irqs.messages(max_fds);
         let parts = messages.iter().map(|(command, body, descriptors)| {
             let (set, _) = take::<IrqSetBody>(*command, body).expect("whole");
             assert_eq!(set.count.get() as usize, descriptors.len());
@@ -114,19 +116,22 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_on_each_interrupt_is_told_again() {
+    fn the_last_setting_of_each_interrupt_is_replayed() {
         let mut irqs = IrqReplay::default();
-        assert_eq!(told(&irqs, 8), []);
+        assert_eq!(replayed(&irqs, 8), []);
         set(&mut irqs, IRQ_DATA_EVENTFD, 2, 0, 5, 5);
         set(&mut irqs, IRQ_DATA_EVENTFD, 1, 0, 1, 1);
-        assert_eq!(told(&irqs, 8), [(1, 0, 1), (2, 0, 5)]);
-        assert_eq!(told(&irqs, 2), [(1, 0, 1), (2, 0, 2), (2, 2, 2), (2, 4, 1)]);
-        // One is taken back.
+        assert_eq!(replayed(&irqs, 8), [(1, 0, 1), (2, 0, 5)]);
+        assert_eq!(
+            replayed(&irqs, 2),
+            [(1, 0, 1), (2, 0, 2), (2, 2, 2), (2, 4, 1)]
+        );
+        // The client disables one interrupt.
         set(&mut irqs, IRQ_DATA_EVENTFD, 2, 2, 1, 0);
-        assert_eq!(told(&irqs, 8), [(1, 0, 1), (2, 0, 2), (2, 3, 2)]);
+        assert_eq!(replayed(&irqs, 8), [(1, 0, 1), (2, 0, 2), (2, 3, 2)]);
         set(&mut irqs, IRQ_DATA_NONE, 2, 0, 0, 0);
-        assert_eq!(told(&irqs, 8), [(1, 0, 1)]);
+        assert_eq!(replayed(&irqs, 8), [(1, 0, 1)]);
         set(&mut irqs, IRQ_DATA_EVENTFD, 2, u32::MAX, u32::MAX, 3);
-        assert_eq!(told(&irqs, 8), [(1, 0, 1), (2, u32::MAX, 1)]);
+        assert_eq!(replayed(&irqs, 8), [(1, 0, 1), (2, u32::MAX, 1)]);
     }
 }

@@ -1,16 +1,18 @@
-//! vfio-user: its messages, and what stands between a VMM and the process of an emulated device.
+//! vfio-user: its messages, a server for devices of this process, and the interposer between a VMM
+//! and the process of an emulated device.
 //!
 //! ```text
-//!            listens                                  connects
+//!             listens                                 connects
 //! VMM  <------------->  interposer's thread  <--------------------->  device's server
 //! (client)  client leg        |        ^           server leg
-//!                             |        |  Link: orders, and their replies
+//!                             |        |  Link: DMA updates, and their replies
 //!            DmaTarget: reads |        |
 //!            and writes       v        |
-//!                        a DMA backend, told by the core what is mapped
+//!                        a DMA backend, which the core tells about mappings
 //! ```
 //!
-//! `docs/interposer.md` tells what is forwarded, what is not, and why nobody waits for ever.
+//! `docs/interposer.md` lists the messages that are forwarded and those that are not, and explains why
+//! no wait is unbounded.
 
 mod client_windows;
 mod dma;
@@ -26,5 +28,5 @@ pub(crate) use self::client_windows::ClientWindows;
 pub use self::dma::{AccessDenied, DmaTarget};
 pub use self::interposer::{Interposer, InterposerSettings};
 pub use self::link::{
-    BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_PATIENCE, Window,
+    BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_BATCH_TIMEOUT, Window,
 };

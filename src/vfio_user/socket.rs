@@ -1,7 +1,8 @@
-//! Messages over Unix stream sockets, with their descriptors; nothing here waits.
+//! Messages over Unix stream sockets, with their descriptors. Nothing here waits.
 //!
-//! A descriptor belongs to the message whose bytes it came with, so that bytes are read up to the
-//! end of a header and then up to the end of its message, and never further.
+//! A descriptor belongs to the message that it was sent with. The receiver therefore reads up to the
+//! end of a header, then up to the end of the message, and never further: a longer read could return
+//! descriptors of the next message.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -21,44 +22,45 @@ use thiserror::Error;
 
 use super::message::{HEADER_BYTES, Header, MAX_DESCRIPTORS, Malformed};
 
-/// Bytes of a body that are made room for at once: what is declared has not come yet.
+/// The receiver allocates this many bytes of a body at a time: the peer may declare a large body and
+/// never send it.
 const STEP: usize = 64 << 10;
 
-/// A whole message.
+/// A message.
 #[derive(Debug)]
 pub struct Message {
-    /// Its header.
+    /// The header.
     pub header: Header,
-    /// What follows the header: `header.body_len` bytes.
+    /// The `header.body_len` bytes after the header.
     pub body: Vec<u8>,
-    /// The descriptors that came with it, closed on exec.
+    /// The descriptors received with it; they are closed on exec.
     pub descriptors: Vec<OwnedFd>,
 }
 
-/// What there was to receive.
+/// The outcome of [`Receiver::receive`].
 #[derive(Debug)]
 pub enum Received {
     /// A message.
     Message(Message),
-    /// No whole message yet.
+    /// No complete message yet.
     Nothing,
-    /// The peer has hung up between two messages.
+    /// The peer hung up between two messages.
     End,
 }
 
-/// Why nothing more can be had from a peer.
+/// Why nothing more can be received from a peer.
 #[derive(Debug, Error)]
 pub enum SocketError {
-    /// What it sent is no message.
+    /// The peer sent an invalid header.
     #[error(transparent)]
     Malformed(#[from] Malformed),
-    /// It hung up within a message.
-    #[error("the peer has hung up within a message")]
+    /// The peer hung up within a message.
+    #[error("the peer hung up within a message")]
     Truncated,
-    /// More descriptors came than can be taken.
+    /// The kernel dropped descriptors of a message.
     #[error(
-        "descriptors of a message were lost: more than {MAX_DESCRIPTORS}, or more than this \
-         process may open; raise RLIMIT_NOFILE"
+        "the kernel dropped descriptors of a message: it has more than {MAX_DESCRIPTORS}, or this \
+         process has too many files open; raise RLIMIT_NOFILE"
     )]
     LostDescriptors,
     /// The socket failed.
@@ -66,7 +68,7 @@ pub enum SocketError {
     System(#[from] io::Error),
 }
 
-/// Puts messages together from what has come.
+/// Assembles messages from the bytes received.
 #[derive(Debug, Default)]
 pub struct Receiver {
     head: [u8; HEADER_BYTES],
@@ -78,10 +80,10 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Takes what there is, up to the end of one message.
+    /// Receives the bytes available, up to the end of one message.
     ///
     /// # Errors
-    /// See [`SocketError`]; nothing more can be received after that.
+    /// Nothing more can be received after an error.
     pub fn receive(&mut self, socket: impl AsFd) -> Result<Received, SocketError> {
         loop {
             let Some(header) = self.header else {
@@ -121,12 +123,12 @@ impl Receiver {
     }
 }
 
-/// A descriptor that goes out with a message.
+/// A descriptor to send with a message.
 #[derive(Debug)]
 pub enum OutgoingFd {
-    /// Closed once it is sent.
+    /// It is closed when it is sent.
     Owned(OwnedFd),
-    /// Used elsewhere too.
+    /// It has other users.
     Shared(Arc<File>),
 }
 
@@ -139,11 +141,11 @@ impl AsFd for OutgoingFd {
     }
 }
 
-/// Messages that are to go out, in their order.
+/// Messages to send, in order.
 #[derive(Debug, Default)]
 pub struct Outbox {
     queue: VecDeque<Outgoing>,
-    /// Bytes in the queue that are not sent.
+    /// Unsent bytes in the queue.
     bytes: usize,
     /// Descriptors in the queue.
     descriptors: usize,
@@ -153,12 +155,12 @@ pub struct Outbox {
 struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
-    /// Gone with the first byte.
+    /// Sent with the first byte, then empty.
     descriptors: Vec<OutgoingFd>,
 }
 
 impl Outbox {
-    /// Adds a message, header and all. It has no more than [`MAX_DESCRIPTORS`] descriptors.
+    /// Queues a message, header and body, with at most [`MAX_DESCRIPTORS`] descriptors.
     pub fn push(&mut self, bytes: Vec<u8>, descriptors: Vec<OutgoingFd>) {
         self.bytes += bytes.len();
         self.descriptors += descriptors.len();
@@ -169,25 +171,25 @@ impl Outbox {
         });
     }
 
-    /// Whether all is sent.
+    /// Whether everything is sent.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Bytes that wait.
+    /// Unsent bytes.
     pub fn len_bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Descriptors that wait, and are open here for so long.
+    /// Unsent descriptors, which stay open until they are sent.
     pub fn len_descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// Sends what the socket takes.
+    /// Sends as much as the socket accepts.
     ///
     /// # Errors
-    /// Where the peer is gone.
+    /// The peer is gone, or the kernel refuses to send.
     pub fn flush(&mut self, socket: impl AsFd) -> io::Result<()> {
         while let Some(first) = self.queue.front_mut() {
             let rest = &first.bytes[first.sent..];
@@ -206,10 +208,10 @@ impl Outbox {
     }
 }
 
-/// Connects to the socket at `path`, or says at once that this cannot be done now.
+/// Connects to the socket at `path` without waiting.
 ///
 /// # Errors
-/// Where nobody listens, or too many wait to be accepted.
+/// No process listens there, or too many clients wait to be accepted.
 pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -218,8 +220,8 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Receives some bytes into `buffer`, which is not empty: how many, 0 at the end, `None` where
-/// there are none now.
+/// Receives bytes into `buffer`, which is not empty. Returns their number, 0 at the end of the stream,
+/// or `None` if there are none yet.
 fn receive_some(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
@@ -234,14 +236,14 @@ fn receive_some(
             Ok(received) => break received,
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(None),
-            // What the peer had not read when it hung up does not matter.
+            // The peer hung up with unread bytes, which is an ordinary end.
             Err(Errno::CONNRESET) => return Ok(Some(0)),
             Err(cause) => return Err(SocketError::System(cause.into())),
         }
     };
     for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(came) = message {
-            descriptors.extend(came);
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            descriptors.extend(received);
         }
     }
     if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
@@ -250,8 +252,8 @@ fn receive_some(
     Ok(Some(received.bytes))
 }
 
-/// Sends some of `bytes`, with all of `descriptors`: how many bytes, `None` where the socket takes
-/// none now.
+/// Sends some of `bytes`, with all of `descriptors`. Returns the number of bytes, or `None` if the
+/// socket accepts none yet.
 fn send_some(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
@@ -338,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_within_a_message_is_an_error() {
+    fn a_stream_that_ends_within_a_message_is_an_error() {
         for bytes in [&message(1, b"body")[..7], &message(1, b"body")[..18]] {
             let (mut here, there) = pair();
             here.write_all(bytes).expect("sent");
@@ -353,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_declared_is_not_made_room_for_before_it_comes() {
+    fn a_declared_body_is_not_allocated_before_it_is_received() {
         let (mut here, there) = pair();
         let header = Header::command(1, Command::RegionWrite, 1 << 20);
         here.write_all(&header.encode()).expect("sent");
@@ -363,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_socket_takes_the_rest_later_and_the_descriptors_once() {
+    fn a_full_socket_accepts_the_rest_later_and_the_descriptors_once() {
         let (here, mut there) = pair();
         let mut outbox = Outbox::default();
         let body = vec![7; 1 << 20];
@@ -385,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+    fn sending_to_a_closed_peer_is_an_error_and_raises_no_signal() {
         let (here, there) = pair();
         drop(there);
         let mut outbox = Outbox::default();
@@ -402,20 +404,20 @@ mod tests {
             let (mut here, there) = pair();
             let all: Vec<u8> = bodies.iter().zip(1..).flat_map(|(b, id)| message(id, b)).collect();
             let mut receiver = Receiver::default();
-            let mut came = Vec::new();
+            let mut received = Vec::new();
             let mut rest = &all[..];
             for cut in cuts.iter().cycle() {
                 let (now, later) = rest.split_at(rest.len().min(*cut));
                 here.write_all(now).expect("sent");
                 rest = later;
                 while let Received::Message(m) = receiver.receive(&there).expect("received") {
-                    came.push(m.body);
+                    received.push(m.body);
                 }
                 if rest.is_empty() {
                     break;
                 }
             }
-            prop_assert_eq!(came, bodies);
+            prop_assert_eq!(received, bodies);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! VERSION: what two ends agree on, and what the interposer says to each of them.
+//! VERSION: how client and server negotiate, and how the interposer negotiates with each of them.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -6,53 +6,53 @@ use zerocopy::IntoBytes;
 
 use super::message::{Command, MAX_DATA, MAX_DESCRIPTORS, Malformed, VersionBody, take};
 
-/// The only major version there is.
+/// The only major version.
 const MAJOR: u16 = 0;
-/// The highest minor version spoken.
+/// The highest minor version that is supported here.
 const MINOR: u16 = 1;
-/// The longest text read, in bytes.
+/// The maximum size of the text, in bytes.
 const MAX_TEXT: usize = 16 << 10;
-/// Windows a peer can have at once where it does not say.
+/// The number of windows that a peer can have at once if it names none.
 const DEFAULT_WINDOWS: u64 = 65535;
-/// Descriptors a peer can take with a message where it does not say.
+/// The number of descriptors that a peer can receive with a message if it names none.
 const DEFAULT_DESCRIPTORS: u64 = 1;
-/// Page sizes of a peer that does not say: 4 KiB.
+/// The page sizes of a peer that names none: 4 KiB.
 const DEFAULT_PAGES: u64 = 4096;
 
-/// A version and its capabilities, as one end has sent them.
+/// A version and the capabilities of its sender.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Version {
-    /// Must be the same on both sides.
+    /// Client and server must have the same.
     pub major: u16,
-    /// The lower one counts.
+    /// The lower one of client and server applies.
     pub minor: u16,
-    /// What the sender can do.
+    /// The sender's capabilities.
     pub capabilities: Capabilities,
 }
 
-/// What a sender can do. What is not said has a default.
+/// The capabilities of a sender. Each one that it does not name has a default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Capabilities {
-    /// Descriptors it can receive with one message.
+    /// The number of descriptors that it can receive with one message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_msg_fds: Option<u64>,
-    /// Bytes of one transfer.
+    /// The maximum number of bytes of one transfer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_data_xfer_size: Option<u64>,
-    /// Windows that can exist at once.
+    /// The number of windows that can exist at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_dma_maps: Option<u64>,
-    /// Page sizes of windows, or'ed together.
+    /// The page sizes of windows, as bits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pgsizes: Option<u64>,
-    /// How it logs what DMA writes.
+    /// How it logs the pages that DMA writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<Migration>,
-    /// A socket of its own for the server's commands.
+    /// Whether it can have a second socket for the server's commands.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub twin_socket: Option<TwinSocket>,
-    /// Several small writes in one message.
+    /// Whether it can handle REGION_WRITE_MULTI.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub write_multiple: Option<bool>,
 }
@@ -61,10 +61,10 @@ pub struct Capabilities {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Migration {
-    /// Bytes a bit stands for.
+    /// Bytes per bit of a bitmap.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pgsize: Option<u64>,
-    /// Bytes of the longest bitmap.
+    /// The maximum size of a bitmap, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bitmap_size: Option<u64>,
 }
@@ -73,60 +73,60 @@ pub struct Migration {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct TwinSocket {
-    /// The sender can have one; in a reply: has one.
+    /// The client can have a second socket; in a reply, the server has opened one.
     pub supported: bool,
-    /// Which of the reply's descriptors it is.
+    /// The index of the socket in the reply's descriptors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fd_index: Option<u64>,
 }
 
-/// What a connection to a server is bound to.
+/// What the interposer, client and server have agreed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// Descriptors the server takes with one message.
+    /// The number of descriptors that the server can receive with one message.
     pub server_descriptors: usize,
-    /// Descriptors the client takes with one message.
+    /// The number of descriptors that the client can receive with one message.
     pub client_descriptors: usize,
-    /// The most bytes of one transfer that the server serves.
+    /// The maximum number of bytes of one transfer that the server handles.
     pub server_data: u32,
-    /// Windows the server can have at once.
+    /// The number of windows that the server can have at once.
     pub windows: u64,
-    /// Which of the reply's descriptors the server's commands come over.
+    /// The index, in the reply's descriptors, of the socket for the server's commands.
     pub twin: Option<usize>,
 }
 
-/// Why two ends do not come together.
+/// Why a negotiation fails.
 #[derive(Debug, Error)]
 pub enum VersionError {
-    /// The message is none.
+    /// The body is too short.
     #[error(transparent)]
     Malformed(#[from] Malformed),
     /// The text is too long.
-    #[error("the capabilities take {0} bytes; {MAX_TEXT} are read")]
+    #[error("the capabilities have {0} bytes; at most {MAX_TEXT} are supported")]
     TooLong(usize),
-    /// The text is no JSON of the expected form.
-    #[error("the capabilities cannot be read: {0}")]
+    /// The text is not JSON of the expected form.
+    #[error("cannot decode the capabilities: {0}")]
     Text(#[from] serde_json::Error),
-    /// The peer speaks another protocol.
-    #[error("version {major}.{minor} is not spoken here; {MAJOR}.0 to {MAJOR}.{MINOR} are")]
+    /// The peer has another major version.
+    #[error("version {major}.{minor} is not supported; {MAJOR}.0 to {MAJOR}.{MINOR} are")]
     Unknown {
-        /// Its major version.
+        /// The peer's major version.
         major: u16,
-        /// Its minor version.
+        /// The peer's minor version.
         minor: u16,
     },
-    /// The server's answer is none to what it was asked.
-    #[error("the server answers with version {major}.{minor} to {asked}")]
+    /// The server's version is not one that was proposed.
+    #[error("the server answered with version {major}.{minor}; {MAJOR}.{asked} was proposed")]
     Answer {
-        /// Its major version.
+        /// The server's major version.
         major: u16,
-        /// Its minor version.
+        /// The server's minor version.
         minor: u16,
-        /// The minor version it was asked for.
+        /// The minor version that was proposed.
         asked: u16,
     },
-    /// The server's own socket is not there.
-    #[error("the server names descriptor {0} as its socket, which it has not sent")]
+    /// The server names a socket that it has not sent.
+    #[error("the server names descriptor {0} as its socket for commands and has not sent it")]
     NoTwin(u64),
 }
 
@@ -137,10 +137,10 @@ struct Document {
 }
 
 impl Version {
-    /// Reads the body of VERSION. The text may be missing, and so may the zero that ends it.
+    /// Decodes the body of VERSION. The text may be missing, and so may its final zero.
     ///
     /// # Errors
-    /// Where it cannot be read.
+    /// The body cannot be decoded.
     pub fn decode(body: &[u8]) -> Result<Self, VersionError> {
         let (head, text) = take::<VersionBody>(Command::Version, body)?;
         if text.len() > MAX_TEXT {
@@ -159,7 +159,7 @@ impl Version {
         })
     }
 
-    /// The body of VERSION.
+    /// Encodes the body of VERSION.
     pub fn encode(&self) -> Vec<u8> {
         let head = VersionBody {
             major: self.major.into(),
@@ -169,17 +169,17 @@ impl Version {
             capabilities: self.capabilities.clone(),
         };
         let mut body = head.as_bytes().to_vec();
-        // A structure of numbers and truth values always has a text.
+        // Serialization cannot fail: the document has only numbers and booleans.
         body.extend(serde_json::to_vec(&document).unwrap_or_default());
         body.push(0);
         body
     }
 
-    /// What a server is asked for on behalf of a client that has asked for this.
+    /// The version that the interposer proposes to the server of a client that proposed `self`.
     ///
-    /// Windows and the server's own accesses to memory are the interposer's affair: what it can do
-    /// there counts, not what the client can. Capabilities it does not know are not passed on, as
-    /// they might change what messages look like.
+    /// The interposer handles the windows and the accesses to memory itself, so the proposal has its
+    /// capabilities there, not the client's. It omits capabilities that it does not know, which might
+    /// change the messages.
     ///
     /// # Errors
     /// [`VersionError::Unknown`].
@@ -208,11 +208,11 @@ impl Version {
         })
     }
 
-    /// What the client is answered that has asked for this, where the server has answered
-    /// `server` together with `descriptors` descriptors; and what holds from then on.
+    /// The answer to a client that proposed `self`, and the terms of the connection, after the server
+    /// has answered `server` with `descriptors` descriptors.
     ///
     /// # Errors
-    /// Where the server's answer is none to the proposal.
+    /// The server's answer does not match the proposal.
     pub fn answer(&self, server: &Self, descriptors: usize) -> Result<(Self, Terms), VersionError> {
         let asked = self.minor.min(MINOR);
         if server.major != MAJOR || server.minor > asked {
@@ -222,8 +222,8 @@ impl Version {
                 asked,
             });
         }
-        let can = &server.capabilities;
-        let twin = match &can.twin_socket {
+        let capabilities = &server.capabilities;
+        let twin = match &capabilities.twin_socket {
             Some(TwinSocket {
                 supported: true,
                 fd_index: Some(index),
@@ -233,21 +233,24 @@ impl Version {
             }
             Some(_) | None => None,
         };
-        let data = can
+        let data = capabilities
             .max_data_xfer_size
             .map_or(MAX_DATA, |n| u32::try_from(n).unwrap_or(MAX_DATA))
             .min(MAX_DATA);
         let terms = Terms {
-            server_descriptors: small(server.descriptors()),
-            client_descriptors: small(self.descriptors()),
+            server_descriptors: saturate(server.descriptors()),
+            client_descriptors: saturate(self.descriptors()),
             server_data: data,
-            windows: can.max_dma_maps.unwrap_or(DEFAULT_WINDOWS),
+            windows: capabilities.max_dma_maps.unwrap_or(DEFAULT_WINDOWS),
             twin,
         };
-        let both_have = |mine: Option<u64>, theirs: u64| mine.map(|mine| mine.min(theirs));
-        let asked_for = &self.capabilities;
-        let migration = self.migration().zip(server.migration()).map(|(_, can)| can);
-        let write_multiple = asked_for.write_multiple == Some(true);
+        let limit = |number: Option<u64>, most: u64| number.map(|number| number.min(most));
+        let wanted = &self.capabilities;
+        let migration = self
+            .migration()
+            .zip(server.migration())
+            .map(|(_, server)| server);
+        let write_multiple = wanted.write_multiple == Some(true);
         Ok((
             Self {
                 major: MAJOR,
@@ -255,41 +258,42 @@ impl Version {
                 capabilities: Capabilities {
                     max_msg_fds: Some(server.descriptors()),
                     max_data_xfer_size: Some(data.into()),
-                    max_dma_maps: both_have(asked_for.max_dma_maps, DEFAULT_WINDOWS),
-                    pgsizes: asked_for.pgsizes,
+                    max_dma_maps: limit(wanted.max_dma_maps, DEFAULT_WINDOWS),
+                    pgsizes: wanted.pgsizes,
                     migration,
                     twin_socket: None,
-                    write_multiple: can.write_multiple.filter(|_| write_multiple),
+                    write_multiple: capabilities.write_multiple.filter(|_| write_multiple),
                 },
             },
             terms,
         ))
     }
 
-    /// What a client is answered that has asked for this, by a server that stands for itself: it
-    /// never asks the client for anything, and takes as many descriptors as the client does.
+    /// The answer of a server of this process to a client that proposed `self`. The server can receive
+    /// as many descriptors as the client, and needs neither migration nor a second socket.
     ///
     /// # Errors
     /// [`VersionError::Unknown`].
     pub fn server_answer(&self) -> Result<Self, VersionError> {
-        let asked_for = self.proposal()?;
+        let proposal = self.proposal()?;
         Ok(Self {
             capabilities: Capabilities {
                 migration: None,
                 twin_socket: None,
-                ..asked_for.capabilities
+                ..proposal.capabilities
             },
-            ..asked_for
+            ..proposal
         })
     }
 
-    /// Descriptors the sender takes with one message, no more than the system carries.
+    /// The number of descriptors that the sender can receive with one message, limited to that of the
+    /// kernel.
     fn descriptors(&self) -> u64 {
-        let said = self.capabilities.max_msg_fds.unwrap_or(DEFAULT_DESCRIPTORS);
-        said.min(MAX_DESCRIPTORS as u64)
+        let named = self.capabilities.max_msg_fds.unwrap_or(DEFAULT_DESCRIPTORS);
+        named.min(MAX_DESCRIPTORS as u64)
     }
 
-    /// With bitmaps no longer than a message here.
+    /// The sender's migration, with bitmaps that fit into a message.
     fn migration(&self) -> Option<Migration> {
         let migration = self.capabilities.migration.clone()?;
         Some(Migration {
@@ -299,7 +303,7 @@ impl Version {
     }
 }
 
-fn small(number: u64) -> usize {
+fn saturate(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
 }
 
@@ -320,13 +324,13 @@ mod tests {
         Version::decode(&body).expect("readable")
     }
 
-    /// What QEMU 11.1 sends.
+    /// The text of QEMU 11.1.
     const QEMU: &str = r#"{"capabilities":{"pgsizes":4096,"max_msg_fds":16,"max_dma_maps":65535,
         "max_data_xfer_size":1048576,"migration":{"max_bitmap_size":268435456,"pgsize":4096},
         "write_multiple":true}}"#;
 
     #[test]
-    fn texts_may_be_missing_unended_or_longer_than_their_zero() {
+    fn texts_may_be_missing_unterminated_or_continue_after_their_zero() {
         assert_eq!(version(1, "").capabilities, Capabilities::default());
         assert_eq!(version(1, "\0").capabilities, Capabilities::default());
         assert_eq!(version(1, "{}").capabilities, Capabilities::default());
@@ -340,9 +344,9 @@ mod tests {
     }
 
     #[test]
-    fn each_end_hears_what_the_other_can() {
+    fn capabilities_are_negotiated_with_client_and_server() {
         let client = version(1, QEMU);
-        let proposal = client.proposal().expect("spoken");
+        let proposal = client.proposal().expect("supported");
         assert_eq!(proposal.capabilities.max_msg_fds, Some(16));
         let twin = proposal.capabilities.twin_socket.clone().expect("offered");
         assert!(twin.supported);
@@ -373,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_asked_for_is_refused() {
+    fn answers_that_were_not_proposed_are_refused() {
         let client = version(0, QEMU);
         assert!(client.answer(&version(1, ""), 0).is_err(), "a higher minor");
         let twin = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":1}}}"#;
@@ -389,7 +393,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused(body in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn any_text_is_decoded_or_refused(body in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Version::decode(&body);
         }
 

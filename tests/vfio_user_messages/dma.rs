@@ -295,7 +295,7 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     let failed = rig.unmap(IOVA, 0x1000).expect_err("late");
     assert!(begun.elapsed() >= deadline, "{:?}", begun.elapsed());
     assert!(
-        failed.to_string().contains("no answer in 300ms"),
+        failed.to_string().contains("no reply within 300ms"),
         "{failed}"
     );
     assert!(

@@ -1,4 +1,4 @@
-//! The client, and what it says.
+//! The client's messages: each is forwarded, answered here or refused.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::Instant;
 use rustix::event::PollFlags;
 use zerocopy::IntoBytes;
 
-use super::peers::{Stage, TURN};
+use super::peers::{MESSAGES_PER_TURN, Stage};
 use super::proxy::{CutOffReason, Proxy};
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
@@ -22,24 +22,24 @@ impl Proxy {
         if flags.contains(PollFlags::OUT) {
             self.flush_client();
         }
-        for _ in 0..TURN {
-            let pulse = self.link.status();
+        for _ in 0..MESSAGES_PER_TURN {
+            let status = self.link.status();
             let Some(client) = &mut self.client else {
                 return;
             };
-            if !client.may_speak(&pulse) {
+            if !client.may_receive(&status) {
                 if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
                     self.end_client("it has hung up");
                 }
                 return;
             }
-            let done = match client.receiver.receive(&*client.socket) {
-                Ok(Received::Message(message)) => self.client_says(message),
+            let outcome = match client.receiver.receive(&*client.socket) {
+                Ok(Received::Message(message)) => self.handle_client_message(message),
                 Ok(Received::Nothing) => return,
                 Ok(Received::End) => return self.end_client("it has hung up"),
                 Err(cause) => Err(cause.to_string()),
             };
-            match done {
+            match outcome {
                 Ok(()) => self.flush_client(),
                 Err(why) => {
                     warn_limited!("{}: the client is cut off: {why}", self.settings.name);
@@ -49,13 +49,13 @@ impl Proxy {
         }
     }
 
-    fn client_says(&mut self, message: Message) -> Result<(), CutOffReason> {
+    fn handle_client_message(&mut self, message: Message) -> Result<(), CutOffReason> {
         let Some(client) = &mut self.client else {
             return Ok(());
         };
         let header = message.header;
         if !matches!(header.kind, Kind::Command { .. }) {
-            return Err("it replies, and was asked nothing".into());
+            return Err("it sent a reply, and clients get no commands".into());
         }
         let command = Command::from_number(header.command);
         if let Some(command) = command {
@@ -63,14 +63,14 @@ impl Proxy {
                 .map_err(|e| e.to_string())?;
         }
         let terms = match &client.stage {
-            Stage::Agreed { terms, .. } => terms,
-            Stage::Fresh(_) | Stage::Asked { .. } => {
+            Stage::Negotiated { terms, .. } => terms,
+            Stage::Connected(_) | Stage::Negotiating { .. } => {
                 if command != Some(Command::Version) {
-                    return Err("its first word is not VERSION".into());
+                    return Err("its first message is not VERSION".into());
                 }
                 let version = Version::decode(&message.body).map_err(|e| e.to_string())?;
                 version.proposal().map_err(|e| e.to_string())?;
-                client.stage = Stage::Asked { header, version };
+                client.stage = Stage::Negotiating { header, version };
                 self.connect_at = Instant::now();
                 return Ok(());
             }
@@ -80,26 +80,28 @@ impl Proxy {
             return Ok(());
         };
         match command {
-            Command::Version => return Err("it says VERSION twice".into()),
+            Command::Version => return Err("it sent VERSION twice".into()),
             Command::DmaRead | Command::DmaWrite => {
-                return Err(format!("{command:?} is a server's command"));
+                return Err(format!(
+                    "it sent {command:?}, a command for servers to send"
+                ));
             }
             Command::DmaMap => {
                 let (body, _) =
                     take::<DmaMapBody>(command, &message.body).map_err(|e| e.to_string())?;
-                let done = client.windows.map(&body);
-                client.answer(&header, done, &[]);
+                let outcome = client.windows.map(&body);
+                client.answer(&header, outcome, &[]);
                 return Ok(());
             }
             Command::DmaUnmap => {
                 let (body, _) =
                     take::<DmaUnmapBody>(command, &message.body).map_err(|e| e.to_string())?;
-                let done = client.windows.unmap(&body);
-                client.answer(&header, done, body.as_bytes());
+                let outcome = client.windows.unmap(&body);
+                client.answer(&header, outcome, body.as_bytes());
                 return Ok(());
             }
-            // The client counts guest-physical pages, the server IOVAs: a log of those would have
-            // a client overlook what was written.
+            // A log of the server has IOVAs, and the client expects guest-physical pages: it would miss
+            // pages that were written.
             Command::DirtyPages => {
                 client.refuse(&header, libc::ENOTSUP);
                 return Ok(());
@@ -137,7 +139,7 @@ impl Proxy {
         let files = message.descriptors.into_iter().map(File::from);
         let files: Vec<Arc<File>> = files.map(Arc::new).collect();
         if command == Command::DeviceSetIrqs {
-            client.irqs.note(&message.body, &files);
+            client.irqs.record(&message.body, &files);
         }
         let descriptors = files.into_iter().map(OutgoingFd::Shared).collect();
         if !self

@@ -1,5 +1,7 @@
-//! The thread between a client and a server. It waits for nobody: what cannot be sent is kept, and
-//! where too much is kept nothing more is taken in from whoever caused it.
+//! The thread between a client and a device's server.
+//!
+//! The thread never waits for a peer. It queues what it cannot send, and receives nothing more from a
+//! peer that caused a long queue.
 
 mod client;
 mod peers;

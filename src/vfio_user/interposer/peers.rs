@@ -1,4 +1,4 @@
-//! The two peers, as far as they have come.
+//! The client and the server, and what the thread knows of each.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -12,17 +12,17 @@ use crate::vfio_user::message::Header;
 use crate::vfio_user::socket::{Outbox, Receiver};
 use crate::vfio_user::version::{Terms, Version};
 
-/// Messages taken from one peer before the others have their turn.
-pub(super) const TURN: usize = 16;
-/// While this many bytes wait to be sent to a peer, nothing is taken in that adds to them.
-pub(super) const MAX_WAITING: usize = 4 << 20;
-/// The most commands of the client's that wait for replies; the next ones wait unread.
+/// Messages received from one peer before the thread polls the others.
+pub(super) const MESSAGES_PER_TURN: usize = 16;
+/// While this many bytes wait to be sent to a peer, nothing is received that adds to them.
+pub(super) const MAX_UNSENT: usize = 4 << 20;
+/// At most this many commands of the client wait for replies; the thread receives no more.
 const MAX_COMMANDS: usize = 64;
-/// While this many descriptors wait to be sent to the server, nothing more is taken in: a process may
-/// have only so many open.
-const MAX_WAITING_DESCRIPTORS: usize = 256;
-/// How long a client may take to say VERSION, while others wait.
-const FIRST_WORD_PATIENCE: Duration = Duration::from_secs(10);
+/// While this many descriptors wait to be sent to the server, nothing is received from the client: the
+/// number of open files of a process is limited.
+const MAX_UNSENT_DESCRIPTORS: usize = 256;
+/// How long a client may take to send VERSION: other clients wait meanwhile.
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 
 pub(super) struct ClientLeg {
     pub(super) socket: Arc<UnixStream>,
@@ -31,18 +31,18 @@ pub(super) struct ClientLeg {
     pub(super) stage: Stage,
     pub(super) windows: ClientWindows,
     pub(super) irqs: IrqReplay,
-    /// It has descriptors of the server's, which lead nowhere when that is gone.
+    /// The client has descriptors of the server, which are useless after that server is gone.
     pub(super) holds_descriptors: bool,
 }
 
-/// How far a client has come.
+/// The state of the negotiation with a client.
 pub(super) enum Stage {
-    /// It has said nothing yet, and is to until this.
-    Fresh(Instant),
-    /// It waits for the answer to its VERSION.
-    Asked { header: Header, version: Version },
-    /// It was answered.
-    Agreed {
+    /// The client has to send VERSION by this time.
+    Connected(Instant),
+    /// The client waits for the answer to VERSION.
+    Negotiating { header: Header, version: Version },
+    /// The client has the answer.
+    Negotiated {
         version: Version,
         answer: Box<Version>,
         terms: Terms,
@@ -53,10 +53,10 @@ pub(super) struct ServerLeg {
     pub(super) session: u64,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) receiver: Receiver,
-    /// The socket of the server's commands.
+    /// The second socket, for the server's commands.
     pub(super) twin: Option<Twin>,
-    /// When VERSION has to be answered, where it is not.
-    pub(super) answer_until: Option<Instant>,
+    /// When the server is cut off unless it has answered VERSION.
+    pub(super) version_until: Option<Instant>,
 }
 
 pub(super) struct Twin {
@@ -66,35 +66,36 @@ pub(super) struct Twin {
 }
 
 impl ClientLeg {
-    /// A client that has said nothing yet.
+    /// A client that has just connected.
     pub(super) fn new(socket: UnixStream) -> Self {
         Self {
             socket: Arc::new(socket),
             receiver: Receiver::default(),
             outbox: Outbox::default(),
-            stage: Stage::Fresh(Instant::now() + FIRST_WORD_PATIENCE),
+            stage: Stage::Connected(Instant::now() + VERSION_DEADLINE),
             windows: ClientWindows::default(),
             irqs: IrqReplay::default(),
             holds_descriptors: false,
         }
     }
 
-    /// Whether its next message is taken in.
-    pub(super) fn may_speak(&self, pulse: &LinkStatus) -> bool {
-        if self.outbox.len_bytes() >= MAX_WAITING {
+    /// Whether the thread may receive the client's next message.
+    pub(super) fn may_receive(&self, status: &LinkStatus) -> bool {
+        if self.outbox.len_bytes() >= MAX_UNSENT {
             return false;
         }
         match self.stage {
-            Stage::Fresh(_) => true,
-            Stage::Asked { .. } => false,
-            // What the server is to know already when it gets a command has to go first.
-            Stage::Agreed { .. } => {
-                !pulse.connected
-                    || (pulse.up
-                        && pulse.told
-                        && pulse.commands < MAX_COMMANDS
-                        && pulse.bytes < MAX_WAITING
-                        && pulse.descriptors < MAX_WAITING_DESCRIPTORS)
+            Stage::Connected(_) => true,
+            Stage::Negotiating { .. } => false,
+            // The server must get all updates before the client's next command: the command may start
+            // DMA to memory that an update concerns.
+            Stage::Negotiated { .. } => {
+                !status.connected
+                    || (status.active
+                        && status.is_up_to_date
+                        && status.commands < MAX_COMMANDS
+                        && status.bytes < MAX_UNSENT
+                        && status.descriptors < MAX_UNSENT_DESCRIPTORS)
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What the interposer's thread has, and how connections end.
+//! The state of the interposer's thread, and how connections end.
 
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
@@ -10,16 +10,16 @@ use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
 use crate::{info_limited, warn_limited};
 
-/// Whom an interposer stands between.
+/// The device that an interposer serves.
 #[derive(Clone, Debug)]
 pub struct InterposerSettings {
-    /// The device's name, for messages.
+    /// The device's name in log messages.
     pub name: String,
-    /// Where the device's server listens.
+    /// The socket of the device's server.
     pub server: PathBuf,
 }
 
-/// All the thread has.
+/// The state of the interposer's thread.
 pub(super) struct Proxy {
     pub(super) settings: InterposerSettings,
     pub(super) listener: UnixListener,
@@ -27,48 +27,48 @@ pub(super) struct Proxy {
     pub(super) target: Arc<dyn DmaTarget>,
     pub(super) client: Option<ClientLeg>,
     pub(super) server: Option<ServerLeg>,
-    /// Not before this is a client accepted.
+    /// The thread accepts no client before this time.
     pub(super) accept_at: Option<Instant>,
-    /// Not before this is the server tried.
+    /// The thread does not connect to the server before this time.
     pub(super) connect_at: Instant,
 }
 
-/// Why a connection ends: words for the log.
+/// Why a peer is cut off, for the log.
 pub(super) type CutOffReason = String;
 
 impl Proxy {
-    /// The link has ended, whoever ended it.
-    pub(super) fn server_lost(&mut self) {
+    /// The connection to the server has ended: refuses the client's commands without a reply.
+    pub(super) fn drop_server(&mut self) {
         self.server = None;
-        let orphans = self.link.take_orphans();
+        let unanswered = self.link.take_unanswered();
         let Some(client) = &mut self.client else {
             return;
         };
         if client.holds_descriptors {
-            let why = "its server is gone, and it has descriptors of that one's";
+            let why = "its server is gone, and the client has descriptors of that server";
             return self.end_client(why);
         }
-        for header in orphans {
+        for header in unanswered {
             client.refuse(&header, libc::EIO);
         }
         self.flush_client();
     }
 
-    /// The server is to blame for something.
-    pub(super) fn end_server(&mut self, why: &str) {
+    /// Cuts the server off.
+    pub(super) fn cut_server_off(&mut self, why: &str) {
         warn_limited!("{}: the server is cut off: {why}", self.settings.name);
         self.link.cut_off(why);
-        self.server_lost();
+        self.drop_server();
     }
 
-    /// The client is gone, or is to go: so is the connection to its server.
+    /// Ends the connections to the client and to its server.
     pub(super) fn end_client(&mut self, why: &str) {
         info_limited!("{}: the client is gone: {why}", self.settings.name);
         self.client = None;
         self.link.set_client(false);
-        self.link.part();
+        self.link.end_with_client();
         self.server = None;
-        drop(self.link.take_orphans());
+        drop(self.link.take_unanswered());
         self.connect_at = Instant::now();
     }
 

@@ -1,13 +1,13 @@
-//! The server, and what it says.
+//! The server's messages: replies go to the client, commands are executed here.
 
 use std::sync::Arc;
 
 use rustix::event::PollFlags;
 
-use super::peers::{MAX_WAITING, Stage, TURN, Twin};
+use super::peers::{MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
 use super::proxy::{CutOffReason, Proxy};
 use crate::vfio_user::dma;
-use crate::vfio_user::link::Settled;
+use crate::vfio_user::link::MatchedReply;
 use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver};
 use crate::vfio_user::version::Version;
@@ -18,49 +18,49 @@ impl Proxy {
         if flags.contains(PollFlags::OUT) {
             self.link.flush();
         }
-        for _ in 0..TURN {
-            let pulse = self.link.status();
+        for _ in 0..MESSAGES_PER_TURN {
+            let status = self.link.status();
             let Some(server) = &mut self.server else {
                 return;
             };
-            if !pulse.connected || pulse.session != server.session {
-                return self.server_lost();
+            if !status.connected || status.session != server.session {
+                return self.drop_server();
             }
-            if pulse.bytes >= MAX_WAITING {
+            if status.bytes >= MAX_UNSENT {
                 if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
                     self.link.end();
                 }
                 return;
             }
-            let done = match server.receiver.receive(&server.socket) {
-                Ok(Received::Message(message)) => self.server_says(message),
+            let outcome = match server.receiver.receive(&server.socket) {
+                Ok(Received::Message(message)) => self.handle_server_message(message),
                 Ok(Received::Nothing) => break,
                 Ok(Received::End) => {
                     warn_limited!("{}: the server has hung up", self.settings.name);
                     self.link.end();
-                    return self.server_lost();
+                    return self.drop_server();
                 }
                 Err(cause) => Err(cause.to_string()),
             };
-            if let Err(why) = done {
-                return self.end_server(&why);
+            if let Err(why) = outcome {
+                return self.cut_server_off(&why);
             }
         }
         self.flush_client();
     }
 
-    fn server_says(&mut self, message: Message) -> Result<(), CutOffReason> {
+    fn handle_server_message(&mut self, message: Message) -> Result<(), CutOffReason> {
         if matches!(message.header.kind, Kind::Command { .. }) {
-            if let Some(reply) = self.serve(&message)? {
+            if let Some(reply) = self.execute(&message)? {
                 self.link.reply(reply);
             }
             return Ok(());
         }
-        let client_header = match self.link.settle(&message.header) {
-            Settled::Done => return Ok(()),
-            Settled::Wrong(what) => return Err(what.into()),
-            Settled::Version => return self.agree(message),
-            Settled::Client(header) => header,
+        let client_header = match self.link.match_reply(&message.header) {
+            MatchedReply::Own => return Ok(()),
+            MatchedReply::Violation(why) => return Err(why.into()),
+            MatchedReply::Version => return self.handle_version_reply(message),
+            MatchedReply::Client(header) => header,
         };
         let Some(client) = &mut self.client else {
             return Ok(());
@@ -72,15 +72,15 @@ impl Proxy {
                 .map_err(|e| e.to_string())?;
         }
         let takes = match &client.stage {
-            Stage::Agreed { terms, .. } => terms.client_descriptors,
-            Stage::Fresh(_) | Stage::Asked { .. } => 0,
+            Stage::Negotiated { terms, .. } => terms.client_descriptors,
+            Stage::Connected(_) | Stage::Negotiating { .. } => 0,
         };
         if message.descriptors.len() > takes
             || (message.header.kind != Kind::Reply && !message.descriptors.is_empty())
         {
             let have = message.descriptors.len();
             return Err(format!(
-                "a reply with {have} descriptors; the client takes {takes}"
+                "its reply has {have} descriptors; the client can receive {takes}"
             ));
         }
         client.holds_descriptors |= !message.descriptors.is_empty();
@@ -95,29 +95,29 @@ impl Proxy {
         Ok(())
     }
 
-    /// The server has answered VERSION.
-    fn agree(&mut self, message: Message) -> Result<(), CutOffReason> {
+    /// Completes the negotiation after the server has replied to VERSION.
+    fn handle_version_reply(&mut self, message: Message) -> Result<(), CutOffReason> {
         let (Some(client), Some(server)) = (&mut self.client, &mut self.server) else {
             return Ok(());
         };
-        let asked = match &client.stage {
-            Stage::Fresh(_) => return Ok(()),
-            Stage::Asked { version, .. } | Stage::Agreed { version, .. } => version,
+        let proposed = match &client.stage {
+            Stage::Connected(_) => return Ok(()),
+            Stage::Negotiating { version, .. } | Stage::Negotiated { version, .. } => version,
         };
         let agreed = match message.header.kind {
             Kind::Refusal(error) => Err(format!("it refuses VERSION: errno {error}")),
             Kind::Command { .. } | Kind::Reply => Version::decode(&message.body)
-                .and_then(|said| asked.answer(&said, message.descriptors.len()))
+                .and_then(|server| proposed.answer(&server, message.descriptors.len()))
                 .map_err(|e| e.to_string()),
         };
         let (answer, terms) = match agreed {
             Ok(agreed) => agreed,
             Err(why) => {
-                self.end_client("there is no server for it");
+                self.end_client("its server cannot be negotiated with");
                 return Err(why);
             }
         };
-        server.answer_until = None;
+        server.version_until = None;
         let twin = terms.twin.and_then(|at| {
             let mut descriptors = message.descriptors;
             (at < descriptors.len()).then(|| descriptors.swap_remove(at))
@@ -127,58 +127,58 @@ impl Proxy {
             receiver: Receiver::default(),
             outbox: Outbox::default(),
         });
-        let most = terms.server_descriptors;
+        let max_fds = terms.server_descriptors;
         match &client.stage {
-            Stage::Agreed { answer: before, .. } if **before != answer => {
-                self.end_client("its server has come back another one");
+            Stage::Negotiated { answer: before, .. } if **before != answer => {
+                self.end_client("its server has reconnected with other capabilities");
                 return Ok(());
             }
-            Stage::Agreed { .. } | Stage::Fresh(_) => {}
-            Stage::Asked { header, version } => {
+            Stage::Negotiated { .. } | Stage::Connected(_) => {}
+            Stage::Negotiating { header, version } => {
                 let body = answer.encode();
                 let reply = header.reply_to(body.len());
                 client.outbox.push(reply.with_body(&body), Vec::new());
-                client.stage = Stage::Agreed {
+                client.stage = Stage::Negotiated {
                     version: version.clone(),
                     answer: Box::new(answer),
                     terms: terms.clone(),
                 };
             }
         }
-        let again = client.irqs.messages(most);
+        let replay = client.irqs.messages(max_fds);
         info_limited!("{}: the server has connected", self.settings.name);
-        self.link.come_up(terms, || self.target.windows(), again);
+        self.link.activate(terms, || self.target.windows(), replay);
         Ok(())
     }
 
     pub(super) fn twin_ready(&mut self, flags: PollFlags) {
-        for _ in 0..TURN {
+        for _ in 0..MESSAGES_PER_TURN {
             let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
                 return;
             };
             if let Err(cause) = twin.outbox.flush(&twin.socket) {
-                return self.end_server(&cause.to_string());
+                return self.cut_server_off(&cause.to_string());
             }
-            if twin.outbox.len_bytes() >= MAX_WAITING {
+            if twin.outbox.len_bytes() >= MAX_UNSENT {
                 if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
-                    self.end_server("it has closed the socket of its commands");
+                    self.cut_server_off("it has closed the socket for its commands");
                 }
                 return;
             }
             let received = twin.receiver.receive(&twin.socket);
-            let done = match received {
+            let outcome = match received {
                 Ok(Received::Message(message)) => {
                     if matches!(message.header.kind, Kind::Command { .. }) {
-                        self.serve(&message)
+                        self.execute(&message)
                     } else {
-                        Err("a reply on the socket of its commands".into())
+                        Err("it sent a reply on the socket for its commands".into())
                     }
                 }
                 Ok(Received::Nothing) => return,
-                Ok(Received::End) => Err("it has closed the socket of its commands".into()),
+                Ok(Received::End) => Err("it has closed the socket for its commands".into()),
                 Err(cause) => Err(cause.to_string()),
             };
-            match done {
+            match outcome {
                 Ok(None) => {}
                 Ok(Some(reply)) => {
                     let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
@@ -186,16 +186,16 @@ impl Proxy {
                     };
                     twin.outbox.push(reply, Vec::new());
                     if let Err(cause) = twin.outbox.flush(&twin.socket) {
-                        return self.end_server(&cause.to_string());
+                        return self.cut_server_off(&cause.to_string());
                     }
                 }
-                Err(why) => return self.end_server(&why),
+                Err(why) => return self.cut_server_off(&why),
             }
         }
     }
 
-    /// Does what a command of the server's asks for. Returns the reply, if one is wanted.
-    fn serve(&self, message: &Message) -> Result<Option<Vec<u8>>, CutOffReason> {
+    /// Executes a command of the server. Returns the reply, if the server wants one.
+    fn execute(&self, message: &Message) -> Result<Option<Vec<u8>>, CutOffReason> {
         let header = &message.header;
         let reply = match Command::from_number(header.command) {
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {

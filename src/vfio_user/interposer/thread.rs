@@ -1,4 +1,4 @@
-//! The thread itself: what it waits for, and whom it accepts and connects to.
+//! The thread: it polls, accepts clients and connects to the server.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::peers::{ClientLeg, MAX_WAITING, ServerLeg, Stage, TURN};
+use super::peers::{ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, ServerLeg, Stage};
 use super::proxy::{InterposerSettings, Proxy};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::DmaTarget;
@@ -20,12 +20,12 @@ use crate::vfio_user::link::Link;
 use crate::vfio_user::socket::{Receiver, connect};
 use crate::{info_limited, warn_limited};
 
-/// How long it takes to try once more to reach a server, or to accept a client.
+/// How long the thread waits before it tries again to connect to a server or to accept a client.
 const RETRY: Duration = Duration::from_millis(100);
 /// How long a server may take to answer VERSION.
-const VERSION_PATIENCE: Duration = Duration::from_secs(5);
+const VERSION_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A running interposer; dropping it ends it and closes both connections.
+/// A running interposer. Dropping it stops the thread and closes both connections.
 pub struct Interposer {
     link: Arc<Link>,
     stop: Arc<AtomicBool>,
@@ -33,12 +33,11 @@ pub struct Interposer {
 }
 
 impl Interposer {
-    /// Serves one client after the other at `listener`, each with a connection to the server of
-    /// its own. The server is told what `link` is given orders for, and reaches memory through
-    /// `target`.
+    /// Serves one client after the other at `listener`, and connects to the server for each of them.
+    /// The server gets the updates of `link`, and reaches memory through `target`.
     ///
     /// # Errors
-    /// Where the thread cannot be started.
+    /// The thread cannot be started.
     pub fn start(
         settings: InterposerSettings,
         listener: UnixListener,
@@ -79,12 +78,12 @@ impl Drop for Interposer {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            warn!("the thread of a vfio-user device has panicked");
+            warn!("the thread of a vfio-user device panicked");
         }
     }
 }
 
-/// What is waited for.
+/// What the thread polls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EventSource {
     Wake,
@@ -92,13 +91,13 @@ enum EventSource {
     ClientLeg,
     ServerLeg,
     Twin,
-    Parting,
+    Closing,
 }
 
 impl Proxy {
-    /// Waits for something to do, and does it.
+    /// Waits for events, and handles them.
     fn turn(&mut self) {
-        self.look_after_server();
+        self.maintain_server();
         let ready = match self.wait() {
             Ok(ready) => ready,
             Err(cause) => {
@@ -109,39 +108,39 @@ impl Proxy {
         };
         for (source, flags) in ready {
             match source {
-                EventSource::Wake => self.link.awake(),
+                EventSource::Wake => self.link.clear_wake(),
                 EventSource::Listener => self.accept(),
                 EventSource::ClientLeg => self.client_ready(flags),
                 EventSource::ServerLeg => self.server_ready(flags),
                 EventSource::Twin => self.twin_ready(flags),
-                EventSource::Parting => self.parting_ready(),
+                EventSource::Closing => self.drain_closing_server(),
             }
         }
     }
 
-    /// Which descriptors have something, after no longer than until something is due.
+    /// Waits until a descriptor is ready or a deadline has passed. Returns the ready descriptors.
     fn wait(&self) -> io::Result<Vec<(EventSource, PollFlags)>> {
-        let pulse = self.link.status();
-        let parting = self.link.parting();
+        let status = self.link.status();
+        let closing = self.link.closing();
         let now = Instant::now();
         let mut sources = vec![EventSource::Wake];
-        let mut fds = vec![PollFd::from_borrowed_fd(self.link.woken(), PollFlags::IN)];
+        let mut fds = vec![PollFd::from_borrowed_fd(self.link.wake_fd(), PollFlags::IN)];
         let mut due: Vec<Instant> = Vec::new();
         match &self.client {
             Some(client) => {
                 let mut flags = PollFlags::empty();
-                flags.set(PollFlags::IN, client.may_speak(&pulse));
+                flags.set(PollFlags::IN, client.may_receive(&status));
                 flags.set(PollFlags::OUT, !client.outbox.is_empty());
                 sources.push(EventSource::ClientLeg);
                 fds.push(PollFd::new(&client.socket, flags));
                 match client.stage {
-                    Stage::Fresh(until) => due.push(until),
-                    Stage::Asked { .. } | Stage::Agreed { .. }
-                        if self.server.is_none() && !pulse.parting =>
+                    Stage::Connected(until) => due.push(until),
+                    Stage::Negotiating { .. } | Stage::Negotiated { .. }
+                        if self.server.is_none() && !status.closing =>
                     {
                         due.push(self.connect_at);
                     }
-                    Stage::Asked { .. } | Stage::Agreed { .. } => {}
+                    Stage::Negotiating { .. } | Stage::Negotiated { .. } => {}
                 }
             }
             None => match self.accept_at.filter(|at| *at > now) {
@@ -154,26 +153,26 @@ impl Proxy {
         }
         if let Some(server) = &self.server {
             let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, pulse.bytes < MAX_WAITING);
-            flags.set(PollFlags::OUT, pulse.bytes > 0);
+            flags.set(PollFlags::IN, status.bytes < MAX_UNSENT);
+            flags.set(PollFlags::OUT, status.bytes > 0);
             sources.push(EventSource::ServerLeg);
             fds.push(PollFd::new(&server.socket, flags));
-            due.extend(server.answer_until);
+            due.extend(server.version_until);
             if let Some(twin) = &server.twin {
                 let mut flags = PollFlags::empty();
-                flags.set(PollFlags::IN, twin.outbox.len_bytes() < MAX_WAITING);
+                flags.set(PollFlags::IN, twin.outbox.len_bytes() < MAX_UNSENT);
                 flags.set(PollFlags::OUT, !twin.outbox.is_empty());
                 sources.push(EventSource::Twin);
                 fds.push(PollFd::new(&twin.socket, flags));
             }
         }
-        if let Some(socket) = &parting {
-            sources.push(EventSource::Parting);
+        if let Some(socket) = &closing {
+            sources.push(EventSource::Closing);
             fds.push(PollFd::new(socket, PollFlags::IN));
         }
         let timeout = due.into_iter().min().map(|at| {
             let left = at.saturating_duration_since(now);
-            // Rounded up, so as not to come back too early again and again.
+            // Rounded up: rounded down, the thread would poll again and again in the last moment.
             let left = left + Duration::from_millis(1);
             Timespec {
                 tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -199,22 +198,22 @@ impl Proxy {
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
             Err(cause) => {
-                warn_limited!("{}: no client can be accepted: {cause}", self.settings.name);
+                warn_limited!("{}: cannot accept a client: {cause}", self.settings.name);
                 self.accept_at = Some(Instant::now() + RETRY);
             }
         }
     }
 
-    /// Lets go of a server that is gone, and looks for one where one is needed.
-    fn look_after_server(&mut self) {
-        let pulse = self.link.status();
+    /// Drops a server that is gone, and connects to the server if the client needs one.
+    fn maintain_server(&mut self) {
+        let status = self.link.status();
         if let Some(server) = &self.server {
-            if pulse.connected && pulse.session == server.session {
-                if server.answer_until.is_some_and(|at| at < Instant::now()) {
-                    self.end_server("it does not answer VERSION");
+            if status.connected && status.session == server.session {
+                if server.version_until.is_some_and(|at| at < Instant::now()) {
+                    self.cut_server_off("it did not answer VERSION in time");
                 }
             } else {
-                self.server_lost();
+                self.drop_server();
             }
         }
         let now = Instant::now();
@@ -223,10 +222,12 @@ impl Proxy {
         }
         let Some(client) = &self.client else { return };
         let version = match &client.stage {
-            Stage::Fresh(until) if *until < now => return self.end_client("it says nothing"),
-            Stage::Fresh(_) => return,
-            Stage::Asked { .. } | Stage::Agreed { .. } if pulse.parting => return,
-            Stage::Asked { version, .. } | Stage::Agreed { version, .. } => version,
+            Stage::Connected(until) if *until < now => {
+                return self.end_client("it sent no VERSION in time");
+            }
+            Stage::Connected(_) => return,
+            Stage::Negotiating { .. } | Stage::Negotiated { .. } if status.closing => return,
+            Stage::Negotiating { version, .. } | Stage::Negotiated { version, .. } => version,
         };
         let proposal = match version.proposal() {
             Ok(proposal) => proposal,
@@ -236,36 +237,36 @@ impl Proxy {
         match connect(&self.settings.server) {
             Ok(socket) => {
                 let socket = Arc::new(socket);
-                let session = self.link.begin(socket.clone(), &proposal.encode());
+                let session = self.link.start_session(socket.clone(), &proposal.encode());
                 self.server = Some(ServerLeg {
                     session,
                     socket,
                     receiver: Receiver::default(),
                     twin: None,
-                    answer_until: Some(now + VERSION_PATIENCE),
+                    version_until: Some(now + VERSION_DEADLINE),
                 });
             }
             Err(cause) => warn_limited!(
-                "{}: no server listens on {}: {cause}; it is tried again",
+                "{}: cannot connect to the server at {}: {cause}; trying again",
                 self.settings.name,
                 self.settings.server.display()
             ),
         }
     }
 
-    /// What a server still says whose client is gone is not heard.
-    fn parting_ready(&self) {
-        let Some(socket) = self.link.parting() else {
+    /// Discards the messages of a closing server until it hangs up.
+    fn drain_closing_server(&self) {
+        let Some(socket) = self.link.closing() else {
             return;
         };
-        let mut heard = [0; 4096];
-        for _ in 0..TURN {
-            match rustix::net::recv(&*socket, &mut heard, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return self.link.parted(),
+        let mut discarded = [0; 4096];
+        for _ in 0..MESSAGES_PER_TURN {
+            match rustix::net::recv(&*socket, &mut discarded, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return self.link.closed(),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
-                // It has hung up without hearing us out.
-                Err(_) => return self.link.parted(),
+                // It has hung up with unread bytes.
+                Err(_) => return self.link.closed(),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! One connection to a server: what is on its way there, and what replies it owes.
+//! One connection to a server: the messages to send, and the commands without a reply.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
@@ -12,45 +12,47 @@ use crate::vfio_user::message::{
 use crate::vfio_user::socket::{Outbox, OutgoingFd};
 use crate::vfio_user::version::Terms;
 
-/// The number all commands without a reply have, so that a server that answers one all the same is
-/// understood.
+/// The number of every command that wants no reply: some servers reply nevertheless, and the number
+/// tells such a reply from others.
 pub(super) const NO_REPLY_ID: u16 = u16::MAX;
 
 #[derive(Debug)]
 pub(super) struct ServerConnection {
     pub(super) socket: Arc<OwnedFd>,
-    /// What was agreed on; before that the server knows nothing.
+    /// The negotiated terms; before the negotiation the server gets VERSION only.
     pub(super) terms: Option<Terms>,
     pub(super) outbox: Outbox,
     /// Updates that are not in the outbox yet, and their batches.
     pub(super) backlog: VecDeque<(DmaUpdate, u64)>,
     pub(super) pending: HashMap<u16, Pending>,
     next_id: u16,
-    pub(super) orders: usize,
+    /// Updates without a reply.
+    pub(super) updates: usize,
+    /// The client's commands without a reply.
     pub(super) commands: usize,
-    /// Windows the server has.
+    /// The number of windows that the server has.
     pub(super) windows: u64,
-    /// It was given descriptors of memory with some of them.
-    pub(super) shares: bool,
-    /// First addresses of windows it was asked to have, and has not answered for.
-    pub(super) asked: HashSet<u64>,
-    /// First addresses of windows it was asked to have and has not.
+    /// The server got a descriptor of memory with some window.
+    pub(super) shares_memory: bool,
+    /// The first addresses of windows that the server has neither accepted nor refused yet.
+    pub(super) unconfirmed: HashSet<u64>,
+    /// The first addresses of windows that the server refused.
     pub(super) refused: HashSet<u64>,
 }
 
-/// A command the server owes a reply to.
+/// A command without a reply.
 #[derive(Debug)]
 pub(super) enum Pending {
     Version,
-    DmaUpdate(DmaUpdate, u64),
-    /// The client's, with the client's header.
+    Update(DmaUpdate, u64),
+    /// A command of the client, with the client's header.
     Client(Header),
-    /// The client's of long ago, told again.
-    Again(Command),
+    /// A command that sets the client's interrupts again.
+    Replay(Command),
 }
 
 impl ServerConnection {
-    /// Nothing is agreed on, nothing is on its way.
+    /// A connection before the negotiation.
     pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
         Self {
             socket,
@@ -59,11 +61,11 @@ impl ServerConnection {
             backlog: VecDeque::new(),
             pending: HashMap::new(),
             next_id: 0,
-            orders: 0,
+            updates: 0,
             commands: 0,
             windows: 0,
-            shares: false,
-            asked: HashSet::new(),
+            shares_memory: false,
+            unconfirmed: HashSet::new(),
             refused: HashSet::new(),
         }
     }
@@ -81,20 +83,20 @@ impl ServerConnection {
         self.outbox.push(header.with_body(body), descriptors);
     }
 
-    pub(super) fn order(
+    pub(super) fn send_update(
         &mut self,
-        order: DmaUpdate,
+        update: DmaUpdate,
         batch: u64,
         body: &[u8],
         descriptors: Vec<OutgoingFd>,
     ) {
-        self.orders += 1;
-        let pending = Pending::DmaUpdate(order, batch);
+        self.updates += 1;
+        let pending = Pending::Update(update, batch);
         let command = pending.command();
         self.send(pending, command, body, descriptors);
     }
 
-    /// A number no command has. There are always some: far fewer commands wait at once.
+    /// A number that no pending command has. There always is one: far fewer than 65535 are pending.
     fn free_id(&mut self) -> u16 {
         loop {
             let id = self.next_id;
@@ -110,13 +112,13 @@ impl Pending {
     pub(super) fn command(&self) -> Command {
         match self {
             Self::Version => Command::Version,
-            Self::DmaUpdate(DmaUpdate::Map(_), _) => Command::DmaMap,
-            Self::DmaUpdate(DmaUpdate::Unmap(_), _) => Command::DmaUnmap,
-            // Only what is known is ever forwarded.
+            Self::Update(DmaUpdate::Map(_), _) => Command::DmaMap,
+            Self::Update(DmaUpdate::Unmap(_), _) => Command::DmaUnmap,
+            // Unknown commands are never forwarded.
             Self::Client(header) => {
                 Command::from_number(header.command).unwrap_or(Command::Version)
             }
-            Self::Again(command) => *command,
+            Self::Replay(command) => *command,
         }
     }
 }
@@ -129,11 +131,11 @@ pub(super) fn map_body(window: &Window) -> (DmaMapBody, Vec<OutgoingFd>) {
         None => (0, Vec::new()),
     };
     let body = DmaMapBody {
-        argsz: 32.into(),
+        argsz: DmaMapBody::BYTES.into(),
         flags: flags.into(),
         offset: offset.into(),
         address: window.range.first().0.into(),
-        // Memory is never all 2^64 bytes.
+        // No memory has 2^64 bytes.
         size: window.range.len_bytes().unwrap_or(u64::MAX).into(),
     };
     (body, descriptors)
@@ -141,7 +143,7 @@ pub(super) fn map_body(window: &Window) -> (DmaMapBody, Vec<OutgoingFd>) {
 
 pub(super) fn unmap_body(range: IovaRange) -> DmaUnmapBody {
     DmaUnmapBody {
-        argsz: 24.into(),
+        argsz: DmaUnmapBody::BYTES.into(),
         flags: 0.into(),
         address: range.first().0.into(),
         size: range.len_bytes().unwrap_or(u64::MAX).into(),

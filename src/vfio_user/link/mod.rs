@@ -1,10 +1,11 @@
-//! The connection to a device's server, as two threads see it: the interposer's own, which moves
-//! messages, and the one whose requests change what the device may reach.
+//! The connection to a device's server, which two threads share: the interposer's thread, which moves
+//! messages, and the requester, whose requests change the windows that the device may reach.
 //!
-//! Who guards what: one lock guards all of it, and it is held for computing and for system calls
-//! that return at once, never while anybody waits for a peer. Order: this lock, then the lock of
-//! what [`super::DmaTarget`] looks into. Whoever gives orders changes that under this lock, so that
-//! a server that connects is told of every window exactly once.
+//! One lock guards all state. A thread holds it while it computes and makes system calls that return
+//! at once; it never holds it while it waits for a peer. Lock order: this lock, then the lock of the
+//! [`DmaTarget`](super::DmaTarget). The requester changes the target's windows while it holds this
+//! lock ([`Link::lock`]), so a server that connects gets every window exactly once: either with the
+//! windows at the connection, or with an update after it.
 
 mod connection;
 mod requester;
@@ -14,5 +15,5 @@ mod update;
 
 pub use self::requester::DmaUpdates;
 pub use self::state::{Ends, Link};
-pub(super) use self::thread::{LinkStatus, Settled};
-pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_PATIENCE, Window};
+pub(super) use self::thread::{LinkStatus, MatchedReply};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, Window};

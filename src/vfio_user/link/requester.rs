@@ -1,14 +1,15 @@
-//! The half of the link for the thread whose requests change what the device may reach.
+//! The requester's half of the link: it changes the windows that the device may reach.
 
 use std::time::Instant;
 
-use super::state::{Batch, Disconnect, Link, LinkState, MAX_ORDERS, UNWATCHED};
-use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_PATIENCE};
+use super::state::{Batch, Disconnect, Link, LinkState, MAX_UPDATES, UNWATCHED};
+use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT};
 use crate::locks::MutexGuard;
 
 impl Link {
-    /// Keeps servers from being told anything until dropped, to give orders in step with what they
-    /// are about. Nothing may wait for a peer meanwhile.
+    /// Locks the link, so that the caller can change the windows of the
+    /// [`DmaTarget`](crate::vfio_user::DmaTarget) and send the updates in one step. The caller must not
+    /// wait for a peer while it holds the lock.
     pub fn lock(&self) -> DmaUpdates<'_> {
         DmaUpdates {
             state: self.state.lock(),
@@ -16,32 +17,34 @@ impl Link {
         }
     }
 
-    /// Waits until orders are carried out. A server that takes too long is cut off.
+    /// Waits until the server has applied the updates. A server that is late is cut off.
     ///
-    /// Without a server there is nothing to wait for: one that comes is told what holds then. One
-    /// that hangs up has nothing any more.
+    /// Returns at once without a server: a server that connects later gets the windows of that time. A
+    /// server that hangs up uses no window any more, which ends the wait, too.
     ///
     /// # Errors
-    /// See [`DmaUpdateError`]. Updates to unmap are never refused.
+    /// See [`DmaUpdateError`]. [`DmaUpdateError::Refused`] concerns only new windows: a server that
+    /// refuses to remove one is cut off.
     pub fn wait(&self, ticket: BatchTicket) -> Result<(), DmaUpdateError> {
         let mut state = self.state.lock();
         loop {
-            let (answers, parting) = state.awaited(ticket.batch);
-            if !answers && !parting {
+            let (replies, closing) = state.awaited(ticket.batch);
+            if !replies && !closing {
                 break;
             }
             let late = self.changed.wait_until(&mut state, ticket.until);
             if !late {
                 continue;
             }
-            let (answers, parting) = state.awaited(ticket.batch);
-            if answers {
-                let why = format!("no answer in {:?}", ticket.patience);
+            let (replies, closing) = state.awaited(ticket.batch);
+            if replies {
+                let why = format!("no reply within {:?}", ticket.timeout);
                 self.end_locked(&mut state, Disconnect::CutOff(&why));
-            } else if parting {
+            } else if closing {
                 let why = format!(
-                    "it was told to let go, and {:?} later it still has the guest's memory",
-                    ticket.patience
+                    "it has not hung up within {:?} after its connection was closed, and still has \
+                     the guest's memory",
+                    ticket.timeout
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
                     batch.failed.get_or_insert(DmaUpdateError::CutOff(why));
@@ -55,43 +58,43 @@ impl Link {
 }
 
 impl LinkState {
-    /// What a batch waits for: answers to its orders, and a server that is parting.
+    /// Whether a batch waits for replies, and for a closing server to hang up.
     fn awaited(&self, batch: u64) -> (bool, bool) {
         self.batches.get(&batch).map_or((false, false), |batch| {
-            let parting = batch.unmaps && self.parting.is_some();
-            (batch.remaining > 0, parting)
+            let closing = batch.unmaps && self.closing.is_some();
+            (batch.remaining > 0, closing)
         })
     }
 }
 
-/// The right to give orders.
+/// The locked link, which sends updates.
 pub struct DmaUpdates<'a> {
     state: MutexGuard<'a, LinkState>,
     link: &'a Link,
 }
 
 impl DmaUpdates<'_> {
-    /// Gives orders, which are carried out in their order. [`Link::wait`] tells when.
-    pub fn send(&mut self, orders: impl IntoIterator<Item = DmaUpdate>) -> BatchTicket {
+    /// Sends updates, which the server applies in order. [`Link::wait`] waits for that.
+    pub fn send(&mut self, updates: impl IntoIterator<Item = DmaUpdate>) -> BatchTicket {
         let state = &mut *self.state;
-        let orders: Vec<_> = orders.into_iter().collect();
-        let unmaps = orders.iter().any(|o| matches!(o, DmaUpdate::Unmap(_)));
+        let updates: Vec<_> = updates.into_iter().collect();
+        let unmaps = updates.iter().any(|u| matches!(u, DmaUpdate::Unmap(_)));
         let connection = state.connection.as_mut().filter(|c| c.terms.is_some());
         let before = connection
             .as_ref()
-            .map_or(0, |c| c.orders + c.backlog.len());
-        let rounds = 1 + (before + orders.len()) / MAX_ORDERS;
-        let patience = self.link.deadline;
-        let patience = patience.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
-        let patience = patience.min(self.link.deadline.max(MAX_PATIENCE));
-        let until = Instant::now() + patience;
-        if connection.is_none() && !(unmaps && state.parting.is_some()) {
-            // A server that comes is told what holds then.
+            .map_or(0, |c| c.updates + c.backlog.len());
+        let rounds = 1 + (before + updates.len()) / MAX_UPDATES;
+        let timeout = self.link.deadline;
+        let timeout = timeout.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
+        let timeout = timeout.min(self.link.deadline.max(MAX_BATCH_TIMEOUT));
+        let until = Instant::now() + timeout;
+        if connection.is_none() && !(unmaps && state.closing.is_some()) {
+            // A server that connects later gets the windows of that time.
             let batch = UNWATCHED;
             return BatchTicket {
                 batch,
                 until,
-                patience,
+                timeout,
             };
         }
         state.last_batch += 1;
@@ -102,16 +105,16 @@ impl DmaUpdates<'_> {
             failed: None,
         };
         if let Some(connection) = connection {
-            entry.remaining = orders.len();
-            let orders = orders.into_iter().map(|order| (order, batch));
-            connection.backlog.extend(orders);
+            entry.remaining = updates.len();
+            let updates = updates.into_iter().map(|update| (update, batch));
+            connection.backlog.extend(updates);
         }
         state.batches.insert(batch, entry);
-        self.link.pump(state);
+        self.link.send_updates(state);
         BatchTicket {
             batch,
             until,
-            patience,
+            timeout,
         }
     }
 }

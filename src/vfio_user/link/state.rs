@@ -1,4 +1,4 @@
-//! The state that both threads share, and what either does with it.
+//! The state that both threads share, and the operations that both need.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,17 +18,17 @@ use crate::metrics::Counter;
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
 
-/// Updates that wait for their replies at once; the others wait for those.
-pub(super) const MAX_ORDERS: usize = 1024;
-/// While this many bytes wait to be sent, no order is added to them.
-const BUSY_BYTES: usize = 256 << 10;
-/// The batch nobody waits for.
+/// At most this many updates are without a reply; the others wait in the backlog.
+pub(super) const MAX_UPDATES: usize = 1024;
+/// No update is added to the outbox while this many bytes wait there.
+const MAX_QUEUED_BYTES: usize = 256 << 10;
+/// The batch of updates that no requester waits for.
 pub(super) const UNWATCHED: u64 = 0;
 
-/// A connection to a server that comes and goes.
+/// The connection to a device's server, which may disconnect and reconnect at any time.
 #[derive(Debug)]
 pub struct Link {
-    /// The device's name, for messages.
+    /// The device's name in log messages.
     pub(super) name: String,
     pub(super) state: Mutex<LinkState>,
     pub(super) changed: Condvar,
@@ -38,56 +38,59 @@ pub struct Link {
     cut_offs: Counter,
 }
 
-/// How a device's two ends are doing.
+/// Whether the client and the server of a device are connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ends {
     /// A client is connected.
     pub client: bool,
-    /// A server is connected, and the two have come to terms.
+    /// A server is connected, and client and server have negotiated.
     pub server: bool,
-    /// How many times a server was cut off: for what it said or did not say, or with its endpoint.
+    /// How many times a server was cut off, because it violated the protocol, was late, or its endpoint
+    /// was quarantined.
     pub cut_offs: u64,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct LinkState {
     pub(super) connection: Option<ServerConnection>,
-    /// Connections there have been.
+    /// The number of connections so far.
     pub(super) session: u64,
-    /// Updates somebody waits for.
+    /// The updates that a requester waits for.
     pub(super) batches: HashMap<u64, Batch>,
     pub(super) last_batch: u64,
-    /// The client's commands that no server will answer any more.
-    pub(super) orphans: Vec<Header>,
-    /// A server that was let go, and that has memory until it hangs up too.
-    pub(super) parting: Option<Arc<OwnedFd>>,
+    /// The client's commands whose server disconnected before it replied.
+    pub(super) unanswered: Vec<Header>,
+    /// A server whose connection is half closed. It may use its windows until it hangs up, too.
+    pub(super) closing: Option<Arc<OwnedFd>>,
 }
 
-/// How a connection ends.
+/// Why a connection ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Disconnect<'a> {
-    /// The server has hung up: it has let go of everything.
+    /// The server has hung up and uses no window any more.
     HungUp,
-    /// Its client is gone.
+    /// The client is gone.
     ClientGone,
-    /// The server is to blame, for this.
+    /// The server has to be cut off, for this reason.
     CutOff(&'a str),
 }
 
+/// The updates that a requester waits for.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
+    /// Updates without a reply.
     pub(super) remaining: usize,
-    /// It takes windows away, which a server that is parting may have.
+    /// The batch removes windows, which a closing server may still use.
     pub(super) unmaps: bool,
     pub(super) failed: Option<DmaUpdateError>,
 }
 
 impl Link {
-    /// A link that is not connected, of the device of this name. `deadline` is what a server has to answer an order in; for many at
-    /// once it has that for each 1024 of them, those included that are before them.
+    /// A link without a connection, for the device of this name. A server has `deadline` to reply to
+    /// an update, and once more for each further 1024 updates that are pending.
     ///
     /// # Errors
-    /// Where the system has no descriptor left.
+    /// The system has no descriptor left.
     pub fn new(name: String, deadline: Duration) -> io::Result<Self> {
         Ok(Self {
             name,
@@ -100,48 +103,49 @@ impl Link {
         })
     }
 
-    /// How things are now.
+    /// Whether the ends are connected now.
     pub fn ends(&self) -> Ends {
         Ends {
             client: self.has_client.load(Ordering::Relaxed),
-            server: self.status().up,
+            server: self.status().active,
             cut_offs: self.cut_offs.get(),
         }
     }
 
-    /// There is a client, or none any more.
-    pub(in crate::vfio_user) fn set_client(&self, there: bool) {
-        self.has_client.store(there, Ordering::Relaxed);
+    /// Records whether a client is connected.
+    pub(in crate::vfio_user) fn set_client(&self, connected: bool) {
+        self.has_client.store(connected, Ordering::Relaxed);
     }
 
-    /// Ends the connection to the server, if there is one, for which that is to blame.
+    /// Cuts the server off, if one is connected. `why` goes to the log and to the requesters.
     pub fn cut_off(&self, why: &str) {
         self.end_locked(&mut self.state.lock(), Disconnect::CutOff(why));
     }
 
-    /// Makes the interposer's thread look at the link.
+    /// Makes the interposer's thread poll the link.
     pub(in crate::vfio_user) fn wake(&self) {
-        // A counter that is full wakes too.
+        // A write fails only if the counter is full, and then it is readable.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
-    /// What [`Self::wake`] makes readable.
-    pub(in crate::vfio_user) fn woken(&self) -> BorrowedFd<'_> {
+    /// The descriptor that [`Self::wake`] makes readable.
+    pub(in crate::vfio_user) fn wake_fd(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
-    /// Takes note of having been woken.
-    pub(in crate::vfio_user) fn awake(&self) {
+    /// Makes [`Self::wake_fd`] unreadable again.
+    pub(in crate::vfio_user) fn clear_wake(&self) {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
     }
 
-    /// Ends the connection. A server that was given memory, and has not hung up, is told by the end of
-    /// its stream. Whoever takes windows away waits until it has hung up, for then it has let go of them.
-    pub(super) fn end_locked(&self, state: &mut LinkState, ending: Disconnect<'_>) {
+    /// Ends the connection. If the server has memory and has not hung up, the connection is half closed
+    /// only: a requester that removes windows then waits until the server hangs up, after which it
+    /// cannot use them.
+    pub(super) fn end_locked(&self, state: &mut LinkState, reason: Disconnect<'_>) {
         let Some(connection) = state.connection.take() else {
             return;
         };
-        let (may_have_memory, why) = match ending {
+        let (may_have_memory, why) = match reason {
             Disconnect::HungUp => (false, None),
             Disconnect::ClientGone => (true, None),
             Disconnect::CutOff(why) => (true, Some(why)),
@@ -149,17 +153,17 @@ impl Link {
         if why.is_some() {
             self.cut_offs.inc();
         }
-        let how = if may_have_memory && connection.shares && connection.windows > 0 {
-            state.parting = Some(connection.socket.clone());
+        let how = if may_have_memory && connection.shares_memory && connection.windows > 0 {
+            state.closing = Some(connection.socket.clone());
             Shutdown::Write
         } else {
             Shutdown::Both
         };
-        // It may have hung up itself.
+        // It fails if the server has hung up.
         let _ = rustix::net::shutdown(&*connection.socket, how);
         for pending in connection.pending.into_values() {
             if let Pending::Client(header) = pending {
-                state.orphans.push(header);
+                state.unanswered.push(header);
             }
         }
         for batch in state.batches.values_mut().filter(|b| b.remaining > 0) {
@@ -174,8 +178,8 @@ impl Link {
         self.wake();
     }
 
-    /// Puts orders that wait into the outbox, as many as may be there at once, and sends.
-    pub(super) fn pump(&self, state: &mut LinkState) {
+    /// Moves updates from the backlog to the outbox, up to the limits, and sends.
+    pub(super) fn send_updates(&self, state: &mut LinkState) {
         let LinkState {
             connection: Some(connection),
             batches,
@@ -184,39 +188,41 @@ impl Link {
         else {
             return;
         };
-        let most = connection.terms.as_ref().map_or(0, |t| t.windows);
-        while connection.orders < MAX_ORDERS && connection.outbox.len_bytes() < BUSY_BYTES {
-            // Whether there is a window to take away is not known before the server has said so.
-            let unknown = match connection.backlog.front() {
-                Some((DmaUpdate::Unmap(range), _)) => connection.asked.contains(&range.first().0),
+        let max_windows = connection.terms.as_ref().map_or(0, |t| t.windows);
+        while connection.updates < MAX_UPDATES && connection.outbox.len_bytes() < MAX_QUEUED_BYTES {
+            // The server may still refuse the window: then there is nothing to remove.
+            let unconfirmed = match connection.backlog.front() {
+                Some((DmaUpdate::Unmap(range), _)) => {
+                    connection.unconfirmed.contains(&range.first().0)
+                }
                 Some((DmaUpdate::Map(_), _)) | None => false,
             };
-            if unknown {
+            if unconfirmed {
                 break;
             }
-            let Some((order, batch)) = connection.backlog.pop_front() else {
+            let Some((update, batch)) = connection.backlog.pop_front() else {
                 break;
             };
-            match &order {
-                DmaUpdate::Map(window) if connection.windows >= most => {
+            match &update {
+                DmaUpdate::Map(window) if connection.windows >= max_windows => {
                     connection.refused.insert(window.range.first().0);
-                    finish(&self.name, batches, batch, Some(libc::ENOSPC));
+                    finish_update(&self.name, batches, batch, Some(libc::ENOSPC));
                     self.changed.notify_all();
                 }
                 DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => {
-                    finish(&self.name, batches, batch, None);
+                    finish_update(&self.name, batches, batch, None);
                     self.changed.notify_all();
                 }
                 DmaUpdate::Map(window) => {
                     connection.windows += 1;
-                    connection.asked.insert(window.range.first().0);
+                    connection.unconfirmed.insert(window.range.first().0);
                     let (body, descriptors) = map_body(window);
-                    connection.shares |= !descriptors.is_empty();
-                    connection.order(order, batch, body.as_bytes(), descriptors);
+                    connection.shares_memory |= !descriptors.is_empty();
+                    connection.send_update(update, batch, body.as_bytes(), descriptors);
                 }
                 DmaUpdate::Unmap(range) => {
                     let body = unmap_body(*range);
-                    connection.order(order, batch, body.as_bytes(), Vec::new());
+                    connection.send_update(update, batch, body.as_bytes(), Vec::new());
                 }
             }
         }
@@ -232,18 +238,18 @@ impl Link {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                     self.end_locked(state, Disconnect::HungUp);
                 }
-                // The system will not send it: the server is there, and has what it has.
+                // The kernel refuses to send. The server is connected, and keeps its windows.
                 _ => self.end_locked(state, Disconnect::CutOff(&cause.to_string())),
             }
         } else if !connection.outbox.is_empty() {
-            // The interposer's thread sees when there is room.
+            // The interposer's thread polls until the socket accepts more.
             self.wake();
         }
     }
 }
 
-/// One order of a batch is done with.
-pub(super) fn finish(
+/// Completes one update of a batch; `error` is the errno if the server refused it.
+pub(super) fn finish_update(
     name: &str,
     batches: &mut HashMap<u64, Batch>,
     batch: u64,

@@ -4,42 +4,44 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::connection::{NO_REPLY_ID, Pending, ServerConnection};
-use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish};
+use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish_update};
 use super::update::{DmaUpdate, DmaUpdateError, Window};
 use crate::vfio_user::message::{Command, Header, Kind};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
 use crate::warn_limited;
 
-/// What a reply of the server's was.
+/// The command that a reply of the server belongs to.
 #[derive(Debug)]
-pub(in crate::vfio_user) enum Settled {
-    /// To VERSION.
+pub(in crate::vfio_user) enum MatchedReply {
+    /// VERSION.
     Version,
-    /// To a command of the client's, whose header this is.
+    /// A command of the client, with the client's header.
     Client(Header),
-    /// To something that needs no more.
-    Done,
-    /// None to any command there was.
-    Wrong(&'static str),
+    /// A command of the link itself, which is complete.
+    Own,
+    /// No command; the server has to be cut off, for this reason.
+    Violation(&'static str),
 }
 
-/// How the link is doing, for the thread that moves messages.
+/// What the interposer's thread needs to know of the link.
 #[derive(Debug)]
 pub(in crate::vfio_user) struct LinkStatus {
+    /// The number of the connection, or of the last one.
     pub(in crate::vfio_user) session: u64,
     pub(in crate::vfio_user) connected: bool,
-    pub(in crate::vfio_user) up: bool,
-    /// All orders are in the outbox.
-    pub(in crate::vfio_user) told: bool,
-    /// Bytes that wait to be sent.
+    /// Client and server have negotiated.
+    pub(in crate::vfio_user) active: bool,
+    /// All updates are in the outbox.
+    pub(in crate::vfio_user) is_up_to_date: bool,
+    /// Unsent bytes.
     pub(in crate::vfio_user) bytes: usize,
-    /// Descriptors that wait with them.
+    /// Unsent descriptors.
     pub(in crate::vfio_user) descriptors: usize,
     /// The client's commands without a reply.
     pub(in crate::vfio_user) commands: usize,
-    /// The last server has not hung up yet, and no other is wanted before.
-    pub(in crate::vfio_user) parting: bool,
+    /// The last server has not hung up yet; the thread must not connect before it does.
+    pub(in crate::vfio_user) closing: bool,
 }
 
 impl Link {
@@ -49,17 +51,18 @@ impl Link {
         LinkStatus {
             session: state.session,
             connected: connection.is_some(),
-            up: connection.is_some_and(|c| c.terms.is_some()),
-            told: connection.is_none_or(|c| c.backlog.is_empty()),
+            active: connection.is_some_and(|c| c.terms.is_some()),
+            is_up_to_date: connection.is_none_or(|c| c.backlog.is_empty()),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
             descriptors: connection.map_or(0, |c| c.outbox.len_descriptors()),
             commands: connection.map_or(0, |c| c.commands),
-            parting: state.parting.is_some(),
+            closing: state.closing.is_some(),
         }
     }
 
-    /// A server is connected: asks it for a version. Returns the number of the session.
-    pub(in crate::vfio_user) fn begin(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
+    /// Starts a session with a server that is connected: sends it VERSION. Returns the number of the
+    /// session.
+    pub(in crate::vfio_user) fn start_session(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
         let mut state = self.state.lock();
         state.session += 1;
         let connection = state.connection.insert(ServerConnection::new(socket));
@@ -69,30 +72,29 @@ impl Link {
         session
     }
 
-    /// Server and client have come to terms: the server is told what `windows` returns, and what
-    /// is to be told again.
-    pub(in crate::vfio_user) fn come_up(
+    /// Client and server have negotiated: sends the server the windows and the messages of `replay`.
+    pub(in crate::vfio_user) fn activate(
         &self,
         terms: Terms,
         windows: impl FnOnce() -> Vec<Window>,
-        again: Vec<(Command, Vec<u8>, Vec<OutgoingFd>)>,
+        replay: Vec<(Command, Vec<u8>, Vec<OutgoingFd>)>,
     ) {
         let mut state = self.state.lock();
         let Some(connection) = &mut state.connection else {
             return;
         };
         connection.terms = Some(terms);
-        let orders = windows()
+        let updates = windows()
             .into_iter()
             .map(|w| (DmaUpdate::Map(w), UNWATCHED));
-        connection.backlog.extend(orders);
-        for (command, body, descriptors) in again {
-            connection.send(Pending::Again(command), command, &body, descriptors);
+        connection.backlog.extend(updates);
+        for (command, body, descriptors) in replay {
+            connection.send(Pending::Replay(command), command, &body, descriptors);
         }
-        self.pump(&mut state);
+        self.send_updates(&mut state);
     }
 
-    /// Sends the server a command of the client's. `false` where there is no server for it.
+    /// Sends the server a command of the client. Returns false if no server is active.
     pub(in crate::vfio_user) fn forward(
         &self,
         header: Header,
@@ -120,7 +122,7 @@ impl Link {
         true
     }
 
-    /// Sends the server the reply to a command of its own.
+    /// Sends the server the reply to one of its commands.
     pub(in crate::vfio_user) fn reply(&self, bytes: Vec<u8>) {
         let mut state = self.state.lock();
         if let Some(connection) = &mut state.connection {
@@ -129,13 +131,13 @@ impl Link {
         }
     }
 
-    /// Sends what the server takes now.
+    /// Sends as much as the server accepts now.
     pub(in crate::vfio_user) fn flush(&self) {
-        self.pump(&mut self.state.lock());
+        self.send_updates(&mut self.state.lock());
     }
 
-    /// Finds what a reply is to.
-    pub(in crate::vfio_user) fn settle(&self, reply: &Header) -> Settled {
+    /// Finds the command that a reply belongs to, and completes it if it is one of the link.
+    pub(in crate::vfio_user) fn match_reply(&self, reply: &Header) -> MatchedReply {
         let mut state = self.state.lock();
         let LinkState {
             connection: Some(connection),
@@ -143,44 +145,44 @@ impl Link {
             ..
         } = &mut *state
         else {
-            return Settled::Done;
+            return MatchedReply::Own;
         };
         if reply.id == NO_REPLY_ID {
-            return Settled::Done;
+            return MatchedReply::Own;
         }
         let Some(pending) = connection.pending.remove(&reply.id) else {
-            return Settled::Wrong("a reply to no command");
+            return MatchedReply::Violation("it replied to no command");
         };
         if pending.command().number() != reply.command {
-            // Put back, so that whoever waits hears of the end.
+            // Put back, so that the end of the connection fails it and wakes its requester.
             connection.pending.insert(reply.id, pending);
-            return Settled::Wrong("a reply to another command");
+            return MatchedReply::Violation("its reply names another command");
         }
         match pending {
-            Pending::Version => Settled::Version,
+            Pending::Version => MatchedReply::Version,
             Pending::Client(header) => {
                 connection.commands -= 1;
-                Settled::Client(header)
+                MatchedReply::Client(header)
             }
-            Pending::Again(command) => {
+            Pending::Replay(command) => {
                 if let Kind::Refusal(error) = reply.kind {
                     let name = &self.name;
                     warn_limited!("{name}: the server refuses {command:?}: errno {error}");
                 }
-                Settled::Done
+                MatchedReply::Own
             }
-            Pending::DmaUpdate(order, batch) => {
-                connection.orders -= 1;
-                if let DmaUpdate::Map(window) = &order {
-                    connection.asked.remove(&window.range.first().0);
+            Pending::Update(update, batch) => {
+                connection.updates -= 1;
+                if let DmaUpdate::Map(window) = &update {
+                    connection.unconfirmed.remove(&window.range.first().0);
                 }
-                let error = match (reply.kind, &order) {
+                let error = match (reply.kind, &update) {
                     (Kind::Refusal(_), DmaUpdate::Unmap(range)) => {
-                        let why = format!("it refuses to give {range} up");
+                        let why = format!("it refuses to remove the window {range}");
                         if let Some(batch) = batches.get_mut(&batch) {
                             batch.failed = Some(DmaUpdateError::CutOff(why));
                         }
-                        return Settled::Wrong("it refuses to give a window up");
+                        return MatchedReply::Violation("it refuses to remove a window");
                     }
                     (Kind::Refusal(error), DmaUpdate::Map(window)) => {
                         connection.windows -= 1;
@@ -193,37 +195,37 @@ impl Link {
                         None
                     }
                 };
-                finish(&self.name, batches, batch, error);
-                self.pump(&mut state);
+                finish_update(&self.name, batches, batch, error);
+                self.send_updates(&mut state);
                 self.changed.notify_all();
-                Settled::Done
+                MatchedReply::Own
             }
         }
     }
 
-    /// The server has hung up, or nobody is left to talk to it.
+    /// The server has hung up, or the interposer ends.
     pub(in crate::vfio_user) fn end(&self) {
         self.end_locked(&mut self.state.lock(), Disconnect::HungUp);
     }
 
-    /// The client is gone.
-    pub(in crate::vfio_user) fn part(&self) {
+    /// The client is gone: ends the connection to its server.
+    pub(in crate::vfio_user) fn end_with_client(&self) {
         self.end_locked(&mut self.state.lock(), Disconnect::ClientGone);
     }
 
-    /// The server that is parting.
-    pub(in crate::vfio_user) fn parting(&self) -> Option<Arc<OwnedFd>> {
-        self.state.lock().parting.clone()
+    /// The connection of the closing server.
+    pub(in crate::vfio_user) fn closing(&self) -> Option<Arc<OwnedFd>> {
+        self.state.lock().closing.clone()
     }
 
-    /// It has hung up.
-    pub(in crate::vfio_user) fn parted(&self) {
-        self.state.lock().parting = None;
+    /// The closing server has hung up.
+    pub(in crate::vfio_user) fn closed(&self) {
+        self.state.lock().closing = None;
         self.changed.notify_all();
     }
 
-    /// The client's commands that no server answers any more.
-    pub(in crate::vfio_user) fn take_orphans(&self) -> Vec<Header> {
-        std::mem::take(&mut self.state.lock().orphans)
+    /// Takes the client's commands whose server disconnected before it replied.
+    pub(in crate::vfio_user) fn take_unanswered(&self) -> Vec<Header> {
+        std::mem::take(&mut self.state.lock().unanswered)
     }
 }

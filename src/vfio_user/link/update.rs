@@ -1,4 +1,4 @@
-//! What a link's users order, and what becomes of it.
+//! The updates that a requester sends to a device's server.
 
 use std::fs::File;
 use std::io;
@@ -9,47 +9,48 @@ use thiserror::Error;
 
 use crate::address::{Access, IovaRange};
 
-/// The longest wait for all orders of one request, where the deadline of one is not longer: however many
-/// there are, a server that hangs is cut off by then.
-pub const MAX_PATIENCE: Duration = Duration::from_secs(20);
+/// The longest wait for all updates of one request, unless the deadline of a single update is longer.
+/// A server that hangs is cut off by then, however many updates there are.
+pub const MAX_BATCH_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Memory a device may reach.
+/// Memory that a device may reach.
 #[derive(Clone, Debug)]
 pub struct Window {
     /// The device's addresses.
     pub range: IovaRange,
-    /// What it may do there; not nothing.
+    /// The rights of the device there, at least one.
     pub access: Access,
-    /// The file it can map, and where in it; without one it has to ask.
+    /// The file that the server can map, and the offset of the window in it. Without a file the server
+    /// has to send DMA_READ and DMA_WRITE.
     pub file: Option<(Arc<File>, u64)>,
 }
 
-/// A change to what a device may reach.
+/// A change of the memory that a device may reach.
 #[derive(Clone, Debug)]
 pub enum DmaUpdate {
-    /// A new window.
+    /// Adds a window.
     Map(Window),
-    /// A window goes, of exactly this range.
+    /// Removes the window of exactly this range.
     Unmap(IovaRange),
 }
 
-/// Why an order was not carried out.
+/// Why a server did not apply an update.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DmaUpdateError {
-    /// The server refused a window.
+    /// The server refused a window, with this errno.
     #[error("the device's server refuses a window: {}", io::Error::from_raw_os_error(*.0))]
     Refused(i32),
-    /// The server was cut off, for being late or for what it said.
+    /// The link cut the server off, which was late or violated the protocol.
     #[error("the device's server is cut off: {0}")]
     CutOff(String),
 }
 
-/// Updates that were given together.
+/// A batch of updates to wait for with [`Link::wait`](super::Link::wait).
 #[derive(Debug)]
-#[must_use = "the orders may have failed"]
+#[must_use = "the updates may fail"]
 pub struct BatchTicket {
     pub(super) batch: u64,
     pub(super) until: Instant,
-    /// What there was until then.
-    pub(super) patience: Duration,
+    /// The time until then, for messages.
+    pub(super) timeout: Duration,
 }

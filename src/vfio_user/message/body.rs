@@ -1,4 +1,4 @@
-//! What follows the header: structures, and the bits in them.
+//! The structures that bodies begin with, and their flags.
 
 use zerocopy::native_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -55,7 +55,7 @@ pub const FEATURE_INDEX: u32 = 0xffff;
 /// Features that start, stop and read a log of the pages that DMA wrote.
 pub const FEATURES_DMA_LOGGING: std::ops::RangeInclusive<u32> = 6..=8;
 
-/// Derives what every structure on the wire has.
+/// Defines a structure, derives its conversions and checks its size.
 macro_rules! wire {
     ($(#[$doc:meta])* $name:ident, $size:literal, { $($(#[$field_doc:meta])* $field:ident: $kind:ty,)* }) => {
         $(#[$doc])*
@@ -71,23 +71,23 @@ macro_rules! wire {
 }
 
 wire!(
-    /// Before the text of VERSION.
+    /// VERSION and its reply. The text of the capabilities follows.
     VersionBody, 4, {
-    /// Must be the same on both sides.
+    /// Client and server must have the same.
     major: U16,
-    /// The lower of the two sides' counts.
+    /// The lower one of client and server applies.
     minor: U16,
 });
 wire!(
-    /// DMA_MAP. A descriptor comes with it where the memory can be mapped.
+    /// DMA_MAP. A descriptor comes with it if the memory can be mapped.
     DmaMapBody, 32, {
     /// Bytes of this structure.
     argsz: U32,
     /// `DMA_MAP_*`.
     flags: U32,
-    /// Where in the descriptor's file the memory begins.
+    /// The offset of the memory in the descriptor's file.
     offset: U64,
-    /// The device's address for it.
+    /// The device's address of the memory.
     address: U64,
     /// Bytes.
     size: U64,
@@ -95,7 +95,7 @@ wire!(
 wire!(
     /// DMA_UNMAP and its reply.
     DmaUnmapBody, 24, {
-    /// The most bytes of a reply.
+    /// The maximum number of bytes of a reply.
     argsz: U32,
     /// `DMA_UNMAP_*`.
     flags: U32,
@@ -109,39 +109,39 @@ wire!(
     DeviceInfoBody, 16, {
     /// Bytes of a whole reply.
     argsz: U32,
-    /// What the device is and can.
+    /// `DEVICE_*`.
     flags: U32,
-    /// Regions.
+    /// The number of regions.
     regions: U32,
-    /// Kinds of interrupts.
+    /// The number of kinds of interrupts.
     irqs: U32,
 });
 wire!(
-    /// DEVICE_GET_REGION_INFO and its reply, which capabilities may follow.
+    /// DEVICE_GET_REGION_INFO and its reply. Capabilities may follow.
     RegionInfoBody, 32, {
     /// Bytes of a whole reply.
     argsz: U32,
-    /// What can be done with the region.
+    /// `REGION_*`.
     flags: U32,
-    /// Which region.
+    /// The number of the region.
     index: U32,
-    /// Where the first capability is, from the start of this structure.
+    /// The offset of the first capability from the start of this structure.
     cap_offset: U32,
-    /// Bytes of the region.
+    /// Bytes of the region; 0 if the device lacks it.
     size: U64,
-    /// Where in the descriptor's file the region begins.
+    /// The offset of the region in the descriptor's file.
     offset: U64,
 });
 wire!(
-    /// DEVICE_GET_REGION_IO_FDS and its reply, which entries follow.
+    /// DEVICE_GET_REGION_IO_FDS and its reply. Entries follow.
     RegionIoFdsBody, 16, {
     /// Bytes of a whole reply.
     argsz: U32,
     /// Zero.
     flags: U32,
-    /// Which region.
+    /// The number of the region.
     index: U32,
-    /// Entries.
+    /// The number of entries.
     count: U32,
 });
 wire!(
@@ -149,57 +149,57 @@ wire!(
     IrqInfoBody, 16, {
     /// Bytes of a whole reply.
     argsz: U32,
-    /// What can be done with the interrupts.
+    /// `IRQ_INFO_*`.
     flags: U32,
-    /// Which kind.
+    /// The kind of the interrupts.
     index: U32,
-    /// How many.
+    /// The number of interrupts.
     count: U32,
 });
 wire!(
-    /// DEVICE_SET_IRQS, which bytes may follow.
+    /// DEVICE_SET_IRQS. A byte for each interrupt may follow.
     IrqSetBody, 20, {
-    /// Bytes of this structure and what follows.
+    /// Bytes of this structure and the bytes that follow.
     argsz: U32,
-    /// `IRQ_*`.
+    /// `IRQ_DATA_*` and `IRQ_ACTION_*`.
     flags: U32,
-    /// Which kind.
+    /// The kind of the interrupts.
     index: U32,
-    /// The first one.
+    /// The first interrupt.
     start: U32,
-    /// How many.
+    /// The number of interrupts.
     count: U32,
 });
 wire!(
-    /// REGION_READ and REGION_WRITE and their replies, which data may follow.
+    /// REGION_READ and REGION_WRITE and their replies. Data may follow.
     RegionAccessBody, 16, {
-    /// Where in the region.
+    /// The offset in the region.
     offset: U64,
-    /// Which region.
+    /// The number of the region.
     region: U32,
     /// Bytes.
     count: U32,
 });
 wire!(
-    /// Before the entries of REGION_WRITE_MULTI, and its reply.
+    /// REGION_WRITE_MULTI, before its entries, and its reply.
     WriteMultiBody, 8, {
-    /// Entries.
+    /// The number of entries.
     count: U64,
 });
 wire!(
     /// An entry of REGION_WRITE_MULTI.
     WriteOneBody, 24, {
-    /// Where in the region.
+    /// The offset in the region.
     offset: U64,
-    /// Which region.
+    /// The number of the region.
     region: U32,
-    /// Bytes of `data` that count.
+    /// The number of bytes of `data` to write.
     count: U32,
     /// The data.
     data: [u8; 8],
 });
 wire!(
-    /// DMA_READ and DMA_WRITE and their replies, which data may follow.
+    /// DMA_READ and DMA_WRITE and their replies. Data may follow.
     DmaAccessBody, 16, {
     /// The device's address.
     address: U64,
@@ -207,23 +207,23 @@ wire!(
     count: U64,
 });
 wire!(
-    /// Before the data of DEVICE_FEATURE and its reply.
+    /// DEVICE_FEATURE and its reply, before their data.
     FeatureBody, 8, {
     /// Bytes of a whole reply.
     argsz: U32,
-    /// The feature's number, and what to do with it.
+    /// The number of the feature, and whether to get, set or probe it.
     flags: U32,
 });
 wire!(
-    /// MIG_DATA_READ and MIG_DATA_WRITE, which data may follow.
+    /// MIG_DATA_READ and MIG_DATA_WRITE. Data may follow.
     MigDataBody, 8, {
-    /// Bytes of this structure and what follows.
+    /// Bytes of this structure and of the data.
     argsz: U32,
     /// Bytes of data.
     size: U32,
 });
 
-/// Reads the structure a body begins with. Returns what follows it too.
+/// Decodes the structure that a body begins with. Returns it and the rest of the body.
 ///
 /// # Errors
 /// [`Malformed::Short`].

@@ -1,4 +1,4 @@
-//! What a well-formed message is.
+//! Checks that a message is well formed.
 
 use super::body::{
     DeviceInfoBody, DmaAccessBody, DmaMapBody, DmaUnmapBody, FeatureBody, IRQ_DATA_BOOL,
@@ -8,11 +8,11 @@ use super::body::{
 use super::command::Command;
 use super::malformed::Malformed;
 
-/// Whether a command is what it says it is: enough bytes, counts that fit them, descriptors only
-/// where they belong.
+/// Checks that a command has enough bytes, counts no more elements than it has, and has no more
+/// descriptors than allowed.
 ///
 /// # Errors
-/// What is wrong.
+/// Why the command is malformed.
 pub fn check_command(command: Command, body: &[u8], descriptors: usize) -> Result<(), Malformed> {
     let counted = |count: u64, room: usize| {
         let room = room as u64;
@@ -74,10 +74,10 @@ pub fn check_command(command: Command, body: &[u8], descriptors: usize) -> Resul
     check_descriptors(command, descriptors, may)
 }
 
-/// Whether a reply that is no refusal is what it says it is.
+/// Checks a reply other than a refusal in the same way.
 ///
 /// # Errors
-/// What is wrong.
+/// Why the reply is malformed.
 pub fn check_reply(command: Command, body: &[u8], descriptors: usize) -> Result<(), Malformed> {
     match command {
         Command::Version => take::<VersionBody>(command, body).map(drop)?,
@@ -110,7 +110,7 @@ pub fn check_reply(command: Command, body: &[u8], descriptors: usize) -> Result<
                 });
             }
         }
-        // Servers differ in what they repeat of these, and nobody reads it.
+        // Servers differ in what they repeat of these commands, and the body of the reply is not read.
         Command::DmaMap
         | Command::DmaUnmap
         | Command::DeviceSetIrqs
@@ -139,7 +139,7 @@ mod tests {
     use crate::vfio_user::message::IRQ_DATA_NONE;
 
     #[test]
-    fn counts_are_held_against_the_bytes_there_are() {
+    fn counts_are_checked_against_the_bytes_received() {
         let write = |count: u64, data: &[u8]| {
             let head = DmaAccessBody {
                 address: 0.into(),
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_come_only_where_they_belong() {
+    fn descriptors_are_refused_where_none_belong() {
         let set = |flags: u32, count: u32, descriptors| {
             let body = IrqSetBody {
                 argsz: 20.into(),
@@ -200,7 +200,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_judged_without_panic(
+        fn any_bytes_are_checked_without_panic(
             number in 0..20u16,
             body in proptest::collection::vec(any::<u8>(), 0..64),
             descriptors in 0..300usize,

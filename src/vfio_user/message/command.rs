@@ -1,27 +1,27 @@
-//! The commands.
+//! The commands, and how many descriptors each may have.
 
 use super::limits::MAX_DESCRIPTORS;
 use crate::ids::list_variants;
 
-/// What a message is about.
+/// The command of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Command {
-    /// Agrees on a version and capabilities.
+    /// Negotiates a version and capabilities.
     Version = 1,
-    /// Memory the device may reach.
+    /// Grants the device a window of memory.
     DmaMap = 2,
-    /// Memory the device may reach no longer.
+    /// Takes a window of memory back.
     DmaUnmap = 3,
-    /// What the device is.
+    /// Describes the device.
     DeviceGetInfo = 4,
-    /// What a region is.
+    /// Describes a region.
     DeviceGetRegionInfo = 5,
-    /// Descriptors that stand for accesses to a region.
+    /// Gets descriptors that stand for accesses to a region.
     DeviceGetRegionIoFds = 6,
-    /// What a kind of interrupt is.
+    /// Describes a kind of interrupts.
     DeviceGetIrqInfo = 7,
-    /// How interrupts are signalled.
+    /// Sets how interrupts are signalled.
     DeviceSetIrqs = 8,
     /// Reads a region.
     RegionRead = 9,
@@ -33,11 +33,11 @@ pub enum Command {
     DmaWrite = 12,
     /// Resets the device.
     DeviceReset = 13,
-    /// What DMA wrote to, in the older way.
+    /// Gets the pages that DMA wrote; superseded by features.
     DirtyPages = 14,
-    /// Several small writes to regions.
+    /// Makes several small writes to regions.
     RegionWriteMulti = 15,
-    /// Reads, sets or probes a feature.
+    /// Gets, sets or probes a feature.
     DeviceFeature = 16,
     /// Reads the device's state for migration.
     MigDataRead = 17,
@@ -53,17 +53,17 @@ list_variants!(
 );
 
 impl Command {
-    /// The command of this number, if there is one.
+    /// The command with this number; `None` if there is none.
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|c| c.number() == number)
     }
 
-    /// Its number.
+    /// The number of the command.
     pub fn number(self) -> u16 {
         self as u16
     }
 
-    /// How many descriptors a command may bring.
+    /// The maximum number of descriptors with the command.
     pub(super) fn command_descriptors(self) -> usize {
         match self {
             Self::DmaMap => 1,
@@ -87,7 +87,7 @@ impl Command {
         }
     }
 
-    /// How many descriptors a reply may bring.
+    /// The maximum number of descriptors with the reply.
     pub(super) fn reply_descriptors(self) -> usize {
         match self {
             Self::Version | Self::DeviceGetRegionInfo | Self::DeviceGetRegionIoFds => {

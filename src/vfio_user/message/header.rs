@@ -1,4 +1,4 @@
-//! The first bytes of every message.
+//! The header that every message begins with.
 
 use zerocopy::native_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -7,41 +7,41 @@ use super::command::Command;
 use super::limits::{HEADER_BYTES, MAX_MESSAGE};
 use super::malformed::Malformed;
 
-/// Bits of a header's flags that tell the type.
+/// The bits of a header's flags for the type.
 const TYPE_MASK: u32 = 0xf;
 const TYPE_REPLY: u32 = 1;
 const FLAG_NO_REPLY: u32 = 1 << 4;
 const FLAG_ERROR: u32 = 1 << 5;
 
-/// Whether a message asks or answers.
+/// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It asks.
+    /// A command.
     Command {
-        /// And wants no answer.
+        /// The sender wants no reply.
         no_reply: bool,
     },
-    /// It answers.
+    /// A reply to a command that succeeded.
     Reply,
-    /// It refuses, with an errno, which may be 0.
+    /// A reply to a command that was refused, with an errno, which may be 0.
     Refusal(u32),
 }
 
 /// The first 16 bytes of every message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// The sender's number for a command, repeated in its reply.
+    /// The number that the sender gave the command, and that the reply repeats.
     pub id: u16,
-    /// The number of the command, which need not be one of [`Command`].
+    /// The number of the command, which may be unknown to [`Command`].
     pub command: u16,
-    /// Whether it asks or answers.
+    /// The type.
     pub kind: Kind,
-    /// Bytes that follow: `0..=MAX_MESSAGE - 16`.
+    /// Bytes of the body: `0..=MAX_MESSAGE - 16`.
     pub body_len: usize,
 }
 
 impl Header {
-    /// A command's header.
+    /// The header of a command.
     pub fn command(id: u16, command: Command, body_len: usize) -> Self {
         Self {
             id,
@@ -60,7 +60,7 @@ impl Header {
         }
     }
 
-    /// The header of a refusal of a command, with the errno `error`.
+    /// The header of the refusal of a command, with the errno `error`.
     pub fn refusal_of(&self, error: i32) -> Self {
         Self {
             kind: Kind::Refusal(error.unsigned_abs()),
@@ -69,15 +69,15 @@ impl Header {
         }
     }
 
-    /// Whether it is a command nobody is to answer.
+    /// Whether it is a command whose sender wants no reply.
     pub fn wants_no_reply(&self) -> bool {
         self.kind == Kind::Command { no_reply: true }
     }
 
-    /// Reads a header.
+    /// Decodes a header. Flags without a meaning are ignored.
     ///
     /// # Errors
-    /// Where its size or its type is impossible. Bits that have no meaning yet are ignored.
+    /// The size or the type is invalid.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, Malformed> {
         let wire = WireHeader::read_from_bytes(bytes).map_err(|_| Malformed::Size(0))?;
         let size = wire.size.get();
@@ -106,7 +106,7 @@ impl Header {
         })
     }
 
-    /// The bytes of the header.
+    /// Encodes the header.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let (flags, error) = match self.kind {
             Kind::Command { no_reply: false } => (0, 0),
@@ -124,7 +124,8 @@ impl Header {
         })
     }
 
-    /// The bytes of a whole message with `body`, whose length counts whatever `body_len` says.
+    /// Encodes a whole message with `body`. The header's `body_len` is ignored; the length of `body`
+    /// replaces it.
     pub fn with_body(&self, body: &[u8]) -> Vec<u8> {
         let header = Self {
             body_len: body.len(),
@@ -137,19 +138,19 @@ impl Header {
     }
 }
 
-/// A header as it is sent.
+/// A header on the wire.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireHeader {
     /// See [`Header`].
     id: U16,
-    /// Number of the command.
+    /// See [`Header`].
     command: U16,
-    /// Bytes of the message, this header included.
+    /// Bytes of the message, including this header.
     size: U32,
-    /// Type, no reply, error.
+    /// The type, and `FLAG_*`.
     flags: U32,
-    /// An errno, in a refusal.
+    /// The errno of a refusal.
     error: U32,
 }
 
@@ -172,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_with_impossible_sizes_and_types_are_refused() {
+    fn headers_with_invalid_sizes_and_types_are_refused() {
         let decode = |size, flags| Header::decode(&raw(size, flags, 0));
         for size in [0, 1, 15, MAX_MESSAGE + 1, u32::MAX] {
             assert_eq!(decode(size, 0), Err(Malformed::Size(size)));
@@ -192,7 +193,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_survive_the_way_there_and_back(
+        fn a_decoded_header_equals_the_encoded_one(
             id: u16, command: u16, kind in 0..4u32, error: u32, len in 0..=MAX_MESSAGE as usize - 16
         ) {
             let kind = match kind {
@@ -207,7 +208,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_judged_without_panic(header: [u8; HEADER_BYTES]) {
+        fn any_bytes_are_decoded_without_panic(header: [u8; HEADER_BYTES]) {
             if let Ok(header) = Header::decode(&header) {
                 prop_assert!(header.body_len + HEADER_BYTES <= MAX_MESSAGE as usize);
             }

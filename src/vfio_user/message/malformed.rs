@@ -1,50 +1,50 @@
-//! What is wrong with a message.
+//! Why a message is malformed.
 
 use thiserror::Error;
 
 use super::command::Command;
 use super::limits::{HEADER_BYTES, MAX_MESSAGE};
 
-/// What is wrong with a message.
+/// Why a message is malformed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// The declared size is no message's.
-    #[error("a message declares {0} bytes; {HEADER_BYTES} to {MAX_MESSAGE} are possible")]
+    /// The header declares a size that no message has.
+    #[error("a message declares {0} bytes; {HEADER_BYTES} to {MAX_MESSAGE} are valid")]
     Size(u32),
-    /// It neither asks nor answers.
-    #[error("a message has the type {0}; 0 and 1 are defined")]
+    /// The header's type is neither command nor reply.
+    #[error("a message has type {0}; only 0 and 1 are defined")]
     Type(u32),
-    /// A refusal has nothing to say besides its errno.
-    #[error("a refusal comes with {0} bytes of data")]
+    /// A refusal has a body; its errno is in the header.
+    #[error("a refusal has {0} bytes of data and must have none")]
     RefusalWithData(usize),
-    /// There is less than the command needs.
+    /// The body is shorter than the structure of the command.
     #[error("{command:?} has {have} bytes of data and needs {need}")]
     Short {
-        /// The command, or that of the reply.
+        /// The command, or the command that is replied to.
         command: Command,
-        /// Bytes it needs at least.
+        /// Bytes of the structure.
         need: usize,
-        /// Bytes it has.
+        /// Bytes of the body.
         have: usize,
     },
-    /// It counts what is not there.
-    #[error("{command:?} counts {count} and has room for {room}")]
+    /// The body counts more elements than it has.
+    #[error("{command:?} counts {count} elements and has {room}")]
     Count {
-        /// The command, or that of the reply.
+        /// The command, or the command that is replied to.
         command: Command,
-        /// What it says.
+        /// The number in the body.
         count: u64,
-        /// What its bytes could hold.
+        /// The number of elements that the rest of the body holds.
         room: u64,
     },
-    /// Descriptors came where none belong.
-    #[error("{command:?} comes with {have} descriptors and may have {may}")]
+    /// The message has more descriptors than its command allows.
+    #[error("{command:?} has {have} descriptors; at most {may} are allowed")]
     Descriptors {
-        /// The command, or that of the reply.
+        /// The command, or the command that is replied to.
         command: Command,
-        /// Those that came.
+        /// Descriptors received.
         have: usize,
-        /// The most it can have.
+        /// Descriptors allowed.
         may: usize,
     },
 }

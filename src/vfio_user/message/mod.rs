@@ -1,7 +1,8 @@
-//! The messages of vfio-user: structures in the host's byte order, and what a well-formed one is.
+//! The messages of vfio-user: structures in the host's byte order, and checks that a message is well
+//! formed.
 //!
-//! Nothing here acts. Sizes and counts are checked against the bytes that are there before anything
-//! is subtracted or taken apart; what a command asks for is for others to judge.
+//! Nothing here executes a command. Sizes and counts are checked against the bytes received before
+//! anything is subtracted or decoded. Whether a command is permitted, its receiver decides.
 
 mod body;
 mod check;
