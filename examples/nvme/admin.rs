@@ -1,4 +1,4 @@
-//! Commands that administer (base specification 1.4, section 5), but for those that change queues.
+//! Admin commands (base specification 1.4, section 5), except those that change queues.
 
 use crate::command::{Command, Failure};
 use crate::disk::Disk;
@@ -14,7 +14,7 @@ const ABORT: u8 = 0x08;
 const SET_FEATURES: u8 = 0x09;
 const GET_FEATURES: u8 = 0x0a;
 
-/// The change a command is for, if it is for one.
+/// The change of the state that a command makes; `None` if it makes none.
 pub fn change_of(command: &Command) -> Option<Change> {
     Some(match command.opcode {
         0x00 => Change::DeleteSubmission,
@@ -26,11 +26,10 @@ pub fn change_of(command: &Command) -> Option<Change> {
     })
 }
 
-/// Answers a command that leaves the queues as they are. Returns what the completion says besides
-/// its status.
+/// Executes a command that leaves the queues unchanged. Returns the result for its completion.
 ///
 /// # Errors
-/// What the command is completed with.
+/// The status to complete the command with.
 pub fn execute(
     disk: &Disk,
     memory: &dyn Memory,
@@ -53,7 +52,7 @@ pub fn execute(
             let page = identify::log_page(cdw10 & 0xff)?;
             answer(&log_part(&page, command)?)
         }
-        // Commands are carried out one by one: the one that is meant is done, or has not begun.
+        // The worker executes one command at a time: the command to abort is complete or has not started.
         ABORT => Ok(1),
         SET_FEATURES => set_feature(cdw10 & 0xff, command.cdw11.get()),
         GET_FEATURES => get_feature(cdw10 & 0xff, command.cdw11.get()),
@@ -61,7 +60,7 @@ pub fn execute(
     }
 }
 
-/// The part of a log that is asked for. Logs go on with zeros.
+/// The requested part of a log. Zeros follow the end of a log.
 fn log_part(page: &[u8; LOG_BYTES], command: &Command) -> Result<Vec<u8>, Failure> {
     let low = command.cdw10.get() >> 16;
     let dwords = u64::from(command.cdw11.get() & 0xffff) << 16 | u64::from(low);
@@ -77,7 +76,7 @@ fn log_part(page: &[u8; LOG_BYTES], command: &Command) -> Result<Vec<u8>, Failur
     Ok(part)
 }
 
-/// Features, and what they are (section 5.21).
+/// The numbers of features (section 5.21).
 mod feature {
     pub const ARBITRATION: u32 = 0x01;
     pub const POWER: u32 = 0x02;
@@ -91,7 +90,7 @@ mod feature {
     pub const EVENTS: u32 = 0x0b;
 }
 
-/// I/O queues of both kinds that there can be, less one each.
+/// The maximum numbers of I/O queues of both kinds, less one each.
 const QUEUE_COUNTS: u32 = (MAX_IO_QUEUES as u32 - 1) << 16 | (MAX_IO_QUEUES as u32 - 1);
 
 fn set_feature(feature: u32, value: u32) -> Result<u32, Failure> {
@@ -102,8 +101,8 @@ fn set_feature(feature: u32, value: u32) -> Result<u32, Failure> {
         feature::QUEUES => Ok(QUEUE_COUNTS),
         feature::WRITE_CACHE if value & 1 == 1 => Ok(0),
         feature::WRITE_CACHE => Err(Failure::FeatureNotChangeable),
-        // Accepted, and without effect: there is one power state, temperature does not change,
-        // interrupts come at once, and no event happens.
+        // Accepted without effect: there is one power state, the temperature is constant, interrupts are
+        // never delayed, and no event happens.
         feature::ARBITRATION
         | feature::POWER
         | feature::TEMPERATURE
@@ -120,7 +119,7 @@ fn get_feature(feature: u32, value: u32) -> Result<u32, Failure> {
     match feature {
         feature::QUEUES => Ok(QUEUE_COUNTS),
         feature::WRITE_CACHE => Ok(1),
-        // Too warm from here on, in kelvins; none to be too cold.
+        // The over-temperature threshold in kelvins; there is no under-temperature threshold.
         feature::TEMPERATURE if value >> 20 & 3 == 0 => Ok(343),
         feature::VECTOR => Ok(value & 0xffff),
         feature::ARBITRATION

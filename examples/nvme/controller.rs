@@ -1,16 +1,16 @@
-//! The controller: the worker that carries out what queues hold, and who tells it to.
+//! The controller: a worker that executes the commands of the queues, and the registers that wake it.
 //!
 //! ```text
-//! register write ---> State ---wakes---> worker: take a command, carry it out, complete it
+//! register write ---> State ---wakes---> worker: fetch a command, execute it, complete it
 //!   (never waits)     (lock)                     (without the lock)
 //! ```
 //!
-//! Each time it is enabled, the controller gets a new [`Gate`]. All accesses to memory pass it, and
-//! whoever disables or resets the controller closes it: from then on no command that was begun
-//! before touches memory, though it may not be done yet. So nobody waits for the worker.
+//! The controller gets a new [`Gate`] each time it is enabled, and every access to memory passes the
+//! gate. Disabling or resetting the controller closes it: a command that started before then touches
+//! no memory any more, though the worker may still execute it. Neither waits for the worker.
 //!
-//! The controller is ready once the worker has looked at the admin queue. Where that cannot be
-//! reached, the status says so at once, and the driver need not wait for a command to time out.
+//! The controller becomes ready after the worker has read the admin queue. If the worker cannot read
+//! it, the status says so at once, and the driver need not wait for a command to time out.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -39,12 +39,12 @@ pub struct Controller {
 
 struct Shared {
     state: Mutex<State>,
-    /// The worker is to end. Set with the state locked.
+    /// The worker has to end. Set while the state is locked.
     ending: AtomicBool,
     work: Condvar,
     disk: Arc<Disk>,
     memory: Arc<dyn Memory>,
-    /// What to signal for each interrupt.
+    /// The eventfd of each interrupt.
     interrupts: Mutex<Vec<Option<OwnedFd>>>,
 }
 
@@ -52,7 +52,7 @@ impl Controller {
     /// A controller after a reset.
     ///
     /// # Errors
-    /// Where there can be no other thread.
+    /// The worker cannot be started.
     pub fn start(disk: Arc<Disk>, memory: Arc<dyn Memory>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::new()),
@@ -71,10 +71,10 @@ impl Controller {
         })
     }
 
-    /// Reads registers. Those that are not there, and all that comes after, are zeros.
+    /// Reads registers. A register that does not exist reads as zeros.
     pub fn read(&self, at: u64, into: &mut [u8]) {
         let state = self.shared.state.lock();
-        // Registers have 4 or 8 bytes, and are read whole or by halves.
+        // Registers have 4 or 8 bytes; the driver reads them whole or in halves.
         for (bytes, index) in into.chunks_mut(4).zip(0..) {
             let at = at.saturating_add(index * 4);
             let value = if at.is_multiple_of(4) {
@@ -86,7 +86,7 @@ impl Controller {
         }
     }
 
-    /// Writes a register of 4 or 8 bytes, or rings a doorbell. Everything else has no effect.
+    /// Writes a register of 4 or 8 bytes, or rings a doorbell. Other writes have no effect.
     pub fn write(&self, at: u64, from: &[u8]) {
         let mut state = self.shared.state.lock();
         match *from {
@@ -102,13 +102,13 @@ impl Controller {
         self.shared.work.notify_one();
     }
 
-    /// Whether the device may reach memory.
+    /// Sets whether the device may reach memory.
     pub fn set_bus_master(&self, may: bool) {
         self.shared.state.lock().set_bus_master(may);
         self.shared.work.notify_one();
     }
 
-    /// Replaces what is signalled for interrupts from `first` on. The numbers exist.
+    /// Replaces the eventfds of the interrupts from `first` on, which must exist.
     pub fn set_interrupts(&self, first: usize, new: impl Iterator<Item = Option<OwnedFd>>) {
         let mut interrupts = self.shared.interrupts.lock();
         for (place, new) in interrupts.iter_mut().skip(first).zip(new) {
@@ -116,12 +116,12 @@ impl Controller {
         }
     }
 
-    /// Raises an interrupt as if something had happened.
+    /// Signals an interrupt.
     pub fn interrupt(&self, vector: usize) {
         self.shared.interrupt(vector);
     }
 
-    /// Everything as it was at first. The descriptors of interrupts stay.
+    /// Resets the controller. The eventfds of interrupts stay.
     pub fn reset(&self) {
         self.shared.state.lock().reset();
     }
@@ -159,9 +159,9 @@ impl Shared {
                 }
             };
             match task {
-                Task::Begin { gate, address } => self.begin(&gate, address),
+                Task::CheckAdminQueue { gate, address } => self.begin(&gate, address),
                 Task::Command(job) => {
-                    if let Err(cause) = self.carry_out(&job) {
+                    if let Err(cause) = self.execute(&job) {
                         self.fail(&job.gate, job.queue, &cause);
                     }
                 }
@@ -178,14 +178,16 @@ impl Shared {
             return self.fail(gate, 0, &cause);
         }
         let mut state = self.state.lock();
-        if state.is_in_life_of(gate) {
+        if state.is_current(gate) {
             state.set_ready();
         }
     }
 
+    /// Fetches, executes and completes a command.
+    ///
     /// # Errors
-    /// Where a queue cannot be reached.
-    fn carry_out(&self, job: &Job) -> Result<(), DmaError> {
+    /// A queue cannot be reached.
+    fn execute(&self, job: &Job) -> Result<(), DmaError> {
         let mut command = Command::new_zeroed();
         let at = Segment {
             address: job.address,
@@ -193,7 +195,7 @@ impl Shared {
         };
         self.memory.read(&job.gate, &[at], command.as_mut_bytes())?;
         let outcome = if job.queue == 0 {
-            self.administer(job, &command)
+            self.execute_admin(job, &command)
         } else {
             let (disk, memory) = (&self.disk, &*self.memory);
             io_commands::execute(disk, memory, &job.gate, &command).map(|()| Some(0))
@@ -213,8 +215,9 @@ impl Shared {
         self.complete(job, &command, outcome, result)
     }
 
-    /// Carries out a command of the admin queue. It is not complete where there is no result.
-    fn administer(&self, job: &Job, command: &Command) -> Result<Option<u32>, Failure> {
+    /// Executes a command of the admin queue. Returns the result for its completion; `None` if it is not
+    /// complete yet.
+    fn execute_admin(&self, job: &Job, command: &Command) -> Result<Option<u32>, Failure> {
         if command.flags != 0 {
             return Err(Failure::InvalidField);
         }
@@ -223,8 +226,8 @@ impl Shared {
             return admin::execute(disk, memory, &job.gate, command).map(Some);
         };
         let mut state = self.state.lock();
-        // Queues of another life are no affair of this command's.
-        if !state.is_in_life_of(&job.gate) {
+        // The controller was reset: the command must not change the new queues.
+        if !state.is_current(&job.gate) {
             return Err(Failure::Internal);
         }
         state.change(change, command)?;
@@ -240,10 +243,10 @@ impl Shared {
     ) -> Result<(), DmaError> {
         let place = {
             let mut state = self.state.lock();
-            if !state.is_in_life_of(&job.gate) {
+            if !state.is_current(&job.gate) {
                 return Err(DmaError::Closed);
             }
-            state.take_place(job)
+            state.reserve_completion(job)
         };
         let Some(place) = place else { return Ok(()) };
         let completion = Completion {
@@ -270,17 +273,17 @@ impl Shared {
             && let Err(cause) = rustix::io::write(fd, &1u64.to_ne_bytes())
             && cause != rustix::io::Errno::AGAIN
         {
-            warn_limited!("cannot raise interrupt {vector}: {cause}");
+            warn_limited!("cannot signal interrupt {vector}: {cause}");
         }
     }
 
-    /// A queue cannot be reached: nothing goes on before the driver resets the controller.
+    /// A queue cannot be reached: stops the controller until the driver resets it.
     fn fail(&self, gate: &Arc<Gate>, queue: usize, cause: &DmaError) {
         let mut state = self.state.lock();
-        if *cause == DmaError::Closed || !state.is_in_life_of(gate) {
+        if *cause == DmaError::Closed || !state.is_current(gate) {
             return;
         }
-        warn_limited!("queue {queue} cannot be reached, the controller stops: {cause}");
+        warn_limited!("queue {queue} cannot be reached, and the controller stops: {cause}");
         state.set_fatal();
     }
 }

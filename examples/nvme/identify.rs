@@ -1,34 +1,34 @@
-//! What IDENTIFY and GET LOG PAGE answer with.
+//! The data of IDENTIFY and GET LOG PAGE.
 
 use crate::command::Failure;
 use crate::disk::BLOCK_SHIFT;
 use crate::prp::MAX_TRANSFER_SHIFT;
 use crate::queues::MAX_ENTRIES;
 
-/// Bytes of what IDENTIFY answers with.
+/// Bytes of a data structure of IDENTIFY.
 pub const IDENTIFY_BYTES: usize = 4096;
-/// Bytes of the longest log.
+/// The maximum size of a log, in bytes.
 pub const LOG_BYTES: usize = 4096;
 /// The version of the specification: 1.4.
 pub const VERSION: u32 = 0x0001_0400;
 /// The one namespace.
 pub const NAMESPACE: u32 = 1;
-/// Event requests that can wait, less one.
+/// The maximum number of pending requests for events, less one.
 pub const EVENT_LIMIT: u8 = 3;
 
-/// Answers IDENTIFY for a disk of `blocks` blocks.
+/// The data of IDENTIFY for a disk of `blocks` blocks.
 ///
 /// # Errors
-/// Where the structure or the namespace is not there.
+/// There is no such structure or namespace.
 pub fn identify(structure: u32, nsid: u32, blocks: u64) -> Result<[u8; IDENTIFY_BYTES], Failure> {
     let mut page = [0; IDENTIFY_BYTES];
     match structure {
         0x00 if nsid == NAMESPACE => namespace(&mut page, blocks),
-        // Identifiers of a namespace: it has none.
+        // The list of a namespace's identifiers, which is empty.
         0x03 if nsid == NAMESPACE => {}
         0x00 | 0x03 => return Err(Failure::InvalidNamespace),
         0x01 => controller(&mut page),
-        // Namespaces with higher numbers than this one.
+        // The list of namespaces whose numbers exceed `nsid`.
         0x02 if nsid >= 0xffff_fffe => return Err(Failure::InvalidNamespace),
         0x02 if nsid < NAMESPACE => put(&mut page, 0, &NAMESPACE.to_le_bytes()),
         0x02 => {}
@@ -37,16 +37,16 @@ pub fn identify(structure: u32, nsid: u32, blocks: u64) -> Result<[u8; IDENTIFY_
     Ok(page)
 }
 
-/// Answers GET LOG PAGE.
+/// The data of GET LOG PAGE.
 ///
 /// # Errors
-/// Where there is no such log.
+/// There is no such log.
 pub fn log_page(log: u32) -> Result<[u8; LOG_BYTES], Failure> {
     let mut page = [0; LOG_BYTES];
     match log {
         // Errors: none.
         0x01 => {}
-        // Health: 27 degrees Celsius in kelvins; spare blocks, and when to worry.
+        // Health: 300 K (27 degrees Celsius); available spare, and its threshold.
         0x02 => {
             put(&mut page, 1, &300u16.to_le_bytes());
             put(&mut page, 3, &[100, 10]);
@@ -71,18 +71,18 @@ fn controller(page: &mut [u8]) {
     put(page, 80, &VERSION.to_le_bytes());
     // An I/O controller.
     put(page, 111, &[1]);
-    // Aborts at once, less one.
+    // The maximum number of concurrent ABORTs, less one.
     put(page, 258, &[3]);
     put(page, 259, &[EVENT_LIMIT]);
-    // One firmware slot, which cannot be written.
+    // One firmware slot, which is read-only.
     put(page, 260, &[0b11]);
-    // Entries of 64 and of 16 bytes, at least and at most.
+    // Entries of 64 and 16 bytes, minimum and maximum.
     put(page, 512, &[0x66, 0x44]);
     put(page, 514, &MAX_ENTRIES.to_le_bytes());
     put(page, 516, &NAMESPACE.to_le_bytes());
     // WRITE ZEROES.
     put(page, 520, &(1u16 << 3).to_le_bytes());
-    // There is a cache that FLUSH writes back.
+    // There is a volatile write cache, which FLUSH writes back.
     put(page, 525, &[1]);
     let name = format!("nqn.2014-08.org.nvmexpress:viommu-{}", std::process::id());
     put(page, 768, name.as_bytes());
@@ -92,7 +92,7 @@ fn namespace(page: &mut [u8], blocks: u64) {
     for at in [0, 8, 16] {
         put(page, at, &blocks.to_le_bytes());
     }
-    // The first format and the only one: blocks without metadata.
+    // The only format: blocks without metadata.
     put(page, 130, &[BLOCK_SHIFT]);
 }
 
@@ -102,7 +102,7 @@ fn put(page: &mut [u8], at: usize, bytes: &[u8]) {
     }
 }
 
-/// Padded with blanks.
+/// Writes a text padded with blanks to `len` bytes.
 fn text(page: &mut [u8], at: usize, len: usize, text: &str) {
     let mut bytes = text.as_bytes().to_vec();
     bytes.resize(len, b' ');

@@ -12,17 +12,17 @@ const FLUSH: u8 = 0x00;
 const WRITE: u8 = 0x01;
 const READ: u8 = 0x02;
 const WRITE_ZEROES: u8 = 0x08;
-/// Bit of `cdw12`: not complete before it lasts.
+/// The bit of `cdw12` that requires durable data before the completion.
 const FORCE_UNIT_ACCESS: u32 = 1 << 30;
 /// All namespaces.
 const ALL: u32 = u32::MAX;
 
-/// Carries out a command of an I/O queue.
+/// Executes a command of an I/O queue.
 ///
-/// Memory is touched before the disk is, or after: no access to memory waits for the disk.
+/// Memory is accessed before or after the disk, never while a disk access is pending.
 ///
 /// # Errors
-/// What the command is completed with.
+/// The status to complete the command with.
 pub fn execute(
     disk: &Disk,
     memory: &dyn Memory,
@@ -65,16 +65,16 @@ pub fn execute(
             let read = memory.read(gate, &segments, &mut data);
             read.map_err(|_| Failure::DataTransfer)?;
             written(disk.write(first, &data))?;
-            last(disk, command)
+            flush_if_forced(disk, command)
         }
         _ => {
             written(disk.zero(first, count))?;
-            last(disk, command)
+            flush_if_forced(disk, command)
         }
     }
 }
 
-fn last(disk: &Disk, command: &Command) -> Result<(), Failure> {
+fn flush_if_forced(disk: &Disk, command: &Command) -> Result<(), Failure> {
     match command.cdw12.get() & FORCE_UNIT_ACCESS {
         0 => Ok(()),
         _ => flush(disk),

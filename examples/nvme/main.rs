@@ -1,4 +1,4 @@
-//! An NVMe controller in a process of its own: a vfio-user server, and a file as its disk.
+//! An NVMe controller in its own process: a vfio-user server with a file as its disk.
 //!
 //! ```text
 //! VMM ---------------------------------------> this server      no IOMMU
@@ -7,23 +7,25 @@
 //!            daemon (page tables, faults) <-------+
 //! ```
 //!
-//! It shows how a device process can reach guest memory, and serves the tests and the
-//! demonstration of this crate:
+//! The example shows how a device process can reach guest memory. The tests and the demonstration of
+//! this crate use it:
 //!
-//! - `mapped`: it maps the descriptors that come with DMA_MAP. Where none came, it asks.
-//! - `messages`: it asks for each access with DMA_READ and DMA_WRITE, and has no guest memory.
-//! - `shadow=SOCKET`: it follows the daemon's page tables with this crate's `shadow` library.
+//! - `mapped`: the server maps the descriptors of DMA_MAP. It reaches windows without a descriptor by
+//!   messages.
+//! - `messages`: the server has no guest memory and sends DMA_READ or DMA_WRITE for each access.
+//! - `shadow=SOCKET`: the server reads the daemon's page tables with this crate's `shadow` library.
 //!
-//! `nvme serve` is the server. `nvme order` has it make an access of its own, as one that has gone
-//! wrong would (see `orders`).
+//! `nvme serve` is the server. `nvme order` makes it access an address of the caller's choice, as a
+//! faulty or malicious device would (`test_access`).
 //!
-//! Two threads serve a client: `server` takes messages and answers at once, `controller` has a
-//! worker that fetches commands, moves data and waits for the disk. So a DMA_UNMAP never waits for
-//! a disk, and whatever arrives while the worker waits for the reply to a DMA_READ is served.
+//! Two threads serve a client. One receives messages and replies at once (`server`). The other is the
+//! controller's worker (`controller`): it fetches commands, moves data and waits for the disk. A
+//! DMA_UNMAP therefore never waits for the disk, and messages are handled while the worker waits for
+//! the reply to a DMA_READ.
 //!
-//! The messages are taken apart by this crate's `vfio_user` modules and not by the `vfio_user`
-//! crate, whose server has no DMA_READ and DMA_WRITE and loses its place in the stream of messages
-//! where a client sends one it does not know.
+//! The server is this crate's `vfio_user::server`. It is not that of the `vfio_user` crate, which has
+//! no DMA_READ and DMA_WRITE and loses its position in the stream when a client sends an unknown
+//! message.
 
 mod admin;
 mod command;
@@ -32,12 +34,12 @@ mod disk;
 mod identify;
 mod io;
 mod memory;
-mod orders;
 mod pci;
 mod prp;
 mod queues;
 mod server;
 mod state;
+mod test_access;
 #[cfg(test)]
 mod tests;
 
@@ -54,17 +56,17 @@ use vhost_device_iommu::topology::PciAddress;
 
 use crate::disk::Disk;
 use crate::memory::Manner;
-use crate::orders::Orders;
 use crate::server::Setup;
+use crate::test_access::TestAccess;
 
 /// An NVMe controller as a vfio-user server.
 #[derive(Debug, Parser)]
 enum Args {
-    /// Serves a disk.
+    /// Serves a disk to vfio-user clients.
     Serve(Serve),
-    /// Orders a server to access guest memory, and prints its answer.
+    /// Makes a server access guest memory, as tests do, and prints its answer.
     Order {
-        /// Where the server takes orders.
+        /// The socket that the server was given with `--orders`.
         socket: PathBuf,
         /// `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`.
         #[arg(required = true)]
@@ -74,20 +76,19 @@ enum Args {
 
 #[derive(Debug, clap::Args)]
 struct Serve {
-    /// Where to listen for a vfio-user client.
+    /// The socket to listen on for a vfio-user client.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// The disk: a file of whole blocks of 512 bytes, no longer than 2^63 - 1 bytes.
+    /// The disk: a file whose length is a multiple of 512, at most 2^63 - 1 bytes.
     #[arg(long, value_name = "FILE")]
     disk: PathBuf,
-    /// How guest memory is reached: `mapped`, `messages`, or `shadow=SOCKET`.
+    /// How the server reaches guest memory: `mapped`, `messages` or `shadow=SOCKET`.
     #[arg(long, value_name = "MANNER")]
     dma: Dma,
-    /// With `shadow`: the device's PCI address in the guest.
+    /// With `shadow`, the device's PCI address in the guest.
     #[arg(long, value_name = "PCI")]
     endpoint: Option<PciAddress>,
-    /// Where to take orders for accesses of the device's own, with which tests see what becomes of
-    /// them.
+    /// The socket to listen on for `nvme order`.
     #[arg(long, value_name = "PATH")]
     orders: Option<PathBuf>,
 }
@@ -107,7 +108,7 @@ impl FromStr for Dma {
             None if text == "mapped" => Ok(Self::Mapped),
             None if text == "messages" => Ok(Self::Messages),
             Some(("shadow", path)) if !path.is_empty() => Ok(Self::Shadow(path.into())),
-            None | Some(_) => Err("say mapped, messages or shadow=SOCKET".into()),
+            None | Some(_) => Err("give mapped, messages or shadow=SOCKET".into()),
         }
     }
 }
@@ -116,7 +117,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let outcome = match Args::parse() {
         Args::Serve(serve) => run(serve),
-        Args::Order { socket, words } => order(&socket, &words.join(" ")),
+        Args::Order { socket, words } => request_access(&socket, &words.join(" ")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -127,12 +128,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn order(socket: &Path, order: &str) -> Result<(), Box<dyn Error>> {
-    let answer = orders::give(socket, order)?;
+fn request_access(socket: &Path, request: &str) -> Result<(), Box<dyn Error>> {
+    let answer = test_access::request(socket, request)?;
     println!("{answer}");
     match answer.starts_with("ok") {
         true => Ok(()),
-        false => Err("the server could not".into()),
+        false => Err("the server could not access guest memory".into()),
     }
 }
 
@@ -144,18 +145,20 @@ fn run(args: Serve) -> Result<(), Box<dyn Error>> {
             path,
             endpoint: endpoint.endpoint_id(),
         },
-        (Dma::Shadow(_), None) => return Err("--dma shadow needs --endpoint too".into()),
+        (Dma::Shadow(_), None) => {
+            return Err("--dma shadow needs --endpoint, too; give the device's PCI address".into());
+        }
         (Dma::Mapped | Dma::Messages, Some(_)) => {
-            return Err("--endpoint goes with --dma shadow only; leave it out".into());
+            return Err("--endpoint is for --dma shadow only; leave it out".into());
         }
     };
     let disk = Disk::open(&args.disk)?;
     info!("{}: {} blocks", args.disk.display(), disk.blocks());
-    let orders = Arc::new(Orders::default());
-    let _orders_file = match args.orders {
+    let test_access = Arc::new(TestAccess::default());
+    let _test_access_file = match args.orders {
         Some(path) => {
             let (listener, file) = socket::bind(&path)?;
-            orders::listen(listener, orders.clone())?;
+            test_access::listen(listener, test_access.clone())?;
             Some(file)
         }
         None => None,
@@ -163,15 +166,15 @@ fn run(args: Serve) -> Result<(), Box<dyn Error>> {
     let setup = Setup {
         disk: Arc::new(disk),
         manner,
-        orders,
+        test_access,
     };
     let (listener, _file) = socket::bind(&args.socket)?;
     loop {
         let (client, _) = listener.accept()?;
-        info!("a client is here");
+        info!("a client has connected");
         match server::serve(client, &setup) {
-            Ok(()) => info!("the client has gone"),
-            Err(cause) => error!("the client is sent away: {cause}"),
+            Ok(()) => info!("the client has hung up"),
+            Err(cause) => error!("the client is cut off: {cause}"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The configuration space of the controller: one memory BAR, MSI-X in it.
+//! The configuration space of the controller: one memory BAR, which also has MSI-X.
 
 use crate::queues::MAX_IO_QUEUES;
 
@@ -6,18 +6,18 @@ use crate::queues::MAX_IO_QUEUES;
 pub const CONFIG_BYTES: usize = 256;
 /// Bytes of BAR 0.
 pub const BAR_BYTES: usize = 16 << 10;
-/// Interrupts: one for each completion queue.
+/// The number of interrupts: one for each completion queue.
 pub const VECTORS: u16 = MAX_IO_QUEUES + 1;
-/// A vendor that emulators use.
+/// A vendor ID that emulators use.
 pub const VENDOR: u16 = 0x1234;
 const DEVICE: u16 = 0x4e56;
-/// Where in BAR 0 the MSI-X table is. The client keeps it; here it reads as zeros.
+/// The offset of the MSI-X table in BAR 0. The client emulates the table; here it reads as zeros.
 const MSIX_TABLE: u32 = 0x2000;
 const MSIX_PENDING: u32 = 0x3000;
 const COMMAND: usize = 0x04;
 const BAR_0: usize = 0x10;
 const MSIX: u8 = 0x40;
-/// Bits of COMMAND that can be set: memory, bus master, no INTx.
+/// The writable bits of COMMAND: memory, bus master, INTx disable.
 const COMMAND_BITS: u16 = 1 << 1 | BUS_MASTER | 1 << 10;
 const BUS_MASTER: u16 = 1 << 2;
 
@@ -25,12 +25,12 @@ const BUS_MASTER: u16 = 1 << 2;
 #[derive(Debug)]
 pub struct ConfigSpace {
     bytes: [u8; CONFIG_BYTES],
-    /// Bits that can be written.
+    /// The writable bits.
     writable: [u8; CONFIG_BYTES],
 }
 
 impl ConfigSpace {
-    /// As it is after a reset.
+    /// The space after a reset.
     pub fn new() -> Self {
         let mut space = Self {
             bytes: [0; CONFIG_BYTES],
@@ -39,7 +39,7 @@ impl ConfigSpace {
         let bytes = &mut space.bytes;
         put(bytes, 0x00, &VENDOR.to_le_bytes());
         put(bytes, 0x02, &DEVICE.to_le_bytes());
-        // There are capabilities.
+        // The status register: there are capabilities.
         put(bytes, 0x06, &[1 << 4]);
         // Revision; an NVMe I/O controller.
         put(bytes, 0x08, &[1, 0x02, 0x08, 0x01]);
@@ -59,12 +59,12 @@ impl ConfigSpace {
         put(writable, BAR_0, &address.to_le_bytes());
         // The interrupt line.
         put(writable, 0x3c, &[0xff]);
-        // MSI-X on, and all masked.
+        // MSI-X: enable, and mask all.
         put(writable, msix + 3, &[0xc0]);
         space
     }
 
-    /// Reads from `at`; zeros where there is nothing.
+    /// Reads from offset `at` on; zeros after the end.
     pub fn read(&self, at: u64, into: &mut [u8]) {
         into.fill(0);
         let from = usize::try_from(at).ok().and_then(|at| self.bytes.get(at..));
@@ -73,7 +73,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes what can be written from `at`.
+    /// Writes from offset `at` on. Only writable bits change.
     pub fn write(&mut self, at: u64, from: &[u8]) {
         let Ok(at) = usize::try_from(at) else { return };
         let places = self.bytes.iter_mut().zip(&self.writable).skip(at);

@@ -1,4 +1,4 @@
-//! Where the data of a command lies: physical region pages (base specification 1.4, section 4.3).
+//! Physical region pages: the memory of a command's data (base specification 1.4, section 4.3).
 
 use zerocopy::FromBytes;
 use zerocopy::little_endian::U64;
@@ -6,17 +6,17 @@ use zerocopy::little_endian::U64;
 use crate::command::{Command, Failure};
 use crate::memory::{Gate, Memory, Segment};
 
-/// Bytes of a page, the only size the controller offers.
+/// Bytes of a page. The controller supports no other size.
 pub const PAGE: usize = 4096;
-/// The most bytes a command moves, as a power of two of pages.
+/// The maximum number of pages that a command transfers, as a power of two.
 pub const MAX_TRANSFER_SHIFT: u8 = 8;
-/// The most bytes a command moves.
+/// The maximum number of bytes that a command transfers.
 pub const MAX_TRANSFER: usize = PAGE << MAX_TRANSFER_SHIFT;
 
-/// Where `len` bytes lie, `1..=MAX_TRANSFER`.
+/// The memory of a command's `len` bytes, `1..=MAX_TRANSFER`.
 ///
 /// # Errors
-/// Where the addresses are not as they have to be, or a list cannot be read.
+/// The status to complete the command with: an address is misaligned, or a list cannot be read.
 pub fn segments(
     memory: &dyn Memory,
     gate: &Gate,
@@ -47,7 +47,7 @@ pub fn segments(
         };
     }
     let mut list = second;
-    // Each round takes a page or more of what is left, so that no list is endless.
+    // Each iteration consumes a page or more of the data, so that the loop ends for every list.
     while left > 0 {
         if list % 8 != 0 {
             return Err(Failure::InvalidPrpOffset);
@@ -64,7 +64,7 @@ pub fn segments(
         let got = memory.read(gate, &[at], bytes);
         got.map_err(|_| Failure::DataTransfer)?;
         let entries = <[U64]>::ref_from_bytes(bytes).map_err(|_| Failure::Internal)?;
-        // The last entry of a page leads to the next page of the list, where there is more.
+        // If the list goes on, the last entry of a page is the address of the list's next page.
         let (entries, next) = match entries.split_last() {
             Some((next, entries)) if pages > room => (entries, next.get()),
             Some(_) | None => (entries, 0),
@@ -89,7 +89,7 @@ fn offset(address: u64) -> usize {
     usize::try_from(address % PAGE as u64).unwrap_or(0)
 }
 
-/// Adds what may go on where the last segment ends.
+/// Adds a segment, or extends the last one if it ends at `address`.
 fn push(found: &mut Vec<Segment>, address: u64, len: usize) {
     if let Some(last) = found.last_mut()
         && last.address.checked_add(last.len as u64) == Some(address)

@@ -1,12 +1,12 @@
-//! Queues as the controller keeps them; the entries are in guest memory.
+//! The controller's view of queues. The entries are in guest memory.
 
 use crate::command::{COMMAND_BYTES, COMPLETION_BYTES};
 
-/// The most entries of a queue.
+/// The maximum number of entries of a queue.
 pub const MAX_ENTRIES: u16 = 1024;
-/// I/O queues of each kind that there can be.
+/// The maximum number of I/O queues of each kind.
 pub const MAX_IO_QUEUES: u16 = 8;
-/// Queues of each kind, that for administration among them.
+/// The maximum number of queues of each kind, including the admin queue.
 pub const QUEUES: usize = MAX_IO_QUEUES as usize + 1;
 
 /// A submission queue.
@@ -14,18 +14,18 @@ pub const QUEUES: usize = MAX_IO_QUEUES as usize + 1;
 pub struct Submission {
     /// The address of the first entry.
     pub base: u64,
-    /// Entries, `2..=MAX_ENTRIES`.
+    /// The number of entries, `2..=MAX_ENTRIES`.
     pub size: u16,
     /// The next entry to fetch.
     pub head: u16,
-    /// Where the driver will put the next one.
+    /// The entry that the driver writes next.
     pub tail: u16,
-    /// Where completions go.
+    /// The completion queue.
     pub completion: u16,
 }
 
 impl Submission {
-    /// The address of the next command, which is thereby taken; `None` where there is none.
+    /// Takes the next command. Returns its address; `None` if the queue is empty.
     pub fn take(&mut self) -> Option<u64> {
         if self.head == self.tail {
             return None;
@@ -41,15 +41,15 @@ impl Submission {
 pub struct Completions {
     /// The address of the first entry.
     pub base: u64,
-    /// Entries, `2..=MAX_ENTRIES`.
+    /// The number of entries, `2..=MAX_ENTRIES`.
     pub size: u16,
-    /// The next entry the driver will look at.
+    /// The entry that the driver reads next.
     pub head: u16,
-    /// Where the next completion goes.
+    /// The entry for the next completion.
     pub tail: u16,
-    /// What new entries have in the lowest bit of their status.
+    /// The phase tag of new entries: the lowest bit of their status.
     pub phase: bool,
-    /// The interrupt that tells of entries, if one is wanted.
+    /// The interrupt to signal after an entry was written, if the driver wants one.
     pub vector: Option<u16>,
 }
 
@@ -59,7 +59,7 @@ impl Completions {
         (self.tail + 1) % self.size != self.head
     }
 
-    /// The address of the next entry, which is thereby taken, and its phase.
+    /// Takes the next entry. Returns its address and its phase tag; `None` if the queue is full.
     pub fn take(&mut self) -> Option<(u64, bool)> {
         if !self.has_room() {
             return None;

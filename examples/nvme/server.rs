@@ -1,4 +1,4 @@
-//! A client of the controller: the library's vfio-user server calls the controller for it.
+//! The controller as the library's vfio-user server needs it.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -21,8 +21,8 @@ use vhost_device_iommu::vfio_user::version::{Capabilities, Version};
 use crate::controller::Controller;
 use crate::disk::Disk;
 use crate::memory::{MAX_WINDOWS, Manner, Memory, Messages, Outbound};
-use crate::orders::Orders;
 use crate::pci::{BAR_BYTES, CONFIG_BYTES, ConfigSpace, VECTORS};
+use crate::test_access::TestAccess;
 
 /// What every client finds.
 pub struct Setup {
@@ -30,8 +30,8 @@ pub struct Setup {
     pub disk: Arc<Disk>,
     /// How the controller reaches guest memory.
     pub manner: Manner,
-    /// Gets the guest memory of the client that is connected.
-    pub orders: Arc<Orders>,
+    /// Gets the guest memory of the connected client.
+    pub test_access: Arc<TestAccess>,
 }
 
 /// Serves a client until it hangs up.
@@ -44,7 +44,7 @@ pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ServeError> {
     let messages = Arc::new(Messages::new(Box::new(channel.clone())));
     let memory = setup.manner.memory(&messages);
     let controller = Controller::start(setup.disk.clone(), memory.clone())?;
-    setup.orders.set_memory(Some(memory.clone()));
+    setup.test_access.set_memory(Some(memory.clone()));
     let mut device = NvmeDevice {
         messages: messages.clone(),
         memory,
@@ -53,7 +53,7 @@ pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ServeError> {
         regions: std::array::from_fn(region),
     };
     let outcome = serve_client(&channel, &mut device);
-    setup.orders.set_memory(None);
+    setup.test_access.set_memory(None);
     device.release();
     outcome.map(drop)
 }
@@ -173,13 +173,13 @@ impl ServedDevice for NvmeDevice {
     }
 
     fn handle_reply(&mut self, header: &Header, body: &[u8]) -> bool {
-        self.messages.take_reply(header, body)
+        self.messages.handle_reply(header, body)
     }
 
     /// Fails the accesses that wait for a reply. The controller's worker may wait for one, and
     /// dropping the controller waits for the worker.
     fn release(&mut self) {
-        self.messages.end();
+        self.messages.close();
     }
 }
 

@@ -1,5 +1,5 @@
-//! The controller's registers and queues: what a driver sets, and what is to be done then. Nothing
-//! here waits or touches memory.
+//! The controller's registers and queues, and the worker's next task. Nothing here waits or touches
+//! memory.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::pci::VECTORS;
 use crate::prp::PAGE;
 use crate::queues::{Completions, MAX_ENTRIES, QUEUES, Submission};
 
-/// Where registers are in BAR 0 (base specification 1.4, section 3.1).
+/// The offsets of registers in BAR 0 (base specification 1.4, section 3.1).
 mod register {
     pub const CAPABILITIES: u64 = 0x00;
     pub const VERSION: u64 = 0x08;
@@ -24,21 +24,22 @@ mod register {
     pub const DOORBELLS: u64 = 0x1000;
 }
 
-/// Longest queue less one; queues lie together; ready within 10 s; the NVM command set.
+/// Maximum queue size less one; contiguous queues required; ready within 10 s; NVM command set.
 const CAPABILITIES: u64 = (MAX_ENTRIES as u64 - 1) | 1 << 16 | 20 << 24 | 1 << 37;
 const ENABLE: u32 = 1 << 0;
 const SHUTDOWN: u32 = 3 << 14;
 const READY: u32 = 1 << 0;
 const FATAL: u32 = 1 << 1;
 const SHUTDOWN_DONE: u32 = 2 << 2;
-/// Bits of CONFIGURATION that must have one value to be enabled: command set, page size,
-/// arbitration; and the sizes of entries, which drivers set before there are I/O queues.
+/// The bits of CONFIGURATION for command set, page size and arbitration, which must be 0 when the
+/// controller is enabled.
 const CONFIGURATION_MODE: u32 = 0x3ff0;
+/// The sizes of entries in CONFIGURATION, which the driver must set before it creates I/O queues.
 const ENTRY_SIZES: u32 = 0x0046_0000;
 
 /// Registers and queues.
 pub struct State {
-    /// Whether the device may reach memory at all.
+    /// Whether the device may reach memory.
     bus_master: bool,
     configuration: u32,
     status: u32,
@@ -47,30 +48,30 @@ pub struct State {
     admin_completion: u64,
     /// Open while the controller is enabled.
     gate: Arc<Gate>,
-    /// Enabled, and not looked at by the worker.
+    /// The controller was enabled, and the worker has not checked the admin queue yet.
     is_new: bool,
     submissions: [Option<Submission>; QUEUES],
     completions: [Option<Completions>; QUEUES],
-    /// The queue whose turn it is.
+    /// The submission queue to fetch from next.
     turn: usize,
-    /// Requests that wait for an event. None ever happens.
+    /// Pending requests for events, which never happen.
     event_requests: u8,
 }
 
-/// What the worker is to do.
+/// A task of the worker.
 pub enum Task {
-    /// Look at the admin queue, and be ready.
-    Begin {
-        /// That of the controller's life.
+    /// Read the admin queue, and set the controller ready.
+    CheckAdminQueue {
+        /// The controller's gate.
         gate: Arc<Gate>,
-        /// Where the queue is.
+        /// The address of the queue.
         address: u64,
     },
-    /// Carry out a command.
+    /// Execute a command.
     Command(Job),
 }
 
-/// What commands change here.
+/// A command that changes the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// CREATE I/O COMPLETION QUEUE.
@@ -81,34 +82,34 @@ pub enum Change {
     DeleteSubmission,
     /// DELETE I/O COMPLETION QUEUE.
     DeleteCompletions,
-    /// ASYNCHRONOUS EVENT REQUEST: it waits for ever, as no event happens.
+    /// ASYNCHRONOUS EVENT REQUEST: it stays pending, since no event happens.
     RequestEvent,
 }
 
-/// A command that was taken from its queue.
+/// A command that was fetched from its queue.
 pub struct Job {
-    /// That of the controller's life.
+    /// The controller's gate when the command was fetched.
     pub gate: Arc<Gate>,
     /// The submission queue.
     pub queue: usize,
-    /// Where the command is.
+    /// The address of the command.
     pub address: u64,
-    /// How far its queue has been fetched with it.
+    /// The head of its queue after the command was fetched.
     pub head: u16,
 }
 
-/// Where a completion goes.
-pub struct Place {
-    /// Its address.
+/// The entry of a completion queue for one completion.
+pub struct CompletionSlot {
+    /// The address of the entry.
     pub address: u64,
-    /// What it has in the lowest bit of its status.
+    /// The phase tag: the lowest bit of the completion's status.
     pub phase: bool,
-    /// The interrupt to raise then.
+    /// The interrupt to signal afterwards.
     pub vector: Option<u16>,
 }
 
 impl State {
-    /// As it is after a reset.
+    /// The state after a reset.
     pub fn new() -> Self {
         let gate = Gate::new();
         gate.close();
@@ -128,18 +129,18 @@ impl State {
         }
     }
 
-    /// Everything as it was at first. Commands that were begun touch no memory any more.
+    /// Resets the state. Commands that have started touch no memory any more.
     pub fn reset(&mut self) {
         self.gate.close();
         *self = Self::new();
     }
 
-    /// Whether the device may reach memory.
+    /// Sets whether the device may reach memory.
     pub fn set_bus_master(&mut self, may: bool) {
         self.bus_master = may;
     }
 
-    /// A register of 4 bytes, or half of one of 8; zeros where there is none.
+    /// A register of 4 bytes, or half of a register of 8 bytes; 0 if there is none.
     pub fn register(&self, at: u64) -> u32 {
         let low = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(0);
         match at {
@@ -157,7 +158,8 @@ impl State {
         }
     }
 
-    /// Sets a register of 4 bytes, or half of one of 8. Others stay as they are.
+    /// Sets a register of 4 bytes, or half of a register of 8 bytes. Read-only registers keep their
+    /// value.
     pub fn set_register(&mut self, at: u64, value: u32) {
         let wide = u64::from(value);
         let low = |old: u64| old >> 32 << 32 | wide & !(PAGE as u64 - 1);
@@ -169,7 +171,7 @@ impl State {
             0x2c => self.admin_submission = high(self.admin_submission),
             register::ADMIN_COMPLETION => self.admin_completion = low(self.admin_completion),
             0x34 => self.admin_completion = high(self.admin_completion),
-            register::DOORBELLS.. => self.ring((at - register::DOORBELLS) / 4, value),
+            register::DOORBELLS.. => self.ring_doorbell((at - register::DOORBELLS) / 4, value),
             _ => {}
         }
     }
@@ -184,7 +186,7 @@ impl State {
         if new & SHUTDOWN == 0 {
             self.status &= !SHUTDOWN_DONE;
         } else {
-            // What was completed is in the file; whoever wants more than that sends FLUSH first.
+            // Completed writes are in the file. A driver that needs them on the medium sends FLUSH first.
             self.status |= SHUTDOWN_DONE;
         }
     }
@@ -197,7 +199,7 @@ impl State {
             || !lengths.contains(&submissions)
             || !lengths.contains(&completions)
         {
-            warn_limited!("the driver enables what is not possible");
+            warn_limited!("the driver enables the controller with an invalid configuration");
             self.status |= FATAL;
             return;
         }
@@ -229,8 +231,8 @@ impl State {
         self.status = 0;
     }
 
-    /// What no driver rings, and what it says that cannot be, has no effect.
-    fn ring(&mut self, doorbell: u64, value: u32) {
+    /// Sets a tail or a head. An unknown doorbell or an invalid value has no effect.
+    fn ring_doorbell(&mut self, doorbell: u64, value: u32) {
         let Ok(index) = usize::try_from(doorbell / 2) else {
             return;
         };
@@ -248,10 +250,10 @@ impl State {
         }
     }
 
-    /// What is to be done next, if anything is. It is thereby taken.
+    /// Takes the worker's next task; `None` if there is none.
     pub fn next_task(&mut self) -> Option<Task> {
         if std::mem::take(&mut self.is_new) {
-            return Some(Task::Begin {
+            return Some(Task::CheckAdminQueue {
                 gate: self.gate.clone(),
                 address: self.admin_submission,
             });
@@ -259,7 +261,7 @@ impl State {
         self.next_job().map(Task::Command)
     }
 
-    /// The next command, if its completion has a place. Queues take turns.
+    /// Fetches the next command whose completion has room. Queues take turns.
     fn next_job(&mut self) -> Option<Job> {
         if self.status & (READY | FATAL) != READY || !self.bus_master {
             return None;
@@ -287,38 +289,38 @@ impl State {
         None
     }
 
-    /// Whether the controller is in the life that `gate` belongs to.
-    pub fn is_in_life_of(&self, gate: &Arc<Gate>) -> bool {
+    /// Whether `gate` is the controller's present gate: it was neither disabled nor reset since.
+    pub fn is_current(&self, gate: &Arc<Gate>) -> bool {
         Arc::ptr_eq(&self.gate, gate)
     }
 
-    /// The admin queue can be reached.
+    /// Sets the controller ready: the admin queue can be reached.
     pub fn set_ready(&mut self) {
         self.status |= READY;
     }
 
-    /// Nothing goes on before the driver resets the controller.
+    /// Stops the controller until the driver resets it.
     pub fn set_fatal(&mut self) {
         self.status |= FATAL;
     }
 
-    /// The place for the completion of a command, which is thereby taken. There is none where the
-    /// command's queue is gone: there was room when the command was taken.
-    pub fn take_place(&mut self, job: &Job) -> Option<Place> {
+    /// Reserves the entry for the completion of a command. `None` means that the driver has deleted the
+    /// command's queue: there was room when the command was fetched.
+    pub fn reserve_completion(&mut self, job: &Job) -> Option<CompletionSlot> {
         let to = self.submissions.get(job.queue)?.as_ref()?.completion;
         let queue = self.completions.get_mut(usize::from(to))?.as_mut()?;
         let (address, phase) = queue.take()?;
-        Some(Place {
+        Some(CompletionSlot {
             address,
             phase,
             vector: queue.vector,
         })
     }
 
-    /// Carries out a command that changes queues, or waits for an event.
+    /// Executes a command that changes the state.
     ///
     /// # Errors
-    /// What the command is completed with.
+    /// The status to complete the command with.
     pub fn change(&mut self, change: Change, command: &Command) -> Result<(), Failure> {
         match change {
             Change::CreateCompletions => self.create_completions(command),
@@ -370,7 +372,7 @@ impl State {
         Ok(())
     }
 
-    /// What both kinds have in common: number and length.
+    /// Checks the number and the size of a new queue of either kind.
     fn new_queue(&self, command: &Command) -> Result<(usize, u16), Failure> {
         let cdw10 = command.cdw10.get();
         let index = usize::try_from(cdw10 & 0xffff).unwrap_or(QUEUES);
@@ -385,7 +387,7 @@ impl State {
         if self.configuration & 0x00ff_0000 != ENTRY_SIZES {
             return Err(Failure::InvalidQueueSize);
         }
-        // Entries lie together, from the start of a page.
+        // Entries are contiguous, from the start of a page.
         if command.cdw11.get() & 1 == 0 {
             return Err(Failure::InvalidField);
         }
@@ -421,7 +423,7 @@ impl State {
     }
 }
 
-/// The place of the I/O queue a command means, which exists.
+/// The I/O queue that a command names, which must exist.
 fn io_queue<'a, T>(
     queues: &'a mut [Option<T>; QUEUES],
     command: &Command,

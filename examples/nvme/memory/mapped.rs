@@ -1,4 +1,4 @@
-//! Guest memory that the client has passed the descriptors of.
+//! Guest memory through mappings of the client's descriptors.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -16,16 +16,17 @@ use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 use super::{DmaError, Gate, Memory, Messages, PIECE, Segment};
 
-/// The most windows there can be: a process has about as many mappings, and needs some itself.
+/// The maximum number of windows. The kernel limits a process to 65530 mappings, and this process needs
+/// some for itself.
 pub const MAX_WINDOWS: usize = 60_000;
 
-/// No window ends within a page.
+/// The granularity of windows.
 const PAGE: usize = 4096;
 
-/// Windows that are mapped here. What is in none of them, or may not be done there, is asked for:
-/// the client may have memory without a descriptor, and knows best what to refuse.
+/// The client's windows. An access that no mapped window permits is sent to the client, which may have
+/// memory without a descriptor, and which refuses the access otherwise.
 pub struct Mapped {
-    /// By their first address; disjoint. Held for writing while one goes.
+    /// Disjoint windows by first address. The lock is held for writing while a window is removed.
     windows: RwLock<BTreeMap<u64, Window>>,
     messages: Arc<Messages>,
 }
@@ -34,12 +35,12 @@ struct Window {
     last: u64,
     /// `DMA_MAP_*`.
     rights: u32,
-    /// Missing where no descriptor came.
+    /// `None` if the client passed no descriptor.
     memory: Option<MmapRegion>,
 }
 
 impl Mapped {
-    /// No memory yet.
+    /// Memory without windows.
     pub fn new(messages: Arc<Messages>) -> Self {
         Self {
             windows: RwLock::default(),
@@ -47,15 +48,15 @@ impl Mapped {
         }
     }
 
-    /// Goes through segments piece by piece: `copy` gets a window's memory, the place in it and the
-    /// bytes of the data; `ask` gets what no window has.
-    fn each(
+    /// Splits segments into pieces. `copy` gets the memory of a window, the offset in it and the range of
+    /// the data; `request` gets a piece that no mapped window permits.
+    fn for_each_piece(
         &self,
         gate: &Gate,
         segments: &[Segment],
         right: u32,
         mut copy: impl FnMut(&MmapRegion, usize, Range<usize>),
-        mut ask: impl FnMut(Segment, Range<usize>) -> Result<(), DmaError>,
+        mut request: impl FnMut(Segment, Range<usize>) -> Result<(), DmaError>,
     ) -> Result<(), DmaError> {
         let mut done = 0;
         for segment in segments {
@@ -63,7 +64,7 @@ impl Mapped {
             let mut address = segment.address;
             while done < end {
                 let open = gate.enter()?;
-                // Nothing unmaps while this is held.
+                // No window is removed while this guard is held.
                 let windows = self.windows.read();
                 let left = (end - done).min(PIECE);
                 let len = if let Some((memory, at, room)) = find(&windows, address, right) {
@@ -75,7 +76,7 @@ impl Mapped {
                     drop(open);
                     let page_left = PAGE - usize::try_from(address % PAGE as u64).unwrap_or(0);
                     let len = left.min(page_left);
-                    ask(Segment { address, len }, done..done + len)?;
+                    request(Segment { address, len }, done..done + len)?;
                     len
                 };
                 done += len;
@@ -89,7 +90,7 @@ impl Mapped {
 impl Memory for Mapped {
     fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError> {
         let into = RefCell::new(into);
-        self.each(
+        self.for_each_piece(
             gate,
             from,
             DMA_MAP_READ,
@@ -111,7 +112,7 @@ impl Memory for Mapped {
     }
 
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
-        self.each(
+        self.for_each_piece(
             gate,
             to,
             DMA_MAP_WRITE,
@@ -163,7 +164,7 @@ impl Memory for Mapped {
     fn unmap(&self, window: &DmaUnmapBody) -> Result<(), i32> {
         let (first, size) = (window.address.get(), window.size.get());
         let flags = window.flags.get();
-        // Waits for copies.
+        // Waits for copies that use a window.
         let mut windows = self.windows.write();
         if flags == DMA_UNMAP_ALL && first == 0 && size == 0 {
             windows.clear();
@@ -181,8 +182,8 @@ impl Memory for Mapped {
     }
 }
 
-/// The memory that `address` is in, its place there, and the bytes up to the window's end; where a
-/// window has it and `right`.
+/// The mapped window that has `address` and grants `right`: its memory, the offset of the address, and
+/// the number of bytes up to the window's end.
 fn find(
     windows: &BTreeMap<u64, Window>,
     address: u64,
@@ -201,8 +202,8 @@ fn find(
     ))
 }
 
-/// Maps what a descriptor stands for. The file is the client's, which is trusted not to cut it off
-/// later: to touch what is gone would end this process.
+/// Maps a window of the client's file. The client must not truncate the file afterwards: an access
+/// beyond its end would raise SIGBUS and end this process. The client is trusted in this.
 fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, i32> {
     let offset = window.offset.get();
     let end = offset.checked_add(window.size.get()).ok_or(libc::EINVAL)?;
@@ -218,9 +219,7 @@ fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, 
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
     let file = FileOffset::new(file, offset);
     MmapRegion::build(Some(file), size, protection, flags).map_err(|cause| {
-        warn_limited!(
-            "cannot map {size:#x} bytes at {offset:#x} of what the client passed: {cause}"
-        );
+        warn_limited!("cannot map {size:#x} bytes at {offset:#x} of the client's file: {cause}");
         libc::ENOMEM
     })
 }

@@ -1,4 +1,4 @@
-//! Guest memory by messages: each access is asked for, and the client serves it.
+//! Guest memory by messages: the client executes each access.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -11,13 +11,13 @@ use zerocopy::IntoBytes;
 
 use super::{DmaError, Gate, Memory, Segment};
 
-/// Where messages to the client go.
+/// Sends messages to the client.
 pub trait Outbound: Send + Sync {
-    /// Sends a message, or has it sent later.
+    /// Sends a message, or queues it.
     fn send(&self, message: Vec<u8>);
 }
 
-/// Accesses the client serves.
+/// Accesses that the client executes.
 pub struct Messages {
     outbound: Box<dyn Outbound>,
     state: Mutex<State>,
@@ -25,41 +25,41 @@ pub struct Messages {
 }
 
 struct State {
-    /// The most bytes of one access.
+    /// The maximum number of bytes of one access.
     max_data: usize,
     next_id: u16,
-    /// Accesses that were asked for, and their answers.
-    asked: HashMap<u16, Option<Answer>>,
+    /// Requests by number, and their replies.
+    pending: HashMap<u16, Option<Answer>>,
     /// The client is gone.
-    ended: bool,
+    closed: bool,
 }
 
-/// What the client has said, with the bytes it has read.
+/// The outcome of a request, with the bytes read.
 type Answer = Result<Vec<u8>, DmaError>;
 
 impl Messages {
-    /// Accesses that nobody has asked for yet.
+    /// Memory without requests. `outbound` sends them.
     pub fn new(outbound: Box<dyn Outbound>) -> Self {
         Self {
             outbound,
             state: Mutex::new(State {
                 max_data: 4096,
                 next_id: 0,
-                asked: HashMap::new(),
-                ended: false,
+                pending: HashMap::new(),
+                closed: false,
             }),
             answered: Condvar::new(),
         }
     }
 
-    /// What the client can serve with one message.
+    /// Sets the maximum number of bytes that the client transfers with one message.
     pub fn set_max_data(&self, bytes: u64) {
         let bytes = bytes.clamp(64, MAX_DATA.into());
         self.state.lock().max_data = usize::try_from(bytes).unwrap_or(64);
     }
 
-    /// Takes a reply. False where it is none to anything that was asked.
-    pub fn take_reply(&self, header: &Header, body: &[u8]) -> bool {
+    /// Records a reply. Returns false if there is no request without a reply that it belongs to.
+    pub fn handle_reply(&self, header: &Header, body: &[u8]) -> bool {
         let answer = match (header.kind, Command::from_number(header.command)) {
             (Kind::Reply, Some(command @ Command::DmaRead)) => {
                 match take::<DmaAccessBody>(command, body) {
@@ -75,7 +75,7 @@ impl Messages {
             (Kind::Command { .. } | Kind::Reply | Kind::Refusal(_), _) => return false,
         };
         let mut state = self.state.lock();
-        match state.asked.get_mut(&header.id) {
+        match state.pending.get_mut(&header.id) {
             Some(waiting @ None) => *waiting = Some(answer),
             Some(Some(_)) | None => return false,
         }
@@ -83,14 +83,14 @@ impl Messages {
         true
     }
 
-    /// Nobody will answer any more.
-    pub fn end(&self) {
-        self.state.lock().ended = true;
+    /// Fails all pending and future requests: the client is gone.
+    pub fn close(&self) {
+        self.state.lock().closed = true;
         self.answered.notify_all();
     }
 
-    /// Asks for an access, and says under which number.
-    fn ask(
+    /// Sends a request for an access. Returns its number.
+    fn request(
         &self,
         gate: &Gate,
         command: Command,
@@ -103,41 +103,42 @@ impl Messages {
         };
         let _open = gate.enter()?;
         let mut state = self.state.lock();
-        if state.ended {
+        if state.closed {
             return Err(DmaError::Closed);
         }
-        // Far fewer than there are numbers are asked for at once.
-        while state.asked.contains_key(&state.next_id) {
+        // There is a free number: far fewer requests than numbers are pending.
+        while state.pending.contains_key(&state.next_id) {
             state.next_id = state.next_id.wrapping_add(1);
         }
         let id = state.next_id;
         state.next_id = id.wrapping_add(1);
-        state.asked.insert(id, None);
+        state.pending.insert(id, None);
         let body = [body.as_bytes(), data].concat();
         self.outbound
             .send(Header::command(id, command, 0).with_body(&body));
         Ok(id)
     }
 
-    /// Waits for the answer.
+    /// Waits for the reply to a request.
     fn wait(&self, id: u16) -> Answer {
         let mut state = self.state.lock();
         loop {
-            if let Some(Some(_)) = state.asked.get(&id) {
+            if let Some(Some(_)) = state.pending.get(&id) {
                 return state
-                    .asked
+                    .pending
                     .remove(&id)
                     .flatten()
                     .unwrap_or(Err(DmaError::Closed));
             }
-            if state.ended {
-                state.asked.remove(&id);
+            if state.closed {
+                state.pending.remove(&id);
                 return Err(DmaError::Closed);
             }
             self.answered.wait(&mut state);
         }
     }
 
+    /// Splits segments into pieces that the client transfers with one message.
     fn pieces(&self, segments: &[Segment]) -> Vec<Segment> {
         let max = self.state.lock().max_data;
         let cut = |segment: &Segment| {
@@ -150,8 +151,12 @@ impl Messages {
         segments.iter().flat_map(cut).collect()
     }
 
-    /// Waits for all answers, also after a failure, so that no number stays taken.
-    fn gather(&self, ids: Vec<u16>, mut each: impl FnMut(Vec<u8>) -> bool) -> Result<(), DmaError> {
+    /// Waits for the replies to all requests, even after a failure, so that every number is released.
+    fn collect(
+        &self,
+        ids: Vec<u16>,
+        mut each: impl FnMut(Vec<u8>) -> bool,
+    ) -> Result<(), DmaError> {
         let mut first_failure = Ok(());
         for id in ids {
             let failure = match self.wait(id) {
@@ -159,7 +164,7 @@ impl Messages {
                     if each(data) {
                         continue;
                     }
-                    DmaError::Refused("the client has sent another number of bytes".into())
+                    DmaError::Refused("the client sent another number of bytes".into())
                 }
                 Err(cause) => cause,
             };
@@ -175,14 +180,14 @@ impl Memory for Messages {
     fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError> {
         let pieces = self.pieces(from);
         let mut ids = Vec::with_capacity(pieces.len());
-        // All at once: a round trip costs more than what goes over it.
-        let asked = pieces.iter().try_for_each(|piece| {
-            ids.push(self.ask(gate, Command::DmaRead, *piece, &[])?);
+        // All requests at once: a round trip costs more than the transfer of the data.
+        let sent = pieces.iter().try_for_each(|piece| {
+            ids.push(self.request(gate, Command::DmaRead, *piece, &[])?);
             Ok(())
         });
         let mut rest = into;
         let mut lens = pieces.iter().map(|piece| piece.len);
-        let gathered = self.gather(ids, |data| {
+        let collected = self.collect(ids, |data| {
             let len = lens.next().unwrap_or(0);
             match std::mem::take(&mut rest).split_at_mut_checked(len) {
                 Some((piece, later)) if data.len() == len => {
@@ -193,20 +198,20 @@ impl Memory for Messages {
                 Some(_) | None => false,
             }
         });
-        asked.and(gathered)
+        sent.and(collected)
     }
 
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
         let mut rest = from;
         let mut ids = Vec::new();
-        let asked = self.pieces(to).into_iter().try_for_each(|piece| {
+        let sent = self.pieces(to).into_iter().try_for_each(|piece| {
             let (data, later) = rest.split_at_checked(piece.len).unwrap_or_default();
             rest = later;
-            ids.push(self.ask(gate, Command::DmaWrite, piece, data)?);
+            ids.push(self.request(gate, Command::DmaWrite, piece, data)?);
             Ok(())
         });
-        let gathered = self.gather(ids, |_| true);
-        asked.and(gathered)
+        let collected = self.collect(ids, |_| true);
+        sent.and(collected)
     }
 
     fn map(&self, _: &DmaMapBody, _: Option<OwnedFd>) -> Result<(), i32> {

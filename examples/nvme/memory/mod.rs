@@ -1,4 +1,4 @@
-//! Guest memory as the device reaches it, in one of three manners.
+//! Guest memory, which the device reaches in one of three manners.
 
 mod mapped;
 mod messages;
@@ -17,10 +17,10 @@ pub use self::mapped::{MAX_WINDOWS, Mapped};
 pub use self::messages::{Messages, Outbound};
 pub use self::shadow::Shadow;
 
-/// The most bytes copied without giving whoever unmaps a chance.
+/// The maximum number of bytes that are copied at once: an unmap waits for no more.
 pub const PIECE: usize = 64 << 10;
 
-/// How guest memory is reached.
+/// How the device reaches guest memory.
 #[derive(Clone, Debug)]
 pub enum Manner {
     /// Through mappings of the descriptors that come with DMA_MAP.
@@ -31,13 +31,13 @@ pub enum Manner {
     Shadow {
         /// The daemon's socket.
         path: PathBuf,
-        /// Who this device is.
+        /// The endpoint of this device.
         endpoint: EndpointId,
     },
 }
 
 impl Manner {
-    /// Guest memory in this manner, for the client that `messages` asks.
+    /// The guest memory of a client. `messages` sends requests to that client.
     pub fn memory(&self, messages: &Arc<Messages>) -> Arc<dyn Memory> {
         match self {
             Self::Mapped => Arc::new(Mapped::new(messages.clone())),
@@ -47,22 +47,22 @@ impl Manner {
     }
 }
 
-/// Bytes of guest memory that lie together.
+/// Contiguous bytes of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// The device's address of the first one.
+    /// The device's address of the first byte.
     pub address: u64,
-    /// How many; not 0.
+    /// The number of bytes, not 0.
     pub len: usize,
 }
 
-/// Why guest memory was not read or written. Some of it may have been.
+/// Why an access to guest memory failed. A part of the access may have succeeded.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DmaError {
-    /// The device may not.
+    /// The device has no right to the access, or the client refuses it.
     #[error("refused: {0}")]
     Refused(String),
-    /// The controller was reset, or the client is gone.
+    /// The controller was disabled or reset, or the client is gone.
     #[error("the device was reset or has lost its client")]
     Closed,
 }
@@ -72,39 +72,40 @@ pub trait Memory: Send + Sync {
     /// Reads segments one after the other; together they are as long as `into`.
     ///
     /// # Errors
-    /// Where some of it may not be read, or `gate` closes.
+    /// The device may not read all of them, or `gate` closes.
     fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError>;
 
     /// Writes segments one after the other; together they are as long as `from`.
     ///
     /// # Errors
-    /// Where some of it may not be written, or `gate` closes.
+    /// The device may not write all of them, or `gate` closes.
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError>;
 
-    /// The client tells of a window, and passes its descriptor if it has one.
+    /// Adds a window of the client, with its descriptor if the client passed one.
     ///
     /// # Errors
-    /// The errno to answer with.
+    /// The errno of the refusal.
     fn map(&self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32>;
 
-    /// The client takes a window back. No access uses it any more when this returns.
+    /// Removes a window. On success, no access uses it after this method returns.
     ///
     /// # Errors
-    /// The errno to answer with.
+    /// The errno of the refusal.
     fn unmap(&self, window: &DmaUnmapBody) -> Result<(), i32>;
 }
 
-/// Open while the controller that it belongs to is enabled. An access passes it, or fails.
+/// A gate that every access passes. It is open until the controller is disabled or reset.
 #[derive(Debug)]
 pub struct Gate(RwLock<bool>);
 
 impl Gate {
-    /// One that is open.
+    /// An open gate.
     pub fn new() -> Self {
         Self(RwLock::new(true))
     }
 
-    /// Keeps it open while memory is touched, or asked to be.
+    /// Passes the gate. It stays open until the guard is dropped, so the caller must drop the guard right
+    /// after it has accessed memory or sent its request.
     ///
     /// # Errors
     /// [`DmaError::Closed`].
@@ -117,7 +118,7 @@ impl Gate {
         }
     }
 
-    /// Closes it for good, after those inside have left.
+    /// Closes the gate for good, after all guards are dropped.
     pub fn close(&self) {
         *self.0.write() = false;
     }

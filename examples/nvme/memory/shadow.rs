@@ -12,8 +12,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{DmaError, Gate, Memory, PIECE, Segment};
 
-/// A reader of the page tables, which connects when it is needed, and anew when the daemon was
-/// gone. What the client says of memory does not matter.
+/// A reader of the page tables. It connects at the first access, and reconnects if the daemon was
+/// gone. It ignores the client's windows.
 pub struct Shadow {
     path: PathBuf,
     endpoint: EndpointId,
@@ -21,7 +21,7 @@ pub struct Shadow {
 }
 
 impl Shadow {
-    /// One for `endpoint`, at the socket of the daemon's that `path` names.
+    /// A reader for `endpoint`, at the daemon's socket `path`.
     pub fn new(path: PathBuf, endpoint: EndpointId) -> Self {
         Self {
             path,
@@ -30,9 +30,9 @@ impl Shadow {
         }
     }
 
-    /// Has `access` do its work on each piece with its place in the data. An access lasts as long
-    /// as one call of it: the guest's UNMAP waits for no more than that.
-    fn each(
+    /// Splits segments into pieces and calls `access` for each, with its address, its offset in the data
+    /// and its length. The guest's UNMAP waits for one call at most.
+    fn for_each_piece(
         &self,
         gate: &Gate,
         segments: &[Segment],
@@ -58,7 +58,7 @@ impl Shadow {
         Ok(())
     }
 
-    /// Guest memory as it is now.
+    /// The guest's present memory; connects if necessary.
     fn current<'a>(
         &self,
         view: &'a mut Option<(ShadowReader, ShadowMemory)>,
@@ -77,7 +77,7 @@ impl Shadow {
         if view.is_none() {
             let reader = ShadowReader::connect(&self.path, self.endpoint);
             let reader = reader.map_err(|cause| DmaError::Refused(cause.to_string()))?;
-            info!("a reader of {} now", self.path.display());
+            info!("connected to {} as a shadow reader", self.path.display());
             let memory = reader.memory();
             *view = Some((reader, memory));
         }
@@ -89,14 +89,14 @@ impl Shadow {
 
 impl Memory for Shadow {
     fn read(&self, gate: &Gate, from: &[Segment], into: &mut [u8]) -> Result<(), DmaError> {
-        self.each(gate, from, |memory, address, at, len| {
+        self.for_each_piece(gate, from, |memory, address, at, len| {
             let into = into.get_mut(at..at + len).unwrap_or_default();
             memory.read_slice(into, address)
         })
     }
 
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
-        self.each(gate, to, |memory, address, at, len| {
+        self.for_each_piece(gate, to, |memory, address, at, len| {
             let from = from.get(at..at + len).unwrap_or_default();
             memory.write_slice(from, address)
         })

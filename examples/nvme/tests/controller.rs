@@ -1,4 +1,4 @@
-//! Commands, right and wrong.
+//! Valid and invalid commands.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -43,18 +43,18 @@ fn put_list(driver: &Driver, at: u64, entries: &[u64]) {
 }
 
 #[test]
-fn data_goes_where_pages_and_lists_of_them_say() {
+fn data_is_transferred_by_pages_and_lists_of_pages() {
     let mut driver = Driver::new();
     driver.make_queues();
     let data: Vec<u8> = (0..64u32 << 10).map(|n| (n * 7 % 251) as u8).collect();
     driver.memory.0.lock()[DATA as usize..][..data.len()].copy_from_slice(&data);
-    // From the middle of a page, pages in disorder, and a list that goes on in another page.
+    // Data from the middle of a page, and a list that continues in another page.
     let pages: Vec<u64> = (1..=16).map(|n| DATA + n * 4096).collect();
     let last = LIST + 4096 - 16;
     put_list(&driver, last, &[pages[0], LIST + 4096]);
     put_list(&driver, LIST + 4096, &pages[1..]);
     let write = blocks(WRITE, 5, 127, DATA + 512, last);
-    // More rounds than the queues have entries.
+    // More commands than the queues have entries.
     for _ in 0..3 * ENTRIES {
         assert_eq!(driver.run(1, write), (0, 0));
     }
@@ -74,7 +74,7 @@ fn data_goes_where_pages_and_lists_of_them_say() {
 }
 
 #[test]
-fn zeroes_are_written_and_nothing_beside_them() {
+fn zeroes_are_written_to_their_blocks_alone() {
     let mut driver = Driver::new();
     driver.make_queues();
     driver.memory.0.lock()[DATA as usize..][..4096].fill(9);
@@ -90,12 +90,12 @@ fn zeroes_are_written_and_nothing_beside_them() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_and_the_controller_goes_on() {
+fn invalid_commands_are_refused_and_the_controller_continues() {
     let mut driver = Driver::new();
     driver.make_queues();
     let list = |driver: &Driver, entries: &[u64]| put_list(driver, LIST, entries);
     list(&driver, &[DATA, DATA + 1]);
-    // A list whose every page has room for the next page's address alone.
+    // A list of pages that each have the address of the next page and nothing else.
     let endless = LIST + 4096 - 8;
     put_list(&driver, endless, &[endless]);
     for (io, expected) in [
@@ -181,13 +181,13 @@ fn what_cannot_be_is_refused_and_the_controller_goes_on() {
 #[test]
 fn a_fifth_request_for_events_is_too_many() {
     let mut driver = Driver::new();
-    // One after the other: the queue holds three.
+    // One after the other: the queue has room for three.
     for _ in 0..4 {
         driver.submit(0, command(0x0c, 0));
         assert_eq!(
             driver.run(0, command(0x08, 0)).1,
             1,
-            "an ABORT that does nothing"
+            "an ABORT without effect"
         );
     }
     assert_eq!(
@@ -213,11 +213,11 @@ fn a_queue_that_cannot_be_reached_stops_the_controller_until_it_is_reset() {
     assert_eq!(driver.get(0x1c), 2, "queues of one entry");
 }
 
-/// Memory where writing data waits to be let go on.
+/// Memory whose writes of data wait for the test.
 struct Slow {
     plain: Arc<Plain>,
-    begun: Mutex<Sender<()>>,
-    go_on: Mutex<Receiver<()>>,
+    started: Mutex<Sender<()>>,
+    resume: Mutex<Receiver<()>>,
 }
 
 impl Memory for Slow {
@@ -227,8 +227,8 @@ impl Memory for Slow {
 
     fn write(&self, gate: &Gate, to: &[Segment], from: &[u8]) -> Result<(), DmaError> {
         if to[0].address >= DATA {
-            self.begun.lock().send(()).unwrap();
-            self.go_on.lock().recv().unwrap();
+            self.started.lock().send(()).unwrap();
+            self.resume.lock().recv().unwrap();
         }
         self.plain.write(gate, to, from)
     }
@@ -244,13 +244,13 @@ impl Memory for Slow {
 
 #[test]
 fn a_command_from_before_a_reset_touches_nothing_after_it() {
-    let (begun, has_begun) = channel();
-    let (let_go, go_on) = channel();
+    let (started, has_started) = channel();
+    let (resume, resumed) = channel();
     let plain = Arc::new(Plain(Mutex::new(vec![0; 4 << 20])));
     let slow = Slow {
         plain: plain.clone(),
-        begun: Mutex::new(begun),
-        go_on: Mutex::new(go_on),
+        started: Mutex::new(started),
+        resume: Mutex::new(resumed),
     };
     let mut driver = Driver::with_memory(plain, Arc::new(slow));
     driver.make_queues();
@@ -260,17 +260,17 @@ fn a_command_from_before_a_reset_touches_nothing_after_it() {
     ] {
         driver.memory.0.lock()[DATA as usize..][..4096].fill(0x5a);
         driver.submit(1, blocks(READ, 0, 8, DATA, 0));
-        has_begun.recv().unwrap();
+        has_started.recv().unwrap();
         // Does not wait for the command.
         reset(&driver);
         let before = driver.memory.0.lock().clone();
-        let_go.send(()).unwrap();
+        resume.send(()).unwrap();
         driver.controller.set_bus_master(true);
         driver.enable();
         driver.make_queues();
         let after = driver.memory.0.lock();
         assert!(before[DATA as usize..] == after[DATA as usize..]);
-        // The completion of the new command, and none of the old one's.
+        // The completion of the new command, not that of the old one.
         drop(after);
         driver.submit(1, command(0, 1));
         assert_eq!(driver.answer(1), Some((0, 0)));
@@ -294,7 +294,7 @@ proptest! {
             let mut command = Command::read_from_bytes(&bytes).unwrap();
             command.opcode = opcode;
             if plausible {
-                // Memory and blocks that are there, counts that are possible.
+                // Existing memory and blocks, and valid counts.
                 command.flags = 0;
                 command.nsid = 1.into();
                 command.prp1 = ((command.prp1.get() % (3 << 20)) & !0xfff).into();
@@ -302,7 +302,7 @@ proptest! {
                 command.cdw10 = (command.cdw10.get() & 0xff_00ff).into();
                 command.cdw11 = (command.cdw11.get() & 0x1_0001).into();
             }
-            // Neither the queues that are used here nor what lies in them may be lost.
+            // The command must neither delete nor overwrite the queues of the test.
             let writes = matches!((queue, opcode), (1, 2) | (0, 2 | 6));
             if writes || queue == 0 && matches!(opcode, 0 | 4) {
                 continue;

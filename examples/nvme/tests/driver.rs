@@ -15,14 +15,14 @@ use crate::memory::{DmaError, Gate, Memory, Segment};
 
 /// Bytes of memory.
 const BYTES: usize = 4 << 20;
-/// Entries of each queue: few, so that they wrap.
+/// The number of entries of each queue: few, so that the queues wrap.
 pub const ENTRIES: u16 = 4;
-/// Where the queues are: a page for each, of queue 0, 1, ..
+/// The addresses of the queues: one page for queue 0, one for queue 1.
 const SUBMISSIONS: u64 = 0x10000;
 const COMPLETIONS: u64 = 0x20000;
 pub const BLOCKS: u64 = 4096;
 
-/// Memory that all of is there.
+/// Memory that may be read and written.
 pub struct Plain(pub Mutex<Vec<u8>>);
 
 impl Plain {
@@ -68,22 +68,22 @@ impl Memory for Plain {
     }
 }
 
-/// A driver of a controller with queue 0, and queue 1 once it has made it.
+/// A driver of a controller: queue 0 exists, and queue 1 after [`Driver::make_queues`].
 pub struct Driver {
     pub memory: Arc<Plain>,
     pub controller: Controller,
-    /// Of each queue: where the next command goes, where the next completion comes, its phase.
+    /// For each queue: the tail of the submission queue, the head of the completion queue, its phase.
     queues: [(u16, u16, bool); 2],
 }
 
 impl Driver {
-    /// With an empty disk and an enabled controller.
+    /// A driver with an empty disk and an enabled controller.
     pub fn new() -> Self {
         let memory = Arc::new(Plain(Mutex::new(vec![0; BYTES])));
         Self::with_memory(memory.clone(), memory)
     }
 
-    /// The controller sees memory as `seen`.
+    /// The same, whose controller reaches memory as `seen`.
     pub fn with_memory(memory: Arc<Plain>, seen: Arc<dyn Memory>) -> Self {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BLOCKS * 512).expect("its length");
@@ -127,7 +127,7 @@ impl Driver {
         }
     }
 
-    /// Makes I/O queue 1.
+    /// Creates I/O queue 1.
     pub fn make_queues(&mut self) {
         for (opcode, base, flags) in [(5, COMPLETIONS, 1), (1, SUBMISSIONS, 1 << 16 | 1)] {
             let mut command = command(opcode, 0);
@@ -138,7 +138,7 @@ impl Driver {
         }
     }
 
-    /// Has a command carried out: its status, without the phase, and what it says besides.
+    /// Runs a command. Returns its status, without the phase, and its result.
     pub fn run(&mut self, queue: usize, command: Command) -> (u16, u32) {
         self.submit(queue, command);
         self.answer(queue).expect("an answer within 10 s")
@@ -153,7 +153,7 @@ impl Driver {
         self.set(0x1000 + queue as u64 * 8, tail.into());
     }
 
-    /// The next completion; none where the controller has stopped, or takes too long.
+    /// Waits for the next completion; `None` if the controller stops, or takes 10 s.
     pub fn answer(&mut self, queue: usize) -> Option<(u16, u32)> {
         let (_, head, phase) = &mut self.queues[queue];
         let at = COMPLETIONS as usize + queue * 0x1000 + usize::from(*head) * 16;
@@ -181,7 +181,7 @@ impl Driver {
     }
 }
 
-/// A command whose other fields are zeros.
+/// A command; its other fields are zeros.
 pub fn command(opcode: u8, nsid: u32) -> Command {
     Command {
         opcode,

@@ -1,4 +1,4 @@
-//! What a guest can have the log say.
+//! Log messages that a guest can cause.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -6,19 +6,19 @@ use log::{LevelFilter, Log, Metadata, Record};
 
 use super::driver::Driver;
 
-/// Counts what is said of drivers that go wrong. Other tests may be heard too, a little.
-struct Listener(AtomicUsize);
+/// Counts messages about faulty drivers. Other tests add a few.
+struct MessageCounter(AtomicUsize);
 
-static LISTENER: Listener = Listener(AtomicUsize::new(0));
+static COUNTER: MessageCounter = MessageCounter(AtomicUsize::new(0));
 
-impl Log for Listener {
+impl Log for MessageCounter {
     fn enabled(&self, _: &Metadata<'_>) -> bool {
         true
     }
 
     fn log(&self, record: &Record<'_>) {
-        let said = record.args().to_string();
-        if said.contains("the driver enables") || said.contains("cannot be reached") {
+        let message = record.args().to_string();
+        if message.contains("the driver enables") || message.contains("cannot be reached") {
             self.0.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -27,12 +27,12 @@ impl Log for Listener {
 }
 
 #[test]
-fn a_driver_that_goes_wrong_again_and_again_fills_no_log() {
-    log::set_logger(&LISTENER).expect("the only one");
+fn a_driver_that_fails_repeatedly_does_not_fill_the_log() {
+    log::set_logger(&COUNTER).expect("the only one");
     log::set_max_level(LevelFilter::Warn);
     let driver = Driver::new();
     for _ in 0..100 {
-        // A page size there is not; then a queue where no memory is.
+        // An unsupported page size; then a queue outside of memory.
         for (queue, mode) in [(0x10000u64, 0x0046_0081), (1 << 40, 0x0046_0001)] {
             driver.set(0x14, 0);
             driver.controller.write(0x28, &queue.to_le_bytes());
@@ -40,6 +40,6 @@ fn a_driver_that_goes_wrong_again_and_again_fills_no_log() {
             driver.wait("stopped", |status| status & 2 == 2);
         }
     }
-    let said = LISTENER.0.load(Ordering::Relaxed);
-    assert!((2..50).contains(&said), "{said} lines");
+    let messages = COUNTER.0.load(Ordering::Relaxed);
+    assert!((2..50).contains(&messages), "{messages} messages");
 }

@@ -1,4 +1,4 @@
-//! Windows that are mapped, and what is asked for.
+//! Mapped windows, and requests to the client.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -18,27 +18,27 @@ use crate::memory::{DmaError, Gate, Mapped, Memory, Messages, Outbound, Segment}
 const READ: u32 = 1;
 const BOTH: u32 = 3;
 
-/// Takes messages down.
+/// Records the messages to the client.
 #[derive(Clone, Default)]
-struct Said(Arc<Mutex<Vec<Vec<u8>>>>);
+struct Sent(Arc<Mutex<Vec<Vec<u8>>>>);
 
-impl Outbound for Said {
+impl Outbound for Sent {
     fn send(&self, message: Vec<u8>) {
         self.0.lock().push(message);
     }
 }
 
-impl Said {
-    /// The next message: header, and what follows it.
+impl Sent {
+    /// Waits for the next message: header and body.
     fn next(&self) -> (Header, Vec<u8>) {
         loop {
-            let mut said = self.0.lock();
-            if said.is_empty() {
-                drop(said);
+            let mut sent = self.0.lock();
+            if sent.is_empty() {
+                drop(sent);
                 thread::sleep(Duration::from_millis(1));
                 continue;
             }
-            let message = said.remove(0);
+            let message = sent.remove(0);
             let (head, body) = message.split_at(HEADER_BYTES);
             let header = Header::decode(head.try_into().unwrap()).unwrap();
             return (header, body.to_vec());
@@ -63,7 +63,7 @@ fn window(address: u64, size: u64, offset: u64, flags: u32) -> DmaMapBody {
     }
 }
 
-fn gone(address: u64, size: u64, flags: u32) -> DmaUnmapBody {
+fn removed(address: u64, size: u64, flags: u32) -> DmaUnmapBody {
     DmaUnmapBody {
         argsz: 24.into(),
         flags: flags.into(),
@@ -77,9 +77,9 @@ fn at(address: u64, len: usize) -> [Segment; 1] {
 }
 
 #[test]
-fn windows_side_by_side_are_one_memory_and_what_is_in_none_is_asked_for() {
-    let said = Said::default();
-    let messages = Arc::new(Messages::new(Box::new(said.clone())));
+fn adjacent_windows_are_one_memory_and_other_accesses_are_requested() {
+    let sent = Sent::default();
+    let messages = Arc::new(Messages::new(Box::new(sent.clone())));
     let memory = Arc::new(Mapped::new(messages.clone()));
     let gate = Arc::new(Gate::new());
     let (kept, fd) = file(0x4000);
@@ -99,15 +99,15 @@ fn windows_side_by_side_are_one_memory_and_what_is_in_none_is_asked_for() {
     kept.read_exact_at(&mut found[..2], 0x2ffe).unwrap();
     kept.read_exact_at(&mut found[2..], 0).unwrap();
     assert_eq!(&found, b"abcd");
-    assert!(said.0.lock().is_empty());
+    assert!(sent.0.lock().is_empty());
 
     let (writing, passing) = (memory.clone(), gate.clone());
     let writer = thread::spawn(move || writing.write(&passing, &at(0x2ffe, 4), b"efgh"));
-    let (header, body) = said.next();
+    let (header, body) = sent.next();
     let (access, data) = take::<DmaAccessBody>(Command::DmaWrite, &body).unwrap();
     assert_eq!((header.command, access.address.get()), (12, 0x3000));
     assert_eq!(data, b"gh");
-    assert!(messages.take_reply(&header.refusal_of(libc::EFAULT), &[]));
+    assert!(messages.handle_reply(&header.refusal_of(libc::EFAULT), &[]));
     assert!(matches!(writer.join().unwrap(), Err(DmaError::Refused(_))));
 
     memory
@@ -119,12 +119,12 @@ fn windows_side_by_side_are_one_memory_and_what_is_in_none_is_asked_for() {
     memory.read(&gate, &at(0x3000, 4), &mut found).unwrap();
     let (writing, passing) = (memory.clone(), gate.clone());
     let writer = thread::spawn(move || writing.write(&passing, &at(0x3000, 4), b"ijkl"));
-    let (header, _) = said.next();
-    messages.end();
+    let (header, _) = sent.next();
+    messages.close();
     assert_eq!(writer.join().unwrap(), Err(DmaError::Closed));
     assert!(
-        !messages.take_reply(&header.reply_to(0), &[]),
-        "nobody waits any more"
+        !messages.handle_reply(&header.reply_to(0), &[]),
+        "no request is pending"
     );
     gate.close();
     assert_eq!(
@@ -134,9 +134,9 @@ fn windows_side_by_side_are_one_memory_and_what_is_in_none_is_asked_for() {
 }
 
 #[test]
-fn windows_that_cannot_be_are_refused_and_those_that_go_are_gone() {
-    let said = Said::default();
-    let memory = Mapped::new(Arc::new(Messages::new(Box::new(said))));
+fn invalid_windows_are_refused_and_removed_windows_are_gone() {
+    let sent = Sent::default();
+    let memory = Mapped::new(Arc::new(Messages::new(Box::new(sent))));
     let fd = || Some(file(0x4000).1);
     for (bad, errno) in [
         (window(0x1000, 0, 0, BOTH), libc::EINVAL),
@@ -156,23 +156,23 @@ fn windows_that_cannot_be_are_refused_and_those_that_go_are_gone() {
         );
     }
     for (bad, errno) in [
-        (gone(0x1000, 0x1000, 0), libc::EINVAL),
-        (gone(0x2000, 0x1000, 0), libc::EINVAL),
-        (gone(0x1000, 0x2000, 1), libc::ENOTSUP),
-        (gone(0x1000, 0x2000, DMA_UNMAP_ALL), libc::EINVAL),
+        (removed(0x1000, 0x1000, 0), libc::EINVAL),
+        (removed(0x2000, 0x1000, 0), libc::EINVAL),
+        (removed(0x1000, 0x2000, 1), libc::ENOTSUP),
+        (removed(0x1000, 0x2000, DMA_UNMAP_ALL), libc::EINVAL),
     ] {
         assert_eq!(memory.unmap(&bad), Err(errno), "{bad:?}");
     }
-    assert_eq!(memory.unmap(&gone(0x1000, 0x2000, 0)), Ok(()));
+    assert_eq!(memory.unmap(&removed(0x1000, 0x2000, 0)), Ok(()));
     assert_eq!(memory.map(&window(0x1000, 0x2000, 0, BOTH), fd()), Ok(()));
-    assert_eq!(memory.unmap(&gone(0, 0, DMA_UNMAP_ALL)), Ok(()));
+    assert_eq!(memory.unmap(&removed(0, 0, DMA_UNMAP_ALL)), Ok(()));
     assert_eq!(memory.map(&window(0, 0x4000, 0, BOTH), fd()), Ok(()));
 }
 
 #[test]
-fn answers_may_come_in_any_order_and_must_be_of_the_right_length() {
-    let said = Said::default();
-    let messages = Arc::new(Messages::new(Box::new(said.clone())));
+fn replies_may_come_in_any_order_and_must_have_the_right_length() {
+    let sent = Sent::default();
+    let messages = Arc::new(Messages::new(Box::new(sent.clone())));
     messages.set_max_data(64);
     for short in [false, true] {
         let (done, is_done) = mpsc::channel();
@@ -183,13 +183,13 @@ fn answers_may_come_in_any_order_and_must_be_of_the_right_length() {
             let outcome = reading.read(&Gate::new(), &two, &mut found);
             done.send((outcome, found)).unwrap();
         });
-        let asked: Vec<_> = (0..3).map(|_| said.next()).collect();
-        for (index, (header, body)) in asked.iter().enumerate().rev() {
+        let requests: Vec<_> = (0..3).map(|_| sent.next()).collect();
+        for (index, (header, body)) in requests.iter().enumerate().rev() {
             let (access, _) = take::<DmaAccessBody>(Command::DmaRead, body).unwrap();
             let len = access.count.get() as usize - usize::from(short && index == 1);
             let reply = [access.as_bytes(), &vec![index as u8 + 1; len]].concat();
-            assert!(messages.take_reply(&header.reply_to(0), &reply));
-            assert!(!messages.take_reply(&header.reply_to(0), &reply), "once");
+            assert!(messages.handle_reply(&header.reply_to(0), &reply));
+            assert!(!messages.handle_reply(&header.reply_to(0), &reply), "once");
         }
         let (outcome, found) = is_done.recv_timeout(Duration::from_secs(10)).unwrap();
         reader.join().unwrap();

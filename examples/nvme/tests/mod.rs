@@ -1,5 +1,5 @@
-//! The controller between a driver and memory played here, and the server with a client that means
-//! harm. What a kernel makes of them is seen in `tests/emulated`.
+//! The controller with a driver and memory of the test, and the server with a hostile client.
+//! `tests/emulated` runs both with the driver of a guest's kernel.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! A client over a real socket.
+//! A client over a socket pair.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,8 +15,8 @@ use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
 use crate::memory::Manner;
-use crate::orders::Orders;
 use crate::server::{Setup, serve};
+use crate::test_access::TestAccess;
 
 struct Client {
     stream: UnixStream,
@@ -34,7 +34,7 @@ impl Client {
         let setup = Setup {
             disk: Arc::new(Disk::new(file).unwrap()),
             manner,
-            orders: Arc::new(Orders::default()),
+            test_access: Arc::new(TestAccess::default()),
         };
         let server = thread::spawn(move || serve(other, &setup));
         Self { stream, server }
@@ -60,12 +60,12 @@ impl Client {
         (header.kind, body)
     }
 
-    /// The server hangs up.
-    fn sent_away(mut self) -> ServeError {
+    /// Waits until the server cuts the client off.
+    fn cut_off(mut self) -> ServeError {
         let closed = self.stream.read_to_end(&mut Vec::new());
         let reset = |e: &std::io::Error| e.kind() == std::io::ErrorKind::ConnectionReset;
         assert!(closed.as_ref().is_ok_and(|n| *n == 0) || closed.is_err_and(|e| reset(&e)));
-        self.server.join().unwrap().expect_err("sent away")
+        self.server.join().unwrap().expect_err("cut off")
     }
 
     fn end(self) -> Result<(), ServeError> {
@@ -117,15 +117,15 @@ fn regions_are_read_and_written_within_their_bounds() {
     assert_eq!(
         (kind, body[0]),
         (Kind::Reply, 1),
-        "up to the first that cannot be"
+        "up to the first that fails"
     );
     let (_, body) = client.ask(Command::RegionRead, access(7, 4, 2).as_bytes());
     assert_eq!(body[16..], [6, 0]);
-    client.end().expect("in good order");
+    client.end().expect("an ordinary end");
 }
 
 #[test]
-fn interrupts_that_are_not_there_are_refused() {
+fn interrupts_that_do_not_exist_are_refused() {
     let mut client = Client::agreed(Manner::Messages);
     let set = |index: u32, start: u32, count: u32, flags: u32| IrqSetBody {
         argsz: 20.into(),
@@ -148,16 +148,16 @@ fn interrupts_that_are_not_there_are_refused() {
         let (kind, _) = client.ask(Command::DeviceSetIrqs, body.as_bytes());
         assert_eq!(kind == Kind::Reply, good, "{body:?}");
     }
-    client.end().expect("in good order");
+    client.end().expect("an ordinary end");
 }
 
 #[test]
-fn who_does_not_keep_to_the_protocol_is_sent_away() {
+fn clients_that_violate_the_protocol_are_cut_off() {
     let region = access(7, 0, 4);
     let early = Header::command(1, Command::RegionRead, 0).with_body(region.as_bytes());
     let mut client = Client::new(Manner::Mapped);
     client.stream.write_all(&early).unwrap();
-    assert!(matches!(client.sent_away(), ServeError::Protocol(_)));
+    assert!(matches!(client.cut_off(), ServeError::Protocol(_)));
     let version = Header::command(1, Command::Version, 0).with_body(&[0; 4]);
     let reply = Header::command(1, Command::DmaRead, 0).reply_to(0);
     let short = Header::command(1, Command::RegionRead, 0).with_body(&[0; 3]);
@@ -165,22 +165,22 @@ fn who_does_not_keep_to_the_protocol_is_sent_away() {
         &version,
         &reply.with_body(&[0; 16]),
         &short,
-        &b"no message at all".to_vec(),
+        &b"not a message at all".to_vec(),
     ] {
         let mut client = Client::agreed(Manner::Mapped);
         client.stream.write_all(bad).unwrap();
-        client.sent_away();
+        client.cut_off();
     }
     let mut client = Client::agreed(Manner::Mapped);
     client.stream.write_all(&early[..20]).unwrap();
-    client.end().expect_err("the end within a message");
+    client.end().expect_err("the stream ends within a message");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn any_messages_are_taken_or_the_client_is_sent_away(
+    fn any_message_is_handled_or_the_client_is_cut_off(
         messages in proptest::collection::vec(
             (0..20u16, proptest::collection::vec(any::<u8>(), 0..80), any::<bool>()),
             1..20,
@@ -189,7 +189,7 @@ proptest! {
         let mut client = Client::agreed(Manner::Mapped);
         for (command, mut body, small) in messages {
             if small {
-                // Numbers that may mean something.
+                // Small numbers, which are more often valid.
                 body.iter_mut().enumerate().for_each(|(at, byte)| {
                     *byte = if at % 4 == 0 { *byte % 16 } else { 0 };
                 });

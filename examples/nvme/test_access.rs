@@ -1,14 +1,14 @@
-//! Accesses that a test orders: what a device does that has gone wrong, or means harm.
+//! Accesses that a test requests, as a faulty or malicious device makes them.
 //!
-//! A line is an order, and has a line for an answer:
+//! Each request is a line, and so is its answer:
 //!
 //! ```text
 //! read ADDRESS LENGTH          ok HEX..., or error: WHY
 //! write ADDRESS BYTE LENGTH    ok, or error: WHY
 //! ```
 //!
-//! Addresses and the byte are hexadecimal, lengths decimal: `1..=4096`. The accesses go the way that
-//! all of the device's go, whether the controller is enabled or not.
+//! Addresses and the byte are hexadecimal. Lengths are decimal, `1..=4096`. The accesses use the same
+//! path as the controller's, whether the controller is enabled or not.
 
 use std::fmt::Write as _;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -22,24 +22,24 @@ use parking_lot::Mutex;
 
 use crate::memory::{Gate, Memory, Segment};
 
-/// The most bytes of one access.
+/// The maximum number of bytes of one access.
 const MAX_BYTES: usize = 4096;
-/// The longest line.
+/// The maximum length of a line.
 const MAX_LINE: u64 = 256;
 
-/// Where orders find guest memory.
+/// The guest memory that requests access.
 #[derive(Default)]
-pub struct Orders(Mutex<Option<Arc<dyn Memory>>>);
+pub struct TestAccess(Mutex<Option<Arc<dyn Memory>>>);
 
-impl Orders {
-    /// Guest memory as it is for the client that is there, or none.
+impl TestAccess {
+    /// Sets the guest memory of the connected client; `None` after the client has gone.
     pub fn set_memory(&self, memory: Option<Arc<dyn Memory>>) {
         *self.0.lock() = memory;
     }
 
-    fn obey(&self, line: &str) -> Result<String, String> {
+    fn execute(&self, line: &str) -> Result<String, String> {
         let (segment, byte) = parse(line)?;
-        let memory = self.0.lock().clone().ok_or("no client is here")?;
+        let memory = self.0.lock().clone().ok_or("no client is connected")?;
         let gate = Gate::new();
         if let Some(byte) = byte {
             let data = vec![byte; segment.len];
@@ -52,42 +52,44 @@ impl Orders {
         read.map_err(|cause| cause.to_string())?;
         let mut answer = "ok ".to_owned();
         for byte in data {
-            // A text takes all that is written to it.
+            // Writing to a string cannot fail.
             let _ = write!(answer, "{byte:02x}");
         }
         Ok(answer)
     }
 }
 
-/// Serves orders from now on, one who gives them after the other.
+/// Starts a thread that serves requests, one connection after the other.
 ///
 /// # Errors
-/// Where there can be no other thread.
-pub fn listen(listener: UnixListener, orders: Arc<Orders>) -> io::Result<()> {
-    let serve = move || {
+/// The thread cannot be started.
+pub fn listen(listener: UnixListener, access: Arc<TestAccess>) -> io::Result<()> {
+    let run = move || {
         for stream in listener.incoming() {
-            if let Err(cause) = stream.and_then(|stream| take_from(&stream, &orders)) {
-                warn!("orders: {cause}");
+            if let Err(cause) = stream.and_then(|stream| serve(&stream, &access)) {
+                warn!("cannot serve requests for accesses: {cause}");
             }
         }
     };
-    thread::Builder::new().name("orders".into()).spawn(serve)?;
+    thread::Builder::new()
+        .name("test-access".into())
+        .spawn(run)?;
     Ok(())
 }
 
-/// Gives an order to whoever listens at `path`. Returns the answer.
+/// Sends a request to the server that listens at `path`. Returns the answer.
 ///
 /// # Errors
-/// Where there is none.
-pub fn give(path: &Path, order: &str) -> io::Result<String> {
+/// The server cannot be reached, or does not answer.
+pub fn request(path: &Path, request: &str) -> io::Result<String> {
     let stream = UnixStream::connect(path)?;
-    (&stream).write_all(format!("{order}\n").as_bytes())?;
+    (&stream).write_all(format!("{request}\n").as_bytes())?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer)?;
     Ok(answer.trim_end().to_owned())
 }
 
-fn take_from(stream: &UnixStream, orders: &Orders) -> io::Result<()> {
+fn serve(stream: &UnixStream, access: &TestAccess) -> io::Result<()> {
     let mut from = BufReader::new(stream);
     loop {
         let mut line = String::new();
@@ -95,11 +97,11 @@ fn take_from(stream: &UnixStream, orders: &Orders) -> io::Result<()> {
             return Ok(());
         }
         let line = line.trim();
-        let answer = orders
-            .obey(line)
+        let answer = access
+            .execute(line)
             .unwrap_or_else(|why| format!("error: {why}"));
         let shown = answer.get(..64).unwrap_or(&answer);
-        info!("ordered to {line}: {shown}");
+        info!("request `{line}`: {shown}");
         let mut to = stream;
         to.write_all(format!("{answer}\n").as_bytes())?;
     }
@@ -110,19 +112,19 @@ fn parse(line: &str) -> Result<(Segment, Option<u8>), String> {
     let (address, byte, len) = match words[..] {
         ["read", address, len] => (address, None, len),
         ["write", address, byte, len] => (address, Some(byte), len),
-        _ => return Err("say `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`".into()),
+        _ => return Err("give `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`".into()),
     };
     let digits = |text: &str| text.strip_prefix("0x").unwrap_or(text).to_owned();
     let address = u64::from_str_radix(&digits(address), 16);
-    let address = address.map_err(|_| "the address is no hexadecimal number")?;
+    let address = address.map_err(|_| "the address is not a hexadecimal number")?;
     let byte = byte
         .map(|byte| u8::from_str_radix(&digits(byte), 16))
         .transpose();
-    let byte = byte.map_err(|_| "the byte is no hexadecimal number of 8 bits")?;
+    let byte = byte.map_err(|_| "the byte is not a hexadecimal number of 8 bits")?;
     let len = len.parse().ok().filter(|len| (1..=MAX_BYTES).contains(len));
     let len = len.ok_or_else(|| format!("the length must be 1 to {MAX_BYTES}"))?;
     if address.checked_add(len as u64 - 1).is_none() {
-        return Err("it goes past the last address".into());
+        return Err("the access exceeds the last address".into());
     }
     Ok((Segment { address, len }, byte))
 }
