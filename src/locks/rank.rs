@@ -58,10 +58,10 @@ pub enum Rank {
     SandboxControlFiles,
     /// One limited kind of log message.
     LogLimit,
-    /// The bytes that may be logged.
-    LogBudgets,
-    /// The logger. Anything above may log while it is held.
+    /// The logger. A thread that holds any lock above may log.
     Logger,
+    /// The bytes that may be logged: the logger takes this lock for each message.
+    LogBudgets,
     /// The lock of a test.
     Test,
 }
