@@ -20,7 +20,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 pub struct Args {
     /// What to do instead of serving a virtual machine.
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub command: Option<CliCommand>,
     /// How to serve one.
     #[command(flatten)]
     pub run: RunArgs,
@@ -134,7 +134,7 @@ pub enum OnOff {
 
 /// What to do instead of serving a virtual machine.
 #[derive(Clone, Debug, Subcommand)]
-pub enum Command {
+pub enum CliCommand {
     /// Check a configuration file and print what it says
     ///
     /// Where endpoints are devices of the host, also print what this host lacks for them, and the

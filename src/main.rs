@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use vhost_device_iommu::args::{Args, Command, DescriptorArgs, Question, RunArgs};
+use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs};
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
@@ -70,22 +70,22 @@ fn print_capabilities() -> Outcome {
 fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
     let done = match &args.command {
         None => serve(&args.run),
-        Some(Command::Check { file, file_only }) => check(file, *file_only),
-        Some(Command::Topology { file, json }) => print_topology(file, *json),
-        Some(Command::Viot { file, output }) => write_viot(file, output.as_deref()),
-        Some(Command::QemuArgs {
+        Some(CliCommand::Check { file, file_only }) => check(file, *file_only),
+        Some(CliCommand::Topology { file, json }) => print_topology(file, *json),
+        Some(CliCommand::Viot { file, output }) => write_viot(file, output.as_deref()),
+        Some(CliCommand::QemuArgs {
             file,
             viot,
             shell,
             descriptors,
         }) => print_qemu_args(file, viot.as_deref(), *shell, descriptors),
-        Some(Command::Ctl {
+        Some(CliCommand::Ctl {
             socket,
             json,
             question,
         }) => control(socket, question, *json),
-        Some(Command::DropIn { file }) => print_drop_in(file),
-        Some(Command::Launch { config, viot, vmm }) => {
+        Some(CliCommand::DropIn { file }) => print_drop_in(file),
+        Some(CliCommand::Launch { config, viot, vmm }) => {
             return launch(config, viot.as_deref(), vmm);
         }
     };
