@@ -13,8 +13,8 @@ use vhost_device_iommu::vfio_user::message::{
     REGION_READ, REGION_WRITE,
 };
 use vhost_device_iommu::vfio_user::server::{
-    ClientChannel, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, Region, ServeError,
-    ServedDevice, ServerSignal, serve_client,
+    ClientChannel, ClientError, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData,
+    ServedDevice, ServedRegion, ServerSignal, serve_client,
 };
 use vhost_device_iommu::vfio_user::version::{Capabilities, Version};
 
@@ -38,7 +38,7 @@ pub struct Setup {
 ///
 /// # Errors
 /// The client is cut off, or the controller's worker cannot be started.
-pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ServeError> {
+pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ClientError> {
     let channel = ClientChannel::new(stream, Arc::new(ServerSignal::new()?));
     let channel = Arc::new(channel);
     let messages = Arc::new(Messages::new(Box::new(channel.clone())));
@@ -70,7 +70,7 @@ struct NvmeDevice {
     memory: Arc<dyn Memory>,
     controller: Controller,
     config: ConfigSpace,
-    regions: [Region; VFIO_PCI_NUM_REGIONS as usize],
+    regions: [ServedRegion; VFIO_PCI_NUM_REGIONS as usize],
 }
 
 impl ServedDevice for NvmeDevice {
@@ -94,7 +94,7 @@ impl ServedDevice for NvmeDevice {
         }
     }
 
-    fn region(&self, index: u32) -> Option<&Region> {
+    fn region(&self, index: u32) -> Option<&ServedRegion> {
         self.regions.get(index as usize)
     }
 
@@ -183,13 +183,13 @@ impl ServedDevice for NvmeDevice {
     }
 }
 
-fn region(index: usize) -> Region {
+fn region(index: usize) -> ServedRegion {
     let size = match u32::try_from(index) {
         Ok(VFIO_PCI_BAR0_REGION_INDEX) => BAR_BYTES,
         Ok(VFIO_PCI_CONFIG_REGION_INDEX) => CONFIG_BYTES,
-        Ok(_) | Err(_) => return Region::default(),
+        Ok(_) | Err(_) => return ServedRegion::default(),
     };
-    Region {
+    ServedRegion {
         flags: REGION_READ | REGION_WRITE,
         size: size as u64,
         capabilities: Vec::new(),

@@ -13,7 +13,7 @@ use crate::vfio::{DeviceAccess, DeviceInfo, RegionInfo};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody};
 use crate::vfio_user::server::{
-    DeviceSummary, IrqKind, IrqSet, Region, RegionCapability, ServedDevice,
+    DeviceSummary, IrqKind, IrqSet, RegionCapability, ServedDevice, ServedRegion,
 };
 use crate::warn_limited;
 
@@ -24,7 +24,7 @@ const COMMAND: u64 = 0x04;
 /// Its bits for I/O, memory and bus master.
 const COMMAND_ANSWERS: u16 = 0b111;
 /// A region that the kernel has a number for and the device lacks.
-const ABSENT: &Region = &Region {
+const ABSENT: &ServedRegion = &ServedRegion {
     flags: 0,
     size: 0,
     capabilities: Vec::new(),
@@ -46,7 +46,7 @@ pub struct ExportedDevice {
 /// A region that the device has.
 struct ExportedRegion {
     vfio: RegionInfo,
-    served: Region,
+    served: ServedRegion,
 }
 
 impl ExportedDevice {
@@ -128,7 +128,7 @@ impl ServedDevice for ExportedDevice {
         }
     }
 
-    fn region(&self, index: u32) -> Option<&Region> {
+    fn region(&self, index: u32) -> Option<&ServedRegion> {
         if index >= self.info.regions {
             return None;
         }
@@ -201,7 +201,7 @@ fn exported_region(vfio: RegionInfo) -> ExportedRegion {
         version: c.version,
         data: c.data.clone(),
     });
-    let served = Region {
+    let served = ServedRegion {
         flags: vfio.flags,
         size: vfio.size,
         capabilities: capabilities.collect(),

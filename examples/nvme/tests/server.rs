@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use vhost_device_iommu::vfio_user::message::{
     Command, HEADER_BYTES, Header, IrqSetBody, Kind, RegionAccessBody, WriteMultiBody, WriteOneBody,
 };
-use vhost_device_iommu::vfio_user::server::ServeError;
+use vhost_device_iommu::vfio_user::server::ClientError;
 use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
@@ -20,7 +20,7 @@ use crate::test_access::TestAccess;
 
 struct Client {
     stream: UnixStream,
-    server: JoinHandle<Result<(), ServeError>>,
+    server: JoinHandle<Result<(), ClientError>>,
 }
 
 impl Client {
@@ -61,14 +61,14 @@ impl Client {
     }
 
     /// Waits until the server cuts the client off.
-    fn cut_off(mut self) -> ServeError {
+    fn cut_off(mut self) -> ClientError {
         let closed = self.stream.read_to_end(&mut Vec::new());
         let reset = |e: &std::io::Error| e.kind() == std::io::ErrorKind::ConnectionReset;
         assert!(closed.as_ref().is_ok_and(|n| *n == 0) || closed.is_err_and(|e| reset(&e)));
         self.server.join().unwrap().expect_err("cut off")
     }
 
-    fn end(self) -> Result<(), ServeError> {
+    fn end(self) -> Result<(), ClientError> {
         drop(self.stream);
         self.server.join().unwrap()
     }
@@ -157,7 +157,7 @@ fn clients_that_violate_the_protocol_are_cut_off() {
     let early = Header::command(1, Command::RegionRead, 0).with_body(region.as_bytes());
     let mut client = Client::new(Manner::Mapped);
     client.stream.write_all(&early).unwrap();
-    assert!(matches!(client.cut_off(), ServeError::Protocol(_)));
+    assert!(matches!(client.cut_off(), ClientError::Protocol(_)));
     let version = Header::command(1, Command::Version, 0).with_body(&[0; 4]);
     let reply = Header::command(1, Command::DmaRead, 0).reply_to(0);
     let short = Header::command(1, Command::RegionRead, 0).with_body(&[0; 3]);

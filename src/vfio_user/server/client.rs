@@ -30,7 +30,7 @@ const MAX_UNSENT_COMMANDS: usize = 4 << 20;
 
 /// Why the server cuts a client off.
 #[derive(Debug, Error)]
-pub enum ServeError {
+pub enum ClientError {
     /// The connection failed, or the client sent what is no message.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -162,8 +162,8 @@ impl ClientChannel {
 pub fn serve_client(
     channel: &ClientChannel,
     device: &mut dyn ServedDevice,
-) -> Result<ClientEnd, ServeError> {
-    let mut connection = Connection {
+) -> Result<ClientEnd, ClientError> {
+    let mut connection = ClientConnection {
         channel,
         receiver: Receiver::default(),
         version_until: Some(Instant::now() + VERSION_DEADLINE),
@@ -194,7 +194,7 @@ pub fn serve_client(
 }
 
 /// What the server knows of a client.
-struct Connection<'a> {
+struct ClientConnection<'a> {
     channel: &'a ClientChannel,
     receiver: Receiver,
     /// When the server cuts the client off, unless VERSION is received before.
@@ -203,7 +203,7 @@ struct Connection<'a> {
     max_unsent: usize,
 }
 
-impl Connection<'_> {
+impl ClientConnection<'_> {
     /// Waits until there is something to receive, to send or to stop for.
     fn wait(&self) -> io::Result<()> {
         let unsent = self.channel.unsent_bytes();
@@ -239,13 +239,13 @@ impl Connection<'_> {
     fn serve_message(
         &mut self,
         device: &mut dyn ServedDevice,
-    ) -> Result<Option<ClientEnd>, ServeError> {
+    ) -> Result<Option<ClientEnd>, ClientError> {
         self.channel.flush()?;
         if self.channel.unsent_bytes() >= self.max_unsent {
             return Ok(None);
         }
         if self.version_until.is_some_and(|at| at <= Instant::now()) {
-            return Err(ServeError::Protocol("the client sent no VERSION in time"));
+            return Err(ClientError::Protocol("the client sent no VERSION in time"));
         }
         match self.receiver.receive(&self.channel.stream)? {
             Received::Message(message) => self.handle_message(device, message)?,
@@ -260,7 +260,7 @@ impl Connection<'_> {
         &mut self,
         device: &mut dyn ServedDevice,
         message: Message,
-    ) -> Result<(), ServeError> {
+    ) -> Result<(), ClientError> {
         let header = message.header;
         match header.kind {
             Kind::Command { .. } => {}
@@ -274,7 +274,7 @@ impl Connection<'_> {
         }
         if self.version_until.is_some() {
             if command != Some(Command::Version) {
-                return Err(ServeError::Protocol(
+                return Err(ClientError::Protocol(
                     "the client's first message is not VERSION",
                 ));
             }
@@ -288,10 +288,10 @@ impl Connection<'_> {
         let outcome = match command {
             None => Err(libc::ENOTSUP),
             Some(Command::Version) => {
-                return Err(ServeError::Protocol("the client sent VERSION twice"));
+                return Err(ClientError::Protocol("the client sent VERSION twice"));
             }
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
-                return Err(ServeError::ServerCommand(command));
+                return Err(ClientError::ServerCommand(command));
             }
             Some(command) => execute(device, command, message)?,
         };
@@ -317,20 +317,20 @@ impl Connection<'_> {
     }
 }
 
-fn handle_reply(device: &mut dyn ServedDevice, message: &Message) -> Result<(), ServeError> {
+fn handle_reply(device: &mut dyn ServedDevice, message: &Message) -> Result<(), ClientError> {
     if !device.sends_commands() {
-        return Err(ServeError::Protocol(
+        return Err(ClientError::Protocol(
             "the client sent a reply, and the server sends no commands",
         ));
     }
     if !message.descriptors.is_empty() {
-        return Err(ServeError::Protocol(
+        return Err(ClientError::Protocol(
             "the client sent a reply with descriptors",
         ));
     }
     if device.handle_reply(&message.header, &message.body) {
         Ok(())
     } else {
-        Err(ServeError::Protocol("the client replied to no command"))
+        Err(ClientError::Protocol("the client replied to no command"))
     }
 }

@@ -33,7 +33,7 @@ pub trait ServedDevice {
 
     /// DEVICE_GET_REGION_INFO: region `index`. A region that the device lacks has no bytes; `None`
     /// means that the index is not below the number of regions.
-    fn region(&self, index: u32) -> Option<&Region>;
+    fn region(&self, index: u32) -> Option<&ServedRegion>;
 
     /// DEVICE_GET_REGION_INFO: the file that the client may map instead of sending accesses to
     /// region `index`, which has [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP). The region
@@ -119,7 +119,7 @@ pub struct DeviceSummary {
 
 /// A region of a device: a BAR, the configuration space, ..
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Region {
+pub struct ServedRegion {
     /// [`REGION_READ`](crate::vfio_user::message::REGION_READ),
     /// [`REGION_WRITE`](crate::vfio_user::message::REGION_WRITE) and
     /// [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP); the server ignores and adds the

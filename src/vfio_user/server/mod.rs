@@ -23,8 +23,9 @@ mod region;
 #[cfg(test)]
 mod tests;
 
-pub use self::client::{ClientChannel, ClientEnd, ServeError, ServerSignal, serve_client};
+pub use self::client::{ClientChannel, ClientEnd, ClientError, ServerSignal, serve_client};
 pub use self::device::{
-    DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, Region, RegionCapability, ServedDevice,
+    DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, RegionCapability, ServedDevice,
+    ServedRegion,
 };
 pub use self::listen::{DeviceServer, ServerStatus};

@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::{Registers, TestClient, access, version_body};
 use crate::process::sandbox::Role;
 use crate::vfio_user::message::{Command, HEADER_BYTES, Header};
-use crate::vfio_user::server::{ClientEnd, DeviceServer, ServeError};
+use crate::vfio_user::server::{ClientEnd, ClientError, DeviceServer};
 
 #[test]
 fn clients_that_violate_the_protocol_are_cut_off() {
@@ -19,7 +19,7 @@ fn clients_that_violate_the_protocol_are_cut_off() {
     let read = message(Command::RegionRead, access(0, 0, 1).as_bytes());
     let mut early = TestClient::new(false);
     early.send(&read);
-    assert!(matches!(early.end().0, Err(ServeError::Protocol(_))));
+    assert!(matches!(early.end().0, Err(ClientError::Protocol(_))));
     let dma_read = message(Command::DmaRead, &[0; 16]);
     let reply = Header::command(1, Command::DmaRead, 0)
         .reply_to(0)
@@ -51,7 +51,7 @@ fn a_device_may_send_commands_and_gets_the_replies() {
     let unexpected = Header { id: 78, ..read };
     client.send(&unexpected.reply_to(0).with_body(&body));
     let (outcome, calls) = client.end();
-    assert!(matches!(outcome, Err(ServeError::Protocol(_))));
+    assert!(matches!(outcome, Err(ClientError::Protocol(_))));
     assert_eq!(calls, ["reply 77: 20 bytes", "reset", "reply 78: 16 bytes"]);
 }
 

@@ -14,8 +14,8 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::{
-    ClientChannel, ClientEnd, DeviceSummary, IrqKind, IrqSet, IrqSetData, Region, RegionCapability,
-    ServeError, ServedDevice, ServerSignal, serve_client,
+    ClientChannel, ClientEnd, ClientError, DeviceSummary, IrqKind, IrqSet, IrqSetData,
+    RegionCapability, ServedDevice, ServedRegion, ServerSignal, serve_client,
 };
 use crate::vfio_user::message::{
     Command, DEVICE_PCI, DEVICE_RESET, DmaAccessBody, DmaMapBody, DmaUnmapBody, HEADER_BYTES,
@@ -30,7 +30,7 @@ const REGISTERS: usize = 64;
 /// A device that remembers what the server calls.
 struct Registers {
     bytes: Vec<u8>,
-    regions: Vec<Region>,
+    regions: Vec<ServedRegion>,
     calls: Vec<String>,
     /// It sends commands, and this is the client's connection.
     channel: Option<Arc<ClientChannel>>,
@@ -45,7 +45,7 @@ impl Registers {
             version: 1,
             data: vec![7; 4],
         };
-        let region = |flags, size| Region {
+        let region = |flags, size| ServedRegion {
             flags,
             size,
             capabilities: vec![
@@ -58,7 +58,7 @@ impl Registers {
             regions: vec![
                 region(REGION_READ | REGION_WRITE, REGISTERS as u64),
                 region(REGION_READ, 2 << 20),
-                Region::default(),
+                ServedRegion::default(),
             ],
             calls: Vec::new(),
             channel: None,
@@ -86,7 +86,7 @@ impl ServedDevice for Registers {
         }
     }
 
-    fn region(&self, index: u32) -> Option<&Region> {
+    fn region(&self, index: u32) -> Option<&ServedRegion> {
         self.regions.get(index as usize)
     }
 
@@ -178,7 +178,7 @@ impl ServedDevice for Registers {
 struct TestClient {
     stream: UnixStream,
     signal: Arc<ServerSignal>,
-    server: JoinHandle<(Result<ClientEnd, ServeError>, Vec<String>)>,
+    server: JoinHandle<(Result<ClientEnd, ClientError>, Vec<String>)>,
 }
 
 impl TestClient {
@@ -248,7 +248,7 @@ impl TestClient {
     }
 
     /// Hangs up. Returns the outcome and the calls, without that of VERSION.
-    fn end(self) -> (Result<ClientEnd, ServeError>, Vec<String>) {
+    fn end(self) -> (Result<ClientEnd, ClientError>, Vec<String>) {
         drop(self.stream);
         let (outcome, calls) = self.server.join().expect("the server");
         let calls = calls.into_iter().filter(|c| !c.starts_with("negotiate"));
