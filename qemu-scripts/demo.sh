@@ -114,8 +114,9 @@ requests() {
     sed -n "s/^  $1 .*\bok \([0-9]*\).*/\1/p" <<<"$STATUS"
 }
 
+# no_refusals: whether STATUS shows MAP and UNMAP requests, and no request of any kind that was refused.
 no_refusals() {
-    ! sed -n '/^requests/,/chains/p' <<<"$STATUS" | sed '1d;$d' | grep -qvE '^  [a-z]+ +(none|ok [0-9]+)$' &&
+    ! grep -E '^  (attach|detach|map|unmap|probe) ' <<<"$STATUS" | grep -qvE '^  [a-z]+ +(none|ok [0-9]+)$' &&
         [ -n "$(requests map)" ] && [ -n "$(requests unmap)" ]
 }
 
