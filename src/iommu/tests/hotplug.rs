@@ -126,7 +126,7 @@ fn what_cannot_be_added_changes_nothing() {
             page_sizes,
             aperture,
         });
-        refused(new(B, None), &weak, "the guest was told of");
+        refused(new(B, None), &weak, "the guest was offered");
     }
     let regions = (0..=ROOM as u64).map(|n| ReservedRegion {
         range: range(n << 16, (n << 16) + KIB4 - 1),
