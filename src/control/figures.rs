@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::subjects::{ExternalDevices, Subjects};
 use crate::backends::vfio_user::{EmulatedState, Watch};
 use crate::faults::FaultReason;
-use crate::iommu::{Next, Totals};
+use crate::iommu::{Totals, TotalsCursor};
 use crate::logging;
 use crate::metrics::Counter;
 use crate::protocol::reply::Status;
@@ -261,7 +261,7 @@ impl Figures {
 
 fn totals(subjects: &Subjects) -> Totals {
     let mut totals = Totals::default();
-    let mut next = Some(Next::Domain(crate::ids::DomainId(0)));
+    let mut next = Some(TotalsCursor::Domain(crate::ids::DomainId(0)));
     while let Some(from) = next {
         let iommu = subjects.iommu.lock();
         next = iommu.add_totals(&mut totals, from, COUNTED_PER_LOCK);

@@ -139,7 +139,7 @@ impl Device {
             if requests.ring.is_none() {
                 requests.ring = Some(Box::new(ring.clone()));
                 // The VMM has all its devices by now.
-                self.iommu.lock().settle_unattached();
+                self.iommu.lock().retarget_unattached();
             }
         }
         let mut iommu = self.iommu.lock();

@@ -1,21 +1,21 @@
-//! ATTACH, DETACH, `bypass` and resets: which endpoint is in which domain.
+//! ATTACH, DETACH, `bypass` and resets: they decide which endpoint is in which domain.
 
-use super::domain::{Domain, present_in};
+use super::domain::Domain;
 use super::error::RequestError;
-use super::groups::Changes;
+use super::groups::GroupChanges;
 use super::target::target_of;
-use super::{Endpoint, Iommu};
+use super::{EndpointRecord, Iommu};
 use crate::backends::{AttachError, BackendErrorKind, Target};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{OutOfFrames, Table};
 use crate::topology::ReservedRegions;
 
 impl Iommu {
-    /// Attaches an endpoint to a domain, which is made if it does not exist; an endpoint attached
-    /// elsewhere moves.
+    /// Attaches an endpoint to a domain, which is made if it does not exist. An endpoint that is
+    /// attached to another domain moves.
     ///
     /// # Errors
-    /// See [`RequestError`]; the endpoint stays where it was.
+    /// See [`RequestError`]. The endpoint stays where it was.
     pub fn attach(
         &mut self,
         endpoint: EndpointId,
@@ -23,7 +23,7 @@ impl Iommu {
         bypass: bool,
     ) -> Result<(), RequestError> {
         // ATTACH-3
-        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        let (group, reserved) = self.group_and_reserved(endpoint)?;
         self.check_domain_id(domain)?;
         let existing = self.domains.get(&domain);
         // ATTACH-5
@@ -62,7 +62,7 @@ impl Iommu {
             }
         }
 
-        let made = if existing.is_some() {
+        let new_domain = if existing.is_some() {
             None
         } else if bypass {
             Some(Domain::new(None))
@@ -73,9 +73,9 @@ impl Iommu {
             Some(Domain::new(Some(table)))
         };
         let backend = self.backend_of.get(&endpoint).copied();
-        // Those that cannot be kept apart from it are blocked before it moves.
+        // Block the endpoints that the hardware cannot isolate from this one before it moves.
         let was_active = group.is_some_and(|g| self.groups.is_active(g));
-        let changes = group.map_or_else(Changes::default, |g| {
+        let changes = group.map_or_else(GroupChanges::default, |g| {
             self.groups.plan_join(g, endpoint, domain)
         });
         self.suspend(&changes.suspended);
@@ -83,24 +83,28 @@ impl Iommu {
             self.retarget_unattached_mates(group, endpoint, Target::Blocked);
         }
         if let Some(index) = backend
-            && let Err(refusal) =
-                self.switch(index, endpoint, target_of(domain, bypass), made.as_ref())
+            && let Err(refusal) = self.switch(
+                index,
+                endpoint,
+                target_of(domain, bypass),
+                new_domain.as_ref(),
+            )
         {
             self.resume(&changes.suspended);
             if !was_active {
                 let target = self.bypass_target();
                 self.retarget_unattached_mates(group, endpoint, target);
             }
-            if let Some(table) = made.and_then(|d| d.table) {
+            if let Some(table) = new_domain.and_then(|d| d.table) {
                 table.destroy(&mut self.arena);
                 self.arena.reclaim();
             }
             return Err(self.attach_refused(endpoint, refusal));
         }
 
-        // Nothing below is refused: publish.
-        if let Some(made) = made {
-            self.domains.insert(domain, made);
+        // Nothing below can be refused: publish.
+        if let Some(new_domain) = new_domain {
+            self.domains.insert(domain, new_domain);
         }
         if before.domain != Some(domain) {
             if let Some(entered) = self.domains.get_mut(&domain) {
@@ -121,7 +125,7 @@ impl Iommu {
         }
         self.endpoints.insert(
             endpoint,
-            Endpoint {
+            EndpointRecord {
                 domain: Some(domain),
                 suspended: false,
                 quarantined: false,
@@ -137,10 +141,10 @@ impl Iommu {
     /// Detaches an endpoint from the domain it is attached to.
     ///
     /// # Errors
-    /// See [`RequestError`]. Where a backend fails the endpoint stays attached and is quarantined.
+    /// See [`RequestError`]. If a backend fails, the endpoint stays attached and is quarantined.
     pub fn detach(&mut self, endpoint: EndpointId, domain: DomainId) -> Result<(), RequestError> {
         // DETACH-2
-        let (group, reserved) = self.endpoint_facts(endpoint)?;
+        let (group, reserved) = self.group_and_reserved(endpoint)?;
         self.check_domain_id(domain)?;
         // DETACH-3
         if self.endpoints.get(&endpoint).and_then(|e| e.domain) != Some(domain) {
@@ -148,7 +152,7 @@ impl Iommu {
         }
         let backend = self.backend_of.get(&endpoint).copied();
         if let Some(index) = backend {
-            // A member of a group waits for what becomes of the others.
+            // A member of a group stays blocked until the state of the others is known, below.
             let target = match group {
                 Some(_) => Target::Blocked,
                 None => self.bypass_target(),
@@ -193,23 +197,23 @@ impl Iommu {
         }
     }
 
-    /// Device reset: no endpoint is attached to a domain any more. `bypass` stays as it is.
+    /// Resets the device: detaches every endpoint. `bypass` keeps its value.
     pub fn reset(&mut self) {
         self.detach_all(self.bypass_target());
     }
 
-    /// Reset of the whole VM: as [`Self::reset`], and `bypass` is what it is at boot.
+    /// Resets the whole VM: as [`Self::reset`], and `bypass` returns to its value at boot.
     pub fn reset_vm(&mut self) {
         self.bypass = self.bypass_at_boot;
         self.reset();
     }
 
-    /// What ATTACH answers where the backend refused, with all else undone.
+    /// The answer to an ATTACH that the backend refused. The caller has undone everything else.
     fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
         match refusal {
             AttachError::Unchanged(mut cause) => {
-                // A mapping that leads to no memory, or to addresses that only the host knows to be
-                // reserved: this endpoint and that domain do not go together.
+                // The domain maps addresses that are no memory, or that only the host knows to be
+                // reserved: the endpoint does not fit into this domain (UNSUPP).
                 if let BackendErrorKind::Fault | BackendErrorKind::Range = cause.kind {
                     cause.kind = BackendErrorKind::Unsupp;
                 }
@@ -222,21 +226,21 @@ impl Iommu {
         }
     }
 
-    /// Takes every endpoint out of its domain and switches those behind backends to `target`.
+    /// Detaches every endpoint, and switches those behind backends to `target`.
     pub(super) fn detach_all(&mut self, target: Target) {
         self.groups.clear();
         for endpoint in self.endpoints.values_mut() {
             endpoint.domain = None;
             endpoint.suspended = false;
         }
-        // Those that were in no domain may be blocked for their group, or quarantined.
+        // Include endpoints without a domain: they may be blocked for their group, or quarantined.
         let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
         for endpoint in behind_backends {
             self.retarget(endpoint, target);
         }
         self.endpoints.retain(|_, e| e.quarantined);
         for (id, domain) in std::mem::take(&mut self.domains) {
-            for index in present_in(&domain.backends) {
+            for index in domain.backends.present() {
                 self.backends[index].destroy_domain(id);
             }
             if let Some(table) = domain.table {
@@ -246,6 +250,7 @@ impl Iommu {
         }
     }
 
+    /// Takes an endpoint out of a domain, and destroys the domain if it was the last member.
     pub(super) fn leave_domain(
         &mut self,
         endpoint: EndpointId,

@@ -1,4 +1,4 @@
-//! A domain: members, mappings, and what its members forbid.
+//! A domain: its members, its mappings, and its members' reserved regions.
 
 use std::collections::BTreeSet;
 
@@ -11,37 +11,37 @@ use crate::topology::reserved::{ReservedRegion, ReservedRegions};
 use super::error::RequestError;
 use super::reachable::{is_all_reachable, reachable_bytes};
 
-/// An address space of the guest's. It exists while it has members.
+/// An address space of the guest. It exists as long as it has members.
 #[derive(Debug)]
 pub(super) struct Domain {
     /// The mappings; `None` in a bypass domain.
     pub table: Option<Table>,
     /// The endpoints attached to it.
     pub members: BTreeSet<EndpointId>,
-    /// The backends its members are behind.
+    /// The backends of its members.
     pub backends: BackendUses,
-    /// Mappings some of which no backend has: without rights, or not wholly in one memory slot. Not
-    /// kept where there is no backend.
+    /// The number of mappings that backends do not have, or not completely: mappings without access
+    /// rights, and those not wholly within one memory slot. Only counted while there are backends.
     pub unreachable: u64,
-    /// The distinct sets of reserved regions of its members, with the number of members.
+    /// The distinct sets of reserved regions of its members, each with its number of members.
     reserved: Vec<(ReservedRegions, usize)>,
 }
 
-/// The backends that have a domain.
-#[inline]
-pub(super) fn present_in(backends: &BackendUses) -> impl Iterator<Item = usize> {
-    let present = backends.sorted.iter().filter(|(_, used)| used.present);
-    present.map(|&(index, _)| index)
-}
-
-/// A domain in the backends that have members of it, by their index. There are few, and every MAP
-/// and UNMAP goes through them all.
+/// How the backends use a domain, by the backend's index. A sorted vector and not a map: there are
+/// few backends, and every MAP and UNMAP iterates over them.
 #[derive(Debug, Default)]
 pub(super) struct BackendUses {
     sorted: Vec<(usize, BackendUse)>,
 }
 
 impl BackendUses {
+    /// The backends that have the domain.
+    #[inline]
+    pub fn present(&self) -> impl Iterator<Item = usize> {
+        let present = self.sorted.iter().filter(|(_, used)| used.present);
+        present.map(|&(index, _)| index)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.sorted.is_empty()
     }
@@ -69,18 +69,19 @@ impl BackendUses {
     }
 }
 
-/// A domain in one of the backends.
+/// How one backend uses a domain.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BackendUse {
+    /// Members of the domain behind this backend.
     members: usize,
-    /// The backend has the domain and all its mappings. Never so for bypass domains. Not so after
-    /// it failed to unmap: then all members behind it are quarantined, and the next one that is
-    /// attached finds the domain made anew.
+    /// The backend has the domain and all its mappings. Never set for bypass domains. Cleared when
+    /// the backend fails to unmap: all members behind it are quarantined then, and the next ATTACH
+    /// makes the domain anew in the backend.
     pub present: bool,
 }
 
 impl Domain {
-    /// A domain without members.
+    /// Makes a domain without members.
     pub(super) fn new(table: Option<Table>) -> Self {
         Self {
             table,
@@ -91,7 +92,7 @@ impl Domain {
         }
     }
 
-    /// Whether members reach guest-physical addresses as they are.
+    /// Whether this is a bypass domain: its members use guest-physical addresses.
     pub(super) fn is_bypass(&self) -> bool {
         self.table.is_none()
     }
@@ -113,7 +114,8 @@ impl Domain {
         }
     }
 
-    /// Takes a member out. Returns the backend that has the domain for no member any more.
+    /// Removes a member. Returns its backend if that backend has the domain and no member is left
+    /// behind it.
     pub(super) fn leave(
         &mut self,
         endpoint: EndpointId,
@@ -137,10 +139,10 @@ impl Domain {
         used.present.then_some(backend)
     }
 
-    /// Removes mappings from the table. Returns what the backends have to give up, if there is
-    /// something; only then can the tables that have become empty be used again.
+    /// Removes the mappings in `range` from the table. Returns what it removed, and the part that the
+    /// backends must unmap, if any. The caller must not reclaim frames before they have done so.
     #[inline]
-    pub(super) fn take_out(
+    pub(super) fn remove_mappings(
         &mut self,
         id: DomainId,
         range: IovaRange,
@@ -172,18 +174,18 @@ impl Domain {
         });
         // UNMAP-5
         let unmapped = table.commit_unmap(arena, plan);
-        // Nearly always all that was mapped was reachable.
+        // Nearly always everything mapped is reachable.
         let least = least.unwrap_or(unmapped.bytes);
         debug_assert_eq!(least, counted.unwrap_or(least));
         if unmapped.mappings == 0 {
             return Ok((unmapped, None));
         }
-        // Mappings lie in the input range.
+        // Mappings only lie within the input range.
         let range = range.intersection(input).unwrap_or(input);
         Ok((unmapped, Some(UnmapPart { range, least })))
     }
 
-    /// A reserved region of some member that shares an address with `range`.
+    /// A reserved region of a member that overlaps `range`.
     pub(super) fn reserved_overlap(&self, range: IovaRange) -> Option<&ReservedRegion> {
         self.reserved
             .iter()

@@ -1,4 +1,4 @@
-//! One vocabulary for the outcomes of requests.
+//! The one vocabulary for the outcomes of requests.
 
 use thiserror::Error;
 
@@ -7,18 +7,17 @@ use crate::backends::BackendError;
 use crate::ids::{DomainId, EndpointId};
 use crate::topology::reserved::ReservedRegion;
 
-/// Why a request was refused. Whatever it says, nothing has changed; the exceptions are
-/// [`RequestError::Quarantined`], after which the named endpoints can reach nothing, and which
-/// says so.
+/// A refused request. Nothing has changed, with one exception: [`RequestError::Quarantined`] blocks
+/// endpoints.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum RequestError {
-    /// No such endpoint behind this IOMMU.
+    /// There is no such endpoint behind this IOMMU.
     #[error("no endpoint {0}")]
     NoSuchEndpoint(EndpointId),
     /// The domain does not exist.
     #[error("no domain {0}")]
     NoSuchDomain(DomainId),
-    /// The domain ID is outside `domain_range`.
+    /// The domain ID lies outside `domain_range`.
     #[error("domain {id} is above {last}")]
     DomainOutOfRange {
         /// The ID.
@@ -34,21 +33,21 @@ pub enum RequestError {
         /// The domain the request names.
         domain: DomainId,
     },
-    /// The bypass flag of ATTACH disagrees with the domain that exists.
+    /// The bypass flag of ATTACH contradicts the existing domain.
     #[error("domain {domain} {}", if *.is_bypass { "is a bypass domain" } else { "is not a bypass domain" })]
     BypassMismatch {
         /// The domain.
         domain: DomainId,
-        /// What the existing domain is.
+        /// Whether the existing domain is a bypass domain.
         is_bypass: bool,
     },
     /// A bypass domain has no mappings.
     #[error("domain {0} is a bypass domain and takes no mappings")]
     BypassDomain(DomainId),
-    /// Flag bits that are unknown or were not negotiated.
+    /// Flag bits are set that are unknown or were not negotiated.
     #[error("unknown flags {0:#x}")]
     UnknownFlags(u32),
-    /// A field that must be zero is not.
+    /// A field that must be zero is not zero.
     #[error("reserved field is not zero")]
     ReservedNotZero,
     /// The last address is below the first.
@@ -59,37 +58,37 @@ pub enum RequestError {
         /// Last address.
         last: Iova,
     },
-    /// The mapping's ends or target are not multiples of the granule.
+    /// The mapping's start, end or target is not a multiple of the granule.
     #[error("{mapping} is not aligned to {granule:#x}")]
     Misaligned {
-        /// What was asked.
+        /// The requested mapping.
         mapping: Mapping,
         /// The granule in bytes.
         granule: u64,
     },
-    /// The addresses are outside `input_range`.
+    /// The addresses lie outside `input_range`.
     #[error("{range} is outside the input range {input}")]
     OutsideInputRange {
-        /// What was asked.
+        /// The requested range.
         range: IovaRange,
-        /// What can be translated.
+        /// The addresses that the IOMMU translates.
         input: IovaRange,
     },
-    /// The guest-physical end passes what an entry can hold (2^52 - 1).
+    /// The last guest-physical address passes 2^52 - 1, the largest that an entry can hold.
     #[error("the target of {0} passes the last guest-physical address")]
     PhysOutOfRange(Mapping),
-    /// A mapping is in the way.
+    /// The range overlaps a mapping.
     #[error("{mapping} overlaps {existing}, which is mapped")]
     Overlap {
-        /// What was asked.
+        /// The requested mapping.
         mapping: Mapping,
-        /// What is there.
+        /// The existing leaf.
         existing: IovaRange,
     },
-    /// A reserved region is in the way.
+    /// The range overlaps a reserved region.
     #[error("{range} overlaps the reserved region {region}")]
     Reserved {
-        /// What was asked.
+        /// The requested range.
         range: IovaRange,
         /// The region.
         region: ReservedRegion,
@@ -97,7 +96,7 @@ pub enum RequestError {
     /// UNMAP would split a mapping.
     #[error("unmapping {range} would split the mapping {existing}")]
     WouldSplit {
-        /// What was asked.
+        /// The requested range.
         range: IovaRange,
         /// The mapping that would be split.
         existing: IovaRange,
@@ -112,10 +111,10 @@ pub enum RequestError {
         endpoint: EndpointId,
         /// The other member.
         other: EndpointId,
-        /// Where that one is.
+        /// The domain of that member.
         other_domain: DomainId,
     },
-    /// The domain has a mapping where the endpoint has a reserved region.
+    /// A mapping of the domain overlaps a reserved region of the endpoint.
     #[error("domain has {mapping} where endpoint {endpoint} has the reserved region {region}")]
     RegionClash {
         /// The endpoint of the request.
@@ -125,31 +124,31 @@ pub enum RequestError {
         /// The region it overlaps.
         region: ReservedRegion,
     },
-    /// The page-table arena is used up, or this domain's share of it.
+    /// The page-table arena, or this domain's share of it, has too few free frames.
     #[error("the page-table arena has {free} frames left and {needed} are needed")]
     OutOfFrames {
-        /// Frames the request takes.
+        /// Frames the request needs.
         needed: u64,
-        /// Frames there are for it.
+        /// Frames available to it.
         free: u64,
     },
-    /// PROBE's property list has less room than `probe_size`.
+    /// The buffer of a PROBE has less room for properties than `probe_size`.
     #[error("room for {have} bytes of properties instead of {need}")]
     ProbeTooSmall {
-        /// `probe_size`.
+        /// `probe_size`, in bytes.
         need: usize,
-        /// Room there is.
+        /// The room in the buffer, in bytes.
         have: usize,
     },
-    /// A backend refused, and everything is as it was.
+    /// A backend refused. Nothing has changed.
     #[error("{0}")]
     Backend(BackendError),
-    /// A backend failed half-way; the endpoints behind it are blocked.
+    /// A backend failed half-way. The endpoints behind it are quarantined.
     #[error("{cause}; {count} endpoints are quarantined")]
     Quarantined {
-        /// What failed.
+        /// The failure.
         cause: BackendError,
-        /// How many endpoints are blocked for it.
+        /// How many endpoints were quarantined.
         count: usize,
     },
 }

@@ -1,9 +1,9 @@
-//! Endpoints of one host group stay in one domain.
+//! Host groups: the endpoints of one group must stay in one domain.
 //!
-//! Members of a group cannot be isolated from each other, so at any time all *active* members are
-//! in the same domain. A driver moves a group one endpoint at a time; while it does, the members
-//! that have not followed yet are *suspended*: attached as before, but blocked. Members that are
-//! attached to nothing are blocked while another one is active, whatever `bypass` says.
+//! The hardware cannot isolate the members of a group from each other, so all *active* members are
+//! always in the same domain. A driver moves a group one endpoint at a time. During the move, the
+//! members that have not followed yet are *suspended*: they stay attached, but blocked. Unattached
+//! members are blocked while another member is active, whatever the value of `bypass`.
 //!
 //! ```text
 //!             ATTACH, and no active member is elsewhere
@@ -19,31 +19,31 @@ use std::collections::BTreeMap;
 use crate::ids::{DomainId, EndpointId};
 use crate::topology::GroupId;
 
-/// The members of every group that are attached to a domain.
+/// The attached members of every group.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
-    groups: BTreeMap<GroupId, Group>,
+    groups: BTreeMap<GroupId, GroupMembers>,
 }
 
 #[derive(Debug, Default)]
-struct Group {
-    /// Where the active members are; `None` while nobody is active.
+struct GroupMembers {
+    /// The domain of the active members; `None` while no member is active.
     domain: Option<DomainId>,
     active: BTreeMap<EndpointId, DomainId>,
     suspended: BTreeMap<EndpointId, DomainId>,
 }
 
-/// Members whose DMA changes when another one is attached.
+/// The members of a group whose DMA changes when another member is attached.
 #[derive(Debug, Default)]
-pub(super) struct Changes {
-    /// These are blocked from now on.
+pub(super) struct GroupChanges {
+    /// Members to block.
     pub suspended: Vec<EndpointId>,
-    /// These use their domain again.
+    /// Members to switch back to their domain.
     pub resumed: Vec<EndpointId>,
 }
 
 impl Groups {
-    /// The member that keeps `endpoint` from being attached to `domain`, and where it is.
+    /// The member that prevents an ATTACH of `endpoint` to `domain`, and that member's domain.
     pub(super) fn conflict(
         &self,
         group: GroupId,
@@ -58,25 +58,25 @@ impl Groups {
         group.active.first_key_value().map(|(&e, &d)| (e, d))
     }
 
-    /// Whether a member is active, so that the others may not be in bypass mode.
+    /// Whether a member is active, so that no other may be in bypass mode.
     pub(super) fn is_active(&self, group: GroupId) -> bool {
         self.groups.get(&group).is_some_and(|g| g.domain.is_some())
     }
 
-    /// What [`Groups::join`] will change.
+    /// The changes that [`Groups::join`] will make.
     pub(super) fn plan_join(
         &self,
         group: GroupId,
         endpoint: EndpointId,
         domain: DomainId,
-    ) -> Changes {
+    ) -> GroupChanges {
         let Some(group) = self.groups.get(&group) else {
-            return Changes::default();
+            return GroupChanges::default();
         };
         if group.domain == Some(domain) {
-            return Changes::default();
+            return GroupChanges::default();
         }
-        let mut changes = Changes {
+        let mut changes = GroupChanges {
             suspended: group.active.keys().copied().collect(),
             resumed: group.suspended_in(domain),
         };
@@ -85,7 +85,7 @@ impl Groups {
         changes
     }
 
-    /// Makes `endpoint` an active member in `domain`; [`Groups::conflict`] has found none.
+    /// Makes `endpoint` an active member in `domain`. [`Groups::conflict`] must have returned `None`.
     pub(super) fn join(&mut self, group: GroupId, endpoint: EndpointId, domain: DomainId) {
         let group = self.groups.entry(group).or_default();
         group.active.remove(&endpoint);
@@ -97,8 +97,8 @@ impl Groups {
         group.active.insert(endpoint, domain);
     }
 
-    /// Takes `endpoint` out. Where it was the last active member, the suspended ones of one domain
-    /// are active again: these are returned.
+    /// Removes `endpoint`. If it was the last active member, the suspended members of one domain
+    /// become active again; returns these.
     pub(super) fn leave(&mut self, id: GroupId, endpoint: EndpointId) -> Vec<EndpointId> {
         let Some(group) = self.groups.get_mut(&id) else {
             return Vec::new();
@@ -114,19 +114,19 @@ impl Groups {
         Vec::new()
     }
 
-    /// Forgets everything.
+    /// Removes every member of every group.
     pub(super) fn clear(&mut self) {
         self.groups.clear();
     }
 }
 
-impl Group {
+impl GroupMembers {
     fn suspended_in(&self, domain: DomainId) -> Vec<EndpointId> {
         let there = self.suspended.iter().filter(|(_, d)| **d == domain);
         there.map(|(&endpoint, _)| endpoint).collect()
     }
 
-    /// Makes `domain` the group's, and the suspended members there active.
+    /// Makes `domain` the domain of the group and its suspended members there active; returns these.
     fn resume(&mut self, domain: DomainId) -> Vec<EndpointId> {
         self.domain = Some(domain);
         let back = self.suspended_in(domain);

@@ -1,4 +1,4 @@
-//! Endpoints that come and go while a guest runs.
+//! Adding and removing endpoints while a guest runs.
 
 use thiserror::Error;
 
@@ -12,75 +12,74 @@ use crate::topology::{
     GroupName, NoSuchEndpoints, PciAddress, PciRange, ReservedRegions, TopologyError,
 };
 
-/// Why an endpoint was not added. Nothing has changed then.
+/// An endpoint was not added; nothing has changed.
 #[derive(Debug, Error)]
 pub enum AddError {
-    /// It does not go with the endpoints there are.
+    /// The endpoint conflicts with the topology.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// It has more reserved regions than PROBE has room for, and the guest was told how much.
+    /// The endpoint has more reserved regions than a PROBE of this guest has room for.
     #[error(
-        "{count} reserved regions are too many for a running VM, which was told of room for {room}; \
-         give fewer, or put the endpoint into the file and start the VM anew"
+        "{count} reserved regions are too many for the running VM, which has room for {room}; \
+         give fewer, or add the endpoint to the configuration file and restart the VM"
     )]
     NoRoom {
-        /// Its regions.
+        /// The number of its regions.
         count: usize,
-        /// How many PROBE has room for.
+        /// The number of regions that a PROBE has room for.
         room: usize,
     },
-    /// Its backend can do less than the guest was told of.
+    /// Its backend supports less than the guest was offered.
     #[error(
-        "its device takes {offers} only, and the guest was told of {promised}; put the endpoint into \
-         the file and start the VM anew"
+        "its device supports only {offers}, but the guest was offered {promised}; add the endpoint \
+         to the configuration file and restart the VM"
     )]
     TooWeak {
-        /// What the backend can do.
+        /// Page sizes and addresses that the backend supports.
         offers: String,
-        /// What the guest was told.
+        /// Page sizes and addresses that the guest was offered.
         promised: String,
     },
-    /// Its backend could not take it over.
-    #[error("its device cannot be used: {0}; see to the device and add the endpoint again")]
+    /// Its backend failed to take it over.
+    #[error("its device cannot be used: {0}; fix the device, then add the endpoint again")]
     Backend(BackendError),
 }
 
-/// Why endpoints are not removed. Nothing has changed then.
+/// Endpoints were not removed; nothing has changed.
 #[derive(Debug, Error)]
 pub enum RemoveError {
-    /// There are no such endpoints.
+    /// The range is not an endpoint.
     #[error(transparent)]
     NoSuch(#[from] NoSuchEndpoints),
-    /// The host cannot keep one of them apart from another that stays.
+    /// The host cannot isolate one of them from an endpoint that would remain.
     #[error(
-        "the host cannot tell this device from that of endpoint {mate}, which would take it along \
-         into its domain; leave it there until the VM ends"
+        "the host cannot isolate this device from that of endpoint {mate}, so it would follow that \
+         endpoint into its domain; keep both endpoints until the VM ends"
     )]
     HostGroup {
-        /// An endpoint in the same host group.
+        /// The remaining endpoint, which is in the same host group.
         mate: PciAddress,
     },
 }
 
-/// An endpoint to add, or several that have all but the address in common.
+/// Endpoints to add. Several differ only in their address.
 #[derive(Debug)]
 pub struct NewEndpoints<'a> {
-    /// The functions.
+    /// Their functions.
     pub range: PciRange,
     /// Their host group.
     pub group: Option<&'a GroupName>,
     /// All their reserved regions.
     pub reserved: ReservedRegions,
-    /// How many regions a PROBE of this guest has room for.
+    /// The number of regions that a PROBE of this guest has room for.
     pub room: usize,
 }
 
 impl Iommu {
-    /// Adds endpoints, and the backend that makes the first of them obey if there is one. They are
-    /// attached to nothing.
+    /// Adds unattached endpoints, and the backend of the first of them, if it has one.
     ///
     /// # Errors
-    /// See [`AddError`]. The backend is given back.
+    /// See [`AddError`]. Also returns the backend to the caller.
     pub fn add_endpoints(
         &mut self,
         new: NewEndpoints<'_>,
@@ -89,14 +88,17 @@ impl Iommu {
         if let Err(cause) = self.check_new(&new, backend.as_ref().map(|b| b.capabilities())) {
             return Err((cause, backend));
         }
-        if let Err(cause) = self.topology.add_with(new.range, new.group, new.reserved) {
+        if let Err(cause) = self
+            .topology
+            .add_with_regions(new.range, new.group, new.reserved)
+        {
             return Err((cause.into(), backend));
         }
         let Some(backend) = backend else {
             return Ok(());
         };
         let endpoint = new.range.first().endpoint_id();
-        let index = self.put_backend(backend);
+        let index = self.install_backend(backend);
         self.backend_of.insert(endpoint, index);
         let target = if self.vmm_present {
             self.unattached_target(endpoint)
@@ -107,14 +109,14 @@ impl Iommu {
             return Ok(());
         };
         self.backend_of.remove(&endpoint);
-        let backend = self.take_backend(index);
-        // It was added above.
+        let backend = self.remove_backend(index);
+        // Cannot fail: the range was added above.
         let _ = self.topology.remove(new.range);
         Err((AddError::Backend(refusal.cause().clone()), Some(backend)))
     }
 
-    /// Removes endpoints that were given together, or some of these. When this returns none of them
-    /// reaches anything. Returns the backends that nobody is behind any more.
+    /// Removes endpoints, all of one configured range. When this returns, none of them can reach
+    /// memory. Returns the backends that are left without endpoints.
     ///
     /// # Errors
     /// See [`RemoveError`].
@@ -122,8 +124,8 @@ impl Iommu {
         &mut self,
         range: PciRange,
     ) -> Result<Vec<Box<dyn DmaBackend>>, RemoveError> {
-        self.topology.are_together(range)?;
-        if let Some(mate) = self.host_mate_left_behind(range) {
+        self.topology.check_within_one_range(range)?;
+        if let Some(mate) = self.remaining_group_mate(range) {
             return Err(RemoveError::HostGroup { mate });
         }
         let ids = range.first().endpoint_id()..=range.last().endpoint_id();
@@ -134,26 +136,26 @@ impl Iommu {
         gone.dedup();
         let mut unused = Vec::new();
         for endpoint in gone {
-            let index = self.forget(endpoint);
+            let index = self.remove_endpoint(endpoint);
             if let Some(index) = index
                 && !self.backend_of.values().any(|other| *other == index)
             {
-                unused.push(self.take_backend(index));
+                unused.push(self.remove_backend(index));
             }
         }
         self.topology.remove(range)?;
         Ok(unused)
     }
 
-    /// Blocks an endpoint and takes it out of everything but the topology. Returns its backend.
-    fn forget(&mut self, endpoint: EndpointId) -> Option<usize> {
+    /// Blocks an endpoint and removes it from everything but the topology. Returns its backend.
+    fn remove_endpoint(&mut self, endpoint: EndpointId) -> Option<usize> {
         let info = self.topology.endpoint(endpoint);
         let (group, reserved) = info.map(|info| (info.group, info.reserved.clone()))?;
         let backend = self.backend_of.get(&endpoint).copied();
         if let Some(index) = backend
             && let Err(refusal) = self.switch(index, endpoint, Target::Blocked, None)
         {
-            // The last means there is; nobody sees the state, which is about to go.
+            // The last resort. The quarantined state itself is removed below.
             self.quarantine(endpoint, refusal.cause());
         }
         let state = self.endpoints.remove(&endpoint).unwrap_or_default();
@@ -172,26 +174,28 @@ impl Iommu {
         backend
     }
 
-    /// An endpoint that is not in `range` and shares backend and host group with one that is.
-    fn host_mate_left_behind(&self, range: PciRange) -> Option<PciAddress> {
-        let place = |id: EndpointId, backend: usize| {
+    /// An endpoint outside `range` that shares backend and host group with one inside.
+    fn remaining_group_mate(&self, range: PciRange) -> Option<PciAddress> {
+        let in_group = |id: EndpointId, backend: usize| {
             let group = self.topology.endpoint(id)?.group?;
             Some((PciAddress::from_endpoint_id(id), (backend, group)))
         };
-        let places: Vec<_> = self
+        let members: Vec<_> = self
             .backend_of
             .iter()
-            .filter_map(|(&id, &backend)| place(id, backend))
+            .filter_map(|(&id, &backend)| in_group(id, backend))
             .collect();
-        let goes = |at: &PciAddress| range.contains(*at);
-        places
+        let is_removed = |member: &PciAddress| range.contains(*member);
+        members
             .iter()
-            .find(|(mate, held)| {
-                !goes(mate) && places.iter().any(|(at, with)| goes(at) && with == held)
+            .find(|(mate, group)| {
+                let mut others = members.iter();
+                !is_removed(mate) && others.any(|(other, of)| is_removed(other) && of == group)
             })
             .map(|(mate, _)| *mate)
     }
 
+    /// Checks new endpoints against what the guest was offered at its start.
     fn check_new(
         &self,
         new: &NewEndpoints<'_>,
@@ -215,14 +219,14 @@ impl Iommu {
         Ok(())
     }
 
-    /// Makes a backend one of those there are, and tells it what the others know.
-    fn put_backend(&mut self, mut backend: Box<dyn DmaBackend>) -> usize {
+    /// Installs a backend, and brings it up to date on the VMM and its memory. Returns its index.
+    fn install_backend(&mut self, mut backend: Box<dyn DmaBackend>) -> usize {
         if self.vmm_present {
             backend.vmm_present(true);
         }
         for slot in &self.memory {
             if let Err(cause) = backend.add_memory(slot) {
-                error_limited!("bypass mode does not reach the memory at {slot:?}: {cause}");
+                error_limited!("cannot reach the memory at {slot:?} in bypass mode: {cause}");
             }
         }
         match self.vacant.pop() {
@@ -232,15 +236,15 @@ impl Iommu {
             }
             None => {
                 self.backends.push(backend);
-                // Nobody has counted while there was none.
+                // The count is not kept while there is no backend.
                 self.count_unreachable();
                 self.backends.len() - 1
             }
         }
     }
 
-    /// Takes out a backend that nobody is behind. The numbers of the others stay.
-    fn take_backend(&mut self, index: usize) -> Box<dyn DmaBackend> {
+    /// Removes a backend without endpoints. The indexes of the others stay valid.
+    fn remove_backend(&mut self, index: usize) -> Box<dyn DmaBackend> {
         self.vacant.push(index);
         let backend = std::mem::replace(&mut self.backends[index], Box::new(Vacant));
         debug_assert!(!self.backend_of.values().any(|other| *other == index));

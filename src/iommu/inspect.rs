@@ -1,8 +1,8 @@
-//! Looking at the core piece by piece: nobody who looks keeps it locked for long.
+//! Reading the core. Long lists are read in pieces, so that no reader holds the lock for long.
 
 use super::domain::Domain;
 use super::error::RequestError;
-use super::{Endpoint, Iommu};
+use super::{EndpointRecord, Iommu};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::backends::Target;
 use crate::faults::{Fault, FaultReason};
@@ -10,46 +10,46 @@ use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Table, Translation};
 use crate::topology::ReservedRegions;
 
-/// What an endpoint's DMA meets right now.
+/// What currently applies to an endpoint's DMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dma {
-    /// The mappings of its domain.
+    /// The mappings of its domain translate it.
     Translated,
-    /// Guest-physical addresses as they are.
+    /// Its addresses are guest-physical.
     Bypass,
-    /// Nothing.
+    /// It is blocked.
     Blocked,
 }
 
-/// An endpoint as an operator sees it.
+/// The state of an endpoint, as reported to operators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointState {
     /// Its ID.
     pub id: EndpointId,
     /// The domain it is attached to.
     pub domain: Option<DomainId>,
-    /// What its DMA meets.
+    /// What applies to its DMA.
     pub dma: Dma,
-    /// Blocked because something failed.
+    /// Blocked because a backend failed.
     pub quarantined: bool,
 }
 
-/// A domain as an operator sees it.
+/// The state of a domain, as reported to operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainState {
     /// Its ID.
     pub id: DomainId,
-    /// A bypass domain, without mappings.
+    /// Whether it is a bypass domain, which has no mappings.
     pub bypass: bool,
     /// The endpoints attached to it.
     pub endpoints: Vec<EndpointId>,
-    /// Live mappings.
+    /// The number of live mappings.
     pub mappings: u64,
-    /// Bytes they cover.
+    /// The bytes they cover.
     pub mapped_bytes: u64,
 }
 
-/// How much there is.
+/// Sums over all domains and endpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Live domains.
@@ -60,16 +60,16 @@ pub struct Totals {
     pub mapped_bytes: u64,
     /// Endpoints that are attached to a domain.
     pub attached: u64,
-    /// Endpoints that are blocked because something failed.
+    /// Quarantined endpoints.
     pub quarantined: u64,
 }
 
-/// Where counting goes on.
+/// The position of a count in progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// With the domains from this one on.
+pub enum TotalsCursor {
+    /// Continue with the domains from this one on.
     Domain(DomainId),
-    /// With the endpoints from this one on.
+    /// Continue with the endpoints from this one on.
     Endpoint(EndpointId),
 }
 
@@ -85,10 +85,10 @@ impl Iommu {
             .ok_or(RequestError::NoSuchEndpoint(endpoint))
     }
 
-    /// Where an access of `endpoint` at `iova` goes.
+    /// Translates an access of `endpoint` at `iova`.
     ///
     /// # Errors
-    /// The fault to report where it goes nowhere.
+    /// The fault to report if the access is refused.
     pub fn translate(
         &self,
         endpoint: EndpointId,
@@ -125,7 +125,7 @@ impl Iommu {
             .ok_or(fault(FaultReason::Mapping))
     }
 
-    /// One endpoint's state, or `None` where there is no such endpoint.
+    /// The state of one endpoint, or `None` if it does not exist.
     pub fn endpoint(&self, id: EndpointId) -> Option<EndpointState> {
         self.topology.endpoint(id)?;
         let endpoint = self.endpoints.get(&id).copied().unwrap_or_default();
@@ -137,8 +137,8 @@ impl Iommu {
         })
     }
 
-    /// The first `touched` of the endpoints the guest has touched, and of the others the first
-    /// `untouched` ones.
+    /// The first `touched` endpoints that the guest has attached to a domain or that are quarantined,
+    /// and the first `untouched` of the others, in the order of their IDs.
     pub fn endpoints(
         &self,
         touched: usize,
@@ -157,7 +157,7 @@ impl Iommu {
         ids.into_iter().filter_map(|id| self.endpoint(id))
     }
 
-    /// The IDs of the domains, in their order.
+    /// The IDs of the domains, in ascending order.
     pub fn domain_ids(&self) -> impl Iterator<Item = DomainId> {
         self.domains.keys().copied()
     }
@@ -167,7 +167,7 @@ impl Iommu {
         self.domains_from(DomainId(0))
     }
 
-    /// The mappings of a domain from the one at or after `from` on, in the order of addresses.
+    /// The mappings of a domain from the one that covers or follows `from`, in the order of addresses.
     pub fn mappings(&self, domain: DomainId, from: Iova) -> impl Iterator<Item = Mapping> {
         self.domains
             .get(&domain)
@@ -176,8 +176,8 @@ impl Iommu {
             .flat_map(move |table| table.mappings(&self.arena, from))
     }
 
-    /// What the DMA of an endpoint in this state meets; in doubt, nothing.
-    pub(super) fn dma(&self, id: EndpointId, endpoint: &Endpoint) -> Dma {
+    /// What applies to the DMA of an endpoint in this state. If in doubt, it is blocked.
+    pub(super) fn dma(&self, id: EndpointId, endpoint: &EndpointRecord) -> Dma {
         if endpoint.quarantined || endpoint.suspended {
             return Dma::Blocked;
         }
@@ -194,34 +194,39 @@ impl Iommu {
         }
     }
 
-    /// Adds up to `most` domains or endpoints to `totals`. Returns where to go on, if that is not all;
-    /// it begins with the first domain.
-    pub fn add_totals(&self, totals: &mut Totals, from: Next, most: usize) -> Option<Next> {
+    /// Adds up to `limit` domains or endpoints to `totals`, starting at `from`, which is the first
+    /// domain for the first call. Returns where to continue, or `None` at the end.
+    pub fn add_totals(
+        &self,
+        totals: &mut Totals,
+        from: TotalsCursor,
+        limit: usize,
+    ) -> Option<TotalsCursor> {
         match from {
-            Next::Domain(from) => {
+            TotalsCursor::Domain(from) => {
                 let mut rest = self.domains.range(from..);
-                for (_, domain) in rest.by_ref().take(most) {
+                for (_, domain) in rest.by_ref().take(limit) {
                     totals.domains += 1;
                     if let Some(table) = &domain.table {
                         totals.mappings += table.mapping_count();
                         totals.mapped_bytes += table.mapped_bytes();
                     }
                 }
-                let next = rest.next().map(|(&id, _)| Next::Domain(id));
-                next.or(Some(Next::Endpoint(EndpointId(0))))
+                let next = rest.next().map(|(&id, _)| TotalsCursor::Domain(id));
+                next.or(Some(TotalsCursor::Endpoint(EndpointId(0))))
             }
-            Next::Endpoint(from) => {
+            TotalsCursor::Endpoint(from) => {
                 let mut rest = self.endpoints.range(from..);
-                for (_, endpoint) in rest.by_ref().take(most) {
+                for (_, endpoint) in rest.by_ref().take(limit) {
                     totals.attached += u64::from(endpoint.domain.is_some());
                     totals.quarantined += u64::from(endpoint.quarantined);
                 }
-                rest.next().map(|(&id, _)| Next::Endpoint(id))
+                rest.next().map(|(&id, _)| TotalsCursor::Endpoint(id))
             }
         }
     }
 
-    /// The endpoints from this one on, in the order of their IDs, touched by the guest or not.
+    /// All endpoints from this one on, in the order of their IDs.
     pub fn endpoints_from(&self, from: EndpointId) -> impl Iterator<Item = EndpointState> {
         self.topology()
             .ranges()
@@ -239,12 +244,12 @@ impl Iommu {
             .map(|(&id, domain)| domain.state(id))
     }
 
-    /// Whether there is such a domain now.
+    /// Whether this domain exists.
     pub fn has_domain(&self, domain: DomainId) -> bool {
         self.domains.contains_key(&domain)
     }
 
-    /// The mappings of a domain that share an address with `range`, in the order of addresses.
+    /// The mappings of a domain that overlap `range`, in the order of addresses.
     pub fn mappings_in(&self, domain: DomainId, range: IovaRange) -> impl Iterator<Item = Mapping> {
         self.domains
             .get(&domain)
@@ -255,7 +260,7 @@ impl Iommu {
 }
 
 impl Domain {
-    /// The domain as an operator sees it.
+    /// The state of this domain.
     pub(super) fn state(&self, id: DomainId) -> DomainState {
         DomainState {
             id,
@@ -267,7 +272,7 @@ impl Domain {
     }
 }
 
-/// Identity, except in the endpoint's reserved regions (RESV-5).
+/// The translation in bypass mode: identity, except in the endpoint's reserved regions (RESV-5).
 fn bypass_translation(reserved: &ReservedRegions, iova: Iova) -> Option<Translation> {
     let rest = IovaRange::new(iova, Iova(u64::MAX))?;
     let last = match reserved.overlapping(rest) {

@@ -1,9 +1,9 @@
-//! MAP and UNMAP.
+//! MAP and UNMAP: each is planned in the page table, applied in the backends, then committed.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::Iommu;
-use super::domain::{Domain, present_in};
+use super::domain::Domain;
 use super::error::RequestError;
 use super::reachable::is_all_reachable;
 use crate::address::{IovaRange, Mapping, PageMask};
@@ -11,21 +11,21 @@ use crate::backends::{BackendError, DmaBackend, UnmapPart};
 use crate::ids::DomainId;
 use crate::page_table::{MapRefusal, OutOfFrames, Unmapped};
 
-/// A domain of this many page-table frames may always grow within the arena's last part, so that
-/// one domain that uses up the arena does not keep the others from working.
+/// A domain of up to this many page-table frames may grow into the arena's reserve, so that one
+/// domain that exhausts the rest of the arena does not stop the others.
 const SMALL_DOMAIN_FRAMES: u64 = 16;
-/// The arena's last part: one frame in this many.
+/// The reserve is one frame in this many.
 const RESERVE_DIVISOR: u64 = 16;
 
 impl Iommu {
     /// Creates a mapping in a domain.
     ///
     /// # Errors
-    /// See [`RequestError`]; no part of the mapping exists anywhere.
+    /// See [`RequestError`]. No part of the mapping exists anywhere.
     pub fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), RequestError> {
         self.check_domain_id(domain)?;
         // MAP-4
-        let entry = existing(&mut self.domains, domain)?;
+        let entry = existing_domain(&mut self.domains, domain)?;
         // OPS-4
         if !self.input.covers(mapping.range) {
             return Err(RequestError::OutsideInputRange {
@@ -78,15 +78,17 @@ impl Iommu {
             }
         }
         let mut failed = None;
-        for index in present_in(&entry.backends) {
+        for index in entry.backends.present() {
             if let Err(cause) = self.backends[index].map(domain, mapping) {
                 failed = Some((index, cause));
                 break;
             }
         }
         if let Some((index, cause)) = failed {
-            // With the one that refused: it may have got half-way.
-            let undo: Vec<_> = present_in(&entry.backends)
+            // Include the backend that refused: it may have mapped a part.
+            let undo: Vec<_> = entry
+                .backends
+                .present()
                 .take_while(|i| *i <= index)
                 .collect();
             return Err(self.undo_map(domain, mapping, &undo, cause));
@@ -98,30 +100,30 @@ impl Iommu {
         Ok(())
     }
 
-    /// Removes all mappings in `range`, which may reach over holes and past the input range.
+    /// Removes all mappings in `range`, which may cover holes and pass the input range.
     ///
     /// # Errors
-    /// See [`RequestError`]. Where a backend fails, the mappings are gone and the endpoints behind
-    /// that backend are quarantined.
+    /// See [`RequestError`]. If a backend fails, the mappings are gone and the endpoints behind that
+    /// backend are quarantined.
     pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
         self.check_domain_id(domain)?;
         // UNMAP-2
-        let entry = existing(&mut self.domains, domain)?;
+        let entry = existing_domain(&mut self.domains, domain)?;
         let (unmapped, part) =
-            entry.take_out(domain, range, self.input, &mut self.arena, &self.memory)?;
+            entry.remove_mappings(domain, range, self.input, &mut self.arena, &self.memory)?;
         let Some(UnmapPart { range, least }) = part else {
             return Ok(unmapped);
         };
-        let give_up = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
+        let unmap = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
         let mut failures = Vec::new();
-        act_in_all(&mut self.backends, entry, give_up, &mut failures);
-        self.end_unmap(domain, &failures)?;
+        for_each_backend(&mut self.backends, entry, unmap, &mut failures);
+        self.finish_unmap(domain, &failures)?;
         Ok(unmapped)
     }
 
-    /// As if by [`Self::unmap`] of each of `ranges` in turn, with fewer calls of the backends.
-    /// What each of them came to is appended to `outcomes`. Where a backend fails, all of them that
-    /// it has to do with have failed.
+    /// Unmaps each of `ranges` in turn, as [`Self::unmap`] does, but with fewer calls of the backends.
+    /// Appends one outcome for each range to `outcomes`. If a backend fails, every range that had a
+    /// mapping counts as failed.
     pub fn unmap_all(
         &mut self,
         domain: DomainId,
@@ -130,7 +132,7 @@ impl Iommu {
     ) {
         // UNMAP-2
         let known = self.check_domain_id(domain);
-        let entry = match known.and_then(|()| existing(&mut self.domains, domain)) {
+        let entry = match known.and_then(|()| existing_domain(&mut self.domains, domain)) {
             Ok(entry) => entry,
             Err(refusal) => {
                 outcomes.extend(ranges.iter().map(|_| Err(refusal.clone())));
@@ -138,32 +140,33 @@ impl Iommu {
             }
         };
         let mut parts = Vec::with_capacity(ranges.len());
-        let mut places = Vec::with_capacity(ranges.len());
+        let mut positions = Vec::with_capacity(ranges.len());
         for range in ranges {
-            let taken = entry.take_out(domain, *range, self.input, &mut self.arena, &self.memory);
-            let outcome = taken.map(|(_, part)| {
+            let removed =
+                entry.remove_mappings(domain, *range, self.input, &mut self.arena, &self.memory);
+            let outcome = removed.map(|(_, part)| {
                 if let Some(part) = part {
                     parts.push(part);
-                    places.push(outcomes.len());
+                    positions.push(outcomes.len());
                 }
             });
             outcomes.push_back(outcome);
         }
-        let give_up = |backend: &mut dyn DmaBackend| backend.unmap_all(domain, &parts);
+        let unmap = |backend: &mut dyn DmaBackend| backend.unmap_all(domain, &parts);
         let mut failures = Vec::new();
-        act_in_all(&mut self.backends, entry, give_up, &mut failures);
-        if let Err(refusal) = self.end_unmap(domain, &failures) {
-            for place in places {
-                if let Some(outcome) = outcomes.get_mut(place) {
+        for_each_backend(&mut self.backends, entry, unmap, &mut failures);
+        if let Err(refusal) = self.finish_unmap(domain, &failures) {
+            for position in positions {
+                if let Some(outcome) = outcomes.get_mut(position) {
                     *outcome = Err(refusal.clone());
                 }
             }
         }
     }
 
-    /// The backends have given up what was taken out of a table, but for these.
+    /// Ends an UNMAP after the backends have removed the range, except those in `failures`.
     #[inline]
-    fn end_unmap(
+    fn finish_unmap(
         &mut self,
         domain: DomainId,
         failures: &[(usize, BackendError)],
@@ -172,24 +175,25 @@ impl Iommu {
             [] => None,
             [.., (_, cause)] => Some(RequestError::Quarantined {
                 cause: cause.clone(),
-                count: self.quarantine_after(domain, failures),
+                count: self.quarantine_failed(domain, failures),
             }),
         };
-        // Not before: until then somebody may be reading the tables that have become empty.
+        // Only now: until the backends were done, a reader could be inside the tables that became
+        // empty.
         self.arena.reclaim();
         refusal.map_or(Ok(()), Err)
     }
 
-    /// Blocks the members of a domain behind the backends that failed it. Returns how many there are.
+    /// Quarantines the members of a domain that are behind the failed backends. Returns how many.
     #[cold]
-    fn quarantine_after(&mut self, domain: DomainId, failures: &[(usize, BackendError)]) -> usize {
+    fn quarantine_failed(&mut self, domain: DomainId, failures: &[(usize, BackendError)]) -> usize {
         let counts = failures
             .iter()
             .map(|(index, cause)| self.quarantine_members(domain, *index, cause));
         counts.sum()
     }
 
-    /// Takes a mapping that one backend refused out of all that may have some of it.
+    /// Undoes a MAP that one backend refused in every backend that may have a part of it.
     fn undo_map(
         &mut self,
         domain: DomainId,
@@ -214,25 +218,27 @@ impl Iommu {
     }
 }
 
-/// A domain there is.
+/// The domain, if it exists.
 #[inline]
-fn existing(
+fn existing_domain(
     domains: &mut BTreeMap<DomainId, Domain>,
     id: DomainId,
 ) -> Result<&mut Domain, RequestError> {
     domains.get_mut(&id).ok_or(RequestError::NoSuchDomain(id))
 }
 
-/// Has every backend that has a domain do something, and adds those that failed to `failures`, which
-/// are not returned because moving them costs more than the rest where there are none.
+/// Calls `act` for every backend that has `domain`, and adds the failures to `failures`.
+///
+/// The failures are not the return value: moving an empty vector out costs more than the rest of a
+/// call without failures.
 #[inline]
-fn act_in_all(
+fn for_each_backend(
     backends: &mut [Box<dyn DmaBackend>],
     domain: &Domain,
     mut act: impl FnMut(&mut dyn DmaBackend) -> Result<(), BackendError>,
     failures: &mut Vec<(usize, BackendError)>,
 ) {
-    for index in present_in(&domain.backends) {
+    for index in domain.backends.present() {
         if let Err(cause) = act(&mut *backends[index]) {
             failures.push((index, cause));
         }

@@ -1,11 +1,10 @@
-//! A VMM that comes and goes, and its memory: what backends have of the guest is kept in step.
+//! Connection and disconnection of the VMM, and changes of guest RAM: both reach every backend.
 
 use std::collections::BTreeMap;
 
 use log::debug;
 
 use super::Iommu;
-use super::domain::present_in;
 use super::inspect::Dma;
 use super::reachable::{is_all_reachable, reachable_bytes};
 use crate::address::{Iova, Mapping};
@@ -14,17 +13,17 @@ use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 
 impl Iommu {
-    /// A VMM is there, with its devices: they obey from now on.
+    /// A VMM has connected. The backends take control of the devices it shares.
     pub fn connect(&mut self) {
         self.vmm_present = true;
         for backend in &mut self.backends {
             backend.vmm_present(true);
         }
-        self.settle_unattached();
+        self.retarget_unattached();
     }
 
-    /// The VMM is gone: no endpoint reaches anything any more, nothing of its guest is kept, and
-    /// `bypass` is what it is at boot.
+    /// The VMM has removed. When this returns, every endpoint is blocked, the state of the guest is
+    /// dropped, and `bypass` has its value at boot.
     pub fn disconnect(&mut self) {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
@@ -35,9 +34,9 @@ impl Iommu {
         }
     }
 
-    /// Switches endpoints without a domain to where they belong, those too that could not be
-    /// switched when that was tried before: a device may not have been the VMM's yet.
-    pub fn settle_unattached(&mut self) {
+    /// Switches every endpoint without a domain to its target, including those that failed before:
+    /// the VMM may not have owned the device yet.
+    pub fn retarget_unattached(&mut self) {
         let unattached: Vec<_> = self
             .backend_of
             .keys()
@@ -49,26 +48,27 @@ impl Iommu {
         }
     }
 
-    /// Guest RAM is `slots` from now on. When this returns, no endpoint can reach what has gone;
-    /// mappings that lead to what has come lead there.
+    /// Replaces guest RAM by `slots`. When this returns, no endpoint can reach a removed slot, and
+    /// mappings into a new slot reach it.
     ///
-    /// A mapping stays the guest's while the memory behind it goes and comes: its addresses lead
-    /// nowhere in between.
+    /// A mapping outlives the memory behind it. While the memory is missing, the mapping's addresses
+    /// are unreachable.
     pub fn set_memory(&mut self, slots: Vec<MemorySlot>) {
-        let gone: Vec<_> = difference(&self.memory, &slots);
-        let new: Vec<_> = difference(&slots, &self.memory);
-        // What stays keeps its first mapping in this process: backends may have been given it.
-        self.memory.retain(|slot| !gone.contains(slot));
-        self.memory.extend(new.iter().cloned());
+        let removed: Vec<_> = difference(&self.memory, &slots);
+        let added: Vec<_> = difference(&slots, &self.memory);
+        // Keep the old value of an unchanged slot, with its mapping in this process: a backend may
+        // use that mapping.
+        self.memory.retain(|slot| !removed.contains(slot));
+        self.memory.extend(added.iter().cloned());
         if self.backends.is_empty() {
             return;
         }
-        self.take_memory(&gone);
-        self.give_memory(&new);
+        self.remove_slots(&removed);
+        self.add_slots(&added);
         self.count_unreachable();
     }
 
-    /// Counts anew, in every domain, the mappings that backends have not got, or not wholly.
+    /// Counts anew the mappings of every domain that backends do not have, or not completely.
     pub(super) fn count_unreachable(&mut self) {
         for domain in self.domains.values_mut() {
             let Some(table) = &domain.table else { continue };
@@ -80,16 +80,16 @@ impl Iommu {
         }
     }
 
-    fn take_memory(&mut self, gone: &[MemorySlot]) {
-        if gone.is_empty() {
+    fn remove_slots(&mut self, removed: &[MemorySlot]) {
+        if removed.is_empty() {
             return;
         }
-        debug!("{} memory slots go", gone.len());
-        self.for_each_part(gone, |backend, domain, part| {
-            let least = reachable_bytes(gone, part);
+        debug!("{} memory slots removed", removed.len());
+        self.for_each_part(removed, |backend, domain, part| {
+            let least = reachable_bytes(removed, part);
             backend.unmap(domain, part.range, least)
         });
-        for slot in gone {
+        for slot in removed {
             for index in 0..self.backends.len() {
                 if let Err(cause) = self.backends[index].remove_memory(slot) {
                     self.quarantine_bypass(index, &cause);
@@ -98,23 +98,23 @@ impl Iommu {
         }
     }
 
-    fn give_memory(&mut self, new: &[MemorySlot]) {
-        if new.is_empty() {
+    fn add_slots(&mut self, added: &[MemorySlot]) {
+        if added.is_empty() {
             return;
         }
-        debug!("{} memory slots come", new.len());
-        for slot in new {
+        debug!("{} memory slots added", added.len());
+        for slot in added {
             for backend in &mut self.backends {
                 if let Err(cause) = backend.add_memory(slot) {
-                    error_limited!("bypass mode does not reach the memory at {slot:?}: {cause}");
+                    error_limited!("cannot reach the memory at {slot:?} in bypass mode: {cause}");
                 }
             }
         }
-        self.for_each_part(new, |backend, domain, part| backend.map(domain, part));
+        self.for_each_part(added, |backend, domain, part| backend.map(domain, part));
     }
 
-    /// Does something with the parts of all mappings that lead into `slots`, in every backend that
-    /// has them. Where that fails, the members of the domain behind that backend are quarantined.
+    /// Calls `act` for the part of every mapping that lies in `slots`, for every backend that has the
+    /// domain. If it fails, the members of the domain behind that backend are quarantined.
     fn for_each_part(
         &mut self,
         slots: &[MemorySlot],
@@ -123,7 +123,7 @@ impl Iommu {
         let mut failed: BTreeMap<(DomainId, usize), BackendError> = BTreeMap::new();
         for (&id, domain) in &self.domains {
             let Some(table) = &domain.table else { continue };
-            let backends: Vec<_> = present_in(&domain.backends).collect();
+            let backends: Vec<_> = domain.backends.present().collect();
             if backends.is_empty() {
                 continue;
             }
@@ -145,7 +145,7 @@ impl Iommu {
         }
     }
 
-    /// Blocks every endpoint in bypass mode behind a backend that still reaches what has gone.
+    /// Quarantines every endpoint in bypass mode behind a backend that failed to remove a slot.
     fn quarantine_bypass(&mut self, index: usize, cause: &BackendError) {
         let in_bypass: Vec<EndpointId> = self
             .backend_of

@@ -1,7 +1,11 @@
-//! The core: endpoints, domains, and the rules of the specification between them.
+//! The core: endpoints, domains, and the rules of the specification that connect them.
 //!
-//! Plain function calls drive it; it knows neither virtio nor sockets nor VFIO. Each check names
-//! the statement of `docs/conformance.md` it carries out.
+//! The device drives the core by plain function calls. The core knows neither virtio nor sockets
+//! nor VFIO. Each check carries the ID of the statement in `docs/conformance.md` that it implements.
+//!
+//! This file holds the state, `attach` moves endpoints between domains, `map` changes mappings,
+//! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
+//! and the VMM, and `hotplug` adds and removes endpoints.
 //!
 //! An endpoint is in one of these states:
 //!
@@ -39,42 +43,45 @@ use self::groups::Groups;
 
 pub use self::error::RequestError;
 pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
-pub use self::inspect::{Dma, DomainState, EndpointState, Next, Totals};
+pub use self::inspect::{Dma, DomainState, EndpointState, Totals, TotalsCursor};
 
-/// What the IOMMU offers before its backends narrow it.
+/// What the IOMMU offers the guest, before its backends narrow it.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Width of I/O virtual addresses in bits.
     pub address_width: u8,
     /// Page sizes.
     pub page_sizes: PageMask,
-    /// Highest domain ID, and with that the cap on live domains.
+    /// Highest domain ID, which also caps the number of live domains.
     pub last_domain: u32,
-    /// Whether endpoints without a domain are in bypass mode in a new VM.
+    /// Whether a new VM starts with `bypass` set: endpoints without a domain are in bypass mode.
     pub bypass_at_boot: bool,
     /// Size of the page-table arena in bytes.
     pub arena_limit: u64,
 }
 
-/// An endpoint that is attached or quarantined; all others are unattached.
+/// The state of an endpoint that is attached or quarantined. Unattached endpoints have none.
 #[derive(Clone, Copy, Debug, Default)]
-struct Endpoint {
+struct EndpointRecord {
     domain: Option<DomainId>,
-    /// Its group has moved to another domain without it.
+    /// Blocked, because its group has moved to another domain and it has not followed yet.
     suspended: bool,
+    /// Blocked, because a backend failed.
     quarantined: bool,
 }
 
 /// The IOMMU of one VM.
 pub struct Iommu {
     topology: Topology,
-    /// By number; where one has gone, something that does nothing keeps its place.
+    /// By index. A removed backend leaves a `Vacant` tombstone, so that indexes stay valid.
     backends: Vec<Box<dyn DmaBackend>>,
-    /// Such places.
+    /// The indexes of the tombstones.
     vacant: Vec<usize>,
-    /// A VMM has spoken, and is there.
+    /// A VMM is connected and has sent its first message.
     vmm_present: bool,
+    /// The index of each endpoint's backend.
     backend_of: BTreeMap<EndpointId, usize>,
+    /// The addresses that MAP accepts.
     input: IovaRange,
     page_sizes: PageMask,
     levels: Levels,
@@ -82,18 +89,18 @@ pub struct Iommu {
     bypass_at_boot: bool,
     bypass: bool,
     arena: Arena,
-    endpoints: BTreeMap<EndpointId, Endpoint>,
+    endpoints: BTreeMap<EndpointId, EndpointRecord>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
-    /// Guest RAM as the backends know it.
+    /// Guest RAM, as the backends have it.
     memory: Vec<MemorySlot>,
 }
 
 impl Iommu {
-    /// An IOMMU whose endpoints are all unattached.
+    /// Makes an IOMMU whose endpoints are all unattached.
     ///
     /// # Errors
-    /// Where the arena cannot be made.
+    /// The arena cannot be made.
     pub fn new(settings: Settings, topology: Topology) -> Result<Self, ArenaError> {
         Ok(Self {
             topology,
@@ -115,11 +122,12 @@ impl Iommu {
         })
     }
 
-    /// Puts endpoints behind a backend, before the guest runs. What the guest is offered shrinks
-    /// to what the backend can do; endpoints it cannot take over are quarantined.
+    /// Puts endpoints behind a backend. Must be called before the guest runs, because it narrows what
+    /// the guest is offered to the backend's capabilities. Endpoints that the backend fails to take
+    /// over are quarantined.
     ///
     /// # Errors
-    /// Where the backend has no addresses or page sizes in common with what is offered already.
+    /// The backend's aperture has no address in common with the input range.
     pub fn add_backend(
         &mut self,
         backend: Box<dyn DmaBackend>,
@@ -150,7 +158,7 @@ impl Iommu {
         self.input
     }
 
-    /// The page sizes the guest is told of.
+    /// The page sizes offered to the guest.
     pub fn page_sizes(&self) -> PageMask {
         self.page_sizes
     }
@@ -160,12 +168,12 @@ impl Iommu {
         self.last_domain
     }
 
-    /// Who is behind this IOMMU.
+    /// The endpoints behind this IOMMU.
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// The page tables' memory.
+    /// The memory of the page tables.
     pub fn arena(&self) -> &Arena {
         &self.arena
     }
@@ -175,7 +183,7 @@ impl Iommu {
         self.backends.len() > self.vacant.len()
     }
 
-    /// The page tables' memory, for backends that have endpoint slots there.
+    /// The memory of the page tables, for backends that allocate endpoint slots in it.
     pub fn arena_mut(&mut self) -> &mut Arena {
         &mut self.arena
     }
@@ -185,7 +193,8 @@ impl Iommu {
         self.bypass
     }
 
-    fn endpoint_facts(
+    /// Group and reserved regions of an endpoint.
+    fn group_and_reserved(
         &self,
         endpoint: EndpointId,
     ) -> Result<(Option<GroupId>, ReservedRegions), RequestError> {

@@ -1,18 +1,19 @@
-//! How much of a mapping leads into guest RAM.
+//! Which part of a mapping backends have: the part in guest RAM.
 
 use crate::address::{Access, Mapping};
 use crate::backends::MemorySlot;
 
-/// Whether backends have all of a mapping, which is what they have to have of nearly every one.
+/// Whether backends have the whole mapping. Nearly every mapping is of this kind.
 #[inline(always)]
 pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool {
-    // Slots are disjoint: if not all of it is in the first, it is in none.
+    // Slots are disjoint: a mapping that does not fit into the slot of its first byte fits into none.
     let first = memory.iter().find(|s| s.range.contains(mapping.gpa));
     let is_inside = |s: &MemorySlot| mapping.range.span() <= s.range.last().0 - mapping.gpa.0;
     mapping.access != Access::NONE && first.is_some_and(is_inside)
 }
 
-/// The bytes of a mapping that lead into `memory`, with rights: backends have these at least.
+/// The bytes of a mapping that lie in `memory`, or 0 without access rights. Backends have at least
+/// these.
 pub(super) fn reachable_bytes(memory: &[MemorySlot], mapping: &Mapping) -> u64 {
     if mapping.access == Access::NONE {
         return 0;

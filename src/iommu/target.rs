@@ -1,4 +1,4 @@
-//! Switching endpoints over in their backends, and blocking them where a backend fails.
+//! Switching endpoints over in their backends, and quarantining those whose backend fails.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::topology::GroupId;
 use crate::{error_limited, warn_limited};
 
 impl Iommu {
-    /// Where an endpoint without a domain and without a group goes.
+    /// The target of an endpoint without a domain and without a group.
     pub(super) fn bypass_target(&self) -> Target {
         if self.bypass {
             Target::Bypass
@@ -21,7 +21,7 @@ impl Iommu {
         }
     }
 
-    /// Where an endpoint without a domain goes.
+    /// The target of an endpoint without a domain.
     pub(super) fn unattached_target(&self, endpoint: EndpointId) -> Target {
         let group = self.topology.endpoint(endpoint).and_then(|i| i.group);
         match group {
@@ -30,7 +30,7 @@ impl Iommu {
         }
     }
 
-    /// Switches the members of a group that are attached to nothing, but for one of them.
+    /// Switches the unattached members of a group, except one, to `target`.
     pub(super) fn retarget_unattached_mates(
         &mut self,
         group: Option<GroupId>,
@@ -53,24 +53,24 @@ impl Iommu {
         }
     }
 
-    /// Switches `endpoint` over in its backend, which finds in the page tables what it must fill
-    /// in. Nothing here changes. `made` is the domain it goes to where that is not known yet.
+    /// Switches `endpoint` to `target` in its backend, which reads the mappings from the page tables.
+    /// Changes no state of the core. `new_domain` is the target's domain if it is not published yet.
     pub(super) fn switch(
         &mut self,
         index: usize,
         endpoint: EndpointId,
         target: Target,
-        made: Option<&Domain>,
+        new_domain: Option<&Domain>,
     ) -> Result<(), AttachError> {
-        let tables = Tables {
+        let contents = DomainContents {
             domains: &self.domains,
-            made,
+            new_domain,
             arena: &self.arena,
         };
-        self.backends[index].attach(endpoint, target, &tables)
+        self.backends[index].attach(endpoint, target, &contents)
     }
 
-    /// Switches an endpoint in its backend, if it has one; on failure it is quarantined.
+    /// Switches an endpoint in its backend, if it has one. On failure the endpoint is quarantined.
     pub(super) fn retarget(&mut self, endpoint: EndpointId, target: Target) {
         let Some(&index) = self.backend_of.get(&endpoint) else {
             return;
@@ -85,8 +85,8 @@ impl Iommu {
         }
     }
 
-    /// Blocks every member of a domain behind a backend that failed it. What that backend still
-    /// has of the domain is not known, so it forgets all of it.
+    /// Quarantines every member of a domain behind a backend that failed. It is unknown which mappings
+    /// that backend still has, so it destroys the whole domain. Returns the number of members.
     pub(super) fn quarantine_members(
         &mut self,
         domain: DomainId,
@@ -115,6 +115,7 @@ impl Iommu {
         members.len()
     }
 
+    /// Blocks an endpoint by every means its backend has.
     pub(super) fn quarantine(&mut self, endpoint: EndpointId, cause: &BackendError) {
         error_limited!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
         if let Some(&index) = self.backend_of.get(&endpoint) {
@@ -123,6 +124,7 @@ impl Iommu {
         self.endpoints.entry(endpoint).or_default().quarantined = true;
     }
 
+    /// Blocks members of a group until they follow it to its new domain.
     pub(super) fn suspend(&mut self, endpoints: &[EndpointId]) {
         if let [first, ..] = endpoints {
             warn_limited!(
@@ -136,6 +138,7 @@ impl Iommu {
         }
     }
 
+    /// Switches suspended members of a group back to their domain.
     pub(super) fn resume(&mut self, endpoints: &[EndpointId]) {
         for &endpoint in endpoints {
             self.set_suspended(endpoint, false);
@@ -159,7 +162,7 @@ impl Iommu {
     }
 }
 
-/// Where an endpoint that is attached to a domain goes.
+/// The target of an endpoint that is attached to a domain.
 pub(super) fn target_of(domain: DomainId, bypass: bool) -> Target {
     if bypass {
         Target::Bypass
@@ -168,15 +171,15 @@ pub(super) fn target_of(domain: DomainId, bypass: bool) -> Target {
     }
 }
 
-/// The mappings of the domains, while backends are at work.
-struct Tables<'a> {
+/// The contents of the domains, for a backend that switches an endpoint.
+struct DomainContents<'a> {
     domains: &'a BTreeMap<DomainId, Domain>,
-    /// A domain that is about to be one of them.
-    made: Option<&'a Domain>,
+    /// A domain that is not published yet.
+    new_domain: Option<&'a Domain>,
     arena: &'a Arena,
 }
 
-impl Contents for Tables<'_> {
+impl Contents for DomainContents<'_> {
     fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_> {
         let table = self.domains.get(&domain).and_then(|d| d.table.as_ref());
         let mappings = table.map(|t| t.mappings(self.arena, Iova(0)));
@@ -184,7 +187,7 @@ impl Contents for Tables<'_> {
     }
 
     fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)> {
-        let domain = self.domains.get(&domain).or(self.made)?;
+        let domain = self.domains.get(&domain).or(self.new_domain)?;
         let table = domain.table.as_ref()?;
         Some((table.root(), table.levels()))
     }

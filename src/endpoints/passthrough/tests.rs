@@ -461,7 +461,7 @@ fn every_failure_of_the_kernel_leaves_agreement() {
                             assert_eq!(after, before, "{way:?} {n} {op:?}");
                             if in_a_row == 1 && bed.kernel.state().calls >= last {
                                 // What could not be cleared away at once is with the next switch.
-                                bed.iommu.settle_unattached();
+                                bed.iommu.retarget_unattached();
                                 assert_eq!(bed.leaks(), 0, "{way:?} {n} {op:?}");
                             }
                         }
@@ -704,7 +704,7 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
     let (device, space) = kernel.vmm_device(A.0, 1);
     assert!(device.is_bound());
     assert_eq!(kernel.state().groups[&1].0, Some(space));
-    iommu.settle_unattached();
+    iommu.retarget_unattached();
     assert_eq!(kernel.state().groups[&1].0, None, "blocked");
     assert!(!iommu.endpoint(A).expect("an endpoint").quarantined);
     iommu.attach(A, D1, false).expect("attached");
@@ -816,7 +816,7 @@ fn what_the_vmm_has_moved_since_is_moved_back() {
     assert!(bed.reached(1).is_empty());
     let vmm = bed.spaces[&1];
     bed.kernel.state().groups.insert(1, (Some(vmm), vec![A.0]));
-    bed.iommu.settle_unattached();
+    bed.iommu.retarget_unattached();
     assert!(bed.reached(1).is_empty(), "blocked");
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.kernel.state().groups.insert(1, (Some(vmm), vec![A.0]));
