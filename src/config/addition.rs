@@ -146,7 +146,7 @@ mod tests {
             // The same keys, under a heading of their own.
             let file = format!("{BASE}[[endpoint]]\n{}", keys.replace("; ", "\n"));
             assert_eq!(made, parse(&file), "{keys}");
-            assert!(made.topology.are_together(range).is_ok());
+            assert!(made.topology.check_within_one_range(range).is_ok());
             let back = made.without_endpoints(range).expect("there");
             let of = |config: &Config| config.summary().to_string();
             assert_eq!(

@@ -28,7 +28,7 @@ impl Checker<'_> {
         }
         let expected = self.expected(draft)?;
         match Topology::new(iommu?, reserved?, &specs) {
-            Ok(topology) => match topology.expecting(expected) {
+            Ok(topology) => match topology.with_expected(expected) {
                 Ok(topology) => Some(topology),
                 Err(error) => {
                     let list = draft.hotplug.as_ref().map(|list| &list.value);

@@ -1,16 +1,18 @@
-//! Endpoints that come and go while a VM runs.
+//! Adding and removing endpoints while a VM runs.
 
 use std::collections::HashSet;
 
 use thiserror::Error;
 
 use super::{EndpointSpec, TopologyError};
-use super::{Entry, GroupId, GroupName, MAX_ENDPOINTS, PciRange, ReservedRegions, Topology};
+use super::{
+    GroupId, GroupName, MAX_ENDPOINTS, PciRange, ReservedRegions, Topology, TopologyEntry,
+};
 
-/// Functions that are not endpoints together.
+/// The functions are not endpoints of one configured range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{range} is no endpoint, or not only endpoints that were given together; \
+    "{range} is not an endpoint, or is not within one configured range; \
      name one that `ctl SOCKET status` lists"
 )]
 pub struct NoSuchEndpoints {
@@ -19,12 +21,12 @@ pub struct NoSuchEndpoints {
 }
 
 impl Topology {
-    /// This topology, and a guest that is told of `ranges` besides the endpoints, for those that may
-    /// come later.
+    /// Also announces `ranges` to the guest, in which endpoints may be added later.
     ///
     /// # Errors
-    /// [`TopologyError::ContainsIommu`] where one has the IOMMU's own function, with its index.
-    pub fn expecting(mut self, ranges: Vec<PciRange>) -> Result<Self, TopologyError> {
+    /// [`TopologyError::ContainsIommu`] with the index of a range that contains the IOMMU's own
+    /// function.
+    pub fn with_expected(mut self, ranges: Vec<PciRange>) -> Result<Self, TopologyError> {
         let iommu = self.iommu;
         if let Some(index) = ranges.iter().position(|range| range.contains(iommu)) {
             return Err(TopologyError::ContainsIommu {
@@ -37,21 +39,21 @@ impl Topology {
         Ok(self)
     }
 
-    /// The ranges in which endpoints may come later.
+    /// The ranges in which endpoints may be added later.
     pub fn expected(&self) -> &[PciRange] {
         &self.expected
     }
 
-    /// Whether endpoints of this range are told of before they come.
+    /// Whether this range was announced to the guest in advance.
     pub fn is_expected(&self, range: PciRange) -> bool {
         let covers = |e: &PciRange| e.contains(range.first()) && e.contains(range.last());
         self.expected.iter().any(covers)
     }
 
-    /// Adds the endpoints of `spec`, which have the regions of every endpoint besides their own.
+    /// Adds the endpoints of `spec`, with the reserved regions of every endpoint and their own.
     ///
     /// # Errors
-    /// As [`Topology::new`]; nothing has changed then. The index in the error is 0.
+    /// As [`Topology::new`], with index 0. Nothing has changed.
     pub fn add(&mut self, spec: &EndpointSpec) -> Result<(), TopologyError> {
         let reserved = self
             .common_reserved()
@@ -61,14 +63,14 @@ impl Topology {
                 range: spec.range,
                 source,
             })?;
-        self.add_with(spec.range, spec.group.as_ref(), reserved)
+        self.add_with_regions(spec.range, spec.group.as_ref(), reserved)
     }
 
-    /// Adds endpoints that have exactly the regions of `reserved`.
+    /// Adds endpoints with exactly the reserved regions `reserved`.
     ///
     /// # Errors
     /// As [`Topology::add`].
-    pub fn add_with(
+    pub fn add_with_regions(
         &mut self,
         range: PciRange,
         group: Option<&GroupName>,
@@ -96,37 +98,38 @@ impl Topology {
                 other: other.range,
             });
         }
-        let entry = Entry {
+        let entry = TopologyEntry {
             range,
-            group: group.map(|name| self.group_named(name)),
-            reserved_set: self.reserved_set_of(reserved),
+            group: group.map(|name| self.group_id(name)),
+            reserved_set: self.reserved_set_index(reserved),
         };
         self.entries.insert(at, entry);
         Ok(())
     }
 
-    /// Removes endpoints that were given together, or some of these.
+    /// Removes endpoints, all of one configured range.
     ///
     /// # Errors
-    /// Where `range` names anything else; nothing has changed then.
+    /// `range` is not within one configured range. Nothing has changed.
     pub fn remove(&mut self, range: PciRange) -> Result<(), NoSuchEndpoints> {
-        let (at, entry) = self.entry_with(range)?;
-        let rest = |range| Entry { range, ..entry };
+        let (at, entry) = self.find_entry(range)?;
+        let rest = |range| TopologyEntry { range, ..entry };
         let kept = entry.range.without(range).map(rest);
         self.entries.splice(at..=at, kept);
         Ok(())
     }
 
-    /// Whether `range` is endpoints that were given together, or some of these.
+    /// Checks that `range` is within one configured range.
     ///
     /// # Errors
-    /// Where it is anything else.
-    pub fn are_together(&self, range: PciRange) -> Result<(), NoSuchEndpoints> {
-        self.entry_with(range).map(drop)
+    /// It is not.
+    pub fn check_within_one_range(&self, range: PciRange) -> Result<(), NoSuchEndpoints> {
+        self.find_entry(range).map(drop)
     }
 
-    fn entry_with(&self, range: PciRange) -> Result<(usize, Entry), NoSuchEndpoints> {
-        let before = |e: &Entry| e.range.last() < range.first();
+    /// The entry that contains the whole of `range`, and its index.
+    fn find_entry(&self, range: PciRange) -> Result<(usize, TopologyEntry), NoSuchEndpoints> {
+        let before = |e: &TopologyEntry| e.range.last() < range.first();
         let at = self.entries.partition_point(before);
         let entry = self.entries.get(at).copied();
         entry
@@ -135,8 +138,8 @@ impl Topology {
             .ok_or(NoSuchEndpoints { range })
     }
 
-    /// The ID of a group, an unused one where it is new: nobody is known by that any more.
-    fn group_named(&mut self, name: &GroupName) -> GroupId {
+    /// The ID of a group. A new group gets an ID that no endpoint uses any more, if there is one.
+    fn group_id(&mut self, name: &GroupName) -> GroupId {
         let used: HashSet<_> = self.entries.iter().filter_map(|e| e.group).collect();
         let id = |at: usize| GroupId(u32::try_from(at).unwrap_or(u32::MAX));
         let known = self.group_names.iter().position(|known| known == name);
@@ -156,13 +159,14 @@ impl Topology {
         }
     }
 
-    /// The index of a set of regions, an unused one where it is new.
-    fn reserved_set_of(&mut self, reserved: ReservedRegions) -> usize {
+    /// The index of a set of regions. A new set replaces one that no entry uses any more, if there is
+    /// one.
+    fn reserved_set_index(&mut self, reserved: ReservedRegions) -> usize {
         if let Some(at) = self.reserved_sets.iter().position(|set| *set == reserved) {
             return at;
         }
         let used: HashSet<_> = self.entries.iter().map(|e| e.reserved_set).collect();
-        // The first is that of every endpoint.
+        // Set 0 always stays: it is the common set of all endpoints.
         match (1..self.reserved_sets.len()).find(|at| !used.contains(at)) {
             Some(at) => {
                 self.reserved_sets[at] = reserved;
@@ -212,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_sets_that_nobody_has_are_used_again() {
+    fn unused_group_ids_and_region_sets_are_reused() {
         let mut made = empty();
         made.add(&spec(range(0, 0), 1, 1)).expect("room");
         for n in 2..100 {
@@ -227,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_endpoints_than_can_be() {
+    fn too_many_endpoints_are_refused() {
         let mut made = empty();
         made.add(&spec(range(0x1_0000, 0x1_ffff), 0, 0))
             .expect("a segment");
@@ -245,7 +249,7 @@ mod tests {
             steps in prop::collection::vec((any::<bool>(), 0u32..80, 0u32..6, 0u8..3, 0u64..3), 0..60),
         ) {
             let mut made = empty();
-            // By function: the range it was given in, its group and its regions.
+            // By function: the step that added it, its group and its regions.
             let mut model: BTreeMap<u32, (u32, u8, u64)> = BTreeMap::new();
             for (number, (adds, first, span, group, regions)) in (0u32..).zip(steps) {
                 let last = first + span;

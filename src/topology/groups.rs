@@ -1,4 +1,4 @@
-//! Host groups: endpoints the host cannot keep apart.
+//! Host groups: endpoints that the host cannot isolate from each other.
 
 use std::fmt;
 
@@ -7,10 +7,10 @@ use thiserror::Error;
 /// The longest name of a group, in bytes.
 pub const MAX_GROUP_NAME: usize = 64;
 
-/// A host group. All endpoints of one group must be in the same domain at any time, because the
-/// hardware cannot tell their accesses apart.
+/// A host group. All endpoints of one group must always be in the same domain, because the hardware
+/// cannot tell their accesses apart.
 ///
-/// IDs count from 0 in the order in which a topology first names its groups.
+/// IDs count from 0, in the order in which a topology first names its groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupId(pub u32);
 
@@ -23,7 +23,8 @@ impl GroupName {
     ///
     /// # Errors
     ///
-    /// Where it is empty, longer than [`MAX_GROUP_NAME`], or holds anything but printable ASCII.
+    /// The name is empty, is longer than [`MAX_GROUP_NAME`], or contains anything but printable
+    /// ASCII.
     pub fn new(name: &str) -> Result<Self, GroupNameError> {
         let printable = name.bytes().all(|byte| byte.is_ascii_graphic());
         if (1..=MAX_GROUP_NAME).contains(&name.len()) && printable {
@@ -33,8 +34,8 @@ impl GroupName {
         }
     }
 
-    /// The name of a group that the host made and the operator did not name: `host-group-N`, with
-    /// a `+` for each such name that is `taken` already.
+    /// The name of a host group that the operator did not name: `host-group-N`, followed by as many
+    /// `+` as it takes to find a name that is not `taken`.
     pub(crate) fn of_host_group(number: u32, taken: impl Fn(&Self) -> bool) -> Self {
         let mut name = Self(format!("host-group-{number}"));
         while taken(&name) {
@@ -55,7 +56,7 @@ impl fmt::Display for GroupName {
     }
 }
 
-/// A text is not the name of a group.
+/// The text is not a group name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
     "not a group name; use 1 to {MAX_GROUP_NAME} printable ASCII characters without spaces, \

@@ -1,5 +1,5 @@
-//! Who sits behind the IOMMU: its own address, its endpoints, their host groups and the address
-//! ranges each of them must leave alone.
+//! The topology: the address of the IOMMU, its endpoints, their host groups and their reserved
+//! regions.
 
 #![forbid(unsafe_code)]
 
@@ -22,67 +22,68 @@ pub use reserved::{
     MAX_RESERVED_REGIONS, ReservedError, ReservedKind, ReservedRegion, ReservedRegions,
 };
 
-/// The most endpoints one IOMMU serves: as many as a PCI segment has functions.
+/// The maximum number of endpoints of one IOMMU: the number of functions in a PCI segment.
 pub const MAX_ENDPOINTS: u64 = 65536;
 
-/// Endpoints as the operator names them: input of [`Topology::new`].
+/// Endpoints as the operator configures them: the input of [`Topology::new`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSpec {
     /// The functions.
     pub range: PciRange,
     /// The host group that all of them belong to.
     pub group: Option<GroupName>,
-    /// Reserved regions of theirs, besides those of every endpoint.
+    /// Their reserved regions, in addition to the common ones.
     pub reserved: Vec<ReservedRegion>,
 }
 
-/// Every endpoint.
+/// All endpoints.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Topology {
     iommu: PciAddress,
     /// Sorted and disjoint.
-    pub(crate) entries: Vec<Entry>,
+    pub(crate) entries: Vec<TopologyEntry>,
     pub(crate) group_names: Vec<GroupName>,
-    /// The distinct sets of reserved regions; entries refer to them by index. The first is that
-    /// of endpoints without regions of their own.
+    /// The distinct sets of reserved regions, to which entries refer by index. Set 0 is the common
+    /// set: that of endpoints without regions of their own.
     pub(crate) reserved_sets: Vec<ReservedRegions>,
-    /// Where endpoints may come later: the guest is told of these too.
+    /// Ranges in which endpoints may be added later; they are announced to the guest, too.
     expected: Vec<PciRange>,
 }
 
+/// One configured range of endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub(crate) struct TopologyEntry {
     pub(crate) range: PciRange,
     pub(crate) group: Option<GroupId>,
     pub(crate) reserved_set: usize,
 }
 
-/// What is known of one endpoint.
+/// Properties of one endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointInfo<'a> {
-    /// The host group it belongs to, if the operator named one.
+    /// Its host group, if it has one.
     pub group: Option<GroupId>,
-    /// The addresses it must leave alone.
+    /// Its reserved regions.
     pub reserved: &'a ReservedRegions,
 }
 
-/// A run of endpoints that share everything but their address.
+/// A range of endpoints that differ only in their address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndpointRange<'a> {
     /// The functions.
     pub range: PciRange,
-    /// What holds for each of them.
+    /// The properties of each of them.
     pub info: EndpointInfo<'a>,
 }
 
 impl Topology {
     /// The topology of the IOMMU at `iommu` with the endpoints of `specs`, in any order. Each
-    /// endpoint has the regions of `reserved` and those of its own.
+    /// endpoint has the common regions `reserved` and its own.
     ///
     /// # Errors
     ///
-    /// Where two specs share a function, one has the IOMMU's own, there are more than
-    /// [`MAX_ENDPOINTS`], or the reserved regions of an endpoint do not go together.
+    /// Two specs share a function, one contains the IOMMU's own function, there are more than
+    /// [`MAX_ENDPOINTS`] endpoints, or the reserved regions of an endpoint are invalid together.
     pub fn new(
         iommu: PciAddress,
         reserved: ReservedRegions,
@@ -105,7 +106,7 @@ impl Topology {
                 })?);
                 reserved_sets.len() - 1
             };
-            entries.push(Entry {
+            entries.push(TopologyEntry {
                 range: spec.range,
                 group: spec.group.as_ref().map(|name| groups.id(name)),
                 reserved_set,
@@ -121,12 +122,12 @@ impl Topology {
         })
     }
 
-    /// The address of the IOMMU itself, which is no endpoint.
+    /// The address of the IOMMU itself, which is not an endpoint.
     pub fn iommu(&self) -> PciAddress {
         self.iommu
     }
 
-    /// What is known of `id`, or `None` where it is no endpoint. O(log n).
+    /// The properties of `id`, or `None` if it is not an endpoint. O(log n).
     pub fn endpoint(&self, id: EndpointId) -> Option<EndpointInfo<'_>> {
         let address = PciAddress::from_endpoint_id(id);
         let at = self
@@ -138,7 +139,7 @@ impl Topology {
             .map(|entry| self.info(entry))
     }
 
-    /// The endpoints in ascending order, in the ranges they were given in.
+    /// The configured ranges of endpoints, in ascending order.
     pub fn ranges(&self) -> impl ExactSizeIterator<Item = EndpointRange<'_>> {
         self.entries.iter().map(|entry| EndpointRange {
             range: entry.range,
@@ -146,7 +147,7 @@ impl Topology {
         })
     }
 
-    /// How many endpoints there are.
+    /// The number of endpoints.
     pub fn endpoint_count(&self) -> u64 {
         self.entries.iter().map(|entry| entry.range.count()).sum()
     }
@@ -156,18 +157,17 @@ impl Topology {
         self.group_names.get(usize::try_from(id.0).ok()?)
     }
 
-    /// How many groups there are; their IDs are `0..group_count()`.
+    /// The number of groups. Their IDs are `0..group_count()`.
     pub fn group_count(&self) -> usize {
         self.group_names.len()
     }
 
-    /// The regions of endpoints that have none of their own.
+    /// The common regions: those of endpoints without regions of their own.
     pub fn common_reserved(&self) -> &ReservedRegions {
         &self.reserved_sets[0]
     }
 
-    /// The number of regions of the endpoint with the most: what a PROBE answer must have room
-    /// for.
+    /// The largest number of regions of an endpoint. A PROBE answer must have room for as many.
     pub fn max_reserved_count(&self) -> usize {
         self.reserved_sets
             .iter()
@@ -176,7 +176,7 @@ impl Topology {
             .unwrap_or(0)
     }
 
-    fn info(&self, entry: &Entry) -> EndpointInfo<'_> {
+    fn info(&self, entry: &TopologyEntry) -> EndpointInfo<'_> {
         EndpointInfo {
             group: entry.group,
             reserved: &self.reserved_sets[entry.reserved_set],
@@ -184,10 +184,10 @@ impl Topology {
     }
 }
 
-/// Endpoints that do not go together. `index` counts the specs given to [`Topology::new`].
+/// The endpoints conflict. `index` counts the specs passed to [`Topology::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum TopologyError {
-    /// The same endpoint twice.
+    /// Two specs have the same functions.
     #[error("endpoint {range} is given twice; remove one of the two")]
     Duplicate {
         /// The later of the two.
@@ -195,7 +195,7 @@ pub enum TopologyError {
         /// The functions of both.
         range: PciRange,
     },
-    /// Two specs share functions.
+    /// Two specs share some functions.
     #[error("endpoints {range} and {other} overlap; give each function to one of them")]
     Overlap {
         /// The later of the two.
@@ -205,7 +205,7 @@ pub enum TopologyError {
         /// The functions of the earlier one.
         other: PciRange,
     },
-    /// The IOMMU would be behind itself.
+    /// A spec contains the IOMMU's own function.
     #[error(
         "endpoint {range} contains the IOMMU's own address {iommu}; \
          leave that function out (split the range around it) or move the IOMMU"
@@ -218,31 +218,31 @@ pub enum TopologyError {
         /// The address of the IOMMU.
         iommu: PciAddress,
     },
-    /// More than [`MAX_ENDPOINTS`].
+    /// There are more than [`MAX_ENDPOINTS`] endpoints.
     #[error(
         "{count} endpoints, {MAX_ENDPOINTS} are possible; give narrower ranges, \
          with only the functions the VM has"
     )]
     TooManyEndpoints {
-        /// The spec that brings the number over the cap.
+        /// The spec that exceeds the limit.
         index: usize,
-        /// How many there are up to and with that spec.
+        /// The number of endpoints up to and including that spec.
         count: u64,
     },
-    /// The reserved regions of an endpoint, with those of every endpoint, do not go together.
+    /// The reserved regions of an endpoint are invalid together with the common ones.
     #[error("endpoint {range}: {source}")]
     Reserved {
         /// The spec.
         index: usize,
         /// Its functions.
         range: PciRange,
-        /// What is wrong with the regions.
+        /// The error in the regions.
         source: ReservedError,
     },
 }
 
 impl TopologyError {
-    /// The spec that is to blame, counted from 0.
+    /// The index of the spec at fault, counted from 0.
     pub fn index(&self) -> usize {
         match *self {
             Self::Duplicate { index, .. }
@@ -304,11 +304,12 @@ pub(crate) struct GroupNames {
 }
 
 impl GroupNames {
+    /// The ID of a name, which is new at its first use.
     pub(crate) fn id(&mut self, name: &GroupName) -> GroupId {
         if let Some(&id) = self.ids.get(name) {
             return id;
         }
-        // There is at most one group per endpoint, and those are capped far below 2^32.
+        // Cannot overflow: there is at most one group per endpoint, and at most `MAX_ENDPOINTS`.
         let id = GroupId(u32::try_from(self.names.len()).unwrap_or(u32::MAX));
         self.names.push(name.clone());
         self.ids.insert(name.clone(), id);
@@ -404,8 +405,7 @@ mod tests {
             ranges in proptest::collection::vec((0u32..120, 0u32..6, 0u8..4), 0..12),
             own in 0u64..4,
         ) {
-            // Ids on both sides of the border between two segments, so that neighbours there
-            // are not taken for one run.
+            // IDs on both sides of a segment boundary, where neighbours must not be joined.
             let base = 0xffc0;
             let address = |n| PciAddress::from_endpoint_id(EndpointId(base + n));
             let iommu = address(64);

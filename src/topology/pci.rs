@@ -22,7 +22,7 @@ pub struct PciAddress {
 }
 
 impl PciAddress {
-    /// The address, or `None` where `device` is above 31 or `function` above 7.
+    /// The address, or `None` if `device` is above 31 or `function` above 7.
     pub fn new(segment: u16, bus: u8, device: u8, function: u8) -> Option<Self> {
         (device <= MAX_DEVICE && function <= MAX_FUNCTION).then_some(Self {
             segment,
@@ -32,7 +32,7 @@ impl PciAddress {
         })
     }
 
-    /// The address behind an endpoint ID: the inverse of [`endpoint_id`](Self::endpoint_id).
+    /// The address for an endpoint ID: the inverse of [`endpoint_id`](Self::endpoint_id).
     pub fn from_endpoint_id(id: EndpointId) -> Self {
         let [segment_high, segment_low, bus, devfn] = id.0.to_be_bytes();
         Self {
@@ -43,7 +43,7 @@ impl PciAddress {
         }
     }
 
-    /// The PCI segment (Linux: domain).
+    /// The PCI segment, which Linux calls domain.
     pub fn segment(self) -> u16 {
         self.segment
     }
@@ -63,12 +63,12 @@ impl PciAddress {
         self.function
     }
 
-    /// Bus, device and function in one number: `bus << 8 | device << 3 | function`.
+    /// Bus, device and function as one number: `bus << 8 | device << 3 | function`.
     pub fn bdf(self) -> u16 {
         u16::from(self.bus) << 8 | u16::from(self.device) << 3 | u16::from(self.function)
     }
 
-    /// The name of the function as an endpoint: `segment << 16 | bdf`.
+    /// The endpoint ID of the function: `segment << 16 | bdf`.
     pub fn endpoint_id(self) -> EndpointId {
         EndpointId(u32::from(self.segment) << 16 | u32::from(self.bdf()))
     }
@@ -84,7 +84,7 @@ impl fmt::Display for PciAddress {
     }
 }
 
-/// A text is not a PCI address.
+/// The text is not a PCI address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
     "not a PCI address; write [segment:]bus:device.function in hexadecimal, \
@@ -100,7 +100,7 @@ impl FromStr for PciAddress {
     }
 }
 
-/// A closed, never empty range of PCI functions of one segment: `first..=last`.
+/// A closed range of PCI functions within one segment: `first..=last`. Never empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PciRange {
     first: PciAddress,
@@ -112,7 +112,7 @@ impl PciRange {
     ///
     /// # Errors
     ///
-    /// Where the two lie in different segments, or `last` comes before `first`.
+    /// The two lie in different segments, or `last` comes before `first`.
     pub fn new(first: PciAddress, last: PciAddress) -> Result<Self, PciRangeError> {
         if first.segment != last.segment {
             return Err(PciRangeError::AcrossSegments { first, last });
@@ -133,7 +133,7 @@ impl PciRange {
         self.last
     }
 
-    /// How many functions there are: `1..=65536`.
+    /// The number of functions: `1..=65536`.
     pub fn count(self) -> u64 {
         u64::from(self.last.bdf() - self.first.bdf()) + 1
     }
@@ -148,7 +148,7 @@ impl PciRange {
         self.first <= other.last && other.first <= self.last
     }
 
-    /// What is left of it without `other`, which it contains: up to two ranges.
+    /// This range without `other`, which it must contain: up to two ranges.
     pub fn without(self, other: Self) -> impl Iterator<Item = Self> {
         let neighbour = |bdf: Option<u16>| {
             let segment = u32::from(self.first.segment()) << 16;
@@ -181,10 +181,10 @@ impl fmt::Display for PciRange {
     }
 }
 
-/// A text or a pair of addresses is not a range of PCI functions.
+/// The text or the pair of addresses is not a range of PCI functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum PciRangeError {
-    /// One of the ends cannot be read.
+    /// One of the ends is not an address.
     #[error(transparent)]
     Address(#[from] PciAddressError),
     /// The ends lie in different segments.
@@ -208,7 +208,7 @@ pub enum PciRangeError {
 impl FromStr for PciRange {
     type Err = PciRangeError;
 
-    /// Reads `address` or `address-address`.
+    /// Parses `address` or `address-address`.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once('-') {
             None => Ok(text.parse::<PciAddress>()?.into()),
@@ -234,7 +234,7 @@ fn parse_address(text: &str) -> Option<PciAddress> {
     )
 }
 
-/// Reads `1..=digits` hexadecimal digits; no sign, no prefix.
+/// Parses `1..=digits` hexadecimal digits, without sign or prefix.
 fn hex(text: &str, digits: usize) -> Option<u16> {
     let fits = (1..=digits).contains(&text.len());
     (fits && text.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn invalid_addresses_are_refused() {
         for text in [
             "",
             "5",

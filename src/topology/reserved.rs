@@ -1,4 +1,4 @@
-//! Ranges of I/O virtual addresses that the guest must leave alone.
+//! Reserved regions: ranges of I/O virtual addresses that the guest must not map.
 
 use std::fmt;
 
@@ -6,19 +6,19 @@ use thiserror::Error;
 
 use crate::address::IovaRange;
 
-/// The most reserved regions one endpoint can have.
+/// The maximum number of reserved regions of one endpoint.
 ///
-/// A PROBE answer carries all of an endpoint's regions, 24 bytes each, in a buffer that every
-/// PROBE request must bring along (`probe_size` of `struct virtio_iommu_config`): the cap keeps it
-/// well inside a page.
+/// A PROBE answer carries all regions of an endpoint, 24 bytes each, and every PROBE request must
+/// bring a buffer for the largest answer (`probe_size` of `struct virtio_iommu_config`). The cap
+/// keeps that buffer well below a page.
 pub const MAX_RESERVED_REGIONS: usize = 64;
 
-/// What a reserved region is there for (`subtype` of `struct virtio_iommu_probe_resv_mem`).
+/// The kind of a reserved region (`subtype` of `struct virtio_iommu_probe_resv_mem`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReservedKind {
-    /// Mappings there have no effect or do harm: the guest must not make any.
+    /// The guest must not map it: mappings there have no effect or do harm.
     Reserved,
-    /// Writes there are message-signalled interrupts and pass untranslated.
+    /// Writes to it are message-signalled interrupts and pass untranslated.
     Msi,
 }
 
@@ -31,15 +31,15 @@ impl fmt::Display for ReservedKind {
     }
 }
 
-/// One range an endpoint's driver may not map.
+/// One range that an endpoint's driver must not map.
 ///
-/// A region keeps the bytes it was given: whether a mapping meets it is decided by bytes, not by
-/// pages, so that a granule larger than the region needs no rounding.
+/// A region keeps its exact bytes. Overlaps are checked by bytes and not by pages, so a granule
+/// larger than the region needs no rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ReservedRegion {
     /// The addresses.
     pub range: IovaRange,
-    /// What they are there for.
+    /// The kind of the region.
     pub kind: ReservedKind,
 }
 
@@ -49,18 +49,18 @@ impl fmt::Display for ReservedRegion {
     }
 }
 
-/// The reserved regions of one endpoint: sorted, disjoint, at most one of them for MSIs.
+/// The reserved regions of one endpoint: sorted, disjoint, with at most one MSI region.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ReservedRegions {
     sorted: Vec<ReservedRegion>,
 }
 
 impl ReservedRegions {
-    /// The set of `regions`, in any order.
+    /// The set of `regions`, which may be in any order.
     ///
     /// # Errors
     ///
-    /// Where two overlap, two are for MSIs, or there are more than [`MAX_RESERVED_REGIONS`].
+    /// Two regions overlap, two are MSI regions, or there are more than [`MAX_RESERVED_REGIONS`].
     pub fn new(mut regions: Vec<ReservedRegion>) -> Result<Self, ReservedError> {
         if regions.len() > MAX_RESERVED_REGIONS {
             return Err(ReservedError::TooMany {
@@ -84,23 +84,23 @@ impl ReservedRegions {
         Ok(Self { sorted: regions })
     }
 
-    /// The set of regions that are sorted and disjoint already, with one MSI region at most, and no
-    /// more than [`MAX_RESERVED_REGIONS`].
+    /// The set of regions that are already valid: sorted, disjoint, with at most one MSI region, and at
+    /// most [`MAX_RESERVED_REGIONS`].
     pub(crate) fn from_disjoint(sorted: Vec<ReservedRegion>) -> Self {
         debug_assert!(Self::new(sorted.clone()).is_ok());
         Self { sorted }
     }
 
-    /// These regions together with `more`.
+    /// The union of these regions and `more`.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), for the regions of both together.
+    /// As [`new`](Self::new), for the union.
     pub fn merged(&self, more: &[ReservedRegion]) -> Result<Self, ReservedError> {
         Self::new([&self.sorted, more].concat())
     }
 
-    /// The first region that shares an address with `range`. O(log n).
+    /// The first region that overlaps `range`. O(log n).
     pub fn overlapping(&self, range: IovaRange) -> Option<&ReservedRegion> {
         let at = self
             .sorted
@@ -115,12 +115,12 @@ impl ReservedRegions {
         self.sorted.iter()
     }
 
-    /// How many regions there are.
+    /// The number of regions.
     pub fn len(&self) -> usize {
         self.sorted.len()
     }
 
-    /// Whether there is no region.
+    /// Whether there are no regions.
     pub fn is_empty(&self) -> bool {
         self.sorted.is_empty()
     }
@@ -135,10 +135,10 @@ impl<'a> IntoIterator for &'a ReservedRegions {
     }
 }
 
-/// Reserved regions that do not go together.
+/// The reserved regions are invalid together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum ReservedError {
-    /// Two regions share addresses.
+    /// Two regions overlap.
     #[error(
         "reserved regions {first} and {second} overlap; \
          make one region of them or move their bounds apart"
@@ -149,9 +149,9 @@ pub enum ReservedError {
         /// The other region.
         second: ReservedRegion,
     },
-    /// Two regions are for MSIs.
+    /// Two regions are MSI regions.
     #[error(
-        "an endpoint has at most one MSI region, but {first} and {second} would both be; \
+        "an endpoint has at most one MSI region, but {first} and {second} would both be MSI regions; \
          leave one out, or keep MSI regions out of the list for all endpoints \
          and give each endpoint its own"
     )]
@@ -161,13 +161,13 @@ pub enum ReservedError {
         /// The other region.
         second: ReservedRegion,
     },
-    /// There are more than [`MAX_RESERVED_REGIONS`].
+    /// There are more than [`MAX_RESERVED_REGIONS`] regions.
     #[error(
         "{count} reserved regions for one endpoint, {MAX_RESERVED_REGIONS} are possible; \
-         join neighbouring regions"
+         join adjacent regions"
     )]
     TooMany {
-        /// How many there are.
+        /// The number of regions.
         count: usize,
     },
 }
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_set_is_sorted_and_found_in() {
+    fn a_set_is_sorted_and_searchable() {
         let set = ReservedRegions::new(vec![
             region(0x3000, 0x3fff, ReservedKind::Msi),
             region(0x1000, 0x1fff, ReservedKind::Reserved),

@@ -1,9 +1,9 @@
-//! The ACPI Virtual I/O Translation table, which tells the guest which endpoints are behind the
-//! IOMMU (ACPI specification, section "Virtual I/O Translation (VIOT) Table").
+//! The ACPI Virtual I/O Translation table (VIOT), which tells the guest which endpoints are behind
+//! the IOMMU (ACPI specification, section "Virtual I/O Translation (VIOT) Table").
 //!
-//! Written here rather than by the `acpi_tables` crate, whose endpoint IDs leave out the PCI
-//! segment: functions with the same bus, device and function number in two segments would become
-//! one endpoint.
+//! This file encodes the table itself. The `acpi_tables` crate omits the PCI segment from endpoint
+//! IDs, so functions of two segments with the same bus, device and function number would become one
+//! endpoint.
 
 use thiserror::Error;
 use zerocopy::little_endian::{U16, U32};
@@ -63,12 +63,12 @@ const _: () = assert!(size_of::<Head>() == HEAD_LEN as usize);
 const _: () = assert!(size_of::<PciRangeNode>() == 24);
 const _: () = assert!(size_of::<VirtioPciNode>() == 16);
 
-/// The table for `topology`: the IOMMU, then its endpoints, and where some may come, in ascending
-/// order, neighbours joined.
+/// The table for `topology`: the IOMMU, then the ranges of its endpoints and those in which endpoints
+/// may be added later, in ascending order, with adjacent ranges joined.
 ///
 /// # Errors
 ///
-/// Where there are more separate ranges than a table has room for.
+/// There are more separate ranges than a table has room for.
 pub fn table(topology: &Topology) -> Result<Vec<u8>, ViotError> {
     let ranges = joined(topology);
     let node_count = u16::try_from(ranges.len() + 1).map_err(|source| ViotError {
@@ -95,7 +95,7 @@ pub fn table(topology: &Topology) -> Result<Vec<u8>, ViotError> {
     };
     let mut bytes = Vec::with_capacity(length);
     bytes.extend_from_slice(head.as_bytes());
-    // The IOMMU comes first, so that every range refers to the same fixed offset.
+    // The IOMMU comes first, so that every range can refer to it by the same offset.
     bytes.extend_from_slice(iommu_node(topology.iommu()).as_bytes());
     for range in ranges {
         bytes.extend_from_slice(range_node(range).as_bytes());
@@ -106,19 +106,19 @@ pub fn table(topology: &Topology) -> Result<Vec<u8>, ViotError> {
     Ok(bytes)
 }
 
-/// The endpoints are too scattered for one table.
+/// The endpoints form more separate ranges than one table has room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error(
     "{ranges} separate endpoint ranges do not fit an ACPI VIOT table, which takes 65534; \
-     give ranges that adjoin"
+     give adjacent ranges"
 )]
 pub struct ViotError {
     ranges: usize,
     source: std::num::TryFromIntError,
 }
 
-/// The ranges of a topology, also those that endpoints may come to later. Those that adjoin or share
-/// functions are made one.
+/// The ranges of a topology, including those in which endpoints may be added later. Ranges that
+/// adjoin or overlap are joined.
 fn joined(topology: &Topology) -> Vec<PciRange> {
     let mut ranges: Vec<_> = topology.ranges().map(|entry| entry.range).collect();
     ranges.extend(topology.expected());
@@ -169,7 +169,7 @@ mod tests {
     use crate::topology::{EndpointSpec, ReservedRegions};
 
     #[test]
-    fn endpoints_too_scattered_for_a_table_are_refused() {
+    fn too_many_separate_ranges_for_a_table_are_refused() {
         // Every other function of two segments, so that none adjoin.
         let specs: Vec<_> = (0..=1u16)
             .flat_map(|segment| (0..=u16::MAX).step_by(2).map(move |bdf| (segment, bdf)))
