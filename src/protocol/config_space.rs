@@ -1,4 +1,4 @@
-//! The device configuration space and the one byte of it a driver may write.
+//! The device configuration space. The driver may write one byte of it: `bypass`.
 
 use zerocopy::IntoBytes;
 
@@ -11,12 +11,12 @@ pub const CONFIG_LEN: usize = size_of::<ConfigLayout>();
 /// Offset of `bypass` in the configuration space.
 pub const BYPASS_OFFSET: usize = 36;
 
-/// What the configuration space shows, all of it fixed but `bypass`.
+/// The constant fields of the configuration space: all but `bypass`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConfigSpace {
     /// Page sizes.
     pub page_sizes: PageMask,
-    /// Addresses the IOMMU translates.
+    /// The addresses that the IOMMU translates.
     pub input_range: IovaRange,
     /// Highest domain ID; the lowest is 0.
     pub last_domain: u32,
@@ -25,7 +25,7 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// The bytes from `offset`, exactly `len` of them; zeroes past the end.
+    /// Exactly `len` bytes from `offset` on. Bytes past the end of the space are zero.
     pub fn read(&self, bypass: bool, offset: u32, len: u32) -> Vec<u8> {
         let layout = ConfigLayout {
             page_size_mask: self.page_sizes.bits().into(),
@@ -44,8 +44,8 @@ impl ConfigSpace {
         out
     }
 
-    /// The value a write of `bytes` at `offset` gives to `bypass`: `None` where it does not reach
-    /// that byte or gives it a value other than 0 and 1. All other fields are read-only.
+    /// The value that a write of `bytes` at `offset` gives to `bypass`. `None` if the write does not
+    /// cover that byte, or gives it a value other than 0 and 1. All other fields are read-only.
     pub fn written_bypass(offset: u32, bytes: &[u8]) -> Option<bool> {
         let at = BYPASS_OFFSET.checked_sub(offset as usize)?;
         match bytes.get(at)? {
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn every_offset_and_length_is_answered_in_full() {
+    fn reads_of_any_offset_and_length_return_all_bytes() {
         let whole = space().read(true, 0, 40);
         assert_eq!(whole[..8], 0x4020_1000u64.to_le_bytes());
         assert_eq!(whole[16..24], 0xffff_ffff_ffffu64.to_le_bytes());

@@ -1,4 +1,5 @@
-//! The virtio-iommu wire: structures, requests, replies, properties and faults. Types only.
+//! The virtio-iommu wire format: requests, replies, properties, faults and the configuration space.
+//! Types and their encoding only.
 //!
 //! Source: virtio specification 1.3, section "IOMMU Device" (device type 23).
 

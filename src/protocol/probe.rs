@@ -1,4 +1,4 @@
-//! PROBE's answer: a list of properties.
+//! The answer to PROBE: a list of properties.
 
 use zerocopy::IntoBytes;
 
@@ -8,7 +8,7 @@ use super::wire::{
 };
 use crate::address::IovaRange;
 
-/// Length of one RESV_MEM property in bytes, head included.
+/// Length of one RESV_MEM property in bytes, including its head.
 pub const RESV_MEM_LEN: usize = size_of::<ProbeResvMem>();
 
 /// Appends a RESV_MEM property to a property list.
@@ -38,7 +38,7 @@ mod tests {
     use crate::address::Iova;
 
     #[test]
-    fn a_property_says_its_length_without_the_head() {
+    fn the_length_of_a_property_excludes_its_head() {
         let mut list = Vec::new();
         let range = IovaRange::new(Iova(0xfee0_0000), Iova(0xfeef_ffff)).expect("a range");
         push_resv_mem(&mut list, range, true);

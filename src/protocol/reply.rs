@@ -1,4 +1,4 @@
-//! The device-writable bytes of a request: an optional property list, zeroes, and the tail.
+//! The device-writable part of a request: an optional property list, zeroes, and the tail.
 
 use zerocopy::IntoBytes;
 
@@ -8,15 +8,15 @@ use crate::ids::list_variants;
 /// Length of the tail in bytes.
 pub const TAIL_LEN: usize = size_of::<ReqTail>();
 
-/// `VIRTIO_IOMMU_S_*`: what became of a request.
+/// The status of a request (`VIRTIO_IOMMU_S_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// Done.
+    /// The request succeeded.
     Ok = 0,
     /// The request could not be read.
     IoErr = 1,
-    /// Not supported.
+    /// The request is not supported.
     Unsupp = 2,
     /// The device failed.
     DevErr = 3,
@@ -24,11 +24,11 @@ pub enum Status {
     Inval = 4,
     /// A parameter is out of range.
     Range = 5,
-    /// No such endpoint or domain.
+    /// The endpoint or the domain does not exist.
     NoEnt = 6,
-    /// Bad address.
+    /// An address is not accessible.
     Fault = 7,
-    /// Not enough resources.
+    /// Resources are exhausted.
     NoMem = 8,
 }
 
@@ -51,8 +51,8 @@ impl Status {
     }
 }
 
-/// Fills `writable`, the whole device-writable part: `properties` first, then zeroes, the tail in
-/// the last four bytes. Properties that do not fit before the tail are left out altogether.
+/// Fills `writable`, the whole device-writable part: `properties` first, then zeroes, and the tail in
+/// the last four bytes. If the properties do not all fit before the tail, none is written.
 ///
 /// Returns whether there was room for the tail.
 pub fn write_reply(writable: &mut [u8], properties: &[u8], status: Status) -> bool {

@@ -1,4 +1,4 @@
-//! The device-readable bytes of a request, as a typed request.
+//! Decoding the device-readable part of a request.
 
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
@@ -13,7 +13,7 @@ use crate::ids::{DomainId, EndpointId, list_variants};
 /// The longest device-readable part of any request, in bytes (PROBE).
 pub const MAX_REQUEST_LEN: usize = size_of::<ReqProbe>();
 
-/// The request types there are.
+/// The types of request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     /// `VIRTIO_IOMMU_T_ATTACH`
@@ -31,7 +31,7 @@ pub enum RequestKind {
 list_variants!(RequestKind: Attach, Detach, Map, Unmap, Probe);
 
 impl RequestKind {
-    /// The kind of a request that starts with these bytes, if the type is known.
+    /// The kind of a request that starts with these bytes, or `None` if its type is unknown.
     pub fn of(bytes: &[u8]) -> Option<Self> {
         Self::from_number(*bytes.first()?)
     }
@@ -47,7 +47,7 @@ impl RequestKind {
         }
     }
 
-    /// Its number, `VIRTIO_IOMMU_T_*`.
+    /// The number of the type, `VIRTIO_IOMMU_T_*`.
     pub const fn number(self) -> u8 {
         match self {
             Self::Attach => VIRTIO_IOMMU_T_ATTACH,
@@ -58,7 +58,7 @@ impl RequestKind {
         }
     }
 
-    /// The length of its device-readable part in bytes.
+    /// The length of the device-readable part in bytes.
     pub const fn request_len(self) -> usize {
         match self {
             Self::Attach => size_of::<ReqAttach>(),
@@ -81,7 +81,7 @@ impl RequestKind {
     }
 }
 
-/// A request as it stands in guest memory: values are taken over, none is judged.
+/// A request as read from guest memory. No value is validated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Attach an endpoint to a domain.
@@ -90,7 +90,7 @@ pub enum Request {
         domain: DomainId,
         /// Endpoint ID.
         endpoint: EndpointId,
-        /// `VIRTIO_IOMMU_ATTACH_F_*`, unknown bits included.
+        /// `VIRTIO_IOMMU_ATTACH_F_*`, including unknown bits.
         flags: u32,
         /// Whether the reserved field is zero, as it must be.
         reserved_is_zero: bool,
@@ -112,7 +112,7 @@ pub enum Request {
         virt_end: Iova,
         /// First guest-physical address.
         phys_start: Gpa,
-        /// `VIRTIO_IOMMU_MAP_F_*`, unknown bits included.
+        /// `VIRTIO_IOMMU_MAP_F_*`, including unknown bits.
         flags: u32,
     },
     /// Remove mappings.
@@ -131,26 +131,26 @@ pub enum Request {
     },
 }
 
-/// Why bytes are no request.
+/// The bytes are not a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum DecodeError {
-    /// The type is none of `VIRTIO_IOMMU_T_*`, or there is not even a type.
+    /// The type is none of `VIRTIO_IOMMU_T_*`, or there are no bytes.
     #[error("unknown request type")]
     UnknownType,
-    /// The bytes end before the request does.
+    /// There are fewer bytes than the request has.
     #[error("{} request of {have} bytes instead of {need}", kind.name())]
     TooShort {
-        /// What the head says it is.
+        /// The kind, from the head.
         kind: RequestKind,
-        /// Bytes this kind takes.
+        /// The number of bytes that this kind has.
         need: usize,
-        /// Bytes there are.
+        /// The number of bytes available.
         have: usize,
     },
 }
 
 impl Request {
-    /// Reads a request from its device-readable bytes; bytes after it are ignored.
+    /// Decodes a request from its device-readable bytes. Ignores bytes after it.
     ///
     /// # Errors
     /// See [`DecodeError`].
@@ -200,7 +200,7 @@ impl Request {
         })
     }
 
-    /// Which kind of request this is.
+    /// The kind of this request.
     pub fn kind(&self) -> RequestKind {
         match self {
             Self::Attach { .. } => RequestKind::Attach,
@@ -226,7 +226,7 @@ where
     Ok(request)
 }
 
-// A kind that `from_number` does not know would not compile, nor would one that is too long.
+// Every kind must survive its number, and fit into the longest request.
 const _: () = {
     let mut rest: &[RequestKind] = &RequestKind::ALL;
     while let [kind, others @ ..] = rest {
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn short_and_unknown_requests_are_told_apart() {
+    fn short_and_unknown_requests_are_distinguished() {
         assert_eq!(Request::decode(&[]), Err(DecodeError::UnknownType));
         assert_eq!(Request::decode(&[0; 72]), Err(DecodeError::UnknownType));
         assert_eq!(Request::decode(&[6; 72]), Err(DecodeError::UnknownType));
@@ -298,7 +298,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_a_request_or_named_for_what_they_lack(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+        fn any_bytes_decode_or_give_the_right_error(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             match Request::decode(&bytes) {
                 Ok(request) => prop_assert_eq!(RequestKind::of(&bytes), Some(request.kind())),
                 Err(DecodeError::UnknownType) => prop_assert_eq!(RequestKind::of(&bytes), None),

@@ -117,7 +117,7 @@ pub struct ReqUnmap {
     pub virt_start: U64,
     /// Last I/O virtual address, inclusive.
     pub virt_end: U64,
-    /// Ignored by this device (the specification leaves the choice).
+    /// Ignored by this device; the specification allows either.
     pub reserved: [u8; 4],
 }
 
@@ -135,12 +135,12 @@ pub struct ReqProbe {
 
 /// Property type RESV_MEM.
 pub const VIRTIO_IOMMU_PROBE_T_RESV_MEM: u16 = 1;
-/// RESV_MEM subtype: may not be mapped.
+/// RESV_MEM subtype: must not be mapped.
 pub const VIRTIO_IOMMU_RESV_MEM_T_RESERVED: u8 = 0;
 /// RESV_MEM subtype: doorbell of message signaled interrupts.
 pub const VIRTIO_IOMMU_RESV_MEM_T_MSI: u8 = 1;
 
-/// Head of a property in PROBE's answer.
+/// Head of a property in the answer to PROBE.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct ProbeProperty {
@@ -166,11 +166,11 @@ pub struct ProbeResvMem {
     pub end: U64,
 }
 
-/// The fault's cause cannot be told.
+/// Fault reason: unknown.
 pub const VIRTIO_IOMMU_FAULT_R_UNKNOWN: u8 = 0;
-/// The endpoint is not attached to a domain.
+/// Fault reason: the endpoint is not attached to a domain.
 pub const VIRTIO_IOMMU_FAULT_R_DOMAIN: u8 = 1;
-/// The address is not mapped, or not for this access.
+/// Fault reason: the address is not mapped, or not for this access.
 pub const VIRTIO_IOMMU_FAULT_R_MAPPING: u8 = 2;
 /// Fault flag: the access was a read.
 pub const VIRTIO_IOMMU_FAULT_F_READ: u32 = 1 << 0;
@@ -193,7 +193,7 @@ pub struct FaultRecord {
     pub endpoint: U32,
     /// Zero.
     pub reserved1: U32,
-    /// The address that faulted.
+    /// The faulting address.
     pub address: U64,
 }
 
@@ -203,9 +203,9 @@ pub struct FaultRecord {
 pub struct ConfigLayout {
     /// Page sizes; the lowest bit is the granularity of mappings.
     pub page_size_mask: U64,
-    /// First address the IOMMU translates.
+    /// First address that the IOMMU translates.
     pub input_start: U64,
-    /// Last address the IOMMU translates, inclusive.
+    /// Last address that the IOMMU translates, inclusive.
     pub input_end: U64,
     /// First domain ID.
     pub domain_start: U32,
