@@ -1,5 +1,4 @@
-//! The registration sockets: one thread that lets readers in and hears what they say, and one that
-//! passes faults on.
+//! The readers' sockets: one thread serves all readers, another one delivers their faults.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,46 +24,46 @@ use crate::process::sandbox::{self, Role};
 use crate::process::socket::{SocketFile, bind};
 use crate::warn_limited;
 
-/// How long a process may take to say its greeting.
+/// The longest time from a peer's connection to its greeting.
 const GREETING: Duration = Duration::from_secs(2);
-/// The most processes that are connected and have not said it.
-const MAX_STRANGERS: usize = 16;
-/// Frames read from one reader before another one gets its turn.
+/// The most peers that are connected and have not greeted.
+const MAX_UNREGISTERED: usize = 16;
+/// The most frames read from one reader before the next reader's turn.
 const FRAMES_PER_TURN: usize = 64;
-/// How long the sockets rest where a process cannot be accepted.
+/// The thread's pause after it failed to accept a peer.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 const STOP: u64 = 0;
 const FIRST_LISTENER: u64 = 1;
-const FIRST_CONNECTION: u64 = 1 << 32;
-/// Set in the number of the event that says that a connection's process is gone.
-const EXIT: u64 = 1 << 63;
+const FIRST_PEER: u64 = 1 << 32;
+/// Set in the token of a peer's process: its event is the end of the process.
+const PROCESS_END: u64 = 1 << 63;
 
-/// A socket and the endpoints that readers may register for there.
+/// A socket, and the endpoints that readers may register for there.
 #[derive(Debug)]
 pub struct ShadowSocket<'a> {
-    /// The path.
+    /// The socket's path.
     pub path: &'a Path,
-    /// The endpoints.
+    /// The endpoints that the socket serves.
     pub endpoints: Vec<EndpointId>,
 }
 
-/// The threads; dropping it ends them, hangs up on every reader and removes the sockets.
+/// The running server. Dropping it ends its threads, disconnects every reader and removes the sockets.
 pub struct ShadowServer {
-    /// Shut down to end the thread.
+    /// Shutting it down ends the thread.
     stop: UnixStream,
     thread: Option<JoinHandle<()>>,
-    /// Ended after the thread that feeds it.
+    /// Dropped after the thread that fills its queue has ended.
     _delivery: FaultDelivery,
     files: Vec<Arc<SocketFile>>,
 }
 
 impl ShadowServer {
-    /// Listens at the paths. A thread of its own calls `faults` with each refused access, up to the rate
-    /// that is passed on. Readers send no reason: it is always [`FaultReason::Mapping`].
+    /// Starts a server for `sockets`. A thread of its own calls `faults` with each refused access, within the
+    /// limit of the endpoint's rate. Readers send no reason: it is always [`FaultReason::Mapping`].
     ///
     /// # Errors
-    /// A socket cannot be made.
+    /// A socket or a thread cannot be made.
     pub fn start(
         registry: Arc<Registry>,
         sockets: &[ShadowSocket<'_>],
@@ -75,27 +74,27 @@ impl ShadowServer {
         events.add(stopped.as_raw_fd(), STOP)?;
         let mut listeners = Vec::new();
         let mut files = Vec::new();
-        for (number, socket) in (FIRST_LISTENER..).zip(sockets) {
+        for (token, socket) in (FIRST_LISTENER..).zip(sockets) {
             let (listener, file) = bind(socket.path)?;
             listener.set_nonblocking(true)?;
-            events.add(listener.as_raw_fd(), number)?;
+            events.add(listener.as_raw_fd(), token)?;
             listeners.push((listener, socket.endpoints.clone()));
             files.push(Arc::new(file));
         }
         let queue = Arc::new(FaultQueue::default());
         let rate = FaultRateLimit::new(registry.limits().fault_rate);
-        let mut served = Served {
+        let mut server = ServerThread {
             registry,
             events,
             listeners,
-            connections: BTreeMap::new(),
-            next: FIRST_CONNECTION,
+            peers: BTreeMap::new(),
+            next: FIRST_PEER,
             faults: queue.clone(),
             rate,
         };
         let delivery = FaultDelivery::start(Role::ShadowFaults, queue, faults)?;
         let thread = sandbox::spawn(Role::Shadow, move || {
-            served.run();
+            server.run();
             drop(stopped);
         })?;
         Ok(Self {
@@ -106,7 +105,7 @@ impl ShadowServer {
         })
     }
 
-    /// The sockets' files.
+    /// The files of the sockets.
     pub fn files(&self) -> &[Arc<SocketFile>] {
         &self.files
     }
@@ -115,13 +114,13 @@ impl ShadowServer {
 impl Drop for ShadowServer {
     fn drop(&mut self) {
         if let Err(cause) = self.stop.shutdown(Shutdown::Both) {
-            warn!("cannot stop the shadow thread: {cause}");
+            warn!("cannot stop the thread that serves the readers: {cause}");
             return;
         }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            warn!("the shadow thread has panicked");
+            warn!("the thread that serves the readers has panicked");
         }
         for file in &self.files {
             file.remove();
@@ -129,126 +128,136 @@ impl Drop for ShadowServer {
     }
 }
 
-/// What the thread works on.
-struct Served {
+/// The state of the thread that serves the readers.
+struct ServerThread {
     registry: Arc<Registry>,
     events: EventLoop,
     listeners: Vec<(UnixListener, Vec<EndpointId>)>,
-    connections: BTreeMap<u64, Connection>,
+    peers: BTreeMap<u64, Peer>,
     next: u64,
     faults: Arc<FaultQueue>,
-    /// A process that comes anew finds what its endpoint has left.
+    /// By endpoint, not by connection: a process gets no new budget by connecting again.
     rate: FaultRateLimit,
 }
 
-struct Connection {
-    who: Who,
-    /// The frame that is coming in, and how much of it is there.
+/// A connected process.
+struct Peer {
+    state: PeerState,
+    /// The frame being received, of which `filled` bytes have arrived.
     frame: [u8; FRAME_LEN],
     filled: usize,
 }
 
-enum Who {
-    Stranger {
+enum PeerState {
+    /// It has not greeted yet.
+    Connected {
         stream: UnixStream,
+        /// Index of the socket it came in at.
         listener: usize,
-        until: Instant,
+        /// It is refused if it has not greeted by then.
+        deadline: Instant,
     },
-    Reader(Arc<Reader>),
-    /// A reader that has hung up inside an access.
+    Registered(Arc<Reader>),
+    /// A disconnected reader that may still be inside an access: the thread waits for the end of its process.
     Leaving(Arc<Reader>),
 }
 
-/// What came in on a connection.
+/// What a peer has sent.
 enum Input {
     Frame(Frame),
-    /// Nothing more for now.
-    Nothing,
-    /// The other end is closed.
+    /// No whole frame yet.
+    Incomplete,
+    /// The peer has closed the connection.
     Closed,
-    /// Something that must not be.
-    Garbage(&'static str),
+    /// A breach of the protocol, as the rest of a sentence about the peer.
+    Breach(&'static str),
 }
 
-impl Connection {
+impl Peer {
     fn stream(&self) -> Option<&UnixStream> {
-        match &self.who {
-            Who::Stranger { stream, .. } => Some(stream),
-            Who::Reader(reader) => Some(reader.stream()),
-            Who::Leaving(_) => None,
+        match &self.state {
+            PeerState::Connected { stream, .. } => Some(stream),
+            PeerState::Registered(reader) => Some(reader.stream()),
+            PeerState::Leaving(_) => None,
         }
     }
 
-    fn next(&mut self) -> Input {
+    /// Receives as much of the next frame as has arrived.
+    fn receive(&mut self) -> Input {
         let mut frame = self.frame;
         let filled = self.filled;
         let Some(stream) = self.stream() else {
-            return Input::Nothing;
+            return Input::Incomplete;
         };
         let received = receive(stream, frame.get_mut(filled..).unwrap_or_default(), false);
         self.frame = frame;
         match received {
-            Ok((_, fds)) if !fds.is_empty() => Input::Garbage("sends descriptors"),
-            Ok((0, _)) if filled > 0 => Input::Garbage("hangs up within a frame"),
+            Ok((_, fds)) if !fds.is_empty() => Input::Breach("sends descriptors"),
+            Ok((0, _)) if filled > 0 => Input::Breach("hangs up within a frame"),
             Ok((0, _)) => Input::Closed,
             Ok((got, _)) => {
                 self.filled += got;
                 if self.filled < FRAME_LEN {
-                    return Input::Nothing;
+                    return Input::Incomplete;
                 }
                 self.filled = 0;
                 Input::Frame(Frame::from_wire(&self.frame))
             }
-            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Input::Nothing,
-            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => Input::Nothing,
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Input::Incomplete,
+            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => Input::Incomplete,
             Err(_) => Input::Closed,
         }
     }
 }
 
-impl Served {
+impl ServerThread {
     fn run(&mut self) {
         loop {
             let ready = match self.events.wait(self.first_deadline()) {
                 Ok(ready) => ready,
                 Err(cause) => {
-                    warn!("the shadow sockets are closed: {cause}");
+                    warn!(
+                        "cannot wait for the readers' sockets, no reader is served any more: {cause}"
+                    );
                     break;
                 }
             };
             if ready.contains(STOP) {
                 break;
             }
-            for (number, _) in ready.iter() {
-                if number & EXIT != 0 {
-                    self.exited(number & !EXIT);
-                } else if number >= FIRST_CONNECTION {
-                    self.hear(number);
+            for (token, _) in ready.iter() {
+                if token & PROCESS_END != 0 {
+                    self.process_ended(token & !PROCESS_END);
+                } else if token >= FIRST_PEER {
+                    self.receive_frames(token);
                 } else {
-                    self.accept(number);
+                    self.accept(token);
                 }
             }
-            self.drop_silent_strangers();
+            self.refuse_silent_peers();
         }
-        for (_, connection) in std::mem::take(&mut self.connections) {
-            match connection.who {
-                Who::Reader(reader) | Who::Leaving(reader) => self.registry.hang_up(&reader),
-                Who::Stranger { .. } => {}
+        for (_, peer) in std::mem::take(&mut self.peers) {
+            match peer.state {
+                PeerState::Registered(reader) | PeerState::Leaving(reader) => {
+                    self.registry.hang_up(&reader);
+                }
+                PeerState::Connected { .. } => {}
             }
         }
     }
 
-    /// When the first stranger will have been silent for too long.
+    /// The earliest deadline of the peers that have not greeted.
     fn first_deadline(&self) -> Option<Instant> {
-        let first = self.connections.values().filter_map(|c| match c.who {
-            Who::Stranger { until, .. } => Some(until),
-            Who::Reader(_) | Who::Leaving(_) => None,
+        let first = self.peers.values().filter_map(|c| match c.state {
+            PeerState::Connected { deadline, .. } => Some(deadline),
+            PeerState::Registered(_) | PeerState::Leaving(_) => None,
         });
         first.min()
     }
 
-    fn accept(&mut self, number: u64) {
-        let index = usize::try_from(number - FIRST_LISTENER).unwrap_or(usize::MAX);
+    /// Accepts a connection at the socket with this token.
+    fn accept(&mut self, token: u64) {
+        let index = usize::try_from(token - FIRST_LISTENER).unwrap_or(usize::MAX);
         let Some((listener, _)) = self.listeners.get(index) else {
             return;
         };
@@ -261,61 +270,63 @@ impl Served {
                 return;
             }
         };
-        let strangers = self.connections.values();
-        let strangers = strangers.filter(|c| matches!(c.who, Who::Stranger { .. }));
-        if strangers.count() >= MAX_STRANGERS {
+        let unregistered = self.peers.values();
+        let unregistered = unregistered.filter(|c| matches!(c.state, PeerState::Connected { .. }));
+        if unregistered.count() >= MAX_UNREGISTERED {
             self.registry
-                .refuse(&stream, Refusal::Full, MAX_STRANGERS as u64);
+                .refuse(&stream, Refusal::Full, MAX_UNREGISTERED as u64);
             return;
         }
-        let number = self.next;
-        if let Err(cause) = self.events.add(stream.as_raw_fd(), number) {
-            warn_limited!("cannot listen to a reader: {cause}");
+        let token = self.next;
+        if let Err(cause) = self.events.add(stream.as_raw_fd(), token) {
+            warn_limited!("cannot watch the socket of a reader: {cause}");
             return;
         }
         self.next += 1;
-        let connection = Connection {
-            who: Who::Stranger {
+        let peer = Peer {
+            state: PeerState::Connected {
                 stream,
                 listener: index,
-                until: Instant::now() + GREETING,
+                deadline: Instant::now() + GREETING,
             },
             frame: [0; FRAME_LEN],
             filled: 0,
         };
-        self.connections.insert(number, connection);
+        self.peers.insert(token, peer);
     }
 
-    fn hear(&mut self, number: u64) {
+    /// Receives a peer's frames, up to the most of one turn.
+    fn receive_frames(&mut self, token: u64) {
         for _ in 0..FRAMES_PER_TURN {
-            let Some(connection) = self.connections.get_mut(&number) else {
+            let Some(peer) = self.peers.get_mut(&token) else {
                 return;
             };
-            match connection.next() {
-                Input::Nothing => return,
-                Input::Closed => return self.closed(number),
-                Input::Garbage(why) => return self.broken(number, why),
-                Input::Frame(frame) => match &connection.who {
-                    Who::Stranger { .. } => return self.greeted(number, &frame),
-                    Who::Reader(reader) => {
+            match peer.receive() {
+                Input::Incomplete => return,
+                Input::Closed => return self.disconnect(token),
+                Input::Breach(why) => return self.expel(token, why),
+                Input::Frame(frame) => match &peer.state {
+                    PeerState::Connected { .. } => return self.register(token, &frame),
+                    PeerState::Registered(reader) => {
                         let reader = reader.clone();
-                        if let Err(why) = self.heard(&reader, &frame) {
-                            return self.broken(number, why);
+                        if let Err(why) = self.handle_frame(&reader, &frame) {
+                            return self.expel(token, why);
                         }
                     }
-                    Who::Leaving(_) => return,
+                    PeerState::Leaving(_) => return,
                 },
             }
         }
     }
 
-    fn greeted(&mut self, number: u64, greeting: &Frame) {
-        let Some(connection) = self.connections.remove(&number) else {
+    /// Registers a peer that has sent its first frame.
+    fn register(&mut self, token: u64, greeting: &Frame) {
+        let Some(peer) = self.peers.remove(&token) else {
             return;
         };
-        let Who::Stranger {
+        let PeerState::Connected {
             stream, listener, ..
-        } = connection.who
+        } = peer.state
         else {
             return;
         };
@@ -324,16 +335,16 @@ impl Served {
         match self.registry.register(stream, greeting, served) {
             Ok(reader) => {
                 let process = reader.process().as_raw_fd();
-                if let Err(cause) = self.events.add(process, number | EXIT) {
-                    // It is noticed all the same whenever it is waited for.
-                    debug!("the end of a reader is not watched: {cause}");
+                if let Err(cause) = self.events.add(process, token | PROCESS_END) {
+                    // A wait for its accesses notices the end of the process, too.
+                    debug!("cannot watch the process of a reader: {cause}");
                 }
-                let connection = Connection {
-                    who: Who::Reader(reader),
+                let peer = Peer {
+                    state: PeerState::Registered(reader),
                     frame: [0; FRAME_LEN],
                     filled: 0,
                 };
-                self.connections.insert(number, connection);
+                self.peers.insert(token, peer);
             }
             Err(refusal) => {
                 let [_, wanted, ..] = greeting.numbers;
@@ -342,78 +353,87 @@ impl Served {
         }
     }
 
-    /// The other end is closed.
-    fn closed(&mut self, number: u64) {
-        let Some(connection) = self.connections.remove(&number) else {
+    /// Removes a peer that has closed the connection.
+    fn disconnect(&mut self, token: u64) {
+        let Some(peer) = self.peers.remove(&token) else {
             return;
         };
-        match connection.who {
-            Who::Stranger { .. } => {}
-            Who::Reader(reader) | Who::Leaving(reader) => {
+        match peer.state {
+            PeerState::Connected { .. } => {}
+            PeerState::Registered(reader) | PeerState::Leaving(reader) => {
                 self.registry.hang_up(&reader);
-                self.leave(number, reader, false);
+                self.stop_reading(token, reader, false);
             }
         }
     }
 
-    /// Something came in that must not be.
-    fn broken(&mut self, number: u64, why: &'static str) {
-        let Some(connection) = self.connections.remove(&number) else {
+    /// Refuses, or kills, a peer that breaks the protocol.
+    fn expel(&mut self, token: u64, why: &'static str) {
+        let Some(peer) = self.peers.remove(&token) else {
             return;
         };
-        match connection.who {
-            Who::Stranger { stream, .. } => {
+        match peer.state {
+            PeerState::Connected { stream, .. } => {
                 warn_limited!("a process that wants to be a reader {why}");
                 self.registry.refuse(&stream, Refusal::NoGreeting, 0);
             }
-            Who::Reader(reader) | Who::Leaving(reader) => {
+            PeerState::Registered(reader) | PeerState::Leaving(reader) => {
                 let dying = self.registry.expel(&reader, why);
-                self.leave(number, reader, dying);
+                self.stop_reading(token, reader, dying);
             }
         }
     }
 
-    /// Nothing is heard from a reader any more. Its process is watched on if it is `dying` or inside
-    /// an access.
-    fn leave(&mut self, number: u64, reader: Arc<Reader>, dying: bool) {
+    /// Stops reading from a reader. Watches its process on if the process is `dying` or inside an access.
+    fn stop_reading(&mut self, token: u64, reader: Arc<Reader>, dying: bool) {
         if let Err(cause) = self.events.remove(reader.stream().as_raw_fd()) {
-            debug!("reader {} cannot be left alone: {cause}", reader.number());
+            debug!(
+                "cannot stop watching the socket of reader {}: {cause}",
+                reader.number()
+            );
         }
         if dying || reader.is_inside() {
-            let connection = Connection {
-                who: Who::Leaving(reader),
+            let peer = Peer {
+                state: PeerState::Leaving(reader),
                 frame: [0; FRAME_LEN],
                 filled: 0,
             };
-            self.connections.insert(number, connection);
+            self.peers.insert(token, peer);
         }
     }
 
-    /// A reader's process is gone.
-    fn exited(&mut self, number: u64) {
-        if let Some(connection) = self.connections.remove(&number) {
-            match connection.who {
-                Who::Stranger { .. } => {}
-                Who::Reader(reader) | Who::Leaving(reader) => self.registry.remove(&reader),
+    /// Removes a reader whose process has ended.
+    fn process_ended(&mut self, token: u64) {
+        if let Some(peer) = self.peers.remove(&token) {
+            match peer.state {
+                PeerState::Connected { .. } => {}
+                PeerState::Registered(reader) | PeerState::Leaving(reader) => {
+                    self.registry.remove(&reader);
+                }
             }
         }
     }
 
-    fn drop_silent_strangers(&mut self) {
+    /// Refuses the peers whose deadline for the greeting has passed.
+    fn refuse_silent_peers(&mut self) {
         let now = Instant::now();
         let registry = &self.registry;
-        self.connections
-            .retain(|_, connection| match &connection.who {
-                Who::Stranger { stream, until, .. } if *until <= now => {
-                    registry.refuse(stream, Refusal::NoGreeting, 0);
-                    false
-                }
-                Who::Stranger { .. } | Who::Reader(_) | Who::Leaving(_) => true,
-            });
+        self.peers.retain(|_, peer| match &peer.state {
+            PeerState::Connected {
+                stream, deadline, ..
+            } if *deadline <= now => {
+                registry.refuse(stream, Refusal::NoGreeting, 0);
+                false
+            }
+            PeerState::Connected { .. } | PeerState::Registered(_) | PeerState::Leaving(_) => true,
+        });
     }
 
-    /// A reader has said something.
-    fn heard(&mut self, reader: &Reader, frame: &Frame) -> Result<(), &'static str> {
+    /// Carries out a frame of a registered reader.
+    ///
+    /// # Errors
+    /// The breach of the protocol, as the rest of a sentence about the reader.
+    fn handle_frame(&mut self, reader: &Reader, frame: &Frame) -> Result<(), &'static str> {
         match frame.kind {
             kind::MEMORY_TAKEN => {
                 let [generation, ..] = frame.numbers;
@@ -421,7 +441,8 @@ impl Served {
                 Ok(())
             }
             kind::FAULT => {
-                let access = access_of(frame.value).ok_or("reports a fault of no known kind")?;
+                let access =
+                    access_of(frame.value).ok_or("reports a fault of an unknown access")?;
                 let [address, ..] = frame.numbers;
                 let fault = Fault {
                     endpoint: reader.endpoint(),
@@ -430,15 +451,15 @@ impl Served {
                     address: Iova(address),
                 };
                 let counters = self.registry.counters();
-                let may = self.rate.allow(fault.endpoint, Instant::now());
-                if may && self.faults.push(fault) {
+                let allowed = self.rate.allow(fault.endpoint, Instant::now());
+                if allowed && self.faults.push(fault) {
                     counters.faults.inc();
                 } else {
                     counters.faults_suppressed.inc();
                 }
                 Ok(())
             }
-            _ => Err("says what no reader says"),
+            _ => Err("sends a frame of an unknown kind"),
         }
     }
 }

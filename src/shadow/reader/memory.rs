@@ -8,7 +8,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 use super::error::ConnectError;
 
 /// A piece of guest RAM, mapped into this process.
-pub(super) type Region = Arc<GuestRegionMmap>;
+pub(super) type RamRegion = Arc<GuestRegionMmap>;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memory {
@@ -19,7 +19,7 @@ pub(super) struct Memory {
 /// Guest RAM as the daemon has announced it so far. Only the session's thread uses it.
 #[derive(Debug, Default)]
 pub(super) struct AnnouncedMemory {
-    pub(super) regions: Vec<Region>,
+    pub(super) regions: Vec<RamRegion>,
     /// A region was removed since the last complete generation; accesses in progress may still use it.
     pub(super) has_removed: bool,
 }
@@ -29,7 +29,7 @@ pub(super) fn map_region(
     first: u64,
     length: u64,
     offset: u64,
-) -> Result<Region, ConnectError> {
+) -> Result<RamRegion, ConnectError> {
     let refuse = |why: String| {
         ConnectError::Memory(format!(
             "{length:#x} bytes at guest-physical {first:#x}: {why}"

@@ -14,7 +14,7 @@ use log::{debug, error};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::error::{AccessError, ConnectError};
-use super::memory::{AnnouncedMemory, Memory, Region, map_region};
+use super::memory::{AnnouncedMemory, Memory, RamRegion, map_region};
 use super::tlb::Tlb;
 use crate::address::{Iova, IovaRange};
 use crate::ids::EndpointId;
@@ -205,7 +205,7 @@ impl Session {
                 Ok(false)
             }
             kind::MEMORY_GOES => {
-                let stays = |region: &Region| region.start_addr() != GuestAddress(first);
+                let stays = |region: &RamRegion| region.start_addr() != GuestAddress(first);
                 announced.regions.retain(stays);
                 announced.has_removed = true;
                 // Views taken before still hold the region. Accesses through them fail from the next
