@@ -1,16 +1,16 @@
-//! The command line, as typed: nothing here is checked beyond its shape.
+//! The command line as typed. `config` checks the values.
 //!
-//! Imports nothing of this crate, so that the manual page can be made from it alone.
+//! Imports nothing of this crate, so that the manual page can be made from this file alone.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
-/// A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu
+/// A vhost-user backend for virtio-iommu: the IOMMU of a guest, in a process of its own
 ///
 /// Serves one virtual machine. The configuration comes from a TOML file (--config), from the
-/// options below, or from both: an option overrides the file's key of the same meaning.
+/// options below, or from both. An option overrides the key of the file with the same meaning.
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "vhost-device-iommu",
@@ -18,22 +18,22 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
-    /// What to do instead of serving a virtual machine.
+    /// The subcommand; without one, the program serves a virtual machine.
     #[command(subcommand)]
     pub command: Option<CliCommand>,
-    /// How to serve one.
+    /// The options of the daemon.
     #[command(flatten)]
     pub run: RunArgs,
 }
 
-/// Options of the daemon itself.
+/// Options of the daemon.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct RunArgs {
     /// Read the configuration from this TOML file
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Listen for the VMM on a socket made at this path
+    /// Create a socket at this path and listen on it for the VMM
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     pub socket_path: Option<PathBuf>,
 
@@ -41,11 +41,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<i32>,
 
-    /// Write a line feed to this inherited descriptor, and close it, once the sockets listen
+    /// Write a line feed to this inherited descriptor and close it once the sockets listen
     #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
     pub ready_fd: Option<i32>,
 
-    /// Answer `ctl` on a socket made at this path
+    /// Create a control socket at this path, for `ctl`
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
 
@@ -53,29 +53,29 @@ pub struct RunArgs {
     #[arg(long, value_name = "PCI")]
     pub iommu: Option<String>,
 
-    /// A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1e.7; may be
-    /// repeated, and replaces the file's endpoints
+    /// PCI address of an endpoint, or a range of addresses such as 00:10.0-00:1e.7; may be repeated,
+    /// and replaces the endpoints of the file
     #[arg(long, value_name = "PCI[-PCI]")]
     pub endpoint: Vec<String>,
 
-    /// Bits of an I/O virtual address, 32 to 57 [default: 48]
+    /// Width of I/O virtual addresses in bits, 32 to 57 [default: 48]
     #[arg(long, value_name = "N")]
     pub address_width: Option<u64>,
 
-    /// Whether endpoints outside every domain pass untranslated at boot [default: on]
+    /// Whether endpoints without a domain bypass the IOMMU at boot [default: on]
     #[arg(long, value_name = "on|off", hide_possible_values = true)]
     pub bypass: Option<OnOff>,
 
-    /// Smallest page of a mapping: 4k, 16k, 64k or 2m [default: 4k]
+    /// Smallest page size of a mapping: 4k, 16k, 64k or 2m [default: 4k]
     #[arg(long, value_name = "SIZE")]
     pub granule: Option<String>,
 
-    /// Addresses no endpoint may map; may be repeated, and replaces the file's list
+    /// I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file
     /// [default: 0xfee00000..=0xfeefffff:msi]
     #[arg(long, value_name = "FIRST..=LAST:msi|reserved")]
     pub reserved: Vec<String>,
 
-    /// Reserve no addresses for all endpoints, not even the default MSI window
+    /// Reserve no addresses for all endpoints, not even the default MSI region
     #[arg(long, conflicts_with = "reserved")]
     pub no_reserved: bool,
 
@@ -83,47 +83,48 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE")]
     pub memory: Option<String>,
 
-    /// Most memory the page tables may take [default: memory / 256 + 64M]
+    /// Limit of the memory for page tables [default: memory / 256 + 64M]
     #[arg(long, value_name = "SIZE")]
     pub arena_limit: Option<String>,
 
-    /// What the devices of the host are reached through.
+    /// Descriptors of passthrough devices.
     #[command(flatten)]
     pub descriptors: DescriptorArgs,
 
-    /// Use this inherited descriptor of a VFIO container, whose IOMMU is set, for the endpoint with
-    /// this address in the guest; may be repeated
+    /// Use this inherited descriptor of a VFIO container for the passthrough endpoint with this address
+    /// in the guest; the IOMMU of the container must be set; may be repeated
     #[arg(long, value_name = "ADDRESS=N")]
     pub vfio_container_fd: Vec<String>,
 
-    /// Run without the sandbox, for debugging only: a fault in the daemon is then the host's
+    /// Run without the sandbox; for debugging only: a guest that exploits the daemon gets all its rights
+    /// on the host
     #[arg(long)]
     pub no_sandbox: bool,
 
-    /// Name a forbidden system call on standard error before ending, instead of being ended at
-    /// once, for debugging only
+    /// Name a forbidden system call on standard error before the process ends, instead of ending at
+    /// once; for debugging only
     #[arg(long, conflicts_with = "no_sandbox")]
     pub sandbox_report: bool,
 
-    /// Print what this backend can do as JSON and exit; everything else is ignored
+    /// Print the capabilities of this backend as JSON and exit; other arguments are ignored
     #[arg(long)]
     pub print_capabilities: bool,
 }
 
-/// Inherited descriptors that a VMM uses too.
+/// Inherited descriptors that the VMM uses, too.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct DescriptorArgs {
     /// Use this inherited descriptor of /dev/iommu
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     pub iommufd_fd: Option<i32>,
 
-    /// Use this inherited descriptor of a device of the host for the endpoint with this address in
+    /// Use this inherited descriptor of a VFIO device for the passthrough endpoint with this address in
     /// the guest; may be repeated
     #[arg(long, value_name = "ADDRESS=N")]
     pub vfio_fd: Vec<String>,
 }
 
-/// A switch that is written out.
+/// The value of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
     /// Yes.
@@ -132,22 +133,22 @@ pub enum OnOff {
     Off,
 }
 
-/// What to do instead of serving a virtual machine.
+/// A subcommand.
 #[derive(Clone, Debug, Subcommand)]
 pub enum CliCommand {
-    /// Check a configuration file and print what it says
+    /// Check a configuration file and print a summary
     ///
-    /// Where endpoints are devices of the host, also print what this host lacks for them, and the
-    /// cure; the exit status is 1 if anything is missing. Nothing is changed, and VMs that run do
-    /// not notice.
+    /// With passthrough endpoints, also print what this host lacks for them, and the cure. The exit
+    /// status is 1 if anything is missing. The command changes nothing and does not disturb running
+    /// VMs.
     Check {
         /// The configuration
         file: PathBuf,
-        /// Leave out this host
+        /// Do not check this host
         #[arg(long)]
         file_only: bool,
     },
-    /// Print which endpoints are which devices of this host, their groups and reserved regions
+    /// Print the devices of this host behind the endpoints, their groups and reserved regions
     Topology {
         /// The configuration
         file: PathBuf,
@@ -155,7 +156,7 @@ pub enum CliCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU
+    /// Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU
     Viot {
         /// The configuration
         file: PathBuf,
@@ -163,14 +164,13 @@ pub enum CliCommand {
         #[arg(short, long, value_name = "OUT")]
         output: Option<PathBuf>,
     },
-    /// Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line
+    /// Print the arguments of QEMU (10.2 or later) for a configuration, one in a line
     ///
-    /// What cannot be an argument, such as the addresses to give to devices, is printed on
-    /// standard error.
+    /// Prints notes about other requirements, such as the addresses of devices, on standard error.
     QemuArgs {
         /// The configuration
         file: PathBuf,
-        /// Where QEMU finds the table written by `viot` [default: FILE with the ending .viot]
+        /// Path at which QEMU finds the table written by `viot` [default: FILE with the ending .viot]
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
         /// Print one line, quoted for a POSIX shell
@@ -180,69 +180,69 @@ pub enum CliCommand {
         #[command(flatten)]
         descriptors: DescriptorArgs,
     },
-    /// Print what a configuration asks of systemd beyond the unit that all daemons share
+    /// Print the systemd settings of a configuration, in addition to the unit that all daemons share
     ///
-    /// A drop-in for vhost-device-iommu@.service: memory, descriptors, threads, and devices of the host
-    /// where there are any. The package's generator calls this.
+    /// The output is a drop-in for vhost-device-iommu@.service: memory, descriptors, threads, and the nodes of
+    /// passthrough devices. The generator of the package calls this command.
     DropIn {
         /// The configuration
         file: PathBuf,
     },
     /// Start the daemon and a VMM (QEMU 10.2 or later), and end them together
     ///
-    /// The VMM's program and its own arguments stand after --, as in
+    /// The program of the VMM and its own arguments follow --, as in
     /// `launch --config vm0.toml -- qemu-system-x86_64 -smp 4`.
     ///
-    /// Opens the devices of the host for both, and adds to the VMM's arguments those that `qemu-args`
-    /// prints, without a machine type and RAM where they are given. The exit status is the VMM's, 128
-    /// and the number for a signal, or 1 where the daemon ended first.
+    /// Opens the passthrough devices for both, and adds the arguments that `qemu-args` prints to those of
+    /// the VMM, without machine type and RAM if the VMM has these arguments. The exit status is that of
+    /// the VMM, 128 plus the number of the signal that ended it, or 1 if the daemon ended first.
     Launch {
         /// The configuration
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Write the VIOT table to this file and leave it there, instead of a file without a name
+        /// Write the VIOT table to this file and keep it, instead of using an unnamed file
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
-        /// The VMM's program and its own arguments
+        /// The program of the VMM and its own arguments
         #[arg(last = true, required = true, value_name = "VMM")]
         vmm: Vec<OsString>,
     },
-    /// Ask a running daemon
+    /// Query or change a running daemon
     Ctl {
-        /// Its control socket
+        /// The control socket of the daemon
         socket: PathBuf,
         /// Print JSON
         #[arg(long, global = true)]
         json: bool,
-        /// The question
+        /// The query or change.
         #[command(subcommand)]
         question: Question,
     },
 }
 
-/// What a running daemon can be asked.
+/// A query or change of a running daemon.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Question {
-    /// The VM, its endpoints and domains, devices in other processes, and counts
+    /// Show the VM, its endpoints, domains and device processes, and counters
     ///
-    /// Lists the endpoints the guest has touched, up to 256 others, and up to 256 domains.
+    /// Lists up to 1024 endpoints used by the guest, up to 256 others, and up to 256 domains.
     Status,
-    /// All endpoints
+    /// List all endpoints
     Endpoints,
-    /// All domains
+    /// List all domains
     Domains,
-    /// Live mappings
+    /// List mappings
     Mappings {
-        /// Of this domain only
+        /// Only mappings of this domain
         #[arg(long, value_name = "N")]
         domain: Option<u32>,
-        /// Only those that share an address with this range, such as 0x1000..=0x2fff
+        /// Only mappings that share an address with this range, such as 0x1000..=0x2fff
         #[arg(long, value_name = "FIRST..=LAST")]
         iova: Option<String>,
     },
-    /// Accesses that were refused: the last 256, and counts
+    /// List refused accesses: the last 256, and counts
     Faults,
-    /// Where an endpoint's access to an I/O virtual address goes
+    /// Translate an I/O virtual address of an endpoint
     Translate {
         /// The endpoint, as a PCI address or a number
         endpoint: String,
@@ -251,41 +251,41 @@ pub enum Question {
     },
     /// Add an endpoint to the running VM
     ///
-    /// The device itself is plugged in afterwards, by the VMM.
+    /// Plug the device into the VMM afterwards.
     AddEndpoint {
-        /// Its PCI address in the guest, or a range of them
+        /// PCI address of the endpoint in the guest, or a range of addresses
         #[arg(value_name = "PCI[-PCI]")]
         endpoint: String,
-        /// What else would stand below its address in the configuration, each key in an
-        /// argument of its own, such as 'group = "nic0"'
+        /// The other keys of the endpoint, as in the configuration, each in an argument of its own,
+        /// such as 'group = "nic0"'
         #[arg(value_name = "KEY = VALUE")]
         keys: Vec<String>,
     },
     /// Remove an endpoint from the running VM
     ///
-    /// The device itself is unplugged before, by the VMM. Nothing that the endpoint had mapped is in
-    /// its reach when this returns.
+    /// Unplug the device from the VMM before. When the command returns, the endpoint cannot reach any
+    /// memory that was mapped for it.
     RemoveEndpoint {
-        /// Its PCI address in the guest, or a range of them
+        /// PCI address of the endpoint in the guest, or a range of addresses
         #[arg(value_name = "PCI[-PCI]")]
         endpoint: String,
     },
-    /// All counters, the times of request batches, and each limit with its use
+    /// Show all counters, the durations of request batches, and each limit with its use
     Stats,
-    /// Show the rates of what happens, each second anew, until interrupted
+    /// Show the rates of the counters, every second until interrupted
     Watch {
-        /// Seconds between two looks
+        /// Seconds between two queries
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
         interval: u64,
-        /// End after so many
+        /// End after this many queries
         #[arg(long, value_name = "N")]
         count: Option<u64>,
     },
-    /// Show or change how much the daemon logs
+    /// Show or change the log level of the daemon
     ///
-    /// What is changed lasts until the daemon ends. Only root and the user it runs as may change it.
+    /// A change lasts until the daemon ends. Only root and the user of the daemon may change the level.
     LogLevel {
-        /// off, error, warn, info, debug or trace, or default for what it was started with
+        /// off, error, warn, info, debug or trace; default for the level at the start of the daemon
         level: Option<String>,
     },
 }

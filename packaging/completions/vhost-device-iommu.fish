@@ -25,64 +25,64 @@ function __fish_vhost_device_iommu_using_subcommand
 end
 
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l config -d 'Read the configuration from this TOML file' -r -F
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l socket-path -d 'Listen for the VMM on a socket made at this path' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l socket-path -d 'Create a socket at this path and listen on it for the VMM' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l fd -d 'Listen for the VMM on this inherited descriptor of a listening socket' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l ready-fd -d 'Write a line feed to this inherited descriptor, and close it, once the sockets listen' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l control-path -d 'Answer `ctl` on a socket made at this path' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l ready-fd -d 'Write a line feed to this inherited descriptor and close it once the sockets listen' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l control-path -d 'Create a control socket at this path, for `ctl`' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommu -d 'PCI address of the IOMMU itself, such as 00:05.0' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l endpoint -d 'A PCI address behind the IOMMU, or a range of them such as 00:10.0-00:1e.7; may be repeated, and replaces the file\'s endpoints' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l address-width -d 'Bits of an I/O virtual address, 32 to 57 [default: 48]' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints outside every domain pass untranslated at boot [default: on]' -r -f -a "on\t'Yes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l endpoint -d 'PCI address of an endpoint, or a range of addresses such as 00:10.0-00:1e.7; may be repeated, and replaces the endpoints of the file' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l address-width -d 'Width of I/O virtual addresses in bits, 32 to 57 [default: 48]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints without a domain bypass the IOMMU at boot [default: on]' -r -f -a "on\t'Yes'
 off\t'No'"
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l granule -d 'Smallest page of a mapping: 4k, 16k, 64k or 2m [default: 4k]' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'Addresses no endpoint may map; may be repeated, and replaces the file\'s list [default: 0xfee00000..=0xfeefffff:msi]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l granule -d 'Smallest page size of a mapping: 4k, 16k, 64k or 2m [default: 4k]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file [default: 0xfee00000..=0xfeefffff:msi]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l memory -d 'Size of guest RAM, such as 2G' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l arena-limit -d 'Most memory the page tables may take [default: memory / 256 + 64M]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l arena-limit -d 'Limit of the memory for page tables [default: memory / 256 + 64M]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-fd -d 'Use this inherited descriptor of a device of the host for the endpoint with this address in the guest; may be repeated' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container, whose IOMMU is set, for the endpoint with this address in the guest; may be repeated' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Reserve no addresses for all endpoints, not even the default MSI window'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-sandbox -d 'Run without the sandbox, for debugging only: a fault in the daemon is then the host\'s'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l sandbox-report -d 'Name a forbidden system call on standard error before ending, instead of being ended at once, for debugging only'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l print-capabilities -d 'Print what this backend can do as JSON and exit; everything else is ignored'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-fd -d 'Use this inherited descriptor of a VFIO device for the passthrough endpoint with this address in the guest; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container for the passthrough endpoint with this address in the guest; the IOMMU of the container must be set; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Reserve no addresses for all endpoints, not even the default MSI region'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-sandbox -d 'Run without the sandbox; for debugging only: a guest that exploits the daemon gets all its rights on the host'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l sandbox-report -d 'Name a forbidden system call on standard error before the process ends, instead of ending at once; for debugging only'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l print-capabilities -d 'Print the capabilities of this backend as JSON and exit; other arguments are ignored'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -s V -l version -d 'Print version'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "check" -d 'Check a configuration file and print what it says'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "topology" -d 'Print which endpoints are which devices of this host, their groups and reserved regions'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "viot" -d 'Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "qemu-args" -d 'Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print what a configuration asks of systemd beyond the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "check" -d 'Check a configuration file and print a summary'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "topology" -d 'Print the devices of this host behind the endpoints, their groups and reserved regions'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "viot" -d 'Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "qemu-args" -d 'Print the arguments of QEMU (10.2 or later) for a configuration, one in a line'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print the systemd settings of a configuration, in addition to the unit that all daemons share'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "ctl" -d 'Ask a running daemon'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -l file-only -d 'Leave out this host'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -l file-only -d 'Do not check this host'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand topology" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand topology" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand viot" -s o -l output -d 'Write to this file instead of standard output, which must not be a terminal' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand viot" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l viot -d 'Where QEMU finds the table written by `viot` [default: FILE with the ending .viot]' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l viot -d 'Path at which QEMU finds the table written by `viot` [default: FILE with the ending .viot]' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l vfio-fd -d 'Use this inherited descriptor of a device of the host for the endpoint with this address in the guest; may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l vfio-fd -d 'Use this inherited descriptor of a VFIO device for the passthrough endpoint with this address in the guest; may be repeated' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -l shell -d 'Print one line, quoted for a POSIX shell'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand qemu-args" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand drop-in" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l config -d 'The configuration' -r -F
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and leave it there, instead of a file without a name' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and keep it, instead of using an unnamed file' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "endpoints" -d 'All endpoints'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "domains" -d 'All domains'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "mappings" -d 'Live mappings'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "faults" -d 'Accesses that were refused: the last 256, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "status" -d 'Show the VM, its endpoints, domains and device processes, and counters'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "endpoints" -d 'List all endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "domains" -d 'List all domains'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "mappings" -d 'List mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "faults" -d 'List refused accesses: the last 256, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "translate" -d 'Translate an I/O virtual address of an endpoint'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "add-endpoint" -d 'Add an endpoint to the running VM'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "log-level" -d 'Show or change how much the daemon logs'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "stats" -d 'Show all counters, the durations of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "watch" -d 'Show the rates of the counters, every second until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "log-level" -d 'Show or change the log level of the daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from status" -s h -l help -d 'Print help (see more with \'--help\')'
@@ -90,8 +90,8 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ct
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from endpoints" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from domains" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from domains" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l domain -d 'Of this domain only' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l iova -d 'Only those that share an address with this range, such as 0x1000..=0x2fff' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l domain -d 'Only mappings of this domain' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l iova -d 'Only mappings that share an address with this range, such as 0x1000..=0x2fff' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from mappings" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from faults" -l json -d 'Print JSON'
@@ -104,40 +104,40 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ct
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from remove-endpoint" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from stats" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from stats" -s h -l help -d 'Print help'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l interval -d 'Seconds between two looks' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l count -d 'End after so many' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l interval -d 'Seconds between two queries' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l count -d 'End after this many queries' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from watch" -s h -l help -d 'Print help'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from log-level" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from log-level" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "endpoints" -d 'All endpoints'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "domains" -d 'All domains'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "mappings" -d 'Live mappings'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "faults" -d 'Accesses that were refused: the last 256, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "status" -d 'Show the VM, its endpoints, domains and device processes, and counters'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "endpoints" -d 'List all endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "domains" -d 'List all domains'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "mappings" -d 'List mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "faults" -d 'List refused accesses: the last 256, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "translate" -d 'Translate an I/O virtual address of an endpoint'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "add-endpoint" -d 'Add an endpoint to the running VM'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "log-level" -d 'Show or change how much the daemon logs'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "stats" -d 'Show all counters, the durations of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "watch" -d 'Show the rates of the counters, every second until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "log-level" -d 'Show or change the log level of the daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and __fish_seen_subcommand_from help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "check" -d 'Check a configuration file and print what it says'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "topology" -d 'Print which endpoints are which devices of this host, their groups and reserved regions'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "viot" -d 'Write the ACPI VIOT table that tells the guest which devices are behind the IOMMU'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "qemu-args" -d 'Print the QEMU (10.2 or later) arguments that go with a configuration, one to a line'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "drop-in" -d 'Print what a configuration asks of systemd beyond the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "check" -d 'Check a configuration file and print a summary'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "topology" -d 'Print the devices of this host behind the endpoints, their groups and reserved regions'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "viot" -d 'Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "qemu-args" -d 'Print the arguments of QEMU (10.2 or later) for a configuration, one in a line'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "drop-in" -d 'Print the systemd settings of a configuration, in addition to the unit that all daemons share'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "ctl" -d 'Ask a running daemon'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'The VM, its endpoints and domains, devices in other processes, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "endpoints" -d 'All endpoints'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "domains" -d 'All domains'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "mappings" -d 'Live mappings'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "faults" -d 'Accesses that were refused: the last 256, and counts'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "translate" -d 'Where an endpoint\'s access to an I/O virtual address goes'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'Show the VM, its endpoints, domains and device processes, and counters'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "endpoints" -d 'List all endpoints'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "domains" -d 'List all domains'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "mappings" -d 'List mappings'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "faults" -d 'List refused accesses: the last 256, and counts'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "translate" -d 'Translate an I/O virtual address of an endpoint'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "add-endpoint" -d 'Add an endpoint to the running VM'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "remove-endpoint" -d 'Remove an endpoint from the running VM'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "stats" -d 'All counters, the times of request batches, and each limit with its use'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "watch" -d 'Show the rates of what happens, each second anew, until interrupted'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "log-level" -d 'Show or change how much the daemon logs'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "stats" -d 'Show all counters, the durations of request batches, and each limit with its use'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "watch" -d 'Show the rates of the counters, every second until interrupted'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "log-level" -d 'Show or change the log level of the daemon'
