@@ -20,7 +20,8 @@ impl Link {
     /// Waits until the server has applied the updates. A server that is late is cut off.
     ///
     /// Returns at once without a server: a server that connects later gets the windows of that time. A
-    /// server that hangs up uses no window any more, which ends the wait, too.
+    /// server that hangs up uses no window any more, which ends the wait, too. A server that was cut off
+    /// counts as connected until it hangs up, if it has memory and the batch removes windows.
     ///
     /// # Errors
     /// See [`DmaUpdateError`]. [`DmaUpdateError::Refused`] concerns only new windows: a server that

@@ -117,7 +117,7 @@ impl Link {
         self.has_client.store(connected, Ordering::Relaxed);
     }
 
-    /// Cuts the server off, if one is connected. `why` goes to the log and to the requesters.
+    /// Cuts the server off, if one is connected. Requesters that wait for it get `why`.
     pub fn cut_off(&self, why: &str) {
         self.end_locked(&mut self.state.lock(), Disconnect::CutOff(why));
     }
