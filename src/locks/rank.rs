@@ -8,6 +8,9 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Rank {
+    /// A shadow reader's cache of translations, which reserves an epoch word. First, because no thread ever waits
+    /// for it (the reader only tries it), and a device may take any lock during an access.
+    ReaderCache,
     /// The configuration as changed by `ctl`: held for one addition or removal of an endpoint.
     HotplugConfig,
     /// The monitor's state: held while a reset that QEMU reports is carried out.
@@ -48,8 +51,6 @@ pub enum Rank {
     ControlClient,
     /// What a client of a served device has still to be sent.
     ClientOutbox,
-    /// A shadow reader's cache of translations: one for each of its guards.
-    ReaderCache,
     /// A shadow reader's view of guest memory.
     ReaderMemory,
     /// The file rules of the sandbox, until each thread has them.
