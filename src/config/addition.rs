@@ -5,7 +5,7 @@ use std::path::Path;
 use super::checker::{Checker, Source};
 use super::draft::{Draft, Origin};
 use super::error::{ConfigError, Place, ProblemKind};
-use super::{Config, Socket};
+use super::{Config, ConfiguredDevice, DeviceLists, Socket};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
 impl Config {
@@ -47,10 +47,7 @@ impl Config {
     pub fn without_endpoints(&self, range: PciRange) -> Result<Self, NoSuchEndpoints> {
         let mut config = self.clone();
         config.topology.remove(range)?;
-        config.passthrough.retain(|p| !range.contains(p.endpoint));
-        config.exports.retain(|e| !range.contains(e.endpoint));
-        config.emulated.retain(|e| !range.contains(e.endpoint));
-        config.shadow.retain(|s| !range.contains(s.endpoint));
+        config.devices.remove(range);
         Ok(config)
     }
 }
@@ -69,22 +66,20 @@ impl Checker<'_> {
             Some(Socket::Path(path)) => Some(path),
             Some(Socket::Fd(_)) | None => None,
         };
-        let emulated = &config.emulated;
+        let known = &config.devices;
         let taken: Vec<_> = vmm
             .into_iter()
             .chain(config.control.iter())
-            .chain(config.shadow.iter().map(|s| &s.path))
-            .chain(config.exports.iter().map(|e| &e.path))
-            .chain(emulated.iter().map(|e| &e.listen))
+            .chain(known.iter().filter_map(ConfiguredDevice::listens_at))
             .collect();
 
         let spec = self.endpoint(0, given);
         let passthrough = self.passthrough(draft);
         let shadow = self.shadow(draft, config.socket.as_ref(), config.control.as_ref());
-        let devices = self.emulated(draft, &taken);
-        let connect = emulated.iter().map(|e| &e.connect);
-        let taken: Vec<_> = taken.iter().copied().chain(connect).collect();
-        let exports = self.exports(draft, &taken);
+        let emulated = self.emulated(draft, &taken);
+        let servers = known.iter().filter_map(ConfiguredDevice::connects_to);
+        let taken: Vec<_> = taken.iter().copied().chain(servers).collect();
+        let exported = self.exported(draft, &taken);
 
         let mut made = config.clone();
         if let Some(spec) = &spec
@@ -92,9 +87,9 @@ impl Checker<'_> {
         {
             self.refuse_topology(draft, cause);
         }
-        let known = |host| config.passthrough.iter().find(|p| p.host == host);
+        let with_host = |host| known.passthrough.iter().find(|p| p.host == host);
         if let Some([new]) = passthrough.as_deref()
-            && let Some(other) = known(new.host)
+            && let Some(other) = with_host(new.host)
             && let Some(vfio) = &given.value.vfio
         {
             let kind = ProblemKind::HostTwice {
@@ -106,14 +101,12 @@ impl Checker<'_> {
         let (Some(spec), true) = (spec, self.problems.is_empty()) else {
             return Err(self.finish());
         };
-        made.passthrough.extend(passthrough.into_iter().flatten());
-        made.passthrough.sort_by_key(|p| p.endpoint);
-        made.exports.extend(exports.into_iter().flatten());
-        made.exports.sort_by_key(|e| e.endpoint);
-        made.emulated.extend(devices.into_iter().flatten());
-        made.emulated.sort_by_key(|e| e.endpoint);
-        made.shadow.extend(shadow.into_iter().flatten());
-        made.shadow.sort_by_key(|s| s.endpoint);
+        made.devices.add(DeviceLists {
+            passthrough: passthrough.unwrap_or_default(),
+            exported: exported.unwrap_or_default(),
+            emulated: emulated.unwrap_or_default(),
+            shadow: shadow.unwrap_or_default(),
+        });
         Ok((made, spec.range))
     }
 }

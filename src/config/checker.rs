@@ -7,7 +7,7 @@ use super::draft::{Draft, Given, Origin, Scalar};
 use super::error::{ConfigError, Place, Problem, ProblemKind};
 use super::text::{line_of, line_text, parse_size, shown, syntax_message};
 use super::translation::page_mask;
-use super::{Config, Descriptors, Socket};
+use super::{Config, Descriptors, DeviceLists, Socket};
 use crate::args::{DescriptorArgs, RunArgs};
 
 #[derive(Clone, Copy)]
@@ -158,7 +158,7 @@ impl<'a> Checker<'a> {
         let emulated = self.emulated(draft, &taken);
         taken.extend(emulated.iter().flatten().map(|device| &device.listen));
         taken.extend(emulated.iter().flatten().map(|device| &device.connect));
-        let exports = self.exports(draft, &taken);
+        let exported = self.exported(draft, &taken);
         // Which endpoints there are decides which descriptors are right.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
@@ -183,7 +183,7 @@ impl<'a> Checker<'a> {
             && let Some(memory) = memory
             && let Some(arena_limit) = arena_limit
             && let Some(passthrough) = passthrough
-            && let Some(exports) = exports
+            && let Some(exported) = exported
             && let Some(emulated) = emulated
             && let Some(shadow) = shadow
             && let Some(readers) = readers
@@ -209,10 +209,12 @@ impl<'a> Checker<'a> {
                 memory,
                 arena_limit,
                 topology,
-                passthrough,
-                exports,
-                emulated,
-                shadow,
+                devices: DeviceLists {
+                    passthrough,
+                    exported,
+                    emulated,
+                    shadow,
+                },
                 readers,
                 host_iommu,
                 pin,

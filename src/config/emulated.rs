@@ -1,11 +1,13 @@
 //! Endpoints that are devices emulated in processes of their own.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use super::bounds::{MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 use super::checker::Checker;
+use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::{Draft, EmulatedDraft, Given, Origin, Scalar};
 use super::error::ProblemKind;
 use super::passthrough::range_in;
@@ -47,6 +49,29 @@ impl Isolation {
             Self::Messages => "messages",
             Self::Mappings => "mappings",
         }
+    }
+}
+
+impl ConfiguredDevice for Emulated {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Emulated
+    }
+
+    fn endpoint(&self) -> PciAddress {
+        self.endpoint
+    }
+
+    fn listens_at(&self) -> Option<&PathBuf> {
+        Some(&self.listen)
+    }
+
+    fn connects_to(&self) -> Option<&PathBuf> {
+        Some(&self.connect)
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (path, isolation) = (self.connect.display(), self.isolation.name());
+        write!(f, " vfio-user {path}, isolation {isolation}")
     }
 }
 
@@ -168,7 +193,9 @@ mod tests {
     fn parse(endpoints: &str) -> Result<Vec<Emulated>, String> {
         let text = format!("socket = '/s'\ncontrol = '/c'\naddress = '00:05.0'\n{endpoints}");
         let parsed = Config::from_text(Path::new("vm.toml"), &text);
-        parsed.map(|c| c.emulated).map_err(|e| e.to_string())
+        parsed
+            .map(|c| c.devices.emulated)
+            .map_err(|e| e.to_string())
     }
 
     fn one(address: &str, table: &str) -> String {

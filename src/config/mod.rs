@@ -3,10 +3,11 @@
 mod addition;
 mod bounds;
 mod checker;
+mod devices;
 mod draft;
 mod emulated;
 mod error;
-mod export;
+mod exported;
 mod limits;
 mod load;
 mod operator;
@@ -30,9 +31,10 @@ pub use bounds::{
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_PROBLEMS, MAX_READERS, MAX_SOCKET_PATH,
     MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
+pub use devices::{ConfiguredDevice, DeviceKind, DeviceLists};
 pub use emulated::{Emulated, Isolation};
 pub use error::{ConfigError, Place, Problem, ProblemKind};
-pub use export::Export;
+pub use exported::Exported;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::Readers;
@@ -87,14 +89,8 @@ pub struct Config {
     pub arena_limit: u64,
     /// The IOMMU's own address, the endpoints, their groups and reserved regions.
     pub topology: Topology,
-    /// The endpoints that are devices of the host, in ascending order; no host device twice.
-    pub passthrough: Vec<Passthrough>,
-    /// Those of them that the VMM gets as vfio-user devices, in ascending order.
-    pub exports: Vec<Export>,
-    /// The endpoints that are emulated in processes of their own, in ascending order.
-    pub emulated: Vec<Emulated>,
-    /// The endpoints whose devices follow the page tables themselves, in ascending order.
-    pub shadow: Vec<ShadowListener>,
+    /// The devices behind the endpoints.
+    pub devices: DeviceLists,
     /// What is asked of the processes that register for those.
     pub readers: Readers,
     /// How the host IOMMU is programmed for devices of the host.

@@ -1,9 +1,12 @@
 //! Endpoints that are devices of the host: the keys, and the inherited descriptors that go with them.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use super::checker::Checker;
+use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::{Draft, Given, Origin, Scalar};
 use super::error::ProblemKind;
 use super::text::{shorten, shown};
@@ -17,6 +20,28 @@ pub struct Passthrough {
     pub endpoint: PciAddress,
     /// The address it has on the host.
     pub host: PciAddress,
+}
+
+impl ConfiguredDevice for Passthrough {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Passthrough
+    }
+
+    fn endpoint(&self) -> PciAddress {
+        self.endpoint
+    }
+
+    fn listens_at(&self) -> Option<&PathBuf> {
+        None
+    }
+
+    fn connects_to(&self) -> Option<&PathBuf> {
+        None
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, " vfio {}", self.host)
+    }
 }
 
 /// The kernel interface through which the host IOMMU is programmed.

@@ -1,9 +1,11 @@
 //! Endpoints whose devices are processes that follow the page tables themselves.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use super::Socket;
 use super::checker::Checker;
+use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::Draft;
 use super::error::ProblemKind;
 use super::passthrough::range_in;
@@ -16,6 +18,28 @@ pub struct ShadowListener {
     pub endpoint: PciAddress,
     /// The path of the socket.
     pub path: PathBuf,
+}
+
+impl ConfiguredDevice for ShadowListener {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::ShadowReader
+    }
+
+    fn endpoint(&self) -> PciAddress {
+        self.endpoint
+    }
+
+    fn listens_at(&self) -> Option<&PathBuf> {
+        Some(&self.path)
+    }
+
+    fn connects_to(&self) -> Option<&PathBuf> {
+        None
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, " shadow {}", self.path.display())
+    }
 }
 
 impl Checker<'_> {

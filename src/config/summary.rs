@@ -58,11 +58,11 @@ impl fmt::Display for Summary<'_> {
             write!(f, " {}", Bytes(1 << bit))?;
         }
         writeln!(f)?;
-        if !config.passthrough.is_empty() {
+        if !config.devices.passthrough.is_empty() {
             let (host, pin) = (config.host_iommu.name(), config.pin.name());
             writeln!(f, "host IOMMU:       {host}, pins {pin}")?;
         }
-        if !config.shadow.is_empty() {
+        if !config.devices.shadow.is_empty() {
             let Readers {
                 users,
                 patience,
@@ -131,28 +131,9 @@ impl Summary<'_> {
         if let Some(name) = entry.info.group.and_then(|id| topology.group_name(id)) {
             write!(f, " group {name}")?;
         }
-        let found = self
-            .config
-            .passthrough
-            .binary_search_by_key(&entry.range.first(), |device| device.endpoint);
-        if let Some(device) = found.ok().and_then(|at| self.config.passthrough.get(at)) {
-            write!(f, " vfio {}", device.host)?;
-        }
-        if let Some(export) = self.config.export_of(entry.range.first()) {
-            write!(f, ", exported at {}", export.path.display())?;
-        }
-        let found = self
-            .config
-            .emulated
-            .binary_search_by_key(&entry.range.first(), |device| device.endpoint);
-        if let Some(device) = found.ok().and_then(|at| self.config.emulated.get(at)) {
-            let (path, isolation) = (device.connect.display(), device.isolation.name());
-            write!(f, " vfio-user {path}, isolation {isolation}")?;
-        }
-        let shadow = &self.config.shadow;
-        let found = shadow.binary_search_by_key(&entry.range.first(), |s| s.endpoint);
-        if let Some(listener) = found.ok().and_then(|at| shadow.get(at)) {
-            write!(f, " shadow {}", listener.path.display())?;
+        let devices = self.config.devices.iter();
+        for device in devices.filter(|device| device.endpoint() == entry.range.first()) {
+            device.summarize(f)?;
         }
         if entry.info.reserved != topology.common_reserved() {
             write!(f, " reserved")?;

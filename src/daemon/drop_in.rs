@@ -31,11 +31,12 @@ const FILES_PER_READER: usize = 4;
 /// where there are endpoints with `vfio`.
 pub fn drop_in(file: &Path, config: &Config) -> String {
     // Of those that may come, one behind each port.
-    let devices =
-        config.emulated.len() + config.passthrough.len() + config.topology.expected().len();
-    let readers = config.shadow.len() * config.readers.limit;
+    let devices = config.devices.emulated.len()
+        + config.devices.passthrough.len()
+        + config.topology.expected().len();
+    let readers = config.devices.shadow.len() * config.readers.limit;
     let host_tables = match config.memory {
-        Some(memory) if !config.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
+        Some(memory) if !config.devices.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
         _ => 0,
     };
     // Pages of the guest count for whoever touches them first, which a device's DMA may be.
@@ -61,7 +62,7 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     ];
     let mut text = lines.join("\n") + "\n";
     // Writing to a String cannot fail, here and below.
-    if !config.passthrough.is_empty() {
+    if !config.devices.passthrough.is_empty() {
         text.push_str(&host_devices(config));
     }
     let waits = waits(config);
@@ -98,10 +99,15 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
 /// How long servers and readers that hang can keep the worker, one after the other, before each is cut off.
 fn waits(config: &Config) -> Duration {
     let servers = config
+        .devices
         .emulated
         .iter()
         .map(|e| e.deadline.max(MAX_BATCH_TIMEOUT));
-    let readers = config.shadow.iter().map(|_| config.readers.patience);
+    let readers = config
+        .devices
+        .shadow
+        .iter()
+        .map(|_| config.readers.patience);
     servers.chain(readers).sum()
 }
 
@@ -111,7 +117,7 @@ fn host_devices(config: &Config) -> String {
     let pinned = match (config.host_iommu, config.pin) {
         (HostIommu::Iommufd, Pin::All | Pin::Mapped) => config.memory,
         (HostIommu::Type1, Pin::All | Pin::Mapped) => {
-            let containers = u64::try_from(config.passthrough.len()).unwrap_or(u64::MAX);
+            let containers = u64::try_from(config.devices.passthrough.len()).unwrap_or(u64::MAX);
             config.memory.map(|bytes| bytes.saturating_mul(containers))
         }
     };

@@ -123,8 +123,9 @@ impl Daemon {
         let readers = shadow::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
         let reporter = Arc::new(FaultReporter::new(metrics.clone(), config.fault_rate));
-        let mut emulated = EmulatedSide::open(&config.emulated, iommu.topology(), &reporter)
-            .map_err(DaemonError::Socket)?;
+        let mut emulated =
+            EmulatedSide::open(&config.devices.emulated, iommu.topology(), &reporter)
+                .map_err(DaemonError::Socket)?;
         for (backend, endpoint) in emulated.backends.drain(..) {
             iommu
                 .add_backend(backend, &[endpoint])

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, Socket};
+use crate::config::{Config, ConfiguredDevice, Socket};
 use crate::process::sandbox::{Needs, Plugging};
 use crate::vfio::{ioctls_of_backends, ioctls_of_exports, ioctls_of_opening};
 
@@ -18,9 +18,12 @@ pub fn needs(config: &Config) -> Needs {
     let mut socket_folders: Vec<_> = socket
         .into_iter()
         .chain(&config.control)
-        .chain(config.emulated.iter().map(|device| &device.listen))
-        .chain(config.exports.iter().map(|export| &export.path))
-        .chain(config.shadow.iter().map(|listener| &listener.path))
+        .chain(
+            config
+                .devices
+                .iter()
+                .filter_map(ConfiguredDevice::listens_at),
+        )
         .chain(&config.metrics.socket)
         .map(|path| folder(path))
         .collect();
@@ -30,14 +33,17 @@ pub fn needs(config: &Config) -> Needs {
     let hotplug = !config.topology.expected().is_empty();
     Needs {
         iommu_ioctls: of(
-            hotplug || !config.passthrough.is_empty(),
+            hotplug || !config.devices.passthrough.is_empty(),
             ioctls_of_backends,
         ),
-        device_ioctls: of(hotplug || !config.exports.is_empty(), ioctls_of_exports),
+        device_ioctls: of(
+            hotplug || !config.devices.exported.is_empty(),
+            ioctls_of_exports,
+        ),
         qmp: config.qmp.is_some(),
-        emulated: hotplug || !config.emulated.is_empty(),
+        emulated: hotplug || !config.devices.emulated.is_empty(),
         realtime: config.realtime_priority.is_some(),
-        shadow: !config.shadow.is_empty(),
+        shadow: !config.devices.shadow.is_empty(),
         plugging: hotplug.then(|| Plugging {
             ioctls: ioctls_of_opening(),
             nodes: ["/dev/vfio", "/dev/iommu"].map(Into::into).into(),

@@ -36,7 +36,7 @@ impl ExportSide {
             files: Vec::new(),
         };
         for (endpoint, device) in devices {
-            let Some(export) = config.export_of(endpoint) else {
+            let Some(export) = config.devices.exported_at(endpoint) else {
                 continue;
             };
             let name = format!("endpoint {endpoint}");

@@ -121,7 +121,7 @@ impl Hotplug {
         reporter: Arc<FaultReporter>,
         emulated: EmulatedSide,
     ) -> io::Result<Self> {
-        let hosts = config.passthrough.iter();
+        let hosts = config.devices.passthrough.iter();
         let parts = Parts {
             watches: emulated.watches.into_iter().collect(),
             hosts: hosts
@@ -140,7 +140,7 @@ impl Hotplug {
                 emulated.files.into_iter().collect(),
             )),
         };
-        if !config.emulated.is_empty() {
+        if !config.devices.emulated.is_empty() {
             hotplug.deliver_faults()?;
         }
         Ok(hotplug)
@@ -229,11 +229,11 @@ impl Hotplug {
     pub fn remove(&self, range: PciRange) -> Result<(), HotplugError> {
         let mut config = self.config.lock();
         let without = config.without_endpoints(range)?;
-        if without.shadow.len() < config.shadow.len() {
+        if without.devices.shadow.len() < config.devices.shadow.len() {
             return Err(HotplugError::Shadow);
         }
-        if without.emulated.len() < config.emulated.len()
-            || without.passthrough.len() < config.passthrough.len()
+        if without.devices.emulated.len() < config.devices.emulated.len()
+            || without.devices.passthrough.len() < config.devices.passthrough.len()
         {
             is_prepared(&config)?;
         }
@@ -259,10 +259,10 @@ impl Hotplug {
     /// Opens the device of an endpoint, if it has one.
     fn open(&self, with: &Config, range: PciRange) -> Result<Opened, HotplugError> {
         let first = range.first();
-        if with.shadow.iter().any(|s| s.endpoint == first) {
+        if with.devices.shadow.iter().any(|s| s.endpoint == first) {
             return Err(HotplugError::Shadow);
         }
-        if let Some(device) = with.emulated.iter().find(|e| e.endpoint == first) {
+        if let Some(device) = with.devices.emulated.iter().find(|e| e.endpoint == first) {
             is_prepared(with)?;
             let devices = std::slice::from_ref(device);
             let side = EmulatedSide::open(devices, &with.topology, &self.reporter)?;
@@ -274,18 +274,21 @@ impl Hotplug {
                 ..Opened::default()
             });
         }
-        let Some(&passthrough) = with.passthrough.iter().find(|p| p.endpoint == first) else {
+        let Some(&passthrough) = with
+            .devices
+            .passthrough
+            .iter()
+            .find(|p| p.endpoint == first)
+        else {
             return Ok(Opened::default());
         };
-        if with.export_of(first).is_none() {
+        if with.devices.exported_at(first).is_none() {
             return Err(HotplugError::Shared);
         }
         is_prepared(with)?;
-        let alone = Config {
-            passthrough: vec![passthrough],
-            descriptors: Descriptors::default(),
-            ..with.clone()
-        };
+        let mut alone = with.clone();
+        alone.devices.passthrough = vec![passthrough];
+        alone.descriptors = Descriptors::default();
         let host = HostSide::open(&alone)?;
         let info = host.topology.endpoint(first.endpoint_id());
         let facts = info.map(|info| {

@@ -36,10 +36,11 @@ pub fn add_backend(
     config: &Config,
     iommu: &mut Iommu,
 ) -> Result<Option<Arc<Registry>>, ShadowSideError> {
-    if config.shadow.is_empty() {
+    if config.devices.shadow.is_empty() {
         return Ok(None);
     }
     let ids: Vec<_> = config
+        .devices
         .shadow
         .iter()
         .map(|entry| entry.endpoint.endpoint_id())
@@ -80,7 +81,7 @@ pub fn serve(
     device: Arc<Device>,
 ) -> io::Result<ShadowServer> {
     let mut sockets: BTreeMap<_, Vec<EndpointId>> = BTreeMap::new();
-    for entry in &config.shadow {
+    for entry in &config.devices.shadow {
         let served = sockets.entry(entry.path.as_path()).or_default();
         served.push(entry.endpoint.endpoint_id());
     }

@@ -103,6 +103,7 @@ impl HostTree {
     /// Where the configuration and the host cannot be brought together.
     pub fn new(root: &HostRoot, config: &Config) -> Result<Self, RefineError> {
         let pairs: Vec<_> = config
+            .devices
             .passthrough
             .iter()
             .map(|device| (device.endpoint, device.host))
@@ -232,6 +233,7 @@ impl Maker<'_> {
     fn groups(&self) -> Vec<Group> {
         let numbers: BTreeSet<u32> = self
             .config
+            .devices
             .passthrough
             .iter()
             .filter_map(|device| self.facts.device(device.host)?.group)
@@ -261,7 +263,7 @@ impl Maker<'_> {
     }
 
     fn without_group(&self) -> Vec<Device> {
-        let devices = self.config.passthrough.iter();
+        let devices = self.config.devices.passthrough.iter();
         devices
             .filter_map(|device| match self.facts.device(device.host) {
                 Some(found) if found.group.is_some() => None,
@@ -281,7 +283,7 @@ impl Maker<'_> {
     }
 
     fn without_device(&self) -> Vec<Endpoint> {
-        let devices = self.config.passthrough.iter();
+        let devices = self.config.devices.passthrough.iter();
         let ours: BTreeSet<_> = devices
             .map(|device| PciRange::from(device.endpoint))
             .collect();
@@ -313,12 +315,12 @@ impl Maker<'_> {
     /// The endpoint that the host's device `name` is behind.
     fn passthrough(&self, name: &str) -> Option<&Passthrough> {
         let address: PciAddress = name.parse().ok()?;
-        let mut devices = self.config.passthrough.iter();
+        let mut devices = self.config.devices.passthrough.iter();
         devices.find(|device| device.host == address)
     }
 
     fn endpoint_at(&self, address: PciAddress) -> Option<Endpoint> {
-        let mut devices = self.config.passthrough.iter();
+        let mut devices = self.config.devices.passthrough.iter();
         let device = devices.find(|device| device.endpoint == address)?;
         let group = self.facts.group_of(device.host);
         let entry = EndpointRange {
@@ -326,7 +328,7 @@ impl Maker<'_> {
             info: self.topology.endpoint(address.endpoint_id())?,
         };
         let backend = self.config.host_iommu.name();
-        let export = self.config.export_of(address);
+        let export = self.config.devices.exported_at(address);
         Some(Endpoint {
             backend,
             exported: export.map(|export| export.path.display().to_string()),

@@ -50,7 +50,10 @@ fn shadow_endpoints_have_sockets_and_may_share_one() {
         endpoint: endpoint.parse().expect("an address"),
         path: "/a".into(),
     };
-    assert_eq!(config.shadow, [listener("00:10.0"), listener("00:11.0")]);
+    assert_eq!(
+        config.devices.shadow,
+        [listener("00:10.0"), listener("00:11.0")]
+    );
     let summary = config.summary().to_string();
     assert!(summary.contains("0000:00:11.0 shadow /a\n"), "{summary}");
 }
@@ -62,7 +65,7 @@ fn devices_of_the_host_are_endpoints() {
         passthrough("00:10.0", "0001:65:00.0"),
         passthrough("00:11.0", "66:00.1"),
     ];
-    assert_eq!(config.passthrough, known);
+    assert_eq!(config.devices.passthrough, known);
     assert_eq!(config.topology.endpoint_count(), 10);
     assert_eq!(
         (config.host_iommu, config.pin),
@@ -80,7 +83,10 @@ fn devices_of_the_host_are_endpoints() {
     assert_eq!(config, parse(DEVICES).expect("the same"));
 
     let config = devices("", "--endpoint 00:10.0").expect("good");
-    assert!(config.passthrough.is_empty(), "the file's are replaced");
+    assert!(
+        config.devices.passthrough.is_empty(),
+        "the file's are replaced"
+    );
 }
 
 #[test]

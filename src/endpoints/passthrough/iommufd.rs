@@ -64,7 +64,7 @@ pub(super) fn open(
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
     let mut exports: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
     let mut granule = 1;
-    for passthrough in &config.passthrough {
+    for passthrough in &config.devices.passthrough {
         let &Passthrough { endpoint, host } = passthrough;
         let group = group_of(facts, host, endpoint)?;
         let path = facts.device(host).and_then(|device| device.node(root));
@@ -73,7 +73,7 @@ pub(super) fn open(
             endpoint,
             source,
         };
-        let exported = config.export_of(endpoint).is_some();
+        let exported = config.devices.exported_at(endpoint).is_some();
         let inherited = shared.remove(&endpoint);
         if let (Some(cdev), Some(path)) = (&inherited, &path) {
             let fd = config.descriptors.devices[&endpoint];

@@ -129,7 +129,7 @@ impl HostSide {
     /// # Errors
     /// See [`HostSideError`].
     pub fn open(config: &Config) -> Result<Self, HostSideError> {
-        if config.passthrough.is_empty() {
+        if config.devices.passthrough.is_empty() {
             return Ok(Self {
                 topology: config.topology.clone(),
                 backends: Vec::new(),
@@ -137,12 +137,13 @@ impl HostSide {
             });
         }
         let root = HostRoot::default();
-        let facts = HostFacts::read(&root, config.passthrough.iter().map(|p| p.host));
+        let facts = HostFacts::read(&root, config.devices.passthrough.iter().map(|p| p.host));
         let opened = match config.host_iommu {
             HostIommu::Iommufd => iommufd::open(config, &root, &facts)?,
             HostIommu::Type1 => type1::open(config, &root, &facts)?,
         };
         let pairs: Vec<_> = config
+            .devices
             .passthrough
             .iter()
             .map(|p| (p.endpoint, p.host))

@@ -29,7 +29,7 @@ pub(super) fn open(
 ) -> Result<Opened, HostSideError> {
     let mut inherited = Inherited::adopt(config)?;
     let mut groups: BTreeMap<u32, Open> = BTreeMap::new();
-    for &passthrough in &config.passthrough {
+    for &passthrough in &config.devices.passthrough {
         let Passthrough { endpoint, host } = passthrough;
         let number = group_of(facts, host, endpoint)?;
         let failed = |source| HostSideError::Device {
@@ -57,7 +57,7 @@ pub(super) fn open(
             (None, Some(group)) => Some(group.device(&host.to_string()).map_err(failed)?),
             (None, None) => None,
         };
-        if device.is_none() && config.export_of(endpoint).is_some() {
+        if device.is_none() && config.devices.exported_at(endpoint).is_some() {
             return Err(HostSideError::NoDevice {
                 host,
                 endpoint,
@@ -177,7 +177,7 @@ fn add_group(
         opened.allowed.insert(passthrough.endpoint, ranges.clone());
         endpoints.push(passthrough.endpoint.endpoint_id());
         if let Some(device) = &device
-            && config.export_of(passthrough.endpoint).is_some()
+            && config.devices.exported_at(passthrough.endpoint).is_some()
         {
             let device = Box::new(device.clone());
             opened.exports.push((passthrough.endpoint, device));

@@ -78,14 +78,14 @@ pub struct Report {
 impl Report {
     /// Compares the host below `root` with what `config` needs.
     pub fn new(root: &HostRoot, config: &Config) -> Self {
-        let devices = config.passthrough.iter();
+        let devices = config.devices.passthrough.iter();
         let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
         let findings = |device: &Passthrough| {
             let found = device::findings(root, &facts, device.host, config.host_iommu);
             (*device, found)
         };
         Self {
-            host: if config.passthrough.is_empty() {
+            host: if config.devices.passthrough.is_empty() {
                 Vec::new()
             } else {
                 system::findings(root, &facts, config)

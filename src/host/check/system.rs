@@ -167,8 +167,8 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
 
 /// How many times the guest's RAM is counted against the limit, at least, and why.
 fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
-    let mut devices = config.passthrough.iter();
-    let vmm_has_none = devices.all(|device| config.export_of(device.endpoint).is_some());
+    let mut devices = config.devices.passthrough.iter();
+    let vmm_has_none = devices.all(|device| config.devices.exported_at(device.endpoint).is_some());
     match (config.host_iommu, config.pin) {
         (HostIommu::Iommufd, Pin::All | Pin::Mapped) if vmm_has_none => {
             (1, "the guest's RAM for the daemon")
@@ -192,7 +192,7 @@ fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
 /// itself.
 fn containers(facts: &HostFacts, config: &Config) -> u64 {
     let group = |host| facts.device(host).and_then(|device| device.group);
-    let devices = config.passthrough.iter();
+    let devices = config.devices.passthrough.iter();
     let (in_groups, alone): (Vec<_>, Vec<_>) = devices
         .map(|device| group(device.host))
         .partition(Option::is_some);
@@ -262,7 +262,7 @@ mod tests {
 
     fn found(host: &MadeUp, keys: &str) -> Vec<Finding> {
         let config = config(keys);
-        let devices = config.passthrough.iter().map(|device| device.host);
+        let devices = config.devices.passthrough.iter().map(|device| device.host);
         let facts = HostFacts::read(&host.root(), devices);
         findings(&host.root(), &facts, &config)
     }
@@ -393,7 +393,7 @@ mod tests {
                  [[endpoint]]\naddress = '00:11.0'\nvfio = '02:00.0'\n{second}\n"
             );
             let config = Config::from_text("vm.toml".as_ref(), &text).expect("a configuration");
-            let hosts = config.passthrough.iter().map(|device| device.host);
+            let hosts = config.devices.passthrough.iter().map(|device| device.host);
             locked_times(&HostFacts::read(&MadeUp::new().root(), hosts), &config).0
         };
         assert_eq!((times("export = '/b'"), times("")), (1, 2));

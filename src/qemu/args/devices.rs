@@ -31,9 +31,10 @@ impl Devices {
     /// it does not give get the lowest numbers free, from 3 on.
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
         let mut shared = config
+            .devices
             .passthrough
             .iter()
-            .filter(|device| config.export_of(device.endpoint).is_none())
+            .filter(|device| config.devices.exported_at(device.endpoint).is_none())
             .peekable();
         if shared.peek().is_none() {
             return Ok(None);
@@ -145,8 +146,12 @@ impl Shared {
 /// Whether a device has another one beside it in its slot.
 pub(super) fn shares_slot(config: &Config, endpoint: PciAddress) -> bool {
     let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
-    let passthrough = config.passthrough.iter().map(|device| device.endpoint);
-    let emulated = config.emulated.iter().map(|device| device.endpoint);
+    let passthrough = config
+        .devices
+        .passthrough
+        .iter()
+        .map(|device| device.endpoint);
+    let emulated = config.devices.emulated.iter().map(|device| device.endpoint);
     passthrough
         .chain(emulated)
         .any(|other| other != endpoint && slot_of(other) == slot_of(endpoint))

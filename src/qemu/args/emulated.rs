@@ -7,13 +7,21 @@ use crate::topology::PciAddress;
 
 /// The arguments for those that QEMU can be told where to put.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
-    let placed = config.emulated.iter().filter(|d| on_root_bus(d.endpoint));
+    let placed = config
+        .devices
+        .emulated
+        .iter()
+        .filter(|d| on_root_bus(d.endpoint));
     placed.map(|device| ("-device", argument(config, device)))
 }
 
 /// What to say of an endpoint, if another process emulates it.
 pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<String> {
-    let device = config.emulated.iter().find(|d| d.endpoint == endpoint)?;
+    let device = config
+        .devices
+        .emulated
+        .iter()
+        .find(|d| d.endpoint == endpoint)?;
     let server = device.connect.display();
     Some(if on_root_bus(endpoint) {
         format!(

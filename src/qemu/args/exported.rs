@@ -2,19 +2,24 @@
 
 use super::devices::{on_root_bus, shares_slot};
 use super::vfio_user;
-use crate::config::{Config, Export};
+use crate::config::{Config, Exported};
 use crate::topology::PciAddress;
 
 /// The arguments for those that QEMU can be told where to put.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
-    let placed = config.exports.iter().filter(|e| on_root_bus(e.endpoint));
+    let placed = config
+        .devices
+        .exported
+        .iter()
+        .filter(|e| on_root_bus(e.endpoint));
     placed.map(|export| ("-device", argument(config, export)))
 }
 
 /// What to say of an endpoint, if it is exported.
 pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<String> {
-    let export = config.export_of(endpoint)?;
+    let export = config.devices.exported_at(endpoint)?;
     let device = config
+        .devices
         .passthrough
         .iter()
         .find(|device| device.endpoint == endpoint)?;
@@ -38,7 +43,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
     })
 }
 
-fn argument(config: &Config, export: &Export) -> String {
+fn argument(config: &Config, export: &Exported) -> String {
     vfio_user::argument(
         export.endpoint,
         &export.path,

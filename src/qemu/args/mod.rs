@@ -51,7 +51,11 @@ impl QemuArgs {
         viot: &Path,
         others: &[OsString],
     ) -> Result<Self, QemuArgsError> {
-        let endpoints = config.passthrough.iter().map(|device| device.endpoint);
+        let endpoints = config
+            .devices
+            .passthrough
+            .iter()
+            .map(|device| device.endpoint);
         if let Some(endpoint) = endpoints.into_iter().find(|&it| !on_root_bus(it)) {
             return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
         }
@@ -410,7 +414,7 @@ mod tests {
     #[test]
     fn descriptors_that_are_given_keep_their_numbers() {
         let mut config = config(DEVICES);
-        let second = config.passthrough[1].endpoint;
+        let second = config.devices.passthrough[1].endpoint;
         config.descriptors.iommufd = Some(4);
         config.descriptors.devices.insert(second, 20);
         let made = QemuArgs::new(&config, Path::new("t")).expect("arguments");

@@ -29,9 +29,9 @@ impl OpenFiles {
     /// See [`OpenError`].
     pub fn open(root: &HostRoot, config: &Config) -> Result<Self, OpenError> {
         let mut files = Self::default();
-        let devices = config.passthrough.iter();
+        let devices = config.devices.passthrough.iter();
         let shared: Vec<_> = devices
-            .filter(|device| config.export_of(device.endpoint).is_none())
+            .filter(|device| config.devices.exported_at(device.endpoint).is_none())
             .collect();
         if shared.is_empty() {
             return Ok(files);

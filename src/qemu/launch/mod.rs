@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use libc::{SIGKILL, SIGTERM};
 use thiserror::Error;
 
-use crate::config::{Config, ConfigError, Descriptors, HostIommu, Socket};
+use crate::config::{Config, ConfigError, ConfiguredDevice, Descriptors, HostIommu, Socket};
 use crate::host::sysfs::HostRoot;
 use crate::process::socket::SocketFile;
 use crate::qemu::args::{QemuArgs, QemuArgsError};
@@ -83,7 +83,7 @@ impl Launch<'_> {
         let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
         let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
-        let devices = u32::try_from(config.passthrough.len()).unwrap_or(u32::MAX);
+        let devices = u32::try_from(config.devices.passthrough.len()).unwrap_or(u32::MAX);
         let patience = START.saturating_add(START_PER_DEVICE.saturating_mul(devices));
         match until_ready(&mut daemon, &events, patience)? {
             Started::Ready => {}
@@ -305,9 +305,12 @@ fn sockets(config: &Config) -> Vec<SocketFile> {
     };
     path.into_iter()
         .chain(&config.control)
-        .chain(config.emulated.iter().map(|device| &device.listen))
-        .chain(config.exports.iter().map(|export| &export.path))
-        .chain(config.shadow.iter().map(|listener| &listener.path))
+        .chain(
+            config
+                .devices
+                .iter()
+                .filter_map(ConfiguredDevice::listens_at),
+        )
         .filter_map(|path| SocketFile::of_another(path).ok())
         .collect()
 }

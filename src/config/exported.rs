@@ -1,10 +1,11 @@
 //! Endpoints that are devices of the host, and that the VMM gets as vfio-user devices.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::path::PathBuf;
 
-use super::Config;
 use super::checker::Checker;
+use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::Draft;
 use super::error::ProblemKind;
 use super::passthrough::range_in;
@@ -12,7 +13,7 @@ use crate::topology::PciAddress;
 
 /// A device of the host that the daemon keeps to itself and offers to the VMM over vfio-user.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Export {
+pub struct Exported {
     /// The address the device has in the guest; there is a [`Passthrough`](super::Passthrough) for
     /// it.
     pub endpoint: PciAddress,
@@ -20,17 +21,31 @@ pub struct Export {
     pub path: PathBuf,
 }
 
-impl Config {
-    /// The export of an endpoint, if it is exported.
-    pub fn export_of(&self, endpoint: PciAddress) -> Option<&Export> {
-        let at = self.exports.binary_search_by_key(&endpoint, |e| e.endpoint);
-        self.exports.get(at.ok()?)
+impl ConfiguredDevice for Exported {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Exported
+    }
+
+    fn endpoint(&self) -> PciAddress {
+        self.endpoint
+    }
+
+    fn listens_at(&self) -> Option<&PathBuf> {
+        Some(&self.path)
+    }
+
+    fn connects_to(&self) -> Option<&PathBuf> {
+        None
+    }
+
+    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, ", exported at {}", self.path.display())
     }
 }
 
 impl Checker<'_> {
     /// The endpoints with `export`, in ascending order. `taken` are the paths of other sockets.
-    pub(super) fn exports(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<Vec<Export>> {
+    pub(super) fn exported(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<Vec<Exported>> {
         let mut found = Vec::new();
         let mut taken: HashSet<PathBuf> = taken.iter().copied().cloned().collect();
         let mut whole = true;
@@ -50,7 +65,7 @@ impl Checker<'_> {
             } else if !taken.insert(path.clone()) {
                 ProblemKind::ExportPath
             } else {
-                found.push(Export {
+                found.push(Exported {
                     endpoint: range.first(),
                     path,
                 });
@@ -69,6 +84,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::config::Config;
 
     /// An IOMMU and these endpoints.
     fn parse(endpoints: &str) -> Result<Config, String> {
@@ -88,11 +104,19 @@ mod tests {
                 + &one("00:06.0", "vfio = '65:00.0'\nexport = '/a'")),
         )
         .expect("good");
-        let paths: Vec<_> = config.exports.iter().map(|e| e.path.as_path()).collect();
+        let paths: Vec<_> = config
+            .devices
+            .exported
+            .iter()
+            .map(|e| e.path.as_path())
+            .collect();
         assert_eq!(paths, [Path::new("/a"), Path::new("/b")]);
         let path_of = |text: &str| {
             let address = text.parse().expect("an address");
-            config.export_of(address).map(|e| e.path.as_path())
+            config
+                .devices
+                .exported_at(address)
+                .map(|e| e.path.as_path())
         };
         assert_eq!(path_of("00:08.0"), Some(Path::new("/b")));
         assert_eq!(path_of("00:07.0"), None);
