@@ -13,9 +13,23 @@ use super::passthrough::Passthrough;
 use super::shadow::ShadowListener;
 use crate::topology::{PciAddress, PciRange};
 
-/// A kind of device behind an endpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum DeviceKind {
+/// Makes the enumeration and its list of all variants from one text, so that none can be forgotten.
+macro_rules! device_kinds {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// A kind of device behind an endpoint.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum DeviceKind {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl DeviceKind {
+            /// Every kind. QEMU's arguments and a unit's directives come in this order.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+        }
+    };
+}
+
+device_kinds! {
     /// A device of the host whose DMA the host's IOMMU translates.
     Passthrough,
     /// A passthrough device that the daemon offers to the VMM over vfio-user.

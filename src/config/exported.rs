@@ -83,7 +83,6 @@ impl Checker<'_> {
 mod tests {
     use std::path::Path;
 
-    use super::*;
     use crate::config::Config;
 
     /// An IOMMU and these endpoints.

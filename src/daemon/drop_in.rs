@@ -4,8 +4,9 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::config::{Config, HostIommu, Pin};
-use crate::vfio_user::MAX_BATCH_TIMEOUT;
+use crate::config::Config;
+use crate::endpoints::kind::Resources;
+use crate::endpoints::kinds;
 
 /// What the unit has for `WatchdogSec`.
 const WATCHDOG: Duration = Duration::from_secs(60);
@@ -13,46 +14,36 @@ const WATCHDOG: Duration = Duration::from_secs(60);
 const BASE_MEMORY: u64 = 32 << 20;
 /// What each device costs that is served over a socket: a stack, and messages of up to 2 MiB both ways.
 const MEMORY_PER_DEVICE: u64 = 8 << 20;
-/// Tables of the host's IOMMU are counted too: 8 bytes for each 4 KiB of the guest, and as much again.
-const HOST_TABLE_SHARE: u64 = 256;
 /// Threads that every daemon has or can have, and as many to spare.
 const BASE_TASKS: usize = 32;
 /// Descriptors that every daemon has or can have: memory slots among them.
 const BASE_FILES: usize = 1024;
 /// Descriptors of one device: sockets, its file, interrupts.
 const FILES_PER_DEVICE: usize = 64;
-/// Sockets and memory of one process that follows the page tables.
-const FILES_PER_READER: usize = 4;
-
 /// The drop-in for the service of `config`, which came from `file`.
 ///
 /// Memory is limited to the arena and what surrounds it, so that a daemon that goes wrong is stopped
 /// before it costs others; locked memory to the guest's, where it is pinned. Devices can be opened only
 /// where there are endpoints with `vfio`.
 pub fn drop_in(file: &Path, config: &Config) -> String {
-    // Of those that may come, one behind each port.
-    let devices = config.devices.emulated.len()
-        + config.devices.passthrough.len()
-        + config.topology.expected().len();
-    let readers = config.devices.shadow.len() * config.readers.limit;
-    let host_tables = match config.memory {
-        Some(memory) if !config.devices.passthrough.is_empty() => memory / HOST_TABLE_SHARE,
-        _ => 0,
-    };
+    let granted: Vec<_> = kinds::all().map(|kind| kind.resources(config)).collect();
+    // One device may be plugged in behind each port.
+    let devices = config.topology.expected().len() + total(&granted, |kind| kind.devices);
+    let more_memory = granted.iter().map(|kind| kind.memory);
     // Pages of the guest count for whoever touches them first, which a device's DMA may be.
     let guest = if devices > 0 { config.memory } else { Some(0) };
     let memory = guest.map_or("infinity".into(), |guest| {
         let own = [
             BASE_MEMORY,
             MEMORY_PER_DEVICE.saturating_mul(u64::try_from(devices).unwrap_or(u64::MAX)),
-            host_tables,
             guest,
         ];
         own.into_iter()
+            .chain(more_memory)
             .fold(config.arena_limit, u64::saturating_add)
             .to_string()
     });
-    let files = BASE_FILES + FILES_PER_DEVICE * devices + FILES_PER_READER * readers;
+    let files = BASE_FILES + FILES_PER_DEVICE * devices + total(&granted, |kind| kind.files);
     let lines = [
         format!("# What {} asks for.", file.display()),
         "[Service]".into(),
@@ -61,14 +52,12 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         format!("TasksMax={}", BASE_TASKS + 2 * devices),
     ];
     let mut text = lines.join("\n") + "\n";
-    // Writing to a String cannot fail, here and below.
-    if !config.devices.passthrough.is_empty() {
-        text.push_str(&host_devices(config));
-    }
-    let waits = waits(config);
-    if waits > Duration::ZERO {
-        // A third more: the daemon is asked four times in it.
-        let seconds = WATCHDOG.saturating_add(waits / 3 * 4).as_secs();
+    text.extend(granted.iter().map(|kind| kind.directives.as_str()));
+    let wait: Duration = granted.iter().map(|kind| kind.wait).sum();
+    if wait > Duration::ZERO {
+        // A third more: the service manager hears four times from the daemon in it.
+        let seconds = WATCHDOG.saturating_add(wait / 3 * 4).as_secs();
+        // Writing to a String cannot fail, here and below.
         let _ = writeln!(text, "WatchdogSec={seconds}");
     }
     if let Some(priority) = config.realtime_priority {
@@ -96,47 +85,8 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     text
 }
 
-/// How long servers and readers that hang can keep the worker, one after the other, before each is cut off.
-fn waits(config: &Config) -> Duration {
-    let servers = config
-        .devices
-        .emulated
-        .iter()
-        .map(|e| e.deadline.max(MAX_BATCH_TIMEOUT));
-    let readers = config
-        .devices
-        .shadow
-        .iter()
-        .map(|_| config.readers.patience);
-    servers.chain(readers).sum()
-}
-
-fn host_devices(config: &Config) -> String {
-    let mut text = String::new();
-    // With type1 each container pins the guest for itself.
-    let pinned = match (config.host_iommu, config.pin) {
-        (HostIommu::Iommufd, Pin::All | Pin::Mapped) => config.memory,
-        (HostIommu::Type1, Pin::All | Pin::Mapped) => {
-            let containers = u64::try_from(config.devices.passthrough.len()).unwrap_or(u64::MAX);
-            config.memory.map(|bytes| bytes.saturating_mul(containers))
-        }
-    };
-    let locked = match pinned {
-        // Rings and tables of the host come on top of the guest's RAM.
-        Some(bytes) => bytes.saturating_add(64 << 20).to_string(),
-        None => "infinity".into(),
-    };
-    let _ = writeln!(text, "LimitMEMLOCK={locked}\nPrivateDevices=no");
-    let nodes: &[&str] = match config.host_iommu {
-        HostIommu::Iommufd => &["/dev/iommu", "char-vfio-dev", "char-vfio"],
-        HostIommu::Type1 => &["/dev/vfio/vfio", "char-vfio"],
-    };
-    for node in nodes {
-        let _ = writeln!(text, "DeviceAllow={node} rw");
-    }
-    // Numbers of interrupts and the devices' files are there.
-    text.push_str("ProcSubset=all\n");
-    text
+fn total(granted: &[Resources], of: impl Fn(&Resources) -> usize) -> usize {
+    granted.iter().map(of).sum()
 }
 
 #[cfg(test)]

@@ -14,12 +14,8 @@ use thiserror::Error;
 use crate::config::{Config, Socket, SocketAccess};
 use crate::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
-use crate::endpoints::emulated::EmulatedSide;
-use crate::endpoints::exported::ExportSide;
 use crate::endpoints::hotplug::{Files, Hotplug};
-use crate::endpoints::passthrough::{HostSide, HostSideError};
-use crate::endpoints::shadow::{self, ShadowSideError};
-use crate::faults::report::FaultReporter;
+use crate::endpoints::start::{OpenedDevices, ServedDevices, StartError};
 use crate::info_limited;
 use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
@@ -44,15 +40,9 @@ pub enum DaemonError {
     /// The page-table arena could not be made.
     #[error(transparent)]
     Arena(#[from] ArenaError),
-    /// A device of the host cannot be used.
+    /// The configured devices cannot be brought up.
     #[error(transparent)]
-    HostSide(#[from] HostSideError),
-    /// Devices that follow the page tables cannot be served.
-    #[error(transparent)]
-    Shadow(#[from] ShadowSideError),
-    /// The backends cannot do what the configuration asks for.
-    #[error("{0}")]
-    Backend(String),
+    Devices(#[from] StartError),
     /// The worker may not have the priority it is to have.
     #[error(transparent)]
     Realtime(#[from] RealtimeError),
@@ -98,7 +88,7 @@ impl Daemon {
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         // First, before anything is opened that could get the number of a descriptor.
-        let host = HostSide::open(config)?;
+        let (topology, opened) = OpenedDevices::open(config)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config.socket.as_ref())?;
         let no_events = |source| DaemonError::System {
@@ -113,24 +103,10 @@ impl Daemon {
                 bypass_at_boot: config.bypass_at_boot,
                 arena_limit: config.arena_limit,
             },
-            host.topology,
+            topology,
         )?;
-        for (backend, endpoints) in host.backends {
-            iommu
-                .add_backend(backend, &endpoints)
-                .map_err(DaemonError::Backend)?;
-        }
-        let readers = shadow::add_backend(config, &mut iommu)?;
         let metrics = Arc::new(Metrics::default());
-        let reporter = Arc::new(FaultReporter::new(metrics.clone(), config.fault_rate));
-        let mut emulated =
-            EmulatedSide::open(&config.devices.emulated, iommu.topology(), &reporter)
-                .map_err(DaemonError::Socket)?;
-        for (backend, endpoint) in emulated.backends.drain(..) {
-            iommu
-                .add_backend(backend, &[endpoint])
-                .map_err(DaemonError::Backend)?;
-        }
+        let attached = opened.attach(config, &mut iommu, metrics.clone())?;
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
         let worker = WorkerSettings {
             longest_poll: config.longest_poll,
@@ -140,27 +116,18 @@ impl Daemon {
         let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
         let server = VhostUserServer::new(device.clone(), listener).map_err(no_events)?;
-        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), reporter, emulated);
-        let hotplug = Arc::new(hotplug.map_err(|source| DaemonError::System {
-            what: "start a thread",
-            source,
-        })?);
-        let shadow = readers
-            .clone()
-            .map(|registry| {
-                shadow::serve(config, registry, iommu.clone(), device.clone())
-                    .map_err(DaemonError::Socket)
-            })
-            .transpose()?;
+        let ServedDevices {
+            hotplug,
+            readers,
+            shadow,
+        } = attached.serve(config, &iommu, &device)?;
         let shadow_files = shadow.iter().flat_map(ShadowServer::files).cloned();
-        // Late: the clients that connect find all that they need there.
-        hotplug.adopt(ExportSide::open(config, host.exports).map_err(DaemonError::Socket)?);
         let subjects = Subjects {
             name: config.name.clone(),
             iommu: iommu.clone(),
             device: device.clone(),
             metrics: metrics.clone(),
-            readers: readers.clone(),
+            readers,
             hotplug: hotplug.clone(),
             limits: SetLimits {
                 batch: config.max_batch,

@@ -1,16 +1,13 @@
-//! What a configuration asks of the sandbox.
+//! What the sandbox must allow a daemon with a given configuration.
 
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, ConfiguredDevice, Socket};
+use crate::endpoints::kinds;
 use crate::process::sandbox::{Needs, Plugging};
-use crate::vfio::{ioctls_of_backends, ioctls_of_exports, ioctls_of_opening};
 
-/// What the daemon with this configuration does once it serves.
+/// What the daemon does with this configuration once it serves.
 pub fn needs(config: &Config) -> Needs {
-    let of = |wanted: bool, numbers: fn() -> Vec<u32>| {
-        if wanted { numbers() } else { Vec::new() }
-    };
     let socket = match &config.socket {
         Some(Socket::Path(path)) => Some(path),
         Some(Socket::Fd(_)) | None => None,
@@ -29,36 +26,26 @@ pub fn needs(config: &Config) -> Needs {
         .collect();
     socket_folders.sort_unstable();
     socket_folders.dedup();
-    // What may come counts as what is there.
-    let hotplug = !config.topology.expected().is_empty();
-    Needs {
-        iommu_ioctls: of(
-            hotplug || !config.devices.passthrough.is_empty(),
-            ioctls_of_backends,
-        ),
-        device_ioctls: of(
-            hotplug || !config.devices.exported.is_empty(),
-            ioctls_of_exports,
-        ),
+    let can_plug = !config.topology.expected().is_empty();
+    let mut needs = Needs {
         qmp: config.qmp.is_some(),
-        emulated: hotplug || !config.devices.emulated.is_empty(),
         realtime: config.realtime_priority.is_some(),
-        shadow: !config.devices.shadow.is_empty(),
-        plugging: hotplug.then(|| Plugging {
-            ioctls: ioctls_of_opening(),
-            nodes: ["/dev/vfio", "/dev/iommu"].map(Into::into).into(),
-            facts: vec!["/sys".into()],
-        }),
+        plugging: can_plug.then(Plugging::default),
         textfile_folder: config
             .metrics
             .textfile
             .as_ref()
             .map(|file| folder(&file.path)),
         socket_folders,
+        ..Needs::default()
+    };
+    for kind in kinds::all() {
+        kind.add_needs(config, &mut needs);
     }
+    needs
 }
 
-/// Where a file is; a bare name is of one in the folder that the daemon is in.
+/// The folder of a file. A bare name stands for a file in the working directory.
 fn folder(file: &Path) -> PathBuf {
     match file.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),

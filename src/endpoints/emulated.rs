@@ -1,29 +1,32 @@
-//! The devices that a configuration says other processes emulate: their sockets and their backends.
+//! Emulated devices: the sockets and the backends of devices that other processes emulate.
 
 use std::io;
 use std::sync::Arc;
 
 use log::info;
 
+use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared};
 use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
-use crate::config::{self, Emulated};
+use crate::config::{self, Config, Emulated};
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
+use crate::process::sandbox::Needs;
 use crate::process::socket::{SocketFile, bind};
 use crate::topology::{PciAddress, Topology};
+use crate::vfio_user::MAX_BATCH_TIMEOUT;
 
-/// What there is for emulated devices.
-pub struct EmulatedSide {
+/// The emulated devices, served.
+pub struct EmulatedDevices {
     /// The backends and the endpoint each of them has.
     pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
-    /// What tells how they are doing.
+    /// Reports on each of them.
     pub watches: Vec<(PciAddress, Watch)>,
     /// The files of the sockets that the VMM connects to.
     pub files: Vec<(PciAddress, Arc<SocketFile>)>,
 }
 
-impl EmulatedSide {
+impl EmulatedDevices {
     /// Listens for the VMM's clients of these devices.
     ///
     /// # Errors
@@ -33,7 +36,7 @@ impl EmulatedSide {
         topology: &Topology,
         faults: &Arc<FaultReporter>,
     ) -> io::Result<Self> {
-        let mut side = Self {
+        let mut opened = Self {
             backends: Vec::new(),
             watches: Vec::new(),
             files: Vec::new(),
@@ -55,9 +58,9 @@ impl EmulatedSide {
                 deadline: device.deadline,
             };
             let backend = VfioUser::start(emulated, listener, faults.clone())?;
-            side.watches.push((device.endpoint, backend.watch()));
-            side.backends.push((Box::new(backend), endpoint));
-            side.files.push((device.endpoint, Arc::new(file)));
+            opened.watches.push((device.endpoint, backend.watch()));
+            opened.backends.push((Box::new(backend), endpoint));
+            opened.files.push((device.endpoint, Arc::new(file)));
             info!(
                 "endpoint {} is the device at {}, isolation {}",
                 device.endpoint,
@@ -65,6 +68,45 @@ impl EmulatedSide {
                 device.isolation.name()
             );
         }
-        Ok(side)
+        Ok(opened)
+    }
+}
+
+/// Devices that other processes emulate over vfio-user.
+pub struct EmulatedKind;
+
+impl EndpointKind for EmulatedKind {
+    fn add_needs(&self, config: &Config, needs: &mut Needs) {
+        needs.emulated = needs.plugging.is_some() || !config.devices.emulated.is_empty();
+    }
+
+    fn resources(&self, config: &Config) -> Resources {
+        let devices = &config.devices.emulated;
+        Resources {
+            devices: devices.len(),
+            wait: devices
+                .iter()
+                .map(|e| e.deadline.max(MAX_BATCH_TIMEOUT))
+                .sum(),
+            ..Resources::default()
+        }
+    }
+
+    fn plug(&self, plug: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+        check_prepared(plug.config)?;
+        let device = plug.config.devices.emulated_at(plug.endpoint);
+        let devices = device.map(std::slice::from_ref).unwrap_or_default();
+        let opened = EmulatedDevices::open(devices, &plug.config.topology, plug.faults)?;
+        let backend = opened.backends.into_iter().next();
+        Ok(PluggedDevice {
+            backend: backend.map(|(backend, _)| backend),
+            watch: opened.watches.into_iter().next().map(|(_, watch)| watch),
+            file: opened.files.into_iter().next().map(|(_, file)| file),
+            ..PluggedDevice::default()
+        })
+    }
+
+    fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {
+        check_prepared(config)
     }
 }

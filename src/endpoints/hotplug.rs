@@ -8,13 +8,13 @@ use std::sync::Arc;
 use log::info;
 use thiserror::Error;
 
-use crate::backends::DmaBackend;
+use super::emulated::EmulatedDevices;
+use super::exported::ExportedDevices;
+use super::kind::{Plug, PlugError, PluggedDevice};
+use super::kinds;
 use crate::backends::vfio_user::Watch;
-use crate::config::{Config, ConfigError, Descriptors};
+use crate::config::{Config, ConfigError};
 use crate::device::Device;
-use crate::endpoints::emulated::EmulatedSide;
-use crate::endpoints::exported::ExportSide;
-use crate::endpoints::passthrough::{HostSide, HostSideError};
 use crate::export::{DeviceServer, ServerStatus};
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
@@ -22,7 +22,7 @@ use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::locks::{Mutex, Rank};
 use crate::process::socket::SocketFile;
-use crate::topology::{GroupName, NoSuchEndpoints, PciAddress, PciRange, ReservedRegions};
+use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
 
 /// Why an endpoint is not added or removed. Nothing has changed then.
 #[derive(Debug, Error)]
@@ -33,30 +33,9 @@ pub enum HotplugError {
     /// There are no such endpoints.
     #[error(transparent)]
     NoSuch(#[from] NoSuchEndpoints),
-    /// Readers cannot come and go with their endpoint.
-    #[error(
-        "endpoints with `shadow` are there from the start to the end of the daemon; put it into the \
-         file, or take it out, and start the VM anew"
-    )]
-    Shadow,
-    /// The VMM cannot be given the descriptor that it would have to share.
-    #[error(
-        "a device of the host can be added to a running VM only where the daemon has it to itself; \
-         give `export = \"PATH\"` beside `vfio` and plug it in as a vfio-user device"
-    )]
-    Shared,
-    /// The sandbox is made for what the file says.
-    #[error(
-        "devices are opened and let go while the VM runs only where the file has `hotplug`; give the \
-         ranges that endpoints are plugged into there, and start the VM anew"
-    )]
-    Unprepared,
-    /// A device of the host cannot be used.
+    /// The device cannot be plugged in or unplugged.
     #[error(transparent)]
-    Host(#[from] HostSideError),
-    /// A socket cannot be made, or a thread started.
-    #[error("{0}")]
-    System(#[from] io::Error),
+    Device(#[from] PlugError),
     /// The IOMMU does not take it.
     #[error(transparent)]
     Add(#[from] AddError),
@@ -97,18 +76,6 @@ struct Parts {
     faults: Option<FaultDelivery>,
 }
 
-/// What an endpoint's device has brought along, until it is known whether it stays.
-#[derive(Default)]
-struct Opened {
-    backend: Option<Box<dyn DmaBackend>>,
-    watches: Vec<(PciAddress, Watch)>,
-    exports: Vec<(PciAddress, DeviceServer)>,
-    files: Vec<(PciAddress, Arc<SocketFile>)>,
-    host: Option<String>,
-    /// Where the host has a say in them.
-    facts: Option<(Option<GroupName>, ReservedRegions)>,
-}
-
 impl Hotplug {
     /// The devices of `config`, of which those that other processes emulate are open already.
     ///
@@ -119,7 +86,7 @@ impl Hotplug {
         iommu: Arc<Mutex<Iommu>>,
         device: Arc<Device>,
         reporter: Arc<FaultReporter>,
-        emulated: EmulatedSide,
+        emulated: EmulatedDevices,
     ) -> io::Result<Self> {
         let hosts = config.devices.passthrough.iter();
         let parts = Parts {
@@ -147,7 +114,7 @@ impl Hotplug {
     }
 
     /// Takes over what was exported at the start.
-    pub fn adopt(&self, exports: ExportSide) {
+    pub fn adopt(&self, exports: ExportedDevices) {
         self.parts.lock().exports.extend(exports.servers);
         self.files.lock().extend(exports.files);
     }
@@ -207,12 +174,16 @@ impl Hotplug {
         added.map_err(|(cause, _)| cause)?;
         {
             let mut parts = self.parts.lock();
-            parts.watches.extend(opened.watches);
-            parts.exports.extend(opened.exports);
-            let id = range.first().endpoint_id();
-            parts.hosts.extend(opened.host.map(|host| (id, host)));
+            let at = range.first();
+            parts.watches.extend(opened.watch.map(|watch| (at, watch)));
+            parts
+                .exports
+                .extend(opened.export.map(|server| (at, server)));
+            let host = opened.host.map(|host| (at.endpoint_id(), host));
+            parts.hosts.extend(host);
         }
-        self.files.lock().extend(opened.files);
+        let file = opened.file.map(|file| (range.first(), file));
+        self.files.lock().extend(file);
         let is_described = with.topology.is_expected(range);
         *config = with;
         info!("endpoint {range} is added");
@@ -229,13 +200,9 @@ impl Hotplug {
     pub fn remove(&self, range: PciRange) -> Result<(), HotplugError> {
         let mut config = self.config.lock();
         let without = config.without_endpoints(range)?;
-        if without.devices.shadow.len() < config.devices.shadow.len() {
-            return Err(HotplugError::Shadow);
-        }
-        if without.devices.emulated.len() < config.devices.emulated.len()
-            || without.devices.passthrough.len() < config.devices.passthrough.len()
-        {
-            is_prepared(&config)?;
+        let devices = config.devices.iter();
+        for device in devices.filter(|device| range.contains(device.endpoint())) {
+            kinds::of(device.kind()).check_unplug(&config)?;
         }
         let unused = self.iommu.lock().remove_endpoints(range)?;
         *config = without;
@@ -257,53 +224,20 @@ impl Hotplug {
     }
 
     /// Opens the device of an endpoint, if it has one.
-    fn open(&self, with: &Config, range: PciRange) -> Result<Opened, HotplugError> {
-        let first = range.first();
-        if with.devices.shadow.iter().any(|s| s.endpoint == first) {
-            return Err(HotplugError::Shadow);
-        }
-        if let Some(device) = with.devices.emulated.iter().find(|e| e.endpoint == first) {
-            is_prepared(with)?;
-            let devices = std::slice::from_ref(device);
-            let side = EmulatedSide::open(devices, &with.topology, &self.reporter)?;
-            self.deliver_faults()?;
-            return Ok(Opened {
-                backend: side.backends.into_iter().next().map(|(backend, _)| backend),
-                watches: side.watches,
-                files: side.files,
-                ..Opened::default()
-            });
-        }
-        let Some(&passthrough) = with
-            .devices
-            .passthrough
-            .iter()
-            .find(|p| p.endpoint == first)
-        else {
-            return Ok(Opened::default());
+    fn open(&self, config: &Config, range: PciRange) -> Result<PluggedDevice, PlugError> {
+        let endpoint = range.first();
+        let Some(kind) = config.devices.kind_of(endpoint) else {
+            return Ok(PluggedDevice::default());
         };
-        if with.devices.exported_at(first).is_none() {
-            return Err(HotplugError::Shared);
+        let opened = kinds::of(kind).plug(&Plug {
+            config,
+            endpoint,
+            faults: &self.reporter,
+        })?;
+        if opened.watch.is_some() {
+            self.deliver_faults()?;
         }
-        is_prepared(with)?;
-        let mut alone = with.clone();
-        alone.devices.passthrough = vec![passthrough];
-        alone.descriptors = Descriptors::default();
-        let host = HostSide::open(&alone)?;
-        let info = host.topology.endpoint(first.endpoint_id());
-        let facts = info.map(|info| {
-            let group = info.group.and_then(|id| host.topology.group_name(id));
-            (group.cloned(), info.reserved.clone())
-        });
-        let exports = ExportSide::open(&alone, host.exports)?;
-        Ok(Opened {
-            backend: host.backends.into_iter().next().map(|(backend, _)| backend),
-            exports: exports.servers,
-            files: exports.files,
-            host: Some(passthrough.host.to_string()),
-            facts,
-            ..Opened::default()
-        })
+        Ok(opened)
     }
 
     /// Starts the thread that tells the guest what emulated devices are refused, if it is not there.
@@ -318,14 +252,6 @@ impl Hotplug {
         }
         Ok(())
     }
-}
-
-/// Whether devices come and go with this configuration.
-fn is_prepared(config: &Config) -> Result<(), HotplugError> {
-    if config.topology.expected().is_empty() {
-        return Err(HotplugError::Unprepared);
-    }
-    Ok(())
 }
 
 /// Takes out what has a key that `wanted` holds for.

@@ -1,9 +1,18 @@
-//! From the configuration to opened parts: one module for each kind of endpoint.
+//! From the configuration to opened devices: one module for each kind of endpoint.
+//!
+//! - [`kind`] has the trait that every kind implements, and `kinds` the table of all of them.
+//! - `start` brings the configured devices up with the daemon; `hotplug` adds and removes endpoints
+//!   while the VM runs.
 
 pub mod emulated;
 pub mod exported;
 #[cfg(not(miri))]
 pub mod hotplug;
+pub mod kind;
+#[cfg(not(miri))]
+pub mod kinds;
 pub mod passthrough;
 #[cfg(not(miri))]
 pub mod shadow;
+#[cfg(not(miri))]
+pub mod start;

@@ -1,5 +1,5 @@
-//! The endpoints of a configuration whose devices follow the page tables themselves: their backend,
-//! their sockets, and the way of their faults to the guest.
+//! Shadow readers: endpoints whose devices read the page tables themselves, with their backend, their
+//! sockets, and the way of their faults to the guest.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use log::info;
 use thiserror::Error;
 
+use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources};
 use crate::backends::shadow::Shadow;
 use crate::config::Config;
 use crate::device::Device;
@@ -15,11 +16,15 @@ use crate::faults::Fault;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
+use crate::process::sandbox::Needs;
 use crate::shadow::{Limits, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket};
 
-/// Why shadow endpoints cannot be served.
+/// The socket and the memory of one reader.
+const FILES_PER_READER: usize = 4;
+
+/// Why shadow readers cannot be served.
 #[derive(Debug, Error)]
-pub enum ShadowSideError {
+pub enum ShadowError {
     /// The page tables cannot be given to readers.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -31,11 +36,11 @@ pub enum ShadowSideError {
 /// Puts the shadow endpoints of `config` behind a backend; `None` where there are none.
 ///
 /// # Errors
-/// See [`ShadowSideError`].
+/// See [`ShadowError`].
 pub fn add_backend(
     config: &Config,
     iommu: &mut Iommu,
-) -> Result<Option<Arc<Registry>>, ShadowSideError> {
+) -> Result<Option<Arc<Registry>>, ShadowError> {
     if config.devices.shadow.is_empty() {
         return Ok(None);
     }
@@ -66,7 +71,7 @@ pub fn add_backend(
     let backend = Shadow::new(registry.clone(), &ids);
     iommu
         .add_backend(Box::new(backend), &ids)
-        .map_err(ShadowSideError::Backend)?;
+        .map_err(ShadowError::Backend)?;
     Ok(Some(registry))
 }
 
@@ -104,4 +109,31 @@ pub fn serve(
 fn with_reason(iommu: &Iommu, fault: Fault) -> Fault {
     let again = iommu.translate(fault.endpoint, fault.address, fault.access);
     again.err().unwrap_or(fault)
+}
+
+/// Devices in processes that read the page tables themselves.
+pub struct ShadowReaderKind;
+
+impl EndpointKind for ShadowReaderKind {
+    fn add_needs(&self, config: &Config, needs: &mut Needs) {
+        needs.shadow = !config.devices.shadow.is_empty();
+    }
+
+    fn resources(&self, config: &Config) -> Resources {
+        let endpoints = &config.devices.shadow;
+        Resources {
+            files: FILES_PER_READER * endpoints.len() * config.readers.limit,
+            wait: endpoints.iter().map(|_| config.readers.patience).sum(),
+            ..Resources::default()
+        }
+    }
+
+    /// Refused: the registry of readers is made once, before the page tables are in use.
+    fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+        Err(PlugError::Shadow)
+    }
+
+    fn check_unplug(&self, _: &Config) -> Result<(), PlugError> {
+        Err(PlugError::Shadow)
+    }
 }

@@ -154,9 +154,11 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     // Their words are those of what they hold, which have rows of their own.
     ("Problem", "a place before another error's words"),
     ("ProblemKind::Syntax", "see TOML"),
-    ("HotplugError::System", "see Sockets"),
-    ("DaemonError::Backend", "a backend's words"),
+    ("PlugError::System", "see Sockets"),
+    ("StartError::Backend", "a backend's words"),
     ("DaemonError::Socket", "see Sockets"),
+    ("StartError::Socket", "see Sockets"),
+    ("StartError::Thread", "no threads left"),
     (
         "AddError::Backend",
         "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
@@ -194,13 +196,16 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
     ),
     (
-        "HostSideError::Device",
+        "PassthroughError::Device",
         "a device that VFIO refuses: tests/vfio_host",
     ),
-    ("HostSideError::OtherDevice", "tests/vfio_host"),
-    ("HostSideError::OneContainer", "tests/vfio_host"),
-    ("HostSideError::MixedGroup", "tests/vfio_host"),
-    ("HostSideError::NoCommonAddresses", "two IOMMUs that differ"),
+    ("PassthroughError::OtherDevice", "tests/vfio_host"),
+    ("PassthroughError::OneContainer", "tests/vfio_host"),
+    ("PassthroughError::MixedGroup", "tests/vfio_host"),
+    (
+        "PassthroughError::NoCommonAddresses",
+        "two IOMMUs that differ",
+    ),
     (
         "RemoveError::HostGroup",
         "src/iommu/tests/hotplug.rs::a_device_that_the_host_cannot_keep_apart_stays",
@@ -538,7 +543,7 @@ pub const CASES: &[Case] = &[
     ),
     // Devices of the host, and the other commands.
     case(
-        "HostSideError::NoDevice",
+        "PassthroughError::NoDevice",
         With(
             "socket = 's'\nhost-iommu = 'type1'\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio = 'ff:1f.7'",
@@ -546,7 +551,7 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
-        "HostSideError::Inherited",
+        "PassthroughError::Inherited",
         With(
             "socket = 's'\n[[endpoint]]\naddress = '00:06.0'\nvfio = 'ff:1f.7'",
             &["--config", "vm.toml", "--iommufd-fd", "99"],
@@ -659,15 +664,15 @@ pub const CASES: &[Case] = &[
     ),
     case("NoSuchEndpoints", Ctl("", &["remove-endpoint", "00:06.0"])),
     case(
-        "HotplugError::Shadow",
+        "PlugError::Shadow",
         Ctl("", &["add-endpoint", "00:06.0", "shadow = 'h'"]),
     ),
     case(
-        "HotplugError::Shared",
+        "PlugError::Shared",
         Ctl("", &["add-endpoint", "00:06.0", "vfio = '65:00.0'"]),
     ),
     case(
-        "HotplugError::Unprepared",
+        "PlugError::Unprepared",
         Ctl(
             "",
             &[

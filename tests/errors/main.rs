@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Where errors of the configuration and the command line are said to be, and the heading they get.
-const SOURCES: [(&str, &str); 13] = [
+const SOURCES: [(&str, &str); 14] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
@@ -41,9 +41,10 @@ const SOURCES: [(&str, &str); 13] = [
     ("src/qemu/launch/mod.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
     ("src/transport/vhost_user/serve.rs", "The daemon"),
+    ("src/endpoints/start.rs", "The daemon"),
     ("src/ctl/ask.rs", "`ctl`"),
     (
-        "src/endpoints/hotplug.rs",
+        "src/endpoints/kind.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
 ];
@@ -57,7 +58,7 @@ const MORE: [(&str, &str); 6] = [
         "src/iommu/hotplug.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
-    ("src/endpoints/passthrough/mod.rs", "Devices of the host"),
+    ("src/endpoints/passthrough/error.rs", "Devices of the host"),
     ("src/process/realtime.rs", "Priorities"),
     ("src/process/service.rs", "Services"),
     ("src/logging/mod.rs", "`ctl log-level`"),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostSideError, Opened, capabilities, group_of};
+use super::{HostBackends, PassthroughError, capabilities, group_of};
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
@@ -26,7 +26,7 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
-) -> Result<Opened, HostSideError> {
+) -> Result<HostBackends, PassthroughError> {
     let node = root.path("dev/iommu");
     // Inherited descriptors first, before anything is opened that could get their numbers.
     let inherited = config
@@ -35,7 +35,7 @@ pub(super) fn open(
         .map(|fd| {
             adopt(fd)
                 .and_then(IommuFd::adopt)
-                .map_err(|source| HostSideError::Inherited {
+                .map_err(|source| PassthroughError::Inherited {
                     fd,
                     what: "the host's iommufd",
                     source,
@@ -45,14 +45,15 @@ pub(super) fn open(
         .transpose()?;
     let mut shared: BTreeMap<PciAddress, Cdev> = BTreeMap::new();
     for (&endpoint, &fd) in &config.descriptors.devices {
-        let device = adopt(fd)
-            .and_then(check_kind)
-            .map_err(|source| HostSideError::Inherited {
-                fd,
-                what: "a device",
-                source,
-                option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
-            })?;
+        let device =
+            adopt(fd)
+                .and_then(check_kind)
+                .map_err(|source| PassthroughError::Inherited {
+                    fd,
+                    what: "a device",
+                    source,
+                    option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
+                })?;
         shared.insert(endpoint, Cdev::adopt(device));
     }
     let iommufd = match inherited {
@@ -62,32 +63,32 @@ pub(super) fn open(
 
     let mut devices = Vec::new();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
-    let mut exports: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
+    let mut exported: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
     let mut granule = 1;
     for passthrough in &config.devices.passthrough {
         let &Passthrough { endpoint, host } = passthrough;
         let group = group_of(facts, host, endpoint)?;
         let path = facts.device(host).and_then(|device| device.node(root));
-        let failed = |source| HostSideError::Device {
+        let failed = |source| PassthroughError::Device {
             host,
             endpoint,
             source,
         };
-        let exported = config.devices.exported_at(endpoint).is_some();
+        let is_exported = config.devices.exported_at(endpoint).is_some();
         let inherited = shared.remove(&endpoint);
         if let (Some(cdev), Some(path)) = (&inherited, &path) {
             let fd = config.descriptors.devices[&endpoint];
             check_node(cdev, path, fd, passthrough)?;
         }
-        let binds = inherited.is_some() && !exported;
+        let binds = inherited.is_some() && !is_exported;
         let (cdev, found) = match inherited {
-            Some(cdev) if exported => {
+            Some(cdev) if is_exported => {
                 let found = own(&iommufd, &cdev, host).map_err(failed)?;
                 (cdev, Some(found))
             }
             Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
             None => {
-                let path = path.ok_or(HostSideError::NoDevice {
+                let path = path.ok_or(PassthroughError::NoDevice {
                     host,
                     endpoint,
                     why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
@@ -102,8 +103,8 @@ pub(super) fn open(
             granule = granule.max(found.granule);
             allowed.insert(endpoint, found.ranges);
         }
-        if exported {
-            exports.push((endpoint, Box::new(cdev.clone())));
+        if is_exported {
+            exported.push((endpoint, Box::new(cdev.clone())));
         }
         devices.push(PassthroughDevice {
             endpoint: endpoint.endpoint_id(),
@@ -120,7 +121,7 @@ pub(super) fn open(
             .any(|other| other.group == d.group && other.shared != d.shared)
     };
     if let Some(device) = devices.iter().find(mixed) {
-        return Err(HostSideError::MixedGroup {
+        return Err(PassthroughError::MixedGroup {
             group: device.group,
         });
     }
@@ -131,10 +132,10 @@ pub(super) fn open(
     };
     let capabilities = capabilities(allowed.values(), granule)?;
     let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
-    Ok(Opened {
+    Ok(HostBackends {
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
-        exports,
+        exported,
     })
 }
 
@@ -153,10 +154,10 @@ fn check_node(
     path: &Path,
     fd: RawFd,
     passthrough: &Passthrough,
-) -> Result<(), HostSideError> {
+) -> Result<(), PassthroughError> {
     let node = std::fs::metadata(path).map(|metadata| metadata.rdev());
     match (cdev.node_number(), node) {
-        (Ok(open), Ok(node)) if open != node => Err(HostSideError::OtherDevice {
+        (Ok(open), Ok(node)) if open != node => Err(PassthroughError::OtherDevice {
             fd,
             host: passthrough.host,
             endpoint: passthrough.endpoint,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostSideError, Opened, capabilities, group_of};
+use super::{HostBackends, PassthroughError, capabilities, group_of};
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::config::{Config, Passthrough};
@@ -26,13 +26,13 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
-) -> Result<Opened, HostSideError> {
+) -> Result<HostBackends, PassthroughError> {
     let mut inherited = Inherited::adopt(config)?;
     let mut groups: BTreeMap<u32, Open> = BTreeMap::new();
     for &passthrough in &config.devices.passthrough {
         let Passthrough { endpoint, host } = passthrough;
         let number = group_of(facts, host, endpoint)?;
-        let failed = |source| HostSideError::Device {
+        let failed = |source| PassthroughError::Device {
             host,
             endpoint,
             source,
@@ -58,7 +58,7 @@ pub(super) fn open(
             (None, None) => None,
         };
         if device.is_none() && config.devices.exported_at(endpoint).is_some() {
-            return Err(HostSideError::NoDevice {
+            return Err(PassthroughError::NoDevice {
                 host,
                 endpoint,
                 why: "is exported, and only its container is handed over: pass the device with \
@@ -75,10 +75,10 @@ pub(super) fn open(
         .filter_map(|(_, device)| device.clone())
         .map(|device| -> Arc<dyn DeviceMemory> { Arc::new(device) })
         .collect();
-    let mut opened = Opened {
+    let mut opened = HostBackends {
         backends: Vec::new(),
         allowed: BTreeMap::new(),
-        exports: Vec::new(),
+        exported: Vec::new(),
     };
     for (number, open) in groups {
         add_group(config, &mut opened, number, open, &peers)?;
@@ -87,7 +87,7 @@ pub(super) fn open(
 }
 
 /// Refuses one container for several groups, as VMMs make them: it has one address space.
-fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), HostSideError> {
+fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), PassthroughError> {
     let open: Vec<_> = groups.values().collect();
     for (n, one) in open.iter().enumerate() {
         for other in &open[..n] {
@@ -95,7 +95,7 @@ fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), HostSide
                 && let (Some((one, _)), Some((other, _))) =
                     (one.devices.first(), other.devices.first())
             {
-                return Err(HostSideError::OneContainer {
+                return Err(PassthroughError::OneContainer {
                     endpoint: one.endpoint,
                     other: other.endpoint,
                 });
@@ -112,12 +112,12 @@ struct Inherited {
 }
 
 impl Inherited {
-    fn adopt(config: &Config) -> Result<Self, HostSideError> {
+    fn adopt(config: &Config) -> Result<Self, PassthroughError> {
         let mut containers = BTreeMap::new();
         let mut devices = BTreeMap::new();
         for (&endpoint, &fd) in &config.descriptors.containers {
             let container = adopt(fd).and_then(Container::adopt);
-            let container = container.map_err(|source| HostSideError::Inherited {
+            let container = container.map_err(|source| PassthroughError::Inherited {
                 fd,
                 what: "a VFIO container with a type1 IOMMU",
                 source,
@@ -126,7 +126,7 @@ impl Inherited {
             containers.insert(endpoint, container);
         }
         for (&endpoint, &fd) in &config.descriptors.devices {
-            let device = adopt(fd).map_err(|source| HostSideError::Inherited {
+            let device = adopt(fd).map_err(|source| PassthroughError::Inherited {
                 fd,
                 what: "a VFIO device",
                 source,
@@ -149,11 +149,11 @@ fn own(root: &HostRoot, number: u32) -> Result<Container, VfioError> {
 
 fn add_group(
     config: &Config,
-    opened: &mut Opened,
+    opened: &mut HostBackends,
     number: u32,
     open: Open,
     peers: &[Arc<dyn DeviceMemory>],
-) -> Result<(), HostSideError> {
+) -> Result<(), PassthroughError> {
     let info = open.container.info().map_err(|source| VfioError {
         what: format!("cannot ask the IOMMU of group {number}"),
         source,
@@ -180,7 +180,7 @@ fn add_group(
             && config.devices.exported_at(passthrough.endpoint).is_some()
         {
             let device = Box::new(device.clone());
-            opened.exports.push((passthrough.endpoint, device));
+            opened.exported.push((passthrough.endpoint, device));
         }
         devices.push(GroupDevice {
             endpoint: passthrough.endpoint.endpoint_id(),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, Socket};
+use crate::config::{Config, DeviceKind, Socket};
 use crate::topology::{EndpointRange, PciAddress};
 use devices::{Devices, on_root_bus};
 use given::Given;
@@ -106,9 +106,17 @@ impl QemuArgs {
                 format!("memory-backend-memfd,id=mem0,size={memory},share=on"),
             ));
         }
-        arguments.extend(devices.iter().flat_map(Devices::arguments));
-        arguments.extend(exported::arguments(config));
-        arguments.extend(emulated::arguments(config));
+        for kind in DeviceKind::ALL {
+            match kind {
+                DeviceKind::Passthrough => {
+                    arguments.extend(devices.iter().flat_map(Devices::arguments));
+                }
+                DeviceKind::Exported => arguments.extend(exported::arguments(config)),
+                DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
+                // The process that has the device tells QEMU of it.
+                DeviceKind::ShadowReader => {}
+            }
+        }
         arguments.extend([
             ("-chardev", format!("socket,id=viommu,path={socket}")),
             (
@@ -244,10 +252,12 @@ fn endpoint_note(config: &Config, devices: Option<&Devices>, entry: EndpointRang
         .group
         .and_then(|id| config.topology.group_name(id))
         .map_or_else(String::new, |name| format!(" (host group {name})"));
-    let device = devices
-        .and_then(|devices| devices.endpoint_note(first))
-        .or_else(|| exported::endpoint_note(config, first))
-        .or_else(|| emulated::endpoint_note(config, first));
+    let device = match config.devices.kind_of(first) {
+        Some(DeviceKind::Passthrough) => devices.and_then(|devices| devices.endpoint_note(first)),
+        Some(DeviceKind::Exported) => exported::endpoint_note(config, first),
+        Some(DeviceKind::Emulated) => emulated::endpoint_note(config, first),
+        Some(DeviceKind::ShadowReader) | None => None,
+    };
     let place = if let Some(note) = device {
         note
     } else if first.segment() != 0 {

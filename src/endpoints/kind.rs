@@ -1,0 +1,122 @@
+//! What the daemon asks of one kind of endpoint, whatever the kind. [`super::kinds`] has the table.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::passthrough::PassthroughError;
+use crate::backends::DmaBackend;
+use crate::backends::vfio_user::Watch;
+use crate::config::Config;
+use crate::export::DeviceServer;
+use crate::faults::report::FaultReporter;
+use crate::process::sandbox::Needs;
+use crate::process::socket::SocketFile;
+use crate::topology::{GroupName, PciAddress, ReservedRegions};
+
+/// One kind of endpoint, as the daemon knows it.
+pub trait EndpointKind: Sync {
+    /// Adds what the sandbox must allow for the devices of `config`. Where `needs` has `plugging`,
+    /// such a device may come at any time, and counts as present.
+    fn add_needs(&self, config: &Config, needs: &mut Needs);
+
+    /// What the service manager must grant for the devices of `config`.
+    fn resources(&self, config: &Config) -> Resources;
+
+    /// Opens the device of one endpoint for a running VM. Nothing of it is behind the IOMMU yet.
+    ///
+    /// # Errors
+    /// The device cannot be opened, or devices of this kind cannot be plugged in.
+    fn plug(&self, plug: &Plug<'_>) -> Result<PluggedDevice, PlugError>;
+
+    /// Whether a device of this kind can be unplugged from a VM with `config`.
+    ///
+    /// # Errors
+    /// Devices of this kind stay for the life of the daemon.
+    fn check_unplug(&self, config: &Config) -> Result<(), PlugError>;
+}
+
+/// What the service manager must grant a daemon for the devices of one kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Devices that the daemon opens or serves: each has threads, descriptors and buffers, and its
+    /// DMA touches the guest's pages.
+    pub devices: usize,
+    /// Descriptors besides those of `devices`.
+    pub files: usize,
+    /// Bytes of memory besides those of `devices`.
+    pub memory: u64,
+    /// How long peers that hang can keep the worker, one after the other, before each is cut off.
+    pub wait: Duration,
+    /// Further directives of the unit, each with a line feed.
+    pub directives: String,
+}
+
+/// A request to open the device of an endpoint.
+pub struct Plug<'a> {
+    /// The configuration with the endpoint.
+    pub config: &'a Config,
+    /// The endpoint, which has a device of the kind that is asked.
+    pub endpoint: PciAddress,
+    /// Takes the accesses that are refused to the device.
+    pub faults: &'a Arc<FaultReporter>,
+}
+
+/// An opened device that the IOMMU has not taken yet.
+#[derive(Default)]
+pub struct PluggedDevice {
+    /// What makes the device obey.
+    pub backend: Option<Box<dyn DmaBackend>>,
+    /// Reports on the interposer of an emulated device, which reports faults.
+    pub watch: Option<Watch>,
+    /// Serves an exported device to the VMM.
+    pub export: Option<DeviceServer>,
+    /// The socket at which the VMM connects.
+    pub file: Option<Arc<SocketFile>>,
+    /// The host's name of the device.
+    pub host: Option<String>,
+    /// The group and the reserved regions, where the host adds to those of the configuration.
+    pub facts: Option<(Option<GroupName>, ReservedRegions)>,
+}
+
+/// Why a device cannot be plugged into a running VM, or unplugged.
+#[derive(Debug, Error)]
+pub enum PlugError {
+    /// The registry of readers is made once, before the page tables are in use.
+    #[error(
+        "endpoints with `shadow` are there from the start to the end of the daemon; put it into the \
+         file, or take it out, and start the VM anew"
+    )]
+    Shadow,
+    /// The VMM would have to be given a descriptor that it shares with the daemon.
+    #[error(
+        "a device of the host can be added to a running VM only where the daemon has it to itself; \
+         give `export = \"PATH\"` beside `vfio` and plug it in as a vfio-user device"
+    )]
+    Shared,
+    /// The sandbox was made for the devices of the file alone.
+    #[error(
+        "devices are opened and let go while the VM runs only where the file has `hotplug`; give the \
+         ranges that endpoints are plugged into there, and start the VM anew"
+    )]
+    Unprepared,
+    /// A passthrough device cannot be used.
+    #[error(transparent)]
+    Passthrough(#[from] PassthroughError),
+    /// A socket cannot be made, or a thread started.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// Whether devices may come and go with this configuration: the sandbox is made for it at the start.
+///
+/// # Errors
+/// The configuration has no `hotplug`.
+pub(super) fn check_prepared(config: &Config) -> Result<(), PlugError> {
+    if config.topology.expected().is_empty() {
+        return Err(PlugError::Unprepared);
+    }
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! Passthrough devices as a kind of endpoint.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use crate::config::{Config, HostIommu, Pin};
+use crate::endpoints::kind::{
+    EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared,
+};
+use crate::process::sandbox::Needs;
+use crate::vfio::ioctls_of_backends;
+
+/// The host's IOMMU tables count as the daemon's memory: 8 bytes for each 4 KiB of the guest, and as
+/// much again.
+const HOST_TABLE_SHARE: u64 = 256;
+
+/// Devices of the host whose DMA the host's IOMMU translates.
+pub struct PassthroughKind;
+
+impl EndpointKind for PassthroughKind {
+    fn add_needs(&self, config: &Config, needs: &mut Needs) {
+        if needs.plugging.is_some() || !config.devices.passthrough.is_empty() {
+            needs.iommu_ioctls = ioctls_of_backends();
+        }
+    }
+
+    fn resources(&self, config: &Config) -> Resources {
+        if config.devices.passthrough.is_empty() {
+            return Resources::default();
+        }
+        Resources {
+            devices: config.devices.passthrough.len(),
+            memory: config.memory.unwrap_or(0) / HOST_TABLE_SHARE,
+            directives: directives(config),
+            wait: Duration::ZERO,
+            files: 0,
+        }
+    }
+
+    /// Refused: the VMM would need the daemon's descriptor of the device, and cannot be given it.
+    fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+        Err(PlugError::Shared)
+    }
+
+    fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {
+        check_prepared(config)
+    }
+}
+
+/// Lets the daemon lock the guest's memory and open the devices' nodes.
+fn directives(config: &Config) -> String {
+    let mut text = String::new();
+    // With type1, each container pins the guest's memory for itself.
+    let pinned = match (config.host_iommu, config.pin) {
+        (HostIommu::Iommufd, Pin::All | Pin::Mapped) => config.memory,
+        (HostIommu::Type1, Pin::All | Pin::Mapped) => {
+            let containers = u64::try_from(config.devices.passthrough.len()).unwrap_or(u64::MAX);
+            config.memory.map(|bytes| bytes.saturating_mul(containers))
+        }
+    };
+    let locked = match pinned {
+        // Rings and tables of the host come on top of the guest's RAM.
+        Some(bytes) => bytes.saturating_add(64 << 20).to_string(),
+        None => "infinity".into(),
+    };
+    // Writing to a String cannot fail, here and below.
+    let _ = writeln!(text, "LimitMEMLOCK={locked}\nPrivateDevices=no");
+    let nodes: &[&str] = match config.host_iommu {
+        HostIommu::Iommufd => &["/dev/iommu", "char-vfio-dev", "char-vfio"],
+        HostIommu::Type1 => &["/dev/vfio/vfio", "char-vfio"],
+    };
+    for node in nodes {
+        let _ = writeln!(text, "DeviceAllow={node} rw");
+    }
+    // /proc has the numbers of interrupts and the devices' files.
+    text.push_str("ProcSubset=all\n");
+    text
+}
