@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::checker::{Checker, Source};
+use super::checker::{Checker, SourceText};
 use super::draft::{Draft, Origin};
-use super::error::{ConfigError, Place, ProblemKind};
+use super::error::{ConfigError, Location, ProblemKind};
 use super::{Config, ConfiguredDevice, DeviceLists, Socket};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
@@ -17,7 +17,7 @@ impl Config {
     /// With every problem found, where the text cannot be used or does not go with the rest.
     pub fn with_endpoint(&self, text: &str) -> Result<(Self, PciRange), ConfigError> {
         let whole = format!("endpoint = [{{ {text} }}]");
-        let mut checker = Checker::new(Some(Source {
+        let mut checker = Checker::new(Some(SourceText {
             path: Path::new(""),
             text: &whole,
         }));
@@ -31,9 +31,9 @@ impl Config {
         };
         added.map_err(|mut error| {
             for problem in &mut error.problems {
-                if let Place::File { key, .. } = &mut problem.place {
+                if let Location::File { key, .. } = &mut problem.location {
                     let key = key.strip_prefix("endpoint[0]").unwrap_or(key);
-                    problem.place = Place::Addition(key.trim_start_matches('.').to_owned());
+                    problem.location = Location::Addition(key.trim_start_matches('.').to_owned());
                 }
             }
             error

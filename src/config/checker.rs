@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use super::bounds::{MAX_PROBLEMS, MAX_SOCKET_PATH};
-use super::draft::{Draft, Given, Origin, Scalar};
-use super::error::{ConfigError, Place, Problem, ProblemKind};
+use super::draft::{Draft, Located, Origin, Scalar};
+use super::error::{ConfigError, Location, Problem, ProblemKind};
 use super::text::{line_of, line_text, parse_size, shown, syntax_message};
 use super::translation::page_mask;
 use super::{Config, Descriptors, DeviceLists, Socket};
 use crate::args::{DescriptorArgs, RunArgs};
 
 #[derive(Clone, Copy)]
-pub(super) struct Source<'a> {
+pub(super) struct SourceText<'a> {
     pub path: &'a Path,
     pub text: &'a str,
 }
@@ -19,13 +19,13 @@ pub(super) struct Source<'a> {
 /// Checks a draft and collects what is wrong with it. A value that was refused is `None`, and what
 /// depends on it is not checked.
 pub(super) struct Checker<'a> {
-    pub source: Option<Source<'a>>,
+    pub source: Option<SourceText<'a>>,
     pub problems: Vec<Problem>,
     omitted: usize,
 }
 
 impl<'a> Checker<'a> {
-    pub(super) fn new(source: Option<Source<'a>>) -> Self {
+    pub(super) fn new(source: Option<SourceText<'a>>) -> Self {
         Self {
             source,
             problems: Vec::new(),
@@ -39,32 +39,32 @@ impl<'a> Checker<'a> {
             self.omitted += 1;
             return;
         }
-        let place = match (origin, self.source) {
-            (Origin::Flag(name), _) => Place::Flag(name),
-            (Origin::File(span), source) => Place::File {
+        let location = match (origin, self.source) {
+            (Origin::Flag(name), _) => Location::Flag(name),
+            (Origin::File(span), source) => Location::File {
                 path: source.map_or_else(PathBuf::new, |source| source.path.to_owned()),
                 line: source.map(|source| line_of(source.text, span.start)),
                 key: key.to_owned(),
             },
         };
-        self.push(place, kind);
+        self.push(location, kind);
     }
 
     /// Refuses something that is nowhere to be found.
     pub(super) fn refuse_missing(&mut self, key: &str, flag: &'static str, cure: &'static str) {
-        let place = match self.source {
-            None => Place::Flag(flag),
-            Some(source) => Place::File {
+        let location = match self.source {
+            None => Location::Flag(flag),
+            Some(source) => Location::File {
                 path: source.path.to_owned(),
                 line: None,
                 key: key.to_owned(),
             },
         };
-        self.push(place, ProblemKind::Missing(cure));
+        self.push(location, ProblemKind::Missing(cure));
     }
 
-    fn push(&mut self, place: Place, kind: ProblemKind) {
-        self.problems.push(Problem { place, kind });
+    fn push(&mut self, location: Location, kind: ProblemKind) {
+        self.problems.push(Problem { location, kind });
     }
 
     pub(super) fn finish(self) -> ConfigError {
@@ -227,7 +227,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn socket_path(
         &mut self,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
         key: &str,
     ) -> Option<PathBuf> {
         let given = given?;
@@ -251,7 +251,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn text<'g>(
         &mut self,
-        given: &'g Given<Scalar>,
+        given: &'g Located<Scalar>,
         key: &str,
         wanted: &'static str,
     ) -> Option<&'g str> {
@@ -264,7 +264,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn integer(
         &mut self,
-        given: &Given<Scalar>,
+        given: &Located<Scalar>,
         key: &str,
         wanted: &'static str,
     ) -> Option<i128> {
@@ -275,7 +275,7 @@ impl<'a> Checker<'a> {
         None
     }
 
-    pub(super) fn size(&mut self, given: &Given<Scalar>, key: &str) -> Option<u64> {
+    pub(super) fn size(&mut self, given: &Located<Scalar>, key: &str) -> Option<u64> {
         let size = match &given.value {
             Scalar::Text(text) => parse_size(text),
             Scalar::Integer(bytes) => u64::try_from(*bytes).ok(),
@@ -293,7 +293,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn wrong_type(
         &mut self,
-        given: &Given<Scalar>,
+        given: &Located<Scalar>,
         key: &str,
         found: &'static str,
         wanted: &'static str,

@@ -19,12 +19,12 @@ pub(super) enum Origin {
 
 /// A value and where it stands.
 #[derive(Clone, Debug)]
-pub(super) struct Given<T> {
+pub(super) struct Located<T> {
     pub value: T,
     pub origin: Origin,
 }
 
-impl<T> Given<T> {
+impl<T> Located<T> {
     fn flag(name: &'static str, value: T) -> Self {
         Self {
             value,
@@ -33,7 +33,7 @@ impl<T> Given<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Given<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Located<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<T>::deserialize(deserializer)?;
         Ok(Self {
@@ -122,79 +122,79 @@ impl<'de> Deserialize<'de> for Scalar {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Draft {
-    pub name: Option<Given<Scalar>>,
-    pub socket: Option<Given<Scalar>>,
-    pub control: Option<Given<Scalar>>,
-    pub control_mode: Option<Given<Scalar>>,
-    pub control_group: Option<Given<Scalar>>,
-    pub metrics: Option<Given<MetricsDraft>>,
-    pub address: Option<Given<Scalar>>,
-    pub address_width: Option<Given<Scalar>>,
-    pub bypass: Option<Given<Scalar>>,
-    pub granule: Option<Given<Scalar>>,
-    pub domains: Option<Given<Scalar>>,
-    pub batch: Option<Given<Scalar>>,
-    pub fault_rate: Option<Given<Scalar>>,
-    pub poll_max_us: Option<Given<Scalar>>,
-    pub realtime_priority: Option<Given<Scalar>>,
-    pub memory: Option<Given<Scalar>>,
-    pub arena_limit: Option<Given<Scalar>>,
-    pub host_iommu: Option<Given<Scalar>>,
-    pub pin: Option<Given<Scalar>>,
-    pub hotplug: Option<Given<Vec<Given<Scalar>>>>,
-    pub qmp: Option<Given<Scalar>>,
-    pub readers: Option<Given<ReadersDraft>>,
-    pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
+    pub name: Option<Located<Scalar>>,
+    pub socket: Option<Located<Scalar>>,
+    pub control: Option<Located<Scalar>>,
+    pub control_mode: Option<Located<Scalar>>,
+    pub control_group: Option<Located<Scalar>>,
+    pub metrics: Option<Located<MetricsDraft>>,
+    pub address: Option<Located<Scalar>>,
+    pub address_width: Option<Located<Scalar>>,
+    pub bypass: Option<Located<Scalar>>,
+    pub granule: Option<Located<Scalar>>,
+    pub domains: Option<Located<Scalar>>,
+    pub batch: Option<Located<Scalar>>,
+    pub fault_rate: Option<Located<Scalar>>,
+    pub poll_max_us: Option<Located<Scalar>>,
+    pub realtime_priority: Option<Located<Scalar>>,
+    pub memory: Option<Located<Scalar>>,
+    pub arena_limit: Option<Located<Scalar>>,
+    pub host_iommu: Option<Located<Scalar>>,
+    pub pin: Option<Located<Scalar>>,
+    pub hotplug: Option<Located<Vec<Located<Scalar>>>>,
+    pub qmp: Option<Located<Scalar>>,
+    pub readers: Option<Located<ReadersDraft>>,
+    pub reserved: Option<Located<Vec<Located<RegionDraft>>>>,
     #[serde(default)]
-    pub endpoint: Vec<Given<EndpointDraft>>,
+    pub endpoint: Vec<Located<EndpointDraft>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct MetricsDraft {
-    pub socket: Option<Given<Scalar>>,
-    pub mode: Option<Given<Scalar>>,
-    pub group: Option<Given<Scalar>>,
-    pub textfile: Option<Given<Scalar>>,
-    pub interval_s: Option<Given<Scalar>>,
+    pub socket: Option<Located<Scalar>>,
+    pub mode: Option<Located<Scalar>>,
+    pub group: Option<Located<Scalar>>,
+    pub textfile: Option<Located<Scalar>>,
+    pub interval_s: Option<Located<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct ReadersDraft {
-    pub users: Option<Given<Vec<Given<Scalar>>>>,
-    pub patience_ms: Option<Given<Scalar>>,
-    pub limit: Option<Given<Scalar>>,
+    pub users: Option<Located<Vec<Located<Scalar>>>>,
+    pub patience_ms: Option<Located<Scalar>>,
+    pub limit: Option<Located<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct RegionDraft {
-    pub first: Option<Given<Scalar>>,
-    pub last: Option<Given<Scalar>>,
-    pub kind: Option<Given<Scalar>>,
+    pub first: Option<Located<Scalar>>,
+    pub last: Option<Located<Scalar>>,
+    pub kind: Option<Located<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct EndpointDraft {
-    pub address: Option<Given<Scalar>>,
-    pub range: Option<Given<Scalar>>,
-    pub group: Option<Given<Scalar>>,
-    pub vfio: Option<Given<Scalar>>,
-    pub export: Option<Given<Scalar>>,
-    pub vfio_user: Option<Given<EmulatedDraft>>,
-    pub shadow: Option<Given<Scalar>>,
-    pub reserved: Option<Given<Vec<Given<RegionDraft>>>>,
+    pub address: Option<Located<Scalar>>,
+    pub range: Option<Located<Scalar>>,
+    pub group: Option<Located<Scalar>>,
+    pub vfio: Option<Located<Scalar>>,
+    pub export: Option<Located<Scalar>>,
+    pub vfio_user: Option<Located<EmulatedDraft>>,
+    pub shadow: Option<Located<Scalar>>,
+    pub reserved: Option<Located<Vec<Located<RegionDraft>>>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct EmulatedDraft {
-    pub listen: Option<Given<Scalar>>,
-    pub connect: Option<Given<Scalar>>,
-    pub isolation: Option<Given<Scalar>>,
-    pub deadline_ms: Option<Given<Scalar>>,
+    pub listen: Option<Located<Scalar>>,
+    pub connect: Option<Located<Scalar>>,
+    pub isolation: Option<Located<Scalar>>,
+    pub deadline_ms: Option<Located<Scalar>>,
 }
 
 impl Draft {
@@ -208,7 +208,7 @@ impl Draft {
         let path = |name, path: &Option<std::path::PathBuf>| {
             path.as_ref().map(|path| {
                 let text = path.to_str().map(str::to_owned);
-                Given::flag(
+                Located::flag(
                     name,
                     text.map_or(Scalar::Other("a path outside UTF-8"), Scalar::Text),
                 )
@@ -216,7 +216,7 @@ impl Draft {
         };
         let text = |name, text: &Option<String>| {
             text.as_ref()
-                .map(|text| Given::flag(name, Scalar::Text(text.clone())))
+                .map(|text| Located::flag(name, Scalar::Text(text.clone())))
         };
         fn replace<T>(old: &mut Option<T>, new: Option<T>) {
             if new.is_some() {
@@ -233,12 +233,12 @@ impl Draft {
         replace(
             &mut self.address_width,
             args.address_width
-                .map(|bits| Given::flag("--address-width", Scalar::Integer(bits.into()))),
+                .map(|bits| Located::flag("--address-width", Scalar::Integer(bits.into()))),
         );
         replace(
             &mut self.bypass,
             args.bypass
-                .map(|value| Given::flag("--bypass", Scalar::Bool(value == OnOff::On))),
+                .map(|value| Located::flag("--bypass", Scalar::Bool(value == OnOff::On))),
         );
         replace(&mut self.granule, text("--granule", &args.granule));
         replace(&mut self.memory, text("--memory", &args.memory));
@@ -247,24 +247,24 @@ impl Draft {
             text("--arena-limit", &args.arena_limit),
         );
         if args.no_reserved {
-            self.reserved = Some(Given::flag("--no-reserved", Vec::new()));
+            self.reserved = Some(Located::flag("--no-reserved", Vec::new()));
         } else if !args.reserved.is_empty() {
             let mut regions = Vec::new();
             for text in &args.reserved {
                 match RegionDraft::from_flag(text) {
-                    Some(region) => regions.push(Given::flag("--reserved", region)),
+                    Some(region) => regions.push(Located::flag("--reserved", region)),
                     None => refuse("--reserved", ProblemKind::RegionText(text.clone())),
                 }
             }
-            self.reserved = Some(Given::flag("--reserved", regions));
+            self.reserved = Some(Located::flag("--reserved", regions));
         }
         if !args.endpoint.is_empty() {
             self.endpoint = args
                 .endpoint
                 .iter()
                 .map(|text| {
-                    let range = Given::flag("--endpoint", Scalar::Text(text.clone()));
-                    Given::flag(
+                    let range = Located::flag("--endpoint", Scalar::Text(text.clone()));
+                    Located::flag(
                         "--endpoint",
                         EndpointDraft {
                             range: Some(range),
@@ -284,7 +284,7 @@ impl RegionDraft {
         let (bounds, kind) = text.rsplit_once(':')?;
         let (first, last) = bounds.split_once("..=")?;
         let part = |text: &str| {
-            Some(Given::flag(
+            Some(Located::flag(
                 "--reserved",
                 Scalar::Text(text.trim().to_owned()),
             ))

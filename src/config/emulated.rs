@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::bounds::{MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 use super::checker::Checker;
 use super::devices::{ConfiguredDevice, DeviceKind};
-use super::draft::{Draft, EmulatedDraft, Given, Origin, Scalar};
+use super::draft::{Draft, EmulatedDraft, Located, Origin, Scalar};
 use super::error::ProblemKind;
 use super::passthrough::range_in;
 use super::text::shown;
@@ -26,7 +26,7 @@ pub struct Emulated {
     /// Where the device's server listens.
     pub connect: PathBuf,
     /// How far that server is kept from guest RAM.
-    pub isolation: Isolation,
+    pub isolation: ServerIsolation,
     /// What it has to answer in where the guest waits for it:
     /// [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
     pub deadline: Duration,
@@ -34,7 +34,7 @@ pub struct Emulated {
 
 /// How far a device's server is kept from guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Isolation {
+pub enum ServerIsolation {
     /// It never has any of it: each access is a message.
     #[default]
     Messages,
@@ -42,7 +42,7 @@ pub enum Isolation {
     Mappings,
 }
 
-impl Isolation {
+impl ServerIsolation {
     /// The name in the configuration file.
     pub fn name(self) -> &'static str {
         match self {
@@ -118,7 +118,7 @@ impl Checker<'_> {
     }
 
     /// All but the endpoint.
-    fn emulated_parts(&mut self, given: &Given<EmulatedDraft>, key: &str) -> Option<Emulated> {
+    fn emulated_parts(&mut self, given: &Located<EmulatedDraft>, key: &str) -> Option<Emulated> {
         let value = &given.value;
         let listen = self.emulated_path(&given.origin, value.listen.as_ref(), key, "listen");
         let connect = self.emulated_path(&given.origin, value.connect.as_ref(), key, "connect");
@@ -137,7 +137,7 @@ impl Checker<'_> {
     fn emulated_path(
         &mut self,
         origin: &Origin,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
         key: &str,
         name: &'static str,
     ) -> Option<PathBuf> {
@@ -147,13 +147,13 @@ impl Checker<'_> {
         self.socket_path(given, &format!("{key}.{name}"))
     }
 
-    fn isolation(&mut self, given: Option<&Given<Scalar>>, key: &str) -> Option<Isolation> {
+    fn isolation(&mut self, given: Option<&Located<Scalar>>, key: &str) -> Option<ServerIsolation> {
         let Some(given) = given else {
-            return Some(Isolation::default());
+            return Some(ServerIsolation::default());
         };
         match self.text(given, key, "\"messages\" or \"mappings\"")? {
-            "messages" => Some(Isolation::Messages),
-            "mappings" => Some(Isolation::Mappings),
+            "messages" => Some(ServerIsolation::Messages),
+            "mappings" => Some(ServerIsolation::Mappings),
             _ => {
                 let kind = ProblemKind::Isolation(shown(&given.value));
                 self.refuse(&given.origin, key, kind);
@@ -164,7 +164,7 @@ impl Checker<'_> {
 
     pub(super) fn deadline(
         &mut self,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
         key: &str,
     ) -> Option<Duration> {
         let Some(given) = given else {
@@ -215,14 +215,14 @@ mod tests {
                 endpoint: address("00:06.0"),
                 listen: "/d".into(),
                 connect: "/b".into(),
-                isolation: Isolation::Mappings,
+                isolation: ServerIsolation::Mappings,
                 deadline: Duration::from_secs(60),
             },
             Emulated {
                 endpoint: address("00:07.0"),
                 listen: "/a".into(),
                 connect: "/b".into(),
-                isolation: Isolation::Messages,
+                isolation: ServerIsolation::Messages,
                 deadline: Duration::from_secs(1),
             },
         ];

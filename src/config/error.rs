@@ -42,10 +42,10 @@ impl fmt::Display for ConfigError {
 
 /// One thing that is wrong, and where.
 #[derive(Debug, Error)]
-#[error("{place}: {kind}")]
+#[error("{location}: {kind}")]
 pub struct Problem {
     /// Where.
-    pub place: Place,
+    pub location: Location,
     /// What, and the cure.
     #[source]
     pub kind: ProblemKind,
@@ -53,7 +53,7 @@ pub struct Problem {
 
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Location {
     /// A configuration file.
     File {
         /// The file.
@@ -69,7 +69,7 @@ pub enum Place {
     Addition(String),
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Flag(name) => f.write_str(name),

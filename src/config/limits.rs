@@ -7,7 +7,7 @@ use super::bounds::{
     MIN_ARENA,
 };
 use super::checker::Checker;
-use super::draft::{Given, Scalar};
+use super::draft::{Located, Scalar};
 use super::error::ProblemKind;
 
 const DEFAULT_POLL: Duration = Duration::from_micros(100);
@@ -18,7 +18,7 @@ const DEFAULT_BATCH: usize = 64;
 const DEFAULT_FAULT_RATE: u32 = 100;
 
 impl Checker<'_> {
-    pub(super) fn domains(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {
+    pub(super) fn domains(&mut self, given: Option<&Located<Scalar>>) -> Option<u32> {
         let Some(given) = given else {
             return Some(MAX_DOMAINS);
         };
@@ -33,7 +33,7 @@ impl Checker<'_> {
     }
 
     /// `Some(None)` where no size is given.
-    pub(super) fn memory(&mut self, given: Option<&Given<Scalar>>) -> Option<Option<u64>> {
+    pub(super) fn memory(&mut self, given: Option<&Located<Scalar>>) -> Option<Option<u64>> {
         let Some(given) = given else {
             return Some(None);
         };
@@ -48,7 +48,7 @@ impl Checker<'_> {
 
     pub(super) fn arena_limit(
         &mut self,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
         memory: Option<u64>,
     ) -> Option<u64> {
         let Some(given) = given else {
@@ -67,7 +67,7 @@ impl Checker<'_> {
         None
     }
 
-    pub(super) fn longest_poll(&mut self, given: Option<&Given<Scalar>>) -> Option<Duration> {
+    pub(super) fn longest_poll(&mut self, given: Option<&Located<Scalar>>) -> Option<Duration> {
         let Some(given) = given else {
             return Some(DEFAULT_POLL);
         };
@@ -85,7 +85,7 @@ impl Checker<'_> {
 
     pub(super) fn realtime_priority(
         &mut self,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
     ) -> Option<Option<u8>> {
         let Some(given) = given else {
             return Some(None);
@@ -105,7 +105,7 @@ impl Checker<'_> {
     }
 
     /// Requests that are taken off the ring at a time: `1..=`[`MAX_BATCH`].
-    pub(super) fn max_batch(&mut self, given: Option<&Given<Scalar>>) -> Option<usize> {
+    pub(super) fn max_batch(&mut self, given: Option<&Located<Scalar>>) -> Option<usize> {
         let Some(given) = given else {
             return Some(DEFAULT_BATCH);
         };
@@ -120,7 +120,7 @@ impl Checker<'_> {
     }
 
     /// Faults of one endpoint that the guest is told of in a second: `1..=`[`MAX_FAULT_RATE`].
-    pub(super) fn fault_rate(&mut self, given: Option<&Given<Scalar>>) -> Option<u32> {
+    pub(super) fn fault_rate(&mut self, given: Option<&Located<Scalar>>) -> Option<u32> {
         let Some(given) = given else {
             return Some(DEFAULT_FAULT_RATE);
         };

@@ -5,9 +5,9 @@ use std::io::Read;
 use std::path::Path;
 
 use super::bounds::MAX_FILE;
-use super::checker::{Checker, Source};
+use super::checker::{Checker, SourceText};
 use super::draft::Origin;
-use super::error::{ConfigError, Place, Problem, ProblemKind};
+use super::error::{ConfigError, Location, Problem, ProblemKind};
 use super::{Config, Summary};
 use crate::args::{DescriptorArgs, RunArgs};
 
@@ -31,7 +31,7 @@ impl Config {
         descriptors: &DescriptorArgs,
     ) -> Result<Self, ConfigError> {
         let text = read(file)?;
-        let mut checker = Checker::new(Some(Source {
+        let mut checker = Checker::new(Some(SourceText {
             path: file,
             text: &text,
         }));
@@ -45,7 +45,7 @@ impl Config {
     ///
     /// With every problem found, where the text cannot be used.
     pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
-        let mut checker = Checker::new(Some(Source { path: file, text }));
+        let mut checker = Checker::new(Some(SourceText { path: file, text }));
         let draft = checker.parse()?;
         checker.config(&draft, &DescriptorArgs::default(), None)
     }
@@ -64,7 +64,7 @@ impl TryFrom<&RunArgs> for Config {
     fn try_from(args: &RunArgs) -> Result<Self, ConfigError> {
         let text = args.config.as_deref().map(read).transpose()?;
         let source = args.config.as_deref().zip(text.as_deref());
-        let mut checker = Checker::new(source.map(|(path, text)| Source { path, text }));
+        let mut checker = Checker::new(source.map(|(path, text)| SourceText { path, text }));
         let draft = checker.parse()?;
         let draft = draft.overridden_by(args, |flag, kind| {
             checker.refuse(&Origin::Flag(flag), "", kind);
@@ -76,13 +76,13 @@ impl TryFrom<&RunArgs> for Config {
 /// Reads a configuration file, but never more than [`MAX_FILE`].
 fn read(path: &Path) -> Result<String, ConfigError> {
     let fail = |kind| {
-        let place = Place::File {
+        let location = Location::File {
             path: path.to_owned(),
             line: None,
             key: String::new(),
         };
         ConfigError {
-            problems: vec![Problem { place, kind }],
+            problems: vec![Problem { location, kind }],
             omitted: 0,
         }
     };

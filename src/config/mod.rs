@@ -32,8 +32,8 @@ pub use bounds::{
     MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
 pub use devices::{ConfiguredDevice, DeviceKind, DeviceLists};
-pub use emulated::{Emulated, Isolation};
-pub use error::{ConfigError, Place, Problem, ProblemKind};
+pub use emulated::{Emulated, ServerIsolation};
+pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::Exported;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::Socket;
 use super::bounds::{MAX_INTERVAL_S, MAX_NAME, MIN_INTERVAL_S};
 use super::checker::Checker;
-use super::draft::{Draft, Given, MetricsDraft, Scalar};
+use super::draft::{Draft, Located, MetricsDraft, Scalar};
 use super::error::ProblemKind;
 use super::text::shown;
 
@@ -56,7 +56,7 @@ impl Checker<'_> {
     /// What the VM is called in messages: what is given, or the name of the file, or of the socket.
     pub(super) fn name(
         &mut self,
-        given: Option<&Given<Scalar>>,
+        given: Option<&Located<Scalar>>,
         socket: Option<&Socket>,
     ) -> Option<String> {
         let Some(given) = given else {
@@ -87,7 +87,7 @@ impl Checker<'_> {
 
     /// The table `metrics`. `taken` are the paths of other sockets.
     pub(super) fn metrics(&mut self, draft: &Draft, taken: &[&PathBuf]) -> Option<MetricsOutput> {
-        let Some(Given { value, origin }) = &draft.metrics else {
+        let Some(Located { value, origin }) = &draft.metrics else {
             return Some(MetricsOutput::default());
         };
         if value.socket.is_none() && value.textfile.is_none() {
@@ -118,8 +118,8 @@ impl Checker<'_> {
 
     fn socket_access(
         &mut self,
-        (mode, mode_key): (Option<&Given<Scalar>>, &str),
-        (group, group_key): (Option<&Given<Scalar>>, &str),
+        (mode, mode_key): (Option<&Located<Scalar>>, &str),
+        (group, group_key): (Option<&Located<Scalar>>, &str),
     ) -> Option<SocketAccess> {
         let usual = SocketAccess::default();
         let mode = match mode {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::checker::Checker;
 use super::devices::{ConfiguredDevice, DeviceKind};
-use super::draft::{Draft, Given, Origin, Scalar};
+use super::draft::{Draft, Located, Origin, Scalar};
 use super::error::ProblemKind;
 use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
@@ -98,7 +98,7 @@ pub struct Descriptors {
 }
 
 impl Checker<'_> {
-    pub(super) fn host_iommu(&mut self, given: Option<&Given<Scalar>>) -> Option<HostIommu> {
+    pub(super) fn host_iommu(&mut self, given: Option<&Located<Scalar>>) -> Option<HostIommu> {
         let Some(given) = given else {
             return Some(HostIommu::default());
         };
@@ -114,7 +114,7 @@ impl Checker<'_> {
         }
     }
 
-    pub(super) fn pin(&mut self, given: Option<&Given<Scalar>>) -> Option<Pin> {
+    pub(super) fn pin(&mut self, given: Option<&Located<Scalar>>) -> Option<Pin> {
         let Some(given) = given else {
             return Some(Pin::default());
         };
@@ -255,7 +255,7 @@ impl Checker<'_> {
 struct Taken(HashMap<RawFd, &'static str>);
 
 /// The functions that a text names, if it is one.
-pub(super) fn range_in(given: &Given<Scalar>) -> Option<PciRange> {
+pub(super) fn range_in(given: &Located<Scalar>) -> Option<PciRange> {
     match &given.value {
         Scalar::Text(text) => text.parse().ok(),
         Scalar::Integer(_) | Scalar::Bool(_) | Scalar::Other(_) => None,

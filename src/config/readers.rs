@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::bounds::{MAX_READERS, MAX_USERS};
 use super::checker::Checker;
-use super::draft::{Draft, Given, ReadersDraft, Scalar};
+use super::draft::{Draft, Located, ReadersDraft, Scalar};
 use super::error::ProblemKind;
 use super::text::shown;
 
@@ -33,7 +33,7 @@ impl Default for Readers {
 impl Checker<'_> {
     /// The table `readers`.
     pub(super) fn readers(&mut self, draft: &Draft) -> Option<Readers> {
-        let Some(Given { value, .. }) = &draft.readers else {
+        let Some(Located { value, .. }) = &draft.readers else {
             return Some(Readers::default());
         };
         let users = self.users(value);
@@ -76,7 +76,7 @@ impl Checker<'_> {
         whole.then_some(users)
     }
 
-    fn reader_limit(&mut self, given: Option<&Given<Scalar>>) -> Option<usize> {
+    fn reader_limit(&mut self, given: Option<&Located<Scalar>>) -> Option<usize> {
         let Some(given) = given else {
             return Some(Readers::default().limit);
         };

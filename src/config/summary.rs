@@ -35,7 +35,7 @@ impl fmt::Display for Summary<'_> {
         }
         match &config.control {
             Some(path) => {
-                let access = Access(config.control_access);
+                let access = AccessText(config.control_access);
                 writeln!(f, "control socket:   {}, {access}", path.display())?;
             }
             None => writeln!(f, "control socket:   none")?,
@@ -44,7 +44,7 @@ impl fmt::Display for Summary<'_> {
             writeln!(f, "QMP socket:       {}", path.display())?;
         }
         if let Some(path) = &config.metrics.socket {
-            let access = Access(config.metrics.access);
+            let access = AccessText(config.metrics.access);
             writeln!(f, "metrics socket:   {}, {access}", path.display())?;
         }
         if let Some(file) = &config.metrics.textfile {
@@ -146,9 +146,9 @@ impl Summary<'_> {
 }
 
 /// Who may connect to a socket.
-struct Access(SocketAccess);
+struct AccessText(SocketAccess);
 
-impl fmt::Display for Access {
+impl fmt::Display for AccessText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "mode {:04o}", self.0.mode)?;
         match self.0.group {

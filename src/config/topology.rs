@@ -1,7 +1,7 @@
 //! The topology: the IOMMU's address, endpoints with their groups, reserved regions.
 
 use super::checker::Checker;
-use super::draft::{Draft, EndpointDraft, Given, RegionDraft, Scalar};
+use super::draft::{Draft, EndpointDraft, Located, RegionDraft, Scalar};
 use super::error::ProblemKind;
 use super::limits::{SMALLEST_PAGE, whole_pages};
 use super::text::{parse_number, shown};
@@ -79,7 +79,7 @@ impl Checker<'_> {
         self.refuse(origin, &format!("endpoint[{index}].{key}"), kind);
     }
 
-    fn iommu(&mut self, given: Option<&Given<Scalar>>) -> Option<PciAddress> {
+    fn iommu(&mut self, given: Option<&Located<Scalar>>) -> Option<PciAddress> {
         let Some(given) = given else {
             self.refuse_missing(
                 "address",
@@ -92,7 +92,7 @@ impl Checker<'_> {
         self.pci_address(given, "address")
     }
 
-    pub(super) fn pci_address(&mut self, given: &Given<Scalar>, key: &str) -> Option<PciAddress> {
+    pub(super) fn pci_address(&mut self, given: &Located<Scalar>, key: &str) -> Option<PciAddress> {
         let text = self.text(given, key, "a PCI address as a text, such as \"00:05.0\"")?;
         match text.parse() {
             Ok(address) => Some(address),
@@ -104,7 +104,7 @@ impl Checker<'_> {
         }
     }
 
-    fn pci_range(&mut self, given: &Given<Scalar>, key: &str) -> Option<PciRange> {
+    fn pci_range(&mut self, given: &Located<Scalar>, key: &str) -> Option<PciRange> {
         let wanted = "PCI addresses as a text, such as \"00:10.0-00:1f.7\"";
         let text = self.text(given, key, wanted)?;
         match text.parse() {
@@ -120,7 +120,7 @@ impl Checker<'_> {
     pub(super) fn endpoint(
         &mut self,
         index: usize,
-        given: &Given<EndpointDraft>,
+        given: &Located<EndpointDraft>,
     ) -> Option<EndpointSpec> {
         let key = |name: &str| format!("endpoint[{index}].{name}");
         let value = &given.value;
@@ -154,7 +154,7 @@ impl Checker<'_> {
         })
     }
 
-    fn group(&mut self, given: &Given<Scalar>, key: &str) -> Option<GroupName> {
+    fn group(&mut self, given: &Located<Scalar>, key: &str) -> Option<GroupName> {
         let text = self.text(given, key, "a name as a text, such as \"nic0\"")?;
         match GroupName::new(text) {
             Ok(name) => Some(name),
@@ -180,7 +180,7 @@ impl Checker<'_> {
         }
     }
 
-    fn regions(&mut self, list: &[Given<RegionDraft>], key: &str) -> Option<Vec<ReservedRegion>> {
+    fn regions(&mut self, list: &[Located<RegionDraft>], key: &str) -> Option<Vec<ReservedRegion>> {
         let mut regions = Vec::with_capacity(list.len());
         for (index, region) in list.iter().enumerate() {
             regions.extend(self.region(region, &format!("{key}[{index}]")));
@@ -188,7 +188,7 @@ impl Checker<'_> {
         (regions.len() == list.len()).then_some(regions)
     }
 
-    fn region(&mut self, given: &Given<RegionDraft>, key: &str) -> Option<ReservedRegion> {
+    fn region(&mut self, given: &Located<RegionDraft>, key: &str) -> Option<ReservedRegion> {
         let value = &given.value;
         let first = self.bound(given, value.first.as_ref(), &format!("{key}.first"));
         let last = self.bound(given, value.last.as_ref(), &format!("{key}.last"));
@@ -224,8 +224,8 @@ impl Checker<'_> {
 
     fn bound(
         &mut self,
-        region: &Given<RegionDraft>,
-        given: Option<&Given<Scalar>>,
+        region: &Located<RegionDraft>,
+        given: Option<&Located<Scalar>>,
         key: &str,
     ) -> Option<u64> {
         let Some(given) = given else {
@@ -248,7 +248,7 @@ impl Checker<'_> {
         address
     }
 
-    fn region_kind(&mut self, given: &Given<Scalar>, key: &str) -> Option<ReservedKind> {
+    fn region_kind(&mut self, given: &Located<Scalar>, key: &str) -> Option<ReservedKind> {
         match self.text(given, key, "\"reserved\" or \"msi\"")? {
             "reserved" => Some(ReservedKind::Reserved),
             "msi" => Some(ReservedKind::Msi),

@@ -2,7 +2,7 @@
 
 use super::bounds::{MAX_WIDTH, MIN_WIDTH};
 use super::checker::Checker;
-use super::draft::{Given, Scalar};
+use super::draft::{Located, Scalar};
 use super::error::ProblemKind;
 use super::text::{parse_size, shown};
 use crate::address::PageMask;
@@ -11,7 +11,7 @@ const DEFAULT_WIDTH: u8 = 48;
 const GRANULES: [u64; 4] = [4 << 10, 16 << 10, 64 << 10, 2 << 20];
 
 impl Checker<'_> {
-    pub(super) fn address_width(&mut self, given: Option<&Given<Scalar>>) -> Option<u8> {
+    pub(super) fn address_width(&mut self, given: Option<&Located<Scalar>>) -> Option<u8> {
         let Some(given) = given else {
             return Some(DEFAULT_WIDTH);
         };
@@ -25,7 +25,7 @@ impl Checker<'_> {
         width
     }
 
-    pub(super) fn granule(&mut self, given: Option<&Given<Scalar>>) -> Option<u64> {
+    pub(super) fn granule(&mut self, given: Option<&Located<Scalar>>) -> Option<u64> {
         let Some(given) = given else {
             return Some(GRANULES[0]);
         };
@@ -46,10 +46,10 @@ impl Checker<'_> {
         granule
     }
 
-    pub(super) fn bypass(&mut self, given: Option<&Given<Scalar>>) -> Option<bool> {
+    pub(super) fn bypass(&mut self, given: Option<&Located<Scalar>>) -> Option<bool> {
         match given {
             None => Some(true),
-            Some(Given {
+            Some(Located {
                 value: Scalar::Bool(value),
                 ..
             }) => Some(*value),

@@ -8,7 +8,7 @@ use log::info;
 use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared};
 use crate::backends::DmaBackend;
 use crate::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
-use crate::config::{self, Config, Emulated};
+use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
 use crate::process::sandbox::Needs;
@@ -51,8 +51,8 @@ impl EmulatedDevices {
                 name: format!("endpoint {}", device.endpoint),
                 server: device.connect.clone(),
                 isolation: match device.isolation {
-                    config::Isolation::Messages => Isolation::Messages,
-                    config::Isolation::Mappings => Isolation::Mappings,
+                    ServerIsolation::Messages => Isolation::Messages,
+                    ServerIsolation::Mappings => Isolation::Mappings,
                 },
                 reserved: regions.map(|region| region.range).collect(),
                 deadline: device.deadline,

@@ -61,7 +61,7 @@ pub struct Hotplug {
     /// As if it had just been read. Held while an endpoint is added or removed.
     config: Mutex<Config>,
     /// Held for a moment only, and last.
-    parts: Mutex<Parts>,
+    parts: Mutex<OpenDevices>,
     files: Files,
 }
 
@@ -69,7 +69,7 @@ pub struct Hotplug {
 pub type Files = Arc<Mutex<BTreeMap<PciAddress, Arc<SocketFile>>>>;
 
 #[derive(Default)]
-struct Parts {
+struct OpenDevices {
     watches: BTreeMap<PciAddress, Watch>,
     hosts: BTreeMap<EndpointId, String>,
     exports: BTreeMap<PciAddress, DeviceServer>,
@@ -89,12 +89,12 @@ impl Hotplug {
         emulated: EmulatedDevices,
     ) -> io::Result<Self> {
         let hosts = config.devices.passthrough.iter();
-        let parts = Parts {
+        let parts = OpenDevices {
             watches: emulated.watches.into_iter().collect(),
             hosts: hosts
                 .map(|p| (p.endpoint.endpoint_id(), p.host.to_string()))
                 .collect(),
-            ..Parts::default()
+            ..OpenDevices::default()
         };
         let hotplug = Self {
             iommu,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::address::{Iova, IovaRange};
 use crate::config::{Config, Passthrough};
 use crate::host::sysfs::{
-    HostDevice, HostFacts, HostGroup, HostRegion, HostRoot, RefineError, Shared, refine,
+    HostFacts, HostGroup, HostRegion, HostRoot, RefineError, SharingReason, SysfsDevice, refine,
 };
 use crate::topology::{EndpointRange, PciAddress, PciRange, ReservedRegion, Topology};
 
@@ -16,29 +16,29 @@ use crate::topology::{EndpointRange, PciAddress, PciRange, ReservedRegion, Topol
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HostTree {
     /// Groups with a device that is an endpoint, by number.
-    pub groups: Vec<Group>,
+    pub groups: Vec<TreeGroup>,
     /// Endpoints whose device is not on this host, or in no group.
-    pub without_group: Vec<Device>,
+    pub without_group: Vec<TreeDevice>,
     /// Endpoints that are no devices of the host.
-    pub without_device: Vec<Endpoint>,
+    pub without_device: Vec<TreeEndpoint>,
     /// Groups of the configuration that had to be joined.
     pub notes: Vec<String>,
 }
 
 /// A group of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Group {
+pub struct TreeGroup {
     /// Its number.
     pub number: u32,
     /// Its reserved regions, as the kernel lists them.
-    pub regions: Vec<GroupRegion>,
+    pub regions: Vec<TreeRegion>,
     /// All devices in it, ordered by name.
-    pub devices: Vec<Device>,
+    pub devices: Vec<TreeDevice>,
 }
 
 /// A reserved region of a group of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct GroupRegion {
+pub struct TreeRegion {
     /// The addresses: `first..=last`.
     pub range: String,
     /// What the kernel says it is for.
@@ -49,7 +49,7 @@ pub struct GroupRegion {
 
 /// A device of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Device {
+pub struct TreeDevice {
     /// Its address.
     pub address: String,
     /// Whether it is on this host.
@@ -66,12 +66,12 @@ pub struct Device {
     /// after another that is.
     pub shares_because: Option<String>,
     /// The endpoint made of it.
-    pub endpoint: Option<Endpoint>,
+    pub endpoint: Option<TreeEndpoint>,
 }
 
 /// One endpoint, or a range of those that have all in common.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Endpoint {
+pub struct TreeEndpoint {
     /// Its address in the guest, or the range.
     pub address: String,
     /// The group whose endpoints the guest must keep in one domain.
@@ -81,12 +81,12 @@ pub struct Endpoint {
     /// The socket where the VMM finds it, if it is exported.
     pub exported: Option<String>,
     /// What PROBE reports.
-    pub reserved: Vec<Reserved>,
+    pub reserved: Vec<TreeReserved>,
 }
 
 /// A region PROBE reports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Reserved {
+pub struct TreeReserved {
     /// The addresses: `first..=last`.
     pub range: String,
     /// `reserved` or `msi`.
@@ -112,15 +112,15 @@ impl HostTree {
         let last = u64::MAX >> (64 - u32::from(config.address_width).clamp(1, 64));
         let input = IovaRange::new(Iova(0), Iova(last)).unwrap_or(IovaRange::ALL);
         let refined = refine(&config.topology, &pairs, &facts, &BTreeMap::new(), input)?;
-        let maker = Maker {
+        let builder = TreeBuilder {
             config,
             facts: &facts,
             topology: &refined.topology,
         };
         Ok(Self {
-            groups: maker.groups(),
-            without_group: maker.without_group(),
-            without_device: maker.without_device(),
+            groups: builder.groups(),
+            without_group: builder.without_group(),
+            without_device: builder.without_device(),
             notes: refined.notes,
         })
     }
@@ -130,7 +130,7 @@ impl fmt::Display for HostTree {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for group in &self.groups {
             writeln!(f, "host group {}", group.number)?;
-            for GroupRegion {
+            for TreeRegion {
                 range,
                 kind,
                 mappable,
@@ -163,7 +163,7 @@ impl fmt::Display for HostTree {
 }
 
 /// Indented as a member of a group.
-impl fmt::Display for Device {
+impl fmt::Display for TreeDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "  device {}", self.address)?;
         if self.present {
@@ -194,7 +194,7 @@ impl fmt::Display for Device {
     }
 }
 
-impl Endpoint {
+impl TreeEndpoint {
     fn print(&self, f: &mut fmt::Formatter<'_>, indent: &str) -> fmt::Result {
         write!(f, "{indent}endpoint {}", self.address)?;
         if let Some(group) = &self.group {
@@ -205,7 +205,7 @@ impl Endpoint {
             write!(f, ", exported at {path}")?;
         }
         writeln!(f)?;
-        for Reserved {
+        for TreeReserved {
             range,
             kind,
             owners,
@@ -222,15 +222,15 @@ impl Endpoint {
 }
 
 /// What the parts of a tree are made from.
-struct Maker<'a> {
+struct TreeBuilder<'a> {
     config: &'a Config,
     facts: &'a HostFacts,
     /// With what the host says.
     topology: &'a Topology,
 }
 
-impl Maker<'_> {
-    fn groups(&self) -> Vec<Group> {
+impl TreeBuilder<'_> {
+    fn groups(&self) -> Vec<TreeGroup> {
         let numbers: BTreeSet<u32> = self
             .config
             .devices
@@ -244,31 +244,31 @@ impl Maker<'_> {
         groups.map(|group| self.group(group)).collect()
     }
 
-    fn group(&self, group: &HostGroup) -> Group {
-        let is_endpoint = |device: &&HostDevice| self.passthrough(&device.name).is_some();
+    fn group(&self, group: &HostGroup) -> TreeGroup {
+        let is_endpoint = |device: &&SysfsDevice| self.passthrough(&device.name).is_some();
         let first = group.members.iter().find(is_endpoint);
-        let device = |member: &HostDevice| {
+        let device = |member: &SysfsDevice| {
             let other = first.filter(|first| first.name != member.name);
-            Device {
+            TreeDevice {
                 shares_because: other
-                    .map(|first| Shared::between(&first.place, &member.place).to_string()),
+                    .map(|first| SharingReason::between(&first.place, &member.place).to_string()),
                 ..self.device(member)
             }
         };
-        Group {
+        TreeGroup {
             number: group.number,
             regions: group.regions.iter().map(group_region).collect(),
             devices: group.members.iter().map(device).collect(),
         }
     }
 
-    fn without_group(&self) -> Vec<Device> {
+    fn without_group(&self) -> Vec<TreeDevice> {
         let devices = self.config.devices.passthrough.iter();
         devices
             .filter_map(|device| match self.facts.device(device.host) {
                 Some(found) if found.group.is_some() => None,
                 Some(found) => Some(self.device(found)),
-                None => Some(Device {
+                None => Some(TreeDevice {
                     address: device.host.to_string(),
                     present: false,
                     id: None,
@@ -282,7 +282,7 @@ impl Maker<'_> {
             .collect()
     }
 
-    fn without_device(&self) -> Vec<Endpoint> {
+    fn without_device(&self) -> Vec<TreeEndpoint> {
         let devices = self.config.devices.passthrough.iter();
         let ours: BTreeSet<_> = devices
             .map(|device| PciRange::from(device.endpoint))
@@ -294,11 +294,11 @@ impl Maker<'_> {
             .collect()
     }
 
-    fn device(&self, device: &HostDevice) -> Device {
+    fn device(&self, device: &SysfsDevice) -> TreeDevice {
         let ids = device.vendor.zip(device.device);
         let place = &device.place;
         let bridges = place.bridges.iter().map(ToString::to_string);
-        Device {
+        TreeDevice {
             address: device.name.clone(),
             present: true,
             id: ids.map(|(vendor, device)| format!("{vendor:04x}:{device:04x}")),
@@ -319,7 +319,7 @@ impl Maker<'_> {
         devices.find(|device| device.host == address)
     }
 
-    fn endpoint_at(&self, address: PciAddress) -> Option<Endpoint> {
+    fn endpoint_at(&self, address: PciAddress) -> Option<TreeEndpoint> {
         let mut devices = self.config.devices.passthrough.iter();
         let device = devices.find(|device| device.endpoint == address)?;
         let group = self.facts.group_of(device.host);
@@ -329,14 +329,14 @@ impl Maker<'_> {
         };
         let backend = self.config.host_iommu.name();
         let export = self.config.devices.exported_at(address);
-        Some(Endpoint {
+        Some(TreeEndpoint {
             backend,
             exported: export.map(|export| export.path.display().to_string()),
             ..self.endpoint(&entry, group)
         })
     }
 
-    fn endpoint(&self, entry: &EndpointRange<'_>, group: Option<&HostGroup>) -> Endpoint {
+    fn endpoint(&self, entry: &EndpointRange<'_>, group: Option<&HostGroup>) -> TreeEndpoint {
         let named = entry.info.group.and_then(|id| self.topology.group_name(id));
         let first = entry.range.first().endpoint_id();
         let configured = self
@@ -354,13 +354,13 @@ impl Maker<'_> {
                 regions.any(|r| r.range.overlaps(region.range))
             });
             let of_host = of_host.map(|group| format!("host group {}", group.number));
-            Reserved {
+            TreeReserved {
                 range: region.range.to_string(),
                 kind: region.kind.to_string(),
                 owners: of_config.into_iter().chain(of_host).collect(),
             }
         };
-        Endpoint {
+        TreeEndpoint {
             address: entry.range.to_string(),
             group: named.map(ToString::to_string),
             backend: "none",
@@ -370,8 +370,8 @@ impl Maker<'_> {
     }
 }
 
-fn group_region(region: &HostRegion) -> GroupRegion {
-    GroupRegion {
+fn group_region(region: &HostRegion) -> TreeRegion {
+    TreeRegion {
         range: region.range.to_string(),
         kind: region.kind.to_string(),
         mappable: region.kind.reserved_kind().is_none(),
@@ -381,7 +381,7 @@ fn group_region(region: &HostRegion) -> GroupRegion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::sysfs::made_up::{ConfigSpace, Function, MadeUp};
+    use crate::host::sysfs::fake::{FakeConfigSpace, FakeHost, Function};
     use std::path::Path;
 
     const CONFIG: &str = r#"
@@ -407,9 +407,13 @@ group = "cards"
 "#;
 
     fn tree() -> HostTree {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         let port = "0000:00:1c.0";
-        host.function(&Function::bridge(port, 7, ConfigSpace::express(4, None)));
+        host.function(&Function::bridge(
+            port,
+            7,
+            FakeConfigSpace::express(4, None),
+        ));
         host.function(&Function::ready("0000:00:1c.0/0000:01:00.0", 7));
         host.function(&Function {
             vfio: Some(("vfio1", true)),

@@ -35,17 +35,17 @@ const RESET_PAUSE: Duration = Duration::from_millis(10);
 
 /// The thread that listens to the VMM; dropping it ends it.
 pub struct Qmp {
-    shared: Arc<Shared>,
+    monitor: Arc<Monitor>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
-    state: Mutex<State>,
+struct Monitor {
+    state: Mutex<MonitorState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct MonitorState {
     /// A VMM is there to be listened to.
     wanted: bool,
     ended: bool,
@@ -60,27 +60,27 @@ impl Qmp {
     /// # Errors
     /// The system has no thread left.
     pub fn start(path: PathBuf, reset: impl Fn() + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            state: Mutex::new(Rank::Qmp, State::default()),
+        let monitor = Arc::new(Monitor {
+            state: Mutex::new(Rank::Qmp, MonitorState::default()),
             changed: Condvar::new(),
         });
-        let listened = shared.clone();
+        let listened = monitor.clone();
         let thread = sandbox::spawn(Role::Qmp, move || listen(&path, &listened, reset))?;
         Ok(Self {
-            shared,
+            monitor,
             thread: Some(thread),
         })
     }
 
     /// A VMM is there, or gone. While there is none, nothing is tried.
     pub fn vmm_present(&self, present: bool) {
-        self.shared.change(|state| state.wanted = present);
+        self.monitor.change(|state| state.wanted = present);
     }
 }
 
 impl Drop for Qmp {
     fn drop(&mut self) {
-        self.shared.change(|state| state.ended = true);
+        self.monitor.change(|state| state.ended = true);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -89,9 +89,9 @@ impl Drop for Qmp {
     }
 }
 
-impl Shared {
+impl Monitor {
     /// Changes what is wanted, and ends the connection where none is.
-    fn change(&self, change: impl FnOnce(&mut State)) {
+    fn change(&self, change: impl FnOnce(&mut MonitorState)) {
         let mut state = self.state.lock();
         change(&mut state);
         if (state.ended || !state.wanted)
@@ -142,22 +142,22 @@ impl Shared {
     }
 }
 
-fn listen(path: &Path, shared: &Shared, reset: impl Fn()) {
+fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
     let mut pause = FIRST_PAUSE;
-    while shared.wait_until_wanted() {
+    while monitor.wait_until_wanted() {
         let mut greeted = false;
         let ended = connect_to(path).and_then(|stream| {
-            if shared.publish(&stream)? {
-                converse(stream, shared, &mut greeted, &reset)
+            if monitor.publish(&stream)? {
+                converse(stream, monitor, &mut greeted, &reset)
             } else {
                 Ok(())
             }
         });
-        shared.state.lock().stream = None;
+        monitor.state.lock().stream = None;
         if greeted {
             pause = FIRST_PAUSE;
         }
-        let wanted = shared.state.lock().wanted;
+        let wanted = monitor.state.lock().wanted;
         if let Err(cause) = ended
             && wanted
         {
@@ -167,7 +167,7 @@ fn listen(path: &Path, shared: &Shared, reset: impl Fn()) {
                  -qmp unix:{path},server=on,wait=off, for the daemon alone"
             );
         }
-        shared.rest(pause);
+        monitor.rest(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
@@ -186,7 +186,7 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
 /// Listens until the connection ends.
 fn converse(
     stream: UnixStream,
-    shared: &Shared,
+    monitor: &Monitor,
     greeted: &mut bool,
     reset: &impl Fn(),
 ) -> io::Result<()> {
@@ -205,7 +205,7 @@ fn converse(
         } else if message.get("error").is_some() {
             return refuse("it does not let us in");
         } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
-            if !shared.heed(reset) {
+            if !monitor.heed(reset) {
                 return Ok(());
             }
             std::thread::sleep(RESET_PAUSE);

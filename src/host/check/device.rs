@@ -4,7 +4,9 @@ use std::io::ErrorKind;
 
 use super::{Finding, access};
 use crate::config::HostIommu;
-use crate::host::sysfs::{HostDevice, HostFacts, HostGroup, HostRegionKind, HostRoot, Shared};
+use crate::host::sysfs::{
+    HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice,
+};
 use crate::topology::PciAddress;
 
 /// What is wrong with the device at `address`.
@@ -77,7 +79,7 @@ pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Op
     })
 }
 
-fn not_bound(root: &HostRoot, device: &HostDevice) -> Finding {
+fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
     let what = match &device.driver {
         Some(driver) => format!(
             "{} is bound to the driver {driver}, not to VFIO",
@@ -89,7 +91,7 @@ fn not_bound(root: &HostRoot, device: &HostDevice) -> Finding {
 }
 
 /// The commands that bind a device to vfio-pci.
-fn binding(root: &HostRoot, device: &HostDevice) -> Vec<String> {
+fn binding(root: &HostRoot, device: &SysfsDevice) -> Vec<String> {
     let name = &device.name;
     let mut commands = Vec::new();
     if !root.path("sys/bus/pci/drivers/vfio-pci").exists() {
@@ -106,7 +108,7 @@ fn binding(root: &HostRoot, device: &HostDevice) -> Vec<String> {
 
 fn group_findings<'a>(
     root: &'a HostRoot,
-    device: &'a HostDevice,
+    device: &'a SysfsDevice,
     group: &'a HostGroup,
 ) -> impl Iterator<Item = Finding> + 'a {
     let number = group.number;
@@ -119,7 +121,7 @@ fn group_findings<'a>(
         if !spoils && !other.may_spoil_group() {
             return None;
         }
-        let why = Shared::between(&device.place, &other.place);
+        let why = SharingReason::between(&device.place, &other.place);
         let cure = "bind that one to vfio-pci too, or take it off its driver, or, if it is another \
                     card, use another slot";
         let commands = binding(root, other);
@@ -165,7 +167,7 @@ fn group_findings<'a>(
     spoiled.chain(claimed).chain(odd)
 }
 
-fn character_device(root: &HostRoot, device: &HostDevice) -> Option<Finding> {
+fn character_device(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
     match &device.vfio {
         Some(vfio) if vfio.has_node => {
             let node = format!("dev/vfio/devices/{}", vfio.name);
@@ -182,26 +184,26 @@ fn character_device(root: &HostRoot, device: &HostDevice) -> Option<Finding> {
 mod tests {
     use super::super::Severity;
     use super::*;
-    use crate::host::sysfs::made_up::{ConfigSpace, Function, MadeUp};
+    use crate::host::sysfs::fake::{FakeConfigSpace, FakeHost, Function};
 
     const PATH: &str = "0000:00:1c.0/0000:01:00.0";
 
-    fn host(function: &Function<'_>) -> MadeUp {
-        let host = MadeUp::new();
-        let port = ConfigSpace::express(4, None);
+    fn host(function: &Function<'_>) -> FakeHost {
+        let host = FakeHost::new();
+        let port = FakeConfigSpace::express(4, None);
         host.function(&Function::bridge("0000:00:1c.0", 3, port));
         host.function(function);
         host
     }
 
-    fn found(host: &MadeUp, iommu: HostIommu) -> Vec<Finding> {
+    fn found(host: &FakeHost, iommu: HostIommu) -> Vec<Finding> {
         let address = "0000:01:00.0".parse().expect("an address");
         let facts = HostFacts::read(&host.root(), [address]);
         findings(&host.root(), &facts, address, iommu)
     }
 
     /// The only finding there is.
-    fn only(host: &MadeUp, iommu: HostIommu) -> Finding {
+    fn only(host: &FakeHost, iommu: HostIommu) -> Finding {
         let found = found(host, iommu);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.into_iter().next().expect("one")
@@ -279,7 +281,7 @@ mod tests {
         host.remove("sys/devices/pci0000:00/0000:00:1c.0/0000:01:00.1/driver");
         let bridge = Function {
             driver: Some("shpchp"),
-            ..Function::bridge("0000:00:02.0", 7, ConfigSpace::conventional(true))
+            ..Function::bridge("0000:00:02.0", 7, FakeConfigSpace::conventional(true))
         };
         host.function(&bridge);
         let finding = only(&host, HostIommu::Iommufd);
@@ -344,7 +346,7 @@ mod tests {
     #[test]
     fn nodes_that_may_not_be_opened() {
         // Refused whoever asks, root too.
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.file("dev/vfio/devices", "not a folder");
         let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "KERNEL==\"vfio*\"");
         let finding = finding.expect("refused");

@@ -140,7 +140,7 @@ fn section(f: &mut fmt::Formatter<'_>, heading: &str, findings: &[Finding]) -> f
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::sysfs::made_up::{Function, MadeUp};
+    use crate::host::sysfs::fake::{FakeHost, Function};
     use std::path::Path;
 
     /// A configuration with `keys` and two devices of the host.
@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn a_host_that_has_everything() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         for (path, vfio, group) in [("0000:01:00.0", "vfio0", 1), ("0000:02:00.0", "vfio1", 2)] {
             host.function(&Function {
                 vfio: Some((vfio, true)),
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_told_with_its_cure() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.function(&Function::bound("0000:01:00.0", 1, Some("e1000e")));
         host.remove("dev/iommu");
         let report = Report::new(&host.root(), &config(""));

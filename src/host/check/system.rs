@@ -254,26 +254,26 @@ mod tests {
     use super::super::Severity;
     use super::super::tests::config;
     use super::*;
-    use crate::host::sysfs::made_up::{Function, MadeUp};
+    use crate::host::sysfs::fake::{FakeHost, Function};
     use proptest::prelude::*;
     use std::fs;
 
     const TYPE1: &str = "host-iommu = \"type1\"";
 
-    fn found(host: &MadeUp, keys: &str) -> Vec<Finding> {
+    fn found(host: &FakeHost, keys: &str) -> Vec<Finding> {
         let config = config(keys);
         let devices = config.devices.passthrough.iter().map(|device| device.host);
         let facts = HostFacts::read(&host.root(), devices);
         findings(&host.root(), &facts, &config)
     }
 
-    fn only(host: &MadeUp, keys: &str) -> Finding {
+    fn only(host: &FakeHost, keys: &str) -> Finding {
         let found = found(host, keys);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.into_iter().next().expect("one")
     }
 
-    fn limits(host: &MadeUp, soft: &str) {
+    fn limits(host: &FakeHost, soft: &str) {
         let line = format!("Max locked memory         {soft}              unlimited   bytes\n");
         let text = format!("Limit    Soft Limit   Hard Limit   Units\n{line}");
         host.file("proc/self/limits", text);
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn a_host_without_iommufd() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         assert_eq!(found(&host, ""), []);
         host.remove("dev/iommu");
         let finding = only(&host, "");
@@ -295,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_host_without_type1() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.file(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
             "16777216",
@@ -329,7 +329,7 @@ mod tests {
     #[test]
     fn interrupts_that_are_not_remapped() {
         for (keys, module) in [("", "iommufd"), (TYPE1, "vfio_iommu_type1")] {
-            let host = MadeUp::new();
+            let host = FakeHost::new();
             host.file(
                 "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
                 "16777216",
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn memory_that_may_not_be_locked() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.file(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
             "16777216",
@@ -394,14 +394,14 @@ mod tests {
             );
             let config = Config::from_text("vm.toml".as_ref(), &text).expect("a configuration");
             let hosts = config.devices.passthrough.iter().map(|device| device.host);
-            locked_times(&HostFacts::read(&MadeUp::new().root(), hosts), &config).0
+            locked_times(&HostFacts::read(&FakeHost::new().root(), hosts), &config).0
         };
         assert_eq!((times("export = '/b'"), times("")), (1, 2));
     }
 
     #[test]
     fn the_capability_lifts_the_limit_outside_user_namespaces() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         limits(&host, "65536");
         host.file(
             "proc/self/status",
@@ -419,7 +419,7 @@ mod tests {
 
     #[test]
     fn mappings_are_limited() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         let finding = only(&host, TYPE1);
         assert_eq!(finding.severity, Severity::Advice);
         assert!(finding.what.contains("65535 mappings"), "{finding:?}");

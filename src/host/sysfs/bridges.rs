@@ -254,13 +254,13 @@ fn acs(config: &[u8], port: Port) -> Acs {
 
 #[cfg(test)]
 mod tests {
-    use super::super::made_up::ConfigSpace;
+    use super::super::fake::FakeConfigSpace;
     use super::*;
     use proptest::prelude::*;
 
     const ALL_ON: Option<(u16, u16)> = Some((0x1d, 0x1d));
 
-    fn function(name: &str, config: ConfigSpace) -> PciFunction {
+    fn function(name: &str, config: FakeConfigSpace) -> PciFunction {
         PciFunction::parse(name, &config.bytes())
     }
 
@@ -275,21 +275,21 @@ mod tests {
             (8, Port::Conventional),
             (9, Port::Device),
         ] {
-            let made = function("0000:00:01.0", ConfigSpace::express(code, ALL_ON));
+            let made = function("0000:00:01.0", FakeConfigSpace::express(code, ALL_ON));
             assert_eq!(made.port, port);
             let (supported, enabled) = (0x1d, 0x1d);
             assert_eq!(made.acs, Acs::Present { supported, enabled });
         }
-        let plain = function("0000:00:01.0", ConfigSpace::conventional(false));
+        let plain = function("0000:00:01.0", FakeConfigSpace::conventional(false));
         assert_eq!((plain.port, plain.acs), (Port::Device, Acs::Missing));
-        let bridge = function("0000:00:01.0", ConfigSpace::conventional(true));
+        let bridge = function("0000:00:01.0", FakeConfigSpace::conventional(true));
         assert_eq!(bridge.port, Port::Conventional);
     }
 
     #[test]
     fn isolation_follows_the_kernels_rules() {
         let isolates = |name, config| function(name, config).isolates();
-        let express = ConfigSpace::express;
+        let express = FakeConfigSpace::express;
         assert_eq!(isolates("0:0:1.0", express(4, ALL_ON)), Some(true));
         assert_eq!(isolates("0:0:1.0", express(4, None)), Some(false));
         // What cannot be switched off is taken for on.
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn without_privileges_it_is_unknown() {
-        let mut config = ConfigSpace::express(4, ALL_ON).bytes();
+        let mut config = FakeConfigSpace::express(4, ALL_ON).bytes();
         for length in [0, 63, 64] {
             let made = PciFunction::parse("0000:00:01.0", &config[..length]);
             assert_eq!((made.port, made.isolates()), (Port::Unknown, None));

@@ -5,7 +5,7 @@
 
 mod bridges;
 #[cfg(test)]
-pub(crate) mod made_up;
+pub(crate) mod fake;
 mod read;
 mod refine;
 mod reserved;
@@ -24,7 +24,7 @@ pub use bridges::{Acs, PciFunction, Port};
 pub use read::HostRoot;
 pub use refine::{RefineError, Refined, refine};
 pub use reserved::{HostRegion, HostRegionKind, gaps, merge, parse_regions};
-pub use sharing::{PciPlace, Shared};
+pub use sharing::{PciPlace, SharingReason};
 
 /// PCI class and subclass of bridges between PCI buses.
 const CLASS_PCI_BRIDGE: u32 = 0x0604;
@@ -34,7 +34,7 @@ const NO_IOMMU: &str = "vfio-noiommu";
 /// A number of devices, and the groups they are in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
-    devices: BTreeMap<PciAddress, HostDevice>,
+    devices: BTreeMap<PciAddress, SysfsDevice>,
     groups: BTreeMap<u32, HostGroup>,
 }
 
@@ -48,7 +48,7 @@ impl HostFacts {
             if !folder.is_dir() {
                 continue;
             }
-            let device = HostDevice::read(&folder);
+            let device = SysfsDevice::read(&folder);
             if let Some(number) = device.group {
                 let group = facts.groups.entry(number);
                 group.or_insert_with(|| HostGroup::read(root, number));
@@ -59,7 +59,7 @@ impl HostFacts {
     }
 
     /// The device at `address`, or `None` where there is none.
-    pub fn device(&self, address: PciAddress) -> Option<&HostDevice> {
+    pub fn device(&self, address: PciAddress) -> Option<&SysfsDevice> {
         self.devices.get(&address)
     }
 
@@ -76,7 +76,7 @@ impl HostFacts {
 
 /// One device of the host, most often a PCI function.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostDevice {
+pub struct SysfsDevice {
     /// Its name in sysfs: for a PCI function its address in full.
     pub name: String,
     /// The driver it is bound to.
@@ -106,7 +106,7 @@ pub struct VfioDevice {
     pub has_node: bool,
 }
 
-impl HostDevice {
+impl SysfsDevice {
     fn read(folder: &Path) -> Self {
         let vfio = names(&folder.join("vfio-dev"))
             .into_iter()
@@ -168,7 +168,7 @@ impl HostDevice {
     }
 }
 
-impl fmt::Display for HostDevice {
+impl fmt::Display for SysfsDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;
         if let (Some(vendor), Some(device)) = (self.vendor, self.device) {
@@ -189,7 +189,7 @@ pub struct HostGroup {
     /// Whether it is one of those VFIO makes where there is no IOMMU.
     pub without_iommu: bool,
     /// All devices in it, ordered by name.
-    pub members: Vec<HostDevice>,
+    pub members: Vec<SysfsDevice>,
     /// Its reserved regions, as the kernel lists them.
     pub regions: Vec<HostRegion>,
     /// Lines of that list which could not be read.
@@ -207,7 +207,7 @@ impl HostGroup {
             without_iommu: read_value(&folder.join("name")).as_deref() == Some(NO_IOMMU),
             members: members
                 .iter()
-                .map(|name| HostDevice::read(&folder.join("devices").join(name)))
+                .map(|name| SysfsDevice::read(&folder.join("devices").join(name)))
                 .collect(),
             regions,
             odd_lines,
@@ -253,7 +253,7 @@ fn is_node_name(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::made_up::{ConfigSpace, Function, MadeUp};
+    use super::fake::{FakeConfigSpace, FakeHost, Function};
     use super::*;
 
     fn address(text: &str) -> PciAddress {
@@ -262,10 +262,10 @@ mod tests {
 
     #[test]
     fn a_device_its_group_and_its_place() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         let root = "0000:00:1c.0";
         let acs = Some((0x1d, 0x1d));
-        host.function(&Function::bridge(root, 3, ConfigSpace::express(4, acs)));
+        host.function(&Function::bridge(root, 3, FakeConfigSpace::express(4, acs)));
         host.function(&Function::ready("0000:00:1c.0/0000:01:00.0", 7));
         host.function(&Function::bound(
             "0000:00:1c.0/0000:01:00.1",
@@ -308,7 +308,7 @@ mod tests {
 
     #[test]
     fn who_spoils_a_group() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         for (path, driver, class, spoils, may) in [
             ("0000:00:01.0", Some("e1000e"), "0x020000", true, false),
             ("0000:00:02.0", None, "0x020000", false, false),
@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn odd_trees_are_read_as_far_as_they_go() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         let odd = "sys/bus/pci/devices/0000:01:00.0";
         for file in [
             "class",
@@ -374,7 +374,7 @@ mod tests {
 
     #[test]
     fn a_group_without_an_iommu_is_known_by_its_name() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.function(&Function::ready("0000:00:01.0", 0));
         host.file("sys/kernel/iommu_groups/0/name", "vfio-noiommu\n");
         let facts = HostFacts::read(&host.root(), [address("00:01.0")]);

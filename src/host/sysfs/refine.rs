@@ -184,7 +184,7 @@ fn name_groups(topology: &mut Topology, links: &Links, placed: &[(usize, &HostGr
 
 #[cfg(test)]
 mod tests {
-    use super::super::made_up::{Function, MadeUp};
+    use super::super::fake::{FakeHost, Function};
     use super::*;
     use crate::address::Iova;
     use crate::topology::{EndpointSpec, ReservedKind, ReservedRegion, ReservedRegions};
@@ -216,7 +216,7 @@ mod tests {
 
     /// Host devices `0000:01:00.N`, each in the group given for it; guests' `00:1N.0`.
     fn refined(endpoints: &[(&str, Option<&str>)], host_groups: &[u32]) -> Refined {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         let mut pairs = Vec::new();
         for (n, group) in host_groups.iter().enumerate() {
             let path = format!("0000:01:00.{n}");
@@ -287,7 +287,7 @@ mod tests {
 
     #[test]
     fn regions_are_those_of_both() {
-        let host = MadeUp::new();
+        let host = FakeHost::new();
         host.function(&Function::ready("0000:01:00.0", 1));
         host.file(
             "sys/kernel/iommu_groups/1/reserved_regions",

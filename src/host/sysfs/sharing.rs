@@ -29,7 +29,7 @@ impl PciPlace {
 
 /// Why the host cannot keep two functions apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Shared {
+pub enum SharingReason {
     /// Both are behind, or one of them is, a conventional bridge: it puts its own name on what
     /// passes it.
     BehindBridge(PciFunction),
@@ -46,7 +46,7 @@ pub enum Shared {
     Unexplained,
 }
 
-impl Shared {
+impl SharingReason {
     /// Why `a` and `b`, members of one group, are in one group.
     pub fn between(a: &PciPlace, b: &PciPlace) -> Self {
         let common: Vec<_> = a
@@ -93,7 +93,7 @@ impl Shared {
     }
 }
 
-impl fmt::Display for Shared {
+impl fmt::Display for SharingReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BehindBridge(bridge) => {
@@ -130,12 +130,12 @@ impl fmt::Display for Shared {
 
 #[cfg(test)]
 mod tests {
-    use super::super::made_up::ConfigSpace;
+    use super::super::fake::FakeConfigSpace;
     use super::*;
 
     const ALL_ON: Option<(u16, u16)> = Some((0x1d, 0x1d));
 
-    fn function(name: &str, config: ConfigSpace) -> PciFunction {
+    fn function(name: &str, config: FakeConfigSpace) -> PciFunction {
         PciFunction::parse(name, &config.bytes())
     }
 
@@ -149,21 +149,21 @@ mod tests {
 
     fn why(a: &PciPlace, b: &PciPlace) -> String {
         assert_eq!(
-            std::mem::discriminant(&Shared::between(a, b)),
-            std::mem::discriminant(&Shared::between(b, a))
+            std::mem::discriminant(&SharingReason::between(a, b)),
+            std::mem::discriminant(&SharingReason::between(b, a))
         );
-        Shared::between(a, b).to_string()
+        SharingReason::between(a, b).to_string()
     }
 
     #[test]
     fn groups_are_explained() {
-        let root = function("0000:00:1c.0", ConfigSpace::express(4, None));
-        let good_root = function("0000:00:1d.0", ConfigSpace::express(4, ALL_ON));
-        let half_root = function("0000:00:1c.0", ConfigSpace::express(4, Some((0x1d, 1))));
-        let pci = function("0000:01:00.0", ConfigSpace::express(7, None));
-        let one = function("0000:02:00.0", ConfigSpace::express(0, None).multi());
-        let two = function("0000:02:00.1", ConfigSpace::express(0, None));
-        let card = function("0000:02:01.0", ConfigSpace::conventional(false));
+        let root = function("0000:00:1c.0", FakeConfigSpace::express(4, None));
+        let good_root = function("0000:00:1d.0", FakeConfigSpace::express(4, ALL_ON));
+        let half_root = function("0000:00:1c.0", FakeConfigSpace::express(4, Some((0x1d, 1))));
+        let pci = function("0000:01:00.0", FakeConfigSpace::express(7, None));
+        let one = function("0000:02:00.0", FakeConfigSpace::express(0, None).multi());
+        let two = function("0000:02:00.1", FakeConfigSpace::express(0, None));
+        let card = function("0000:02:01.0", FakeConfigSpace::conventional(false));
 
         assert_eq!(
             why(&place(&[&root, &pci], &one), &place(&[&root, &pci], &card)),
@@ -183,25 +183,25 @@ mod tests {
             why(&place(&[&good_root], &one), &place(&[&good_root], &two)),
             "because they are functions of the device 0000:02:00, which has no ACS between them"
         );
-        let single = function("0000:03:00.0", ConfigSpace::express(0, None));
-        let other = function("0000:04:00.0", ConfigSpace::express(0, None));
+        let single = function("0000:03:00.0", FakeConfigSpace::express(0, None));
+        let other = function("0000:04:00.0", FakeConfigSpace::express(0, None));
         assert_eq!(
-            Shared::between(&place(&[&good_root], &single), &place(&[], &other)),
-            Shared::Unexplained
+            SharingReason::between(&place(&[&good_root], &single), &place(&[], &other)),
+            SharingReason::Unexplained
         );
         // A leaking port above one of the two only.
         assert_eq!(
-            Shared::between(&place(&[&root], &single), &place(&[&good_root], &other)),
-            Shared::Port(root.clone())
+            SharingReason::between(&place(&[&root], &single), &place(&[&good_root], &other)),
+            SharingReason::Port(root.clone())
         );
         assert!(matches!(
-            Shared::between(&place(&[&pci], &single), &place(&[], &other)),
-            Shared::BehindBridge(_)
+            SharingReason::between(&place(&[&pci], &single), &place(&[], &other)),
+            SharingReason::BehindBridge(_)
         ));
         let hidden = PciFunction::parse("0000:05:00.0", &[]);
         assert_eq!(
-            Shared::between(&place(&[&good_root], &hidden), &place(&[], &other)),
-            Shared::Unreadable
+            SharingReason::between(&place(&[&good_root], &hidden), &place(&[], &other)),
+            SharingReason::Unreadable
         );
     }
 }

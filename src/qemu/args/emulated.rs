@@ -1,6 +1,6 @@
 //! Arguments and notes for devices that other processes emulate.
 
-use super::devices::{on_root_bus, shares_slot};
+use super::passthrough::{on_root_bus, shares_slot};
 use super::vfio_user;
 use crate::config::{Config, Emulated};
 use crate::topology::PciAddress;

@@ -1,6 +1,6 @@
 //! Arguments and notes for devices of the host that the daemon exports.
 
-use super::devices::{on_root_bus, shares_slot};
+use super::passthrough::{on_root_bus, shares_slot};
 use super::vfio_user;
 use crate::config::{Config, Exported};
 use crate::topology::PciAddress;

@@ -1,9 +1,9 @@
 //! The QEMU arguments that go with a configuration.
 
-mod devices;
 mod emulated;
 mod exported;
-mod given;
+mod passthrough;
+mod present;
 mod vfio_user;
 
 use std::ffi::OsString;
@@ -13,8 +13,8 @@ use thiserror::Error;
 
 use crate::config::{Config, DeviceKind, Socket};
 use crate::topology::{EndpointRange, PciAddress};
-use devices::{Devices, on_root_bus};
-use given::Given;
+use passthrough::{PassthroughArguments, on_root_bus};
+use present::PresentOptions;
 
 /// The first QEMU with a vhost-user device that takes any virtio device ID.
 pub const OLDEST_QEMU: &str = "10.2";
@@ -36,7 +36,7 @@ impl QemuArgs {
     /// Where the configuration leaves out something QEMU must be told, or asks for what QEMU's
     /// q35 machine has not got.
     pub fn new(config: &Config, viot: &Path) -> Result<Self, QemuArgsError> {
-        Self::make(config, viot, Given::default())
+        Self::make(config, viot, PresentOptions::default())
     }
 
     /// The arguments to add to `others`, which come first: without a machine type, RAM or a size
@@ -59,15 +59,15 @@ impl QemuArgs {
         if let Some(endpoint) = endpoints.into_iter().find(|&it| !on_root_bus(it)) {
             return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
         }
-        Self::make(config, viot, Given::new(others))
+        Self::make(config, viot, PresentOptions::new(others))
     }
 
-    fn make(config: &Config, viot: &Path, given: Given) -> Result<Self, QemuArgsError> {
+    fn make(config: &Config, viot: &Path, present: PresentOptions) -> Result<Self, QemuArgsError> {
         let socket = match &config.socket {
             Some(Socket::Path(path)) => path,
             Some(Socket::Fd(_)) | None => return Err(QemuArgsError::NoSocket),
         };
-        let memory = if given.backend {
+        let memory = if present.backend {
             None
         } else {
             Some(config.memory.ok_or(QemuArgsError::NoMemory)?)
@@ -84,11 +84,11 @@ impl QemuArgs {
                 path: viot.to_owned(),
             });
         }
-        let devices = Devices::new(config)?;
+        let devices = PassthroughArguments::new(config)?;
 
         let mut arguments = Vec::new();
         let machine: Vec<_> = [
-            (!given.machine).then_some("q35"),
+            (!present.machine).then_some("q35"),
             memory.map(|_| "memory-backend=mem0"),
         ]
         .into_iter()
@@ -98,7 +98,7 @@ impl QemuArgs {
             arguments.push(("-machine", machine.join(",")));
         }
         if let Some(memory) = memory {
-            if !given.size {
+            if !present.size {
                 arguments.push(("-m", format!("{}M", memory >> 20)));
             }
             arguments.push((
@@ -109,7 +109,7 @@ impl QemuArgs {
         for kind in DeviceKind::ALL {
             match kind {
                 DeviceKind::Passthrough => {
-                    arguments.extend(devices.iter().flat_map(Devices::arguments));
+                    arguments.extend(devices.iter().flat_map(PassthroughArguments::arguments));
                 }
                 DeviceKind::Exported => arguments.extend(exported::arguments(config)),
                 DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
@@ -141,7 +141,7 @@ impl QemuArgs {
                 viot.display()
             ),
         ];
-        notes.extend(devices.iter().flat_map(Devices::notes));
+        notes.extend(devices.iter().flat_map(PassthroughArguments::notes));
         notes.extend(
             config
                 .topology
@@ -245,7 +245,11 @@ fn slot(address: PciAddress) -> String {
     format!("{:02x}.{:x}", address.device(), address.function())
 }
 
-fn endpoint_note(config: &Config, devices: Option<&Devices>, entry: EndpointRange<'_>) -> String {
+fn endpoint_note(
+    config: &Config,
+    devices: Option<&PassthroughArguments>,
+    entry: EndpointRange<'_>,
+) -> String {
     let (first, last) = (entry.range.first(), entry.range.last());
     let group = entry
         .info

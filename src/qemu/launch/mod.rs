@@ -108,11 +108,11 @@ impl Launch<'_> {
         Ok(exit_code(status))
     }
 
-    fn table(&self, config: &Config) -> Result<Table, LaunchError> {
+    fn table(&self, config: &Config) -> Result<ViotTable, LaunchError> {
         let bytes = viot::table(&config.topology)?;
         if let Some(path) = self.viot {
             return match fs::write(path, bytes) {
-                Ok(()) => Ok(Table {
+                Ok(()) => Ok(ViotTable {
                     path: path.to_owned(),
                     file: None,
                 }),
@@ -123,7 +123,7 @@ impl Launch<'_> {
             };
         }
         let file = TableFile::new(&bytes).map_err(system("make a file for the VIOT table"))?;
-        Ok(Table {
+        Ok(ViotTable {
             path: file.path(),
             file: Some(file),
         })
@@ -219,13 +219,13 @@ pub enum LaunchError {
 }
 
 /// The VIOT table, where the VMM finds it.
-struct Table {
+struct ViotTable {
     path: PathBuf,
     /// The file, where it has no other name.
     file: Option<TableFile>,
 }
 
-impl Table {
+impl ViotTable {
     fn fd(&self) -> Option<RawFd> {
         self.file.as_ref().map(AsRawFd::as_raw_fd)
     }

@@ -12,21 +12,21 @@ const FIRST_FREE: RawFd = 3;
 
 /// The devices of a VM and the descriptors QEMU is told to find them at.
 #[derive(Debug)]
-pub(super) struct Devices {
+pub(super) struct PassthroughArguments {
     iommufd: RawFd,
     /// In ascending order of endpoint; at least one.
-    devices: Vec<Shared>,
+    devices: Vec<VmmDevice>,
 }
 
 /// A device that the VMM binds.
 #[derive(Clone, Copy, Debug)]
-struct Shared {
+struct VmmDevice {
     device: Passthrough,
     fd: RawFd,
     multifunction: bool,
 }
 
-impl Devices {
+impl PassthroughArguments {
     /// `None` where the configuration has no device of the host that the VMM binds. Descriptors that
     /// it does not give get the lowest numbers free, from 3 on.
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
@@ -55,7 +55,7 @@ impl Devices {
         let devices = shared
             .map(|device| {
                 let given = given.devices.get(&device.endpoint).copied();
-                Shared {
+                VmmDevice {
                     device: *device,
                     fd: number(given),
                     multifunction: shares_slot(config, device.endpoint),
@@ -87,7 +87,7 @@ impl Devices {
             format!("  exec {}<>/dev/iommu", self.iommufd),
         ];
         let mut daemon = format!("--iommufd-fd {}", self.iommufd);
-        for Shared { device, fd, .. } in &self.devices {
+        for VmmDevice { device, fd, .. } in &self.devices {
             let (endpoint, host) = (device.endpoint, device.host);
             notes.push(format!(
                 "  exec {fd}<>/dev/vfio/devices/$(ls /sys/bus/pci/devices/{host}/vfio-dev)"
@@ -124,7 +124,7 @@ impl Devices {
     }
 }
 
-impl Shared {
+impl VmmDevice {
     fn argument(&self) -> String {
         let (endpoint, fd) = (self.device.endpoint, self.fd);
         // QEMU refuses a device given by descriptor that has no name.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 /// What need not be added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Given {
+pub(super) struct PresentOptions {
     /// There is a `-machine`.
     pub machine: bool,
     /// There is a `-m`.
@@ -13,10 +13,10 @@ pub(super) struct Given {
     pub backend: bool,
 }
 
-impl Given {
+impl PresentOptions {
     /// What `arguments` say. Each argument that looks like an option is taken for one.
     pub fn new(arguments: &[OsString]) -> Self {
-        let mut given = Self::default();
+        let mut present = Self::default();
         for (at, argument) in arguments.iter().enumerate() {
             let argument = argument.to_string_lossy();
             // QEMU takes one dash or two.
@@ -29,15 +29,16 @@ impl Given {
             };
             match name.strip_prefix('-').unwrap_or(name) {
                 "machine" | "M" => {
-                    given.machine = true;
-                    given.backend |= value().is_some_and(|value| has_key(&value, "memory-backend"));
+                    present.machine = true;
+                    present.backend |=
+                        value().is_some_and(|value| has_key(&value, "memory-backend"));
                 }
-                "numa" => given.backend |= value().is_some_and(|value| has_key(&value, "memdev")),
-                "m" => given.size = true,
+                "numa" => present.backend |= value().is_some_and(|value| has_key(&value, "memdev")),
+                "m" => present.size = true,
                 _ => {}
             }
         }
-        given
+        present
     }
 }
 
@@ -79,12 +80,12 @@ mod tests {
             ("m machine -mem-prealloc -", false, false, false),
         ] {
             let arguments: Vec<_> = line.split_whitespace().map(OsString::from).collect();
-            let expected = Given {
+            let expected = PresentOptions {
                 machine,
                 size,
                 backend,
             };
-            assert_eq!(Given::new(&arguments), expected, "{line}");
+            assert_eq!(PresentOptions::new(&arguments), expected, "{line}");
         }
     }
 }

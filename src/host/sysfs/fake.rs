@@ -10,7 +10,7 @@ use super::HostRoot;
 
 /// Configuration space to be written.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct ConfigSpace {
+pub(crate) struct FakeConfigSpace {
     /// The kind of port in the PCI Express capability.
     express: Option<u8>,
     bridge: bool,
@@ -19,7 +19,7 @@ pub(crate) struct ConfigSpace {
     acs: Option<(u16, u16)>,
 }
 
-impl ConfigSpace {
+impl FakeConfigSpace {
     pub fn express(kind: u8, acs: Option<(u16, u16)>) -> Self {
         Self {
             express: Some(kind),
@@ -72,7 +72,7 @@ pub(crate) struct Function<'a> {
     pub driver: Option<&'a str>,
     pub group: Option<u32>,
     pub class: &'a str,
-    pub config: ConfigSpace,
+    pub config: FakeConfigSpace,
     /// Its name as a VFIO device, and whether that has a character device.
     pub vfio: Option<(&'a str, bool)>,
 }
@@ -85,7 +85,7 @@ impl<'a> Function<'a> {
             driver: Some("vfio-pci"),
             group: Some(group),
             class: "0x020000",
-            config: ConfigSpace::express(0, None),
+            config: FakeConfigSpace::express(0, None),
             vfio: Some(("vfio0", true)),
         }
     }
@@ -100,7 +100,7 @@ impl<'a> Function<'a> {
     }
 
     /// A bridge.
-    pub fn bridge(path: &'a str, group: u32, config: ConfigSpace) -> Self {
+    pub fn bridge(path: &'a str, group: u32, config: FakeConfigSpace) -> Self {
         Self {
             class: "0x060400",
             config,
@@ -110,11 +110,11 @@ impl<'a> Function<'a> {
 }
 
 /// The host.
-pub(crate) struct MadeUp {
+pub(crate) struct FakeHost {
     folder: TempDir,
 }
 
-impl MadeUp {
+impl FakeHost {
     /// A host without devices, but with all that VFIO and iommufd need.
     pub fn new() -> Self {
         let made = Self {
