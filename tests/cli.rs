@@ -130,11 +130,11 @@ fn the_daemon_refuses_a_bad_configuration() {
         (&["--fd", "3"], "--iommu: is missing"),
         (
             &["--fd", "3", "--iommu", "00:05.0", "--granule", "1k"],
-            "--granule: \"1k\" is no granule",
+            "--granule: \"1k\" is not a granule",
         ),
         (
             &["--fd", "3", "--iommu", "00:05.0", "--vfio-fd", "00:10.0=4"],
-            "--vfio-fd: 0000:00:10.0 is no endpoint with `vfio`",
+            "--vfio-fd: 0000:00:10.0 is not an endpoint with `vfio`",
         ),
         (
             &["--config", "/nonexistent/vm0.toml"],

@@ -1,4 +1,4 @@
-//! One more endpoint for a configuration, or some fewer, while the VM runs.
+//! Adds endpoints to a configuration, and removes them, while the VM runs.
 
 use std::path::Path;
 
@@ -9,12 +9,12 @@ use super::{Config, ConfiguredDevice, DeviceLists, Socket};
 use crate::topology::{NoSuchEndpoints, PciRange};
 
 impl Config {
-    /// This configuration with the endpoint that `text` describes, and its functions. The text is
-    /// what may stand under an `[[endpoint]]`, with commas between the keys in place of line feeds:
+    /// This configuration with the endpoint that `text` describes, and the endpoint's functions. The
+    /// text has the keys of an `[[endpoint]]`, with commas between them in place of line feeds:
     /// `address = "00:07.0", group = "nic"`.
     ///
     /// # Errors
-    /// With every problem found, where the text cannot be used or does not go with the rest.
+    /// The text cannot be used, or contradicts the configuration; the error lists every problem.
     pub fn with_endpoint(&self, text: &str) -> Result<(Self, PciRange), ConfigError> {
         let whole = format!("endpoint = [{{ {text} }}]");
         let mut checker = Checker::new(Some(SourceText {
@@ -40,10 +40,11 @@ impl Config {
         })
     }
 
-    /// This configuration without these endpoints, which were given together or are some of such.
+    /// This configuration without the endpoints in `range`, which must be one `[[endpoint]]` or a part
+    /// of one.
     ///
     /// # Errors
-    /// Where they are anything else.
+    /// The range has other functions, or reaches across several `[[endpoint]]`.
     pub fn without_endpoints(&self, range: PciRange) -> Result<Self, NoSuchEndpoints> {
         let mut config = self.clone();
         config.topology.remove(range)?;

@@ -16,8 +16,8 @@ pub(super) struct SourceText<'a> {
     pub text: &'a str,
 }
 
-/// Checks a draft and collects what is wrong with it. A value that was refused is `None`, and what
-/// depends on it is not checked.
+/// Checks a draft and collects its problems. A refused value is `None`, and the checks that depend on it
+/// are skipped.
 pub(super) struct Checker<'a> {
     pub source: Option<SourceText<'a>>,
     pub problems: Vec<Problem>,
@@ -35,7 +35,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn refuse(&mut self, origin: &Origin, key: &str, kind: ProblemKind) {
         if self.problems.len() >= MAX_PROBLEMS {
-            // Finding lines takes a pass over the file each.
+            // Each line number takes a pass over the file.
             self.omitted += 1;
             return;
         }
@@ -50,7 +50,7 @@ impl<'a> Checker<'a> {
         self.push(location, kind);
     }
 
-    /// Refuses something that is nowhere to be found.
+    /// Refuses the absence of a key that must be given.
     pub(super) fn refuse_missing(&mut self, key: &str, flag: &'static str, cure: &'static str) {
         let location = match self.source {
             None => Location::Flag(flag),
@@ -74,7 +74,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// The file as a draft; an empty one without a file.
+    /// The file as a draft; an empty draft without a file.
     pub(super) fn parse(&mut self) -> Result<Draft, ConfigError> {
         let Some(source) = self.source else {
             return Ok(Draft::default());
@@ -91,7 +91,7 @@ impl<'a> Checker<'a> {
         })
     }
 
-    /// The checked configuration. `args` are there where the daemon is to run.
+    /// The checked configuration. `args` are the options of a daemon that is to run.
     pub(super) fn config(
         mut self,
         draft: &Draft,
@@ -159,7 +159,7 @@ impl<'a> Checker<'a> {
         taken.extend(emulated.iter().flatten().map(|device| &device.listen));
         taken.extend(emulated.iter().flatten().map(|device| &device.connect));
         let exported = self.exported(draft, &taken);
-        // Which endpoints there are decides which descriptors are right.
+        // Descriptors are checked against the endpoints.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
         {

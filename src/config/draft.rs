@@ -1,4 +1,4 @@
-//! Values as they were given, by a file or by options, before anything is checked.
+//! Values as a file or options give them, before any check.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,14 +10,14 @@ use toml::Spanned;
 use super::error::ProblemKind;
 use crate::args::{OnOff, RunArgs};
 
-/// Where a value stands: a file's bytes, or the option that gave it.
+/// Where a value comes from: bytes of the file, or an option.
 #[derive(Clone, Debug)]
 pub(super) enum Origin {
     File(Range<usize>),
     Flag(&'static str),
 }
 
-/// A value and where it stands.
+/// A value and where it comes from.
 #[derive(Clone, Debug)]
 pub(super) struct Located<T> {
     pub value: T,
@@ -43,7 +43,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Located<T> {
     }
 }
 
-/// A single value of whatever type was written. Its type is checked later, where the key is known.
+/// A single value of any type. The check of its key checks the type.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Scalar {
     Integer(i128),
@@ -53,7 +53,7 @@ pub(super) enum Scalar {
 }
 
 impl Scalar {
-    /// What this is, for a message.
+    /// The type, as a message names it.
     pub fn found(&self) -> &'static str {
         match self {
             Self::Integer(_) => "a number",
@@ -118,7 +118,7 @@ impl<'de> Deserialize<'de> for Scalar {
     }
 }
 
-/// All that can be given.
+/// All keys of the file.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct Draft {
@@ -198,8 +198,7 @@ pub(super) struct EmulatedDraft {
 }
 
 impl Draft {
-    /// This draft with what the options give instead. `refuse` is told of options that cannot be
-    /// read.
+    /// This draft, overridden by the options. Calls `refuse` for each option that cannot be read.
     pub fn overridden_by(
         mut self,
         args: &RunArgs,

@@ -1,4 +1,4 @@
-//! Endpoints that are devices emulated in processes of their own.
+//! Emulated devices: endpoints with `vfio-user`.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,7 +16,7 @@ use crate::topology::PciAddress;
 
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(1);
 
-/// An endpoint whose DMA is that of a device emulated by another process, over vfio-user.
+/// An endpoint whose device another process emulates, over vfio-user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Emulated {
     /// The address the device has in the guest.
@@ -25,20 +25,21 @@ pub struct Emulated {
     pub listen: PathBuf,
     /// Where the device's server listens.
     pub connect: PathBuf,
-    /// How far that server is kept from guest RAM.
+    /// The server's access to guest RAM.
     pub isolation: ServerIsolation,
-    /// What it has to answer in where the guest waits for it:
+    /// How long the server may take to answer while the guest waits for it:
     /// [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
     pub deadline: Duration,
 }
 
-/// How far a device's server is kept from guest RAM.
+/// The access of an emulated device's server to guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ServerIsolation {
-    /// It never has any of it: each access is a message.
+    /// The server never maps guest RAM: each access is a message.
     #[default]
     Messages,
-    /// It gets the descriptor of guest RAM with each mapping, and has to be trusted with all of it.
+    /// The server gets the descriptor of guest RAM with each mapping, and must be trusted with all of
+    /// guest RAM.
     Mappings,
 }
 
@@ -117,7 +118,7 @@ impl Checker<'_> {
         whole.then_some(found)
     }
 
-    /// All but the endpoint.
+    /// The device, still without the address of its endpoint.
     fn emulated_parts(&mut self, given: &Located<EmulatedDraft>, key: &str) -> Option<Emulated> {
         let value = &given.value;
         let listen = self.emulated_path(&given.origin, value.listen.as_ref(), key, "listen");
@@ -125,7 +126,7 @@ impl Checker<'_> {
         let isolation = self.isolation(value.isolation.as_ref(), &format!("{key}.isolation"));
         let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
         Some(Emulated {
-            // The caller's to say.
+            // The caller sets it.
             endpoint: PciAddress::new(0, 0, 0, 0)?,
             listen: listen?,
             connect: connect?,

@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration, where, and how to put it right.
+//! The problems of a configuration: the place, the kind and the cure of each.
 
 use std::fmt;
 use std::io;
@@ -16,12 +16,12 @@ use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{PciAddressError, PciRangeError};
 use crate::topology::{PciAddress, PciRange, ReservedError, TopologyError};
 
-/// A configuration that cannot be used, with every reason found.
+/// A configuration that cannot be used, with every problem found.
 #[derive(Debug, Error)]
 pub struct ConfigError {
-    /// The reasons, at least one and at most [`MAX_PROBLEMS`](super::MAX_PROBLEMS).
+    /// The problems, at least one and at most [`MAX_PROBLEMS`](super::MAX_PROBLEMS).
     pub problems: Vec<Problem>,
-    /// How many more were found and not kept.
+    /// How many more problems were found and not kept.
     pub omitted: usize,
 }
 
@@ -34,38 +34,38 @@ impl fmt::Display for ConfigError {
             write!(f, "{problem}")?;
         }
         if self.omitted > 0 {
-            write!(f, "\nand {} more of such problems", self.omitted)?;
+            write!(f, "\nand {} more problems", self.omitted)?;
         }
         Ok(())
     }
 }
 
-/// One thing that is wrong, and where.
+/// One problem and its place.
 #[derive(Debug, Error)]
 #[error("{location}: {kind}")]
 pub struct Problem {
-    /// Where.
+    /// The place.
     pub location: Location,
-    /// What, and the cure.
+    /// The kind, with the cure.
     #[source]
     pub kind: ProblemKind,
 }
 
-/// Where a value came from.
+/// Where a value comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
     /// A configuration file.
     File {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1, where one is to blame.
+        /// The line, counted from 1, if the problem is in one line.
         line: Option<usize>,
-        /// The key, such as `endpoint[0].range`; empty where the file as a whole is to blame.
+        /// The key, such as `endpoint[0].range`; empty if the problem is the file as a whole.
         key: String,
     },
     /// An option on the command line.
     Flag(&'static str),
-    /// A key of an endpoint that is added to a running VM; empty where the whole is to blame.
+    /// A key of an endpoint that is added to a running VM; empty if the problem is the whole text.
     Addition(String),
 }
 
@@ -89,7 +89,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// What is wrong with a value. Each text ends with the cure.
+/// What is wrong with a value. Each message ends with the cure.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ProblemKind {
@@ -98,33 +98,33 @@ pub enum ProblemKind {
     Read(#[source] io::Error),
     /// The file is longer than [`MAX_FILE`].
     #[error(
-        "is longer than {MAX_FILE} bytes; is it a configuration? \
-         If so, give ranges instead of single endpoints"
+        "is longer than {MAX_FILE} bytes; give a configuration file, with ranges instead of single \
+         endpoints"
     )]
     FileTooLong,
     /// The file is not text.
     #[error("is not UTF-8 text; save it as UTF-8")]
     NotUtf8,
-    /// The file is not TOML, or has keys that do not belong.
+    /// The file is not TOML, or has unknown keys.
     #[error("{0}")]
     Syntax(String),
     /// A value of the wrong type.
     #[error("must be {wanted}, not {found}")]
     WrongType {
-        /// What was found.
+        /// The type that was found.
         found: &'static str,
-        /// What is wanted, with an example.
+        /// The wanted type, with an example.
         wanted: &'static str,
     },
-    /// Something that must be there is not.
+    /// A required key is missing.
     #[error("is missing; {0}")]
     Missing(&'static str),
 
-    /// An endpoint that is added has a control character.
+    /// The text of an added endpoint has a control character.
     #[error("contains a control character; write the keys in one line, with commas between them")]
     AdditionControl,
-    /// Several endpoints, or none, where one is added.
-    #[error("must be one endpoint; add each by a command of its own")]
+    /// The text of an added endpoint describes none or several.
+    #[error("must be one endpoint; add each endpoint with a command of its own")]
     AdditionNotOne,
 
     /// A socket's path is empty.
@@ -139,13 +139,13 @@ pub enum ProblemKind {
     /// A socket's path has a control character.
     #[error("the path contains a control character; use printable characters only")]
     PathControl,
-    /// The two sockets have one path.
+    /// The control socket and the VMM's socket have one path.
     #[error("the control socket has the same path as the socket for the VMM; use another")]
     SamePath,
 
-    /// The VMM's socket is the daemon's.
+    /// The QMP socket has the path of a socket of the daemon.
     #[error(
-        "the daemon itself makes the socket at this path; give the path that the VMM's -qmp has"
+        "the daemon itself makes the socket at this path; give the path of the VMM's -qmp option"
     )]
     QmpPath,
 
@@ -168,9 +168,9 @@ pub enum ProblemKind {
     /// An endpoint with both an address and a range.
     #[error("both `address` and `range` are given; keep one")]
     AddressAndRange,
-    /// An endpoint with neither.
+    /// An endpoint with neither an address nor a range.
     #[error(
-        "is not said which it is; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1e.7\"`"
+        "has neither `address` nor `range`; give `address = \"00:10.0\"` or `range = \"00:10.0-00:1e.7\"`"
     )]
     NoAddress,
     /// Not the name of a host group.
@@ -182,7 +182,7 @@ pub enum ProblemKind {
         source: GroupNameError,
     },
 
-    /// A range of endpoints is said to be one device of the host.
+    /// A range of endpoints with one device of the host.
     #[error(
         "{range} is more than one function, and a device of the host is one; \
          give each function its own [[endpoint]] with `address` and `vfio`"
@@ -201,12 +201,12 @@ pub enum ProblemKind {
         range: PciRange,
     },
     /// An endpoint with two devices.
-    #[error("an endpoint has one device; leave out `shadow`, or `vfio` and `vfio-user`")]
+    #[error("the endpoint has two devices; remove `shadow`, or `vfio` and `vfio-user`")]
     ShadowWithVfio,
-    /// A socket for two purposes.
+    /// A reader's socket has the path of the VMM's or the control socket.
     #[error("the socket at this path is for the VMM or for control; use another path")]
     ShadowPath,
-    /// Two endpoints are said to be one device of the host.
+    /// Two endpoints with one device of the host.
     #[error(
         "the host's device {host} is endpoint {other} already; \
          remove one of the two, or give the address of another device"
@@ -217,13 +217,13 @@ pub enum ProblemKind {
         /// The endpoint that has it.
         other: PciAddress,
     },
-    /// Something to export that the host has not got.
+    /// An export without a passthrough device.
     #[error(
         "only a device of the host can be exported; give its address there with `vfio = \"...\"`, or \
          remove `export`"
     )]
     ExportWithoutVfio,
-    /// A socket for two purposes.
+    /// An export's socket has the path of another socket.
     #[error("another socket has this path; use another path in `export`")]
     ExportPath,
     /// An emulated device on several functions.
@@ -235,76 +235,76 @@ pub enum ProblemKind {
         /// The functions.
         range: PciRange,
     },
-    /// An endpoint is a device of the host and an emulated one.
+    /// An endpoint with a passthrough device and an emulated one.
     #[error(
-        "the endpoint has `vfio` too; a device is the host's or emulated: remove one of the two \
+        "the endpoint has both `vfio` and `vfio-user`, and can have one device; remove one of the two \
          keys"
     )]
     EmulatedAndVfio,
     /// An emulated device without one of its sockets.
     #[error(
-        "`{0}` is missing; say where the daemon listens for the VMM (`listen = \"...\"`) and where \
-         the device's server listens (`connect = \"...\"`)"
+        "`{0}` is missing; give the path where the daemon listens for the VMM (`listen = \"...\"`) and the \
+         path where the device's server listens (`connect = \"...\"`)"
     )]
     EmulatedMissing(&'static str),
-    /// The daemon would connect to itself.
+    /// Both sockets of an emulated device have one path.
     #[error("`listen` and `connect` are the same; use two paths")]
     ListenIsConnect,
-    /// Two sockets have one path.
+    /// An emulated device's socket has the path of another socket.
     #[error(
         "{} listens there already; give each endpoint another path in `listen`",
         .other.map_or("the daemon".into(), |other| format!("the daemon for endpoint {other}"))
     )]
     ListenTwice {
-        /// The endpoint it is for, if it is for one.
+        /// The endpoint of the other socket, if it has one.
         other: Option<PciAddress>,
     },
-    /// No way to keep a server from memory.
+    /// Not an isolation.
     #[error(
-        "{0:?} is no isolation; use \"messages\" (the server never has guest RAM) or \"mappings\" \
+        "{0:?} is not an isolation; use \"messages\" (the server never has guest RAM) or \"mappings\" \
          (fast, for servers that are trusted with all of it)"
     )]
     Isolation(String),
-    /// A server has too little or too much time.
+    /// A deadline out of range.
     #[error(
-        "{} milliseconds are no time to answer in; use {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS}",
+        "deadline of {} ms is out of range; use {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS}",
         .0
     )]
     Deadline(i128),
-    /// No user.
-    #[error("{0} is no user's number; give what `id -u NAME` prints")]
+    /// Not a user ID.
+    #[error("{0} is not a user ID; give the number that `id -u NAME` prints")]
     User(String),
-    /// More users than there can be.
+    /// Too many users.
     #[error(
-        "{0} users are named and at most {MAX_USERS} can be; let processes share a user, or run \
-         them as the daemon's"
+        "{0} users are listed, and at most {MAX_USERS} are allowed; let processes share a user, or \
+         run them as the daemon's user"
     )]
     TooManyUsers(usize),
-    /// No readers, or too many.
-    #[error("{0} processes for an endpoint cannot be; use 1 to {MAX_READERS}")]
+    /// A limit of readers out of range.
+    #[error("limit of {0} readers is out of range; use 1 to {MAX_READERS}")]
     ReaderLimit(i128),
-    /// No interface of the host IOMMU.
+    /// Not an interface of the host's IOMMU.
     #[error(
-        "{0:?} is no way to program the host's IOMMU; use \"iommufd\" or, \
+        "{0:?} is not an interface of the host's IOMMU; use \"iommufd\" or, \
          where the host's kernel has no iommufd, \"type1\""
     )]
     HostIommu(String),
-    /// No way to pin memory.
+    /// Not a pinning mode.
     #[error(
-        "{0:?} is no way to pin memory; use \"all\" (fast) or \"mapped\" \
-         (leaves memory that no device uses to the host)"
+        "{0:?} is not a pinning mode; use \"all\" (fast) or \"mapped\" \
+         (memory that no device uses stays with the host)"
     )]
     Pin(String),
 
     /// Not a descriptor for an endpoint.
     #[error(
-        "{0:?} is no descriptor of an endpoint; write ADDRESS=N with the endpoint's address in \
+        "{0:?} is not a descriptor of an endpoint; write ADDRESS=N with the endpoint's address in \
          the guest, such as 00:10.0=4"
     )]
     DescriptorText(String),
-    /// A descriptor for what is no device of the host.
+    /// A descriptor for an endpoint without a passthrough device.
     #[error(
-        "{endpoint} is no endpoint with `vfio`; give the endpoint's address in the guest, \
+        "{endpoint} is not an endpoint with `vfio`; give the endpoint's address in the guest, \
          or `vfio` with the device's address on the host under its [[endpoint]]"
     )]
     NotPassthrough {
@@ -317,7 +317,7 @@ pub enum ProblemKind {
         /// The endpoint.
         endpoint: PciAddress,
     },
-    /// A descriptor that is given for two things.
+    /// One descriptor in two options.
     #[error("descriptor {fd} is given by {other} already; give each thing its own descriptor")]
     DescriptorTwice {
         /// The descriptor.
@@ -325,15 +325,15 @@ pub enum ProblemKind {
         /// The option that gave it first.
         other: &'static str,
     },
-    /// An iommufd that would not be used.
+    /// An iommufd that type1 does not use.
     #[error(
-        "an iommufd is of no use with `host-iommu = \"type1\"`; \
+        "an iommufd is not used with `host-iommu = \"type1\"`; \
          leave out the option, or set `host-iommu = \"iommufd\"`"
     )]
     IommufdWithType1,
-    /// A container that would not be used.
+    /// A container that iommufd does not use.
     #[error(
-        "a container is of no use with `host-iommu = \"iommufd\"`; \
+        "a container is not used with `host-iommu = \"iommufd\"`; \
          leave out the option, or set `host-iommu = \"type1\"`"
     )]
     ContainerWithIommufd,
@@ -356,76 +356,76 @@ pub enum ProblemKind {
 
     /// The address width is out of range.
     #[error(
-        "{0} bits are not possible; give {MIN_WIDTH} to {MAX_WIDTH}: \
+        "{0} bits are out of range; give {MIN_WIDTH} to {MAX_WIDTH}: \
          48 suits most guests, more than 48 costs a fifth table level"
     )]
     Width(i128),
-    /// The granule is none of those supported.
+    /// The granule is not supported.
     #[error(
-        "{0:?} is no granule; use \"4k\", \"16k\", \"64k\" or \"2m\" (4k suits every x86 guest)"
+        "{0:?} is not a granule; use \"4k\", \"16k\", \"64k\" or \"2m\" (4k suits every x86 guest)"
     )]
     Granule(String),
-    /// Polling would take too long.
-    #[error("{0} microseconds are too many; give 0 (never poll) to {MAX_POLL_US}")]
+    /// The time to poll is out of range.
+    #[error("{0} microseconds are out of range; give 0 (never poll) to {MAX_POLL_US}")]
     Poll(i128),
     /// The realtime priority is out of range.
-    #[error("{0} is no realtime priority; give 1 to {MAX_PRIORITY}, or leave it out")]
+    #[error("{0} is not a realtime priority; give 1 to {MAX_PRIORITY}, or leave it out")]
     Priority(i128),
-    /// A pass takes too few or too many requests.
-    #[error("{0} requests cannot be taken at a time; give 1 to {MAX_BATCH}")]
+    /// The batch size is out of range.
+    #[error("batch of {0} requests is out of range; give 1 to {MAX_BATCH}")]
     Batch(i128),
-    /// Too few or too many faults.
-    #[error("{0} faults in a second cannot be; give 1 to {MAX_FAULT_RATE}")]
+    /// The rate of faults is out of range.
+    #[error("rate of {0} faults a second is out of range; give 1 to {MAX_FAULT_RATE}")]
     FaultRate(i128),
     /// Not a name for a VM.
     #[error(
-        "{0:?} is no name of a VM; use 1 to {MAX_NAME} printable ASCII characters without spaces, or leave \
+        "{0:?} is not a name for a VM; use 1 to {MAX_NAME} printable ASCII characters without spaces, or leave \
          it out for the name of the file"
     )]
     Name(String),
-    /// Not the rights of a file.
-    #[error("{0:?} are no rights of a socket's file; write them in octal, such as \"0660\"")]
+    /// Not a file mode.
+    #[error("{0:?} is not a file mode; write it in octal, such as \"0660\"")]
     SocketMode(String),
-    /// No group.
-    #[error("{0} is no group's number; give what `getent group NAME` prints third")]
+    /// Not a group ID.
+    #[error("{0} is not a group ID; give the number in the third field of `getent group NAME`")]
     SocketGroup(String),
-    /// Metrics without a place to go.
-    #[error("nobody would get the metrics; give `socket`, `textfile` or both")]
+    /// A table `metrics` without a destination.
+    #[error("the table names no destination for metrics; give `socket`, `textfile` or both")]
     MetricsNowhere,
-    /// A socket for two purposes.
+    /// The metrics socket has the path of another socket.
     #[error("another socket has this path; use another path in `metrics.socket`")]
     MetricsPath,
-    /// A file that node_exporter would not read.
+    /// A textfile that node_exporter does not read.
     #[error(
-        "{0:?} is no textfile; give a path of printable characters that ends with .prom, which is what \
-         node_exporter reads"
+        "{0:?} is not a textfile; give a path of printable characters that ends with .prom, since \
+         node_exporter reads no other file"
     )]
     Textfile(String),
-    /// Written too often or too seldom.
-    #[error("{0} seconds cannot be; give {MIN_INTERVAL_S} to {MAX_INTERVAL_S}")]
+    /// The interval is out of range.
+    #[error("interval of {0} seconds is out of range; give {MIN_INTERVAL_S} to {MAX_INTERVAL_S}")]
     Interval(i128),
     /// The number of domains is out of range.
-    #[error("{0} domains are not possible; give 1 to {MAX_DOMAINS}")]
+    #[error("{0} domains are out of range; give 1 to {MAX_DOMAINS}")]
     Domains(i128),
     /// Not a size.
     #[error(
-        "{0:?} is no size; write bytes as a number, or a text with K, M, G or T, such as \"2G\""
+        "{0:?} is not a size; write bytes as a number, or a text with K, M, G or T, such as \"2G\""
     )]
     Size(String),
     /// The memory size is out of range or odd.
     #[error(
-        "{0} bytes of guest RAM are not possible; give a multiple of 1M up to {limit}T",
+        "{0} bytes are not a size of guest RAM; give a multiple of 1M up to {limit}T",
         limit = MAX_MEMORY >> 40
     )]
     Memory(u64),
-    /// The arena is too small to be of use.
+    /// The arena is too small.
     #[error(
         "{0} bytes are too few for page tables; give at least {least}M, \
          or leave it out for memory / 256 + 64M",
         least = MIN_ARENA >> 20
     )]
     ArenaTooSmall(u64),
-    /// The arena is larger than any VM needs.
+    /// The arena is too large.
     #[error(
         "{0} bytes are more than page tables ever take; give at most {most}T, \
          or leave it out for memory / 256 + 64M",
@@ -435,7 +435,7 @@ pub enum ProblemKind {
 
     /// Not an I/O virtual address.
     #[error(
-        "{0:?} is no address; write a number up to 2^64 - 1, decimal or with 0x, \
+        "{0:?} is not an address; write a number up to 2^64 - 1, decimal or with 0x, \
          as a number or as a text"
     )]
     Iova(String),
@@ -453,7 +453,7 @@ pub enum ProblemKind {
     /// A reserved region that does not consist of pages.
     #[error(
         "the region {first:#x}..={last:#x} does not consist of 4 KiB pages; \
-         `last` belongs to the region: {whole_first:#x}..={whole_last:#x} has all it touches"
+         `last` is part of the region, so give whole pages: {whole_first:#x}..={whole_last:#x}"
     )]
     RegionUnaligned {
         /// The first address.
@@ -465,22 +465,22 @@ pub enum ProblemKind {
         /// The last address of the last page.
         whole_last: u64,
     },
-    /// No kind of reserved region.
-    #[error("{0:?} is no kind of reserved region; use \"reserved\" or \"msi\"")]
+    /// Not a kind of reserved region.
+    #[error("{0:?} is not a kind of reserved region; use \"reserved\" or \"msi\"")]
     RegionKind(String),
-    /// A reserved region that is not written as one.
+    /// A reserved region that cannot be parsed.
     #[error(
-        "{0:?} is no reserved region; write FIRST..=LAST:msi or FIRST..=LAST:reserved, \
+        "{0:?} is not a reserved region; write FIRST..=LAST:msi or FIRST..=LAST:reserved, \
          such as 0xfee00000..=0xfeefffff:msi"
     )]
     RegionText(String),
-    /// The reserved regions of all endpoints do not go together.
+    /// The reserved regions of all endpoints contradict each other.
     #[error(transparent)]
     Reserved(#[from] ReservedError),
-    /// The endpoints do not go together.
+    /// The endpoints contradict each other.
     #[error(transparent)]
     Topology(#[from] TopologyError),
-    /// An endpoint's reserved regions do not go with the default one.
+    /// An endpoint's reserved regions contradict the default one.
     #[error(
         "{0}; the MSI region 0xfee00000..=0xfeefffff is there by default: \
          `reserved = []` at the top of the file turns it off"

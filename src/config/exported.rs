@@ -1,4 +1,4 @@
-//! Endpoints that are devices of the host, and that the VMM gets as vfio-user devices.
+//! Exported devices: endpoints with `export`.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -11,11 +11,11 @@ use super::error::ProblemKind;
 use super::passthrough::range_in;
 use crate::topology::PciAddress;
 
-/// A device of the host that the daemon keeps to itself and offers to the VMM over vfio-user.
+/// A passthrough device that the daemon keeps to itself and offers to the VMM over vfio-user.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Exported {
-    /// The address the device has in the guest; there is a [`Passthrough`](super::Passthrough) for
-    /// it.
+    /// The address of the device in the guest. The same endpoint has a
+    /// [`Passthrough`](super::Passthrough).
     pub endpoint: PciAddress,
     /// Where the daemon listens for the VMM's vfio-user client.
     pub path: PathBuf,
@@ -59,7 +59,7 @@ impl Checker<'_> {
                 whole = false;
                 continue;
             };
-            // That it is one function is seen to where `vfio` is checked.
+            // The check of `vfio` refuses several functions.
             let kind = if value.vfio.is_none() {
                 ProblemKind::ExportWithoutVfio
             } else if !taken.insert(path.clone()) {

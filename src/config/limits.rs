@@ -1,4 +1,4 @@
-//! How much of the daemon's work one guest or one device can have.
+//! Keys that limit memory, domains, and the share of the worker that one guest or device can take.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::error::ProblemKind;
 
 const DEFAULT_POLL: Duration = Duration::from_micros(100);
 pub(super) const SMALLEST_PAGE: u64 = 4096;
-/// What a VM of unknown size gets, and every VM besides its share of memory.
+/// The arena of a VM of unknown size; every other VM gets a share of its memory on top.
 const BASE_ARENA: u64 = 64 << 20;
 const DEFAULT_BATCH: usize = 64;
 const DEFAULT_FAULT_RATE: u32 = 100;
@@ -104,7 +104,7 @@ impl Checker<'_> {
         priority.map(Some)
     }
 
-    /// Requests that are taken off the ring at a time: `1..=`[`MAX_BATCH`].
+    /// The most requests that the worker takes off the ring at a time: `1..=`[`MAX_BATCH`].
     pub(super) fn max_batch(&mut self, given: Option<&Located<Scalar>>) -> Option<usize> {
         let Some(given) = given else {
             return Some(DEFAULT_BATCH);
@@ -119,7 +119,7 @@ impl Checker<'_> {
         batch
     }
 
-    /// Faults of one endpoint that the guest is told of in a second: `1..=`[`MAX_FAULT_RATE`].
+    /// The most faults of one endpoint that are reported in a second: `1..=`[`MAX_FAULT_RATE`].
     pub(super) fn fault_rate(&mut self, given: Option<&Located<Scalar>>) -> Option<u32> {
         let Some(given) = given else {
             return Some(DEFAULT_FAULT_RATE);

@@ -16,7 +16,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// With every problem found, where the file cannot be read or used.
+    /// The file cannot be read or used; the error lists every problem.
     pub fn from_file(file: &Path) -> Result<Self, ConfigError> {
         Self::from_text(file, &read(file)?)
     }
@@ -25,7 +25,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// With every problem found, where the file or the descriptors cannot be used.
+    /// The file or the descriptors cannot be used; the error lists every problem.
     pub fn with_descriptors(
         file: &Path,
         descriptors: &DescriptorArgs,
@@ -39,18 +39,18 @@ impl Config {
         checker.config(&draft, descriptors, None)
     }
 
-    /// The configuration that `text`, the content of `file`, stands for.
+    /// The configuration in `text`, the content of `file`.
     ///
     /// # Errors
     ///
-    /// With every problem found, where the text cannot be used.
+    /// The text cannot be used; the error lists every problem.
     pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let mut checker = Checker::new(Some(SourceText { path: file, text }));
         let draft = checker.parse()?;
         checker.config(&draft, &DescriptorArgs::default(), None)
     }
 
-    /// What this configuration says, for people.
+    /// The configuration as an operator reads it.
     pub fn summary(&self) -> Summary<'_> {
         Summary::new(self)
     }
@@ -59,8 +59,8 @@ impl Config {
 impl TryFrom<&RunArgs> for Config {
     type Error = ConfigError;
 
-    /// The configuration of a daemon that is to run: the file, if one is named, overridden by the
-    /// other options.
+    /// The configuration of a daemon that is to run: the other options override the file, if one is
+    /// named.
     fn try_from(args: &RunArgs) -> Result<Self, ConfigError> {
         let text = args.config.as_deref().map(read).transpose()?;
         let source = args.config.as_deref().zip(text.as_deref());
@@ -73,7 +73,7 @@ impl TryFrom<&RunArgs> for Config {
     }
 }
 
-/// Reads a configuration file, but never more than [`MAX_FILE`].
+/// Reads a configuration file of at most [`MAX_FILE`] bytes.
 fn read(path: &Path) -> Result<String, ConfigError> {
     let fail = |kind| {
         let location = Location::File {

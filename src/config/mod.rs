@@ -1,4 +1,8 @@
-//! One VM's configuration: checked values, made once, from a file, from options, or from both.
+//! One VM's configuration: checked values, made once from a file, from options, or from both.
+//!
+//! A key walks from `draft` (as it was written) through the check in the file of its subject (`limits`,
+//! `translation`, `topology`, one file for each kind of device) into [`Config`]. `checker` collects the
+//! problems of all checks.
 
 mod addition;
 mod bounds;
@@ -41,63 +45,63 @@ pub use readers::Readers;
 pub use shadow::ShadowListener;
 pub use summary::Summary;
 
-/// Where the frontend (the VMM) reaches the daemon.
+/// Where the VMM, the vhost-user frontend, reaches the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {
-    /// A listening socket the daemon makes at this path.
+    /// The daemon makes a listening socket at this path.
     Path(PathBuf),
-    /// A listening socket the daemon inherits.
+    /// The daemon inherits a listening socket with this number.
     Fd(RawFd),
 }
 
-/// Everything that is settled before the daemon starts. All values are checked.
+/// The settings of one daemon. All values are checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// What the VM is called in messages: 1 to [`MAX_NAME`] printable ASCII characters.
+    /// The name of the VM in messages: 1 to [`MAX_NAME`] printable ASCII characters.
     pub name: String,
-    /// Where the frontend connects. Always there in a configuration made from [`RunArgs`].
+    /// Where the VMM connects. Always present in a configuration made from [`RunArgs`].
     pub socket: Option<Socket>,
-    /// The path of the control socket, if there is to be one.
+    /// The path of the control socket, if one is wanted.
     pub control: Option<PathBuf>,
-    /// Where the VMM listens for QMP, if the daemon is to hear of resets there.
+    /// The VMM's QMP socket, if the daemon is to learn of resets there.
     pub qmp: Option<PathBuf>,
-    /// Who may connect there.
+    /// The access rights of the control socket.
     pub control_access: SocketAccess,
-    /// Where metrics go.
+    /// Where the daemon writes metrics.
     pub metrics: MetricsOutput,
     /// Bits of an I/O virtual address: `32..=57`.
     pub address_width: u8,
     /// The page sizes offered to the guest: the granule, and 2 MiB and 1 GiB where not smaller.
     pub page_mask: PageMask,
-    /// Whether endpoints that no domain holds pass untranslated when the VM starts.
+    /// Whether endpoints without a domain pass untranslated when the VM starts.
     pub bypass_at_boot: bool,
-    /// The number of domains that can live at once; their IDs are `0..max_domains`.
+    /// The number of domains that can exist at once; their IDs are `0..=max_domains - 1`.
     pub max_domains: u32,
-    /// The most requests the worker takes off the ring at a time: `1..=`[`MAX_BATCH`].
+    /// The most requests that the worker takes off the ring at a time: `1..=`[`MAX_BATCH`].
     pub max_batch: usize,
-    /// The most faults of one endpoint that the guest is told of in a second, once 64 have been:
-    /// `1..=`[`MAX_FAULT_RATE`].
+    /// The most faults of one endpoint that the daemon reports to the guest in a second, after a burst
+    /// of 64: `1..=`[`MAX_FAULT_RATE`].
     pub fault_rate: u32,
-    /// How long the worker looks at an empty request ring at most before it sleeps:
-    /// zero to [`MAX_POLL_US`] microseconds.
+    /// The longest time that the worker polls an empty request ring before it sleeps: 0 to
+    /// [`MAX_POLL_US`] microseconds.
     pub longest_poll: Duration,
-    /// The realtime priority of the worker: `1..=`[`MAX_PRIORITY`]. Ordinary scheduling without.
+    /// The realtime priority of the worker: `1..=`[`MAX_PRIORITY`]. `None` means ordinary scheduling.
     pub realtime_priority: Option<u8>,
     /// The size of guest RAM in bytes, if known.
     pub memory: Option<u64>,
-    /// The most bytes the page tables may take: a multiple of 4 KiB.
+    /// The most bytes that the page tables may take: a multiple of 4 KiB.
     pub arena_limit: u64,
     /// The IOMMU's own address, the endpoints, their groups and reserved regions.
     pub topology: Topology,
     /// The devices behind the endpoints.
     pub devices: DeviceLists,
-    /// What is asked of the processes that register for those.
+    /// Which shadow readers are let in, how many, and how long the daemon waits for them.
     pub readers: Readers,
-    /// How the host IOMMU is programmed for devices of the host.
+    /// How the daemon programs the host's IOMMU for passthrough devices.
     pub host_iommu: HostIommu,
-    /// Which of the guest's memory is pinned for them.
+    /// Which of the guest's memory the daemon pins for passthrough devices.
     pub pin: Pin,
-    /// What was inherited for them; empty in a configuration made from a file alone.
+    /// Inherited descriptors of passthrough devices; empty in a configuration made from a file alone.
     pub descriptors: Descriptors,
 }
 

@@ -1,4 +1,4 @@
-//! What operators and their programs see of a daemon, where, and who may look.
+//! Keys for the operator: the VM's name, the control socket's rights, and metrics.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,15 +11,15 @@ use super::error::ProblemKind;
 use super::text::shown;
 
 const DEFAULT_INTERVAL: Duration = Duration::from_secs(15);
-/// Every right there is.
+/// All bits of a mode.
 const ALL_RIGHTS: u32 = 0o777;
 
-/// Who may connect to a socket: what its file says.
+/// Who may connect to a socket: the mode and the group of its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
-    /// The file's rights, at most `0o777`.
+    /// The file's mode, at most `0o777`.
     pub mode: u32,
-    /// The number of the file's group, where it is not the daemon's own.
+    /// The ID of the file's group; `None` means the daemon's own.
     pub group: Option<u32>,
 }
 
@@ -32,28 +32,28 @@ impl Default for SocketAccess {
     }
 }
 
-/// Where metrics go; nowhere, unless asked for.
+/// Where the daemon writes metrics; nowhere by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MetricsOutput {
     /// The path of the socket that answers `GET /metrics`.
     pub socket: Option<PathBuf>,
-    /// Who may connect there.
+    /// The access rights of that socket.
     pub access: SocketAccess,
     /// The file for node_exporter's textfile collector.
     pub textfile: Option<Textfile>,
 }
 
-/// A file that is written anew from time to time.
+/// A file that the daemon rewrites at an interval.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Textfile {
     /// Its path, which ends with `.prom`.
     pub path: PathBuf,
-    /// How often: [`MIN_INTERVAL_S`] to [`MAX_INTERVAL_S`] seconds.
+    /// The interval: [`MIN_INTERVAL_S`] to [`MAX_INTERVAL_S`] seconds.
     pub interval: Duration,
 }
 
 impl Checker<'_> {
-    /// What the VM is called in messages: what is given, or the name of the file, or of the socket.
+    /// The name of the VM in messages: the key, or else the name of the file, or else of the socket.
     pub(super) fn name(
         &mut self,
         given: Option<&Located<Scalar>>,
@@ -79,7 +79,7 @@ impl Checker<'_> {
         Some(text.to_owned())
     }
 
-    /// Who may connect to the control socket.
+    /// The access rights of the control socket.
     pub(super) fn control_access(&mut self, draft: &Draft) -> Option<SocketAccess> {
         let (mode, group) = (draft.control_mode.as_ref(), draft.control_group.as_ref());
         self.socket_access((mode, "control-mode"), (group, "control-group"))
@@ -147,7 +147,7 @@ impl Checker<'_> {
                     Scalar::Integer(number) => u32::try_from(*number).ok(),
                     Scalar::Bool(_) | Scalar::Text(_) | Scalar::Other(_) => None,
                 };
-                // The last number stands for no group.
+                // The last ID means "no group".
                 let number = number.filter(|number| *number < u32::MAX);
                 if number.is_none() {
                     self.refuse(
@@ -165,7 +165,7 @@ impl Checker<'_> {
         })
     }
 
-    /// `Some(None)` where there is to be none.
+    /// `Some(None)` where no textfile is wanted.
     fn textfile(&mut self, draft: &MetricsDraft) -> Option<Option<Textfile>> {
         let interval = match &draft.interval_s {
             None => Some(DEFAULT_INTERVAL),
@@ -207,7 +207,7 @@ impl Checker<'_> {
     }
 }
 
-/// The name of a file without its ending, as far as a name can have it.
+/// The name of a file without its extension. Characters that a name cannot have become `?`.
 fn name_of(path: &Path) -> String {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let plain = |c: char| if c.is_ascii_graphic() { c } else { '?' };

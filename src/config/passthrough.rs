@@ -1,4 +1,4 @@
-//! Endpoints that are devices of the host: the keys, and the inherited descriptors that go with them.
+//! Passthrough devices: endpoints with `vfio`, and the descriptors that the daemon inherits for them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -13,12 +13,12 @@ use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
 use crate::topology::{PciAddress, PciRange};
 
-/// An endpoint whose DMA is that of a device of the host.
+/// An endpoint whose device is a device of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Passthrough {
-    /// The address the device has in the guest.
+    /// The address of the device in the guest.
     pub endpoint: PciAddress,
-    /// The address it has on the host.
+    /// The address of the device on the host.
     pub host: PciAddress,
 }
 
@@ -44,7 +44,7 @@ impl ConfiguredDevice for Passthrough {
     }
 }
 
-/// The kernel interface through which the host IOMMU is programmed.
+/// The kernel interface through which the daemon programs the host's IOMMU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HostIommu {
     /// `/dev/iommu`: address spaces that the VMM's devices are attached to.
@@ -64,13 +64,13 @@ impl HostIommu {
     }
 }
 
-/// Which of the guest's memory is pinned.
+/// Which of the guest's memory the daemon pins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pin {
-    /// All of it, once; mappings of domains are copies that pin nothing more.
+    /// All of it, once. Mappings of domains are copies that pin nothing more.
     #[default]
     All,
-    /// What domains map, as long as they do, and all of it while an endpoint is in bypass.
+    /// The memory that domains map, while they map it; all of it while an endpoint is in bypass.
     Mapped,
 }
 
@@ -84,16 +84,17 @@ impl Pin {
     }
 }
 
-/// Open files of the host IOMMU that were inherited. What is missing here is opened by path.
+/// Inherited descriptors of the host's IOMMU and devices. The daemon opens the missing ones by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Descriptors {
-    /// `/dev/iommu`; there whenever a device is and the host IOMMU is [`HostIommu::Iommufd`].
+    /// `/dev/iommu`; present whenever `devices` has one and the host's IOMMU is
+    /// [`HostIommu::Iommufd`].
     pub iommufd: Option<RawFd>,
     /// Devices by the address of their endpoint: of `/dev/vfio/devices/vfioN` for
     /// [`HostIommu::Iommufd`], VFIO device descriptors for [`HostIommu::Type1`].
     pub devices: BTreeMap<PciAddress, RawFd>,
-    /// Containers whose IOMMU is set, by the address of their endpoint; only for
-    /// [`HostIommu::Type1`], and there for each of `devices`.
+    /// Containers whose IOMMU is set, by the address of their endpoint. Only for
+    /// [`HostIommu::Type1`], where each of `devices` has one.
     pub containers: BTreeMap<PciAddress, RawFd>,
 }
 
@@ -128,7 +129,7 @@ impl Checker<'_> {
         }
     }
 
-    /// The endpoints with `vfio`, in ascending order. Their addresses are refused elsewhere.
+    /// The endpoints with `vfio`, in ascending order. The topology's check refuses bad addresses.
     pub(super) fn passthrough(&mut self, draft: &Draft) -> Option<Vec<Passthrough>> {
         let mut found = Vec::new();
         let mut hosts = HashMap::new();
@@ -238,7 +239,7 @@ impl Checker<'_> {
         found
     }
 
-    /// Refuses a descriptor that another option has given already.
+    /// Refuses a descriptor that an option has given before.
     fn take(&mut self, taken: &mut Taken, fd: RawFd, flag: &'static str) {
         if let Some(other) = taken.0.insert(fd, flag) {
             self.refuse_flag(flag, ProblemKind::DescriptorTwice { fd, other });
@@ -250,11 +251,11 @@ impl Checker<'_> {
     }
 }
 
-/// Descriptors that are given, and by which option.
+/// Descriptors that an option has given, and the option.
 #[derive(Default)]
 struct Taken(HashMap<RawFd, &'static str>);
 
-/// The functions that a text names, if it is one.
+/// The functions that a value names; `None` where it is not a range.
 pub(super) fn range_in(given: &Located<Scalar>) -> Option<PciRange> {
     match &given.value {
         Scalar::Text(text) => text.parse().ok(),

@@ -1,4 +1,4 @@
-//! What is asked of the processes that follow the page tables themselves.
+//! The table `readers`: which shadow readers are let in.
 
 use std::time::Duration;
 
@@ -8,15 +8,15 @@ use super::draft::{Draft, Located, ReadersDraft, Scalar};
 use super::error::ProblemKind;
 use super::text::shown;
 
-/// Which processes are let in, how many, and how long they are waited for.
+/// Which shadow readers are let in, how many, and how long the daemon waits for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Readers {
-    /// Users besides the daemon's own, each once, in ascending order.
+    /// IDs of users besides the daemon's own, each once, in ascending order.
     pub users: Vec<u32>,
-    /// How long an access may take while the guest waits for its end:
+    /// How long a reader's access may take while the guest waits for its end:
     /// [`MIN_DEADLINE_MS`](super::MIN_DEADLINE_MS)`..=`[`MAX_DEADLINE_MS`](super::MAX_DEADLINE_MS).
     pub patience: Duration,
-    /// Processes for each endpoint: `1..=`[`MAX_READERS`].
+    /// The most readers of each endpoint: `1..=`[`MAX_READERS`].
     pub limit: usize,
 }
 
@@ -58,7 +58,7 @@ impl Checker<'_> {
         let mut users = Vec::new();
         let mut whole = true;
         for (index, user) in given.value.iter().enumerate() {
-            // The last number stands for no user.
+            // The last ID means "no user".
             let number = match &user.value {
                 Scalar::Integer(number) => u32::try_from(*number).ok(),
                 Scalar::Bool(_) | Scalar::Text(_) | Scalar::Other(_) => None,

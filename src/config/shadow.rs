@@ -1,4 +1,4 @@
-//! Endpoints whose devices are processes that follow the page tables themselves.
+//! Shadow readers: endpoints with `shadow`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,10 +11,10 @@ use super::error::ProblemKind;
 use super::passthrough::range_in;
 use crate::topology::PciAddress;
 
-/// An endpoint that processes register for at a socket. Several may share one.
+/// An endpoint whose readers register at a socket. Several endpoints may share one socket.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ShadowListener {
-    /// The address the device has in the guest.
+    /// The address of the device in the guest.
     pub endpoint: PciAddress,
     /// The path of the socket.
     pub path: PathBuf,
@@ -43,8 +43,8 @@ impl ConfiguredDevice for ShadowListener {
 }
 
 impl Checker<'_> {
-    /// The endpoints with `shadow`, in ascending order. Their addresses are refused elsewhere.
-    /// `taken` are the paths of the other sockets.
+    /// The endpoints with `shadow`, in ascending order. The topology's check refuses bad addresses.
+    /// `socket` and `control` are the daemon's other sockets.
     pub(super) fn shadow(
         &mut self,
         draft: &Draft,

@@ -1,14 +1,14 @@
-//! A configuration in words.
+//! A configuration as an operator reads it.
 
 use std::fmt;
 
 use super::{Config, Readers, Socket, SocketAccess};
 use crate::topology::EndpointRange;
 
-/// The most endpoint ranges that are listed one by one.
+/// The most endpoint ranges that the summary lists.
 const MAX_LISTED: usize = 64;
 
-/// Prints a [`Config`], one fact to a line.
+/// Prints a [`Config`], one setting to a line.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary<'a> {
     config: &'a Config,
@@ -145,7 +145,7 @@ impl Summary<'_> {
     }
 }
 
-/// Who may connect to a socket.
+/// The access rights of a socket.
 struct AccessText(SocketAccess);
 
 impl fmt::Display for AccessText {

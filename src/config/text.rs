@@ -1,4 +1,4 @@
-//! Texts: numbers and sizes read from them, values and lines shown in messages.
+//! Reads numbers and sizes from texts, and prepares values and lines for messages.
 
 use super::draft::Scalar;
 
@@ -31,7 +31,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// A value as a message shows it: not too long.
+/// A value as a message shows it, shortened.
 pub(super) fn shown(value: &Scalar) -> String {
     match value {
         Scalar::Text(text) => shorten(text),
@@ -48,8 +48,8 @@ pub(super) fn shorten(text: &str) -> String {
     }
 }
 
-/// The parser's message in this program's words, with a cure and the line at fault. Both may hold
-/// anything, so control characters are made visible.
+/// The parser's message in this program's words, with a cure and the line at fault. Message and line may
+/// hold control characters, which are escaped.
 pub(super) fn syntax_message(message: &str, line: &str) -> String {
     let message = message.replace("unknown field", "unknown key");
     let message = printable(&message);

@@ -11,7 +11,7 @@ use crate::topology::{
     ReservedRegions, Topology, TopologyError,
 };
 
-/// The window in which x86 hosts take writes for interrupts.
+/// The window in which x86 hosts take writes as interrupts.
 const X86_MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
 
 impl Checker<'_> {
@@ -22,7 +22,7 @@ impl Checker<'_> {
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             specs.extend(self.endpoint(index, endpoint));
         }
-        // A refused endpoint is missing from the specs, and their numbers would not be the file's.
+        // Where an endpoint was refused, the indices of the specs are not those of the file.
         if specs.len() != draft.endpoint.len() {
             return None;
         }
@@ -46,7 +46,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Where endpoints may come later.
+    /// The ranges in which endpoints may be plugged in later.
     fn expected(&mut self, draft: &Draft) -> Option<Vec<PciRange>> {
         let list = draft.hotplug.as_ref().map(|list| list.value.as_slice());
         let list = list.unwrap_or_default();
@@ -205,9 +205,9 @@ impl Checker<'_> {
             );
             return None;
         };
-        // Pages of 4 KiB whatever the granule: meeting a region is a matter of bytes, so a
-        // region need not fill a larger granule (the MSI window does not fill 2 MiB). Bounds
-        // inside such a page are a slip, most often the length or the end in place of `last`.
+        // Pages of 4 KiB, not of the granule: a region need not fill a larger granule, as the MSI
+        // window does not fill 2 MiB. Bounds inside a page of 4 KiB are a slip, most often a length
+        // or an exclusive end in place of `last`.
         let (whole_first, whole_last) = (whole_pages(first), last | (SMALLEST_PAGE - 1));
         if (first, last) != (whole_first, whole_last) {
             let kind = ProblemKind::RegionUnaligned {
@@ -271,7 +271,7 @@ fn default_region() -> Option<ReservedRegion> {
     })
 }
 
-/// Whether one of two reserved regions at odds is the default one.
+/// Whether one of two conflicting reserved regions is the default one.
 fn names_default(error: &TopologyError) -> bool {
     let TopologyError::Reserved { source, .. } = error else {
         return false;

@@ -18,7 +18,7 @@ use crate::vfio_user::MAX_BATCH_TIMEOUT;
 
 /// The emulated devices, served.
 pub struct EmulatedDevices {
-    /// The backends and the endpoint each of them has.
+    /// The backends, each with its endpoint.
     pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
     /// Reports on each of them.
     pub watches: Vec<(PciAddress, Watch)>,
@@ -27,10 +27,10 @@ pub struct EmulatedDevices {
 }
 
 impl EmulatedDevices {
-    /// Listens for the VMM's clients of these devices.
+    /// Listens for the VMM's client of each device.
     ///
     /// # Errors
-    /// Where a socket cannot be made, or the system has no descriptor or thread left.
+    /// A socket cannot be made, or the system has no descriptor or thread left.
     pub fn open(
         devices: &[Emulated],
         topology: &Topology,

@@ -1,5 +1,5 @@
-//! Endpoints that an operator adds and removes while the VM runs: checked as those of the file are,
-//! their devices opened, and only then put behind the IOMMU.
+//! Adds and removes endpoints while the VM runs. An added endpoint is checked with the code that checks
+//! the file, then its device is opened, and last the IOMMU takes it in.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,22 +24,22 @@ use crate::locks::{Mutex, Rank};
 use crate::process::socket::SocketFile;
 use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
 
-/// Why an endpoint is not added or removed. Nothing has changed then.
+/// Why an endpoint was not added or removed. Nothing has changed.
 #[derive(Debug, Error)]
 pub enum HotplugError {
-    /// What was given does not make an endpoint of this VM.
+    /// The text does not describe an endpoint of this VM.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// There are no such endpoints.
+    /// The VM has no such endpoints.
     #[error(transparent)]
     NoSuch(#[from] NoSuchEndpoints),
     /// The device cannot be plugged in or unplugged.
     #[error(transparent)]
     Device(#[from] PlugError),
-    /// The IOMMU does not take it.
+    /// The IOMMU does not take the endpoint.
     #[error(transparent)]
     Add(#[from] AddError),
-    /// The IOMMU does not let it go.
+    /// The IOMMU does not release the endpoint.
     #[error(transparent)]
     Remove(#[from] RemoveError),
 }
@@ -49,18 +49,18 @@ pub enum HotplugError {
 pub struct Added {
     /// Its functions.
     pub range: PciRange,
-    /// The guest's table has them: its driver finds the IOMMU in front of them.
+    /// The guest's VIOT table has the functions, so that its driver finds the IOMMU in front of them.
     pub is_described: bool,
 }
 
-/// The endpoints' devices as they are now.
+/// The devices behind the endpoints, which come and go.
 pub struct Hotplug {
     iommu: Arc<Mutex<Iommu>>,
     device: Arc<Device>,
     reporter: Arc<FaultReporter>,
-    /// As if it had just been read. Held while an endpoint is added or removed.
+    /// The configuration with all changes. Locked while an endpoint is added or removed.
     config: Mutex<Config>,
-    /// Held for a moment only, and last.
+    /// Locked briefly; only `files` may be locked after it.
     parts: Mutex<OpenDevices>,
     files: Files,
 }
@@ -77,7 +77,7 @@ struct OpenDevices {
 }
 
 impl Hotplug {
-    /// The devices of `config`, of which those that other processes emulate are open already.
+    /// The devices of `config`. The emulated ones are open already.
     ///
     /// # Errors
     /// The system has no thread left.
@@ -113,29 +113,29 @@ impl Hotplug {
         Ok(hotplug)
     }
 
-    /// Takes over what was exported at the start.
+    /// Takes over the exported devices of the start.
     pub fn adopt(&self, exports: ExportedDevices) {
         self.parts.lock().exports.extend(exports.servers);
         self.files.lock().extend(exports.files);
     }
 
-    /// Ends the exports, which releases their devices.
+    /// Ends all exports, which releases their devices.
     pub fn end_exports(&self) {
         let exports = std::mem::take(&mut self.parts.lock().exports);
         drop(exports);
     }
 
-    /// Looks at the devices that other processes emulate.
+    /// A watch on each emulated device.
     pub fn watches(&self) -> Vec<Watch> {
         self.parts.lock().watches.values().cloned().collect()
     }
 
-    /// The host's names of endpoints that are its devices.
+    /// The host's names of the passthrough devices, by endpoint.
     pub fn hosts(&self) -> BTreeMap<EndpointId, String> {
         self.parts.lock().hosts.clone()
     }
 
-    /// How the devices are doing that are offered to the VMM.
+    /// The status of the server of each exported device.
     pub fn export_states(&self) -> Vec<(EndpointId, Arc<ServerStatus>)> {
         let parts = self.parts.lock();
         let exports = parts.exports.iter();
@@ -144,7 +144,7 @@ impl Hotplug {
             .collect()
     }
 
-    /// The files of the devices' sockets, now and later.
+    /// The files of the devices' sockets. The map follows later changes.
     pub fn files(&self) -> Files {
         self.files.clone()
     }
@@ -169,7 +169,8 @@ impl Hotplug {
             reserved,
             room: self.device.probe_room(),
         };
-        // A backend that is given back ends after the lock was let go.
+        // A refused backend comes back in the error, and drops after the core is unlocked: dropping it
+        // waits for its threads.
         let added = self.iommu.lock().add_endpoints(new, opened.backend.take());
         added.map_err(|(cause, _)| cause)?;
         {
@@ -193,7 +194,7 @@ impl Hotplug {
         })
     }
 
-    /// Removes endpoints. When this returns they reach nothing any more.
+    /// Removes endpoints. When this returns, their devices reach no memory.
     ///
     /// # Errors
     /// See [`HotplugError`].
@@ -217,7 +218,7 @@ impl Hotplug {
             parts.hosts = hosts;
             files.extend(take_if(&mut self.files.lock(), inside));
         }
-        // Threads are waited for with nothing locked but what keeps other additions out.
+        // Dropping waits for threads, so only `config` is locked, which keeps other changes out.
         drop((exports, unused, watches, files));
         info!("endpoint {range} is removed");
         Ok(())
@@ -240,7 +241,7 @@ impl Hotplug {
         Ok(opened)
     }
 
-    /// Starts the thread that tells the guest what emulated devices are refused, if it is not there.
+    /// Starts the thread that reports the faults of emulated devices to the guest, unless it runs.
     fn deliver_faults(&self) -> io::Result<()> {
         let mut parts = self.parts.lock();
         if parts.faults.is_none() {
@@ -254,7 +255,7 @@ impl Hotplug {
     }
 }
 
-/// Takes out what has a key that `wanted` holds for.
+/// Takes out the values whose key is `wanted`.
 fn take_if<T>(map: &mut BTreeMap<PciAddress, T>, wanted: impl Fn(&PciAddress) -> bool) -> Vec<T> {
     let keys: Vec<_> = map.keys().copied().filter(|at| wanted(at)).collect();
     keys.iter().filter_map(|at| map.remove(at)).collect()

@@ -25,7 +25,7 @@ const FILES_PER_READER: usize = 4;
 /// Why shadow readers cannot be served.
 #[derive(Debug, Error)]
 pub enum ShadowError {
-    /// The page tables cannot be given to readers.
+    /// The page tables cannot be shared with readers.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// The backend cannot do what the configuration asks for.
@@ -75,7 +75,7 @@ pub fn add_backend(
     Ok(Some(registry))
 }
 
-/// Listens for readers. What they are refused, the guest is told.
+/// Listens for readers. Accesses that are refused to them are reported to the guest.
 ///
 /// # Errors
 /// A socket cannot be made.

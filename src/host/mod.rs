@@ -1,4 +1,4 @@
-//! This host: what its sysfs says, what it lacks for a configuration, and the tree of its devices.
+//! The host: facts from its sysfs, a check against a configuration, and the tree of its devices.
 
 pub mod check;
 pub mod sysfs;

@@ -1,4 +1,5 @@
-//! The host's groups, their devices and the endpoints made of them, for people and programs.
+//! The tree of the host's groups, their devices and the endpoints behind which they are, for operators and
+//! programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,16 +13,16 @@ use crate::host::sysfs::{
 };
 use crate::topology::{EndpointRange, PciAddress, PciRange, ReservedRegion, Topology};
 
-/// Every endpoint of a configuration, below the device and the group of the host it comes from.
+/// Every endpoint of a configuration, below its device and group of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HostTree {
     /// Groups with a device that is an endpoint, by number.
     pub groups: Vec<TreeGroup>,
-    /// Endpoints whose device is not on this host, or in no group.
+    /// Devices of endpoints that are not on this host, or in no group.
     pub without_group: Vec<TreeDevice>,
-    /// Endpoints that are no devices of the host.
+    /// Endpoints without a device of the host.
     pub without_device: Vec<TreeEndpoint>,
-    /// Groups of the configuration that had to be joined.
+    /// Notes on groups of the configuration that had to be joined.
     pub notes: Vec<String>,
 }
 
@@ -30,9 +31,9 @@ pub struct HostTree {
 pub struct TreeGroup {
     /// Its number.
     pub number: u32,
-    /// Its reserved regions, as the kernel lists them.
+    /// The group's reserved regions, as the kernel lists them.
     pub regions: Vec<TreeRegion>,
-    /// All devices in it, ordered by name.
+    /// All devices in the group, ordered by name.
     pub devices: Vec<TreeDevice>,
 }
 
@@ -41,9 +42,9 @@ pub struct TreeGroup {
 pub struct TreeRegion {
     /// The addresses: `first..=last`.
     pub range: String,
-    /// What the kernel says it is for.
+    /// The kernel's word for its purpose.
     pub kind: String,
-    /// Whether a guest may map it all the same.
+    /// Whether a guest may map it nevertheless.
     pub mappable: bool,
 }
 
@@ -52,46 +53,45 @@ pub struct TreeRegion {
 pub struct TreeDevice {
     /// Its address.
     pub address: String,
-    /// Whether it is on this host.
+    /// Whether the device is on this host.
     pub present: bool,
     /// PCI vendor and device ID, `vvvv:dddd`.
     pub id: Option<String>,
-    /// The driver it is bound to.
+    /// The driver that is bound to it.
     pub driver: Option<String>,
     /// Its name as a VFIO device: `vfioN`.
     pub vfio: Option<String>,
-    /// The host bridge and the bridges above it, the one next to it last.
+    /// The host bridge and the bridges above the device, the nearest last.
     pub below: Vec<String>,
-    /// Why it is in a group with an endpoint's device, where it is no endpoint's itself, or comes
-    /// after another that is.
+    /// Why the device shares its group with the first endpoint's device; `None` for that device itself.
     pub shares_because: Option<String>,
-    /// The endpoint made of it.
+    /// The endpoint of the device.
     pub endpoint: Option<TreeEndpoint>,
 }
 
-/// One endpoint, or a range of those that have all in common.
+/// One endpoint, or a range of endpoints with equal properties.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TreeEndpoint {
     /// Its address in the guest, or the range.
     pub address: String,
     /// The group whose endpoints the guest must keep in one domain.
     pub group: Option<String>,
-    /// What makes it obey: `iommufd`, `type1`, or `none` where nothing of the host is behind it.
+    /// The backend: `iommufd`, `type1`, or `none` without a device of the host.
     pub backend: &'static str,
-    /// The socket where the VMM finds it, if it is exported.
+    /// The socket of an exported device.
     pub exported: Option<String>,
-    /// What PROBE reports.
+    /// The regions that PROBE reports.
     pub reserved: Vec<TreeReserved>,
 }
 
-/// A region PROBE reports.
+/// A region that PROBE reports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TreeReserved {
     /// The addresses: `first..=last`.
     pub range: String,
     /// `reserved` or `msi`.
     pub kind: String,
-    /// Who says so.
+    /// Where it comes from: the configuration, a host group.
     pub owners: Vec<String>,
 }
 
@@ -100,7 +100,7 @@ impl HostTree {
     ///
     /// # Errors
     ///
-    /// Where the configuration and the host cannot be brought together.
+    /// The configuration contradicts the host.
     pub fn new(root: &HostRoot, config: &Config) -> Result<Self, RefineError> {
         let pairs: Vec<_> = config
             .devices
@@ -221,11 +221,11 @@ impl TreeEndpoint {
     }
 }
 
-/// What the parts of a tree are made from.
+/// Builds the parts of a tree.
 struct TreeBuilder<'a> {
     config: &'a Config,
     facts: &'a HostFacts,
-    /// With what the host says.
+    /// The topology with the groups and regions of the host.
     topology: &'a Topology,
 }
 
@@ -312,7 +312,7 @@ impl TreeBuilder<'_> {
         }
     }
 
-    /// The endpoint that the host's device `name` is behind.
+    /// The passthrough device with the host's name `name`.
     fn passthrough(&self, name: &str) -> Option<&Passthrough> {
         let address: PciAddress = name.parse().ok()?;
         let mut devices = self.config.devices.passthrough.iter();

@@ -1,4 +1,4 @@
-//! QEMU only: its arguments, starting it together with the daemon, and its monitor protocol.
+//! Code for QEMU only: its arguments, a launcher for it and the daemon, and its monitor protocol.
 
 pub mod args;
 pub mod launch;

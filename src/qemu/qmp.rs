@@ -1,10 +1,10 @@
-//! The VMM's QMP socket, where it says that the VM was reset.
+//! Listens to the VMM's QMP socket for resets of the VM.
 //!
-//! The vhost-user protocol says only that rings stop and start. With this connection the daemon knows
-//! a reset from a pause at once, and need not wait for what the next driver does.
+//! The vhost-user protocol reports only that rings stop and start. QMP tells a reset from a pause at once;
+//! without it, the daemon has to wait for the next driver.
 //!
-//! What comes from there may be anything: lines are bounded, whatever is not understood ends the
-//! connection, and the next one is made after a pause that grows.
+//! The VMM may send anything: lines are bounded, a message that cannot be parsed ends the connection, and
+//! the daemon connects again after a pause that grows.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -22,18 +22,18 @@ use crate::locks::{Condvar, Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
-/// The longest line in bytes. QEMU's events and answers to what is said here have a few hundred.
+/// The longest line, in bytes. QEMU's events and its answers to this client have a few hundred.
 const MAX_LINE: usize = 1 << 16;
-/// The pause before the second attempt to connect; each further one is twice as long.
+/// The pause before the second attempt to connect. Each further pause is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How long the VMM may take to take a line.
+/// How long the VMM may take to read a line.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The shortest time between two resets that are heeded.
+/// The shortest time between two resets that the daemon acts on.
 const RESET_PAUSE: Duration = Duration::from_millis(10);
 
-/// The thread that listens to the VMM; dropping it ends it.
+/// The thread that listens to the VMM. Dropping this ends it.
 pub struct Qmp {
     monitor: Arc<Monitor>,
     thread: Option<JoinHandle<()>>,
@@ -46,16 +46,16 @@ struct Monitor {
 
 #[derive(Default)]
 struct MonitorState {
-    /// A VMM is there to be listened to.
+    /// A VMM is connected, and the thread is to listen to it.
     wanted: bool,
     ended: bool,
-    /// What is being listened to.
+    /// The connection that the thread reads.
     stream: Option<UnixStream>,
 }
 
 impl Qmp {
-    /// Calls `reset` for each reset that the VMM behind the socket at `path` tells of, while there is
-    /// one: see [`Self::vmm_present`].
+    /// Starts a thread that calls `reset` for each reset that the VMM at the socket `path` reports, while
+    /// a VMM is connected: see [`Self::vmm_present`].
     ///
     /// # Errors
     /// The system has no thread left.
@@ -72,7 +72,7 @@ impl Qmp {
         })
     }
 
-    /// A VMM is there, or gone. While there is none, nothing is tried.
+    /// Notes that a VMM has connected or gone. While it is gone, the thread does not try to connect.
     pub fn vmm_present(&self, present: bool) {
         self.monitor.change(|state| state.wanted = present);
     }
@@ -90,20 +90,20 @@ impl Drop for Qmp {
 }
 
 impl Monitor {
-    /// Changes what is wanted, and ends the connection where none is.
+    /// Changes the state, and ends the connection if none is wanted.
     fn change(&self, change: impl FnOnce(&mut MonitorState)) {
         let mut state = self.state.lock();
         change(&mut state);
         if (state.ended || !state.wanted)
             && let Some(stream) = state.stream.take()
         {
-            // It may be gone already.
+            // The peer may be gone already.
             let _ = stream.shutdown(Shutdown::Both);
         }
         self.changed.notify_one();
     }
 
-    /// Waits until a connection is wanted. Returns whether one is, rather than the end.
+    /// Waits until a connection is wanted. Returns `false` when the thread is to end.
     fn wait_until_wanted(&self) -> bool {
         let mut state = self.state.lock();
         while !state.wanted && !state.ended {
@@ -112,15 +112,15 @@ impl Monitor {
         !state.ended
     }
 
-    /// Rests, unless something changes.
-    fn rest(&self, pause: Duration) {
+    /// Waits for `pause`, or until the state changes.
+    fn wait_for(&self, pause: Duration) {
         let mut state = self.state.lock();
         if state.wanted && !state.ended {
             self.changed.wait_for(&mut state, pause);
         }
     }
 
-    /// Makes `stream` what a change ends. Returns whether it is still wanted.
+    /// Registers `stream` as the connection that a change ends. Returns whether it is still wanted.
     fn publish(&self, stream: &UnixStream) -> io::Result<bool> {
         let clone = stream.try_clone()?;
         let mut state = self.state.lock();
@@ -129,13 +129,13 @@ impl Monitor {
         Ok(wanted)
     }
 
-    /// Calls `reset`, unless the VMM that was listened to is gone: what it has left unread is not about
-    /// the next one's VM. Returns whether it is still there.
-    fn heed(&self, reset: &impl Fn()) -> bool {
+    /// Calls `reset`, unless the VMM is gone: the unread events of one VMM are not about the next VMM's
+    /// VM. Returns whether the VMM is still connected.
+    fn report_reset(&self, reset: &impl Fn()) -> bool {
         let state = self.state.lock();
         let there = state.stream.is_some();
         if there {
-            // With the lock held, so that nobody takes its place meanwhile.
+            // Under the lock, so that no other VMM can connect meanwhile.
             reset();
         }
         there
@@ -148,7 +148,7 @@ fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
         let mut greeted = false;
         let ended = connect_to(path).and_then(|stream| {
             if monitor.publish(&stream)? {
-                converse(stream, monitor, &mut greeted, &reset)
+                read_events(stream, monitor, &mut greeted, &reset)
             } else {
                 Ok(())
             }
@@ -163,16 +163,16 @@ fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
         {
             let path = path.display();
             warn_limited!(
-                "no word of the VM's resets: QMP at {path}: {cause}; start QEMU with \
+                "resets of the VM are not reported: QMP at {path}: {cause}; start QEMU with \
                  -qmp unix:{path},server=on,wait=off, for the daemon alone"
             );
         }
-        monitor.rest(pause);
+        monitor.wait_for(pause);
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
-/// Connects without waiting for a listener that accepts nobody.
+/// Connects without blocking: a listener with a full backlog fails the call.
 fn connect_to(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -183,8 +183,8 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Listens until the connection ends.
-fn converse(
+/// Reads events until the connection ends.
+fn read_events(
     stream: UnixStream,
     monitor: &Monitor,
     greeted: &mut bool,
@@ -205,7 +205,7 @@ fn converse(
         } else if message.get("error").is_some() {
             return refuse("it does not let us in");
         } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
-            if !monitor.heed(reset) {
+            if !monitor.report_reset(reset) {
                 return Ok(());
             }
             std::thread::sleep(RESET_PAUSE);
@@ -214,11 +214,11 @@ fn converse(
     refuse("it has hung up")
 }
 
-/// Lines of up to [`MAX_LINE`] bytes.
+/// Splits a stream into lines of up to [`MAX_LINE`] bytes.
 struct Lines<R> {
     stream: R,
     buffer: Vec<u8>,
-    /// What was returned last, from the beginning of the buffer.
+    /// The length of the line that was returned last, from the start of the buffer.
     taken: usize,
 }
 

@@ -134,7 +134,7 @@ fn descriptors_of_something_else_are_refused() {
         (
             iommufd,
             "--iommufd-fd 7 --vfio-fd 00:10.0",
-            "--vfio-fd: \"00:10.0\" is no descriptor",
+            "--vfio-fd: \"00:10.0\" is not a descriptor",
             "00:10.0=4",
         ),
         (
@@ -164,13 +164,13 @@ fn descriptors_of_something_else_are_refused() {
         (
             iommufd,
             "--iommufd-fd 7 --vfio-fd 00:12.0=8",
-            "--vfio-fd: 0000:00:12.0 is no endpoint with `vfio`",
+            "--vfio-fd: 0000:00:12.0 is not an endpoint with `vfio`",
             "give the endpoint's address in the guest",
         ),
         (
             iommufd,
             "--iommufd-fd 7 --vfio-fd 65:00.0=8",
-            "--vfio-fd: 0000:65:00.0 is no endpoint with `vfio`",
+            "--vfio-fd: 0000:65:00.0 is not an endpoint with `vfio`",
             "give the endpoint's address in the guest",
         ),
         (
@@ -212,13 +212,13 @@ fn descriptors_of_something_else_are_refused() {
         (
             iommufd,
             "--vfio-container-fd 00:10.0=7",
-            "--vfio-container-fd: a container is of no use",
+            "--vfio-container-fd: a container is not used",
             "`host-iommu = \"type1\"`",
         ),
         (
             type1,
             "--iommufd-fd 7",
-            "--iommufd-fd: an iommufd is of no use",
+            "--iommufd-fd: an iommufd is not used",
             "`host-iommu = \"iommufd\"`",
         ),
         (
@@ -230,7 +230,7 @@ fn descriptors_of_something_else_are_refused() {
         (
             type1,
             "--vfio-container-fd 00:12.0=7",
-            "--vfio-container-fd: 0000:00:12.0 is no endpoint with `vfio`",
+            "--vfio-container-fd: 0000:00:12.0 is not an endpoint with `vfio`",
             "its [[endpoint]]",
         ),
     ] {

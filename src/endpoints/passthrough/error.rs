@@ -9,45 +9,45 @@ use crate::host::sysfs::RefineError;
 use crate::topology::PciAddress;
 use crate::vfio::VfioError;
 
-/// Why a device of the host cannot be used.
+/// Why a passthrough device cannot be used.
 #[derive(Debug, Error)]
 pub enum PassthroughError {
-    /// There is no such device, or the kernel does not offer it.
+    /// The host has no such device, or the kernel offers no VFIO node for it.
     #[error("{host} (endpoint {endpoint}) {why}; `vhost-device-iommu check` tells more")]
     NoDevice {
         /// The device.
         host: PciAddress,
         /// The endpoint.
         endpoint: PciAddress,
-        /// What is missing.
+        /// The reason, with the missing thing.
         why: &'static str,
     },
-    /// VFIO or iommufd refused.
+    /// VFIO or iommufd refused a call for the device.
     #[error("{host} (endpoint {endpoint}): {source}")]
     Device {
         /// The device.
         host: PciAddress,
         /// The endpoint.
         endpoint: PciAddress,
-        /// What was refused.
+        /// The refused call.
         source: VfioError,
     },
-    /// The host's IOMMU cannot be reached at all.
+    /// The interface of the host's IOMMU cannot be used at all.
     #[error(transparent)]
     Iommu(#[from] VfioError),
-    /// An inherited descriptor is not what it should be.
+    /// An inherited descriptor is of the wrong kind.
     #[error("descriptor {fd} cannot be used as {what}: {source}; pass one with {option}")]
     Inherited {
         /// The descriptor.
         fd: RawFd,
-        /// What it should be.
+        /// The wanted kind.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
         /// The option.
         option: &'static str,
     },
-    /// A descriptor is not the one of the device that is named with it.
+    /// A descriptor is open on another device than the one named with it.
     #[error(
         "descriptor {fd} is not {host} (endpoint {endpoint}): another device's node is open there; \
          pass the one of {node} with --vfio-fd"
@@ -62,10 +62,10 @@ pub enum PassthroughError {
         /// The node of the device.
         node: String,
     },
-    /// Two groups have one container.
+    /// Two groups share one container.
     #[error(
-        "the containers of endpoints {endpoint} and {other} are one; give each group of devices a \
-         container of its own, or the devices would reach what the others do"
+        "the endpoints {endpoint} and {other} share one container; give each group of devices a container of \
+         its own, or the devices of one group reach the memory of the other"
     )]
     OneContainer {
         /// An endpoint of one group.
@@ -73,19 +73,19 @@ pub enum PassthroughError {
         /// An endpoint of the other.
         other: PciAddress,
     },
-    /// Devices of one group, some of them the VMM's.
+    /// The VMM binds some devices of a group, and the daemon the others.
     #[error(
-        "group {group} has devices that the VMM binds (--vfio-fd) and others that the daemon has to \
-         itself; hand over all of them or none, and export all of them or none"
+        "group {group} has devices that the VMM binds (--vfio-fd) and others that the daemon \
+         binds; hand over all of them or none, and export all of them or none"
     )]
     MixedGroup {
         /// The host's number of the group.
         group: u32,
     },
-    /// The topology and the host do not go together.
+    /// The topology contradicts the host.
     #[error(transparent)]
     Refine(#[from] RefineError),
-    /// The devices' IOMMUs have no addresses in common.
+    /// The IOMMUs of the devices have no addresses in common.
     #[error(
         "the IOMMUs of the host's devices have no addresses in common; give the devices to VMs of \
          their own"

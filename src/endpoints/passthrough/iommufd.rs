@@ -1,4 +1,4 @@
-//! Devices through iommufd: the VMM's, which it binds, and this process's own.
+//! Opens devices through iommufd: devices that the VMM binds, and devices that this process binds.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,7 +28,7 @@ pub(super) fn open(
     facts: &HostFacts,
 ) -> Result<HostBackends, PassthroughError> {
     let node = root.path("dev/iommu");
-    // Inherited descriptors first, before anything is opened that could get their numbers.
+    // Inherited descriptors first: a file that is opened before could get their numbers.
     let inherited = config
         .descriptors
         .iommufd
@@ -139,7 +139,7 @@ pub(super) fn open(
     })
 }
 
-/// Refuses what is open on no device's node, before VFIO is asked about it.
+/// Refuses a descriptor that is open on something else than a device's node, before VFIO sees it.
 fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
     let file = File::from(fd);
     if !file.metadata()?.file_type().is_char_device() {
@@ -148,7 +148,8 @@ fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Refuses a descriptor of another device: the guest would drive one and the daemon the other.
+/// Refuses a descriptor of another device: the guest would drive one device and the daemon translate for
+/// the other.
 fn check_node(
     cdev: &Cdev,
     path: &Path,
@@ -167,8 +168,8 @@ fn check_node(
     }
 }
 
-/// What a device of the VMM's allows. That is known for certain only from VFIO, and this process
-/// may have no right to open the device, or be too late.
+/// The addresses that a device bound by the VMM allows. Only VFIO knows them for certain, and this process
+/// may have no right to open the device, or come after the VMM.
 fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
     match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),
@@ -182,7 +183,7 @@ fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
     }
 }
 
-/// Binds a device for this process, blocked.
+/// Binds a device for this process and leaves it blocked. Returns the addresses that it allows.
 fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<AllowedIovas, VfioError> {
     cdev.bind(iommufd)?;
     let step = |what: &str, source| VfioError {

@@ -25,24 +25,24 @@ pub use kind::PassthroughKind;
 
 /// The passthrough devices of a VM, opened.
 pub struct PassthroughDevices {
-    /// The configuration's topology with what the host adds.
+    /// The configuration's topology with the groups and reserved regions of the host.
     pub topology: Topology,
-    /// The backends and the endpoints each of them has.
+    /// The backends, each with its endpoints.
     pub backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
-    /// The devices that are exported, by the address of their endpoint.
+    /// The exported devices, by the address of their endpoint.
     pub exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
 /// The backends of the devices, and what the host's IOMMU allows each endpoint.
 struct HostBackends {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
-    /// By endpoint, where it is known.
+    /// The allowed addresses by endpoint, where they are known.
     allowed: BTreeMap<PciAddress, Vec<IovaRange>>,
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
 impl PassthroughDevices {
-    /// Opens what the configuration names; without passthrough endpoints there is nothing to do.
+    /// Opens the devices of the host that the configuration names.
     ///
     /// # Errors
     /// See [`PassthroughError`].
@@ -85,7 +85,7 @@ impl PassthroughDevices {
     }
 }
 
-/// The host's number of a device's group.
+/// The host's number of the group that a device is in.
 fn group_of(
     facts: &HostFacts,
     host: PciAddress,
@@ -104,7 +104,7 @@ fn group_of(
         .ok_or_else(|| missing("has no IOMMU group: the host's IOMMU is off"))
 }
 
-/// What a backend can do whose devices allow this.
+/// The capabilities of a backend whose devices allow these addresses and this granule.
 fn capabilities<'a>(
     allowed: impl IntoIterator<Item = &'a Vec<IovaRange>>,
     granule: u64,

@@ -1,4 +1,4 @@
-//! Devices through VFIO containers: one container for each group.
+//! Opens devices through VFIO containers: one container for each group.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -86,7 +86,7 @@ pub(super) fn open(
     Ok(opened)
 }
 
-/// Refuses one container for several groups, as VMMs make them: it has one address space.
+/// Refuses one container for several groups, as some VMMs make it: a container has one address space.
 fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), PassthroughError> {
     let open: Vec<_> = groups.values().collect();
     for (n, one) in open.iter().enumerate() {
@@ -105,7 +105,7 @@ fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), Passthro
     Ok(())
 }
 
-/// What was handed over, by endpoint.
+/// Inherited containers and devices, by endpoint.
 struct Inherited {
     containers: BTreeMap<PciAddress, Container>,
     devices: BTreeMap<PciAddress, Cdev>,

@@ -1,4 +1,4 @@
-//! Whether this process may open a device node, without opening it.
+//! Checks whether this process may open a device node, without opening it.
 #![expect(
     unsafe_code,
     reason = "asks the kernel by faccessat, which std does not offer"
@@ -9,13 +9,13 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Checks that the file at `path` may be opened for reading and writing, by access lists and
-/// capabilities as well as by its mode.
+/// Checks that this process may open `path` for reading and writing: by mode, access lists and
+/// capabilities.
 ///
 /// # Errors
 ///
-/// What opening it would fail with, as far as the file decides: `NotFound`, `PermissionDenied`.
-/// A device filter of a container may refuse it still.
+/// The error of opening the file, as far as the file decides: `NotFound`, `PermissionDenied`. The
+/// device filter of a container may still refuse to open it.
 pub(super) fn read_write(path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY:

@@ -1,4 +1,4 @@
-//! What one device of the host lacks.
+//! Checks one device of the host.
 
 use std::io::ErrorKind;
 
@@ -9,7 +9,7 @@ use crate::host::sysfs::{
 };
 use crate::topology::PciAddress;
 
-/// What is wrong with the device at `address`.
+/// The findings for the device at `address`.
 pub(super) fn findings(
     root: &HostRoot,
     facts: &HostFacts,
@@ -36,7 +36,7 @@ pub(super) fn findings(
     match group {
         None => found.push(Finding::missing(
             format!(
-                "{} is in no IOMMU group, so no IOMMU is in front of it",
+                "{} is in no IOMMU group, so that no IOMMU translates for it",
                 device.name
             ),
             "turn the IOMMU on in the firmware (VT-d, AMD-Vi, SMMU) and, on Intel, boot with \
@@ -56,19 +56,19 @@ pub(super) fn findings(
     found
 }
 
-/// What keeps this process from opening the node `below`, which `udev_match` matches in a rule.
+/// The finding if this process cannot open the node `below`, which `udev_match` matches in a udev rule.
 pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Option<Finding> {
     let cause = access::read_write(&root.path(below)).err()?;
     Some(if cause.kind() == ErrorKind::NotFound {
         Finding::missing(
             format!("there is no /{below}"),
-            "make the node: udev does it by itself, a container must be given it",
+            "make the node: udev makes it, and a container must be given it",
         )
     } else {
         Finding::missing(
             format!("/{below} cannot be opened for reading and writing: {cause}"),
             format!(
-                "give it to a group the daemon's user is in, here kvm; for good with the udev rule \
+                "give it to a group of the daemon's user, here kvm; permanently with the udev rule \
                  {udev_match}, GROUP=\"kvm\", MODE=\"0660\""
             ),
         )
@@ -85,7 +85,10 @@ fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
             "{} is bound to the driver {driver}, not to VFIO",
             device.name
         ),
-        None => format!("{} is bound to no driver, and must be to VFIO", device.name),
+        None => format!(
+            "{} is bound to no driver, and must be bound to VFIO",
+            device.name
+        ),
     };
     Finding::missing(what, "bind it to vfio-pci").with_commands(binding(root, device))
 }
@@ -122,12 +125,12 @@ fn group_findings<'a>(
             return None;
         }
         let why = SharingReason::between(&device.place, &other.place);
-        let cure = "bind that one to vfio-pci too, or take it off its driver, or, if it is another \
+        let cure = "bind that device to vfio-pci, too, or unbind it from its driver, or, if it is another \
                     card, use another slot";
         let commands = binding(root, other);
         Some(if spoils {
             let what = format!(
-                "host group {number} is not viable: {other} spoils it; it is in the group {why}"
+                "host group {number} is not viable: {other} makes it unusable for VFIO; it is in the group {why}"
             );
             Finding::missing(what, cure).with_commands(commands)
         } else {
@@ -135,7 +138,7 @@ fn group_findings<'a>(
                 "host group {number} may not be viable: some kernels do not accept {other} in it; \
                  it is in the group {why}"
             );
-            let cure = "if VFIO refuses the group, take the bridge off its driver";
+            let cure = "if VFIO refuses the group, unbind the bridge from its driver";
             let unbind = format!(
                 "echo {0} > /sys/bus/pci/devices/{0}/driver/unbind",
                 other.name
@@ -148,8 +151,8 @@ fn group_findings<'a>(
     let claimed = claimed.map(move |region| {
         Finding::missing(
             format!(
-                "the firmware wants {} mapped one to one for host group {number}, and Linux 6.6 \
-                 and later give no such device away",
+                "the firmware requires {} to be mapped one to one for host group {number}, and \
+                 Linux 6.6 and later refuse such devices to VFIO",
                 region.range
             ),
             "turn off the firmware's option that needs it (shared memory with management \
@@ -270,7 +273,7 @@ mod tests {
         assert_eq!(finding.severity, Severity::Missing);
         for part in [
             "host group 7",
-            "0000:01:00.1 [8086:10d3] driver snd_hda_intel spoils it",
+            "0000:01:00.1 [8086:10d3] driver snd_hda_intel makes it unusable",
             "root port 0000:00:1c.0 has no ACS",
         ] {
             assert!(finding.what.contains(part), "{}", finding.what);

@@ -1,7 +1,6 @@
-//! What this host lacks for the endpoints of a configuration that are devices of the host, and the
-//! cure for each.
+//! Checks what this host lacks for the passthrough devices of a configuration, and names the cures.
 //!
-//! Nothing is changed, and no device is opened: a running VM does not notice, and is no error.
+//! The check changes nothing and opens no device, so that it does not disturb a running VM.
 
 mod access;
 mod device;
@@ -17,7 +16,7 @@ use crate::host::sysfs::{HostFacts, HostRoot};
 pub enum Severity {
     /// The VM does not run without it.
     Missing,
-    /// The VM runs, but may not do so well or safely, or this program could not find out.
+    /// The VM runs, but perhaps slowly or unsafely, or the check could not find out.
     Advice,
 }
 
@@ -30,16 +29,16 @@ impl fmt::Display for Severity {
     }
 }
 
-/// One thing that is not as it should be.
+/// One problem of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// How bad it is.
+    /// The severity.
     pub severity: Severity,
-    /// What is wrong.
+    /// The problem.
     pub what: String,
-    /// What to do.
+    /// The cure.
     pub cure: String,
-    /// Commands that do it, for a shell of root's.
+    /// Commands for the cure, for a shell of root.
     pub commands: Vec<String>,
 }
 
@@ -65,18 +64,18 @@ impl Finding {
     }
 }
 
-/// What was found for a configuration.
+/// The findings for a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What concerns all endpoints.
+    /// Findings that concern all endpoints.
     pub host: Vec<Finding>,
-    /// What concerns one of them, in the order of the configuration. All are listed, also those
-    /// that are as they should be.
+    /// Findings for each passthrough device, in the order of the configuration. Devices without findings
+    /// are listed, too.
     pub endpoints: Vec<(Passthrough, Vec<Finding>)>,
 }
 
 impl Report {
-    /// Compares the host below `root` with what `config` needs.
+    /// Compares the host below `root` with the needs of `config`.
     pub fn new(root: &HostRoot, config: &Config) -> Self {
         let devices = config.devices.passthrough.iter();
         let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
@@ -94,7 +93,7 @@ impl Report {
         }
     }
 
-    /// How many things are missing.
+    /// The number of missing things.
     pub fn missing(&self) -> usize {
         let endpoints = self.endpoints.iter().flat_map(|(_, findings)| findings);
         self.host
@@ -105,7 +104,7 @@ impl Report {
     }
 }
 
-/// One heading and its findings after the other; empty without any endpoint to check.
+/// Prints each heading with its findings; nothing without passthrough devices.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.endpoints.is_empty() {

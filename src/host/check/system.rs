@@ -1,4 +1,4 @@
-//! What the host as a whole lacks: nodes, interrupt remapping, limits.
+//! Checks the host as a whole: nodes, interrupt remapping, limits.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -9,10 +9,10 @@ use crate::host::sysfs::{HostFacts, HostRoot};
 
 /// `CAP_IPC_LOCK` in a set of capabilities: memory may be locked without limit.
 const CAP_IPC_LOCK: u64 = 1 << 14;
-/// The user IDs of the first user namespace: the only one whose capabilities lift that limit.
+/// The user IDs of the first user namespace, the only one whose capabilities lift the limit.
 const ALL_USERS: [&str; 3] = ["0", "0", "4294967295"];
 
-/// What is wrong for all devices alike.
+/// The findings that concern all devices.
 pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> Vec<Finding> {
     let mut found = Vec::new();
     found.extend(match config.host_iommu {
@@ -39,7 +39,7 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
             .with_commands(vec!["modprobe iommufd".to_owned()]),
         );
     }
-    // Opening it makes an empty context and disturbs nobody; a container's filter shows only here.
+    // Opening it makes an empty context, which is harmless. Only this shows a container's device filter.
     let open = || File::options().read(true).write(true).open(root.path(node));
     node_finding(root, node, "KERNEL==\"iommu\"").or_else(|| {
         let cause = open().err()?;
@@ -68,11 +68,11 @@ fn type1(root: &HostRoot) -> Option<Finding> {
     )
 }
 
-/// Whether devices can raise only interrupts that are theirs; `None` where it cannot be told.
+/// Whether the host keeps devices from raising interrupts of others; `None` if that is unknown.
 ///
-/// The kernel does not say so anywhere but when a device is taken. What it says of the interrupts
-/// in use comes next: the names of their controllers start with `IR-` where x86 remaps interrupts,
-/// and with `ITS-` where an Arm GIC's translation service does as much.
+/// The kernel reports it only when VFIO takes a device. The names of the interrupt controllers in use are
+/// the next best source: they start with `IR-` if x86 remaps interrupts, and with `ITS-` if an Arm GIC's
+/// translation service does.
 fn isolates_interrupts(interrupts: &str) -> Option<bool> {
     let is_count = |word: &&str| word.bytes().all(|byte| byte.is_ascii_digit());
     let controllers = interrupts
@@ -115,13 +115,13 @@ fn interrupts(root: &HostRoot, iommu: HostIommu) -> Option<Finding> {
             )
         }
         (Some(false), true) => Some(Finding::advice(
-            "interrupt remapping is off, and allow_unsafe_interrupts lets VFIO do without: a \
+            "interrupt remapping is off, and allow_unsafe_interrupts makes VFIO accept that: a \
              guest can raise any interrupt of the host",
             "turn it on in the firmware, or give devices only to guests you trust with the host",
         )),
         (None, _) => Some(Finding::advice(
-            "whether interrupts are remapped cannot be told from /proc/interrupts",
-            "see what the kernel logs when VFIO takes the device",
+            "/proc/interrupts does not show whether interrupts are remapped",
+            "read the kernel's log after VFIO has taken the device",
         )),
     }
 }
@@ -149,7 +149,7 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
     let Some(memory) = config.memory else {
         let what = format!(
             "at most {limit_mib} MiB of memory may be locked (RLIMIT_MEMLOCK); `memory` is not \
-             given, so that this cannot be compared"
+             given, so that the need is unknown"
         );
         return Some(Finding::advice(what, cure).with_commands(command));
     };
@@ -165,7 +165,7 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
     })
 }
 
-/// How many times the guest's RAM is counted against the limit, at least, and why.
+/// How many times at least the guest's RAM counts against the limit, and why.
 fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
     let mut devices = config.devices.passthrough.iter();
     let vmm_has_none = devices.all(|device| config.devices.exported_at(device.endpoint).is_some());
@@ -179,7 +179,7 @@ fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
         ),
         (HostIommu::Iommufd, Pin::Mapped) => (
             1,
-            "the guest's RAM for the VMM, and besides what the guest maps",
+            "the guest's RAM for the VMM, and the memory that the guest maps on top",
         ),
         (HostIommu::Type1, Pin::All | Pin::Mapped) => (
             containers(facts, config),
@@ -188,8 +188,7 @@ fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
     }
 }
 
-/// How many containers there will be: one for each host group, where a device in none counts for
-/// itself.
+/// The number of containers: one for each host group. A device in no group counts as one.
 fn containers(facts: &HostFacts, config: &Config) -> u64 {
     let group = |host| facts.device(host).and_then(|device| device.group);
     let devices = config.devices.passthrough.iter();
@@ -239,8 +238,8 @@ fn mappings(root: &HostRoot, config: &Config) -> Option<Finding> {
         });
         Finding::advice(
             format!(
-                "a host group can have {limit} mappings at once{pages} (dma_entry_limit); a guest that \
-                 asks for more is refused"
+                "a host group can have {limit} mappings at once{pages} (dma_entry_limit); further \
+                 mappings of the guest are refused"
             ),
             "raise it before the VM starts if the guest maps single pages, or use iommufd, which \
              has no such limit",
@@ -347,7 +346,7 @@ mod tests {
             host.remove("proc/interrupts");
             let finding = only(&host, keys);
             assert_eq!(finding.severity, Severity::Advice);
-            assert!(finding.what.contains("cannot be told"), "{finding:?}");
+            assert!(finding.what.contains("does not show"), "{finding:?}");
         }
     }
 

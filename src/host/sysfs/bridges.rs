@@ -1,12 +1,12 @@
-//! PCI functions as their configuration space shows them: kinds of bridges and ports, and access
-//! control services (ACS).
+//! Reads PCI functions from their configuration space: the kind of bridge or port, and access control
+//! services (ACS).
 
 use std::fmt;
 use std::path::Path;
 
 use super::read::{printable, read_bytes};
 
-/// All that is readable without privileges: the header, but no capabilities beyond it.
+/// The bytes that are readable without privileges: the header, without capabilities.
 const HEADER: usize = 64;
 /// Where extended capabilities begin.
 const EXTENDED: usize = 0x100;
@@ -20,7 +20,7 @@ const CAPABILITIES: usize = 0x34;
 const CAPABILITY_EXPRESS: u8 = 0x10;
 const EXTENDED_ACS: u16 = 0x000d;
 
-/// What ACS must do for the kernel to keep two functions apart.
+/// The services that the kernel requires to isolate two functions.
 const ACS_NAMES: [(u16, &str); 4] = [
     (0x01, "source validation"),
     (0x04, "request redirect"),
@@ -28,7 +28,7 @@ const ACS_NAMES: [(u16, &str); 4] = [
     (0x10, "upstream forwarding"),
 ];
 
-/// What kind of PCI function something is, by its PCI Express capability.
+/// The kind of a PCI function, by its PCI Express capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Port {
     /// Its configuration space could not be read far enough.
@@ -43,7 +43,7 @@ pub enum Port {
     Downstream,
     /// A bridge from PCI Express to conventional PCI.
     ToConventional,
-    /// A bridge that is itself conventional PCI, or one back to PCI Express.
+    /// A conventional PCI bridge, or a bridge from conventional PCI to PCI Express.
     Conventional,
 }
 
@@ -66,19 +66,19 @@ impl fmt::Display for Port {
 pub enum Acs {
     /// Its configuration space could not be read far enough.
     Unknown,
-    /// It has none.
+    /// The function has no ACS.
     Missing,
-    /// It has some, a bit each as in the ACS capability register.
+    /// The function has ACS; one bit for each service, as in the ACS capability.
     Present {
-        /// Those that can be switched.
+        /// Services that can be switched.
         supported: u16,
-        /// Those that are on.
+        /// Services that are on.
         enabled: u16,
     },
 }
 
 impl Acs {
-    /// The services that are wanted, can be switched on and are off; `None` where that is unknown.
+    /// The required services that can be switched on and are off; `None` if that is unknown.
     pub(super) fn lacking(self) -> Option<Vec<&'static str>> {
         let (supported, enabled) = match self {
             Self::Unknown => return None,
@@ -110,7 +110,7 @@ pub struct PciFunction {
     pub name: String,
     /// Its kind.
     pub port: Port,
-    /// Whether the device has more functions than this.
+    /// Whether the device has other functions.
     pub multi_function: bool,
     /// Its access control services.
     pub acs: Acs,
@@ -126,7 +126,7 @@ impl PciFunction {
 
     /// The function `name` with the `config` space, which may hold anything and be of any length.
     pub fn parse(name: &str, config: &[u8]) -> Self {
-        // Only function 0 has to say that there are others.
+        // Only function 0 has to have the bit for further functions.
         let function_zero = name.ends_with(".0");
         let header_type = config.get(HEADER_TYPE).copied().unwrap_or(0);
         let port = port(config, header_type);
@@ -138,7 +138,7 @@ impl PciFunction {
         }
     }
 
-    /// Whether what lies on different sides of it is kept apart; `None` where it cannot be told.
+    /// Whether it isolates the devices on its sides from each other; `None` if that is unknown.
     pub fn isolates(&self) -> Option<bool> {
         let by_acs = || Some(self.acs.lacking()?.is_empty());
         match self.port {
@@ -158,7 +158,7 @@ impl PciFunction {
         matches!(self.port, Port::Conventional | Port::ToConventional)
     }
 
-    /// The device it is a function of: the name without the function.
+    /// The name of its device: the name without the function.
     pub(super) fn device(&self) -> &str {
         self.name
             .rsplit_once('.')
@@ -214,7 +214,7 @@ fn port(config: &[u8], header_type: u8) -> Port {
 /// The flags of the PCI Express capability, if there is one.
 fn express_capability(config: &[u8]) -> Option<u16> {
     let mut at = usize::from(config.get(CAPABILITIES)? & !3);
-    // A list that fits has at most this many; one with a loop ends here.
+    // No list that fits has more entries; a list with a loop ends here.
     for _ in 0..(EXTENDED - HEADER) / 4 {
         if at < HEADER {
             return None;
@@ -233,8 +233,8 @@ fn acs(config: &[u8], port: Port) -> Acs {
     }
     let mut at = EXTENDED;
     for _ in 0..(4096 - EXTENDED) / 4 {
-        // Without extended configuration space, or with a list that leads out of it, the kernel
-        // finds none either.
+        // Without extended configuration space, or with a list that leads out of it, the kernel finds
+        // no ACS either.
         let (Some(id), Some(next)) = (word(config, at), word(config, at + 2)) else {
             return Acs::Missing;
         };

@@ -1,4 +1,4 @@
-//! A made-up host for tests: a folder with `sys`, `proc` and `dev`.
+//! A fake host for tests: a folder with `sys`, `proc` and `dev`.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::HostRoot;
 
-/// Configuration space to be written.
+/// A configuration space to write.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct FakeConfigSpace {
     /// The kind of port in the PCI Express capability.
@@ -64,7 +64,7 @@ impl FakeConfigSpace {
     }
 }
 
-/// A PCI function to be written.
+/// A PCI function to write.
 #[derive(Clone, Debug)]
 pub(crate) struct Function<'a> {
     /// Below `pci0000:00`, such as `0000:00:1c.0/0000:01:00.0`.
@@ -90,7 +90,7 @@ impl<'a> Function<'a> {
         }
     }
 
-    /// The same without VFIO, bound to `driver`.
+    /// A network card bound to `driver`, without VFIO.
     pub fn bound(path: &'a str, group: u32, driver: Option<&'a str>) -> Self {
         Self {
             driver,
@@ -109,13 +109,13 @@ impl<'a> Function<'a> {
     }
 }
 
-/// The host.
+/// A fake host.
 pub(crate) struct FakeHost {
     folder: TempDir,
 }
 
 impl FakeHost {
-    /// A host without devices, but with all that VFIO and iommufd need.
+    /// A host without devices, but with the files that VFIO and iommufd need.
     pub fn new() -> Self {
         let made = Self {
             folder: tempfile::tempdir().expect("a folder"),

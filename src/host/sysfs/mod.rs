@@ -1,7 +1,6 @@
-//! What this host says of the devices behind passthrough endpoints.
+//! Reads the host's facts about passthrough devices from sysfs below a [`HostRoot`].
 //!
-//! Everything here is read from sysfs below a [`HostRoot`]; no device is opened or changed. What
-//! cannot be read is left out, and no content makes this fail.
+//! No device is opened or changed. Unreadable files are left out, and no content makes this fail.
 
 mod bridges;
 #[cfg(test)]
@@ -28,10 +27,10 @@ pub use sharing::{PciPlace, SharingReason};
 
 /// PCI class and subclass of bridges between PCI buses.
 const CLASS_PCI_BRIDGE: u32 = 0x0604;
-/// What groups without an IOMMU are called, where VFIO was told to do without.
+/// The name of groups that VFIO makes without an IOMMU.
 const NO_IOMMU: &str = "vfio-noiommu";
 
-/// A number of devices, and the groups they are in.
+/// Devices of the host and their groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
     devices: BTreeMap<PciAddress, SysfsDevice>,
@@ -39,8 +38,7 @@ pub struct HostFacts {
 }
 
 impl HostFacts {
-    /// What the host below `root` says of the devices at `addresses`, and of those that share a
-    /// group with them.
+    /// Reads the devices at `addresses` of the host below `root`, and their groups with all members.
     pub fn read(root: &HostRoot, addresses: impl IntoIterator<Item = PciAddress>) -> Self {
         let mut facts = Self::default();
         for address in addresses {
@@ -58,17 +56,17 @@ impl HostFacts {
         facts
     }
 
-    /// The device at `address`, or `None` where there is none.
+    /// The device at `address`; `None` if the host has none there.
     pub fn device(&self, address: PciAddress) -> Option<&SysfsDevice> {
         self.devices.get(&address)
     }
 
-    /// A group that one of the devices is in.
+    /// The group `number`, if one of the devices is in it.
     pub fn group(&self, number: u32) -> Option<&HostGroup> {
         self.groups.get(&number)
     }
 
-    /// The group of the device at `address`, if it is there and in one.
+    /// The group of the device at `address`, if the device exists and is in one.
     pub fn group_of(&self, address: PciAddress) -> Option<&HostGroup> {
         self.group(self.device(address)?.group?)
     }
@@ -77,11 +75,11 @@ impl HostFacts {
 /// One device of the host, most often a PCI function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SysfsDevice {
-    /// Its name in sysfs: for a PCI function its address in full.
+    /// Its name in sysfs: for a PCI function, the full address.
     pub name: String,
-    /// The driver it is bound to.
+    /// The driver that is bound to it.
     pub driver: Option<String>,
-    /// The only driver it may be bound to, where one is named.
+    /// The only driver that may bind to it, if one is set.
     pub driver_override: Option<String>,
     /// PCI vendor ID.
     pub vendor: Option<u32>,
@@ -93,16 +91,16 @@ pub struct SysfsDevice {
     pub group: Option<u32>,
     /// The VFIO device, where a VFIO driver holds it.
     pub vfio: Option<VfioDevice>,
-    /// Where it is in the tree of PCI buses.
+    /// Its place in the tree of PCI buses.
     pub place: PciPlace,
 }
 
-/// What VFIO calls a device.
+/// A device as VFIO knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VfioDevice {
     /// Its name: `vfioN`.
     pub name: String,
-    /// Whether the kernel made a character device for it, `/dev/vfio/devices/vfioN`.
+    /// Whether the kernel made its character device, `/dev/vfio/devices/vfioN`.
     pub has_node: bool,
 }
 
@@ -130,7 +128,7 @@ impl SysfsDevice {
         }
     }
 
-    /// The path of its character device below `root`; `None` where there is none.
+    /// The path of its character device below `root`, if it has one.
     pub fn node(&self, root: &HostRoot) -> Option<PathBuf> {
         let vfio = self.vfio.as_ref().filter(|vfio| vfio.has_node)?;
         Some(root.path("dev/vfio/devices").join(&vfio.name))
@@ -142,15 +140,15 @@ impl SysfsDevice {
             .is_some_and(|class| class >> 8 == CLASS_PCI_BRIDGE)
     }
 
-    /// Whether a VFIO driver holds it: vfio-pci, or one of those made for a single device, all of
-    /// which have `vfio` in their names.
+    /// Whether a VFIO driver holds it: vfio-pci, or a driver for one kind of device, which has `vfio` in
+    /// its name.
     pub fn is_held_by_vfio(&self) -> bool {
         let by_name = |driver: &String| driver.contains("vfio");
         self.vfio.is_some() || self.driver.as_ref().is_some_and(by_name)
     }
 
-    /// Whether the kernel lets no other program have the group because of this member: a driver
-    /// of the kernel's own does DMA with it.
+    /// Whether the kernel refuses the group to VFIO because of this member: one of the kernel's own
+    /// drivers does DMA with it.
     pub fn spoils_group(&self) -> bool {
         let harmless = |driver: &String| driver == "pci-stub";
         !self.is_bridge()
@@ -158,8 +156,8 @@ impl SysfsDevice {
             && self.driver.as_ref().is_some_and(|driver| !harmless(driver))
     }
 
-    /// Whether it may be what [`spoils_group`](Self::spoils_group) says: a bridge with a driver
-    /// that not every kernel lets pass.
+    /// Whether some kernels refuse the group because of this member: it is a bridge with a driver that
+    /// not every kernel accepts.
     pub fn may_spoil_group(&self) -> bool {
         let harmless = |driver: &String| driver == "pcieport" || driver == "pci-stub";
         self.is_bridge()
@@ -181,18 +179,18 @@ impl fmt::Display for SysfsDevice {
     }
 }
 
-/// Devices the host's IOMMU cannot tell apart.
+/// Devices that the host's IOMMU cannot isolate from each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostGroup {
     /// Its number.
     pub number: u32,
-    /// Whether it is one of those VFIO makes where there is no IOMMU.
+    /// Whether VFIO made it without an IOMMU.
     pub without_iommu: bool,
-    /// All devices in it, ordered by name.
+    /// All devices in the group, ordered by name.
     pub members: Vec<SysfsDevice>,
-    /// Its reserved regions, as the kernel lists them.
+    /// The group's reserved regions, as the kernel lists them.
     pub regions: Vec<HostRegion>,
-    /// Lines of that list which could not be read.
+    /// Lines of that list that could not be parsed.
     pub odd_lines: Vec<String>,
 }
 
@@ -215,7 +213,7 @@ impl HostGroup {
     }
 }
 
-/// Where the device in `folder`, a link into the tree of devices, is.
+/// The place of the device in `folder`, a link into the tree of devices.
 fn place(folder: &Path) -> PciPlace {
     let real = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
     let is_host_bridge = |name: &OsStr| {
@@ -234,7 +232,7 @@ fn place(folder: &Path) -> PciPlace {
         .and_then(Path::file_name);
     let host_bridge = root.map(|name| printable(&name.to_string_lossy()));
     if host_bridge.is_none() {
-        // Not in the tree of PCI buses: what is above it are no bridges.
+        // Outside the tree of PCI buses, the folders above are not bridges.
         above.clear();
     }
     above.reverse();
@@ -245,7 +243,7 @@ fn place(folder: &Path) -> PciPlace {
     }
 }
 
-/// Whether this is `vfio` and a number.
+/// Whether the name is `vfio` and a number.
 fn is_node_name(name: &str) -> bool {
     name.strip_prefix("vfio")
         .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))

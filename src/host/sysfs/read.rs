@@ -1,15 +1,15 @@
-//! Reading small files below a root: never more than fits, and nothing unprintable kept.
+//! Reads small files below a root, up to a limit, and replaces control characters.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// The most of one file that is read, in bytes: sysfs and procfs files are far shorter.
+/// The most bytes read of one file: files of sysfs and procfs are far shorter.
 const MAX_FILE: u64 = 1 << 18;
-/// The most characters kept of a name or a line.
+/// The most characters of a name or a line.
 const MAX_NAME: usize = 120;
 
-/// Where `/sys`, `/proc` and `/dev` are: the root of this host, or of a made-up one.
+/// The folder with `sys`, `proc` and `dev`: the root of this host, or of a fake one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostRoot {
     root: PathBuf,
@@ -28,7 +28,7 @@ impl HostRoot {
         Self { root: root.into() }
     }
 
-    /// Where `below`, such as `sys/module`, is.
+    /// The path of `below`, such as `sys/module`.
     pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
         self.root.join(below)
     }
@@ -37,14 +37,14 @@ impl HostRoot {
     ///
     /// # Errors
     ///
-    /// Where it cannot be read. What is not UTF-8 in it is replaced, and of a file beyond any
-    /// reason only the start is returned.
+    /// The file cannot be read. Bytes that are not UTF-8 are replaced, and only the start of an
+    /// oversized file is returned.
     pub fn text(&self, below: impl AsRef<Path>) -> io::Result<String> {
         let bytes = read_bytes(&self.path(below))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// The one line of the file `below`, or `None` where there is none to read.
+    /// The first line of the file `below`; `None` if it cannot be read.
     pub fn value(&self, below: impl AsRef<Path>) -> Option<String> {
         read_value(&self.path(below))
     }
@@ -56,7 +56,7 @@ pub(super) fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The first line of a file, without blanks around it; `None` where it is empty or cannot be read.
+/// The first line of a file, trimmed; `None` if it is empty or cannot be read.
 pub(super) fn read_value(path: &Path) -> Option<String> {
     let bytes = read_bytes(path).ok()?;
     let text = String::from_utf8_lossy(&bytes);
@@ -71,13 +71,13 @@ pub(super) fn read_hex(path: &Path) -> Option<u32> {
     u32::from_str_radix(digits, 16).ok()
 }
 
-/// The last part of what a link points to.
+/// The last component of a link's target.
 pub(super) fn link_name(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     Some(printable(&target.file_name()?.to_string_lossy()))
 }
 
-/// The names in a folder, in order; none where it cannot be read.
+/// The sorted names in a folder; empty if it cannot be read.
 pub(super) fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries
@@ -87,7 +87,7 @@ pub(super) fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// The text with control characters made harmless, and not too long.
+/// The text, shortened, with `?` in place of control characters.
 pub(super) fn printable(text: &str) -> String {
     let visible = |c: char| if c.is_control() { '?' } else { c };
     text.chars().take(MAX_NAME).map(visible).collect()

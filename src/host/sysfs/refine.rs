@@ -1,4 +1,4 @@
-//! A topology that knows the host: what the configuration says and what the host says, as one.
+//! Merges the host's groups and reserved regions into the topology of the configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,14 +13,14 @@ use crate::topology::{GroupId, GroupName, GroupNames, PciAddress, PciRange, Topo
 pub struct Refined {
     /// The topology to serve.
     pub topology: Topology,
-    /// What the operator may want to know: groups of the configuration that had to be joined.
+    /// Notes for the operator on groups of the configuration that had to be joined.
     pub notes: Vec<String>,
 }
 
-/// Why a topology cannot be brought together with the host.
+/// Why a topology contradicts the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum RefineError {
-    /// A device was given to something that is not one endpoint.
+    /// A device of the host is given to several endpoints at once.
     #[error(
         "{0} stands for a device of the host but is not an endpoint by itself; \
          give it an [[endpoint]] of its own, with `address`"
@@ -28,22 +28,22 @@ pub enum RefineError {
     NotAnEndpoint(PciAddress),
 }
 
-/// Adds to `topology` what the host says of the endpoints that are devices of the host.
+/// Adds the host's groups and reserved regions to the passthrough endpoints of `topology`.
 ///
 /// `passthrough` names them: the endpoint's address in the guest and the device's on the host.
-/// `allowed` has, by the endpoint's address, the ranges that VFIO or iommufd lets such a device
-/// map, where that is known; `input` is all that the guest can map.
+/// `allowed` has the ranges that VFIO or iommufd lets a device map, by the address of its endpoint,
+/// where they are known. `input` is the range that the guest can map.
 ///
-/// - Their reserved regions are those of the configuration and of the host, [merged](merge).
-/// - Endpoints whose devices are in one group of the host are in one group for the guest, by the
-///   name the configuration gives one of them, else `host-group-N`. Groups of the configuration
-///   that have devices of one host group become one, with the name that comes first. A group of
-///   the configuration is never split, whatever the host says.
-/// - Devices that are not there, or in no group, keep what the configuration says of them.
+/// - Reserved regions are those of the configuration and of the host, [merged](merge).
+/// - Endpoints whose devices are in one group of the host become one group for the guest. Its name is
+///   the one that the configuration gives an endpoint, else `host-group-N`. Groups of the
+///   configuration with devices of one host group become one, with the name that comes first. A
+///   group of the configuration is never split.
+/// - Devices that are missing, or in no group, keep the groups and regions of the configuration.
 ///
 /// # Errors
 ///
-/// Where `passthrough` names something that is not a single endpoint of `topology`.
+/// `passthrough` names an address that is not a single endpoint of `topology`.
 pub fn refine(
     topology: &Topology,
     passthrough: &[(PciAddress, PciAddress)],
@@ -83,13 +83,13 @@ pub fn refine(
     })
 }
 
-/// Which groups of the configuration meet in which group of the host.
+/// The groups of the configuration that share a group of the host.
 struct Links {
-    /// By the ID of a configuration's group: the lowest of those it is one with.
+    /// By the ID of a configuration's group: the lowest ID among the groups joined with it.
     lowest: Vec<u32>,
-    /// By the number of a host group: a group of the configuration that it is one with.
+    /// By the number of a host group: a group of the configuration with a device in it.
     of_host: BTreeMap<u32, u32>,
-    /// Groups of the configuration, the host groups that join them with another.
+    /// Two groups of the configuration, and the host group that joins them.
     joined: Vec<(u32, u32, u32)>,
 }
 
@@ -119,7 +119,7 @@ impl Links {
         }
     }
 
-    /// The group of the configuration that stands for all that `named` is one with.
+    /// The group that stands for all groups joined with `named`.
     fn find(&self, named: u32) -> u32 {
         let at = usize::try_from(named).ok();
         let found = at.and_then(|at| self.lowest.get(at));
@@ -136,8 +136,8 @@ impl Links {
             .iter()
             .map(|&(one, two, host)| {
                 format!(
-                    "groups {} and {} are taken for one, because both have a device of \
-                     host group {host}; give them one name",
+                    "groups {} and {} become one, because both have a device of host group \
+                     {host}; give them one name",
                     name(one),
                     name(two)
                 )
@@ -146,7 +146,7 @@ impl Links {
     }
 }
 
-/// Gives every endpoint its group, and numbers the groups anew.
+/// Gives every endpoint its group, and renumbers the groups.
 fn name_groups(topology: &mut Topology, links: &Links, placed: &[(usize, &HostGroup)]) {
     let names = std::mem::take(&mut topology.group_names);
     let taken: BTreeSet<&GroupName> = names.iter().collect();

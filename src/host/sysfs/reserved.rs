@@ -1,4 +1,4 @@
-//! Reserved regions of a host group, and how they go together with those of the configuration.
+//! Reads the reserved regions of a host group, and merges them with those of the configuration.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -7,24 +7,24 @@ use super::read::printable;
 use crate::address::{Iova, IovaRange};
 use crate::topology::{MAX_RESERVED_REGIONS, ReservedKind, ReservedRegion, ReservedRegions};
 
-/// What the kernel says a region is there for (`reserved_regions` of a group in sysfs).
+/// The kind of a region in `reserved_regions` of a group in sysfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HostRegionKind {
-    /// Firmware wants it mapped one to one for as long as the machine runs.
+    /// Firmware requires a one-to-one mapping as long as the machine runs.
     Direct,
-    /// Firmware wants it mapped one to one until a driver takes the device over. VFIO type1 and
-    /// iommufd both leave such a region to user space, and so do we: it is not reserved.
+    /// Firmware requires a one-to-one mapping until a driver takes the device over. It is not reserved:
+    /// VFIO type1 and iommufd leave such a region to user space, too.
     DirectRelaxable,
-    /// Not to be mapped.
+    /// The region must not be mapped.
     Reserved,
     /// Writes there are message-signalled interrupts.
     Msi,
-    /// A kind this program does not know. Treated as reserved.
+    /// An unknown kind, treated as reserved.
     Other,
 }
 
 impl HostRegionKind {
-    /// What the guest is told of it, or `None` where it may be mapped.
+    /// The kind that PROBE reports; `None` if the guest may map the region.
     pub fn reserved_kind(self) -> Option<ReservedKind> {
         match self {
             Self::Direct | Self::Reserved | Self::Other => Some(ReservedKind::Reserved),
@@ -51,7 +51,7 @@ impl fmt::Display for HostRegionKind {
 pub struct HostRegion {
     /// The addresses.
     pub range: IovaRange,
-    /// What they are there for.
+    /// The kind.
     pub kind: HostRegionKind,
 }
 
@@ -61,8 +61,8 @@ impl fmt::Display for HostRegion {
     }
 }
 
-/// Reads the lines of a group's `reserved_regions`: first and last address in hexadecimal, and a
-/// kind. Returns the regions in the order given, and the lines that cannot be read.
+/// Parses a group's `reserved_regions`: on each line the first and last address in hexadecimal, and a
+/// kind. Returns the regions in their order, and the lines that cannot be parsed.
 pub fn parse_regions(text: &str) -> (Vec<HostRegion>, Vec<String>) {
     let mut regions = Vec::new();
     let mut odd = Vec::new();
@@ -75,15 +75,15 @@ pub fn parse_regions(text: &str) -> (Vec<HostRegion>, Vec<String>) {
     (regions, odd)
 }
 
-/// What an endpoint must leave alone: the configuration's regions, the `host`'s that may not be
-/// mapped, and what of `input` lies outside the `allowed` ranges (`None`: not known).
+/// The addresses that an endpoint must not map: the configuration's regions, those of `host` that must
+/// not be mapped, and the part of `input` outside the `allowed` ranges (`None`: unknown).
 ///
-/// - Every address of these is covered, and no other, unless there would be more than
-///   [`MAX_RESERVED_REGIONS`]: then the smallest holes between regions are closed until they fit.
-/// - One region is for MSIs where the host or the configuration says so: the largest of the host's
-///   (of equals the lowest), else that of the configuration. It keeps its kind and all its bytes
-///   whatever overlaps it, because the lists of allowed ranges leave it out as well; other MSI
-///   regions become reserved, less what they share with it.
+/// - The result covers these addresses and no others. If it had more than [`MAX_RESERVED_REGIONS`]
+///   regions, the smallest holes between regions are closed until they fit.
+/// - At most one region is for MSIs: the largest of the host's (of equals the lowest), else that of the
+///   configuration. It keeps its kind and all its bytes whatever overlaps it, because the lists of
+///   allowed ranges leave it out, too. Other MSI regions become reserved, without the bytes that they
+///   share with it.
 /// - Reserved regions that overlap or touch are joined.
 pub fn merge(
     config: &ReservedRegions,
@@ -124,11 +124,11 @@ pub fn merge(
     ReservedRegions::from_disjoint(all)
 }
 
-/// What of `input` lies outside all the `allowed` ranges, which may come in any order.
+/// The parts of `input` outside all `allowed` ranges, which may come in any order.
 pub fn gaps(allowed: &[IovaRange], input: IovaRange) -> Vec<IovaRange> {
     let mut left = vec![input];
     for &range in &joined(allowed.to_vec()) {
-        // Ascending, so that only the last piece can still be met.
+        // The ranges ascend, so that only the last piece can still overlap.
         let Some(last) = left.pop() else { break };
         left.extend(without(last, range));
     }
@@ -169,7 +169,7 @@ fn msi_window(config: &ReservedRegions, host: &[(IovaRange, ReservedKind)]) -> O
     of_host.or_else(of_config)
 }
 
-/// The ranges in ascending order, those that overlap or touch made one.
+/// The ranges in ascending order, with overlapping and adjacent ones joined.
 fn joined(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
     ranges.sort_unstable();
     let mut result: Vec<IovaRange> = Vec::with_capacity(ranges.len());
@@ -195,7 +195,7 @@ fn spanning(low: IovaRange, high: IovaRange) -> IovaRange {
     IovaRange::new(low.first(), last).unwrap_or(IovaRange::ALL)
 }
 
-/// What of `range` lies outside `hole`: none, one or two pieces, ascending.
+/// The parts of `range` outside `hole`: none, one or two pieces, ascending.
 fn without(range: IovaRange, hole: IovaRange) -> impl Iterator<Item = IovaRange> {
     let (below, above) = if range.overlaps(hole) {
         let before = hole.first().0.checked_sub(1).map(Iova);
@@ -234,7 +234,7 @@ fn close_holes(ranges: &mut Vec<IovaRange>, msi: Option<IovaRange>, room: usize)
         .map(|(_, index)| *index)
         .collect();
     closed.sort_unstable();
-    // From the top, so that the numbers of the others stay right.
+    // From the top, so that the indices of the others stay valid.
     for index in closed.into_iter().rev() {
         let high = ranges.remove(index + 1);
         if let Some(low) = ranges.get_mut(index) {

@@ -1,15 +1,14 @@
-//! Why devices share a group: PCI bridges and access control services (ACS), as far as they decide
-//! who can be kept apart.
+//! Explains why devices share a group, by PCI bridges and access control services (ACS).
 //!
-//! The kernel has decided already, and its groups are what counts. This explains them, from what
-//! the functions say of themselves in their configuration space. The kernel also knows devices
-//! that behave better or worse than they say; such a group stays without explanation.
+//! The kernel's groups are binding. This explains them from the configuration space of the functions. The
+//! kernel also knows devices that isolate better or worse than their configuration space claims; their
+//! groups stay without explanation.
 
 use std::fmt;
 
 use super::{Acs, PciFunction};
 
-/// Where a function is: the bridges above it, the one next to the root first, and itself.
+/// The place of a function: the bridges above it, the one nearest to the root first, and the function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciPlace {
     /// The name of the host bridge, such as `pci0000:00`.
@@ -27,27 +26,27 @@ impl PciPlace {
     }
 }
 
-/// Why the host cannot keep two functions apart.
+/// Why the host cannot isolate two functions from each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SharingReason {
-    /// Both are behind, or one of them is, a conventional bridge: it puts its own name on what
-    /// passes it.
+    /// One or both are behind a conventional bridge, which replaces the requester ID of passing accesses
+    /// by its own.
     BehindBridge(PciFunction),
-    /// A port on the way lets functions reach each other without passing the IOMMU.
+    /// A port on the way lets functions reach each other without the IOMMU.
     Port(PciFunction),
-    /// They are functions of one device, which may let them reach each other inside.
+    /// They are functions of one device, inside which they may reach each other.
     Functions {
-        /// The device: the name of a function without the function.
+        /// The device: a function's name without the function.
         device: String,
     },
-    /// The configuration space is readable to its first 64 bytes only.
+    /// Only the first 64 bytes of the configuration space are readable.
     Unreadable,
-    /// Nothing the functions say of themselves explains it.
+    /// The configuration space of the functions does not explain it.
     Unexplained,
 }
 
 impl SharingReason {
-    /// Why `a` and `b`, members of one group, are in one group.
+    /// Why `a` and `b` are in one group.
     pub fn between(a: &PciPlace, b: &PciPlace) -> Self {
         let common: Vec<_> = a
             .chain()
@@ -68,7 +67,7 @@ impl SharingReason {
             .chain()
             .zip(b.chain())
             .find(|(a, b)| a.name != b.name && a.device() == b.device());
-        // Nearest to the two first: it would have to be cured first.
+        // The nearest port first: it has to be cured first.
         if let Some(port) = common.iter().rev().copied().find(leaks) {
             return Self::Port(port.clone());
         }
@@ -100,7 +99,7 @@ impl fmt::Display for SharingReason {
                 let PciFunction { name, port, .. } = bridge;
                 write!(
                     f,
-                    "because of the {port} {name}: what is behind it has its name"
+                    "because of the {port} {name}: it replaces the requester IDs of the devices behind it"
                 )
             }
             Self::Port(function) => {
@@ -168,7 +167,7 @@ mod tests {
         assert_eq!(
             why(&place(&[&root, &pci], &one), &place(&[&root, &pci], &card)),
             "because of the PCI Express to PCI bridge 0000:01:00.0: \
-             what is behind it has its name"
+             it replaces the requester IDs of the devices behind it"
         );
         assert_eq!(
             why(&place(&[&root], &one), &place(&[&root], &two)),

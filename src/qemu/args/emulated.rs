@@ -1,11 +1,11 @@
-//! Arguments and notes for devices that other processes emulate.
+//! Arguments and notes for emulated devices.
 
 use super::passthrough::{on_root_bus, shares_slot};
 use super::vfio_user;
 use crate::config::{Config, Emulated};
 use crate::topology::PciAddress;
 
-/// The arguments for those that QEMU can be told where to put.
+/// The arguments for the devices that `addr=` alone can place.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
     let placed = config
         .devices
@@ -15,7 +15,7 @@ pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, 
     placed.map(|device| ("-device", argument(config, device)))
 }
 
-/// What to say of an endpoint, if another process emulates it.
+/// The note for an endpoint with an emulated device.
 pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<String> {
     let device = config
         .devices

@@ -1,11 +1,11 @@
-//! Arguments and notes for devices of the host that the daemon exports.
+//! Arguments and notes for exported devices.
 
 use super::passthrough::{on_root_bus, shares_slot};
 use super::vfio_user;
 use crate::config::{Config, Exported};
 use crate::topology::PciAddress;
 
-/// The arguments for those that QEMU can be told where to put.
+/// The arguments for the devices that `addr=` alone can place.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
     let placed = config
         .devices
@@ -15,7 +15,7 @@ pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, 
     placed.map(|export| ("-device", argument(config, export)))
 }
 
-/// What to say of an endpoint, if it is exported.
+/// The note for an endpoint with an exported device.
 pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<String> {
     let export = config.devices.exported_at(endpoint)?;
     let device = config

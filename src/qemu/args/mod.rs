@@ -1,4 +1,4 @@
-//! The QEMU arguments that go with a configuration.
+//! QEMU's arguments for a configuration.
 
 mod emulated;
 mod exported;
@@ -16,36 +16,35 @@ use crate::topology::{EndpointRange, PciAddress};
 use passthrough::{PassthroughArguments, on_root_bus};
 use present::PresentOptions;
 
-/// The first QEMU with a vhost-user device that takes any virtio device ID.
+/// The first QEMU whose vhost-user test device takes any virtio device ID.
 pub const OLDEST_QEMU: &str = "10.2";
 
-/// Arguments, and what no argument can say.
+/// Arguments, and notes for what arguments cannot express.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuArgs {
     /// The arguments, without the program's name.
     pub arguments: Vec<String>,
-    /// For the person or program that adds the devices.
+    /// Notes for the operator or the program that adds the devices.
     pub notes: Vec<String>,
 }
 
 impl QemuArgs {
-    /// The arguments for a VM with `config`, whose VIOT table is found at `viot`.
+    /// The arguments for a VM with `config`, whose VIOT table is at `viot`.
     ///
     /// # Errors
     ///
-    /// Where the configuration leaves out something QEMU must be told, or asks for what QEMU's
-    /// q35 machine has not got.
+    /// The configuration lacks a setting that QEMU needs, or has one that QEMU's q35 machine cannot have.
     pub fn new(config: &Config, viot: &Path) -> Result<Self, QemuArgsError> {
         Self::make(config, viot, PresentOptions::default())
     }
 
-    /// The arguments to add to `others`, which come first: without a machine type, RAM or a size
-    /// of RAM where the others give them.
+    /// The arguments to append to `others`. A machine type, RAM and its size are left out where
+    /// `others` give them.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and where a device of the host cannot be put at its endpoint's
-    /// address by an argument.
+    /// As for [`new`](Self::new), and where no argument can put a passthrough device at its endpoint's
+    /// address.
     pub fn beside(
         config: &Config,
         viot: &Path,
@@ -77,7 +76,7 @@ impl QemuArgs {
             return Err(QemuArgsError::NotOnRootBus { iommu });
         }
         let socket = option_value(socket)?;
-        // A colon would part two files.
+        // QEMU separates files by colons.
         let table = option_value(viot)?;
         if table.contains(':') {
             return Err(QemuArgsError::Colon {
@@ -113,7 +112,7 @@ impl QemuArgs {
                 }
                 DeviceKind::Exported => arguments.extend(exported::arguments(config)),
                 DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
-                // The process that has the device tells QEMU of it.
+                // QEMU learns of the device from the process that has it.
                 DeviceKind::ShadowReader => {}
             }
         }
@@ -130,7 +129,7 @@ impl QemuArgs {
             ("-acpitable", format!("file={table}")),
         ]);
         if let Some(path) = &config.qmp {
-            // A monitor of the daemon's own: it serves one client.
+            // A monitor of its own: each serves one client.
             let path = option_value(path)?;
             arguments.push(("-qmp", format!("unix:{path},server=on,wait=off")));
         }
@@ -168,27 +167,28 @@ impl QemuArgs {
     }
 }
 
-/// Where the table for the configuration in `file` is expected: beside it, ending in `.viot`.
+/// The usual path of the VIOT table for the configuration in `file`: beside it, with the extension
+/// `.viot`.
 pub fn default_viot_path(file: &Path) -> PathBuf {
     file.with_extension("viot")
 }
 
-/// A configuration that QEMU cannot be told of.
+/// A configuration that QEMU's arguments cannot express.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum QemuArgsError {
-    /// No path to connect to.
+    /// No path for QEMU to connect to.
     #[error(
-        "QEMU must be told a socket, and the configuration has none; \
+        "QEMU needs the path of a socket, and the configuration has none; \
          give `socket = \"/run/vm0/iommu.sock\"`"
     )]
     NoSocket,
     /// No size of guest RAM.
     #[error(
-        "QEMU must be told the size of guest RAM, and the configuration has none; \
+        "QEMU needs the size of guest RAM, and the configuration has none; \
          give `memory = \"2G\"`"
     )]
     NoMemory,
-    /// The IOMMU is not where `addr=` can put it.
+    /// `addr=` cannot put the IOMMU at its address.
     #[error(
         "the IOMMU's address {iommu} is not on bus 00 of segment 0, the only bus whose number \
          QEMU's q35 machine fixes; give an address such as `address = \"00:05.0\"`"
@@ -197,7 +197,7 @@ pub enum QemuArgsError {
         /// The address.
         iommu: PciAddress,
     },
-    /// A device of the host is not where `addr=` can put it.
+    /// `addr=` cannot put a passthrough device at its address.
     #[error(
         "endpoint {endpoint} is a device of the host and not on bus 00 of segment 0, the only bus \
          whose number QEMU's q35 machine fixes; give it an address such as `address = \"00:10.0\"`"
@@ -206,15 +206,17 @@ pub enum QemuArgsError {
         /// The address.
         endpoint: PciAddress,
     },
-    /// QEMU keeps a device to itself with type1.
+    /// With type1, QEMU would need a device that the daemon holds.
     #[error(
         "with `host-iommu = \"type1\"` the daemon alone holds the devices of the host, and QEMU's \
          vfio-pci cannot have them too; set `host-iommu = \"iommufd\"`, or export them to QEMU's \
          vfio-user client with `export = \"...\"` under each [[endpoint]]"
     )]
     Type1,
-    /// A path that QEMU takes for two.
-    #[error("the path {path:?} of the table has a colon, where QEMU sees two paths; use another")]
+    /// QEMU reads the path as two paths.
+    #[error(
+        "the path {path:?} of the table has a colon, at which QEMU splits it in two; use another"
+    )]
     Colon {
         /// The path.
         path: PathBuf,

@@ -1,4 +1,4 @@
-//! Arguments and notes for the devices of the host.
+//! Arguments and notes for passthrough devices that the VMM binds.
 
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
@@ -7,18 +7,18 @@ use super::{QemuArgsError, slot};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::topology::PciAddress;
 
-/// The first descriptor that no convention gives a meaning.
+/// The first descriptor without a conventional meaning.
 const FIRST_FREE: RawFd = 3;
 
-/// The devices of a VM and the descriptors QEMU is told to find them at.
+/// The devices that the VMM binds, and the numbers of their descriptors in QEMU.
 #[derive(Debug)]
 pub(super) struct PassthroughArguments {
     iommufd: RawFd,
-    /// In ascending order of endpoint; at least one.
+    /// At least one, in ascending order of endpoint.
     devices: Vec<VmmDevice>,
 }
 
-/// A device that the VMM binds.
+/// A passthrough device that the VMM binds.
 #[derive(Clone, Copy, Debug)]
 struct VmmDevice {
     device: Passthrough,
@@ -27,8 +27,8 @@ struct VmmDevice {
 }
 
 impl PassthroughArguments {
-    /// `None` where the configuration has no device of the host that the VMM binds. Descriptors that
-    /// it does not give get the lowest numbers free, from 3 on.
+    /// `None` where the configuration has no device that the VMM binds. Devices without a given
+    /// descriptor get the lowest free numbers, from 3 on.
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
         let mut shared = config
             .devices
@@ -65,8 +65,8 @@ impl PassthroughArguments {
         Ok(Some(Self { iommufd, devices }))
     }
 
-    /// The arguments, which must come before the IOMMU's: what the VMM binds and attaches first
-    /// is there when the guest's driver begins.
+    /// The arguments. They must come before the IOMMU's, so that QEMU has bound and attached the devices
+    /// when the guest's driver starts.
     pub fn arguments(&self) -> Vec<(&'static str, String)> {
         let iommufd = format!("iommufd,id=iommufd0,fd={}", self.iommufd);
         let mut arguments = vec![("-object", iommufd)];
@@ -98,7 +98,7 @@ impl PassthroughArguments {
         notes
     }
 
-    /// What to say of an endpoint, if it is a device of the host.
+    /// The note for an endpoint with a device that the VMM binds.
     pub fn endpoint_note(&self, endpoint: PciAddress) -> Option<String> {
         let at = self
             .devices
@@ -143,7 +143,7 @@ impl VmmDevice {
     }
 }
 
-/// Whether a device has another one beside it in its slot.
+/// Whether another device has a function in the same slot.
 pub(super) fn shares_slot(config: &Config, endpoint: PciAddress) -> bool {
     let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
     let passthrough = config
@@ -157,7 +157,7 @@ pub(super) fn shares_slot(config: &Config, endpoint: PciAddress) -> bool {
         .any(|other| other != endpoint && slot_of(other) == slot_of(endpoint))
 }
 
-/// Whether `addr=` alone puts a device there.
+/// Whether `addr=` alone can put a device at `address`.
 pub(super) fn on_root_bus(address: PciAddress) -> bool {
     address.segment() == 0 && address.bus() == 0
 }

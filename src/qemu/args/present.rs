@@ -1,25 +1,25 @@
-//! What QEMU arguments that somebody else has written say already.
+//! Finds the options that the operator's QEMU arguments have already.
 
 use std::ffi::OsString;
 
-/// What need not be added.
+/// Options that need not be added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct PresentOptions {
-    /// There is a `-machine`.
+    /// The arguments have `-machine`.
     pub machine: bool,
-    /// There is a `-m`.
+    /// The arguments have `-m`.
     pub size: bool,
-    /// The machine or a NUMA node is told where its RAM is.
+    /// The machine or a NUMA node has a memory backend.
     pub backend: bool,
 }
 
 impl PresentOptions {
-    /// What `arguments` say. Each argument that looks like an option is taken for one.
+    /// The options in `arguments`. Each argument that looks like an option counts as one.
     pub fn new(arguments: &[OsString]) -> Self {
         let mut present = Self::default();
         for (at, argument) in arguments.iter().enumerate() {
             let argument = argument.to_string_lossy();
-            // QEMU takes one dash or two.
+            // QEMU accepts one dash or two.
             let Some(name) = argument.strip_prefix('-') else {
                 continue;
             };

@@ -1,4 +1,4 @@
-//! Opens what the host has for the endpoints of a VM, once for the daemon and the VMM.
+//! Opens passthrough devices once for the daemon and the VMM.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,7 +12,7 @@ use crate::config::{Config, Descriptors, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::topology::PciAddress;
 
-/// Open files of the host IOMMU.
+/// Open files of the host's IOMMU and devices.
 #[derive(Debug, Default)]
 pub struct OpenFiles {
     iommufd: Option<File>,
@@ -21,9 +21,9 @@ pub struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// Opens `/dev/iommu` and the device of each endpoint that the VMM binds: those with `vfio` and
-    /// without `export`. Nothing where there is none; the daemon opens what it has to itself.
-    /// The files are closed in programs that are started, unless they are passed on.
+    /// Opens `/dev/iommu` and each device that the VMM binds: `vfio` without `export`. Opens nothing if
+    /// there is none; the daemon opens exported devices itself. Started programs do not inherit the
+    /// files, unless they are passed on.
     ///
     /// # Errors
     /// See [`OpenError`].
@@ -58,7 +58,7 @@ impl OpenFiles {
         Ok(files)
     }
 
-    /// Their numbers, as long as they are open.
+    /// The descriptors by endpoint, valid while the files are open.
     pub fn descriptors(&self) -> Descriptors {
         Descriptors {
             iommufd: self.iommufd.as_ref().map(AsRawFd::as_raw_fd),
@@ -71,7 +71,7 @@ impl OpenFiles {
         }
     }
 
-    /// Their numbers alone.
+    /// The numbers of all descriptors.
     pub fn numbers(&self) -> Vec<RawFd> {
         self.iommufd
             .iter()
@@ -81,24 +81,24 @@ impl OpenFiles {
     }
 }
 
-/// Something of the host that cannot be opened.
+/// A file of the host that cannot be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// `/dev/iommu`.
+    /// `/dev/iommu` cannot be opened.
     #[error(
-        "cannot open {path}: {source}; `vhost-device-iommu check` with the configuration says what \
+        "cannot open {path}: {source}; `vhost-device-iommu check` with the configuration lists what \
          this host lacks"
     )]
     Iommufd {
-        /// Where it is looked for.
+        /// Its path.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A device that is not there.
+    /// The host has no such device.
     #[error(
-        "the host has no PCI device {host}, which endpoint {endpoint} is said to be; \
-         `lspci -D` prints the addresses of those there are"
+        "the host has no PCI device {host}, which endpoint {endpoint} names; \
+         give an address that `lspci -D` prints"
     )]
     NoSuchDevice {
         /// The address in the guest.
@@ -106,11 +106,11 @@ pub enum OpenError {
         /// The address on the host.
         host: PciAddress,
     },
-    /// A device that VFIO has no node for.
+    /// VFIO has no node for the device.
     #[error(
-        "the host's device {host} (endpoint {endpoint}) has no node of VFIO: it is not bound to \
+        "the host's device {host} (endpoint {endpoint}) has no VFIO node: it is not bound to \
          vfio-pci, or the kernel lacks CONFIG_VFIO_DEVICE_CDEV; `vhost-device-iommu check` with the \
-         configuration says which, and how to put it right"
+         configuration names the reason and the cure"
     )]
     NotBound {
         /// The address in the guest.
@@ -118,10 +118,10 @@ pub enum OpenError {
         /// The address on the host.
         host: PciAddress,
     },
-    /// A device's node.
+    /// A device's node cannot be opened.
     #[error(
         "cannot open {path}, the host's device {host} (endpoint {endpoint}): {source}; \
-         `vhost-device-iommu check` with the configuration says what is missing"
+         `vhost-device-iommu check` with the configuration lists what is missing"
     )]
     Device {
         /// The address in the guest.
@@ -130,7 +130,7 @@ pub enum OpenError {
         host: PciAddress,
         /// The node.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! What the launcher waits for.
+//! The events of the launcher: signals, children, the daemon's readiness.
 
 use std::fs;
 use std::io::{self, PipeReader, Read};
@@ -10,17 +10,17 @@ use libc::c_int;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
-/// Signals that are meant for the VM as a whole.
+/// Signals for the VM as a whole, which the launcher passes on.
 const PASSED_ON: [c_int; 3] = [SIGTERM, SIGINT, SIGHUP];
 
-/// Something happened.
+/// An event of the launcher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {
-    /// This process got a signal that is to be passed on.
+    /// This process got a signal to pass on.
     Signal(c_int),
     /// A child may have ended.
     Child,
-    /// The daemon serves.
+    /// The daemon listens.
     Ready,
 }
 
@@ -32,11 +32,11 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// From now on signals are events. Those that this process was told to ignore stay ignored,
-    /// here and in children.
+    /// Turns signals into events from now on. Signals that this process ignores stay ignored, here and in
+    /// children.
     ///
     /// # Errors
-    /// Where the handlers or the thread cannot be made.
+    /// The handlers or the thread cannot be made.
     pub fn listen() -> io::Result<Self> {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let ignored = ignored_signals(&status);
@@ -66,10 +66,10 @@ impl Events {
         Ok(events)
     }
 
-    /// Makes a byte from `pipe` an event; its end alone is none.
+    /// Turns a byte from `pipe` into an event. The end of the pipe alone is none.
     ///
     /// # Errors
-    /// Where the thread cannot be made.
+    /// The thread cannot be made.
     pub fn watch(&self, mut pipe: PipeReader) -> io::Result<()> {
         let sender = self.sender.clone();
         thread::Builder::new()
@@ -77,14 +77,14 @@ impl Events {
             .spawn(move || {
                 let mut byte = [0];
                 if matches!(pipe.read(&mut byte), Ok(1)) {
-                    // The receiver may have left meanwhile.
+                    // The receiver may be gone by now.
                     sender.send(Event::Ready).unwrap_or_default();
                 }
             })?;
         Ok(())
     }
 
-    /// The next event, or `None` where there is none up to `deadline`.
+    /// The next event, or `None` if none comes by `deadline`.
     pub fn next_until(&self, deadline: Instant) -> Option<Event> {
         let left = deadline.saturating_duration_since(Instant::now());
         self.queue.recv_timeout(left).ok()
@@ -92,11 +92,11 @@ impl Events {
 
     /// The next event, however long it takes.
     pub fn next(&self) -> Event {
-        // It does not fail, since this has a sender; looking at the children is never wrong.
+        // It cannot fail, since `self` holds a sender; polling the children is harmless.
         self.queue.recv().unwrap_or(Event::Child)
     }
 
-    /// Takes all events that are waiting; whether a signal to be passed on was among them.
+    /// Takes all waiting events. Returns whether a signal to pass on was among them.
     pub fn drain(&self) -> bool {
         let events = self.queue.try_iter();
         events
@@ -112,7 +112,7 @@ impl Drop for Events {
     }
 }
 
-/// The signals that the process whose status is `text` ignores: bit N - 1 for signal N.
+/// The signals that a process with the status `text` ignores: bit N - 1 for signal N.
 fn ignored_signals(text: &str) -> u64 {
     text.lines()
         .find_map(|line| line.strip_prefix("SigIgn:"))

@@ -1,4 +1,4 @@
-//! One VM as a whole: the daemon and the VMM, started together and ended together.
+//! Starts the daemon and the VMM of one VM together, and ends them together.
 //!
 //! ```text
 //! launch -- opens /dev/iommu and the devices, makes the VIOT table
@@ -35,39 +35,39 @@ use table::TableFile;
 
 pub use devices::{OpenError, OpenFiles};
 
-/// How long the daemon may take until it listens, for its own part.
+/// How long the daemon may take until it listens, without devices.
 const START: Duration = Duration::from_secs(10);
-/// And for each device, which it opens for a moment: some take seconds to be reset.
+/// The time on top for each device: the daemon opens it, and some devices take seconds to reset.
 const START_PER_DEVICE: Duration = Duration::from_secs(5);
-/// How long the daemon may take to end: longer than its own patience with its threads.
+/// How long the daemon may take to end: longer than it waits for its own threads.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
-/// How long the VMM may take to end once its IOMMU is gone.
+/// How long the VMM may take to end after its IOMMU is gone.
 const VMM_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
-    /// The configuration's file, which the daemon reads too.
+    /// The configuration's file, which the daemon reads, too.
     pub config: &'a Path,
-    /// Where to leave the VIOT table, if it is to be kept.
+    /// The path to write the VIOT table to; `None` keeps it in memory.
     pub viot: Option<&'a Path>,
-    /// The VMM's program and the arguments to it that come first; not empty.
+    /// The VMM's program and its first arguments; not empty.
     pub vmm: &'a [OsString],
     /// The program of the daemon.
     pub daemon: &'a Path,
-    /// Where the `dev` and `sys` of the host are.
+    /// The root of the host's `dev` and `sys`.
     pub host: &'a HostRoot,
 }
 
 impl Launch<'_> {
-    /// Starts the daemon and the VMM, and waits until both have ended. Signals that would end this
-    /// process go to the VMM meanwhile. When the thread that calls this dies, both end.
+    /// Starts the daemon and the VMM, and waits until both have ended. Meanwhile, the VMM gets the signals
+    /// that would end this process. Both end when the calling thread dies.
     ///
-    /// Returns the VMM's exit status (128 and the number for a signal), or the daemon's where it
-    /// refused to start, for which it has given its reasons itself.
+    /// Returns the VMM's exit status (128 plus the number of a signal), or the daemon's if it refused to
+    /// start; the daemon has printed its reasons.
     ///
     /// # Errors
-    /// See [`LaunchError`]. Nothing is left running then.
+    /// See [`LaunchError`]. Neither process is left running.
     pub fn run(&self) -> Result<u8, LaunchError> {
         let mut config = Config::from_file(self.config)?;
         let (program, others) = self.vmm.split_first().ok_or(LaunchError::NoVmm)?;
@@ -79,7 +79,7 @@ impl Launch<'_> {
         let table = self.table(&config)?;
         let made = QemuArgs::beside(&config, &table.path, others)?;
 
-        // Dropped last: the daemon removes its own, if it can.
+        // Dropped last: the daemon removes its sockets itself, unless it was killed.
         let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
         let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
@@ -88,7 +88,7 @@ impl Launch<'_> {
         match until_ready(&mut daemon, &events, patience)? {
             Started::Ready => {}
             Started::Ended(status) => return Ok(exit_code(status)),
-            Started::Told(signal) => return Ok(128u8.saturating_add(signal)),
+            Started::Signalled(signal) => return Ok(128u8.saturating_add(signal)),
         }
         leftover = sockets(&config);
 
@@ -100,7 +100,7 @@ impl Launch<'_> {
             program: program.into(),
             source,
         })?;
-        // From here on the devices are theirs alone.
+        // From here on, only the daemon and the VMM hold the devices.
         drop((files, table));
         let status = supervise(vmm, &mut daemon, &events)?;
         drop(daemon);
@@ -146,7 +146,7 @@ impl Launch<'_> {
             command.args(["--vfio-fd", &format!("{endpoint}={fd}")]);
         }
         command.stdin(Stdio::null());
-        // A terminal's signals are for the VMM; the daemon must not go before it.
+        // A terminal signals a whole process group, and the daemon must outlive the VMM.
         command.process_group(0);
         inherited.push(writer.as_raw_fd());
         let daemon = Running::start(command, inherited, SIGTERM, DAEMON_PATIENCE);
@@ -165,63 +165,63 @@ pub enum LaunchError {
     /// The configuration cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The VMM cannot be told of the configuration.
+    /// QEMU's arguments cannot express the configuration.
     #[error(transparent)]
     QemuArgs(#[from] QemuArgsError),
     /// A file of the host cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// There is no VIOT table for the configuration.
+    /// The configuration has no VIOT table.
     #[error(transparent)]
     Viot(#[from] ViotError),
-    /// The VIOT table cannot be written where it was asked for.
+    /// The VIOT table cannot be written to its path.
     #[error("cannot write {path}: {source}; give a path that can be written with --viot")]
     WriteTable {
         /// The path.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// No program to run the VM.
-    #[error("there is no VMM to start; give its program and arguments after --")]
+    /// No VMM is given.
+    #[error("no VMM is given; give its program and arguments after --")]
     NoVmm,
     /// A program cannot be started.
     #[error("cannot start {program}: {source}; give a program that can be run, or its path")]
     Start {
         /// The program.
         program: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The daemon does not serve.
+    /// The daemon does not listen in time.
     #[error(
         "the daemon did not listen within {} s, so it was ended; try again when the machine is less \
-         busy, or see what the daemon itself says: vhost-device-iommu --config FILE",
+         busy, or read the daemon's own messages: vhost-device-iommu --config FILE",
         .0.as_secs()
     )]
     NotReady(Duration),
-    /// The daemon is gone, and the VMM with it.
+    /// The daemon ended before the VMM, which was ended too.
     #[error(
         "the daemon ended ({0}) before the VMM, which was ended too, because a guest without its \
-         IOMMU hangs; what the daemon said last may tell why, and the VM can be started again"
+         IOMMU hangs; read the daemon's last message for the reason, and start the VM again"
     )]
     DaemonEnded(ExitStatus),
-    /// Something needed from the system failed.
+    /// A system call failed.
     #[error(
-        "cannot {what}: {source}; see whether the system is short of files, memory or processes"
+        "cannot {what}: {source}; check whether the system is short of files, memory or processes"
     )]
     System {
-        /// What was tried.
+        /// The action that failed.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// The VIOT table, where the VMM finds it.
+/// The VIOT table and the path at which the VMM finds it.
 struct ViotTable {
     path: PathBuf,
-    /// The file, where it has no other name.
+    /// The file, if it has no name in the file system.
     file: Option<TableFile>,
 }
 
@@ -231,13 +231,13 @@ impl ViotTable {
     }
 }
 
-/// What became of the daemon's start.
+/// The outcome of the daemon's start.
 enum Started {
     Ready,
-    /// It ended with a status other than 0.
+    /// The daemon ended with a status other than 0.
     Ended(ExitStatus),
-    /// This process got a signal.
-    Told(u8),
+    /// This process got a signal with this number.
+    Signalled(u8),
 }
 
 fn until_ready(
@@ -250,7 +250,7 @@ fn until_ready(
         match event {
             Event::Ready => return Ok(Started::Ready),
             Event::Signal(signal) => {
-                return Ok(Started::Told(u8::try_from(signal).unwrap_or(u8::MAX)));
+                return Ok(Started::Signalled(u8::try_from(signal).unwrap_or(u8::MAX)));
             }
             Event::Child => match daemon.poll().map_err(system("wait for the daemon"))? {
                 None => {}
@@ -264,18 +264,18 @@ fn until_ready(
     Err(LaunchError::NotReady(patience))
 }
 
-/// Waits until one has ended, and ends the other.
+/// Waits until the daemon or the VMM has ended, and ends the other.
 fn supervise(
     mut vmm: Running,
     daemon: &mut Running,
     events: &Events,
 ) -> Result<ExitStatus, LaunchError> {
     let failed = || system("wait for the daemon and the VMM");
-    // Whether the VM is to end, so that nobody wonders at the end of its parts.
-    let mut told = false;
+    // A signal has asked the VM to end, so the end of the daemon is no failure.
+    let mut signalled = false;
     loop {
         if let Event::Signal(signal) = events.next() {
-            told = true;
+            signalled = true;
             vmm.signal(signal)
                 .map_err(system("send the VMM a signal"))?;
         }
@@ -284,10 +284,10 @@ fn supervise(
         if vmm_status.is_none() && daemon_status.is_none() {
             continue;
         }
-        told |= events.drain();
+        signalled |= events.drain();
         return match (vmm_status, daemon_status) {
-            // A service manager may tell both at once.
-            (_, Some(status)) if !told => {
+            // A service manager may signal both at once.
+            (_, Some(status)) if !signalled => {
                 vmm.end().map_err(failed())?;
                 Err(LaunchError::DaemonEnded(status))
             }
@@ -297,7 +297,7 @@ fn supervise(
     }
 }
 
-/// The daemon's sockets, to be removed in its stead where it is killed.
+/// The daemon's sockets, to remove if the daemon is killed.
 fn sockets(config: &Config) -> Vec<SocketFile> {
     let path = match &config.socket {
         Some(Socket::Path(path)) => Some(path),

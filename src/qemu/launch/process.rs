@@ -1,4 +1,4 @@
-//! Child processes that do not outlive this one.
+//! Child processes that do not outlive this process.
 #![expect(
     unsafe_code,
     reason = "prepares a child between fork and exec, and sends signals other than SIGKILL"
@@ -13,24 +13,24 @@ use std::time::{Duration, Instant};
 
 use libc::{c_int, pid_t};
 
-/// How often a child that is to end is looked at.
+/// The interval at which an ending child is polled.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// A child process. It is ended when dropped.
+/// A child process, which ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Running {
     child: Child,
-    /// How long it may take to end once it has been told.
+    /// How long the child may take to end after SIGTERM.
     patience: Duration,
     status: Option<ExitStatus>,
 }
 
 impl Running {
-    /// Starts `command` with the open descriptors `inherited` under their numbers here. When the
-    /// thread that calls this dies, the child gets the signal `at_death`.
+    /// Starts `command` with the descriptors `inherited` under the same numbers. When the calling thread
+    /// dies, the child gets the signal `at_death`.
     ///
     /// # Errors
-    /// Where the program cannot be started.
+    /// The program cannot be started.
     pub fn start(
         mut command: Command,
         inherited: Vec<RawFd>,
@@ -50,7 +50,7 @@ impl Running {
         })
     }
 
-    /// How it ended, if it did.
+    /// The exit status, if the child has ended.
     pub fn poll(&mut self) -> io::Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self.child.try_wait()?;
@@ -58,7 +58,7 @@ impl Running {
         Ok(self.status)
     }
 
-    /// Sends a signal, unless it has ended.
+    /// Sends a signal, unless the child has ended.
     pub fn signal(&mut self, signal: c_int) -> io::Result<()> {
         if self.poll()?.is_some() {
             return Ok(());
@@ -73,7 +73,7 @@ impl Running {
         Ok(())
     }
 
-    /// Tells it to end, and makes it where that takes too long.
+    /// Ends the child: SIGTERM first, and SIGKILL if that takes too long.
     pub fn end(&mut self) -> io::Result<ExitStatus> {
         self.signal(libc::SIGTERM)?;
         let deadline = Instant::now() + self.patience;
@@ -96,12 +96,12 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if self.end().is_err() {
-            // Nothing is left to be tried; the kernel ends it with this process.
+            // No other means is left; the kernel ends the child with this process.
         }
     }
 }
 
-/// The status of this process that stands for a child's: its own, or 128 and the signal's number.
+/// The exit status of this process for a child's status: the same, or 128 plus the signal's number.
 pub(super) fn exit_code(status: ExitStatus) -> u8 {
     let code = status
         .code()
@@ -116,7 +116,7 @@ fn prepare(parent: pid_t, at_death: c_int, inherited: &[RawFd]) -> io::Result<()
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, at_death) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // A parent that died before the call above is not noticed by it.
+    // The call above does not notice a parent that died before it.
     // SAFETY:
     // - the call has no arguments and cannot fail
     if unsafe { libc::getppid() } != parent {

@@ -1,4 +1,4 @@
-//! The VIOT table as a file that only the VMM sees.
+//! The VIOT table as an unnamed file that the VMM inherits.
 #![expect(unsafe_code, reason = "makes a memfd")]
 
 use std::fs::File;
@@ -6,12 +6,12 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
-/// A file without a name that holds a table. It is gone when nobody has it open any more.
+/// An unnamed file that holds a table. The kernel frees it when no process has it open.
 #[derive(Debug)]
 pub(super) struct TableFile(File);
 
 impl TableFile {
-    /// A file with `table` in it, closed in programs that are started unless it is passed on.
+    /// A file with the bytes of `table`. Started programs do not inherit it, unless it is passed on.
     pub fn new(table: &[u8]) -> io::Result<Self> {
         // SAFETY:
         // - the name is a C string that outlives the call; the kernel copies it
@@ -27,7 +27,7 @@ impl TableFile {
         Ok(Self(file))
     }
 
-    /// What a program calls the file that has inherited it.
+    /// The path of the file in a program that has inherited it.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }
