@@ -154,7 +154,8 @@ fn a_device_built_without_the_daemon_obeys_the_guest() {
     let socket = folder.path().join("copy.sock");
     let daemon = Daemon::with_config(&format!(
         "address = '00:05.0'\nbypass = false\n\
-         [[endpoint]]\naddress = '00:06.0'\nshadow = '{}'\n",
+         [[endpoint]]\naddress = '00:06.0'\nshadow = '{}'\n\
+         [readers]\npatience-ms = 20000\n",
         socket.display()
     ));
     let mut device = Device::start(&program, &socket);

@@ -99,7 +99,7 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
     assert_eq!(status["readers"]["refused"], 1);
     assert_eq!(status["readers"]["killed"], 0);
     let text = ctl::render(&Question::Status, &status);
-    let line = "follow the page tables: 3 now, 3 in all, 1 refused, 0 killed";
+    let line = "shadow readers: 3 now, 3 in all, 1 refused, 0 killed";
     assert!(text.contains(line), "{text}");
 }
 
