@@ -22,7 +22,7 @@ use vhost_device_iommu::host::sysfs::HostRoot;
 use vhost_device_iommu::host::tree::HostTree;
 use vhost_device_iommu::logging;
 use vhost_device_iommu::logging::journal;
-use vhost_device_iommu::process::ready::Ready;
+use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
 use vhost_device_iommu::process::watchdog::Watchdog;
@@ -103,7 +103,7 @@ fn serve(args: &RunArgs) -> Outcome {
     }
     let args = &args;
     let config = Config::try_from(args)?;
-    let ready = Ready::adopt(args.ready_fd)?;
+    let ready = ReadyDescriptor::adopt(args.ready_fd)?;
     logging::init(&config.name);
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");

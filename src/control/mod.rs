@@ -58,14 +58,14 @@ pub struct ControlPaths {
 
 /// The control thread. Dropping it ends the thread and removes the sockets.
 pub struct ControlServer {
-    stop: Arc<StopRequest>,
+    stop: Arc<ThreadStop>,
     thread: Option<JoinHandle<()>>,
     files: Vec<Arc<SocketFile>>,
     pulse: Arc<Pulse>,
 }
 
 /// Ends the thread, whether it waits for events or for a client.
-struct StopRequest {
+struct ThreadStop {
     event: EventFd,
     /// The client that the thread serves now. Shutting its socket down ends the wait for it.
     client: Mutex<Option<UnixStream>>,
@@ -84,7 +84,7 @@ impl ControlServer {
     /// # Errors
     /// A socket cannot be created.
     pub fn start(paths: &ControlPaths, subjects: Subjects) -> io::Result<Self> {
-        let stop = Arc::new(StopRequest {
+        let stop = Arc::new(ThreadStop {
             event: EventFd::new(EFD_CLOEXEC)?,
             client: Mutex::new(Rank::ControlClient, None),
         });
@@ -164,7 +164,7 @@ struct ControlThread {
     listeners: Vec<(UnixListener, Protocol)>,
     textfile: Option<TextfileWriter>,
     events: EventLoop,
-    stop: Arc<StopRequest>,
+    stop: Arc<ThreadStop>,
     pulse: Arc<Pulse>,
     subjects: Subjects,
 }

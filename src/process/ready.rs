@@ -8,9 +8,9 @@ use crate::process::inherited::adopt;
 
 /// An inherited descriptor, on which another process waits for a line feed.
 #[derive(Debug)]
-pub struct Ready(Option<File>);
+pub struct ReadyDescriptor(Option<File>);
 
-impl Ready {
+impl ReadyDescriptor {
     /// Takes over the descriptor, if there is one. The caller must not have opened any file before: see
     /// [`adopt`].
     ///
@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn a_line_feed_is_written_and_the_descriptor_closed() {
         let (mut reader, writer) = io::pipe().expect("a pipe");
-        let ready = Ready::adopt(Some(writer.into_raw_fd())).expect("open");
+        let ready = ReadyDescriptor::adopt(Some(writer.into_raw_fd())).expect("open");
         ready.notify().expect("written");
         let mut text = String::new();
         reader.read_to_string(&mut text).expect("the end");
@@ -61,12 +61,12 @@ mod tests {
 
     #[test]
     fn a_descriptor_that_is_not_open_is_refused() {
-        let message = Ready::adopt(Some(RawFd::MAX))
+        let message = ReadyDescriptor::adopt(Some(RawFd::MAX))
             .expect_err("closed")
             .to_string();
         assert!(message.contains("--ready-fd"), "{message}");
-        Ready::adopt(None)
-            .and_then(Ready::notify)
+        ReadyDescriptor::adopt(None)
+            .and_then(ReadyDescriptor::notify)
             .expect("nothing to write to");
     }
 }
