@@ -56,7 +56,7 @@ impl EventLoop {
         self.control(ControlOptions::EPOLL_CTL_ADD, fd, token, Events::EPOLLIN)
     }
 
-    /// Waits for `fd` no more.
+    /// Removes `fd` from the set.
     ///
     /// # Errors
     /// The kernel's, among them `ENOENT` where it is not in the set.
@@ -64,13 +64,13 @@ impl EventLoop {
         self.control(ControlOptions::EPOLL_CTL_DEL, fd, 0, Events::empty())
     }
 
-    /// Waits for `wanted` instead of what was wanted the last time; the kernel is told of differences only. What
-    /// [`Self::add`] has put into the set stays there.
+    /// Replaces the interests of the last call by `wanted`, with system calls for the differences only. Descriptors
+    /// from [`Self::add`] stay in the set.
     ///
     /// # Errors
     /// The kernel's; the next call tries again.
     pub fn wait_for(&mut self, wanted: Vec<Interest>) -> io::Result<()> {
-        // Those that go first: the descriptor of one that goes may be wanted under another token.
+        // Old interests leave first: `wanted` may have the same descriptor with another token.
         let gone = |old: &Interest| !wanted.iter().any(|new| new.is_same(old));
         while let Some(at) = self.interests.iter().position(gone) {
             let old = self.interests.swap_remove(at);

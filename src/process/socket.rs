@@ -174,13 +174,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let (listener, file) = bind(&path).expect("a free path");
-        let taken = bind(&path).expect_err("somebody listens");
+        let taken = bind(&path).expect_err("in use");
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
         assert!(taken.to_string().contains("choose another path"));
         drop(listener);
         // File systems reuse the number of a removed file, and count creation times in ticks.
         std::thread::sleep(Duration::from_millis(50));
-        let (_listener, second) = bind(&path).expect("nobody listens any more");
+        let (_listener, second) = bind(&path).expect("no listener any more");
         drop(file);
         assert!(path.exists(), "it is another file now");
         drop(second);

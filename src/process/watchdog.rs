@@ -2,8 +2,8 @@
 //!
 //! 1. The watchdog thread asks each [`Pulse`]. Its event wakes the thread that owes the answer.
 //! 2. That thread answers from its main loop. A thread that hangs does not get there.
-//! 3. Once all threads have answered, the watchdog sends WATCHDOG=1. If one does not answer, the watchdog sends
-//!    nothing more, and the service manager does what the unit says: it kills and restarts the daemon.
+//! 3. Once all threads have answered, the watchdog sends WATCHDOG=1. While one owes an answer, the watchdog sends
+//!    nothing, and after its deadline the service manager does what the unit says: it kills and restarts the daemon.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

@@ -27,7 +27,7 @@ pub(super) fn confine_process(needs: &Needs) -> Result<(), SandboxError> {
     // Its own user may trace a debug build.
     if !cfg!(debug_assertions) {
         disable_dumps_and_tracing().map_err(|source| SandboxError::System {
-            what: "keep others from looking into this process",
+            what: "keep other processes from tracing this one",
             source,
         })?;
     }

@@ -101,7 +101,7 @@ pub struct Needs {
     /// There are shadow endpoints. The daemon may have to kill their readers.
     pub shadow: bool,
     /// The rights with which the thread `control` adds and removes endpoints while the VM runs: it opens their
-    /// devices, and creates sockets and threads. `None` without a control socket.
+    /// devices, and creates sockets and threads. `None` without `hotplug` in the configuration.
     pub plugging: Option<Plugging>,
     /// The folder in which the thread `control` writes a file with metrics.
     pub textfile_folder: Option<PathBuf>,

@@ -67,7 +67,7 @@ pub(super) fn name_violations() -> Result<(), SandboxError> {
         return Ok(());
     }
     Err(SandboxError::System {
-        what: "watch for forbidden system calls",
+        what: "install the handler of forbidden system calls",
         source: io::Error::last_os_error(),
     })
 }
