@@ -1,4 +1,4 @@
-//! The library without the daemon: what a device that links it gets, and the crate as it is published.
+//! The library without the daemon: the crates that a device links with it, and the files of the published crate.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,

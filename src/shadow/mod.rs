@@ -5,8 +5,8 @@
 //! then on the reader translates addresses without waiting for a lock, without a system call and without a message.
 //! It reports only refused accesses to the daemon, which reports them to the guest.
 //!
-//! A device links this module without the daemon (`default-features = false`): [`reader`] and [`wire`] are what is
-//! left of it. `registry` and `server` are the daemon's side.
+//! A device links this module without the daemon (`default-features = false`): it then
+//! holds [`reader`] and [`wire`]. `registry` and `server` are the daemon's side.
 //!
 //! ```no_run
 //! use vhost_device_iommu::ids::EndpointId;

@@ -162,7 +162,7 @@ enum PeerState {
     Leaving(Arc<Reader>),
 }
 
-/// What a peer has sent.
+/// The input from a peer.
 enum Input {
     Frame(Frame),
     /// No whole frame yet.

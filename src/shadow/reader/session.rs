@@ -77,7 +77,7 @@ impl Drop for Registration {
     }
 }
 
-/// What the session's thread and the accesses share.
+/// The state that the session's thread and the accesses share.
 #[derive(Debug)]
 pub(super) struct Session {
     stream: UnixStream,

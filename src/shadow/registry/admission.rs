@@ -122,16 +122,16 @@ impl Registry {
         let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
         let fds = [self.arena.as_fd(), epochs.fd()];
         let deadline = Instant::now() + self.limits.patience;
-        let mut said = send_frame(&stream, &welcome, &fds, Some(deadline));
+        let mut sent = send_frame(&stream, &welcome, &fds, Some(deadline));
         for range in &facts.reserved {
             let numbers = [range.first().0, range.last().0, 0, 0];
             let frame = Frame::new(kind::RESERVED, 0, numbers);
-            said = said.and_then(|()| send_frame(&stream, &frame, &[], Some(deadline)));
+            sent = sent.and_then(|()| send_frame(&stream, &frame, &[], Some(deadline)));
         }
         for ram in &state.memory {
-            said = said.and_then(|()| send_ram(&stream, ram, deadline));
+            sent = sent.and_then(|()| send_ram(&stream, ram, deadline));
         }
-        said = said.and_then(|()| {
+        sent = sent.and_then(|()| {
             send_frame(
                 &stream,
                 &memory_frame(state.generation),
@@ -139,7 +139,7 @@ impl Registry {
                 Some(deadline),
             )
         });
-        if let Err(cause) = said {
+        if let Err(cause) = sent {
             debug!("cannot send a reader its welcome: {cause}");
             return Err((stream, Refusal::Resources, 0));
         }

@@ -43,9 +43,8 @@ impl Registry {
         });
         state.memory.push(ram);
         for reader in unreached {
-            // Half-close: the reader drains its socket, then disconnects. Not removed here, because until
-            // then its accesses are valid and must be waited for. It never reaches the RAM that it was not
-            // told of.
+            // Half-close: the reader drains its socket, then disconnects. Not removed here, because its accesses
+            // are valid until then and must be waited for. It cannot reach the new RAM, which it never maps.
             let _ = reader.stream.shutdown(std::net::Shutdown::Write);
         }
         let behind = |r: &&Arc<Reader>| {
