@@ -8,6 +8,8 @@
 mod chain;
 mod event_queue;
 pub mod guest_memory;
+#[cfg(test)]
+mod plain_ring;
 mod polling;
 mod request_queue;
 mod request_ring;
@@ -16,6 +18,10 @@ pub mod ring;
 mod serve;
 mod status;
 mod stored_ring;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::io;

@@ -39,6 +39,8 @@ pub enum Rank {
     FaultLog,
     /// Guest memory as the device checked it.
     GuestMemory,
+    /// One ring of a device without a transport. A transport's rings have the lock of its crate, without a rank.
+    Ring,
     /// The mapped regions of one device of the host.
     DeviceRegions,
     /// Descriptors that the vhost-user crate has given up.

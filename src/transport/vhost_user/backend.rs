@@ -176,3 +176,40 @@ impl VhostUserBackend for VhostUserDevice {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::testing::device;
+
+    #[test]
+    fn the_vmm_counts_as_present_from_its_first_message() {
+        for first in [
+            |vmm: &VhostUserDevice| {
+                vmm.protocol_features();
+            },
+            |vmm: &VhostUserDevice| {
+                let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+                vmm.update_memory(memory).expect("no memory");
+            },
+        ] {
+            let (device, recorder) = device();
+            let vmm = VhostUserDevice::new(device.clone());
+            device.connect();
+            assert!(!recorder.state().connected);
+            first(&vmm);
+            assert!(recorder.state().connected);
+            device.disconnect();
+            assert!(!recorder.state().connected);
+        }
+    }
+
+    #[test]
+    fn the_features_of_the_protocol_are_offered_beside_the_devices() {
+        let (device, _) = device();
+        let features = VhostUserDevice::new(device).features();
+        let own = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        assert_eq!(features, own | Device::offered_features());
+        assert_eq!(own & Device::offered_features(), 0);
+    }
+}

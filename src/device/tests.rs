@@ -1,0 +1,157 @@
+//! The device over a plain ring: no transport, no socket, no other thread.
+
+use super::testing::{Bed, ENDPOINT, MAX_BATCH, RING_SIZE, attach, map, unmap};
+use crate::address::{Access, Iova};
+use crate::faults::{Fault, FaultReason};
+use crate::ids::DomainId;
+use crate::protocol::reply::{Status, TAIL_LEN};
+
+const OK: u8 = Status::Ok as u8;
+const NOENT: u8 = Status::NoEnt as u8;
+const DOMAIN: u32 = 1;
+
+/// Whether the backend has mappings of the domain.
+fn has_domain(bed: &Bed) -> bool {
+    bed.recorder.state().domains.contains_key(&DomainId(DOMAIN))
+}
+
+fn fault(address: u64) -> Fault {
+    Fault {
+        endpoint: ENDPOINT,
+        reason: FaultReason::Mapping,
+        access: Access::WRITE,
+        address: Iova(address),
+    }
+}
+
+#[test]
+fn requests_are_answered_and_the_driver_is_notified() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&map(DOMAIN, 0x1000)), NOENT);
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    assert_eq!(bed.request(&map(DOMAIN, 0x1000)), OK);
+    assert_eq!(bed.recorder.state().domains[&DomainId(DOMAIN)].len(), 1);
+    assert_eq!(bed.request(&unmap(DOMAIN, 0x1000)), OK);
+    assert!(bed.recorder.state().domains[&DomainId(DOMAIN)].is_empty());
+    assert_eq!(bed.requests.ring.take_interrupts(), 4);
+    bed.requests.suppress_interrupts();
+    assert_eq!(bed.request(&map(DOMAIN, 0x1000)), OK);
+    assert_eq!(bed.requests.ring.take_interrupts(), 0);
+}
+
+#[test]
+fn one_kick_serves_all_batches() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    let count = u16::try_from(MAX_BATCH).expect("small") + 3;
+    let heads: Vec<_> = (0..count)
+        .map(|n| bed.requests.put(&map(DOMAIN, u64::from(n) << 12), TAIL_LEN))
+        .collect();
+    bed.kick();
+    for head in heads {
+        assert_eq!(bed.requests.take_used(), Some((head, 4)));
+        assert_eq!(bed.requests.written(head)[0], OK);
+    }
+    assert_eq!(bed.requests.take_used(), None);
+    let metrics = bed.device.metrics();
+    assert_eq!(metrics.batch_full.get(), 1);
+    assert_eq!(metrics.wakeups.get(), 2);
+}
+
+#[test]
+fn a_request_of_an_unknown_type_is_returned_unwritten() {
+    let mut bed = Bed::new();
+    let head = bed.requests.put(&[0x7f; 8], TAIL_LEN);
+    bed.kick();
+    assert_eq!(bed.requests.take_used(), Some((head, 0)));
+    assert_eq!(bed.requests.written(head)[..TAIL_LEN], [0xff; TAIL_LEN]);
+    assert_eq!(bed.device.metrics().chains_refused.get(), 1);
+}
+
+#[test]
+fn a_stopped_ring_is_left_alone_and_a_resumed_driver_keeps_its_domains() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    bed.stop();
+    let head = bed.requests.put(&map(DOMAIN, 0), TAIL_LEN);
+    bed.kick();
+    assert_eq!(bed.requests.take_used(), None);
+    bed.start();
+    bed.kick();
+    assert_eq!(bed.requests.take_used(), Some((head, 4)));
+    assert_eq!(bed.requests.written(head)[0], OK);
+    assert_eq!(bed.device.metrics().resets.get(), 0);
+}
+
+#[test]
+fn a_new_driver_finds_no_domain() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    bed.stop();
+    bed.start_new_driver();
+    assert_eq!(bed.request(&map(DOMAIN, 0)), NOENT);
+    assert_eq!(bed.device.metrics().resets.get(), 1);
+    assert!(!has_domain(&bed));
+}
+
+#[test]
+fn a_reset_of_the_vm_counts_until_the_next_driver_has_begun() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    assert!(!bed.device.reset_vm(), "the ring is running");
+    assert!(has_domain(&bed));
+    bed.stop();
+    assert!(bed.device.reset_vm());
+    assert!(!has_domain(&bed));
+    assert!(!bed.device.reset_vm(), "no domain is left");
+}
+
+#[test]
+fn a_ring_with_more_requests_than_entries_is_left_alone_until_it_starts_anew() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    bed.requests.claim(RING_SIZE + 2);
+    bed.kick();
+    bed.requests.claim(1);
+    let head = bed.requests.put(&map(DOMAIN, 0), TAIL_LEN);
+    bed.kick();
+    assert_eq!(bed.requests.take_used(), None, "{head} is not served");
+    bed.stop();
+    bed.start_new_driver();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+}
+
+#[test]
+fn faults_go_into_the_buffers_of_the_event_ring() {
+    let mut bed = Bed::new();
+    bed.device.report_fault(&fault(0x1000));
+    assert_eq!(bed.device.metrics().faults_dropped.get(), 1, "no ring");
+    bed.kick();
+    bed.device.report_fault(&fault(0x2000));
+    assert_eq!(bed.device.metrics().faults_dropped.get(), 2, "no buffer");
+    let small = bed.events.put(&[], 8);
+    let fitting = bed.events.put(&[], 24);
+    bed.device.report_fault(&fault(0x3000));
+    assert_eq!(bed.device.metrics().faults_delivered.get(), 1);
+    assert_eq!(bed.events.take_used(), Some((small, 0)));
+    assert_eq!(bed.events.take_used(), Some((fitting, 24)));
+    let record = bed.events.written(fitting);
+    assert_eq!(record[16..24], 0x3000u64.to_le_bytes());
+    assert_eq!(bed.events.ring.take_interrupts(), 1);
+}
+
+#[test]
+fn nothing_of_a_vm_is_left_for_the_next_one() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    assert!(bed.recorder.state().connected);
+    bed.disconnect();
+    assert!(!bed.device.is_connected() && bed.device.memory().is_none());
+    assert!(!bed.recorder.state().connected && !has_domain(&bed));
+    bed.events.put(&[], 24);
+    bed.device.report_fault(&fault(0x1000));
+    assert_eq!(bed.device.metrics().faults_dropped.get(), 1);
+    bed.connect();
+    bed.start_new_driver();
+    assert_eq!(bed.request(&map(DOMAIN, 0)), NOENT);
+}
