@@ -7,6 +7,7 @@
 
 mod chain;
 mod event_queue;
+mod execute;
 pub mod guest_memory;
 #[cfg(test)]
 mod plain_ring;
@@ -51,8 +52,9 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
 
+use self::execute::probe_size;
 use self::polling::Polling;
-use self::request_queue::{RequestQueue, probe_size};
+use self::request_queue::RequestQueue;
 use self::resume::RingState;
 use self::stored_ring::StoredRing;
 

@@ -6,8 +6,9 @@ use log::debug;
 
 use vm_memory::GuestMemoryMmap;
 
+use super::execute::Context;
 use super::polling::{Look, Polling};
-use super::request_queue::{Context, Pass, RequestQueue};
+use super::request_queue::{Pass, RequestQueue};
 use super::request_ring::NextChain;
 use super::resume::{Restart, RingState};
 use super::ring::{LockedRing, Ring};

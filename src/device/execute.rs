@@ -1,0 +1,399 @@
+//! One request: from a chain's bytes to the core, and the outcome back into the chain.
+
+use std::collections::VecDeque;
+
+use log::debug;
+use vm_memory::GuestMemoryMmap;
+
+use super::chain::{Chain, ChainRequest, Span, scatter};
+use super::view::GuestView;
+use crate::address::{Access, IovaRange, Mapping};
+use crate::faults::FaultReason;
+use crate::ids::DomainId;
+use crate::iommu::{Iommu, RequestError};
+use crate::logging::limit::{self, LogLimit};
+use crate::metrics::{FAULT_REASONS, Metrics, REQUEST_KINDS, STATUSES};
+use crate::protocol::config_space::ConfigSpace;
+use crate::protocol::probe::{RESV_MEM_LEN, push_resv_mem};
+use crate::protocol::reply::{Status, TAIL_LEN, write_reply};
+use crate::protocol::request::{DecodeError, Request, RequestKind};
+use crate::protocol::wire::{
+    VIRTIO_IOMMU_ATTACH_F_BYPASS, VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_MAP_UNMAP,
+    VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE, VIRTIO_IOMMU_MAP_F_MMIO, VIRTIO_IOMMU_MAP_F_READ,
+    VIRTIO_IOMMU_MAP_F_WRITE,
+};
+use crate::topology::ReservedKind;
+use crate::warn_limited;
+
+/// How much work is done between two looks at the clock; one is a small MAP without a backend.
+pub const WORK_PER_LOOK: u64 = 16;
+
+/// What serving requests needs besides the queue.
+pub struct Context<'a> {
+    /// The core.
+    pub iommu: &'a mut Iommu,
+    /// Guest memory as it is during this pass.
+    pub memory: &'a GuestMemoryMmap,
+    /// Feature bits the driver has accepted.
+    pub features: u64,
+    /// What the configuration space promises.
+    pub config: &'a ConfigSpace,
+    /// Counters.
+    pub metrics: &'a Metrics,
+    /// The most requests of a pass.
+    pub max_batch: usize,
+}
+
+/// Executes requests. Buffers are kept from one to the next.
+#[derive(Debug, Default)]
+pub struct Executor {
+    reply: Vec<u8>,
+    properties: Vec<u8>,
+    /// Of the UNMAPs that come next, which were served together with one before.
+    unmapped: VecDeque<Result<(), RequestError>>,
+    ranges: Vec<IovaRange>,
+}
+
+impl Executor {
+    /// Whether outcomes of UNMAPs wait for their turn.
+    pub fn has_outcomes(&self) -> bool {
+        !self.unmapped.is_empty()
+    }
+
+    /// Where several UNMAPs of one domain are next, serves them in one go: a backend takes hardly
+    /// longer for all of them than for one. Their outcomes wait until it is their turn.
+    pub fn unmap_together(&mut self, chains: &[Chain], context: &mut Context<'_>) {
+        let mut domain = None;
+        self.ranges.clear();
+        for chain in chains {
+            let Some((of, range)) = unmap_in(chain, context.features) else {
+                break;
+            };
+            if *domain.get_or_insert(of) != of {
+                break;
+            }
+            self.ranges.push(range);
+        }
+        if let Some(domain) = domain
+            && self.ranges.len() > 1
+        {
+            context
+                .iommu
+                .unmap_all(domain, &self.ranges, &mut self.unmapped);
+        }
+    }
+
+    /// Serves one request. Returns the used length, or `None` where nothing is written, and how
+    /// much work it was.
+    pub fn answer(
+        &mut self,
+        view: &GuestView<'_>,
+        chain: &ChainRequest,
+        spans: &[Span],
+        context: &mut Context<'_>,
+    ) -> (Option<u32>, u64) {
+        self.properties.clear();
+        let mut work = 1;
+        let status = match chain.bytes {
+            None => {
+                warn_limited!("a request's device-readable part is not in guest memory");
+                Status::IoErr
+            }
+            Some(bytes) => match Request::decode(bytes.as_slice()) {
+                Ok(request) if !is_available(&request, context.features) => {
+                    warn_limited!(
+                        "{} request without its feature negotiated",
+                        request.kind().name()
+                    );
+                    return (None, work);
+                }
+                Ok(request) => {
+                    work = work_of(&request, context.iommu.has_backends());
+                    self.execute(&request, chain, context)
+                }
+                Err(DecodeError::UnknownType) => {
+                    warn_limited!("unknown request type {:#x}", first_byte(bytes.as_slice()));
+                    return (None, work);
+                }
+                Err(cause @ DecodeError::TooShort { kind, .. }) => {
+                    warn_limited!("{cause}");
+                    count(context.metrics, kind, Status::IoErr);
+                    Status::IoErr
+                }
+            },
+        };
+        self.reply.resize(chain.writable_len, 0);
+        write_reply(&mut self.reply, &self.properties, status);
+        let spans = spans.get(chain.spans.clone()).unwrap_or(&[]);
+        let used = scatter(view, spans, &self.reply)
+            .then(|| u32::try_from(chain.writable_len).ok())
+            .flatten();
+        (used, work)
+    }
+
+    fn execute(
+        &mut self,
+        request: &Request,
+        chain: &ChainRequest,
+        context: &mut Context<'_>,
+    ) -> Status {
+        let status = match self.apply(request, chain, context) {
+            Ok(()) => Status::Ok,
+            Err(error) => {
+                let status = Status::from(&error);
+                count_cause(context.metrics, request.kind(), &error);
+                // A flood of one kind must not hide the others.
+                static LIMITS: [LogLimit; RequestKind::COUNT] =
+                    [const { LogLimit::new() }; RequestKind::COUNT];
+                limit::log(
+                    &LIMITS[request.kind().index()],
+                    log::Level::Warn,
+                    module_path!(),
+                    format_args!(
+                        "{} refused with status {}: {error} ({})",
+                        request.kind().name(),
+                        status.name(),
+                        Subject(request)
+                    ),
+                );
+                status
+            }
+        };
+        count(context.metrics, request.kind(), status);
+        status
+    }
+
+    fn apply(
+        &mut self,
+        request: &Request,
+        chain: &ChainRequest,
+        context: &mut Context<'_>,
+    ) -> Result<(), RequestError> {
+        let iommu = &mut *context.iommu;
+        match *request {
+            Request::Attach {
+                domain,
+                endpoint,
+                flags,
+                reserved_is_zero,
+            } => {
+                // ATTACH-1
+                if !reserved_is_zero {
+                    return Err(RequestError::ReservedNotZero);
+                }
+                // ATTACH-2
+                let known = if has(context.features, VIRTIO_IOMMU_F_BYPASS_CONFIG) {
+                    VIRTIO_IOMMU_ATTACH_F_BYPASS
+                } else {
+                    0
+                };
+                check_flags(flags, known)?;
+                let bypass = flags & VIRTIO_IOMMU_ATTACH_F_BYPASS != 0;
+                iommu.attach(endpoint, domain, bypass)?;
+                debug!("endpoint {endpoint} attached to domain {domain}");
+            }
+            Request::Detach { domain, endpoint } => {
+                iommu.detach(endpoint, domain)?;
+                debug!("endpoint {endpoint} detached from domain {domain}");
+            }
+            Request::Map {
+                domain,
+                virt_start,
+                virt_end,
+                phys_start,
+                flags,
+            } => {
+                // MAP-3
+                let mut known = VIRTIO_IOMMU_MAP_F_READ | VIRTIO_IOMMU_MAP_F_WRITE;
+                if has(context.features, VIRTIO_IOMMU_F_MMIO) {
+                    known |= VIRTIO_IOMMU_MAP_F_MMIO;
+                }
+                check_flags(flags, known)?;
+                let range =
+                    IovaRange::new(virt_start, virt_end).ok_or(RequestError::EmptyRange {
+                        first: virt_start,
+                        last: virt_end,
+                    })?;
+                iommu.map(
+                    domain,
+                    &Mapping {
+                        range,
+                        gpa: phys_start,
+                        access: Access {
+                            read: flags & VIRTIO_IOMMU_MAP_F_READ != 0,
+                            write: flags & VIRTIO_IOMMU_MAP_F_WRITE != 0,
+                        },
+                        mmio: flags & VIRTIO_IOMMU_MAP_F_MMIO != 0,
+                    },
+                )?;
+            }
+            Request::Unmap {
+                domain,
+                virt_start,
+                virt_end,
+            } => {
+                let range =
+                    IovaRange::new(virt_start, virt_end).ok_or(RequestError::EmptyRange {
+                        first: virt_start,
+                        last: virt_end,
+                    })?;
+                match self.unmapped.pop_front() {
+                    Some(outcome) => outcome?,
+                    None => {
+                        iommu.unmap(domain, range)?;
+                    }
+                }
+            }
+            Request::Probe { endpoint } => {
+                let regions = iommu.probe(endpoint)?;
+                // PROBE-7
+                let need = context.config.probe_size as usize;
+                let have = chain.writable_len.saturating_sub(TAIL_LEN);
+                if have < need {
+                    return Err(RequestError::ProbeTooSmall { need, have });
+                }
+                for region in regions.iter() {
+                    push_resv_mem(
+                        &mut self.properties,
+                        region.range,
+                        region.kind == ReservedKind::Msi,
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+const _: () = assert!(RequestKind::COUNT == REQUEST_KINDS);
+const _: () = assert!(Status::COUNT == STATUSES);
+const _: () = assert!(FaultReason::COUNT == FAULT_REASONS);
+
+/// Size of PROBE's property list that holds `regions` regions, in bytes.
+pub fn probe_size(regions: usize) -> u32 {
+    u32::try_from(regions.saturating_mul(RESV_MEM_LEN).max(512)).unwrap_or(u32::MAX)
+}
+
+/// Whether the feature that makes a request available was negotiated.
+fn is_available(request: &Request, features: u64) -> bool {
+    match request.kind() {
+        RequestKind::Attach | RequestKind::Detach => true,
+        RequestKind::Map | RequestKind::Unmap => has(features, VIRTIO_IOMMU_F_MAP_UNMAP),
+        RequestKind::Probe => has(features, VIRTIO_IOMMU_F_PROBE),
+    }
+}
+
+/// The domain and the range of a chain that is an UNMAP and gets as far as the core.
+fn unmap_in(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
+    let bytes = chain.request.as_ref()?.bytes?;
+    let request = Request::decode(bytes.as_slice()).ok()?;
+    let Request::Unmap {
+        domain,
+        virt_start,
+        virt_end,
+    } = request
+    else {
+        return None;
+    };
+    let range = IovaRange::new(virt_start, virt_end)?;
+    is_available(&request, features).then_some((domain, range))
+}
+
+/// What a request may cost, in small MAPs without a backend.
+fn work_of(request: &Request, has_backends: bool) -> u64 {
+    /// Table entries that are written in the time of a small MAP.
+    const PAGES: u64 = 64;
+    let pages = match *request {
+        Request::Attach { .. } | Request::Detach { .. } | Request::Probe { .. } => {
+            return WORK_PER_LOOK;
+        }
+        Request::Map {
+            virt_start,
+            virt_end,
+            ..
+        }
+        | Request::Unmap {
+            virt_start,
+            virt_end,
+            ..
+        } => virt_end.0.saturating_sub(virt_start.0) >> 12,
+    };
+    // A system call takes as long as many.
+    let work = if has_backends { WORK_PER_LOOK / 2 } else { 1 };
+    work + pages / PAGES
+}
+
+fn has(features: u64, bit: u32) -> bool {
+    features >> bit & 1 != 0
+}
+
+fn check_flags(flags: u32, known: u32) -> Result<(), RequestError> {
+    match flags & !known {
+        0 => Ok(()),
+        unknown => Err(RequestError::UnknownFlags(unknown)),
+    }
+}
+
+fn count(metrics: &Metrics, kind: RequestKind, status: Status) {
+    if let Some(counter) = metrics
+        .requests
+        .get(kind.index())
+        .and_then(|kinds| kinds.get(status.index()))
+    {
+        counter.inc();
+    }
+}
+
+fn first_byte(bytes: &[u8]) -> u8 {
+    bytes.first().copied().unwrap_or(0)
+}
+
+/// Counts what is behind a refusal: a limit, or a backend.
+fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
+    match error {
+        RequestError::OutOfFrames { .. } => metrics.arena_full.inc(),
+        RequestError::DomainOutOfRange { .. } => metrics.domain_beyond.inc(),
+        RequestError::Backend(_) | RequestError::Quarantined { .. } => {
+            if let Some(counter) = metrics.backend_failures.get(kind.index()) {
+                counter.inc();
+            }
+        }
+        RequestError::NoSuchEndpoint(_)
+        | RequestError::NoSuchDomain(_)
+        | RequestError::NotAttached { .. }
+        | RequestError::BypassMismatch { .. }
+        | RequestError::BypassDomain(_)
+        | RequestError::UnknownFlags(_)
+        | RequestError::ReservedNotZero
+        | RequestError::EmptyRange { .. }
+        | RequestError::Misaligned { .. }
+        | RequestError::OutsideInputRange { .. }
+        | RequestError::PhysOutOfRange(_)
+        | RequestError::Overlap { .. }
+        | RequestError::Reserved { .. }
+        | RequestError::WouldSplit { .. }
+        | RequestError::GroupElsewhere { .. }
+        | RequestError::RegionClash { .. }
+        | RequestError::ProbeTooSmall { .. } => {}
+    }
+}
+
+/// "endpoint 0x30, domain 3" for messages: what a request names of the two.
+struct Subject<'a>(&'a Request);
+
+impl std::fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Request::Map { domain, .. } | Request::Unmap { domain, .. } => {
+                write!(f, "domain {domain}")
+            }
+            Request::Attach {
+                domain, endpoint, ..
+            }
+            | Request::Detach { domain, endpoint } => {
+                write!(f, "endpoint {endpoint}, domain {domain}")
+            }
+            Request::Probe { endpoint } => write!(f, "endpoint {endpoint}"),
+        }
+    }
+}
