@@ -115,9 +115,9 @@ fn serve(args: &RunArgs) -> Outcome {
         };
         sandbox::arm(sandbox_needs::needs(&config), violation)?;
     }
-    let ending = signals::end_on_signals()?;
+    let signal_handler = signals::handle_signals()?;
     let mut daemon = Daemon::new(&config)?;
-    ending.of(daemon.stop_handle());
+    signal_handler.set_daemon(daemon.stop_handle());
     let service = Arc::new(service);
     let manager = service.clone();
     let _watchdog = service

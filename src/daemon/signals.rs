@@ -19,17 +19,17 @@ use crate::process::sandbox::{self, Role};
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where the daemon that the signals end is named.
-pub struct Ending(SyncSender<StopHandle>);
+pub struct SignalHandler(SyncSender<StopHandle>);
 
-impl Ending {
+impl SignalHandler {
     /// A signal that came, or comes, ends this daemon.
-    pub fn of(&self, stop: StopHandle) {
+    pub fn set_daemon(&self, stop: StopHandle) {
         // The thread listens until the signal that ends the process, and keeps the first.
         let _ = self.0.try_send(stop);
     }
 }
 
-/// From now on the first signal ends the daemon that [`Ending::of`] names, before or after.
+/// From now on the first signal ends the daemon that [`SignalHandler::set_daemon`] names, before or after.
 ///
 /// Called before the daemon makes anything that outlives a killed process, such as its sockets'
 /// files. A thread that a frontend keeps from ending (with a kick descriptor that blocks, for
@@ -38,15 +38,15 @@ impl Ending {
 ///
 /// # Errors
 /// Where the handlers or the thread cannot be made.
-pub fn end_on_signals() -> io::Result<Ending> {
+pub fn handle_signals() -> io::Result<SignalHandler> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let (ending, named) = sync_channel(1);
+    let (daemon, named) = sync_channel(1);
     sandbox::spawn(Role::Signals, move || {
         if signals.forever().next().is_some() {
             end(&named);
         }
     })?;
-    Ok(Ending(ending))
+    Ok(SignalHandler(daemon))
 }
 
 fn end(named: &Receiver<StopHandle>) {

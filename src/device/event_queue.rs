@@ -11,7 +11,7 @@ use crate::protocol::wire::FaultRecord;
 use crate::warn_limited;
 
 /// Buffers too small for a record that are returned for the sake of one fault.
-const MAX_UNFIT: usize = 16;
+const MAX_TOO_SMALL: usize = 16;
 
 /// Writes `fault` into the next buffer and notifies the driver.
 ///
@@ -51,7 +51,7 @@ pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> boo
             delivered = false;
         }
         returned += 1;
-        if returned > MAX_UNFIT {
+        if returned > MAX_TOO_SMALL {
             break;
         }
     }

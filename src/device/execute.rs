@@ -26,7 +26,7 @@ use crate::topology::ReservedKind;
 use crate::warn_limited;
 
 /// How much work is done between two looks at the clock; one is a small MAP without a backend.
-pub const WORK_PER_LOOK: u64 = 16;
+pub const WORK_PER_CLOCK_READ: u64 = 16;
 
 /// What serving requests needs besides the queue.
 pub struct Context<'a> {
@@ -62,11 +62,11 @@ impl Executor {
 
     /// Where several UNMAPs of one domain are next, serves them in one go: a backend takes hardly
     /// longer for all of them than for one. Their outcomes wait until it is their turn.
-    pub fn unmap_together(&mut self, chains: &[Chain], context: &mut Context<'_>) {
+    pub fn unmap_run(&mut self, chains: &[Chain], context: &mut Context<'_>) {
         let mut domain = None;
         self.ranges.clear();
         for chain in chains {
-            let Some((of, range)) = unmap_in(chain, context.features) else {
+            let Some((of, range)) = decode_unmap(chain, context.features) else {
                 break;
             };
             if *domain.get_or_insert(of) != of {
@@ -108,7 +108,7 @@ impl Executor {
                     return (None, work);
                 }
                 Ok(request) => {
-                    work = work_of(&request, context.iommu.has_backends());
+                    work = cost_of(&request, context.iommu.has_backends());
                     self.execute(&request, chain, context)
                 }
                 Err(DecodeError::UnknownType) => {
@@ -284,7 +284,7 @@ fn is_available(request: &Request, features: u64) -> bool {
 }
 
 /// The domain and the range of a chain that is an UNMAP and gets as far as the core.
-fn unmap_in(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
+fn decode_unmap(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
     let bytes = chain.request.as_ref()?.bytes?;
     let request = Request::decode(bytes.as_slice()).ok()?;
     let Request::Unmap {
@@ -300,12 +300,12 @@ fn unmap_in(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
 }
 
 /// What a request may cost, in small MAPs without a backend.
-fn work_of(request: &Request, has_backends: bool) -> u64 {
+fn cost_of(request: &Request, has_backends: bool) -> u64 {
     /// Table entries that are written in the time of a small MAP.
     const PAGES: u64 = 64;
     let pages = match *request {
         Request::Attach { .. } | Request::Detach { .. } | Request::Probe { .. } => {
-            return WORK_PER_LOOK;
+            return WORK_PER_CLOCK_READ;
         }
         Request::Map {
             virt_start,
@@ -319,7 +319,11 @@ fn work_of(request: &Request, has_backends: bool) -> u64 {
         } => virt_end.0.saturating_sub(virt_start.0) >> 12,
     };
     // A system call takes as long as many.
-    let work = if has_backends { WORK_PER_LOOK / 2 } else { 1 };
+    let work = if has_backends {
+        WORK_PER_CLOCK_READ / 2
+    } else {
+        1
+    };
     work + pages / PAGES
 }
 

@@ -107,7 +107,7 @@ pub struct Device {
     polling: Mutex<Polling>,
     realtime: Option<Realtime>,
     /// The worker is a new thread, with the priority of the others.
-    ordinary: AtomicBool,
+    worker_is_new: AtomicBool,
     /// Makes the worker look at the request ring without a kick.
     wake: EventFd,
     /// What the worker says that it is alive with.
@@ -161,7 +161,7 @@ impl Device {
             memory_changes: AtomicU64::new(0),
             polling: Mutex::new(Rank::Polling, Polling::new(worker.longest_poll)),
             realtime: worker.realtime,
-            ordinary: AtomicBool::new(true),
+            worker_is_new: AtomicBool::new(true),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             pulse: Arc::new(Pulse::new("the worker")?),
             max_batch: worker.max_batch,
@@ -213,7 +213,7 @@ impl Device {
     /// A frontend will connect: its worker may serve.
     pub fn prepare(&self) {
         self.shutdown.store(false, Ordering::Release);
-        self.ordinary.store(true, Ordering::Release);
+        self.worker_is_new.store(true, Ordering::Release);
     }
 
     /// A frontend has connected: it finds a device without a past.

@@ -25,34 +25,34 @@ use std::hint::spin_loop;
 use std::time::{Duration, Instant};
 
 /// Windows shorter than this are not worth a look.
-const SHORTEST: Duration = Duration::from_micros(2);
+const SHORTEST_WINDOW: Duration = Duration::from_micros(2);
 /// Looks at the ring between two looks at the clock.
-const LOOKS: u32 = 4;
+const CHECKS_PER_CLOCK_READ: u32 = 4;
 /// Pauses between two looks at the ring: what looks all the time keeps the driver's processor from
 /// its own cache lines, and from the core they may share.
-const PAUSES: u32 = 2;
+const SPINS_PER_CHECK: u32 = 2;
 /// Nobody was here for so long: another thread had the processor.
-const TAKEN_AWAY: Duration = Duration::from_micros(150);
+const PREEMPTED: Duration = Duration::from_micros(150);
 /// A request that comes so soon after a window in vain has waited for its end.
-const AT_ONCE: Duration = Duration::from_micros(15);
+const IMMEDIATE: Duration = Duration::from_micros(15);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// The part of what a window is too long by that it loses with each request: a longer gap between
 /// bursts of requests must not be forgotten within one.
-const SLOWNESS: u32 = 128;
+const DECAY: u32 = 128;
 /// Windows in which requests came that make up for one in which the processor was taken away.
-const FORGIVEN: u32 = 100;
+const HITS_PER_PARDON: u32 = 100;
 
 /// What looking came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub enum PollOutcome {
     /// Something is there, after so long: as of the last look at the clock, for another one would take a
     /// tenth of the time a request does.
-    Found(Duration),
+    Hit(Duration),
     /// The window is over.
-    Over,
+    Expired,
     /// There was no window.
-    None,
+    Skipped,
 }
 
 /// The window, and what it is learned from.
@@ -63,13 +63,13 @@ pub struct Polling {
     /// Since when the ring has been empty, where it has.
     empty_since: Option<Instant>,
     /// When the last window was over, where nothing came in it.
-    in_vain: Option<Instant>,
+    expired_at: Option<Instant>,
     /// A request came as soon as the last window in vain was over, and polling has met none since.
-    too_late: bool,
+    missed_at_once: bool,
     paused_until: Option<Instant>,
     pause: Duration,
     /// Windows in which requests came since the last pause.
-    paid: u32,
+    hits: u32,
 }
 
 impl Polling {
@@ -79,42 +79,42 @@ impl Polling {
             longest,
             window: Duration::ZERO,
             empty_since: None,
-            in_vain: None,
-            too_late: false,
+            expired_at: None,
+            missed_at_once: false,
             paused_until: None,
             pause: FIRST_PAUSE,
-            paid: 0,
+            hits: 0,
         }
     }
 
     /// The ring has become empty: looks at it for a window. `found` is asked whether to look no
     /// longer; it should be cheap.
-    pub fn look(&mut self, mut found: impl FnMut() -> bool) -> Look {
+    pub fn poll(&mut self, mut found: impl FnMut() -> bool) -> PollOutcome {
         let began = Instant::now();
         self.empty_since = Some(began);
-        if self.window < SHORTEST || self.is_paused(began) {
-            return Look::None;
+        if self.window < SHORTEST_WINDOW || self.is_paused(began) {
+            return PollOutcome::Skipped;
         }
         let mut seen = began;
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..CHECKS_PER_CLOCK_READ {
                 if found() {
                     let gap = seen - began;
-                    self.met(gap);
-                    return Look::Found(gap);
+                    self.hit(gap);
+                    return PollOutcome::Hit(gap);
                 }
-                for _ in 0..PAUSES {
+                for _ in 0..SPINS_PER_CHECK {
                     spin_loop();
                 }
             }
             let now = Instant::now();
-            if now - seen > TAKEN_AWAY {
-                self.short_of_processors(now);
-                return Look::Over;
+            if now - seen > PREEMPTED {
+                self.back_off(now);
+                return PollOutcome::Expired;
             }
             if now - began >= self.window {
-                self.in_vain = Some(now);
-                return Look::Over;
+                self.expired_at = Some(now);
+                return PollOutcome::Expired;
             }
             seen = now;
         }
@@ -129,45 +129,48 @@ impl Polling {
         let Some(since) = self.empty_since.take() else {
             return;
         };
-        let at_once = self.in_vain.take().is_some_and(|over| now - over < AT_ONCE);
-        if at_once && self.too_late {
-            self.too_late = false;
-            self.short_of_processors(now);
+        let at_once = self
+            .expired_at
+            .take()
+            .is_some_and(|over| now - over < IMMEDIATE);
+        if at_once && self.missed_at_once {
+            self.missed_at_once = false;
+            self.back_off(now);
         } else {
-            self.too_late |= at_once;
-            self.slept_through(now - since);
+            self.missed_at_once |= at_once;
+            self.miss(now - since);
         }
     }
 
-    fn slept_through(&mut self, gap: Duration) {
+    fn miss(&mut self, gap: Duration) {
         if gap <= self.longest {
             self.window = (gap * 2).clamp(self.window, self.longest);
         } else {
             self.window /= 2;
-            if self.window < SHORTEST {
+            if self.window < SHORTEST_WINDOW {
                 self.window = Duration::ZERO;
             }
         }
     }
 
-    fn met(&mut self, gap: Duration) {
+    fn hit(&mut self, gap: Duration) {
         self.empty_since = None;
-        self.too_late = false;
-        let enough = (gap * 4).max(SHORTEST);
+        self.missed_at_once = false;
+        let enough = (gap * 4).max(SHORTEST_WINDOW);
         if self.window > enough {
-            self.window -= (self.window - enough) / SLOWNESS;
+            self.window -= (self.window - enough) / DECAY;
         }
-        self.paid += 1;
-        if self.paid >= FORGIVEN {
-            self.paid = 0;
+        self.hits += 1;
+        if self.hits >= HITS_PER_PARDON {
+            self.hits = 0;
             self.pause = (self.pause / 2).max(FIRST_PAUSE);
         }
     }
 
-    fn short_of_processors(&mut self, now: Instant) {
+    fn back_off(&mut self, now: Instant) {
         self.paused_until = Some(now + self.pause);
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        self.paid = 0;
+        self.hits = 0;
     }
 
     fn is_paused(&mut self, now: Instant) -> bool {
@@ -199,11 +202,11 @@ mod tests {
     #[test]
     fn a_short_gap_slept_through_is_waited_for_next_time() {
         let mut polling = polling(0);
-        polling.slept_through(us(30));
+        polling.miss(us(30));
         assert_eq!(polling.window, us(60));
-        polling.slept_through(us(20));
+        polling.miss(us(20));
         assert_eq!(polling.window, us(60), "it covers that");
-        polling.slept_through(us(90));
+        polling.miss(us(90));
         assert_eq!(polling.window, LONGEST);
     }
 
@@ -212,11 +215,11 @@ mod tests {
         let mut polling = polling(100);
         let mut windows = Vec::new();
         while polling.window > Duration::ZERO {
-            polling.slept_through(us(101));
+            polling.miss(us(101));
             windows.push(polling.window);
         }
         assert_eq!(windows.len(), 6, "{windows:?}");
-        polling.slept_through(us(1_000_000));
+        polling.miss(us(1_000_000));
         assert_eq!(polling.window, Duration::ZERO);
     }
 
@@ -224,62 +227,71 @@ mod tests {
     fn a_window_longer_than_the_gaps_shrinks() {
         let mut polling = polling(100);
         for _ in 0..16 {
-            polling.met(us(5));
+            polling.hit(us(5));
         }
         assert!(polling.window > us(90), "{polling:?}");
         for _ in 0..1000 {
-            polling.met(us(5));
+            polling.hit(us(5));
         }
         assert!((us(20)..us(22)).contains(&polling.window), "{polling:?}");
-        polling.met(us(90));
+        polling.hit(us(90));
         assert!((us(20)..us(22)).contains(&polling.window), "{polling:?}");
     }
 
     #[test]
     fn looking_ends_with_the_window_or_with_what_is_found() {
         let mut never = Polling::new(Duration::ZERO);
-        never.slept_through(us(1));
-        assert_eq!(never.look(|| panic!("not to be asked")), Look::None);
+        never.miss(us(1));
+        assert_eq!(
+            never.poll(|| panic!("not to be asked")),
+            PollOutcome::Skipped
+        );
         let mut polling = polling(100);
         let began = Instant::now();
         loop {
             // Where the processor is taken away, it is tried again.
-            match polling.look(|| false) {
-                Look::Over if polling.paused_until.is_none() => break,
-                Look::Over => polling.paused_until = None,
+            match polling.poll(|| false) {
+                PollOutcome::Expired if polling.paused_until.is_none() => break,
+                PollOutcome::Expired => polling.paused_until = None,
                 other => panic!("{other:?}"),
             }
         }
         assert!(began.elapsed() >= LONGEST);
         let mut looks = 0;
-        let look = polling.look(|| {
+        let look = polling.poll(|| {
             looks += 1;
             looks == 5
         });
-        assert!(matches!(look, Look::Found(_)) && looks == 5, "{look:?}");
+        assert!(
+            matches!(look, PollOutcome::Hit(_)) && looks == 5,
+            "{look:?}"
+        );
         assert_eq!(polling.empty_since, None);
     }
 
     #[test]
     fn who_is_short_of_processors_does_not_poll() {
         let mut polling = polling(100);
-        let look = polling.look(|| {
+        let look = polling.poll(|| {
             std::thread::sleep(us(300));
             false
         });
-        assert_eq!(look, Look::Over);
-        assert_eq!(polling.look(|| panic!("not to be asked")), Look::None);
+        assert_eq!(look, PollOutcome::Expired);
+        assert_eq!(
+            polling.poll(|| panic!("not to be asked")),
+            PollOutcome::Skipped
+        );
         assert_eq!(polling.pause, FIRST_PAUSE * 2);
         for _ in 0..20 {
-            polling.short_of_processors(Instant::now());
+            polling.back_off(Instant::now());
         }
         assert_eq!(polling.pause, LONGEST_PAUSE);
-        for _ in 0..FORGIVEN {
-            polling.met(us(1));
+        for _ in 0..HITS_PER_PARDON {
+            polling.hit(us(1));
         }
         assert_eq!(polling.pause, LONGEST_PAUSE / 2);
         polling.paused_until = Some(Instant::now());
-        assert!(matches!(polling.look(|| true), Look::Found(_)));
+        assert!(matches!(polling.poll(|| true), PollOutcome::Hit(_)));
     }
 
     /// The window is over, in vain, and a request comes `later`.
@@ -287,7 +299,7 @@ mod tests {
         let began = Instant::now();
         let over = began + polling.window;
         polling.empty_since = Some(began);
-        polling.in_vain = Some(over);
+        polling.expired_at = Some(over);
         polling.woken_at(over + later);
     }
 
@@ -301,8 +313,8 @@ mod tests {
         assert!(polling.paused_until.is_some());
         assert_eq!(polling.window, us(42));
         polling.paused_until = None;
-        missed(&mut polling, AT_ONCE);
-        missed(&mut polling, AT_ONCE);
+        missed(&mut polling, IMMEDIATE);
+        missed(&mut polling, IMMEDIATE);
         assert_eq!(polling.paused_until, None);
     }
 
@@ -314,7 +326,7 @@ mod tests {
             polling.window = us(40);
             missed(&mut polling, us(1));
             assert_eq!(polling.window, us(82));
-            polling.met(us(1));
+            polling.hit(us(1));
         }
         assert_eq!(polling.paused_until, None);
     }

@@ -6,7 +6,7 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::{Chain, DESCRIPTOR_LEN, Span};
-use super::execute::{Context, Executor, WORK_PER_LOOK};
+use super::execute::{Context, Executor, WORK_PER_CLOCK_READ};
 use super::request_ring::{self, RingError};
 use super::resume::UsedEntry;
 use super::ring::{LockedRing, Ring, signal};
@@ -18,7 +18,7 @@ use crate::warn_limited;
 /// takes no longer than the arena is large.
 const MAX_PASS: Duration = Duration::from_millis(1);
 /// How long a driver that spins may wait for the first answer of a batch.
-const MAX_SILENCE: Duration = Duration::from_micros(20);
+const MAX_ANSWER_DELAY: Duration = Duration::from_micros(20);
 /// What a pass over the ring came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
@@ -43,19 +43,19 @@ pub struct RequestQueue {
     executor: Executor,
     /// Where the last chain had what was read: a driver that waits for each answer frees and
     /// allocates the same descriptors and the same bytes again and again.
-    places: Places,
+    last_chain: ChainAddresses,
     /// Passes of a single request, to look at the time of some of them.
     singles: u64,
 }
 
 /// The places of a chain in guest memory, as good as any other address where it had none.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Places {
+pub struct ChainAddresses {
     descriptor: u64,
     request: u64,
 }
 
-impl Places {
+impl ChainAddresses {
     /// Has what is there fetched.
     pub fn prefetch(&self, view: &GuestView<'_>) {
         view.prefetch(self.descriptor);
@@ -80,25 +80,25 @@ impl RequestQueue {
         let chains = std::mem::take(&mut self.chains);
         let weight = self.weight(chains.len());
         let started = (weight > 0).then(Instant::now);
-        let mut told = started;
+        let mut published_at = started;
         let mut work = 0;
         let mut left = chains.len();
         let backends = context.iommu.has_backends();
         for (at, chain) in chains.iter().enumerate() {
-            if work >= WORK_PER_LOOK && !self.executor.has_outcomes() {
+            if work >= WORK_PER_CLOCK_READ && !self.executor.has_outcomes() {
                 work = 0;
                 let now = Instant::now();
                 if started.is_some_and(|started| now - started > MAX_PASS) {
                     break;
                 }
-                if told.is_some_and(|told| now - told > MAX_SILENCE) {
+                if published_at.is_some_and(|published_at| now - published_at > MAX_ANSWER_DELAY) {
                     self.publish(ring, &view, 0);
-                    told = Some(now);
+                    published_at = Some(now);
                 }
             }
             if backends && !self.executor.has_outcomes() {
                 self.executor
-                    .unmap_together(chains.get(at..).unwrap_or(&[]), context);
+                    .unmap_run(chains.get(at..).unwrap_or(&[]), context);
             }
             let used = match &chain.request {
                 Some(request) => {
@@ -139,7 +139,7 @@ impl RequestQueue {
 
     /// Asks the driver to notify of its next request. Returns whether one has come meanwhile, for
     /// which it may not.
-    pub fn ask_for_kick(&self, ring: &impl Ring, memory: &GuestMemoryMmap) -> bool {
+    pub fn enable_notifications(&self, ring: &impl Ring, memory: &GuestMemoryMmap) -> bool {
         let mut ring = ring.lock();
         if self.broken || !ring.is_running() {
             return false;
@@ -152,7 +152,7 @@ impl RequestQueue {
 
     /// Asks the driver not to notify: the ring is looked at anyway. With event indices it does not
     /// until it is asked to.
-    pub fn do_without_kicks(&self, ring: &impl Ring, memory: &GuestMemoryMmap) {
+    pub fn disable_notifications(&self, ring: &impl Ring, memory: &GuestMemoryMmap) {
         let mut ring = ring.lock();
         if ring.is_running() && !ring.queue().event_idx_enabled() {
             // Out of reach, it cannot be looked at either.
@@ -161,8 +161,8 @@ impl RequestQueue {
     }
 
     /// Where the last chain that was taken was.
-    pub fn places(&self) -> Places {
-        self.places
+    pub fn last_chain(&self) -> ChainAddresses {
+        self.last_chain
     }
 
     /// Takes chains off the ring.
@@ -205,7 +205,7 @@ impl RequestQueue {
         let Some(last) = self.chains.last() else {
             return Pass::Stopped;
         };
-        self.places = Places {
+        self.last_chain = ChainAddresses {
             descriptor: table.saturating_add(u64::from(last.head) * DESCRIPTOR_LEN),
             request: last.request.as_ref().map_or(0, |request| request.at),
         };

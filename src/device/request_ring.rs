@@ -101,15 +101,15 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
         entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         entry[4..].copy_from_slice(&len.to_le_bytes());
         let slot = u64::from(next.checked_rem(queue.size()).unwrap_or(0));
-        let place = at(queue.used_ring(), ENTRIES + USED_ENTRY_LEN * slot);
-        if !place.is_some_and(|place| view.write(place, &entry)) {
+        let address = at(queue.used_ring(), ENTRIES + USED_ENTRY_LEN * slot);
+        if !address.is_some_and(|address| view.write(address, &entry)) {
             break;
         }
         next = next.wrapping_add(1);
         written += 1;
     }
-    let place = at(queue.used_ring(), INDEX);
-    if !place.is_some_and(|place| view.store(place, next)) {
+    let address = at(queue.used_ring(), INDEX);
+    if !address.is_some_and(|address| view.store(address, next)) {
         return 0;
     }
     queue.set_next_used(next);
@@ -127,14 +127,14 @@ pub fn wants_notification(queue: &Queue, view: &GuestView<'_>, before: u16) -> b
     } else {
         FLAGS
     };
-    let Some(said) = at(queue.avail_ring(), offset).and_then(|at| view.load(at)) else {
+    let Some(wanted) = at(queue.avail_ring(), offset).and_then(|at| view.load(at)) else {
         return true;
     };
     if !event_idx {
-        return u32::from(said) & VRING_AVAIL_F_NO_INTERRUPT == 0;
+        return u32::from(wanted) & VRING_AVAIL_F_NO_INTERRUPT == 0;
     }
     let now = queue.next_used();
-    now.wrapping_sub(said).wrapping_sub(1) < now.wrapping_sub(before)
+    now.wrapping_sub(wanted).wrapping_sub(1) < now.wrapping_sub(before)
 }
 
 fn at(area: u64, offset: u64) -> Option<u64> {

@@ -7,7 +7,7 @@ use log::debug;
 use vm_memory::GuestMemoryMmap;
 
 use super::execute::Context;
-use super::polling::{Look, Polling};
+use super::polling::{PollOutcome, Polling};
 use super::request_queue::{Pass, RequestQueue};
 use super::request_ring::NextChain;
 use super::resume::{Restart, RingState};
@@ -24,8 +24,8 @@ impl Device {
         self.events
             .lock()
             .get_or_insert_with(|| Box::new(events.clone()));
-        if self.ordinary.load(Ordering::Relaxed) {
-            self.ordinary.store(false, Ordering::Relaxed);
+        if self.worker_is_new.load(Ordering::Relaxed) {
+            self.worker_is_new.store(false, Ordering::Relaxed);
             if let Some(Err(cause)) = self.realtime.map(Realtime::apply) {
                 warn_limited!("the worker has no realtime priority: {cause}");
             }
@@ -61,7 +61,7 @@ impl Device {
         {
             let requests = self.requests.lock();
             if let Some(memory) = &requests.memory {
-                requests.queue.do_without_kicks(ring, memory);
+                requests.queue.disable_notifications(ring, memory);
             }
         }
         loop {
@@ -74,7 +74,7 @@ impl Device {
                 Pass::Served => {}
                 Pass::Stopped => return,
                 Pass::Empty if self.poll(ring, &mut polling) => {}
-                Pass::Empty if self.ask_for_kick(ring) => {}
+                Pass::Empty if self.enable_notifications(ring) => {}
                 Pass::Empty => return,
             }
         }
@@ -85,43 +85,43 @@ impl Device {
     fn poll(&self, ring: &impl Ring, polling: &mut Polling) -> bool {
         // Before the memory, so that what is looked at is that of this number or a later one.
         let changes = self.memory_changes.load(Ordering::Acquire);
-        let (memory, places) = {
+        let (memory, last_chain) = {
             let requests = self.requests.lock();
-            (requests.memory.clone(), requests.queue.places())
+            (requests.memory.clone(), requests.queue.last_chain())
         };
         let Some(memory) = memory else {
             return false;
         };
         let view = GuestView::new(&memory);
         let next = NextChain::of(ring.lock().queue());
-        let look = polling.look(|| {
+        let outcome = polling.poll(|| {
             if next.is_there(&view) {
                 // All at once, where the one leads to the other: most of the time of a single request is
                 // that of fetching what the driver's processor has just written.
                 next.prefetch(&view);
-                places.prefetch(&view);
+                last_chain.prefetch(&view);
                 return true;
             }
             self.shutdown.load(Ordering::Relaxed)
                 || self.memory_changes.load(Ordering::Relaxed) != changes
         });
-        match look {
-            Look::Found(gap) => {
+        match outcome {
+            PollOutcome::Hit(gap) => {
                 self.metrics.polls_paid.inc();
                 let gap = u64::try_from(gap.as_nanos()).unwrap_or(u64::MAX);
                 self.metrics.polls_paid_ns.add(gap);
             }
-            Look::Over => self.metrics.polls_unpaid.inc(),
-            Look::None => {}
+            PollOutcome::Expired => self.metrics.polls_unpaid.inc(),
+            PollOutcome::Skipped => {}
         }
-        matches!(look, Look::Found(_))
+        matches!(outcome, PollOutcome::Hit(_))
     }
 
     /// Whether requests have come meanwhile, for which the driver may not notify.
-    fn ask_for_kick(&self, ring: &impl Ring) -> bool {
+    fn enable_notifications(&self, ring: &impl Ring) -> bool {
         let requests = self.requests.lock();
         let memory = requests.memory.as_ref();
-        memory.is_some_and(|memory| requests.queue.ask_for_kick(ring, memory))
+        memory.is_some_and(|memory| requests.queue.enable_notifications(ring, memory))
     }
 
     fn serve_batch(&self, ring: &impl Ring) -> Pass {
@@ -167,13 +167,13 @@ impl Device {
         stopped: &RingState,
     ) {
         requests.queue.broken = false;
-        let now = RingState::of(
+        let running = RingState::of(
             ring,
             self.features.load(Ordering::Acquire),
             requests.queue.last_used,
         );
-        match stopped.compare(&now, memory) {
-            Restart::Resumed => debug!("the request ring goes on at {}", now.next_avail),
+        match stopped.compare(&running, memory) {
+            Restart::Resumed => debug!("the request ring goes on at {}", running.next_avail),
             Restart::NewDriver => {
                 info_limited!("a new driver has started the device: all domains are gone");
                 requests.queue = RequestQueue::default();

@@ -91,7 +91,7 @@ impl VhostUserServer {
     pub fn run(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
         info!("waiting for a VMM to connect");
         while self.wait_for_connection()? {
-            match self.serve_one(&vmm_present) {
+            match self.serve_connection(&vmm_present) {
                 Ok(()) => self.failures = 0,
                 Err(cause) if self.failures < MAX_FAILURES => {
                     warn_limited!("a connection cannot be served: {cause}");
@@ -108,7 +108,7 @@ impl VhostUserServer {
     /// Serves the frontend that is waiting in the backlog until it hangs up.
     ///
     /// A daemon object of the backend crate serves one connection, so each gets its own.
-    fn serve_one(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+    fn serve_connection(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
         // Before there is a thread that could miss a kick by it.
         self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
