@@ -1,4 +1,4 @@
-//! What a VM's file asks of the service manager beyond the unit all daemons share: a drop-in for systemd.
+//! Writes a systemd drop-in with the limits and permissions that one VM's configuration needs beyond the shared unit.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -8,29 +8,30 @@ use crate::config::Config;
 use crate::endpoints::kind::Resources;
 use crate::endpoints::kinds;
 
-/// What the unit has for `WatchdogSec`.
+/// `WatchdogSec` of the shared unit.
 const WATCHDOG: Duration = Duration::from_secs(60);
-/// What the daemon takes beside its page tables: code, stacks, buffers of sockets.
+/// Bytes that the daemon needs besides its page tables: code, stacks, socket buffers.
 const BASE_MEMORY: u64 = 32 << 20;
-/// What each device costs that is served over a socket: a stack, and messages of up to 2 MiB both ways.
+/// Bytes for each device that is served over a socket: a stack, and messages of up to 2 MiB both ways.
 const MEMORY_PER_DEVICE: u64 = 8 << 20;
-/// Threads that every daemon has or can have, and as many to spare.
+/// Threads that every daemon can have, times two.
 const BASE_TASKS: usize = 32;
-/// Descriptors that every daemon has or can have: memory slots among them.
+/// Descriptors that every daemon can have, including those of memory slots.
 const BASE_FILES: usize = 1024;
-/// Descriptors of one device: sockets, its file, interrupts.
+/// Descriptors for each device: sockets, its file, interrupts.
 const FILES_PER_DEVICE: usize = 64;
-/// The drop-in for the service of `config`, which came from `file`.
+
+/// The drop-in for the service that runs with `config`, which was read from `file`.
 ///
-/// Memory is limited to the arena and what surrounds it, so that a daemon that goes wrong is stopped
-/// before it costs others; locked memory to the guest's, where it is pinned. Devices can be opened only
-/// where there are endpoints with `vfio`.
+/// It limits memory to the arena and the daemon's own needs, so that a faulty daemon is killed before it harms other
+/// processes. It limits locked memory to the guest memory that is pinned. It allows device nodes only if there are
+/// endpoints with `vfio`.
 pub fn drop_in(file: &Path, config: &Config) -> String {
     let granted: Vec<_> = kinds::all().map(|kind| kind.resources(config)).collect();
     // One device may be plugged in behind each port.
     let devices = config.topology.expected().len() + total(&granted, |kind| kind.devices);
     let more_memory = granted.iter().map(|kind| kind.memory);
-    // Pages of the guest count for whoever touches them first, which a device's DMA may be.
+    // The kernel charges a guest page to the process that touches it first, and the daemon may be that for DMA.
     let guest = if devices > 0 { config.memory } else { Some(0) };
     let memory = guest.map_or("infinity".into(), |guest| {
         let own = [
@@ -45,7 +46,7 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     });
     let files = BASE_FILES + FILES_PER_DEVICE * devices + total(&granted, |kind| kind.files);
     let lines = [
-        format!("# What {} asks for.", file.display()),
+        format!("# For the configuration {}.", file.display()),
         "[Service]".into(),
         format!("MemoryMax={memory}"),
         format!("LimitNOFILE={files}"),
@@ -55,9 +56,10 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     text.extend(granted.iter().map(|kind| kind.directives.as_str()));
     let wait: Duration = granted.iter().map(|kind| kind.wait).sum();
     if wait > Duration::ZERO {
-        // A third more: the service manager hears four times from the daemon in it.
+        // A third more: the watchdog asks four times in `WatchdogSec`, so a quarter of it can pass between the end of
+        // the wait and the next question.
         let seconds = WATCHDOG.saturating_add(wait / 3 * 4).as_secs();
-        // Writing to a String cannot fail, here and below.
+        // `writeln!` to a String cannot fail, here and below.
         let _ = writeln!(text, "WatchdogSec={seconds}");
     }
     if let Some(priority) = config.realtime_priority {
@@ -70,14 +72,14 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         && let Some(folder) = textfile.path.parent()
         && folder.is_absolute()
     {
-        // Where it is missing, only the metrics are.
+        // `-`: without the folder the daemon runs without the metrics file.
         let folder = folder.display().to_string();
         let folder = folder.replace('\\', "\\\\").replace('"', "\\\"");
         let folder = folder.replace('%', "%%");
         let _ = writeln!(text, "ReadWritePaths=\"-{folder}\"");
     }
     if !config.readers.users.is_empty() {
-        // Other users' processes are told apart, and killed where they hold up the guest.
+        // The daemon must identify readers of other users, and kill one that holds up the guest.
         text.push_str(
             "PrivateUsers=no\nCapabilityBoundingSet=CAP_KILL\nAmbientCapabilities=CAP_KILL\n",
         );
@@ -106,7 +108,7 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "# What /etc/vhost-device-iommu/vm1.toml asks for.",
+                "# For the configuration /etc/vhost-device-iommu/vm1.toml.",
                 "[Service]",
                 "MemoryMax=117440512",
                 "LimitNOFILE=1024",
@@ -116,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_of_the_host_can_be_opened_and_the_guest_be_pinned() {
+    fn passthrough_devices_can_be_opened_and_guest_memory_pinned() {
         let file = "address = \"00:05.0\"\nmemory = \"4G\"\nhost-iommu = \"KIND\"\n\
                     [[endpoint]]\naddress = \"00:10.0\"\nvfio = \"0000:65:00.0\"\n\
                     [[endpoint]]\naddress = \"00:11.0\"\nvfio = \"0000:66:00.0\"\n";
@@ -177,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_may_have_the_priority_it_is_to_have() {
+    fn the_configured_realtime_priority_is_allowed() {
         let lines = lines("address = \"00:05.0\"\nrealtime-priority = 10\n");
         for line in [
             "LimitRTPRIO=10",
@@ -189,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_come_is_counted_and_metrics_can_be_written() {
+    fn hotplug_ports_are_counted_and_the_metrics_folder_is_writable() {
         let file = "address = \"00:05.0\"\nhotplug = [\"01:00.0-01:00.7\", \"02:00.0-02:00.7\"]\n\
                     [metrics]\ntextfile = \"/var/lib/metrics/vm1.prom\"\n";
         let lines = lines(file);

@@ -32,37 +32,37 @@ use crate::transport::vhost_user::serve::{ServeError, Stopper, VhostUserServer};
 /// Why the daemon could not run.
 #[derive(Debug, Error)]
 pub enum DaemonError {
-    /// The configuration says nothing of a socket.
+    /// The configuration names no socket.
     #[error(
         "no socket for the VMM to connect to; give --socket-path, --fd or `socket` in the file"
     )]
     NoSocket,
-    /// The page-table arena could not be made.
+    /// The page-table arena cannot be made.
     #[error(transparent)]
     Arena(#[from] ArenaError),
     /// The configured devices cannot be brought up.
     #[error(transparent)]
     Devices(#[from] StartError),
-    /// The worker may not have the priority it is to have.
+    /// The worker is not allowed its realtime priority.
     #[error(transparent)]
     Realtime(#[from] RealtimeError),
-    /// A socket could not be made or adopted.
+    /// A socket cannot be made or taken over.
     #[error("{0}")]
     Socket(io::Error),
-    /// The inherited descriptor is no listening Unix socket.
+    /// The inherited descriptor is not a listening Unix socket.
     #[error("descriptor {fd} cannot be used: {why}; pass a listening Unix stream socket with --fd")]
     InheritedFd {
         /// The descriptor.
         fd: RawFd,
-        /// What is wrong with it.
+        /// Why it cannot be used.
         why: String,
     },
-    /// Something the daemon needs from the system failed.
+    /// The system refused something that the daemon needs.
     #[error("cannot {what}: {source}")]
     System {
-        /// What was tried.
+        /// What the daemon tried to do.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The VMM cannot be served.
@@ -70,7 +70,7 @@ pub enum DaemonError {
     Serve(#[from] ServeError),
 }
 
-/// The daemon of one VM, ready to serve.
+/// The daemon of one VM: all its parts, ready to serve.
 pub struct Daemon {
     device: Arc<Device>,
     server: VhostUserServer,
@@ -87,7 +87,7 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
-        // First, before anything is opened that could get the number of a descriptor.
+        // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config.socket.as_ref())?;
@@ -135,8 +135,8 @@ impl Daemon {
             },
             clients: Arc::default(),
         };
-        let control = places(config)
-            .map(|places| ControlServer::start(&places, subjects).map_err(DaemonError::Socket))
+        let control = control_paths(config)
+            .map(|paths| ControlServer::start(&paths, subjects).map_err(DaemonError::Socket))
             .transpose()?;
         let control_files: Vec<_> = control
             .iter()
@@ -174,13 +174,13 @@ impl Daemon {
         })
     }
 
-    /// The device, to report faults through.
+    /// The device, through which faults are reported.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
     }
 
-    /// What the loops answer with that the daemon cannot do without: the worker's, which is that of
-    /// [`Daemon::run`] while there is no frontend, and the control socket's.
+    /// The pulses of the loops that the daemon depends on: the worker's, which [`Daemon::run`] answers while no VMM
+    /// is connected, and that of the control socket's server.
     pub fn pulses(&self) -> Vec<Arc<Pulse>> {
         let control = self.control.as_ref().map(ControlServer::pulse);
         std::iter::once(self.device.pulse())
@@ -189,7 +189,7 @@ impl Daemon {
             .collect()
     }
 
-    /// What ends [`Daemon::run`] from another thread.
+    /// A handle that ends [`Daemon::run`] from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle {
             server: self.server.stopper(),
@@ -197,14 +197,14 @@ impl Daemon {
         }
     }
 
-    /// Serves one frontend after the other until a [`StopHandle`] ends it.
+    /// Serves one VMM after the other until a [`StopHandle`] ends it.
     ///
     /// # Errors
-    /// Where the daemon cannot go on for a reason that is not the frontend's.
+    /// The daemon cannot continue, for a reason that is not the VMM's.
     pub fn run(&mut self) -> Result<(), DaemonError> {
         let (server, qmp) = (&mut self.server, &self.qmp);
         server.run(|present| {
-            // The VMM says over QMP when it resets the VM.
+            // While a VMM is connected, it reports resets of the VM over QMP.
             if let Some(qmp) = qmp {
                 qmp.vmm_present(present);
             }
@@ -221,12 +221,12 @@ pub struct StopHandle {
 }
 
 impl StopHandle {
-    /// Makes [`Daemon::run`] return soon; the frontend's connection is closed.
+    /// Makes [`Daemon::run`] return soon, and closes the VMM's connection.
     pub fn stop(&self) {
         self.server.stop();
     }
 
-    /// Removes the files of the daemon's sockets, for an end without [`Drop`].
+    /// Removes the files of the daemon's sockets. For an exit that does not drop the [`Daemon`].
     pub fn remove_sockets(&self) {
         self.sockets.remove();
     }
@@ -234,9 +234,9 @@ impl StopHandle {
 
 /// The files of the daemon's sockets.
 struct Sockets {
-    /// Removed with the last owner.
+    /// The sockets of the daemon itself.
     files: Vec<Arc<SocketFile>>,
-    /// Those of devices, which come and go.
+    /// The sockets of endpoints, which hotplug adds and removes.
     devices: Files,
 }
 
@@ -253,21 +253,21 @@ impl Sockets {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // First of all: it releases devices.
+        // First: it releases the devices.
         self.hotplug.end_exports();
-        // A handle may outlive the daemon.
+        // Explicitly, since a `StopHandle` that outlives the daemon owns the files, too.
         self.sockets.remove();
     }
 }
 
-/// Where the daemon is to be looked into, if anywhere.
-fn places(config: &Config) -> Option<ControlPaths> {
+/// Where the control socket, the metrics socket and the metrics file are; `None` if none is configured.
+fn control_paths(config: &Config) -> Option<ControlPaths> {
     let access = |access: SocketAccess| SocketRights {
         mode: access.mode,
         group: access.group,
     };
     let metrics = &config.metrics;
-    let places = ControlPaths {
+    let paths = ControlPaths {
         control: config
             .control
             .clone()
@@ -281,8 +281,8 @@ fn places(config: &Config) -> Option<ControlPaths> {
             .as_ref()
             .map(|file| (file.path.clone(), file.interval)),
     };
-    let any = places.control.is_some() || places.metrics.is_some() || places.textfile.is_some();
-    any.then_some(places)
+    let any = paths.control.is_some() || paths.metrics.is_some() || paths.textfile.is_some();
+    any.then_some(paths)
 }
 
 fn listener(socket: Option<&Socket>) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {

@@ -1,8 +1,5 @@
-//! SIGTERM and SIGINT: an orderly end, and an end all the same where that takes too long.
-#![expect(
-    unsafe_code,
-    reason = "leaves the process without waiting for its threads"
-)]
+//! SIGTERM and SIGINT end the daemon in order, or by force if that takes too long.
+#![expect(unsafe_code, reason = "_exit, which does not wait for the threads")]
 
 use std::io;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -15,29 +12,30 @@ use signal_hook::iterator::Signals;
 use crate::daemon::StopHandle;
 use crate::process::sandbox::{self, Role};
 
-/// How long an orderly end may take, and the start of a daemon that is to end.
+/// The longest time for an orderly end, and for the rest of the start if the signal comes during it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where the daemon that the signals end is named.
+/// Takes the daemon that the signals end.
 pub struct SignalHandler(SyncSender<StopHandle>);
 
 impl SignalHandler {
-    /// A signal that came, or comes, ends this daemon.
+    /// The signal ends this daemon, whether it has come already or comes later.
     pub fn set_daemon(&self, stop: StopHandle) {
-        // The thread listens until the signal that ends the process, and keeps the first.
+        // Fails only for a second daemon, which is ignored: the channel holds one, and its receiver lives as long
+        // as the process.
         let _ = self.0.try_send(stop);
     }
 }
 
-/// From now on the first signal ends the daemon that [`SignalHandler::set_daemon`] names, before or after.
+/// Handles the first signal from now on: it ends the daemon that [`SignalHandler::set_daemon`] names, before or after
+/// the signal.
 ///
-/// Called before the daemon makes anything that outlives a killed process, such as its sockets'
-/// files. A thread that a frontend keeps from ending (with a kick descriptor that blocks, for
-/// example) does not keep the process: after 5 seconds its sockets are removed and it exits with
-/// status 1.
+/// The caller must call this before the daemon makes anything that outlives a killed process, such as a socket's
+/// file. A VMM can keep a thread from ending, for example with a kick descriptor that blocks. The process ends all
+/// the same: after 5 seconds it removes its sockets and exits with status 1.
 ///
 /// # Errors
-/// Where the handlers or the thread cannot be made.
+/// The signal handlers or the thread cannot be made.
 pub fn handle_signals() -> io::Result<SignalHandler> {
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
     let (daemon, named) = sync_channel(1);
@@ -50,17 +48,17 @@ pub fn handle_signals() -> io::Result<SignalHandler> {
 }
 
 fn end(named: &Receiver<StopHandle>) {
-    info!("told to end");
+    info!("a signal ends the daemon");
     match named.recv_timeout(PATIENCE) {
         Ok(stop) => {
             stop.stop();
             std::thread::sleep(PATIENCE);
-            error!("threads do not end; leaving without them");
+            error!("some threads do not end; exiting without them");
             stop.remove_sockets();
         }
-        Err(_) => error!("the start does not end; leaving in the middle of it"),
+        Err(_) => error!("the start takes too long; exiting in the middle of it"),
     }
     // SAFETY:
-    // - the call does not return, and runs no code of this process
+    // - the call does not return and runs no exit handler of this process
     unsafe { libc::_exit(1) }
 }

@@ -1,4 +1,4 @@
-//! A descriptor chain, checked and read once.
+//! A descriptor chain: the device reads and checks it once.
 
 use std::ops::Range;
 
@@ -10,34 +10,34 @@ use super::view::GuestView;
 use crate::protocol::reply::TAIL_LEN;
 use crate::protocol::request::MAX_REQUEST_LEN;
 
-/// The longest device-writable part that is answered, in bytes; a driver needs `probe_size` + 4.
+/// The longest device-writable part that the device accepts, in bytes. A driver needs `probe_size` + 4.
 pub const MAX_WRITABLE: usize = 64 * 1024;
 
-/// A piece of guest memory the device writes to.
+/// A piece of guest memory that the device writes to.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     at: u64,
     len: usize,
 }
 
-/// A chain that is to be returned, with the request it carries.
+/// A chain that the device must return, with the request it carries.
 #[derive(Debug)]
 pub struct Chain {
     /// Index of its first descriptor.
     pub head: u16,
-    /// What it carries; `None` where it has to go back unwritten.
+    /// The request; `None` if the chain is malformed and must be returned unwritten.
     pub request: Option<ChainRequest>,
 }
 
 /// The two parts of a well-formed chain.
 #[derive(Debug)]
 pub struct ChainRequest {
-    /// The first bytes of the device-readable part, up to the longest request there is; `None`
-    /// where they are not in guest memory.
+    /// The first bytes of the device-readable part, up to the length of the longest request; `None` if they are not
+    /// in guest memory.
     pub bytes: Option<ReadBytes>,
-    /// Where the device-readable part begins, if it has any bytes.
+    /// Guest-physical address of the device-readable part; 0 if it is empty.
     pub at: u64,
-    /// The device-writable part: indices into the batch's spans.
+    /// The device-writable part, as indices into the spans of the batch.
     pub spans: Range<usize>,
     /// Its length in bytes, from 4 to [`MAX_WRITABLE`].
     pub writable_len: usize,
@@ -58,11 +58,11 @@ impl ReadBytes {
 }
 
 impl Chain {
-    /// Reads the chain at `head` of a ring of `size` with its descriptor table at `table`; its
-    /// device-writable pieces are appended to `spans`.
+    /// Reads the chain at `head` of a ring of `size` entries with its descriptor table at `table`, and appends the
+    /// device-writable pieces to `spans`.
     ///
-    /// It goes back unwritten where it loops, breaks off, is longer than the queue, has a readable
-    /// descriptor after a writable one, or has no room for a tail in guest memory.
+    /// The chain is malformed if it loops, breaks off, is longer than the ring, has a readable descriptor after a
+    /// writable one, or has no room for a tail in guest memory.
     pub fn read(
         view: &GuestView<'_>,
         head: u16,
@@ -106,7 +106,7 @@ impl Descriptor {
     }
 }
 
-/// The descriptors of a chain, one after the other. A chain without end has no end here either.
+/// Walks the descriptors of a chain. The caller must bound the number of steps: a chain may loop.
 struct Walk<'a, 'm> {
     view: &'a GuestView<'m>,
     table: u64,
@@ -116,11 +116,11 @@ struct Walk<'a, 'm> {
     indirect: bool,
 }
 
-/// The chain leads out of its table, out of memory, or into a table in a table.
+/// The chain leads out of its table or out of guest memory, or has an indirect table in an indirect table.
 struct Malformed;
 
 impl Walk<'_, '_> {
-    /// The next descriptor that is not one of a table; `None` after the last.
+    /// The next descriptor that is not an indirect table; `None` after the last.
     fn step(&mut self) -> Result<Option<Descriptor>, Malformed> {
         let Some(index) = self.next else {
             return Ok(None);
@@ -133,7 +133,7 @@ impl Walk<'_, '_> {
             }
             self.indirect = true;
             self.table = descriptor.addr.get();
-            // Indices have 16 bits.
+            // An index has 16 bits, so entries beyond are unreachable.
             self.size = u16::try_from(len / DESCRIPTOR_LEN).unwrap_or(u16::MAX);
             descriptor = self.entry(0)?;
             if descriptor.has(VRING_DESC_F_INDIRECT) {
@@ -178,7 +178,7 @@ fn read_parts(
     let mut descriptors = 0;
     while let Some(descriptor) = walk.step().ok()? {
         descriptors += 1;
-        // No chain is longer than the queue, or has more than 2^32 bytes.
+        // A chain must not be longer than the queue, nor have 2^32 bytes or more.
         total = total.checked_add(descriptor.len.get())?;
         if descriptors > queue_size {
             return None;
@@ -219,7 +219,7 @@ fn read_parts(
     })
 }
 
-/// Writes `bytes` over the pieces. Returns whether all of them are still guest memory.
+/// Writes `bytes` to the pieces in turn. Returns whether all of them are still in guest memory.
 pub fn scatter(view: &GuestView<'_>, spans: &[Span], mut bytes: &[u8]) -> bool {
     for span in spans {
         let (now, rest) = bytes.split_at(span.len.min(bytes.len()));

@@ -1,4 +1,4 @@
-//! The event queue: fault records into the buffers the driver has posted.
+//! The event queue: writes fault records into the buffers that the driver has posted.
 
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
@@ -10,17 +10,17 @@ use crate::protocol::fault::FAULT_LEN;
 use crate::protocol::wire::FaultRecord;
 use crate::warn_limited;
 
-/// Buffers too small for a record that are returned for the sake of one fault.
+/// How many buffers that are too small a fault skips before its last attempt.
 const MAX_TOO_SMALL: usize = 16;
 
 /// Writes `fault` into the next buffer and notifies the driver.
 ///
-/// 1. Somebody meets a refused access and makes a [`Fault`].
-/// 2. The next buffer is taken off the ring, under the ring's lock.
-/// 3. A buffer too small for a record goes back empty, and the next one is tried, up to 16 times.
-/// 4. The record is written, the buffer returned, the driver notified.
+/// 1. The caller has refused an access and describes it as a [`Fault`].
+/// 2. The device locks the ring and takes the next buffer off it.
+/// 3. If the buffer is too small for a record, the device returns it empty and takes the next one, up to 16 times.
+/// 4. The device writes the record, returns the buffer and notifies the driver.
 ///
-/// Returns `false` where the ring is not running or has no fitting buffer: the fault is dropped.
+/// Returns `false` if the ring is not running or has no buffer that fits: the fault is dropped.
 pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
     let record = FaultRecord::from(fault);
 
@@ -61,8 +61,8 @@ pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> boo
     delivered
 }
 
-/// Writes a record into one buffer, which may consist of several descriptors; not at all where it
-/// does not fit.
+/// Writes a record into one buffer, which may have several descriptors. Returns whether it fits; if not, writes
+/// nothing.
 fn write_record(
     memory: &GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,

@@ -1,4 +1,4 @@
-//! One request: from a chain's bytes to the core, and the outcome back into the chain.
+//! Executes one request: decodes a chain's bytes, calls the core, and writes the answer into the chain.
 
 use std::collections::VecDeque;
 
@@ -25,43 +25,43 @@ use crate::protocol::wire::{
 use crate::topology::ReservedKind;
 use crate::warn_limited;
 
-/// How much work is done between two looks at the clock; one is a small MAP without a backend.
+/// Work between two reads of the clock. The unit is a small MAP without a backend.
 pub const WORK_PER_CLOCK_READ: u64 = 16;
 
-/// What serving requests needs besides the queue.
+/// The parts of the device that a pass over the ring needs.
 pub struct Context<'a> {
     /// The core.
     pub iommu: &'a mut Iommu,
-    /// Guest memory as it is during this pass.
+    /// Guest memory. It does not change during a pass.
     pub memory: &'a GuestMemoryMmap,
     /// Feature bits the driver has accepted.
     pub features: u64,
-    /// What the configuration space promises.
+    /// The configuration space, whose promises the answers must keep.
     pub config: &'a ConfigSpace,
     /// Counters.
     pub metrics: &'a Metrics,
-    /// The most requests of a pass.
+    /// The most requests in a pass.
     pub max_batch: usize,
 }
 
-/// Executes requests. Buffers are kept from one to the next.
+/// Executes requests. It keeps its buffers from one request to the next.
 #[derive(Debug, Default)]
 pub struct Executor {
     reply: Vec<u8>,
     properties: Vec<u8>,
-    /// Of the UNMAPs that come next, which were served together with one before.
+    /// Outcomes of the next UNMAPs, which [`Executor::unmap_run`] has executed ahead.
     unmapped: VecDeque<Result<(), RequestError>>,
     ranges: Vec<IovaRange>,
 }
 
 impl Executor {
-    /// Whether outcomes of UNMAPs wait for their turn.
+    /// Whether the next request is an UNMAP that has been executed ahead.
     pub fn has_outcomes(&self) -> bool {
         !self.unmapped.is_empty()
     }
 
-    /// Where several UNMAPs of one domain are next, serves them in one go: a backend takes hardly
-    /// longer for all of them than for one. Their outcomes wait until it is their turn.
+    /// If `chains` begin with several UNMAPs of one domain, executes them in one call of the core: a backend takes
+    /// hardly longer for all of them than for one. [`Executor::answer`] uses their outcomes later.
     pub fn unmap_run(&mut self, chains: &[Chain], context: &mut Context<'_>) {
         let mut domain = None;
         self.ranges.clear();
@@ -83,8 +83,8 @@ impl Executor {
         }
     }
 
-    /// Serves one request. Returns the used length, or `None` where nothing is written, and how
-    /// much work it was.
+    /// Executes one request and writes the answer into its `spans`. Returns the used length, or `None` if nothing was
+    /// written, and the work in the unit of [`WORK_PER_CLOCK_READ`].
     pub fn answer(
         &mut self,
         view: &GuestView<'_>,
@@ -142,7 +142,7 @@ impl Executor {
             Err(error) => {
                 let status = Status::from(&error);
                 count_cause(context.metrics, request.kind(), &error);
-                // A flood of one kind must not hide the others.
+                // One limit for each kind: a flood of one must not hide the others.
                 static LIMITS: [LogLimit; RequestKind::COUNT] =
                     [const { LogLimit::new() }; RequestKind::COUNT];
                 limit::log(
@@ -274,7 +274,7 @@ pub fn probe_size(regions: usize) -> u32 {
     u32::try_from(regions.saturating_mul(RESV_MEM_LEN).max(512)).unwrap_or(u32::MAX)
 }
 
-/// Whether the feature that makes a request available was negotiated.
+/// Whether the driver has accepted the feature that a request belongs to.
 fn is_available(request: &Request, features: u64) -> bool {
     match request.kind() {
         RequestKind::Attach | RequestKind::Detach => true,
@@ -283,7 +283,7 @@ fn is_available(request: &Request, features: u64) -> bool {
     }
 }
 
-/// The domain and the range of a chain that is an UNMAP and gets as far as the core.
+/// Domain and range of a chain that holds an UNMAP that the core would execute.
 fn decode_unmap(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
     let bytes = chain.request.as_ref()?.bytes?;
     let request = Request::decode(bytes.as_slice()).ok()?;
@@ -299,9 +299,9 @@ fn decode_unmap(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
     is_available(&request, features).then_some((domain, range))
 }
 
-/// What a request may cost, in small MAPs without a backend.
+/// Upper estimate of a request's work, in the unit of [`WORK_PER_CLOCK_READ`].
 fn cost_of(request: &Request, has_backends: bool) -> u64 {
-    /// Table entries that are written in the time of a small MAP.
+    /// Table entries that can be written in the time of a small MAP.
     const PAGES: u64 = 64;
     let pages = match *request {
         Request::Attach { .. } | Request::Detach { .. } | Request::Probe { .. } => {
@@ -318,7 +318,7 @@ fn cost_of(request: &Request, has_backends: bool) -> u64 {
             ..
         } => virt_end.0.saturating_sub(virt_start.0) >> 12,
     };
-    // A system call takes as long as many.
+    // A backend makes a system call, which takes as long as many small MAPs.
     let work = if has_backends {
         WORK_PER_CLOCK_READ / 2
     } else {
@@ -352,7 +352,7 @@ fn first_byte(bytes: &[u8]) -> u8 {
     bytes.first().copied().unwrap_or(0)
 }
 
-/// Counts what is behind a refusal: a limit, or a backend.
+/// Counts the cause of a refusal if it is a limit or a backend.
 fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
     match error {
         RequestError::OutOfFrames { .. } => metrics.arena_full.inc(),
@@ -382,7 +382,7 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
     }
 }
 
-/// "endpoint 0x30, domain 3" for messages: what a request names of the two.
+/// The endpoint and the domain that a request names, for messages: "endpoint 0x30, domain 3".
 struct Subject<'a>(&'a Request);
 
 impl std::fmt::Display for Subject<'_> {

@@ -1,6 +1,9 @@
-//! Guest memory as the frontend describes it.
+//! Checks of guest memory, which the VMM shares as files.
 
-#![expect(unsafe_code, reason = "asks what file system a file is on")]
+#![expect(
+    unsafe_code,
+    reason = "fstatfs, which says what file system a file is on"
+)]
 
 use std::fs::File;
 use std::io;
@@ -15,14 +18,14 @@ use crate::address::{Gpa, GpaRange};
 use crate::backends::MemorySlot;
 use crate::info_limited;
 
-/// Refuses regions that are of no regular file, such as of a device, and those that reach past the
-/// end of their file: touching those would be fatal.
+/// Refuses regions that are not of a regular file, such as of a device, and regions that reach past the end of their
+/// file: an access there would kill the daemon.
 ///
-/// A file that shrinks later still is, which is said of those that can; sealed memfds, which VMMs
-/// use, cannot.
+/// A file that shrinks later has the same effect. A file that can shrink is accepted and logged. VMMs use sealed
+/// memfds, which cannot.
 ///
 /// # Errors
-/// Names the region.
+/// Names the refused region.
 pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
     for region in memory.iter() {
         let Some(backing) = region.file_offset() else {
@@ -33,7 +36,7 @@ pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!(
-                    "memory region at guest-physical {:#x} is of no regular file; share the guest's \
+                    "memory region at guest-physical {:#x} is not of a regular file; share the guest's \
                      memory as a memfd or a file",
                     region.start_addr().0
                 ),
@@ -41,8 +44,8 @@ pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
         }
         if can_shrink(backing.file()) {
             info_limited!(
-                "memory region at guest-physical {:#x} is of a file that can shrink, which would end \
-                 this daemon; a sealed memfd cannot",
+                "memory region at guest-physical {:#x} is of a file that can shrink, which would kill \
+                 this daemon; share a memfd with F_SEAL_SHRINK",
                 region.start_addr().0
             );
         }
@@ -66,15 +69,15 @@ pub fn check_regions(memory: &GuestMemoryMmap) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether there is memory at every address of `len` bytes from `at`.
+/// Whether all of `len` bytes from `at` are guest memory.
 pub fn is_backed(memory: &GuestMemoryMmap, at: Gpa, len: usize) -> bool {
     GuestMemoryBackend::check_range(memory, GuestAddress(at.0), len)
 }
 
-/// The slots that DMA may reach: all that the frontend shares as a file.
+/// The memory slots that DMA may reach: all regions that the VMM shares as a file.
 ///
 /// # Errors
-/// Where the system will not tell which file it is.
+/// The system cannot say which file a region is of.
 pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
     let mut slots = Vec::new();
     for region in memory.iter() {
@@ -97,13 +100,13 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
     Ok(slots)
 }
 
-/// Whether nothing keeps a file from being cut short, as far as the system tells.
+/// Whether a file can become shorter. If the system cannot say, it can.
 fn can_shrink(file: &File) -> bool {
     let seals = rustix::fs::fcntl_get_seals(file);
     !seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
 }
 
-/// Whether a file is a memfd or on a file system of memory or huge pages.
+/// Whether a file is a memfd or on a tmpfs or hugetlbfs.
 fn is_shared_memory(file: &File) -> io::Result<bool> {
     let mut answer = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY:
@@ -112,7 +115,7 @@ fn is_shared_memory(file: &File) -> io::Result<bool> {
     if unsafe { libc::fstatfs(file.as_raw_fd(), answer.as_mut_ptr()) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the call succeeded and has filled it in.
+    // SAFETY: the call succeeded, so it has filled in the whole structure.
     let answer = unsafe { answer.assume_init() };
     Ok(matches!(
         answer.f_type,

@@ -1,9 +1,13 @@
-//! The virtio-iommu device, whichever transport a VMM reaches it through: features, configuration space, memory, rings,
-//! reset.
+//! The virtio-iommu device behind any transport: features, configuration space, memory, rings, reset.
 //!
-//! A transport (`transport::vhost_user`) translates its messages into calls of [`Device`] and gives it its rings as
-//! [`ring::Ring`]. For each VMM it calls, in this order: [`Device::prepare`], [`Device::connect`],
-//! [`Device::announce_vmm`], then what the VMM asks for, last [`Device::stop`] and [`Device::disconnect`].
+//! A transport (`transport::vhost_user`) turns the VMM's messages into calls of [`Device`], and hands over its
+//! rings as [`ring::Ring`]. For each VMM it calls, in this order:
+//!
+//! 1. [`Device::prepare`], before it starts a worker thread.
+//! 2. [`Device::connect`] when the VMM has connected, and [`Device::announce_vmm`] at the VMM's first message.
+//! 3. The methods that the VMM's messages stand for. The worker calls [`Device::begin_event`] at each of its
+//!    events, and then [`Device::serve_kick`], [`Device::serve_wake`] or [`Device::answer_watchdog`].
+//! 4. [`Device::stop`] when the VMM has gone, and [`Device::disconnect`] after it has joined the worker.
 
 mod chain;
 mod event_queue;
@@ -67,50 +71,50 @@ pub const QUEUES: usize = 2;
 /// The longest ring a driver may use, in entries.
 pub const MAX_QUEUE_SIZE: usize = 1024;
 
-/// How the worker serves.
+/// How the worker serves the request queue.
 #[derive(Clone, Copy, Debug)]
 pub struct WorkerSettings {
-    /// How long it looks at an empty request ring at most before it sleeps.
+    /// The longest time for which it polls an empty request ring before it sleeps.
     pub longest_poll: Duration,
     /// The most requests it takes off the ring at a time.
     pub max_batch: usize,
-    /// The priority it has, where it is not the usual one.
+    /// Its realtime priority, if it has one.
     pub realtime: Option<Realtime>,
 }
 
 /// The virtio-iommu device of one VM.
 ///
-/// Lock order: what says whose QMP events count, then `requests`, then `events`, then `iommu`, then
-/// the lock of a ring. The others are held for a moment only, with nothing locked after them.
+/// Lock order: the lock in `qmp` that selects the VMM whose events count, then `polling`, `requests`, `events`,
+/// `iommu`, and last the lock of a ring. `memory` is a leaf: its holder takes no further lock.
 pub struct Device {
-    /// Guards: the request queue between passes, and that no pass is under way while a ring is
-    /// stopped or memory changes. Given up fairly, so that a busy driver keeps nobody out.
+    /// Guards the request queue between passes. Its holder may stop a ring or change memory: no pass is in progress.
+    /// The worker unlocks it fairly, so a busy driver cannot keep other threads out.
     requests: Mutex<Requests>,
-    /// The event queue's ring. Guards: that no fault is being written while memory changes.
+    /// Guards the event queue's ring. Its holder may change memory: no thread is writing a fault record.
     events: Mutex<Option<Box<dyn StoredRing>>>,
     iommu: Arc<Mutex<Iommu>>,
-    /// Guest memory that was checked; the rings' own copy is not.
+    /// Guest memory, checked. The transport's own copy is not.
     memory: Mutex<Option<Arc<GuestMemoryMmap>>>,
     config: ConfigSpace,
-    /// What the configuration space shows; the core has it too.
+    /// `bypass` as the configuration space shows it: a copy of the core's, so that reading it takes no lock.
     bypass: AtomicBool,
     features: AtomicU64,
     connected: AtomicBool,
-    /// The frontend has said something: QEMU connects before it has any device, but speaks when it
-    /// makes this one, after those that come before it on its command line.
+    /// The VMM has sent its first message. A connection does not suffice: QEMU connects before it has made any
+    /// device, and sends the first message when it makes this device, after those before it on its command line.
     announced: AtomicBool,
-    /// Tells the worker to leave its loop; set before the connection's threads are joined.
+    /// Tells the worker to leave its loop. Set before the transport joins the worker's thread.
     shutdown: AtomicBool,
-    /// Changes with guest memory: a worker that polls has to look at the ring where it is now.
+    /// Incremented when guest memory changes: a worker that polls must look the ring up again.
     memory_changes: AtomicU64,
-    /// The worker's own.
+    /// Only the worker locks it.
     polling: Mutex<Polling>,
     realtime: Option<Realtime>,
-    /// The worker is a new thread, with the priority of the others.
+    /// The worker's thread is new and has not applied `realtime` yet.
     worker_is_new: AtomicBool,
-    /// Makes the worker look at the request ring without a kick.
+    /// Wakes the worker to serve the request ring without a kick.
     wake: EventFd,
-    /// What the worker says that it is alive with.
+    /// With it the worker answers the watchdog.
     pulse: Arc<Pulse>,
     max_batch: usize,
     metrics: Arc<Metrics>,
@@ -120,18 +124,19 @@ pub struct Device {
 #[derive(Default)]
 struct Requests {
     queue: RequestQueue,
-    /// Guest memory, as in the device's own `memory`.
+    /// The same as `memory` of the device.
     memory: Option<Arc<GuestMemoryMmap>>,
+    /// The request ring, once a pass has found it running.
     ring: Option<Box<dyn StoredRing>>,
-    /// Where the ring was when it was stopped, until a pass finds it running again.
+    /// The state of the ring when the VMM stopped it, until a pass finds it running again.
     stopped: Option<RingState>,
 }
 
 impl Device {
-    /// The device in front of `iommu`, without a frontend.
+    /// The device in front of `iommu`. No VMM is connected.
     ///
     /// # Errors
-    /// Where the system has no event descriptor left.
+    /// The system has no event descriptor left.
     pub fn new(
         iommu: Arc<Mutex<Iommu>>,
         metrics: Arc<Metrics>,
@@ -170,8 +175,8 @@ impl Device {
         })
     }
 
-    /// Tells the guest of a refused access. Where it has posted no buffer the fault is dropped.
-    /// Both are counted.
+    /// Reports a refused access to the guest. If the driver has posted no buffer, the fault is dropped. Both outcomes
+    /// are counted.
     pub fn report_fault(&self, fault: &Fault) {
         let events = self.events.lock();
         let delivered = match (&*events, self.memory()) {
@@ -190,7 +195,7 @@ impl Device {
         self.faults.add(*fault, delivered);
     }
 
-    /// The faults that were reported.
+    /// The last faults, delivered and dropped.
     pub fn faults(&self) -> &FaultLog {
         &self.faults
     }
@@ -200,32 +205,32 @@ impl Device {
         &self.metrics
     }
 
-    /// The memory of the VM that is connected, as it is now.
+    /// The present memory of the connected VM.
     pub fn memory(&self) -> Option<Arc<GuestMemoryMmap>> {
         self.memory.lock().clone()
     }
 
-    /// Whether a frontend is connected.
+    /// Whether a VMM is connected.
     pub fn is_connected(&self) -> bool {
         self.connected.load(Ordering::Relaxed)
     }
 
-    /// A frontend will connect: its worker may serve.
+    /// Lets the worker of the next VMM serve. Called before its thread exists, which could otherwise miss a kick.
     pub fn prepare(&self) {
         self.shutdown.store(false, Ordering::Release);
         self.worker_is_new.store(true, Ordering::Release);
     }
 
-    /// A frontend has connected: it finds a device without a past.
+    /// A VMM has connected. [`Device::disconnect`] has cleared the state of the previous one.
     pub fn connect(&self) {
         self.connected.store(true, Ordering::Relaxed);
         self.metrics.connections.inc();
     }
 
-    /// The VMM says that it has reset the VM, and with it this device: all domains go at once, before
-    /// the next driver, or its firmware, does anything. Returns whether they were still there.
+    /// The VMM has reset the VM, and with it this device. Drops all domains at once, before firmware or the next
+    /// driver does anything. Returns whether there were domains.
     ///
-    /// A ring that runs is the next driver's already, and its beginning did the same.
+    /// If the ring is running, the new driver has already triggered this reset.
     pub fn reset_vm(&self) -> bool {
         let mut requests = self.requests.lock();
         if requests.stopped.is_none() {
@@ -239,27 +244,27 @@ impl Device {
         had_domains
     }
 
-    /// How many reserved regions of an endpoint a PROBE has room for: the guest was told.
+    /// How many reserved regions of one endpoint fit into PROBE's property list, whose size the guest has read.
     pub fn probe_room(&self) -> usize {
         self.config.probe_size as usize / RESV_MEM_LEN
     }
 
-    /// Readable when the worker must look at the request ring without a kick; see [`Device::serve_wake`].
+    /// The descriptor that is readable when the worker must call [`Device::serve_wake`].
     pub fn wake_event(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
 
-    /// What the worker answers the watchdog with, and while there is no frontend whoever waits for one.
+    /// Answers the watchdog: by the worker, and by the transport's own thread while no VMM is connected.
     pub fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
     }
 
-    /// Tells the worker to stop; its threads can be joined after this.
+    /// Tells the worker to leave its loop. The transport can join its thread after this.
     pub fn stop(&self) {
         self.shutdown.store(true, Ordering::Release);
     }
 
-    /// The frontend is gone and its threads are joined: nothing of its VM is kept.
+    /// The VMM has gone and the worker's thread is joined. Clears all state of its VM.
     pub fn disconnect(&self) {
         *self.requests.lock() = Requests::default();
         *self.events.lock() = None;
@@ -269,23 +274,23 @@ impl Device {
         let mut iommu = self.iommu.lock();
         iommu.disconnect();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
-        // Whoever holds the core's lock sees both the VM and what is its, or neither.
+        // Cleared last, so a holder of the core lock never sees half a teardown.
         self.connected.store(false, Ordering::Relaxed);
     }
 
-    /// The VMM counts as present from its first message: the devices before this one on its command line are there
-    /// then. Only the first call has an effect.
+    /// Tells the core that the VMM has made its devices. The VMM counts as present from its first message; only the
+    /// first call after a connection has an effect.
     pub fn announce_vmm(&self) {
         if !self.announced.swap(true, Ordering::Relaxed) {
             self.iommu.lock().connect();
         }
     }
 
-    /// The feature bits the device offers, without those of a transport.
+    /// The feature bits that the device offers, without those of a transport.
     pub fn offered_features() -> u64 {
-        // Not VIRTIO_RING_F_INDIRECT_DESC: a driver that has it allocates and frees a table for each
-        // request, which costs it more than the two descriptors of the ring it spares. One that
-        // uses tables nevertheless, for it began with another device, is answered.
+        // Not VIRTIO_RING_F_INDIRECT_DESC: with it a driver allocates and frees a table for each request, which costs
+        // more than the two descriptors it saves. A driver that uses tables all the same is served: it may have begun
+        // with a device that offers them.
         [
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
@@ -300,7 +305,7 @@ impl Device {
         .fold(0, |bits, &bit| bits | 1 << bit)
     }
 
-    /// The driver has accepted these feature bits; a transport's own may be among them.
+    /// The driver has accepted these feature bits. They may include the transport's own.
     pub fn accept_features(&self, features: u64) {
         self.features.store(features, Ordering::Release);
     }
@@ -311,7 +316,7 @@ impl Device {
             .read(self.bypass.load(Ordering::Relaxed), offset, size)
     }
 
-    /// The driver writes to the configuration space. Only `bypass` changes.
+    /// The driver writes `bytes` to the configuration space at `offset`. Only `bypass` is writable.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) {
         if let Some(bypass) = ConfigSpace::written_bypass(offset, bytes) {
             let mut iommu = self.iommu.lock();
@@ -320,17 +325,17 @@ impl Device {
         }
     }
 
-    /// The VMM has changed guest memory: `memory` is all of it. On error the device has no memory.
+    /// Replaces guest memory. On error the device has no guest memory.
     ///
     /// # Errors
-    /// Names the region that is refused; see [`check_regions`].
+    /// A region is refused, see [`check_regions`], or the system cannot say which file it is of.
     pub fn set_memory(&self, memory: Arc<GuestMemoryMmap>) -> io::Result<()> {
         let mut requests = self.requests.lock();
         let _no_fault = self.events.lock();
         match check_regions(&memory).and_then(|()| slots(&memory)) {
             Ok(slots) => self.iommu.lock().set_memory(slots),
             Err(cause) => {
-                error_limited!("the frontend's memory is refused: {cause}");
+                error_limited!("the VMM's memory is refused: {cause}");
                 *self.memory.lock() = None;
                 requests.memory = None;
                 self.iommu.lock().set_memory(Vec::new());
@@ -340,19 +345,20 @@ impl Device {
         *self.memory.lock() = Some(memory.clone());
         requests.memory = Some(memory);
         self.memory_changes.fetch_add(1, Ordering::Release);
-        // Requests that could not be read before may be there now, and nobody kicks for them.
+        // Requests that were out of reach may be readable now, and the driver does not kick for them again.
         requests.queue.broken = false;
         self.wake.write(1)
     }
 
-    /// The VMM has stopped the ring of queue `index`, whose [`Ring::Locked`](ring::Ring) is not running any more. When
-    /// this returns no request of it is in progress.
+    /// The VMM has stopped the ring of queue `index`: [`LockedRing::is_running`](ring::LockedRing::is_running) is
+    /// false. When this returns, no request of that ring is in progress.
     pub fn stop_ring(&self, index: u16) {
         if index != REQUEST_QUEUE {
             return;
         }
         let mut requests = self.requests.lock();
-        // A stop that no pass has looked at still says where the driver was.
+        // A second stop before any pass must not replace the first: the first has the index that the last driver
+        // reached.
         if requests.stopped.is_none()
             && let Some(ring) = &requests.ring
         {
@@ -361,7 +367,7 @@ impl Device {
         }
     }
 
-    /// The VMM has reset the device: all domains are gone.
+    /// The VMM has reset the device. Drops all domains.
     pub fn reset(&self) {
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();

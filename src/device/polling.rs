@@ -1,7 +1,8 @@
-//! How long the worker looks at an empty ring before it sleeps.
+//! How long the worker polls an empty request ring before it sleeps.
 //!
-//! The stock driver waits for an answer with interrupts off, and a wakeup takes longer than the work.
-//! A driver that is busy asks again soon; one that is not must find the worker asleep.
+//! The stock driver waits for an answer with interrupts off, and waking the worker takes longer than serving the
+//! request. A busy driver sends its next request soon, so the worker polls for it. An idle driver must find the
+//! worker asleep.
 //!
 //! ```text
 //!  served     ring empty            next request comes
@@ -9,71 +10,73 @@
 //!                 |-- window --|            gap > window: the worker slept
 //! ```
 //!
-//! The window follows the gaps there are:
+//! The window is how long the worker polls. It follows the gaps:
 //!
-//! - A gap up to the longest window, slept through: the window becomes twice as long as that gap.
-//! - A gap longer than the longest window: the window is halved, and nothing is polled below 2 us.
-//! - A gap that polling met: the window shrinks slowly towards four times that gap.
+//! - Miss, with a gap of the longest window at most: the window becomes twice that gap.
+//! - Miss, with a longer gap: the window is halved. Below 2 us the worker does not poll.
+//! - Hit: the window decays slowly towards four times the gap.
 //!
-//! Where the processor is taken away from a worker that polls, somebody else needs it more. Where a
-//! request comes as soon as the worker has given up, either the window was hardly too short, and
-//! becomes longer, or its driver had to wait for the worker's processor; where the longer window is in
-//! vain in the same way, it is that. Then polling pauses, for 1 ms and each time for twice as long, up
-//! to 100 ms.
+//! Polling pauses when processors are short, for 1 ms first, then for twice as long each time, up to 100 ms:
+//!
+//! - The worker was preempted while it polled: another thread needs the processor more.
+//! - A second immediate miss without a hit in between. A miss is immediate when the request comes just after the
+//!   window has ended. The first widens the window, which may have been slightly too short. The second means CPU
+//!   contention: the driver was waiting for the worker's processor.
 
 use std::hint::spin_loop;
 use std::time::{Duration, Instant};
 
-/// Windows shorter than this are not worth a look.
+/// A shorter window is not worth polling for.
 const SHORTEST_WINDOW: Duration = Duration::from_micros(2);
-/// Looks at the ring between two looks at the clock.
+/// Checks of the ring between two reads of the clock.
 const CHECKS_PER_CLOCK_READ: u32 = 4;
-/// Pauses between two looks at the ring: what looks all the time keeps the driver's processor from
-/// its own cache lines, and from the core they may share.
+/// Spin-loop hints between two checks of the ring. Checking without them would keep the ring's cache lines away from
+/// the driver's processor, and the shared core busy where the two are hyperthreads.
 const SPINS_PER_CHECK: u32 = 2;
-/// Nobody was here for so long: another thread had the processor.
+/// The worker was preempted if two clock reads are this far apart.
 const PREEMPTED: Duration = Duration::from_micros(150);
-/// A request that comes so soon after a window in vain has waited for its end.
+/// A request that comes this soon after a window has expired is an immediate miss: its driver was waiting for the
+/// window to end.
 const IMMEDIATE: Duration = Duration::from_micros(15);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// The part of what a window is too long by that it loses with each request: a longer gap between
-/// bursts of requests must not be forgotten within one.
+/// Each hit decays the excess window by 1/128. A faster decay would forget the longer gap between two bursts of
+/// requests within one burst.
 const DECAY: u32 = 128;
-/// Windows in which requests came that make up for one in which the processor was taken away.
+/// This many hits halve the length of the next pause.
 const HITS_PER_PARDON: u32 = 100;
 
-/// What looking came to.
+/// What a call of [`Polling::poll`] came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PollOutcome {
-    /// Something is there, after so long: as of the last look at the clock, for another one would take a
-    /// tenth of the time a request does.
+    /// A request has come, after this long. The time is that of the last clock read: another read would take a tenth
+    /// of the time that a request takes.
     Hit(Duration),
-    /// The window is over.
+    /// The window has ended without a request.
     Expired,
-    /// There was no window.
+    /// There was no window: the worker did not poll.
     Skipped,
 }
 
-/// The window, and what it is learned from.
+/// The window, and the state that it is computed from.
 #[derive(Debug)]
 pub struct Polling {
     longest: Duration,
     window: Duration,
-    /// Since when the ring has been empty, where it has.
+    /// Since when the ring has been empty; `None` while it is not.
     empty_since: Option<Instant>,
-    /// When the last window was over, where nothing came in it.
+    /// When the last window ended, if no request came in it.
     expired_at: Option<Instant>,
-    /// A request came as soon as the last window in vain was over, and polling has met none since.
+    /// The last miss was an immediate one, and no hit has come since.
     missed_at_once: bool,
     paused_until: Option<Instant>,
     pause: Duration,
-    /// Windows in which requests came since the last pause.
+    /// Hits since the last pause began or was shortened.
     hits: u32,
 }
 
 impl Polling {
-    /// Windows up to `longest`; none at all where that is zero.
+    /// Windows of up to `longest`; zero turns polling off.
     pub fn new(longest: Duration) -> Self {
         Self {
             longest,
@@ -87,8 +90,8 @@ impl Polling {
         }
     }
 
-    /// The ring has become empty: looks at it for a window. `found` is asked whether to look no
-    /// longer; it should be cheap.
+    /// Polls a ring that has just become empty, for one window at most. `found` returns whether to stop polling; it
+    /// must be cheap.
     pub fn poll(&mut self, mut found: impl FnMut() -> bool) -> PollOutcome {
         let began = Instant::now();
         self.empty_since = Some(began);
@@ -120,7 +123,7 @@ impl Polling {
         }
     }
 
-    /// The worker was woken by a request.
+    /// A request has woken the worker.
     pub fn woken(&mut self) {
         self.woken_at(Instant::now());
     }
@@ -200,12 +203,12 @@ mod tests {
     }
 
     #[test]
-    fn a_short_gap_slept_through_is_waited_for_next_time() {
+    fn a_short_gap_that_was_missed_widens_the_window() {
         let mut polling = polling(0);
         polling.miss(us(30));
         assert_eq!(polling.window, us(60));
         polling.miss(us(20));
-        assert_eq!(polling.window, us(60), "it covers that");
+        assert_eq!(polling.window, us(60), "long enough for that gap");
         polling.miss(us(90));
         assert_eq!(polling.window, LONGEST);
     }
@@ -239,17 +242,17 @@ mod tests {
     }
 
     #[test]
-    fn looking_ends_with_the_window_or_with_what_is_found() {
+    fn polling_ends_with_the_window_or_with_a_hit() {
         let mut never = Polling::new(Duration::ZERO);
         never.miss(us(1));
         assert_eq!(
-            never.poll(|| panic!("not to be asked")),
+            never.poll(|| panic!("no window, no check")),
             PollOutcome::Skipped
         );
         let mut polling = polling(100);
         let began = Instant::now();
         loop {
-            // Where the processor is taken away, it is tried again.
+            // Tried again if this thread was preempted.
             match polling.poll(|| false) {
                 PollOutcome::Expired if polling.paused_until.is_none() => break,
                 PollOutcome::Expired => polling.paused_until = None,
@@ -257,28 +260,28 @@ mod tests {
             }
         }
         assert!(began.elapsed() >= LONGEST);
-        let mut looks = 0;
-        let look = polling.poll(|| {
-            looks += 1;
-            looks == 5
+        let mut checks = 0;
+        let outcome = polling.poll(|| {
+            checks += 1;
+            checks == 5
         });
         assert!(
-            matches!(look, PollOutcome::Hit(_)) && looks == 5,
-            "{look:?}"
+            matches!(outcome, PollOutcome::Hit(_)) && checks == 5,
+            "{outcome:?}"
         );
         assert_eq!(polling.empty_since, None);
     }
 
     #[test]
-    fn who_is_short_of_processors_does_not_poll() {
+    fn a_preempted_worker_pauses_polling() {
         let mut polling = polling(100);
-        let look = polling.poll(|| {
+        let outcome = polling.poll(|| {
             std::thread::sleep(us(300));
             false
         });
-        assert_eq!(look, PollOutcome::Expired);
+        assert_eq!(outcome, PollOutcome::Expired);
         assert_eq!(
-            polling.poll(|| panic!("not to be asked")),
+            polling.poll(|| panic!("no window, no check")),
             PollOutcome::Skipped
         );
         assert_eq!(polling.pause, FIRST_PAUSE * 2);
@@ -294,8 +297,8 @@ mod tests {
         assert!(matches!(polling.poll(|| true), PollOutcome::Hit(_)));
     }
 
-    /// The window is over, in vain, and a request comes `later`.
-    fn missed(polling: &mut Polling, later: Duration) {
+    /// The window ends without a request, and one comes `later`.
+    fn expire_and_wake(polling: &mut Polling, later: Duration) {
         let began = Instant::now();
         let over = began + polling.window;
         polling.empty_since = Some(began);
@@ -304,27 +307,31 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_waits_for_the_worker_to_sleep_is_let_alone() {
+    fn a_second_immediate_miss_pauses_polling() {
         let mut polling = polling(20);
-        missed(&mut polling, us(1));
+        expire_and_wake(&mut polling, us(1));
         assert_eq!(polling.paused_until, None);
-        assert_eq!(polling.window, us(42), "it may have been hardly too short");
-        missed(&mut polling, us(1));
+        assert_eq!(
+            polling.window,
+            us(42),
+            "it may have been slightly too short"
+        );
+        expire_and_wake(&mut polling, us(1));
         assert!(polling.paused_until.is_some());
         assert_eq!(polling.window, us(42));
         polling.paused_until = None;
-        missed(&mut polling, IMMEDIATE);
-        missed(&mut polling, IMMEDIATE);
+        expire_and_wake(&mut polling, IMMEDIATE);
+        expire_and_wake(&mut polling, IMMEDIATE);
         assert_eq!(polling.paused_until, None);
     }
 
     #[test]
-    fn what_polling_meets_between_two_windows_in_vain_clears_the_driver() {
+    fn a_hit_between_two_immediate_misses_prevents_the_pause() {
         let mut polling = polling(0);
         for _ in 0..10 {
-            // Just below a gap that comes again and again.
+            // Slightly below a gap that comes again and again.
             polling.window = us(40);
-            missed(&mut polling, us(1));
+            expire_and_wake(&mut polling, us(1));
             assert_eq!(polling.window, us(82));
             polling.hit(us(1));
         }

@@ -1,4 +1,4 @@
-//! The request queue: chains to requests, requests to the core, outcomes to the used ring.
+//! The request queue: takes chains off the ring in batches, has their requests executed, and returns the chains.
 
 use std::time::{Duration, Instant};
 
@@ -14,23 +14,24 @@ use super::view::GuestView;
 use crate::metrics::SINGLES_PER_SAMPLE;
 use crate::warn_limited;
 
-/// How long a pass may take chains; those left are put back for the next one. A single request
-/// takes no longer than the arena is large.
+/// A pass executes no further request after this time; the next pass takes the rest. One request can exceed it: the
+/// size of the arena bounds how long it takes.
 const MAX_PASS: Duration = Duration::from_millis(1);
-/// How long a driver that spins may wait for the first answer of a batch.
+/// The longest time for which a finished answer waits for the rest of its batch: the driver may be spinning.
 const MAX_ANSWER_DELAY: Duration = Duration::from_micros(20);
-/// What a pass over the ring came to.
+
+/// The outcome of a pass over the ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
     /// Chains were served; there may be more.
     Served,
-    /// Nothing is there.
+    /// The ring has no request.
     Empty,
-    /// The ring is stopped, disabled, or out of reach, or beyond use until it is started anew.
+    /// The ring is stopped or disabled, is not in guest memory, or is unusable until a driver starts it anew.
     Stopped,
 }
 
-/// The state of the queue between passes. Buffers are kept, so that a pass allocates nothing.
+/// The state of the queue between passes. It keeps its buffers, so that a pass allocates no memory.
 #[derive(Debug, Default)]
 pub struct RequestQueue {
     /// The driver has made the ring unusable.
@@ -41,14 +42,14 @@ pub struct RequestQueue {
     spans: Vec<Span>,
     done: Vec<(u16, u32)>,
     executor: Executor,
-    /// Where the last chain had what was read: a driver that waits for each answer frees and
-    /// allocates the same descriptors and the same bytes again and again.
+    /// Where the last chain was. A driver that waits for each answer frees and allocates the same descriptors and
+    /// buffers again and again, so the next chain is probably there.
     last_chain: ChainAddresses,
-    /// Passes of a single request, to look at the time of some of them.
+    /// Number of passes of a single request. The time of one in [`SINGLES_PER_LOOK`] is measured.
     singles: u64,
 }
 
-/// The places of a chain in guest memory, as good as any other address where it had none.
+/// Guest-physical addresses of a chain's parts; 0 for a part that it does not have.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ChainAddresses {
     descriptor: u64,
@@ -56,7 +57,7 @@ pub struct ChainAddresses {
 }
 
 impl ChainAddresses {
-    /// Has what is there fetched.
+    /// Has the processor fetch the memory there.
     pub fn prefetch(&self, view: &GuestView<'_>) {
         view.prefetch(self.descriptor);
         view.prefetch(self.request);
@@ -64,10 +65,10 @@ impl ChainAddresses {
 }
 
 impl RequestQueue {
-    /// Serves up to a batch of requests. The driver sees their answers when all are done, or after
-    /// 20 microseconds those that are.
+    /// Serves one batch of requests. The driver sees the answers when all are done; if that takes longer than
+    /// 20 microseconds, it sees the finished ones earlier.
     ///
-    /// No lock of the ring is held while the core works.
+    /// The ring is not locked while the core works.
     pub fn serve(&mut self, ring: &impl Ring, context: &mut Context<'_>) -> Pass {
         if self.broken {
             return Pass::Stopped;
@@ -124,7 +125,7 @@ impl RequestQueue {
         Pass::Served
     }
 
-    /// How many batches one of `requests` counts for; 0 where its time is not looked at.
+    /// How many batches a batch of `requests` requests counts for in the metrics; 0 if its time is not measured.
     fn weight(&mut self, requests: usize) -> u64 {
         if requests > 1 {
             return 1;
@@ -137,35 +138,35 @@ impl RequestQueue {
         }
     }
 
-    /// Asks the driver to notify of its next request. Returns whether one has come meanwhile, for
-    /// which it may not.
+    /// Asks the driver for a kick with its next request. Returns whether a request has come in the
+    /// meantime, for which the driver may not kick.
     pub fn enable_notifications(&self, ring: &impl Ring, memory: &GuestMemoryMmap) -> bool {
         let mut ring = ring.lock();
         if self.broken || !ring.is_running() {
             return false;
         }
         let queue = ring.queue_mut();
-        // Out of reach is tried again when memory changes.
+        // A ring that is not in guest memory is served when memory changes.
         let more = queue.enable_notification(memory).unwrap_or(false);
         more && queue.disable_notification(memory).is_ok()
     }
 
-    /// Asks the driver not to notify: the ring is looked at anyway. With event indices it does not
-    /// until it is asked to.
+    /// Asks the driver for no kicks while the worker serves the ring anyway. With event indices that is the default
+    /// until [`Self::enable_notifications`].
     pub fn disable_notifications(&self, ring: &impl Ring, memory: &GuestMemoryMmap) {
         let mut ring = ring.lock();
         if ring.is_running() && !ring.queue().event_idx_enabled() {
-            // Out of reach, it cannot be looked at either.
+            // Fails if the ring is not in guest memory; then it cannot be served either.
             let _ = ring.queue_mut().disable_notification(memory);
         }
     }
 
-    /// Where the last chain that was taken was.
+    /// Where the last chain was that a pass has taken.
     pub fn last_chain(&self) -> ChainAddresses {
         self.last_chain
     }
 
-    /// Takes chains off the ring.
+    /// Takes one batch of chains off the ring.
     fn take_chains(
         &mut self,
         ring: &impl Ring,
@@ -181,13 +182,13 @@ impl RequestQueue {
         let count = match request_ring::available(queue, view) {
             Ok(0) => return Pass::Empty,
             Ok(count) => count,
-            // The ring's memory is away; it is tried again when memory changes.
+            // The ring is served when memory changes.
             Err(RingError::OutOfReach) => return Pass::Stopped,
             Err(RingError::TooMany) => {
                 self.broken = true;
                 warn_limited!(
-                    "the request ring is left alone until the driver starts it anew: it promises \
-                     more requests than the ring has room for"
+                    "the driver claims more requests than the request ring has entries; the ring is \
+                     not served until a driver starts it anew"
                 );
                 return Pass::Stopped;
             }
@@ -212,7 +213,7 @@ impl RequestQueue {
         Pass::Served
     }
 
-    /// Returns the chains that are done, and puts the last `left` ones taken back.
+    /// Returns the finished chains to the driver, and puts the last `left` chains that were taken back onto the ring.
     fn publish(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) {
         let mut ring = ring.lock();
         let queue = ring.queue_mut();
@@ -221,7 +222,7 @@ impl RequestQueue {
         queue.set_next_avail(queue.next_avail().wrapping_sub(left));
         self.done.retain(|&(head, _)| {
             if head >= size {
-                warn_limited!("request {head} is not in the ring and cannot be returned");
+                warn_limited!("request {head} cannot be returned: the ring has no such descriptor");
             }
             head < size
         });

@@ -1,8 +1,8 @@
-//! The request queue's split ring: chains off it, answers onto it.
+//! The request queue's split ring: takes chains off it and returns them.
 //!
-//! The library's iterator looks up the region of guest memory for each field it reads, and publishes
-//! each answer for itself. The same accesses through [`GuestView`], with one publication for many
-//! answers, cost less than a third of that; the state of the ring stays the library's [`Queue`].
+//! Not `virtio_queue`'s iterator: it looks up the memory region for each field it reads, and publishes each answer
+//! alone. The same accesses through [`GuestView`], with one publication for many answers, cost less than a third.
+//! The indices stay in the library's [`Queue`].
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,7 +17,7 @@ const ENTRIES: u64 = 4;
 const AVAIL_ENTRY_LEN: u64 = 2;
 const USED_ENTRY_LEN: u64 = 8;
 
-/// Why no chain can be taken.
+/// Why the device cannot take chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingError {
     /// The ring is not in guest memory.
@@ -26,12 +26,12 @@ pub enum RingError {
     TooMany,
 }
 
-/// How many chains the driver has made available that were not taken yet.
+/// How many chains the driver has made available and the device has not taken yet.
 ///
 /// # Errors
 /// See [`RingError`].
 pub fn available(queue: &Queue, view: &GuestView<'_>) -> Result<u16, RingError> {
-    // 0 is what the library has where the frontend gave none.
+    // The library has 0 for an address that the VMM has not set.
     if queue.avail_ring() == 0 {
         return Err(RingError::OutOfReach);
     }
@@ -45,7 +45,7 @@ pub fn available(queue: &Queue, view: &GuestView<'_>) -> Result<u16, RingError> 
     Ok(count)
 }
 
-/// What changes when the driver makes the next chain available, and what the device will need then.
+/// Where the driver will make the next chain available, and the ring entries that the device will access then.
 #[derive(Clone, Copy, Debug)]
 pub struct NextChain {
     index: u64,
@@ -55,7 +55,7 @@ pub struct NextChain {
 }
 
 impl NextChain {
-    /// As it is where all chains have been taken.
+    /// For a ring from which all chains have been taken.
     pub fn of(queue: &Queue) -> Self {
         let slot = |next: u16| u64::from(next.checked_rem(queue.size()).unwrap_or(0));
         let avail = ENTRIES + AVAIL_ENTRY_LEN * slot(queue.next_avail());
@@ -68,19 +68,20 @@ impl NextChain {
         }
     }
 
-    /// Whether there is something to look at more closely: a chain, or a ring out of reach.
-    pub fn is_there(&self, view: &GuestView<'_>) -> bool {
+    /// Whether the worker must inspect the ring: it has a chain, or is not in guest memory any more.
+    pub fn is_due(&self, view: &GuestView<'_>) -> bool {
         view.load(self.index) != Some(self.taken)
     }
 
-    /// Has its entries in the ring fetched.
+    /// Has the processor fetch the ring entries.
     pub fn prefetch(&self, view: &GuestView<'_>) {
         view.prefetch(self.avail_entry);
         view.prefetch(self.used_entry);
     }
 }
 
-/// Takes one of the chains that are [`available`]: the index of its first descriptor.
+/// Takes one of the [`available`] chains. Returns the index of its first descriptor, or `None` if the ring is not in
+/// guest memory.
 pub fn take(queue: &mut Queue, view: &GuestView<'_>) -> Option<u16> {
     let slot = u64::from(queue.next_avail().checked_rem(queue.size())?);
     let head = view.load(at(queue.avail_ring(), ENTRIES + AVAIL_ENTRY_LEN * slot)?)?;
@@ -88,10 +89,10 @@ pub fn take(queue: &mut Queue, view: &GuestView<'_>) -> Option<u16> {
     Some(head)
 }
 
-/// Returns chains, each with its used length, to the driver, which sees all of them or none.
-/// Where there is no memory any more for an entry, it and those after it are lost.
+/// Returns chains to the driver, each with its used length. The driver sees all of them at once. A chain whose used
+/// entry is not in guest memory is lost, with those after it.
 ///
-/// Returns how many were returned.
+/// Returns how many chains the driver sees.
 pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> usize {
     let first = queue.next_used();
     let mut next = first;
@@ -116,10 +117,10 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
     written
 }
 
-/// Whether the driver wants to be notified of entries returned since `next_used` was `before`.
-/// Where it cannot say, it does.
+/// Whether the driver wants a notification for the used entries since `next_used` was `before`. If its wish is not in
+/// guest memory, it gets one.
 pub fn wants_notification(queue: &Queue, view: &GuestView<'_>, before: u16) -> bool {
-    // What was published comes before what is asked.
+    // The entries must be published before the driver's wish is read, or both sides could wait for each other.
     fence(Ordering::SeqCst);
     let event_idx = queue.event_idx_enabled();
     let offset = if event_idx {

@@ -1,28 +1,28 @@
-//! Telling a pause from a reset.
+//! Tells a paused driver that resumes from a new driver.
 //!
-//! Both stop the rings and start them again with the same messages. What differs is where the ring
-//! goes on: a paused driver's ring goes on where it was, a new driver's begins at 0. Only a ring
-//! that was stopped at 0 leaves a doubt. Then it is the same driver if the ring lies where it lay
-//! and still shows the entry that was written last; a new driver has cleared its rings.
+//! The VMM stops and starts the rings with the same messages for a pause and for a guest reset. The index at which
+//! the request ring starts tells them apart: a paused driver's ring resumes at its old index, a new driver's ring
+//! starts at 0. A ring that was stopped at 0 is ambiguous. Then the driver is the same if the ring has its old
+//! addresses and still holds the last used entry: a new driver clears its rings.
 
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::ring::{LockedRing, Ring};
 
-/// What a restart of the request ring means.
+/// Which driver a restart of the request ring belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restart {
-    /// The driver that was there goes on.
+    /// The same driver resumes.
     Resumed,
-    /// Another driver has begun.
+    /// A new driver has begun.
     NewDriver,
 }
 
 /// An entry of the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UsedEntry {
-    /// Its place in the ring.
+    /// Its slot in the used ring.
     pub slot: u16,
     /// Index of the chain's first descriptor.
     pub head: u16,
@@ -30,7 +30,7 @@ pub struct UsedEntry {
     pub len: u32,
 }
 
-/// Where a ring is.
+/// Indices, addresses and features of a ring at one time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingState {
     /// Index of the next available entry.
@@ -44,8 +44,8 @@ pub struct RingState {
 }
 
 impl RingState {
-    /// The state of `ring` under these features; `last_used` is the last entry that
-    /// was written and is not all zero, as those of a new driver's ring are.
+    /// The state of `ring` with these features. `last_used` is the last used entry that is not all zero: a new
+    /// driver's cleared ring cannot hold it.
     pub fn of(ring: &impl Ring, features: u64, last_used: Option<UsedEntry>) -> Self {
         let ring = ring.lock();
         let queue = ring.queue();
@@ -60,7 +60,7 @@ impl RingState {
         }
     }
 
-    /// Compares the ring as it was stopped with the ring as it runs again.
+    /// Compares this state, of the stopped ring, with `now`, its state when it runs again.
     pub fn compare(&self, now: &Self, memory: &GuestMemoryMmap) -> Restart {
         let resumed = if self.next_avail != 0 {
             now.next_avail == self.next_avail
@@ -74,7 +74,7 @@ impl RingState {
         }
     }
 
-    /// Whether the used ring still has the last entry written.
+    /// Whether the used ring still holds the last used entry.
     fn shows_last_used(&self, memory: &GuestMemoryMmap) -> bool {
         const HEADER_LEN: u64 = 4;
         const ENTRY_LEN: u64 = 8;

@@ -1,4 +1,4 @@
-//! The worker's part of the device: it serves the request ring at each event of the transport.
+//! The device's methods for the worker, which serves the request ring at the transport's events.
 
 use std::sync::atomic::Ordering;
 
@@ -19,7 +19,8 @@ use crate::process::realtime::Realtime;
 use crate::{info_limited, warn_limited};
 
 impl Device {
-    /// The worker has an event of any kind; `events` is the event queue's ring. To be called first.
+    /// Prepares the worker for an event of any kind. `events` is the event queue's ring. The worker must call this
+    /// before it handles the event.
     pub fn begin_event(&self, events: &impl Ring) {
         self.events
             .lock()
@@ -32,30 +33,30 @@ impl Device {
         }
     }
 
-    /// The watchdog asks whether the worker is alive.
+    /// Answers the watchdog's question whether the worker is alive.
     pub fn answer_watchdog(&self) {
-        // Alive is who gets what a request needs.
+        // Prove liveness by taking every lock a request takes.
         drop(self.requests.lock());
         drop(self.iommu.lock());
         self.pulse.answer();
     }
 
-    /// The driver has kicked the request queue's ring.
+    /// The driver has kicked the request queue. `ring` is its ring.
     pub fn serve_kick(&self, ring: &impl Ring) {
         self.metrics.wakeups.inc();
         self.polling.lock().woken();
         self.serve_requests(ring);
     }
 
-    /// [`Device::wake_event`] is readable; `ring` is the request queue's.
+    /// [`Device::wake_event`] is readable. `ring` is the request queue's ring.
     pub fn serve_wake(&self, ring: &impl Ring) {
-        // Fails where it was read already.
+        // Fails if it has been read already.
         let _ = self.wake.read();
         self.serve_requests(ring);
     }
 
-    /// Serves the request ring until it is empty, has stayed so for as long as is worth waiting, and
-    /// the driver has been asked to notify.
+    /// Serves the request ring until it stays empty for a polling window. Then asks the driver for a kick with its
+    /// next request.
     fn serve_requests(&self, ring: &impl Ring) {
         let mut polling = self.polling.lock();
         {
@@ -68,7 +69,7 @@ impl Device {
             if self.shutdown.load(Ordering::Acquire) {
                 return;
             }
-            // A driver that is never idle keeps the worker here.
+            // Here too: a driver that is never idle keeps the worker in this loop.
             self.pulse.answer();
             match self.serve_batch(ring) {
                 Pass::Served => {}
@@ -80,10 +81,10 @@ impl Device {
         }
     }
 
-    /// Looks at the ring without a lock that anybody else wants. Returns whether there may be
-    /// something.
+    /// Polls the ring without a lock that another thread may wait for. Returns whether there may be a request.
     fn poll(&self, ring: &impl Ring, polling: &mut Polling) -> bool {
-        // Before the memory, so that what is looked at is that of this number or a later one.
+        // Loaded before the memory. If memory changes in between, the number differs and polling ends; the other way
+        // round the worker would poll old memory without noticing.
         let changes = self.memory_changes.load(Ordering::Acquire);
         let (memory, last_chain) = {
             let requests = self.requests.lock();
@@ -95,9 +96,9 @@ impl Device {
         let view = GuestView::new(&memory);
         let next = NextChain::of(ring.lock().queue());
         let outcome = polling.poll(|| {
-            if next.is_there(&view) {
-                // All at once, where the one leads to the other: most of the time of a single request is
-                // that of fetching what the driver's processor has just written.
+            if next.is_due(&view) {
+                // Fetched all at once, although each address leads to the next: a single request takes most of its
+                // time to fetch the cache lines that the driver's processor has just written.
                 next.prefetch(&view);
                 last_chain.prefetch(&view);
                 return true;
@@ -117,20 +118,21 @@ impl Device {
         matches!(outcome, PollOutcome::Hit(_))
     }
 
-    /// Whether requests have come meanwhile, for which the driver may not notify.
+    /// See [`RequestQueue::enable_notifications`].
     fn enable_notifications(&self, ring: &impl Ring) -> bool {
         let requests = self.requests.lock();
         let memory = requests.memory.as_ref();
         memory.is_some_and(|memory| requests.queue.enable_notifications(ring, memory))
     }
 
+    /// Serves one batch of requests.
     fn serve_batch(&self, ring: &impl Ring) -> Pass {
         let mut requests = self.requests.lock();
         let Some(memory) = requests.memory.clone() else {
             return Pass::Stopped;
         };
         if requests.stopped.is_some() || requests.ring.is_none() {
-            // Only a ring that runs says where it goes on.
+            // A ring has its new index only when it runs.
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }
@@ -139,7 +141,7 @@ impl Device {
             }
             if requests.ring.is_none() {
                 requests.ring = Some(Box::new(ring.clone()));
-                // The VMM has all its devices by now.
+                // The driver runs, so the VMM has made all its devices.
                 self.iommu.lock().retarget_unattached();
             }
         }
@@ -158,7 +160,7 @@ impl Device {
         pass
     }
 
-    /// The request ring runs again after a stop: the same driver goes on, or a new one begins.
+    /// The request ring runs again after a stop: the same driver resumes, or a new one begins.
     fn restart(
         &self,
         requests: &mut Requests,

@@ -1,4 +1,4 @@
-//! The status each outcome has on the wire.
+//! Maps each refusal of the core to its status on the wire.
 
 use crate::backends::BackendErrorKind;
 use crate::iommu::RequestError;

@@ -1,4 +1,4 @@
-//! Guest memory during one pass over a ring.
+//! Fast access to guest memory during one pass over a ring.
 
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
@@ -8,17 +8,17 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-/// Guest memory with the region that was found last, which nearly always is the next one too.
+/// Guest memory, and the region of the last access, which nearly always has the next one, too.
 ///
-/// Everything here is `vm-memory`'s. What it spares is looking up the region for each access, which
-/// takes most of the time of an access of a few bytes.
+/// `vm-memory` makes all accesses. The view saves its look-up of the region, which takes most of the time of an
+/// access of a few bytes.
 pub struct GuestView<'a> {
     memory: &'a GuestMemoryMmap,
     last: Cell<Option<&'a GuestRegionMmap>>,
 }
 
 impl<'a> GuestView<'a> {
-    /// All of `memory`.
+    /// A view of all of `memory`.
     pub fn new(memory: &'a GuestMemoryMmap) -> Self {
         Self {
             memory,
@@ -26,7 +26,7 @@ impl<'a> GuestView<'a> {
         }
     }
 
-    /// Fills `into` from guest-physical `at`. Returns whether all of it is memory.
+    /// Fills `into` from guest-physical `at`. Returns whether the whole range is guest memory.
     pub fn read(&self, at: u64, into: &mut [u8]) -> bool {
         match self.slice(at, into.len()) {
             Some(slice) => {
@@ -37,7 +37,7 @@ impl<'a> GuestView<'a> {
         }
     }
 
-    /// Writes `bytes` at guest-physical `at`. Returns whether all of it is memory.
+    /// Writes `bytes` at guest-physical `at`. Returns whether the whole range is guest memory.
     pub fn write(&self, at: u64, bytes: &[u8]) -> bool {
         match self.slice(at, bytes.len()) {
             Some(slice) => {
@@ -48,34 +48,35 @@ impl<'a> GuestView<'a> {
         }
     }
 
-    /// Reads a little-endian number of a ring, whatever comes after it in the program later.
-    /// `None` where there is no memory, or the address is odd.
+    /// Reads a little-endian number of a ring, with acquire ordering. `None` if the address is odd or not in guest
+    /// memory.
     pub fn load(&self, at: u64) -> Option<u16> {
         let value: u16 = self.slice(at, 2)?.load(0, Ordering::Acquire).ok()?;
         Some(u16::from_le(value))
     }
 
-    /// Writes a little-endian number of a ring, whatever comes before it in the program first.
-    /// Returns whether there is memory, and the address is even.
+    /// Writes a little-endian number of a ring, with release ordering. Returns whether the address is even and in
+    /// guest memory.
     pub fn store(&self, at: u64, value: u16) -> bool {
         self.slice(at, 2)
             .is_some_and(|slice| slice.store(value.to_le(), 0, Ordering::Release).is_ok())
     }
 
-    /// Whether all of `len` bytes from `at` are memory.
+    /// Whether all of `len` bytes from guest-physical `at` are guest memory.
     pub fn is_backed(&self, at: u64, len: usize) -> bool {
         self.slice(at, len).is_some()
             || GuestMemoryBackend::check_range(self.memory, GuestAddress(at), len)
     }
 
-    /// Has the processor fetch what is at guest-physical `at`, which is read soon, if it is memory.
+    /// Has the processor fetch the cache line at guest-physical `at` for a read soon. Does nothing outside of guest
+    /// memory.
     pub fn prefetch(&self, at: u64) {
         if let Some(slice) = self.slice(at, 1) {
             prefetch(slice.ptr_guard().as_ptr());
         }
     }
 
-    /// `len` bytes from `at`, where they are memory and in one region.
+    /// `len` bytes from `at`, if they are in one region of guest memory.
     fn slice(&self, at: u64, len: usize) -> Option<VolatileSlice<'a>> {
         if let Some(region) = self.last.get()
             && let Some(slice) = slice_of(region, at, len)
@@ -93,7 +94,7 @@ fn slice_of(region: &GuestRegionMmap, at: u64, len: usize) -> Option<VolatileSli
     region.get_slice(MemoryRegionAddress(offset), len).ok()
 }
 
-/// A hint, and none on processors the language has no word for it.
+/// A hint to the processor. Does nothing on architectures for which the standard library has no such instruction.
 #[cfg_attr(
     target_arch = "x86_64",
     expect(
@@ -116,7 +117,7 @@ fn prefetch(at: *const u8) {
 mod tests {
     use super::*;
 
-    /// Two neighbours, a hole, and a third.
+    /// Two adjacent regions, a hole, and a third region.
     fn memory() -> GuestMemoryMmap {
         let regions = [(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)];
         GuestMemoryMmap::from_ranges(&regions.map(|(at, len)| (GuestAddress(at), len)))
@@ -124,10 +125,10 @@ mod tests {
     }
 
     #[test]
-    fn accesses_go_over_borders_of_regions_but_not_into_holes() {
+    fn accesses_cross_regions_but_not_holes() {
         let memory = memory();
         let view = GuestView::new(&memory);
-        // Each with the others' region remembered.
+        // Each access follows one to another region.
         for at in [0x1ffc, 0x8000, 0x1000, 0x2ff8] {
             assert!(view.write(at, &at.to_le_bytes()), "{at:#x}");
             let mut bytes = [0; 8];

@@ -1,3 +1,3 @@
-//! How a VMM reaches the device.
+//! Transports: how a VMM reaches the device.
 
 pub mod vhost_user;

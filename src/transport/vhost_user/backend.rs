@@ -1,4 +1,4 @@
-//! vhost-user messages and the worker's events as calls of the device.
+//! Turns vhost-user messages and the worker's events into calls of the device.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -19,9 +19,9 @@ use crate::error_limited;
 use crate::locks::{Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 
-/// Number of the event [`Device::wake_event`]. The backend crate gives the queues 0 and 1 and keeps 2 for itself.
+/// Event number of [`Device::wake_event`]. The queues have 0 and 1, and the backend crate reserves 2 for itself.
 const WAKE_EVENT: u16 = 3;
-/// Number of the event by which the watchdog asks.
+/// Event number of the watchdog's question.
 const PULSE_EVENT: u16 = 4;
 
 impl Ring for VringRwLock {
@@ -50,15 +50,15 @@ impl LockedRing for RwLockWriteGuard<'_, VringState> {
     }
 }
 
-/// The device as vhost-user frontends see it, one frontend after the other.
+/// The device as a vhost-user backend. It serves all VMMs, one after the other.
 pub struct VhostUserDevice {
     device: Arc<Device>,
-    /// Descriptors that the backend crate has given up without closing them.
+    /// Descriptors that the backend crate leaks, see [`VhostUserDevice::take_leaked`].
     exit_consumers: Mutex<Vec<RawFd>>,
 }
 
 impl VhostUserDevice {
-    /// In front of `device`.
+    /// The backend in front of `device`.
     pub fn new(device: Arc<Device>) -> Self {
         Self {
             device,
@@ -66,12 +66,13 @@ impl VhostUserDevice {
         }
     }
 
-    /// The descriptors the backend crate has leaked so far.
+    /// The descriptors that the backend crate has leaked since the last call: it forgets the consumers of the exit
+    /// events. The caller must close them once the connection's daemon is dropped.
     pub(super) fn take_leaked(&self) -> Vec<RawFd> {
         std::mem::take(&mut *self.exit_consumers.lock())
     }
 
-    /// Descriptors that the worker waits for besides the kicks, each with the number of its event.
+    /// The device's descriptors that the worker waits for besides the kicks, each with its event number.
     pub(super) fn own_events(&self) -> [(RawFd, u16); 2] {
         [
             (self.device.wake_event(), WAKE_EVENT),
@@ -92,7 +93,7 @@ impl VhostUserBackend for VhostUserDevice {
         MAX_QUEUE_SIZE
     }
 
-    /// What every frontend asks first, in the thread that hears it.
+    /// Most VMMs ask for the features first, so this enters the sandbox of the thread that receives messages.
     fn features(&self) -> u64 {
         sandbox::enter(Role::VhostUser);
         VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | Device::offered_features()
@@ -110,13 +111,14 @@ impl VhostUserBackend for VhostUserDevice {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
-    /// Not offered, and done all the same where a frontend asks for it.
+    /// The protocol feature for this message is not offered. A VMM that sends the message all the same gets its
+    /// reset.
     fn reset_device(&self) {
         self.device.reset();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // The rings keep it.
+        // The backend crate also sets it in the rings, where the device reads it.
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -129,7 +131,7 @@ impl VhostUserBackend for VhostUserDevice {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        // For a frontend that has not asked for the features.
+        // Frontends may skip GET_FEATURES.
         sandbox::enter(Role::VhostUser);
         self.device.announce_vmm();
         self.device.set_memory(memory.memory().into_inner())
@@ -154,7 +156,7 @@ impl VhostUserBackend for VhostUserDevice {
         Ok(())
     }
 
-    /// Never fails: an error would end the worker for good.
+    /// Never fails: on an error the backend crate would end the worker's thread silently.
     fn handle_event(
         &self,
         event: u16,
@@ -166,7 +168,8 @@ impl VhostUserBackend for VhostUserDevice {
         if let Some(events) = rings.get(usize::from(EVENT_QUEUE)) {
             self.device.begin_event(events);
         }
-        // Nothing waits for buffers of the event queue: faults without one are dropped.
+        // A kick of the event queue needs no action: a fault that finds no buffer is dropped, not kept for the next
+        // one.
         match (event, rings.get(usize::from(REQUEST_QUEUE))) {
             (REQUEST_QUEUE, Some(requests)) => self.device.serve_kick(requests),
             (WAKE_EVENT, Some(requests)) => self.device.serve_wake(requests),

@@ -1,5 +1,8 @@
-//! The socket that VMMs connect to: made by the daemon, or inherited.
-#![expect(unsafe_code, reason = "asks what an inherited socket is")]
+//! Takes over an inherited socket for VMMs to connect to.
+#![expect(
+    unsafe_code,
+    reason = "getsockopt, to check the type of an inherited socket"
+)]
 
 use std::io;
 use std::os::fd::RawFd;
@@ -7,10 +10,10 @@ use std::os::unix::net::UnixListener;
 
 use crate::process::inherited::adopt;
 
-/// Takes over the inherited descriptor `fd`.
+/// Takes over the inherited descriptor `fd`, which must be a listening Unix stream socket.
 ///
 /// # Errors
-/// Says why it cannot be used: it must be a listening Unix stream socket.
+/// Says why the descriptor cannot be used.
 pub fn inherit(fd: RawFd) -> Result<UnixListener, String> {
     match socket_option(fd, libc::SO_ACCEPTCONN) {
         Ok(1) => {}
@@ -23,7 +26,7 @@ pub fn inherit(fd: RawFd) -> Result<UnixListener, String> {
         return Err("it is not a Unix stream socket".into());
     }
     let listener = UnixListener::from(adopt(fd).map_err(|cause| cause.to_string())?);
-    // A non-blocking listener would make the backend crate spin.
+    // With a non-blocking listener the backend crate would spin.
     listener
         .set_nonblocking(false)
         .map_err(|cause| cause.to_string())?;
@@ -35,7 +38,7 @@ fn socket_option(fd: RawFd, option: libc::c_int) -> io::Result<libc::c_int> {
     let mut len: libc::socklen_t = 4;
     // SAFETY:
     // - value and len: valid for writes for the whole call; len is the size of value
-    // - any descriptor number may be asked; a closed one gives an error
+    // - fd: any number is allowed; for a closed descriptor the call fails
     let done = unsafe {
         libc::getsockopt(
             fd,

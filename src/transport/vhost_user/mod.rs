@@ -1,7 +1,7 @@
-//! A VMM reaches the device over a vhost-user socket.
+//! Serves the device to a VMM over a vhost-user socket.
 //!
-//! [`serve`] waits for one VMM after the other, [`backend`] turns the messages of the one that is connected into calls
-//! of [`Device`](crate::device::Device), [`listener`] has the socket.
+//! [`listener`] takes over an inherited socket. [`serve`] waits for one VMM after the other. [`backend`] turns the
+//! messages of the connected VMM into calls of [`Device`](crate::device::Device).
 
 pub mod backend;
 pub mod listener;

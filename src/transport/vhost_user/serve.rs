@@ -1,5 +1,8 @@
-//! One VMM after the other, until the daemon is to end.
-#![expect(unsafe_code, reason = "closes what the backend crate gives up")]
+//! Serves one VMM after the other until the daemon ends.
+#![expect(
+    unsafe_code,
+    reason = "closes descriptors that the backend crate leaks"
+)]
 
 use std::io;
 use std::net::Shutdown;
@@ -22,26 +25,26 @@ use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::EventLoop;
 use crate::{info_limited, warn_limited};
 
-/// How long the server rests after a connection it could not serve, for want of descriptors say.
+/// How long the server waits after a connection that it could not serve, for example for lack of descriptors.
 const BACK_OFF: Duration = Duration::from_millis(100);
-/// After this many in a row it gives up.
+/// After this many failed connections in succession the server gives up.
 const MAX_FAILURES: u32 = 50;
 
-/// Events the server waits for: a frontend, its own end, the watchdog's question.
+/// Events that the server waits for: a connection, its own end, the watchdog's question.
 const CLIENT: u64 = 0;
 const END: u64 = 1;
 const PULSE: u64 = 2;
 
-/// Why no VMM can be served any more.
+/// Why the server cannot serve VMMs any more.
 #[derive(Debug, Error)]
 pub enum ServeError {
-    /// The system does not let the server wait.
+    /// The server cannot wait for a connection.
     #[error("cannot wait for a connection: {0}")]
     Wait(io::Error),
-    /// The system does not let the worker wait.
+    /// The worker cannot wait for the device's own events.
     #[error("cannot watch the device's own events: {0}")]
     Watch(io::Error),
-    /// The vhost-user machinery did not start.
+    /// The backend crate did not start.
     #[error("cannot serve vhost-user: {0}")]
     VhostUser(BackendError),
 }
@@ -52,17 +55,17 @@ pub struct VhostUserServer {
     backend: Arc<VhostUserDevice>,
     listener: Listener,
     stop: Arc<StopRequest>,
-    /// Readable once the server is to end.
+    /// Readable once a [`Stopper`] has ended the server.
     ended: UnixStream,
-    /// Connections in a row that could not be served.
+    /// Number of connections in succession that could not be served.
     failures: u32,
 }
 
 impl VhostUserServer {
-    /// For those that connect to `listener`.
+    /// Serves `device` to the VMMs that connect to `listener`.
     ///
     /// # Errors
-    /// Where the system has no descriptors left.
+    /// The system has no descriptors left.
     pub fn new(device: Arc<Device>, listener: UnixListener) -> io::Result<Self> {
         let (end, ended) = UnixStream::pair()?;
         Ok(Self {
@@ -78,16 +81,16 @@ impl VhostUserServer {
         })
     }
 
-    /// What ends [`VhostUserServer::run`] from another thread.
+    /// A handle that ends [`VhostUserServer::run`] from another thread.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.stop.clone())
     }
 
-    /// Serves one frontend after the other until a [`Stopper`] ends it. `vmm_present` is called when one has
-    /// connected (`true`) and when it has gone.
+    /// Serves one VMM after the other until a [`Stopper`] ends it. Calls `vmm_present(true)` when a VMM has
+    /// connected and `vmm_present(false)` when it has gone.
     ///
     /// # Errors
-    /// Where the server cannot go on for a reason that is not the frontend's.
+    /// The server cannot continue, for a reason that is not the VMM's.
     pub fn run(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
         info!("waiting for a VMM to connect");
         while self.wait_for_connection()? {
@@ -105,11 +108,11 @@ impl VhostUserServer {
         Ok(())
     }
 
-    /// Serves the frontend that is waiting in the backlog until it hangs up.
+    /// Serves the VMM that waits in the listener's backlog until it disconnects.
     ///
-    /// A daemon object of the backend crate serves one connection, so each gets its own.
+    /// A daemon object of the backend crate serves one connection, so each connection gets its own.
     fn serve_connection(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
-        // Before there is a thread that could miss a kick by it.
+        // Before the daemon object, which starts the worker's thread.
         self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let made = VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory);
@@ -151,7 +154,7 @@ impl VhostUserServer {
         Ok(())
     }
 
-    /// Waits until a frontend is there (`true`) or the server is to end (`false`).
+    /// Waits until a VMM connects (`true`) or a [`Stopper`] ends the server (`false`).
     fn wait_for_connection(&self) -> Result<bool, ServeError> {
         let events = EventLoop::new().map_err(ServeError::Wait)?;
         let pulse = self.device.pulse();
@@ -173,12 +176,12 @@ impl VhostUserServer {
     }
 }
 
-/// Ends a running server.
+/// Ends a running server. Clones end the same one.
 #[derive(Clone)]
 pub struct Stopper(Arc<StopRequest>);
 
 impl Stopper {
-    /// Makes [`VhostUserServer::run`] return soon; the frontend's connection is closed.
+    /// Makes [`VhostUserServer::run`] return soon, and closes the VMM's connection.
     pub fn stop(&self) {
         let mut state = self.0.state.lock();
         state.stopping = true;
@@ -203,7 +206,8 @@ struct StopState {
 }
 
 impl StopRequest {
-    /// The connection to shut down when the server is to end; at once where it is already.
+    /// Registers the connection that [`Stopper::stop`] shuts down. If it was called before, shuts the connection
+    /// down at once.
     fn watch(&self, connection: Option<ShutdownHandle>) {
         let mut state = self.state.lock();
         if state.stopping
@@ -216,14 +220,13 @@ impl StopRequest {
     }
 }
 
-/// Closes what the backend crate has taken out of its owners and left open: the consumer side of
-/// each worker's exit event.
+/// Closes descriptors that the backend crate has leaked: the consumer of each worker's exit event.
 fn close_leaked(descriptors: Vec<RawFd>) {
     for fd in descriptors {
         // SAFETY:
         // - ownership: `VringEpollHandler::new` turned the consumer into a bare descriptor and
         //   keeps only its number in an epoll set
-        // - nobody uses it any more: that epoll set was closed with the connection's daemon
+        // - no other user: that epoll set was closed with the connection's daemon
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
     }
 }
