@@ -4,41 +4,12 @@
 //! A new kind is a variant of [`DeviceKind`], a list in [`DeviceLists`] and an implementation of
 //! [`ConfiguredDevice`]. The compiler names every place that has to handle it.
 
-use std::fmt;
-use std::path::PathBuf;
-
 use super::emulated::Emulated;
 use super::exported::Exported;
+use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::Passthrough;
 use super::shadow::ShadowListener;
 use crate::topology::{PciAddress, PciRange};
-
-/// Makes the enumeration and its list of all variants from one text, so that none can be forgotten.
-macro_rules! device_kinds {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// A kind of device behind an endpoint.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum DeviceKind {
-            $($(#[$doc])* $name,)*
-        }
-
-        impl DeviceKind {
-            /// Every kind. QEMU's arguments and a unit's directives come in this order.
-            pub const ALL: &[Self] = &[$(Self::$name),*];
-        }
-    };
-}
-
-device_kinds! {
-    /// A device of the host whose DMA the host's IOMMU translates.
-    Passthrough,
-    /// A passthrough device that the daemon offers to the VMM over vfio-user.
-    Exported,
-    /// A device that another process emulates over vfio-user.
-    Emulated,
-    /// A device in a process that reads the page tables itself.
-    ShadowReader,
-}
 
 /// The devices behind the endpoints. Each list is in ascending order of the endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,23 +22,6 @@ pub struct DeviceLists {
     pub emulated: Vec<Emulated>,
     /// Endpoints whose devices read the page tables themselves.
     pub shadow: Vec<ShadowListener>,
-}
-
-/// What code that serves all kinds of devices asks of one.
-pub trait ConfiguredDevice {
-    /// Its kind.
-    fn kind(&self) -> DeviceKind;
-    /// The address of its endpoint in the guest.
-    fn endpoint(&self) -> PciAddress;
-    /// The socket at which the daemon listens for the sake of this device.
-    fn listens_at(&self) -> Option<&PathBuf>;
-    /// The socket of another process to which the daemon connects.
-    fn connects_to(&self) -> Option<&PathBuf>;
-    /// Writes the device's words into its endpoint's line of the summary.
-    ///
-    /// # Errors
-    /// The formatter's.
-    fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result;
 }
 
 impl DeviceLists {

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::bounds::{MAX_DEADLINE_MS, MIN_DEADLINE_MS};
 use super::checker::Checker;
-use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::{Draft, EmulatedDraft, Located, Origin, Scalar};
 use super::error::ProblemKind;
+use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::range_in;
 use super::text::shown;
 use crate::topology::PciAddress;

@@ -5,9 +5,9 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::checker::Checker;
-use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::Draft;
 use super::error::ProblemKind;
+use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::range_in;
 use crate::topology::PciAddress;
 

@@ -5,6 +5,7 @@
 //! problems of all checks.
 
 mod addition;
+mod assemble;
 mod bounds;
 mod checker;
 mod devices;
@@ -12,6 +13,7 @@ mod draft;
 mod emulated;
 mod error;
 mod exported;
+mod kind;
 mod limits;
 mod load;
 mod operator;
@@ -35,10 +37,11 @@ pub use bounds::{
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_PROBLEMS, MAX_READERS, MAX_SOCKET_PATH,
     MAX_USERS, MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
-pub use devices::{ConfiguredDevice, DeviceKind, DeviceLists};
+pub use devices::DeviceLists;
 pub use emulated::{Emulated, ServerIsolation};
 pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::Exported;
+pub use kind::{ConfiguredDevice, DeviceKind};
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::Readers;

@@ -6,9 +6,9 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use super::checker::Checker;
-use super::devices::{ConfiguredDevice, DeviceKind};
 use super::draft::{Draft, Located, Origin, Scalar};
 use super::error::ProblemKind;
+use super::kind::{ConfiguredDevice, DeviceKind};
 use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
 use crate::topology::{PciAddress, PciRange};

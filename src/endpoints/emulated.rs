@@ -7,14 +7,13 @@ use log::info;
 
 use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared};
 use crate::backends::DmaBackend;
-use crate::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
+use crate::backends::vfio_user::{EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, VfioUser, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
 use crate::process::sandbox::Needs;
 use crate::process::socket::{SocketFile, bind};
 use crate::topology::{PciAddress, Topology};
-use crate::vfio_user::MAX_BATCH_TIMEOUT;
 
 /// The emulated devices, served.
 pub struct EmulatedDevices {

@@ -28,6 +28,7 @@ use crate::ids::{DomainId, EndpointId};
 use crate::vfio_user::{DmaUpdate, DmaUpdateError, Ends, Interposer, InterposerSettings, Link};
 
 pub use self::windows::Isolation;
+pub use crate::vfio_user::MAX_BATCH_TIMEOUT;
 
 /// An emulated device.
 #[derive(Clone, Debug)]
