@@ -1,5 +1,5 @@
-//! The device in this process, the driver over a real socket: faults on their way to the guest, and
-//! what only the device's own end can start.
+//! The device in the test's own process, with a driver over a real socket: the delivery of faults, and
+//! resets that start in the device.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -28,7 +28,7 @@ use vhost_device_iommu::ids::EndpointId;
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);
 
-/// A daemon on a thread of this process, so that the test holds the device's own end.
+/// A daemon on a thread of this process, which gives the test access to its device.
 struct InProcess {
     directory: TempDir,
     device: Arc<Device>,
@@ -106,7 +106,7 @@ fn decode(record: &[u8]) -> (u8, u32, u32, u64) {
 fn a_fault_reaches_the_driver_in_the_format_of_the_specification() {
     let daemon = InProcess::start();
     let mut guest = daemon.boot();
-    // A request, so that the device is known to be up.
+    // An answered request proves that the device runs.
     guest.attach(1, EP);
     for (reason, number) in [
         (FaultReason::Unknown, 0),

@@ -1,4 +1,4 @@
-//! Any text an operator can give as a configuration file.
+//! Arbitrary text as a configuration file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

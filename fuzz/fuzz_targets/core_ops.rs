@@ -1,4 +1,4 @@
-//! Any sequence of requests: the core stays consistent, and a reset gives everything back.
+//! Arbitrary sequences of requests: the core must stay consistent, and a reset must free every frame.
 #![no_main]
 
 use arbitrary::Arbitrary;

@@ -1,4 +1,4 @@
-//! Any bytes a driver can put into the device-readable part of a request.
+//! Arbitrary bytes in the device-readable part of a request.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

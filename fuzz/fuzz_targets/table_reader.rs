@@ -1,4 +1,4 @@
-//! Any contents of an arena, as a reader in another process has to expect them.
+//! Arbitrary contents of an arena, read as by a reader in another process.
 #![no_main]
 
 use std::sync::atomic::AtomicU64;

@@ -1,4 +1,4 @@
-//! Any bytes a peer can send over vfio-user, cut at any place.
+//! Arbitrary bytes from a vfio-user peer, split at arbitrary places.
 #![no_main]
 
 use std::io::Write;

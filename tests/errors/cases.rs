@@ -161,7 +161,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("StartError::Thread", "no threads left"),
     (
         "AddError::Backend",
-        "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
+        "src/iommu/tests/hotplug.rs::a_refused_addition_changes_nothing",
     ),
     // The system's failures, not a person's.
     ("DaemonError::System", "no descriptors or threads left"),
@@ -208,7 +208,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "RemoveError::HostGroup",
-        "src/iommu/tests/hotplug.rs::a_device_that_the_host_cannot_keep_apart_stays",
+        "src/iommu/tests/hotplug.rs::a_device_that_the_host_cannot_isolate_stays",
     ),
     (
         "ServiceError::Sockets",
@@ -225,7 +225,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("LevelError::NotOurs", "the library in another program"),
     (
         "AddError::TooWeak",
-        "src/iommu/tests/hotplug.rs::what_cannot_be_added_changes_nothing",
+        "src/iommu/tests/hotplug.rs::a_refused_addition_changes_nothing",
     ),
 ];
 

@@ -1,9 +1,9 @@
-//! Failing backends.
+//! Backends that fail: every call in turn, and particular calls.
 
 use super::*;
 
-/// Fails every backend call in turn: the core, the table and the backends agree afterwards, and a
-/// request that was refused without quarantine changed nothing.
+/// Fails every backend call in turn. The core, the tables and the backends must agree afterwards, and
+/// a request that was refused without quarantine must have changed nothing.
 #[test]
 fn every_failure_of_a_backend_leaves_agreement() {
     let script = [
@@ -91,7 +91,7 @@ fn an_unmap_that_fails_quarantines_and_attach_cures() {
 }
 
 #[test]
-fn where_one_of_several_unmaps_fails_nobody_reaches_any_of_them() {
+fn if_one_of_several_unmaps_fails_no_endpoint_reaches_any_range() {
     for fail in 1..=3 {
         let (mut iommu, recorders) = with_backends(2);
         iommu.attach(A, D1, false).expect("attached");
@@ -110,7 +110,7 @@ fn where_one_of_several_unmaps_fails_nobody_reaches_any_of_them() {
         }
         assert_eq!(dma(&iommu, A), Dma::Blocked);
         assert_eq!(dma(&iommu, B), Dma::Translated, "its backend did not fail");
-        // With all that it was not asked for because of the failure.
+        // The core destroyed the domain there, including the ranges it did not unmap any more.
         assert!(!recorders[0].state().domains.contains_key(&D1));
         assert_eq!(recorders[1].state().domains[&D1].len(), 3);
         iommu.detach(A, D1).expect("detached");

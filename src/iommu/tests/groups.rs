@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_group_stays_in_one_domain() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(G1, D1, false).expect("attached");
         let elsewhere = Err(RequestError::GroupElsewhere {
             endpoint: G2,
@@ -21,8 +21,8 @@ fn a_group_stays_in_one_domain() {
 }
 
 #[test]
-fn members_attached_to_nothing_are_blocked_while_another_is_active() {
-    each(|mut iommu, recorders| {
+fn unattached_members_are_blocked_while_another_is_active() {
+    with_each_backend_count(|mut iommu, recorders| {
         assert!(iommu.bypass());
         iommu.attach(G1, D1, false).expect("attached");
         for endpoint in [G2, G3] {
@@ -57,8 +57,8 @@ fn members_attached_to_nothing_are_blocked_while_another_is_active() {
 }
 
 #[test]
-fn a_group_moves_one_endpoint_at_a_time_and_nobody_is_left_behind_open() {
-    each(|mut iommu, recorders| {
+fn a_group_moves_one_endpoint_at_a_time_and_the_others_stay_blocked() {
+    with_each_backend_count(|mut iommu, recorders| {
         for endpoint in [G1, G2, G3] {
             iommu.attach(endpoint, D1, false).expect("attached");
         }
@@ -71,7 +71,7 @@ fn a_group_moves_one_endpoint_at_a_time_and_nobody_is_left_behind_open() {
                 translated(&iommu, endpoint, 0x1000),
                 Err(FaultReason::Unknown)
             );
-            // What they were attached to is still theirs to be detached from.
+            // They stay attached, so a DETACH is still possible.
             assert_eq!(
                 iommu.endpoint(endpoint).expect("an endpoint").domain,
                 Some(D1)
@@ -86,7 +86,7 @@ fn a_group_moves_one_endpoint_at_a_time_and_nobody_is_left_behind_open() {
         assert_eq!(dma(&iommu, G2), Dma::Translated);
         check_agreement(&iommu, recorders);
 
-        // The driver changes its mind: the group is whole again in D1.
+        // The driver moves back: the group is in D1 again.
         iommu.attach(G1, D1, false).expect("back");
         assert_eq!(dma(&iommu, G3), Dma::Translated);
         assert_eq!(dma(&iommu, G2), Dma::Blocked);

@@ -1,4 +1,4 @@
-//! Endpoints that come and go, with and without backends.
+//! Adding and removing endpoints, with and without backends.
 
 use super::*;
 use crate::backends::testing::slot;
@@ -22,7 +22,7 @@ fn boxed(recorder: &Recorder) -> Option<Box<dyn DmaBackend>> {
     Some(Box::new(recorder.clone()))
 }
 
-/// An IOMMU without endpoints, whose VMM is there.
+/// An IOMMU without endpoints, with a connected VMM.
 fn empty() -> Iommu {
     let iommu = "00:05.0".parse().expect("an address");
     let topology = Topology::new(iommu, ReservedRegions::default(), &[]).expect("no endpoints");
@@ -32,7 +32,7 @@ fn empty() -> Iommu {
 }
 
 #[test]
-fn an_endpoint_comes_while_a_guest_runs_and_goes_with_its_mappings() {
+fn an_endpoint_is_added_to_a_running_guest_and_removed_with_its_mappings() {
     let mut iommu = empty();
     let recorder = Recorder::new();
     assert!(iommu.add_endpoints(new(A, None), boxed(&recorder)).is_ok());
@@ -57,12 +57,12 @@ fn an_endpoint_comes_while_a_guest_runs_and_goes_with_its_mappings() {
 }
 
 #[test]
-fn a_backend_that_comes_late_gets_what_its_domain_has() {
+fn a_backend_added_late_gets_the_mappings_of_its_domain() {
     let mut iommu = empty();
     iommu.set_memory(vec![slot(0, 0x10000, 0)]);
     assert!(iommu.add_endpoints(new(A, None), None).is_ok());
     iommu.attach(A, D1, false).expect("attached");
-    // One in memory, one outside: the latter counts from now on.
+    // One mapping in memory, one outside: the latter counts once there is a backend.
     let inside = mapping(0x1000, 0x1fff, 0x1000);
     iommu.map(D1, &inside).expect("mapped");
     iommu.map(D1, &page(2)).expect("mapped");
@@ -72,21 +72,21 @@ fn a_backend_that_comes_late_gets_what_its_domain_has() {
     assert_eq!(recorder.state().memory.len(), 1);
     iommu.attach(B, D1, false).expect("attached");
     assert_eq!(recorder.state().domains[&D1].len(), 2);
-    // The recorder checks that no more is promised than it has.
+    // The recorder checks that `least` does not exceed what it has mapped.
     iommu.unmap(D1, page(2).range).expect("unmapped");
     iommu.unmap(D1, inside.range).expect("unmapped");
     assert!(recorder.state().domains[&D1].is_empty());
 }
 
 #[test]
-fn a_device_that_the_host_cannot_keep_apart_stays() {
+fn a_device_that_the_host_cannot_isolate_stays() {
     let mut iommu = empty();
     let group = GroupName::new("host7").expect("a name");
     let recorder = Recorder::new();
     let first = iommu.add_endpoints(new(A, Some(&group)), boxed(&recorder));
     assert!(first.is_ok());
     assert!(iommu.add_endpoints(new(B, Some(&group)), None).is_ok());
-    // As at the start, where one backend has all devices of its host IOMMU.
+    // As at start-up, when one backend has all devices of its host IOMMU.
     iommu.backend_of.insert(B, iommu.backend_of[&A]);
     iommu.attach(A, D1, false).expect("attached");
     let before = (iommu.topology().clone(), snapshot(&iommu));
@@ -98,7 +98,7 @@ fn a_device_that_the_host_cannot_keep_apart_stays() {
 }
 
 #[test]
-fn what_cannot_be_added_changes_nothing() {
+fn a_refused_addition_changes_nothing() {
     let mut iommu = empty();
     assert!(iommu.add_endpoints(new(A, None), None).is_ok());
     iommu.attach(A, D1, false).expect("attached");
@@ -140,7 +140,7 @@ fn what_cannot_be_added_changes_nothing() {
 }
 
 #[test]
-fn a_backend_that_fails_when_its_endpoint_goes_is_cut_off() {
+fn a_backend_that_fails_on_removal_is_quarantined() {
     let mut iommu = empty();
     let recorder = Recorder::new();
     assert!(iommu.add_endpoints(new(A, None), boxed(&recorder)).is_ok());
@@ -154,7 +154,7 @@ fn a_backend_that_fails_when_its_endpoint_goes_is_cut_off() {
 }
 
 #[test]
-fn a_range_goes_in_parts() {
+fn a_range_can_be_removed_in_parts() {
     let mut iommu = empty();
     let whole = PciRange::new(
         PciAddress::from_endpoint_id(G1),
@@ -178,7 +178,7 @@ fn a_range_goes_in_parts() {
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// Whether in the group, whether with a backend, and whether that fails.
+    /// Endpoint, whether it is in the group, whether it has a backend, and whether that fails.
     Add(usize, bool, bool, bool),
     Remove(usize),
     Attach(usize, u32),
@@ -208,7 +208,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn endpoints_come_and_go_as_they_like(steps in prop::collection::vec(step(), 1..100)) {
+    fn any_sequence_of_additions_and_removals_keeps_agreement(steps in prop::collection::vec(step(), 1..100)) {
         let mut iommu = empty();
         let group = GroupName::new("g").expect("a name");
         let mut there: BTreeMap<EndpointId, Option<Recorder>> = BTreeMap::new();

@@ -1,4 +1,5 @@
-//! The rules, driven by plain function calls, with 0, 1 and 2 backends behind the endpoints.
+//! Tests of the core by plain function calls. This file holds what they share: a topology, an IOMMU
+//! whose endpoints are behind recorders, and a check that core, tables and backends agree.
 
 mod failures;
 mod groups;
@@ -21,7 +22,7 @@ use crate::topology::{
 
 const A: EndpointId = EndpointId(0x30);
 const B: EndpointId = EndpointId(0x38);
-/// Has a reserved region of its own.
+/// An endpoint with a reserved region of its own.
 const RESERVED: EndpointId = EndpointId(0x40);
 /// Three members of one host group.
 const G1: EndpointId = EndpointId(0x48);
@@ -102,7 +103,7 @@ fn settings() -> Settings {
     }
 }
 
-/// An IOMMU whose endpoints are behind this many recorders, in turn.
+/// An IOMMU whose endpoints are distributed over `count` recorders in turn.
 fn with_backends(count: usize) -> (Iommu, Vec<Recorder>) {
     let mut iommu = Iommu::new(settings(), topology()).expect("an arena");
     let recorders: Vec<_> = (0..count).map(|_| Recorder::new()).collect();
@@ -115,7 +116,7 @@ fn with_backends(count: usize) -> (Iommu, Vec<Recorder>) {
     (iommu, recorders)
 }
 
-fn each(test: impl Fn(Iommu, &[Recorder])) {
+fn with_each_backend_count(test: impl Fn(Iommu, &[Recorder])) {
     for count in 0..=2 {
         let (iommu, recorders) = with_backends(count);
         test(iommu, &recorders);
@@ -137,7 +138,7 @@ fn translated(iommu: &Iommu, endpoint: EndpointId, iova: u64) -> Result<u64, Fau
         .map_err(|f| f.reason)
 }
 
-/// What the table says, what the recorders hold, and what endpoints meet agree.
+/// Checks that the tables, the recorders' mappings and the endpoints' targets agree.
 fn check_agreement(iommu: &Iommu, recorders: &[Recorder]) {
     for domain in iommu.domains() {
         let table = all_mappings(iommu, domain.id);
@@ -207,7 +208,7 @@ fn run(iommu: &mut Iommu, op: Op) -> Result<(), RequestError> {
     }
 }
 
-/// Everything a guest could tell apart.
+/// The whole state that a guest can observe.
 fn snapshot(iommu: &Iommu) -> (Vec<EndpointState>, Vec<DomainState>, Vec<Vec<Mapping>>) {
     let domains: Vec<_> = iommu.domains().collect();
     let mappings = domains.iter().map(|d| all_mappings(iommu, d.id)).collect();

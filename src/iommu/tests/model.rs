@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 
-/// The rules once more, as plainly as they can be written.
+/// A second implementation of the rules, as simple as possible.
 #[derive(Default)]
 struct Model {
     bypass: bool,
@@ -35,7 +35,7 @@ impl Model {
                 && wanted.overlaps(range(OWN_RESERVED.0, OWN_RESERVED.1)))
     }
 
-    /// Whether the request succeeds, and its effect. Groups are left out.
+    /// Applies a request. Returns whether it must succeed. Ignores groups.
     fn apply(&mut self, op: Op) -> bool {
         match op {
             Op::Attach(endpoint, domain, bypass) => {
@@ -124,7 +124,7 @@ impl Model {
 fn op() -> impl Strategy<Value = Op> {
     let endpoint = prop::sample::select(vec![A, B, RESERVED]);
     let domain = (0u32..3).prop_map(DomainId);
-    // Around the reserved region, so that it is met.
+    // Near the reserved region, so that many requests overlap it.
     let pages = (0xf8u64..0x118, 1u64..6);
     prop_oneof![
         3 => (endpoint.clone(), domain.clone(), prop::bool::weighted(0.2))
@@ -165,7 +165,7 @@ proptest! {
     }
 
     #[test]
-    fn unmaps_together_come_to_the_same_as_one_by_one(
+    fn batched_unmaps_have_the_outcomes_of_single_ones(
         backends in 0usize..3,
         maps in prop::collection::vec((0u64..40, 1u64..4), 0..20),
         unmaps in prop::collection::vec((0u64..40, 1u64..6), 1..12),

@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn attach_3_an_endpoint_that_does_not_exist_is_noent() {
-    each(|mut iommu, _| {
+    with_each_backend_count(|mut iommu, _| {
         let nobody = EndpointId(0x28);
         assert_eq!(
             iommu.attach(nobody, D1, false),
@@ -24,7 +24,7 @@ fn attach_3_an_endpoint_that_does_not_exist_is_noent() {
 
 #[test]
 fn ops_6_domains_above_the_range_are_refused_everywhere() {
-    each(|mut iommu, _| {
+    with_each_backend_count(|mut iommu, _| {
         let id = DomainId(LAST_DOMAIN + 1);
         let refused = RequestError::DomainOutOfRange {
             id,
@@ -40,7 +40,7 @@ fn ops_6_domains_above_the_range_are_refused_everywhere() {
 
 #[test]
 fn attach_5_the_bypass_flag_agrees_with_the_domain() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, true).expect("a bypass domain");
         iommu.attach(B, D2, false).expect("a domain");
         assert_eq!(
@@ -68,7 +68,7 @@ fn attach_5_the_bypass_flag_agrees_with_the_domain() {
 
 #[test]
 fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         iommu.map(D1, &page(1)).expect("mapped");
         iommu.attach(B, D1, false).expect("a second endpoint");
@@ -80,7 +80,7 @@ fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
         assert_eq!(translated(&iommu, B, 0x1000), Ok(0x4000_1000));
         check_agreement(&iommu, recorders);
 
-        // With its last endpoint D1 goes, and its ID names a new, empty domain.
+        // D1 ends with its last endpoint, and its ID then names a new, empty domain.
         iommu.attach(B, D2, false).expect("moved");
         assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::NoSuchDomain(D1)));
         iommu.attach(B, D1, false).expect("moved back");
@@ -92,7 +92,7 @@ fn attach_4_and_6_endpoints_share_a_domain_and_move_between_domains() {
 
 #[test]
 fn attaching_again_to_the_same_domain_keeps_its_mappings() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         iommu.map(D1, &page(1)).expect("mapped");
         iommu.attach(A, D1, false).expect("attached already");
@@ -103,7 +103,7 @@ fn attaching_again_to_the_same_domain_keeps_its_mappings() {
 
 #[test]
 fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         let clash = mapping(OWN_RESERVED.0 - KIB4, OWN_RESERVED.0 + KIB4 - 1, 0);
         iommu.map(D1, &clash).expect("not reserved for A");
@@ -119,7 +119,7 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
         assert_eq!(dma(&iommu, RESERVED), Dma::Bypass);
         iommu.unmap(D1, clash.range).expect("unmapped");
         iommu.attach(RESERVED, D1, false).expect("nothing clashes");
-        // RESV-4: now the region holds for the whole domain, until its owner leaves.
+        // RESV-4: from now on the region applies to the whole domain, until its owner leaves.
         assert!(matches!(
             iommu.map(D1, &clash),
             Err(RequestError::Reserved { .. })
@@ -132,7 +132,7 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
 
 #[test]
 fn detach_3_only_the_domain_an_endpoint_is_attached_to() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         let refused = |domain| {
             Err(RequestError::NotAttached {
                 endpoint: A,
@@ -151,7 +151,7 @@ fn detach_3_only_the_domain_an_endpoint_is_attached_to() {
 #[test]
 fn detach_4_a_detached_endpoint_reaches_no_mapping() {
     for bypass in [false, true] {
-        each(|mut iommu, recorders| {
+        with_each_backend_count(|mut iommu, recorders| {
             iommu.set_bypass(bypass);
             iommu.attach(A, D1, false).expect("attached");
             iommu.map(D1, &page(1)).expect("mapped");
@@ -170,7 +170,7 @@ fn detach_4_a_detached_endpoint_reaches_no_mapping() {
 
 #[test]
 fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
-    each(|mut iommu, _| {
+    with_each_backend_count(|mut iommu, _| {
         iommu.attach(A, D1, false).expect("attached");
         let top = (1u64 << 48) - 1;
         for bad in [
@@ -219,7 +219,7 @@ fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
 
 #[test]
 fn map_2_overlaps_are_refused_and_change_nothing() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         let there = mapping(0x4000, 0x7fff, 0);
         iommu.map(D1, &there).expect("mapped");
@@ -246,7 +246,7 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
 
 #[test]
 fn map_4_and_5_unmap_2_and_3_unknown_and_bypass_domains() {
-    each(|mut iommu, _| {
+    with_each_backend_count(|mut iommu, _| {
         assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::NoSuchDomain(D1)));
         assert_eq!(
             iommu.unmap(D1, range(0, 1)),
@@ -263,7 +263,7 @@ fn map_4_and_5_unmap_2_and_3_unknown_and_bypass_domains() {
 
 #[test]
 fn map_6_accesses_need_the_rights_of_the_mapping() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         let rights = [
             Access::NONE,
@@ -286,14 +286,14 @@ fn map_6_accesses_need_the_rights_of_the_mapping() {
                 }
             }
         }
-        // Every backend was told the same rights.
+        // Every backend received the same rights.
         check_agreement(&iommu, recorders);
     });
 }
 
 #[test]
 fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
-    each(|mut iommu, _| {
+    with_each_backend_count(|mut iommu, _| {
         assert_eq!(translated(&iommu, A, MSI.0), Err(FaultReason::Mapping));
         assert_eq!(translated(&iommu, A, MSI.0 - 1), Ok(MSI.0 - 1));
         assert_eq!(translated(&iommu, A, MSI.1 + 1), Ok(MSI.1 + 1));
@@ -329,7 +329,7 @@ fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
     });
 }
 
-/// The examples of the specification's UNMAP section, a page for each of its units.
+/// The examples of the specification's UNMAP section, with one page for each of its units.
 #[test]
 fn unmap_4_and_5_the_examples_of_the_specification() {
     type Case = (
@@ -349,7 +349,7 @@ fn unmap_4_and_5_the_examples_of_the_specification() {
     ];
     let units = |(first, last): (u64, u64)| (first * KIB4, last * KIB4 + KIB4 - 1);
     for (name, maps, unmap, expected) in cases {
-        each(|mut iommu, recorders| {
+        with_each_backend_count(|mut iommu, recorders| {
             iommu.attach(A, D1, false).expect("attached");
             for &at in maps {
                 let (first, last) = units(at);
@@ -377,7 +377,7 @@ fn unmap_4_and_5_the_examples_of_the_specification() {
 
 #[test]
 fn unmap_reaches_over_everything_and_to_the_last_address() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         iommu.attach(A, D1, false).expect("attached");
         iommu.map(D1, &page(0)).expect("mapped");
         let top = (1u64 << 48) - 1;
@@ -405,7 +405,7 @@ fn unmap_reaches_over_everything_and_to_the_last_address() {
 
 #[test]
 fn unattached_endpoints_follow_bypass() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         assert_eq!(translated(&iommu, A, 0x5000), Ok(0x5000));
         iommu.set_bypass(false);
         assert_eq!(translated(&iommu, A, 0x5000), Err(FaultReason::Domain));
@@ -425,7 +425,7 @@ fn unattached_endpoints_follow_bypass() {
 
 #[test]
 fn init_1_a_reset_detaches_everything_and_frees_every_frame() {
-    each(|mut iommu, recorders| {
+    with_each_backend_count(|mut iommu, recorders| {
         let idle = iommu.arena().frames_used();
         for (number, &endpoint) in (1u32..).zip(&ALL[..3]) {
             iommu
@@ -460,7 +460,7 @@ fn one_domain_cannot_use_up_what_the_others_need() {
     iommu.map(D2, &page(1)).expect("mapped");
     let mut mapped = 0;
     let refused = (0..).find_map(|number: u64| {
-        // A page table for each page.
+        // Each page needs a page table of its own.
         let at = number << 21;
         match iommu.map(D1, &mapping(at, at + KIB4 - 1, 0)) {
             Ok(()) => {
@@ -475,7 +475,7 @@ fn one_domain_cannot_use_up_what_the_others_need() {
         "{refused:?}"
     );
     assert!(mapped > 100, "{mapped}");
-    // The other domain goes on, within reason.
+    // The other domain can still grow, up to the limit of a small domain.
     for number in 1..4u64 {
         let at = number << 30;
         iommu
@@ -484,7 +484,7 @@ fn one_domain_cannot_use_up_what_the_others_need() {
     }
     assert_eq!(translated(&iommu, B, 0x1000), Ok(0x4000_1000));
     iommu.attach(G1, DomainId(3), false).expect("a new domain");
-    // The greedy one still unmaps, and then maps again.
+    // The domain that exhausted the arena can still unmap, and then map again.
     iommu.unmap(D1, range(0, (1 << 30) - 1)).expect("unmapped");
     iommu.map(D1, &page(0)).expect("mapped again");
 }
@@ -536,7 +536,7 @@ fn neighbours_are_unmapped_by_one_call() {
     }
     let calls = || recorders.iter().map(|r| r.state().calls).sum::<u64>();
     let before = calls();
-    // Upwards, downwards, apart; one range holds nothing.
+    // Ascending, descending and separate ranges; one range is empty.
     let ranges: Vec<_> = [0, 1, 2, 5, 4, 7, 30].map(|n| page(n).range).into();
     let mut outcomes = VecDeque::new();
     iommu.unmap_all(D1, &ranges, &mut outcomes);
