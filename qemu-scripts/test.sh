@@ -68,7 +68,7 @@ plain_tests() {
         name=${name%/main.rs}
         name=${name%.rs}
         case $name in
-        emulated | guest | hostile | kills | operations | vfio_host | '*') ;;
+        emulated | guest | hostile | kills | operations | passthrough | '*') ;;
         *) [[ " $OPERATIONS_TESTS " == *" $name "* ]] || echo "--test=$name" ;;
         esac
     done
@@ -99,7 +99,7 @@ suite_guest() {
     step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored
 }
 
-# The modules of the test program vfio_host that test vfio-user and belong to the suite emulated.
+# The modules of the test program passthrough that test vfio-user and belong to the suite emulated.
 VFIO_USER_TESTS="export:: mixed::"
 # Tests that the machine with VT-d leaves out; README.md gives the reason.
 NOT_ON_VTD="export::a_stock_guest"
@@ -125,13 +125,13 @@ outcome() {
     return "$(cat "$LOGS/$1.status")"
 }
 
-# in_l1 SUITE ARGUMENT...: runs the test program vfio_host in L1, with VT-d and with AMD-Vi at the same time: the tests
+# in_l1 SUITE ARGUMENT...: runs the test program passthrough in L1, with VT-d and with AMD-Vi at the same time: the tests
 # wait for devices longer than they compute.
 in_l1() {
-    local suite=$1 iommu program without build=(cargo test --locked --test vfio_host --no-run)
+    local suite=$1 iommu program without build=(cargo test --locked --test passthrough --no-run)
     shift
     step "$suite: build" "${build[@]}"
-    program=$(built_program vfio_host "${build[@]}")
+    program=$(built_program passthrough "${build[@]}")
     if [ -z "$program" ]; then
         return
     fi

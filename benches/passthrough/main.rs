@@ -23,14 +23,14 @@ mod bed;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 #[allow(dead_code, reason = "the tests use more of it")]
-#[path = "../../tests/vfio_host/devices.rs"]
+#[path = "../../tests/passthrough/devices.rs"]
 mod devices;
 mod no_kernel;
 mod numbers;
-#[allow(dead_code, reason = "the tests use more of it")]
-#[path = "../../tests/vfio_host/rig.rs"]
-mod rig;
 mod ring;
+#[allow(dead_code, reason = "the tests use more of it")]
+#[path = "../../tests/passthrough/bed.rs"]
+mod vm_bed;
 
 use std::path::Path;
 use std::process::{Command, Stdio};

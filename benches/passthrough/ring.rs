@@ -6,7 +6,7 @@ use crate::Way;
 use crate::common::guest::{Guest, HIGH_LEN, HIGH_RAM, Layout};
 use crate::common::wire::{self, OK, RW, TAIL};
 use crate::numbers::median;
-use crate::rig::{self, Rig, endpoint};
+use crate::vm_bed::{self, Bed, endpoint};
 
 /// Requests in the ring at a time.
 const BATCH: u64 = 64;
@@ -17,12 +17,12 @@ const PAGE: u64 = 4096;
 /// Microseconds a request of MAP and of UNMAP.
 pub fn measure(way: Way, function: &str) -> [f64; 2] {
     let way = match way {
-        Way::Type1 => rig::Way::Type1,
-        Way::Map => rig::Way::SharedMapped,
-        Way::Copy => rig::Way::SharedAll,
+        Way::Type1 => vm_bed::Way::Type1,
+        Way::Map => vm_bed::Way::SharedMapped,
+        Way::Copy => vm_bed::Way::SharedAll,
     };
-    let mut rig = Rig::new(way, &[function]);
-    let guest = &mut rig.guest;
+    let mut bed = Bed::new(way, &[function]);
+    let guest = &mut bed.guest;
     assert_eq!(guest.attach(1, endpoint(0)), OK);
     let first = |n: u64| 0x10_0000_0000 + 2 * n * PAGE;
     let gpa = |n: u64| HIGH_RAM + n * PAGE % HIGH_LEN;

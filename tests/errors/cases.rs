@@ -197,11 +197,11 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "PassthroughError::Device",
-        "a device that VFIO refuses: tests/vfio_host",
+        "a device that VFIO refuses: tests/passthrough",
     ),
-    ("PassthroughError::OtherDevice", "tests/vfio_host"),
-    ("PassthroughError::OneContainer", "tests/vfio_host"),
-    ("PassthroughError::MixedGroup", "tests/vfio_host"),
+    ("PassthroughError::OtherDevice", "tests/passthrough"),
+    ("PassthroughError::OneContainer", "tests/passthrough"),
+    ("PassthroughError::MixedGroup", "tests/passthrough"),
     (
         "PassthroughError::NoCommonAddresses",
         "two IOMMUs that differ",

@@ -4,12 +4,12 @@ use std::os::fd::AsFd;
 
 use rustix::fs::fstat;
 
-use crate::double::{
-    BAR, BAR_LEN, CAPS, CLIENT_TEXT, CONFIG, MMAP, OWN, READ, REGIONS, ROM, Rig, TRAPPED, WRITE,
+use crate::bed::{
+    BAR, BAR_LEN, Bed, CAPS, CLIENT_TEXT, CONFIG, MMAP, OWN, READ, REGIONS, ROM, TRAPPED, WRITE,
     eventually,
 };
-use crate::peer::{
-    DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, Msg, NO_REPLY, Peer, REGION_INFO,
+use crate::connection::{
+    Connection, DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, Msg, NO_REPLY, REGION_INFO,
     REGION_READ, REGION_WRITE, RESET, VERSION, dma_map, dma_unmap, region, version_body,
 };
 
@@ -17,13 +17,13 @@ const IRQ_INFO: u16 = 7;
 const REGION_IO_FDS: u16 = 6;
 const WRITE_MULTI: u16 = 15;
 
-fn region_info(client: &mut Peer, index: u32, argsz: u32) -> Msg {
+fn region_info(client: &mut Connection, index: u32, argsz: u32) -> Msg {
     let words = [argsz, 0, index, 0, 0, 0, 0, 0];
     let body: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
     client.call(REGION_INFO, &body, &[])
 }
 
-fn read(client: &mut Peer, index: u32, at: u64, count: u32) -> Result<Vec<u8>, i32> {
+fn read(client: &mut Connection, index: u32, at: u64, count: u32) -> Result<Vec<u8>, i32> {
     let reply = client.call(REGION_READ, &region(at, index, count, &[]), &[]);
     match reply.errno() {
         0 => {
@@ -35,7 +35,7 @@ fn read(client: &mut Peer, index: u32, at: u64, count: u32) -> Result<Vec<u8>, i
     }
 }
 
-fn write(client: &mut Peer, index: u32, at: u64, data: &[u8]) -> Result<u32, i32> {
+fn write(client: &mut Connection, index: u32, at: u64, data: &[u8]) -> Result<u32, i32> {
     let count = data.len() as u32;
     let reply = client.call(REGION_WRITE, &region(at, index, count, data), &[]);
     match reply.errno() {
@@ -46,8 +46,8 @@ fn write(client: &mut Peer, index: u32, at: u64, data: &[u8]) -> Result<u32, i32
 
 #[test]
 fn a_client_learns_what_there_is() {
-    let rig = Rig::new();
-    let mut client = rig.connect();
+    let bed = Bed::new();
+    let mut client = bed.connect();
     let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
     let capabilities = &answer.text()["capabilities"];
     assert_eq!(capabilities["max_msg_fds"], 16);
@@ -83,13 +83,13 @@ fn a_client_learns_what_there_is() {
 
 #[test]
 fn a_region_is_mapped_where_a_file_stands_for_it_alone() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let info = region_info(&mut client, BAR, 4096);
     assert_eq!(info.u32_at(4), READ | WRITE, "without a file it is not");
     assert!(info.fds.is_empty() && info.body.len() == 32);
 
-    let identity = rig.give_file();
+    let identity = bed.give_file();
     let short = region_info(&mut client, BAR, 32);
     assert_eq!((short.body.len(), short.u32_at(0)), (32, 72));
     assert_eq!(short.u32_at(4), READ | WRITE | MMAP | CAPS);
@@ -115,8 +115,8 @@ fn a_region_is_mapped_where_a_file_stands_for_it_alone() {
 
 #[test]
 fn registers_are_read_and_written_within_their_regions() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     assert_eq!(read(&mut client, BAR, 0x10, 4), Ok(vec![16, 17, 18, 19]));
     assert_eq!(write(&mut client, BAR, 0x3ffe, &[1, 2]), Ok(2));
     assert_eq!(read(&mut client, BAR, 0x3ffe, 2), Ok(vec![1, 2]));
@@ -126,7 +126,7 @@ fn registers_are_read_and_written_within_their_regions() {
         Ok(1 << 20)
     );
 
-    let before = rig.device.state().accesses;
+    let before = bed.device.state().accesses;
     for (index, at, count, errno) in [
         (BAR, 0x3ffd, 4, libc::EINVAL),
         (BAR, BAR_LEN, 1, libc::EINVAL),
@@ -147,24 +147,24 @@ fn registers_are_read_and_written_within_their_regions() {
     assert_eq!(write(&mut client, BAR, 0x3ffd, &[0; 4]), Err(libc::EINVAL));
     assert_eq!(write(&mut client, ROM, 0, &[0; 4]), Err(libc::EPERM));
     assert_eq!(
-        rig.device.state().accesses,
+        bed.device.state().accesses,
         before,
         "none of these came through"
     );
 
-    rig.device.state().error = Some(libc::EIO);
+    bed.device.state().error = Some(libc::EIO);
     assert_eq!(read(&mut client, BAR, 0, 4), Err(libc::EIO));
     assert_eq!(write(&mut client, BAR, 0, &[0; 4]), Err(libc::EIO));
     assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
-    rig.device.state().error = None;
+    bed.device.state().error = None;
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    assert_eq!(rig.device.state().resets, 1);
+    assert_eq!(bed.device.state().resets, 1);
 }
 
 #[test]
 fn writes_without_a_reply_and_several_at_once_are_done_in_their_order() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     for n in 0..100u8 {
         client.send(7, REGION_WRITE, NO_REPLY, &region(0x20, BAR, 1, &[n]), &[]);
     }
@@ -196,13 +196,13 @@ fn writes_without_a_reply_and_several_at_once_are_done_in_their_order() {
 
 #[test]
 fn what_a_client_says_of_memory_is_answered_and_has_no_effect() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
     let map = dma_map(3, 0, 0x1000, 0x2000);
     assert_eq!(client.call(DMA_MAP, &map, &[theirs.as_fd()]).errno(), 0);
     drop(theirs);
-    let mut other = Peer::new(ours);
+    let mut other = Connection::new(ours);
     assert!(other.is_closed(), "the descriptor is not kept");
     assert_eq!(client.call(DMA_MAP, &map, &[]).errno(), libc::EEXIST);
     let unmapped = client.call(DMA_UNMAP, &dma_unmap(0x1000, 0x1000), &[]);
@@ -217,45 +217,45 @@ fn what_a_client_says_of_memory_is_answered_and_has_no_effect() {
     ] {
         assert_eq!(client.call(command, body, &[]).errno(), libc::ENOTSUP);
     }
-    let state = rig.device.state();
+    let state = bed.device.state();
     assert_eq!((state.accesses, state.changes.len()), (0, 0));
 }
 
 #[test]
 fn a_device_nobody_drives_is_silent() {
-    let rig = Rig::new();
+    let bed = Bed::new();
     for end in ["client", "server"] {
-        let mut client = rig.client();
+        let mut client = bed.client();
         let command = 0x0507u16.to_le_bytes();
         assert_eq!(write(&mut client, CONFIG, 4, &command), Ok(2));
-        assert_eq!(rig.device.state().bytes[CONFIG as usize][4], 7);
-        let resets = rig.device.state().resets;
-        let silent = || rig.device.state().resets == resets + 1;
+        assert_eq!(bed.device.state().bytes[CONFIG as usize][4], 7);
+        let resets = bed.device.state().resets;
+        let silent = || bed.device.state().resets == resets + 1;
         if end == "client" {
             drop(client);
             eventually("released", silent);
         } else {
             // The next client is served when this one is gone, and not before.
-            let mut next = rig.connect();
+            let mut next = bed.connect();
             next.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
             assert!(!silent());
             drop(client);
             assert_eq!(next.recv().expect("an answer").errno(), 0);
             assert!(silent());
         }
-        let config = rig.device.state().bytes[CONFIG as usize][4..6].to_vec();
+        let config = bed.device.state().bytes[CONFIG as usize][4..6].to_vec();
         assert_eq!(
             config,
             [0, 5],
             "no I/O, no memory, no DMA; the rest as it was"
         );
     }
-    let mut rig = rig;
-    let mut client = rig.client();
+    let mut bed = bed;
+    let mut client = bed.client();
     assert_eq!(write(&mut client, CONFIG, 4, &[7, 0]), Ok(2));
-    let resets = rig.device.state().resets;
-    rig.server = None;
+    let resets = bed.device.state().resets;
+    bed.server = None;
     assert!(client.is_closed());
-    assert_eq!(rig.device.state().bytes[CONFIG as usize][4], 0);
-    assert_eq!(rig.device.state().resets, resets + 1);
+    assert_eq!(bed.device.state().bytes[CONFIG as usize][4], 0);
+    assert_eq!(bed.device.state().resets, resets + 1);
 }

@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
+use crate::bed::{Bed, CONFIG, REGIONS, TRAPPED, eventually};
 use crate::common::rng::Rng;
-use crate::double::{CONFIG, REGIONS, Rig, TRAPPED, eventually};
-use crate::peer::{
-    COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, NO_REPLY, Peer, REGION_INFO,
-    REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
-    version_body,
+use crate::connection::{
+    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, NO_REPLY,
+    REGION_INFO, REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map,
+    irqs, region, version_body,
 };
 
 /// A message whose header declares another size.
@@ -18,15 +18,15 @@ fn sized(size: u32, flags: u32) -> Vec<u8> {
     all
 }
 
-fn send(peer: &mut Peer, bytes: &[u8], descriptors: usize) {
+fn send(connection: &mut Connection, bytes: &[u8], descriptors: usize) {
     let null = File::open("/dev/null").expect("open");
-    peer.send_raw(bytes, &vec![null.as_fd(); descriptors]);
+    connection.send_raw(bytes, &vec![null.as_fd(); descriptors]);
 }
 
 #[test]
 fn what_is_no_message_ends_the_connection_and_nothing_else() {
     let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
-    let rig = Rig::new();
+    let bed = Bed::new();
     for (what, sent, descriptors) in [
         ("no size", sized(0, COMMAND), 0),
         ("less than a header", sized(15, COMMAND), 0),
@@ -71,11 +71,11 @@ fn what_is_no_message_ends_the_connection_and_nothing_else() {
             0,
         ),
     ] {
-        let resets = rig.device.state().resets;
-        let mut client = rig.client();
+        let resets = bed.device.state().resets;
+        let mut client = bed.client();
         send(&mut client, &sent, descriptors);
         assert!(client.is_closed(), "{what}");
-        assert_eq!(rig.device.state().resets, resets + 1, "{what}");
+        assert_eq!(bed.device.state().resets, resets + 1, "{what}");
     }
     for (what, first) in [
         ("no VERSION", command(GET_INFO, &[0; 16])),
@@ -83,31 +83,31 @@ fn what_is_no_message_ends_the_connection_and_nothing_else() {
         ("no JSON", command(VERSION, &version_body("{"))),
         ("nothing known", command(99, &[])),
     ] {
-        let mut client = rig.connect();
+        let mut client = bed.connect();
         send(&mut client, &first, 0);
         assert!(client.is_closed(), "{what}");
     }
     // Cut within a header, and within a body.
     for len in [7, 20] {
-        let resets = rig.device.state().resets;
-        let mut client = rig.client();
+        let resets = bed.device.state().resets;
+        let mut client = bed.client();
         send(
             &mut client,
             &command(REGION_WRITE, &region(0, 0, 4, b"abcd"))[..len],
             0,
         );
         drop(client);
-        eventually("released", || rig.device.state().resets > resets);
+        eventually("released", || bed.device.state().resets > resets);
     }
-    assert_eq!(rig.client().call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(bed.client().call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
 fn whatever_is_asked_for_is_answered_or_refused() {
-    let rig = Rig::new();
+    let bed = Bed::new();
     for seed in 0..40 {
         let mut rng = Rng::new(seed);
-        let mut client = rig.client();
+        let mut client = bed.client();
         for _ in 0..100 {
             let words = |rng: &mut Rng, n: usize| -> Vec<u8> {
                 let word = |rng: &mut Rng| match rng.below(6) {
@@ -135,7 +135,7 @@ fn whatever_is_asked_for_is_answered_or_refused() {
             // Bytes counted and not sent end the connection: seed and all are good otherwise.
             match client.recv() {
                 Some(reply) => assert_eq!((reply.id, reply.cmd), (id, command)),
-                None => client = rig.client(),
+                None => client = bed.client(),
             }
         }
     }
@@ -143,8 +143,8 @@ fn whatever_is_asked_for_is_answered_or_refused() {
 
 #[test]
 fn a_client_that_does_not_read_fills_no_memory() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     // Each is answered with 1 MiB, and no answer is read.
     let ask = bytes(
         1,
@@ -158,35 +158,35 @@ fn a_client_that_does_not_read_fills_no_memory() {
         client.send_raw(&ask, &[]);
     }
     eventually("the first one is served", || {
-        rig.device.state().accesses > 0
+        bed.device.state().accesses > 0
     });
     std::thread::sleep(std::time::Duration::from_millis(300));
-    assert!(rig.device.state().accesses < 5, "the others wait unread");
+    assert!(bed.device.state().accesses < 5, "the others wait unread");
     drop(client);
-    assert_eq!(rig.client().call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(bed.client().call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
 fn a_device_that_fails_is_let_go_of_all_the_same() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let write = |n: u8| bytes(1, REGION_WRITE, NO_REPLY, 0, &region(4, CONFIG, 1, &[n]));
     client.send_raw(&write(7), &[]);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    rig.device.state().error = Some(libc::EIO);
+    bed.device.state().error = Some(libc::EIO);
     drop(client);
-    let mut client = rig.client();
+    let mut client = bed.client();
     assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
-    rig.device.state().error = None;
+    bed.device.state().error = None;
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 /// Takes ten seconds.
 #[test]
 fn a_client_that_says_nothing_is_not_waited_for_for_ever() {
-    let rig = Rig::new();
-    let mut silent = rig.connect();
-    let mut next = rig.connect();
+    let bed = Bed::new();
+    let mut silent = bed.connect();
+    let mut next = bed.connect();
     next.ask(VERSION, &version_body("{}"), &[]);
     assert_eq!(next.recv().expect("an answer").errno(), 0);
     assert!(silent.is_closed());

@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::double::{INTX, MSI, MSIX, Rig, eventually};
-use crate::peer::{Peer, RESET, SET_IRQS, irqs};
+use crate::bed::{Bed, INTX, MSI, MSIX, eventually};
+use crate::connection::{Connection, RESET, SET_IRQS, irqs};
 
 const NONE: u32 = 1;
 const BOOL: u32 = 2;
@@ -24,7 +24,14 @@ fn came(event: &OwnedFd) -> bool {
     rustix::io::read(event, &mut [0; 8]).is_ok()
 }
 
-fn set(client: &mut Peer, flags: u32, kind: u32, start: u32, count: u32, fds: &[OwnedFd]) -> i32 {
+fn set(
+    client: &mut Connection,
+    flags: u32,
+    kind: u32,
+    start: u32,
+    count: u32,
+    fds: &[OwnedFd],
+) -> i32 {
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let body = irqs(flags, kind, start, count);
     client.call(SET_IRQS, &body, &fds).errno()
@@ -32,13 +39,13 @@ fn set(client: &mut Peer, flags: u32, kind: u32, start: u32, count: u32, fds: &[
 
 #[test]
 fn lines_are_raised_masked_and_switched_off() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let raised = event();
     let on = std::slice::from_ref(&raised);
     assert_eq!(set(&mut client, EVENT | TRIGGER, INTX, 0, 1, on), 0);
     assert!(!came(&raised));
-    assert!(rig.device.raise(INTX, 0));
+    assert!(bed.device.raise(INTX, 0));
     assert!(came(&raised));
     assert_eq!(set(&mut client, NONE | UNMASK, INTX, 0, 1, &[]), 0);
     assert_eq!(set(&mut client, NONE | MASK, INTX, 0, 1, &[]), 0);
@@ -48,9 +55,9 @@ fn lines_are_raised_masked_and_switched_off() {
     let body = [&irqs(BOOL | TRIGGER, INTX, 0, 1)[..], &[1]].concat();
     assert_eq!(client.call(SET_IRQS, &body, &[]).errno(), 0);
     assert_eq!(set(&mut client, NONE | TRIGGER, INTX, 0, 0, &[]), 0);
-    assert!(!rig.device.raise(INTX, 0));
+    assert!(!bed.device.raise(INTX, 0));
     assert_eq!(
-        rig.device.changes(),
+        bed.device.changes(),
         [
             "kind 0 action 0x20 from 0: events e",
             "kind 0 action 0x10 from 0: all 1",
@@ -64,8 +71,8 @@ fn lines_are_raised_masked_and_switched_off() {
 
 #[test]
 fn messages_are_set_up_however_many_descriptors_a_message_carries() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let events: Vec<_> = (0..32).map(|_| event()).collect();
     // The kernel gives MSI no more than it was first asked for; holes come in messages of their own.
     assert_eq!(set(&mut client, EVENT | TRIGGER, MSI, 0, 3, &[]), 0);
@@ -82,11 +89,11 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
         0
     );
     for (n, event) in events.iter().enumerate() {
-        assert_eq!(rig.device.raise(MSI, n), ![0, 2].contains(&n), "{n}");
+        assert_eq!(bed.device.raise(MSI, n), ![0, 2].contains(&n), "{n}");
         assert_eq!(came(event), ![0, 2].contains(&n), "{n}");
     }
     let there = "-".repeat(3) + &"e".repeat(13);
-    let changes = rig.device.changes();
+    let changes = bed.device.changes();
     assert_eq!(
         changes,
         [
@@ -107,9 +114,9 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
         set(&mut client, EVENT | TRIGGER, MSI, 0, 2, &events[..2]),
         0
     );
-    assert!(rig.device.raise(MSI, 1) && !rig.device.raise(MSI, 2));
+    assert!(bed.device.raise(MSI, 1) && !bed.device.raise(MSI, 2));
     assert_eq!(set(&mut client, NONE | TRIGGER, MSI, 0, 0, &[]), 0);
-    rig.device.changes();
+    bed.device.changes();
     // MSI-X can grow.
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSIX, 0, 8, &events[..8]),
@@ -119,14 +126,14 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
         set(&mut client, EVENT | TRIGGER, MSIX, 40, 2, &events[8..10]),
         0
     );
-    assert_eq!(rig.device.changes().len(), 2);
-    assert!(rig.device.raise(MSIX, 41) && came(&events[9]));
+    assert_eq!(bed.device.changes().len(), 2);
+    assert!(bed.device.raise(MSIX, 41) && came(&events[9]));
 }
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let events: Vec<_> = (0..3).map(|_| event()).collect();
     for (flags, kind, start, count) in [
         (EVENT | TRIGGER, MSIX, 62, 3),
@@ -153,7 +160,7 @@ fn what_cannot_be_is_refused() {
         let errno = set(&mut client, flags, kind, start, count, &[]);
         assert_eq!(errno, libc::EINVAL, "{flags:#x} {kind} {start} {count}");
     }
-    assert!(rig.device.changes().is_empty());
+    assert!(bed.device.changes().is_empty());
     let null: OwnedFd = File::open("/dev/null").expect("open").into();
     let errno = set(&mut client, EVENT | TRIGGER, MSIX, 0, 1, &[null]);
     assert_eq!(errno, libc::EINVAL, "the device refuses what is no event");
@@ -166,29 +173,29 @@ fn what_cannot_be_is_refused() {
 
 #[test]
 fn a_client_that_goes_leaves_no_interrupts() {
-    let rig = Rig::new();
-    let mut client = rig.client();
+    let bed = Bed::new();
+    let mut client = bed.client();
     let events: Vec<_> = (0..2).map(|_| event()).collect();
     assert_eq!(set(&mut client, EVENT | TRIGGER, MSI, 0, 2, &events), 0);
     assert_eq!(set(&mut client, EVENT | TRIGGER, 3, 0, 1, &events[..1]), 0);
-    assert!(rig.device.raise(MSI, 1));
-    rig.device.changes();
+    assert!(bed.device.raise(MSI, 1));
+    bed.device.changes();
     drop(client);
-    eventually("released", || rig.device.state().resets == 1);
-    assert!(!rig.device.raise(MSI, 1) && !rig.device.raise(3, 0));
+    eventually("released", || bed.device.state().resets == 1);
+    assert!(!bed.device.raise(MSI, 1) && !bed.device.raise(3, 0));
     assert_eq!(
-        rig.device.changes(),
+        bed.device.changes(),
         [
             "kind 1 action 0x20 from 0: all 0",
             "kind 3 action 0x20 from 0: all 0"
         ]
     );
     // Nothing of the last one comes back with the next.
-    let mut client = rig.client();
+    let mut client = bed.client();
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSI, 2, 1, &events[..1]),
         0
     );
-    assert!(!rig.device.raise(MSI, 0) && !rig.device.raise(MSI, 1));
-    assert!(rig.device.raise(MSI, 2));
+    assert!(!bed.device.raise(MSI, 0) && !bed.device.raise(MSI, 1));
+    assert!(bed.device.raise(MSI, 2));
 }

@@ -8,15 +8,15 @@
 )]
 
 mod access;
+mod bed;
 #[path = "../common/mod.rs"]
 pub mod common;
-mod double;
-mod hostile;
-mod interrupts;
-mod looked_at;
-#[path = "../vfio_user_messages/peer.rs"]
+#[path = "../vfio_user_messages/connection.rs"]
 #[allow(
     dead_code,
     reason = "each test binary compiles this module and uses a part of it"
 )]
-mod peer;
+mod connection;
+mod hostile;
+mod inspected;
+mod interrupts;

@@ -13,8 +13,8 @@
 #[path = "../common/mod.rs"]
 pub mod common;
 #[allow(dead_code, reason = "a part is used")]
-#[path = "../vfio_user_messages/peer.rs"]
-mod peer;
+#[path = "../vfio_user_messages/connection.rs"]
+mod connection;
 mod process;
 mod qemu;
 mod roles;

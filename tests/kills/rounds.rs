@@ -31,27 +31,27 @@ fn killed_at_any_moment_they_leave_nothing_behind() {
     println!("{kills} kills, seed {seed}");
     let mut rng = Rng::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let begun = Instant::now();
-    let mut scene = Scene::new();
-    scene.wait_until_all_work();
+    let mut bed = KillBed::new();
+    bed.wait_until_all_work();
     let mut before = None;
     let mut killed = [0; 5];
     for round in 0..WARM_UP + kills {
         if round == WARM_UP {
-            before = Some(scene.figures());
+            before = Some(bed.figures());
         }
         let victim = rng.pick(&VICTIMS);
         sleep(Duration::from_micros(rng.below(20_000)));
-        scene.kill(victim);
-        scene.start(victim);
+        bed.kill(victim);
+        bed.start(victim);
         killed[victim as usize] += usize::from(round >= WARM_UP);
         // Some die before they have done anything.
         if !rng.one_in(4) {
-            scene.wait_until_all_work();
+            bed.wait_until_all_work();
         }
-        scene.all_is_well();
+        bed.all_is_well();
     }
-    scene.wait_until_all_work();
-    let after = scene.figures();
+    bed.wait_until_all_work();
+    let after = bed.figures();
     let before = before.expect("there was a warm-up");
     println!(
         "killed {killed:?} {VICTIMS:?} in {:?}; descriptors, threads, KiB: {before:?}, then {after:?}",
@@ -59,7 +59,7 @@ fn killed_at_any_moment_they_leave_nothing_behind() {
     );
     assert_eq!((after.0, after.1), (before.0, before.1));
     assert!(after.2 <= before.2 + SLACK_KIB, "{before:?}, {after:?}");
-    scene.end();
+    bed.end();
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +80,7 @@ const VICTIMS: [Victim; 5] = [
 ];
 
 /// The daemon, and all who deal with it.
-struct Scene {
+struct KillBed {
     /// In the order of [`VICTIMS`], and whether they have worked since they were started. They end before
     /// the daemon does.
     roles: Vec<(Role, bool)>,
@@ -92,7 +92,7 @@ struct Scene {
     grave: Option<File>,
 }
 
-impl Scene {
+impl KillBed {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name).display().to_string();
@@ -114,7 +114,7 @@ impl Scene {
             device("00:07.0", 2, "mappings"),
             at("shadow")
         ));
-        let mut scene = Self {
+        let mut bed = Self {
             daemon,
             folder,
             roles: Vec::new(),
@@ -122,10 +122,10 @@ impl Scene {
             grave: None,
         };
         for victim in VICTIMS {
-            let role = scene.role(victim);
-            scene.roles.push((role, false));
+            let role = bed.role(victim);
+            bed.roles.push((role, false));
         }
-        scene
+        bed
     }
 
     fn path(&self, name: &str) -> PathBuf {

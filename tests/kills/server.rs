@@ -8,8 +8,8 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use crate::peer::{
-    DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, GET_INFO, Msg, Peer, REGION_INFO, REGION_READ,
+use crate::connection::{
+    Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, GET_INFO, Msg, REGION_INFO, REGION_READ,
     REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, dma, region, version_body,
 };
 use crate::roles::say;
@@ -45,8 +45,8 @@ pub fn serve(path: &Path, manner: Manner) -> ! {
     say("listens");
     loop {
         let (stream, _) = listener.accept().expect("a connection");
-        let mut connection = Connection {
-            peer: Peer::new(stream),
+        let mut connection = Session {
+            connection: Connection::new(stream),
             manner,
             windows: BTreeMap::new(),
             asked: HashMap::new(),
@@ -63,8 +63,8 @@ pub fn serve(path: &Path, manner: Manner) -> ! {
     }
 }
 
-struct Connection {
-    peer: Peer,
+struct Session {
+    connection: Connection,
     manner: Manner,
     /// By first address. With the memory, where it is mapped.
     windows: BTreeMap<u64, Option<MmapRegion>>,
@@ -76,12 +76,12 @@ struct Connection {
     was_read: bool,
 }
 
-impl Connection {
+impl Session {
     /// Does something. `None` at the end of the connection.
     fn step(&mut self) -> Option<()> {
         let idle = self.windows.is_empty() || self.asked.len() >= AT_ONCE;
         if self.has_come(if idle { 20_000_000 } else { 0 }) {
-            let message = self.peer.recv()?;
+            let message = self.connection.recv()?;
             if message.flags & 0xf == REPLY {
                 self.replied(&message);
             } else {
@@ -106,7 +106,7 @@ impl Connection {
             (Manner::Messages | Manner::Reads, Some(_)) => panic!("a window with a descriptor"),
             (Manner::Messages | Manner::Reads, None) => {
                 if self.asked.len() < AT_ONCE {
-                    let id = self.peer.ask(DMA_READ, &dma(address, 8, &[]), &[]);
+                    let id = self.connection.ask(DMA_READ, &dma(address, 8, &[]), &[]);
                     self.asked.insert(id, (DMA_READ, address));
                 }
             }
@@ -115,7 +115,7 @@ impl Connection {
     }
 
     fn has_come(&self, nanoseconds: i64) -> bool {
-        let mut fds = [PollFd::new(&self.peer.stream, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.connection.stream, PollFlags::IN)];
         let patience = Timespec {
             tv_sec: 0,
             tv_nsec: nanoseconds,
@@ -139,7 +139,7 @@ impl Connection {
         let found = u64::from_le_bytes(data);
         check(found, address, "a server");
         let body = dma(address + SCRIBBLE, 8, &data);
-        let id = self.peer.ask(DMA_WRITE, &body, &[]);
+        let id = self.connection.ask(DMA_WRITE, &body, &[]);
         self.asked.insert(id, (DMA_WRITE, address));
     }
 
@@ -173,10 +173,14 @@ impl Connection {
                 region_read(&command)
             }
             REGION_WRITE => command.body[..16].to_vec(),
-            _ => return self.peer.refuse(&command, libc::ENOTSUP.unsigned_abs()),
+            _ => {
+                return self
+                    .connection
+                    .refuse(&command, libc::ENOTSUP.unsigned_abs());
+            }
         };
         if command.flags & 0x10 == 0 {
-            self.peer.reply(&command, &answer, &[]);
+            self.connection.reply(&command, &answer, &[]);
         }
     }
 

@@ -10,7 +10,9 @@ use crate::common::daemon::{EP, EP2, EP3, connect};
 use crate::common::guest::{Guest, HIGH_RAM, LOW_LEN, LOW_RAM, RING_LEN, RING_RAM, Setup};
 use crate::common::memory::Region;
 use crate::common::rng::Rng;
-use crate::peer::{Peer, REGION_READ, REGION_WRITE, SET_IRQS, VERSION, irqs, region, version_body};
+use crate::connection::{
+    Connection, REGION_READ, REGION_WRITE, SET_IRQS, VERSION, irqs, region, version_body,
+};
 use crate::roles::{say, told};
 use crate::stamps::{PAGE, PAGES, POISON, Pages, SPOTS, iova};
 
@@ -86,7 +88,7 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
 fn use_device(path: PathBuf) {
     let null = File::open("/dev/null").expect("there");
     loop {
-        let mut client = Peer::new(UnixStream::connect(&path).expect("the daemon is there"));
+        let mut client = Connection::new(UnixStream::connect(&path).expect("the daemon is there"));
         client.ask(VERSION, &version_body(CLIENT), &[]);
         let Some(answer) = client.recv() else {
             // Its server died at a bad moment.

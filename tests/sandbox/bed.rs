@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::common::wire::RW;
-use crate::peer::{Peer, VERSION, version_body};
+use crate::connection::{Connection, VERSION, version_body};
 
 /// Where the guest maps memory for its device.
 pub const IOVA: u64 = 0x7000_0000;
@@ -35,8 +35,8 @@ pub struct Bed {
     pub daemon: Daemon,
     pub guest: Guest,
     /// What the device says and hears.
-    pub device: Peer,
-    _client: Peer,
+    pub device: Connection,
+    _client: Connection,
     _folder: TempDir,
 }
 
@@ -58,10 +58,10 @@ impl Bed {
         let mut guest = Guest::boot_with(&daemon, Setup::default());
         assert_eq!(guest.attach(1, EP), 0);
         assert_eq!(guest.map(1, IOVA, IOVA + LENGTH - 1, MEMORY, RW), 0);
-        let mut client = Peer::new(UnixStream::connect(at("client")).expect("connected"));
+        let mut client = Connection::new(UnixStream::connect(at("client")).expect("connected"));
         client.ask(VERSION, &version_body("{}"), &[]);
         let (stream, _) = listener.accept().expect("the daemon connects");
-        let mut device = Peer::new(stream);
+        let mut device = Connection::new(stream);
         let asked = device.recv().expect("VERSION");
         device.reply(&asked, &version_body("{}"), &[]);
         let window = device.recv().expect("a window");

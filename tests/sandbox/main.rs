@@ -10,11 +10,11 @@
 mod bed;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../vfio_user_messages/connection.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod connection;
 #[cfg(target_arch = "x86_64")]
 mod intruder;
-#[path = "../vfio_user_messages/peer.rs"]
-#[allow(dead_code, reason = "a part of it is used here")]
-mod peer;
 #[cfg(target_arch = "x86_64")]
 mod violations;
 mod worn;

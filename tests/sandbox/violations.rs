@@ -6,8 +6,8 @@ use std::os::unix::process::ExitStatusExt;
 use libc::c_long;
 
 use crate::bed::{Bed, IOVA, MEMORY, THREADS};
+use crate::connection::{DMA_READ, dma};
 use crate::intruder::{call, call_and_return};
-use crate::peer::{DMA_READ, dma};
 
 fn assert_killed(bed: &Bed, what: &str) {
     let status = bed.daemon.wait_for_end();

@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::bed::{Bed, IOVA, LENGTH, THREADS, status_of, threads};
 use crate::common::daemon::Daemon;
-use crate::peer::{DMA_READ, dma};
+use crate::connection::{DMA_READ, dma};
 
 /// CAP_DAC_OVERRIDE to connect to servers of other users, CAP_KILL for their readers.
 const KEPT: u64 = 1 << 1 | 1 << 5;

@@ -9,27 +9,27 @@ use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::bed::{CLIENT_TEXT, Handled, Played, accept, eventually, play};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
-use crate::peer::{
-    DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, Peer, REGION_READ, SET_IRQS, VERSION, bytes,
-    dma, irqs, region, version_body,
+use crate::connection::{
+    Connection, DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, REGION_READ, SET_IRQS, VERSION,
+    bytes, dma, irqs, region, version_body,
 };
-use crate::rig::{CLIENT_TEXT, Handled, Played, accept, eventually, play};
 
 const IOVA: u64 = 0x7000_0000;
 /// Guest-physical, in the first memory slot.
 const PAGE: u64 = 0xa0_0000;
 const SOON: Duration = Duration::from_secs(10);
 
-struct Vm {
+struct DaemonBed {
     daemon: Daemon,
     listener: UnixListener,
     client_path: PathBuf,
     _folder: TempDir,
 }
 
-impl Vm {
+impl DaemonBed {
     fn new(isolation: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
@@ -48,15 +48,15 @@ impl Vm {
         }
     }
 
-    fn client(&self) -> Peer {
-        Peer::new(UnixStream::connect(&self.client_path).expect("connected"))
+    fn client(&self) -> Connection {
+        Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
     /// A client and a server that have agreed.
     fn pair(
         &self,
-        script: impl FnMut(&mut Peer, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Peer, Played) {
+        script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
+    ) -> (Connection, Played) {
         let played = play(self.listener.try_clone().expect("cloned"), script);
         let mut client = self.client();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -65,7 +65,7 @@ impl Vm {
     }
 
     /// A client and a server that do nothing by themselves but agree.
-    fn raw_pair(&self) -> (Peer, Peer) {
+    fn raw_pair(&self) -> (Connection, Connection) {
         let mut client = self.client();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&self.listener);
@@ -78,18 +78,18 @@ impl Vm {
 
 #[test]
 fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
-    let vm = Vm::new("messages");
+    let bed = DaemonBed::new("messages");
     // While UNMAP waits for it, the server asks for another page, and for the one that goes.
-    let (mut client, played) = vm.pair(|peer, msg| {
+    let (mut client, played) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
             let kept = dma(IOVA + 0x1000, 4, b"kept");
-            assert_eq!(peer.call(DMA_WRITE, &kept, &[]).errno(), 0);
+            assert_eq!(server.call(DMA_WRITE, &kept, &[]).errno(), 0);
             let gone = dma(IOVA, 4, b"gone");
-            assert_eq!(peer.call(DMA_WRITE, &gone, &[]).errno(), libc::EFAULT);
+            assert_eq!(server.call(DMA_WRITE, &gone, &[]).errno(), libc::EFAULT);
         }
         false
     });
-    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
     guest.post_event_buffer(24);
     assert_eq!(guest.attach(1, EP), 0);
     assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
@@ -110,9 +110,9 @@ fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
 
 #[test]
 fn the_status_tells_how_devices_are_doing() {
-    let vm = Vm::new("messages");
+    let bed = DaemonBed::new("messages");
     let state = || {
-        let status = vm.daemon.status();
+        let status = bed.daemon.status();
         let list = status["emulated"].as_array().expect("a list").clone();
         assert_eq!(list.len(), 1);
         assert_eq!(
@@ -125,11 +125,11 @@ fn the_status_tells_how_devices_are_doing() {
         (there("client"), there("server"), figures)
     };
     assert_eq!(state(), (false, false, (0, 0, 0)));
-    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
     assert_eq!(guest.attach(1, EP), 0);
     assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
     assert_eq!(state(), (false, false, (1, 0, 0)));
-    let (client, mut server) = vm.raw_pair();
+    let (client, mut server) = bed.raw_pair();
     server.recv().expect("a window");
     for _ in 0..3 {
         let refused = server.call(DMA_READ, &dma(0x1000, 4, &[]), &[]);
@@ -139,28 +139,28 @@ fn the_status_tells_how_devices_are_doing() {
     server.send_raw(&[0xff; 40], &[]);
     assert!(server.is_closed());
     assert_eq!(state(), (true, false, (1, 3, 1)));
-    let text = ctl::render(&Question::Status, &vm.daemon.status());
+    let text = ctl::render(&Question::Status, &bed.daemon.status());
     let line = "0000:00:06.0  emulated: the VMM is connected, the server is not connected; 1 windows, \
                 3 accesses refused, 1 times cut off";
     assert!(text.contains(line), "{text}");
     drop(client);
-    vm.daemon.wait_for("the client's end", || !state().0);
+    bed.daemon.wait_for("the client's end", || !state().0);
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
     assert_eq!(state(), (false, false, (0, 3, 1)));
 }
 
 #[test]
 fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
-    let vm = Vm::new("messages");
-    let (_client, played) = vm.pair(|peer, msg| {
+    let bed = DaemonBed::new("messages");
+    let (_client, played) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
             // The event queue is locked now, and this is reported to it.
-            let reply = peer.call(DMA_READ, &dma(0x1234_0000, 4, &[]), &[]);
+            let reply = server.call(DMA_READ, &dma(0x1234_0000, 4, &[]), &[]);
             assert_eq!(reply.errno(), libc::EFAULT);
         }
         false
     });
-    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
     guest.post_event_buffer(24);
     assert_eq!(guest.attach(1, EP), 0);
     let gpa = 0x8_0000_0000;
@@ -176,14 +176,18 @@ fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
     );
     assert!(played.windows().is_empty());
     assert!(guest.take_event(SOON).is_some());
-    assert!(!vm.daemon.log().contains("cut off"), "{}", vm.daemon.log());
+    assert!(
+        !bed.daemon.log().contains("cut off"),
+        "{}",
+        bed.daemon.log()
+    );
 }
 
 #[test]
 fn a_server_that_does_not_listen_fills_no_table_of_descriptors() {
-    let vm = Vm::new("messages");
-    let (client, _server) = vm.raw_pair();
-    let before = vm.daemon.fd_count();
+    let bed = DaemonBed::new("messages");
+    let (client, _server) = bed.raw_pair();
+    let before = bed.daemon.fd_count();
     // Nobody answers these, and nobody takes them in.
     let null = std::fs::File::open("/dev/null").expect("open");
     let body = irqs(0x24, 2, 0, 1);
@@ -196,18 +200,18 @@ fn a_server_that_does_not_listen_fills_no_table_of_descriptors() {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-    let more = vm.daemon.fd_count() - before;
+    let more = bed.daemon.fd_count() - before;
     assert!((200..400).contains(&more), "{more} more descriptors");
 }
 
 #[test]
 fn the_dead_leave_no_descriptors_and_no_threads() {
-    let vm = Vm::new("mappings");
-    let mut guest = Guest::boot_with(&vm.daemon, Setup::default());
+    let bed = DaemonBed::new("mappings");
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
     assert_eq!(guest.attach(1, EP), 0);
     assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
     let round = |n: usize| {
-        let (mut client, mut server) = vm.raw_pair();
+        let (mut client, mut server) = bed.raw_pair();
         // A window, with its descriptor.
         assert_eq!(server.recv().expect("a window").fds.len(), 1);
         match n % 3 {
@@ -221,24 +225,24 @@ fn the_dead_leave_no_descriptors_and_no_threads() {
     };
     round(0);
     round(1);
-    let counts = || (vm.daemon.fd_count(), vm.daemon.thread_count());
+    let counts = || (bed.daemon.fd_count(), bed.daemon.thread_count());
     let mut before = (0, 0);
-    vm.daemon.wait_for("quiet", || {
+    bed.daemon.wait_for("quiet", || {
         std::mem::replace(&mut before, counts()) == before
     });
     for n in 0..200 {
         round(n);
     }
-    vm.daemon
+    bed.daemon
         .wait_for("all is given back", || counts() <= before);
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
 }
 
 #[test]
 fn the_socket_goes_with_the_daemon() {
-    let vm = Vm::new("messages");
-    vm.daemon.wait_for("a socket", || vm.client_path.exists());
-    vm.daemon.terminate();
-    vm.daemon.wait_for_end();
-    assert!(!vm.client_path.exists());
+    let bed = DaemonBed::new("messages");
+    bed.daemon.wait_for("a socket", || bed.client_path.exists());
+    bed.daemon.terminate();
+    bed.daemon.wait_for_end();
+    assert!(!bed.client_path.exists());
 }

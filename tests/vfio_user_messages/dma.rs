@@ -12,12 +12,12 @@ use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 use vhost_device_iommu::faults::FaultReason;
 
-use crate::peer::{
-    COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, Peer, RESET, VERSION, dma,
-    version_body,
+use crate::bed::{
+    Bed, CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, accept, eventually, play, range,
 };
-use crate::rig::{
-    CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, Rig, accept, eventually, play, range,
+use crate::connection::{
+    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, RESET, VERSION, dma,
+    version_body,
 };
 
 const IOVA: u64 = 0x4000_0000;
@@ -25,14 +25,14 @@ const IOVA: u64 = 0x4000_0000;
 #[test]
 fn windows_come_without_descriptors_or_with_them() {
     for isolation in [Isolation::Messages, Isolation::Mappings] {
-        let rig = Rig::new(isolation);
+        let bed = Bed::new(isolation);
         // One before the server is there, two after.
-        rig.attach();
-        rig.map(IOVA, 0x1000, 0x2000, Access::READ_WRITE)
+        bed.attach();
+        bed.map(IOVA, 0x1000, 0x2000, Access::READ_WRITE)
             .expect("mapped");
         let files = Arc::new(Mutex::new(Vec::new()));
         let log = files.clone();
-        let (_client, played) = rig.pair(move |_, msg| {
+        let (_client, played) = bed.pair(move |_, msg| {
             if msg.cmd == DMA_MAP {
                 log.lock()
                     .unwrap()
@@ -41,14 +41,14 @@ fn windows_come_without_descriptors_or_with_them() {
             false
         });
         eventually("the first is told", || played.windows() == [IOVA]);
-        rig.map(IOVA + 0x2000, 0x8000, 0x1000, Access::READ)
+        bed.map(IOVA + 0x2000, 0x8000, 0x1000, Access::READ)
             .expect("mapped");
-        rig.map(IOVA + 0x4000, 0, 0x1000, Access::WRITE)
+        bed.map(IOVA + 0x4000, 0, 0x1000, Access::WRITE)
             .expect("mapped");
-        rig.map(IOVA + 0x6000, 0, 0x1000, Access::NONE)
+        bed.map(IOVA + 0x6000, 0, 0x1000, Access::NONE)
             .expect("mapped");
         // Leads nowhere.
-        rig.map(IOVA + 0x8000, RAM_LEN, 0x1000, Access::READ_WRITE)
+        bed.map(IOVA + 0x8000, RAM_LEN, 0x1000, Access::READ_WRITE)
             .expect("mapped");
         let file_at = |at| match isolation {
             Isolation::Messages => 0,
@@ -71,8 +71,8 @@ fn windows_come_without_descriptors_or_with_them() {
             Isolation::Mappings => {
                 assert_eq!(files.len(), 3);
                 let inode = files[0].metadata().expect("known").ino();
-                assert_eq!(inode, rig.slot.identity.1);
-                rig.poke(0x1000, b"seen");
+                assert_eq!(inode, bed.slot.identity.1);
+                bed.poke(0x1000, b"seen");
                 let mut bytes = [0; 4];
                 files[0]
                     .read_exact_at(&mut bytes, file_at(0x1000))
@@ -80,7 +80,7 @@ fn windows_come_without_descriptors_or_with_them() {
                 assert_eq!(&bytes, b"seen");
             }
         }
-        rig.unmap(IOVA, 0x8000).expect("unmapped");
+        bed.unmap(IOVA, 0x8000).expect("unmapped");
         eventually("all are gone", || played.windows().is_empty());
         let unmapped = played.each(DMA_UNMAP, |m| (m.u64_at(8), m.u64_at(16)));
         assert_eq!(
@@ -98,21 +98,21 @@ fn windows_come_without_descriptors_or_with_them() {
 #[test]
 fn unmaps_that_overlap_take_each_window_away_once() {
     const PAGE: u64 = 0x1000;
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
     for page in [0, 1, 2] {
-        rig.map(IOVA + page * PAGE, page * PAGE, PAGE, Access::READ_WRITE)
+        bed.map(IOVA + page * PAGE, page * PAGE, PAGE, Access::READ_WRITE)
             .expect("mapped");
     }
     // As servers are: what is not there cannot be given up.
     let mut there = vec![];
-    let (_client, played) = rig.pair(move |peer, msg| {
+    let (_client, played) = bed.pair(move |server, msg| {
         match msg.cmd {
             DMA_MAP => there.push(msg.u64_at(16)),
             DMA_UNMAP => match there.iter().position(|w| *w == msg.u64_at(8)) {
                 Some(at) => drop(there.swap_remove(at)),
                 None => {
-                    peer.refuse(msg, libc::ENOENT.unsigned_abs());
+                    server.refuse(msg, libc::ENOENT.unsigned_abs());
                     return true;
                 }
             },
@@ -123,18 +123,18 @@ fn unmaps_that_overlap_take_each_window_away_once() {
     eventually("all are told", || played.windows().len() == 3);
     let ranges = [(0, 1), (0, 2), (1, 2)].map(|(at, pages)| range(IOVA + at * PAGE, pages * PAGE));
     let mut outcomes = VecDeque::new();
-    rig.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
+    bed.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
     assert_eq!(outcomes, [Ok(()), Ok(()), Ok(())]);
     let unmapped = played.each(DMA_UNMAP, |m| m.u64_at(8));
     assert_eq!(unmapped, [IOVA, IOVA + PAGE, IOVA + 2 * PAGE]);
-    let state = rig.iommu().endpoint(rig.endpoint()).expect("an endpoint");
+    let state = bed.iommu().endpoint(bed.endpoint()).expect("an endpoint");
     assert!(!state.quarantined);
 }
 
 /// A server that is there to be told what to do by hand.
-fn asking(rig: &Rig) -> (Peer, Peer) {
-    let (client, mut server) = rig.raw_pair();
-    for _ in 0..rig
+fn asking(bed: &Bed) -> (Connection, Connection) {
+    let (client, mut server) = bed.raw_pair();
+    for _ in 0..bed
         .iommu()
         .mappings(DOMAIN, vhost_device_iommu::address::Iova(0))
         .count()
@@ -145,7 +145,7 @@ fn asking(rig: &Rig) -> (Peer, Peer) {
     (client, server)
 }
 
-fn read(server: &mut Peer, address: u64, count: u64) -> Result<Vec<u8>, i32> {
+fn read(server: &mut Connection, address: u64, count: u64) -> Result<Vec<u8>, i32> {
     let reply = server.call(DMA_READ, &dma(address, count, &[]), &[]);
     match reply.errno() {
         0 => {
@@ -156,34 +156,34 @@ fn read(server: &mut Peer, address: u64, count: u64) -> Result<Vec<u8>, i32> {
     }
 }
 
-fn write(server: &mut Peer, address: u64, data: &[u8]) -> i32 {
+fn write(server: &mut Connection, address: u64, data: &[u8]) -> i32 {
     let body = dma(address, data.len() as u64, data);
     server.call(DMA_WRITE, &body, &[]).errno()
 }
 
 #[test]
 fn messages_reach_what_is_mapped_and_nothing_else() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    rig.map(IOVA, 0x1000, 0x1000, Access::READ_WRITE)
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0x1000, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    rig.map(IOVA + 0x1000, 0x20_0000, 0x1000, Access::READ_WRITE)
+    bed.map(IOVA + 0x1000, 0x20_0000, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    rig.map(IOVA + 0x2000, 0x3000, 0x1000, Access::READ)
+    bed.map(IOVA + 0x2000, 0x3000, 0x1000, Access::READ)
         .expect("mapped");
-    let (_client, mut server) = asking(&rig);
-    rig.poke(0x1ffe, b"ab");
-    rig.poke(0x20_0000, b"cd");
+    let (_client, mut server) = asking(&bed);
+    bed.poke(0x1ffe, b"ab");
+    bed.poke(0x20_0000, b"cd");
     assert_eq!(read(&mut server, IOVA + 0xffe, 4).expect("mapped"), b"abcd");
     assert_eq!(write(&mut server, IOVA + 0xffe, b"wxyz"), 0);
     assert_eq!(
-        (rig.peek(0x1ffe, 2), rig.peek(0x20_0000, 2)),
+        (bed.peek(0x1ffe, 2), bed.peek(0x20_0000, 2)),
         (b"wx".to_vec(), b"yz".to_vec())
     );
     assert_eq!(read(&mut server, IOVA, 0), Ok(Vec::new()));
-    assert!(rig.faults.take().is_empty());
+    assert!(bed.faults.take().is_empty());
 
-    let all = rig.peek(0, RAM_LEN as usize);
+    let all = bed.peek(0, RAM_LEN as usize);
     for (address, len, fault) in [
         (IOVA - 1, 2, IOVA - 1),
         (IOVA + 0x1fff, 2, IOVA + 0x2000),
@@ -194,15 +194,15 @@ fn messages_reach_what_is_mapped_and_nothing_else() {
         (u64::MAX, 1, u64::MAX),
     ] {
         assert_eq!(write(&mut server, address, &vec![0xee; len]), libc::EFAULT);
-        assert_eq!(rig.faults.take(), [(FaultReason::Mapping, fault)]);
+        assert_eq!(bed.faults.take(), [(FaultReason::Mapping, fault)]);
     }
     assert_eq!(read(&mut server, IOVA + 0x2fff, 2), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA + 0x3000)]);
+    assert_eq!(bed.faults.take(), [(FaultReason::Mapping, IOVA + 0x3000)]);
     assert_eq!(read(&mut server, u64::MAX, 2), Err(libc::EINVAL));
     assert_eq!(read(&mut server, IOVA, (1 << 20) + 1), Err(libc::E2BIG));
     assert_eq!(read(&mut server, 0, u64::MAX), Err(libc::E2BIG));
-    assert!(rig.faults.take().is_empty(), "no access");
-    assert!(all == rig.peek(0, RAM_LEN as usize), "nothing was written");
+    assert!(bed.faults.take().is_empty(), "no access");
+    assert!(all == bed.peek(0, RAM_LEN as usize), "nothing was written");
 
     // Without a reply it is written all the same.
     server.send(1, DMA_WRITE, NO_REPLY, &dma(IOVA, 2, b"no"), &[]);
@@ -213,30 +213,30 @@ fn messages_reach_what_is_mapped_and_nothing_else() {
 
 #[test]
 fn what_is_reached_follows_the_endpoint() {
-    let rig = Rig::new(Isolation::Messages);
-    let (_client, mut server) = rig.raw_pair();
+    let bed = Bed::new(Isolation::Messages);
+    let (_client, mut server) = bed.raw_pair();
     assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(FaultReason::Domain, RAM)]);
+    assert_eq!(bed.faults.take(), [(FaultReason::Domain, RAM)]);
 
     // Bypass: RAM as it is.
     let told = std::thread::scope(|scope| {
-        let switched = scope.spawn(|| rig.iommu().set_bypass(true));
+        let switched = scope.spawn(|| bed.iommu().set_bypass(true));
         let told = server.recv().expect("a window");
         server.reply(&told, &[], &[]);
         switched.join().expect("switched");
         told
     });
     assert_eq!((told.u64_at(16), told.u64_at(24)), (RAM, RAM_LEN));
-    rig.poke(5, b"five");
+    bed.poke(5, b"five");
     assert_eq!(read(&mut server, RAM + 5, 4).expect("reached"), b"five");
     assert_eq!(write(&mut server, RAM + RAM_LEN, b"x"), libc::EFAULT);
-    assert!(rig.faults.take().is_empty(), "no IOMMU between");
+    assert!(bed.faults.take().is_empty(), "no IOMMU between");
     assert_eq!(write(&mut server, 0xfee0_0000, b"x"), libc::EFAULT);
-    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, 0xfee0_0000)]);
+    assert_eq!(bed.faults.take(), [(FaultReason::Mapping, 0xfee0_0000)]);
 
     // The RAM goes: so does the window.
     std::thread::scope(|scope| {
-        let removed = scope.spawn(|| rig.iommu().set_memory(Vec::new()));
+        let removed = scope.spawn(|| bed.iommu().set_memory(Vec::new()));
         let told = server.recv().expect("a window goes");
         assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, RAM));
         assert!(!removed.is_finished());
@@ -248,105 +248,105 @@ fn what_is_reached_follows_the_endpoint() {
 
 #[test]
 fn unmap_waits_for_the_server_which_may_ask_meanwhile() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    rig.map(IOVA, 0, 0x1000, Access::READ_WRITE)
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    rig.map(IOVA + 0x1000, 0x1000, 0x1000, Access::READ_WRITE)
+    bed.map(IOVA + 0x1000, 0x1000, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    let (_client, mut server) = asking(&rig);
+    let (_client, mut server) = asking(&bed);
     std::thread::scope(|scope| {
         // The core is locked for as long as this takes.
-        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         let told = server.recv().expect("a window goes");
         assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, IOVA));
         assert_eq!(write(&mut server, IOVA + 0x1000, b"still there"), 0);
         assert_eq!(write(&mut server, IOVA, b"gone"), libc::EFAULT);
-        assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA)]);
+        assert_eq!(bed.faults.take(), [(FaultReason::Mapping, IOVA)]);
         std::thread::sleep(Duration::from_millis(50));
         assert!(!unmapped.is_finished());
         server.reply(&told, &told.body, &[]);
         unmapped.join().expect("no panic").expect("unmapped");
     });
-    assert_eq!(rig.peek(0x1000, 11), b"still there");
-    assert_eq!(rig.peek(0, 4), [0; 4]);
+    assert_eq!(bed.peek(0x1000, 11), b"still there");
+    assert_eq!(bed.peek(0, 4), [0; 4]);
 }
 
 #[test]
 fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     let deadline = Duration::from_millis(300);
-    let rig = Rig::with_deadline(Isolation::Messages, deadline);
-    let listener = rig.listen();
+    let bed = Bed::with_deadline(Isolation::Messages, deadline);
+    let listener = bed.listen();
     let (mut client, mut server) = std::thread::scope(|scope| {
-        let client = scope.spawn(|| rig.client());
+        let client = scope.spawn(|| bed.client());
         let mut server = accept(&listener);
         let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(crate::rig::SERVER_TEXT), &[]);
+        server.reply(&asked, &version_body(crate::bed::SERVER_TEXT), &[]);
         (client.join().expect("agreed"), server)
     });
-    rig.attach();
+    bed.attach();
     std::thread::scope(|scope| {
-        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ_WRITE));
+        let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ_WRITE));
         let told = server.recv().expect("a window");
         server.reply(&told, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
     let begun = Instant::now();
-    let failed = rig.unmap(IOVA, 0x1000).expect_err("late");
+    let failed = bed.unmap(IOVA, 0x1000).expect_err("late");
     assert!(begun.elapsed() >= deadline, "{:?}", begun.elapsed());
     assert!(
         failed.to_string().contains("no reply within 300ms"),
         "{failed}"
     );
     assert!(
-        rig.iommu()
-            .endpoint(rig.endpoint())
+        bed.iommu()
+            .endpoint(bed.endpoint())
             .expect("known")
             .quarantined
     );
-    assert_eq!(rig.faults.take(), [(FaultReason::Unknown, IOVA)]);
+    assert_eq!(bed.faults.take(), [(FaultReason::Unknown, IOVA)]);
     assert_eq!(server.recv().expect("the order").cmd, DMA_UNMAP);
     assert!(server.is_closed());
 
     // It may come back, and reaches nothing before the guest attaches it anew.
     let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
-    server.reply(&asked, &version_body(crate::rig::SERVER_TEXT), &[]);
+    server.reply(&asked, &version_body(crate::bed::SERVER_TEXT), &[]);
     assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(FaultReason::Unknown, IOVA)]);
-    rig.attach();
+    assert_eq!(bed.faults.take(), [(FaultReason::Unknown, IOVA)]);
+    bed.attach();
     assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
-    assert_eq!(rig.faults.take(), [(FaultReason::Mapping, IOVA)]);
+    assert_eq!(bed.faults.take(), [(FaultReason::Mapping, IOVA)]);
     client.ask(RESET, &[], &[]);
     assert_eq!(server.recv().expect("forwarded").cmd, RESET);
 }
 
 #[test]
 fn windows_a_server_refuses_do_not_exist() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    let (_client, played) = rig.pair(|peer, msg| {
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    let (_client, played) = bed.pair(|server, msg| {
         let refused = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + 0x1000;
         if refused {
-            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+            server.refuse(msg, libc::ENOMEM.unsigned_abs());
         }
         refused
     });
-    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
-    let refused = rig
+    bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    let refused = bed
         .map(IOVA + 0x1000, 0, 0x1000, Access::READ)
         .expect_err("refused");
     assert!(
         refused.to_string().contains("refuses a window"),
         "{refused}"
     );
-    rig.unmap(0, 1 << 40).expect("unmapped");
+    bed.unmap(0, 1 << 40).expect("unmapped");
     eventually("one goes", || {
         played.each(DMA_UNMAP, |m| m.u64_at(8)) == [IOVA]
     });
     assert!(
-        !rig.iommu()
-            .endpoint(rig.endpoint())
+        !bed.iommu()
+            .endpoint(bed.endpoint())
             .expect("known")
             .quarantined
     );
@@ -354,49 +354,49 @@ fn windows_a_server_refuses_do_not_exist() {
 
 #[test]
 fn a_window_that_is_refused_while_it_goes_is_not_taken_for_a_later_one() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
     // Told to the server when it comes, and so by nobody who waits.
-    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
     let mut maps = 0;
-    let (mut client, played) = rig.pair(move |peer, msg| {
+    let (mut client, played) = bed.pair(move |server, msg| {
         maps += u32::from(msg.cmd == DMA_MAP);
         let refused = msg.cmd == DMA_MAP && maps == 1;
         if refused {
             std::thread::sleep(Duration::from_millis(300));
-            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+            server.refuse(msg, libc::ENOMEM.unsigned_abs());
         }
         refused
     });
-    rig.unmap(IOVA, 0x1000).expect("it never had that");
+    bed.unmap(IOVA, 0x1000).expect("it never had that");
     assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
-    rig.map(IOVA, 0x1000, 0x1000, Access::READ).expect("mapped");
-    rig.unmap(IOVA, 0x1000).expect("unmapped");
+    bed.map(IOVA, 0x1000, 0x1000, Access::READ).expect("mapped");
+    bed.unmap(IOVA, 0x1000).expect("unmapped");
     assert_eq!(played.each(DMA_UNMAP, |m| m.u64_at(8)), [IOVA]);
-    rig.map(IOVA, 0, 0x1000, Access::READ)
+    bed.map(IOVA, 0, 0x1000, Access::READ)
         .expect("there is room");
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
 fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.iommu().set_memory(Vec::new());
-    rig.iommu().set_bypass(true);
-    let (mut client, played) = rig.pair(|peer, msg| match msg.cmd {
+    let bed = Bed::new(Isolation::Messages);
+    bed.iommu().set_memory(Vec::new());
+    bed.iommu().set_bypass(true);
+    let (mut client, played) = bed.pair(|server, msg| match msg.cmd {
         DMA_MAP => {
-            peer.refuse(msg, libc::ENOMEM.unsigned_abs());
+            server.refuse(msg, libc::ENOMEM.unsigned_abs());
             true
         }
         RESET => {
-            assert_eq!(write(peer, RAM, b"x"), libc::EFAULT);
+            assert_eq!(write(server, RAM, b"x"), libc::EFAULT);
             false
         }
         _ => false,
     });
-    rig.iommu().set_memory(vec![rig.slot.clone()]);
+    bed.iommu().set_memory(vec![bed.slot.clone()]);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    rig.iommu().set_memory(Vec::new());
+    bed.iommu().set_memory(Vec::new());
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     assert_eq!(played.each(DMA_MAP, |m| m.u64_at(16)), [RAM]);
     assert!(
@@ -407,19 +407,19 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
 
 #[test]
 fn a_server_gets_no_more_windows_than_it_can_have() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    let (_client, played) = rig.pair(|peer, msg| {
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    let (_client, played) = bed.pair(|server, msg| {
         if msg.cmd == VERSION {
             let text = r#"{"capabilities":{"max_dma_maps":2}}"#;
-            peer.reply(msg, &version_body(text), &[]);
+            server.reply(msg, &version_body(text), &[]);
         }
         msg.cmd == VERSION
     });
-    let map = |n: u64| rig.map(IOVA + n * 0x1000, 0, 0x1000, Access::READ);
+    let map = |n: u64| bed.map(IOVA + n * 0x1000, 0, 0x1000, Access::READ);
     assert!(map(0).is_ok() && map(1).is_ok());
     assert!(map(2).is_err());
-    rig.unmap(IOVA, 0x1000).expect("unmapped");
+    bed.unmap(IOVA, 0x1000).expect("unmapped");
     map(2).expect("room");
     eventually("two are left", || {
         played.windows() == [IOVA + 0x1000, IOVA + 0x2000]
@@ -428,12 +428,12 @@ fn a_server_gets_no_more_windows_than_it_can_have() {
 
 #[test]
 fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    rig.map(IOVA, 0, 0x1000, Access::READ_WRITE)
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    let listener = rig.listen();
-    let mut client = rig.connect();
+    let listener = bed.listen();
+    let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
@@ -443,9 +443,9 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
     drop(theirs);
     let answer = client.recv().expect("an answer");
     assert!(answer.fds.is_empty());
-    let mut twin = Peer::new(ours);
+    let mut twin = Connection::new(ours);
     assert_eq!(write(&mut twin, IOVA, b"twin"), 0);
-    assert_eq!(rig.peek(0, 4), b"twin");
+    assert_eq!(bed.peek(0, 4), b"twin");
     assert_eq!(read(&mut twin, IOVA + 0x1000, 1), Err(libc::EFAULT));
     // Replies have no place there.
     twin.send(3, DMA_READ, 1, &[], &[]);
@@ -454,15 +454,15 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
 
 #[test]
 fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    rig.map(IOVA, 0, RAM_LEN, Access::READ).expect("mapped");
-    let (_client, mut server) = asking(&rig);
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0, RAM_LEN, Access::READ).expect("mapped");
+    let (_client, mut server) = asking(&bed);
     let mut writer = server.stream.try_clone().expect("cloned");
     let flood = std::thread::spawn(move || {
         for n in 0..300u16 {
             let body = dma(IOVA, 1 << 20, &[]);
-            let bytes = crate::peer::bytes(n, DMA_READ, COMMAND, 0, &body);
+            let bytes = crate::connection::bytes(n, DMA_READ, COMMAND, 0, &body);
             writer.write_all(&bytes).expect("taken in time");
         }
     });
@@ -477,32 +477,32 @@ fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
 #[test]
 fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
     const COUNT: u64 = 20_000;
-    let rig = Rig::with_deadline(Isolation::Messages, Duration::from_secs(20));
-    rig.attach();
+    let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(20));
+    bed.attach();
     for n in 0..COUNT {
-        rig.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
+        bed.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
             .expect("mapped");
     }
-    let listener = rig.listen();
+    let listener = bed.listen();
     let played = play(listener, |_, _| false);
-    let mut client = rig.client();
+    let mut client = bed.client();
     // What comes after is told after.
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     assert_eq!(played.windows().len() as u64, COUNT);
-    rig.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
+    bed.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
     assert!(played.each(DMA_UNMAP, |_| ()).len() as u64 >= COUNT - 1);
 }
 
 #[test]
 fn many_orders_at_once_have_the_time_that_many_take() {
     const COUNT: u64 = 6_000;
-    let rig = Rig::with_deadline(Isolation::Messages, Duration::from_secs(1));
-    rig.attach();
+    let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(1));
+    bed.attach();
     for n in 0..COUNT {
-        rig.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
+        bed.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
             .expect("mapped");
     }
-    let (mut client, played) = rig.pair(|_, msg| {
+    let (mut client, played) = bed.pair(|_, msg| {
         if msg.cmd == DMA_UNMAP {
             std::thread::sleep(Duration::from_micros(250));
         }
@@ -510,7 +510,7 @@ fn many_orders_at_once_have_the_time_that_many_take() {
     });
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     let begun = Instant::now();
-    rig.unmap(IOVA, COUNT * 0x2000)
+    bed.unmap(IOVA, COUNT * 0x2000)
         .expect("it goes on answering");
     assert!(
         begun.elapsed() > Duration::from_secs(1),

@@ -7,21 +7,22 @@ use std::time::Duration;
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::peer::{
-    DMA_MAP, Peer, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region, version_body,
+use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, eventually, play};
+use crate::connection::{
+    Connection, DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region,
+    version_body,
 };
-use crate::rig::{CLIENT_TEXT, Rig, SERVER_TEXT, accept, eventually, play};
 
 const IOVA: u64 = 0x4000_0000;
 
 #[test]
 fn a_server_that_comes_back_is_told_everything_again() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    let (mut client, mut server) = rig.raw_pair();
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    let (mut client, mut server) = bed.raw_pair();
     let null = File::open("/dev/null").expect("open");
     std::thread::scope(|scope| {
-        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
         let told = server.recv().expect("a window");
         server.reply(&told, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
@@ -39,7 +40,7 @@ fn a_server_that_comes_back_is_told_everything_again() {
     let lost = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
     assert_eq!(server.recv().expect("forwarded").cmd, REGION_READ);
     std::thread::scope(|scope| {
-        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         server.recv().expect("an order");
         drop(server);
         unmapped.join().expect("no panic").expect("nobody has it");
@@ -48,10 +49,10 @@ fn a_server_that_comes_back_is_told_everything_again() {
     assert_eq!((reply.id, reply.errno()), (lost, libc::EIO));
     assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
     // The guest goes on meanwhile.
-    rig.map(IOVA + 0x5000, 0, 0x1000, Access::READ)
+    bed.map(IOVA + 0x5000, 0, 0x1000, Access::READ)
         .expect("mapped");
 
-    let played = play(rig.listen(), |_, _| false);
+    let played = play(bed.listen(), |_, _| false);
     eventually("it is told", || {
         played.windows() == [IOVA + 0x5000] && !played.each(SET_IRQS, |_| ()).is_empty()
     });
@@ -70,8 +71,8 @@ fn a_server_that_comes_back_is_told_everything_again() {
 
 #[test]
 fn a_client_that_has_a_dead_server_s_descriptors_is_let_go() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, mut server) = rig.raw_pair();
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, mut server) = bed.raw_pair();
     client.ask(REGION_INFO, &[0; 32], &[]);
     let asked = server.recv().expect("forwarded");
     let null = File::open("/dev/null").expect("open");
@@ -79,19 +80,19 @@ fn a_client_that_has_a_dead_server_s_descriptors_is_let_go() {
     assert_eq!(client.recv().expect("a reply").fds.len(), 1);
     drop(server);
     assert!(client.is_closed());
-    let (mut client, _played) = rig.pair(|_, _| false);
+    let (mut client, _played) = bed.pair(|_, _| false);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
 fn a_client_that_dies_takes_the_server_s_connection_with_it() {
-    let rig = Rig::new(Isolation::Mappings);
-    rig.attach();
-    let listener = rig.listen();
+    let bed = Bed::new(Isolation::Mappings);
+    bed.attach();
+    let listener = bed.listen();
     for round in 0..3u64 {
         let played = play(listener.try_clone().expect("cloned"), |_, _| false);
-        let mut client = rig.client();
-        rig.map(IOVA + round * 0x1000, 0, 0x1000, Access::READ)
+        let mut client = bed.client();
+        bed.map(IOVA + round * 0x1000, 0, 0x1000, Access::READ)
             .expect("mapped");
         client.ask(RESET, &[], &[]);
         drop(client);
@@ -108,12 +109,12 @@ fn a_client_that_dies_takes_the_server_s_connection_with_it() {
 }
 
 /// A server with memory of the guest's, whose client is gone while the guest lives on.
-fn abandoned(isolation: Isolation) -> (Rig, Peer) {
-    let rig = Rig::with_deadline(isolation, Duration::from_secs(1));
-    rig.attach();
-    let (client, mut server) = rig.raw_pair();
+fn abandoned(isolation: Isolation) -> (Bed, Connection) {
+    let bed = Bed::with_deadline(isolation, Duration::from_secs(1));
+    bed.attach();
+    let (client, mut server) = bed.raw_pair();
     std::thread::scope(|scope| {
-        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
         let told = server.recv().expect("a window");
         server.reply(&told, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
@@ -123,21 +124,21 @@ fn abandoned(isolation: Isolation) -> (Rig, Peer) {
         server.recv().is_none(),
         "it is told by the end of its stream"
     );
-    (rig, server)
+    (bed, server)
 }
 
 #[test]
 fn unmap_waits_for_a_server_without_client_that_has_memory() {
-    let (rig, server) = abandoned(Isolation::Mappings);
+    let (bed, server) = abandoned(Isolation::Mappings);
     // Nothing is taken away by this.
-    rig.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+    bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
         .expect("mapped");
     // The next client has to wait, too.
-    let listener = rig.listen();
-    let mut client = rig.connect();
+    let listener = bed.listen();
+    let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     std::thread::scope(|scope| {
-        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         std::thread::sleep(Duration::from_millis(300));
         assert!(!unmapped.is_finished(), "the server may still reach it");
         listener.set_nonblocking(true).expect("set");
@@ -155,42 +156,42 @@ fn unmap_waits_for_a_server_without_client_that_has_memory() {
 
 #[test]
 fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
-    let (rig, server) = abandoned(Isolation::Mappings);
-    let refused = rig.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    let (bed, server) = abandoned(Isolation::Mappings);
+    let refused = bed.unmap(IOVA, 0x1000).expect_err("it keeps it");
     assert!(
         refused.to_string().contains("has not hung up within"),
         "{refused}"
     );
-    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
     drop(server);
 }
 
 /// A client, and its server with memory of the guest's that was cut off for being late with another
 /// window.
-fn late(isolation: Isolation) -> (Rig, Peer, Peer) {
-    let rig = Rig::with_deadline(isolation, Duration::from_secs(1));
-    rig.attach();
-    let (client, mut server) = rig.raw_pair();
+fn late(isolation: Isolation) -> (Bed, Connection, Connection) {
+    let bed = Bed::with_deadline(isolation, Duration::from_secs(1));
+    bed.attach();
+    let (client, mut server) = bed.raw_pair();
     std::thread::scope(|scope| {
-        let mapped = scope.spawn(|| rig.map(IOVA, 0, 0x1000, Access::READ));
+        let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
         let told = server.recv().expect("a window");
         server.reply(&told, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
-    rig.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+    bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
         .expect_err("not in time");
-    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(!endpoint.quarantined);
-    (rig, client, server)
+    (bed, client, server)
 }
 
 #[test]
 fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
-    let (rig, _client, mut server) = late(Isolation::Mappings);
-    let listener = rig.listen();
+    let (bed, _client, mut server) = late(Isolation::Mappings);
+    let listener = bed.listen();
     std::thread::scope(|scope| {
-        let unmapped = scope.spawn(|| rig.unmap(IOVA, 0x1000));
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         std::thread::sleep(Duration::from_millis(300));
         assert!(!unmapped.is_finished(), "the server may still reach it");
         assert_eq!(server.recv().expect("the order").cmd, DMA_MAP);
@@ -204,23 +205,23 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
     let mut server = accept(&listener);
     assert_eq!(server.recv().expect("it may come back").cmd, VERSION);
 
-    let (rig, _client, server) = late(Isolation::Mappings);
-    rig.unmap(IOVA, 0x1000).expect_err("it keeps it");
-    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    let (bed, _client, server) = late(Isolation::Mappings);
+    bed.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
     drop(server);
 
-    let (rig, _client, server) = late(Isolation::Messages);
-    rig.unmap(IOVA, 0x1000).expect("it never had memory");
+    let (bed, _client, server) = late(Isolation::Messages);
+    bed.unmap(IOVA, 0x1000).expect("it never had memory");
     drop(server);
 }
 
 #[test]
 fn a_server_that_never_had_memory_is_not_waited_for() {
-    let (rig, server) = abandoned(Isolation::Messages);
-    rig.unmap(IOVA, 0x1000).expect("unmapped at once");
-    let listener = rig.listen();
-    let mut client = rig.connect();
+    let (bed, server) = abandoned(Isolation::Messages);
+    bed.unmap(IOVA, 0x1000).expect("unmapped at once");
+    let listener = bed.listen();
+    let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     accept(&listener).recv().expect("VERSION");
     drop(server);
@@ -228,11 +229,11 @@ fn a_server_that_never_had_memory_is_not_waited_for() {
 
 #[test]
 fn a_client_waits_for_its_server() {
-    let rig = Rig::new(Isolation::Messages);
-    let mut client = rig.connect();
+    let bed = Bed::new(Isolation::Messages);
+    let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     std::thread::sleep(Duration::from_millis(300));
-    let listener = rig.listen();
+    let listener = bed.listen();
     // One that dies at once is no harm.
     drop(accept(&listener));
     let mut server = accept(&listener);
@@ -243,9 +244,9 @@ fn a_client_waits_for_its_server() {
 
 #[test]
 fn a_server_that_is_another_one_now_gets_no_old_client() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, server) = rig.raw_pair();
-    let listener = rig.listen();
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, server) = bed.raw_pair();
+    let listener = bed.listen();
     drop(server);
     let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
@@ -256,12 +257,12 @@ fn a_server_that_is_another_one_now_gets_no_old_client() {
 
 #[test]
 fn two_hundred_deaths_leave_nothing_behind() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
-    rig.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
-    let listener = rig.listen();
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+    let listener = bed.listen();
     let round = |n: u64| {
-        let mut client = rig.connect();
+        let mut client = bed.connect();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&listener);
         if n.is_multiple_of(4) {

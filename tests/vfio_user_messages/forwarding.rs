@@ -7,19 +7,19 @@ use std::os::unix::net::UnixStream;
 
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::peer::{
+use crate::bed::{Bed, CLIENT_TEXT, eventually, plainly};
+use crate::connection::{
     DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, NO_REPLY, REGION_INFO, REGION_READ,
     REGION_WRITE, RESET, SET_IRQS, VERSION, dma_map, dma_unmap, irqs, region, version_body,
 };
-use crate::rig::{CLIENT_TEXT, Rig, eventually, plainly};
 
 #[test]
 fn each_end_hears_what_the_other_and_the_interposer_can() {
-    let rig = Rig::new(Isolation::Messages);
-    let listener = rig.listen();
-    let mut client = rig.connect();
+    let bed = Bed::new(Isolation::Messages);
+    let listener = bed.listen();
+    let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = crate::rig::accept(&listener);
+    let mut server = crate::bed::accept(&listener);
     let asked = server.recv().expect("VERSION");
     let can = &asked.text()["capabilities"];
     assert_eq!(can["max_msg_fds"], 16, "what comes is for the client");
@@ -44,10 +44,10 @@ fn each_end_hears_what_the_other_and_the_interposer_can() {
 
 #[test]
 fn descriptors_pass_both_ways_with_their_message() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     let mut kept = Vec::new();
-    let (mut client, _played) = rig.pair(move |peer, msg| match msg.cmd {
+    let (mut client, _played) = bed.pair(move |server, msg| match msg.cmd {
         SET_IRQS => {
             // As if an event: a byte over each.
             for (fd, n) in msg.fds.drain(..).zip(b'a'..) {
@@ -58,7 +58,7 @@ fn descriptors_pass_both_ways_with_their_message() {
             false
         }
         REGION_INFO => {
-            peer.reply(msg, &msg.body, &[ours.as_fd()]);
+            server.reply(msg, &msg.body, &[ours.as_fd()]);
             true
         }
         _ => false,
@@ -85,9 +85,9 @@ fn descriptors_pass_both_ways_with_their_message() {
 
 #[test]
 fn commands_wait_for_each_other_as_little_as_at_the_server() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     let mut held = Vec::new();
-    let (mut client, _played) = rig.pair(move |peer, msg| {
+    let (mut client, _played) = bed.pair(move |server, msg| {
         if msg.cmd != REGION_READ {
             return false;
         }
@@ -96,7 +96,7 @@ fn commands_wait_for_each_other_as_little_as_at_the_server() {
         if held.len() == 40 {
             for (id, body) in held.drain(..).rev() {
                 let data = [&body[..], &body[..8]].concat();
-                peer.send(id, REGION_READ, 1, &data, &[]);
+                server.send(id, REGION_READ, 1, &data, &[]);
             }
         }
         true
@@ -114,9 +114,9 @@ fn commands_wait_for_each_other_as_little_as_at_the_server() {
 
 #[test]
 fn more_commands_than_may_wait_at_once_all_get_their_turn() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, _played) = rig.pair(|_, _| false);
-    let mut writer = crate::peer::Peer::new(client.stream.try_clone().expect("cloned"));
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, _played) = bed.pair(|_, _| false);
+    let mut writer = crate::connection::Connection::new(client.stream.try_clone().expect("cloned"));
     let sender = std::thread::spawn(move || {
         for n in 0..2000u64 {
             writer.send(n as u16, REGION_READ, 0, &region(n, 0, 4, &[]), &[]);
@@ -131,13 +131,13 @@ fn more_commands_than_may_wait_at_once_all_get_their_turn() {
 
 #[test]
 fn commands_without_reply_keep_their_place() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, played) = rig.pair(|peer, msg| {
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, played) = bed.pair(|server, msg| {
         // A server that replies all the same does no harm.
         if msg.cmd == REGION_WRITE && msg.flags & NO_REPLY != 0 && msg.u64_at(0) == 1 {
-            peer.reply(msg, &msg.body[..16], &[]);
+            server.reply(msg, &msg.body[..16], &[]);
         }
-        plainly(peer, msg);
+        plainly(server, msg);
         true
     });
     for n in 0..3 {
@@ -152,8 +152,8 @@ fn commands_without_reply_keep_their_place() {
 
 #[test]
 fn a_client_s_windows_stay_with_the_interposer() {
-    let rig = Rig::new(Isolation::Mappings);
-    let (mut client, played) = rig.pair(|_, _| false);
+    let bed = Bed::new(Isolation::Mappings);
+    let (mut client, played) = bed.pair(|_, _| false);
     let file = File::open("/dev/zero").expect("open");
     let mut map = |address, size, with_file: bool| {
         let fds = [file.as_fd()];
@@ -182,8 +182,8 @@ fn a_client_s_windows_stay_with_the_interposer() {
 
 #[test]
 fn what_would_be_wrong_behind_an_iommu_is_refused() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, played) = rig.pair(|_, _| false);
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, played) = bed.pair(|_, _| false);
     for (cmd, body) in [
         (DIRTY_PAGES, [8, 1]),
         (FEATURE, [8, 6 | 1 << 17]),
@@ -202,8 +202,8 @@ fn what_would_be_wrong_behind_an_iommu_is_refused() {
 
 #[test]
 fn large_messages_pass_whole() {
-    let rig = Rig::new(Isolation::Messages);
-    let (mut client, _played) = rig.pair(|_, _| false);
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, _played) = bed.pair(|_, _| false);
     let data = vec![9; 1 << 20];
     let written = client.call(REGION_WRITE, &region(4, 0, 1 << 20, &data), &[]);
     assert_eq!(written.errno(), 0);

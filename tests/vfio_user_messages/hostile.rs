@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::peer::{
-    COMMAND, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, Peer, REGION_INFO,
+use crate::bed::{Bed, DEADLINE, accept, eventually};
+use crate::connection::{
+    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, REGION_INFO,
     REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
     version_body,
 };
-use crate::rig::{DEADLINE, Rig, accept, eventually};
 
 /// A message whose header declares another size.
 fn sized(size: u32, cmd: u16, flags: u32) -> Vec<u8> {
@@ -108,32 +108,32 @@ pub fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
     all
 }
 
-pub fn send(peer: &mut Peer, bytes: &[u8], descriptors: usize) {
+pub fn send(connection: &mut Connection, bytes: &[u8], descriptors: usize) {
     let null = File::open("/dev/null").expect("open");
-    peer.send_raw(bytes, &vec![null.as_fd(); descriptors]);
+    connection.send_raw(bytes, &vec![null.as_fd(); descriptors]);
 }
 
-fn works(rig: &Rig) {
-    let (mut client, _played) = rig.pair(|_, _| false);
+fn works(bed: &Bed) {
+    let (mut client, _played) = bed.pair(|_, _| false);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
 fn clients_that_send_garbage_are_let_go() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     for (what, bytes, descriptors) in garbage_of_clients() {
         eprintln!("{what}");
-        let (mut client, mut server) = rig.raw_pair();
+        let (mut client, mut server) = bed.raw_pair();
         send(&mut client, &bytes, descriptors);
         assert!(client.is_closed(), "{what}");
         assert!(server.is_closed(), "{what}");
     }
-    works(&rig);
+    works(&bed);
 }
 
 #[test]
 fn clients_whose_first_word_is_wrong_are_let_go() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     for body in [
         &[][..],
         &[0; 3],
@@ -144,30 +144,30 @@ fn clients_whose_first_word_is_wrong_are_let_go() {
         &version_body(&"[".repeat(5000)),
         &vec![b' '; 100_000],
     ] {
-        let mut client = rig.connect();
+        let mut client = bed.connect();
         client.ask(VERSION, body, &[]);
         assert!(client.is_closed());
     }
     let begun = Instant::now();
-    let mut client = rig.connect();
+    let mut client = bed.connect();
     client.ask(RESET, &[], &[]);
     assert!(client.is_closed());
     assert!(begun.elapsed() < Duration::from_secs(5), "at once");
     for cut in [1, 15, 16, 20] {
-        let mut client = rig.connect();
+        let mut client = bed.connect();
         let whole = bytes(1, VERSION, COMMAND, 0, &version_body("{}"));
         client.send_raw(&whole[..cut], &[]);
     }
-    works(&rig);
+    works(&bed);
 }
 
 #[test]
 fn servers_that_send_garbage_are_cut_off() {
-    let rig = Rig::new(Isolation::Messages);
-    rig.attach();
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
     for (what, bytes, descriptors) in garbage_of_servers() {
         eprintln!("{what}");
-        let (mut client, mut server) = rig.raw_pair();
+        let (mut client, mut server) = bed.raw_pair();
         let asked = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
         assert_eq!(server.recv().expect("forwarded").cmd, REGION_READ);
         send(&mut server, &bytes, descriptors);
@@ -175,12 +175,12 @@ fn servers_that_send_garbage_are_cut_off() {
         let reply = client.recv().expect("a reply");
         assert_eq!((reply.id, reply.errno()), (asked, libc::EIO), "{what}");
     }
-    works(&rig);
+    works(&bed);
 }
 
 #[test]
 fn servers_whose_replies_are_wrong_are_cut_off() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     let null = File::open("/dev/null").expect("open");
     type Wrong<'a> = (u16, &'a [u8], u16, &'a [u8], usize);
     let info = [0; 32];
@@ -212,26 +212,26 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
         (GET_INFO, &info[..16], GET_INFO, &[], 0),
     ];
     for (asked, with, cmd, body, descriptors) in wrong {
-        let (mut client, mut server) = rig.raw_pair();
+        let (mut client, mut server) = bed.raw_pair();
         client.ask(asked, with, &[]);
         let msg = server.recv().expect("forwarded");
         let fds = vec![null.as_fd(); descriptors];
         server.send(msg.id, cmd, REPLY, body, &fds);
         assert!(server.is_closed(), "{asked} answered as {cmd}");
     }
-    works(&rig);
+    works(&bed);
 }
 
 #[test]
 fn servers_that_agree_to_nothing_get_no_client() {
-    let rig = Rig::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::Messages);
     for text in [
         "{",
         r#"{"capabilities":7}"#,
         r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#,
     ] {
-        let listener = rig.listen();
-        let mut client = rig.connect();
+        let listener = bed.listen();
+        let mut client = bed.connect();
         client.ask(VERSION, &version_body("{}"), &[]);
         let mut server = accept(&listener);
         let asked = server.recv().expect("VERSION");
@@ -239,34 +239,34 @@ fn servers_that_agree_to_nothing_get_no_client() {
         assert!(server.is_closed(), "{text}");
         assert!(client.is_closed(), "{text}");
     }
-    works(&rig);
+    works(&bed);
 }
 
 #[test]
 fn a_server_that_refuses_to_give_a_window_up_is_cut_off() {
-    let rig = Rig::new(Isolation::Mappings);
-    rig.attach();
-    let (_client, played) = rig.pair(|peer, msg| {
+    let bed = Bed::new(Isolation::Mappings);
+    bed.attach();
+    let (_client, played) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP {
-            peer.refuse(msg, libc::EBUSY.unsigned_abs());
+            server.refuse(msg, libc::EBUSY.unsigned_abs());
         }
         msg.cmd == DMA_UNMAP
     });
-    rig.map(0x1000, 0, 0x1000, Access::READ).expect("mapped");
+    bed.map(0x1000, 0, 0x1000, Access::READ).expect("mapped");
     let begun = Instant::now();
-    let failed = rig.unmap(0x1000, 0x1000).expect_err("kept");
+    let failed = bed.unmap(0x1000, 0x1000).expect_err("kept");
     assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
     assert!(failed.to_string().contains("refuses to remove"), "{failed}");
-    let endpoint = rig.iommu().endpoint(rig.endpoint()).expect("known");
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
     eventually("it is cut off", || played.thread.is_finished());
 }
 
 #[test]
 fn a_client_that_says_nothing_keeps_no_server_busy() {
-    let rig = Rig::new(Isolation::Messages);
-    let listener = rig.listen();
-    let _idle = rig.connect();
+    let bed = Bed::new(Isolation::Messages);
+    let listener = bed.listen();
+    let _idle = bed.connect();
     listener.set_nonblocking(true).expect("set");
     std::thread::sleep(Duration::from_millis(300));
     assert!(listener.accept().is_err());

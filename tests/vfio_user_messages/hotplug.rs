@@ -3,10 +3,10 @@
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+use crate::bed::{CLIENT_TEXT, Played, eventually, play};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
-use crate::peer::{Peer, VERSION, version_body};
-use crate::rig::{CLIENT_TEXT, Played, eventually, play};
+use crate::connection::{Connection, VERSION, version_body};
 
 const IOVA: u64 = 0x7000_0000;
 const PAGE: u64 = 0xa0_0000;
@@ -20,9 +20,9 @@ fn add(daemon: &Daemon, client: &Path, server: &Path) {
     assert!(answer["error"].is_null(), "{answer}");
 }
 
-fn pair(client: &Path, listener: &UnixListener) -> (Peer, Played) {
+fn pair(client: &Path, listener: &UnixListener) -> (Connection, Played) {
     let played = play(listener.try_clone().expect("cloned"), |_, _| false);
-    let mut client = Peer::new(UnixStream::connect(client).expect("connected"));
+    let mut client = Connection::new(UnixStream::connect(client).expect("connected"));
     let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
     assert_eq!(answer.errno(), 0);
     (client, played)

@@ -7,14 +7,14 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+mod bed;
 #[path = "../common/mod.rs"]
 pub mod common;
+mod connection;
 mod daemon;
 mod dma;
 mod ends;
 mod forwarding;
 mod hostile;
 mod hotplug;
-mod peer;
-mod rig;
 mod sockets;

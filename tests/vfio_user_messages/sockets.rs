@@ -17,13 +17,13 @@ use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::bed::{CLIENT_TEXT, SERVER_TEXT, accept, plainly};
 use crate::common::daemon::{Daemon, EP, EP2, EP3};
 use crate::common::guest::{Guest, Setup};
-use crate::hostile::{garbage_of_clients, garbage_of_servers, send};
-use crate::peer::{
-    COMMAND, DMA_READ, Peer, REGION_READ, VERSION, bytes, dma, region, version_body,
+use crate::connection::{
+    COMMAND, Connection, DMA_READ, REGION_READ, VERSION, bytes, dma, region, version_body,
 };
-use crate::rig::{CLIENT_TEXT, SERVER_TEXT, accept, plainly};
+use crate::hostile::{garbage_of_clients, garbage_of_servers, send};
 
 const IOVA: u64 = 0x7000_0000;
 /// Guest-physical, in the first memory slot.
@@ -31,7 +31,7 @@ const PAGE: u64 = 0xa0_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A daemon, a guest, a device that works all the time, and one that is bad.
-struct Scene {
+struct SocketBed {
     daemon: Daemon,
     guest: Option<Guest>,
     traffic: Traffic,
@@ -42,7 +42,7 @@ struct Scene {
     checks: u64,
 }
 
-impl Scene {
+impl SocketBed {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
@@ -104,7 +104,7 @@ impl Scene {
     }
 
     /// The bad device's client has lost its server and waits for another one, which is not to come.
-    fn let_go(&self, client: &mut Peer) {
+    fn let_go(&self, client: &mut Connection) {
         client.stream.shutdown(Shutdown::Both).expect("open");
         let state = || self.daemon.status()["emulated"][0]["client"].clone();
         self.daemon
@@ -115,9 +115,9 @@ impl Scene {
     }
 
     /// A client and a server of the bad device that have agreed.
-    fn bad_pair(&self) -> (Peer, Peer) {
+    fn bad_pair(&self) -> (Connection, Connection) {
         let stream = UnixStream::connect(self.path("bad-client")).expect("connected");
-        let mut client = Peer::new(stream);
+        let mut client = Connection::new(stream);
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&self.listener);
         let asked = server.recv().expect("VERSION");
@@ -141,25 +141,25 @@ impl Traffic {
         let over = Arc::new(AtomicBool::new(false));
         let rounds = Arc::new(AtomicU64::new(0));
         let server = std::thread::spawn(move || {
-            let mut peer = accept(&listener);
-            while let Some(message) = peer.recv() {
+            let mut server = accept(&listener);
+            while let Some(message) = server.recv() {
                 if message.cmd == REGION_READ {
-                    let id = peer.ask(DMA_READ, &dma(IOVA, 4, &[]), &[]);
+                    let id = server.ask(DMA_READ, &dma(IOVA, 4, &[]), &[]);
                     let reply = loop {
-                        match peer.recv().expect("a reply") {
+                        match server.recv().expect("a reply") {
                             reply if reply.id == id && reply.cmd == DMA_READ => break reply,
-                            order => plainly(&mut peer, &order),
+                            order => plainly(&mut server, &order),
                         }
                     };
                     assert!(reply.errno() != 0 || reply.body[16..] == *b"good");
                 }
-                plainly(&mut peer, &message);
+                plainly(&mut server, &message);
             }
         });
         let stream = UnixStream::connect(client).expect("connected");
         let (ends, counted) = (over.clone(), rounds.clone());
         let client = std::thread::spawn(move || {
-            let mut client = Peer::new(stream);
+            let mut client = Connection::new(stream);
             let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
             assert_eq!(answer.errno(), 0);
             while !ends.load(Ordering::Relaxed) {
@@ -194,67 +194,67 @@ impl Traffic {
 
 #[test]
 fn garbage_on_any_socket_closes_that_connection_and_nothing_else() {
-    let mut scene = Scene::new();
-    scene.all_is_well("the start");
+    let mut bed = SocketBed::new();
+    bed.all_is_well("the start");
     let mut before = usize::MAX;
     for _ in 0..2 {
-        from_the_vmm_s_client(&mut scene);
-        from_the_device_s_server(&mut scene);
-        from_processes_that_would_follow_the_tables(&mut scene);
-        from_operators(&mut scene);
-        let daemon = &scene.daemon;
+        from_the_vmm_s_client(&mut bed);
+        from_the_device_s_server(&mut bed);
+        from_processes_that_would_follow_the_tables(&mut bed);
+        from_operators(&mut bed);
+        let daemon = &bed.daemon;
         daemon.wait_for("descriptors as before", || daemon.fd_count() <= before);
         // What came with the first garbage would still be there.
         std::thread::sleep(Duration::from_millis(50));
         before = daemon.fd_count();
     }
-    scene.guest = None;
-    let daemon = &scene.daemon;
+    bed.guest = None;
+    let daemon = &bed.daemon;
     daemon.wait_for("the guest's end", || daemon.status()["connected"] == false);
-    from_vmms(&mut scene);
-    let status = scene.daemon.status();
+    from_vmms(&mut bed);
+    let status = bed.daemon.status();
     assert_eq!(status["readers"]["killed"], 0, "{status}");
-    scene.traffic.end();
+    bed.traffic.end();
 }
 
-fn from_the_vmm_s_client(scene: &mut Scene) {
+fn from_the_vmm_s_client(bed: &mut SocketBed) {
     for (what, bytes, descriptors) in garbage_of_clients() {
-        let (mut client, mut server) = scene.bad_pair();
+        let (mut client, mut server) = bed.bad_pair();
         send(&mut client, &bytes, descriptors);
         assert!(client.is_closed() && server.is_closed(), "{what}");
-        scene.all_is_well(what);
+        bed.all_is_well(what);
     }
-    scene.is_logged("endpoint 0000:00:06.0: the client is cut off: ");
+    bed.is_logged("endpoint 0000:00:06.0: the client is cut off: ");
     for whole in [0, 16] {
-        let (mut client, mut server) = scene.bad_pair();
+        let (mut client, mut server) = bed.bad_pair();
         let message = bytes(1, REGION_READ, COMMAND, 0, &region(0, 0, 4, &[]));
         client.send_raw(&message[..whole + 7], &[]);
         client.stream.shutdown(Shutdown::Write).expect("open");
         assert!(client.is_closed() && server.is_closed());
-        scene.all_is_well("half a message of a client's");
+        bed.all_is_well("half a message of a client's");
     }
 }
 
-fn from_the_device_s_server(scene: &mut Scene) {
+fn from_the_device_s_server(bed: &mut SocketBed) {
     // First, while all of it is logged.
-    let (mut client, mut server) = scene.bad_pair();
+    let (mut client, mut server) = bed.bad_pair();
     let message = bytes(1, DMA_READ, COMMAND, 0, &dma(IOVA, 4, &[]));
     server.send_raw(&message[..20], &[]);
     drop(server);
-    scene.all_is_well("half a message of a server's");
-    scene.let_go(&mut client);
-    scene.is_logged("hung up within a message");
+    bed.all_is_well("half a message of a server's");
+    bed.let_go(&mut client);
+    bed.is_logged("hung up within a message");
     for (what, bytes, descriptors) in garbage_of_servers() {
-        let (mut client, mut server) = scene.bad_pair();
+        let (mut client, mut server) = bed.bad_pair();
         send(&mut server, &bytes, descriptors);
         assert!(server.is_closed(), "{what}");
-        scene.all_is_well(what);
-        scene.let_go(&mut client);
+        bed.all_is_well(what);
+        bed.let_go(&mut client);
     }
-    scene.is_logged("endpoint 0000:00:06.0: the server is cut off: ");
+    bed.is_logged("endpoint 0000:00:06.0: the server is cut off: ");
 }
 
-fn from_processes_that_would_follow_the_tables(scene: &mut Scene) {
+fn from_processes_that_would_follow_the_tables(bed: &mut SocketBed) {
     let mut hello = vec![1u8, 0, 0, 0, 9, 0, 0, 0];
     hello.extend(b"iommushd");
     hello.extend([0; 24]);
@@ -267,8 +267,8 @@ fn from_processes_that_would_follow_the_tables(scene: &mut Scene) {
         ("a frame with descriptors", &hello[..], 3),
         ("descriptors and no frame", &hello[..1], 1),
     ] {
-        let stream = UnixStream::connect(scene.path("shadow")).expect("connected");
-        let mut stranger = Peer::new(stream);
+        let stream = UnixStream::connect(bed.path("shadow")).expect("connected");
+        let mut stranger = Connection::new(stream);
         stranger.send_raw(bytes, &vec![null.as_fd(); descriptors]);
         // It may be closed already.
         let _ = stranger.stream.shutdown(Shutdown::Write);
@@ -276,14 +276,14 @@ fn from_processes_that_would_follow_the_tables(scene: &mut Scene) {
         // What the daemon did not want to read makes this end with an error.
         let _ = stranger.stream.read_to_end(&mut answer);
         assert!(answer.len() <= 40, "{what}: nothing but a refusal");
-        scene.all_is_well(what);
+        bed.all_is_well(what);
     }
-    scene.is_logged("a reader is refused: ");
-    scene.is_logged("a process that wants to be a reader sends descriptors");
-    scene.is_logged("a process that wants to be a reader hangs up within a frame");
+    bed.is_logged("a reader is refused: ");
+    bed.is_logged("a process that wants to be a reader sends descriptors");
+    bed.is_logged("a process that wants to be a reader hangs up within a frame");
 }
 
-fn from_operators(scene: &mut Scene) {
+fn from_operators(bed: &mut SocketBed) {
     let null = File::open("/dev/null").expect("open");
     for (what, request, descriptors) in [
         ("no text", &b"\xff\xfe\n"[..], 0),
@@ -293,8 +293,8 @@ fn from_operators(scene: &mut Scene) {
         ("nothing", b"", 0),
         ("a request with descriptors", b"nonsense\n", 3),
     ] {
-        let stream = UnixStream::connect(scene.daemon.control_socket()).expect("connected");
-        let mut client = Peer::new(stream);
+        let stream = UnixStream::connect(bed.daemon.control_socket()).expect("connected");
+        let mut client = Connection::new(stream);
         if !request.is_empty() {
             client.send_raw(request, &vec![null.as_fd(); descriptors]);
         }
@@ -303,13 +303,13 @@ fn from_operators(scene: &mut Scene) {
         let read = client.stream.read(&mut answer).expect("an answer");
         let answer = String::from_utf8_lossy(&answer[..read]);
         assert!(answer.contains("the request is one of"), "{what}: {answer}");
-        scene.all_is_well(what);
+        bed.all_is_well(what);
     }
-    scene.is_logged("a control client is refused: the request is one of");
+    bed.is_logged("a control client is refused: the request is one of");
 }
 
 /// The guest is gone; the devices go on.
-fn from_vmms(scene: &mut Scene) {
+fn from_vmms(bed: &mut SocketBed) {
     let message = |request: u32, size: u32, body: &[u8]| {
         let head: Vec<u8> = [request, 1, size]
             .into_iter()
@@ -335,15 +335,15 @@ fn from_vmms(scene: &mut Scene) {
             0,
         ),
     ] {
-        let mut vmm = scene.daemon.stream();
-        let mut peer = Peer::new(vmm.try_clone().expect("cloned"));
-        peer.send_raw(&bytes, &vec![null.as_fd(); descriptors]);
+        let mut vmm = bed.daemon.stream();
+        let mut connection = Connection::new(vmm.try_clone().expect("cloned"));
+        connection.send_raw(&bytes, &vec![null.as_fd(); descriptors]);
         // It may be closed already.
         let _ = vmm.write_all(&[0; 5]);
         let _ = vmm.shutdown(Shutdown::Write);
         let mut answer = Vec::new();
         let _ = vmm.read_to_end(&mut answer);
-        scene.all_is_well(what);
+        bed.all_is_well(what);
     }
-    scene.is_logged("the connection was closed: ");
+    bed.is_logged("the connection was closed: ");
 }

@@ -8,11 +8,11 @@ use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::bed::{Bed, Way, endpoint};
 use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{FAULT, NOMEM, OK, READ, RW, WRITE};
+use crate::connection::{Connection, VERSION, version_body};
 use crate::devices::Edu;
-use crate::peer::{Peer, VERSION, version_body};
-use crate::rig::{Rig, Way, endpoint};
 use crate::server::Server;
 use crate::words;
 
@@ -38,16 +38,16 @@ fn pattern(seed: u8) -> Vec<u8> {
 }
 
 /// A VM with an `edu` of the host's, an emulated device, and a reader of the page tables.
-struct Mixed {
-    rig: Rig,
+struct MixedBed {
+    vm: Bed,
     edu: Edu,
     server: Server,
-    _client: Peer,
+    _client: Connection,
     reader: ShadowReader,
     _folder: TempDir,
 }
 
-impl Mixed {
+impl MixedBed {
     fn new(way: Way, isolation: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = |name: &str| -> PathBuf { folder.path().join(name) };
@@ -58,16 +58,16 @@ impl Mixed {
              [[endpoint]]\naddress = '00:0b.0'\nshadow = {shadow:?}\n"
         );
         let name = words("VIOMMU_EDU")[0].clone();
-        let rig = Rig::with(way, &[&name], &keys);
-        let mut client = Peer::new(UnixStream::connect(&listen).expect("connected"));
+        let vm = Bed::with(way, &[&name], &keys);
+        let mut client = Connection::new(UnixStream::connect(&listen).expect("connected"));
         let server = Server::start(&connect, || {
             client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         });
         assert_eq!(client.recv().expect("an answer").errno(), 0);
         let reader = ShadowReader::connect(&shadow, EndpointId(SHADOW)).expect("let in");
-        rig.guest.memory.write(SOURCE, &pattern(1));
+        vm.guest.memory.write(SOURCE, &pattern(1));
         Self {
-            rig,
+            vm,
             edu: Edu::new(&name),
             server,
             _client: client,
@@ -77,16 +77,16 @@ impl Mixed {
     }
 
     fn page(&self, gpa: u64) -> Vec<u8> {
-        self.rig.guest.memory.read(gpa, PAGE as usize)
+        self.vm.guest.memory.read(gpa, PAGE as usize)
     }
 
     fn map(&mut self, iova: u64, gpa: u64, flags: u32) -> u8 {
         let last = iova + PAGE - 1;
-        self.rig.guest.map(1, iova, last, gpa, flags)
+        self.vm.guest.map(1, iova, last, gpa, flags)
     }
 
     fn unmap(&mut self, iova: u64) {
-        assert_eq!(self.rig.guest.unmap(1, iova, iova + PAGE - 1), OK);
+        assert_eq!(self.vm.guest.unmap(1, iova, iova + PAGE - 1), OK);
     }
 
     fn read_by_shadow(&self, iova: u64) -> Option<Vec<u8>> {
@@ -98,91 +98,90 @@ impl Mixed {
 
     /// Nothing of the three gets anywhere at an address.
     fn nobody_writes(&mut self, iova: u64) {
-        let before = self.rig.memory();
+        let before = self.vm.memory();
         self.edu.write(iova);
         assert_eq!(self.server.write(iova, &pattern(9)), Err(libc::EFAULT));
         let memory = self.reader.memory();
         memory
             .write_slice(&pattern(9), GuestAddress(iova))
             .expect_err("refused");
-        assert!(self.rig.memory() == before, "{iova:#x} was written to");
+        assert!(self.vm.memory() == before, "{iova:#x} was written to");
     }
 }
 
 fn scenario(way: Way, isolation: &str) {
     eprintln!("{way:?}, {isolation}");
-    let mut mixed = Mixed::new(way, isolation);
+    let mut bed = MixedBed::new(way, isolation);
     for endpoint in [endpoint(0), EMULATED, SHADOW] {
-        assert_eq!(mixed.rig.guest.attach(1, endpoint), OK);
+        assert_eq!(bed.vm.guest.attach(1, endpoint), OK);
     }
-    mixed.nobody_writes(TARGET);
-    assert_eq!(mixed.map(FROM, SOURCE, READ), OK);
-    assert_eq!(mixed.map(TO, TARGET, RW), OK);
-    assert_eq!(mixed.map(ONWARD, OTHER, RW), OK);
-    assert_eq!(mixed.server.windows(), [FROM, ONWARD, TO]);
+    bed.nobody_writes(TARGET);
+    assert_eq!(bed.map(FROM, SOURCE, READ), OK);
+    assert_eq!(bed.map(TO, TARGET, RW), OK);
+    assert_eq!(bed.map(ONWARD, OTHER, RW), OK);
+    assert_eq!(bed.server.windows(), [FROM, ONWARD, TO]);
 
     eprintln!("what one writes the others read");
-    mixed.edu.read(FROM);
-    mixed.edu.write(TO);
-    assert_eq!(mixed.page(TARGET), pattern(1));
-    assert_eq!(mixed.server.read(TO, PAGE as usize), Ok(pattern(1)));
-    mixed
-        .rig
+    bed.edu.read(FROM);
+    bed.edu.write(TO);
+    assert_eq!(bed.page(TARGET), pattern(1));
+    assert_eq!(bed.server.read(TO, PAGE as usize), Ok(pattern(1)));
+    bed.vm
         .daemon
-        .wait_for("the reader's memory", || mixed.read_by_shadow(TO).is_some());
-    assert_eq!(mixed.read_by_shadow(TO), Some(pattern(1)));
-    assert_eq!(mixed.server.write(TO, &pattern(2)), Ok(()));
-    mixed.edu.read(TO);
-    mixed.edu.write(ONWARD);
-    assert_eq!(mixed.page(OTHER), pattern(2));
-    let memory = mixed.reader.memory();
+        .wait_for("the reader's memory", || bed.read_by_shadow(TO).is_some());
+    assert_eq!(bed.read_by_shadow(TO), Some(pattern(1)));
+    assert_eq!(bed.server.write(TO, &pattern(2)), Ok(()));
+    bed.edu.read(TO);
+    bed.edu.write(ONWARD);
+    assert_eq!(bed.page(OTHER), pattern(2));
+    let memory = bed.reader.memory();
     memory
         .write_slice(&pattern(3), GuestAddress(ONWARD))
         .expect("mapped");
     drop(memory);
-    assert_eq!(mixed.server.read(ONWARD, PAGE as usize), Ok(pattern(3)));
-    mixed.edu.read(ONWARD);
-    mixed.edu.write(TO);
-    assert_eq!(mixed.page(TARGET), pattern(3));
+    assert_eq!(bed.server.read(ONWARD, PAGE as usize), Ok(pattern(3)));
+    bed.edu.read(ONWARD);
+    bed.edu.write(TO);
+    assert_eq!(bed.page(TARGET), pattern(3));
 
     eprintln!("what is unmapped nobody reaches");
-    mixed.unmap(TO);
-    mixed.nobody_writes(TO);
-    assert_eq!(mixed.server.read(TO, 1), Err(libc::EFAULT));
-    assert_eq!(mixed.read_by_shadow(TO), None);
+    bed.unmap(TO);
+    bed.nobody_writes(TO);
+    assert_eq!(bed.server.read(TO, 1), Err(libc::EFAULT));
+    assert_eq!(bed.read_by_shadow(TO), None);
     if isolation == "messages" {
         // A server that has guest RAM is not kept from writing what it may only read.
-        mixed.nobody_writes(FROM);
+        bed.nobody_writes(FROM);
     }
 
     eprintln!("a MAP that one of them refuses leaves the others as they were");
-    let windows = mixed.server.windows();
-    assert_eq!(mixed.map(TO, 0x9_0000_0000, WRITE), FAULT);
-    assert_eq!(mixed.server.windows(), windows, "it hears nothing of it");
-    mixed.nobody_writes(TO);
-    mixed.server.refuse(true);
-    assert_eq!(mixed.map(TO, TARGET, RW), NOMEM);
-    mixed.nobody_writes(TO);
-    mixed.server.refuse(false);
-    assert_eq!(mixed.map(TO, TARGET, RW), OK);
-    mixed.edu.write(TO);
-    assert_eq!(mixed.server.read(TO, PAGE as usize), Ok(pattern(3)));
+    let windows = bed.server.windows();
+    assert_eq!(bed.map(TO, 0x9_0000_0000, WRITE), FAULT);
+    assert_eq!(bed.server.windows(), windows, "it hears nothing of it");
+    bed.nobody_writes(TO);
+    bed.server.refuse(true);
+    assert_eq!(bed.map(TO, TARGET, RW), NOMEM);
+    bed.nobody_writes(TO);
+    bed.server.refuse(false);
+    assert_eq!(bed.map(TO, TARGET, RW), OK);
+    bed.edu.write(TO);
+    assert_eq!(bed.server.read(TO, PAGE as usize), Ok(pattern(3)));
 
     eprintln!("one that leaves the domain reaches nothing, the others go on");
-    assert_eq!(mixed.rig.guest.detach(1, EMULATED), OK);
-    assert_eq!(mixed.server.read(TO, 1), Err(libc::EFAULT));
-    assert_eq!(mixed.server.windows(), Vec::<u64>::new());
-    mixed.edu.read(FROM);
-    mixed.edu.write(TO);
-    assert_eq!(mixed.page(TARGET), pattern(1));
-    assert_eq!(mixed.read_by_shadow(TO), Some(pattern(1)));
-    assert_eq!(mixed.rig.guest.detach(1, endpoint(0)), OK);
-    assert_eq!(mixed.rig.guest.attach(1, EMULATED), OK);
-    assert_eq!(mixed.server.write(TO, &pattern(5)), Ok(()));
-    let before = mixed.rig.memory();
-    mixed.edu.write(TO);
-    assert!(mixed.rig.memory() == before);
-    assert_eq!(mixed.read_by_shadow(TO), Some(pattern(5)));
+    assert_eq!(bed.vm.guest.detach(1, EMULATED), OK);
+    assert_eq!(bed.server.read(TO, 1), Err(libc::EFAULT));
+    assert_eq!(bed.server.windows(), Vec::<u64>::new());
+    bed.edu.read(FROM);
+    bed.edu.write(TO);
+    assert_eq!(bed.page(TARGET), pattern(1));
+    assert_eq!(bed.read_by_shadow(TO), Some(pattern(1)));
+    assert_eq!(bed.vm.guest.detach(1, endpoint(0)), OK);
+    assert_eq!(bed.vm.guest.attach(1, EMULATED), OK);
+    assert_eq!(bed.server.write(TO, &pattern(5)), Ok(()));
+    let before = bed.vm.memory();
+    bed.edu.write(TO);
+    assert!(bed.vm.memory() == before);
+    assert_eq!(bed.read_by_shadow(TO), Some(pattern(5)));
 }
 
 #[test]

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
+use crate::bed::{Bed, WAYS, Way, endpoint};
 use crate::common::guest::{HIGH_LEN, HIGH_RAM, LOW_RAM, Layout};
 use crate::common::memory::Region;
 use crate::common::rng::Rng;
 use crate::common::wire::{self, FAULT, NOENT, NOMEM, OK, READ, RW, TAIL, UNSUPP, WRITE};
 use crate::devices::{Edu, Function, TestDev};
-use crate::rig::{Rig, WAYS, Way, endpoint};
 use crate::words;
 
 const PAGE: u64 = 4096;
@@ -29,17 +29,17 @@ fn fewer_on_amd(count: u64) -> u64 {
 }
 
 /// Two test devices in one VM.
-fn pair(way: Way) -> (Rig, Vec<TestDev>) {
+fn pair(way: Way) -> (Bed, Vec<TestDev>) {
     let names = words("VIOMMU_TESTDEV");
     let functions: Vec<_> = names.iter().map(String::as_str).collect();
-    let rig = Rig::new(way, &functions);
-    (rig, names.iter().map(|n| TestDev::new(n)).collect())
+    let bed = Bed::new(way, &functions);
+    (bed, names.iter().map(|n| TestDev::new(n)).collect())
 }
 
 /// Whether a write at `iova` is let, and then changes the first bytes at `gpa` and nothing before
 /// or behind.
-fn reaches(rig: &Rig, device: &TestDev, iova: u64, gpa: u64) -> bool {
-    let memory = &rig.guest.memory;
+fn reaches(bed: &Bed, device: &TestDev, iova: u64, gpa: u64) -> bool {
+    let memory = &bed.guest.memory;
     memory.write(gpa, &[0xee; 16]);
     let done = device.write(iova, 8);
     let now = memory.read(gpa, 16);
@@ -62,32 +62,32 @@ fn reaches(rig: &Rig, device: &TestDev, iova: u64, gpa: u64) -> bool {
 fn two_devices_share_a_domain() {
     for way in WAYS {
         eprintln!("{way:?}");
-        let (mut rig, devices) = pair(way);
+        let (mut bed, devices) = pair(way);
         let (a, b) = (endpoint(0), endpoint(1));
         // Where there is no memory in bypass mode.
         let at = |page: u64| 0x20_0000_0000 + page * PAGE;
-        assert_eq!(rig.guest.attach(1, a), OK);
-        assert_eq!(rig.guest.map(1, at(1), at(2) - 1, TARGETS, WRITE), OK);
+        assert_eq!(bed.guest.attach(1, a), OK);
+        assert_eq!(bed.guest.map(1, at(1), at(2) - 1, TARGETS, WRITE), OK);
         // The second one finds what is there, and both have what comes.
-        assert_eq!(rig.guest.attach(1, b), OK);
-        assert_eq!(rig.guest.map(1, at(2), at(3) - 1, TARGETS + PAGE, RW), OK);
+        assert_eq!(bed.guest.attach(1, b), OK);
+        assert_eq!(bed.guest.map(1, at(2), at(3) - 1, TARGETS + PAGE, RW), OK);
         for device in &devices {
-            assert!(reaches(&rig, device, at(1), TARGETS));
-            assert!(reaches(&rig, device, at(2), TARGETS + PAGE));
-            assert!(!reaches(&rig, device, at(3), TARGETS));
+            assert!(reaches(&bed, device, at(1), TARGETS));
+            assert!(reaches(&bed, device, at(2), TARGETS + PAGE));
+            assert!(!reaches(&bed, device, at(3), TARGETS));
         }
-        assert_eq!(rig.guest.unmap(1, at(1), at(2) - 1), OK);
+        assert_eq!(bed.guest.unmap(1, at(1), at(2) - 1), OK);
         for device in &devices {
-            assert!(!reaches(&rig, device, at(1), TARGETS));
-            assert!(reaches(&rig, device, at(2), TARGETS + PAGE));
+            assert!(!reaches(&bed, device, at(1), TARGETS));
+            assert!(reaches(&bed, device, at(2), TARGETS + PAGE));
         }
         // One leaves: the other stays.
-        assert_eq!(rig.guest.detach(1, a), OK);
-        assert!(!reaches(&rig, &devices[0], at(2), TARGETS + PAGE));
-        assert!(reaches(&rig, &devices[0], TARGETS, TARGETS), "bypass mode");
-        assert!(reaches(&rig, &devices[1], at(2), TARGETS + PAGE));
-        assert_eq!(rig.guest.detach(1, b), OK);
-        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), NOENT, "the domain is gone");
+        assert_eq!(bed.guest.detach(1, a), OK);
+        assert!(!reaches(&bed, &devices[0], at(2), TARGETS + PAGE));
+        assert!(reaches(&bed, &devices[0], TARGETS, TARGETS), "bypass mode");
+        assert!(reaches(&bed, &devices[1], at(2), TARGETS + PAGE));
+        assert_eq!(bed.guest.detach(1, b), OK);
+        assert_eq!(bed.guest.unmap(1, 0, u64::MAX), NOENT, "the domain is gone");
     }
 }
 
@@ -98,17 +98,17 @@ fn two_devices_share_a_domain() {
 fn a_device_moves_between_domains_under_load() {
     for way in WAYS {
         eprintln!("{way:?}");
-        let (mut rig, mut devices) = pair(way);
+        let (mut bed, mut devices) = pair(way);
         let stays = devices.pop().expect("two");
         let moves = devices.pop().expect("two");
         let (iova, here, there, elsewhere) = (0x8000, TARGETS, TARGETS + PAGE, TARGETS + 2 * PAGE);
         // Another device keeps the second domain.
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.attach(2, endpoint(1)), OK);
-        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
-        assert_eq!(rig.guest.map(2, iova, iova + PAGE - 1, there, RW), OK);
-        assert_eq!(rig.guest.map(2, 0, PAGE - 1, elsewhere, RW), OK);
-        let before = rig.guest.memory.read(LOW_RAM, 0x10_0000);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
+        assert_eq!(bed.guest.map(2, iova, iova + PAGE - 1, there, RW), OK);
+        assert_eq!(bed.guest.map(2, 0, PAGE - 1, elsewhere, RW), OK);
+        let before = bed.guest.memory.read(LOW_RAM, 0x10_0000);
         let stop = Arc::new(AtomicBool::new(false));
         let writes = Arc::new(AtomicU64::new(0));
         let let_through = Arc::new(AtomicU64::new(0));
@@ -131,26 +131,26 @@ fn a_device_moves_between_domains_under_load() {
                 (1, here, there)
             };
             assert_eq!(
-                rig.guest.attach(to, endpoint(0)),
+                bed.guest.attach(to, endpoint(0)),
                 OK,
                 "{}",
-                rig.daemon.log()
+                bed.daemon.log()
             );
             if to == 2 {
                 // The first domain was its alone, and is gone with it.
-                assert_eq!(rig.guest.unmap(1, 0, u64::MAX), NOENT);
+                assert_eq!(bed.guest.unmap(1, 0, u64::MAX), NOENT);
             } else {
-                assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
+                assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
             }
             // Nothing in flight reaches the domain it has left.
-            rig.guest.memory.write(other, &[0; 8]);
-            rig.guest.memory.write(expected, &[0; 8]);
+            bed.guest.memory.write(other, &[0; 8]);
+            bed.guest.memory.write(expected, &[0; 8]);
             let since = writes.load(Ordering::Relaxed);
             while writes.load(Ordering::Relaxed) < since + 2 {
                 thread::yield_now();
             }
-            assert_eq!(rig.guest.memory.read(other, 8), [0; 8], "round {round}");
-            assert_eq!(rig.guest.memory.read(expected, 4), pattern, "round {round}");
+            assert_eq!(bed.guest.memory.read(other, 8), [0; 8], "round {round}");
+            assert_eq!(bed.guest.memory.read(expected, 4), pattern, "round {round}");
         }
         stop.store(true, Ordering::Relaxed);
         load.join().expect("the load");
@@ -159,8 +159,8 @@ fn a_device_moves_between_domains_under_load() {
             let_through.load(Ordering::Relaxed),
         );
         eprintln!("{all} writes, {done} let through");
-        assert!(reaches(&rig, &stays, 0, elsewhere));
-        assert!(rig.guest.memory.read(LOW_RAM, 0x10_0000) == before);
+        assert!(reaches(&bed, &stays, 0, elsewhere));
+        assert!(bed.guest.memory.read(LOW_RAM, 0x10_0000) == before);
     }
 }
 
@@ -176,9 +176,9 @@ fn ten_thousand_rounds_agree_with_a_model() {
         (Way::Type1, fewer_on_amd(10_000)),
         (Way::Type1Inherited, 1_000),
     ] {
-        let (mut rig, devices) = pair(way);
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.attach(1, endpoint(1)), OK);
+        let (mut bed, devices) = pair(way);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.attach(1, endpoint(1)), OK);
         let mut rng = Rng::new(0x5eed);
         // First page of a mapping: pages, guest page, writable.
         let mut model: BTreeMap<u64, (u64, u64, bool)> = BTreeMap::new();
@@ -192,7 +192,7 @@ fn ten_thousand_rounds_agree_with_a_model() {
                     .any(|(f, (n, ..))| first < f + n && *f < first + pages);
                 let flags = [READ, WRITE, RW, RW][rng.below(4) as usize];
                 let gpa = TARGETS + rng.below(512) * PAGE;
-                let status = rig
+                let status = bed
                     .guest
                     .map(1, first * PAGE, (first + pages) * PAGE - 1, gpa, flags);
                 assert_eq!(status == OK, !overlaps);
@@ -206,7 +206,7 @@ fn ten_thousand_rounds_agree_with_a_model() {
                     let inside = first <= *f && f + n <= first + pages;
                     first < f + n && *f < first + pages && !inside
                 });
-                let status = rig.guest.unmap(1, first * PAGE, (first + pages) * PAGE - 1);
+                let status = bed.guest.unmap(1, first * PAGE, (first + pages) * PAGE - 1);
                 assert_eq!(status == OK, !splits);
                 if status == OK {
                     let before = model.len();
@@ -225,7 +225,7 @@ fn ten_thousand_rounds_agree_with_a_model() {
                     None => (TARGETS, false),
                 };
                 assert_eq!(
-                    reaches(&rig, device, page * PAGE, gpa),
+                    reaches(&bed, device, page * PAGE, gpa),
                     writable,
                     "page {page}"
                 );
@@ -233,7 +233,7 @@ fn ten_thousand_rounds_agree_with_a_model() {
             }
         }
         eprintln!("{way:?}: {maps} mapped, {unmaps} unmapped, {probes} DMAs");
-        assert_eq!(rig.daemon.mappings(1).len(), model.len());
+        assert_eq!(bed.daemon.mappings(1).len(), model.len());
     }
 }
 
@@ -249,32 +249,32 @@ fn many_mappings_and_one_unmap_of_all() {
     ] {
         eprintln!("{way:?}");
         let limit = DmaEntryLimit::set(count);
-        let (mut rig, devices) = pair(way);
+        let (mut bed, devices) = pair(way);
         drop(limit);
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         for first in (0..count).step_by(32) {
-            map_at_once(&mut rig, (first..first + 32).map(at));
+            map_at_once(&mut bed, (first..first + 32).map(at));
         }
         if way.is_type1() {
             let (iova, gpa) = at(count);
-            let refused = rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
+            let refused = bed.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(refused, NOMEM);
-            let log = rig.daemon.log();
+            let log = bed.daemon.log();
             assert!(log.contains("dma_entry_limit"), "{log}");
         }
         for n in (0..count).step_by(997) {
             let (iova, gpa) = at(n);
-            assert!(reaches(&rig, &devices[0], iova, gpa));
-            assert!(!reaches(&rig, &devices[0], iova + PAGE, gpa));
+            assert!(reaches(&bed, &devices[0], iova, gpa));
+            assert!(!reaches(&bed, &devices[0], iova + PAGE, gpa));
         }
-        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), OK);
+        assert_eq!(bed.guest.unmap(1, 0, u64::MAX), OK);
         for n in (0..count).step_by(997) {
             let (iova, gpa) = at(n);
-            assert!(!reaches(&rig, &devices[0], iova, gpa));
+            assert!(!reaches(&bed, &devices[0], iova, gpa));
         }
         let (iova, gpa) = at(count);
-        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, gpa, RW), OK);
-        assert!(reaches(&rig, &devices[0], iova, gpa));
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, gpa, RW), OK);
+        assert!(reaches(&bed, &devices[0], iova, gpa));
     }
 }
 
@@ -298,18 +298,18 @@ impl Drop for DmaEntryLimit {
 }
 
 /// Maps pages of domain 1 with one kick.
-fn map_at_once(rig: &mut Rig, pages: impl Iterator<Item = (u64, u64)>) {
+fn map_at_once(bed: &mut Bed, pages: impl Iterator<Item = (u64, u64)>) {
     let mut sent = 0;
     for (iova, gpa) in pages {
         let request = wire::map(1, iova, iova + PAGE - 1, gpa, RW);
-        rig.guest
+        bed.guest
             .submit(&request, &Layout::plain(request.len(), TAIL));
         sent += 1;
     }
-    rig.guest.kick();
+    bed.guest.kick();
     for _ in 0..sent {
-        let (_, reply) = rig.guest.complete();
-        assert_eq!(reply.status(), OK, "{}", rig.daemon.log());
+        let (_, reply) = bed.guest.complete();
+        assert_eq!(reply.status(), OK, "{}", bed.daemon.log());
     }
 }
 
@@ -319,23 +319,23 @@ fn map_at_once(rig: &mut Rig, pages: impl Iterator<Item = (u64, u64)>) {
 fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
     for way in WAYS {
         eprintln!("{way:?}");
-        let (mut rig, devices) = pair(way);
+        let (mut bed, devices) = pair(way);
         let hot = HIGH_RAM + HIGH_LEN;
-        rig.guest.add_region(Region::new(hot, 4 << 20));
+        bed.guest.add_region(Region::new(hot, 4 << 20));
         // The second device stays in bypass mode. What the VMM lets it reach is the VMM's doing,
         // so it is taken through a domain first.
-        assert_eq!(rig.guest.attach(2, endpoint(1)), OK);
-        assert_eq!(rig.guest.detach(2, endpoint(1)), OK);
-        assert!(reaches(&rig, &devices[1], hot, hot), "bypass mode has it");
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.map(1, 0, PAGE - 1, hot, RW), OK);
+        assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
+        assert_eq!(bed.guest.detach(2, endpoint(1)), OK);
+        assert!(reaches(&bed, &devices[1], hot, hot), "bypass mode has it");
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.map(1, 0, PAGE - 1, hot, RW), OK);
         // Over the border between two slots.
         let (first, last) = (0x10_0000, 0x10_0000 + 4 * PAGE - 1);
-        assert_eq!(rig.guest.map(1, first, last, hot - 2 * PAGE, RW), OK);
-        assert!(reaches(&rig, &devices[0], 0, hot));
-        assert!(reaches(&rig, &devices[0], first + 3 * PAGE, hot + PAGE));
+        assert_eq!(bed.guest.map(1, first, last, hot - 2 * PAGE, RW), OK);
+        assert!(reaches(&bed, &devices[0], 0, hot));
+        assert!(reaches(&bed, &devices[0], first + 3 * PAGE, hot + PAGE));
 
-        let region = rig.guest.remove_region(hot);
+        let region = bed.guest.remove_region(hot);
         for (device, iova) in [
             (&devices[0], 0),
             (&devices[0], first + 2 * PAGE),
@@ -347,19 +347,19 @@ fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
         }
         let written = region.read_all().iter().any(|byte| *byte != 0);
         assert!(!written, "the memory that went was written to");
-        assert!(reaches(&rig, &devices[0], first + PAGE, hot - PAGE));
-        assert_eq!(rig.guest.map(1, 0x40_0000, 0x40_0fff, hot, RW), FAULT);
+        assert!(reaches(&bed, &devices[0], first + PAGE, hot - PAGE));
+        assert_eq!(bed.guest.map(1, 0x40_0000, 0x40_0fff, hot, RW), FAULT);
         // A device that comes now gets what there is of an address space that is there; a container
         // would have to be filled with what leads nowhere.
         let expected = if way.is_type1() { UNSUPP } else { OK };
-        assert_eq!(rig.guest.attach(1, endpoint(1)), expected, "{way:?}");
+        assert_eq!(bed.guest.attach(1, endpoint(1)), expected, "{way:?}");
 
         // Other memory comes there: the guest's mappings lead to it.
-        rig.guest.add_region(Region::new(hot, 4 << 20));
-        assert!(reaches(&rig, &devices[0], 0, hot));
-        assert!(reaches(&rig, &devices[0], first + 3 * PAGE, hot + PAGE));
-        assert_eq!(rig.guest.unmap(1, 0, u64::MAX), OK);
-        assert!(!reaches(&rig, &devices[0], 0, hot));
+        bed.guest.add_region(Region::new(hot, 4 << 20));
+        assert!(reaches(&bed, &devices[0], 0, hot));
+        assert!(reaches(&bed, &devices[0], first + 3 * PAGE, hot + PAGE));
+        assert_eq!(bed.guest.unmap(1, 0, u64::MAX), OK);
+        assert!(!reaches(&bed, &devices[0], 0, hot));
     }
 }
 
@@ -371,11 +371,11 @@ fn devices_of_one_group_stay_in_one_domain() {
     let functions: Vec<_> = names.iter().map(String::as_str).collect();
     for way in WAYS {
         eprintln!("{way:?}");
-        let mut rig = Rig::new(way, &functions);
+        let mut bed = Bed::new(way, &functions);
         let edus: Vec<_> = names.iter().map(|n| Edu::new(n)).collect();
         Function::bridge_of(&names[0]).enable();
         let (a, b) = (endpoint(0), endpoint(1));
-        let guest = &mut rig.guest;
+        let guest = &mut bed.guest;
         guest.memory.write(TARGETS, &[7; PAGE as usize]);
         assert_eq!(guest.attach(1, a), OK);
         assert_eq!(guest.attach(2, b), UNSUPP, "they share a group");
@@ -419,8 +419,8 @@ fn probe_tells_what_the_host_reserves() {
     let name = words("VIOMMU_EDU")[0].clone();
     let amd = words("VIOMMU_L1")[0] == "amd";
     for way in WAYS {
-        let mut rig = Rig::new(way, &[&name]);
-        let regions: Vec<_> = rig
+        let mut bed = Bed::new(way, &[&name]);
+        let regions: Vec<_> = bed
             .guest
             .probe(endpoint(0))
             .iter()
@@ -433,7 +433,7 @@ fn probe_tells_what_the_host_reserves() {
             vec![msi]
         };
         assert_eq!(regions, expected, "{way:?}");
-        let guest = &mut rig.guest;
+        let guest = &mut bed.guest;
         assert_eq!(guest.attach(1, endpoint(0)), OK);
         for (first, last, _) in expected {
             let page = first & !(PAGE - 1);
@@ -458,20 +458,20 @@ fn a_device_whose_regions_clash_is_refused() {
     let keys = format!("{keys}\n[[endpoint]]\naddress = \"00:0a.0\"\n");
     let emulated = 0x50;
     for way in WAYS {
-        let mut rig = Rig::with(way, &[&name], &keys);
-        assert_eq!(rig.guest.attach(1, emulated), OK);
-        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
-        assert_eq!(rig.guest.attach(1, endpoint(0)), UNSUPP, "{way:?}");
-        let log = rig.daemon.log();
+        let mut bed = Bed::with(way, &[&name], &keys);
+        assert_eq!(bed.guest.attach(1, emulated), OK);
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), UNSUPP, "{way:?}");
+        let log = bed.daemon.log();
         let mapping = format!("{iova:#x}..={:#x}", iova + PAGE - 1);
         assert!(log.contains(region) && log.contains(&mapping), "{log}");
-        assert_eq!(rig.guest.unmap(1, iova, iova + PAGE - 1), OK);
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK, "{way:?}");
-        assert_ne!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert_eq!(bed.guest.unmap(1, iova, iova + PAGE - 1), OK);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK, "{way:?}");
+        assert_ne!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
         // Where no host device is, everything may be mapped; where one is, memory only.
-        assert_eq!(rig.guest.attach(2, emulated), OK);
-        assert_eq!(rig.guest.map(2, 0, PAGE - 1, 0x9_0000_0000, RW), OK);
-        assert_eq!(rig.guest.attach(2, endpoint(0)), UNSUPP, "{way:?}");
+        assert_eq!(bed.guest.attach(2, emulated), OK);
+        assert_eq!(bed.guest.map(2, 0, PAGE - 1, 0x9_0000_0000, RW), OK);
+        assert_eq!(bed.guest.attach(2, endpoint(0)), UNSUPP, "{way:?}");
     }
 }
 
@@ -480,22 +480,22 @@ fn a_device_whose_regions_clash_is_refused() {
 fn a_vmm_that_goes_leaves_nothing_reachable() {
     for way in WAYS {
         eprintln!("{way:?}");
-        let (mut rig, devices) = pair(way);
+        let (mut bed, devices) = pair(way);
         let iova = 0x20_0000_0000;
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
-        assert!(reaches(&rig, &devices[0], iova, TARGETS));
-        assert!(reaches(&rig, &devices[1], TARGETS, TARGETS), "bypass mode");
-        rig.hang_up();
-        assert!(!reaches(&rig, &devices[0], iova, TARGETS));
-        assert!(!reaches(&rig, &devices[1], TARGETS, TARGETS));
-        rig.connect_again();
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert!(reaches(&bed, &devices[0], iova, TARGETS));
+        assert!(reaches(&bed, &devices[1], TARGETS, TARGETS), "bypass mode");
+        bed.hang_up();
+        assert!(!reaches(&bed, &devices[0], iova, TARGETS));
+        assert!(!reaches(&bed, &devices[1], TARGETS, TARGETS));
+        bed.connect_again();
         for device in &devices {
-            assert!(!reaches(&rig, device, iova, TARGETS));
-            assert!(reaches(&rig, device, TARGETS, TARGETS), "bypass mode");
+            assert!(!reaches(&bed, device, iova, TARGETS));
+            assert!(reaches(&bed, device, TARGETS, TARGETS), "bypass mode");
         }
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
-        assert!(reaches(&rig, &devices[0], iova, TARGETS));
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
+        assert!(reaches(&bed, &devices[0], iova, TARGETS));
     }
 }

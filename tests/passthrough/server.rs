@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
-use crate::peer::{
-    DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, Msg, NO_REPLY, Peer, REPLY, VERSION, dma,
+use crate::connection::{
+    Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, Msg, NO_REPLY, REPLY, VERSION, dma,
     version_body,
 };
 
@@ -29,7 +29,7 @@ pub struct Server {
     windows: Arc<Mutex<Vec<Window>>>,
     refuses: Arc<AtomicBool>,
     replies: Receiver<Msg>,
-    asker: Peer,
+    asker: Connection,
 }
 
 impl Server {
@@ -41,17 +41,17 @@ impl Server {
         let windows = Arc::new(Mutex::new(Vec::new()));
         let refuses = Arc::new(AtomicBool::new(false));
         let (sender, replies) = channel();
-        let asker = Peer::new(stream.try_clone().expect("a descriptor"));
-        let mut peer = Peer::new(stream);
+        let asker = Connection::new(stream.try_clone().expect("a descriptor"));
+        let mut connection = Connection::new(stream);
         // It waits for messages as long as it takes.
-        peer.stream.set_read_timeout(None).expect("set");
+        connection.stream.set_read_timeout(None).expect("set");
         let (told, refusing) = (windows.clone(), refuses.clone());
         std::thread::spawn(move || {
-            while let Some(msg) = peer.recv() {
+            while let Some(msg) = connection.recv() {
                 if msg.flags == REPLY || msg.flags == ERROR {
                     let _ = sender.send(msg);
                 } else {
-                    answer(&mut peer, msg, &told, &refusing);
+                    answer(&mut connection, msg, &told, &refusing);
                 }
             }
         });
@@ -131,11 +131,16 @@ impl Server {
     }
 }
 
-fn answer(peer: &mut Peer, mut msg: Msg, windows: &Mutex<Vec<Window>>, refuses: &AtomicBool) {
+fn answer(
+    connection: &mut Connection,
+    mut msg: Msg,
+    windows: &Mutex<Vec<Window>>,
+    refuses: &AtomicBool,
+) {
     match msg.cmd {
-        VERSION => peer.reply(&msg, &version_body(TEXT), &[]),
+        VERSION => connection.reply(&msg, &version_body(TEXT), &[]),
         DMA_MAP if refuses.load(Ordering::SeqCst) => {
-            peer.refuse(&msg, libc::ENOSPC.unsigned_abs());
+            connection.refuse(&msg, libc::ENOSPC.unsigned_abs());
         }
         DMA_MAP => {
             let offset = msg.u64_at(8);
@@ -145,14 +150,14 @@ fn answer(peer: &mut Peer, mut msg: Msg, windows: &Mutex<Vec<Window>>, refuses: 
                 len: msg.u64_at(24),
                 file,
             });
-            peer.reply(&msg, &[], &[]);
+            connection.reply(&msg, &[], &[]);
         }
         DMA_UNMAP => {
             let first = msg.u64_at(8);
             windows.lock().unwrap().retain(|w| w.first != first);
-            peer.reply(&msg, &msg.body, &[]);
+            connection.reply(&msg, &msg.body, &[]);
         }
         _ if msg.flags & NO_REPLY != 0 => {}
-        _ => peer.refuse(&msg, libc::ENOTSUP.unsigned_abs()),
+        _ => connection.refuse(&msg, libc::ENOTSUP.unsigned_abs()),
     }
 }

@@ -15,7 +15,7 @@ use vhost_device_iommu::vfio::{
 };
 
 use crate::common::memory::memfd;
-use crate::peer::{Peer, VERSION, version_body};
+use crate::connection::{Connection, VERSION, version_body};
 
 /// Regions: a BAR that can be mapped, one that cannot, the ROM, configuration space, one of the
 /// device's own kind. The others are not there.
@@ -59,9 +59,9 @@ pub struct State {
 }
 
 #[derive(Clone)]
-pub struct Double(Arc<Mutex<State>>);
+pub struct RecordingDevice(Arc<Mutex<State>>);
 
-impl Double {
+impl RecordingDevice {
     pub fn new() -> Self {
         let mut bytes = vec![Vec::new(); REGIONS as usize];
         for (index, len) in [
@@ -136,7 +136,7 @@ fn mapping_capabilities() -> Vec<Capability> {
     ]
 }
 
-impl DeviceAccess for Double {
+impl DeviceAccess for RecordingDevice {
     fn info(&self) -> io::Result<DeviceInfo> {
         Ok(DeviceInfo {
             flags: 3 | 1 << 7,
@@ -268,18 +268,18 @@ fn own(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// A server with its device.
-pub struct Rig {
-    pub device: Double,
+pub struct Bed {
+    pub device: RecordingDevice,
     pub path: PathBuf,
     pub server: Option<DeviceServer>,
     _folder: tempfile::TempDir,
 }
 
-impl Rig {
+impl Bed {
     pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
-        let device = Double::new();
+        let device = RecordingDevice::new();
         let listener = UnixListener::bind(&path).expect("a socket");
         let offered =
             ExportedDevice::new("device".into(), Box::new(device.clone())).expect("a device");
@@ -293,12 +293,12 @@ impl Rig {
     }
 
     /// A client that says nothing.
-    pub fn connect(&self) -> Peer {
-        Peer::new(UnixStream::connect(&self.path).expect("connected"))
+    pub fn connect(&self) -> Connection {
+        Connection::new(UnixStream::connect(&self.path).expect("connected"))
     }
 
     /// A client that has agreed.
-    pub fn client(&self) -> Peer {
+    pub fn client(&self) -> Connection {
         let mut client = self.connect();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
         assert_eq!(answer.errno(), 0);

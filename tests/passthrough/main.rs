@@ -10,8 +10,15 @@
     reason = "a test fails by panicking"
 )]
 
+mod bed;
 #[path = "../common/mod.rs"]
 pub mod common;
+#[path = "../vfio_user_messages/connection.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod connection;
 mod data;
 mod devices;
 mod export;
@@ -19,13 +26,6 @@ mod faults;
 mod mixed;
 mod moves;
 mod nested;
-#[path = "../vfio_user_messages/peer.rs"]
-#[allow(
-    dead_code,
-    reason = "each test binary compiles this module and uses a part of it"
-)]
-mod peer;
-mod rig;
 mod server;
 #[path = "../common/vm.rs"]
 mod vm;

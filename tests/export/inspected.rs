@@ -4,23 +4,23 @@ use serde_json::json;
 use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 
-use crate::double::{Rig, eventually};
+use crate::bed::{Bed, eventually};
 
 #[test]
 fn clients_that_come_go_and_are_cut_off_are_counted() {
-    let rig = Rig::new();
-    let state = rig.server.as_ref().expect("it runs").status();
+    let bed = Bed::new();
+    let state = bed.server.as_ref().expect("it runs").status();
     let figures = || {
         let counts = (state.clients.get(), state.cut_offs.get());
         (state.is_connected(), counts)
     };
     assert_eq!(figures(), (false, (0, 0)));
-    let client = rig.client();
+    let client = bed.client();
     assert_eq!(figures(), (true, (1, 0)));
     drop(client);
     eventually("the client's end", || !figures().0);
     assert_eq!(figures(), (false, (1, 0)));
-    let mut wild = rig.client();
+    let mut wild = bed.client();
     wild.send_raw(&[0xff; 40], &[]);
     assert!(wild.is_closed());
     eventually("the client's end", || !figures().0);

@@ -58,7 +58,7 @@ pub fn endpoint(n: usize) -> u32 {
     [0x30, 0x38, 0x40, 0x48][n]
 }
 
-pub struct Rig {
+pub struct Bed {
     pub daemon: Daemon,
     pub guest: Guest,
     stream: UnixStream,
@@ -183,7 +183,7 @@ fn inheritable(fd: RawFd) -> RawFd {
     fd
 }
 
-impl Rig {
+impl Bed {
     /// A VM with these devices of the host, in bypass mode.
     pub fn new(way: Way, functions: &[&str]) -> Self {
         Self::with(way, functions, "")
@@ -283,7 +283,7 @@ impl Rig {
     }
 }
 
-impl Drop for Rig {
+impl Drop for Bed {
     fn drop(&mut self) {
         // The daemon first, which puts the devices where they can do no harm; then the VMM's
         // descriptors, so that the next VMM finds the devices free.

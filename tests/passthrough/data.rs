@@ -4,11 +4,11 @@ use vhost_device_iommu::address::{Access, Iova, IovaRange};
 use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, DmaSource, IommuFd};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use crate::bed::{Bed, WAYS, Way, endpoint};
 use crate::common::guest::{HIGH_RAM, LOW_RAM};
 use crate::common::memory::memfd;
 use crate::common::wire::{CONFIG_BYPASS, FAULT, MMIO, OK, READ, RW, WRITE};
 use crate::devices::{Edu, FaultLog, Function};
-use crate::rig::{Rig, WAYS, Way, endpoint};
 use crate::words;
 
 const PAGE: u64 = 4096;
@@ -27,40 +27,40 @@ fn pattern(seed: u8) -> Vec<u8> {
 }
 
 /// A VM with one `edu`, whose buffer is its pattern for `seed`.
-struct Bench {
-    rig: Rig,
+struct EduBed {
+    vm: Bed,
     edu: Edu,
     faults: FaultLog,
 }
 
-impl Bench {
+impl EduBed {
     fn new(way: Way, keys: &str) -> Self {
         let name = words("VIOMMU_EDU")[0].clone();
-        let rig = Rig::with(way, &[&name], keys);
-        rig.guest.memory.write(SOURCE, &pattern(1));
-        rig.guest.memory.write(SECRET, &pattern(2));
+        let vm = Bed::with(way, &[&name], keys);
+        vm.guest.memory.write(SOURCE, &pattern(1));
+        vm.guest.memory.write(SECRET, &pattern(2));
         Self {
-            rig,
+            vm,
             edu: Edu::new(&name),
             faults: FaultLog::now(),
         }
     }
 
     fn page(&self, gpa: u64) -> Vec<u8> {
-        self.rig.guest.memory.read(gpa, PAGE as usize)
+        self.vm.guest.memory.read(gpa, PAGE as usize)
     }
 
     /// Copies through the device; whether it arrived. Nothing else in memory may change.
     fn copies(&self, from: u64, to: u64, source: u64, target: u64) -> bool {
         let zeros = vec![0; PAGE as usize];
-        self.rig.guest.memory.write(target, &zeros);
-        let before = self.rig.memory();
+        self.vm.guest.memory.write(target, &zeros);
+        let before = self.vm.memory();
         self.edu.read(from);
         self.edu.write(to);
         let arrived = self.page(target);
-        self.rig.guest.memory.write(target, &zeros);
+        self.vm.guest.memory.write(target, &zeros);
         assert!(
-            self.rig.memory() == before,
+            self.vm.memory() == before,
             "memory outside the mapping has changed"
         );
         let expected = self.page(source);
@@ -73,17 +73,17 @@ impl Bench {
 
     /// A write of the device's that must reach nothing, and a fault in the host's log.
     fn write_is_refused(&mut self, iova: u64) {
-        let before = self.rig.memory();
+        let before = self.vm.memory();
         let edu = &self.edu;
         self.faults.expect_fault(|| edu.write(iova));
-        assert!(self.rig.memory() == before, "{iova:#x} was written to");
+        assert!(self.vm.memory() == before, "{iova:#x} was written to");
     }
 
     /// The same where the host's IOMMU does not log it.
     fn write_goes_nowhere(&self, iova: u64) {
-        let before = self.rig.memory();
+        let before = self.vm.memory();
         self.edu.write(iova);
-        assert!(self.rig.memory() == before, "{iova:#x} was written to");
+        assert!(self.vm.memory() == before, "{iova:#x} was written to");
     }
 
     /// A read of the device's that must bring back nothing of a page. Wants `out` to be writable.
@@ -100,103 +100,98 @@ impl Bench {
 
 fn scenario(way: Way) {
     eprintln!("{way:?}");
-    let mut bench = Bench::new(way, "");
+    let mut bed = EduBed::new(way, "");
     let ep = endpoint(0);
 
-    let status = bench.rig.daemon.endpoint(ep);
+    let status = bed.vm.daemon.endpoint(ep);
     assert_eq!(status["host"], words("VIOMMU_EDU")[0].as_str());
     eprintln!("bypass mode reaches guest-physical addresses");
-    assert!(bench.copies(SOURCE, TARGET, SOURCE, TARGET));
+    assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
 
     eprintln!("an empty domain reaches nothing");
-    assert_eq!(bench.rig.guest.attach(1, ep), OK);
-    bench.write_is_refused(TARGET);
+    assert_eq!(bed.vm.guest.attach(1, ep), OK);
+    bed.write_is_refused(TARGET);
 
     eprintln!("mappings lead where they say");
-    let guest = &mut bench.rig.guest;
+    let guest = &mut bed.vm.guest;
     let (source, target) = (0x10_0000, 0x7000_0000_0000);
     assert_eq!(guest.map(1, source, source + PAGE - 1, SOURCE, READ), OK);
     assert_eq!(guest.map(1, target, target + PAGE - 1, TARGET, RW), OK);
-    assert!(bench.copies(source, target, SOURCE, TARGET));
-    let guest = &mut bench.rig.guest;
+    assert!(bed.copies(source, target, SOURCE, TARGET));
+    let guest = &mut bed.vm.guest;
     assert_eq!(guest.unmap(1, target, target + PAGE - 1), OK);
     assert_eq!(guest.map(1, target, target + PAGE - 1, OTHER, RW), OK);
-    assert!(bench.copies(source, target, SOURCE, OTHER));
-    bench.write_goes_nowhere(TARGET);
-    bench.write_goes_nowhere(target + PAGE);
-    bench.write_goes_nowhere(source - PAGE);
+    assert!(bed.copies(source, target, SOURCE, OTHER));
+    bed.write_goes_nowhere(TARGET);
+    bed.write_goes_nowhere(target + PAGE);
+    bed.write_goes_nowhere(source - PAGE);
 
     eprintln!("what is mapped read-only cannot be written, nor read what is write-only");
-    bench.edu.read(target);
+    bed.edu.read(target);
     if words("VIOMMU_L1")[0] == "amd" {
         // The emulation of AMD's IOMMU logs a missing page only.
-        bench.write_goes_nowhere(source);
+        bed.write_goes_nowhere(source);
     } else {
-        bench.write_is_refused(source);
+        bed.write_is_refused(source);
     }
-    let guest = &mut bench.rig.guest;
+    let guest = &mut bed.vm.guest;
     assert_eq!(guest.map(1, 0x20_0000, 0x20_0fff, SECRET, WRITE), OK);
-    bench.read_is_refused(0x20_0000, target, OTHER, SECRET);
+    bed.read_is_refused(0x20_0000, target, OTHER, SECRET);
     // The secret itself may be written.
-    bench.edu.read(source);
-    bench.edu.write(0x20_0000);
-    assert_eq!(bench.page(SECRET), pattern(1));
-    bench.rig.guest.memory.write(SECRET, &pattern(2));
+    bed.edu.read(source);
+    bed.edu.write(0x20_0000);
+    assert_eq!(bed.page(SECRET), pattern(1));
+    bed.vm.guest.memory.write(SECRET, &pattern(2));
 
     eprintln!("nothing reaches memory after UNMAP");
-    let guest = &mut bench.rig.guest;
+    let guest = &mut bed.vm.guest;
     assert_eq!(guest.unmap(1, target, target + PAGE - 1), OK);
-    bench.write_is_refused(target);
-    assert_eq!(
-        bench.rig.guest.map(1, 0x30_0000, 0x30_0fff, OTHER, WRITE),
-        OK
-    );
-    assert_eq!(bench.rig.guest.unmap(1, source, source + PAGE - 1), OK);
-    bench.read_is_refused(source, 0x30_0000, OTHER, SOURCE);
+    bed.write_is_refused(target);
+    assert_eq!(bed.vm.guest.map(1, 0x30_0000, 0x30_0fff, OTHER, WRITE), OK);
+    assert_eq!(bed.vm.guest.unmap(1, source, source + PAGE - 1), OK);
+    bed.read_is_refused(source, 0x30_0000, OTHER, SOURCE);
 
     eprintln!("DETACH goes back to bypass mode, and the domain is gone");
-    assert_eq!(bench.rig.guest.detach(1, ep), OK);
-    assert!(bench.copies(SOURCE, TARGET, SOURCE, TARGET));
-    assert_eq!(bench.rig.guest.attach(1, ep), OK);
-    bench.write_goes_nowhere(0x30_0000);
+    assert_eq!(bed.vm.guest.detach(1, ep), OK);
+    assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
+    assert_eq!(bed.vm.guest.attach(1, ep), OK);
+    bed.write_goes_nowhere(0x30_0000);
 
     eprintln!("a bypass domain is bypass mode, whatever `bypass` says");
-    assert_eq!(bench.rig.guest.attach_bypass(2, ep), OK);
-    bench.rig.guest.set_config(CONFIG_BYPASS, &[0]);
-    assert!(bench.copies(SOURCE, TARGET, SOURCE, TARGET));
+    assert_eq!(bed.vm.guest.attach_bypass(2, ep), OK);
+    bed.vm.guest.set_config(CONFIG_BYPASS, &[0]);
+    assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
 
     eprintln!("without bypass mode DETACH blocks");
-    assert_eq!(bench.rig.guest.detach(2, ep), OK);
-    bench.write_goes_nowhere(TARGET);
-    bench.rig.guest.set_config(CONFIG_BYPASS, &[1]);
-    assert!(bench.copies(SOURCE, TARGET, SOURCE, TARGET));
+    assert_eq!(bed.vm.guest.detach(2, ep), OK);
+    bed.write_goes_nowhere(TARGET);
+    bed.vm.guest.set_config(CONFIG_BYPASS, &[1]);
+    assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
 
     eprintln!("a reset forgets domains");
-    assert_eq!(bench.rig.guest.attach(1, ep), OK);
+    assert_eq!(bed.vm.guest.attach(1, ep), OK);
     assert_eq!(
-        bench
-            .rig
+        bed.vm
             .guest
             .map(1, target, target + PAGE - 1, TARGET, WRITE),
         OK
     );
-    bench.rig.guest.reboot();
-    assert_eq!(bench.rig.guest.attach(1, ep), OK);
-    bench.write_goes_nowhere(target);
+    bed.vm.guest.reboot();
+    assert_eq!(bed.vm.guest.attach(1, ep), OK);
+    bed.write_goes_nowhere(target);
 
     eprintln!("the daemon's end blocks");
     assert_eq!(
-        bench
-            .rig
+        bed.vm
             .guest
             .map(1, target, target + PAGE - 1, TARGET, WRITE),
         OK
     );
-    bench.rig.daemon.terminate();
-    let daemon = &bench.rig.daemon;
+    bed.vm.daemon.terminate();
+    let daemon = &bed.vm.daemon;
     daemon.wait_for_end();
-    bench.write_goes_nowhere(target);
-    bench.write_goes_nowhere(TARGET);
+    bed.write_goes_nowhere(target);
+    bed.write_goes_nowhere(TARGET);
 }
 
 #[test]
@@ -235,14 +230,14 @@ fn dma_reaches_what_is_mapped_type1_inherited() {
 fn without_bypass_at_boot_a_device_is_blocked() {
     for way in WAYS {
         eprintln!("{way:?}");
-        let mut bench = Bench::new(way, "bypass = false");
-        bench.write_goes_nowhere(TARGET);
-        assert_eq!(bench.rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(bench.rig.guest.map(1, 0, PAGE - 1, TARGET, RW), OK);
-        assert_eq!(bench.rig.guest.map(1, PAGE, 2 * PAGE - 1, SOURCE, READ), OK);
-        assert!(bench.copies(PAGE, 0, SOURCE, TARGET));
-        assert_eq!(bench.rig.guest.detach(1, endpoint(0)), OK);
-        bench.write_goes_nowhere(TARGET);
+        let mut bed = EduBed::new(way, "bypass = false");
+        bed.write_goes_nowhere(TARGET);
+        assert_eq!(bed.vm.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.vm.guest.map(1, 0, PAGE - 1, TARGET, RW), OK);
+        assert_eq!(bed.vm.guest.map(1, PAGE, 2 * PAGE - 1, SOURCE, READ), OK);
+        assert!(bed.copies(PAGE, 0, SOURCE, TARGET));
+        assert_eq!(bed.vm.guest.detach(1, endpoint(0)), OK);
+        bed.write_goes_nowhere(TARGET);
     }
 }
 
@@ -254,38 +249,37 @@ fn another_devices_memory_can_be_mapped() {
         eprintln!("{way:?}");
         let edu = words("VIOMMU_EDU")[0].clone();
         let memory = words("VIOMMU_IVSHMEM")[0].clone();
-        let mut rig = Rig::new(way, &[&edu, &memory]);
+        let mut vm = Bed::new(way, &[&edu, &memory]);
         let function = Function::new(&memory);
-        let peer = function.map_bar(2);
+        let bar_memory = function.map_bar(2);
         // Nobody has moved it: the guest has it where this machine has it.
         let bar = function.bar_address(2);
         let edu = Edu::new(&edu);
-        rig.guest.memory.write(SOURCE, &pattern(7));
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.map(1, 0, PAGE - 1, SOURCE, READ), OK);
+        vm.guest.memory.write(SOURCE, &pattern(7));
+        assert_eq!(vm.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(vm.guest.map(1, 0, PAGE - 1, SOURCE, READ), OK);
         let flags = RW | MMIO;
         let first = 0x10_0000;
         assert_eq!(
-            rig.guest
+            vm.guest
                 .map(1, first, first + 4 * PAGE - 1, bar + PAGE, flags),
             OK,
             "{}",
-            rig.daemon.log()
+            vm.daemon.log()
         );
         edu.read(0);
         edu.write(first + PAGE);
         let mut arrived = vec![0; PAGE as usize];
-        let memory = peer.as_volatile_slice();
+        let memory = bar_memory.as_volatile_slice();
         memory.read_slice(&mut arrived, 2 * PAGE as usize).unwrap();
         assert_eq!(arrived, pattern(7));
         // Past its end, and where there is nothing.
         assert_eq!(
-            rig.guest
-                .map(1, 0x40_0000, 0x40_1fff, bar + 0xf_f000, flags),
+            vm.guest.map(1, 0x40_0000, 0x40_1fff, bar + 0xf_f000, flags),
             FAULT
         );
         assert_eq!(
-            rig.guest.map(1, 0x40_0000, 0x40_0fff, 0x9_0000_0000, flags),
+            vm.guest.map(1, 0x40_0000, 0x40_0fff, 0x9_0000_0000, flags),
             FAULT
         );
     }

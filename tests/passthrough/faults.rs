@@ -16,9 +16,9 @@ use crate::common::guest::{Guest, HIGH_RAM, LOW_LEN, LOW_RAM, Setup};
 use crate::common::memory::{Memory, Region, memfd};
 use crate::common::rng::Rng;
 
+use crate::bed::{Bed, WAYS, Way, endpoint};
 use crate::common::wire::{CONFIG_BYPASS, DEVERR, OK, READ, RW};
 use crate::devices::{Function, TestDev};
-use crate::rig::{Rig, WAYS, Way, endpoint};
 use crate::words;
 
 const PAGE: u64 = 4096;
@@ -52,8 +52,8 @@ struct Victim {
 }
 
 impl Victim {
-    fn new(bench: &Bench, name: &str) -> Self {
-        let tasks = format!("/proc/{}/task", bench.rig.daemon.pid());
+    fn new(bed: &FaultBed, name: &str) -> Self {
+        let tasks = format!("/proc/{}/task", bed.vm.daemon.pid());
         let mut found = fs::read_dir(tasks)
             .expect("the daemon's threads")
             .map(|entry| entry.expect("a thread").path())
@@ -127,13 +127,13 @@ impl View {
 }
 
 /// A VM with two devices of the host's and a slot that comes and goes.
-struct Bench {
-    rig: Rig,
+struct FaultBed {
+    vm: Bed,
     devices: [TestDev; 2],
     extra: Arc<fs::File>,
 }
 
-impl Bench {
+impl FaultBed {
     fn new(way: Way) -> Self {
         for kind in KINDS {
             // No stack trace for each, which takes longer than all the rest.
@@ -149,22 +149,22 @@ impl Bench {
         set("fail_page_alloc", "ignore-gfp-wait", "N");
         set("fail_page_alloc", "min-order", "0");
         let names = words("VIOMMU_TESTDEV");
-        let rig = Rig::new(way, &[&names[0], &names[1]]);
-        let mut bench = Self {
-            rig,
+        let vm = Bed::new(way, &[&names[0], &names[1]]);
+        let mut bed = Self {
+            vm,
             devices: [0, 1].map(|n| TestDev::new(&names[n])),
             extra: Arc::new(memfd(EXTRA_LEN)),
         };
-        bench.clean();
+        bed.clean();
         // What is only made once is made.
-        bench.fill(1);
-        bench.attach(1, 0);
-        bench.clean();
-        bench
+        bed.fill(1);
+        bed.attach(1, 0);
+        bed.clean();
+        bed
     }
 
     fn has_extra(&self) -> bool {
-        let mut slots = self.rig.guest.memory.regions.iter();
+        let mut slots = self.vm.guest.memory.regions.iter();
         slots.any(|slot| slot.gpa == EXTRA)
     }
 
@@ -173,7 +173,7 @@ impl Bench {
     }
 
     fn view(&self) -> View {
-        let status = self.rig.daemon.status();
+        let status = self.vm.daemon.status();
         let list = status["endpoints"].as_array().expect("endpoints");
         let endpoints = (0..2).map(|n| {
             let entry = list
@@ -188,7 +188,7 @@ impl Bench {
         let domains = status["domains"].as_array().expect("domains");
         let domains = domains.iter().map(|domain| {
             let id = number(&domain["id"]) as u32;
-            (id, self.rig.daemon.mappings(id))
+            (id, self.vm.daemon.mappings(id))
         });
         View {
             endpoints,
@@ -210,7 +210,7 @@ impl Bench {
                 let memory = if gpa == EXTRA && !self.has_extra() {
                     &away
                 } else {
-                    &self.rig.guest.memory
+                    &self.vm.guest.memory
                 };
                 (gpa, memory.read(gpa, 256))
             })
@@ -253,7 +253,7 @@ impl Bench {
                 self.view()
             );
             if bytes.iter().any(|byte| *byte != 0) {
-                self.rig.guest.memory.write(gpa, &vec![0; bytes.len()]);
+                self.vm.guest.memory.write(gpa, &vec![0; bytes.len()]);
             }
         }
     }
@@ -263,7 +263,7 @@ impl Bench {
     }
 
     fn log(&self) -> String {
-        let log = self.rig.daemon.log();
+        let log = self.vm.daemon.log();
         let lines: Vec<_> = log.lines().collect();
         lines[lines.len().saturating_sub(6)..].join("\n")
     }
@@ -273,7 +273,7 @@ impl Bench {
     fn clean(&mut self) {
         if !self.has_extra() {
             let extra = self.extra();
-            self.rig.guest.add_region(extra);
+            self.vm.guest.add_region(extra);
         }
         // Filling the host's tables for bypass mode takes long, so it is only on where it matters.
         self.set_bypass(false);
@@ -287,7 +287,7 @@ impl Bench {
                 }
                 None => continue,
             };
-            let status = self.rig.guest.detach(domain, endpoint(n));
+            let status = self.vm.guest.detach(domain, endpoint(n));
             assert_eq!(status, OK, "{}", self.log());
         }
         for name in words("VIOMMU_TESTDEV") {
@@ -298,11 +298,11 @@ impl Bench {
 
     /// Whether devices in no domain are in bypass mode.
     fn set_bypass(&mut self, on: bool) {
-        self.rig.guest.set_config(CONFIG_BYPASS, &[on.into()]);
+        self.vm.guest.set_config(CONFIG_BYPASS, &[on.into()]);
     }
 
     fn attach(&mut self, domain: u32, n: usize) {
-        assert_eq!(self.rig.guest.attach(domain, endpoint(n)), OK);
+        assert_eq!(self.vm.guest.attach(domain, endpoint(n)), OK);
     }
 
     /// Device 1 in a domain with a few mappings.
@@ -322,32 +322,30 @@ impl Bench {
     fn map(&mut self, domain: u32, page: u64, pages: u64, gpa: u64, flags: u32) -> u8 {
         let first = WINDOW + page * PAGE;
         let last = first + pages * PAGE - 1;
-        self.rig.guest.map(domain, first, last, gpa, flags)
+        self.vm.guest.map(domain, first, last, gpa, flags)
     }
 
     fn unmap(&mut self, domain: u32, page: u64, pages: u64) -> u8 {
         let first = WINDOW + page * PAGE;
-        self.rig
-            .guest
-            .unmap(domain, first, first + pages * PAGE - 1)
+        self.vm.guest.unmap(domain, first, first + pages * PAGE - 1)
     }
 
     /// The daemon has closed the connection: nothing is reached any more. Another VMM, which finds
     /// all as a first one does.
     fn reconnect(&mut self) {
-        let daemon = &self.rig.daemon;
+        let daemon = &self.vm.daemon;
         daemon.wait_for("the end of the connection", || {
             daemon.status()["connected"] == false
         });
         self.check_reach(|_, _| None, "without a VMM");
-        let regions = self.rig.guest.memory.regions.iter().map(Region::again);
+        let regions = self.vm.guest.memory.regions.iter().map(Region::again);
         let regions = regions.collect();
-        let mut guest = Guest::connect_with(self.rig.daemon.stream(), Setup::default(), regions);
+        let mut guest = Guest::connect_with(self.vm.daemon.stream(), Setup::default(), regions);
         guest.forget_rings();
         guest.driver_ok();
-        self.rig.guest = guest;
+        self.vm.guest = guest;
         // Served once, it has settled all endpoints.
-        self.rig.guest.probe(endpoint(0));
+        self.vm.guest.probe(endpoint(0));
         self.clean();
     }
 }
@@ -357,9 +355,9 @@ struct Case {
     name: &'static str,
     /// The thread that does it.
     thread: &'static str,
-    /// From a clean bench to where it begins.
-    prepare: fn(&mut Bench),
-    act: fn(&mut Bench) -> Outcome,
+    /// From a clean bed to where it begins.
+    prepare: fn(&mut FaultBed),
+    act: fn(&mut FaultBed) -> Outcome,
 }
 
 const CASES: [Case; 13] = [
@@ -367,103 +365,103 @@ const CASES: [Case; 13] = [
         name: "ATTACH to a new domain",
         thread: WORKER,
         prepare: |_| {},
-        act: |bench| Outcome::Status(bench.rig.guest.attach(1, endpoint(0))),
+        act: |bed| Outcome::Status(bed.vm.guest.attach(1, endpoint(0))),
     },
     Case {
         name: "ATTACH to a new domain, from bypass mode",
         thread: WORKER,
-        prepare: |bench| bench.set_bypass(true),
-        act: |bench| Outcome::Status(bench.rig.guest.attach(1, endpoint(0))),
+        prepare: |bed| bed.set_bypass(true),
+        act: |bed| Outcome::Status(bed.vm.guest.attach(1, endpoint(0))),
     },
     Case {
         name: "ATTACH of a second device, to a domain with mappings",
         thread: WORKER,
-        prepare: |bench| bench.fill(1),
-        act: |bench| Outcome::Status(bench.rig.guest.attach(1, endpoint(0))),
+        prepare: |bed| bed.fill(1),
+        act: |bed| Outcome::Status(bed.vm.guest.attach(1, endpoint(0))),
     },
     Case {
         name: "ATTACH from one domain, which ends, to another",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(2, 0);
-            assert_eq!(bench.map(2, 0, 1, TARGET + 8 * PAGE, RW), OK);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(2, 0);
+            assert_eq!(bed.map(2, 0, 1, TARGET + 8 * PAGE, RW), OK);
         },
-        act: |bench| Outcome::Status(bench.rig.guest.attach(1, endpoint(0))),
+        act: |bed| Outcome::Status(bed.vm.guest.attach(1, endpoint(0))),
     },
     Case {
         name: "ATTACH to a bypass domain",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| Outcome::Status(bench.rig.guest.attach_bypass(3, endpoint(0))),
+        act: |bed| Outcome::Status(bed.vm.guest.attach_bypass(3, endpoint(0))),
     },
     Case {
         name: "MAP of a page",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| Outcome::Status(bench.map(1, 9, 1, TARGET + 7 * PAGE, RW)),
+        act: |bed| Outcome::Status(bed.map(1, 9, 1, TARGET + 7 * PAGE, RW)),
     },
     Case {
         name: "MAP over two slots",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| Outcome::Status(bench.map(1, 9, 2, ACROSS, RW)),
+        act: |bed| Outcome::Status(bed.map(1, 9, 2, ACROSS, RW)),
     },
     Case {
         name: "UNMAP of one mapping",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| Outcome::Status(bench.unmap(1, 1, 2)),
+        act: |bed| Outcome::Status(bed.unmap(1, 1, 2)),
     },
     Case {
         name: "UNMAP of several",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| Outcome::Status(bench.unmap(1, 1, PAGES - 1)),
+        act: |bed| Outcome::Status(bed.unmap(1, 1, PAGES - 1)),
     },
     Case {
         name: "DETACH to blocked mode, the domain's end",
         thread: WORKER,
-        prepare: |bench| bench.fill(1),
-        act: |bench| Outcome::Status(bench.rig.guest.detach(1, endpoint(1))),
+        prepare: |bed| bed.fill(1),
+        act: |bed| Outcome::Status(bed.vm.guest.detach(1, endpoint(1))),
     },
     Case {
         name: "DETACH to bypass mode",
         thread: WORKER,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
-            bench.set_bypass(true);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
+            bed.set_bypass(true);
         },
-        act: |bench| Outcome::Status(bench.rig.guest.detach(1, endpoint(1))),
+        act: |bed| Outcome::Status(bed.vm.guest.detach(1, endpoint(1))),
     },
     Case {
         name: "a slot goes",
         thread: PROTOCOL,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
         },
-        act: |bench| {
-            let extra = bench.extra();
-            match bench.rig.guest.frontend.remove_mem_region(&extra.info()) {
+        act: |bed| {
+            let extra = bed.extra();
+            match bed.vm.guest.frontend.remove_mem_region(&extra.info()) {
                 Ok(()) => {
-                    bench.rig.guest.memory.regions.retain(|r| r.gpa != EXTRA);
+                    bed.vm.guest.memory.regions.retain(|r| r.gpa != EXTRA);
                     Outcome::Status(OK)
                 }
                 Err(_) => Outcome::Gone,
@@ -473,16 +471,16 @@ const CASES: [Case; 13] = [
     Case {
         name: "a slot comes",
         thread: PROTOCOL,
-        prepare: |bench| {
-            bench.fill(1);
-            bench.attach(1, 0);
-            bench.rig.guest.remove_region(EXTRA);
+        prepare: |bed| {
+            bed.fill(1);
+            bed.attach(1, 0);
+            bed.vm.guest.remove_region(EXTRA);
         },
-        act: |bench| {
-            let extra = bench.extra();
-            match bench.rig.guest.frontend.add_mem_region(&extra.info()) {
+        act: |bed| {
+            let extra = bed.extra();
+            match bed.vm.guest.frontend.add_mem_region(&extra.info()) {
                 Ok(_) => {
-                    bench.rig.guest.memory.regions.push(extra);
+                    bed.vm.guest.memory.regions.push(extra);
                     Outcome::Status(OK)
                 }
                 Err(_) => Outcome::Gone,
@@ -507,32 +505,32 @@ struct Ends {
 
 impl Case {
     /// Does it, with every call failing in turn.
-    fn sweep(&self, bench: &mut Bench) {
-        (self.prepare)(bench);
-        let before = bench.view();
-        bench.check(&before, self.name);
-        assert_eq!((self.act)(bench), Outcome::Status(OK), "{}", self.name);
-        let after = bench.view();
-        bench.check(&after, self.name);
-        bench.clean();
+    fn sweep(&self, bed: &mut FaultBed) {
+        (self.prepare)(bed);
+        let before = bed.view();
+        bed.check(&before, self.name);
+        assert_eq!((self.act)(bed), Outcome::Status(OK), "{}", self.name);
+        let after = bed.view();
+        bed.check(&after, self.name);
+        bed.clean();
         let mut ends = Ends::default();
         for n in places() {
             let what = format!("{}, call {n} fails", self.name);
             // More than there are pages of guest RAM.
             assert!(n < 20_000, "{what}: no end");
-            (self.prepare)(bench);
-            assert_eq!(bench.view(), before, "{what}");
-            let victim = Victim::new(bench, self.thread);
+            (self.prepare)(bed);
+            assert_eq!(bed.view(), before, "{what}");
+            let victim = Victim::new(bed, self.thread);
             victim.fail_nth(n);
-            let outcome = (self.act)(bench);
+            let outcome = (self.act)(bed);
             if outcome == Outcome::Gone {
                 ends.gone += 1;
-                bench.reconnect();
+                bed.reconnect();
                 continue;
             }
             let failed = victim.has_failed();
-            let now = bench.view();
-            bench.check(&now, &what);
+            let now = bed.view();
+            bed.check(&now, &what);
             let quarantined = (0..2).any(|n| now.is_quarantined(n));
             match outcome {
                 _ if quarantined => {
@@ -555,7 +553,7 @@ impl Case {
                     assert_eq!(now, before, "{what}");
                 }
             }
-            bench.clean();
+            bed.clean();
             if !failed {
                 assert_eq!(outcome, Outcome::Status(OK), "{what}");
                 assert!(!quarantined, "{what}");
@@ -567,46 +565,46 @@ impl Case {
 }
 
 /// What the daemon holds of the system.
-fn holdings(bench: &Bench) -> (usize, u64, Option<u32>) {
-    let pid = bench.rig.daemon.pid();
+fn holdings(bed: &FaultBed) -> (usize, u64, Option<u32>) {
+    let pid = bed.vm.daemon.pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let locked = status.lines().find(|line| line.starts_with("VmLck"));
     let locked = locked.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
     (
-        bench.rig.daemon.fd_count(),
+        bed.vm.daemon.fd_count(),
         locked.expect("locked memory"),
-        bench.rig.shared_objects(),
+        bed.vm.shared_objects(),
     )
 }
 
 fn sweep(way: Way) {
     eprintln!("{way:?}");
-    let mut bench = Bench::new(way);
-    let held = holdings(&bench);
-    let rss = bench.rig.daemon.rss_kib();
+    let mut bed = FaultBed::new(way);
+    let held = holdings(&bed);
+    let rss = bed.vm.daemon.rss_kib();
     for case in &CASES {
-        case.sweep(&mut bench);
+        case.sweep(&mut bed);
     }
-    assert_eq!(holdings(&bench), held, "something is left behind");
-    let now = bench.rig.daemon.rss_kib();
+    assert_eq!(holdings(&bed), held, "something is left behind");
+    let now = bed.vm.daemon.rss_kib();
     assert!(now < rss + 2048, "{rss} KiB became {now} KiB");
 }
 
 /// Something at random that a driver may ask for, sensible or not.
-fn any_request(bench: &mut Bench, rng: &mut Rng) -> u8 {
+fn any_request(bed: &mut FaultBed, rng: &mut Rng) -> u8 {
     let domain = 1 + rng.below(2) as u32;
     let n = rng.below(2) as usize;
     let page = rng.below(PAGES - 1);
     match rng.below(16) {
-        0..=3 => bench.rig.guest.attach(domain, endpoint(n)),
-        4 => bench.rig.guest.attach_bypass(3, endpoint(n)),
-        5 => bench.rig.guest.detach(domain, endpoint(n)),
-        6 => bench.rig.guest.detach(3, endpoint(n)),
-        7..=10 => bench.map(domain, page, 1, TARGET + rng.below(TARGETS) * PAGE, RW),
-        11 => bench.map(domain, page, 2, ACROSS, RW),
-        12 => bench.map(domain, page, 1, TARGET, READ),
-        13..=14 => bench.unmap(domain, page, 1 + rng.below(PAGES - page)),
-        _ => bench.unmap(domain, 0, PAGES),
+        0..=3 => bed.vm.guest.attach(domain, endpoint(n)),
+        4 => bed.vm.guest.attach_bypass(3, endpoint(n)),
+        5 => bed.vm.guest.detach(domain, endpoint(n)),
+        6 => bed.vm.guest.detach(3, endpoint(n)),
+        7..=10 => bed.map(domain, page, 1, TARGET + rng.below(TARGETS) * PAGE, RW),
+        11 => bed.map(domain, page, 2, ACROSS, RW),
+        12 => bed.map(domain, page, 1, TARGET, READ),
+        13..=14 => bed.unmap(domain, page, 1 + rng.below(PAGES - page)),
+        _ => bed.unmap(domain, 0, PAGES),
     }
 }
 
@@ -614,29 +612,29 @@ fn any_request(bench: &mut Bench, rng: &mut Rng) -> u8 {
 fn storm(way: Way) {
     const ROUNDS: u32 = 150;
     eprintln!("{way:?}");
-    let mut bench = Bench::new(way);
-    let held = holdings(&bench);
+    let mut bed = FaultBed::new(way);
+    let held = holdings(&bed);
     let mut rng = Rng::new(way as u64);
     let mut ends = Ends::default();
     for round in 0..ROUNDS {
         let percent = [0, 2, 5, 20, 50][rng.below(5) as usize];
         let what = format!("round {round} at {percent} percent");
-        let before = bench.view();
+        let before = bed.view();
         for kind in KINDS {
             set(kind, "probability", &percent.to_string());
         }
-        let victim = Victim::new(&bench, WORKER);
+        let victim = Victim::new(&bed, WORKER);
         victim.fail_at_random(true);
-        let status = any_request(&mut bench, &mut rng);
+        let status = any_request(&mut bed, &mut rng);
         victim.fail_at_random(false);
-        let now = bench.view();
+        let now = bed.view();
         for (n, name) in words("VIOMMU_TESTDEV").iter().enumerate() {
             // The daemon may have stopped it; its driver starts it over where it may be used.
             if !now.is_quarantined(n) {
                 Function::new(name).enable();
             }
         }
-        bench.check(&now, &what);
+        bed.check(&now, &what);
         let quarantined = (0..2).any(|n| now.is_quarantined(n));
         match status {
             OK => ends.done += 1,
@@ -648,8 +646,8 @@ fn storm(way: Way) {
         }
     }
     eprintln!("    {ends:?}");
-    bench.clean();
-    assert_eq!(holdings(&bench), held, "something is left behind");
+    bed.clean();
+    assert_eq!(holdings(&bed), held, "something is left behind");
 }
 
 #[test]

@@ -114,12 +114,12 @@ pub fn irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
 }
 
 /// A connected socket.
-pub struct Peer {
+pub struct Connection {
     pub stream: UnixStream,
     next_id: u16,
 }
 
-impl Peer {
+impl Connection {
     pub fn new(stream: UnixStream) -> Self {
         let patience = Some(Duration::from_secs(20));
         stream.set_read_timeout(patience).expect("set");

@@ -9,15 +9,15 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use crate::bed::{Bed, Way, endpoint};
 use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{NOENT, OK, READ, RW};
-use crate::devices::{FaultLog, Function};
-use crate::nested::{EDU, Nested};
-use crate::peer::{
-    Peer, REGION_INFO, REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION, irqs, region,
+use crate::connection::{
+    Connection, REGION_INFO, REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION, irqs, region,
     version_body,
 };
-use crate::rig::{Rig, Way, endpoint};
+use crate::devices::{FaultLog, Function};
+use crate::nested::{EDU, Nested};
 use crate::vm::Setup;
 use crate::words;
 
@@ -62,7 +62,7 @@ fn a_stock_guest_with(host_iommu: &str) {
 }
 
 /// A client that plays a guest's driver of an `edu`.
-struct Driver(Peer);
+struct Driver(Connection);
 
 const BAR: u32 = 0;
 const CONFIG: u32 = 7;
@@ -76,11 +76,11 @@ impl Driver {
     /// A client that has switched memory and DMA on. The device cannot be reset: it has forgotten no
     /// interrupt that nobody has acknowledged.
     fn connect(path: &Path) -> Self {
-        let mut peer = Peer::new(UnixStream::connect(path).expect("connected"));
+        let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
         let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
-        let answer = peer.call(VERSION, &version_body(text), &[]);
+        let answer = connection.call(VERSION, &version_body(text), &[]);
         assert_eq!(answer.errno(), 0);
-        let mut driver = Self(peer);
+        let mut driver = Self(connection);
         driver.write(CONFIG, 4, &[6, 0]);
         let pending = driver.load(0x24);
         driver.write(BAR, 0x64, &pending.to_ne_bytes());
@@ -149,12 +149,12 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("edu");
     let keys = format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{name}'\nexport = {path:?}\n");
-    let mut rig = Rig::with(way, &[], &keys);
+    let mut bed = Bed::with(way, &[], &keys);
     let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
     let bytes = [0x5a; PAGE as usize];
-    rig.guest.memory.write(source, &bytes);
-    let clear = |rig: &Rig| rig.guest.memory.write(target, &[0; PAGE as usize]);
-    let arrived = |rig: &Rig| rig.guest.memory.read(target, PAGE as usize) == bytes;
+    bed.guest.memory.write(source, &bytes);
+    let clear = |bed: &Bed| bed.guest.memory.write(target, &[0; PAGE as usize]);
+    let arrived = |bed: &Bed| bed.guest.memory.read(target, PAGE as usize) == bytes;
 
     assert_eq!(command_of(&name) & MASTER, 0, "nobody has switched it on");
     let mut driver = Driver::connect(&path);
@@ -172,16 +172,16 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     eprintln!("DMA goes where the guest says");
     driver.dma_read(source);
     driver.dma_write(target);
-    assert!(arrived(&rig), "bypass mode");
-    clear(&rig);
-    assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
+    assert!(arrived(&bed), "bypass mode");
+    clear(&bed);
+    assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
     driver.dma_write(target);
-    assert!(!arrived(&rig), "an empty domain");
-    assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
-    assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
+    assert!(!arrived(&bed), "an empty domain");
+    assert_eq!(bed.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
+    assert_eq!(bed.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
     driver.dma_read(0x1000);
     driver.dma_write(0x2000);
-    assert!(arrived(&rig));
+    assert!(arrived(&bed));
 
     eprintln!("interrupts arrive as long as their client is there");
     let event = || eventfd(0, EventfdFlags::CLOEXEC).expect("an event");
@@ -213,31 +213,31 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     assert!(!comes(&line, Duration::ZERO));
 
     eprintln!("a client that dies takes its DMA and its interrupts along");
-    clear(&rig);
+    clear(&bed);
     driver.start(EDU_BUFFER, 0x2000, 2 | 4);
     drop(driver);
     assert!(!comes(&message, Duration::from_millis(400)));
-    assert!(!arrived(&rig));
+    assert!(!arrived(&bed));
     assert_eq!(command_of(&name) & (MEMORY | MASTER), 0);
 
     eprintln!("the next one finds the guest's mappings");
     let mut driver = Driver::connect(&path);
     driver.dma_read(0x1000);
     driver.dma_write(0x2000);
-    assert!(arrived(&rig));
+    assert!(arrived(&bed));
     // `edu` cannot be reset alone.
     let reset = driver.0.call(RESET, &[], &[]).errno();
     assert!([0, libc::ENOTTY].contains(&reset), "{reset}");
 
     eprintln!("without a VMM at the other socket DMA goes nowhere");
-    clear(&rig);
-    rig.hang_up();
+    clear(&bed);
+    bed.hang_up();
     driver.write(CONFIG, 4, &[6, 0]);
     driver.dma_write(0x2000);
     driver.dma_write(target);
-    assert!(!arrived(&rig));
-    rig.daemon.terminate();
-    let daemon = &rig.daemon;
+    assert!(!arrived(&bed));
+    bed.daemon.terminate();
+    let daemon = &bed.daemon;
     daemon.wait_for_end();
     assert!(driver.0.is_closed());
     assert_eq!(command_of(&name) & MASTER, 0);
@@ -254,36 +254,36 @@ fn an_exported_device_obeys_its_guest_and_nobody_else() {
 fn a_device_is_added_and_removed(way: Way) {
     eprintln!("{way:?}");
     let name = words("VIOMMU_EDU")[0].clone();
-    let mut rig = Rig::with(way, &[], "hotplug = ['00:06.0']");
+    let mut bed = Bed::with(way, &[], "hotplug = ['00:06.0']");
     // Where the daemon has sockets anyway.
-    let path = rig.daemon.socket().with_file_name("edu");
+    let path = bed.daemon.socket().with_file_name("edu");
     let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
     let bytes = [0xa5; PAGE as usize];
-    rig.guest.memory.write(source, &bytes);
+    bed.guest.memory.write(source, &bytes);
     for round in 0..2 {
         eprintln!("round {round}");
-        assert_eq!(vfio_descriptors(rig.daemon.pid()), Vec::<String>::new());
-        assert_eq!(rig.guest.attach(1, endpoint(0)), NOENT);
+        assert_eq!(vfio_descriptors(bed.daemon.pid()), Vec::<String>::new());
+        assert_eq!(bed.guest.attach(1, endpoint(0)), NOENT);
         let keys = format!("address = '00:06.0', vfio = '{name}', export = {path:?}");
-        let added = rig.daemon.control(&format!("add-endpoint {keys}"));
+        let added = bed.daemon.control(&format!("add-endpoint {keys}"));
         assert!(added["error"].is_null(), "{added}");
-        assert_eq!(rig.daemon.endpoint(endpoint(0))["host"], name);
+        assert_eq!(bed.daemon.endpoint(endpoint(0))["host"], name);
         let mut driver = Driver::connect(&path);
-        rig.guest.memory.write(target, &[0; PAGE as usize]);
-        assert_eq!(rig.guest.attach(1, endpoint(0)), OK);
-        assert_eq!(rig.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
-        assert_eq!(rig.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
+        bed.guest.memory.write(target, &[0; PAGE as usize]);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
+        assert_eq!(bed.guest.map(1, 0x1000, 0x1fff, source, READ), OK);
+        assert_eq!(bed.guest.map(1, 0x2000, 0x2fff, target, RW), OK);
         driver.dma_read(0x1000);
         driver.dma_write(0x2000);
-        assert_eq!(rig.guest.memory.read(target, PAGE as usize), bytes);
-        let removed = rig.daemon.control("remove-endpoint 00:06.0");
+        assert_eq!(bed.guest.memory.read(target, PAGE as usize), bytes);
+        let removed = bed.daemon.control("remove-endpoint 00:06.0");
         assert!(removed["error"].is_null(), "{removed}");
         assert!(driver.0.is_closed());
         assert_eq!(command_of(&name) & MASTER, 0);
         assert!(!path.exists());
-        assert_eq!(rig.guest.attach(1, endpoint(0)), NOENT);
+        assert_eq!(bed.guest.attach(1, endpoint(0)), NOENT);
     }
-    rig.hang_up();
+    bed.hang_up();
 }
 
 #[test]

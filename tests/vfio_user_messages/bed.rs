@@ -18,8 +18,8 @@ use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
 use vhost_device_iommu::topology::{EndpointSpec, PciAddress, PciRange, ReservedRegions, Topology};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use crate::peer::{
-    DMA_MAP, DMA_UNMAP, Msg, Peer, REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION,
+use crate::connection::{
+    Connection, DMA_MAP, DMA_UNMAP, Msg, REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION,
     version_body,
 };
 
@@ -52,7 +52,7 @@ impl Faults {
     }
 }
 
-pub struct Rig {
+pub struct Bed {
     iommu: Mutex<Iommu>,
     pub faults: Arc<Faults>,
     pub slot: MemorySlot,
@@ -72,7 +72,7 @@ pub struct Played {
     pub thread: JoinHandle<()>,
 }
 
-impl Rig {
+impl Bed {
     pub fn new(isolation: Isolation) -> Self {
         Self::with_deadline(isolation, DEADLINE)
     }
@@ -173,22 +173,22 @@ impl Rig {
     }
 
     /// Connects a client, which says nothing.
-    pub fn connect(&self) -> Peer {
-        Peer::new(UnixStream::connect(&self.client_path).expect("connected"))
+    pub fn connect(&self) -> Connection {
+        Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
     /// A client that has agreed with a server played by `script`.
     pub fn pair(
         &self,
-        script: impl FnMut(&mut Peer, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Peer, Played) {
+        script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
+    ) -> (Connection, Played) {
         let listener = self.listen();
         let played = play(listener, script);
         (self.client(), played)
     }
 
     /// A client that has agreed with whatever server there is.
-    pub fn client(&self) -> Peer {
+    pub fn client(&self) -> Connection {
         let mut client = self.connect();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
         assert_eq!(answer.errno(), 0);
@@ -196,11 +196,11 @@ impl Rig {
     }
 
     /// A client and a server that do nothing by themselves but agree.
-    pub fn raw_pair(&self) -> (Peer, Peer) {
+    pub fn raw_pair(&self) -> (Connection, Connection) {
         self.raw_pair_with(SERVER_TEXT)
     }
 
-    pub fn raw_pair_with(&self, text: &str) -> (Peer, Peer) {
+    pub fn raw_pair_with(&self, text: &str) -> (Connection, Connection) {
         let listener = self.listen();
         let mut client = self.connect();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -216,25 +216,25 @@ pub fn range(first: u64, len: u64) -> IovaRange {
     IovaRange::from_len(Iova(first), len).expect("not empty")
 }
 
-pub fn accept(listener: &UnixListener) -> Peer {
-    Peer::new(listener.accept().expect("a connection").0)
+pub fn accept(listener: &UnixListener) -> Connection {
+    Connection::new(listener.accept().expect("a connection").0)
 }
 
 /// Plays one connection of a server.
 pub fn play(
     listener: UnixListener,
-    mut script: impl FnMut(&mut Peer, &mut Msg) -> Handled + Send + 'static,
+    mut script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
 ) -> Played {
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = seen.clone();
     let thread = std::thread::spawn(move || {
-        let mut peer = accept(&listener);
+        let mut server = accept(&listener);
         drop(listener);
-        while let Some(mut msg) = peer.recv() {
+        while let Some(mut msg) = server.recv() {
             // Whoever looks after a reply has come finds its command here.
             let mut log = log.lock().unwrap();
-            if !script(&mut peer, &mut msg) {
-                plainly(&mut peer, &msg);
+            if !script(&mut server, &mut msg) {
+                plainly(&mut server, &msg);
             }
             log.push(msg);
         }
@@ -243,20 +243,20 @@ pub fn play(
 }
 
 /// Answers as a server does that does nothing in particular.
-pub fn plainly(peer: &mut Peer, msg: &Msg) {
+pub fn plainly(server: &mut Connection, msg: &Msg) {
     if msg.flags & 0x10 != 0 {
         return;
     }
     match msg.cmd {
-        VERSION => peer.reply(msg, &version_body(SERVER_TEXT), &[]),
-        DMA_UNMAP => peer.reply(msg, &msg.body, &[]),
-        DMA_MAP | SET_IRQS | RESET => peer.reply(msg, &[], &[]),
-        REGION_WRITE => peer.reply(msg, &msg.body[..16], &[]),
+        VERSION => server.reply(msg, &version_body(SERVER_TEXT), &[]),
+        DMA_UNMAP => server.reply(msg, &msg.body, &[]),
+        DMA_MAP | SET_IRQS | RESET => server.reply(msg, &[], &[]),
+        REGION_WRITE => server.reply(msg, &msg.body[..16], &[]),
         REGION_READ => {
             let data = vec![msg.u64_at(0) as u8; msg.u32_at(12) as usize];
-            peer.reply(msg, &[&msg.body[..], &data].concat(), &[]);
+            server.reply(msg, &[&msg.body[..], &data].concat(), &[]);
         }
-        _ => peer.refuse(msg, libc::ENOTSUP.unsigned_abs()),
+        _ => server.refuse(msg, libc::ENOTSUP.unsigned_abs()),
     }
 }
 
