@@ -8,6 +8,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
     VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS,
 };
+use vhost_device_iommu::process::event_loop::EventLoop;
 use vhost_device_iommu::vfio_user::message::{
     DEVICE_PCI, DEVICE_RESET, DmaMapBody, DmaUnmapBody, Header, IRQ_INFO_EVENTFD, MAX_DATA,
     REGION_READ, REGION_WRITE,
@@ -39,6 +40,7 @@ pub struct Setup {
 /// # Errors
 /// The client is cut off, or the controller's worker cannot be started.
 pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ClientError> {
+    let mut events = EventLoop::new()?;
     let channel = ClientChannel::new(stream, Arc::new(ServerSignal::new()?));
     let channel = Arc::new(channel);
     let messages = Arc::new(Messages::new(Box::new(channel.clone())));
@@ -52,7 +54,7 @@ pub fn serve(stream: UnixStream, setup: &Setup) -> Result<(), ClientError> {
         config: ConfigSpace::new(),
         regions: std::array::from_fn(region),
     };
-    let outcome = serve_client(&channel, &mut device);
+    let outcome = serve_client(&mut events, &channel, &mut device);
     setup.test_access.set_memory(None);
     device.release();
     outcome.map(drop)

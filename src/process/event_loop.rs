@@ -69,7 +69,7 @@ impl EventLoop {
     ///
     /// # Errors
     /// The kernel's; the next call tries again.
-    pub fn wait_for(&mut self, wanted: Vec<Interest>) -> io::Result<()> {
+    pub fn wait_for(&mut self, wanted: &[Interest]) -> io::Result<()> {
         // Old interests leave first: `wanted` may have the same descriptor with another token.
         let gone = |old: &Interest| !wanted.iter().any(|new| new.is_same(old));
         while let Some(at) = self.interests.iter().position(gone) {
@@ -78,7 +78,7 @@ impl EventLoop {
         }
         for new in wanted {
             let (fd, token, events) = (new.fd(), new.token, new.events);
-            match self.interests.iter_mut().find(|old| old.is_same(&new)) {
+            match self.interests.iter_mut().find(|old| old.is_same(new)) {
                 Some(old) if old.events == events => {}
                 Some(old) => {
                     let event = Event::new(events, token);
@@ -87,7 +87,7 @@ impl EventLoop {
                 }
                 None => {
                     self.control(ControlOptions::EPOLL_CTL_ADD, fd, token, events)?;
-                    self.interests.push(new);
+                    self.interests.push(new.clone());
                 }
             }
         }
@@ -223,18 +223,18 @@ mod tests {
         theirs.write_all(b"x").expect("sent");
         let both = Events::EPOLLIN | Events::EPOLLOUT;
         for wanted in [Events::EPOLLIN, both, Events::EPOLLOUT] {
-            let interests = vec![interest(&ours, 1, wanted)];
-            events.wait_for(interests).expect("told");
+            let interests = [interest(&ours, 1, wanted)];
+            events.wait_for(&interests).expect("told");
             assert_eq!(ready(&events), [(1, wanted)]);
         }
         // A descriptor that nothing is wanted of is reported all the same where its peer has hung up.
-        let nothing = || vec![interest(&ours, 1, Events::empty())];
-        events.wait_for(nothing()).expect("told");
+        let nothing = [interest(&ours, 1, Events::empty())];
+        events.wait_for(&nothing).expect("told");
         assert_eq!(ready(&events), []);
         drop(theirs);
-        events.wait_for(nothing()).expect("told");
+        events.wait_for(&nothing).expect("told");
         assert_eq!(ready(&events), [(1, Events::EPOLLHUP)]);
-        events.wait_for(Vec::new()).expect("told");
+        events.wait_for(&[]).expect("told");
         assert_eq!(ready(&events), []);
     }
 
@@ -244,8 +244,8 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().expect("a pair");
         let ours = Arc::new(ours);
         for token in [1, 2] {
-            let interests = vec![interest(&ours, token, Events::EPOLLOUT)];
-            events.wait_for(interests).expect("told");
+            let interests = [interest(&ours, token, Events::EPOLLOUT)];
+            events.wait_for(&interests).expect("told");
             assert_eq!(ready(&events), [(token, Events::EPOLLOUT)]);
         }
     }
@@ -256,8 +256,8 @@ mod tests {
         let mut events = EventLoop::new().expect("a set");
         for _ in 0..3 {
             let (ours, mut theirs) = UnixStream::pair().expect("a pair");
-            let interests = vec![interest(&Arc::new(ours), 1, Events::EPOLLIN)];
-            events.wait_for(interests).expect("told");
+            let interests = [interest(&Arc::new(ours), 1, Events::EPOLLIN)];
+            events.wait_for(&interests).expect("told");
             assert_eq!(ready(&events), []);
             theirs.write_all(b"x").expect("sent");
             assert_eq!(ready(&events), [(1, Events::EPOLLIN)]);

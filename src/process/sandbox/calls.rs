@@ -94,7 +94,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(backends(needs));
         }
         Role::VfioUser => {
-            list.extend(always(&WAIT));
+            list.extend(always(&EVENT_LOOP));
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&CONNECT));
@@ -102,7 +102,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(descriptors());
         }
         Role::Export => {
-            list.extend(always(&WAIT));
+            list.extend(always(&EVENT_LOOP));
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&DEVICE_REGISTERS));
@@ -151,6 +151,16 @@ const EVERYWHERE: [c_long; 28] = [
     libc::SYS_write,
     libc::SYS_writev,
 ];
+
+/// An event loop whose descriptors come and go (`process::event_loop`). Its set is made before the thread is confined.
+#[cfg(target_arch = "x86_64")]
+const EVENT_LOOP: [c_long; 3] = [
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const EVENT_LOOP: [c_long; 2] = [libc::SYS_epoll_ctl, libc::SYS_epoll_pwait];
 
 /// Waiting for descriptors.
 #[cfg(target_arch = "x86_64")]

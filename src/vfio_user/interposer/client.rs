@@ -4,11 +4,11 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::PollFlags;
 use zerocopy::IntoBytes;
 
 use super::peers::{MESSAGES_PER_TURN, Stage};
 use super::proxy::{CutOffReason, Proxy};
+use crate::process::event_loop::Events;
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
     RegionAccessBody, check_command, take,
@@ -18,8 +18,8 @@ use crate::vfio_user::version::Version;
 use crate::warn_limited;
 
 impl Proxy {
-    pub(super) fn client_ready(&mut self, flags: PollFlags) {
-        if flags.contains(PollFlags::OUT) {
+    pub(super) fn client_ready(&mut self, events: Events) {
+        if events.contains(Events::EPOLLOUT) {
             self.flush_client();
         }
         for _ in 0..MESSAGES_PER_TURN {
@@ -28,7 +28,7 @@ impl Proxy {
                 return;
             };
             if !client.may_receive(&status) {
-                if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
+                if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
                     self.end_client("it has hung up");
                 }
                 return;

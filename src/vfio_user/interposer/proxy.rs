@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::peers::{ClientLeg, ServerLeg};
+use crate::process::event_loop::EventLoop;
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
 use crate::{info_limited, warn_limited};
@@ -22,7 +23,8 @@ pub struct InterposerSettings {
 /// The state of the interposer's thread.
 pub(super) struct Proxy {
     pub(super) settings: InterposerSettings,
-    pub(super) listener: UnixListener,
+    pub(super) listener: Arc<UnixListener>,
+    pub(super) events: EventLoop,
     pub(super) link: Arc<Link>,
     pub(super) target: Arc<dyn DmaTarget>,
     pub(super) client: Option<ClientLeg>,

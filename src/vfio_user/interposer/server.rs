@@ -2,10 +2,9 @@
 
 use std::sync::Arc;
 
-use rustix::event::PollFlags;
-
 use super::peers::{MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
 use super::proxy::{CutOffReason, Proxy};
+use crate::process::event_loop::Events;
 use crate::vfio_user::dma;
 use crate::vfio_user::link::MatchedReply;
 use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
@@ -14,8 +13,8 @@ use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
 
 impl Proxy {
-    pub(super) fn server_ready(&mut self, flags: PollFlags) {
-        if flags.contains(PollFlags::OUT) {
+    pub(super) fn server_ready(&mut self, events: Events) {
+        if events.contains(Events::EPOLLOUT) {
             self.link.flush();
         }
         for _ in 0..MESSAGES_PER_TURN {
@@ -27,7 +26,7 @@ impl Proxy {
                 return self.drop_server();
             }
             if status.bytes >= MAX_UNSENT {
-                if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
+                if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
                     self.link.end();
                 }
                 return;
@@ -151,7 +150,7 @@ impl Proxy {
         Ok(())
     }
 
-    pub(super) fn twin_ready(&mut self, flags: PollFlags) {
+    pub(super) fn twin_ready(&mut self, events: Events) {
         for _ in 0..MESSAGES_PER_TURN {
             let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
                 return;
@@ -160,7 +159,7 @@ impl Proxy {
                 return self.cut_server_off(&cause.to_string());
             }
             if twin.outbox.len_bytes() >= MAX_UNSENT {
-                if flags.intersects(PollFlags::HUP | PollFlags::ERR) {
+                if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
                     self.cut_server_off("it has closed the socket for its commands");
                 }
                 return;

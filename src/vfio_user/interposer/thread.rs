@@ -1,6 +1,7 @@
-//! The thread: it polls, accepts clients and connects to the server.
+//! The thread: it waits for events, accepts clients and connects to the server.
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,12 +9,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::warn;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use super::peers::{ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, ServerLeg, Stage};
 use super::proxy::{InterposerSettings, Proxy};
+use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
@@ -46,9 +47,12 @@ impl Interposer {
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
+        let events = EventLoop::new()?;
+        events.add(link.wake_fd().as_raw_fd(), WAKE)?;
         let mut proxy = Proxy {
             settings,
-            listener,
+            listener: Arc::new(listener),
+            events,
             link: link.clone(),
             target,
             client: None,
@@ -83,16 +87,13 @@ impl Drop for Interposer {
     }
 }
 
-/// What the thread polls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum EventSource {
-    Wake,
-    Listener,
-    ClientLeg,
-    ServerLeg,
-    Twin,
-    Closing,
-}
+// The tokens of the descriptors that the thread waits for, in the order in which it handles them.
+const WAKE: u64 = 0;
+const LISTENER: u64 = 1;
+const CLIENT: u64 = 2;
+const SERVER: u64 = 3;
+const TWIN: u64 = 4;
+const CLOSING: u64 = 5;
 
 impl Proxy {
     /// Waits for events, and handles them.
@@ -106,33 +107,36 @@ impl Proxy {
                 return;
             }
         };
-        for (source, flags) in ready {
-            match source {
-                EventSource::Wake => self.link.clear_wake(),
-                EventSource::Listener => self.accept(),
-                EventSource::ClientLeg => self.client_ready(flags),
-                EventSource::ServerLeg => self.server_ready(flags),
-                EventSource::Twin => self.twin_ready(flags),
-                EventSource::Closing => self.drain_closing_server(),
+        for (token, events) in ready {
+            match token {
+                WAKE => self.link.clear_wake(),
+                LISTENER => self.accept(),
+                CLIENT => self.client_ready(events),
+                SERVER => self.server_ready(events),
+                TWIN => self.twin_ready(events),
+                _ => self.drain_closing_server(),
             }
         }
     }
 
-    /// Waits until a descriptor is ready or a deadline has passed. Returns the ready descriptors.
-    fn wait(&self) -> io::Result<Vec<(EventSource, PollFlags)>> {
+    /// Waits until a descriptor is ready or a deadline has passed. Returns the ready descriptors in the order of their
+    /// tokens.
+    fn wait(&mut self) -> io::Result<Vec<(u64, Events)>> {
         let status = self.link.status();
         let closing = self.link.closing();
         let now = Instant::now();
-        let mut sources = vec![EventSource::Wake];
-        let mut fds = vec![PollFd::from_borrowed_fd(self.link.wake_fd(), PollFlags::IN)];
+        let mut interests = Vec::new();
         let mut due: Vec<Instant> = Vec::new();
         match &self.client {
             Some(client) => {
-                let mut flags = PollFlags::empty();
-                flags.set(PollFlags::IN, client.may_receive(&status));
-                flags.set(PollFlags::OUT, !client.outbox.is_empty());
-                sources.push(EventSource::ClientLeg);
-                fds.push(PollFd::new(&client.socket, flags));
+                let mut events = Events::empty();
+                events.set(Events::EPOLLIN, client.may_receive(&status));
+                events.set(Events::EPOLLOUT, !client.outbox.is_empty());
+                interests.push(Interest {
+                    source: client.socket.clone(),
+                    token: CLIENT,
+                    events,
+                });
                 match client.stage {
                     Stage::Connected(until) => due.push(until),
                     Stage::Negotiating { .. } | Stage::Negotiated { .. }
@@ -145,48 +149,53 @@ impl Proxy {
             }
             None => match self.accept_at.filter(|at| *at > now) {
                 Some(at) => due.push(at),
-                None => {
-                    sources.push(EventSource::Listener);
-                    fds.push(PollFd::new(&self.listener, PollFlags::IN));
-                }
+                None => interests.push(Interest {
+                    source: self.listener.clone(),
+                    token: LISTENER,
+                    events: Events::EPOLLIN,
+                }),
             },
         }
         if let Some(server) = &self.server {
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, status.bytes < MAX_UNSENT);
-            flags.set(PollFlags::OUT, status.bytes > 0);
-            sources.push(EventSource::ServerLeg);
-            fds.push(PollFd::new(&server.socket, flags));
+            let mut events = Events::empty();
+            events.set(Events::EPOLLIN, status.bytes < MAX_UNSENT);
+            events.set(Events::EPOLLOUT, status.bytes > 0);
+            // Another thread may have ended the link since. Then this socket is the closing server's already, and a set
+            // holds a descriptor once.
+            let is_closing = closing
+                .as_ref()
+                .is_some_and(|closing| Arc::ptr_eq(closing, &server.socket));
+            if !is_closing {
+                interests.push(Interest {
+                    source: server.socket.clone(),
+                    token: SERVER,
+                    events,
+                });
+            }
             due.extend(server.version_until);
             if let Some(twin) = &server.twin {
-                let mut flags = PollFlags::empty();
-                flags.set(PollFlags::IN, twin.outbox.len_bytes() < MAX_UNSENT);
-                flags.set(PollFlags::OUT, !twin.outbox.is_empty());
-                sources.push(EventSource::Twin);
-                fds.push(PollFd::new(&twin.socket, flags));
+                let mut events = Events::empty();
+                events.set(Events::EPOLLIN, twin.outbox.len_bytes() < MAX_UNSENT);
+                events.set(Events::EPOLLOUT, !twin.outbox.is_empty());
+                interests.push(Interest {
+                    source: twin.socket.clone(),
+                    token: TWIN,
+                    events,
+                });
             }
         }
-        if let Some(socket) = &closing {
-            sources.push(EventSource::Closing);
-            fds.push(PollFd::new(socket, PollFlags::IN));
+        if let Some(socket) = closing {
+            interests.push(Interest {
+                source: socket,
+                token: CLOSING,
+                events: Events::EPOLLIN,
+            });
         }
-        let timeout = due.into_iter().min().map(|at| {
-            let left = at.saturating_duration_since(now);
-            // Rounded up: rounded down, the thread would poll again and again in the last moment.
-            let left = left + Duration::from_millis(1);
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: left.subsec_nanos().into(),
-            }
-        });
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) => {}
-            Err(Errno::INTR) => return Ok(Vec::new()),
-            Err(cause) => return Err(cause.into()),
-        }
-        let events = sources.into_iter().zip(&fds);
-        let ready = events.map(|(source, fd)| (source, fd.revents()));
-        Ok(ready.filter(|(_, flags)| !flags.is_empty()).collect())
+        self.events.wait_for(&interests)?;
+        let ready = self.events.wait(due.into_iter().min())?;
+        let mut ready: Vec<_> = ready.iter().collect();
+        ready.sort_unstable_by_key(|(token, _)| *token);
+        Ok(ready)
     }
 
     fn accept(&mut self) {

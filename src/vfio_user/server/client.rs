@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use thiserror::Error;
 
 use super::commands::{Reply, execute};
 use super::device::ServedDevice;
 use crate::locks::{Mutex, Rank};
+use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::vfio_user::message::{Command, Header, Kind, Malformed, check_command};
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, SocketError};
 use crate::vfio_user::version::{Version, VersionError};
@@ -20,8 +21,11 @@ use crate::warn_limited;
 
 /// How long a client may take to send VERSION: other clients wait meanwhile.
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-/// How long the server waits before it polls again after `poll` failed.
+/// How long the server rests before it waits again after a wait has failed.
 const RETRY: Duration = Duration::from_millis(100);
+/// The tokens of the descriptors that the server waits for.
+const SIGNAL: u64 = 0;
+const CLIENT: u64 = 1;
 /// The server of a device that only answers receives nothing while replies wait to be sent.
 const MAX_UNSENT_REPLIES: usize = 1;
 /// The server of a device that sends commands receives nothing while this many bytes wait to be
@@ -118,7 +122,7 @@ impl AsFd for ServerSignal {
 /// The connection to one client, which any thread may send messages through.
 #[derive(Debug)]
 pub struct ClientChannel {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     outbox: Mutex<Outbox>,
     signal: Arc<ServerSignal>,
 }
@@ -127,7 +131,7 @@ impl ClientChannel {
     /// The connection `stream`; `signal` interrupts the thread that serves the client.
     pub fn new(stream: UnixStream, signal: Arc<ServerSignal>) -> Self {
         Self {
-            stream,
+            stream: Arc::new(stream),
             outbox: Mutex::new(Rank::ClientOutbox, Outbox::default()),
             signal,
         }
@@ -138,14 +142,14 @@ impl ClientChannel {
     pub fn send(&self, message: Vec<u8>) {
         let mut outbox = self.outbox.lock();
         outbox.push(message, Vec::new());
-        if outbox.flush(&self.stream).is_err() || !outbox.is_empty() {
+        if outbox.flush(&*self.stream).is_err() || !outbox.is_empty() {
             // It fails only if the descriptor is gone, which this object owns.
             let _ = self.signal.wake();
         }
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.outbox.lock().flush(&self.stream)
+        self.outbox.lock().flush(&*self.stream)
     }
 
     fn unsent_bytes(&self) -> usize {
@@ -153,17 +157,20 @@ impl ClientChannel {
     }
 }
 
-/// Serves a client until it hangs up, violates the protocol, or the server is stopped.
+/// Serves a client until it hangs up, violates the protocol, or the server is stopped. `events` must wait for nothing
+/// else meanwhile, and waits for nothing afterwards.
 ///
 /// The caller must call [`ServedDevice::release`] before it serves the next client.
 ///
 /// # Errors
 /// The client has to be cut off: the caller closes the connection.
 pub fn serve_client(
+    events: &mut EventLoop,
     channel: &ClientChannel,
     device: &mut dyn ServedDevice,
 ) -> Result<ClientEnd, ClientError> {
     let mut connection = ClientConnection {
+        events,
         channel,
         receiver: Receiver::default(),
         version_until: Some(Instant::now() + VERSION_DEADLINE),
@@ -173,28 +180,16 @@ pub fn serve_client(
             MAX_UNSENT_REPLIES
         },
     };
-    while !channel.signal.is_stopped() {
-        match connection.wait() {
-            Ok(()) => {}
-            Err(cause) => {
-                let name = device.name();
-                warn_limited!("{name}: cannot wait for messages: {cause}");
-                std::thread::sleep(RETRY);
-                continue;
-            }
-        }
-        if channel.signal.is_stopped() {
-            break;
-        }
-        if let Some(end) = connection.serve_message(device)? {
-            return Ok(end);
-        }
-    }
-    Ok(ClientEnd::Stopped)
+    let end = connection.serve(device);
+    // The loop shares the stream. It lets go of it here, so that the caller closes the connection by dropping
+    // `channel`. This fails only if the descriptor is gone.
+    let _ = events.wait_for(&[]);
+    end
 }
 
 /// What the server knows of a client.
 struct ClientConnection<'a> {
+    events: &'a mut EventLoop,
     channel: &'a ClientChannel,
     receiver: Receiver,
     /// When the server cuts the client off, unless VERSION is received before.
@@ -204,31 +199,48 @@ struct ClientConnection<'a> {
 }
 
 impl ClientConnection<'_> {
-    /// Waits until there is something to receive, to send or to stop for.
-    fn wait(&self) -> io::Result<()> {
-        let unsent = self.channel.unsent_bytes();
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, unsent < self.max_unsent);
-        flags.set(PollFlags::OUT, unsent > 0);
-        let timeout = self.version_until.map(|at| {
-            let left = at.saturating_duration_since(Instant::now());
-            // Rounded up: rounded down, the thread would poll again and again in the last moment.
-            let left = left + Duration::from_millis(1);
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: left.subsec_nanos().into(),
+    fn serve(&mut self, device: &mut dyn ServedDevice) -> Result<ClientEnd, ClientError> {
+        while !self.channel.signal.is_stopped() {
+            match self.wait() {
+                Ok(()) => {}
+                Err(cause) => {
+                    let name = device.name();
+                    warn_limited!("{name}: cannot wait for messages: {cause}");
+                    std::thread::sleep(RETRY);
+                    continue;
+                }
             }
-        });
-        let signal = &*self.channel.signal;
-        let mut fds = [
-            PollFd::new(signal, PollFlags::IN),
-            PollFd::new(&self.channel.stream, flags),
-        ];
-        match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(cause) => return Err(cause.into()),
+            if self.channel.signal.is_stopped() {
+                break;
+            }
+            if let Some(end) = self.serve_message(device)? {
+                return Ok(end);
+            }
         }
-        if !fds[0].revents().is_empty() && !signal.is_stopped() {
+        Ok(ClientEnd::Stopped)
+    }
+
+    /// Waits until there is something to receive, to send or to stop for.
+    fn wait(&mut self) -> io::Result<()> {
+        let unsent = self.channel.unsent_bytes();
+        let mut events = Events::empty();
+        events.set(Events::EPOLLIN, unsent < self.max_unsent);
+        events.set(Events::EPOLLOUT, unsent > 0);
+        let signal = &self.channel.signal;
+        self.events.wait_for(&[
+            Interest {
+                source: signal.clone(),
+                token: SIGNAL,
+                events: Events::EPOLLIN,
+            },
+            Interest {
+                source: self.channel.stream.clone(),
+                token: CLIENT,
+                events,
+            },
+        ])?;
+        let ready = self.events.wait(self.version_until)?;
+        if ready.contains(SIGNAL) && !signal.is_stopped() {
             signal.clear();
         }
         Ok(())
@@ -247,7 +259,7 @@ impl ClientConnection<'_> {
         if self.version_until.is_some_and(|at| at <= Instant::now()) {
             return Err(ClientError::Protocol("the client sent no VERSION in time"));
         }
-        match self.receiver.receive(&self.channel.stream)? {
+        match self.receiver.receive(&*self.channel.stream)? {
             Received::Message(message) => self.handle_message(device, message)?,
             Received::Nothing => return Ok(None),
             Received::End => return Ok(Some(ClientEnd::HungUp)),

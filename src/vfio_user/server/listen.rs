@@ -8,16 +8,19 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::warn;
-use rustix::event::{PollFd, PollFlags, poll};
 
 use super::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
 use super::device::ServedDevice;
 use crate::metrics::Counter;
+use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
 /// How long the server waits before it tries again to accept a client.
 const RETRY: Duration = Duration::from_millis(100);
+/// The tokens of the descriptors that the server waits for.
+const SIGNAL: u64 = 0;
+const LISTENER: u64 = 1;
 
 /// How a served device is doing.
 #[derive(Debug, Default)]
@@ -60,8 +63,9 @@ impl DeviceServer {
         let mut acceptor = Acceptor {
             device,
             status: status.clone(),
-            listener,
+            listener: Arc::new(listener),
             signal: signal.clone(),
+            events: EventLoop::new()?,
         };
         let thread = sandbox::spawn(role, move || acceptor.run())?;
         Ok(Self {
@@ -95,8 +99,10 @@ impl Drop for DeviceServer {
 struct Acceptor {
     device: Box<dyn ServedDevice + Send>,
     status: Arc<ServerStatus>,
-    listener: UnixListener,
+    listener: Arc<UnixListener>,
     signal: Arc<ServerSignal>,
+    /// Made before the thread is confined, which may not make another one.
+    events: EventLoop,
 }
 
 impl Acceptor {
@@ -115,17 +121,21 @@ impl Acceptor {
     }
 
     /// Waits for a client. Returns `None` if there is none yet.
-    fn accept(&self) -> io::Result<Option<UnixStream>> {
-        let mut fds = [
-            PollFd::new(&*self.signal, PollFlags::IN),
-            PollFd::new(&self.listener, PollFlags::IN),
-        ];
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(None),
-            Err(cause) => return Err(cause.into()),
-        }
-        if !fds[0].revents().is_empty() {
+    fn accept(&mut self) -> io::Result<Option<UnixStream>> {
+        self.events.wait_for(&[
+            Interest {
+                source: self.signal.clone(),
+                token: SIGNAL,
+                events: Events::EPOLLIN,
+            },
+            Interest {
+                source: self.listener.clone(),
+                token: LISTENER,
+                events: Events::EPOLLIN,
+            },
+        ])?;
+        let ready = self.events.wait(None)?;
+        if ready.contains(SIGNAL) {
             // Sent to stop, or left over from the last client.
             if !self.signal.is_stopped() {
                 self.signal.clear();
@@ -144,7 +154,7 @@ impl Acceptor {
         self.status.clients.inc();
         self.status.connected.store(true, Ordering::Relaxed);
         let channel = ClientChannel::new(stream, self.signal.clone());
-        let outcome = serve_client(&channel, &mut *self.device);
+        let outcome = serve_client(&mut self.events, &channel, &mut *self.device);
         let name = self.device.name();
         match outcome {
             Ok(ClientEnd::Stopped) => {}

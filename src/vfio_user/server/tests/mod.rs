@@ -17,6 +17,7 @@ use super::{
     ClientChannel, ClientEnd, ClientError, DeviceSummary, IrqKind, IrqSet, IrqSetData,
     RegionCapability, ServedDevice, ServedRegion, ServerSignal, serve_client,
 };
+use crate::process::event_loop::EventLoop;
 use crate::vfio_user::message::{
     Command, DEVICE_PCI, DEVICE_RESET, DmaAccessBody, DmaMapBody, DmaUnmapBody, HEADER_BYTES,
     Header, Kind, MAX_DATA, REGION_CAP_SPARSE_MMAP, REGION_CAP_TYPE, REGION_READ, REGION_WRITE,
@@ -200,7 +201,8 @@ impl TestClient {
                 let read = Header::command(77, Command::DmaRead, 0);
                 connection.send(read.with_body(body.as_bytes()));
             }
-            let outcome = serve_client(&connection, &mut device);
+            let mut events = EventLoop::new().expect("a set");
+            let outcome = serve_client(&mut events, &connection, &mut device);
             device.release();
             (outcome, calls.recv().expect("the calls"))
         });
