@@ -117,11 +117,11 @@ struct Walk<'a, 'm> {
 }
 
 /// The chain leads out of its table or out of guest memory, or has an indirect table in an indirect table.
-struct Malformed;
+struct BadChain;
 
 impl Walk<'_, '_> {
     /// The next descriptor that is not an indirect table; `None` after the last.
-    fn step(&mut self) -> Result<Option<Descriptor>, Malformed> {
+    fn step(&mut self) -> Result<Option<Descriptor>, BadChain> {
         let Some(index) = self.next else {
             return Ok(None);
         };
@@ -129,7 +129,7 @@ impl Walk<'_, '_> {
         if descriptor.has(VRING_DESC_F_INDIRECT) {
             let len = u64::from(descriptor.len.get());
             if self.indirect || !len.is_multiple_of(DESCRIPTOR_LEN) {
-                return Err(Malformed);
+                return Err(BadChain);
             }
             self.indirect = true;
             self.table = descriptor.addr.get();
@@ -137,7 +137,7 @@ impl Walk<'_, '_> {
             self.size = u16::try_from(len / DESCRIPTOR_LEN).unwrap_or(u16::MAX);
             descriptor = self.entry(0)?;
             if descriptor.has(VRING_DESC_F_INDIRECT) {
-                return Err(Malformed);
+                return Err(BadChain);
             }
         }
         self.next = descriptor
@@ -146,17 +146,17 @@ impl Walk<'_, '_> {
         Ok(Some(descriptor))
     }
 
-    fn entry(&self, index: u16) -> Result<Descriptor, Malformed> {
+    fn entry(&self, index: u16) -> Result<Descriptor, BadChain> {
         if index >= self.size {
-            return Err(Malformed);
+            return Err(BadChain);
         }
         let offset = u64::from(index) * DESCRIPTOR_LEN;
-        let at = self.table.checked_add(offset).ok_or(Malformed)?;
+        let at = self.table.checked_add(offset).ok_or(BadChain)?;
         let mut descriptor = Descriptor::new_zeroed();
         if self.view.read(at, descriptor.as_mut_bytes()) {
             Ok(descriptor)
         } else {
-            Err(Malformed)
+            Err(BadChain)
         }
     }
 }
