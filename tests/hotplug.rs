@@ -1,4 +1,4 @@
-//! Endpoints added to and removed from a running VM, by `ctl`, as its guest meets them.
+//! `ctl` adds endpoints to a running VM and removes them; the guest uses them.
 
 #![allow(
     clippy::unwrap_used,
@@ -19,7 +19,7 @@ use common::wire::{self, NOENT, OK};
 const IOVA: u64 = 0x7000_0000;
 const PAGE: u64 = 0xa0_0000;
 
-/// One endpoint, and room for others.
+/// One endpoint, and a range for others.
 const CONFIG: &str = "address = '00:05.0'\nbypass = false\nhotplug = ['00:07.0-00:07.7']\n\
                       [[endpoint]]\naddress = '00:06.0'\n";
 
@@ -32,7 +32,7 @@ fn ctl(daemon: &Daemon, args: &[&str]) -> Output {
         .expect("it runs")
 }
 
-/// What it prints where it succeeds.
+/// Runs `ctl`, which must succeed. Returns its standard output.
 fn said(daemon: &Daemon, args: &[&str]) -> String {
     let output = ctl(daemon, args);
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -40,7 +40,7 @@ fn said(daemon: &Daemon, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// What it prints where it is refused.
+/// Runs `ctl`, which must fail. Returns its standard error.
 fn refused(daemon: &Daemon, args: &[&str]) -> String {
     let output = ctl(daemon, args);
     assert!(!output.status.success(), "{args:?}");
@@ -74,7 +74,7 @@ fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
     assert_eq!(guest.detach(1, EP2), NOENT);
     assert_eq!(guest.attach(1, EP2), NOENT);
     assert_eq!(guest.request(&wire::probe(EP2), 512 + 4).status(), NOENT);
-    // The other one has noticed nothing.
+    // The other endpoint is not affected.
     assert_eq!(guest.attach(1, EP), OK);
 }
 
@@ -143,7 +143,7 @@ fn what_cannot_be_added_or_removed_is_refused_with_its_cure() {
         daemon.thread_count(),
         Daemon::with_config(CONFIG).thread_count()
     );
-    // And the line itself.
+    // Malformed lines of the protocol itself are refused, too.
     for line in [
         "add-endpoint",
         "remove-endpoint",
@@ -200,7 +200,8 @@ fn the_guest_is_told_of_endpoints_that_may_come() {
         .status();
     assert!(status.expect("it runs").success());
     let bytes = std::fs::read(viot).expect("a table");
-    // Head, the IOMMU, and two ranges: first endpoint, segments, functions.
+    // The table has a header, the IOMMU, and two ranges with first endpoint, segments and
+    // functions.
     let ranges: Vec<_> = bytes[64..].chunks(24).map(|n| n[4..16].to_vec()).collect();
     let node = |first: u8, last: u8| vec![first, 0, 0, 0, 0, 0, 0, 0, first, 0, last, 0];
     assert_eq!(ranges, [node(0x30, 0x30), node(0x38, 0x3f)]);

@@ -1,5 +1,5 @@
-//! What outlives what: connections, pauses, resets, memory slots, features and the
-//! configuration space.
+//! Lifetimes: what survives, and what ends with, connections, pauses, resets and memory slots;
+//! features and the configuration space.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,7 +32,7 @@ fn connected(daemon: &Daemon) -> bool {
     daemon.status()["connected"].as_bool().expect("connected")
 }
 
-/// A mapping is there: RAM behind it as `backed` says.
+/// Whether there is RAM behind the mapping at `iova`.
 fn backed(daemon: &Daemon, iova: u64) -> bool {
     let answer = daemon.translate(EP, iova);
     assert_eq!(answer["result"], "ok", "{answer}");
@@ -90,7 +90,7 @@ fn every_mix_of_ring_features_works() {
             let mut guest = Guest::boot_with(&daemon, setup);
             assert_eq!(guest.features & F_VERSION_1, F_VERSION_1);
             assert_eq!(guest.attach(1, EP), OK, "{setup:x?}");
-            // Twice round the ring, as many at a time as it takes.
+            // Two rounds through the ring, with as many requests at a time as fit.
             let pages: Vec<u64> = (1..=u64::from(queue_size).max(20)).collect();
             for batch in pages.chunks(usize::from(queue_size / 2)) {
                 for page in batch {
@@ -122,7 +122,7 @@ fn the_driver_is_told_when_it_asks_to_be() {
         let layout = Layout::plain(attach.len(), TAIL);
         for round in 0..300 {
             while guest.requests.call.read().is_ok() {}
-            // First: a worker that polls needs no kick.
+            // Before the request: a worker that polls may serve it without a kick.
             guest.requests.want_call(&guest.memory);
             guest.submit(&attach, &layout);
             guest.kick();
@@ -134,14 +134,17 @@ fn the_driver_is_told_when_it_asks_to_be() {
             assert_eq!(guest.complete().1.status(), OK);
         }
         if guest.requests.event_idx {
-            // As a stock driver does: it looks for itself and never moves used_event.
+            // Like a stock driver, the guest polls the used ring and never moves used_event.
             while guest.requests.call.read().is_ok() {}
             for _ in 0..300 {
                 guest.submit(&attach, &layout);
                 guest.requests.kick(&guest.memory);
                 assert_eq!(guest.complete().1.status(), OK);
             }
-            assert!(guest.requests.call.read().is_err(), "calls nobody wants");
+            assert!(
+                guest.requests.call.read().is_err(),
+                "the device must not send calls that the driver has not asked for"
+            );
         }
         drop(guest);
     }
@@ -195,7 +198,7 @@ fn only_the_bypass_byte_can_be_written_and_only_0_or_1() {
     guest.set_config(CONFIG_LEN, &[1; 64]);
     guest.set_config(255, &[1]);
     assert_eq!(guest.config(), before);
-    // What a VMM does for a one-byte write: the whole image with one byte changed.
+    // A VMM writes one byte as the whole image with that byte changed.
     let mut image = guest.config_bytes(0, CONFIG_LEN);
     image[CONFIG_BYPASS as usize] = 1;
     guest.set_config(0, &image);
@@ -344,7 +347,7 @@ fn a_reset_in_the_middle_of_traffic_is_a_reset() {
             let first = (1 + page) << 12;
             guest.submit(&wire::map(1, first, first + 0xfff, 0, RW), &layout);
         }
-        // The device looks at the ring, or is about to, when it is stopped.
+        // When the ring is stopped, the worker is reading it or about to.
         guest.requests.kick_always();
         for _ in 0..round % 5 {
             thread::yield_now();
@@ -379,7 +382,7 @@ fn a_pause_at_the_wrap_of_the_index_is_no_reset() {
     assert_eq!(guest.attach(1, EP), OK);
     let layout = Layout::plain(36, TAIL);
     assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
-    // Up to a multiple of 65536 requests, in batches; all but two are refused as overlaps.
+    // Sends up to a multiple of 65536 requests, in batches; all but two are refused as overlaps.
     let map = wire::map(1, 0x1000, 0x1fff, 0x5000, RW);
     let mut left = 0x1_0000 - 2;
     while left > 0 {
@@ -433,7 +436,7 @@ fn memory_can_come_and_go_under_a_mapping() {
     assert!(backed(&daemon, 0x1000) && backed(&daemon, 0x2000) && !backed(&daemon, 0x3000));
     guest.add_region(Region::new(new, 1 << 20));
     assert!(backed(&daemon, 0x3000));
-    // A request in memory that has just come.
+    // A request in the memory that was just added.
     let at = new + 0x800;
     guest
         .memory
@@ -451,7 +454,7 @@ fn memory_can_come_and_go_under_a_mapping() {
     assert!(!backed(&daemon, 0x2000) && backed(&daemon, 0x1000) && backed(&daemon, 0x3000));
     let region = guest.remove_region(new);
     assert!(!backed(&daemon, 0x3000));
-    // The request that lay there is now outside memory, and so is its tail.
+    // The request and its tail now lie outside memory.
     for &(index, desc) in &descs {
         guest.requests.set_desc(&guest.memory, index, desc);
     }
@@ -466,7 +469,7 @@ fn requests_whose_ring_was_away_are_served_when_it_is_back() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
-    // The driver still has the memory that is away for the daemon.
+    // The driver still has the memory that the daemon has lost.
     let rings = guest.remove_region(RING_RAM);
     guest.memory.regions.push(rings);
     let layout = Layout::plain(36, TAIL);
@@ -474,13 +477,13 @@ fn requests_whose_ring_was_away_are_served_when_it_is_back() {
     guest.requests.kick_always();
     thread::sleep(Duration::from_millis(50));
     assert!(daemon.mappings(1).is_empty());
-    // Nobody kicks again: the driver has done so, and waits.
+    // The driver does not kick again: it has kicked already, and waits.
     let rings = guest.memory.regions.pop().expect("the rings");
     guest.add_region(rings);
     let (_, reply) = guest.complete();
     assert_eq!(reply.status(), OK);
     assert_eq!(daemon.mappings(1).len(), 1);
-    // Nor has the ring been given up.
+    // The device has not stopped the ring, either.
     let bases = guest.stop_rings();
     assert_eq!(bases[0], 2);
     guest.driver_ok();
@@ -542,7 +545,7 @@ fn many_slots_of_one_file() {
     assert_eq!(guest.attach(1, EP), OK);
     let file = Arc::new(memfd(64 << 12));
     let base = 0x10_0000_0000;
-    // Every other page of a range, so that no two slots touch.
+    // Every other page of a range, so that no two slots are adjacent.
     for slot in 0..64 {
         let gpa = base + (slot << 13);
         guest.add_region(Region::of_file(gpa, 0x1000, Arc::clone(&file), slot << 12));
@@ -587,7 +590,7 @@ fn the_control_socket_answers_while_requests_run() {
     assert!(used >= 4000 * 8, "{used}");
     assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
     let used_after = daemon.status()["arena"]["used_bytes"].as_u64().unwrap();
-    assert!(used_after < used, "{used_after}: the tables are given back");
+    assert!(used_after < used, "{used_after}: the tables are freed");
 }
 
 #[test]
@@ -611,7 +614,7 @@ fn the_control_socket_bears_nonsense() {
     let long = "a".repeat(1 << 20);
     use std::io::Write;
     let mut stream = UnixStream::connect(daemon.control_socket()).unwrap();
-    // The daemon may hang up before it has read all of this.
+    // The daemon may close the connection before it has read all of this.
     let _ = stream.write_all(long.as_bytes());
     drop(stream);
     let idle: Vec<_> = (0..20)
@@ -628,7 +631,7 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
     for booted in [false, true] {
         let daemon = Daemon::start();
         let guest = booted.then(|| Guest::boot(&daemon));
-        // Neither a VMM nor a client that says nothing keeps it.
+        // Neither a connected VMM nor a silent control client delays the end.
         let _client = UnixStream::connect(daemon.control_socket()).unwrap();
         daemon.terminate();
         assert_eq!(daemon.wait_for_end().code(), Some(0));
@@ -637,7 +640,7 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
     }
 }
 
-/// Whatever the moment: before its sockets, between them, or while it makes its threads.
+/// At any moment: before it makes its sockets, between them, or while it starts its threads.
 #[test]
 #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
 fn a_sigterm_during_the_start_leaves_no_socket() {
@@ -669,7 +672,8 @@ fn a_sigterm_during_the_start_leaves_no_socket() {
         // SAFETY: no pointer is passed, and the child is not reaped yet.
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
         let status = daemon.wait().unwrap();
-        // Without a code the signal came before the program listened to it, thus before its sockets.
+        // Without an exit code, the signal came before its handler was installed, thus before the
+        // sockets.
         assert!(matches!(status.code(), Some(0) | None), "{status}");
         assert!(sockets.iter().all(|socket| !socket.exists()), "{status}");
         orderly += u32::from(status.success());

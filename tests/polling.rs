@@ -1,5 +1,5 @@
-//! How the worker waits for requests: it polls a busy ring, sleeps on an idle one, and keeps nobody
-//! waiting meanwhile.
+//! How the worker waits for requests: it polls a busy ring and sleeps on an idle one. Polling must
+//! not delay any other thread.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -17,26 +17,27 @@ use common::wire::{self, OK, RW, TAIL};
 use vhost_device_iommu::process::realtime::Realtime;
 
 const PAGE: u64 = 4096;
-/// Long enough for a busy machine.
+/// Polls for long enough even on a busy machine.
 const POLLS: &str =
     "address = \"00:05.0\"\npoll-max-us = 10000\n[[endpoint]]\naddress = \"00:06.0\"\n";
 const SLEEPS: &str =
     "address = \"00:05.0\"\npoll-max-us = 0\n[[endpoint]]\naddress = \"00:06.0\"\n";
 
-/// Wakeups, polls that paid and that did not.
+/// The worker's wakeups, successful polls and failed polls.
 fn worker(daemon: &Daemon) -> [u64; 3] {
     let status = daemon.status();
     ["wakeups", "polls_paid", "polls_unpaid"]
         .map(|key| status["worker"][key].as_u64().expect("a count"))
 }
 
-/// One request at a time, the next as soon as the last has come back. The number of kicks.
+/// Sends requests one by one, each as soon as the answer to the last has come. Returns the number
+/// of kicks.
 fn converse(guest: &mut Guest, requests: u64) -> u64 {
     (0..requests).map(|n| u64::from(ask(guest, n))).sum()
 }
 
-/// The request with this number: those with an even one map what the next one unmaps. Whether the
-/// worker wanted to be told.
+/// Sends the request with this number: an even number maps a page, and the next one unmaps it.
+/// Returns whether the worker had asked for a kick.
 fn ask(guest: &mut Guest, number: u64) -> bool {
     let (first, last) = (PAGE, 2 * PAGE - 1);
     let request = if number.is_multiple_of(2) {
@@ -68,7 +69,8 @@ fn booted(config: &str, features: u64) -> (Daemon, Guest) {
 fn a_busy_ring_costs_neither_side_a_notification() {
     for features in [STOCK, STOCK & !wire::F_EVENT_IDX] {
         let (daemon, mut guest) = booted(POLLS, features);
-        // The window is learned, and where others need the processors polling pauses.
+        // The worker must learn the window first, and it pauses polling while other threads need
+        // its processor.
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let before = worker(&daemon);
@@ -92,11 +94,11 @@ fn a_guest_that_goes_quiet_leaves_the_worker_asleep() {
     thread::sleep(Duration::from_millis(100));
     let (before, switches) = (worker(&daemon), daemon.context_switches());
     thread::sleep(Duration::from_secs(2));
-    // The question and the answer themselves.
+    // The request and its answer themselves.
     let woken = daemon.context_switches() - switches;
     assert!(woken < 10, "{woken} wakeups in 2 s");
     assert_eq!(worker(&daemon), before);
-    // And it is there again.
+    // The worker serves the next request.
     assert!(converse(&mut guest, 2) > 0, "asleep, it wants to be told");
 }
 
@@ -110,13 +112,13 @@ fn without_polling_each_request_is_a_wakeup() {
     assert_eq!((paid, unpaid), (0, 0));
 }
 
-/// Requests so far apart make the window twice as long, nearly the longest there is.
+/// Requests this far apart double the window, to nearly its maximum.
 const APART: Duration = Duration::from_millis(4);
-/// Whoever has to wait for the end of a window waits longer than this; nobody else should.
+/// A step that waits for the end of a window takes longer than this; no other step should.
 const AT_ONCE: Duration = Duration::from_millis(2);
 
-/// How long `step` takes that is taken while the worker polls: the third shortest of seven times, for
-/// others may need the processors, and the worker's may have been taken from it just then.
+/// How long `step` takes while the worker polls. The result is the third shortest of seven times,
+/// because other processes may take the processor from the test or from the worker.
 fn while_polling(
     daemon: &Daemon,
     guest: &mut Guest,
@@ -136,7 +138,8 @@ fn while_polling(
         ask(guest, 5);
         let asked = Instant::now();
         thread::sleep(Duration::from_micros(500));
-        // It has waited for this request, and waits for the next one as long, unless it was late.
+        // The worker has polled for this request, and polls as long for the next, unless this one
+        // was late.
         let polls = worker(daemon) == [wakeups, paid + 1, unpaid];
         let began = Instant::now();
         step(daemon, guest);
@@ -158,7 +161,8 @@ fn nobody_waits_for_a_worker_that_polls() {
     let moved = while_polling(&daemon, &mut guest, "memory", |_, guest| {
         let slot = guest.remove_region(LOW_RAM);
         guest.add_region(slot);
-        // Those have no answers; this one has, when they are done with.
+        // The messages before have no answers; this one has, and the daemon sends it after it has
+        // handled the others.
         guest.config_bytes(0, 1);
     });
     let stopped = while_polling(&daemon, &mut guest, "rings", |_, guest| {
@@ -176,12 +180,12 @@ fn nobody_waits_for_a_worker_that_polls() {
     }
 }
 
-/// Whether this user may have what is tested.
+/// Whether this user may have realtime threads.
 fn may_be_realtime() -> bool {
     Realtime::new(3).is_ok()
 }
 
-/// Policy and realtime priority of the threads with this name (`/proc/PID/task/TID/stat`).
+/// Policy and realtime priority of the threads with this name, from `/proc/PID/task/TID/stat`.
 fn scheduling(daemon: &Daemon, name: &str) -> Vec<(u32, u32)> {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("its threads");
     let stats = tasks
@@ -190,7 +194,7 @@ fn scheduling(daemon: &Daemon, name: &str) -> Vec<(u32, u32)> {
     let of_name = stats.filter(|stat| stat.contains(&format!("({name})")));
     of_name
         .map(|stat| {
-            // Fields 40 and 41, of which 2 come before the name's end (proc_pid_stat(5)).
+            // Fields 40 and 41; two fields come before the end of the name (proc_pid_stat(5)).
             let rest = stat.rsplit_once(") ").expect("a name").1;
             let fields: Vec<_> = rest.split(' ').collect();
             let number = |field: usize| fields[field - 3].parse().expect("a number");
@@ -203,7 +207,7 @@ fn scheduling(daemon: &Daemon, name: &str) -> Vec<(u32, u32)> {
 fn the_worker_and_nothing_else_has_the_realtime_priority() {
     let config = POLLS.replace("poll-max-us", "realtime-priority = 3\npoll-max-us");
     if !may_be_realtime() {
-        eprintln!("left out: this user may not have realtime threads (ulimit -r)");
+        eprintln!("skipped: this user may not have realtime threads (ulimit -r)");
         return;
     }
     let daemon = Daemon::with_config(&config);

@@ -1,4 +1,4 @@
-//! The VMM's word that the VM was reset, and what comes at the same socket instead.
+//! RESET events that the VMM sends over QMP, and other input at the same socket.
 
 #![allow(
     clippy::unwrap_used,
@@ -45,7 +45,7 @@ impl Bed {
         }
     }
 
-    /// The next connection, within some time.
+    /// Accepts the next connection, within `limit`.
     fn accept(&self, limit: Duration) -> Option<UnixStream> {
         self.listener.set_nonblocking(true).expect("a socket");
         let until = Instant::now() + limit;
@@ -59,7 +59,7 @@ impl Bed {
         None
     }
 
-    /// A connection that has come as far as events.
+    /// Accepts a connection and negotiates, so that events can be sent.
     fn talk(&self) -> UnixStream {
         let mut stream = self.accept(Duration::from_secs(20)).expect("it connects");
         writeln!(stream, "{GREETING}\r").expect("taken");
@@ -86,12 +86,12 @@ fn a_reset_ends_all_domains_before_a_driver_starts() {
     guest.set_config(CONFIG_BYPASS, &[0]);
     guest.stop_rings();
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(bed.daemon.domains(), [1], "it may be a pause");
+    assert_eq!(bed.daemon.domains(), [1], "a stopped ring may be a pause");
     writeln!(qmp, "{}", RESET.replace("RESET", "STOP")).expect("taken");
     writeln!(qmp, "{RESET}").expect("taken");
     bed.daemon
         .wait_for("no domain", || bed.daemon.domains().is_empty());
-    // The guest's choice goes with the guest; its memory does not count until it is chosen anew.
+    // The reset also discards the bypass field that the guest has written, and all its mappings.
     assert_eq!(bed.daemon.endpoint(EP)["dma"], "bypass");
     assert_eq!(guest.config_bytes(CONFIG_BYPASS, 1), [1]);
     guest.reboot();
@@ -121,7 +121,7 @@ fn what_a_vmm_has_left_unread_is_not_about_the_next_one() {
     let mut guest = bed.guest();
     let mut qmp = bed.talk();
     guest.stop_rings();
-    // More than can be heeded until the next VM is paused.
+    // More events than the daemon handles before the next VM pauses.
     qmp.write_all(format!("{RESET}\n").repeat(100).as_bytes())
         .expect("taken");
     bed.daemon
@@ -155,7 +155,7 @@ fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
         if greets {
             writeln!(stream, "{GREETING}").expect("taken");
         }
-        // It may hang up in between.
+        // The daemon may close the connection in between.
         let _ = stream.write_all(piece);
         let _ = stream.write_all(b"\n");
         stream
@@ -163,7 +163,10 @@ fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
             .expect("a limit");
         let mut rest = Vec::new();
         let _ = std::io::Read::read_to_end(&mut stream, &mut rest);
-        assert!(rest.len() < 100, "no more than its word is said");
+        assert!(
+            rest.len() < 100,
+            "the daemon sends no more than its command"
+        );
         assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE), OK);
         assert_eq!(guest.unmap(1, IOVA + 0x1000, IOVA + 0x1fff), OK);
     }
@@ -173,7 +176,7 @@ fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
         bed.daemon.log()
     );
     assert_eq!(bed.daemon.domains(), [1]);
-    // And in earnest.
+    // Now a correct conversation.
     let mut qmp = bed.talk();
     guest.stop_rings();
     writeln!(qmp, "{RESET}").expect("taken");
@@ -190,15 +193,15 @@ fn a_socket_that_hangs_up_at_once_is_left_alone_for_longer_and_longer() {
     while begun.elapsed() < Duration::from_secs(2) {
         count += usize::from(bed.accept(Duration::from_millis(100)).is_some());
     }
-    // After 0.1, 0.3, 0.7 and 1.5 seconds.
+    // The attempts come after 0.1, 0.3, 0.7 and 1.5 seconds.
     assert!((2..=6).contains(&count), "{count} attempts");
-    // Nothing is tried for a VM that is gone.
+    // The daemon does not connect for a VM that is gone.
     drop(guest);
     bed.daemon
         .wait_for("the end", || bed.daemon.status()["connected"] == false);
     while bed.accept(Duration::from_millis(100)).is_some() {}
     assert!(bed.accept(Duration::from_secs(3)).is_none());
-    // Nor does it keep the daemon from its end.
+    // The attempts do not delay the end of the daemon.
     bed.daemon.terminate();
     assert!(bed.daemon.wait_for_end().success());
 }

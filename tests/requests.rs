@@ -1,5 +1,5 @@
-//! Every request over the real socket: statuses, used lengths and effects, as the virtio
-//! specification's IOMMU chapter gives them.
+//! Every request over the real socket. Statuses, used lengths and effects must be those of the
+//! IOMMU chapter of the virtio specification.
 
 #![allow(
     clippy::unwrap_used,
@@ -36,7 +36,7 @@ fn boot_without(without: u64) -> (Daemon, Guest) {
     (daemon, guest)
 }
 
-/// Every way a driver may lay out a request of so many bytes in a ring of 256.
+/// All layouts in which a driver may put a request of these lengths into a ring of 256 entries.
 fn layouts(readable: usize, writable: usize) -> Vec<Layout> {
     let mut layouts = vec![Layout::plain(readable, writable)];
     for size in [1, 2, 3, 4, 7, 8, 16, 33] {
@@ -53,7 +53,7 @@ fn layouts(readable: usize, writable: usize) -> Vec<Layout> {
             layouts.push(Layout::cut(readable, writable, size, table));
         }
     }
-    // Cut at every place of either part.
+    // Each part cut in two at every offset.
     for at in 1..readable {
         layouts.push(Layout {
             readable: vec![at, readable - at],
@@ -69,7 +69,7 @@ fn layouts(readable: usize, writable: usize) -> Vec<Layout> {
                 table,
             });
         }
-        // The tail may lie across two descriptors.
+        // The tail may span two descriptors.
         let at = writable - at;
         layouts.push(Layout {
             readable: vec![readable],
@@ -127,7 +127,8 @@ fn the_layout_over_descriptors_makes_no_difference() {
     }
 }
 
-/// DETACH of the test above, in the same cut as the ATTACH (both readable parts have 20 bytes).
+/// Sends the DETACH of the test above with the cut of its ATTACH (both readable parts have 20
+/// bytes).
 fn detach_in(guest: &mut Guest, layout: &Layout) -> u8 {
     guest.request_in(&wire::detach(1, EP), layout).status()
 }
@@ -282,7 +283,7 @@ fn attach_makes_a_domain_and_detach_of_the_last_endpoint_ends_it() {
     assert_eq!(guest.detach(7, EP2), OK);
     assert!(daemon.domains().is_empty());
     assert_eq!(guest.map_page(7, 0x1000, 0x5000), NOENT);
-    // The same number is a new, empty domain.
+    // The same ID now names a new, empty domain.
     assert_eq!(guest.attach(7, EP), OK);
     assert_eq!(daemon.gpa_of(EP, 0x1000), None);
     assert!(daemon.mappings(7).is_empty());
@@ -294,7 +295,7 @@ fn attach_again_to_the_same_domain_keeps_its_mappings() {
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
     assert_eq!(guest.attach(1, EP), OK);
-    // The specification has it as DETACH and ATTACH only for *another* domain.
+    // The specification treats only an ATTACH to *another* domain as DETACH and ATTACH.
     assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
 }
 
@@ -308,7 +309,7 @@ fn attach_moves_an_endpoint() {
     assert_eq!(guest.map_page(2, 0x1000, 0x9000), OK);
     assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x9000));
     assert_eq!(daemon.gpa_of(EP2, 0x1000), Some(0x5000));
-    // The last one leaves: domain 1 is gone.
+    // The last endpoint leaves domain 1, which ends it.
     assert_eq!(guest.attach(2, EP2), OK);
     assert_eq!(daemon.domains(), [2]);
     assert_eq!(daemon.gpa_of(EP2, 0x1000), Some(0x9000));
@@ -492,7 +493,7 @@ fn map_refuses_bad_ranges() {
     let top = 1_u64 << 52;
     assert_eq!(guest.attach(1, EP), OK);
     for (first, last, gpa, status) in [
-        // The end before the start, or as a length of zero.
+        // The end lies before the start, as in a length of zero.
         (0x2000, 0x1fff, 0, INVAL),
         (0x2000, 0, 0, INVAL),
         (u64::MAX, 0, 0, INVAL),
@@ -562,7 +563,7 @@ fn map_and_unmap_need_a_live_domain() {
     assert_eq!(guest.unmap(3, 0x1000, 0x1fff), NOENT);
 }
 
-/// The specification's numbered examples of UNMAP, with one address as one page.
+/// The specification's numbered examples of UNMAP; one address there is one page here.
 #[test]
 fn the_worked_examples_of_unmap() {
     let (daemon, mut guest) = boot();
@@ -600,7 +601,7 @@ fn the_worked_examples_of_unmap() {
 fn unmap_never_splits_and_never_removes_half() {
     let (daemon, mut guest) = boot();
     assert_eq!(guest.attach(1, EP), OK);
-    // Leaves of all sizes, one MAP each.
+    // Leaves of all sizes, each mapped by one MAP.
     assert_eq!(guest.map(1, 0x1000, 0x1fff, 0, RW), OK);
     assert_eq!(guest.map(1, 0x20_0000, 0x3f_ffff, 0x20_0000, RW), OK);
     assert_eq!(guest.map(1, 0x4000_0000, 0x7fff_ffff, 0x4000_0000, RW), OK);
@@ -683,7 +684,7 @@ fn probe_fills_its_properties_with_zeros() {
         }
         assert!(regions.iter().filter(|region| region.subtype == 1).count() <= 1);
     }
-    // More room than asked for is no error.
+    // A buffer longer than `probe_size` is no error.
     let reply = guest.probe_sized(EP, size + 100);
     assert_eq!(reply.status(), OK);
     wire::parse_properties(&reply.bytes[..size + 100]);
@@ -729,7 +730,7 @@ fn the_daemon_counts_requests_by_outcome() {
     assert_eq!(requests["detach"]["inval"], 1, "{requests}");
 }
 
-/// The three endpoints, with keys for the whole VM and for each endpoint.
+/// Starts a daemon with three endpoints; the arguments are keys of the VM and of each endpoint.
 fn config(vm: &str, endpoints: [&str; 3]) -> Daemon {
     let mut toml = format!("address = \"00:05.0\"\n{vm}\n");
     for (slot, keys) in (6..).zip(endpoints) {
@@ -780,9 +781,13 @@ fn reserved_regions_are_told_and_kept() {
         }
         assert_eq!(guest.map_page(1, region.start - 0x1000, 0), OK);
         assert_eq!(guest.map_page(1, region.end + 1, 0), OK);
-        assert_eq!(guest.unmap(1, 0, u64::MAX), OK, "regions are no mappings");
+        assert_eq!(
+            guest.unmap(1, 0, u64::MAX),
+            OK,
+            "an UNMAP of everything skips regions"
+        );
     }
-    // In bypass mode too, a region is not memory.
+    // A reserved region is not memory in bypass mode, either.
     assert_eq!(guest.attach_bypass(2, EP2), OK);
     assert_eq!(daemon.gpa_of(EP2, 0xfedf_ffff), Some(0xfedf_ffff));
     assert_eq!(daemon.gpa_of(EP2, 0xfee0_0000), None);
@@ -805,11 +810,11 @@ fn an_endpoint_whose_regions_are_mapped_cannot_join() {
     assert_eq!(guest.attach(2, EP), OK);
     assert_eq!(guest.map_page(2, 0x1000, 0x5000), OK);
     assert_eq!(guest.attach(1, EP), UNSUPP);
-    // It stays where it was.
+    // The endpoint stays in its old domain.
     assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
     assert_eq!(guest.unmap(1, 0x700_0000, 0x8ff_ffff), OK);
     assert_eq!(guest.attach(1, EP), OK);
-    // Now the region counts for the whole domain, until the endpoint leaves.
+    // From now on the region counts for the whole domain, until the endpoint leaves.
     assert_eq!(guest.map(1, 0x700_0000, 0x8ff_ffff, 0, RW), INVAL);
     assert_eq!(guest.detach(1, EP), OK);
     assert_eq!(guest.map(1, 0x700_0000, 0x8ff_ffff, 0, RW), OK);
@@ -853,7 +858,7 @@ fn endpoints_of_one_group_stay_in_one_domain() {
     assert_eq!(daemon.domains(), [1]);
     assert_eq!(guest.attach(2, EP3), OK, "another group");
     assert_eq!(guest.attach(1, EP2), OK);
-    // A driver moves a group one endpoint at a time; whoever is left behind is blocked.
+    // A driver moves a group one endpoint at a time; the endpoints that have not moved are blocked.
     assert_eq!(guest.attach(3, EP), OK);
     assert_eq!(guest.map_page(3, 0x1000, 0x9000), OK);
     assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x9000));
@@ -884,7 +889,7 @@ fn the_address_width_bounds_the_input_range() {
         assert_eq!(daemon.gpa_of(EP, u64::MAX), None);
         assert_eq!(guest.unmap(1, end - 0xfff, u64::MAX), OK);
         assert_eq!(daemon.gpa_of(EP, end), None);
-        // Everything at once, as far as guest-physical addresses reach.
+        // One mapping of the whole address space, up to the highest guest-physical address.
         let last = end.min((1 << 52) - 1);
         assert_eq!(guest.map(1, 0, last, 0, RW), OK);
         assert_eq!(daemon.gpa_of(EP, last), Some(last));
@@ -916,7 +921,7 @@ fn the_granule_is_told_and_kept() {
         ] {
             assert_eq!(guest.map(1, first, last, gpa, RW), RANGE, "{name}");
         }
-        // One byte shared with the MSI window is enough, however large the pages.
+        // A mapping that shares one byte with the MSI window is refused, whatever the granule.
         let first = 0xfee0_0000 & !(size - 1);
         assert_eq!(
             guest.map(1, first, first + size - 1, 0, RW),

@@ -1,4 +1,5 @@
-//! The daemon as a service: readiness, the watchdog, socket activation, with the test as service manager.
+//! The daemon as a service: readiness, watchdog and socket activation. The test is the service
+//! manager.
 
 #![allow(
     clippy::expect_used,
@@ -24,12 +25,12 @@ use common::wire::OK;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long the daemon may be silent.
+/// The interval in which the daemon must send WATCHDOG=1.
 const WATCHDOG: Duration = Duration::from_millis(400);
-/// Longer than the daemon ever is when all is well, on a machine that does much else.
+/// Longer than a healthy daemon is ever silent, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The daemon, started as a service manager would.
+/// A daemon, started like a service manager starts it.
 struct Service {
     child: Child,
     manager: UnixDatagram,
@@ -37,12 +38,13 @@ struct Service {
 }
 
 impl Service {
-    /// With a socket of its own.
+    /// Starts a daemon that makes its own socket.
     fn start() -> Self {
         Self::spawn(None, &[("LISTEN_FDS", "2")])
     }
 
-    /// Handed `listener` as descriptor 3, and told so.
+    /// Starts a daemon that gets `listener` as descriptor 3, with the variables of socket
+    /// activation.
     fn activated_by(listener: UnixListener) -> Self {
         Self::spawn(Some(listener), &[])
     }
@@ -52,14 +54,15 @@ impl Service {
         let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
         manager.set_read_timeout(Some(PATIENCE)).expect("a socket");
         let mut command = Command::new("sh");
-        // The shell's number is the daemon's after exec, as the service manager knows it.
+        // `exec` keeps the shell's process ID, so the variables can name the process ID of the
+        // daemon.
         let script = match &listener {
             Some(_) => "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null",
             None => "exec \"$0\" \"$@\"",
         };
         command.args(["-c", script, env!("CARGO_BIN_EXE_vhost-device-iommu")]);
         if listener.is_some() {
-            // Overridden by what is handed over.
+            // A descriptor that is passed overrides this path.
             let file = folder.path().join("vm.toml");
             fs::write(&file, "socket = \"/nonexistent/vm.sock\"\n").expect("a file");
             command.arg("--config").arg(file);
@@ -93,7 +96,7 @@ impl Service {
         fs::read_to_string(self.path("log")).expect("its log")
     }
 
-    /// What the service manager hears next.
+    /// Receives the next notification.
     fn hear(&self) -> String {
         let mut bytes = [0; 128];
         let len = self.manager.recv(&mut bytes);
@@ -101,7 +104,7 @@ impl Service {
         String::from_utf8_lossy(&bytes[..len]).into_owned()
     }
 
-    /// What it has heard for as long as told.
+    /// Receives all notifications for `time`.
     fn hear_for(&self, time: Duration) -> Vec<String> {
         let until = Instant::now() + time;
         let mut heard = Vec::new();
@@ -120,14 +123,15 @@ impl Service {
     #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
     fn end(&mut self) -> ExitStatus {
         let pid = libc::pid_t::try_from(self.child.id()).expect("a process id");
-        // SAFETY: no pointer is passed, and the child is not reaped yet, so the number is its own.
+        // SAFETY: no pointer is passed, and the child is not reaped yet, so the process ID is its
+        // own.
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("a child") {
                 return status;
             }
-            assert!(Instant::now() < deadline, "it does not end");
+            assert!(Instant::now() < deadline, "the daemon does not end");
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -152,7 +156,7 @@ fn the_manager_hears_of_start_life_and_end() {
     assert_eq!(service.hear(), "READY=1");
     assert!(
         service.path("vhost.sock").exists() && service.path("control.sock").exists(),
-        "ready is who listens"
+        "the daemon listens before it is ready"
     );
     assert_eq!(service.hear(), "WATCHDOG=1", "waiting for a VMM");
     let mut guest = guest(&service.path("vhost.sock"));
@@ -181,18 +185,18 @@ fn a_worker_that_hangs_is_not_vouched_for() {
     assert_eq!(service.hear(), "READY=1");
     let mut guest = Guest::connect_to(service.path("vhost.sock"), Setup::default());
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
     writer.write_all(&[0; 3]).expect("three bytes");
-    // SAFETY: the descriptor was just given up by its owner.
+    // SAFETY: `into_raw_fd` has just given up ownership of the descriptor.
     guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
     guest.driver_ok();
-    // One may be under way.
+    // One notification may be under way.
     service.hear_for(WATCHDOG);
     let heard = service.hear_for(WATCHDOG * 3);
     assert!(heard.is_empty(), "{heard:?}");
     let log = service.log();
     assert!(log.contains("no sign of life from: the worker;"), "{log}");
-    // The rest comes, and with it life.
+    // With the remaining bytes the worker continues, and so do the notifications.
     writer.write_all(&[0; 5]).expect("five bytes");
     assert_eq!(service.hear(), "WATCHDOG=1");
 }
@@ -202,7 +206,7 @@ fn a_control_client_without_a_question_delays_and_does_not_end_the_signs() {
     let service = Service::start();
     assert_eq!(service.hear(), "READY=1");
     let _silent = UnixStream::connect(service.path("control.sock")).expect("a connection");
-    // The client has two seconds.
+    // The daemon gives the client two seconds.
     assert_eq!(service.hear(), "WATCHDOG=1");
 }
 
@@ -212,15 +216,18 @@ fn a_socket_that_is_handed_over_is_served_and_left_alone() {
     let path = folder.path().join("vm.sock");
     let listener = UnixListener::bind(&path).expect("a socket");
     let kept = listener.try_clone().expect("a descriptor");
-    // Who connects first is served once there is a daemon.
+    // A connection made before the daemon starts is served once the daemon runs.
     let early = connect(&path);
     let mut service = Service::activated_by(listener);
     assert_eq!(service.hear(), "READY=1", "{}", service.log());
     drop(early);
     assert_eq!(guest(&path).attach(1, EP), OK);
     assert_eq!(service.end().code(), Some(0));
-    assert!(path.exists(), "the manager's, not the daemon's");
-    // The next one goes on with it.
+    assert!(
+        path.exists(),
+        "the daemon must not remove the manager's socket"
+    );
+    // The next daemon serves the same socket.
     let again = Service::activated_by(kept);
     assert_eq!(again.hear(), "READY=1", "{}", again.log());
     assert_eq!(guest(&path).attach(1, EP), OK);

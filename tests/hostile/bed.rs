@@ -5,13 +5,13 @@ use crate::common::guest::{Guest, LOW_LEN, POISON};
 use crate::common::ring::{Desc, WRITE};
 use crate::common::wire::{self, IOERR, OK};
 
-/// Where hand-made requests are put.
+/// Guest-physical address of a request written by hand.
 pub const REQUEST: u64 = 0x1_0000;
-/// Where hand-made tails are put.
+/// Guest-physical address of its tail.
 pub const TAIL_AT: u64 = 0x2_0000;
-/// Where hand-made indirect tables are put.
+/// Guest-physical address of an indirect table written by hand.
 pub const TABLE: u64 = 0x3_0000;
-/// No memory from here to the rings' slot.
+/// The guest has no memory from here to the slot of the rings.
 pub const HOLE: u64 = LOW_LEN;
 
 pub fn boot() -> (Daemon, Guest) {
@@ -20,7 +20,7 @@ pub fn boot() -> (Daemon, Guest) {
     (daemon, guest)
 }
 
-/// The daemon is alive and a full round of legal requests gives what it should.
+/// Asserts that the daemon is alive and answers a full round of legal requests correctly.
 pub fn assert_serves(daemon: &Daemon, guest: &mut Guest) {
     daemon.assert_alive();
     let domain = 0x77;
@@ -31,7 +31,7 @@ pub fn assert_serves(daemon: &Daemon, guest: &mut Guest) {
     assert_eq!(guest.detach(domain, EP3), OK);
 }
 
-/// Puts an ATTACH at [`REQUEST`] and poison at [`TAIL_AT`].
+/// Writes an ATTACH at [`REQUEST`] and poison at [`TAIL_AT`].
 pub fn put_attach(guest: &Guest) {
     guest.memory.write(REQUEST, &wire::attach(1, EP, 0));
     guest.memory.write(TAIL_AT, &[POISON; 64]);
@@ -47,7 +47,7 @@ pub fn tail_desc(flags: u16, next: u16) -> Desc {
     Desc::new(TAIL_AT, 4, WRITE | flags, next)
 }
 
-/// The chain comes back with length 0, no byte written and no domain made.
+/// Asserts that the device returns the chain with length 0, writes no byte and makes no domain.
 pub fn assert_dropped(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(u16, Desc)]) {
     put_attach(guest);
     assert_eq!(guest.raw_back(0, descs), 0, "{name}");
@@ -55,7 +55,8 @@ pub fn assert_dropped(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(
     assert!(daemon.domains().is_empty(), "{name}");
 }
 
-/// The chain comes back with IOERR in the tail at [`TAIL_AT`] and no domain made.
+/// Asserts that the device returns the chain with IOERR in the tail at [`TAIL_AT`] and makes no
+/// domain.
 pub fn assert_io_error(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(u16, Desc)]) {
     put_attach(guest);
     assert_eq!(guest.raw_back(0, descs), 4, "{name}");
@@ -63,7 +64,7 @@ pub fn assert_io_error(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[
     assert!(daemon.domains().is_empty(), "{name}");
 }
 
-/// Processor time the daemon has used, in ticks of 10 ms.
+/// Processor time of the daemon, in ticks of 10 ms.
 pub fn cpu_ticks(daemon: &Daemon) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
     let fields: Vec<&str> = text.rsplit(") ").next().unwrap().split(' ').collect();

@@ -16,19 +16,19 @@ fn chains_that_loop() {
     assert_dropped(
         &daemon,
         &mut guest,
-        "to itself",
+        "head links to itself",
         &[(0, request_desc(NEXT, 0))],
     );
     assert_dropped(
         &daemon,
         &mut guest,
-        "back to the head",
+        "tail links back to the head",
         &[(0, request_desc(NEXT, 1)), (1, tail_desc(NEXT, 0))],
     );
     assert_dropped(
         &daemon,
         &mut guest,
-        "the tail to itself",
+        "tail links to itself",
         &[(0, request_desc(NEXT, 1)), (1, tail_desc(NEXT, 1))],
     );
     let ring: Vec<(u16, Desc)> = (0..256)
@@ -39,7 +39,7 @@ fn chains_that_loop() {
             )
         })
         .collect();
-    assert_dropped(&daemon, &mut guest, "through the whole table", &ring);
+    assert_dropped(&daemon, &mut guest, "loop through the whole table", &ring);
     assert_serves(&daemon, &mut guest);
 }
 
@@ -56,7 +56,7 @@ fn next_indices_out_of_range() {
             &[(0, request_desc(NEXT, 1)), (1, tail_desc(NEXT, next))],
         );
     }
-    // Without NEXT the field means nothing.
+    // Without NEXT, the device ignores the field.
     put_attach(&guest);
     let descs = [(0, request_desc(NEXT, 1)), (1, tail_desc(0, 0xffff))];
     assert_eq!(guest.raw_back(0, &descs), 4);
@@ -108,8 +108,8 @@ fn everything_readable_or_everything_writable() {
         "a readable tail",
         &[(0, request_desc(NEXT, 1)), (1, Desc::new(TAIL_AT, 4, 0, 0))],
     );
-    // All writable: no request to parse, but a tail that can be found. Nothing may be done, and
-    // what is written must be a failure.
+    // All writable: the device finds a tail, but no request to decode. It must do nothing, and the
+    // status that it writes must be a failure.
     put_attach(&guest);
     let descs = [
         (0, Desc::new(REQUEST, 20, WRITE | NEXT, 1)),
@@ -147,7 +147,7 @@ fn tails_outside_memory() {
             ],
         );
     }
-    // The padding before a good tail lies outside, the end of the tail does.
+    // The padding before the tail lies outside memory, the tail itself inside.
     for (first, last) in [
         (Desc::new(HOLE, 16, WRITE | NEXT, 2), tail_desc(0, 0)),
         (
@@ -202,7 +202,7 @@ fn requests_outside_memory() {
             (2, tail_desc(0, 0)),
         ],
     );
-    // A request may lie across two slots only where they touch.
+    // A request may span two slots only if they are adjacent.
     guest.add_region(Region::new(HOLE, 0x1000));
     let at = HOLE - 10;
     guest.memory.write(at, &wire::attach(1, EP, 0)[..10]);
@@ -251,7 +251,7 @@ fn descriptor_lengths_at_their_extremes() {
             }
         }
     }
-    // Descriptors of length 0 on the way.
+    // Descriptors of length 0 between the others.
     for table in [Table::Direct, Table::Indirect] {
         let layout = Layout {
             readable: vec![0, 4, 0, 16, 0],
@@ -373,8 +373,8 @@ fn indirect_tables_of_every_wrong_kind() {
     assert_dropped(&daemon, &mut guest, "a loop", &indirect(TABLE, 32, 0));
     put(&guest, TABLE, &[tail_desc(NEXT, 1), request_desc(0, 0)]);
     assert_dropped(&daemon, &mut guest, "tail first", &indirect(TABLE, 32, 0));
-    // NEXT beside INDIRECT is forbidden to the driver; WRITE beside it means nothing. Whatever
-    // comes of it is one answer, and none for what follows.
+    // The driver must not set NEXT beside INDIRECT; WRITE beside it has no meaning. The device may
+    // answer the chain in any way, but it must return it exactly once and serve the next one.
     for flags in [NEXT, WRITE, NEXT | WRITE] {
         put(&guest, TABLE, &good);
         put_attach(&guest);
@@ -416,7 +416,7 @@ fn requests_and_tails_at_odd_addresses() {
         assert_eq!(
             guest.memory.read(TAIL_AT, 64),
             want,
-            "no byte beside the tail"
+            "no byte outside the tail is written"
         );
         assert_eq!(guest.detach(1, EP), OK);
     }

@@ -23,7 +23,7 @@ fn a_group_moved_to_and_fro_and_resets_do_not_fill_the_log() {
         guest.reboot();
         assert_eq!(guest.attach(1, 0x40), OK);
     }
-    // Heads that are not in the ring: nothing comes back for them.
+    // Heads that are not in the ring: the device returns nothing for them.
     for _ in 0..500 {
         guest.raw(0xfff0, &[], Duration::ZERO);
     }
@@ -39,13 +39,13 @@ fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
     let layout = Layout::plain(36, TAIL);
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.attach(2, EP2), OK);
-    // The other domain is at work.
+    // The endpoint of the other domain has mappings, too.
     for page in 1..=8 {
         assert_eq!(guest.map_page(2, page << 12, page << 13), OK);
     }
     let limit = daemon.status()["arena"]["limit_bytes"].as_u64().unwrap();
     assert_eq!(limit, 1 << 20);
-    // One page in each 2 MiB: a table for each mapping.
+    // One page in each 2 MiB, so that each mapping needs a table of its own.
     let mut made = 0;
     let mut refused = 0;
     for round in 0..100_u64 {
@@ -77,7 +77,7 @@ fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
     assert!(used > limit / 2, "{used} of {limit}");
     let grown = daemon.rss_kib().saturating_sub(rss);
     assert!(grown < 1024 + 4096, "{grown} KiB more than at the start");
-    // The other domain: old mappings, small new ones in tables it has, unmap.
+    // The other domain keeps its mappings, can add small ones to tables that it has, and can unmap.
     for page in 1..=8 {
         assert_eq!(daemon.gpa_of(EP2, page << 12), Some(page << 13));
     }
@@ -86,7 +86,7 @@ fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
     assert_eq!(guest.unmap(2, 0x1000, 0x1fff), OK);
     assert_eq!(daemon.gpa_of(EP2, 0x1000), None);
     assert_eq!(guest.map_page(2, 0x1000, 0x7000), OK);
-    // Small domains may have new tables still, old ones and new ones.
+    // Small domains, old and new, can still get new tables.
     assert_eq!(guest.map_page(2, 0x4000_0000, 0x7000), OK);
     assert_eq!(guest.attach(3, EP3), OK);
     assert_eq!(guest.map_page(3, 0x4000_0000, 0x3000), OK);
@@ -94,7 +94,7 @@ fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
     assert_eq!(guest.map_page(1, 0x7f_0000_0000, 0), NOMEM);
     assert_eq!(guest.detach(3, EP3), OK);
     assert_eq!(guest.detach(2, EP2), OK);
-    // What the flood took comes back whole.
+    // The arena gets back all the memory that the flood took.
     assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
     assert!(daemon.mappings(1).is_empty());
     assert_eq!(guest.attach(2, EP2), OK);

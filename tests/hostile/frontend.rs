@@ -24,9 +24,9 @@ fn a_kick_descriptor_that_blocks_does_not_outlive_sigterm() {
     let daemon = Daemon::start();
     let mut guest = Guest::connect(&daemon, Setup::default());
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
     writer.write_all(&[0; 3]).expect("three bytes");
-    // SAFETY: the descriptor was just given up by its owner.
+    // SAFETY: `into_raw_fd` has just given up ownership of the descriptor.
     guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
     guest.driver_ok();
     daemon.terminate();
@@ -35,15 +35,19 @@ fn a_kick_descriptor_that_blocks_does_not_outlive_sigterm() {
         if let Some(status) = daemon.exit_status() {
             break status;
         }
-        assert!(Instant::now() < deadline, "SIGTERM is ignored");
+        assert!(Instant::now() < deadline, "the daemon ignores SIGTERM");
         std::thread::sleep(Duration::from_millis(20));
     };
-    assert_eq!(status.code(), Some(1), "not an orderly end");
+    assert_eq!(
+        status.code(),
+        Some(1),
+        "the daemon reports that a thread did not end"
+    );
     assert!(!daemon.socket().exists() && !daemon.control_socket().exists());
     drop(writer);
 }
 
-/// A vhost-user message.
+/// The bytes of a vhost-user message.
 fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for word in [request, flags, body.len() as u32] {
@@ -70,7 +74,8 @@ fn garbage_on_the_vhost_user_socket() {
                 message(rng.below(50) as u32, 1, &body)
             }
             2 => {
-                // A length that is not there, or is far too much.
+                // A header that declares a body that does not follow, or a body that is far too
+                // long.
                 let mut bytes = message(rng.below(50) as u32, 9, &[]);
                 bytes[8..12].copy_from_slice(&rng.u32().to_ne_bytes());
                 bytes
@@ -84,7 +89,7 @@ fn garbage_on_the_vhost_user_socket() {
                 bytes
             }
         };
-        // The daemon may hang up in the middle.
+        // The daemon may close the connection in the middle.
         let _ = stream.write_all(&bytes);
         let _ = stream.shutdown(Shutdown::Write);
         drop(stream);
@@ -108,7 +113,7 @@ fn a_disconnect_in_the_middle_of_a_message() {
     }
     let mut guest = Guest::boot(&daemon);
     assert_serves(&daemon, &mut guest);
-    // And in the middle of traffic, rings running.
+    // The frontend also disconnects in the middle of traffic, with running rings.
     for _ in 0..20 {
         drop(guest);
         guest = Guest::boot(&daemon);
@@ -144,7 +149,7 @@ fn file_descriptors_nobody_asked_for() {
     assert!(fds < 200, "{fds} descriptors open");
 }
 
-/// What a frontend may get wrong about one region.
+/// The description of one region; each argument can be wrong.
 fn region(gpa: u64, len: u64, user: u64, offset: u64, fd: i32) -> VhostUserMemoryRegionInfo {
     VhostUserMemoryRegionInfo {
         guest_phys_addr: gpa,
@@ -193,7 +198,7 @@ fn memory_regions_that_are_not_there() {
         assert_eq!(guest.attach(1, EP), OK);
         let added = guest.frontend.add_mem_region(&info);
         if added.is_ok() {
-            // Taken: then a request inside it must not bring the daemon down.
+            // The daemon accepted the region. A request inside it must not crash the daemon.
             for addr in [
                 info.guest_phys_addr,
                 info.guest_phys_addr.wrapping_add(0x1_0000),
@@ -235,7 +240,7 @@ fn removing_regions_that_were_never_added() {
         drop(guest);
         daemon.assert_alive();
     }
-    // The rings' own slot goes away under running rings.
+    // The frontend removes the slot of the rings while they run.
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
     let info = guest
@@ -252,7 +257,7 @@ fn removing_regions_that_were_never_added() {
     let before = cpu_ticks(&daemon);
     std::thread::sleep(Duration::from_millis(500));
     let spent = cpu_ticks(&daemon) - before;
-    assert!(spent <= 10, "{spent} ticks spent on a ring that is gone");
+    assert!(spent <= 10, "{spent} ticks spent on a ring without memory");
     drop(guest);
     let mut guest = Guest::boot(&daemon);
     assert_serves(&daemon, &mut guest);
@@ -290,7 +295,7 @@ fn wild_ring_addresses_and_sizes() {
             avail_ring_addr: avail,
             log_addr: None,
         };
-        // Any of these may be refused, and the link closed with it.
+        // The daemon may refuse any of these and close the connection.
         let queue = &guest.requests;
         let _ = guest.frontend.set_vring_num(0, 256);
         let _ = guest.frontend.set_vring_base(0, 0);
@@ -341,7 +346,7 @@ fn rings_started_before_anything_else() {
     let _ = guest.frontend.set_features(u64::MAX);
     daemon.assert_alive();
     drop(guest);
-    // Configuration writes that are too long or far outside.
+    // Writes to the configuration space that are too long or far outside.
     let mut guest = Guest::boot(&daemon);
     for (offset, len) in [(0, 256), (36, 220), (255, 1), (0, 41)] {
         guest.set_config(offset, &vec![0xff; len]);
@@ -380,7 +385,7 @@ fn a_hundred_connections_leave_nothing_behind() {
     );
     let rss_now = daemon.rss_kib();
     assert!(rss_now <= rss + 1024, "{rss} KiB became {rss_now}");
-    // Bare connections, and ones that stop half way.
+    // Connections without any message, and connections that stop in the middle of one.
     for count in 0..100 {
         if count % 2 == 0 {
             drop(daemon.stream());

@@ -1,5 +1,5 @@
-//! A driver and a VMM that mean harm. Whatever they do, the daemon lives, stays within its
-//! memory, logs within reason, and serves the next legal request.
+//! A hostile driver and a hostile VMM. Whatever they do, the daemon must stay alive, bound its
+//! memory and its log, and serve the next legal request.
 
 #![allow(
     clippy::unwrap_used,

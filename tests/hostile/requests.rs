@@ -49,7 +49,7 @@ const EDGES_32: [u32; 12] = [
     0x55,
 ];
 
-/// Sends requests as fast as the ring takes them; the statuses, in order.
+/// Sends requests as fast as the ring accepts them. Returns their statuses, in order.
 fn pipeline(guest: &mut Guest, requests: &[Vec<u8>], writable: usize) -> Vec<u8> {
     let mut statuses = Vec::with_capacity(requests.len());
     for batch in requests.chunks(100) {
@@ -69,8 +69,8 @@ fn every_field_at_its_extremes_in_combination() {
     let (daemon, mut guest) = boot();
     let config = guest.config();
     let in_range = |domain: u32| (config.domains.0..=config.domains.1).contains(&domain);
-    // A reference of what may succeed, taken from the specification's order-free conditions: a
-    // request may be OK only where none of its fields is wrong.
+    // The reference for what may succeed comes from those conditions of the specification that do
+    // not depend on order: a request may be OK only if none of its fields is wrong.
     let live = |daemon: &Daemon| daemon.domains();
 
     // ATTACH and DETACH.
@@ -103,7 +103,7 @@ fn every_field_at_its_extremes_in_combination() {
         } else if !in_range(domain) {
             vec![RANGE]
         } else if attach {
-            // INVAL where the flag is not the domain's.
+            // INVAL if the domain was made with the other flag.
             vec![OK, INVAL]
         } else {
             vec![OK, INVAL]
@@ -167,12 +167,12 @@ fn every_field_at_its_extremes_in_combination() {
         } else if status == OK {
             mapped += 1;
         } else {
-            // An overlap with what an earlier request mapped or with a reserved region, or more
-            // small pages than there are tables for.
+            // The range overlaps an earlier mapping or a reserved region, or it needs more tables
+            // than the arena has.
             assert!(status == INVAL || status == NOMEM, "{request:x?}");
         }
     }
-    assert!(mapped > 30, "{mapped} requests of these are legal");
+    assert!(mapped > 30, "{mapped} of these requests succeeded");
     assert!(daemon.mappings(1).is_empty());
 
     // PROBE.
@@ -201,7 +201,7 @@ fn one_request_takes_bounded_time() {
     let mut slowest = Duration::ZERO;
     for _ in 0..20 {
         for (first, last, gpa) in [
-            // Large pages throughout, then small ones only: more than the arena can hold.
+            // Large pages only, then small pages only: these need more tables than the arena holds.
             (start, end, 0),
             (start, end, 0x4000_0000),
             (start, end, 0x1000),
@@ -218,7 +218,7 @@ fn one_request_takes_bounded_time() {
         }
     }
     assert!(slowest < Duration::from_secs(2), "{slowest:?}");
-    // The most one request can fill: half an arena of leaves.
+    // The largest mapping that one request can make: it fills half of the arena with leaves.
     let limit = daemon.status()["arena"]["limit_bytes"].as_u64().unwrap();
     let bytes = (limit / 16) << 12;
     let before = Instant::now();
@@ -245,9 +245,9 @@ fn requests_that_take_long_keep_the_vmm_waiting_for_one_of_them_only() {
     }
     guest.kick();
     guest.complete();
-    // The rest is not waited for.
+    // The stop of the ring does not wait for the remaining requests.
     let done = guest.stop_rings()[0];
-    assert!(done < 1 + 2 * rounds, "all {done} requests were done first");
+    assert!(done < 1 + 2 * rounds, "the stop waited for {done} requests");
     guest.driver_ok();
     for _ in 1..2 * rounds {
         assert_eq!(guest.complete().1.status(), OK);

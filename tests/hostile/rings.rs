@@ -26,7 +26,8 @@ fn heads_out_of_range() {
     guest.requests.set_desc(&guest.memory, 1, tail_desc(0, 0));
     guest.requests.publish(&guest.memory, 0);
     guest.kick();
-    // A wild head names no buffer to give back: the next good chain is what must come.
+    // A wild head names no buffer that the device could return: the first one returned is the next
+    // good chain.
     let mut back = guest.wait_used(Duration::from_secs(10));
     while back.is_some_and(|(head, _)| head != 0) {
         back = guest.wait_used(Duration::from_secs(10));
@@ -120,7 +121,7 @@ fn a_driver_that_writes_its_rings_while_they_are_read() {
                 .set_desc(&guest.memory, rng.below(256) as u16, desc);
         }
         let rings = guest.requests.used + 6 + 8 * 256 - RING_RAM;
-        // Any bytes anywhere in the rings, indices included.
+        // Overwrites any bytes of the rings, indices included.
         let len = 1 + rng.below(16) as usize;
         let at = RING_RAM + rng.below(rings - 16);
         let bytes = rng.bytes(len);

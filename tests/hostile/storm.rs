@@ -12,7 +12,7 @@ use crate::common::rng::Rng;
 use crate::common::wire::{self};
 use crate::requests::EDGES_64;
 
-/// One random descriptor. Its buffer is never in the rings' slot.
+/// Makes one random descriptor. Its buffer never lies in the slot of the rings.
 pub fn random_desc(rng: &mut Rng, size: u16) -> Desc {
     let addr = match rng.below(16) {
         0 => rng.u64(),
@@ -36,7 +36,7 @@ pub fn random_desc(rng: &mut Rng, size: u16) -> Desc {
         4 => 0x1_0000 + rng.below(3) as u32 - 1,
         _ => rng.below(96) as u32,
     };
-    // A buffer that begins below the rings must not reach them.
+    // A buffer that begins below the rings must not extend into them.
     let len = if addr < RING_RAM && addr + u64::from(len) > RING_RAM {
         96
     } else {
@@ -57,7 +57,7 @@ pub fn random_desc(rng: &mut Rng, size: u16) -> Desc {
     Desc::new(addr, len, flags, next)
 }
 
-/// A request with legal type and shape, and fields that are often right.
+/// Makes a request with a known type and the right length. Its fields are often legal.
 fn random_request(rng: &mut Rng) -> Vec<u8> {
     let domain = if rng.one_in(8) {
         rng.u32()
@@ -105,13 +105,14 @@ fn random_request(rng: &mut Rng) -> Vec<u8> {
     request
 }
 
-/// Sends `total` requests: some well formed and wrong, some chains of pure garbage.
+/// Sends `total` requests: some well formed with wrong fields, some chains of random bytes.
 fn storm(daemon: &Daemon, guest: &mut Guest, seed: u64, total: usize) {
     let mut rng = Rng::new(seed);
     let size = guest.requests.size;
     let mut sent = 0;
     while sent < total {
-        // A batch of chains with heads 0, 8, 16, ..., each with its own descriptors at first.
+        // A batch of chains with heads 0, 8, 16, .... At first, each chain has descriptors of its
+        // own.
         let batch = 1 + rng.below(32) as u16;
         if rng.one_in(4) {
             for slot in 0..256 {
@@ -146,7 +147,7 @@ fn storm(daemon: &Daemon, guest: &mut Guest, seed: u64, total: usize) {
             let back = guest.wait_used(Duration::from_secs(20));
             let (head, _) = back.unwrap_or_else(|| {
                 daemon.assert_alive();
-                panic!("seed {seed:#x}: chain {chain} of the batch at {sent} came not back")
+                panic!("seed {seed:#x}: chain {chain} of the batch at {sent} was not returned")
             });
             assert_eq!(head, u32::from(chain * 8), "seed {seed:#x} at {sent}");
         }
@@ -188,12 +189,12 @@ fn a_storm_of_garbage() {
     for status in ["ok", "ioerr", "inval", "range", "noent"] {
         assert!(
             requests.contains(status),
-            "the storm never met {status}: {requests}"
+            "no request of the storm got {status}: {requests}"
         );
     }
-    // The storm has used any domain and endpoint; a reset clears them.
+    // The storm may have used any domain and endpoint; a reset clears them.
     guest.reboot();
     assert_serves(&daemon, &mut guest);
     let used = daemon.status()["arena"]["used_bytes"].as_u64().unwrap();
-    assert!(used < 1 << 20, "{used} bytes of tables with no domain");
+    assert!(used < 1 << 20, "{used} bytes of tables without a domain");
 }
