@@ -24,7 +24,7 @@ group = "cards"
 "#;
 
 #[test]
-fn capabilities_are_printed_whatever_else_is_asked() {
+fn capabilities_are_printed_despite_other_options() {
     for args in [
         &["--print-capabilities"][..],
         &["--config", "/nonexistent", "--print-capabilities"],
@@ -83,7 +83,7 @@ vfio = "0000:7f:1f.7"
 "#;
 
 #[test]
-fn check_tells_what_this_host_lacks() {
+fn check_reports_what_this_host_lacks() {
     let dir = files(&[("vm0.toml", WITH_ABSENT_DEVICE)]);
     let file = dir.path().join("vm0.toml");
     let checked = run(&[OsStr::new("check"), file.as_ref()]);
@@ -340,7 +340,7 @@ fn qemu_args_name_the_descriptors_they_are_given() {
 }
 
 #[test]
-fn qemu_args_refuse_what_qemu_cannot_be_told() {
+fn qemu_args_refuse_what_qemu_cannot_express() {
     let elsewhere = GOOD.replace("00:05.0", "01:05.0");
     let dir = files(&[("vm0.toml", &elsewhere)]);
     let run = run(&[
@@ -352,7 +352,7 @@ fn qemu_args_refuse_what_qemu_cannot_be_told() {
 }
 
 #[test]
-fn a_reader_that_leaves_is_no_panic() {
+fn a_closed_pipe_does_not_panic() {
     let dir = files(&[("vm0.toml", GOOD)]);
     let (reader, writer) = std::io::pipe().expect("a pipe");
     drop(reader);

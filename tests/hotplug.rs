@@ -33,7 +33,7 @@ fn ctl(daemon: &Daemon, args: &[&str]) -> Output {
 }
 
 /// Runs `ctl`, which must succeed. Returns its standard output.
-fn said(daemon: &Daemon, args: &[&str]) -> String {
+fn ctl_output(daemon: &Daemon, args: &[&str]) -> String {
     let output = ctl(daemon, args);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{args:?}: {errors}");
@@ -41,7 +41,7 @@ fn said(daemon: &Daemon, args: &[&str]) -> String {
 }
 
 /// Runs `ctl`, which must fail. Returns its standard error.
-fn refused(daemon: &Daemon, args: &[&str]) -> String {
+fn ctl_error(daemon: &Daemon, args: &[&str]) -> String {
     let output = ctl(daemon, args);
     assert!(!output.status.success(), "{args:?}");
     assert!(output.stdout.is_empty());
@@ -56,7 +56,7 @@ fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
     assert_eq!(guest.request(&wire::probe(EP2), 512 + 4).status(), NOENT);
 
     let region = "reserved = [{ first = 0x1000, last = 0x1fff }]";
-    let answer = said(&daemon, &["add-endpoint", "00:07.0", region]);
+    let answer = ctl_output(&daemon, &["add-endpoint", "00:07.0", region]);
     assert_eq!(answer, "endpoint 0000:00:07.0 is added\n");
     let regions: Vec<_> = guest.probe(EP2).iter().map(|r| (r.start, r.end)).collect();
     assert_eq!(regions, [(0x1000, 0x1fff), (0xfee0_0000, 0xfeef_ffff)]);
@@ -65,7 +65,7 @@ fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
     assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
     assert_eq!(daemon.gpa_of(EP2, IOVA), Some(PAGE));
 
-    let answer = said(&daemon, &["--json", "remove-endpoint", "00:07.0"]);
+    let answer = ctl_output(&daemon, &["--json", "remove-endpoint", "00:07.0"]);
     let answer: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
     assert_eq!(answer["removed"]["first"], "0000:00:07.0");
     assert_eq!(daemon.gpa_of(EP2, IOVA), None);
@@ -79,25 +79,25 @@ fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
 }
 
 #[test]
-fn the_domain_of_others_stays_as_it_is() {
+fn removing_an_endpoint_does_not_affect_others_in_its_domain() {
     let daemon = Daemon::with_config(CONFIG);
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.map_page(1, IOVA, PAGE), OK);
-    let answer = said(&daemon, &["add-endpoint", "00:08.0", "group = 'g'"]);
+    let answer = ctl_output(&daemon, &["add-endpoint", "00:08.0", "group = 'g'"]);
     assert!(
         answer.contains("`hotplug` in the configuration"),
         "{answer}"
     );
     assert_eq!(guest.attach(1, EP3), OK);
     assert_eq!(daemon.gpa_of(EP3, IOVA), Some(PAGE));
-    said(&daemon, &["remove-endpoint", "00:08.0"]);
+    ctl_output(&daemon, &["remove-endpoint", "00:08.0"]);
     assert_eq!(daemon.gpa_of(EP, IOVA), Some(PAGE));
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), OK);
 }
 
 #[test]
-fn what_cannot_be_added_or_removed_is_refused_with_its_cure() {
+fn invalid_additions_and_removals_are_refused_with_their_cure() {
     let daemon = Daemon::with_config(CONFIG);
     let before = daemon.status();
     for (args, cure) in [
@@ -134,7 +134,7 @@ fn what_cannot_be_added_or_removed_is_refused_with_its_cure() {
         (&["remove-endpoint", "00:06.0-00:06.1"], "ctl SOCKET status"),
         (&["remove-endpoint", "nonsense"], "PCI address"),
     ] {
-        let message = refused(&daemon, args);
+        let message = ctl_error(&daemon, args);
         assert!(message.contains(cure), "{args:?}: {message}");
     }
     let after = daemon.status();
@@ -155,7 +155,7 @@ fn what_cannot_be_added_or_removed_is_refused_with_its_cure() {
 }
 
 #[test]
-fn a_guest_at_work_does_not_stop_for_endpoints_that_come_and_go() {
+fn adding_and_removing_endpoints_does_not_stop_a_busy_guest() {
     let daemon = Daemon::with_config(CONFIG);
     let mut guest = Guest::boot_with(&daemon, Setup::default());
     assert_eq!(guest.attach(1, EP), OK);
@@ -186,7 +186,7 @@ fn a_guest_at_work_does_not_stop_for_endpoints_that_come_and_go() {
 }
 
 #[test]
-fn the_guest_is_told_of_endpoints_that_may_come() {
+fn the_viot_table_has_the_hotplug_ranges() {
     let folder = tempfile::tempdir().expect("a folder");
     let (config, viot) = (folder.path().join("vm.toml"), folder.path().join("viot"));
     std::fs::write(&config, CONFIG).expect("written");

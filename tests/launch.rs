@@ -188,7 +188,7 @@ fn a_vmm_that_does_not_end_is_killed() {
 }
 
 #[test]
-fn a_daemon_that_is_told_too_is_no_error() {
+fn a_sigterm_to_the_daemon_as_well_is_no_error() {
     let place = Place::new();
     let mut launched = place.launch(&format!("trap 'sleep 0.3; exit 4' TERM; {ARRIVE} {STAY}"));
     let (_, daemon) = launched.children(&place);
@@ -200,7 +200,7 @@ fn a_daemon_that_is_told_too_is_no_error() {
 }
 
 #[test]
-fn nobody_outlives_the_launcher() {
+fn no_child_outlives_the_launcher() {
     let place = Place::new();
     let mut launched = place.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
     let (vmm, daemon) = launched.children(&place);
@@ -213,7 +213,7 @@ fn nobody_outlives_the_launcher() {
 }
 
 #[test]
-fn a_daemon_that_refuses_to_start_speaks_for_itself() {
+fn the_message_of_a_daemon_that_refuses_to_start_is_kept() {
     let place = Place::new();
     place.write("control.sock", "no socket");
     let run = place.run("echo started >started", &[]);
@@ -230,7 +230,7 @@ fn a_daemon_that_refuses_to_start_speaks_for_itself() {
 }
 
 #[test]
-fn what_cannot_be_started_is_refused_with_the_cure() {
+fn failures_to_start_are_reported_with_the_cure() {
     let place = Place::new();
     let address = "address = '00:05.0'\n";
     let device = "[[endpoint]]\naddress = '00:10.0'\nvfio = '7f:1f.7'\n";
@@ -282,7 +282,7 @@ fn what_cannot_be_started_is_refused_with_the_cure() {
 
 /// Both inherit the same open files under the numbers they are told, and nothing else.
 #[test]
-fn devices_of_the_host_are_opened_once_for_both() {
+fn passthrough_devices_are_opened_once_for_both() {
     let place = Place::new();
     let device =
         |number, name| format!("[[endpoint]]\naddress = '00:{number}.0'\nvfio = '{name}:00.0'\n");

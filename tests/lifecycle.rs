@@ -110,7 +110,7 @@ fn every_mix_of_ring_features_works() {
 }
 
 #[test]
-fn the_driver_is_told_when_it_asks_to_be() {
+fn the_driver_is_notified_when_it_asks() {
     let daemon = Daemon::start();
     for refused in [0, F_EVENT_IDX] {
         let setup = Setup {
@@ -594,7 +594,7 @@ fn the_control_socket_answers_while_requests_run() {
 }
 
 #[test]
-fn the_control_socket_bears_nonsense() {
+fn the_control_socket_survives_garbage() {
     let daemon = Daemon::start();
     for request in [
         "",

@@ -999,7 +999,7 @@ fn planning_the_largest_mapping_takes_no_longer_than_a_small_one() {
 }
 
 #[test]
-fn a_range_as_long_as_a_leaf_that_lies_across_two_is_no_leaf() {
+fn an_unaligned_range_as_long_as_a_leaf_is_no_leaf() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
     // Keeps its table, so that the second time the way there is known already.
     let beside = mapping(GIB + 8 * PAGE, PAGE, 0, Access::READ);
@@ -1028,7 +1028,7 @@ fn a_range_as_long_as_a_leaf_that_lies_across_two_is_no_leaf() {
 /// Tables of level 1 are remembered, and of some only the one used last: pages of many such tables,
 /// mapped, found and unmapped in every order, among them last pages of their tables.
 #[test]
-fn what_is_remembered_of_a_table_is_no_other_table() {
+fn cached_tables_are_never_confused() {
     let (mut arena, mut table) = new_table(64, Levels::Four);
     let page = |n: u64, at: u64| {
         mapping(
@@ -1074,7 +1074,7 @@ fn what_is_remembered_of_a_table_is_no_other_table() {
 
 #[test]
 #[should_panic(expected = "out of date")]
-fn a_plan_is_good_for_the_state_it_was_made_for_only() {
+fn a_plan_is_refused_once_the_table_has_changed() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
     let wanted = mapping(0, PAGE, 0, Access::READ);
     let first = table.plan_map(&arena, &wanted).expect("free");
@@ -1236,7 +1236,7 @@ fn memfd() -> File {
 }
 
 #[test]
-fn a_reader_refuses_what_is_no_arena() {
+fn a_reader_refuses_files_that_are_no_arena() {
     let (arena, _table) = new_table(4, Levels::Four);
     // All is right with these but the seals: files on disk have none, a memfd has other ones.
     for file in [tempfile::tempfile().expect("a file"), memfd()] {

@@ -32,13 +32,15 @@ fn worker(daemon: &Daemon) -> [u64; 3] {
 
 /// Sends requests one by one, each as soon as the answer to the last has come. Returns the number
 /// of kicks.
-fn converse(guest: &mut Guest, requests: u64) -> u64 {
-    (0..requests).map(|n| u64::from(ask(guest, n))).sum()
+fn request_one_by_one(guest: &mut Guest, requests: u64) -> u64 {
+    (0..requests)
+        .map(|n| u64::from(send_request(guest, n)))
+        .sum()
 }
 
 /// Sends the request with this number: an even number maps a page, and the next one unmaps it.
 /// Returns whether the worker had asked for a kick.
-fn ask(guest: &mut Guest, number: u64) -> bool {
+fn send_request(guest: &mut Guest, number: u64) -> bool {
     let (first, last) = (PAGE, 2 * PAGE - 1);
     let request = if number.is_multiple_of(2) {
         wire::map(1, first, last, HIGH_RAM, RW)
@@ -74,7 +76,7 @@ fn a_busy_ring_costs_neither_side_a_notification() {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             let before = worker(&daemon);
-            let kicks = converse(&mut guest, 500);
+            let kicks = request_one_by_one(&mut guest, 500);
             let [wakeups, paid, _] = worker(&daemon);
             if kicks < 20 && wakeups - before[0] < 20 && paid - before[1] > 400 {
                 break;
@@ -90,7 +92,7 @@ fn a_busy_ring_costs_neither_side_a_notification() {
 #[test]
 fn a_guest_that_goes_quiet_leaves_the_worker_asleep() {
     let (daemon, mut guest) = booted(POLLS, STOCK);
-    converse(&mut guest, 500);
+    request_one_by_one(&mut guest, 500);
     thread::sleep(Duration::from_millis(100));
     let (before, switches) = (worker(&daemon), daemon.context_switches());
     thread::sleep(Duration::from_secs(2));
@@ -99,14 +101,17 @@ fn a_guest_that_goes_quiet_leaves_the_worker_asleep() {
     assert!(woken < 10, "{woken} wakeups in 2 s");
     assert_eq!(worker(&daemon), before);
     // The worker serves the next request.
-    assert!(converse(&mut guest, 2) > 0, "asleep, it wants to be told");
+    assert!(
+        request_one_by_one(&mut guest, 2) > 0,
+        "asleep, it wants to be told"
+    );
 }
 
 #[test]
 fn without_polling_each_request_is_a_wakeup() {
     let (daemon, mut guest) = booted(SLEEPS, STOCK);
     let before = worker(&daemon);
-    converse(&mut guest, 300);
+    request_one_by_one(&mut guest, 300);
     let [wakeups, paid, unpaid] = worker(&daemon);
     assert!(wakeups - before[0] > 250, "{wakeups} wakeups");
     assert_eq!((paid, unpaid), (0, 0));
@@ -131,11 +136,11 @@ fn while_polling(
         let now = Instant::now();
         assert!(now < deadline, "{what}: the worker does not poll");
         for number in 0..5 {
-            ask(guest, number);
+            send_request(guest, number);
             thread::sleep(APART);
         }
         let [wakeups, paid, unpaid] = worker(daemon);
-        ask(guest, 5);
+        send_request(guest, 5);
         let asked = Instant::now();
         thread::sleep(Duration::from_micros(500));
         // The worker has polled for this request, and polls as long for the next, unless this one
@@ -153,7 +158,7 @@ fn while_polling(
 }
 
 #[test]
-fn nobody_waits_for_a_worker_that_polls() {
+fn polling_delays_no_other_thread() {
     let (daemon, mut guest) = booted(POLLS, STOCK);
     let asked = while_polling(&daemon, &mut guest, "status", |daemon, _| {
         daemon.status();
@@ -172,7 +177,7 @@ fn nobody_waits_for_a_worker_that_polls() {
     for took in [asked, moved, stopped] {
         assert!(took < AT_ONCE, "{asked:?} {moved:?} {stopped:?}");
     }
-    converse(&mut guest, 50);
+    request_one_by_one(&mut guest, 50);
     drop(guest);
     let began = Instant::now();
     while daemon.status()["connected"] == true {

@@ -60,7 +60,7 @@ impl Bed {
     }
 
     /// Accepts a connection and negotiates, so that events can be sent.
-    fn talk(&self) -> UnixStream {
+    fn negotiate(&self) -> UnixStream {
         let mut stream = self.accept(Duration::from_secs(20)).expect("it connects");
         writeln!(stream, "{GREETING}\r").expect("taken");
         let mut line = String::new();
@@ -82,7 +82,7 @@ impl Bed {
 fn a_reset_ends_all_domains_before_a_driver_starts() {
     let bed = Bed::new();
     let mut guest = bed.guest();
-    let mut qmp = bed.talk();
+    let mut qmp = bed.negotiate();
     guest.set_config(CONFIG_BYPASS, &[0]);
     guest.stop_rings();
     std::thread::sleep(Duration::from_millis(100));
@@ -100,10 +100,10 @@ fn a_reset_ends_all_domains_before_a_driver_starts() {
 }
 
 #[test]
-fn late_word_of_a_reset_takes_nothing_from_the_next_driver() {
+fn a_late_reset_event_does_not_affect_the_next_driver() {
     let bed = Bed::new();
     let mut guest = bed.guest();
-    let mut qmp = bed.talk();
+    let mut qmp = bed.negotiate();
     guest.stop_rings();
     guest.reboot();
     assert_eq!(guest.attach(2, EP), OK);
@@ -116,10 +116,10 @@ fn late_word_of_a_reset_takes_nothing_from_the_next_driver() {
 }
 
 #[test]
-fn what_a_vmm_has_left_unread_is_not_about_the_next_one() {
+fn unread_events_of_one_vm_do_not_affect_the_next() {
     let bed = Bed::new();
     let mut guest = bed.guest();
-    let mut qmp = bed.talk();
+    let mut qmp = bed.negotiate();
     guest.stop_rings();
     // More events than the daemon handles before the next VM pauses.
     qmp.write_all(format!("{RESET}\n").repeat(100).as_bytes())
@@ -136,7 +136,7 @@ fn what_a_vmm_has_left_unread_is_not_about_the_next_one() {
 }
 
 #[test]
-fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
+fn the_daemon_reconnects_after_any_garbage() {
     let bed = Bed::new();
     let mut guest = bed.guest();
     let long = vec![b'['; 1 << 20];
@@ -177,7 +177,7 @@ fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
     );
     assert_eq!(bed.daemon.domains(), [1]);
     // Now a correct conversation.
-    let mut qmp = bed.talk();
+    let mut qmp = bed.negotiate();
     guest.stop_rings();
     writeln!(qmp, "{RESET}").expect("taken");
     bed.daemon
@@ -185,7 +185,7 @@ fn whatever_comes_instead_the_daemon_goes_on_and_tries_again() {
 }
 
 #[test]
-fn a_socket_that_hangs_up_at_once_is_left_alone_for_longer_and_longer() {
+fn reconnections_to_a_socket_that_closes_at_once_back_off() {
     let bed = Bed::new();
     let guest = bed.guest();
     let begun = Instant::now();
@@ -210,7 +210,7 @@ fn a_socket_that_hangs_up_at_once_is_left_alone_for_longer_and_longer() {
 fn listening_costs_nothing() {
     let bed = Bed::new();
     let _guest = bed.guest();
-    let _qmp = bed.talk();
+    let _qmp = bed.negotiate();
     std::thread::sleep(Duration::from_millis(300));
     let before = bed.daemon.context_switches();
     std::thread::sleep(Duration::from_secs(1));

@@ -403,7 +403,7 @@ fn detach_refuses_what_is_not_attached_there() {
 }
 
 #[test]
-fn a_detached_endpoint_meets_the_bypass_field() {
+fn a_detached_endpoint_follows_the_bypass_field() {
     let (daemon, mut guest) = boot();
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
@@ -740,7 +740,7 @@ fn config(vm: &str, endpoints: [&str; 3]) -> Daemon {
 }
 
 #[test]
-fn reserved_regions_are_told_and_kept() {
+fn reserved_regions_are_reported_and_enforced() {
     let daemon = config(
         "",
         [
@@ -898,7 +898,7 @@ fn the_address_width_bounds_the_input_range() {
 }
 
 #[test]
-fn the_granule_is_told_and_kept() {
+fn the_granule_is_reported_and_enforced() {
     for (name, size) in [
         ("4k", 1 << 12),
         ("16k", 1 << 14),

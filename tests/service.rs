@@ -97,27 +97,28 @@ impl Service {
     }
 
     /// Receives the next notification.
-    fn hear(&self) -> String {
+    fn receive(&self) -> String {
         let mut bytes = [0; 128];
         let len = self.manager.recv(&mut bytes);
-        let len = len.unwrap_or_else(|e| panic!("nothing is heard: {e}; {}", self.log()));
+        let len =
+            len.unwrap_or_else(|e| panic!("no notification is received: {e}; {}", self.log()));
         String::from_utf8_lossy(&bytes[..len]).into_owned()
     }
 
     /// Receives all notifications for `time`.
-    fn hear_for(&self, time: Duration) -> Vec<String> {
+    fn receive_for(&self, time: Duration) -> Vec<String> {
         let until = Instant::now() + time;
-        let mut heard = Vec::new();
+        let mut received = Vec::new();
         self.manager.set_nonblocking(true).expect("a socket");
         while Instant::now() < until {
             let mut bytes = [0; 128];
             match self.manager.recv(&mut bytes) {
-                Ok(len) => heard.push(String::from_utf8_lossy(&bytes[..len]).into_owned()),
+                Ok(len) => received.push(String::from_utf8_lossy(&bytes[..len]).into_owned()),
                 Err(_) => thread::sleep(Duration::from_millis(5)),
             }
         }
         self.manager.set_nonblocking(false).expect("a socket");
-        heard
+        received
     }
 
     #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
@@ -151,38 +152,38 @@ fn guest(socket: &Path) -> Guest {
 }
 
 #[test]
-fn the_manager_hears_of_start_life_and_end() {
+fn the_manager_is_notified_of_start_life_and_end() {
     let mut service = Service::start();
-    assert_eq!(service.hear(), "READY=1");
+    assert_eq!(service.receive(), "READY=1");
     assert!(
         service.path("vhost.sock").exists() && service.path("control.sock").exists(),
         "the daemon listens before it is ready"
     );
-    assert_eq!(service.hear(), "WATCHDOG=1", "waiting for a VMM");
+    assert_eq!(service.receive(), "WATCHDOG=1", "waiting for a VMM");
     let mut guest = guest(&service.path("vhost.sock"));
-    service.hear_for(WATCHDOG);
-    assert_eq!(service.hear(), "WATCHDOG=1", "an idle guest");
+    service.receive_for(WATCHDOG);
+    assert_eq!(service.receive(), "WATCHDOG=1", "an idle guest");
     let busy_until = Instant::now() + WATCHDOG * 5;
     let mut rounds = 0;
     while Instant::now() < busy_until {
         assert_eq!(guest.attach(1 + rounds % 2, EP), OK);
         rounds += 1;
     }
-    let heard = service.hear_for(WATCHDOG);
-    assert!(heard.len() >= 5, "a busy guest: {heard:?}");
+    let received = service.receive_for(WATCHDOG);
+    assert!(received.len() >= 5, "a busy guest: {received:?}");
     drop(guest);
-    service.hear_for(WATCHDOG);
-    assert_eq!(service.hear(), "WATCHDOG=1", "waiting again");
+    service.receive_for(WATCHDOG);
+    assert_eq!(service.receive(), "WATCHDOG=1", "waiting again");
     assert_eq!(service.end().code(), Some(0));
-    let last = service.hear_for(Duration::from_millis(50));
+    let last = service.receive_for(Duration::from_millis(50));
     assert_eq!(last.last().map(String::as_str), Some("STOPPING=1"));
 }
 
 #[test]
 #[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
-fn a_worker_that_hangs_is_not_vouched_for() {
+fn a_hanging_worker_stops_the_watchdog_notifications() {
     let service = Service::start();
-    assert_eq!(service.hear(), "READY=1");
+    assert_eq!(service.receive(), "READY=1");
     let mut guest = Guest::connect_to(service.path("vhost.sock"), Setup::default());
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
@@ -191,23 +192,23 @@ fn a_worker_that_hangs_is_not_vouched_for() {
     guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
     guest.driver_ok();
     // One notification may be under way.
-    service.hear_for(WATCHDOG);
-    let heard = service.hear_for(WATCHDOG * 3);
-    assert!(heard.is_empty(), "{heard:?}");
+    service.receive_for(WATCHDOG);
+    let received = service.receive_for(WATCHDOG * 3);
+    assert!(received.is_empty(), "{received:?}");
     let log = service.log();
     assert!(log.contains("no sign of life from: the worker;"), "{log}");
     // With the remaining bytes the worker continues, and so do the notifications.
     writer.write_all(&[0; 5]).expect("five bytes");
-    assert_eq!(service.hear(), "WATCHDOG=1");
+    assert_eq!(service.receive(), "WATCHDOG=1");
 }
 
 #[test]
-fn a_control_client_without_a_question_delays_and_does_not_end_the_signs() {
+fn a_silent_control_client_only_delays_watchdog_notifications() {
     let service = Service::start();
-    assert_eq!(service.hear(), "READY=1");
+    assert_eq!(service.receive(), "READY=1");
     let _silent = UnixStream::connect(service.path("control.sock")).expect("a connection");
     // The daemon gives the client two seconds.
-    assert_eq!(service.hear(), "WATCHDOG=1");
+    assert_eq!(service.receive(), "WATCHDOG=1");
 }
 
 #[test]
@@ -219,7 +220,7 @@ fn a_socket_that_is_handed_over_is_served_and_left_alone() {
     // A connection made before the daemon starts is served once the daemon runs.
     let early = connect(&path);
     let mut service = Service::activated_by(listener);
-    assert_eq!(service.hear(), "READY=1", "{}", service.log());
+    assert_eq!(service.receive(), "READY=1", "{}", service.log());
     drop(early);
     assert_eq!(guest(&path).attach(1, EP), OK);
     assert_eq!(service.end().code(), Some(0));
@@ -229,12 +230,12 @@ fn a_socket_that_is_handed_over_is_served_and_left_alone() {
     );
     // The next daemon serves the same socket.
     let again = Service::activated_by(kept);
-    assert_eq!(again.hear(), "READY=1", "{}", again.log());
+    assert_eq!(again.receive(), "READY=1", "{}", again.log());
     assert_eq!(guest(&path).attach(1, EP), OK);
 }
 
 #[test]
-fn an_environment_that_cannot_be_is_refused() {
+fn an_invalid_environment_is_refused() {
     for (name, value, cure) in [
         (
             "WATCHDOG_USEC",

@@ -44,7 +44,7 @@ fn reader(path: &Path, endpoint: u32) -> ShadowReader {
 }
 
 #[test]
-fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
+fn a_reader_follows_the_guests_mappings_and_its_faults_reach_the_guest() {
     let folder = TempDir::new().expect("a folder");
     let (daemon, path) = daemon(folder.path());
     // Before the VMM is there, and after.
@@ -104,7 +104,7 @@ fn a_device_process_obeys_the_guest_and_its_faults_reach_it() {
 }
 
 #[test]
-fn readers_that_come_and_go_do_not_fill_the_log() {
+fn reconnecting_readers_do_not_fill_the_log() {
     let folder = TempDir::new().expect("a folder");
     let (daemon, path) = daemon(folder.path());
     for _ in 0..200 {
@@ -155,7 +155,7 @@ fn readers_outlive_the_vmm_and_not_the_daemon() {
 }
 
 #[test]
-fn the_configuration_says_who_may_come_and_how_long_they_may_stay() {
+fn allowed_users_and_the_unmap_deadline_are_configurable() {
     let folder = TempDir::new().expect("a folder");
     let path = folder.path().join("disk.sock");
     let daemon = Daemon::with_config(&format!(
@@ -188,7 +188,7 @@ fn the_configuration_says_who_may_come_and_how_long_they_may_stay() {
 }
 
 #[test]
-fn faults_hold_nobody_up_while_memory_comes_and_goes() {
+fn faults_do_not_block_changes_of_guest_memory() {
     let folder = TempDir::new().expect("a folder");
     let (daemon, path) = daemon(folder.path());
     let mut guest = Guest::boot(&daemon);

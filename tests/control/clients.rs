@@ -52,7 +52,7 @@ fn a_client_that_does_not_read_is_cut_off() {
 }
 
 #[test]
-fn the_socket_is_its_owners_unless_others_are_let_in() {
+fn the_control_socket_is_private_unless_configured() {
     let bed = Bed::new("", "");
     let found = std::fs::metadata(bed.daemon.control_socket()).expect("a socket");
     assert_eq!(found.mode() & 0o7777, 0o600);

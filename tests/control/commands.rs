@@ -23,7 +23,7 @@ fn busy(bed: &Bed) -> Guest {
 }
 
 #[test]
-fn every_command_answers_people_and_programs() {
+fn every_command_prints_text_and_json() {
     let bed = Bed::new("", "");
     let _guest = busy(&bed);
     for (args, part) in [
@@ -71,7 +71,7 @@ fn every_command_answers_people_and_programs() {
 }
 
 #[test]
-fn mappings_can_be_asked_for_by_address() {
+fn mappings_can_be_queried_by_address() {
     let bed = Bed::new("", "");
     let _guest = busy(&bed);
     let firsts = |args: &[&str]| -> Vec<(u64, String)> {
@@ -110,7 +110,7 @@ fn mappings_can_be_asked_for_by_address() {
 }
 
 #[test]
-fn faults_say_who_where_why_and_when() {
+fn faults_show_endpoint_address_reason_and_time() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     let reader = bed.reader();

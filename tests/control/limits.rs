@@ -11,7 +11,7 @@ use crate::common::guest::{Guest, LOW_RAM, Layout};
 use crate::common::wire::{self, NOMEM, OK, RANGE, RW, TAIL};
 
 #[test]
-fn each_limit_that_is_hit_is_seen() {
+fn each_limit_that_is_hit_is_counted() {
     let bed = Bed::new(
         "arena-limit = '1M'\ndomains = 3\nbatch = 4\nfault-rate = 1",
         "[readers]\nlimit = 1\n[metrics]\nsocket = 'FOLDER/metrics.sock'",
@@ -92,7 +92,7 @@ fn each_limit_that_is_hit_is_seen() {
 
 /// How many faults come through follows the configuration.
 #[test]
-fn more_faults_come_through_where_that_is_asked_for() {
+fn the_rate_of_reader_faults_is_configurable() {
     let bed = Bed::new("fault-rate = 10000", "");
     let _guest = Guest::boot(&bed.daemon);
     let reader = bed.reader();

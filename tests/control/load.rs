@@ -163,7 +163,7 @@ fn mappings_under_load_are_what_the_guest_believes() {
 }
 
 #[test]
-fn a_long_answer_keeps_nobody_waiting() {
+fn a_long_answer_does_not_delay_the_guest() {
     let bed = Bed::new("memory = '16G'", "");
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);

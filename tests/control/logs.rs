@@ -47,7 +47,7 @@ fn a_vm_without_a_name_is_called_like_its_file() {
 
 /// Garbage of every kind, resets, and connections that come and go.
 #[test]
-fn nothing_a_guest_does_fills_a_disk() {
+fn no_guest_can_fill_the_disk_with_messages() {
     let bed = Bed::new("", "");
     let mut rng = Rng::new(77);
     let mut requests = 0;
@@ -77,7 +77,7 @@ fn nothing_a_guest_does_fills_a_disk() {
 
 /// An operator who asks for details gets them, and has a disk afterwards too.
 #[test]
-fn details_have_an_end_too() {
+fn debug_messages_are_limited_too() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     bed.text(&["log-level", "trace"]);

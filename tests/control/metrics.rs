@@ -140,7 +140,7 @@ fn the_socket_answers_in_the_format_of_prometheus() {
 }
 
 #[test]
-fn what_is_no_question_gets_an_answer_too() {
+fn malformed_http_requests_are_answered() {
     let bed = Bed::new("", SOCKET);
     let socket = bed.path("metrics.sock");
     let long = format!("GET /metrics HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(10_000));
@@ -173,7 +173,7 @@ fn what_is_no_question_gets_an_answer_too() {
 }
 
 #[test]
-fn a_metrics_socket_wakes_nobody() {
+fn a_metrics_socket_causes_no_wakeups() {
     let bed = Bed::new("", SOCKET);
     let _guest = Guest::boot(&bed.daemon);
     let mut before = u64::MAX;
@@ -188,7 +188,7 @@ fn a_metrics_socket_wakes_nobody() {
 }
 
 #[test]
-fn the_file_is_whole_at_any_moment_and_goes_with_the_daemon() {
+fn the_file_is_always_complete_and_removed_with_the_daemon() {
     let bed = Bed::new("", "[metrics]\ntextfile = 'FOLDER/vm.prom'\ninterval-s = 1");
     let file = bed.path("vm.prom");
     bed.daemon.wait_for("the file", || file.exists());
@@ -220,7 +220,7 @@ fn the_file_is_whole_at_any_moment_and_goes_with_the_daemon() {
 }
 
 #[test]
-fn a_file_that_cannot_be_written_is_said_and_counted() {
+fn a_file_that_cannot_be_written_is_logged_and_counted() {
     let bed = Bed::new(
         "",
         "[metrics]\ntextfile = 'FOLDER/absent/vm.prom'\ninterval-s = 1",

@@ -311,7 +311,7 @@ fn chains_as_long_as_the_ring_and_longer() {
 }
 
 #[test]
-fn indirect_tables_of_every_wrong_kind() {
+fn invalid_indirect_tables() {
     let (daemon, mut guest) = boot();
     let good = [request_desc(NEXT, 1), tail_desc(0, 0)];
     let put = |guest: &Guest, at: u64, table: &[Desc]| {

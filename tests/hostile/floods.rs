@@ -8,7 +8,7 @@ use crate::common::guest::{Guest, Layout};
 use crate::common::wire::{self, INVAL, NOMEM, OK, RW, TAIL};
 
 #[test]
-fn a_group_moved_to_and_fro_and_resets_do_not_fill_the_log() {
+fn group_moves_and_resets_do_not_fill_the_log() {
     let daemon = Daemon::with_config(
         "address = \"00:05.0\"\n[[endpoint]]\nrange = \"00:08.0-00:0f.7\"\ngroup = \"g\"\n",
     );
@@ -32,7 +32,7 @@ fn a_group_moved_to_and_fro_and_resets_do_not_fill_the_log() {
 }
 
 #[test]
-fn a_flood_that_exhausts_the_arena_hurts_nobody_else() {
+fn a_flood_that_exhausts_the_arena_does_not_affect_other_domains() {
     let daemon = Daemon::with_args(&["--arena-limit", "1M"]);
     let mut guest = Guest::boot(&daemon);
     let rss = daemon.rss_kib();

@@ -131,7 +131,7 @@ fn a_disconnect_in_the_middle_of_a_message() {
 }
 
 #[test]
-fn file_descriptors_nobody_asked_for() {
+fn unexpected_file_descriptors() {
     let daemon = Daemon::start();
     let file = memfd(0x1000);
     for request in 1..45 {
@@ -161,7 +161,7 @@ fn region(gpa: u64, len: u64, user: u64, offset: u64, fd: i32) -> VhostUserMemor
 }
 
 #[test]
-fn memory_regions_that_are_not_there() {
+fn invalid_memory_regions() {
     let daemon = Daemon::start();
     let file = memfd(0x1_0000);
     let fd = file.as_raw_fd();

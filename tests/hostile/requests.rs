@@ -230,7 +230,7 @@ fn one_request_takes_bounded_time() {
 }
 
 #[test]
-fn requests_that_take_long_keep_the_vmm_waiting_for_one_of_them_only() {
+fn a_ring_stop_waits_for_one_long_request_only() {
     let (daemon, mut guest) = boot();
     assert_eq!(guest.attach(1, EP), OK);
     let start = 0x1_0000_0000;

@@ -162,7 +162,7 @@ fn the_socket_starts_the_daemon() {
 
 #[test]
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
-fn one_that_is_killed_is_started_anew_and_alone() {
+fn only_the_killed_daemon_is_restarted() {
     let (one, two) = (Vm::new("one", ""), Vm::new("two", ""));
     one.start();
     two.start();
@@ -182,7 +182,7 @@ fn one_that_is_killed_is_started_anew_and_alone() {
 #[test]
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
 #[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
-fn one_whose_worker_hangs_is_started_anew() {
+fn a_daemon_with_a_hanging_worker_is_restarted() {
     let vm = Vm::new("hung", "");
     vm.set("WatchdogSec=4");
     vm.start();
@@ -232,7 +232,7 @@ fn the_service_is_locked_down() {
 
 #[test]
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
-fn zz_the_package_goes_as_it_came() {
+fn zz_the_package_is_removed_cleanly() {
     let vm = Vm::new("last", "");
     vm.start();
     good(&["dpkg", "-r", "vhost-device-iommu"]);

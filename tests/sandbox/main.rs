@@ -10,6 +10,7 @@
 mod bed;
 #[path = "../common/mod.rs"]
 mod common;
+mod confinement;
 #[path = "../vfio_user_messages/connection.rs"]
 #[allow(dead_code, reason = "a part of it is used here")]
 mod connection;
@@ -17,4 +18,3 @@ mod connection;
 mod intruder;
 #[cfg(target_arch = "x86_64")]
 mod violations;
-mod worn;

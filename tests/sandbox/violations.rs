@@ -25,7 +25,7 @@ fn a_forbidden_call_ends_the_process_whichever_thread_makes_it() {
 }
 
 #[test]
-fn arguments_are_looked_at() {
+fn arguments_of_calls_are_checked() {
     let bits = |flags: i32| u64::from(flags.cast_unsigned());
     let exec = bits(libc::PROT_READ | libc::PROT_EXEC);
     let anonymous = bits(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);

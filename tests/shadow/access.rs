@@ -76,7 +76,7 @@ fn memory_is_reached_through_mappings_only() {
 }
 
 #[test]
-fn each_refusal_is_told_with_endpoint_rights_and_address() {
+fn each_refusal_is_reported_with_endpoint_rights_and_address() {
     let mut bed = Bed::new();
     let (a, b) = (bed.reader(A), bed.reader(B));
     let refused = |endpoint, access, address| Fault {
@@ -250,7 +250,7 @@ fn as_many_accesses_as_there_are_words_go_on_at_once() {
 }
 
 #[test]
-fn memory_comes_and_goes() {
+fn memory_can_be_added_and_removed() {
     let mut bed = Bed::new();
     let reader = bed.reader(A);
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -304,7 +304,7 @@ fn a_view_that_is_used_holds_memory_back() {
 }
 
 #[test]
-fn memory_that_comes_is_there_at_once_and_waits_for_no_access() {
+fn added_memory_is_available_without_waiting_for_accesses() {
     let mut bed = Bed::with(Limits::default());
     let reader = bed.reader(A);
     bed.iommu.set_bypass(true);
@@ -336,7 +336,7 @@ fn nothing_is_reached_once_the_daemon_is_gone() {
 }
 
 #[test]
-fn no_system_call_is_made_on_the_way() {
+fn an_access_makes_no_system_call() {
     let mut bed = Bed::new();
     bed.iommu.attach(A, D1, false).expect("attached");
     for page in 0..16 {
@@ -364,7 +364,7 @@ fn faults_are_limited_and_counted() {
 }
 
 #[test]
-fn who_comes_anew_has_no_more_faults_than_the_endpoint_had_left() {
+fn a_reconnection_does_not_renew_the_fault_budget() {
     let bed = Bed::new();
     let begun = Instant::now();
     let counters = bed.registry.counters();

@@ -68,7 +68,7 @@ fn a_reader_that_died_inside_an_access_holds_nothing_up() {
 
 /// A reader in the daemon's own process is the one that cannot be killed.
 #[test]
-fn where_a_reader_cannot_be_ended_its_endpoint_is_quarantined() {
+fn an_endpoint_is_quarantined_if_its_reader_cannot_be_killed() {
     let mut bed = Bed::new();
     mapped(&mut bed);
     let reader = bed.reader(A);
@@ -87,7 +87,7 @@ fn where_a_reader_cannot_be_ended_its_endpoint_is_quarantined() {
 }
 
 #[test]
-fn a_reader_that_does_not_let_go_of_memory_is_killed() {
+fn a_reader_that_keeps_removed_memory_is_killed() {
     let mut bed = Bed::new();
     let mut deaf = bed.process("deaf");
     deaf.wait_for("ready");
@@ -113,7 +113,7 @@ fn a_reader_that_does_not_let_go_of_memory_is_killed() {
 
 /// One that the daemon has given up telling anything still has what it was told of before.
 #[test]
-fn a_reader_that_is_told_nothing_more_is_waited_for_all_the_same() {
+fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
     let mut bed = Bed::new();
     let mut deaf = bed.process("deaf");
     deaf.wait_for("ready");
@@ -137,7 +137,7 @@ fn a_reader_that_is_told_nothing_more_is_waited_for_all_the_same() {
 }
 
 #[test]
-fn a_reader_that_babbles_is_killed_and_the_others_go_on() {
+fn a_reader_that_sends_garbage_is_killed_and_the_others_continue() {
     let mut bed = Bed::new();
     mapped(&mut bed);
     let good = bed.reader(A);
@@ -226,7 +226,7 @@ fn answer(bed: &Bed, bytes: &[u8]) -> Option<(Refusal, u64)> {
 }
 
 #[test]
-fn garbage_is_refused_and_disturbs_nobody() {
+fn garbage_is_refused_and_affects_no_reader() {
     let mut bed = Bed::new();
     mapped(&mut bed);
     let good = bed.reader(A);
@@ -283,7 +283,7 @@ fn garbage_is_refused_and_disturbs_nobody() {
 }
 
 #[test]
-fn silent_strangers_are_hung_up_on_and_bounded() {
+fn silent_connections_are_closed_and_limited() {
     let bed = Bed::new();
     let mut silent: Vec<_> = (0..17)
         .map(|_| UnixStream::connect(bed.path()).expect("somebody listens"))
@@ -334,7 +334,7 @@ fn processes_of_other_users_are_let_in_where_that_is_allowed() {
 }
 
 #[test]
-fn an_endpoint_has_so_many_readers_and_no_more() {
+fn the_number_of_readers_of_an_endpoint_is_limited() {
     let bed = Bed::with(Limits {
         readers: 2,
         ..Limits::default()

@@ -83,7 +83,7 @@ fn the_allocator_needs_no_files() {
 }
 
 #[test]
-fn nothing_is_kept_that_is_not_needed() {
+fn only_needed_capabilities_are_kept() {
     let daemon = Daemon::start();
     daemon.wait_for("the sandbox", || daemon.log().contains("sandboxed: "));
     for (tid, name) in threads(daemon.pid()) {
