@@ -13,10 +13,9 @@ use iommufd_bindings::{
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as WRITEABLE,
 };
 use iommufd_ioctls::IommufdError;
-use log::warn;
 
 use super::ioctl::size_of_u32;
-use super::{AddressSpaces, AllowedIovas, Attach, Cdev, DmaSource, VfioError, ioctl};
+use super::{AddressSpaces, AllowedIovas, DmaSource, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
 /// The most ranges that are asked for. A host with more is implausible.
@@ -184,35 +183,6 @@ impl AddressSpaces for IommuFd {
         done.map_err(errno)?;
         Ok(argument.length)
     }
-}
-
-/// The addresses that a device's host IOMMU can map. To find them, this binds the device for a moment to an iommufd
-/// opened for the purpose. Closing both nodes again resets the device.
-///
-/// # Errors
-/// Names the step that failed; binding fails if the device is in use.
-pub fn probe_allowed_iovas(iommu: &Path, cdev: &Path) -> Result<AllowedIovas, VfioError> {
-    let iommufd = IommuFd::open(iommu)?;
-    let device = Cdev::open(cdev)?;
-    device.bind(&iommufd)?;
-    let step = |what: &str, source| VfioError {
-        what: format!("cannot {what} for {}", cdev.display()),
-        source,
-        cure: "see the kernel's log",
-    };
-    let ioas = iommufd
-        .alloc()
-        .map_err(|e| step("make an address space", e))?;
-    device
-        .attach(ioas)
-        .map_err(|e| step("attach an address space", e))?;
-    let allowed = iommufd
-        .allowed_iovas(ioas)
-        .map_err(|e| step("ask for the allowed addresses", e));
-    if let Err(cause) = device.detach() {
-        warn!("{} cannot be detached: {cause}", cdev.display());
-    }
-    allowed
 }
 
 /// The system's error behind the crate's. The crate's own words are left out: the caller says what failed.

@@ -11,6 +11,7 @@ pub(crate) mod fake;
 mod group;
 mod ioctl;
 mod iommufd;
+mod probe;
 mod regions;
 
 use std::io;
@@ -28,7 +29,8 @@ pub use self::access::{
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
 pub use self::group::Group;
-pub use self::iommufd::{IommuFd, probe_allowed_iovas};
+pub use self::iommufd::IommuFd;
+pub use self::probe::probe_allowed_iovas;
 
 /// A node or device that cannot be opened or prepared.
 #[derive(Debug, Error)]
