@@ -1,13 +1,11 @@
-//! An emulated device in a process of its own, behind an interposer: the device's server is told of
-//! a window for each mapping, and its messages reach memory through those windows only.
+//! An emulated device in a process of its own, behind an interposer. The backend sends the device's server a window for
+//! each mapping, and the server's messages reach memory through these windows only.
 //!
-//! One backend for each endpoint, so that a server that has to be cut off takes no other device with
-//! it.
+//! Each endpoint has a backend of its own, so that cutting off one server affects no other device.
 //!
-//! What the server may reach is changed first where its messages are served, which ends accesses
-//! that are under way, and then at the server's, whose reply is waited for. Both happen under the
-//! link's lock up to the waiting, so that a server that connects meanwhile is told either by us or,
-//! with all the rest, by the interposer.
+//! A change is made first where the interposer serves the server's messages, which waits for accesses in progress, and
+//! then at the server, which has to reply. The link's lock is held for both, but not while waiting for the reply. So a
+//! server that connects meanwhile gets the change once: from the backend, or with all windows from the interposer.
 
 mod windows;
 
@@ -17,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::windows::{Gate, Piece, Pieces, Space, pieces_of};
+use self::windows::{DmaWindow, DmaWindows, Gate, Space, windows_of};
 use super::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
     MemorySlot, Target, UnmapPart,
@@ -35,15 +33,15 @@ pub use crate::vfio_user::MAX_BATCH_TIMEOUT;
 pub struct EmulatedDevice {
     /// Its endpoint.
     pub endpoint: EndpointId,
-    /// Its name, for messages.
+    /// Its name, for the log.
     pub name: String,
-    /// Where its server listens.
+    /// The socket at which its server listens.
     pub server: PathBuf,
-    /// How far its server is kept from guest RAM.
+    /// How its server is isolated from guest RAM.
     pub isolation: Isolation,
-    /// What bypass mode does not reach.
+    /// The addresses that bypass mode does not reach.
     pub reserved: Vec<IovaRange>,
-    /// What its server has to answer in where the guest waits for it.
+    /// How long its server may take to answer while the guest waits.
     pub deadline: Duration,
 }
 
@@ -53,18 +51,18 @@ pub struct VfioUser {
     name: String,
     space: Arc<Space>,
     link: Arc<Link>,
-    /// In the order of addresses, disjoint.
+    /// Guest RAM, in ascending order and disjoint.
     slots: Vec<Arc<MemorySlot>>,
     target: Target,
-    /// Ended first of all.
+    /// Ended before the rest is dropped.
     interposer: Option<Interposer>,
 }
 
 impl VfioUser {
-    /// The backend of one device, whose clients connect to `listener`.
+    /// The backend of one device. The VMM's clients connect to `listener`.
     ///
     /// # Errors
-    /// Where the system has no descriptor or thread left.
+    /// The system has no descriptor or thread left.
     pub fn start(
         device: EmulatedDevice,
         listener: UnixListener,
@@ -90,7 +88,7 @@ impl VfioUser {
         })
     }
 
-    /// What tells how the device is doing, whoever owns the backend.
+    /// Gives the device's state to others than the backend's owner.
     pub fn watch(&self) -> Watch {
         Watch {
             endpoint: self.endpoint,
@@ -99,30 +97,34 @@ impl VfioUser {
         }
     }
 
-    /// Replaces all the device sees. Returns what it saw before, also on error.
-    fn replace(&self, gate: Gate, pieces: Pieces) -> (Gate, Pieces, Result<(), DmaUpdateError>) {
-        let mut orders = self.link.lock();
-        let maps: Vec<_> = pieces.values().map(|p| self.map_order(p)).collect();
+    /// Replaces the gate and all windows. Returns the former ones, also on error.
+    fn replace(
+        &self,
+        gate: Gate,
+        windows: DmaWindows,
+    ) -> (Gate, DmaWindows, Result<(), DmaUpdateError>) {
+        let mut updates = self.link.lock();
+        let maps: Vec<_> = windows.values().map(|p| self.map_update(p)).collect();
         let (old_gate, old) = {
             let mut view = self.space.change();
             let old_gate = std::mem::replace(&mut view.gate, gate);
-            (old_gate, std::mem::replace(&mut view.pieces, pieces))
+            (old_gate, std::mem::replace(&mut view.windows, windows))
         };
         let unmaps = old.values().map(|p| DmaUpdate::Unmap(p.range));
-        let ticket = orders.send(unmaps.chain(maps));
-        drop(orders);
+        let ticket = updates.send(unmaps.chain(maps));
+        drop(updates);
         (old_gate, old, self.link.wait(ticket))
     }
 
-    /// Adds windows; on error there is none of them.
-    fn add(&self, pieces: Vec<Piece>) -> Result<(), DmaUpdateError> {
-        let mut orders = self.link.lock();
-        let maps: Vec<_> = pieces.iter().map(|p| self.map_order(p)).collect();
-        let keys: Vec<_> = pieces.iter().map(|p| p.range).collect();
-        let by_first = pieces.into_iter().map(|p| (p.range.first().0, p));
-        self.space.change().pieces.extend(by_first);
-        let ticket = orders.send(maps);
-        drop(orders);
+    /// Adds windows. On error, it has removed all of them again.
+    fn add(&self, windows: Vec<DmaWindow>) -> Result<(), DmaUpdateError> {
+        let mut updates = self.link.lock();
+        let maps: Vec<_> = windows.iter().map(|p| self.map_update(p)).collect();
+        let keys: Vec<_> = windows.iter().map(|p| p.range).collect();
+        let by_first = windows.into_iter().map(|p| (p.range.first().0, p));
+        self.space.change().windows.extend(by_first);
+        let ticket = updates.send(maps);
+        drop(updates);
         let added = self.link.wait(ticket);
         if added.is_err() {
             self.remove_in(&keys, |_| true)?;
@@ -130,12 +132,12 @@ impl VfioUser {
         added
     }
 
-    /// Removes windows. When this returns `Ok` the server has given them up.
-    fn remove(&self, gone: impl Fn(&Piece) -> bool) -> Result<(), DmaUpdateError> {
+    /// Removes windows. After `Ok`, the server has given them up.
+    fn remove(&self, gone: impl Fn(&DmaWindow) -> bool) -> Result<(), DmaUpdateError> {
         self.remove_in(&[IovaRange::ALL], gone)
     }
 
-    /// Removes the windows that begin in one of `ranges`; where that fails, all of them.
+    /// Removes the windows that begin in one of `ranges`. If that fails, quarantines the device, which removes all.
     fn unmap_ranges(&self, ranges: &[IovaRange]) -> Result<(), BackendError> {
         self.remove_in(ranges, |_| true).map_err(|cause| {
             let first = ranges.first().map_or(Iova(0), |range| range.first());
@@ -148,42 +150,42 @@ impl VfioUser {
         })
     }
 
-    /// Removes windows that begin in one of `ranges`.
+    /// Removes the windows that begin in one of `ranges` and of which `gone` is true.
     fn remove_in(
         &self,
         ranges: &[IovaRange],
-        gone: impl Fn(&Piece) -> bool,
+        gone: impl Fn(&DmaWindow) -> bool,
     ) -> Result<(), DmaUpdateError> {
-        let mut orders = self.link.lock();
+        let mut updates = self.link.lock();
         let mut unmaps = Vec::new();
         {
             let mut view = self.space.change();
             for range in ranges {
                 let bounds = range.first().0..=range.last().0;
-                let inside = view.pieces.range(bounds).map(|(_, p)| p);
+                let inside = view.windows.range(bounds).map(|(_, p)| p);
                 let before = unmaps.len();
                 unmaps.extend(inside.filter(|p| gone(p)).map(|p| p.range));
-                // At once: the next range may cover them too.
+                // Removed at once: the next range may cover them, too.
                 for range in unmaps.iter().skip(before) {
-                    view.pieces.remove(&range.first().0);
+                    view.windows.remove(&range.first().0);
                 }
             }
         }
-        let ticket = orders.send(unmaps.into_iter().map(DmaUpdate::Unmap));
-        drop(orders);
+        let ticket = updates.send(unmaps.into_iter().map(DmaUpdate::Unmap));
+        drop(updates);
         self.link.wait(ticket)
     }
 
-    fn map_order(&self, piece: &Piece) -> DmaUpdate {
-        DmaUpdate::Map(self.space.window(piece))
+    fn map_update(&self, window: &DmaWindow) -> DmaUpdate {
+        DmaUpdate::Map(self.space.wire_window(window))
     }
 
-    /// Ends all that the device can reach.
+    /// Removes all windows and sets the gate.
     fn stop(&self, gate: Gate) {
-        let _orders = self.link.lock();
+        let _updates = self.link.lock();
         let mut view = self.space.change();
         view.gate = gate;
-        view.pieces.clear();
+        view.windows.clear();
     }
 
     fn refused(&self, what: impl std::fmt::Display, cause: &DmaUpdateError) -> BackendError {
@@ -198,7 +200,7 @@ impl VfioUser {
     }
 }
 
-/// Looks at an emulated device.
+/// Observes an emulated device.
 #[derive(Clone)]
 pub struct Watch {
     endpoint: EndpointId,
@@ -206,16 +208,16 @@ pub struct Watch {
     space: Arc<Space>,
 }
 
-/// How an emulated device is doing.
+/// The state of an emulated device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EmulatedState {
     /// Its endpoint.
     pub endpoint: EndpointId,
-    /// Its client and its server.
+    /// Whether its client and its server are connected.
     pub ends: Ends,
-    /// Windows into guest RAM that it has, or would have if its server were there.
+    /// The number of its windows into guest RAM. Its server has them while it is connected.
     pub windows: usize,
-    /// Accesses that were refused.
+    /// The number of refused accesses.
     pub refused: u64,
 }
 
@@ -225,7 +227,7 @@ impl Watch {
         self.endpoint
     }
 
-    /// How it is doing now. Waits for a copy that is under way, and for nobody else.
+    /// The device's state now. Waits at most for a copy in progress.
     pub fn state(&self) -> EmulatedState {
         let (windows, refused) = self.space.figures();
         EmulatedState {
@@ -246,7 +248,7 @@ impl DmaBackend for VfioUser {
     }
 
     fn vmm_present(&mut self, _present: bool) {
-        // A device is bound to nothing: the VMM's client connects by itself.
+        // There is nothing to bind: the VMM's client connects by itself.
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
@@ -256,8 +258,8 @@ impl DmaBackend for VfioUser {
         if self.target != Target::Bypass {
             return Ok(());
         }
-        let pieces = self.space.identity(&slot);
-        self.add(pieces).map_err(|cause| {
+        let windows = self.space.identity(&slot);
+        self.add(windows).map_err(|cause| {
             let what = format_args!("guest RAM at {} stays out of reach", slot.range);
             self.refused(what, &cause)
         })
@@ -282,21 +284,21 @@ impl DmaBackend for VfioUser {
             let kind = BackendErrorKind::DevErr;
             return Err(AttachError::Unchanged(BackendError { kind, message }));
         }
-        let (gate, pieces): (_, Vec<Piece>) = match target {
+        let (gate, windows): (_, Vec<DmaWindow>) = match target {
             Target::Blocked => (Gate::Blocked, Vec::new()),
             Target::Bypass => {
                 let all = self.slots.iter().flat_map(|s| self.space.identity(s));
                 (Gate::Bypass, all.collect())
             }
             Target::Domain(domain) => {
-                let mut pieces = Vec::new();
+                let mut windows = Vec::new();
                 for mapping in contents.mappings(domain) {
-                    pieces.extend(pieces_of(&mapping, &self.slots));
+                    windows.extend(windows_of(&mapping, &self.slots));
                 }
-                (Gate::Translated, pieces)
+                (Gate::Translated, windows)
             }
         };
-        let by_first = pieces.into_iter().map(|p| (p.range.first().0, p));
+        let by_first = windows.into_iter().map(|p| (p.range.first().0, p));
         let (old_gate, old, done) = self.replace(gate, by_first.collect());
         let Err(cause) = done else {
             self.target = target;
@@ -315,7 +317,7 @@ impl DmaBackend for VfioUser {
     }
 
     fn destroy_domain(&mut self, _domain: DomainId) {
-        // There is nothing of a domain here but what its endpoint sees.
+        // The windows of a domain are those of its endpoint, which the core has moved elsewhere.
     }
 
     fn quarantine(&mut self, _endpoint: EndpointId) {
@@ -326,14 +328,14 @@ impl DmaBackend for VfioUser {
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
         if self.target != Target::Domain(domain) {
-            // Filled in when the endpoint comes back.
+            // The next attach to the domain makes the window.
             return Ok(());
         }
-        let pieces: Vec<_> = pieces_of(mapping, &self.slots).collect();
-        if pieces.is_empty() {
+        let windows: Vec<_> = windows_of(mapping, &self.slots).collect();
+        if windows.is_empty() {
             return Ok(());
         }
-        self.add(pieces)
+        self.add(windows)
             .map_err(|cause| self.refused(format_args!("{mapping} stays unmapped"), &cause))
     }
 
@@ -349,7 +351,7 @@ impl DmaBackend for VfioUser {
         self.unmap_ranges(&[range])
     }
 
-    /// All in one go: the server's replies are waited for together.
+    /// Removes all parts at once: one wait for all replies of the server.
     fn unmap_all(&mut self, domain: DomainId, parts: &[UnmapPart]) -> Result<(), BackendError> {
         if self.target != Target::Domain(domain) {
             return Ok(());

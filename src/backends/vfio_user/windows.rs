@@ -1,4 +1,4 @@
-//! What an emulated device sees of memory: windows into guest RAM, and the accesses through them.
+//! The memory of an emulated device: windows into guest RAM, and accesses through them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,60 +13,60 @@ use crate::locks::{Rank, RwLock, RwLockWriteGuard};
 use crate::metrics::Counter;
 use crate::vfio_user::{AccessDenied, DmaTarget, Window};
 
-/// How far apart a device's process and guest RAM are kept.
+/// How a device's server is isolated from guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Isolation {
-    /// The process gets no descriptor of guest RAM; each access is a message, which is checked.
+    /// The server gets no descriptor of guest RAM. Each access is a message, which the interposer checks.
     #[default]
     Messages,
-    /// The process gets the descriptor of guest RAM with each window: it maps what it is told to,
-    /// but nothing keeps a malicious one from mapping all the rest.
+    /// The server gets the descriptor of guest RAM with each window, and maps the window. Nothing keeps a malicious server
+    /// from mapping all other RAM, too.
     Mappings,
 }
 
-/// What the windows stand for.
+/// The kind of access that the windows give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Gate {
     /// The mappings of a domain.
     Translated,
-    /// All of guest RAM but for reserved regions.
+    /// All of guest RAM without the reserved regions.
     Bypass,
-    /// Nothing; there are no windows.
+    /// None; there are no windows.
     Blocked,
-    /// Nothing, for something failed; there are no windows.
+    /// None, because of a failure; there are no windows.
     Quarantined,
 }
 
-/// A window: a mapping, or as much of one as leads into one memory slot.
+/// A window: a mapping, or the part of one that leads into one memory slot.
 #[derive(Clone, Debug)]
-pub(super) struct Piece {
+pub(super) struct DmaWindow {
     pub(super) range: IovaRange,
     access: Access,
     slot: Arc<MemorySlot>,
-    /// Where in the slot it begins, in bytes.
+    /// The window's first byte in the slot.
     offset: u64,
 }
 
-/// The windows by first address.
-pub(super) type Pieces = BTreeMap<u64, Piece>;
+/// Windows by first address.
+pub(super) type DmaWindows = BTreeMap<u64, DmaWindow>;
 
-/// What the device sees right now.
+/// The windows that the device has now.
 #[derive(Debug)]
-pub(super) struct View {
+pub(super) struct DeviceView {
     pub(super) gate: Gate,
-    pub(super) pieces: Pieces,
+    pub(super) windows: DmaWindows,
 }
 
-/// What one device sees. Whoever changes it waits for accesses that are under way.
+/// The address space of one device. A change waits for accesses in progress.
 pub(super) struct Space {
     endpoint: EndpointId,
     isolation: Isolation,
-    /// What bypass mode does not reach.
+    /// The addresses that bypass mode does not reach.
     reserved: Vec<IovaRange>,
     sink: Arc<dyn FaultSink>,
-    /// Accesses that were refused, whether the guest is told or not.
+    /// The number of refused accesses, whether the guest gets a fault or not.
     refused: Counter,
-    view: RwLock<View>,
+    view: RwLock<DeviceView>,
 }
 
 impl Space {
@@ -85,26 +85,25 @@ impl Space {
             refused: Counter::default(),
             view: RwLock::new(
                 Rank::Windows,
-                View {
+                DeviceView {
                     gate: Gate::Blocked,
-                    pieces: Pieces::new(),
+                    windows: DmaWindows::new(),
                 },
             ),
         }
     }
 
-    /// Changes what the device sees. When this returns, no access is under way, and none begins
-    /// before the guard is dropped.
-    pub(super) fn change(&self) -> RwLockWriteGuard<'_, View> {
+    /// Changes the device's view. While the guard lives, no access is in progress.
+    pub(super) fn change(&self) -> RwLockWriteGuard<'_, DeviceView> {
         self.view.write()
     }
 
-    /// How many windows there are, and how many accesses were refused so far.
+    /// The number of windows, and the number of refused accesses so far.
     pub(super) fn figures(&self) -> (usize, u64) {
-        (self.view.read().pieces.len(), self.refused.get())
+        (self.view.read().windows.len(), self.refused.get())
     }
 
-    /// Tells of a device that is stopped though it did nothing wrong with memory.
+    /// Reports a device that is stopped because of a failure, not for one of its accesses.
     pub(super) fn report_stop(&self, address: Iova) {
         self.sink.report(Fault {
             endpoint: self.endpoint,
@@ -114,9 +113,9 @@ impl Space {
         });
     }
 
-    /// All of `slot` that bypass mode reaches.
-    pub(super) fn identity(&self, slot: &Arc<MemorySlot>) -> Vec<Piece> {
-        let mut pieces = Vec::new();
+    /// The windows of `slot` in bypass mode: the slot without the reserved regions.
+    pub(super) fn identity(&self, slot: &Arc<MemorySlot>) -> Vec<DmaWindow> {
+        let mut windows = Vec::new();
         let last = Iova(slot.range.last().0);
         let mut next = Some(Iova(slot.range.first().0));
         while let Some(first) = next.filter(|n| *n <= last) {
@@ -133,7 +132,7 @@ impl Space {
                 Some(hit) => IovaRange::new(first, Iova(hit.first().0 - 1)),
                 None => Some(rest),
             };
-            pieces.extend(free.map(|range| Piece {
+            windows.extend(free.map(|range| DmaWindow {
                 range,
                 access: Access::READ_WRITE,
                 slot: slot.clone(),
@@ -141,27 +140,27 @@ impl Space {
             }));
             next = hit.and_then(|hit| hit.last().0.checked_add(1)).map(Iova);
         }
-        pieces
+        windows
     }
 
-    /// The window for a piece, as a server is told of it.
-    pub(super) fn window(&self, piece: &Piece) -> Window {
+    /// A window as the server gets it.
+    pub(super) fn wire_window(&self, window: &DmaWindow) -> Window {
         let file = match self.isolation {
             Isolation::Messages => None,
             Isolation::Mappings => {
-                let at = piece.slot.offset.saturating_add(piece.offset);
-                Some((piece.slot.file.clone(), at))
+                let at = window.slot.offset.saturating_add(window.offset);
+                Some((window.slot.file.clone(), at))
             }
         };
         Window {
-            range: piece.range,
-            access: piece.access,
+            range: window.range,
+            access: window.access,
             file,
         }
     }
 
-    /// Does something with each part of memory behind `range`, in order, if all of it may be used
-    /// like that: with where in `range` it is, and the bytes.
+    /// Calls `act` with each part of the memory behind `range`, in ascending order, and the part's offset in `range`; but
+    /// only if the windows allow `access` to all of it.
     fn with_memory(
         &self,
         range: IovaRange,
@@ -172,7 +171,7 @@ impl Space {
         let checked = view.each_part(range, access, |_, _| {});
         match checked {
             Ok(()) => {
-                // As it was a moment ago, for the view is locked.
+                // Cannot fail: the view is locked, and was checked above.
                 let done = view.each_part(range, access, &mut act);
                 done.map_err(|_| AccessDenied)
             }
@@ -189,7 +188,7 @@ impl Space {
         self.refused.inc();
         let reason = match gate {
             Gate::Translated => FaultReason::Mapping,
-            // Where there is no memory is none of the IOMMU's business.
+            // An access to addresses without memory is no fault of the IOMMU.
             Gate::Bypass if !self.reserved.iter().any(|r| r.contains(address)) => return,
             Gate::Bypass => FaultReason::Mapping,
             Gate::Blocked => FaultReason::Domain,
@@ -223,13 +222,15 @@ impl DmaTarget for Space {
 
     fn windows(&self) -> Vec<Window> {
         let view = self.view.read();
-        view.pieces.values().map(|p| self.window(p)).collect()
+        view.windows.values().map(|p| self.wire_window(p)).collect()
     }
 }
 
-impl View {
+impl DeviceView {
+    /// Calls `act` with each part of the memory behind `range`, and the part's offset in `range`.
+    ///
     /// # Errors
-    /// The first address that may not be used like that.
+    /// The first address for which no window allows `access`.
     fn each_part(
         &self,
         range: IovaRange,
@@ -238,17 +239,17 @@ impl View {
     ) -> Result<(), Iova> {
         let mut next = Some(range.first());
         while let Some(at) = next.filter(|at| range.contains(*at)) {
-            let before = self.pieces.range(..=at.0).next_back();
-            let piece = before
-                .map(|(_, piece)| piece)
+            let before = self.windows.range(..=at.0).next_back();
+            let window = before
+                .map(|(_, window)| window)
                 .filter(|p| p.range.contains(at) && p.access.allows(access))
                 .ok_or(at)?;
-            let last = piece.range.last().min(range.last());
-            let skipped = at.0 - piece.range.first().0;
+            let last = window.range.last().min(range.last());
+            let skipped = at.0 - window.range.first().0;
             let small = |n: u64| usize::try_from(n).map_err(|_| at);
-            let offset = small(piece.offset.saturating_add(skipped))?;
+            let offset = small(window.offset.saturating_add(skipped))?;
             let len = small(last.0 - at.0)?.saturating_add(1);
-            let memory = piece.slot.memory.get_slice(offset, len).map_err(|_| at)?;
+            let memory = window.slot.memory.get_slice(offset, len).map_err(|_| at)?;
             act(small(at.0 - range.first().0)?, memory);
             next = last.0.checked_add(1).map(Iova);
         }
@@ -256,12 +257,12 @@ impl View {
     }
 }
 
-/// The pieces of a mapping that lead into guest RAM. `slots` are in the order of addresses and
-/// disjoint. A mapping without rights has none.
-pub(super) fn pieces_of<'a>(
+/// The windows of a mapping: the parts of it that lead into guest RAM. `slots` must be in ascending order and disjoint.
+/// A mapping without rights has no windows.
+pub(super) fn windows_of<'a>(
     mapping: &'a Mapping,
     slots: &'a [Arc<MemorySlot>],
-) -> impl Iterator<Item = Piece> + 'a {
+) -> impl Iterator<Item = DmaWindow> + 'a {
     let target = mapping.target().filter(|_| mapping.access != Access::NONE);
     let from = slots.partition_point(|s| s.range.last() < mapping.gpa);
     let touched = slots
@@ -270,7 +271,7 @@ pub(super) fn pieces_of<'a>(
         .take_while(move |s| target.is_some_and(|t| reaches(t, s.range)));
     touched.filter_map(|slot| {
         let part = mapping.part_in(slot.range)?;
-        Some(Piece {
+        Some(DmaWindow {
             range: part.range,
             access: part.access,
             slot: slot.clone(),
@@ -283,8 +284,8 @@ fn reaches(target: GpaRange, slot: GpaRange) -> bool {
     target.intersection(slot).is_some()
 }
 
-impl Piece {
-    /// Whether it leads into this slot.
+impl DmaWindow {
+    /// Whether the window leads into `slot`.
     pub(super) fn is_in(&self, slot: &MemorySlot) -> bool {
         *self.slot == *slot
     }
@@ -321,11 +322,11 @@ mod tests {
         )
     }
 
-    fn insert(space: &Space, gate: Gate, pieces: impl IntoIterator<Item = Piece>) {
+    fn insert(space: &Space, gate: Gate, windows: impl IntoIterator<Item = DmaWindow>) {
         let mut view = space.change();
         view.gate = gate;
-        let by_first = pieces.into_iter().map(|p| (p.range.first().0, p));
-        view.pieces.extend(by_first);
+        let by_first = windows.into_iter().map(|p| (p.range.first().0, p));
+        view.windows.extend(by_first);
     }
 
     fn mapping(first: u64, len: u64, gpa: u64, access: Access) -> Mapping {
@@ -349,7 +350,7 @@ mod tests {
             mapping(0x10_1000, 0x1000, 0x1000, Access::READ_WRITE),
             mapping(0x10_2000, 0x1000, 0x2000, Access::READ),
         ] {
-            insert(&space, Gate::Translated, pieces_of(&m, &slots));
+            insert(&space, Gate::Translated, windows_of(&m, &slots));
         }
         assert_eq!(space.write(range(0x10_0ffe, 0x10_1001), b"abcd"), Ok(()));
         let mut there = [0; 2];
@@ -370,7 +371,7 @@ mod tests {
         assert_eq!(&back, b"abcd");
         assert!(sink.0.lock().is_empty());
 
-        // The second half may not be written: neither is the first.
+        // The second half is read-only, so the first half is not written either.
         assert_eq!(
             space.write(range(0x10_1ffe, 0x10_2001), b"wxyz"),
             Err(AccessDenied)
@@ -403,7 +404,7 @@ mod tests {
             Arc::new(slot(0x4000, 0x1000, 0)),
         ];
         let cut = |m: Mapping| -> Vec<_> {
-            pieces_of(&m, &slots)
+            windows_of(&m, &slots)
                 .map(|p| (p.range.first().0, p.range.last().0, p.offset))
                 .collect()
         };
@@ -429,8 +430,8 @@ mod tests {
             range(0x8000, 0x9_0000),
         ];
         let (space, sink) = space(reserved);
-        let pieces = space.identity(&slot);
-        let ranges: Vec<_> = pieces.iter().map(|p| (p.range, p.offset)).collect();
+        let windows = space.identity(&slot);
+        let ranges: Vec<_> = windows.iter().map(|p| (p.range, p.offset)).collect();
         assert_eq!(
             ranges,
             [
@@ -438,7 +439,7 @@ mod tests {
                 (range(0x5000, 0x6fff), 0x4000)
             ]
         );
-        insert(&space, Gate::Bypass, pieces);
+        insert(&space, Gate::Bypass, windows);
         assert_eq!(space.write(range(0x5000, 0x5000), &[1]), Ok(()));
         assert_eq!(
             space.write(range(0x4fff, 0x5000), &[1, 2]),
