@@ -123,7 +123,7 @@ fn the_driver_is_notified_when_it_asks() {
         for round in 0..300 {
             while guest.requests.call.read().is_ok() {}
             // Before the request: a worker that polls may serve it without a kick.
-            guest.requests.want_call(&guest.memory);
+            guest.requests.enable_notification(&guest.memory);
             guest.submit(&attach, &layout);
             guest.kick();
             let deadline = Instant::now() + Duration::from_secs(5);

@@ -1,4 +1,5 @@
-//! The daemon as a child process: started with a socket of its own, watched, always reaped.
+//! The daemon as a child process with sockets in a temporary directory. A test that hangs or fails leaves no
+//! daemon behind.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,10 +15,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhost::vhost_user::Frontend;
 
-/// A daemon that hangs is killed after this long, which makes every blocked test call return.
+/// After this time a watcher kills the daemon. Every test call that waits for it then returns.
 const LIFETIME: Duration = Duration::from_secs(240);
 
-/// What the kernel calls the guest's memory in the daemon's list of mappings.
+/// The name of guest memory in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "/memfd:guest-ram";
 
 /// Endpoint 00:06.0.
@@ -26,7 +27,7 @@ pub const EP: u32 = 0x30;
 pub const EP2: u32 = 0x38;
 /// Endpoint 00:08.0.
 pub const EP3: u32 = 0x40;
-/// No endpoint.
+/// 00:09.0, an address without an endpoint.
 pub const NO_EP: u32 = 0x48;
 
 /// A running daemon.
@@ -38,12 +39,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// The daemon with three endpoints and nothing else said.
+    /// Starts the daemon with three endpoints and defaults for everything else.
     pub fn start() -> Self {
         Self::with_args(&[])
     }
 
-    /// The daemon with three endpoints and further arguments.
+    /// Starts the daemon with three endpoints and more arguments.
     pub fn with_args(more: &[&str]) -> Self {
         let mut args = vec!["--iommu", "00:05.0"];
         for endpoint in ["00:06.0", "00:07.0", "00:08.0"] {
@@ -53,12 +54,12 @@ impl Daemon {
         Self::spawn(&args)
     }
 
-    /// The daemon with a TOML configuration; the sockets are still given as flags.
+    /// Starts the daemon with a TOML configuration. The sockets are flags still.
     pub fn with_config(toml: &str) -> Self {
         Self::with_config_and(toml, &[])
     }
 
-    /// With further arguments.
+    /// Starts the daemon with a TOML configuration and more arguments.
     pub fn with_config_and(toml: &str, more: &[&str]) -> Self {
         let directory = TempDir::new().expect("temporary directory");
         let path = directory.path().join("vm.toml");
@@ -67,7 +68,7 @@ impl Daemon {
         Self::launch(directory, &[&config, more].concat())
     }
 
-    /// The daemon with exactly these arguments beside the sockets.
+    /// Starts the daemon with the flags of the sockets and these arguments.
     pub fn spawn(args: &[&str]) -> Self {
         Self::launch(TempDir::new().expect("temporary directory"), args)
     }
@@ -91,7 +92,7 @@ impl Daemon {
         let (watch, over) = channel::<()>();
         thread::spawn(move || {
             if over.recv_timeout(LIFETIME) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("the daemon is killed: the test takes longer than {LIFETIME:?}");
+                eprintln!("the watcher kills the daemon: the test takes longer than {LIFETIME:?}");
                 let _ = watched.lock().expect("child").kill();
             }
         });
@@ -120,11 +121,11 @@ impl Daemon {
     #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
     pub fn terminate(&self) {
         let pid = libc::pid_t::try_from(self.pid).expect("a process id");
-        // SAFETY: no pointer is passed, and the child is not reaped yet, so the number is its own.
+        // SAFETY: no pointer is passed. The child is not reaped yet, so no other process has its number.
         assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0, "SIGTERM");
     }
 
-    /// Context switches of all threads so far.
+    /// The context switches of all threads so far.
     pub fn context_switches(&self) -> u64 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("its threads");
         tasks
@@ -144,17 +145,17 @@ impl Daemon {
         self.pid
     }
 
-    /// A vhost-user connection, as a stream of bytes.
+    /// Connects to the vhost-user socket.
     pub fn stream(&self) -> UnixStream {
         connect(&self.socket())
     }
 
-    /// A vhost-user connection, nothing said yet.
+    /// Connects a vhost-user frontend, which has sent nothing yet.
     pub fn frontend(&self) -> Frontend {
         Frontend::from_stream(self.stream(), 2)
     }
 
-    /// Waits up to ten seconds for `done`, with the daemon alive: not for its end.
+    /// Waits up to ten seconds until `done` holds. Fails the test if the daemon ends meanwhile.
     pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done() {
@@ -164,38 +165,41 @@ impl Daemon {
         }
     }
 
-    /// Waits up to ten seconds for the daemon's end.
+    /// Waits up to ten seconds until the daemon ends.
     pub fn wait_for_end(&self) -> ExitStatus {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             if let Some(status) = self.exit_status() {
                 return status;
             }
-            assert!(Instant::now() < deadline, "waited too long for its end");
+            assert!(
+                Instant::now() < deadline,
+                "waited too long for the daemon's end"
+            );
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// How the daemon ended, if it did.
+    /// The daemon's exit status, or `None` while it runs.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.child.lock().expect("child").try_wait().expect("wait")
     }
 
-    /// Fails the test where the daemon is gone.
+    /// Fails the test if the daemon has ended.
     pub fn assert_alive(&self) {
         if let Some(status) = self.exit_status() {
             panic!("the daemon ended: {status}");
         }
     }
 
-    /// One request on the control socket, and the answer.
+    /// Sends a request to the control socket. Returns the answer.
     pub fn control(&self, request: &str) -> Value {
         let text = self.control_text(request);
         serde_json::from_str(&text)
             .unwrap_or_else(|error| panic!("{request}: {error} in the answer {text:?}"))
     }
 
-    /// One request on the control socket, and the answer's text.
+    /// Sends a request to the control socket. Returns the text of the answer.
     pub fn control_text(&self, request: &str) -> String {
         let mut stream = connect(&self.control_socket());
         let limit = Some(Duration::from_secs(20));
@@ -211,19 +215,19 @@ impl Daemon {
         self.control("status")
     }
 
-    /// What the daemon says about an address of an endpoint.
+    /// The daemon's answer to `translate` for an address of an endpoint.
     pub fn translate(&self, endpoint: u32, iova: u64) -> Value {
         self.control(&format!("translate {endpoint} {iova:#x}"))
     }
 
-    /// The guest-physical address an IOVA leads to, or `None` for a fault.
+    /// The guest-physical address of an IOVA, or `None` where an access would fault.
     pub fn gpa_of(&self, endpoint: u32, iova: u64) -> Option<u64> {
         let answer = self.translate(endpoint, iova);
         (answer["result"] == "ok").then(|| number(&answer["gpa"]))
     }
 
-    /// Mappings of a domain as (first, last, gpa, access, mmio), in order of address; empty where
-    /// there is no such domain.
+    /// The mappings of a domain as (first, last, gpa, access, mmio), by address. Empty if the domain does not
+    /// exist.
     pub fn mappings(&self, domain: u32) -> Vec<(u64, u64, u64, String, bool)> {
         let answer = self.control(&format!("mappings {domain}"));
         let Some(entry) = answer["domains"]
@@ -246,7 +250,7 @@ impl Daemon {
             .collect()
     }
 
-    /// Ids of the live domains, in order.
+    /// The ids of all domains, in order.
     pub fn domains(&self) -> Vec<u64> {
         let status = self.status();
         let list = status["domains"].as_array().expect("domains");
@@ -255,7 +259,7 @@ impl Daemon {
         ids
     }
 
-    /// The entry of an endpoint in the status document.
+    /// The endpoint's entry in the status document.
     pub fn endpoint(&self, id: u32) -> Value {
         let status = self.status();
         let list = status["endpoints"].as_array().expect("endpoints");
@@ -265,8 +269,8 @@ impl Daemon {
             .clone()
     }
 
-    /// Resident memory of the daemon's own, KiB: all but the files it runs from and the guest's
-    /// memory, which is the guest's to fill.
+    /// The daemon's resident memory in KiB. The files of its program do not count, nor does guest memory, which
+    /// the guest fills.
     pub fn rss_kib(&self) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid)).expect("proc");
         let mut own = true;
@@ -279,7 +283,7 @@ impl Daemon {
                     total += kib.expect("a number");
                 }
                 Some(word) if !word.ends_with(':') => {
-                    // A mapping: range, rights, offset, device, inode, and a path if it has one.
+                    // The head of a mapping: range, rights, offset, device, inode, and perhaps a path.
                     let path = words.nth(4).unwrap_or("");
                     own = !path.starts_with('/')
                         || path.starts_with("/memfd:") && path != GUEST_MEMORY;
@@ -290,25 +294,25 @@ impl Daemon {
         total
     }
 
-    /// Open file descriptors.
+    /// The number of open file descriptors.
     pub fn fd_count(&self) -> usize {
         let list = fs::read_dir(format!("/proc/{}/fd", self.pid)).expect("proc");
         list.count()
     }
 
-    /// Threads.
+    /// The number of threads.
     pub fn thread_count(&self) -> usize {
         let list = fs::read_dir(format!("/proc/{}/task", self.pid)).expect("proc");
         list.count()
     }
 
-    /// Bytes written to standard error so far.
+    /// The number of bytes that the daemon has written to standard error so far.
     pub fn log_len(&self) -> u64 {
         let path = self.directory.path().join("stderr");
         fs::metadata(path).expect("stderr file").len()
     }
 
-    /// What was written to standard error so far.
+    /// The text that the daemon has written to standard error so far.
     pub fn log(&self) -> String {
         let bytes = fs::read(self.directory.path().join("stderr")).expect("stderr file");
         String::from_utf8_lossy(&bytes).into_owned()
@@ -328,15 +332,18 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // A thread of the daemon that dies is easily overlooked: the others go on.
+        // The daemon goes on when one of its threads panics, so the log is the only sign of it.
         if !thread::panicking() {
             let log = self.log();
-            assert!(!log.contains("panicked"), "in the daemon: {log}");
+            assert!(
+                !log.contains("panicked"),
+                "a thread of the daemon panicked: {log}"
+            );
         }
     }
 }
 
-/// A number in JSON, plain or as text in hexadecimal.
+/// A number in JSON: a number, or hexadecimal text such as `"0x1000"`.
 pub fn number(value: &Value) -> u64 {
     value
         .as_u64()
@@ -344,7 +351,7 @@ pub fn number(value: &Value) -> u64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// Connects, with a little patience for a listener that is being set up.
+/// Connects. Tries for up to ten seconds, since the daemon may not listen yet.
 pub fn connect(path: &Path) -> UnixStream {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

@@ -17,14 +17,14 @@ use super::memory::{Memory, Region};
 use super::ring::{Desc, INDIRECT, NEXT, Queue, WRITE};
 use super::wire::{self, Config, Resv, TAIL};
 
-/// What the driver fills writable buffers with, so that "nothing was written" can be seen.
+/// The driver fills writable buffers with this byte, so that a test sees whether the device wrote anything.
 pub const POISON: u8 = 0xa5;
 
-/// RAM from address 0, where buffers are put.
+/// RAM from address 0, which holds the buffers.
 pub const LOW_RAM: u64 = 0;
 /// Bytes of [`LOW_RAM`].
 pub const LOW_LEN: u64 = 16 << 20;
-/// A slot for the rings alone, so that wild buffers miss them.
+/// A slot for the rings alone: the device's writes to wrong buffers do not reach them.
 pub const RING_RAM: u64 = 0x4000_0000;
 /// Bytes of [`RING_RAM`].
 pub const RING_LEN: u64 = 8 << 20;
@@ -33,15 +33,15 @@ pub const HIGH_RAM: u64 = 0x1_0000_0000;
 /// Bytes of [`HIGH_RAM`].
 pub const HIGH_LEN: u64 = 8 << 20;
 
-/// First byte of the area request buffers are cut from.
+/// First byte of the area for request buffers.
 const BUFFERS: u64 = 0x10_0000;
-/// Bytes of it.
+/// Bytes of [`BUFFERS`].
 const BUFFERS_LEN: u64 = 8 << 20;
 
-/// How long a request may take.
+/// The time limit of a request.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// All a stock driver accepts.
+/// The features that a stock driver accepts.
 pub const STOCK: u64 = wire::F_VERSION_1
     | wire::F_EVENT_IDX
     | wire::F_INPUT_RANGE
@@ -51,14 +51,14 @@ pub const STOCK: u64 = wire::F_VERSION_1
     | wire::F_MMIO
     | wire::F_BYPASS_CONFIG;
 
-/// What a VMM and its guest choose.
+/// The choices of a VMM and its guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
-    /// Features accepted, if offered.
+    /// Features that the driver accepts if the device offers them.
     pub features: u64,
-    /// Entries of both rings.
+    /// Number of entries of each ring.
     pub queue_size: u16,
-    /// ADD_MEM_REG for each slot instead of one SET_MEM_TABLE.
+    /// Whether the VMM sends ADD_MEM_REG for each slot instead of one SET_MEM_TABLE.
     pub slots_one_by_one: bool,
 }
 
@@ -72,25 +72,25 @@ impl Default for Setup {
     }
 }
 
-/// How a request is laid out over descriptors.
+/// The descriptors of a request.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// Lengths of the readable descriptors.
     pub readable: Vec<usize>,
     /// Lengths of the writable descriptors.
     pub writable: Vec<usize>,
-    /// Where the descriptors are.
+    /// The tables that hold them.
     pub table: Table,
 }
 
-/// Where a request's descriptors are.
+/// The tables that hold a request's descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
-    /// In the ring's own table.
+    /// The ring's own table.
     Direct,
-    /// In an indirect table.
+    /// An indirect table.
     Indirect,
-    /// So many in the ring's table, then an indirect table with the others.
+    /// The ring's table for this many, then an indirect table for the others.
     Mixed(usize),
 }
 
@@ -104,7 +104,7 @@ impl Layout {
         }
     }
 
-    /// Readable and writable part cut into descriptors of at most `size` bytes.
+    /// Descriptors of at most `size` bytes for the readable and the writable part.
     pub fn cut(readable: usize, writable: usize, size: usize, table: Table) -> Self {
         let cut = |len: usize| {
             let mut parts = vec![size; len / size];
@@ -119,7 +119,7 @@ impl Layout {
     }
 }
 
-/// What came back for one request.
+/// The device's reply to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// Used length.
@@ -129,8 +129,8 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// The status of a request that was answered in full: used length is the whole writable part
-    /// and the tail's reserved bytes are zero.
+    /// The status. Fails the test unless the used length covers the whole writable part and the reserved bytes of
+    /// the tail are zero.
     pub fn status(&self) -> u8 {
         assert_eq!(self.len as usize, self.bytes.len(), "used length");
         let tail = &self.bytes[self.bytes.len() - TAIL..];
@@ -138,7 +138,7 @@ impl Reply {
         tail[0]
     }
 
-    /// Whether the buffers came back with length 0 and nothing written.
+    /// Whether the device returned the chain with used length 0 and wrote nothing.
     pub fn is_untouched(&self) -> bool {
         self.len == 0 && self.bytes.iter().all(|&byte| byte == POISON)
     }
@@ -159,11 +159,11 @@ pub struct Guest {
     pub requests: Queue,
     /// Event queue.
     pub events: Queue,
-    /// What the daemon offered.
+    /// Features that the daemon offered.
     pub offered: u64,
-    /// What was accepted.
+    /// Features that the driver accepted.
     pub features: u64,
-    /// Protocol features the daemon offered.
+    /// Protocol features that the daemon offered.
     pub protocol: VhostUserProtocolFeatures,
     free: Vec<u16>,
     pending: HashMap<u16, Pending>,
@@ -173,12 +173,12 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// A stock guest, up and running.
+    /// A stock guest whose driver runs.
     pub fn boot(daemon: &Daemon) -> Self {
         Self::boot_with(daemon, Setup::default())
     }
 
-    /// A guest up and running.
+    /// A guest whose driver runs.
     pub fn boot_with(daemon: &Daemon, setup: Setup) -> Self {
         let mut guest = Self::connect(daemon, setup);
         guest.driver_ok();
@@ -200,7 +200,7 @@ impl Guest {
         Self::connect_with(connect(socket.as_ref()), setup, regions)
     }
 
-    /// Negotiates over a connection. With this memory, which must have the ring slot.
+    /// Negotiates over a connection. `regions` must contain [`RING_RAM`].
     pub fn connect_with(stream: UnixStream, setup: Setup, regions: Vec<Region>) -> Self {
         let mut frontend = Frontend::from_stream(stream, 2);
         frontend.set_owner().expect("SET_OWNER");
@@ -247,7 +247,7 @@ impl Guest {
         }
     }
 
-    /// What a VMM sends when the driver is ready: features, then both rings.
+    /// Sends the messages of a VMM whose driver is ready: features, then both rings.
     pub fn driver_ok(&mut self) {
         self.frontend
             .set_features(self.features | wire::F_PROTOCOL)
@@ -257,7 +257,7 @@ impl Guest {
         }
     }
 
-    /// Sets up and enables one ring, from the base named when it was stopped, or 0.
+    /// Sets up and enables a ring. It begins at the base that the daemon returned when it was stopped, or at 0.
     pub fn start_ring(&mut self, index: usize) {
         let queue = if index == 0 {
             &self.requests
@@ -274,7 +274,7 @@ impl Guest {
         front.set_vring_enable(index, true).expect("enable");
     }
 
-    /// Stops both rings, as a VMM does to pause or reset. The bases the daemon names.
+    /// Stops both rings, as a VMM does to pause or reset the guest. Returns the daemon's bases.
     pub fn stop_rings(&mut self) -> [u16; 2] {
         self.bases = [0, 1].map(|index| {
             let base = self.frontend.get_vring_base(index).expect("a ring base");
@@ -283,7 +283,7 @@ impl Guest {
         self.bases
     }
 
-    /// The driver forgets its rings: a reset guest.
+    /// Clears the driver's rings and buffers, as a reset of the guest does.
     pub fn forget_rings(&mut self) {
         self.requests.reset(&self.memory);
         self.events.reset(&self.memory);
@@ -293,14 +293,14 @@ impl Guest {
         self.bases = [0; 2];
     }
 
-    /// Stop and start as the VMM does when the guest is reset.
+    /// Stops and starts the rings as the VMM does when the guest is reset.
     pub fn reboot(&mut self) {
         self.stop_rings();
         self.forget_rings();
         self.driver_ok();
     }
 
-    /// Adds a memory slot while running.
+    /// Adds a memory slot while the driver runs.
     pub fn add_region(&mut self, region: Region) {
         self.frontend
             .add_mem_region(&region.info())
@@ -308,7 +308,7 @@ impl Guest {
         self.memory.regions.push(region);
     }
 
-    /// Takes the slot at `gpa` away while running.
+    /// Removes the memory slot at `gpa` while the driver runs.
     pub fn remove_region(&mut self, gpa: u64) -> Region {
         let at = self.memory.regions.iter().position(|slot| slot.gpa == gpa);
         let region = self.memory.regions.remove(at.expect("a slot there"));
@@ -318,7 +318,7 @@ impl Guest {
         region
     }
 
-    /// The configuration space, bytes `offset..offset + len`.
+    /// Reads the bytes `offset..offset + len` of the configuration space.
     pub fn config_bytes(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let (_, payload) = self
             .frontend
@@ -332,19 +332,19 @@ impl Guest {
         payload
     }
 
-    /// The configuration space.
+    /// Reads the configuration space.
     pub fn config(&mut self) -> Config {
         Config::parse(&self.config_bytes(0, wire::CONFIG_LEN))
     }
 
-    /// Writes the configuration space.
+    /// Writes `bytes` to the configuration space at `offset`.
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) {
         self.frontend
             .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
             .expect("SET_CONFIG");
     }
 
-    /// Cuts `len` bytes of guest memory for a buffer, aligned to 16.
+    /// A buffer of `len` bytes of guest memory, aligned to 16. Buffers are reused after a while.
     pub fn buffer(&mut self, len: usize) -> u64 {
         let len = (len as u64).next_multiple_of(16);
         if self.next_buffer + len > BUFFERS + BUFFERS_LEN {
@@ -355,7 +355,7 @@ impl Guest {
         at
     }
 
-    /// Makes a request available, without a kick. Its head.
+    /// Makes a request available without a kick. Returns its head.
     pub fn submit(&mut self, readable: &[u8], layout: &Layout) -> u16 {
         assert_eq!(layout.readable.iter().sum::<usize>(), readable.len());
         let mut chain = Vec::new();
@@ -408,17 +408,17 @@ impl Guest {
         head
     }
 
-    /// Tells the device of what was submitted.
+    /// Notifies the device of the submitted requests.
     pub fn kick(&mut self) {
-        self.requests.want_call(&self.memory);
+        self.requests.enable_notification(&self.memory);
         self.requests.kick(&self.memory);
     }
 
-    /// Waits for one submitted request to come back: its head and the reply.
+    /// Waits until the device returns a submitted request. Returns its head and the reply.
     pub fn complete(&mut self) -> (u16, Reply) {
         let (head, len) = self
             .wait_used(PATIENCE)
-            .expect("the request comes back in time");
+            .expect("the device returns the request in time");
         let head = u16::try_from(head).expect("a head");
         let pending = self.pending.remove(&head).expect("a head in flight");
         self.free.extend(&pending.descs);
@@ -434,21 +434,21 @@ impl Guest {
         wait_used(&mut self.requests, &self.memory, patience)
     }
 
-    /// One request in a given layout.
+    /// Sends a request in a given layout and waits for its reply.
     pub fn request_in(&mut self, readable: &[u8], layout: &Layout) -> Reply {
         let head = self.submit(readable, layout);
         self.kick();
         let (back, reply) = self.complete();
-        assert_eq!(head, back, "another chain came back");
+        assert_eq!(head, back, "the device returned another chain");
         reply
     }
 
-    /// One request in the plain layout.
+    /// Sends a request in the plain layout and waits for its reply.
     pub fn request(&mut self, readable: &[u8], writable: usize) -> Reply {
         self.request_in(readable, &Layout::plain(readable.len(), writable))
     }
 
-    /// The status of one request with nothing but a tail to write.
+    /// Sends a request whose writable part is the tail alone. Returns its status.
     pub fn call(&mut self, readable: &[u8]) -> u8 {
         self.request(readable, TAIL).status()
     }
@@ -468,27 +468,27 @@ impl Guest {
         self.call(&wire::detach(domain, endpoint))
     }
 
-    /// MAP `first..=last`.
+    /// MAP of `first..=last`.
     pub fn map(&mut self, domain: u32, first: u64, last: u64, gpa: u64, flags: u32) -> u8 {
         self.call(&wire::map(domain, first, last, gpa, flags))
     }
 
-    /// MAP one 4 KiB page, read and write.
+    /// MAP of a 4 KiB page for reading and writing.
     pub fn map_page(&mut self, domain: u32, iova: u64, gpa: u64) -> u8 {
         self.map(domain, iova, iova + 0xfff, gpa, wire::RW)
     }
 
-    /// UNMAP `first..=last`.
+    /// UNMAP of `first..=last`.
     pub fn unmap(&mut self, domain: u32, first: u64, last: u64) -> u8 {
         self.call(&wire::unmap(domain, first, last))
     }
 
-    /// PROBE with properties of `size` bytes.
+    /// PROBE with room for `size` bytes of properties.
     pub fn probe_sized(&mut self, endpoint: u32, size: usize) -> Reply {
         self.request(&wire::probe(endpoint), size + TAIL)
     }
 
-    /// PROBE as a driver does it.
+    /// PROBE as a driver sends it, with the size from the configuration space.
     pub fn probe(&mut self, endpoint: u32) -> Vec<Resv> {
         let size = self.config().probe_size as usize;
         let reply = self.probe_sized(endpoint, size);
@@ -496,8 +496,8 @@ impl Guest {
         wire::parse_properties(&reply.bytes[..size])
     }
 
-    /// Writes descriptors as they are, makes `head` available and waits for what comes back. The
-    /// used length, or `None` where nothing came.
+    /// Writes the descriptors without checks, makes `head` available and waits for the device to return it.
+    /// Returns the used length, or `None` if the device did not return the chain in time.
     pub fn raw(&mut self, head: u16, descs: &[(u16, Desc)], patience: Duration) -> Option<u32> {
         for &(index, desc) in descs {
             self.requests.set_desc(&self.memory, index, desc);
@@ -505,17 +505,17 @@ impl Guest {
         self.requests.publish(&self.memory, head);
         self.kick();
         let (id, len) = self.wait_used(patience)?;
-        assert_eq!(id, u32::from(head), "another chain came back");
+        assert_eq!(id, u32::from(head), "the device returned another chain");
         Some(len)
     }
 
-    /// [`Self::raw`], for chains that must come back.
+    /// Like [`Self::raw`], for chains that the device must return.
     pub fn raw_back(&mut self, head: u16, descs: &[(u16, Desc)]) -> u32 {
         self.raw(head, descs, PATIENCE)
-            .unwrap_or_else(|| panic!("the chain came not back: {head} {descs:x?}"))
+            .unwrap_or_else(|| panic!("the device did not return the chain: {head} {descs:x?}"))
     }
 
-    /// Gives the device a buffer for a fault record.
+    /// Makes a buffer for a fault record available.
     pub fn post_event_buffer(&mut self, len: usize) {
         let addr = self.buffer(len);
         self.memory.write(addr, &vec![POISON; len]);
@@ -526,7 +526,7 @@ impl Guest {
         let desc = Desc::new(addr, len as u32, WRITE, 0);
         self.events.set_desc(&self.memory, head, desc);
         self.events.publish(&self.memory, head);
-        self.events.want_call(&self.memory);
+        self.events.enable_notification(&self.memory);
         self.events.kick(&self.memory);
     }
 
@@ -540,7 +540,7 @@ impl Guest {
     }
 }
 
-/// Waits for a used entry: looks often at first, then sleeps in between.
+/// Waits for a used entry. Polls without sleeping at first, then sleeps in between.
 fn wait_used(queue: &mut Queue, memory: &Memory, patience: Duration) -> Option<(u32, u32)> {
     for _ in 0..200 {
         if let Some(entry) = queue.take_used(memory) {

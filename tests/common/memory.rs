@@ -1,4 +1,4 @@
-//! Guest memory: memfds mapped here and handed to the daemon, at any guest-physical address.
+//! Guest memory: memfds at any guest-physical address, which the test maps and passes to the daemon.
 
 #![expect(
     unsafe_code,
@@ -13,11 +13,11 @@ use std::sync::atomic::Ordering;
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-/// Where the frontend pretends to have guest-physical 0 mapped. No real mapping: the daemon may use
-/// these addresses only to find out which region a ring lies in.
+/// The frontend's address of guest-physical 0. Nothing is mapped there: the daemon may use such addresses only to
+/// find the region of a ring.
 pub const USER_BASE: u64 = 0x7a00_0000_0000;
 
-/// A sealed-size-free memfd of `len` bytes, all zero.
+/// A memfd of `len` zero bytes. Its size is not sealed.
 pub fn memfd(len: u64) -> File {
     // SAFETY: the name is a NUL-terminated string that lives for the call.
     let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
@@ -28,11 +28,11 @@ pub fn memfd(len: u64) -> File {
     file
 }
 
-/// One memory slot: `len` bytes of a file from `file_start`, at `gpa`.
+/// A memory slot: `len` bytes of a file from offset `file_start`, at `gpa`.
 pub struct Region {
     /// First guest-physical address.
     pub gpa: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
     file: Arc<File>,
     file_start: u64,
@@ -40,12 +40,12 @@ pub struct Region {
 }
 
 impl Region {
-    /// A new memfd as RAM at `gpa`.
+    /// RAM at `gpa` in a new memfd.
     pub fn new(gpa: u64, len: u64) -> Self {
         Self::of_file(gpa, len, Arc::new(memfd(len)), 0)
     }
 
-    /// Bytes `file_start..file_start + len` of `file` as RAM at `gpa`.
+    /// RAM at `gpa` in the bytes `file_start..file_start + len` of `file`.
     pub fn of_file(gpa: u64, len: u64, file: Arc<File>, file_start: u64) -> Self {
         let offset = FileOffset::from_arc(Arc::clone(&file), file_start);
         let map = MmapRegion::from_file(offset, len as usize).expect("memfd maps");
@@ -58,7 +58,7 @@ impl Region {
         }
     }
 
-    /// What is in it.
+    /// All bytes of the slot.
     pub fn read_all(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len as usize];
         let memory = self.map.as_volatile_slice();
@@ -66,8 +66,8 @@ impl Region {
         bytes
     }
 
-    /// The same slot, of the same bytes.
-    pub fn again(&self) -> Self {
+    /// The same slot with the same bytes, mapped once more.
+    pub fn duplicate(&self) -> Self {
         Self::of_file(self.gpa, self.len, self.file.clone(), self.file_start)
     }
 
@@ -98,7 +98,9 @@ impl Memory {
                 let offset = gpa.checked_sub(region.gpa)?;
                 (offset.checked_add(len as u64)? <= region.len).then_some((region, offset as usize))
             })
-            .unwrap_or_else(|| panic!("the test touches {gpa:#x} + {len:#x}, which is no memory"))
+            .unwrap_or_else(|| {
+                panic!("the test touches {gpa:#x} + {len:#x}, which is not guest memory")
+            })
     }
 
     /// Writes `bytes` at `gpa`.
@@ -128,7 +130,7 @@ impl Memory {
         u32::from_le_bytes(self.read(gpa, 4).try_into().expect("4 bytes"))
     }
 
-    /// Stores a ring index: every write before it is seen before it.
+    /// Stores a ring index with release ordering: the device sees every earlier write first.
     pub fn store_u16(&self, gpa: u64, value: u16) {
         let (region, offset) = self.find(gpa, 2);
         region
@@ -138,7 +140,7 @@ impl Memory {
             .expect("aligned and inside the region");
     }
 
-    /// Loads a ring index: every read after it comes after it.
+    /// Loads a ring index with acquire ordering: later reads happen after it.
     pub fn load_u16(&self, gpa: u64) -> u16 {
         let (region, offset) = self.find(gpa, 2);
         let value: u16 = region

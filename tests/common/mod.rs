@@ -1,8 +1,8 @@
 //! A virtual machine for tests: a vhost-user frontend over a real socket, guest memory in memfds, and
 //! the driver's side of split virtqueues.
 //!
-//! Written from the virtio and vhost-user specifications alone. It uses nothing of the daemon's own
-//! library, so that a misreading on one side is not repeated on the other.
+//! It is written from the virtio and vhost-user specifications and uses nothing of the daemon's library: a
+//! misreading in the daemon must not be repeated here, where it would hide.
 
 #![allow(
     dead_code,

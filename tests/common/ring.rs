@@ -14,14 +14,14 @@ pub const WRITE: u16 = 2;
 /// The buffer is a table of descriptors.
 pub const INDIRECT: u16 = 4;
 
-/// One descriptor, any bytes.
+/// A descriptor. Its fields may hold anything, also values that a driver must not use.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Desc {
     /// Guest-physical address.
     pub addr: u64,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    /// [`NEXT`], [`WRITE`] and [`INDIRECT`], combined.
     pub flags: u16,
     /// Index of the next descriptor.
     pub next: u16,
@@ -49,11 +49,11 @@ impl Desc {
     }
 }
 
-/// One virtqueue: where its parts lie and how far the driver got.
+/// A virtqueue: the addresses of its parts, and the driver's position.
 pub struct Queue {
     /// 0 is the request queue, 1 the event queue.
     pub index: usize,
-    /// Entries.
+    /// Number of entries.
     pub size: u16,
     /// Guest-physical address of the descriptor table.
     pub desc: u64,
@@ -61,22 +61,22 @@ pub struct Queue {
     pub avail: u64,
     /// Guest-physical address of the used ring.
     pub used: u64,
-    /// Index after the last chain published.
+    /// Index after the last chain that the driver made available.
     pub avail_idx: u16,
-    /// Index after the last used entry taken.
+    /// Index after the last used entry that the driver took.
     pub used_idx: u16,
-    /// Value of `avail_idx` when the device was last told.
+    /// Value of `avail_idx` at the last decision about a kick.
     kicked_idx: u16,
-    /// Whether VIRTIO_F_EVENT_IDX rules.
+    /// Whether VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
-    /// Driver to device.
+    /// Notifies the device.
     pub kick: EventFd,
-    /// Device to driver.
+    /// Notifies the driver.
     pub call: EventFd,
 }
 
 impl Queue {
-    /// A queue whose parts follow each other from `base`, which is page aligned.
+    /// A queue whose parts lie one after the other from `base`, which must be page aligned.
     pub fn new(index: usize, size: u16, base: u64, event_idx: bool) -> Self {
         let avail = base + 16 * u64::from(size);
         let used = (avail + 6 + 2 * u64::from(size)).next_multiple_of(4096);
@@ -95,7 +95,7 @@ impl Queue {
         }
     }
 
-    /// Forgets all progress and clears both rings, as a new driver does.
+    /// Clears both rings and goes back to index 0, as a new driver does.
     pub fn reset(&mut self, memory: &Memory) {
         memory.write(self.avail, &vec![0; 6 + 2 * usize::from(self.size)]);
         memory.write(self.used, &vec![0; 6 + 8 * usize::from(self.size)]);
@@ -104,7 +104,7 @@ impl Queue {
         self.kicked_idx = 0;
     }
 
-    /// The addresses as the frontend tells them: its own, not the guest's.
+    /// The ring's configuration as the frontend sends it, with the frontend's addresses, not the guest's.
     pub fn config(&self) -> VringConfigData {
         VringConfigData {
             queue_max_size: self.size,
@@ -122,7 +122,7 @@ impl Queue {
         memory.write(self.desc + 16 * u64::from(index), &desc.bytes());
     }
 
-    /// Makes the chain that starts at `head` available. Any head.
+    /// Makes the chain that starts at `head` available. `head` may be any number.
     pub fn publish(&mut self, memory: &Memory, head: u16) {
         let slot = u64::from(self.avail_idx % self.size);
         memory.write(self.avail + 4 + 2 * slot, &head.to_le_bytes());
@@ -130,15 +130,16 @@ impl Queue {
         memory.store_u16(self.avail + 2, self.avail_idx);
     }
 
-    /// Asks for a notification with the next used entry.
-    pub fn want_call(&self, memory: &Memory) {
+    /// Asks the device for a notification with the next used entry.
+    pub fn enable_notification(&self, memory: &Memory) {
         if self.event_idx {
             memory.store_u16(self.avail + 4 + 2 * u64::from(self.size), self.used_idx);
         }
         fence(Ordering::SeqCst);
     }
 
-    /// Tells the device of what was published, if it wants to be told. Whether it did.
+    /// Notifies the device of the chains published since the last call, if it asked for a notification. Returns
+    /// whether it did.
     pub fn kick(&mut self, memory: &Memory) -> bool {
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
@@ -155,13 +156,13 @@ impl Queue {
         wanted
     }
 
-    /// Tells the device, wanted or not.
+    /// Notifies the device, whether it asked for that or not.
     pub fn kick_always(&mut self) {
         self.kicked_idx = self.avail_idx;
         self.kick.write(1).expect("kick");
     }
 
-    /// Whether a used entry is there to be taken.
+    /// Whether the device has put out a used entry that the driver has not taken.
     pub fn has_used(&self, memory: &Memory) -> bool {
         memory.load_u16(self.used + 2) != self.used_idx
     }

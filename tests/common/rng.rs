@@ -1,10 +1,10 @@
-//! A seeded generator, so that a failing storm can be run again.
+//! A seeded random number generator: a test that fails can be repeated with its seed.
 
 /// SplitMix64.
 pub struct Rng(u64);
 
 impl Rng {
-    /// Starts the sequence named `seed`.
+    /// A generator whose sequence depends on `seed` alone.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -33,12 +33,12 @@ impl Rng {
         (self.u64() >> 56) as u8
     }
 
-    /// A number below `bound`, which is not 0.
+    /// A number in `0..bound`. `bound` must not be 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.u64() % bound
     }
 
-    /// True once in `n` times.
+    /// True with probability `1 / n`.
     pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }

@@ -1,7 +1,7 @@
-//! Real guests: QEMU and the daemon as child processes, driven step by step.
+//! Real guests: QEMU and the daemon as child processes, which a test drives step by step.
 //!
-//! Everything has a time limit, everything started here ends with its owner, and the logs of a test
-//! that fails stay where its message says.
+//! Each step has a time limit. Each process ends when its owner is dropped. A test that fails keeps its logs and
+//! prints their directory.
 
 #![allow(
     dead_code,
@@ -21,23 +21,23 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// Until the guest's /init is ready for commands.
+/// Time limit until the guest's /init is ready for commands.
 pub const BOOT: Duration = Duration::from_secs(120);
-/// Until a guest's command has an answer.
+/// Time limit of a command in the guest.
 pub const ANSWER: Duration = Duration::from_secs(120);
-/// Until the guest has done 10^5 rounds, on a machine that does much else.
+/// Time limit of a command that does 10^5 rounds in the guest, on a busy machine.
 pub const LONG_ANSWER: Duration = Duration::from_secs(400);
-/// Until a guest that is silent is told its command once more, then twice as long each time. Its serial
-/// port loses characters, or the interrupt for them, where interrupts are off for long.
+/// Silence after which the guest's command is sent again; the time doubles with each repetition. The guest's serial
+/// port loses characters, or their interrupt, when interrupts are off for long.
 const NUDGE: Duration = Duration::from_secs(15);
-/// Until QEMU or the daemon has answered.
+/// Time limit of an answer from QEMU or the daemon.
 const REPLY: Duration = Duration::from_secs(60);
-/// Lines of each log that are shown when a test fails.
+/// Lines of each log that a failed test prints.
 const TAIL: usize = 15;
 
 const HOW_TO_RUN: &str = "run the suite with `qemu-scripts/test.sh`, which sets it up";
 
-/// A stock kernel and the initramfs that goes with it.
+/// A stock kernel and its initramfs.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     pub version: String,
@@ -45,11 +45,11 @@ pub struct Kernel {
     pub initramfs: PathBuf,
 }
 
-/// What qemu-scripts/setup.sh has laid ready, as the environment tells it.
+/// The programs and kernels that qemu-scripts/setup.sh made, taken from the environment.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub qemu: PathBuf,
-    /// Oldest first; at least two.
+    /// At least two kernels, the oldest first.
     pub kernels: Vec<Kernel>,
 }
 
@@ -58,7 +58,7 @@ impl Setup {
         Self::with_kernels("VIOMMU_KERNELS")
     }
 
-    /// With guests that have the drivers of an NVMe disk and ext4, and what makes one.
+    /// With guests that have the drivers of NVMe and ext4, and `mkfs.ext4`.
     pub fn with_storage() -> Self {
         Self::with_kernels("VIOMMU_STORAGE_KERNELS")
     }
@@ -97,7 +97,7 @@ impl Setup {
     }
 }
 
-/// A test's directory: sockets and logs. Kept, and named, where the test fails.
+/// A test's directory for sockets and logs. A test that fails keeps it and prints its path.
 pub struct Workplace {
     dir: Option<tempfile::TempDir>,
     name: String,
@@ -106,7 +106,7 @@ pub struct Workplace {
 
 impl Workplace {
     pub fn new(name: &str) -> Self {
-        // Not below target/: a socket's path has 107 bytes at most.
+        // Not below target/: the path of a socket must not be longer than 107 bytes.
         let dir = tempfile::Builder::new()
             .prefix("viommu-guest-")
             .tempdir()
@@ -126,7 +126,7 @@ impl Workplace {
             .join(name)
     }
 
-    /// Says what was reached, for whoever reads the output of a slow or failed run.
+    /// Prints a milestone with the time since the start, for readers of a slow or failed run.
     pub fn note(&self, text: &str) {
         let seconds = self.started.elapsed().as_secs_f32();
         println!("[{} {seconds:6.1} s] {text}", self.name);
@@ -152,7 +152,7 @@ impl Drop for Workplace {
             let bytes = fs::read(&log).unwrap_or_default();
             let text = String::from_utf8_lossy(&bytes);
             let lines: Vec<_> = text.lines().collect();
-            let _ = writeln!(report, "--- the end of {}", log.display());
+            let _ = writeln!(report, "--- last lines of {}", log.display());
             for line in &lines[lines.len().saturating_sub(TAIL)..] {
                 let _ = writeln!(report, "{line}");
             }
@@ -161,7 +161,7 @@ impl Drop for Workplace {
     }
 }
 
-/// A child that ends with its owner.
+/// A child process that ends when this is dropped.
 pub struct Process {
     child: Child,
     what: &'static str,
@@ -201,15 +201,14 @@ impl Drop for Process {
     }
 }
 
-/// A command that ends with the thread that starts it, even one that is killed. It is still known by
-/// the number of the child.
+/// A command that ends with the thread that starts it, even if that is killed. Its process number is the child's.
 pub fn bound_command(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 
-/// Calls `done` until it gives something.
+/// Calls `done` until it returns a value. Fails the test after `limit`.
 pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + limit;
     loop {
@@ -225,14 +224,14 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option
     }
 }
 
-/// Lines over a stream, each waited for no longer than told.
+/// Lines over a stream. Each call that waits has a time limit.
 struct Lines {
     stream: UnixStream,
     pending: Vec<u8>,
 }
 
 impl Lines {
-    /// Takes the one connection that `child` makes to `listener`.
+    /// Accepts the one connection that `child` makes to `listener`.
     fn accept(listener: &UnixListener, child: &mut Process) -> Self {
         listener.set_nonblocking(true).expect("a socket");
         let stream = wait_for("QEMU's connection to us", REPLY, || {
@@ -282,24 +281,24 @@ impl Lines {
     }
 }
 
-/// What a VM is made of.
+/// The parts of a VM.
 #[derive(Clone, Debug)]
 pub struct VmOptions<'a> {
     pub kernel: &'a Kernel,
-    /// Added to the kernel's command line.
+    /// More words for the kernel's command line.
     pub append: String,
-    /// Arguments that connect the VM to its IOMMU; they bring machine and memory along.
+    /// QEMU's arguments for the IOMMU, which include the machine and its memory.
     pub iommu: Vec<String>,
-    /// More arguments: devices.
+    /// QEMU's arguments for devices.
     pub extra: Vec<String>,
 }
 
-/// A program that starts QEMU and gives it further arguments: `launch`.
+/// A program that starts QEMU with more arguments: `launch`.
 #[derive(Clone, Debug)]
 pub struct Launcher {
-    /// The program and its arguments, before those of QEMU.
+    /// The program and its arguments. QEMU and its arguments follow.
     pub words: Vec<String>,
-    /// QEMU's `-accel` and `-cpu`.
+    /// QEMU's arguments `-accel` and `-cpu`.
     pub accel: Vec<String>,
 }
 
@@ -307,24 +306,23 @@ pub struct Launcher {
 pub struct Vm {
     qmp: Lines,
     guest: Lines,
-    /// Of the last command; see qemu-scripts/guest/init.
+    /// The number of the last command; see qemu-scripts/guest/init.
     number: u32,
-    /// The line that the guest was sent last, until it has answered.
+    /// The last line sent to the guest, until the guest answers it.
     sent: Option<String>,
-    /// What has come of the answer that is waited for.
+    /// The lines received so far of the answer to the last command.
     answer: Vec<String>,
-    // Ends after the connections are closed.
+    // Dropped last, after the connections.
     qemu: Process,
 }
 
 impl Vm {
-    /// Starts QEMU; the guest is waited for with [`Vm::wait_until_up`]. Logs and sockets are named
-    /// after `name`.
+    /// Starts QEMU. [`Vm::wait_until_up`] waits for the guest. `name` begins the names of logs and sockets.
     pub fn start(setup: &Setup, place: &Workplace, name: &str, options: &VmOptions<'_>) -> Self {
         Self::start_with(&["-accel", "tcg"], setup, place, name, options)
     }
 
-    /// With other arguments for what runs the guest.
+    /// Starts QEMU with other arguments for the accelerator.
     pub fn start_with(
         accel: &[&str],
         setup: &Setup,
@@ -337,7 +335,7 @@ impl Vm {
         Self::run_qemu(command, place, name, options)
     }
 
-    /// Has it started by another program, which ends when QEMU does.
+    /// Lets another program start QEMU. That program ends when QEMU does.
     pub fn launch(
         setup: &Setup,
         place: &Workplace,
@@ -403,12 +401,12 @@ impl Vm {
         vm
     }
 
-    /// Waits for the guest's /init, skipping whatever the guest said before.
+    /// Waits for the guest's /init. Skips earlier output of the guest.
     pub fn wait_until_up(&mut self) {
         let deadline = Instant::now() + BOOT;
         loop {
-            // What was to make it start anew must not do so twice.
-            match self.hear(deadline, false) {
+            // The command must not be repeated: it may be the one that restarts the guest.
+            match self.next_line(deadline, false) {
                 Some(line) if line == "= ready" => {
                     self.sent = None;
                     return;
@@ -419,26 +417,32 @@ impl Vm {
         }
     }
 
-    /// Ends the test, and shows what the processor of a guest that says nothing is at.
+    /// Fails the test and prints the state of the processor of a silent guest.
     fn give_up(&mut self, why: &str) -> ! {
-        // Before anything else, for QEMU may be silent too.
+        // Printed first: QEMU may not answer either.
         eprintln!("{why}");
-        for look in 0..2 {
+        for round in 0..2 {
             for command in ["info registers", "info lapic", "info pic"] {
                 let arguments = json!({ "command-line": command });
                 let answer = self.qmp("human-monitor-command", arguments);
-                eprintln!("look {look}, {command}: {}", answer.as_str().unwrap_or(""));
+                eprintln!(
+                    "round {round}, {command}: {}",
+                    answer.as_str().unwrap_or("")
+                );
             }
             thread::sleep(Duration::from_secs(1));
         }
         panic!("{why}")
     }
 
-    /// Runs a shell command in the guest: its output lines and exit status.
+    /// Runs a shell command in the guest. Returns its output lines and exit status.
     pub fn try_run(&mut self, command: &str, limit: Duration) -> (Vec<String>, i32) {
         self.begin(command);
         self.finish(limit).unwrap_or_else(|| {
-            self.give_up(&format!("`{command}`: no answer in {} s", limit.as_secs()))
+            self.give_up(&format!(
+                "`{command}`: no answer within {} s",
+                limit.as_secs()
+            ))
         })
     }
 
@@ -447,7 +451,7 @@ impl Vm {
         self.run_within(command, ANSWER)
     }
 
-    /// The same with another time limit.
+    /// Runs a shell command that must succeed within `limit`.
     pub fn run_within(&mut self, command: &str, limit: Duration) -> Vec<String> {
         let (lines, status) = self.try_run(command, limit);
         assert_eq!(
@@ -459,7 +463,7 @@ impl Vm {
         lines
     }
 
-    /// Sends a shell command without waiting.
+    /// Sends a shell command and does not wait for its answer.
     pub fn begin(&mut self, command: &str) {
         self.qemu.assert_alive();
         self.number += 1;
@@ -469,21 +473,22 @@ impl Vm {
         self.sent = Some(line);
     }
 
-    /// The guest's next line, with what it takes that it has heard the command before: the end of its
-    /// line, and all of it where it is the same one that the guest may be carrying out.
-    fn hear(&mut self, deadline: Instant, again: bool) -> Option<String> {
+    /// The guest's next line, or `None` at the deadline. While the guest is silent, sends the end of a line, and with
+    /// `repeat` the last command, too: the serial port may have lost either. The guest runs a command that it
+    /// receives twice only once.
+    fn next_line(&mut self, deadline: Instant, repeat: bool) -> Option<String> {
         let mut patience = NUDGE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match (self.guest.next(left.min(patience)), &self.sent) {
                 (Some(line), Some(sent)) if line == "= garbled" => {
-                    eprintln!("the guest has not heard all of `{sent}`: it is told again");
+                    eprintln!("the guest received `{sent}` garbled: sending it again");
                     self.guest.send(sent);
                 }
                 (None, Some(sent)) if left > patience => {
-                    eprintln!("the guest is silent after `{sent}`: it may not have heard it");
+                    eprintln!("the guest is silent after `{sent}`: it may not have received it");
                     self.guest.send("");
-                    if again {
+                    if repeat {
                         self.guest.send(sent);
                     }
                     patience *= 2;
@@ -498,7 +503,7 @@ impl Vm {
     pub fn finish(&mut self, limit: Duration) -> Option<(Vec<String>, i32)> {
         let deadline = Instant::now() + limit;
         loop {
-            let line = self.hear(deadline, true)?;
+            let line = self.next_line(deadline, true)?;
             if let Some(text) = line.strip_prefix('|') {
                 self.answer.push(text.to_owned());
             } else if let Some(end) = line.strip_prefix("= ") {
@@ -511,14 +516,14 @@ impl Vm {
                     self.sent = None;
                     return Some((answer, status));
                 }
-                // To a command that was answered before.
+                // Another answer to an earlier command, which was sent twice.
             } else {
-                panic!("the guest said `{line}` where an answer was due");
+                panic!("the guest sent `{line}` instead of an answer");
             }
         }
     }
 
-    /// Carries out a QMP command.
+    /// Runs a QMP command that must succeed. Returns its result.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Value {
         self.qmp
             .send(&json!({ "execute": command, "arguments": arguments }).to_string());
@@ -539,34 +544,34 @@ impl Vm {
         }
     }
 
-    /// Waits until the guest has gone, and QEMU and what has started it with it.
+    /// Waits until the guest has shut down, and QEMU and its launcher have ended.
     pub fn wait_for_end(&mut self) -> ExitStatus {
-        let mut told = Instant::now();
+        let mut sent_at = Instant::now();
         wait_for("the end of QEMU", REPLY, || {
             if let Some(sent) = &self.sent
-                && told.elapsed() > NUDGE
+                && sent_at.elapsed() > NUDGE
             {
-                told = Instant::now();
-                // Once more, for it does no harm. It may be gone this moment.
+                sent_at = Instant::now();
+                // Sent again, which does no harm. An error is ignored: the guest may be gone already.
                 let _ = write!(self.guest.stream, "\n{sent}\n");
             }
             self.qemu.child.try_wait().expect("a child of ours")
         })
     }
 
-    /// QEMU's process.
+    /// The number of QEMU's process.
     pub fn pid(&self) -> u32 {
         self.qemu.pid()
     }
 
-    /// Ends QEMU as a crash would.
+    /// Kills QEMU.
     pub fn kill(mut self) {
         self.qemu.assert_alive();
         self.qemu.kill();
     }
 }
 
-/// The control socket of a daemon.
+/// The path of a daemon's control socket.
 pub struct Control(pub PathBuf);
 
 impl Control {
@@ -591,7 +596,7 @@ impl Control {
         Status(self.ask("status"))
     }
 
-    /// Every domain's mappings, page by page.
+    /// The mappings of each domain, page by page.
     pub fn tables(&self) -> BTreeMap<u64, Table> {
         let answer = self.ask("mappings");
         array(&answer, "domains")
@@ -619,12 +624,12 @@ impl Control {
 pub struct Daemon {
     process: Process,
     control: Control,
-    /// What QEMU must be told, as the daemon itself says.
+    /// QEMU's arguments for the IOMMU, as `qemu-args` prints them.
     pub qemu_args: Vec<String>,
 }
 
 impl Daemon {
-    /// Starts it with this configuration, to which the sockets are added.
+    /// Starts the daemon with this configuration and sockets in `place`.
     pub fn start(place: &Workplace, text: &str) -> Self {
         let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
         let (config, viot) = (place.path("vm.toml"), place.path("vm.viot"));
@@ -671,7 +676,7 @@ impl Daemon {
         }
     }
 
-    /// Asks the control socket.
+    /// Sends a request to the control socket. Returns the answer.
     pub fn ask(&mut self, line: &str) -> Value {
         self.process.assert_alive();
         self.control.ask(line)
@@ -682,7 +687,7 @@ impl Daemon {
         self.control.status()
     }
 
-    /// Every domain's mappings, page by page.
+    /// The mappings of each domain, page by page.
     pub fn tables(&mut self) -> BTreeMap<u64, Table> {
         self.process.assert_alive();
         self.control.tables()
@@ -692,7 +697,7 @@ impl Daemon {
         self.process.child.id()
     }
 
-    /// Asks it to end, which it must do cleanly.
+    /// Sends SIGTERM. The daemon must end with success.
     pub fn stop(mut self) {
         self.process.assert_alive();
         let sent = Command::new("sh")
@@ -711,7 +716,7 @@ impl Daemon {
 pub struct Status(pub Value);
 
 impl Status {
-    /// What the daemon says of the endpoint at this PCI address.
+    /// The entry of the endpoint at this PCI address.
     pub fn endpoint(&self, address: &str) -> &Value {
         array(&self.0, "endpoints")
             .iter()
@@ -719,14 +724,14 @@ impl Status {
             .unwrap_or_else(|| panic!("{address} is not in {}", self.0))
     }
 
-    /// The domain it is attached to.
+    /// The domain of the endpoint at this PCI address, which must be attached.
     pub fn domain_of(&self, address: &str) -> u64 {
         let endpoint = self.endpoint(address);
         assert_eq!(endpoint["state"], "attached", "{endpoint}");
         number(endpoint, "domain")
     }
 
-    /// What its DMA meets.
+    /// The state of DMA of the endpoint at this PCI address, such as `translated`.
     pub fn dma_of(&self, address: &str) -> &str {
         self.endpoint(address)["dma"].as_str().expect("text")
     }
@@ -735,12 +740,12 @@ impl Status {
         array(&self.0, "domains")
     }
 
-    /// How many requests of this kind ended with this status.
+    /// The number of requests of this kind with this status.
     pub fn requests(&self, kind: &str, status: &str) -> u64 {
         self.0["requests"][kind][status].as_u64().unwrap_or(0)
     }
 
-    /// Every request that was refused, as `KIND STATUS`.
+    /// The refused requests, as `KIND STATUS: COUNT`.
     pub fn refusals(&self) -> Vec<String> {
         let kinds = self.0["requests"].as_object().expect("an object");
         kinds
@@ -759,7 +764,7 @@ impl Status {
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
 
-/// A domain's mappings, expanded to pages: IOVA to GPA and access.
+/// A domain's mappings as pages: the guest-physical address and access of each IOVA.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table(pub BTreeMap<u64, (u64, String)>);
 
@@ -772,7 +777,7 @@ impl Table {
         }
     }
 
-    /// Reads what vfio-map's `dump` has printed.
+    /// Decodes the output of vfio-map's `dump`.
     pub fn from_dump(lines: &[String]) -> Self {
         let hex = |text: &str| u64::from_str_radix(text, 16).expect("hexadecimal");
         let mut buffer = BTreeMap::new();
@@ -790,13 +795,13 @@ impl Table {
                     });
                 }
                 ["ok", ..] => {}
-                _ => panic!("vfio-map said `{line}`"),
+                _ => panic!("vfio-map printed `{line}`"),
             }
         }
         table
     }
 
-    /// Requires both to be equal, and names the first differences if they are not.
+    /// Fails the test if the tables differ. Prints the first differences.
     #[track_caller]
     pub fn assert_same(guest: &Self, daemon: &Self, what: &str) {
         if guest == daemon {

@@ -1,5 +1,4 @@
-//! Requests, statuses and the configuration space, byte by byte (virtio specification,
-//! "IOMMU device").
+//! The bytes of requests, statuses and the configuration space (virtio specification, "IOMMU device").
 
 /// VIRTIO_IOMMU_F_INPUT_RANGE.
 pub const F_INPUT_RANGE: u64 = 1 << 0;
@@ -52,25 +51,25 @@ pub const FAULT: u8 = 7;
 /// Insufficient resources.
 pub const NOMEM: u8 = 8;
 
-/// MAP: endpoints may read.
+/// MAP flag: endpoints may read.
 pub const READ: u32 = 1;
-/// MAP: endpoints may write.
+/// MAP flag: endpoints may write.
 pub const WRITE: u32 = 2;
-/// MAP: device registers, not memory.
+/// MAP flag: device registers, not memory.
 pub const MMIO: u32 = 4;
-/// MAP: the usual flags.
+/// MAP flags: endpoints may read and write.
 pub const RW: u32 = READ | WRITE;
-/// ATTACH: the domain is a bypass domain.
+/// ATTACH flag: the domain is a bypass domain.
 pub const BYPASS: u32 = 1;
 
 /// Bytes of the status tail.
 pub const TAIL: usize = 4;
 /// Bytes of `struct virtio_iommu_config`.
 pub const CONFIG_LEN: u32 = 40;
-/// Offset of `bypass` in it.
+/// Offset of `bypass` in the configuration space.
 pub const CONFIG_BYPASS: u32 = 36;
 
-/// Bytes put together in order, little endian.
+/// A little-endian encoder.
 struct Bytes(Vec<u8>);
 
 impl Bytes {
@@ -141,7 +140,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Takes the 40 bytes apart.
+    /// Decodes the 40 bytes.
     pub fn parse(bytes: &[u8]) -> Self {
         assert_eq!(bytes.len(), CONFIG_LEN as usize);
         Self {
@@ -166,7 +165,7 @@ pub struct Resv {
     pub end: u64,
 }
 
-/// Takes the properties of a PROBE apart as the driver does, and checks what the device must zero.
+/// Decodes the properties of a PROBE as the driver does. Fails the test if a reserved byte is not zero.
 pub fn parse_properties(bytes: &[u8]) -> Vec<Resv> {
     let mut found = Vec::new();
     let mut at = 0;
@@ -178,9 +177,9 @@ pub fn parse_properties(bytes: &[u8]) -> Vec<Resv> {
         }
         assert_eq!(
             kind, 1,
-            "only RESV_MEM is defined, and type's top bits are 0"
+            "the type is RESV_MEM, the only one defined, with zero top bits"
         );
-        assert_eq!(len, 20, "length counts the value alone");
+        assert_eq!(len, 20, "the length counts the value without its head");
         let value = &bytes[at + 4..at + 4 + len];
         assert_eq!(value[1..4], [0; 3], "reserved bytes of RESV_MEM");
         found.push(Resv {
@@ -202,16 +201,16 @@ pub fn parse_properties(bytes: &[u8]) -> Vec<Resv> {
 pub struct Fault {
     /// 0 unknown, 1 domain, 2 mapping.
     pub reason: u8,
-    /// READ 1, WRITE 2, ADDRESS 0x100.
+    /// READ 1, WRITE 2, ADDRESS 0x100, combined.
     pub flags: u32,
     /// The endpoint.
     pub endpoint: u32,
-    /// Valid with ADDRESS.
+    /// The address of the access. Valid if `flags` has ADDRESS.
     pub address: u64,
 }
 
 impl Fault {
-    /// Takes a record apart and checks its reserved bytes.
+    /// Decodes a record. Fails the test if a reserved byte is not zero.
     pub fn parse(bytes: &[u8]) -> Self {
         assert_eq!(bytes.len(), 24);
         assert_eq!(bytes[1..4], [0; 3]);

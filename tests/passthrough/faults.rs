@@ -338,7 +338,7 @@ impl FaultBed {
             daemon.status()["connected"] == false
         });
         self.check_reach(|_, _| None, "without a VMM");
-        let regions = self.vm.guest.memory.regions.iter().map(Region::again);
+        let regions = self.vm.guest.memory.regions.iter().map(Region::duplicate);
         let regions = regions.collect();
         let mut guest = Guest::connect_with(self.vm.daemon.stream(), Setup::default(), regions);
         guest.forget_rings();
