@@ -1,4 +1,4 @@
-//! What the device is, and its registers.
+//! The description of the device, and its registers.
 
 use std::os::fd::AsFd;
 
@@ -45,7 +45,7 @@ fn write(client: &mut Connection, index: u32, at: u64, data: &[u8]) -> Result<u3
 }
 
 #[test]
-fn a_client_learns_what_there_is() {
+fn a_client_gets_the_description_of_the_device() {
     let bed = Bed::new();
     let mut client = bed.connect();
     let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -57,7 +57,7 @@ fn a_client_learns_what_there_is() {
 
     let info = client.call(GET_INFO, &[0; 16], &[]);
     let words: Vec<_> = (0..4).map(|n| info.u32_at(4 * n)).collect();
-    assert_eq!(words, [16, 3, REGIONS, 4], "PCI, and can be reset");
+    assert_eq!(words, [16, 3, REGIONS, 4], "a PCI device that can be reset");
     for (index, flags, size) in [
         (TRAPPED, READ | WRITE, 2 << 20),
         (ROM, READ, 0x1000),
@@ -82,22 +82,29 @@ fn a_client_learns_what_there_is() {
 }
 
 #[test]
-fn a_region_is_mapped_where_a_file_stands_for_it_alone() {
+fn a_region_can_be_mapped_only_if_it_has_a_file_of_its_own() {
     let bed = Bed::new();
     let mut client = bed.client();
     let info = region_info(&mut client, BAR, 4096);
-    assert_eq!(info.u32_at(4), READ | WRITE, "without a file it is not");
+    assert_eq!(
+        info.u32_at(4),
+        READ | WRITE,
+        "cannot be mapped without a file"
+    );
     assert!(info.fds.is_empty() && info.body.len() == 32);
 
     let identity = bed.give_file();
     let short = region_info(&mut client, BAR, 32);
     assert_eq!((short.body.len(), short.u32_at(0)), (32, 72));
     assert_eq!(short.u32_at(4), READ | WRITE | MMAP | CAPS);
-    assert!(short.fds.is_empty(), "the client asks again");
+    assert!(
+        short.fds.is_empty(),
+        "no file before the client asks with enough room"
+    );
     let info = region_info(&mut client, BAR, short.u32_at(0));
     assert_eq!((info.body.len(), info.u32_at(12)), (72, 32));
     assert_eq!((info.u64_at(16), info.u64_at(24)), (BAR_LEN, 0));
-    // One area, and that the interrupt table may be mapped; what nobody knows is left out.
+    // One area, and MSIX_MAPPABLE. The server leaves out the capability that it does not know.
     assert_eq!((info.u32_at(32), info.u32_at(36)), (1 | 1 << 16, 64));
     assert_eq!(info.u32_at(40), 1);
     assert_eq!((info.u64_at(48), info.u64_at(56)), (0x1000, 0x2000));
@@ -108,7 +115,11 @@ fn a_region_is_mapped_where_a_file_stands_for_it_alone() {
 
     let own = region_info(&mut client, OWN, 4096);
     assert_eq!(own.u32_at(4), READ | WRITE | CAPS);
-    assert_eq!(own.u32_at(32), 2 | 1 << 16, "what kind of region it is");
+    assert_eq!(
+        own.u32_at(32),
+        2 | 1 << 16,
+        "the capability with the type of the region"
+    );
     assert_eq!(own.u32_at(40), 0x8000_8086);
     assert_eq!(own.body.len(), 48);
 }
@@ -149,7 +160,7 @@ fn registers_are_read_and_written_within_their_regions() {
     assert_eq!(
         bed.device.state().accesses,
         before,
-        "none of these came through"
+        "none of these reached the device"
     );
 
     bed.device.state().error = Some(libc::EIO);
@@ -162,7 +173,7 @@ fn registers_are_read_and_written_within_their_regions() {
 }
 
 #[test]
-fn writes_without_a_reply_and_several_at_once_are_done_in_their_order() {
+fn writes_without_reply_and_multiple_writes_keep_their_order() {
     let bed = Bed::new();
     let mut client = bed.client();
     for n in 0..100u8 {
@@ -184,7 +195,11 @@ fn writes_without_a_reply_and_several_at_once_are_done_in_their_order() {
     assert_eq!(read(&mut client, BAR, 0x30, 2), Ok(vec![9, 2]));
     let entries = multi(&[(0x31, BAR, &[7]), (BAR_LEN, BAR, &[9]), (0x32, BAR, &[9])]);
     let reply = client.call(WRITE_MULTI, &entries, &[]);
-    assert_eq!((reply.errno(), reply.u64_at(0)), (0, 1), "up to the first");
+    assert_eq!(
+        (reply.errno(), reply.u64_at(0)),
+        (0, 1),
+        "writes up to the first that fails"
+    );
     assert_eq!(read(&mut client, BAR, 0x31, 2), Ok(vec![7, 3]));
     let mut entries = multi(&[(0x31, BAR, &[7])]);
     entries[8 + 12..8 + 16].copy_from_slice(&9u32.to_ne_bytes());
@@ -195,7 +210,7 @@ fn writes_without_a_reply_and_several_at_once_are_done_in_their_order() {
 }
 
 #[test]
-fn what_a_client_says_of_memory_is_answered_and_has_no_effect() {
+fn memory_commands_of_a_client_are_answered_and_have_no_effect() {
     let bed = Bed::new();
     let mut client = bed.client();
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("sockets");
@@ -203,7 +218,7 @@ fn what_a_client_says_of_memory_is_answered_and_has_no_effect() {
     assert_eq!(client.call(DMA_MAP, &map, &[theirs.as_fd()]).errno(), 0);
     drop(theirs);
     let mut other = Connection::new(ours);
-    assert!(other.is_closed(), "the descriptor is not kept");
+    assert!(other.is_closed(), "the server keeps no descriptor");
     assert_eq!(client.call(DMA_MAP, &map, &[]).errno(), libc::EEXIST);
     let unmapped = client.call(DMA_UNMAP, &dma_unmap(0x1000, 0x1000), &[]);
     assert_eq!(unmapped.errno(), libc::ENOENT);
@@ -222,7 +237,7 @@ fn what_a_client_says_of_memory_is_answered_and_has_no_effect() {
 }
 
 #[test]
-fn a_device_nobody_drives_is_silent() {
+fn a_device_without_a_client_is_reset_and_does_no_dma() {
     let bed = Bed::new();
     for end in ["client", "server"] {
         let mut client = bed.client();
@@ -230,24 +245,24 @@ fn a_device_nobody_drives_is_silent() {
         assert_eq!(write(&mut client, CONFIG, 4, &command), Ok(2));
         assert_eq!(bed.device.state().bytes[CONFIG as usize][4], 7);
         let resets = bed.device.state().resets;
-        let silent = || bed.device.state().resets == resets + 1;
+        let was_reset = || bed.device.state().resets == resets + 1;
         if end == "client" {
             drop(client);
-            eventually("released", silent);
+            eventually("the server releases the device", was_reset);
         } else {
-            // The next client is served when this one is gone, and not before.
+            // The server serves the next client when this one is gone, and not before.
             let mut next = bed.connect();
             next.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-            assert!(!silent());
+            assert!(!was_reset());
             drop(client);
             assert_eq!(next.recv().expect("an answer").errno(), 0);
-            assert!(silent());
+            assert!(was_reset());
         }
         let config = bed.device.state().bytes[CONFIG as usize][4..6].to_vec();
         assert_eq!(
             config,
             [0, 5],
-            "no I/O, no memory, no DMA; the rest as it was"
+            "I/O, memory and DMA are off, the other bits unchanged"
         );
     }
     let mut bed = bed;

@@ -1,4 +1,4 @@
-//! A device that remembers what is done to it, and a server for it.
+//! A device that records what the server does to it, and the server.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +17,8 @@ use vhost_device_iommu::vfio::{
 use crate::common::memory::memfd;
 use crate::connection::{Connection, VERSION, version_body};
 
-/// Regions: a BAR that can be mapped, one that cannot, the ROM, configuration space, one of the
-/// device's own kind. The others are not there.
+/// The regions of the device: a BAR that can be mapped, one that cannot, the ROM, the configuration space, and one
+/// with a type of its own. The other regions are empty.
 pub const BAR: u32 = 0;
 pub const TRAPPED: u32 = 2;
 pub const ROM: u32 = 6;
@@ -27,7 +27,7 @@ pub const OWN: u32 = 9;
 pub const REGIONS: u32 = 10;
 pub const BAR_LEN: u64 = 0x4000;
 
-/// Kinds of interrupts.
+/// The kinds of interrupts.
 pub const INTX: u32 = 0;
 pub const MSI: u32 = 1;
 pub const MSIX: u32 = 2;
@@ -41,23 +41,24 @@ pub const NORESIZE: u32 = 8;
 pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps":65535,
     "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
 
-/// What there is of the device.
+/// The state of the device.
 pub struct State {
     /// The bytes of each region.
     pub bytes: Vec<Vec<u8>>,
-    /// Stands for the BAR, where the kernel has such files.
+    /// The file of the BAR, on kernels that export one.
     pub file: Option<File>,
-    /// What was done to interrupts.
+    /// The changes to interrupts so far.
     pub changes: Vec<String>,
-    /// The events there are, by kind and number.
+    /// The present events, by kind and number.
     pub events: Vec<Vec<Option<OwnedFd>>>,
     pub resets: u32,
-    /// What accesses and resets fail with.
+    /// The errno with which accesses and resets fail.
     pub error: Option<i32>,
-    /// Accesses that came through.
+    /// The number of accesses that reached the device.
     pub accesses: u32,
 }
 
+/// A device that records what the server does to it.
 #[derive(Clone)]
 pub struct RecordingDevice(Arc<Mutex<State>>);
 
@@ -88,12 +89,12 @@ impl RecordingDevice {
         self.0.lock().unwrap()
     }
 
-    /// Takes what was done to interrupts.
+    /// Takes the changes to interrupts since the last call.
     pub fn changes(&self) -> Vec<String> {
         std::mem::take(&mut self.state().changes)
     }
 
-    /// Raises an interrupt: whether somebody is to hear of it.
+    /// Raises an interrupt. Returns whether it has an event.
     pub fn raise(&self, kind: u32, number: usize) -> bool {
         let state = self.state();
         let event = state.events[kind as usize].get(number);
@@ -118,7 +119,7 @@ fn errno(error: i32) -> io::Error {
     io::Error::from_raw_os_error(error)
 }
 
-/// A chain as the kernel has it: one area that may be mapped, and that the interrupt table may be.
+/// The capabilities of a region as the kernel gives them: one area that may be mapped, and MSIX_MAPPABLE.
 fn mapping_capabilities() -> Vec<Capability> {
     let mut sparse = [1u32.to_ne_bytes(), [0; 4]].concat();
     sparse.extend(0x1000u64.to_ne_bytes());
@@ -128,7 +129,7 @@ fn mapping_capabilities() -> Vec<Capability> {
         version: 1,
         data: data.to_vec(),
     };
-    // One that nobody knows beside them.
+    // Between them one with an unknown id.
     vec![
         capability(1, &sparse),
         capability(77, b"new"),
@@ -179,7 +180,7 @@ impl DeviceAccess for RecordingDevice {
         Ok(IrqInfo { flags, count })
     }
 
-    /// As the kernel does it: one kind at a time, and MSI in the number of the first request.
+    /// Like the kernel, allows one kind of interrupts at a time, and no more MSIs than the first request had.
     fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()> {
         let mut state = self.state();
         if let Some(error) = state.error {
@@ -217,7 +218,7 @@ impl DeviceAccess for RecordingDevice {
                 }
                 held.resize_with(held.len().max(end), || None);
                 for (slot, event) in held[start..].iter_mut().zip(events) {
-                    *slot = event.map(own).transpose()?;
+                    *slot = event.map(duplicate_event).transpose()?;
                 }
             }
         }
@@ -239,7 +240,10 @@ impl DeviceAccess for RecordingDevice {
     }
 
     fn region_file(&self, index: u32, _: &RegionInfo) -> Option<OwnedFd> {
-        assert_eq!(index, BAR, "only what can be mapped is asked for");
+        assert_eq!(
+            index, BAR,
+            "the server asks for regions that can be mapped alone"
+        );
         let state = self.state();
         Some(state.file.as_ref()?.try_clone().expect("cloned").into())
     }
@@ -252,12 +256,12 @@ impl DeviceAccess for RecordingDevice {
     }
 
     fn stop_dma(&self) -> io::Result<()> {
-        panic!("there is a configuration space");
+        panic!("the device has a configuration space, whose command register stops DMA");
     }
 }
 
-/// A copy of an event; like the kernel, of nothing else.
-fn own(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// Duplicates an event. Like the kernel, refuses other files.
+fn duplicate_event(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let copy = event.try_clone_to_owned()?;
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy));
     let target = std::fs::read_link(path)?;
@@ -267,7 +271,7 @@ fn own(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(copy)
 }
 
-/// A server with its device.
+/// A server and its device.
 pub struct Bed {
     pub device: RecordingDevice,
     pub path: PathBuf,
@@ -292,12 +296,12 @@ impl Bed {
         }
     }
 
-    /// A client that says nothing.
+    /// A client that has sent nothing.
     pub fn connect(&self) -> Connection {
         Connection::new(UnixStream::connect(&self.path).expect("connected"))
     }
 
-    /// A client that has agreed.
+    /// A client that has negotiated.
     pub fn client(&self) -> Connection {
         let mut client = self.connect();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -305,7 +309,7 @@ impl Bed {
         client
     }
 
-    /// Gives the BAR a file of its own.
+    /// Gives the BAR a file of its own. Returns the file's device and inode numbers.
     pub fn give_file(&self) -> (u64, u64) {
         let file = memfd(BAR_LEN);
         let metadata = file.metadata().expect("known");
@@ -314,7 +318,7 @@ impl Bed {
     }
 }
 
-/// Waits until something holds.
+/// Waits until `holds` returns true. Fails the test with `what` after 20 s.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
     while !holds() {

@@ -1,4 +1,4 @@
-//! Garbage: the connection is closed, the device released, and the next client is served.
+//! Garbage: the server closes the connection, releases the device, and serves the next client.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -18,55 +18,64 @@ fn sized(size: u32, flags: u32) -> Vec<u8> {
     all
 }
 
+/// Sends bytes with that many descriptors of `/dev/null`.
 fn send(connection: &mut Connection, bytes: &[u8], descriptors: usize) {
     let null = File::open("/dev/null").expect("open");
     connection.send_raw(bytes, &vec![null.as_fd(); descriptors]);
 }
 
 #[test]
-fn what_is_no_message_ends_the_connection_and_nothing_else() {
+fn malformed_messages_end_the_connection_and_nothing_else() {
     let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
     let bed = Bed::new();
     for (what, sent, descriptors) in [
-        ("no size", sized(0, COMMAND), 0),
+        ("a size of 0", sized(0, COMMAND), 0),
         ("less than a header", sized(15, COMMAND), 0),
         ("oversized", sized((1 << 20) + 4097, COMMAND), 0),
-        ("as large as can be", sized(u32::MAX, COMMAND), 0),
-        ("no type", sized(48, 2), 0),
-        ("a refusal with data", sized(48, ERROR), 0),
+        ("the largest size", sized(u32::MAX, COMMAND), 0),
+        ("an unknown message type", sized(48, 2), 0),
+        ("an error reply with data", sized(48, ERROR), 0),
         ("a reply", bytes(1, RESET, REPLY, 0, &[]), 0),
+        ("a second VERSION", command(VERSION, &version_body("{}")), 0),
         (
-            "VERSION once more",
-            command(VERSION, &version_body("{}")),
+            "a body that is too short",
+            command(REGION_READ, &[0; 15]),
             0,
         ),
-        ("too short", command(REGION_READ, &[0; 15]), 0),
         ("a server's command", command(DMA_READ, &dma(0, 1, &[])), 0),
-        ("another one", command(DMA_WRITE, &dma(0, 1, b"x")), 0),
         (
-            "more counted than there",
+            "another command of a server",
+            command(DMA_WRITE, &dma(0, 1, b"x")),
+            0,
+        ),
+        (
+            "a count beyond the data",
             command(REGION_WRITE, &region(0, 0, 9, b"x")),
             0,
         ),
-        ("descriptors for nothing", command(RESET, &[]), 1),
+        ("descriptors where none belong", command(RESET, &[]), 1),
         (
-            "two for a window",
+            "two descriptors for a window",
             command(DMA_MAP, &dma_map(3, 0, 0, 0x1000)),
             2,
         ),
         (
-            "more than interrupts",
+            "more descriptors than interrupts",
             command(SET_IRQS, &irqs(0x24, 2, 0, 1)),
             2,
         ),
         (
-            "for interrupts that want none",
+            "a descriptor for an interrupt without one",
             command(SET_IRQS, &irqs(0x21, 2, 0, 1)),
             1,
         ),
-        ("a short window", command(DMA_UNMAP, &[0; 8]), 0),
         (
-            "more bytes than there",
+            "a DMA_UNMAP that is too short",
+            command(DMA_UNMAP, &[0; 8]),
+            0,
+        ),
+        (
+            "fewer bytes than interrupts",
             command(SET_IRQS, &irqs(0x22, 2, 0, 9)),
             0,
         ),
@@ -79,15 +88,18 @@ fn what_is_no_message_ends_the_connection_and_nothing_else() {
     }
     for (what, first) in [
         ("no VERSION", command(GET_INFO, &[0; 16])),
-        ("a version to come", command(VERSION, &[1, 0, 0, 0])),
+        (
+            "a version that does not exist",
+            command(VERSION, &[1, 0, 0, 0]),
+        ),
         ("no JSON", command(VERSION, &version_body("{"))),
-        ("nothing known", command(99, &[])),
+        ("an unknown command", command(99, &[])),
     ] {
         let mut client = bed.connect();
         send(&mut client, &first, 0);
         assert!(client.is_closed(), "{what}");
     }
-    // Cut within a header, and within a body.
+    // The client dies within a header, and within a body.
     for len in [7, 20] {
         let resets = bed.device.state().resets;
         let mut client = bed.client();
@@ -97,13 +109,15 @@ fn what_is_no_message_ends_the_connection_and_nothing_else() {
             0,
         );
         drop(client);
-        eventually("released", || bed.device.state().resets > resets);
+        eventually("the server releases the device", || {
+            bed.device.state().resets > resets
+        });
     }
     assert_eq!(bed.client().call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
-fn whatever_is_asked_for_is_answered_or_refused() {
+fn random_commands_are_answered_or_refused() {
     let bed = Bed::new();
     for seed in 0..40 {
         let mut rng = Rng::new(seed);
@@ -132,7 +146,7 @@ fn whatever_is_asked_for_is_answered_or_refused() {
                 _ => (DMA_UNMAP, words(&mut rng, 6)),
             };
             let id = client.ask(command, &body, &[]);
-            // Bytes counted and not sent end the connection: seed and all are good otherwise.
+            // The server closes the connection if the count exceeds the data. All other commands get a reply.
             match client.recv() {
                 Some(reply) => assert_eq!((reply.id, reply.cmd), (id, command)),
                 None => client = bed.client(),
@@ -145,7 +159,7 @@ fn whatever_is_asked_for_is_answered_or_refused() {
 fn a_client_that_does_not_read_fills_no_memory() {
     let bed = Bed::new();
     let mut client = bed.client();
-    // Each is answered with 1 MiB, and no answer is read.
+    // Each asks for 1 MiB, and the client reads no reply.
     let ask = bytes(
         1,
         REGION_READ,
@@ -153,21 +167,24 @@ fn a_client_that_does_not_read_fills_no_memory() {
         0,
         &region(0, TRAPPED, 1 << 20, &[]),
     );
-    // As many as the socket holds.
+    // The socket buffers all of them.
     for _ in 0..100 {
         client.send_raw(&ask, &[]);
     }
-    eventually("the first one is served", || {
+    eventually("the server answers the first", || {
         bed.device.state().accesses > 0
     });
     std::thread::sleep(std::time::Duration::from_millis(300));
-    assert!(bed.device.state().accesses < 5, "the others wait unread");
+    assert!(
+        bed.device.state().accesses < 5,
+        "the server must not read the others"
+    );
     drop(client);
     assert_eq!(bed.client().call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
-fn a_device_that_fails_is_let_go_of_all_the_same() {
+fn a_device_that_fails_is_released_too() {
     let bed = Bed::new();
     let mut client = bed.client();
     let write = |n: u8| bytes(1, REGION_WRITE, NO_REPLY, 0, &region(4, CONFIG, 1, &[n]));
@@ -183,7 +200,7 @@ fn a_device_that_fails_is_let_go_of_all_the_same() {
 
 /// Takes ten seconds.
 #[test]
-fn a_client_that_says_nothing_is_not_waited_for_for_ever() {
+fn a_silent_client_does_not_block_the_next_for_ever() {
     let bed = Bed::new();
     let mut silent = bed.connect();
     let mut next = bed.connect();

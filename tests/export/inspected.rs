@@ -1,4 +1,4 @@
-//! What an operator sees of an exported device.
+//! The figures that an operator sees of an exported device.
 
 use serde_json::json;
 use vhost_device_iommu::args::Question;
@@ -7,7 +7,7 @@ use vhost_device_iommu::ctl;
 use crate::bed::{Bed, eventually};
 
 #[test]
-fn clients_that_come_go_and_are_cut_off_are_counted() {
+fn clients_and_cut_offs_are_counted() {
     let bed = Bed::new();
     let state = bed.server.as_ref().expect("it runs").status();
     let figures = || {
@@ -20,9 +20,9 @@ fn clients_that_come_go_and_are_cut_off_are_counted() {
     drop(client);
     eventually("the client's end", || !figures().0);
     assert_eq!(figures(), (false, (1, 0)));
-    let mut wild = bed.client();
-    wild.send_raw(&[0xff; 40], &[]);
-    assert!(wild.is_closed());
+    let mut hostile = bed.client();
+    hostile.send_raw(&[0xff; 40], &[]);
+    assert!(hostile.is_closed());
     eventually("the client's end", || !figures().0);
     assert_eq!(figures(), (false, (2, 1)));
 }

@@ -1,4 +1,4 @@
-//! Interrupts: events that the client is to hear, and when it is not.
+//! Interrupts: the client sets up, masks and removes events.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,8 +19,8 @@ fn event() -> OwnedFd {
     eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an event")
 }
 
-/// Whether the event has come since this was asked last.
-fn came(event: &OwnedFd) -> bool {
+/// Whether the event was raised since the last call.
+fn was_raised(event: &OwnedFd) -> bool {
     rustix::io::read(event, &mut [0; 8]).is_ok()
 }
 
@@ -38,15 +38,15 @@ fn set(
 }
 
 #[test]
-fn lines_are_raised_masked_and_switched_off() {
+fn intx_is_raised_masked_and_disabled() {
     let bed = Bed::new();
     let mut client = bed.client();
-    let raised = event();
-    let on = std::slice::from_ref(&raised);
-    assert_eq!(set(&mut client, EVENT | TRIGGER, INTX, 0, 1, on), 0);
-    assert!(!came(&raised));
+    let line = event();
+    let events = std::slice::from_ref(&line);
+    assert_eq!(set(&mut client, EVENT | TRIGGER, INTX, 0, 1, events), 0);
+    assert!(!was_raised(&line));
     assert!(bed.device.raise(INTX, 0));
-    assert!(came(&raised));
+    assert!(was_raised(&line));
     assert_eq!(set(&mut client, NONE | UNMASK, INTX, 0, 1, &[]), 0);
     assert_eq!(set(&mut client, NONE | MASK, INTX, 0, 1, &[]), 0);
     let eoi = event();
@@ -70,11 +70,11 @@ fn lines_are_raised_masked_and_switched_off() {
 }
 
 #[test]
-fn messages_are_set_up_however_many_descriptors_a_message_carries() {
+fn msi_is_set_up_by_messages_with_any_number_of_descriptors() {
     let bed = Bed::new();
     let mut client = bed.client();
     let events: Vec<_> = (0..32).map(|_| event()).collect();
-    // The kernel gives MSI no more than it was first asked for; holes come in messages of their own.
+    // The kernel allows no more MSIs than the first request had. Missing events come in messages of their own.
     assert_eq!(set(&mut client, EVENT | TRIGGER, MSI, 0, 3, &[]), 0);
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSI, 3, 13, &events[3..16]),
@@ -90,26 +90,26 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
     );
     for (n, event) in events.iter().enumerate() {
         assert_eq!(bed.device.raise(MSI, n), ![0, 2].contains(&n), "{n}");
-        assert_eq!(came(event), ![0, 2].contains(&n), "{n}");
+        assert_eq!(was_raised(event), ![0, 2].contains(&n), "{n}");
     }
-    let there = "-".repeat(3) + &"e".repeat(13);
+    let present = "-".repeat(3) + &"e".repeat(13);
     let changes = bed.device.changes();
     assert_eq!(
         changes,
         [
             "kind 1 action 0x20 from 0: events ---".to_owned(),
             "kind 1 action 0x20 from 0: all 0".to_owned(),
-            format!("kind 1 action 0x20 from 0: events {there}"),
+            format!("kind 1 action 0x20 from 0: events {present}"),
             "kind 1 action 0x20 from 0: all 0".to_owned(),
             format!(
-                "kind 1 action 0x20 from 0: events {there}{}",
+                "kind 1 action 0x20 from 0: events {present}{}",
                 "e".repeat(16)
             ),
             "kind 1 action 0x20 from 1: events e".to_owned(),
         ]
     );
     assert_eq!(set(&mut client, NONE | TRIGGER, MSI, 0, 0, &[]), 0);
-    // Fewer, from the beginning.
+    // Set up again with fewer.
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSI, 0, 2, &events[..2]),
         0
@@ -117,7 +117,7 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
     assert!(bed.device.raise(MSI, 1) && !bed.device.raise(MSI, 2));
     assert_eq!(set(&mut client, NONE | TRIGGER, MSI, 0, 0, &[]), 0);
     bed.device.changes();
-    // MSI-X can grow.
+    // Unlike MSI, MSI-X can grow.
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSIX, 0, 8, &events[..8]),
         0
@@ -127,11 +127,11 @@ fn messages_are_set_up_however_many_descriptors_a_message_carries() {
         0
     );
     assert_eq!(bed.device.changes().len(), 2);
-    assert!(bed.device.raise(MSIX, 41) && came(&events[9]));
+    assert!(bed.device.raise(MSIX, 41) && was_raised(&events[9]));
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn invalid_interrupt_settings_are_refused() {
     let bed = Bed::new();
     let mut client = bed.client();
     let events: Vec<_> = (0..3).map(|_| event()).collect();
@@ -163,11 +163,15 @@ fn what_cannot_be_is_refused() {
     assert!(bed.device.changes().is_empty());
     let null: OwnedFd = File::open("/dev/null").expect("open").into();
     let errno = set(&mut client, EVENT | TRIGGER, MSIX, 0, 1, &[null]);
-    assert_eq!(errno, libc::EINVAL, "the device refuses what is no event");
+    assert_eq!(
+        errno,
+        libc::EINVAL,
+        "the device refuses a file that is no event"
+    );
     assert_eq!(
         client.call(RESET, &[], &[]).errno(),
         0,
-        "the connection stays"
+        "the connection stays open"
     );
 }
 
@@ -181,7 +185,9 @@ fn a_client_that_goes_leaves_no_interrupts() {
     assert!(bed.device.raise(MSI, 1));
     bed.device.changes();
     drop(client);
-    eventually("released", || bed.device.state().resets == 1);
+    eventually("the server releases the device", || {
+        bed.device.state().resets == 1
+    });
     assert!(!bed.device.raise(MSI, 1) && !bed.device.raise(3, 0));
     assert_eq!(
         bed.device.changes(),
@@ -190,7 +196,7 @@ fn a_client_that_goes_leaves_no_interrupts() {
             "kind 3 action 0x20 from 0: all 0"
         ]
     );
-    // Nothing of the last one comes back with the next.
+    // The next client does not inherit events.
     let mut client = bed.client();
     assert_eq!(
         set(&mut client, EVENT | TRIGGER, MSI, 2, 1, &events[..1]),

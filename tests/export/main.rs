@@ -1,5 +1,5 @@
-//! Devices of the host as a vfio-user client gets them: a device that a test plays behind the daemon's
-//! server, over real sockets.
+//! Exported devices as a vfio-user client sees them: the daemon's server over real sockets, in front of a device
+//! that records what the server does to it.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -1,8 +1,8 @@
-//! Device servers, VMMs and processes that follow the page tables are killed at any moment. The daemon stays,
-//! nobody reaches memory through a mapping that is gone, nothing leaks, and whoever comes next is served.
+//! Device servers, VMMs and shadow readers are killed at any moment. The daemon keeps running, no process reaches
+//! memory through a mapping that is gone, nothing leaks, and the daemon serves the next processes.
 //!
-//! All of them are processes: this program again, in a role ([`roles`]), and in one test an unmodified QEMU.
-//! `VIOMMU_KILLS` says how many are killed (200), `VIOMMU_KILLS_SEED` with which random numbers.
+//! The processes are this program in a role ([`roles`]), and in one test an unmodified QEMU. `VIOMMU_KILLS` is the
+//! number of kills (200 by default), `VIOMMU_KILLS_SEED` the seed of the random numbers.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -1,4 +1,4 @@
-//! A process in a role.
+//! A child process in a role: server, reader or VMM.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -7,27 +7,28 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// How long it may take to do what it is there for.
+/// Time limit until a role prints the word that the test waits for.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// A child process in a role. It is killed when this is dropped.
 pub struct Role {
     pub name: &'static str,
     child: Child,
-    said: Receiver<String>,
+    lines: Receiver<String>,
 }
 
 impl Role {
-    /// This program again, told what to be by its environment.
-    pub fn start(name: &'static str, told: &[(&str, &Path)]) -> Self {
+    /// Starts this program in the role `name`, with paths in its environment.
+    pub fn start(name: &'static str, paths: &[(&str, &Path)]) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         command
             .args(["--ignored", "--exact", "roles::play", "--nocapture"])
             .env("KILLS_ROLE", name)
-            .envs(told.iter().copied());
+            .envs(paths.iter().copied());
         Self::of(name, &mut command)
     }
 
-    /// Any program.
+    /// Starts any program.
     pub fn of(name: &'static str, command: &mut Command) -> Self {
         let mut child = command
             .stdin(Stdio::null())
@@ -35,20 +36,20 @@ impl Role {
             .spawn()
             .expect("started");
         let out = BufReader::new(child.stdout.take().expect("piped"));
-        let (sender, said) = channel();
+        let (sender, lines) = channel();
         std::thread::spawn(move || {
             for line in out.lines().map_while(Result::ok) {
-                // The test may be over.
+                // An error means that the test is over.
                 let _ = sender.send(line);
             }
         });
-        Self { name, child, said }
+        Self { name, child, lines }
     }
 
-    /// Waits until it says `word`.
+    /// Waits until the process prints a line that ends with `word`.
     pub fn wait_for(&mut self, word: &str) {
         loop {
-            match self.said.recv_timeout(PATIENCE) {
+            match self.lines.recv_timeout(PATIENCE) {
                 Ok(line) if line.ends_with(word) => return,
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => panic!("{}: no {word:?}", self.name),
@@ -60,19 +61,19 @@ impl Role {
         }
     }
 
-    /// Whatever it has said so far is of no interest.
-    pub fn forget(&mut self) {
-        self.said.try_iter().for_each(drop);
+    /// Drops the lines that the process has printed so far.
+    pub fn drop_lines(&mut self) {
+        self.lines.try_iter().for_each(drop);
     }
 
-    /// Fails the test where it has ended by itself: its checks have failed then.
+    /// Fails the test if the process has ended by itself, which it does if one of its checks fails.
     pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().expect("its own child") {
             panic!("{} has ended: {status}", self.name);
         }
     }
 
-    /// Kills it, which must be what it dies of.
+    /// Kills the process. Fails the test if it had ended by itself before.
     pub fn kill(&mut self) {
         self.child.kill().expect("killed");
         let status = self.child.wait().expect("its own child");
@@ -87,7 +88,7 @@ impl Role {
 
 impl Drop for Role {
     fn drop(&mut self) {
-        // It may have ended.
+        // An error means that it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -11,14 +11,14 @@ use crate::common::rng::Rng;
 use crate::process::Role;
 
 const ROUNDS: usize = 10;
-/// One is killed within this time.
+/// QEMU is killed within this many milliseconds after its start.
 const YOUNG: u64 = 2_000;
-/// What the daemon may have grown by, KiB.
+/// KiB by which the daemon's memory may grow.
 const SLACK_KIB: u64 = 512;
 
 #[test]
 #[ignore = "needs QEMU; run the suite `emulated`"]
-fn an_unmodified_qemu_is_killed_while_it_starts() {
+fn an_unmodified_qemu_killed_while_it_starts_leaves_nothing_behind() {
     let qemu = std::env::var("VIOMMU_QEMU");
     let qemu = qemu.expect("VIOMMU_QEMU is set by qemu-scripts/test.sh, which runs this");
     let folder = tempfile::tempdir().expect("a folder");
@@ -52,8 +52,8 @@ fn an_unmodified_qemu_is_killed_while_it_starts() {
             let now = (daemon.fd_count(), daemon.thread_count());
             let status = daemon.status();
             let client = &status["emulated"][0]["client"];
-            let alone = status["connected"] == false && client == false;
-            std::mem::replace(&mut before, now) == now && alone
+            let has_no_vmm = status["connected"] == false && client == false;
+            std::mem::replace(&mut before, now) == now && has_no_vmm
         });
         (before, daemon.rss_kib())
     };
@@ -61,7 +61,7 @@ fn an_unmodified_qemu_is_killed_while_it_starts() {
     for round in 0..=ROUNDS {
         let mut vmm = start();
         if round == 0 || rng.one_in(3) {
-            // By then its device is there.
+            // QEMU has made its device when it reads a register.
             server.wait_for("read");
         }
         sleep(Duration::from_millis(rng.below(YOUNG)));
@@ -73,18 +73,18 @@ fn an_unmodified_qemu_is_killed_while_it_starts() {
         assert_eq!(now.0, counts, "descriptors and threads");
         assert!(now.1 <= kib + SLACK_KIB, "{} KiB, then {}", kib, now.1);
     }
-    server.forget();
+    server.drop_lines();
     let mut last = start();
     server.wait_for("read");
     last.assert_alive();
-    daemon.wait_for("both ends", || {
+    daemon.wait_for("client and server", || {
         let status = daemon.status();
         let device = &status["emulated"][0];
         device["client"] == true && device["server"] == true
     });
 }
 
-/// What `qemu-args` says, for the daemon's socket.
+/// The output of `qemu-args` for the daemon's socket.
 fn arguments(config: &str, socket: &Path, viot: &Path) -> Vec<String> {
     let file = viot.with_extension("toml");
     fs::write(&file, format!("socket = {socket:?}\n{config}")).expect("written");

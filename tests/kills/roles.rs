@@ -1,4 +1,4 @@
-//! What the processes do until they are killed.
+//! The roles of the processes. Each runs until the test kills it.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use vhost_device_iommu::shadow::{AccessError, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::daemon::EP3;
-use crate::server::{Manner, serve};
+use crate::server::{AccessMode, serve};
 use crate::stamps::{SCRIBBLE, check, iova};
 use crate::vmm;
 
@@ -19,29 +19,30 @@ fn play() {
         return;
     };
     match role.as_str() {
-        "server by messages" => serve(&told("KILLS_SOCKET"), Manner::Messages),
-        "server by mappings" => serve(&told("KILLS_SOCKET"), Manner::Mappings),
-        "server of a PCI device" => serve(&told("KILLS_SOCKET"), Manner::Reads),
+        "server by messages" => serve(&path_from_env("KILLS_SOCKET"), AccessMode::Messages),
+        "server by mappings" => serve(&path_from_env("KILLS_SOCKET"), AccessMode::Mappings),
+        "server of a PCI device" => serve(&path_from_env("KILLS_SOCKET"), AccessMode::Reads),
         "reader" => read(),
         "VMM" => vmm::run(),
         other => panic!("no such role: {other}"),
     }
 }
 
-/// A path this process was told.
-pub fn told(name: &str) -> PathBuf {
-    std::env::var_os(name).expect("told").into()
+/// A path from the environment.
+pub fn path_from_env(name: &str) -> PathBuf {
+    std::env::var_os(name).expect("the test sets it").into()
 }
 
-/// Tells the test.
-pub fn say(word: &str) {
+/// Prints a word that the test waits for.
+pub fn report(word: &str) {
     println!("{word}");
 }
 
-/// Follows the page tables, reads and writes.
+/// A shadow reader: translates addresses, reads and writes memory.
 fn read() -> ! {
     let endpoint = EndpointId(EP3);
-    let reader = ShadowReader::connect(&told("KILLS_SOCKET"), endpoint).expect("let in");
+    let reader = ShadowReader::connect(&path_from_env("KILLS_SOCKET"), endpoint)
+        .expect("the reader is accepted");
     let mut done = 0u64;
     let mut memory = reader.memory();
     for number in 0u64.. {
@@ -52,14 +53,14 @@ fn read() -> ! {
             done = 0;
         }
         if number.is_multiple_of(3) {
-            // As a device would, which finds what it has not asked for first.
+            // As a device reads: through the memory, which translates for each access.
             let Ok(found) = memory.read_obj::<u64>(GuestAddress(at)) else {
                 continue;
             };
             check(found, at, "a reader");
         } else {
             let inside = reader.enter().expect("a word");
-            // What was got before the access began is of no use where memory went since.
+            // `memory` is from before the access began: guest memory may have changed since.
             if reader.has_changed(&memory) {
                 continue;
             }
@@ -69,7 +70,7 @@ fn read() -> ! {
                 Err(other) => panic!("{other}"),
             };
             let ram = memory.get_backend();
-            // A mapping may lead to memory that has not come yet, or has gone.
+            // A mapping may lead to memory that the reader does not have yet, or no longer has.
             let Ok(first) = ram.read_obj::<u64>(GuestAddress(page)) else {
                 continue;
             };
@@ -81,8 +82,8 @@ fn read() -> ! {
         }
         done += 1;
         if done == 10 {
-            say("works");
+            report("works");
         }
     }
-    unreachable!("numbers do not end");
+    unreachable!("the loop has no end");
 }

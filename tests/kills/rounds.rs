@@ -1,4 +1,4 @@
-//! One after the other is killed.
+//! Kills the processes one after the other and starts them again.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -14,14 +14,14 @@ use crate::common::rng::Rng;
 use crate::process::Role;
 use crate::stamps::{GRAVE, PAGE, PAGES, Pages};
 
-/// Rounds before what the daemon has is counted.
+/// Rounds before the test notes the daemon's descriptors, threads and memory.
 const WARM_UP: u64 = 20;
-/// What it may have grown by, KiB: its allocator keeps what it has had.
+/// KiB by which the daemon's memory may grow. Its allocator does not return all that it frees.
 const SLACK_KIB: u64 = 512;
 
 #[test]
 #[ignore = "takes half a minute; run the suite `emulated`"]
-fn killed_at_any_moment_they_leave_nothing_behind() {
+fn processes_killed_at_any_moment_leave_nothing_behind() {
     let number = |name: &str, otherwise: u64| {
         let given = std::env::var(name).ok();
         given.map_or(otherwise, |n| n.parse().expect("a number"))
@@ -44,11 +44,11 @@ fn killed_at_any_moment_they_leave_nothing_behind() {
         bed.kill(victim);
         bed.start(victim);
         killed[victim as usize] += usize::from(round >= WARM_UP);
-        // Some die before they have done anything.
+        // In one of four rounds the next victim may die before it has done anything.
         if !rng.one_in(4) {
             bed.wait_until_all_work();
         }
-        bed.all_is_well();
+        bed.assert_works();
     }
     bed.wait_until_all_work();
     let after = bed.figures();
@@ -79,16 +79,16 @@ const VICTIMS: [Victim; 5] = [
     Victim::SecondReader,
 ];
 
-/// The daemon, and all who deal with it.
+/// The daemon and the processes around it.
 struct KillBed {
-    /// In the order of [`VICTIMS`], and whether they have worked since they were started. They end before
-    /// the daemon does.
+    /// The processes in the order of [`VICTIMS`], each with whether it has worked since its start. They come before
+    /// `daemon`, so they are dropped before it.
     roles: Vec<(Role, bool)>,
     daemon: Daemon,
     folder: TempDir,
-    /// The memory of the VM there is.
+    /// The memory of the running VM.
     ram: File,
-    /// That of the last one that is gone.
+    /// The memory of the last VM that was killed.
     grave: Option<File>,
 }
 
@@ -133,11 +133,11 @@ impl KillBed {
     }
 
     fn role(&self, victim: Victim) -> Role {
-        let told = |name: &'static str, path: &Path| Role::start(name, &[("KILLS_SOCKET", path)]);
+        let start = |name: &'static str, path: &Path| Role::start(name, &[("KILLS_SOCKET", path)]);
         match victim {
-            Victim::MessageServer => told("server by messages", &self.path("server1")),
-            Victim::MappingServer => told("server by mappings", &self.path("server2")),
-            Victim::FirstReader | Victim::SecondReader => told("reader", &self.path("shadow")),
+            Victim::MessageServer => start("server by messages", &self.path("server1")),
+            Victim::MappingServer => start("server by mappings", &self.path("server2")),
+            Victim::FirstReader | Victim::SecondReader => start("reader", &self.path("shadow")),
             Victim::Vmm => {
                 let (process, fd) = (std::process::id(), self.ram.as_raw_fd());
                 let ram = PathBuf::from(format!("/proc/{process}/fd/{fd}"));
@@ -147,8 +147,8 @@ impl KillBed {
                     ("KILLS_CLIENT_2", self.path("client2")),
                     ("KILLS_RAM", ram),
                 ];
-                let told: Vec<_> = sockets.iter().map(|(n, p)| (*n, p.as_path())).collect();
-                Role::start("VMM", &told)
+                let paths: Vec<_> = sockets.iter().map(|(n, p)| (*n, p.as_path())).collect();
+                Role::start("VMM", &paths)
             }
         }
     }
@@ -161,16 +161,16 @@ impl KillBed {
         let status = || self.daemon.status();
         self.daemon
             .wait_for("the VMM's end", || status()["connected"] == false);
-        // Nobody is left who may reach its memory.
+        // From now on no process may reach the memory of this VM.
         self.check_grave();
         let ram = std::mem::replace(&mut self.ram, memfd(PAGES * PAGE));
         for page in 0..PAGES {
             Pages(&ram).fill(page, GRAVE);
         }
         self.grave = Some(ram);
-        // All devices have to find the new one.
+        // Every process must reach the memory of the new VM before it counts as working.
         for (role, works) in &mut self.roles {
-            role.forget();
+            role.drop_lines();
             *works = false;
         }
     }
@@ -195,7 +195,7 @@ impl KillBed {
         }
     }
 
-    fn all_is_well(&mut self) {
+    fn assert_works(&mut self) {
         self.daemon.assert_alive();
         for (role, _) in &mut self.roles {
             role.assert_alive();
@@ -203,12 +203,12 @@ impl KillBed {
         self.check_grave();
     }
 
-    /// Descriptors, threads, and memory in KiB, when everybody is there and nothing changes.
+    /// The daemon's descriptors, threads and memory in KiB, when all processes work and the counts are stable.
     fn figures(&mut self) -> (usize, usize, u64) {
         self.wait_until_all_work();
         let counts = || (self.daemon.fd_count(), self.daemon.thread_count());
         let mut before = counts();
-        self.daemon.wait_for("nothing changes", || {
+        self.daemon.wait_for("stable counts", || {
             sleep(Duration::from_millis(20));
             std::mem::replace(&mut before, counts()) == before
         });
@@ -217,7 +217,7 @@ impl KillBed {
     }
 
     fn end(mut self) {
-        self.all_is_well();
+        self.assert_works();
         let status = self.daemon.status();
         assert_eq!(status["readers"]["killed"], 0, "{status}");
         for endpoint in status["endpoints"].as_array().expect("a list") {

@@ -1,4 +1,4 @@
-//! A device's server: it answers, and reaches memory all the time.
+//! A device's server that answers commands and accesses memory without a pause.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -12,78 +12,80 @@ use crate::connection::{
     Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, GET_INFO, Msg, REGION_INFO, REGION_READ,
     REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, dma, region, version_body,
 };
-use crate::roles::say;
+use crate::roles::report;
 use crate::stamps::{SCRIBBLE, check};
 
-/// Accesses by message that wait for replies at once.
-const AT_ONCE: usize = 4;
-/// Region of a PCI device's configuration space, and its length.
+/// The number of accesses by message that may be pending.
+const MAX_PENDING: usize = 4;
+/// The region of a PCI device's configuration space.
 const CONFIG_REGION: u32 = 7;
+/// The length of the configuration space in bytes.
 const CONFIG_LEN: u64 = 256;
-/// The kinds of regions and interrupts that a PCI device has, and what its info says of it.
+/// The numbers of regions and kinds of interrupts, and the flags, in a PCI device's info.
 const PCI_REGIONS: u32 = 9;
 const PCI_IRQS: u32 = 5;
 const PCI_AND_RESET: u32 = 3;
 const GET_IRQ_INFO: u16 = 7;
 
-/// How memory is reached.
+/// How the server accesses memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
-    /// By messages; what is found is checked.
+pub enum AccessMode {
+    /// By messages that read and write. It checks what it reads.
     Messages,
-    /// Mapped; what is found is checked.
+    /// Through mapped memory. It checks what it reads.
     Mappings,
-    /// By messages that read, whatever is found.
+    /// By messages that read. It does not check what it reads.
     Reads,
 }
 
 /// Serves one connection after the other.
-pub fn serve(path: &Path, manner: Manner) -> ! {
-    // Another one's that was killed.
+pub fn serve(path: &Path, mode: AccessMode) -> ! {
+    // The socket of an earlier server that was killed.
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).expect("a socket");
-    say("listens");
+    report("listens");
     loop {
         let (stream, _) = listener.accept().expect("a connection");
-        let mut connection = Session {
+        let mut session = Session {
             connection: Connection::new(stream),
-            manner,
+            mode,
             windows: BTreeMap::new(),
-            asked: HashMap::new(),
+            pending: HashMap::new(),
             turn: 0,
             done: 0,
             was_read: false,
         };
         let mut works = false;
-        while connection.step().is_some() {
-            if connection.done >= 10 && !std::mem::replace(&mut works, true) {
-                say("works");
+        while session.step().is_some() {
+            if session.done >= 10 && !std::mem::replace(&mut works, true) {
+                report("works");
             }
         }
     }
 }
 
+/// A connection to the interposer and the state of its accesses.
 struct Session {
     connection: Connection,
-    manner: Manner,
-    /// By first address. With the memory, where it is mapped.
+    mode: AccessMode,
+    /// The windows by first address, each with its memory if it came with a descriptor.
     windows: BTreeMap<u64, Option<MmapRegion>>,
-    /// Accesses without a reply: read or written, and where.
-    asked: HashMap<u16, (u16, u64)>,
+    /// Pending accesses by message id: command and address.
+    pending: HashMap<u16, (u16, u64)>,
     turn: usize,
     done: u64,
-    /// One of its registers was.
+    /// Whether the client has read a register.
     was_read: bool,
 }
 
 impl Session {
-    /// Does something. `None` at the end of the connection.
+    /// Handles a message or makes one access. `None` at the end of the connection.
     fn step(&mut self) -> Option<()> {
-        let idle = self.windows.is_empty() || self.asked.len() >= AT_ONCE;
-        if self.has_come(if idle { 20_000_000 } else { 0 }) {
+        let idle = self.windows.is_empty() || self.pending.len() >= MAX_PENDING;
+        if self.has_message(if idle { 20_000_000 } else { 0 }) {
             let message = self.connection.recv()?;
             if message.flags & 0xf == REPLY {
-                self.replied(&message);
+                self.handle_reply(&message);
             } else {
                 self.answer(message);
             }
@@ -94,27 +96,29 @@ impl Session {
         let Some((&address, memory)) = self.windows.iter().nth(at) else {
             return Some(());
         };
-        match (self.manner, memory) {
-            (Manner::Mappings, Some(memory)) => {
+        match (self.mode, memory) {
+            (AccessMode::Mappings, Some(memory)) => {
                 let memory = memory.as_volatile_slice();
                 let found: u64 = memory.read_obj(0).expect("a page");
                 check(found, address, "a server");
                 memory.write_obj(found, SCRIBBLE as usize).expect("a page");
                 self.done += 1;
             }
-            (Manner::Mappings, None) => panic!("a window without a descriptor"),
-            (Manner::Messages | Manner::Reads, Some(_)) => panic!("a window with a descriptor"),
-            (Manner::Messages | Manner::Reads, None) => {
-                if self.asked.len() < AT_ONCE {
+            (AccessMode::Mappings, None) => panic!("a window without a descriptor"),
+            (AccessMode::Messages | AccessMode::Reads, Some(_)) => {
+                panic!("a window with a descriptor")
+            }
+            (AccessMode::Messages | AccessMode::Reads, None) => {
+                if self.pending.len() < MAX_PENDING {
                     let id = self.connection.ask(DMA_READ, &dma(address, 8, &[]), &[]);
-                    self.asked.insert(id, (DMA_READ, address));
+                    self.pending.insert(id, (DMA_READ, address));
                 }
             }
         }
         Some(())
     }
 
-    fn has_come(&self, nanoseconds: i64) -> bool {
+    fn has_message(&self, nanoseconds: i64) -> bool {
         let mut fds = [PollFd::new(&self.connection.stream, PollFlags::IN)];
         let patience = Timespec {
             tv_sec: 0,
@@ -123,8 +127,8 @@ impl Session {
         poll(&mut fds, Some(&patience)).expect("poll") > 0
     }
 
-    fn replied(&mut self, reply: &Msg) {
-        let (command, address) = self.asked.remove(&reply.id).expect("asked");
+    fn handle_reply(&mut self, reply: &Msg) {
+        let (command, address) = self.pending.remove(&reply.id).expect("a pending access");
         assert_eq!(command, reply.cmd);
         match reply.errno() {
             0 => {}
@@ -132,7 +136,7 @@ impl Session {
             other => panic!("errno {other}"),
         }
         self.done += 1;
-        if command != DMA_READ || self.manner == Manner::Reads {
+        if command != DMA_READ || self.mode == AccessMode::Reads {
             return;
         }
         let data: [u8; 8] = reply.body[16..].try_into().expect("eight bytes");
@@ -140,7 +144,7 @@ impl Session {
         check(found, address, "a server");
         let body = dma(address + SCRIBBLE, 8, &data);
         let id = self.connection.ask(DMA_WRITE, &body, &[]);
-        self.asked.insert(id, (DMA_WRITE, address));
+        self.pending.insert(id, (DMA_WRITE, address));
     }
 
     fn answer(&mut self, mut command: Msg) {
@@ -151,9 +155,9 @@ impl Session {
                 Vec::new()
             }
             DMA_UNMAP => {
-                // Nothing of it is left when this is answered.
+                // Unmaps the memory before the reply.
                 let gone = self.windows.remove(&command.u64_at(8));
-                assert!(gone.is_some(), "it was told of");
+                assert!(gone.is_some(), "the server has this window");
                 command.body.clone()
             }
             SET_IRQS | RESET => Vec::new(),
@@ -167,8 +171,8 @@ impl Session {
                 .flat_map(u32::to_ne_bytes)
                 .collect(),
             REGION_READ => {
-                if self.manner == Manner::Reads && !std::mem::replace(&mut self.was_read, true) {
-                    say("read");
+                if self.mode == AccessMode::Reads && !std::mem::replace(&mut self.was_read, true) {
+                    report("read");
                 }
                 region_read(&command)
             }
@@ -192,7 +196,10 @@ impl Session {
             MmapRegion::from_file(file, size).expect("mapped")
         });
         let before = self.windows.insert(address, memory);
-        assert!(before.is_none(), "it had {address:#x}");
+        assert!(
+            before.is_none(),
+            "the server has a window at {address:#x} already"
+        );
     }
 }
 
@@ -211,7 +218,7 @@ fn region_info(index: u32) -> Vec<u8> {
     info
 }
 
-/// The reply to a read. In a configuration space there are numbers of vendor and device, and a class.
+/// The reply to REGION_READ. The configuration space has vendor, device and class; other bytes are zero.
 fn region_read(command: &Msg) -> Vec<u8> {
     let mut space = [0u8; CONFIG_LEN as usize];
     space[..4].copy_from_slice(&[0x36, 0x1b, 0x05, 0x00]);

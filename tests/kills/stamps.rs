@@ -1,25 +1,27 @@
-//! What lies in the pages that mappings lead to, so that each access tells whether it should have happened.
+//! The contents of guest pages. They show whether an access was legal when it happened.
 //!
-//! While a page is mapped its first word is the stamp of the address it is mapped at. Devices read that
-//! word and write it down a little further on. Once UNMAP is answered both words are poison: a device
-//! that still reads finds that, and one that still writes leaves its mark in it.
+//! While a page is mapped, its first word is the stamp of its I/O virtual address. Devices read that word and write
+//! it to another place in the page. After the reply to UNMAP both words are poison: a device that still reads finds
+//! the poison, and a device that still writes overwrites it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-/// Bytes of a page.
+/// Bytes in a page.
 pub const PAGE: u64 = 4096;
-/// Pages of guest memory that mappings lead to.
+/// Number of guest pages that mappings lead to.
 pub const PAGES: u64 = 64;
-/// Where devices write in a page.
+/// Offset in a page at which devices write.
 pub const SCRIBBLE: u64 = 64;
-/// What lies in a page that no mapping leads to.
+/// The words of a page that no mapping leads to.
 pub const POISON: u64 = 0xdead_dead_dead_dead;
-/// What lies in the pages of a VM that is gone.
+/// The words of the pages of a VM that was killed.
 pub const GRAVE: u64 = 0x6666_6666_6666_6666;
-/// Addresses that are mapped and unmapped: so many, this far apart, from this one on.
+/// Number of I/O virtual addresses that the guest maps and unmaps.
 pub const SPOTS: u64 = 16;
+/// Bytes between two of them.
 const STEP: u64 = 2 << 20;
+/// The first of them.
 const FIRST: u64 = 0x1_0000_0000;
 
 /// The I/O virtual address of a spot.
@@ -27,21 +29,21 @@ pub fn iova(spot: u64) -> u64 {
     FIRST + spot % SPOTS * STEP
 }
 
-/// What lies in the page that is mapped at `iova`.
+/// The first word of a page while it is mapped at `iova`.
 pub fn stamp(iova: u64) -> u64 {
     iova | 1
 }
 
-/// A device has found `value` at `iova`.
+/// Fails the test if `value`, which a device has read at `iova`, is not the stamp.
 pub fn check(value: u64, iova: u64, who: &str) {
     assert_eq!(
         value,
         stamp(iova),
-        "{who} has reached {value:#x} at {iova:#x}: the mapping was gone"
+        "{who} has read {value:#x} at {iova:#x}: the mapping was gone"
     );
 }
 
-/// The pages, as files are written to.
+/// The guest pages, accessed through their file.
 pub struct Pages<'a>(pub &'a File);
 
 impl Pages<'_> {
@@ -58,24 +60,24 @@ impl Pages<'_> {
         done.expect("memory");
     }
 
-    /// For a mapping that is about to come.
+    /// Stamps a page that the guest is about to map at `iova`.
     pub fn stamp(&self, page: u64, iova: u64) {
         self.write(page, 0, stamp(iova));
     }
 
-    /// No mapping leads there, or no VM is left: nobody may see or change this.
-    pub fn fill(&self, page: u64, with: u64) {
-        self.write(page, 0, with);
-        self.write(page, SCRIBBLE, with);
+    /// Fills a page that no device may reach from now on.
+    pub fn fill(&self, page: u64, value: u64) {
+        self.write(page, 0, value);
+        self.write(page, SCRIBBLE, value);
     }
 
-    /// Nobody has.
-    pub fn check_untouched(&self, page: u64, filled: u64) {
+    /// Fails the test if a device has written to a page since [`Self::fill`].
+    pub fn check_untouched(&self, page: u64, value: u64) {
         let found = (self.read(page, 0), self.read(page, SCRIBBLE));
         assert_eq!(
             found,
-            (filled, filled),
-            "somebody has written to page {page}, which no mapping leads to"
+            (value, value),
+            "a device has written to page {page}, which no mapping leads to"
         );
     }
 }

@@ -1,4 +1,5 @@
-//! A VMM and its guest: mappings come and go, devices' registers are read and written, until the end.
+//! A VMM and its guest. The guest maps and unmaps, and the VMM reads and writes registers of the devices, until the
+//! test kills them.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixStream;
@@ -13,20 +14,20 @@ use crate::common::rng::Rng;
 use crate::connection::{
     Connection, REGION_READ, REGION_WRITE, SET_IRQS, VERSION, irqs, region, version_body,
 };
-use crate::roles::{say, told};
+use crate::roles::{path_from_env, report};
 use crate::stamps::{PAGE, PAGES, POISON, Pages, SPOTS, iova};
 
 const DOMAIN: u32 = 1;
-/// Another one, for endpoints that move.
+/// The domain to which endpoints move for a moment.
 const OTHER: u32 = 2;
 const CLIENT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_data_xfer_size":1048576}}"#;
 
 pub fn run() -> ! {
-    let ram = told("KILLS_RAM");
+    let ram = path_from_env("KILLS_RAM");
     let file = OpenOptions::new().read(true).write(true).open(ram);
     let file = Arc::new(file.expect("the test's file"));
     for socket in ["KILLS_CLIENT_1", "KILLS_CLIENT_2"] {
-        let path = told(socket);
+        let path = path_from_env(socket);
         std::thread::spawn(move || use_device(path));
     }
     let regions = vec![
@@ -34,13 +35,13 @@ pub fn run() -> ! {
         Region::new(RING_RAM, RING_LEN),
         Region::of_file(HIGH_RAM, PAGES * PAGE, file.clone(), 0),
     ];
-    let stream = connect(&told("KILLS_VHOST"));
+    let stream = connect(&path_from_env("KILLS_VHOST"));
     let mut guest = Guest::connect_with(stream, Setup::default(), regions);
     guest.driver_ok();
     drive(&mut guest, &file)
 }
 
-/// The guest: maps, unmaps, moves endpoints.
+/// Runs the guest: it maps, unmaps and moves endpoints.
 fn drive(guest: &mut Guest, file: &File) -> ! {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let mut rng = Rng::new(u64::from(now.expect("a clock").subsec_nanos()) | 1);
@@ -52,11 +53,11 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
         assert_eq!(guest.attach(DOMAIN, endpoint), 0);
     }
     let mut free: Vec<u64> = (0..PAGES).collect();
-    let mut leads = [None; SPOTS as usize];
+    let mut mapped_pages = [None; SPOTS as usize];
     for number in 1u64.. {
         let spot = rng.below(SPOTS);
         let at = iova(spot);
-        match leads[spot as usize].take() {
+        match mapped_pages[spot as usize].take() {
             Some(page) => {
                 assert_eq!(guest.unmap(DOMAIN, at, at + PAGE - 1), 0, "UNMAP");
                 pages.fill(page, POISON);
@@ -68,30 +69,30 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
                 pages.stamp(page, at);
                 let gpa = HIGH_RAM + page * PAGE;
                 assert_eq!(guest.map_page(DOMAIN, at, gpa), 0, "MAP");
-                leads[spot as usize] = Some(page);
+                mapped_pages[spot as usize] = Some(page);
             }
         }
         if rng.one_in(64) {
-            // Away and back; what the others have stays.
+            // The endpoint leaves the domain and comes back. The others stay.
             let endpoint = rng.pick(&[EP, EP2, EP3]);
             assert_eq!(guest.attach(OTHER, endpoint), 0, "ATTACH");
             assert_eq!(guest.attach(DOMAIN, endpoint), 0, "ATTACH");
         }
         if number == 50 {
-            say("works");
+            report("works");
         }
     }
-    unreachable!("numbers do not end");
+    unreachable!("the loop has no end");
 }
 
-/// The VMM's client of one device.
+/// Runs the VMM's client of one device.
 fn use_device(path: PathBuf) {
-    let null = File::open("/dev/null").expect("there");
+    let null = File::open("/dev/null").expect("opens");
     loop {
-        let mut client = Connection::new(UnixStream::connect(&path).expect("the daemon is there"));
+        let mut client = Connection::new(UnixStream::connect(&path).expect("the daemon listens"));
         client.ask(VERSION, &version_body(CLIENT), &[]);
         let Some(answer) = client.recv() else {
-            // Its server died at a bad moment.
+            // The server died during the negotiation.
             continue;
         };
         assert_eq!(answer.errno(), 0);

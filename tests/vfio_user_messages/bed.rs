@@ -1,5 +1,5 @@
-//! A guest's IOMMU with one emulated device: the core, the backend and its interposer, between a
-//! client and servers that a test plays.
+//! A guest's IOMMU with one emulated device: the core, the backend and its interposer. A test plays the client and
+//! the servers.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -23,18 +23,20 @@ use crate::connection::{
     version_body,
 };
 
-/// What the device's server has to answer in.
+/// The server's deadline.
 pub const DEADLINE: Duration = Duration::from_secs(2);
-/// Where guest RAM begins, and its length.
+/// First guest-physical address of guest RAM.
 pub const RAM: u64 = 0x10_0000;
+/// Length of guest RAM in bytes.
 pub const RAM_LEN: u64 = 0x40_0000;
-/// Where in its file.
+/// Offset of guest RAM in its file.
 pub const RAM_OFFSET: u64 = 0x3000;
 pub const DOMAIN: DomainId = DomainId(1);
 pub const SERVER_TEXT: &str = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#;
 pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps":65535,
     "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
 
+/// The faults that the backend has reported.
 #[derive(Default)]
 pub struct Faults(Mutex<Vec<Fault>>);
 
@@ -45,13 +47,14 @@ impl FaultSink for Faults {
 }
 
 impl Faults {
-    /// Those since the last call: why, and where.
+    /// Takes the faults since the last call: reason and address.
     pub fn take(&self) -> Vec<(FaultReason, u64)> {
         let taken = std::mem::take(&mut *self.0.lock().unwrap());
         taken.into_iter().map(|f| (f.reason, f.address.0)).collect()
     }
 }
 
+/// The core with one emulated device whose endpoint is 00:06.0.
 pub struct Bed {
     iommu: Mutex<Iommu>,
     pub faults: Arc<Faults>,
@@ -61,14 +64,13 @@ pub struct Bed {
     _folder: tempfile::TempDir,
 }
 
-/// Whether a script has dealt with a message; else it is answered as a server does that does
-/// nothing in particular.
+/// Whether a script has answered a message. If not, [`answer`] does.
 pub type Handled = bool;
 
-/// A server's connection, played in a thread of its own.
-pub struct Played {
-    /// The commands that came.
-    pub seen: Arc<Mutex<Vec<Msg>>>,
+/// A server that a thread plays for one connection.
+pub struct PlayedServer {
+    /// The messages received so far.
+    pub received: Arc<Mutex<Vec<Msg>>>,
     pub thread: JoinHandle<()>,
 }
 
@@ -128,7 +130,7 @@ impl Bed {
         PciAddress::new(0, 0, 6, 0).expect("valid").endpoint_id()
     }
 
-    /// The core, locked as it is while requests are served.
+    /// Locks the core, as the worker does while it serves requests.
     pub fn iommu(&self) -> MutexGuard<'_, Iommu> {
         self.iommu.lock().unwrap()
     }
@@ -140,7 +142,7 @@ impl Bed {
             .expect("attached");
     }
 
-    /// Maps `len` bytes at `iova` to the RAM at `at` in it.
+    /// Maps `len` bytes at `iova` to guest RAM from its offset `at`.
     pub fn map(&self, iova: u64, at: u64, len: u64, access: Access) -> Result<(), RequestError> {
         let mapping = Mapping {
             range: range(iova, len),
@@ -155,11 +157,13 @@ impl Bed {
         self.iommu().unmap(DOMAIN, range(iova, len)).map(drop)
     }
 
+    /// Writes to guest RAM at its offset `at`.
     pub fn poke(&self, at: u64, bytes: &[u8]) {
         let ram = self.slot.memory.as_volatile_slice();
         ram.write_slice(bytes, at as usize).expect("inside");
     }
 
+    /// Reads guest RAM at its offset `at`.
     pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let ram = self.slot.memory.as_volatile_slice();
@@ -167,27 +171,28 @@ impl Bed {
         bytes
     }
 
+    /// Listens as the device's server.
     pub fn listen(&self) -> UnixListener {
         let _ = std::fs::remove_file(&self.server_path);
         UnixListener::bind(&self.server_path).expect("a socket")
     }
 
-    /// Connects a client, which says nothing.
+    /// Connects a client, which sends nothing.
     pub fn connect(&self) -> Connection {
         Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
-    /// A client that has agreed with a server played by `script`.
+    /// A server that `script` plays, and a client that has negotiated with it.
     pub fn pair(
         &self,
         script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Connection, Played) {
+    ) -> (Connection, PlayedServer) {
         let listener = self.listen();
         let played = play(listener, script);
         (self.client(), played)
     }
 
-    /// A client that has agreed with whatever server there is.
+    /// A client that has negotiated with the server that listens.
     pub fn client(&self) -> Connection {
         let mut client = self.connect();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -195,11 +200,12 @@ impl Bed {
         client
     }
 
-    /// A client and a server that do nothing by themselves but agree.
+    /// A client and a server that have negotiated. The test sends all further messages.
     pub fn raw_pair(&self) -> (Connection, Connection) {
         self.raw_pair_with(SERVER_TEXT)
     }
 
+    /// Like [`Self::raw_pair`]. `text` has the server's capabilities.
     pub fn raw_pair_with(&self, text: &str) -> (Connection, Connection) {
         let listener = self.listen();
         let mut client = self.connect();
@@ -220,30 +226,30 @@ pub fn accept(listener: &UnixListener) -> Connection {
     Connection::new(listener.accept().expect("a connection").0)
 }
 
-/// Plays one connection of a server.
+/// Plays a server for one connection in a thread of its own.
 pub fn play(
     listener: UnixListener,
     mut script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-) -> Played {
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let log = seen.clone();
+) -> PlayedServer {
+    let received = Arc::new(Mutex::new(Vec::new()));
+    let log = received.clone();
     let thread = std::thread::spawn(move || {
         let mut server = accept(&listener);
         drop(listener);
         while let Some(mut msg) = server.recv() {
-            // Whoever looks after a reply has come finds its command here.
+            // Locked before the reply: a test that has received the reply must find its command in the log.
             let mut log = log.lock().unwrap();
             if !script(&mut server, &mut msg) {
-                plainly(&mut server, &msg);
+                answer(&mut server, &msg);
             }
             log.push(msg);
         }
     });
-    Played { seen, thread }
+    PlayedServer { received, thread }
 }
 
-/// Answers as a server does that does nothing in particular.
-pub fn plainly(server: &mut Connection, msg: &Msg) {
+/// Answers a command of the client or the interposer with success. Refuses all other commands with ENOTSUP.
+pub fn answer(server: &mut Connection, msg: &Msg) {
     if msg.flags & 0x10 != 0 {
         return;
     }
@@ -260,17 +266,21 @@ pub fn plainly(server: &mut Connection, msg: &Msg) {
     }
 }
 
-impl Played {
-    /// The commands of one kind, as what `look` makes of them.
-    pub fn each<T>(&self, cmd: u16, look: impl Fn(&Msg) -> T) -> Vec<T> {
-        let seen = self.seen.lock().unwrap();
-        seen.iter().filter(|m| m.cmd == cmd).map(look).collect()
+impl PlayedServer {
+    /// `inspect` of each received command of this kind.
+    pub fn each<T>(&self, cmd: u16, inspect: impl Fn(&Msg) -> T) -> Vec<T> {
+        let received = self.received.lock().unwrap();
+        received
+            .iter()
+            .filter(|m| m.cmd == cmd)
+            .map(inspect)
+            .collect()
     }
 
-    /// First addresses of the windows there are.
+    /// First addresses of the present windows, in order.
     pub fn windows(&self) -> Vec<u64> {
         let mut windows = Vec::new();
-        for msg in self.seen.lock().unwrap().iter() {
+        for msg in self.received.lock().unwrap().iter() {
             match msg.cmd {
                 DMA_MAP => windows.push(msg.u64_at(16)),
                 DMA_UNMAP => windows.retain(|w| *w != msg.u64_at(8)),
@@ -282,7 +292,7 @@ impl Played {
     }
 }
 
-/// Waits until something holds.
+/// Waits until `holds` returns true. Fails the test with `what` after 20 s.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
     while !holds() {

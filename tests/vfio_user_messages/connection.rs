@@ -1,5 +1,5 @@
-//! One end of a vfio-user connection, written from the specification: it shares no code with the
-//! daemon, so that a misreading on one side is not repeated on the other.
+//! One end of a vfio-user connection, written from the specification. It shares no code with the daemon: a
+//! misreading in the daemon must not be repeated here, where it would hide.
 
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -32,7 +32,7 @@ pub const REPLY: u32 = 1;
 pub const NO_REPLY: u32 = 0x10;
 pub const ERROR: u32 = 0x21;
 
-/// A message, taken apart.
+/// A decoded message.
 #[derive(Debug)]
 pub struct Msg {
     pub id: u16,
@@ -52,13 +52,13 @@ impl Msg {
         u64::from_ne_bytes(self.body[at..at + 8].try_into().unwrap())
     }
 
-    /// The text of VERSION.
+    /// The capabilities text of VERSION, decoded.
     pub fn text(&self) -> serde_json::Value {
         let text = self.body[4..].split(|b| *b == 0).next().unwrap();
         serde_json::from_slice(text).expect("JSON")
     }
 
-    /// The errno of a refusal, 0 of a reply.
+    /// The errno of an error reply, or 0 for a success.
     pub fn errno(&self) -> i32 {
         match self.flags {
             REPLY => 0,
@@ -68,7 +68,7 @@ impl Msg {
     }
 }
 
-/// Header and body as they are sent.
+/// The bytes of a message: header and body.
 pub fn bytes(id: u16, cmd: u16, flags: u32, error: u32, body: &[u8]) -> Vec<u8> {
     let mut all = Vec::new();
     all.extend(id.to_ne_bytes());
@@ -80,10 +80,12 @@ pub fn bytes(id: u16, cmd: u16, flags: u32, error: u32, body: &[u8]) -> Vec<u8> 
     all
 }
 
+/// The body of VERSION 0.0 with this capabilities text.
 pub fn version_body(text: &str) -> Vec<u8> {
     [&[0; 4], text.as_bytes(), &[0]].concat()
 }
 
+/// The body of DMA_MAP.
 pub fn dma_map(flags: u32, offset: u64, address: u64, size: u64) -> Vec<u8> {
     let mut body = [32u32.to_ne_bytes(), flags.to_ne_bytes()].concat();
     for word in [offset, address, size] {
@@ -92,6 +94,7 @@ pub fn dma_map(flags: u32, offset: u64, address: u64, size: u64) -> Vec<u8> {
     body
 }
 
+/// The body of DMA_UNMAP.
 pub fn dma_unmap(address: u64, size: u64) -> Vec<u8> {
     let mut body = [24u32.to_ne_bytes(), [0; 4]].concat();
     body.extend(address.to_ne_bytes());
@@ -99,21 +102,24 @@ pub fn dma_unmap(address: u64, size: u64) -> Vec<u8> {
     body
 }
 
+/// The body of DMA_READ (without data) and DMA_WRITE.
 pub fn dma(address: u64, count: u64, data: &[u8]) -> Vec<u8> {
     [&address.to_ne_bytes(), &count.to_ne_bytes(), data].concat()
 }
 
+/// The body of REGION_READ (without data) and REGION_WRITE.
 pub fn region(offset: u64, index: u32, count: u32, data: &[u8]) -> Vec<u8> {
     let head = [index.to_ne_bytes(), count.to_ne_bytes()].concat();
     [&offset.to_ne_bytes()[..], &head, data].concat()
 }
 
+/// The body of SET_IRQS without data.
 pub fn irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
     let words = [20, flags, index, start, count];
     words.into_iter().flat_map(u32::to_ne_bytes).collect()
 }
 
-/// A connected socket.
+/// A connected socket that sends and receives messages.
 pub struct Connection {
     pub stream: UnixStream,
     next_id: u16,
@@ -144,7 +150,7 @@ impl Connection {
                 Err(cause) if is_gone(&cause) => {}
                 Err(cause) => panic!("not sent: {cause}"),
             },
-            // Which shows when something is to be received.
+            // The next receive shows it.
             Err(cause) if is_gone(&cause.into()) => {}
             Err(cause) => panic!("not sent: {cause}"),
         }
@@ -162,14 +168,14 @@ impl Connection {
         self.send(to.id, to.cmd, REPLY, body, fds);
     }
 
-    /// Sends a command. Returns its number.
+    /// Sends a command. Returns its message id.
     pub fn ask(&mut self, cmd: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> u16 {
         self.next_id = self.next_id.wrapping_add(1);
         self.send(self.next_id, cmd, COMMAND, body, fds);
         self.next_id
     }
 
-    /// Sends a command and waits for its reply, which is the next message.
+    /// Sends a command and waits for its reply, which must be the next message.
     pub fn call(&mut self, cmd: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Msg {
         let id = self.ask(cmd, body, fds);
         let reply = self.recv().expect("a reply");
@@ -177,7 +183,7 @@ impl Connection {
         reply
     }
 
-    /// The next message, or `None` at the end.
+    /// The next message, or `None` at the end of the stream.
     pub fn recv(&mut self) -> Option<Msg> {
         let mut fds = Vec::new();
         let mut head = [0; 16];
@@ -187,7 +193,7 @@ impl Connection {
         let word = |at: usize| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap());
         let mut body = vec![0; word(4) as usize - 16];
         if !self.fill(&mut body, &mut fds) {
-            // It was killed before it had said all of it.
+            // The other end died within the message.
             return None;
         }
         Some(Msg {
@@ -200,7 +206,7 @@ impl Connection {
         })
     }
 
-    /// Whether nothing more comes.
+    /// Waits for the end of the stream. False if a byte comes first.
     pub fn is_closed(&mut self) -> bool {
         match self.stream.read(&mut [0]) {
             Ok(n) => n == 0,
@@ -233,7 +239,7 @@ impl Connection {
     }
 }
 
-/// Whether the other end is gone.
+/// Whether the error means that the other end has closed the socket.
 fn is_gone(cause: &std::io::Error) -> bool {
     matches!(
         cause.kind(),

@@ -1,4 +1,4 @@
-//! The whole daemon: a guest's driver at one end, a device's server at the other.
+//! The whole daemon between a guest's driver and a device's server.
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{CLIENT_TEXT, Handled, Played, accept, eventually, play};
+use crate::bed::{CLIENT_TEXT, Handled, PlayedServer, accept, eventually, play};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{
@@ -18,10 +18,11 @@ use crate::connection::{
 };
 
 const IOVA: u64 = 0x7000_0000;
-/// Guest-physical, in the first memory slot.
+/// A guest-physical address in the first memory slot.
 const PAGE: u64 = 0xa0_0000;
 const SOON: Duration = Duration::from_secs(10);
 
+/// A daemon with one emulated device at 00:06.0. The test plays its client and its server.
 struct DaemonBed {
     daemon: Daemon,
     listener: UnixListener,
@@ -52,11 +53,11 @@ impl DaemonBed {
         Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
-    /// A client and a server that have agreed.
+    /// A server that `script` plays, and a client that has negotiated with it.
     fn pair(
         &self,
         script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Connection, Played) {
+    ) -> (Connection, PlayedServer) {
         let played = play(self.listener.try_clone().expect("cloned"), script);
         let mut client = self.client();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -64,7 +65,7 @@ impl DaemonBed {
         (client, played)
     }
 
-    /// A client and a server that do nothing by themselves but agree.
+    /// A client and a server that have negotiated. The test sends all further messages.
     fn raw_pair(&self) -> (Connection, Connection) {
         let mut client = self.client();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -77,9 +78,9 @@ impl DaemonBed {
 }
 
 #[test]
-fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
+fn a_device_reaches_mapped_memory_and_the_guest_gets_faults_for_the_rest() {
     let bed = DaemonBed::new("messages");
-    // While UNMAP waits for it, the server asks for another page, and for the one that goes.
+    // While UNMAP waits for the server, the server writes to another page and to the page being unmapped.
     let (mut client, played) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
             let kept = dma(IOVA + 0x1000, 4, b"kept");
@@ -109,7 +110,7 @@ fn a_device_reaches_what_the_guest_maps_and_the_guest_hears_of_the_rest() {
 }
 
 #[test]
-fn the_status_tells_how_devices_are_doing() {
+fn the_status_shows_connections_and_counters_of_emulated_devices() {
     let bed = DaemonBed::new("messages");
     let state = || {
         let status = bed.daemon.status();
@@ -120,9 +121,9 @@ fn the_status_tells_how_devices_are_doing() {
             (&EP.into(), &"0000:00:06.0".into())
         );
         let figure = |key: &str| list[0][key].as_u64().expect("a number");
-        let there = |key: &str| list[0][key].as_bool().expect("yes or no");
+        let connected = |key: &str| list[0][key].as_bool().expect("yes or no");
         let figures = (figure("windows"), figure("refused"), figure("cut_offs"));
-        (there("client"), there("server"), figures)
+        (connected("client"), connected("server"), figures)
     };
     assert_eq!(state(), (false, false, (0, 0, 0)));
     let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
@@ -150,11 +151,11 @@ fn the_status_tells_how_devices_are_doing() {
 }
 
 #[test]
-fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
+fn a_fault_while_memory_slots_change_does_not_deadlock() {
     let bed = DaemonBed::new("messages");
     let (_client, played) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
-            // The event queue is locked now, and this is reported to it.
+            // The device has locked the event queue now, and this fault goes there.
             let reply = server.call(DMA_READ, &dma(0x1234_0000, 4, &[]), &[]);
             assert_eq!(reply.errno(), libc::EFAULT);
         }
@@ -184,11 +185,11 @@ fn a_fault_while_memory_slots_change_keeps_nobody_waiting() {
 }
 
 #[test]
-fn a_server_that_does_not_listen_fills_no_table_of_descriptors() {
+fn a_server_that_does_not_read_cannot_exhaust_descriptors() {
     let bed = DaemonBed::new("messages");
     let (client, _server) = bed.raw_pair();
     let before = bed.daemon.fd_count();
-    // Nobody answers these, and nobody takes them in.
+    // The server neither reads nor answers these.
     let null = std::fs::File::open("/dev/null").expect("open");
     let body = irqs(0x24, 2, 0, 1);
     let message = bytes(0, SET_IRQS, NO_REPLY, 0, &body);
@@ -205,14 +206,14 @@ fn a_server_that_does_not_listen_fills_no_table_of_descriptors() {
 }
 
 #[test]
-fn the_dead_leave_no_descriptors_and_no_threads() {
+fn dead_clients_and_servers_leave_no_descriptors_and_no_threads() {
     let bed = DaemonBed::new("mappings");
     let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
     assert_eq!(guest.attach(1, EP), 0);
     assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
     let round = |n: usize| {
         let (mut client, mut server) = bed.raw_pair();
-        // A window, with its descriptor.
+        // The window has a descriptor.
         assert_eq!(server.recv().expect("a window").fds.len(), 1);
         match n % 3 {
             0 => drop(server),
@@ -234,12 +235,14 @@ fn the_dead_leave_no_descriptors_and_no_threads() {
         round(n);
     }
     bed.daemon
-        .wait_for("all is given back", || counts() <= before);
+        .wait_for("the daemon releases descriptors and threads", || {
+            counts() <= before
+        });
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
 }
 
 #[test]
-fn the_socket_goes_with_the_daemon() {
+fn the_daemon_removes_its_socket_at_its_end() {
     let bed = DaemonBed::new("messages");
     bed.daemon.wait_for("a socket", || bed.client_path.exists());
     bed.daemon.terminate();

@@ -1,4 +1,4 @@
-//! What a server is told it may reach, and what it reaches.
+//! Windows, DMA accesses, and the waits of UNMAP for the server.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -26,7 +26,7 @@ const IOVA: u64 = 0x4000_0000;
 fn windows_come_without_descriptors_or_with_them() {
     for isolation in [Isolation::Messages, Isolation::Mappings] {
         let bed = Bed::new(isolation);
-        // One before the server is there, two after.
+        // The guest maps one range before the server connects, and others after.
         bed.attach();
         bed.map(IOVA, 0x1000, 0x2000, Access::READ_WRITE)
             .expect("mapped");
@@ -40,21 +40,23 @@ fn windows_come_without_descriptors_or_with_them() {
             }
             false
         });
-        eventually("the first is told", || played.windows() == [IOVA]);
+        eventually("the server has the first window", || {
+            played.windows() == [IOVA]
+        });
         bed.map(IOVA + 0x2000, 0x8000, 0x1000, Access::READ)
             .expect("mapped");
         bed.map(IOVA + 0x4000, 0, 0x1000, Access::WRITE)
             .expect("mapped");
         bed.map(IOVA + 0x6000, 0, 0x1000, Access::NONE)
             .expect("mapped");
-        // Leads nowhere.
+        // Beyond the end of guest RAM: no window.
         bed.map(IOVA + 0x8000, RAM_LEN, 0x1000, Access::READ_WRITE)
             .expect("mapped");
         let file_at = |at| match isolation {
             Isolation::Messages => 0,
             Isolation::Mappings => RAM_OFFSET + at,
         };
-        let told = || {
+        let received = || {
             played.each(DMA_MAP, |m| {
                 (m.u32_at(4), m.u64_at(8), m.u64_at(16), m.u64_at(24))
             })
@@ -64,7 +66,7 @@ fn windows_come_without_descriptors_or_with_them() {
             (1, file_at(0x8000), IOVA + 0x2000, 0x1000),
             (2, file_at(0), IOVA + 0x4000, 0x1000),
         ];
-        eventually("all are told", || told() == expected);
+        eventually("the server has all windows", || received() == expected);
         let files = files.lock().unwrap();
         match isolation {
             Isolation::Messages => assert!(files.is_empty()),
@@ -81,7 +83,9 @@ fn windows_come_without_descriptors_or_with_them() {
             }
         }
         bed.unmap(IOVA, 0x8000).expect("unmapped");
-        eventually("all are gone", || played.windows().is_empty());
+        eventually("the server has lost all windows", || {
+            played.windows().is_empty()
+        });
         let unmapped = played.each(DMA_UNMAP, |m| (m.u64_at(8), m.u64_at(16)));
         assert_eq!(
             unmapped,
@@ -94,7 +98,7 @@ fn windows_come_without_descriptors_or_with_them() {
     }
 }
 
-/// Ranges of one batch may cover what one before has removed: UNMAP reaches over holes.
+/// A range of a batch may cover windows that an earlier range removed, since UNMAP may cover holes.
 #[test]
 fn unmaps_that_overlap_take_each_window_away_once() {
     const PAGE: u64 = 0x1000;
@@ -104,13 +108,13 @@ fn unmaps_that_overlap_take_each_window_away_once() {
         bed.map(IOVA + page * PAGE, page * PAGE, PAGE, Access::READ_WRITE)
             .expect("mapped");
     }
-    // As servers are: what is not there cannot be given up.
-    let mut there = vec![];
+    // Like real servers, this one refuses to remove a window that it does not have.
+    let mut present = vec![];
     let (_client, played) = bed.pair(move |server, msg| {
         match msg.cmd {
-            DMA_MAP => there.push(msg.u64_at(16)),
-            DMA_UNMAP => match there.iter().position(|w| *w == msg.u64_at(8)) {
-                Some(at) => drop(there.swap_remove(at)),
+            DMA_MAP => present.push(msg.u64_at(16)),
+            DMA_UNMAP => match present.iter().position(|w| *w == msg.u64_at(8)) {
+                Some(at) => drop(present.swap_remove(at)),
                 None => {
                     server.refuse(msg, libc::ENOENT.unsigned_abs());
                     return true;
@@ -120,7 +124,7 @@ fn unmaps_that_overlap_take_each_window_away_once() {
         }
         false
     });
-    eventually("all are told", || played.windows().len() == 3);
+    eventually("the server has all windows", || played.windows().len() == 3);
     let ranges = [(0, 1), (0, 2), (1, 2)].map(|(at, pages)| range(IOVA + at * PAGE, pages * PAGE));
     let mut outcomes = VecDeque::new();
     bed.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
@@ -131,16 +135,16 @@ fn unmaps_that_overlap_take_each_window_away_once() {
     assert!(!state.quarantined);
 }
 
-/// A server that is there to be told what to do by hand.
-fn asking(bed: &Bed) -> (Connection, Connection) {
+/// A client and a server that has its windows. The test sends the server's accesses.
+fn pair_with_windows(bed: &Bed) -> (Connection, Connection) {
     let (client, mut server) = bed.raw_pair();
     for _ in 0..bed
         .iommu()
         .mappings(DOMAIN, vhost_device_iommu::address::Iova(0))
         .count()
     {
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
     }
     (client, server)
 }
@@ -171,7 +175,7 @@ fn messages_reach_what_is_mapped_and_nothing_else() {
         .expect("mapped");
     bed.map(IOVA + 0x2000, 0x3000, 0x1000, Access::READ)
         .expect("mapped");
-    let (_client, mut server) = asking(&bed);
+    let (_client, mut server) = pair_with_windows(&bed);
     bed.poke(0x1ffe, b"ab");
     bed.poke(0x20_0000, b"cd");
     assert_eq!(read(&mut server, IOVA + 0xffe, 4).expect("mapped"), b"abcd");
@@ -201,71 +205,74 @@ fn messages_reach_what_is_mapped_and_nothing_else() {
     assert_eq!(read(&mut server, u64::MAX, 2), Err(libc::EINVAL));
     assert_eq!(read(&mut server, IOVA, (1 << 20) + 1), Err(libc::E2BIG));
     assert_eq!(read(&mut server, 0, u64::MAX), Err(libc::E2BIG));
-    assert!(bed.faults.take().is_empty(), "no access");
+    assert!(
+        bed.faults.take().is_empty(),
+        "no faults for malformed requests"
+    );
     assert!(all == bed.peek(0, RAM_LEN as usize), "nothing was written");
 
-    // Without a reply it is written all the same.
+    // A write without reply reaches memory, too.
     server.send(1, DMA_WRITE, NO_REPLY, &dma(IOVA, 2, b"no"), &[]);
     assert_eq!(read(&mut server, IOVA, 2).expect("mapped"), b"no");
-    // No command of a server's.
+    // RESET is not a server's command.
     assert_eq!(server.call(RESET, &[], &[]).errno(), libc::ENOTSUP);
 }
 
 #[test]
-fn what_is_reached_follows_the_endpoint() {
+fn reachable_memory_follows_the_state_of_the_endpoint() {
     let bed = Bed::new(Isolation::Messages);
     let (_client, mut server) = bed.raw_pair();
     assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
     assert_eq!(bed.faults.take(), [(FaultReason::Domain, RAM)]);
 
-    // Bypass: RAM as it is.
-    let told = std::thread::scope(|scope| {
+    // Bypass mode: one window for all of RAM.
+    let window = std::thread::scope(|scope| {
         let switched = scope.spawn(|| bed.iommu().set_bypass(true));
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         switched.join().expect("switched");
-        told
+        window
     });
-    assert_eq!((told.u64_at(16), told.u64_at(24)), (RAM, RAM_LEN));
+    assert_eq!((window.u64_at(16), window.u64_at(24)), (RAM, RAM_LEN));
     bed.poke(5, b"five");
     assert_eq!(read(&mut server, RAM + 5, 4).expect("reached"), b"five");
     assert_eq!(write(&mut server, RAM + RAM_LEN, b"x"), libc::EFAULT);
-    assert!(bed.faults.take().is_empty(), "no IOMMU between");
+    assert!(bed.faults.take().is_empty(), "no faults in bypass mode");
     assert_eq!(write(&mut server, 0xfee0_0000, b"x"), libc::EFAULT);
     assert_eq!(bed.faults.take(), [(FaultReason::Mapping, 0xfee0_0000)]);
 
-    // The RAM goes: so does the window.
+    // The VMM removes the RAM, and the daemon removes the window.
     std::thread::scope(|scope| {
         let removed = scope.spawn(|| bed.iommu().set_memory(Vec::new()));
-        let told = server.recv().expect("a window goes");
-        assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, RAM));
+        let unmap = server.recv().expect("DMA_UNMAP");
+        assert_eq!((unmap.cmd, unmap.u64_at(8)), (DMA_UNMAP, RAM));
         assert!(!removed.is_finished());
-        server.reply(&told, &[], &[]);
+        server.reply(&unmap, &[], &[]);
         removed.join().expect("removed");
     });
     assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
 }
 
 #[test]
-fn unmap_waits_for_the_server_which_may_ask_meanwhile() {
+fn unmap_waits_for_the_server_and_serves_its_accesses_meanwhile() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
     bed.map(IOVA + 0x1000, 0x1000, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    let (_client, mut server) = asking(&bed);
+    let (_client, mut server) = pair_with_windows(&bed);
     std::thread::scope(|scope| {
-        // The core is locked for as long as this takes.
+        // UNMAP holds the core lock until the server has replied.
         let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
-        let told = server.recv().expect("a window goes");
-        assert_eq!((told.cmd, told.u64_at(8)), (DMA_UNMAP, IOVA));
+        let unmap = server.recv().expect("DMA_UNMAP");
+        assert_eq!((unmap.cmd, unmap.u64_at(8)), (DMA_UNMAP, IOVA));
         assert_eq!(write(&mut server, IOVA + 0x1000, b"still there"), 0);
         assert_eq!(write(&mut server, IOVA, b"gone"), libc::EFAULT);
         assert_eq!(bed.faults.take(), [(FaultReason::Mapping, IOVA)]);
         std::thread::sleep(Duration::from_millis(50));
         assert!(!unmapped.is_finished());
-        server.reply(&told, &told.body, &[]);
+        server.reply(&unmap, &unmap.body, &[]);
         unmapped.join().expect("no panic").expect("unmapped");
     });
     assert_eq!(bed.peek(0x1000, 11), b"still there");
@@ -287,12 +294,12 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     bed.attach();
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ_WRITE));
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
     let begun = Instant::now();
-    let failed = bed.unmap(IOVA, 0x1000).expect_err("late");
+    let failed = bed.unmap(IOVA, 0x1000).expect_err("the server is late");
     assert!(begun.elapsed() >= deadline, "{:?}", begun.elapsed());
     assert!(
         failed.to_string().contains("no reply within 300ms"),
@@ -305,10 +312,10 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
             .quarantined
     );
     assert_eq!(bed.faults.take(), [(FaultReason::Unknown, IOVA)]);
-    assert_eq!(server.recv().expect("the order").cmd, DMA_UNMAP);
+    assert_eq!(server.recv().expect("the command").cmd, DMA_UNMAP);
     assert!(server.is_closed());
 
-    // It may come back, and reaches nothing before the guest attaches it anew.
+    // The server may connect again. It reaches nothing before the guest attaches its endpoint again.
     let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
     server.reply(&asked, &version_body(crate::bed::SERVER_TEXT), &[]);
@@ -341,7 +348,7 @@ fn windows_a_server_refuses_do_not_exist() {
         "{refused}"
     );
     bed.unmap(0, 1 << 40).expect("unmapped");
-    eventually("one goes", || {
+    eventually("the server loses its only window", || {
         played.each(DMA_UNMAP, |m| m.u64_at(8)) == [IOVA]
     });
     assert!(
@@ -353,10 +360,10 @@ fn windows_a_server_refuses_do_not_exist() {
 }
 
 #[test]
-fn a_window_that_is_refused_while_it_goes_is_not_taken_for_a_later_one() {
+fn a_refusal_that_arrives_during_unmap_does_not_affect_a_later_window() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
-    // Told to the server when it comes, and so by nobody who waits.
+    // Mapped before there is a server: DMA_MAP is sent when the server connects, and MAP does not wait for it.
     bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
     let mut maps = 0;
     let (mut client, played) = bed.pair(move |server, msg| {
@@ -368,7 +375,8 @@ fn a_window_that_is_refused_while_it_goes_is_not_taken_for_a_later_one() {
         }
         refused
     });
-    bed.unmap(IOVA, 0x1000).expect("it never had that");
+    bed.unmap(IOVA, 0x1000)
+        .expect("the server never had the window");
     assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
     bed.map(IOVA, 0x1000, 0x1000, Access::READ).expect("mapped");
     bed.unmap(IOVA, 0x1000).expect("unmapped");
@@ -401,12 +409,12 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
     assert_eq!(played.each(DMA_MAP, |m| m.u64_at(16)), [RAM]);
     assert!(
         played.each(DMA_UNMAP, |_| ()).is_empty(),
-        "it never had that"
+        "the server never had the window"
     );
 }
 
 #[test]
-fn a_server_gets_no_more_windows_than_it_can_have() {
+fn a_server_gets_no_more_windows_than_it_supports() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     let (_client, played) = bed.pair(|server, msg| {
@@ -447,7 +455,7 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
     assert_eq!(write(&mut twin, IOVA, b"twin"), 0);
     assert_eq!(bed.peek(0, 4), b"twin");
     assert_eq!(read(&mut twin, IOVA + 0x1000, 1), Err(libc::EFAULT));
-    // Replies have no place there.
+    // A reply on the twin socket is an error.
     twin.send(3, DMA_READ, 1, &[], &[]);
     assert!(twin.is_closed());
 }
@@ -457,7 +465,7 @@ fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     bed.map(IOVA, 0, RAM_LEN, Access::READ).expect("mapped");
-    let (_client, mut server) = asking(&bed);
+    let (_client, mut server) = pair_with_windows(&bed);
     let mut writer = server.stream.try_clone().expect("cloned");
     let flood = std::thread::spawn(move || {
         for n in 0..300u16 {
@@ -475,7 +483,7 @@ fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
 }
 
 #[test]
-fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
+fn a_new_server_gets_many_windows_and_loses_them_in_one_unmap() {
     const COUNT: u64 = 20_000;
     let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(20));
     bed.attach();
@@ -486,7 +494,7 @@ fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
     let listener = bed.listen();
     let played = play(listener, |_, _| false);
     let mut client = bed.client();
-    // What comes after is told after.
+    // The interposer forwards RESET after the windows.
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     assert_eq!(played.windows().len() as u64, COUNT);
     bed.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
@@ -494,7 +502,7 @@ fn many_mappings_are_told_to_a_server_that_comes_and_unmapped_at_once() {
 }
 
 #[test]
-fn many_orders_at_once_have_the_time_that_many_take() {
+fn a_server_that_keeps_answering_is_not_cut_off() {
     const COUNT: u64 = 6_000;
     let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(1));
     bed.attach();
@@ -511,10 +519,12 @@ fn many_orders_at_once_have_the_time_that_many_take() {
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     let begun = Instant::now();
     bed.unmap(IOVA, COUNT * 0x2000)
-        .expect("it goes on answering");
+        .expect("the server keeps answering");
     assert!(
         begun.elapsed() > Duration::from_secs(1),
-        "a test of nothing"
+        "UNMAP took longer than the deadline, or this shows nothing"
     );
-    eventually("all are gone", || played.windows().is_empty());
+    eventually("the server has lost all windows", || {
+        played.windows().is_empty()
+    });
 }

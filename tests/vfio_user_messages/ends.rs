@@ -1,4 +1,4 @@
-//! Either end dies, and comes back.
+//! The client or the server dies, and connects again.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -16,15 +16,15 @@ use crate::connection::{
 const IOVA: u64 = 0x4000_0000;
 
 #[test]
-fn a_server_that_comes_back_is_told_everything_again() {
+fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     let (mut client, mut server) = bed.raw_pair();
     let null = File::open("/dev/null").expect("open");
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
     let id = client.ask(
@@ -32,31 +32,34 @@ fn a_server_that_comes_back_is_told_everything_again() {
         &irqs(0x24, 2, 4, 2),
         &[null.as_fd(), null.as_fd()],
     );
-    let told = server.recv().expect("forwarded");
-    server.reply(&told, &[], &[]);
+    let forwarded = server.recv().expect("forwarded");
+    server.reply(&forwarded, &[], &[]);
     assert_eq!(client.recv().expect("a reply").id, id);
 
-    // It dies with a command and an order before it.
+    // The server dies with a command of the client and one of the interposer unanswered.
     let lost = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
     assert_eq!(server.recv().expect("forwarded").cmd, REGION_READ);
     std::thread::scope(|scope| {
         let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
-        server.recv().expect("an order");
+        server.recv().expect("DMA_UNMAP");
         drop(server);
-        unmapped.join().expect("no panic").expect("nobody has it");
+        unmapped
+            .join()
+            .expect("no panic")
+            .expect("no server has the window");
     });
     let reply = client.recv().expect("a reply");
     assert_eq!((reply.id, reply.errno()), (lost, libc::EIO));
     assert_eq!(client.call(RESET, &[], &[]).errno(), libc::EIO);
-    // The guest goes on meanwhile.
+    // The guest maps while there is no server.
     bed.map(IOVA + 0x5000, 0, 0x1000, Access::READ)
         .expect("mapped");
 
     let played = play(bed.listen(), |_, _| false);
-    eventually("it is told", || {
+    eventually("the server has the window and the interrupts", || {
         played.windows() == [IOVA + 0x5000] && !played.each(SET_IRQS, |_| ()).is_empty()
     });
-    let told = played.each(SET_IRQS, |m| {
+    let interrupts = played.each(SET_IRQS, |m| {
         (
             m.u32_at(4),
             m.u32_at(8),
@@ -65,12 +68,12 @@ fn a_server_that_comes_back_is_told_everything_again() {
             m.fds.len(),
         )
     });
-    assert_eq!(told, [(0x24, 2, 4, 2, 2)]);
+    assert_eq!(interrupts, [(0x24, 2, 4, 2, 2)]);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
-fn a_client_that_has_a_dead_server_s_descriptors_is_let_go() {
+fn a_client_with_descriptors_of_a_dead_server_is_disconnected() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, mut server) = bed.raw_pair();
     client.ask(REGION_INFO, &[0; 32], &[]);
@@ -96,9 +99,9 @@ fn a_client_that_dies_takes_the_server_s_connection_with_it() {
             .expect("mapped");
         client.ask(RESET, &[], &[]);
         drop(client);
-        let seen = played.seen.clone();
+        let received = played.received.clone();
         played.thread.join().expect("the connection has ended");
-        let maps = seen
+        let maps = received
             .lock()
             .unwrap()
             .iter()
@@ -108,21 +111,21 @@ fn a_client_that_dies_takes_the_server_s_connection_with_it() {
     }
 }
 
-/// A server with memory of the guest's, whose client is gone while the guest lives on.
+/// A server that has guest memory and has lost its client, while the guest runs on.
 fn abandoned(isolation: Isolation) -> (Bed, Connection) {
     let bed = Bed::with_deadline(isolation, Duration::from_secs(1));
     bed.attach();
     let (client, mut server) = bed.raw_pair();
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
     drop(client);
     assert!(
         server.recv().is_none(),
-        "it is told by the end of its stream"
+        "the end of the stream tells the server"
     );
     (bed, server)
 }
@@ -130,10 +133,10 @@ fn abandoned(isolation: Isolation) -> (Bed, Connection) {
 #[test]
 fn unmap_waits_for_a_server_without_client_that_has_memory() {
     let (bed, server) = abandoned(Isolation::Mappings);
-    // Nothing is taken away by this.
+    // MAP takes nothing from the server, so it does not wait.
     bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
         .expect("mapped");
-    // The next client has to wait, too.
+    // The next client waits, too.
     let listener = bed.listen();
     let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -142,7 +145,10 @@ fn unmap_waits_for_a_server_without_client_that_has_memory() {
         std::thread::sleep(Duration::from_millis(300));
         assert!(!unmapped.is_finished(), "the server may still reach it");
         listener.set_nonblocking(true).expect("set");
-        assert!(listener.accept().is_err(), "one at a time");
+        assert!(
+            listener.accept().is_err(),
+            "there is one connection at a time"
+        );
         listener.set_nonblocking(false).expect("set");
         drop(server);
         unmapped.join().expect("no panic").expect("unmapped");
@@ -157,7 +163,9 @@ fn unmap_waits_for_a_server_without_client_that_has_memory() {
 #[test]
 fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
     let (bed, server) = abandoned(Isolation::Mappings);
-    let refused = bed.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    let refused = bed
+        .unmap(IOVA, 0x1000)
+        .expect_err("the server keeps the memory");
     assert!(
         refused.to_string().contains("has not hung up within"),
         "{refused}"
@@ -167,16 +175,16 @@ fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
     drop(server);
 }
 
-/// A client, and its server with memory of the guest's that was cut off for being late with another
-/// window.
+/// A client and its server. The server has guest memory, and the interposer has cut it off because it did not
+/// answer another DMA_MAP in time.
 fn late(isolation: Isolation) -> (Bed, Connection, Connection) {
     let bed = Bed::with_deadline(isolation, Duration::from_secs(1));
     bed.attach();
     let (client, mut server) = bed.raw_pair();
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
     bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
@@ -194,25 +202,27 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
         let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         std::thread::sleep(Duration::from_millis(300));
         assert!(!unmapped.is_finished(), "the server may still reach it");
-        assert_eq!(server.recv().expect("the order").cmd, DMA_MAP);
+        assert_eq!(server.recv().expect("the command").cmd, DMA_MAP);
         assert!(
             server.recv().is_none(),
-            "it is told by the end of its stream"
+            "the end of the stream tells the server"
         );
         drop(server);
         unmapped.join().expect("no panic").expect("unmapped");
     });
     let mut server = accept(&listener);
-    assert_eq!(server.recv().expect("it may come back").cmd, VERSION);
+    assert_eq!(server.recv().expect("it may connect again").cmd, VERSION);
 
     let (bed, _client, server) = late(Isolation::Mappings);
-    bed.unmap(IOVA, 0x1000).expect_err("it keeps it");
+    bed.unmap(IOVA, 0x1000)
+        .expect_err("the server keeps the memory");
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
     drop(server);
 
     let (bed, _client, server) = late(Isolation::Messages);
-    bed.unmap(IOVA, 0x1000).expect("it never had memory");
+    bed.unmap(IOVA, 0x1000)
+        .expect("the server never had memory");
     drop(server);
 }
 
@@ -234,7 +244,7 @@ fn a_client_waits_for_its_server() {
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     std::thread::sleep(Duration::from_millis(300));
     let listener = bed.listen();
-    // One that dies at once is no harm.
+    // A server that dies at once does no harm.
     drop(accept(&listener));
     let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
@@ -243,7 +253,7 @@ fn a_client_waits_for_its_server() {
 }
 
 #[test]
-fn a_server_that_is_another_one_now_gets_no_old_client() {
+fn a_server_with_other_capabilities_does_not_get_the_old_client() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, server) = bed.raw_pair();
     let listener = bed.listen();
@@ -266,7 +276,7 @@ fn two_hundred_deaths_leave_nothing_behind() {
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&listener);
         if n.is_multiple_of(4) {
-            // The client first, before anything is agreed on.
+            // The client dies first, during the negotiation.
             drop(client);
             assert_eq!(server.recv().expect("VERSION").cmd, VERSION);
             assert!(server.is_closed());
@@ -295,6 +305,6 @@ fn two_hundred_deaths_leave_nothing_behind() {
     for n in 0..200 {
         round(n);
     }
-    // Other tests open descriptors of their own meanwhile.
+    // Not an exact number: other tests of this process open descriptors meanwhile.
     eventually("no descriptor leaks", || open() < 200);
 }

@@ -1,4 +1,4 @@
-//! Messages that pass through, and those that do not.
+//! Messages that the interposer forwards, and messages that it answers itself.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -7,33 +7,34 @@ use std::os::unix::net::UnixStream;
 
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, eventually, plainly};
+use crate::bed::{Bed, CLIENT_TEXT, accept, answer, eventually};
 use crate::connection::{
-    DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, NO_REPLY, REGION_INFO, REGION_READ,
-    REGION_WRITE, RESET, SET_IRQS, VERSION, dma_map, dma_unmap, irqs, region, version_body,
+    Connection, DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, NO_REPLY, REGION_INFO,
+    REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION, dma_map, dma_unmap, irqs, region,
+    version_body,
 };
 
 #[test]
-fn each_end_hears_what_the_other_and_the_interposer_can() {
+fn each_end_gets_the_capabilities_of_the_other_and_the_interposer() {
     let bed = Bed::new(Isolation::Messages);
     let listener = bed.listen();
     let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = crate::bed::accept(&listener);
+    let mut server = accept(&listener);
     let asked = server.recv().expect("VERSION");
-    let can = &asked.text()["capabilities"];
-    assert_eq!(can["max_msg_fds"], 16, "what comes is for the client");
-    assert_eq!(can["twin_socket"]["supported"], true);
-    assert_eq!(can["write_multiple"], true);
+    let offered = &asked.text()["capabilities"];
+    assert_eq!(offered["max_msg_fds"], 16, "the client's limit");
+    assert_eq!(offered["twin_socket"]["supported"], true);
+    assert_eq!(offered["write_multiple"], true);
     let text = r#"{"capabilities":{"max_msg_fds":3,"max_data_xfer_size":4096}}"#;
     server.reply(&asked, &version_body(text), &[]);
-    let answer = client.recv().expect("an answer");
-    let can = &answer.text()["capabilities"];
-    assert_eq!(can["max_msg_fds"], 3);
-    assert_eq!(can["max_data_xfer_size"], 4096);
-    assert_eq!(can["write_multiple"], serde_json::Value::Null);
-    assert_eq!(can["twin_socket"], serde_json::Value::Null);
-    // More than the server can do does not reach it.
+    let reply = client.recv().expect("an answer");
+    let agreed = &reply.text()["capabilities"];
+    assert_eq!(agreed["max_msg_fds"], 3);
+    assert_eq!(agreed["max_data_xfer_size"], 4096);
+    assert_eq!(agreed["write_multiple"], serde_json::Value::Null);
+    assert_eq!(agreed["twin_socket"], serde_json::Value::Null);
+    // Messages beyond the server's limits do not reach it.
     let reply = client.call(REGION_READ, &region(0, 0, 4097, &[]), &[]);
     assert_eq!(reply.errno(), libc::E2BIG);
     let null = File::open("/dev/null").expect("open");
@@ -49,7 +50,7 @@ fn descriptors_pass_both_ways_with_their_message() {
     let mut kept = Vec::new();
     let (mut client, _played) = bed.pair(move |server, msg| match msg.cmd {
         SET_IRQS => {
-            // As if an event: a byte over each.
+            // Sends a byte over each descriptor, as if it were an event.
             for (fd, n) in msg.fds.drain(..).zip(b'a'..) {
                 let mut socket = UnixStream::from(fd);
                 socket.write_all(&[n]).expect("written");
@@ -84,7 +85,7 @@ fn descriptors_pass_both_ways_with_their_message() {
 }
 
 #[test]
-fn commands_wait_for_each_other_as_little_as_at_the_server() {
+fn replies_may_come_in_another_order_than_the_commands() {
     let bed = Bed::new(Isolation::Messages);
     let mut held = Vec::new();
     let (mut client, _played) = bed.pair(move |server, msg| {
@@ -101,7 +102,7 @@ fn commands_wait_for_each_other_as_little_as_at_the_server() {
         }
         true
     });
-    // The client's numbers are its own, and may all be the same.
+    // The client chooses its message ids; they may all be the same.
     for n in 0..40u64 {
         client.send(7, REGION_READ, 0, &region(n, 0, 8, &[]), &[]);
     }
@@ -113,10 +114,10 @@ fn commands_wait_for_each_other_as_little_as_at_the_server() {
 }
 
 #[test]
-fn more_commands_than_may_wait_at_once_all_get_their_turn() {
+fn more_commands_than_may_be_pending_are_all_answered() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, _played) = bed.pair(|_, _| false);
-    let mut writer = crate::connection::Connection::new(client.stream.try_clone().expect("cloned"));
+    let mut writer = Connection::new(client.stream.try_clone().expect("cloned"));
     let sender = std::thread::spawn(move || {
         for n in 0..2000u64 {
             writer.send(n as u16, REGION_READ, 0, &region(n, 0, 4, &[]), &[]);
@@ -130,14 +131,14 @@ fn more_commands_than_may_wait_at_once_all_get_their_turn() {
 }
 
 #[test]
-fn commands_without_reply_keep_their_place() {
+fn commands_without_reply_keep_their_order() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, played) = bed.pair(|server, msg| {
-        // A server that replies all the same does no harm.
+        // A reply to a command without reply does no harm.
         if msg.cmd == REGION_WRITE && msg.flags & NO_REPLY != 0 && msg.u64_at(0) == 1 {
             server.reply(msg, &msg.body[..16], &[]);
         }
-        plainly(server, msg);
+        answer(server, msg);
         true
     });
     for n in 0..3 {
@@ -145,7 +146,7 @@ fn commands_without_reply_keep_their_place() {
     }
     let reply = client.call(REGION_WRITE, &region(3, 0, 1, b"x"), &[]);
     assert_eq!((reply.errno(), reply.u64_at(0)), (0, 3));
-    eventually("the last is noted", || {
+    eventually("the server has received the last", || {
         played.each(REGION_WRITE, |m| m.u64_at(0)) == [0, 1, 2, 3]
     });
 }
@@ -171,9 +172,9 @@ fn a_client_s_windows_stay_with_the_interposer() {
     };
     assert_eq!(unmap(0, 0x1000), (libc::ENOENT, 0));
     assert_eq!(unmap(0, 0x8_0000), (0, 24));
-    // The last message is there, and none of the others.
+    // The server has received the RESET alone.
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    eventually("the last is noted", || {
+    eventually("the server has received the last", || {
         !played.each(RESET, |_| ()).is_empty()
     });
     assert!(played.windows().is_empty());
@@ -181,7 +182,7 @@ fn a_client_s_windows_stay_with_the_interposer() {
 }
 
 #[test]
-fn what_would_be_wrong_behind_an_iommu_is_refused() {
+fn features_that_fail_behind_an_iommu_are_refused() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, played) = bed.pair(|_, _| false);
     for (cmd, body) in [
@@ -195,7 +196,7 @@ fn what_would_be_wrong_behind_an_iommu_is_refused() {
         assert_eq!(client.call(cmd, &body, &[]).errno(), libc::ENOTSUP);
     }
     assert!(played.each(FEATURE, |_| ()).is_empty());
-    // The server's own refusal.
+    // The server refuses this one itself.
     assert_eq!(client.call(GET_INFO, &[0; 16], &[]).errno(), libc::ENOTSUP);
     assert_eq!(played.each(GET_INFO, |m| m.body.len()), [16]);
 }

@@ -1,4 +1,4 @@
-//! Garbage from either end: the connection is closed, and the next one works.
+//! Garbage from the client and the server: the interposer closes the connection, and the next one works.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -21,10 +21,10 @@ fn sized(size: u32, cmd: u16, flags: u32) -> Vec<u8> {
     all
 }
 
-/// What is wrong from either end: bytes and descriptors.
+/// Garbage for either direction: description, bytes, number of descriptors.
 fn garbage() -> Vec<(&'static str, Vec<u8>, usize)> {
     vec![
-        ("no size", sized(0, GET_INFO, COMMAND), 0),
+        ("a size of 0", sized(0, GET_INFO, COMMAND), 0),
         ("less than a header", sized(15, GET_INFO, COMMAND), 0),
         (
             "oversized",
@@ -32,75 +32,85 @@ fn garbage() -> Vec<(&'static str, Vec<u8>, usize)> {
             0,
         ),
         (
-            "as large as can be",
+            "the largest size",
             sized(u32::MAX, REGION_WRITE, COMMAND),
             0,
         ),
-        ("no type", sized(48, GET_INFO, 2), 0),
-        ("a refusal with data", sized(48, RESET, ERROR), 0),
+        ("an unknown message type", sized(48, GET_INFO, 2), 0),
+        ("an error reply with data", sized(48, RESET, ERROR), 0),
         (
-            "random",
+            "random bytes",
             (0..200u8).map(|n| n.wrapping_mul(89)).collect(),
             0,
         ),
     ]
 }
 
+/// Garbage from clients, as in [`garbage`].
 pub fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
     let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
     let mut all = garbage();
     all.extend([
         ("a reply", bytes(1, RESET, REPLY, 0, &[]), 0),
+        ("a second VERSION", command(VERSION, &version_body("{}")), 0),
         (
-            "VERSION once more",
-            command(VERSION, &version_body("{}")),
+            "a body that is too short",
+            command(REGION_READ, &[0; 15]),
             0,
         ),
-        ("too short", command(REGION_READ, &[0; 15]), 0),
         ("a server's command", command(DMA_READ, &dma(0, 1, &[])), 0),
         (
-            "more counted than there",
+            "a count beyond the data",
             command(REGION_WRITE, &region(0, 0, 9, b"x")),
             0,
         ),
-        ("descriptors for nothing", command(RESET, &[]), 1),
+        ("descriptors where none belong", command(RESET, &[]), 1),
         (
-            "two for a window",
+            "two descriptors for a window",
             command(DMA_MAP, &dma_map(3, 0, 0, 0x1000)),
             2,
         ),
         (
-            "more than interrupts",
+            "more descriptors than interrupts",
             command(SET_IRQS, &irqs(0x24, 2, 0, 1)),
             2,
         ),
         (
-            "for interrupts that want none",
+            "a descriptor for an interrupt without one",
             command(SET_IRQS, &irqs(0x21, 2, 0, 1)),
             1,
         ),
-        ("a short window", command(DMA_UNMAP, &[0; 8]), 0),
+        (
+            "a DMA_UNMAP that is too short",
+            command(DMA_UNMAP, &[0; 8]),
+            0,
+        ),
     ]);
     all
 }
 
+/// Garbage from servers, as in [`garbage`].
 pub fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
     let mut all = garbage();
     all.extend([
         ("a reply to nothing", bytes(77, RESET, REPLY, 0, &[]), 0),
-        ("too short", bytes(1, DMA_READ, COMMAND, 0, &[0; 15]), 0),
         (
-            "more counted than there",
+            "a body that is too short",
+            bytes(1, DMA_READ, COMMAND, 0, &[0; 15]),
+            0,
+        ),
+        (
+            "a count beyond the data",
             bytes(1, DMA_WRITE, COMMAND, 0, &dma(0, 9, b"x")),
             0,
         ),
         (
-            "all there is",
+            "the largest count",
             bytes(1, DMA_WRITE, COMMAND, 0, &dma(0, u64::MAX, b"x")),
             0,
         ),
         (
-            "descriptors for nothing",
+            "descriptors where none belong",
             bytes(1, DMA_READ, COMMAND, 0, &dma(0, 1, &[])),
             1,
         ),
@@ -108,18 +118,20 @@ pub fn garbage_of_servers() -> Vec<(&'static str, Vec<u8>, usize)> {
     all
 }
 
+/// Sends bytes with that many descriptors of `/dev/null`.
 pub fn send(connection: &mut Connection, bytes: &[u8], descriptors: usize) {
     let null = File::open("/dev/null").expect("open");
     connection.send_raw(bytes, &vec![null.as_fd(); descriptors]);
 }
 
-fn works(bed: &Bed) {
+/// Checks that a new client and a new server can talk.
+fn assert_works(bed: &Bed) {
     let (mut client, _played) = bed.pair(|_, _| false);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
 #[test]
-fn clients_that_send_garbage_are_let_go() {
+fn clients_that_send_garbage_are_disconnected() {
     let bed = Bed::new(Isolation::Messages);
     for (what, bytes, descriptors) in garbage_of_clients() {
         eprintln!("{what}");
@@ -128,11 +140,11 @@ fn clients_that_send_garbage_are_let_go() {
         assert!(client.is_closed(), "{what}");
         assert!(server.is_closed(), "{what}");
     }
-    works(&bed);
+    assert_works(&bed);
 }
 
 #[test]
-fn clients_whose_first_word_is_wrong_are_let_go() {
+fn clients_with_a_wrong_first_message_are_disconnected() {
     let bed = Bed::new(Isolation::Messages);
     for body in [
         &[][..],
@@ -158,7 +170,7 @@ fn clients_whose_first_word_is_wrong_are_let_go() {
         let whole = bytes(1, VERSION, COMMAND, 0, &version_body("{}"));
         client.send_raw(&whole[..cut], &[]);
     }
-    works(&bed);
+    assert_works(&bed);
 }
 
 #[test]
@@ -175,17 +187,17 @@ fn servers_that_send_garbage_are_cut_off() {
         let reply = client.recv().expect("a reply");
         assert_eq!((reply.id, reply.errno()), (asked, libc::EIO), "{what}");
     }
-    works(&bed);
+    assert_works(&bed);
 }
 
 #[test]
 fn servers_whose_replies_are_wrong_are_cut_off() {
     let bed = Bed::new(Isolation::Messages);
     let null = File::open("/dev/null").expect("open");
-    type Wrong<'a> = (u16, &'a [u8], u16, &'a [u8], usize);
+    /// Command and body from the client; command, body and number of descriptors of the reply.
+    type Exchange<'a> = (u16, &'a [u8], u16, &'a [u8], usize);
     let info = [0; 32];
-    let wrong: [Wrong; 6] = [
-        // Asked for, with; answered as, with, and with descriptors.
+    let exchanges: [Exchange; 6] = [
         (
             REGION_READ,
             &region(0, 0, 4, &[]),
@@ -211,19 +223,19 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
         (REGION_INFO, &info, REGION_INFO, &info, 17),
         (GET_INFO, &info[..16], GET_INFO, &[], 0),
     ];
-    for (asked, with, cmd, body, descriptors) in wrong {
+    for (asked, with, cmd, body, descriptors) in exchanges {
         let (mut client, mut server) = bed.raw_pair();
         client.ask(asked, with, &[]);
         let msg = server.recv().expect("forwarded");
         let fds = vec![null.as_fd(); descriptors];
         server.send(msg.id, cmd, REPLY, body, &fds);
-        assert!(server.is_closed(), "{asked} answered as {cmd}");
+        assert!(server.is_closed(), "command {asked}, reply to {cmd}");
     }
-    works(&bed);
+    assert_works(&bed);
 }
 
 #[test]
-fn servers_that_agree_to_nothing_get_no_client() {
+fn servers_with_invalid_capabilities_get_no_client() {
     let bed = Bed::new(Isolation::Messages);
     for text in [
         "{",
@@ -239,7 +251,7 @@ fn servers_that_agree_to_nothing_get_no_client() {
         assert!(server.is_closed(), "{text}");
         assert!(client.is_closed(), "{text}");
     }
-    works(&bed);
+    assert_works(&bed);
 }
 
 #[test]
@@ -254,16 +266,20 @@ fn a_server_that_refuses_to_give_a_window_up_is_cut_off() {
     });
     bed.map(0x1000, 0, 0x1000, Access::READ).expect("mapped");
     let begun = Instant::now();
-    let failed = bed.unmap(0x1000, 0x1000).expect_err("kept");
+    let failed = bed
+        .unmap(0x1000, 0x1000)
+        .expect_err("the server keeps the window");
     assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
     assert!(failed.to_string().contains("refuses to remove"), "{failed}");
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
-    eventually("it is cut off", || played.thread.is_finished());
+    eventually("the interposer cuts the server off", || {
+        played.thread.is_finished()
+    });
 }
 
 #[test]
-fn a_client_that_says_nothing_keeps_no_server_busy() {
+fn a_silent_client_does_not_occupy_the_server() {
     let bed = Bed::new(Isolation::Messages);
     let listener = bed.listen();
     let _idle = bed.connect();

@@ -3,7 +3,7 @@
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use crate::bed::{CLIENT_TEXT, Played, eventually, play};
+use crate::bed::{CLIENT_TEXT, PlayedServer, eventually, play};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{Connection, VERSION, version_body};
@@ -20,7 +20,7 @@ fn add(daemon: &Daemon, client: &Path, server: &Path) {
     assert!(answer["error"].is_null(), "{answer}");
 }
 
-fn pair(client: &Path, listener: &UnixListener) -> (Connection, Played) {
+fn pair(client: &Path, listener: &UnixListener) -> (Connection, PlayedServer) {
     let played = play(listener.try_clone().expect("cloned"), |_, _| false);
     let mut client = Connection::new(UnixStream::connect(client).expect("connected"));
     let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
@@ -29,17 +29,17 @@ fn pair(client: &Path, listener: &UnixListener) -> (Connection, Played) {
 }
 
 #[test]
-fn an_emulated_device_comes_reaches_what_is_mapped_and_goes() {
+fn an_added_emulated_device_reaches_mapped_memory_until_it_is_removed() {
     let folder = tempfile::tempdir().expect("a folder");
     let server_path = folder.path().join("server");
     let listener = UnixListener::bind(&server_path).expect("a socket");
     let daemon = Daemon::with_config(
         "address = '00:05.0'\nbypass = false\nhotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:07.0'\n",
     );
-    // Where the daemon has sockets anyway.
+    // In the directory of the daemon's other sockets.
     let client_path = daemon.socket().with_file_name("client");
     let mut guest = Guest::boot_with(&daemon, Setup::default());
-    // A domain that holds something already, and memory that came before any backend.
+    // The domain has a mapping and the VMM has sent its memory before there is a backend.
     assert_eq!(guest.attach(1, 0x38), 0);
     assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
     let (threads, descriptors) = (daemon.thread_count(), daemon.fd_count());
@@ -54,10 +54,13 @@ fn an_emulated_device_comes_reaches_what_is_mapped_and_goes() {
 
         let answer = daemon.control("remove-endpoint 00:06.0");
         assert!(answer["error"].is_null(), "{answer}");
-        // The server was told, or its connection is closed; it has nothing to reach memory by.
+        // The server has lost its windows, by a message or with its connection.
         assert_eq!(daemon.status()["emulated"], serde_json::json!([]));
         assert_eq!(guest.attach(1, EP), NOENT);
-        assert!(client.recv().is_none(), "hung up");
+        assert!(
+            client.recv().is_none(),
+            "the daemon closes the client's connection"
+        );
         eventually("the server's connection ends", || {
             played.thread.is_finished()
         });
@@ -65,8 +68,8 @@ fn an_emulated_device_comes_reaches_what_is_mapped_and_goes() {
         assert!(!client_path.exists(), "the socket's file is gone");
         assert_eq!(guest.unmap(1, IOVA + 0x1000, IOVA + 0x1fff), 0);
     }
-    // One thread stays: it tells the guest of faults, and waits for the next device.
-    eventually("threads and descriptors are given back", || {
+    // One thread stays: it reports faults to the guest, also those of later devices.
+    eventually("the daemon releases threads and descriptors", || {
         (daemon.thread_count(), daemon.fd_count()) == (threads + 1, descriptors)
     });
 }

@@ -1,5 +1,5 @@
-//! What stands between a VMM's vfio-user client and a device's server, over real sockets, with both
-//! of them played here.
+//! The interposer between a VMM's vfio-user client and a device's server, over real sockets. The tests play the
+//! client and the server.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Garbage on every socket of a daemon that has all kinds of endpoints: each time that connection is closed,
-//! the log says why, and the other endpoints work as before.
+//! Garbage on every socket of a daemon with all kinds of endpoints. Each time the daemon closes that connection and
+//! logs the reason, and the other endpoints work as before.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::bed::{CLIENT_TEXT, SERVER_TEXT, accept, plainly};
+use crate::bed::{CLIENT_TEXT, SERVER_TEXT, accept, answer};
 use crate::common::daemon::{Daemon, EP, EP2, EP3};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{
@@ -26,17 +26,17 @@ use crate::connection::{
 use crate::hostile::{garbage_of_clients, garbage_of_servers, send};
 
 const IOVA: u64 = 0x7000_0000;
-/// Guest-physical, in the first memory slot.
+/// A guest-physical address in the first memory slot.
 const PAGE: u64 = 0xa0_0000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A daemon, a guest, a device that works all the time, and one that is bad.
+/// A daemon, a guest, a device with constant traffic, a shadow reader, and a device that gets the garbage.
 struct SocketBed {
     daemon: Daemon,
     guest: Option<Guest>,
     traffic: Traffic,
     reader: ShadowReader,
-    /// The bad device's server.
+    /// The socket of the bad device's server.
     listener: UnixListener,
     folder: TempDir,
     checks: u64,
@@ -67,7 +67,8 @@ impl SocketBed {
         }
         assert_eq!(guest.map_page(1, IOVA, PAGE), 0);
         guest.memory.write(PAGE, b"good");
-        let reader = ShadowReader::connect(&at("shadow"), EndpointId(EP3)).expect("let in");
+        let reader =
+            ShadowReader::connect(&at("shadow"), EndpointId(EP3)).expect("the reader is accepted");
         let traffic = Traffic::start(&at("good-client"), good);
         Self {
             daemon,
@@ -84,10 +85,10 @@ impl SocketBed {
         self.folder.path().join(name)
     }
 
-    /// All that is no part of the bad connection works.
-    fn all_is_well(&mut self, after: &str) {
+    /// Checks that everything but the bad connection works.
+    fn assert_works(&mut self, after: &str) {
         self.daemon.assert_alive();
-        self.traffic.goes_on(after);
+        self.traffic.assert_continues(after);
         if let Some(guest) = &mut self.guest {
             self.checks += 1;
             let at = IOVA + (1 + self.checks % 64) * 0x1000;
@@ -98,13 +99,14 @@ impl SocketBed {
         }
     }
 
-    fn is_logged(&self, text: &str) {
+    fn assert_logged(&self, text: &str) {
         let log = || self.daemon.log();
         self.daemon.wait_for(text, || log().contains(text));
     }
 
-    /// The bad device's client has lost its server and waits for another one, which is not to come.
-    fn let_go(&self, client: &mut Connection) {
+    /// Disconnects the bad device's client, which waits for a new server, and drops the connections that the
+    /// daemon has made meanwhile.
+    fn disconnect(&self, client: &mut Connection) {
         client.stream.shutdown(Shutdown::Both).expect("open");
         let state = || self.daemon.status()["emulated"][0]["client"].clone();
         self.daemon
@@ -114,7 +116,7 @@ impl SocketBed {
         self.listener.set_nonblocking(false).expect("set");
     }
 
-    /// A client and a server of the bad device that have agreed.
+    /// A client and a server of the bad device that have negotiated.
     fn bad_pair(&self) -> (Connection, Connection) {
         let stream = UnixStream::connect(self.path("bad-client")).expect("connected");
         let mut client = Connection::new(stream);
@@ -123,13 +125,13 @@ impl SocketBed {
         let asked = server.recv().expect("VERSION");
         server.reply(&asked, &version_body(SERVER_TEXT), &[]);
         assert_eq!(client.recv().expect("an answer").errno(), 0);
-        let told = server.recv().expect("a window");
-        server.reply(&told, &[], &[]);
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
         (client, server)
     }
 }
 
-/// A device whose registers are read and that reads memory, without end.
+/// A device with constant traffic: the client reads registers, and the server reads memory for each read.
 struct Traffic {
     over: Arc<AtomicBool>,
     rounds: Arc<AtomicU64>,
@@ -148,12 +150,12 @@ impl Traffic {
                     let reply = loop {
                         match server.recv().expect("a reply") {
                             reply if reply.id == id && reply.cmd == DMA_READ => break reply,
-                            order => plainly(&mut server, &order),
+                            command => answer(&mut server, &command),
                         }
                     };
                     assert!(reply.errno() != 0 || reply.body[16..] == *b"good");
                 }
-                plainly(&mut server, &message);
+                answer(&mut server, &message);
             }
         });
         let stream = UnixStream::connect(client).expect("connected");
@@ -175,11 +177,14 @@ impl Traffic {
         }
     }
 
-    fn goes_on(&self, after: &str) {
+    fn assert_continues(&self, after: &str) {
         let before = self.rounds.load(Ordering::Relaxed);
         let until = Instant::now() + PATIENCE;
         while self.rounds.load(Ordering::Relaxed) <= before + 1 {
-            assert!(Instant::now() < until, "nothing goes on after {after}");
+            assert!(
+                Instant::now() < until,
+                "the traffic stands still after {after}"
+            );
             std::thread::sleep(Duration::from_micros(100));
         }
     }
@@ -187,7 +192,7 @@ impl Traffic {
     fn end(self) {
         self.over.store(true, Ordering::Relaxed);
         for thread in self.threads {
-            thread.join().expect("all was well");
+            thread.join().expect("no check failed");
         }
     }
 }
@@ -195,102 +200,102 @@ impl Traffic {
 #[test]
 fn garbage_on_any_socket_closes_that_connection_and_nothing_else() {
     let mut bed = SocketBed::new();
-    bed.all_is_well("the start");
+    bed.assert_works("the start");
     let mut before = usize::MAX;
     for _ in 0..2 {
-        from_the_vmm_s_client(&mut bed);
-        from_the_device_s_server(&mut bed);
-        from_processes_that_would_follow_the_tables(&mut bed);
-        from_operators(&mut bed);
+        garbage_from_clients(&mut bed);
+        garbage_from_servers(&mut bed);
+        garbage_from_readers(&mut bed);
+        garbage_from_operators(&mut bed);
         let daemon = &bed.daemon;
         daemon.wait_for("descriptors as before", || daemon.fd_count() <= before);
-        // What came with the first garbage would still be there.
+        // By now the daemon must have closed the descriptors that came with the garbage.
         std::thread::sleep(Duration::from_millis(50));
         before = daemon.fd_count();
     }
     bed.guest = None;
     let daemon = &bed.daemon;
     daemon.wait_for("the guest's end", || daemon.status()["connected"] == false);
-    from_vmms(&mut bed);
+    garbage_from_vmms(&mut bed);
     let status = bed.daemon.status();
     assert_eq!(status["readers"]["killed"], 0, "{status}");
     bed.traffic.end();
 }
 
-fn from_the_vmm_s_client(bed: &mut SocketBed) {
+fn garbage_from_clients(bed: &mut SocketBed) {
     for (what, bytes, descriptors) in garbage_of_clients() {
         let (mut client, mut server) = bed.bad_pair();
         send(&mut client, &bytes, descriptors);
         assert!(client.is_closed() && server.is_closed(), "{what}");
-        bed.all_is_well(what);
+        bed.assert_works(what);
     }
-    bed.is_logged("endpoint 0000:00:06.0: the client is cut off: ");
+    bed.assert_logged("endpoint 0000:00:06.0: the client is cut off: ");
     for whole in [0, 16] {
         let (mut client, mut server) = bed.bad_pair();
         let message = bytes(1, REGION_READ, COMMAND, 0, &region(0, 0, 4, &[]));
         client.send_raw(&message[..whole + 7], &[]);
         client.stream.shutdown(Shutdown::Write).expect("open");
         assert!(client.is_closed() && server.is_closed());
-        bed.all_is_well("half a message of a client's");
+        bed.assert_works("half a message from a client");
     }
 }
 
-fn from_the_device_s_server(bed: &mut SocketBed) {
-    // First, while all of it is logged.
+fn garbage_from_servers(bed: &mut SocketBed) {
+    // First, before the limit of the log is reached.
     let (mut client, mut server) = bed.bad_pair();
     let message = bytes(1, DMA_READ, COMMAND, 0, &dma(IOVA, 4, &[]));
     server.send_raw(&message[..20], &[]);
     drop(server);
-    bed.all_is_well("half a message of a server's");
-    bed.let_go(&mut client);
-    bed.is_logged("hung up within a message");
+    bed.assert_works("half a message from a server");
+    bed.disconnect(&mut client);
+    bed.assert_logged("hung up within a message");
     for (what, bytes, descriptors) in garbage_of_servers() {
         let (mut client, mut server) = bed.bad_pair();
         send(&mut server, &bytes, descriptors);
         assert!(server.is_closed(), "{what}");
-        bed.all_is_well(what);
-        bed.let_go(&mut client);
+        bed.assert_works(what);
+        bed.disconnect(&mut client);
     }
-    bed.is_logged("endpoint 0000:00:06.0: the server is cut off: ");
+    bed.assert_logged("endpoint 0000:00:06.0: the server is cut off: ");
 }
 
-fn from_processes_that_would_follow_the_tables(bed: &mut SocketBed) {
+fn garbage_from_readers(bed: &mut SocketBed) {
     let mut hello = vec![1u8, 0, 0, 0, 9, 0, 0, 0];
     hello.extend(b"iommushd");
     hello.extend([0; 24]);
     let null = File::open("/dev/null").expect("open");
     for (what, bytes, descriptors) in [
         ("a frame of another version", &hello[..], 0),
-        ("no frame", &[0xff; 40][..], 0),
-        ("far too much", &[7; 100_000][..], 0),
+        ("bytes that are no frame", &[0xff; 40][..], 0),
+        ("far too many bytes", &[7; 100_000][..], 0),
         ("half a frame", &hello[..21], 0),
         ("a frame with descriptors", &hello[..], 3),
         ("descriptors and no frame", &hello[..1], 1),
     ] {
         let stream = UnixStream::connect(bed.path("shadow")).expect("connected");
-        let mut stranger = Connection::new(stream);
-        stranger.send_raw(bytes, &vec![null.as_fd(); descriptors]);
-        // It may be closed already.
-        let _ = stranger.stream.shutdown(Shutdown::Write);
+        let mut reader = Connection::new(stream);
+        reader.send_raw(bytes, &vec![null.as_fd(); descriptors]);
+        // An error is ignored: the daemon may have closed the connection already.
+        let _ = reader.stream.shutdown(Shutdown::Write);
         let mut answer = Vec::new();
-        // What the daemon did not want to read makes this end with an error.
-        let _ = stranger.stream.read_to_end(&mut answer);
-        assert!(answer.len() <= 40, "{what}: nothing but a refusal");
-        bed.all_is_well(what);
+        // An error is ignored: bytes that the daemon has not read reset the connection.
+        let _ = reader.stream.read_to_end(&mut answer);
+        assert!(answer.len() <= 40, "{what}: the answer is a refusal alone");
+        bed.assert_works(what);
     }
-    bed.is_logged("a reader is refused: ");
-    bed.is_logged("a process that wants to be a reader sends descriptors");
-    bed.is_logged("a process that wants to be a reader hangs up within a frame");
+    bed.assert_logged("a reader is refused: ");
+    bed.assert_logged("a process that wants to be a reader sends descriptors");
+    bed.assert_logged("a process that wants to be a reader hangs up within a frame");
 }
 
-fn from_operators(bed: &mut SocketBed) {
+fn garbage_from_operators(bed: &mut SocketBed) {
     let null = File::open("/dev/null").expect("open");
     for (what, request, descriptors) in [
-        ("no text", &b"\xff\xfe\n"[..], 0),
+        ("bytes that are no text", &b"\xff\xfe\n"[..], 0),
         ("a long line", &[b'a'; 100_000][..], 0),
         ("zeroes", &[0; 5000][..], 0),
         ("half a request", b"transl", 0),
-        ("nothing", b"", 0),
+        ("no bytes", b"", 0),
         ("a request with descriptors", b"nonsense\n", 3),
     ] {
         let stream = UnixStream::connect(bed.daemon.control_socket()).expect("connected");
@@ -303,13 +308,13 @@ fn from_operators(bed: &mut SocketBed) {
         let read = client.stream.read(&mut answer).expect("an answer");
         let answer = String::from_utf8_lossy(&answer[..read]);
         assert!(answer.contains("the request is one of"), "{what}: {answer}");
-        bed.all_is_well(what);
+        bed.assert_works(what);
     }
-    bed.is_logged("a control client is refused: the request is one of");
+    bed.assert_logged("a control client is refused: the request is one of");
 }
 
-/// The guest is gone; the devices go on.
-fn from_vmms(bed: &mut SocketBed) {
+/// The guest has disconnected; the traffic of the devices continues.
+fn garbage_from_vmms(bed: &mut SocketBed) {
     let message = |request: u32, size: u32, body: &[u8]| {
         let head: Vec<u8> = [request, 1, size]
             .into_iter()
@@ -319,16 +324,16 @@ fn from_vmms(bed: &mut SocketBed) {
     };
     let null = File::open("/dev/null").expect("open");
     for (what, bytes, descriptors) in [
-        ("no request", message(1000, 0, &[]), 0),
+        ("an unknown request", message(1000, 0, &[]), 0),
         ("an oversized request", message(2, u32::MAX, &[1; 64]), 0),
         ("half a request", message(8, 8, &[])[..7].to_vec(), 0),
         ("a request without its body", message(2, 8, &[1; 3]), 0),
         (
-            "more regions than there are",
+            "more regions than the message holds",
             message(5, 8, &[200, 0, 0, 0, 0, 0, 0, 0]),
             0,
         ),
-        ("descriptors for nothing", message(3, 0, &[]), 5),
+        ("descriptors where none belong", message(3, 0, &[]), 5),
         (
             "a region without its descriptor",
             message(5, 40, &[&[1, 0, 0, 0, 0, 0, 0, 0][..], &[0; 32]].concat()),
@@ -338,12 +343,12 @@ fn from_vmms(bed: &mut SocketBed) {
         let mut vmm = bed.daemon.stream();
         let mut connection = Connection::new(vmm.try_clone().expect("cloned"));
         connection.send_raw(&bytes, &vec![null.as_fd(); descriptors]);
-        // It may be closed already.
+        // An error is ignored: the daemon may have closed the connection already.
         let _ = vmm.write_all(&[0; 5]);
         let _ = vmm.shutdown(Shutdown::Write);
         let mut answer = Vec::new();
         let _ = vmm.read_to_end(&mut answer);
-        bed.all_is_well(what);
+        bed.assert_works(what);
     }
-    bed.is_logged("the connection was closed: ");
+    bed.assert_logged("the connection was closed: ");
 }
