@@ -1,6 +1,6 @@
-//! The program as a person or a VM manager runs it.
+//! The program as an operator or a VM manager runs it.
 
-// A failure here is a failed test wherever it happens; the lint sees only test functions as tests.
+// A failure here is a failed test, too; the lint accepts only the test functions themselves.
 #![allow(clippy::expect_used)]
 
 use std::ffi::OsStr;
@@ -73,7 +73,7 @@ fn check_refuses_with_file_line_key_and_cure() {
     assert!(run.stderr.contains("split the range"), "{}", run.stderr);
 }
 
-/// The last function a host can have; none is known to have it.
+/// The last PCI function that a host can have; no known host has it.
 const WITH_ABSENT_DEVICE: &str = r#"
 address = "00:05.0"
 
@@ -234,7 +234,7 @@ fn viot_goes_to_a_file_or_a_pipe() {
 #[test]
 fn viot_is_not_written_to_a_terminal() {
     let dir = files(&[("vm0.toml", GOOD)]);
-    // A pseudo-terminal, the controlling end of which stays open in this process.
+    // A pseudo-terminal; its controlling end stays open in this process.
     let terminal = fs::File::options()
         .read(true)
         .write(true)
@@ -281,7 +281,7 @@ fn qemu_args_are_arguments_and_nothing_else() {
         lines.stderr
     );
 
-    // What a shell makes of the quoted line is the same again.
+    // A shell must read the quoted line as the same arguments.
     let odd = "/tmp/it's \"odd\", $HOME `x`\\.viot";
     let shell = run(&[
         OsStr::new("qemu-args"),
@@ -380,7 +380,7 @@ fn the_examples_are_good() {
     assert!(count >= 4, "{count} examples");
 }
 
-/// Every option stands in the page on configuration, and every key in the file's table.
+/// The page on configuration must list every option, and its table every key of the file.
 #[test]
 fn the_page_on_configuration_is_complete() {
     let page = fs::read_to_string(docs().join("configuration.md")).expect("the page");
@@ -403,7 +403,7 @@ fn the_page_on_configuration_is_complete() {
     }
 }
 
-/// Set VIOMMU_REGENERATE=1 to write the manual page instead of comparing it.
+/// VIOMMU_REGENERATE=1 writes the manual page instead of comparing it.
 #[test]
 fn the_manual_page_is_up_to_date() {
     let path = docs().join("vhost-device-iommu.1");
@@ -441,14 +441,14 @@ fn manual_page() -> String {
         "docs/configuration.md for the keys of the configuration file.\n",
     ));
 
-    // Each rendered piece brings the same two lines along; the first is enough.
+    // Each rendered piece begins with the same two lines; the page keeps the first pair only.
     let preamble = |line: &&str| line.starts_with(".ie ") || line.starts_with(".el ");
     let first = page.lines().take(2);
     let rest = page.lines().filter(|line| !preamble(line));
     first.chain(rest).map(|line| format!("{line}\n")).collect()
 }
 
-/// Adds the commands below `command`, which is called as `name`.
+/// Adds the subcommands of `command`, whose full name is `name`.
 fn describe(command: &clap::Command, name: &str, page: &mut String) {
     for subcommand in command.get_subcommands() {
         if subcommand.get_name() == "help" {
@@ -462,7 +462,7 @@ fn describe(command: &clap::Command, name: &str, page: &mut String) {
             .mut_arg("help", |help| help.hide(true));
         let (_, heading) = name.split_once(' ').expect("a subcommand's name");
         page.push_str(&format!(".SS {heading}\n"));
-        // The sections of a page become paragraphs here.
+        // Sections of a subcommand become paragraphs of this page.
         for line in sections(&called).lines() {
             page.push_str(if line.starts_with(".SH ") {
                 ".PP"

@@ -1,5 +1,5 @@
-//! `docs/conformance.md` names a test that exists for every statement, and no statement is missing;
-//! the tests that `docs/security.md` names exist, too.
+//! `docs/conformance.md` has a row for every statement, and each row names tests that exist. The
+//! tests that `docs/security.md` names exist, too.
 #![expect(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// How many statements each group of the specification has.
+/// The number of statements in each group of the specification.
 const STATEMENTS: [(&str, usize); 11] = [
     ("FEAT", 3),
     ("CFG", 5),
@@ -68,7 +68,7 @@ fn all_files() -> Vec<PathBuf> {
     files
 }
 
-/// Whether there is such a test; `test` is named as `file::function`.
+/// Whether the test exists; `test` is named as `file::function`.
 fn exists(files: &[PathBuf], test: &str) -> bool {
     let (file, function) = test.split_once("::").expect("file::function");
     let wanted = PathBuf::from(format!("{file}.rs"));
@@ -86,7 +86,7 @@ fn exists(files: &[PathBuf], test: &str) -> bool {
         })
 }
 
-/// Whether the attributes at the end of `before` make a test of the function that follows.
+/// Whether the attributes at the end of `before` mark the following function as a test.
 fn is_test(before: &str) -> bool {
     let attributes = before.lines().rev().map(str::trim);
     attributes

@@ -1,5 +1,5 @@
-//! The epoch protocol under a model checker, which explores every interleaving of the accesses of a
-//! reader with the changes of the writer.
+//! The epoch protocol under a model checker, which explores every interleaving of a reader's
+//! accesses with the writer's changes.
 #![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ use loom::sync::atomic::{AtomicU64, fence};
 use loom::thread;
 use vhost_device_iommu::page_table::epoch::{GracePeriod, Word, enter, leave};
 
-/// A word of the model.
+/// A word in the model.
 struct Modelled(AtomicU64);
 
 impl Word for Modelled {
@@ -28,7 +28,7 @@ impl Word for Modelled {
 }
 
 /// A reader's words, one entry (0: free, otherwise 1 + the index of its page), and pages. The model
-/// refuses every access to a page that is not ordered with a write to the same page.
+/// refuses every access to a page that is not ordered with the writes to that page.
 struct Shared {
     words: Vec<Modelled>,
     entry: AtomicU64,
@@ -44,7 +44,7 @@ impl Shared {
         })
     }
 
-    /// One access of a reader, made in the same way as in `shadow`.
+    /// One access of a reader, in the same steps as in `shadow`.
     #[expect(unsafe_code, reason = "the model checks every access to a page")]
     fn access(&self, word: usize) {
         let inside = enter(&self.words[word]);
@@ -85,7 +85,7 @@ fn an_unmapped_page_is_not_reached_after_the_wait() {
     });
 }
 
-/// The next access of the same reader takes the word over, and the writer does not wait for it.
+/// The next access of the same reader reuses the word, and the writer must not wait for it.
 #[test]
 fn consecutive_accesses_have_all_ended_after_the_wait() {
     loom::model(|| {

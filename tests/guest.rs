@@ -1,12 +1,13 @@
 //! Stock guests under an unmodified QEMU, with the daemon as their IOMMU.
 //!
-//! Most endpoints are `edu` devices: something to bind to vfio-pci. A program in the guest then maps
-//! and unmaps through VFIO, which the stock driver turns into requests; what it believes to be mapped
-//! is compared with what the daemon holds.
+//! Most endpoints are `edu` devices, which only serve to be bound to vfio-pci. A program in the
+//! guest maps and unmaps through VFIO, and the stock driver makes requests of that. The tests
+//! compare the mappings that the program expects with those that the daemon holds.
 //!
-//! One endpoint is a network interface, whose driver maps through the kernel's DMA interface: only
-//! there does lazy mode differ from strict. Its link is down, since QEMU's own devices reach guest
-//! memory without the daemon: it maps its receive buffers, but no packet ever uses one.
+//! One endpoint is a network interface, whose driver maps through the kernel's DMA interface: lazy
+//! mode differs from strict mode only there. Its link is down, because QEMU's own devices access
+//! guest memory without the daemon: the driver maps its receive buffers, but no packet ever uses
+//! one.
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -25,7 +26,7 @@ use vm::{
     number, wait_for,
 };
 
-/// The endpoints that are given to VFIO.
+/// The endpoints that are bound to vfio-pci.
 const FIRST: &str = "0000:00:06.0";
 const SECOND: &str = "0000:00:07.0";
 const THIRD: &str = "0000:00:08.0";
@@ -34,14 +35,14 @@ const FOR_VFIO: [&str; 3] = [FIRST, SECOND, THIRD];
 const NIC: &str = "0000:00:09.0";
 const ENDPOINTS: [&str; 4] = [FIRST, SECOND, THIRD, NIC];
 
-/// How many mappings each test of traffic makes through VFIO.
+/// The number of mappings that each traffic test makes through VFIO.
 const ROUNDS: u64 = 100_000;
-/// How often the network interface is opened and closed meanwhile.
+/// How often the guest opens and closes the network interface meanwhile.
 const OPENED: u64 = 15;
-/// It maps this many receive buffers each time, and a few rings.
+/// The interface maps this many receive buffers each time, and a few rings.
 const NIC_BUFFERS: u64 = 255;
 
-/// A range for all endpoints, and one for the first alone.
+/// A reserved range for all endpoints, and one for the first endpoint.
 const CONFIG: &str = r#"
 memory = "512M"
 address = "00:05.0"
@@ -119,8 +120,8 @@ guest_tests! {
     launched_newest_strict: launched(newest, Strict);
 }
 
-/// The driver probes, endpoints get what they should have, 10^5 mappings interrupted by pauses are
-/// all kept and nothing else, and a reboot begins with nothing.
+/// The driver probes the endpoints and finds the configured properties. The daemon holds exactly
+/// the 10^5 mappings, with pauses in between. After a reboot there are no mappings.
 fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     let mut daemon = Daemon::start(place, CONFIG);
     let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "");
@@ -148,17 +149,17 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
 
     let pauses = churn_with_pauses(&mut vm, &mut daemon, place);
     place.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
-    // Nothing was mapped over or unmapped in part: the guest would not have noticed.
+    // The guest would not notice a refused MAP or UNMAP, so the daemon's counters must show none.
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
     assert!(pauses >= 5, "only {pauses} pauses fell into the traffic");
-    // In lazy mode a moment passes.
+    // In lazy mode, the unmaps come a moment later.
     wait_for("the end of the interface's mappings", ANSWER, || {
         (mappings_of(&mut daemon, NIC) == 0).then_some(())
     });
     tables_agree(&mut vm, &mut daemon, &[("pair", FIRST), ("single", THIRD)]);
     place.note("tables agree");
 
-    // The program's end takes its domain away, and nothing else.
+    // The end of the program ends its domain and no other.
     vm.run("ask single quit");
     wait_for("the third endpoint's default domain", ANSWER, || {
         (daemon
@@ -187,8 +188,8 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     daemon.stop();
 }
 
-/// `launch` alone is enough: the guest's endpoint is translated, which takes the daemon, the device, the
-/// shared memory and the table. SIGTERM ends all of it.
+/// `launch` alone is enough: it starts the daemon and gives QEMU the device, the shared memory and
+/// the table, so that the guest's endpoint is translated. SIGTERM ends all of it.
 fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
     let config = place.path("vm.toml");
@@ -236,8 +237,8 @@ fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     assert!(!control.exists() && !place.path("iommu.sock").exists());
 }
 
-/// Memory added while running can be mapped at once; a VMM that is killed leaves nothing behind for
-/// the next one, which the same daemon serves.
+/// The guest can map memory that is added while it runs at once. A VMM that is killed leaves
+/// nothing behind for the next one, which the same daemon serves.
 fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     const ADDED: u64 = 256 << 20;
     let mut daemon = Daemon::start(place, CONFIG);
@@ -261,7 +262,7 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) 
     let first = number(&devices[0]["data"], "addr");
     let last = first + number(&devices[0]["data"], "size") - 1;
     assert_eq!(last - first + 1, ADDED);
-    // In kB, as the guest counts; it keeps a little of the memory for itself.
+    // In kB, the guest's unit; the guest's kernel keeps a little of the memory for itself.
     let enough = ADDED / 1024 * 9 / 10;
     wait_for("the added memory", ANSWER, || {
         (memory_of(&mut vm) >= before + enough).then_some(())
@@ -302,7 +303,7 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) 
     daemon.stop();
 }
 
-/// With `iommu=pt` the default domains are bypass domains; VFIO's are not.
+/// With `iommu=pt`, the default domains are bypass domains; those of VFIO are not.
 fn passthrough(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     let mut daemon = Daemon::start(place, CONFIG);
     let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "iommu=pt");
@@ -338,7 +339,7 @@ fn all_bypass(status: &Status, endpoints: &[&str]) {
     }
 }
 
-/// A guest that has come up, with the endpoints in it.
+/// Boots a guest with the endpoints.
 fn boot(
     setup: &Setup,
     kernel: &Kernel,
@@ -371,13 +372,13 @@ fn bind_all() -> String {
     format!("vfio_bind {}", FOR_VFIO.join(" "))
 }
 
-/// Binds the endpoints, and checks what the guest and the daemon say of them.
+/// Binds the endpoints, and checks what the guest and the daemon report about them.
 fn probed_as_configured(vm: &mut Vm, daemon: &mut Daemon, kernel: &Kernel, mode: Mode) {
     let release = vm.run("uname -r").join("");
     assert!(release.starts_with(&kernel.version), "{release}");
     vm.run("ls /sys/bus/virtio/drivers/virtio_iommu/virtio0");
     vm.run(&format!("ls -d /sys/bus/pci/drivers/e1000e/{NIC}"));
-    // Older kernels give a device its group when a driver binds.
+    // Older kernels put a device into its group only when a driver binds it.
     vm.run(&bind_all());
     let mut groups = Vec::new();
     for endpoint in ENDPOINTS {
@@ -419,8 +420,9 @@ fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
     vm.run(&format!("start {name} vfio-map --seed {seed} {endpoints}"));
 }
 
-/// [`ROUNDS`] mappings, and more by the second program and the network interface, with the VM stopped
-/// and continued over and over. Returns how many pauses ended before the traffic did.
+/// Makes [`ROUNDS`] mappings, and more through the second program and the network interface, while
+/// the VM is paused and continued over and over. Returns the number of pauses that ended before the
+/// traffic did.
 fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32 {
     vm.begin(&format!(
         "ask single churn {} >/run/single.answer & single=$!; \
@@ -434,7 +436,8 @@ fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32
     while status.is_none() && pauses < 60 {
         let before = maps(daemon);
         let mut answer = None;
-        // Into the middle of it, and never twice without progress.
+        // Each pause comes in the middle of the traffic, and never without progress since the last
+        // one.
         wait_for("traffic", LONG_ANSWER, || {
             answer = vm.finish(Duration::from_millis(30));
             (answer.is_some() || maps(daemon) > before).then_some(())
@@ -470,8 +473,8 @@ fn mappings_of(daemon: &mut Daemon, endpoint: &str) -> u64 {
     number(entry.expect("listed"), "mappings")
 }
 
-/// Requires that the domains of these programs, known by one of their endpoints, hold exactly what
-/// each program says, and that all other domains are empty.
+/// Requires that the domain of each program, identified by one of its endpoints, holds exactly the
+/// mappings that the program reports, and that all other domains are empty.
 #[track_caller]
 fn tables_agree(vm: &mut Vm, daemon: &mut Daemon, programs: &[(&str, &str)]) {
     let mut expected = BTreeMap::new();

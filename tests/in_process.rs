@@ -1,5 +1,5 @@
-//! The device in the test's own process, with a driver over a real socket: the delivery of faults, and
-//! resets that start in the device.
+//! The device runs in this process, and the driver reaches it over a real socket. The tests cover
+//! faults on their way to the guest, and calls that only the device's owner can make.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -28,7 +28,7 @@ use vhost_device_iommu::ids::EndpointId;
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);
 
-/// A daemon on a thread of this process, which gives the test access to its device.
+/// A daemon on a thread of this process, so that the test can call the device directly.
 struct InProcess {
     directory: TempDir,
     device: Arc<Device>,
@@ -92,7 +92,7 @@ fn fault(address: u64) -> Fault {
     }
 }
 
-/// Reason, flags, endpoint and address of a record; its reserved fields are zero.
+/// Decodes a record: reason, flags, endpoint and address. Its reserved fields must be zero.
 fn decode(record: &[u8]) -> (u8, u32, u32, u64) {
     assert_eq!(record.len(), 24);
     assert_eq!(record[1..4], [0; 3]);
@@ -106,7 +106,7 @@ fn decode(record: &[u8]) -> (u8, u32, u32, u64) {
 fn a_fault_reaches_the_driver_in_the_format_of_the_specification() {
     let daemon = InProcess::start();
     let mut guest = daemon.boot();
-    // An answered request proves that the device runs.
+    // An answered request shows that the device is up.
     guest.attach(1, EP);
     for (reason, number) in [
         (FaultReason::Unknown, 0),
@@ -137,7 +137,7 @@ fn a_fault_reaches_the_driver_in_the_format_of_the_specification() {
 fn faults_without_a_buffer_are_dropped_and_counted() {
     let daemon = InProcess::start();
     daemon.device.report_fault(&fault(1));
-    assert_eq!(daemon.counts(), (0, 1), "nobody is connected");
+    assert_eq!(daemon.counts(), (0, 1), "no VMM is connected");
     let mut guest = daemon.boot();
     guest.attach(1, EP);
     for address in 0..1000 {

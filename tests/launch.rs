@@ -1,4 +1,4 @@
-//! `launch`: the daemon and a VMM, which is a shell script here, start and end together.
+//! `launch` starts and ends the daemon and a VMM together. The VMM here is a shell script.
 
 #![allow(
     clippy::expect_used,
@@ -23,12 +23,12 @@ use vhost_device_iommu::qemu::launch::Launch;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 
-/// Arguments of the VMM's own, after which come those that are added.
+/// The VMM's own arguments; `launch` adds others after them.
 const OWN: [&str; 2] = ["-nodefaults", "own argument"];
 
-/// The VMM says that it is there, and who it is.
+/// The VMM reports that it runs, and its process ID.
 const ARRIVE: &str = "echo $$ >vmm.new; mv vmm.new vmm.pid;";
-/// The VMM stays, but no longer than the test.
+/// The VMM stays until the test ends.
 const STAY: &str = "while [ -e vm.toml ]; do sleep 0.05; done";
 
 #[test]
@@ -147,7 +147,7 @@ fn ignored_signals_stay_ignored() {
 #[test]
 fn the_vmm_does_not_outlive_the_daemon() {
     let place = Place::new();
-    // Sockets of every kind that the daemon can make without a device of the host.
+    // Sockets of every kind that the daemon can make without a passthrough device.
     let config = place.read("vm.toml")
         + "[[endpoint]]\naddress = '00:06.0'\nshadow = 'shadow.sock'\n\
            [[endpoint]]\naddress = '00:07.0'\n\
@@ -243,7 +243,7 @@ fn failures_to_start_are_reported_with_the_cure() {
             format!("{whole}host-iommu = 'type1'\n{device}"),
             "set `host-iommu =",
         ),
-        // Whether this machine has an iommufd is not known.
+        // The test cannot know whether this machine has an iommufd.
         (format!("{whole}{device}"), "vhost-device-iommu: "),
     ] {
         place.write("vm.toml", &text);
@@ -280,7 +280,7 @@ fn failures_to_start_are_reported_with_the_cure() {
     assert_eq!(run.status.code(), Some(2), "no VMM: {}", run.stderr);
 }
 
-/// Both inherit the same open files under the numbers they are told, and nothing else.
+/// Both children inherit the same open files, under the numbers in their arguments, and no others.
 #[test]
 fn passthrough_devices_are_opened_once_for_both() {
     let place = Place::new();
@@ -301,7 +301,7 @@ fn passthrough_devices_are_opened_once_for_both() {
              printf '%s\\n' \"$@\" >{folder}/{out}.args\n"
         )
     };
-    // Whoever runs the tests may have left some open.
+    // The process that runs the tests may have left some open.
     let pipes: Vec<_> = fs::read_dir("/proc/self/fd")
         .expect("proc")
         .filter_map(|entry| {
@@ -312,7 +312,7 @@ fn passthrough_devices_are_opened_once_for_both() {
                 .ok()
         })
         .collect();
-    // Takes its time, says that it is ready, and waits to be ended.
+    // This daemon starts slowly, reports that it is ready, and waits for a signal.
     let daemon = place.path("daemon");
     let script = format!(
         "#!/bin/sh\n{}sleep 0.3\n>{folder}/served\necho >/proc/$$/fd/$4\nexec sleep 100\n",
@@ -401,7 +401,7 @@ fn passthrough_devices_are_opened_once_for_both() {
     assert!(!place.path("vmm.args").exists());
 }
 
-/// A directory with a configuration, in which all programs run.
+/// A directory with a configuration; all programs run in it.
 struct Place(TempDir);
 
 impl Place {
@@ -428,7 +428,7 @@ impl Place {
         fs::write(path, text).expect("written");
     }
 
-    /// `launch` without a VMM yet.
+    /// The command `launch`, without a VMM.
     fn command(&self) -> Command {
         let mut command = Command::new(PROGRAM);
         command.args(["launch", "--config", "vm.toml"]);
@@ -436,7 +436,7 @@ impl Place {
         command
     }
 
-    /// With a VMM that runs `script`, and arguments that stand before those that are added.
+    /// Adds a VMM that runs `script`, with the arguments `more` before those that `launch` adds.
     fn with_vmm(&self, mut command: Command, script: &str, more: &[&str]) -> Command {
         command.args(["--", "sh", "-c", script, "vmm"]);
         command.args(if more.is_empty() { &OWN } else { more });
@@ -451,7 +451,7 @@ impl Place {
         Launched::start(&mut self.with_vmm(self.command(), script, &[]))
     }
 
-    /// No socket is left.
+    /// Asserts that no socket is left.
     fn assert_clean(&self) {
         for entry in fs::read_dir(self.0.path()).expect("entries") {
             let entry = entry.expect("an entry");
@@ -461,8 +461,8 @@ impl Place {
     }
 }
 
-/// A running `launch`, and what it and its children have written to standard error. A file, since
-/// a pipe has no end as long as one of them lives.
+/// A running `launch`, and the standard error of it and its children. Standard error is a file: a
+/// pipe would not end before the last child does.
 struct Launched {
     child: Child,
     stderr: File,
@@ -485,7 +485,7 @@ impl Launched {
         self.child.id()
     }
 
-    /// The VMM and the daemon, once the VMM has said that it is there.
+    /// The process IDs of the VMM and the daemon, once the VMM has reported that it runs.
     fn children(&self, place: &Place) -> (u32, u32) {
         wait_for("the VMM", || place.path("vmm.pid").exists());
         let vmm: u32 = place.read("vmm.pid").trim().parse().expect("a number");
@@ -520,7 +520,7 @@ impl Launched {
 
 impl Drop for Launched {
     fn drop(&mut self) {
-        // Its children go with it.
+        // The children of `launch` end with it.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -535,8 +535,8 @@ fn finish(command: &mut Command) -> Run {
     Launched::start(command).finish()
 }
 
-/// Undoes what whoever runs the tests has done: a shell ignores SIGINT for what it runs in the
-/// background, `nohup` ignores SIGHUP.
+/// Restores the default signal actions. A shell ignores SIGINT for background commands, and `nohup`
+/// ignores SIGHUP.
 #[expect(unsafe_code, reason = "the standard library cannot")]
 fn default_signals(command: &mut Command) {
     let reset = || {
@@ -548,7 +548,7 @@ fn default_signals(command: &mut Command) {
         Ok(())
     };
     // SAFETY:
-    // - between fork and exec the closure makes one system call that is async-signal-safe
+    // - between fork and exec, the closure makes one system call, which is async-signal-safe
     unsafe { command.pre_exec(reset) };
 }
 
@@ -559,7 +559,7 @@ fn send(signal: &str, pid: u32) {
     assert!(done.expect("sh runs").success(), "{signal} to {pid}");
 }
 
-/// Neither gone nor a zombie.
+/// Whether the process exists and is not a zombie.
 fn is_alive(pid: u32) -> bool {
     stat(pid).is_some_and(|fields| fields[0] != "Z" && fields[0] != "X")
 }
@@ -568,7 +568,7 @@ fn group(pid: u32) -> u32 {
     stat(pid).expect("running")[2].parse().expect("a number")
 }
 
-/// What the kernel says of a process after its name: state, parent, group.
+/// The fields of the process's stat file after its name: state, parent, group.
 fn stat(pid: u32) -> Option<Vec<String>> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = text.rsplit_once(')')?;

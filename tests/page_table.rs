@@ -1,4 +1,5 @@
-//! The page table against a plain interval model, against its written layout, and under readers.
+//! The page table against a plain interval model, against its written layout, and under concurrent
+//! readers.
 
 #![expect(
     clippy::expect_used,
@@ -55,7 +56,7 @@ fn unmap(table: &mut Table, arena: &mut Arena, range: IovaRange) -> Result<Unmap
     Ok(table.commit_unmap(arena, plan))
 }
 
-/// The leaves a mapping is made of, as level and first address, found the slow way.
+/// The leaves of a mapping, as level and first address, found step by step.
 fn leaves(mapping: &Mapping) -> impl Iterator<Item = (u32, u64)> {
     let (first, last, gpa) = (
         mapping.range.first().0,
@@ -76,12 +77,13 @@ fn leaves(mapping: &Mapping) -> impl Iterator<Item = (u32, u64)> {
     })
 }
 
-/// What the table should be: mappings by first address, and how many of them use each table.
+/// The expected state of the table: mappings by first address, and the number of mappings that use
+/// each table.
 struct Model {
     levels: Levels,
     mappings: BTreeMap<u64, Mapping>,
     bytes: u64,
-    /// By level and the address bits above what the table covers; without the root.
+    /// By level and by the address bits above those that the table covers; without the root.
     tables: HashMap<(u32, u64), u64>,
     retired: u64,
     frames_total: u64,
@@ -205,8 +207,8 @@ impl Model {
 enum Op {
     Map(Mapping),
     Unmap(IovaRange),
-    /// From the first mapping at or after `from` to the one at or after `to`, with both ends
-    /// moved by some bytes.
+    /// From the first mapping at or after `from` to the one at or after `to`, with both ends moved
+    /// by some bytes.
     UnmapLive {
         from: u64,
         to: u64,
@@ -216,7 +218,7 @@ enum Op {
     Reclaim,
 }
 
-/// A table and its model, which get the same requests.
+/// A table and its model; both get the same requests.
 struct Pair {
     arena: Arena,
     table: Table,
@@ -356,7 +358,7 @@ impl Pair {
         raw_words(&self.arena)
     }
 
-    /// Unmaps everything, and finds the arena as it was.
+    /// Unmaps everything and checks that the arena is as it was at first.
     fn finish(mut self, with_destroy: bool) -> HashMap<&'static str, u64> {
         self.check_listing(IovaRange::ALL);
         if self.arena.limit_bytes() <= 4 << 20 {
@@ -383,7 +385,7 @@ impl Pair {
     }
 }
 
-/// The arena's bytes as the system has them, without any of the crate's own code.
+/// Reads the arena's bytes through the file descriptor, without any code of the crate.
 fn raw_words(arena: &Arena) -> Vec<u64> {
     let fd = arena.fd().try_clone_to_owned().expect("a descriptor");
     let bytes = usize::try_from(arena.limit_bytes()).expect("a size");
@@ -394,7 +396,7 @@ fn raw_words(arena: &Arena) -> Vec<u64> {
     contents.chunks(8).map(word).collect()
 }
 
-/// Compares every word of the arena with what the written layout says it should be.
+/// Compares every word of the arena with the value that the written layout requires.
 fn audit(arena: &Arena, table: &Table, model: &Model) {
     let words = raw_words(arena);
     assert_eq!(words[0].to_le_bytes(), *b"iova\0tbl");
@@ -492,19 +494,19 @@ impl Random {
     }
 }
 
-/// Where the requests of one run lie, and how large they get.
+/// The addresses and the sizes of the requests of one run.
 #[derive(Clone, Copy, Debug)]
 struct Terrain {
     levels: Levels,
     frames: u64,
-    /// `base..base + span`, with requests reaching beyond it at times.
+    /// The requests lie in `base..base + span`; some extend beyond it.
     base: u64,
     span: u64,
     /// Starts and sizes are multiples of one of these.
     units: &'static [u64],
-    /// A mapping has at most this many units.
+    /// The largest number of units in a mapping.
     most_units: u64,
-    /// One in this many requests is a reclaim.
+    /// One request in this many is a reclaim.
     reclaim: u64,
 }
 
@@ -515,10 +517,11 @@ impl Terrain {
         let units = 1 + random.below(self.most_units.min((self.span / unit).max(1)));
         let mut bytes = unit * if random.one_in(3) { 1 } else { units };
         let mut gpa = match random.below(4) {
-            // As IOVA, or at least as well aligned.
+            // Aligned like the IOVA, or better.
             0 => first % (1 << 50),
             1 => random.below(1 << 10) * GIB + first % GIB,
-            // Aligned to less: many leaves, so not too large.
+            // Aligned to less than the IOVA: this takes many leaves, so the mapping must not be too
+            // large.
             2 => {
                 bytes = bytes.min(4 * GIB);
                 random.below(1 << 20) * MIB2 + first % MIB2
@@ -529,7 +532,7 @@ impl Terrain {
             }
         };
         if unit > PAGE && random.one_in(4) {
-            // Some way off the boundaries of large leaves.
+            // A few pages off the boundaries of large leaves.
             let off = PAGE * (1 + random.below(3));
             (first, gpa) = (first + off, gpa + off);
         }
@@ -541,7 +544,7 @@ impl Terrain {
                 _ => gpa = (1 << 52) - PAGE * random.below(4),
             }
         }
-        // Up to the very last address, and past it.
+        // Ends at the last address, or beyond it.
         let end = self.levels.last_address().0;
         let last = first.saturating_add(bytes - 1);
         let last = if last > end && !random.one_in(16) {
@@ -737,7 +740,7 @@ fn random_requests_in_a_full_arena() {
     count_of(&outcomes, &["refused frames"]);
 }
 
-/// Every arena size from the smallest on: what is refused changes not one word.
+/// In arenas of every size from the smallest on, a refused request changes no word.
 #[test]
 fn refusals_change_nothing_in_arenas_of_every_small_size() {
     for (levels, base) in [(Levels::Four, 0), (Levels::Five, TOP_FIVE - GIB)] {
@@ -852,7 +855,7 @@ proptest! {
     }
 }
 
-/// Carries out `ops` on a table and on the model, and compares the two after each.
+/// Applies `ops` to a table and to the model, and compares the two after each.
 fn compare_with_the_model(levels: Levels, frames: u64, ops: &[Op]) {
     let mut pair = Pair::new(frames, levels);
     for op in ops {
@@ -879,8 +882,8 @@ fn without_rights(range: IovaRange, gpa: u64) -> Op {
     })
 }
 
-// Counterexamples that proptest found. They stand here by their values, not as seeds in a regression file: a seed means
-// another value as soon as `any_run` changes.
+// Counterexamples that proptest found. They stand here by their values. A regression file holds
+// seeds, and a seed gives another value as soon as `any_run` changes.
 
 #[test]
 fn regression_unmap_inside_a_mapping_of_one_gib() {
@@ -947,13 +950,13 @@ fn the_unmap_example_of_the_specification() {
 #[test]
 fn large_leaves_are_used_where_alignment_allows() {
     let (mut arena, mut table) = new_table(64, Levels::Four);
-    // From one page before a 2 MiB boundary to one page after a 1 GiB boundary further on.
+    // From one page before a 2 MiB boundary to one page after a 1 GiB boundary.
     let first = GIB - MIB2 - PAGE;
     let bytes = PAGE + MIB2 + GIB + PAGE;
     let wanted = mapping(first, bytes, 5 * GIB + first, Access::READ_WRITE);
     let plan = table.plan_map(&arena, &wanted).expect("free");
-    // Below the root: one table of 1 GiB entries, one of 2 MiB entries for each end, and one of
-    // pages for each.
+    // Below the root: one table of 1 GiB entries, and at each end one table of 2 MiB entries and
+    // one of pages.
     assert_eq!(plan.frames_needed(), 5);
     table.commit_map(&mut arena, plan);
     for (at, last) in [
@@ -1001,7 +1004,7 @@ fn planning_the_largest_mapping_takes_no_longer_than_a_small_one() {
 #[test]
 fn an_unaligned_range_as_long_as_a_leaf_is_no_leaf() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
-    // Keeps its table, so that the second time the way there is known already.
+    // Keeps the table in use, so that the second walk finds it in the cache.
     let beside = mapping(GIB + 8 * PAGE, PAGE, 0, Access::READ);
     map(&mut table, &mut arena, &beside).expect("free");
     for _ in 0..2 {
@@ -1025,8 +1028,9 @@ fn an_unaligned_range_as_long_as_a_leaf_is_no_leaf() {
     }
 }
 
-/// Tables of level 1 are remembered, and of some only the one used last: pages of many such tables,
-/// mapped, found and unmapped in every order, among them last pages of their tables.
+/// The table caches some tables of level 1, and of some only the last one used. The test maps,
+/// translates and unmaps pages of many such tables in every order, among them the last pages of
+/// their tables.
 #[test]
 fn cached_tables_are_never_confused() {
     let (mut arena, mut table) = new_table(64, Levels::Four);
@@ -1054,7 +1058,7 @@ fn cached_tables_are_never_confused() {
             }
         }
         check(&table, &arena, &live);
-        // Neighbours in time are in different tables, then in the same one.
+        // Consecutive pages lie in different tables first, then in the same one.
         while let Some(gone) = live.pop() {
             let unmapped = unmap(&mut table, &mut arena, gone.range).expect("whole");
             assert_eq!(unmapped.mappings, 1, "{gone}");
@@ -1128,11 +1132,12 @@ fn the_memfd_is_sealed_and_costs_nothing_while_idle() {
     assert_eq!(table.destroy(&mut arena), Unmapped::default());
 }
 
-/// Whether `fd` can be mapped with these rights, by the byte that is found at its start.
+/// Whether `fd` can be mapped with these rights; `then` are the rights that the mapping is changed
+/// to.
 #[expect(unsafe_code, reason = "tries what a hostile reader would")]
 fn try_map(fd: &OwnedFd, protection: libc::c_int, then: libc::c_int) -> bool {
     // SAFETY:
-    // - no address is asked for, so nothing that is mapped now is replaced
+    // - the address argument is null, so no existing mapping is replaced
     let at = unsafe {
         let fd = fd.as_raw_fd();
         libc::mmap(
@@ -1148,10 +1153,10 @@ fn try_map(fd: &OwnedFd, protection: libc::c_int, then: libc::c_int) -> bool {
         return false;
     }
     // SAFETY:
-    // - the page was mapped just now and nobody has a reference into it
+    // - the page was just mapped, and there is no reference into it
     let allowed = unsafe { libc::mprotect(at, 4096, then) == 0 };
     // SAFETY:
-    // - the page was mapped by this function and is used no more
+    // - this function mapped the page and does not use it any more
     unsafe { libc::munmap(at, 4096) };
     allowed
 }
@@ -1178,7 +1183,7 @@ fn a_shared_arena_can_be_written_to_by_its_owner_only() {
         assert!(file.write_all_at(&[0; 8], 0).is_err());
         assert!(file.set_len(0).is_err());
     }
-    // The owner goes on as before, also where memory would have gone back.
+    // The owner can still change the table, and can still return memory to the system.
     let reader = ReadOnlyArena::map(arena.fd()).expect("an arena");
     for _ in 0..3 {
         let one = mapping(0, PAGE, PAGE, Access::READ);
@@ -1203,7 +1208,7 @@ fn memory_goes_back_when_many_frames_get_free() {
         arena.reclaim();
         assert!(in_use() < 1024 * FRAME_BYTES, "{} in use", in_use());
     }
-    // Frames that come back one by one go the same way, and those between them stay.
+    // Frames that are freed one by one are returned as well; the frames between them stay.
     let pages = || (0..8 * GIB).step_by(2 << 20);
     let page = |first| mapping(first, PAGE, first + PAGE, Access::READ);
     let stays = |first: &u64| first / MIB2 % 37 == 5;
@@ -1231,14 +1236,14 @@ fn memfd() -> File {
     // SAFETY: the name is a string with a final zero that outlives the call.
     let fd = unsafe { libc::memfd_create(c"not-an-arena".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "a memfd");
-    // SAFETY: the descriptor was just made and belongs to nobody else.
+    // SAFETY: the descriptor was just made and has no other owner.
     File::from(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[test]
 fn a_reader_refuses_files_that_are_no_arena() {
     let (arena, _table) = new_table(4, Levels::Four);
-    // All is right with these but the seals: files on disk have none, a memfd has other ones.
+    // These files are right but for their seals: files on disk have none, and the memfd has others.
     for file in [tempfile::tempfile().expect("a file"), memfd()] {
         let bytes = raw_words(&arena).into_iter().flat_map(u64::to_le_bytes);
         let written = file.write_all_at(&bytes.collect::<Vec<u8>>(), 0);
@@ -1269,7 +1274,7 @@ fn a_reader_survives_any_contents() {
                 let near = random.below(10) * FRAME_BYTES;
                 AtomicU64::new(match random.below(4) {
                     0 => random.next() << 8 | random.below(256),
-                    // Mostly tables, so that walks go round in circles and out of the arena.
+                    // Mostly table entries, so that walks form loops and leave the arena.
                     _ => near | 0x27 | random.below(513) << 52,
                 })
             })
@@ -1292,8 +1297,8 @@ fn a_reader_survives_any_contents() {
     );
 }
 
-/// Every mapping of this test leads from IOVA to IOVA plus a multiple of 2^40 that also tells
-/// its rights.
+/// Every mapping of this test leads from an IOVA to that IOVA plus a multiple of 2^40. The multiple
+/// also encodes the rights.
 fn tagged(first: u64, bytes: u64, tag: u64) -> Mapping {
     let access = match tag {
         1 => Access::READ,
@@ -1307,7 +1312,7 @@ fn tagged(first: u64, bytes: u64, tag: u64) -> Mapping {
 fn readers_see_only_what_was_mapped_while_the_writer_works() {
     const SPAN: u64 = 2 * GIB;
     let (mut arena, mut table) = new_table(32 << 10, Levels::Four);
-    // Never unmapped, and always to be seen.
+    // The anchor is never unmapped, so readers must always see it.
     let anchor = tagged(SPAN, MIB2 + PAGE, 3);
     map(&mut table, &mut arena, &anchor).expect("free");
     let (root, levels) = (table.root(), table.levels());
@@ -1322,7 +1327,7 @@ fn readers_see_only_what_was_mapped_while_the_writer_works() {
                 let mut random = Random(seed);
                 while !stop.load(Ordering::Relaxed) {
                     let iova = random.below(SPAN);
-                    // Close to the places where leaves and tables come and go.
+                    // Near the addresses at which leaves and tables are made and freed.
                     let iova = if seed == 1 { iova % (8 * MIB2) } else { iova };
                     if let Some(found) = reader::walk(shared.view(), root, levels, Iova(iova)) {
                         let tag = found.gpa.0 >> 40;
@@ -1341,7 +1346,8 @@ fn readers_see_only_what_was_mapped_while_the_writer_works() {
         }
         let mut random = Random(77);
         let mut changes = 0u64;
-        // Retired frames are not reused while readers run, so their number bounds the test.
+        // The table does not reuse retired frames while readers run, so their number bounds the
+        // test.
         while arena.frames_free() > 1024 && changes < 400_000 {
             let unit = [PAGE, PAGE, MIB2][random.below(3) as usize];
             let within = if random.one_in(2) { 8 * MIB2 } else { SPAN };
@@ -1364,7 +1370,7 @@ fn readers_see_only_what_was_mapped_while_the_writer_works() {
     assert_eq!(arena.frames_used(), 1 + table.frames());
 }
 
-/// Readers that meet a leaf without rights must not take it for a free entry, nor for more.
+/// Readers must not take a leaf without rights for a free entry, nor grant it any right.
 #[test]
 fn every_kind_of_rights_comes_back() {
     let (mut arena, mut table) = new_table(16, Levels::Four);

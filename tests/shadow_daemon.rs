@@ -1,4 +1,4 @@
-//! The daemon with shadow endpoints: this test is the VMM, the guest, and the device's process.
+//! The daemon with shadow endpoints. This test is the VMM, the guest and the device's process.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -24,7 +24,7 @@ use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
 
 const SOON: Duration = Duration::from_secs(10);
-/// Guest-physical address of a page that the guest uses for nothing else.
+/// Guest-physical address of a page that the guest does not use otherwise.
 const GPA: u64 = 0xf0_0000;
 
 fn daemon(folder: &Path) -> (Daemon, PathBuf) {
@@ -47,7 +47,7 @@ fn reader(path: &Path, endpoint: u32) -> ShadowReader {
 fn a_reader_follows_the_guests_mappings_and_its_faults_reach_the_guest() {
     let folder = TempDir::new().expect("a folder");
     let (daemon, path) = daemon(folder.path());
-    // Before the VMM is there, and after.
+    // One reader connects before the VMM, one after it.
     let early = reader(&path, EP);
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), 0);
@@ -169,7 +169,7 @@ fn allowed_users_and_the_unmap_deadline_are_configurable() {
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), 0);
     assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
-    // This process is the reader. With the usual patience it would be killed here.
+    // This process is the reader. With the default deadline, the daemon would kill it here.
     let left = std::thread::scope(|scope| {
         let (sender, inside) = channel();
         let reader = &readers[0];
@@ -199,7 +199,8 @@ fn faults_do_not_block_changes_of_guest_memory() {
         scope.spawn(move || {
             let reader = reader(path, EP);
             while !over.load(Ordering::Relaxed) {
-                // Judging these takes the lock that whoever changes memory holds.
+                // The daemon takes the lock of the guest's memory to check these faults; changes of
+                // the memory need the same lock.
                 let memory = reader.memory();
                 memory
                     .read_obj::<u8>(GuestAddress(0x9000))

@@ -1,7 +1,7 @@
-//! The VIOT table reads back as it was configured: with a parser of this file's own, and with
-//! ACPICA's disassembler where there is one that knows the table (acpica-tools 20210331 or later).
+//! The VIOT table reads back as configured: with a parser in this file, and with ACPICA's
+//! disassembler if it knows the table (acpica-tools 20210331 or later).
 
-// A failure here is a failed test wherever it happens; the lint sees only test functions as tests.
+// A failure here is a failed test, too; the lint accepts only the test functions themselves.
 #![allow(clippy::expect_used)]
 
 use std::path::Path;
@@ -40,7 +40,7 @@ range = "00fe:ff:1f.0-00fe:ff:1f.7"
 range = "00ff:00:00.0-00ff:00:00.3"
 "#;
 
-/// What the example says, by hand: endpoint_start, segment, bdf_start, bdf_end.
+/// The nodes of the example, written by hand: endpoint_start, segment, bdf_start, bdf_end.
 const EXAMPLE_NODES: [(u32, u16, u16, u16); 5] = [
     (0x0000_0080, 0x0000, 0x0080, 0x0100),
     (0x0000_0102, 0x0000, 0x0102, 0x0102),
@@ -77,7 +77,8 @@ fn acpica_reads_the_same() {
     fs::write(&binary, table_of(EXAMPLE)).expect("written");
     let listing = disassemble(&iasl, &binary);
 
-    // iasl says nothing of a checksum that is right; the damaged table below shows that it would.
+    // iasl prints nothing about a correct checksum; the damaged table below shows that it checks
+    // it.
     assert!(!listing.to_lowercase().contains("incorrect"), "{listing}");
     if listing.contains("Unknown ACPI table signature") {
         let named = env::var_os("VIOMMU_IASL").is_some();
@@ -144,7 +145,7 @@ proptest! {
             u32::from(read.iommu.0) << 16 | u32::from(read.iommu.1),
             id(iommu)
         );
-        // As a guest does it: from segment and BDF to the endpoint ID.
+        // Like a guest, from segment and BDF to the endpoint ID.
         let mut seen = Vec::new();
         for (start, segment, first, last) in &read.ranges {
             for bdf in *first..=*last {
@@ -156,7 +157,7 @@ proptest! {
             prop_assert!(topology.endpoint(EndpointId(*endpoint)).is_some());
         }
         prop_assert_eq!(seen.len() as u64, topology.endpoint_count());
-        // Joined as far as can be.
+        // Adjacent ranges are joined.
         for pair in read.ranges.windows(2) {
             prop_assert!(pair[0].1 != pair[1].1 || u32::from(pair[0].3) + 1 < u32::from(pair[1].2));
         }
@@ -168,13 +169,13 @@ fn table_of(text: &str) -> Vec<u8> {
     viot::table(&config.topology).expect("few ranges")
 }
 
-/// A table as the guest understands it.
+/// A table as a guest reads it.
 struct Table {
     iommu: (u16, u16),
     ranges: Vec<(u32, u16, u16, u16)>,
 }
 
-/// Reads a table by the offsets of the specification, with nothing of the writer's.
+/// Reads a table by the offsets of the specification, without any code of the writer.
 fn read_table(bytes: &[u8]) -> Table {
     let u16_at = |at: usize| u16::from_le_bytes(bytes[at..at + 2].try_into().expect("2 bytes"));
     let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
@@ -239,7 +240,7 @@ fn iasl() -> Option<String> {
     runs.then_some(command)
 }
 
-/// The disassembly of a table, after what iasl itself had to say.
+/// The disassembly of a table, preceded by iasl's own messages.
 fn disassemble(iasl: &str, binary: &Path) -> String {
     let output = Command::new(iasl)
         .arg("-d")

@@ -1,4 +1,4 @@
-//! Clients of the control socket that mean no good, and those who are not let in.
+//! Hostile clients of the control socket, and users without access to it.
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -15,7 +15,7 @@ fn a_client_that_does_not_read_is_cut_off() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
-    // More than a socket holds.
+    // An answer longer than a socket buffer.
     let layout = Layout::plain(36, TAIL);
     for batch in 0..200_u64 {
         for n in 0..100 {
@@ -30,7 +30,7 @@ fn a_client_that_does_not_read_is_cut_off() {
     let mut lazy = connect(&bed.daemon.control_socket());
     writeln!(lazy, "mappings").expect("asked");
     let begun = Instant::now();
-    // The guest does not notice.
+    // The guest must not notice.
     let mut longest = Duration::ZERO;
     let over = begun + Duration::from_secs(1);
     while Instant::now() < over {
@@ -40,12 +40,12 @@ fn a_client_that_does_not_read_is_cut_off() {
         longest = longest.max(begun.elapsed());
     }
     assert!(longest < Duration::from_millis(500), "{longest:?}");
-    // The next client is answered as soon as the other is let go.
+    // The daemon answers the next client as soon as it has cut off the first.
     let stats = bed.daemon.control("stats");
     let waited = begun.elapsed();
     assert!(waited < Duration::from_secs(12), "{waited:?}");
     assert_eq!(stats["clients"]["cut_off"], 1, "after {waited:?}");
-    bed.daemon.wait_for("word of it", || {
+    bed.daemon.wait_for("a message about it", || {
         bed.daemon.log().contains("a control client got no answer")
     });
     drop(lazy);
@@ -58,7 +58,8 @@ fn the_control_socket_is_private_unless_configured() {
     assert_eq!(found.mode() & 0o7777, 0o600);
 }
 
-/// Rights and group of the socket decide who gets in. Only root can be somebody else.
+/// Mode and group of the socket decide who can connect. Only root can run a process of another
+/// user.
 #[test]
 fn a_group_can_be_let_in() {
     let own = std::fs::metadata("/proc/self").expect("a process");

@@ -1,4 +1,4 @@
-//! Each command, for people and for programs.
+//! Each command, as text and as JSON.
 
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -9,7 +9,7 @@ use crate::common::daemon::{EP, EP2};
 use crate::common::guest::{Guest, LOW_RAM};
 use crate::common::wire::{self, INVAL, OK, RW};
 
-/// Two domains with mappings: three in the first, one that nobody may write to in the second.
+/// Two domains with mappings: three in the first, one read-only in the second.
 fn busy(bed: &Bed) -> Guest {
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
@@ -227,8 +227,8 @@ fn the_level_of_the_log_changes_while_the_daemon_runs() {
             .contains("the level of the log is debug now")
     );
 
-    // Another user may look, where the file's rights allow it, and change nothing. Only root can be
-    // somebody else.
+    // Another user may query, where the mode of the socket allows it, but may change nothing. Only
+    // root can run a process of another user.
     let owner = std::fs::metadata(bed.daemon.control_socket()).expect("a socket");
     if std::os::unix::fs::MetadataExt::uid(&owner) != 0 {
         return;

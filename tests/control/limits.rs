@@ -1,4 +1,4 @@
-//! Each limit of the configuration is hit once, and the hit is seen.
+//! The test hits each limit of the configuration once, and the daemon counts the hit.
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ fn each_limit_that_is_hit_is_counted() {
         assert_eq!((limit, hits), (value, 0), "{key}");
     }
 
-    // The arena, and domain IDs.
+    // The arena, and the domain IDs.
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.map(1, 0, (1 << 30) - 1 - 0x1000, 0x1000, RW), NOMEM);
     assert_eq!(bed.limit("arena-limit").2, 1);
@@ -37,7 +37,7 @@ fn each_limit_that_is_hit_is_counted() {
     assert_eq!(guest.map_page(77, 0, 0), RANGE);
     assert_eq!(bed.limit("domains"), (3, Some(1), 2));
 
-    // A batch.
+    // The length of a batch.
     assert_eq!(bed.limit("batch").2, 0);
     let layout = Layout::plain(36, TAIL);
     for page in 1..=30 {
@@ -51,7 +51,7 @@ fn each_limit_that_is_hit_is_counted() {
     let hits = bed.limit("batch").2;
     assert!((1..=7).contains(&hits), "{hits}");
 
-    // Readers, and their faults.
+    // The number of readers, and the rate of their faults.
     let reader = bed.reader();
     assert_eq!(bed.limit("readers.limit").1, Some(1));
     ShadowReader::connect(&bed.path("disk.sock"), EndpointId(EP)).expect_err("one too many");
@@ -90,7 +90,7 @@ fn each_limit_that_is_hit_is_counted() {
     );
 }
 
-/// How many faults come through follows the configuration.
+/// `fault-rate` determines how many faults pass.
 #[test]
 fn the_rate_of_reader_faults_is_configurable() {
     let bed = Bed::new("fault-rate = 10000", "");
@@ -101,8 +101,7 @@ fn the_rate_of_reader_faults_is_configurable() {
         let passed = faults["endpoints"][0]["count"].as_u64().unwrap_or(0);
         (passed, bed.limit("fault-rate").2)
     };
-    // 32 at a time, which leaves room for as many at once; after 5 milliseconds there is room for 50
-    // more.
+    // 32 faults at a time, with room for as many at once; 5 milliseconds make room for 50 more.
     for round in 1..=10 {
         for address in 0..32 {
             stray(&reader, 0x7000_0000 + address);

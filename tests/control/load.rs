@@ -1,4 +1,4 @@
-//! Mappings are asked for while a driver works at its full rate.
+//! `ctl mappings` while a driver works at its full rate.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,23 +12,23 @@ use crate::common::wire::{self, OK, RW, TAIL};
 
 const PAGE: u64 = 4096;
 const DOMAINS: [(u32, u32); 2] = [(1, EP), (2, EP2)];
-/// Pairs of neighbouring pages, of which at least one is mapped at any moment.
+/// Pairs of adjacent pages; at least one page of each is mapped at any moment.
 const PAIRS: u64 = 4096;
 /// Requests in the ring at a time.
 const BATCH: usize = 32;
 
-/// Ends the driver's work when it is dropped, whatever happens.
-struct Over<'a>(&'a AtomicBool);
+/// Ends the driver's work on drop, even if the test panics.
+struct StopOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Over<'_> {
+impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-type Believed = BTreeMap<u64, u64>;
+type PageTargets = BTreeMap<u64, u64>;
 
-/// Where a page leads, which depends on the domain: a page of another domain is noticed.
+/// The target of a page depends on the domain, so a page of another domain is noticed.
 fn gpa_of(domain: u32, page: u64) -> u64 {
     LOW_RAM + (u64::from(domain) * 1_000_000 + page) * PAGE
 }
@@ -52,9 +52,9 @@ fn all_ok(guest: &mut Guest, requests: &[Vec<u8>]) {
     }
 }
 
-/// Moves pages of pairs to and fro until told to stop: the other page is mapped before the first one is
-/// unmapped. Returns what is mapped in the end, by domain, and how many requests there were.
-fn work(guest: &mut Guest, over: &AtomicBool) -> (BTreeMap<u32, Believed>, u64) {
+/// Swaps the pages of pairs until `stop` is set: maps the other page, then unmaps the first.
+/// Returns the mappings at the end, by domain, and the number of requests.
+fn work(guest: &mut Guest, stop: &AtomicBool) -> (BTreeMap<u32, PageTargets>, u64) {
     let mut pages = BTreeMap::new();
     for (domain, _) in DOMAINS {
         let firsts: Vec<_> = (0..PAIRS).map(|pair| 2 * pair).collect();
@@ -66,7 +66,7 @@ fn work(guest: &mut Guest, over: &AtomicBool) -> (BTreeMap<u32, Believed>, u64) 
     }
     let mut rng = Rng::new(5);
     let mut requests = 0;
-    while !over.load(Ordering::Relaxed) {
+    while !stop.load(Ordering::Relaxed) {
         let (domain, _) = DOMAINS[rng.below(2) as usize];
         let of_domain = pages.get_mut(&domain).expect("it has pages");
         let mut batch = Vec::new();
@@ -79,16 +79,16 @@ fn work(guest: &mut Guest, over: &AtomicBool) -> (BTreeMap<u32, Believed>, u64) 
         all_ok(guest, &batch);
         requests += batch.len() as u64;
     }
-    let believed = pages.into_iter().map(|(domain, pages)| {
+    let expected = pages.into_iter().map(|(domain, pages)| {
         let mapped = pages.into_iter().map(|page| (page, gpa_of(domain, page)));
         (domain, mapped.collect())
     });
-    (believed.collect(), requests)
+    (expected.collect(), requests)
 }
 
-/// What the daemon says is mapped in a domain, with each mapping a page, in order, each once.
-fn shown(bed: &Bed, domain: u32) -> Believed {
-    let mut pages = Believed::new();
+/// The mappings of a domain as the daemon lists them: each one page, in order, none twice.
+fn reported(bed: &Bed, domain: u32) -> PageTargets {
+    let mut pages = PageTargets::new();
     let mut before = None;
     for (first, last, gpa, access, mmio) in bed.daemon.mappings(domain) {
         assert_eq!(
@@ -103,16 +103,16 @@ fn shown(bed: &Bed, domain: u32) -> Believed {
 }
 
 #[test]
-fn mappings_under_load_are_what_the_guest_believes() {
+fn mappings_under_load_match_those_of_the_guest() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     for (domain, endpoint) in DOMAINS {
         assert_eq!(guest.attach(domain, endpoint), OK);
     }
-    let over = AtomicBool::new(false);
-    let (believed, requests, looks) = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| work(&mut guest, &over));
-        let ending = Over(&over);
+    let stop = AtomicBool::new(false);
+    let (expected, requests, listings) = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| work(&mut guest, &stop));
+        let ending = StopOnDrop(&stop);
         let mapped = || {
             let stats = bed.daemon.control("stats");
             stats["mappings"].as_u64().expect("a number")
@@ -120,11 +120,11 @@ fn mappings_under_load_are_what_the_guest_believes() {
         bed.daemon
             .wait_for("the first mappings", || mapped() >= 2 * PAIRS);
         let until = Instant::now() + Duration::from_secs(3);
-        let (mut looks, mut missing) = (0, 0);
+        let (mut listings, mut missing) = (0, 0);
         while Instant::now() < until {
             for (domain, _) in DOMAINS {
-                let shown = shown(&bed, domain);
-                for (&page, &gpa) in &shown {
+                let reported = reported(&bed, domain);
+                for (&page, &gpa) in &reported {
                     assert!(page < 2 * PAIRS);
                     assert_eq!(
                         gpa,
@@ -132,29 +132,29 @@ fn mappings_under_load_are_what_the_guest_believes() {
                         "page {page:#x} of domain {domain}"
                     );
                 }
-                let has = |page| shown.contains_key(&page);
+                let has = |page| reported.contains_key(&page);
                 missing += (0..PAIRS)
                     .filter(|p| !has(2 * p) && !has(2 * p + 1))
                     .count() as u64;
-                looks += 1;
+                listings += 1;
             }
         }
         drop(ending);
-        // A piece is of one moment. A pair may fall between two pieces, and there are a few hundred
-        // pairs to a piece.
-        assert!(looks >= 10, "{looks}");
-        let most = looks * PAIRS / 100;
+        // Each part of the answer shows one moment. A pair may span two parts and be missing in
+        // both; a part has a few hundred pairs.
+        assert!(listings >= 10, "{listings}");
+        let most = listings * PAIRS / 100;
         assert!(
             missing <= most,
             "{missing} pairs of {} are missing",
-            looks * PAIRS
+            listings * PAIRS
         );
-        let (believed, requests) = worker.join().expect("the driver");
-        (believed, requests, looks)
+        let (expected, requests) = worker.join().expect("the driver");
+        (expected, requests, listings)
     });
-    println!("{looks} looks at a domain while there were {requests} requests");
+    println!("{listings} listings of a domain during {requests} requests");
     for (domain, _) in DOMAINS {
-        assert_eq!(shown(&bed, domain), believed[&domain], "domain {domain}");
+        assert_eq!(reported(&bed, domain), expected[&domain], "domain {domain}");
         let stats = bed.json(&["domains"]);
         let listed = stats["domains"].as_array().expect("domains");
         let listed = listed.iter().find(|d| d["id"] == domain).expect("listed");
@@ -167,7 +167,7 @@ fn a_long_answer_does_not_delay_the_guest() {
     let bed = Bed::new("memory = '16G'", "");
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
-    // Many small mappings, and a few of very many pages each, which take long to look at.
+    // Many small mappings, and a few of very many pages, which take long to list.
     for some in (0..50_000).collect::<Vec<u64>>().chunks(BATCH) {
         let maps: Vec<_> = some.iter().map(|n| map_page(1, 2 * n)).collect();
         all_ok(&mut guest, &maps);
@@ -177,18 +177,18 @@ fn a_long_answer_does_not_delay_the_guest() {
         assert_eq!(guest.map(1, first, first + (128 << 20) - 1, 0, RW), OK);
     }
     let memory = bed.daemon.rss_kib();
-    let over = AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
     let longest = std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            let _over = Over(&over);
+            let _over = StopOnDrop(&stop);
             for _ in 0..4 {
-                // With the page that comes and goes, or without.
+                // The page that the guest maps and unmaps may be in the list or not.
                 let listed = bed.daemon.mappings(1).len();
                 assert!((50_016..=50_017).contains(&listed), "{listed}");
             }
         });
         let mut longest = Duration::ZERO;
-        while !over.load(Ordering::Relaxed) {
+        while !stop.load(Ordering::Relaxed) {
             let begun = Instant::now();
             assert_eq!(guest.map_page(1, PAGE, LOW_RAM), OK);
             assert_eq!(guest.unmap(1, PAGE, 2 * PAGE - 1), OK);
@@ -201,6 +201,6 @@ fn a_long_answer_does_not_delay_the_guest() {
     println!("the longest wait was {longest:?}, memory grew by {grown} KiB");
     // A machine short of processors takes longer by itself.
     assert!(longest < Duration::from_millis(500), "{longest:?}");
-    // The answer is 5 MB.
+    // The answer has 5 MB.
     assert!(grown < 1024, "{grown} KiB");
 }

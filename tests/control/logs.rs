@@ -1,4 +1,4 @@
-//! What the log says, and how much.
+//! The content of the log, and its limits.
 
 use crate::bed::Bed;
 use crate::common::daemon::{EP, EP2, NO_EP};
@@ -45,7 +45,7 @@ fn a_vm_without_a_name_is_called_like_its_file() {
     });
 }
 
-/// Garbage of every kind, resets, and connections that come and go.
+/// Malformed requests of every kind, resets, and connections without end.
 #[test]
 fn no_guest_can_fill_the_disk_with_messages() {
     let bed = Bed::new("", "");
@@ -75,7 +75,7 @@ fn no_guest_can_fill_the_disk_with_messages() {
     assert!(refused > 10_000, "{refused} refusals");
 }
 
-/// An operator who asks for details gets them, and has a disk afterwards too.
+/// An operator who asks for debug messages gets them, but they must not fill the disk.
 #[test]
 fn debug_messages_are_limited_too() {
     let bed = Bed::new("", "");
@@ -98,17 +98,20 @@ fn debug_messages_are_limited_too() {
             length = bed.daemon.log_len();
         }
     }
-    assert!(length > 1 << 20, "{length} bytes are not many");
+    assert!(
+        length > 1 << 20,
+        "{length} bytes are fewer than debug messages should give"
+    );
     let stats = bed.daemon.control("stats");
     let suppressed = stats["log"]["suppressed"].as_u64();
     assert!(suppressed > Some(1000), "{suppressed:?}");
     let more = bed.daemon.log_len() - length;
     assert!(more < 256 << 10, "{more} bytes more");
-    // What matters is said all the same.
+    // Important messages still appear.
     assert_eq!(guest.detach(9, EP), INVAL);
 }
 
-/// A hundred requests of random kinds, nearly all of which are wrong.
+/// A hundred requests of random kinds; nearly all of them are wrong.
 fn flood(guest: &mut Guest, rng: &mut Rng) {
     for _ in 0..100 {
         let (domain, endpoint) = (rng.below(3) as u32, (rng.below(20) * 8) as u32);

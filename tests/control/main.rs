@@ -1,4 +1,4 @@
-//! What an operator sees of a daemon: `ctl`, metrics, the log, and limits that are hit.
+//! The operator's view of a daemon: `ctl`, metrics, the log, and limits.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -13,7 +13,7 @@ use crate::common::wire::{NOENT, OK};
 const GET: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n";
 const SOCKET: &str = "[metrics]\nsocket = 'FOLDER/metrics.sock'\nmode = '0660'";
 
-/// Splits an answer into its first line and its body, which has the length that the head promises.
+/// Splits an answer into its first line and its body, whose length must be that of the header.
 fn parts(answer: &str) -> (String, String) {
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
     let (status, fields) = head.split_once("\r\n").expect("fields");
@@ -25,9 +25,9 @@ fn parts(answer: &str) -> (String, String) {
     (status.to_owned(), body.to_owned())
 }
 
-/// Requires the rules of the text format: names and labels are well formed, each name has HELP and TYPE
-/// before its samples and is in one piece, no sample is there twice, counters end with `_total`, and
-/// a histogram's buckets only grow. Returns how many samples there are.
+/// Requires the rules of the text format: names and labels are well formed, each name has HELP and
+/// TYPE before its samples, all of its samples are together, no sample appears twice, counters end
+/// with `_total`, and the buckets of a histogram never decrease. Returns the number of samples.
 fn check_format(page: &str) -> usize {
     assert!(page.ends_with('\n'));
     let mut kinds: BTreeMap<&str, &str> = BTreeMap::new();
@@ -54,7 +54,7 @@ fn check_format(page: &str) -> usize {
             continue;
         }
         let (series, value) = line.rsplit_once(' ').expect("a value");
-        assert!(seen.insert(series), "{line} is there twice");
+        assert!(seen.insert(series), "{line} appears twice");
         let value: f64 = value.parse().expect("a number");
         let (name, labels) = series.split_once('{').expect("labels");
         let labels = labels.strip_suffix('}').expect("the labels' end");
@@ -133,7 +133,7 @@ fn the_socket_answers_in_the_format_of_prometheus() {
     assert!(sample(&page, "page_table_bytes", "").is_some_and(|bytes| bytes >= 8192.0));
     assert!(sample(&page, "wakeups_total", "").is_some_and(|count| count > 0.0));
     assert!(sample(&page, "polls_total", ",result=\"paid\"").is_some());
-    // Of batches of one request one in 16 is looked at, and stands for all of them.
+    // The daemon times one in 16 batches of a single request, and counts it 16 times.
     let batches = sample(&page, "batch_duration_seconds_count", "").expect("batches");
     assert!(batches >= 16.0, "{batches}");
     assert!(sample(&page, "batch_duration_seconds_sum", "").is_some_and(|sum| sum > 0.0));
@@ -152,14 +152,15 @@ fn malformed_http_requests_are_answered() {
         (long.as_bytes(), "431 Request Header Fields Too Large"),
     ] {
         let answer = exchange(&socket, question);
-        // What is not heard to its end is cut off, at worst before the answer is read.
+        // The daemon closes a connection before it has read a long request to its end, at worst
+        // before the answer is read.
         if answer.is_empty() && question.len() > 4096 {
             continue;
         }
         let (status, _) = parts(&answer);
         assert_eq!(status, format!("HTTP/1.1 {expected}"));
     }
-    // Who says nothing is not waited for.
+    // The daemon does not wait for a silent client.
     let silent = std::os::unix::net::UnixStream::connect(&socket).expect("connected");
     let begun = Instant::now();
     assert_eq!(parts(&exchange(&socket, GET)).0, "HTTP/1.1 200 OK");
@@ -177,7 +178,7 @@ fn a_metrics_socket_causes_no_wakeups() {
     let bed = Bed::new("", SOCKET);
     let _guest = Guest::boot(&bed.daemon);
     let mut before = u64::MAX;
-    // The start, and the boot, come to rest.
+    // Wait until the wakeups of the start and of the boot have ended.
     bed.daemon.wait_for("rest", || {
         std::thread::sleep(Duration::from_millis(300));
         let now = bed.daemon.context_switches();
@@ -196,7 +197,7 @@ fn the_file_is_always_complete_and_removed_with_the_daemon() {
     assert_eq!(
         mode & 0o7777,
         0o644,
-        "for its collector, who is somebody else"
+        "a collector of another user reads the file"
     );
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
