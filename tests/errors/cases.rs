@@ -1,4 +1,4 @@
-//! What provokes each error.
+//! The input that provokes each error.
 
 /// The beginning of `docs/errors.md`.
 pub const HEAD: &str = "# Errors and their cures\n\n\
@@ -8,27 +8,27 @@ its option; all problems of a file are listed at once. The table is made from th
 provoked by a test (`tests/errors/`), which fails where an error is missing here. What the *host* lacks for a\n\
 device is said by `vhost-device-iommu check`, with its cure: [passthrough.md](passthrough.md).\n";
 
-/// An error and what provokes it.
+/// An error and the input that provokes it.
 pub struct Case {
     /// Its name in the sources.
     pub name: &'static str,
-    /// How a person makes it.
+    /// How an operator provokes it.
     pub how: How,
 }
 
-/// How an error is made.
+/// Kinds of input.
 pub enum How {
-    /// `check` of a file with this text, below the IOMMU's address.
+    /// `check` of a file with this text after the address of the IOMMU.
     File(&'static str),
     /// `check` of a file with exactly this text.
     Text(&'static str),
-    /// A command without a file.
+    /// A command without a configuration file.
     Args(&'static [&'static str]),
-    /// A file with this text below the IOMMU's address, `vm.toml`, and a command.
+    /// A file `vm.toml` with this text after the address of the IOMMU, and a command.
     With(&'static str, &'static [&'static str]),
-    /// The same, where the text has to be made.
+    /// Like `With`, with a generated text.
     Made(fn() -> String, &'static [&'static str]),
-    /// A daemon with this configuration beside its address and sockets, and a question.
+    /// A daemon with this configuration besides its address and sockets, and a command of `ctl`.
     Ctl(&'static str, &'static [&'static str]),
 }
 
@@ -61,7 +61,7 @@ fn too_many_users() -> String {
     )
 }
 
-/// Every other function of two segments, in as few bytes as can be.
+/// Every other function of two segments, in the shortest text.
 fn scattered() -> String {
     let each = (0..0x2_0000u32).step_by(2).map(|id| {
         let (segment, bus, device, function) = (id >> 16, id >> 8 & 0xff, id >> 3 & 31, id & 7);
@@ -71,7 +71,7 @@ fn scattered() -> String {
     format!("address='2:0:5.0'\nhotplug=[{list}]\n")
 }
 
-/// Errors whose words stand in the code: heading, name, pattern.
+/// Errors whose texts are not in an `#[error]` attribute: heading, name, pattern.
 pub const IN_CODE: &[(&str, &str, &str)] = &[
     (
         "TOML",
@@ -149,9 +149,10 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// Errors that take more than a file and a command, or that nobody makes, and what tests them instead.
+/// Errors that need more than a file and a command, or that no operator can cause, and the test or
+/// the reason.
 pub const ELSEWHERE: &[(&str, &str)] = &[
-    // Their words are those of what they hold, which have rows of their own.
+    // The message consists of another error's, which has a row of its own.
     ("Problem", "a place before another error's words"),
     ("ProblemKind::Syntax", "see TOML"),
     ("PlugError::System", "see Sockets"),
@@ -163,20 +164,20 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "AddError::Backend",
         "src/iommu/tests/hotplug.rs::a_refused_addition_changes_nothing",
     ),
-    // The system's failures, not a person's.
+    // Failures of the system, not mistakes of the operator.
     ("DaemonError::System", "no descriptors or threads left"),
     ("ServeError::Wait", "no descriptors left"),
     ("ServeError::Watch", "no descriptors left"),
     ("ServeError::VhostUser", "no descriptors or threads left"),
     ("LaunchError::System", "no files, memory or processes left"),
-    // Refused earlier, so that the words are a second net.
+    // An earlier check refuses the same mistake; these are a second safeguard.
     ("DaemonError::NoSocket", "ProblemKind::Missing comes first"),
-    // Root may.
+    // Root is allowed to do this.
     (
         "RealtimeError",
         "tests/cli.rs::a_priority_that_is_not_allowed_is_refused_with_the_cure",
     ),
-    // What takes a program that dies, or a host with devices.
+    // These need a program that dies, or a host with devices.
     ("LaunchError::NoVmm", "clap/required comes first"),
     ("LaunchError::NotReady", "a machine that is too busy"),
     (
@@ -229,7 +230,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
 ];
 
-/// One for each other error.
+/// One case for each other error.
 pub const CASES: &[Case] = &[
     // The file as a whole.
     case("ProblemKind::Read", Args(&["check", "missing.toml"])),
@@ -541,7 +542,7 @@ pub const CASES: &[Case] = &[
         "DaemonError::InheritedFd",
         With("", &["--config", "vm.toml", "--fd", "0"]),
     ),
-    // Devices of the host, and the other commands.
+    // Passthrough devices, and the other commands.
     case(
         "PassthroughError::NoDevice",
         With(
@@ -650,7 +651,7 @@ pub const CASES: &[Case] = &[
         "clap/repeated",
         Args(&["--iommu", "00:05.0", "--iommu", "00:06.0"]),
     ),
-    // Endpoints that come and go.
+    // Endpoints added and removed at run time.
     case(
         "ProblemKind::AdditionControl",
         Ctl("", &["add-endpoint", "00:06.0", "group = 'a\tb'"]),
@@ -689,7 +690,7 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-/// More regions than PROBE has room for.
+/// More regions than fit the answer to PROBE.
 const MANY: &str = "reserved = [{first=0,last=0xfff},{first=0x2000,last=0x2fff},\
 {first=0x4000,last=0x4fff},{first=0x6000,last=0x6fff},{first=0x8000,last=0x8fff},\
 {first=0xa000,last=0xafff},{first=0xc000,last=0xcfff},{first=0xe000,last=0xefff},\

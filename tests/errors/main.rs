@@ -1,6 +1,6 @@
-//! `docs/errors.md`: every error a person can make in the configuration or on the command line, with
-//! its cure. The table is made from the sources; each row is provoked here, and an error without a
-//! case of its own fails the test.
+//! `docs/errors.md` lists every error that an operator can make in the configuration or on the
+//! command line, with its cure. The table is generated from the sources. This test provokes each
+//! row, and fails if an error has no case.
 //!
 //! `VIOMMU_REGENERATE=1 cargo test --test errors` writes the table.
 
@@ -25,7 +25,7 @@ use cases::{CASES, Case, ELSEWHERE, How};
 use messages::{Message, matches};
 use tempfile::TempDir;
 
-/// Where errors of the configuration and the command line are said to be, and the heading they get.
+/// Source files with errors of the configuration and the command line, and their headings.
 const SOURCES: [(&str, &str); 14] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
@@ -48,7 +48,7 @@ const SOURCES: [(&str, &str); 14] = [
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
 ];
-/// More of the last.
+/// More source files of the last headings.
 const MORE: [(&str, &str); 6] = [
     (
         "src/topology/changes.rs",
@@ -68,7 +68,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// All messages, under their headings in the order of the sources.
+/// All messages under their headings, in the order of the sources.
 fn all() -> Vec<(&'static str, Message)> {
     let mut all = Vec::new();
     for (file, heading) in SOURCES.into_iter().chain(MORE) {
@@ -97,7 +97,7 @@ fn every_error_has_a_case_or_a_test_elsewhere() {
     assert!(missing.is_empty(), "no case provokes {missing:?}");
     let stale: Vec<_> = named.difference(&known).collect();
     assert!(stale.is_empty(), "there is no error {stale:?}");
-    // What is said to be tested elsewhere is there.
+    // Tests that are named for errors tested elsewhere must exist.
     for (name, test) in ELSEWHERE {
         if let Some((file, function)) = test.split_once(".rs::") {
             let file = format!("{file}.rs");
@@ -119,7 +119,7 @@ fn every_case_gives_its_message() {
             continue;
         };
         let said = provoke(case);
-        // Lines are broken nowhere but between problems.
+        // Messages break lines only between problems.
         if !said.lines().any(|line| matches(pattern, line)) && !matches(pattern, &said) {
             wrong.push(format!(
                 "{}\n  wanted: {pattern}\n  said:   {said}",
@@ -156,7 +156,7 @@ fn the_table_is_that_of_the_sources() {
     );
 }
 
-/// A folder with what cases need, and what the program says in it.
+/// A folder with the files that the cases need; runs the program in it.
 struct Bed {
     folder: TempDir,
     _listener: UnixListener,
@@ -185,7 +185,7 @@ impl Bed {
         self.folder.path().to_owned()
     }
 
-    /// Standard error of the program with these arguments, which must fail soon.
+    /// Runs the program with these arguments; it must fail soon. Returns its standard error.
     fn run(&self, args: &[&str]) -> String {
         let mut command = Command::new("timeout");
         command
@@ -205,7 +205,7 @@ impl Bed {
     }
 }
 
-/// Somebody at a socket who is no daemon.
+/// Listens at `path` in place of a daemon.
 fn answer(path: &Path, with: impl FnOnce(UnixStream) + Send + 'static) {
     let listener = UnixListener::bind(path).expect("a socket");
     std::thread::spawn(move || listener.accept().map(|(stream, _)| with(stream)));

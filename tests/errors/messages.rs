@@ -1,11 +1,11 @@
-//! Messages of errors, as the sources have them.
+//! Reads the error messages out of the sources.
 
 use vhost_device_iommu::config;
 
-/// What stands for something that is different each time.
+/// Placeholder for a part of a message that varies.
 const ANY: &str = "...";
 
-/// An error's name, `Enum::Variant`, and its message with [`ANY`] for what is filled in.
+/// An error's name, `Enum::Variant`, and its message with [`ANY`] for each part that varies.
 #[derive(Clone, Debug)]
 pub struct Message {
     pub name: String,
@@ -13,7 +13,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// What is wrong, and what to do; `None` where the words are all another error's.
+    /// The problem and the cure; `None` if the whole text is another error's.
     pub fn halves(&self) -> Option<(String, String)> {
         let own = self.pattern.replace(ANY, "");
         if !own.replace(" is ", "").contains(char::is_alphabetic) {
@@ -29,7 +29,7 @@ impl Message {
     }
 }
 
-/// Whether `said` has a message of this pattern.
+/// Whether `said` contains a message of this pattern.
 pub fn matches(pattern: &str, said: &str) -> bool {
     let mut rest = said;
     pattern.split(ANY).all(|part| match rest.find(part) {
@@ -41,7 +41,7 @@ pub fn matches(pattern: &str, said: &str) -> bool {
     })
 }
 
-/// The messages in a source file, but for those that only pass on another error's.
+/// The messages in a source file, except those that only forward another error's.
 pub fn in_source(text: &str) -> Vec<Message> {
     let mut found = Vec::new();
     let text = text
@@ -57,7 +57,7 @@ pub fn in_source(text: &str) -> Vec<Message> {
         let inside = &rest[at + "#[error(".len()..];
         rest = inside;
         let literal = inside.trim_start().strip_prefix('"').map(literal_of);
-        // The first line after the attributes that is no remark.
+        // The first line after the attributes that is no comment.
         let after = inside.split_once(")]\n").expect("an end").1;
         let item = after.lines().map(str::trim);
         let item = item
@@ -81,7 +81,7 @@ fn word(text: &str) -> String {
     text.chars().take_while(|c| c.is_alphanumeric()).collect()
 }
 
-/// A text as Rust has it, from behind its first quotation mark on.
+/// The value of a Rust string literal; `text` begins after its first quotation mark.
 fn literal_of(text: &str) -> String {
     let mut out = String::new();
     let mut chars = text.chars().peekable();
@@ -99,7 +99,7 @@ fn literal_of(text: &str) -> String {
     out
 }
 
-/// A text of format strings, with its placeholders filled in where they are the same each time.
+/// The pattern of a format string, with constants filled in.
 fn pattern_of(format: &str) -> String {
     let mut out = String::new();
     let mut chars = format.chars().peekable();

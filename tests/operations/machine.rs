@@ -1,4 +1,5 @@
-//! The machine the tests run in: a clean Debian with systemd, in which the package is installed once.
+//! The machine that runs the tests: a clean Debian with systemd, in which the package is installed
+//! once.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// Until something that was asked for has happened, in a machine that is emulated.
+/// Limit for any operation; the machine may be emulated.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PROGRAM: &str = "/usr/bin/vhost-device-iommu";
 
-/// What a command has said.
+/// The result of a command.
 #[derive(Debug)]
 pub struct Said {
     pub good: bool,
-    /// Standard output, and standard error after it.
+    /// Standard output, followed by standard error.
     pub text: String,
 }
 
@@ -35,18 +36,18 @@ pub fn run(words: &[&str]) -> Said {
     }
 }
 
-/// Runs a command that must not fail; what it has said.
+/// Runs a command that must succeed. Returns its output.
 pub fn good(words: &[&str]) -> String {
     let said = run(words);
     assert!(said.good, "{words:?}: {}", said.text);
     said.text
 }
 
-/// Installs the package, the first time.
+/// Installs the package on the first call.
 pub fn installed() {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
-        let package = fs::read_dir("/host").expect("what was sent along");
+        let package = fs::read_dir("/host").expect("the folder with the package");
         let package = package
             .map(|entry| entry.expect("an entry").path())
             .find(|path| path.extension().is_some_and(|e| e == "deb"))
@@ -55,13 +56,13 @@ pub fn installed() {
     });
 }
 
-/// One VM and its service, stopped and forgotten at the end.
+/// One VM and its service; drop stops the service and removes the VM's files.
 pub struct Vm {
     name: &'static str,
 }
 
 impl Vm {
-    /// With a file like the example's, and `more` in it; not started.
+    /// Writes the example's file with `more` appended; does not start the service.
     pub fn new(name: &'static str, more: &str) -> Self {
         installed();
         let example = "/usr/share/doc/vhost-device-iommu/examples/service.toml";
@@ -85,7 +86,7 @@ impl Vm {
         format!("vhost-device-iommu@{}.socket", self.name)
     }
 
-    /// The socket for the VMM.
+    /// Path of the VMM's socket.
     pub fn socket(&self) -> PathBuf {
         format!("/run/vhost-device-iommu/{}/vhost-user.sock", self.name).into()
     }
@@ -95,7 +96,7 @@ impl Vm {
         assert!(said.good, "{}\n{}", said.text, self.journal());
     }
 
-    /// Gives the service more settings, until the machine ends or the VM is forgotten.
+    /// Adds settings to the service, until the machine ends or the VM is dropped.
     pub fn set(&self, settings: &str) {
         let folder = format!("/run/systemd/system/{}.d", self.service());
         fs::create_dir_all(&folder).expect("a folder");
@@ -104,13 +105,13 @@ impl Vm {
         good(&["systemctl", "daemon-reload"]);
     }
 
-    /// A property of the service.
+    /// The value of a property of the service.
     pub fn property(&self, name: &str) -> String {
         let text = good(&["systemctl", "show", "--value", "-p", name, &self.service()]);
         text.trim().into()
     }
 
-    /// Waits until a property has this value.
+    /// Waits until the property has this value.
     pub fn wait_for(&self, name: &str, value: &str) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -127,7 +128,7 @@ impl Vm {
         }
     }
 
-    /// What the daemon answers to `status`.
+    /// The daemon's answer to `status`.
     pub fn status(&self) -> Value {
         let control = self.socket().with_file_name("control.sock");
         let control = control.to_str().expect("text");
@@ -145,12 +146,12 @@ impl Vm {
         })
     }
 
-    /// What the journal has of the service.
+    /// The journal of the service.
     pub fn journal(&self) -> String {
         self.journal_from("debug")
     }
 
-    /// The same, of this priority and above.
+    /// The journal of the service, with this priority and above.
     pub fn journal_from(&self, priority: &str) -> String {
         good(&["journalctl", "--sync"]);
         let (unit, priority) = (self.service(), format!("--priority={priority}"));

@@ -23,13 +23,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use machine::{Vm, good, installed, run};
 
-/// Endpoint 00:10.0, the first of the example.
+/// Endpoint 00:10.0, the first endpoint of the example.
 const EP: u32 = 0x80;
 const EP_ADDRESS: &str = "0000:00:10.0";
-/// The worst figure of `systemd-analyze security` that passes.
+/// The highest exposure level of `systemd-analyze security` that passes.
 const WORST_EXPOSURE: f64 = 2.0;
 
-/// A frontend that stands in for a VMM and its guest, with the first endpoint in a domain.
+/// A frontend in place of a VMM and its guest; the first endpoint is attached to a domain.
 fn guest(vm: &Vm) -> Guest {
     let mut guest = Guest::connect_to(vm.socket(), Setup::default());
     guest.driver_ok();
@@ -79,7 +79,7 @@ fn two_vms_run_side_by_side() {
         Vm::new("one", ""),
         Vm::new("two", "arena-limit-is-not-a-key = 1\n"),
     );
-    // Not with a mistake in its file, which the journal names with its line.
+    // A mistake in the file: the service does not start, and the journal names the line.
     assert!(!run(&["systemctl", "start", &two.service()]).good);
     let errors = two.journal_from("err");
     for part in [
@@ -91,7 +91,7 @@ fn two_vms_run_side_by_side() {
     }
     drop(two);
     let two = Vm::new("two", "");
-    // The control socket of one of them is for the group, too.
+    // One of the control sockets also admits the group.
     let group = good(&["id", "-g", "vhost-device-iommu"]).trim().to_owned();
     let text = fs::read_to_string(two.file()).expect("its file");
     let keys = format!("control-mode = \"0660\"\ncontrol-group = {group}\n");
@@ -102,7 +102,7 @@ fn two_vms_run_side_by_side() {
         assert_eq!(vm.property("ActiveState"), "active");
         assert_eq!(vm.property("Slice"), "viommu.slice");
         assert_eq!(vm.property("User"), "vhost-device-iommu");
-        // By the generator: 2G / 256 + 64M of arena, and 32M.
+        // From the generator: 2G / 256 + 64M of arena, and 32M.
         assert_eq!(vm.property("MemoryMax"), (104 << 20).to_string());
         let control = fs::metadata(vm.socket().with_file_name("control.sock")).expect("a socket");
         assert!(control.file_type().is_socket());
@@ -127,7 +127,7 @@ fn two_vms_run_side_by_side() {
     good(&["systemctl", "stop", &one.service()]);
     assert_eq!(one.property("ActiveState"), "inactive");
     assert_eq!(one.property("Result"), "success");
-    assert_eq!(second.detach(1, EP), OK, "the other one goes on");
+    assert_eq!(second.detach(1, EP), OK, "the other VM continues");
     drop(first);
     one.start();
     assert_eq!(one.endpoint(EP_ADDRESS), "unattached");
@@ -148,7 +148,7 @@ fn the_socket_starts_the_daemon() {
     let socket = fs::metadata(vm.socket()).expect("the socket");
     assert_eq!(socket.permissions().mode() & 0o777, 0o660);
     for _ in 0..2 {
-        // Who connects waits until the daemon answers.
+        // A connection made before the daemon runs waits for it.
         assert_eq!(guest(&vm).detach(1, EP), OK);
         vm.wait_for("ActiveState", "active");
         assert_eq!(vm.status()["connections"], 1);
@@ -176,7 +176,7 @@ fn only_the_killed_daemon_is_restarted() {
     assert_eq!(guest(&one).detach(1, EP), OK);
     assert_eq!(two.property("MainPID"), pids[1]);
     assert_eq!(two.property("NRestarts"), "0");
-    assert_eq!(second.detach(1, EP), OK, "it has noticed nothing");
+    assert_eq!(second.detach(1, EP), OK, "the other VM is not affected");
 }
 
 #[test]
@@ -188,9 +188,9 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
     vm.start();
     let mut guest = Guest::connect_to(vm.socket(), Setup::default());
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    // Less than the 8 bytes of an event: whoever reads them waits for the rest.
+    // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
     writer.write_all(&[0; 3]).expect("three bytes");
-    // SAFETY: the descriptor was just given up by its owner.
+    // SAFETY: `into_raw_fd` has just given up ownership of the descriptor.
     guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
     guest.driver_ok();
     vm.wait_for("NRestarts", "1");
@@ -199,7 +199,7 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
     for part in ["no sign of life from: the worker;", "Watchdog timeout"] {
         assert!(journal.contains(part), "{part} in {journal}");
     }
-    // Longer than the watchdog waits: one that is well stays.
+    // Longer than the watchdog's limit: a healthy daemon is not restarted.
     std::thread::sleep(std::time::Duration::from_secs(5));
     assert_eq!(vm.property("NRestarts"), "1");
 }
@@ -237,7 +237,7 @@ fn zz_the_package_is_removed_cleanly() {
     vm.start();
     good(&["dpkg", "-r", "vhost-device-iommu"]);
     assert_eq!(vm.property("ActiveState"), "inactive");
-    assert!(vm.file().exists(), "the operator's");
+    assert!(vm.file().exists(), "the operator's file stays");
     drop(vm);
     good(&["dpkg", "-P", "vhost-device-iommu"]);
     assert!(!Path::new("/etc/vhost-device-iommu").exists());

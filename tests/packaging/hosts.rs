@@ -1,11 +1,11 @@
-//! No file of the tree names a server of a package registry. Which servers a build contacts is for the operator of the
-//! machine to decide: through the configuration of APT and cargo, or `VIOMMU_MIRROR`.
+//! No file of the tree names a server of a package registry. The operator of the machine decides
+//! which servers a build contacts: through the configuration of APT and cargo, or `VIOMMU_MIRROR`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Servers of packages and toolchains, in pieces, so that this file does not name them either. A host below one of these
-/// names counts as well.
+/// Servers of packages and toolchains, in pieces, so that this file does not name them either. A
+/// host below one of these names counts as well.
 const HOSTS: [&[&str]; 16] = [
     &["deb", "debian", "org"],
     &["debian", "org/debian"],
@@ -25,7 +25,7 @@ const HOSTS: [&[&str]; 16] = [
     &["rsproxy", "cn"],
 ];
 
-/// Folders that hold what programs made, and no file of the tree.
+/// Folders with generated files, which are not part of the tree.
 const NOT_OURS: [&str; 5] = [".git", "artifacts", "corpus", "coverage", "target"];
 
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -1,4 +1,5 @@
-//! The files of a package besides the program: each is generated from the sources or agrees with them.
+//! The files of a package besides the program: each is generated from the sources or must agree
+//! with them.
 
 #![allow(
     clippy::expect_used,
@@ -45,7 +46,8 @@ fn the_completions_are_up_to_date() {
         let mut made = Vec::new();
         generate(shell, &mut Args::command(), PROGRAM, &mut made);
         let made = String::from_utf8(made).expect("text");
-        // For a command with `-` in its name, the generator for bash defines another name than it searches.
+        // For a command with `-` in its name, the bash generator defines a function under one name
+        // and looks it up under another.
         let made = made.replace(
             "vhost__subcmd__device__subcmd__iommu",
             "vhost__device__iommu",

@@ -109,7 +109,7 @@ fn escaped(text: &str) -> String {
     text.replace('\\', "\\e").replace('-', "\\-")
 }
 
-/// Guards a line that roff would take for a request.
+/// Escapes a line that roff would take for a request.
 fn guarded(line: &str) -> String {
     let guard = if line.starts_with(['.', '\'']) {
         "\\&"

@@ -1,4 +1,4 @@
-//! A daemon with every kind of thread that needs no device of the host, and a VM behind it.
+//! A daemon with a VM and with every kind of thread that needs no passthrough device.
 
 use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,14 +11,14 @@ use crate::common::guest::{Guest, Setup};
 use crate::common::wire::RW;
 use crate::connection::{Connection, VERSION, version_body};
 
-/// Where the guest maps memory for its device.
+/// IOVA at which the guest maps memory for its device.
 pub const IOVA: u64 = 0x7000_0000;
-/// Which, guest-physical.
+/// Guest-physical address of that memory.
 pub const MEMORY: u64 = 0xa0_0000;
-/// How much, in bytes.
+/// Its length in bytes.
 pub const LENGTH: u64 = 0x10_0000;
 
-/// Their names, but for the main thread's, whose number is the process's.
+/// Names of the threads except the main thread, whose thread ID is the process ID.
 pub const THREADS: [&str; 8] = [
     "vhost-user",
     "vring_worker",
@@ -34,7 +34,7 @@ pub const THREADS: [&str; 8] = [
 pub struct Bed {
     pub daemon: Daemon,
     pub guest: Guest,
-    /// What the device says and hears.
+    /// The server's end of the device's connection.
     pub device: Connection,
     _client: Connection,
     _folder: TempDir,
@@ -76,7 +76,7 @@ impl Bed {
         }
     }
 
-    /// The number of the thread with this name; there is one.
+    /// The ID of the only thread with this name.
     pub fn thread(&self, name: &str) -> u32 {
         if name == "main" {
             return self.daemon.pid();
@@ -91,7 +91,7 @@ impl Bed {
     }
 }
 
-/// Numbers and names of a process's threads.
+/// IDs and names of the threads of a process.
 pub fn threads(pid: u32) -> Vec<(u32, String)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
     tasks
@@ -104,7 +104,7 @@ pub fn threads(pid: u32) -> Vec<(u32, String)> {
         .collect()
 }
 
-/// What stands behind `key` in `/proc/PID/task/TID/status`; `None` where this kernel has no such line.
+/// The value of `key` in `/proc/PID/task/TID/status`; `None` if this kernel has no such line.
 pub fn status_of(pid: u32, tid: u32, key: &str) -> Option<String> {
     let path = format!("/proc/{pid}/task/{tid}/status");
     let text = fs::read_to_string(Path::new(&path)).expect("its status");

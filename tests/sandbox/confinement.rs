@@ -1,4 +1,4 @@
-//! What the kernel says of a daemon's threads.
+//! Confinement of the daemon's threads as the kernel reports it.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use crate::bed::{Bed, IOVA, LENGTH, THREADS, status_of, threads};
 use crate::common::daemon::Daemon;
 use crate::connection::{DMA_READ, dma};
 
-/// CAP_DAC_OVERRIDE to connect to servers of other users, CAP_KILL for their readers.
+/// CAP_DAC_OVERRIDE to connect to servers of other users, CAP_KILL to kill their readers.
 const KEPT: u64 = 1 << 1 | 1 << 5;
 
 fn permitted_to_this_test() -> u64 {
@@ -39,7 +39,7 @@ fn every_thread_is_confined() {
         for set in ["CapInh", "CapAmb"] {
             assert_eq!(hex(&status(set).unwrap()), 0, "{set} of {name}");
         }
-        // Its own, and the two of the main thread where that is what made it.
+        // The thread's own filter, and the two of the main thread if that has started it.
         let filters = match name.as_str() {
             _ if *tid == pid => "2",
             "vhost-user" | "vring_worker" => "3",
@@ -62,12 +62,12 @@ fn every_thread_is_confined() {
         .wait_for("word of it", || bed.daemon.log().contains("sandboxed: "));
 }
 
-/// A C library may look into files when a thread gives much memory back, and must not.
+/// A C library may read files when a thread frees much memory; the sandbox forbids it.
 #[test]
 fn the_allocator_needs_no_files() {
     let mut bed = Bed::new(&[]);
     for _ in 0..10 {
-        // More than is sent at once, so that it piles up, and then goes.
+        // More than the daemon sends at once, so that answers pile up in memory that it then frees.
         let asked: Vec<_> = (0..16)
             .map(|_| bed.device.ask(DMA_READ, &dma(IOVA, LENGTH / 2, &[]), &[]))
             .collect();

@@ -1,4 +1,4 @@
-//! Makes a thread of another process call what it would not.
+//! Makes a thread of another process make system calls that it never makes by itself.
 #![expect(unsafe_code, reason = "traces a process")]
 
 use std::io;
@@ -11,12 +11,13 @@ use libc::{c_long, c_void, pid_t, user_regs_struct};
 
 /// The instruction `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
-/// How far below the stack pointer a string is put: past what the thread's functions may use there.
+/// Distance below the stack pointer at which a string is written: beyond the red zone of the
+/// thread's functions.
 const BELOW: u64 = 4096;
 
-/// Has thread `tid`, which sleeps in a system call, make this call in its place. `text`, if there is
-/// one, is put into its memory, and its address becomes the argument `at`. Whatever comes of it,
-/// nobody waits.
+/// Makes thread `tid`, which sleeps in a system call, make this call instead. A `text` is written
+/// into its memory, and the address becomes the argument with the given index. Does not wait for
+/// the result.
 pub fn call(tid: u32, number: c_long, arguments: [u64; 6], text: Option<(usize, &str)>) {
     let tid = pid_t::try_from(tid).expect("a thread's number");
     let found = stop_in_a_call(tid);
@@ -26,8 +27,8 @@ pub fn call(tid: u32, number: c_long, arguments: [u64; 6], text: Option<(usize, 
     checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
 }
 
-/// As [`call`], for one that comes back. The thread then makes its own call anew, as if nothing had
-/// been. Returns what came back: a number below 0 is an errno.
+/// Like [`call`], for a call that returns. The thread then restarts its own call as if nothing had
+/// happened. Returns the result of the call: a number below 0 is an errno.
 pub fn call_and_return(
     tid: u32,
     number: c_long,
@@ -81,13 +82,13 @@ fn prepare(
         changed.r9,
     ] = arguments;
     changed.rax = u64::try_from(number).expect("a number");
-    // The call that was interrupted is not begun anew.
+    // The kernel must not restart the interrupted call.
     changed.orig_rax = u64::MAX;
     changed.rip -= SYSCALL.len() as u64;
     set_registers(tid, &changed);
 }
 
-/// Stops the thread where it has made a system call that waits.
+/// Stops the thread in a system call that sleeps.
 fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
     let none = null_mut::<c_void>();
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -131,7 +132,7 @@ fn registers(tid: pid_t) -> user_regs_struct {
 fn set_registers(tid: pid_t, registers: &user_regs_struct) {
     let none = null_mut::<c_void>();
     let from: *const user_regs_struct = registers;
-    // SAFETY: registers are read only, and there for the whole call.
+    // SAFETY: registers are only read, and live for the whole call.
     checked(unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, none, from) }).expect("set");
 }
 

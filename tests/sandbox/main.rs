@@ -1,5 +1,5 @@
-//! What the daemon is confined to: seen from outside, and tried from inside by an intruder, a test
-//! that makes one of its threads call what it never calls by itself.
+//! The daemon's sandbox, read from outside in `/proc`, and attacked from inside: an intruder, the
+//! test itself, makes a thread of the daemon make a call that it never makes by itself.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

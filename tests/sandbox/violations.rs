@@ -1,4 +1,4 @@
-//! Calls that no thread makes by itself.
+//! System calls that no thread makes by itself.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -31,30 +31,30 @@ fn arguments_of_calls_are_checked() {
     let anonymous = bits(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     let nobody = u64::MAX;
     let refused: [(&str, c_long, [u64; 6]); 7] = [
-        // Code is made.
+        // Makes memory executable.
         (
             "control",
             libc::SYS_mmap,
             [0, 4096, exec, anonymous, nobody, 0],
         ),
         ("control", libc::SYS_mprotect, [0, 0, exec, 0, 0, 0]),
-        // The network is reached.
+        // Opens a network socket.
         (
             "vfio-user",
             libc::SYS_socket,
             [bits(libc::AF_INET), bits(libc::SOCK_STREAM), 0, 0, 0, 0],
         ),
-        // A process is made.
+        // Makes a process.
         (
             "main",
             libc::SYS_clone,
             [bits(libc::SIGCHLD), 0, 0, 0, 0, 0],
         ),
-        // A terminal is typed at.
+        // Types into a terminal.
         ("control", libc::SYS_ioctl, [2, libc::TIOCSTI, 0, 0, 0, 0]),
-        // A device of the host, which the configuration does not have, is programmed.
+        // Programs a passthrough device; the configuration has none.
         ("vring_worker", libc::SYS_ioctl, [2, 0x3b71, 0, 0, 0, 0]),
-        // Another process gets a signal.
+        // Sends a signal to another process.
         (
             "control",
             libc::SYS_tgkill,
@@ -87,7 +87,7 @@ fn no_file_can_be_opened() {
     }
 }
 
-/// The main thread removes its sockets, so that the filter lets it remove files.
+/// The main thread removes its sockets, so its filter allows the removal of files.
 #[test]
 fn only_files_beside_the_sockets_can_be_removed() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -101,7 +101,7 @@ fn only_files_beside_the_sockets_can_be_removed() {
             let result = call_and_return(bed.daemon.pid(), libc::SYS_unlink, [0; 6], path);
             println!("{more:?} {path:?}: {result}");
         }
-        // The thread waits again.
+        // The thread sleeps in its own call again.
         bed.daemon.assert_alive();
         bed.daemon.terminate();
         assert!(bed.daemon.wait_for_end().success());
@@ -128,7 +128,7 @@ fn a_killed_daemon_leaves_the_device_without_memory() {
         read(&mut bed).is_none(),
         "nobody serves the device's accesses"
     );
-    // Nor does the guest get its IOMMU to let anything through.
+    // The guest cannot make its IOMMU allow an access, either.
     bed.guest.kick();
     assert!(bed.device.is_closed());
 }

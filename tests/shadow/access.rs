@@ -1,4 +1,4 @@
-//! What readers reach, and what they are refused.
+//! Accesses of readers that succeed, and accesses that are refused.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ fn memory_is_reached_through_mappings_only() {
     let memory = reader.memory();
     bed.iommu.attach(A, D1, false).expect("attached");
     let all = Access::READ_WRITE;
-    // Two pages that are apart in memory, one after the other for the endpoint.
+    // Two pages that are adjacent for the endpoint and apart in memory.
     bed.iommu
         .map(D1, &mapping(0x10_0000, PAGE, 0x5000, all))
         .expect("mapped");
@@ -32,7 +32,7 @@ fn memory_is_reached_through_mappings_only() {
         .expect("mapped");
     assert_eq!(bed.peek(0x5ff8) >> 32, 0x5566_7788);
     assert_eq!(bed.peek(0x2000) & 0xffff_ffff, 0x1122_3344);
-    // One page after the other, back and forth.
+    // Alternates between the pages.
     for _ in 0..3 {
         bed.poke(0x5010, 5);
         bed.poke(0x2010, 2);
@@ -42,7 +42,7 @@ fn memory_is_reached_through_mappings_only() {
         memory.read_slice(&mut both, at(0x10_0000)).expect("mapped");
         assert_eq!((both[0x10], both[0x1010]), (5, 2));
     }
-    // A mapping made anew elsewhere, with nothing in between.
+    // The page is unmapped and mapped to another address without an access in between.
     bed.iommu
         .unmap(D1, range(0x10_0000, 0x10_0fff))
         .expect("unmapped");
@@ -85,7 +85,7 @@ fn each_refusal_is_reported_with_endpoint_rights_and_address() {
         access,
         address: Iova(address),
     };
-    // Attached to nothing, and not in bypass mode.
+    // The endpoint is attached to no domain and not in bypass mode.
     a.memory().read_obj::<u8>(at(0x1234)).expect_err("blocked");
     assert_eq!(bed.fault(), refused(A, Access::READ, 0x1234));
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -95,7 +95,7 @@ fn each_refusal_is_reported_with_endpoint_rights_and_address() {
     bed.iommu
         .map(D1, &mapping(PAGE, PAGE, 0, Access::NONE))
         .expect("mapped");
-    // Nothing there, and the first byte that is not there.
+    // An address without a mapping, and an access whose second half has none.
     b.memory().write_obj(0u8, at(0x9000)).expect_err("blocked");
     assert_eq!(bed.fault(), refused(B, Access::WRITE, 0x9000));
     a.memory()
@@ -111,7 +111,7 @@ fn each_refusal_is_reported_with_endpoint_rights_and_address() {
     assert!(matches!(refusal, Err(AccessError::Fault { .. })));
     drop(inside);
     assert_eq!(bed.fault(), refused(A, Access::READ_WRITE, 0x5000));
-    // Addresses no access can have.
+    // Addresses that overflow.
     for (first, bytes) in [(u64::MAX, 1), (u64::MAX - 3, 8), (u64::MAX - 1, 1)] {
         let buffer = &mut vec![0; bytes];
         a.memory()
@@ -175,7 +175,7 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
     let page = mapping(0, PAGE, 0, Access::READ);
     bed.iommu.map(D1, &page).expect("mapped");
     let wait = Duration::from_millis(150);
-    // Another domain's reader.
+    // A reader of another domain.
     let other = b.enter().expect("a word");
     let begun = Instant::now();
     bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
@@ -192,17 +192,17 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
             iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
             sender.send(begun.elapsed()).expect("heard");
         });
-        // Once the entry is gone, new accesses come and go, and one stays.
+        // Once the entry is gone, new accesses begin and end, and one stays open.
         let mut later = Vec::new();
         while begun.elapsed() < wait {
             let next = a.enter().expect("a word");
             let refused = next.translate(Iova(0), Access::READ).is_err();
-            // By then the writer has looked which accesses are in progress.
+            // By then the writer has recorded the accesses in progress.
             if refused && later.is_empty() && begun.elapsed() > wait / 2 {
                 later.push(next);
             }
         }
-        assert!(receiver.try_recv().is_err(), "somebody is inside");
+        assert!(receiver.try_recv().is_err(), "an access is in progress");
         drop(inside);
         let took = receiver.recv_timeout(Duration::from_secs(5)).expect("over");
         assert!(took >= wait);
@@ -210,7 +210,7 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
     });
 }
 
-/// The slices of an access may be used until the guard goes.
+/// The slices of an access stay usable until the guard is dropped.
 #[test]
 fn a_guard_keeps_slices_usable() {
     let mut bed = Bed::new();
@@ -265,11 +265,11 @@ fn memory_can_be_added_and_removed() {
     let more = slot(RAM, 16 * PAGE);
     let both = vec![bed.ram[0].clone(), more.clone()];
     bed.iommu.set_memory(both);
-    // Whoever is answered after this finds it.
+    // An answer to the VMM means that readers have the new memory.
     assert!(reader.has_changed(&before));
     let with = reader.memory();
     with.write_obj(9u64, at(0)).expect("memory there");
-    // Only what goes makes older views useless.
+    // Only the removal of memory invalidates older views.
     bed.iommu
         .map(D1, &mapping(PAGE, PAGE, 0, Access::READ))
         .expect("mapped");
@@ -381,7 +381,7 @@ fn a_reconnection_does_not_renew_the_fault_budget() {
             counters.faults.get() + counters.faults_suppressed.get() == said
         });
     }
-    // One in ten milliseconds, besides those at once.
+    // One fault in ten milliseconds, besides the initial budget.
     let earned = u64::try_from(begun.elapsed().as_millis() / 10).expect("not long");
     let passed = counters.faults.get();
     assert!(
@@ -389,7 +389,7 @@ fn a_reconnection_does_not_renew_the_fault_budget() {
         "{passed} in {:?}",
         begun.elapsed()
     );
-    // Another endpoint has its own.
+    // Another endpoint has a budget of its own.
     let before = counters.faults.get();
     let reader = bed.reader(B);
     for _ in 0..10 {

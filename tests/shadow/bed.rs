@@ -1,4 +1,4 @@
-//! A core with shadow endpoints, guest RAM, and processes that read.
+//! A core with shadow endpoints, guest RAM, and reader processes.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -24,17 +24,17 @@ use vhost_device_iommu::topology::{
 };
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Served at the socket.
+/// The socket serves this endpoint.
 pub const A: EndpointId = EndpointId(0x18);
 pub const B: EndpointId = EndpointId(0x20);
-/// Not served there.
+/// The socket does not serve this endpoint.
 pub const OTHER: EndpointId = EndpointId(0x28);
 pub const D1: DomainId = DomainId(1);
 pub const D2: DomainId = DomainId(2);
 pub const PAGE: u64 = 4096;
-/// Guest RAM, at guest-physical 0.
+/// Length of guest RAM, which begins at guest-physical address 0.
 pub const RAM: u64 = 4 << 20;
-/// What bypass mode does not reach.
+/// A reserved region, which bypass mode does not reach.
 pub const MSI: u64 = 0xfee0_0000;
 
 pub struct Bed {
@@ -59,7 +59,7 @@ pub fn mapping(iova: u64, bytes: u64, gpa: u64, access: Access) -> Mapping {
     }
 }
 
-/// Guest RAM in a file of its own.
+/// A slot of guest RAM in a file of its own.
 pub fn slot(gpa: u64, bytes: u64) -> MemorySlot {
     let file = tempfile::tempfile().expect("a file");
     file.set_len(bytes).expect("room");
@@ -128,7 +128,7 @@ impl Bed {
             endpoints: vec![A, B],
         }];
         let server = ShadowServer::start(registry.clone(), &sockets, move |fault| {
-            // The test may be over.
+            // The test may have ended.
             let _ = sender.send(fault);
         });
         Self {
@@ -154,7 +154,7 @@ impl Bed {
         self.faults.recv_timeout(patience).expect("a fault")
     }
 
-    /// Guest RAM as the guest itself has it.
+    /// Guest RAM, as the guest accesses it.
     pub fn file(&self) -> &File {
         &self.ram[0].file
     }
@@ -170,12 +170,12 @@ impl Bed {
         u64::from_le_bytes(bytes)
     }
 
-    /// Another process that plays a role, see `roles`.
+    /// Starts another process in one of the roles of `roles`.
     pub fn process(&self, role: &str) -> Role {
         Role::start(role, &self.path())
     }
 
-    /// Waits until there are so many readers.
+    /// Waits until there are `count` readers.
     pub fn wait_for_readers(&self, count: usize) {
         eventually("readers", || self.registry.reader_count() == count);
     }
@@ -200,7 +200,7 @@ impl Role {
         Self::start_as(role, socket, None)
     }
 
-    /// Starts it as another user.
+    /// Starts the process as another user.
     pub fn start_as(role: &str, socket: &Path, user: Option<u32>) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         if let Some(user) = user {
@@ -219,7 +219,7 @@ impl Role {
         Self { child, said, stdin }
     }
 
-    /// Reads until it says `word`.
+    /// Reads lines until the process prints `word`.
     pub fn wait_for(&mut self, word: &str) {
         let mut line = String::new();
         while !line.contains(word) {
@@ -237,7 +237,7 @@ impl Role {
         self.child.kill().expect("killed");
     }
 
-    /// Whether it ended by itself, and well.
+    /// Whether the process exited by itself and with success.
     pub fn ended_well(&mut self) -> bool {
         self.child.wait().expect("its own child").success()
     }
@@ -245,7 +245,7 @@ impl Role {
 
 impl Drop for Role {
     fn drop(&mut self) {
-        // It may have ended.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

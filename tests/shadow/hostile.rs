@@ -1,4 +1,4 @@
-//! Readers that stall, die, or never meant well.
+//! Readers that stall, die or attack.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -41,7 +41,7 @@ fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
         "killed before"
     );
     assert_eq!(bed.registry.counters().killed.get(), 1);
-    // The other one and the endpoint go on.
+    // The other reader and the endpoint continue.
     bed.wait_for_readers(1);
     let page = mapping(0, PAGE, 0, Access::READ_WRITE);
     bed.iommu.map(D1, &page).expect("mapped");
@@ -66,7 +66,7 @@ fn a_reader_that_died_inside_an_access_holds_nothing_up() {
     assert_eq!(bed.registry.counters().killed.get(), 0);
 }
 
-/// A reader in the daemon's own process is the one that cannot be killed.
+/// The daemon cannot kill a reader in its own process.
 #[test]
 fn an_endpoint_is_quarantined_if_its_reader_cannot_be_killed() {
     let mut bed = Bed::new();
@@ -92,7 +92,8 @@ fn a_reader_that_keeps_removed_memory_is_killed() {
     let mut deaf = bed.process("deaf");
     deaf.wait_for("ready");
     bed.wait_for_readers(1);
-    // Memory that comes is waited for once, and is no reason to kill.
+    // The daemon waits once for the acknowledgement of added memory; a missing one is no reason to
+    // kill the reader.
     let begun = Instant::now();
     let mut memory = bed.ram.clone();
     for number in 0..5 {
@@ -111,14 +112,15 @@ fn a_reader_that_keeps_removed_memory_is_killed() {
     bed.wait_for_readers(0);
 }
 
-/// One that the daemon has given up telling anything still has what it was told of before.
+/// A reader whose queue is full gets no more messages, but it still maps the memory of earlier
+/// ones.
 #[test]
 fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
     let mut bed = Bed::new();
     let mut deaf = bed.process("deaf");
     deaf.wait_for("ready");
     bed.wait_for_readers(1);
-    // More than its socket takes.
+    // More messages than the reader's socket holds.
     let mut memory = bed.ram.clone();
     let more = slot(RAM, 1000 * PAGE);
     memory.extend((0..1000).map(|number| MemorySlot {
@@ -127,12 +129,12 @@ fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
         ..more.clone()
     }));
     bed.iommu.set_memory(memory);
-    // In case anybody takes it to have hung up.
+    // Time for the server to notice, if it wrongly took the reader as disconnected.
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(bed.registry.reader_count(), 1);
     bed.iommu.set_memory(Vec::new());
     let ended = deaf.child.try_wait().expect("its own child");
-    assert!(ended.is_some(), "it has memory that is gone");
+    assert!(ended.is_some(), "it still maps memory that is removed");
     bed.wait_for_readers(0);
 }
 
@@ -157,14 +159,14 @@ fn a_reader_that_sends_garbage_is_killed_and_the_others_continue() {
 
 #[test]
 fn killed_at_any_moment_readers_leave_nothing_behind() {
-    // In a process without other tests, so that its descriptors can be counted.
+    // A process of its own, without other tests, so that the test can count its descriptors.
     let bed = Bed::new();
     let mut daemon = bed.process("daemon-of-killed");
     daemon.wait_for("all is well");
     assert!(daemon.ended_well());
 }
 
-/// What the process of that name does.
+/// The role `daemon-of-killed`.
 pub fn outlive_readers() {
     let rounds = std::env::var("SHADOW_KILLS").ok();
     let rounds = rounds.and_then(|n| n.parse().ok()).unwrap_or(20u32);
@@ -207,10 +209,10 @@ fn hello(version: u32, magic: u64, endpoint: u64) -> Frame {
     Frame::new(kind::HELLO, version, [magic, endpoint, 0, 0])
 }
 
-/// What the daemon answers to these bytes, until it hangs up.
+/// The daemon's answer to these bytes, up to the end of the stream.
 fn answer(bed: &Bed, bytes: &[u8]) -> Option<(Refusal, u64)> {
     let mut stream = UnixStream::connect(bed.path()).expect("somebody listens");
-    // The daemon may have hung up in the middle.
+    // The daemon may have closed the connection in the middle.
     let _ = stream.write_all(bytes);
     if bytes.len() < FRAME_LEN {
         stream.shutdown(std::net::Shutdown::Write).expect("open");
@@ -257,11 +259,11 @@ fn garbage_is_refused_and_affects_no_reader() {
             "{frame:?}"
         );
     }
-    // Less than a frame, far more than one, and silence.
+    // Less than a frame, far more than a frame, and no byte at all.
     assert_eq!(answer(&bed, &[1; 7]), Some((Refusal::NoGreeting, 0)));
     answer(&bed, &vec![0xff; 1 << 20]);
     assert_eq!(answer(&bed, &[]), None);
-    // Descriptors where none belong.
+    // Descriptors beside a greeting, where none are allowed.
     let stream = UnixStream::connect(bed.path()).expect("somebody listens");
     let greeting = hello(VERSION, MAGIC, a).to_wire();
     let file = bed.file().as_fd();

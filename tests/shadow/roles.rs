@@ -1,4 +1,4 @@
-//! What other processes do; each is this test, started anew.
+//! Roles of other processes. Each process is this test program, started again.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -75,8 +75,8 @@ fn stall(socket: &std::path::Path) {
     for_ever();
 }
 
-/// Reaches memory under a rule of the kernel's that ends whoever makes a system call other than `read`
-/// and `write`. Pages 0 to 15 are mapped.
+/// Accesses memory under strict seccomp: the kernel ends a thread that makes a system call other
+/// than `read` and `write`. Pages 0 to 15 must be mapped.
 #[expect(unsafe_code, reason = "system calls without a wrapper")]
 fn strict(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("let in");
@@ -85,12 +85,13 @@ fn strict(socket: &std::path::Path) {
     memory
         .write_slice(&[1; 16 * 4096], GuestAddress(0))
         .expect("mapped");
-    // The kernel ends the thread only: without this the test would wait for ever.
+    // The kernel ends only the thread; the process must end as well, or the test would wait for
+    // ever.
     std::thread::spawn(|| {
         std::thread::sleep(Duration::from_secs(20));
         std::process::exit(1);
     });
-    // SAFETY: passes no pointer; forbids this thread what it does not do any more.
+    // SAFETY: passes no pointer; it only forbids calls that this thread does not make any more.
     assert_eq!(unsafe { libc::prctl(libc::PR_SET_SECCOMP, 1) }, 0);
     let mut sum = 0u64;
     for number in 0..100_000 {
@@ -100,7 +101,7 @@ fn strict(socket: &std::path::Path) {
         drop(guard);
         let found: u8 = memory.read_obj(GuestAddress(page(number))).expect("mapped");
         sum += u64::from(found);
-        // Over the end of one mapping.
+        // Across the end of one mapping.
         let across = GuestAddress(page(number % 15) / 2 + 4092);
         memory
             .write_obj(0x0101_0101_0101_0101_u64, across)
@@ -114,7 +115,7 @@ fn strict(socket: &std::path::Path) {
     for_ever();
 }
 
-/// Reads one word all the time, mapped or not.
+/// Reads one word over and over, whether it is mapped or not.
 fn hammer_one(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("let in");
     let memory = reader.memory();
@@ -124,7 +125,7 @@ fn hammer_one(socket: &std::path::Path) {
     }
 }
 
-/// Writes 1, 2, .. to I/O virtual 0, once for each line.
+/// Writes 1, 2, ... to IOVA 0, once for each line of input.
 fn write_on_command(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("let in");
     say("ready");
@@ -135,7 +136,7 @@ fn write_on_command(socket: &std::path::Path) {
     }
 }
 
-/// Takes its welcome and never listens again.
+/// Receives the welcome and never reads again.
 fn deaf(socket: &std::path::Path) {
     let stream = greet(socket);
     say("ready");
@@ -143,7 +144,7 @@ fn deaf(socket: &std::path::Path) {
     for_ever();
 }
 
-/// Takes its welcome and then talks nonsense.
+/// Receives the welcome and then sends garbage.
 fn babble(socket: &std::path::Path) {
     let mut stream = greet(socket);
     say("ready");

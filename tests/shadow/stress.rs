@@ -1,5 +1,5 @@
-//! Readers at full speed while everything changes under them. Each access checks what it finds, so
-//! that one through an entry that was unmapped shows.
+//! Readers at full speed while everything changes. Each access checks the value that it reads, so
+//! an access through a removed mapping is detected.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,15 +11,16 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::bed::{A, B, Bed, D1, D2, PAGE, mapping, range};
 
-/// I/O virtual pages that come and go, each in a table of its own so that frames come and go, too.
+/// Pages that are mapped and unmapped. Each has a table of its own, so that frames are allocated
+/// and freed, too.
 const PAGES: u64 = 8;
 const STEP: u64 = 2 << 20;
-/// What lies in a page of memory that no mapping leads to.
+/// The value in a page of memory that no mapping leads to.
 const POISON: u64 = 0xdead_dead_dead_dead;
-/// Where readers write in a page.
+/// Offset in a page at which readers write.
 const SCRIBBLE: u64 = 64;
 
-/// What lies in a page of memory that `iova` leads to in domain `domain`.
+/// The value in a page of memory to which `iova` leads in domain `domain`.
 fn stamp(domain: u32, iova: u64) -> u64 {
     u64::from(domain) << 56 | iova | 1
 }
@@ -28,7 +29,7 @@ fn is_stamp(value: u64, iova: u64) -> bool {
     value == stamp(D1.0, iova) || value == stamp(D2.0, iova)
 }
 
-/// Reads and writes until told to stop. Returns how many accesses got through.
+/// Reads and writes until `over` is set. Returns the number of accesses that succeeded.
 pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
     let memory = reader.memory();
     let ram = memory.get_backend();
@@ -38,7 +39,7 @@ pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
         number = number.wrapping_add(1);
         let iova = number * 5 % PAGES * STEP;
         if number.is_multiple_of(3) {
-            // Through `vm-memory` as a device would.
+            // Through `vm-memory`, like a device.
             if let Ok(found) = memory.read_obj::<u64>(GuestAddress(iova)) {
                 assert!(is_stamp(found, iova), "{found:#x} at {iova:#x}");
                 done += 1;
@@ -67,7 +68,8 @@ pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
     done
 }
 
-/// Changes everything for a while. The tables say at any time what the memory says.
+/// Changes mappings, domains and memory for `time`. At any moment, the tables agree with the values
+/// in memory.
 fn change(bed: &mut Bed, time: Duration) -> u64 {
     let until = Instant::now() + time;
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
@@ -77,14 +79,14 @@ fn change(bed: &mut Bed, time: Duration) -> u64 {
         random ^= random << 17;
         random % below
     };
-    // By domain and page: the page of memory it leads to.
+    // By domain and page: the page of memory to which it leads.
     let mut leads: [[Option<u64>; PAGES as usize]; 2] = Default::default();
     let mut free: Vec<u64> = (1..64).collect();
     for &page in &free {
         bed.poke(page * PAGE, POISON);
     }
     let mut changes = 0;
-    // Both domains have to be there all the time.
+    // Both domains must exist all the time.
     bed.iommu.attach(B, D2, false).expect("attached");
     bed.iommu.attach(A, D1, false).expect("attached");
     let mut at = 0;
@@ -94,7 +96,7 @@ fn change(bed: &mut Bed, time: Duration) -> u64 {
         let iova = page * STEP;
         match next(10) {
             0 => {
-                // The domain A leaves goes, with all its tables, unless B is in it.
+                // The domain that A leaves ends, with all its tables, unless B is attached to it.
                 at = 1 - at;
                 bed.iommu.attach(A, [D1, D2][at], false).expect("moved");
                 if at == 1 {
@@ -127,7 +129,7 @@ fn change(bed: &mut Bed, time: Duration) -> u64 {
         }
         retire(bed, leads, &mut free);
     }
-    // Long after, nobody has written where nothing leads.
+    // Some time later, no reader has written to a page to which no mapping leads.
     std::thread::sleep(Duration::from_millis(20));
     for ram in free {
         check_poisoned(bed, ram);
@@ -153,7 +155,7 @@ fn check_poisoned(bed: &Bed, ram: u64) {
     assert!(scribbled == POISON || scribbled == 0, "{scribbled:#x}");
 }
 
-/// Readers that get no processor for long are not what is looked for.
+/// A bed with a long deadline: the test does not look for readers that were not scheduled in time.
 fn patient() -> Bed {
     Bed::with(Limits {
         patience: Duration::from_secs(30),
