@@ -1,4 +1,4 @@
-//! Puts the figures of all benches together: the fragments they have left, and criterion's medians.
+//! Merges the figures of all benches: their fragments and criterion's medians.
 //!
 //! `qemu-scripts/bench.sh --json FILE` runs this last.
 #![allow(clippy::expect_used, reason = "a bench ends by panicking")]
@@ -12,7 +12,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-/// Group and name of a figure, criterion's folder for it, and how many requests one run of it makes.
+/// Group and name of a figure, criterion's folder for it, and the number of requests in one
+/// iteration.
 const MEDIANS: [(&str, &str, &str, f64); 4] = [
     ("engine", "pair_64k_ns", "page_table/map+unmap/65536", 1.0),
     ("engine", "pair_1m_ns", "page_table/map+unmap/1048576", 1.0),

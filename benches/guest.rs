@@ -1,8 +1,8 @@
-//! What mapping costs a stock guest: the daemon beside QEMU's own virtio-iommu, in turn.
+//! Time of a mapping in a stock guest: the daemon and QEMU's own virtio-iommu in alternation.
 //!
-//! `qemu-scripts/bench.sh` sets up what this needs and runs it. With `--accel kvm` the guest is not
-//! emulated; in the emulated machine of `qemu-scripts/l1.sh`, whose files go when it ends, the
-//! figures and the plot are printed instead, where `-` stands for their files.
+//! `qemu-scripts/bench.sh` prepares the machine and runs this. With `--accel kvm`, KVM runs the
+//! guest. The emulated machine of `qemu-scripts/l1.sh` loses its files when it ends, so `-` in
+//! place of a file name prints the figures and the plot instead.
 #![allow(clippy::expect_used, reason = "a bench ends by panicking")]
 
 #[path = "../tests/common/vm.rs"]
@@ -23,7 +23,7 @@ use serde_json::json;
 use vhost_device_iommu::process::realtime::Realtime;
 use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
 
-/// The device that the kernel's benchmark maps for, and the one given to VFIO.
+/// The device of the kernel's DMA benchmark, and the one that is bound to vfio-pci.
 const DMA: &str = "0000:00:06.0";
 const VFIO: &str = "0000:00:07.0";
 const CONFIG: &str = r#"
@@ -33,12 +33,12 @@ address = "00:05.0"
 [[endpoint]]
 range = "00:06.0-00:07.0"
 "#;
-/// For the daemon whose worker comes before the guest's processors.
+/// For the daemon whose worker preempts the guest's processors.
 const PRIORITY: &str = "realtime-priority = 1\n";
 const RUN: Duration = Duration::from_secs(120);
 const DEFAULT_ROUNDS: usize = 5;
 
-/// Name, the guest's mode, the command.
+/// Name of the measure, mode of the guest, command.
 const MEASURES: [(&str, &str, &str); 7] = [
     ("strict", "DMA", "dma-bench 1 1"),
     ("strict_2_threads", "DMA", "dma-bench 2 1"),
@@ -49,28 +49,29 @@ const MEASURES: [(&str, &str, &str); 7] = [
     ("vfio_random", "", "vfio-bench 0000:00:07.0 random 1024 6"),
 ];
 
-/// Who answers the guest's requests.
+/// The virtio-iommu that serves the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Iommu {
     Qemu,
     Daemon,
-    /// The daemon with a realtime priority. Only for as many busy processors as the host has.
+    /// The daemon with a realtime priority; measured only with as many busy processors as the host
+    /// has.
     Realtime,
 }
 
-/// Nanoseconds of one MAP and one UNMAP, as the guest sees it.
+/// Nanoseconds of one MAP and of one UNMAP, measured in the guest.
 type Times = [f64; 2];
 
-/// What one measure came to in one boot.
+/// The figures of one measure in one boot.
 #[derive(Clone, Copy)]
 struct Measured {
     times: Times,
-    /// Exits from the guest for a MAP and its UNMAP, where KVM tells.
+    /// Exits from the guest for a MAP and its UNMAP, if KVM counts them.
     exits: Option<f64>,
 }
 
 fn main() {
-    // `cargo test --benches` runs this too, with nothing to measure.
+    // `cargo test --benches` runs this too; there is nothing to measure then.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
@@ -82,10 +83,10 @@ fn main() {
     let (mut ours, mut realtime) = (qemu.clone(), qemu.clone());
     let allowed = Realtime::new(1);
     if let Err(cause) = &allowed {
-        eprintln!("left out: {cause}");
+        eprintln!("skipped: {cause}");
     }
     for round in 0..rounds {
-        // Each goes first in turn.
+        // The order alternates.
         let mut order = vec![Iommu::Qemu, Iommu::Daemon];
         let with_realtime = allowed.is_ok() && machine.processors() > 1;
         order.extend(with_realtime.then_some(Iommu::Realtime));
@@ -146,17 +147,18 @@ impl Iommu {
     }
 }
 
-/// One measure: medians of both, and the ratios of the rounds. MAP first, then UNMAP.
+/// One measure: medians of both devices, and the ratios of the rounds. MAP first, then UNMAP.
 pub struct Row {
     /// Its name.
     pub name: String,
-    /// Medians, in nanoseconds.
+    /// QEMU's medians, in nanoseconds.
     pub qemu: Times,
-    /// Medians, in nanoseconds.
+    /// The daemon's medians, in nanoseconds.
     pub ours: Times,
-    /// Ours : QEMU's; least, median and greatest of the rounds.
+    /// The daemon's time divided by QEMU's; least, median and greatest of the rounds.
     pub ratio: [[f64; 3]; 2],
-    /// Exits from the guest for a MAP and its UNMAP: medians of QEMU's own and of ours.
+    /// Exits from the guest for a MAP and its UNMAP: medians with QEMU's device and with the
+    /// daemon.
     pub exits: Option<[f64; 2]>,
 }
 
@@ -187,7 +189,7 @@ impl Row {
     }
 }
 
-/// What was measured, by measure.
+/// Boots a guest and makes the measures. Returns the figures by measure.
 fn boot_and_measure(
     setup: &Setup,
     kernel: &Kernel,
@@ -257,7 +259,7 @@ fn boot_and_measure(
     times
 }
 
-/// How often the daemon's worker waited for the guest without sleeping, and how long in all.
+/// How often the daemon's worker polled for the guest, and for how long in all.
 fn polled(daemon: &mut Daemon) -> (u64, u64) {
     let status = daemon.status().0;
     ["polls_paid", "polls_paid_ns"]
@@ -265,7 +267,7 @@ fn polled(daemon: &mut Daemon) -> (u64, u64) {
         .into()
 }
 
-/// Gives the device's group another mode, which it takes while no driver is bound.
+/// Changes the mode of the device's group, which is possible while no driver is bound.
 fn set_mode(vm: &mut Vm, mode: &str) {
     let device = format!("/sys/bus/pci/devices/{DMA}");
     vm.run(&format!("echo {DMA} >{device}/driver/unbind"));
@@ -273,8 +275,8 @@ fn set_mode(vm: &mut Vm, mode: &str) {
     vm.run(&format!("echo {DMA} >/sys/bus/pci/drivers_probe"));
 }
 
-/// Exits from the guest for each page that VFIO maps and unmaps, without those of the program's start
-/// and end; `None` for other measures.
+/// Exits from the guest for each page that VFIO maps and unmaps, without those of the program's
+/// start and end; `None` for other measures.
 fn exits_a_pair(vm: &mut Vm, machine: Machine, command: &str) -> Option<f64> {
     let words: Vec<_> = command.split(' ').collect();
     let ["vfio-bench", device, "page", count, rounds] = words[..] else {
@@ -288,11 +290,11 @@ fn exits_a_pair(vm: &mut Vm, machine: Machine, command: &str) -> Option<f64> {
     };
     let (one, all) = (exits(1)?, exits(rounds)?);
     let pairs = count * (rounds - 1);
-    // Few enough of them, and chance decides.
+    // If there are few exits, `all` may be less than `one` by chance.
     Some(all.saturating_sub(one) as f64 / pairs as f64)
 }
 
-/// QEMU's arguments for the daemon, as they are for the same machine with QEMU's own device.
+/// QEMU's arguments for the daemon, changed to those of the same machine with QEMU's own device.
 fn with_qemus_own(arguments: Vec<String>) -> Vec<String> {
     let mut own = Vec::new();
     let mut words = arguments.into_iter();
@@ -306,7 +308,7 @@ fn with_qemus_own(arguments: Vec<String>) -> Vec<String> {
     own
 }
 
-/// The kernel of the L1 machine, which has the benchmark, as a guest.
+/// The kernel of the L1 machine as a guest's kernel; it has the DMA benchmark.
 fn host_kernel() -> Kernel {
     let variable = |name: &str| {
         std::env::var(name)
@@ -319,7 +321,7 @@ fn host_kernel() -> Kernel {
     }
 }
 
-/// "map 1200 unmap 900".
+/// Parses "map 1200 unmap 900".
 fn parse(answer: &str) -> Option<Times> {
     let mut words = answer.split_whitespace();
     (words.next()? == "map").then_some(())?;

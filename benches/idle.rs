@@ -1,4 +1,4 @@
-//! What a daemon costs that has nothing to do: memory and wakeups, without a VM and with one.
+//! Cost of an idle daemon: memory and wakeups, without a VM and with one.
 #![expect(clippy::expect_used, reason = "a bench ends by panicking")]
 #![allow(
     clippy::cast_possible_truncation,
@@ -18,13 +18,13 @@ use common::daemon::{Daemon, EP};
 use common::guest::Guest;
 use serde_json::json;
 
-/// How long the daemon is watched.
+/// Duration of the measurement.
 const WATCHED: Duration = Duration::from_secs(30);
-/// Starts that are timed.
+/// Number of timed starts.
 const STARTS: usize = 11;
 
 fn main() {
-    // `cargo test --benches` runs this too, with nothing to measure.
+    // `cargo test --benches` runs this too; there is nothing to measure then.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
@@ -49,7 +49,7 @@ fn main() {
     fragment::leave("daemon", &figures);
 }
 
-/// From the start of the program to the answer to a request in its ring.
+/// Time from the start of the program to the answer to a request in its ring.
 fn first_answer() -> Duration {
     let started = Instant::now();
     let daemon = Daemon::with_args(&["--memory", "4G"]);
@@ -58,7 +58,7 @@ fn first_answer() -> Duration {
     started.elapsed()
 }
 
-/// Says what it costs, and returns the wakeups.
+/// Prints the cost of the daemon. Returns its wakeups.
 fn report(what: &str, daemon: &Daemon) -> u64 {
     let before = daemon.context_switches();
     let ticks = cpu_ticks(daemon.pid());

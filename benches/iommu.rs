@@ -1,4 +1,4 @@
-//! Requests through the core: rules, plan, commit, with no backend behind the endpoint.
+//! Requests through the core: rules, plan and commit, for an endpoint without a backend.
 #![expect(
     clippy::expect_used,
     reason = "a bench ends by panicking; its counts are small"
@@ -16,7 +16,7 @@ use vhost_device_iommu::topology::{EndpointSpec, PciRange, ReservedRegions, Topo
 const ENDPOINT: EndpointId = EndpointId(0x30);
 const DOMAIN: DomainId = DomainId(1);
 const LIVE: [u64; 4] = [256, 4096, 65536, 1 << 20];
-/// Requests timed at a stretch.
+/// Requests in one timed run.
 const STRETCH: u64 = 256;
 
 fn iommu() -> Iommu {
@@ -44,7 +44,7 @@ fn iommu() -> Iommu {
     iommu
 }
 
-/// Page number `n`: even ones are kept mapped, odd ones come and go.
+/// Page number `n`: even pages stay mapped, odd ones are mapped and unmapped.
 fn page(n: u64) -> Mapping {
     Mapping {
         range: IovaRange::from_len(Iova(n << 12), 4096).expect("a page"),
@@ -81,7 +81,7 @@ fn requests(c: &mut Criterion) {
             let mut chosen: Vec<_> = (0..STRETCH).map(|_| 2 * rng.below(live) + 1).collect();
             chosen.sort_unstable();
             chosen.dedup();
-            // Requests come in no order.
+            // The requests come in random order.
             for i in (1..chosen.len()).rev() {
                 let j = rng.below(i as u64 + 1);
                 chosen.swap(i, usize::try_from(j).expect("an index"));
@@ -104,7 +104,7 @@ fn requests(c: &mut Criterion) {
                 total += if maps { mapped } else { start.elapsed() };
                 done += pages.len() as u64;
             }
-            // As if exactly `iterations` had been done.
+            // Scaled to the number of iterations that criterion asked for.
             total.mul_f64(iterations as f64 / done as f64)
         };
         group.bench_function(BenchmarkId::new("map", live), |b| {

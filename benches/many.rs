@@ -1,7 +1,7 @@
-//! What many daemons on one machine cost that have nothing to do: memory, processor time, and how long it
-//! takes to start them.
+//! Cost of many idle daemons on one machine: memory, processor time, and the time that their start
+//! takes.
 //!
-//! Each has a configuration and sockets of its own, and no VM yet.
+//! Each has its own configuration and sockets, and no VM.
 #![expect(clippy::expect_used, reason = "a bench ends by panicking")]
 #![allow(
     clippy::cast_possible_truncation,
@@ -15,13 +15,13 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// How many there are, unless `VIOMMU_DAEMONS` says otherwise.
+/// Number of daemons, unless `VIOMMU_DAEMONS` gives another.
 const DAEMONS: usize = 1000;
-/// How long they are watched.
+/// Duration of the measurement.
 const WATCHED: Duration = Duration::from_secs(30);
 
 fn main() {
-    // `cargo test --benches` runs this too, with nothing to measure.
+    // `cargo test --benches` runs this too; there is nothing to measure then.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
@@ -35,7 +35,7 @@ fn main() {
     while !(0..count).all(listening) {
         assert!(
             started.elapsed() < Duration::from_secs(600),
-            "they do not start"
+            "the daemons do not start"
         );
         sleep(Duration::from_millis(20));
     }
@@ -103,7 +103,7 @@ fn start(folder: &Path, number: usize) -> Child {
         .expect("it starts")
 }
 
-/// KiB that the kernel has for processes beside their own pages, on the whole machine.
+/// Memory of the kernel for processes, besides their own pages, on the whole machine; in KiB.
 fn kernel() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").expect("it is told");
     let keys = ["Slab:", "KernelStack:", "PageTables:", "Percpu:"];
@@ -147,7 +147,7 @@ fn sum(pids: &[u32], figure: impl Fn(u32) -> u64) -> u64 {
     pids.iter().map(|pid| figure(*pid)).sum()
 }
 
-/// The number behind a key at the beginning of a line.
+/// The number after the key at the beginning of a line.
 fn value(text: &str, key: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());

@@ -1,4 +1,4 @@
-//! What a MAP, an UNMAP and a translation cost, and how much memory a mapping takes.
+//! Time of a MAP, an UNMAP and a translation, and memory of a mapping.
 
 #![expect(clippy::expect_used, reason = "a bench may stop")]
 
@@ -58,7 +58,7 @@ fn unmap(table: &mut Table, arena: &mut Arena, range: IovaRange) -> u64 {
     unmapped.mappings
 }
 
-/// A table with `live` single pages at random places of a window twice that size, and the pages
+/// A table with `live` single pages at random places of a window twice that size. Returns the pages
 /// in random order: first those that are mapped, then those that are free.
 fn half_full(live: u64) -> (Arena, Table, Vec<u64>) {
     let mut arena = Arena::new(64 << 20).expect("an arena");
@@ -70,8 +70,8 @@ fn half_full(live: u64) -> (Arena, Table, Vec<u64>) {
     (arena, table, order)
 }
 
-/// Maps and unmaps pages of `spare` in turns, a batch of each at a time, and adds up the time of
-/// one of the two.
+/// Maps a batch of pages of `spare` and unmaps it, over and over. Adds up the time of one of the
+/// two.
 fn batches(
     table: &mut Table,
     arena: &mut Arena,
@@ -120,7 +120,7 @@ fn single_pages(c: &mut Criterion) {
             });
         });
     }
-    // The worst place for a page: three tables are made and freed each time.
+    // The most expensive page: each mapping makes three tables, and each unmapping frees them.
     let mut arena = Arena::new(1 << 20).expect("an arena");
     let mut table = Table::new(&mut arena, Levels::Four).expect("a root");
     group.bench_function("map+unmap/empty", |b| {

@@ -1,7 +1,9 @@
-//! Requests through the rings: what a request costs the device, and how long its driver waits.
+//! Requests through the rings: the time that the device needs for a request, and the time that the
+//! driver waits.
 //!
-//! The driver's part is as small as it can be, and its chains are like the stock driver's: two descriptors,
-//! of a request and of the tail behind it, and what was freed last is taken first.
+//! The driver's part is as small as possible. Its chains are like the stock driver's: two
+//! descriptors, one for the request and one for the tail behind it, and the chain freed last is
+//! used first.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -56,7 +58,7 @@ const BATCH: u16 = 32;
 const BATCHES: usize = 4000;
 const ROUND_TRIPS: usize = 20_000;
 const PAGE: u64 = 4096;
-/// A chain's request and tail lie here, one after the other.
+/// Distance of the chains' buffers; a request and its tail lie in one, one after the other.
 const SLOT: u64 = 128;
 const TAIL_AT: u64 = 36;
 const ENDPOINT: u32 = 0x30;
@@ -64,7 +66,7 @@ const DOMAIN: u32 = 1;
 const RING_SIZE: u16 = 256;
 
 fn main() {
-    // `cargo test --benches` runs this too, with nothing to measure.
+    // `cargo test --benches` runs this too; there is nothing to measure then.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
@@ -78,8 +80,8 @@ fn main() {
     fragment::leave("ring", &figures);
 }
 
-/// The device's part, called on this thread: take a batch off the ring, serve, return it. By itself,
-/// and while an operator asks for all mappings again and again.
+/// Times the device alone, called on this thread: take a batch off the ring, serve it, return it.
+/// Measured by itself, and while an operator queries all mappings without a pause.
 fn device_alone() -> (f64, f64) {
     let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
     let memory = Memory {
@@ -146,21 +148,24 @@ fn device_alone() -> (f64, f64) {
         report(what, &mut times)
     };
     let alone = batches("device alone, a request in batches of 32");
-    let looker = Looker::start(core, device.clone(), metrics);
+    let operator = Operator::start(core, device.clone(), metrics);
     let watched = batches("the same while all mappings are asked for without a pause");
-    println!("  ({} answers of {LIVE} mappings meanwhile)", looker.stop());
+    println!(
+        "  ({} answers of {LIVE} mappings meanwhile)",
+        operator.stop()
+    );
     (alone, watched)
 }
 
-/// An operator without patience.
-struct Looker {
+/// An operator who queries all mappings over and over.
+struct Operator {
     over: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
     _control: ControlServer,
     _directory: TempDir,
 }
 
-impl Looker {
+impl Operator {
     fn start(iommu: Arc<Mutex<Iommu>>, device: Arc<Device>, metrics: Arc<Metrics>) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         let path = directory.path().join("control.sock");
@@ -218,7 +223,7 @@ impl Looker {
     }
 }
 
-/// What the driver sees of a daemon that polls.
+/// Times as the driver sees them, with a daemon that polls.
 fn through_a_daemon() -> f64 {
     let directory = TempDir::new().expect("a temporary directory");
     let socket = directory.path().join("vhost.sock");
@@ -334,7 +339,7 @@ impl Driver {
         }
     }
 
-    /// The mappings that stay.
+    /// Makes the mappings that stay.
     fn fill(&mut self, memory: &Memory, mut serve: impl FnMut(&mut Self)) {
         for n in 0..LIVE {
             self.put(memory, &map_page(2 * n));
@@ -347,7 +352,7 @@ impl Driver {
 
 fn core() -> Iommu {
     let config = Config::try_from(&RunArgs {
-        // Never made.
+        // This socket is never made.
         socket_path: Some("unused.sock".into()),
         iommu: Some("00:05.0".into()),
         endpoint: vec!["00:06.0".into()],
@@ -373,7 +378,7 @@ fn unmap_page(n: u64) -> Vec<u8> {
     wire::unmap(DOMAIN, n * PAGE, n * PAGE + PAGE - 1)
 }
 
-/// Pages between those that stay.
+/// Distinct pages between the mappings that stay.
 fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
     let mut pages = Vec::new();
     while pages.len() < usize::from(BATCH) {
@@ -385,7 +390,7 @@ fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
     pages
 }
 
-/// Says and returns the median.
+/// Prints and returns the median.
 fn report(what: &str, times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     let at = |part: usize| times[times.len() * part / 100];

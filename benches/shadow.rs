@@ -1,4 +1,4 @@
-//! What a reader pays for a translation, and what an UNMAP pays for readers.
+//! Time of a reader's translation, and time of an UNMAP with readers.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -28,7 +28,7 @@ const ENDPOINT: EndpointId = EndpointId(0x18);
 const DOMAIN: DomainId = DomainId(1);
 const PAGE: u64 = 4096;
 const RAM: u64 = 256 << 20;
-/// Live mappings of a page each.
+/// Number of live mappings, one page each.
 const MAPPINGS: u64 = 64 << 10;
 
 struct Bed {
@@ -43,7 +43,7 @@ fn memory() -> MemorySlot {
     // SAFETY: the name is a string with a final zero that outlives the call.
     let fd = unsafe { libc::memfd_create(c"bench".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "a memfd");
-    // SAFETY: the descriptor was just made and belongs to nobody else.
+    // SAFETY: the descriptor was just made and has no other owner.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
     file.set_len(RAM).expect("room");
     let file = Arc::new(file);
@@ -95,7 +95,7 @@ impl Bed {
         let server = ShadowServer::start(registry, &[socket], drop).expect("a socket");
         iommu.attach(ENDPOINT, DOMAIN, false).expect("attached");
         for page in 0..MAPPINGS {
-            // No two pages side by side in memory are so for the endpoint.
+            // Pages that are adjacent in memory are never adjacent for the endpoint.
             let gpa = page * 40_503 % MAPPINGS * PAGE;
             iommu.map(DOMAIN, &at(page, gpa)).expect("mapped");
         }
@@ -117,7 +117,7 @@ fn at(page: u64, gpa: u64) -> Mapping {
     }
 }
 
-/// Addresses in no order, each in another page than the one before.
+/// Addresses in random order, each in another page than the one before.
 struct Random(u64);
 
 impl Random {

@@ -1,17 +1,17 @@
-//! Figures for `qemu-scripts/bench.sh --json`: each bench leaves its own, the last one puts them
-//! together.
+//! Figures for `qemu-scripts/bench.sh --json`: each bench writes a fragment, and the last bench
+//! merges them.
 
 use std::fs;
 use std::path::PathBuf;
 
 use serde_json::Value;
 
-/// Where fragments lie, where somebody wants them.
+/// The folder for fragments, if figures are wanted.
 pub fn directory() -> Option<PathBuf> {
     std::env::var_os("VIOMMU_FIGURES").map(PathBuf::from)
 }
 
-/// Leaves figures, an object of groups, under a name of its own.
+/// Writes figures, an object of groups, to a fragment of this name.
 pub fn leave(name: &str, figures: &Value) {
     if let Some(directory) = directory() {
         let path = directory.join(format!("{name}.json"));

@@ -1,13 +1,13 @@
-//! What runs the guest.
+//! The machine and the accelerator that run the guest.
 
 use std::fs;
 
 use serde_json::{Value, json};
 
-/// The exits of all guests of this machine.
+/// The exits of all guests on this machine.
 const EXITS: &str = "/sys/kernel/debug/kvm/exits";
 
-/// An accelerator of QEMU's, and the machine it is on.
+/// QEMU's accelerator, and the machine it runs on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Machine {
     /// The guest is emulated.
@@ -19,7 +19,7 @@ pub enum Machine {
 }
 
 impl Machine {
-    /// The machine this is, with the accelerator of this name.
+    /// This machine, with the accelerator of this name.
     pub fn new(accel: &str) -> Self {
         match accel {
             "tcg" => Self::Tcg,
@@ -29,46 +29,47 @@ impl Machine {
         }
     }
 
-    /// QEMU's arguments.
+    /// QEMU's arguments for the accelerator.
     pub fn accel(self) -> &'static [&'static str] {
         match self {
             Self::Tcg => &["-accel", "tcg"],
             Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
-            // A timer that is set to a time stamp may never go off there.
+            // A timer that is set to a time stamp may never fire there.
             Self::KvmInL1 => &["-accel", "kvm", "-cpu", "max,-tsc-deadline,+invtsc"],
         }
     }
 
-    /// Processors of the guest.
+    /// Number of processors of the guest.
     pub fn processors(self) -> usize {
         match self {
             Self::Tcg | Self::Kvm => 2,
-            // With more the emulated machine stops at times. It has two itself.
+            // With more than one, the emulated machine, which has two itself, stops at times.
             Self::KvmInL1 => 1,
         }
     }
 
-    /// More for the guest's kernel.
+    /// Additional parameters of the guest's kernel.
     pub fn append(self) -> String {
         match self {
             Self::Tcg | Self::Kvm => String::new(),
-            // Looking at a timer takes a hundred microseconds there, too long to find out how fast
-            // time stamps count; without them each look at the clock would take as long.
+            // Reading a timer takes a hundred microseconds there: too long to measure the frequency
+            // of the time stamp counter. Without time stamps, each read of the clock would take as
+            // long.
             Self::KvmInL1 => format!("quiet no_timer_check tsc_early_khz={}", time_stamp_khz()),
         }
     }
 
-    /// More for the daemon's configuration.
+    /// Additional keys of the daemon's configuration.
     pub fn config(self) -> &'static str {
         match self {
             Self::Tcg | Self::Kvm => "",
-            // An exit of the guest's takes a hundred microseconds there, and so the next request after
-            // one that was not polled for is further away than the worker polls otherwise.
+            // An exit of the guest takes a hundred microseconds there. So after a missed poll the
+            // next request comes later than the worker's default polls last.
             Self::KvmInL1 => "poll-max-us = 1000\n",
         }
     }
 
-    /// The figures, in the group where `qemu-scripts/bench.sh --json` has them.
+    /// Puts the figures into the group in which `qemu-scripts/bench.sh --json` reports them.
     pub fn in_group(self, figures: Value) -> Value {
         match self {
             Self::Tcg => figures,
@@ -80,7 +81,7 @@ impl Machine {
         }
     }
 
-    /// Exits from guests so far, those that run; `None` where KVM does not tell.
+    /// Exits of the running guests so far; `None` if KVM does not count them.
     pub fn exits(self) -> Option<u64> {
         match self {
             Self::Tcg => None,
@@ -88,7 +89,7 @@ impl Machine {
         }
     }
 
-    /// A name for the file they are in.
+    /// The name of the fragment's file.
     pub fn fragment(self) -> &'static str {
         match self {
             Self::Tcg => "guest",
@@ -97,11 +98,11 @@ impl Machine {
     }
 }
 
-/// How fast time stamps count, in kHz.
+/// Frequency of the time stamp counter, in kHz.
 fn time_stamp_khz() -> u64 {
     let text = fs::read_to_string("/proc/cpuinfo").expect("/proc/cpuinfo");
     let line = text.lines().find(|line| line.starts_with("cpu MHz"));
-    // With three places after the point.
+    // The frequency is in MHz with three decimal places.
     let khz = line.and_then(|line| line.split(':').nth(1)?.trim().replace('.', "").parse().ok());
     khz.expect("the processor's frequency")
 }

@@ -1,4 +1,4 @@
-//! A bar for each figure, as SVG.
+//! A bar chart of the figures, as SVG.
 
 use std::fmt::Write;
 
@@ -10,7 +10,7 @@ const BAR: f64 = 12.0;
 const GROUP: f64 = 36.0;
 const TOP: f64 = 50.0;
 
-/// What each measure costs, QEMU's own above the daemon.
+/// One pair of bars for each measure: QEMU's own device above the daemon.
 pub fn bars(rows: &[Row]) -> String {
     let longest = rows
         .iter()

@@ -1,4 +1,4 @@
-//! The system calls and nothing else.
+//! The bare system calls.
 
 #![expect(unsafe_code, reason = "what is measured against")]
 
@@ -28,20 +28,20 @@ const FLAGS: u32 = 7;
 pub struct Bare {
     /// The container or the iommufd.
     pub fd: OwnedFd,
-    /// What is in it.
+    /// How it is filled, and its identifiers.
     pub kind: Kind,
-    /// Guest RAM, at guest-physical 0.
+    /// Guest RAM, which begins at guest-physical address 0.
     pub ram: Arc<MemorySlot>,
 }
 
-/// How it is filled.
+/// How the address space is filled.
 pub enum Kind {
     Type1,
-    /// From the file into this address space.
+    /// Mapped from the file.
     Map {
         ioas: u32,
     },
-    /// From another address space into this one.
+    /// Copied from another address space.
     Copy {
         ioas: u32,
         from: u32,
@@ -91,7 +91,7 @@ impl Bare {
         }
     }
 
-    /// Answers the bytes that were mapped.
+    /// Returns the number of bytes that were mapped.
     pub fn unmap(&self, range: IovaRange) -> u64 {
         let (iova, len) = (range.first().0, range.span() + 1);
         match self.kind {
@@ -119,8 +119,8 @@ impl Bare {
     }
 
     fn call<T>(&self, request: c_ulong, argument: &mut T) {
-        // SAFETY: each number comes with its structure, which has its size in it; what is mapped is
-        // guest RAM, which nothing borrows and which outlives the address space.
+        // SAFETY: each request number has its structure, which holds its own size. The mapped
+        // memory is guest RAM; nothing borrows it, and it outlives the address space.
         let done = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, argument) };
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }

@@ -1,4 +1,4 @@
-//! The core with one backend and one endpoint, and the system calls beside it.
+//! A core with one backend and one endpoint, and the bare system calls beside it.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ use crate::devices::Function;
 use crate::no_kernel::NoKernel;
 use crate::{Side, Way};
 
-/// Bytes of guest RAM, from guest-physical 0.
+/// Length of guest RAM, which begins at guest-physical address 0.
 pub const RAM_LEN: u64 = 64 << 20;
 
 const ENDPOINT: EndpointId = EndpointId(0x30);
@@ -38,9 +38,9 @@ const CAPABILITIES: BackendCapabilities = BackendCapabilities {
 
 pub struct Bed {
     iommu: Iommu,
-    /// On the same address space; `None` without a kernel.
+    /// System calls on the same address space; `None` without a kernel.
     bare: Option<Bare>,
-    /// How many mappings the address space takes.
+    /// Maximum number of mappings in the address space.
     room: u64,
 }
 
@@ -60,7 +60,7 @@ impl Bed {
         }
     }
 
-    /// With a device of this machine's attached to the domain.
+    /// A bed with a device of this machine, attached to the domain.
     pub fn with_device(way: Way, function: &str) -> Self {
         let ram = ram();
         let device = Function::new(function);
@@ -113,7 +113,7 @@ impl Bed {
         bed
     }
 
-    /// How many mappings it takes.
+    /// Maximum number of mappings in the address space.
     pub fn room(&self) -> u64 {
         self.room
     }
@@ -138,7 +138,7 @@ impl Bed {
         }
     }
 
-    /// Both sides work on the same address space.
+    /// Checks that both sides work on the same address space.
     fn check(&mut self) {
         let page = Mapping {
             range: IovaRange::from_len(Iova(0x1000), 0x1000).expect("not empty"),
@@ -159,7 +159,7 @@ impl Bed {
     }
 }
 
-/// Guest RAM that is there already.
+/// Guest RAM whose pages are already allocated.
 fn ram() -> MemorySlot {
     let file = Arc::new(memfd(RAM_LEN));
     let mapped = FileOffset::from_arc(file.clone(), 0);
@@ -178,7 +178,7 @@ fn ram() -> MemorySlot {
     }
 }
 
-/// With the endpoint attached to the domain.
+/// A core whose endpoint is attached to the domain.
 fn core(backend: Box<dyn DmaBackend>, ram: &MemorySlot) -> Iommu {
     let at = "00:06.0".parse().expect("an address");
     let msi = ReservedRegion {
@@ -243,7 +243,7 @@ fn iommufd(
     Iommufd::new(kernel, CAPABILITIES, pin, vec![device])
 }
 
-/// The kernel's iommufd, whose address spaces are noted.
+/// The kernel's iommufd; records the address spaces that it makes.
 struct Noting {
     iommufd: IommuFd,
     made: Mutex<Vec<u32>>,

@@ -1,16 +1,17 @@
-//! What the daemon adds to the system calls that program the host's IOMMU: MAP and UNMAP through
-//! the core and a backend, beside the same system calls made by hand, in turn, in the same address
-//! space with a device attached.
+//! Overhead of the daemon over the system calls that program the host's IOMMU. MAP and UNMAP
+//! through the core and a backend alternate with the same system calls made directly, in the same
+//! address space with a device attached.
 //!
-//! Needs a device bound to vfio-pci, which is opened and attached here; it does no DMA:
+//! The bench needs a device bound to vfio-pci. It opens and attaches the device; the device does no
+//! DMA:
 //!
 //! ```text
 //! cargo bench --no-run --bench passthrough
 //! qemu-scripts/l1.sh -- cargo bench --offline --bench passthrough
 //! ```
 //!
-//! or, on a host with a device to spare, `cargo bench --bench passthrough -- 0000:65:00.0`. Without
-//! one only the daemon's own part is measured, on a kernel that does nothing.
+//! or, on a host with a free device, `cargo bench --bench passthrough -- 0000:65:00.0`. Without a
+//! device, the bench measures only the daemon's own part, on a fake kernel that does nothing.
 #![expect(clippy::expect_used, reason = "a bench ends by panicking")]
 #![allow(
     clippy::unwrap_used,
@@ -43,7 +44,7 @@ use crate::bed::{Bed, RAM_LEN};
 use crate::devices::Function;
 use crate::numbers::{Compared, Row, median, report};
 
-/// How a domain's mappings get to the host.
+/// How a backend passes the domain's mappings to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// `VFIO_IOMMU_MAP_DMA`.
@@ -57,7 +58,7 @@ enum Way {
 impl Way {
     const ALL: [Self; 3] = [Self::Type1, Self::Map, Self::Copy];
 
-    /// For arguments.
+    /// The name in arguments.
     fn name(self) -> &'static str {
         match self {
             Self::Type1 => "type1",
@@ -75,21 +76,21 @@ impl Way {
     }
 }
 
-/// Who makes the system calls.
+/// The side that makes the system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     Daemon,
     Bare,
 }
 
-/// What is mapped.
+/// Size and number of the mappings.
 #[derive(Clone, Copy)]
 struct Kind {
     name: &'static str,
     len: u64,
-    /// Mappings that stay, with a gap behind each where others come and go.
+    /// Mappings that stay, with a gap after each for those of a batch.
     live: u64,
-    /// Mappings made in one go, then removed in one go.
+    /// Mappings made in one run, then removed in one run.
     batch: u64,
     /// Batches of each side in a round.
     pairs: usize,
@@ -110,21 +111,21 @@ const BLOCK: Kind = Kind {
     pairs: 48,
 };
 
-/// Rounds, each in a process of its own: where its memory happens to lie decides which caches get
-/// into each other's way.
+/// Rounds. Each runs in a process of its own, because the place of its memory decides which data
+/// compete for the same cache lines.
 const ROUNDS: usize = 15;
-/// Where mappings are made, with room for all kinds.
+/// The first IOVA, with room for mappings of all kinds.
 const FIRST: u64 = 0x10_0000_0000;
-/// Single pages mapped and then unmapped by one request.
+/// Number of single pages that are mapped and then unmapped by one request.
 const MANY: u64 = 65536;
-/// How often that is done on each side.
+/// How often each side does that.
 const MANY_ROUNDS: usize = 3;
 
-/// Tells a process that it is a round.
+/// The argument that makes a process run one round.
 const ROUND: &str = "--round";
 
 fn main() {
-    // `cargo test --benches` runs this too, with nothing to measure.
+    // `cargo test --benches` runs this too; there is nothing to measure then.
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
@@ -163,7 +164,7 @@ fn main() {
     }
 }
 
-/// All rounds of a way; the rows are the same in each.
+/// Runs all rounds of one way; each gives the same rows.
 fn rounds(way: Way, function: Option<&str>) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     for _ in 0..ROUNDS {
@@ -186,7 +187,7 @@ fn rounds(way: Way, function: Option<&str>) -> Vec<Row> {
     rows
 }
 
-/// One round, a line for each row.
+/// Runs one round and prints a line for each row.
 fn round(way: Way, function: Option<&str>) {
     let mut alone_bed = Bed::without_kernel(way);
     let own = [PAGE, BLOCK].map(|kind| alone(&mut alone_bed, kind));
@@ -207,7 +208,7 @@ fn round(way: Way, function: Option<&str>) {
     }
 }
 
-/// The device to attach: one named in the arguments, or one that `l1.sh` has.
+/// The device to attach: the one named in the arguments, or the device of `l1.sh`.
 fn function() -> Option<String> {
     let named = std::env::args().skip(1).find(|arg| arg.contains(':'));
     if let Some(named) = named {
@@ -226,7 +227,7 @@ fn function() -> Option<String> {
     Path::new("/dev/iommu").exists().then_some(offered)
 }
 
-/// Mapping number `n`; even ones stay.
+/// Mapping number `n`; those with even numbers stay.
 fn mapping(kind: Kind, n: u64) -> Mapping {
     let places = RAM_LEN / kind.len;
     Mapping {
@@ -237,7 +238,7 @@ fn mapping(kind: Kind, n: u64) -> Mapping {
     }
 }
 
-/// Mappings for a batch: distinct odd numbers in no order.
+/// Mappings of a batch: distinct odd numbers in random order.
 fn batch(kind: Kind, rng: &mut Rng) -> Vec<Mapping> {
     let mut chosen: Vec<u64> = Vec::new();
     while (chosen.len() as u64) < kind.batch {
@@ -278,7 +279,7 @@ fn alone(bed: &mut Bed, kind: Kind) -> [f64; 2] {
     found.map(|mut f| median(&mut f))
 }
 
-/// Both sides in turn, the same mappings each time.
+/// Both sides in turn, with the same mappings.
 fn compare(bed: &mut Bed, kind: Kind) -> [Compared; 2] {
     let all: Vec<_> = (0..kind.live).map(|n| mapping(kind, 2 * n)).collect();
     all.iter().for_each(|m| bed.map(Side::Daemon, m));
@@ -286,7 +287,7 @@ fn compare(bed: &mut Bed, kind: Kind) -> [Compared; 2] {
     let mut pairs = [Vec::new(), Vec::new()];
     for n in 0..kind.pairs {
         let batch = batch(kind, &mut rng);
-        // Whoever is second finds warmer caches.
+        // The sides take turns in going first, because the second one finds warmer caches.
         let (daemon, bare) = if n % 2 == 0 {
             let daemon = time(bed, Side::Daemon, &batch);
             (daemon, time(bed, Side::Bare, &batch))
@@ -302,7 +303,7 @@ fn compare(bed: &mut Bed, kind: Kind) -> [Compared; 2] {
     pairs.map(|pairs| Compared::of(&pairs))
 }
 
-/// Single pages side by side, then one UNMAP of them all.
+/// Maps adjacent single pages, then unmaps them all with one UNMAP.
 fn many(bed: &mut Bed, way: Way) {
     let count = bed.room().min(MANY);
     let all = IovaRange::from_len(Iova(FIRST), count * PAGE.len).expect("not empty");
@@ -331,7 +332,7 @@ fn many(bed: &mut Bed, way: Way) {
     );
 }
 
-/// Time as microseconds for each of `count`.
+/// The time of each of `count`, in microseconds.
 fn each(time: Duration, count: usize) -> f64 {
     time.as_secs_f64() * 1e6 / count as f64
 }

@@ -1,4 +1,4 @@
-//! A kernel that does nothing, to see what the daemon does.
+//! A fake kernel that does nothing, to time the daemon's own part.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -1,14 +1,14 @@
-//! Medians of rounds.
+//! Medians of the rounds.
 
 use crate::{BLOCK, PAGE, Way};
 
-/// The median of some numbers.
+/// The median of these numbers.
 pub fn median(numbers: &mut [f64]) -> f64 {
     numbers.sort_unstable_by(f64::total_cmp);
     numbers[numbers.len() / 2]
 }
 
-/// One request through the daemon beside the bare system call, in one round; microseconds.
+/// One request through the daemon and by the bare system call, in one round; microseconds.
 #[derive(Clone, Copy)]
 pub struct Compared {
     pub daemon: f64,
@@ -18,7 +18,8 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// From pairs of times measured one right after the other: the daemon's and the bare call's.
+    /// From pairs of times that were measured one after the other: the daemon's and the bare
+    /// call's.
     pub fn of(pairs: &[(f64, f64)]) -> Self {
         let median_of =
             |f: fn(&(f64, f64)) -> f64| median(&mut pairs.iter().map(f).collect::<Vec<_>>());
@@ -30,10 +31,10 @@ impl Compared {
     }
 }
 
-/// What all rounds came to for one request.
+/// The figures of all rounds for one request.
 pub struct Row {
     title: String,
-    /// Own, daemon, bare, added: one of each for each round.
+    /// Own, daemon, bare, added: one number of each for each round.
     columns: [Vec<f64>; 4],
 }
 
@@ -48,7 +49,7 @@ impl Row {
         }
     }
 
-    /// Adds a round: as many columns as it has.
+    /// Adds the columns of one round.
     pub fn add(&mut self, line: &str) {
         let numbers = line.split_whitespace();
         for (column, number) in self.columns.iter_mut().zip(numbers) {

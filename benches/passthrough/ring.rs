@@ -1,4 +1,4 @@
-//! The whole way of a request: a daemon of its own, a driver's ring in this process.
+//! A request from the driver's ring in this process through a whole daemon.
 
 use std::time::Instant;
 
@@ -10,11 +10,11 @@ use crate::vm_bed::{self, Bed, endpoint};
 
 /// Requests in the ring at a time.
 const BATCH: u64 = 64;
-/// Batches of each kind in all.
+/// Number of batches of each kind.
 const BATCHES: usize = 80;
 const PAGE: u64 = 4096;
 
-/// Microseconds a request of MAP and of UNMAP.
+/// Microseconds of one MAP and one UNMAP.
 pub fn measure(way: Way, function: &str) -> [f64; 2] {
     let way = match way {
         Way::Type1 => vm_bed::Way::Type1,

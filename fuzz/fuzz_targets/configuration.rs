@@ -1,4 +1,4 @@
-//! Arbitrary text as a configuration file.
+//! Any text as a configuration file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Arbitrary sequences of requests: the core must stay consistent, and a reset must free every frame.
+//! Any sequence of requests: the core must stay consistent, and a reset must free everything.
 #![no_main]
 
 use arbitrary::Arbitrary;

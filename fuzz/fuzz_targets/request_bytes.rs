@@ -1,4 +1,4 @@
-//! Arbitrary bytes in the device-readable part of a request.
+//! Any bytes in the device-readable part of a request.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

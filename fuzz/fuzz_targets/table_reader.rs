@@ -1,4 +1,4 @@
-//! Arbitrary contents of an arena, read as by a reader in another process.
+//! Any contents of an arena, as a reader in another process may find them.
 #![no_main]
 
 use std::sync::atomic::AtomicU64;

@@ -1,4 +1,4 @@
-//! Arbitrary bytes from a vfio-user peer, split at arbitrary places.
+//! Any bytes over vfio-user, split at any offset.
 #![no_main]
 
 use std::io::Write;
