@@ -105,7 +105,7 @@ fn start(folder: &Path, number: usize) -> Child {
 
 /// Memory of the kernel for processes, besides their own pages, on the whole machine; in KiB.
 fn kernel() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").expect("it is told");
+    let text = fs::read_to_string("/proc/meminfo").expect("a readable file");
     let keys = ["Slab:", "KernelStack:", "PageTables:", "Percpu:"];
     keys.iter().map(|key| value(&text, key)).sum()
 }

@@ -198,10 +198,10 @@ impl Operator {
         };
         let control = ControlServer::start(&places, subjects).expect("a control socket");
         let over = Arc::new(AtomicBool::new(false));
-        let told = over.clone();
+        let stop = over.clone();
         let thread = std::thread::spawn(move || {
             let mut answers = 0;
-            while !told.load(Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 let mut stream = UnixStream::connect(&path).expect("connected");
                 stream.write_all(b"mappings\n").expect("asked");
                 std::io::copy(&mut stream, &mut std::io::sink()).expect("answered");

@@ -101,7 +101,7 @@ impl Bed {
         }
         Self {
             iommu,
-            reader: ShadowReader::connect(&path, ENDPOINT).expect("let in"),
+            reader: ShadowReader::connect(&path, ENDPOINT).expect("accepted"),
             _server: server,
             _folder: folder,
         }

@@ -508,5 +508,5 @@ fn memory_of(vm: &mut Vm) -> u64 {
     let figure = line.split_whitespace().nth(1);
     figure
         .and_then(|text| text.parse().ok())
-        .unwrap_or_else(|| panic!("the guest says `{line}`"))
+        .unwrap_or_else(|| panic!("the guest printed `{line}`"))
 }

@@ -223,8 +223,8 @@ fn the_message_of_a_daemon_that_refuses_to_start_is_kept() {
         "{}",
         run.stderr
     );
-    let said = run.stderr.matches("vhost-device-iommu: ").count();
-    assert_eq!(said, 1, "{}", run.stderr);
+    let messages = run.stderr.matches("vhost-device-iommu: ").count();
+    assert_eq!(messages, 1, "{}", run.stderr);
     assert!(!place.path("started").exists());
     assert!(!place.path("vm.sock").exists());
 }
@@ -358,8 +358,8 @@ fn passthrough_devices_are_opened_once_for_both() {
         format!("{second}=/host/dev/vfio/devices/vfio1"),
     ];
     expected.sort();
-    for (who, ready) in [("daemon", args[3]), ("vmm", "")] {
-        let files = place.read(&format!("{who}.files"));
+    for (child, ready) in [("daemon", args[3]), ("vmm", "")] {
+        let files = place.read(&format!("{child}.files"));
         let files = files.lines().filter_map(|line| {
             let (start, target) = line.split_once(" -> ")?;
             let fd = start.rsplit(' ').next()?;
@@ -369,14 +369,14 @@ fn passthrough_devices_are_opened_once_for_both() {
                 None => {
                     let known = pipes.iter().any(|pipe| pipe == target);
                     let other = target.starts_with("pipe:") && !known
-                        || target.starts_with("/memfd:") && who == "daemon";
+                        || target.starts_with("/memfd:") && child == "daemon";
                     (other && fd != ready).then(|| line.to_owned())
                 }
             }
         });
         let mut files: Vec<_> = files.collect();
         files.sort_unstable();
-        assert_eq!(files, expected, "{who}");
+        assert_eq!(files, expected, "{child}");
     }
     let args = place.read("vmm.args");
     let args: Vec<_> = args.lines().collect();

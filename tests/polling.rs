@@ -103,7 +103,7 @@ fn a_guest_that_goes_quiet_leaves_the_worker_asleep() {
     // The worker serves the next request.
     assert!(
         request_one_by_one(&mut guest, 2) > 0,
-        "asleep, it wants to be told"
+        "a sleeping worker needs a kick"
     );
 }
 

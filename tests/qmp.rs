@@ -64,7 +64,9 @@ impl Bed {
         let mut stream = self.accept(Duration::from_secs(20)).expect("it connects");
         writeln!(stream, "{GREETING}\r").expect("taken");
         let mut line = String::new();
-        BufReader::new(&stream).read_line(&mut line).expect("said");
+        BufReader::new(&stream)
+            .read_line(&mut line)
+            .expect("a command");
         assert_eq!(line.trim(), r#"{"execute":"qmp_capabilities"}"#);
         writeln!(stream, "{{\"return\": {{}}}}\r").expect("taken");
         stream

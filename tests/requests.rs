@@ -760,9 +760,9 @@ fn reserved_regions_are_reported_and_enforced() {
         start: 0x800_0000,
         end: 0x80f_ffff,
     };
-    let mut told = guest.probe(EP);
-    told.sort_by_key(|region| region.start);
-    assert_eq!(told, [own, msi]);
+    let mut regions = guest.probe(EP);
+    regions.sort_by_key(|region| region.start);
+    assert_eq!(regions, [own, msi]);
     assert_eq!(guest.probe(EP2), [msi]);
     assert_eq!(guest.attach(1, EP), OK);
     for region in [own, msi] {
@@ -833,9 +833,9 @@ fn as_many_regions_as_there_may_be_fit_the_answer_to_probe() {
         ["", "", ""],
     );
     let mut guest = Guest::boot(&daemon);
-    let told = guest.probe(EP);
-    assert_eq!(told.len(), 64);
-    for (index, region) in told.iter().enumerate() {
+    let regions = guest.probe(EP);
+    assert_eq!(regions.len(), 64);
+    for (index, region) in regions.iter().enumerate() {
         let start = (index as u64 + 1) << 20;
         let want = Resv {
             subtype: 0,

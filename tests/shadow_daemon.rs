@@ -40,7 +40,7 @@ fn daemon(folder: &Path) -> (Daemon, PathBuf) {
 }
 
 fn reader(path: &Path, endpoint: u32) -> ShadowReader {
-    ShadowReader::connect(path, EndpointId(endpoint)).expect("let in")
+    ShadowReader::connect(path, EndpointId(endpoint)).expect("accepted")
 }
 
 #[test]
@@ -113,12 +113,12 @@ fn reconnecting_readers_do_not_fill_the_log() {
     let all_gone = || daemon.status()["readers"]["now"] == 0;
     daemon.wait_for("the last one is gone", all_gone);
     assert_eq!(daemon.status()["readers"]["registered"], 200);
-    let said = |what| {
+    let count_of = |what| {
         let log = daemon.log();
         log.lines().filter(|line| line.contains(what)).count()
     };
     for what in ["is registered", "is gone"] {
-        assert!((1..50).contains(&said(what)), "{}", daemon.log());
+        assert!((1..50).contains(&count_of(what)), "{}", daemon.log());
     }
 }
 
@@ -175,10 +175,10 @@ fn allowed_users_and_the_unmap_deadline_are_configurable() {
         let reader = &readers[0];
         scope.spawn(move || {
             let _guard = reader.enter().expect("a word");
-            sender.send(()).expect("somebody waits");
+            sender.send(()).expect("a receiver");
             std::thread::sleep(Duration::from_millis(1300));
         });
-        inside.recv().expect("said");
+        inside.recv().expect("a message");
         let begun = Instant::now();
         assert_eq!(guest.unmap(1, 0x5000, 0x5fff), 0);
         begun.elapsed()

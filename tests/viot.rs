@@ -247,11 +247,11 @@ fn disassemble(iasl: &str, binary: &Path) -> String {
         .arg(binary)
         .output()
         .expect("iasl runs");
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said).into_owned();
-    assert!(output.status.success(), "{said}");
+    let messages = [output.stdout, output.stderr].concat();
+    let messages = String::from_utf8_lossy(&messages).into_owned();
+    assert!(output.status.success(), "{messages}");
     let listing = fs::read_to_string(binary.with_extension("dsl")).expect("a listing");
-    said + &listing
+    messages + &listing
 }
 
 /// The lines `[offset length] name : value` of a listing.

@@ -41,7 +41,7 @@ impl Bed {
     /// Connects a reader for the first endpoint.
     pub fn reader(&self) -> ShadowReader {
         let path = self.path("disk.sock");
-        ShadowReader::connect(&path, EndpointId(EP)).expect("let in")
+        ShadowReader::connect(&path, EndpointId(EP)).expect("accepted")
     }
 
     /// Runs `ctl` with these arguments.

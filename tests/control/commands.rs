@@ -114,7 +114,7 @@ fn faults_show_endpoint_address_reason_and_time() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     let reader = bed.reader();
-    let told = |count: u64| {
+    let wait_for_faults = |count: u64| {
         let faults = || {
             bed.daemon.control("faults")["recent"]
                 .as_array()
@@ -124,11 +124,11 @@ fn faults_show_endpoint_address_reason_and_time() {
             .wait_for("faults", || faults() == Some(count as usize));
     };
     stray(&reader, 0x7000);
-    told(1);
+    wait_for_faults(1);
     guest.post_event_buffer(24);
     assert_eq!(guest.attach(1, EP), OK);
     stray(&reader, 0x8000);
-    told(2);
+    wait_for_faults(2);
     let document = bed.json(&["faults"]);
     let recent = document["recent"].as_array().expect("faults");
     let seen: Vec<_> = recent
@@ -240,9 +240,9 @@ fn the_level_of_the_log_changes_while_the_daemon_runs() {
         let mut command = ctl(&bed.daemon.control_socket(), args);
         command.uid(65534).gid(65534).output().expect("it runs")
     };
-    let looked = other(&["status"]);
-    let why = String::from_utf8_lossy(&looked.stderr).into_owned();
-    assert!(looked.status.success(), "{why}");
+    let queried = other(&["status"]);
+    let why = String::from_utf8_lossy(&queried.stderr).into_owned();
+    assert!(queried.status.success(), "{why}");
     let refused = other(&["log-level", "trace"]);
     assert!(!refused.status.success());
     let why = String::from_utf8_lossy(&refused.stderr).into_owned();

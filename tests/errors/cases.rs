@@ -2,11 +2,11 @@
 
 /// The beginning of `docs/errors.md`.
 pub const HEAD: &str = "# Errors and their cures\n\n\
-Every error that a person can make in the configuration or on the command line. `...` stands for what is filled\n\
-in. A problem in the configuration is said with its file, line and key before it, one on the command line with\n\
-its option; all problems of a file are listed at once. The table is made from the sources and each row is\n\
-provoked by a test (`tests/errors/`), which fails where an error is missing here. What the *host* lacks for a\n\
-device is said by `vhost-device-iommu check`, with its cure: [passthrough.md](passthrough.md).\n";
+This page lists every error that an operator can make in the configuration or on the command line. `...` stands for\n\
+a part that varies. A message about the configuration begins with file, line and key, one about the command line\n\
+with the option. The daemon and `check` report all problems of a file at once. The table is generated from the\n\
+sources. A test (`tests/errors/`) provokes each row, and fails if an error is missing here. `vhost-device-iommu\n\
+check` reports what the *host* lacks for a device, with the cure: [passthrough.md](passthrough.md).\n";
 
 /// An error and the input that provokes it.
 pub struct Case {

@@ -31,12 +31,12 @@ const SOURCES: [(&str, &str); 14] = [
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
     ("src/topology/reserved.rs", "Reserved regions"),
-    ("src/topology/mod.rs", "Endpoints together"),
+    ("src/topology/mod.rs", "Conflicts between endpoints"),
     ("src/topology/viot.rs", "`viot`"),
     ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
     (
         "src/qemu/launch/devices.rs",
-        "`launch`, devices of the host",
+        "`launch`, passthrough devices",
     ),
     ("src/qemu/launch/mod.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
@@ -58,7 +58,7 @@ const MORE: [(&str, &str); 6] = [
         "src/iommu/hotplug.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
     ),
-    ("src/endpoints/passthrough/error.rs", "Devices of the host"),
+    ("src/endpoints/passthrough/error.rs", "Passthrough devices"),
     ("src/process/realtime.rs", "Priorities"),
     ("src/process/service.rs", "Services"),
     ("src/logging/mod.rs", "`ctl log-level`"),
@@ -118,11 +118,11 @@ fn every_case_gives_its_message() {
         let Some(pattern) = patterns.get(case.name) else {
             continue;
         };
-        let said = provoke(case);
+        let printed = provoke(case);
         // Messages break lines only between problems.
-        if !said.lines().any(|line| matches(pattern, line)) && !matches(pattern, &said) {
+        if !printed.lines().any(|line| matches(pattern, line)) && !matches(pattern, &printed) {
             wrong.push(format!(
-                "{}\n  wanted: {pattern}\n  said:   {said}",
+                "{}\n  wanted:  {pattern}\n  printed: {printed}",
                 case.name
             ));
         }
@@ -151,7 +151,7 @@ fn the_table_is_that_of_the_sources() {
     let there = fs::read_to_string(&path).unwrap_or_default();
     assert!(
         there == text,
-        "docs/errors.md is not what the sources say; \
+        "docs/errors.md does not match the sources; \
          VIOMMU_REGENERATE=1 cargo test --test errors writes it"
     );
 }
@@ -199,7 +199,7 @@ impl Bed {
             !output.status.success(),
             "{args:?} is no error: {text:.1000}"
         );
-        assert_ne!(output.status.code(), Some(124), "{args:?} goes on");
+        assert_ne!(output.status.code(), Some(124), "{args:?} does not end");
         assert_ne!(output.status.code(), Some(101), "{args:?} panics");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
@@ -249,10 +249,10 @@ fn provoke(case: &Case) -> String {
                 }
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
-            let said = bed.run(&[&["ctl", "c"], args].concat());
+            let printed = bed.run(&[&["ctl", "c"], args].concat());
             daemon.kill().expect("killed");
             daemon.wait().expect("reaped");
-            said
+            printed
         }
     }
 }

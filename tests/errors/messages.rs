@@ -29,9 +29,9 @@ impl Message {
     }
 }
 
-/// Whether `said` contains a message of this pattern.
-pub fn matches(pattern: &str, said: &str) -> bool {
-    let mut rest = said;
+/// Whether `text` contains a message of this pattern.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let mut rest = text;
     pattern.split(ANY).all(|part| match rest.find(part) {
         Some(at) => {
             rest = &rest[at + part.len()..];

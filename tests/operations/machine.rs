@@ -16,21 +16,21 @@ const PROGRAM: &str = "/usr/bin/vhost-device-iommu";
 
 /// The result of a command.
 #[derive(Debug)]
-pub struct Said {
+pub struct CommandResult {
     pub good: bool,
     /// Standard output, followed by standard error.
     pub text: String,
 }
 
 /// Runs a command.
-pub fn run(words: &[&str]) -> Said {
+pub fn run(words: &[&str]) -> CommandResult {
     let (program, arguments) = words.split_first().expect("a command");
     let output = Command::new(program)
         .args(arguments)
         .output()
         .unwrap_or_else(|e| panic!("cannot run {program}: {e}"));
     let text = [output.stdout, output.stderr].concat();
-    Said {
+    CommandResult {
         good: output.status.success(),
         text: String::from_utf8_lossy(&text).into_owned(),
     }
@@ -38,9 +38,9 @@ pub fn run(words: &[&str]) -> Said {
 
 /// Runs a command that must succeed. Returns its output.
 pub fn good(words: &[&str]) -> String {
-    let said = run(words);
-    assert!(said.good, "{words:?}: {}", said.text);
-    said.text
+    let result = run(words);
+    assert!(result.good, "{words:?}: {}", result.text);
+    result.text
 }
 
 /// Installs the package on the first call.
@@ -92,8 +92,8 @@ impl Vm {
     }
 
     pub fn start(&self) {
-        let said = run(&["systemctl", "start", &self.service()]);
-        assert!(said.good, "{}\n{}", said.text, self.journal());
+        let result = run(&["systemctl", "start", &self.service()]);
+        assert!(result.good, "{}\n{}", result.text, self.journal());
     }
 
     /// Adds settings to the service, until the machine ends or the VM is dropped.

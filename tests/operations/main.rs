@@ -53,8 +53,12 @@ fn the_package_installs_cleanly() {
         "vhost-device-iommu@vm1.service",
         "vhost-device-iommu@vm1.socket",
     ] {
-        let said = run(&["systemd-analyze", "verify", "--man=no", unit]);
-        assert!(said.good && said.text.is_empty(), "{unit}: {}", said.text);
+        let result = run(&["systemd-analyze", "verify", "--man=no", unit]);
+        assert!(
+            result.good && result.text.is_empty(),
+            "{unit}: {}",
+            result.text
+        );
     }
     good(&[
         "udevadm",
@@ -152,8 +156,8 @@ fn the_socket_starts_the_daemon() {
         assert_eq!(guest(&vm).detach(1, EP), OK);
         vm.wait_for("ActiveState", "active");
         assert_eq!(vm.status()["connections"], 1);
-        let said = run(&["systemctl", "stop", &vm.service()]);
-        assert!(said.good, "{}", said.text);
+        let result = run(&["systemctl", "stop", &vm.service()]);
+        assert!(result.good, "{}", result.text);
         assert!(vm.socket().exists(), "the socket is not the daemon's");
     }
     good(&["systemctl", "stop", &vm.socket_unit()]);
@@ -208,14 +212,17 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
 fn the_service_is_locked_down() {
     let vm = Vm::new("one", "");
-    let said = good(&["systemd-analyze", "security", "--no-pager", &vm.service()]);
-    let last = said.lines().last().expect("a figure");
+    let result = good(&["systemd-analyze", "security", "--no-pager", &vm.service()]);
+    let last = result.lines().last().expect("a figure");
     println!("{last}");
     let figure = last
         .split_whitespace()
         .find_map(|word| word.parse::<f64>().ok())
         .expect("a figure");
-    let bad: Vec<_> = said.lines().filter(|line| line.starts_with('✗')).collect();
+    let bad: Vec<_> = result
+        .lines()
+        .filter(|line| line.starts_with('✗'))
+        .collect();
     assert!(figure <= WORST_EXPOSURE, "{last}\n{}", bad.join("\n"));
     vm.start();
     let pid = vm.property("MainPID");

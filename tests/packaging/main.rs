@@ -97,8 +97,8 @@ fn the_description_for_management_software_says_what_the_program_says() {
         .arg("--print-capabilities")
         .output()
         .expect("it runs");
-    let said: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!(described["type"], said["type"]);
+    let printed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(described["type"], printed["type"]);
     assert_eq!(described["binary"], format!("/usr/bin/{PROGRAM}"));
     assert!(described["description"].is_string());
 }

@@ -61,14 +61,14 @@ fn table(rows: &[&str], out: &mut String) {
     for row in rows.iter().filter(|row| !row.starts_with("|---")) {
         let row = cells(row);
         out.push_str(&format!(".TP\n{}", guarded(&row[0])));
-        let said = row.iter().zip(&heading).skip(1).map(|(cell, name)| {
+        let cells = row.iter().zip(&heading).skip(1).map(|(cell, name)| {
             if name == "default" {
                 format!("Default: {cell}.")
             } else {
                 format!("{cell}.")
             }
         });
-        out.push_str(&guarded(&said.collect::<Vec<_>>().join(" ")));
+        out.push_str(&guarded(&cells.collect::<Vec<_>>().join(" ")));
     }
 }
 

@@ -58,8 +58,9 @@ fn every_thread_is_confined() {
         core.split_whitespace().collect::<Vec<_>>(),
         ["0", "0", "bytes"]
     );
-    bed.daemon
-        .wait_for("word of it", || bed.daemon.log().contains("sandboxed: "));
+    bed.daemon.wait_for("a message about it", || {
+        bed.daemon.log().contains("sandboxed: ")
+    });
 }
 
 /// A C library may read files when a thread frees much memory; the sandbox forbids it.

@@ -24,7 +24,7 @@ pub fn call(tid: u32, number: c_long, arguments: [u64; 6], text: Option<(usize, 
     prepare(tid, &found, number, arguments, text);
     let none = null_mut::<c_void>();
     // SAFETY: no pointer is passed.
-    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
 }
 
 /// Like [`call`], for a call that returns. The thread then restarts its own call as if nothing had
@@ -41,7 +41,7 @@ pub fn call_and_return(
     let none = null_mut::<c_void>();
     for _ in ["its beginning", "its end"] {
         // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, none, none) }).expect("goes on");
+        checked(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, none, none) }).expect("continued");
         wait_for_stop(tid);
     }
     let result = registers(tid).rax.cast_signed();
@@ -50,7 +50,7 @@ pub fn call_and_return(
     found.rip -= SYSCALL.len() as u64;
     set_registers(tid, &found);
     // SAFETY: no pointer is passed.
-    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
     result
 }
 
@@ -106,7 +106,7 @@ fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
             return registers;
         }
         // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("let go");
+        checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
         assert!(Instant::now() < deadline, "the thread does not sleep");
         sleep(Duration::from_millis(5));
     }

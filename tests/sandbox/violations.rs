@@ -29,13 +29,13 @@ fn arguments_of_calls_are_checked() {
     let bits = |flags: i32| u64::from(flags.cast_unsigned());
     let exec = bits(libc::PROT_READ | libc::PROT_EXEC);
     let anonymous = bits(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    let nobody = u64::MAX;
+    let no_file = u64::MAX;
     let refused: [(&str, c_long, [u64; 6]); 7] = [
         // Makes memory executable.
         (
             "control",
             libc::SYS_mmap,
-            [0, 4096, exec, anonymous, nobody, 0],
+            [0, 4096, exec, anonymous, no_file, 0],
         ),
         ("control", libc::SYS_mprotect, [0, 0, exec, 0, 0, 0]),
         // Opens a network socket.
@@ -126,7 +126,7 @@ fn a_killed_daemon_leaves_the_device_without_memory() {
     assert_killed(&bed, "the worker");
     assert!(
         read(&mut bed).is_none(),
-        "nobody serves the device's accesses"
+        "no thread serves the device's accesses"
     );
     // The guest cannot make its IOMMU allow an access, either.
     bed.guest.kick();
@@ -139,6 +139,6 @@ fn a_debugging_daemon_names_the_call() {
     call(bed.thread("control"), libc::SYS_getppid, [0; 6], None);
     assert_killed(&bed, "control");
     let log = bed.daemon.log();
-    let said = format!("the thread control makes system call {}", libc::SYS_getppid);
-    assert!(log.contains(&said), "{log}");
+    let message = format!("the thread control makes system call {}", libc::SYS_getppid);
+    assert!(log.contains(&message), "{log}");
 }

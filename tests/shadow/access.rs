@@ -190,7 +190,7 @@ fn unmap_waits_for_accesses_begun_before_and_for_no_other() {
         let begun = Instant::now();
         scope.spawn(move || {
             iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
-            sender.send(begun.elapsed()).expect("heard");
+            sender.send(begun.elapsed()).expect("a receiver");
         });
         // Once the entry is gone, new accesses begin and end, and one stays open.
         let mut later = Vec::new();
@@ -368,17 +368,17 @@ fn a_reconnection_does_not_renew_the_fault_budget() {
     let bed = Bed::new();
     let begun = Instant::now();
     let counters = bed.registry.counters();
-    let mut said = 0;
+    let mut reported = 0;
     for _ in 0..30 {
         let reader = bed.reader(A);
         let memory = reader.memory();
         for _ in 0..64 {
             memory.read_obj::<u8>(at(0)).expect_err("blocked");
         }
-        said += 64 - reader.faults_unreported();
+        reported += 64 - reader.faults_unreported();
         drop((memory, reader));
         eventually("all are counted", || {
-            counters.faults.get() + counters.faults_suppressed.get() == said
+            counters.faults.get() + counters.faults_suppressed.get() == reported
         });
     }
     // One fault in ten milliseconds, besides the initial budget.

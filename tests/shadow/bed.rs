@@ -146,7 +146,7 @@ impl Bed {
     }
 
     pub fn reader(&self, endpoint: EndpointId) -> ShadowReader {
-        ShadowReader::connect(&self.path(), endpoint).expect("let in")
+        ShadowReader::connect(&self.path(), endpoint).expect("accepted")
     }
 
     pub fn fault(&self) -> Fault {
@@ -181,9 +181,9 @@ impl Bed {
     }
 }
 
-pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
-    while !is_so() {
+    while !condition() {
         assert!(Instant::now() < until, "{what}");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -191,7 +191,7 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
 
 pub struct Role {
     pub child: Child,
-    pub said: BufReader<ChildStdout>,
+    pub stdout: BufReader<ChildStdout>,
     pub stdin: ChildStdin,
 }
 
@@ -214,9 +214,13 @@ impl Role {
             .stdout(Stdio::piped())
             .spawn()
             .expect("started");
-        let said = BufReader::new(child.stdout.take().expect("piped"));
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
         let stdin = child.stdin.take().expect("piped");
-        Self { child, said, stdin }
+        Self {
+            child,
+            stdout,
+            stdin,
+        }
     }
 
     /// Reads lines until the process prints `word`.
@@ -224,13 +228,13 @@ impl Role {
         let mut line = String::new();
         while !line.contains(word) {
             line.clear();
-            let read = self.said.read_line(&mut line).expect("readable");
-            assert!(read > 0, "it ended before it said {word}");
+            let read = self.stdout.read_line(&mut line).expect("readable");
+            assert!(read > 0, "it ended before it printed {word}");
         }
     }
 
-    pub fn say(&mut self, line: &str) {
-        writeln!(self.stdin, "{line}").expect("it listens");
+    pub fn send_line(&mut self, line: &str) {
+        writeln!(self.stdin, "{line}").expect("an open pipe");
     }
 
     pub fn kill(&mut self) {

@@ -146,7 +146,7 @@ fn a_reader_that_sends_garbage_is_killed_and_the_others_continue() {
     let mut babbling = bed.process("babble");
     babbling.wait_for("ready");
     bed.wait_for_readers(2);
-    babbling.say("go");
+    babbling.send_line("go");
     eventually("it ends", || {
         babbling.child.try_wait().expect("a child").is_some()
     });
@@ -196,11 +196,11 @@ pub fn outlive_readers() {
     assert_eq!(bed.registry.counters().killed.get(), 0);
     let mut process = bed.process("write-on-command");
     process.wait_for("ready");
-    process.say("go");
+    process.send_line("go");
     process.wait_for("written");
     assert_eq!(bed.peek(0), 1);
     bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
-    process.say("go");
+    process.send_line("go");
     process.wait_for("refused");
     assert_eq!(bed.peek(0), 1);
 }
@@ -211,7 +211,7 @@ fn hello(version: u32, magic: u64, endpoint: u64) -> Frame {
 
 /// The daemon's answer to these bytes, up to the end of the stream.
 fn answer(bed: &Bed, bytes: &[u8]) -> Option<(Refusal, u64)> {
-    let mut stream = UnixStream::connect(bed.path()).expect("somebody listens");
+    let mut stream = UnixStream::connect(bed.path()).expect("the socket accepts");
     // The daemon may have closed the connection in the middle.
     let _ = stream.write_all(bytes);
     if bytes.len() < FRAME_LEN {
@@ -264,7 +264,7 @@ fn garbage_is_refused_and_affects_no_reader() {
     answer(&bed, &vec![0xff; 1 << 20]);
     assert_eq!(answer(&bed, &[]), None);
     // Descriptors beside a greeting, where none are allowed.
-    let stream = UnixStream::connect(bed.path()).expect("somebody listens");
+    let stream = UnixStream::connect(bed.path()).expect("the socket accepts");
     let greeting = hello(VERSION, MAGIC, a).to_wire();
     let file = bed.file().as_fd();
     let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -288,7 +288,7 @@ fn garbage_is_refused_and_affects_no_reader() {
 fn silent_connections_are_closed_and_limited() {
     let bed = Bed::new();
     let mut silent: Vec<_> = (0..17)
-        .map(|_| UnixStream::connect(bed.path()).expect("somebody listens"))
+        .map(|_| UnixStream::connect(bed.path()).expect("the socket accepts"))
         .collect();
     let refusal = |stream: &mut UnixStream| {
         let mut frame = [0; FRAME_LEN];
@@ -328,7 +328,7 @@ fn processes_of_other_users_are_let_in_where_that_is_allowed() {
         }
         let mut process = Role::start_as("connect", &path, Some(NOBODY));
         process.wait_for(if allowed {
-            "let in"
+            "accepted"
         } else {
             "processes of user 0"
         });

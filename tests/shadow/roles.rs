@@ -26,29 +26,29 @@ fn play() {
         "stall" => stall(&socket),
         "write-on-command" => write_on_command(&socket),
         "hammer" => {
-            let reader = ShadowReader::connect(&socket, A).expect("let in");
+            let reader = ShadowReader::connect(&socket, A).expect("accepted");
             let over = Arc::new(AtomicBool::new(false));
-            let ends = over.clone();
+            let stop = over.clone();
             std::thread::spawn(move || {
                 let mut line = String::new();
                 std::io::stdin()
                     .read_line(&mut line)
                     .expect("a line or the end");
-                ends.store(true, Ordering::Relaxed);
+                stop.store(true, Ordering::Relaxed);
             });
-            say("begun");
+            print_line("begun");
             let done = stress::hammer(&reader, &over);
-            say(&format!("accesses {done}"));
+            print_line(&format!("accesses {done}"));
         }
         "hammer-one" => hammer_one(&socket),
         "daemon-of-killed" => {
             hostile::outlive_readers();
-            say("all is well");
+            print_line("all is well");
         }
         "strict" => strict(&socket),
         "connect" => match ShadowReader::connect(&socket, A) {
-            Ok(_) => say("let in"),
-            Err(cause) => say(&cause.to_string()),
+            Ok(_) => print_line("accepted"),
+            Err(cause) => print_line(&cause.to_string()),
         },
         "deaf" => deaf(&socket),
         "babble" => babble(&socket),
@@ -56,9 +56,9 @@ fn play() {
     }
 }
 
-fn say(word: &str) {
+fn print_line(word: &str) {
     println!("{word}");
-    std::io::stdout().flush().expect("somebody listens");
+    std::io::stdout().flush().expect("an open pipe or socket");
 }
 
 fn for_ever() -> ! {
@@ -69,9 +69,9 @@ fn for_ever() -> ! {
 
 /// Stays inside an access.
 fn stall(socket: &std::path::Path) {
-    let reader = ShadowReader::connect(socket, A).expect("let in");
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
     let _inside = reader.enter().expect("a word");
-    say("inside");
+    print_line("inside");
     for_ever();
 }
 
@@ -79,7 +79,7 @@ fn stall(socket: &std::path::Path) {
 /// than `read` and `write`. Pages 0 to 15 must be mapped.
 #[expect(unsafe_code, reason = "system calls without a wrapper")]
 fn strict(socket: &std::path::Path) {
-    let reader = ShadowReader::connect(socket, A).expect("let in");
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
     let memory = reader.memory();
     let page = |number: u64| number * 7 % 16 * 4096;
     memory
@@ -107,7 +107,7 @@ fn strict(socket: &std::path::Path) {
             .write_obj(0x0101_0101_0101_0101_u64, across)
             .expect("mapped");
     }
-    say(if sum == 100_000 {
+    print_line(if sum == 100_000 {
         "no system call"
     } else {
         "wrong"
@@ -117,9 +117,9 @@ fn strict(socket: &std::path::Path) {
 
 /// Reads one word over and over, whether it is mapped or not.
 fn hammer_one(socket: &std::path::Path) {
-    let reader = ShadowReader::connect(socket, A).expect("let in");
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
     let memory = reader.memory();
-    say("begun");
+    print_line("begun");
     loop {
         let _ = memory.read_obj::<u64>(GuestAddress(0));
     }
@@ -127,19 +127,19 @@ fn hammer_one(socket: &std::path::Path) {
 
 /// Writes 1, 2, ... to IOVA 0, once for each line of input.
 fn write_on_command(socket: &std::path::Path) {
-    let reader = ShadowReader::connect(socket, A).expect("let in");
-    say("ready");
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
+    print_line("ready");
     for (line, number) in std::io::stdin().lines().zip(1u64..) {
         line.expect("a line");
         let done = reader.memory().write_obj(number, GuestAddress(0));
-        say(if done.is_ok() { "written" } else { "refused" });
+        print_line(if done.is_ok() { "written" } else { "refused" });
     }
 }
 
 /// Receives the welcome and never reads again.
 fn deaf(socket: &std::path::Path) {
     let stream = greet(socket);
-    say("ready");
+    print_line("ready");
     std::mem::forget(stream);
     for_ever();
 }
@@ -147,7 +147,7 @@ fn deaf(socket: &std::path::Path) {
 /// Receives the welcome and then sends garbage.
 fn babble(socket: &std::path::Path) {
     let mut stream = greet(socket);
-    say("ready");
+    print_line("ready");
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).expect("a line");
     let nonsense = Frame::new(0x1234, 0, [u64::MAX; 4]);
@@ -156,7 +156,7 @@ fn babble(socket: &std::path::Path) {
 }
 
 fn greet(socket: &std::path::Path) -> UnixStream {
-    let mut stream = UnixStream::connect(socket).expect("somebody listens");
+    let mut stream = UnixStream::connect(socket).expect("an open pipe or socket");
     let hello = Frame::new(kind::HELLO, VERSION, [MAGIC, A.0.into(), 0, 0]);
     stream.write_all(&hello.to_wire()).expect("room");
     let mut frame = [0; FRAME_LEN];

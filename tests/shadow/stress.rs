@@ -202,7 +202,7 @@ fn processes_reach_nothing_that_is_unmapped() {
     }
     let changes = change(&mut bed, time());
     for process in &mut processes {
-        process.say("over");
+        process.send_line("over");
         process.wait_for("accesses");
         assert!(process.ended_well());
     }
