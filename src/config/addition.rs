@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_more_is_as_if_it_had_been_in_the_file() {
+    fn an_added_endpoint_equals_one_in_the_file() {
         for keys in [
             "address = '00:08.0'",
             "range = '00:08.0-00:09.7'; group = 'n'; reserved = [{ first = 0, last = 0xfff }]",
@@ -137,7 +137,7 @@ mod tests {
         ] {
             let added = parse(BASE).with_endpoint(&keys.replace(';', ","));
             let (made, range) = added.expect(keys);
-            // The same keys, under a heading of their own.
+            // The same keys in a file, under their own [[endpoint]].
             let file = format!("{BASE}[[endpoint]]\n{}", keys.replace("; ", "\n"));
             assert_eq!(made, parse(&file), "{keys}");
             assert!(made.topology.check_within_one_range(range).is_ok());
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_with_the_rest_is_refused_with_its_cure() {
+    fn bad_additions_are_refused_with_a_cure() {
         for (keys, cure) in [
             ("", "give `address"),
             ("address = '00:06.0'", "overlap"),

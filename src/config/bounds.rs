@@ -30,7 +30,7 @@ pub const MIN_DEADLINE_MS: u64 = 10;
 pub const MAX_DEADLINE_MS: u64 = 60_000;
 /// The most readers of one endpoint.
 pub const MAX_READERS: usize = 256;
-/// The most users whose readers are let in.
+/// The most users, besides the daemon's own, whose readers may register.
 pub const MAX_USERS: usize = 64;
 /// The longest name of a VM, in bytes.
 pub const MAX_NAME: usize = 64;

@@ -32,7 +32,7 @@ impl<'a> Checker<'a> {
 
     pub(super) fn refuse(&mut self, origin: &Origin, key: &str, kind: ProblemKind) {
         if self.problems.len() >= MAX_PROBLEMS {
-            // Each line number takes a pass over the file.
+            // Only counted: the line number of each kept problem takes a pass over the file.
             self.omitted += 1;
             return;
         }

@@ -1,5 +1,5 @@
-//! The devices behind the endpoints: a list for each kind, and what code that serves all kinds asks of
-//! one device.
+//! The devices behind the endpoints, in a list for each kind, and the trait [`ConfiguredDevice`] of every
+//! kind.
 //!
 //! A new kind is a variant of [`DeviceKind`], a list in [`DeviceLists`] and an implementation of
 //! [`ConfiguredDevice`]. The compiler names every place that has to handle it.
@@ -16,7 +16,7 @@ use crate::topology::{PciAddress, PciRange};
 pub struct DeviceLists {
     /// Devices of the host; no host device twice.
     pub passthrough: Vec<Passthrough>,
-    /// Those of `passthrough` that the VMM gets as vfio-user devices.
+    /// The devices of `passthrough` that the daemon exports to the VMM over vfio-user.
     pub exported: Vec<Exported>,
     /// Devices that other processes emulate.
     pub emulated: Vec<Emulated>,

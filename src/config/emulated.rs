@@ -126,7 +126,7 @@ impl Checker<'_> {
         let isolation = self.isolation(value.isolation.as_ref(), &format!("{key}.isolation"));
         let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
         Some(Emulated {
-            // The caller sets it.
+            // The caller replaces it.
             endpoint: PciAddress::new(0, 0, 0, 0)?,
             listen: listen?,
             connect: connect?,
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_in_processes_of_their_own_are_endpoints() {
+    fn emulated_devices_are_endpoints() {
         let text = one("00:07.0", "listen = '/a', connect = '/b'")
             + &one(
                 "00:06.0",
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_cure() {
+    fn bad_emulated_devices_are_refused_with_a_cure() {
         let fine = "listen = '/a', connect = '/b'";
         let two = one("00:06.0", fine) + &one("00:07.0", fine);
         let both = one("00:06.0", fine) + "vfio = '65:00.0'\n";

@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_cure() {
+    fn bad_exports_are_refused_with_a_cure() {
         let exported = |path: &str| format!("vfio = '65:00.0'\nexport = '{path}'");
         let emulated = "vfio-user = { listen = '/l', connect = '/k' }";
         let beside = |path: &str| {

@@ -1,11 +1,11 @@
-//! The kinds of device behind endpoints, and what code that serves all kinds asks of one device.
+//! The kinds of devices behind endpoints, and the trait that the device of every kind implements.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use crate::topology::PciAddress;
 
-/// Makes the enumeration and its list of all variants from one text, so that none can be forgotten.
+/// Defines the enumeration and its list of all variants together, so that the list is always complete.
 macro_rules! device_kinds {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// A kind of device behind an endpoint.
@@ -32,15 +32,15 @@ device_kinds! {
     ShadowReader,
 }
 
-/// What code that serves all kinds of devices asks of one.
+/// A configured device of any kind.
 pub trait ConfiguredDevice {
     /// Its kind.
     fn kind(&self) -> DeviceKind;
     /// The address of its endpoint in the guest.
     fn endpoint(&self) -> PciAddress;
-    /// The socket at which the daemon listens for the sake of this device.
+    /// The socket at which the daemon listens for this device's peer: the VMM or shadow readers.
     fn listens_at(&self) -> Option<&PathBuf>;
-    /// The socket of another process to which the daemon connects.
+    /// The socket of the device's server, to which the daemon connects.
     fn connects_to(&self) -> Option<&PathBuf>;
     /// Writes the device's words into its endpoint's line of the summary.
     ///

@@ -1,8 +1,8 @@
 //! One VM's configuration: checked values, made once from a file, from options, or from both.
 //!
-//! A key walks from `draft` (as it was written) through the check in the file of its subject (`limits`,
-//! `translation`, `topology`, one file for each kind of device) into [`Config`]. `checker` collects the
-//! problems of all checks.
+//! `draft` holds each key as it was written. The file of the key's subject (`limits`, `translation`,
+//! `topology`, one file for each kind of device) checks it, and the result goes into [`Config`]. `checker`
+//! collects the problems of all checks.
 
 mod addition;
 mod assemble;
@@ -66,7 +66,7 @@ pub struct Config {
     pub socket: Option<Socket>,
     /// The path of the control socket, if one is wanted.
     pub control: Option<PathBuf>,
-    /// The VMM's QMP socket, if the daemon is to learn of resets there.
+    /// The VMM's QMP socket, if the daemon connects to it to receive reset events.
     pub qmp: Option<PathBuf>,
     /// The access rights of the control socket.
     pub control_access: SocketAccess,
@@ -98,11 +98,11 @@ pub struct Config {
     pub topology: Topology,
     /// The devices behind the endpoints.
     pub devices: DeviceLists,
-    /// Which shadow readers are let in, how many, and how long the daemon waits for them.
+    /// Which users' shadow readers may register, how many, and how long the daemon waits for them.
     pub readers: Readers,
     /// How the daemon programs the host's IOMMU for passthrough devices.
     pub host_iommu: HostIommu,
-    /// Which of the guest's memory the daemon pins for passthrough devices.
+    /// The part of guest memory that the daemon pins for passthrough devices.
     pub pin: Pin,
     /// Inherited descriptors of passthrough devices; empty in a configuration made from a file alone.
     pub descriptors: Descriptors,

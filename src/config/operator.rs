@@ -14,7 +14,7 @@ const DEFAULT_INTERVAL: Duration = Duration::from_secs(15);
 /// All bits of a mode.
 const ALL_RIGHTS: u32 = 0o777;
 
-/// Who may connect to a socket: the mode and the group of its file.
+/// The access rights of a socket: the mode and the group of its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAccess {
     /// The file's mode, at most `0o777`.
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_has_the_name_of_its_file_or_the_one_it_is_given() {
+    fn a_vm_has_the_configured_name_or_that_of_its_file() {
         let long = format!("/{}.toml", "x".repeat(200));
         for (file, text, name) in [
             ("/etc/vm1.toml", "", "vm1"),
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn metrics_go_where_they_are_told() {
+    fn metrics_are_written_where_configured() {
         let usual = parse("a", "").expect("good");
         assert_eq!(usual.metrics, MetricsOutput::default());
         assert_eq!(usual.control_access.mode, 0o600);
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_cure() {
+    fn bad_operator_keys_are_refused_with_a_cure() {
         for (text, place, cure) in [
             ("name = ''", "name", "1 to 64"),
             ("name = 'a b'", "name", "1 to 64"),

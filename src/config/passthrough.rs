@@ -64,13 +64,14 @@ impl HostIommu {
     }
 }
 
-/// Which of the guest's memory the daemon pins.
+/// The part of guest memory that the daemon pins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pin {
-    /// All of it, once. Mappings of domains are copies that pin nothing more.
+    /// All guest memory, pinned once. The mappings of domains reuse these pins and pin nothing more.
     #[default]
     All,
-    /// The memory that domains map, while they map it; all of it while an endpoint is in bypass.
+    /// The memory that domains map, while they map it, and all guest memory while an endpoint is in bypass
+    /// mode.
     Mapped,
 }
 

@@ -1,4 +1,4 @@
-//! The table `readers`: which shadow readers are let in.
+//! The table `readers`: which users' shadow readers may register, how many, and their patience.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::draft::{Draft, Located, ReadersDraft, Scalar};
 use super::error::ProblemKind;
 use super::text::shown;
 
-/// Which shadow readers are let in, how many, and how long the daemon waits for them.
+/// Which users' shadow readers may register, how many, and how long the daemon waits for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Readers {
     /// IDs of users besides the daemon's own, each once, in ascending order.
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_those_given_or_the_usual_ones() {
+    fn limits_are_the_configured_ones_or_defaults() {
         assert_eq!(parse(""), Ok(Readers::default()));
         assert_eq!(parse("[readers]"), Ok(Readers::default()));
         let all = "[readers]\nusers = [1001, 0, 1001]\npatience-ms = 250\nlimit = 256";
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_with_its_cure() {
+    fn bad_reader_keys_are_refused_with_a_cure() {
         for (table, place, cure) in [
             ("users = ['nvme']", "readers.users[0]", "id -u"),
             ("users = [0, -1]", "readers.users[1]", "id -u"),

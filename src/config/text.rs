@@ -48,8 +48,8 @@ pub(super) fn shorten(text: &str) -> String {
     }
 }
 
-/// The parser's message in this program's words, with a cure and the line at fault. Message and line may
-/// hold control characters, which are escaped.
+/// Rewrites a message of the TOML parser in this program's terms, and adds a cure and the faulty line. Control
+/// characters in message and line are escaped.
 pub(super) fn syntax_message(message: &str, line: &str) -> String {
     let message = message.replace("unknown field", "unknown key");
     let message = printable(&message);

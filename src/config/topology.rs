@@ -22,7 +22,8 @@ impl Checker<'_> {
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             specs.extend(self.endpoint(index, endpoint));
         }
-        // Where an endpoint was refused, the indices of the specs are not those of the file.
+        // If an endpoint was refused, `specs` has other indices than the file, and errors would name the
+        // wrong place.
         if specs.len() != draft.endpoint.len() {
             return None;
         }
@@ -206,7 +207,7 @@ impl Checker<'_> {
             return None;
         };
         // Pages of 4 KiB, not of the granule: a region need not fill a larger granule, as the MSI
-        // window does not fill 2 MiB. Bounds inside a page of 4 KiB are a slip, most often a length
+        // window does not fill 2 MiB. Bounds inside a page of 4 KiB are an error, most often a length
         // or an exclusive end in place of `last`.
         let (whole_first, whole_last) = (whole_pages(first), last | (SMALLEST_PAGE - 1));
         if (first, last) != (whole_first, whole_last) {

@@ -31,7 +31,7 @@ fn passthrough(endpoint: &str, host: &str) -> Passthrough {
     }
 }
 
-/// What the options make of `DEVICES`, with `key` at its top.
+/// The configuration of the options `line` and the file `DEVICES` with `key` at its top.
 fn devices(key: &str, line: &str) -> Result<Config, ConfigError> {
     let mut file = tempfile::NamedTempFile::new().expect("a file");
     write!(file, "{key}\n{DEVICES}").expect("written");
@@ -90,7 +90,7 @@ fn devices_of_the_host_are_endpoints() {
 }
 
 #[test]
-fn descriptors_are_those_of_endpoints() {
+fn descriptors_are_assigned_to_endpoints() {
     let (first, second) = (
         "00:10.0".parse().expect("an address"),
         "00:11.0".parse().expect("an address"),
@@ -127,7 +127,7 @@ fn descriptors_are_those_of_endpoints() {
 }
 
 #[test]
-fn descriptors_of_something_else_are_refused() {
+fn unusable_descriptors_are_refused() {
     let iommufd = "host-iommu = 'iommufd'";
     let type1 = "host-iommu = 'type1'";
     for (key, line, place, cure) in [

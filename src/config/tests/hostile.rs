@@ -1,4 +1,4 @@
-//! Files that hold anything.
+//! Hostile files: no text may cause a panic, exhaust the stack or put control characters into a message.
 
 use proptest::prelude::*;
 

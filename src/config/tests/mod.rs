@@ -97,7 +97,7 @@ fn a_full_file_is_understood() {
 }
 
 #[test]
-fn what_is_left_out_has_a_default() {
+fn missing_keys_have_defaults() {
     let config = parse("address = '00:05.0'").expect("enough");
     assert_eq!((&config.socket, &config.control), (&None, &None));
     assert_eq!(config.address_width, 48);

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::{flags, parse};
 use crate::config::{Config, MAX_FILE, MAX_PROBLEMS, ProblemKind};
 
-/// Each text is refused at the place given, in words that name what is wrong and the cure.
+/// Each text is refused with a message that names the place, the problem and the cure.
 #[test]
 fn refusals_name_place_and_cure() {
     let address = "address = '00:05.0'\n";
@@ -326,7 +326,7 @@ fn refusals_name_place_and_cure() {
             "vm0.toml:3: endpoint[0].address: ",
             &["vm0.toml:4: endpoint[0].vfio: "],
         ),
-        // Devices that follow the page tables.
+        // Shadow readers.
         (
             "[[endpoint]]\naddress = '00:10.0'\nshadow = ''",
             "vm0.toml:4: endpoint[0].shadow: ",
@@ -452,7 +452,7 @@ fn refusals_name_place_and_cure() {
 }
 
 #[test]
-fn the_address_of_the_iommu_is_demanded() {
+fn the_address_of_the_iommu_is_required() {
     let message = parse("socket = 'a'").expect_err("no address").to_string();
     assert!(
         message.starts_with("vm0.toml: address: is missing; "),
@@ -564,7 +564,7 @@ fn files_that_cannot_be_read_are_named() {
         .to_string();
     assert!(message.contains("longer than 1048576 bytes"), "{message}");
 
-    // Without an end, and yet read no further than the cap.
+    // An endless file is read only up to the limit.
     let message = Config::from_file(Path::new("/dev/zero"))
         .expect_err("endless")
         .to_string();
