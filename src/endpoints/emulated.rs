@@ -19,7 +19,7 @@ use crate::topology::{PciAddress, Topology};
 pub struct EmulatedDevices {
     /// The backends, each with its endpoint.
     pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
-    /// Reports on each of them.
+    /// The [`Watch`] of each device.
     pub watches: Vec<(PciAddress, Watch)>,
     /// The files of the sockets that the VMM connects to.
     pub files: Vec<(PciAddress, Arc<SocketFile>)>,

@@ -77,7 +77,7 @@ impl EndpointKind for ExportedKind {
         }
     }
 
-    /// None: an exported device counts as the passthrough device that it is.
+    /// No resources: the passthrough kind counts the device already.
     fn resources(&self, _: &Config) -> Resources {
         Resources::default()
     }

@@ -1,5 +1,5 @@
-//! Adds and removes endpoints while the VM runs. An added endpoint is checked with the code that checks
-//! the file, then its device is opened, and last the IOMMU takes it in.
+//! Adds and removes endpoints while the VM runs. The code that checks the configuration file also checks an
+//! added endpoint. Then the daemon opens its device, and last the core adds the endpoint.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -36,10 +36,10 @@ pub enum HotplugError {
     /// The device cannot be plugged in or unplugged.
     #[error(transparent)]
     Device(#[from] PlugError),
-    /// The IOMMU does not take the endpoint.
+    /// The core refuses to add the endpoint.
     #[error(transparent)]
     Add(#[from] AddError),
-    /// The IOMMU does not release the endpoint.
+    /// The core refuses to remove the endpoint.
     #[error(transparent)]
     Remove(#[from] RemoveError),
 }
@@ -49,11 +49,12 @@ pub enum HotplugError {
 pub struct Added {
     /// Its functions.
     pub range: PciRange,
-    /// The guest's VIOT table has the functions, so that its driver finds the IOMMU in front of them.
+    /// Whether the guest's VIOT table lists the functions: without it, the guest's driver does not know that
+    /// the IOMMU translates for them.
     pub is_described: bool,
 }
 
-/// The devices behind the endpoints, which come and go.
+/// The open devices behind the endpoints. Adds and removes endpoints.
 pub struct Hotplug {
     iommu: Arc<Mutex<Iommu>>,
     device: Arc<Device>,
@@ -77,7 +78,7 @@ struct OpenDevices {
 }
 
 impl Hotplug {
-    /// The devices of `config`. The emulated ones are open already.
+    /// Hotplug for a VM with `config`, whose emulated devices are open already.
     ///
     /// # Errors
     /// The system has no thread left.
@@ -125,7 +126,7 @@ impl Hotplug {
         drop(exports);
     }
 
-    /// A watch on each emulated device.
+    /// The [`Watch`] of each emulated device.
     pub fn watches(&self) -> Vec<Watch> {
         self.parts.lock().watches.values().cloned().collect()
     }
@@ -218,7 +219,7 @@ impl Hotplug {
             parts.hosts = hosts;
             files.extend(take_if(&mut self.files.lock(), inside));
         }
-        // Dropping waits for threads, so only `config` is locked, which keeps other changes out.
+        // Drops wait for threads, so `parts` must not be locked here. The lock of `config` excludes other changes.
         drop((exports, unused, watches, files));
         info!("endpoint {range} is removed");
         Ok(())

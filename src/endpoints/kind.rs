@@ -1,4 +1,4 @@
-//! What the daemon asks of one kind of endpoint, whatever the kind. [`super::kinds`] has the table.
+//! The trait that every kind of endpoint implements. [`super::kinds`] has the table of implementations.
 
 use std::io;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
 use crate::topology::{GroupName, PciAddress, ReservedRegions};
 
-/// One kind of endpoint, as the daemon knows it.
+/// The operations of one kind of endpoint.
 pub trait EndpointKind: Sync {
-    /// Adds what the sandbox must allow for the devices of `config`. Where `needs` has `plugging`,
-    /// such a device may come at any time, and counts as present.
+    /// Adds the rights that the sandbox must grant for the devices of `config`. If `needs` has `plugging`,
+    /// hotplug can add a device of this kind at any time, so its rights are added in any case.
     fn add_needs(&self, config: &Config, needs: &mut Needs);
 
-    /// What the service manager must grant for the devices of `config`.
+    /// The resources that the service manager must grant for the devices of `config`.
     fn resources(&self, config: &Config) -> Resources;
 
-    /// Opens the device of one endpoint for a running VM. Nothing of it is behind the IOMMU yet.
+    /// Opens the device of one endpoint for a running VM. The core does not have its backend yet.
     ///
     /// # Errors
     /// The device cannot be opened, or devices of this kind cannot be plugged in.
@@ -38,7 +38,7 @@ pub trait EndpointKind: Sync {
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError>;
 }
 
-/// What the service manager must grant a daemon for the devices of one kind.
+/// The resources that the service manager must grant a daemon for the devices of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resources {
     /// Devices that the daemon opens or serves: each has threads, descriptors and buffers, and its
@@ -48,7 +48,7 @@ pub struct Resources {
     pub files: usize,
     /// Bytes of memory besides those of `devices`.
     pub memory: u64,
-    /// How long peers that hang can keep the worker, one after the other, before each is cut off.
+    /// The longest time that the worker can wait for hanging peers, one after the other, until each is cut off.
     pub wait: Duration,
     /// Further directives of the unit, each with a line feed.
     pub directives: String,
@@ -58,18 +58,18 @@ pub struct Resources {
 pub struct Plug<'a> {
     /// The configuration with the endpoint.
     pub config: &'a Config,
-    /// The endpoint, which has a device of the kind that is asked.
+    /// The endpoint. Its device must be of the kind whose `plug` is called.
     pub endpoint: PciAddress,
-    /// Takes the accesses that are refused to the device.
+    /// Receives the refused accesses of the device.
     pub faults: &'a Arc<FaultReporter>,
 }
 
-/// An opened device that the IOMMU has not taken yet.
+/// An opened device that the core does not know yet.
 #[derive(Default)]
 pub struct PluggedDevice {
-    /// What makes the device obey.
+    /// The backend, which applies the guest's mappings to the device.
     pub backend: Option<Box<dyn DmaBackend>>,
-    /// Reports on the interposer of an emulated device, which reports faults.
+    /// The state of an emulated device's interposer. Such a device reports faults.
     pub watch: Option<Watch>,
     /// Serves an exported device to the VMM.
     pub export: Option<DeviceServer>,
@@ -77,7 +77,7 @@ pub struct PluggedDevice {
     pub file: Option<Arc<SocketFile>>,
     /// The host's name of the device.
     pub host: Option<String>,
-    /// The group and the reserved regions, where the host adds to those of the configuration.
+    /// The group and the reserved regions, if the host adds any to those of the configuration.
     pub facts: Option<(Option<GroupName>, ReservedRegions)>,
 }
 
@@ -90,7 +90,7 @@ pub enum PlugError {
          file, or take it out, and start the VM anew"
     )]
     Shadow,
-    /// The VMM would have to be given a descriptor that it shares with the daemon.
+    /// The VMM would need a descriptor of the device that it shares with the daemon.
     #[error(
         "a device of the host can be added to a running VM only where the daemon has it to itself; \
          give `export = \"PATH\"` beside `vfio` and plug it in as a vfio-user device"
@@ -110,7 +110,7 @@ pub enum PlugError {
     System(#[from] io::Error),
 }
 
-/// Whether devices may come and go with this configuration: the sandbox is made for it at the start.
+/// Checks that `config` allows hotplug: the sandbox grants the rights for it at the start only.
 ///
 /// # Errors
 /// The configuration has no `hotplug`.

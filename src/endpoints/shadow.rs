@@ -1,5 +1,5 @@
-//! Shadow readers: endpoints whose devices read the page tables themselves, with their backend, their
-//! sockets, and the way of their faults to the guest.
+//! Shadow readers: endpoints whose devices read the page tables themselves. Makes their backend and their
+//! sockets, and reports their faults to the guest.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -19,7 +19,7 @@ use crate::locks::Mutex;
 use crate::process::sandbox::Needs;
 use crate::shadow::{Limits, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket};
 
-/// The socket and the memory of one reader.
+/// Descriptors for each reader, such as its socket, its process and its epoch memory.
 const FILES_PER_READER: usize = 4;
 
 /// Why shadow readers cannot be served.
@@ -33,7 +33,7 @@ pub enum ShadowError {
     Backend(String),
 }
 
-/// Puts the shadow endpoints of `config` behind a backend; `None` where there are none.
+/// Adds a backend for the shadow endpoints of `config` to the core; `None` if there are none.
 ///
 /// # Errors
 /// See [`ShadowError`].
@@ -75,7 +75,7 @@ pub fn add_backend(
     Ok(Some(registry))
 }
 
-/// Listens for readers. Accesses that are refused to them are reported to the guest.
+/// Listens for readers, and reports their refused accesses to the guest.
 ///
 /// # Errors
 /// A socket cannot be made.
@@ -103,8 +103,8 @@ pub fn serve(
     })
 }
 
-/// The fault with its reason. A reader does not send one, so the core is asked for the address again; where
-/// it would allow the access by now, there was no mapping before, and the reason stays
+/// The fault with its reason. A reader sends no reason, so this looks the address up in the core again. If the
+/// core allows the access by now, the mapping was missing at the time of the access, and the reason stays
 /// [`FaultReason::Mapping`](crate::faults::FaultReason::Mapping).
 fn with_reason(iommu: &Iommu, fault: Fault) -> Fault {
     let again = iommu.translate(fault.endpoint, fault.address, fault.access);
@@ -128,7 +128,7 @@ impl EndpointKind for ShadowReaderKind {
         }
     }
 
-    /// Refused: the registry of readers is made once, before the page tables are in use.
+    /// Always refuses: the registry of readers is made once, before the page tables are in use.
     fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
         Err(PlugError::Shadow)
     }

@@ -1,10 +1,10 @@
 //! Brings the configured devices up with the daemon, in three steps:
 //!
-//! 1. [`OpenedDevices::open`] opens the host's devices. First of all, before anything else is opened
-//!    that could get the number of an inherited descriptor.
+//! 1. [`OpenedDevices::open`] opens the host's devices. It must run before the process opens any other file,
+//!    which could get the number of an inherited descriptor.
 //! 2. [`OpenedDevices::attach`] puts the backends of all kinds behind the core.
-//! 3. [`AttachedDevices::serve`] lets readers and the VMM's clients in. Last, since a client that
-//!    connects must find everything that it needs.
+//! 3. [`AttachedDevices::serve`] accepts shadow readers and the VMM's clients. It runs last: a client may use
+//!    every other part as soon as it connects.
 
 use std::io;
 use std::sync::Arc;
@@ -48,13 +48,13 @@ pub enum StartError {
     Thread(#[source] io::Error),
 }
 
-/// Devices that are open, and not behind the core yet.
+/// Open devices without backends in the core.
 pub struct OpenedDevices {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
-/// Devices behind the core, which nobody can reach yet.
+/// Devices with backends in the core, before any socket accepts a client.
 pub struct AttachedDevices {
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
     readers: Option<Arc<Registry>>,
@@ -64,16 +64,17 @@ pub struct AttachedDevices {
 
 /// Devices in service.
 pub struct ServedDevices {
-    /// Holds the devices that may come and go.
+    /// Owns the devices that hotplug can add and remove.
     pub hotplug: Arc<Hotplug>,
     /// The shadow readers, where there are such endpoints.
     pub readers: Option<Arc<Registry>>,
-    /// Lets those readers in.
+    /// The server that registers these readers.
     pub shadow: Option<ShadowServer>,
 }
 
 impl OpenedDevices {
-    /// Opens the devices of the host. Also returns the topology with what the host adds to it.
+    /// Opens the devices of the host. Also returns the topology of `config` with the groups and reserved regions
+    /// of the host.
     ///
     /// # Errors
     /// See [`PassthroughError`].
@@ -86,8 +87,7 @@ impl OpenedDevices {
         Ok((topology, Self { backends, exported }))
     }
 
-    /// Puts all backends behind the core. What is dropped of the faults of emulated devices is
-    /// counted in `metrics`.
+    /// Adds all backends to the core. `metrics` counts the dropped faults of emulated devices.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -122,7 +122,7 @@ impl OpenedDevices {
 }
 
 impl AttachedDevices {
-    /// Lets readers and the VMM's clients in, and reports the devices' faults through `device`.
+    /// Accepts shadow readers and the VMM's clients, and reports the devices' faults through `device`.
     ///
     /// # Errors
     /// A socket or a thread cannot be made.

@@ -28,7 +28,7 @@ pub(super) fn open(
     facts: &HostFacts,
 ) -> Result<HostBackends, PassthroughError> {
     let node = root.path("dev/iommu");
-    // Inherited descriptors first: a file that is opened before could get their numbers.
+    // Inherited descriptors first: a file that is opened earlier could get one of their numbers.
     let inherited = config
         .descriptors
         .iommufd
@@ -148,8 +148,8 @@ fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Refuses a descriptor of another device: the guest would drive one device and the daemon translate for
-/// the other.
+/// Refuses a descriptor of another device: the guest would drive one device, and the daemon would translate
+/// for the other.
 fn check_node(
     cdev: &Cdev,
     path: &Path,
@@ -168,8 +168,8 @@ fn check_node(
     }
 }
 
-/// The addresses that a device bound by the VMM allows. Only VFIO knows them for certain, and this process
-/// may have no right to open the device, or come after the VMM.
+/// The addresses that a device bound by the VMM allows; `None` if they are unknown. Only VFIO knows them for
+/// certain, and this process may lack the right to open the device, or the VMM may have opened it already.
 fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
     match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),

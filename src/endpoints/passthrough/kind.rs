@@ -10,8 +10,8 @@ use crate::endpoints::kind::{
 use crate::process::sandbox::Needs;
 use crate::vfio::ioctls_of_backends;
 
-/// The host's IOMMU tables count as the daemon's memory: 8 bytes for each 4 KiB of the guest, and as
-/// much again.
+/// The kernel charges the host's IOMMU tables to the daemon. They take 8 bytes for each 4 KiB of guest memory;
+/// this share is twice that.
 const HOST_TABLE_SHARE: u64 = 256;
 
 /// Devices of the host whose DMA the host's IOMMU translates.
@@ -37,7 +37,8 @@ impl EndpointKind for PassthroughKind {
         }
     }
 
-    /// Refused: the VMM would need the daemon's descriptor of the device, and cannot be given it.
+    /// Always refuses: the VMM would need the daemon's descriptor of the device, and the daemon cannot pass it
+    /// to a running VMM.
     fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
         Err(PlugError::Shared)
     }

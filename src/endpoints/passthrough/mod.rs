@@ -1,5 +1,5 @@
-//! Passthrough devices: opens the devices of the host that a configuration names or takes over their
-//! descriptors, asks what the host's IOMMU allows them, and makes their backends.
+//! Passthrough devices: opens the devices of the host that a configuration names, or takes over their
+//! descriptors. Finds the addresses that the host's IOMMU allows each device, and makes the backends.
 
 pub mod error;
 mod iommufd;
@@ -33,7 +33,7 @@ pub struct PassthroughDevices {
     pub exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
 
-/// The backends of the devices, and what the host's IOMMU allows each endpoint.
+/// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.
 struct HostBackends {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     /// The allowed addresses by endpoint, where they are known.

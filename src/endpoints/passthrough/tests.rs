@@ -1,5 +1,5 @@
-//! The core and the backends of the host's IOMMU together, on a kernel made up for it: whatever
-//! fails, the page tables, the core's states and what devices can reach agree.
+//! Tests of the core with the backends of the host's IOMMU, on a fake kernel. Whichever call fails, the
+//! page tables, the core's states and the memory that devices can reach must agree.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,35 +21,35 @@ use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Type1};
 
 const A: EndpointId = EndpointId(0x18);
 const B: EndpointId = EndpointId(0x20);
-/// Two that the host cannot keep apart.
+/// G1 and G2 are in one host group: the host cannot isolate them from each other.
 const G1: EndpointId = EndpointId(0x28);
 const G2: EndpointId = EndpointId(0x30);
 const ALL: [EndpointId; 4] = [A, B, G1, G2];
-/// The host's numbers of their groups.
+/// The number of each endpoint's host group, in the order of [`ALL`].
 const GROUPS: [u32; 4] = [1, 2, 3, 3];
 const D1: DomainId = DomainId(1);
 const D2: DomainId = DomainId(2);
 const BAR: u64 = 0xe000_0000;
 
-/// How the endpoints are driven.
+/// The interface through which the daemon programs the host's IOMMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum Interface {
     Iommufd(Pinning),
     Type1,
 }
 
-const WAYS: [Way; 3] = [
-    Way::Iommufd(Pinning::All),
-    Way::Iommufd(Pinning::Mapped),
-    Way::Type1,
+const INTERFACES: [Interface; 3] = [
+    Interface::Iommufd(Pinning::All),
+    Interface::Iommufd(Pinning::Mapped),
+    Interface::Type1,
 ];
 
 struct Bed {
-    way: Way,
+    interface: Interface,
     kernel: FakeKernel,
     iommu: Iommu,
     memory: Vec<MemorySlot>,
-    /// The VMM's address spaces, by group; in a type1 container's place its address space.
+    /// Address spaces by host group: with iommufd the VMM's, with type1 that of the container.
     spaces: BTreeMap<u32, u32>,
     bar: Arc<FakeMemory>,
 }
@@ -82,33 +82,33 @@ fn settings(bypass_at_boot: bool) -> Settings {
     }
 }
 
-fn all_there_is() -> BackendCapabilities {
+fn all_capabilities() -> BackendCapabilities {
     BackendCapabilities {
         page_sizes: PageMask::TABLE,
         aperture: IovaRange::ALL,
     }
 }
 
-/// Memory of a device where nobody maps anything.
+/// Device memory that no test maps.
 fn no_memory() -> Arc<dyn DeviceMemory> {
     let range = GpaRange::from_len(Gpa(0xf000_0000), 0x1000).expect("not empty");
     Arc::new(FakeMemory::at(1, range))
 }
 
 impl Bed {
-    /// A VMM has connected and guest RAM is there.
-    fn new(way: Way) -> Self {
+    /// A bed with a connected VMM and guest RAM.
+    fn new(interface: Interface) -> Self {
         let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
         let kernel = FakeKernel::default();
-        let capabilities = all_there_is();
+        let capabilities = all_capabilities();
         let range = GpaRange::from_len(Gpa(BAR), 0x4000).expect("not empty");
         let bar = Arc::new(FakeMemory::at(0, range));
         let none = no_memory();
         let memory_of =
             |n: usize| -> Arc<dyn DeviceMemory> { if n == 1 { bar.clone() } else { none.clone() } };
         let mut spaces = BTreeMap::new();
-        match way {
-            Way::Iommufd(pin) => {
+        match interface {
+            Interface::Iommufd(pin) => {
                 let mut devices = Vec::new();
                 for (n, (&endpoint, &group)) in ALL.iter().zip(&GROUPS).enumerate() {
                     let device = kernel.device(endpoint.0, group);
@@ -129,7 +129,7 @@ impl Bed {
                     spaces.entry(group).or_insert(space);
                 }
             }
-            Way::Type1 => {
+            Interface::Type1 => {
                 for group in [1, 2, 3] {
                     let (container, space) = kernel.container();
                     spaces.insert(group, space);
@@ -155,7 +155,7 @@ impl Bed {
             }
         }
         let mut bed = Self {
-            way,
+            interface,
             kernel,
             iommu,
             memory: Vec::new(),
@@ -182,18 +182,18 @@ impl Bed {
         state.fail.push((at, errno));
     }
 
-    /// What the devices of a group can reach, pieces that adjoin in both spaces joined.
+    /// The areas that the devices of a group can reach, with adjacent areas joined (see [`joined`]).
     fn reached(&self, group: u32) -> Vec<Area> {
         let state = self.kernel.state();
-        let space = match self.way {
-            Way::Iommufd(_) if state.adrift.contains(&group) => return Vec::new(),
-            Way::Iommufd(_) => match state.groups.get(&group).and_then(|g| g.0) {
-                // Identity, by the VMM's doing.
+        let space = match self.interface {
+            Interface::Iommufd(_) if state.adrift.contains(&group) => return Vec::new(),
+            Interface::Iommufd(_) => match state.groups.get(&group).and_then(|g| g.0) {
+                // The VMM's own address space maps guest RAM one to one.
                 Some(id) if self.spaces[&group] == id => return self.identity(),
                 Some(id) => &state.spaces[&id],
                 None => return Vec::new(),
             },
-            Way::Type1 => &state.spaces[&self.spaces[&group]],
+            Interface::Type1 => &state.spaces[&self.spaces[&group]],
         };
         joined(space.values().copied())
     }
@@ -209,7 +209,7 @@ impl Bed {
         joined(self.memory.iter().flat_map(|s| self.areas(&whole(s))))
     }
 
-    /// What a mapping lets a device reach.
+    /// The areas that a device can reach through `mapping`.
     fn areas(&self, mapping: &Mapping) -> Vec<Area> {
         if mapping.access == Access::NONE {
             return Vec::new();
@@ -228,23 +228,23 @@ impl Bed {
             range: part.range,
             access: part.access,
             file: self.bar.file(),
-            // A DMA buffer begins where it was cut.
-            offset: match self.way {
-                Way::Iommufd(_) => 0,
-                Way::Type1 => part.gpa.0 - BAR,
+            // iommufd maps a DMA buffer of exactly this part, so the offset in the buffer is 0.
+            offset: match self.interface {
+                Interface::Iommufd(_) => 0,
+                Interface::Type1 => part.gpa.0 - BAR,
             },
         });
         ram.chain(bar).collect()
     }
 
-    /// The core's states, the tables and the kernel agree.
+    /// Asserts that the core's states, the page tables and the kernel agree.
     fn check(&self) {
         for (endpoint, group) in ALL.into_iter().zip(GROUPS) {
             let stopped = |(e, g): (EndpointId, u32)| {
                 g == group && self.kernel.state().stopped.contains(&e.0)
             };
             if ALL.into_iter().zip(GROUPS).any(stopped) {
-                // No DMA until its driver starts it over.
+                // A stopped device does no DMA until its driver sets it up again.
                 continue;
             }
             let state = self.iommu.endpoint(endpoint).expect("an endpoint");
@@ -264,7 +264,7 @@ impl Bed {
                 ),
                 (Dma::Bypass, _) => self.identity(),
                 (Dma::Blocked | Dma::Translated, _) => {
-                    // What the host cannot keep apart reaches what its mate does.
+                    // A device reaches all memory that another device of its host group reaches.
                     if mates.iter().any(|m| m.dma != Dma::Blocked) {
                         continue;
                     }
@@ -275,23 +275,24 @@ impl Bed {
         }
     }
 
-    /// Address spaces the kernel has that nothing accounts for.
+    /// The number of the kernel's address spaces that no device, domain or bypass mode uses.
     fn leaks(&self) -> usize {
         let state = self.kernel.state();
-        let domains = match self.way {
-            Way::Iommufd(_) => self.iommu.domains().filter(|d| !d.bypass).count(),
-            Way::Type1 => 0,
+        let domains = match self.interface {
+            Interface::Iommufd(_) => self.iommu.domains().filter(|d| !d.bypass).count(),
+            Interface::Type1 => 0,
         };
-        let bypass = usize::from(self.way != Way::Type1);
-        let own = match self.way {
-            Way::Iommufd(_) => ALL.len(),
-            Way::Type1 => 3,
+        let bypass = usize::from(self.interface != Interface::Type1);
+        let own = match self.interface {
+            Interface::Iommufd(_) => ALL.len(),
+            Interface::Type1 => 3,
         };
         state.spaces.len().saturating_sub(own + domains + bypass)
     }
 }
 
-/// Neighbours joined, so that it does not matter where a mapping was cut.
+/// Joins areas that are adjacent in I/O virtual addresses and in their file: a backend may split a mapping
+/// anywhere.
 fn joined(areas: impl Iterator<Item = Area>) -> Vec<Area> {
     let mut areas: Vec<_> = areas.collect();
     areas.sort_by_key(|a| a.range.first());
@@ -338,7 +339,7 @@ enum Op {
     Unmap(DomainId, IovaRange),
     Bypass(bool),
     Reset,
-    /// This slot goes or comes.
+    /// Removes the memory slot with this index, or adds it if it is absent.
     Memory(usize),
     Reconnect,
 }
@@ -387,9 +388,9 @@ fn script() -> Vec<Op> {
         Op::Attach(A, D1, false),
         Op::Map(D1, mapping(0x1000, 0x1000, 0x2000)),
         Op::Map(D1, mapping(0x2000, 0x1000, 0x2000)),
-        // Over two slots.
+        // Spans two memory slots.
         Op::Map(D1, mapping(0x10_0000, 0x4000, 0xe000)),
-        // Into the other device, and half-way into nothing.
+        // The first mapping is of another device's BAR. The second extends past the end of RAM and fails.
         Op::Map(D1, mapping(0x20_0000, 0x1000, BAR + 0x1000)),
         Op::Map(D1, mapping(0x30_0000, 0x4000, 0x1_e000)),
         Op::Attach(B, D1, false),
@@ -414,9 +415,9 @@ fn script() -> Vec<Op> {
 }
 
 #[test]
-fn devices_reach_what_the_tables_say() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+fn devices_reach_exactly_what_the_page_tables_map() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.check();
         for op in script() {
             let result = run(&mut bed, &op);
@@ -432,11 +433,11 @@ fn devices_reach_what_the_tables_say() {
     }
 }
 
-/// Fails every call of the kernel's in turn, and every pair of neighbours.
+/// Fails each kernel call in turn, alone or with the next one or two calls.
 #[test]
-fn every_failure_of_the_kernel_leaves_agreement() {
-    for way in WAYS {
-        // The last is what some calls answer where there was nothing to do, too.
+fn any_failed_kernel_call_leaves_a_consistent_state() {
+    for interface in INTERFACES {
+        // ENOENT is also the kernel's answer to some calls that had nothing to do.
         for (in_a_row, errno) in [
             (1, libc::ENOMEM),
             (2, libc::ENOMEM),
@@ -446,7 +447,7 @@ fn every_failure_of_the_kernel_leaves_agreement() {
         ] {
             let mut failed = 0;
             for n in 1.. {
-                let mut bed = Bed::new(way);
+                let mut bed = Bed::new(interface);
                 for more in 0..in_a_row {
                     bed.fail_in(n + more, errno);
                 }
@@ -458,15 +459,15 @@ fn every_failure_of_the_kernel_leaves_agreement() {
                         Err(RequestError::Quarantined { .. }) | Ok(()) => {}
                         Err(_) => {
                             let after: Vec<_> = bed.iommu.endpoints(usize::MAX, 9).collect();
-                            assert_eq!(after, before, "{way:?} {n} {op:?}");
+                            assert_eq!(after, before, "{interface:?} {n} {op:?}");
                             if in_a_row == 1 && bed.kernel.state().calls >= last {
-                                // What could not be cleared away at once is with the next switch.
+                                // The next switch destroys address spaces whose destruction failed.
                                 bed.iommu.retarget_unattached();
-                                assert_eq!(bed.leaks(), 0, "{way:?} {n} {op:?}");
+                                assert_eq!(bed.leaks(), 0, "{interface:?} {n} {op:?}");
                             }
                         }
                     }
-                    // Slots that bypass mode lacks are a known hole; all else agrees.
+                    // Not checked: after such a failure, bypass mode may lack a memory slot.
                     let hit = bed.kernel.state().calls >= last;
                     if hit && matches!(op, Op::Memory(_) | Op::Attach(_, DomainId(3), _)) {
                         break;
@@ -477,7 +478,7 @@ fn every_failure_of_the_kernel_leaves_agreement() {
                     break;
                 }
                 failed += 1;
-                // A new VM finds everything usable, and no address space left behind.
+                // After a reconnection every endpoint is usable and no address space has leaked.
                 bed.kernel.state().fail.clear();
                 bed.kernel.state().stopped.clear();
                 run(&mut bed, &Op::Reconnect).expect("a new VM");
@@ -489,16 +490,16 @@ fn every_failure_of_the_kernel_leaves_agreement() {
                     .map(D2, &mapping(0, 0x1000, 0))
                     .expect("mapped again");
                 bed.check();
-                assert_eq!(bed.leaks(), 0, "{way:?} {n}");
+                assert_eq!(bed.leaks(), 0, "{interface:?} {n}");
             }
-            assert!(failed > 20, "{way:?}: {failed} calls were failed");
+            assert!(failed > 20, "{interface:?}: {failed} calls were failed");
         }
     }
 }
 
 #[test]
-fn one_domain_is_one_host_mapping_whatever_the_endpoints() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+fn endpoints_of_one_domain_share_one_host_mapping() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     for endpoint in [A, B] {
         bed.iommu.attach(endpoint, D1, false).expect("attached");
     }
@@ -514,8 +515,8 @@ fn one_domain_is_one_host_mapping_whatever_the_endpoints() {
 
 #[test]
 fn permissions_reach_the_host() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");
         let rights = [
             Access::READ,
@@ -535,7 +536,7 @@ fn permissions_reach_the_host() {
         bed.check();
         bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
         assert!(bed.reached(1).is_empty());
-        // Nothing but one without rights is no failure either.
+        // A domain whose only mapping grants no rights must not fail either.
         let none = Mapping {
             access: Access::NONE,
             ..mapping(0, 0x1000, 0x4000)
@@ -546,9 +547,9 @@ fn permissions_reach_the_host() {
 }
 
 #[test]
-fn a_move_that_fails_leaves_the_device_where_it_was() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+fn a_failed_attach_leaves_the_device_in_its_domain() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");
         bed.iommu.attach(B, D2, false).expect("attached");
         for n in 0..4 {
@@ -561,36 +562,44 @@ fn a_move_that_fails_leaves_the_device_where_it_was() {
         let before = bed.reached(1);
         bed.fail_in(1, libc::ENOMEM);
         let refused = bed.iommu.attach(A, D2, false);
-        assert_eq!(kind(refused), BackendErrorKind::NoMem, "{way:?}");
-        assert_eq!(bed.reached(1), before, "{way:?}");
+        assert_eq!(kind(refused), BackendErrorKind::NoMem, "{interface:?}");
+        assert_eq!(bed.reached(1), before, "{interface:?}");
         bed.check();
-        // Half-way, where there is such a thing.
+        // The third call fails. With type1 that is in the middle of the move; iommufd moves with one call.
         bed.fail_in(3, libc::ENOMEM);
-        match (way, bed.iommu.attach(A, D2, false)) {
-            (Way::Type1, refused) => {
+        match (interface, bed.iommu.attach(A, D2, false)) {
+            (Interface::Type1, refused) => {
                 assert_eq!(kind(refused), BackendErrorKind::NoMem);
                 assert_eq!(bed.reached(1), before);
             }
-            (Way::Iommufd(_), moved) => moved.expect("one call"),
+            (Interface::Iommufd(_), moved) => moved.expect("one call"),
         }
         bed.check();
     }
 }
 
 #[test]
-fn what_is_no_memory_is_refused_with_fault() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+fn mapping_absent_memory_is_refused_with_fault() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");
         for gpa in [0x9000_0000, BAR + 0x4000, 0x1_e000] {
             let refused = bed.iommu.map(D1, &mapping(0, 0x4000, gpa));
-            assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
+            assert_eq!(
+                kind(refused),
+                BackendErrorKind::Fault,
+                "{interface:?} {gpa:#x}"
+            );
             let none = Mapping {
                 access: Access::NONE,
                 ..mapping(0, 0x4000, gpa)
             };
             let refused = bed.iommu.map(D1, &none);
-            assert_eq!(kind(refused), BackendErrorKind::Fault, "{way:?} {gpa:#x}");
+            assert_eq!(
+                kind(refused),
+                BackendErrorKind::Fault,
+                "{interface:?} {gpa:#x}"
+            );
             assert!(bed.reached(1).is_empty());
         }
         bed.iommu
@@ -601,8 +610,8 @@ fn what_is_no_memory_is_refused_with_fault() {
 }
 
 #[test]
-fn the_hosts_limits_become_statuses() {
-    for way in WAYS {
+fn errnos_of_the_host_become_statuses() {
+    for interface in INTERFACES {
         for (errno, expected) in [
             (libc::ENOMEM, BackendErrorKind::NoMem),
             (libc::ENOSPC, BackendErrorKind::NoMem),
@@ -610,11 +619,11 @@ fn the_hosts_limits_become_statuses() {
             (libc::EFAULT, BackendErrorKind::Fault),
             (libc::EIO, BackendErrorKind::DevErr),
         ] {
-            let mut bed = Bed::new(way);
+            let mut bed = Bed::new(interface);
             bed.iommu.attach(A, D1, false).expect("attached");
             bed.fail_in(1, errno);
             let refused = bed.iommu.map(D1, &mapping(0, 0x1000, 0));
-            assert_eq!(kind(refused), expected, "{way:?} {errno}");
+            assert_eq!(kind(refused), expected, "{interface:?} {errno}");
             bed.check();
             bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
         }
@@ -622,9 +631,9 @@ fn the_hosts_limits_become_statuses() {
 }
 
 #[test]
-fn a_domain_that_leads_nowhere_takes_no_host_device() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+fn type1_refuses_attach_to_a_domain_that_maps_a_removed_slot() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");
         bed.iommu
             .map(D1, &mapping(0, 0x4000, 0x1_0000))
@@ -632,7 +641,7 @@ fn a_domain_that_leads_nowhere_takes_no_host_device() {
         run(&mut bed, &Op::Memory(1)).expect("the slot goes");
         bed.check();
         assert!(bed.reached(1).is_empty());
-        if let Way::Type1 = way {
+        if let Interface::Type1 = interface {
             let refused = bed.iommu.attach(B, D1, false);
             assert_eq!(kind(refused), BackendErrorKind::Unsupp);
             bed.check();
@@ -644,9 +653,9 @@ fn a_domain_that_leads_nowhere_takes_no_host_device() {
 }
 
 #[test]
-fn the_vmm_may_send_the_same_memory_again() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+fn an_unchanged_memory_table_causes_no_kernel_call() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         let file = memfd(0x4000);
         let again = file.try_clone().expect("a descriptor");
         bed.set_memory(vec![slot_of(file, 0, 0x4000, 0)]);
@@ -661,7 +670,7 @@ fn the_vmm_may_send_the_same_memory_again() {
 
 #[test]
 fn kernels_without_mapping_by_file_take_addresses() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::Mapped));
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::Mapped));
     bed.kernel.state().old = true;
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu
@@ -682,13 +691,13 @@ fn with_unbound_device(kernel: &FakeKernel) -> Iommu {
     };
     let mut iommu = Iommu::new(settings(false), topology()).expect("an arena");
     let calls = Arc::new(kernel.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, vec![device]);
+    let backend = Iommufd::new(calls, all_capabilities(), Pinning::All, vec![device]);
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     iommu
 }
 
 #[test]
-fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
+fn an_unbound_device_is_quarantined_until_the_vmm_binds_it() {
     let kernel = FakeKernel::default();
     let mut iommu = with_unbound_device(&kernel);
     assert!(!iommu.endpoint(A).expect("an endpoint").quarantined);
@@ -700,7 +709,7 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
     );
     assert!(iommu.endpoint(A).expect("an endpoint").quarantined);
 
-    // Now the VMM has, and its own address space counts until ours does.
+    // The VMM has bound the device by now, and its own address space applies until the daemon attaches one.
     let (device, space) = kernel.vmm_device(A.0, 1);
     assert!(device.is_bound());
     assert_eq!(kernel.state().groups[&1].0, Some(space));
@@ -712,8 +721,8 @@ fn a_device_the_vmm_has_not_bound_is_told_of_and_taken_up_later() {
 }
 
 #[test]
-fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
-    for says_something in [true, false] {
+fn a_vmm_may_connect_before_it_binds_its_devices() {
+    for announces in [true, false] {
         let kernel = FakeKernel::default();
         let iommu = Arc::new(Mutex::new(Rank::Core, with_unbound_device(&kernel)));
         let worker = crate::device::WorkerSettings {
@@ -725,7 +734,7 @@ fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
         let quarantined = || iommu.lock().endpoint(A).expect("an endpoint").quarantined;
         device.connect();
         assert!(!quarantined(), "nothing was tried yet");
-        if says_something {
+        if announces {
             let (_, space) = kernel.vmm_device(A.0, 1);
             assert_eq!(kernel.state().groups[&1].0, Some(space));
             device.announce_vmm();
@@ -738,8 +747,8 @@ fn a_vmm_that_connects_before_it_binds_its_devices_is_waited_for() {
 }
 
 #[test]
-fn the_vmms_own_address_space_serves_until_it_is_left() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+fn the_vmms_address_space_applies_until_the_first_attach() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     let own = bed.spaces[&1];
     let at = |bed: &Bed| bed.kernel.state().groups[&1].0;
     assert_eq!(at(&bed), Some(own));
@@ -752,8 +761,8 @@ fn the_vmms_own_address_space_serves_until_it_is_left() {
 }
 
 #[test]
-fn pinning_what_is_mapped_keeps_all_of_ram_only_while_it_is_used() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::Mapped));
+fn pin_mapped_keeps_a_bypass_address_space_only_while_it_is_used() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::Mapped));
     let spaces = |bed: &Bed| bed.kernel.state().spaces.len();
     let empty = spaces(&bed);
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -782,15 +791,15 @@ fn a_container_that_is_handed_over_is_emptied() {
         name: "a device".into(),
         device: None,
     }];
-    let backend = Type1Group::new(Box::new(container), all_there_is(), devices, Vec::new());
+    let backend = Type1Group::new(Box::new(container), all_capabilities(), devices, Vec::new());
     let mut iommu = Iommu::new(settings(false), topology()).expect("an arena");
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     assert!(kernel.state().spaces[&space].is_empty());
 }
 
 #[test]
-fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+fn an_unresponsive_device_is_stopped() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     bed.kernel.state().asleep.push(A.0);
@@ -800,7 +809,7 @@ fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
         "{detached:?}"
     );
     assert!(bed.kernel.state().stopped.contains(&A.0));
-    // Once it answers, blocked is blocked.
+    // Once the device answers, the daemon can block it.
     bed.kernel.state().asleep.clear();
     bed.kernel.state().stopped.clear();
     bed.iommu.set_bypass(false);
@@ -810,8 +819,8 @@ fn a_device_that_does_not_answer_for_a_moment_is_stopped() {
 }
 
 #[test]
-fn what_the_vmm_has_moved_since_is_moved_back() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+fn devices_moved_by_the_vmm_are_moved_back() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     bed.iommu.set_bypass(false);
     assert!(bed.reached(1).is_empty());
     let vmm = bed.spaces[&1];
@@ -825,7 +834,7 @@ fn what_the_vmm_has_moved_since_is_moved_back() {
 }
 
 #[test]
-fn a_device_bound_to_another_iommufd_is_found_out() {
+fn a_device_bound_to_another_iommufd_is_refused() {
     let ours = FakeKernel::default();
     let theirs = FakeKernel::default();
     let devices = vec![PassthroughDevice {
@@ -837,13 +846,13 @@ fn a_device_bound_to_another_iommufd_is_found_out() {
         memory: no_memory(),
     }];
     let calls = Arc::new(ours.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, devices);
+    let backend = Iommufd::new(calls, all_capabilities(), Pinning::All, devices);
     let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     let (_, space) = theirs.vmm_device(A.0, 1);
     iommu.connect();
     iommu.set_memory(vec![slot(0, 0x1000, 0)]);
-    // A number of ours is one of theirs, too.
+    // The other iommufd then has address spaces with the same IDs as ours.
     for _ in 0..8 {
         theirs.alloc().expect("an address space");
     }
@@ -858,7 +867,7 @@ fn a_device_bound_to_another_iommufd_is_found_out() {
 }
 
 #[test]
-fn devices_bound_before_any_vmm_are_where_nobody_knows() {
+fn a_device_left_attached_by_a_former_daemon_is_moved() {
     let kernel = FakeKernel::default();
     let (device, old) = kernel.vmm_device(A.0, 1);
     let devices = vec![PassthroughDevice {
@@ -870,7 +879,7 @@ fn devices_bound_before_any_vmm_are_where_nobody_knows() {
         memory: no_memory(),
     }];
     let calls = Arc::new(kernel.clone());
-    let backend = Iommufd::new(calls, all_there_is(), Pinning::All, devices);
+    let backend = Iommufd::new(calls, all_capabilities(), Pinning::All, devices);
     let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     iommu.connect();
@@ -882,28 +891,28 @@ fn devices_bound_before_any_vmm_are_where_nobody_knows() {
 
 #[test]
 fn addresses_only_the_host_reserves_make_attach_unsupported() {
-    for way in WAYS {
-        let mut bed = Bed::new(way);
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");
         bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
         bed.iommu.attach(B, D2, false).expect("attached");
         bed.fail_in(1, libc::EADDRINUSE);
         let refused = bed.iommu.attach(B, D1, false);
-        assert_eq!(kind(refused), BackendErrorKind::Unsupp, "{way:?}");
+        assert_eq!(kind(refused), BackendErrorKind::Unsupp, "{interface:?}");
         bed.check();
     }
 }
 
 #[test]
 fn bypass_mode_that_lacks_memory_is_filled_or_refused() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.attach(B, D1, false).expect("attached");
     let mut memory = bed.memory.clone();
     memory.push(slot(0x100_0000, 0x1000, 0));
     bed.fail_in(1, libc::ENOMEM);
     bed.set_memory(memory);
-    // The next one that goes there has it all.
+    // The next endpoint that enters bypass mode reaches all memory.
     bed.iommu.detach(A, D1).expect("detached");
     bed.check();
     let mut memory = bed.memory.clone();
@@ -920,14 +929,14 @@ fn bypass_mode_that_lacks_memory_is_filled_or_refused() {
 }
 
 #[test]
-fn nothing_is_copied_from_bypass_mode_while_it_is_used() {
-    let mut bed = Bed::new(Way::Iommufd(Pinning::All));
+fn mappings_are_not_copied_from_bypass_mode_while_it_is_used() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
     let files = |bed: &Bed| bed.kernel.state().mapped_by_file;
     bed.iommu.attach(A, D1, false).expect("attached");
     let before = files(&bed);
     bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
     assert_eq!(files(&bed), before, "a copy");
-    // Out of the VMM's address space, and into ours.
+    // Moves B from the VMM's address space into the daemon's bypass mode.
     bed.iommu.attach(B, D1, false).expect("attached");
     bed.iommu.detach(B, D1).expect("detached");
     let before = files(&bed);
@@ -978,11 +987,11 @@ fn any_op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
     #[test]
-    fn any_requests_leave_agreement(
-        way in (0usize..3).prop_map(|n| WAYS[n]),
+    fn any_requests_leave_a_consistent_state(
+        interface in (0usize..3).prop_map(|n| INTERFACES[n]),
         ops in proptest::collection::vec(any_op(), 1..60),
     ) {
-        let mut bed = Bed::new(way);
+        let mut bed = Bed::new(interface);
         for op in ops {
             let _ = run(&mut bed, &op);
             bed.check();
