@@ -1,5 +1,5 @@
-//! The tree of the host's groups, their devices and the endpoints behind which they are, for operators and
-//! programs.
+//! The tree of the host's groups, their devices and the endpoints of these devices, as text for operators and as
+//! JSON for programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

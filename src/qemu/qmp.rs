@@ -46,7 +46,7 @@ struct Monitor {
 
 #[derive(Default)]
 struct MonitorState {
-    /// A VMM is connected, and the thread is to listen to it.
+    /// A VMM is connected, and the thread must listen to it.
     wanted: bool,
     ended: bool,
     /// The connection that the thread reads.
@@ -135,7 +135,7 @@ impl Monitor {
         let state = self.state.lock();
         let there = state.stream.is_some();
         if there {
-            // Under the lock, so that no other VMM can connect meanwhile.
+            // The state stays locked, so that no other VMM can connect meanwhile.
             reset();
         }
         there
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_found_whatever_they_come_in() {
+    fn lines_are_split_and_limited_in_length() {
         let long = vec![b'x'; MAX_LINE - 1];
         let text = [&b"one\n\n"[..], &long, b"\nlast\nno line"].concat();
         let found = all(&text).expect("lines");

@@ -186,15 +186,15 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "OpenError::NotBound",
-        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "OpenError::NoSuchDevice",
-        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "OpenError::Device",
-        "src/qemu/launch/devices.rs::what_is_missing_is_named_with_the_cure",
+        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "PassthroughError::Device",

@@ -43,7 +43,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn files_that_are_not_there_are_told_from_those_that_are() {
+    fn missing_files_are_distinguished_from_accessible_ones() {
         let folder = tempfile::tempdir().expect("a folder");
         let file = folder.path().join("node");
         let kind = |path: &Path| read_write(path).expect_err("refused").kind();
@@ -51,7 +51,7 @@ mod tests {
         fs::write(&file, "").expect("written");
         read_write(&file).expect("it may be opened");
         assert_eq!(kind(&file.join("below")), io::ErrorKind::NotADirectory);
-        // Root may write it all the same.
+        // Root may write a read-only file, so the result is compared with that of opening it.
         fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).expect("changed");
         let opened = File::options().read(true).write(true).open(&file);
         assert_eq!(read_write(&file).is_ok(), opened.is_ok());

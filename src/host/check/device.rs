@@ -205,7 +205,7 @@ mod tests {
         findings(&host.root(), &facts, address, iommu)
     }
 
-    /// The only finding there is.
+    /// The only finding of the host.
     fn only(host: &FakeHost, iommu: HostIommu) -> Finding {
         let found = found(host, iommu);
         assert_eq!(found.len(), 1, "{found:#?}");
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_somebody_spoils() {
+    fn a_group_with_a_driver_of_the_kernel_is_not_viable() {
         let host = host(&Function::ready(PATH, 7));
         let sibling = "0000:00:1c.0/0000:01:00.1";
         host.function(&Function::bound(sibling, 7, Some("snd_hda_intel")));
@@ -280,7 +280,7 @@ mod tests {
         }
         assert!(finding.commands[0].contains("0000:01:00.1"));
 
-        // A bridge is no such device, but one with a driver of its own may be.
+        // A bridge does not spoil the group, but a bridge with a driver other than pcieport may.
         host.remove("sys/devices/pci0000:00/0000:00:1c.0/0000:01:00.1/driver");
         let bridge = Function {
             driver: Some("shpchp"),
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_the_firmware_keeps() {
+    fn regions_that_the_firmware_maps_are_reported() {
         let host = host(&Function::ready(PATH, 7));
         let regions = "sys/kernel/iommu_groups/7/reserved_regions";
         host.file(regions, "0x0 0xffffff direct-relaxable\n");
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_that_are_not_there() {
+    fn missing_nodes_are_reported() {
         let host = host(&Function::ready(PATH, 7));
         host.remove("dev/vfio/7");
         assert_eq!(found(&host, HostIommu::Iommufd), []);
@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn nodes_that_may_not_be_opened() {
-        // Refused whoever asks, root too.
+        // A file in place of the folder refuses every user, even root.
         let host = FakeHost::new();
         host.file("dev/vfio/devices", "not a folder");
         let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "KERNEL==\"vfio*\"");

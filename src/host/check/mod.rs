@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_has_everything() {
+    fn a_complete_host_has_no_findings() {
         let host = FakeHost::new();
         for (path, vfio, group) in [("0000:01:00.0", "vfio0", 1), ("0000:02:00.0", "vfio1", 2)] {
             host.function(&Function {
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_told_with_its_cure() {
+    fn missing_things_are_reported_with_a_cure() {
         let host = FakeHost::new();
         host.function(&Function::bound("0000:01:00.0", 1, Some("e1000e")));
         host.remove("dev/iommu");
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_asked_of_a_host_without_passthrough() {
+    fn a_configuration_without_passthrough_has_an_empty_report() {
         let text = "address = \"00:05.0\"\n";
         let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
         let report = Report::new(&HostRoot::new("/nonexistent"), &config);

@@ -39,7 +39,8 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
             .with_commands(vec!["modprobe iommufd".to_owned()]),
         );
     }
-    // Opening it makes an empty context, which is harmless. Only this shows a container's device filter.
+    // Only opening the node shows whether a container's device filter allows it. An opened node is an empty
+    // context, which is harmless.
     let open = || File::options().read(true).write(true).open(root.path(node));
     node_finding(root, node, "KERNEL==\"iommu\"").or_else(|| {
         let cause = open().err()?;
@@ -165,7 +166,7 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
     })
 }
 
-/// How many times at least the guest's RAM counts against the limit, and why.
+/// The least number of times that the guest's RAM counts against the limit, and the reason.
 fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
     let mut devices = config.devices.passthrough.iter();
     let vmm_has_none = devices.all(|device| config.devices.exported_at(device.endpoint).is_some());
@@ -286,7 +287,7 @@ mod tests {
         let finding = only(&host, "");
         assert_eq!(finding.commands, ["modprobe iommufd"]);
         assert!(finding.cure.contains("type1"), "{}", finding.cure);
-        // A node that cannot be opened.
+        // A folder in place of the node cannot be opened for writing.
         fs::create_dir(host.path("dev/iommu")).expect("a folder");
         let finding = only(&host, "");
         assert!(finding.what.contains("cannot be opened"), "{finding:?}");
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn interrupt_controllers_are_told_by_name() {
+    fn interrupt_remapping_is_recognized_by_controller_names() {
         let remapped = "      CPU0 CPU1\n 0: 5 0 IR-IO-APIC 2-edge timer\n 24: 0 0 DMAR-MSI 0-edge";
         assert_eq!(isolates_interrupts(remapped), Some(true));
         let msi = "      CPU0\n 24: 0 IR-PCI-MSIX-0000:00:02.0 0-edge eth0";
@@ -384,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_daemon_has_to_itself_is_locked_once() {
+    fn guest_ram_is_locked_once_for_exported_devices() {
         let times = |second: &str| {
             let text = format!(
                 "address = '00:05.0'\n\

@@ -126,7 +126,7 @@ impl PciFunction {
 
     /// The function `name` with the `config` space, which may hold anything and be of any length.
     pub fn parse(name: &str, config: &[u8]) -> Self {
-        // Only function 0 has to have the bit for further functions.
+        // Only function 0 must have the multi-function bit.
         let function_zero = name.ends_with(".0");
         let header_type = config.get(HEADER_TYPE).copied().unwrap_or(0);
         let port = port(config, header_type);
@@ -292,7 +292,7 @@ mod tests {
         let express = FakeConfigSpace::express;
         assert_eq!(isolates("0:0:1.0", express(4, ALL_ON)), Some(true));
         assert_eq!(isolates("0:0:1.0", express(4, None)), Some(false));
-        // What cannot be switched off is taken for on.
+        // A required service that cannot be switched counts as on.
         assert_eq!(
             isolates("0:0:1.0", express(6, Some((0x05, 0x05)))),
             Some(true)
@@ -301,7 +301,7 @@ mod tests {
             isolates("0:0:1.0", express(6, Some((0x1d, 0x0d)))),
             Some(false)
         );
-        // A single function has nobody to be kept apart from.
+        // The only function of a device needs no isolation from others.
         assert_eq!(isolates("0:0:1.0", express(0, None)), Some(true));
         assert_eq!(isolates("0:0:1.0", express(0, None).multi()), Some(false));
         assert_eq!(isolates("0:0:1.1", express(0, None)), Some(false));
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn without_privileges_it_is_unknown() {
+    fn without_privileges_port_and_acs_are_unknown() {
         let mut config = FakeConfigSpace::express(4, ALL_ON).bytes();
         for length in [0, 63, 64] {
             let made = PciFunction::parse("0000:00:01.0", &config[..length]);

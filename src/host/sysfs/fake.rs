@@ -15,7 +15,7 @@ pub(crate) struct FakeConfigSpace {
     express: Option<u8>,
     bridge: bool,
     multi: bool,
-    /// Supported and enabled.
+    /// The services that are supported, and those that are enabled.
     acs: Option<(u16, u16)>,
 }
 
@@ -47,7 +47,7 @@ impl FakeConfigSpace {
         let mut bytes = vec![0; if self.express.is_some() { 4096 } else { 256 }];
         bytes[0x0e] = u8::from(self.bridge) | u8::from(self.multi) << 7;
         if let Some(kind) = self.express {
-            // A power management capability first, so that the list is walked.
+            // A power management capability comes first, so that the parser must walk the list.
             bytes[0x06] = 0x10;
             bytes[0x34] = 0x40;
             bytes[0x40..0x42].copy_from_slice(&[0x01, 0x60]);

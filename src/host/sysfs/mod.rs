@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn who_spoils_a_group() {
+    fn members_with_drivers_of_the_kernel_spoil_a_group() {
         let host = FakeHost::new();
         for (path, driver, class, spoils, may) in [
             ("0000:00:01.0", Some("e1000e"), "0x020000", true, false),

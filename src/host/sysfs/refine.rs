@@ -30,7 +30,7 @@ pub enum RefineError {
 
 /// Adds the host's groups and reserved regions to the passthrough endpoints of `topology`.
 ///
-/// `passthrough` names them: the endpoint's address in the guest and the device's on the host.
+/// `passthrough` lists them with the addresses of the endpoint in the guest and of the device on the host.
 /// `allowed` has the ranges that VFIO or iommufd lets a device map, by the address of its endpoint,
 /// where they are known. `input` is the range that the guest can map.
 ///
@@ -87,7 +87,7 @@ pub fn refine(
 struct Links {
     /// By the ID of a configuration's group: the lowest ID among the groups joined with it.
     lowest: Vec<u32>,
-    /// By the number of a host group: a group of the configuration with a device in it.
+    /// By the number of a host group: a group of the configuration that has a device in that host group.
     of_host: BTreeMap<u32, u32>,
     /// Two groups of the configuration, and the host group that joins them.
     joined: Vec<(u32, u32, u32)>,
@@ -214,7 +214,7 @@ mod tests {
         Some(topology.group_name(id).expect("a name").as_str())
     }
 
-    /// Host devices `0000:01:00.N`, each in the group given for it; guests' `00:1N.0`.
+    /// Refines `endpoints`. Endpoint N is the host's device `0000:01:00.N`, in host group `host_groups[N]`.
     fn refined(endpoints: &[(&str, Option<&str>)], host_groups: &[u32]) -> Refined {
         let host = FakeHost::new();
         let mut pairs = Vec::new();
@@ -241,7 +241,7 @@ mod tests {
             &[9, 9, 4, 3],
         );
         let of = |endpoint| group(&made.topology, endpoint);
-        // The plain name is taken by somebody else.
+        // The configuration uses the name without `+` already.
         assert_eq!(of("00:10.0"), Some("host-group-9+"));
         assert_eq!(of("00:11.0"), Some("host-group-9+"));
         assert_eq!(of("00:12.0"), None, "alone in its group");
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_the_configuration_win_and_clashing_ones_are_joined() {
+    fn configured_names_win_and_clashing_groups_are_joined() {
         let made = refined(
             &[
                 ("00:10.0", Some("nic")),
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_are_those_of_both() {
+    fn regions_of_configuration_and_host_are_merged() {
         let host = FakeHost::new();
         host.function(&Function::ready("0000:01:00.0", 1));
         host.file(

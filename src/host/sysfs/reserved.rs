@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_allowed_is_all_reserved() {
+    fn without_allowed_ranges_everything_is_reserved() {
         let merged = merge(&config(&[]), &[], Some(&[]), IovaRange::ALL);
         assert_eq!(shown(&merged), ["0x0..=0xffffffffffffffff:reserved"]);
         assert_eq!(gaps(&[IovaRange::ALL], range(5, 9)), []);
@@ -367,7 +367,7 @@ mod tests {
 
     #[test]
     fn too_many_regions_lose_the_smallest_holes() {
-        // Holes of one page, but one of a byte and the one around the MSI window.
+        // Every hole is a page, except for one of a byte and the hole with the MSI window.
         let mut regions: Vec<_> = (0..70)
             .map(|n| host(n << 13, (n << 13) + 0xfff, HostRegionKind::Reserved))
             .collect();
@@ -393,7 +393,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_merged_is_covered_and_nothing_else(
+        fn merged_regions_cover_exactly_the_reserved_addresses(
             own in proptest::collection::vec((0u64..30, 0u64..4), 0..6),
             own_msi in proptest::option::of(0usize..6),
             given in proptest::collection::vec((0u64..300, 0u64..8, kind()), 0..160),
@@ -401,7 +401,7 @@ mod tests {
                 proptest::collection::vec((0u64..300, 0u64..200), 0..5)
             ),
             input_last in 1u64..320,
-            // Also right at the top, where a last address has no successor.
+            // Addresses at the top, too: the last address has no successor.
             top: bool,
         ) {
             let base = if top { u64::MAX - 320 } else { 0 };

@@ -188,7 +188,7 @@ mod tests {
             SharingReason::between(&place(&[&good_root], &single), &place(&[], &other)),
             SharingReason::Unexplained
         );
-        // A leaking port above one of the two only.
+        // A leaking port above only one of the two functions.
         assert_eq!(
             SharingReason::between(&place(&[&root], &single), &place(&[&good_root], &other)),
             SharingReason::Port(root.clone())

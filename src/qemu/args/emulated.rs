@@ -54,7 +54,7 @@ mod tests {
     use crate::qemu::args::QemuArgs;
 
     #[test]
-    fn the_vmm_is_sent_to_the_daemon_and_not_to_the_server() {
+    fn qemu_connects_to_the_daemon_and_not_to_the_server() {
         let text = "socket = '/s'\nmemory = '1G'\naddress = '00:05.0'\n\
              [[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = { listen = '/run/a \"b\"', connect = '/run/c' }\n\

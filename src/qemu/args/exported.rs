@@ -75,7 +75,7 @@ mod tests {
     const TYPE1: &str = "host-iommu = 'type1'\n";
 
     #[test]
-    fn the_vmm_gets_no_vfio_for_what_is_exported() {
+    fn exported_devices_get_no_vfio_arguments() {
         let text = one("00:06.0", "65:00.0", "/run/a")
             + &one("00:06.1", "65:00.1", "/run/b")
             + &one("01:00.0", "66:00.0", "/run/c")
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_for_those_alone_that_are_not_exported() {
+    fn exported_devices_get_no_descriptors() {
         let text = one("00:06.0", "65:00.0", "/run/a") + &one("00:07.0", "66:00.0", "");
         let made_both = made(&text).expect("arguments");
         let line = made_both.shell_line();

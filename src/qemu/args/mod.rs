@@ -112,7 +112,7 @@ impl QemuArgs {
                 }
                 DeviceKind::Exported => arguments.extend(exported::arguments(config)),
                 DeviceKind::Emulated => arguments.extend(emulated::arguments(config)),
-                // QEMU learns of the device from the process that has it.
+                // No arguments: the process with the shadow reader offers the device to QEMU itself.
                 DeviceKind::ShadowReader => {}
             }
         }
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_qemu_must_know_is_there() {
+    fn arguments_describe_the_whole_configuration() {
         let made = arguments(
             "socket = '/run/a b,c.sock'\nmemory = '2G'\naddress = '00:1e.3'\n\
              [[endpoint]]\naddress = '00:10.0'\ngroup = 'nic0'\n\
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_qemu_cannot_be_told_is_refused_with_the_cure() {
+    fn inexpressible_configurations_are_refused_with_a_cure() {
         for (text, cure) in [
             ("memory = '2G'\naddress = '00:05.0'", "give `socket ="),
             ("socket = 'a'\naddress = '00:05.0'", "give `memory ="),
@@ -428,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_are_given_keep_their_numbers() {
+    fn configured_descriptors_keep_their_numbers() {
         let mut config = config(DEVICES);
         let second = config.devices.passthrough[1].endpoint;
         config.descriptors.iommufd = Some(4);
@@ -443,7 +443,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_say_is_not_said_again() {
+    fn options_of_the_operator_are_not_repeated() {
         let text = "socket = 's'\nmemory = '1G'\naddress = '00:05.0'";
         let beside = |line: &str| {
             let others: Vec<_> = line.split_whitespace().map(OsString::from).collect();

@@ -27,8 +27,8 @@ struct VmmDevice {
 }
 
 impl PassthroughArguments {
-    /// `None` where the configuration has no device that the VMM binds. Devices without a given
-    /// descriptor get the lowest free numbers, from 3 on.
+    /// The arguments for `config`; `None` if it has no device that the VMM binds. A device without a configured
+    /// descriptor gets the lowest free number, from 3 on.
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
         let mut shared = config
             .devices
@@ -78,7 +78,7 @@ impl PassthroughArguments {
         arguments
     }
 
-    /// What whoever starts QEMU has to do beyond giving arguments.
+    /// Notes on the descriptors that QEMU and the daemon must inherit, which arguments cannot express.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = vec![
             "QEMU and the daemon must inherit the same open files, which `vhost-device-iommu launch` \

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_exported_is_not_opened() {
+    fn exported_devices_are_not_opened() {
         let exported = TEXT.replacen("vfio = '65:00.0'", "vfio = '65:00.0'\nexport = '/e'", 1);
         let root = host(&[
             "dev/iommu",
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named_with_the_cure() {
+    fn missing_files_are_named_with_a_cure() {
         let (first, second) = (
             "sys/bus/pci/devices/0000:65:00.0/vfio-dev/vfio0/dev",
             "sys/bus/pci/devices/0000:66:00.0",

@@ -37,14 +37,14 @@ pub use devices::{OpenError, OpenFiles};
 
 /// How long the daemon may take until it listens, without devices.
 const START: Duration = Duration::from_secs(10);
-/// The time on top for each device: the daemon opens it, and some devices take seconds to reset.
+/// The additional time for each device: the daemon opens it, and some devices take seconds to reset.
 const START_PER_DEVICE: Duration = Duration::from_secs(5);
 /// How long the daemon may take to end: longer than it waits for its own threads.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the VMM may take to end after its IOMMU is gone.
 const VMM_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What to start.
+/// The daemon and the VMM to start.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
     /// The configuration's file, which the daemon reads, too.
