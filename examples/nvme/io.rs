@@ -19,7 +19,7 @@ const ALL: u32 = u32::MAX;
 
 /// Executes a command of an I/O queue.
 ///
-/// Memory is accessed before or after the disk, never while a disk access is pending.
+/// The worker accesses memory before or after the disk, never while a disk access is pending.
 ///
 /// # Errors
 /// The status to complete the command with.

@@ -1,4 +1,4 @@
-//! What all answers of the control protocol share.
+//! The parts that all answers of the control protocol share.
 
 use serde_json::{Map, Value, json};
 

@@ -52,7 +52,7 @@ pub(super) fn answer_writer(stream: &UnixStream) -> BufWriter<DeadlineStream<'_>
     BufWriter::with_capacity(CHUNK, DeadlineStream::new(stream, ANSWER_DEADLINE))
 }
 
-/// Whether a client may change the daemon: only root and the daemon's own user may. Other users may query
+/// Whether a client may change the daemon: only root and the daemon's own user may. Other users can query
 /// it if the rights of the socket's file let them connect.
 pub(super) fn may_change(stream: &UnixStream) -> bool {
     user_of(stream).is_ok_and(|user| user == 0 || user == geteuid().as_raw())

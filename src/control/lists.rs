@@ -1,8 +1,8 @@
 //! Answers of any length.
 //!
-//! They are read from the core and written in pieces. So the core is never locked for long, is never
-//! locked while the thread waits for the client, and at most one piece is in memory. A piece shows one
-//! moment. A change between two pieces may or may not show.
+//! The control thread reads them from the core and writes them in pieces. It never locks the core for long or
+//! while it waits for the client, and holds at most one piece in memory. All items of a piece are of the same
+//! moment. An answer may or may not show a change between two pieces.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};

@@ -48,9 +48,9 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// The paths of the interfaces.
 #[derive(Clone, Debug, Default)]
 pub struct ControlPaths {
-    /// The control socket, and who may connect to it.
+    /// The path and the access rights of the control socket.
     pub control: Option<(PathBuf, SocketRights)>,
-    /// The socket that answers `GET /metrics`, and who may connect to it.
+    /// The path and the access rights of the socket that answers `GET /metrics`.
     pub metrics: Option<(PathBuf, SocketRights)>,
     /// A file with metrics, and the interval at which it is written.
     pub textfile: Option<(PathBuf, Duration)>,

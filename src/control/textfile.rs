@@ -60,7 +60,7 @@ impl TextfileWriter {
 
     fn write(&self, text: &str) -> io::Result<()> {
         let mut file = File::create(&self.draft)?;
-        // Not the umask, which is for the sockets: whoever may enter the folder may read the file.
+        // Not left to the umask, which is for the sockets: every user that may enter the folder may read the file.
         file.set_permissions(Permissions::from_mode(0o644))?;
         file.write_all(text.as_bytes())?;
         fs::rename(&self.draft, &self.path)

@@ -8,7 +8,7 @@ use super::fields::text;
 
 /// The request line that adds an endpoint with these keys.
 pub(super) fn add_line(endpoint: &str, keys: &[String]) -> String {
-    // A line feed would end the request. TOML has none inside a string, and between keys a blank does as well.
+    // A line feed would end the request. TOML allows none inside a string, and between keys a blank can replace it.
     let keys: Vec<_> = keys.iter().map(|key| key.replace('\n', " ")).collect();
     let first = format!("range = {}", quoted(endpoint));
     let all: Vec<_> = std::iter::once(first).chain(keys).collect();

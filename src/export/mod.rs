@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The server and the core share no state. The server checks and answers DMA_MAP and DMA_UNMAP of the
-//! client, without effect; the core alone decides where the device's DMA goes. `docs/export.md` lists
-//! what the client is offered.
+//! client, without effect; the core alone decides where the device's DMA goes. `docs/export.md` lists the
+//! features that the server offers to the client.
 
 mod device;
 mod irqs;

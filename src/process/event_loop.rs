@@ -1,8 +1,8 @@
-//! Waiting for several descriptors at once, for every thread of ours that does.
+//! Waiting for several descriptors at once, for all threads of this crate that do so.
 //!
-//! One epoll set for each loop, made and waited for by the `epoll` crate. A wait for a single descriptor with a
-//! deadline is `poll` instead (a control client, a process that is to end): a set would cost three system calls
-//! more for each such wait. The rings' threads are not ours, and wait as the crate `vhost-user-backend` does.
+//! Each loop has one epoll set, through the `epoll` crate. A wait for a single descriptor with a deadline (a control
+//! client, the end of a process) uses `poll` instead: a set would cost three more system calls for each such wait.
+//! The crate `vhost-user-backend` runs the threads of the rings, which wait in its own loop.
 
 use std::fmt;
 use std::io;
@@ -17,21 +17,21 @@ pub use epoll::Events;
 /// The most descriptors that one wait reports; the others are reported by the next.
 const MAX_READY: usize = 32;
 
-/// An epoll set. Descriptors are level-triggered: one that is not served is reported again.
+/// An epoll set. Descriptors are level-triggered: the next wait reports an unserved descriptor again.
 pub struct EventLoop {
     set: RawFd,
-    /// What [`Self::wait_for`] has put into the set.
+    /// The interests that [`Self::wait_for`] has put into the set.
     interests: Vec<Interest>,
 }
 
 /// A descriptor that a loop waits for now.
 #[derive(Clone)]
 pub struct Interest {
-    /// The descriptor. The loop shares it, so that its number stands for no other file until it has left the set.
+    /// The descriptor. The loop shares it, so that no other file gets its number before it leaves the set.
     pub source: Arc<dyn AsFd + Send + Sync>,
-    /// What [`Ready`] calls it; no two of one loop are the same.
+    /// The token by which [`Ready`] reports it; unique within a loop.
     pub token: u64,
-    /// What to wait for. The kernel reports `EPOLLHUP` and `EPOLLERR` beside, also where this is empty.
+    /// The events to wait for. The kernel reports `EPOLLHUP` and `EPOLLERR` in addition, even if this is empty.
     pub events: Events,
 }
 
@@ -51,7 +51,7 @@ impl EventLoop {
     /// [`Self::remove`].
     ///
     /// # Errors
-    /// The kernel's, among them `EEXIST` where it is in the set.
+    /// The kernel's error, such as `EEXIST` if `fd` is in the set.
     pub fn add(&self, fd: RawFd, token: u64) -> io::Result<()> {
         self.control(ControlOptions::EPOLL_CTL_ADD, fd, token, Events::EPOLLIN)
     }
@@ -59,7 +59,7 @@ impl EventLoop {
     /// Removes `fd` from the set.
     ///
     /// # Errors
-    /// The kernel's, among them `ENOENT` where it is not in the set.
+    /// The kernel's error, such as `ENOENT` if `fd` is not in the set.
     pub fn remove(&self, fd: RawFd) -> io::Result<()> {
         self.control(ControlOptions::EPOLL_CTL_DEL, fd, 0, Events::empty())
     }
@@ -68,7 +68,7 @@ impl EventLoop {
     /// from [`Self::add`] stay in the set.
     ///
     /// # Errors
-    /// The kernel's; the next call tries again.
+    /// The kernel's error; the next call tries again.
     pub fn wait_for(&mut self, wanted: &[Interest]) -> io::Result<()> {
         // Old interests leave first: `wanted` may have the same descriptor with another token.
         let gone = |old: &Interest| !wanted.iter().any(|new| new.is_same(old));
@@ -94,11 +94,11 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Waits until a descriptor is ready or `until` is over; without `until`, for as long as it takes. Nothing is
-    /// ready where a signal has interrupted the wait.
+    /// Waits until a descriptor is ready or the time `until` has come; without `until`, there is no deadline. If a
+    /// signal interrupts the wait, no descriptor is ready.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's error.
     pub fn wait(&self, until: Option<Instant>) -> io::Result<Ready> {
         let mut events = [Event::new(Events::empty(), 0); MAX_READY];
         let count = match epoll::wait(self.set, milliseconds(until), &mut events) {
@@ -122,7 +122,7 @@ impl EventLoop {
 
 impl Drop for EventLoop {
     fn drop(&mut self) {
-        // Fails for no descriptor that is open, and this one is.
+        // It cannot fail: the descriptor is open.
         let _ = epoll::close(self.set);
     }
 }
@@ -150,7 +150,7 @@ pub struct Ready {
 }
 
 impl Ready {
-    /// Their tokens, and what each is ready for.
+    /// Their tokens, and the events of each.
     pub fn iter(&self) -> impl Iterator<Item = (u64, Events)> {
         let ready = self.events.iter().take(self.count);
         ready.map(|event| (event.data, Events::from_bits_retain(event.events)))
@@ -227,7 +227,7 @@ mod tests {
             events.wait_for(&interests).expect("told");
             assert_eq!(ready(&events), [(1, wanted)]);
         }
-        // A descriptor that nothing is wanted of is reported all the same where its peer has hung up.
+        // A descriptor without events is reported nevertheless after its peer has hung up.
         let nothing = [interest(&ours, 1, Events::empty())];
         events.wait_for(&nothing).expect("told");
         assert_eq!(ready(&events), []);

@@ -1,5 +1,5 @@
 //! The process of the daemon: sandbox, service manager, watchdog, sockets and inherited descriptors. Nothing
-//! here knows the device.
+//! here depends on the virtio device.
 
 pub mod event_loop;
 pub mod inherited;

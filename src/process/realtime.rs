@@ -1,7 +1,7 @@
 //! Realtime scheduling of the worker, which serves requests.
 //!
-//! The driver spins until it has its answer. Where the guest keeps all processors busy, a worker of ordinary
-//! priority waits for the very processor that the spinning driver occupies.
+//! The driver spins until it has its answer. If the guest keeps all processors busy, a worker of ordinary
+//! priority waits for the processor that the spinning driver occupies.
 #![expect(unsafe_code, reason = "sets a scheduling policy and a resource limit")]
 
 use std::io;

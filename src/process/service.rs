@@ -86,7 +86,7 @@ impl Service {
             })
             .transpose()?;
         let watchdog = match variable("WATCHDOG_USEC") {
-            // Without WATCHDOG_PID the time is meant for every process that sees it.
+            // Without WATCHDOG_PID, the time applies to every process that has the variable.
             Some(time) if variable("WATCHDOG_PID").is_none() || is_ours("WATCHDOG_PID") => {
                 match number(&time) {
                     Some(micros) if micros > 0 => Some(Duration::from_micros(micros)),

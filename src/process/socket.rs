@@ -56,7 +56,7 @@ impl Drop for SocketFile {
     }
 }
 
-/// Who may connect to a socket.
+/// The access rights of a socket's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketRights {
     /// The mode of its file.
@@ -66,7 +66,7 @@ pub struct SocketRights {
 }
 
 /// Creates a listening socket at `path` with these rights. It replaces the file of a socket without a listener.
-/// At no time can a user connect whom `rights` does not let in.
+/// At no time can a user connect without these rights.
 ///
 /// # Errors
 /// As for [`bind`], and if the file cannot get its group or mode.
@@ -178,7 +178,7 @@ mod tests {
         assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
         assert!(taken.to_string().contains("choose another path"));
         drop(listener);
-        // File systems reuse the number of a removed file, and count creation times in ticks.
+        // File systems reuse the inode of a removed file, and creation times advance by clock ticks.
         std::thread::sleep(Duration::from_millis(50));
         let (_listener, second) = bind(&path).expect("no listener any more");
         drop(file);

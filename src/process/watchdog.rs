@@ -1,9 +1,9 @@
-//! Proof of life for a service manager, given by the threads that do the daemon's work.
+//! Reports to the service manager's watchdog that the daemon's threads make progress.
 //!
 //! 1. The watchdog thread asks each [`Pulse`]. Its event wakes the thread that owes the answer.
 //! 2. That thread answers from its main loop. A thread that hangs does not get there.
 //! 3. Once all threads have answered, the watchdog sends WATCHDOG=1. While one owes an answer, the watchdog sends
-//!    nothing, and after its deadline the service manager does what the unit says: it kills and restarts the daemon.
+//!    nothing. After its deadline, the service manager kills and restarts the daemon, as the unit says.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

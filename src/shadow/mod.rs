@@ -6,7 +6,7 @@
 //! It reports only refused accesses to the daemon, which reports them to the guest.
 //!
 //! A device links this module without the daemon (`default-features = false`): it then
-//! holds [`reader`] and [`wire`]. `registry` and `server` are the daemon's side.
+//! holds [`reader`] and [`wire`]. `registry` and `server` are the daemon's part.
 //!
 //! ```no_run
 //! use vhost_device_iommu::ids::EndpointId;

@@ -1,4 +1,4 @@
-//! The peer of a socket: its user, and a handle to kill its process and to notice its end.
+//! The peer of a socket: its user, and a handle to kill its process and to detect its end.
 
 #![expect(unsafe_code, reason = "system calls")]
 

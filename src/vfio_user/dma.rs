@@ -14,8 +14,8 @@ pub struct AccessDenied;
 /// Memory as a device sees it.
 ///
 /// The interposer's thread calls this trait. An implementation must not wait for a thread that uses a
-/// [`Link`](super::Link), nor for a lock that such a thread holds while it waits for a reply, above
-/// all not for the core.
+/// [`Link`](super::Link), or for a lock that such a thread holds while it waits for a reply, above all
+/// the lock of the core.
 pub trait DmaTarget: Send + Sync {
     /// Reads all of `range`, which is as long as `into`.
     ///

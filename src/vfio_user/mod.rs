@@ -8,7 +8,7 @@
 //!                             |        |  Link: DMA updates, and their replies
 //!            DmaTarget: reads |        |
 //!            and writes       v        |
-//!                        a DMA backend, which the core tells about mappings
+//!                        a DMA backend, which applies the core's mappings
 //! ```
 //!
 //! `docs/interposer.md` lists the messages that are forwarded and those that are not, and explains why

@@ -80,7 +80,7 @@ pub struct TwinSocket {
     pub fd_index: Option<u64>,
 }
 
-/// What the interposer, client and server have agreed on.
+/// The terms that the interposer, the client and the server have agreed on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Terms {
     /// The number of descriptors that the server can receive with one message.

@@ -193,9 +193,9 @@ mod tests {
                 }
                 assert!(is_refused(fs::remove_file(other.path().join("file"))));
                 fs::remove_file(own.path().join("file")).expect("of its own sockets' folder");
-                // An emulated device's server is found where the configuration says.
+                // The daemon can still connect to an emulated device's server.
                 UnixStream::connect(other.path().join("socket")).expect("connected");
-                // What not every version of Landlock has.
+                // Rights that not every version of Landlock has.
                 if status == RulesetStatus::FullyEnforced {
                     assert!(is_refused(TcpListener::bind("127.0.0.1:0")));
                     assert!(is_refused(UnixStream::connect_addr(&abstract_name)));

@@ -28,7 +28,7 @@ pub enum Role {
     Export,
     /// Stops the daemon in order when a signal comes.
     Signals,
-    /// Asks other threads for a sign of life.
+    /// Checks that other threads make progress.
     Watchdog,
     /// Listens for resets of the VM at the QMP socket of the VMM.
     Qmp,

@@ -1,4 +1,4 @@
-//! The daemon's registry of readers: it admits them, tells them of guest memory, and waits for their accesses.
+//! The daemon's registry of readers: it admits them, announces guest memory to them, and waits for their accesses.
 
 mod admission;
 mod memory;
@@ -51,7 +51,7 @@ impl Default for Limits {
     }
 }
 
-/// An endpoint whose DMA readers do.
+/// An endpoint whose DMA is done by readers.
 #[derive(Clone, Debug)]
 pub struct ShadowEndpoint {
     /// The endpoint's ID.

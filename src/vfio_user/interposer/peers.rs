@@ -1,4 +1,4 @@
-//! The client and the server, and what the thread knows of each.
+//! The client and the server, and the thread's state for each.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

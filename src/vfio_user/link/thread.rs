@@ -24,7 +24,7 @@ pub(in crate::vfio_user) enum MatchedReply {
     Violation(&'static str),
 }
 
-/// What the interposer's thread needs to know of the link.
+/// The state of the link that the interposer's thread needs.
 #[derive(Debug)]
 pub(in crate::vfio_user) struct LinkStatus {
     /// The number of the connection, or of the last one.

@@ -110,7 +110,7 @@ pub fn check_reply(command: Command, body: &[u8], descriptors: usize) -> Result<
                 });
             }
         }
-        // Servers differ in what they repeat of these commands, and the body of the reply is not read.
+        // Servers repeat different parts of these commands, and no code here reads the body of the reply.
         Command::DmaMap
         | Command::DmaUnmap
         | Command::DeviceSetIrqs

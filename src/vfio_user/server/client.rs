@@ -35,7 +35,7 @@ const MAX_UNSENT_COMMANDS: usize = 4 << 20;
 /// Why the server cuts a client off.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// The connection failed, or the client sent what is no message.
+    /// The connection failed, or the client sent bytes that are not a message.
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// A command has too few bytes, or too many descriptors.
@@ -187,7 +187,7 @@ pub fn serve_client(
     end
 }
 
-/// What the server knows of a client.
+/// The state of the connection to one client.
 struct ClientConnection<'a> {
     events: &'a mut EventLoop,
     channel: &'a ClientChannel,

@@ -157,15 +157,15 @@ pub struct IrqKind {
 pub struct IrqSet<'a> {
     /// The kind of the interrupts.
     pub index: u32,
-    /// What happens to them, or what their descriptors are for.
+    /// The action, or the action that the descriptors trigger later.
     pub action: IrqAction,
     /// The first interrupt.
     pub start: u32,
-    /// The interrupts, `start..start + count`, and how each is concerned.
+    /// The interrupts that the action applies to, from `start` on, and their data.
     pub data: IrqSetData<'a>,
 }
 
-/// What a DEVICE_SET_IRQS does to interrupts.
+/// The action of a DEVICE_SET_IRQS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IrqAction {
     /// Masks them.

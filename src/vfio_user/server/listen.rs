@@ -22,7 +22,7 @@ const RETRY: Duration = Duration::from_millis(100);
 const SIGNAL: u64 = 0;
 const LISTENER: u64 = 1;
 
-/// How a served device is doing.
+/// The state and the counters of a device's server.
 #[derive(Debug, Default)]
 pub struct ServerStatus {
     connected: AtomicBool,

@@ -1,4 +1,4 @@
-//! Commands, and what the device gets of them.
+//! Commands, and the calls of the device that they cause.
 
 use zerocopy::IntoBytes;
 
