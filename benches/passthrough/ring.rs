@@ -17,9 +17,9 @@ const PAGE: u64 = 4096;
 /// Microseconds of one MAP and one UNMAP.
 pub fn measure(way: Way, function: &str) -> [f64; 2] {
     let way = match way {
-        Way::Type1 => vm_bed::Way::Type1,
-        Way::Map => vm_bed::Way::SharedMapped,
-        Way::Copy => vm_bed::Way::SharedAll,
+        Way::Type1 => vm_bed::Backend::Type1,
+        Way::Map => vm_bed::Backend::SharedMapped,
+        Way::Copy => vm_bed::Backend::SharedAll,
     };
     let mut bed = Bed::new(way, &[function]);
     let guest = &mut bed.guest;

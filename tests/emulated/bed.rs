@@ -1,4 +1,4 @@
-//! An NVMe disk in a process of its own, behind the daemon or not, and a guest that has it.
+//! An NVMe disk that a process serves, with or without the daemon, and a guest that uses it.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -12,29 +12,29 @@ use crate::vm::{
     Daemon, Kernel, Process, Setup, Vm, VmOptions, Workplace, bound_command, wait_for,
 };
 
-/// Where the first disk sits.
+/// PCI address of the first disk.
 pub const DISK: &str = "0000:00:06.0";
-/// Bytes of guest memory, which QEMU has at its addresses from the start of its file.
+/// Size of guest memory. An offset in QEMU's file is the guest-physical address.
 const MEMORY: &str = "256M";
-/// One with random numbers: without them, who makes a file system waits for seconds.
+/// A processor with RDRAND: without it mkfs waits for random numbers for seconds.
 pub const CPU: [&str; 2] = ["-cpu", "max"];
-/// Bytes of a disk.
+/// Size of a disk in bytes.
 const DISK_BYTES: u64 = 64 << 20;
-/// Until a server or the guest has done what takes no time.
+/// Time limit of short steps.
 const SOON: Duration = Duration::from_secs(20);
 
-/// How the disk reaches guest memory behind the daemon.
+/// How the disk accesses guest memory behind the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
-    /// Interposed, `isolation = "messages"`.
+pub enum DmaMode {
+    /// Through the interposer, with `isolation = "messages"`.
     Messages,
-    /// Interposed, `isolation = "mappings"`.
+    /// Through the interposer, with `isolation = "mappings"`.
     Mappings,
-    /// By the daemon's page tables.
+    /// As a shadow reader.
     Shadow,
 }
 
-/// The disk's server, a child.
+/// The disk's server, a child process.
 pub struct Server {
     process: Process,
     socket: PathBuf,
@@ -42,7 +42,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `image`. Sockets and log are named after `name`. `dma` is its option of that name.
+    /// Starts a server for `image`. `name` begins the names of sockets and log. `dma` is the value of `--dma`.
     pub fn start(place: &Workplace, name: &str, image: &Path, dma: &str) -> Self {
         let (socket, orders) = (place.path(name), place.path(&format!("{name}.orders")));
         let program = example();
@@ -74,19 +74,19 @@ impl Server {
         self.process.pid()
     }
 
-    /// Where it listens.
+    /// The socket at which it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Has the server make an access of its own: `read ADDRESS LENGTH`, `write ADDRESS BYTE LENGTH`.
-    /// What it read, in hexadecimal, or why it could not.
+    /// Lets the server make an access: `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`. Returns the bytes read, in
+    /// hexadecimal, or the server's error.
     pub fn order(&self, order: &str) -> Result<String, String> {
-        let stream = UnixStream::connect(&self.orders).expect("the server takes orders");
+        let stream = UnixStream::connect(&self.orders).expect("the server accepts orders");
         stream.set_read_timeout(Some(SOON)).expect("a socket");
         (&stream)
             .write_all(format!("{order}\n").as_bytes())
-            .expect("ordered");
+            .expect("the order is sent");
         let mut answer = String::new();
         let read = BufReader::new(&stream).read_line(&mut answer);
         read.unwrap_or_else(|e| panic!("`{order}` has no answer: {e}"));
@@ -96,7 +96,7 @@ impl Server {
         }
     }
 
-    /// What QEMU must be told to have it at `slot` with nobody between.
+    /// QEMU's arguments for this disk at `slot` without an interposer.
     pub fn qemu_args(&self, slot: &str) -> [String; 2] {
         let device = json!({
             "driver": "vfio-user-pci",
@@ -107,7 +107,7 @@ impl Server {
     }
 }
 
-/// The program of the example, which lies beside this one.
+/// The path of the example's program, next to this program.
 pub fn example() -> PathBuf {
     let own = std::env::current_exe().expect("a program");
     let built = own
@@ -123,7 +123,7 @@ pub fn example() -> PathBuf {
     built
 }
 
-/// An empty disk.
+/// Makes an empty disk.
 pub fn new_image(place: &Workplace, name: &str) -> PathBuf {
     let path = place.path(name);
     let file = File::create(&path).expect("an image");
@@ -131,7 +131,7 @@ pub fn new_image(place: &Workplace, name: &str) -> PathBuf {
     path
 }
 
-/// A disk, the daemon and a guest whose IOMMU it is.
+/// A disk, the daemon and a guest.
 pub struct Bed {
     pub vm: Vm,
     pub daemon: Daemon,
@@ -139,21 +139,21 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// Boots a guest with `image` as its disk; the guest has it when this returns.
+    /// Boots a guest with `image` as its disk, and waits until the guest has the disk.
     pub fn start(
         setup: &Setup,
         kernel: &Kernel,
         place: &Workplace,
         name: &str,
         image: &Path,
-        manner: Manner,
+        dma_mode: DmaMode,
         append: &str,
     ) -> Self {
         let shadow = place.path("shadow.sock");
-        let dma = match manner {
-            Manner::Messages => "messages".to_owned(),
-            Manner::Mappings => "mapped".to_owned(),
-            Manner::Shadow => format!("shadow={}", shadow.display()),
+        let dma = match dma_mode {
+            DmaMode::Messages => "messages".to_owned(),
+            DmaMode::Mappings => "mapped".to_owned(),
+            DmaMode::Shadow => format!("shadow={}", shadow.display()),
         };
         let server = Server::start(place, name, image, &dma);
         let listen = place.path("iommu-nvme.sock");
@@ -164,10 +164,10 @@ impl Bed {
                 server.socket.display()
             )
         };
-        let device = match manner {
-            Manner::Messages => interposed("messages"),
-            Manner::Mappings => interposed("mappings"),
-            Manner::Shadow => format!("shadow = '{}'", shadow.display()),
+        let device = match dma_mode {
+            DmaMode::Messages => interposed("messages"),
+            DmaMode::Mappings => interposed("mappings"),
+            DmaMode::Shadow => format!("shadow = '{}'", shadow.display()),
         };
         let daemon = Daemon::start(
             place,
@@ -176,9 +176,9 @@ impl Bed {
             ),
         );
         let mut extra = CPU.map(str::to_owned).to_vec();
-        match manner {
-            Manner::Messages | Manner::Mappings => {}
-            Manner::Shadow => extra.extend(server.qemu_args("06.0")),
+        match dma_mode {
+            DmaMode::Messages | DmaMode::Mappings => {}
+            DmaMode::Shadow => extra.extend(server.qemu_args("06.0")),
         }
         let options = VmOptions {
             kernel,
@@ -193,7 +193,7 @@ impl Bed {
         Self { vm, daemon, server }
     }
 
-    /// Ends the guest and all the rest.
+    /// Shuts down the guest, and then the daemon.
     pub fn stop(mut self) {
         self.vm.begin("poweroff -f");
         assert!(self.vm.wait_for_end().success());
@@ -201,7 +201,7 @@ impl Bed {
     }
 }
 
-/// Boots a guest that has these disks and no IOMMU.
+/// Boots a guest with these disks and without an IOMMU.
 pub fn without_iommu(
     setup: &Setup,
     kernel: &Kernel,
@@ -239,8 +239,8 @@ fn load_drivers(vm: &mut Vm, disks: usize) {
     ));
 }
 
-/// The descriptors of a process that stand for this file, and its mappings of it.
-pub fn uses_of(pid: u32, file: &Path) -> (usize, usize) {
+/// The numbers of a process's descriptors and mappings of a file.
+pub fn count_uses(pid: u32, file: &Path) -> (usize, usize) {
     use std::os::unix::fs::MetadataExt;
     let identity = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
     let wanted = identity(file).expect("a file");
@@ -249,7 +249,7 @@ pub fn uses_of(pid: u32, file: &Path) -> (usize, usize) {
     let fds = fds
         .filter(|fd| identity(&fd.path()) == Some(wanted))
         .count();
-    // No device number here: that of a memfd is not told alike in both places. Inode numbers of
+    // Compares inode numbers alone: `stat` and `maps` show different device numbers for a memfd. The inode numbers of
     // memfds are unique among memfds.
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("its mappings");
     let maps = maps.lines().filter(|line| {
@@ -259,7 +259,7 @@ pub fn uses_of(pid: u32, file: &Path) -> (usize, usize) {
     (fds, maps.count())
 }
 
-/// Guest memory: QEMU's file of it.
+/// Guest memory: the path of QEMU's file.
 pub struct Ram(pub PathBuf);
 
 impl Ram {
@@ -271,12 +271,12 @@ impl Ram {
         Self(found.expect("QEMU's memory is a memfd"))
     }
 
-    /// All of it, while nothing changes it.
+    /// A copy of guest memory. The guest should be stopped.
     pub fn snapshot(&self) -> Vec<u8> {
         fs::read(&self.0).expect("guest memory")
     }
 
-    /// Bytes at a guest-physical address.
+    /// `len` bytes at a guest-physical address.
     pub fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
         let mut bytes = vec![0; len];

@@ -1,25 +1,26 @@
-//! A file system on the disk: made, filled, unmounted, mounted again and compared, with a strict and
-//! a lazy guest; then compared once more by a guest without an IOMMU.
+//! A file system on the disk. A strict and a lazy guest each make it, fill it, unmount it, mount it again and compare
+//! the files. Then a guest without an IOMMU compares them once more.
 
 use std::path::PathBuf;
 
-use crate::bed::{self, Bed, Manner, Server, new_image};
+use crate::bed::{self, Bed, DmaMode, Server, new_image};
 use crate::vm::{Kernel, LONG_ANSWER, Setup, Vm, Workplace};
 
-/// What makes files of many sizes: random data, many small files, a sparse one.
+/// Makes files of many sizes: random data, many small files, a sparse file.
 const FILL: &str = "cd /mnt && dd if=/dev/urandom of=random bs=1M count=12 2>/dev/null && \
     mkdir small && for n in $(seq 60); do head -c $((n * 331)) random >small/$n || exit; done && \
     cp -r /lib/modules programs && dd if=random of=sparse bs=4k seek=3000 count=7 2>/dev/null && \
     cd / && sync";
-/// What all files are, by name.
+/// Prints the checksums of all files, by name.
 const SUMS: &str = "cd /mnt && find . -type f | sort | xargs sha256sum; cd /";
-const FORGET: &str = "echo 3 >/proc/sys/vm/drop_caches";
+/// Drops the guest's caches.
+const DROP_CACHES: &str = "echo 3 >/proc/sys/vm/drop_caches";
 
-pub fn check(name: &str, manner: Manner) {
+pub fn check(name: &str, dma_mode: DmaMode) {
     let setup = Setup::with_storage();
     let place = Workplace::new(name);
-    let strict = made_and_kept(&setup, setup.newest(), &place, "strict", manner);
-    let lazy = made_and_kept(&setup, setup.oldest(), &place, "lazy", manner);
+    let strict = make_and_compare(&setup, setup.newest(), &place, "strict", dma_mode);
+    let lazy = make_and_compare(&setup, setup.oldest(), &place, "lazy", dma_mode);
     let servers = [
         ("plain-strict", &strict.0, "mapped"),
         ("plain-lazy", &lazy.0, "messages"),
@@ -35,20 +36,21 @@ pub fn check(name: &str, manner: Manner) {
         vm.run(&format!("mkdir -p /mnt && mount -t ext4 {disk} /mnt"));
         let found = vm.run_within(SUMS, LONG_ANSWER);
         vm.run("umount /mnt");
-        // Which of the disks is the first is the kernel's choice.
+        // The kernel may number the disks in either order.
         assert!(found == strict.1 || found == lazy.1, "{disk}: {found:?}");
         assert!(!sums.is_empty());
     }
-    place.note("the same without an IOMMU");
+    place.note("the files are the same without an IOMMU");
 }
 
-/// Makes a file system in a guest of this mode. Returns the disk, and what is on it.
-fn made_and_kept(
+/// Makes a file system in a guest of this mode, fills it, and compares it after it is mounted again. Returns the disk
+/// and the checksums.
+fn make_and_compare(
     setup: &Setup,
     kernel: &Kernel,
     place: &Workplace,
     mode: &str,
-    manner: Manner,
+    dma_mode: DmaMode,
 ) -> (PathBuf, Vec<String>) {
     let image = new_image(place, &format!("{mode}.img"));
     let (strict, group_type) = match mode {
@@ -56,7 +58,7 @@ fn made_and_kept(
         _ => (0, "DMA-FQ"),
     };
     let append = format!("iommu.strict={strict}");
-    let mut bed = Bed::start(setup, kernel, place, mode, &image, manner, &append);
+    let mut bed = Bed::start(setup, kernel, place, mode, &image, dma_mode, &append);
     let vm = &mut bed.vm;
     let group = format!("/sys/bus/pci/devices/{}/iommu_group/type", bed::DISK);
     assert_eq!(vm.run(&format!("cat {group}")), [group_type]);
@@ -69,27 +71,29 @@ fn made_and_kept(
     assert!(written.len() > 65, "{written:?}");
     place.note(&format!("{mode}: {} files", written.len()));
     vm.run("umount /mnt");
-    vm.run(FORGET);
+    vm.run(DROP_CACHES);
     vm.run_within("fsck.ext4 -fn /dev/nvme0n1", LONG_ANSWER);
-    vm.run(FORGET);
+    vm.run(DROP_CACHES);
     vm.run("mount -t ext4 /dev/nvme0n1 /mnt");
     let kept = vm.run_within(SUMS, LONG_ANSWER);
-    assert_eq!(kept, written, "{mode}: after it was mounted again");
+    assert_eq!(kept, written, "{mode}: after mounting again");
     vm.run("umount /mnt");
-    nothing_went_wrong(vm);
+    assert_no_errors(vm);
 
     let status = bed.daemon.status();
     assert_eq!(status.refusals(), Vec::<String>::new());
     assert!(status.requests("map", "ok") > 100, "{}", status.0);
     assert_eq!(status.0["faults"]["delivered"], 0);
     assert_eq!(status.0["faults"]["dropped"], 0);
-    place.note(&format!("{mode}: the same after it was mounted again"));
+    place.note(&format!(
+        "{mode}: the files are the same after mounting again"
+    ));
     bed.stop();
     (image, written)
 }
 
-/// The guest's kernel has nothing to say against the disk.
-fn nothing_went_wrong(vm: &mut Vm) {
+/// Checks that the guest's kernel has logged no error of the disk.
+fn assert_no_errors(vm: &mut Vm) {
     let complaints = "dmesg | grep -iE 'i/o error|nvme.*(timeout|abort|reset)|ext4-fs error|virtio_iommu.* fault '";
     let (lines, _) = vm.try_run(complaints, LONG_ANSWER);
     assert_eq!(lines, Vec::<String>::new());

@@ -1,12 +1,12 @@
-//! Devices that other processes emulate, with stock guests under an unmodified QEMU: `examples/nvme`
-//! as an NVMe disk, which the guest's own driver uses, behind the daemon and without it.
+//! Emulated devices with stock guests under an unmodified QEMU. `examples/nvme` serves an NVMe disk, and the guest's
+//! own driver uses it, behind the daemon and without it.
 //!
 //! | module | shows |
 //! |---|---|
-//! | `files` | a file system is what it should be, whichever way the disk reaches memory |
-//! | `reach` | a disk that reaches for more than it may is refused, and the guest told |
-//! | `plugged` | a disk comes and goes while the guest runs; a reset |
-//! | `bed` | what these need: the disk's server, the daemon, the guest |
+//! | `files` | a file system keeps its contents, in each DMA mode |
+//! | `reach` | a disk's forbidden accesses are refused and reported to the guest |
+//! | `plugged` | devices are plugged and unplugged while the guest runs; the guest is reset |
+//! | `bed` | the harness: the disk's server, the daemon, the guest |
 
 #![allow(
     clippy::expect_used,
@@ -22,14 +22,14 @@ mod reach;
 #[path = "../common/vm.rs"]
 mod vm;
 
-use bed::Manner;
+use bed::DmaMode;
 
 macro_rules! tests {
-    ($($name:ident: $module:ident($manner:ident);)*) => {$(
+    ($($name:ident: $module:ident($mode:ident);)*) => {$(
         #[test]
         #[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh emulated"]
         fn $name() {
-            $module::check(stringify!($name), Manner::$manner);
+            $module::check(stringify!($name), DmaMode::$mode);
         }
     )*};
 }

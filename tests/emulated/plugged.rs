@@ -1,9 +1,7 @@
-//! Devices that are plugged into a running guest: one that is unplugged again, twice, and a disk in a
-//! process of its own, with its data. Then a reset, of which the daemon hears before the guest does
-//! anything.
+//! Devices plugged into a running guest: one that is plugged and unplugged twice, and an emulated disk that the guest
+//! writes and reads. Then a reset of the guest, which the daemon must notice before the guest runs.
 //!
-//! The disk is not unplugged: QEMU 11.1 aborts when a vfio-user device is, also where its server is
-//! connected directly.
+//! The disk is not unplugged: QEMU 11.1 aborts when a vfio-user device is unplugged, also without the daemon.
 
 use std::fs;
 use std::path::Path;
@@ -14,11 +12,11 @@ use serde_json::json;
 use crate::bed::{self, Server, new_image};
 use crate::vm::{ANSWER, Daemon, LONG_ANSWER, Setup, Table, Vm, VmOptions, Workplace, wait_for};
 
-/// Behind the first port.
+/// PCI address of the disk, behind the first port.
 const DISK: &str = "0000:01:00.0";
-/// Behind the second: something to bind to vfio-pci.
+/// PCI address of a device that the guest binds to vfio-pci, behind the second port.
 const EDU: &str = "0000:02:00.0";
-/// Random data goes there and comes back, past the guest's caches.
+/// Writes random data to the disk and reads it back past the guest's caches.
 const WRITE: &str = "dd if=/dev/urandom of=/run/data bs=1M count=4 2>/dev/null && \
     dd if=/run/data of=/dev/nvme0n1 bs=1M 2>/dev/null && sync && \
     echo 3 >/proc/sys/vm/drop_caches && \
@@ -58,22 +56,26 @@ fn plugged_and_unplugged() {
     vm.run("load-storage");
     place.note("up");
     for name in ["one", "two"] {
-        comes_and_goes(&mut vm, &mut daemon, name);
-        place.note(&format!("device {name} came and went"));
+        plug_and_unplug(&mut vm, &mut daemon, name);
+        place.note(&format!("device {name} was plugged and unplugged"));
     }
 
     let image = new_image(&place, "disk.img");
     let server = Server::start(&place, "disk", &image, "messages");
     plug_disk(&mut vm, &mut daemon, &place, &server);
     let sum = vm.run_within(WRITE, LONG_ANSWER);
-    assert_eq!(sum, [sum_of_start(&place, &image)], "what the disk holds");
+    assert_eq!(
+        sum,
+        [checksum_of_start(&place, &image)],
+        "the image has the data"
+    );
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
-    place.note("data went to the disk and came back");
+    place.note("the disk returned the data");
 
     vm.qmp("stop", json!({}));
     assert!(!daemon.status().domains().is_empty());
     vm.qmp("system_reset", json!({}));
-    // The guest is still stopped: nobody else can have ended them.
+    // The guest is still stopped, so only the reset can have ended the domains.
     wait_for("no domain after the reset", ANSWER, || {
         daemon.status().domains().is_empty().then_some(())
     });
@@ -83,37 +85,41 @@ fn plugged_and_unplugged() {
     vm.qmp("cont", json!({}));
     vm.wait_until_up();
     vm.run("load-storage");
-    disk_is_there(&mut vm);
+    wait_for_disk(&mut vm);
     vm.run_within(WRITE, LONG_ANSWER);
     drop(vm);
     daemon.stop();
     drop(server);
 }
 
-/// The endpoint is added and the device plugged; a program in the guest maps for it; the device is
-/// unplugged and the endpoint removed.
-fn comes_and_goes(vm: &mut Vm, daemon: &mut Daemon, name: &str) {
+/// Adds the endpoint and plugs the device, lets a program in the guest map for it, unplugs the device and removes the
+/// endpoint.
+fn plug_and_unplug(vm: &mut Vm, daemon: &mut Daemon, name: &str) {
     let added = daemon.ask("add-endpoint address = '02:00.0'");
     assert_eq!(added["described"], true, "{added}");
     assert_eq!(daemon.status().dma_of(EDU), "blocked");
     let device = json!({ "driver": "edu", "id": "edu", "bus": "port2" });
     vm.qmp("device_add", device);
     let path = format!("/sys/bus/pci/devices/{EDU}");
-    // Its folder is there before the guest has a driver match it.
+    // Retried: sysfs shows the device before the guest's kernel can bind a driver.
     vm.run(&format!(
         "for _ in $(seq 200); do vfio_bind {EDU} 2>/dev/null && break; sleep 0.1; done; [ -e {path}/driver ]"
     ));
     assert_eq!(daemon.status().dma_of(EDU), "translated");
     vm.run(&format!("start {name} vfio-map --seed 7 {EDU}"));
     vm.run_within(&format!("ask {name} churn 2000"), LONG_ANSWER);
-    let believed = Table::from_dump(&vm.run_within(&format!("ask {name} dump"), LONG_ANSWER));
-    assert!(!believed.0.is_empty());
+    let program = Table::from_dump(&vm.run_within(&format!("ask {name} dump"), LONG_ANSWER));
+    assert!(!program.0.is_empty());
     let domain = daemon.status().domain_of(EDU);
-    Table::assert_same(&believed, &daemon.tables()[&domain], "what is mapped");
+    Table::assert_same(
+        &program,
+        &daemon.tables()[&domain],
+        "the mappings of the program",
+    );
     vm.run(&format!("ask {name} quit"));
 
     vm.qmp("device_del", json!({ "id": "edu" }));
-    wait_for("the end of the device", ANSWER, || {
+    wait_for("the removal of the device", ANSWER, || {
         let left = vm.qmp("qom-list", json!({ "path": "/machine/peripheral" }));
         let left = left.as_array().expect("a list");
         (!left.iter().any(|device| device["name"] == "edu")).then_some(())
@@ -123,11 +129,11 @@ fn comes_and_goes(vm: &mut Vm, daemon: &mut Daemon, name: &str) {
     let status = daemon.status();
     assert!(!status.0.to_string().contains(EDU), "{}", status.0);
     assert!(status.domains().is_empty(), "{}", status.0);
-    // The guest had detached it before.
+    // No refusals: the guest had detached the endpoint before.
     assert_eq!(status.refusals(), Vec::<String>::new());
 }
 
-/// In this order: the endpoint, then the device.
+/// Adds the endpoint, then plugs the device. QEMU's device connects to the endpoint's socket.
 fn plug_disk(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace, server: &Server) {
     let (listen, connect) = (place.path("iommu-nvme.sock"), server.socket());
     let added = daemon.ask(&format!(
@@ -141,12 +147,12 @@ fn plug_disk(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace, server: &Serve
         "socket": { "type": "unix", "path": listen },
     });
     vm.qmp("device_add", device);
-    disk_is_there(vm);
+    wait_for_disk(vm);
     assert_eq!(daemon.status().dma_of(DISK), "translated");
 }
 
-/// The checksum of what the guest has written.
-fn sum_of_start(place: &Workplace, image: &Path) -> String {
+/// The checksum of the first 4 MiB of the image.
+fn checksum_of_start(place: &Workplace, image: &Path) -> String {
     let bytes = fs::read(image).expect("the disk");
     let start = place.path("start");
     fs::write(&start, &bytes[..4 << 20]).expect("written");
@@ -155,7 +161,8 @@ fn sum_of_start(place: &Workplace, image: &Path) -> String {
     text[..64].to_owned()
 }
 
-fn disk_is_there(vm: &mut Vm) {
+/// Waits until the guest has the disk.
+fn wait_for_disk(vm: &mut Vm) {
     vm.run(
         "for _ in $(seq 200); do [ -e /dev/nvme0n1 ] && break; sleep 0.1; done; [ -e /dev/nvme0n1 ]",
     );

@@ -1,30 +1,38 @@
-//! The disk's server reaches for what it may not, as one that has gone wrong would: each time it is
-//! refused, guest memory stays as it is, and the guest's kernel logs one fault. It logs no more than
-//! ten in five seconds; there are fewer here.
+//! The disk's server makes forbidden accesses, as a faulty one would. Each is refused, guest memory stays unchanged,
+//! and the guest's kernel logs one fault. The kernel logs at most ten in five seconds; the test makes fewer.
 
 use std::time::Duration;
 
 use serde_json::json;
 
-use crate::bed::{self, Bed, Manner, Ram, new_image, uses_of};
+use crate::bed::{self, Bed, DmaMode, Ram, count_uses, new_image};
 use crate::vm::{Setup, Table, Vm, Workplace, number, wait_for};
 
 const SOON: Duration = Duration::from_secs(20);
-/// Where interrupts are written: a reserved region.
+/// An address in the reserved region of MSI writes.
 const RESERVED: u64 = 0xfee0_1000;
-/// What the server writes, and how much.
+/// The byte that the server writes.
 const BYTE: u8 = 0xa5;
+/// The number of bytes of each access.
 const LEN: usize = 64;
 
-pub fn check(name: &str, manner: Manner) {
+pub fn check(name: &str, dma_mode: DmaMode) {
     let setup = Setup::with_storage();
     let place = Workplace::new(name);
     let image = new_image(&place, "disk.img");
     let append = "iommu.strict=1";
-    let mut bed = Bed::start(&setup, setup.newest(), &place, "vm", &image, manner, append);
+    let mut bed = Bed::start(
+        &setup,
+        setup.newest(),
+        &place,
+        "vm",
+        &image,
+        dma_mode,
+        append,
+    );
     let ram = Ram::of(&bed.vm);
 
-    // While its driver uses it: addresses that this has not mapped.
+    // Addresses that the disk's driver has not mapped, while it uses the disk.
     bed.vm
         .run("dd if=/dev/zero of=/dev/nvme0n1 bs=64k count=16 oflag=direct 2>/dev/null");
     let unmapped = free_page(&mapped(&mut bed));
@@ -32,13 +40,13 @@ pub fn check(name: &str, manner: Manner) {
         refused(&mut bed, &ram, order, unmapped, None);
         refused(&mut bed, &ram, order, RESERVED, None);
     }
-    // And it still works.
+    // The disk still works.
     bed.vm
         .run("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null");
-    what_the_server_has(&mut bed, &ram, manner, &place);
-    place.note("refused beside the driver's mappings");
+    check_shared_memory(&mut bed, &ram, dma_mode, &place);
+    place.note("accesses outside the driver's mappings are refused");
 
-    // Mappings to choose from, with a program in the place of the driver.
+    // vfio-map takes the place of the driver and makes many mappings.
     let disk = bed::DISK;
     bed.vm.run(&format!(
         "echo {disk} >/sys/bus/pci/devices/{disk}/driver/unbind"
@@ -66,12 +74,12 @@ pub fn check(name: &str, manner: Manner) {
         refused(&mut bed, &ram, order, both, Some(gpa));
     }
     bed.vm.run("ask mapper quit");
-    place.note("refused where nothing is mapped, only reading is, and no longer");
+    place.note("accesses to read-only and removed mappings are refused");
     drop(bed.vm);
     bed.daemon.stop();
 }
 
-/// The server may write there, and that is what changes in guest memory, and nothing else.
+/// Checks that the server can write at `iova`, and that this changes guest memory at `gpa` alone.
 fn allowed(bed: &mut Bed, ram: &Ram, iova: u64, gpa: u64) {
     bed.vm.qmp("stop", json!({}));
     let before = ram.snapshot();
@@ -86,18 +94,18 @@ fn allowed(bed: &mut Bed, ram: &Ram, iova: u64, gpa: u64) {
     bed.vm.qmp("cont", json!({}));
 }
 
-/// The server may not, and the guest hears of it once. `gpa` is memory that the address has led to,
-/// or leads to for others.
+/// Checks that an access at `iova` is refused, changes no guest memory, and is reported to the guest once. `gpa` is
+/// memory that the address led to before, or leads to for the other kind of access.
 fn refused(bed: &mut Bed, ram: &Ram, order: &str, iova: u64, gpa: Option<u64>) {
     let (text, kind) = match order {
         "read" => (format!("read {iova:#x} {LEN}"), "R"),
         _ => (format!("write {iova:#x} {BYTE:02x} {LEN}"), "W"),
     };
-    // With the guest stopped nothing but the server can change its memory. Nor can it be told.
+    // While the guest is stopped, only the server can change its memory. The device drops the fault record.
     bed.vm.qmp("stop", json!({}));
     let before = ram.snapshot();
     let dropped = faults(bed, "dropped");
-    let why = bed.server.order(&text).expect_err("it may not");
+    let why = bed.server.order(&text).expect_err("the access is refused");
     wait_for("the fault", SOON, || {
         (faults(bed, "dropped") > dropped).then_some(())
     });
@@ -112,7 +120,9 @@ fn refused(bed: &mut Bed, ram: &Ram, order: &str, iova: u64, gpa: Option<u64>) {
     let page = |gpa| ram.bytes(gpa, 4096);
     let before = gpa.map(page);
     let logged = log_lines(&mut bed.vm, iova, kind);
-    bed.server.order(&text).expect_err("it still may not");
+    bed.server
+        .order(&text)
+        .expect_err("the access is refused again");
     wait_for("the guest's log", SOON, || {
         (log_lines(&mut bed.vm, iova, kind) > logged).then_some(())
     });
@@ -125,20 +135,20 @@ fn faults(bed: &mut Bed, what: &str) -> u64 {
     number(&bed.daemon.status().0["faults"], what)
 }
 
-/// How often the guest's driver has told of such an access at this address.
+/// The number of faults that the guest's driver has logged for such an access at this address.
 fn log_lines(vm: &mut Vm, iova: u64, kind: &str) -> usize {
     let lines = vm.run("dmesg | grep -E 'virtio_iommu.* fault ' || true");
     let wanted = format!(" at {iova:#x} [{kind}]");
     lines.iter().filter(|line| line.contains(&wanted)).count()
 }
 
-/// What the daemon holds for the disk.
+/// The daemon's mappings of the disk's domain.
 fn mapped(bed: &mut Bed) -> Table {
     let domain = bed.daemon.status().domain_of(bed::DISK);
     bed.daemon.tables().remove(&domain).expect("its domain")
 }
 
-/// A page between mappings, or beside them.
+/// The address of a page that is not mapped.
 fn free_page(table: &Table) -> u64 {
     let mut pages = table.0.keys().rev().map(|page| page - 4096);
     pages
@@ -146,17 +156,17 @@ fn free_page(table: &Table) -> u64 {
         .expect("a hole")
 }
 
-/// With messages, the server's process has no guest memory at all. Elsewhere it has, so that this
-/// can be seen.
-fn what_the_server_has(bed: &mut Bed, ram: &Ram, manner: Manner, place: &Workplace) {
+/// Checks that a server with messages has no guest memory in its process. In the other modes it must have some, which
+/// shows that the check works.
+fn check_shared_memory(bed: &mut Bed, ram: &Ram, dma_mode: DmaMode, place: &Workplace) {
     let pid = bed.server.pid();
-    let (fds, maps) = uses_of(pid, &ram.0);
+    let (fds, maps) = count_uses(pid, &ram.0);
     place.note(&format!(
         "the server: {fds} descriptors of guest memory, {maps} mappings"
     ));
-    match manner {
-        Manner::Messages => assert_eq!((fds, maps), (0, 0)),
-        Manner::Mappings | Manner::Shadow => assert!(fds > 0 && maps > 0),
+    match dma_mode {
+        DmaMode::Messages => assert_eq!((fds, maps), (0, 0)),
+        DmaMode::Mappings | DmaMode::Shadow => assert!(fds > 0 && maps > 0),
     }
 }
 

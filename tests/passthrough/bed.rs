@@ -1,5 +1,4 @@
-//! A VM whose devices are this machine's: the daemon, a VMM's part in sharing them, and a guest's
-//! driver.
+//! A VM with passthrough devices: the daemon, the VMM that may share the devices with it, and the guest's driver.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,36 +20,36 @@ use crate::common::guest::{
 use crate::common::memory::Region;
 use crate::devices::Function;
 
-/// How devices are shared and driven.
+/// The backend of the passthrough devices, and the owner of their descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// The VMM binds them; RAM is mapped once.
+pub enum Backend {
+    /// iommufd. The VMM binds the devices, and the daemon maps all RAM once.
     SharedAll,
-    /// The VMM binds them; RAM is mapped as the guest maps it.
+    /// iommufd. The VMM binds the devices, and the daemon maps RAM as the guest maps it.
     SharedMapped,
-    /// The daemon has them by path, through iommufd.
+    /// iommufd. The daemon opens and binds the devices.
     Owned,
-    /// The daemon has them by path, through type1 containers.
+    /// type1. The daemon opens containers and devices.
     Type1,
-    /// The same with containers and devices that somebody else has opened.
+    /// type1. The daemon inherits open containers and devices.
     Type1Inherited,
 }
 
-impl Way {
+impl Backend {
     pub fn is_type1(self) -> bool {
         matches!(self, Self::Type1 | Self::Type1Inherited)
     }
 }
 
-pub const WAYS: [Way; 5] = [
-    Way::SharedAll,
-    Way::SharedMapped,
-    Way::Owned,
-    Way::Type1,
-    Way::Type1Inherited,
+pub const BACKENDS: [Backend; 5] = [
+    Backend::SharedAll,
+    Backend::SharedMapped,
+    Backend::Owned,
+    Backend::Type1,
+    Backend::Type1Inherited,
 ];
 
-/// The guest's addresses of its devices, in turn.
+/// The guest's PCI addresses of the devices, in order.
 const SLOTS: [&str; 4] = ["00:06.0", "00:07.0", "00:08.0", "00:09.0"];
 
 /// The endpoint of the n-th device.
@@ -58,20 +57,21 @@ pub fn endpoint(n: usize) -> u32 {
     [0x30, 0x38, 0x40, 0x48][n]
 }
 
+/// A daemon with passthrough devices, its VMM and a guest.
 pub struct Bed {
     pub daemon: Daemon,
     pub guest: Guest,
     stream: UnixStream,
-    /// The VMM's side.
+    /// The VMM's descriptors, if it binds the devices.
     vmm: Option<Vmm>,
-    /// Containers and devices opened for the daemon.
+    /// Containers and devices that the daemon inherits.
     _opened: Vec<(Rc<Container>, Cdev)>,
 }
 
-/// A VMM on rust-vmm's crates, as Cloud Hypervisor is one: it binds the devices and lets them reach all of guest RAM.
+/// A VMM on rust-vmm's crates, like Cloud Hypervisor. It binds the devices and maps all guest RAM for them.
 struct Vmm {
     iommufd: Arc<IommuFd>,
-    /// Devices that are not bound yet.
+    /// Devices not bound yet.
     opened: Vec<File>,
     devices: Vec<VfioDevice>,
     ioas: Option<Arc<IommufdIoas>>,
@@ -92,7 +92,7 @@ impl Vmm {
         }
     }
 
-    /// Arguments for the daemon, which inherits the descriptors.
+    /// The daemon's arguments. The daemon inherits the descriptors.
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec![
             "--iommufd-fd".to_owned(),
@@ -126,7 +126,7 @@ impl Vmm {
         }
     }
 
-    /// A new address space.
+    /// Allocates an address space. Returns its id.
     fn alloc(&self) -> u32 {
         let mut alloc = iommu_ioas_alloc {
             size: u32::try_from(size_of::<iommu_ioas_alloc>()).expect("small"),
@@ -138,7 +138,7 @@ impl Vmm {
     }
 }
 
-/// Containers with one group each, and the devices.
+/// Opens the devices, and a container for each of their groups.
 fn open_containers(functions: &[&str]) -> Vec<(Rc<Container>, Cdev)> {
     let mut groups: BTreeMap<String, Rc<Container>> = BTreeMap::new();
     let open = |name: &&str| {
@@ -161,7 +161,7 @@ fn container_arguments(opened: &[(Rc<Container>, Cdev)]) -> Vec<String> {
     for ((container, device), slot) in opened.iter().zip(SLOTS) {
         let fd = inheritable(device.as_fd().as_raw_fd());
         arguments.extend(["--vfio-fd".to_owned(), format!("{slot}={fd}")]);
-        // A number stands for one thing.
+        // Duplicated, since each `--vfio-container-fd` needs a number of its own.
         let container = container
             .as_fd()
             .try_clone_to_owned()
@@ -170,12 +170,12 @@ fn container_arguments(opened: &[(Rc<Container>, Cdev)]) -> Vec<String> {
         arguments.extend(["--vfio-container-fd".to_owned(), format!("{slot}={fd}")]);
         passed.push(container);
     }
-    // The daemon inherits them when it is started; these copies go with the test.
+    // Not closed: the daemon inherits them when it starts. They close with this process.
     passed.into_iter().for_each(std::mem::forget);
     arguments
 }
 
-/// Lets children inherit a descriptor.
+/// Lets child processes inherit a descriptor.
 #[expect(unsafe_code, reason = "a descriptor's flags")]
 fn inheritable(fd: RawFd) -> RawFd {
     // SAFETY: no pointer is passed; the descriptor is open.
@@ -184,17 +184,17 @@ fn inheritable(fd: RawFd) -> RawFd {
 }
 
 impl Bed {
-    /// A VM with these devices of the host, in bypass mode.
-    pub fn new(way: Way, functions: &[&str]) -> Self {
-        Self::with(way, functions, "")
+    /// Starts a VM with these devices in bypass mode.
+    pub fn new(backend: Backend, functions: &[&str]) -> Self {
+        Self::with(backend, functions, "")
     }
 
-    /// With more keys for its configuration.
-    pub fn with(way: Way, functions: &[&str], keys: &str) -> Self {
-        let (host_iommu, pin) = match way {
-            Way::SharedAll | Way::Owned => ("iommufd", "all"),
-            Way::SharedMapped => ("iommufd", "mapped"),
-            Way::Type1 | Way::Type1Inherited => ("type1", "all"),
+    /// Starts a VM with more keys in the daemon's configuration.
+    pub fn with(backend: Backend, functions: &[&str], keys: &str) -> Self {
+        let (host_iommu, pin) = match backend {
+            Backend::SharedAll | Backend::Owned => ("iommufd", "all"),
+            Backend::SharedMapped => ("iommufd", "mapped"),
+            Backend::Type1 | Backend::Type1Inherited => ("type1", "all"),
         };
         let mut config = format!(
             "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\npin = \"{pin}\"\n{keys}\n"
@@ -202,11 +202,13 @@ impl Bed {
         for (function, slot) in functions.iter().zip(SLOTS) {
             config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");
         }
-        let mut vmm =
-            matches!(way, Way::SharedAll | Way::SharedMapped).then(|| Vmm::new(functions));
-        let opened = match way {
-            Way::Type1Inherited => open_containers(functions),
-            Way::SharedAll | Way::SharedMapped | Way::Owned | Way::Type1 => Vec::new(),
+        let mut vmm = matches!(backend, Backend::SharedAll | Backend::SharedMapped)
+            .then(|| Vmm::new(functions));
+        let opened = match backend {
+            Backend::Type1Inherited => open_containers(functions),
+            Backend::SharedAll | Backend::SharedMapped | Backend::Owned | Backend::Type1 => {
+                Vec::new()
+            }
         };
         let arguments = match &vmm {
             Some(vmm) => vmm.arguments(),
@@ -214,7 +216,7 @@ impl Bed {
         };
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         let daemon = Daemon::with_config_and(&config, &arguments);
-        // As QEMU does it: it connects, makes the devices, and then the vhost-user device.
+        // In QEMU's order: it connects, makes the devices, then the vhost-user device.
         let stream = daemon.stream();
         let ours = stream.try_clone().expect("a descriptor");
         let files: Vec<_> = [
@@ -245,15 +247,15 @@ impl Bed {
         }
     }
 
-    /// The VMM hangs up, and the daemon has noticed.
-    pub fn hang_up(&mut self) {
+    /// Closes the VMM's connection and waits until the daemon has noticed.
+    pub fn disconnect(&mut self) {
         self.stream.shutdown(Shutdown::Both).expect("connected");
         let daemon = &self.daemon;
         daemon.wait_for("the VMM's end", || daemon.status()["connected"] == false);
     }
 
-    /// Another VMM comes, with a guest of its own.
-    pub fn connect_again(&mut self) {
+    /// Connects another VMM with a new guest in the same memory.
+    pub fn reconnect(&mut self) {
         self.stream = self.daemon.stream();
         let stream = self.stream.try_clone().expect("a descriptor");
         let regions = self.guest.memory.regions.drain(..).collect();
@@ -262,8 +264,8 @@ impl Bed {
         self.guest.driver_ok();
     }
 
-    /// How many objects there are in the iommufd that the VMM and the daemon share, if they do: so
-    /// many of the lowest numbers are not given out.
+    /// The number of objects in the iommufd that the VMM and the daemon share, or `None` if they share none. The
+    /// kernel gives new objects the lowest free ids.
     pub fn shared_objects(&self) -> Option<u32> {
         const MORE: u32 = 64;
         let vmm = self.vmm.as_ref()?;
@@ -274,7 +276,7 @@ impl Bed {
         ids.iter().max().map(|last| last - MORE)
     }
 
-    /// All of guest memory, to compare later.
+    /// A copy of guest memory.
     pub fn memory(&self) -> Vec<Vec<u8>> {
         let regions = self.guest.memory.regions.iter();
         regions
@@ -285,8 +287,8 @@ impl Bed {
 
 impl Drop for Bed {
     fn drop(&mut self) {
-        // The daemon first, which puts the devices where they can do no harm; then the VMM's
-        // descriptors, so that the next VMM finds the devices free.
+        // The daemon must end first: it blocks the devices. Closing the VMM's descriptors then frees the devices
+        // for the next test.
         if self.daemon.exit_status().is_none() {
             self.daemon.terminate();
         }

@@ -1,10 +1,10 @@
-//! Real DMA: what a device reaches is what its domain maps, byte for byte.
+//! Real DMA: a device reaches exactly the memory that its domain maps.
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
 use vhost_device_iommu::vfio::{AddressSpaces, Attach, Cdev, DmaSource, IommuFd};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-use crate::bed::{Bed, WAYS, Way, endpoint};
+use crate::bed::{BACKENDS, Backend, Bed, endpoint};
 use crate::common::guest::{HIGH_RAM, LOW_RAM};
 use crate::common::memory::memfd;
 use crate::common::wire::{CONFIG_BYPASS, FAULT, MMIO, OK, READ, RW, WRITE};
@@ -12,12 +12,13 @@ use crate::devices::{Edu, FaultLog, Function};
 use crate::words;
 
 const PAGE: u64 = 4096;
-/// Guest pages with something in them.
+/// A guest page with a pattern.
 const SOURCE: u64 = HIGH_RAM + 0x10_0000;
-/// One that no mapping lets be read.
+/// A guest page that no mapping makes readable.
 const SECRET: u64 = HIGH_RAM + 0x20_0000;
-/// Guest pages to write to.
+/// A guest page that devices write.
 const TARGET: u64 = HIGH_RAM + 0x30_0000;
+/// Another one.
 const OTHER: u64 = LOW_RAM + 0xe0_0000;
 
 fn pattern(seed: u8) -> Vec<u8> {
@@ -26,7 +27,7 @@ fn pattern(seed: u8) -> Vec<u8> {
         .collect()
 }
 
-/// A VM with one `edu`, whose buffer is its pattern for `seed`.
+/// A VM with an `edu`.
 struct EduBed {
     vm: Bed,
     edu: Edu,
@@ -34,9 +35,9 @@ struct EduBed {
 }
 
 impl EduBed {
-    fn new(way: Way, keys: &str) -> Self {
+    fn new(backend: Backend, keys: &str) -> Self {
         let name = words("VIOMMU_EDU")[0].clone();
-        let vm = Bed::with(way, &[&name], keys);
+        let vm = Bed::with(backend, &[&name], keys);
         vm.guest.memory.write(SOURCE, &pattern(1));
         vm.guest.memory.write(SECRET, &pattern(2));
         Self {
@@ -50,7 +51,7 @@ impl EduBed {
         self.vm.guest.memory.read(gpa, PAGE as usize)
     }
 
-    /// Copies through the device; whether it arrived. Nothing else in memory may change.
+    /// Copies a page through the device. Returns whether it arrived. Nothing else in memory may change.
     fn copies(&self, from: u64, to: u64, source: u64, target: u64) -> bool {
         let zeros = vec![0; PAGE as usize];
         self.vm.guest.memory.write(target, &zeros);
@@ -66,12 +67,12 @@ impl EduBed {
         let expected = self.page(source);
         assert!(
             arrived == expected || arrived == zeros,
-            "half of the data arrived"
+            "a part of the data arrived"
         );
         arrived == expected
     }
 
-    /// A write of the device's that must reach nothing, and a fault in the host's log.
+    /// Checks that a write of the device changes nothing, and that the host logs a fault.
     fn write_is_refused(&mut self, iova: u64) {
         let before = self.vm.memory();
         let edu = &self.edu;
@@ -79,14 +80,15 @@ impl EduBed {
         assert!(self.vm.memory() == before, "{iova:#x} was written to");
     }
 
-    /// The same where the host's IOMMU does not log it.
-    fn write_goes_nowhere(&self, iova: u64) {
+    /// Checks that a write of the device changes nothing. The host's IOMMU may not log it.
+    fn write_is_blocked(&self, iova: u64) {
         let before = self.vm.memory();
         self.edu.write(iova);
         assert!(self.vm.memory() == before, "{iova:#x} was written to");
     }
 
-    /// A read of the device's that must bring back nothing of a page. Wants `out` to be writable.
+    /// Checks that a read of the device does not return the page at `forbidden`. The device writes its buffer to
+    /// `out`, which must lead to `target`.
     fn read_is_refused(&self, iova: u64, out: u64, target: u64, forbidden: u64) {
         self.edu.read(iova);
         self.edu.write(out);
@@ -98,9 +100,9 @@ impl EduBed {
     }
 }
 
-fn scenario(way: Way) {
-    eprintln!("{way:?}");
-    let mut bed = EduBed::new(way, "");
+fn scenario(backend: Backend) {
+    eprintln!("{backend:?}");
+    let mut bed = EduBed::new(backend, "");
     let ep = endpoint(0);
 
     let status = bed.vm.daemon.endpoint(ep);
@@ -112,7 +114,7 @@ fn scenario(way: Way) {
     assert_eq!(bed.vm.guest.attach(1, ep), OK);
     bed.write_is_refused(TARGET);
 
-    eprintln!("mappings lead where they say");
+    eprintln!("mappings lead to their guest-physical addresses");
     let guest = &mut bed.vm.guest;
     let (source, target) = (0x10_0000, 0x7000_0000_0000);
     assert_eq!(guest.map(1, source, source + PAGE - 1, SOURCE, READ), OK);
@@ -122,28 +124,28 @@ fn scenario(way: Way) {
     assert_eq!(guest.unmap(1, target, target + PAGE - 1), OK);
     assert_eq!(guest.map(1, target, target + PAGE - 1, OTHER, RW), OK);
     assert!(bed.copies(source, target, SOURCE, OTHER));
-    bed.write_goes_nowhere(TARGET);
-    bed.write_goes_nowhere(target + PAGE);
-    bed.write_goes_nowhere(source - PAGE);
+    bed.write_is_blocked(TARGET);
+    bed.write_is_blocked(target + PAGE);
+    bed.write_is_blocked(source - PAGE);
 
-    eprintln!("what is mapped read-only cannot be written, nor read what is write-only");
+    eprintln!("a read-only mapping cannot be written, nor a write-only mapping read");
     bed.edu.read(target);
     if words("VIOMMU_L1")[0] == "amd" {
-        // The emulation of AMD's IOMMU logs a missing page only.
-        bed.write_goes_nowhere(source);
+        // The emulation of AMD's IOMMU logs only missing pages.
+        bed.write_is_blocked(source);
     } else {
         bed.write_is_refused(source);
     }
     let guest = &mut bed.vm.guest;
     assert_eq!(guest.map(1, 0x20_0000, 0x20_0fff, SECRET, WRITE), OK);
     bed.read_is_refused(0x20_0000, target, OTHER, SECRET);
-    // The secret itself may be written.
+    // The write-only mapping can be written.
     bed.edu.read(source);
     bed.edu.write(0x20_0000);
     assert_eq!(bed.page(SECRET), pattern(1));
     bed.vm.guest.memory.write(SECRET, &pattern(2));
 
-    eprintln!("nothing reaches memory after UNMAP");
+    eprintln!("the device reaches nothing after UNMAP");
     let guest = &mut bed.vm.guest;
     assert_eq!(guest.unmap(1, target, target + PAGE - 1), OK);
     bed.write_is_refused(target);
@@ -151,24 +153,24 @@ fn scenario(way: Way) {
     assert_eq!(bed.vm.guest.unmap(1, source, source + PAGE - 1), OK);
     bed.read_is_refused(source, 0x30_0000, OTHER, SOURCE);
 
-    eprintln!("DETACH goes back to bypass mode, and the domain is gone");
+    eprintln!("DETACH returns to bypass mode and removes the domain");
     assert_eq!(bed.vm.guest.detach(1, ep), OK);
     assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
     assert_eq!(bed.vm.guest.attach(1, ep), OK);
-    bed.write_goes_nowhere(0x30_0000);
+    bed.write_is_blocked(0x30_0000);
 
-    eprintln!("a bypass domain is bypass mode, whatever `bypass` says");
+    eprintln!("a bypass domain bypasses, whatever `bypass` is");
     assert_eq!(bed.vm.guest.attach_bypass(2, ep), OK);
     bed.vm.guest.set_config(CONFIG_BYPASS, &[0]);
     assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
 
-    eprintln!("without bypass mode DETACH blocks");
+    eprintln!("with `bypass` 0, DETACH blocks");
     assert_eq!(bed.vm.guest.detach(2, ep), OK);
-    bed.write_goes_nowhere(TARGET);
+    bed.write_is_blocked(TARGET);
     bed.vm.guest.set_config(CONFIG_BYPASS, &[1]);
     assert!(bed.copies(SOURCE, TARGET, SOURCE, TARGET));
 
-    eprintln!("a reset forgets domains");
+    eprintln!("a reset removes all domains");
     assert_eq!(bed.vm.guest.attach(1, ep), OK);
     assert_eq!(
         bed.vm
@@ -178,9 +180,9 @@ fn scenario(way: Way) {
     );
     bed.vm.guest.reboot();
     assert_eq!(bed.vm.guest.attach(1, ep), OK);
-    bed.write_goes_nowhere(target);
+    bed.write_is_blocked(target);
 
-    eprintln!("the daemon's end blocks");
+    eprintln!("the device is blocked after the daemon's end");
     assert_eq!(
         bed.vm
             .guest
@@ -190,69 +192,69 @@ fn scenario(way: Way) {
     bed.vm.daemon.terminate();
     let daemon = &bed.vm.daemon;
     daemon.wait_for_end();
-    bed.write_goes_nowhere(target);
-    bed.write_goes_nowhere(TARGET);
+    bed.write_is_blocked(target);
+    bed.write_is_blocked(TARGET);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn dma_reaches_what_is_mapped_shared() {
-    scenario(Way::SharedAll);
+fn dma_reaches_mapped_memory_shared() {
+    scenario(Backend::SharedAll);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn dma_reaches_what_is_mapped_shared_pinning_what_is_mapped() {
-    scenario(Way::SharedMapped);
+fn dma_reaches_mapped_memory_shared_pin_mapped() {
+    scenario(Backend::SharedMapped);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn dma_reaches_what_is_mapped_owned() {
-    scenario(Way::Owned);
+fn dma_reaches_mapped_memory_owned() {
+    scenario(Backend::Owned);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn dma_reaches_what_is_mapped_type1() {
-    scenario(Way::Type1);
+fn dma_reaches_mapped_memory_type1() {
+    scenario(Backend::Type1);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn dma_reaches_what_is_mapped_type1_inherited() {
-    scenario(Way::Type1Inherited);
+fn dma_reaches_mapped_memory_type1_inherited() {
+    scenario(Backend::Type1Inherited);
 }
 
-/// Without bypass mode at boot a device is blocked from the moment the VMM is connected.
+/// Without bypass mode at boot, a device is blocked as soon as the VMM is connected.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn without_bypass_at_boot_a_device_is_blocked() {
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let mut bed = EduBed::new(way, "bypass = false");
-        bed.write_goes_nowhere(TARGET);
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let mut bed = EduBed::new(backend, "bypass = false");
+        bed.write_is_blocked(TARGET);
         assert_eq!(bed.vm.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.vm.guest.map(1, 0, PAGE - 1, TARGET, RW), OK);
         assert_eq!(bed.vm.guest.map(1, PAGE, 2 * PAGE - 1, SOURCE, READ), OK);
         assert!(bed.copies(PAGE, 0, SOURCE, TARGET));
         assert_eq!(bed.vm.guest.detach(1, endpoint(0)), OK);
-        bed.write_goes_nowhere(TARGET);
+        bed.write_is_blocked(TARGET);
     }
 }
 
-/// Memory of one device, mapped for another.
+/// The guest maps the BAR of a device for another device.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn another_devices_memory_can_be_mapped() {
-    for way in WAYS {
-        eprintln!("{way:?}");
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
         let edu = words("VIOMMU_EDU")[0].clone();
         let memory = words("VIOMMU_IVSHMEM")[0].clone();
-        let mut vm = Bed::new(way, &[&edu, &memory]);
+        let mut vm = Bed::new(backend, &[&edu, &memory]);
         let function = Function::new(&memory);
         let bar_memory = function.map_bar(2);
-        // Nobody has moved it: the guest has it where this machine has it.
+        // The guest has the BAR at the host's address, since no driver has moved it.
         let bar = function.bar_address(2);
         let edu = Edu::new(&edu);
         vm.guest.memory.write(SOURCE, &pattern(7));
@@ -273,7 +275,7 @@ fn another_devices_memory_can_be_mapped() {
         let memory = bar_memory.as_volatile_slice();
         memory.read_slice(&mut arrived, 2 * PAGE as usize).unwrap();
         assert_eq!(arrived, pattern(7));
-        // Past its end, and where there is nothing.
+        // Beyond the end of the BAR, and where there is no BAR.
         assert_eq!(
             vm.guest.map(1, 0x40_0000, 0x40_1fff, bar + 0xf_f000, flags),
             FAULT
@@ -285,7 +287,7 @@ fn another_devices_memory_can_be_mapped() {
     }
 }
 
-/// Memory mapped by its address in this process, as on kernels that cannot map files.
+/// Memory mapped by its address in this process, as on kernels that cannot map a file.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn memory_can_be_mapped_by_address() {

@@ -1,4 +1,4 @@
-//! Devices that do DMA on command, driven through their registers.
+//! Devices of L1 that do DMA on command. The tests drive them through their registers.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
-/// A PCI function of this machine.
+/// A PCI function of the host.
 pub struct Function {
     address: String,
 }
@@ -24,27 +24,27 @@ impl Function {
         format!("/sys/bus/pci/devices/{}/{entry}", self.address)
     }
 
-    /// The number of its IOMMU group.
+    /// The number of the function's IOMMU group.
     pub fn group(&self) -> String {
         let target = fs::read_link(self.path("iommu_group")).expect("a group");
         target.file_name().unwrap().to_string_lossy().into_owned()
     }
 
-    /// The bridge above it.
+    /// The bridge above the function at `address`.
     pub fn bridge_of(address: &str) -> Self {
         let path = fs::canonicalize(Self::new(address).path("")).expect("a function");
         let bridge = path.parent().and_then(Path::file_name).expect("a bridge");
         Self::new(&bridge.to_string_lossy())
     }
 
-    /// `/dev/vfio/devices/vfioN`.
+    /// The function's `/dev/vfio/devices/vfioN`.
     pub fn node(&self) -> String {
         let mut names = fs::read_dir(self.path("vfio-dev")).expect("bound to vfio-pci");
         let name = names.next().expect("one").unwrap().file_name();
         format!("/dev/vfio/devices/{}", name.to_string_lossy())
     }
 
-    /// Lets it answer to its BARs and do DMA, as its driver would.
+    /// Switches on memory accesses and DMA in the command register, as a driver does.
     pub fn enable(&self) {
         self.command(|command| command | 1 << 1 | 1 << 2);
     }
@@ -61,7 +61,7 @@ impl Function {
         config.write_all_at(&changed.to_le_bytes(), 4).unwrap();
     }
 
-    /// A BAR, mapped.
+    /// Maps a BAR.
     pub fn map_bar(&self, index: u32) -> MmapRegion {
         let path = self.path(&format!("resource{index}"));
         let file = OpenOptions::new()
@@ -73,7 +73,7 @@ impl Function {
         MmapRegion::from_file(FileOffset::new(file, 0), len as usize).expect("a BAR maps")
     }
 
-    /// The address of a BAR on this machine.
+    /// The host-physical address of a BAR.
     pub fn bar_address(&self, index: usize) -> u64 {
         let text = fs::read_to_string(self.path("resource")).expect("resources");
         let line = text.lines().nth(index).expect("a BAR");
@@ -82,7 +82,7 @@ impl Function {
     }
 }
 
-/// QEMU's `edu`: copies up to 4 KiB between memory and a buffer of its own, in 100 ms.
+/// QEMU's `edu`, which copies up to 4 KiB between memory and its own buffer in 100 ms.
 pub struct Edu {
     registers: MmapRegion,
 }
@@ -96,13 +96,13 @@ impl Edu {
         Self { registers }
     }
 
-    /// Memory at `iova` into the device's buffer.
+    /// Copies memory at `iova` to the device's buffer.
     pub fn read(&self, iova: u64) {
         self.start_read(iova);
         self.wait();
     }
 
-    /// The device's buffer into memory at `iova`.
+    /// Copies the device's buffer to memory at `iova`.
     pub fn write(&self, iova: u64) {
         self.start_write(iova);
         self.wait();
@@ -116,7 +116,7 @@ impl Edu {
         self.start(Self::BUFFER, iova, Self::LEN, 2);
     }
 
-    /// Waits until what was started is done.
+    /// Waits until the copy is done.
     pub fn wait(&self) {
         let since = Instant::now();
         while self.load(0x98) & 1 != 0 {
@@ -147,13 +147,13 @@ impl Edu {
     }
 }
 
-/// QEMU's `iommu-testdev`: writes a pattern to an address at once and says whether it was let.
+/// QEMU's `iommu-testdev`, which writes a pattern to an address at once and tells whether the IOMMU allowed it.
 pub struct TestDev {
     registers: MmapRegion,
 }
 
 impl TestDev {
-    /// What it writes, over and over.
+    /// The pattern that it writes repeatedly.
     pub const PATTERN: u32 = 0x1234_5678;
 
     pub fn new(address: &str) -> Self {
@@ -161,7 +161,7 @@ impl TestDev {
         Self { registers }
     }
 
-    /// Writes `len` bytes at `iova`; whether the IOMMU let it.
+    /// Writes `len` bytes at `iova`. Returns whether the IOMMU allowed it.
     pub fn write(&self, iova: u64, len: u32) -> bool {
         self.store(0x04, iova as u32);
         self.store(0x08, (iova >> 32) as u32);
@@ -186,8 +186,7 @@ impl TestDev {
     }
 }
 
-/// Faults of the host IOMMU in the kernel's log, and how to wait for one: the kernel logs no more
-/// than a few in five seconds.
+/// The faults of the host's IOMMU in the kernel's log. The kernel logs only a few in five seconds.
 pub struct FaultLog {
     seen: usize,
 }
@@ -199,7 +198,7 @@ impl FaultLog {
         }
     }
 
-    /// Does `dma` until the log has a fault that was not there.
+    /// Repeats `dma` until the log has a new fault.
     pub fn expect_fault(&mut self, mut dma: impl FnMut()) {
         for _ in 0..4 {
             dma();

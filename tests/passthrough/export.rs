@@ -1,4 +1,4 @@
-//! Devices of this machine that the daemon offers to the VMM over vfio-user.
+//! Exported devices: the daemon offers a device of the host to the VMM over vfio-user.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::bed::{Bed, Way, endpoint};
+use crate::bed::{Backend, Bed, endpoint};
 use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{NOENT, OK, READ, RW};
 use crate::connection::{
@@ -21,9 +21,8 @@ use crate::nested::{EDU, Nested};
 use crate::vm::Setup;
 use crate::words;
 
-/// An unmodified QEMU with a stock kernel, and no access to VFIO. Run in the machine with AMD-Vi alone: in the
-/// one with VT-d a guest that traps as much as this one stops now and then, before it has asked the daemon for
-/// anything.
+/// An unmodified QEMU with a stock kernel and without access to VFIO. The machine with VT-d skips this test: there a
+/// guest that traps as often as this one stops now and then, before it has sent the daemon anything.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn a_stock_guest_drives_an_exported_device() {
@@ -51,7 +50,10 @@ fn a_stock_guest_with(host_iommu: &str) {
     let vmm = nested.process_with("vfio-user-pci");
     let daemon = nested.process_with("--ready-fd");
     assert_eq!(vfio_descriptors(vmm), Vec::<String>::new());
-    assert!(!vfio_descriptors(daemon).is_empty(), "where the device is");
+    assert!(
+        !vfio_descriptors(daemon).is_empty(),
+        "the daemon holds the device"
+    );
     let status = nested.control.status();
     assert_eq!(status.dma_of(EDU), "translated");
 
@@ -61,7 +63,7 @@ fn a_stock_guest_with(host_iommu: &str) {
     assert!(!nested.place.path("edu.sock").exists());
 }
 
-/// A client that plays a guest's driver of an `edu`.
+/// A client that drives an `edu` as a guest's driver does.
 struct Driver(Connection);
 
 const BAR: u32 = 0;
@@ -73,8 +75,8 @@ const MEMORY: u16 = 1 << 1;
 const MASTER: u16 = 1 << 2;
 
 impl Driver {
-    /// A client that has switched memory and DMA on. The device cannot be reset: it has forgotten no
-    /// interrupt that nobody has acknowledged.
+    /// Connects, switches on memory and DMA, and acknowledges pending interrupts. `edu` cannot be reset, so
+    /// interrupts of an earlier client may be pending.
     fn connect(path: &Path) -> Self {
         let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
         let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
@@ -127,8 +129,8 @@ impl Driver {
     }
 }
 
-/// Whether the event comes.
-fn comes(event: &OwnedFd, limit: Duration) -> bool {
+/// Whether the event is raised within `limit`.
+fn is_raised(event: &OwnedFd, limit: Duration) -> bool {
     let timeout = Timespec {
         tv_sec: limit.as_secs().cast_signed(),
         tv_nsec: i64::from(limit.subsec_nanos()),
@@ -137,26 +139,30 @@ fn comes(event: &OwnedFd, limit: Duration) -> bool {
     ready.expect("an event") == 1 && rustix::io::read(event, &mut [0; 8]).is_ok()
 }
 
-/// The command register as the host has it.
+/// The command register, read through sysfs.
 fn command_of(name: &str) -> u16 {
     let config = fs::read(Function::new(name).path("config")).expect("configuration space");
     u16::from_le_bytes([config[4], config[5]])
 }
 
-fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
-    eprintln!("{way:?}");
+fn export_and_drive(backend: Backend) {
+    eprintln!("{backend:?}");
     let name = words("VIOMMU_EDU")[0].clone();
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("edu");
     let keys = format!("[[endpoint]]\naddress = '00:06.0'\nvfio = '{name}'\nexport = {path:?}\n");
-    let mut bed = Bed::with(way, &[], &keys);
+    let mut bed = Bed::with(backend, &[], &keys);
     let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
     let bytes = [0x5a; PAGE as usize];
     bed.guest.memory.write(source, &bytes);
     let clear = |bed: &Bed| bed.guest.memory.write(target, &[0; PAGE as usize]);
     let arrived = |bed: &Bed| bed.guest.memory.read(target, PAGE as usize) == bytes;
 
-    assert_eq!(command_of(&name) & MASTER, 0, "nobody has switched it on");
+    assert_eq!(
+        command_of(&name) & MASTER,
+        0,
+        "DMA is off before a client connects"
+    );
     let mut driver = Driver::connect(&path);
     assert_eq!(driver.load(0), 0x0100_00ed);
     let words = [4096, 0, BAR, 0, 0, 0, 0, 0];
@@ -169,7 +175,7 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     }
     eprintln!("BAR 0 can be mapped: {}", !info.fds.is_empty());
 
-    eprintln!("DMA goes where the guest says");
+    eprintln!("DMA follows the guest's mappings");
     driver.dma_read(source);
     driver.dma_write(target);
     assert!(arrived(&bed), "bypass mode");
@@ -183,14 +189,14 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     driver.dma_write(0x2000);
     assert!(arrived(&bed));
 
-    eprintln!("interrupts arrive as long as their client is there");
+    eprintln!("interrupts arrive while the client is connected");
     let event = || eventfd(0, EventfdFlags::CLOEXEC).expect("an event");
     let line = event();
     let body = irqs(0x24, 0, 0, 1);
     assert_eq!(driver.0.call(SET_IRQS, &body, &[line.as_fd()]).errno(), 0);
     for _ in 0..3 {
         driver.write(BAR, 0x60, &7u32.to_ne_bytes());
-        assert!(comes(&line, Duration::from_secs(20)));
+        assert!(is_raised(&line, Duration::from_secs(20)));
         assert_eq!(driver.load(0x24), 7);
         driver.write(BAR, 0x64, &7u32.to_ne_bytes());
         assert_eq!(
@@ -209,18 +215,18 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
         0
     );
     driver.write(BAR, 0x60, &7u32.to_ne_bytes());
-    assert!(comes(&message, Duration::from_secs(20)));
-    assert!(!comes(&line, Duration::ZERO));
+    assert!(is_raised(&message, Duration::from_secs(20)));
+    assert!(!is_raised(&line, Duration::ZERO));
 
-    eprintln!("a client that dies takes its DMA and its interrupts along");
+    eprintln!("the DMA and the interrupts of a client end with it");
     clear(&bed);
     driver.start(EDU_BUFFER, 0x2000, 2 | 4);
     drop(driver);
-    assert!(!comes(&message, Duration::from_millis(400)));
+    assert!(!is_raised(&message, Duration::from_millis(400)));
     assert!(!arrived(&bed));
     assert_eq!(command_of(&name) & (MEMORY | MASTER), 0);
 
-    eprintln!("the next one finds the guest's mappings");
+    eprintln!("the next client has the guest's mappings");
     let mut driver = Driver::connect(&path);
     driver.dma_read(0x1000);
     driver.dma_write(0x2000);
@@ -229,9 +235,9 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
     let reset = driver.0.call(RESET, &[], &[]).errno();
     assert!([0, libc::ENOTTY].contains(&reset), "{reset}");
 
-    eprintln!("without a VMM at the other socket DMA goes nowhere");
+    eprintln!("DMA is blocked while no VMM is connected to the vhost-user socket");
     clear(&bed);
-    bed.hang_up();
+    bed.disconnect();
     driver.write(CONFIG, 4, &[6, 0]);
     driver.dma_write(0x2000);
     driver.dma_write(target);
@@ -247,15 +253,15 @@ fn a_device_obeys_its_guest_and_nobody_else(way: Way) {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn an_exported_device_obeys_its_guest_and_nobody_else() {
-    a_device_obeys_its_guest_and_nobody_else(Way::Owned);
-    a_device_obeys_its_guest_and_nobody_else(Way::Type1);
+    export_and_drive(Backend::Owned);
+    export_and_drive(Backend::Type1);
 }
 
-fn a_device_is_added_and_removed(way: Way) {
-    eprintln!("{way:?}");
+fn add_and_remove(backend: Backend) {
+    eprintln!("{backend:?}");
     let name = words("VIOMMU_EDU")[0].clone();
-    let mut bed = Bed::with(way, &[], "hotplug = ['00:06.0']");
-    // Where the daemon has sockets anyway.
+    let mut bed = Bed::with(backend, &[], "hotplug = ['00:06.0']");
+    // In the directory of the daemon's other sockets.
     let path = bed.daemon.socket().with_file_name("edu");
     let (source, target) = (HIGH_RAM + 0x10_0000, HIGH_RAM + 0x20_0000);
     let bytes = [0xa5; PAGE as usize];
@@ -283,17 +289,17 @@ fn a_device_is_added_and_removed(way: Way) {
         assert!(!path.exists());
         assert_eq!(bed.guest.attach(1, endpoint(0)), NOENT);
     }
-    bed.hang_up();
+    bed.disconnect();
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn a_device_is_added_to_a_running_vm_and_given_back_to_the_host() {
-    a_device_is_added_and_removed(Way::Owned);
-    a_device_is_added_and_removed(Way::Type1);
+    add_and_remove(Backend::Owned);
+    add_and_remove(Backend::Type1);
 }
 
-/// What a process has open of VFIO, iommufd, or DMA buffers.
+/// A process's open files of VFIO, iommufd and DMA buffers.
 fn vfio_descriptors(pid: u32) -> Vec<String> {
     let list = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process");
     let targets = list

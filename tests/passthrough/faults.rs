@@ -1,8 +1,8 @@
-//! Failures that the kernel injects into the daemon's own system calls: whatever fails, at whatever
-//! depth, the daemon's tables, its word on every endpoint and what devices reach on the host agree.
+//! The kernel injects failures into the daemon's system calls. After each failure, the daemon's mappings, its
+//! statement about each endpoint and the memory that devices reach on the host must agree.
 //!
-//! The kernel counts the places where a thread's next calls could fail, allocations mostly, and fails
-//! the n-th (`fail-nth`); where `make-it-fail` is on, a share of all.
+//! With `fail-nth` the kernel counts the points of failure of a thread's next calls, mostly allocations, and fails the
+//! n-th. With `make-it-fail` it fails a share of all calls.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,37 +16,39 @@ use crate::common::guest::{Guest, HIGH_RAM, LOW_LEN, LOW_RAM, Setup};
 use crate::common::memory::{Memory, Region, memfd};
 use crate::common::rng::Rng;
 
-use crate::bed::{Bed, WAYS, Way, endpoint};
+use crate::bed::{BACKENDS, Backend, Bed, endpoint};
 use crate::common::wire::{CONFIG_BYPASS, DEVERR, OK, READ, RW};
 use crate::devices::{Function, TestDev};
 use crate::words;
 
 const PAGE: u64 = 4096;
-/// The addresses the devices use: in RAM too, for bypass mode, and apart from the requests' buffers.
+/// First I/O virtual address of the devices' accesses. It is an address of RAM too, for bypass mode, and apart from
+/// the requests' buffers.
 const WINDOW: u64 = LOW_RAM + 0xa0_0000;
 const PAGES: u64 = 12;
-/// Where most mappings lead.
+/// The first guest page that mappings lead to.
 const TARGET: u64 = HIGH_RAM + 0x10_0000;
 const TARGETS: u64 = 10;
-/// A slot that comes and goes, right behind another one.
+/// A memory slot that the VMM adds and removes. It follows another slot without a hole.
 const EXTRA: u64 = LOW_RAM + LOW_LEN;
 const EXTRA_LEN: u64 = 2 << 20;
-/// Two pages in two slots.
+/// Two pages across the border of two slots.
 const ACROSS: u64 = EXTRA - PAGE;
 
-/// The kinds of failures that are injected.
+/// The kinds of failures that the kernel injects.
 const KINDS: [&str; 3] = ["failslab", "fail_page_alloc", "fail_iommufd"];
-/// The thread that serves requests, and the one that serves vhost-user messages.
+/// The thread that serves requests.
 const WORKER: &str = "vring_worker";
+/// The thread that serves vhost-user messages.
 const PROTOCOL: &str = "vhost-user";
 
-/// A setting of one kind of failures.
+/// Writes a setting of one kind of failures.
 fn set(kind: &str, name: &str, value: &str) {
     let path = format!("/sys/kernel/debug/{kind}/{name}");
     fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
 }
 
-/// One thread of the daemon's, whose calls fail on demand.
+/// A thread of the daemon whose system calls fail on demand.
 struct Victim {
     directory: PathBuf,
 }
@@ -65,12 +67,12 @@ impl Victim {
         Self { directory }
     }
 
-    /// The n-th call that can fail does.
+    /// Lets the n-th point of failure fail. 0 switches failures off.
     fn fail_nth(&self, n: u32) {
         fs::write(self.directory.join("fail-nth"), n.to_string()).expect("fail-nth");
     }
 
-    /// No more failures; whether there was the one.
+    /// Switches failures off. Returns whether the n-th point of failure was reached.
     fn has_failed(&self) -> bool {
         let path = self.directory.join("fail-nth");
         let left = fs::read_to_string(&path).expect("fail-nth");
@@ -78,26 +80,26 @@ impl Victim {
         left.trim() == "0"
     }
 
-    /// Whether a share of all calls fails.
+    /// Sets whether a share of all calls fails.
     fn fail_at_random(&self, on: bool) {
         let flag = if on { "1" } else { "0" };
         fs::write(self.directory.join("make-it-fail"), flag).expect("make-it-fail");
     }
 }
 
-/// What became of something that was asked of the daemon.
+/// The daemon's answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// Answered with a status.
+    /// A status.
     Status(u8),
-    /// The connection is closed.
+    /// The daemon has closed the connection.
     Gone,
 }
 
-/// All that the daemon says of endpoints and mappings.
+/// The daemon's endpoints and mappings, from the control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct View {
-    /// State, what DMA meets, and domain, by endpoint.
+    /// State, state of DMA, and domain of each endpoint.
     endpoints: Vec<(String, String, Option<u32>)>,
     domains: BTreeMap<u32, Vec<Line>>,
 }
@@ -110,7 +112,7 @@ impl View {
         self.endpoints[n].0 == "quarantined"
     }
 
-    /// Where a write of a device's to an address leads.
+    /// The guest-physical address that a write of device `n` at `iova` must reach, or `None`.
     fn gpa_of(&self, n: usize, iova: u64) -> Option<u64> {
         match (self.endpoints[n].1.as_str(), self.endpoints[n].2) {
             ("bypass", _) => Some(iova),
@@ -126,7 +128,7 @@ impl View {
     }
 }
 
-/// A VM with two devices of the host's and a slot that comes and goes.
+/// A VM with two passthrough devices and a memory slot that the VMM adds and removes.
 struct FaultBed {
     vm: Bed,
     devices: [TestDev; 2],
@@ -134,9 +136,9 @@ struct FaultBed {
 }
 
 impl FaultBed {
-    fn new(way: Way) -> Self {
+    fn new(backend: Backend) -> Self {
         for kind in KINDS {
-            // No stack trace for each, which takes longer than all the rest.
+            // No stack trace for each failure: that would take longer than the test.
             set(kind, "verbose", "0");
             set(kind, "task-filter", "Y");
             set(kind, "probability", "0");
@@ -144,19 +146,19 @@ impl FaultBed {
             set(kind, "space", "0");
             set(kind, "interval", "1");
         }
-        // Else nearly all allocations are spared.
+        // Otherwise the kernel spares nearly all allocations.
         set("failslab", "ignore-gfp-wait", "N");
         set("fail_page_alloc", "ignore-gfp-wait", "N");
         set("fail_page_alloc", "min-order", "0");
         let names = words("VIOMMU_TESTDEV");
-        let vm = Bed::new(way, &[&names[0], &names[1]]);
+        let vm = Bed::new(backend, &[&names[0], &names[1]]);
         let mut bed = Self {
             vm,
             devices: [0, 1].map(|n| TestDev::new(&names[n])),
             extra: Arc::new(memfd(EXTRA_LEN)),
         };
         bed.clean();
-        // What is only made once is made.
+        // Makes the objects that the daemon makes only once.
         bed.fill(1);
         bed.attach(1, 0);
         bed.clean();
@@ -196,9 +198,9 @@ impl FaultBed {
         }
     }
 
-    /// The pages a device might write to, and what is in the beginning of each.
+    /// The pages that a device may write, each with its first 256 bytes.
     fn pages(&self) -> Vec<(u64, Vec<u8>)> {
-        let away = Memory {
+        let removed = Memory {
             regions: Vec::from_iter((!self.has_extra()).then(|| self.extra())),
         };
         let identity = (0..PAGES).map(|n| WINDOW + n * PAGE);
@@ -208,7 +210,7 @@ impl FaultBed {
             .chain([ACROSS, EXTRA])
             .map(|gpa| {
                 let memory = if gpa == EXTRA && !self.has_extra() {
-                    &away
+                    &removed
                 } else {
                     &self.vm.guest.memory
                 };
@@ -217,7 +219,7 @@ impl FaultBed {
             .collect()
     }
 
-    /// What the devices reach is what the view says, and bytes arrive where it says.
+    /// Checks that the devices reach exactly the addresses that `reach` gives, and that their bytes arrive there.
     fn check_reach(&self, reach: impl Fn(usize, u64) -> Option<u64>, what: &str) {
         let mut expected: BTreeMap<u64, Vec<u8>> = self
             .pages()
@@ -227,7 +229,7 @@ impl FaultBed {
         for (n, device) in self.devices.iter().enumerate() {
             for page in 0..PAGES {
                 let iova = WINDOW + page * PAGE;
-                // A place of its own for each device and address.
+                // Each device and address has an offset of its own.
                 let offset = (page * 2 + n as u64) * 8;
                 let gpa = reach(n, iova).filter(|gpa| *gpa != EXTRA || self.has_extra());
                 let let_through = device.write(iova + offset, 8);
@@ -239,7 +241,7 @@ impl FaultBed {
                     self.log()
                 );
                 if let Some(gpa) = gpa {
-                    let bytes = expected.get_mut(&gpa).expect("a page that is looked at");
+                    let bytes = expected.get_mut(&gpa).expect("one of the checked pages");
                     let at = offset as usize;
                     bytes[at..at + 4].copy_from_slice(&TestDev::PATTERN.to_le_bytes());
                     bytes[at + 4..at + 8].copy_from_slice(&TestDev::PATTERN.to_le_bytes());
@@ -249,7 +251,7 @@ impl FaultBed {
         for (gpa, bytes) in self.pages() {
             assert!(
                 bytes == expected[&gpa],
-                "{what}: page {gpa:#x} is not as it should be\n{:#?}",
+                "{what}: page {gpa:#x} has other bytes than expected\n{:#?}",
                 self.view()
             );
             if bytes.iter().any(|byte| *byte != 0) {
@@ -258,6 +260,7 @@ impl FaultBed {
         }
     }
 
+    /// Checks that the devices reach exactly the mappings of `view`.
     fn check(&self, view: &View, what: &str) {
         self.check_reach(|n, iova| view.gpa_of(n, iova), what);
     }
@@ -268,14 +271,13 @@ impl FaultBed {
         lines[lines.len().saturating_sub(6)..].join("\n")
     }
 
-    /// Both devices blocked, in no domain, and all memory there. That this is possible, whatever has
-    /// happened, is a part of what is tested.
+    /// Detaches and blocks both devices and adds the extra slot again. This must succeed after any failure.
     fn clean(&mut self) {
         if !self.has_extra() {
             let extra = self.extra();
             self.vm.guest.add_region(extra);
         }
-        // Filling the host's tables for bypass mode takes long, so it is only on where it matters.
+        // Off except in the cases that need it: filling the host's tables for bypass mode takes long.
         self.set_bypass(false);
         let view = self.view();
         for (n, (state, _, domain)) in view.endpoints.iter().enumerate() {
@@ -291,12 +293,12 @@ impl FaultBed {
             assert_eq!(status, OK, "{}", self.log());
         }
         for name in words("VIOMMU_TESTDEV") {
-            // As its driver does: the daemon may have stopped it.
+            // As the driver does: the daemon may have switched off its DMA.
             Function::new(&name).enable();
         }
     }
 
-    /// Whether devices in no domain are in bypass mode.
+    /// Sets whether detached devices are in bypass mode.
     fn set_bypass(&mut self, on: bool) {
         self.vm.guest.set_config(CONFIG_BYPASS, &[on.into()]);
     }
@@ -305,7 +307,7 @@ impl FaultBed {
         assert_eq!(self.vm.guest.attach(domain, endpoint(n)), OK);
     }
 
-    /// Device 1 in a domain with a few mappings.
+    /// Attaches device 1 to a domain and maps a few pages.
     fn fill(&mut self, domain: u32) {
         self.attach(domain, 1);
         for (page, pages, gpa, flags) in [
@@ -330,8 +332,7 @@ impl FaultBed {
         self.vm.guest.unmap(domain, first, first + pages * PAGE - 1)
     }
 
-    /// The daemon has closed the connection: nothing is reached any more. Another VMM, which finds
-    /// all as a first one does.
+    /// Checks that the devices are blocked after the daemon has closed the connection, and connects another VMM.
     fn reconnect(&mut self) {
         let daemon = &self.vm.daemon;
         daemon.wait_for("the end of the connection", || {
@@ -344,18 +345,18 @@ impl FaultBed {
         guest.forget_rings();
         guest.driver_ok();
         self.vm.guest = guest;
-        // Served once, it has settled all endpoints.
+        // The daemon sets up all endpoints before it serves the first request.
         self.vm.guest.probe(endpoint(0));
         self.clean();
     }
 }
 
-/// Something the daemon is asked for, with one of its calls failing.
+/// A request to the daemon, during which one of its calls fails.
 struct Case {
     name: &'static str,
-    /// The thread that does it.
+    /// The thread that serves the request.
     thread: &'static str,
-    /// From a clean bed to where it begins.
+    /// Prepares a clean bed for the request.
     prepare: fn(&mut FaultBed),
     act: fn(&mut FaultBed) -> Outcome,
 }
@@ -435,7 +436,7 @@ const CASES: [Case; 13] = [
         act: |bed| Outcome::Status(bed.unmap(1, 1, PAGES - 1)),
     },
     Case {
-        name: "DETACH to blocked mode, the domain's end",
+        name: "DETACH to blocked mode, which ends the domain",
         thread: WORKER,
         prepare: |bed| bed.fill(1),
         act: |bed| Outcome::Status(bed.vm.guest.detach(1, endpoint(1))),
@@ -451,7 +452,7 @@ const CASES: [Case; 13] = [
         act: |bed| Outcome::Status(bed.vm.guest.detach(1, endpoint(1))),
     },
     Case {
-        name: "a slot goes",
+        name: "removal of a slot",
         thread: PROTOCOL,
         prepare: |bed| {
             bed.fill(1);
@@ -469,7 +470,7 @@ const CASES: [Case; 13] = [
         },
     },
     Case {
-        name: "a slot comes",
+        name: "addition of a slot",
         thread: PROTOCOL,
         prepare: |bed| {
             bed.fill(1);
@@ -489,14 +490,14 @@ const CASES: [Case; 13] = [
     },
 ];
 
-/// The calls that fail: all of the first ones, then some.
-fn places() -> impl Iterator<Item = u32> {
+/// The points of failure to test: each of the first ones, then fewer and fewer.
+fn failure_points() -> impl Iterator<Item = u32> {
     std::iter::successors(Some(1u32), |n| Some(n + 1 + n.saturating_sub(24) / 3))
 }
 
-/// How often a case ended how.
+/// The number of rounds by outcome.
 #[derive(Debug, Default)]
-struct Ends {
+struct OutcomeCounts {
     done: u32,
     refused: u32,
     quarantined: u32,
@@ -504,7 +505,7 @@ struct Ends {
 }
 
 impl Case {
-    /// Does it, with every call failing in turn.
+    /// Repeats the request. In each round the next point of failure fails.
     fn sweep(&self, bed: &mut FaultBed) {
         (self.prepare)(bed);
         let before = bed.view();
@@ -513,18 +514,18 @@ impl Case {
         let after = bed.view();
         bed.check(&after, self.name);
         bed.clean();
-        let mut ends = Ends::default();
-        for n in places() {
+        let mut counts = OutcomeCounts::default();
+        for n in failure_points() {
             let what = format!("{}, call {n} fails", self.name);
-            // More than there are pages of guest RAM.
-            assert!(n < 20_000, "{what}: no end");
+            // More than guest RAM has pages.
+            assert!(n < 20_000, "{what}: the request never succeeds");
             (self.prepare)(bed);
             assert_eq!(bed.view(), before, "{what}");
             let victim = Victim::new(bed, self.thread);
             victim.fail_nth(n);
             let outcome = (self.act)(bed);
             if outcome == Outcome::Gone {
-                ends.gone += 1;
+                counts.gone += 1;
                 bed.reconnect();
                 continue;
             }
@@ -534,8 +535,8 @@ impl Case {
             let quarantined = (0..2).any(|n| now.is_quarantined(n));
             match outcome {
                 _ if quarantined => {
-                    ends.quarantined += 1;
-                    // The mappings are as they were, or as they were to be.
+                    counts.quarantined += 1;
+                    // The mappings are those before the request or those after it.
                     assert!(
                         now.domains == before.domains || now.domains == after.domains,
                         "{what}: {now:#?}"
@@ -545,11 +546,11 @@ impl Case {
                     }
                 }
                 Outcome::Status(OK) => {
-                    ends.done += 1;
+                    counts.done += 1;
                     assert_eq!(now, after, "{what}");
                 }
                 Outcome::Status(_) | Outcome::Gone => {
-                    ends.refused += 1;
+                    counts.refused += 1;
                     assert_eq!(now, before, "{what}");
                 }
             }
@@ -560,12 +561,12 @@ impl Case {
                 break;
             }
         }
-        eprintln!("    {}: {ends:?}", self.name);
+        eprintln!("    {}: {counts:?}", self.name);
     }
 }
 
-/// What the daemon holds of the system.
-fn holdings(bed: &FaultBed) -> (usize, u64, Option<u32>) {
+/// The daemon's open descriptors, locked memory and objects in a shared iommufd.
+fn held_resources(bed: &FaultBed) -> (usize, u64, Option<u32>) {
     let pid = bed.vm.daemon.pid();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
     let locked = status.lines().find(|line| line.starts_with("VmLck"));
@@ -577,21 +578,21 @@ fn holdings(bed: &FaultBed) -> (usize, u64, Option<u32>) {
     )
 }
 
-fn sweep(way: Way) {
-    eprintln!("{way:?}");
-    let mut bed = FaultBed::new(way);
-    let held = holdings(&bed);
+fn sweep(backend: Backend) {
+    eprintln!("{backend:?}");
+    let mut bed = FaultBed::new(backend);
+    let held = held_resources(&bed);
     let rss = bed.vm.daemon.rss_kib();
     for case in &CASES {
         case.sweep(&mut bed);
     }
-    assert_eq!(holdings(&bed), held, "something is left behind");
+    assert_eq!(held_resources(&bed), held, "the daemon keeps resources");
     let now = bed.vm.daemon.rss_kib();
     assert!(now < rss + 2048, "{rss} KiB became {now} KiB");
 }
 
-/// Something at random that a driver may ask for, sensible or not.
-fn any_request(bed: &mut FaultBed, rng: &mut Rng) -> u8 {
+/// Sends a random request, valid or not. Returns its status.
+fn random_request(bed: &mut FaultBed, rng: &mut Rng) -> u8 {
     let domain = 1 + rng.below(2) as u32;
     let n = rng.below(2) as usize;
     let page = rng.below(PAGES - 1);
@@ -608,14 +609,14 @@ fn any_request(bed: &mut FaultBed, rng: &mut Rng) -> u8 {
     }
 }
 
-/// One failure after the other, so that what undoes a request fails too.
-fn storm(way: Way) {
+/// Random failures, so that the calls that undo a request fail, too.
+fn storm(backend: Backend) {
     const ROUNDS: u32 = 150;
-    eprintln!("{way:?}");
-    let mut bed = FaultBed::new(way);
-    let held = holdings(&bed);
-    let mut rng = Rng::new(way as u64);
-    let mut ends = Ends::default();
+    eprintln!("{backend:?}");
+    let mut bed = FaultBed::new(backend);
+    let held = held_resources(&bed);
+    let mut rng = Rng::new(backend as u64);
+    let mut counts = OutcomeCounts::default();
     for round in 0..ROUNDS {
         let percent = [0, 2, 5, 20, 50][rng.below(5) as usize];
         let what = format!("round {round} at {percent} percent");
@@ -625,11 +626,11 @@ fn storm(way: Way) {
         }
         let victim = Victim::new(&bed, WORKER);
         victim.fail_at_random(true);
-        let status = any_request(&mut bed, &mut rng);
+        let status = random_request(&mut bed, &mut rng);
         victim.fail_at_random(false);
         let now = bed.view();
         for (n, name) in words("VIOMMU_TESTDEV").iter().enumerate() {
-            // The daemon may have stopped it; its driver starts it over where it may be used.
+            // The daemon may have switched off its DMA. The driver switches it on, unless it is quarantined.
             if !now.is_quarantined(n) {
                 Function::new(name).enable();
             }
@@ -637,47 +638,47 @@ fn storm(way: Way) {
         bed.check(&now, &what);
         let quarantined = (0..2).any(|n| now.is_quarantined(n));
         match status {
-            OK => ends.done += 1,
-            _ if quarantined => ends.quarantined += 1,
+            OK => counts.done += 1,
+            _ if quarantined => counts.quarantined += 1,
             _ => {
-                ends.refused += 1;
+                counts.refused += 1;
                 assert_eq!(now, before, "{what}");
             }
         }
     }
-    eprintln!("    {ends:?}");
+    eprintln!("    {counts:?}");
     bed.clean();
-    assert_eq!(holdings(&bed), held, "something is left behind");
+    assert_eq!(held_resources(&bed), held, "the daemon keeps resources");
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn failures_at_random_leave_agreement() {
-    for way in WAYS {
-        storm(way);
+fn random_failures_leave_daemon_and_host_in_agreement() {
+    for backend in BACKENDS {
+        storm(backend);
     }
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn failed_calls_leave_agreement_shared() {
-    sweep(Way::SharedAll);
+fn failed_calls_leave_daemon_and_host_in_agreement_shared() {
+    sweep(Backend::SharedAll);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn failed_calls_leave_agreement_shared_pinning_what_is_mapped() {
-    sweep(Way::SharedMapped);
+fn failed_calls_leave_daemon_and_host_in_agreement_shared_pin_mapped() {
+    sweep(Backend::SharedMapped);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn failed_calls_leave_agreement_owned() {
-    sweep(Way::Owned);
+fn failed_calls_leave_daemon_and_host_in_agreement_owned() {
+    sweep(Backend::Owned);
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn failed_calls_leave_agreement_type1() {
-    sweep(Way::Type1);
+fn failed_calls_leave_daemon_and_host_in_agreement_type1() {
+    sweep(Backend::Type1);
 }

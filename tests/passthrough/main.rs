@@ -1,7 +1,7 @@
-//! The daemon on a host with VFIO and a physical IOMMU: an emulated machine with an emulated one (L1).
+//! The daemon on a host with VFIO and an IOMMU. The host is an emulated machine (L1) with an emulated IOMMU.
 //!
-//! `qemu-scripts/l1.sh` runs this program there, as root, and tells it through its environment which
-//! devices there are. All of them are bound to vfio-pci.
+//! `qemu-scripts/l1.sh` runs this program in L1 as root and names the devices in its environment. All of them are
+//! bound to vfio-pci.
 
 #![allow(
     clippy::expect_used,
@@ -43,18 +43,18 @@ fn words(name: &str) -> Vec<String> {
         .collect()
 }
 
-/// A path of a PCI function in sysfs.
-fn of(function: &str, entry: &str) -> String {
+/// The path of an entry of a PCI function in sysfs.
+fn sysfs_path(function: &str, entry: &str) -> String {
     format!("/sys/bus/pci/devices/{function}/{entry}")
 }
 
-/// The last part of where a symbolic link leads.
-fn link(path: &str) -> String {
+/// The last component of a symbolic link's target.
+fn link_name(path: &str) -> String {
     let target = fs::read_link(path).unwrap_or_else(|error| panic!("{path}: {error}"));
     target.file_name().unwrap().to_string_lossy().into_owned()
 }
 
-/// The machine has what the other tests need.
+/// The machine has the devices that the other tests need.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn the_machine_is_as_expected() {
@@ -71,17 +71,21 @@ fn the_machine_is_as_expected() {
         assert!(Path::new(node).exists(), "{node}");
     }
     for function in alone.iter().chain(&pair) {
-        assert_eq!(link(&of(function, "driver")), "vfio-pci", "{function}");
-        let group = link(&of(function, "iommu_group"));
+        assert_eq!(
+            link_name(&sysfs_path(function, "driver")),
+            "vfio-pci",
+            "{function}"
+        );
+        let group = link_name(&sysfs_path(function, "iommu_group"));
         assert!(Path::new("/dev/vfio").join(&group).exists(), "{function}");
-        let nodes: Vec<_> = fs::read_dir(of(function, "vfio-dev"))
+        let nodes: Vec<_> = fs::read_dir(sysfs_path(function, "vfio-dev"))
             .unwrap()
             .map(|entry| entry.unwrap().file_name())
             .collect();
         assert_eq!(nodes.len(), 1, "{function}");
         assert!(Path::new("/dev/vfio/devices").join(&nodes[0]).exists());
     }
-    let group = |function: &String| link(&of(function, "iommu_group"));
+    let group = |function: &String| link_name(&sysfs_path(function, "iommu_group"));
     assert_eq!(group(&pair[0]), group(&pair[1]));
     let groups: BTreeSet<_> = alone.iter().chain(&pair[..1]).map(group).collect();
     assert_eq!(groups.len(), alone.len() + 1, "{groups:?}");

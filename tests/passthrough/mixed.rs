@@ -1,4 +1,4 @@
-//! Devices of the host, and devices that processes emulate, in one domain: they see the same.
+//! A passthrough device, an emulated device and a shadow reader in one domain: they see the same memory.
 
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::bed::{Bed, Way, endpoint};
+use crate::bed::{Backend, Bed, endpoint};
 use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{FAULT, NOMEM, OK, READ, RW, WRITE};
 use crate::connection::{Connection, VERSION, version_body};
@@ -20,13 +20,14 @@ const PAGE: u64 = 4096;
 const SOURCE: u64 = HIGH_RAM + 0x10_0000;
 const TARGET: u64 = HIGH_RAM + 0x20_0000;
 const OTHER: u64 = HIGH_RAM + 0x30_0000;
-/// Where they are mapped.
+/// The I/O virtual addresses of these pages.
 const FROM: u64 = 0x10_0000;
 const TO: u64 = 0x7000_0000_0000;
 const ONWARD: u64 = 0x20_0000;
 
-/// The endpoints of the emulated device and of the one that follows the page tables.
+/// The endpoint of the emulated device.
 const EMULATED: u32 = 0x50;
+/// The endpoint of the shadow reader.
 const SHADOW: u32 = 0x58;
 
 const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16}}"#;
@@ -37,7 +38,7 @@ fn pattern(seed: u8) -> Vec<u8> {
         .collect()
 }
 
-/// A VM with an `edu` of the host's, an emulated device, and a reader of the page tables.
+/// A VM with a passthrough `edu`, an emulated device and a shadow reader.
 struct MixedBed {
     vm: Bed,
     edu: Edu,
@@ -48,7 +49,7 @@ struct MixedBed {
 }
 
 impl MixedBed {
-    fn new(way: Way, isolation: &str) -> Self {
+    fn new(backend: Backend, isolation: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = |name: &str| -> PathBuf { folder.path().join(name) };
         let (listen, connect, shadow) = (path("listen"), path("connect"), path("shadow"));
@@ -58,13 +59,14 @@ impl MixedBed {
              [[endpoint]]\naddress = '00:0b.0'\nshadow = {shadow:?}\n"
         );
         let name = words("VIOMMU_EDU")[0].clone();
-        let vm = Bed::with(way, &[&name], &keys);
+        let vm = Bed::with(backend, &[&name], &keys);
         let mut client = Connection::new(UnixStream::connect(&listen).expect("connected"));
         let server = Server::start(&connect, || {
             client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         });
         assert_eq!(client.recv().expect("an answer").errno(), 0);
-        let reader = ShadowReader::connect(&shadow, EndpointId(SHADOW)).expect("let in");
+        let reader =
+            ShadowReader::connect(&shadow, EndpointId(SHADOW)).expect("the reader is accepted");
         vm.guest.memory.write(SOURCE, &pattern(1));
         Self {
             vm,
@@ -96,8 +98,8 @@ impl MixedBed {
         Some(data)
     }
 
-    /// Nothing of the three gets anywhere at an address.
-    fn nobody_writes(&mut self, iova: u64) {
+    /// Checks that none of the three can write at an address.
+    fn all_writes_are_blocked(&mut self, iova: u64) {
         let before = self.vm.memory();
         self.edu.write(iova);
         assert_eq!(self.server.write(iova, &pattern(9)), Err(libc::EFAULT));
@@ -109,19 +111,19 @@ impl MixedBed {
     }
 }
 
-fn scenario(way: Way, isolation: &str) {
-    eprintln!("{way:?}, {isolation}");
-    let mut bed = MixedBed::new(way, isolation);
+fn scenario(backend: Backend, isolation: &str) {
+    eprintln!("{backend:?}, {isolation}");
+    let mut bed = MixedBed::new(backend, isolation);
     for endpoint in [endpoint(0), EMULATED, SHADOW] {
         assert_eq!(bed.vm.guest.attach(1, endpoint), OK);
     }
-    bed.nobody_writes(TARGET);
+    bed.all_writes_are_blocked(TARGET);
     assert_eq!(bed.map(FROM, SOURCE, READ), OK);
     assert_eq!(bed.map(TO, TARGET, RW), OK);
     assert_eq!(bed.map(ONWARD, OTHER, RW), OK);
     assert_eq!(bed.server.windows(), [FROM, ONWARD, TO]);
 
-    eprintln!("what one writes the others read");
+    eprintln!("each device reads what another has written");
     bed.edu.read(FROM);
     bed.edu.write(TO);
     assert_eq!(bed.page(TARGET), pattern(1));
@@ -144,30 +146,30 @@ fn scenario(way: Way, isolation: &str) {
     bed.edu.write(TO);
     assert_eq!(bed.page(TARGET), pattern(3));
 
-    eprintln!("what is unmapped nobody reaches");
+    eprintln!("no device reaches an unmapped page");
     bed.unmap(TO);
-    bed.nobody_writes(TO);
+    bed.all_writes_are_blocked(TO);
     assert_eq!(bed.server.read(TO, 1), Err(libc::EFAULT));
     assert_eq!(bed.read_by_shadow(TO), None);
     if isolation == "messages" {
-        // A server that has guest RAM is not kept from writing what it may only read.
-        bed.nobody_writes(FROM);
+        // Not with mappings: a server with guest RAM can also write pages that it may only read.
+        bed.all_writes_are_blocked(FROM);
     }
 
-    eprintln!("a MAP that one of them refuses leaves the others as they were");
+    eprintln!("a MAP that one device refuses changes nothing for the others");
     let windows = bed.server.windows();
     assert_eq!(bed.map(TO, 0x9_0000_0000, WRITE), FAULT);
-    assert_eq!(bed.server.windows(), windows, "it hears nothing of it");
-    bed.nobody_writes(TO);
+    assert_eq!(bed.server.windows(), windows, "the server gets no window");
+    bed.all_writes_are_blocked(TO);
     bed.server.refuse(true);
     assert_eq!(bed.map(TO, TARGET, RW), NOMEM);
-    bed.nobody_writes(TO);
+    bed.all_writes_are_blocked(TO);
     bed.server.refuse(false);
     assert_eq!(bed.map(TO, TARGET, RW), OK);
     bed.edu.write(TO);
     assert_eq!(bed.server.read(TO, PAGE as usize), Ok(pattern(3)));
 
-    eprintln!("one that leaves the domain reaches nothing, the others go on");
+    eprintln!("a device that leaves the domain reaches nothing, and the others still work");
     assert_eq!(bed.vm.guest.detach(1, EMULATED), OK);
     assert_eq!(bed.server.read(TO, 1), Err(libc::EFAULT));
     assert_eq!(bed.server.windows(), Vec::<u64>::new());
@@ -188,9 +190,9 @@ fn scenario(way: Way, isolation: &str) {
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn all_kinds_of_devices_share_a_domain() {
     if words("VIOMMU_L1")[0] == "amd" {
-        scenario(Way::Owned, "mappings");
+        scenario(Backend::Owned, "mappings");
     } else {
-        scenario(Way::SharedAll, "messages");
-        scenario(Way::Type1, "messages");
+        scenario(Backend::SharedAll, "messages");
+        scenario(Backend::Type1, "messages");
     }
 }

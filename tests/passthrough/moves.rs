@@ -1,5 +1,5 @@
-//! Domains with several devices, devices that move under load, many mappings, memory that goes:
-//! what the host IOMMU lets a device reach is read back by its own DMA.
+//! Domains with several devices, devices that change domains under load, many mappings, and memory that the VMM
+//! removes. Each test checks by DMA which memory the host's IOMMU lets a device reach.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use crate::bed::{Bed, WAYS, Way, endpoint};
+use crate::bed::{BACKENDS, Backend, Bed, endpoint};
 use crate::common::guest::{HIGH_LEN, HIGH_RAM, LOW_RAM, Layout};
 use crate::common::memory::Region;
 use crate::common::rng::Rng;
@@ -16,10 +16,10 @@ use crate::devices::{Edu, Function, TestDev};
 use crate::words;
 
 const PAGE: u64 = 4096;
-/// Guest pages the devices write to.
+/// The first guest page that devices write.
 const TARGETS: u64 = HIGH_RAM + 0x10_0000;
 
-/// The emulation of AMD's IOMMU takes its time over every change.
+/// An eighth of `count` on AMD, where the emulated IOMMU is slow at each change.
 fn fewer_on_amd(count: u64) -> u64 {
     if words("VIOMMU_L1")[0] == "amd" {
         count / 8
@@ -28,16 +28,16 @@ fn fewer_on_amd(count: u64) -> u64 {
     }
 }
 
-/// Two test devices in one VM.
-fn pair(way: Way) -> (Bed, Vec<TestDev>) {
+/// A VM with two test devices.
+fn pair(backend: Backend) -> (Bed, Vec<TestDev>) {
     let names = words("VIOMMU_TESTDEV");
     let functions: Vec<_> = names.iter().map(String::as_str).collect();
-    let bed = Bed::new(way, &functions);
+    let bed = Bed::new(backend, &functions);
     (bed, names.iter().map(|n| TestDev::new(n)).collect())
 }
 
-/// Whether a write at `iova` is let, and then changes the first bytes at `gpa` and nothing before
-/// or behind.
+/// Lets the device write 8 bytes at `iova`. Returns whether the IOMMU allowed it. If so, checks that they arrived at
+/// `gpa`, and otherwise that nothing did.
 fn reaches(bed: &Bed, device: &TestDev, iova: u64, gpa: u64) -> bool {
     let memory = &bed.guest.memory;
     memory.write(gpa, &[0xee; 16]);
@@ -47,11 +47,14 @@ fn reaches(bed: &Bed, device: &TestDev, iova: u64, gpa: u64) -> bool {
     let arrived = [&pattern[..], &pattern[..], &[0xee; 8]].concat();
     memory.write(gpa, &[0; 16]);
     if done {
-        assert_eq!(now, arrived, "{iova:#x} let through, but not to {gpa:#x}");
+        assert_eq!(
+            now, arrived,
+            "the write at {iova:#x} was allowed, but did not reach {gpa:#x}"
+        );
     } else {
         assert_eq!(
             now, [0xee; 16],
-            "{iova:#x} refused, and {gpa:#x} written to"
+            "the write at {iova:#x} was refused, but reached {gpa:#x}"
         );
     }
     done
@@ -60,15 +63,15 @@ fn reaches(bed: &Bed, device: &TestDev, iova: u64, gpa: u64) -> bool {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn two_devices_share_a_domain() {
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let (mut bed, devices) = pair(way);
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let (mut bed, devices) = pair(backend);
         let (a, b) = (endpoint(0), endpoint(1));
-        // Where there is no memory in bypass mode.
+        // Addresses beyond guest memory, which bypass mode does not reach.
         let at = |page: u64| 0x20_0000_0000 + page * PAGE;
         assert_eq!(bed.guest.attach(1, a), OK);
         assert_eq!(bed.guest.map(1, at(1), at(2) - 1, TARGETS, WRITE), OK);
-        // The second one finds what is there, and both have what comes.
+        // The second device gets the present mapping, and both get the next one.
         assert_eq!(bed.guest.attach(1, b), OK);
         assert_eq!(bed.guest.map(1, at(2), at(3) - 1, TARGETS + PAGE, RW), OK);
         for device in &devices {
@@ -81,28 +84,32 @@ fn two_devices_share_a_domain() {
             assert!(!reaches(&bed, device, at(1), TARGETS));
             assert!(reaches(&bed, device, at(2), TARGETS + PAGE));
         }
-        // One leaves: the other stays.
+        // One device leaves, and the other stays.
         assert_eq!(bed.guest.detach(1, a), OK);
         assert!(!reaches(&bed, &devices[0], at(2), TARGETS + PAGE));
         assert!(reaches(&bed, &devices[0], TARGETS, TARGETS), "bypass mode");
         assert!(reaches(&bed, &devices[1], at(2), TARGETS + PAGE));
         assert_eq!(bed.guest.detach(1, b), OK);
-        assert_eq!(bed.guest.unmap(1, 0, u64::MAX), NOENT, "the domain is gone");
+        assert_eq!(
+            bed.guest.unmap(1, 0, u64::MAX),
+            NOENT,
+            "the domain ended with its last endpoint"
+        );
     }
 }
 
-/// One device moves to and fro between two domains while it writes as fast as it can: each write
-/// lands where one of the domains leads, or nowhere.
+/// A device moves between two domains while it writes without a pause. Each write must arrive where one of the
+/// domains leads, or nowhere.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn a_device_moves_between_domains_under_load() {
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let (mut bed, mut devices) = pair(way);
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let (mut bed, mut devices) = pair(backend);
         let stays = devices.pop().expect("two");
         let moves = devices.pop().expect("two");
         let (iova, here, there, elsewhere) = (0x8000, TARGETS, TARGETS + PAGE, TARGETS + 2 * PAGE);
-        // Another device keeps the second domain.
+        // The other device keeps the second domain alive.
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
         assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
@@ -111,14 +118,14 @@ fn a_device_moves_between_domains_under_load() {
         let before = bed.guest.memory.read(LOW_RAM, 0x10_0000);
         let stop = Arc::new(AtomicBool::new(false));
         let writes = Arc::new(AtomicU64::new(0));
-        let let_through = Arc::new(AtomicU64::new(0));
+        let allowed = Arc::new(AtomicU64::new(0));
         let load = {
-            let (stop, writes, let_through) = (stop.clone(), writes.clone(), let_through.clone());
+            let (stop, writes, allowed) = (stop.clone(), writes.clone(), allowed.clone());
             thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     let done = moves.write(iova, 8);
                     writes.fetch_add(1, Ordering::Relaxed);
-                    let_through.fetch_add(done.into(), Ordering::Relaxed);
+                    allowed.fetch_add(done.into(), Ordering::Relaxed);
                 }
                 moves
             })
@@ -137,12 +144,12 @@ fn a_device_moves_between_domains_under_load() {
                 bed.daemon.log()
             );
             if to == 2 {
-                // The first domain was its alone, and is gone with it.
+                // The first domain had no other device, so it has ended.
                 assert_eq!(bed.guest.unmap(1, 0, u64::MAX), NOENT);
             } else {
                 assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
             }
-            // Nothing in flight reaches the domain it has left.
+            // No later write may reach the memory of the other domain.
             bed.guest.memory.write(other, &[0; 8]);
             bed.guest.memory.write(expected, &[0; 8]);
             let since = writes.load(Ordering::Relaxed);
@@ -156,31 +163,31 @@ fn a_device_moves_between_domains_under_load() {
         load.join().expect("the load");
         let (all, done) = (
             writes.load(Ordering::Relaxed),
-            let_through.load(Ordering::Relaxed),
+            allowed.load(Ordering::Relaxed),
         );
-        eprintln!("{all} writes, {done} let through");
+        eprintln!("{all} writes, {done} allowed");
         assert!(reaches(&bed, &stays, 0, elsewhere));
         assert!(bed.guest.memory.read(LOW_RAM, 0x10_0000) == before);
     }
 }
 
-/// Random maps and unmaps with DMA in between, against a plain model.
+/// Random MAP and UNMAP with DMA in between, compared with a model.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn ten_thousand_rounds_agree_with_a_model() {
     const WINDOW: u64 = 256;
-    for (way, rounds) in [
-        (Way::SharedAll, 10_000),
-        (Way::SharedMapped, 2_000),
-        (Way::Owned, 1_000),
-        (Way::Type1, fewer_on_amd(10_000)),
-        (Way::Type1Inherited, 1_000),
+    for (backend, rounds) in [
+        (Backend::SharedAll, 10_000),
+        (Backend::SharedMapped, 2_000),
+        (Backend::Owned, 1_000),
+        (Backend::Type1, fewer_on_amd(10_000)),
+        (Backend::Type1Inherited, 1_000),
     ] {
-        let (mut bed, devices) = pair(way);
+        let (mut bed, devices) = pair(backend);
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.guest.attach(1, endpoint(1)), OK);
         let mut rng = Rng::new(0x5eed);
-        // First page of a mapping: pages, guest page, writable.
+        // By first page of a mapping: number of pages, guest-physical address, writable.
         let mut model: BTreeMap<u64, (u64, u64, bool)> = BTreeMap::new();
         let (mut maps, mut unmaps, mut probes) = (0, 0, 0);
         for _ in 0..rounds {
@@ -232,30 +239,30 @@ fn ten_thousand_rounds_agree_with_a_model() {
                 probes += 1;
             }
         }
-        eprintln!("{way:?}: {maps} mapped, {unmaps} unmapped, {probes} DMAs");
+        eprintln!("{backend:?}: {maps} mapped, {unmaps} unmapped, {probes} DMAs");
         assert_eq!(bed.daemon.mappings(1).len(), model.len());
     }
 }
 
-/// Pages far from each other, all of them at once.
+/// Many mappings of a page each, with holes between them, and one UNMAP for all.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn many_mappings_and_one_unmap_of_all() {
     let at = |n: u64| (n * 2 * PAGE, TARGETS + (n % 1024) * PAGE);
-    for (way, count) in [
-        (Way::SharedAll, fewer_on_amd(65_536)),
-        (Way::SharedMapped, fewer_on_amd(16_384)),
-        (Way::Type1, fewer_on_amd(16_384)),
+    for (backend, count) in [
+        (Backend::SharedAll, fewer_on_amd(65_536)),
+        (Backend::SharedMapped, fewer_on_amd(16_384)),
+        (Backend::Type1, fewer_on_amd(16_384)),
     ] {
-        eprintln!("{way:?}");
+        eprintln!("{backend:?}");
         let limit = DmaEntryLimit::set(count);
-        let (mut bed, devices) = pair(way);
+        let (mut bed, devices) = pair(backend);
         drop(limit);
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         for first in (0..count).step_by(32) {
-            map_at_once(&mut bed, (first..first + 32).map(at));
+            map_batch(&mut bed, (first..first + 32).map(at));
         }
-        if way.is_type1() {
+        if backend.is_type1() {
             let (iova, gpa) = at(count);
             let refused = bed.guest.map(1, iova, iova + PAGE - 1, gpa, RW);
             assert_eq!(refused, NOMEM);
@@ -278,7 +285,7 @@ fn many_mappings_and_one_unmap_of_all() {
     }
 }
 
-/// How many mappings containers take that are opened while this lives.
+/// Sets the limit of mappings for containers that are opened while this exists.
 struct DmaEntryLimit(String);
 
 impl DmaEntryLimit {
@@ -297,8 +304,8 @@ impl Drop for DmaEntryLimit {
     }
 }
 
-/// Maps pages of domain 1 with one kick.
-fn map_at_once(bed: &mut Bed, pages: impl Iterator<Item = (u64, u64)>) {
+/// Maps pages in domain 1 with one kick.
+fn map_batch(bed: &mut Bed, pages: impl Iterator<Item = (u64, u64)>) {
     let mut sent = 0;
     for (iova, gpa) in pages {
         let request = wire::map(1, iova, iova + PAGE - 1, gpa, RW);
@@ -313,23 +320,26 @@ fn map_at_once(bed: &mut Bed, pages: impl Iterator<Item = (u64, u64)>) {
     }
 }
 
-/// When the VMM's request is acknowledged, nothing of the slot is reachable.
+/// After the reply to REM_MEM_REG, no byte of the slot may be reachable.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let (mut bed, devices) = pair(way);
+fn removed_memory_is_unmapped_before_the_reply() {
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let (mut bed, devices) = pair(backend);
         let hot = HIGH_RAM + HIGH_LEN;
         bed.guest.add_region(Region::new(hot, 4 << 20));
-        // The second device stays in bypass mode. What the VMM lets it reach is the VMM's doing,
-        // so it is taken through a domain first.
+        // The second device stays in bypass mode. It passes through a domain first: until then a VMM that has bound
+        // it decides what it reaches.
         assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
         assert_eq!(bed.guest.detach(2, endpoint(1)), OK);
-        assert!(reaches(&bed, &devices[1], hot, hot), "bypass mode has it");
+        assert!(
+            reaches(&bed, &devices[1], hot, hot),
+            "bypass mode reaches the new slot"
+        );
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.guest.map(1, 0, PAGE - 1, hot, RW), OK);
-        // Over the border between two slots.
+        // A mapping across the border of two slots.
         let (first, last) = (0x10_0000, 0x10_0000 + 4 * PAGE - 1);
         assert_eq!(bed.guest.map(1, first, last, hot - 2 * PAGE, RW), OK);
         assert!(reaches(&bed, &devices[0], 0, hot));
@@ -346,15 +356,15 @@ fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
             assert!(!device.write(iova, 8), "{iova:#x}");
         }
         let written = region.read_all().iter().any(|byte| *byte != 0);
-        assert!(!written, "the memory that went was written to");
+        assert!(!written, "a device has written to the removed memory");
         assert!(reaches(&bed, &devices[0], first + PAGE, hot - PAGE));
         assert_eq!(bed.guest.map(1, 0x40_0000, 0x40_0fff, hot, RW), FAULT);
-        // A device that comes now gets what there is of an address space that is there; a container
-        // would have to be filled with what leads nowhere.
-        let expected = if way.is_type1() { UNSUPP } else { OK };
-        assert_eq!(bed.guest.attach(1, endpoint(1)), expected, "{way:?}");
+        // With iommufd another device joins the present address space. With type1 the daemon would have to fill a
+        // new container, also with mappings of memory that does not exist.
+        let expected = if backend.is_type1() { UNSUPP } else { OK };
+        assert_eq!(bed.guest.attach(1, endpoint(1)), expected, "{backend:?}");
 
-        // Other memory comes there: the guest's mappings lead to it.
+        // The VMM adds other memory there, and the guest's mappings lead to it.
         bed.guest.add_region(Region::new(hot, 4 << 20));
         assert!(reaches(&bed, &devices[0], 0, hot));
         assert!(reaches(&bed, &devices[0], first + 3 * PAGE, hot + PAGE));
@@ -363,22 +373,22 @@ fn memory_that_goes_is_unmapped_when_that_is_acknowledged() {
     }
 }
 
-/// The host cannot keep them apart, and so the guest may not either.
+/// Devices of one group must share a domain, since the host's IOMMU does not separate them.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn devices_of_one_group_stay_in_one_domain() {
     let names = words("VIOMMU_EDU_PAIR");
     let functions: Vec<_> = names.iter().map(String::as_str).collect();
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let mut bed = Bed::new(way, &functions);
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let mut bed = Bed::new(backend, &functions);
         let edus: Vec<_> = names.iter().map(|n| Edu::new(n)).collect();
         Function::bridge_of(&names[0]).enable();
         let (a, b) = (endpoint(0), endpoint(1));
         let guest = &mut bed.guest;
         guest.memory.write(TARGETS, &[7; PAGE as usize]);
         assert_eq!(guest.attach(1, a), OK);
-        assert_eq!(guest.attach(2, b), UNSUPP, "they share a group");
+        assert_eq!(guest.attach(2, b), UNSUPP, "the devices share a group");
         assert_eq!(guest.attach(1, b), OK);
         assert_eq!(guest.map(1, 0, PAGE - 1, TARGETS, READ), OK);
         assert_eq!(guest.map(1, PAGE, 2 * PAGE - 1, TARGETS + PAGE, WRITE), OK);
@@ -388,7 +398,7 @@ fn devices_of_one_group_stay_in_one_domain() {
             edu.write(PAGE);
             assert!(guest.memory.read(TARGETS + PAGE, PAGE as usize) == [7; PAGE as usize]);
         }
-        // One moves: the other is blocked until it follows.
+        // One device moves. The other is blocked until it follows.
         assert_eq!(guest.attach(2, a), OK);
         assert_eq!(
             guest.map(2, PAGE, 2 * PAGE - 1, TARGETS + 2 * PAGE, WRITE),
@@ -412,14 +422,14 @@ fn devices_of_one_group_stay_in_one_domain() {
     }
 }
 
-/// PROBE says what the host reserves, and a domain that has something there takes no such device.
+/// PROBE returns the regions that the host reserves, and no mapping may cover them.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn probe_tells_what_the_host_reserves() {
+fn probe_returns_the_reserved_regions_of_the_host() {
     let name = words("VIOMMU_EDU")[0].clone();
     let amd = words("VIOMMU_L1")[0] == "amd";
-    for way in WAYS {
-        let mut bed = Bed::new(way, &[&name]);
+    for backend in BACKENDS {
+        let mut bed = Bed::new(backend, &[&name]);
         let regions: Vec<_> = bed
             .guest
             .probe(endpoint(0))
@@ -432,7 +442,7 @@ fn probe_tells_what_the_host_reserves() {
         } else {
             vec![msi]
         };
-        assert_eq!(regions, expected, "{way:?}");
+        assert_eq!(regions, expected, "{backend:?}");
         let guest = &mut bed.guest;
         assert_eq!(guest.attach(1, endpoint(0)), OK);
         for (first, last, _) in expected {
@@ -444,12 +454,12 @@ fn probe_tells_what_the_host_reserves() {
     }
 }
 
-/// An endpoint that comes to a domain with a mapping where its host reserves something.
+/// ATTACH to a domain with a mapping in a region that the host reserves for the device.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn a_device_whose_regions_clash_is_refused() {
     let name = words("VIOMMU_EDU")[0].clone();
-    // What VT-d reserves the configuration reserves for everybody, so it must not here.
+    // By default the configuration reserves VT-d's region for all endpoints, so this test reserves none.
     let (keys, iova, region) = if words("VIOMMU_L1")[0] == "amd" {
         ("", 0xfd_0000_0000, "0xfd00000000..=0xffffffffff:reserved")
     } else {
@@ -457,39 +467,39 @@ fn a_device_whose_regions_clash_is_refused() {
     };
     let keys = format!("{keys}\n[[endpoint]]\naddress = \"00:0a.0\"\n");
     let emulated = 0x50;
-    for way in WAYS {
-        let mut bed = Bed::with(way, &[&name], &keys);
+    for backend in BACKENDS {
+        let mut bed = Bed::with(backend, &[&name], &keys);
         assert_eq!(bed.guest.attach(1, emulated), OK);
         assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
-        assert_eq!(bed.guest.attach(1, endpoint(0)), UNSUPP, "{way:?}");
+        assert_eq!(bed.guest.attach(1, endpoint(0)), UNSUPP, "{backend:?}");
         let log = bed.daemon.log();
         let mapping = format!("{iova:#x}..={:#x}", iova + PAGE - 1);
         assert!(log.contains(region) && log.contains(&mapping), "{log}");
         assert_eq!(bed.guest.unmap(1, iova, iova + PAGE - 1), OK);
-        assert_eq!(bed.guest.attach(1, endpoint(0)), OK, "{way:?}");
+        assert_eq!(bed.guest.attach(1, endpoint(0)), OK, "{backend:?}");
         assert_ne!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
-        // Where no host device is, everything may be mapped; where one is, memory only.
+        // A domain without a passthrough device may map any address, one with such a device only memory.
         assert_eq!(bed.guest.attach(2, emulated), OK);
         assert_eq!(bed.guest.map(2, 0, PAGE - 1, 0x9_0000_0000, RW), OK);
-        assert_eq!(bed.guest.attach(2, endpoint(0)), UNSUPP, "{way:?}");
+        assert_eq!(bed.guest.attach(2, endpoint(0)), UNSUPP, "{backend:?}");
     }
 }
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn a_vmm_that_goes_leaves_nothing_reachable() {
-    for way in WAYS {
-        eprintln!("{way:?}");
-        let (mut bed, devices) = pair(way);
+fn a_disconnected_vmm_leaves_nothing_reachable() {
+    for backend in BACKENDS {
+        eprintln!("{backend:?}");
+        let (mut bed, devices) = pair(backend);
         let iova = 0x20_0000_0000;
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, TARGETS, RW), OK);
         assert!(reaches(&bed, &devices[0], iova, TARGETS));
         assert!(reaches(&bed, &devices[1], TARGETS, TARGETS), "bypass mode");
-        bed.hang_up();
+        bed.disconnect();
         assert!(!reaches(&bed, &devices[0], iova, TARGETS));
         assert!(!reaches(&bed, &devices[1], TARGETS, TARGETS));
-        bed.connect_again();
+        bed.reconnect();
         for device in &devices {
             assert!(!reaches(&bed, device, iova, TARGETS));
             assert!(reaches(&bed, device, TARGETS, TARGETS), "bypass mode");

@@ -1,9 +1,7 @@
-//! A VM as `launch` starts it: an unmodified QEMU and a stock kernel, whose own VFIO drives a device
-//! of this machine.
+//! A VM that `launch` starts: an unmodified QEMU and a stock kernel, whose VFIO drives a device of the host.
 //!
-//! This machine is an emulated one (L1), and the VM a machine within it (L2). The processor that is
-//! emulated for L1 can virtualize, so QEMU uses KVM there: without it, emulation within emulation
-//! takes more than two minutes for each boot.
+//! The host is an emulated machine (L1), and the VM runs in it (L2). L1's emulated processor can virtualize, so QEMU
+//! uses KVM in L1. Emulation within emulation would take more than two minutes for each boot.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -18,25 +16,25 @@ use crate::vm::{
 };
 use crate::words;
 
-/// The device in the VM.
+/// The device's address in the VM.
 pub const EDU: &str = "0000:00:10.0";
-/// Until a command in the VM has an answer.
+/// Time limit of a command in the VM.
 const ANSWER: Duration = Duration::from_secs(60);
-/// Until all processes of a VM are gone.
+/// Time limit until all processes of a VM have ended.
 const END: Duration = Duration::from_secs(10);
 
-/// IOVAs, none of which is an address of the VM's memory.
+/// I/O virtual addresses. None is an address of guest memory.
 const SOURCE: u64 = 0x4000_0000;
 const TARGET: u64 = 0x7654_3210_0000;
 const SINK: u64 = 0xf_fff0_0000;
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
-fn a_stock_guest_drives_a_device_of_the_host() {
+fn a_stock_guest_drives_a_passthrough_device() {
     let setup = Setup::from_environment();
     let host = words("VIOMMU_EDU")[0].clone();
     let mut nested = Nested::launch(&setup, "nested", "", &format!("vfio = \"{host}\""));
-    // All devices are made: the guest's driver has not begun, firmware may use the device.
+    // QEMU has made all devices, and the guest's driver does not run yet. Firmware may use the device.
     let status = nested.control.status();
     assert_eq!(status.dma_of(EDU), "bypass", "{}", status.0);
 
@@ -46,7 +44,7 @@ fn a_stock_guest_drives_a_device_of_the_host() {
     nested.drive(&mut faults);
     nested.place.note("driven");
 
-    // With all that is mapped in place.
+    // The guest reboots with its mappings in place.
     let resets = nested.resets();
     nested.vm.begin("reboot -f");
     nested.vm.wait_until_up();
@@ -77,8 +75,8 @@ pub struct Nested {
 }
 
 impl Nested {
-    /// With more keys for its configuration, and for its one endpoint, where `@` stands for the
-    /// VM's directory.
+    /// Starts a VM with more keys in the configuration and in its one endpoint. In `endpoint`, `@` stands for the VM's
+    /// directory.
     pub fn launch(setup: &Setup, name: &str, keys: &str, endpoint: &str) -> Self {
         let place = Workplace::new(name);
         let text = |path: &Path| path.display().to_string();
@@ -100,15 +98,14 @@ impl Nested {
                 text(&config),
                 "--".to_owned(),
             ],
-            // A timer that is set to a time stamp may never go off where the time stamps of L1
-            // are emulated.
+            // Without the TSC deadline timer: L1's emulated time stamp counter may never reach the deadline.
             accel: ["-accel", "kvm", "-cpu", "max,-tsc-deadline"]
                 .map(str::to_owned)
                 .into(),
         };
         let options = VmOptions {
             kernel: setup.newest(),
-            // Every character on the console costs.
+            // Quiet, because each character on the console costs time.
             append: "quiet no_timer_check".to_owned(),
             iommu: Vec::new(),
             extra: Vec::new(),
@@ -124,7 +121,7 @@ impl Nested {
         nested
     }
 
-    /// The guest's VFIO has the device copy pages; where it may not, nothing happens.
+    /// Lets the guest's VFIO copy pages with the device, also where it must not reach memory.
     pub fn drive(&mut self, faults: &mut FaultLog) {
         self.vm.run(&format!("vfio_bind {EDU}"));
         self.vm.run(&format!("start edu vfio-edu {EDU}"));
@@ -138,13 +135,13 @@ impl Nested {
         self.ask(&format!("map {SINK:x} 1 -w 20"));
         self.tables_agree(6);
 
-        self.place.note("pages arrive where they are sent");
+        self.place.note("pages arrive at mapped addresses");
         self.copies(SOURCE, TARGET + PAGE, &[(9, "0")]);
         self.copies(SOURCE + PAGE, TARGET, &[(8, "1")]);
         self.copies(TARGET + 2 * PAGE, SINK, &[(20, "10")]);
         self.copies(SOURCE, TARGET + 2 * PAGE, &[(10, "0")]);
 
-        self.place.note("nothing arrives elsewhere");
+        self.place.note("nothing arrives at other addresses");
         let past = TARGET + 3 * PAGE;
         faults.expect_fault(|| self.copies(SOURCE, past, &[]));
         self.copies(SOURCE, SOURCE + PAGE, &[]);
@@ -169,14 +166,14 @@ impl Nested {
         self.tables_agree(4);
     }
 
-    /// Has a page copied; these pages of the buffer, and no others, become copies of those.
+    /// Copies a page. Checks that exactly the `expected` pages of the buffer change: index and source.
     fn copies(&mut self, from: u64, to: u64, expected: &[(u64, &str)]) {
         let changes = self.copy(from, to);
         let changes: Vec<_> = changes.iter().map(|(n, s)| (*n, s.as_str())).collect();
         assert_eq!(changes, expected, "{from:#x} to {to:#x}");
     }
 
-    /// Has a page copied: which pages of the buffer have changed, and whose bytes each has.
+    /// Copies a page. Returns the pages of the buffer that have changed: index and source.
     fn copy(&mut self, from: u64, to: u64) -> Vec<(u64, String)> {
         let answer = self.ask(&format!("copy {from:x} {to:x}"));
         let changes = answer.iter().filter_map(|line| line.strip_prefix("c "));
@@ -192,22 +189,22 @@ impl Nested {
         self.vm.run_within(&format!("ask edu {line}"), ANSWER)
     }
 
-    /// Where a page of the program's buffer is in the guest's memory.
+    /// The guest-physical address of a page of the program's buffer.
     fn gpa_of(&mut self, page: u64) -> u64 {
         let answer = self.ask(&format!("where {page}"));
         let gpa = answer[0].rsplit(' ').next().expect("a word");
         u64::from_str_radix(gpa, 16).expect("hexadecimal")
     }
 
-    /// Requires that the daemon holds what the program believes to be mapped, and nothing else.
+    /// Checks that the daemon's mappings are the program's mappings.
     #[track_caller]
     fn tables_agree(&mut self, pages: usize) {
-        let believed = Table::from_dump(&self.ask("dump"));
-        assert_eq!(believed.0.len(), pages);
+        let program = Table::from_dump(&self.ask("dump"));
+        assert_eq!(program.0.len(), pages);
         let domain = self.control.status().domain_of(EDU);
         for (id, table) in self.control.tables() {
             let none = Table::default();
-            let expected = if id == domain { &believed } else { &none };
+            let expected = if id == domain { &program } else { &none };
             Table::assert_same(expected, &table, &format!("domain {id}"));
         }
     }
@@ -216,14 +213,14 @@ impl Nested {
         crate::vm::number(&self.control.status().0, "resets")
     }
 
-    /// Waits until all processes of the VM are gone.
+    /// Waits until all processes of the VM have ended.
     pub fn wait_for_end(&self) {
         wait_for("the end of the daemon", END, || {
             self.processes().is_empty().then_some(())
         });
     }
 
-    /// The one whose arguments have this word.
+    /// The number of the process of this VM that has `word` in its arguments.
     pub fn process_with(&self, word: &str) -> u32 {
         let mut found = self
             .processes()
@@ -234,7 +231,7 @@ impl Nested {
         pid
     }
 
-    /// Those whose arguments name this VM's directory, with their arguments.
+    /// The processes of this VM: number and arguments, which name the VM's directory.
     fn processes(&self) -> Vec<(u32, String)> {
         let place = self.place.path("");
         let place = place.to_str().expect("text").trim_end_matches('/');

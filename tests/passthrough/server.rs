@@ -1,5 +1,4 @@
-//! A device's vfio-user server, played by a thread: it takes what it is told of windows, and does DMA
-//! when the test says so.
+//! A device's vfio-user server that a thread plays. It keeps its windows, and does DMA when the test asks.
 
 use std::fs::File;
 use std::io;
@@ -18,22 +17,23 @@ use crate::connection::{
 
 const TEXT: &str = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#;
 
-/// What the server was told of: first address, bytes, and what to map where it has that.
+/// A window of the server. `file` is the file and offset of its memory, if it came with a descriptor.
 struct Window {
     first: u64,
     len: u64,
     file: Option<(File, u64)>,
 }
 
+/// The server's thread and its connection.
 pub struct Server {
     windows: Arc<Mutex<Vec<Window>>>,
     refuses: Arc<AtomicBool>,
     replies: Receiver<Msg>,
-    asker: Connection,
+    commands: Connection,
 }
 
 impl Server {
-    /// Serves the one connection that is made to `path` once `begin` has been called.
+    /// Listens at `path`, calls `begin`, and serves one connection.
     pub fn start(path: &Path, begin: impl FnOnce()) -> Self {
         let listener = UnixListener::bind(path).expect("a socket");
         begin();
@@ -41,17 +41,17 @@ impl Server {
         let windows = Arc::new(Mutex::new(Vec::new()));
         let refuses = Arc::new(AtomicBool::new(false));
         let (sender, replies) = channel();
-        let asker = Connection::new(stream.try_clone().expect("a descriptor"));
+        let commands = Connection::new(stream.try_clone().expect("a descriptor"));
         let mut connection = Connection::new(stream);
-        // It waits for messages as long as it takes.
+        // The thread waits for messages without a limit.
         connection.stream.set_read_timeout(None).expect("set");
-        let (told, refusing) = (windows.clone(), refuses.clone());
+        let (shared_windows, shared_refuses) = (windows.clone(), refuses.clone());
         std::thread::spawn(move || {
             while let Some(msg) = connection.recv() {
                 if msg.flags == REPLY || msg.flags == ERROR {
                     let _ = sender.send(msg);
                 } else {
-                    answer(&mut connection, msg, &told, &refusing);
+                    answer(&mut connection, msg, &shared_windows, &shared_refuses);
                 }
             }
         });
@@ -59,11 +59,11 @@ impl Server {
             windows,
             refuses,
             replies,
-            asker,
+            commands,
         }
     }
 
-    /// First addresses of the windows there are, in order.
+    /// First addresses of the present windows, in order.
     pub fn windows(&self) -> Vec<u64> {
         let mut all: Vec<_> = self
             .windows
@@ -76,15 +76,17 @@ impl Server {
         all
     }
 
-    /// From now on DMA_MAP is refused, or no longer.
+    /// Sets whether the server refuses DMA_MAP.
     pub fn refuse(&self, refuses: bool) {
         self.refuses.store(refuses, Ordering::SeqCst);
     }
 
-    /// The device reads memory: in the window's file where it has that, else by a message.
+    /// Reads memory as the device does: from the window's file, or by a message if it has none.
     pub fn read(&mut self, iova: u64, len: usize) -> Result<Vec<u8>, i32> {
         let mut data = vec![0; len];
-        if let Some(done) = self.in_file(iova, len, |file, at| file.read_exact_at(&mut data, at)) {
+        if let Some(done) =
+            self.access_file(iova, len, |file, at| file.read_exact_at(&mut data, at))
+        {
             done.expect("guest RAM");
             return Ok(data);
         }
@@ -95,9 +97,11 @@ impl Server {
         }
     }
 
-    /// The device writes memory, in the same ways.
+    /// Writes memory as the device does: to the window's file, or by a message if it has none.
     pub fn write(&mut self, iova: u64, data: &[u8]) -> Result<(), i32> {
-        if let Some(done) = self.in_file(iova, data.len(), |file, at| file.write_all_at(data, at)) {
+        if let Some(done) =
+            self.access_file(iova, data.len(), |file, at| file.write_all_at(data, at))
+        {
             done.expect("guest RAM");
             return Ok(());
         }
@@ -110,7 +114,8 @@ impl Server {
         }
     }
 
-    fn in_file(
+    /// Calls `act` with the file and the offset of `iova`, if a window with a file has all of the range.
+    fn access_file(
         &self,
         iova: u64,
         len: usize,
@@ -124,7 +129,7 @@ impl Server {
     }
 
     fn ask(&mut self, command: u16, body: &[u8]) -> Msg {
-        let id = self.asker.ask(command, body, &[]);
+        let id = self.commands.ask(command, body, &[]);
         let reply = self.replies.recv().expect("connected");
         assert_eq!(reply.id, id);
         reply

@@ -166,7 +166,7 @@ fn write(server: &mut Connection, address: u64, data: &[u8]) -> i32 {
 }
 
 #[test]
-fn messages_reach_what_is_mapped_and_nothing_else() {
+fn messages_reach_mapped_memory_and_nothing_else() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     bed.map(IOVA, 0x1000, 0x1000, Access::READ_WRITE)
