@@ -208,7 +208,7 @@ impl Access {
         write: true,
     };
 
-    /// Whether these rights allow both reading and writing as far as `wanted` has them.
+    /// Whether these rights include every right of `wanted`.
     pub fn allows(self, wanted: Self) -> bool {
         (self.read || !wanted.read) && (self.write || !wanted.write)
     }
@@ -248,7 +248,8 @@ impl Mapping {
         })
     }
 
-    /// The part of the mapping from the byte on that translates to `gpa`; `None` without such a byte.
+    /// The part of the mapping that begins with the byte that translates to `gpa`; `None` if no
+    /// byte does.
     pub fn part_from(&self, gpa: Gpa) -> Option<Self> {
         let skipped = gpa.0.checked_sub(self.gpa.0)?;
         let first = Iova(self.range.first.checked_add(skipped)?);
@@ -259,7 +260,7 @@ impl Mapping {
         })
     }
 
-    /// The part of the mapping that translates to addresses in `target`; `None` without such a part.
+    /// The part of the mapping that translates to addresses in `target`; `None` if no part does.
     pub fn part_in(&self, target: GpaRange) -> Option<Self> {
         let shared = self.target()?.intersection(target)?;
         let first = self.range.first + (shared.first - self.gpa.0);

@@ -1,30 +1,30 @@
 //! A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu.
 //!
-//! The map, from the top down. `docs/architecture.md` walks a request, a fault and a configuration key through it;
-//! `tests/layering` holds who may import whom.
+//! The map, from the top down. `docs/architecture.md` walks a request, a fault and a configuration key
+//! through it; `tests/layering.rs` holds the imports that each folder may have.
 //!
 //! | module | holds |
 //! |---|---|
 //! | `args` | the command line |
-//! | `daemon` | the parts of a running daemon put together, signals, the service drop-in, the sandbox's needs |
+//! | `daemon` | assembly of a running daemon, signals, the service drop-in, the sandbox's needs |
 //! | `control` | the control socket's server, and metrics |
 //! | `ctl` | the control socket's client, `ctl` |
-//! | `endpoints` | from the configuration to opened parts, one file for each kind of endpoint; hot-plug |
+//! | `endpoints` | opening the parts of each configured endpoint, by kind of endpoint; hot-plug |
 //! | `qemu` | QEMU's arguments, `launch`, QMP |
-//! | `host` | what this host's sysfs says, what the host lacks, the tree of its devices |
+//! | `host` | this host: its sysfs, the subcommand `check`, the tree of its devices |
 //! | `config` | the file and the flags, checked |
 //! | `transport` | how a VMM reaches the device: vhost-user |
 //! | `device` | the virtio device: rings, chains, request queue, event queue, guest memory, polling, resume |
 //! | `iommu` | the core: endpoints, domains, and the specification's rules between them |
-//! | `backends` | what makes endpoints obey: one trait, thin adapters |
-//! | `export` | a device of the host as a device of the vfio-user server |
-//! | `shadow` | readers of the page tables in other processes: the library for them, and their server |
+//! | `backends` | control of the endpoints' DMA: one trait, thin adapters |
+//! | `export` | a device of the host, served by the vfio-user server |
+//! | `shadow` | readers of the page tables in other processes: their library, and the server that admits them |
 //! | `protocol` | virtio-iommu on the wire: types, no actions |
-//! | `faults` | the one `Fault`, its queue on the way to the guest, its log |
+//! | `faults` | the `Fault` type, the queue of faults to the guest, their log |
 //! | `vfio_user` | vfio-user: messages, the link to a server, the interposer, one server for every served device |
 //! | `vfio` | VFIO and iommufd: the ioctls, and traits above them |
 //! | `page_table` | I/O page tables in a sealed memfd: writer, readers, the arena |
-//! | `process` | what any daemon needs: sandbox, service manager, watchdog, priorities, sockets, event loop |
+//! | `process` | parts that any daemon needs: sandbox, service manager, watchdog, priorities, sockets, event loop |
 //! | `topology` | PCI addresses and ranges, host groups, reserved regions, the VIOT table |
 //! | `logging` | the VM's log, its limits, the journal |
 //! | `locks` | locks with a rank |

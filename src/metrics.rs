@@ -27,7 +27,7 @@ impl Counter {
 /// Buckets of a [`Histogram`]: up to 1 µs, 2 µs, 4 µs and so on to 32.768 ms, and one for longer times.
 pub const BUCKETS: usize = 17;
 
-/// A distribution of durations. Each bucket reaches to twice the bound of the one before.
+/// A distribution of durations. The bound of each bucket is twice that of the one before.
 #[derive(Debug, Default)]
 pub struct Histogram {
     buckets: [Counter; BUCKETS],
@@ -69,8 +69,8 @@ pub const STATUSES: usize = 9;
 /// The number of fault reasons, each with a counter of its own.
 pub const FAULT_REASONS: usize = 3;
 
-/// Batches of a single request for each one that is timed: reading the clock takes a good part of the time
-/// of a single request.
+/// Of this many batches of a single request, one is timed. Reading the clock takes a good part of the time
+/// that a single request takes.
 pub const SINGLES_PER_SAMPLE: u64 = 16;
 
 /// All counters since the daemon started.
@@ -80,24 +80,25 @@ pub struct Metrics {
     pub requests: [[Counter; STATUSES]; REQUEST_KINDS],
     /// Descriptor chains that the device returned without writing to them.
     pub chains_refused: Counter,
-    /// Durations of batches of requests, from taking them off the ring to returning the last one. Of
-    /// batches with a single request only one in [`SINGLES_PER_SAMPLE`] is timed, with that weight.
+    /// Durations of batches of requests. A batch lasts from when the worker takes it off the ring until it
+    /// has returned the last request. Of batches of a single request, only one in [`SINGLES_PER_SAMPLE`] is
+    /// timed, and it counts with that weight.
     pub batches: Histogram,
     /// Requests that failed in a backend, by kind, in the order of their numbers.
     pub backend_failures: [Counter; REQUEST_KINDS],
     /// Requests refused because the page-table arena was full.
     pub arena_full: Counter,
-    /// Requests refused because their domain ID is above the highest one.
+    /// Requests refused because their domain ID is above the highest allowed.
     pub domain_beyond: Counter,
-    /// Passes over the ring that took the most requests allowed and left more in the ring.
+    /// Passes over the ring that took as many requests as a batch may have, and left more in the ring.
     pub batch_full: Counter,
     /// Times a notification of the driver woke the worker.
     pub wakeups: Counter,
     /// Times the worker polled the empty request ring and requests came.
     pub polls_paid: Counter,
-    /// The sum of these polls in nanoseconds. Where the guest sends one request after the other, this is
-    /// its own part of the time. Each poll is rounded down by at most a microsecond, to the last reading
-    /// of the clock.
+    /// The total duration of these polls in nanoseconds. If the guest sends one request after the other, this
+    /// is the guest's share of the time. Each poll is rounded down to the last reading of the clock, by at
+    /// most a microsecond.
     pub polls_paid_ns: Counter,
     /// Times the worker polled and no request came, or it had too little processor time to poll.
     pub polls_unpaid: Counter,
@@ -106,9 +107,9 @@ pub struct Metrics {
     /// Faults of emulated devices dropped by the rate limit or a full queue. They are in
     /// `faults_dropped`, too.
     pub faults_suppressed: Counter,
-    /// Faults the driver got a record of.
+    /// Faults delivered: the driver got a record.
     pub faults_delivered: Counter,
-    /// Faults the driver got no record of: it had posted no buffer, or there were too many.
+    /// Faults not delivered: the driver had posted no buffer, or there were too many faults.
     pub faults_dropped: Counter,
     /// Frontends that connected.
     pub connections: Counter,

@@ -37,7 +37,7 @@ impl Recorded {
         if self.fail_call == Some(self.calls) {
             return Err(BackendError {
                 kind: BackendErrorKind::DevErr,
-                message: "told to fail".into(),
+                message: "fails on demand".into(),
             });
         }
         Ok(())

@@ -10,7 +10,7 @@ use crate::protocol::fault::FAULT_LEN;
 use crate::protocol::wire::FaultRecord;
 use crate::warn_limited;
 
-/// How many buffers that are too small a fault skips before its last attempt.
+/// The number of buffers that a fault may skip, because they are too small, before its last attempt.
 const MAX_TOO_SMALL: usize = 16;
 
 /// Writes `fault` into the next buffer and notifies the driver.

@@ -36,7 +36,7 @@ pub struct Context<'a> {
     pub memory: &'a GuestMemoryMmap,
     /// Feature bits the driver has accepted.
     pub features: u64,
-    /// The configuration space, whose promises the answers must keep.
+    /// The configuration space, with which the answers must agree.
     pub config: &'a ConfigSpace,
     /// Counters.
     pub metrics: &'a Metrics,

@@ -22,7 +22,7 @@ use crate::info_limited;
 /// file: an access there would kill the daemon.
 ///
 /// A file that shrinks later has the same effect. A file that can shrink is accepted and logged. VMMs use sealed
-/// memfds, which cannot.
+/// memfds, which cannot shrink.
 ///
 /// # Errors
 /// Names the refused region.
@@ -100,7 +100,7 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
     Ok(slots)
 }
 
-/// Whether a file can become shorter. If the system cannot say, it can.
+/// Whether a file can become shorter. Assumes so if the system does not say.
 fn can_shrink(file: &File) -> bool {
     let seals = rustix::fs::fcntl_get_seals(file);
     !seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_memory_is_told_from_other_files() {
+    fn shared_memory_is_distinguished_from_other_files() {
         assert!(is_shared_memory(&slot(0, 4096, 0).file).expect("a memfd"));
         let other = File::open("/proc/self/status").expect("a file");
         assert!(!is_shared_memory(&other).expect("procfs"));

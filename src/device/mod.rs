@@ -5,7 +5,7 @@
 //!
 //! 1. [`Device::prepare`], before it starts a worker thread.
 //! 2. [`Device::connect`] when the VMM has connected, and [`Device::announce_vmm`] at the VMM's first message.
-//! 3. The methods that the VMM's messages stand for. The worker calls [`Device::begin_event`] at each of its
+//! 3. The method that belongs to each message of the VMM. The worker calls [`Device::begin_event`] at each of its
 //!    events, and then [`Device::serve_kick`], [`Device::serve_wake`] or [`Device::answer_watchdog`].
 //! 4. [`Device::stop`] when the VMM has gone, and [`Device::disconnect`] after it has joined the worker.
 
@@ -84,8 +84,8 @@ pub struct WorkerSettings {
 
 /// The virtio-iommu device of one VM.
 ///
-/// Lock order: the lock in `qmp` that selects the VMM whose events count, then `polling`, `requests`, `events`,
-/// `iommu`, and last the lock of a ring. `memory` is a leaf: its holder takes no further lock.
+/// Lock order: the state of the QMP monitor, then `polling`, `requests`, `events`, `iommu`, and last the lock of a
+/// ring. `memory` is a leaf: its holder takes no further lock.
 pub struct Device {
     /// Guards the request queue between passes. Its holder may stop a ring or change memory: no pass is in progress.
     /// The worker unlocks it fairly, so a busy driver cannot keep other threads out.
@@ -100,8 +100,8 @@ pub struct Device {
     bypass: AtomicBool,
     features: AtomicU64,
     connected: AtomicBool,
-    /// The VMM has sent its first message. A connection does not suffice: QEMU connects before it has made any
-    /// device, and sends the first message when it makes this device, after those before it on its command line.
+    /// The VMM has sent its first message. A connection does not suffice: QEMU connects before it makes any device. It
+    /// sends the first message when it makes this device, after the devices that precede it on the command line.
     announced: AtomicBool,
     /// Tells the worker to leave its loop. Set before the transport joins the worker's thread.
     shutdown: AtomicBool,
@@ -114,7 +114,7 @@ pub struct Device {
     worker_is_new: AtomicBool,
     /// Wakes the worker to serve the request ring without a kick.
     wake: EventFd,
-    /// With it the worker answers the watchdog.
+    /// The worker answers the watchdog through it.
     pulse: Arc<Pulse>,
     max_batch: usize,
     metrics: Arc<Metrics>,
@@ -254,7 +254,7 @@ impl Device {
         self.wake.as_raw_fd()
     }
 
-    /// Answers the watchdog: by the worker, and by the transport's own thread while no VMM is connected.
+    /// The watchdog's pulse. The worker must answer it; while no VMM is connected, the transport's own thread must.
     pub fn pulse(&self) -> &Arc<Pulse> {
         &self.pulse
     }
@@ -289,8 +289,8 @@ impl Device {
     /// The feature bits that the device offers, without those of a transport.
     pub fn offered_features() -> u64 {
         // Not VIRTIO_RING_F_INDIRECT_DESC: with it a driver allocates and frees a table for each request, which costs
-        // more than the two descriptors it saves. A driver that uses tables all the same is served: it may have begun
-        // with a device that offers them.
+        // more than the two descriptors it saves. The device still serves a driver that uses tables: the driver may
+        // have started on a device that offers them.
         [
             VIRTIO_F_VERSION_1,
             VIRTIO_RING_F_EVENT_IDX,
@@ -345,7 +345,8 @@ impl Device {
         *self.memory.lock() = Some(memory.clone());
         requests.memory = Some(memory);
         self.memory_changes.fetch_add(1, Ordering::Release);
-        // Requests that were out of reach may be readable now, and the driver does not kick for them again.
+        // Wake the worker: requests that were out of reach may be readable now, and the driver does not kick for them
+        // again.
         requests.queue.broken = false;
         self.wake.write(1)
     }

@@ -19,7 +19,7 @@ pub(crate) const USED_AT: u64 = 0x800;
 #[derive(Clone)]
 pub(crate) struct PlainRing(Arc<Mutex<PlainRingState>>);
 
-/// What a [`PlainRing`] holds under its lock.
+/// The state of a [`PlainRing`], which its lock guards.
 pub(crate) struct PlainRingState {
     /// The queue.
     pub queue: Queue,

@@ -44,9 +44,9 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// requests within one burst.
 const DECAY: u32 = 128;
 /// This many hits halve the length of the next pause.
-const HITS_PER_PARDON: u32 = 100;
+const HITS_PER_HALVING: u32 = 100;
 
-/// What a call of [`Polling::poll`] came to.
+/// The outcome of [`Polling::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PollOutcome {
     /// A request has come, after this long. The time is that of the last clock read: another read would take a tenth
@@ -63,7 +63,7 @@ pub enum PollOutcome {
 pub struct Polling {
     longest: Duration,
     window: Duration,
-    /// Since when the ring has been empty; `None` while it is not.
+    /// When the ring became empty; `None` while it is not empty.
     empty_since: Option<Instant>,
     /// When the last window ended, if no request came in it.
     expired_at: Option<Instant>,
@@ -76,7 +76,7 @@ pub struct Polling {
 }
 
 impl Polling {
-    /// Windows of up to `longest`; zero turns polling off.
+    /// Polling with windows of up to `longest`; zero turns it off.
     pub fn new(longest: Duration) -> Self {
         Self {
             longest,
@@ -164,7 +164,7 @@ impl Polling {
             self.window -= (self.window - enough) / DECAY;
         }
         self.hits += 1;
-        if self.hits >= HITS_PER_PARDON {
+        if self.hits >= HITS_PER_HALVING {
             self.hits = 0;
             self.pause = (self.pause / 2).max(FIRST_PAUSE);
         }
@@ -289,7 +289,7 @@ mod tests {
             polling.back_off(Instant::now());
         }
         assert_eq!(polling.pause, LONGEST_PAUSE);
-        for _ in 0..HITS_PER_PARDON {
+        for _ in 0..HITS_PER_HALVING {
             polling.hit(us(1));
         }
         assert_eq!(polling.pause, LONGEST_PAUSE / 2);

@@ -42,10 +42,10 @@ pub struct RequestQueue {
     spans: Vec<Span>,
     done: Vec<(u16, u32)>,
     executor: Executor,
-    /// Where the last chain was. A driver that waits for each answer frees and allocates the same descriptors and
-    /// buffers again and again, so the next chain is probably there.
+    /// The addresses of the last chain. A driver that waits for each answer frees and allocates the same descriptors
+    /// and buffers again and again, so the next chain probably has the same addresses.
     last_chain: ChainAddresses,
-    /// Number of passes of a single request. The time of one in [`SINGLES_PER_LOOK`] is measured.
+    /// Number of passes of a single request. The time of one in [`SINGLES_PER_SAMPLE`] is measured.
     singles: u64,
 }
 
@@ -146,12 +146,12 @@ impl RequestQueue {
             return false;
         }
         let queue = ring.queue_mut();
-        // A ring that is not in guest memory is served when memory changes.
+        // If the ring is not in guest memory, the worker serves it again when memory changes.
         let more = queue.enable_notification(memory).unwrap_or(false);
         more && queue.disable_notification(memory).is_ok()
     }
 
-    /// Asks the driver for no kicks while the worker serves the ring anyway. With event indices that is the default
+    /// Asks the driver not to kick: the worker serves the ring without kicks. With event indices this is the default
     /// until [`Self::enable_notifications`].
     pub fn disable_notifications(&self, ring: &impl Ring, memory: &GuestMemoryMmap) {
         let mut ring = ring.lock();
@@ -161,7 +161,7 @@ impl RequestQueue {
         }
     }
 
-    /// Where the last chain was that a pass has taken.
+    /// The addresses of the last chain that a pass has taken.
     pub fn last_chain(&self) -> ChainAddresses {
         self.last_chain
     }
@@ -182,7 +182,7 @@ impl RequestQueue {
         let count = match request_ring::available(queue, view) {
             Ok(0) => return Pass::Empty,
             Ok(count) => count,
-            // The ring is served when memory changes.
+            // The worker serves the ring again when memory changes.
             Err(RingError::OutOfReach) => return Pass::Stopped,
             Err(RingError::TooMany) => {
                 self.broken = true;
@@ -213,7 +213,7 @@ impl RequestQueue {
         Pass::Served
     }
 
-    /// Returns the finished chains to the driver, and puts the last `left` chains that were taken back onto the ring.
+    /// Returns the finished chains to the driver. Puts the last `left` of the taken chains back onto the ring.
     fn publish(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) {
         let mut ring = ring.lock();
         let queue = ring.queue_mut();

@@ -55,7 +55,7 @@ pub struct NextChain {
 }
 
 impl NextChain {
-    /// For a ring from which all chains have been taken.
+    /// The next chain of a ring from which all chains have been taken.
     pub fn of(queue: &Queue) -> Self {
         let slot = |next: u16| u64::from(next.checked_rem(queue.size()).unwrap_or(0));
         let avail = ENTRIES + AVAIL_ENTRY_LEN * slot(queue.next_avail());
@@ -117,10 +117,11 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
     written
 }
 
-/// Whether the driver wants a notification for the used entries since `next_used` was `before`. If its wish is not in
-/// guest memory, it gets one.
+/// Whether the driver wants a notification for the used entries since `next_used` was `before`. If the field that says
+/// so is not in guest memory, the driver gets one.
 pub fn wants_notification(queue: &Queue, view: &GuestView<'_>, before: u16) -> bool {
-    // The entries must be published before the driver's wish is read, or both sides could wait for each other.
+    // The device must publish the entries before it reads whether the driver wants a notification. Otherwise the device
+    // and the driver could wait for each other.
     fence(Ordering::SeqCst);
     let event_idx = queue.event_idx_enabled();
     let offset = if event_idx {

@@ -1,4 +1,4 @@
-//! Tells a paused driver that resumes from a new driver.
+//! Distinguishes a paused driver that resumes from a new driver.
 //!
 //! The VMM stops and starts the rings with the same messages for a pause and for a guest reset. The index at which
 //! the request ring starts tells them apart: a paused driver's ring resumes at its old index, a new driver's ring
@@ -10,7 +10,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::ring::{LockedRing, Ring};
 
-/// Which driver a restart of the request ring belongs to.
+/// The driver to which a restarted request ring belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Restart {
     /// The same driver resumes.

@@ -1,4 +1,4 @@
-//! What the device needs of a ring, whichever transport set it up.
+//! The device's interface to a ring, whatever transport has set the ring up.
 //!
 //! [`Ring`] is a handle to a ring, [`LockedRing`] is the ring while its lock is held. The request path calls both
 //! directly: the compiler makes one copy of it for each transport, not a trait object.
@@ -39,7 +39,7 @@ pub trait LockedRing {
     fn signal(&self) -> io::Result<()>;
 }
 
-/// Notifies the driver of returned buffers unless it has suppressed that.
+/// Notifies the driver of returned buffers, unless the driver has suppressed notifications.
 pub fn notify(ring: &mut impl LockedRing, memory: &GuestMemoryMmap) {
     let wanted = ring.queue_mut().needs_notification(memory);
     if wanted.unwrap_or(true) {

@@ -69,7 +69,7 @@ impl Device {
             if self.shutdown.load(Ordering::Acquire) {
                 return;
             }
-            // Here too: a driver that is never idle keeps the worker in this loop.
+            // Answer the watchdog here, too: a driver that is never idle keeps the worker in this loop.
             self.pulse.answer();
             match self.serve_batch(ring) {
                 Pass::Served => {}
@@ -97,8 +97,8 @@ impl Device {
         let next = NextChain::of(ring.lock().queue());
         let outcome = polling.poll(|| {
             if next.is_due(&view) {
-                // Fetched all at once, although each address leads to the next: a single request takes most of its
-                // time to fetch the cache lines that the driver's processor has just written.
+                // Prefetch all lines at once, not each line when the one before has been read. A single request takes
+                // most of its time to fetch the cache lines that the driver's processor has just written.
                 next.prefetch(&view);
                 last_chain.prefetch(&view);
                 return true;

@@ -7,8 +7,8 @@ use super::resume::{RingState, UsedEntry};
 use super::ring::Ring;
 use crate::faults::Fault;
 
-/// A ring of any transport, as a trait object. Only a stop and a fault go through it, never a request: so
-/// [`Device`](super::Device) has no type parameter, and the code around it does not depend on the transport.
+/// A ring of any transport, as a trait object. Only stops and faults go through it, never a request. With it,
+/// [`Device`](super::Device) needs no type parameter, and the code around the device does not depend on the transport.
 pub trait StoredRing: Send + Sync {
     /// See [`RingState::of`].
     fn state(&self, features: u64, last_used: Option<UsedEntry>) -> RingState;

@@ -40,7 +40,7 @@ const BUFFER_LEN: u64 = 0x100;
 /// Offset of a chain's device-writable buffer from its device-readable one.
 const WRITABLE_AT: u64 = 0x80;
 
-/// A device that one recorder is behind.
+/// A device with one recorder as its backend.
 pub(crate) fn device() -> (Arc<Device>, Recorder) {
     let at = PciAddress::from_endpoint_id(ENDPOINT);
     let endpoint = EndpointSpec {
@@ -110,13 +110,13 @@ impl Bed {
         self.device.accept_features(features);
     }
 
-    /// The VMM goes.
+    /// The VMM disconnects.
     pub(crate) fn disconnect(&self) {
         self.device.stop();
         self.device.disconnect();
     }
 
-    /// The worker has the event of a kick.
+    /// The worker handles the event of a kick.
     pub(crate) fn kick(&self) {
         self.device.begin_event(&self.events.ring);
         self.device.serve_kick(&self.requests.ring);
@@ -262,7 +262,7 @@ pub(crate) fn attach(domain: u32) -> Vec<u8> {
     request.as_bytes().to_vec()
 }
 
-/// MAP of the page at `iova` to that of the same number in guest memory.
+/// MAP of the page at `iova` to the same address in guest memory.
 pub(crate) fn map(domain: u32, iova: u64) -> Vec<u8> {
     let request = ReqMap {
         head: head(VIRTIO_IOMMU_T_MAP),

@@ -8,10 +8,10 @@ use vm_memory::{
     MemoryRegionAddress, VolatileSlice,
 };
 
-/// Guest memory, and the region of the last access, which nearly always has the next one, too.
+/// Guest memory, and the region of the last access. The next access nearly always goes to the same region.
 ///
-/// `vm-memory` makes all accesses. The view saves its look-up of the region, which takes most of the time of an
-/// access of a few bytes.
+/// `vm-memory` makes all accesses. The view saves the search for the region, which takes most of the time of an access
+/// of a few bytes.
 pub struct GuestView<'a> {
     memory: &'a GuestMemoryMmap,
     last: Cell<Option<&'a GuestRegionMmap>>,

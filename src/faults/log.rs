@@ -7,9 +7,9 @@ use super::Fault;
 use crate::ids::EndpointId;
 use crate::locks::{Mutex, Rank};
 
-/// The most faults the log keeps one by one. A new one replaces the oldest.
+/// The maximum number of faults in the log. A new fault replaces the oldest.
 pub const MAX_RECENT: usize = 256;
-/// The most endpoints the log has counts for. Endpoints come and go while the daemon runs, so the number
+/// The maximum number of endpoints with a count. Endpoints come and go while the daemon runs, so the number
 /// must have a bound.
 pub const MAX_ENDPOINTS: usize = 1024;
 
@@ -31,7 +31,7 @@ pub struct ReportedFault {
 pub struct EndpointFaults {
     /// The number of its faults.
     pub count: u64,
-    /// Its last fault. It stays here even if faults of other endpoints have replaced it in the log.
+    /// Its last fault. It is kept even if faults of other endpoints have replaced it in the log.
     pub last: ReportedFault,
 }
 

@@ -1,11 +1,12 @@
 //! Refused accesses ("faults"), and their way to the guest.
 //!
-//! 1. A source refuses an access and makes a [`Fault`]: `iommu::Iommu::translate`, the windows of an
-//!    emulated device (`backends/vfio_user/windows`), or the server of shadow readers (`shadow/server`).
+//! 1. A source refuses an access and makes a [`Fault`]: the windows of an emulated device
+//!    (`backends/vfio_user/windows`), or the server of shadow readers (`shadow/server`).
 //! 2. The source only enqueues the fault. Emulated devices do so through a [`FaultSink`], which is
 //!    `report::FaultReporter`; the shadow server has a `queue::FaultQueue` of its own. Both limit the
 //!    rate of each endpoint.
-//! 3. A delivery thread takes the fault off the queue and calls `device::Device::report_fault`.
+//! 3. A delivery thread takes the fault off the queue and calls `device::Device::report_fault`. For a shadow
+//!    reader's fault, it first asks `iommu::Iommu::translate` for the reason.
 //! 4. The device converts the fault into a record (`protocol/fault`), writes it into a buffer of the
 //!    event queue (`device/event_queue`), and adds it to the `log::FaultLog`.
 
@@ -22,7 +23,8 @@ use crate::ids::{EndpointId, list_variants};
 /// Why an access was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultReason {
-    /// The endpoint does not exist, or is blocked because a backend or its server failed.
+    /// The endpoint does not exist, or is blocked: its backend or its server has failed, or its group has
+    /// moved to another domain.
     Unknown,
     /// The endpoint is neither attached to a domain nor in bypass mode.
     Domain,
@@ -50,7 +52,7 @@ pub struct Fault {
     pub endpoint: EndpointId,
     /// Why it was refused.
     pub reason: FaultReason,
-    /// What the access was to do; [`Access::NONE`] where the endpoint was stopped without making one.
+    /// The kind of the access; [`Access::NONE`] if the endpoint was stopped without making one.
     pub access: Access,
     /// The first address that the endpoint must not access.
     pub address: Iova,
@@ -58,10 +60,10 @@ pub struct Fault {
 
 /// Receives the faults of emulated devices.
 ///
-/// Both the thread that moves a device's messages and the thread that serves the guest's requests call
-/// this, the latter with the core locked. An implementation must not wait for anything that either of
-/// them may hold: the core, the rings, guest memory that is being replaced. It should enqueue the fault,
-/// and drop it where the queue is full.
+/// Both the thread that moves a device's messages and the thread that serves the guest's requests call this,
+/// the latter with the core locked. An implementation must not wait for anything that either of them may
+/// hold: the core, the rings, guest memory that is being replaced. It should enqueue the fault, and drop it
+/// if the queue is full.
 pub trait FaultSink: Send + Sync {
     /// Takes one fault.
     fn report(&self, fault: Fault);

@@ -1,8 +1,8 @@
 //! Refused accesses on their way to the guest.
 //!
 //! A thread that notices a fault must not wait: it moves messages that the core may be waiting for, or it
-//! holds the core's lock. Delivering a fault takes locks. So the noticing thread only enqueues the fault,
-//! and a delivery thread takes it from there.
+//! holds the core's lock. Delivering a fault takes locks. So the thread only enqueues the fault, and a
+//! delivery thread takes it off the queue.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -17,12 +17,12 @@ use crate::ids::EndpointId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::process::sandbox::{self, Role};
 
-/// The most faults that wait; the queue refuses more.
+/// The maximum number of waiting faults. The queue refuses more.
 pub const MAX_WAITING: usize = 256;
 
-/// Faults of one endpoint that are passed on at once.
+/// The number of faults of one endpoint that may pass at once.
 const BURST: u32 = 64;
-/// Faults of one endpoint that are passed on in a second after a burst, by default.
+/// The number of faults of one endpoint that may pass in each second after a burst, by default.
 const DEFAULT_RATE: u32 = 100;
 
 /// Faults that wait for delivery, first in, first out.
@@ -48,8 +48,8 @@ impl Default for FaultQueue {
 }
 
 impl FaultQueue {
-    /// Adds a fault, without waiting. Returns `false` where [`MAX_WAITING`] faults wait already: this one
-    /// is dropped, and the caller must count it.
+    /// Adds a fault, without blocking. If [`MAX_WAITING`] faults wait already, drops the fault and returns
+    /// `false`; the caller must count it.
     #[must_use = "the caller counts dropped faults"]
     pub fn push(&self, fault: Fault) -> bool {
         let mut state = self.state.lock();
@@ -81,7 +81,7 @@ impl FaultQueue {
     }
 }
 
-/// The thread that empties a queue. Dropping it ends the thread; waiting faults are not delivered then.
+/// The thread that empties a queue. Dropping this ends the thread without delivering the waiting faults.
 pub struct FaultDelivery {
     queue: Arc<FaultQueue>,
     thread: Option<JoinHandle<()>>,
@@ -146,7 +146,7 @@ impl FaultRateLimit {
         }
     }
 
-    /// Whether a fault of `endpoint` at `now` is passed on.
+    /// Whether a fault of `endpoint` at `now` may pass.
     pub fn allow(&mut self, endpoint: EndpointId, now: Instant) -> bool {
         let bucket = self.endpoints.entry(endpoint);
         let bucket = bucket.or_insert(TokenBucket::new(now));
@@ -154,7 +154,7 @@ impl FaultRateLimit {
     }
 }
 
-/// Each token is a fault that may be passed on.
+/// The tokens of one endpoint. Each token is a fault that may pass.
 #[derive(Debug)]
 struct TokenBucket {
     tokens: u32,

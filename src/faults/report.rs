@@ -1,4 +1,4 @@
-//! Where the threads of emulated devices leave the accesses they refuse.
+//! Reports the accesses that emulated devices were refused.
 
 use std::io;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub struct FaultReporter {
 
 impl FaultReporter {
     /// A reporter with an empty queue. It passes on up to `rate` faults of one endpoint in a second, and
-    /// counts those it drops in `metrics`.
+    /// counts dropped faults in `metrics`.
     pub fn new(metrics: Arc<Metrics>, rate: u32) -> Self {
         Self {
             queue: Arc::default(),
@@ -50,7 +50,8 @@ impl FaultReporter {
 
 impl FaultSink for FaultReporter {
     fn report(&self, fault: Fault) {
-        // The rate limit is for accesses. A stopped endpoint is reported once, and always.
+        // The rate limit applies to accesses only. The stop of an endpoint is a single fault, and always
+        // passes the limit.
         let allowed =
             fault.access == Access::NONE || self.rate.lock().allow(fault.endpoint, Instant::now());
         if !(allowed && self.queue.push(fault)) {

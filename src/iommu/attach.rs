@@ -73,7 +73,7 @@ impl Iommu {
             Some(Domain::new(Some(table)))
         };
         let backend = self.backend_of.get(&endpoint).copied();
-        // Block the endpoints that the hardware cannot isolate from this one before it moves.
+        // Before this endpoint moves, block the endpoints that the hardware cannot isolate from it.
         let was_active = group.is_some_and(|g| self.groups.is_active(g));
         let changes = group.map_or_else(GroupChanges::default, |g| {
             self.groups.plan_join(g, endpoint, domain)
@@ -152,7 +152,8 @@ impl Iommu {
         }
         let backend = self.backend_of.get(&endpoint).copied();
         if let Some(index) = backend {
-            // A member of a group stays blocked until the state of the others is known, below.
+            // Block a member of a group for now: its target depends on the other members, and is
+            // set below.
             let target = match group {
                 Some(_) => Target::Blocked,
                 None => self.bypass_target(),
@@ -202,18 +203,20 @@ impl Iommu {
         self.detach_all(self.bypass_target());
     }
 
-    /// Resets the whole VM: as [`Self::reset`], and `bypass` returns to its value at boot.
+    /// Resets the device together with its VM: as [`Self::reset`], and `bypass` returns to its
+    /// value at boot.
     pub fn reset_vm(&mut self) {
         self.bypass = self.bypass_at_boot;
         self.reset();
     }
 
-    /// The answer to an ATTACH that the backend refused. The caller has undone everything else.
+    /// The error for an ATTACH that the backend refused. The caller must have undone everything
+    /// else.
     fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
         match refusal {
             AttachError::Unchanged(mut cause) => {
-                // The domain maps addresses that are no memory, or that only the host knows to be
-                // reserved: the endpoint does not fit into this domain (UNSUPP).
+                // The domain has mappings that lead to no memory, or mappings of addresses that only
+                // the host knows to be reserved. The endpoint does not fit into it: UNSUPP.
                 if let BackendErrorKind::Fault | BackendErrorKind::Range = cause.kind {
                     cause.kind = BackendErrorKind::Unsupp;
                 }
@@ -250,7 +253,7 @@ impl Iommu {
         }
     }
 
-    /// Takes an endpoint out of a domain, and destroys the domain if it was the last member.
+    /// Takes an endpoint out of a domain. Destroys the domain if the endpoint was its last member.
     pub(super) fn leave_domain(
         &mut self,
         endpoint: EndpointId,

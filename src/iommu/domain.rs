@@ -20,10 +20,12 @@ pub(super) struct Domain {
     pub members: BTreeSet<EndpointId>,
     /// The backends of its members.
     pub backends: BackendUses,
-    /// The number of mappings that backends do not have, or not completely: mappings without access
-    /// rights, and those not wholly within one memory slot. Only counted while there are backends.
+    /// The number of mappings that backends do not have in full: mappings without access rights,
+    /// and mappings that do not lie wholly within one memory slot. Kept only while there are
+    /// backends.
     pub unreachable: u64,
-    /// The distinct sets of reserved regions of its members, each with its number of members.
+    /// The distinct sets of reserved regions of its members, each with the number of members that
+    /// have it.
     reserved: Vec<(ReservedRegions, usize)>,
 }
 
@@ -114,8 +116,8 @@ impl Domain {
         }
     }
 
-    /// Removes a member. Returns its backend if that backend has the domain and no member is left
-    /// behind it.
+    /// Removes a member. Returns its backend if the backend has the domain and this was the last
+    /// member behind that backend.
     pub(super) fn leave(
         &mut self,
         endpoint: EndpointId,
@@ -139,8 +141,9 @@ impl Domain {
         used.present.then_some(backend)
     }
 
-    /// Removes the mappings in `range` from the table. Returns what it removed, and the part that the
-    /// backends must unmap, if any. The caller must not reclaim frames before they have done so.
+    /// Removes the mappings in `range` from the table. Returns the removed mappings, and the part
+    /// that the backends must unmap, if any. The caller must not reclaim frames before the backends
+    /// have unmapped that part.
     #[inline]
     pub(super) fn remove_mappings(
         &mut self,
@@ -174,7 +177,7 @@ impl Domain {
         });
         // UNMAP-5
         let unmapped = table.commit_unmap(arena, plan);
-        // Nearly always everything mapped is reachable.
+        // Backends nearly always have every mapping in full.
         let least = least.unwrap_or(unmapped.bytes);
         debug_assert_eq!(least, counted.unwrap_or(least));
         if unmapped.mappings == 0 {

@@ -9,8 +9,8 @@
 //!             ATTACH, and no active member is elsewhere
 //! (outside) ------------------------------------------> active
 //!     ^                                                 |    ^
-//!     | DETACH            another active member is      |    | own ATTACH to where the group is,
-//!     |                   attached to another domain    v    | or the group is back
+//!     | DETACH            another active member is      |    | own ATTACH to the group's domain,
+//!     |                   attached to another domain    v    | or the group returns
 //!     +---------------------------------------------- suspended
 //! ```
 

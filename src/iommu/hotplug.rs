@@ -29,7 +29,7 @@ pub enum AddError {
         /// The number of regions that a PROBE has room for.
         room: usize,
     },
-    /// Its backend supports less than the guest was offered.
+    /// The endpoint's backend supports less than the guest was offered.
     #[error(
         "its device supports only {offers}, but the guest was offered {promised}; add the endpoint \
          to the configuration file and restart the VM"
@@ -40,7 +40,7 @@ pub enum AddError {
         /// Page sizes and addresses that the guest was offered.
         promised: String,
     },
-    /// Its backend failed to take it over.
+    /// The endpoint's backend failed to take the endpoint over.
     #[error("its device cannot be used: {0}; fix the device, then add the endpoint again")]
     Backend(BackendError),
 }
@@ -48,10 +48,10 @@ pub enum AddError {
 /// Endpoints were not removed; nothing has changed.
 #[derive(Debug, Error)]
 pub enum RemoveError {
-    /// The range is not an endpoint.
+    /// The range does not lie within one configured range.
     #[error(transparent)]
     NoSuch(#[from] NoSuchEndpoints),
-    /// The host cannot isolate one of them from an endpoint that would remain.
+    /// The host cannot isolate one of the endpoints from an endpoint that would remain.
     #[error(
         "the host cannot isolate this device from that of endpoint {mate}, so it would follow that \
          endpoint into its domain; keep both endpoints until the VM ends"
@@ -76,7 +76,8 @@ pub struct NewEndpoints<'a> {
 }
 
 impl Iommu {
-    /// Adds unattached endpoints, and the backend of the first of them, if it has one.
+    /// Adds endpoints, all of them unattached. Puts the first one behind `backend`, if there is
+    /// one.
     ///
     /// # Errors
     /// See [`AddError`]. Also returns the backend to the caller.
@@ -155,7 +156,7 @@ impl Iommu {
         if let Some(index) = backend
             && let Err(refusal) = self.switch(index, endpoint, Target::Blocked, None)
         {
-            // The last resort. The quarantined state itself is removed below.
+            // The last resort. The record that the endpoint is quarantined is removed below.
             self.quarantine(endpoint, refusal.cause());
         }
         let state = self.endpoints.remove(&endpoint).unwrap_or_default();
@@ -219,7 +220,8 @@ impl Iommu {
         Ok(())
     }
 
-    /// Installs a backend, and brings it up to date on the VMM and its memory. Returns its index.
+    /// Installs a backend, and reports a connected VMM and its memory slots to it. Returns its
+    /// index.
     fn install_backend(&mut self, mut backend: Box<dyn DmaBackend>) -> usize {
         if self.vmm_present {
             backend.vmm_present(true);
@@ -236,7 +238,7 @@ impl Iommu {
             }
             None => {
                 self.backends.push(backend);
-                // The count is not kept while there is no backend.
+                // Domains do not count unreachable mappings while there is no backend.
                 self.count_unreachable();
                 self.backends.len() - 1
             }

@@ -10,7 +10,7 @@ use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Table, Translation};
 use crate::topology::ReservedRegions;
 
-/// What currently applies to an endpoint's DMA.
+/// How the IOMMU currently treats an endpoint's DMA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dma {
     /// The mappings of its domain translate it.
@@ -28,7 +28,7 @@ pub struct EndpointState {
     pub id: EndpointId,
     /// The domain it is attached to.
     pub domain: Option<DomainId>,
-    /// What applies to its DMA.
+    /// How the IOMMU treats its DMA.
     pub dma: Dma,
     /// Blocked because a backend failed.
     pub quarantined: bool,
@@ -137,8 +137,8 @@ impl Iommu {
         })
     }
 
-    /// The first `touched` endpoints that the guest has attached to a domain or that are quarantined,
-    /// and the first `untouched` of the others, in the order of their IDs.
+    /// The first `touched` endpoints that the guest has attached to a domain or that are
+    /// quarantined, and the first `untouched` of all other endpoints, in the order of their IDs.
     pub fn endpoints(
         &self,
         touched: usize,
@@ -176,7 +176,7 @@ impl Iommu {
             .flat_map(move |table| table.mappings(&self.arena, from))
     }
 
-    /// What applies to the DMA of an endpoint in this state. If in doubt, it is blocked.
+    /// How the IOMMU treats the DMA of an endpoint in this state. DMA in doubt counts as blocked.
     pub(super) fn dma(&self, id: EndpointId, endpoint: &EndpointRecord) -> Dma {
         if endpoint.quarantined || endpoint.suspended {
             return Dma::Blocked;
@@ -194,8 +194,8 @@ impl Iommu {
         }
     }
 
-    /// Adds up to `limit` domains or endpoints to `totals`, starting at `from`, which is the first
-    /// domain for the first call. Returns where to continue, or `None` at the end.
+    /// Adds up to `limit` domains or endpoints to `totals`, starting at `from`. The first call must
+    /// start at the first domain. Returns the position to continue at, or `None` at the end.
     pub fn add_totals(
         &self,
         totals: &mut Totals,

@@ -100,7 +100,7 @@ impl Iommu {
         Ok(())
     }
 
-    /// Removes all mappings in `range`, which may cover holes and pass the input range.
+    /// Removes all mappings in `range`. The range may cover holes and reach beyond the input range.
     ///
     /// # Errors
     /// See [`RequestError`]. If a backend fails, the mappings are gone and the endpoints behind that
@@ -164,7 +164,7 @@ impl Iommu {
         }
     }
 
-    /// Ends an UNMAP after the backends have removed the range, except those in `failures`.
+    /// Ends an UNMAP after all backends, except those in `failures`, have removed the range.
     #[inline]
     fn finish_unmap(
         &mut self,
@@ -178,7 +178,7 @@ impl Iommu {
                 count: self.quarantine_failed(domain, failures),
             }),
         };
-        // Only now: until the backends were done, a reader could be inside the tables that became
+        // Not earlier: until the backends return, a reader may be inside the tables that became
         // empty.
         self.arena.reclaim();
         refusal.map_or(Ok(()), Err)
@@ -193,7 +193,8 @@ impl Iommu {
         counts.sum()
     }
 
-    /// Undoes a MAP that one backend refused in every backend that may have a part of it.
+    /// Undoes a MAP that one backend has refused: removes it from every backend that may have a
+    /// part of it.
     fn undo_map(
         &mut self,
         domain: DomainId,

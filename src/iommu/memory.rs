@@ -22,7 +22,7 @@ impl Iommu {
         self.retarget_unattached();
     }
 
-    /// The VMM has removed. When this returns, every endpoint is blocked, the state of the guest is
+    /// The VMM has gone. When this returns, every endpoint is blocked, the state of the guest is
     /// dropped, and `bypass` has its value at boot.
     pub fn disconnect(&mut self) {
         self.detach_all(Target::Blocked);
@@ -34,8 +34,8 @@ impl Iommu {
         }
     }
 
-    /// Switches every endpoint without a domain to its target, including those that failed before:
-    /// the VMM may not have owned the device yet.
+    /// Switches every endpoint without a domain to its target. Includes endpoints whose switch has
+    /// failed before: the VMM may not have bound the device at that time.
     pub fn retarget_unattached(&mut self) {
         let unattached: Vec<_> = self
             .backend_of
@@ -68,7 +68,7 @@ impl Iommu {
         self.count_unreachable();
     }
 
-    /// Counts anew the mappings of every domain that backends do not have, or not completely.
+    /// Counts, in every domain, the mappings that backends do not have in full.
     pub(super) fn count_unreachable(&mut self) {
         for domain in self.domains.values_mut() {
             let Some(table) = &domain.table else { continue };

@@ -45,7 +45,7 @@ pub use self::error::RequestError;
 pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
 pub use self::inspect::{Dma, DomainState, EndpointState, Totals, TotalsCursor};
 
-/// What the IOMMU offers the guest, before its backends narrow it.
+/// The IOMMU's offer to the guest, before backends narrow it.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// Width of I/O virtual addresses in bits.
@@ -64,9 +64,9 @@ pub struct Settings {
 #[derive(Clone, Copy, Debug, Default)]
 struct EndpointRecord {
     domain: Option<DomainId>,
-    /// Blocked, because its group has moved to another domain and it has not followed yet.
+    /// Blocked: its group has moved to another domain, and the endpoint has not followed yet.
     suspended: bool,
-    /// Blocked, because a backend failed.
+    /// Blocked: a backend failed.
     quarantined: bool,
 }
 
@@ -122,9 +122,9 @@ impl Iommu {
         })
     }
 
-    /// Puts endpoints behind a backend. Must be called before the guest runs, because it narrows what
-    /// the guest is offered to the backend's capabilities. Endpoints that the backend fails to take
-    /// over are quarantined.
+    /// Puts endpoints behind a backend. Must be called before the guest runs, because it narrows
+    /// the offer to the guest to the backend's capabilities. Endpoints that the backend fails to
+    /// take over are quarantined.
     ///
     /// # Errors
     /// The backend's aperture has no address in common with the input range.

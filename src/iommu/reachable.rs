@@ -1,4 +1,4 @@
-//! Which part of a mapping backends have: the part in guest RAM.
+//! The part of a mapping that backends have: the part in guest RAM.
 
 use crate::address::{Access, Mapping};
 use crate::backends::MemorySlot;
@@ -12,8 +12,8 @@ pub(super) fn is_all_reachable(memory: &[MemorySlot], mapping: &Mapping) -> bool
     mapping.access != Access::NONE && first.is_some_and(is_inside)
 }
 
-/// The bytes of a mapping that lie in `memory`, or 0 without access rights. Backends have at least
-/// these.
+/// The number of bytes of a mapping that lie in `memory`; 0 for a mapping without access rights.
+/// Backends have mapped at least this many.
 pub(super) fn reachable_bytes(memory: &[MemorySlot], mapping: &Mapping) -> u64 {
     if mapping.access == Access::NONE {
         return 0;

@@ -1,4 +1,5 @@
-//! Switching endpoints over in their backends, and quarantining those whose backend fails.
+//! Switching endpoints to new targets in their backends, and quarantining endpoints when a backend
+//! fails.
 
 use std::collections::BTreeMap;
 
@@ -53,8 +54,9 @@ impl Iommu {
         }
     }
 
-    /// Switches `endpoint` to `target` in its backend, which reads the mappings from the page tables.
-    /// Changes no state of the core. `new_domain` is the target's domain if it is not published yet.
+    /// Switches `endpoint` to `target` in its backend, which `index` names and which reads the
+    /// mappings from the page tables. Changes no state of the core. `new_domain` is the target's
+    /// domain if it is not published yet.
     pub(super) fn switch(
         &mut self,
         index: usize,
@@ -85,8 +87,9 @@ impl Iommu {
         }
     }
 
-    /// Quarantines every member of a domain behind a backend that failed. It is unknown which mappings
-    /// that backend still has, so it destroys the whole domain. Returns the number of members.
+    /// Quarantines the members of a domain that are behind a failed backend, and returns their
+    /// number. Makes the backend destroy the domain, because it is unknown which mappings it still
+    /// has.
     pub(super) fn quarantine_members(
         &mut self,
         domain: DomainId,

@@ -1,4 +1,4 @@
-//! Which locks this thread holds, in builds with debug assertions; nothing in others.
+//! The record of the locks that this thread holds. Only builds with debug assertions keep it.
 
 use std::marker::PhantomData;
 
@@ -9,7 +9,7 @@ thread_local! {
     static HELD: std::cell::RefCell<Vec<Rank>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-/// A lock's rank, as far as this build checks it.
+/// A lock's rank; empty in builds that do not check it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ranked {
     #[cfg(debug_assertions)]
@@ -26,10 +26,10 @@ impl Ranked {
         }
     }
 
-    /// Notes that the lock is about to be taken.
+    /// Checks the rank of a lock that this thread is about to take, and records the lock.
     ///
     /// # Panics
-    /// With debug assertions, where this thread holds a lock of the same or of a higher rank.
+    /// With debug assertions, if this thread holds a lock of the same or of a higher rank.
     pub(super) fn take(self) -> Held {
         #[cfg(debug_assertions)]
         HELD.with_borrow(|held| {
@@ -43,7 +43,7 @@ impl Ranked {
         self.note()
     }
 
-    /// Notes that the lock was taken without waiting, which no order forbids.
+    /// Records the lock without a check. A lock that was taken without waiting may have any rank.
     pub(super) fn note(self) -> Held {
         #[cfg(debug_assertions)]
         HELD.with_borrow_mut(|held| held.push(self.rank));
@@ -55,20 +55,20 @@ impl Ranked {
     }
 }
 
-/// The note that this thread holds a lock; it ends with the guard.
+/// The record that this thread holds a lock. It lives as long as the guard.
 #[derive(Debug)]
 pub(super) struct Held {
     #[cfg(debug_assertions)]
     rank: Rank,
-    /// A guard is given up by the thread that took it.
+    /// Not `Send`: the thread that took the lock must drop the guard.
     same_thread: PhantomData<*const ()>,
 }
 
 #[cfg(debug_assertions)]
 impl Drop for Held {
     fn drop(&mut self) {
-        // Guards may be dropped in another order than they were taken in. While a thread ends, the
-        // note may be gone before the guard.
+        // Guards may be dropped in another order than they were taken in. While a thread ends, `HELD` may be
+        // gone before the guard.
         let _ = HELD.try_with(|held| {
             let mut held = held.borrow_mut();
             if let Some(at) = held.iter().rposition(|rank| *rank == self.rank) {

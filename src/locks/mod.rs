@@ -1,9 +1,10 @@
-//! Locks with a rank. In builds with debug assertions (tests are such builds) a lock that is taken out
-//! of order panics with both names, whether or not two threads would have met; in other builds these
-//! are the locks of `parking_lot` and nothing else.
+//! Locks with a rank. In builds with debug assertions, such as tests, a thread that takes a lock out of order
+//! panics with the names of both locks, even if no other thread contends for them. In other builds these are
+//! the plain locks of `parking_lot`.
 //!
-//! Our own: `tracing-mutex` learns an order from what a run happens to take, names no lock and has no condition
-//! variable for `parking_lot`; `lock_ordering` wants a token handed through every function.
+//! Not `tracing-mutex`: it learns the order from the locks that a run happens to take, names no lock, and has
+//! no condition variable for `parking_lot`. Not `lock_ordering`: it requires a token in the arguments of
+//! every function.
 
 mod held;
 mod rank;
@@ -33,7 +34,7 @@ impl<T> Mutex<T> {
     /// Waits for the lock.
     ///
     /// # Panics
-    /// With debug assertions, where this thread holds a lock of the same or of a higher rank.
+    /// With debug assertions, if this thread holds a lock of the same or of a higher rank.
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let held = self.ranked.take();
@@ -43,7 +44,7 @@ impl<T> Mutex<T> {
         }
     }
 
-    /// Takes the lock where nobody holds it.
+    /// Takes the lock if no thread holds it.
     #[inline]
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
         let inner = self.inner.try_lock()?;
@@ -53,22 +54,22 @@ impl<T> Mutex<T> {
         })
     }
 
-    /// The value of a lock that nobody can hold any more.
+    /// Consumes the lock and returns its value.
     pub fn into_inner(self) -> T {
         self.inner.into_inner()
     }
 }
 
-/// Access to what a [`Mutex`] guards.
+/// Access to the value of a [`Mutex`].
 #[derive(Debug)]
 pub struct MutexGuard<'a, T> {
-    // Released first, then forgotten.
+    // Field order is drop order: releases the lock first, then removes its record.
     inner: parking_lot::MutexGuard<'a, T>,
     _held: Held,
 }
 
 impl<T> MutexGuard<'_, T> {
-    /// Gives the lock up to the thread that has waited longest, if one waits.
+    /// Releases the lock. If threads wait for it, hands it to the one that has waited longest.
     #[inline]
     pub fn unlock_fair(guard: Self) {
         parking_lot::MutexGuard::unlock_fair(guard.inner);
@@ -110,7 +111,7 @@ impl<T> RwLock<T> {
     /// Waits until no writer holds or wants the lock.
     ///
     /// # Panics
-    /// With debug assertions, where this thread holds a lock of the same or of a higher rank.
+    /// With debug assertions, if this thread holds a lock of the same or of a higher rank.
     #[inline]
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         let held = self.ranked.take();
@@ -120,10 +121,10 @@ impl<T> RwLock<T> {
         }
     }
 
-    /// Waits until nobody else holds the lock.
+    /// Waits until no other thread holds the lock.
     ///
     /// # Panics
-    /// With debug assertions, where this thread holds a lock of the same or of a higher rank.
+    /// With debug assertions, if this thread holds a lock of the same or of a higher rank.
     #[inline]
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
         let held = self.ranked.take();
@@ -134,7 +135,7 @@ impl<T> RwLock<T> {
     }
 }
 
-/// Read access to what a [`RwLock`] guards.
+/// Read access to the value of a [`RwLock`].
 #[derive(Debug)]
 pub struct RwLockReadGuard<'a, T> {
     inner: parking_lot::RwLockReadGuard<'a, T>,
@@ -150,7 +151,7 @@ impl<T> Deref for RwLockReadGuard<'_, T> {
     }
 }
 
-/// Write access to what a [`RwLock`] guards.
+/// Write access to the value of a [`RwLock`].
 #[derive(Debug)]
 pub struct RwLockWriteGuard<'a, T> {
     inner: parking_lot::RwLockWriteGuard<'a, T>,
@@ -180,24 +181,24 @@ pub struct Condvar {
 }
 
 impl Condvar {
-    /// Nobody waits.
+    /// A condition variable without waiting threads.
     pub const fn new() -> Self {
         Self {
             inner: parking_lot::Condvar::new(),
         }
     }
 
-    /// Waits to be notified.
+    /// Waits for a notification.
     pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
         self.inner.wait(&mut guard.inner);
     }
 
-    /// Waits to be notified for `patience`; returns whether that ran out.
+    /// Waits for a notification, but no longer than `patience`. Returns whether the time ran out.
     pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, patience: Duration) -> bool {
         self.inner.wait_for(&mut guard.inner, patience).timed_out()
     }
 
-    /// Waits to be notified until `until`; returns whether that has come.
+    /// Waits for a notification, but not beyond `until`. Returns whether the time ran out.
     pub fn wait_until<T>(&self, guard: &mut MutexGuard<'_, T>, until: Instant) -> bool {
         self.inner.wait_until(&mut guard.inner, until).timed_out()
     }
@@ -226,7 +227,7 @@ mod tests {
         let second = core.lock();
         let third = windows.read();
         assert_eq!(*first + *second + *third, 6);
-        // Given up in another order, and taken again.
+        // Released in another order, and taken again.
         drop(second);
         drop(third);
         let second = core.lock();

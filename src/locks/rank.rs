@@ -3,19 +3,19 @@
 /// The rank of a lock. A thread that holds a lock takes only locks of higher ranks, so that no two
 /// threads can wait for each other.
 ///
-/// The variants stand in the order in which they may be taken. Where a lock stands for its own sake
-/// alone (nothing is taken while it is held), it stands near the end.
+/// The variants stand in the order in which the locks may be taken. Leaf locks, whose holders take no other
+/// lock, stand near the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Rank {
-    /// A shadow reader's cache of translations, which reserves an epoch word. First, because no thread ever waits
-    /// for it (the reader only tries it), and a device may take any lock during an access.
+    /// A shadow reader's cache of translations, which reserves an epoch word. First, because a device may
+    /// take any lock during an access. No thread ever waits for this lock: the reader only tries it.
     ReaderCache,
-    /// The configuration as changed by `ctl`: held for one addition or removal of an endpoint.
+    /// The configuration with the changes that `ctl` has made: held while an endpoint is added or removed.
     HotplugConfig,
-    /// The monitor's state: held while a reset that QEMU reports is carried out.
+    /// The state of the QMP monitor: held while the device carries out a reset that QEMU has reported.
     Qmp,
-    /// The worker's polling state: held for one look at the request ring after a kick.
+    /// The worker's polling state: held while the worker serves the request ring after an event.
     Polling,
     /// The request queue between passes.
     RequestQueue,
@@ -23,7 +23,7 @@ pub enum Rank {
     EventQueue,
     /// The core, `iommu::Iommu`.
     Core,
-    /// The parts of endpoints that were opened.
+    /// The opened parts of endpoints.
     HotplugParts,
     /// One link to a vfio-user server.
     Link,
@@ -31,11 +31,11 @@ pub enum Rank {
     Windows,
     /// The readers of the page tables.
     Readers,
-    /// How many refused accesses of each endpoint are passed on.
+    /// The rate limit for the faults of each emulated endpoint.
     FaultBudgets,
-    /// The queue of refused accesses on their way to the guest.
+    /// A queue of faults on their way to the guest.
     FaultQueue,
-    /// The refused accesses of late.
+    /// The log of the latest faults.
     FaultLog,
     /// Guest memory as the device checked it.
     GuestMemory,
@@ -43,23 +43,23 @@ pub enum Rank {
     Ring,
     /// The mapped regions of one device of the host.
     DeviceRegions,
-    /// Descriptors that the vhost-user crate has given up.
+    /// Descriptors that the vhost-user crate has leaked.
     ExitConsumers,
-    /// What ends the daemon.
+    /// The request to stop the vhost-user server, and the connection to close then.
     Stop,
-    /// The files of sockets that are removed at the end.
+    /// The socket files that the daemon removes when it ends.
     SocketFiles,
     /// The client that the control socket serves.
     ControlClient,
-    /// What a client of a served device has still to be sent.
+    /// The unsent messages to a client of a served device.
     ClientOutbox,
     /// A shadow reader's view of guest memory.
     ReaderMemory,
-    /// The file rules of the sandbox, until each thread has them.
+    /// The file rules of the sandbox, which each thread applies to itself.
     SandboxFiles,
     /// The file rules of the control socket's thread.
     SandboxControlFiles,
-    /// One limited kind of log message.
+    /// The rate limit of one kind of log message.
     LogLimit,
     /// The logger. A thread that holds any lock above may log.
     Logger,

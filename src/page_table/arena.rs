@@ -16,8 +16,8 @@ use super::words::SharedWords;
 
 /// The header and one root: a smaller arena holds no table.
 const MIN_FRAMES: u32 = 2;
-/// Free frames whose memory is kept for reuse. Once twice as many hold memory, the arena returns the
-/// excess to the system.
+/// The number of free frames whose memory is kept for reuse. Once twice as many free frames hold
+/// memory, the arena returns the excess to the system.
 const KEEP_FRAMES: usize = 512;
 
 /// The memory of all tables of one daemon, and the allocator of its frames.
@@ -32,7 +32,7 @@ pub struct Arena {
     #[cfg(not(miri))]
     shared: bool,
     frames: u32,
-    /// The first frame that was never used; nor were any after it.
+    /// The first frame that was never used. All frames after it are unused, too.
     watermark: u32,
     /// Frames that were used before and are free again, all zero. The first `released` of them hold
     /// no memory.

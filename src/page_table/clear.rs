@@ -7,9 +7,9 @@ use super::layout::{
 
 /// Mappings, bytes and frames of a table, or of the part removed from it.
 //
-// A struct apart from `Table::commits`, with `frames` between the two fields that every MAP adds to:
-// the compiler updates neighbours as a pair, and loading the pair stalls if one of them was stored
-// just before.
+// Not fields of `Table` beside its `commits`, and `frames` separates the two fields that every MAP
+// adds to. The compiler updates neighbouring fields as a pair, and loading the pair stalls if one
+// of them was stored just before.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counters {
     pub(super) bytes: u64,

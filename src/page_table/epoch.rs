@@ -1,4 +1,5 @@
-//! Epochs: how the writer learns that every reader has left the frames and memory it took away.
+//! Epochs show the writer when every reader has left the frames and the memory that the writer has
+//! taken away.
 //!
 //! A reader has *epoch words* in memory that the writer reads. A word belongs to one access at a
 //! time. It is odd during an access and even between accesses, and it never takes the same value
@@ -78,7 +79,8 @@ pub struct GracePeriod {
 }
 
 impl GracePeriod {
-    /// Collects the accesses in progress, which may have loaded entries changed before this call.
+    /// Collects the accesses in progress. They may have loaded entries before the writer changed
+    /// them.
     pub fn begin<'a, W: Word + 'a>(words: impl IntoIterator<Item = &'a W>) -> Self {
         W::fence();
         let now = words.into_iter().map(|word| word.load(Ordering::Acquire));
@@ -88,7 +90,8 @@ impl GracePeriod {
         }
     }
 
-    /// Whether all of them have ended. `word` must index the words as [`Self::begin`] saw them.
+    /// Whether all of these accesses have ended. `word` must return each word by its index in
+    /// [`Self::begin`].
     pub fn is_over<'a, W: Word + 'a>(&mut self, word: impl Fn(usize) -> Option<&'a W>) -> bool {
         self.inside.retain(|(index, value)| {
             word(*index).is_some_and(|word| word.load(Ordering::Acquire) == *value)

@@ -3,7 +3,8 @@
 use super::arena::Arena;
 use super::layout::{Entry, FRAME_WORDS, TableOffset, entry_bytes, index, is_whole_entry};
 
-/// A leaf lies in the way: at this address, or after it within the entry that covers the address.
+/// The range holds a leaf already: at this address, or after it within the entry that covers the
+/// address.
 pub(super) struct Occupied(pub(super) u64);
 
 /// Counts the frames that a mapping needs.
@@ -15,7 +16,7 @@ pub(super) struct FrameCount<'a> {
 impl FrameCount<'_> {
     /// The frames to add below `table`, at `level`, to fill `first..=last` with leaves.
     ///
-    /// The range covers only its first and its last entry in part, so the recursion descends at most
+    /// Only the first and the last entry can be covered in part, so the recursion descends at most
     /// twice on each level.
     pub(super) fn frames_for(
         &self,

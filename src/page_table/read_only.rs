@@ -8,7 +8,7 @@ use super::layout::{ABI_VERSION, FRAME_BYTES, HEADER_FRAMES, HEADER_MAGIC, HEADE
 use super::reader::View;
 use super::words::{MappedWords, sealed_size};
 
-/// An arena made by another process, or another part of this one, mapped read-only.
+/// An arena made by another process, or by another part of this process, mapped read-only.
 #[derive(Debug)]
 pub struct ReadOnlyArena {
     memory: MappedWords,

@@ -1,4 +1,4 @@
-//! The cache of lately used tables of level 1, which saves most walks from the root.
+//! The cache of recently used tables of level 1. It saves most walks from the root.
 
 use super::layout::{TableOffset, entry_bytes};
 
@@ -14,7 +14,8 @@ pub(super) struct TableRef {
 /// The size of the cache in tables.
 const CACHED_TABLES: usize = 8;
 
-/// A direct-mapped cache of tables of level 1: most mappings of a guest's driver lie near others.
+/// A direct-mapped cache of tables of level 1. It hits because a guest's driver makes most mappings
+/// near earlier ones.
 ///
 /// Two tables whose tags differ by a multiple of [`CACHED_TABLES`] share a line, and the later one
 /// evicts the other. The writer must drop a table from the cache when the table leaves the tree.

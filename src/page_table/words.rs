@@ -229,7 +229,7 @@ fn add_seals(fd: &OwnedFd, seals: libc::c_int) -> Result<(), ArenaError> {
     Ok(())
 }
 
-/// The size of a memfd in bytes, once it is known that the file cannot shrink under its readers.
+/// The size of a memfd in bytes. Checks first that the file cannot shrink under its readers.
 ///
 /// # Errors
 /// The descriptor is not a memfd sealed against shrinking, or the file is empty.

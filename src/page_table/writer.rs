@@ -69,7 +69,7 @@ struct Lookup {
     is_whole: bool,
 }
 
-/// The state of a table that a plan was made for.
+/// The state of a table for which a plan was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Generation {
     root: TableOffset,
@@ -397,8 +397,8 @@ impl Table {
         }
     }
 
-    /// Looks up the smallest table that covers all of `first..=last`, addresses that this table
-    /// translates.
+    /// Looks up the smallest table that covers all of `first..=last`. This table must translate
+    /// these addresses.
     #[inline(always)]
     fn look_up(&self, arena: &Arena, first: u64, last: u64) -> Lookup {
         let apart = first ^ last;

@@ -226,7 +226,7 @@ where
     Ok(request)
 }
 
-// Every kind must survive its number, and fit into the longest request.
+// The number of every kind must decode to that kind, and no request may be longer than the longest.
 const _: () = {
     let mut rest: &[RequestKind] = &RequestKind::ALL;
     while let [kind, others @ ..] = rest {

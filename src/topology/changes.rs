@@ -21,7 +21,7 @@ pub struct NoSuchEndpoints {
 }
 
 impl Topology {
-    /// Also announces `ranges` to the guest, in which endpoints may be added later.
+    /// Also announces `ranges` to the guest: endpoints may be added there later.
     ///
     /// # Errors
     /// [`TopologyError::ContainsIommu`] with the index of a range that contains the IOMMU's own
@@ -50,7 +50,7 @@ impl Topology {
         self.expected.iter().any(covers)
     }
 
-    /// Adds the endpoints of `spec`, with the reserved regions of every endpoint and their own.
+    /// Adds the endpoints of `spec`, with the common reserved regions and their own.
     ///
     /// # Errors
     /// As [`Topology::new`], with index 0. Nothing has changed.
@@ -122,7 +122,7 @@ impl Topology {
     /// Checks that `range` is within one configured range.
     ///
     /// # Errors
-    /// It is not.
+    /// `range` is not within one configured range.
     pub fn check_within_one_range(&self, range: PciRange) -> Result<(), NoSuchEndpoints> {
         self.find_entry(range).map(drop)
     }
@@ -159,8 +159,8 @@ impl Topology {
         }
     }
 
-    /// The index of a set of regions. A new set replaces one that no entry uses any more, if there is
-    /// one.
+    /// The index of a set of regions. A new set takes the place of a set that no entry uses any
+    /// more, if there is one.
     fn reserved_set_index(&mut self, reserved: ReservedRegions) -> usize {
         if let Some(at) = self.reserved_sets.iter().position(|set| *set == reserved) {
             return at;

@@ -304,7 +304,7 @@ pub(crate) struct GroupNames {
 }
 
 impl GroupNames {
-    /// The ID of a name, which is new at its first use.
+    /// The ID of a name. The first use of a name gives it a new ID.
     pub(crate) fn id(&mut self, name: &GroupName) -> GroupId {
         if let Some(&id) = self.ids.get(name) {
             return id;

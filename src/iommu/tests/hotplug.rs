@@ -49,10 +49,10 @@ fn an_endpoint_is_added_to_a_running_guest_and_removed_with_its_mappings() {
     assert_eq!(recorder.state().targets[&A], Target::Blocked);
     assert_eq!(iommu.domains().count(), 0);
     assert_eq!(translated(&iommu, A, 0x1000), Err(FaultReason::Unknown));
-    let nobody = RequestError::NoSuchEndpoint(A);
-    assert_eq!(iommu.attach(A, D1, false), Err(nobody.clone()));
-    assert_eq!(iommu.detach(A, D1), Err(nobody.clone()));
-    assert_eq!(iommu.probe(A).err(), Some(nobody));
+    let absent = RequestError::NoSuchEndpoint(A);
+    assert_eq!(iommu.attach(A, D1, false), Err(absent.clone()));
+    assert_eq!(iommu.detach(A, D1), Err(absent.clone()));
+    assert_eq!(iommu.probe(A).err(), Some(absent));
     assert!(iommu.remove_endpoints(function(A)).is_err());
 }
 
@@ -117,7 +117,7 @@ fn a_refused_addition_changes_nothing() {
     refused(new(iommu_itself, None), &Recorder::new(), "IOMMU's own");
     let fails = Recorder::new();
     fails.state().fail_call = Some(1);
-    refused(new(B, None), &fails, "told to fail");
+    refused(new(B, None), &fails, "fails on demand");
     for (page_sizes, aperture) in [
         (PageMask::new(1 << 21).expect("a mask"), IovaRange::ALL),
         (PageMask::TABLE, IovaRange::of_width(39)),

@@ -5,18 +5,18 @@ use super::*;
 #[test]
 fn attach_3_an_endpoint_that_does_not_exist_is_noent() {
     with_each_backend_count(|mut iommu, _| {
-        let nobody = EndpointId(0x28);
+        let absent = EndpointId(0x28);
         assert_eq!(
-            iommu.attach(nobody, D1, false),
-            Err(RequestError::NoSuchEndpoint(nobody))
+            iommu.attach(absent, D1, false),
+            Err(RequestError::NoSuchEndpoint(absent))
         );
         assert_eq!(
-            iommu.detach(nobody, D1),
-            Err(RequestError::NoSuchEndpoint(nobody))
+            iommu.detach(absent, D1),
+            Err(RequestError::NoSuchEndpoint(absent))
         );
         assert_eq!(
-            iommu.probe(nobody).err(),
-            Some(RequestError::NoSuchEndpoint(nobody))
+            iommu.probe(absent).err(),
+            Some(RequestError::NoSuchEndpoint(absent))
         );
         assert_eq!(iommu.domains().count(), 0);
     });

@@ -111,8 +111,8 @@ impl VhostUserBackend for VhostUserDevice {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
-    /// The protocol feature for this message is not offered. A VMM that sends the message all the same gets its
-    /// reset.
+    /// Resets the device although it does not offer the protocol feature for this message: a VMM may send the message
+    /// all the same.
     fn reset_device(&self) {
         self.device.reset();
     }

@@ -90,7 +90,7 @@ impl VhostUserServer {
     /// connected and `vmm_present(false)` when it has gone.
     ///
     /// # Errors
-    /// The server cannot continue, for a reason that is not the VMM's.
+    /// The server cannot continue, and the VMM is not the cause.
     pub fn run(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
         info!("waiting for a VMM to connect");
         while self.wait_for_connection()? {
@@ -112,7 +112,7 @@ impl VhostUserServer {
     ///
     /// A daemon object of the backend crate serves one connection, so each connection gets its own.
     fn serve_connection(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
-        // Before the daemon object, which starts the worker's thread.
+        // Must come before the daemon object, which starts the worker's thread.
         self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let made = VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory);
@@ -170,7 +170,7 @@ impl VhostUserServer {
             if ready.contains(END) || ready.contains(CLIENT) {
                 return Ok(!ready.contains(END));
             }
-            // Without a VMM there is no worker, so this thread answers: it would serve a VMM.
+            // Without a VMM there is no worker. This thread answers instead, because it would serve the next VMM.
             pulse.answer();
         }
     }
@@ -206,8 +206,8 @@ struct StopState {
 }
 
 impl StopRequest {
-    /// Registers the connection that [`Stopper::stop`] shuts down. If it was called before, shuts the connection
-    /// down at once.
+    /// Registers the connection that [`Stopper::stop`] shuts down. If [`Stopper::stop`] was called before, shuts the
+    /// connection down at once.
     fn watch(&self, connection: Option<ShutdownHandle>) {
         let mut state = self.state.lock();
         if state.stopping
