@@ -43,7 +43,7 @@ fn capabilities_are_printed_despite_other_options() {
 }
 
 #[test]
-fn check_prints_what_a_file_says() {
+fn check_prints_a_summary_of_the_file() {
     let dir = files(&[("vm0.toml", GOOD)]);
     let run = run(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()]);
     assert_eq!((run.status, run.stderr.as_str()), (Some(0), ""));
@@ -105,7 +105,7 @@ fn check_reports_what_this_host_lacks() {
 }
 
 #[test]
-fn topology_is_printed_for_people_and_programs() {
+fn topology_is_printed_as_text_and_json() {
     let dir = files(&[("vm0.toml", WITH_ABSENT_DEVICE)]);
     let file = dir.path().join("vm0.toml");
     let text = run(&[OsStr::new("topology"), file.as_ref()]);

@@ -49,7 +49,7 @@ fn ctl_error(daemon: &Daemon, args: &[&str]) -> String {
 }
 
 #[test]
-fn an_endpoint_is_there_once_it_is_added_and_gone_once_it_is_removed() {
+fn an_added_endpoint_works_and_a_removed_one_is_gone() {
     let daemon = Daemon::with_config(CONFIG);
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP2), NOENT);

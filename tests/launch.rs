@@ -98,7 +98,7 @@ fn a_machine_and_ram_of_the_vmms_own_are_kept() {
 }
 
 #[test]
-fn a_table_can_be_left_at_a_path() {
+fn the_table_can_be_written_to_a_path() {
     let place = Place::new();
     let script = "for last; do :; done; [ \"$last\" = file=kept.viot ] && [ -s kept.viot ]";
     let mut command = place.command();
@@ -120,7 +120,7 @@ fn signals_go_to_the_vmm_and_the_daemon_stays() {
         assert_ne!(
             group(vmm),
             group(daemon),
-            "a terminal's signals are for the VMM"
+            "the daemon must not receive a terminal's signals"
         );
         send(name, launched.pid());
         let run = launched.finish();

@@ -51,7 +51,7 @@ fn the_features_offered() {
     );
     assert_eq!(guest.offered & F_BYPASS, 0, "BYPASS is superseded");
     let extra = guest.offered & !(STOCK | F_PROTOCOL);
-    assert_eq!(extra, 0, "nothing else is promised");
+    assert_eq!(extra, 0, "no other feature may be offered");
     for wanted in [
         Protocol::MQ,
         Protocol::CONFIG,
@@ -289,7 +289,7 @@ fn a_pause_in_the_middle_of_traffic_loses_nothing() {
         assert_eq!(
             guest.memory.load_u16(guest.requests.used + 2),
             used,
-            "nothing is written after the ring was stopped"
+            "the device must not write after the ring has stopped"
         );
         guest.driver_ok();
         for _ in 0..count {
@@ -300,7 +300,7 @@ fn a_pause_in_the_middle_of_traffic_loses_nothing() {
 }
 
 #[test]
-fn a_disabled_ring_is_left_alone() {
+fn a_disabled_ring_is_not_served() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
@@ -425,7 +425,7 @@ fn a_disconnect_leaves_a_clean_slate_for_the_next_vmm() {
 }
 
 #[test]
-fn memory_can_come_and_go_under_a_mapping() {
+fn memory_can_be_added_and_removed_under_a_mapping() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
@@ -465,7 +465,7 @@ fn memory_can_come_and_go_under_a_mapping() {
 }
 
 #[test]
-fn requests_whose_ring_was_away_are_served_when_it_is_back() {
+fn requests_are_served_once_the_memory_of_their_ring_is_back() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
     assert_eq!(guest.attach(1, EP), OK);
@@ -706,7 +706,10 @@ fn an_inherited_listening_socket_is_served() {
     // SAFETY: no pointer is passed, and the child is not reaped yet.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
     assert_eq!(daemon.wait().unwrap().code(), Some(0));
-    assert!(path.exists(), "it was not the daemon's to remove");
+    assert!(
+        path.exists(),
+        "the daemon must not remove an inherited socket"
+    );
 }
 
 #[test]

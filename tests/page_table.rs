@@ -1109,7 +1109,7 @@ fn tables_share_an_arena_and_nothing_else() {
     assert_eq!(
         one.mappings(&arena, Iova(0)).collect::<Vec<_>>(),
         [here],
-        "not the other's"
+        "a table must list only its own mappings"
     );
     let gone = one.destroy(&mut arena);
     assert_eq!((gone.mappings, gone.bytes), (1, PAGE));
@@ -1196,7 +1196,7 @@ fn a_shared_arena_can_be_written_to_by_its_owner_only() {
 }
 
 #[test]
-fn memory_goes_back_when_many_frames_get_free() {
+fn memory_is_returned_when_many_frames_are_freed() {
     let (mut arena, mut table) = new_table(16 << 10, Levels::Four);
     let file = File::from(arena.fd().try_clone_to_owned().expect("a descriptor"));
     let in_use = || file.metadata().expect("readable").blocks() * 512;
@@ -1363,16 +1363,19 @@ fn readers_see_only_what_was_mapped_while_the_writer_works() {
             changes += 1;
         }
         stop.store(true, Ordering::Relaxed);
-        assert!(changes > 10_000, "{changes} changes only");
+        assert!(changes > 10_000, "{changes} changes are too few");
     });
-    assert!(hits.load(Ordering::Relaxed) > 1000, "{hits:?} hits only");
+    assert!(
+        hits.load(Ordering::Relaxed) > 1000,
+        "{hits:?} hits are too few"
+    );
     arena.reclaim();
     assert_eq!(arena.frames_used(), 1 + table.frames());
 }
 
 /// Readers must not take a leaf without rights for a free entry, nor grant it any right.
 #[test]
-fn every_kind_of_rights_comes_back() {
+fn translations_return_every_kind_of_rights() {
     let (mut arena, mut table) = new_table(16, Levels::Four);
     let mut first = 0;
     for read in [false, true] {

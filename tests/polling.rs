@@ -90,7 +90,7 @@ fn a_busy_ring_costs_neither_side_a_notification() {
 }
 
 #[test]
-fn a_guest_that_goes_quiet_leaves_the_worker_asleep() {
+fn the_worker_sleeps_when_the_guest_becomes_idle() {
     let (daemon, mut guest) = booted(POLLS, STOCK);
     request_one_by_one(&mut guest, 500);
     thread::sleep(Duration::from_millis(100));

@@ -821,7 +821,7 @@ fn an_endpoint_whose_regions_are_mapped_cannot_join() {
 }
 
 #[test]
-fn as_many_regions_as_there_may_be_fit_the_answer_to_probe() {
+fn the_maximum_number_of_regions_fits_the_answer_to_probe() {
     let regions: Vec<String> = (0..64_u64)
         .map(|index| {
             let first = (index + 1) << 20;

@@ -157,7 +157,7 @@ fn the_manager_is_notified_of_start_life_and_end() {
     assert_eq!(service.receive(), "READY=1");
     assert!(
         service.path("vhost.sock").exists() && service.path("control.sock").exists(),
-        "the daemon listens before it is ready"
+        "a daemon that is ready must listen"
     );
     assert_eq!(service.receive(), "WATCHDOG=1", "waiting for a VMM");
     let mut guest = guest(&service.path("vhost.sock"));
@@ -212,7 +212,7 @@ fn a_silent_control_client_only_delays_watchdog_notifications() {
 }
 
 #[test]
-fn a_socket_that_is_handed_over_is_served_and_left_alone() {
+fn an_activation_socket_is_served_and_not_removed() {
     let folder = TempDir::new().expect("a folder");
     let path = folder.path().join("vm.sock");
     let listener = UnixListener::bind(&path).expect("a socket");

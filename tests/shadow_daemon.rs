@@ -148,7 +148,10 @@ fn readers_outlive_the_vmm_and_not_the_daemon() {
     daemon.wait_for_end();
     let deadline = Instant::now() + Duration::from_secs(10);
     while reader.is_connected() {
-        assert!(Instant::now() < deadline, "the reader does not notice");
+        assert!(
+            Instant::now() < deadline,
+            "the reader does not notice the end of the daemon"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
     assert!(!path.exists());

@@ -61,7 +61,7 @@ fn the_control_socket_is_private_unless_configured() {
 /// Mode and group of the socket decide who can connect. Only root can run a process of another
 /// user.
 #[test]
-fn a_group_can_be_let_in() {
+fn a_group_can_be_given_access() {
     let own = std::fs::metadata("/proc/self").expect("a process");
     let group = if own.uid() == 0 { 4321 } else { own.gid() };
     let bed = Bed::new(

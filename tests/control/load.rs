@@ -180,7 +180,7 @@ fn a_long_answer_does_not_delay_the_guest() {
     let stop = AtomicBool::new(false);
     let longest = std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
-            let _over = StopOnDrop(&stop);
+            let _stop = StopOnDrop(&stop);
             for _ in 0..4 {
                 // The page that the guest maps and unmaps may be in the list or not.
                 let listed = bed.daemon.mappings(1).len();

@@ -37,7 +37,7 @@ fn each_message_names_the_vm_and_what_it_is_about() {
 }
 
 #[test]
-fn a_vm_without_a_name_is_called_like_its_file() {
+fn the_name_of_a_vm_defaults_to_that_of_its_file() {
     let daemon = crate::common::daemon::Daemon::with_config("address = '00:05.0'");
     assert_eq!(daemon.status()["name"], "vm");
     daemon.wait_for("its name in the log", || {

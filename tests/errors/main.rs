@@ -91,7 +91,10 @@ fn every_error_has_a_case_or_a_test_elsewhere() {
     let cases: BTreeSet<_> = CASES.iter().map(|case| case.name.to_owned()).collect();
     let elsewhere: BTreeSet<_> = ELSEWHERE.iter().map(|(name, _)| name.to_string()).collect();
     let both: Vec<_> = cases.intersection(&elsewhere).collect();
-    assert!(both.is_empty(), "here and elsewhere: {both:?}");
+    assert!(
+        both.is_empty(),
+        "a case here and a test elsewhere: {both:?}"
+    );
     let named: BTreeSet<_> = cases.union(&elsewhere).cloned().collect();
     let missing: Vec<_> = known.difference(&named).collect();
     assert!(missing.is_empty(), "no case provokes {missing:?}");
@@ -131,7 +134,7 @@ fn every_case_gives_its_message() {
 }
 
 #[test]
-fn the_table_is_that_of_the_sources() {
+fn the_table_matches_the_sources() {
     let mut text = String::from(cases::HEAD);
     let mut heading = "";
     for (under, message) in all() {

@@ -136,7 +136,7 @@ fn a_driver_that_writes_its_rings_while_they_are_read() {
 }
 
 #[test]
-fn a_device_told_to_write_into_the_rings() {
+fn writable_buffers_that_lie_in_the_rings() {
     let (daemon, mut guest) = boot();
     let mut rng = Rng::new(0xbeef);
     for _ in 0..300 {

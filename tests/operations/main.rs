@@ -48,7 +48,7 @@ fn the_package_installs_cleanly() {
     assert!(user.contains("(vfio)"), "{user}");
     let folder = fs::metadata("/etc/vhost-device-iommu").expect("its folder");
     assert_eq!(folder.permissions().mode() & 0o7777, 0o750);
-    assert_ne!(folder.gid(), 0, "its group's");
+    assert_ne!(folder.gid(), 0, "the folder must belong to the group");
     for unit in [
         "vhost-device-iommu@vm1.service",
         "vhost-device-iommu@vm1.socket",
@@ -110,7 +110,11 @@ fn two_vms_run_side_by_side() {
         assert_eq!(vm.property("MemoryMax"), (104 << 20).to_string());
         let control = fs::metadata(vm.socket().with_file_name("control.sock")).expect("a socket");
         assert!(control.file_type().is_socket());
-        assert_eq!(control.permissions().mode() & 0o007, 0, "not for others");
+        assert_eq!(
+            control.permissions().mode() & 0o007,
+            0,
+            "other users must have no access"
+        );
     }
     let mode = |vm: &Vm| {
         let control = fs::metadata(vm.socket().with_file_name("control.sock"));

@@ -89,7 +89,7 @@ fn the_manual_page_of_the_file_is_up_to_date() {
 }
 
 #[test]
-fn the_description_for_management_software_says_what_the_program_says() {
+fn the_description_for_management_software_matches_the_program() {
     let path = tree("packaging/vhost-user/50-vhost-device-iommu.json");
     let text = fs::read_to_string(path).expect("the description");
     let described: serde_json::Value = serde_json::from_str(&text).expect("JSON");

@@ -107,7 +107,10 @@ fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
         }
         // SAFETY: no pointer is passed.
         checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
-        assert!(Instant::now() < deadline, "the thread does not sleep");
+        assert!(
+            Instant::now() < deadline,
+            "the thread is not in a system call"
+        );
         sleep(Duration::from_millis(5));
     }
 }

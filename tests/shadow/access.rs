@@ -118,7 +118,7 @@ fn each_refusal_is_reported_with_endpoint_rights_and_address() {
             .read(buffer, at(first))
             .expect_err("past the end");
     }
-    assert!(bed.faults.try_recv().is_err(), "no more than these");
+    assert!(bed.faults.try_recv().is_err(), "no other faults");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_guard_keeps_slices_usable() {
 }
 
 #[test]
-fn as_many_accesses_as_there_are_words_go_on_at_once() {
+fn accesses_may_use_all_words_at_once() {
     let bed = Bed::new();
     let reader = bed.reader(A);
     let mut inside: Vec<_> = (0..64).map(|_| reader.enter().expect("a word")).collect();
@@ -260,7 +260,7 @@ fn memory_can_be_added_and_removed() {
     before.read_obj::<u8>(at(0)).expect_err("no memory there");
     assert!(
         bed.faults.try_recv().is_err(),
-        "the IOMMU did not refuse it"
+        "the IOMMU must not report a fault"
     );
     let more = slot(RAM, 16 * PAGE);
     let both = vec![bed.ram[0].clone(), more.clone()];
@@ -288,7 +288,7 @@ fn memory_can_be_added_and_removed() {
 }
 
 #[test]
-fn a_view_that_is_used_holds_memory_back() {
+fn a_view_in_use_delays_the_removal_of_memory() {
     let mut bed = Bed::new();
     let reader = bed.reader(A);
     let guard = reader.enter().expect("a word");

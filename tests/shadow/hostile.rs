@@ -38,7 +38,7 @@ fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
     let ended = stalled.child.try_wait().expect("its own child");
     assert!(
         ended.is_some_and(|status| !status.success()),
-        "killed before"
+        "UNMAP must not succeed before the reader is dead"
     );
     assert_eq!(bed.registry.counters().killed.get(), 1);
     // The other reader and the endpoint continue.
@@ -53,7 +53,7 @@ fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
 }
 
 #[test]
-fn a_reader_that_died_inside_an_access_holds_nothing_up() {
+fn a_reader_that_died_inside_an_access_does_not_delay_unmap() {
     let mut bed = Bed::new();
     mapped(&mut bed);
     let mut stalled = bed.process("stall");
@@ -308,7 +308,7 @@ fn silent_connections_are_closed_and_limited() {
 }
 
 #[test]
-fn processes_of_other_users_are_let_in_where_that_is_allowed() {
+fn processes_of_allowed_users_are_accepted() {
     const NOBODY: u32 = 65534;
     let able = std::fs::metadata("/proc/self").expect("there").uid() == 0;
     if !able {
