@@ -161,6 +161,8 @@ fn a_device_built_without_the_daemon_obeys_the_guest() {
     let mut device = Device::start(&program, &socket);
     let mut guest = Guest::boot(&daemon);
     guest.post_event_buffer(24);
+    // The worker takes the event queue with its first event; an answer shows that it has had one.
+    guest.probe(EP);
     let refused = device.copy(0x5000, 0x6000, 16);
     assert!(
         refused.contains("endpoint 0x30 has no r- access at 0x5000"),
