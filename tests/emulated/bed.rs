@@ -117,7 +117,7 @@ pub fn example() -> PathBuf {
         .join("examples/nvme");
     assert!(
         built.exists(),
-        "{} is not there: run `cargo build --example nvme`",
+        "{} does not exist: run `cargo build --example nvme`",
         built.display()
     );
     built

@@ -192,8 +192,8 @@ impl DeviceAccess for RecordingDevice {
             IrqWhat::All(count) => format!("all {count}"),
             IrqWhat::Chosen(bools) => format!("chosen {bools:?}"),
             IrqWhat::Events(events) => {
-                let there = events.iter().map(|e| if e.is_some() { 'e' } else { '-' });
-                format!("events {}", there.collect::<String>())
+                let present = events.iter().map(|e| if e.is_some() { 'e' } else { '-' });
+                format!("events {}", present.collect::<String>())
             }
         };
         state.changes.push(format!(

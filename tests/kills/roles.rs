@@ -59,12 +59,12 @@ fn read() -> ! {
             };
             check(found, at, "a reader");
         } else {
-            let inside = reader.enter().expect("a word");
+            let access = reader.enter().expect("a free epoch word");
             // `memory` is from before the access began: guest memory may have changed since.
             if reader.has_changed(&memory) {
                 continue;
             }
-            let page = match inside.translate(Iova(at), Access::READ_WRITE) {
+            let page = match access.translate(Iova(at), Access::READ_WRITE) {
                 Ok(page) => page.gpa.0,
                 Err(AccessError::Fault { .. }) => continue,
                 Err(other) => panic!("{other}"),

@@ -156,8 +156,8 @@ impl Session {
             }
             DMA_UNMAP => {
                 // Unmaps the memory before the reply.
-                let gone = self.windows.remove(&command.u64_at(8));
-                assert!(gone.is_some(), "the server has this window");
+                let window = self.windows.remove(&command.u64_at(8));
+                assert!(window.is_some(), "the server has this window");
                 command.body.clone()
             }
             SET_IRQS | RESET => Vec::new(),

@@ -93,7 +93,7 @@ enum Outcome {
     /// A status.
     Status(u8),
     /// The daemon has closed the connection.
-    Gone,
+    Disconnected,
 }
 
 /// The daemon's endpoints and mappings, from the control socket.
@@ -465,7 +465,7 @@ const CASES: [Case; 13] = [
                     bed.vm.guest.memory.regions.retain(|r| r.gpa != EXTRA);
                     Outcome::Status(OK)
                 }
-                Err(_) => Outcome::Gone,
+                Err(_) => Outcome::Disconnected,
             }
         },
     },
@@ -484,7 +484,7 @@ const CASES: [Case; 13] = [
                     bed.vm.guest.memory.regions.push(extra);
                     Outcome::Status(OK)
                 }
-                Err(_) => Outcome::Gone,
+                Err(_) => Outcome::Disconnected,
             }
         },
     },
@@ -501,7 +501,7 @@ struct OutcomeCounts {
     done: u32,
     refused: u32,
     quarantined: u32,
-    gone: u32,
+    disconnected: u32,
 }
 
 impl Case {
@@ -524,8 +524,8 @@ impl Case {
             let victim = Victim::new(bed, self.thread);
             victim.fail_nth(n);
             let outcome = (self.act)(bed);
-            if outcome == Outcome::Gone {
-                counts.gone += 1;
+            if outcome == Outcome::Disconnected {
+                counts.disconnected += 1;
                 bed.reconnect();
                 continue;
             }
@@ -549,7 +549,7 @@ impl Case {
                     counts.done += 1;
                     assert_eq!(now, after, "{what}");
                 }
-                Outcome::Status(_) | Outcome::Gone => {
+                Outcome::Status(_) | Outcome::Disconnected => {
                     counts.refused += 1;
                     assert_eq!(now, before, "{what}");
                 }

@@ -108,13 +108,14 @@ fn a_device_moves_between_domains_under_load() {
         let (mut bed, mut devices) = pair(backend);
         let stays = devices.pop().expect("two");
         let moves = devices.pop().expect("two");
-        let (iova, here, there, elsewhere) = (0x8000, TARGETS, TARGETS + PAGE, TARGETS + 2 * PAGE);
+        let (iova, first_page, second_page, third_page) =
+            (0x8000, TARGETS, TARGETS + PAGE, TARGETS + 2 * PAGE);
         // The other device keeps the second domain alive.
         assert_eq!(bed.guest.attach(1, endpoint(0)), OK);
         assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
-        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
-        assert_eq!(bed.guest.map(2, iova, iova + PAGE - 1, there, RW), OK);
-        assert_eq!(bed.guest.map(2, 0, PAGE - 1, elsewhere, RW), OK);
+        assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, first_page, RW), OK);
+        assert_eq!(bed.guest.map(2, iova, iova + PAGE - 1, second_page, RW), OK);
+        assert_eq!(bed.guest.map(2, 0, PAGE - 1, third_page, RW), OK);
         let before = bed.guest.memory.read(LOW_RAM, 0x10_0000);
         let stop = Arc::new(AtomicBool::new(false));
         let writes = Arc::new(AtomicU64::new(0));
@@ -133,9 +134,9 @@ fn a_device_moves_between_domains_under_load() {
         let pattern = TestDev::PATTERN.to_le_bytes();
         for round in 0..200 {
             let (to, expected, other) = if round % 2 == 0 {
-                (2, there, here)
+                (2, second_page, first_page)
             } else {
-                (1, here, there)
+                (1, first_page, second_page)
             };
             assert_eq!(
                 bed.guest.attach(to, endpoint(0)),
@@ -147,7 +148,7 @@ fn a_device_moves_between_domains_under_load() {
                 // The first domain had no other device, so it has ended.
                 assert_eq!(bed.guest.unmap(1, 0, u64::MAX), NOENT);
             } else {
-                assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, here, RW), OK);
+                assert_eq!(bed.guest.map(1, iova, iova + PAGE - 1, first_page, RW), OK);
             }
             // No later write may reach the memory of the other domain.
             bed.guest.memory.write(other, &[0; 8]);
@@ -166,7 +167,7 @@ fn a_device_moves_between_domains_under_load() {
             allowed.load(Ordering::Relaxed),
         );
         eprintln!("{all} writes, {done} allowed");
-        assert!(reaches(&bed, &stays, 0, elsewhere));
+        assert!(reaches(&bed, &stays, 0, third_page));
         assert!(bed.guest.memory.read(LOW_RAM, 0x10_0000) == before);
     }
 }

@@ -101,7 +101,7 @@ impl Bed {
             reserved: Vec::new(),
         };
         let own = PciAddress::new(0, 0, 5, 0).expect("an address");
-        let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("fits");
+        let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("a topology");
         let settings = Settings {
             address_width: 48,
             page_sizes: PageMask::TABLE,
@@ -112,7 +112,7 @@ impl Bed {
         let mut iommu = Iommu::new(settings, topology).expect("a core");
         iommu
             .add_backend(Box::new(backend), &[address.endpoint_id()])
-            .expect("goes together");
+            .expect("a backend of its own");
         let slot = ram();
         iommu.connect();
         iommu.set_memory(vec![slot.clone()]);
@@ -160,14 +160,16 @@ impl Bed {
     /// Writes to guest RAM at its offset `at`.
     pub fn poke(&self, at: u64, bytes: &[u8]) {
         let ram = self.slot.memory.as_volatile_slice();
-        ram.write_slice(bytes, at as usize).expect("inside");
+        ram.write_slice(bytes, at as usize)
+            .expect("inside guest RAM");
     }
 
     /// Reads guest RAM at its offset `at`.
     pub fn peek(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let ram = self.slot.memory.as_volatile_slice();
-        ram.read_slice(&mut bytes, at as usize).expect("inside");
+        ram.read_slice(&mut bytes, at as usize)
+            .expect("inside guest RAM");
         bytes
     }
 
@@ -211,8 +213,8 @@ impl Bed {
         let mut client = self.connect();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&listener);
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(text), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body(text), &[]);
         assert_eq!(client.recv().expect("an answer").errno(), 0);
         (client, server)
     }
@@ -303,8 +305,8 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 
 fn ram() -> MemorySlot {
     let file = tempfile::tempfile().expect("a file");
-    file.set_len(RAM_OFFSET + RAM_LEN).expect("grows");
-    let metadata = file.metadata().expect("known");
+    file.set_len(RAM_OFFSET + RAM_LEN).expect("a length");
+    let metadata = file.metadata().expect("metadata");
     let identity = (metadata.dev(), metadata.ino());
     let file: Arc<File> = Arc::new(file);
     let backing = FileOffset::from_arc(file.clone(), RAM_OFFSET);

@@ -70,8 +70,8 @@ impl DaemonBed {
         let mut client = self.client();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&self.listener);
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body("{}"), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body("{}"), &[]);
         assert_eq!(client.recv().expect("an answer").errno(), 0);
         (client, server)
     }

@@ -23,7 +23,7 @@ use crate::connection::{
 const IOVA: u64 = 0x4000_0000;
 
 #[test]
-fn windows_come_without_descriptors_or_with_them() {
+fn windows_have_descriptors_only_with_isolation_mappings() {
     for isolation in [Isolation::Messages, Isolation::Mappings] {
         let bed = Bed::new(isolation);
         // The guest maps one range before the server connects, and others after.
@@ -287,8 +287,8 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     let (mut client, mut server) = std::thread::scope(|scope| {
         let client = scope.spawn(|| bed.client());
         let mut server = accept(&listener);
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(crate::bed::SERVER_TEXT), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body(crate::bed::SERVER_TEXT), &[]);
         (client.join().expect("agreed"), server)
     });
     bed.attach();
@@ -317,8 +317,8 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
 
     // The server may connect again. It reaches nothing before the guest attaches its endpoint again.
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
-    server.reply(&asked, &version_body(crate::bed::SERVER_TEXT), &[]);
+    let request = server.recv().expect("VERSION");
+    server.reply(&request, &version_body(crate::bed::SERVER_TEXT), &[]);
     assert_eq!(read(&mut server, IOVA, 1), Err(libc::EFAULT));
     assert_eq!(bed.faults.take(), [(FaultReason::Unknown, IOVA)]);
     bed.attach();
@@ -444,10 +444,10 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
     let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
+    let request = server.recv().expect("VERSION");
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
-    server.reply(&asked, &version_body(text), &[theirs.as_fd()]);
+    server.reply(&request, &version_body(text), &[theirs.as_fd()]);
     drop(theirs);
     let answer = client.recv().expect("an answer");
     assert!(answer.fds.is_empty());

@@ -77,9 +77,9 @@ fn a_client_with_descriptors_of_a_dead_server_is_disconnected() {
     let bed = Bed::new(Isolation::Messages);
     let (mut client, mut server) = bed.raw_pair();
     client.ask(REGION_INFO, &[0; 32], &[]);
-    let asked = server.recv().expect("forwarded");
+    let request = server.recv().expect("forwarded");
     let null = File::open("/dev/null").expect("open");
-    server.reply(&asked, &asked.body, &[null.as_fd()]);
+    server.reply(&request, &request.body, &[null.as_fd()]);
     assert_eq!(client.recv().expect("a reply").fds.len(), 1);
     drop(server);
     assert!(client.is_closed());
@@ -154,8 +154,8 @@ fn unmap_waits_for_a_server_without_client_that_has_memory() {
         unmapped.join().expect("no panic").expect("unmapped");
     });
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
-    server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+    let request = server.recv().expect("VERSION");
+    server.reply(&request, &version_body(SERVER_TEXT), &[]);
     assert_eq!(client.recv().expect("an answer").errno(), 0);
     assert_eq!(server.recv().expect("a window").u64_at(16), IOVA + 0x1000);
 }
@@ -247,8 +247,8 @@ fn a_client_waits_for_its_server() {
     // A server that dies at once does no harm.
     drop(accept(&listener));
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
-    server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+    let request = server.recv().expect("VERSION");
+    server.reply(&request, &version_body(SERVER_TEXT), &[]);
     assert_eq!(client.recv().expect("an answer").errno(), 0);
 }
 
@@ -259,9 +259,9 @@ fn a_server_with_other_capabilities_does_not_get_the_old_client() {
     let listener = bed.listen();
     drop(server);
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
+    let request = server.recv().expect("VERSION");
     let other = r#"{"capabilities":{"max_msg_fds":1}}"#;
-    server.reply(&asked, &version_body(other), &[]);
+    server.reply(&request, &version_body(other), &[]);
     assert!(client.is_closed());
 }
 
@@ -282,8 +282,8 @@ fn two_hundred_deaths_leave_nothing_behind() {
             assert!(server.is_closed());
             return;
         }
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body(SERVER_TEXT), &[]);
         assert_eq!(client.recv().expect("an answer").errno(), 0);
         if n % 4 == 1 {
             drop(client);

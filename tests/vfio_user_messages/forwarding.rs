@@ -21,13 +21,13 @@ fn each_end_gets_the_capabilities_of_the_other_and_the_interposer() {
     let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     let mut server = accept(&listener);
-    let asked = server.recv().expect("VERSION");
-    let offered = &asked.text()["capabilities"];
+    let request = server.recv().expect("VERSION");
+    let offered = &request.text()["capabilities"];
     assert_eq!(offered["max_msg_fds"], 16, "the client's limit");
     assert_eq!(offered["twin_socket"]["supported"], true);
     assert_eq!(offered["write_multiple"], true);
     let text = r#"{"capabilities":{"max_msg_fds":3,"max_data_xfer_size":4096}}"#;
-    server.reply(&asked, &version_body(text), &[]);
+    server.reply(&request, &version_body(text), &[]);
     let reply = client.recv().expect("an answer");
     let agreed = &reply.text()["capabilities"];
     assert_eq!(agreed["max_msg_fds"], 3);
@@ -67,12 +67,12 @@ fn descriptors_pass_both_ways_with_their_message() {
     let events: Vec<_> = (0..3)
         .map(|_| UnixStream::pair().expect("sockets"))
         .collect();
-    let fds: Vec<_> = events.iter().map(|(_, there)| there.as_fd()).collect();
+    let fds: Vec<_> = events.iter().map(|(_, theirs)| theirs.as_fd()).collect();
     let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 3), &fds);
     assert_eq!(reply.errno(), 0);
-    for ((mut here, _there), expected) in events.into_iter().zip(b'a'..) {
+    for ((mut ours, _theirs), expected) in events.into_iter().zip(b'a'..) {
         let mut byte = [0];
-        here.read_exact(&mut byte).expect("came");
+        ours.read_exact(&mut byte).expect("a byte");
         assert_eq!(byte, [expected]);
     }
     let mut reply = client.call(REGION_INFO, &[7; 32], &[]);
@@ -80,7 +80,7 @@ fn descriptors_pass_both_ways_with_their_message() {
     let mut region = UnixStream::from(reply.fds.pop().expect("a descriptor"));
     region.write_all(b"x").expect("written");
     let mut byte = [0];
-    theirs.read_exact(&mut byte).expect("came");
+    theirs.read_exact(&mut byte).expect("a byte");
     assert!(client.call(RESET, &[], &[]).fds.is_empty());
 }
 

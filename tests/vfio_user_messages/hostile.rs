@@ -180,12 +180,12 @@ fn servers_that_send_garbage_are_cut_off() {
     for (what, bytes, descriptors) in garbage_of_servers() {
         eprintln!("{what}");
         let (mut client, mut server) = bed.raw_pair();
-        let asked = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
+        let request = client.ask(REGION_READ, &region(0, 0, 4, &[]), &[]);
         assert_eq!(server.recv().expect("forwarded").cmd, REGION_READ);
         send(&mut server, &bytes, descriptors);
         assert!(server.is_closed(), "{what}");
         let reply = client.recv().expect("a reply");
-        assert_eq!((reply.id, reply.errno()), (asked, libc::EIO), "{what}");
+        assert_eq!((reply.id, reply.errno()), (request, libc::EIO), "{what}");
     }
     assert_works(&bed);
 }
@@ -223,13 +223,13 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
         (REGION_INFO, &info, REGION_INFO, &info, 17),
         (GET_INFO, &info[..16], GET_INFO, &[], 0),
     ];
-    for (asked, with, cmd, body, descriptors) in exchanges {
+    for (request, with, cmd, body, descriptors) in exchanges {
         let (mut client, mut server) = bed.raw_pair();
-        client.ask(asked, with, &[]);
+        client.ask(request, with, &[]);
         let msg = server.recv().expect("forwarded");
         let fds = vec![null.as_fd(); descriptors];
         server.send(msg.id, cmd, REPLY, body, &fds);
-        assert!(server.is_closed(), "command {asked}, reply to {cmd}");
+        assert!(server.is_closed(), "command {request}, reply to {cmd}");
     }
     assert_works(&bed);
 }
@@ -246,8 +246,8 @@ fn servers_with_invalid_capabilities_get_no_client() {
         let mut client = bed.connect();
         client.ask(VERSION, &version_body("{}"), &[]);
         let mut server = accept(&listener);
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(text), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body(text), &[]);
         assert!(server.is_closed(), "{text}");
         assert!(client.is_closed(), "{text}");
     }

@@ -122,8 +122,8 @@ impl SocketBed {
         let mut client = Connection::new(stream);
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&self.listener);
-        let asked = server.recv().expect("VERSION");
-        server.reply(&asked, &version_body(SERVER_TEXT), &[]);
+        let request = server.recv().expect("VERSION");
+        server.reply(&request, &version_body(SERVER_TEXT), &[]);
         assert_eq!(client.recv().expect("an answer").errno(), 0);
         let window = server.recv().expect("a window");
         server.reply(&window, &[], &[]);
