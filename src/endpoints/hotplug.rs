@@ -145,7 +145,7 @@ impl Hotplug {
             .collect()
     }
 
-    /// The files of the devices' sockets. The map follows later changes.
+    /// The files of the devices' sockets. Hotplug changes the shared map.
     pub fn files(&self) -> Files {
         self.files.clone()
     }
@@ -170,8 +170,8 @@ impl Hotplug {
             reserved,
             room: self.device.probe_room(),
         };
-        // A refused backend comes back in the error, and drops after the core is unlocked: dropping it
-        // waits for its threads.
+        // If the core refuses the backend, the error returns it, so that it is dropped after the core is unlocked:
+        // dropping it waits for its threads.
         let added = self.iommu.lock().add_endpoints(new, opened.backend.take());
         added.map_err(|(cause, _)| cause)?;
         {

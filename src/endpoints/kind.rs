@@ -86,19 +86,19 @@ pub struct PluggedDevice {
 pub enum PlugError {
     /// The registry of readers is made once, before the page tables are in use.
     #[error(
-        "endpoints with `shadow` are there from the start to the end of the daemon; put it into the \
-         file, or take it out, and start the VM anew"
+        "endpoints with `shadow` can be neither added to nor removed from a running VM; put the endpoint \
+         into the file, or take it out, and start the VM anew"
     )]
     Shadow,
     /// The VMM would need a descriptor of the device that it shares with the daemon.
     #[error(
-        "a device of the host can be added to a running VM only where the daemon has it to itself; \
+        "a device of the host can be added to a running VM only if the daemon exports it; \
          give `export = \"PATH\"` beside `vfio` and plug it in as a vfio-user device"
     )]
     Shared,
     /// The sandbox was made for the devices of the file alone.
     #[error(
-        "devices are opened and let go while the VM runs only where the file has `hotplug`; give the \
+        "devices can be added to and removed from a running VM only if the file has `hotplug`; give the \
          ranges that endpoints are plugged into there, and start the VM anew"
     )]
     Unprepared,

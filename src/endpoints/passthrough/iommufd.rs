@@ -83,10 +83,13 @@ pub(super) fn open(
         let binds = inherited.is_some() && !is_exported;
         let (cdev, found) = match inherited {
             Some(cdev) if is_exported => {
-                let found = own(&iommufd, &cdev, host).map_err(failed)?;
+                let found = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
                 (cdev, Some(found))
             }
-            Some(cdev) => (cdev, path.and_then(|path| scratch(&node, &path, host))),
+            Some(cdev) => (
+                cdev,
+                path.and_then(|path| probe_vmm_device(&node, &path, host)),
+            ),
             None => {
                 let path = path.ok_or(PassthroughError::NoDevice {
                     host,
@@ -95,7 +98,7 @@ pub(super) fn open(
                           lacks CONFIG_VFIO_DEVICE_CDEV",
                 })?;
                 let cdev = Cdev::open(&path).map_err(failed)?;
-                let found = own(&iommufd, &cdev, host).map_err(failed)?;
+                let found = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
                 (cdev, Some(found))
             }
         };
@@ -168,9 +171,9 @@ fn check_node(
     }
 }
 
-/// The addresses that a device bound by the VMM allows; `None` if they are unknown. Only VFIO knows them for
-/// certain, and this process may lack the right to open the device, or the VMM may have opened it already.
-fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
+/// Asks VFIO for the addresses that a device bound by the VMM allows. Only VFIO knows them for certain. `None`: this
+/// process lacks the right to open the device, or the VMM has bound it already.
+fn probe_vmm_device(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
     match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),
         Err(cause) => {
@@ -184,7 +187,11 @@ fn scratch(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
 }
 
 /// Binds a device for this process and leaves it blocked. Returns the addresses that it allows.
-fn own(iommufd: &IommuFd, cdev: &Cdev, host: PciAddress) -> Result<AllowedIovas, VfioError> {
+fn bind_blocked(
+    iommufd: &IommuFd,
+    cdev: &Cdev,
+    host: PciAddress,
+) -> Result<AllowedIovas, VfioError> {
     cdev.bind(iommufd)?;
     let step = |what: &str, source| VfioError {
         what: format!("cannot {what} for {host}"),

@@ -17,7 +17,7 @@ use crate::topology::PciAddress;
 use crate::vfio::{Attach, Cdev, Container, DeviceMemory, Group, VfioError};
 
 /// A container and the devices of its group.
-struct Open {
+struct OpenedGroup {
     container: Container,
     devices: Vec<(Passthrough, Option<Cdev>)>,
 }
@@ -28,7 +28,7 @@ pub(super) fn open(
     facts: &HostFacts,
 ) -> Result<HostBackends, PassthroughError> {
     let mut inherited = Inherited::adopt(config)?;
-    let mut groups: BTreeMap<u32, Open> = BTreeMap::new();
+    let mut groups: BTreeMap<u32, OpenedGroup> = BTreeMap::new();
     for &passthrough in &config.devices.passthrough {
         let Passthrough { endpoint, host } = passthrough;
         let number = group_of(facts, host, endpoint)?;
@@ -44,9 +44,9 @@ pub(super) fn open(
             Entry::Vacant(entry) => {
                 let container = match container {
                     Some(container) => container,
-                    None => own(root, number).map_err(failed)?,
+                    None => open_container(root, number).map_err(failed)?,
                 };
-                entry.insert(Open {
+                entry.insert(OpenedGroup {
                     container,
                     devices: Vec::new(),
                 })
@@ -87,7 +87,7 @@ pub(super) fn open(
 }
 
 /// Refuses one container for several groups, as some VMMs make it: a container has one address space.
-fn refuse_shared_containers(groups: &BTreeMap<u32, Open>) -> Result<(), PassthroughError> {
+fn refuse_shared_containers(groups: &BTreeMap<u32, OpenedGroup>) -> Result<(), PassthroughError> {
     let open: Vec<_> = groups.values().collect();
     for (n, one) in open.iter().enumerate() {
         for other in &open[..n] {
@@ -141,7 +141,7 @@ impl Inherited {
     }
 }
 
-fn own(root: &HostRoot, number: u32) -> Result<Container, VfioError> {
+fn open_container(root: &HostRoot, number: u32) -> Result<Container, VfioError> {
     let mut container = Container::open(&root.path("dev/vfio/vfio"))?;
     container.set_group(Group::open(&root.path(format!("dev/vfio/{number}")))?)?;
     Ok(container)
@@ -151,7 +151,7 @@ fn add_group(
     config: &Config,
     opened: &mut HostBackends,
     number: u32,
-    open: Open,
+    open: OpenedGroup,
     peers: &[Arc<dyn DeviceMemory>],
 ) -> Result<(), PassthroughError> {
     let info = open.container.info().map_err(|source| VfioError {
