@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_put_into_words() {
+    fn answers_are_rendered_as_text() {
         let mut out = String::new();
         let one = json!({ "first": "a", "last": "a" });
         let two = json!({ "first": "a", "last": "b" });

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_has_its_priority_and_stays_one() {
+    fn each_message_is_one_line_with_its_priority() {
         let mut out = Vec::new();
         for (level, text) in [
             (Level::Error, "a\nb"),

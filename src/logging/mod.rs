@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_words() {
+    fn levels_are_set_by_name() {
         let log = VmLog::new("vm1");
         for level in ["off", "error", "WARN", "info", "debug", "trace", "default"] {
             assert_eq!(log.set_level(level), Ok(()), "{level}");

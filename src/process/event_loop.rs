@@ -224,17 +224,17 @@ mod tests {
         let both = Events::EPOLLIN | Events::EPOLLOUT;
         for wanted in [Events::EPOLLIN, both, Events::EPOLLOUT] {
             let interests = [interest(&ours, 1, wanted)];
-            events.wait_for(&interests).expect("told");
+            events.wait_for(&interests).expect("waits for them");
             assert_eq!(ready(&events), [(1, wanted)]);
         }
         // A descriptor without events is reported nevertheless after its peer has hung up.
         let nothing = [interest(&ours, 1, Events::empty())];
-        events.wait_for(&nothing).expect("told");
+        events.wait_for(&nothing).expect("waits for them");
         assert_eq!(ready(&events), []);
         drop(theirs);
-        events.wait_for(&nothing).expect("told");
+        events.wait_for(&nothing).expect("waits for them");
         assert_eq!(ready(&events), [(1, Events::EPOLLHUP)]);
-        events.wait_for(&[]).expect("told");
+        events.wait_for(&[]).expect("waits for them");
         assert_eq!(ready(&events), []);
     }
 
@@ -245,19 +245,19 @@ mod tests {
         let ours = Arc::new(ours);
         for token in [1, 2] {
             let interests = [interest(&ours, token, Events::EPOLLOUT)];
-            events.wait_for(&interests).expect("told");
+            events.wait_for(&interests).expect("waits for them");
             assert_eq!(ready(&events), [(token, Events::EPOLLOUT)]);
         }
     }
 
-    /// The number of a closed descriptor stands for the next file that is opened.
+    /// The next file that is opened gets the number of a closed descriptor.
     #[test]
-    fn a_connection_that_follows_another_is_waited_for_as_well() {
+    fn a_reused_descriptor_number_is_waited_for() {
         let mut events = EventLoop::new().expect("a set");
         for _ in 0..3 {
             let (ours, mut theirs) = UnixStream::pair().expect("a pair");
             let interests = [interest(&Arc::new(ours), 1, Events::EPOLLIN)];
-            events.wait_for(&interests).expect("told");
+            events.wait_for(&interests).expect("waits for them");
             assert_eq!(ready(&events), []);
             theirs.write_all(b"x").expect("sent");
             assert_eq!(ready(&events), [(1, Events::EPOLLIN)]);

@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn one_socket_is_taken_and_no_other_number() {
+    fn exactly_one_listening_socket_is_accepted() {
         let of = |count| service(&[("LISTEN_PID", "77"), ("LISTEN_FDS", count)]);
         assert_eq!(of("1").expect("one").socket(), Some(3));
         for count in ["0", "2", "-1", "x", ""] {

@@ -197,13 +197,13 @@ fn read_events(
         let message: Value = serde_json::from_slice(line)?;
         if !*greeted {
             if message.get("QMP").is_none() {
-                return refuse("what answers there does not greet as QMP does");
+                return refuse("the peer sent no QMP greeting");
             }
             *greeted = true;
             out.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
-            info_limited!("the VMM will tell of the VM's resets");
+            info_limited!("the VMM reports resets of the VM over QMP");
         } else if message.get("error").is_some() {
-            return refuse("it does not let us in");
+            return refuse("the VMM refuses qmp_capabilities");
         } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
             if !monitor.report_reset(reset) {
                 return Ok(());
@@ -211,7 +211,7 @@ fn read_events(
             std::thread::sleep(RESET_PAUSE);
         }
     }
-    refuse("it has hung up")
+    refuse("the VMM has closed the connection")
 }
 
 /// Splits a stream into lines of up to [`MAX_LINE`] bytes.

@@ -152,9 +152,9 @@ enum PeerState {
     /// It has not greeted yet.
     Connected {
         stream: UnixStream,
-        /// Index of the socket it came in at.
+        /// The index of the socket that it connected to.
         listener: usize,
-        /// It is refused if it has not greeted by then.
+        /// The server refuses the peer if it has not greeted by this time.
         deadline: Instant,
     },
     Registered(Arc<Reader>),
@@ -384,7 +384,8 @@ impl ServerThread {
         }
     }
 
-    /// Stops reading from a reader. Watches its process on if the process is `dying` or inside an access.
+    /// Stops reading from a reader. If its process is `dying` or inside an access, the thread still waits for the
+    /// end of the process.
     fn stop_reading(&mut self, token: u64, reader: Arc<Reader>, dying: bool) {
         if let Err(cause) = self.events.remove(reader.stream().as_raw_fd()) {
             debug!(

@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_and_codes_give_back_what_they_were_made_of() {
+    fn frames_and_codes_survive_a_round_trip() {
         let frame = Frame::new(kind::FAULT, 2, [0x1000, 2, 3, u64::MAX]);
         assert_eq!(Frame::from_wire(&frame.to_wire()), frame);
         let head = [9u32, 2].map(u32::to_ne_bytes).concat();

@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_neither_overlap_nor_go_in_parts() {
+    fn windows_do_not_overlap_and_are_removed_whole() {
         let w = &mut ClientWindows::default();
         assert_eq!(map(w, 0x1000, 0x2000), Ok(()));
         assert_eq!(map(w, 0x3000, 0x1000), Ok(()));

@@ -213,7 +213,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "ServiceError::Sockets",
-        "src/process/service.rs::one_socket_is_taken_and_no_other_number",
+        "src/process/service.rs::exactly_one_listening_socket_is_accepted",
     ),
     (
         "ServiceError::Notify",

@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_allowed_without_condition_has_none() {
+    fn an_unconditional_rule_overrides_conditions() {
         let with = |value| (7, Condition::With(Argument::Is(0, value)));
         let made = rules(&[with(1), with(2), with(1)]).expect("rules");
         assert_eq!(made[&7].len(), 2);

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_are_kept_for_a_reason_only() {
+    fn only_needed_capabilities_are_kept() {
         assert_eq!(needed(&Needs::default()), CapabilitySet::empty());
         let all = Needs::all_without_files();
         let kept = CapabilitySet::IPC_LOCK

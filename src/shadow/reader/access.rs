@@ -103,8 +103,9 @@ impl Session {
             length,
         })?;
         let mut inside = self.enter().ok_or(AccessError::Busy)?;
-        // After the access has begun: the thread that outdates this generation either waits for this
-        // access or has stored the new generation before it.
+        // Checked after the access has begun. The thread that removes memory first stores the new generation
+        // and then waits for accesses in progress: either this load finds the store, or the thread waits for
+        // this access.
         if generation < self.valid_from.load(Ordering::Acquire) {
             return Err(AccessError::Outdated);
         }

@@ -7,8 +7,8 @@ use crate::address::Access;
 /// The last address that an access can reach: `vm-memory` stores the address after a range in 64 bits.
 pub(super) const LAST_REACHED: u64 = u64::MAX - 2;
 
-/// The translation of one range. It saves `vm-memory`'s map from being rebuilt, not the walk: each access
-/// compares it with the page tables before it is used.
+/// The translation of one range. Each access still walks the page tables and compares the result with this
+/// translation. If they match, `vm-memory`'s map need not be rebuilt.
 #[derive(Debug)]
 pub(super) struct Tlb {
     pub(super) found: Iotlb,
@@ -38,7 +38,8 @@ impl Tlb {
         }
     }
 
-    /// Whether it translates `first..=last` to `gpa` on with the rights `access`, as the tables now do.
+    /// Whether it translates `first..=last` to guest-physical addresses from `gpa` on, with the rights `access`.
+    /// The caller has read these from the page tables just now.
     pub(super) fn matches(&self, first: u64, last: u64, gpa: u64, access: Access) -> bool {
         let (Some((from, to)), Some((leads, rights))) = (self.range, self.piece) else {
             return false;

@@ -14,7 +14,7 @@ const SPINS: u32 = 2000;
 const NAP: Duration = Duration::from_micros(50);
 
 impl Registry {
-    /// Sets an endpoint's slot. On success, no access is in progress that found the slot's value before.
+    /// Sets an endpoint's slot. On success, no access that found the previous value is in progress.
     ///
     /// # Errors
     /// A reader stays inside an access and cannot be killed. The endpoint is blocked then.
@@ -30,8 +30,8 @@ impl Registry {
         done
     }
 
-    /// Waits for every access in progress at this call of readers whose endpoint is `concerned`. Kills a
-    /// reader whose access outlasts the patience.
+    /// Waits for the accesses that are in progress at this call, of all readers for whose endpoint `concerned`
+    /// returns true. Kills a reader whose access outlasts the patience.
     ///
     /// # Errors
     /// A reader stays inside an access and cannot be killed. It may still reach memory that was unmapped

@@ -55,7 +55,7 @@ pub enum ClientError {
     System(#[from] io::Error),
 }
 
-/// How a client that was not cut off came to its end.
+/// Why the connection to a client ended, if the server did not cut the client off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientEnd {
     /// The client hung up between two messages.
