@@ -89,7 +89,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// What is wrong with a value. Each message ends with the cure.
+/// The kind of a problem. Each message ends with the cure.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ProblemKind {

@@ -1,4 +1,4 @@
-//! What the sandbox must allow a daemon with a given configuration.
+//! The rights that the sandbox must grant a daemon with a given configuration.
 
 use std::path::{Path, PathBuf};
 

@@ -74,7 +74,7 @@ impl ExportedIrqs {
     pub(super) fn release(&mut self, device: &dyn DeviceAccess, name: &str) {
         self.kept.clear();
         for index in std::mem::take(&mut self.used) {
-            // The kernel refuses to disable what is disabled: the client's request may have failed.
+            // EINVAL: the interrupts are not enabled, for example because the client's request failed.
             if let Err(cause) = device.set_irqs(&disable_all(index))
                 && cause.raw_os_error() != Some(libc::EINVAL)
             {

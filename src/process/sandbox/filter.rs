@@ -11,7 +11,7 @@ use super::SandboxError;
 use super::calls::{Argument, Call, Condition, calls};
 use super::role::{Needs, Role};
 
-/// What the filter does about a call that it does not allow.
+/// The reaction to a call that the filter does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Violation {
     /// The kernel kills the process, with SIGSYS and at once.

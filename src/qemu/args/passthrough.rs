@@ -81,8 +81,8 @@ impl PassthroughArguments {
     /// Notes on the descriptors that QEMU and the daemon must inherit, which arguments cannot express.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = vec![
-            "QEMU and the daemon must inherit the same open files, which `vhost-device-iommu launch` \
-             sees to; to do so by hand in bash, before both are started:"
+            "QEMU and the daemon must inherit the same open files. `vhost-device-iommu launch` opens \
+             them; to open them by hand in bash, before both are started:"
                 .to_owned(),
             format!("  exec {}<>/dev/iommu", self.iommufd),
         ];

@@ -153,8 +153,8 @@ impl Registry {
             gone: AtomicBool::new(false),
         });
         state.next_number += 1;
-        // The state's lock is held since the memory was read. A later change of memory is sent to this
-        // reader, and a later UNMAP waits for it. The reader has found every earlier change.
+        // The state has stayed locked since `state.memory` was read. This reader therefore gets every later
+        // change of memory, every later UNMAP waits for it, and it finds every earlier change.
         state.readers.push(reader.clone());
         Ok(reader)
     }

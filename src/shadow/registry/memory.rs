@@ -18,8 +18,8 @@ use crate::shadow::wire::{Frame, kind};
 use crate::warn_limited;
 
 impl Registry {
-    /// Adds guest RAM and waits until the readers have mapped it, so that the guest's next request already
-    /// holds for them.
+    /// Adds guest RAM and waits until the readers have mapped it: the guest's next request may map this RAM for
+    /// their DMA.
     ///
     /// A reader that does not acknowledge in time reaches the RAM once it does; later calls do not wait for it
     /// until it has caught up. The caller may hold the core's lock: the thread that serves the readers does not

@@ -1,7 +1,7 @@
 //! The thread between a client and a device's server.
 //!
-//! The thread never waits for a peer. It queues what it cannot send, and receives nothing more from a
-//! peer that caused a long queue.
+//! The thread never waits for a peer. It queues messages that a socket does not accept yet, and receives
+//! nothing more from a peer whose messages have made a queue long.
 
 mod client;
 mod peers;

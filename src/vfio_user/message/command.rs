@@ -17,7 +17,7 @@ pub enum Command {
     DeviceGetInfo = 4,
     /// Describes a region.
     DeviceGetRegionInfo = 5,
-    /// Gets descriptors that stand for accesses to a region.
+    /// Gets descriptors that a client can use in place of accesses to a region.
     DeviceGetRegionIoFds = 6,
     /// Describes a kind of interrupts.
     DeviceGetIrqInfo = 7,

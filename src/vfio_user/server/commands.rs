@@ -1,4 +1,4 @@
-//! Commands of a client: each is checked against what the device has, then executed.
+//! Commands of a client: the server checks each against the device's regions and interrupts, and executes it.
 
 use std::os::fd::OwnedFd;
 

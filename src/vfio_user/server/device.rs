@@ -128,7 +128,7 @@ pub struct ServedRegion {
     /// Bytes; 0 if the device lacks the region.
     pub size: u64,
     /// The server passes on the region's type, and the capabilities that concern mapping if there is
-    /// a file to map. It omits the others, since a client might rely on them in vain.
+    /// a file to map. It omits the others: it does not implement what they promise a client.
     pub capabilities: Vec<RegionCapability>,
 }
 

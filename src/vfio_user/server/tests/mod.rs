@@ -28,7 +28,7 @@ use crate::vfio_user::version::{Capabilities, Version};
 /// Registers of the device: region 0 may be written, region 1 may not, region 2 is absent.
 const REGISTERS: usize = 64;
 
-/// A device that remembers what the server calls.
+/// A device that records the calls of the server.
 struct Registers {
     bytes: Vec<u8>,
     regions: Vec<ServedRegion>,
