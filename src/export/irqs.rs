@@ -9,7 +9,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_UNMASK,
 };
 
-use crate::vfio::{DeviceAccess, IrqChange, IrqWhat};
+use crate::vfio::{DeviceAccess, IrqChange, IrqSelection};
 use crate::vfio_user::server::{IrqAction, IrqKind, IrqSet, IrqSetData};
 use crate::warn_limited;
 
@@ -43,21 +43,21 @@ impl ExportedIrqs {
             IrqAction::Unmask => VFIO_IRQ_SET_ACTION_UNMASK,
             IrqAction::Trigger => VFIO_IRQ_SET_ACTION_TRIGGER,
         };
-        let change = |what| IrqChange {
+        let change = |selection| IrqChange {
             action,
             index,
             start,
-            what,
+            selection,
         };
         match set.data {
             IrqSetData::Disable => {
                 self.kept.remove(&index);
                 self.used.remove(&index);
-                errno_of(device.set_irqs(&change(IrqWhat::All(0))))
+                errno_of(device.set_irqs(&change(IrqSelection::All(0))))
             }
-            IrqSetData::All(count) => errno_of(device.set_irqs(&change(IrqWhat::All(count)))),
+            IrqSetData::All(count) => errno_of(device.set_irqs(&change(IrqSelection::All(count)))),
             IrqSetData::Chosen(chosen) => {
-                errno_of(device.set_irqs(&change(IrqWhat::Chosen(chosen))))
+                errno_of(device.set_irqs(&change(IrqSelection::Chosen(chosen))))
             }
             IrqSetData::Eventfds(events) => {
                 self.used.insert(index);
@@ -121,7 +121,7 @@ fn disable_all(index: u32) -> IrqChange<'static> {
         action: VFIO_IRQ_SET_ACTION_TRIGGER,
         index,
         start: 0,
-        what: IrqWhat::All(0),
+        selection: IrqSelection::All(0),
     }
 }
 
@@ -140,7 +140,7 @@ fn set_events(
         action,
         index,
         start,
-        what: IrqWhat::Events(&events),
+        selection: IrqSelection::Events(&events),
     })
 }
 

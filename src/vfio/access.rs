@@ -66,12 +66,12 @@ pub struct IrqChange<'a> {
     /// The first interrupt that changes.
     pub start: u32,
     /// The interrupts that change.
-    pub what: IrqWhat<'a>,
+    pub selection: IrqSelection<'a>,
 }
 
 /// The interrupts of an [`IrqChange`], counted from its `start`.
 #[derive(Clone, Copy, Debug)]
-pub enum IrqWhat<'a> {
+pub enum IrqSelection<'a> {
     /// This many. 0 with the action `TRIGGER` switches the kind off.
     All(u32),
     /// One byte for each: the interrupt changes if it is not 0.
@@ -162,10 +162,12 @@ impl DeviceAccess for Cdev {
 
     fn set_irqs(&self, change: &IrqChange<'_>) -> io::Result<()> {
         let fds: Vec<RawFd>;
-        let (kind, count, data) = match change.what {
-            IrqWhat::All(count) => (VFIO_IRQ_SET_DATA_NONE, count as usize, IrqData::None),
-            IrqWhat::Chosen(bools) => (VFIO_IRQ_SET_DATA_BOOL, bools.len(), IrqData::Bools(bools)),
-            IrqWhat::Events(events) => {
+        let (kind, count, data) = match change.selection {
+            IrqSelection::All(count) => (VFIO_IRQ_SET_DATA_NONE, count as usize, IrqData::None),
+            IrqSelection::Chosen(bools) => {
+                (VFIO_IRQ_SET_DATA_BOOL, bools.len(), IrqData::Bools(bools))
+            }
+            IrqSelection::Events(events) => {
                 fds = events
                     .iter()
                     .map(|event| event.map_or(-1, |fd| fd.as_raw_fd()))

@@ -24,7 +24,7 @@ use vm_memory::MmapRegion;
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 pub use self::access::{
-    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqWhat, RegionInfo,
+    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqSelection, RegionInfo,
 };
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};

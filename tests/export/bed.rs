@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
-    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqWhat, RegionInfo,
+    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqSelection, RegionInfo,
 };
 
 use crate::common::memory::memfd;
@@ -188,24 +188,24 @@ impl DeviceAccess for RecordingDevice {
         }
         let (action, index) = (change.action, change.index);
         let start = change.start as usize;
-        let what = match change.what {
-            IrqWhat::All(count) => format!("all {count}"),
-            IrqWhat::Chosen(bools) => format!("chosen {bools:?}"),
-            IrqWhat::Events(events) => {
+        let selection = match change.selection {
+            IrqSelection::All(count) => format!("all {count}"),
+            IrqSelection::Chosen(bools) => format!("chosen {bools:?}"),
+            IrqSelection::Events(events) => {
                 let present = events.iter().map(|e| if e.is_some() { 'e' } else { '-' });
                 format!("events {}", present.collect::<String>())
             }
         };
         state.changes.push(format!(
-            "kind {index} action {action:#x} from {start}: {what}"
+            "kind {index} action {action:#x} from {start}: {selection}"
         ));
         if action != 0x20 {
             return Ok(());
         }
-        match change.what {
-            IrqWhat::All(0) => state.events[index as usize].clear(),
-            IrqWhat::All(_) | IrqWhat::Chosen(_) => {}
-            IrqWhat::Events(events) => {
+        match change.selection {
+            IrqSelection::All(0) => state.events[index as usize].clear(),
+            IrqSelection::All(_) | IrqSelection::Chosen(_) => {}
+            IrqSelection::Events(events) => {
                 let kinds = state.events.iter().take(3).enumerate();
                 let mut others = kinds.filter(|(n, _)| *n != index as usize);
                 if index < 3 && others.any(|(_, e)| !e.is_empty()) {
