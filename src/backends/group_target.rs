@@ -2,9 +2,9 @@
 
 use super::Target;
 
-/// The target that a group gets. For each member, `members` has the target that it is to have and whether it is
-/// quarantined. Members with target [`Target::Blocked`] do not count. Two members with different targets, or one
-/// quarantined member, block the whole group, because the host cannot tell their DMA apart.
+/// The target that a group gets. `members` has, for each member, its wanted target and whether it is quarantined.
+/// Members with target [`Target::Blocked`] do not count. Two members with different targets, or one quarantined member,
+/// block the whole group, because the host cannot tell their DMA apart.
 pub(super) fn common_target(members: impl Iterator<Item = (Target, bool)> + Clone) -> Target {
     if members.clone().any(|(_, quarantined)| quarantined) {
         return Target::Blocked;

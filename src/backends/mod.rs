@@ -120,7 +120,7 @@ pub struct BackendError {
     pub message: String,
 }
 
-/// A failure to give an endpoint its new target.
+/// A failure to switch an endpoint to its new target.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AttachError {
     /// The endpoint keeps its former target.
@@ -143,7 +143,7 @@ impl AttachError {
 /// Controls the DMA of endpoints. One backend may serve several endpoints and domains.
 ///
 /// A backend gets a domain with the first `attach` of an endpoint to it, and fills it with the mappings that the domain
-/// has then. `map` and `unmap` follow. After the last endpoint has gone elsewhere, `destroy_domain` ends it.
+/// has then. `map` and `unmap` follow. After the last endpoint has left, `destroy_domain` destroys the domain.
 pub trait DmaBackend: Send {
     /// The backend's limits, which never change.
     fn capabilities(&self) -> BackendCapabilities;
@@ -167,8 +167,8 @@ pub trait DmaBackend: Send {
     /// On error, an unknown part of the slot is still reachable: the core quarantines the endpoints in bypass mode.
     fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
 
-    /// Gives an endpoint a new target, whatever its target was. If the backend has no such domain, it makes the domain
-    /// and fills it from `contents`.
+    /// Switches an endpoint to a new target, whatever its former target. If the backend has no such domain, it makes
+    /// the domain and fills it from `contents`.
     ///
     /// # Errors
     /// See [`AttachError`]. On error, the backend must have removed a domain that it made for this call.
@@ -202,8 +202,8 @@ pub trait DmaBackend: Send {
     fn unmap(&mut self, domain: DomainId, range: IovaRange, least: u64)
     -> Result<(), BackendError>;
 
-    /// Calls [`Self::unmap`] for `parts` in their order, once for adjacent parts together. A part may cover an earlier
-    /// one, and so addresses that are unmapped already.
+    /// Calls [`Self::unmap`] for `parts` in their order; adjacent parts share a call. A part may cover an earlier part,
+    /// whose addresses are unmapped already.
     ///
     /// # Errors
     /// On error, an unknown number of the parts is still reachable.

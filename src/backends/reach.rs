@@ -112,7 +112,7 @@ impl Reach {
         self.slots.get(at).filter(|s| s.range.contains(gpa))
     }
 
-    /// The BARs of all devices. A device that does not tell them has not been started, and has none yet.
+    /// The BARs of all devices. A device that cannot report its BARs has not been started, and has none yet.
     fn bars(&self) -> Vec<DeviceBar<'_>> {
         let mut found = Vec::new();
         for device in &self.devices {

@@ -19,7 +19,7 @@ pub(crate) struct Recorded {
     pub targets: BTreeMap<EndpointId, Target>,
     /// Quarantined endpoints.
     pub quarantined: Vec<EndpointId>,
-    /// The number of calls so far, of those that can fail.
+    /// The number of calls so far that could fail.
     pub calls: u64,
     /// The call that fails, counted from 1.
     pub fail_call: Option<u64>,

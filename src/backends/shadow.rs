@@ -98,7 +98,7 @@ impl DmaBackend for Shadow {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
-        // The core has moved every endpoint away; one that is left is an error of the core's.
+        // The core has moved every endpoint away. An endpoint that is left is a bug in the core: block it.
         let left: Vec<_> = self.members(domain).collect();
         for endpoint in left {
             self.block(endpoint);

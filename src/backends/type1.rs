@@ -1,7 +1,7 @@
 //! Host IOMMU through a VFIO type1 container: one backend for the devices of one group, which share the container's
 //! only address space.
 //!
-//! To give them a new target, the backend empties the address space and fills it again. DMA in between faults.
+//! To switch them to a new target, the backend empties the address space and fills it again. DMA in between faults.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub struct Type1Group {
     capabilities: BackendCapabilities,
     reach: Reach,
     members: BTreeMap<EndpointId, ContainerMember>,
-    /// The target whose mappings the address space holds; `None` if it holds others that could not be removed.
+    /// The target whose mappings the address space holds; `None` if it holds mappings that could not be removed.
     filled_for: Option<Target>,
 }
 
@@ -46,7 +46,7 @@ struct ContainerMember {
 
 impl Type1Group {
     /// The backend for the devices of a group. The first `attach` removes all mappings that the container has already.
-    /// `peers` are the devices to whose memory mappings may lead.
+    /// Mappings may lead to the memory of `peers`.
     pub fn new(
         kernel: Box<dyn Type1>,
         capabilities: BackendCapabilities,
@@ -143,13 +143,14 @@ impl Type1Group {
         }
     }
 
-    /// Empties the address space and fills it with the mappings of `target`. If that fails, fills it with the former ones.
+    /// Empties the address space and fills it with the mappings of `target`. If that fails, fills it with the former
+    /// mappings again.
     fn switch(&mut self, target: Target, contents: &dyn Contents) -> Result<(), AttachError> {
         if self.filled_for == Some(target) {
             return Ok(());
         }
-        // Checked before the first change: a mapping that leads to no memory is the common refusal, and then has no
-        // effect on DMA.
+        // Check before the first change. The common refusal is a mapping that leads to no memory. Refused here, it does
+        // not disturb DMA.
         if let Target::Domain(domain) = target {
             contents
                 .mappings(domain)
@@ -249,7 +250,7 @@ impl DmaBackend for Type1Group {
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {
-        // A group that still has this target is an error of the core's: block it.
+        // A group that still has this target is a bug in the core: block it.
         if self.filled_for == Some(Target::Domain(domain)) {
             self.block();
         }

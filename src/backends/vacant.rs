@@ -1,4 +1,5 @@
-//! The tombstone of a backend whose endpoints were removed. It keeps the backend's index; the core asks it for nothing.
+//! The tombstone of a backend whose endpoints were removed. It keeps the backend's index, so that the indexes of the
+//! other backends stay valid.
 
 use super::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,

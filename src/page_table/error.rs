@@ -53,7 +53,7 @@ pub enum MapRefusal {
     Misaligned,
     /// The range passes the last address of the table, or the guest-physical range passes
     /// 2^52 - 1.
-    #[error("the range passes the end of the table, or the guest-physical one 2^52")]
+    #[error("the range passes the end of the table, or the guest-physical range passes 2^52 - 1")]
     OutOfRange,
     /// Part of the range is mapped already. Carries the first leaf mapped there.
     #[error("{0} is mapped already")]

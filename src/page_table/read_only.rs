@@ -35,7 +35,9 @@ impl ReadOnlyArena {
             return Err(ArenaError::NotAnArena("it has another version"));
         }
         if header(HEADER_FRAMES).checked_mul(FRAME_BYTES) != u64::try_from(bytes).ok() {
-            return Err(ArenaError::NotAnArena("its size is not what it says"));
+            return Err(ArenaError::NotAnArena(
+                "its size differs from that in its header",
+            ));
         }
         Ok(Self { memory })
     }

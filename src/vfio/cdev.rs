@@ -21,7 +21,7 @@ use crate::locks::{Mutex, Rank};
 #[derive(Clone, Debug)]
 pub struct Cdev {
     pub(super) file: Arc<File>,
-    /// The BARs that are mapped. They stay mapped, for DMA mappings lead there by address.
+    /// The BARs that are mapped. They stay mapped, because DMA mappings lead to them by address.
     mapped: Arc<Mutex<BTreeMap<u32, Arc<MmapRegion>>>>,
 }
 

@@ -31,14 +31,13 @@ pub(crate) struct KernelState {
     last_id: u32,
     /// By group: its address space, and the devices that are attached to it.
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
-    /// Groups that are attached and reach nothing all the same: an attach has failed after it took them out of their
-    /// address space.
+    /// Groups that are attached but reach nothing: an attach has failed after it took them out of their address space.
     pub adrift: BTreeSet<u32>,
     /// Bound devices.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
     pub stopped: Vec<u32>,
-    /// The number of calls so far, of those that can fail.
+    /// The number of calls so far that could fail.
     pub calls: u64,
     /// The calls that fail, counted from 1, and their errno.
     pub fail: Vec<(u64, i32)>,

@@ -10,7 +10,7 @@ use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
 use super::{Cdev, VfioError, ioctl};
 
-/// An open group, `/dev/vfio/N`. The kernel lets it be opened once at a time.
+/// An open group, `/dev/vfio/N`. The kernel allows one open file of a group at a time.
 #[derive(Debug)]
 pub struct Group {
     file: File,

@@ -18,7 +18,7 @@ use super::ioctl::size_of_u32;
 use super::{AddressSpaces, AllowedIovas, DmaSource, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
-/// The most ranges that are asked for. A host with more is implausible.
+/// The maximum number of ranges to read. A host with more is implausible.
 const MAX_RANGES: usize = 1024;
 
 /// An open `/dev/iommu`.
@@ -176,7 +176,7 @@ impl AddressSpaces for IommuFd {
             size: size_of_u32::<iommu_ioas_unmap>(),
             ioas_id: ioas,
             iova: range.first().0,
-            // The kernel takes this for the whole address space, whose length has no number.
+            // The kernel takes this for the whole address space, whose length does not fit into 64 bits.
             length: range.len_bytes().unwrap_or(u64::MAX),
         };
         let done = self.kernel.unmap_iommu_ioas(&mut argument);
@@ -185,7 +185,7 @@ impl AddressSpaces for IommuFd {
     }
 }
 
-/// The system's error behind the crate's. The crate's own words are left out: the caller says what failed.
+/// The system's error behind the crate's. Omits the crate's own message: the caller says what failed.
 fn errno(error: IommufdError) -> io::Error {
     match error {
         IommufdError::IommuDestroy(cause)

@@ -138,7 +138,7 @@ pub trait Attach: Send {
     /// Replaces the address space of the device and of all devices of its group, while they may be doing DMA.
     ///
     /// # Errors
-    /// The kernel's; the kernel then holds the device to be in its former address space.
+    /// The kernel's. The kernel then still records the device in its former address space.
     fn attach(&self, ioas: u32) -> io::Result<()>;
 
     /// Takes the device out of its address space, which blocks its DMA unless another device of its group is still

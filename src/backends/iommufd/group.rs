@@ -30,9 +30,9 @@ pub(super) struct GroupMember {
 pub(super) enum Attachment {
     /// None: the devices are not bound.
     Unbound,
-    /// One of the VMM's, which maps all guest RAM at its guest-physical addresses.
+    /// An address space of the VMM. It maps all guest RAM at its guest-physical addresses.
     Vmm,
-    /// One of this process's.
+    /// An address space of this process.
     Ioas(u32),
     /// None: the devices are bound and detached.
     Detached,
@@ -61,7 +61,8 @@ impl GroupMember {
 }
 
 impl DeviceGroup {
-    /// A group before a VMM has connected. `endpoints::passthrough` refuses groups with shared and other devices.
+    /// A group before a VMM has connected. `endpoints::passthrough` refuses a group that has both shared devices and
+    /// others.
     pub(super) fn new(members: Vec<GroupMember>) -> Self {
         let shared = members.iter().any(|m| m.shared);
         let attachment = if !shared {
@@ -107,12 +108,12 @@ impl DeviceGroup {
         }
     }
 
-    /// The target that the group is to have.
+    /// The target of the group, from the wanted targets of its members.
     pub(super) fn target(&self) -> Target {
         common_target(self.members.iter().map(|m| (m.wanted, m.quarantined)))
     }
 
-    /// Sets the target that a member is to have, and ends its quarantine. Returns both as they were.
+    /// Sets the wanted target of a member, and ends its quarantine. Returns the former state of both.
     pub(super) fn set_wanted(&mut self, endpoint: EndpointId, target: Target) -> (Target, bool) {
         let mut before = (Target::Blocked, false);
         for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
@@ -129,7 +130,7 @@ impl DeviceGroup {
         }
     }
 
-    /// Devices that have been bound since are in the VMM's address space: the VMM has bound them.
+    /// Notices that the VMM has bound devices of the group. They are then in the VMM's address space.
     pub(super) fn notice_binding(&mut self) {
         if self.attachment == Attachment::Unbound
             && self.members.iter().any(|m| m.attach.is_bound())
@@ -158,11 +159,11 @@ impl DeviceGroup {
         }
     }
 
-    /// Gives all bound devices another address space. Asks the kernel also if they have it already: the VMM may have
-    /// moved them since.
+    /// Moves all bound devices to another address space. Calls the kernel even if they should be there already: the VMM
+    /// may have moved them since.
     ///
-    /// On error their address space is unknown: an IOMMU driver may take a device out of one address space before it
-    /// finds that it cannot put it into the next, while the kernel still holds it to be in the first.
+    /// On error their address space is unknown. An IOMMU driver may take a device out of its address space and then
+    /// fail to put it into the next one, while the kernel still records the device in the former one.
     pub(super) fn move_to(&mut self, attachment: Attachment) -> Result<(), BackendError> {
         let moved = self.try_move_to(attachment);
         self.attachment = if moved.is_ok() {
@@ -189,8 +190,8 @@ impl DeviceGroup {
         Ok(())
     }
 
-    /// As [`Self::move_to`], for devices whose address space is unknown. Detaches them first: for a device that the kernel
-    /// holds to be in `attachment` already, an attach alone would do nothing.
+    /// As [`Self::move_to`], for devices whose address space is unknown. Detaches them first: if the kernel records a
+    /// device in `attachment` already, an attach alone does nothing.
     pub(super) fn reattach(&mut self, attachment: Attachment) -> Result<(), BackendError> {
         self.move_to(Attachment::Detached)?;
         self.move_to(attachment)
@@ -217,7 +218,8 @@ impl DeviceGroup {
             if !member.attach.is_bound() {
                 continue;
             }
-            // Only a device that does not wake up is known to fail here. The last means is the device's own bus-master bit.
+            // The only known cause is a device that does not wake up. The last means is the device's own bus-master
+            // bit.
             self.attachment = Attachment::Unknown;
             error_limited!(
                 "{} cannot be taken out of its address space ({cause}): its bus-master bit is \

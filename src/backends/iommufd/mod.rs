@@ -1,12 +1,13 @@
 //! Host IOMMU through iommufd: one I/O address space (IOAS) for each domain, whatever the number of its endpoints. The
-//! backend attaches devices to them that the VMM or this process has bound.
+//! backend attaches devices to these address spaces. The VMM or this process has bound the devices.
 //!
 //! With [`Pinning::All`] the backend maps guest RAM once, from its files, into an address space for bypass mode; the
 //! mappings of domains are copies of parts of that. With [`Pinning::Mapped`] it makes each mapping from the file, and
 //! the address space for bypass mode exists only while it is used.
 //!
-//! Before the VMM has connected, a shared device is not bound and can do no DMA. Once it has connected, the device is
-//! in the VMM's own address space, which maps what bypass mode reaches, and stays there until its target first changes.
+//! Before the VMM has connected, a shared device is not bound and can do no DMA. Once the VMM has connected, the device
+//! is in the VMM's own address space, which maps the memory that bypass mode reaches. The device stays there until its
+//! target first changes.
 
 mod group;
 mod spaces;
@@ -35,7 +36,7 @@ pub struct PassthroughDevice {
     pub name: String,
     /// The number of its host group. The host cannot isolate devices of one group from each other.
     pub group: u32,
-    /// Whether the VMM binds it; otherwise this process has.
+    /// Whether the VMM binds it; otherwise this process has bound it.
     pub shared: bool,
     /// Gives it an address space.
     pub attach: Box<dyn Attach>,
@@ -49,7 +50,8 @@ pub struct Iommufd {
     connected: bool,
     spaces: Spaces,
     domains: BTreeMap<DomainId, u32>,
-    /// The domain of a `map` that has failed, and the number of bytes that it had mapped: the core unmaps them next.
+    /// The domain of a `map` that has failed, and the number of bytes that the `map` had mapped. The core unmaps them
+    /// next.
     partial_map: Option<(DomainId, u64)>,
     groups: Vec<DeviceGroup>,
     group_of: BTreeMap<EndpointId, usize>,
@@ -94,14 +96,14 @@ impl Iommufd {
         }
     }
 
-    /// Adapts the address spaces to devices that have been moved.
+    /// Updates the address spaces after devices have moved.
     fn moved(&mut self) {
         let bypass = self.spaces.bypass().map(Attachment::Ioas);
         let is_used = bypass.is_some_and(|b| self.groups.iter().any(|g| g.attachment() == b));
         self.spaces.moved(is_used);
     }
 
-    /// Gives the devices of a group another address space. If that fails, they get the former one back, and their DMA
+    /// Moves the devices of a group to another address space. On error, moves them back to the former one; their DMA
     /// faults for a moment.
     fn switch(&mut self, index: usize, attachment: Attachment) -> Result<(), AttachError> {
         let before = self.groups[index].attachment();
@@ -121,7 +123,8 @@ impl Iommufd {
         };
         let back = match before {
             Attachment::Ioas(_) | Attachment::Detached => Some(before),
-            // Only the VMM can put them back into its own. Ours for bypass mode maps the same.
+            // Only the VMM can move devices back to its own address space. This process's address space for bypass mode
+            // maps the same memory.
             Attachment::Vmm => self.spaces.bypass_ioas().ok().map(Attachment::Ioas),
             Attachment::Unbound | Attachment::Unknown => None,
         };
@@ -135,8 +138,8 @@ impl Iommufd {
         }
     }
 
-    /// Verifies, once, that devices which the VMM has bound are bound to this process's iommufd. If they are not, the id of
-    /// one of our address spaces stands for another one, such as the VMM's.
+    /// Verifies, once, that devices which the VMM has bound are bound to this process's iommufd. In another iommufd,
+    /// the id of one of this process's address spaces would name another one, such as the VMM's.
     ///
     /// The test: attach them to a new address space and try to destroy it. The kernel refuses with EBUSY only if a device
     /// is attached to it.
@@ -160,7 +163,7 @@ impl Iommufd {
         }
     }
 
-    /// The address space that the devices of a group are to have.
+    /// The address space for the target of a group.
     fn attachment_for(&mut self, index: usize) -> Result<Attachment, BackendError> {
         let group = &self.groups[index];
         match group.target() {

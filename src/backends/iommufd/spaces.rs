@@ -20,13 +20,13 @@ pub enum Pinning {
     Mapped,
 }
 
-/// The address spaces, and the memory to which they can lead.
+/// The address spaces, and the memory that they can map.
 pub(super) struct Spaces {
     pub(super) kernel: Arc<dyn AddressSpaces>,
     pinning: Pinning,
-    /// Whether mappings are copies of parts of the address space of bypass mode. While a device is attached there, its
-    /// pages are pinned, and a copy leads to the pinned pages: to the wrong ones, if the VMM has discarded pages since
-    /// and the guest has new ones.
+    /// Whether mappings are copies of parts of the address space of bypass mode. Not while a device is attached to that
+    /// address space: its pages are pinned then, and a copy would lead to the pinned pages. If the VMM has discarded
+    /// pages since, the guest has new ones, and the pinned pages are the wrong ones.
     copies: bool,
     pub(super) reach: Reach,
     bypass: Option<Bypass>,
@@ -91,7 +91,7 @@ impl Spaces {
         self.fill_bypass()
     }
 
-    /// Maps the slots that bypass mode lacks. On error it lacks one or more of them.
+    /// Maps the slots that the address space of bypass mode lacks. On error, it still lacks one or more of them.
     fn fill_bypass(&mut self) -> Result<u32, BackendError> {
         let mut bypass = self.bypass.take().ok_or_else(|| BackendError {
             kind: BackendErrorKind::DevErr,
@@ -104,7 +104,7 @@ impl Spaces {
             }
             match self.map_slot(bypass.ioas, slot) {
                 Ok(()) => bypass.slots.push(slot.clone()),
-                // Goes on: the other slots are of use without this one.
+                // Continue: the other slots are of use without this one.
                 Err(cause) => done = Err(cause),
             }
         }
@@ -136,7 +136,8 @@ impl Spaces {
     ) -> io::Result<()> {
         let here = DmaSource::Host(&slot.memory, offset);
         if !slot.is_shared_memory {
-            // The kernel maps such a file, and finds only when a device is attached that it cannot pin its pages.
+            // The kernel would map such a file. Only when a device is attached would it find that it cannot pin the
+            // pages.
             return self.kernel.map(ioas, range, access, here);
         }
         let at = slot.offset.saturating_add(offset);
@@ -237,7 +238,8 @@ impl Spaces {
         self.destroy_with(ioas, Vec::new());
     }
 
-    /// Destroys an address space. If that fails, the memory that may be mapped in it stays mapped into this process, too.
+    /// Destroys an address space. If that fails, keeps `slots` and guest RAM mapped into this process: they may still
+    /// be mapped in the address space.
     pub(super) fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
         if let Err(cause) = self.kernel.destroy(ioas) {
             warn_limited!("address space {ioas} cannot be destroyed yet: {cause}");
@@ -253,8 +255,8 @@ impl Spaces {
             .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
     }
 
-    /// Adapts to devices that have been moved. `is_bypass_used` tells whether a device is in the address space of bypass
-    /// mode now; an unused one is given up if it costs pinned memory.
+    /// Updates the address spaces after devices have moved. `is_bypass_used` says whether a device is in the address
+    /// space of bypass mode now. An unused address space of bypass mode is destroyed if it pins memory.
     pub(super) fn moved(&mut self, is_bypass_used: bool) {
         self.copies = self.pinning == Pinning::All && !is_bypass_used;
         if self.pinning == Pinning::Mapped
@@ -290,7 +292,8 @@ impl Spaces {
                 Ok(())
             }
             Err(cause) => {
-                // The core quarantines the endpoints in it. The next one in bypass mode gets a new address space.
+                // The core quarantines the endpoints in this address space. The next endpoint in bypass mode gets a new
+                // one.
                 if let Some(Bypass { ioas, slots }) = self.bypass.take() {
                     self.condemned.push((ioas, slots));
                 }
@@ -300,8 +303,8 @@ impl Spaces {
         }
     }
 
-    /// Destroys an empty address space now, or later once no device is attached to it. Returns the kernel's answer to the
-    /// first attempt.
+    /// Destroys an empty address space: now, or once no device is attached to it any more. Returns the kernel's answer
+    /// to the first attempt.
     pub(super) fn destroy_or_condemn(&mut self, ioas: u32) -> io::Result<()> {
         let destroyed = self.kernel.destroy(ioas);
         if destroyed.is_err() {

@@ -3,9 +3,10 @@
 //!
 //! Each endpoint has a backend of its own, so that cutting off one server affects no other device.
 //!
-//! A change is made first where the interposer serves the server's messages, which waits for accesses in progress, and
-//! then at the server, which has to reply. The link's lock is held for both, but not while waiting for the reply. So a
-//! server that connects meanwhile gets the change once: from the backend, or with all windows from the interposer.
+//! The backend makes each change twice. First it changes the windows through which the interposer serves the server's
+//! messages, and waits for accesses in progress. Then it sends the change to the server, which must reply. The backend
+//! holds the link's lock for both, but not while it waits for the reply. So a server that connects meanwhile gets the
+//! change once: from the backend, or with all windows from the interposer.
 
 mod windows;
 
@@ -54,7 +55,7 @@ pub struct VfioUser {
     /// Guest RAM, in ascending order and disjoint.
     slots: Vec<Arc<MemorySlot>>,
     target: Target,
-    /// Ended before the rest is dropped.
+    /// Stopped before the other fields are dropped.
     interposer: Option<Interposer>,
 }
 
@@ -88,7 +89,7 @@ impl VfioUser {
         })
     }
 
-    /// Gives the device's state to others than the backend's owner.
+    /// A handle through which others than the backend's owner read the device's state.
     pub fn watch(&self) -> Watch {
         Watch {
             endpoint: self.endpoint,
@@ -137,20 +138,21 @@ impl VfioUser {
         self.remove_in(&[IovaRange::ALL], gone)
     }
 
-    /// Removes the windows that begin in one of `ranges`. If that fails, quarantines the device, which removes all.
+    /// Removes the windows that begin in one of `ranges`. If that fails, quarantines the device, which removes all
+    /// windows.
     fn unmap_ranges(&self, ranges: &[IovaRange]) -> Result<(), BackendError> {
         self.remove_in(ranges, |_| true).map_err(|cause| {
             let first = ranges.first().map_or(Iova(0), |range| range.first());
             self.stop(Gate::Quarantined);
             self.space.report_stop(first);
             self.refused(
-                format_args!("what was mapped from {first} on may stay mapped"),
+                format_args!("mappings from {first} on may stay in place"),
                 &cause,
             )
         })
     }
 
-    /// Removes the windows that begin in one of `ranges` and of which `gone` is true.
+    /// Removes the windows that begin in one of `ranges` and for which `gone` is true.
     fn remove_in(
         &self,
         ranges: &[IovaRange],

@@ -103,7 +103,7 @@ impl Space {
         (self.view.read().windows.len(), self.refused.get())
     }
 
-    /// Reports a device that is stopped because of a failure, not for one of its accesses.
+    /// Reports that the device is stopped because of a failure, not because of an access.
     pub(super) fn report_stop(&self, address: Iova) {
         self.sink.report(Fault {
             endpoint: self.endpoint,
@@ -143,7 +143,7 @@ impl Space {
         windows
     }
 
-    /// A window as the server gets it.
+    /// The window as the link sends it to the server.
     pub(super) fn wire_window(&self, window: &DmaWindow) -> Window {
         let file = match self.isolation {
             Isolation::Messages => None,

@@ -130,7 +130,7 @@ pub(in crate::vfio) fn if_mappable(file: OwnedFd) -> io::Result<OwnedFd> {
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the mapping was just made with this size, and nobody knows its address.
+    // SAFETY: the mapping was just made with this size, and no reference to it exists.
     unsafe { libc::munmap(address, PAGE) };
     Ok(file)
 }
