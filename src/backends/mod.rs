@@ -24,7 +24,7 @@ use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Levels, TableOffset};
 
-/// The limits of a backend. The core offers the guest what all backends support.
+/// The limits of a backend. The core offers the guest only page sizes and addresses that all backends support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendCapabilities {
     /// The page sizes. The smallest one bounds the granule that the guest sees.

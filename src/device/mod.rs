@@ -244,7 +244,8 @@ impl Device {
         had_domains
     }
 
-    /// How many reserved regions of one endpoint fit into PROBE's property list, whose size the guest has read.
+    /// The number of reserved regions of one endpoint that fit into PROBE's property list. The list cannot grow any
+    /// more: the guest has read its size.
     pub fn probe_room(&self) -> usize {
         self.config.probe_size as usize / RESV_MEM_LEN
     }

@@ -90,7 +90,7 @@ pub fn take(queue: &mut Queue, view: &GuestView<'_>) -> Option<u16> {
 }
 
 /// Returns chains to the driver, each with its used length. The driver sees all of them at once. A chain whose used
-/// entry is not in guest memory is lost, with those after it.
+/// entry is not in guest memory is lost, and so are the chains after it.
 ///
 /// Returns how many chains the driver sees.
 pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> usize {

@@ -60,8 +60,8 @@ pub struct Fault {
 
 /// Receives the faults of emulated devices.
 ///
-/// Both the thread that moves a device's messages and the thread that serves the guest's requests call this,
-/// the latter with the core locked. An implementation must not wait for anything that either of them may
+/// Two threads call this: the thread that moves a device's messages, and the thread that serves the guest's
+/// requests, which holds the core's lock. An implementation must not wait for anything that either thread may
 /// hold: the core, the rings, guest memory that is being replaced. It should enqueue the fault, and drop it
 /// if the queue is full.
 pub trait FaultSink: Send + Sync {

@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_has_a_burst_of_faults_and_then_some() {
+    fn an_endpoint_has_a_burst_of_faults_and_then_a_fixed_rate() {
         let mut limit = FaultRateLimit::default();
         let (one, other) = (EndpointId(1), EndpointId(2));
         let start = Instant::now();

@@ -78,7 +78,7 @@ pub(super) struct BackendUse {
     members: usize,
     /// The backend has the domain and all its mappings. Never set for bypass domains. Cleared when
     /// the backend fails to unmap: all members behind it are quarantined then, and the next ATTACH
-    /// makes the domain anew in the backend.
+    /// makes the domain in the backend again.
     pub present: bool,
 }
 

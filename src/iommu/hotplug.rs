@@ -196,7 +196,7 @@ impl Iommu {
             .map(|(mate, _)| *mate)
     }
 
-    /// Checks new endpoints against what the guest was offered at its start.
+    /// Checks new endpoints against the offer that the guest got at its start.
     fn check_new(
         &self,
         new: &NewEndpoints<'_>,

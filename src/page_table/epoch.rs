@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_accesses_begun_before_are_waited_for() {
+    fn the_writer_waits_only_for_accesses_begun_before() {
         let words: [AtomicU64; 3] = Default::default();
         let first = enter(&words[0]);
         let second = enter(&words[1]);

@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_endpoints_as_a_segment_has() {
+    fn an_iommu_has_at_most_the_endpoints_of_a_segment() {
         let whole = spec("0001:00:00.0-0001:ff:1f.7", None);
         let made = topology(std::slice::from_ref(&whole)).expect("65536 endpoints");
         assert_eq!(made.endpoint_count(), MAX_ENDPOINTS);

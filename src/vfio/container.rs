@@ -38,7 +38,8 @@ impl Container {
     /// Opens a container through the node at `path`.
     ///
     /// # Errors
-    /// The node does not exist, this process may not open it, or the kernel's VFIO lacks what this module needs.
+    /// The node does not exist, this process may not open it, or the kernel's VFIO lacks an extension that this module
+    /// needs.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let failed = |source| VfioError {
             what: format!("cannot open a container through {}", path.display()),

@@ -36,8 +36,8 @@ pub(super) enum Attachment {
     Ioas(u32),
     /// None: the devices are bound and detached.
     Detached,
-    /// Unknown: the devices were bound before this process started, or could not be detached. In the latter case their
-    /// bus-master bits are cleared.
+    /// Unknown: the devices were bound before this process started, or could not be detached. If they could not be
+    /// detached, their bus-master bits are cleared.
     Unknown,
 }
 

@@ -319,7 +319,7 @@ impl DmaBackend for VfioUser {
     }
 
     fn destroy_domain(&mut self, _domain: DomainId) {
-        // The windows of a domain are those of its endpoint, which the core has moved elsewhere.
+        // The windows belong to the endpoint, not to the domain, and the core has moved the endpoint elsewhere.
     }
 
     fn quarantine(&mut self, _endpoint: EndpointId) {

@@ -446,7 +446,7 @@ fn init_1_a_reset_detaches_everything_and_frees_every_frame() {
 }
 
 #[test]
-fn one_domain_cannot_use_up_what_the_others_need() {
+fn one_domain_cannot_exhaust_the_arena_for_the_others() {
     let mut iommu = Iommu::new(
         Settings {
             arena_limit: 1 << 20,
@@ -490,7 +490,7 @@ fn one_domain_cannot_use_up_what_the_others_need() {
 }
 
 #[test]
-fn the_guest_is_offered_what_all_backends_can_do() {
+fn the_guest_is_offered_only_what_all_backends_support() {
     let mut iommu = Iommu::new(settings(), topology()).expect("an arena");
     let narrow = Recorder::with(BackendCapabilities {
         page_sizes: PageMask::new(1 << 16 | 1 << 21).expect("not empty"),
