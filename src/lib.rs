@@ -1,7 +1,7 @@
 //! A guest's IOMMU as a process of its own: a vhost-user backend for virtio-iommu.
 //!
 //! The map, from the top down. `docs/architecture.md` walks a request, a fault and a configuration key
-//! through it; `tests/layering.rs` holds the imports that each folder may have.
+//! through it; `tests/layering/` holds the imports that each folder may have.
 //!
 //! | module | holds |
 //! |---|---|
