@@ -62,7 +62,7 @@ pub enum Socket {
 pub struct Config {
     /// The name of the VM in messages: 1 to [`MAX_NAME`] printable ASCII characters.
     pub name: String,
-    /// Where the VMM connects. Always present in a configuration made from [`RunArgs`].
+    /// Where the VMM connects. Always present in a configuration made from [`RunArgs`](crate::args::RunArgs).
     pub socket: Option<Socket>,
     /// The path of the control socket, if one is wanted.
     pub control: Option<PathBuf>,
