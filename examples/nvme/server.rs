@@ -25,7 +25,7 @@ use crate::memory::{MAX_WINDOWS, Manner, Memory, Messages, Outbound};
 use crate::pci::{BAR_BYTES, CONFIG_BYTES, ConfigSpace, VECTORS};
 use crate::test_access::TestAccess;
 
-/// What every client finds.
+/// The state that all clients share, one after the other.
 pub struct Setup {
     /// The disk.
     pub disk: Arc<Disk>,

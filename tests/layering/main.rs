@@ -10,10 +10,10 @@ use std::path::Path;
 
 use source::{Source, file_imports, sources};
 
-/// Modules everybody may import.
+/// Modules that every module may import.
 const EVERYBODY: [&str; 5] = ["address", "ids", "locks", "logging", "metrics"];
 
-/// What each module may import besides, from the top down: a module imports only modules below it.
+/// The imports allowed to each module besides, from the top down: a module imports only modules below it.
 const ALLOWED: &[(&str, &[&str])] = &[
     (
         "control",
@@ -248,7 +248,7 @@ fn the_map_in_lib_names_every_module_once() {
     assert_eq!(mapped, modules);
 }
 
-/// What stands at the top of `src/` beside folders.
+/// The files at the top of `src/`; everything else is in folders.
 const TOP_FILES: [&str; 6] = [
     "address.rs",
     "args.rs",
