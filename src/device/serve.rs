@@ -1,4 +1,7 @@
 //! The device's methods for the worker, which serves the request ring at the transport's events.
+//!
+//! Its generic methods are `pub(crate)`: a public one could be instantiated by another crate, so the compiler would have
+//! to export the functions that it calls, and would no longer inline those with a single caller.
 
 use std::sync::atomic::Ordering;
 
@@ -21,7 +24,7 @@ use crate::{info_limited, warn_limited};
 impl Device {
     /// Prepares the worker for an event of any kind. `events` is the event queue's ring. The worker must call this
     /// before it handles the event.
-    pub fn begin_event(&self, events: &impl Ring) {
+    pub(crate) fn begin_event(&self, events: &impl Ring) {
         self.events
             .lock()
             .get_or_insert_with(|| Box::new(events.clone()));
@@ -42,14 +45,14 @@ impl Device {
     }
 
     /// The driver has kicked the request queue. `ring` is its ring.
-    pub fn serve_kick(&self, ring: &impl Ring) {
+    pub(crate) fn serve_kick(&self, ring: &impl Ring) {
         self.metrics.wakeups.inc();
         self.polling.lock().woken();
         self.serve_requests(ring);
     }
 
     /// [`Device::wake_event`] is readable. `ring` is the request queue's ring.
-    pub fn serve_wake(&self, ring: &impl Ring) {
+    pub(crate) fn serve_wake(&self, ring: &impl Ring) {
         // Fails if it has been read already.
         let _ = self.wake.read();
         self.serve_requests(ring);
