@@ -31,9 +31,15 @@ impl Ranked {
     /// # Panics
     /// With debug assertions, if this thread holds a lock of the same or of a higher rank.
     pub(super) fn take(self) -> Held {
+        // While a thread ends, its record may be gone; nothing is checked then.
         #[cfg(debug_assertions)]
-        HELD.with_borrow(|held| {
-            if let Some(highest) = held.iter().max().filter(|held| **held >= self.rank) {
+        let _ = HELD.try_with(|held| {
+            if let Some(highest) = held
+                .borrow()
+                .iter()
+                .max()
+                .filter(|held| **held >= self.rank)
+            {
                 panic!(
                     "lock order: {:?} is taken while {highest:?} is held (see locks::Rank)",
                     self.rank
@@ -46,7 +52,7 @@ impl Ranked {
     /// Records the lock without a check. A lock that was taken without waiting may have any rank.
     pub(super) fn note(self) -> Held {
         #[cfg(debug_assertions)]
-        HELD.with_borrow_mut(|held| held.push(self.rank));
+        let _ = HELD.try_with(|held| held.borrow_mut().push(self.rank));
         Held {
             #[cfg(debug_assertions)]
             rank: self.rank,

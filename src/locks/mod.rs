@@ -53,11 +53,6 @@ impl<T> Mutex<T> {
             _held: self.ranked.note(),
         })
     }
-
-    /// Consumes the lock and returns its value.
-    pub fn into_inner(self) -> T {
-        self.inner.into_inner()
-    }
 }
 
 /// Access to the value of a [`Mutex`].
