@@ -5,8 +5,9 @@
 //!
 //! 1. [`Device::prepare`], before it starts a worker thread.
 //! 2. [`Device::connect`] when the VMM has connected, and [`Device::announce_vmm`] at the VMM's first message.
-//! 3. The method that belongs to each message of the VMM. The worker calls [`Device::begin_event`] at each of its
-//!    events, and then [`Device::serve_kick`], [`Device::serve_wake`] or [`Device::answer_watchdog`].
+//! 3. The method that belongs to each message of the VMM. The worker calls `begin_event` at each of its events, and
+//!    then `serve_kick`, `serve_wake` or [`Device::answer_watchdog`]. The first three are generic over the ring, and
+//!    public to this crate alone, so that the compiler inlines the request path.
 //! 4. [`Device::stop`] when the VMM has gone, and [`Device::disconnect`] after it has joined the worker.
 
 mod chain;
@@ -250,7 +251,7 @@ impl Device {
         self.config.probe_size as usize / RESV_MEM_LEN
     }
 
-    /// The descriptor that is readable when the worker must call [`Device::serve_wake`].
+    /// The descriptor that is readable when the worker must call `serve_wake`.
     pub fn wake_event(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
