@@ -37,7 +37,6 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::device::{Device, WorkerSettings};
-use vhost_device_iommu::endpoints::emulated::EmulatedDevices;
 use vhost_device_iommu::endpoints::hotplug::Hotplug;
 use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
@@ -180,9 +179,7 @@ impl Operator {
         let config = Config::from_text(Path::new("bench"), "address = '00:05.0'");
         let config = config.expect("a configuration");
         let reporter = Arc::new(FaultReporter::new(metrics.clone(), 100));
-        let emulated = EmulatedDevices::open(&[], &config.topology, &reporter).expect("nothing");
-        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), reporter, emulated);
-        let hotplug = hotplug.expect("no devices");
+        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), reporter);
         let subjects = Subjects {
             name: "bench".into(),
             iommu,

@@ -2,8 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::subjects::{ExternalDevices, Subjects};
-use crate::backends::vfio_user::{EmulatedState, Watch};
+use super::subjects::{DeviceReports, Subjects};
+use crate::endpoints::kinds;
+use crate::endpoints::status::{DeviceFigure, FigureValue};
 use crate::faults::FaultReason;
 use crate::iommu::{Totals, TotalsCursor};
 use crate::logging;
@@ -44,8 +45,7 @@ pub(super) struct Figures {
     pub connections: u64,
     pub resets: u64,
     pub readers: Option<ReaderFigures>,
-    pub emulated: Vec<EmulatedState>,
-    pub exports: Vec<ExportFigures>,
+    pub devices: Vec<KindFigures>,
     pub limits: Vec<LimitFigures>,
     pub log_suppressed: u64,
     pub clients_answered: u64,
@@ -63,12 +63,12 @@ pub(super) struct ReaderFigures {
     pub faults_suppressed: u64,
 }
 
-/// Figures of an exported device.
-pub(super) struct ExportFigures {
-    pub endpoint: PciAddress,
-    pub connected: bool,
-    pub clients: u64,
-    pub cut_offs: u64,
+/// Figures of all devices of one kind.
+pub(super) struct KindFigures {
+    /// The name of the list.
+    pub list: &'static str,
+    /// The figures of each device, by endpoint. All devices have the same figures in the same order.
+    pub devices: Vec<(PciAddress, Vec<DeviceFigure>)>,
 }
 
 /// A limit of the configuration.
@@ -88,7 +88,6 @@ impl Figures {
     /// Gathers the figures. They may be of different moments, as the core is locked for a moment at a time.
     pub fn gather(subjects: &Subjects) -> Self {
         let totals = totals(subjects);
-        let devices = subjects.devices();
         let (tables, last_domain) = {
             let iommu = subjects.iommu.lock();
             let arena = iommu.arena();
@@ -127,8 +126,7 @@ impl Figures {
             connections: metrics.connections.get(),
             resets: metrics.resets.get(),
             readers: readers.map(reader_figures),
-            emulated: devices.emulated.iter().map(Watch::state).collect(),
-            exports: exports(&devices),
+            devices: device_figures(&subjects.devices()),
             limits: Vec::new(),
             log_suppressed: logging::suppressed(),
             clients_answered: subjects.clients.answered.get(),
@@ -142,7 +140,7 @@ impl Figures {
     /// The figures as JSON.
     pub fn to_json(&self) -> Map<String, Value> {
         let totals = &self.totals;
-        let fields = json!({
+        let mut fields = json!({
             "name": self.name,
             "connected": self.connected,
             "domain_count": totals.domains,
@@ -166,8 +164,6 @@ impl Figures {
             "connections": self.connections,
             "resets": self.resets,
             "readers": self.readers_json(),
-            "emulated": self.emulated_json(),
-            "exports": self.exports_json(),
             "limits": self.limits.iter().map(limit_json).collect::<Vec<_>>(),
             "log": { "level": logging::level(), "suppressed": self.log_suppressed },
             "clients": {
@@ -176,6 +172,9 @@ impl Figures {
                 "metrics_unwritten": self.unwritten,
             },
         });
+        for kind in &self.devices {
+            fields[kind.list] = kind.devices.iter().map(device_json).collect();
+        }
         match fields {
             Value::Object(fields) => fields,
             // The literal above is an object.
@@ -229,34 +228,6 @@ impl Figures {
             "faults_suppressed": readers.faults_suppressed,
         })
     }
-
-    fn emulated_json(&self) -> Value {
-        let each = self.emulated.iter().map(|state| {
-            json!({
-                "id": state.endpoint.0,
-                "address": PciAddress::from_endpoint_id(state.endpoint).to_string(),
-                "client": state.ends.client,
-                "server": state.ends.server,
-                "windows": state.windows,
-                "refused": state.refused,
-                "cut_offs": state.ends.cut_offs,
-            })
-        });
-        each.collect()
-    }
-
-    fn exports_json(&self) -> Value {
-        let each = self.exports.iter().map(|state| {
-            json!({
-                "id": state.endpoint.endpoint_id().0,
-                "address": state.endpoint.to_string(),
-                "client": state.connected,
-                "clients": state.clients,
-                "cut_offs": state.cut_offs,
-            })
-        });
-        each.collect()
-    }
 }
 
 fn totals(subjects: &Subjects) -> Totals {
@@ -292,17 +263,34 @@ fn reader_figures(registry: &Registry) -> ReaderFigures {
     }
 }
 
-fn exports(devices: &ExternalDevices) -> Vec<ExportFigures> {
-    let each = devices
-        .exports
-        .iter()
-        .map(|(endpoint, state)| ExportFigures {
-            endpoint: PciAddress::from_endpoint_id(*endpoint),
-            connected: state.is_connected(),
-            clients: state.clients.get(),
-            cut_offs: state.cut_offs.get(),
+fn device_figures(devices: &DeviceReports) -> Vec<KindFigures> {
+    let kinds = kinds::status_names().map(|names| {
+        let devices = devices.iter();
+        let devices = devices.filter(|(_, device)| device.names == Some(names));
+        let devices = devices.filter_map(|(endpoint, device)| {
+            let status = device.status.as_ref()?;
+            Some((PciAddress::from_endpoint_id(*endpoint), status.figures()))
         });
-    each.collect()
+        KindFigures {
+            list: names.list,
+            devices: devices.collect(),
+        }
+    });
+    kinds.collect()
+}
+
+fn device_json((endpoint, figures): &(PciAddress, Vec<DeviceFigure>)) -> Value {
+    let mut fields = json!({
+        "id": endpoint.endpoint_id().0,
+        "address": endpoint.to_string(),
+    });
+    for figure in figures {
+        fields[figure.field] = match figure.value {
+            FigureValue::Flag(holds) => holds.into(),
+            FigureValue::Count(count) => count.into(),
+        };
+    }
+    fields
 }
 
 fn limits(subjects: &Subjects, figures: &Figures) -> Vec<LimitFigures> {

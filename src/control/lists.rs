@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::answer::{VERSION, hex};
-use super::subjects::{ExternalDevices, Subjects};
+use super::subjects::{DeviceReports, Subjects};
 use crate::address::{Iova, IovaRange, Mapping};
+use crate::endpoints::kinds;
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState};
 use crate::topology::PciAddress;
@@ -164,11 +165,10 @@ fn write_mappings_of(
 }
 
 /// An endpoint, as in the answers to `status` and `endpoints`.
-pub(super) fn endpoint(state: &EndpointState, devices: &ExternalDevices) -> Value {
+pub(super) fn endpoint(state: &EndpointState, devices: &DeviceReports) -> Value {
     let id = state.id;
-    let is_emulated = devices.emulated.iter().any(|w| w.endpoint() == id);
-    let is_exported = devices.exports.iter().any(|(e, _)| *e == id);
-    json!({
+    let device = devices.get(&id);
+    let mut fields = json!({
         "id": id.0,
         "number": hex(id.0.into()),
         "address": PciAddress::from_endpoint_id(id).to_string(),
@@ -185,8 +185,11 @@ pub(super) fn endpoint(state: &EndpointState, devices: &ExternalDevices) -> Valu
             Dma::Blocked => "blocked",
         },
         "domain": state.domain.map(|d| d.0),
-        "host": devices.hosts.get(&id),
-        "emulated": is_emulated,
-        "exported": is_exported,
-    })
+        "host": device.and_then(|device| device.host.as_ref()),
+    });
+    for names in kinds::status_names() {
+        let is_of_kind = device.is_some_and(|device| device.names == Some(names));
+        fields[names.flag] = is_of_kind.into();
+    }
+    fields
 }

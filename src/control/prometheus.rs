@@ -2,8 +2,7 @@
 
 use std::fmt::{self, Display, Write};
 
-use super::figures::Figures;
-use crate::topology::PciAddress;
+use super::figures::{Figures, KindFigures};
 
 /// The prefix of every metric name.
 const PREFIX: &str = "vhost_device_iommu";
@@ -178,33 +177,22 @@ impl Page {
                 readers.killed,
             )?;
         }
-        if !figures.emulated.is_empty() {
-            self.head(
-                "emulated_up",
-                "gauge",
-                "Whether the server of an emulated device is connected.",
-            )?;
-            for device in &figures.emulated {
-                let endpoint = PciAddress::from_endpoint_id(device.endpoint);
-                let up = u64::from(device.ends.server);
-                self.line("emulated_up", &[("endpoint", &endpoint)], up)?;
-            }
-            let name = "emulated_refused_total";
-            self.head(name, "counter", "Refused accesses of an emulated device.")?;
-            for device in &figures.emulated {
-                let endpoint = PciAddress::from_endpoint_id(device.endpoint);
-                self.line(name, &[("endpoint", &endpoint)], device.refused)?;
-            }
-        }
-        if !figures.exports.is_empty() {
-            self.head(
-                "export_up",
-                "gauge",
-                "Whether an exported device has a client.",
-            )?;
-            for device in &figures.exports {
-                let up = u64::from(device.connected);
-                self.line("export_up", &[("endpoint", &device.endpoint)], up)?;
+        self.device_metrics(&figures.devices)
+    }
+
+    fn device_metrics(&mut self, kinds: &[KindFigures]) -> fmt::Result {
+        for kind in kinds {
+            let first = kind.devices.first();
+            let shape = first.map(|(_, figures)| figures.as_slice());
+            for (at, shape) in shape.unwrap_or_default().iter().enumerate() {
+                let Some(metric) = shape.metric else { continue };
+                self.head(metric.name, metric.metric_type, metric.help)?;
+                for (endpoint, figures) in &kind.devices {
+                    if let Some(figure) = figures.get(at) {
+                        let value = figure.value.number();
+                        self.line(metric.name, &[("endpoint", endpoint)], value)?;
+                    }
+                }
             }
         }
         Ok(())
@@ -295,6 +283,48 @@ impl Display for Seconds {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoints::status::{DeviceFigure, DeviceMetric};
+    use crate::ids::EndpointId;
+    use crate::topology::PciAddress;
+
+    #[test]
+    fn a_metric_of_a_device_has_a_line_for_each_endpoint() {
+        const UP: DeviceMetric = DeviceMetric {
+            name: "clock_up",
+            metric_type: "gauge",
+            help: "Whether a clock runs.",
+        };
+        let clock = |slot: u8, runs| {
+            let endpoint = PciAddress::from_endpoint_id(EndpointId(u32::from(slot) << 3));
+            let figures = vec![
+                DeviceFigure::count("ticks", 7),
+                DeviceFigure::flag("runs", runs).with_metric(&UP),
+            ];
+            (endpoint, figures)
+        };
+        let kinds = [
+            KindFigures {
+                list: "clocks",
+                devices: vec![clock(4, true), clock(5, false)],
+            },
+            KindFigures {
+                list: "idle",
+                devices: Vec::new(),
+            },
+        ];
+        let mut page = Page {
+            out: String::new(),
+            vm: "a".into(),
+        };
+        page.device_metrics(&kinds).expect("a string");
+        assert_eq!(
+            page.out,
+            "# HELP vhost_device_iommu_clock_up Whether a clock runs.\n\
+             # TYPE vhost_device_iommu_clock_up gauge\n\
+             vhost_device_iommu_clock_up{vm=\"a\",endpoint=\"0000:00:04.0\"} 1\n\
+             vhost_device_iommu_clock_up{vm=\"a\",endpoint=\"0000:00:05.0\"} 0\n"
+        );
+    }
 
     #[test]
     fn seconds_are_exact() {

@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::backends::vfio_user::Watch;
 use crate::device::Device;
-use crate::endpoints::hotplug::Hotplug;
-use crate::export::ServerStatus;
+use crate::endpoints::hotplug::{DeviceReport, Hotplug};
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
@@ -35,24 +33,14 @@ pub struct Subjects {
 }
 
 impl Subjects {
-    pub(super) fn devices(&self) -> ExternalDevices {
-        ExternalDevices {
-            hosts: self.hotplug.hosts(),
-            emulated: self.hotplug.watches(),
-            exports: self.hotplug.export_states(),
-        }
+    /// The reports of the devices that the VMM does not emulate itself, by endpoint.
+    pub(super) fn devices(&self) -> DeviceReports {
+        self.hotplug.reports()
     }
 }
 
-/// A snapshot of the devices that the VMM does not emulate itself.
-pub(super) struct ExternalDevices {
-    /// The name on the host of each passthrough endpoint.
-    pub hosts: BTreeMap<EndpointId, String>,
-    /// Emulated devices.
-    pub emulated: Vec<Watch>,
-    /// Exported devices.
-    pub exports: Vec<(EndpointId, Arc<ServerStatus>)>,
-}
+/// The reports of devices, by endpoint.
+pub(super) type DeviceReports = BTreeMap<EndpointId, DeviceReport>;
 
 /// Limits of the configuration that no other subject knows.
 #[derive(Clone, Copy, Debug)]

@@ -5,69 +5,78 @@ use std::sync::Arc;
 
 use log::info;
 
-use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared};
-use crate::backends::DmaBackend;
+use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
+use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::backends::vfio_user::{EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, VfioUser, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
-use crate::ids::EndpointId;
 use crate::process::sandbox::Needs;
-use crate::process::socket::{SocketFile, bind};
-use crate::topology::{PciAddress, Topology};
+use crate::process::socket::bind;
+use crate::topology::Topology;
 
-/// The emulated devices, served.
-pub struct EmulatedDevices {
-    /// The backends, each with its endpoint.
-    pub backends: Vec<(Box<dyn DmaBackend>, EndpointId)>,
-    /// The [`Watch`] of each device.
-    pub watches: Vec<(PciAddress, Watch)>,
-    /// The files of the sockets that the VMM connects to.
-    pub files: Vec<(PciAddress, Arc<SocketFile>)>,
+/// Whether the server of a device is connected.
+const SERVER_UP: DeviceMetric = DeviceMetric {
+    name: "emulated_up",
+    metric_type: "gauge",
+    help: "Whether the server of an emulated device is connected.",
+};
+/// The refused accesses of a device.
+const REFUSED: DeviceMetric = DeviceMetric {
+    name: "emulated_refused_total",
+    metric_type: "counter",
+    help: "Refused accesses of an emulated device.",
+};
+
+/// Listens for the VMM's client of an emulated device.
+///
+/// # Errors
+/// The socket cannot be made, or the system has no descriptor or thread left.
+pub fn open(
+    device: &Emulated,
+    topology: &Topology,
+    faults: &Arc<FaultReporter>,
+) -> io::Result<OpenDevice> {
+    let (listener, file) = bind(&device.listen)?;
+    let endpoint = device.endpoint.endpoint_id();
+    let info = topology.endpoint(endpoint);
+    let regions = info.iter().flat_map(|info| info.reserved.iter());
+    let emulated = EmulatedDevice {
+        endpoint,
+        name: format!("endpoint {}", device.endpoint),
+        server: device.connect.clone(),
+        isolation: match device.isolation {
+            ServerIsolation::Messages => Isolation::Messages,
+            ServerIsolation::Mappings => Isolation::Mappings,
+        },
+        reserved: regions.map(|region| region.range).collect(),
+        deadline: device.deadline,
+    };
+    let backend = VfioUser::start(emulated, listener, faults.clone())?;
+    info!(
+        "endpoint {} is emulated by the server at {}, isolation {}",
+        device.endpoint,
+        device.connect.display(),
+        device.isolation.name()
+    );
+    Ok(OpenDevice {
+        status: Some(Arc::new(backend.watch())),
+        reports_faults: true,
+        backend: Some(Box::new(backend)),
+        file: Some(Arc::new(file)),
+        ..OpenDevice::default()
+    })
 }
 
-impl EmulatedDevices {
-    /// Listens for the VMM's client of each device.
-    ///
-    /// # Errors
-    /// A socket cannot be made, or the system has no descriptor or thread left.
-    pub fn open(
-        devices: &[Emulated],
-        topology: &Topology,
-        faults: &Arc<FaultReporter>,
-    ) -> io::Result<Self> {
-        let mut opened = Self {
-            backends: Vec::new(),
-            watches: Vec::new(),
-            files: Vec::new(),
-        };
-        for device in devices {
-            let (listener, file) = bind(&device.listen)?;
-            let endpoint = device.endpoint.endpoint_id();
-            let info = topology.endpoint(endpoint);
-            let regions = info.iter().flat_map(|info| info.reserved.iter());
-            let emulated = EmulatedDevice {
-                endpoint,
-                name: format!("endpoint {}", device.endpoint),
-                server: device.connect.clone(),
-                isolation: match device.isolation {
-                    ServerIsolation::Messages => Isolation::Messages,
-                    ServerIsolation::Mappings => Isolation::Mappings,
-                },
-                reserved: regions.map(|region| region.range).collect(),
-                deadline: device.deadline,
-            };
-            let backend = VfioUser::start(emulated, listener, faults.clone())?;
-            opened.watches.push((device.endpoint, backend.watch()));
-            opened.backends.push((Box::new(backend), endpoint));
-            opened.files.push((device.endpoint, Arc::new(file)));
-            info!(
-                "endpoint {} is the device at {}, isolation {}",
-                device.endpoint,
-                device.connect.display(),
-                device.isolation.name()
-            );
-        }
-        Ok(opened)
+impl DeviceStatus for Watch {
+    fn figures(&self) -> Vec<DeviceFigure> {
+        let state = self.state();
+        vec![
+            DeviceFigure::flag("client", state.ends.client),
+            DeviceFigure::flag("server", state.ends.server).with_metric(&SERVER_UP),
+            DeviceFigure::count("windows", state.windows as u64),
+            DeviceFigure::count("refused", state.refused).with_metric(&REFUSED),
+            DeviceFigure::count("cut_offs", state.ends.cut_offs),
+        ]
     }
 }
 
@@ -91,21 +100,22 @@ impl EndpointKind for EmulatedKind {
         }
     }
 
-    fn plug(&self, plug: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+    fn plug(&self, plug: &Plug<'_>) -> Result<OpenDevice, PlugError> {
         check_prepared(plug.config)?;
-        let device = plug.config.devices.emulated_at(plug.endpoint);
-        let devices = device.map(std::slice::from_ref).unwrap_or_default();
-        let opened = EmulatedDevices::open(devices, &plug.config.topology, plug.faults)?;
-        let backend = opened.backends.into_iter().next();
-        Ok(PluggedDevice {
-            backend: backend.map(|(backend, _)| backend),
-            watch: opened.watches.into_iter().next().map(|(_, watch)| watch),
-            file: opened.files.into_iter().next().map(|(_, file)| file),
-            ..PluggedDevice::default()
-        })
+        let Some(device) = plug.config.devices.emulated_at(plug.endpoint) else {
+            return Ok(OpenDevice::default());
+        };
+        Ok(open(device, &plug.config.topology, plug.faults)?)
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {
         check_prepared(config)
+    }
+
+    fn status_names(&self) -> Option<StatusNames> {
+        Some(StatusNames {
+            list: "emulated",
+            flag: "emulated",
+        })
     }
 }

@@ -6,57 +6,64 @@ use std::sync::Arc;
 
 use log::info;
 
-use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared};
+use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::passthrough::PassthroughDevices;
+use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::config::{Config, Descriptors};
-use crate::export::{self, DeviceServer, ExportedDevice};
+use crate::export::{self, ExportedDevice, ServerStatus};
 use crate::process::sandbox::Needs;
-use crate::process::socket::{SocketFile, bind};
+use crate::process::socket::bind;
 use crate::topology::PciAddress;
 use crate::vfio::{DeviceAccess, ioctls_of_exports, ioctls_of_opening};
 
-/// The exported devices, served.
-pub struct ExportedDevices {
-    /// A server for each of them.
-    pub servers: Vec<(PciAddress, DeviceServer)>,
-    /// The files of the sockets that the VMM connects to.
-    pub files: Vec<(PciAddress, Arc<SocketFile>)>,
+/// Whether a device has a client.
+const CLIENT_UP: DeviceMetric = DeviceMetric {
+    name: "export_up",
+    metric_type: "gauge",
+    help: "Whether an exported device has a client.",
+};
+
+/// Serves the exported device of `endpoint` to the VMM's clients. Opens nothing if the configuration does not
+/// export it.
+///
+/// # Errors
+/// The socket cannot be made, the device does not describe its registers, or the system has no descriptor or
+/// thread left.
+pub fn serve(
+    config: &Config,
+    endpoint: PciAddress,
+    device: Box<dyn DeviceAccess>,
+) -> io::Result<OpenDevice> {
+    let devices = &config.devices;
+    let Some(export) = devices.exported_at(endpoint) else {
+        return Ok(OpenDevice::default());
+    };
+    let offered = ExportedDevice::new(format!("endpoint {endpoint}"), device).map_err(|cause| {
+        let text = format!("endpoint {endpoint} cannot be exported: {cause}");
+        io::Error::new(cause.kind(), text)
+    })?;
+    let (listener, file) = bind(&export.path)?;
+    let server = export::serve(listener, offered)?;
+    info!(
+        "endpoint {endpoint} is exported at {}",
+        export.path.display()
+    );
+    Ok(OpenDevice {
+        status: Some(server.status()),
+        server: Some(server),
+        file: Some(Arc::new(file)),
+        host: devices.passthrough_at(endpoint).map(|p| p.host.to_string()),
+        ..OpenDevice::default()
+    })
 }
 
-impl ExportedDevices {
-    /// Listens for the VMM's clients. `devices` are the devices that the configuration exports, by
-    /// the address of their endpoint.
-    ///
-    /// # Errors
-    /// A socket cannot be made, a device does not describe its registers, or the system has no
-    /// descriptor or thread left.
-    pub fn open(
-        config: &Config,
-        devices: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
-    ) -> io::Result<Self> {
-        let mut opened = Self {
-            servers: Vec::new(),
-            files: Vec::new(),
-        };
-        for (endpoint, device) in devices {
-            let Some(export) = config.devices.exported_at(endpoint) else {
-                continue;
-            };
-            let name = format!("endpoint {endpoint}");
-            let offered = ExportedDevice::new(name, device).map_err(|cause| {
-                let what = format!("endpoint {endpoint} cannot be exported: {cause}");
-                io::Error::new(cause.kind(), what)
-            })?;
-            let (listener, file) = bind(&export.path)?;
-            let server = export::serve(listener, offered)?;
-            opened.servers.push((endpoint, server));
-            opened.files.push((endpoint, Arc::new(file)));
-            info!(
-                "endpoint {endpoint} is exported at {}",
-                export.path.display()
-            );
-        }
-        Ok(opened)
+impl DeviceStatus for ServerStatus {
+    fn figures(&self) -> Vec<DeviceFigure> {
+        vec![
+            DeviceFigure::flag("client", self.is_connected()).with_metric(&CLIENT_UP),
+            DeviceFigure::count("clients", self.clients.get()),
+            DeviceFigure::count("cut_offs", self.cut_offs.get()),
+        ]
     }
 }
 
@@ -82,12 +89,12 @@ impl EndpointKind for ExportedKind {
         Resources::default()
     }
 
-    fn plug(&self, plug: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+    fn plug(&self, plug: &Plug<'_>) -> Result<OpenDevice, PlugError> {
         check_prepared(plug.config)?;
         let endpoint = plug.endpoint;
         let devices = &plug.config.devices;
         let Some(&device) = devices.passthrough_at(endpoint) else {
-            return Ok(PluggedDevice::default());
+            return Ok(OpenDevice::default());
         };
         let mut alone = plug.config.clone();
         alone.devices.passthrough = vec![device];
@@ -98,19 +105,25 @@ impl EndpointKind for ExportedKind {
             let group = info.group.and_then(|id| opened.topology.group_name(id));
             (group.cloned(), info.reserved.clone())
         });
-        let served = ExportedDevices::open(&alone, opened.exported)?;
         let backend = opened.backends.into_iter().next();
-        Ok(PluggedDevice {
+        let Some((_, access)) = opened.exported.into_iter().next() else {
+            return Ok(OpenDevice::default());
+        };
+        Ok(OpenDevice {
             backend: backend.map(|(backend, _)| backend),
-            export: served.servers.into_iter().next().map(|(_, server)| server),
-            file: served.files.into_iter().next().map(|(_, file)| file),
-            host: Some(device.host.to_string()),
             facts,
-            watch: None,
+            ..serve(&alone, endpoint, access)?
         })
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {
         check_prepared(config)
+    }
+
+    fn status_names(&self) -> Option<StatusNames> {
+        Some(StatusNames {
+            list: "exports",
+            flag: "exported",
+        })
     }
 }

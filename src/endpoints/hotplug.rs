@@ -8,14 +8,12 @@ use std::sync::Arc;
 use log::info;
 use thiserror::Error;
 
-use super::emulated::EmulatedDevices;
-use super::exported::ExportedDevices;
-use super::kind::{Plug, PlugError, PluggedDevice};
+use super::kind::{OpenDevice, Plug, PlugError};
 use super::kinds;
-use crate::backends::vfio_user::Watch;
-use crate::config::{Config, ConfigError};
+use super::status::{DeviceStatus, StatusNames};
+use crate::config::{Config, ConfigError, DeviceKind};
 use crate::device::Device;
-use crate::export::{DeviceServer, ServerStatus};
+use crate::export::DeviceServer;
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
@@ -62,86 +60,79 @@ pub struct Hotplug {
     /// The configuration with all changes. Locked while an endpoint is added or removed.
     config: Mutex<Config>,
     /// Locked briefly; only `files` may be locked after it.
-    parts: Mutex<OpenDevices>,
+    parts: Mutex<DevicesInService>,
     files: Files,
 }
 
 /// The files of the devices' sockets.
 pub type Files = Arc<Mutex<BTreeMap<PciAddress, Arc<SocketFile>>>>;
 
+/// What the daemon reports of the device behind an endpoint.
+#[derive(Clone)]
+pub struct DeviceReport {
+    /// The names under which answers report devices of its kind, if the kind has a status.
+    pub names: Option<StatusNames>,
+    /// The host's name of the device, if it is one of the host's.
+    pub host: Option<String>,
+    /// Reports its figures, if its kind has any.
+    pub status: Option<Arc<dyn DeviceStatus>>,
+}
+
 #[derive(Default)]
-struct OpenDevices {
-    watches: BTreeMap<PciAddress, Watch>,
-    hosts: BTreeMap<EndpointId, String>,
-    exports: BTreeMap<PciAddress, DeviceServer>,
+struct DevicesInService {
+    reports: BTreeMap<PciAddress, DeviceReport>,
+    servers: BTreeMap<PciAddress, DeviceServer>,
     faults: Option<FaultDelivery>,
 }
 
 impl Hotplug {
-    /// Hotplug for a VM with `config`, whose emulated devices are open already.
-    ///
-    /// # Errors
-    /// The system has no thread left.
+    /// Hotplug for a VM with `config`, without devices.
     pub fn new(
         config: &Config,
         iommu: Arc<Mutex<Iommu>>,
         device: Arc<Device>,
         reporter: Arc<FaultReporter>,
-        emulated: EmulatedDevices,
-    ) -> io::Result<Self> {
-        let hosts = config.devices.passthrough.iter();
-        let parts = OpenDevices {
-            watches: emulated.watches.into_iter().collect(),
-            hosts: hosts
-                .map(|p| (p.endpoint.endpoint_id(), p.host.to_string()))
-                .collect(),
-            ..OpenDevices::default()
-        };
-        let hotplug = Self {
+    ) -> Self {
+        Self {
             iommu,
             device,
             reporter,
             config: Mutex::new(Rank::HotplugConfig, config.clone()),
-            parts: Mutex::new(Rank::HotplugParts, parts),
-            files: Arc::new(Mutex::new(
-                Rank::SocketFiles,
-                emulated.files.into_iter().collect(),
-            )),
-        };
-        if !config.devices.emulated.is_empty() {
-            hotplug.deliver_faults()?;
+            parts: Mutex::new(Rank::HotplugParts, DevicesInService::default()),
+            files: Arc::new(Mutex::new(Rank::SocketFiles, BTreeMap::new())),
         }
-        Ok(hotplug)
     }
 
-    /// Takes over the exported devices of the start.
-    pub fn adopt(&self, exports: ExportedDevices) {
-        self.parts.lock().exports.extend(exports.servers);
-        self.files.lock().extend(exports.files);
+    /// Takes over the devices of the start. The core must have their backends.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn adopt(
+        &self,
+        devices: impl IntoIterator<Item = (PciAddress, OpenDevice)>,
+    ) -> io::Result<()> {
+        for (endpoint, device) in devices {
+            let kind = self.config.lock().devices.kind_of(endpoint);
+            if device.reports_faults {
+                self.deliver_faults()?;
+            }
+            self.take_into_service(endpoint, kind, device);
+        }
+        Ok(())
     }
 
-    /// Ends all exports, which releases their devices.
+    /// Ends the servers of the exported devices, which releases the devices.
     pub fn end_exports(&self) {
-        let exports = std::mem::take(&mut self.parts.lock().exports);
-        drop(exports);
+        let servers = std::mem::take(&mut self.parts.lock().servers);
+        drop(servers);
     }
 
-    /// The [`Watch`] of each emulated device.
-    pub fn watches(&self) -> Vec<Watch> {
-        self.parts.lock().watches.values().cloned().collect()
-    }
-
-    /// The host's names of the passthrough devices, by endpoint.
-    pub fn hosts(&self) -> BTreeMap<EndpointId, String> {
-        self.parts.lock().hosts.clone()
-    }
-
-    /// The status of the server of each exported device.
-    pub fn export_states(&self) -> Vec<(EndpointId, Arc<ServerStatus>)> {
+    /// The report of each device in service, by endpoint.
+    pub fn reports(&self) -> BTreeMap<EndpointId, DeviceReport> {
         let parts = self.parts.lock();
-        let exports = parts.exports.iter();
-        exports
-            .map(|(at, server)| (at.endpoint_id(), server.status()))
+        let reports = parts.reports.iter();
+        reports
+            .map(|(at, report)| (at.endpoint_id(), report.clone()))
             .collect()
     }
 
@@ -157,7 +148,8 @@ impl Hotplug {
     pub fn add(&self, text: &str) -> Result<Added, HotplugError> {
         let mut config = self.config.lock();
         let (with, range) = config.with_endpoint(text)?;
-        let mut opened = self.open(&with, range)?;
+        let kind = with.devices.kind_of(range.first());
+        let mut opened = self.open(&with, range.first(), kind)?;
         let info = with.topology.endpoint(range.first().endpoint_id());
         let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
             let group = info.and_then(|info| with.topology.group_name(info.group?));
@@ -174,18 +166,7 @@ impl Hotplug {
         // dropping it waits for its threads.
         let added = self.iommu.lock().add_endpoints(new, opened.backend.take());
         added.map_err(|(cause, _)| cause)?;
-        {
-            let mut parts = self.parts.lock();
-            let at = range.first();
-            parts.watches.extend(opened.watch.map(|watch| (at, watch)));
-            parts
-                .exports
-                .extend(opened.export.map(|server| (at, server)));
-            let host = opened.host.map(|host| (at.endpoint_id(), host));
-            parts.hosts.extend(host);
-        }
-        let file = opened.file.map(|file| (range.first(), file));
-        self.files.lock().extend(file);
+        self.take_into_service(range.first(), kind, opened);
         let is_described = with.topology.is_expected(range);
         *config = with;
         info!("endpoint {range} is added");
@@ -208,38 +189,63 @@ impl Hotplug {
         }
         let unused = self.iommu.lock().remove_endpoints(range)?;
         *config = without;
-        let (mut watches, mut exports, mut files) = (Vec::new(), Vec::new(), Vec::new());
+        let (reports, servers, files);
         {
             let mut parts = self.parts.lock();
-            let inside = |at: &PciAddress| range.contains(*at);
-            watches.extend(take_if(&mut parts.watches, inside));
-            exports.extend(take_if(&mut parts.exports, inside));
-            let mut hosts = std::mem::take(&mut parts.hosts);
-            hosts.retain(|id, _| !range.contains(PciAddress::from_endpoint_id(*id)));
-            parts.hosts = hosts;
-            files.extend(take_if(&mut self.files.lock(), inside));
+            reports = take_range(&mut parts.reports, range);
+            servers = take_range(&mut parts.servers, range);
+            files = take_range(&mut self.files.lock(), range);
         }
         // Drops wait for threads, so `parts` must not be locked here. The lock of `config` excludes other changes.
-        drop((exports, unused, watches, files));
+        drop((servers, unused, reports, files));
         info!("endpoint {range} is removed");
         Ok(())
     }
 
     /// Opens the device of an endpoint, if it has one.
-    fn open(&self, config: &Config, range: PciRange) -> Result<PluggedDevice, PlugError> {
-        let endpoint = range.first();
-        let Some(kind) = config.devices.kind_of(endpoint) else {
-            return Ok(PluggedDevice::default());
+    fn open(
+        &self,
+        config: &Config,
+        endpoint: PciAddress,
+        kind: Option<DeviceKind>,
+    ) -> Result<OpenDevice, PlugError> {
+        let Some(kind) = kind else {
+            return Ok(OpenDevice::default());
         };
         let opened = kinds::of(kind).plug(&Plug {
             config,
             endpoint,
             faults: &self.reporter,
         })?;
-        if opened.watch.is_some() {
+        if opened.reports_faults {
             self.deliver_faults()?;
         }
         Ok(opened)
+    }
+
+    /// Reports the device of an endpoint from now on, and keeps its server and its socket's file.
+    fn take_into_service(
+        &self,
+        endpoint: PciAddress,
+        kind: Option<DeviceKind>,
+        device: OpenDevice,
+    ) {
+        {
+            let mut parts = self.parts.lock();
+            let report = kind.map(|kind| DeviceReport {
+                names: kinds::of(kind).status_names(),
+                host: device.host,
+                status: device.status,
+            });
+            parts
+                .reports
+                .extend(report.map(|report| (endpoint, report)));
+            parts
+                .servers
+                .extend(device.server.map(|server| (endpoint, server)));
+        }
+        let file = device.file.map(|file| (endpoint, file));
+        self.files.lock().extend(file);
     }
 
     /// Starts the thread that reports the faults of emulated devices to the guest, unless it runs.
@@ -256,8 +262,9 @@ impl Hotplug {
     }
 }
 
-/// Takes out the values whose key is `wanted`.
-fn take_if<T>(map: &mut BTreeMap<PciAddress, T>, wanted: impl Fn(&PciAddress) -> bool) -> Vec<T> {
-    let keys: Vec<_> = map.keys().copied().filter(|at| wanted(at)).collect();
+/// Takes out the values of the endpoints in `range`.
+fn take_range<T>(map: &mut BTreeMap<PciAddress, T>, range: PciRange) -> Vec<T> {
+    let keys: Vec<_> = map.range(range.first()..=range.last()).collect();
+    let keys: Vec<_> = keys.into_iter().map(|(at, _)| *at).collect();
     keys.iter().filter_map(|at| map.remove(at)).collect()
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::passthrough::PassthroughError;
+use super::status::{DeviceStatus, StatusNames};
 use crate::backends::DmaBackend;
-use crate::backends::vfio_user::Watch;
 use crate::config::Config;
 use crate::export::DeviceServer;
 use crate::faults::report::FaultReporter;
@@ -29,13 +29,17 @@ pub trait EndpointKind: Sync {
     ///
     /// # Errors
     /// The device cannot be opened, or devices of this kind cannot be plugged in.
-    fn plug(&self, plug: &Plug<'_>) -> Result<PluggedDevice, PlugError>;
+    fn plug(&self, plug: &Plug<'_>) -> Result<OpenDevice, PlugError>;
 
     /// Whether a device of this kind can be unplugged from a VM with `config`.
     ///
     /// # Errors
     /// Devices of this kind stay for the life of the daemon.
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError>;
+
+    /// The names under which the control socket reports the devices of this kind; `None` if these devices report
+    /// no status of their own.
+    fn status_names(&self) -> Option<StatusNames>;
 }
 
 /// The resources that the service manager must grant a daemon for the devices of one kind.
@@ -64,15 +68,17 @@ pub struct Plug<'a> {
     pub faults: &'a Arc<FaultReporter>,
 }
 
-/// An opened device that the core does not know yet.
+/// An open device behind an endpoint.
 #[derive(Default)]
-pub struct PluggedDevice {
-    /// The backend, which applies the guest's mappings to the device.
+pub struct OpenDevice {
+    /// The backend, which applies the guest's mappings to the device; `None` once the core has it.
     pub backend: Option<Box<dyn DmaBackend>>,
-    /// The state of an emulated device's interposer. Such a device reports faults.
-    pub watch: Option<Watch>,
+    /// Reports the device's figures.
+    pub status: Option<Arc<dyn DeviceStatus>>,
+    /// Whether the device reports refused accesses to [`Plug::faults`].
+    pub reports_faults: bool,
     /// Serves an exported device to the VMM.
-    pub export: Option<DeviceServer>,
+    pub server: Option<DeviceServer>,
     /// The socket at which the VMM connects.
     pub file: Option<Arc<SocketFile>>,
     /// The host's name of the device.

@@ -1,6 +1,7 @@
 //! From the configuration to opened devices: one module for each kind of endpoint.
 //!
 //! - [`kind`] has the trait that every kind implements, and `kinds` the table of all of them.
+//! - [`status`] has the form in which devices in service report their figures.
 //! - `start` brings the configured devices up with the daemon; `hotplug` adds and removes endpoints
 //!   while the VM runs.
 
@@ -16,3 +17,4 @@ pub mod passthrough;
 pub mod shadow;
 #[cfg(not(miri))]
 pub mod start;
+pub mod status;

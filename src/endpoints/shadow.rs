@@ -8,7 +8,8 @@ use std::sync::Arc;
 use log::info;
 use thiserror::Error;
 
-use super::kind::{EndpointKind, Plug, PlugError, PluggedDevice, Resources};
+use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources};
+use super::status::StatusNames;
 use crate::backends::shadow::Shadow;
 use crate::config::Config;
 use crate::device::Device;
@@ -129,11 +130,16 @@ impl EndpointKind for ShadowReaderKind {
     }
 
     /// Always refuses: the registry of readers is made once, before the page tables are in use.
-    fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+    fn plug(&self, _: &Plug<'_>) -> Result<OpenDevice, PlugError> {
         Err(PlugError::Shadow)
     }
 
     fn check_unplug(&self, _: &Config) -> Result<(), PlugError> {
         Err(PlugError::Shadow)
+    }
+
+    /// No names: readers come and go at one socket for several endpoints, so their registry reports them together.
+    fn status_names(&self) -> Option<StatusNames> {
+        None
     }
 }

@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::emulated::EmulatedDevices;
-use super::exported::ExportedDevices;
 use super::hotplug::Hotplug;
+use super::kind::OpenDevice;
 use super::passthrough::{PassthroughDevices, PassthroughError};
-use super::shadow::{self, ShadowError};
+use super::shadow::ShadowError;
+use super::{emulated, exported, shadow};
 use crate::backends::DmaBackend;
 use crate::config::Config;
 use crate::device::Device;
@@ -58,7 +58,8 @@ pub struct OpenedDevices {
 pub struct AttachedDevices {
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
     readers: Option<Arc<Registry>>,
-    emulated: EmulatedDevices,
+    /// All devices but the exported ones.
+    devices: Vec<(PciAddress, OpenDevice)>,
     faults: Arc<FaultReporter>,
 }
 
@@ -104,18 +105,28 @@ impl OpenedDevices {
         }
         let readers = shadow::add_backend(config, iommu)?;
         let faults = Arc::new(FaultReporter::new(metrics, config.fault_rate));
-        let devices = &config.devices.emulated;
-        let mut emulated = EmulatedDevices::open(devices, iommu.topology(), &faults)
-            .map_err(StartError::Socket)?;
-        for (backend, endpoint) in emulated.backends.drain(..) {
-            iommu
-                .add_backend(backend, &[endpoint])
-                .map_err(StartError::Backend)?;
+        let mut devices = Vec::new();
+        for passthrough in &config.devices.passthrough {
+            let device = OpenDevice {
+                host: Some(passthrough.host.to_string()),
+                ..OpenDevice::default()
+            };
+            devices.push((passthrough.endpoint, device));
+        }
+        for configured in &config.devices.emulated {
+            let mut device = emulated::open(configured, iommu.topology(), &faults)
+                .map_err(StartError::Socket)?;
+            if let Some(backend) = device.backend.take() {
+                iommu
+                    .add_backend(backend, &[configured.endpoint.endpoint_id()])
+                    .map_err(StartError::Backend)?;
+            }
+            devices.push((configured.endpoint, device));
         }
         Ok(AttachedDevices {
             exported: self.exported,
             readers,
-            emulated,
+            devices,
             faults,
         })
     }
@@ -132,22 +143,21 @@ impl AttachedDevices {
         iommu: &Arc<Mutex<Iommu>>,
         device: &Arc<Device>,
     ) -> Result<ServedDevices, StartError> {
-        let hotplug = Hotplug::new(
-            config,
-            iommu.clone(),
-            device.clone(),
-            self.faults,
-            self.emulated,
-        );
-        let hotplug = Arc::new(hotplug.map_err(StartError::Thread)?);
+        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), self.faults);
+        let hotplug = Arc::new(hotplug);
+        hotplug.adopt(self.devices).map_err(StartError::Thread)?;
         let readers = self.readers;
         let shadow = readers.clone().map(|registry| {
             shadow::serve(config, registry, iommu.clone(), device.clone())
                 .map_err(StartError::Socket)
         });
         let shadow = shadow.transpose()?;
-        let exported = ExportedDevices::open(config, self.exported).map_err(StartError::Socket)?;
-        hotplug.adopt(exported);
+        for (endpoint, access) in self.exported {
+            let device = exported::serve(config, endpoint, access).map_err(StartError::Socket)?;
+            hotplug
+                .adopt([(endpoint, device)])
+                .map_err(StartError::Thread)?;
+        }
         Ok(ServedDevices {
             hotplug,
             readers,

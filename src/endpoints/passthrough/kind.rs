@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use crate::config::{Config, HostIommu, Pin};
 use crate::endpoints::kind::{
-    EndpointKind, Plug, PlugError, PluggedDevice, Resources, check_prepared,
+    EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared,
 };
+use crate::endpoints::status::StatusNames;
 use crate::process::sandbox::Needs;
 use crate::vfio::ioctls_of_backends;
 
@@ -39,12 +40,17 @@ impl EndpointKind for PassthroughKind {
 
     /// Always refuses: the VMM would need the daemon's descriptor of the device, and the daemon cannot pass it
     /// to a running VMM.
-    fn plug(&self, _: &Plug<'_>) -> Result<PluggedDevice, PlugError> {
+    fn plug(&self, _: &Plug<'_>) -> Result<OpenDevice, PlugError> {
         Err(PlugError::Shared)
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {
         check_prepared(config)
+    }
+
+    /// No names: VFIO reports nothing about a device that the VMM drives itself.
+    fn status_names(&self) -> Option<StatusNames> {
+        None
     }
 }
 
