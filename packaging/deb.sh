@@ -94,7 +94,6 @@ put 755 "$PACKAGING/systemd/$NAME-generator" usr/lib/systemd/system-generators/$
 put 644 "$PACKAGING/systemd/sysusers.conf" usr/lib/sysusers.d/$NAME.conf
 put 644 "$PACKAGING/systemd/tmpfiles.conf" usr/lib/tmpfiles.d/$NAME.conf
 put 644 "$PACKAGING/udev/70-$NAME.rules" usr/lib/udev/rules.d/70-$NAME.rules
-put 644 "$PACKAGING/vhost-user/50-$NAME.json" usr/share/qemu/vhost-user/50-$NAME.json
 put 644 "$PACKAGING/completions/$NAME" usr/share/bash-completion/completions/$NAME
 put 644 "$PACKAGING/completions/_$NAME" usr/share/zsh/vendor-completions/_$NAME
 put 644 "$PACKAGING/completions/$NAME.fish" usr/share/fish/vendor_completions.d/$NAME.fish

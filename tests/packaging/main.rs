@@ -88,19 +88,43 @@ fn the_manual_page_of_the_file_is_up_to_date() {
     }
 }
 
+/// libvirt discards the descriptions of all vhost-user programs when one has a type that it does not know, and then
+/// starts no VM with virtiofs. `iommu` is in no list of types yet.
 #[test]
-fn the_description_for_management_software_matches_the_program() {
-    let path = tree("packaging/vhost-user/50-vhost-device-iommu.json");
-    let text = fs::read_to_string(path).expect("the description");
-    let described: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
-        .arg("--print-capabilities")
+fn the_package_installs_no_vhost_user_description() {
+    let output = tempfile::tempdir().expect("a folder");
+    let built = Command::new(tree("packaging/deb.sh"))
+        .args([
+            "--binary",
+            env!("CARGO_BIN_EXE_vhost-device-iommu"),
+            "--output",
+        ])
+        .arg(output.path())
         .output()
-        .expect("it runs");
-    let printed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    assert_eq!(described["type"], printed["type"]);
-    assert_eq!(described["binary"], format!("/usr/bin/{PROGRAM}"));
-    assert!(described["description"].is_string());
+        .expect("the script runs");
+    if !built.status.success() {
+        let reason = String::from_utf8_lossy(&built.stderr);
+        assert!(reason.contains(" not found: "), "{reason}");
+        println!("SKIPPED: {reason}");
+        return;
+    }
+    let package = String::from_utf8_lossy(&built.stdout);
+    let listed = Command::new("dpkg-deb")
+        .args(["--contents", package.trim()])
+        .output()
+        .expect("dpkg-deb");
+    let listed = String::from_utf8_lossy(&listed.stdout);
+    assert!(
+        listed.contains("./usr/bin/vhost-device-iommu\n"),
+        "{listed}"
+    );
+    for folder in ["qemu/vhost-user", "libvirt"] {
+        assert!(!listed.contains(folder), "{listed}");
+    }
+    assert!(
+        !listed.contains(".json"),
+        "a description in another folder: {listed}"
+    );
 }
 
 /// The units, the package and the example must use the same paths.
