@@ -46,7 +46,7 @@ impl IovaRange {
         last: u64::MAX,
     };
 
-    /// The range `first..=last`; `None` where `last < first`.
+    /// The range `first..=last`; `None` if `last < first`.
     pub fn new(first: Iova, last: Iova) -> Option<Self> {
         (first.0 <= last.0).then_some(Self {
             first: first.0,
@@ -54,7 +54,7 @@ impl IovaRange {
         })
     }
 
-    /// The range of `len` bytes from `first`, or `None` where it is empty or passes 2^64 - 1.
+    /// The range of `len` bytes from `first`; `None` if `len` is 0 or the range passes 2^64 - 1.
     pub fn from_len(first: Iova, len: u64) -> Option<Self> {
         let last = first.0.checked_add(len.checked_sub(1)?)?;
         Self::new(first, Iova(last))
@@ -127,7 +127,7 @@ pub struct GpaRange {
 }
 
 impl GpaRange {
-    /// The range of `len` bytes from `first`, or `None` where it is empty or passes 2^64 - 1.
+    /// The range of `len` bytes from `first`; `None` if `len` is 0 or the range passes 2^64 - 1.
     pub fn from_len(first: Gpa, len: u64) -> Option<Self> {
         let last = first.0.checked_add(len.checked_sub(1)?)?;
         Some(Self {
@@ -239,7 +239,7 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// The guest-physical addresses that `range` translates to; `None` where they pass 2^64 - 1.
+    /// The guest-physical addresses that `range` translates to; `None` if they pass 2^64 - 1.
     pub fn target(&self) -> Option<GpaRange> {
         let last = self.gpa.checked_add(self.range.span())?;
         Some(GpaRange {
@@ -291,7 +291,7 @@ impl PageMask {
     /// The sizes the page table stores as one entry: 4 KiB, 2 MiB and 1 GiB.
     pub const TABLE: Self = Self(1 << 12 | 1 << 21 | 1 << 30);
 
-    /// The mask; `None` where no bit is set.
+    /// The mask; `None` if no bit is set.
     pub fn new(bits: u64) -> Option<Self> {
         (bits != 0).then_some(Self(bits))
     }

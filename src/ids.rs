@@ -27,8 +27,8 @@ impl fmt::Display for DomainId {
 /// Lists all variants of an enum without fields: `list_variants!(Kind: First, Second)` gives it
 /// `COUNT`, `ALL` and `index`.
 ///
-/// A variant that is missing from the list does not compile, because `index` matches on the list
-/// alone. A plain `ALL` array could miss one unnoticed, and an index by variant would then panic.
+/// If the list lacks a variant, the code does not compile: `index` matches on the list alone. A plain `ALL`
+/// array could lack a variant unnoticed, and an array of `COUNT` elements would have none for it.
 macro_rules! list_variants {
     ($name:ident: $($variant:ident),+ $(,)?) => {
         impl $name {

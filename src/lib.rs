@@ -6,7 +6,7 @@
 //! | module | holds |
 //! |---|---|
 //! | `args` | the command line |
-//! | `daemon` | assembly of a running daemon, signals, the service drop-in, the sandbox's needs |
+//! | `daemon` | assembly of a running daemon, signals, the service drop-in, the rights that the sandbox must grant |
 //! | `control` | the control socket's server, and metrics |
 //! | `ctl` | the control socket's client, `ctl` |
 //! | `endpoints` | opening the parts of each configured endpoint, by kind of endpoint; hot-plug |

@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(status) => status,
         Err(error) => {
-            // Fails if standard error is closed, and there is no other way to report the error.
+            // Ignored: the write fails if standard error is closed, and the error has nowhere else to go.
             let _ = if journal::is_listening() {
                 journal::write_error(&mut io::stderr(), &error.to_string())
             } else {
@@ -61,7 +61,7 @@ fn asks_for_capabilities() -> bool {
         .any(|arg| arg == OsStr::new("--print-capabilities"))
 }
 
-/// The format is that of the vhost-user specification, "Backend program conventions".
+/// Prints the capabilities in the format of the vhost-user specification, section "Backend program conventions".
 fn print_capabilities() -> Outcome {
     let capabilities = serde_json::json!({ "type": "iommu", "features": [] });
     print(&format!("{capabilities:#}\n"))

@@ -38,7 +38,7 @@ impl Histogram {
     /// Counts `weight` events in the bucket of `time`, and adds `time` to the sum `weight` times.
     pub fn record(&self, time: Duration, weight: u64) {
         let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        // A bucket's bound belongs to it.
+        // A duration that equals a bucket's upper bound counts in this bucket.
         let rounded_up = ns.div_ceil(1000).max(1).next_power_of_two();
         let index = (rounded_up.trailing_zeros() as usize).min(BUCKETS - 1);
         if let Some(bucket) = self.buckets.get(index) {
@@ -47,8 +47,8 @@ impl Histogram {
         self.sum_ns.add(ns.saturating_mul(weight));
     }
 
-    /// Upper bound and count of each bucket. The bound is in nanoseconds and belongs to the bucket; the
-    /// last bucket has none.
+    /// Upper bound and count of each bucket. The bound is in nanoseconds and is part of the bucket. The last
+    /// bucket has no bound.
     pub fn buckets(&self) -> impl Iterator<Item = (Option<u64>, u64)> {
         self.buckets.iter().enumerate().map(|(index, counter)| {
             let bound = (index + 1 < BUCKETS).then_some(1000 << index);
@@ -69,22 +69,22 @@ pub const STATUSES: usize = 9;
 /// The number of fault reasons, each with a counter of its own.
 pub const FAULT_REASONS: usize = 3;
 
-/// Of this many batches of a single request, one is timed. Reading the clock takes a good part of the time
-/// that a single request takes.
+/// One in this many batches of a single request is timed. Reading the clock takes a good part of the time that
+/// such a batch takes.
 pub const SINGLES_PER_SAMPLE: u64 = 16;
 
 /// All counters since the daemon started.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Answered requests by kind and status, both in the order of their numbers.
+    /// Answered requests: by the index of the request's kind, then by the index of the status.
     pub requests: [[Counter; STATUSES]; REQUEST_KINDS],
     /// Descriptor chains that the device returned without writing to them.
     pub chains_refused: Counter,
     /// Durations of batches of requests. A batch lasts from when the worker takes it off the ring until it
-    /// has returned the last request. Of batches of a single request, only one in [`SINGLES_PER_SAMPLE`] is
-    /// timed, and it counts with that weight.
+    /// has returned the last request. Only one in [`SINGLES_PER_SAMPLE`] batches of a single request is timed,
+    /// and this one counts [`SINGLES_PER_SAMPLE`] times.
     pub batches: Histogram,
-    /// Requests that failed in a backend, by kind, in the order of their numbers.
+    /// Requests that failed in a backend, by the index of the request's kind.
     pub backend_failures: [Counter; REQUEST_KINDS],
     /// Requests refused because the page-table arena was full.
     pub arena_full: Counter,
@@ -102,7 +102,7 @@ pub struct Metrics {
     pub polls_paid_ns: Counter,
     /// Times the worker polled and no request came, or it had too little processor time to poll.
     pub polls_unpaid: Counter,
-    /// Reported faults, delivered or not, by reason in the order of their numbers.
+    /// Reported faults, delivered or not, by the index of the reason.
     pub faults: [Counter; FAULT_REASONS],
     /// Faults of emulated devices dropped by the rate limit or a full queue. They are in
     /// `faults_dropped`, too.

@@ -161,7 +161,7 @@ pub trait DmaBackend: Send {
 
     /// The VMM removes guest RAM. The core has unmapped every mapping into the slot before.
     ///
-    /// After `Ok`, no endpoint in bypass mode must be able to reach the slot.
+    /// After `Ok`, endpoints in bypass mode must not be able to reach the slot.
     ///
     /// # Errors
     /// On error, an unknown part of the slot is still reachable: the core quarantines the endpoints in bypass mode.
@@ -195,7 +195,7 @@ pub trait DmaBackend: Send {
     /// Removes every mapping in `range`, which may have holes. `range` splits a mapping only at the border between two
     /// memory slots. If the backend has the domain, at least `least` bytes of `range` are mapped.
     ///
-    /// After `Ok`, no endpoint must be able to use an address of `range`.
+    /// After `Ok`, the domain's endpoints must not be able to use an address of `range`.
     ///
     /// # Errors
     /// On error, an unknown part of `range` is still reachable: the core quarantines the endpoints.

@@ -145,8 +145,8 @@ impl Reach {
     }
 }
 
-/// The error for a system call that failed with `cause`; `what` is the step that failed.
-pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> BackendError {
+/// The error for a system call that failed with `cause`. `failure` is the effect, such as "guest RAM stays mapped".
+pub(super) fn refused(failure: impl std::fmt::Display, cause: &io::Error) -> BackendError {
     let (kind, cure) = match cause.raw_os_error() {
         Some(libc::ENOMEM) => (
             BackendErrorKind::NoMem,
@@ -165,7 +165,7 @@ pub(super) fn refused(what: impl std::fmt::Display, cause: &io::Error) -> Backen
     };
     BackendError {
         kind,
-        message: format!("{what}: {cause}{cure}"),
+        message: format!("{failure}: {cause}{cure}"),
     }
 }
 
@@ -194,8 +194,8 @@ fn not_unmapped(range: IovaRange, least: u64, result: io::Result<u64>) -> Backen
         Ok(bytes) => BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
-                "of {range} the host had {bytes:#x} bytes mapped, not {least:#x}; others may stay \
-                 mapped"
+                "the host unmapped {bytes:#x} bytes of {range}, which had {least:#x} or more; the rest may \
+                 stay mapped"
             ),
         },
         Err(cause) => refused(format_args!("{range} stays mapped"), &cause),
@@ -204,14 +204,14 @@ fn not_unmapped(range: IovaRange, least: u64, result: io::Result<u64>) -> Backen
 
 /// The error for a mapping into another device's memory that the host did not make.
 pub(super) fn no_peer_access(part: &Mapping, cause: &io::Error) -> BackendError {
-    let what = format_args!("{part} leads into the memory of a device");
+    let failure = format_args!("{part} leads into the memory of a device");
     if let Some(libc::ENOMEM | libc::ENOSPC | libc::EEXIST) = cause.raw_os_error() {
-        return refused(what, cause);
+        return refused(failure, cause);
     }
     BackendError {
         kind: BackendErrorKind::Fault,
         message: format!(
-            "{what}, which the host does not let others reach: {cause}; with iommufd this needs \
+            "{failure}, which the host does not let other devices reach: {cause}; with iommufd this needs \
              Linux 7.0 and VFIO's DMA buffers"
         ),
     }

@@ -1,7 +1,8 @@
 //! Host IOMMU through a VFIO type1 container: one backend for the devices of one group, which share the container's
 //! only address space.
 //!
-//! To switch them to a new target, the backend empties the address space and fills it again. DMA in between faults.
+//! To switch the devices to a new target, the backend empties the address space and fills it again. An access that a
+//! device makes in the meantime faults.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -106,12 +107,13 @@ impl Type1Group {
     fn map_pieces(&self, mapping: &Mapping) -> Result<(), BackendError> {
         match self.reach.in_one_slot(mapping) {
             Some((slot, offset)) => self.map_part(mapping, slot, offset),
-            None => self.map_several(mapping),
+            None => self.map_piecewise(mapping),
         }
     }
 
+    /// Maps a mapping that does not lead into a single slot.
     #[cold]
-    fn map_several(&self, mapping: &Mapping) -> Result<(), BackendError> {
+    fn map_piecewise(&self, mapping: &Mapping) -> Result<(), BackendError> {
         self.reach
             .for_each_piece(mapping, |piece| self.map_piece(&piece))
     }
@@ -149,8 +151,8 @@ impl Type1Group {
         if self.filled_for == Some(target) {
             return Ok(());
         }
-        // Check before the first change. The common refusal is a mapping that leads to no memory. Refused here, it does
-        // not disturb DMA.
+        // The common refusal is a mapping that leads to no memory. Check for it before the first change, so that the
+        // refusal does not disturb DMA.
         if let Target::Domain(domain) = target {
             contents
                 .mappings(domain)

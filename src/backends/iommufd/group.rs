@@ -68,7 +68,7 @@ impl DeviceGroup {
         let attachment = if !shared {
             Attachment::Detached
         } else if members.iter().any(|m| m.attach.is_bound()) {
-            // Another process has bound it: this VMM has not connected yet.
+            // Another process has bound the device: this VMM has not connected yet.
             Attachment::Unknown
         } else {
             Attachment::Unbound
@@ -101,7 +101,7 @@ impl DeviceGroup {
         BackendError {
             kind: BackendErrorKind::DevErr,
             message: format!(
-                "{}: the VMM has bound it to another iommufd than this process was given; start \
+                "{}: bound by the VMM to another iommufd than the one of this process; start \
                  both with the same open /dev/iommu (for QEMU `-object iommufd,fd=...`)",
                 names.join(", ")
             ),
@@ -151,8 +151,8 @@ impl DeviceGroup {
             Some(member) => Err(BackendError {
                 kind: BackendErrorKind::Unsupp,
                 message: format!(
-                    "the VMM has not bound {} to the iommufd both were given; give it the device \
-                     before the vhost-user device",
+                    "the VMM has not bound {} to the iommufd that it shares with this process; name \
+                     the device before the vhost-user device on the VMM's command line",
                     member.name
                 ),
             }),
@@ -183,8 +183,8 @@ impl DeviceGroup {
                 Attachment::Vmm | Attachment::Unbound | Attachment::Unknown => Ok(()),
             };
             result.map_err(|cause| {
-                let what = format_args!("{} cannot be switched over", member.name);
-                refused(what, &cause)
+                let failure = format_args!("{} cannot be switched over", member.name);
+                refused(failure, &cause)
             })?;
         }
         Ok(())

@@ -2,8 +2,8 @@
 //! backend attaches devices to these address spaces. The VMM or this process has bound the devices.
 //!
 //! With [`Pinning::All`] the backend maps guest RAM once, from its files, into an address space for bypass mode; the
-//! mappings of domains are copies of parts of that. With [`Pinning::Mapped`] it makes each mapping from the file, and
-//! the address space for bypass mode exists only while it is used.
+//! mappings of domains are copies of parts of this address space. With [`Pinning::Mapped`] it makes each mapping from
+//! the file, and the address space for bypass mode exists only while it is used.
 //!
 //! Before the VMM has connected, a shared device is not bound and can do no DMA. Once the VMM has connected, the device
 //! is in the VMM's own address space, which maps the memory that bypass mode reaches. The device stays there until its
@@ -139,7 +139,7 @@ impl Iommufd {
     }
 
     /// Verifies, once, that devices which the VMM has bound are bound to this process's iommufd. In another iommufd,
-    /// the id of one of this process's address spaces would name another one, such as the VMM's.
+    /// the ID of an address space of this process would name a different address space, such as the VMM's.
     ///
     /// The test: attach them to a new address space and try to destroy it. The kernel refuses with EBUSY only if a device
     /// is attached to it.

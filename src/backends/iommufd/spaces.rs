@@ -24,9 +24,9 @@ pub enum Pinning {
 pub(super) struct Spaces {
     pub(super) kernel: Arc<dyn AddressSpaces>,
     pinning: Pinning,
-    /// Whether mappings are copies of parts of the address space of bypass mode. Not while a device is attached to that
-    /// address space: its pages are pinned then, and a copy would lead to the pinned pages. If the VMM has discarded
-    /// pages since, the guest has new ones, and the pinned pages are the wrong ones.
+    /// Whether mappings are copies of parts of the address space of bypass mode. False while a device is attached to
+    /// that address space: the attached device keeps its pages pinned, and a copy would lead to the pinned pages. If
+    /// the VMM has discarded pages since, the guest has new pages, and the pinned ones are wrong.
     copies: bool,
     pub(super) reach: Reach,
     bypass: Option<Bypass>,
@@ -136,8 +136,8 @@ impl Spaces {
     ) -> io::Result<()> {
         let here = DmaSource::Host(&slot.memory, offset);
         if !slot.is_shared_memory {
-            // The kernel would map such a file. Only when a device is attached would it find that it cannot pin the
-            // pages.
+            // Not by file: the kernel would accept the mapping, and find out only when a device is attached that it
+            // cannot pin the file's pages.
             return self.kernel.map(ioas, range, access, here);
         }
         let at = slot.offset.saturating_add(offset);
@@ -165,13 +165,13 @@ impl Spaces {
                 *done += mapping.range.len_bytes().unwrap_or(0);
                 Ok(())
             }
-            Some(_) | None => self.map_otherwise(ioas, mapping, done),
+            Some(_) | None => self.map_piecewise(ioas, mapping, done),
         }
     }
 
     /// As [`Self::map_into`], for a mapping without rights or one that does not lead into a single slot.
     #[cold]
-    fn map_otherwise(
+    fn map_piecewise(
         &self,
         ioas: u32,
         mapping: &Mapping,
@@ -297,8 +297,8 @@ impl Spaces {
                 if let Some(Bypass { ioas, slots }) = self.bypass.take() {
                     self.condemned.push((ioas, slots));
                 }
-                let what = format_args!("guest RAM at {} stays mapped", slot.range);
-                Err(refused(what, &cause))
+                let failure = format_args!("guest RAM at {} stays mapped", slot.range);
+                Err(refused(failure, &cause))
             }
         }
     }

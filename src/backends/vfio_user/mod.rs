@@ -89,7 +89,7 @@ impl VfioUser {
         })
     }
 
-    /// A handle through which others than the backend's owner read the device's state.
+    /// A handle to read the device's state without access to the backend, which the core owns.
     pub fn watch(&self) -> Watch {
         Watch {
             endpoint: self.endpoint,
@@ -167,7 +167,7 @@ impl VfioUser {
                 let inside = view.windows.range(bounds).map(|(_, p)| p);
                 let before = unmaps.len();
                 unmaps.extend(inside.filter(|p| gone(p)).map(|p| p.range));
-                // Removed at once: the next range may cover them, too.
+                // Remove these windows before the next range, which may cover them, too.
                 for range in unmaps.iter().skip(before) {
                     view.windows.remove(&range.first().0);
                 }
@@ -190,14 +190,14 @@ impl VfioUser {
         view.windows.clear();
     }
 
-    fn refused(&self, what: impl std::fmt::Display, cause: &DmaUpdateError) -> BackendError {
+    fn refused(&self, failure: impl std::fmt::Display, cause: &DmaUpdateError) -> BackendError {
         let kind = match cause {
             DmaUpdateError::Refused(libc::ENOMEM | libc::ENOSPC) => BackendErrorKind::NoMem,
             DmaUpdateError::Refused(_) | DmaUpdateError::CutOff(_) => BackendErrorKind::DevErr,
         };
         BackendError {
             kind,
-            message: format!("{}: {what}: {cause}", self.name),
+            message: format!("{}: {failure}: {cause}", self.name),
         }
     }
 }
@@ -262,16 +262,16 @@ impl DmaBackend for VfioUser {
         }
         let windows = self.space.identity(&slot);
         self.add(windows).map_err(|cause| {
-            let what = format_args!("guest RAM at {} stays out of reach", slot.range);
-            self.refused(what, &cause)
+            let failure = format_args!("guest RAM at {} stays out of reach", slot.range);
+            self.refused(failure, &cause)
         })
     }
 
     fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.slots.retain(|s| **s != *slot);
         self.remove(|p| p.is_in(slot)).map_err(|cause| {
-            let what = format_args!("guest RAM at {} may stay in reach", slot.range);
-            self.refused(what, &cause)
+            let failure = format_args!("guest RAM at {} may stay in reach", slot.range);
+            self.refused(failure, &cause)
         })
     }
 
@@ -282,7 +282,10 @@ impl DmaBackend for VfioUser {
         contents: &dyn Contents,
     ) -> Result<(), AttachError> {
         if endpoint != self.endpoint {
-            let message = format!("endpoint {endpoint} is not {}", self.name);
+            let message = format!(
+                "endpoint {endpoint} is not behind the backend of {}",
+                self.name
+            );
             let kind = BackendErrorKind::DevErr;
             return Err(AttachError::Unchanged(BackendError { kind, message }));
         }
