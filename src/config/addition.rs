@@ -44,7 +44,7 @@ impl Config {
     /// of one.
     ///
     /// # Errors
-    /// The range has other functions, or reaches across several `[[endpoint]]`.
+    /// The range has functions that are no endpoints, or spans more than one `[[endpoint]]`.
     pub fn without_endpoints(&self, range: PciRange) -> Result<Self, NoSuchEndpoints> {
         let mut config = self.clone();
         config.topology.remove(range)?;

@@ -76,7 +76,7 @@ impl Checker<'_> {
         taken.extend(emulated.iter().flatten().map(|device| &device.listen));
         taken.extend(emulated.iter().flatten().map(|device| &device.connect));
         let exported = self.exported(draft, &taken);
-        // Descriptors are checked against the endpoints.
+        // Only after the check of `passthrough`: each descriptor must belong to one of its endpoints.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
         {

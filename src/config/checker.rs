@@ -47,7 +47,8 @@ impl<'a> Checker<'a> {
         self.push(location, kind);
     }
 
-    /// Refuses the absence of a key that must be given.
+    /// Adds the problem that a required value is missing. Names `key` if there is a file, and otherwise the option
+    /// `flag`.
     pub(super) fn refuse_missing(&mut self, key: &str, flag: &'static str, cure: &'static str) {
         let location = match self.source {
             None => Location::Flag(flag),

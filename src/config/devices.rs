@@ -39,7 +39,7 @@ impl DeviceLists {
             .chain(as_devices(shadow))
     }
 
-    /// The kind of the device behind `endpoint`; `None` where the endpoint has no device.
+    /// The kind of the device behind `endpoint`; `None` if the endpoint has no device.
     /// An exported device counts as exported.
     pub fn kind_of(&self, endpoint: PciAddress) -> Option<DeviceKind> {
         let found = self.iter().filter(|device| device.endpoint() == endpoint);

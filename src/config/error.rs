@@ -123,7 +123,7 @@ pub enum ProblemKind {
     /// The text of an added endpoint has a control character.
     #[error("contains a control character; write the keys in one line, with commas between them")]
     AdditionControl,
-    /// The text of an added endpoint describes none or several.
+    /// The text of an added endpoint describes no endpoint or several.
     #[error("must be one endpoint; add each endpoint with a command of its own")]
     AdditionNotOne,
 
@@ -154,7 +154,7 @@ pub enum ProblemKind {
     Pci {
         /// The text.
         value: String,
-        /// Why not.
+        /// Why it is refused.
         source: PciAddressError,
     },
     /// Not a range of PCI addresses.
@@ -162,7 +162,7 @@ pub enum ProblemKind {
     PciRange {
         /// The text.
         value: String,
-        /// Why not.
+        /// Why it is refused.
         source: PciRangeError,
     },
     /// An endpoint with both an address and a range.
@@ -178,7 +178,7 @@ pub enum ProblemKind {
     Group {
         /// The text.
         value: String,
-        /// Why not.
+        /// Why it is refused.
         source: GroupNameError,
     },
 
@@ -194,7 +194,7 @@ pub enum ProblemKind {
     /// A shadow endpoint with several functions.
     #[error(
         "{range} is more than one function; give each function its own [[endpoint]] with `address` \
-         and `shadow` (they may have one path)"
+         and `shadow` (all of them may share one path)"
     )]
     ShadowOnRange {
         /// The functions.
@@ -219,7 +219,7 @@ pub enum ProblemKind {
     },
     /// An export without a passthrough device.
     #[error(
-        "only a device of the host can be exported; give its address there with `vfio = \"...\"`, or \
+        "only a device of the host can be exported; give its address on the host with `vfio = \"...\"`, or \
          remove `export`"
     )]
     ExportWithoutVfio,
@@ -261,8 +261,8 @@ pub enum ProblemKind {
     },
     /// Not an isolation.
     #[error(
-        "{0:?} is not an isolation; use \"messages\" (the server never has guest RAM) or \"mappings\" \
-         (fast, for servers that are trusted with all of it)"
+        "{0:?} is not an isolation; use \"messages\" (the server never maps guest RAM) or \"mappings\" \
+         (fast, for servers that are trusted with all guest RAM)"
     )]
     Isolation(String),
     /// A deadline out of range.
@@ -286,7 +286,7 @@ pub enum ProblemKind {
     /// Not an interface of the host's IOMMU.
     #[error(
         "{0:?} is not an interface of the host's IOMMU; use \"iommufd\" or, \
-         where the host's kernel has no iommufd, \"type1\""
+         if the host's kernel has no iommufd, \"type1\""
     )]
     HostIommu(String),
     /// Not a pinning mode.
@@ -318,7 +318,7 @@ pub enum ProblemKind {
         endpoint: PciAddress,
     },
     /// One descriptor in two options.
-    #[error("descriptor {fd} is given by {other} already; give each thing its own descriptor")]
+    #[error("descriptor {fd} is given by {other} already; give each descriptor only once")]
     DescriptorTwice {
         /// The descriptor.
         fd: RawFd,
@@ -340,13 +340,13 @@ pub enum ProblemKind {
     /// A device without the iommufd it is bound to.
     #[error(
         "a device can be used only through the iommufd it is bound to; \
-         give that with --iommufd-fd, or leave out --vfio-fd to have the device opened by path"
+         give this iommufd with --iommufd-fd, or leave out --vfio-fd to have the device opened by path"
     )]
     DeviceWithoutIommufd,
     /// A device without the container it is in.
     #[error(
         "the device of endpoint {endpoint} can be used only through the container it is in; \
-         give that with --vfio-container-fd, or leave out --vfio-fd to have the device opened \
+         give this container with --vfio-container-fd, or leave out --vfio-fd to have the device opened \
          by path"
     )]
     DeviceWithoutContainer {
@@ -412,7 +412,7 @@ pub enum ProblemKind {
         "{0:?} is not a size; write bytes as a number, or a text with K, M, G or T, such as \"2G\""
     )]
     Size(String),
-    /// The memory size is out of range or odd.
+    /// The memory size is out of range or not a multiple of 1 MiB.
     #[error(
         "{0} bytes are not a size of guest RAM; give a multiple of 1M up to {limit}T",
         limit = MAX_MEMORY >> 40

@@ -11,7 +11,7 @@ use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::range_in;
 use crate::topology::PciAddress;
 
-/// A passthrough device that the daemon keeps to itself and offers to the VMM over vfio-user.
+/// A passthrough device that only the daemon opens. The VMM reaches it over vfio-user.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Exported {
     /// The address of the device in the guest. The same endpoint has a

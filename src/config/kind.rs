@@ -45,6 +45,6 @@ pub trait ConfiguredDevice {
     /// Writes the device's words into its endpoint's line of the summary.
     ///
     /// # Errors
-    /// The formatter's.
+    /// The formatter fails.
     fn summarize(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result;
 }

@@ -32,7 +32,7 @@ impl Checker<'_> {
         domains
     }
 
-    /// `Some(None)` where no size is given.
+    /// `Some(None)` if no size is given.
     pub(super) fn memory(&mut self, given: Option<&Located<Scalar>>) -> Option<Option<u64>> {
         let Some(given) = given else {
             return Some(None);

@@ -74,9 +74,9 @@ pub struct Config {
     pub metrics: MetricsOutput,
     /// Bits of an I/O virtual address: `32..=57`.
     pub address_width: u8,
-    /// The page sizes offered to the guest: the granule, and 2 MiB and 1 GiB where not smaller.
+    /// The page sizes offered to the guest: the granule, and those of 2 MiB and 1 GiB that are larger.
     pub page_mask: PageMask,
-    /// Whether endpoints without a domain pass untranslated when the VM starts.
+    /// Whether endpoints without a domain are in bypass mode when the VM starts.
     pub bypass_at_boot: bool,
     /// The number of domains that can exist at once; their IDs are `0..=max_domains - 1`.
     pub max_domains: u32,

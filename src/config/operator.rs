@@ -147,7 +147,7 @@ impl Checker<'_> {
                     Scalar::Integer(number) => u32::try_from(*number).ok(),
                     Scalar::Bool(_) | Scalar::Text(_) | Scalar::Other(_) => None,
                 };
-                // The last ID means "no group".
+                // The ID 2^32 - 1 means "no group".
                 let number = number.filter(|number| *number < u32::MAX);
                 if number.is_none() {
                     self.refuse(
@@ -165,7 +165,7 @@ impl Checker<'_> {
         })
     }
 
-    /// `Some(None)` where no textfile is wanted.
+    /// `Some(None)` if no textfile is wanted.
     fn textfile(&mut self, draft: &MetricsDraft) -> Option<Option<Textfile>> {
         let interval = match &draft.interval_s {
             None => Some(DEFAULT_INTERVAL),

@@ -91,8 +91,8 @@ pub struct Descriptors {
     /// `/dev/iommu`; present whenever `devices` has one and the host's IOMMU is
     /// [`HostIommu::Iommufd`].
     pub iommufd: Option<RawFd>,
-    /// Devices by the address of their endpoint: of `/dev/vfio/devices/vfioN` for
-    /// [`HostIommu::Iommufd`], VFIO device descriptors for [`HostIommu::Type1`].
+    /// Descriptors of devices, by the address of the endpoint. For [`HostIommu::Iommufd`] each is open on
+    /// `/dev/vfio/devices/vfioN`; for [`HostIommu::Type1`] it comes from the device's VFIO group.
     pub devices: BTreeMap<PciAddress, RawFd>,
     /// Containers whose IOMMU is set, by the address of their endpoint. Only for
     /// [`HostIommu::Type1`], where each of `devices` has one.
@@ -171,23 +171,23 @@ impl Checker<'_> {
         host_iommu: HostIommu,
         passthrough: &[Passthrough],
     ) -> Descriptors {
-        let mut taken = Taken::default();
+        let mut claimed = Claimed::default();
         if let Some(fd) = run.and_then(|args| args.fd) {
-            self.take(&mut taken, fd, "--fd");
+            self.claim(&mut claimed, fd, "--fd");
         }
         if let Some(fd) = run.and_then(|args| args.ready_fd) {
-            self.take(&mut taken, fd, "--ready-fd");
+            self.claim(&mut claimed, fd, "--ready-fd");
         }
         if let Some(fd) = given.iommufd_fd {
-            self.take(&mut taken, fd, "--iommufd-fd");
+            self.claim(&mut claimed, fd, "--iommufd-fd");
             if host_iommu == HostIommu::Type1 {
                 self.refuse_flag("--iommufd-fd", ProblemKind::IommufdWithType1);
             }
         }
-        let devices = self.by_endpoint("--vfio-fd", &given.vfio_fd, passthrough, &mut taken);
+        let devices = self.by_endpoint("--vfio-fd", &given.vfio_fd, passthrough, &mut claimed);
         let containers = run.map_or(&[][..], |args| &args.vfio_container_fd);
         let containers =
-            self.by_endpoint("--vfio-container-fd", containers, passthrough, &mut taken);
+            self.by_endpoint("--vfio-container-fd", containers, passthrough, &mut claimed);
         match host_iommu {
             HostIommu::Iommufd => {
                 if !devices.is_empty() && given.iommufd_fd.is_none() {
@@ -220,7 +220,7 @@ impl Checker<'_> {
         flag: &'static str,
         texts: &[String],
         passthrough: &[Passthrough],
-        taken: &mut Taken,
+        claimed: &mut Claimed,
     ) -> BTreeMap<PciAddress, RawFd> {
         let mut found = BTreeMap::new();
         for text in texts {
@@ -234,15 +234,15 @@ impl Checker<'_> {
             } else if found.insert(endpoint, fd).is_some() {
                 self.refuse_flag(flag, ProblemKind::EndpointTwice { endpoint });
             } else {
-                self.take(taken, fd, flag);
+                self.claim(claimed, fd, flag);
             }
         }
         found
     }
 
-    /// Refuses a descriptor that an option has given before.
-    fn take(&mut self, taken: &mut Taken, fd: RawFd, flag: &'static str) {
-        if let Some(other) = taken.0.insert(fd, flag) {
+    /// Notes that the option `flag` gives the descriptor `fd`. Refuses `fd` if an option has given it before.
+    fn claim(&mut self, claimed: &mut Claimed, fd: RawFd, flag: &'static str) {
+        if let Some(other) = claimed.0.insert(fd, flag) {
             self.refuse_flag(flag, ProblemKind::DescriptorTwice { fd, other });
         }
     }
@@ -254,9 +254,9 @@ impl Checker<'_> {
 
 /// Descriptors that an option has given, and the option.
 #[derive(Default)]
-struct Taken(HashMap<RawFd, &'static str>);
+struct Claimed(HashMap<RawFd, &'static str>);
 
-/// The functions that a value names; `None` where it is not a range.
+/// The functions that a value names; `None` if the value is not a range.
 pub(super) fn range_in(given: &Located<Scalar>) -> Option<PciRange> {
     match &given.value {
         Scalar::Text(text) => text.parse().ok(),

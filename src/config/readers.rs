@@ -58,7 +58,7 @@ impl Checker<'_> {
         let mut users = Vec::new();
         let mut whole = true;
         for (index, user) in given.value.iter().enumerate() {
-            // The last ID means "no user".
+            // The ID 2^32 - 1 means "no user".
             let number = match &user.value {
                 Scalar::Integer(number) => u32::try_from(*number).ok(),
                 Scalar::Bool(_) | Scalar::Text(_) | Scalar::Other(_) => None,

@@ -1,5 +1,5 @@
 //! Adds and removes endpoints while the VM runs. The code that checks the configuration file also checks an
-//! added endpoint. Then the daemon opens its device, and last the core adds the endpoint.
+//! added endpoint. Then the daemon opens the endpoint's device, and last the core adds the endpoint.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -248,7 +248,7 @@ impl Hotplug {
         self.files.lock().extend(file);
     }
 
-    /// Starts the thread that reports the faults of emulated devices to the guest, unless it runs.
+    /// Starts the thread that reports the faults of emulated devices to the guest, unless the thread runs already.
     fn deliver_faults(&self) -> io::Result<()> {
         let mut parts = self.parts.lock();
         if parts.faults.is_none() {

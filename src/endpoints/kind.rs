@@ -104,8 +104,8 @@ pub enum PlugError {
     Shared,
     /// The sandbox was made for the devices of the file alone.
     #[error(
-        "devices can be added to and removed from a running VM only if the file has `hotplug`; give the \
-         ranges that endpoints are plugged into there, and start the VM anew"
+        "devices can be added to and removed from a running VM only if the file has `hotplug`; give the key \
+         the ranges for later endpoints, and start the VM anew"
     )]
     Unprepared,
     /// A passthrough device cannot be used.

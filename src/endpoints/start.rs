@@ -67,7 +67,7 @@ pub struct AttachedDevices {
 pub struct ServedDevices {
     /// Owns the devices that hotplug can add and remove.
     pub hotplug: Arc<Hotplug>,
-    /// The shadow readers, where there are such endpoints.
+    /// The shadow readers; `None` if no endpoint has any.
     pub readers: Option<Arc<Registry>>,
     /// The server that registers these readers.
     pub shadow: Option<ShadowServer>,

@@ -53,8 +53,8 @@ pub enum RemoveError {
     NoSuch(#[from] NoSuchEndpoints),
     /// The host cannot isolate one of the endpoints from an endpoint that would remain.
     #[error(
-        "the host cannot isolate this device from that of endpoint {mate}, so it would follow that \
-         endpoint into its domain; keep both endpoints until the VM ends"
+        "the host cannot isolate this device from the device of endpoint {mate}, so both must stay in \
+         one domain; keep both endpoints until the VM ends"
     )]
     HostGroup {
         /// The remaining endpoint, which is in the same host group.

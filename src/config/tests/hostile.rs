@@ -70,7 +70,7 @@ proptest! {
     }
 
     #[test]
-    fn a_digit_changed_in_a_good_file_is_refused_or_taken(at in 0..GOOD.len(), digit in "[0-9a-f]") {
+    fn a_good_file_with_one_changed_digit_is_refused_or_accepted(at in 0..GOOD.len(), digit in "[0-9a-f]") {
         let mut bytes = GOOD.as_bytes().to_vec();
         if bytes[at].is_ascii_hexdigit() {
             bytes[at] = digit.as_bytes()[0];

@@ -225,7 +225,7 @@ fn numbers_and_sizes_are_read_strictly() {
 }
 
 #[test]
-fn the_summary_says_everything() {
+fn the_summary_prints_every_setting() {
     let summary = parse(GOOD).expect("good").summary().to_string();
     for line in [
         "socket:           /run/vm0/iommu.sock",

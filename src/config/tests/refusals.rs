@@ -340,7 +340,7 @@ fn refusals_name_place_and_cure() {
         (
             "[[endpoint]]\nrange = '00:10.0-00:10.1'\nshadow = '/s'",
             "vm0.toml:4: endpoint[0].shadow: ",
-            &["more than one function", "they may have one path"],
+            &["more than one function", "may share one path"],
         ),
         (
             "[[endpoint]]\naddress = '00:10.0'\nshadow = '/s'\nvfio = '65:00.0'",

@@ -36,12 +36,12 @@ pub enum PassthroughError {
     #[error(transparent)]
     Iommu(#[from] VfioError),
     /// An inherited descriptor is of the wrong kind.
-    #[error("descriptor {fd} cannot be used as {what}: {source}; pass one with {option}")]
+    #[error("descriptor {fd} cannot be used as {wanted}: {source}; pass one with {option}")]
     Inherited {
         /// The descriptor.
         fd: RawFd,
-        /// The wanted kind.
-        what: &'static str,
+        /// The wanted kind of descriptor.
+        wanted: &'static str,
         /// The system's error.
         source: io::Error,
         /// The option.
@@ -49,8 +49,8 @@ pub enum PassthroughError {
     },
     /// A descriptor is open on another device than the one named with it.
     #[error(
-        "descriptor {fd} is not {host} (endpoint {endpoint}): another device's node is open there; \
-         pass the one of {node} with --vfio-fd"
+        "descriptor {fd} is not {host} (endpoint {endpoint}): it is open on another device's node; \
+         pass a descriptor that is open on {node} with --vfio-fd"
     )]
     OtherDevice {
         /// The descriptor.

@@ -37,7 +37,7 @@ pub(super) fn open(
                 .and_then(IommuFd::adopt)
                 .map_err(|source| PassthroughError::Inherited {
                     fd,
-                    what: "the host's iommufd",
+                    wanted: "the host's iommufd",
                     source,
                     option: "--iommufd-fd, open on /dev/iommu",
                 })
@@ -50,7 +50,7 @@ pub(super) fn open(
                 .and_then(check_kind)
                 .map_err(|source| PassthroughError::Inherited {
                     fd,
-                    what: "a device",
+                    wanted: "a device",
                     source,
                     option: "--vfio-fd, open on the device's node in /dev/vfio/devices",
                 })?;
@@ -171,8 +171,9 @@ fn check_node(
     }
 }
 
-/// Asks VFIO for the addresses that a device bound by the VMM allows. Only VFIO knows them for certain. `None`: this
-/// process lacks the right to open the device, or the VMM has bound it already.
+/// Asks VFIO for the addresses that a device allows, before the VMM binds the device. Only VFIO knows these addresses
+/// for certain. `None` if VFIO does not tell them, for example because this process may not open the device or the VMM
+/// has bound it already.
 fn probe_vmm_device(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
     match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),

@@ -54,7 +54,7 @@ impl EndpointKind for PassthroughKind {
     }
 }
 
-/// Lets the daemon lock the guest's memory and open the devices' nodes.
+/// The unit's directives that let the daemon lock the guest's memory and open the devices' nodes.
 fn directives(config: &Config) -> String {
     let mut text = String::new();
     // With type1, each container pins the guest's memory for itself.

@@ -36,7 +36,7 @@ pub struct PassthroughDevices {
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.
 struct HostBackends {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
-    /// The allowed addresses by endpoint, where they are known.
+    /// The allowed addresses by endpoint, as far as VFIO reports them.
     allowed: BTreeMap<PciAddress, Vec<IovaRange>>,
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
 }
@@ -73,7 +73,7 @@ impl PassthroughDevices {
         }
         for (endpoint, host) in pairs {
             info!(
-                "endpoint {endpoint} is {host}, through {}",
+                "endpoint {endpoint} is the host's device {host}, through {}",
                 config.host_iommu.name()
             );
         }

@@ -492,7 +492,7 @@ fn any_failed_kernel_call_leaves_a_consistent_state() {
                 bed.check();
                 assert_eq!(bed.leaks(), 0, "{interface:?} {n}");
             }
-            assert!(failed > 20, "{interface:?}: {failed} calls were failed");
+            assert!(failed > 20, "{interface:?}: only {failed} calls could fail");
         }
     }
 }
@@ -754,7 +754,11 @@ fn the_vmms_address_space_applies_until_the_first_attach() {
     assert_eq!(at(&bed), Some(own));
     bed.iommu.attach(A, D1, false).expect("attached");
     bed.iommu.detach(A, D1).expect("detached");
-    assert_ne!(at(&bed), Some(own), "bypass is ours from now on");
+    assert_ne!(
+        at(&bed),
+        Some(own),
+        "the daemon's own bypass mode from now on"
+    );
     bed.check();
     bed.iommu.disconnect();
     assert_eq!(at(&bed), None, "the VMM is gone");
@@ -859,7 +863,11 @@ fn a_device_bound_to_another_iommufd_is_refused() {
     let refused = iommu.attach(A, D1, false).expect_err("not ours");
     assert!(refused.to_string().contains("another iommufd"), "{refused}");
     assert!(iommu.endpoint(A).expect("an endpoint").quarantined);
-    assert_eq!(theirs.state().groups[&1].0, None, "not even in {space}");
+    assert_eq!(
+        theirs.state().groups[&1].0,
+        None,
+        "detached, even from the VMM's address space {space}"
+    );
     assert!(
         iommu.map(D1, &mapping(0, 0x1000, 0)).is_err(),
         "no such domain"
@@ -890,7 +898,7 @@ fn a_device_left_attached_by_a_former_daemon_is_moved() {
 }
 
 #[test]
-fn addresses_only_the_host_reserves_make_attach_unsupported() {
+fn attach_is_unsupported_if_only_the_host_reserves_a_mapped_address() {
     for interface in INTERFACES {
         let mut bed = Bed::new(interface);
         bed.iommu.attach(A, D1, false).expect("attached");

@@ -86,7 +86,8 @@ pub(super) fn open(
     Ok(opened)
 }
 
-/// Refuses one container for several groups, as some VMMs make it: a container has one address space.
+/// Refuses a container that several groups share. Some VMMs make such containers, but a container has only one address
+/// space.
 fn refuse_shared_containers(groups: &BTreeMap<u32, OpenedGroup>) -> Result<(), PassthroughError> {
     let open: Vec<_> = groups.values().collect();
     for (n, one) in open.iter().enumerate() {
@@ -119,7 +120,7 @@ impl Inherited {
             let container = adopt(fd).and_then(Container::adopt);
             let container = container.map_err(|source| PassthroughError::Inherited {
                 fd,
-                what: "a VFIO container with a type1 IOMMU",
+                wanted: "a VFIO container with a type1 IOMMU",
                 source,
                 option: "--vfio-container-fd",
             })?;
@@ -128,7 +129,7 @@ impl Inherited {
         for (&endpoint, &fd) in &config.descriptors.devices {
             let device = adopt(fd).map_err(|source| PassthroughError::Inherited {
                 fd,
-                what: "a VFIO device",
+                wanted: "a VFIO device",
                 source,
                 option: "--vfio-fd",
             })?;
