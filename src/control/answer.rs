@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 /// Version of the protocol.
 pub(super) const VERSION: u32 = 1;
 
-/// A number as the answers write addresses.
+/// Formats a number in hexadecimal with `0x`, the form of addresses in every answer.
 pub(super) fn hex(value: u64) -> String {
     format!("{value:#x}")
 }

@@ -30,8 +30,8 @@ pub(super) struct DeadlineStream<'a> {
     failed: bool,
 }
 
-/// Reads a request: lines up to the one with which `is_whole` holds. The result is shorter where the client
-/// hangs up, and longer than `most` bytes where the request is too long.
+/// Reads lines until `is_whole` returns true for the request so far. If the client hangs up earlier, returns the
+/// part that it has sent. If the request is too long, returns its first `most + 1` bytes.
 ///
 /// # Errors
 /// The client takes too long.

@@ -78,7 +78,7 @@ pub(super) struct LimitFigures {
     /// Its key in the configuration.
     pub key: &'static str,
     pub value: u64,
-    /// The amount in use, where the limit bounds an amount.
+    /// The amount in use, if the limit bounds an amount.
     pub used: Option<u64>,
     /// How often the daemon reached it.
     pub hits: u64,

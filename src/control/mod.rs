@@ -145,7 +145,7 @@ impl Drop for ControlServer {
             return;
         }
         if let Some(client) = &*self.stop.client.lock() {
-            // Fails where the client has hung up, which ends the wait, too.
+            // Ignored: `shutdown` fails only if the client has hung up, and then the wait for it ends, too.
             let _ = client.shutdown(Shutdown::Both);
         }
         if let Some(thread) = self.thread.take()

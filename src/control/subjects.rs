@@ -1,4 +1,4 @@
-//! The parts of the daemon that answers are about.
+//! The parts of the daemon from which the control thread makes its answers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::locks::Mutex;
 use crate::metrics::{Counter, Metrics};
 use crate::shadow::Registry;
 
-/// The parts of the daemon that answers are about.
+/// The parts of the daemon from which the control thread makes its answers.
 #[derive(Clone)]
 pub struct Subjects {
     /// The name of the VM.

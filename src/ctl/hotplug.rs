@@ -20,8 +20,8 @@ pub(super) fn render_added(out: &mut String, answer: &Value) -> fmt::Result {
     if answer["described"] != true {
         writeln!(
             out,
-            "note: `hotplug` in the configuration does not name it, so that the guest does not look for \
-             an IOMMU in front of it, unless its VIOT table has it for another reason"
+            "note: `hotplug` in the configuration does not name this address. The guest uses the IOMMU for \
+             the endpoint only if the VIOT table lists the address for another reason"
         )?;
     }
     Ok(())

@@ -31,7 +31,7 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     // One device may be plugged in behind each port.
     let devices = config.topology.expected().len() + total(&granted, |kind| kind.devices);
     let more_memory = granted.iter().map(|kind| kind.memory);
-    // The kernel charges a guest page to the process that touches it first, and the daemon may be that for DMA.
+    // The kernel charges a guest page to the process that touches the page first. With DMA, this may be the daemon.
     let guest = if devices > 0 { config.memory } else { Some(0) };
     let memory = guest.map_or("infinity".into(), |guest| {
         let own = [
@@ -56,8 +56,8 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     text.extend(granted.iter().map(|kind| kind.directives.as_str()));
     let wait: Duration = granted.iter().map(|kind| kind.wait).sum();
     if wait > Duration::ZERO {
-        // A third more: the watchdog asks four times in `WatchdogSec`, so a quarter of it can pass between the end of
-        // the wait and the next question.
+        // Add four thirds of the worker's longest wait for peers. The watchdog asks four times in `WatchdogSec`, so a
+        // quarter of `WatchdogSec` can pass between the end of the wait and the next question.
         let seconds = WATCHDOG.saturating_add(wait / 3 * 4).as_secs();
         // `writeln!` to a String cannot fail, here and below.
         let _ = writeln!(text, "WatchdogSec={seconds}");

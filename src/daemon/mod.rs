@@ -1,4 +1,4 @@
-//! Wiring: one core, one device, one transport, until a signal ends it.
+//! Assembles a daemon from one core, one device and one transport, and runs it until a signal ends it.
 
 pub mod drop_in;
 pub mod sandbox_needs;
@@ -58,10 +58,10 @@ pub enum DaemonError {
         why: String,
     },
     /// The system refused something that the daemon needs.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {step}: {source}")]
     System {
-        /// What the daemon tried to do.
-        what: &'static str,
+        /// The failed step: a verb and its object.
+        step: &'static str,
         /// The system's error.
         source: io::Error,
     },
@@ -92,7 +92,7 @@ impl Daemon {
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config.socket.as_ref())?;
         let no_events = |source| DaemonError::System {
-            what: "make event descriptors",
+            step: "make event descriptors",
             source,
         };
         let mut iommu = Iommu::new(
@@ -152,7 +152,7 @@ impl Daemon {
             })
         });
         let qmp = qmp.transpose().map_err(|source| DaemonError::System {
-            what: "start a thread",
+            step: "start a thread",
             source,
         })?;
         Ok(Self {
@@ -200,7 +200,7 @@ impl Daemon {
     /// Serves one VMM after the other until a [`StopHandle`] ends it.
     ///
     /// # Errors
-    /// The daemon cannot continue, for a reason that is not the VMM's.
+    /// The daemon cannot continue, and the VMM is not the cause.
     pub fn run(&mut self) -> Result<(), DaemonError> {
         let (server, qmp) = (&mut self.server, &self.qmp);
         server.run(|present| {
@@ -253,9 +253,9 @@ impl Sockets {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // First: it releases the devices.
+        // End the exports before the fields are dropped: this releases the devices.
         self.hotplug.end_exports();
-        // Explicitly, since a `StopHandle` that outlives the daemon owns the files, too.
+        // Remove the files explicitly: a `StopHandle` that outlives the daemon owns them, too.
         self.sockets.remove();
     }
 }

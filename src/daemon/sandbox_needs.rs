@@ -6,7 +6,7 @@ use crate::config::{Config, ConfiguredDevice, Socket};
 use crate::endpoints::kinds;
 use crate::process::sandbox::{Needs, Plugging};
 
-/// The system calls, ioctls and files that the daemon needs with this configuration once it serves.
+/// The system calls, ioctls and files that a daemon with this configuration needs while it serves.
 pub fn needs(config: &Config) -> Needs {
     let socket = match &config.socket {
         Some(Socket::Path(path)) => Some(path),

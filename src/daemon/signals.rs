@@ -15,7 +15,7 @@ use crate::process::sandbox::{self, Role};
 /// The longest time for an orderly end, and for the rest of the start if the signal comes during it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Takes the daemon that the signals end.
+/// Tells the signal thread which daemon to end.
 pub struct SignalHandler(SyncSender<StopHandle>);
 
 impl SignalHandler {
@@ -27,8 +27,8 @@ impl SignalHandler {
     }
 }
 
-/// Handles the first signal from now on: it ends the daemon that [`SignalHandler::set_daemon`] names, before or after
-/// the signal.
+/// Handles signals from now on. The first one ends the daemon that the caller passes to [`SignalHandler::set_daemon`];
+/// it may come before that call.
 ///
 /// The caller must call this before the daemon makes anything that outlives a killed process, such as a socket's
 /// file. A VMM can keep a thread from ending, for example with a kick descriptor that blocks. The process ends all
