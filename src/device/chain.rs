@@ -61,8 +61,13 @@ impl Chain {
     /// Reads the chain at `head` of a ring of `size` entries with its descriptor table at `table`, and appends the
     /// device-writable pieces to `spans`.
     ///
-    /// The chain is malformed if it loops, breaks off, is longer than the ring, has a readable descriptor after a
-    /// writable one, or has no room for a tail in guest memory.
+    /// The chain is malformed if:
+    ///
+    /// - it loops, or has more descriptors than the ring has entries;
+    /// - it leads out of its table or out of guest memory, or has an indirect table in an indirect table;
+    /// - its buffers have 2^32 bytes or more in all;
+    /// - a readable descriptor follows a writable one;
+    /// - the device-writable part is shorter than a tail, longer than [`MAX_WRITABLE`], or not all in guest memory.
     pub fn read(
         view: &GuestView<'_>,
         head: u16,
@@ -133,7 +138,7 @@ impl Walk<'_, '_> {
             }
             self.indirect = true;
             self.table = descriptor.addr.get();
-            // An index has 16 bits, so entries beyond are unreachable.
+            // A longer table counts as one of 65535 entries: an index has 16 bits.
             self.size = u16::try_from(len / DESCRIPTOR_LEN).unwrap_or(u16::MAX);
             descriptor = self.entry(0)?;
             if descriptor.has(VRING_DESC_F_INDIRECT) {

@@ -283,7 +283,8 @@ fn is_available(request: &Request, features: u64) -> bool {
     }
 }
 
-/// Domain and range of a chain that holds an UNMAP that the core would execute.
+/// The domain and the range of an UNMAP in `chain`; `None` for other requests and for an UNMAP that never reaches the
+/// core.
 fn decode_unmap(chain: &Chain, features: u64) -> Option<(DomainId, IovaRange)> {
     let bytes = chain.request.as_ref()?.bytes?;
     let request = Request::decode(bytes.as_slice()).ok()?;

@@ -1,9 +1,6 @@
 //! Checks of guest memory, which the VMM shares as files.
 
-#![expect(
-    unsafe_code,
-    reason = "fstatfs, which says what file system a file is on"
-)]
+#![expect(unsafe_code, reason = "asks fstatfs for the kind of a file system")]
 
 use std::fs::File;
 use std::io;
@@ -100,7 +97,7 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
     Ok(slots)
 }
 
-/// Whether a file can become shorter. Assumes so if the system does not say.
+/// Whether a file can become shorter; true if the system cannot tell.
 fn can_shrink(file: &File) -> bool {
     let seals = rustix::fs::fcntl_get_seals(file);
     !seals.is_ok_and(|seals| seals.contains(SealFlags::SHRINK))

@@ -216,7 +216,8 @@ impl Device {
         self.connected.load(Ordering::Relaxed)
     }
 
-    /// Lets the worker of the next VMM serve. Called before its thread exists, which could otherwise miss a kick.
+    /// Lets the worker of the next VMM serve. The transport must call this before it starts the worker's thread: the
+    /// worker could otherwise take a kick and serve nothing.
     pub fn prepare(&self) {
         self.shutdown.store(false, Ordering::Release);
         self.worker_is_new.store(true, Ordering::Release);

@@ -30,8 +30,9 @@ use std::time::{Duration, Instant};
 const SHORTEST_WINDOW: Duration = Duration::from_micros(2);
 /// Checks of the ring between two reads of the clock.
 const CHECKS_PER_CLOCK_READ: u32 = 4;
-/// Spin-loop hints between two checks of the ring. Checking without them would keep the ring's cache lines away from
-/// the driver's processor, and the shared core busy where the two are hyperthreads.
+/// Spin-loop hints between two checks of the ring. Without them, the checks would keep the ring's cache lines away from
+/// the driver's processor. If the driver and the worker run on hyperthreads of one core, the checks would also slow the
+/// driver down.
 const SPINS_PER_CHECK: u32 = 2;
 /// The worker was preempted if two clock reads are this far apart.
 const PREEMPTED: Duration = Duration::from_micros(150);

@@ -1,4 +1,5 @@
-//! The request queue: takes chains off the ring in batches, has their requests executed, and returns the chains.
+//! The request queue: takes chains off the ring in batches, passes their requests to the executor, and returns the
+//! chains.
 
 use std::time::{Duration, Instant};
 
@@ -57,7 +58,7 @@ pub struct ChainAddresses {
 }
 
 impl ChainAddresses {
-    /// Has the processor fetch the memory there.
+    /// Tells the processor to fetch the memory at these addresses.
     pub fn prefetch(&self, view: &GuestView<'_>) {
         view.prefetch(self.descriptor);
         view.prefetch(self.request);
@@ -125,7 +126,8 @@ impl RequestQueue {
         Pass::Served
     }
 
-    /// How many batches a batch of `requests` requests counts for in the metrics; 0 if its time is not measured.
+    /// The weight with which the metrics count the duration of a batch of `requests` requests; 0 if the duration is not
+    /// measured.
     fn weight(&mut self, requests: usize) -> u64 {
         if requests > 1 {
             return 1;

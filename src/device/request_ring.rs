@@ -73,7 +73,7 @@ impl NextChain {
         view.load(self.index) != Some(self.taken)
     }
 
-    /// Has the processor fetch the ring entries.
+    /// Tells the processor to fetch the ring entries.
     pub fn prefetch(&self, view: &GuestView<'_>) {
         view.prefetch(self.avail_entry);
         view.prefetch(self.used_entry);
@@ -117,8 +117,8 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
     written
 }
 
-/// Whether the driver wants a notification for the used entries since `next_used` was `before`. If the field that says
-/// so is not in guest memory, the driver gets one.
+/// Whether the driver wants a notification for the used entries since `next_used` was `before`. If the driver's
+/// field for this is not in guest memory, the driver gets a notification.
 pub fn wants_notification(queue: &Queue, view: &GuestView<'_>, before: u16) -> bool {
     // The device must publish the entries before it reads whether the driver wants a notification. Otherwise the device
     // and the driver could wait for each other.

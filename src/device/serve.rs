@@ -1,7 +1,8 @@
 //! The device's methods for the worker, which serves the request ring at the transport's events.
 //!
-//! Its generic methods are `pub(crate)`: a public one could be instantiated by another crate, so the compiler would have
-//! to export the functions that it calls, and would no longer inline those with a single caller.
+//! The generic methods are `pub(crate)`, not `pub`. Another crate could instantiate a public generic method, so the
+//! compiler would have to export the functions that the method calls. It would then no longer inline functions with a
+//! single caller.
 
 use std::sync::atomic::Ordering;
 
@@ -53,7 +54,7 @@ impl Device {
 
     /// [`Device::wake_event`] is readable. `ring` is the request queue's ring.
     pub(crate) fn serve_wake(&self, ring: &impl Ring) {
-        // Fails if it has been read already.
+        // Ignored: the read fails if an earlier event has read the descriptor already.
         let _ = self.wake.read();
         self.serve_requests(ring);
     }
@@ -86,8 +87,8 @@ impl Device {
 
     /// Polls the ring without a lock that another thread may wait for. Returns whether there may be a request.
     fn poll(&self, ring: &impl Ring, polling: &mut Polling) -> bool {
-        // Loaded before the memory. If memory changes in between, the number differs and polling ends; the other way
-        // round the worker would poll old memory without noticing.
+        // Load the number before the memory. If memory changes in between, the number differs and polling ends. If
+        // the number were loaded last, the worker would poll the old memory unnoticed.
         let changes = self.memory_changes.load(Ordering::Acquire);
         let (memory, last_chain) = {
             let requests = self.requests.lock();
@@ -135,7 +136,7 @@ impl Device {
             return Pass::Stopped;
         };
         if requests.stopped.is_some() || requests.ring.is_none() {
-            // A ring has its new index only when it runs.
+            // Wait until the ring runs: the VMM sets the index, which `restart` needs, before it starts the ring.
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }

@@ -95,7 +95,7 @@ fn a_new_driver_finds_no_domain() {
 }
 
 #[test]
-fn a_reset_of_the_vm_counts_until_the_next_driver_has_begun() {
+fn a_reset_of_the_vm_has_an_effect_only_while_the_ring_is_stopped() {
     let mut bed = Bed::new();
     assert_eq!(bed.request(&attach(DOMAIN)), OK);
     assert!(!bed.device.reset_vm(), "the ring is running");

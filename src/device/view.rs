@@ -68,8 +68,8 @@ impl<'a> GuestView<'a> {
             || GuestMemoryBackend::check_range(self.memory, GuestAddress(at), len)
     }
 
-    /// Has the processor fetch the cache line at guest-physical `at` for a read soon. Does nothing outside of guest
-    /// memory.
+    /// Tells the processor to fetch the cache line at guest-physical `at`, because a read follows soon. Does nothing
+    /// outside of guest memory.
     pub fn prefetch(&self, at: u64) {
         if let Some(slice) = self.slice(at, 1) {
             prefetch(slice.ptr_guard().as_ptr());
