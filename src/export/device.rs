@@ -1,4 +1,4 @@
-//! A VFIO device as the vfio-user server needs it.
+//! A VFIO device behind the vfio-user server: implements the server's trait [`ServedDevice`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,8 +21,8 @@ use crate::warn_limited;
 const MAX_PARTS: u32 = 64;
 /// The command register of PCI (Local Bus 3.0, 6.2.2).
 const COMMAND: u64 = 0x04;
-/// Its bits for I/O, memory and bus master.
-const COMMAND_ANSWERS: u16 = 0b111;
+/// The bits of the command register for I/O and memory accesses to the device and for its DMA (bus master).
+const COMMAND_ENABLES: u16 = 0b111;
 /// A region that the kernel has a number for and the device lacks.
 const ABSENT: &ServedRegion = &ServedRegion {
     flags: 0,
@@ -105,7 +105,7 @@ impl ExportedDevice {
         };
         let mut command = [0; 2];
         self.device.read(&config.vfio, COMMAND, &mut command)?;
-        let silent = u16::from_le_bytes(command) & !COMMAND_ANSWERS;
+        let silent = u16::from_le_bytes(command) & !COMMAND_ENABLES;
         let silent = silent.to_le_bytes();
         let written = self.device.write(&config.vfio, COMMAND, &silent)?;
         if written != command.len() {
@@ -173,8 +173,9 @@ impl ServedDevice for ExportedDevice {
         self.windows.unmap(window)
     }
 
-    /// Disables the device's interrupts, stops its DMA and its answers until the next client enables
-    /// them, and resets it if it can be reset.
+    /// Disables the device's interrupts. Clears the enable bits of its command register, so that it does no
+    /// DMA and answers no access until the next client sets these bits.
+    /// Resets the device if it supports a reset.
     fn release(&mut self) {
         self.windows = ClientWindows::default();
         self.irqs.release(&*self.device, &self.name);

@@ -18,7 +18,8 @@ use crate::warn_limited;
 pub(super) struct ExportedIrqs {
     /// The kinds that the client may have enabled.
     used: BTreeSet<u32>,
-    /// The eventfds of each kind whose number of interrupts the kernel fixes when they are enabled.
+    /// The client's eventfds, for the kinds with a fixed number of interrupts: the kernel fixes the number when the
+    /// client first enables interrupts of the kind.
     kept: BTreeMap<u32, Vec<Option<OwnedFd>>>,
 }
 

@@ -1,4 +1,4 @@
-//! Reports the accesses that emulated devices were refused.
+//! Reports refused accesses of emulated devices to the guest.
 
 use std::io;
 use std::sync::Arc;

@@ -429,7 +429,7 @@ group = "cards"
     }
 
     #[test]
-    fn the_tree_as_people_see_it() {
+    fn the_tree_is_printed_as_text() {
         let expected = "\
 host group 7
   region 0x0..=0xffffff direct-relaxable, may be mapped
@@ -461,7 +461,7 @@ no devices of the host
     }
 
     #[test]
-    fn the_tree_as_programs_see_it() {
+    fn the_tree_is_printed_as_json() {
         let json = serde_json::to_value(tree()).expect("JSON");
         let device = &json["groups"][0]["devices"][1];
         assert_eq!(json["groups"][0]["number"], 7);

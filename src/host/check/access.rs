@@ -14,8 +14,8 @@ use std::path::Path;
 ///
 /// # Errors
 ///
-/// The error of opening the file, as far as the file decides: `NotFound`, `PermissionDenied`. The
-/// device filter of a container may still refuse to open it.
+/// The path or the access rights do not allow it: for example `NotFound` or `PermissionDenied`. After `Ok`, the
+/// device filter of a container may still refuse to open the file.
 pub(super) fn read_write(path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY:

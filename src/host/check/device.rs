@@ -62,7 +62,7 @@ pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Op
     Some(if cause.kind() == ErrorKind::NotFound {
         Finding::missing(
             format!("there is no /{below}"),
-            "make the node: udev makes it, and a container must be given it",
+            "let udev make the node; if the daemon runs in a container, give the node to the container",
         )
     } else {
         Finding::missing(
@@ -80,7 +80,7 @@ pub(super) fn node_finding(root: &HostRoot, below: &str, udev_match: &str) -> Op
 }
 
 fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
-    let what = match &device.driver {
+    let problem = match &device.driver {
         Some(driver) => format!(
             "{} is bound to the driver {driver}, not to VFIO",
             device.name
@@ -90,7 +90,7 @@ fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
             device.name
         ),
     };
-    Finding::missing(what, "bind it to vfio-pci").with_commands(binding(root, device))
+    Finding::missing(problem, "bind it to vfio-pci").with_commands(binding(root, device))
 }
 
 /// The commands that bind a device to vfio-pci.
@@ -125,25 +125,25 @@ fn group_findings<'a>(
             return None;
         }
         let why = SharingReason::between(&device.place, &other.place);
-        let cure = "bind that device to vfio-pci, too, or unbind it from its driver, or, if it is another \
-                    card, use another slot";
+        let cure = "bind the other device to vfio-pci, too, or unbind it from its driver; a card of its own may get its \
+                    own group in another slot";
         let commands = binding(root, other);
         Some(if spoils {
-            let what = format!(
-                "host group {number} is not viable: {other} makes it unusable for VFIO; it is in the group {why}"
+            let problem = format!(
+                "host group {number} is not viable: {other} makes the group unusable for VFIO; both devices are in the group {why}"
             );
-            Finding::missing(what, cure).with_commands(commands)
+            Finding::missing(problem, cure).with_commands(commands)
         } else {
-            let what = format!(
+            let problem = format!(
                 "host group {number} may not be viable: some kernels do not accept {other} in it; \
-                 it is in the group {why}"
+                 both devices are in the group {why}"
             );
             let cure = "if VFIO refuses the group, unbind the bridge from its driver";
             let unbind = format!(
                 "echo {0} > /sys/bus/pci/devices/{0}/driver/unbind",
                 other.name
             );
-            Finding::advice(what, cure).with_commands(vec![unbind])
+            Finding::advice(problem, cure).with_commands(vec![unbind])
         })
     });
     let direct = |kind| kind == HostRegionKind::Direct;
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_ready() {
+    fn a_ready_device_has_no_findings() {
         let host = host(&Function::ready(PATH, 7));
         for iommu in [HostIommu::Iommufd, HostIommu::Type1] {
             assert_eq!(found(&host, iommu), []);
@@ -221,11 +221,15 @@ mod tests {
     }
 
     #[test]
-    fn a_device_with_another_driver() {
+    fn a_device_with_another_driver_must_be_bound_to_vfio() {
         let host = host(&Function::bound(PATH, 7, Some("e1000e")));
         let finding = only(&host, HostIommu::Iommufd);
         assert_eq!(finding.severity, Severity::Missing);
-        assert!(finding.what.contains("driver e1000e"), "{}", finding.what);
+        assert!(
+            finding.problem.contains("driver e1000e"),
+            "{}",
+            finding.problem
+        );
         let folder = "/sys/bus/pci/devices/0000:01:00.0";
         let commands = [
             format!("echo vfio-pci > {folder}/driver_override"),
@@ -243,12 +247,12 @@ mod tests {
     fn a_device_without_a_driver_is_not_unbound() {
         let host = host(&Function::bound(PATH, 7, None));
         let finding = only(&host, HostIommu::Type1);
-        assert!(finding.what.contains("no driver"), "{}", finding.what);
+        assert!(finding.problem.contains("no driver"), "{}", finding.problem);
         assert_eq!(finding.commands.len(), 2, "{finding:?}");
     }
 
     #[test]
-    fn a_device_without_an_iommu() {
+    fn a_device_without_an_iommu_is_reported() {
         let ready = Function::ready(PATH, 7);
         let without = host(&Function {
             group: None,
@@ -260,7 +264,7 @@ mod tests {
         let pretended = host(&ready);
         pretended.file("sys/kernel/iommu_groups/7/name", "vfio-noiommu\n");
         let finding = only(&pretended, HostIommu::Type1);
-        assert!(finding.what.contains("no IOMMU group"), "{finding:?}");
+        assert!(finding.problem.contains("no IOMMU group"), "{finding:?}");
     }
 
     #[test]
@@ -273,10 +277,10 @@ mod tests {
         assert_eq!(finding.severity, Severity::Missing);
         for part in [
             "host group 7",
-            "0000:01:00.1 [8086:10d3] driver snd_hda_intel makes it unusable",
+            "0000:01:00.1 [8086:10d3] driver snd_hda_intel makes the group unusable",
             "root port 0000:00:1c.0 has no ACS",
         ] {
-            assert!(finding.what.contains(part), "{}", finding.what);
+            assert!(finding.problem.contains(part), "{}", finding.problem);
         }
         assert!(finding.commands[0].contains("0000:01:00.1"));
 
@@ -289,7 +293,11 @@ mod tests {
         host.function(&bridge);
         let finding = only(&host, HostIommu::Iommufd);
         assert_eq!(finding.severity, Severity::Advice);
-        assert!(finding.what.contains("0000:00:02.0"), "{}", finding.what);
+        assert!(
+            finding.problem.contains("0000:00:02.0"),
+            "{}",
+            finding.problem
+        );
     }
 
     #[test]
@@ -299,7 +307,11 @@ mod tests {
             ..Function::ready(PATH, 7)
         };
         let finding = only(&host(&class), HostIommu::Iommufd);
-        assert!(finding.what.contains("is a bridge"), "{}", finding.what);
+        assert!(
+            finding.problem.contains("is a bridge"),
+            "{}",
+            finding.problem
+        );
     }
 
     #[test]
@@ -311,13 +323,13 @@ mod tests {
         host.file(regions, "0x8d000000 0x8d0fffff direct\n");
         let finding = only(&host, HostIommu::Iommufd);
         assert_eq!(finding.severity, Severity::Missing);
-        assert!(finding.what.contains("0x8d000000..=0x8d0fffff"));
+        assert!(finding.problem.contains("0x8d000000..=0x8d0fffff"));
         host.file(regions, "0x8d000000 direct\n");
         assert_eq!(only(&host, HostIommu::Iommufd).severity, Severity::Advice);
     }
 
     #[test]
-    fn a_kernel_without_character_devices() {
+    fn iommufd_needs_a_kernel_with_character_devices() {
         let ready = Function::ready(PATH, 7);
         for vfio in [None, Some(("vfio0", false))] {
             let host = host(&Function {
@@ -340,21 +352,21 @@ mod tests {
         host.remove("dev/vfio/7");
         assert_eq!(found(&host, HostIommu::Iommufd), []);
         let finding = only(&host, HostIommu::Type1);
-        assert_eq!(finding.what, "there is no /dev/vfio/7");
+        assert_eq!(finding.problem, "there is no /dev/vfio/7");
         host.remove("dev/vfio/devices/vfio0");
         let finding = only(&host, HostIommu::Iommufd);
-        assert_eq!(finding.what, "there is no /dev/vfio/devices/vfio0");
+        assert_eq!(finding.problem, "there is no /dev/vfio/devices/vfio0");
     }
 
     #[test]
-    fn nodes_that_may_not_be_opened() {
+    fn nodes_without_access_are_reported_with_a_udev_rule() {
         // A file in place of the folder refuses every user, even root.
         let host = FakeHost::new();
         host.file("dev/vfio/devices", "not a folder");
         let finding = node_finding(&host.root(), "dev/vfio/devices/vfio0", "KERNEL==\"vfio*\"");
         let finding = finding.expect("refused");
         let start = "/dev/vfio/devices/vfio0 cannot be opened";
-        assert!(finding.what.starts_with(start), "{finding:?}");
+        assert!(finding.problem.starts_with(start), "{finding:?}");
         assert!(
             finding.cure.contains("rule KERNEL==\"vfio*\", GROUP="),
             "{finding:?}"

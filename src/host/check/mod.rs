@@ -14,7 +14,7 @@ use crate::host::sysfs::{HostFacts, HostRoot};
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// The VM does not run without it.
+    /// The VM does not run until the operator has cured the problem.
     Missing,
     /// The VM runs, but perhaps slowly or unsafely, or the check could not find out.
     Advice,
@@ -35,7 +35,7 @@ pub struct Finding {
     /// The severity.
     pub severity: Severity,
     /// The problem.
-    pub what: String,
+    pub problem: String,
     /// The cure.
     pub cure: String,
     /// Commands for the cure, for a shell of root.
@@ -43,19 +43,19 @@ pub struct Finding {
 }
 
 impl Finding {
-    fn missing(what: impl Into<String>, cure: impl Into<String>) -> Self {
+    fn missing(problem: impl Into<String>, cure: impl Into<String>) -> Self {
         Self {
             severity: Severity::Missing,
-            what: what.into(),
+            problem: problem.into(),
             cure: cure.into(),
             commands: Vec::new(),
         }
     }
 
-    fn advice(what: impl Into<String>, cure: impl Into<String>) -> Self {
+    fn advice(problem: impl Into<String>, cure: impl Into<String>) -> Self {
         Self {
             severity: Severity::Advice,
-            ..Self::missing(what, cure)
+            ..Self::missing(problem, cure)
         }
     }
 
@@ -127,7 +127,7 @@ fn section(f: &mut fmt::Formatter<'_>, heading: &str, findings: &[Finding]) -> f
     let mut sorted: Vec<_> = findings.iter().collect();
     sorted.sort_by_key(|finding| finding.severity);
     for finding in sorted {
-        writeln!(f, "  {}: {}", finding.severity, finding.what)?;
+        writeln!(f, "  {}: {}", finding.severity, finding.problem)?;
         writeln!(f, "    {}", finding.cure)?;
         for command in &finding.commands {
             writeln!(f, "      {command}")?;

@@ -33,7 +33,7 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
         return Some(
             Finding::missing(
                 "there is no /dev/iommu",
-                "load iommufd; where the kernel has none (CONFIG_IOMMUFD), set \
+                "load iommufd; if the kernel has none (CONFIG_IOMMUFD), set \
                  host-iommu = \"type1\"",
             )
             .with_commands(vec!["modprobe iommufd".to_owned()]),
@@ -56,7 +56,7 @@ fn type1(root: &HostRoot) -> Option<Finding> {
         return Some(
             Finding::missing(
                 "the kernel has no VFIO IOMMU driver of type 1",
-                "load vfio_iommu_type1; where the kernel has none (CONFIG_VFIO_IOMMU_TYPE1), set \
+                "load vfio_iommu_type1; if the kernel has none (CONFIG_VFIO_IOMMU_TYPE1), set \
                  host-iommu = \"iommufd\"",
             )
             .with_commands(vec!["modprobe vfio_iommu_type1".to_owned()]),
@@ -148,21 +148,21 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
     let command = vec!["ulimit -l unlimited".to_owned()];
     let limit_mib = limit >> 20;
     let Some(memory) = config.memory else {
-        let what = format!(
+        let problem = format!(
             "at most {limit_mib} MiB of memory may be locked (RLIMIT_MEMLOCK); `memory` is not \
              given, so that the need is unknown"
         );
-        return Some(Finding::advice(what, cure).with_commands(command));
+        return Some(Finding::advice(problem, cure).with_commands(command));
     };
     let (times, reason) = locked_times(facts, config);
     let needed = memory.saturating_mul(times);
     (limit < needed).then(|| {
-        let what = format!(
+        let problem = format!(
             "at most {limit_mib} MiB of memory may be locked (RLIMIT_MEMLOCK), {} MiB are needed: \
              {reason}",
             needed >> 20
         );
-        Finding::missing(what, cure).with_commands(command)
+        Finding::missing(problem, cure).with_commands(command)
     })
 }
 
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_iommufd() {
+    fn a_host_without_iommufd_is_reported() {
         let host = FakeHost::new();
         assert_eq!(found(&host, ""), []);
         host.remove("dev/iommu");
@@ -290,11 +290,11 @@ mod tests {
         // A folder in place of the node cannot be opened for writing.
         fs::create_dir(host.path("dev/iommu")).expect("a folder");
         let finding = only(&host, "");
-        assert!(finding.what.contains("cannot be opened"), "{finding:?}");
+        assert!(finding.problem.contains("cannot be opened"), "{finding:?}");
     }
 
     #[test]
-    fn a_host_without_type1() {
+    fn a_host_without_type1_is_reported() {
         let host = FakeHost::new();
         host.file(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
@@ -302,7 +302,7 @@ mod tests {
         );
         assert_eq!(found(&host, TYPE1), []);
         host.remove("dev/vfio/vfio");
-        assert_eq!(only(&host, TYPE1).what, "there is no /dev/vfio/vfio");
+        assert_eq!(only(&host, TYPE1).problem, "there is no /dev/vfio/vfio");
         host.remove("sys/module/vfio_iommu_type1");
         let finding = only(&host, TYPE1);
         assert_eq!(finding.commands, ["modprobe vfio_iommu_type1"]);
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn interrupts_that_are_not_remapped() {
+    fn missing_interrupt_remapping_is_reported() {
         for (keys, module) in [("", "iommufd"), (TYPE1, "vfio_iommu_type1")] {
             let host = FakeHost::new();
             host.file(
@@ -347,12 +347,12 @@ mod tests {
             host.remove("proc/interrupts");
             let finding = only(&host, keys);
             assert_eq!(finding.severity, Severity::Advice);
-            assert!(finding.what.contains("does not show"), "{finding:?}");
+            assert!(finding.problem.contains("does not show"), "{finding:?}");
         }
     }
 
     #[test]
-    fn memory_that_may_not_be_locked() {
+    fn a_low_limit_on_locked_memory_is_reported() {
         let host = FakeHost::new();
         host.file(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
@@ -366,7 +366,10 @@ mod tests {
         for keys in ["", TYPE1] {
             let finding = only(&host, keys);
             assert_eq!(finding.severity, Severity::Missing);
-            assert!(finding.what.contains("4096 MiB are needed"), "{finding:?}");
+            assert!(
+                finding.problem.contains("4096 MiB are needed"),
+                "{finding:?}"
+            );
             assert_eq!(finding.commands, ["ulimit -l unlimited"]);
         }
         assert_eq!(found(&host, "pin = \"mapped\""), []);
@@ -376,7 +379,7 @@ mod tests {
         limits(&host, "2147483648");
         assert_eq!(found(&host, TYPE1), []);
         limits(&host, "2147483647");
-        assert!(only(&host, TYPE1).what.contains("2048 MiB are needed"));
+        assert!(only(&host, TYPE1).problem.contains("2048 MiB are needed"));
         assert_eq!(only(&host, "pin = \"mapped\"").severity, Severity::Missing);
         limits(&host, "odd");
         assert_eq!(only(&host, "").severity, Severity::Advice);
@@ -422,7 +425,7 @@ mod tests {
         let host = FakeHost::new();
         let finding = only(&host, TYPE1);
         assert_eq!(finding.severity, Severity::Advice);
-        assert!(finding.what.contains("65535 mappings"), "{finding:?}");
+        assert!(finding.problem.contains("65535 mappings"), "{finding:?}");
         assert_eq!(found(&host, &format!("{TYPE1}\ngranule = \"2m\"")), []);
         let parameter = "sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
         host.file(parameter, "524288\n");

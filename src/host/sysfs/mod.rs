@@ -1,6 +1,6 @@
 //! Reads the host's facts about passthrough devices from sysfs below a [`HostRoot`].
 //!
-//! No device is opened or changed. Unreadable files are left out, and no content makes this fail.
+//! Nothing here opens or changes a device. Unreadable files count as absent, and no content of a file is an error.
 
 mod bridges;
 #[cfg(test)]
@@ -89,7 +89,7 @@ pub struct SysfsDevice {
     pub class: Option<u32>,
     /// The number of its IOMMU group; `None` without an IOMMU.
     pub group: Option<u32>,
-    /// The VFIO device, where a VFIO driver holds it.
+    /// The VFIO device, if a VFIO driver holds this device.
     pub vfio: Option<VfioDevice>,
     /// Its place in the tree of PCI buses.
     pub place: PciPlace,
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_its_group_and_its_place() {
+    fn a_device_is_read_with_its_group_and_its_place() {
         let host = FakeHost::new();
         let root = "0000:00:1c.0";
         let acs = Some((0x1d, 0x1d));

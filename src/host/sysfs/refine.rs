@@ -31,8 +31,8 @@ pub enum RefineError {
 /// Adds the host's groups and reserved regions to the passthrough endpoints of `topology`.
 ///
 /// `passthrough` lists them with the addresses of the endpoint in the guest and of the device on the host.
-/// `allowed` has the ranges that VFIO or iommufd lets a device map, by the address of its endpoint,
-/// where they are known. `input` is the range that the guest can map.
+/// `allowed` has the ranges that VFIO or iommufd lets a device map, by the address of its endpoint; a
+/// device with unknown ranges is absent. `input` is the range that the guest can map.
 ///
 /// - Reserved regions are those of the configuration and of the host, [merged](merge).
 /// - Endpoints whose devices are in one group of the host become one group for the guest. Its name is

@@ -78,12 +78,12 @@ pub fn parse_regions(text: &str) -> (Vec<HostRegion>, Vec<String>) {
 /// The addresses that an endpoint must not map: the configuration's regions, those of `host` that must
 /// not be mapped, and the part of `input` outside the `allowed` ranges (`None`: unknown).
 ///
-/// - The result covers these addresses and no others. If it had more than [`MAX_RESERVED_REGIONS`]
-///   regions, the smallest holes between regions are closed until they fit.
-/// - At most one region is for MSIs: the largest of the host's (of equals the lowest), else that of the
-///   configuration. It keeps its kind and all its bytes whatever overlaps it, because the lists of
-///   allowed ranges leave it out, too. Other MSI regions become reserved, without the bytes that they
-///   share with it.
+/// - The result covers exactly these addresses if [`MAX_RESERVED_REGIONS`] regions suffice for them.
+///   Otherwise it also covers the smallest holes between the regions.
+/// - At most one region is for MSIs: the largest one of the host (the lowest if several are equally large),
+///   else that of the configuration. This MSI region keeps its kind and all its bytes: no gap between
+///   the `allowed` ranges and no other region turns a part of it into a reserved region.
+/// - Other MSI regions become reserved, without the bytes that they share with that one.
 /// - Reserved regions that overlap or touch are joined.
 pub fn merge(
     config: &ReservedRegions,
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn an_intel_host_with_39_bits() {
+    fn an_intel_host_with_39_bits_reserves_all_addresses_above() {
         let merged = merge(
             &config(&[(0xfee0_0000, 0xfeef_ffff, ReservedKind::Msi)]),
             &[

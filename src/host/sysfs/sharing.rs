@@ -121,7 +121,7 @@ impl fmt::Display for SharingReason {
                 "for a reason that only root can read (the PCI configuration space beyond byte 64)",
             ),
             Self::Unexplained => f.write_str(
-                "for a reason the devices do not show (the kernel knows some devices better)",
+                "for a reason that their configuration space does not show (the kernel has its own list of such devices)",
             ),
         }
     }
