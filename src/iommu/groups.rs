@@ -126,7 +126,7 @@ impl GroupMembers {
         there.map(|(&endpoint, _)| endpoint).collect()
     }
 
-    /// Makes `domain` the domain of the group and its suspended members there active; returns these.
+    /// Makes `domain` the domain of the group. Makes the suspended members in that domain active, and returns them.
     fn resume(&mut self, domain: DomainId) -> Vec<EndpointId> {
         self.domain = Some(domain);
         let back = self.suspended_in(domain);

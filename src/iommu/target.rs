@@ -54,7 +54,7 @@ impl Iommu {
         }
     }
 
-    /// Switches `endpoint` to `target` in its backend, which `index` names and which reads the
+    /// Switches `endpoint` to `target` in its backend, the one at `index`. The backend reads the
     /// mappings from the page tables. Changes no state of the core. `new_domain` is the target's
     /// domain if it is not published yet.
     pub(super) fn switch(

@@ -1,11 +1,11 @@
-//! Backends that fail: every call in turn, and particular calls.
+//! Backends that fail: each call of a long script, and unmaps in particular.
 
 use super::*;
 
 /// Fails every backend call in turn. The core, the tables and the backends must agree afterwards, and
 /// a request that was refused without quarantine must have changed nothing.
 #[test]
-fn every_failure_of_a_backend_leaves_agreement() {
+fn core_and_backends_agree_after_any_failed_backend_call() {
     let script = [
         Op::Attach(A, D1, false),
         Op::Map(D1, page(1)),
@@ -59,13 +59,13 @@ fn every_failure_of_a_backend_leaves_agreement() {
                     "a new VM finds every endpoint usable"
                 );
             }
-            assert!(failed_calls >= 10, "{failed_calls} calls were failed");
+            assert!(failed_calls >= 10, "only {failed_calls} calls could fail");
         }
     }
 }
 
 #[test]
-fn an_unmap_that_fails_quarantines_and_attach_cures() {
+fn a_failed_unmap_quarantines_endpoints_until_their_next_attach() {
     let (mut iommu, recorders) = with_backends(1);
     iommu.attach(A, D1, false).expect("attached");
     iommu.attach(B, D1, false).expect("attached");

@@ -208,7 +208,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
-    fn any_sequence_of_additions_and_removals_keeps_agreement(steps in prop::collection::vec(step(), 1..100)) {
+    fn core_and_backends_agree_after_any_additions_and_removals(steps in prop::collection::vec(step(), 1..100)) {
         let mut iommu = empty();
         let group = GroupName::new("g").expect("a name");
         let mut there: BTreeMap<EndpointId, Option<Recorder>> = BTreeMap::new();

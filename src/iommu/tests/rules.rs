@@ -131,7 +131,7 @@ fn attach_7_regions_that_clash_with_mappings_keep_an_endpoint_out() {
 }
 
 #[test]
-fn detach_3_only_the_domain_an_endpoint_is_attached_to() {
+fn detach_3_a_domain_that_the_endpoint_is_not_attached_to_is_refused() {
     with_each_backend_count(|mut iommu, recorders| {
         let refused = |domain| {
             Err(RequestError::NotAttached {
@@ -169,7 +169,7 @@ fn detach_4_a_detached_endpoint_reaches_no_mapping() {
 }
 
 #[test]
-fn map_1_and_ops_4_misaligned_and_out_of_range_mappings() {
+fn map_1_and_ops_4_misaligned_and_out_of_range_mappings_are_refused() {
     with_each_backend_count(|mut iommu, _| {
         iommu.attach(A, D1, false).expect("attached");
         let top = (1u64 << 48) - 1;
@@ -245,7 +245,7 @@ fn map_2_overlaps_are_refused_and_change_nothing() {
 }
 
 #[test]
-fn map_4_and_5_unmap_2_and_3_unknown_and_bypass_domains() {
+fn map_4_and_5_unmap_2_and_3_unknown_and_bypass_domains_are_refused() {
     with_each_backend_count(|mut iommu, _| {
         assert_eq!(iommu.map(D1, &page(1)), Err(RequestError::NoSuchDomain(D1)));
         assert_eq!(
@@ -331,7 +331,7 @@ fn resv_4_and_5_reserved_regions_are_neither_mapped_nor_reached() {
 
 /// The examples of the specification's UNMAP section, with one page for each of its units.
 #[test]
-fn unmap_4_and_5_the_examples_of_the_specification() {
+fn unmap_4_and_5_the_examples_of_the_specification_hold() {
     type Case = (
         &'static str,
         &'static [(u64, u64)],
