@@ -1,5 +1,5 @@
 //! The status that a device in service reports, in one form for all kinds of endpoints. The control socket and the
-//! metrics show every figure of it without knowing the kind.
+//! metrics show every figure of a status without knowing the kind.
 
 /// The names of the devices of one kind in the answers of the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
