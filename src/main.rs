@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             // Ignored: the write fails if standard error is closed, and the error has nowhere else to go.
-            let _ = if journal::is_listening() {
+            let _ = if journal::stderr_is_journal() {
                 journal::write_error(&mut io::stderr(), &error.to_string())
             } else {
                 writeln!(io::stderr(), "vhost-device-iommu: {error}")

@@ -496,7 +496,7 @@ impl Random {
 
 /// The addresses and the sizes of the requests of one run.
 #[derive(Clone, Copy, Debug)]
-struct Terrain {
+struct RequestSpace {
     levels: Levels,
     frames: u64,
     /// The requests lie in `base..base + span`; some extend beyond it.
@@ -510,7 +510,7 @@ struct Terrain {
     reclaim: u64,
 }
 
-impl Terrain {
+impl RequestSpace {
     fn mapping(&self, random: &mut Random) -> Mapping {
         let unit = self.units[random.below(self.units.len() as u64) as usize];
         let mut first = self.base + random.below(self.span) / unit * unit;
@@ -621,7 +621,7 @@ const REQUESTS: u64 = 450_000;
 const TOP_FOUR: u64 = 1 << 48;
 const TOP_FIVE: u64 = 1 << 57;
 
-fn count_of(outcomes: &HashMap<&'static str, u64>, which: &[&str]) {
+fn assert_each_occurred(outcomes: &HashMap<&'static str, u64>, which: &[&str]) {
     for outcome in which {
         let count = outcomes.get(outcome).copied().unwrap_or(0);
         assert!(count > 20, "{outcome} came up {count} times: {outcomes:?}");
@@ -641,7 +641,7 @@ const USUAL: &[&str] = &[
 
 #[test]
 fn random_pages_in_a_crowded_window() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Four,
         frames: 256,
         base: 0x7f_ffe0_0000 - 77 * PAGE,
@@ -650,12 +650,12 @@ fn random_pages_in_a_crowded_window() {
         most_units: 12,
         reclaim: 8,
     };
-    count_of(&terrain.run(REQUESTS, 1), USUAL);
+    assert_each_occurred(&terrain.run(REQUESTS, 1), USUAL);
 }
 
 #[test]
 fn random_pages_over_many_tables() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Four,
         frames: 4096,
         base: 0,
@@ -664,12 +664,12 @@ fn random_pages_over_many_tables() {
         most_units: 3000,
         reclaim: 2,
     };
-    count_of(&terrain.run(REQUESTS, 2), USUAL);
+    assert_each_occurred(&terrain.run(REQUESTS, 2), USUAL);
 }
 
 #[test]
 fn random_large_leaves() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Four,
         frames: 1024,
         base: 3 * GIB,
@@ -678,12 +678,12 @@ fn random_large_leaves() {
         most_units: 1200,
         reclaim: 4,
     };
-    count_of(&terrain.run(REQUESTS, 3), USUAL);
+    assert_each_occurred(&terrain.run(REQUESTS, 3), USUAL);
 }
 
 #[test]
 fn random_ranges_at_the_end_of_four_levels() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Four,
         frames: 512,
         base: TOP_FOUR - 5 * GIB,
@@ -692,12 +692,12 @@ fn random_ranges_at_the_end_of_four_levels() {
         most_units: 600,
         reclaim: 4,
     };
-    count_of(&terrain.run(REQUESTS, 4), USUAL);
+    assert_each_occurred(&terrain.run(REQUESTS, 4), USUAL);
 }
 
 #[test]
 fn random_ranges_at_the_end_of_five_levels() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Five,
         frames: 512,
         base: TOP_FIVE - 3 * GIB,
@@ -706,12 +706,12 @@ fn random_ranges_at_the_end_of_five_levels() {
         most_units: 600,
         reclaim: 4,
     };
-    count_of(&terrain.run(REQUESTS, 5), USUAL);
+    assert_each_occurred(&terrain.run(REQUESTS, 5), USUAL);
 }
 
 #[test]
 fn random_ranges_all_over_five_levels() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Five,
         frames: 160,
         base: 0,
@@ -721,12 +721,12 @@ fn random_ranges_all_over_five_levels() {
         reclaim: 4,
     };
     let outcomes = terrain.run(REQUESTS, 6);
-    count_of(&outcomes, &["mapped", "refused frames", "unmapped many"]);
+    assert_each_occurred(&outcomes, &["mapped", "refused frames", "unmapped many"]);
 }
 
 #[test]
 fn random_requests_in_a_full_arena() {
-    let terrain = Terrain {
+    let terrain = RequestSpace {
         levels: Levels::Four,
         frames: 24,
         base: 511 * GIB,
@@ -736,8 +736,8 @@ fn random_requests_in_a_full_arena() {
         reclaim: 16,
     };
     let outcomes = terrain.run(REQUESTS, 7);
-    count_of(&outcomes, USUAL);
-    count_of(&outcomes, &["refused frames"]);
+    assert_each_occurred(&outcomes, USUAL);
+    assert_each_occurred(&outcomes, &["refused frames"]);
 }
 
 /// In arenas of every size from the smallest on, a refused request changes no word.
@@ -745,7 +745,7 @@ fn random_requests_in_a_full_arena() {
 fn refusals_change_nothing_in_arenas_of_every_small_size() {
     for (levels, base) in [(Levels::Four, 0), (Levels::Five, TOP_FIVE - GIB)] {
         for frames in 1..=24 {
-            let terrain = Terrain {
+            let terrain = RequestSpace {
                 levels,
                 frames,
                 base,
@@ -850,7 +850,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_table_does_what_the_model_does((levels, frames, ops) in any_run()) {
+    fn the_table_agrees_with_the_model((levels, frames, ops) in any_run()) {
         compare_with_the_model(levels, frames, &ops);
     }
 }
@@ -1028,9 +1028,8 @@ fn an_unaligned_range_as_long_as_a_leaf_is_no_leaf() {
     }
 }
 
-/// The table caches some tables of level 1, and of some only the last one used. The test maps,
-/// translates and unmaps pages of many such tables in every order, among them the last pages of
-/// their tables.
+/// The table caches a few tables of level 1; tables that share a line of the cache evict each other.
+/// The test maps, lists and unmaps pages of many tables of level 1, with and without shared lines.
 #[test]
 fn cached_tables_are_never_confused() {
     let (mut arena, mut table) = new_table(64, Levels::Four);
@@ -1088,7 +1087,7 @@ fn a_plan_is_refused_once_the_table_has_changed() {
 }
 
 #[test]
-#[should_panic(expected = "the frames went elsewhere")]
+#[should_panic(expected = "the arena no longer has the frames that the plan counted")]
 fn a_plan_needs_the_frames_it_counted() {
     let (mut arena, mut table) = new_table(5, Levels::Four);
     let page = mapping(0, PAGE, 0, Access::READ);

@@ -152,7 +152,7 @@ fn guest(socket: &Path) -> Guest {
 }
 
 #[test]
-fn the_manager_is_notified_of_start_life_and_end() {
+fn the_manager_is_notified_of_start_liveness_and_end() {
     let mut service = Service::start();
     assert_eq!(service.receive(), "READY=1");
     assert!(
@@ -196,7 +196,10 @@ fn a_hanging_worker_stops_the_watchdog_notifications() {
     let received = service.receive_for(WATCHDOG * 3);
     assert!(received.is_empty(), "{received:?}");
     let log = service.log();
-    assert!(log.contains("no sign of life from: the worker;"), "{log}");
+    assert!(
+        log.contains("no answer to the watchdog from: the worker;"),
+        "{log}"
+    );
     // With the remaining bytes the worker continues, and so do the notifications.
     writer.write_all(&[0; 5]).expect("five bytes");
     assert_eq!(service.receive(), "WATCHDOG=1");

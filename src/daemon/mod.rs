@@ -206,7 +206,7 @@ impl Daemon {
         server.run(|present| {
             // While a VMM is connected, it reports resets of the VM over QMP.
             if let Some(qmp) = qmp {
-                qmp.vmm_present(present);
+                qmp.set_vmm_present(present);
             }
         })?;
         Ok(())

@@ -80,7 +80,7 @@ impl EndpointKind for ExportedKind {
             plugging
                 .nodes
                 .extend(["/dev/vfio", "/dev/iommu"].map(Into::into));
-            plugging.facts.push("/sys".into());
+            plugging.sysfs_folders.push("/sys".into());
         }
     }
 

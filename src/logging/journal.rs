@@ -9,7 +9,7 @@ use log::{Level, Record};
 
 /// Whether standard error goes to the journal. `JOURNAL_STREAM` (systemd.exec(5)) has the numbers of device and
 /// inode of that stream; they differ if standard error was redirected.
-pub fn is_listening() -> bool {
+pub fn stderr_is_journal() -> bool {
     let stderr = io::stderr().as_fd().try_clone_to_owned();
     let Ok(metadata) = stderr.and_then(|fd| File::from(fd).metadata()) else {
         return false;

@@ -101,7 +101,7 @@ struct Budgets {
 impl VmLog {
     fn new(name: &str) -> Self {
         let now = Instant::now();
-        let to_journal = journal::is_listening();
+        let to_journal = journal::stderr_is_journal();
         Self {
             name: name.to_owned(),
             to_journal,

@@ -42,7 +42,7 @@ pub enum Levels {
 }
 
 impl Levels {
-    /// The fewest levels that reach `bits` bits of address, or `None` above 57.
+    /// The fewest levels that reach `bits` bits of address, or `None` if `bits` is above 57.
     pub fn for_width(bits: u32) -> Option<Self> {
         match bits {
             0..=48 => Some(Self::Four),
@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_leaf_gives_back_what_it_was_made_of() {
+    fn a_leaf_decodes_to_the_parts_it_was_encoded_from() {
         for level in 1..=TOP_LEAF_LEVEL {
             for (access, hardware) in [
                 (Access::NONE, 0x60),
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_word_gives_back_what_it_was_made_of() {
+    fn an_endpoint_word_survives_a_round_trip() {
         let domain = |root, levels| EndpointWord::Domain {
             root: TableOffset(root),
             levels,

@@ -194,8 +194,9 @@ pub struct Mappings<'a> {
 impl<'a> Mappings<'a> {
     /// All mappings in the table at `root` that share an address with `range`.
     ///
-    /// If `range` begins inside a mapping, finding its first leaf takes time proportional to its
-    /// leaves. Unlike [`walk`], this must only be used on tables with trusted contents.
+    /// If `range` begins inside a mapping, the search for the mapping's first leaf takes time
+    /// proportional to the number of the mapping's leaves. Unlike [`walk`], this must only be used on
+    /// tables with trusted contents.
     pub(super) fn new(view: View<'a>, root: TableOffset, levels: Levels, range: IovaRange) -> Self {
         let mut first = range.first();
         while let Some(leaf) = find_leaf(view, root, levels, first) {

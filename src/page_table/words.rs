@@ -190,7 +190,7 @@ impl SharedWords {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY:
         // - the descriptor is open and owned by this value; no pointer is passed
-        // - the call replaces mapped pages by zeros, and the caller ensures that these are zero
+        // - the call replaces mapped pages by zeros; the caller ensures that the pages are zero already
         let failed = unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset, length) } != 0;
         if failed {
             // Harmless: the process only keeps more memory than it needs.

@@ -242,7 +242,7 @@ impl Table {
         } else {
             assert!(
                 plan.frames <= arena.frames_free(),
-                "the frames went elsewhere"
+                "the arena no longer has the frames that the plan counted"
             );
             let mut fill = Fill {
                 arena,

@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn interests_change_and_go() {
+    fn interests_can_be_changed_and_removed() {
         let mut events = EventLoop::new().expect("a set");
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let ours = Arc::new(ours);

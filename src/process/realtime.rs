@@ -69,7 +69,8 @@ impl Realtime {
     }
 }
 
-/// Raises the soft limit as far as it may. If that is too little, the attempt that follows fails.
+/// Raises the soft limit to `priority`, and the hard limit if that is lower. If the kernel refuses, the attempt
+/// that follows fails.
 fn raise_limit(priority: u8) {
     let wanted = libc::rlim_t::from(priority);
     let mut limit = libc::rlimit {
@@ -83,7 +84,7 @@ fn raise_limit(priority: u8) {
             rlim_cur: wanted,
             rlim_max: limit.rlim_max.max(wanted),
         };
-        // SAFETY: `raised` is read only. Refused, nothing has changed.
+        // SAFETY: `raised` is read only. If the kernel refuses, the limits stay as they are.
         unsafe { libc::setrlimit(libc::RLIMIT_RTPRIO, &raw const raised) };
     }
 }

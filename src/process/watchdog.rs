@@ -79,14 +79,15 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the thread. It asks `pulses` four times within `deadline`, and calls `alive` when all have answered.
+    /// Starts the thread. It asks `pulses` four times within `deadline`, and calls `report_alive` when all have
+    /// answered.
     ///
     /// # Errors
     /// The system has no thread left.
     pub fn start(
         pulses: Vec<Arc<Pulse>>,
         deadline: Duration,
-        mut alive: impl FnMut() -> io::Result<()> + Send + 'static,
+        mut report_alive: impl FnMut() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
         let (stop, stopped) = channel();
         let thread = sandbox::spawn(Role::Watchdog, move || {
@@ -102,10 +103,10 @@ impl Watchdog {
                 if silent.peek().is_some() {
                     let names: Vec<_> = silent.map(|pulse| pulse.name).collect();
                     error_limited!(
-                        "no sign of life from: {}; WATCHDOG=1 is not sent",
+                        "no answer to the watchdog from: {}; WATCHDOG=1 is not sent",
                         names.join(", ")
                     );
-                } else if let Err(cause) = alive() {
+                } else if let Err(cause) = report_alive() {
                     warn_limited!("cannot send WATCHDOG=1: {cause}");
                 }
             }

@@ -55,7 +55,7 @@ struct MonitorState {
 
 impl Qmp {
     /// Starts a thread that calls `reset` for each reset that the VMM at the socket `path` reports, while
-    /// a VMM is connected: see [`Self::vmm_present`].
+    /// a VMM is connected: see [`Self::set_vmm_present`].
     ///
     /// # Errors
     /// The system has no thread left.
@@ -73,7 +73,7 @@ impl Qmp {
     }
 
     /// Notes that a VMM has connected or gone. While it is gone, the thread does not try to connect.
-    pub fn vmm_present(&self, present: bool) {
+    pub fn set_vmm_present(&self, present: bool) {
         self.monitor.change(|state| state.wanted = present);
     }
 }

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use super::sys::{receive, send, wait_for_room};
 use super::wire::{FRAME_LEN, Frame};
 
-/// Sends a frame with `fds`. Waits for room in the socket, until `deadline` where there is one.
+/// Sends a frame with `fds`. Waits for room in the socket, until `deadline` if there is one.
 ///
 /// # Errors
-/// `TimedOut` where the deadline passes, or the system's error. Part of the frame may have been sent.
+/// `TimedOut` if the deadline passes, or the system's error. Part of the frame may have been sent.
 pub fn send_frame(
     stream: &UnixStream,
     frame: &Frame,
@@ -47,7 +47,7 @@ pub fn send_frame(
 /// Waits for a frame and the descriptors that come with it.
 ///
 /// # Errors
-/// `UnexpectedEof` where the stream ends, or the system's error.
+/// `UnexpectedEof` if the stream ends, or the system's error.
 pub fn receive_frame(stream: &UnixStream) -> io::Result<(Frame, Vec<OwnedFd>)> {
     let mut bytes = [0; FRAME_LEN];
     let mut filled = 0;

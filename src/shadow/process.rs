@@ -80,7 +80,8 @@ impl Process {
             // Linux before 6.5.
             Err(cause) if cause.raw_os_error() == Some(libc::ENOPROTOOPT) => {
                 let handle = pidfd_open(pid)?;
-                // If the peer's end is open now, the peer ran when its PID was opened, so the PID was its own.
+                // If the peer has not hung up by now, it was running when `pidfd_open` looked up its PID. So no
+                // other process had the PID then.
                 if has_hung_up(stream) {
                     return Err(io::ErrorKind::NotConnected.into());
                 }

@@ -430,13 +430,13 @@ impl ServerThread {
         });
     }
 
-    /// Carries out a frame of a registered reader.
+    /// Handles a frame of a registered reader.
     ///
     /// # Errors
     /// The breach of the protocol, as the rest of a sentence about the reader.
     fn handle_frame(&mut self, reader: &Reader, frame: &Frame) -> Result<(), &'static str> {
         match frame.kind {
-            kind::MEMORY_TAKEN => {
+            kind::MEMORY_ACK => {
                 let [generation, ..] = frame.numbers;
                 self.registry.acknowledge(reader, generation);
                 Ok(())

@@ -16,7 +16,7 @@ const CONTROL_WORDS: usize = 8;
 /// Sends as many of `bytes` as the socket has room for, with `fds`. Never waits. Returns the number of bytes sent.
 ///
 /// # Errors
-/// `WouldBlock` where the socket has no room at all. On error no descriptor has been sent.
+/// `WouldBlock` if the socket has no room at all. On error no descriptor has been sent.
 pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if fds.len() > MAX_FDS {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -69,7 +69,7 @@ pub fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Re
 /// stream. The descriptors are closed on exec.
 ///
 /// # Errors
-/// `WouldBlock` where `wait` is not set and no byte has arrived, or the system's error.
+/// `WouldBlock` if `wait` is not set and no byte has arrived, or the system's error.
 pub fn receive(
     stream: &UnixStream,
     buffer: &mut [u8],

@@ -41,14 +41,15 @@ pub mod kind {
     pub const REFUSED: u32 = 3;
     /// Daemon: no value; first and last address of a range that bypass mode does not reach.
     pub const RESERVED: u32 = 4;
-    /// Daemon: no value; guest-physical address, bytes, offset in the file. Carries the file's descriptor.
-    pub const MEMORY_COMES: u32 = 5;
+    /// Daemon: no value; guest-physical address, bytes, and offset in the file of a region that the reader must map.
+    /// Carries the file's descriptor.
+    pub const MEMORY_ADDED: u32 = 5;
     /// Daemon: no value; guest-physical address of the region that the reader must unmap.
-    pub const MEMORY_GOES: u32 = 6;
+    pub const MEMORY_REMOVED: u32 = 6;
     /// Daemon: no value; the generation of guest memory that is complete with this frame.
-    pub const MEMORY: u32 = 7;
+    pub const MEMORY_COMPLETE: u32 = 7;
     /// Reader: no value; a generation. No access of the reader uses memory removed in it or before.
-    pub const MEMORY_TAKEN: u32 = 8;
+    pub const MEMORY_ACK: u32 = 8;
     /// Reader: the access, bit 0 for a read and bit 1 for a write; the address that was refused.
     pub const FAULT: u32 = 9;
 }
@@ -103,7 +104,7 @@ pub fn access_bits(access: Access) -> u32 {
     u32::from(access.read) | u32::from(access.write) << 1
 }
 
-/// The access that `bits` stand for, or `None` where another bit is set.
+/// The access that `bits` stand for, or `None` if another bit is set.
 pub fn access_of(bits: u32) -> Option<Access> {
     (bits < 4).then_some(Access {
         read: bits & 1 != 0,

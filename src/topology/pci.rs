@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_read_and_print() {
+    fn addresses_are_parsed_and_printed() {
         let full = address("00a1:fe:1f.7");
         assert_eq!((full.segment(), full.bus()), (0xa1, 0xfe));
         assert_eq!((full.device(), full.function()), (0x1f, 7));
@@ -322,7 +322,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn endpoint_ids_and_texts_go_both_ways(id: u32) {
+        fn endpoint_ids_and_texts_survive_a_round_trip(id: u32) {
             let made = PciAddress::from_endpoint_id(EndpointId(id));
             prop_assert_eq!(made.endpoint_id(), EndpointId(id));
             prop_assert_eq!(made.to_string().parse::<PciAddress>(), Ok(made));

@@ -77,7 +77,7 @@ pub enum IrqSelection<'a> {
     /// One byte for each: the interrupt changes if it is not 0.
     Chosen(&'a [u8]),
     /// One event for each. The action happens whenever the event is signalled; with the action `TRIGGER` the
-    /// interrupt signals the event. `None` takes the event back.
+    /// interrupt signals the event. `None` removes the interrupt's event.
     Events(&'a [Option<BorrowedFd<'a>>]),
 }
 

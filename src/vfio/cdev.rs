@@ -33,7 +33,7 @@ impl Cdev {
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| VfioError {
-            what: format!("cannot open {}", path.display()),
+            problem: format!("cannot open {}", path.display()),
             source,
             cure: "bind the device to vfio-pci and let this process open its node; \
                    `vhost-device-iommu check` tells how",
@@ -64,7 +64,7 @@ impl Cdev {
     /// The device is bound already, or its group is in use.
     pub fn bind(&self, iommufd: &IommuFd) -> Result<(), VfioError> {
         ioctl::bind_iommufd(self.as_fd(), iommufd).map_err(|source| VfioError {
-            what: "cannot bind the device to iommufd".into(),
+            problem: "cannot bind the device to iommufd".into(),
             source,
             cure: "end the process that uses the device or its group, and see the kernel's log",
         })

@@ -30,7 +30,7 @@ pub struct Type1Info {
 #[derive(Debug)]
 pub struct Container {
     file: File,
-    /// Kept open: a group leaves its container with its last descriptor.
+    /// Kept open: a group leaves its container when its last descriptor is closed.
     group: Option<Group>,
 }
 
@@ -42,7 +42,7 @@ impl Container {
     /// needs.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let failed = |source| VfioError {
-            what: format!("cannot open a container through {}", path.display()),
+            problem: format!("cannot open a container through {}", path.display()),
             source,
             cure: "load the module vfio and let this process open the node; \
                    `vhost-device-iommu check` tells more",
@@ -78,7 +78,7 @@ impl Container {
         group.set_container(self.as_fd())?;
         self.group = Some(group);
         ioctl::set_iommu(self.as_fd(), VFIO_TYPE1v2_IOMMU).map_err(|source| VfioError {
-            what: "cannot set a type1 IOMMU".into(),
+            problem: "cannot set a type1 IOMMU".into(),
             source,
             cure: "load vfio_iommu_type1; without interrupt remapping it also wants \
                    allow_unsafe_interrupts=1, which lets devices forge interrupts",

@@ -31,8 +31,8 @@ pub(crate) struct KernelState {
     last_id: u32,
     /// By group: its address space, and the devices that are attached to it.
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
-    /// Groups that are attached but reach nothing: an attach has failed after it took them out of their address space.
-    pub adrift: BTreeSet<u32>,
+    /// Groups that are attached but reach nothing: an attach took them out of their address space and then failed.
+    pub without_space: BTreeSet<u32>,
     /// Bound devices.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
@@ -45,7 +45,7 @@ pub(crate) struct KernelState {
     pub old: bool,
     /// The number of mappings by file so far.
     pub mapped_by_file: u64,
-    /// Bound devices that do not wake up: every call on them fails.
+    /// Bound devices that do not wake up: attaching and detaching them fails.
     pub asleep: Vec<u32>,
 }
 
@@ -274,7 +274,7 @@ impl Attach for FakeDevice {
             return Ok(());
         }
         if let Err(cause) = state.step() {
-            state.adrift.insert(self.group);
+            state.without_space.insert(self.group);
             return Err(cause);
         }
         state.space(ioas)?;
@@ -282,7 +282,7 @@ impl Attach for FakeDevice {
             return Err(error(libc::EINVAL));
         }
         if at != Some(ioas) {
-            state.adrift.remove(&self.group);
+            state.without_space.remove(&self.group);
         }
         let (at, devices) = state.groups.entry(self.group).or_default();
         if !replaces {
@@ -305,7 +305,7 @@ impl Attach for FakeDevice {
         devices.retain(|d| *d != self.device);
         if devices.is_empty() {
             *at = None;
-            state.adrift.remove(&self.group);
+            state.without_space.remove(&self.group);
         }
         Ok(())
     }

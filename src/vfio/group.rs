@@ -24,7 +24,7 @@ impl Group {
     /// has a driver other than VFIO's.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let failed = |source, cure| VfioError {
-            what: format!("cannot use the group {}", path.display()),
+            problem: format!("cannot use the group {}", path.display()),
             source,
             cure,
         };
@@ -51,7 +51,7 @@ impl Group {
     pub(super) fn set_container(&self, container: BorrowedFd<'_>) -> Result<(), VfioError> {
         ioctl::group_set_container(self.file.as_fd(), container.as_raw_fd()).map_err(|source| {
             VfioError {
-                what: "cannot put the group into its container".into(),
+                problem: "cannot put the group into its container".into(),
                 source,
                 cure: "end the process that uses the group, and see the kernel's log",
             }
@@ -64,7 +64,7 @@ impl Group {
     /// The group has no such device, or the device's driver cannot start it.
     pub fn device(&self, name: &str) -> Result<Cdev, VfioError> {
         let failed = |source| VfioError {
-            what: format!("cannot open the device {name} of its group"),
+            problem: format!("cannot open the device {name} of its group"),
             source,
             cure: "see the kernel's log",
         };

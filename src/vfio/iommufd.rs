@@ -34,7 +34,7 @@ impl IommuFd {
     pub fn open(path: &Path) -> Result<Self, VfioError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| VfioError {
-            what: format!("cannot open {}", path.display()),
+            problem: format!("cannot open {}", path.display()),
             source,
             cure: "the kernel needs CONFIG_IOMMUFD and this process the right to open it; \
                    `vhost-device-iommu check` tells more",
@@ -176,7 +176,7 @@ impl AddressSpaces for IommuFd {
             size: size_of_u32::<iommu_ioas_unmap>(),
             ioas_id: ioas,
             iova: range.first().0,
-            // The kernel takes this for the whole address space, whose length does not fit into 64 bits.
+            // `u64::MAX` stands for the whole address space, whose length does not fit into 64 bits.
             length: range.len_bytes().unwrap_or(u64::MAX),
         };
         let done = self.kernel.unmap_iommu_ioas(&mut argument);

@@ -34,10 +34,10 @@ pub use self::probe::probe_allowed_iovas;
 
 /// A node or device that cannot be opened or prepared.
 #[derive(Debug, Error)]
-#[error("{what}: {source}; {cure}")]
+#[error("{problem}: {source}; {cure}")]
 pub struct VfioError {
-    /// The step that failed, with the path.
-    pub what: String,
+    /// The step that failed, such as `cannot open PATH`.
+    pub problem: String,
     /// The system's error.
     pub source: io::Error,
     /// What the operator can do about it.

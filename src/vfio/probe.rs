@@ -15,20 +15,20 @@ pub fn probe_allowed_iovas(iommu: &Path, cdev: &Path) -> Result<AllowedIovas, Vf
     let iommufd = IommuFd::open(iommu)?;
     let device = Cdev::open(cdev)?;
     device.bind(&iommufd)?;
-    let step = |what: &str, source| VfioError {
-        what: format!("cannot {what} for {}", cdev.display()),
+    let failed = |step: &str, source| VfioError {
+        problem: format!("cannot {step} for {}", cdev.display()),
         source,
         cure: "see the kernel's log",
     };
     let ioas = iommufd
         .alloc()
-        .map_err(|e| step("make an address space", e))?;
+        .map_err(|e| failed("make an address space", e))?;
     device
         .attach(ioas)
-        .map_err(|e| step("attach an address space", e))?;
+        .map_err(|e| failed("attach an address space", e))?;
     let allowed = iommufd
         .allowed_iovas(ioas)
-        .map_err(|e| step("ask for the allowed addresses", e));
+        .map_err(|e| failed("ask for the allowed addresses", e));
     if let Err(cause) = device.detach() {
         warn!("{} cannot be detached: {cause}", cdev.display());
     }

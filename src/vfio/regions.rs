@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_64_bit_bar_without_an_upper_half_reads_as_a_low_one() {
+    fn a_64_bit_bar_in_the_last_register_has_an_upper_half_of_0() {
         let registers = [0, 0, 0, 0, 0, 0xe000_0004];
         assert_eq!(
             parse_bars(&header(COMMAND_MEMORY, registers)),

@@ -177,9 +177,9 @@ impl Version {
 
     /// The version that the interposer proposes to the server of a client that proposed `self`.
     ///
-    /// The interposer handles the windows and the accesses to memory itself, so the proposal has its
-    /// capabilities there, not the client's. It omits capabilities that it does not know, which might
-    /// change the messages.
+    /// The interposer handles the windows and the accesses to memory itself. For these, the proposal has
+    /// the interposer's capabilities, not the client's. It omits capabilities that the interposer does
+    /// not know, because they might change the messages.
     ///
     /// # Errors
     /// [`VersionError::Unknown`].
@@ -293,7 +293,7 @@ impl Version {
         named.min(MAX_DESCRIPTORS as u64)
     }
 
-    /// The sender's migration, with bitmaps that fit into a message.
+    /// The sender's migration capability, with bitmaps that fit into a message.
     fn migration(&self) -> Option<Migration> {
         let migration = self.capabilities.migration.clone()?;
         Some(Migration {

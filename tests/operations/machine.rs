@@ -17,7 +17,7 @@ const PROGRAM: &str = "/usr/bin/vhost-device-iommu";
 /// The result of a command.
 #[derive(Debug)]
 pub struct CommandResult {
-    pub good: bool,
+    pub success: bool,
     /// Standard output, followed by standard error.
     pub text: String,
 }
@@ -31,20 +31,20 @@ pub fn run(words: &[&str]) -> CommandResult {
         .unwrap_or_else(|e| panic!("cannot run {program}: {e}"));
     let text = [output.stdout, output.stderr].concat();
     CommandResult {
-        good: output.status.success(),
+        success: output.status.success(),
         text: String::from_utf8_lossy(&text).into_owned(),
     }
 }
 
 /// Runs a command that must succeed. Returns its output.
-pub fn good(words: &[&str]) -> String {
+pub fn run_ok(words: &[&str]) -> String {
     let result = run(words);
-    assert!(result.good, "{words:?}: {}", result.text);
+    assert!(result.success, "{words:?}: {}", result.text);
     result.text
 }
 
 /// Installs the package on the first call.
-pub fn installed() {
+pub fn install_once() {
     static DONE: OnceLock<()> = OnceLock::new();
     DONE.get_or_init(|| {
         let package = fs::read_dir("/host").expect("the folder with the package");
@@ -52,7 +52,7 @@ pub fn installed() {
             .map(|entry| entry.expect("an entry").path())
             .find(|path| path.extension().is_some_and(|e| e == "deb"))
             .expect("the package; run the suite with `qemu-scripts/test.sh operations`");
-        good(&["dpkg", "-i", package.to_str().expect("text")]);
+        run_ok(&["dpkg", "-i", package.to_str().expect("text")]);
     });
 }
 
@@ -64,13 +64,13 @@ pub struct Vm {
 impl Vm {
     /// Writes the example's file with `more` appended; does not start the service.
     pub fn new(name: &'static str, more: &str) -> Self {
-        installed();
+        install_once();
         let example = "/usr/share/doc/vhost-device-iommu/examples/service.toml";
         let text = fs::read_to_string(example).expect("the example");
         let text = text.replace("/vm1/", &format!("/{name}/"));
         let vm = Self { name };
         fs::write(vm.file(), text + more).expect("its file");
-        good(&["systemctl", "daemon-reload"]);
+        run_ok(&["systemctl", "daemon-reload"]);
         vm
     }
 
@@ -93,7 +93,7 @@ impl Vm {
 
     pub fn start(&self) {
         let result = run(&["systemctl", "start", &self.service()]);
-        assert!(result.good, "{}\n{}", result.text, self.journal());
+        assert!(result.success, "{}\n{}", result.text, self.journal());
     }
 
     /// Adds settings to the service, until the machine ends or the VM is dropped.
@@ -102,12 +102,12 @@ impl Vm {
         fs::create_dir_all(&folder).expect("a folder");
         let text = format!("[Service]\n{settings}\n");
         fs::write(Path::new(&folder).join("test.conf"), text).expect("a drop-in");
-        good(&["systemctl", "daemon-reload"]);
+        run_ok(&["systemctl", "daemon-reload"]);
     }
 
     /// The value of a property of the service.
     pub fn property(&self, name: &str) -> String {
-        let text = good(&["systemctl", "show", "--value", "-p", name, &self.service()]);
+        let text = run_ok(&["systemctl", "show", "--value", "-p", name, &self.service()]);
         text.trim().into()
     }
 
@@ -132,7 +132,7 @@ impl Vm {
     pub fn status(&self) -> Value {
         let control = self.socket().with_file_name("control.sock");
         let control = control.to_str().expect("text");
-        let text = good(&[PROGRAM, "ctl", control, "--json", "status"]);
+        let text = run_ok(&[PROGRAM, "ctl", control, "--json", "status"]);
         serde_json::from_str(&text).expect("JSON")
     }
 
@@ -153,9 +153,9 @@ impl Vm {
 
     /// The journal of the service, with this priority and above.
     pub fn journal_from(&self, priority: &str) -> String {
-        good(&["journalctl", "--sync"]);
+        run_ok(&["journalctl", "--sync"]);
         let (unit, priority) = (self.service(), format!("--priority={priority}"));
-        good(&["journalctl", "--no-pager", &priority, "-u", &unit])
+        run_ok(&["journalctl", "--no-pager", &priority, "-u", &unit])
     }
 }
 

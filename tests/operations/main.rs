@@ -21,7 +21,7 @@ use common::guest::{Guest, Setup};
 use common::wire::OK;
 use vmm_sys_util::eventfd::EventFd;
 
-use machine::{Vm, good, installed, run};
+use machine::{Vm, install_once, run, run_ok};
 
 /// Endpoint 00:10.0, the first endpoint of the example.
 const EP: u32 = 0x80;
@@ -40,11 +40,11 @@ fn guest(vm: &Vm) -> Guest {
 #[test]
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
 fn the_package_installs_cleanly() {
-    installed();
-    assert_eq!(good(&["dpkg", "--audit"]), "");
-    assert_eq!(good(&["dpkg", "--verify", "vhost-device-iommu"]), "");
-    assert!(good(&["vhost-device-iommu", "--version"]).starts_with("vhost-device-iommu "));
-    let user = good(&["id", "vhost-device-iommu"]);
+    install_once();
+    assert_eq!(run_ok(&["dpkg", "--audit"]), "");
+    assert_eq!(run_ok(&["dpkg", "--verify", "vhost-device-iommu"]), "");
+    assert!(run_ok(&["vhost-device-iommu", "--version"]).starts_with("vhost-device-iommu "));
+    let user = run_ok(&["id", "vhost-device-iommu"]);
     assert!(user.contains("(vfio)"), "{user}");
     let folder = fs::metadata("/etc/vhost-device-iommu").expect("its folder");
     assert_eq!(folder.permissions().mode() & 0o7777, 0o750);
@@ -55,12 +55,12 @@ fn the_package_installs_cleanly() {
     ] {
         let result = run(&["systemd-analyze", "verify", "--man=no", unit]);
         assert!(
-            result.good && result.text.is_empty(),
+            result.success && result.text.is_empty(),
             "{unit}: {}",
             result.text
         );
     }
-    good(&[
+    run_ok(&[
         "udevadm",
         "verify",
         "/usr/lib/udev/rules.d/70-vhost-device-iommu.rules",
@@ -72,9 +72,9 @@ fn the_package_installs_cleanly() {
     ] {
         assert!(Path::new(page).exists(), "{page}");
     }
-    let listed = good(&["dpkg", "-L", "vhost-device-iommu"]);
+    let listed = run_ok(&["dpkg", "-L", "vhost-device-iommu"]);
     assert!(!listed.contains("/usr/share/qemu"), "{listed}");
-    assert_eq!(good(&["systemctl", "is-system-running"]), "running\n");
+    assert_eq!(run_ok(&["systemctl", "is-system-running"]), "running\n");
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn two_vms_run_side_by_side() {
         Vm::new("two", "arena-limit-is-not-a-key = 1\n"),
     );
     // A mistake in the file: the service does not start, and the journal names the line.
-    assert!(!run(&["systemctl", "start", &two.service()]).good);
+    assert!(!run(&["systemctl", "start", &two.service()]).success);
     let errors = two.journal_from("err");
     for part in [
         "vhost-device-iommu@two[",
@@ -97,7 +97,9 @@ fn two_vms_run_side_by_side() {
     drop(two);
     let two = Vm::new("two", "");
     // One of the control sockets also admits the group.
-    let group = good(&["id", "-g", "vhost-device-iommu"]).trim().to_owned();
+    let group = run_ok(&["id", "-g", "vhost-device-iommu"])
+        .trim()
+        .to_owned();
     let text = fs::read_to_string(two.file()).expect("its file");
     let keys = format!("control-mode = \"0660\"\ncontrol-group = {group}\n");
     fs::write(two.file(), keys + &text).expect("its file");
@@ -133,7 +135,7 @@ fn two_vms_run_side_by_side() {
     let warnings = one.journal_from("warning");
     assert!(!warnings.contains(&format!("[{pid}]")), "{warnings}");
 
-    good(&["systemctl", "stop", &one.service()]);
+    run_ok(&["systemctl", "stop", &one.service()]);
     assert_eq!(one.property("ActiveState"), "inactive");
     assert_eq!(one.property("Result"), "success");
     assert_eq!(second.detach(1, EP), OK, "the other VM continues");
@@ -142,7 +144,7 @@ fn two_vms_run_side_by_side() {
     assert_eq!(one.endpoint(EP_ADDRESS), "unattached");
     let _again = guest(&one);
     let before = one.property("MainPID");
-    good(&["systemctl", "restart", &one.service()]);
+    run_ok(&["systemctl", "restart", &one.service()]);
     assert_ne!(one.property("MainPID"), before);
     assert_eq!(guest(&one).detach(1, EP), OK);
     assert_eq!(second.attach(1, EP), OK);
@@ -152,7 +154,7 @@ fn two_vms_run_side_by_side() {
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
 fn the_socket_starts_the_daemon() {
     let vm = Vm::new("lazy", "");
-    good(&["systemctl", "start", &vm.socket_unit()]);
+    run_ok(&["systemctl", "start", &vm.socket_unit()]);
     assert_eq!(vm.property("ActiveState"), "inactive");
     let socket = fs::metadata(vm.socket()).expect("the socket");
     assert_eq!(socket.permissions().mode() & 0o777, 0o660);
@@ -162,10 +164,10 @@ fn the_socket_starts_the_daemon() {
         vm.wait_for("ActiveState", "active");
         assert_eq!(vm.status()["connections"], 1);
         let result = run(&["systemctl", "stop", &vm.service()]);
-        assert!(result.good, "{}", result.text);
+        assert!(result.success, "{}", result.text);
         assert!(vm.socket().exists(), "the socket is not the daemon's");
     }
-    good(&["systemctl", "stop", &vm.socket_unit()]);
+    run_ok(&["systemctl", "stop", &vm.socket_unit()]);
     assert!(!vm.socket().exists());
 }
 
@@ -178,7 +180,7 @@ fn only_the_killed_daemon_is_restarted() {
     let _first = guest(&one);
     let mut second = guest(&two);
     let pids = [one.property("MainPID"), two.property("MainPID")];
-    good(&["sh", "-c", &format!("kill -9 {}", pids[0])]);
+    run_ok(&["sh", "-c", &format!("kill -9 {}", pids[0])]);
     one.wait_for("NRestarts", "1");
     one.wait_for("ActiveState", "active");
     assert_ne!(one.property("MainPID"), pids[0]);
@@ -205,7 +207,10 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
     vm.wait_for("NRestarts", "1");
     vm.wait_for("ActiveState", "active");
     let journal = vm.journal();
-    for part in ["no sign of life from: the worker;", "Watchdog timeout"] {
+    for part in [
+        "no answer to the watchdog from: the worker;",
+        "Watchdog timeout",
+    ] {
         assert!(journal.contains(part), "{part} in {journal}");
     }
     // Longer than the watchdog's limit: a healthy daemon is not restarted.
@@ -217,7 +222,7 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
 #[ignore = "in the machine of qemu-scripts/debian.sh"]
 fn the_service_is_locked_down() {
     let vm = Vm::new("one", "");
-    let result = good(&["systemd-analyze", "security", "--no-pager", &vm.service()]);
+    let result = run_ok(&["systemd-analyze", "security", "--no-pager", &vm.service()]);
     let last = result.lines().last().expect("a figure");
     println!("{last}");
     let figure = last
@@ -247,12 +252,12 @@ fn the_service_is_locked_down() {
 fn zz_the_package_is_removed_cleanly() {
     let vm = Vm::new("last", "");
     vm.start();
-    good(&["dpkg", "-r", "vhost-device-iommu"]);
+    run_ok(&["dpkg", "-r", "vhost-device-iommu"]);
     assert_eq!(vm.property("ActiveState"), "inactive");
     assert!(vm.file().exists(), "the operator's file stays");
     drop(vm);
-    good(&["dpkg", "-P", "vhost-device-iommu"]);
+    run_ok(&["dpkg", "-P", "vhost-device-iommu"]);
     assert!(!Path::new("/etc/vhost-device-iommu").exists());
     assert!(!Path::new("/run/vhost-device-iommu").exists());
-    assert_eq!(good(&["systemctl", "is-system-running"]), "running\n");
+    assert_eq!(run_ok(&["systemctl", "is-system-running"]), "running\n");
 }

@@ -194,19 +194,19 @@ fn bind_blocked(
     host: PciAddress,
 ) -> Result<AllowedIovas, VfioError> {
     cdev.bind(iommufd)?;
-    let step = |what: &str, source| VfioError {
-        what: format!("cannot {what} for {host}"),
+    let failed = |step: &str, source| VfioError {
+        problem: format!("cannot {step} for {host}"),
         source,
         cure: "see the kernel's log",
     };
     let ioas = iommufd
         .alloc()
-        .map_err(|e| step("make an address space", e))?;
+        .map_err(|e| failed("make an address space", e))?;
     let allowed = cdev
         .attach(ioas)
         .and_then(|()| iommufd.allowed_iovas(ioas))
         .and_then(|allowed| cdev.detach().map(|()| allowed))
-        .map_err(|e| step("learn the allowed addresses", e));
+        .map_err(|e| failed("learn the allowed addresses", e));
     if let Err(cause) = iommufd.destroy(ioas) {
         warn!("an address space cannot be destroyed: {cause}");
     }

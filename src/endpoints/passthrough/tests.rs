@@ -186,7 +186,7 @@ impl Bed {
     fn reached(&self, group: u32) -> Vec<Area> {
         let state = self.kernel.state();
         let space = match self.interface {
-            Interface::Iommufd(_) if state.adrift.contains(&group) => return Vec::new(),
+            Interface::Iommufd(_) if state.without_space.contains(&group) => return Vec::new(),
             Interface::Iommufd(_) => match state.groups.get(&group).and_then(|g| g.0) {
                 // The VMM's own address space maps guest RAM one to one.
                 Some(id) if self.spaces[&group] == id => return self.identity(),

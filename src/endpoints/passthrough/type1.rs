@@ -156,7 +156,7 @@ fn add_group(
     peers: &[Arc<dyn DeviceMemory>],
 ) -> Result<(), PassthroughError> {
     let info = open.container.info().map_err(|source| VfioError {
-        what: format!("cannot ask the IOMMU of group {number}"),
+        problem: format!("cannot ask the IOMMU of group {number}"),
         source,
         cure: "see the kernel's log",
     })?;

@@ -275,7 +275,7 @@ const TEXTFILE: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_openat, libc::SYS_ren
 
 /// Starting the threads of a connection and creating its events. `clone` is in `threads_only`.
 const SPAWN: [c_long; 5] = [
-    // The other filter answers it with ENOSYS.
+    // Allowed here, because the thread's other filter answers `clone3` with ENOSYS (`filter::programs`).
     libc::SYS_clone3,
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -311,10 +311,11 @@ fn everywhere() -> Vec<Call> {
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_VMA))),
             // Debug builds check that a descriptor is open before they close it.
             with(libc::SYS_fcntl, Argument::Is(1, bits(libc::F_GETFD))),
-            // Rust's handler resets the action for a fault that is no stack overflow, so that it ends the process.
+            // If a fault is no stack overflow, Rust's handler resets the signal's action, so that the fault ends the
+            // process.
             with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGBUS))),
             with(libc::SYS_rt_sigaction, Argument::Is(0, bits(libc::SIGSEGV))),
-            // Aborting itself.
+            // `abort` sends SIGABRT to the thread that calls it.
             with(libc::SYS_tgkill, Argument::Is(0, own)),
         ])
         .collect()

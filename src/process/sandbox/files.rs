@@ -36,13 +36,18 @@ pub(super) fn control_rules(needs: &Needs) -> Result<RulesetCreated, SandboxErro
         rights |= AccessFs::MakeSock;
     }
     let mut rules = with_sockets(needs, rights)?;
-    if let Some(Plugging { nodes, facts, .. }) = &needs.plugging {
+    if let Some(Plugging {
+        nodes,
+        sysfs_folders,
+        ..
+    }) = &needs.plugging
+    {
         let node =
             AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
-        let fact = AccessFs::ReadFile | AccessFs::ReadDir;
+        let folder = AccessFs::ReadFile | AccessFs::ReadDir;
         let nodes = nodes.iter().map(|path| (path, node));
-        let facts = facts.iter().map(|path| (path, fact));
-        for (path, rights) in nodes.chain(facts) {
+        let folders = sysfs_folders.iter().map(|path| (path, folder));
+        for (path, rights) in nodes.chain(folders) {
             rules = beneath(rules, path, rights)?;
         }
     }
@@ -128,7 +133,7 @@ mod tests {
         }
         let plugging = Plugging {
             nodes: vec![at("dev"), at("missing")],
-            facts: vec![at("sys")],
+            sysfs_folders: vec![at("sys")],
             ..Plugging::default()
         };
         let needs = Needs {

@@ -33,10 +33,10 @@ pub(super) fn programs(
 ) -> Result<Vec<BpfProgram>, SandboxError> {
     let arch = std::env::consts::ARCH;
     let arch = TargetArch::try_from(arch).map_err(|_| SandboxError::NoFilters {
-        why: format!("for the processor {arch}"),
+        scope: format!("for the processor {arch}"),
     })?;
     let mut programs = Vec::new();
-    if role.makes_threads(needs) {
+    if role.starts_threads(needs) {
         // A filter cannot check the arguments of clone3, because they are in memory. The C library uses clone
         // instead if clone3 gives ENOSYS.
         let hidden = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
@@ -64,7 +64,8 @@ fn program(
         .map_err(SandboxError::Filter)
 }
 
-/// The rules by call. A call that is in the list without a condition needs none of its conditions.
+/// The rules by call. If the list has a call both with and without a condition, the call is allowed with any
+/// arguments.
 fn rules(calls: &[Call]) -> Result<Rules, SandboxError> {
     let mut rules = Rules::new();
     for (number, _) in calls.iter().filter(|(_, a)| *a == Condition::Always) {

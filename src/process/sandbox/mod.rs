@@ -47,12 +47,12 @@ thread_local! {
 pub enum SandboxError {
     /// The kernel or the processor has no system call filters.
     #[error(
-        "the sandbox cannot be made: there are no system call filters {why}; use a kernel with \
+        "the sandbox cannot be made: there are no system call filters {scope}; use a kernel with \
          CONFIG_SECCOMP_FILTER, or give --no-sandbox to run without any protection"
     )]
     NoFilters {
-        /// The kernel or the processor, and the error.
-        why: String,
+        /// The processor or the kernel without filters, as the end of the sentence.
+        scope: String,
     },
     /// A filter cannot be compiled.
     #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
@@ -64,15 +64,15 @@ pub enum SandboxError {
     #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
     Files(#[from] landlock::RulesetError),
     /// The kernel refused something else.
-    #[error("the sandbox cannot be made: cannot {what}: {source}; --no-sandbox runs without it")]
+    #[error("the sandbox cannot be made: cannot {step}: {source}; --no-sandbox runs without it")]
     System {
         /// The step that failed.
-        what: &'static str,
+        step: &'static str,
         /// The error of the kernel.
         source: io::Error,
     },
     /// The process is armed already.
-    #[error("the sandbox of this process is made already; call it once")]
+    #[error("this process is in its sandbox already; call `arm` only once")]
     Twice,
 }
 
@@ -184,7 +184,7 @@ impl Armed {
         } else {
             let copy = files.as_ref().map(RulesetCreated::try_clone);
             copy.transpose().map_err(|source| SandboxError::System {
-                what: "copy the rules for files",
+                step: "copy the rules for files",
                 source,
             })?
         };

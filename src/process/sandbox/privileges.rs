@@ -16,9 +16,9 @@ use super::role::Needs;
 /// # Errors
 /// The kernel refuses.
 pub(super) fn confine_process(needs: &Needs) -> Result<(), SandboxError> {
-    let failed = |what| {
+    let failed = |step| {
         move |source: rustix::io::Errno| SandboxError::System {
-            what,
+            step,
             source: source.into(),
         }
     };
@@ -27,7 +27,7 @@ pub(super) fn confine_process(needs: &Needs) -> Result<(), SandboxError> {
     // Its own user may trace a debug build.
     if !cfg!(debug_assertions) {
         disable_dumps_and_tracing().map_err(|source| SandboxError::System {
-            what: "keep other processes from tracing this one",
+            step: "keep other processes from tracing this one",
             source,
         })?;
     }
@@ -65,7 +65,7 @@ fn disable_dumps_and_tracing() -> io::Result<()> {
 /// The kernel refuses.
 pub(super) fn drop_capabilities(needs: &Needs) -> Result<CapabilitySet, SandboxError> {
     let failed = |source: rustix::io::Errno| SandboxError::System {
-        what: "give up capabilities",
+        step: "give up capabilities",
         source: source.into(),
     };
     let now = rustix::thread::capabilities(None).map_err(failed)?;

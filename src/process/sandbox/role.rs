@@ -1,4 +1,4 @@
-//! The roles of threads, and the rights that the configuration makes them need.
+//! The roles of threads, and the rights that a configuration needs.
 
 use std::path::PathBuf;
 
@@ -7,8 +7,8 @@ use crate::ids::list_variants;
 /// The role of a thread. Each role has a filter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Accepts VMMs, one after the other. It starts the threads of the next two roles, so its filter allows what
-    /// theirs allow.
+    /// Accepts VMMs, one after the other. It starts the threads of the next two roles, so its filter also allows
+    /// their calls.
     Main,
     /// Handles the vhost-user messages of the connected VMM.
     VhostUser,
@@ -46,9 +46,9 @@ impl Role {
         matches!(self, Self::VhostUser | Self::Worker)
     }
 
-    /// Whether a thread of this role starts others after it is confined. They inherit its filter and add the one
-    /// of their own role.
-    pub(super) const fn makes_threads(self, needs: &Needs) -> bool {
+    /// Whether a thread of this role starts others after it is confined. The new threads inherit its filter and
+    /// add the filter of their own role.
+    pub(super) const fn starts_threads(self, needs: &Needs) -> bool {
         match self {
             Self::Main => true,
             Self::Control => needs.plugging.is_some(),
@@ -134,6 +134,6 @@ pub struct Plugging {
     pub ioctls: Vec<u32>,
     /// Device nodes and folders of nodes, which are opened for reading, writing and ioctls.
     pub nodes: Vec<PathBuf>,
-    /// Folders that are read to find devices.
-    pub facts: Vec<PathBuf>,
+    /// Folders of sysfs that are read to find devices.
+    pub sysfs_folders: Vec<PathBuf>,
 }

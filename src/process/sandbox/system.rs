@@ -33,12 +33,13 @@ pub(super) fn check_filters() -> Result<(), SandboxError> {
         return Ok(());
     }
     Err(SandboxError::NoFilters {
-        why: format!("in this kernel ({})", io::Error::last_os_error()),
+        scope: format!("in this kernel ({})", io::Error::last_os_error()),
     })
 }
 
-/// Limits glibc to one arena for all threads. With several arenas, any thread may open files: to count the
-/// processors before it creates another arena, and to read the overcommit mode before it returns memory of one.
+/// Limits glibc to one arena for all threads. With several arenas, glibc opens files in any thread: it counts the
+/// processors before it creates another arena, and reads the overcommit mode before it shrinks an
+/// arena.
 /// Each thread still has a cache of small blocks, so threads hardly wait for each other.
 pub(super) fn limit_the_allocator_to_one_arena() {
     #[cfg(target_env = "gnu")]
@@ -67,7 +68,7 @@ pub(super) fn name_violations() -> Result<(), SandboxError> {
         return Ok(());
     }
     Err(SandboxError::System {
-        what: "install the handler of forbidden system calls",
+        step: "install the handler of forbidden system calls",
         source: io::Error::last_os_error(),
     })
 }

@@ -19,7 +19,7 @@ use present::PresentOptions;
 /// The first QEMU whose vhost-user test device takes any virtio device ID.
 pub const OLDEST_QEMU: &str = "10.2";
 
-/// Arguments, and notes for what arguments cannot express.
+/// Arguments, and notes on the settings that arguments cannot express.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QemuArgs {
     /// The arguments, without the program's name.
@@ -38,14 +38,14 @@ impl QemuArgs {
         Self::make(config, viot, PresentOptions::default())
     }
 
-    /// The arguments to append to `others`. A machine type, RAM and its size are left out where
-    /// `others` give them.
+    /// The arguments to append to `others`. They leave out the machine type, the RAM and its size if
+    /// `others` have them.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and where no argument can put a passthrough device at its endpoint's
+    /// As for [`new`](Self::new), and if no argument can put a passthrough device at its endpoint's
     /// address.
-    pub fn beside(
+    pub fn appended_to(
         config: &Config,
         viot: &Path,
         others: &[OsString],
@@ -447,7 +447,7 @@ mod tests {
         let text = "socket = 's'\nmemory = '1G'\naddress = '00:05.0'";
         let beside = |line: &str| {
             let others: Vec<_> = line.split_whitespace().map(OsString::from).collect();
-            let made = QemuArgs::beside(&config(text), Path::new("t"), &others).expect(line);
+            let made = QemuArgs::appended_to(&config(text), Path::new("t"), &others).expect(line);
             let own = made.arguments.len() - 6;
             made.arguments[..own].join(" ")
         };
@@ -472,9 +472,9 @@ mod tests {
         }
         let unknown = config("socket = 's'\naddress = '00:05.0'");
         let others = ["-M".into(), "q35,memory-backend=ram".into()];
-        QemuArgs::beside(&unknown, Path::new("t"), &others).expect("others bring the RAM");
-        QemuArgs::beside(&unknown, Path::new("t"), &[]).expect_err("no size");
-        let error = QemuArgs::beside(&config(DEVICES), Path::new("t"), &[]);
+        QemuArgs::appended_to(&unknown, Path::new("t"), &others).expect("others bring the RAM");
+        QemuArgs::appended_to(&unknown, Path::new("t"), &[]).expect_err("no size");
+        let error = QemuArgs::appended_to(&config(DEVICES), Path::new("t"), &[]);
         let error = error.expect_err("a device on another bus").to_string();
         assert!(
             error.contains("endpoint 0000:01:00.0 is a device"),

@@ -66,7 +66,7 @@ impl Events {
         Ok(events)
     }
 
-    /// Turns a byte from `pipe` into an event. The end of the pipe alone is none.
+    /// Turns a byte from `pipe` into an event. The end of the pipe makes no event.
     ///
     /// # Errors
     /// The thread cannot be made.

@@ -77,7 +77,7 @@ impl Launch<'_> {
         }
         config.descriptors = files.descriptors();
         let table = self.table(&config)?;
-        let made = QemuArgs::beside(&config, &table.path, others)?;
+        let made = QemuArgs::appended_to(&config, &table.path, others)?;
 
         // Dropped last: the daemon removes its sockets itself, unless it was killed.
         let leftover;
@@ -208,11 +208,11 @@ pub enum LaunchError {
     DaemonEnded(ExitStatus),
     /// A system call failed.
     #[error(
-        "cannot {what}: {source}; check whether the system is short of files, memory or processes"
+        "cannot {action}: {source}; check whether the system is short of files, memory or processes"
     )]
     System {
         /// The action that failed.
-        what: &'static str,
+        action: &'static str,
         /// The system's error.
         source: io::Error,
     },
@@ -315,6 +315,6 @@ fn sockets(config: &Config) -> Vec<SocketFile> {
         .collect()
 }
 
-fn system(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
-    move |source| LaunchError::System { what, source }
+fn system(action: &'static str) -> impl Fn(io::Error) -> LaunchError {
+    move |source| LaunchError::System { action, source }
 }

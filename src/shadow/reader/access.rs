@@ -32,7 +32,7 @@ impl Drop for EpochGuard<'_> {
 
 impl Session {
     /// Begins an access with an epoch word that no other access of this process uses, or returns `None`
-    /// where all of them are in use.
+    /// if all of them are in use.
     #[inline]
     pub(super) fn enter(&self) -> Option<EpochGuard<'_>> {
         let hint = preferred_word();
@@ -122,8 +122,8 @@ impl Session {
                     return Ok(inside);
                 }
                 tlb.clear();
-                // From the start of the page, because the next access may lie below this one. The IOVA and
-                // the guest-physical address have the same offset in their pages.
+                // The piece begins at the start of the page, because the next access may lie below this one. The
+                // IOVA and the guest-physical address have the same offset in their pages.
                 let (start, gpa) = (at & !PAGE_MASK, found.gpa.0 & !PAGE_MASK);
                 tlb.add(start, until.min(LAST_REACHED), gpa, found.access);
                 return Ok(inside);
@@ -140,7 +140,8 @@ impl Session {
     }
 }
 
-/// The epoch word that this thread tries first: threads begin with different words, so that they seldom meet.
+/// The epoch word that this thread tries first: threads begin with different words, so that they seldom
+/// contend for one.
 fn preferred_word() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {

@@ -60,6 +60,6 @@ impl Deref for TlbGuard<'_> {
     type Target = Iotlb;
 
     fn deref(&self) -> &Iotlb {
-        &self.0.tlb.found
+        &self.0.tlb.iotlb
     }
 }

@@ -78,7 +78,7 @@ impl ShadowReader {
     /// this process if the access lasts longer than `patience-ms`.
     ///
     /// # Errors
-    /// [`AccessError::Busy`] where as many accesses are in progress as there may be.
+    /// [`AccessError::Busy`] if this process has as many accesses in progress as it may have.
     pub fn enter(&self) -> Result<AccessGuard<'_>, AccessError> {
         let session = &*self.registration.session;
         let inside = session.enter().ok_or(AccessError::Busy)?;

@@ -67,7 +67,7 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // Fails where the connection is closed already.
+        // Fails if the connection is closed already.
         let _ = self.session.stream.shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -182,11 +182,11 @@ impl Session {
             }
         }
         self.connected.store(false, Ordering::Release);
-        // Fails where the connection is closed already.
+        // Fails if the connection is closed already.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
-    /// Carries out a frame about guest memory. Returns whether guest memory is complete.
+    /// Handles a frame about guest memory. Returns whether guest memory is complete.
     fn handle_frame(
         &self,
         frame: &Frame,
@@ -195,7 +195,7 @@ impl Session {
     ) -> Result<bool, ConnectError> {
         let [first, length, offset, _] = frame.numbers;
         match frame.kind {
-            kind::MEMORY_COMES => {
+            kind::MEMORY_ADDED => {
                 let (Some(fd), true) = (fds.pop(), fds.is_empty()) else {
                     return Err(ConnectError::Protocol("it adds memory without a file"));
                 };
@@ -204,7 +204,7 @@ impl Session {
                     .push(map_region(File::from(fd), first, length, offset)?);
                 Ok(false)
             }
-            kind::MEMORY_GOES => {
+            kind::MEMORY_REMOVED => {
                 let stays = |region: &RamRegion| region.start_addr() != GuestAddress(first);
                 announced.regions.retain(stays);
                 announced.has_removed = true;
@@ -214,7 +214,7 @@ impl Session {
                 self.valid_from.fetch_max(next, Ordering::Release);
                 Ok(false)
             }
-            kind::MEMORY => {
+            kind::MEMORY_COMPLETE => {
                 self.publish_memory(first, announced)?;
                 Ok(true)
             }
@@ -245,8 +245,8 @@ impl Session {
         if std::mem::take(&mut announced.has_removed) {
             self.wait_for_accesses();
         }
-        let taken = Frame::new(kind::MEMORY_TAKEN, 0, [generation, 0, 0, 0]);
-        Ok(send_frame(&self.stream, &taken, &[], None)?)
+        let ack = Frame::new(kind::MEMORY_ACK, 0, [generation, 0, 0, 0]);
+        Ok(send_frame(&self.stream, &ack, &[], None)?)
     }
 
     /// Waits until every access that was in progress has ended.
@@ -258,8 +258,8 @@ impl Session {
         }
     }
 
-    /// Reports a refused access to the daemon. Never waits: where the socket is full, the report is counted
-    /// instead.
+    /// Reports a refused access to the daemon. Never waits: if the socket is full, the report is not sent, but
+    /// counted.
     #[cold]
     pub(super) fn report(&self, refused: &AccessError) {
         let AccessError::Fault {

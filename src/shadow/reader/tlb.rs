@@ -11,20 +11,19 @@ pub(super) const LAST_REACHED: u64 = u64::MAX - 2;
 /// translation. If they match, `vm-memory`'s map need not be rebuilt.
 #[derive(Debug)]
 pub(super) struct Tlb {
-    pub(super) found: Iotlb,
+    pub(super) iotlb: Iotlb,
     /// The addresses it translates, `first..=last`, if any.
     range: Option<(u64, u64)>,
-    /// Where the range is contiguous in guest memory: the guest-physical address of its first byte, and
-    /// the rights.
+    /// If the range is contiguous in guest memory: the guest-physical address of its first byte, and the rights.
     piece: Option<(u64, Access)>,
 }
 
 impl Tlb {
     pub(super) fn new() -> Self {
-        let mut found = Iotlb::new();
+        let mut iotlb = Iotlb::new();
         // An entry above every address that is looked up. An empty map would free its memory, and each
         // translation would allocate it again.
-        let kept = found.set_mapping(
+        let kept = iotlb.set_mapping(
             GuestAddress(LAST_REACHED + 1),
             GuestAddress(0),
             1,
@@ -32,7 +31,7 @@ impl Tlb {
         );
         debug_assert!(kept.is_ok());
         Self {
-            found,
+            iotlb,
             range: None,
             piece: None,
         }
@@ -54,11 +53,11 @@ impl Tlb {
         self.piece = None;
         if let Some((first, last)) = self.range.take() {
             let length = usize::try_from(last - first + 1).unwrap_or(usize::MAX);
-            self.found.invalidate_mapping(GuestAddress(first), length);
+            self.iotlb.invalidate_mapping(GuestAddress(first), length);
         }
     }
 
-    /// Adds a piece behind the pieces that it holds.
+    /// Adds the translation of `first..=last`, which must follow the range translated so far.
     pub(super) fn add(&mut self, first: u64, last: u64, gpa: u64, access: Access) {
         let rights = match (access.read, access.write) {
             (false, false) => Permissions::No,
@@ -68,7 +67,7 @@ impl Tlb {
         };
         let length = usize::try_from(last - first + 1).unwrap_or(usize::MAX);
         let (at, to) = (GuestAddress(first), GuestAddress(gpa));
-        let set = self.found.set_mapping(at, to, length, rights);
+        let set = self.iotlb.set_mapping(at, to, length, rights);
         debug_assert!(set.is_ok());
         self.piece = self.range.is_none().then_some((gpa, access));
         let from = self.range.map_or(first, |(from, _)| from);

@@ -23,7 +23,7 @@ impl Registry {
     /// Registers the peer of `stream`, which has sent `greeting`, for one of the endpoints `served`.
     ///
     /// # Errors
-    /// The reason, which the peer has been sent.
+    /// The reason of the refusal, which this function has sent to the peer.
     pub fn register(
         &self,
         stream: UnixStream,
@@ -56,7 +56,7 @@ impl Registry {
             self.counters.refused_full.inc();
         }
         let frame = Frame::new(kind::REFUSED, refusal.code(), [number, 0, 0, 0]);
-        // Fails where the peer has closed the connection.
+        // Fails if the peer has closed the connection.
         if let Err(cause) = send(stream, &frame.to_wire(), &[]) {
             debug!("cannot send a refusal to a reader: {cause}");
         }

@@ -75,10 +75,10 @@ impl Registry {
         state.memory.retain(|ram| ram.range != range);
         state.generation += 1;
         let generation = state.generation;
-        let goes = Frame::new(kind::MEMORY_GOES, 0, [range.first().0, 0, 0, 0]);
+        let removed = Frame::new(kind::MEMORY_REMOVED, 0, [range.first().0, 0, 0, 0]);
         let deadline = Instant::now() + self.limits.patience;
         let unreached = state.broadcast(|reader| {
-            send_frame(&reader.stream, &goes, &[], Some(deadline)).and_then(|()| {
+            send_frame(&reader.stream, &removed, &[], Some(deadline)).and_then(|()| {
                 send_frame(
                     &reader.stream,
                     &memory_frame(generation),
@@ -130,13 +130,13 @@ impl RegistryState {
 }
 
 pub(super) fn memory_frame(generation: u64) -> Frame {
-    Frame::new(kind::MEMORY, 0, [generation, 0, 0, 0])
+    Frame::new(kind::MEMORY_COMPLETE, 0, [generation, 0, 0, 0])
 }
 
 pub(super) fn send_ram(stream: &UnixStream, ram: &Ram, deadline: Instant) -> io::Result<()> {
     let (first, span) = (ram.range.first().0, ram.range.span());
     // A region is whole pages below 2^64, so the length fits.
     let numbers = [first, span.saturating_add(1), ram.offset, 0];
-    let frame = Frame::new(kind::MEMORY_COMES, 0, numbers);
+    let frame = Frame::new(kind::MEMORY_ADDED, 0, numbers);
     send_frame(stream, &frame, &[ram.file.as_fd()], Some(deadline))
 }

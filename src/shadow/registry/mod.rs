@@ -185,9 +185,10 @@ impl Registry {
     }
 
     /// Closes a reader's connection. A reader that is inside no access is removed at once; another one is
-    /// removed when its process is gone, or when a wait for its access has killed it.
+    /// removed when its process is gone, or when [`Self::wait_for_readers`] or
+    /// [`Self::remove_memory`] has killed it.
     pub fn hang_up(&self, reader: &Reader) {
-        // Fails where the connection is closed already.
+        // Fails if the connection is closed already.
         let _ = reader.stream.shutdown(std::net::Shutdown::Both);
         if !reader.is_inside() || reader.process.is_gone() {
             self.remove(reader);
@@ -207,7 +208,7 @@ impl Registry {
         match reader.process.kill() {
             Ok(()) => {
                 self.counters.killed.inc();
-                // Fails where the connection is closed already.
+                // Fails if the connection is closed already.
                 let _ = reader.stream.shutdown(std::net::Shutdown::Both);
                 true
             }

@@ -37,7 +37,7 @@ impl Registry {
     /// A reader stays inside an access and cannot be killed. It may still reach memory that was unmapped
     /// before this call.
     pub fn wait_for_readers(&self, concerned: impl Fn(EndpointId) -> bool) -> Result<(), Stuck> {
-        // A reader that registers later finds every store made before this lock.
+        // A reader that registers later finds every store made before this thread takes the lock.
         let readers: Vec<_> = {
             let state = self.state.lock();
             let concerned = state.readers.iter().filter(|r| concerned(r.endpoint));

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_features_of_the_protocol_are_offered_beside_the_devices() {
+    fn the_offer_is_the_devices_features_and_protocol_features() {
         let (device, _) = device();
         let features = VhostUserDevice::new(device).features();
         let own = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();

@@ -111,7 +111,7 @@ struct DmaBuf {
 const _: () = assert!(size_of::<BusMaster>() == 8 + 4);
 const _: () = assert!(size_of::<DmaBuf>() == 8 + 16 + 16);
 
-/// The header of `T`, a header with a feature's data behind it.
+/// The header of a `T`, which consists of this header and the data of `feature`.
 fn feature_header<T>(feature: u32) -> vfio_device_feature {
     vfio_device_feature {
         argsz: size_of_u32::<T>(),
@@ -120,7 +120,7 @@ fn feature_header<T>(feature: u32) -> vfio_device_feature {
     }
 }
 
-/// Exports a range of a region as a DMA buffer. `feature` is the feature's number and GET.
+/// Exports a range of a region as a DMA buffer. `feature` is the feature's number, with the flag GET.
 pub(in crate::vfio) fn dma_buf(
     fd: BorrowedFd<'_>,
     feature: u32,

@@ -1,4 +1,5 @@
-//! I/O address spaces of an iommufd: the requests that `iommufd-ioctls` does not have, and the numbers of all.
+//! Requests about the I/O address spaces of an iommufd that `iommufd-ioctls` does not have, and the numbers of all
+//! requests.
 
 use std::io;
 
@@ -48,7 +49,8 @@ pub(in crate::vfio) fn ioas_copy(
     Ok(())
 }
 
-/// Fills `ranges` as far as it reaches. Returns the number of ranges that the kernel has, and the alignment in bytes.
+/// Stores the allowed ranges in `ranges`, as many as fit. Returns the number of ranges that the kernel has, and the alignment
+/// in bytes.
 pub(in crate::vfio) fn ioas_iova_ranges(
     iommufd: &IommuFd,
     ioas: u32,

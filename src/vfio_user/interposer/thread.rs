@@ -160,8 +160,8 @@ impl Proxy {
             let mut events = Events::empty();
             events.set(Events::EPOLLIN, status.bytes < MAX_UNSENT);
             events.set(Events::EPOLLOUT, status.bytes > 0);
-            // Another thread may have ended the link since. Then this socket is the closing server's already, and a set
-            // holds a descriptor once.
+            // Another thread may have ended the link since. Then this socket is that of the closing server, which
+            // joins the interests below. An epoll set holds each descriptor only once.
             let is_closing = closing
                 .as_ref()
                 .is_some_and(|closing| Arc::ptr_eq(closing, &server.socket));

@@ -32,7 +32,7 @@ pub(super) struct ServerConnection {
     pub(super) commands: usize,
     /// The number of windows that the server has.
     pub(super) windows: u64,
-    /// The server got a descriptor of memory with some window.
+    /// The server got a descriptor of memory with at least one window.
     pub(super) shares_memory: bool,
     /// The first addresses of windows that the server has neither accepted nor refused yet.
     pub(super) unconfirmed: HashSet<u64>,

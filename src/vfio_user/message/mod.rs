@@ -2,7 +2,8 @@
 //! formed.
 //!
 //! Nothing here executes a command. Sizes and counts are checked against the bytes received before
-//! anything is subtracted or decoded. Whether a command is permitted, its receiver decides.
+//! anything is subtracted or decoded. The receiver decides whether a command
+//! is permitted.
 
 mod body;
 mod check;

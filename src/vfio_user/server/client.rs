@@ -181,8 +181,8 @@ pub fn serve_client(
         },
     };
     let end = connection.serve(device);
-    // The loop shares the stream. It lets go of it here, so that the caller closes the connection by dropping
-    // `channel`. This fails only if the descriptor is gone.
+    // `events` holds a reference to the stream. This call drops the reference, so that the caller closes the
+    // connection by dropping `channel`. It fails only if the descriptor is gone.
     let _ = events.wait_for(&[]);
     end
 }

@@ -22,8 +22,8 @@ pub trait ServedDevice {
     /// The device's name in log messages.
     fn name(&self) -> &str;
 
-    /// VERSION: a client has connected and can do what `client` says. `answer` holds what the server
-    /// itself can do; the device may lower these limits to its own.
+    /// VERSION: a client with the capabilities of `client` has connected. `answer` has the
+    /// server's own capabilities; the device may lower their limits to its own.
     fn negotiate(&mut self, client: &Version, answer: &mut Capabilities) {
         let _ = (client, answer);
     }
@@ -122,13 +122,13 @@ pub struct DeviceSummary {
 pub struct ServedRegion {
     /// [`REGION_READ`](crate::vfio_user::message::REGION_READ),
     /// [`REGION_WRITE`](crate::vfio_user::message::REGION_WRITE) and
-    /// [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP); the server ignores and adds the
-    /// others.
+    /// [`REGION_MMAP`](crate::vfio_user::message::REGION_MMAP); the server ignores all
+    /// other bits and sets them itself.
     pub flags: u32,
     /// Bytes; 0 if the device lacks the region.
     pub size: u64,
     /// The server passes on the region's type, and the capabilities that concern mapping if there is
-    /// a file to map. It omits the others: it does not implement what they promise a client.
+    /// a file to map. It omits all others, because it does not implement them.
     pub capabilities: Vec<RegionCapability>,
 }
 
@@ -185,6 +185,7 @@ pub enum IrqSetData<'a> {
     All(u32),
     /// Performs the action for the interrupts whose byte is not 0; at least one byte.
     Chosen(&'a [u8]),
-    /// Each interrupt performs the action by its eventfd, or by none any more; at least one entry.
+    /// For each interrupt, the eventfd through which the action happens, or `None` to remove its eventfd; at
+    /// least one entry.
     Eventfds(Vec<Option<OwnedFd>>),
 }

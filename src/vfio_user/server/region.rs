@@ -13,9 +13,9 @@ use crate::vfio_user::message::{
 /// Bytes of a capability's header in a chain.
 const CAP_HEADER: usize = 8;
 
-/// Returns the body of the reply, and the file for the client to map. Both lack the capabilities and
-/// the file if the client has no room for the capabilities: `argsz` tells it how much it needs, and
-/// it asks again.
+/// Returns the body of the reply, and the file for the client to map. If the client has no room for
+/// the capabilities, the body has none, and there is no file: `argsz` tells the client how much room
+/// it needs, and it asks again.
 ///
 /// # Errors
 /// `EINVAL`: there is no such region.

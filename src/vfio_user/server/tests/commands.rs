@@ -24,7 +24,7 @@ fn set_irqs(flags: u32, index: u32, start: u32, count: u32, data: &[u8]) -> Vec<
 
 #[test]
 fn the_device_is_described_to_the_client() {
-    let mut client = TestClient::agreed();
+    let mut client = TestClient::negotiated();
     let body = client.call(Command::DeviceGetInfo, &[0; 16]).expect("info");
     let (info, _) = take::<DeviceInfoBody>(Command::DeviceGetInfo, &body).expect("whole");
     assert_eq!((info.argsz.get(), info.flags.get()), (16, 3));
@@ -87,7 +87,7 @@ fn the_device_is_described_to_the_client() {
 
 #[test]
 fn the_device_gets_only_accesses_within_its_regions() {
-    let mut client = TestClient::agreed();
+    let mut client = TestClient::negotiated();
     let write = [access(0, 4, 2).as_bytes(), b"ab"].concat();
     let reply = client.call(Command::RegionWrite, &write).expect("written");
     assert_eq!(reply, access(0, 4, 2).as_bytes());
@@ -144,7 +144,7 @@ fn the_device_gets_only_accesses_within_its_regions() {
 
 #[test]
 fn the_device_gets_only_interrupts_that_it_has() {
-    let mut client = TestClient::agreed();
+    let mut client = TestClient::negotiated();
     let trigger = IRQ_ACTION_TRIGGER;
     for (flags, start, count, data) in [
         (IRQ_DATA_NONE | trigger, 0, 0, &[][..]),
@@ -191,7 +191,7 @@ fn the_device_gets_only_interrupts_that_it_has() {
 
 #[test]
 fn the_device_decides_on_windows_and_resets() {
-    let mut client = TestClient::agreed();
+    let mut client = TestClient::negotiated();
     let map = |address: u64| DmaMapBody {
         argsz: DmaMapBody::BYTES.into(),
         flags: 3.into(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use zerocopy::IntoBytes;
 
-use super::{Registers, TestClient, access, version_body};
+use super::{RecordingRegisters, TestClient, access, version_body};
 use crate::process::sandbox::Role;
 use crate::vfio_user::message::{Command, HEADER_BYTES, Header};
 use crate::vfio_user::server::{ClientEnd, ClientError, DeviceServer};
@@ -32,7 +32,7 @@ fn clients_that_violate_the_protocol_are_cut_off() {
         (short, "Malformed"),
         (b"this is not a message".to_vec(), "Socket"),
     ] {
-        let mut client = TestClient::agreed();
+        let mut client = TestClient::negotiated();
         client.send(&bad);
         let outcome = client.end().0;
         let found = format!("{:?}", outcome.expect_err("cut off"));
@@ -57,7 +57,7 @@ fn a_device_may_send_commands_and_gets_the_replies() {
 
 #[test]
 fn a_stopped_server_returns() {
-    let client = TestClient::agreed();
+    let client = TestClient::negotiated();
     client.signal.stop().expect("signalled");
     let (outcome, _) = client.server.join().expect("the server");
     assert!(matches!(outcome, Ok(ClientEnd::Stopped)));
@@ -69,7 +69,7 @@ fn clients_are_served_one_after_the_other_and_counted() {
     let path = folder.path().join("socket");
     let listener = UnixListener::bind(&path).expect("a listener");
     let (sender, released) = channel();
-    let device = Box::new(Registers::new(sender));
+    let device = Box::new(RecordingRegisters::new(sender));
     let server = DeviceServer::start(Role::Export, listener, device).expect("a server");
     let status = server.status();
     let hello = Header::command(1, Command::Version, 0).with_body(&version_body());

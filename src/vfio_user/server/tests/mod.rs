@@ -25,11 +25,11 @@ use crate::vfio_user::message::{
 };
 use crate::vfio_user::version::{Capabilities, Version};
 
-/// Registers of the device: region 0 may be written, region 1 may not, region 2 is absent.
+/// Bytes of region 0. The client may write region 0 but not region 1, and region 2 is absent.
 const REGISTERS: usize = 64;
 
 /// A device that records the calls of the server.
-struct Registers {
+struct RecordingRegisters {
     bytes: Vec<u8>,
     regions: Vec<ServedRegion>,
     calls: Vec<String>,
@@ -39,7 +39,7 @@ struct Registers {
     released: Sender<Vec<String>>,
 }
 
-impl Registers {
+impl RecordingRegisters {
     fn new(released: Sender<Vec<String>>) -> Self {
         let capability = |id| RegionCapability {
             id,
@@ -68,7 +68,7 @@ impl Registers {
     }
 }
 
-impl ServedDevice for Registers {
+impl ServedDevice for RecordingRegisters {
     fn name(&self) -> &str {
         "registers"
     }
@@ -191,7 +191,7 @@ impl TestClient {
         let connection = Arc::new(ClientChannel::new(other, signal.clone()));
         let server = thread::spawn(move || {
             let (sender, calls) = channel();
-            let mut device = Registers::new(sender);
+            let mut device = RecordingRegisters::new(sender);
             device.channel = sends_commands.then(|| connection.clone());
             if sends_commands {
                 let body = DmaAccessBody {
@@ -213,7 +213,7 @@ impl TestClient {
         }
     }
 
-    fn agreed() -> Self {
+    fn negotiated() -> Self {
         let mut client = Self::new(false);
         let answer = client.call(Command::Version, &version_body());
         let answer = Version::decode(&answer.expect("an answer")).expect("a version");
