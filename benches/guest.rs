@@ -21,7 +21,7 @@ use std::time::Duration;
 use machine::Machine;
 use serde_json::json;
 use vhost_device_iommu::process::realtime::Realtime;
-use vm::{Daemon, Kernel, Setup, Vm, VmOptions, Workplace};
+use vm::{Daemon, Kernel, Setup, TestDir, Vm, VmOptions};
 
 /// The device of the kernel's DMA benchmark, and the one that is bound to vfio-pci.
 const DMA: &str = "0000:00:06.0";
@@ -196,13 +196,13 @@ fn boot_and_measure(
     machine: Machine,
     iommu: Iommu,
 ) -> Vec<Option<Measured>> {
-    let place = Workplace::new("bench");
+    let test_dir = TestDir::new("bench");
     let priority = match iommu {
         Iommu::Realtime => PRIORITY,
         Iommu::Qemu | Iommu::Daemon => "",
     };
     let config = format!("{}{priority}{CONFIG}", machine.config());
-    let daemon = Daemon::start(&place, &config);
+    let daemon = Daemon::start(&test_dir, &config);
     let mut arguments = daemon.qemu_args.clone();
     let mut daemon = match iommu {
         Iommu::Daemon | Iommu::Realtime => Some(daemon),
@@ -222,7 +222,7 @@ fn boot_and_measure(
         iommu: arguments,
         extra,
     };
-    let mut vm = Vm::start_with(machine.accel(), setup, &place, "vm", &options);
+    let mut vm = Vm::start_with(machine.accel(), setup, &test_dir, "vm", &options);
     vm.wait_until_up();
     vm.run("mount -t debugfs debugfs /sys/kernel/debug");
     let driver = format!("/sys/bus/pci/devices/{DMA}/driver_override");

@@ -1,7 +1,7 @@
 //! Stock guests under an unmodified QEMU, with the daemon as their IOMMU.
 //!
-//! Most endpoints are `edu` devices, which only serve to be bound to vfio-pci. A program in the
-//! guest maps and unmaps through VFIO, and the stock driver makes requests of that. The tests
+//! Most endpoints are `edu` devices; the guest binds them to vfio-pci and uses them for nothing
+//! else. A program in the guest maps and unmaps through VFIO, and the stock driver makes requests of that. The tests
 //! compare the mappings that the program expects with those that the daemon holds.
 //!
 //! One endpoint is a network interface, whose driver maps through the kernel's DMA interface: lazy
@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vm::{
-    ANSWER, Daemon, Kernel, LONG_ANSWER, Setup, Status, Table, Vm, VmOptions, Workplace, hex_of,
+    ANSWER, Daemon, Kernel, LONG_ANSWER, Setup, Status, Table, TestDir, Vm, VmOptions, hex_of,
     number, wait_for,
 };
 
@@ -96,10 +96,10 @@ macro_rules! guest_tests {
         fn $name() {
             let setup = Setup::from_environment();
             let kernel = setup.$kernel();
-            let place = Workplace::new(stringify!($name));
-            place.note(&format!("kernel {}", kernel.version));
-            $scenario(&setup, kernel, Mode::$mode, &place);
-            place.note("done");
+            let test_dir = TestDir::new(stringify!($name));
+            test_dir.note(&format!("kernel {}", kernel.version));
+            $scenario(&setup, kernel, Mode::$mode, &test_dir);
+            test_dir.note("done");
         }
     )*};
 }
@@ -121,11 +121,12 @@ guest_tests! {
 }
 
 /// The driver probes the endpoints and finds the configured properties. The daemon holds exactly
-/// the 10^5 mappings, with pauses in between. After a reboot there are no mappings.
-fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
-    let mut daemon = Daemon::start(place, CONFIG);
-    let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "");
-    place.note("up");
+/// the 10^5 mappings that the guest makes while the VM is paused and continued. After a reboot there are
+/// no mappings.
+fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
+    let mut daemon = Daemon::start(test_dir, CONFIG);
+    let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "vm", "");
+    test_dir.note("up");
     probed_as_configured(&mut vm, &mut daemon, kernel, mode);
     vm.qmp("set_link", json!({"name": "nic", "up": false}));
 
@@ -147,8 +148,8 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
         "{ranges:?}"
     );
 
-    let pauses = churn_with_pauses(&mut vm, &mut daemon, place);
-    place.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
+    let pauses = churn_with_pauses(&mut vm, &mut daemon, test_dir);
+    test_dir.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
     // The guest would not notice a refused MAP or UNMAP, so the daemon's counters must show none.
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
     assert!(pauses >= 5, "only {pauses} pauses fell into the traffic");
@@ -157,7 +158,7 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
         (mappings_of(&mut daemon, NIC) == 0).then_some(())
     });
     tables_agree(&mut vm, &mut daemon, &[("pair", FIRST), ("single", THIRD)]);
-    place.note("tables agree");
+    test_dir.note("tables agree");
 
     // The end of the program ends its domain and no other.
     vm.run("ask single quit");
@@ -177,7 +178,7 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
     assert!(mappings_of(&mut daemon, NIC) >= NIC_BUFFERS);
     vm.qmp("system_reset", json!({}));
     vm.wait_until_up();
-    place.note("up again");
+    test_dir.note("up again");
     nothing_is_mapped(&mut daemon);
     probed_as_configured(&mut vm, &mut daemon, kernel, mode);
     nothing_is_mapped(&mut daemon);
@@ -190,12 +191,12 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
 
 /// `launch` alone is enough: it starts the daemon and gives QEMU the device, the shared memory and
 /// the table, so that the guest's endpoint is translated. SIGTERM ends all of it.
-fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
     let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
-    let config = place.path("vm.toml");
+    let config = test_dir.path("vm.toml");
     let sockets = "socket = 'iommu.sock'\ncontrol = 'control.sock'\n";
     fs::write(&config, sockets.to_owned() + CONFIG).expect("the configuration written");
-    let log = File::create(place.path("launch.log")).expect("a log");
+    let log = File::create(test_dir.path("launch.log")).expect("a log");
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", binary, "launch"])
         .args(["--config", "vm.toml", "--"])
@@ -214,7 +215,7 @@ fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
         .stderr(log)
         .spawn()
         .expect("launch starts");
-    let control = place.path("control.sock");
+    let control = test_dir.path("control.sock");
     wait_for("a translated endpoint", LONG_ANSWER, || {
         assert_eq!(child.try_wait().expect("a child"), None, "launch ended");
         let answer = Command::new(binary)
@@ -227,24 +228,24 @@ fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
             .any(|line| line.contains(FIRST) && line.contains("translated"))
             .then_some(())
     });
-    place.note("translated");
+    test_dir.note("translated");
     let kill = Command::new("sh")
         .args(["-c", &format!("kill -TERM {}", child.id())])
         .status();
     assert!(kill.expect("sh runs").success());
     let status = wait_for("the end", ANSWER, || child.try_wait().expect("a child"));
     assert_eq!(status.code(), Some(0), "QEMU's status after SIGTERM");
-    assert!(!control.exists() && !place.path("iommu.sock").exists());
+    assert!(!control.exists() && !test_dir.path("iommu.sock").exists());
 }
 
-/// The guest can map memory that is added while it runs at once. A VMM that is killed leaves
-/// nothing behind for the next one, which the same daemon serves.
-fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
+/// The VMM adds memory while the guest runs, and the guest can map it at once. A VMM that is killed
+/// leaves nothing behind for the next VMM, which the same daemon serves.
+fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
     const ADDED: u64 = 256 << 20;
-    let mut daemon = Daemon::start(place, CONFIG);
+    let mut daemon = Daemon::start(test_dir, CONFIG);
     let pid = daemon.pid();
-    let mut vm = boot(setup, kernel, mode, place, &daemon, "first", "");
-    place.note("up");
+    let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "first", "");
+    test_dir.note("up");
     vm.run(&bind_all());
     start_mapper(&mut vm, "mapper", 4, &FOR_VFIO);
     vm.run_within("ask mapper churn 2000", LONG_ANSWER);
@@ -276,7 +277,7 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) 
         assert_eq!(hex_of(&found, "gpa"), gpa, "{found}");
         assert_eq!(found["backed"], true, "{found}");
     }
-    place.note("a page of the added memory is mapped");
+    test_dir.note("a page of the added memory is mapped");
     vm.run_within("ask mapper churn 5000", LONG_ANSWER);
     tables_agree(&mut vm, &mut daemon, &[("mapper", FIRST)]);
 
@@ -291,8 +292,8 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) 
         assert_ne!(found["backed"], true, "{found}");
     }
 
-    let mut vm = boot(setup, kernel, mode, place, &daemon, "second", "");
-    place.note("the second VM is up");
+    let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "second", "");
+    test_dir.note("the second VM is up");
     nothing_is_mapped(&mut daemon);
     probed_as_configured(&mut vm, &mut daemon, kernel, mode);
     start_mapper(&mut vm, "mapper", 5, &FOR_VFIO);
@@ -304,9 +305,9 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) 
 }
 
 /// With `iommu=pt`, the default domains are bypass domains; those of VFIO are not.
-fn passthrough(setup: &Setup, kernel: &Kernel, mode: Mode, place: &Workplace) {
-    let mut daemon = Daemon::start(place, CONFIG);
-    let mut vm = boot(setup, kernel, mode, place, &daemon, "vm", "iommu=pt");
+fn passthrough(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
+    let mut daemon = Daemon::start(test_dir, CONFIG);
+    let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "vm", "iommu=pt");
     vm.run(&bind_all());
     for endpoint in ENDPOINTS {
         assert_eq!(group_type(&mut vm, endpoint), "identity");
@@ -344,7 +345,7 @@ fn boot(
     setup: &Setup,
     kernel: &Kernel,
     mode: Mode,
-    place: &Workplace,
+    test_dir: &TestDir,
     daemon: &Daemon,
     name: &str,
     append: &str,
@@ -363,7 +364,7 @@ fn boot(
         iommu: daemon.qemu_args.clone(),
         extra,
     };
-    let mut vm = Vm::start(setup, place, name, &options);
+    let mut vm = Vm::start(setup, test_dir, name, &options);
     vm.wait_until_up();
     vm
 }
@@ -423,7 +424,7 @@ fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
 /// Makes [`ROUNDS`] mappings, and more through the second program and the network interface, while
 /// the VM is paused and continued over and over. Returns the number of pauses that ended before the
 /// traffic did.
-fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32 {
+fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, test_dir: &TestDir) -> u32 {
     vm.begin(&format!(
         "ask single churn {} >/run/single.answer & single=$!; \
          for _ in $(seq {OPENED}); do ifconfig eth0 up && ifconfig eth0 down || exit; done & \
@@ -457,7 +458,7 @@ fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace) -> u32
         let answer = vm.finish(LONG_ANSWER).expect("an answer after the pauses");
         (lines, status) = (answer.0, Some(answer.1));
     }
-    place.note(&lines.join("; "));
+    test_dir.note(&lines.join("; "));
     assert_eq!(status, Some(0));
     assert!(
         lines.iter().filter(|line| line.starts_with("ok")).count() == 2,

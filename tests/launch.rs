@@ -33,8 +33,8 @@ const STAY: &str = "while [ -e vm.toml ]; do sleep 0.05; done";
 
 #[test]
 fn the_daemon_serves_before_the_vmm_starts() {
-    let place = Place::new();
-    let run = place.run(
+    let launch_dir = LaunchDir::new();
+    let run = launch_dir.run(
         &format!(
             "printf '%s\\n' \"$@\" >args
              for last; do :; done
@@ -45,11 +45,11 @@ fn the_daemon_serves_before_the_vmm_starts() {
         &[],
     );
     assert_eq!(run.status.code(), Some(7), "{}", run.stderr);
-    let args = place.read("args");
+    let args = launch_dir.read("args");
     let args: Vec<_> = args.lines().collect();
     let printed = Command::new(PROGRAM)
         .args(["qemu-args", "vm.toml"])
-        .current_dir(place.path(""))
+        .current_dir(launch_dir.path(""))
         .output()
         .expect("it runs");
     let printed = String::from_utf8(printed.stdout).expect("text");
@@ -61,62 +61,62 @@ fn the_daemon_serves_before_the_vmm_starts() {
 
     let expected = Command::new(PROGRAM)
         .args(["viot", "vm.toml"])
-        .current_dir(place.path(""))
+        .current_dir(launch_dir.path(""))
         .output()
         .expect("it runs");
-    let table = fs::read(place.path("table")).expect("a table");
+    let table = fs::read(launch_dir.path("table")).expect("a table");
     assert!(table.starts_with(b"VIOT"));
     assert_eq!(table, expected.stdout);
-    assert!(place.read("status").contains("no VM is connected"));
-    place.assert_clean();
+    assert!(launch_dir.read("status").contains("no VM is connected"));
+    launch_dir.assert_clean();
 }
 
 #[test]
 fn the_exit_status_is_the_vmms() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     for (script, status) in [
         ("exit 0", 0),
         ("exit 255", 255),
         ("kill -TERM $$", 143),
         ("kill -KILL $$", 137),
     ] {
-        let run = place.run(script, &[]);
+        let run = launch_dir.run(script, &[]);
         assert_eq!(run.status.code(), Some(status), "{script}: {}", run.stderr);
-        place.assert_clean();
+        launch_dir.assert_clean();
     }
 }
 
 #[test]
-fn a_machine_and_ram_of_the_vmms_own_are_kept() {
-    let place = Place::new();
+fn launch_keeps_the_vmms_own_machine_and_ram() {
+    let launch_dir = LaunchDir::new();
     let script = "printf '%s\\n' \"$@\" >args";
-    let run = place.run(script, &["-M", "q35", "-m", "1G"]);
+    let run = launch_dir.run(script, &["-M", "q35", "-m", "1G"]);
     assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
-    let args = place.read("args").replace('\n', " ");
+    let args = launch_dir.read("args").replace('\n', " ");
     let memory = "-m 1G -machine memory-backend=mem0 -object memory-backend-memfd,id=mem0";
     assert!(args.contains(memory), "{args}");
 }
 
 #[test]
 fn the_table_can_be_written_to_a_path() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     let script = "for last; do :; done; [ \"$last\" = file=kept.viot ] && [ -s kept.viot ]";
-    let mut command = place.command();
+    let mut command = launch_dir.command();
     command.args(["--viot", "kept.viot"]);
-    let run = finish(&mut place.with_vmm(command, script, &[]));
+    let run = finish(&mut launch_dir.with_vmm(command, script, &[]));
     assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
-    assert!(place.path("kept.viot").exists());
+    assert!(launch_dir.path("kept.viot").exists());
 }
 
 #[test]
 fn signals_go_to_the_vmm_and_the_daemon_stays() {
     for name in ["TERM", "INT", "HUP"] {
-        let place = Place::new();
-        let mut launched = place.launch(&format!(
+        let launch_dir = LaunchDir::new();
+        let mut launched = launch_dir.launch(&format!(
             "trap '{PROGRAM} ctl control.sock status >status; echo {name} >told; exit 9' {name}
              {ARRIVE} {STAY}"
         ));
-        let (vmm, daemon) = launched.children(&place);
+        let (vmm, daemon) = launched.children(&launch_dir);
         assert_ne!(
             group(vmm),
             group(daemon),
@@ -125,39 +125,39 @@ fn signals_go_to_the_vmm_and_the_daemon_stays() {
         send(name, launched.pid());
         let run = launched.finish();
         assert_eq!(run.status.code(), Some(9), "{name}: {}", run.stderr);
-        assert_eq!(place.read("told"), format!("{name}\n"));
-        assert!(place.read("status").contains("no VM is connected"));
+        assert_eq!(launch_dir.read("told"), format!("{name}\n"));
+        assert!(launch_dir.read("status").contains("no VM is connected"));
         assert!(!is_alive(daemon));
-        place.assert_clean();
+        launch_dir.assert_clean();
     }
 }
 
 #[test]
 fn ignored_signals_stay_ignored() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     let script = "kill -HUP $PPID; kill -HUP $$; exit 5";
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", PROGRAM]);
     command.args(["launch", "--config", "vm.toml"]);
-    command.current_dir(place.path(""));
-    let run = finish(&mut place.with_vmm(command, script, &[]));
+    command.current_dir(launch_dir.path(""));
+    let run = finish(&mut launch_dir.with_vmm(command, script, &[]));
     assert_eq!(run.status.code(), Some(5), "{}", run.stderr);
 }
 
 #[test]
 fn the_vmm_does_not_outlive_the_daemon() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     // Sockets of every kind that the daemon can make without a passthrough device.
-    let config = place.read("vm.toml")
+    let config = launch_dir.read("vm.toml")
         + "[[endpoint]]\naddress = '00:06.0'\nshadow = 'shadow.sock'\n\
            [[endpoint]]\naddress = '00:07.0'\n\
            vfio-user = { listen = 'client.sock', connect = 'server.sock' }\n";
-    place.write("vm.toml", &config);
-    let mut launched = place.launch(&format!(
+    launch_dir.write("vm.toml", &config);
+    let mut launched = launch_dir.launch(&format!(
         "trap 'echo told >told; exit 0' TERM; {ARRIVE} {STAY}"
     ));
-    let (vmm, daemon) = launched.children(&place);
-    assert!(place.path("shadow.sock").exists() && place.path("client.sock").exists());
+    let (vmm, daemon) = launched.children(&launch_dir);
+    assert!(launch_dir.path("shadow.sock").exists() && launch_dir.path("client.sock").exists());
     send("KILL", daemon);
     let run = launched.finish();
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
@@ -166,16 +166,16 @@ fn the_vmm_does_not_outlive_the_daemon() {
         "{}",
         run.stderr
     );
-    assert_eq!(place.read("told"), "told\n");
+    assert_eq!(launch_dir.read("told"), "told\n");
     assert!(!is_alive(vmm));
-    place.assert_clean();
+    launch_dir.assert_clean();
 }
 
 #[test]
 fn a_vmm_that_does_not_end_is_killed() {
-    let place = Place::new();
-    let mut launched = place.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
-    let (vmm, daemon) = launched.children(&place);
+    let launch_dir = LaunchDir::new();
+    let mut launched = launch_dir.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
+    let (vmm, daemon) = launched.children(&launch_dir);
     send("TERM", daemon);
     let run = launched.finish();
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
@@ -188,35 +188,36 @@ fn a_vmm_that_does_not_end_is_killed() {
 }
 
 #[test]
-fn a_sigterm_to_the_daemon_as_well_is_no_error() {
-    let place = Place::new();
-    let mut launched = place.launch(&format!("trap 'sleep 0.3; exit 4' TERM; {ARRIVE} {STAY}"));
-    let (_, daemon) = launched.children(&place);
+fn a_sigterm_to_launch_and_to_the_daemon_is_no_error() {
+    let launch_dir = LaunchDir::new();
+    let mut launched =
+        launch_dir.launch(&format!("trap 'sleep 0.3; exit 4' TERM; {ARRIVE} {STAY}"));
+    let (_, daemon) = launched.children(&launch_dir);
     send("TERM", launched.pid());
     send("TERM", daemon);
     let run = launched.finish();
     assert_eq!(run.status.code(), Some(4), "{}", run.stderr);
-    place.assert_clean();
+    launch_dir.assert_clean();
 }
 
 #[test]
 fn no_child_outlives_the_launcher() {
-    let place = Place::new();
-    let mut launched = place.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
-    let (vmm, daemon) = launched.children(&place);
+    let launch_dir = LaunchDir::new();
+    let mut launched = launch_dir.launch(&format!("trap '' TERM; {ARRIVE} {STAY}"));
+    let (vmm, daemon) = launched.children(&launch_dir);
     send("KILL", launched.pid());
     launched.finish();
     wait_for("the VMM and the daemon to end", || {
         !is_alive(vmm) && !is_alive(daemon)
     });
-    place.assert_clean();
+    launch_dir.assert_clean();
 }
 
 #[test]
 fn the_message_of_a_daemon_that_refuses_to_start_is_kept() {
-    let place = Place::new();
-    place.write("control.sock", "no socket");
-    let run = place.run("echo started >started", &[]);
+    let launch_dir = LaunchDir::new();
+    launch_dir.write("control.sock", "no socket");
+    let run = launch_dir.run("echo started >started", &[]);
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
     assert!(
         run.stderr.contains("exists and is not a socket"),
@@ -225,13 +226,13 @@ fn the_message_of_a_daemon_that_refuses_to_start_is_kept() {
     );
     let messages = run.stderr.matches("vhost-device-iommu: ").count();
     assert_eq!(messages, 1, "{}", run.stderr);
-    assert!(!place.path("started").exists());
-    assert!(!place.path("vm.sock").exists());
+    assert!(!launch_dir.path("started").exists());
+    assert!(!launch_dir.path("vm.sock").exists());
 }
 
 #[test]
 fn failures_to_start_are_reported_with_the_cure() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     let address = "address = '00:05.0'\n";
     let device = "[[endpoint]]\naddress = '00:10.0'\nvfio = '7f:1f.7'\n";
     let whole = format!("socket = 'vm.sock'\nmemory = '64M'\n{address}");
@@ -246,16 +247,16 @@ fn failures_to_start_are_reported_with_the_cure() {
         // The test cannot know whether this machine has an iommufd.
         (format!("{whole}{device}"), "vhost-device-iommu: "),
     ] {
-        place.write("vm.toml", &text);
-        let run = place.run("echo started >started", &[]);
+        launch_dir.write("vm.toml", &text);
+        let run = launch_dir.run("echo started >started", &[]);
         assert_eq!(run.status.code(), Some(1), "{text}: {}", run.stderr);
         assert!(run.stderr.contains(cure), "{cure} in {}", run.stderr);
-        assert!(!place.path("started").exists());
-        place.assert_clean();
+        assert!(!launch_dir.path("started").exists());
+        launch_dir.assert_clean();
     }
 
-    let place = Place::new();
-    let mut command = place.command();
+    let launch_dir = LaunchDir::new();
+    let mut command = launch_dir.command();
     command.args(["--", "/nonexistent/vmm", "-nodefaults"]);
     let run = finish(&mut command);
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
@@ -264,11 +265,11 @@ fn failures_to_start_are_reported_with_the_cure() {
         "{}",
         run.stderr
     );
-    place.assert_clean();
+    launch_dir.assert_clean();
 
-    let mut command = place.command();
+    let mut command = launch_dir.command();
     command.args(["--viot", "absent/vm.viot"]);
-    let run = finish(&mut place.with_vmm(command, "", &[]));
+    let run = finish(&mut launch_dir.with_vmm(command, "", &[]));
     assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
     assert!(
         run.stderr.contains("cannot write absent/vm.viot"),
@@ -276,32 +277,32 @@ fn failures_to_start_are_reported_with_the_cure() {
         run.stderr
     );
 
-    let run = finish(&mut place.command());
+    let run = finish(&mut launch_dir.command());
     assert_eq!(run.status.code(), Some(2), "no VMM: {}", run.stderr);
 }
 
 /// Both children inherit the same open files, under the numbers in their arguments, and no others.
 #[test]
 fn passthrough_devices_are_opened_once_for_both() {
-    let place = Place::new();
+    let launch_dir = LaunchDir::new();
     let device =
         |number, name| format!("[[endpoint]]\naddress = '00:{number}.0'\nvfio = '{name}:00.0'\n");
-    let text = place.read("vm.toml") + &device("10", "65") + &device("11", "66");
-    place.write("vm.toml", &text);
-    place.write("host/dev/iommu", "");
+    let text = launch_dir.read("vm.toml") + &device("10", "65") + &device("11", "66");
+    launch_dir.write("vm.toml", &text);
+    launch_dir.write("host/dev/iommu", "");
     for (host, node) in [("65", "vfio3"), ("66", "vfio1")] {
-        place.write(&format!("host/dev/vfio/devices/{node}"), "");
+        launch_dir.write(&format!("host/dev/vfio/devices/{node}"), "");
         let sys = format!("host/sys/bus/pci/devices/0000:{host}:00.0/vfio-dev/{node}/dev");
-        place.write(&sys, "511:0");
+        launch_dir.write(&sys, "511:0");
     }
-    let folder = place.0.path().display().to_string();
+    let folder = launch_dir.0.path().display().to_string();
     let list = |out: &str| {
         format!(
             "ls -l /proc/$$/fd >{folder}/{out}.files
              printf '%s\\n' \"$@\" >{folder}/{out}.args\n"
         )
     };
-    // The process that runs the tests may have left some open.
+    // The process that runs the tests may have left pipes open, which the children inherit.
     let pipes: Vec<_> = fs::read_dir("/proc/self/fd")
         .expect("proc")
         .filter_map(|entry| {
@@ -313,32 +314,32 @@ fn passthrough_devices_are_opened_once_for_both() {
         })
         .collect();
     // This daemon starts slowly, reports that it is ready, and waits for a signal.
-    let daemon = place.path("daemon");
+    let daemon = launch_dir.path("daemon");
     let script = format!(
         "#!/bin/sh\n{}sleep 0.3\n>{folder}/served\necho >/proc/$$/fd/$4\nexec sleep 100\n",
         list("daemon")
     );
-    place.write("daemon", &script);
+    launch_dir.write("daemon", &script);
     fs::set_permissions(&daemon, fs::Permissions::from_mode(0o755)).expect("executable");
 
     let launch = |viot: Option<&Path>| {
         let script = format!("{}[ -e {folder}/served ]", list("vmm"));
         let vmm: Vec<OsString> = ["sh", "-c", &script, "vmm"].map(OsString::from).into();
         let launch = Launch {
-            config: &place.path("vm.toml"),
+            config: &launch_dir.path("vm.toml"),
             viot,
             vmm: &vmm,
             daemon: &daemon,
-            host: &HostRoot::new(place.path("host")),
+            host: &HostRoot::new(launch_dir.path("host")),
         };
         launch.run()
     };
     let status = launch(None).expect("both start and end");
     assert_eq!(status, 0, "the daemon was ready when the VMM started");
 
-    let args = place.read("daemon.args");
+    let args = launch_dir.read("daemon.args");
     let args: Vec<_> = args.lines().collect();
-    let config = place.path("vm.toml").display().to_string();
+    let config = launch_dir.path("vm.toml").display().to_string();
     assert_eq!(
         (args[0], args[1], args[2]),
         ("--config", &*config, "--ready-fd")
@@ -359,7 +360,7 @@ fn passthrough_devices_are_opened_once_for_both() {
     ];
     expected.sort();
     for (child, ready) in [("daemon", args[3]), ("vmm", "")] {
-        let files = place.read(&format!("{child}.files"));
+        let files = launch_dir.read(&format!("{child}.files"));
         let files = files.lines().filter_map(|line| {
             let (start, target) = line.split_once(" -> ")?;
             let fd = start.rsplit(' ').next()?;
@@ -378,7 +379,7 @@ fn passthrough_devices_are_opened_once_for_both() {
         files.sort_unstable();
         assert_eq!(files, expected, "{child}");
     }
-    let args = place.read("vmm.args");
+    let args = launch_dir.read("vmm.args");
     let args: Vec<_> = args.lines().collect();
     let expected = [
         "-object".to_owned(),
@@ -391,27 +392,27 @@ fn passthrough_devices_are_opened_once_for_both() {
     ];
     assert_eq!(args[6..13], expected);
 
-    fs::remove_file(place.path("host/dev/vfio/devices/vfio1")).expect("removed");
-    fs::remove_file(place.path("vmm.args")).expect("removed");
+    fs::remove_file(launch_dir.path("host/dev/vfio/devices/vfio1")).expect("removed");
+    fs::remove_file(launch_dir.path("vmm.args")).expect("removed");
     let error = launch(None).expect_err("a node is missing").to_string();
     assert!(
         error.contains("0000:66:00.0") && error.contains("check"),
         "{error}"
     );
-    assert!(!place.path("vmm.args").exists());
+    assert!(!launch_dir.path("vmm.args").exists());
 }
 
 /// A directory with a configuration; all programs run in it.
-struct Place(TempDir);
+struct LaunchDir(TempDir);
 
-impl Place {
+impl LaunchDir {
     fn new() -> Self {
-        let place = Self(TempDir::new().expect("a directory"));
-        place.write(
+        let launch_dir = Self(TempDir::new().expect("a directory"));
+        launch_dir.write(
             "vm.toml",
             "socket = 'vm.sock'\ncontrol = 'control.sock'\nmemory = '64M'\naddress = '00:05.0'\n",
         );
-        place
+        launch_dir
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -486,9 +487,9 @@ impl Launched {
     }
 
     /// The process IDs of the VMM and the daemon, once the VMM has reported that it runs.
-    fn children(&self, place: &Place) -> (u32, u32) {
-        wait_for("the VMM", || place.path("vmm.pid").exists());
-        let vmm: u32 = place.read("vmm.pid").trim().parse().expect("a number");
+    fn children(&self, launch_dir: &LaunchDir) -> (u32, u32) {
+        wait_for("the VMM", || launch_dir.path("vmm.pid").exists());
+        let vmm: u32 = launch_dir.read("vmm.pid").trim().parse().expect("a number");
         let pid = self.pid();
         let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let list = list.expect("the children's list");

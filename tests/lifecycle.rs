@@ -1,4 +1,4 @@
-//! Lifetimes: what survives, and what ends with, connections, pauses, resets and memory slots;
+//! Connections, pauses, resets and memory slots, and the domains, requests and settings that outlive them. Also
 //! features and the configuration space.
 
 #![allow(
@@ -40,7 +40,7 @@ fn backed(daemon: &Daemon, iova: u64) -> bool {
 }
 
 #[test]
-fn the_features_offered() {
+fn exactly_the_implemented_features_are_offered() {
     let daemon = Daemon::start();
     let mut guest = Guest::connect(&daemon, Setup::default());
     assert_eq!(
@@ -337,7 +337,7 @@ fn a_reset_drops_every_domain_and_keeps_the_bypass_field() {
 }
 
 #[test]
-fn a_reset_in_the_middle_of_traffic_is_a_reset() {
+fn a_reset_in_the_middle_of_traffic_is_not_taken_for_a_pause() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);
     let layout = Layout::plain(36, TAIL);
@@ -366,7 +366,7 @@ fn a_new_driver_with_other_features_starts_anew() {
     assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
     guest.features &= !F_EVENT_IDX;
     guest.stop_rings();
-    guest.forget_rings();
+    guest.clear_rings();
     guest.requests.event_idx = false;
     guest.events.event_idx = false;
     guest.driver_ok();
@@ -448,7 +448,7 @@ fn memory_can_be_added_and_removed_under_a_mapping() {
             common::ring::Desc::new(at + 64, 4, common::ring::WRITE, 0),
         ),
     ];
-    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert_eq!(guest.raw_chain(0, &descs), 4);
     assert!(backed(&daemon, 0x4000));
     guest.remove_region(HIGH_RAM);
     assert!(!backed(&daemon, 0x2000) && backed(&daemon, 0x1000) && backed(&daemon, 0x3000));
@@ -458,7 +458,7 @@ fn memory_can_be_added_and_removed_under_a_mapping() {
     for &(index, desc) in &descs {
         guest.requests.set_desc(&guest.memory, index, desc);
     }
-    assert_eq!(guest.raw_back(0, &[]), 0);
+    assert_eq!(guest.raw_chain(0, &[]), 0);
     guest.add_region(region);
     assert!(backed(&daemon, 0x3000));
     assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
@@ -640,7 +640,7 @@ fn sigterm_ends_the_daemon_cleanly_and_removes_its_sockets() {
     }
 }
 
-/// At any moment: before it makes its sockets, between them, or while it starts its threads.
+/// SIGTERM comes at any moment: before the daemon makes its sockets, between the two, or while it starts its threads.
 #[test]
 #[expect(unsafe_code, reason = "the standard library sends SIGKILL only")]
 fn a_sigterm_during_the_start_leaves_no_socket() {

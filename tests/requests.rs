@@ -50,7 +50,7 @@ fn layouts(readable: usize, writable: usize) -> Vec<Layout> {
             Table::Mixed(2),
             Table::Mixed(5),
         ] {
-            layouts.push(Layout::cut(readable, writable, size, table));
+            layouts.push(Layout::split(readable, writable, size, table));
         }
     }
     // Each part cut in two at every offset.
@@ -127,7 +127,7 @@ fn the_layout_over_descriptors_makes_no_difference() {
     }
 }
 
-/// Sends the DETACH of the test above with the cut of its ATTACH (both readable parts have 20
+/// Sends the DETACH of the test above in the layout of its ATTACH (both readable parts have 20
 /// bytes).
 fn detach_in(guest: &mut Guest, layout: &Layout) -> u8 {
     guest.request_in(&wire::detach(1, EP), layout).status()
@@ -377,7 +377,7 @@ fn the_bypass_flag_needs_its_feature() {
 }
 
 #[test]
-fn detach_refuses_what_is_not_attached_there() {
+fn detach_refuses_an_endpoint_of_another_domain() {
     let (daemon, mut guest) = boot();
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.attach(2, EP2), OK);
@@ -656,7 +656,7 @@ fn requests_of_features_not_negotiated_come_back_untouched() {
 }
 
 #[test]
-fn ranges_hold_even_where_their_features_are_refused() {
+fn ranges_hold_even_if_the_driver_refuses_their_features() {
     let (_daemon, mut guest) = boot_without(F_INPUT_RANGE | F_DOMAIN_RANGE);
     let config = guest.config();
     assert_eq!(guest.attach(1, EP), OK);
@@ -943,7 +943,7 @@ fn the_number_of_domains_bounds_their_ids() {
 }
 
 #[test]
-fn bypass_at_boot_is_what_was_configured() {
+fn bypass_at_boot_has_its_configured_value() {
     for (value, bypass) in [("on", 1), ("off", 0)] {
         let daemon = Daemon::with_args(&["--bypass", value]);
         for _ in 0..2 {

@@ -54,7 +54,7 @@ impl Daemon {
         Self::spawn(&args)
     }
 
-    /// Starts the daemon with a TOML configuration. The sockets are flags still.
+    /// Starts the daemon with a TOML configuration. The arguments still name the sockets.
     pub fn with_config(toml: &str) -> Self {
         Self::with_config_and(toml, &[])
     }
@@ -220,7 +220,7 @@ impl Daemon {
         self.control(&format!("translate {endpoint} {iova:#x}"))
     }
 
-    /// The guest-physical address of an IOVA, or `None` where an access would fault.
+    /// The guest-physical address of an IOVA, or `None` if an access would fault.
     pub fn gpa_of(&self, endpoint: u32, iova: u64) -> Option<u64> {
         let answer = self.translate(endpoint, iova);
         (answer["result"] == "ok").then(|| number(&answer["gpa"]))

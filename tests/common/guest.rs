@@ -105,15 +105,15 @@ impl Layout {
     }
 
     /// Descriptors of at most `size` bytes for the readable and the writable part.
-    pub fn cut(readable: usize, writable: usize, size: usize, table: Table) -> Self {
-        let cut = |len: usize| {
+    pub fn split(readable: usize, writable: usize, size: usize, table: Table) -> Self {
+        let split = |len: usize| {
             let mut parts = vec![size; len / size];
             parts.extend((!len.is_multiple_of(size)).then_some(len % size));
             parts
         };
         Self {
-            readable: cut(readable),
-            writable: cut(writable),
+            readable: split(readable),
+            writable: split(writable),
             table,
         }
     }
@@ -284,7 +284,7 @@ impl Guest {
     }
 
     /// Clears the driver's rings and buffers, as a reset of the guest does.
-    pub fn forget_rings(&mut self) {
+    pub fn clear_rings(&mut self) {
         self.requests.reset(&self.memory);
         self.events.reset(&self.memory);
         self.free = (0..self.requests.size).rev().collect();
@@ -296,7 +296,7 @@ impl Guest {
     /// Stops and starts the rings as the VMM does when the guest is reset.
     pub fn reboot(&mut self) {
         self.stop_rings();
-        self.forget_rings();
+        self.clear_rings();
         self.driver_ok();
     }
 
@@ -498,7 +498,12 @@ impl Guest {
 
     /// Writes the descriptors without checks, makes `head` available and waits for the device to return it.
     /// Returns the used length, or `None` if the device did not return the chain in time.
-    pub fn raw(&mut self, head: u16, descs: &[(u16, Desc)], patience: Duration) -> Option<u32> {
+    pub fn try_raw_chain(
+        &mut self,
+        head: u16,
+        descs: &[(u16, Desc)],
+        patience: Duration,
+    ) -> Option<u32> {
         for &(index, desc) in descs {
             self.requests.set_desc(&self.memory, index, desc);
         }
@@ -509,9 +514,9 @@ impl Guest {
         Some(len)
     }
 
-    /// Like [`Self::raw`], for chains that the device must return.
-    pub fn raw_back(&mut self, head: u16, descs: &[(u16, Desc)]) -> u32 {
-        self.raw(head, descs, PATIENCE)
+    /// Like [`Self::try_raw_chain`], for chains that the device must return.
+    pub fn raw_chain(&mut self, head: u16, descs: &[(u16, Desc)]) -> u32 {
+        self.try_raw_chain(head, descs, PATIENCE)
             .unwrap_or_else(|| panic!("the device did not return the chain: {head} {descs:x?}"))
     }
 

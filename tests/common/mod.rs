@@ -1,8 +1,8 @@
 //! A virtual machine for tests: a vhost-user frontend over a real socket, guest memory in memfds, and
 //! the driver's side of split virtqueues.
 //!
-//! It is written from the virtio and vhost-user specifications and uses nothing of the daemon's library: a
-//! misreading in the daemon must not be repeated here, where it would hide.
+//! It is written from the virtio and vhost-user specifications and uses nothing of the daemon's library. The tests
+//! could not notice a misreading of a specification in shared code.
 
 #![allow(
     dead_code,

@@ -162,7 +162,7 @@ impl Queue {
         self.kick.write(1).expect("kick");
     }
 
-    /// Whether the device has put out a used entry that the driver has not taken.
+    /// Whether the device has returned a used entry that the driver has not taken.
     pub fn has_used(&self, memory: &Memory) -> bool {
         memory.load_u16(self.used + 2) != self.used_idx
     }

@@ -27,9 +27,9 @@ pub const BOOT: Duration = Duration::from_secs(120);
 pub const ANSWER: Duration = Duration::from_secs(120);
 /// Time limit of a command that does 10^5 rounds in the guest, on a busy machine.
 pub const LONG_ANSWER: Duration = Duration::from_secs(400);
-/// Silence after which the guest's command is sent again; the time doubles with each repetition. The guest's serial
-/// port loses characters, or their interrupt, when interrupts are off for long.
-const NUDGE: Duration = Duration::from_secs(15);
+/// The silence after which the test sends the guest its command again; the time doubles with each repetition. The
+/// guest's serial port loses characters, or their interrupt, when interrupts are off for long.
+const RESEND_AFTER: Duration = Duration::from_secs(15);
 /// Time limit of an answer from QEMU or the daemon.
 const REPLY: Duration = Duration::from_secs(60);
 /// Lines of each log that a failed test prints.
@@ -98,13 +98,13 @@ impl Setup {
 }
 
 /// A test's directory for sockets and logs. A test that fails keeps it and prints its path.
-pub struct Workplace {
+pub struct TestDir {
     dir: Option<tempfile::TempDir>,
     name: String,
     started: Instant,
 }
 
-impl Workplace {
+impl TestDir {
     pub fn new(name: &str) -> Self {
         // Not below target/: the path of a socket must not be longer than 107 bytes.
         let dir = tempfile::Builder::new()
@@ -133,7 +133,7 @@ impl Workplace {
     }
 }
 
-impl Drop for Workplace {
+impl Drop for TestDir {
     fn drop(&mut self) {
         if !thread::panicking() {
             return;
@@ -164,19 +164,19 @@ impl Drop for Workplace {
 /// A child process that ends when this is dropped.
 pub struct Process {
     child: Child,
-    what: &'static str,
+    name: &'static str,
 }
 
 impl Process {
-    pub fn start(what: &'static str, command: &mut Command, log: &Path) -> Self {
+    pub fn start(name: &'static str, command: &mut Command, log: &Path) -> Self {
         let log = File::create(log).expect("a log file");
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a second descriptor"))
             .stderr(log)
             .spawn()
-            .unwrap_or_else(|e| panic!("cannot start {what}: {e}; {HOW_TO_RUN}"));
-        Self { child, what }
+            .unwrap_or_else(|e| panic!("cannot start {name}: {e}; {HOW_TO_RUN}"));
+        Self { child, name }
     }
 
     pub fn pid(&self) -> u32 {
@@ -185,7 +185,7 @@ impl Process {
 
     pub fn assert_alive(&mut self) {
         if let Some(status) = self.child.try_wait().expect("a child of ours") {
-            panic!("{} has ended: {status}", self.what);
+            panic!("{} has ended: {status}", self.name);
         }
     }
 
@@ -201,7 +201,8 @@ impl Drop for Process {
     }
 }
 
-/// A command that ends with the thread that starts it, even if that is killed. Its process number is the child's.
+/// A command that starts `program`. The kernel kills the program when the thread that started it ends, even by
+/// SIGKILL. `setpriv` executes the program in place, so the process number is the program's.
 pub fn bound_command(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
@@ -318,27 +319,27 @@ pub struct Vm {
 
 impl Vm {
     /// Starts QEMU. [`Vm::wait_until_up`] waits for the guest. `name` begins the names of logs and sockets.
-    pub fn start(setup: &Setup, place: &Workplace, name: &str, options: &VmOptions<'_>) -> Self {
-        Self::start_with(&["-accel", "tcg"], setup, place, name, options)
+    pub fn start(setup: &Setup, test_dir: &TestDir, name: &str, options: &VmOptions<'_>) -> Self {
+        Self::start_with(&["-accel", "tcg"], setup, test_dir, name, options)
     }
 
     /// Starts QEMU with other arguments for the accelerator.
     pub fn start_with(
         accel: &[&str],
         setup: &Setup,
-        place: &Workplace,
+        test_dir: &TestDir,
         name: &str,
         options: &VmOptions<'_>,
     ) -> Self {
         let mut command = bound_command(&setup.qemu);
         command.args(accel);
-        Self::run_qemu(command, place, name, options)
+        Self::run_qemu(command, test_dir, name, options)
     }
 
     /// Lets another program start QEMU. That program ends when QEMU does.
     pub fn launch(
         setup: &Setup,
-        place: &Workplace,
+        test_dir: &TestDir,
         name: &str,
         launcher: &Launcher,
         options: &VmOptions<'_>,
@@ -349,23 +350,23 @@ impl Vm {
             .args(arguments)
             .arg(&setup.qemu)
             .args(&launcher.accel);
-        Self::run_qemu(command, place, name, options)
+        Self::run_qemu(command, test_dir, name, options)
     }
 
     fn run_qemu(
         mut command: Command,
-        place: &Workplace,
+        test_dir: &TestDir,
         name: &str,
         options: &VmOptions<'_>,
     ) -> Self {
         let listen = |kind: &str| {
-            let path = place.path(&format!("{name}.{kind}"));
+            let path = test_dir.path(&format!("{name}.{kind}"));
             let listener = UnixListener::bind(&path).expect("a socket for QEMU");
             (listener, path.display().to_string())
         };
         let (qmp_listener, qmp) = listen("qmp");
         let (guest_listener, agent) = listen("agent");
-        let console = place.path(&format!("{name}-console.log"));
+        let console = test_dir.path(&format!("{name}-console.log"));
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-smp", "1"])
@@ -384,7 +385,7 @@ impl Vm {
             .arg(&options.kernel.initramfs)
             .arg("-append")
             .arg(format!("console=ttyS0 panic=-1 {}", options.append));
-        let log = place.path(&format!("{name}-qemu.log"));
+        let log = test_dir.path(&format!("{name}-qemu.log"));
         let mut qemu = Process::start("QEMU", &mut command, &log);
         let guest = Lines::accept(&guest_listener, &mut qemu);
         let mut qmp = Lines::accept(&qmp_listener, &mut qemu);
@@ -477,7 +478,7 @@ impl Vm {
     /// `repeat` the last command, too: the serial port may have lost either. The guest runs a command that it
     /// receives twice only once.
     fn next_line(&mut self, deadline: Instant, repeat: bool) -> Option<String> {
-        let mut patience = NUDGE;
+        let mut patience = RESEND_AFTER;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match (self.guest.next(left.min(patience)), &self.sent) {
@@ -549,10 +550,10 @@ impl Vm {
         let mut sent_at = Instant::now();
         wait_for("the end of QEMU", REPLY, || {
             if let Some(sent) = &self.sent
-                && sent_at.elapsed() > NUDGE
+                && sent_at.elapsed() > RESEND_AFTER
             {
                 sent_at = Instant::now();
-                // Sent again, which does no harm. An error is ignored: the guest may be gone already.
+                // To send the command again does no harm. An error is ignored: the guest may be gone already.
                 let _ = write!(self.guest.stream, "\n{sent}\n");
             }
             self.qemu.child.try_wait().expect("a child of ours")
@@ -629,11 +630,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon with this configuration and sockets in `place`.
-    pub fn start(place: &Workplace, text: &str) -> Self {
+    /// Starts the daemon with this configuration and sockets in `test_dir`.
+    pub fn start(test_dir: &TestDir, text: &str) -> Self {
         let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
-        let (config, viot) = (place.path("vm.toml"), place.path("vm.viot"));
-        let (socket, control) = (place.path("iommu.sock"), place.path("control.sock"));
+        let (config, viot) = (test_dir.path("vm.toml"), test_dir.path("vm.viot"));
+        let (socket, control) = (test_dir.path("iommu.sock"), test_dir.path("control.sock"));
         let sockets = format!(
             "socket = \"{}\"\ncontrol = \"{}\"\n",
             socket.display(),
@@ -663,7 +664,7 @@ impl Daemon {
                 .arg("--config")
                 .arg(&config)
                 .env("RUST_LOG", "info"),
-            &place.path("daemon.log"),
+            &test_dir.path("daemon.log"),
         );
         wait_for("the daemon's sockets", REPLY, || {
             process.assert_alive();

@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::vm::{
-    Daemon, Kernel, Process, Setup, Vm, VmOptions, Workplace, bound_command, wait_for,
-};
+use crate::vm::{Daemon, Kernel, Process, Setup, TestDir, Vm, VmOptions, bound_command, wait_for};
 
 /// PCI address of the first disk.
 pub const DISK: &str = "0000:00:06.0";
@@ -43,8 +41,11 @@ pub struct Server {
 
 impl Server {
     /// Starts a server for `image`. `name` begins the names of sockets and log. `dma` is the value of `--dma`.
-    pub fn start(place: &Workplace, name: &str, image: &Path, dma: &str) -> Self {
-        let (socket, orders) = (place.path(name), place.path(&format!("{name}.orders")));
+    pub fn start(test_dir: &TestDir, name: &str, image: &Path, dma: &str) -> Self {
+        let (socket, orders) = (
+            test_dir.path(name),
+            test_dir.path(&format!("{name}.orders")),
+        );
         let program = example();
         let mut command = bound_command(&program);
         command
@@ -57,7 +58,7 @@ impl Server {
         if dma.starts_with("shadow") {
             command.args(["--endpoint", DISK]);
         }
-        let log = place.path(&format!("{name}.log"));
+        let log = test_dir.path(&format!("{name}.log"));
         let mut process = Process::start("the disk's server", &mut command, &log);
         wait_for("the disk's server", SOON, || {
             process.assert_alive();
@@ -124,8 +125,8 @@ pub fn example() -> PathBuf {
 }
 
 /// Makes an empty disk.
-pub fn new_image(place: &Workplace, name: &str) -> PathBuf {
-    let path = place.path(name);
+pub fn new_image(test_dir: &TestDir, name: &str) -> PathBuf {
+    let path = test_dir.path(name);
     let file = File::create(&path).expect("an image");
     file.set_len(DISK_BYTES).expect("an image's length");
     path
@@ -143,20 +144,20 @@ impl Bed {
     pub fn start(
         setup: &Setup,
         kernel: &Kernel,
-        place: &Workplace,
+        test_dir: &TestDir,
         name: &str,
         image: &Path,
         dma_mode: DmaMode,
         append: &str,
     ) -> Self {
-        let shadow = place.path("shadow.sock");
+        let shadow = test_dir.path("shadow.sock");
         let dma = match dma_mode {
             DmaMode::Messages => "messages".to_owned(),
             DmaMode::Mappings => "mapped".to_owned(),
             DmaMode::Shadow => format!("shadow={}", shadow.display()),
         };
-        let server = Server::start(place, name, image, &dma);
-        let listen = place.path("iommu-nvme.sock");
+        let server = Server::start(test_dir, name, image, &dma);
+        let listen = test_dir.path("iommu-nvme.sock");
         let interposed = |isolation: &str| {
             format!(
                 "vfio-user = {{ listen = '{}', connect = '{}', isolation = '{isolation}' }}",
@@ -170,7 +171,7 @@ impl Bed {
             DmaMode::Shadow => format!("shadow = '{}'", shadow.display()),
         };
         let daemon = Daemon::start(
-            place,
+            test_dir,
             &format!(
                 "memory = '{MEMORY}'\naddress = '00:05.0'\n[[endpoint]]\naddress = '{DISK}'\n{device}\n"
             ),
@@ -186,9 +187,9 @@ impl Bed {
             iommu: daemon.qemu_args.clone(),
             extra,
         };
-        let mut vm = Vm::start(setup, place, name, &options);
+        let mut vm = Vm::start(setup, test_dir, name, &options);
         vm.wait_until_up();
-        place.note(&format!("{name} is up"));
+        test_dir.note(&format!("{name} is up"));
         load_drivers(&mut vm, 1);
         Self { vm, daemon, server }
     }
@@ -205,7 +206,7 @@ impl Bed {
 pub fn without_iommu(
     setup: &Setup,
     kernel: &Kernel,
-    place: &Workplace,
+    test_dir: &TestDir,
     name: &str,
     servers: &[Server],
 ) -> Vm {
@@ -224,9 +225,9 @@ pub fn without_iommu(
             .flat_map(|(server, slot)| server.qemu_args(&slot))
             .collect(),
     };
-    let mut vm = Vm::start(setup, place, name, &options);
+    let mut vm = Vm::start(setup, test_dir, name, &options);
     vm.wait_until_up();
-    place.note(&format!("{name} is up"));
+    test_dir.note(&format!("{name} is up"));
     load_drivers(&mut vm, servers.len());
     vm
 }

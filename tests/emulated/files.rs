@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::bed::{self, Bed, DmaMode, Server, new_image};
-use crate::vm::{Kernel, LONG_ANSWER, Setup, Vm, Workplace};
+use crate::vm::{Kernel, LONG_ANSWER, Setup, TestDir, Vm};
 
 /// Makes files of many sizes: random data, many small files, a sparse file.
 const FILL: &str = "cd /mnt && dd if=/dev/urandom of=random bs=1M count=12 2>/dev/null && \
@@ -18,15 +18,15 @@ const DROP_CACHES: &str = "echo 3 >/proc/sys/vm/drop_caches";
 
 pub fn check(name: &str, dma_mode: DmaMode) {
     let setup = Setup::with_storage();
-    let place = Workplace::new(name);
-    let strict = make_and_compare(&setup, setup.newest(), &place, "strict", dma_mode);
-    let lazy = make_and_compare(&setup, setup.oldest(), &place, "lazy", dma_mode);
+    let test_dir = TestDir::new(name);
+    let strict = make_and_compare(&setup, setup.newest(), &test_dir, "strict", dma_mode);
+    let lazy = make_and_compare(&setup, setup.oldest(), &test_dir, "lazy", dma_mode);
     let servers = [
         ("plain-strict", &strict.0, "mapped"),
         ("plain-lazy", &lazy.0, "messages"),
     ]
-    .map(|(name, image, dma)| Server::start(&place, name, image, dma));
-    let mut vm = bed::without_iommu(&setup, setup.newest(), &place, "plain", &servers);
+    .map(|(name, image, dma)| Server::start(&test_dir, name, image, dma));
+    let mut vm = bed::without_iommu(&setup, setup.newest(), &test_dir, "plain", &servers);
     let groups = vm.run("ls /sys/kernel/iommu_groups | wc -l");
     assert_eq!(groups, ["0"], "this guest has no IOMMU");
     for (disk, (_, sums)) in ["/dev/nvme0n1", "/dev/nvme1n1"]
@@ -40,7 +40,7 @@ pub fn check(name: &str, dma_mode: DmaMode) {
         assert!(found == strict.1 || found == lazy.1, "{disk}: {found:?}");
         assert!(!sums.is_empty());
     }
-    place.note("the files are the same without an IOMMU");
+    test_dir.note("the files are the same without an IOMMU");
 }
 
 /// Makes a file system in a guest of this mode, fills it, and compares it after it is mounted again. Returns the disk
@@ -48,17 +48,17 @@ pub fn check(name: &str, dma_mode: DmaMode) {
 fn make_and_compare(
     setup: &Setup,
     kernel: &Kernel,
-    place: &Workplace,
+    test_dir: &TestDir,
     mode: &str,
     dma_mode: DmaMode,
 ) -> (PathBuf, Vec<String>) {
-    let image = new_image(place, &format!("{mode}.img"));
+    let image = new_image(test_dir, &format!("{mode}.img"));
     let (strict, group_type) = match mode {
         "strict" => (1, "DMA"),
         _ => (0, "DMA-FQ"),
     };
     let append = format!("iommu.strict={strict}");
-    let mut bed = Bed::start(setup, kernel, place, mode, &image, dma_mode, &append);
+    let mut bed = Bed::start(setup, kernel, test_dir, mode, &image, dma_mode, &append);
     let vm = &mut bed.vm;
     let group = format!("/sys/bus/pci/devices/{}/iommu_group/type", bed::DISK);
     assert_eq!(vm.run(&format!("cat {group}")), [group_type]);
@@ -69,7 +69,7 @@ fn make_and_compare(
     vm.run_within(FILL, LONG_ANSWER);
     let written = vm.run_within(SUMS, LONG_ANSWER);
     assert!(written.len() > 65, "{written:?}");
-    place.note(&format!("{mode}: {} files", written.len()));
+    test_dir.note(&format!("{mode}: {} files", written.len()));
     vm.run("umount /mnt");
     vm.run(DROP_CACHES);
     vm.run_within("fsck.ext4 -fn /dev/nvme0n1", LONG_ANSWER);
@@ -85,7 +85,7 @@ fn make_and_compare(
     assert!(status.requests("map", "ok") > 100, "{}", status.0);
     assert_eq!(status.0["faults"]["delivered"], 0);
     assert_eq!(status.0["faults"]["dropped"], 0);
-    place.note(&format!(
+    test_dir.note(&format!(
         "{mode}: the files are the same after mounting again"
     ));
     bed.stop();

@@ -10,7 +10,7 @@ use std::process::Command;
 use serde_json::json;
 
 use crate::bed::{self, Server, new_image};
-use crate::vm::{ANSWER, Daemon, LONG_ANSWER, Setup, Table, Vm, VmOptions, Workplace, wait_for};
+use crate::vm::{ANSWER, Daemon, LONG_ANSWER, Setup, Table, TestDir, Vm, VmOptions, wait_for};
 
 /// PCI address of the disk, behind the first port.
 const DISK: &str = "0000:01:00.0";
@@ -27,10 +27,10 @@ const WRITE: &str = "dd if=/dev/urandom of=/run/data bs=1M count=4 2>/dev/null &
 #[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh emulated"]
 fn plugged_and_unplugged() {
     let setup = Setup::with_storage();
-    let place = Workplace::new("plugged_and_unplugged");
-    let qmp = place.path("iommu-qmp.sock");
+    let test_dir = TestDir::new("plugged_and_unplugged");
+    let qmp = test_dir.path("iommu-qmp.sock");
     let mut daemon = Daemon::start(
-        &place,
+        &test_dir,
         &format!(
             "memory = '256M'\naddress = '00:05.0'\nbypass = false\nqmp = {qmp:?}\n\
              hotplug = ['01:00.0-01:00.7', '02:00.0-02:00.7']\n"
@@ -51,26 +51,26 @@ fn plugged_and_unplugged() {
             .map(str::to_owned)
             .collect(),
     };
-    let mut vm = Vm::start(&setup, &place, "vm", &options);
+    let mut vm = Vm::start(&setup, &test_dir, "vm", &options);
     vm.wait_until_up();
     vm.run("load-storage");
-    place.note("up");
+    test_dir.note("up");
     for name in ["one", "two"] {
         plug_and_unplug(&mut vm, &mut daemon, name);
-        place.note(&format!("device {name} was plugged and unplugged"));
+        test_dir.note(&format!("device {name} was plugged and unplugged"));
     }
 
-    let image = new_image(&place, "disk.img");
-    let server = Server::start(&place, "disk", &image, "messages");
-    plug_disk(&mut vm, &mut daemon, &place, &server);
+    let image = new_image(&test_dir, "disk.img");
+    let server = Server::start(&test_dir, "disk", &image, "messages");
+    plug_disk(&mut vm, &mut daemon, &test_dir, &server);
     let sum = vm.run_within(WRITE, LONG_ANSWER);
     assert_eq!(
         sum,
-        [checksum_of_start(&place, &image)],
+        [checksum_of_start(&test_dir, &image)],
         "the image has the data"
     );
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
-    place.note("the disk returned the data");
+    test_dir.note("the disk returned the data");
 
     vm.qmp("stop", json!({}));
     assert!(!daemon.status().domains().is_empty());
@@ -81,7 +81,7 @@ fn plugged_and_unplugged() {
     });
     assert_eq!(vm.qmp("query-status", json!({}))["running"], false);
     assert_eq!(daemon.status().dma_of(DISK), "blocked");
-    place.note("no domain after the reset");
+    test_dir.note("no domain after the reset");
     vm.qmp("cont", json!({}));
     vm.wait_until_up();
     vm.run("load-storage");
@@ -134,8 +134,8 @@ fn plug_and_unplug(vm: &mut Vm, daemon: &mut Daemon, name: &str) {
 }
 
 /// Adds the endpoint, then plugs the device. QEMU's device connects to the endpoint's socket.
-fn plug_disk(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace, server: &Server) {
-    let (listen, connect) = (place.path("iommu-nvme.sock"), server.socket());
+fn plug_disk(vm: &mut Vm, daemon: &mut Daemon, test_dir: &TestDir, server: &Server) {
+    let (listen, connect) = (test_dir.path("iommu-nvme.sock"), server.socket());
     let added = daemon.ask(&format!(
         "add-endpoint address = '01:00.0', vfio-user = {{ listen = {listen:?}, connect = {connect:?} }}"
     ));
@@ -152,9 +152,9 @@ fn plug_disk(vm: &mut Vm, daemon: &mut Daemon, place: &Workplace, server: &Serve
 }
 
 /// The checksum of the first 4 MiB of the image.
-fn checksum_of_start(place: &Workplace, image: &Path) -> String {
+fn checksum_of_start(test_dir: &TestDir, image: &Path) -> String {
     let bytes = fs::read(image).expect("the disk");
-    let start = place.path("start");
+    let start = test_dir.path("start");
     fs::write(&start, &bytes[..4 << 20]).expect("written");
     let output = Command::new("sha256sum").arg(start).output();
     let text = String::from_utf8(output.expect("it runs").stdout).expect("text");

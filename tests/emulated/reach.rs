@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::bed::{self, Bed, DmaMode, Ram, count_uses, new_image};
-use crate::vm::{Setup, Table, Vm, Workplace, number, wait_for};
+use crate::vm::{Setup, Table, TestDir, Vm, number, wait_for};
 
 const SOON: Duration = Duration::from_secs(20);
 /// An address in the reserved region of MSI writes.
@@ -18,13 +18,13 @@ const LEN: usize = 64;
 
 pub fn check(name: &str, dma_mode: DmaMode) {
     let setup = Setup::with_storage();
-    let place = Workplace::new(name);
-    let image = new_image(&place, "disk.img");
+    let test_dir = TestDir::new(name);
+    let image = new_image(&test_dir, "disk.img");
     let append = "iommu.strict=1";
     let mut bed = Bed::start(
         &setup,
         setup.newest(),
-        &place,
+        &test_dir,
         "vm",
         &image,
         dma_mode,
@@ -43,8 +43,8 @@ pub fn check(name: &str, dma_mode: DmaMode) {
     // The disk still works.
     bed.vm
         .run("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null");
-    check_shared_memory(&mut bed, &ram, dma_mode, &place);
-    place.note("accesses outside the driver's mappings are refused");
+    check_shared_memory(&mut bed, &ram, dma_mode, &test_dir);
+    test_dir.note("accesses outside the driver's mappings are refused");
 
     // vfio-map takes the place of the driver and makes many mappings.
     let disk = bed::DISK;
@@ -74,7 +74,7 @@ pub fn check(name: &str, dma_mode: DmaMode) {
         refused(&mut bed, &ram, order, both, Some(gpa));
     }
     bed.vm.run("ask mapper quit");
-    place.note("accesses to read-only and removed mappings are refused");
+    test_dir.note("accesses to read-only and removed mappings are refused");
     drop(bed.vm);
     bed.daemon.stop();
 }
@@ -158,10 +158,10 @@ fn free_page(table: &Table) -> u64 {
 
 /// Checks that a server with messages has no guest memory in its process. In the other modes it must have some, which
 /// shows that the check works.
-fn check_shared_memory(bed: &mut Bed, ram: &Ram, dma_mode: DmaMode, place: &Workplace) {
+fn check_shared_memory(bed: &mut Bed, ram: &Ram, dma_mode: DmaMode, test_dir: &TestDir) {
     let pid = bed.server.pid();
     let (fds, maps) = count_uses(pid, &ram.0);
-    place.note(&format!(
+    test_dir.note(&format!(
         "the server: {fds} descriptors of guest memory, {maps} mappings"
     ));
     match dma_mode {

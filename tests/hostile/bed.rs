@@ -50,7 +50,7 @@ pub fn tail_desc(flags: u16, next: u16) -> Desc {
 /// Asserts that the device returns the chain with length 0, writes no byte and makes no domain.
 pub fn assert_dropped(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(u16, Desc)]) {
     put_attach(guest);
-    assert_eq!(guest.raw_back(0, descs), 0, "{name}");
+    assert_eq!(guest.raw_chain(0, descs), 0, "{name}");
     assert_eq!(guest.memory.read(TAIL_AT, 64), [POISON; 64], "{name}");
     assert!(daemon.domains().is_empty(), "{name}");
 }
@@ -59,7 +59,7 @@ pub fn assert_dropped(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(
 /// domain.
 pub fn assert_io_error(daemon: &Daemon, guest: &mut Guest, name: &str, descs: &[(u16, Desc)]) {
     put_attach(guest);
-    assert_eq!(guest.raw_back(0, descs), 4, "{name}");
+    assert_eq!(guest.raw_chain(0, descs), 4, "{name}");
     assert_eq!(guest.memory.read(TAIL_AT, 4), [IOERR, 0, 0, 0], "{name}");
     assert!(daemon.domains().is_empty(), "{name}");
 }

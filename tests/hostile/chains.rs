@@ -59,7 +59,7 @@ fn next_indices_out_of_range() {
     // Without NEXT, the device ignores the field.
     put_attach(&guest);
     let descs = [(0, request_desc(NEXT, 1)), (1, tail_desc(0, 0xffff))];
-    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert_eq!(guest.raw_chain(0, &descs), 4);
     assert_eq!(guest.memory.read(TAIL_AT, 4), [OK, 0, 0, 0]);
     assert_eq!(guest.detach(1, EP), OK);
     assert_serves(&daemon, &mut guest);
@@ -115,7 +115,7 @@ fn everything_readable_or_everything_writable() {
         (0, Desc::new(REQUEST, 20, WRITE | NEXT, 1)),
         (1, tail_desc(0, 0)),
     ];
-    let len = guest.raw_back(0, &descs);
+    let len = guest.raw_chain(0, &descs);
     assert!(len == 0 || len == 24 && guest.memory.read(TAIL_AT, 1) == [IOERR]);
     assert!(daemon.domains().is_empty());
     assert_serves(&daemon, &mut guest);
@@ -161,7 +161,7 @@ fn tails_outside_memory() {
     ] {
         put_attach(&guest);
         let descs = [(0, request_desc(NEXT, 1)), (1, first), (2, last)];
-        guest.raw_back(0, &descs);
+        guest.raw_chain(0, &descs);
         daemon.assert_alive();
         if daemon.domains() == [1] {
             assert_eq!(guest.detach(1, EP), OK);
@@ -209,7 +209,7 @@ fn requests_outside_memory() {
     guest.memory.write(HOLE, &wire::attach(1, EP, 0)[10..]);
     guest.memory.write(TAIL_AT, &[POISON; 4]);
     let descs = [(0, Desc::new(at, 20, NEXT, 1)), (1, tail_desc(0, 0))];
-    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert_eq!(guest.raw_chain(0, &descs), 4);
     assert_eq!(guest.memory.read(TAIL_AT, 4), [OK, 0, 0, 0]);
     assert_eq!(guest.detach(1, EP), OK);
     assert_serves(&daemon, &mut guest);
@@ -239,7 +239,7 @@ fn descriptor_lengths_at_their_extremes() {
                 (0, Desc::new(REQUEST, readable, NEXT, 1)),
                 (1, Desc::new(TAIL_AT, writable, WRITE, 0)),
             ];
-            let len = guest.raw_back(0, &descs);
+            let len = guest.raw_chain(0, &descs);
             let full = writable;
             assert!(len == 0 || len == full, "{readable} {writable}: {len}");
             if !(4..=0x1_0000).contains(&writable) {
@@ -295,7 +295,7 @@ fn chains_as_long_as_the_ring_and_longer() {
     };
     put_attach(&guest);
     let descs = table(&guest, 256);
-    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert_eq!(guest.raw_chain(0, &descs), 4);
     assert_eq!(guest.memory.read(TAIL_AT, 4), [OK, 0, 0, 0]);
     assert_eq!(guest.detach(1, EP), OK);
     for count in [257, 300, 0x1000, 0xffff] {
@@ -380,7 +380,7 @@ fn invalid_indirect_tables() {
         put_attach(&guest);
         let mut descs = indirect(TABLE, 32, flags).to_vec();
         descs.push((1, tail_desc(0, 0)));
-        let len = guest.raw_back(0, &descs);
+        let len = guest.raw_chain(0, &descs);
         assert!(len == 0 || len == 4 || len == 8, "flags {flags}: {len}");
         if daemon.domains() == [1] {
             assert_eq!(guest.detach(1, EP), OK);
@@ -393,7 +393,7 @@ fn invalid_indirect_tables() {
         (1, Desc::new(TABLE, 32, INDIRECT, 0)),
     ];
     put_attach(&guest);
-    guest.raw_back(0, &descs);
+    guest.raw_chain(0, &descs);
     if daemon.domains() == [1] {
         assert_eq!(guest.detach(1, EP), OK);
     }
@@ -410,7 +410,7 @@ fn requests_and_tails_at_odd_addresses() {
             (0, Desc::new(REQUEST + odd, 20, NEXT, 1)),
             (1, Desc::new(TAIL_AT + odd, 4, WRITE, 0)),
         ];
-        assert_eq!(guest.raw_back(0, &descs), 4);
+        assert_eq!(guest.raw_chain(0, &descs), 4);
         let mut want = [POISON; 64];
         want[odd as usize..odd as usize + 4].fill(0);
         assert_eq!(
@@ -431,7 +431,7 @@ fn a_tail_that_lies_over_its_own_request() {
         (0, request_desc(NEXT, 1)),
         (1, Desc::new(REQUEST, 4, WRITE, 0)),
     ];
-    assert_eq!(guest.raw_back(0, &descs), 4);
+    assert_eq!(guest.raw_chain(0, &descs), 4);
     assert_eq!(guest.memory.read(REQUEST, 4), [OK, 0, 0, 0]);
     assert_eq!(daemon.domains(), [1]);
     assert_eq!(guest.detach(1, EP), OK);

@@ -69,8 +69,8 @@ fn every_field_at_its_extremes_in_combination() {
     let (daemon, mut guest) = boot();
     let config = guest.config();
     let in_range = |domain: u32| (config.domains.0..=config.domains.1).contains(&domain);
-    // The reference for what may succeed comes from those conditions of the specification that do
-    // not depend on order: a request may be OK only if none of its fields is wrong.
+    // The test derives the allowed statuses from the conditions of the specification that do not
+    // depend on the order of requests: a request may be OK only if none of its fields is wrong.
     let live = |daemon: &Daemon| daemon.domains();
 
     // ATTACH and DETACH.

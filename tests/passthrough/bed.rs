@@ -260,7 +260,7 @@ impl Bed {
         let stream = self.stream.try_clone().expect("a descriptor");
         let regions = self.guest.memory.regions.drain(..).collect();
         self.guest = Guest::connect_with(stream, Setup::default(), regions);
-        self.guest.forget_rings();
+        self.guest.clear_rings();
         self.guest.driver_ok();
     }
 

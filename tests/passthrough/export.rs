@@ -21,8 +21,8 @@ use crate::nested::{EDU, Nested};
 use crate::vm::Setup;
 use crate::words;
 
-/// An unmodified QEMU with a stock kernel and without access to VFIO. The machine with VT-d skips this test: there a
-/// guest that traps as often as this one stops now and then, before it has sent the daemon anything.
+/// An unmodified QEMU with a stock kernel and without access to VFIO. The machine with VT-d skips this test: a guest
+/// that traps as often as this one sometimes hangs there, before QEMU has sent the daemon a message.
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn a_stock_guest_drives_an_exported_device() {
@@ -38,14 +38,14 @@ fn a_stock_guest_with(host_iommu: &str) {
     let endpoint = format!("vfio = \"{host}\"\nexport = \"@/edu.sock\"");
     let mut nested = Nested::launch(&setup, host_iommu, &keys, &endpoint);
     nested.vm.wait_until_up();
-    nested.place.note("up");
+    nested.test_dir.note("up");
     nested.drive(&mut FaultLog::now());
-    nested.place.note("driven");
+    nested.test_dir.note("driven");
     for kind in ["intx", "msi", "intx"] {
         let answer = nested.ask(&format!("irq {kind} 5"));
         assert_eq!(answer, ["ok 10 interrupts"], "{kind}");
     }
-    nested.place.note("interrupted");
+    nested.test_dir.note("interrupted");
 
     let vmm = nested.process_with("vfio-user-pci");
     let daemon = nested.process_with("--ready-fd");
@@ -60,7 +60,7 @@ fn a_stock_guest_with(host_iommu: &str) {
     nested.vm.begin("poweroff -f");
     assert_eq!(nested.vm.wait_for_end().code(), Some(0));
     nested.wait_for_end();
-    assert!(!nested.place.path("edu.sock").exists());
+    assert!(!nested.test_dir.path("edu.sock").exists());
 }
 
 /// A client that drives an `edu` as a guest's driver does.

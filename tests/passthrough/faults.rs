@@ -1,5 +1,5 @@
-//! The kernel injects failures into the daemon's system calls. After each failure, the daemon's mappings, its
-//! statement about each endpoint and the memory that devices reach on the host must agree.
+//! The kernel injects failures into the daemon's system calls. After each failure, the daemon's mappings, the
+//! state that it reports for each endpoint, and the memory that devices reach on the host must agree.
 //!
 //! With `fail-nth` the kernel counts the points of failure of a thread's next calls, mostly allocations, and fails the
 //! n-th. With `make-it-fail` it fails a share of all calls.
@@ -342,7 +342,7 @@ impl FaultBed {
         let regions = self.vm.guest.memory.regions.iter().map(Region::duplicate);
         let regions = regions.collect();
         let mut guest = Guest::connect_with(self.vm.daemon.stream(), Setup::default(), regions);
-        guest.forget_rings();
+        guest.clear_rings();
         guest.driver_ok();
         self.vm.guest = guest;
         // The daemon sets up all endpoints before it serves the first request.
@@ -517,7 +517,7 @@ impl Case {
         let mut counts = OutcomeCounts::default();
         for n in failure_points() {
             let what = format!("{}, call {n} fails", self.name);
-            // More than guest RAM has pages.
+            // Guest RAM has fewer than 20000 pages, so no request has that many points of failure.
             assert!(n < 20_000, "{what}: the request never succeeds");
             (self.prepare)(bed);
             assert_eq!(bed.view(), before, "{what}");

@@ -330,8 +330,8 @@ fn removed_memory_is_unmapped_before_the_reply() {
         let (mut bed, devices) = pair(backend);
         let hot = HIGH_RAM + HIGH_LEN;
         bed.guest.add_region(Region::new(hot, 4 << 20));
-        // The second device stays in bypass mode. It passes through a domain first: until then a VMM that has bound
-        // it decides what it reaches.
+        // The second device stays in bypass mode. It passes through a domain first: before its first
+        // ATTACH, a VMM that has bound the device controls its DMA.
         assert_eq!(bed.guest.attach(2, endpoint(1)), OK);
         assert_eq!(bed.guest.detach(2, endpoint(1)), OK);
         assert!(

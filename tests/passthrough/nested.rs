@@ -11,9 +11,7 @@ use std::time::Duration;
 use vhost_device_iommu::vfio::{Cdev, IommuFd};
 
 use crate::devices::{FaultLog, Function};
-use crate::vm::{
-    Control, Launcher, PAGE, Setup, Status, Table, Vm, VmOptions, Workplace, wait_for,
-};
+use crate::vm::{Control, Launcher, PAGE, Setup, Status, Table, TestDir, Vm, VmOptions, wait_for};
 use crate::words;
 
 /// The device's address in the VM.
@@ -39,28 +37,28 @@ fn a_stock_guest_drives_a_passthrough_device() {
     assert_eq!(status.dma_of(EDU), "bypass", "{}", status.0);
 
     nested.vm.wait_until_up();
-    nested.place.note("up");
+    nested.test_dir.note("up");
     let mut faults = FaultLog::now();
     nested.drive(&mut faults);
-    nested.place.note("driven");
+    nested.test_dir.note("driven");
 
     // The guest reboots with its mappings in place.
     let resets = nested.resets();
     nested.vm.begin("reboot -f");
     nested.vm.wait_until_up();
-    nested.place.note("up again");
+    nested.test_dir.note("up again");
     assert_eq!(nested.resets(), resets + 1);
     let left = nested.control.tables();
     assert!(left.values().all(|table| table.0.is_empty()), "{left:?}");
     nested.drive(&mut faults);
-    nested.place.note("driven again");
+    nested.test_dir.note("driven again");
 
     nested.vm.begin("poweroff -f");
     let status = nested.vm.wait_for_end();
     assert_eq!((status.code(), status.signal()), (Some(0), None));
     nested.wait_for_end();
     for socket in ["iommu.sock", "control.sock"] {
-        assert!(!nested.place.path(socket).exists(), "{socket} is left");
+        assert!(!nested.test_dir.path(socket).exists(), "{socket} is left");
     }
     let device = Cdev::open(Function::new(&host).node().as_ref()).expect("the device");
     let iommufd = IommuFd::open("/dev/iommu".as_ref()).expect("iommufd");
@@ -71,23 +69,23 @@ fn a_stock_guest_drives_a_passthrough_device() {
 pub struct Nested {
     pub vm: Vm,
     pub control: Control,
-    pub place: Workplace,
+    pub test_dir: TestDir,
 }
 
 impl Nested {
     /// Starts a VM with more keys in the configuration and in its one endpoint. In `endpoint`, `@` stands for the VM's
     /// directory.
     pub fn launch(setup: &Setup, name: &str, keys: &str, endpoint: &str) -> Self {
-        let place = Workplace::new(name);
+        let test_dir = TestDir::new(name);
         let text = |path: &Path| path.display().to_string();
-        let (config, control) = (place.path("vm.toml"), place.path("control.sock"));
-        let socket = place.path("iommu.sock");
+        let (config, control) = (test_dir.path("vm.toml"), test_dir.path("control.sock"));
+        let socket = test_dir.path("iommu.sock");
         let keys = format!(
             "socket = \"{}\"\ncontrol = \"{}\"\nmemory = \"512M\"\naddress = \"00:05.0\"\n\
              {keys}\n[[endpoint]]\naddress = \"{EDU}\"\n{}\n",
             socket.display(),
             control.display(),
-            endpoint.replace('@', place.path("").to_str().expect("text")),
+            endpoint.replace('@', test_dir.path("").to_str().expect("text")),
         );
         fs::write(&config, keys).expect("the configuration written");
         let launcher = Launcher {
@@ -110,11 +108,11 @@ impl Nested {
             iommu: Vec::new(),
             extra: Vec::new(),
         };
-        let vm = Vm::launch(setup, &place, "vm", &launcher, &options);
+        let vm = Vm::launch(setup, &test_dir, "vm", &launcher, &options);
         let nested = Self {
             vm,
             control: Control(control),
-            place,
+            test_dir,
         };
         // `launch` itself, the daemon and QEMU.
         assert_eq!(nested.processes().len(), 3, "{:?}", nested.processes());
@@ -135,13 +133,13 @@ impl Nested {
         self.ask(&format!("map {SINK:x} 1 -w 20"));
         self.tables_agree(6);
 
-        self.place.note("pages arrive at mapped addresses");
+        self.test_dir.note("pages arrive at mapped addresses");
         self.copies(SOURCE, TARGET + PAGE, &[(9, "0")]);
         self.copies(SOURCE + PAGE, TARGET, &[(8, "1")]);
         self.copies(TARGET + 2 * PAGE, SINK, &[(20, "10")]);
         self.copies(SOURCE, TARGET + 2 * PAGE, &[(10, "0")]);
 
-        self.place.note("nothing arrives at other addresses");
+        self.test_dir.note("nothing arrives at other addresses");
         let past = TARGET + 3 * PAGE;
         faults.expect_fault(|| self.copies(SOURCE, past, &[]));
         self.copies(SOURCE, SOURCE + PAGE, &[]);
@@ -156,7 +154,7 @@ impl Nested {
             }
         }
 
-        self.place.note("nothing arrives after UNMAP");
+        self.test_dir.note("nothing arrives after UNMAP");
         self.ask(&format!("unmap {TARGET:x} 3"));
         self.tables_agree(3);
         self.copies(SOURCE, TARGET, &[]);
@@ -233,8 +231,8 @@ impl Nested {
 
     /// The processes of this VM: number and arguments, which name the VM's directory.
     fn processes(&self) -> Vec<(u32, String)> {
-        let place = self.place.path("");
-        let place = place.to_str().expect("text").trim_end_matches('/');
+        let test_dir = self.test_dir.path("");
+        let test_dir = test_dir.to_str().expect("text").trim_end_matches('/');
         let processes = fs::read_dir("/proc").expect("/proc").flatten();
         processes
             .filter_map(|entry| {
@@ -242,7 +240,7 @@ impl Nested {
                 let line = fs::read_to_string(entry.path().join("cmdline")).ok()?;
                 Some((pid, line))
             })
-            .filter(|(_, line)| line.contains(place))
+            .filter(|(_, line)| line.contains(test_dir))
             .collect()
     }
 }

@@ -1,4 +1,4 @@
-//! A device's vfio-user server that a thread plays. It keeps its windows, and does DMA when the test asks.
+//! A device's vfio-user server that runs in a thread. It keeps its windows, and does DMA when the test asks.
 
 use std::fs::File;
 use std::io;
