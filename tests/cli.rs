@@ -1,6 +1,6 @@
 //! The program as an operator or a VM manager runs it.
 
-// A failure here is a failed test, too; the lint accepts only the test functions themselves.
+// `expect` in the helpers fails the test, too, but the lint allows it only in the test functions themselves.
 #![allow(clippy::expect_used)]
 
 use std::ffi::OsStr;
@@ -250,7 +250,7 @@ fn viot_is_not_written_to_a_terminal() {
 }
 
 #[test]
-fn qemu_args_are_arguments_and_nothing_else() {
+fn qemu_args_prints_only_arguments() {
     let dir = files(&[("vm0.toml", GOOD)]);
     let file = dir.path().join("vm0.toml");
     let lines = run(&[OsStr::new("qemu-args"), file.as_ref()]);
@@ -340,7 +340,7 @@ fn qemu_args_name_the_descriptors_they_are_given() {
 }
 
 #[test]
-fn qemu_args_refuse_what_qemu_cannot_express() {
+fn qemu_args_refuses_configurations_that_qemu_cannot_express() {
     let elsewhere = GOOD.replace("00:05.0", "01:05.0");
     let dir = files(&[("vm0.toml", &elsewhere)]);
     let run = run(&[
@@ -366,7 +366,7 @@ fn a_closed_pipe_does_not_panic() {
 }
 
 #[test]
-fn the_examples_are_good() {
+fn check_accepts_the_examples() {
     let mut count = 0;
     for entry in fs::read_dir(docs().join("examples")).expect("examples") {
         let path = entry.expect("an entry").path();
@@ -393,7 +393,7 @@ fn the_page_on_configuration_is_complete() {
         let dir = files(&[("vm0.toml", "nonsense = 1")]);
         run(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()]).stderr
     };
-    let (_, keys) = message.split_once("expected").expect("the keys there are");
+    let (_, keys) = message.split_once("expected").expect("the list of keys");
     let keys: Vec<_> = keys.split('`').skip(1).step_by(2).collect();
     assert!(keys.len() >= 11, "{keys:?}");
     for key in keys {
@@ -435,8 +435,8 @@ fn manual_page() -> String {
     describe(&command, command.get_name(), &mut page);
     page.push_str(concat!(
         ".SH EXIT STATUS\n",
-        "0 where all went well, 1 where something was refused or failed, ",
-        "2 where the command line cannot be read.\n",
+        "0 on success, 1 if something was refused or failed, ",
+        "2 if the command line cannot be parsed.\n",
         ".SH SEE ALSO\n",
         "docs/configuration.md for the keys of the configuration file.\n",
     ));

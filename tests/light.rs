@@ -25,7 +25,7 @@ const TARGET: u64 = 0xf1_0000;
 /// Files of a published crate are text; none is longer than this.
 const MAX_FILE: u64 = 256 << 10;
 
-/// All crates that a device may link beside the library. Each one that comes makes every device heavier.
+/// All crates that a device may link beside the library. Each new crate makes every device heavier.
 const LIGHT: [&str; 16] = [
     "cfg-if",
     "libc",
@@ -161,7 +161,7 @@ fn a_device_built_without_the_daemon_obeys_the_guest() {
     let mut device = Device::start(&program, &socket);
     let mut guest = Guest::boot(&daemon);
     guest.post_event_buffer(24);
-    // The worker takes the event queue with its first event; an answer shows that it has had one.
+    // The device delivers faults only once the worker has handled an event. This answer shows that it has.
     guest.probe(EP);
     let refused = device.copy(0x5000, 0x6000, 16);
     assert!(

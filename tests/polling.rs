@@ -17,7 +17,7 @@ use common::wire::{self, OK, RW, TAIL};
 use vhost_device_iommu::process::realtime::Realtime;
 
 const PAGE: u64 = 4096;
-/// Polls for long enough even on a busy machine.
+/// With this configuration the worker polls long enough to see the next request even on a busy machine.
 const POLLS: &str =
     "address = \"00:05.0\"\npoll-max-us = 10000\n[[endpoint]]\naddress = \"00:06.0\"\n";
 const SLEEPS: &str =

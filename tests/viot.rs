@@ -1,7 +1,7 @@
 //! The VIOT table reads back as configured: with a parser in this file, and with ACPICA's
 //! disassembler if it knows the table (acpica-tools 20210331 or later).
 
-// A failure here is a failed test, too; the lint accepts only the test functions themselves.
+// `expect` in the helpers fails the test, too, but the lint allows it only in the test functions themselves.
 #![allow(clippy::expect_used)]
 
 use std::path::Path;

@@ -84,7 +84,7 @@ pub fn ctl(socket: &Path, args: &[&str]) -> Command {
 }
 
 /// Makes an access that is refused.
-pub fn stray(reader: &ShadowReader, iova: u64) {
+pub fn make_refused_access(reader: &ShadowReader, iova: u64) {
     let memory = reader.memory();
     let read = memory.read_obj::<u8>(GuestAddress(iova));
     read.expect_err("not mapped");

@@ -4,13 +4,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::bed::{Bed, ctl, stray};
+use crate::bed::{Bed, ctl, make_refused_access};
 use crate::common::daemon::{EP, EP2};
 use crate::common::guest::{Guest, LOW_RAM};
 use crate::common::wire::{self, INVAL, OK, RW};
 
 /// Two domains with mappings: three in the first, one read-only in the second.
-fn busy(bed: &Bed) -> Guest {
+fn boot_with_two_domains(bed: &Bed) -> Guest {
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(1, EP), OK);
     assert_eq!(guest.attach(7, EP2), OK);
@@ -25,7 +25,7 @@ fn busy(bed: &Bed) -> Guest {
 #[test]
 fn every_command_prints_text_and_json() {
     let bed = Bed::new("", "");
-    let _guest = busy(&bed);
+    let _guest = boot_with_two_domains(&bed);
     for (args, part) in [
         (&["status"][..], "web-1: a VM is connected"),
         (&["status"], "page tables: "),
@@ -73,7 +73,7 @@ fn every_command_prints_text_and_json() {
 #[test]
 fn mappings_can_be_queried_by_address() {
     let bed = Bed::new("", "");
-    let _guest = busy(&bed);
+    let _guest = boot_with_two_domains(&bed);
     let firsts = |args: &[&str]| -> Vec<(u64, String)> {
         let document = bed.json(&[&["mappings"], args].concat());
         let domains = document["domains"].as_array().expect("domains").clone();
@@ -123,11 +123,11 @@ fn faults_show_endpoint_address_reason_and_time() {
         bed.daemon
             .wait_for("faults", || faults() == Some(count as usize));
     };
-    stray(&reader, 0x7000);
+    make_refused_access(&reader, 0x7000);
     wait_for_faults(1);
     guest.post_event_buffer(24);
     assert_eq!(guest.attach(1, EP), OK);
-    stray(&reader, 0x8000);
+    make_refused_access(&reader, 0x8000);
     wait_for_faults(2);
     let document = bed.json(&["faults"]);
     let recent = document["recent"].as_array().expect("faults");
@@ -169,7 +169,7 @@ fn faults_show_endpoint_address_reason_and_time() {
 #[test]
 fn a_live_view_shows_rates() {
     let bed = Bed::new("", "");
-    let mut guest = busy(&bed);
+    let mut guest = boot_with_two_domains(&bed);
     let mut watch = ctl(
         &bed.daemon.control_socket(),
         &["watch", "--count", "2", "--json"],
@@ -227,8 +227,8 @@ fn the_level_of_the_log_changes_while_the_daemon_runs() {
             .contains("the level of the log is debug now")
     );
 
-    // Another user may query, where the mode of the socket allows it, but may change nothing. Only
-    // root can run a process of another user.
+    // Another user may query if the mode of the socket allows it, but may change nothing. Only root
+    // can run a process of another user.
     let owner = std::fs::metadata(bed.daemon.control_socket()).expect("a socket");
     if std::os::unix::fs::MetadataExt::uid(&owner) != 0 {
         return;

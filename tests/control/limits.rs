@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
 
-use crate::bed::{Bed, exchange, sample, stray};
+use crate::bed::{Bed, exchange, make_refused_access, sample};
 use crate::common::daemon::EP;
 use crate::common::guest::{Guest, LOW_RAM, Layout};
 use crate::common::wire::{self, NOMEM, OK, RANGE, RW, TAIL};
@@ -58,7 +58,7 @@ fn each_limit_that_is_hit_is_counted() {
     assert_eq!(bed.limit("readers.limit").2, 1);
     let begun = Instant::now();
     for address in 0..200 {
-        stray(&reader, 0x7000_0000 + address);
+        make_refused_access(&reader, 0x7000_0000 + address);
     }
     let all = || {
         let faults = bed.daemon.control("faults");
@@ -101,10 +101,11 @@ fn the_rate_of_reader_faults_is_configurable() {
         let passed = faults["endpoints"][0]["count"].as_u64().unwrap_or(0);
         (passed, bed.limit("fault-rate").2)
     };
-    // 32 faults at a time, with room for as many at once; 5 milliseconds make room for 50 more.
+    // Each round makes 32 faults, half of the burst that the limit allows. At 10000 faults in a second,
+    // the pause of 5 milliseconds makes room for 50 more.
     for round in 1..=10 {
         for address in 0..32 {
-            stray(&reader, 0x7000_0000 + address);
+            make_refused_access(&reader, 0x7000_0000 + address);
         }
         bed.daemon.wait_for("the faults", || {
             let (passed, held) = count();

@@ -54,7 +54,7 @@ fn all_ok(guest: &mut Guest, requests: &[Vec<u8>]) {
 
 /// Swaps the pages of pairs until `stop` is set: maps the other page, then unmaps the first.
 /// Returns the mappings at the end, by domain, and the number of requests.
-fn work(guest: &mut Guest, stop: &AtomicBool) -> (BTreeMap<u32, PageTargets>, u64) {
+fn swap_pages(guest: &mut Guest, stop: &AtomicBool) -> (BTreeMap<u32, PageTargets>, u64) {
     let mut pages = BTreeMap::new();
     for (domain, _) in DOMAINS {
         let firsts: Vec<_> = (0..PAIRS).map(|pair| 2 * pair).collect();
@@ -111,7 +111,7 @@ fn mappings_under_load_match_those_of_the_guest() {
     }
     let stop = AtomicBool::new(false);
     let (expected, requests, listings) = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| work(&mut guest, &stop));
+        let worker = scope.spawn(|| swap_pages(&mut guest, &stop));
         let ending = StopOnDrop(&stop);
         let mapped = || {
             let stats = bed.daemon.control("stats");

@@ -7,7 +7,7 @@ use crate::common::rng::Rng;
 use crate::common::wire::{self, INVAL, NOENT, OK, RW, TAIL};
 
 #[test]
-fn each_message_names_the_vm_and_what_it_is_about() {
+fn each_message_names_the_vm_the_endpoint_and_the_domain() {
     let bed = Bed::new("", "");
     let mut guest = Guest::boot(&bed.daemon);
     assert_eq!(guest.attach(5, NO_EP + 0x100), NOENT);

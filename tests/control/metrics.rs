@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use crate::bed::{Bed, exchange, sample, stray};
+use crate::bed::{Bed, exchange, make_refused_access, sample};
 use crate::common::daemon::EP;
 use crate::common::guest::{Guest, LOW_RAM};
 use crate::common::wire::{NOENT, OK};
@@ -104,7 +104,7 @@ fn the_socket_answers_in_the_format_of_prometheus() {
     }
     assert_eq!(guest.unmap(9, 0, 0xfff), NOENT);
     let reader = bed.reader();
-    stray(&reader, 0x9000_0000);
+    make_refused_access(&reader, 0x9000_0000);
     bed.daemon.wait_for("the fault", || {
         bed.daemon.control("faults")["endpoints"][0]["count"] == 1
     });

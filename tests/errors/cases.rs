@@ -12,12 +12,12 @@ check` reports what the *host* lacks for a device, with the cure: [passthrough.m
 pub struct Case {
     /// Its name in the sources.
     pub name: &'static str,
-    /// How an operator provokes it.
-    pub how: How,
+    /// The input with which an operator provokes it.
+    pub input: Input,
 }
 
 /// Kinds of input.
-pub enum How {
+pub enum Input {
     /// `check` of a file with this text after the address of the IOMMU.
     File(&'static str),
     /// `check` of a file with exactly this text.
@@ -32,13 +32,13 @@ pub enum How {
     Ctl(&'static str, &'static [&'static str]),
 }
 
-use How::{Args, Ctl, File, Made, Text, With};
+use Input::{Args, Ctl, File, Made, Text, With};
 
 const CHECK: &[&str] = &["check", "--file-only", "vm.toml"];
 const RUN: &[&str] = &["--config", "vm.toml"];
 
-const fn case(name: &'static str, how: How) -> Case {
-    Case { name, how }
+const fn case(name: &'static str, input: Input) -> Case {
+    Case { name, input }
 }
 
 fn long_path() -> String {
@@ -149,8 +149,8 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// Errors that need more than a file and a command, or that no operator can cause, and the test or
-/// the reason.
+/// Errors without a case, because they need more than a file and a command, or because no operator
+/// can cause them. Each has the test that provokes it elsewhere, or the reason that there is none.
 pub const ELSEWHERE: &[(&str, &str)] = &[
     // The message consists of another error's, which has a row of its own.
     ("Problem", "a place before another error's words"),

@@ -21,7 +21,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use cases::{CASES, Case, ELSEWHERE, How};
+use cases::{CASES, Case, ELSEWHERE, Input};
 use messages::{Message, matches};
 use tempfile::TempDir;
 
@@ -100,7 +100,7 @@ fn every_error_has_a_case_or_a_test_elsewhere() {
     assert!(missing.is_empty(), "no case provokes {missing:?}");
     let stale: Vec<_> = named.difference(&known).collect();
     assert!(stale.is_empty(), "there is no error {stale:?}");
-    // Tests that are named for errors tested elsewhere must exist.
+    // The tests that `ELSEWHERE` names must exist.
     for (name, test) in ELSEWHERE {
         if let Some((file, function)) = test.split_once(".rs::") {
             let file = format!("{file}.rs");
@@ -217,25 +217,25 @@ fn answer(path: &Path, with: impl FnOnce(UnixStream) + Send + 'static) {
 fn provoke(case: &Case) -> String {
     let bed = Bed::new();
     let write = |text: &str| fs::write(bed.path().join("vm.toml"), text).expect("written");
-    match case.how {
-        How::File(text) => {
+    match case.input {
+        Input::File(text) => {
             write(&format!("address = '00:05.0'\n{text}"));
             bed.run(&["check", "--file-only", "vm.toml"])
         }
-        How::Text(text) => {
+        Input::Text(text) => {
             write(text);
             bed.run(&["check", "--file-only", "vm.toml"])
         }
-        How::Args(args) => bed.run(args),
-        How::With(text, args) => {
+        Input::Args(args) => bed.run(args),
+        Input::With(text, args) => {
             write(&format!("address = '00:05.0'\n{text}"));
             bed.run(args)
         }
-        How::Made(make, args) => {
+        Input::Made(make, args) => {
             write(&make());
             bed.run(args)
         }
-        How::Ctl(text, args) => {
+        Input::Ctl(text, args) => {
             write(&format!(
                 "address = '00:05.0'\nsocket = 's'\ncontrol = 'c'\n{text}"
             ));

@@ -1,4 +1,4 @@
-//! A device that records what the server does to it, and the server.
+//! A device that records the calls of the server, and the server.
 
 use std::fs::File;
 use std::io;
@@ -58,7 +58,7 @@ pub struct State {
     pub accesses: u32,
 }
 
-/// A device that records what the server does to it.
+/// A device that records the calls of the server.
 #[derive(Clone)]
 pub struct RecordingDevice(Arc<Mutex<State>>);
 
@@ -129,7 +129,7 @@ fn mapping_capabilities() -> Vec<Capability> {
         version: 1,
         data: data.to_vec(),
     };
-    // Between them one with an unknown id.
+    // A capability with an unknown ID stands between the two.
     vec![
         capability(1, &sparse),
         capability(77, b"new"),

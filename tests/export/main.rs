@@ -1,5 +1,5 @@
 //! Exported devices as a vfio-user client sees them: the daemon's server over real sockets, in front of a device
-//! that records what the server does to it.
+//! that records the calls of the server.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,

@@ -22,7 +22,7 @@ impl Role {
     pub fn start(name: &'static str, paths: &[(&str, &Path)]) -> Self {
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         command
-            .args(["--ignored", "--exact", "roles::play", "--nocapture"])
+            .args(["--ignored", "--exact", "roles::run_role", "--nocapture"])
             .env("KILLS_ROLE", name)
             .envs(paths.iter().copied());
         Self::of(name, &mut command)

@@ -11,8 +11,8 @@ use crate::common::rng::Rng;
 use crate::process::Role;
 
 const ROUNDS: usize = 10;
-/// QEMU is killed within this many milliseconds after its start.
-const YOUNG: u64 = 2_000;
+/// The test kills QEMU at most this many milliseconds after its start.
+const MAX_AGE_MS: u64 = 2_000;
 /// KiB by which the daemon's memory may grow.
 const SLACK_KIB: u64 = 512;
 
@@ -64,7 +64,7 @@ fn an_unmodified_qemu_killed_while_it_starts_leaves_nothing_behind() {
             // QEMU has made its device when it reads a register.
             server.wait_for("read");
         }
-        sleep(Duration::from_millis(rng.below(YOUNG)));
+        sleep(Duration::from_millis(rng.below(MAX_AGE_MS)));
         vmm.kill();
         daemon.assert_alive();
         server.assert_alive();

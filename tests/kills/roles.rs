@@ -9,12 +9,12 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::daemon::EP3;
 use crate::server::{AccessMode, serve};
-use crate::stamps::{SCRIBBLE, check, iova};
+use crate::stamps::{WRITE_OFFSET, check_stamp, iova};
 use crate::vmm;
 
 #[test]
 #[ignore = "a part of other tests"]
-fn play() {
+fn run_role() {
     let Ok(role) = std::env::var("KILLS_ROLE") else {
         return;
     };
@@ -57,7 +57,7 @@ fn read() -> ! {
             let Ok(found) = memory.read_obj::<u64>(GuestAddress(at)) else {
                 continue;
             };
-            check(found, at, "a reader");
+            check_stamp(found, at, "a reader");
         } else {
             let access = reader.enter().expect("a free epoch word");
             // `memory` is from before the access began: guest memory may have changed since.
@@ -74,11 +74,11 @@ fn read() -> ! {
             let Ok(first) = ram.read_obj::<u64>(GuestAddress(page)) else {
                 continue;
             };
-            check(first, at, "a reader");
-            let scribble = GuestAddress(page + SCRIBBLE);
-            ram.write_obj(first, scribble).expect("the same page");
+            check_stamp(first, at, "a reader");
+            let write_at = GuestAddress(page + WRITE_OFFSET);
+            ram.write_obj(first, write_at).expect("the same page");
             let still = ram.read_obj::<u64>(GuestAddress(page));
-            check(still.expect("the same page"), at, "a reader");
+            check_stamp(still.expect("the same page"), at, "a reader");
         }
         done += 1;
         if done == 10 {

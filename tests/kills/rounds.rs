@@ -12,7 +12,7 @@ use crate::common::daemon::Daemon;
 use crate::common::memory::memfd;
 use crate::common::rng::Rng;
 use crate::process::Role;
-use crate::stamps::{GRAVE, PAGE, PAGES, Pages};
+use crate::stamps::{KILLED_VM_FILL, PAGE, PAGES, Pages};
 
 /// Rounds before the test notes the daemon's descriptors, threads and memory.
 const WARM_UP: u64 = 20;
@@ -89,7 +89,7 @@ struct KillBed {
     /// The memory of the running VM.
     ram: File,
     /// The memory of the last VM that was killed.
-    grave: Option<File>,
+    killed_ram: Option<File>,
 }
 
 impl KillBed {
@@ -119,7 +119,7 @@ impl KillBed {
             folder,
             roles: Vec::new(),
             ram: memfd(PAGES * PAGE),
-            grave: None,
+            killed_ram: None,
         };
         for victim in VICTIMS {
             let role = bed.role(victim);
@@ -162,12 +162,12 @@ impl KillBed {
         self.daemon
             .wait_for("the VMM's end", || status()["connected"] == false);
         // From now on no process may reach the memory of this VM.
-        self.check_grave();
+        self.check_killed_vm();
         let ram = std::mem::replace(&mut self.ram, memfd(PAGES * PAGE));
         for page in 0..PAGES {
-            Pages(&ram).fill(page, GRAVE);
+            Pages(&ram).fill(page, KILLED_VM_FILL);
         }
-        self.grave = Some(ram);
+        self.killed_ram = Some(ram);
         // Every process must reach the memory of the new VM before it counts as working.
         for (role, works) in &mut self.roles {
             role.drop_lines();
@@ -175,10 +175,10 @@ impl KillBed {
         }
     }
 
-    fn check_grave(&self) {
+    fn check_killed_vm(&self) {
         for page in 0..PAGES {
-            if let Some(grave) = &self.grave {
-                Pages(grave).check_untouched(page, GRAVE);
+            if let Some(killed_ram) = &self.killed_ram {
+                Pages(killed_ram).check_untouched(page, KILLED_VM_FILL);
             }
         }
     }
@@ -200,7 +200,7 @@ impl KillBed {
         for (role, _) in &mut self.roles {
             role.assert_alive();
         }
-        self.check_grave();
+        self.check_killed_vm();
     }
 
     /// The daemon's descriptors, threads and memory in KiB, when all processes work and the counts are stable.

@@ -13,7 +13,7 @@ use crate::connection::{
     REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, dma, region, version_body,
 };
 use crate::roles::report;
-use crate::stamps::{SCRIBBLE, check};
+use crate::stamps::{WRITE_OFFSET, check_stamp};
 
 /// The number of accesses by message that may be pending.
 const MAX_PENDING: usize = 4;
@@ -100,8 +100,10 @@ impl Session {
             (AccessMode::Mappings, Some(memory)) => {
                 let memory = memory.as_volatile_slice();
                 let found: u64 = memory.read_obj(0).expect("a page");
-                check(found, address, "a server");
-                memory.write_obj(found, SCRIBBLE as usize).expect("a page");
+                check_stamp(found, address, "a server");
+                memory
+                    .write_obj(found, WRITE_OFFSET as usize)
+                    .expect("a page");
                 self.done += 1;
             }
             (AccessMode::Mappings, None) => panic!("a window without a descriptor"),
@@ -141,8 +143,8 @@ impl Session {
         }
         let data: [u8; 8] = reply.body[16..].try_into().expect("eight bytes");
         let found = u64::from_le_bytes(data);
-        check(found, address, "a server");
-        let body = dma(address + SCRIBBLE, 8, &data);
+        check_stamp(found, address, "a server");
+        let body = dma(address + WRITE_OFFSET, 8, &data);
         let id = self.connection.ask(DMA_WRITE, &body, &[]);
         self.pending.insert(id, (DMA_WRITE, address));
     }

@@ -11,22 +11,22 @@ use std::os::unix::fs::FileExt;
 pub const PAGE: u64 = 4096;
 /// Number of guest pages that mappings lead to.
 pub const PAGES: u64 = 64;
-/// Offset in a page at which devices write.
-pub const SCRIBBLE: u64 = 64;
+/// The offset in a page at which devices write.
+pub const WRITE_OFFSET: u64 = 64;
 /// The words of a page that no mapping leads to.
 pub const POISON: u64 = 0xdead_dead_dead_dead;
-/// The words of the pages of a VM that was killed.
-pub const GRAVE: u64 = 0x6666_6666_6666_6666;
-/// Number of I/O virtual addresses that the guest maps and unmaps.
-pub const SPOTS: u64 = 16;
-/// Bytes between two of them.
+/// The value with which the test fills the pages of a killed VM.
+pub const KILLED_VM_FILL: u64 = 0x6666_6666_6666_6666;
+/// The number of I/O virtual addresses that the guest maps and unmaps.
+pub const IOVAS: u64 = 16;
+/// The distance of two of these addresses in bytes.
 const STEP: u64 = 2 << 20;
-/// The first of them.
+/// The first of these addresses.
 const FIRST: u64 = 0x1_0000_0000;
 
-/// The I/O virtual address of a spot.
-pub fn iova(spot: u64) -> u64 {
-    FIRST + spot % SPOTS * STEP
+/// The I/O virtual address with this number, which wraps at [`IOVAS`].
+pub fn iova(number: u64) -> u64 {
+    FIRST + number % IOVAS * STEP
 }
 
 /// The first word of a page while it is mapped at `iova`.
@@ -34,12 +34,12 @@ pub fn stamp(iova: u64) -> u64 {
     iova | 1
 }
 
-/// Fails the test if `value`, which a device has read at `iova`, is not the stamp.
-pub fn check(value: u64, iova: u64, who: &str) {
+/// Fails the test if `value`, which `device` has read at `iova`, is not the stamp.
+pub fn check_stamp(value: u64, iova: u64, device: &str) {
     assert_eq!(
         value,
         stamp(iova),
-        "{who} has read {value:#x} at {iova:#x}: the mapping was gone"
+        "{device} has read {value:#x} at {iova:#x}: the mapping was gone"
     );
 }
 
@@ -68,12 +68,12 @@ impl Pages<'_> {
     /// Fills a page that no device may reach from now on.
     pub fn fill(&self, page: u64, value: u64) {
         self.write(page, 0, value);
-        self.write(page, SCRIBBLE, value);
+        self.write(page, WRITE_OFFSET, value);
     }
 
     /// Fails the test if a device has written to a page since [`Self::fill`].
     pub fn check_untouched(&self, page: u64, value: u64) {
-        let found = (self.read(page, 0), self.read(page, SCRIBBLE));
+        let found = (self.read(page, 0), self.read(page, WRITE_OFFSET));
         assert_eq!(
             found,
             (value, value),

@@ -15,7 +15,7 @@ use crate::connection::{
     Connection, REGION_READ, REGION_WRITE, SET_IRQS, VERSION, irqs, region, version_body,
 };
 use crate::roles::{path_from_env, report};
-use crate::stamps::{PAGE, PAGES, POISON, Pages, SPOTS, iova};
+use crate::stamps::{IOVAS, PAGE, PAGES, POISON, Pages, iova};
 
 const DOMAIN: u32 = 1;
 /// The domain to which endpoints move for a moment.
@@ -53,11 +53,11 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
         assert_eq!(guest.attach(DOMAIN, endpoint), 0);
     }
     let mut free: Vec<u64> = (0..PAGES).collect();
-    let mut mapped_pages = [None; SPOTS as usize];
+    let mut mapped_pages = [None; IOVAS as usize];
     for number in 1u64.. {
-        let spot = rng.below(SPOTS);
-        let at = iova(spot);
-        match mapped_pages[spot as usize].take() {
+        let index = rng.below(IOVAS);
+        let at = iova(index);
+        match mapped_pages[index as usize].take() {
             Some(page) => {
                 assert_eq!(guest.unmap(DOMAIN, at, at + PAGE - 1), 0, "UNMAP");
                 pages.fill(page, POISON);
@@ -69,7 +69,7 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
                 pages.stamp(page, at);
                 let gpa = HIGH_RAM + page * PAGE;
                 assert_eq!(guest.map_page(DOMAIN, at, gpa), 0, "MAP");
-                mapped_pages[spot as usize] = Some(page);
+                mapped_pages[index as usize] = Some(page);
             }
         }
         if rng.one_in(64) {

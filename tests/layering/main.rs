@@ -1,5 +1,5 @@
-//! The rules of the source tree, read from the sources: who may import whom (`docs/architecture.md` shows the
-//! table), where files stand, how long they are, what they name.
+//! The rules of the source tree, checked in the sources: allowed imports (`docs/architecture.md` shows the table),
+//! places and lengths of files, and names that only certain files may use.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod source;
@@ -11,9 +11,10 @@ use std::path::Path;
 use source::{Source, file_imports, sources};
 
 /// Modules that every module may import.
-const EVERYBODY: [&str; 5] = ["address", "ids", "locks", "logging", "metrics"];
+const IMPORTED_BY_ALL: [&str; 5] = ["address", "ids", "locks", "logging", "metrics"];
 
-/// The imports allowed to each module besides, from the top down: a module imports only modules below it.
+/// The other imports that each module may have. The modules stand from the top down: a module imports only
+/// modules below it.
 const ALLOWED: &[(&str, &[&str])] = &[
     (
         "control",
@@ -97,7 +98,7 @@ fn modules_import_only_what_they_may() {
             continue;
         };
         for name in source.imports() {
-            let own_or_common = name == module || EVERYBODY.contains(&name.as_str());
+            let own_or_common = name == module || IMPORTED_BY_ALL.contains(&name.as_str());
             if !own_or_common && !may.contains(&name.as_str()) {
                 wrong.push(format!("{} imports {name}", source.path.display()));
             }
@@ -182,8 +183,8 @@ fn only_the_vhost_user_transport_names_the_vhost_user_crates() {
 /// A thread that is made elsewhere would have no filter.
 #[test]
 fn threads_of_the_daemon_are_made_by_the_sandbox() {
-    // The sandbox itself; what ends before it is put on; other processes than the daemon.
-    const MAY: [&str; 5] = [
+    // The sandbox itself, threads that end before the daemon is confined, and threads of other processes.
+    const ALLOWED_TO_SPAWN: [&str; 5] = [
         "process/sandbox/mod.rs",
         "process/socket.rs",
         "process/realtime.rs",
@@ -194,7 +195,11 @@ fn threads_of_the_daemon_are_made_by_the_sandbox() {
     for source in sources().iter().filter(|source| !source.is_test()) {
         let code = source.code();
         let spawns = code.contains("thread::spawn(") || code.contains("thread::Builder::new(");
-        if spawns && !MAY.iter().any(|may| source.path == Path::new(may)) {
+        if spawns
+            && !ALLOWED_TO_SPAWN
+                .iter()
+                .any(|path| source.path == Path::new(path))
+        {
             wrong.push(source.path.display().to_string());
         }
     }
@@ -280,10 +285,11 @@ fn a_module_with_children_is_a_folder_with_mod_rs() {
     assert!(wrong.is_empty(), "move to folder/mod.rs: {wrong:?}");
 }
 
-/// Lines of a file without its inline test module that need no reason, and those that no reason is enough for.
+/// A file with more lines must give the reason in its module comment.
 const LONG: usize = 500;
+/// No file may have more lines than this. Its inline test module does not count.
 const TOO_LONG: usize = 700;
-/// The words a module comment gives the reason after.
+/// The module comment gives the reason after these words.
 const REASON: &str = "long because";
 
 #[test]
@@ -303,7 +309,7 @@ fn long_files_give_a_reason() {
                 .contains(REASON)
         {
             wrong.push(format!(
-                "{path}: {all} lines, and the module comment does not say what it is {REASON}"
+                "{path} has {all} lines; give the reason in the module comment, after `{REASON}`"
             ));
         }
     }
@@ -417,7 +423,7 @@ fn the_document_shows_this_table() {
     table.push_str(&format!("| {} | everything |\n", list(WIRING)));
     for (module, may) in ALLOWED
         .iter()
-        .filter(|(module, _)| !EVERYBODY.contains(module))
+        .filter(|(module, _)| !IMPORTED_BY_ALL.contains(module))
     {
         let may = if may.is_empty() {
             "-".to_string()
@@ -428,7 +434,7 @@ fn the_document_shows_this_table() {
     }
     table.push_str(&format!(
         "| {} | only each other; every module may import them |\n",
-        list(&EVERYBODY)
+        list(&IMPORTED_BY_ALL)
     ));
     let wanted = format!("{before}{TABLE_BEGIN}{table}{TABLE_END}{after}");
     if std::env::var_os("VIOMMU_REGENERATE").is_some() {

@@ -1,4 +1,4 @@
-//! The sources of `src/` as text: files, what they import, what they define.
+//! The sources of `src/` as text: files, their imports, and the types that they define.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,7 +26,7 @@ impl Source {
             "backends/recorder.rs",
             "backends/testing.rs",
             "vfio/fake.rs",
-            "host/sysfs/made_up.rs",
+            "host/sysfs/fake.rs",
         ];
         self.path
             .iter()
@@ -110,7 +110,7 @@ fn collect(folder: &Path, src: &Path, found: &mut Vec<Source>) {
     }
 }
 
-/// The paths that follow `prefix` in code, groups in braces taken apart.
+/// The paths that follow `prefix` in code. A group in braces gives one path for each of its members.
 fn paths_after(code: &str, prefix: &str) -> Vec<String> {
     let code: String = code
         .lines()
@@ -128,7 +128,7 @@ fn paths_after(code: &str, prefix: &str) -> Vec<String> {
     found
 }
 
-/// Adds what `text` begins with, a path or a group of paths; returns the rest.
+/// Adds the path or the group of paths at the start of `text` to `found`. Returns the rest of `text`.
 fn expand<'a>(text: &'a str, so_far: String, found: &mut Vec<String>) -> &'a str {
     let text = text.trim_start();
     if let Some(mut rest) = text.strip_prefix('{') {
@@ -195,9 +195,9 @@ pub fn by_module(sources: &[Source]) -> BTreeMap<String, usize> {
         .collect()
 }
 
-/// The files that each file takes something from, by index: where a folder's `mod.rs` only hands a name on,
-/// the file that defines it. A folder's `mod.rs` and the files below it are one unit for Rust (what `mod.rs`
-/// defines, its children use as `super::`), so between those nothing is counted.
+/// For each file, the indices of the files whose names it imports. If a folder's `mod.rs` only re-exports a name, the
+/// file that defines the name counts instead. Imports between a folder's `mod.rs` and the files below it do not count:
+/// for Rust they are one unit, because the children use the names of `mod.rs` as `super::`.
 pub fn file_imports(sources: &[Source]) -> Vec<BTreeSet<usize>> {
     let modules = by_module(sources);
     let names: BTreeMap<usize, String> = modules

@@ -57,7 +57,7 @@ fn the_completions_are_up_to_date() {
 }
 
 #[test]
-fn bash_completes_with_them() {
+fn bash_loads_and_uses_its_completions() {
     let file = tree("packaging/completions").join(PROGRAM);
     let script = "source \"$0\"; COMP_WORDS=(vhost-device-iommu ctl /run/s sta); COMP_CWORD=3; \
                   _vhost__device__iommu vhost-device-iommu sta /run/s; echo \"${COMPREPLY[*]}\"";

@@ -343,7 +343,7 @@ fn an_access_makes_no_system_call() {
         let apart = mapping(page * PAGE, PAGE, page * 3 * PAGE, Access::READ_WRITE);
         bed.iommu.map(D1, &apart).expect("mapped");
     }
-    bed.process("strict").wait_for("no system call");
+    bed.process("strict-seccomp").wait_for("no system call");
 }
 
 #[test]

@@ -207,7 +207,7 @@ impl Role {
             command.uid(user);
         }
         let mut child = command
-            .args(["--ignored", "--exact", "roles::play", "--nocapture"])
+            .args(["--ignored", "--exact", "roles::run_role", "--nocapture"])
             .env("SHADOW_ROLE", role)
             .env("SHADOW_SOCKET", socket)
             .stdin(Stdio::piped())

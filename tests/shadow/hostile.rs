@@ -16,7 +16,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::bed::{A, B, Bed, D1, OTHER, PAGE, RAM, Role, eventually, mapping, slot};
 
-fn mapped(bed: &mut Bed) {
+/// Attaches endpoint `A` and maps its first page.
+fn map_first_page(bed: &mut Bed) {
     bed.iommu.attach(A, D1, false).expect("attached");
     let page = mapping(0, PAGE, 0, Access::READ_WRITE);
     bed.iommu.map(D1, &page).expect("mapped");
@@ -25,7 +26,7 @@ fn mapped(bed: &mut Bed) {
 #[test]
 fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let good = bed.reader(A);
     let mut stalled = bed.process("stall");
     stalled.wait_for("inside");
@@ -55,7 +56,7 @@ fn a_reader_that_stalls_is_killed_before_unmap_reports_success() {
 #[test]
 fn a_reader_that_died_inside_an_access_does_not_delay_unmap() {
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let mut stalled = bed.process("stall");
     stalled.wait_for("inside");
     stalled.kill();
@@ -70,7 +71,7 @@ fn a_reader_that_died_inside_an_access_does_not_delay_unmap() {
 #[test]
 fn an_endpoint_is_quarantined_if_its_reader_cannot_be_killed() {
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let reader = bed.reader(A);
     let guard = reader.enter().expect("a word");
     let refused = bed.iommu.unmap(D1, IovaRange::ALL).expect_err("stuck");
@@ -89,8 +90,8 @@ fn an_endpoint_is_quarantined_if_its_reader_cannot_be_killed() {
 #[test]
 fn a_reader_that_keeps_removed_memory_is_killed() {
     let mut bed = Bed::new();
-    let mut deaf = bed.process("deaf");
-    deaf.wait_for("ready");
+    let mut silent = bed.process("stop-reading");
+    silent.wait_for("ready");
     bed.wait_for_readers(1);
     // The daemon waits once for the acknowledgement of added memory; a missing one is no reason to
     // kill the reader.
@@ -107,7 +108,7 @@ fn a_reader_that_keeps_removed_memory_is_killed() {
     let begun = Instant::now();
     bed.iommu.set_memory(Vec::new());
     assert!(begun.elapsed() >= Duration::from_millis(500));
-    let ended = deaf.child.try_wait().expect("its own child");
+    let ended = silent.child.try_wait().expect("its own child");
     assert!(ended.is_some_and(|status| !status.success()));
     bed.wait_for_readers(0);
 }
@@ -117,8 +118,8 @@ fn a_reader_that_keeps_removed_memory_is_killed() {
 #[test]
 fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
     let mut bed = Bed::new();
-    let mut deaf = bed.process("deaf");
-    deaf.wait_for("ready");
+    let mut silent = bed.process("stop-reading");
+    silent.wait_for("ready");
     bed.wait_for_readers(1);
     // More messages than the reader's socket holds.
     let mut memory = bed.ram.clone();
@@ -133,7 +134,7 @@ fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(bed.registry.reader_count(), 1);
     bed.iommu.set_memory(Vec::new());
-    let ended = deaf.child.try_wait().expect("its own child");
+    let ended = silent.child.try_wait().expect("its own child");
     assert!(ended.is_some(), "it still maps memory that is removed");
     bed.wait_for_readers(0);
 }
@@ -141,14 +142,14 @@ fn a_reader_that_gets_no_more_messages_is_still_waited_for() {
 #[test]
 fn a_reader_that_sends_garbage_is_killed_and_the_others_continue() {
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let good = bed.reader(A);
-    let mut babbling = bed.process("babble");
-    babbling.wait_for("ready");
+    let mut faulty = bed.process("send-garbage");
+    faulty.wait_for("ready");
     bed.wait_for_readers(2);
-    babbling.send_line("go");
+    faulty.send_line("go");
     eventually("it ends", || {
-        babbling.child.try_wait().expect("a child").is_some()
+        faulty.child.try_wait().expect("a child").is_some()
     });
     bed.wait_for_readers(1);
     good.memory()
@@ -158,20 +159,20 @@ fn a_reader_that_sends_garbage_is_killed_and_the_others_continue() {
 }
 
 #[test]
-fn killed_at_any_moment_readers_leave_nothing_behind() {
+fn readers_killed_at_any_moment_leave_nothing_behind() {
     // A process of its own, without other tests, so that the test can count its descriptors.
     let bed = Bed::new();
-    let mut daemon = bed.process("daemon-of-killed");
+    let mut daemon = bed.process("daemon-of-killed-readers");
     daemon.wait_for("all is well");
     assert!(daemon.ended_well());
 }
 
-/// The role `daemon-of-killed`.
-pub fn outlive_readers() {
+/// The role `daemon-of-killed-readers`: kills readers and checks that nothing of them is left.
+pub fn run_daemon_of_killed_readers() {
     let rounds = std::env::var("SHADOW_KILLS").ok();
     let rounds = rounds.and_then(|n| n.parse().ok()).unwrap_or(20u32);
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let descriptors = || std::fs::read_dir("/proc/self/fd").expect("there").count();
     let mappings = || {
         let maps = std::fs::read_to_string("/proc/self/maps").expect("there");
@@ -179,7 +180,7 @@ pub fn outlive_readers() {
     };
     let before = (descriptors(), mappings());
     for round in 0..rounds {
-        let mut process = bed.process("hammer-one");
+        let mut process = bed.process("read-one-word");
         if round % 4 != 0 {
             process.wait_for("begun");
         }
@@ -230,7 +231,7 @@ fn answer(bed: &Bed, bytes: &[u8]) -> Option<(Refusal, u64)> {
 #[test]
 fn garbage_is_refused_and_affects_no_reader() {
     let mut bed = Bed::new();
-    mapped(&mut bed);
+    map_first_page(&mut bed);
     let good = bed.reader(A);
     let a = u64::from(A.0);
     for (frame, refusal, number) in [

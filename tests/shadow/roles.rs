@@ -17,7 +17,7 @@ use crate::{hostile, stress};
 
 #[test]
 #[ignore = "a part of other tests"]
-fn play() {
+fn run_role() {
     let Ok(role) = std::env::var("SHADOW_ROLE") else {
         return;
     };
@@ -25,7 +25,7 @@ fn play() {
     match role.as_str() {
         "stall" => stall(&socket),
         "write-on-command" => write_on_command(&socket),
-        "hammer" => {
+        "access" => {
             let reader = ShadowReader::connect(&socket, A).expect("accepted");
             let over = Arc::new(AtomicBool::new(false));
             let stop = over.clone();
@@ -37,21 +37,21 @@ fn play() {
                 stop.store(true, Ordering::Relaxed);
             });
             print_line("begun");
-            let done = stress::hammer(&reader, &over);
+            let done = stress::access_until(&reader, &over);
             print_line(&format!("accesses {done}"));
         }
-        "hammer-one" => hammer_one(&socket),
-        "daemon-of-killed" => {
-            hostile::outlive_readers();
+        "read-one-word" => read_one_word(&socket),
+        "daemon-of-killed-readers" => {
+            hostile::run_daemon_of_killed_readers();
             print_line("all is well");
         }
-        "strict" => strict(&socket),
+        "strict-seccomp" => access_under_strict_seccomp(&socket),
         "connect" => match ShadowReader::connect(&socket, A) {
             Ok(_) => print_line("accepted"),
             Err(cause) => print_line(&cause.to_string()),
         },
-        "deaf" => deaf(&socket),
-        "babble" => babble(&socket),
+        "stop-reading" => stop_reading(&socket),
+        "send-garbage" => send_garbage(&socket),
         other => panic!("no such role: {other}"),
     }
 }
@@ -61,7 +61,7 @@ fn print_line(word: &str) {
     std::io::stdout().flush().expect("an open pipe or socket");
 }
 
-fn for_ever() -> ! {
+fn sleep_for_ever() -> ! {
     loop {
         std::thread::sleep(Duration::from_secs(1));
     }
@@ -72,13 +72,13 @@ fn stall(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("accepted");
     let _inside = reader.enter().expect("a word");
     print_line("inside");
-    for_ever();
+    sleep_for_ever();
 }
 
 /// Accesses memory under strict seccomp: the kernel ends a thread that makes a system call other
 /// than `read` and `write`. Pages 0 to 15 must be mapped.
 #[expect(unsafe_code, reason = "system calls without a wrapper")]
-fn strict(socket: &std::path::Path) {
+fn access_under_strict_seccomp(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("accepted");
     let memory = reader.memory();
     let page = |number: u64| number * 7 % 16 * 4096;
@@ -112,11 +112,11 @@ fn strict(socket: &std::path::Path) {
     } else {
         "wrong"
     });
-    for_ever();
+    sleep_for_ever();
 }
 
 /// Reads one word over and over, whether it is mapped or not.
-fn hammer_one(socket: &std::path::Path) {
+fn read_one_word(socket: &std::path::Path) {
     let reader = ShadowReader::connect(socket, A).expect("accepted");
     let memory = reader.memory();
     print_line("begun");
@@ -137,22 +137,22 @@ fn write_on_command(socket: &std::path::Path) {
 }
 
 /// Receives the welcome and never reads again.
-fn deaf(socket: &std::path::Path) {
+fn stop_reading(socket: &std::path::Path) {
     let stream = greet(socket);
     print_line("ready");
     std::mem::forget(stream);
-    for_ever();
+    sleep_for_ever();
 }
 
 /// Receives the welcome and then sends garbage.
-fn babble(socket: &std::path::Path) {
+fn send_garbage(socket: &std::path::Path) {
     let mut stream = greet(socket);
     print_line("ready");
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).expect("a line");
     let nonsense = Frame::new(0x1234, 0, [u64::MAX; 4]);
     stream.write_all(&nonsense.to_wire()).expect("room");
-    for_ever();
+    sleep_for_ever();
 }
 
 fn greet(socket: &std::path::Path) -> UnixStream {

@@ -17,8 +17,8 @@ const PAGES: u64 = 8;
 const STEP: u64 = 2 << 20;
 /// The value in a page of memory that no mapping leads to.
 const POISON: u64 = 0xdead_dead_dead_dead;
-/// Offset in a page at which readers write.
-const SCRIBBLE: u64 = 64;
+/// The offset in a page at which readers write.
+const WRITE_OFFSET: u64 = 64;
 
 /// The value in a page of memory to which `iova` leads in domain `domain`.
 fn stamp(domain: u32, iova: u64) -> u64 {
@@ -30,7 +30,7 @@ fn is_stamp(value: u64, iova: u64) -> bool {
 }
 
 /// Reads and writes until `over` is set. Returns the number of accesses that succeeded.
-pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
+pub fn access_until(reader: &ShadowReader, over: &AtomicBool) -> u64 {
     let memory = reader.memory();
     let ram = memory.get_backend();
     let mut done = 0;
@@ -55,7 +55,7 @@ pub fn hammer(reader: &ShadowReader, over: &AtomicBool) -> u64 {
                 if number.is_multiple_of(16) {
                     std::thread::yield_now();
                 }
-                let there = GuestAddress(found.gpa.0 + SCRIBBLE);
+                let there = GuestAddress(found.gpa.0 + WRITE_OFFSET);
                 ram.write_obj(first, there).expect("memory");
                 let still: u64 = ram.read_obj(at).expect("memory");
                 assert_eq!(still, first, "at {iova:#x}, within one access");
@@ -146,17 +146,17 @@ fn retire(bed: &Bed, leads: &mut [Option<u64>], free: &mut Vec<u64>) {
 
 fn poison(bed: &Bed, ram: u64) {
     bed.poke(ram * PAGE, POISON);
-    bed.poke(ram * PAGE + SCRIBBLE, POISON);
+    bed.poke(ram * PAGE + WRITE_OFFSET, POISON);
 }
 
 fn check_poisoned(bed: &Bed, ram: u64) {
     assert_eq!(bed.peek(ram * PAGE), POISON);
-    let scribbled = bed.peek(ram * PAGE + SCRIBBLE);
-    assert!(scribbled == POISON || scribbled == 0, "{scribbled:#x}");
+    let written = bed.peek(ram * PAGE + WRITE_OFFSET);
+    assert!(written == POISON || written == 0, "{written:#x}");
 }
 
 /// A bed with a long deadline: the test does not look for readers that were not scheduled in time.
-fn patient() -> Bed {
+fn bed_with_long_deadline() -> Bed {
     Bed::with(Limits {
         patience: Duration::from_secs(30),
         ..Limits::default()
@@ -171,13 +171,13 @@ fn time() -> Duration {
 
 #[test]
 fn threads_reach_nothing_that_is_unmapped() {
-    let mut bed = patient();
+    let mut bed = bed_with_long_deadline();
     let reader = bed.reader(A);
     let over = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..3)
         .map(|_| {
             let (reader, over) = (reader.clone(), over.clone());
-            std::thread::spawn(move || hammer(&reader, &over))
+            std::thread::spawn(move || access_until(&reader, &over))
         })
         .collect();
     let changes = change(&mut bed, time());
@@ -195,8 +195,8 @@ fn threads_reach_nothing_that_is_unmapped() {
 
 #[test]
 fn processes_reach_nothing_that_is_unmapped() {
-    let mut bed = patient();
-    let mut processes: Vec<_> = (0..2).map(|_| bed.process("hammer")).collect();
+    let mut bed = bed_with_long_deadline();
+    let mut processes: Vec<_> = (0..2).map(|_| bed.process("access")).collect();
     for process in &mut processes {
         process.wait_for("begun");
     }

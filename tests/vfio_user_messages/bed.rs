@@ -1,5 +1,5 @@
-//! A guest's IOMMU with one emulated device: the core, the backend and its interposer. A test plays the client and
-//! the servers.
+//! A guest's IOMMU with one emulated device: the core, the backend and its interposer. The tests take the roles of the
+//! client and the servers.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -64,11 +64,8 @@ pub struct Bed {
     _folder: tempfile::TempDir,
 }
 
-/// Whether a script has answered a message. If not, [`answer`] does.
-pub type Handled = bool;
-
-/// A server that a thread plays for one connection.
-pub struct PlayedServer {
+/// A server that serves one connection in a thread of its own.
+pub struct ScriptedServer {
     /// The messages received so far.
     pub received: Arc<Mutex<Vec<Msg>>>,
     pub thread: JoinHandle<()>,
@@ -184,14 +181,14 @@ impl Bed {
         Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
-    /// A server that `script` plays, and a client that has negotiated with it.
+    /// A server that runs `script` (see [`start_scripted_server`]), and a client that has negotiated with it.
     pub fn pair(
         &self,
-        script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Connection, PlayedServer) {
+        script: impl FnMut(&mut Connection, &mut Msg) -> bool + Send + 'static,
+    ) -> (Connection, ScriptedServer) {
         let listener = self.listen();
-        let played = play(listener, script);
-        (self.client(), played)
+        let scripted = start_scripted_server(listener, script);
+        (self.client(), scripted)
     }
 
     /// A client that has negotiated with the server that listens.
@@ -228,11 +225,12 @@ pub fn accept(listener: &UnixListener) -> Connection {
     Connection::new(listener.accept().expect("a connection").0)
 }
 
-/// Plays a server for one connection in a thread of its own.
-pub fn play(
+/// Starts a server for one connection in a thread of its own. It calls `script` with each message. `script` returns
+/// whether it has answered the message; if not, [`answer`] does.
+pub fn start_scripted_server(
     listener: UnixListener,
-    mut script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-) -> PlayedServer {
+    mut script: impl FnMut(&mut Connection, &mut Msg) -> bool + Send + 'static,
+) -> ScriptedServer {
     let received = Arc::new(Mutex::new(Vec::new()));
     let log = received.clone();
     let thread = std::thread::spawn(move || {
@@ -247,7 +245,7 @@ pub fn play(
             log.push(msg);
         }
     });
-    PlayedServer { received, thread }
+    ScriptedServer { received, thread }
 }
 
 /// Answers a command of the client or the interposer with success. Refuses all other commands with ENOTSUP.
@@ -268,7 +266,7 @@ pub fn answer(server: &mut Connection, msg: &Msg) {
     }
 }
 
-impl PlayedServer {
+impl ScriptedServer {
     /// `inspect` of each received command of this kind.
     pub fn each<T>(&self, cmd: u16, inspect: impl Fn(&Msg) -> T) -> Vec<T> {
         let received = self.received.lock().unwrap();

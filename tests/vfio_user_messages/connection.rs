@@ -1,5 +1,5 @@
-//! One end of a vfio-user connection, written from the specification. It shares no code with the daemon: a
-//! misreading in the daemon must not be repeated here, where it would hide.
+//! One end of a vfio-user connection, written from the specification. It shares no code with the daemon: the tests
+//! could not notice a misreading of the specification in shared code.
 
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -150,7 +150,7 @@ impl Connection {
                 Err(cause) if is_gone(&cause) => {}
                 Err(cause) => panic!("not sent: {cause}"),
             },
-            // The next receive shows it.
+            // The next `recv` reports the end of the connection.
             Err(cause) if is_gone(&cause.into()) => {}
             Err(cause) => panic!("not sent: {cause}"),
         }

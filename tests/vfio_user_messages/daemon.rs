@@ -9,7 +9,7 @@ use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{CLIENT_TEXT, Handled, PlayedServer, accept, eventually, play};
+use crate::bed::{CLIENT_TEXT, ScriptedServer, accept, eventually, start_scripted_server};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{
@@ -22,7 +22,7 @@ const IOVA: u64 = 0x7000_0000;
 const PAGE: u64 = 0xa0_0000;
 const SOON: Duration = Duration::from_secs(10);
 
-/// A daemon with one emulated device at 00:06.0. The test plays its client and its server.
+/// A daemon with one emulated device at 00:06.0. The test takes the roles of its client and its server.
 struct DaemonBed {
     daemon: Daemon,
     listener: UnixListener,
@@ -53,16 +53,16 @@ impl DaemonBed {
         Connection::new(UnixStream::connect(&self.client_path).expect("connected"))
     }
 
-    /// A server that `script` plays, and a client that has negotiated with it.
+    /// A server that runs `script` (see [`start_scripted_server`]), and a client that has negotiated with it.
     fn pair(
         &self,
-        script: impl FnMut(&mut Connection, &mut Msg) -> Handled + Send + 'static,
-    ) -> (Connection, PlayedServer) {
-        let played = play(self.listener.try_clone().expect("cloned"), script);
+        script: impl FnMut(&mut Connection, &mut Msg) -> bool + Send + 'static,
+    ) -> (Connection, ScriptedServer) {
+        let scripted = start_scripted_server(self.listener.try_clone().expect("cloned"), script);
         let mut client = self.client();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
         assert_eq!(answer.errno(), 0);
-        (client, played)
+        (client, scripted)
     }
 
     /// A client and a server that have negotiated. The test sends all further messages.
@@ -81,7 +81,7 @@ impl DaemonBed {
 fn a_device_reaches_mapped_memory_and_the_guest_gets_faults_for_the_rest() {
     let bed = DaemonBed::new("messages");
     // While UNMAP waits for the server, the server writes to another page and to the page being unmapped.
-    let (mut client, played) = bed.pair(|server, msg| {
+    let (mut client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
             let kept = dma(IOVA + 0x1000, 4, b"kept");
             assert_eq!(server.call(DMA_WRITE, &kept, &[]).errno(), 0);
@@ -106,7 +106,7 @@ fn a_device_reaches_mapped_memory_and_the_guest_gets_faults_for_the_rest() {
     assert_eq!(event.bytes[16..24], IOVA.to_le_bytes());
     let reply = client.call(REGION_READ, &region(3, 0, 4, &[]), &[]);
     assert_eq!(reply.body[16..], [3; 4]);
-    assert!(!played.windows().contains(&IOVA));
+    assert!(!scripted.windows().contains(&IOVA));
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn the_status_shows_connections_and_counters_of_emulated_devices() {
 #[test]
 fn a_fault_while_memory_slots_change_does_not_deadlock() {
     let bed = DaemonBed::new("messages");
-    let (_client, played) = bed.pair(|server, msg| {
+    let (_client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP && msg.u64_at(8) == IOVA {
             // The device has locked the event queue now, and this fault goes there.
             let reply = server.call(DMA_READ, &dma(0x1234_0000, 4, &[]), &[]);
@@ -167,7 +167,7 @@ fn a_fault_while_memory_slots_change_does_not_deadlock() {
     let gpa = 0x8_0000_0000;
     guest.add_region(crate::common::memory::Region::new(gpa, 0x1000));
     assert_eq!(guest.map_page(1, IOVA, gpa), 0);
-    eventually("a window", || played.windows().contains(&IOVA));
+    eventually("a window", || scripted.windows().contains(&IOVA));
     let begun = Instant::now();
     guest.remove_region(gpa);
     assert!(
@@ -175,7 +175,7 @@ fn a_fault_while_memory_slots_change_does_not_deadlock() {
         "{:?}",
         begun.elapsed()
     );
-    assert!(played.windows().is_empty());
+    assert!(scripted.windows().is_empty());
     assert!(guest.take_event(SOON).is_some());
     assert!(
         !bed.daemon.log().contains("cut off"),

@@ -13,7 +13,8 @@ use vhost_device_iommu::backends::vfio_user::Isolation;
 use vhost_device_iommu::faults::FaultReason;
 
 use crate::bed::{
-    Bed, CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, accept, eventually, play, range,
+    Bed, CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, accept, eventually, range,
+    start_scripted_server,
 };
 use crate::connection::{
     COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, RESET, VERSION, dma,
@@ -32,7 +33,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
             .expect("mapped");
         let files = Arc::new(Mutex::new(Vec::new()));
         let log = files.clone();
-        let (_client, played) = bed.pair(move |_, msg| {
+        let (_client, scripted) = bed.pair(move |_, msg| {
             if msg.cmd == DMA_MAP {
                 log.lock()
                     .unwrap()
@@ -41,7 +42,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
             false
         });
         eventually("the server has the first window", || {
-            played.windows() == [IOVA]
+            scripted.windows() == [IOVA]
         });
         bed.map(IOVA + 0x2000, 0x8000, 0x1000, Access::READ)
             .expect("mapped");
@@ -57,7 +58,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
             Isolation::Mappings => RAM_OFFSET + at,
         };
         let received = || {
-            played.each(DMA_MAP, |m| {
+            scripted.each(DMA_MAP, |m| {
                 (m.u32_at(4), m.u64_at(8), m.u64_at(16), m.u64_at(24))
             })
         };
@@ -84,9 +85,9 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
         }
         bed.unmap(IOVA, 0x8000).expect("unmapped");
         eventually("the server has lost all windows", || {
-            played.windows().is_empty()
+            scripted.windows().is_empty()
         });
-        let unmapped = played.each(DMA_UNMAP, |m| (m.u64_at(8), m.u64_at(16)));
+        let unmapped = scripted.each(DMA_UNMAP, |m| (m.u64_at(8), m.u64_at(16)));
         assert_eq!(
             unmapped,
             [
@@ -110,7 +111,7 @@ fn unmaps_that_overlap_take_each_window_away_once() {
     }
     // Like real servers, this one refuses to remove a window that it does not have.
     let mut present = vec![];
-    let (_client, played) = bed.pair(move |server, msg| {
+    let (_client, scripted) = bed.pair(move |server, msg| {
         match msg.cmd {
             DMA_MAP => present.push(msg.u64_at(16)),
             DMA_UNMAP => match present.iter().position(|w| *w == msg.u64_at(8)) {
@@ -124,12 +125,14 @@ fn unmaps_that_overlap_take_each_window_away_once() {
         }
         false
     });
-    eventually("the server has all windows", || played.windows().len() == 3);
+    eventually("the server has all windows", || {
+        scripted.windows().len() == 3
+    });
     let ranges = [(0, 1), (0, 2), (1, 2)].map(|(at, pages)| range(IOVA + at * PAGE, pages * PAGE));
     let mut outcomes = VecDeque::new();
     bed.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
     assert_eq!(outcomes, [Ok(()), Ok(()), Ok(())]);
-    let unmapped = played.each(DMA_UNMAP, |m| m.u64_at(8));
+    let unmapped = scripted.each(DMA_UNMAP, |m| m.u64_at(8));
     assert_eq!(unmapped, [IOVA, IOVA + PAGE, IOVA + 2 * PAGE]);
     let state = bed.iommu().endpoint(bed.endpoint()).expect("an endpoint");
     assert!(!state.quarantined);
@@ -332,7 +335,7 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
 fn windows_a_server_refuses_do_not_exist() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
-    let (_client, played) = bed.pair(|server, msg| {
+    let (_client, scripted) = bed.pair(|server, msg| {
         let refused = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + 0x1000;
         if refused {
             server.refuse(msg, libc::ENOMEM.unsigned_abs());
@@ -349,7 +352,7 @@ fn windows_a_server_refuses_do_not_exist() {
     );
     bed.unmap(0, 1 << 40).expect("unmapped");
     eventually("the server loses its only window", || {
-        played.each(DMA_UNMAP, |m| m.u64_at(8)) == [IOVA]
+        scripted.each(DMA_UNMAP, |m| m.u64_at(8)) == [IOVA]
     });
     assert!(
         !bed.iommu()
@@ -366,7 +369,7 @@ fn a_refusal_that_arrives_during_unmap_does_not_affect_a_later_window() {
     // Mapped before there is a server: DMA_MAP is sent when the server connects, and MAP does not wait for it.
     bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
     let mut maps = 0;
-    let (mut client, played) = bed.pair(move |server, msg| {
+    let (mut client, scripted) = bed.pair(move |server, msg| {
         maps += u32::from(msg.cmd == DMA_MAP);
         let refused = msg.cmd == DMA_MAP && maps == 1;
         if refused {
@@ -377,10 +380,10 @@ fn a_refusal_that_arrives_during_unmap_does_not_affect_a_later_window() {
     });
     bed.unmap(IOVA, 0x1000)
         .expect("the server never had the window");
-    assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
+    assert!(scripted.each(DMA_UNMAP, |_| ()).is_empty());
     bed.map(IOVA, 0x1000, 0x1000, Access::READ).expect("mapped");
     bed.unmap(IOVA, 0x1000).expect("unmapped");
-    assert_eq!(played.each(DMA_UNMAP, |m| m.u64_at(8)), [IOVA]);
+    assert_eq!(scripted.each(DMA_UNMAP, |m| m.u64_at(8)), [IOVA]);
     bed.map(IOVA, 0, 0x1000, Access::READ)
         .expect("there is room");
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
@@ -391,7 +394,7 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
     let bed = Bed::new(Isolation::Messages);
     bed.iommu().set_memory(Vec::new());
     bed.iommu().set_bypass(true);
-    let (mut client, played) = bed.pair(|server, msg| match msg.cmd {
+    let (mut client, scripted) = bed.pair(|server, msg| match msg.cmd {
         DMA_MAP => {
             server.refuse(msg, libc::ENOMEM.unsigned_abs());
             true
@@ -406,9 +409,9 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     bed.iommu().set_memory(Vec::new());
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    assert_eq!(played.each(DMA_MAP, |m| m.u64_at(16)), [RAM]);
+    assert_eq!(scripted.each(DMA_MAP, |m| m.u64_at(16)), [RAM]);
     assert!(
-        played.each(DMA_UNMAP, |_| ()).is_empty(),
+        scripted.each(DMA_UNMAP, |_| ()).is_empty(),
         "the server never had the window"
     );
 }
@@ -417,7 +420,7 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
 fn a_server_gets_no_more_windows_than_it_supports() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
-    let (_client, played) = bed.pair(|server, msg| {
+    let (_client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == VERSION {
             let text = r#"{"capabilities":{"max_dma_maps":2}}"#;
             server.reply(msg, &version_body(text), &[]);
@@ -430,7 +433,7 @@ fn a_server_gets_no_more_windows_than_it_supports() {
     bed.unmap(IOVA, 0x1000).expect("unmapped");
     map(2).expect("room");
     eventually("two are left", || {
-        played.windows() == [IOVA + 0x1000, IOVA + 0x2000]
+        scripted.windows() == [IOVA + 0x1000, IOVA + 0x2000]
     });
 }
 
@@ -492,13 +495,13 @@ fn a_new_server_gets_many_windows_and_loses_them_in_one_unmap() {
             .expect("mapped");
     }
     let listener = bed.listen();
-    let played = play(listener, |_, _| false);
+    let scripted = start_scripted_server(listener, |_, _| false);
     let mut client = bed.client();
     // The interposer forwards RESET after the windows.
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    assert_eq!(played.windows().len() as u64, COUNT);
+    assert_eq!(scripted.windows().len() as u64, COUNT);
     bed.unmap(IOVA, COUNT * 0x2000).expect("unmapped");
-    assert!(played.each(DMA_UNMAP, |_| ()).len() as u64 >= COUNT - 1);
+    assert!(scripted.each(DMA_UNMAP, |_| ()).len() as u64 >= COUNT - 1);
 }
 
 #[test]
@@ -510,7 +513,7 @@ fn a_server_that_keeps_answering_is_not_cut_off() {
         bed.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
             .expect("mapped");
     }
-    let (mut client, played) = bed.pair(|_, msg| {
+    let (mut client, scripted) = bed.pair(|_, msg| {
         if msg.cmd == DMA_UNMAP {
             std::thread::sleep(Duration::from_micros(250));
         }
@@ -522,9 +525,9 @@ fn a_server_that_keeps_answering_is_not_cut_off() {
         .expect("the server keeps answering");
     assert!(
         begun.elapsed() > Duration::from_secs(1),
-        "UNMAP took longer than the deadline, or this shows nothing"
+        "UNMAP ended before the deadline, so the test shows nothing"
     );
     eventually("the server has lost all windows", || {
-        played.windows().is_empty()
+        scripted.windows().is_empty()
     });
 }

@@ -48,7 +48,7 @@ fn descriptors_pass_both_ways_with_their_message() {
     let bed = Bed::new(Isolation::Messages);
     let (ours, mut theirs) = UnixStream::pair().expect("sockets");
     let mut kept = Vec::new();
-    let (mut client, _played) = bed.pair(move |server, msg| match msg.cmd {
+    let (mut client, _scripted) = bed.pair(move |server, msg| match msg.cmd {
         SET_IRQS => {
             // Sends a byte over each descriptor, as if it were an event.
             for (fd, n) in msg.fds.drain(..).zip(b'a'..) {
@@ -88,7 +88,7 @@ fn descriptors_pass_both_ways_with_their_message() {
 fn replies_may_come_in_another_order_than_the_commands() {
     let bed = Bed::new(Isolation::Messages);
     let mut held = Vec::new();
-    let (mut client, _played) = bed.pair(move |server, msg| {
+    let (mut client, _scripted) = bed.pair(move |server, msg| {
         if msg.cmd != REGION_READ {
             return false;
         }
@@ -116,7 +116,7 @@ fn replies_may_come_in_another_order_than_the_commands() {
 #[test]
 fn more_commands_than_may_be_pending_are_all_answered() {
     let bed = Bed::new(Isolation::Messages);
-    let (mut client, _played) = bed.pair(|_, _| false);
+    let (mut client, _scripted) = bed.pair(|_, _| false);
     let mut writer = Connection::new(client.stream.try_clone().expect("cloned"));
     let sender = std::thread::spawn(move || {
         for n in 0..2000u64 {
@@ -133,7 +133,7 @@ fn more_commands_than_may_be_pending_are_all_answered() {
 #[test]
 fn commands_without_reply_keep_their_order() {
     let bed = Bed::new(Isolation::Messages);
-    let (mut client, played) = bed.pair(|server, msg| {
+    let (mut client, scripted) = bed.pair(|server, msg| {
         // A reply to a command without reply does no harm.
         if msg.cmd == REGION_WRITE && msg.flags & NO_REPLY != 0 && msg.u64_at(0) == 1 {
             server.reply(msg, &msg.body[..16], &[]);
@@ -147,14 +147,14 @@ fn commands_without_reply_keep_their_order() {
     let reply = client.call(REGION_WRITE, &region(3, 0, 1, b"x"), &[]);
     assert_eq!((reply.errno(), reply.u64_at(0)), (0, 3));
     eventually("the server has received the last", || {
-        played.each(REGION_WRITE, |m| m.u64_at(0)) == [0, 1, 2, 3]
+        scripted.each(REGION_WRITE, |m| m.u64_at(0)) == [0, 1, 2, 3]
     });
 }
 
 #[test]
 fn a_client_s_windows_stay_with_the_interposer() {
     let bed = Bed::new(Isolation::Mappings);
-    let (mut client, played) = bed.pair(|_, _| false);
+    let (mut client, scripted) = bed.pair(|_, _| false);
     let file = File::open("/dev/zero").expect("open");
     let mut map = |address, size, with_file: bool| {
         let fds = [file.as_fd()];
@@ -175,16 +175,16 @@ fn a_client_s_windows_stay_with_the_interposer() {
     // The server has received the RESET alone.
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
     eventually("the server has received the last", || {
-        !played.each(RESET, |_| ()).is_empty()
+        !scripted.each(RESET, |_| ()).is_empty()
     });
-    assert!(played.windows().is_empty());
-    assert!(played.each(DMA_UNMAP, |_| ()).is_empty());
+    assert!(scripted.windows().is_empty());
+    assert!(scripted.each(DMA_UNMAP, |_| ()).is_empty());
 }
 
 #[test]
 fn features_that_fail_behind_an_iommu_are_refused() {
     let bed = Bed::new(Isolation::Messages);
-    let (mut client, played) = bed.pair(|_, _| false);
+    let (mut client, scripted) = bed.pair(|_, _| false);
     for (cmd, body) in [
         (DIRTY_PAGES, [8, 1]),
         (FEATURE, [8, 6 | 1 << 17]),
@@ -195,16 +195,16 @@ fn features_that_fail_behind_an_iommu_are_refused() {
         let body: Vec<u8> = body.into_iter().flat_map(u32::to_ne_bytes).collect();
         assert_eq!(client.call(cmd, &body, &[]).errno(), libc::ENOTSUP);
     }
-    assert!(played.each(FEATURE, |_| ()).is_empty());
+    assert!(scripted.each(FEATURE, |_| ()).is_empty());
     // The server refuses this one itself.
     assert_eq!(client.call(GET_INFO, &[0; 16], &[]).errno(), libc::ENOTSUP);
-    assert_eq!(played.each(GET_INFO, |m| m.body.len()), [16]);
+    assert_eq!(scripted.each(GET_INFO, |m| m.body.len()), [16]);
 }
 
 #[test]
 fn large_messages_pass_whole() {
     let bed = Bed::new(Isolation::Messages);
-    let (mut client, _played) = bed.pair(|_, _| false);
+    let (mut client, _scripted) = bed.pair(|_, _| false);
     let data = vec![9; 1 << 20];
     let written = client.call(REGION_WRITE, &region(4, 0, 1 << 20, &data), &[]);
     assert_eq!(written.errno(), 0);

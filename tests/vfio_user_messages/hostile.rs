@@ -126,7 +126,7 @@ pub fn send(connection: &mut Connection, bytes: &[u8], descriptors: usize) {
 
 /// Checks that a new client and a new server can talk.
 fn assert_works(bed: &Bed) {
-    let (mut client, _played) = bed.pair(|_, _| false);
+    let (mut client, _scripted) = bed.pair(|_, _| false);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
@@ -258,7 +258,7 @@ fn servers_with_invalid_capabilities_get_no_client() {
 fn a_server_that_refuses_to_give_a_window_up_is_cut_off() {
     let bed = Bed::new(Isolation::Mappings);
     bed.attach();
-    let (_client, played) = bed.pair(|server, msg| {
+    let (_client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == DMA_UNMAP {
             server.refuse(msg, libc::EBUSY.unsigned_abs());
         }
@@ -274,7 +274,7 @@ fn a_server_that_refuses_to_give_a_window_up_is_cut_off() {
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
     eventually("the interposer cuts the server off", || {
-        played.thread.is_finished()
+        scripted.thread.is_finished()
     });
 }
 

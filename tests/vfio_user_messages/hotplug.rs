@@ -3,7 +3,7 @@
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use crate::bed::{CLIENT_TEXT, PlayedServer, eventually, play};
+use crate::bed::{CLIENT_TEXT, ScriptedServer, eventually, start_scripted_server};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{Connection, VERSION, version_body};
@@ -20,12 +20,12 @@ fn add(daemon: &Daemon, client: &Path, server: &Path) {
     assert!(answer["error"].is_null(), "{answer}");
 }
 
-fn pair(client: &Path, listener: &UnixListener) -> (Connection, PlayedServer) {
-    let played = play(listener.try_clone().expect("cloned"), |_, _| false);
+fn pair(client: &Path, listener: &UnixListener) -> (Connection, ScriptedServer) {
+    let scripted = start_scripted_server(listener.try_clone().expect("cloned"), |_, _| false);
     let mut client = Connection::new(UnixStream::connect(client).expect("connected"));
     let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
     assert_eq!(answer.errno(), 0);
-    (client, played)
+    (client, scripted)
 }
 
 #[test]
@@ -46,10 +46,10 @@ fn an_added_emulated_device_reaches_mapped_memory_until_it_is_removed() {
 
     for _ in 0..3 {
         add(&daemon, &client_path, &server_path);
-        let (mut client, played) = pair(&client_path, &listener);
+        let (mut client, scripted) = pair(&client_path, &listener);
         assert_eq!(guest.attach(1, EP), 0);
         assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE + 0x1000), 0);
-        assert_eq!(played.windows(), [IOVA, IOVA + 0x1000]);
+        assert_eq!(scripted.windows(), [IOVA, IOVA + 0x1000]);
         assert_eq!(daemon.status()["emulated"][0]["windows"], 2);
 
         let answer = daemon.control("remove-endpoint 00:06.0");
@@ -62,9 +62,9 @@ fn an_added_emulated_device_reaches_mapped_memory_until_it_is_removed() {
             "the daemon closes the client's connection"
         );
         eventually("the server's connection ends", || {
-            played.thread.is_finished()
+            scripted.thread.is_finished()
         });
-        assert!(played.windows().is_empty());
+        assert!(scripted.windows().is_empty());
         assert!(!client_path.exists(), "the socket's file is gone");
         assert_eq!(guest.unmap(1, IOVA + 0x1000, IOVA + 0x1fff), 0);
     }

@@ -1,5 +1,5 @@
-//! The interposer between a VMM's vfio-user client and a device's server, over real sockets. The tests play the
-//! client and the server.
+//! The interposer between a VMM's vfio-user client and a device's server, over real sockets. The tests
+//! take the roles of the client and the server.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -13,8 +13,8 @@ pub mod common;
 mod connection;
 mod daemon;
 mod dma;
-mod ends;
 mod forwarding;
 mod hostile;
 mod hotplug;
+mod reconnection;
 mod sockets;

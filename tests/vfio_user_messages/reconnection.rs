@@ -7,7 +7,7 @@ use std::time::Duration;
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, eventually, play};
+use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, eventually, start_scripted_server};
 use crate::connection::{
     Connection, DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region,
     version_body,
@@ -55,11 +55,11 @@ fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
     bed.map(IOVA + 0x5000, 0, 0x1000, Access::READ)
         .expect("mapped");
 
-    let played = play(bed.listen(), |_, _| false);
+    let scripted = start_scripted_server(bed.listen(), |_, _| false);
     eventually("the server has the window and the interrupts", || {
-        played.windows() == [IOVA + 0x5000] && !played.each(SET_IRQS, |_| ()).is_empty()
+        scripted.windows() == [IOVA + 0x5000] && !scripted.each(SET_IRQS, |_| ()).is_empty()
     });
-    let interrupts = played.each(SET_IRQS, |m| {
+    let interrupts = scripted.each(SET_IRQS, |m| {
         (
             m.u32_at(4),
             m.u32_at(8),
@@ -83,7 +83,7 @@ fn a_client_with_descriptors_of_a_dead_server_is_disconnected() {
     assert_eq!(client.recv().expect("a reply").fds.len(), 1);
     drop(server);
     assert!(client.is_closed());
-    let (mut client, _played) = bed.pair(|_, _| false);
+    let (mut client, _scripted) = bed.pair(|_, _| false);
     assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
 }
 
@@ -93,14 +93,14 @@ fn a_client_that_dies_takes_the_server_s_connection_with_it() {
     bed.attach();
     let listener = bed.listen();
     for round in 0..3u64 {
-        let played = play(listener.try_clone().expect("cloned"), |_, _| false);
+        let scripted = start_scripted_server(listener.try_clone().expect("cloned"), |_, _| false);
         let mut client = bed.client();
         bed.map(IOVA + round * 0x1000, 0, 0x1000, Access::READ)
             .expect("mapped");
         client.ask(RESET, &[], &[]);
         drop(client);
-        let received = played.received.clone();
-        played.thread.join().expect("the connection has ended");
+        let received = scripted.received.clone();
+        scripted.thread.join().expect("the connection has ended");
         let maps = received
             .lock()
             .unwrap()
