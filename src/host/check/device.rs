@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use super::{Finding, access};
 use crate::config::HostIommu;
 use crate::host::sysfs::{
-    HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice,
+    HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
 };
 use crate::topology::PciAddress;
 
@@ -90,7 +90,19 @@ fn not_bound(root: &HostRoot, device: &SysfsDevice) -> Finding {
             device.name
         ),
     };
-    Finding::missing(problem, "bind it to vfio-pci").with_commands(binding(root, device))
+    match uses(root, device).as_slice() {
+        [] => Finding::missing(problem, "bind it to vfio-pci").with_commands(binding(root, device)),
+        uses => Finding::missing(
+            in_use(&problem, uses),
+            "give `vfio` the address of a device that the host does not use, or take this device out of use; `check` \
+             then prints the commands that bind it to vfio-pci",
+        ),
+    }
+}
+
+/// `problem` with the uses of a device: no commands are printed that would take them from the host.
+fn in_use(problem: &str, uses: &[String]) -> String {
+    format!("{problem}; the host uses it: {}", uses.join(", "))
 }
 
 /// The commands that bind a device to vfio-pci.
@@ -125,26 +137,45 @@ fn group_findings<'a>(
             return None;
         }
         let why = SharingReason::between(&device.place, &other.place);
-        let cure = "bind the other device to vfio-pci, too, or unbind it from its driver; a card of its own may get its \
-                    own group in another slot";
-        let commands = binding(root, other);
-        Some(if spoils {
-            let problem = format!(
+        let uses = uses(root, other);
+        let problem = if spoils {
+            format!(
                 "host group {number} is not viable: {other} makes the group unusable for VFIO; both devices are in the group {why}"
-            );
-            Finding::missing(problem, cure).with_commands(commands)
+            )
         } else {
-            let problem = format!(
+            format!(
                 "host group {number} may not be viable: some kernels do not accept {other} in it; \
                  both devices are in the group {why}"
-            );
-            let cure = "if VFIO refuses the group, unbind the bridge from its driver";
-            let unbind = format!(
-                "echo {0} > /sys/bus/pci/devices/{0}/driver/unbind",
-                other.name
-            );
-            Finding::advice(problem, cure).with_commands(vec![unbind])
-        })
+            )
+        };
+        let (problem, cure, commands) = match (uses.as_slice(), spoils) {
+            ([], true) => (
+                problem,
+                "bind the other device to vfio-pci, too, or unbind it from its driver; a card of its own may get its \
+                 own group in another slot",
+                binding(root, other),
+            ),
+            ([], false) => (
+                problem,
+                "if VFIO refuses the group, unbind the bridge from its driver",
+                vec![format!(
+                    "echo {0} > /sys/bus/pci/devices/{0}/driver/unbind",
+                    other.name
+                )],
+            ),
+            (uses, _) => (
+                in_use(&problem, uses),
+                "do not unbind the other device while the host uses it: move this card to a slot with a group of its \
+                 own, or take the other device out of use; `check` then prints the commands",
+                Vec::new(),
+            ),
+        };
+        let finding = if spoils {
+            Finding::missing(problem, cure)
+        } else {
+            Finding::advice(problem, cure)
+        };
+        Some(finding.with_commands(commands))
     });
     let direct = |kind| kind == HostRegionKind::Direct;
     let claimed = group.regions.iter().find(|region| direct(region.kind));
@@ -298,6 +329,46 @@ mod tests {
             "{}",
             finding.problem
         );
+    }
+
+    /// No commands are printed for a device that the host uses, be it the endpoint's own or another of its group.
+    #[test]
+    fn devices_in_use_are_not_unbound() {
+        let host = host(&Function::ready(PATH, 7));
+        let disk = Function {
+            class: "0x010601",
+            ..Function::bound("0000:00:1c.0/0000:01:00.1", 7, Some("ahci"))
+        };
+        host.function(&disk);
+        let sda = "sys/devices/pci0000:00/0000:00:1c.0/0000:01:00.1/ata1/block/sda";
+        host.file(&format!("{sda}/dev"), "8:0\n");
+        host.link(sda, "sys/class/block/sda");
+        assert!(!only(&host, HostIommu::Iommufd).commands.is_empty());
+        host.file(
+            "proc/self/mountinfo",
+            "29 1 8:0 / / rw - ext4 /dev/sda rw\n",
+        );
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(
+            (finding.severity, finding.commands.as_slice()),
+            (Severity::Missing, &[][..])
+        );
+        assert!(
+            finding.problem.contains("sda is mounted at /"),
+            "{finding:?}"
+        );
+        assert!(finding.cure.contains("do not unbind"), "{finding:?}");
+
+        let own = "0000:01:00.1".parse().expect("an address");
+        let facts = HostFacts::read(&host.root(), [own]);
+        let found = findings(&host.root(), &facts, own, HostIommu::Type1);
+        let unbound = found.first().expect("a finding");
+        assert!(unbound.problem.contains("driver ahci"), "{unbound:?}");
+        assert!(
+            unbound.problem.contains("sda is mounted at /"),
+            "{unbound:?}"
+        );
+        assert_eq!(unbound.commands, [""; 0]);
     }
 
     #[test]

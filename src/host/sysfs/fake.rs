@@ -90,10 +90,11 @@ impl<'a> Function<'a> {
         }
     }
 
-    /// A network card bound to `driver`, without VFIO.
+    /// A sound card bound to `driver`, without VFIO.
     pub fn bound(path: &'a str, group: u32, driver: Option<&'a str>) -> Self {
         Self {
             driver,
+            class: "0x040300",
             vfio: None,
             ..Self::ready(path, group)
         }
@@ -164,6 +165,16 @@ impl FakeHost {
         } else {
             fs::remove_file(path).expect("removed");
         }
+    }
+
+    /// Makes a link at `at` that leads to `target`, both below the root.
+    pub fn link(&self, target: &str, at: &str) {
+        link(&self.path(target), &self.path(at));
+    }
+
+    /// Makes a link at `at` that leads to a path outside this host.
+    pub fn dangling(&self, target: &str, at: &str) {
+        link(Path::new(target), &self.path(at));
     }
 
     /// Writes the function, its links, its nodes and its membership in the group.

@@ -9,6 +9,7 @@ mod read;
 mod refine;
 mod reserved;
 mod sharing;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -24,6 +25,7 @@ pub use read::HostRoot;
 pub use refine::{RefineError, Refined, refine};
 pub use reserved::{HostRegion, HostRegionKind, gaps, merge, parse_regions};
 pub use sharing::{PciPlace, SharingReason};
+pub use usage::uses;
 
 /// PCI class and subclass of bridges between PCI buses.
 const CLASS_PCI_BRIDGE: u32 = 0x0604;
