@@ -283,7 +283,7 @@ echo "The VMM's own vfio-user client connects to the daemon, and the daemon to t
 echo "server to guest memory is a message, which the daemon carries out or refuses."
 truncate -s 64M "$work/disk.img"
 "$built/examples/nvme" serve --socket "$work/disk.sock" --disk "$work/disk.img" --dma messages \
-    --orders "$work/disk.orders" >"$work/disk.log" 2>&1 &
+    --access-socket "$work/disk.access" >"$work/disk.log" 2>&1 &
 server=$!
 await 10 test -S "$work/disk.sock" || give_up "the disk's server does not start: $(cat "$work/disk.log")"
 "$program" viot "$work/disk.toml" -o "$work/disk.viot"
@@ -314,7 +314,7 @@ title "The disk's server accesses memory that is not mapped for it"
 outside=0x1000000
 for access in "read $outside 16" "write $outside a5 16"; do
     # shellcheck disable=SC2086 # words
-    answer=$("$built/examples/nvme" order "$work/disk.orders" $access 2>/dev/null) && done=yes || done=no
+    answer=$("$built/examples/nvme" access "$work/disk.access" $access 2>/dev/null) && done=yes || done=no
     echo "the server, told to $access: $answer"
     check "it is refused" test "$done" = no
 done

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The controller gets a new [`Gate`] each time it is enabled, and every access to memory passes the
-//! gate. Disabling or resetting the controller closes it: a command that started before then touches
-//! no memory any more, though the worker may still execute it. Neither waits for the worker.
+//! gate. Disabling or resetting the controller closes the gate, and does not wait for the worker. The
+//! worker may still execute a command that started before, but that command touches no memory any more.
 //!
 //! The controller becomes ready after the worker has read the admin queue. If the worker cannot read
 //! it, the status says so at once, and the driver need not wait for a command to time out.

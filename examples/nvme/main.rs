@@ -15,7 +15,7 @@
 //! - `messages`: the server has no guest memory and sends DMA_READ or DMA_WRITE for each access.
 //! - `shadow=SOCKET`: the server reads the daemon's page tables with this crate's `shadow` library.
 //!
-//! `nvme serve` is the server. `nvme order` makes it access an address of the caller's choice, as a
+//! `nvme serve` is the server. `nvme access` makes it access an address of the caller's choice, as a
 //! faulty or malicious device would (`test_access`).
 //!
 //! Two threads serve a client. One receives messages and replies at once (`server`). The other is the
@@ -65,8 +65,8 @@ enum Args {
     /// Serves a disk to vfio-user clients.
     Serve(Serve),
     /// Makes a server access guest memory, as tests do, and prints its answer.
-    Order {
-        /// The socket that the server was given with `--orders`.
+    Access {
+        /// The socket that the server was given with `--access-socket`.
         socket: PathBuf,
         /// `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`.
         #[arg(required = true)]
@@ -88,9 +88,9 @@ struct Serve {
     /// With `shadow`, the device's PCI address in the guest.
     #[arg(long, value_name = "PCI")]
     endpoint: Option<PciAddress>,
-    /// The socket to listen on for `nvme order`.
+    /// The socket to listen on for `nvme access`.
     #[arg(long, value_name = "PATH")]
-    orders: Option<PathBuf>,
+    access_socket: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug)]
@@ -117,7 +117,7 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let outcome = match Args::parse() {
         Args::Serve(serve) => run(serve),
-        Args::Order { socket, words } => request_access(&socket, &words.join(" ")),
+        Args::Access { socket, words } => request_access(&socket, &words.join(" ")),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -155,7 +155,7 @@ fn run(args: Serve) -> Result<(), Box<dyn Error>> {
     let disk = Disk::open(&args.disk)?;
     info!("{}: {} blocks", args.disk.display(), disk.blocks());
     let test_access = Arc::new(TestAccess::default());
-    let _test_access_file = match args.orders {
+    let _test_access_file = match args.access_socket {
         Some(path) => {
             let (listener, file) = socket::bind(&path)?;
             test_access::listen(listener, test_access.clone())?;

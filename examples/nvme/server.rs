@@ -117,7 +117,7 @@ impl ServedDevice for NvmeDevice {
         }
         let first = set.start as usize;
         match set.data {
-            // Of the other kinds there are none to disable.
+            // The device has only MSI-X interrupts: there is nothing to disable.
             IrqSetData::Disable if set.index != VFIO_PCI_MSIX_IRQ_INDEX => {}
             IrqSetData::Disable => {
                 let none = std::iter::repeat_with(|| None).take(VECTORS.into());

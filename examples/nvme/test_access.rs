@@ -3,8 +3,8 @@
 //! Each request is a line, and so is its answer:
 //!
 //! ```text
-//! read ADDRESS LENGTH          ok HEX..., or error: WHY
-//! write ADDRESS BYTE LENGTH    ok, or error: WHY
+//! read ADDRESS LENGTH          ok HEX..., or error: REASON
+//! write ADDRESS BYTE LENGTH    ok, or error: REASON
 //! ```
 //!
 //! Addresses and the byte are hexadecimal. Lengths are decimal, `1..=4096`. The accesses use the same
@@ -99,7 +99,7 @@ fn serve(stream: &UnixStream, access: &TestAccess) -> io::Result<()> {
         let line = line.trim();
         let answer = access
             .execute(line)
-            .unwrap_or_else(|why| format!("error: {why}"));
+            .unwrap_or_else(|reason| format!("error: {reason}"));
         let shown = answer.get(..64).unwrap_or(&answer);
         info!("request `{line}`: {shown}");
         let mut to = stream;

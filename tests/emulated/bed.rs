@@ -36,15 +36,15 @@ pub enum DmaMode {
 pub struct Server {
     process: Process,
     socket: PathBuf,
-    orders: PathBuf,
+    access_socket: PathBuf,
 }
 
 impl Server {
     /// Starts a server for `image`. `name` begins the names of sockets and log. `dma` is the value of `--dma`.
     pub fn start(test_dir: &TestDir, name: &str, image: &Path, dma: &str) -> Self {
-        let (socket, orders) = (
+        let (socket, access_socket) = (
             test_dir.path(name),
-            test_dir.path(&format!("{name}.orders")),
+            test_dir.path(&format!("{name}.access")),
         );
         let program = example();
         let mut command = bound_command(&program);
@@ -54,7 +54,10 @@ impl Server {
             .arg(&socket)
             .arg("--disk")
             .arg(image);
-        command.arg("--orders").arg(&orders).args(["--dma", dma]);
+        command
+            .arg("--access-socket")
+            .arg(&access_socket)
+            .args(["--dma", dma]);
         if dma.starts_with("shadow") {
             command.args(["--endpoint", DISK]);
         }
@@ -67,7 +70,7 @@ impl Server {
         Self {
             process,
             socket,
-            orders,
+            access_socket,
         }
     }
 
@@ -82,15 +85,15 @@ impl Server {
 
     /// Lets the server make an access: `read ADDRESS LENGTH` or `write ADDRESS BYTE LENGTH`. Returns the bytes read, in
     /// hexadecimal, or the server's error.
-    pub fn order(&self, order: &str) -> Result<String, String> {
-        let stream = UnixStream::connect(&self.orders).expect("the server accepts orders");
+    pub fn access(&self, request: &str) -> Result<String, String> {
+        let stream = UnixStream::connect(&self.access_socket).expect("the server accepts requests");
         stream.set_read_timeout(Some(SOON)).expect("a socket");
         (&stream)
-            .write_all(format!("{order}\n").as_bytes())
-            .expect("the order is sent");
+            .write_all(format!("{request}\n").as_bytes())
+            .expect("the request is sent");
         let mut answer = String::new();
         let read = BufReader::new(&stream).read_line(&mut answer);
-        read.unwrap_or_else(|e| panic!("`{order}` has no answer: {e}"));
+        read.unwrap_or_else(|e| panic!("`{request}` has no answer: {e}"));
         match answer.trim_end().split_at_checked(2) {
             Some(("ok", data)) => Ok(data.trim_start().to_owned()),
             _ => Err(answer),

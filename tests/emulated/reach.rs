@@ -36,9 +36,9 @@ pub fn check(name: &str, dma_mode: DmaMode) {
     bed.vm
         .run("dd if=/dev/zero of=/dev/nvme0n1 bs=64k count=16 oflag=direct 2>/dev/null");
     let unmapped = free_page(&mapped(&mut bed));
-    for order in ["read", "write"] {
-        refused(&mut bed, &ram, order, unmapped, None);
-        refused(&mut bed, &ram, order, RESERVED, None);
+    for direction in ["read", "write"] {
+        refused(&mut bed, &ram, direction, unmapped, None);
+        refused(&mut bed, &ram, direction, RESERVED, None);
     }
     // The disk still works.
     bed.vm
@@ -65,13 +65,13 @@ pub fn check(name: &str, dma_mode: DmaMode) {
     allowed(&mut bed, &ram, both, gpa);
     let found = bed
         .server
-        .order(&format!("read {read_only:#x} {LEN}"))
+        .access(&format!("read {read_only:#x} {LEN}"))
         .expect("may be read");
     assert_eq!(found, hex(&ram.bytes(read_only_gpa, LEN)));
     refused(&mut bed, &ram, "write", read_only, Some(read_only_gpa));
     bed.vm.run("ask mapper clear");
-    for order in ["read", "write"] {
-        refused(&mut bed, &ram, order, both, Some(gpa));
+    for direction in ["read", "write"] {
+        refused(&mut bed, &ram, direction, both, Some(gpa));
     }
     bed.vm.run("ask mapper quit");
     test_dir.note("accesses to read-only and removed mappings are refused");
@@ -83,21 +83,24 @@ pub fn check(name: &str, dma_mode: DmaMode) {
 fn allowed(bed: &mut Bed, ram: &Ram, iova: u64, gpa: u64) {
     bed.vm.qmp("stop", json!({}));
     let before = ram.snapshot();
-    let order = format!("write {iova:#x} {BYTE:02x} {LEN}");
-    bed.server.order(&order).expect("may be written");
+    let request = format!("write {iova:#x} {BYTE:02x} {LEN}");
+    bed.server.access(&request).expect("may be written");
     let mut expected = before;
     let at = usize::try_from(gpa).expect("in memory");
     expected[at..at + LEN].fill(BYTE);
-    assert!(ram.snapshot() == expected, "{order} changes {gpa:#x} alone");
-    let read = bed.server.order(&format!("read {iova:#x} {LEN}"));
+    assert!(
+        ram.snapshot() == expected,
+        "`{request}` changes {gpa:#x} alone"
+    );
+    let read = bed.server.access(&format!("read {iova:#x} {LEN}"));
     assert_eq!(read, Ok(hex(&[BYTE; LEN])));
     bed.vm.qmp("cont", json!({}));
 }
 
 /// Checks that an access at `iova` is refused, changes no guest memory, and is reported to the guest once. `gpa` is
 /// memory that the address led to before, or leads to for the other kind of access.
-fn refused(bed: &mut Bed, ram: &Ram, order: &str, iova: u64, gpa: Option<u64>) {
-    let (text, kind) = match order {
+fn refused(bed: &mut Bed, ram: &Ram, direction: &str, iova: u64, gpa: Option<u64>) {
+    let (text, kind) = match direction {
         "read" => (format!("read {iova:#x} {LEN}"), "R"),
         _ => (format!("write {iova:#x} {BYTE:02x} {LEN}"), "W"),
     };
@@ -105,7 +108,7 @@ fn refused(bed: &mut Bed, ram: &Ram, order: &str, iova: u64, gpa: Option<u64>) {
     bed.vm.qmp("stop", json!({}));
     let before = ram.snapshot();
     let dropped = faults(bed, "dropped");
-    let why = bed.server.order(&text).expect_err("the access is refused");
+    let why = bed.server.access(&text).expect_err("the access is refused");
     wait_for("the fault", SOON, || {
         (faults(bed, "dropped") > dropped).then_some(())
     });
@@ -121,7 +124,7 @@ fn refused(bed: &mut Bed, ram: &Ram, order: &str, iova: u64, gpa: Option<u64>) {
     let before = gpa.map(page);
     let logged = log_lines(&mut bed.vm, iova, kind);
     bed.server
-        .order(&text)
+        .access(&text)
         .expect_err("the access is refused again");
     wait_for("the guest's log", SOON, || {
         (log_lines(&mut bed.vm, iova, kind) > logged).then_some(())

@@ -23,8 +23,8 @@ pub const MAX_WINDOWS: usize = 60_000;
 /// The granularity of windows.
 const PAGE: usize = 4096;
 
-/// The client's windows. An access that no mapped window permits is sent to the client, which may have
-/// memory without a descriptor, and which refuses the access otherwise.
+/// The client's windows. If no mapped window permits an access, the server sends the access to the client
+/// as a message: some of the client's memory may have no descriptor. The client refuses other accesses.
 pub struct Mapped {
     /// Disjoint windows by first address. The lock is held for writing while a window is removed.
     windows: RwLock<BTreeMap<u64, Window>>,

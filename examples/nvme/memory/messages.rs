@@ -38,7 +38,7 @@ struct State {
 type Answer = Result<Vec<u8>, DmaError>;
 
 impl Messages {
-    /// Memory without requests. `outbound` sends them.
+    /// Memory without pending requests. `outbound` sends the requests.
     pub fn new(outbound: Box<dyn Outbound>) -> Self {
         Self {
             outbound,
@@ -58,7 +58,8 @@ impl Messages {
         self.state.lock().max_data = usize::try_from(bytes).unwrap_or(64);
     }
 
-    /// Records a reply. Returns false if there is no request without a reply that it belongs to.
+    /// Records a reply. Returns false if the reply belongs to no request, or if the request has a reply
+    /// already.
     pub fn handle_reply(&self, header: &Header, body: &[u8]) -> bool {
         let answer = match (header.kind, Command::from_number(header.command)) {
             (Kind::Reply, Some(command @ Command::DmaRead)) => {

@@ -17,7 +17,7 @@ pub use self::mapped::{MAX_WINDOWS, Mapped};
 pub use self::messages::{Messages, Outbound};
 pub use self::shadow::Shadow;
 
-/// The maximum number of bytes that are copied at once: an unmap waits for no more.
+/// The maximum number of bytes that are copied at once. An unmap waits for a copy in progress.
 pub const PIECE: usize = 64 << 10;
 
 /// How the device reaches guest memory.

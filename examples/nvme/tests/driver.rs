@@ -83,12 +83,12 @@ impl Driver {
         Self::with_memory(memory.clone(), memory)
     }
 
-    /// The same, whose controller reaches memory as `seen`.
-    pub fn with_memory(memory: Arc<Plain>, seen: Arc<dyn Memory>) -> Self {
+    /// A driver as from [`Driver::new`]. The driver uses `memory`; the controller uses `device_memory`.
+    pub fn with_memory(memory: Arc<Plain>, device_memory: Arc<dyn Memory>) -> Self {
         let file = tempfile::tempfile().expect("a file");
         file.set_len(BLOCKS * 512).expect("its length");
         let disk = Arc::new(Disk::new(file).expect("a disk"));
-        let controller = Controller::start(disk, seen).expect("a controller");
+        let controller = Controller::start(disk, device_memory).expect("a controller");
         let mut driver = Self {
             memory,
             controller,
@@ -120,10 +120,11 @@ impl Driver {
         u32::from_le_bytes(bytes)
     }
 
-    pub fn wait(&self, what: &str, done: impl Fn(u32) -> bool) {
+    /// Waits until `done` accepts the status register. `state` names the state in the panic message.
+    pub fn wait(&self, state: &str, done: impl Fn(u32) -> bool) {
         let end = Instant::now() + Duration::from_secs(10);
         while !done(self.get(0x1c)) {
-            assert!(Instant::now() < end, "not {what}: {:#x}", self.get(0x1c));
+            assert!(Instant::now() < end, "not {state}: {:#x}", self.get(0x1c));
         }
     }
 

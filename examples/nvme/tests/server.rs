@@ -40,7 +40,7 @@ impl Client {
         Self { stream, server }
     }
 
-    fn agreed(manner: Manner) -> Self {
+    fn negotiated(manner: Manner) -> Self {
         let mut client = Self::new(manner);
         let (kind, body) = client.ask(Command::Version, &[0; 4]);
         assert_eq!(kind, Kind::Reply);
@@ -84,7 +84,7 @@ fn access(region: u32, offset: u64, count: u32) -> RegionAccessBody {
 
 #[test]
 fn regions_are_read_and_written_within_their_bounds() {
-    let mut client = Client::agreed(Manner::Messages);
+    let mut client = Client::negotiated(Manner::Messages);
     let (kind, body) = client.ask(Command::RegionRead, access(7, 0, 256).as_bytes());
     assert_eq!(kind, Kind::Reply);
     assert_eq!(body[16..][8..12], [1, 2, 8, 1], "an NVMe controller");
@@ -126,7 +126,7 @@ fn regions_are_read_and_written_within_their_bounds() {
 
 #[test]
 fn interrupts_that_do_not_exist_are_refused() {
-    let mut client = Client::agreed(Manner::Messages);
+    let mut client = Client::negotiated(Manner::Messages);
     let set = |index: u32, start: u32, count: u32, flags: u32| IrqSetBody {
         argsz: 20.into(),
         flags: flags.into(),
@@ -167,11 +167,11 @@ fn clients_that_violate_the_protocol_are_cut_off() {
         &short,
         &b"not a message at all".to_vec(),
     ] {
-        let mut client = Client::agreed(Manner::Mapped);
+        let mut client = Client::negotiated(Manner::Mapped);
         client.stream.write_all(bad).unwrap();
         client.cut_off();
     }
-    let mut client = Client::agreed(Manner::Mapped);
+    let mut client = Client::negotiated(Manner::Mapped);
     client.stream.write_all(&early[..20]).unwrap();
     client.end().expect_err("the stream ends within a message");
 }
@@ -186,7 +186,7 @@ proptest! {
             1..20,
         ),
     ) {
-        let mut client = Client::agreed(Manner::Mapped);
+        let mut client = Client::negotiated(Manner::Mapped);
         for (command, mut body, small) in messages {
             if small {
                 // Small numbers, which are more often valid.
