@@ -4,7 +4,7 @@
 #![allow(clippy::expect_used, reason = "a bench ends by panicking")]
 
 #[path = "common/fragment.rs"]
-#[allow(dead_code, reason = "the other benches leave figures")]
+#[allow(dead_code, reason = "the other benches write fragments")]
 mod fragment;
 
 use std::fs;

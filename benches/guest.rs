@@ -125,7 +125,7 @@ fn main() {
         Some(path) => fs::write(path, plot::bars(&rows)).expect("plot written"),
         None => {}
     }
-    fragment::leave(machine.fragment(), &figures);
+    fragment::write(machine.fragment(), &figures);
 }
 
 impl Iommu {
@@ -137,8 +137,8 @@ impl Iommu {
         }
     }
 
-    /// Whether this measure is made with it.
-    fn answers(self, measure: &str, machine: Machine) -> bool {
+    /// Whether the bench makes this measure with this device on this machine.
+    fn measures(self, measure: &str, machine: Machine) -> bool {
         if measure.contains("2_threads") {
             machine.processors() > 1
         } else {
@@ -164,14 +164,17 @@ pub struct Row {
 
 impl Row {
     fn new(name: String, qemu: &[Measured], ours: &[Measured]) -> Self {
-        let column = |all: &[Measured], what: usize| all.iter().map(|m| m.times[what]).collect();
+        let column =
+            |all: &[Measured], request: usize| all.iter().map(|m| m.times[request]).collect();
         let exits = |all: &[Measured]| -> Option<f64> {
             let exits: Option<Vec<_>> = all.iter().map(|m| m.exits).collect();
             exits.map(median)
         };
-        let ratio = |what: usize| {
+        let ratio = |request: usize| {
             let pairs = qemu.iter().zip(ours);
-            let mut ratios: Vec<_> = pairs.map(|(q, o)| o.times[what] / q.times[what]).collect();
+            let mut ratios: Vec<_> = pairs
+                .map(|(q, o)| o.times[request] / q.times[request])
+                .collect();
             ratios.sort_by(f64::total_cmp);
             [
                 ratios[0],
@@ -181,8 +184,8 @@ impl Row {
         };
         Self {
             name,
-            qemu: [0, 1].map(|what| median(column(qemu, what))),
-            ours: [0, 1].map(|what| median(column(ours, what))),
+            qemu: [0, 1].map(|request| median(column(qemu, request))),
+            ours: [0, 1].map(|request| median(column(ours, request))),
             ratio: [0, 1].map(ratio),
             exits: exits(qemu).zip(exits(ours)).map(Into::into),
         }
@@ -232,7 +235,7 @@ fn boot_and_measure(
     vm.run(&format!("vfio_bind {VFIO}"));
     let mut times = Vec::new();
     for (name, mode, command) in MEASURES {
-        if !iommu.answers(name, machine) {
+        if !iommu.measures(name, machine) {
             times.push(None);
             continue;
         }
@@ -341,13 +344,13 @@ fn print_table(rows: &[Row], rounds: usize) {
     );
     println!("|---|---|---|---|---|---|");
     for row in rows {
-        for (what, name) in ["map", "unmap"].into_iter().enumerate() {
-            let [least, ratio, greatest] = row.ratio[what];
+        for (request, name) in ["map", "unmap"].into_iter().enumerate() {
+            let [least, ratio, greatest] = row.ratio[request];
             println!(
                 "| {} | {name} | {:.1} | {:.1} | {ratio:.2} | {least:.2} to {greatest:.2} |",
                 row.name.replace('_', " "),
-                row.qemu[what] / 1e3,
-                row.ours[what] / 1e3,
+                row.qemu[request] / 1e3,
+                row.ours[request] / 1e3,
             );
         }
     }

@@ -46,7 +46,7 @@ fn main() {
         "idle_rss_bytes": rss(daemon.pid(), "VmRSS:") * 1024,
         "start_to_first_answer_ms": start,
     }});
-    fragment::leave("daemon", &figures);
+    fragment::write("daemon", &figures);
 }
 
 /// Time from the start of the program to the answer to a request in its ring.
@@ -59,12 +59,12 @@ fn first_answer() -> Duration {
 }
 
 /// Prints the cost of the daemon. Returns its wakeups.
-fn report(what: &str, daemon: &Daemon) -> u64 {
+fn report(label: &str, daemon: &Daemon) -> u64 {
     let before = daemon.context_switches();
     let ticks = cpu_ticks(daemon.pid());
     sleep(WATCHED);
     let wakeups = daemon.context_switches() - before;
-    println!("{what}:");
+    println!("{label}:");
     println!(
         "  resident:                {:>8} KiB",
         rss(daemon.pid(), "VmRSS:")

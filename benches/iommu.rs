@@ -16,8 +16,8 @@ use vhost_device_iommu::topology::{EndpointSpec, PciRange, ReservedRegions, Topo
 const ENDPOINT: EndpointId = EndpointId(0x30);
 const DOMAIN: DomainId = DomainId(1);
 const LIVE: [u64; 4] = [256, 4096, 65536, 1 << 20];
-/// Requests in one timed run.
-const STRETCH: u64 = 256;
+/// Number of requests in one timed run.
+const RUN: u64 = 256;
 
 fn iommu() -> Iommu {
     let at = "00:06.0".parse().expect("an address");
@@ -78,7 +78,7 @@ fn requests(c: &mut Criterion) {
         }
         let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
         let mut pages = move || -> Vec<Mapping> {
-            let mut chosen: Vec<_> = (0..STRETCH).map(|_| 2 * rng.below(live) + 1).collect();
+            let mut chosen: Vec<_> = (0..RUN).map(|_| 2 * rng.below(live) + 1).collect();
             chosen.sort_unstable();
             chosen.dedup();
             // The requests come in random order.

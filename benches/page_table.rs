@@ -70,8 +70,8 @@ fn half_full(live: u64) -> (Arena, Table, Vec<u64>) {
     (arena, table, order)
 }
 
-/// Maps a batch of pages of `spare` and unmaps it, over and over. Adds up the time of one of the
-/// two.
+/// Maps a batch of pages of `spare` and unmaps it, over and over. Returns the time of all maps if
+/// `time_maps` holds, and of all unmaps otherwise.
 fn batches(
     table: &mut Table,
     arena: &mut Arena,
@@ -202,7 +202,7 @@ fn memory(_: &mut Criterion) {
         hundredths % 100
     );
     let each = bytes as f64 / live as f64;
-    fragment::leave(
+    fragment::write(
         "memory",
         &json!({ "engine": { "bytes_per_mapping": each } }),
     );

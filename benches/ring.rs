@@ -57,7 +57,7 @@ const BATCH: u16 = 32;
 const BATCHES: usize = 4000;
 const ROUND_TRIPS: usize = 20_000;
 const PAGE: u64 = 4096;
-/// Distance of the chains' buffers; a request and its tail lie in one, one after the other.
+/// Bytes of a chain's buffer. The buffer holds the request, and the tail at `TAIL_AT`.
 const SLOT: u64 = 128;
 const TAIL_AT: u64 = 36;
 const ENDPOINT: u32 = 0x30;
@@ -76,7 +76,7 @@ fn main() {
         "request_while_mappings_are_listed_ns": watched,
         "round_trip_ns": round_trip,
     } });
-    fragment::leave("ring", &figures);
+    fragment::write("ring", &figures);
 }
 
 /// Times the device alone, called on this thread: take a batch off the ring, serve it, return it.
@@ -130,7 +130,7 @@ fn device_alone() -> (f64, f64) {
     });
 
     let mut rng = Rng::new(1);
-    let mut batches = |what| {
+    let mut batches = |label| {
         let mut times = Vec::new();
         for _ in 0..BATCHES {
             let pages = distinct_pages(&mut rng);
@@ -144,7 +144,7 @@ fn device_alone() -> (f64, f64) {
                 driver.take_all(&memory);
             }
         }
-        report(what, &mut times)
+        report(label, &mut times)
     };
     let alone = batches("device alone, a request in batches of 32");
     let operator = Operator::start(core, device.clone(), metrics);
@@ -388,12 +388,12 @@ fn distinct_pages(rng: &mut Rng) -> Vec<u64> {
 }
 
 /// Prints and returns the median.
-fn report(what: &str, times: &mut [f64]) -> f64 {
+fn report(label: &str, times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     let at = |part: usize| times[times.len() * part / 100];
     let mean = times.iter().sum::<f64>() / times.len() as f64;
     println!(
-        "{what}: {:.0} ns (a tenth below {:.0}, a tenth above {:.0}, mean {mean:.0})",
+        "{label}: {:.0} ns (a tenth below {:.0}, a tenth above {:.0}, mean {mean:.0})",
         at(50),
         at(10),
         at(90)

@@ -12,7 +12,7 @@ pub fn directory() -> Option<PathBuf> {
 }
 
 /// Writes figures, an object of groups, to a fragment of this name.
-pub fn leave(name: &str, figures: &Value) {
+pub fn write(name: &str, figures: &Value) {
     if let Some(directory) = directory() {
         let path = directory.join(format!("{name}.json"));
         fs::write(path, figures.to_string()).expect("figures written");

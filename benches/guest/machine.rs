@@ -63,8 +63,9 @@ impl Machine {
     pub fn config(self) -> &'static str {
         match self {
             Self::Tcg | Self::Kvm => "",
-            // An exit of the guest takes a hundred microseconds there. So after a missed poll the
-            // next request comes later than the worker's default polls last.
+            // An exit of the guest takes a hundred microseconds there, which is as long as the
+            // worker's longest poll by default. A request that needs an exit would always come after
+            // the poll, so the worker would never begin to poll.
             Self::KvmInL1 => "poll-max-us = 1000\n",
         }
     }

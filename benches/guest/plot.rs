@@ -30,14 +30,17 @@ pub fn bars(rows: &[Row]) -> String {
     );
     let mut y = TOP;
     for row in rows {
-        for (what, name) in ["map", "unmap"].into_iter().enumerate() {
+        for (request, name) in ["map", "unmap"].into_iter().enumerate() {
             let label = row.name.replace('_', " ");
             let _ = writeln!(
                 svg,
                 "<text x=\"10\" y=\"{:.0}\">{label}: {name}</text>",
                 y + BAR + 4.0
             );
-            let both = [(row.qemu[what], "#bbbbbb"), (row.ours[what], "#1f6fb2")];
+            let both = [
+                (row.qemu[request], "#bbbbbb"),
+                (row.ours[request], "#1f6fb2"),
+            ];
             for (at, (time, colour)) in both.into_iter().enumerate() {
                 let top = y + BAR * at as f64 + 2.0;
                 let length = time * scale;

@@ -1,6 +1,9 @@
 //! The bare system calls.
 
-#![expect(unsafe_code, reason = "what is measured against")]
+#![expect(
+    unsafe_code,
+    reason = "makes the bare ioctls that the bench compares with"
+)]
 
 use std::ffi::c_ulong;
 use std::os::fd::{AsRawFd, OwnedFd};

@@ -24,7 +24,7 @@ use crate::bare::{Bare, Kind};
 use crate::common::memory::memfd;
 use crate::devices::Function;
 use crate::no_kernel::NoKernel;
-use crate::{Side, Way};
+use crate::{Interface, Side};
 
 /// Length of guest RAM, which begins at guest-physical address 0.
 pub const RAM_LEN: u64 = 64 << 20;
@@ -45,13 +45,16 @@ pub struct Bed {
 }
 
 impl Bed {
-    pub fn without_kernel(way: Way) -> Self {
+    pub fn without_kernel(interface: Interface) -> Self {
         let attach: Box<dyn Attach> = Box::new(NoKernel);
-        let backend: Box<dyn DmaBackend> = match way {
-            Way::Type1 => Box::new(type1(Box::new(NoKernel), attach, Arc::new(NoKernel))),
-            Way::Map | Way::Copy => {
-                Box::new(iommufd(way, Arc::new(NoKernel), attach, Arc::new(NoKernel)))
-            }
+        let backend: Box<dyn DmaBackend> = match interface {
+            Interface::Type1 => Box::new(type1(Box::new(NoKernel), attach, Arc::new(NoKernel))),
+            Interface::Map | Interface::Copy => Box::new(iommufd(
+                interface,
+                Arc::new(NoKernel),
+                attach,
+                Arc::new(NoKernel),
+            )),
         };
         Self {
             iommu: core(backend, &ram()),
@@ -61,11 +64,11 @@ impl Bed {
     }
 
     /// A bed with a device of this machine, attached to the domain.
-    pub fn with_device(way: Way, function: &str) -> Self {
+    pub fn with_device(interface: Interface, function: &str) -> Self {
         let ram = ram();
         let device = Function::new(function);
-        let (iommu, fd, kind, room) = match way {
-            Way::Type1 => {
+        let (iommu, fd, kind, room) = match interface {
+            Interface::Type1 => {
                 let mut container = Container::open(Path::new("/dev/vfio/vfio")).expect("VFIO");
                 let group = format!("/dev/vfio/{}", device.group());
                 let group = Group::open(group.as_ref()).expect("the group");
@@ -79,7 +82,7 @@ impl Bed {
                 let backend = type1(Box::new(container), attach, Arc::new(cdev));
                 (core(Box::new(backend), &ram), fd, Kind::Type1, room)
             }
-            Way::Map | Way::Copy => {
+            Interface::Map | Interface::Copy => {
                 let mut node = File::options();
                 let node = node.read(true).write(true).open("/dev/iommu");
                 let fd = OwnedFd::from(node.expect("iommufd"));
@@ -87,18 +90,18 @@ impl Bed {
                 let iommufd_file = IommuFd::from(copy);
                 let cdev = Cdev::open(device.node().as_ref()).expect("the device");
                 cdev.bind(&iommufd_file).expect("bound");
-                let kernel = Arc::new(Noting {
+                let kernel = Arc::new(RecordingIommufd {
                     iommufd: iommufd_file,
                     made: Mutex::default(),
                 });
                 let attach = Box::new(cdev.clone());
-                let backend = iommufd(way, kernel.clone(), attach, Arc::new(cdev));
+                let backend = iommufd(interface, kernel.clone(), attach, Arc::new(cdev));
                 let iommu = core(Box::new(backend), &ram);
                 let made = kernel.made.lock().expect("nobody panicked").clone();
-                let kind = match (way, made.as_slice()) {
-                    (Way::Copy, &[from, ioas]) => Kind::Copy { ioas, from },
-                    (Way::Map, &[ioas]) => Kind::Map { ioas },
-                    _ => panic!("{} made the address spaces {made:?}", way.title()),
+                let kind = match (interface, made.as_slice()) {
+                    (Interface::Copy, &[from, ioas]) => Kind::Copy { ioas, from },
+                    (Interface::Map, &[ioas]) => Kind::Map { ioas },
+                    _ => panic!("{} made the address spaces {made:?}", interface.title()),
                 };
                 (iommu, fd, kind, u64::MAX)
             }
@@ -223,7 +226,7 @@ fn type1(
 }
 
 fn iommufd(
-    way: Way,
+    interface: Interface,
     kernel: Arc<dyn AddressSpaces>,
     attach: Box<dyn Attach>,
     memory: Arc<dyn DeviceMemory>,
@@ -236,20 +239,20 @@ fn iommufd(
         attach,
         memory,
     };
-    let pin = match way {
-        Way::Copy => Pinning::All,
-        Way::Map | Way::Type1 => Pinning::Mapped,
+    let pin = match interface {
+        Interface::Copy => Pinning::All,
+        Interface::Map | Interface::Type1 => Pinning::Mapped,
     };
     Iommufd::new(kernel, CAPABILITIES, pin, vec![device])
 }
 
 /// The kernel's iommufd; records the address spaces that it makes.
-struct Noting {
+struct RecordingIommufd {
     iommufd: IommuFd,
     made: Mutex<Vec<u32>>,
 }
 
-impl AddressSpaces for Noting {
+impl AddressSpaces for RecordingIommufd {
     fn alloc(&self) -> io::Result<u32> {
         let ioas = self.iommufd.alloc()?;
         self.made.lock().expect("nobody panicked").push(ioas);

@@ -46,7 +46,7 @@ use crate::numbers::{Compared, Row, median, report};
 
 /// How a backend passes the domain's mappings to the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum Interface {
     /// `VFIO_IOMMU_MAP_DMA`.
     Type1,
     /// `IOMMU_IOAS_MAP_FILE`: `pin = "mapped"`.
@@ -55,7 +55,7 @@ enum Way {
     Copy,
 }
 
-impl Way {
+impl Interface {
     const ALL: [Self; 3] = [Self::Type1, Self::Map, Self::Copy];
 
     /// The name in arguments.
@@ -130,21 +130,21 @@ fn main() {
         return;
     }
     let function = function();
-    if let Some(way) = std::env::args().skip_while(|a| a != ROUND).nth(1) {
-        let way = Way::ALL.into_iter().find(|w| w.name() == way);
-        return round(way.expect("a way"), function.as_deref());
+    if let Some(interface) = std::env::args().skip_while(|a| a != ROUND).nth(1) {
+        let interface = Interface::ALL.into_iter().find(|w| w.name() == interface);
+        return round(interface.expect("an interface"), function.as_deref());
     }
     println!("us, medians of {ROUNDS} rounds.");
-    println!("`own`: all but the kernel, which does nothing there.");
+    println!("`own`: the daemon's own time, with a fake kernel that does nothing.");
     if let Some(function) = &function {
-        println!("`daemon` and `bare`: with {function} attached. `added`: what lies between them.");
+        println!("`daemon` and `bare`: with {function} attached. `added`: their difference.");
     }
-    for way in Way::ALL {
-        report(&rounds(way, function.as_deref()));
+    for interface in Interface::ALL {
+        report(&rounds(interface, function.as_deref()));
     }
     let Some(function) = function else {
         println!(
-            "\nThere is no device of VFIO's to attach here, so this is all. For the rest run\n  \
+            "\nNo device on this machine is bound to vfio-pci, so the bench ends. To compare with bare calls, run\n  \
              cargo bench --no-run --bench passthrough\n  \
              qemu-scripts/l1.sh -- cargo bench --offline --bench passthrough\n\
              or name a device bound to vfio-pci:\n  \
@@ -153,24 +153,24 @@ fn main() {
         return;
     };
     println!("\nMany single pages; ms:");
-    for way in Way::ALL {
-        many(&mut Bed::with_device(way, &function), way);
+    for interface in Interface::ALL {
+        many(&mut Bed::with_device(interface, &function), interface);
     }
     println!("\nThrough the ring, from the kick to the last answer; us a request:");
-    for way in Way::ALL {
-        let [map, unmap] = ring::measure(way, &function);
-        let name = way.title();
+    for interface in Interface::ALL {
+        let [map, unmap] = ring::measure(interface, &function);
+        let name = interface.title();
         println!("  {name:30} 4 KiB  MAP {map:7.1}  UNMAP {unmap:7.1}");
     }
 }
 
-/// Runs all rounds of one way; each gives the same rows.
-fn rounds(way: Way, function: Option<&str>) -> Vec<Row> {
+/// Runs all rounds of one interface; each gives the same rows.
+fn rounds(interface: Interface, function: Option<&str>) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
     for _ in 0..ROUNDS {
         let this = std::env::current_exe().expect("this program");
         let output = Command::new(this)
-            .args(["--bench", ROUND, way.name()])
+            .args(["--bench", ROUND, interface.name()])
             .args(function)
             .stderr(Stdio::inherit())
             .output()
@@ -179,7 +179,7 @@ fn rounds(way: Way, function: Option<&str>) -> Vec<Row> {
         let text = String::from_utf8(output.stdout).expect("text");
         for (at, line) in text.lines().enumerate() {
             if at == rows.len() {
-                rows.push(Row::new(way, at));
+                rows.push(Row::new(interface, at));
             }
             rows[at].add(line);
         }
@@ -188,10 +188,10 @@ fn rounds(way: Way, function: Option<&str>) -> Vec<Row> {
 }
 
 /// Runs one round and prints a line for each row.
-fn round(way: Way, function: Option<&str>) {
-    let mut alone_bed = Bed::without_kernel(way);
+fn round(interface: Interface, function: Option<&str>) {
+    let mut alone_bed = Bed::without_kernel(interface);
     let own = [PAGE, BLOCK].map(|kind| alone(&mut alone_bed, kind));
-    let mut bed = function.map(|function| Bed::with_device(way, function));
+    let mut bed = function.map(|function| Bed::with_device(interface, function));
     for (kind, own) in [PAGE, BLOCK].into_iter().zip(own) {
         let compared = bed.as_mut().map(|bed| compare(bed, kind));
         for request in 0..2 {
@@ -304,7 +304,7 @@ fn compare(bed: &mut Bed, kind: Kind) -> [Compared; 2] {
 }
 
 /// Maps adjacent single pages, then unmaps them all with one UNMAP.
-fn many(bed: &mut Bed, way: Way) {
+fn many(bed: &mut Bed, interface: Interface) {
     let count = bed.room().min(MANY);
     let all = IovaRange::from_len(Iova(FIRST), count * PAGE.len).expect("not empty");
     let mut times = [[Vec::new(), Vec::new()], [Vec::new(), Vec::new()]];
@@ -324,7 +324,7 @@ fn many(bed: &mut Bed, way: Way) {
     let [daemon, bare] = times.map(|side| side.map(|mut t| median(&mut t)));
     println!(
         "  {:30} {count} times MAP {:.0} (bare {:.0}), one UNMAP of all {:.0} (bare {:.0})",
-        way.title(),
+        interface.title(),
         daemon[0],
         bare[0],
         daemon[1],

@@ -1,6 +1,6 @@
 //! Medians of the rounds.
 
-use crate::{BLOCK, PAGE, Way};
+use crate::{BLOCK, Interface, PAGE};
 
 /// The median of these numbers.
 pub fn median(numbers: &mut [f64]) -> f64 {
@@ -39,12 +39,12 @@ pub struct Row {
 }
 
 impl Row {
-    /// Row number `at` of a way: MAP and UNMAP of a page, then of a block.
-    pub fn new(way: Way, at: usize) -> Self {
+    /// Row number `at` of an interface: MAP and UNMAP of a page, then of a block.
+    pub fn new(interface: Interface, at: usize) -> Self {
         let kind = [PAGE, BLOCK][at / 2];
         let request = ["MAP", "UNMAP"][at % 2];
         Self {
-            title: format!("{:30} {:6} {request:6}", way.title(), kind.name),
+            title: format!("{:30} {:6} {request:6}", interface.title(), kind.name),
             columns: Default::default(),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::Way;
+use crate::Interface;
 use crate::common::guest::{Guest, HIGH_LEN, HIGH_RAM, Layout};
 use crate::common::wire::{self, OK, RW, TAIL};
 use crate::numbers::median;
@@ -15,13 +15,13 @@ const BATCHES: usize = 80;
 const PAGE: u64 = 4096;
 
 /// Microseconds of one MAP and one UNMAP.
-pub fn measure(way: Way, function: &str) -> [f64; 2] {
-    let way = match way {
-        Way::Type1 => vm_bed::Backend::Type1,
-        Way::Map => vm_bed::Backend::SharedMapped,
-        Way::Copy => vm_bed::Backend::SharedAll,
+pub fn measure(interface: Interface, function: &str) -> [f64; 2] {
+    let backend = match interface {
+        Interface::Type1 => vm_bed::Backend::Type1,
+        Interface::Map => vm_bed::Backend::SharedMapped,
+        Interface::Copy => vm_bed::Backend::SharedAll,
     };
-    let mut bed = Bed::new(way, &[function]);
+    let mut bed = Bed::new(backend, &[function]);
     let guest = &mut bed.guest;
     assert_eq!(guest.attach(1, endpoint(0)), OK);
     let first = |n: u64| 0x10_0000_0000 + 2 * n * PAGE;
