@@ -123,9 +123,10 @@ Suggests: qemu-system-x86 (>= 10.2)
 Section: admin
 Priority: optional
 Description: virtio-iommu for virtual machines, in a process of its own
- A vhost-user backend for virtio-iommu: one daemon for each virtual machine
- is its IOMMU. It holds the mappings of the guest's devices, which other
- processes emulate or the host passes through, and checks the guest's requests.
+ A vhost-user backend for virtio-iommu. Each virtual machine has a daemon, which
+ is its IOMMU. The daemon checks the guest's requests and holds the mappings of
+ the guest's devices. Those devices are emulated by other processes, or are
+ devices of the host.
 CONTROL
 # Set all modes: the builder's umask must not matter.
 chmod -R u=rwX,go=rX "$root"

@@ -7,7 +7,7 @@
 # way of reaching guest memory. Uses release builds; the disk is a file in memory if there is /dev/shm. Prints a
 # table of medians, with the lowest and the highest in brackets.
 #
-#   --rounds N      boots of each way, all ways in turn (default 5)
+#   --rounds N      number of rounds; each round boots the guest once for each way (default 5)
 #   --seconds N     how long each measurement takes (default 3)
 #   --append ARGS   arguments for the guest's kernel (default iommu.strict=0)
 #

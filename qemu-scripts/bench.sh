@@ -3,13 +3,13 @@
 #
 # Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
 #
-# Measures the cost of mapping: boots the same guest by turns with QEMU's own virtio-iommu and with the daemon, and runs
-# the benchmarks of the daemon's parts. Fetches its requirements first (see setup.sh): no root, no KVM. Takes about a
-# quarter of an hour once everything is built; nothing else should run on the machine meanwhile.
+# Measures the cost of mapping: boots the same guest alternately with QEMU's own virtio-iommu and with the daemon, and
+# runs the benchmarks of the daemon's parts. Fetches its requirements first (see setup.sh): no root, no KVM. Takes
+# about a quarter of an hour once everything is built; nothing else should run on the machine meanwhile.
 #
 #   --json FILE     writes the medians as nested keys
-#   --svg FILE      draws the cost of mapping for the guest: the emulated guest in FILE, whose name ends in .svg, and
-#                   the guest with KVM in a file whose name ends in -kvm.svg instead
+#   --svg FILE      draws the cost of mapping for the guest. FILE must end in .svg and gets the plot of the emulated
+#                   guest. The plot of the guest with KVM goes to a second file, which ends in -kvm.svg
 #   --rounds N      how often the guest boots with each of the two devices (default 5)
 #   --part PART     only this part; repeatable:
 #                     guest    a guest's dma_map_benchmark, strict and lazy, and VFIO, beside QEMU's own device;
@@ -19,7 +19,7 @@
 #                     ring     a request through the rings
 #                     engine   the page table and the core
 #                     idle     start, memory and wakeups
-#   --host-kvm      use this machine's own KVM for the part kvm. Not the default: KVM of a virtual machine may fail
+#   --host-kvm      use this machine's own KVM for the part kvm. Not the default: KVM inside a virtual machine may fail
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
 

@@ -3,9 +3,9 @@
 #
 # Usage: qemu-scripts/debian.sh [OPTION]... [--] COMMAND [ARGUMENT]...
 #
-# Boots a clean Debian with systemd in a machine of its own, runs a command there as root, and ends with its exit
-# status. The machine has a stock kernel in QEMU and the packages of every Debian; writes to its disk are lost at the
-# end. The command starts in /host, which holds the files of --file. Needs no root and no KVM. Fetches and
+# Boots a clean Debian with systemd in a machine of its own, runs a command there as root, and ends with the command's
+# exit status. The machine has a stock kernel in QEMU and Debian's essential packages; writes to its disk are lost at
+# the end. The command starts in /host, which holds the files of --file. Needs no root and no KVM. Fetches and
 # builds missing parts first (see setup.sh --debian).
 #
 #   --file PATH     copy this file to /host; repeatable
@@ -113,7 +113,7 @@ wait "$qemu" || ended=$?
 qemu=
 
 status=$(tr -d '\r\n' <"$work/status")
-# In the other cases the command did not start or did not end.
+# In all cases but the first, the command did not start or did not end.
 case $ended:$status in
 0:[0-9]*) ;;
 124:* | 137:*)

@@ -128,7 +128,7 @@ setup=$("$SCRIPTS/setup.sh" --print)
 set -a
 eval "$setup"
 set +a
-say "building the daemon, and a disk ..."
+say "building the daemon and the NVMe device ..."
 cargo build --release --locked --bins --example nvme
 built=${CARGO_TARGET_DIR:-$TREE/target}/release
 program=$built/vhost-device-iommu
@@ -162,8 +162,8 @@ indent <"$work/vm.toml"
 mapfile -t arguments < <("$program" qemu-args "$work/vm.toml" --viot "$work/vm.viot" 2>/dev/null)
 [ ${#arguments[@]} -gt 0 ] || give_up "no QEMU arguments"
 echo
-echo "From this file come the ACPI table that tells the guest which devices are behind the IOMMU, and the"
-echo "arguments that an unmodified QEMU needs:"
+echo "The daemon's program makes two things from this file: the ACPI table that tells the guest which devices are"
+echo "behind the IOMMU, and the arguments that an unmodified QEMU needs:"
 echo
 printf '%s %s\n' "${arguments[@]}" | indent
 
@@ -199,9 +199,9 @@ for endpoint in "${ENDPOINTS[@]}"; do
     indent <<<"$regions"
     check "the interrupt window is among them" grep -q '^0x00000000fee00000 0x00000000feefffff msi$' <<<"$regions"
     if [ "$endpoint" = "$SECOND" ]; then
-        check "and so is what the file reserves for this endpoint" grep -qE "$OWN_RESERVED" <<<"$regions"
+        check "and so is the region that the file reserves for this endpoint" grep -qE "$OWN_RESERVED" <<<"$regions"
     else
-        check "and nothing else is" test "$(wc -l <<<"$regions")" -eq 1
+        check "and no other region is" test "$(wc -l <<<"$regions")" -eq 1
     fi
 done
 echo
@@ -315,8 +315,8 @@ outside=0x1000000
 for access in "read $outside 16" "write $outside a5 16"; do
     # shellcheck disable=SC2086 # words
     answer=$("$built/examples/nvme" access "$work/disk.access" $access 2>/dev/null) && done=yes || done=no
-    echo "the server, told to $access: $answer"
-    check "it is refused" test "$done" = no
+    echo "the server tries to $access: $answer"
+    check "the access is refused" test "$done" = no
 done
 faults() { guest "dmesg | grep 'virtio_iommu.* fault .* at $outside '" && [ "$(wc -l <<<"$ANSWER")" -eq 2 ]; }
 await 10 faults || true

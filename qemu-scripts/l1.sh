@@ -3,9 +3,9 @@
 #
 # Usage: qemu-scripts/l1.sh [OPTION]... [--] COMMAND [ARGUMENT]...
 #
-# Runs a command as root in an emulated machine with an IOMMU (L1) and ends with its exit status. The machine
-# has this machine's files, at their places; it may write everywhere, and its writes are lost at the end. The
-# command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the present directory. Needs no
+# Runs a command as root in an emulated machine with an IOMMU (L1) and ends with the command's exit status. L1 has
+# the files of this machine at the same paths. The command may write everywhere; its writes are lost at the end. The
+# command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the current directory. Needs no
 # root and no KVM. Fetches and builds missing parts first (see setup.sh --host-kernel).
 #
 #   --iommu KIND    vtd (default), vtd-scalable (first-stage tables) or amd
@@ -111,15 +111,16 @@ case $work in
 esac
 console=${log:-$work/console}
 
-full() {
+# full_addresses SLOT...: prints the slots of the root bus as full PCI addresses.
+full_addresses() {
     printf '0000:00:%s ' "$@" | sed 's/ $//'
 }
 export VIOMMU_L1=$iommu
-VIOMMU_EDU=$(full "${EDU[@]}")
+VIOMMU_EDU=$(full_addresses "${EDU[@]}")
 # The bus behind the bridge; all other devices are on the root bus.
 VIOMMU_EDU_PAIR="0000:01:01.0 0000:01:02.0"
 VIOMMU_TESTDEV=
-VIOMMU_IVSHMEM=$(full $IVSHMEM)
+VIOMMU_IVSHMEM=$(full_addresses $IVSHMEM)
 export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_TESTDEV VIOMMU_IVSHMEM
 # The mask allows the devices DMA to every address.
 edu=edu,dma_mask=0xffffffffffffffff
@@ -133,7 +134,7 @@ devices+=(-device "pcie-pci-bridge,id=pair,addr=$BRIDGE"
     -device "ivshmem-plain,memdev=peer,addr=$IVSHMEM")
 # shellcheck disable=SC2153 # set up by setup.sh
 if grep -q '"iommu-testdev"' <<<"$("$VIOMMU_QEMU" -device help 2>/dev/null)"; then
-    VIOMMU_TESTDEV=$(full "${TESTDEV[@]}")
+    VIOMMU_TESTDEV=$(full_addresses "${TESTDEV[@]}")
     for at in "${TESTDEV[@]}"; do
         devices+=(-device "iommu-testdev,addr=$at")
     done
@@ -178,7 +179,7 @@ wait "$qemu" || ended=$?
 qemu=
 
 status=$(tr -d '\r\n' <"$work/status")
-# In the other cases the command did not start or did not end.
+# In all cases but the first, the command did not start or did not end.
 case $ended:$status in
 0:[0-9]*) ;;
 124:* | 137:*)

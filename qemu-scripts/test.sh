@@ -10,8 +10,8 @@
 #   hostile      a malicious driver and a malicious VMM against the daemon
 #   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
 #   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
-#   emulated     emulated and exported devices: a stock guest with an NVMe disk behind the daemon, devices killed
-#                at any moment, and both beside the passthrough devices of such a host
+#   emulated     emulated and exported devices: a stock guest with an NVMe disk behind the daemon, device processes
+#                killed at any moment, and both kinds of devices on the emulated host of the suite passthrough
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
 #                killed, watched
 #
@@ -33,7 +33,7 @@ L1_LIMIT=1800
 
 passed=0 failed=0 broken=() broken_logs=()
 
-# step NAME COMMAND...: runs it, shows its output, and adds up the test results in it.
+# step NAME COMMAND...: runs the command, shows its output, and counts the test results in the output.
 step() {
     local name=$1 log status=0 p f
     shift
@@ -104,8 +104,9 @@ VFIO_USER_TESTS="export:: mixed::"
 # Tests that the machine with VT-d leaves out; README.md gives the reason.
 NOT_ON_VTD="export::a_stock_guest"
 
-# apart NAME COMMAND...: starts a command in the background. Its output goes to NAME.log, its status to NAME.status.
-apart() {
+# start_logged NAME COMMAND...: starts a command in the background. Its output goes to NAME.log, its status to
+# NAME.status.
+start_logged() {
     local name=$1
     shift
     rm -f "$LOGS/$name.status"
@@ -116,8 +117,8 @@ apart() {
     } &
 }
 
-# outcome NAME: waits for a command that `apart` started; prints its output and returns its status.
-outcome() {
+# wait_logged NAME: waits for a command that start_logged started; prints its output and returns its status.
+wait_logged() {
     while [ ! -s "$LOGS/$1.status" ]; do
         sleep 0.2
     done
@@ -141,11 +142,11 @@ in_l1() {
         else
             without=()
         fi
-        apart "l1-$suite-$iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
+        start_logged "l1-$suite-$iommu" "$SCRIPTS/l1.sh" --iommu $iommu --timeout "$L1_LIMIT" \
             --log "$LOGS/l1-$suite-$iommu-console.log" -- "$program" --ignored --test-threads=1 "$@" "${without[@]}"
     done
     for iommu in vtd amd; do
-        step "$suite: $iommu" outcome "l1-$suite-$iommu"
+        step "$suite: $iommu" wait_logged "l1-$suite-$iommu"
     done
     wait
 }
@@ -159,10 +160,10 @@ suite_passthrough() {
 }
 
 suite_emulated() {
-    # The tests start this program.
-    step "emulated: the device" cargo build --locked --example nvme
+    # The tests start this program, the server of an NVMe disk.
+    step "emulated: build the device" cargo build --locked --example nvme
     step "emulated: guests" cargo test --locked --no-fail-fast --test emulated -- --ignored
-    step "emulated: deaths" cargo test --locked --no-fail-fast --test kills -- --ignored --test-threads=1
+    step "emulated: kills" cargo test --locked --no-fail-fast --test kills -- --ignored --test-threads=1
     # shellcheck disable=SC2086 # a list
     in_l1 emulated $VFIO_USER_TESTS
 }
@@ -241,7 +242,7 @@ if [ ${#setup[@]} -gt 0 ]; then
     . "$LOGS/env"
     set +a
 elif [ -x "$CACHE/bin/iasl" ]; then
-    # Some unit tests check more with it.
+    # With iasl, some unit tests check the VIOT table, too.
     export VIOMMU_IASL=$CACHE/bin/iasl
 fi
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //
-// Runs the kernel's own benchmark of dma_map_single and dma_unmap_single, on the device that is bound to
-// its driver, and prints the mean time of each in nanoseconds.
+// Runs the kernel's own benchmark of dma_map_single and dma_unmap_single, on the device that is bound to the
+// benchmark's driver (dma_map_benchmark), and prints the mean time of each in nanoseconds.
 
 #include <errno.h>
 #include <fcntl.h>

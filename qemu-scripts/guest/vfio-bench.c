@@ -27,9 +27,9 @@ static const char usage[] =
 
 static struct { uint64_t iova, size; } pieces[MOST];
 
-static void die(const char *what)
+static void die(const char *subject)
 {
-    printf("error: %s: %s\n", what, strerror(errno));
+    printf("error: %s: %s\n", subject, strerror(errno));
     exit(1);
 }
 

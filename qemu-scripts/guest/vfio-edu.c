@@ -46,8 +46,8 @@ static const char usage[] =
     "  copy FROM TO                  the device reads the page at IOVA FROM and writes it at IOVA TO. Prints for\n"
     "                                each page of the buffer that has changed 'c INDEX SOURCE': SOURCE is the\n"
     "                                page that has these bytes now, 'zeros' or 'other'\n"
-    "  irq KIND COUNT                the device raises COUNT interrupts, 'intx' or 'msi', by each of its two means:\n"
-    "                                a computation that is done, and a DMA into its own memory\n"
+    "  irq KIND COUNT                the device raises COUNT interrupts, 'intx' or 'msi', in each of two ways: at the\n"
+    "                                end of a factorial, and at the end of a DMA into its own memory\n"
     "  dump                          print 'b INDEX GPA' for pages that are mapped and 'm IOVA PAGES ACCESS INDEX'\n"
     "  where INDEX                   print 'b INDEX GPA'\n"
     "  quit                          leave; the kernel removes what is mapped\n"
@@ -126,9 +126,10 @@ static struct vfio_region_info region(unsigned index)
     return info;
 }
 
-// A VMM may trap accesses to registers. An emulated processor that virtualizes treats the last exception within a
-// guest as one that is being delivered, until the guest's next exit; KVM fails if it has to emulate an access meanwhile.
-// So no page fault may come right before an access: the kernel makes the access, behind an instruction that exits.
+// Leaves the guest once, before an access to a register that the VMM may trap. Under KVM on a processor that QEMU
+// emulates, an access fails right after a page fault: until the guest's next exit, that processor reports the page fault
+// as still being delivered, and KVM cannot emulate an access then. After this exit, the kernel makes the access (pread or
+// pwrite), so that no page fault comes between.
 static void leave_guest(void)
 {
     unsigned a, b, c, d;
@@ -174,7 +175,7 @@ static void open_device(void)
     registers = region(VFIO_PCI_BAR0_REGION_INDEX);
     errno = 0;
     if (load32(0) != EDU_ID)
-        die("the device says %08x, which is no edu", load32(0));
+        die("register 0 is %08x: the device is no edu", load32(0));
 }
 
 /* The kernel's part (detaching, with interrupts off) is over when this returns. */
@@ -343,7 +344,7 @@ static void print_page(unsigned index)
     uint64_t entry = 0;
     off_t at = (off_t)((uintptr_t)(buffer + index * PAGE) / PAGE * sizeof(entry));
     if (pread(pagemap, &entry, sizeof(entry), at) != sizeof(entry) || !(entry >> 63))
-        die("page %u of the buffer is nowhere", index);
+        die("page %u of the buffer is not in memory", index);
     close(pagemap);
     printf("b %u %" PRIx64 "\n", index, (entry & ((UINT64_C(1) << 55) - 1)) * PAGE);
 }
@@ -361,7 +362,7 @@ static void dump(void)
     printf("ok %u mappings\n", mapping_count);
 }
 
-static void obey(void)
+static void run_commands(void)
 {
     char line[256];
     while (fgets(line, sizeof(line), stdin)) {
@@ -404,6 +405,6 @@ int main(int argc, char **argv)
     open_device();
     printf("ok\n");
     fflush(stdout);
-    obey();
+    run_commands();
     return 0;
 }

@@ -38,7 +38,7 @@ struct window {
 };
 
 struct mapping {
-    uint32_t window, page, pages; // where in which window
+    uint32_t window, page, pages; // the window, and the pages in it
     uint32_t source;              // first page in the buffer
     uint32_t flags;
     uint32_t place;               // index in `live`
@@ -206,7 +206,7 @@ static void read_ranges(void)
     if (ioctl(container, VFIO_IOMMU_GET_INFO, info))
         die("VFIO_IOMMU_GET_INFO");
     if (!(info->flags & VFIO_IOMMU_INFO_CAPS) || info->argsz > sizeof(space))
-        die("VFIO tells no capabilities");
+        die("VFIO reports no capabilities");
     for (uint32_t at = info->cap_offset; at;) {
         struct vfio_info_cap_header *header = (void *)(space + at);
         if (header->id == VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE) {
@@ -217,7 +217,7 @@ static void read_ranges(void)
         at = header->next;
     }
     if (!range_count)
-        die("VFIO tells no IOVA ranges");
+        die("VFIO reports no IOVA ranges");
 }
 
 static void add_window(uint64_t first)
@@ -360,7 +360,7 @@ static void map_random(void)
             struct mapping *other = &slots[live[below(live_count)]];
             window = other->window;
             page = other->page + other->pages;
-        } else if (style < 4) { // as large pages want it
+        } else if (style < 4) { // at a 2 MiB boundary, for large pages
             uint64_t first = windows[window].first / PAGE;
             page = (uint32_t)(-first & (HUGE_PAGES - 1)) + below(WINDOW_PAGES / HUGE_PAGES) * HUGE_PAGES;
         }
@@ -505,7 +505,7 @@ static void hot(uint64_t first, uint64_t last)
     for (unsigned i = 0; i < count; i++)
         if (!found || found < taken[i] || found >= taken[i] + CHUNK)
             munmap(taken[i], CHUNK);
-    printf(found ? "ok\n" : "error no page in that range was given to us\n");
+    printf(found ? "ok\n" : "error the kernel gave no page in that range\n");
 }
 
 static void clear(void)
@@ -519,7 +519,7 @@ static void clear(void)
     printf("ok %u unmapped\n", count);
 }
 
-static void obey(void)
+static void run_commands(void)
 {
     char line[256];
     while (fgets(line, sizeof(line), stdin)) {
@@ -576,6 +576,6 @@ int main(int argc, char **argv)
     make_windows();
     printf("ok %u windows\n", window_count);
     fflush(stdout);
-    obey();
+    run_commands();
     return 0;
 }

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# Makes a disk with a clean Debian and systemd for a machine to boot from: the packages of every Debian (the essential
-# ones), systemd and udev, installed by dpkg itself in a machine of its own. Needs no root.
+# Makes a disk with a clean Debian for a machine to boot from: Debian's essential packages, systemd and udev. dpkg
+# installs them, in a machine of its own. Needs no root.
 
 DEBIAN_ROOT_SUITE=trixie
 DEBIAN_ROOT_SIZE=768M
@@ -42,7 +42,8 @@ debian_root_ready() {
     publish "$stage" "$DEBIAN_ROOT"
 }
 
-# debian_root_stage STAGE: makes the file system STAGE/disk with the packages of STAGE/debs, unpacked and as files.
+# debian_root_stage STAGE: makes the file system STAGE/disk. It has the contents of all packages in STAGE/debs, and the
+# packages themselves in /debs.
 debian_root_stage() {
     local stage=$1 root=$1/root deb link sysroot=$CACHE/sysroot/storage
     mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/{dev,proc,sys,run,tmp,debs} "$root/var/lib/dpkg/info"

@@ -18,7 +18,8 @@ guest_programs() {
     done
 }
 
-# initramfs KERNEL_DIR: sets INITRAMFS to a guest's file, whose name has a hash of its parts. Builds a missing one.
+# initramfs KERNEL_DIR: sets INITRAMFS to the path of a guest's initramfs, and builds the file if it is missing. The
+# file's name has a hash of the parts.
 initramfs() {
     local kernel=$1 init=$SCRIPTS/guest/init key stage root release
     [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
@@ -38,8 +39,8 @@ initramfs() {
     initramfs_pack "$stage" "$init"
 }
 
-# storage_initramfs KERNEL_DIR: sets INITRAMFS to the file of a guest with a disk. Before the call INITRAMFS must be the
-# file of a guest with this kernel, which is the first part of the new one.
+# storage_initramfs KERNEL_DIR: sets INITRAMFS to the path of the initramfs of a guest with a disk. Call initramfs with
+# this kernel before: its file is the first part of the new one.
 storage_initramfs() {
     local kernel=$1 base=$INITRAMFS sysroot=$CACHE/sysroot/storage stage root key
     key=$(initramfs_key "$base" "$kernel/storage" "$SCRIPTS/guest/storage" "$sysroot/versions")
@@ -65,8 +66,8 @@ storage_initramfs() {
     rm -rf "$stage"
 }
 
-# guest_e2fsprogs SYSROOT ROOT: copies SYSROOT's mkfs.ext4 and fsck.ext4 with their libraries to ROOT, as programs of
-# /bin. Their other names are those of busybox applets, which busybox's shell prefers.
+# guest_e2fsprogs SYSROOT ROOT: copies SYSROOT's mkfs.ext4 and fsck.ext4 with their libraries to ROOT and makes them
+# programs of /bin. Not under their other names, such as mke2fs: busybox's shell would run its own applets of those names.
 guest_e2fsprogs() {
     local lib=$2/lib/e2fsprogs name loader=$1/lib64/ld-linux-x86-64.so.2 libraries=$1/usr/lib/x86_64-linux-gnu
     cp -L "$loader" "$lib/"
@@ -79,7 +80,7 @@ guest_e2fsprogs() {
     done
 }
 
-# l1_initramfs: sets INITRAMFS to the file of the L1 machine, which fits every kernel.
+# l1_initramfs: sets INITRAMFS to the path of the L1 machine's initramfs, which fits every kernel.
 l1_initramfs() {
     local stage
     INITRAMFS=$CACHE/initramfs/l1-$(initramfs_key "$SCRIPTS/l1/init").cpio

@@ -14,7 +14,7 @@ STORAGE_MODULES="crc32c_generic nvme ext4"
 KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 
 # kernel_releases: prints the releases that are complete in the archive, oldest first. Newer kernels are split into
-# packages; of a kernel that has been replaced, single packages may remain.
+# several packages. When the archive replaces a kernel, it may keep some packages of the old one.
 kernel_releases() {
     apt-cache pkgnames linux- | sed -nE 's/^linux-(image|binary|modules|base)-([0-9].*)-amd64$/\1 \2/p' |
         awk '{ has[$1, $2] = 1; seen[$2] = 1 }

@@ -25,9 +25,9 @@ static const char usage[] =
     "usage: disk-load read|write random|sequential BYTES DEPTH MILLISECONDS DEVICE\n"
     "Requests of BYTES, DEPTH of them at once. Prints 'REQUESTS MICROSECONDS'.\n";
 
-static void die(const char *what)
+static void die(const char *subject)
 {
-    perror(what);
+    perror(subject);
     exit(1);
 }
 
