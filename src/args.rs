@@ -75,7 +75,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "FIRST..=LAST:msi|reserved")]
     pub reserved: Vec<String>,
 
-    /// Reserve no addresses for all endpoints, not even the default MSI region
+    /// Use an empty list of reserved addresses, without the default MSI region
     #[arg(long, conflicts_with = "reserved")]
     pub no_reserved: bool,
 
@@ -92,7 +92,7 @@ pub struct RunArgs {
     pub descriptors: DescriptorArgs,
 
     /// Use this inherited descriptor of a VFIO container for the passthrough endpoint with this address
-    /// in the guest; the IOMMU of the container must be set; may be repeated
+    /// in the guest; its IOMMU type must have been set (VFIO_SET_IOMMU); may be repeated
     #[arg(long, value_name = "ADDRESS=N")]
     pub vfio_container_fd: Vec<String>,
 
@@ -127,9 +127,9 @@ pub struct DescriptorArgs {
 /// The value of a switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// Yes.
+    /// The switch is on.
     On,
-    /// No.
+    /// The switch is off.
     Off,
 }
 
@@ -138,9 +138,9 @@ pub enum OnOff {
 pub enum CliCommand {
     /// Check a configuration file and print a summary
     ///
-    /// With passthrough endpoints, also print what this host lacks for them, and the cure. The exit
-    /// status is 1 if anything is missing. The command changes nothing and does not disturb running
-    /// VMs.
+    /// With passthrough endpoints, also list the missing requirements of this host and how to meet them.
+    /// The exit status is 1 if anything is missing. The command changes nothing and does not disturb
+    /// running VMs.
     Check {
         /// The configuration
         file: PathBuf,
@@ -180,10 +180,10 @@ pub enum CliCommand {
         #[command(flatten)]
         descriptors: DescriptorArgs,
     },
-    /// Print the systemd settings of a configuration, in addition to the unit that all daemons share
+    /// Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service
     ///
-    /// The output is a drop-in for vhost-device-iommu@.service: memory, descriptors, threads, and the nodes of
-    /// passthrough devices. The generator of the package calls this command.
+    /// The drop-in limits memory, descriptors and threads, and allows the nodes of passthrough devices. The
+    /// generator of the package calls this command.
     DropIn {
         /// The configuration
         file: PathBuf,
@@ -193,9 +193,9 @@ pub enum CliCommand {
     /// The program of the VMM and its own arguments follow --, as in
     /// `launch --config vm0.toml -- qemu-system-x86_64 -smp 4`.
     ///
-    /// Opens the passthrough devices for both, and adds the arguments that `qemu-args` prints to those of
-    /// the VMM, without machine type and RAM if the VMM has these arguments. The exit status is that of
-    /// the VMM, 128 plus the number of the signal that ended it, or 1 if the daemon ended first.
+    /// Opens the passthrough devices for both. Adds the arguments that `qemu-args` prints to those of the
+    /// VMM; leaves out the machine type and RAM if the arguments of the VMM name them. The exit status is
+    /// that of the VMM, 128 plus the number of the signal that ended it, or 1 if the daemon ended first.
     Launch {
         /// The configuration
         #[arg(long, value_name = "FILE")]
@@ -285,7 +285,7 @@ pub enum Question {
     ///
     /// A change lasts until the daemon ends. Only root and the user of the daemon may change the level.
     LogLevel {
-        /// off, error, warn, info, debug or trace; default for the level at the start of the daemon
+        /// off, error, warn, info, debug or trace; `default` is the level at the start of the daemon
         level: Option<String>,
     },
 }

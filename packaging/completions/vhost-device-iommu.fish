@@ -32,16 +32,16 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l c
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommu -d 'PCI address of the IOMMU itself, such as 00:05.0' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l endpoint -d 'PCI address of an endpoint, or a range of addresses such as 00:10.0-00:1e.7; may be repeated, and replaces the endpoints of the file' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l address-width -d 'Width of I/O virtual addresses in bits, 32 to 57 [default: 48]' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints without a domain bypass the IOMMU at boot [default: on]' -r -f -a "on\t'Yes'
-off\t'No'"
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints without a domain bypass the IOMMU at boot [default: on]' -r -f -a "on\t'The switch is on'
+off\t'The switch is off'"
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l granule -d 'Smallest page size of a mapping: 4k, 16k, 64k or 2m [default: 4k]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file [default: 0xfee00000..=0xfeefffff:msi]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l memory -d 'Size of guest RAM, such as 2G' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l arena-limit -d 'Limit of the memory for page tables [default: memory / 256 + 64M]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-fd -d 'Use this inherited descriptor of a VFIO device for the passthrough endpoint with this address in the guest; may be repeated' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container for the passthrough endpoint with this address in the guest; the IOMMU of the container must be set; may be repeated' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Reserve no addresses for all endpoints, not even the default MSI region'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l vfio-container-fd -d 'Use this inherited descriptor of a VFIO container for the passthrough endpoint with this address in the guest; its IOMMU type must have been set (VFIO_SET_IOMMU); may be repeated' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-reserved -d 'Use an empty list of reserved addresses, without the default MSI region'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l no-sandbox -d 'Run without the sandbox; for debugging only: a guest that exploits the daemon gets all its rights on the host'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l sandbox-report -d 'Name a forbidden system call on standard error before the process ends, instead of ending at once; for debugging only'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l print-capabilities -d 'Print the capabilities of this backend as JSON and exit; other arguments are ignored'
@@ -51,7 +51,7 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "topology" -d 'Print the devices of this host behind the endpoints, their groups and reserved regions'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "viot" -d 'Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "qemu-args" -d 'Print the arguments of QEMU (10.2 or later) for a configuration, one in a line'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print the systemd settings of a configuration, in addition to the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
@@ -126,7 +126,7 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand he
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "topology" -d 'Print the devices of this host behind the endpoints, their groups and reserved regions'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "viot" -d 'Write the ACPI VIOT table, which tells the guest the endpoints of the IOMMU'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "qemu-args" -d 'Print the arguments of QEMU (10.2 or later) for a configuration, one in a line'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "drop-in" -d 'Print the systemd settings of a configuration, in addition to the unit that all daemons share'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "drop-in" -d 'Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args drop-in launch ctl help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
