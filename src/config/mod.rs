@@ -108,5 +108,18 @@ pub struct Config {
     pub descriptors: Descriptors,
 }
 
+/// The longest time that a daemon without passthrough devices takes until it listens.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// The additional time for each passthrough device: the daemon opens the device, and some devices take seconds to reset.
+const START_LIMIT_PER_DEVICE: Duration = Duration::from_secs(5);
+
+impl Config {
+    /// How long the daemon may take from its start until it listens, on a host that does nothing else.
+    pub fn start_limit(&self) -> Duration {
+        let devices = u32::try_from(self.devices.passthrough.len()).unwrap_or(u32::MAX);
+        START_LIMIT.saturating_add(START_LIMIT_PER_DEVICE.saturating_mul(devices))
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,9 @@ use crate::endpoints::kinds;
 
 /// `WatchdogSec` of the shared unit.
 const WATCHDOG: Duration = Duration::from_secs(60);
+/// The part of the shared unit's `TimeoutStartSec=30` beyond the time of a daemon without devices: a host that boots starts
+/// the daemons of all its VMs at once.
+const START_MARGIN: Duration = Duration::from_secs(20);
 /// Bytes that the daemon needs besides its page tables: code, stacks, socket buffers.
 const BASE_MEMORY: u64 = 32 << 20;
 /// Bytes for each device that is served over a socket: a stack, and messages of up to 2 MiB both ways.
@@ -54,12 +57,16 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     ];
     let mut text = lines.join("\n") + "\n";
     text.extend(granted.iter().map(|kind| kind.directives.as_str()));
+    if !config.devices.passthrough.is_empty() {
+        let seconds = config.start_limit().saturating_add(START_MARGIN).as_secs();
+        // `writeln!` to a String cannot fail, here and below.
+        let _ = writeln!(text, "TimeoutStartSec={seconds}");
+    }
     let wait: Duration = granted.iter().map(|kind| kind.wait).sum();
     if wait > Duration::ZERO {
         // Add four thirds of the worker's longest wait for peers. The watchdog asks four times in `WatchdogSec`, so a
         // quarter of `WatchdogSec` can pass between the end of the wait and the next question.
         let seconds = WATCHDOG.saturating_add(wait / 3 * 4).as_secs();
-        // `writeln!` to a String cannot fail, here and below.
         let _ = writeln!(text, "WatchdogSec={seconds}");
     }
     if let Some(priority) = config.realtime_priority {
@@ -148,6 +155,24 @@ mod tests {
             .replace("memory = \"4G\"\n", "")
             .replace("KIND", "type1");
         assert!(lines(&unknown).contains(&"LimitMEMLOCK=infinity".to_string()));
+    }
+
+    /// `launch` waits this long, too.
+    #[test]
+    fn the_start_may_take_longer_with_each_device() {
+        let seconds = |devices: u32| {
+            let endpoint = |n| {
+                format!("[[endpoint]]\naddress = \"01:{n:02x}.0\"\nvfio = \"0000:65:{n:02x}.0\"\n")
+            };
+            let endpoints: String = (0..devices).map(endpoint).collect();
+            let lines = lines(&format!("address = \"00:05.0\"\n{endpoints}"));
+            let line = lines
+                .iter()
+                .find_map(|l| l.strip_prefix("TimeoutStartSec="));
+            line.map(|seconds| seconds.parse().expect("a number"))
+        };
+        assert_eq!(seconds(0), None, "the shared unit has 30 s");
+        assert_eq!([1, 2, 16].map(seconds), [Some(35), Some(40), Some(110)]);
     }
 
     #[test]

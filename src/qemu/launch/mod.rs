@@ -35,10 +35,6 @@ use table::TableFile;
 
 pub use devices::{OpenError, OpenFiles};
 
-/// How long the daemon may take until it listens, without devices.
-const START: Duration = Duration::from_secs(10);
-/// The additional time for each device: the daemon opens it, and some devices take seconds to reset.
-const START_PER_DEVICE: Duration = Duration::from_secs(5);
 /// How long the daemon may take to end: longer than it waits for its own threads.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the VMM may take to end after its IOMMU is gone.
@@ -83,9 +79,7 @@ impl Launch<'_> {
         let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
         let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
-        let devices = u32::try_from(config.devices.passthrough.len()).unwrap_or(u32::MAX);
-        let patience = START.saturating_add(START_PER_DEVICE.saturating_mul(devices));
-        match until_ready(&mut daemon, &events, patience)? {
+        match until_ready(&mut daemon, &events, config.start_limit())? {
             Started::Ready => {}
             Started::Ended(status) => return Ok(exit_code(status)),
             Started::Signalled(signal) => return Ok(128u8.saturating_add(signal)),
