@@ -150,7 +150,8 @@ pub(super) fn refused(failure: impl std::fmt::Display, cause: &io::Error) -> Bac
     let (kind, cure) = match cause.raw_os_error() {
         Some(libc::ENOMEM) => (
             BackendErrorKind::NoMem,
-            "; the host is out of memory, or RLIMIT_MEMLOCK (LimitMEMLOCK= of a unit) is too low",
+            "; the host is out of memory, or RLIMIT_MEMLOCK (LimitMEMLOCK= of a unit) is too low, which iommufd compares \
+             with the locked memory of all processes of the user",
         ),
         Some(libc::ENOSPC) => (
             BackendErrorKind::NoMem,

@@ -73,9 +73,34 @@ impl Daemon {
         Self::launch(TempDir::new().expect("temporary directory"), args)
     }
 
+    /// Starts the daemon with a TOML configuration, as another user and with this limit of locked memory (bytes or
+    /// `unlimited`). Only root can do so.
+    pub fn with_config_as(user: u32, memlock: &str, toml: &str) -> Self {
+        let directory = TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        fs::write(&path, toml).expect("configuration written");
+        // The folders above the program may be closed to the user.
+        let program = directory.path().join("vhost-device-iommu");
+        fs::copy(env!("CARGO_BIN_EXE_vhost-device-iommu"), &program).expect("copied");
+        std::os::unix::fs::chown(directory.path(), Some(user), Some(user)).expect("root");
+        let mut command = Command::new("prlimit");
+        command
+            .args([&format!("--memlock={memlock}"), "setpriv"])
+            .args([&format!("--reuid={user}"), &format!("--regid={user}")])
+            .arg("--clear-groups")
+            .arg(program);
+        let path = path.to_str().expect("UTF-8");
+        Self::launch_with(command, directory, &["--config", path])
+    }
+
     fn launch(directory: TempDir, args: &[&str]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+        Self::launch_with(command, directory, args)
+    }
+
+    fn launch_with(mut command: Command, directory: TempDir, args: &[&str]) -> Self {
         let stderr = fs::File::create(directory.path().join("stderr")).expect("stderr file");
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        let child = command
             .arg("--socket-path")
             .arg(directory.path().join("vhost.sock"))
             .arg("--control-path")

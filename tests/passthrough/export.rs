@@ -64,7 +64,7 @@ fn a_stock_guest_with(host_iommu: &str) {
 }
 
 /// A client that drives an `edu` as a guest's driver does.
-struct Driver(Connection);
+pub struct Driver(Connection);
 
 const BAR: u32 = 0;
 const CONFIG: u32 = 7;
@@ -77,7 +77,7 @@ const MASTER: u16 = 1 << 2;
 impl Driver {
     /// Connects, switches on memory and DMA, and acknowledges pending interrupts. `edu` cannot be reset, so
     /// interrupts of an earlier client may be pending.
-    fn connect(path: &Path) -> Self {
+    pub fn connect(path: &Path) -> Self {
         let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
         let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
         let answer = connection.call(VERSION, &version_body(text), &[]);
@@ -118,12 +118,14 @@ impl Driver {
         }
     }
 
-    fn dma_read(&mut self, iova: u64) {
+    /// Reads a page into the device.
+    pub fn dma_read(&mut self, iova: u64) {
         self.start(iova, EDU_BUFFER, 0);
         self.wait();
     }
 
-    fn dma_write(&mut self, iova: u64) {
+    /// Writes the device's page.
+    pub fn dma_write(&mut self, iova: u64) {
         self.start(EDU_BUFFER, iova, 2);
         self.wait();
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use crate::config::{Config, HostIommu, Pin};
+use crate::config::{Config, HostIommu};
 use crate::endpoints::kind::{
     EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared,
 };
@@ -55,28 +55,20 @@ impl EndpointKind for PassthroughKind {
 }
 
 /// The unit's directives that let the daemon lock the guest's memory and open the devices' nodes.
+///
+/// Locked memory has no limit of its own, because no limit fits: iommufd counts all processes of a user against each
+/// one's limit, and all daemons run as one user; a page counts once for each mapping that does not share its pin, and
+/// the guest decides how often it maps a page. The limit keeps a process from locking the host's RAM; here `MemoryMax`
+/// does that. Not `CAP_IPC_LOCK`: the daemon would have to keep the capability for all its life. Not
+/// `IOMMU_OPTION_RLIMIT_MODE`, which counts each process for itself: it needs `CAP_SYS_RESOURCE`.
 fn directives(config: &Config) -> String {
-    let mut text = String::new();
-    // With type1, each container pins the guest's memory for itself.
-    let pinned = match (config.host_iommu, config.pin) {
-        (HostIommu::Iommufd, Pin::All | Pin::Mapped) => config.memory,
-        (HostIommu::Type1, Pin::All | Pin::Mapped) => {
-            let containers = u64::try_from(config.devices.passthrough.len()).unwrap_or(u64::MAX);
-            config.memory.map(|bytes| bytes.saturating_mul(containers))
-        }
-    };
-    let locked = match pinned {
-        // Rings and tables of the host come on top of the guest's RAM.
-        Some(bytes) => bytes.saturating_add(64 << 20).to_string(),
-        None => "infinity".into(),
-    };
-    // Writing to a String cannot fail, here and below.
-    let _ = writeln!(text, "LimitMEMLOCK={locked}\nPrivateDevices=no");
+    let mut text = String::from("LimitMEMLOCK=infinity\nPrivateDevices=no\n");
     let nodes: &[&str] = match config.host_iommu {
         HostIommu::Iommufd => &["/dev/iommu", "char-vfio-dev", "char-vfio"],
         HostIommu::Type1 => &["/dev/vfio/vfio", "char-vfio"],
     };
     for node in nodes {
+        // Writing to a String cannot fail.
         let _ = writeln!(text, "DeviceAllow={node} rw");
     }
     // /proc has the numbers of interrupts and the devices' files.

@@ -154,38 +154,70 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
         );
         return Some(Finding::advice(problem, cure).with_commands(command));
     };
-    let (times, reason) = locked_times(facts, config);
-    let needed = memory.saturating_mul(times);
-    (limit < needed).then(|| {
+    let need = LockedMemory::of(facts, config);
+    let mib = |times: u64| memory.saturating_mul(times) >> 20;
+    if limit < memory.saturating_mul(need.least) {
         let problem = format!(
-            "at most {limit_mib} MiB of memory may be locked (RLIMIT_MEMLOCK), {} MiB are needed: \
-             {reason}",
-            needed >> 20
+            "at most {limit_mib} MiB of memory may be locked (RLIMIT_MEMLOCK), {} MiB are needed: {}",
+            mib(need.least),
+            need.reason
         );
-        Finding::missing(problem, cure).with_commands(command)
+        return Some(Finding::missing(problem, cure).with_commands(command));
+    }
+    // VFIO's type1 counts each process for itself.
+    (config.host_iommu == HostIommu::Iommufd).then(|| {
+        let problem = format!(
+            "all processes of this user together may lock {limit_mib} MiB of memory (RLIMIT_MEMLOCK, as iommufd counts \
+             it): this VM may lock {} MiB, depending on its guest, and other VMs of the user lock more",
+            mib(need.most)
+        );
+        Finding::advice(problem, cure).with_commands(command)
     })
 }
 
-/// The least number of times that the guest's RAM counts against the limit, and the reason.
-fn locked_times(facts: &HostFacts, config: &Config) -> (u64, &'static str) {
-    let mut devices = config.devices.passthrough.iter();
-    let vmm_has_none = devices.all(|device| config.devices.exported_at(device.endpoint).is_some());
-    match (config.host_iommu, config.pin) {
-        (HostIommu::Iommufd, Pin::All | Pin::Mapped) if vmm_has_none => {
-            (1, "the guest's RAM for the daemon")
+/// How often the guest's RAM counts as locked, as long as no domain maps a page twice.
+struct LockedMemory {
+    /// While all devices are in bypass mode, or all are in domains that share the pins of bypass mode.
+    least: u64,
+    /// While each group's address space pins all of RAM for itself.
+    most: u64,
+    /// The reason for the least number.
+    reason: &'static str,
+}
+
+impl LockedMemory {
+    fn of(facts: &HostFacts, config: &Config) -> Self {
+        let mut devices = config.devices.passthrough.iter();
+        let vmm_has_none =
+            devices.all(|device| config.devices.exported_at(device.endpoint).is_some());
+        // A group has one address space at a time. Domains share the pins of bypass mode only with `pin = "all"`, and
+        // only if they were filled while no device was in bypass mode.
+        let spaces = containers(facts, config);
+        let (least, reason) = match (config.host_iommu, config.pin) {
+            (HostIommu::Iommufd, Pin::All | Pin::Mapped) if vmm_has_none => {
+                (1, "the guest's RAM for the daemon")
+            }
+            (HostIommu::Iommufd, Pin::All) => (
+                2,
+                "the guest's RAM for the VMM, and again for the daemon of the same user",
+            ),
+            (HostIommu::Iommufd, Pin::Mapped) => (
+                1,
+                "the guest's RAM for the VMM, and the memory that the guest maps on top",
+            ),
+            (HostIommu::Type1, Pin::All | Pin::Mapped) => {
+                (spaces, "the guest's RAM for each host group")
+            }
+        };
+        let most = match config.host_iommu {
+            HostIommu::Iommufd => spaces.saturating_add(u64::from(!vmm_has_none)),
+            HostIommu::Type1 => spaces,
+        };
+        Self {
+            least,
+            most,
+            reason,
         }
-        (HostIommu::Iommufd, Pin::All) => (
-            2,
-            "the guest's RAM for the VMM, and again for the daemon of the same user",
-        ),
-        (HostIommu::Iommufd, Pin::Mapped) => (
-            1,
-            "the guest's RAM for the VMM, and the memory that the guest maps on top",
-        ),
-        (HostIommu::Type1, Pin::All | Pin::Mapped) => (
-            containers(facts, config),
-            "the guest's RAM for each host group",
-        ),
     }
 }
 
@@ -360,7 +392,7 @@ mod tests {
         );
         // 2 GiB of RAM, and two devices.
         limits(&host, "4294967296");
-        assert_eq!(found(&host, ""), []);
+        assert_eq!(only(&host, "").severity, Severity::Advice);
         assert_eq!(found(&host, TYPE1), []);
         limits(&host, "4294967295");
         for keys in ["", TYPE1] {
@@ -372,7 +404,7 @@ mod tests {
             );
             assert_eq!(finding.commands, ["ulimit -l unlimited"]);
         }
-        assert_eq!(found(&host, "pin = \"mapped\""), []);
+        assert_eq!(only(&host, "pin = \"mapped\"").severity, Severity::Advice);
         // One container is enough for two devices of one group.
         host.function(&Function::ready("0000:01:00.0", 7));
         host.function(&Function::ready("0000:02:00.0", 7));
@@ -397,9 +429,32 @@ mod tests {
             );
             let config = Config::from_text("vm.toml".as_ref(), &text).expect("a configuration");
             let hosts = config.devices.passthrough.iter().map(|device| device.host);
-            locked_times(&HostFacts::read(&FakeHost::new().root(), hosts), &config).0
+            let need = LockedMemory::of(&HostFacts::read(&FakeHost::new().root(), hosts), &config);
+            (need.least, need.most)
         };
-        assert_eq!((times("export = '/b'"), times("")), (1, 2));
+        // Twice if one of the devices is in bypass mode, or both are in different domains.
+        assert_eq!(times("export = '/b'"), (1, 2));
+        assert_eq!(times(""), (2, 3));
+    }
+
+    /// iommufd counts all VMs of a user together, so a limit that is enough for this VM may be too low for two.
+    #[test]
+    fn a_limit_for_one_vm_may_be_too_low_for_two() {
+        let host = FakeHost::new();
+        for limit in ["6442450944", "68719476736"] {
+            limits(&host, limit);
+            let finding = only(&host, "");
+            assert_eq!(finding.severity, Severity::Advice);
+            // 2 GiB of RAM for the VMM and for each of two devices.
+            for part in ["all processes of this user together", "may lock 6144 MiB"] {
+                assert!(finding.problem.contains(part), "{finding:?}");
+            }
+        }
+        host.function(&Function::ready("0000:01:00.0", 7));
+        host.function(&Function::ready("0000:02:00.0", 7));
+        assert!(only(&host, "").problem.contains("may lock 4096 MiB"));
+        limits(&host, "unlimited");
+        assert_eq!(found(&host, ""), []);
     }
 
     #[test]
