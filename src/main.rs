@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs};
-use vhost_device_iommu::config::Config;
+use vhost_device_iommu::config::{Config, SlotProblem};
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::daemon::drop_in::drop_in;
@@ -186,11 +186,15 @@ fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
 fn check(file: &Path, file_only: bool) -> Outcome {
     let config = Config::from_file(file)?;
     print(&config.summary().to_string())?;
-    if file_only {
-        return Ok(());
-    }
-    let report = Report::new(&HostRoot::default(), &config);
+    let report = if file_only {
+        Report::of_file(&config)
+    } else {
+        Report::new(&HostRoot::default(), &config)
+    };
     print(&report.to_string())?;
+    if config.slot_problems().iter().any(SlotProblem::is_fatal) {
+        return Err("the guest would lack its IOMMU or a device; see above".into());
+    }
     match report.missing() {
         0 => Ok(()),
         1 => Err("one thing is missing on this host; see above".into()),

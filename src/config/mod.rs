@@ -20,6 +20,7 @@ mod operator;
 mod passthrough;
 mod readers;
 mod shadow;
+mod slots;
 mod summary;
 mod text;
 mod topology;
@@ -46,6 +47,7 @@ pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::Readers;
 pub use shadow::ShadowListener;
+pub use slots::{SlotProblem, function_zero, of_machine};
 pub use summary::Summary;
 
 /// Where the VMM, the vhost-user frontend, reaches the daemon.

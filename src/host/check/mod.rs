@@ -8,7 +8,7 @@ mod system;
 
 use std::fmt;
 
-use crate::config::{Config, Passthrough};
+use crate::config::{Config, Passthrough, SlotProblem};
 use crate::host::sysfs::{HostFacts, HostRoot};
 
 /// How bad a [`Finding`] is.
@@ -67,6 +67,8 @@ impl Finding {
 /// The findings for a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
+    /// Findings about addresses in the guest, which concern the file and not the host.
+    pub addresses: Vec<Finding>,
     /// Findings that concern all endpoints.
     pub host: Vec<Finding>,
     /// Findings for each passthrough device, in the order of the configuration. Devices without findings
@@ -75,7 +77,17 @@ pub struct Report {
 }
 
 impl Report {
-    /// Compares the host below `root` with the needs of `config`.
+    /// Checks the addresses of `config` in the guest, and nothing of the host.
+    pub fn of_file(config: &Config) -> Self {
+        let problems = config.slot_problems();
+        Self {
+            addresses: problems.iter().map(address_finding).collect(),
+            host: Vec::new(),
+            endpoints: Vec::new(),
+        }
+    }
+
+    /// Checks the addresses of `config`, and compares the host below `root` with its needs.
     pub fn new(root: &HostRoot, config: &Config) -> Self {
         let devices = config.devices.passthrough.iter();
         let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
@@ -90,23 +102,28 @@ impl Report {
                 system::findings(root, &facts, config)
             },
             endpoints: devices.map(findings).collect(),
+            ..Self::of_file(config)
         }
     }
 
     /// The number of missing things.
     pub fn missing(&self) -> usize {
         let endpoints = self.endpoints.iter().flat_map(|(_, findings)| findings);
-        self.host
+        self.addresses
             .iter()
+            .chain(&self.host)
             .chain(endpoints)
             .filter(|finding| finding.severity == Severity::Missing)
             .count()
     }
 }
 
-/// Prints each heading with its findings; nothing without passthrough devices.
+/// Prints each heading with its findings; nothing about the host without passthrough devices.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.addresses.is_empty() {
+            section(f, "addresses in the guest:", &self.addresses)?;
+        }
         if self.endpoints.is_empty() {
             return Ok(());
         }
@@ -116,6 +133,17 @@ impl fmt::Display for Report {
             section(f, &heading, findings)?;
         }
         Ok(())
+    }
+}
+
+/// A problem of an address as a finding.
+fn address_finding(problem: &SlotProblem) -> Finding {
+    let text = problem.to_string();
+    let (what, cure) = text.split_once("; ").unwrap_or((&text, ""));
+    if problem.is_fatal() {
+        Finding::missing(what, cure)
+    } else {
+        Finding::advice(what, cure)
     }
 }
 
@@ -187,6 +215,28 @@ mod tests {
             "endpoint 0000:00:10.0, device 0000:01:00.0:",
             "      echo 0000:01:00.0 > /sys/bus/pci/drivers_probe",
             "  missing: 0000:02:00.0: no such device on this host",
+        ] {
+            assert!(
+                text.lines().any(|l| l.starts_with(line)),
+                "{line} in\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn functions_that_the_guest_does_not_find_are_missing() {
+        let text = "address = \"00:05.1\"\n[[endpoint]]\nrange = \"00:10.0-00:1f.7\"\n";
+        let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
+        let report = Report::new(&HostRoot::new("/nonexistent"), &config);
+        assert_eq!(report.missing(), 1, "{report}");
+        assert_eq!(report, Report::of_file(&config));
+        let text = report.to_string();
+        for line in [
+            "addresses in the guest:",
+            "  missing: nothing is configured at 0000:00:05.0",
+            "    give the IOMMU function 0 of a slot",
+            "  advice: endpoint 0000:00:10.0-0000:00:1f.7 contains 0000:00:1f.0",
+            "    leave that function out",
         ] {
             assert!(
                 text.lines().any(|l| l.starts_with(line)),
