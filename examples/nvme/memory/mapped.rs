@@ -36,7 +36,16 @@ struct Window {
     /// `DMA_MAP_*`.
     rights: u32,
     /// `None` if the client passed no descriptor.
-    memory: Option<MmapRegion>,
+    memory: Option<MappedWindow>,
+}
+
+/// The memory of a window: a part of a mapping, which may begin before the window and end after it.
+struct MappedWindow {
+    mapping: MmapRegion,
+    /// The offset of the window in the mapping.
+    skipped: usize,
+    /// The length of the window.
+    len: usize,
 }
 
 impl Mapped {
@@ -182,8 +191,8 @@ impl Memory for Mapped {
     }
 }
 
-/// The mapped window that has `address` and grants `right`: its memory, the offset of the address, and
-/// the number of bytes up to the window's end.
+/// The mapped window that has `address` and grants `right`: its mapping, the offset of the address in the
+/// mapping, and the number of bytes up to the window's end.
 fn find(
     windows: &BTreeMap<u64, Window>,
     address: u64,
@@ -195,16 +204,16 @@ fn find(
         return None;
     }
     let at = usize::try_from(address - first).ok()?;
-    Some((
-        memory,
-        at,
-        memory.len().checked_sub(at).filter(|room| *room > 0)?,
-    ))
+    let room = memory.len.checked_sub(at).filter(|room| *room > 0)?;
+    Some((&memory.mapping, memory.skipped.checked_add(at)?, room))
 }
 
 /// Maps a window of the client's file. The client must not truncate the file afterwards: an access
 /// beyond its end would raise SIGBUS and end this process. The client is trusted in this.
-fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, i32> {
+///
+/// A guest maps pages of 4 KiB, also in RAM of huge pages. The kernel maps a file of huge pages only from the
+/// beginning of one and unmaps only whole ones, so there the mapping is wider than the window.
+fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MappedWindow, i32> {
     let offset = window.offset.get();
     let end = offset.checked_add(window.size.get()).ok_or(libc::EINVAL)?;
     let size = usize::try_from(window.size.get()).map_err(|_| libc::EINVAL)?;
@@ -217,9 +226,39 @@ fn map_file(file: File, window: &DmaMapBody, rights: u32) -> Result<MmapRegion, 
         _ => libc::PROT_READ | libc::PROT_WRITE,
     };
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    let file = FileOffset::new(file, offset);
-    MmapRegion::build(Some(file), size, protection, flags).map_err(|cause| {
-        warn_limited!("cannot map {size:#x} bytes at {offset:#x} of the client's file: {cause}");
+    let (start, skipped, mapped) = widen(offset, size, huge_page(&file)).ok_or(libc::EINVAL)?;
+    let file = FileOffset::new(file, start);
+    let mapping = MmapRegion::build(Some(file), mapped, protection, flags).map_err(|cause| {
+        warn_limited!("cannot map {mapped:#x} bytes at {start:#x} of the client's file: {cause}");
         libc::ENOMEM
+    })?;
+    Ok(MappedWindow {
+        mapping,
+        skipped,
+        len: size,
     })
+}
+
+/// The page size of a file on a hugetlbfs, which includes a memfd of huge pages; `None` for other files.
+fn huge_page(file: &File) -> Option<u64> {
+    let found = rustix::fs::fstatfs(file).ok()?;
+    let is_huge = found.f_type == libc::HUGETLBFS_MAGIC;
+    let size = u64::try_from(found.f_bsize).ok()?;
+    (is_huge && size.is_power_of_two()).then_some(size)
+}
+
+/// The whole huge pages around `size` bytes at `offset`: their first offset, how far `offset` is from it, and their
+/// length. Without huge pages these are the bytes themselves.
+pub(crate) fn widen(
+    offset: u64,
+    size: usize,
+    huge_page: Option<u64>,
+) -> Option<(u64, usize, usize)> {
+    let Some(page) = huge_page else {
+        return Some((offset, 0, size));
+    };
+    let skipped = usize::try_from(offset % page).ok()?;
+    let page = usize::try_from(page).ok()?;
+    let len = skipped.checked_add(size)?.checked_next_multiple_of(page)?;
+    Some((offset - skipped as u64, skipped, len))
 }

@@ -13,6 +13,8 @@ use thiserror::Error;
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::vfio_user::message::{DmaMapBody, DmaUnmapBody};
 
+#[cfg(test)]
+pub(crate) use self::mapped::widen;
 pub use self::mapped::{MAX_WINDOWS, Mapped};
 pub use self::messages::{Messages, Outbound};
 pub use self::shadow::Shadow;

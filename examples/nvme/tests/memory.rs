@@ -13,7 +13,9 @@ use vhost_device_iommu::vfio_user::message::{
 };
 use zerocopy::IntoBytes;
 
-use crate::memory::{DmaError, Gate, Mapped, Memory, Messages, Outbound, Segment};
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::memory::{DmaError, Gate, Mapped, Memory, Messages, Outbound, Segment, widen};
 
 const READ: u32 = 1;
 const BOTH: u32 = 3;
@@ -167,6 +169,78 @@ fn invalid_windows_are_refused_and_removed_windows_are_gone() {
     assert_eq!(memory.map(&window(0x1000, 0x2000, 0, BOTH), fd()), Ok(()));
     assert_eq!(memory.unmap(&removed(0, 0, DMA_UNMAP_ALL)), Ok(()));
     assert_eq!(memory.map(&window(0, 0x4000, 0, BOTH), fd()), Ok(()));
+}
+
+/// RAM of huge pages, of which a guest maps pages of 4 KiB.
+#[test]
+fn windows_within_huge_pages_are_mapped() {
+    const HUGE: u64 = 2 << 20;
+    assert_eq!(widen(0x3000, 0x1000, None), Some((0x3000, 0, 0x1000)));
+    for (offset, size, expected) in [
+        (0, 0x1000, (0, 0, HUGE as usize)),
+        (0x3000, 0x1000, (0, 0x3000, HUGE as usize)),
+        (
+            HUGE + 0x1000,
+            HUGE as usize,
+            (HUGE, 0x1000, 2 * HUGE as usize),
+        ),
+        (
+            HUGE - 0x1000,
+            0x1000,
+            (0, HUGE as usize - 0x1000, HUGE as usize),
+        ),
+    ] {
+        assert_eq!(widen(offset, size, Some(HUGE)), Some(expected));
+    }
+    assert_eq!(widen(0x1000, usize::MAX, Some(HUGE)), None);
+
+    let flags = MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let Ok(kept) = memfd_create("huge-window", flags) else {
+        // A kernel without huge pages.
+        return;
+    };
+    let kept = File::from(kept);
+    kept.set_len(2 * HUGE).unwrap();
+    let memory = Mapped::new(Arc::new(Messages::new(Box::new(Sent::default()))));
+    let fd = || Some(kept.try_clone().unwrap().into());
+    for (address, size, offset) in [
+        (0x1000, 0x1000, 0x5000),
+        (0x2000, 0x1000, HUGE + 0x7000),
+        (0x3000, 0x2000, HUGE - 0x1000),
+    ] {
+        assert_eq!(
+            memory.map(&window(address, size, offset, BOTH), fd()),
+            Ok(())
+        );
+    }
+    let beyond = window(0x9000, 0x1000, 2 * HUGE, BOTH);
+    assert_eq!(memory.map(&beyond, fd()), Err(libc::EINVAL));
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    if free.is_ok_and(|free| free.trim().parse::<u32>().is_ok_and(|free| free >= 2)) {
+        // An access without a free huge page would end this process.
+        let gate = Gate::new();
+        memory.write(&gate, &at(0x1ffe, 4), b"abcd").unwrap();
+        memory.write(&gate, &at(0x3ffe, 4), b"efgh").unwrap();
+        let mut found = [0; 2];
+        for (offset, data) in [
+            (0x5ffe, b"ab"),
+            (HUGE + 0x7000, b"cd"),
+            (HUGE - 2, b"ef"),
+            (HUGE, b"gh"),
+        ] {
+            let whole = Mapped::new(Arc::new(Messages::new(Box::new(Sent::default()))));
+            let around = window(0, 2 * HUGE, 0, READ);
+            whole.map(&around, fd()).unwrap();
+            whole.read(&gate, &at(offset, 2), &mut found).unwrap();
+            assert_eq!(&found, data, "at {offset:#x}");
+        }
+    }
+    for (address, size) in [(0x1000, 0x1000), (0x2000, 0x1000), (0x3000, 0x2000)] {
+        assert_eq!(memory.unmap(&removed(address, size, 0)), Ok(()));
+    }
+    drop(memory);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(!maps.contains("memfd:huge-window"), "a mapping is left");
 }
 
 #[test]
