@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::guest_memory::{check_regions, slots};
@@ -352,6 +352,14 @@ impl Device {
         // again.
         requests.queue.broken = false;
         self.wake.write(1)
+    }
+
+    /// Whether the VMM has shared memory.
+    pub fn has_memory(&self) -> bool {
+        let memory = self.memory.lock();
+        memory
+            .as_ref()
+            .is_some_and(|memory| memory.num_regions() > 0)
     }
 
     /// The VMM has stopped the ring of queue `index`: [`LockedRing::is_running`](ring::LockedRing::is_running) is

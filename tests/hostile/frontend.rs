@@ -160,6 +160,47 @@ fn region(gpa: u64, len: u64, user: u64, offset: u64, fd: i32) -> VhostUserMemor
     }
 }
 
+/// A VMM whose RAM is its own sends the place of the RAM without a descriptor.
+#[test]
+fn memory_that_is_not_shared_is_answered_with_the_cure() {
+    const SET_FEATURES: u32 = 2;
+    const SET_MEM_TABLE: u32 = 5;
+    const SET_PROTOCOL_FEATURES: u32 = 16;
+    const ADD_MEM_REG: u32 = 37;
+    let number = |n: u64| n.to_ne_bytes().to_vec();
+    let region = [number(0), number(1 << 20), number(1 << 32), number(0)].concat();
+    let table = [number(1), region.clone()].concat();
+    let one = [number(0), region].concat();
+    let negotiate = [
+        message(SET_FEATURES, 1, &number(1 << 30 | 1 << 32)),
+        message(SET_PROTOCOL_FEATURES, 1, &number(1 << 15)),
+    ]
+    .concat();
+    for (name, sent) in [
+        ("SET_MEM_TABLE", message(SET_MEM_TABLE, 1, &table)),
+        (
+            "ADD_MEM_REG",
+            [negotiate, message(ADD_MEM_REG, 1, &one)].concat(),
+        ),
+    ] {
+        let daemon = Daemon::start();
+        let mut stream = daemon.stream();
+        stream.write_all(&sent).expect("sent");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let closed = loop {
+            let log = daemon.log();
+            if let Some(line) = log.lines().find(|line| line.contains("was closed: ")) {
+                break line.to_owned();
+            }
+            assert!(Instant::now() < deadline, "{name}: {log}");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert!(closed.contains("share=on"), "{name}: {closed}");
+        drop(stream);
+        assert_serves(&daemon, &mut Guest::boot(&daemon));
+    }
+}
+
 #[test]
 fn invalid_memory_regions() {
     let daemon = Daemon::start();

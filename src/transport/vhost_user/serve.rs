@@ -138,6 +138,7 @@ impl VhostUserServer {
             self.stop.watch(daemon.shutdown_handle());
             daemon.wait()
         });
+        let has_memory = self.device.has_memory();
         self.stop.watch(None);
         vmm_present(false);
         self.device.stop();
@@ -149,7 +150,10 @@ impl VhostUserServer {
             | Err(BackendError::HandleRequest(
                 VhostUserError::Disconnected | VhostUserError::PartialMessage,
             )) => info_limited!("the VMM has disconnected"),
-            Err(cause) => warn_limited!("the connection was closed: {cause}"),
+            Err(cause) => {
+                let hint = hint(&cause, has_memory);
+                warn_limited!("the connection was closed: {cause}{hint}");
+            }
         }
         Ok(())
     }
@@ -174,6 +178,29 @@ impl VhostUserServer {
             pulse.answer();
         }
     }
+}
+
+/// The likely reason for a message that could not be served, and its cure; empty if there is none.
+///
+/// A VMM with RAM of its own process only sends the RAM's place without a descriptor, which the backend crate calls
+/// invalid parameters. A descriptor that cannot be mapped for reading and writing fails in another way; in both cases
+/// the device has no memory.
+fn hint(cause: &BackendError, has_memory: bool) -> &'static str {
+    let BackendError::HandleRequest(cause) = cause else {
+        return "";
+    };
+    let unshared = match cause {
+        VhostUserError::InvalidParam => true,
+        VhostUserError::InvalidMessage
+        | VhostUserError::IncorrectFds
+        | VhostUserError::ReqHandlerError(_) => !has_memory,
+        _ => false,
+    };
+    if !unshared {
+        return "";
+    }
+    "; the daemon has not got all of the guest's memory as files that it can map: give the VMM's RAM share=on \
+     (QEMU: `-object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram`)"
 }
 
 /// Ends a running server. Clones end the same one.
