@@ -258,16 +258,16 @@ fn qemu_args_prints_only_arguments() {
     let table = dir.path().join("vm0.viot");
     let expected = [
         "-machine",
-        "q35,memory-backend=mem0",
+        "q35,memory-backend=viommu-ram",
         "-m",
         "2048M",
         "-object",
-        "memory-backend-memfd,id=mem0,size=2147483648,share=on",
+        "memory-backend-memfd,id=viommu-ram,size=2147483648,share=on",
         "-chardev",
-        "socket,id=viommu,path=/run/vm0/iommu.sock",
+        "socket,id=viommu-socket,path=/run/vm0/iommu.sock",
         "-device",
         "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,config_size=40,\
-         chardev=viommu,addr=05.0",
+         chardev=viommu-socket,addr=05.0",
         "-acpitable",
         &format!("file={}", table.display()),
     ];
@@ -322,9 +322,9 @@ fn qemu_args_name_the_descriptors_they_are_given() {
         let lines: Vec<_> = printed.stdout.lines().collect();
         let expected = [
             "-object".to_owned(),
-            format!("iommufd,id=iommufd0,fd={iommufd}"),
+            format!("iommufd,id=viommu-iommufd,fd={iommufd}"),
             "-device".to_owned(),
-            format!("vfio-pci,id=vfio-00-02-0,fd={device},iommufd=iommufd0,addr=02.0"),
+            format!("vfio-pci,id=viommu-vfio-00-02-0,fd={device},iommufd=viommu-iommufd,addr=02.0"),
         ];
         assert_eq!(lines[6..10], expected);
         let note = format!("--iommufd-fd {iommufd} --vfio-fd 0000:00:02.0={device}");

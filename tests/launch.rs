@@ -93,7 +93,8 @@ fn launch_keeps_the_vmms_own_machine_and_ram() {
     let run = launch_dir.run(script, &["-M", "q35", "-m", "1G"]);
     assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
     let args = launch_dir.read("args").replace('\n', " ");
-    let memory = "-m 1G -machine memory-backend=mem0 -object memory-backend-memfd,id=mem0";
+    let memory =
+        "-m 1G -machine memory-backend=viommu-ram -object memory-backend-memfd,id=viommu-ram";
     assert!(args.contains(memory), "{args}");
 }
 
@@ -383,11 +384,11 @@ fn passthrough_devices_are_opened_once_for_both() {
     let args: Vec<_> = args.lines().collect();
     let expected = [
         "-object".to_owned(),
-        format!("iommufd,id=iommufd0,fd={iommufd}"),
+        format!("iommufd,id=viommu-iommufd,fd={iommufd}"),
         "-device".to_owned(),
-        format!("vfio-pci,id=vfio-00-10-0,fd={first},iommufd=iommufd0,addr=10.0"),
+        format!("vfio-pci,id=viommu-vfio-00-10-0,fd={first},iommufd=viommu-iommufd,addr=10.0"),
         "-device".to_owned(),
-        format!("vfio-pci,id=vfio-00-11-0,fd={second},iommufd=iommufd0,addr=11.0"),
+        format!("vfio-pci,id=viommu-vfio-00-11-0,fd={second},iommufd=viommu-iommufd,addr=11.0"),
         "-chardev".to_owned(),
     ];
     assert_eq!(args[6..13], expected);

@@ -178,6 +178,14 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "tests/cli.rs::a_priority_that_is_not_allowed_is_refused_with_the_cure",
     ),
     // These need a program that dies, or a host with devices.
+    (
+        "SlotProblem::RangeHidden",
+        "src/config/slots.rs::ranges_are_advised_about",
+    ),
+    (
+        "SlotProblem::RangeOverMachine",
+        "src/config/slots.rs::ranges_are_advised_about",
+    ),
     ("LaunchError::NoVmm", "clap/required comes first"),
     ("LaunchError::NotReady", "a machine that is too busy"),
     (
@@ -565,6 +573,135 @@ pub const CASES: &[Case] = &[
     case(
         "viot/output",
         With("", &["viot", "vm.toml", "-o", "no/where"]),
+    ),
+    case(
+        "SlotProblem::IommuHidden",
+        Made(
+            || "address = '00:05.1'\nsocket = 's'\nmemory = '1G'\n".into(),
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "SlotProblem::DeviceHidden",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[endpoint]]\naddress = '00:06.1'\nvfio = '65:00.0'\nexport = 'e'",
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "SlotProblem::OfMachine",
+        Made(
+            || "address = '00:1f.0'\nsocket = 's'\nmemory = '1G'\n".into(),
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "QemuArgsError::NoFunctionZero",
+        Made(
+            || {
+                "address = '00:05.1'\nsocket = 's'\nmemory = '1G'\n[[endpoint]]\naddress = '00:05.0'\n".into()
+            },
+            &["launch", "--config", "vm.toml", "--", "true", "-nodefaults"],
+        ),
+    ),
+    case(
+        "VmmOptionError::Daemonize",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &["launch", "--config", "vm.toml", "--", "true", "-daemonize"],
+        ),
+    ),
+    case(
+        "VmmOptionError::MemPath",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-mem-path",
+                "/f",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::NotShared",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-numa",
+                "node,memdev=m",
+                "-object",
+                "memory-backend-ram,id=m,size=1G",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::SecondIommu",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-device",
+                "intel-iommu",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::NoAcpi",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-M",
+                "q35,acpi=off",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::TakenId",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-object",
+                "iommufd,id=viommu-x",
+            ],
+        ),
+    ),
+    case(
+        "ReadConfigError",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-readconfig",
+                "no-such-file",
+            ],
+        ),
     ),
     case(
         "QemuArgsError::NoSocket",

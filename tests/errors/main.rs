@@ -26,14 +26,26 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 14] = [
+const SOURCES: [(&str, &str); 17] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
     ("src/topology/reserved.rs", "Reserved regions"),
     ("src/topology/mod.rs", "Conflicts between endpoints"),
     ("src/topology/viot.rs", "`viot`"),
+    (
+        "src/config/slots.rs",
+        "Places of devices: `check`, `qemu-args` and `launch`",
+    ),
     ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
+    (
+        "src/qemu/args/operator.rs",
+        "`launch`, options of the VMM's own",
+    ),
+    (
+        "src/qemu/args/vmm_options.rs",
+        "`launch`, options of the VMM's own",
+    ),
     (
         "src/qemu/launch/devices.rs",
         "`launch`, passthrough devices",

@@ -1,6 +1,6 @@
 //! Arguments and notes for emulated devices.
 
-use super::passthrough::{on_root_bus, shares_slot};
+use super::places::on_root_bus;
 use super::vfio_user;
 use crate::config::{Config, Emulated};
 use crate::topology::PciAddress;
@@ -42,8 +42,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
 }
 
 fn argument(config: &Config, device: &Emulated) -> String {
-    let beside = shares_slot(config, device.endpoint);
-    vfio_user::argument(device.endpoint, &device.listen, beside)
+    vfio_user::argument(config, device.endpoint, &device.listen)
 }
 
 #[cfg(test)]
@@ -72,7 +71,7 @@ mod tests {
         assert_eq!(
             devices,
             [
-                r#"{"addr":"06.0","driver":"vfio-user-pci","id":"vfio-user-00-06-0","socket":{"path":"/run/a \"b\"","type":"unix"}}"#
+                r#"{"addr":"06.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-06-0","socket":{"path":"/run/a \"b\"","type":"unix"}}"#
             ]
         );
         let notes = made.notes.join("\n");

@@ -1,6 +1,6 @@
 //! Arguments and notes for exported devices.
 
-use super::passthrough::{on_root_bus, shares_slot};
+use super::places::on_root_bus;
 use super::vfio_user;
 use crate::config::{Config, Exported};
 use crate::topology::PciAddress;
@@ -44,11 +44,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
 }
 
 fn argument(config: &Config, export: &Exported) -> String {
-    vfio_user::argument(
-        export.endpoint,
-        &export.path,
-        shares_slot(config, export.endpoint),
-    )
+    vfio_user::argument(config, export.endpoint, &export.path)
 }
 
 #[cfg(test)]
@@ -92,8 +88,8 @@ mod tests {
             assert_eq!(
                 devices,
                 [
-                    r#"{"addr":"06.0","driver":"vfio-user-pci","id":"vfio-user-00-06-0","multifunction":true,"socket":{"path":"/run/a","type":"unix"}}"#,
-                    r#"{"addr":"06.1","driver":"vfio-user-pci","id":"vfio-user-00-06-1","multifunction":true,"socket":{"path":"/run/b","type":"unix"}}"#,
+                    r#"{"addr":"06.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-06-0","multifunction":true,"socket":{"path":"/run/a","type":"unix"}}"#,
+                    r#"{"addr":"06.1","driver":"vfio-user-pci","id":"viommu-vfio-user-00-06-1","multifunction":true,"socket":{"path":"/run/b","type":"unix"}}"#,
                 ]
             );
             let notes = made.notes.join("\n");
@@ -116,8 +112,11 @@ mod tests {
         let text = one("00:06.0", "65:00.0", "/run/a") + &one("00:07.0", "66:00.0", "");
         let made_both = made(&text).expect("arguments");
         let line = made_both.shell_line();
-        assert!(line.contains("iommufd,id=iommufd0,fd=3"), "{line}");
-        assert!(line.contains("vfio-pci,id=vfio-00-07-0,fd=4"), "{line}");
+        assert!(line.contains("iommufd,id=viommu-iommufd,fd=3"), "{line}");
+        assert!(
+            line.contains("vfio-pci,id=viommu-vfio-00-07-0,fd=4"),
+            "{line}"
+        );
         assert!(!line.contains("vfio-00-06-0,fd"), "{line}");
         let notes = made_both.notes.join("\n");
         assert!(notes.contains("devices/0000:66:00.0/vfio-dev"), "{notes}");

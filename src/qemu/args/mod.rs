@@ -2,22 +2,31 @@
 
 mod emulated;
 mod exported;
+mod operator;
 mod passthrough;
-mod present;
+mod places;
 mod vfio_user;
+mod vmm_options;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, DeviceKind, Socket};
+use crate::config::{Config, DeviceKind, SlotProblem, Socket};
 use crate::topology::{EndpointRange, PciAddress};
-use passthrough::{PassthroughArguments, on_root_bus};
-use present::PresentOptions;
+use operator::OperatorOptions;
+use passthrough::PassthroughArguments;
+use places::{check_slots, has_device, on_root_bus, place, slot};
+
+pub use operator::VmmOptionError;
+pub use vmm_options::ReadConfigError;
 
 /// The first QEMU whose vhost-user test device takes any virtio device ID.
 pub const OLDEST_QEMU: &str = "10.2";
+/// The beginning of the IDs of all objects, character devices and devices in the arguments. `launch` refuses IDs
+/// of the operator that begin like this.
+const PREFIX: &str = "viommu-";
 
 /// Arguments, and notes on the settings that arguments cannot express.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,38 +44,44 @@ impl QemuArgs {
     ///
     /// The configuration lacks a setting that QEMU needs, or has one that QEMU's q35 machine cannot have.
     pub fn new(config: &Config, viot: &Path) -> Result<Self, QemuArgsError> {
-        Self::make(config, viot, PresentOptions::default())
+        Self::make(config, viot, None)
     }
 
-    /// The arguments to append to `others`. They leave out the machine type, the RAM and its size if
-    /// `others` have them.
+    /// The arguments to append to `others`. A machine type, RAM and its size are left out where
+    /// `others` give them. The notes name the endpoints for which neither these arguments nor `others`
+    /// have a device.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and if no argument can put a passthrough device at its endpoint's
-    /// address.
+    /// As for [`new`](Self::new), where no argument can put a device at its endpoint's address, and where
+    /// `others` have an option with which the guest would have no working IOMMU.
     pub fn appended_to(
         config: &Config,
         viot: &Path,
         others: &[OsString],
     ) -> Result<Self, QemuArgsError> {
-        let endpoints = config
-            .devices
-            .passthrough
-            .iter()
-            .map(|device| device.endpoint);
-        if let Some(endpoint) = endpoints.into_iter().find(|&it| !on_root_bus(it)) {
+        let others = OperatorOptions::new(others)?;
+        others.check()?;
+        let mut endpoints = config.placed_functions();
+        if let Some(endpoint) =
+            endpoints.find(|&it| !on_root_bus(it) && it != config.topology.iommu())
+        {
             return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
         }
-        Self::make(config, viot, PresentOptions::new(others))
+        Self::make(config, viot, Some(&others))
     }
 
-    fn make(config: &Config, viot: &Path, present: PresentOptions) -> Result<Self, QemuArgsError> {
+    fn make(
+        config: &Config,
+        viot: &Path,
+        others: Option<&OperatorOptions>,
+    ) -> Result<Self, QemuArgsError> {
+        let has = |question: fn(&OperatorOptions) -> bool| others.is_some_and(question);
         let socket = match &config.socket {
             Some(Socket::Path(path)) => path,
             Some(Socket::Fd(_)) | None => return Err(QemuArgsError::NoSocket),
         };
-        let memory = if present.backend {
+        let memory = if has(OperatorOptions::has_memory_backend) {
             None
         } else {
             Some(config.memory.ok_or(QemuArgsError::NoMemory)?)
@@ -74,6 +89,14 @@ impl QemuArgs {
         let iommu = config.topology.iommu();
         if !on_root_bus(iommu) {
             return Err(QemuArgsError::NotOnRootBus { iommu });
+        }
+        let problems = config.slot_problems();
+        if let Some(problem) = problems.iter().find(|problem| problem.is_fatal()) {
+            return Err((*problem).into());
+        }
+        let functions = others.map(OperatorOptions::functions);
+        if let Some(functions) = &functions {
+            check_slots(config, functions)?;
         }
         let socket = option_value(socket)?;
         // QEMU separates files by colons.
@@ -87,8 +110,8 @@ impl QemuArgs {
 
         let mut arguments = Vec::new();
         let machine: Vec<_> = [
-            (!present.machine).then_some("q35"),
-            memory.map(|_| "memory-backend=mem0"),
+            (!has(OperatorOptions::has_machine)).then(|| "q35".to_owned()),
+            memory.map(|_| format!("memory-backend={PREFIX}ram")),
         ]
         .into_iter()
         .flatten()
@@ -97,12 +120,12 @@ impl QemuArgs {
             arguments.push(("-machine", machine.join(",")));
         }
         if let Some(memory) = memory {
-            if !present.size {
+            if !has(OperatorOptions::has_size) {
                 arguments.push(("-m", format!("{}M", memory >> 20)));
             }
             arguments.push((
                 "-object",
-                format!("memory-backend-memfd,id=mem0,size={memory},share=on"),
+                format!("memory-backend-memfd,id={PREFIX}ram,size={memory},share=on"),
             ));
         }
         for kind in DeviceKind::ALL {
@@ -117,13 +140,16 @@ impl QemuArgs {
             }
         }
         arguments.extend([
-            ("-chardev", format!("socket,id=viommu,path={socket}")),
+            (
+                "-chardev",
+                format!("socket,id={PREFIX}socket,path={socket}"),
+            ),
             (
                 "-device",
                 format!(
                     "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,\
-                     config_size=40,chardev=viommu,addr={}",
-                    slot(iommu)
+                     config_size=40,chardev={PREFIX}socket,{}",
+                    place(config, iommu)
                 ),
             ),
             ("-acpitable", format!("file={table}")),
@@ -133,13 +159,28 @@ impl QemuArgs {
             let path = option_value(path)?;
             arguments.push(("-qmp", format!("unix:{path},server=on,wait=off")));
         }
-        let mut notes = vec![
+        let mut notes = Vec::new();
+        let arguments = arguments
+            .into_iter()
+            .flat_map(|(name, value)| [name.to_owned(), value])
+            .collect();
+        if let Some(functions) = functions {
+            let ranges = config.topology.ranges();
+            let missing = ranges.filter(|entry| !has_device(config, &functions, entry.range));
+            notes.extend(missing.map(|entry| {
+                let note = endpoint_note(config, None, entry);
+                format!("no argument gives this endpoint a device; {note}")
+            }));
+            notes.extend(problems.iter().map(ToString::to_string));
+            return Ok(Self { arguments, notes });
+        }
+        notes.extend([
             format!("needs QEMU {OLDEST_QEMU} or later"),
             format!(
                 "the VIOT table is expected at {}; `vhost-device-iommu viot` writes it",
                 viot.display()
             ),
-        ];
+        ]);
         notes.extend(devices.iter().flat_map(PassthroughArguments::notes));
         notes.extend(
             config
@@ -147,13 +188,8 @@ impl QemuArgs {
                 .ranges()
                 .map(|entry| endpoint_note(config, devices.as_ref(), entry)),
         );
-        Ok(Self {
-            arguments: arguments
-                .into_iter()
-                .flat_map(|(name, value)| [name.to_owned(), value])
-                .collect(),
-            notes,
-        })
+        notes.extend(problems.iter().map(ToString::to_string));
+        Ok(Self { arguments, notes })
     }
 
     /// The arguments as one line for a POSIX shell.
@@ -197,14 +233,31 @@ pub enum QemuArgsError {
         /// The address.
         iommu: PciAddress,
     },
-    /// `addr=` cannot put a passthrough device at its address.
+    /// `addr=` cannot put a device at its address.
     #[error(
-        "endpoint {endpoint} is a device of the host and not on bus 00 of segment 0, the only bus \
-         whose number QEMU's q35 machine fixes; give it an address such as `address = \"00:10.0\"`"
+        "endpoint {endpoint} has a device and is not on bus 00 of segment 0, the only bus whose number \
+         QEMU's q35 machine fixes; give it an address such as `address = \"00:10.0\"`"
     )]
     DeviceNotOnRootBus {
         /// The address.
         endpoint: PciAddress,
+    },
+    /// The guest would not find the IOMMU or a device.
+    #[error(transparent)]
+    Slot(#[from] SlotProblem),
+    /// QEMU's other options would leave the guest without a working IOMMU.
+    #[error(transparent)]
+    VmmOption(#[from] VmmOptionError),
+    /// A device of the operator stands at an endpoint that the guest would not find.
+    #[error(
+        "no device is at {zero}, function 0 of the slot of {function}, and a guest looks for other functions \
+         only where it finds function 0; add a -device with addr={} and multifunction=on", slot(*.zero)
+    )]
+    NoFunctionZero {
+        /// The function with a device.
+        function: PciAddress,
+        /// Function 0 of its slot.
+        zero: PciAddress,
     },
     /// With type1, QEMU would need a device that the daemon holds.
     #[error(
@@ -242,11 +295,6 @@ fn option_value(path: &Path) -> Result<String, QemuArgsError> {
         })
 }
 
-/// `device.function` as QEMU's `addr=` takes it.
-fn slot(address: PciAddress) -> String {
-    format!("{:02x}.{:x}", address.device(), address.function())
-}
-
 fn endpoint_note(
     config: &Config,
     devices: Option<&PassthroughArguments>,
@@ -277,9 +325,13 @@ fn endpoint_note(
         )
     } else {
         let slots = if first == last {
-            format!("give its device addr={}", slot(first))
+            format!("give its device {}", place(config, first))
         } else {
-            format!("give devices addr={} to addr={}", slot(first), slot(last))
+            format!(
+                "give devices addr={} to addr={}, and multifunction=on where a slot has several",
+                slot(first),
+                slot(last)
+            )
         };
         match first.bus() {
             0 => format!("{slots} (bus=pcie.0)"),

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 
-use super::{QemuArgsError, slot};
+use super::places::{on_root_bus, place};
+use super::{PREFIX, QemuArgsError};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::topology::PciAddress;
 
@@ -19,11 +20,12 @@ pub(super) struct PassthroughArguments {
 }
 
 /// A passthrough device that the VMM binds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct VmmDevice {
     device: Passthrough,
     fd: RawFd,
-    multifunction: bool,
+    /// The properties that put it at its endpoint's address.
+    place: String,
 }
 
 impl PassthroughArguments {
@@ -58,7 +60,7 @@ impl PassthroughArguments {
                 VmmDevice {
                     device: *device,
                     fd: number(given),
-                    multifunction: shares_slot(config, device.endpoint),
+                    place: place(config, device.endpoint),
                 }
             })
             .collect();
@@ -68,7 +70,7 @@ impl PassthroughArguments {
     /// The arguments. They must come before the IOMMU's, so that QEMU has bound and attached the devices
     /// when the guest's driver starts.
     pub fn arguments(&self) -> Vec<(&'static str, String)> {
-        let iommufd = format!("iommufd,id=iommufd0,fd={}", self.iommufd);
+        let iommufd = format!("iommufd,id={PREFIX}iommufd,fd={}", self.iommufd);
         let mut arguments = vec![("-object", iommufd)];
         for shared in &self.devices {
             if on_root_bus(shared.device.endpoint) {
@@ -129,35 +131,11 @@ impl VmmDevice {
         let (endpoint, fd) = (self.device.endpoint, self.fd);
         // QEMU refuses a device given by descriptor that has no name.
         format!(
-            "vfio-pci,id=vfio-{:02x}-{:02x}-{},fd={fd},iommufd=iommufd0,addr={}{}",
+            "vfio-pci,id={PREFIX}vfio-{:02x}-{:02x}-{},fd={fd},iommufd={PREFIX}iommufd,{}",
             endpoint.bus(),
             endpoint.device(),
             endpoint.function(),
-            slot(endpoint),
-            if self.multifunction {
-                ",multifunction=on"
-            } else {
-                ""
-            }
+            self.place
         )
     }
-}
-
-/// Whether another device has a function in the same slot.
-pub(super) fn shares_slot(config: &Config, endpoint: PciAddress) -> bool {
-    let slot_of = |address: PciAddress| address.endpoint_id().0 >> 3;
-    let passthrough = config
-        .devices
-        .passthrough
-        .iter()
-        .map(|device| device.endpoint);
-    let emulated = config.devices.emulated.iter().map(|device| device.endpoint);
-    passthrough
-        .chain(emulated)
-        .any(|other| other != endpoint && slot_of(other) == slot_of(endpoint))
-}
-
-/// Whether `addr=` alone can put a device at `address`.
-pub(super) fn on_root_bus(address: PciAddress) -> bool {
-    address.segment() == 0 && address.bus() == 0
 }

@@ -14,7 +14,7 @@ mod table;
 
 use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -74,6 +74,10 @@ impl Launch<'_> {
         config.descriptors = files.descriptors();
         let table = self.table(&config)?;
         let made = QemuArgs::appended_to(&config, &table.path, others)?;
+        for note in &made.notes {
+            // Nothing is lost that the VM needs if nobody reads standard error.
+            let _ = writeln!(io::stderr(), "vhost-device-iommu: note: {note}");
+        }
 
         // Dropped last: the daemon removes its sockets itself, unless it was killed.
         let leftover;

@@ -1,0 +1,404 @@
+//! Understands the QEMU arguments that the operator gives to `launch`: which of ours they replace, where they put
+//! devices, and which of them would undo the IOMMU.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+
+use thiserror::Error;
+
+use super::PREFIX;
+use super::vmm_options::{ReadConfigError, VmmOption, is_off, parse};
+use crate::topology::PciAddress;
+
+/// Devices that are IOMMUs.
+const IOMMUS: [&str; 9] = [
+    "amd-iommu",
+    "arm-smmuv3",
+    "intel-iommu",
+    "riscv-iommu-pci",
+    "riscv-iommu-sys",
+    "virtio-iommu",
+    "virtio-iommu-device",
+    "virtio-iommu-pci",
+    "virtio-iommu-pci-non-transitional",
+];
+/// Properties of machines that add an IOMMU.
+const IOMMU_PROPERTIES: [&str; 3] = ["iommu", "iommu-sys", "x-iommu"];
+/// The virtio device ID of an IOMMU.
+const VIRTIO_IOMMU: &str = "23";
+/// QEMU arguments with which the guest would have no working IOMMU.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum VmmOptionError {
+    /// QEMU leaves the process that `launch` watches.
+    #[error(
+        "with -daemonize QEMU goes on in a process that `launch` does not see, so `launch` would end the daemon \
+         under the guest; leave the option out, and put `launch` itself into the background"
+    )]
+    Daemonize,
+    /// The guest's RAM would be QEMU's alone.
+    #[error(
+        "-mem-path gives the guest RAM that the daemon cannot share; leave it out, or give `-object \
+         memory-backend-file,id=ram,mem-path=PATH,size=SIZE,share=on -machine memory-backend=ram` in its place"
+    )]
+    MemPath,
+    /// A memory backend whose memory is QEMU's alone.
+    #[error(
+        "the memory backend {id:?} is not shared, so neither the daemon nor a device behind it sees the guest's \
+         memory there; add share=on to its -object, with memory-backend-memfd or memory-backend-file"
+    )]
+    NotShared {
+        /// The ID of the object.
+        id: String,
+    },
+    /// A second IOMMU.
+    #[error(
+        "{what} is a second IOMMU, beside the daemon's, and a guest takes one of the two for a device; leave it \
+         out, or start this VM without `launch`"
+    )]
+    SecondIommu {
+        /// The device or the machine's property.
+        what: String,
+    },
+    /// The guest gets no ACPI tables, and so no VIOT.
+    #[error(
+        "{what} takes the ACPI tables from the guest, one of which describes the IOMMU; leave the option out"
+    )]
+    NoAcpi {
+        /// The option.
+        what: &'static str,
+    },
+    /// An ID that may be one of ours.
+    #[error(
+        "the ID {id:?} of -{option} begins with {PREFIX:?}, as the IDs of the arguments that `launch` adds do; \
+         give another ID"
+    )]
+    TakenId {
+        /// The option.
+        option: String,
+        /// The ID.
+        id: String,
+    },
+    /// A file of options that cannot be read.
+    #[error(transparent)]
+    ReadConfig(#[from] ReadConfigError),
+}
+
+/// The operator's options, in their order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct OperatorOptions(Vec<VmmOption>);
+
+impl OperatorOptions {
+    /// The options in `arguments`, with those of files that `-readconfig` names.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn new(arguments: &[OsString]) -> Result<Self, VmmOptionError> {
+        Ok(Self(parse(arguments)?))
+    }
+
+    /// Refuses options with which the guest would have no working IOMMU.
+    ///
+    /// # Errors
+    /// Names the first such option.
+    pub fn check(&self) -> Result<(), VmmOptionError> {
+        for option in &self.0 {
+            match &*option.name {
+                "daemonize" => return Err(VmmOptionError::Daemonize),
+                "mem-path" => return Err(VmmOptionError::MemPath),
+                "no-acpi" => return Err(VmmOptionError::NoAcpi { what: "-no-acpi" }),
+                "memory" if option.get("mem-path").is_some() => {
+                    return Err(VmmOptionError::MemPath);
+                }
+                _ => {}
+            }
+            if option.is_machine() {
+                if option.get("acpi").is_some_and(is_off) {
+                    return Err(VmmOptionError::NoAcpi {
+                        what: "-machine acpi=off",
+                    });
+                }
+                let iommu = |key: &&&str| option.get(key).is_some_and(|it| !is_off(it));
+                if let Some(key) = IOMMU_PROPERTIES.iter().find(iommu) {
+                    let what = format!("-machine {key}=...");
+                    return Err(VmmOptionError::SecondIommu { what });
+                }
+            }
+            if option.is_iommu() {
+                let what = format!("-device {}", option.driver().unwrap_or_default());
+                return Err(VmmOptionError::SecondIommu { what });
+            }
+            if let Some(id) = option.get("id")
+                && id.starts_with(PREFIX)
+            {
+                return Err(VmmOptionError::TakenId {
+                    option: option.name.clone(),
+                    id: id.to_owned(),
+                });
+            }
+        }
+        self.check_memory()
+    }
+
+    /// Refuses memory of the guest that the daemon could not share. A backend that is missing is left to QEMU,
+    /// which ends at once.
+    fn check_memory(&self) -> Result<(), VmmOptionError> {
+        let used: BTreeSet<_> = self
+            .0
+            .iter()
+            .flat_map(|option| [option.get("memory-backend"), option.get("memdev")])
+            .flatten()
+            .collect();
+        let objects = self.0.iter().filter(|option| option.name == "object");
+        for object in objects {
+            if let Some(id) = object.get("id")
+                && used.contains(id)
+                && !object.is_shared()
+            {
+                return Err(VmmOptionError::NotShared { id: id.to_owned() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the options choose the machine's type.
+    pub fn has_machine(&self) -> bool {
+        let typed = |option: &VmmOption| option.get("").or(option.get("type")).is_some();
+        let mut machines = self.0.iter().filter(|option| option.is_machine());
+        machines.any(typed)
+    }
+
+    /// Whether the options give the size of RAM.
+    pub fn has_size(&self) -> bool {
+        let mut options = self.0.iter();
+        options.any(|option| option.name == "m" || option.name == "memory")
+    }
+
+    /// Whether the machine or a NUMA node has a memory backend.
+    pub fn has_memory_backend(&self) -> bool {
+        self.0.iter().any(|option| {
+            option.is_machine() && option.get("memory-backend").is_some()
+                || option.name == "numa" && option.get("memdev").is_some()
+        })
+    }
+
+    /// The functions on the root bus at which the options put devices.
+    pub fn functions(&self) -> BTreeSet<PciAddress> {
+        let devices = self.0.iter().filter(|option| option.name == "device");
+        devices.filter_map(VmmOption::function).collect()
+    }
+}
+
+impl VmmOption {
+    fn is_iommu(&self) -> bool {
+        let driver = self.driver().unwrap_or_default();
+        let id = self.get("virtio-id").map(|id| id.trim_start_matches("0x"));
+        self.name == "device"
+            && (IOMMUS.contains(&driver)
+                || driver.starts_with("vhost-user-") && matches!(id, Some(VIRTIO_IOMMU | "17")))
+    }
+
+    /// Whether this memory backend is memory that other processes can map.
+    fn is_shared(&self) -> bool {
+        let share = self.get("share").map(|value| !is_off(value));
+        match self.driver() {
+            // Shared unless the option says otherwise.
+            Some("memory-backend-memfd" | "memory-backend-shm") => share.unwrap_or(true),
+            _ => share.unwrap_or(false),
+        }
+    }
+
+    /// The place on the root bus at which `addr=` puts a device.
+    fn function(&self) -> Option<PciAddress> {
+        if self.get("bus").is_some_and(|bus| bus != "pcie.0") {
+            return None;
+        }
+        let (device, function) = match self.get("addr")?.split_once('.') {
+            Some((device, function)) => (device, function),
+            None => (self.get("addr")?, "0"),
+        };
+        let number = |text: &str| u8::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+        PciAddress::new(0, 0, number(device)?, number(function)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn options(line: &str) -> OperatorOptions {
+        let arguments: Vec<_> = line.split_whitespace().map(OsString::from).collect();
+        OperatorOptions::new(&arguments).expect(line)
+    }
+
+    #[test]
+    fn options_are_found_however_they_are_written() {
+        for (line, machine, size, backend) in [
+            ("", false, false, false),
+            (
+                "-nodefaults -smp 4 -device pc-dimm,memdev=m",
+                false,
+                false,
+                false,
+            ),
+            ("-M q35", true, false, false),
+            ("--machine q35,accel=kvm -m 4G", true, true, false),
+            ("-machine type=q35,memory-backend=ram", true, false, true),
+            ("-numa node,nodeid=0,memdev=ram --m 1G", false, true, true),
+            ("-numa node,nodeid=0,mem=1G", false, false, false),
+            ("-M q35 -machine memory-backend=ram", true, false, true),
+            (
+                "-object memory-backend-memfd,id=memory-backend",
+                false,
+                false,
+                false,
+            ),
+            ("-machine", false, false, false),
+            ("-machine accel=kvm", false, false, false),
+            ("m machine -mem-prealloc -", false, false, false),
+            // Values that look like options.
+            (
+                "-append -daemonize -name -m -nographic -m 1G",
+                false,
+                true,
+                false,
+            ),
+        ] {
+            let found = options(line);
+            assert_eq!(found.has_machine(), machine, "{line}");
+            assert_eq!(found.has_size(), size, "{line}");
+            assert_eq!(found.has_memory_backend(), backend, "{line}");
+            assert_eq!(found.check(), Ok(()), "{line}");
+        }
+    }
+
+    #[test]
+    fn options_that_undo_the_iommu_are_refused() {
+        for (line, message) in [
+            ("-nographic -daemonize", "leave the option out"),
+            ("-m 1G -mem-path /dev/hugepages", "share=on"),
+            ("-no-acpi", "takes the ACPI tables"),
+            ("-M q35,acpi=off", "takes the ACPI tables"),
+            ("-M q35,noacpi", "takes the ACPI tables"),
+            (
+                "-device intel-iommu,intremap=on",
+                "-device intel-iommu is a second",
+            ),
+            ("-device amd-iommu", "second IOMMU"),
+            ("-device virtio-iommu-pci,addr=4", "second IOMMU"),
+            (
+                "-device {\"driver\":\"virtio-iommu-pci\",\"addr\":\"4\"}",
+                "second IOMMU",
+            ),
+            (
+                "-device vhost-user-test-device-pci,virtio-id=23,chardev=c",
+                "second IOMMU",
+            ),
+            ("-M virt,iommu=smmuv3", "-machine iommu=... is a second"),
+            ("-M virt,iommu-sys=on", "second IOMMU"),
+            (
+                "-chardev socket,id=viommu-socket,path=/s",
+                "give another ID",
+            ),
+            ("-object iommufd,id=viommu-iommufd", "give another ID"),
+            (
+                "-M q35,memory-backend=ram -object memory-backend-ram,id=ram,size=1G",
+                "\"ram\" is not shared",
+            ),
+            (
+                "-object memory-backend-file,id=ram,size=1G,mem-path=/f -numa node,memdev=ram",
+                "add share=on",
+            ),
+            (
+                "-object memory-backend-memfd,id=ram,size=1G,share=off -numa node,memdev=ram",
+                "add share=on",
+            ),
+            (
+                "-object {\"qom-type\":\"memory-backend-ram\",\"id\":\"d\",\"size\":1} -device pc-dimm,memdev=d",
+                "\"d\" is not shared",
+            ),
+        ] {
+            let error = options(line).check().expect_err(line).to_string();
+            assert!(error.contains(message), "{line}: {error}");
+        }
+        for line in [
+            "-M q35,iommu=off,acpi=on",
+            "-M virt,iommu=none",
+            "-chardev socket,id=viommu,path=/s -object iommufd,id=iommufd0",
+            "-M q35,memory-backend=ram -object memory-backend-memfd,id=ram,size=1G",
+            "-M q35,memory-backend=ram -object memory-backend-file,id=ram,mem-path=/f,share=on",
+            "-M q35,memory-backend=ram -object memory-backend-ram,id=ram,share=on",
+            "-object {\"qom-type\":\"memory-backend-file\",\"id\":\"d\",\"share\":true} \
+             -device pc-dimm,memdev=d",
+            // Not the guest's memory.
+            "-object memory-backend-ram,id=unused,size=1G",
+            "-device vhost-user-test-device-pci,virtio-id=26,chardev=c",
+        ] {
+            assert_eq!(options(line).check(), Ok(()), "{line}");
+        }
+    }
+
+    #[test]
+    fn places_of_devices_are_found() {
+        let found = options(
+            "-device e1000e,addr=06.0 -device e1000e,bus=pcie.0,addr=0x7.1 -device e1000e,addr=1e \
+             -device {\"driver\":\"nvme\",\"addr\":\"8.2\"} -device x,bus=port1,addr=09.0 \
+             -device y -device z,addr=20.0 -net nic,addr=a.0",
+        );
+        let places: Vec<_> = found.functions().iter().map(ToString::to_string).collect();
+        assert_eq!(
+            places,
+            [
+                "0000:00:06.0",
+                "0000:00:07.1",
+                "0000:00:08.2",
+                "0000:00:1e.0"
+            ]
+        );
+    }
+
+    #[test]
+    fn files_of_options_are_checked_as_well() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("vm.cfg");
+        let line = format!("-readconfig {}", path.display());
+        for (text, message) in [
+            (
+                "# A VM.\n[machine]\n  type = \"q35\"\n[device \"iommu\"]\n driver = \"intel-iommu\"\n",
+                Some("second IOMMU"),
+            ),
+            ("[memory]\n  mem-path = \"/f\"\n", Some("-mem-path")),
+            (
+                "[machine]\nmemory-backend = \"m\"\n[object \"m\"]\nqom-type = \"memory-backend-ram\"\n",
+                Some("add share=on"),
+            ),
+            ("[machine]\n type = \"q35\"\n", None),
+        ] {
+            fs::write(&path, text).expect("written");
+            let checked = options(&line).check();
+            match message {
+                None => assert!(checked.is_ok() && options(&line).has_machine()),
+                Some(message) => {
+                    let error = checked.expect_err(text).to_string();
+                    assert!(error.contains(message), "{text}: {error}");
+                }
+            }
+        }
+        for path in ["/nonexistent/vm.cfg", "/dev/null"] {
+            let arguments = ["-readconfig", path].map(OsString::from);
+            let error = OperatorOptions::new(&arguments)
+                .expect_err(path)
+                .to_string();
+            assert!(error.contains("give them as arguments"), "{error}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_panics(text in "(-device |-object |-M |[{}\",=. a-z0-9]){0,40}") {
+            let found = options(&text);
+            let _ = (found.check(), found.functions());
+        }
+    }
+}

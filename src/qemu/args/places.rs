@@ -1,0 +1,57 @@
+//! The places of devices: what `addr=` can express, and the rule that each slot has a function 0.
+
+use std::collections::BTreeSet;
+
+use super::QemuArgsError;
+use crate::config::{Config, DeviceKind, function_zero, of_machine};
+use crate::topology::{PciAddress, PciRange};
+
+/// Whether `addr=` alone can put a device at `address`.
+pub(super) fn on_root_bus(address: PciAddress) -> bool {
+    address.segment() == 0 && address.bus() == 0
+}
+
+/// `device.function` as QEMU's `addr=` takes it.
+pub(super) fn slot(address: PciAddress) -> String {
+    format!("{:02x}.{:x}", address.device(), address.function())
+}
+
+/// The properties of `-device` that put a device of this configuration at `function`.
+pub(super) fn place(config: &Config, function: PciAddress) -> String {
+    let several = has_several_functions(config, function);
+    let several = if several { ",multifunction=on" } else { "" };
+    format!("addr={}{several}", slot(function))
+}
+
+/// Whether the device at `function` must have the property `multifunction`: QEMU lets no other function into a
+/// slot whose function 0 is without it.
+pub(super) fn has_several_functions(config: &Config, function: PciAddress) -> bool {
+    function.function() != 0 || config.shares_slot(function)
+}
+
+/// Refuses a slot in which only the operator could have put a device at function 0, and has not.
+pub(super) fn check_slots(
+    config: &Config,
+    others: &BTreeSet<PciAddress>,
+) -> Result<(), QemuArgsError> {
+    let own: BTreeSet<_> = config.placed_functions().collect();
+    let endpoint = |it: &&PciAddress| config.topology.endpoint(it.endpoint_id()).is_some();
+    for &function in own.iter().chain(others.iter().filter(endpoint)) {
+        let zero = function_zero(function);
+        let found = own.contains(&zero) || others.contains(&zero) || of_machine(zero).is_some();
+        if !found {
+            return Err(QemuArgsError::NoFunctionZero { function, zero });
+        }
+    }
+    Ok(())
+}
+
+/// Whether our arguments or those of the operator, with devices at `others`, put a device at a function of `range`.
+pub(super) fn has_device(config: &Config, others: &BTreeSet<PciAddress>, range: PciRange) -> bool {
+    match config.devices.kind_of(range.first()) {
+        Some(DeviceKind::Passthrough | DeviceKind::Exported | DeviceKind::Emulated) => true,
+        Some(DeviceKind::ShadowReader) | None => {
+            others.range(range.first()..=range.last()).next().is_some()
+        }
+    }
+}
