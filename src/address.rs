@@ -111,6 +111,12 @@ impl IovaRange {
             Iova(self.last.min(other.last)),
         )
     }
+
+    /// The whole pages of `granule` bytes in the range, if there is one. `granule` is a power of two.
+    pub fn whole_pages(self, granule: u64) -> Option<Self> {
+        let (first, last) = whole_pages(self.first, self.last, granule)?;
+        Some(Self { first, last })
+    }
 }
 
 impl fmt::Display for IovaRange {
@@ -169,6 +175,22 @@ impl GpaRange {
         let (first, last) = (self.first.max(other.first), self.last.min(other.last));
         (first <= last).then_some(Self { first, last })
     }
+
+    /// The whole pages of `granule` bytes in the range, if there is one. `granule` is a power of two.
+    pub fn whole_pages(self, granule: u64) -> Option<Self> {
+        let (first, last) = whole_pages(self.first, self.last, granule)?;
+        Some(Self { first, last })
+    }
+}
+
+/// Rounds a closed range inwards to multiples of `granule`, a power of two; `None` if nothing is left.
+#[inline]
+fn whole_pages(first: u64, last: u64, granule: u64) -> Option<(u64, u64)> {
+    let mask = granule - 1;
+    let first = first.checked_add(first.wrapping_neg() & mask)?;
+    // The end of a range up to 2^64 - 1 wraps to 0, which is a multiple.
+    let last = last.checked_sub(last.wrapping_add(1) & mask)?;
+    (first <= last).then_some((first, last))
 }
 
 impl fmt::Display for GpaRange {
@@ -334,6 +356,22 @@ mod tests {
         assert_eq!(range(0, 9).intersection(range(5, 20)), Some(range(5, 9)));
         assert_eq!(range(0, 4).intersection(range(5, 20)), None);
         assert!(range(0, 9).covers(range(0, 9)) && !range(0, 9).covers(range(0, 10)));
+    }
+
+    #[test]
+    fn ranges_are_rounded_inwards_to_whole_pages() {
+        let pages = |first, last| range(first, last).whole_pages(0x1000);
+        assert_eq!(pages(0x1000, 0x2fff), Some(range(0x1000, 0x2fff)));
+        assert_eq!(pages(0xfff, 0x3000), Some(range(0x1000, 0x2fff)));
+        assert_eq!(pages(0x1001, 0x2ffe), None);
+        assert_eq!(pages(0x1001, 0x2fff), Some(range(0x2000, 0x2fff)));
+        assert_eq!(pages(0, 0xffe), None);
+        assert_eq!(pages(0, u64::MAX), Some(IovaRange::ALL));
+        assert_eq!(
+            pages(1, u64::MAX - 1),
+            Some(range(0x1000, u64::MAX - 0x1000))
+        );
+        assert_eq!(pages(u64::MAX, u64::MAX), None);
     }
 
     #[test]

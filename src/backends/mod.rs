@@ -60,9 +60,9 @@ impl fmt::Display for Target {
 /// process has mapped them does not matter.
 #[derive(Clone)]
 pub struct MemorySlot {
-    /// The guest-physical addresses.
+    /// The guest-physical addresses: whole pages.
     pub range: GpaRange,
-    /// The slot's bytes, mapped into this process; as long as `range`.
+    /// The slot's bytes, mapped into this process; at least as long as `range`.
     pub memory: Arc<MmapRegion>,
     /// The file through which the VMM shares the slot.
     pub file: Arc<File>,
@@ -192,8 +192,8 @@ pub trait DmaBackend: Send {
     /// On error, a part of the mapping may be reachable: the core unmaps its range.
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
-    /// Removes every mapping in `range`, which may have holes. `range` splits a mapping only at the border between two
-    /// memory slots. If the backend has the domain, at least `least` bytes of `range` are mapped.
+    /// Removes every mapping in `range`, which consists of whole pages and may have holes. `range` splits a mapping only
+    /// at the border between two memory slots. If the backend has the domain, at least `least` bytes of `range` are mapped.
     ///
     /// After `Ok`, the domain's endpoints must not be able to use an address of `range`.
     ///

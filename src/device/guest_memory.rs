@@ -11,9 +11,9 @@ use std::os::unix::fs::MetadataExt;
 use rustix::fs::SealFlags;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::address::{Gpa, GpaRange};
+use crate::address::{Gpa, GpaRange, PageMask};
 use crate::backends::MemorySlot;
-use crate::info_limited;
+use crate::{info_limited, warn_limited};
 
 /// Refuses regions that are not of a regular file, such as of a device, and regions that reach past the end of their
 /// file: an access there would kill the daemon.
@@ -71,7 +71,8 @@ pub fn is_backed(memory: &GuestMemoryMmap, at: Gpa, len: usize) -> bool {
     GuestMemoryBackend::check_range(memory, GuestAddress(at.0), len)
 }
 
-/// The memory slots that DMA may reach: all regions that the VMM shares as a file.
+/// The memory slots that DMA may reach: the whole pages of all regions that the VMM shares as a file. The host's IOMMU
+/// maps and unmaps nothing smaller, and the guest's page tables hold nothing smaller.
 ///
 /// # Errors
 /// The system cannot say which file a region is of.
@@ -84,6 +85,19 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
         ) else {
             continue;
         };
+        // A file is mapped from a page's first byte on, so a region that begins within a page of guest memory has no
+        // page of the guest in one page of the file.
+        let begins_with_page = PageMask::TABLE.is_aligned(range.first().0);
+        let pages = range
+            .whole_pages(PageMask::TABLE.granule())
+            .filter(|_| begins_with_page);
+        if pages != Some(range) {
+            warn_limited!(
+                "memory region {range} does not consist of whole pages: devices reach {} of it",
+                pages.map_or("nothing".into(), |pages| format!("only {pages}"))
+            );
+        }
+        let Some(range) = pages else { continue };
         let metadata = backing.file().metadata()?;
         slots.push(MemorySlot {
             range,
@@ -122,6 +136,8 @@ fn is_shared_memory(file: &File) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::FileOffset;
+
     use super::*;
     use crate::backends::testing::slot;
 
@@ -135,6 +151,25 @@ mod tests {
         assert!(can_shrink(
             &File::open("/proc/self/status").expect("a file")
         ));
+    }
+
+    #[test]
+    fn slots_are_the_whole_pages_of_regions() {
+        let region = |gpa: u64, len: u64| {
+            let file = FileOffset::new(slot(0, 0x4000, 0).file.try_clone().expect("a file"), 0);
+            let len = usize::try_from(len).expect("small");
+            GuestMemoryMmap::from_ranges_with_files([(GuestAddress(gpa), len, Some(file))])
+                .expect("mapped")
+        };
+        let found = |gpa, len| {
+            let slots = slots(&region(gpa, len)).expect("a file");
+            slots.first().map(|slot| slot.range)
+        };
+        let range = |gpa, len| GpaRange::from_len(Gpa(gpa), len);
+        assert_eq!(found(0x1000, 0x2000), range(0x1000, 0x2000));
+        assert_eq!(found(0x1000, 0x2fff), range(0x1000, 0x2000));
+        assert_eq!(found(0x1000, 0xfff), None);
+        assert_eq!(found(0x1800, 0x2000), None);
     }
 
     #[test]

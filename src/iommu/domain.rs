@@ -29,6 +29,15 @@ pub(super) struct Domain {
     reserved: Vec<(ReservedRegions, usize)>,
 }
 
+/// The part of the offer to the guest that bounds every mapping.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Offer {
+    /// The addresses that MAP accepts.
+    pub input: IovaRange,
+    /// Every mapping is a multiple of this many bytes.
+    pub granule: u64,
+}
+
 /// How the backends use a domain, by the backend's index. A sorted vector and not a map: there are
 /// few backends, and every MAP and UNMAP iterates over them.
 #[derive(Debug, Default)]
@@ -149,7 +158,7 @@ impl Domain {
         &mut self,
         id: DomainId,
         range: IovaRange,
-        input: IovaRange,
+        offer: Offer,
         arena: &mut Arena,
         memory: &[MemorySlot],
     ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
@@ -183,8 +192,10 @@ impl Domain {
         if unmapped.mappings == 0 {
             return Ok((unmapped, None));
         }
-        // Mappings only lie within the input range.
-        let range = range.intersection(input).unwrap_or(input);
+        // Mappings are whole pages within the input range. The request's own range may end anywhere, and a backend
+        // refuses a range that ends within a page.
+        let range = range.intersection(offer.input).unwrap_or(offer.input);
+        let range = range.whole_pages(offer.granule).unwrap_or(range);
         Ok((unmapped, Some(UnmapPart { range, least })))
     }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::Iommu;
-use super::domain::Domain;
+use super::domain::{Domain, Offer};
 use super::error::RequestError;
 use super::reachable::is_all_reachable;
 use crate::address::{IovaRange, Mapping, PageMask};
@@ -108,9 +108,10 @@ impl Iommu {
     pub fn unmap(&mut self, domain: DomainId, range: IovaRange) -> Result<Unmapped, RequestError> {
         self.check_domain_id(domain)?;
         // UNMAP-2
+        let offer = self.offer();
         let entry = existing_domain(&mut self.domains, domain)?;
         let (unmapped, part) =
-            entry.remove_mappings(domain, range, self.input, &mut self.arena, &self.memory)?;
+            entry.remove_mappings(domain, range, offer, &mut self.arena, &self.memory)?;
         let Some(UnmapPart { range, least }) = part else {
             return Ok(unmapped);
         };
@@ -132,6 +133,7 @@ impl Iommu {
     ) {
         // UNMAP-2
         let known = self.check_domain_id(domain);
+        let offer = self.offer();
         let entry = match known.and_then(|()| existing_domain(&mut self.domains, domain)) {
             Ok(entry) => entry,
             Err(refusal) => {
@@ -143,7 +145,7 @@ impl Iommu {
         let mut positions = Vec::with_capacity(ranges.len());
         for range in ranges {
             let removed =
-                entry.remove_mappings(domain, *range, self.input, &mut self.arena, &self.memory);
+                entry.remove_mappings(domain, *range, offer, &mut self.arena, &self.memory);
             let outcome = removed.map(|(_, part)| {
                 if let Some(part) = part {
                     parts.push(part);
@@ -161,6 +163,13 @@ impl Iommu {
                     *outcome = Err(refusal.clone());
                 }
             }
+        }
+    }
+
+    fn offer(&self) -> Offer {
+        Offer {
+            input: self.input,
+            granule: self.page_sizes.granule(),
         }
     }
 

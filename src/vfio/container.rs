@@ -9,9 +9,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
     VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
     VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map,
+    vfio_iommu_type1_dma_unmap,
 };
 use vm_memory::MmapRegion;
 
+use super::ioctl::size_of_u32;
 use super::{Group, Type1, VfioError, ioctl};
 use crate::address::{Access, Iova, IovaRange};
 
@@ -131,31 +133,58 @@ impl Type1 for Container {
         memory: &MmapRegion,
         offset: u64,
     ) -> io::Result<()> {
-        let read = if access.read {
-            VFIO_DMA_MAP_FLAG_READ
-        } else {
-            0
-        };
-        let write = if access.write {
-            VFIO_DMA_MAP_FLAG_WRITE
-        } else {
-            0
-        };
-        let argument = vfio_iommu_type1_dma_map {
-            flags: read | write,
-            iova: range.first().0,
-            size: length(range)?,
-            ..Default::default()
-        };
-        ioctl::map_dma(self.as_fd(), memory, offset, argument)
+        ioctl::map_dma(self.as_fd(), memory, offset, map_argument(range, access)?)
     }
 
     fn unmap(&self, range: IovaRange) -> io::Result<u64> {
-        ioctl::unmap_dma(self.as_fd(), 0, range.first().0, length(range)?)
+        ioctl::unmap_dma(self.as_fd(), unmap_argument(range)?)
     }
 
     fn unmap_all(&self) -> io::Result<()> {
-        ioctl::unmap_dma(self.as_fd(), VFIO_DMA_UNMAP_FLAG_ALL, 0, 0).map(|_| ())
+        ioctl::unmap_dma(self.as_fd(), unmap_all_argument()).map(|_| ())
+    }
+}
+
+/// The argument of `VFIO_IOMMU_MAP_DMA`, without the address of the memory.
+pub(super) fn map_argument(
+    range: IovaRange,
+    access: Access,
+) -> io::Result<vfio_iommu_type1_dma_map> {
+    let read = if access.read {
+        VFIO_DMA_MAP_FLAG_READ
+    } else {
+        0
+    };
+    let write = if access.write {
+        VFIO_DMA_MAP_FLAG_WRITE
+    } else {
+        0
+    };
+    Ok(vfio_iommu_type1_dma_map {
+        argsz: size_of_u32::<vfio_iommu_type1_dma_map>(),
+        flags: read | write,
+        iova: range.first().0,
+        size: length(range)?,
+        ..Default::default()
+    })
+}
+
+/// The argument of `VFIO_IOMMU_UNMAP_DMA` for a range.
+pub(super) fn unmap_argument(range: IovaRange) -> io::Result<vfio_iommu_type1_dma_unmap> {
+    Ok(vfio_iommu_type1_dma_unmap {
+        argsz: size_of_u32::<vfio_iommu_type1_dma_unmap>(),
+        iova: range.first().0,
+        size: length(range)?,
+        ..Default::default()
+    })
+}
+
+/// The argument of `VFIO_IOMMU_UNMAP_DMA` for everything.
+pub(super) fn unmap_all_argument() -> vfio_iommu_type1_dma_unmap {
+    vfio_iommu_type1_dma_unmap {
+        argsz: size_of_u32::<vfio_iommu_type1_dma_unmap>(),
+        flags: VFIO_DMA_UNMAP_FLAG_ALL,
+        ..Default::default()
     }
 }
 

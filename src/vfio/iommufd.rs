@@ -119,35 +119,14 @@ impl AddressSpaces for IommuFd {
         access: Access,
         source: DmaSource<'_>,
     ) -> io::Result<()> {
-        let (flags, iova, length) = (flags(access), range.first().0, length(range)?);
-        match source {
-            DmaSource::File(file, start) => {
-                let argument = iommu_ioas_map_file {
-                    size: size_of_u32::<iommu_ioas_map_file>(),
-                    flags,
-                    ioas_id: ioas,
-                    fd: file.as_raw_fd(),
-                    start,
-                    length,
-                    iova,
-                };
+        match map_argument(ioas, range, access, source)? {
+            MapArgument::File(argument) => {
                 self.kernel.map_iommu_ioas_file(&argument).map_err(errno)
             }
-            DmaSource::Host(memory, offset) => {
-                // The addresses lie in a mapping of memory that is shared with others and never
-                // borrowed as Rust memory, so that a device may write there. The owner of `memory`
-                // keeps it until this range is unmapped (see `backends::MemorySlot`).
-                let argument = iommu_ioas_map {
-                    size: size_of_u32::<iommu_ioas_map>(),
-                    flags,
-                    ioas_id: ioas,
-                    user_va: ioctl::address_in(memory, offset, length)?,
-                    length,
-                    iova,
-                    ..Default::default()
-                };
-                self.kernel.map_iommu_ioas(&argument).map_err(errno)
-            }
+            // The addresses lie in a mapping of memory that is shared with others and never borrowed as Rust memory, so
+            // that a device may write there. The owner of the memory keeps it until this range is unmapped (see
+            // `backends::MemorySlot`).
+            MapArgument::Host(argument) => self.kernel.map_iommu_ioas(&argument).map_err(errno),
         }
     }
 
@@ -159,29 +138,83 @@ impl AddressSpaces for IommuFd {
         from: u32,
         first: Iova,
     ) -> io::Result<()> {
-        let argument = iommu_ioas_copy {
-            flags: flags(access),
-            dst_ioas_id: ioas,
-            src_ioas_id: from,
-            length: length(range)?,
-            dst_iova: range.first().0,
-            src_iova: first.0,
-            ..Default::default()
-        };
-        ioctl::ioas_copy(&self.kernel, argument)
+        ioctl::ioas_copy(
+            &self.kernel,
+            copy_argument(ioas, range, access, from, first)?,
+        )
     }
 
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
-        let mut argument = iommu_ioas_unmap {
-            size: size_of_u32::<iommu_ioas_unmap>(),
-            ioas_id: ioas,
-            iova: range.first().0,
-            // `u64::MAX` stands for the whole address space, whose length does not fit into 64 bits.
-            length: range.len_bytes().unwrap_or(u64::MAX),
-        };
+        let mut argument = unmap_argument(ioas, range);
         let done = self.kernel.unmap_iommu_ioas(&mut argument);
         done.map_err(errno)?;
         Ok(argument.length)
+    }
+}
+
+/// The argument of one of the requests that map.
+pub(super) enum MapArgument {
+    File(iommu_ioas_map_file),
+    Host(iommu_ioas_map),
+}
+
+/// The argument of `IOMMU_IOAS_MAP_FILE` or `IOMMU_IOAS_MAP`.
+pub(super) fn map_argument(
+    ioas: u32,
+    range: IovaRange,
+    access: Access,
+    source: DmaSource<'_>,
+) -> io::Result<MapArgument> {
+    let (flags, iova, length) = (flags(access), range.first().0, length(range)?);
+    Ok(match source {
+        DmaSource::File(file, start) => MapArgument::File(iommu_ioas_map_file {
+            size: size_of_u32::<iommu_ioas_map_file>(),
+            flags,
+            ioas_id: ioas,
+            fd: file.as_raw_fd(),
+            start,
+            length,
+            iova,
+        }),
+        DmaSource::Host(memory, offset) => MapArgument::Host(iommu_ioas_map {
+            size: size_of_u32::<iommu_ioas_map>(),
+            flags,
+            ioas_id: ioas,
+            user_va: ioctl::address_in(memory, offset, length)?,
+            length,
+            iova,
+            ..Default::default()
+        }),
+    })
+}
+
+/// The argument of `IOMMU_IOAS_COPY`.
+pub(super) fn copy_argument(
+    ioas: u32,
+    range: IovaRange,
+    access: Access,
+    from: u32,
+    first: Iova,
+) -> io::Result<iommu_ioas_copy> {
+    Ok(iommu_ioas_copy {
+        size: size_of_u32::<iommu_ioas_copy>(),
+        flags: flags(access),
+        dst_ioas_id: ioas,
+        src_ioas_id: from,
+        length: length(range)?,
+        dst_iova: range.first().0,
+        src_iova: first.0,
+    })
+}
+
+/// The argument of `IOMMU_IOAS_UNMAP`.
+pub(super) fn unmap_argument(ioas: u32, range: IovaRange) -> iommu_ioas_unmap {
+    iommu_ioas_unmap {
+        size: size_of_u32::<iommu_ioas_unmap>(),
+        ioas_id: ioas,
+        iova: range.first().0,
+        // `u64::MAX` stands for the whole address space, whose length does not fit into 64 bits.
+        length: range.len_bytes().unwrap_or(u64::MAX),
     }
 }
 

@@ -20,12 +20,13 @@ impl Source {
 
     /// Whether the whole file is compiled for tests alone.
     pub fn is_test(&self) -> bool {
-        const TEST_ONLY: [&str; 6] = [
+        const TEST_ONLY: [&str; 7] = [
             "device/plain_ring.rs",
             "device/testing.rs",
             "backends/recorder.rs",
             "backends/testing.rs",
-            "vfio/fake.rs",
+            "vfio/fake/checks.rs",
+            "vfio/fake/mod.rs",
             "host/sysfs/fake.rs",
         ];
         self.path

@@ -12,7 +12,7 @@ use iommufd_bindings::{
 use iommufd_ioctls::IommuFd;
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{size_of_u32, update};
+use super::{check_size, size_of_u32, update};
 
 // The sandbox allows each request by its number, and the crate does not export its numbers.
 ioctl_io_nr!(IOMMU_DESTROY, IOMMUFD_TYPE as u32, IOMMUFD_CMD_DESTROY);
@@ -39,11 +39,13 @@ ioctl_io_nr!(
     IOMMUFD_CMD_IOAS_UNMAP
 );
 
+/// # Errors
+/// The kernel's, and `EINVAL` if `argument.size` is not the size of the structure.
 pub(in crate::vfio) fn ioas_copy(
     iommufd: &IommuFd,
     mut argument: iommu_ioas_copy,
 ) -> io::Result<()> {
-    argument.size = size_of_u32::<iommu_ioas_copy>();
+    check_size::<iommu_ioas_copy>(argument.size)?;
     // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(iommufd, IOMMU_IOAS_COPY(), &mut argument) }?;
     Ok(())

@@ -84,6 +84,15 @@ pub(super) fn size_of_u32<T>() -> u32 {
     u32::try_from(size_of::<T>()).unwrap_or(u32::MAX)
 }
 
+/// Refuses a structure whose size field is not the size of the structure.
+fn check_size<T>(field: u32) -> io::Result<()> {
+    if field == size_of_u32::<T>() {
+        Ok(())
+    } else {
+        Err(io::Error::from_raw_os_error(libc::EINVAL))
+    }
+}
+
 fn checked(done: c_int) -> io::Result<c_int> {
     if done < 0 {
         Err(io::Error::last_os_error())

@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
-    vfio_iommu_type1_info,
+    VFIO_BASE, VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP, VFIO_TYPE, vfio_group_status,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info,
 };
 use vm_memory::MmapRegion;
 use vmm_sys_util::ioctl::{
@@ -14,7 +14,9 @@ use vmm_sys_util::ioctl::{
 };
 use vmm_sys_util::ioctl_io_nr;
 
-use super::{MAX_INFO_WORDS, address_in, checked, first_word, low_half, size_of_u32, update};
+use super::{
+    MAX_INFO_WORDS, address_in, check_size, checked, first_word, low_half, size_of_u32, update,
+};
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
@@ -88,13 +90,16 @@ pub(in crate::vfio) fn type1_info(fd: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
 }
 
 /// Maps `argument.size` bytes from `offset` of `memory`; `argument.vaddr` is filled in here.
+///
+/// # Errors
+/// The kernel's, and `EINVAL` if `argument.argsz` is not the size of the structure.
 pub(in crate::vfio) fn map_dma(
     fd: BorrowedFd<'_>,
     memory: &MmapRegion,
     offset: u64,
     mut argument: vfio_iommu_type1_dma_map,
 ) -> io::Result<()> {
-    argument.argsz = size_of_u32::<vfio_iommu_type1_dma_map>();
+    check_size::<vfio_iommu_type1_dma_map>(argument.argsz)?;
     argument.vaddr = address_in(memory, offset, argument.size)?;
     // SAFETY:
     // - this is the request's structure, with its size
@@ -105,20 +110,18 @@ pub(in crate::vfio) fn map_dma(
     Ok(())
 }
 
-/// Returns the number of bytes that were mapped.
+/// Returns the number of bytes that were mapped. `argument.flags` must not ask for the dirty bitmap.
+///
+/// # Errors
+/// The kernel's, and `EINVAL` for the dirty bitmap or if `argument.argsz` is not the size of the structure.
 pub(in crate::vfio) fn unmap_dma(
     fd: BorrowedFd<'_>,
-    flags: u32,
-    iova: u64,
-    size: u64,
+    mut argument: vfio_iommu_type1_dma_unmap,
 ) -> io::Result<u64> {
-    let mut argument = vfio_iommu_type1_dma_unmap {
-        argsz: size_of_u32::<vfio_iommu_type1_dma_unmap>(),
-        flags,
-        iova,
-        size,
-        ..Default::default()
-    };
+    check_size::<vfio_iommu_type1_dma_unmap>(argument.argsz)?;
+    if argument.flags & VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP != 0 {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
     // SAFETY: this is the request's structure, with its size; without the bitmap flag no data follows.
     unsafe { update(&fd, VFIO_IOMMU_UNMAP_DMA(), &mut argument) }?;
     Ok(argument.size)

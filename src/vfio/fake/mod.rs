@@ -1,4 +1,7 @@
-//! A kernel for tests: it obeys the rules of iommufd and type1, and fails on demand.
+//! A kernel for tests: it obeys the rules of iommufd and type1, and fails on demand. It gets the arguments that the real
+//! kernel gets, and is as strict: about sizes, flags, alignment, overlaps, and requests that would split a mapping.
+
+mod checks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -7,9 +10,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use vfio_bindings::bindings::vfio::vfio_iommu_type1_dma_unmap;
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::{AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1};
+use super::{
+    AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1, container, ioctl, iommufd,
+};
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 /// The result of one `map` or `copy`.
@@ -76,19 +82,53 @@ impl KernelState {
         Ok(())
     }
 
+    /// Removes the areas that overlap `range`, in their order. Stops with `ENOENT` at an area that `range` splits, as
+    /// iommufd does: the areas before it are gone.
     fn remove(&mut self, id: u32, range: IovaRange) -> io::Result<u64> {
         let space = self.space(id)?;
-        let touched = |a: &Area| a.range.overlaps(range);
-        if space.values().any(|a| touched(a) && !range.covers(a.range)) {
-            return Err(error(libc::ENOENT));
+        let mut touched: Vec<_> = space.values().copied().collect();
+        touched.retain(|a| a.range.overlaps(range));
+        let mut bytes = 0;
+        for area in touched {
+            if !range.covers(area.range) {
+                return Err(error(libc::ENOENT));
+            }
+            bytes += area.range.span() + 1;
+            space.remove(&area.range.first().0);
         }
-        let bytes = space
-            .values()
-            .filter(|a| touched(a))
-            .map(|a| a.range.span() + 1);
-        let bytes = bytes.sum();
-        space.retain(|_, a| !touched(a));
         Ok(bytes)
+    }
+
+    /// Whether a device is attached to an address space of iommufd, which then has the alignment of the IOMMU's pages.
+    fn is_attached(&self, id: u32) -> bool {
+        self.groups.values().any(|(at, _)| *at == Some(id))
+    }
+
+    /// `EINVAL` if one of `numbers` is not aligned as the address space wants it.
+    fn check_alignment(&self, id: u32, numbers: &[u64]) -> io::Result<()> {
+        let ends = numbers.iter().fold(0, |all, number| all | number);
+        if self.is_attached(id) && ends & (checks::PAGE - 1) != 0 {
+            return Err(error(libc::EINVAL));
+        }
+        Ok(())
+    }
+
+    /// `EADDRINUSE` if the areas of an address space are not aligned as a device wants them.
+    fn check_attach(&mut self, id: u32) -> io::Result<()> {
+        let misaligned = |a: &Area| {
+            let ends = a.range.first().0 | (a.range.span() + 1) | a.offset;
+            ends & (checks::PAGE - 1) != 0
+        };
+        if self.space(id)?.values().any(misaligned) {
+            return Err(error(libc::EADDRINUSE));
+        }
+        Ok(())
+    }
+
+    /// Whether `range` begins or ends within an area.
+    fn splits(&mut self, id: u32, range: IovaRange) -> io::Result<bool> {
+        let mut areas = self.space(id)?.values();
+        Ok(areas.any(|a| a.range.overlaps(range) && !range.covers(a.range)))
     }
 }
 
@@ -196,6 +236,9 @@ impl AddressSpaces for FakeKernel {
             return Err(error(libc::ENOTTY));
         }
         state.step()?;
+        let argument = iommufd::map_argument(ioas, range, access, source)?;
+        let (range, memory) = checks::ioas_map(&argument)?;
+        state.check_alignment(ioas, &[range.first().0, range.span() + 1, memory])?;
         state.mapped_by_file += u64::from(matches!(source, DmaSource::File(..)));
         state.insert(ioas, &[area_of(range, access, source)])
     }
@@ -210,7 +253,9 @@ impl AddressSpaces for FakeKernel {
     ) -> io::Result<()> {
         let mut state = self.state();
         state.step()?;
-        let wanted = IovaRange::new(first, Iova(first.0 + range.span())).expect("a range");
+        let argument = iommufd::copy_argument(ioas, range, access, from, first)?;
+        let (range, wanted) = checks::ioas_copy(&argument)?;
+        state.check_alignment(ioas, &[range.first().0, range.span() + 1])?;
         let mut parts = Vec::new();
         let mut next = wanted.first();
         for area in state
@@ -240,9 +285,12 @@ impl AddressSpaces for FakeKernel {
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
         let mut state = self.state();
         state.step()?;
-        match state.remove(ioas, range)? {
-            0 => Err(error(libc::ENOENT)),
-            bytes => Ok(bytes),
+        match checks::ioas_unmap(&iommufd::unmap_argument(ioas, range))? {
+            None => state.remove(ioas, IovaRange::ALL),
+            Some(range) => match state.remove(ioas, range)? {
+                0 => Err(error(libc::ENOENT)),
+                bytes => Ok(bytes),
+            },
         }
     }
 }
@@ -277,7 +325,7 @@ impl Attach for FakeDevice {
             state.without_space.insert(self.group);
             return Err(cause);
         }
-        state.space(ioas)?;
+        state.check_attach(ioas)?;
         if !replaces && at.is_some_and(|at| at != ioas) {
             return Err(error(libc::EINVAL));
         }
@@ -333,6 +381,9 @@ impl Type1 for FakeContainer {
     ) -> io::Result<()> {
         let mut state = self.kernel.state();
         state.step()?;
+        let argument = container::map_argument(range, access)?;
+        let vaddr = ioctl::address_in(memory, offset, argument.size)?;
+        let range = checks::type1_map(&argument, vaddr)?;
         state.insert(
             self.space,
             &[area_of(range, access, DmaSource::Host(memory, offset))],
@@ -340,18 +391,25 @@ impl Type1 for FakeContainer {
     }
 
     fn unmap(&self, range: IovaRange) -> io::Result<u64> {
-        let mut state = self.kernel.state();
-        state.step()?;
-        state
-            .remove(self.space, range)
-            .map_err(|_| error(libc::EINVAL))
+        self.unmap_dma(&container::unmap_argument(range)?)
     }
 
     fn unmap_all(&self) -> io::Result<()> {
+        self.unmap_dma(&container::unmap_all_argument()).map(drop)
+    }
+}
+
+impl FakeContainer {
+    fn unmap_dma(&self, argument: &vfio_iommu_type1_dma_unmap) -> io::Result<u64> {
         let mut state = self.kernel.state();
         state.step()?;
-        state.space(self.space)?.clear();
-        Ok(())
+        let range = match checks::type1_unmap(argument)? {
+            // The kernel of a container refuses to split before it removes anything.
+            Some(range) if state.splits(self.space, range)? => return Err(error(libc::EINVAL)),
+            Some(range) => range,
+            None => IovaRange::ALL,
+        };
+        state.remove(self.space, range)
     }
 }
 
