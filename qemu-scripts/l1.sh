@@ -66,11 +66,11 @@ done
 
 case $iommu in
 vtd)
-    iommu_device=intel-iommu,intremap=on,aw-bits=48
+    iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=on
     iommu_append="intel_iommu=on,sm_off"
     ;;
 vtd-scalable)
-    iommu_device=intel-iommu,intremap=on,scalable-mode=on,fsts=on
+    iommu_device=intel-iommu,intremap=on,scalable-mode=on,fsts=on,snoop-control=on
     iommu_append="intel_iommu=on,sm_on"
     ;;
 amd)

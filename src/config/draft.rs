@@ -183,6 +183,7 @@ pub(super) struct EndpointDraft {
     pub group: Option<Located<Scalar>>,
     pub vfio: Option<Located<Scalar>>,
     pub export: Option<Located<Scalar>>,
+    pub allow_no_snoop: Option<Located<Scalar>>,
     pub vfio_user: Option<Located<EmulatedDraft>>,
     pub shadow: Option<Located<Scalar>>,
     pub reserved: Option<Located<Vec<Located<RegionDraft>>>>,

@@ -223,6 +223,12 @@ pub enum ProblemKind {
          remove `export`"
     )]
     ExportWithoutVfio,
+    /// `allow-no-snoop` on an endpoint that is not exported.
+    #[error(
+        "the key is for exported devices only, because the VMM tells KVM of the others; remove \
+         `allow-no-snoop`"
+    )]
+    NoSnoopWithoutExport,
     /// An export's socket has the path of another socket.
     #[error("another socket has this path; use another path in `export`")]
     ExportPath,

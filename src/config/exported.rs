@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use super::checker::Checker;
-use super::draft::Draft;
+use super::draft::{Draft, EndpointDraft, Scalar};
 use super::error::ProblemKind;
 use super::kind::{ConfiguredDevice, DeviceKind};
 use super::passthrough::range_in;
@@ -19,6 +19,8 @@ pub struct Exported {
     pub endpoint: PciAddress,
     /// Where the daemon listens for the VMM's vfio-user client.
     pub path: PathBuf,
+    /// The operator answers for the coherency of the device's DMA if the host's IOMMU does not enforce it.
+    pub allow_no_snoop: bool,
 }
 
 impl ConfiguredDevice for Exported {
@@ -51,7 +53,15 @@ impl Checker<'_> {
         let mut whole = true;
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             let value = &endpoint.value;
-            let Some(given) = &value.export else { continue };
+            let allowed = self.allow_no_snoop(value, index);
+            let Some(given) = &value.export else {
+                whole &= allowed.is_some();
+                continue;
+            };
+            let Some(allow_no_snoop) = allowed else {
+                whole = false;
+                continue;
+            };
             let key = format!("endpoint[{index}].export");
             let path = self.socket_path(Some(given), &key);
             let range = value.address.as_ref().or(value.range.as_ref());
@@ -68,6 +78,7 @@ impl Checker<'_> {
                 found.push(Exported {
                     endpoint: range.first(),
                     path,
+                    allow_no_snoop,
                 });
                 continue;
             };
@@ -76,6 +87,23 @@ impl Checker<'_> {
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)
+    }
+
+    /// The value of `allow-no-snoop`; `None` after a refusal.
+    fn allow_no_snoop(&mut self, endpoint: &EndpointDraft, index: usize) -> Option<bool> {
+        let Some(given) = &endpoint.allow_no_snoop else {
+            return Some(false);
+        };
+        let key = format!("endpoint[{index}].allow-no-snoop");
+        let Scalar::Bool(value) = given.value else {
+            self.wrong_type(given, &key, given.value.found(), "true or false");
+            return None;
+        };
+        if endpoint.export.is_none() {
+            self.refuse(&given.origin, &key, ProblemKind::NoSnoopWithoutExport);
+            return None;
+        }
+        Some(value)
     }
 }
 
@@ -147,6 +175,14 @@ mod tests {
         }
         for (text, cure) in [
             (one("00:06.0", "export = '/a'"), "`vfio = "),
+            (
+                one("00:06.0", "vfio = '65:00.0'\nallow-no-snoop = true"),
+                "remove `allow-no-snoop`",
+            ),
+            (
+                one("00:06.0", &(exported("/a") + "\nallow-no-snoop = 1")),
+                "true or false",
+            ),
             (
                 one("00:06.0", &format!("{emulated}\nexport = '/a'")),
                 "`vfio = ",

@@ -6,10 +6,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
-    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
-    VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE1v2_IOMMU, VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map,
-    vfio_iommu_type1_dma_unmap,
+    VFIO_API_VERSION, VFIO_DMA_CC_IOMMU, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
+    VFIO_DMA_UNMAP_FLAG_ALL, VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_INFO_PGSIZES,
+    VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, VFIO_TYPE1v2_IOMMU,
+    VFIO_UNMAP_ALL, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 use vm_memory::MmapRegion;
 
@@ -102,6 +102,15 @@ impl Container {
         Ok(parse_info(&bytes))
     }
 
+    /// Whether the host's IOMMU makes all DMA of the container's devices snoop the caches, also DMA that a device marks
+    /// with No Snoop (`VFIO_DMA_CC_IOMMU`).
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn enforces_coherency(&self) -> io::Result<bool> {
+        ioctl::check_extension(&self.file, VFIO_DMA_CC_IOMMU)
+    }
+
     fn check_extensions(&self) -> io::Result<()> {
         let version = ioctl::api_version(self.as_fd())?;
         if u32::try_from(version) != Ok(VFIO_API_VERSION) {
@@ -111,7 +120,7 @@ impl Container {
             (VFIO_TYPE1v2_IOMMU, "VFIO_TYPE1v2_IOMMU"),
             (VFIO_UNMAP_ALL, "VFIO_UNMAP_ALL"),
         ] {
-            if !ioctl::check_extension(self.as_fd(), extension)? {
+            if !ioctl::check_extension(&self.file, extension)? {
                 return Err(io::Error::other(format!("the kernel lacks {name}")));
             }
         }

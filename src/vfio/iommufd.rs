@@ -13,6 +13,7 @@ use iommufd_bindings::{
     iommufd_ioas_map_flags_IOMMU_IOAS_MAP_WRITEABLE as WRITEABLE,
 };
 use iommufd_ioctls::IommufdError;
+use vfio_bindings::bindings::vfio::VFIO_DMA_CC_IOMMU;
 
 use super::ioctl::size_of_u32;
 use super::{AddressSpaces, AllowedIovas, DmaSource, VfioError, ioctl};
@@ -51,6 +52,22 @@ impl IommuFd {
         let ioas = iommufd.alloc()?;
         iommufd.destroy(ioas)?;
         Ok(iommufd)
+    }
+
+    /// Whether the host's IOMMU makes all DMA of the devices that are attached to an address space snoop the caches, also
+    /// DMA that a device marks with No Snoop.
+    ///
+    /// Only iommufd's compatibility with VFIO containers answers this, for one address space at a time
+    /// (`IOMMU_VFIO_IOAS`). `IOMMU_GET_HW_INFO` does not: its capabilities lack the bit, and its registers of VT-d say
+    /// what the hardware has, but not what the kernel uses.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn enforces_coherency(&self, ioas: u32) -> io::Result<bool> {
+        ioctl::set_compatibility_ioas(&self.kernel, Some(ioas))?;
+        let answer = ioctl::check_extension(&self.kernel, VFIO_DMA_CC_IOMMU);
+        ioctl::set_compatibility_ioas(&self.kernel, None)?;
+        answer
     }
 
     /// `IOMMU_IOAS_IOVA_RANGES`: the addresses that an address space can map with the devices that are attached to it.

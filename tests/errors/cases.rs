@@ -208,6 +208,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "PassthroughError::Device",
         "a device that VFIO refuses: tests/passthrough",
     ),
+    (
+        "PassthroughError::NoSnoop",
+        "a host whose IOMMU has no snoop control: src/endpoints/passthrough/tests.rs",
+    ),
     ("PassthroughError::OtherDevice", "tests/passthrough"),
     ("PassthroughError::OneContainer", "tests/passthrough"),
     ("PassthroughError::MixedGroup", "tests/passthrough"),
@@ -368,6 +372,10 @@ pub const CASES: &[Case] = &[
     case(
         "ProblemKind::ExportWithoutVfio",
         File("[[endpoint]]\naddress = '00:06.0'\nexport = 'e'"),
+    ),
+    case(
+        "ProblemKind::NoSnoopWithoutExport",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nallow-no-snoop = true"),
     ),
     case(
         "ProblemKind::ExportPath",

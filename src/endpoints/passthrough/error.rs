@@ -82,6 +82,20 @@ pub enum PassthroughError {
         /// The host's number of the group.
         group: u32,
     },
+    /// The host's IOMMU cannot enforce the coherency of an exported device's DMA.
+    #[error(
+        "{host} (endpoint {endpoint}) cannot be exported: the host's IOMMU has no snoop control, so DMA \
+         with No Snoop would bypass the caches, and KVM, which does not know of exported devices, would \
+         not let the guest flush them, which corrupts the guest's memory without a sign; remove `export`, \
+         so that the VMM opens the device and tells KVM, or use a host with snoop control, or, if the \
+         device never does such DMA, set `allow-no-snoop = true`"
+    )]
+    NoSnoop {
+        /// The device.
+        host: PciAddress,
+        /// The endpoint.
+        endpoint: PciAddress,
+    },
     /// The topology contradicts the host.
     #[error(transparent)]
     Refine(#[from] RefineError),

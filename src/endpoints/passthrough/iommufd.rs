@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostBackends, PassthroughError, capabilities, group_of};
+use super::{HostBackends, PassthroughError, capabilities, check_coherency, group_of};
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
@@ -83,8 +83,9 @@ pub(super) fn open(
         let binds = inherited.is_some() && !is_exported;
         let (cdev, found) = match inherited {
             Some(cdev) if is_exported => {
-                let found = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
-                (cdev, Some(found))
+                let bound = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
+                check_coherency(config, *passthrough, bound.is_coherent)?;
+                (cdev, Some(bound.allowed))
             }
             Some(cdev) => (
                 cdev,
@@ -98,8 +99,9 @@ pub(super) fn open(
                           lacks CONFIG_VFIO_DEVICE_CDEV",
                 })?;
                 let cdev = Cdev::open(&path).map_err(failed)?;
-                let found = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
-                (cdev, Some(found))
+                let bound = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
+                check_coherency(config, *passthrough, bound.is_coherent)?;
+                (cdev, Some(bound.allowed))
             }
         };
         if let Some(found) = found {
@@ -187,12 +189,19 @@ fn probe_vmm_device(node: &Path, path: &Path, host: PciAddress) -> Option<Allowe
     }
 }
 
-/// Binds a device for this process and leaves it blocked. Returns the addresses that it allows.
+/// The answers of the kernel about a device's IOMMU.
+struct BoundDevice {
+    allowed: AllowedIovas,
+    /// Whether the IOMMU makes all DMA of the device snoop the caches.
+    is_coherent: bool,
+}
+
+/// Binds a device for this process and leaves it blocked.
 fn bind_blocked(
     iommufd: &IommuFd,
     cdev: &Cdev,
     host: PciAddress,
-) -> Result<AllowedIovas, VfioError> {
+) -> Result<BoundDevice, VfioError> {
     cdev.bind(iommufd)?;
     let failed = |step: &str, source| VfioError {
         problem: format!("cannot {step} for {host}"),
@@ -202,13 +211,19 @@ fn bind_blocked(
     let ioas = iommufd
         .alloc()
         .map_err(|e| failed("make an address space", e))?;
-    let allowed = cdev
+    let ask = || {
+        Ok(BoundDevice {
+            allowed: iommufd.allowed_iovas(ioas)?,
+            is_coherent: iommufd.enforces_coherency(ioas)?,
+        })
+    };
+    let bound = cdev
         .attach(ioas)
-        .and_then(|()| iommufd.allowed_iovas(ioas))
-        .and_then(|allowed| cdev.detach().map(|()| allowed))
-        .map_err(|e| failed("learn the allowed addresses", e));
+        .and_then(|()| ask())
+        .and_then(|bound| cdev.detach().map(|()| bound))
+        .map_err(|e| failed("learn the properties of the IOMMU", e));
     if let Err(cause) = iommufd.destroy(ioas) {
         warn!("an address space cannot be destroyed: {cause}");
     }
-    allowed
+    bound
 }

@@ -14,7 +14,7 @@ use log::{info, warn};
 
 use crate::address::{IovaRange, PageMask};
 use crate::backends::{BackendCapabilities, DmaBackend};
-use crate::config::{Config, HostIommu};
+use crate::config::{Config, HostIommu, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot, refine};
 use crate::ids::EndpointId;
 use crate::topology::{PciAddress, Topology};
@@ -102,6 +102,33 @@ fn group_of(
     device
         .group
         .ok_or_else(|| missing("has no IOMMU group: the host's IOMMU is off"))
+}
+
+/// Refuses an exported device whose DMA may pass the caches by, unless the operator answers for it. `is_enforced` says
+/// whether the host's IOMMU makes all DMA of the device snoop the caches.
+///
+/// Only x86 needs this: there KVM ignores the guest's cache attributes and cache flushes until it knows of a device with
+/// such DMA. On other architectures a guest always manages its caches itself.
+fn check_coherency(
+    config: &Config,
+    passthrough: Passthrough,
+    is_enforced: bool,
+) -> Result<(), PassthroughError> {
+    let Passthrough { endpoint, host } = passthrough;
+    let Some(export) = config.devices.exported_at(endpoint) else {
+        return Ok(());
+    };
+    if is_enforced || !cfg!(any(target_arch = "x86_64", target_arch = "x86")) {
+        return Ok(());
+    }
+    if !export.allow_no_snoop {
+        return Err(PassthroughError::NoSnoop { host, endpoint });
+    }
+    warn!(
+        "{host} (endpoint {endpoint}): the host's IOMMU does not enforce cache coherency, and \
+         `allow-no-snoop` says that the device needs no such enforcement"
+    );
+    Ok(())
 }
 
 /// The capabilities of a backend whose devices allow these addresses and this granule.

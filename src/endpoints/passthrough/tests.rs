@@ -551,6 +551,36 @@ fn unmap_of_a_range_that_ends_within_pages_reaches_no_backend_as_it_is() {
     }
 }
 
+#[test]
+#[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
+fn an_exported_device_whose_dma_may_pass_the_caches_by_is_refused() {
+    let check = |keys: &str, is_enforced: bool| {
+        let text = format!(
+            "socket = '/s'\naddress = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n{keys}"
+        );
+        let config = crate::config::Config::from_text(std::path::Path::new("vm.toml"), &text);
+        let config = config.expect("a configuration");
+        let device = config.devices.passthrough[0];
+        super::check_coherency(&config, device, is_enforced).map_err(|refusal| refusal.to_string())
+    };
+    let export = "export = '/e'";
+    let refusal = check(export, false).expect_err("no snoop control");
+    for part in [
+        "0000:65:00.0",
+        "00:06.0",
+        "KVM",
+        "remove `export`",
+        "allow-no-snoop = true",
+    ] {
+        assert!(refusal.contains(part), "{refusal}");
+    }
+    assert_eq!(check(export, true), Ok(()));
+    assert_eq!(check("", false), Ok(()), "the VMM tells KVM");
+    let given = |value: bool| format!("{export}\nallow-no-snoop = {value}");
+    assert!(check(&given(false), false).is_err());
+    assert_eq!(check(&given(true), false), Ok(()));
+}
+
 /// The fake kernel refuses what the real one refuses.
 #[test]
 fn the_fake_kernel_is_as_strict_as_linux() {

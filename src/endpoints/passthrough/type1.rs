@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostBackends, PassthroughError, capabilities, group_of};
+use super::{HostBackends, PassthroughError, capabilities, check_coherency, group_of};
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::config::{Config, Passthrough};
@@ -174,7 +174,18 @@ fn add_group(
     let capabilities = capabilities([&ranges], granule)?;
     let mut endpoints = Vec::new();
     let mut devices = Vec::new();
+    let is_coherent = open
+        .container
+        .enforces_coherency()
+        .map_err(|source| VfioError {
+            problem: format!(
+                "cannot ask whether the IOMMU of group {number} enforces cache coherency"
+            ),
+            source,
+            cure: "see the kernel's log",
+        })?;
     for (passthrough, device) in open.devices {
+        check_coherency(config, passthrough, is_coherent)?;
         opened.allowed.insert(passthrough.endpoint, ranges.clone());
         endpoints.push(passthrough.endpoint.endpoint_id());
         if let Some(device) = &device

@@ -6,8 +6,9 @@ use std::io;
 use iommufd_bindings::{
     IOMMUFD_CMD_DESTROY, IOMMUFD_CMD_IOAS_ALLOC, IOMMUFD_CMD_IOAS_COPY,
     IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_CMD_IOAS_MAP, IOMMUFD_CMD_IOAS_MAP_FILE,
-    IOMMUFD_CMD_IOAS_UNMAP, IOMMUFD_TYPE, iommu_ioas_copy, iommu_ioas_iova_ranges,
-    iommu_iova_range,
+    IOMMUFD_CMD_IOAS_UNMAP, IOMMUFD_CMD_VFIO_IOAS, IOMMUFD_TYPE, iommu_ioas_copy,
+    iommu_ioas_iova_ranges, iommu_iova_range, iommu_vfio_ioas,
+    iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR, iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET,
 };
 use iommufd_ioctls::IommuFd;
 use vmm_sys_util::ioctl_io_nr;
@@ -33,6 +34,7 @@ ioctl_io_nr!(
     IOMMUFD_TYPE as u32,
     IOMMUFD_CMD_IOAS_MAP_FILE
 );
+ioctl_io_nr!(IOMMU_VFIO_IOAS, IOMMUFD_TYPE as u32, IOMMUFD_CMD_VFIO_IOAS);
 ioctl_io_nr!(
     IOMMU_IOAS_UNMAP,
     IOMMUFD_TYPE as u32,
@@ -48,6 +50,26 @@ pub(in crate::vfio) fn ioas_copy(
     check_size::<iommu_ioas_copy>(argument.size)?;
     // SAFETY: this is the request's structure, with its size; it points to nothing.
     unsafe { update(iommufd, IOMMU_IOAS_COPY(), &mut argument) }?;
+    Ok(())
+}
+
+/// Makes an address space the one that requests for VFIO containers act on; `None` takes it back.
+pub(in crate::vfio) fn set_compatibility_ioas(
+    iommufd: &IommuFd,
+    ioas: Option<u32>,
+) -> io::Result<()> {
+    let op = match ioas {
+        Some(_) => iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_SET,
+        None => iommufd_vfio_ioas_op_IOMMU_VFIO_IOAS_CLEAR,
+    };
+    let mut argument = iommu_vfio_ioas {
+        size: size_of_u32::<iommu_vfio_ioas>(),
+        ioas_id: ioas.unwrap_or(0),
+        op: u16::try_from(op).map_err(io::Error::other)?,
+        ..Default::default()
+    };
+    // SAFETY: this is the request's structure, with its size; it points to nothing.
+    unsafe { update(iommufd, IOMMU_VFIO_IOAS(), &mut argument) }?;
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use self::device::{
 };
 use self::iommufd::{
     IOMMU_DESTROY, IOMMU_IOAS_ALLOC, IOMMU_IOAS_COPY, IOMMU_IOAS_IOVA_RANGES, IOMMU_IOAS_MAP,
-    IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP,
+    IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP, IOMMU_VFIO_IOAS,
 };
 use self::type1::{
     VFIO_CHECK_EXTENSION, VFIO_GET_API_VERSION, VFIO_GROUP_GET_DEVICE_FD, VFIO_GROUP_GET_STATUS,
@@ -38,7 +38,7 @@ pub(super) use self::device::{
 pub(super) use self::export::{
     IrqData, if_mappable, irq_info, region_info_whole, requests_of_exports, reset, set_irqs,
 };
-pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges};
+pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges, set_compatibility_ioas};
 pub(super) use self::type1::{
     api_version, check_extension, group_device, group_set_container, group_status, map_dma,
     set_iommu, type1_info, unmap_dma,
@@ -54,6 +54,7 @@ pub(super) fn requests_of_opening() -> Vec<c_ulong> {
         VFIO_GROUP_SET_CONTAINER(),
         VFIO_GROUP_GET_DEVICE_FD(),
         VFIO_DEVICE_BIND_IOMMUFD(),
+        IOMMU_VFIO_IOAS(),
     ]
 }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_int};
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP, VFIO_TYPE, vfio_group_status,
@@ -33,9 +33,9 @@ pub(in crate::vfio) fn api_version(fd: BorrowedFd<'_>) -> io::Result<c_int> {
     checked(unsafe { ioctl(&fd, VFIO_GET_API_VERSION()) })
 }
 
-pub(in crate::vfio) fn check_extension(fd: BorrowedFd<'_>, extension: u32) -> io::Result<bool> {
+pub(in crate::vfio) fn check_extension(fd: &impl AsRawFd, extension: u32) -> io::Result<bool> {
     // SAFETY: the request takes a number; the descriptor is open.
-    let answer = unsafe { ioctl_with_val(&fd, VFIO_CHECK_EXTENSION(), extension.into()) };
+    let answer = unsafe { ioctl_with_val(fd, VFIO_CHECK_EXTENSION(), extension.into()) };
     checked(answer).map(|answer| answer > 0)
 }
 
