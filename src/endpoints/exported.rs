@@ -4,17 +4,18 @@
 use std::io;
 use std::sync::Arc;
 
-use log::info;
-
+use super::bound::BoundExport;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::passthrough::PassthroughDevices;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
-use crate::config::{Config, Descriptors};
-use crate::export::{self, ExportedDevice, ServerStatus};
+use crate::config::{Config, Descriptors, HostIommu};
+use crate::export::{ExportedDevice, HotResetRegistry, ServerStatus};
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind;
 use crate::topology::PciAddress;
-use crate::vfio::{DeviceAccess, ioctls_of_exports, ioctls_of_opening};
+use crate::vfio::{
+    DeviceAccess, HostFunction, ioctls_of_exports, ioctls_of_hot_resets, ioctls_of_opening,
+};
 
 /// Whether a device has a client.
 const CLIENT_UP: DeviceMetric = DeviceMetric {
@@ -23,16 +24,16 @@ const CLIENT_UP: DeviceMetric = DeviceMetric {
     help: "Whether an exported device has a client.",
 };
 
-/// Serves the exported device of `endpoint` to the VMM's clients. Opens nothing if the configuration does not
-/// export it.
+/// Asks the exported device of `endpoint` for its registers, and makes the socket of its server. Opens nothing if the
+/// configuration does not export it. [`OpenDevice::serve`] then serves the VMM's clients.
 ///
 /// # Errors
-/// The socket cannot be made, the device does not describe its registers, or the system has no descriptor or
-/// thread left.
-pub fn serve(
+/// The socket cannot be made, or the device does not describe its registers.
+pub fn bind_export(
     config: &Config,
     endpoint: PciAddress,
     device: Box<dyn DeviceAccess>,
+    hot_resets: &HotResetRegistry,
 ) -> io::Result<OpenDevice> {
     let devices = &config.devices;
     let Some(export) = devices.exported_at(endpoint) else {
@@ -42,19 +43,32 @@ pub fn serve(
         let text = format!("endpoint {endpoint} cannot be exported: {cause}");
         io::Error::new(cause.kind(), text)
     })?;
+    let host = devices.passthrough_at(endpoint).map(|p| p.host);
+    let offered = match host {
+        Some(host) => offered.with_hot_reset(hot_resets, function_of(host)),
+        None => offered,
+    };
     let (listener, file) = bind(&export.path)?;
-    let server = export::serve(listener, offered)?;
-    info!(
-        "endpoint {endpoint} is exported at {}",
-        export.path.display()
-    );
     Ok(OpenDevice {
-        status: Some(server.status()),
-        server: Some(server),
-        file: Some(Arc::new(file)),
-        host: devices.passthrough_at(endpoint).map(|p| p.host.to_string()),
+        bound: Some(BoundExport {
+            endpoint,
+            path: export.path.clone(),
+            listener,
+            file: Arc::new(file),
+            device: offered,
+        }),
+        host: host.map(|host| host.to_string()),
         ..OpenDevice::default()
     })
+}
+
+/// The place of a device on the host, as VFIO names it.
+fn function_of(host: PciAddress) -> HostFunction {
+    HostFunction {
+        domain: host.segment(),
+        bus: host.bus(),
+        devfn: host.device() << 3 | host.function(),
+    }
 }
 
 impl DeviceStatus for ServerStatus {
@@ -74,6 +88,10 @@ impl EndpointKind for ExportedKind {
     fn add_needs(&self, config: &Config, needs: &mut Needs) {
         if needs.plugging.is_some() || !config.devices.exported.is_empty() {
             needs.device_ioctls = ioctls_of_exports();
+            // With containers the same number would let a thread that serves a client map memory.
+            if config.host_iommu == HostIommu::Iommufd {
+                needs.device_ioctls.extend(ioctls_of_hot_resets());
+            }
         }
         if let Some(plugging) = &mut needs.plugging {
             plugging.ioctls.extend(ioctls_of_opening());
@@ -112,7 +130,7 @@ impl EndpointKind for ExportedKind {
         Ok(OpenDevice {
             backend: backend.map(|(backend, _)| backend),
             facts,
-            ..serve(&alone, endpoint, access)?
+            ..bind_export(&alone, endpoint, access, plug.hot_resets)?
         })
     }
 

@@ -13,7 +13,7 @@ use super::kinds;
 use super::status::{DeviceStatus, StatusNames};
 use crate::config::{Config, ConfigError, DeviceKind};
 use crate::device::Device;
-use crate::export::DeviceServer;
+use crate::export::{DeviceServer, HotResetRegistry};
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
@@ -57,6 +57,7 @@ pub struct Hotplug {
     iommu: Arc<Mutex<Iommu>>,
     device: Arc<Device>,
     reporter: Arc<FaultReporter>,
+    hot_resets: HotResetRegistry,
     /// The configuration with all changes. Locked while an endpoint is added or removed.
     config: Mutex<Config>,
     /// Locked briefly; only `files` may be locked after it.
@@ -94,6 +95,7 @@ impl Hotplug {
         reporter: Arc<FaultReporter>,
     ) -> Self {
         Self {
+            hot_resets: HotResetRegistry::default(),
             iommu,
             device,
             reporter,
@@ -101,6 +103,11 @@ impl Hotplug {
             parts: Mutex::new(Rank::HotplugParts, DevicesInService::default()),
             files: Arc::new(Mutex::new(Rank::SocketFiles, BTreeMap::new())),
         }
+    }
+
+    /// The registry for the exported devices of the start, to which hotplug adds the later ones.
+    pub fn hot_resets(&self) -> &HotResetRegistry {
+        &self.hot_resets
     }
 
     /// Takes over the devices of the start. The core must have their backends.
@@ -166,6 +173,12 @@ impl Hotplug {
         // dropping it waits for its threads.
         let added = self.iommu.lock().add_endpoints(new, opened.backend.take());
         added.map_err(|(cause, _)| cause)?;
+        if let Err(cause) = opened.serve() {
+            // The device has no client yet, so nobody uses the endpoint.
+            let unused = self.iommu.lock().remove_endpoints(range);
+            drop(unused);
+            return Err(PlugError::System(cause).into());
+        }
         self.take_into_service(range.first(), kind, opened);
         let is_described = with.topology.is_expected(range);
         *config = with;
@@ -216,6 +229,7 @@ impl Hotplug {
             config,
             endpoint,
             faults: &self.reporter,
+            hot_resets: &self.hot_resets,
         })?;
         if opened.reports_faults {
             self.deliver_faults()?;

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::bound::BoundExport;
 use super::passthrough::PassthroughError;
 use super::status::{DeviceStatus, StatusNames};
 use crate::backends::DmaBackend;
 use crate::config::Config;
-use crate::export::DeviceServer;
+use crate::export::{DeviceServer, HotResetRegistry};
 use crate::faults::report::FaultReporter;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
@@ -66,6 +67,8 @@ pub struct Plug<'a> {
     pub endpoint: PciAddress,
     /// Receives the refused accesses of the device.
     pub faults: &'a Arc<FaultReporter>,
+    /// Knows all exported devices.
+    pub hot_resets: &'a HotResetRegistry,
 }
 
 /// An open device behind an endpoint.
@@ -77,6 +80,8 @@ pub struct OpenDevice {
     pub status: Option<Arc<dyn DeviceStatus>>,
     /// Whether the device reports refused accesses to [`Plug::faults`].
     pub reports_faults: bool,
+    /// An exported device that has no server yet. It does no DMA.
+    pub bound: Option<BoundExport>,
     /// Serves an exported device to the VMM.
     pub server: Option<DeviceServer>,
     /// The socket at which the VMM connects.
@@ -85,6 +90,22 @@ pub struct OpenDevice {
     pub host: Option<String>,
     /// The group and the reserved regions, if the host adds any to those of the configuration.
     pub facts: Option<(Option<GroupName>, ReservedRegions)>,
+}
+
+impl OpenDevice {
+    /// Serves an exported device to the VMM's clients. Does nothing for another device.
+    ///
+    /// # Errors
+    /// The system has no descriptor or thread left.
+    pub fn serve(&mut self) -> io::Result<()> {
+        if let Some(bound) = self.bound.take() {
+            let (server, file) = bound.serve()?;
+            self.status = Some(server.status());
+            self.server = Some(server);
+            self.file = Some(file);
+        }
+        Ok(())
+    }
 }
 
 /// Why a device cannot be plugged into a running VM, or unplugged.

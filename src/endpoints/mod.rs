@@ -5,7 +5,8 @@
 //! - `start` brings the configured devices up with the daemon; `hotplug` adds and removes endpoints
 //!   while the VM runs.
 
-pub mod emulated;
+pub mod bound;
+mod emulated;
 pub mod exported;
 #[cfg(not(miri))]
 pub mod hotplug;

@@ -152,8 +152,14 @@ impl AttachedDevices {
                 .map_err(StartError::Socket)
         });
         let shadow = shadow.transpose()?;
+        // A hot reset concerns several devices, so all of them are registered before one of them has a client.
+        let mut bound = Vec::new();
         for (endpoint, access) in self.exported {
-            let device = exported::serve(config, endpoint, access).map_err(StartError::Socket)?;
+            let device = exported::bind_export(config, endpoint, access, hotplug.hot_resets());
+            bound.push((endpoint, device.map_err(StartError::Socket)?));
+        }
+        for (endpoint, mut device) in bound {
+            device.serve().map_err(StartError::Socket)?;
             hotplug
                 .adopt([(endpoint, device)])
                 .map_err(StartError::Thread)?;

@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use log::{info, warn};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX,
 };
 
+use super::hot_reset::{HotResetRegistry, Names, RegisteredDevice, Release, StaleReason};
 use super::irqs::{ExportedIrqs, errno_of};
-use crate::vfio::{DeviceAccess, DeviceInfo, RegionInfo};
+use crate::vfio::{DeviceAccess, DeviceInfo, HostFunction, RegionInfo};
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody};
 use crate::vfio_user::server::{
     DeviceSummary, IrqKind, IrqSet, RegionCapability, ServedDevice, ServedRegion,
 };
-use crate::warn_limited;
+use crate::vfio_user::version::{Capabilities, Version};
+use crate::{info_limited, warn_limited};
 
 /// The client gets at most this many regions and kinds of interrupts; VFIO devices have a dozen.
 const MAX_PARTS: u32 = 64;
@@ -38,6 +41,8 @@ pub struct ExportedDevice {
     regions: BTreeMap<u32, ExportedRegion>,
     kinds: Vec<IrqKind>,
     irqs: ExportedIrqs,
+    /// `None` if the device takes part in no hot resets.
+    registered: Option<RegisteredDevice>,
     /// The client's windows, which are only checked: the VMM's memory table names the RAM, and the
     /// guest's mappings decide what the device reaches (`docs/export.md`).
     windows: ClientWindows,
@@ -82,8 +87,33 @@ impl ExportedDevice {
             regions,
             kinds,
             irqs: ExportedIrqs::default(),
+            registered: None,
             windows: ClientWindows::default(),
         })
+    }
+
+    /// Lets the device take part in hot resets of the daemon's devices. `function` is its place on the host.
+    pub fn with_hot_reset(mut self, registry: &HotResetRegistry, function: HostFunction) -> Self {
+        let scope = self.device.hot_reset_scope();
+        let registered = registry.register(function, scope.ok());
+        if self.info.flags & VFIO_DEVICE_FLAGS_RESET == 0 {
+            match registered.mates() {
+                Some(mates) if mates.is_empty() => {}
+                Some(mates) => info!(
+                    "{}: {function} has no reset of its own; between two clients it is reset together with {}, if \
+                     this daemon exports all of them and no client has one",
+                    self.name,
+                    Names(&mates)
+                ),
+                None => warn!(
+                    "{}: {function} cannot be reset: the next VMM gets it with the state of the last one, unless \
+                     this daemon ends between them",
+                    self.name
+                ),
+            }
+        }
+        self.registered = Some(registered);
+        self
     }
 
     fn vfio_region(&self, index: u32) -> Result<&RegionInfo, i32> {
@@ -118,6 +148,17 @@ impl ExportedDevice {
 impl ServedDevice for ExportedDevice {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn negotiate(&mut self, _client: &Version, _answer: &mut Capabilities) {
+        if let Some(registered) = &self.registered
+            && registered.take()
+        {
+            warn_limited!(
+                "{}: the client gets the device with the state of the last client",
+                self.name
+            );
+        }
     }
 
     fn info(&self) -> DeviceSummary {
@@ -175,7 +216,7 @@ impl ServedDevice for ExportedDevice {
 
     /// Disables the device's interrupts. Clears the enable bits of its command register, so that it does no
     /// DMA and answers no access until the next client sets these bits.
-    /// Resets the device if it supports a reset.
+    /// Resets the device if it can be reset, alone or with its bus.
     fn release(&mut self) {
         self.windows = ClientWindows::default();
         self.irqs.release(&*self.device, &self.name);
@@ -185,12 +226,38 @@ impl ServedDevice for ExportedDevice {
                 self.name
             );
         }
-        match self.reset_device() {
-            Ok(()) | Err(libc::ENOTTY) => {}
-            Err(errno) => warn_limited!(
-                "{}: cannot reset the device, which keeps the state of its last client: {}",
-                self.name,
-                io::Error::from_raw_os_error(errno)
+        let reset = self.reset_device();
+        if let Err(errno) = reset
+            && errno != libc::ENOTTY
+        {
+            let cause = io::Error::from_raw_os_error(errno);
+            warn_limited!(
+                "{}: the kernel cannot reset the device alone: {cause}",
+                self.name
+            );
+        }
+        self.finish_release(reset.is_ok());
+    }
+}
+
+impl ExportedDevice {
+    /// Makes a hot reset where it is needed and possible, and logs what the next client gets.
+    fn finish_release(&self, is_reset: bool) {
+        let outcome = match &self.registered {
+            Some(registered) => registered.release(&*self.device, is_reset),
+            None if is_reset => Release::Reset,
+            None => Release::Stale(StaleReason::NoHotReset),
+        };
+        let name = &self.name;
+        match outcome {
+            Release::Reset => {}
+            Release::Waits(others) => info_limited!(
+                "{name}: the device is reset together with {}, once their clients have gone",
+                Names(&others)
+            ),
+            Release::Stale(reason) => warn_limited!(
+                "{name}: the device keeps the state of its last client: {reason}; end this daemon before \
+                 another VM gets the device"
             ),
         }
     }

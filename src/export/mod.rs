@@ -12,12 +12,14 @@
 //! features that the server offers to the client.
 
 mod device;
+mod hot_reset;
 mod irqs;
 
 use std::io;
 use std::os::unix::net::UnixListener;
 
 pub use self::device::ExportedDevice;
+pub use self::hot_reset::HotResetRegistry;
 use crate::process::sandbox::Role;
 pub use crate::vfio_user::server::{DeviceServer, ServerStatus};
 

@@ -41,6 +41,8 @@ pub enum Rank {
     GuestMemory,
     /// One ring of a device without a transport. A transport's rings have the lock of its crate, without a rank.
     Ring,
+    /// The exported devices that hot resets concern: held while the kernel makes one.
+    HotResets,
     /// The mapped regions of one device of the host.
     DeviceRegions,
     /// Descriptors that the vhost-user crate has leaked.

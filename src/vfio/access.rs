@@ -1,16 +1,20 @@
 //! An open device as its driver uses it: registers, interrupts, reset (`linux/vfio.h`).
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_REGION_INFO_FLAG_CAPS, vfio_region_info,
+    VFIO_PCI_HOT_RESET_FLAG_DEV_ID, VFIO_REGION_INFO_FLAG_CAPS, vfio_region_info,
 };
 
 use super::ioctl::IrqData;
 use super::{Attach, Cdev, DeviceMemory, ioctl};
+
+/// The id of a device that is not open and that only this process can open (`linux/vfio.h`).
+const VFIO_PCI_DEVID_OWNED: u32 = 0;
 
 /// A device (`VFIO_DEVICE_GET_INFO`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,44 @@ pub enum IrqSelection<'a> {
     Events(&'a [Option<BorrowedFd<'a>>]),
 }
 
+/// A function of PCI on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HostFunction {
+    /// The PCI domain (segment).
+    pub domain: u16,
+    /// The bus.
+    pub bus: u8,
+    /// Device (upper five bits) and function (lower three bits).
+    pub devfn: u8,
+}
+
+impl fmt::Display for HostFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (device, function) = (self.devfn >> 3, self.devfn & 7);
+        write!(
+            f,
+            "{:04x}:{:02x}:{device:02x}.{function}",
+            self.domain, self.bus
+        )
+    }
+}
+
+/// The devices that a hot reset resets (`VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HotResetScope {
+    /// All functions behind the bridge or slot, with the device itself.
+    pub devices: Vec<AffectedDevice>,
+}
+
+/// A device that a hot reset resets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AffectedDevice {
+    /// Its function.
+    pub function: HostFunction,
+    /// No process has it open, and none but this one can open it.
+    pub is_unused: bool,
+}
+
 /// An open device as its driver uses it.
 pub trait DeviceAccess: Send {
     /// `VFIO_DEVICE_GET_INFO`.
@@ -129,6 +171,18 @@ pub trait DeviceAccess: Send {
     /// # Errors
     /// The kernel's, among them `ENOTTY` if the device cannot be reset alone.
     fn reset(&self) -> io::Result<()>;
+
+    /// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`. The thread that serves a client must not call it.
+    ///
+    /// # Errors
+    /// The kernel's: `ENODEV` if the device's bus cannot be reset. `EOPNOTSUPP` for a device of a group (type1).
+    fn hot_reset_scope(&self) -> io::Result<HotResetScope>;
+
+    /// `VFIO_DEVICE_PCI_HOT_RESET` of all devices in [`Self::hot_reset_scope`].
+    ///
+    /// # Errors
+    /// The kernel's; it refuses if this process does not have all of the devices.
+    fn hot_reset(&self) -> io::Result<()>;
 
     /// Ends the device's DMA at the device itself, until its driver enables bus mastering again.
     ///
@@ -200,6 +254,28 @@ impl DeviceAccess for Cdev {
 
     fn reset(&self) -> io::Result<()> {
         ioctl::reset(self.as_fd())
+    }
+
+    fn hot_reset_scope(&self) -> io::Result<HotResetScope> {
+        let (flags, devices) = ioctl::hot_reset_info(self.as_fd())?;
+        if flags & VFIO_PCI_HOT_RESET_FLAG_DEV_ID == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let devices = devices.into_iter().map(|device| AffectedDevice {
+            function: HostFunction {
+                domain: device.domain,
+                bus: device.bus,
+                devfn: device.devfn,
+            },
+            is_unused: device.id == VFIO_PCI_DEVID_OWNED,
+        });
+        Ok(HotResetScope {
+            devices: devices.collect(),
+        })
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        ioctl::hot_reset(self.as_fd())
     }
 
     fn stop_dma(&self) -> io::Result<()> {

@@ -24,7 +24,8 @@ use vm_memory::MmapRegion;
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 pub use self::access::{
-    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqSelection, RegionInfo,
+    AffectedDevice, Capability, DeviceAccess, DeviceInfo, HostFunction, HotResetScope, IrqChange,
+    IrqInfo, IrqSelection, RegionInfo,
 };
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
@@ -57,6 +58,14 @@ pub fn ioctls_of_backends() -> Vec<u32> {
 /// The numbers of the ioctls that the server of an exported device makes.
 pub fn ioctls_of_exports() -> Vec<u32> {
     numbers(ioctl::requests_of_exports())
+}
+
+/// The numbers of the ioctls for hot resets of devices that are bound to iommufd.
+///
+/// The number of `VFIO_DEVICE_PCI_HOT_RESET` is that of a container's `VFIO_IOMMU_MAP_DMA`, too. So a process that has
+/// containers must not allow it to the threads that serve clients.
+pub fn ioctls_of_hot_resets() -> Vec<u32> {
+    numbers(ioctl::requests_of_hot_resets())
 }
 
 fn numbers(requests: Vec<libc::c_ulong>) -> Vec<u32> {

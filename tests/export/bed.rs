@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
-    Capability, DeviceAccess, DeviceInfo, IrqChange, IrqInfo, IrqSelection, RegionInfo,
+    AffectedDevice, Capability, DeviceAccess, DeviceInfo, HotResetScope, IrqChange, IrqInfo,
+    IrqSelection, RegionInfo,
 };
 
 use crate::common::memory::memfd;
@@ -56,6 +57,12 @@ pub struct State {
     pub error: Option<i32>,
     /// The number of accesses that reached the device.
     pub accesses: u32,
+    /// The device has a reset of its own.
+    pub resets_alone: bool,
+    /// The functions that a hot reset resets; none if there is no hot reset.
+    pub bus: Vec<AffectedDevice>,
+    pub hot_resets: u32,
+    pub hot_reset_error: Option<i32>,
 }
 
 /// A device that records the calls of the server.
@@ -82,6 +89,10 @@ impl RecordingDevice {
             resets: 0,
             error: None,
             accesses: 0,
+            resets_alone: true,
+            bus: Vec::new(),
+            hot_resets: 0,
+            hot_reset_error: None,
         })))
     }
 
@@ -140,7 +151,7 @@ fn mapping_capabilities() -> Vec<Capability> {
 impl DeviceAccess for RecordingDevice {
     fn info(&self) -> io::Result<DeviceInfo> {
         Ok(DeviceInfo {
-            flags: 3 | 1 << 7,
+            flags: 2 | u32::from(self.state().resets_alone) | 1 << 7,
             regions: REGIONS,
             irqs: 4,
         })
@@ -255,6 +266,23 @@ impl DeviceAccess for RecordingDevice {
         Ok(())
     }
 
+    fn hot_reset_scope(&self) -> io::Result<HotResetScope> {
+        let devices = self.state().bus.clone();
+        if devices.is_empty() {
+            return Err(errno(libc::ENODEV));
+        }
+        Ok(HotResetScope { devices })
+    }
+
+    fn hot_reset(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if let Some(error) = state.hot_reset_error {
+            return Err(errno(error));
+        }
+        state.hot_resets += 1;
+        Ok(())
+    }
+
     fn stop_dma(&self) -> io::Result<()> {
         panic!("the device has a configuration space, whose command register stops DMA");
     }
@@ -281,13 +309,20 @@ pub struct Bed {
 
 impl Bed {
     pub fn new() -> Self {
+        Self::of(RecordingDevice::new(), |offered| offered)
+    }
+
+    /// A server of `device` after `change`.
+    pub fn of(
+        device: RecordingDevice,
+        change: impl FnOnce(ExportedDevice) -> ExportedDevice,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
-        let device = RecordingDevice::new();
         let listener = UnixListener::bind(&path).expect("a socket");
         let offered =
             ExportedDevice::new("device".into(), Box::new(device.clone())).expect("a device");
-        let server = serve(listener, offered).expect("a server");
+        let server = serve(listener, change(offered)).expect("a server");
         Self {
             device,
             path,

@@ -20,3 +20,4 @@ mod connection;
 mod hostile;
 mod inspected;
 mod interrupts;
+mod resets;

@@ -5,7 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_BASE, VFIO_TYPE, vfio_irq_info, vfio_irq_set, vfio_region_info,
+    VFIO_BASE, VFIO_TYPE, vfio_irq_info, vfio_irq_set, vfio_pci_dependent_device,
+    vfio_pci_hot_reset, vfio_pci_hot_reset_info, vfio_region_info,
 };
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
@@ -16,6 +17,13 @@ use super::{MAX_INFO_WORDS, checked, first_word, low_half, size_of_u32, update};
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+// The numbers of VFIO_IOMMU_GET_INFO and VFIO_IOMMU_MAP_DMA, which are requests of a container.
+ioctl_io_nr!(
+    VFIO_DEVICE_GET_PCI_HOT_RESET_INFO,
+    VFIO_TYPE as u32,
+    VFIO_BASE + 12
+);
+ioctl_io_nr!(VFIO_DEVICE_PCI_HOT_RESET, VFIO_TYPE as u32, VFIO_BASE + 13);
 
 /// The requests of a server that passes a device's registers and interrupts on to a VMM.
 pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
@@ -27,6 +35,70 @@ pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
         VFIO_DEVICE_RESET(),
         VFIO_DEVICE_FEATURE(),
     ]
+}
+
+/// The request of a server whose devices are bound to iommufd.
+pub(in crate::vfio) fn requests_of_hot_resets() -> Vec<c_ulong> {
+    vec![VFIO_DEVICE_PCI_HOT_RESET()]
+}
+
+/// A `vfio_pci_dependent_device`.
+pub(in crate::vfio) struct DependentDevice {
+    /// The id of the device in the iommufd, or the number of its group.
+    pub id: u32,
+    pub domain: u16,
+    pub bus: u8,
+    pub devfn: u8,
+}
+
+/// The most devices that share a bus: 256 functions.
+const MAX_DEPENDENT: usize = 256;
+/// Words of a `vfio_pci_hot_reset_info` and of an element of its array.
+const HOT_RESET_HEADER: usize = 3;
+const DEPENDENT_WORDS: usize = 2;
+const _: () = assert!(size_of::<vfio_pci_hot_reset_info>() == 4 * HOT_RESET_HEADER);
+const _: () = assert!(size_of::<vfio_pci_dependent_device>() == 4 * DEPENDENT_WORDS);
+const _: () = assert!(size_of::<vfio_pci_hot_reset>() == 4 * HOT_RESET_HEADER);
+
+/// Returns the flags of a `vfio_pci_hot_reset_info` and its devices.
+pub(in crate::vfio) fn hot_reset_info(
+    fd: BorrowedFd<'_>,
+) -> io::Result<(u32, Vec<DependentDevice>)> {
+    let mut words = vec![0u32; HOT_RESET_HEADER + DEPENDENT_WORDS * MAX_DEPENDENT];
+    words[0] = u32::try_from(words.len() * 4).unwrap_or(u32::MAX);
+    // SAFETY: `words` has as many bytes as its first field says, has the structure's alignment, and is borrowed mutably
+    // for the whole call.
+    let done = unsafe {
+        ioctl_with_mut_ptr(
+            &fd,
+            VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(),
+            words.as_mut_ptr(),
+        )
+    };
+    checked(done)?;
+    let (flags, count) = (words[1], words[2] as usize);
+    let devices = words[HOT_RESET_HEADER..]
+        .chunks_exact(DEPENDENT_WORDS)
+        .take(count)
+        .map(|device| {
+            let [low, high, bus, devfn] = device[1].to_ne_bytes();
+            DependentDevice {
+                id: device[0],
+                domain: u16::from_ne_bytes([low, high]),
+                bus,
+                devfn,
+            }
+        });
+    Ok((flags, devices.collect()))
+}
+
+/// Makes a hot reset of a device that is bound to an iommufd. The kernel checks that all affected devices are, too.
+pub(in crate::vfio) fn hot_reset(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // `argsz`, no flags, and no descriptors of groups.
+    let argument = [size_of_u32::<vfio_pci_hot_reset>(), 0, 0];
+    // SAFETY: `argument` has as many bytes as its first field says, has the structure's alignment, and is only read.
+    checked(unsafe { ioctl_with_ptr(&fd, VFIO_DEVICE_PCI_HOT_RESET(), argument.as_ptr()) })
+        .map(drop)
 }
 
 /// The data behind a `vfio_irq_set`.
