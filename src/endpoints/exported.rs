@@ -127,6 +127,9 @@ impl EndpointKind for ExportedKind {
         let Some((_, access)) = opened.exported.into_iter().next() else {
             return Ok(OpenDevice::default());
         };
+        // VFIO opens a device without bus mastering. Make sure of it: the backend is filled before the core knows the
+        // endpoint.
+        access.stop_dma()?;
         Ok(OpenDevice {
             backend: backend.map(|(backend, _)| backend),
             facts,

@@ -171,8 +171,17 @@ impl Hotplug {
         };
         // If the core refuses the backend, the error returns it, so that it is dropped after the core is unlocked:
         // dropping it waits for its threads.
-        let added = self.iommu.lock().add_endpoints(new, opened.backend.take());
-        added.map_err(|(cause, _)| cause)?;
+        match (opened.backend.take(), &opened.bound) {
+            // An exported device does no DMA before its server accepts a client, so its backend can be filled before
+            // the core has it. Another device may do DMA as soon as its backend lets it.
+            (Some(backend), Some(_)) => {
+                Iommu::add_filled(&self.iommu, &new, backend).map_err(|(cause, _)| cause)?;
+            }
+            (backend, _) => {
+                let added = self.iommu.lock().add_endpoints(new, backend);
+                added.map_err(|(cause, _)| cause)?;
+            }
+        }
         if let Err(cause) = opened.serve() {
             // The device has no client yet, so nobody uses the endpoint.
             let unused = self.iommu.lock().remove_endpoints(range);

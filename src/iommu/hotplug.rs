@@ -40,6 +40,12 @@ pub enum AddError {
         /// Page sizes and addresses that the guest was offered.
         promised: String,
     },
+    /// Guest RAM has changed each time that the endpoint's backend was filled with it.
+    #[error(
+        "the VMM changed the guest's memory each time the device's address space was filled with it; add \
+         the endpoint again when the memory stays as it is"
+    )]
+    Unsettled,
     /// The endpoint's backend failed to take the endpoint over.
     #[error("its device cannot be used: {0}; fix the device, then add the endpoint again")]
     Backend(BackendError),
@@ -197,7 +203,7 @@ impl Iommu {
     }
 
     /// Checks new endpoints against the offer that the guest got at its start.
-    fn check_new(
+    pub(super) fn check_new(
         &self,
         new: &NewEndpoints<'_>,
         can: Option<BackendCapabilities>,
@@ -231,6 +237,11 @@ impl Iommu {
                 error_limited!("cannot reach the memory at {slot:?} in bypass mode: {cause}");
             }
         }
+        self.place_backend(backend)
+    }
+
+    /// Gives a backend an index.
+    pub(super) fn place_backend(&mut self, backend: Box<dyn DmaBackend>) -> usize {
         match self.vacant.pop() {
             Some(index) => {
                 self.backends[index] = backend;

@@ -164,7 +164,7 @@ impl Iommu {
 }
 
 /// The slots of `from` that are not in `other`.
-fn difference(from: &[MemorySlot], other: &[MemorySlot]) -> Vec<MemorySlot> {
+pub(super) fn difference(from: &[MemorySlot], other: &[MemorySlot]) -> Vec<MemorySlot> {
     let missing = from.iter().filter(|slot| !other.contains(slot));
     missing.cloned().collect()
 }

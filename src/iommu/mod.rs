@@ -5,7 +5,7 @@
 //!
 //! This file holds the state, `attach` moves endpoints between domains, `map` changes mappings,
 //! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
-//! and the VMM, and `hotplug` adds and removes endpoints.
+//! and the VMM, `hotplug` adds and removes endpoints, and `filled` fills the backend of a new one.
 //!
 //! An endpoint is in one of these states:
 //!
@@ -20,6 +20,7 @@
 mod attach;
 mod domain;
 mod error;
+mod filled;
 mod groups;
 mod hotplug;
 mod inspect;

@@ -157,6 +157,12 @@ impl Topology {
         self.group_names.get(usize::try_from(id.0).ok()?)
     }
 
+    /// The group of this topology with a name.
+    pub fn group_named(&self, name: &GroupName) -> Option<GroupId> {
+        let at = self.group_names.iter().position(|known| known == name)?;
+        u32::try_from(at).ok().map(GroupId)
+    }
+
     /// The number of groups. Their IDs are `0..group_count()`.
     pub fn group_count(&self) -> usize {
         self.group_names.len()

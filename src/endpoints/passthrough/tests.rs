@@ -13,9 +13,9 @@ use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::backends::{BackendCapabilities, BackendErrorKind, MemorySlot};
 use crate::device::Device;
 use crate::ids::{DomainId, EndpointId};
-use crate::iommu::{Dma, Iommu, RequestError, Settings};
+use crate::iommu::{Dma, Iommu, NewEndpoints, RequestError, Settings};
 use crate::locks::{Mutex, Rank};
-use crate::topology::{EndpointSpec, GroupName, ReservedRegions, Topology};
+use crate::topology::{EndpointSpec, GroupName, PciAddress, ReservedRegions, Topology};
 use crate::vfio::fake::{Area, FakeKernel, FakeMemory, memfd};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory, Type1};
 
@@ -24,6 +24,8 @@ const B: EndpointId = EndpointId(0x20);
 /// G1 and G2 are in one host group: the host cannot isolate them from each other.
 const G1: EndpointId = EndpointId(0x28);
 const G2: EndpointId = EndpointId(0x30);
+/// A device that is added later.
+const C: EndpointId = EndpointId(0x38);
 const ALL: [EndpointId; 4] = [A, B, G1, G2];
 /// The number of each endpoint's host group, in the order of [`ALL`].
 const GROUPS: [u32; 4] = [1, 2, 3, 3];
@@ -1079,6 +1081,100 @@ fn mappings_are_not_copied_from_bypass_mode_while_it_is_used() {
         "its pages may have been discarded since"
     );
     bed.check();
+}
+
+/// A new device of a second kernel, its backend, and its address space if it has a container.
+fn added_device(interface: Interface) -> (FakeKernel, Box<dyn crate::backends::DmaBackend>, u32) {
+    let kernel = FakeKernel::default();
+    match interface {
+        Interface::Iommufd(pin) => {
+            kernel.state().bound.push(C.0);
+            let device = PassthroughDevice {
+                endpoint: C,
+                name: "a new device".into(),
+                group: 1,
+                shared: false,
+                attach: Box::new(kernel.device(C.0, 1)),
+                memory: no_memory(),
+            };
+            let calls = Arc::new(kernel.clone());
+            let backend = Iommufd::new(calls, all_capabilities(), pin, vec![device]);
+            (kernel, Box::new(backend), 0)
+        }
+        Interface::Type1 => {
+            let (container, space) = kernel.container();
+            let device = GroupDevice {
+                endpoint: C,
+                name: "a new device".into(),
+                device: Some(Box::new(kernel.device(C.0, 1))),
+            };
+            let backend = Type1Group::new(
+                Box::new(container),
+                all_capabilities(),
+                vec![device],
+                vec![],
+            );
+            (kernel, Box::new(backend), space)
+        }
+    }
+}
+
+/// While the kernel pins guest RAM for the new device, the guest's requests are served and the VMM changes its memory.
+/// The device then reaches the memory that the VM has at the end.
+#[test]
+fn hot_adding_a_device_keeps_no_request_waiting() {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
+        bed.iommu.attach(A, D1, false).expect("attached");
+        let (kernel, backend, container) = added_device(interface);
+        let gate = Arc::new(crate::vfio::fake::MapGate::default());
+        kernel.state().gate = Some(gate.clone());
+        let iommu = Arc::new(Mutex::new(Rank::Core, bed.iommu));
+        let adder = {
+            let iommu = iommu.clone();
+            std::thread::spawn(move || {
+                let new = NewEndpoints {
+                    range: PciAddress::from_endpoint_id(C).into(),
+                    group: None,
+                    reserved: ReservedRegions::default(),
+                    room: 8,
+                };
+                Iommu::add_filled(&iommu, &new, backend).map_err(|(cause, _)| cause.to_string())
+            })
+        };
+        assert!(gate.wait_for_call(), "{interface:?}: nothing is mapped");
+        let memory = vec![bed.memory[0].clone(), slot(0x20_0000, 0x4000, 0)];
+        let (done, served) = mpsc::channel();
+        let guest = {
+            let (iommu, memory) = (iommu.clone(), memory.clone());
+            std::thread::spawn(move || {
+                let request = iommu.lock().map(D1, &mapping(0x1000, 0x1000, 0));
+                iommu.lock().set_memory(memory);
+                done.send(request).expect("the test waits");
+            })
+        };
+        // Only a hang takes as long.
+        let request = served.recv_timeout(Duration::from_secs(30));
+        gate.open();
+        guest.join().expect("the guest's thread");
+        assert_eq!(adder.join().expect("the operator's thread"), Ok(()));
+        assert_eq!(request, Ok(Ok(())), "{interface:?}: the guest waited");
+
+        assert!(iommu.lock().probe(C).is_ok());
+        let state = kernel.state();
+        let space = match interface {
+            Interface::Iommufd(_) => state.groups[&1].0.expect("attached"),
+            Interface::Type1 => container,
+        };
+        let mut reached: Vec<_> = state.spaces[&space].values().map(|a| a.file).collect();
+        let mut expected: Vec<_> = memory.iter().map(|slot| slot.identity).collect();
+        reached.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(reached, expected, "{interface:?}");
+    }
 }
 
 fn any_op() -> impl Strategy<Value = Op> {

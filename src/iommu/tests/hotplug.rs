@@ -1,7 +1,11 @@
 //! Adding and removing endpoints, with and without backends.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::backends::testing::slot;
+use crate::backends::{AttachError, BackendError, Contents};
+use crate::locks::{Mutex, Rank};
 
 const ROOM: usize = 21;
 
@@ -137,6 +141,86 @@ fn a_refused_addition_changes_nothing() {
         ..new(B, None)
     };
     refused(many, &Recorder::new(), "22 reserved regions");
+}
+
+/// Changes guest RAM whenever it has been filled, up to `changes` times.
+struct Restless {
+    iommu: Arc<Mutex<Iommu>>,
+    memory: Vec<MemorySlot>,
+    changes: u64,
+}
+
+impl DmaBackend for Restless {
+    fn capabilities(&self) -> BackendCapabilities {
+        BackendCapabilities {
+            page_sizes: PageMask::TABLE,
+            aperture: IovaRange::ALL,
+        }
+    }
+
+    fn vmm_present(&mut self, _present: bool) {}
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.memory.push(slot.clone());
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.memory.retain(|s| s != slot);
+        Ok(())
+    }
+
+    fn attach(
+        &mut self,
+        _endpoint: EndpointId,
+        _target: Target,
+        _contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let Some(left) = self.changes.checked_sub(1) else {
+            let now = self.iommu.lock().memory.clone();
+            assert_eq!(self.memory, now, "filled with the present memory");
+            return Ok(());
+        };
+        self.changes = left;
+        let other = slot(left << 20, 0x1000, 0);
+        self.iommu.lock().set_memory(vec![other]);
+        Ok(())
+    }
+
+    fn destroy_domain(&mut self, _domain: DomainId) {}
+
+    fn quarantine(&mut self, _endpoint: EndpointId) {}
+
+    fn map(&mut self, _domain: DomainId, _mapping: &Mapping) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn unmap(
+        &mut self,
+        _domain: DomainId,
+        _range: IovaRange,
+        _least: u64,
+    ) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_new_device_is_filled_until_guest_memory_stays_as_it_is() {
+    for (changes, settles) in [(0, true), (1, true), (5, true), (1000, false)] {
+        let iommu = Arc::new(Mutex::new(Rank::Core, empty()));
+        let backend = Box::new(Restless {
+            iommu: iommu.clone(),
+            memory: Vec::new(),
+            changes,
+        });
+        let added = Iommu::add_filled(&iommu, &new(A, None), backend);
+        assert_eq!(added.is_ok(), settles, "{changes} changes");
+        assert_eq!(iommu.lock().probe(A).is_ok(), settles, "{changes} changes");
+        if let Err((cause, _)) = added {
+            assert!(matches!(cause, AddError::Unsettled), "{cause}");
+        }
+    }
 }
 
 #[test]

@@ -8,7 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::vfio_iommu_type1_dma_unmap;
 use vm_memory::{FileOffset, MmapRegion};
@@ -53,6 +54,46 @@ pub(crate) struct KernelState {
     pub mapped_by_file: u64,
     /// Bound devices that do not wake up: attaching and detaching them fails.
     pub asleep: Vec<u32>,
+    /// Calls that map wait here.
+    pub gate: Option<Arc<MapGate>>,
+}
+
+/// A gate that calls wait at until it is opened.
+#[derive(Debug, Default)]
+pub(crate) struct MapGate {
+    /// Whether a call has come to the gate, and whether the gate is open.
+    state: Mutex<(bool, bool)>,
+    changed: Condvar,
+}
+
+impl MapGate {
+    /// Longer than a test waits unless something hangs.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Waits until a call has come to the gate. Returns whether one has.
+    pub fn wait_for_call(&self) -> bool {
+        let state = self.state.lock().expect("not poisoned");
+        let waited = self
+            .changed
+            .wait_timeout_while(state, Self::PATIENCE, |(came, _)| !*came);
+        waited.expect("not poisoned").0.0
+    }
+
+    /// Lets all calls pass from now on.
+    pub fn open(&self) {
+        self.state.lock().expect("not poisoned").1 = true;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().expect("not poisoned");
+        state.0 = true;
+        self.changed.notify_all();
+        let passed = self
+            .changed
+            .wait_timeout_while(state, Self::PATIENCE, |(_, is_open)| !*is_open);
+        drop(passed.expect("not poisoned"));
+    }
 }
 
 impl KernelState {
@@ -145,6 +186,14 @@ impl FakeKernel {
         self.0.lock().expect("not poisoned")
     }
 
+    /// Waits at the gate, if there is one. The state must not be locked.
+    fn pass_gate(&self) {
+        let gate = self.state().gate.clone();
+        if let Some(gate) = gate {
+            gate.pass();
+        }
+    }
+
     /// A device that the VMM has bound and attached to an address space of the VMM's, and the id of that space.
     pub fn vmm_device(&self, device: u32, group: u32) -> (FakeDevice, u32) {
         let made = self.device(device, group);
@@ -231,6 +280,7 @@ impl AddressSpaces for FakeKernel {
         access: Access,
         source: DmaSource<'_>,
     ) -> io::Result<()> {
+        self.pass_gate();
         let mut state = self.state();
         if state.old && matches!(source, DmaSource::File(..)) {
             return Err(error(libc::ENOTTY));
@@ -379,6 +429,7 @@ impl Type1 for FakeContainer {
         memory: &MmapRegion,
         offset: u64,
     ) -> io::Result<()> {
+        self.kernel.pass_gate();
         let mut state = self.kernel.state();
         state.step()?;
         let argument = container::map_argument(range, access)?;
