@@ -7,10 +7,10 @@
 
 DEBIAN_ROOT_SUITE=trixie
 DEBIAN_ROOT_SIZE=768M
-# The essential packages, and systemd and udev, which make a bootable system of them.
+# The essential packages; systemd and udev, which make a bootable system of them; AppArmor's parser.
 DEBIAN_ROOT_PACKAGES="base-files base-passwd bash bsdutils coreutils dash debianutils diffutils dpkg findutils grep
 gzip hostname init-system-helpers libc-bin login ncurses-base ncurses-bin perl-base sed sysvinit-utils tar util-linux
-systemd-sysv udev"
+systemd-sysv udev apparmor"
 # Seconds for dpkg's work under emulation, which takes a minute on an idle machine.
 DEBIAN_ROOT_LIMIT=900
 

@@ -27,7 +27,7 @@ const FILES_PER_DEVICE: usize = 64;
 /// The drop-in for the service that runs with `config`, which was read from `file`.
 ///
 /// It limits memory to the arena and the daemon's own needs, so that a faulty daemon is killed before it harms other
-/// processes. It allows device nodes, and locked memory beyond that limit, only if there are endpoints with `vfio`.
+/// processes. Only with endpoints with `vfio` does it allow device nodes, and locked memory up to that limit.
 pub fn drop_in(file: &Path, config: &Config) -> String {
     let granted: Vec<_> = kinds::all().map(|kind| kind.resources(config)).collect();
     // One device may be plugged in behind each port.

@@ -7,6 +7,7 @@
     reason = "a failure here is a failed test wherever it happens"
 )]
 
+mod apparmor;
 #[path = "../common/mod.rs"]
 mod common;
 mod machine;
