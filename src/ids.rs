@@ -9,8 +9,16 @@ use std::fmt;
 pub struct EndpointId(pub u32);
 
 impl fmt::Display for EndpointId {
+    /// As the address of the PCI function: an endpoint has one form in all messages. Every ID has such an address.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}", self.0)
+        let [_, _, bus, devfn] = self.0.to_be_bytes();
+        let segment = self.0 >> 16;
+        write!(
+            f,
+            "{segment:04x}:{bus:02x}:{:02x}.{}",
+            devfn >> 3,
+            devfn & 7
+        )
     }
 }
 

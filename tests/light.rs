@@ -165,7 +165,7 @@ fn a_device_built_without_the_daemon_obeys_the_guest() {
     guest.probe(EP);
     let refused = device.copy(0x5000, 0x6000, 16);
     assert!(
-        refused.contains("endpoint 0x30 has no r- access at 0x5000"),
+        refused.contains("endpoint 0000:00:06.0 has no r- access at 0x5000"),
         "{refused}"
     );
     assert_fault(&mut guest, 1, 1, 0x5000);

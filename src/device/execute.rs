@@ -383,7 +383,7 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
     }
 }
 
-/// The endpoint and the domain that a request names, for messages: "endpoint 0x30, domain 3".
+/// The endpoint and the domain that a request names, for messages: "endpoint 0000:00:06.0, domain 3".
 struct Subject<'a>(&'a Request);
 
 impl std::fmt::Display for Subject<'_> {

@@ -4,7 +4,7 @@
 use std::sync::atomic::AtomicU64;
 
 use crate::address::Access;
-use crate::ids::list_variants;
+use crate::ids::{EndpointId, list_variants};
 
 /// First number of a HELLO frame.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"iommushd");
@@ -28,6 +28,14 @@ pub struct Frame {
     pub value: u32,
     /// Four more numbers.
     pub numbers: [u64; 4],
+}
+
+/// An endpoint's number in a frame as messages name it: by the function's address, if it is one.
+pub(super) fn endpoint_text(number: u64) -> String {
+    match u32::try_from(number) {
+        Ok(number) => format!("endpoint {}", EndpointId(number)),
+        Err(_) => format!("endpoint {number:#x}"),
+    }
 }
 
 /// Kinds of frames: the sender, then the frame's value and numbers.

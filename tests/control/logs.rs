@@ -25,11 +25,11 @@ fn each_message_names_the_vm_the_endpoint_and_the_domain() {
     }
     for part in [
         "ATTACH",
-        "(endpoint 0x148, domain 5)",
-        "(endpoint 0x30, domain 6)",
+        "(endpoint 0000:01:09.0, domain 5)",
+        "(endpoint 0000:00:06.0, domain 6)",
         "(domain 5)",
-        "(endpoint 0x38, domain 7)",
-        "(endpoint 0x77)",
+        "(endpoint 0000:00:07.0, domain 7)",
+        "(endpoint 0000:00:0e.7)",
     ] {
         let log = log.to_lowercase();
         assert!(log.contains(&part.to_lowercase()), "{part} in {log}");

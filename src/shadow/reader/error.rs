@@ -7,7 +7,7 @@ use thiserror::Error;
 use crate::address::{Access, Iova};
 use crate::ids::EndpointId;
 use crate::page_table::ArenaError;
-use crate::shadow::wire::{EPOCH_WORDS, Refusal, VERSION};
+use crate::shadow::wire::{EPOCH_WORDS, Refusal, VERSION, endpoint_text};
 
 /// Why a process cannot become a reader.
 #[derive(Debug, Error)]
@@ -56,8 +56,9 @@ fn refusal_text(refusal: Refusal, number: u64) -> String {
              add this one to `users` of `[readers]`"
         ),
         Refusal::Endpoint => format!(
-            "this socket does not serve endpoint {number:#x}; name it in the daemon's \
-             configuration, or connect to its own socket"
+            "this socket does not serve {}; name it in the daemon's configuration, or connect to its own \
+             socket",
+            endpoint_text(number)
         ),
         Refusal::Full => format!("there are {number} readers already, which is the limit; end one of them"),
         Refusal::Process => {
