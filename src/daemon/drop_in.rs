@@ -48,7 +48,7 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     });
     let files = BASE_FILES + FILES_PER_DEVICE * devices + total(&granted, |kind| kind.files);
     let lines = [
-        format!("# For the configuration {}.", file.display()),
+        format!("# For the configuration {}.", printable(file)),
         "[Service]".into(),
         format!("MemoryMax={memory}"),
         format!("LimitNOFILE={files}"),
@@ -91,6 +91,16 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
         );
     }
     text
+}
+
+/// A path in one line, whatever its characters.
+fn printable(path: &Path) -> String {
+    let text = path.display().to_string();
+    let escaped = text.chars().map(|c| match c {
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.to_string(),
+    });
+    escaped.collect()
 }
 
 fn total(granted: &[Resources], of: impl Fn(&Resources) -> usize) -> usize {
@@ -199,6 +209,24 @@ mod tests {
         let lines = lines(file);
         let line = r#"ReadWritePaths="-/srv/a b/100%%/\"q\\""#;
         assert!(lines.contains(&line.to_string()), "{lines:#?}");
+    }
+
+    #[test]
+    fn the_files_name_adds_no_lines() {
+        let config = Config::from_text(Path::new("vm.toml"), "address = \"00:05.0\"\n");
+        let config = config.expect("a good file");
+        let usual = drop_in(Path::new("vm.toml"), &config).lines().count();
+        for name in [
+            "a\n[Service]\nUser=root\n.toml",
+            "a\rb.toml",
+            "a\u{85}b.toml",
+            "a\0b",
+        ] {
+            let text = drop_in(Path::new(name), &config);
+            assert_eq!(text.lines().count(), usual, "{text}");
+            let odd = |c: char| c.is_control() && c != '\n';
+            assert!(!text.contains(odd) && !text.contains("\nUser"), "{text}");
+        }
     }
 
     #[test]
