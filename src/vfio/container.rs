@@ -82,8 +82,8 @@ impl Container {
         ioctl::set_iommu(self.as_fd(), VFIO_TYPE1v2_IOMMU).map_err(|source| VfioError {
             problem: "cannot set a type1 IOMMU".into(),
             source,
-            cure: "load vfio_iommu_type1; without interrupt remapping it also wants \
-                   allow_unsafe_interrupts=1, which lets devices forge interrupts",
+            cure: "load vfio_iommu_type1; `vhost-device-iommu check` says whether interrupt remapping is off, \
+                   which it also refuses",
         })
     }
 

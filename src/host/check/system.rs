@@ -100,25 +100,14 @@ fn interrupts(root: &HostRoot, iommu: HostIommu) -> Option<Finding> {
     let unsafe_allowed = matches!(allowed.as_deref(), Some("Y" | "y" | "1"));
     match (isolates_interrupts(&text), unsafe_allowed) {
         (Some(true), _) => None,
-        (Some(false), false) => {
-            let command = if allowed.is_some() {
-                format!("echo 1 > /{parameter}")
-            } else {
-                format!("modprobe {module} allow_unsafe_interrupts=1")
-            };
-            Some(
-                Finding::missing(
-                    "interrupt remapping is off: a device could raise any interrupt of the host",
-                    "turn it on in the firmware, and boot without intremap=off, nointremap or \
-                     noapic; or, for guests you trust with the host, allow it",
-                )
-                .with_commands(vec![command]),
-            )
-        }
+        (Some(false), false) => Some(Finding::missing(
+            "interrupt remapping is off: a device could raise any interrupt of the host",
+            "turn it on in the firmware, and boot without intremap=off, nointremap or noapic",
+        )),
         (Some(false), true) => Some(Finding::advice(
             "interrupt remapping is off, and allow_unsafe_interrupts makes VFIO accept that: a \
              guest can raise any interrupt of the host",
-            "turn it on in the firmware, or give devices only to guests you trust with the host",
+            "turn it on in the firmware, and take allow_unsafe_interrupts back",
         )),
         (None, _) => Some(Finding::advice(
             "/proc/interrupts does not show whether interrupts are remapped",
@@ -370,12 +359,13 @@ mod tests {
             let parameter = format!("sys/module/{module}/parameters/allow_unsafe_interrupts");
             let finding = only(&host, keys);
             assert_eq!(finding.severity, Severity::Missing);
-            assert_eq!(finding.commands, [format!("echo 1 > /{parameter}")]);
+            assert!(finding.cure.contains("in the firmware"), "{finding:?}");
+            assert!(!finding.cure.contains("allow"), "{finding:?}");
+            assert!(finding.commands.is_empty(), "{finding:?}");
             host.file(&parameter, "Y\n");
             assert_eq!(only(&host, keys).severity, Severity::Advice);
             host.remove(&parameter);
-            let command = format!("modprobe {module} allow_unsafe_interrupts=1");
-            assert_eq!(only(&host, keys).commands, [command]);
+            assert!(only(&host, keys).commands.is_empty());
             host.remove("proc/interrupts");
             let finding = only(&host, keys);
             assert_eq!(finding.severity, Severity::Advice);

@@ -48,23 +48,34 @@ pub enum SandboxError {
     /// The kernel or the processor has no system call filters.
     #[error(
         "the sandbox cannot be made: there are no system call filters {scope}; use a kernel with \
-         CONFIG_SECCOMP_FILTER, or give --no-sandbox to run without any protection"
+         CONFIG_SECCOMP_FILTER on x86-64, AArch64 or 64-bit RISC-V"
     )]
     NoFilters {
         /// The processor or the kernel without filters, as the end of the sentence.
         scope: String,
     },
     /// A filter cannot be compiled.
-    #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
+    #[error(
+        "the sandbox cannot be made: a filter cannot be compiled: {0}; report this as a defect"
+    )]
     Filter(#[source] seccompiler::BackendError),
     /// The kernel refused a filter.
-    #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
+    #[error(
+        "the sandbox cannot be made: the kernel refuses a filter of system calls: {0}; start the daemon \
+         outside of a container or a service that forbids filters"
+    )]
     Install(#[source] seccompiler::Error),
     /// The kernel refused the Landlock rules.
-    #[error("the sandbox cannot be made: {0}; --no-sandbox runs without any protection")]
+    #[error(
+        "the sandbox cannot be made: the kernel refuses the rules for files (Landlock): {0}; start the daemon \
+         in fewer nested sandboxes, or report this as a defect"
+    )]
     Files(#[from] landlock::RulesetError),
     /// The kernel refused something else.
-    #[error("the sandbox cannot be made: cannot {step}: {source}; --no-sandbox runs without it")]
+    #[error(
+        "the sandbox cannot be made: cannot {step}: {source}; start the daemon outside of a container or a \
+         service that forbids this"
+    )]
     System {
         /// The step that failed.
         step: &'static str,
