@@ -13,8 +13,8 @@ use super::bounds::{
     MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
-use crate::topology::pci::{PciAddressError, PciRangeError};
-use crate::topology::{PciAddress, PciRange, ReservedError, TopologyError};
+use crate::topology::pci::{HostAddressError, PciAddressError, PciRangeError};
+use crate::topology::{HostAddress, PciAddress, PciRange, ReservedError, TopologyError};
 
 /// A configuration that cannot be used, with every problem found.
 #[derive(Debug, Error)]
@@ -157,6 +157,14 @@ pub enum ProblemKind {
         /// Why it is refused.
         source: PciAddressError,
     },
+    /// Not a PCI address of the host.
+    #[error("{value:?} is {source}")]
+    Host {
+        /// The text.
+        value: String,
+        /// The reason.
+        source: HostAddressError,
+    },
     /// Not a range of PCI addresses.
     #[error("{value:?}: {source}")]
     PciRange {
@@ -213,7 +221,7 @@ pub enum ProblemKind {
     )]
     HostTwice {
         /// The address on the host.
-        host: PciAddress,
+        host: HostAddress,
         /// The endpoint that has it.
         other: PciAddress,
     },

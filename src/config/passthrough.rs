@@ -11,7 +11,7 @@ use super::error::ProblemKind;
 use super::kind::{ConfiguredDevice, DeviceKind};
 use super::text::{shorten, shown};
 use crate::args::{DescriptorArgs, RunArgs};
-use crate::topology::{PciAddress, PciRange};
+use crate::topology::{HostAddress, PciAddress, PciRange};
 
 /// An endpoint whose device is a device of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,7 +19,7 @@ pub struct Passthrough {
     /// The address of the device in the guest.
     pub endpoint: PciAddress,
     /// The address of the device on the host.
-    pub host: PciAddress,
+    pub host: HostAddress,
 }
 
 impl ConfiguredDevice for Passthrough {
@@ -139,7 +139,7 @@ impl Checker<'_> {
             let value = &endpoint.value;
             let Some(vfio) = &value.vfio else { continue };
             let key = format!("endpoint[{index}].vfio");
-            let host = self.pci_address(vfio, &key);
+            let host = self.host_address(vfio, &key);
             let range = value.address.as_ref().or(value.range.as_ref());
             let (Some(host), Some(range)) = (host, range.and_then(range_in)) else {
                 whole = false;
@@ -161,6 +161,22 @@ impl Checker<'_> {
         }
         found.sort_by_key(|entry| entry.endpoint);
         whole.then_some(found)
+    }
+
+    fn host_address(&mut self, given: &Located<Scalar>, key: &str) -> Option<HostAddress> {
+        let text = self.text(
+            given,
+            key,
+            "a PCI address of the host as a text, such as \"65:00.0\"",
+        )?;
+        match text.parse() {
+            Ok(address) => Some(address),
+            Err(source) => {
+                let value = shown(&given.value);
+                self.refuse(&given.origin, key, ProblemKind::Host { value, source });
+                None
+            }
+        }
     }
 
     /// The inherited descriptors. `passthrough` is in ascending order.

@@ -12,7 +12,7 @@ use crate::config::{Config, Descriptors, HostIommu};
 use crate::export::{ExportedDevice, HotResetRegistry, ServerStatus};
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind;
-use crate::topology::PciAddress;
+use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
     DeviceAccess, HostFunction, ioctls_of_exports, ioctls_of_hot_resets, ioctls_of_opening,
 };
@@ -44,8 +44,8 @@ pub fn bind_export(
         io::Error::new(cause.kind(), text)
     })?;
     let host = devices.passthrough_at(endpoint).map(|p| p.host);
-    let offered = match host {
-        Some(host) => offered.with_hot_reset(hot_resets, function_of(host)),
+    let offered = match host.and_then(function_of) {
+        Some(host) => offered.with_hot_reset(hot_resets, host),
         None => offered,
     };
     let (listener, file) = bind(&export.path)?;
@@ -62,13 +62,14 @@ pub fn bind_export(
     })
 }
 
-/// The place of a device on the host, as VFIO names it.
-fn function_of(host: PciAddress) -> HostFunction {
-    HostFunction {
-        domain: host.segment(),
+/// The place of a device on the host, as VFIO names it; `None` in a domain of more than 16 bits, which VFIO cannot
+/// name.
+fn function_of(host: HostAddress) -> Option<HostFunction> {
+    Some(HostFunction {
+        domain: u16::try_from(host.domain()).ok()?,
         bus: host.bus(),
         devfn: host.device() << 3 | host.function(),
-    }
+    })
 }
 
 impl DeviceStatus for ServerStatus {

@@ -11,7 +11,7 @@ use crate::config::{Config, Passthrough};
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegion, HostRoot, RefineError, SharingReason, SysfsDevice, refine,
 };
-use crate::topology::{EndpointRange, PciAddress, PciRange, ReservedRegion, Topology};
+use crate::topology::{EndpointRange, HostAddress, PciAddress, PciRange, ReservedRegion, Topology};
 
 /// Every endpoint of a configuration, below its device and group of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -314,7 +314,7 @@ impl TreeBuilder<'_> {
 
     /// The passthrough device with the host's name `name`.
     fn passthrough(&self, name: &str) -> Option<&Passthrough> {
-        let address: PciAddress = name.parse().ok()?;
+        let address: HostAddress = name.parse().ok()?;
         let mut devices = self.config.devices.passthrough.iter();
         devices.find(|device| device.host == address)
     }

@@ -17,7 +17,7 @@ use crate::ids::EndpointId;
 
 pub use changes::NoSuchEndpoints;
 pub use groups::{GroupId, GroupName};
-pub use pci::{PciAddress, PciRange};
+pub use pci::{HostAddress, PciAddress, PciRange};
 pub use reserved::{
     MAX_RESERVED_REGIONS, ReservedError, ReservedKind, ReservedRegion, ReservedRegions,
 };

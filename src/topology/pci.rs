@@ -75,12 +75,9 @@ impl PciAddress {
 }
 
 impl fmt::Display for PciAddress {
+    /// As the [`EndpointId`] of the function is printed.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:04x}:{:02x}:{:02x}.{}",
-            self.segment, self.bus, self.device, self.function
-        )
+        self.endpoint_id().fmt(f)
     }
 }
 
@@ -97,6 +94,91 @@ impl FromStr for PciAddress {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         parse_address(text).ok_or(PciAddressError)
+    }
+}
+
+/// The address of a PCI function on the host, as `lspci -D` prints it.
+///
+/// Linux gives segments of its own (domains) to devices behind some controllers, from 0x10000 on. Such a domain has
+/// up to 32 bits, so the address does not fit a [`PciAddress`], whose segment is that of ACPI's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostAddress {
+    domain: u32,
+    bus: u8,
+    device: u8,
+    function: u8,
+}
+
+impl HostAddress {
+    /// The PCI domain.
+    pub fn domain(self) -> u32 {
+        self.domain
+    }
+
+    /// The bus.
+    pub fn bus(self) -> u8 {
+        self.bus
+    }
+
+    /// The device, `0..=31`.
+    pub fn device(self) -> u8 {
+        self.device
+    }
+
+    /// The function, `0..=7`.
+    pub fn function(self) -> u8 {
+        self.function
+    }
+}
+
+impl From<PciAddress> for HostAddress {
+    fn from(address: PciAddress) -> Self {
+        Self {
+            domain: address.segment.into(),
+            bus: address.bus,
+            device: address.device,
+            function: address.function,
+        }
+    }
+}
+
+impl fmt::Display for HostAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:04x}:{:02x}:{:02x}.{}",
+            self.domain, self.bus, self.device, self.function
+        )
+    }
+}
+
+/// The text is not the address of a PCI function on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "not a PCI address of the host; write [domain:]bus:device.function in hexadecimal as `lspci -D` prints it, \
+     such as 0000:65:00.0"
+)]
+pub struct HostAddressError;
+
+impl FromStr for HostAddress {
+    type Err = HostAddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parse = || {
+            if let Some(address) = parse_address(text) {
+                return Some(address.into());
+            }
+            let (domain, rest) = text.split_once(':')?;
+            let address = parse_address(rest).filter(|_| rest.matches(':').count() == 1)?;
+            let fits = (1..=8).contains(&domain.len());
+            let is_number = fits && domain.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let domain = is_number.then(|| u32::from_str_radix(domain, 16).ok())??;
+            Some(Self {
+                domain,
+                ..address.into()
+            })
+        };
+        parse().ok_or(HostAddressError)
     }
 }
 
@@ -320,6 +402,38 @@ mod tests {
         ));
     }
 
+    #[test]
+    fn domains_of_the_host_have_32_bits() {
+        for (text, printed) in [
+            ("65:00.1", "0000:65:00.1"),
+            ("0001:65:00.1", "0001:65:00.1"),
+            ("10000:e1:00.0", "10000:e1:00.0"),
+            ("FFFFFFFF:ff:1f.7", "ffffffff:ff:1f.7"),
+        ] {
+            let address: HostAddress = text.parse().expect(text);
+            assert_eq!(address.to_string(), printed);
+            assert_eq!(printed.parse(), Ok(address));
+        }
+        for text in [
+            "",
+            "1:10000:e1:00.0",
+            "100000000:e1:00.0",
+            "+10000:e1:00.0",
+            "10000:e1:20.0",
+            ":e1:00.0",
+        ] {
+            assert_eq!(
+                text.parse::<HostAddress>(),
+                Err(HostAddressError),
+                "{text:?}"
+            );
+        }
+        assert_eq!(
+            HostAddress::from(address("00a1:fe:1f.7")).to_string(),
+            "00a1:fe:1f.7"
+        );
+    }
+
     proptest! {
         #[test]
         fn endpoint_ids_and_texts_survive_a_round_trip(id: u32) {
@@ -339,7 +453,7 @@ mod tests {
 
         #[test]
         fn no_text_panics(text in "\\PC{0,24}") {
-            let _ = text.parse::<PciRange>();
+            let _ = (text.parse::<PciRange>(), text.parse::<HostAddress>());
         }
     }
 }

@@ -313,6 +313,14 @@ pub const CASES: &[Case] = &[
     case(
         "ProblemKind::PciRange",
         File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
+    case(
+        "ProblemKind::Host",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio = '0:x'"),
+    ),
+    case(
+        "HostAddressError",
+        File("[[endpoint]]\naddress = '00:06.0'\nvfio = '0:x'"),
+    ),
     ),
     case(
         "PciRangeError::Backwards",

@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use thiserror::Error;
 
 use crate::host::sysfs::RefineError;
-use crate::topology::PciAddress;
+use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::VfioError;
 
 /// Why a passthrough device cannot be used.
@@ -16,7 +16,7 @@ pub enum PassthroughError {
     #[error("{host} (endpoint {endpoint}) {why}; `vhost-device-iommu check` tells more")]
     NoDevice {
         /// The device.
-        host: PciAddress,
+        host: HostAddress,
         /// The endpoint.
         endpoint: PciAddress,
         /// The reason, with the missing thing.
@@ -26,7 +26,7 @@ pub enum PassthroughError {
     #[error("{host} (endpoint {endpoint}): {source}")]
     Device {
         /// The device.
-        host: PciAddress,
+        host: HostAddress,
         /// The endpoint.
         endpoint: PciAddress,
         /// The refused call.
@@ -56,7 +56,7 @@ pub enum PassthroughError {
         /// The descriptor.
         fd: RawFd,
         /// The device.
-        host: PciAddress,
+        host: HostAddress,
         /// The endpoint.
         endpoint: PciAddress,
         /// The node of the device.
@@ -92,7 +92,7 @@ pub enum PassthroughError {
     )]
     NoSnoop {
         /// The device.
-        host: PciAddress,
+        host: HostAddress,
         /// The endpoint.
         endpoint: PciAddress,
     },

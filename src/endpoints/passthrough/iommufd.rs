@@ -16,7 +16,7 @@ use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::adopt;
-use crate::topology::PciAddress;
+use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
     AddressSpaces, AllowedIovas, Attach, Cdev, DeviceAccess, IommuFd, VfioError,
     probe_allowed_iovas,
@@ -176,7 +176,7 @@ fn check_node(
 /// Asks VFIO for the addresses that a device allows, before the VMM binds the device. Only VFIO knows these addresses
 /// for certain. `None` if VFIO does not tell them, for example because this process may not open the device or the VMM
 /// has bound it already.
-fn probe_vmm_device(node: &Path, path: &Path, host: PciAddress) -> Option<AllowedIovas> {
+fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<AllowedIovas> {
     match probe_allowed_iovas(node, path) {
         Ok(allowed) => Some(allowed),
         Err(cause) => {
@@ -200,7 +200,7 @@ struct BoundDevice {
 fn bind_blocked(
     iommufd: &IommuFd,
     cdev: &Cdev,
-    host: PciAddress,
+    host: HostAddress,
 ) -> Result<BoundDevice, VfioError> {
     cdev.bind(iommufd)?;
     let failed = |step: &str, source| VfioError {

@@ -17,7 +17,7 @@ use crate::backends::{BackendCapabilities, DmaBackend};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot, refine};
 use crate::ids::EndpointId;
-use crate::topology::{PciAddress, Topology};
+use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::DeviceAccess;
 
 pub use error::PassthroughError;
@@ -88,7 +88,7 @@ impl PassthroughDevices {
 /// The host's number of the group that a device is in.
 fn group_of(
     facts: &HostFacts,
-    host: PciAddress,
+    host: HostAddress,
     endpoint: PciAddress,
 ) -> Result<u32, PassthroughError> {
     let missing = |why| PassthroughError::NoDevice {

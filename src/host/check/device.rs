@@ -7,13 +7,13 @@ use crate::config::HostIommu;
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
 };
-use crate::topology::PciAddress;
+use crate::topology::HostAddress;
 
 /// The findings for the device at `address`.
 pub(super) fn findings(
     root: &HostRoot,
     facts: &HostFacts,
-    address: PciAddress,
+    address: HostAddress,
     iommu: HostIommu,
 ) -> Vec<Finding> {
     let Some(device) = facts.device(address) else {

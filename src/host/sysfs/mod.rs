@@ -17,7 +17,7 @@ use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::topology::PciAddress;
+use crate::topology::HostAddress;
 use read::{link_name, names, printable, read_hex, read_value};
 
 pub use bridges::{Acs, PciFunction, Port};
@@ -35,13 +35,13 @@ const NO_IOMMU: &str = "vfio-noiommu";
 /// Devices of the host and their groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFacts {
-    devices: BTreeMap<PciAddress, SysfsDevice>,
+    devices: BTreeMap<HostAddress, SysfsDevice>,
     groups: BTreeMap<u32, HostGroup>,
 }
 
 impl HostFacts {
     /// Reads the devices at `addresses` of the host below `root`, and their groups with all members.
-    pub fn read(root: &HostRoot, addresses: impl IntoIterator<Item = PciAddress>) -> Self {
+    pub fn read(root: &HostRoot, addresses: impl IntoIterator<Item = HostAddress>) -> Self {
         let mut facts = Self::default();
         for address in addresses {
             let folder = root.path(format!("sys/bus/pci/devices/{address}"));
@@ -59,7 +59,7 @@ impl HostFacts {
     }
 
     /// The device at `address`; `None` if the host has none there.
-    pub fn device(&self, address: PciAddress) -> Option<&SysfsDevice> {
+    pub fn device(&self, address: HostAddress) -> Option<&SysfsDevice> {
         self.devices.get(&address)
     }
 
@@ -69,7 +69,7 @@ impl HostFacts {
     }
 
     /// The group of the device at `address`, if the device exists and is in one.
-    pub fn group_of(&self, address: PciAddress) -> Option<&HostGroup> {
+    pub fn group_of(&self, address: HostAddress) -> Option<&HostGroup> {
         self.group(self.device(address)?.group?)
     }
 }
@@ -256,7 +256,7 @@ mod tests {
     use super::fake::{FakeConfigSpace, FakeHost, Function};
     use super::*;
 
-    fn address(text: &str) -> PciAddress {
+    fn address(text: &str) -> HostAddress {
         text.parse().expect("an address")
     }
 

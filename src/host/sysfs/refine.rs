@@ -6,7 +6,9 @@ use thiserror::Error;
 
 use super::{HostFacts, HostGroup, merge};
 use crate::address::IovaRange;
-use crate::topology::{GroupId, GroupName, GroupNames, PciAddress, PciRange, Topology};
+use crate::topology::{
+    GroupId, GroupName, GroupNames, HostAddress, PciAddress, PciRange, Topology,
+};
 
 /// Result of [`refine`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +48,7 @@ pub enum RefineError {
 /// `passthrough` names an address that is not a single endpoint of `topology`.
 pub fn refine(
     topology: &Topology,
-    passthrough: &[(PciAddress, PciAddress)],
+    passthrough: &[(PciAddress, HostAddress)],
     facts: &HostFacts,
     allowed: &BTreeMap<PciAddress, Vec<IovaRange>>,
     input: IovaRange,
@@ -221,7 +223,7 @@ mod tests {
         for (n, group) in host_groups.iter().enumerate() {
             let path = format!("0000:01:00.{n}");
             host.function(&Function::ready(&path, *group));
-            pairs.push((address(&format!("00:1{n}.0")), address(&path)));
+            pairs.push((address(&format!("00:1{n}.0")), address(&path).into()));
         }
         let facts = HostFacts::read(&host.root(), pairs.iter().map(|(_, host)| *host));
         let none = BTreeMap::new();
@@ -294,9 +296,9 @@ mod tests {
             "0xfee00000 0xfeefffff msi\n0xfd00000000 0xffffffffff reserved\nodd\n",
         );
         let made = topology(&[("00:10.0", None), ("00:11.0", None), ("00:12.0", None)]);
-        let absent = address("0000:01:00.1");
+        let absent = address("0000:01:00.1").into();
         let pairs = [
-            (address("00:10.0"), address("0000:01:00.0")),
+            (address("00:10.0"), address("0000:01:00.0").into()),
             (address("00:12.0"), absent),
         ];
         let facts = HostFacts::read(&host.root(), pairs.map(|(_, host)| host));
@@ -327,7 +329,7 @@ mod tests {
         let made = topology(&[("00:10.0-00:10.7", None)]);
         let facts = HostFacts::default();
         for endpoint in ["00:10.0", "00:11.0"] {
-            let pairs = [(address(endpoint), address("01:00.0"))];
+            let pairs = [(address(endpoint), address("01:00.0").into())];
             let error = refine(&made, &pairs, &facts, &BTreeMap::new(), IovaRange::ALL);
             assert_eq!(error, Err(RefineError::NotAnEndpoint(address(endpoint))));
         }

@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::config::{Config, Descriptors, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot};
-use crate::topology::PciAddress;
+use crate::topology::{HostAddress, PciAddress};
 
 /// Open files of the host's IOMMU and devices.
 #[derive(Debug, Default)]
@@ -104,7 +104,7 @@ pub enum OpenError {
         /// The address in the guest.
         endpoint: PciAddress,
         /// The address on the host.
-        host: PciAddress,
+        host: HostAddress,
     },
     /// VFIO has no node for the device.
     #[error(
@@ -116,7 +116,7 @@ pub enum OpenError {
         /// The address in the guest.
         endpoint: PciAddress,
         /// The address on the host.
-        host: PciAddress,
+        host: HostAddress,
     },
     /// A device's node cannot be opened.
     #[error(
@@ -127,7 +127,7 @@ pub enum OpenError {
         /// The address in the guest.
         endpoint: PciAddress,
         /// The address on the host.
-        host: PciAddress,
+        host: HostAddress,
         /// The node.
         path: PathBuf,
         /// The system's error.
