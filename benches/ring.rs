@@ -169,7 +169,7 @@ impl Operator {
         let directory = TempDir::new().expect("a temporary directory");
         let path = directory.path().join("control.sock");
         let access = SocketRights {
-            mode: 0o600,
+            mode: Some(0o600),
             group: None,
         };
         let places = ControlPaths {

@@ -18,6 +18,7 @@ use vhost_device_iommu::backends::MemorySlot;
 use vhost_device_iommu::backends::shadow::Shadow;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::shadow::{
     Limits, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
 };
@@ -89,6 +90,7 @@ impl Bed {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("s");
         let socket = ShadowSocket {
+            rights: SocketRights::default(),
             path: &path,
             endpoints: vec![ENDPOINT],
         };

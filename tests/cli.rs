@@ -177,6 +177,46 @@ fn a_priority_that_is_not_allowed_is_refused_with_the_cure() {
     assert!(!dir.path().join("vm0.sock").exists());
 }
 
+/// One rule for every socket. The sandbox is not the problem, so no message names it.
+#[test]
+fn a_folder_that_cannot_hold_a_socket_is_named_with_the_cure() {
+    let endpoint =
+        |keys: &str| format!("socket = 's'\n[[endpoint]]\naddress = '00:06.0'\n{keys}\n");
+    for (place, cure) in [
+        (
+            "missing/s",
+            "the folder missing of the socket missing/s does not exist; make it",
+        ),
+        (
+            "file/s",
+            "file, where the socket file/s is to be, is not a folder; choose another path",
+        ),
+    ] {
+        for keys in [
+            format!("socket = '{place}'\n"),
+            format!("socket = 's'\ncontrol = '{place}'\n"),
+            format!("socket = 's'\n[metrics]\nsocket = '{place}'\n"),
+            endpoint(&format!("shadow = '{place}'")),
+            endpoint(&format!(
+                "vfio-user = {{ listen = '{place}', connect = 'c' }}"
+            )),
+        ] {
+            let text = format!("address = '00:05.0'\n{keys}");
+            let dir = files(&[("vm0.toml", &text), ("file", "text")]);
+            let output = command(&["--config", "vm0.toml"])
+                .current_dir(dir.path())
+                .output()
+                .expect("it runs");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{keys}: {stderr}");
+            assert!(stderr.contains(cure), "{keys}: {stderr}");
+            for word in ["sandbox", "os error", "Landlock"] {
+                assert!(!stderr.contains(word), "{keys}: {word} in {stderr}");
+            }
+        }
+    }
+}
+
 #[test]
 fn options_that_exclude_each_other_are_refused() {
     for args in [

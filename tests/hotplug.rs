@@ -9,6 +9,8 @@
 
 mod common;
 
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -94,6 +96,39 @@ fn removing_an_endpoint_does_not_affect_others_in_its_domain() {
     ctl_output(&daemon, &["remove-endpoint", "00:08.0"]);
     assert_eq!(daemon.gpa_of(EP, IOVA), Some(PAGE));
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), OK);
+}
+
+/// Every socket for VMMs and device processes has the configured mode, also one that the sandboxed thread makes.
+#[test]
+fn all_sockets_have_the_configured_mode_and_group() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    let gid = fs::metadata(folder.path()).expect("a folder").gid();
+    let emulated = |name: &str| {
+        format!(
+            "vfio-user = {{ listen = {:?}, connect = {:?} }}",
+            at(name),
+            at("c")
+        )
+    };
+    let config = format!(
+        "socket-mode = '0620'\nsocket-group = {gid}\n{CONFIG}{}\n\
+         [[endpoint]]\naddress = '00:09.0'\nshadow = {:?}\n",
+        emulated("client"),
+        at("readers"),
+    );
+    let daemon = Daemon::with_config(&config);
+    ctl_output(&daemon, &["add-endpoint", "00:07.0", &emulated("added")]);
+    for path in [daemon.socket(), at("client"), at("readers"), at("added")] {
+        let found = fs::metadata(&path).expect("a socket");
+        assert_eq!(
+            (found.mode() & 0o777, found.gid()),
+            (0o620, gid),
+            "{path:?}"
+        );
+    }
+    let control = fs::metadata(daemon.control_socket()).expect("a socket");
+    assert_eq!(control.mode() & 0o777, 0o600);
 }
 
 #[test]
@@ -189,7 +224,7 @@ fn adding_and_removing_endpoints_does_not_stop_a_busy_guest() {
 fn the_viot_table_has_the_hotplug_ranges() {
     let folder = tempfile::tempdir().expect("a folder");
     let (config, viot) = (folder.path().join("vm.toml"), folder.path().join("viot"));
-    std::fs::write(&config, CONFIG).expect("written");
+    fs::write(&config, CONFIG).expect("written");
     let status = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
         .args([
             "viot".as_ref(),
@@ -199,7 +234,7 @@ fn the_viot_table_has_the_hotplug_ranges() {
         ])
         .status();
     assert!(status.expect("it runs").success());
-    let bytes = std::fs::read(viot).expect("a table");
+    let bytes = fs::read(viot).expect("a table");
     // The table has a header, the IOMMU, and two ranges with first endpoint, segments and
     // functions.
     let ranges: Vec<_> = bytes[64..].chunks(24).map(|n| n[4..16].to_vec()).collect();

@@ -37,6 +37,7 @@ impl Checker<'_> {
         }
         let name = self.name(draft.name.as_ref(), socket.as_ref());
         let control_access = self.control_access(draft);
+        let socket_access = self.socket_access(draft);
 
         let qmp = self.socket_path(draft.qmp.as_ref(), "qmp");
         let own = socket.as_ref().and_then(|socket| match socket {
@@ -92,6 +93,7 @@ impl Checker<'_> {
             && let Some(max_domains) = max_domains
             && let Some(name) = name
             && let Some(control_access) = control_access
+            && let Some(socket_access) = socket_access
             && let Some(metrics) = metrics
             && let Some(max_batch) = max_batch
             && let Some(fault_rate) = fault_rate
@@ -113,6 +115,7 @@ impl Checker<'_> {
                 socket,
                 control,
                 qmp,
+                socket_access,
                 control_access,
                 metrics,
                 address_width,

@@ -124,6 +124,8 @@ impl<'de> Deserialize<'de> for Scalar {
 pub(super) struct Draft {
     pub name: Option<Located<Scalar>>,
     pub socket: Option<Located<Scalar>>,
+    pub socket_mode: Option<Located<Scalar>>,
+    pub socket_group: Option<Located<Scalar>>,
     pub control: Option<Located<Scalar>>,
     pub control_mode: Option<Located<Scalar>>,
     pub control_group: Option<Located<Scalar>>,

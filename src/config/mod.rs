@@ -70,6 +70,9 @@ pub struct Config {
     pub control: Option<PathBuf>,
     /// The VMM's QMP socket, if the daemon connects to it to receive reset events.
     pub qmp: Option<PathBuf>,
+    /// The access rights of the sockets that the daemon makes for VMMs and device processes: `socket`, and
+    /// those of the endpoints.
+    pub socket_access: SocketAccess,
     /// The access rights of the control socket.
     pub control_access: SocketAccess,
     /// Where the daemon writes metrics.

@@ -15,25 +15,24 @@ const DEFAULT_INTERVAL: Duration = Duration::from_secs(15);
 const ALL_RIGHTS: u32 = 0o777;
 
 /// The access rights of a socket: the mode and the group of its file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketAccess {
-    /// The file's mode, at most `0o777`.
-    pub mode: u32,
+    /// The file's mode, at most `0o777`; `None` means all rights that the daemon's umask leaves.
+    pub mode: Option<u32>,
     /// The ID of the file's group; `None` means the daemon's own.
     pub group: Option<u32>,
 }
 
-impl Default for SocketAccess {
-    fn default() -> Self {
-        Self {
-            mode: 0o600,
-            group: None,
-        }
-    }
+impl SocketAccess {
+    /// The rights of a socket for operators, where the file does not say otherwise: the owner's alone.
+    const OPERATOR: Self = Self {
+        mode: Some(0o600),
+        group: None,
+    };
 }
 
 /// Where the daemon writes metrics; nowhere by default.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MetricsOutput {
     /// The path of the socket that answers `GET /metrics`.
     pub socket: Option<PathBuf>,
@@ -44,6 +43,16 @@ pub struct MetricsOutput {
 }
 
 /// A file that the daemon rewrites at an interval.
+impl Default for MetricsOutput {
+    fn default() -> Self {
+        Self {
+            socket: None,
+            access: SocketAccess::OPERATOR,
+            textfile: None,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Textfile {
     /// Its path, which ends with `.prom`.
@@ -82,7 +91,15 @@ impl Checker<'_> {
     /// The access rights of the control socket.
     pub(super) fn control_access(&mut self, draft: &Draft) -> Option<SocketAccess> {
         let (mode, group) = (draft.control_mode.as_ref(), draft.control_group.as_ref());
-        self.socket_access((mode, "control-mode"), (group, "control-group"))
+        let usual = SocketAccess::OPERATOR;
+        self.access(usual, (mode, "control-mode"), (group, "control-group"))
+    }
+
+    /// The access rights of the sockets for VMMs and device processes.
+    pub(super) fn socket_access(&mut self, draft: &Draft) -> Option<SocketAccess> {
+        let (mode, group) = (draft.socket_mode.as_ref(), draft.socket_group.as_ref());
+        let usual = SocketAccess::default();
+        self.access(usual, (mode, "socket-mode"), (group, "socket-group"))
     }
 
     /// The table `metrics`. `taken` are the paths of other sockets.
@@ -107,7 +124,8 @@ impl Checker<'_> {
             }
         };
         let (mode, group) = (value.mode.as_ref(), value.group.as_ref());
-        let access = self.socket_access((mode, "metrics.mode"), (group, "metrics.group"));
+        let usual = SocketAccess::OPERATOR;
+        let access = self.access(usual, (mode, "metrics.mode"), (group, "metrics.group"));
         let textfile = self.textfile(value);
         Some(MetricsOutput {
             socket: socket?,
@@ -116,12 +134,12 @@ impl Checker<'_> {
         })
     }
 
-    fn socket_access(
+    fn access(
         &mut self,
         (mode, mode_key): (Option<&Located<Scalar>>, &str),
+        usual: SocketAccess,
         (group, group_key): (Option<&Located<Scalar>>, &str),
     ) -> Option<SocketAccess> {
-        let usual = SocketAccess::default();
         let mode = match mode {
             None => Some(usual.mode),
             Some(given) => {
@@ -137,7 +155,7 @@ impl Checker<'_> {
                         ProblemKind::SocketMode(shown(&given.value)),
                     );
                 }
-                mode
+                mode.map(Some)
             }
         };
         let group = match group {
@@ -207,7 +225,8 @@ impl Checker<'_> {
     }
 }
 
-/// The name of a file without its extension. Characters that a name cannot have become `?`.
+/// The name of a file without its extension. Two file names never give one name: bytes that a name cannot have
+/// become `%` and two hexadecimal digits, and the end of a long name becomes `~` and a hash of the whole.
 fn name_of(path: &Path) -> String {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let plain = |c: char| if c.is_ascii_graphic() { c } else { '?' };
@@ -243,14 +262,22 @@ mod tests {
     fn metrics_are_written_where_configured() {
         let usual = parse("a", "").expect("good");
         assert_eq!(usual.metrics, MetricsOutput::default());
-        assert_eq!(usual.control_access.mode, 0o600);
+        assert_eq!(usual.control_access.mode, Some(0o600));
+        assert_eq!(usual.socket_access, SocketAccess::default());
+        let vmms = parse("a", "socket-mode = '0660'\nsocket-group = 12").expect("good");
+        let expected = SocketAccess {
+            mode: Some(0o660),
+            group: Some(12),
+        };
+        assert_eq!(vmms.socket_access, expected);
+        assert_eq!(vmms.control_access, SocketAccess::OPERATOR);
         let all = "control = '/c'\ncontrol-mode = '660'\ncontrol-group = 0\n[metrics]\nsocket = \
                    '/m'\nmode = '0666'\ngroup = 7\ntextfile = '/t/vm.prom'\ninterval-s = 3600";
         let config = parse("a", all).expect("good");
         let expected = MetricsOutput {
             socket: Some("/m".into()),
             access: SocketAccess {
-                mode: 0o666,
+                mode: Some(0o666),
                 group: Some(7),
             },
             textfile: Some(Textfile {
@@ -260,7 +287,7 @@ mod tests {
         };
         assert_eq!(config.metrics, expected);
         let access = config.control_access;
-        assert_eq!((access.mode, access.group), (0o660, Some(0)));
+        assert_eq!((access.mode, access.group), (Some(0o660), Some(0)));
         let file = parse("a", "[metrics]\ntextfile = 't.prom'").expect("good");
         let interval = file.metrics.textfile.map(|file| file.interval);
         assert_eq!(interval, Some(DEFAULT_INTERVAL));
@@ -303,6 +330,8 @@ mod tests {
             ),
             (
                 "[metrics]\nsocket = '/m'\ngroup = true",
+            ("socket-mode = '0999'", "socket-mode", "0660"),
+            ("socket-group = 'kvm'", "socket-group", "getent group"),
                 "metrics.group",
                 "getent group",
             ),

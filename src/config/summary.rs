@@ -26,7 +26,10 @@ impl fmt::Display for Summary<'_> {
         let topology = &config.topology;
         writeln!(f, "name:             {}", config.name)?;
         match &config.socket {
-            Some(Socket::Path(path)) => writeln!(f, "socket:           {}", path.display())?,
+            Some(Socket::Path(path)) => {
+                let access = AccessText(config.socket_access);
+                writeln!(f, "socket:           {}{access}", path.display())?;
+            }
             Some(Socket::Fd(fd)) => writeln!(f, "socket:           descriptor {fd}")?,
             None => writeln!(
                 f,
@@ -36,7 +39,7 @@ impl fmt::Display for Summary<'_> {
         match &config.control {
             Some(path) => {
                 let access = AccessText(config.control_access);
-                writeln!(f, "control socket:   {}, {access}", path.display())?;
+                writeln!(f, "control socket:   {}{access}", path.display())?;
             }
             None => writeln!(f, "control socket:   none")?,
         }
@@ -45,7 +48,7 @@ impl fmt::Display for Summary<'_> {
         }
         if let Some(path) = &config.metrics.socket {
             let access = AccessText(config.metrics.access);
-            writeln!(f, "metrics socket:   {}, {access}", path.display())?;
+            writeln!(f, "metrics socket:   {}{access}", path.display())?;
         }
         if let Some(file) = &config.metrics.textfile {
             let (path, interval) = (file.path.display(), file.interval);
@@ -145,12 +148,14 @@ impl Summary<'_> {
     }
 }
 
-/// The access rights of a socket.
+/// The access rights of a socket where the file gives them, each after a comma.
 struct AccessText(SocketAccess);
 
 impl fmt::Display for AccessText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "mode {:04o}", self.0.mode)?;
+        if let Some(mode) = self.0.mode {
+            write!(f, ", mode {mode:04o}")?;
+        }
         match self.0.group {
             Some(group) => write!(f, ", group {group}"),
             None => Ok(()),

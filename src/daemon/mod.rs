@@ -11,10 +11,11 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::config::{Config, Socket, SocketAccess};
+use crate::config::{Config, Socket};
 use crate::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
+use crate::endpoints::sockets::rights;
 use crate::endpoints::start::{OpenedDevices, ServedDevices, StartError};
 use crate::info_limited;
 use crate::iommu::{Iommu, Settings};
@@ -22,7 +23,7 @@ use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
 use crate::process::realtime::{Realtime, RealtimeError};
-use crate::process::socket::{SocketFile, SocketRights, bind};
+use crate::process::socket::{SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::ShadowServer;
@@ -90,7 +91,7 @@ impl Daemon {
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
-        let (listener, file) = listener(config.socket.as_ref())?;
+        let (listener, file) = listener(config)?;
         let no_events = |source| DaemonError::System {
             step: "make event descriptors",
             source,
@@ -262,20 +263,16 @@ impl Drop for Daemon {
 
 /// Where the control socket, the metrics socket and the metrics file are; `None` if none is configured.
 fn control_paths(config: &Config) -> Option<ControlPaths> {
-    let access = |access: SocketAccess| SocketRights {
-        mode: access.mode,
-        group: access.group,
-    };
     let metrics = &config.metrics;
     let paths = ControlPaths {
         control: config
             .control
             .clone()
-            .map(|path| (path, access(config.control_access))),
+            .map(|path| (path, rights(config.control_access))),
         metrics: metrics
             .socket
             .clone()
-            .map(|path| (path, access(metrics.access))),
+            .map(|path| (path, rights(metrics.access))),
         textfile: metrics
             .textfile
             .as_ref()
@@ -285,10 +282,11 @@ fn control_paths(config: &Config) -> Option<ControlPaths> {
     any.then_some(paths)
 }
 
-fn listener(socket: Option<&Socket>) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {
-    match socket.ok_or(DaemonError::NoSocket)? {
+fn listener(config: &Config) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {
+    match config.socket.as_ref().ok_or(DaemonError::NoSocket)? {
         Socket::Path(path) => {
-            let (listener, file) = bind(path).map_err(DaemonError::Socket)?;
+            let rights = rights(config.socket_access);
+            let (listener, file) = bind_for(path, rights).map_err(DaemonError::Socket)?;
             Ok((listener, Some(file)))
         }
         Socket::Fd(fd) => match inherit(*fd) {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, ConfiguredDevice, Socket};
+use crate::config::{Config, ConfiguredDevice, Socket, SocketAccess};
 use crate::endpoints::kinds;
 use crate::process::sandbox::{Needs, Plugging};
 
@@ -30,6 +30,7 @@ pub fn needs(config: &Config) -> Needs {
     let mut needs = Needs {
         qmp: config.qmp.is_some(),
         realtime: config.realtime_priority.is_some(),
+        socket_rights: config.socket_access != SocketAccess::default(),
         plugging: can_plug.then(Plugging::default),
         textfile_folder: config
             .metrics

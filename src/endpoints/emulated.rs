@@ -6,12 +6,13 @@ use std::sync::Arc;
 use log::info;
 
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
+use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::backends::vfio_user::{EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, VfioUser, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::process::sandbox::Needs;
-use crate::process::socket::bind;
+use crate::process::socket::{SocketRights, bind_for};
 use crate::topology::Topology;
 
 /// Whether the server of a device is connected.
@@ -27,16 +28,17 @@ const REFUSED: DeviceMetric = DeviceMetric {
     help: "Refused accesses of an emulated device.",
 };
 
-/// Listens for the VMM's client of an emulated device.
+/// Listens for the VMM's client of an emulated device, at a socket with the rights `access`.
 ///
 /// # Errors
 /// The socket cannot be made, or the system has no descriptor or thread left.
 pub fn open(
     device: &Emulated,
+    access: SocketRights,
     topology: &Topology,
     faults: &Arc<FaultReporter>,
 ) -> io::Result<OpenDevice> {
-    let (listener, file) = bind(&device.listen)?;
+    let (listener, file) = bind_for(&device.listen, access)?;
     let endpoint = device.endpoint.endpoint_id();
     let info = topology.endpoint(endpoint);
     let regions = info.iter().flat_map(|info| info.reserved.iter());
@@ -105,7 +107,8 @@ impl EndpointKind for EmulatedKind {
         let Some(device) = plug.config.devices.emulated_at(plug.endpoint) else {
             return Ok(OpenDevice::default());
         };
-        Ok(open(device, &plug.config.topology, plug.faults)?)
+        let access = rights(plug.config.socket_access);
+        Ok(open(device, access, &plug.config.topology, plug.faults)?)
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {

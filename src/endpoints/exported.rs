@@ -7,11 +7,12 @@ use std::sync::Arc;
 use super::bound::BoundExport;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::passthrough::PassthroughDevices;
+use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::config::{Config, Descriptors, HostIommu};
 use crate::export::{ExportedDevice, HotResetRegistry, ServerStatus};
 use crate::process::sandbox::Needs;
-use crate::process::socket::bind;
+use crate::process::socket::bind_for;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
     DeviceAccess, HostFunction, ioctls_of_exports, ioctls_of_hot_resets, ioctls_of_opening,
@@ -48,7 +49,7 @@ pub fn bind_export(
         Some(host) => offered.with_hot_reset(hot_resets, host),
         None => offered,
     };
-    let (listener, file) = bind(&export.path)?;
+    let (listener, file) = bind_for(&export.path, rights(config.socket_access))?;
     Ok(OpenDevice {
         bound: Some(BoundExport {
             endpoint,

@@ -16,6 +16,7 @@ pub mod kinds;
 pub mod passthrough;
 #[cfg(not(miri))]
 pub mod shadow;
+pub mod sockets;
 #[cfg(not(miri))]
 pub mod start;
 pub mod status;

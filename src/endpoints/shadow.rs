@@ -9,6 +9,7 @@ use log::info;
 use thiserror::Error;
 
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources};
+use super::sockets::rights;
 use super::status::StatusNames;
 use crate::backends::shadow::Shadow;
 use crate::config::Config;
@@ -96,7 +97,11 @@ pub fn serve(
     }
     let sockets: Vec<_> = sockets
         .into_iter()
-        .map(|(path, endpoints)| ShadowSocket { path, endpoints })
+        .map(|(path, endpoints)| ShadowSocket {
+            path,
+            rights: rights(config.socket_access),
+            endpoints,
+        })
         .collect();
     ShadowServer::start(registry, &sockets, move |fault| {
         let fault = with_reason(&iommu.lock(), fault);

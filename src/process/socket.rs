@@ -56,11 +56,11 @@ impl Drop for SocketFile {
     }
 }
 
-/// The access rights of a socket's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The access rights of a socket's file. By default they follow from the umask of the process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketRights {
-    /// The mode of its file.
-    pub mode: u32,
+    /// The mode of its file; `None` for all rights that the umask leaves.
+    pub mode: Option<u32>,
     /// The number of the file's group; `None` for the group of the process.
     pub group: Option<u32>,
 }
@@ -75,30 +75,62 @@ pub fn bind_for(path: &Path, rights: SocketRights) -> io::Result<(UnixListener, 
     bind_with(path, || {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // At first the file has rights for its owner only.
         let socket = File::from(socket);
-        socket.set_permissions(Permissions::from_mode(rights.mode & 0o700))?;
+        if let Some(mode) = rights.mode {
+            // At first the file has rights for its owner only.
+            socket.set_permissions(Permissions::from_mode(mode & 0o700))?;
+        }
         rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
         if rights.group.is_some() {
             lchown(path, None, rights.group).map_err(|cause| {
                 let what = format!(
-                    "cannot give {shown} its group: {cause}; the daemon must be a member of it, or root"
+                    "cannot give {shown} its group: {cause}; make the daemon's user a member of the group"
                 );
                 io::Error::new(cause.kind(), what)
             })?;
         }
-        fs::set_permissions(path, Permissions::from_mode(rights.mode))?;
+        if let Some(mode) = rights.mode {
+            fs::set_permissions(path, Permissions::from_mode(mode))?;
+        }
+        // Nobody can connect before.
         rustix::net::listen(&socket, BACKLOG)?;
         Ok(UnixListener::from(OwnedFd::from(socket)))
     })
 }
 
-/// Creates a listening socket at `path`. It replaces the file of a socket without a listener.
+/// Creates a listening socket at `path` with the rights that the umask leaves. It replaces the file of a socket
+/// without a listener.
 ///
 /// # Errors
-/// Another kind of file is there, or another process listens on the socket.
+/// Another kind of file is there, another process listens on the socket, or the folder of `path` is missing.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
-    bind_with(path, || UnixListener::bind(path))
+    bind_for(path, SocketRights::default())
+}
+
+/// Refuses a folder that does not exist or is another kind of file.
+fn check_folder(path: &Path) -> io::Result<()> {
+    let Some(folder) = path.parent().filter(|it| !it.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    let (shown, inside) = (folder.display(), path.display());
+    let what = match fs::metadata(folder) {
+        Ok(found) if found.is_dir() => return Ok(()),
+        Ok(_) => format!(
+            "{shown}, where the socket {inside} is to be, is not a folder; choose another path"
+        ),
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => format!(
+            "the folder {shown} of the socket {inside} does not exist; make it, or choose another path"
+        ),
+        Err(cause) if cause.kind() == io::ErrorKind::NotADirectory => format!(
+            "a part of {shown}, where the socket {inside} is to be, is not a folder; choose another path"
+        ),
+        Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => format!(
+            "the folder {shown} of the socket {inside} is out of reach for this user; let the user in, or \
+             choose another path"
+        ),
+        Err(cause) => format!("the folder {shown} of the socket {inside} cannot be used: {cause}"),
+    };
+    Err(io::Error::new(io::ErrorKind::NotFound, what))
 }
 
 fn bind_with(
@@ -106,6 +138,7 @@ fn bind_with(
     make: impl FnOnce() -> io::Result<UnixListener>,
 ) -> io::Result<(UnixListener, SocketFile)> {
     let shown = path.display();
+    check_folder(path)?;
     let refuse = |kind, why: String| Err(io::Error::new(kind, why));
     if let Ok(found) = fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
@@ -198,18 +231,42 @@ mod tests {
         let path = folder.path().join("s");
         for mode in [0o600, 0o666, 0o000, 0o660] {
             let group = Some(folder.path().metadata().expect("a group").gid());
-            let (listener, file) =
-                bind_for(&path, SocketRights { mode, group }).expect("a free path");
+            let rights = SocketRights {
+                mode: Some(mode),
+                group,
+            };
+            let (listener, file) = bind_for(&path, rights).expect("a free path");
             let found = fs::metadata(&path).expect("it is there");
             assert_eq!(found.mode() & 0o7777, mode);
             assert_eq!(Some(found.gid()), group);
             if mode & 0o200 != 0 {
                 UnixStream::connect(&path).expect("it listens");
-                let taken = bind_for(&path, SocketRights { mode, group }).expect_err("in use");
+                let taken = bind_for(&path, rights).expect_err("in use");
                 assert_eq!(taken.kind(), io::ErrorKind::AddrInUse);
             }
             drop((listener, file));
             assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_hold_a_socket_is_named_with_the_cure() {
+        let folder = tempfile::tempdir().expect("a folder");
+        fs::write(folder.path().join("file"), "text").expect("a file");
+        for (path, parts) in [
+            (
+                "missing/s",
+                ["missing of the socket", "does not exist; make it"],
+            ),
+            (
+                "file/s",
+                ["file, where the socket", "is not a folder; choose"],
+            ),
+            ("file/below/s", ["file/below", "is not a folder; choose"]),
+        ] {
+            let error = bind(&folder.path().join(path)).expect_err(path).to_string();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+            assert!(!error.contains("os error"), "{error}");
         }
     }
 

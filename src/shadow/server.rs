@@ -14,14 +14,14 @@ use log::{debug, warn};
 
 use super::registry::{Reader, Registry};
 use super::sys::receive;
-use super::wire::{FRAME_LEN, Frame, Refusal, access_of, kind};
+use super::wire::{FRAME_LEN, Frame, Refusal, access_of, endpoint_text, kind};
 use crate::address::Iova;
 use crate::faults::queue::{FaultDelivery, FaultQueue, FaultRateLimit};
 use crate::faults::{Fault, FaultReason};
 use crate::ids::EndpointId;
 use crate::process::event_loop::EventLoop;
 use crate::process::sandbox::{self, Role};
-use crate::process::socket::{SocketFile, bind};
+use crate::process::socket::{SocketFile, SocketRights, bind_for};
 use crate::warn_limited;
 
 /// The longest time from a peer's connection to its greeting.
@@ -44,6 +44,8 @@ const PROCESS_END: u64 = 1 << 63;
 pub struct ShadowSocket<'a> {
     /// The socket's path.
     pub path: &'a Path,
+    /// The rights of the socket's file.
+    pub rights: SocketRights,
     /// The endpoints that the socket serves.
     pub endpoints: Vec<EndpointId>,
 }
@@ -75,7 +77,7 @@ impl ShadowServer {
         let mut listeners = Vec::new();
         let mut files = Vec::new();
         for (token, socket) in (FIRST_LISTENER..).zip(sockets) {
-            let (listener, file) = bind(socket.path)?;
+            let (listener, file) = bind_for(socket.path, socket.rights)?;
             listener.set_nonblocking(true)?;
             events.add(listener.as_raw_fd(), token)?;
             listeners.push((listener, socket.endpoints.clone()));
@@ -348,7 +350,8 @@ impl ServerThread {
             }
             Err(refusal) => {
                 let [_, wanted, ..] = greeting.numbers;
-                warn_limited!("a reader is refused: {refusal:?} (endpoint {wanted:#x})");
+                let wanted = endpoint_text(wanted);
+                warn_limited!("a reader is refused: {refusal:?} ({wanted})");
             }
         }
     }

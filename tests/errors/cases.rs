@@ -98,6 +98,16 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
     ("TOML", "toml/other", "...; correct the TOML"),
     (
         "Sockets",
+    (
+        "Sockets",
+        "socket/folder",
+        "the folder ... of the socket ... does not exist; make it, or choose another path",
+    ),
+    (
+        "Sockets",
+        "socket/file-as-folder",
+        "..., where the socket ... is to be, is not a folder; choose another path",
+    ),
         "socket/file",
         "... exists and is not a socket; remove it or choose another path",
     ),
@@ -267,7 +277,9 @@ pub const CASES: &[Case] = &[
     case("ProblemKind::QmpPath", File("control = 's'\nqmp = 's'")),
     case("socket/file", With("socket = 'file'", RUN)),
     case("socket/taken", With("socket = 'taken.sock'", RUN)),
-    case("socket/bind", With("socket = 'no/where'", RUN)),
+    case("socket/bind", With("socket = '/proc/where'", RUN)),
+    case("socket/folder", With("socket = 'no/where'", RUN)),
+    case("socket/file-as-folder", With("socket = 'file/where'", RUN)),
     // Values.
     case("ProblemKind::Width", File("address-width = 20")),
     case("ProblemKind::Granule", File("granule = '8k'")),

@@ -16,6 +16,7 @@ use vhost_device_iommu::backends::shadow::Shadow;
 use vhost_device_iommu::faults::Fault;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::shadow::{
     Limits, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
 };
@@ -125,6 +126,7 @@ impl Bed {
         let (sender, faults) = channel();
         let sockets = [ShadowSocket {
             path: &path,
+            rights: SocketRights::default(),
             endpoints: vec![A, B],
         }];
         let server = ShadowServer::start(registry.clone(), &sockets, move |fault| {

@@ -255,6 +255,18 @@ const OPEN: [c_long; 10] = [
     libc::SYS_socketpair,
 ];
 
+/// Giving a socket its mode and its group.
+#[cfg(target_arch = "x86_64")]
+const SOCKET_RIGHTS: [c_long; 5] = [
+    libc::SYS_chmod,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_lchown,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const SOCKET_RIGHTS: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_fchmodat, libc::SYS_fchownat];
+
 /// Writing a file and renaming it over another one. Landlock limits the folder.
 #[cfg(target_arch = "x86_64")]
 const TEXTFILE: [c_long; 4] = [
@@ -334,6 +346,9 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     list.push((libc::SYS_prctl, Condition::With(ambient)));
     list.extend(always(&SPAWN));
     list.extend(always(&REMOVE_SOCKETS));
+    if needs.socket_rights {
+        list.extend(always(&SOCKET_RIGHTS));
+    }
     list.extend(always(&MEMORY_FILES));
     list.extend(threads_only());
     list.extend(confine());

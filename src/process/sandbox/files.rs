@@ -67,7 +67,10 @@ fn with_sockets(needs: &Needs, rights: BitFlags<AccessFs>) -> Result<RulesetCrea
         .scope(Scope::AbstractUnixSocket)?
         .create()?;
     for folder in &needs.socket_folders {
-        rules = beneath(rules, folder, rights)?;
+        // Making the socket reports a folder that is missing, with the cure.
+        if folder.is_dir() {
+            rules = beneath(rules, folder, rights)?;
+        }
     }
     Ok(rules)
 }
@@ -91,6 +94,10 @@ fn beneath(
     } else {
         rights & AccessFs::from_file(NEWEST)
     };
+    // The kernel refuses a rule without rights.
+    if rights.is_empty() {
+        return Ok(rules);
+    }
     Ok(rules.add_rule(PathBeneath::new(opened, rights))?)
 }
 
@@ -171,7 +178,13 @@ mod tests {
         let own = tempfile::tempdir().expect("a folder");
         let other = tempfile::tempdir().expect("a folder");
         let needs = Needs {
-            socket_folders: vec![own.path().to_owned(), other.path().join("missing")],
+            // A file in place of a folder, too.
+            socket_folders: vec![
+                own.path().to_owned(),
+                other.path().join("missing"),
+                other.path().join("file"),
+            ],
+            textfile_folder: Some(other.path().join("file")),
             ..Needs::default()
         };
         for folder in [&own, &other] {
@@ -183,6 +196,7 @@ mod tests {
         let elsewhere = UnixListener::bind_addr(&abstract_name).expect("a socket");
         std::thread::scope(|scope| {
             scope.spawn(|| {
+                control_rules(&needs).expect("rules for control");
                 let rules = rules(&needs).expect("rules");
                 let status = rules.restrict_self().expect("restricted").ruleset;
                 if status == RulesetStatus::NotEnforced {

@@ -103,6 +103,8 @@ pub struct Needs {
     /// The rights with which the thread `control` adds and removes endpoints while the VM runs: it opens their
     /// devices, and creates sockets and threads. `None` without `hotplug` in the configuration.
     pub plugging: Option<Plugging>,
+    /// Sockets get a configured mode or group, also those of added endpoints.
+    pub socket_rights: bool,
     /// The folder in which the thread `control` writes a file with metrics.
     pub textfile_folder: Option<PathBuf>,
     /// The folders of the sockets. The daemon removes their files at its end.
@@ -121,6 +123,7 @@ impl Needs {
             realtime: true,
             shadow: true,
             plugging: None,
+            socket_rights: true,
             textfile_folder: None,
             socket_folders: Vec::new(),
         }
