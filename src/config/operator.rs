@@ -1,5 +1,6 @@
 //! Keys for the operator: the VM's name, the control socket's rights, and metrics.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -42,7 +43,6 @@ pub struct MetricsOutput {
     pub textfile: Option<Textfile>,
 }
 
-/// A file that the daemon rewrites at an interval.
 impl Default for MetricsOutput {
     fn default() -> Self {
         Self {
@@ -53,6 +53,7 @@ impl Default for MetricsOutput {
     }
 }
 
+/// A file that the daemon rewrites at an interval.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Textfile {
     /// Its path, which ends with `.prom`.
@@ -136,8 +137,8 @@ impl Checker<'_> {
 
     fn access(
         &mut self,
-        (mode, mode_key): (Option<&Located<Scalar>>, &str),
         usual: SocketAccess,
+        (mode, mode_key): (Option<&Located<Scalar>>, &str),
         (group, group_key): (Option<&Located<Scalar>>, &str),
     ) -> Option<SocketAccess> {
         let mode = match mode {
@@ -228,10 +229,31 @@ impl Checker<'_> {
 /// The name of a file without its extension. Two file names never give one name: bytes that a name cannot have
 /// become `%` and two hexadecimal digits, and the end of a long name becomes `~` and a hash of the whole.
 fn name_of(path: &Path) -> String {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let plain = |c: char| if c.is_ascii_graphic() { c } else { '?' };
-    let name: String = stem.chars().take(MAX_NAME).map(plain).collect();
+    use std::fmt::Write;
+
+    const HASH_DIGITS: usize = 16;
+    let stem = path.file_stem().unwrap_or_default().as_bytes();
+    let mut name = String::new();
+    for &byte in stem {
+        if byte.is_ascii_graphic() && byte != b'%' && byte != b'~' {
+            name.push(byte.into());
+        } else {
+            // Cannot fail, here and below.
+            let _ = write!(name, "%{byte:02X}");
+        }
+    }
+    if name.len() > MAX_NAME {
+        name.truncate(MAX_NAME - HASH_DIGITS - 1);
+        let _ = write!(name, "~{:016x}", hash(stem));
+    }
     if name.is_empty() { "vm".into() } else { name }
+}
+
+/// The 64-bit FNV-1a hash, which is the same in every version of this program.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 #[cfg(test)]
@@ -246,11 +268,16 @@ mod tests {
 
     #[test]
     fn a_vm_has_the_configured_name_or_that_of_its_file() {
-        let long = format!("/{}.toml", "x".repeat(200));
+        let long = |last| format!("/{}{last}.toml", "x".repeat(200));
+        let name = |file: &str| parse(file, "").expect("good").name;
+        let (one, other) = (name(&long('a')), name(&long('b')));
+        assert!(one != other && one.len() == MAX_NAME && one.starts_with("xxx"));
+        assert_ne!(name("a b.toml"), name("a?b.toml"));
+        assert_ne!(name("a b.toml"), name("a%20b.toml"));
         for (file, text, name) in [
             ("/etc/vm1.toml", "", "vm1"),
-            ("a b\n\u{e9}.toml", "", "a?b??"),
-            (long.as_str(), "", &long[1..=64]),
+            ("a b\n\u{e9}.toml", "", "a%20b%0A%C3%A9"),
+            ("50%~.toml", "", "50%25%7E"),
             ("", "", "vm"),
             ("vm1.toml", "name = 'web-3'", "web-3"),
         ] {
@@ -303,6 +330,8 @@ mod tests {
             ("control-mode = '+660'", "control-mode", "0660"),
             ("control-mode = '1777'", "control-mode", "0660"),
             ("control-mode = 432", "control-mode", "0660"),
+            ("socket-mode = '0999'", "socket-mode", "0660"),
+            ("socket-group = 'kvm'", "socket-group", "getent group"),
             ("control-group = 'adm'", "control-group", "getent group"),
             ("control-group = -1", "control-group", "getent group"),
             ("[metrics]", "metrics", "textfile"),
@@ -330,8 +359,6 @@ mod tests {
             ),
             (
                 "[metrics]\nsocket = '/m'\ngroup = true",
-            ("socket-mode = '0999'", "socket-mode", "0660"),
-            ("socket-group = 'kvm'", "socket-group", "getent group"),
                 "metrics.group",
                 "getent group",
             ),
