@@ -231,6 +231,59 @@ fn the_message_of_a_daemon_that_refuses_to_start_is_kept() {
     assert!(!launch_dir.path("vm.sock").exists());
 }
 
+/// Neither the daemon nor the VMM starts with an option that undoes the IOMMU.
+#[test]
+fn options_that_undo_the_iommu_start_nothing() {
+    let launch_dir = LaunchDir::new();
+    for (options, cure) in [
+        (&["-nodefaults", "-daemonize"][..], "leave the option out"),
+        (&["-mem-path", "/dev/shm"], "share=on"),
+        (&["-device", "intel-iommu"], "leave it out"),
+        (&["-chardev", "null,id=viommu-socket"], "give another ID"),
+        (
+            &[
+                "-numa",
+                "node,memdev=r",
+                "-object",
+                "memory-backend-ram,id=r",
+            ],
+            "add share=on",
+        ),
+    ] {
+        let run = launch_dir.run("echo started >started", options);
+        assert_eq!(run.status.code(), Some(1), "{options:?}: {}", run.stderr);
+        assert!(run.stderr.contains(cure), "{cure} in {}", run.stderr);
+        assert!(!launch_dir.path("started").exists());
+        launch_dir.assert_clean();
+    }
+}
+
+#[test]
+fn endpoints_without_a_device_are_noted() {
+    let launch_dir = LaunchDir::new();
+    let config = launch_dir.read("vm.toml")
+        + "[[endpoint]]\naddress = '00:06.0'\nshadow = 'shadow.sock'\n\
+           [[endpoint]]\nrange = '00:10.0-00:11.7'\n";
+    launch_dir.write("vm.toml", &config);
+    let note = "note: no argument gives this endpoint a device; endpoint ";
+    let run = launch_dir.run("exit 0", &["-nodefaults"]);
+    assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
+    for place in [
+        "0000:00:06.0: give its device addr=06.0",
+        "0000:00:10.0-0000:00:11.7: give",
+    ] {
+        assert!(
+            run.stderr.contains(&format!("{note}{place}")),
+            "{}",
+            run.stderr
+        );
+    }
+    let devices = ["-device", "x,addr=06.0", "-device", "x,addr=10.0"];
+    let run = launch_dir.run("exit 0", &devices);
+    assert_eq!(run.status.code(), Some(0), "{}", run.stderr);
+    assert!(!run.stderr.contains("note:"), "{}", run.stderr);
+}
+
 #[test]
 fn failures_to_start_are_reported_with_the_cure() {
     let launch_dir = LaunchDir::new();
