@@ -433,7 +433,9 @@ fn the_page_on_configuration_is_complete() {
         let dir = files(&[("vm0.toml", "nonsense = 1")]);
         run(&[OsStr::new("check"), dir.path().join("vm0.toml").as_ref()]).stderr
     };
-    let (_, keys) = message.split_once("expected").expect("the list of keys");
+    let (_, keys) = message
+        .split_once("the keys here are")
+        .expect("the list of keys");
     let keys: Vec<_> = keys.split('`').skip(1).step_by(2).collect();
     assert!(keys.len() >= 11, "{keys:?}");
     for key in keys {

@@ -152,7 +152,11 @@ pub(super) struct Draft {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table: `[metrics]`, and under it `socket = \"/run/vm1/iommu-metrics.sock\"`"
+)]
 pub(super) struct MetricsDraft {
     pub socket: Option<Located<Scalar>>,
     pub mode: Option<Located<Scalar>>,
@@ -162,7 +166,11 @@ pub(super) struct MetricsDraft {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table: `[readers]`, and under it `users = [1001]`"
+)]
 pub(super) struct ReadersDraft {
     pub users: Option<Located<Vec<Located<Scalar>>>>,
     pub patience_ms: Option<Located<Scalar>>,
@@ -170,7 +178,11 @@ pub(super) struct ReadersDraft {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table such as { first = 0xfee00000, last = 0xfeefffff, kind = \"msi\" }"
+)]
 pub(super) struct RegionDraft {
     pub first: Option<Located<Scalar>>,
     pub last: Option<Located<Scalar>>,
@@ -178,7 +190,12 @@ pub(super) struct RegionDraft {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table for each endpoint: `[[endpoint]]`, and under it `address = \"00:10.0\"` or \
+                 `range = \"00:10.0-00:1e.7\"`"
+)]
 pub(super) struct EndpointDraft {
     pub address: Option<Located<Scalar>>,
     pub range: Option<Located<Scalar>>,
@@ -192,7 +209,11 @@ pub(super) struct EndpointDraft {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table such as { listen = \"/run/vm0/nvme-iommu.sock\", connect = \"/run/vm0/nvme.sock\" }"
+)]
 pub(super) struct EmulatedDraft {
     pub listen: Option<Located<Scalar>>,
     pub connect: Option<Located<Scalar>>,

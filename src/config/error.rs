@@ -1,4 +1,5 @@
-//! The problems of a configuration: the place, the kind and the cure of each.
+//! The problems of a configuration: the place, the kind and the cure of each. The file is long because it is one list
+//! of messages, which belong side by side.
 
 use std::fmt;
 use std::io;
@@ -497,7 +498,7 @@ pub enum ProblemKind {
     /// An endpoint's reserved regions contradict the default one.
     #[error(
         "{0}; the MSI region 0xfee00000..=0xfeefffff is there by default: \
-         `reserved = []` at the top of the file turns it off"
+         `reserved` at the top of the file replaces it"
     )]
     BesideDefault(#[source] TopologyError),
 }

@@ -125,7 +125,7 @@ mod tests {
             ("users = [0, -1]", "readers.users[1]", "id -u"),
             ("users = [4294967295]", "readers.users[0]", "id -u"),
             ("users = [true]", "readers.users[0]", "id -u"),
-            ("users = 7", "", "sequence"),
+            ("users = 7", "", "a list such as [1001, 1002]"),
             ("patience-ms = 9", "readers.patience-ms", "10 to 60000"),
             ("patience-ms = 60001", "readers.patience-ms", "10 to 60000"),
             ("patience-ms = 'long'", "readers.patience-ms", "1000"),

@@ -1,6 +1,10 @@
 //! Reads numbers and sizes from texts, and prepares values and lines for messages.
 
-use super::draft::Scalar;
+use serde::de::DeserializeOwned;
+
+use super::draft::{
+    Draft, EmulatedDraft, EndpointDraft, MetricsDraft, ReadersDraft, RegionDraft, Scalar,
+};
 
 /// Reads a decimal or, after `0x`, hexadecimal number; `_` may stand between digits.
 pub(super) fn parse_number(text: &str) -> Option<u64> {
@@ -51,29 +55,116 @@ pub(super) fn shorten(text: &str) -> String {
 /// Rewrites a message of the TOML parser in this program's terms, and adds a cure and the faulty line. Control
 /// characters in message and line are escaped.
 pub(super) fn syntax_message(message: &str, line: &str) -> String {
-    let message = message.replace("unknown field", "unknown key");
-    let message = printable(&message);
-    let cure = if message.starts_with("unknown key") {
-        "correct or remove it"
-    } else if message.starts_with("duplicate key") {
-        "keep one of the two"
-    } else if message.contains("expected a sequence") {
-        "write `reserved` as a list of tables and each endpoint under its own [[endpoint]]"
-    } else if message.starts_with("invalid type") {
-        "write a table, such as { first = 0x0, last = 0xfff } for a reserved region"
-    } else {
-        "correct the TOML"
-    };
     let line = line.trim();
-    if line.is_empty() {
-        format!("{message}; {cure}")
+    let text = if let Some(rest) = message.strip_prefix("unknown field ") {
+        unknown_key(rest)
+    } else if let Some((found, expected)) = message
+        .strip_prefix("invalid type: ")
+        .and_then(|rest| rest.split_once(", expected "))
+    {
+        wrong_type(&found_type(found), expected, line)
+    } else if let Some((_, expected)) = message
+        .strip_prefix("invalid length ")
+        .and_then(|rest| rest.split_once(", expected "))
+    {
+        // The parser fills the fields of a structure from a list, too.
+        wrong_type("a list", expected, line)
+    } else if message.starts_with("duplicate key") {
+        format!("{message}; keep one of the two")
     } else {
-        format!("{message}; {cure} (in {:?})", shorten(line))
+        format!("{message}; correct the TOML")
+    };
+    let text = printable(&text);
+    if line.is_empty() {
+        text
+    } else {
+        format!("{text} (in {:?})", shorten(line))
     }
 }
 
+/// The message for an unknown key. `rest` is the key between backticks, and the keys that are known there.
+fn unknown_key(rest: &str) -> String {
+    let (key, known) = rest.split_once(", ").unwrap_or((rest, ""));
+    let name = key.trim_matches('`');
+    let here = between_backticks(known);
+    let homes = [
+        (
+            keys_of::<Draft>(),
+            "it belongs to the file as a whole: move it above the first `[[endpoint]]` and the first table",
+        ),
+        (
+            keys_of::<EndpointDraft>(),
+            "move it under the `[[endpoint]]` that it is for",
+        ),
+        (
+            keys_of::<EmulatedDraft>(),
+            "move it into the table of `vfio-user`",
+        ),
+        (keys_of::<MetricsDraft>(), "move it under `[metrics]`"),
+        (keys_of::<ReadersDraft>(), "move it under `[readers]`"),
+        (
+            keys_of::<RegionDraft>(),
+            "move it into a table in the list `reserved`",
+        ),
+    ];
+    let has_name = |keys: &[String]| keys.iter().any(|key| key == name);
+    match homes.iter().find(|(keys, _)| has_name(keys)) {
+        Some((_, cure)) => format!("the key {key} cannot stand here; {cure}"),
+        None => {
+            let here: Vec<_> = here.iter().map(|key| format!("`{key}`")).collect();
+            let here = here.join(", ");
+            format!("unknown key {key}; correct or remove it: the keys here are {here}")
+        }
+    }
+}
+
+/// The message for a value of another type than the parser wants.
+fn wrong_type(found: &str, expected: &str, line: &str) -> String {
+    let starts = |key: &str| line.trim_start_matches('[').trim_start().starts_with(key);
+    let wanted = match expected {
+        "a sequence" if starts("endpoint") => {
+            "a list of tables: write `[[endpoint]]` with two brackets for each endpoint"
+        }
+        "a sequence" if starts("hotplug") => "a list such as [\"01:00.0-01:00.7\"]",
+        "a sequence" if starts("readers") => "a table: `[readers]`, and under it `users = [1001]`",
+        "a sequence" if starts("users") => "a list such as [1001, 1002]",
+        "a sequence" => "a list such as [{ first = 0x0, last = 0xfff }]",
+        other => other,
+    };
+    format!("must be {wanted}, not {found}")
+}
+
+/// The type that the parser found, as messages name it.
+fn found_type(found: &str) -> String {
+    let (kind, value) = found.split_once(' ').unwrap_or((found, ""));
+    match kind {
+        "string" => format!("the text {value}"),
+        "integer" => format!("the number {}", value.trim_matches('`')),
+        "boolean" => value.trim_matches('`').to_owned(),
+        "floating" => "a fraction".to_owned(),
+        "map" => "a table".to_owned(),
+        "sequence" => "a list".to_owned(),
+        _ => found.to_owned(),
+    }
+}
+
+/// The keys of a table, as the parser knows them. It names them when it meets another one.
+fn keys_of<T: DeserializeOwned>() -> Vec<String> {
+    let error = toml::from_str::<T>("\"?\" = 0").err();
+    let message = error.map(|error| error.message().to_owned());
+    let known = message
+        .as_deref()
+        .and_then(|text| text.split_once("expected "));
+    known.map_or_else(Vec::new, |(_, known)| between_backticks(known))
+}
+
+fn between_backticks(text: &str) -> Vec<String> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.map(str::to_owned).collect()
+}
+
 fn printable(message: &str) -> String {
-    const MOST: usize = 400;
+    const MOST: usize = 800;
     let mut text = String::new();
     for c in message.chars().take(MOST) {
         if c.is_control() {

@@ -76,28 +76,28 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
     (
         "TOML",
         "toml/unknown",
-        "unknown key `...`, expected ...; correct or remove it",
+        "unknown key `...`; correct or remove it: the keys here are ...",
     ),
     (
         "TOML",
         "toml/duplicate",
         "duplicate key; keep one of the two",
     ),
-    (
-        "TOML",
-        "toml/sequence",
-        "invalid type: ..., expected a sequence; write `reserved` as a list of tables and each \
-         endpoint under its own [[endpoint]]",
-    ),
-    (
-        "TOML",
-        "toml/table",
-        "invalid type: ...; write a table, such as { first = 0x0, last = 0xfff } for a reserved \
-         region",
-    ),
+    ("TOML", "toml/sequence", "must be a list ..., not ..."),
+    ("TOML", "toml/table", "must be a table ..., not ..."),
+    ("TOML", "toml/place", "the key `...` cannot stand here; ..."),
     ("TOML", "toml/other", "...; correct the TOML"),
     (
         "Sockets",
+        "socket/file",
+        "... exists and is not a socket; remove it or choose another path",
+    ),
+    (
+        "Sockets",
+        "socket/taken",
+        "another process listens on ...; stop it or choose another path",
+    ),
+    ("Sockets", "socket/bind", "cannot listen on ...: ..."),
     (
         "Sockets",
         "socket/folder",
@@ -108,15 +108,6 @@ pub const IN_CODE: &[(&str, &str, &str)] = &[
         "socket/file-as-folder",
         "..., where the socket ... is to be, is not a folder; choose another path",
     ),
-        "socket/file",
-        "... exists and is not a socket; remove it or choose another path",
-    ),
-    (
-        "Sockets",
-        "socket/taken",
-        "another process listens on ...; stop it or choose another path",
-    ),
-    ("Sockets", "socket/bind", "cannot listen on ...: ..."),
     (
         "Descriptors",
         "ready-fd",
@@ -266,6 +257,7 @@ pub const CASES: &[Case] = &[
     case("toml/duplicate", File("address = '00:05.0'")),
     case("toml/sequence", File("reserved = 1")),
     case("toml/table", File("reserved = [1]")),
+    case("toml/place", File("[[endpoint]]\nmemory = '1G'")),
     case("toml/other", File("bypass = ")),
     case("ProblemKind::WrongType", File("bypass = 1")),
     case("ProblemKind::Missing", Text("")),
@@ -321,10 +313,6 @@ pub const CASES: &[Case] = &[
     case("ProblemKind::ReaderLimit", File("[readers]\nlimit = 0")),
     // Addresses.
     case("ProblemKind::Pci", File("[[endpoint]]\naddress = 'x'")),
-    case("PciAddressError", File("[[endpoint]]\naddress = 'x'")),
-    case(
-        "ProblemKind::PciRange",
-        File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
     case(
         "ProblemKind::Host",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio = '0:x'"),
@@ -333,6 +321,10 @@ pub const CASES: &[Case] = &[
         "HostAddressError",
         File("[[endpoint]]\naddress = '00:06.0'\nvfio = '0:x'"),
     ),
+    case("PciAddressError", File("[[endpoint]]\naddress = 'x'")),
+    case(
+        "ProblemKind::PciRange",
+        File("[[endpoint]]\nrange = '00:07.0-00:06.0'"),
     ),
     case(
         "PciRangeError::Backwards",

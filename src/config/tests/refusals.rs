@@ -32,6 +32,68 @@ fn refusals_name_place_and_cure() {
             "vm0.toml:2: ",
             &["unknown key `size`", "`last`"],
         ),
+        // Slips with tables and lists.
+        (
+            "endpoint = ['00:10.0', '00:11.0']",
+            "vm0.toml:2: ",
+            &[
+                "must be a table for each endpoint: `[[endpoint]]`",
+                "not the text \"00:10.0\"",
+            ],
+        ),
+        (
+            "endpoint = [['00:10.0']]",
+            "vm0.toml:2: ",
+            &["must be a table for each endpoint", "not a list"],
+        ),
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nvfio-user = '/run/nvme.sock'",
+            "vm0.toml:4: ",
+            &["must be a table such as { listen = ", "not the text"],
+        ),
+        (
+            "[[endpoint]]\naddress = '00:10.0'\nmemory = '1G'",
+            "vm0.toml:4: ",
+            &[
+                "`memory` cannot stand here",
+                "above the first `[[endpoint]]`",
+            ],
+        ),
+        (
+            "[metrics]\ntextfile = '/t.prom'\nsocket-mode = '0660'",
+            "vm0.toml:4: ",
+            &["`socket-mode` cannot stand here", "and the first table"],
+        ),
+        (
+            "vfio = '65:00.0'",
+            "vm0.toml:2: ",
+            &["`vfio` cannot stand here", "under the `[[endpoint]]`"],
+        ),
+        (
+            "textfile = '/t.prom'",
+            "vm0.toml:2: ",
+            &["`textfile` cannot stand here", "under `[metrics]`"],
+        ),
+        (
+            "metrics = '/run/m.sock'",
+            "vm0.toml:2: ",
+            &["must be a table: `[metrics]`", "not the text"],
+        ),
+        (
+            "readers = [1001]",
+            "vm0.toml:2: ",
+            &["must be a", "`[readers]`"],
+        ),
+        (
+            "hotplug = '01:00.0'",
+            "vm0.toml:2: ",
+            &["must be a list such as [\"01:00.0", "not the text"],
+        ),
+        (
+            "[readers]\nusers = 1001",
+            "vm0.toml:3: ",
+            &["must be a list such as [1001", "not the number 1001"],
+        ),
         (
             "socket = 'a'\nsocket = 'b'",
             "vm0.toml:3: ",
@@ -52,9 +114,9 @@ fn refusals_name_place_and_cure() {
         (
             "endpoint = [3]",
             "vm0.toml:2: ",
-            &["invalid type", "write a table"],
+            &["must be a table for each endpoint", "not the number 3"],
         ),
-        ("reserved = 3", "vm0.toml:2: ", &["list of tables"]),
+        ("reserved = 3", "vm0.toml:2: ", &["a list such as [{ first"]),
         (
             "bypass = 'on'",
             "vm0.toml:2: bypass: ",
@@ -447,6 +509,9 @@ fn refusals_name_place_and_cure() {
         assert!(message.starts_with(place), "{text}: {message}");
         for part in *parts {
             assert!(message.contains(part), "{text}: no {part:?} in {message}");
+        }
+        for term in ["struct ", "Draft", "sequence", "invalid type"] {
+            assert!(!message.contains(term), "{text}: {term:?} in {message}");
         }
     }
 }
