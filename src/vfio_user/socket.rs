@@ -20,7 +20,7 @@ use rustix::net::{
 };
 use thiserror::Error;
 
-use super::message::{HEADER_BYTES, Header, MAX_DESCRIPTORS, Malformed};
+use super::message::{HEADER_BYTES, Header, Kind, MAX_DESCRIPTORS, Malformed};
 
 /// The receiver allocates this many bytes of a body at a time: the peer may declare a large body and
 /// never send it.
@@ -31,7 +31,7 @@ const STEP: usize = 64 << 10;
 pub struct Message {
     /// The header.
     pub header: Header,
-    /// The `header.body_len` bytes after the header.
+    /// The `header.body_len` bytes after the header; none of a refusal, whatever the peer sent.
     pub body: Vec<u8>,
     /// The descriptors received with it; they are closed on exec.
     pub descriptors: Vec<OwnedFd>,
@@ -103,9 +103,16 @@ impl Receiver {
                 self.head_len = 0;
                 self.header = None;
                 self.body_len = 0;
+                let mut body = std::mem::take(&mut self.body);
+                let mut header = header;
+                if matches!(header.kind, Kind::Refusal(_)) {
+                    // The errno in the header says all.
+                    body = Vec::new();
+                    header.body_len = 0;
+                }
                 return Ok(Received::Message(Message {
                     header,
-                    body: std::mem::take(&mut self.body),
+                    body,
                     descriptors: std::mem::take(&mut self.descriptors),
                 }));
             }

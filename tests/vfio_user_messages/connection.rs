@@ -161,7 +161,12 @@ impl Connection {
     }
 
     pub fn refuse(&mut self, to: &Msg, error: u32) {
-        self.send_raw(&bytes(to.id, to.cmd, ERROR, error, &[]), &[]);
+        self.refuse_with(to, error, &[]);
+    }
+
+    /// Refuses as libvfio-user does: with the body of the reply that it had prepared.
+    pub fn refuse_with(&mut self, to: &Msg, error: u32, body: &[u8]) {
+        self.send_raw(&bytes(to.id, to.cmd, ERROR, error, body), &[]);
     }
 
     pub fn reply(&mut self, to: &Msg, body: &[u8], fds: &[BorrowedFd<'_>]) {

@@ -212,3 +212,31 @@ fn large_messages_pass_whole() {
     assert_eq!(read.body.len(), 16 + (1 << 20));
     assert!(read.body[16..].iter().all(|b| *b == 4));
 }
+
+/// libvfio-user sends a refusal with the body of the reply that it had prepared: the head of the access, and data.
+#[test]
+fn a_refusal_with_a_body_costs_the_client_one_access_and_not_the_device() {
+    const UNSERVED: u64 = 0xffc;
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, played) = bed.pair(|server, msg| {
+        let refused = [REGION_READ, REGION_WRITE].contains(&msg.cmd) && msg.u64_at(0) == UNSERVED;
+        if refused {
+            let body = [&msg.body[..16], &[0; 4]].concat();
+            server.refuse_with(msg, libc::EINVAL.unsigned_abs(), &body);
+        }
+        refused
+    });
+    for _ in 0..2 {
+        let read = client.call(REGION_READ, &region(UNSERVED, 7, 4, &[]), &[]);
+        assert_eq!((read.errno(), read.body.len()), (libc::EINVAL, 0));
+        let written = client.call(REGION_WRITE, &region(UNSERVED, 7, 4, &[1; 4]), &[]);
+        assert_eq!((written.errno(), written.body.len()), (libc::EINVAL, 0));
+        let read = client.call(REGION_READ, &region(0, 7, 4, &[]), &[]);
+        assert_eq!((read.errno(), read.body.len()), (0, 16 + 4));
+    }
+    assert_eq!(
+        played.each(VERSION, |_| ()).len(),
+        1,
+        "the first connection"
+    );
+}

@@ -37,7 +37,7 @@ fn garbage() -> Vec<(&'static str, Vec<u8>, usize)> {
             0,
         ),
         ("an unknown message type", sized(48, GET_INFO, 2), 0),
-        ("an error reply with data", sized(48, RESET, ERROR), 0),
+        ("an error reply to no command", sized(48, RESET, ERROR), 0),
         (
             "random bytes",
             (0..200u8).map(|n| n.wrapping_mul(89)).collect(),

@@ -23,7 +23,8 @@ pub enum Kind {
     },
     /// A reply to a command that succeeded.
     Reply,
-    /// A reply to a command that was refused, with an errno, which may be 0.
+    /// A reply to a command that was refused, with an errno, which may be 0. Its body has no meaning:
+    /// some servers send the reply that they had prepared, and the receiver drops it.
     Refusal(u32),
 }
 
@@ -95,9 +96,6 @@ impl Header {
             TYPE_REPLY => Kind::Reply,
             other => return Err(Malformed::Type(other)),
         };
-        if matches!(kind, Kind::Refusal(_)) && body_len > 0 {
-            return Err(Malformed::RefusalWithData(body_len));
-        }
         Ok(Self {
             id: wire.id.get(),
             command: wire.command.get(),
@@ -184,7 +182,6 @@ mod tests {
             Ok(MAX_MESSAGE as usize - 16)
         );
         assert_eq!(decode(16, 2), Err(Malformed::Type(2)));
-        assert_eq!(decode(17, 0x21), Err(Malformed::RefusalWithData(1)));
         let refusal = Header::decode(&raw(16, 0x21, 22)).expect("a refusal");
         assert_eq!(refusal.kind, Kind::Refusal(22));
         let posted = Header::decode(&raw(16, 0x10, 0)).expect("a command");
@@ -202,8 +199,7 @@ mod tests {
                 2 => Kind::Reply,
                 _ => Kind::Refusal(error),
             };
-            let body_len = if matches!(kind, Kind::Refusal(_)) { 0 } else { len };
-            let header = Header { id, command, kind, body_len };
+            let header = Header { id, command, kind, body_len: len };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
 

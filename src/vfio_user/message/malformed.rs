@@ -14,9 +14,6 @@ pub enum Malformed {
     /// The header's type is neither command nor reply.
     #[error("a message has type {0}; only 0 and 1 are defined")]
     Type(u32),
-    /// A refusal has a body; its errno is in the header.
-    #[error("a refusal has {0} bytes of data and must have none")]
-    RefusalWithData(usize),
     /// The body is shorter than the structure of the command.
     #[error("{command:?} has {have} bytes of data and needs {need}")]
     Short {
