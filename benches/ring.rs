@@ -44,7 +44,8 @@ use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
 use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::transport::vhost_user::backend::VhostUserDevice;
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
+use vhost_device_iommu::transport::vhost_user::ring::VmmRing;
+use vhost_user_backend::{VhostUserBackend, VringT};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
@@ -108,7 +109,7 @@ fn device_alone() -> (f64, f64) {
     backend.update_memory(seen.clone()).expect("memory taken");
     backend.acked_features(STOCK);
     let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true));
-    let rings = [0, 1].map(|_| VringRwLock::new(seen.clone(), RING_SIZE).expect("a ring"));
+    let rings = [0, 1].map(|_| VmmRing::new(seen.clone(), RING_SIZE).expect("a ring"));
     let queue = &driver.queue;
     rings[0]
         .set_queue_info(queue.desc, queue.avail, queue.used)

@@ -43,10 +43,14 @@ pub enum Rank {
     Ring,
     /// The exported devices that hot resets concern: held while the kernel makes one.
     HotResets,
+    /// The descriptors of one ring of a VMM.
+    RingDescriptors,
     /// The mapped regions of one device of the host.
     DeviceRegions,
     /// Descriptors that the vhost-user crate has leaked.
     ExitConsumers,
+    /// The connection to a VMM, which its rings may end.
+    Connection,
     /// The request to stop the vhost-user server, and the connection to close then.
     Stop,
     /// The socket files that the daemon removes when it ends.

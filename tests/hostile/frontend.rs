@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserFrontend;
@@ -17,35 +17,6 @@ use crate::common::memory::{USER_BASE, memfd};
 use crate::common::ring::{Desc, NEXT, WRITE};
 use crate::common::rng::Rng;
 use crate::common::wire::{self, OK, RW, TAIL};
-
-#[test]
-#[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
-fn a_kick_descriptor_that_blocks_does_not_outlive_sigterm() {
-    let daemon = Daemon::start();
-    let mut guest = Guest::connect(&daemon, Setup::default());
-    let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
-    writer.write_all(&[0; 3]).expect("three bytes");
-    // SAFETY: `into_raw_fd` has just given up ownership of the descriptor.
-    guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
-    guest.driver_ok();
-    daemon.terminate();
-    let deadline = Instant::now() + Duration::from_secs(30);
-    let status = loop {
-        if let Some(status) = daemon.exit_status() {
-            break status;
-        }
-        assert!(Instant::now() < deadline, "the daemon ignores SIGTERM");
-        std::thread::sleep(Duration::from_millis(20));
-    };
-    assert_eq!(
-        status.code(),
-        Some(1),
-        "the daemon reports that a thread did not end"
-    );
-    assert!(!daemon.socket().exists() && !daemon.control_socket().exists());
-    drop(writer);
-}
 
 /// The bytes of a vhost-user message.
 fn message(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {

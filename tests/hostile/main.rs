@@ -13,6 +13,7 @@ mod common;
 
 mod bed;
 mod chains;
+mod descriptors;
 mod floods;
 mod frontend;
 mod requests;

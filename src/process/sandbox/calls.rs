@@ -56,6 +56,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
         }
         Role::Worker => {
             list.extend(always(&WAIT));
+            // Shuts the connection down when it ends.
+            list.extend(always(&[libc::SYS_shutdown]));
             list.extend(confine());
             list.extend(backends(needs));
             if needs.realtime {

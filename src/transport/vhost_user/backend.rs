@@ -2,18 +2,17 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, RwLockWriteGuard};
+use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringState, VringT};
-use virtio_queue::{Queue, QueueT};
+use vhost_user_backend::VhostUserBackend;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::device::ring::{LockedRing, Ring};
+use super::ring::VmmRing;
 use crate::device::{Device, EVENT_QUEUE, MAX_QUEUE_SIZE, QUEUES, REQUEST_QUEUE};
 use crate::error_limited;
 use crate::locks::{Mutex, Rank};
@@ -23,32 +22,6 @@ use crate::process::sandbox::{self, Role};
 const WAKE_EVENT: u16 = 3;
 /// Event number of the watchdog's question.
 const PULSE_EVENT: u16 = 4;
-
-impl Ring for VringRwLock {
-    type Locked<'a> = RwLockWriteGuard<'a, VringState>;
-
-    fn lock(&self) -> Self::Locked<'_> {
-        self.get_mut()
-    }
-}
-
-impl LockedRing for RwLockWriteGuard<'_, VringState> {
-    fn is_running(&self) -> bool {
-        self.is_enabled() && self.get_queue().ready()
-    }
-
-    fn queue(&self) -> &Queue {
-        self.get_queue()
-    }
-
-    fn queue_mut(&mut self) -> &mut Queue {
-        self.get_queue_mut()
-    }
-
-    fn signal(&self) -> io::Result<()> {
-        self.signal_used_queue()
-    }
-}
 
 /// The device as a vhost-user backend. It serves all VMMs, one after the other.
 pub struct VhostUserDevice {
@@ -83,7 +56,7 @@ impl VhostUserDevice {
 
 impl VhostUserBackend for VhostUserDevice {
     type Bitmap = ();
-    type Vring = VringRwLock;
+    type Vring = VmmRing;
 
     fn num_queues(&self) -> usize {
         QUEUES
@@ -161,10 +134,13 @@ impl VhostUserBackend for VhostUserDevice {
         &self,
         event: u16,
         _events: EventSet,
-        rings: &[VringRwLock],
+        rings: &[VmmRing],
         _thread: usize,
     ) -> io::Result<()> {
         sandbox::enter(Role::Worker);
+        if let Some(ring) = rings.first() {
+            ring.connection().end_with_this_thread();
+        }
         if let Some(events) = rings.get(usize::from(EVENT_QUEUE)) {
             self.device.begin_event(events);
         }

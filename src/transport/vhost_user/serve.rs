@@ -20,6 +20,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::backend::VhostUserDevice;
+use super::connection::Connection;
 use crate::device::Device;
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::EventLoop;
@@ -115,7 +116,9 @@ impl VhostUserServer {
         // Must come before the daemon object, which starts the worker's thread.
         self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
-        let made = VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory);
+        let connection = Arc::new(Connection::default());
+        let made = connection
+            .during(|| VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory));
         let mut daemon = match made {
             Ok(daemon) => daemon,
             Err(cause) => {
@@ -135,22 +138,28 @@ impl VhostUserServer {
             info_limited!("a VMM has connected");
             self.device.connect();
             vmm_present(true);
+            connection.open(daemon.shutdown_handle());
             self.stop.watch(daemon.shutdown_handle());
             daemon.wait()
         });
         let has_memory = self.device.has_memory();
+        let reason = connection.close();
         self.stop.watch(None);
         vmm_present(false);
         self.device.stop();
         drop(daemon);
         close_leaked(self.backend.take_leaked());
         self.device.disconnect();
-        match result.map_err(ServeError::VhostUser)? {
-            Ok(())
-            | Err(BackendError::HandleRequest(
-                VhostUserError::Disconnected | VhostUserError::PartialMessage,
-            )) => info_limited!("the VMM has disconnected"),
-            Err(cause) => {
+        match (reason, result.map_err(ServeError::VhostUser)?) {
+            (Some(reason), _) => warn_limited!("the connection was closed: {reason}"),
+            (
+                None,
+                Ok(())
+                | Err(BackendError::HandleRequest(
+                    VhostUserError::Disconnected | VhostUserError::PartialMessage,
+                )),
+            ) => info_limited!("the VMM has disconnected"),
+            (None, Err(cause)) => {
                 let hint = hint(&cause, has_memory);
                 warn_limited!("the connection was closed: {cause}{hint}");
             }

@@ -1,0 +1,266 @@
+//! A ring of the backend crate, with kick descriptors that this module waits for.
+//!
+//! The backend crate keeps one descriptor for each ring, puts it into the worker's epoll set when the ring starts, and
+//! reads it when it is readable. If a read fails, the worker's thread ends without a message. If the VMM replaces the
+//! descriptor of a running ring, the set keeps the old one, which the crate has closed: its kicks make the worker read
+//! the new descriptor, and the new one's kicks reach nobody.
+//!
+//! So the crate gets a descriptor of our own, which stays the same: an epoll set with the VMM's descriptor in it.
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard};
+
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
+use vhost_user_backend::{VringRwLock, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error as QueueError, Queue, QueueT};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use super::connection::Connection;
+use crate::device::ring::{LockedRing, Ring};
+use crate::error_limited;
+use crate::locks::{Mutex, Rank};
+
+/// Guest memory as the backend crate passes it.
+type RingMemory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// A ring that a VMM has set up. Clones name the same ring.
+#[derive(Clone)]
+pub struct VmmRing {
+    /// Addresses, indices and state. The crate's descriptor in it is a duplicate of `kicks.set` while the ring is
+    /// started.
+    state: VringRwLock,
+    kicks: Arc<Kicks>,
+    connection: Arc<Connection>,
+}
+
+impl VmmRing {
+    /// The connection that this ring belongs to.
+    pub(super) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+
+    /// The VMM's kick descriptor is `kick` from now on.
+    fn replace_kick(&self, kick: Option<File>) -> io::Result<()> {
+        let has_kick = kick.is_some();
+        self.kicks.replace(kick.map(OwnedFd::from))?;
+        let state = self.state.get_ref();
+        let (is_started, has_set) = (state.get_queue().ready(), state.get_kick().is_some());
+        drop(state);
+        // The crate adds its descriptor to the worker's set when a ring starts, and removes it when the ring stops.
+        // Meanwhile it must stay the same.
+        if !is_started && has_set != has_kick {
+            let set = has_kick.then(|| self.kicks.set.try_clone()).transpose()?;
+            self.state.set_kick(set.map(File::from));
+        }
+        Ok(())
+    }
+}
+
+impl Ring for VmmRing {
+    type Locked<'a> = RwLockWriteGuard<'a, VringState>;
+
+    fn lock(&self) -> Self::Locked<'_> {
+        self.state.get_mut()
+    }
+}
+
+impl LockedRing for RwLockWriteGuard<'_, VringState> {
+    fn is_running(&self) -> bool {
+        self.is_enabled() && self.get_queue().ready()
+    }
+
+    fn queue(&self) -> &Queue {
+        self.get_queue()
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        self.get_queue_mut()
+    }
+
+    fn signal(&self) -> io::Result<()> {
+        self.signal_used_queue()
+    }
+}
+
+impl<'a> VringStateGuard<'a, RingMemory> for VmmRing {
+    type G = RwLockReadGuard<'a, VringState>;
+}
+
+impl<'a> VringStateMutGuard<'a, RingMemory> for VmmRing {
+    type G = RwLockWriteGuard<'a, VringState>;
+}
+
+impl VringT<RingMemory> for VmmRing {
+    fn new(memory: RingMemory, max_queue_size: u16) -> Result<Self, QueueError> {
+        let kicks = Kicks::new().map_err(|cause| {
+            error_limited!("cannot make the descriptors of a ring: {cause}");
+            QueueError::QueueNotReady
+        })?;
+        Ok(Self {
+            state: VringRwLock::new(memory, max_queue_size)?,
+            kicks: Arc::new(kicks),
+            connection: Connection::in_the_making(),
+        })
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        if let Err(cause) = self.replace_kick(file) {
+            let reason = format!("a ring's kick descriptor cannot be waited for: {cause}");
+            self.connection.end(reason);
+        }
+    }
+
+    /// Never fails: on an error the backend crate would end the worker's thread silently.
+    fn read_kick(&self) -> io::Result<bool> {
+        if let Err(cause) = self.kicks.take() {
+            let reason = format!("the kicks of a ring cannot be waited for: {cause}");
+            self.connection.end(reason);
+        }
+        Ok(self.state.get_ref().is_enabled())
+    }
+
+    fn get_ref(&self) -> RwLockReadGuard<'_, VringState> {
+        self.state.get_ref()
+    }
+
+    fn get_mut(&self) -> RwLockWriteGuard<'_, VringState> {
+        self.state.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), QueueError> {
+        self.state.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.state.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.state.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.state.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.state.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.state.set_enabled(enabled);
+    }
+
+    fn set_queue_info(
+        &self,
+        desc_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+    ) -> Result<(), QueueError> {
+        self.state.set_queue_info(desc_table, avail_ring, used_ring)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.state.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.state.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, index: u16) {
+        self.state.set_queue_next_used(index);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.state.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, size: u16) {
+        self.state.set_queue_size(size);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.state.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.state.set_queue_ready(ready);
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.state.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.state.set_err(file);
+    }
+}
+
+/// The kicks of one ring: a set of the VMM's kick descriptor and one of our own.
+///
+/// The descriptors are edge-triggered, and the set alone tells whether a kick has come. Nothing reads the VMM's
+/// descriptor, so no read of it can block, whatever it is, and whoever else reads it.
+#[derive(Debug)]
+struct Kicks {
+    set: OwnedFd,
+    /// Stands in for a kick when the descriptor is replaced: the driver may have kicked the old one.
+    replaced: OwnedFd,
+    kick: Mutex<Option<OwnedFd>>,
+}
+
+impl Kicks {
+    fn new() -> io::Result<Self> {
+        let kicks = Self {
+            set: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            replaced: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            kick: Mutex::new(Rank::RingDescriptors, None),
+        };
+        kicks.add(&kicks.replaced)?;
+        Ok(kicks)
+    }
+
+    /// Waits for `kick` instead of the present descriptor.
+    fn replace(&self, kick: Option<OwnedFd>) -> io::Result<()> {
+        let mut present = self.kick.lock();
+        if let Some(old) = &*present {
+            // Closing it would not remove it: the VMM has the same file open.
+            epoll::delete(&self.set, old)?;
+            *present = None;
+        }
+        if let Some(new) = kick {
+            self.add(&new)?;
+            *present = Some(new);
+            match rustix::io::write(&self.replaced, &1u64.to_ne_bytes()) {
+                // A counter that is full has been signalled, too.
+                Ok(_) | Err(Errno::AGAIN) => {}
+                Err(cause) => return Err(cause.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the kicks that have come.
+    fn take(&self) -> io::Result<()> {
+        let mut events = [MaybeUninit::uninit(); 2];
+        match epoll::wait(&self.set, &mut events, Some(&Timespec::default())) {
+            // After a signal the worker's set still reports the kicks.
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(cause) => Err(cause.into()),
+        }
+    }
+
+    fn add(&self, source: &OwnedFd) -> io::Result<()> {
+        let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        Ok(epoll::add(
+            &self.set,
+            source,
+            epoll::EventData::new_u64(0),
+            events,
+        )?)
+    }
+}
