@@ -227,6 +227,14 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Whether a descriptor that a peer has sent is a Unix stream socket. To wait for another file could take as long as its
+/// file system likes.
+pub(super) fn is_stream_socket(fd: impl AsFd) -> bool {
+    let fd = fd.as_fd();
+    rustix::net::sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX)
+        && rustix::net::sockopt::socket_type(fd) == Ok(SocketType::STREAM)
+}
+
 /// Receives bytes into `buffer`, which is not empty. Returns their number, 0 at the end of the stream,
 /// or `None` if there are none yet.
 fn receive_some(

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::Access;
@@ -230,6 +231,25 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
         let fds = vec![null.as_fd(); descriptors];
         server.send(msg.id, cmd, REPLY, body, &fds);
         assert!(server.is_closed(), "command {request}, reply to {cmd}");
+    }
+    assert_works(&bed);
+}
+
+#[test]
+fn a_twin_socket_that_is_another_file_cuts_the_server_off() {
+    let bed = Bed::new(Isolation::Messages);
+    let (reader, _writer) = std::io::pipe().expect("a pipe");
+    let (datagrams, _other) = UnixDatagram::pair().expect("sockets");
+    for twin in [reader.as_fd(), datagrams.as_fd()] {
+        let listener = bed.listen();
+        let mut client = bed.connect();
+        client.ask(VERSION, &version_body("{}"), &[]);
+        let mut server = accept(&listener);
+        let request = server.recv().expect("VERSION");
+        let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
+        server.reply(&request, &version_body(text), &[twin]);
+        assert!(server.is_closed());
+        assert!(client.is_closed());
     }
     assert_works(&bed);
 }

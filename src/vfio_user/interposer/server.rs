@@ -8,7 +8,7 @@ use crate::process::event_loop::Events;
 use crate::vfio_user::dma;
 use crate::vfio_user::link::MatchedReply;
 use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
-use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver};
+use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, is_stream_socket};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
 
@@ -107,7 +107,16 @@ impl Proxy {
             Kind::Refusal(error) => Err(format!("it refuses VERSION: errno {error}")),
             Kind::Command { .. } | Kind::Reply => Version::decode(&message.body)
                 .and_then(|server| proposed.answer(&server, message.descriptors.len()))
-                .map_err(|e| e.to_string()),
+                .map_err(|e| e.to_string())
+                .and_then(|(answer, terms)| {
+                    let twin = terms.twin.and_then(|at| message.descriptors.get(at));
+                    match twin {
+                        Some(twin) if !is_stream_socket(twin) => {
+                            Err("its twin socket is not a Unix stream socket".into())
+                        }
+                        _ => Ok((answer, terms)),
+                    }
+                }),
         };
         let (answer, terms) = match agreed {
             Ok(agreed) => agreed,
