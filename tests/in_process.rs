@@ -24,9 +24,12 @@ use vhost_device_iommu::daemon::{Daemon, StopHandle};
 use vhost_device_iommu::device::Device;
 use vhost_device_iommu::faults::{Fault, FaultReason};
 use vhost_device_iommu::ids::EndpointId;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 const SOON: Duration = Duration::from_secs(5);
 const NEVER: Duration = Duration::from_millis(100);
+/// Nothing that goes on takes so long.
+const HANG: Duration = Duration::from_secs(30);
 
 /// A daemon on a thread of this process, so that the test can call the device directly.
 struct InProcess {
@@ -131,6 +134,34 @@ fn a_fault_reaches_the_driver_in_the_format_of_the_specification() {
         }
     }
     assert_eq!(daemon.counts(), (9, 0));
+}
+
+#[test]
+fn a_fault_is_delivered_through_a_full_call_descriptor_that_blocks() {
+    let daemon = InProcess::start();
+    let mut guest = Guest::connect_to(daemon.socket(), Setup::default());
+    guest.events.call = EventFd::new(EFD_CLOEXEC).expect("an eventfd");
+    guest
+        .events
+        .call
+        .write(u64::MAX - 1)
+        .expect("the counter is full");
+    guest.driver_ok();
+    guest.attach(1, EP);
+    for address in 0..3 {
+        guest.post_event_buffer(24);
+        let (done, delivery) = std::sync::mpsc::channel();
+        let device = daemon.device.clone();
+        // In a thread of its own, because a hang would otherwise hang the test.
+        std::thread::spawn(move || {
+            device.report_fault(&fault(address));
+            done.send(())
+        });
+        delivery.recv_timeout(HANG).expect("delivered");
+        let event = guest.take_event(SOON).expect("a fault record");
+        assert_eq!(decode(&event.bytes).3, address);
+    }
+    assert_eq!(daemon.counts(), (3, 0));
 }
 
 #[test]

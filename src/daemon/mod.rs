@@ -22,6 +22,7 @@ use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::process::peer_event;
 use crate::process::realtime::{Realtime, RealtimeError};
 use crate::process::socket::{SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
@@ -96,6 +97,11 @@ impl Daemon {
             step: "make event descriptors",
             source,
         };
+        peer_event::prepare().map_err(|source| DaemonError::System {
+            step: "set up asynchronous I/O, which signals the VMM's eventfds (raise fs.aio-max-nr if the \
+                   host has reached it)",
+            source,
+        })?;
         let mut iommu = Iommu::new(
             Settings {
                 address_width: config.address_width,

@@ -13,12 +13,12 @@ use crate::warn_limited;
 /// The number of buffers that a fault may skip, because they are too small, before its last attempt.
 const MAX_TOO_SMALL: usize = 16;
 
-/// Writes `fault` into the next buffer and notifies the driver.
+/// Writes `fault` into the next buffer. The caller must send the ring's interrupts.
 ///
 /// 1. The caller has refused an access and describes it as a [`Fault`].
 /// 2. The device locks the ring and takes the next buffer off it.
 /// 3. If the buffer is too small for a record, the device returns it empty and takes the next one, up to 16 times.
-/// 4. The device writes the record, returns the buffer and notifies the driver.
+/// 4. The device writes the record, returns the buffer and requests an interrupt.
 ///
 /// Returns `false` if the ring is not running or has no buffer that fits: the fault is dropped.
 pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> bool {

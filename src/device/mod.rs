@@ -42,7 +42,6 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::guest_memory::{check_regions, slots};
-use crate::error_limited;
 use crate::faults::Fault;
 use crate::faults::log::FaultLog;
 use crate::iommu::Iommu;
@@ -56,6 +55,7 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_BYPASS_CONFIG, VIRTIO_IOMMU_F_DOMAIN_RANGE, VIRTIO_IOMMU_F_INPUT_RANGE,
     VIRTIO_IOMMU_F_MAP_UNMAP, VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE,
 };
+use crate::{error_limited, warn_limited};
 
 use self::execute::probe_size;
 use self::polling::Polling;
@@ -92,7 +92,7 @@ pub struct Device {
     /// The worker unlocks it fairly, so a busy driver cannot keep other threads out.
     requests: Mutex<Requests>,
     /// Guards the event queue's ring. Its holder may change memory: no thread is writing a fault record.
-    events: Mutex<Option<Box<dyn StoredRing>>>,
+    events: Mutex<Option<Arc<dyn StoredRing>>>,
     iommu: Arc<Mutex<Iommu>>,
     /// Guest memory, checked. The transport's own copy is not.
     memory: Mutex<Option<Arc<GuestMemoryMmap>>>,
@@ -189,7 +189,11 @@ impl Device {
         } else {
             self.metrics.faults_dropped.inc();
         }
+        let ring = events.clone();
         drop(events);
+        if let Some(ring) = ring {
+            send_interrupts(|| ring.send_interrupts());
+        }
         if let Some(counter) = self.metrics.faults.get(fault.reason.index()) {
             counter.inc();
         }
@@ -387,5 +391,12 @@ impl Device {
         self.features.store(0, Ordering::Release);
         self.metrics.resets.inc();
         self.iommu.lock().reset();
+    }
+}
+
+/// Sends the interrupts of a ring, and logs a failure.
+fn send_interrupts(send: impl FnOnce() -> io::Result<()>) {
+    if let Err(cause) = send() {
+        warn_limited!("cannot notify the driver: {cause}");
     }
 }

@@ -25,6 +25,7 @@ pub(crate) struct PlainRingState {
     pub queue: Queue,
     /// Whether the device may use the ring.
     pub running: bool,
+    requested: Cell<bool>,
     interrupts: Cell<u64>,
 }
 
@@ -48,6 +49,7 @@ impl PlainRing {
             PlainRingState {
                 queue,
                 running: true,
+                requested: Cell::new(false),
                 interrupts: Cell::new(0),
             },
         )))
@@ -65,6 +67,16 @@ impl Ring for PlainRing {
     fn lock(&self) -> Self::Locked<'_> {
         self.0.lock()
     }
+
+    fn send_interrupts(&self) -> io::Result<()> {
+        // Panics if the caller holds a lock of this rank or a higher one: that of a queue, of the core or of a ring.
+        drop(Mutex::new(Rank::RequestQueue, ()).lock());
+        let ring = self.lock();
+        if ring.requested.replace(false) {
+            ring.interrupts.set(ring.interrupts.get() + 1);
+        }
+        Ok(())
+    }
 }
 
 impl LockedRing for MutexGuard<'_, PlainRingState> {
@@ -80,8 +92,7 @@ impl LockedRing for MutexGuard<'_, PlainRingState> {
         &mut self.queue
     }
 
-    fn signal(&self) -> io::Result<()> {
-        self.interrupts.set(self.interrupts.get() + 1);
-        Ok(())
+    fn request_interrupt(&self) {
+        self.requested.set(true);
     }
 }

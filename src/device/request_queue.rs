@@ -10,7 +10,7 @@ use super::chain::{Chain, DESCRIPTOR_LEN, Span};
 use super::execute::{Context, Executor, WORK_PER_CLOCK_READ};
 use super::request_ring::{self, RingError};
 use super::resume::UsedEntry;
-use super::ring::{LockedRing, Ring, signal};
+use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
 use crate::metrics::SINGLES_PER_SAMPLE;
 use crate::warn_limited;
@@ -69,7 +69,7 @@ impl RequestQueue {
     /// Serves one batch of requests. The driver sees the answers when all are done; if that takes longer than
     /// 20 microseconds, it sees the finished ones earlier.
     ///
-    /// The ring is not locked while the core works.
+    /// The ring is not locked while the core works. The caller must send the ring's interrupts.
     pub fn serve(&mut self, ring: &impl Ring, context: &mut Context<'_>) -> Pass {
         if self.broken {
             return Pass::Stopped;
@@ -245,7 +245,7 @@ impl RequestQueue {
         }
         self.done.clear();
         if request_ring::wants_notification(queue, view, before) {
-            signal(&ring);
+            ring.request_interrupt();
         }
     }
 }

@@ -8,8 +8,6 @@ use std::io;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
-use crate::warn_limited;
-
 /// A handle to a ring that a transport has set up. Clones name the same ring.
 pub trait Ring: Clone + Send + Sync + 'static {
     /// The ring while its lock is held.
@@ -19,6 +17,13 @@ pub trait Ring: Clone + Send + Sync + 'static {
 
     /// Takes the ring's lock. It is the last one in the lock order.
     fn lock(&self) -> Self::Locked<'_>;
+
+    /// Sends the driver one interrupt if one was requested since the last. The caller must hold no lock that
+    /// another thread takes: the interrupt goes through a descriptor of another process.
+    ///
+    /// # Errors
+    /// The transport cannot send it.
+    fn send_interrupts(&self) -> io::Result<()>;
 }
 
 /// A ring whose lock is held.
@@ -32,24 +37,14 @@ pub trait LockedRing {
     /// The same, to advance the indices.
     fn queue_mut(&mut self) -> &mut Queue;
 
-    /// Sends the driver this ring's interrupt.
-    ///
-    /// # Errors
-    /// The transport cannot send it.
-    fn signal(&self) -> io::Result<()>;
+    /// Notes that the driver wants an interrupt. [`Ring::send_interrupts`] sends it, once all locks are released.
+    fn request_interrupt(&self);
 }
 
-/// Notifies the driver of returned buffers, unless the driver has suppressed notifications.
+/// Requests an interrupt for returned buffers, unless the driver has suppressed notifications.
 pub fn notify(ring: &mut impl LockedRing, memory: &GuestMemoryMmap) {
     let wanted = ring.queue_mut().needs_notification(memory);
     if wanted.unwrap_or(true) {
-        signal(ring);
-    }
-}
-
-/// Notifies the driver.
-pub fn signal(ring: &impl LockedRing) {
-    if let Err(cause) = ring.signal() {
-        warn_limited!("cannot notify the driver: {cause}");
+        ring.request_interrupt();
     }
 }

@@ -4,6 +4,7 @@
 //! compiler would have to export the functions that the method calls. It would then no longer inline functions with a
 //! single caller.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use log::debug;
@@ -17,7 +18,7 @@ use super::request_ring::NextChain;
 use super::resume::{Restart, RingState};
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
-use super::{Device, Requests};
+use super::{Device, Requests, send_interrupts};
 use crate::locks::MutexGuard;
 use crate::process::realtime::Realtime;
 use crate::{info_limited, warn_limited};
@@ -28,7 +29,7 @@ impl Device {
     pub(crate) fn begin_event(&self, events: &impl Ring) {
         self.events
             .lock()
-            .get_or_insert_with(|| Box::new(events.clone()));
+            .get_or_insert_with(|| Arc::new(events.clone()));
         if self.worker_is_new.load(Ordering::Relaxed) {
             self.worker_is_new.store(false, Ordering::Relaxed);
             if let Some(Err(cause)) = self.realtime.map(Realtime::apply) {
@@ -161,6 +162,7 @@ impl Device {
         let pass = requests.queue.serve(ring, &mut context);
         MutexGuard::unlock_fair(iommu);
         MutexGuard::unlock_fair(requests);
+        send_interrupts(|| ring.send_interrupts());
         pass
     }
 

@@ -1,5 +1,7 @@
 //! Rings that the device keeps from one event to the next.
 
+use std::io;
+
 use vm_memory::GuestMemoryMmap;
 
 use super::event_queue;
@@ -15,6 +17,9 @@ pub trait StoredRing: Send + Sync {
 
     /// See [`event_queue::deliver`].
     fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool;
+
+    /// See [`Ring::send_interrupts`].
+    fn send_interrupts(&self) -> io::Result<()>;
 }
 
 impl<R: Ring> StoredRing for R {
@@ -24,5 +29,9 @@ impl<R: Ring> StoredRing for R {
 
     fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
         event_queue::deliver(self, memory, fault)
+    }
+
+    fn send_interrupts(&self) -> io::Result<()> {
+        Ring::send_interrupts(self)
     }
 }

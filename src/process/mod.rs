@@ -3,6 +3,7 @@
 
 pub mod event_loop;
 pub mod inherited;
+pub mod peer_event;
 pub mod ready;
 pub mod realtime;
 pub mod sandbox;

@@ -50,6 +50,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(always(&MEMORY_FILES));
             list.extend(always(&[libc::SYS_epoll_ctl]));
+            list.extend(always(&PEER_EVENTS));
             list.extend(confine());
             list.extend(descriptors());
             list.extend(backends(needs));
@@ -58,6 +59,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&WAIT));
             // Shuts the connection down when it ends.
             list.extend(always(&[libc::SYS_shutdown]));
+            list.extend(always(&PEER_EVENTS));
             list.extend(confine());
             list.extend(backends(needs));
             if needs.realtime {
@@ -108,6 +110,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&DEVICE_REGISTERS));
+            list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
             list.extend(ioctls(&needs.device_ioctls));
         }
@@ -116,7 +119,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(always(&REMOVE_SOCKETS));
         }
-        Role::ShadowFaults | Role::Faults | Role::Watchdog => {}
+        Role::ShadowFaults | Role::Faults => list.extend(always(&PEER_EVENTS)),
+        Role::Watchdog => {}
     }
     list
 }
@@ -226,6 +230,9 @@ const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
 
 /// Registers and interrupts of an exported device.
 const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
+
+/// Recognizing and signalling eventfds of other processes (`process::peer_event`).
+const PEER_EVENTS: [c_long; 2] = [libc::SYS_io_submit, libc::SYS_io_getevents];
 
 /// Opening devices, reading sysfs, and creating listening sockets.
 #[cfg(target_arch = "x86_64")]

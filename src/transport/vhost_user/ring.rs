@@ -1,16 +1,23 @@
-//! A ring of the backend crate, with kick descriptors that this module waits for.
+//! A ring of the backend crate, with the VMM's descriptors in this module's hands.
 //!
-//! The backend crate keeps one descriptor for each ring, puts it into the worker's epoll set when the ring starts, and
+//! **Kicks.** The backend crate keeps one descriptor for each ring, puts it into the worker's epoll set when the ring starts, and
 //! reads it when it is readable. If a read fails, the worker's thread ends without a message. If the VMM replaces the
 //! descriptor of a running ring, the set keeps the old one, which the crate has closed: its kicks make the worker read
 //! the new descriptor, and the new one's kicks reach nobody.
 //!
 //! So the crate gets a descriptor of our own, which stays the same: an epoll set with the VMM's descriptor in it.
+//!
+//! **Calls.** The backend crate writes to the VMM's descriptor while it holds the ring's lock. A VMM can make that
+//! `write` block. Here the device notes under its locks that the driver wants an interrupt, and the kernel signals the
+//! descriptor after they are released ([`PeerEvent`]). The crate never gets the descriptor.
+//!
+//! A descriptor that is not an eventfd ends the connection.
 
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
@@ -23,6 +30,7 @@ use super::connection::Connection;
 use crate::device::ring::{LockedRing, Ring};
 use crate::error_limited;
 use crate::locks::{Mutex, Rank};
+use crate::process::peer_event::PeerEvent;
 
 /// Guest memory as the backend crate passes it.
 type RingMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -34,6 +42,7 @@ pub struct VmmRing {
     /// started.
     state: VringRwLock,
     kicks: Arc<Kicks>,
+    calls: Arc<Calls>,
     connection: Arc<Connection>,
 }
 
@@ -46,7 +55,7 @@ impl VmmRing {
     /// The VMM's kick descriptor is `kick` from now on.
     fn replace_kick(&self, kick: Option<File>) -> io::Result<()> {
         let has_kick = kick.is_some();
-        self.kicks.replace(kick.map(OwnedFd::from))?;
+        self.kicks.replace(peer_event(kick)?)?;
         let state = self.state.get_ref();
         let (is_started, has_set) = (state.get_queue().ready(), state.get_kick().is_some());
         drop(state);
@@ -61,28 +70,41 @@ impl VmmRing {
 }
 
 impl Ring for VmmRing {
-    type Locked<'a> = RwLockWriteGuard<'a, VringState>;
+    type Locked<'a> = LockedVmmRing<'a>;
 
     fn lock(&self) -> Self::Locked<'_> {
-        self.state.get_mut()
+        LockedVmmRing {
+            state: self.state.get_mut(),
+            calls: &self.calls,
+        }
+    }
+
+    fn send_interrupts(&self) -> io::Result<()> {
+        self.calls.send()
     }
 }
 
-impl LockedRing for RwLockWriteGuard<'_, VringState> {
+/// A [`VmmRing`] whose lock is held.
+pub struct LockedVmmRing<'a> {
+    state: RwLockWriteGuard<'a, VringState>,
+    calls: &'a Calls,
+}
+
+impl LockedRing for LockedVmmRing<'_> {
     fn is_running(&self) -> bool {
-        self.is_enabled() && self.get_queue().ready()
+        self.state.is_enabled() && self.state.get_queue().ready()
     }
 
     fn queue(&self) -> &Queue {
-        self.get_queue()
+        self.state.get_queue()
     }
 
     fn queue_mut(&mut self) -> &mut Queue {
-        self.get_queue_mut()
+        self.state.get_queue_mut()
     }
 
-    fn signal(&self) -> io::Result<()> {
-        self.signal_used_queue()
+    fn request_interrupt(&self) {
+        self.calls.request();
     }
 }
 
@@ -103,13 +125,14 @@ impl VringT<RingMemory> for VmmRing {
         Ok(Self {
             state: VringRwLock::new(memory, max_queue_size)?,
             kicks: Arc::new(kicks),
+            calls: Arc::new(Calls::default()),
             connection: Connection::in_the_making(),
         })
     }
 
     fn set_kick(&self, file: Option<File>) {
         if let Err(cause) = self.replace_kick(file) {
-            let reason = format!("a ring's kick descriptor cannot be waited for: {cause}");
+            let reason = format!("a ring's kick descriptor cannot be used: {cause}");
             self.connection.end(reason);
         }
     }
@@ -136,7 +159,8 @@ impl VringT<RingMemory> for VmmRing {
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        self.state.signal_used_queue()
+        self.calls.request();
+        self.calls.send()
     }
 
     fn enable_notification(&self) -> Result<bool, QueueError> {
@@ -193,11 +217,72 @@ impl VringT<RingMemory> for VmmRing {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.state.set_call(file);
+        if let Err(cause) = peer_event(file).and_then(|call| self.calls.replace(call)) {
+            let reason = format!("a ring's call descriptor cannot be used: {cause}");
+            self.connection.end(reason);
+        }
     }
 
+    /// Closes the descriptor: the device reports no errors of a ring.
     fn set_err(&self, file: Option<File>) {
-        self.state.set_err(file);
+        if let Err(cause) = peer_event(file) {
+            let reason = format!("a ring's error descriptor cannot be used: {cause}");
+            self.connection.end(reason);
+        }
+    }
+}
+
+/// Takes over a descriptor of the VMM, which must be an eventfd.
+fn peer_event(file: Option<File>) -> io::Result<Option<PeerEvent>> {
+    file.map(|file| PeerEvent::new(file.into())).transpose()
+}
+
+/// The interrupts of one ring.
+///
+/// They are numbered. A thread that requests one sends all up to its own after it has released its locks, unless
+/// another thread has sent them. So an interrupt that was requested is sent at least once, and before the descriptor
+/// is replaced or taken away.
+struct Calls {
+    call: Mutex<Option<Arc<PeerEvent>>>,
+    requested: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self {
+            call: Mutex::new(Rank::RingDescriptors, None),
+            requested: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Calls {
+    /// Notes that the driver wants an interrupt.
+    fn request(&self) {
+        self.requested.fetch_add(1, Ordering::Release);
+    }
+
+    /// Sends the interrupts that were requested.
+    fn send(&self) -> io::Result<()> {
+        let requested = self.requested.load(Ordering::Acquire);
+        if self.sent.load(Ordering::Acquire) >= requested {
+            return Ok(());
+        }
+        let call = self.call.lock().clone();
+        let outcome = call.map_or(Ok(()), |call| call.signal());
+        // After the signal: a thread that finds the number relies on it.
+        self.sent.fetch_max(requested, Ordering::Release);
+        outcome
+    }
+
+    /// The VMM's call descriptor is `call` from now on.
+    fn replace(&self, call: Option<PeerEvent>) -> io::Result<()> {
+        // The VMM takes the ring's state over after this, and sends no interrupt of its own for it.
+        let outcome = self.send();
+        *self.call.lock() = call.map(Arc::new);
+        outcome
     }
 }
 
@@ -210,7 +295,7 @@ struct Kicks {
     set: OwnedFd,
     /// Stands in for a kick when the descriptor is replaced: the driver may have kicked the old one.
     replaced: OwnedFd,
-    kick: Mutex<Option<OwnedFd>>,
+    kick: Mutex<Option<PeerEvent>>,
 }
 
 impl Kicks {
@@ -225,7 +310,7 @@ impl Kicks {
     }
 
     /// Waits for `kick` instead of the present descriptor.
-    fn replace(&self, kick: Option<OwnedFd>) -> io::Result<()> {
+    fn replace(&self, kick: Option<PeerEvent>) -> io::Result<()> {
         let mut present = self.kick.lock();
         if let Some(old) = &*present {
             // Closing it would not remove it: the VMM has the same file open.
@@ -254,7 +339,7 @@ impl Kicks {
         }
     }
 
-    fn add(&self, source: &OwnedFd) -> io::Result<()> {
+    fn add(&self, source: impl AsFd) -> io::Result<()> {
         let events = epoll::EventFlags::IN | epoll::EventFlags::ET;
         Ok(epoll::add(
             &self.set,
@@ -262,5 +347,86 @@ impl Kicks {
             epoll::EventData::new_u64(0),
             events,
         )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::poll;
+
+    use super::*;
+
+    /// A descriptor for [`Calls`], and the VMM's.
+    fn call() -> (PeerEvent, OwnedFd) {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
+        let copy = event.try_clone().expect("a duplicate");
+        (PeerEvent::new(copy).expect("an eventfd"), event)
+    }
+
+    fn count(event: &OwnedFd) -> u64 {
+        let mut bytes = [0; 8];
+        match rustix::io::read(event, &mut bytes) {
+            Ok(_) => u64::from_ne_bytes(bytes),
+            Err(cause) => {
+                assert_eq!(cause, Errno::AGAIN);
+                0
+            }
+        }
+    }
+
+    #[test]
+    fn an_interrupt_is_sent_once_it_was_requested() {
+        let calls = Calls::default();
+        calls.request();
+        calls.send().expect("no descriptor, no interrupt");
+        let (event, vmm) = call();
+        calls.replace(Some(event)).expect("replaced");
+        calls.send().expect("none requested");
+        assert_eq!(count(&vmm), 0);
+        calls.request();
+        calls.request();
+        assert_eq!(count(&vmm), 0);
+        calls.send().expect("sent");
+        calls.send().expect("sent already");
+        assert_eq!(count(&vmm), 1, "one for both");
+    }
+
+    #[test]
+    fn an_interrupt_is_sent_before_its_descriptor_goes() {
+        let calls = Calls::default();
+        let (event, vmm) = call();
+        calls.replace(Some(event)).expect("replaced");
+        calls.request();
+        calls.replace(None).expect("replaced");
+        assert_eq!(count(&vmm), 1);
+        calls.send().expect("sent already");
+    }
+
+    #[test]
+    fn kicks_are_taken_and_not_read() {
+        let kicks = Kicks::new().expect("a set");
+        let is_ready = || {
+            let mut set = [poll_fd(&kicks.set)];
+            poll(&mut set, Some(&Timespec::default())).expect("polled") == 1
+        };
+        assert!(!is_ready());
+        let (event, vmm) = call();
+        kicks.replace(Some(event)).expect("replaced");
+        assert!(is_ready(), "the driver may have kicked before");
+        kicks.take().expect("taken");
+        for _ in 0..2 {
+            assert!(!is_ready());
+            rustix::io::write(&vmm, &1u64.to_ne_bytes()).expect("kicked");
+            assert!(is_ready());
+            kicks.take().expect("taken");
+        }
+        assert_eq!(count(&vmm), 2);
+        kicks.replace(None).expect("replaced");
+        rustix::io::write(&vmm, &1u64.to_ne_bytes()).expect("kicked");
+        assert!(!is_ready());
+    }
+
+    fn poll_fd(fd: &OwnedFd) -> rustix::event::PollFd<'_> {
+        rustix::event::PollFd::new(fd, rustix::event::PollFlags::IN)
     }
 }
