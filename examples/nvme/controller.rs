@@ -13,13 +13,13 @@
 //! it, the status says so at once, and the driver need not wait for a command to time out.
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use log::{debug, error};
 use parking_lot::{Condvar, Mutex};
+use vhost_device_iommu::process::peer_event::PeerEvent;
 use vhost_device_iommu::warn_limited;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -45,7 +45,7 @@ struct Shared {
     disk: Arc<Disk>,
     memory: Arc<dyn Memory>,
     /// The eventfd of each interrupt.
-    interrupts: Mutex<Vec<Option<OwnedFd>>>,
+    interrupts: Mutex<Vec<Option<Arc<PeerEvent>>>>,
 }
 
 impl Controller {
@@ -109,10 +109,10 @@ impl Controller {
     }
 
     /// Replaces the eventfds of the interrupts from `first` on, which must exist.
-    pub fn set_interrupts(&self, first: usize, new: impl Iterator<Item = Option<OwnedFd>>) {
+    pub fn set_interrupts(&self, first: usize, new: impl Iterator<Item = Option<PeerEvent>>) {
         let mut interrupts = self.shared.interrupts.lock();
         for (place, new) in interrupts.iter_mut().skip(first).zip(new) {
-            *place = new;
+            *place = new.map(Arc::new);
         }
     }
 
@@ -269,9 +269,9 @@ impl Shared {
     }
 
     fn interrupt(&self, vector: usize) {
-        if let Some(Some(fd)) = self.interrupts.lock().get(vector)
-            && let Err(cause) = rustix::io::write(fd, &1u64.to_ne_bytes())
-            && cause != rustix::io::Errno::AGAIN
+        let event = self.interrupts.lock().get(vector).cloned().flatten();
+        if let Some(event) = event
+            && let Err(cause) = event.signal()
         {
             warn_limited!("cannot signal interrupt {vector}: {cause}");
         }

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_ACTION_UNMASK,
 };
 
+use crate::process::peer_event::PeerEvent;
 use crate::vfio::{DeviceAccess, IrqChange, IrqSelection};
 use crate::vfio_user::server::{IrqAction, IrqKind, IrqSet, IrqSetData};
 use crate::warn_limited;
@@ -20,7 +21,7 @@ pub(super) struct ExportedIrqs {
     used: BTreeSet<u32>,
     /// The client's eventfds, for the kinds with a fixed number of interrupts: the kernel fixes the number when the
     /// client first enables interrupts of the kind.
-    kept: BTreeMap<u32, Vec<Option<OwnedFd>>>,
+    kept: BTreeMap<u32, Vec<Option<PeerEvent>>>,
 }
 
 impl ExportedIrqs {
@@ -90,7 +91,7 @@ impl ExportedIrqs {
         device: &dyn DeviceAccess,
         index: u32,
         start: usize,
-        events: Vec<Option<OwnedFd>>,
+        events: Vec<Option<PeerEvent>>,
     ) -> Result<(), i32> {
         let kept = self.kept.entry(index).or_default();
         let (before, end) = (kept.len(), start + events.len());
@@ -131,7 +132,7 @@ fn set_events(
     action: u32,
     index: u32,
     start: u32,
-    events: &[Option<OwnedFd>],
+    events: &[Option<PeerEvent>],
 ) -> io::Result<()> {
     let events: Vec<_> = events
         .iter()

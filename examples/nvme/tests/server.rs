@@ -7,10 +7,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_iommu::vfio_user::message::{
     Command, HEADER_BYTES, Header, IrqSetBody, Kind, RegionAccessBody, WriteMultiBody, WriteOneBody,
 };
 use vhost_device_iommu::vfio_user::server::ClientError;
+use vhost_device_iommu::vfio_user::socket::{Outbox, OutgoingFd};
 use zerocopy::IntoBytes;
 
 use crate::disk::Disk;
@@ -49,8 +51,19 @@ impl Client {
     }
 
     fn ask(&mut self, command: Command, body: &[u8]) -> (Kind, Vec<u8>) {
+        self.ask_with(command, body, Vec::new())
+    }
+
+    fn ask_with(
+        &mut self,
+        command: Command,
+        body: &[u8],
+        descriptors: Vec<OutgoingFd>,
+    ) -> (Kind, Vec<u8>) {
         let message = Header::command(7, command, 0).with_body(body);
-        self.stream.write_all(&message).unwrap();
+        let mut outbox = Outbox::default();
+        outbox.push(message, descriptors);
+        outbox.flush(&self.stream).unwrap();
         let mut head = [0; HEADER_BYTES];
         self.stream.read_exact(&mut head).unwrap();
         let header = Header::decode(&head).unwrap();
@@ -147,6 +160,31 @@ fn interrupts_that_do_not_exist_are_refused() {
     ] {
         let (kind, _) = client.ask(Command::DeviceSetIrqs, body.as_bytes());
         assert_eq!(kind == Kind::Reply, good, "{body:?}");
+    }
+    client.end().expect("an ordinary end");
+}
+
+#[test]
+fn a_full_interrupt_descriptor_keeps_nobody_waiting() {
+    let mut client = Client::negotiated(Manner::Messages);
+    let set = |flags: u32| IrqSetBody {
+        argsz: 20.into(),
+        flags: flags.into(),
+        index: 2.into(),
+        start: 0.into(),
+        count: 1.into(),
+    };
+    let full = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    for (fd, good) in [(full, true), (reader.into(), false)] {
+        let fds = vec![OutgoingFd::Owned(fd)];
+        let (kind, _) = client.ask_with(Command::DeviceSetIrqs, set(0x24).as_bytes(), fds);
+        assert_eq!(kind == Kind::Reply, good);
+    }
+    for _ in 0..3 {
+        let (kind, _) = client.ask(Command::DeviceSetIrqs, set(0x21).as_bytes());
+        assert_eq!(kind, Kind::Reply);
     }
     client.end().expect("an ordinary end");
 }

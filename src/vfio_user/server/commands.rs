@@ -6,6 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::device::{IrqAction, IrqSet, IrqSetData, ServedDevice};
 use super::region::region_info;
+use crate::process::peer_event::PeerEvent;
 use crate::vfio_user::message::{
     Command, DeviceInfoBody, DmaMapBody, DmaUnmapBody, IRQ_ACTION_MASK, IRQ_ACTION_TRIGGER,
     IRQ_ACTION_UNMASK, IRQ_ACTIONS, IRQ_DATA, IRQ_DATA_BOOL, IRQ_DATA_EVENTFD, IRQ_DATA_NONE,
@@ -119,8 +120,8 @@ fn irq_info(device: &dyn ServedDevice, request: &IrqInfoBody) -> Result<IrqInfoB
 /// Decodes a DEVICE_SET_IRQS.
 ///
 /// # Errors
-/// `EINVAL`: the device lacks the interrupts, the flags contradict each other, or the number of
-/// descriptors is neither 0 nor that of the interrupts.
+/// `EINVAL`: the device lacks the interrupts, the flags contradict each other, the number of
+/// descriptors is neither 0 nor that of the interrupts, or a descriptor is not an eventfd.
 fn irq_set<'a>(
     device: &dyn ServedDevice,
     set: &IrqSetBody,
@@ -150,7 +151,8 @@ fn irq_set<'a>(
             IrqSetData::Eventfds((0..wanted).map(|_| None).collect())
         }
         IRQ_DATA_EVENTFD if descriptors.len() == wanted => {
-            IrqSetData::Eventfds(descriptors.into_iter().map(Some).collect())
+            let events = descriptors.into_iter().map(|fd| event(fd).map(Some));
+            IrqSetData::Eventfds(events.collect::<Result<_, _>>()?)
         }
         _ => return Err(libc::EINVAL),
     };
@@ -160,6 +162,10 @@ fn irq_set<'a>(
         start,
         data,
     })
+}
+
+fn event(fd: OwnedFd) -> Result<PeerEvent, i32> {
+    PeerEvent::new(fd).map_err(|cause| cause.raw_os_error().unwrap_or(libc::EINVAL))
 }
 
 fn read_region(device: &mut dyn ServedDevice, access: &RegionAccessBody) -> Result<Vec<u8>, i32> {

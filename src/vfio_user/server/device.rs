@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use crate::process::peer_event::PeerEvent;
 use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody, Header};
 use crate::vfio_user::version::{Capabilities, Version};
 
@@ -187,5 +188,5 @@ pub enum IrqSetData<'a> {
     Chosen(&'a [u8]),
     /// For each interrupt, the eventfd through which the action happens, or `None` to remove its eventfd; at
     /// least one entry.
-    Eventfds(Vec<Option<OwnedFd>>),
+    Eventfds(Vec<Option<PeerEvent>>),
 }
