@@ -358,6 +358,83 @@ fn a_reset_in_the_middle_of_traffic_is_not_taken_for_a_pause() {
     }
 }
 
+/// Every endpoint is blocked and stays so, whatever the driver asks for, and the operator is told.
+fn assert_all_blocked(daemon: &Daemon, guest: &mut Guest) {
+    let is_blocked = || daemon.status()["driver_unknown"] == true;
+    guest.requests.kick_always();
+    daemon.wait_for("the blocking", is_blocked);
+    let blocked = || [EP, EP2].map(|endpoint| daemon.gpa_of(endpoint, 0x1234)) == [None; 2];
+    assert!(blocked());
+    assert_eq!(guest.attach(1, EP), wire::DEVERR);
+    assert_eq!(guest.attach_bypass(2, EP2), wire::DEVERR);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), wire::NOENT);
+    assert!(!guest.probe(EP).is_empty());
+    for bypass in [0, 1] {
+        guest.set_config(CONFIG_BYPASS, &[bypass]);
+        assert!(blocked());
+    }
+    // A pause does not make the driver's state known.
+    guest.stop_rings();
+    guest.driver_ok();
+    assert_eq!(guest.attach(1, EP), wire::DEVERR);
+    assert!(blocked() && is_blocked() && daemon.domains().is_empty());
+    let log = daemon.log();
+    assert!(log.contains("all endpoints are blocked"), "{log}");
+    let socket = daemon.control_socket();
+    let program = env!("CARGO_BIN_EXE_vhost-device-iommu");
+    let mut ctl = Command::new(program);
+    let output = ctl.arg("ctl").arg(socket).arg("status").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("ALL ENDPOINTS ARE BLOCKED"), "{text}");
+}
+
+/// A driver starts anew, and has endpoints in bypass mode and in a domain.
+fn assert_new_driver(daemon: &Daemon, guest: &mut Guest) {
+    guest.reboot();
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
+    assert_eq!(daemon.gpa_of(EP2, 0x1234), Some(0x1234));
+    assert_eq!(daemon.status()["driver_unknown"], false);
+}
+
+#[test]
+fn a_driver_of_another_daemon_is_blocked_until_it_starts_anew() {
+    let daemon = Daemon::start();
+    for index in [1, 7, u16::MAX] {
+        let mut guest = Guest::connect(&daemon, Setup::default());
+        assert_eq!(daemon.status()["driver_unknown"], false);
+        guest.move_requests_to(index);
+        guest.driver_ok();
+        assert_all_blocked(&daemon, &mut guest);
+        assert_new_driver(&daemon, &mut guest);
+    }
+    // The next VMM has a driver of its own.
+    let mut guest = Guest::connect(&daemon, Setup::default());
+    guest.move_requests_to(3);
+    guest.driver_ok();
+    assert_eq!(guest.attach(1, EP), wire::DEVERR);
+    drop(guest);
+    daemon.wait_for("the disconnection", || !connected(&daemon));
+    assert_eq!(daemon.status()["driver_unknown"], false);
+    let mut guest = Guest::boot(&daemon);
+    assert_new_driver(&daemon, &mut guest);
+}
+
+#[test]
+fn a_driver_of_a_restored_snapshot_is_blocked_until_it_starts_anew() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map_page(1, 0x1000, 0x5000), OK);
+    let now = guest.stop_rings()[0];
+    // The snapshot is of the same driver at another time.
+    guest.move_requests_to(now + 5);
+    guest.driver_ok();
+    assert_all_blocked(&daemon, &mut guest);
+    assert_new_driver(&daemon, &mut guest);
+}
+
 #[test]
 fn a_new_driver_with_other_features_starts_anew() {
     let daemon = Daemon::start();

@@ -90,6 +90,7 @@ fn status(subjects: &Subjects) -> Value {
     let endpoints: Vec<_> = iommu.endpoints(MAX_TOUCHED, MAX_UNTOUCHED).collect();
     let endpoint_count = iommu.topology().endpoint_count();
     let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
+    let driver_unknown = iommu.is_driver_unknown();
     let connected = subjects.device.is_connected();
     drop(iommu);
 
@@ -109,6 +110,7 @@ fn status(subjects: &Subjects) -> Value {
     document.insert("endpoint_count".into(), endpoint_count.into());
     // These replace the figures above, so that they are of the same moment as the domains.
     document.insert("connected".into(), connected.into());
+    document.insert("driver_unknown".into(), driver_unknown.into());
     document.insert("bypass".into(), bypass.into());
     document.insert("page_size_mask".into(), hex(pages.bits()).into());
     let input = json!([hex(input.first().0), hex(input.last().0)]);

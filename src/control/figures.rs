@@ -21,6 +21,8 @@ const COUNTED_PER_LOCK: usize = 1024;
 pub(super) struct Figures {
     pub name: String,
     pub connected: bool,
+    /// All endpoints are blocked because the state of the guest's driver is unknown.
+    pub driver_unknown: bool,
     pub totals: Totals,
     /// Bytes of the page tables, and their limit.
     pub tables: (u64, u64),
@@ -88,11 +90,11 @@ impl Figures {
     /// Gathers the figures. They may be of different moments, as the core is locked for a moment at a time.
     pub fn gather(subjects: &Subjects) -> Self {
         let totals = totals(subjects);
-        let (tables, last_domain) = {
+        let (tables, last_domain, driver_unknown) = {
             let iommu = subjects.iommu.lock();
             let arena = iommu.arena();
             let tables = (arena.used_bytes(), arena.limit_bytes());
-            (tables, iommu.last_domain())
+            (tables, iommu.last_domain(), iommu.is_driver_unknown())
         };
         let metrics = &subjects.metrics;
         let by_kind = |counters: &[Counter; RequestKind::COUNT]| {
@@ -103,6 +105,7 @@ impl Figures {
         let mut figures = Self {
             name: subjects.name.clone(),
             connected: subjects.device.is_connected(),
+            driver_unknown,
             totals,
             tables,
             max_domains: u64::from(last_domain) + 1,
@@ -143,6 +146,7 @@ impl Figures {
         let mut fields = json!({
             "name": self.name,
             "connected": self.connected,
+            "driver_unknown": self.driver_unknown,
             "domain_count": totals.domains,
             "mappings": totals.mappings,
             "mapped_bytes": totals.mapped_bytes,

@@ -32,6 +32,11 @@ impl Page {
             "Whether a VM is connected.",
             u64::from(figures.connected),
         )?;
+        self.gauge(
+            "driver_unknown",
+            "Whether all endpoints are blocked: the domains of the guest's driver are unknown.",
+            u64::from(figures.driver_unknown),
+        )?;
         self.state(figures)?;
         self.work(figures)?;
         self.faults(figures)?;

@@ -43,6 +43,13 @@ fn status(out: &mut String, answer: &Value) -> Result {
             "blocked"
         }
     )?;
+    if answer["driver_unknown"] == true {
+        writeln!(
+            out,
+            "ALL ENDPOINTS ARE BLOCKED: the guest's driver has domains that this daemon does not have, because the \
+             daemon was restarted or the VM was restored; reset the VM"
+        )?;
+    }
     let arena = &answer["arena"];
     writeln!(
         out,

@@ -368,6 +368,7 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
         | RequestError::NotAttached { .. }
         | RequestError::BypassMismatch { .. }
         | RequestError::BypassDomain(_)
+        | RequestError::UnknownDriver
         | RequestError::UnknownFlags(_)
         | RequestError::ReservedNotZero
         | RequestError::EmptyRange { .. }

@@ -239,9 +239,10 @@ impl Device {
     /// If the ring is running, the new driver has already triggered this reset.
     pub fn reset_vm(&self) -> bool {
         let mut requests = self.requests.lock();
-        if requests.stopped.is_none() {
+        let Some(stopped) = &mut requests.stopped else {
             return false;
-        }
+        };
+        stopped.end_driver();
         requests.queue.broken = false;
         let mut iommu = self.iommu.lock();
         let had_domains = iommu.domain_ids().next().is_some();
@@ -388,6 +389,8 @@ impl Device {
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
+        // The next pass asks for the index at which the ring starts.
+        requests.ring = None;
         self.features.store(0, Ordering::Release);
         self.metrics.resets.inc();
         self.iommu.lock().reset();

@@ -2,7 +2,8 @@
 //!
 //! The VMM stops and starts the rings with the same messages for a pause and for a guest reset. The index at which
 //! the request ring starts tells them apart: a paused driver's ring resumes at its old index, a new driver's ring
-//! starts at 0. A ring that was stopped at 0 is ambiguous. Then the driver is the same if the ring has its old
+//! starts at 0. A ring that starts at any other index belongs to a driver whose requests another daemon has served,
+//! or this daemon at another time: the VMM has connected anew or restored a snapshot. A ring that was stopped at 0 is ambiguous. Then the driver is the same if the ring has its old
 //! addresses and still holds the last used entry: a new driver clears its rings.
 
 use virtio_queue::QueueT;
@@ -17,6 +18,8 @@ pub enum Restart {
     Resumed,
     /// A new driver has begun.
     NewDriver,
+    /// A driver resumes whose domains the device does not have.
+    UnknownDriver,
 }
 
 /// An entry of the used ring.
@@ -70,8 +73,23 @@ impl RingState {
         if resumed {
             Restart::Resumed
         } else {
-            Restart::NewDriver
+            now.first_start()
         }
+    }
+
+    /// The driver of a ring in this state, if the device has not served the ring before.
+    pub fn first_start(&self) -> Restart {
+        if self.next_avail == 0 {
+            Restart::NewDriver
+        } else {
+            Restart::UnknownDriver
+        }
+    }
+
+    /// The driver of the stopped ring is gone: no ring resumes this state.
+    pub fn end_driver(&mut self) {
+        self.next_avail = 0;
+        self.last_used = None;
     }
 
     /// Whether the used ring still holds the last used entry.
@@ -127,7 +145,18 @@ mod tests {
         let new = stopped_at(0);
         assert_eq!(stopped.compare(&new, &memory), Restart::NewDriver);
         let odd = stopped_at(6);
-        assert_eq!(stopped.compare(&odd, &memory), Restart::NewDriver);
+        assert_eq!(stopped.compare(&odd, &memory), Restart::UnknownDriver);
+        let stopped_at_0 = stopped_at(0);
+        assert_eq!(stopped_at_0.compare(&odd, &memory), Restart::UnknownDriver);
+    }
+
+    #[test]
+    fn an_ended_driver_does_not_resume() {
+        let (mut ended, memory) = (stopped_at(7), memory());
+        ended.end_driver();
+        let same_index = stopped_at(7);
+        assert_eq!(ended.compare(&same_index, &memory), Restart::UnknownDriver);
+        assert_eq!(ended.compare(&stopped_at(0), &memory), Restart::NewDriver);
     }
 
     #[test]

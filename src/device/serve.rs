@@ -141,9 +141,7 @@ impl Device {
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }
-            if let Some(stopped) = requests.stopped.take() {
-                self.restart(&mut requests, ring, &memory, &stopped);
-            }
+            self.start_ring(&mut requests, ring, &memory);
             if requests.ring.is_none() {
                 requests.ring = Some(Box::new(ring.clone()));
                 // The driver runs, so the VMM has made all its devices.
@@ -166,27 +164,37 @@ impl Device {
         pass
     }
 
-    /// The request ring runs again after a stop: the same driver resumes, or a new one begins.
-    fn restart(
-        &self,
-        requests: &mut Requests,
-        ring: &impl Ring,
-        memory: &GuestMemoryMmap,
-        stopped: &RingState,
-    ) {
+    /// The request ring runs for the first time, or again after a stop. Its driver is new, resumes, or is unknown.
+    fn start_ring(&self, requests: &mut Requests, ring: &impl Ring, memory: &GuestMemoryMmap) {
         requests.queue.broken = false;
         let running = RingState::of(
             ring,
             self.features.load(Ordering::Acquire),
             requests.queue.last_used,
         );
-        match stopped.compare(&running, memory) {
+        let stopped = requests.stopped.take();
+        let driver = match &stopped {
+            Some(stopped) => stopped.compare(&running, memory),
+            None => running.first_start(),
+        };
+        match driver {
             Restart::Resumed => debug!("the request ring goes on at {}", running.next_avail),
+            Restart::NewDriver if stopped.is_none() => {}
             Restart::NewDriver => {
                 info_limited!("a new driver has started the device: all domains are gone");
                 requests.queue = RequestQueue::default();
                 self.metrics.resets.inc();
                 self.iommu.lock().reset();
+            }
+            Restart::UnknownDriver => {
+                warn_limited!(
+                    "the request ring starts at index {}: its driver has domains that this daemon does not have, \
+                     because the daemon was restarted or the VM was restored; all endpoints are blocked until a \
+                     driver starts anew: reset the VM",
+                    running.next_avail
+                );
+                requests.queue = RequestQueue::default();
+                self.iommu.lock().block_unknown_driver();
             }
         }
     }

@@ -31,7 +31,7 @@ impl From<&RequestError> for Status {
                 BackendErrorKind::Unsupp => Self::Unsupp,
                 BackendErrorKind::DevErr => Self::DevErr,
             },
-            RequestError::Quarantined { .. } => Self::DevErr,
+            RequestError::Quarantined { .. } | RequestError::UnknownDriver => Self::DevErr,
         }
     }
 }

@@ -25,6 +25,10 @@ impl Iommu {
         // ATTACH-3
         let (group, reserved) = self.group_and_reserved(endpoint)?;
         self.check_domain_id(domain)?;
+        // The driver may believe that the domain has mappings, or that it has moved the endpoint's group.
+        if self.driver_unknown {
+            return Err(RequestError::UnknownDriver);
+        }
         let existing = self.domains.get(&domain);
         // ATTACH-5
         if let Some(existing) = existing
@@ -198,8 +202,23 @@ impl Iommu {
         }
     }
 
+    /// A driver runs whose domains the core does not have. Detaches and blocks every endpoint, and refuses ATTACH,
+    /// until a reset or until the VMM disconnects. Without a domain, the driver can map nothing.
+    ///
+    /// Not bypass mode: an address that the driver has mapped would reach the guest-physical address of that number.
+    pub fn block_unknown_driver(&mut self) {
+        self.driver_unknown = true;
+        self.detach_all(Target::Blocked);
+    }
+
+    /// Whether all endpoints are blocked because the state of the guest's driver is unknown.
+    pub fn is_driver_unknown(&self) -> bool {
+        self.driver_unknown
+    }
+
     /// Resets the device: detaches every endpoint. `bypass` keeps its value.
     pub fn reset(&mut self) {
+        self.driver_unknown = false;
         self.detach_all(self.bypass_target());
     }
 

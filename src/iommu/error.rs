@@ -17,6 +17,9 @@ pub enum RequestError {
     /// The domain does not exist.
     #[error("no domain {0}")]
     NoSuchDomain(DomainId),
+    /// A driver runs whose domains the core does not have.
+    #[error("all endpoints are blocked until a driver starts anew")]
+    UnknownDriver,
     /// The domain ID lies outside `domain_range`.
     #[error("domain {id} is above {last}")]
     DomainOutOfRange {

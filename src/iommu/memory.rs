@@ -28,6 +28,7 @@ impl Iommu {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
+        self.driver_unknown = false;
         self.vmm_present = false;
         for backend in &mut self.backends {
             backend.vmm_present(false);

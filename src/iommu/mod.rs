@@ -16,6 +16,8 @@
 //!  blocked, as  DETACH, reset               ATTACH that succeeds
 //!  `bypass` says
 //! ```
+//!
+//! While the state of the guest's driver is unknown, all endpoints are unattached and blocked, and ATTACH is refused.
 
 mod attach;
 mod domain;
@@ -89,6 +91,8 @@ pub struct Iommu {
     last_domain: u32,
     bypass_at_boot: bool,
     bypass: bool,
+    /// The guest's driver has attached endpoints of which the core does not know. All are blocked.
+    driver_unknown: bool,
     arena: Arena,
     endpoints: BTreeMap<EndpointId, EndpointRecord>,
     domains: BTreeMap<DomainId, Domain>,
@@ -115,6 +119,7 @@ impl Iommu {
             last_domain: settings.last_domain,
             bypass_at_boot: settings.bypass_at_boot,
             bypass: settings.bypass_at_boot,
+            driver_unknown: false,
             arena: Arena::new(settings.arena_limit)?,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),

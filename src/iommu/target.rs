@@ -15,7 +15,7 @@ use crate::{error_limited, warn_limited};
 impl Iommu {
     /// The target of an endpoint without a domain and without a group.
     pub(super) fn bypass_target(&self) -> Target {
-        if self.bypass {
+        if self.bypass && !self.driver_unknown {
             Target::Bypass
         } else {
             Target::Blocked

@@ -169,7 +169,8 @@ pub struct Guest {
     pending: HashMap<u16, Pending>,
     next_buffer: u64,
     event_buffers: HashMap<u16, (u64, usize)>,
-    bases: [u16; 2],
+    /// The indices at which the rings start next.
+    pub bases: [u16; 2],
 }
 
 impl Guest {
@@ -291,6 +292,12 @@ impl Guest {
         self.pending.clear();
         self.event_buffers.clear();
         self.bases = [0; 2];
+    }
+
+    /// Puts the driver's request ring at `index`, as if the driver had sent this many requests before.
+    pub fn move_requests_to(&mut self, index: u16) {
+        self.requests.move_to(&self.memory, index);
+        self.bases[0] = index;
     }
 
     /// Stops and starts the rings as the VMM does when the guest is reset.

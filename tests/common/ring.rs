@@ -104,6 +104,15 @@ impl Queue {
         self.kicked_idx = 0;
     }
 
+    /// Goes to `index`, at which both rings are empty.
+    pub fn move_to(&mut self, memory: &Memory, index: u16) {
+        memory.store_u16(self.avail + 2, index);
+        memory.store_u16(self.used + 2, index);
+        self.avail_idx = index;
+        self.used_idx = index;
+        self.kicked_idx = index;
+    }
+
     /// The ring's configuration as the frontend sends it, with the frontend's addresses, not the guest's.
     pub fn config(&self) -> VringConfigData {
         VringConfigData {

@@ -118,6 +118,7 @@ fn the_socket_answers_in_the_format_of_prometheus() {
         ("mappings", "", 20.0),
         ("domains", "", 1.0),
         ("connected", "", 1.0),
+        ("driver_unknown", "", 0.0),
         ("faults_total", ",reason=\"mapping\"", 1.0),
         ("faults_dropped_total", "", 1.0),
         ("host_map_failures_total", ",type=\"map\"", 0.0),
