@@ -231,6 +231,36 @@ fn bypass_written_before_the_driver_is_ready_counts() {
 }
 
 #[test]
+fn a_driver_without_bypass_config_does_not_write_bypass() {
+    let daemon = Daemon::start();
+    let setup = Setup {
+        features: STOCK & !F_BYPASS_CONFIG,
+        ..Setup::default()
+    };
+    let mut guest = Guest::connect(&daemon, setup);
+    guest.set_config(CONFIG_BYPASS, &[0]);
+    assert_eq!(guest.config().bypass, 0, "before the negotiation");
+    for round in ["the first driver", "a new driver"] {
+        guest.driver_ok();
+        guest.set_config(CONFIG_BYPASS, &[1]);
+        assert_eq!(guest.config().bypass, 0, "{round}");
+        assert_eq!(daemon.gpa_of(EP, 0x1234), None, "{round}");
+        assert_eq!(guest.attach(1, EP), OK);
+        guest.set_config(CONFIG_BYPASS, &[1]);
+        assert_eq!(guest.detach(1, EP), OK);
+        assert_eq!(daemon.gpa_of(EP, 0x1234), None, "{round}");
+        guest.stop_rings();
+        guest.clear_rings();
+    }
+    // Between two drivers firmware may write it.
+    guest.set_config(CONFIG_BYPASS, &[1]);
+    assert_eq!(guest.config().bypass, 1);
+    guest.driver_ok();
+    guest.set_config(CONFIG_BYPASS, &[0]);
+    assert_eq!(guest.config().bypass, 1);
+}
+
+#[test]
 fn a_pause_keeps_every_domain() {
     let daemon = Daemon::start();
     let mut guest = Guest::boot(&daemon);

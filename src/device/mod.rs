@@ -324,9 +324,22 @@ impl Device {
             .read(self.bypass.load(Ordering::Relaxed), offset, size)
     }
 
-    /// The driver writes `bytes` to the configuration space at `offset`. Only `bypass` is writable.
+    /// The driver writes `bytes` to the configuration space at `offset`. Only `bypass` is writable, and only until a
+    /// driver runs that has not accepted BYPASS_CONFIG.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) {
         if let Some(bypass) = ConfigSpace::written_bypass(offset, bytes) {
+            let requests = self.requests.lock();
+            let features = self.features.load(Ordering::Acquire);
+            // The worker may not have seen yet that a stopped ring runs again.
+            let between_drivers = requests.stopped.is_some()
+                && !requests.ring.as_ref().is_some_and(|ring| ring.is_running());
+            let has_driver = features != 0 && !between_drivers;
+            if has_driver && features & 1 << VIRTIO_IOMMU_F_BYPASS_CONFIG == 0 {
+                warn_limited!(
+                    "a write to `bypass` is ignored: the driver has not accepted BYPASS_CONFIG"
+                );
+                return;
+            }
             let mut iommu = self.iommu.lock();
             iommu.set_bypass(bypass);
             self.bypass.store(bypass, Ordering::Relaxed);

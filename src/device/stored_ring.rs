@@ -6,7 +6,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::event_queue;
 use super::resume::{RingState, UsedEntry};
-use super::ring::Ring;
+use super::ring::{LockedRing, Ring};
 use crate::faults::Fault;
 
 /// A ring of any transport, as a trait object. Only stops and faults go through it, never a request. With it,
@@ -14,6 +14,9 @@ use crate::faults::Fault;
 pub trait StoredRing: Send + Sync {
     /// See [`RingState::of`].
     fn state(&self, features: u64, last_used: Option<UsedEntry>) -> RingState;
+
+    /// See [`LockedRing::is_running`].
+    fn is_running(&self) -> bool;
 
     /// See [`event_queue::deliver`].
     fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool;
@@ -25,6 +28,10 @@ pub trait StoredRing: Send + Sync {
 impl<R: Ring> StoredRing for R {
     fn state(&self, features: u64, last_used: Option<UsedEntry>) -> RingState {
         RingState::of(self, features, last_used)
+    }
+
+    fn is_running(&self) -> bool {
+        self.lock().is_running()
     }
 
     fn deliver(&self, memory: &GuestMemoryMmap, fault: &Fault) -> bool {
