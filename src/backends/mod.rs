@@ -22,7 +22,7 @@ use vm_memory::MmapRegion;
 
 use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
-use crate::page_table::{Levels, TableOffset};
+use crate::page_table::{Levels, TableOffset, TableReader};
 
 /// The limits of a backend. The core offers the guest only page sizes and addresses that all backends support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,10 @@ pub trait Contents {
 
     /// The page table of a domain, for backends whose endpoints walk it themselves; `None` if the domain has none.
     fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)>;
+
+    /// A reader of the page table of a domain, for backends that look mappings up there; `None` if the domain has none.
+    /// The backend may use it as long as the endpoint is attached to the domain.
+    fn reader(&self, domain: DomainId) -> Option<TableReader>;
 }
 
 /// The kind of a backend's failure, which becomes the status of the request.

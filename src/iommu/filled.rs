@@ -9,7 +9,7 @@ use crate::backends::{BackendError, Contents, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 use crate::locks::Mutex;
-use crate::page_table::{Levels, TableOffset};
+use crate::page_table::{Levels, TableOffset, TableReader};
 
 /// How often the backend follows guest RAM that has changed while it was filled.
 const MAX_ROUNDS: usize = 16;
@@ -136,6 +136,10 @@ impl Contents for NoDomains {
     }
 
     fn table(&self, _domain: DomainId) -> Option<(TableOffset, Levels)> {
+        None
+    }
+
+    fn reader(&self, _domain: DomainId) -> Option<TableReader> {
         None
     }
 }

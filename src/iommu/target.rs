@@ -8,7 +8,7 @@ use super::domain::Domain;
 use crate::address::{Iova, Mapping};
 use crate::backends::{AttachError, BackendError, Contents, Target};
 use crate::ids::{DomainId, EndpointId};
-use crate::page_table::{Arena, Levels, TableOffset};
+use crate::page_table::{Arena, Levels, Table, TableOffset, TableReader};
 use crate::topology::GroupId;
 use crate::{error_limited, warn_limited};
 
@@ -182,6 +182,13 @@ struct DomainContents<'a> {
     arena: &'a Arena,
 }
 
+impl DomainContents<'_> {
+    fn table_of(&self, domain: DomainId) -> Option<&Table> {
+        let domain = self.domains.get(&domain).or(self.new_domain)?;
+        domain.table.as_ref()
+    }
+}
+
 impl Contents for DomainContents<'_> {
     fn mappings(&self, domain: DomainId) -> Box<dyn Iterator<Item = Mapping> + '_> {
         let table = self.domains.get(&domain).and_then(|d| d.table.as_ref());
@@ -190,8 +197,11 @@ impl Contents for DomainContents<'_> {
     }
 
     fn table(&self, domain: DomainId) -> Option<(TableOffset, Levels)> {
-        let domain = self.domains.get(&domain).or(self.new_domain)?;
-        let table = domain.table.as_ref()?;
+        let table = self.table_of(domain)?;
         Some((table.root(), table.levels()))
+    }
+
+    fn reader(&self, domain: DomainId) -> Option<TableReader> {
+        Some(self.table_of(domain)?.reader(self.arena))
     }
 }

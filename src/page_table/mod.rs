@@ -28,6 +28,7 @@ mod read_only;
 pub mod reader;
 mod recent;
 mod slots;
+mod table_reader;
 pub mod words;
 mod writer;
 
@@ -38,6 +39,7 @@ pub use layout::{EndpointWord, Levels, TableOffset};
 pub use read_only::ReadOnlyArena;
 pub use reader::{Mappings, Translation, View};
 pub use slots::EndpointSlots;
+pub use table_reader::TableReader;
 pub use writer::{MapPlan, Table, UnmapPlan, Unmapped};
 
 pub use crate::address::Mapping;

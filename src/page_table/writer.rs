@@ -13,6 +13,7 @@ use super::layout::{
 };
 use super::reader::{Leaf, Leaves, Mappings, Translation, find_leaf_below, walk};
 use super::recent::{RecentTables, TableRef};
+use super::table_reader::TableReader;
 use crate::address::{Gpa, Iova, IovaRange, Mapping};
 
 /// The mappings that an UNMAP removed.
@@ -145,6 +146,11 @@ impl Table {
     /// The number of frames in the tree, including the root.
     pub fn frames(&self) -> u64 {
         self.counters.frames
+    }
+
+    /// A handle through which other threads read the table.
+    pub fn reader(&self, arena: &Arena) -> TableReader {
+        TableReader::new(arena.memory().clone(), self.root, self.levels)
     }
 
     /// Translates `iova`; `None` if it is not mapped.
