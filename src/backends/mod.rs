@@ -196,6 +196,18 @@ pub trait DmaBackend: Send {
     /// On error, a part of the mapping may be reachable: the core unmaps its range.
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
+    /// Whether the backend looks mappings up in the page table, instead of keeping what [`Self::map`] reports. For such a
+    /// backend the core calls [`Self::begin_unmap`] before each removal of mappings. It calls neither `map` nor `unmap`
+    /// for parts of mappings whose memory slots come and go: `add_memory` and `remove_memory` must do that work, and
+    /// their failure concerns the endpoints in domains, too.
+    fn reads_page_table(&self) -> bool {
+        false
+    }
+
+    /// The core is about to remove every mapping in `range` from the page table; `unmap` or `unmap_all` follows when it
+    /// has done so. Several calls may come before. `range` splits no mapping. A range without a mapping has no effect.
+    fn begin_unmap(&mut self, _domain: DomainId, _range: IovaRange) {}
+
     /// Removes every mapping in `range`, which consists of whole pages and may have holes. `range` splits a mapping only
     /// at the border between two memory slots. If the backend has the domain, at least `least` bytes of `range` are mapped.
     ///

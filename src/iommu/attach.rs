@@ -1,6 +1,6 @@
 //! ATTACH, DETACH, `bypass` and resets: they decide which endpoint is in which domain.
 
-use super::domain::Domain;
+use super::domain::{BackendOf, Domain};
 use super::error::RequestError;
 use super::groups::GroupChanges;
 use super::target::target_of;
@@ -112,6 +112,10 @@ impl Iommu {
         }
         if before.domain != Some(domain) {
             if let Some(entered) = self.domains.get_mut(&domain) {
+                let backend = backend.map(|index| BackendOf {
+                    index,
+                    reads_page_table: self.backends[index].reads_page_table(),
+                });
                 entered.enter(endpoint, backend, &reserved);
             }
             if let Some(old) = before.domain {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::address::IovaRange;
-use crate::backends::{MemorySlot, UnmapPart};
+use crate::backends::{DmaBackend, MemorySlot, UnmapPart};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Arena, Table, Unmapped, WouldSplit};
 use crate::topology::reserved::{ReservedRegion, ReservedRegions};
@@ -43,6 +43,8 @@ pub(super) struct Offer {
 #[derive(Debug, Default)]
 pub(super) struct BackendUses {
     sorted: Vec<(usize, BackendUse)>,
+    /// How many of them look mappings up in the page table.
+    page_table_readers: usize,
 }
 
 impl BackendUses {
@@ -62,17 +64,24 @@ impl BackendUses {
         Some(&mut self.sorted[at].1)
     }
 
-    fn entry(&mut self, index: usize) -> &mut BackendUse {
-        let at = self.position(index).unwrap_or_else(|at| {
-            self.sorted.insert(at, (index, BackendUse::default()));
+    fn add_member(&mut self, backend: BackendOf) {
+        let at = self.position(backend.index).unwrap_or_else(|at| {
+            self.page_table_readers += usize::from(backend.reads_page_table);
+            let unused = BackendUse {
+                reads_page_table: backend.reads_page_table,
+                ..BackendUse::default()
+            };
+            self.sorted.insert(at, (backend.index, unused));
             at
         });
-        &mut self.sorted[at].1
+        self.sorted[at].1.members += 1;
     }
 
     fn remove(&mut self, index: usize) -> Option<BackendUse> {
         let at = self.position(index).ok()?;
-        Some(self.sorted.remove(at).1)
+        let (_, removed) = self.sorted.remove(at);
+        self.page_table_readers -= usize::from(removed.reads_page_table);
+        Some(removed)
     }
 
     fn position(&self, index: usize) -> Result<usize, usize> {
@@ -80,11 +89,20 @@ impl BackendUses {
     }
 }
 
+/// The backend of an endpoint.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BackendOf {
+    pub index: usize,
+    /// See [`DmaBackend::reads_page_table`].
+    pub reads_page_table: bool,
+}
+
 /// How one backend uses a domain.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BackendUse {
     /// Members of the domain behind this backend.
     members: usize,
+    reads_page_table: bool,
     /// The backend has the domain and all its mappings. Never set for bypass domains. Cleared when
     /// the backend fails to unmap: all members behind it are quarantined then, and the next ATTACH
     /// makes the domain in the backend again.
@@ -112,12 +130,12 @@ impl Domain {
     pub(super) fn enter(
         &mut self,
         endpoint: EndpointId,
-        backend: Option<usize>,
+        backend: Option<BackendOf>,
         reserved: &ReservedRegions,
     ) {
         self.members.insert(endpoint);
         if let Some(backend) = backend {
-            self.backends.entry(backend).members += 1;
+            self.backends.add_member(backend);
         }
         match self.reserved.iter_mut().find(|(set, _)| set == reserved) {
             Some((_, members)) => *members += 1,
@@ -151,7 +169,7 @@ impl Domain {
     }
 
     /// Removes the mappings in `range` from the table. Returns the removed mappings, and the part
-    /// that the backends must unmap, if any. The caller must not reclaim frames before the backends
+    /// that the backends must unmap, if any. Backends that read the page table have begun to. The caller must not reclaim frames before the backends
     /// have unmapped that part.
     #[inline]
     pub(super) fn remove_mappings(
@@ -161,6 +179,7 @@ impl Domain {
         offer: Offer,
         arena: &mut Arena,
         memory: &[MemorySlot],
+        backends: &mut [Box<dyn DmaBackend>],
     ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
         // UNMAP-3
         let Some(table) = self.table.as_mut() else {
@@ -184,6 +203,11 @@ impl Domain {
             let mappings = table.mappings_in(arena, range);
             mappings.map(|m| reachable_bytes(memory, &m)).sum()
         });
+        if self.backends.page_table_readers > 0 {
+            for index in self.backends.present() {
+                backends[index].begin_unmap(id, range);
+            }
+        }
         // UNMAP-5
         let unmapped = table.commit_unmap(arena, plan);
         // Backends nearly always have every mapping in full.

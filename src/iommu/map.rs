@@ -110,8 +110,14 @@ impl Iommu {
         // UNMAP-2
         let offer = self.offer();
         let entry = existing_domain(&mut self.domains, domain)?;
-        let (unmapped, part) =
-            entry.remove_mappings(domain, range, offer, &mut self.arena, &self.memory)?;
+        let (unmapped, part) = entry.remove_mappings(
+            domain,
+            range,
+            offer,
+            &mut self.arena,
+            &self.memory,
+            &mut self.backends,
+        )?;
         let Some(UnmapPart { range, least }) = part else {
             return Ok(unmapped);
         };
@@ -144,8 +150,14 @@ impl Iommu {
         let mut parts = Vec::with_capacity(ranges.len());
         let mut positions = Vec::with_capacity(ranges.len());
         for range in ranges {
-            let removed =
-                entry.remove_mappings(domain, *range, offer, &mut self.arena, &self.memory);
+            let removed = entry.remove_mappings(
+                domain,
+                *range,
+                offer,
+                &mut self.arena,
+                &self.memory,
+                &mut self.backends,
+            );
             let outcome = removed.map(|(_, part)| {
                 if let Some(part) = part {
                     parts.push(part);

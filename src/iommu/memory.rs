@@ -92,8 +92,12 @@ impl Iommu {
         });
         for slot in removed {
             for index in 0..self.backends.len() {
-                if let Err(cause) = self.backends[index].remove_memory(slot) {
-                    self.quarantine_bypass(index, &cause);
+                let backend = &mut self.backends[index];
+                let reads_page_table = backend.reads_page_table();
+                if let Err(cause) = backend.remove_memory(slot) {
+                    self.quarantine_those(index, &cause, |dma| {
+                        dma == Dma::Bypass || reads_page_table && dma == Dma::Translated
+                    });
                 }
             }
         }
@@ -105,9 +109,14 @@ impl Iommu {
         }
         debug!("{} memory slots added", added.len());
         for slot in added {
-            for backend in &mut self.backends {
-                if let Err(cause) = backend.add_memory(slot) {
-                    error_limited!("cannot reach the memory at {slot:?} in bypass mode: {cause}");
+            for index in 0..self.backends.len() {
+                let backend = &mut self.backends[index];
+                let Err(cause) = backend.add_memory(slot) else {
+                    continue;
+                };
+                error_limited!("cannot reach the memory at {slot:?}: {cause}");
+                if self.backends[index].reads_page_table() {
+                    self.quarantine_those(index, &cause, |dma| dma == Dma::Translated);
                 }
             }
         }
@@ -115,7 +124,8 @@ impl Iommu {
     }
 
     /// Calls `act` for the part of every mapping that lies in `slots`, for every backend that has the
-    /// domain. If it fails, the members of the domain behind that backend are quarantined.
+    /// domain and does not look mappings up in the page table. If it fails, the members of the domain behind that
+    /// backend are quarantined.
     fn for_each_part(
         &mut self,
         slots: &[MemorySlot],
@@ -124,7 +134,11 @@ impl Iommu {
         let mut failed: BTreeMap<(DomainId, usize), BackendError> = BTreeMap::new();
         for (&id, domain) in &self.domains {
             let Some(table) = &domain.table else { continue };
-            let backends: Vec<_> = domain.backends.present().collect();
+            let backends: Vec<_> = domain
+                .backends
+                .present()
+                .filter(|&index| !self.backends[index].reads_page_table())
+                .collect();
             if backends.is_empty() {
                 continue;
             }
@@ -146,19 +160,24 @@ impl Iommu {
         }
     }
 
-    /// Quarantines every endpoint in bypass mode behind a backend that failed to remove a slot.
-    fn quarantine_bypass(&mut self, index: usize, cause: &BackendError) {
-        let in_bypass: Vec<EndpointId> = self
+    /// Quarantines every endpoint behind a backend whose DMA is treated in a way for which `concerned` is true.
+    fn quarantine_those(
+        &mut self,
+        index: usize,
+        cause: &BackendError,
+        concerned: impl Fn(Dma) -> bool,
+    ) {
+        let endpoints: Vec<EndpointId> = self
             .backend_of
             .iter()
             .filter(|(_, i)| **i == index)
             .map(|(&endpoint, _)| endpoint)
             .filter(|&e| {
                 let state = self.endpoints.get(&e).copied().unwrap_or_default();
-                self.dma(e, &state) == Dma::Bypass
+                concerned(self.dma(e, &state))
             })
             .collect();
-        for endpoint in in_bypass {
+        for endpoint in endpoints {
             self.quarantine(endpoint, cause);
         }
     }

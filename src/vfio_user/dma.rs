@@ -1,11 +1,25 @@
 //! Accesses to memory that a device's server asks for: each is checked and performed here, or
 //! refused.
 
+use std::fs::File;
+use std::sync::Arc;
+
 use zerocopy::IntoBytes;
 
-use super::link::Window;
 use super::message::{Command, DmaAccessBody, HEADER_BYTES, Header, MAX_DATA, Malformed, take};
-use crate::address::{Iova, IovaRange};
+use crate::address::{Access, Iova, IovaRange};
+
+/// Memory that a device may reach.
+#[derive(Clone, Debug)]
+pub struct Window {
+    /// The device's addresses.
+    pub range: IovaRange,
+    /// The rights of the device there, at least one.
+    pub access: Access,
+    /// The file that the server can map, and the offset of the window in it. Without a file the server
+    /// has to send DMA_READ and DMA_WRITE.
+    pub file: Option<(Arc<File>, u64)>,
+}
 
 /// The device has no right to an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +43,9 @@ pub trait DmaTarget: Send + Sync {
     /// The device may not write all of the range. Nothing is then written.
     fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), AccessDenied>;
 
-    /// The windows of a server that connects. The caller holds the lock of the
-    /// [`Link`](super::Link).
-    fn windows(&self) -> Vec<Window>;
+    /// The first `limit` windows, in ascending order, of those whose first address is not below `first`. The caller holds
+    /// the lock of the [`Link`](super::Link).
+    fn windows_from(&self, first: Iova, limit: usize) -> Vec<Window>;
 }
 
 /// Executes a DMA_READ or DMA_WRITE. Returns the whole reply.

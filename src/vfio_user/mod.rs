@@ -25,8 +25,8 @@ pub mod socket;
 pub mod version;
 
 pub(crate) use self::client_windows::ClientWindows;
-pub use self::dma::{AccessDenied, DmaTarget};
+pub use self::dma::{AccessDenied, DmaTarget, Window};
 pub use self::interposer::{Interposer, InterposerSettings};
 pub use self::link::{
-    BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_BATCH_TIMEOUT, Window,
+    Announced, BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_BATCH_TIMEOUT,
 };

@@ -155,7 +155,7 @@ impl Proxy {
         }
         let replay = client.irqs.messages(max_fds);
         info_limited!("{}: the server has connected", self.settings.name);
-        self.link.activate(terms, || self.target.windows(), replay);
+        self.link.activate(terms, replay);
         Ok(())
     }
 

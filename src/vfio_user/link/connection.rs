@@ -4,8 +4,11 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::update::{DmaUpdate, Window};
-use crate::address::IovaRange;
+use zerocopy::IntoBytes;
+
+use super::update::DmaUpdate;
+use crate::address::{Iova, IovaRange};
+use crate::vfio_user::dma::Window;
 use crate::vfio_user::message::{
     Command, DMA_MAP_READ, DMA_MAP_WRITE, DmaMapBody, DmaUnmapBody, Header,
 };
@@ -15,6 +18,8 @@ use crate::vfio_user::version::Terms;
 /// The number of every command that wants no reply: some servers reply nevertheless, and the number
 /// tells such a reply from others.
 pub(super) const NO_REPLY_ID: u16 = u16::MAX;
+/// A server that refuses more windows than this, all still mapped, is cut off.
+pub(super) const MAX_REFUSED: usize = 65535;
 
 #[derive(Debug)]
 pub(super) struct ServerConnection {
@@ -22,7 +27,12 @@ pub(super) struct ServerConnection {
     /// The negotiated terms; before the negotiation the server gets VERSION only.
     pub(super) terms: Option<Terms>,
     pub(super) outbox: Outbox,
-    /// Updates that are not in the outbox yet, and their batches.
+    /// The batch of the announcement of all windows, if one is in progress.
+    pub(super) announcing: Option<u64>,
+    /// The windows from this address on are not announced yet, except those of updates; `None` if all are.
+    pub(super) unannounced: Option<Iova>,
+    /// Updates that are not in the outbox yet, and their batches. They wait for the announcement, unless the server has
+    /// no room for more windows.
     pub(super) backlog: VecDeque<(DmaUpdate, u64)>,
     pub(super) pending: HashMap<u16, Pending>,
     next_id: u16,
@@ -36,7 +46,7 @@ pub(super) struct ServerConnection {
     pub(super) shares_memory: bool,
     /// The first addresses of windows that the server has neither accepted nor refused yet.
     pub(super) unconfirmed: HashSet<u64>,
-    /// The first addresses of windows that the server refused.
+    /// The first addresses of windows that the server refused, up to [`MAX_REFUSED`] of them.
     pub(super) refused: HashSet<u64>,
 }
 
@@ -58,6 +68,8 @@ impl ServerConnection {
             socket,
             terms: None,
             outbox: Outbox::default(),
+            announcing: None,
+            unannounced: Some(Iova(0)),
             backlog: VecDeque::new(),
             pending: HashMap::new(),
             next_id: 0,
@@ -68,6 +80,40 @@ impl ServerConnection {
             unconfirmed: HashSet::new(),
             refused: HashSet::new(),
         }
+    }
+
+    /// Announces all windows from now on, for `batch`. It counts the announcement as one update more.
+    pub(super) fn announce(&mut self, batch: u64) {
+        self.announcing = Some(batch);
+        self.unannounced = Some(Iova(0));
+    }
+
+    /// The number of windows that the server can have.
+    pub(super) fn max_windows(&self) -> u64 {
+        self.terms.as_ref().map_or(0, |terms| terms.windows)
+    }
+
+    /// Whether the announcement waits for the server to have room for more windows. Updates do not wait meanwhile.
+    pub(super) fn is_announcement_paused(&self) -> bool {
+        self.announcing.is_some() && self.windows >= self.max_windows()
+    }
+
+    /// Whether `window` is announced by an update that is not in the outbox yet.
+    pub(super) fn is_in_backlog(&self, window: &Window) -> bool {
+        let first = window.range.first();
+        let mut updates = self.backlog.iter();
+        updates.any(|(u, _)| matches!(u, DmaUpdate::Map(w) if w.range.first() == first))
+    }
+
+    /// Sends DMA_MAP for a window.
+    pub(super) fn send_window(&mut self, window: Window, batch: u64) {
+        self.windows += 1;
+        // An earlier refusal does not count any more.
+        self.refused.remove(&window.range.first().0);
+        self.unconfirmed.insert(window.range.first().0);
+        let (body, descriptors) = map_body(&window);
+        self.shares_memory |= !descriptors.is_empty();
+        self.send_update(DmaUpdate::Map(window), batch, body.as_bytes(), descriptors);
     }
 
     pub(super) fn send(

@@ -5,7 +5,11 @@
 //! at once; it never holds it while it waits for a peer. Lock order: this lock, then the lock of the
 //! [`DmaTarget`](super::DmaTarget). The requester changes the target's windows while it holds this
 //! lock ([`Link::lock`]), so a server that connects gets every window exactly once: either with the
-//! windows at the connection, or with an update after it.
+//! announcement of all windows, or with an update after it.
+//!
+//! The link keeps no list of windows. It announces all windows in ascending order, asks the target for a few at a time,
+//! and remembers the address it has reached. An update waits for the announcement. So an UNMAP in between removes from
+//! the server exactly the windows below that address.
 
 mod connection;
 mod requester;
@@ -13,7 +17,7 @@ mod state;
 mod thread;
 mod update;
 
-pub use self::requester::DmaUpdates;
+pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};
-pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, Window};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT};

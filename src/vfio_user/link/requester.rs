@@ -1,9 +1,9 @@
 //! The requester's half of the link: it changes the windows that the device may reach.
 
-use std::time::Instant;
-
-use super::state::{Batch, Disconnect, Link, LinkState, MAX_UPDATES, UNWATCHED};
-use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT};
+use super::connection::ServerConnection;
+use super::state::{Batch, Disconnect, Link, LinkState, UNWATCHED};
+use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES};
+use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
 
 impl Link {
@@ -39,8 +39,7 @@ impl Link {
             }
             let (replies, closing) = state.awaited(ticket.batch);
             if replies {
-                let why = format!("no reply within {:?}", ticket.timeout);
-                self.end_locked(&mut state, Disconnect::CutOff(&why));
+                self.end_late(&mut state, &ticket);
             } else if closing {
                 let why = format!(
                     "it has not hung up within {:?} after its connection was closed, and still has \
@@ -59,12 +58,69 @@ impl Link {
 }
 
 impl LinkState {
+    /// The active connection, if it is still that of the ticket.
+    fn connection_of(&mut self, ticket: &BatchTicket) -> Option<&mut ServerConnection> {
+        let is_same = self.session == ticket.session;
+        let connection = self.connection.as_mut().filter(|_| is_same)?;
+        connection.terms.is_some().then_some(connection)
+    }
+
+    fn is_full(&mut self, ticket: &BatchTicket) -> bool {
+        let connection = self.connection_of(ticket);
+        connection.is_some_and(|c| c.backlog.len() >= MAX_UPDATES)
+    }
+
     /// Whether a batch waits for replies, and for a closing server to hang up.
     fn awaited(&self, batch: u64) -> (bool, bool) {
         self.batches.get(&batch).map_or((false, false), |batch| {
             let closing = batch.unmaps && self.closing.is_some();
             (batch.remaining > 0, closing)
         })
+    }
+}
+
+impl Link {
+    /// Sends updates of a batch, which the server applies in order, and takes them from `updates` only as fast as the
+    /// server applies them. [`Link::wait`] waits for the rest. Sends nothing more after a failure, or if the connection
+    /// is not the one of the ticket any more.
+    ///
+    /// `updates` must not wait for a peer: the link is locked while the next ones are taken.
+    pub fn send_all(&self, ticket: &mut BatchTicket, updates: impl IntoIterator<Item = DmaUpdate>) {
+        let mut updates = updates.into_iter().peekable();
+        let mut state = self.state.lock();
+        while updates.peek().is_some() {
+            let batch = ticket.batch;
+            let is_open = state
+                .batches
+                .get(&batch)
+                .is_some_and(|b| b.failed.is_none());
+            let connection = state.connection_of(ticket);
+            let Some(connection) = connection.filter(|_| is_open) else {
+                return;
+            };
+            let room = MAX_UPDATES.saturating_sub(connection.backlog.len());
+            if room == 0 {
+                let late = self.changed.wait_until(&mut state, ticket.until);
+                if late && state.is_full(ticket) {
+                    self.end_late(&mut state, ticket);
+                }
+                continue;
+            }
+            let before = connection.backlog.len();
+            let next = updates.by_ref().take(room).map(|update| (update, batch));
+            connection.backlog.extend(next);
+            let sent = connection.backlog.len() - before;
+            if let Some(batch) = state.batches.get_mut(&batch) {
+                batch.remaining += sent;
+            }
+            ticket.expect_more(sent, self.deadline);
+            self.send_updates(&mut state);
+        }
+    }
+
+    fn end_late(&self, state: &mut LinkState, ticket: &BatchTicket) {
+        let why = format!("no reply within {:?}", ticket.timeout);
+        self.end_locked(state, Disconnect::CutOff(&why));
     }
 }
 
@@ -75,47 +131,112 @@ pub struct DmaUpdates<'a> {
 }
 
 impl DmaUpdates<'_> {
-    /// Sends updates, which the server applies in order. [`Link::wait`] waits for that.
-    pub fn send(&mut self, updates: impl IntoIterator<Item = DmaUpdate>) -> BatchTicket {
+    /// Sends updates, which the server applies in order. [`Link::wait`] waits for that. For `unmaps` and `windows`, see
+    /// [`Self::open`].
+    pub fn send(&mut self, updates: Vec<DmaUpdate>, unmaps: bool, windows: usize) -> BatchTicket {
+        let mut ticket = self.open(unmaps, windows);
+        ticket.expect_more(updates.len(), self.link.deadline);
         let state = &mut *self.state;
-        let updates: Vec<_> = updates.into_iter().collect();
-        let unmaps = updates.iter().any(|u| matches!(u, DmaUpdate::Unmap(_)));
-        let connection = state.connection.as_mut().filter(|c| c.terms.is_some());
-        let before = connection
-            .as_ref()
-            .map_or(0, |c| c.updates + c.backlog.len());
-        let rounds = 1 + (before + updates.len()) / MAX_UPDATES;
-        let timeout = self.link.deadline;
-        let timeout = timeout.saturating_mul(u32::try_from(rounds).unwrap_or(u32::MAX));
-        let timeout = timeout.min(self.link.deadline.max(MAX_BATCH_TIMEOUT));
-        let until = Instant::now() + timeout;
-        if connection.is_none() && !(unmaps && state.closing.is_some()) {
-            // A server that connects later gets the windows of that time.
-            let batch = UNWATCHED;
-            return BatchTicket {
-                batch,
-                until,
-                timeout,
-            };
-        }
-        state.last_batch += 1;
-        let batch = state.last_batch;
-        let mut entry = Batch {
-            remaining: 0,
-            unmaps,
-            failed: None,
-        };
-        if let Some(connection) = connection {
+        let batch = ticket.batch;
+        if let Some(entry) = state.batches.get_mut(&batch)
+            && let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some())
+        {
             entry.remaining = updates.len();
             let updates = updates.into_iter().map(|update| (update, batch));
             connection.backlog.extend(updates);
+            self.link.send_updates(state);
         }
-        state.batches.insert(batch, entry);
-        self.link.send_updates(state);
-        BatchTicket {
-            batch,
-            until,
-            timeout,
+        ticket
+    }
+
+    /// Opens a batch for [`Link::send_all`]. `unmaps` says that the caller removes windows, which a server whose
+    /// connection is half closed may still use. `windows` is the number of all
+    /// windows: a server that connects just now may be getting them first.
+    pub fn open(&mut self, unmaps: bool, windows: usize) -> BatchTicket {
+        let state = &mut *self.state;
+        let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
+        let before = connection.map_or(0, |c| {
+            let announced = c.announcing.map_or(0, |_| windows);
+            c.updates + c.backlog.len() + announced
+        });
+        let is_watched = connection.is_some() || unmaps && state.closing.is_some();
+        let batch = if is_watched {
+            state.last_batch += 1;
+            let entry = Batch {
+                remaining: 0,
+                unmaps,
+                failed: None,
+            };
+            state.batches.insert(state.last_batch, entry);
+            state.last_batch
+        } else {
+            // A server that connects later gets the windows of that time.
+            UNWATCHED
+        };
+        BatchTicket::new(batch, state.session, before, self.link.deadline)
+    }
+
+    /// The windows that the server has, or is getting.
+    pub fn announced(&self) -> Announced {
+        let connection = self.state.connection.as_ref();
+        let connection = connection.filter(|c| c.terms.is_some());
+        Announced {
+            session: connection.map(|_| self.state.session),
+            unannounced: connection.and_then(|c| c.unannounced),
         }
+    }
+
+    /// The caller replaces all windows. Those it adds are not announced before [`Self::announce`].
+    pub fn hold_back(&mut self) {
+        if let Some(connection) = self.state.connection.as_mut().filter(|c| c.terms.is_some()) {
+            connection.announcing = None;
+            connection.unannounced = Some(Iova(0));
+        }
+    }
+
+    /// Announces all windows to the server for which [`Self::hold_back`] was called: the one of `former`, whose deadline
+    /// counts on. Another server that is connected has got them already.
+    pub fn announce(&mut self, former: &BatchTicket) -> BatchTicket {
+        let state = &mut *self.state;
+        let mut ticket = former.clone();
+        ticket.batch = UNWATCHED;
+        let batch = state.last_batch + 1;
+        if let Some(connection) = state.connection_of(former)
+            && connection.announcing.is_none()
+        {
+            connection.announce(batch);
+            ticket.batch = batch;
+            state.last_batch = batch;
+            let entry = Batch {
+                remaining: 1,
+                unmaps: false,
+                failed: None,
+            };
+            state.batches.insert(batch, entry);
+            self.link.send_updates(state);
+        }
+        ticket
+    }
+}
+
+/// The windows that a server has, or is getting, at some moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Announced {
+    /// The number of the connection, if there is one.
+    session: Option<u64>,
+    /// The windows from this address on are not announced yet.
+    unannounced: Option<Iova>,
+}
+
+impl Announced {
+    /// Whether `window` is one of them.
+    pub fn has(&self, window: IovaRange) -> bool {
+        let announced = self.unannounced.is_none_or(|from| window.first() < from);
+        self.session.is_some() && announced
+    }
+
+    /// Whether both belong to one connection.
+    pub fn is_same_server(&self, other: &Self) -> bool {
+        self.session.is_some() && self.session == other.session
     }
 }

@@ -1,6 +1,7 @@
 //! The state that both threads share, and the operations that both need.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -11,25 +12,28 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::Shutdown;
 use zerocopy::IntoBytes;
 
-use super::connection::{Pending, ServerConnection, map_body, unmap_body};
-use super::update::{DmaUpdate, DmaUpdateError};
+use super::connection::{Pending, ServerConnection, unmap_body};
+use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES};
+use crate::address::Iova;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
+use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
 
-/// At most this many updates are without a reply; the others wait in the backlog.
-pub(super) const MAX_UPDATES: usize = 1024;
+/// This many windows are looked up at a time.
+const ANNOUNCED_AT_ONCE: usize = 64;
 /// No update is added to the outbox while this many bytes wait there.
 const MAX_QUEUED_BYTES: usize = 256 << 10;
 /// The batch of updates that no requester waits for.
 pub(super) const UNWATCHED: u64 = 0;
 
 /// The connection to a device's server, which may disconnect and reconnect at any time.
-#[derive(Debug)]
 pub struct Link {
     /// The device's name in log messages.
     pub(super) name: String,
+    /// Knows all windows.
+    target: Arc<dyn DmaTarget>,
     pub(super) state: Mutex<LinkState>,
     pub(super) changed: Condvar,
     wake: OwnedFd,
@@ -64,6 +68,13 @@ pub(super) struct LinkState {
     pub(super) closing: Option<Arc<OwnedFd>>,
 }
 
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut link = f.debug_struct("Link");
+        link.field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 /// Why a connection ends.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Disconnect<'a> {
@@ -86,14 +97,15 @@ pub(super) struct Batch {
 }
 
 impl Link {
-    /// A link without a connection, for the device of this name. A server has `deadline` to reply to
+    /// A link without a connection, for the device of this name, whose server gets the windows of `target`. A server has `deadline` to reply to
     /// an update, and once more for each further 1024 updates that are pending.
     ///
     /// # Errors
     /// The system has no descriptor left.
-    pub fn new(name: String, deadline: Duration) -> io::Result<Self> {
+    pub fn new(name: String, target: Arc<dyn DmaTarget>, deadline: Duration) -> io::Result<Self> {
         Ok(Self {
             name,
+            target,
             state: Mutex::new(Rank::Link, LinkState::default()),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -178,7 +190,7 @@ impl Link {
         self.wake();
     }
 
-    /// Moves updates from the backlog to the outbox, up to the limits, and sends.
+    /// Moves windows to announce, and updates from the backlog, to the outbox, up to the limits, and sends.
     pub(super) fn send_updates(&self, state: &mut LinkState) {
         let LinkState {
             connection: Some(connection),
@@ -188,8 +200,42 @@ impl Link {
         else {
             return;
         };
-        let max_windows = connection.terms.as_ref().map_or(0, |t| t.windows);
+        let max_windows = connection.max_windows();
         while connection.updates < MAX_UPDATES && connection.outbox.len_bytes() < MAX_QUEUED_BYTES {
+            if let (Some(batch), Some(first)) = (connection.announcing, connection.unannounced) {
+                let room = max_windows.saturating_sub(connection.windows);
+                let room = usize::try_from(room).unwrap_or(usize::MAX);
+                if room > 0 {
+                    let limit = room.min(ANNOUNCED_AT_ONCE);
+                    let windows = self.target.windows_from(first, limit);
+                    let is_rest = windows.len() < limit;
+                    let last = windows.last().map(|window| window.range.first().0);
+                    let next = last.and_then(|last| last.checked_add(1)).map(Iova);
+                    connection.unannounced = next.filter(|_| !is_rest);
+                    for window in windows {
+                        if !connection.is_in_backlog(&window) {
+                            if let Some(batch) = batches.get_mut(&batch) {
+                                batch.remaining += 1;
+                            }
+                            connection.send_window(window, batch);
+                        }
+                    }
+                    if connection.unannounced.is_some() && connection.is_announcement_paused() {
+                        warn_limited!(
+                            "{}: the server takes {max_windows} windows and no more; it gets the others as it gives \
+                             windows up",
+                            self.name
+                        );
+                    }
+                    if connection.unannounced.is_none() {
+                        self.end_announcement(connection, batches, None);
+                    }
+                    continue;
+                }
+                if batch != UNWATCHED {
+                    self.end_announcement(connection, batches, Some(libc::ENOSPC));
+                }
+            }
             // The server may still refuse the window: then there is nothing to remove.
             let unconfirmed = match connection.backlog.front() {
                 Some((DmaUpdate::Unmap(range), _)) => {
@@ -203,7 +249,7 @@ impl Link {
             let Some((update, batch)) = connection.backlog.pop_front() else {
                 break;
             };
-            match &update {
+            match update {
                 DmaUpdate::Map(window) if connection.windows >= max_windows => {
                     connection.refused.insert(window.range.first().0);
                     finish_update(&self.name, batches, batch, Some(libc::ENOSPC));
@@ -213,20 +259,29 @@ impl Link {
                     finish_update(&self.name, batches, batch, None);
                     self.changed.notify_all();
                 }
-                DmaUpdate::Map(window) => {
-                    connection.windows += 1;
-                    connection.unconfirmed.insert(window.range.first().0);
-                    let (body, descriptors) = map_body(window);
-                    connection.shares_memory |= !descriptors.is_empty();
-                    connection.send_update(update, batch, body.as_bytes(), descriptors);
-                }
+                DmaUpdate::Map(window) => connection.send_window(window, batch),
                 DmaUpdate::Unmap(range) => {
-                    let body = unmap_body(*range);
+                    let body = unmap_body(range);
                     connection.send_update(update, batch, body.as_bytes(), Vec::new());
                 }
             }
         }
         self.flush_locked(state);
+    }
+
+    /// Ends the announcement of all windows. `error` is the errno if the server does not get them all.
+    pub(super) fn end_announcement(
+        &self,
+        connection: &mut ServerConnection,
+        batches: &mut HashMap<u64, Batch>,
+        error: Option<i32>,
+    ) {
+        if let Some(batch) = connection.announcing.take()
+            && batch != UNWATCHED
+        {
+            finish_update(&self.name, batches, batch, error);
+            self.changed.notify_all();
+        }
     }
 
     pub(super) fn flush_locked(&self, state: &mut LinkState) {

@@ -3,9 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::connection::{NO_REPLY_ID, Pending, ServerConnection};
+use super::connection::{MAX_REFUSED, NO_REPLY_ID, Pending, ServerConnection};
 use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish_update};
-use super::update::{DmaUpdate, DmaUpdateError, Window};
+use super::update::{DmaUpdate, DmaUpdateError};
 use crate::vfio_user::message::{Command, Header, Kind};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
@@ -32,7 +32,7 @@ pub(in crate::vfio_user) struct LinkStatus {
     pub(in crate::vfio_user) connected: bool,
     /// Client and server have negotiated.
     pub(in crate::vfio_user) active: bool,
-    /// All updates are in the outbox.
+    /// All updates are in the outbox, and all windows that the server has room for.
     pub(in crate::vfio_user) is_up_to_date: bool,
     /// Unsent bytes.
     pub(in crate::vfio_user) bytes: usize,
@@ -52,7 +52,9 @@ impl Link {
             session: state.session,
             connected: connection.is_some(),
             active: connection.is_some_and(|c| c.terms.is_some()),
-            is_up_to_date: connection.is_none_or(|c| c.backlog.is_empty()),
+            is_up_to_date: connection.is_none_or(|c| {
+                c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
+            }),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
             descriptors: connection.map_or(0, |c| c.outbox.len_descriptors()),
             commands: connection.map_or(0, |c| c.commands),
@@ -76,7 +78,6 @@ impl Link {
     pub(in crate::vfio_user) fn activate(
         &self,
         terms: Terms,
-        windows: impl FnOnce() -> Vec<Window>,
         replay: Vec<(Command, Vec<u8>, Vec<OutgoingFd>)>,
     ) {
         let mut state = self.state.lock();
@@ -84,10 +85,7 @@ impl Link {
             return;
         };
         connection.terms = Some(terms);
-        let updates = windows()
-            .into_iter()
-            .map(|w| (DmaUpdate::Map(w), UNWATCHED));
-        connection.backlog.extend(updates);
+        connection.announce(UNWATCHED);
         for (command, body, descriptors) in replay {
             connection.send(Pending::Replay(command), command, &body, descriptors);
         }
@@ -195,7 +193,16 @@ impl Link {
                         None
                     }
                 };
+                let is_announced = connection.announcing == Some(batch) && batch != UNWATCHED;
                 finish_update(&self.name, batches, batch, error);
+                if error.is_some() {
+                    if connection.refused.len() > MAX_REFUSED {
+                        return MatchedReply::Violation("it refuses too many windows");
+                    }
+                    if is_announced {
+                        self.end_announcement(connection, batches, error);
+                    }
+                }
                 self.send_updates(&mut state);
                 self.changed.notify_all();
                 MatchedReply::Own

@@ -1,0 +1,55 @@
+//! The state of an emulated device, for readers other than the backend's owner.
+
+use std::sync::Arc;
+
+use super::windows::Space;
+use crate::ids::EndpointId;
+use crate::vfio_user::{Ends, Link};
+
+/// Observes an emulated device.
+#[derive(Clone)]
+pub struct Watch {
+    endpoint: EndpointId,
+    link: Arc<Link>,
+    space: Arc<Space>,
+}
+
+/// The state of an emulated device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmulatedState {
+    /// Its endpoint.
+    pub endpoint: EndpointId,
+    /// Whether its client and its server are connected.
+    pub ends: Ends,
+    /// The number of its windows into guest RAM. Its server has them while it is connected.
+    pub windows: usize,
+    /// The number of refused accesses.
+    pub refused: u64,
+}
+
+impl Watch {
+    /// A handle to the device of `endpoint`.
+    pub(super) fn new(endpoint: EndpointId, link: Arc<Link>, space: Arc<Space>) -> Self {
+        Self {
+            endpoint,
+            link,
+            space,
+        }
+    }
+
+    /// The device's endpoint.
+    pub fn endpoint(&self) -> EndpointId {
+        self.endpoint
+    }
+
+    /// The device's state now. Waits at most for a copy in progress.
+    pub fn state(&self) -> EmulatedState {
+        let (windows, refused) = self.space.figures();
+        EmulatedState {
+            endpoint: self.endpoint,
+            ends: self.link.ends(),
+            windows,
+            refused,
+        }
+    }
+}
