@@ -18,3 +18,4 @@ mod hostile;
 mod hotplug;
 mod reconnection;
 mod sockets;
+mod windows;
