@@ -66,7 +66,11 @@ impl Iommu {
             }
         }
 
-        let new_domain = if existing.is_some() {
+        let is_new_domain = existing.is_none();
+        let is_new_endpoint = !self.endpoints.contains_key(&endpoint);
+        let root = u64::from(is_new_domain && !bypass);
+        self.check_room_for_records(is_new_domain, is_new_endpoint, root)?;
+        let new_domain = if !is_new_domain {
             None
         } else if bypass {
             Some(Domain::new(None))
@@ -143,6 +147,7 @@ impl Iommu {
             self.groups.join(group, endpoint, domain);
             self.resume(&changes.resumed);
         }
+        self.count_records();
         Ok(())
     }
 
@@ -183,6 +188,7 @@ impl Iommu {
                 self.retarget_unattached_mates(group, endpoint, target);
             }
         }
+        self.count_records();
         Ok(())
     }
 
@@ -274,6 +280,7 @@ impl Iommu {
                 self.arena.reclaim();
             }
         }
+        self.count_records();
     }
 
     /// Takes an endpoint out of a domain. Destroys the domain if the endpoint was its last member.

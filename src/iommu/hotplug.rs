@@ -150,6 +150,7 @@ impl Iommu {
                 unused.push(self.remove_backend(index));
             }
         }
+        self.count_records();
         self.topology.remove(range)?;
         Ok(unused)
     }

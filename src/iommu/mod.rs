@@ -5,7 +5,8 @@
 //!
 //! This file holds the state, `attach` moves endpoints between domains, `map` changes mappings,
 //! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
-//! and the VMM, `hotplug` adds and removes endpoints, and `filled` fills the backend of a new one.
+//! and the VMM, `hotplug` adds and removes endpoints, `filled` fills the backend of a new one, and
+//! `records` counts the memory of records.
 //!
 //! An endpoint is in one of these states:
 //!
@@ -29,6 +30,7 @@ mod inspect;
 mod map;
 mod memory;
 mod reachable;
+mod records;
 mod target;
 #[cfg(test)]
 mod tests;

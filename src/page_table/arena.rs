@@ -40,6 +40,8 @@ pub struct Arena {
     released: usize,
     /// Retired frames, which a reader may still be inside; all zero.
     retired: Vec<u32>,
+    /// See [`Arena::set_record_bytes`].
+    record_bytes: u64,
 }
 
 impl Arena {
@@ -74,6 +76,7 @@ impl Arena {
             free: list()?,
             released: 0,
             retired: list()?,
+            record_bytes: 0,
         };
         arena.set_header(HEADER_VERSION, ABI_VERSION);
         arena.set_header(HEADER_FRAMES, u64::from(frames));
@@ -88,10 +91,22 @@ impl Arena {
 
     /// Frames available now.
     pub fn frames_free(&self) -> u64 {
-        u64::from(self.frames - self.watermark) + self.free.len() as u64
+        let unused = u64::from(self.frames - self.watermark) + self.free.len() as u64;
+        unused.saturating_sub(self.record_bytes.div_ceil(FRAME_BYTES))
     }
 
-    /// Frames not available now: the header, tables, endpoint slots and retired frames.
+    /// Counts `bytes` of other memory, which belongs to the same budget, as used frames.
+    pub fn set_record_bytes(&mut self, bytes: u64) {
+        self.record_bytes = bytes;
+    }
+
+    /// The frames that [`Self::set_record_bytes`] would take with `bytes`, beside those it has taken.
+    pub fn frames_for_records(&self, bytes: u64) -> u64 {
+        let taken = self.record_bytes.div_ceil(FRAME_BYTES);
+        bytes.div_ceil(FRAME_BYTES).saturating_sub(taken)
+    }
+
+    /// Frames not available now: the header, tables, endpoint slots, retired frames and records.
     pub fn frames_used(&self) -> u64 {
         self.frames_total() - self.frames_free()
     }

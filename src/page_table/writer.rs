@@ -97,8 +97,10 @@ impl Table {
     ///
     /// The arena has no free frame for the root.
     pub fn new(arena: &mut Arena, levels: Levels) -> Result<Self, OutOfFrames> {
-        let Some(root) = arena.allocate() else {
-            return Err(OutOfFrames { needed: 1, free: 0 });
+        let free = arena.frames_free();
+        let root = (free > 0).then(|| arena.allocate()).flatten();
+        let Some(root) = root else {
+            return Err(OutOfFrames { needed: 1, free });
         };
         arena.note_levels(levels);
         Ok(Self {

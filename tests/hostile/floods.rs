@@ -146,3 +146,41 @@ fn a_flood_of_domains_stays_within_the_arena() {
     assert!(daemon.domains().is_empty());
     assert_serves(&daemon, &mut guest);
 }
+
+/// A bypass domain has no page table. Its record and those of its endpoints count all the same.
+#[test]
+fn a_flood_of_bypass_domains_stays_within_the_arena() {
+    let daemon = Daemon::spawn(&[
+        "--iommu",
+        "00:05.0",
+        "--arena-limit",
+        "1M",
+        "--endpoint",
+        "00:06.0-3f:1f.7",
+    ]);
+    let mut guest = Guest::boot(&daemon);
+    let used = || daemon.status()["arena"]["used_bytes"].as_u64().unwrap();
+    let idle = used();
+    let mut made = 0;
+    let refused = (EP3 + 8..0x4000).find(|id| {
+        let status = guest.attach_bypass(*id, *id);
+        assert!(status == OK || status == NOMEM, "{status}");
+        made += u64::from(status == OK);
+        status == NOMEM
+    });
+    let refused = refused.expect("NOMEM");
+    assert!(made > 500, "{made}");
+    assert!(used() <= 1 << 20 && used() > 1 << 19, "{}", used());
+    let limits = daemon.control("stats");
+    let limits = limits["limits"].as_array().expect("limits");
+    let arena = limits.iter().find(|limit| limit["name"] == "arena_bytes");
+    assert_eq!(arena.expect("the arena's limit")["hits"], 1);
+    // An endpoint that is attached already needs no more memory.
+    assert_eq!(guest.attach_bypass(EP3 + 8, EP3 + 9), OK);
+    assert_eq!(guest.detach(EP3 + 8, EP3 + 9), OK);
+    for id in (EP3 + 8..refused).filter(|id| *id != EP3 + 9) {
+        assert_eq!(guest.detach(id, id), OK);
+    }
+    assert_eq!(used(), idle);
+    assert_serves(&daemon, &mut guest);
+}
