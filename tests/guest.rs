@@ -379,6 +379,9 @@ fn probed_as_configured(vm: &mut Vm, daemon: &mut Daemon, kernel: &Kernel, mode:
     assert!(release.starts_with(&kernel.version), "{release}");
     vm.run("ls /sys/bus/virtio/drivers/virtio_iommu/virtio0");
     vm.run(&format!("ls -d /sys/bus/pci/drivers/e1000e/{NIC}"));
+    // A guest that wakes up from S3 waits for the IOMMU for ever.
+    let sleeps = vm.run("cat /sys/power/mem_sleep").join("");
+    assert!(!sleeps.contains("deep"), "{sleeps}");
     // Older kernels put a device into its group only when a driver binds it.
     vm.run(&bind_all());
     let mut groups = Vec::new();

@@ -96,6 +96,8 @@ fn launch_keeps_the_vmms_own_machine_and_ram() {
     let memory =
         "-m 1G -machine memory-backend=viommu-ram -object memory-backend-memfd,id=viommu-ram";
     assert!(args.contains(memory), "{args}");
+    let sleep = "-global ICH9-LPC.disable_s3=1 -global ICH9-LPC.disable_s4=1";
+    assert!(args.contains(sleep), "{args}");
 }
 
 #[test]

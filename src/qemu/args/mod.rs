@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::config::{Config, DeviceKind, SlotProblem, Socket};
 use crate::topology::{EndpointRange, PciAddress};
-use operator::OperatorOptions;
+use operator::{OperatorOptions, Q35_SLEEP_CONTROLLER};
 use passthrough::PassthroughArguments;
 use places::{check_slots, has_device, on_root_bus, place, slot};
 
@@ -138,6 +138,15 @@ impl QemuArgs {
                 // No arguments: the process with the shadow reader offers the device to QEMU itself.
                 DeviceKind::ShadowReader => {}
             }
+        }
+        // After a sleep the guest's driver waits for answers on rings that it has not set up again.
+        let controller = others.map_or(
+            Some(Q35_SLEEP_CONTROLLER),
+            OperatorOptions::sleep_controller,
+        );
+        for controller in controller {
+            arguments.push(("-global", format!("{controller}.disable_s3=1")));
+            arguments.push(("-global", format!("{controller}.disable_s4=1")));
         }
         arguments.extend([
             (

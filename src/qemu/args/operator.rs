@@ -24,6 +24,8 @@ const IOMMUS: [&str; 9] = [
 ];
 /// Properties of machines that add an IOMMU.
 const IOMMU_PROPERTIES: [&str; 3] = ["iommu", "iommu-sys", "x-iommu"];
+/// The device of q35 that puts the machine to sleep.
+pub(super) const Q35_SLEEP_CONTROLLER: &str = "ICH9-LPC";
 /// The virtio device ID of an IOMMU.
 const VIRTIO_IOMMU: &str = "23";
 /// QEMU arguments with which the guest would have no working IOMMU.
@@ -167,6 +169,19 @@ impl OperatorOptions {
         machines.any(typed)
     }
 
+    /// The device of the machine with the properties `disable_s3` and `disable_s4`, if it has one. A VM without
+    /// a chosen machine is a q35.
+    pub fn sleep_controller(&self) -> Option<&'static str> {
+        let mut machines = self.0.iter().filter(|option| option.is_machine()).rev();
+        match machines.find_map(|option| option.get("").or(option.get("type"))) {
+            None => Some(Q35_SLEEP_CONTROLLER),
+            Some(machine) if machine.contains("q35") => Some(Q35_SLEEP_CONTROLLER),
+            Some("pc") => Some("PIIX4_PM"),
+            Some(machine) if machine.starts_with("pc-i440fx-") => Some("PIIX4_PM"),
+            Some(_) => None,
+        }
+    }
+
     /// Whether the options give the size of RAM.
     pub fn has_size(&self) -> bool {
         let mut options = self.0.iter();
@@ -270,6 +285,22 @@ mod tests {
             assert_eq!(found.has_size(), size, "{line}");
             assert_eq!(found.has_memory_backend(), backend, "{line}");
             assert_eq!(found.check(), Ok(()), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_machine_decides_which_device_puts_it_to_sleep() {
+        for (line, controller) in [
+            ("", Some("ICH9-LPC")),
+            ("-machine memory-backend=ram", Some("ICH9-LPC")),
+            ("-M pc-q35-11.0", Some("ICH9-LPC")),
+            ("-M pc -M q35,accel=kvm", Some("ICH9-LPC")),
+            ("-M pc", Some("PIIX4_PM")),
+            ("-machine type=pc-i440fx-9.2", Some("PIIX4_PM")),
+            ("-M microvm", None),
+            ("-M virt", None),
+        ] {
+            assert_eq!(options(line).sleep_controller(), controller, "{line}");
         }
     }
 

@@ -30,6 +30,10 @@ fn arguments_describe_the_whole_configuration() {
             "2048M",
             "-object",
             "memory-backend-memfd,id=viommu-ram,size=2147483648,share=on",
+            "-global",
+            "ICH9-LPC.disable_s3=1",
+            "-global",
+            "ICH9-LPC.disable_s4=1",
             "-chardev",
             "socket,id=viommu-socket,path=/run/a b,,c.sock",
             "-device",
@@ -109,7 +113,7 @@ fn devices_of_the_host_come_before_the_iommu() {
         ]
     );
     assert_eq!(
-        made.arguments[14..16],
+        made.arguments[18..20],
         ["-chardev", "socket,id=viommu-socket,path=/run/s"]
     );
     let notes = made.notes.join("\n");
@@ -272,7 +276,7 @@ fn options_of_the_operator_are_not_repeated() {
     let beside = |line: &str| {
         let others: Vec<_> = line.split_whitespace().map(OsString::from).collect();
         let made = QemuArgs::appended_to(&config(text), Path::new("t"), &others).expect(line);
-        let own = made.arguments.len() - 6;
+        let own = made.arguments.len() - 10;
         made.arguments[..own].join(" ")
     };
     let object = "-object memory-backend-memfd,id=viommu-ram,size=1073741824,share=on";
