@@ -61,6 +61,8 @@ pub(super) struct ReaderFigures {
     pub registered: u64,
     pub refused: u64,
     pub killed: u64,
+    pub killed_slow: u64,
+    pub inherited: u64,
     pub faults: u64,
     pub faults_suppressed: u64,
 }
@@ -228,6 +230,8 @@ impl Figures {
             "registered": readers.registered,
             "refused": readers.refused,
             "killed": readers.killed,
+            "killed_slow": readers.killed_slow,
+            "inherited": readers.inherited,
             "faults": readers.faults,
             "faults_suppressed": readers.faults_suppressed,
         })
@@ -262,6 +266,8 @@ fn reader_figures(registry: &Registry) -> ReaderFigures {
         registered: counters.registered.get(),
         refused: counters.refused.get(),
         killed: counters.killed.get(),
+        killed_slow: counters.killed_slow.get(),
+        inherited: counters.inherited.get(),
         faults: counters.faults.get(),
         faults_suppressed: counters.faults_suppressed.get(),
     }

@@ -308,12 +308,14 @@ fn devices(out: &mut String, answer: &Value) -> Result {
     if !readers.is_null() {
         writeln!(
             out,
-            "\nshadow readers: {} now, {} in all, {} refused, {} killed\n  \
+            "\nshadow readers: {} now, {} in all, {} refused, {} killed ({} for slow accesses), {} inherited\n  \
              faults: {} passed on, {} suppressed",
             readers["now"],
             readers["registered"],
             readers["refused"],
             readers["killed"],
+            readers["killed_slow"],
+            readers["inherited"],
             readers["faults"],
             readers["faults_suppressed"],
         )?;

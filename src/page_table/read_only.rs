@@ -42,6 +42,14 @@ impl ReadOnlyArena {
         Ok(Self { memory })
     }
 
+    /// Keeps the mapping out of the children that this process forks.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn keep_from_children(&self) -> Result<(), ArenaError> {
+        self.memory.keep_from_children()
+    }
+
     /// A view of the arena.
     pub fn view(&self) -> View<'_> {
         View::new(self.memory.as_slice())

@@ -76,6 +76,21 @@ impl MappedWords {
             len: bytes / size_of::<AtomicU64>(),
         })
     }
+
+    /// Keeps the mapping out of the children that this process forks.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn keep_from_children(&self) -> Result<(), ArenaError> {
+        let start = self.start.as_ptr().cast();
+        let bytes = self.len * size_of::<AtomicU64>();
+        // SAFETY:
+        // - start and bytes: the mapping of this value; the advice changes nothing in this process
+        if unsafe { libc::madvise(start, bytes, libc::MADV_DONTFORK) } != 0 {
+            return Err(system_error("keep the memfd from child processes"));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(not(miri))]

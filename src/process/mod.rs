@@ -1,4 +1,4 @@
-//! The process of the daemon: sandbox, service manager, watchdog, sockets and inherited descriptors. Nothing
+//! The process of the daemon: sandbox, service manager, watchdog, sockets, inherited descriptors, budgets of peers. Nothing
 //! here depends on the virtio device.
 
 pub mod event_loop;
@@ -10,5 +10,6 @@ pub mod sandbox;
 #[cfg(not(miri))]
 pub mod service;
 pub mod socket;
+pub mod wait_budget;
 #[cfg(not(miri))]
 pub mod watchdog;

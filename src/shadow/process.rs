@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::sys::poll;
 
@@ -106,7 +106,17 @@ impl Process {
 
     /// Waits up to `patience` for the end of the process. Returns whether it has ended.
     pub fn wait_until_gone(&self, patience: Duration) -> bool {
-        poll(self.handle.as_raw_fd(), libc::POLLIN, patience).unwrap_or(false)
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if poll(self.handle.as_raw_fd(), libc::POLLIN, left).unwrap_or(false) {
+                return true;
+            }
+            // A signal may have ended the wait early.
+            if Instant::now() >= deadline {
+                return false;
+            }
+        }
     }
 
     /// Sends SIGKILL. The process may run for some time after that.

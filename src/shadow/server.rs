@@ -411,9 +411,13 @@ impl ServerThread {
         if let Some(peer) = self.peers.remove(&token) {
             match peer.state {
                 PeerState::Connected { .. } => {}
-                PeerState::Registered(reader) | PeerState::Leaving(reader) => {
-                    self.registry.remove(&reader);
+                PeerState::Registered(reader) => {
+                    // Another process may have the connection. Its frames are not read any more.
+                    self.stop_reading(token, reader.clone(), false);
+                    self.peers.remove(&token);
+                    self.registry.process_ended(&reader);
                 }
+                PeerState::Leaving(reader) => self.registry.process_ended(&reader),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! System calls on sockets: sending and receiving bytes with descriptors, and polling.
+//! System calls: sending and receiving bytes with descriptors, polling, and advice about mappings.
 
 #![expect(unsafe_code, reason = "system calls")]
 
@@ -114,6 +114,18 @@ pub fn receive(
         header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     Ok((got, fds))
+}
+
+/// Keeps `bytes` of mapped memory from `start` on out of the children that this process forks.
+///
+/// # Errors
+/// The system's error, for example if nothing is mapped there.
+pub fn keep_from_children(start: *mut u8, bytes: usize) -> io::Result<()> {
+    // SAFETY: the advice changes nothing in this process, whatever is mapped there.
+    if unsafe { libc::madvise(start.cast(), bytes, libc::MADV_DONTFORK) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn empty_message(part: *mut libc::iovec) -> libc::msghdr {

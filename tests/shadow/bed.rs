@@ -225,14 +225,15 @@ impl Role {
         }
     }
 
-    /// Reads lines until the process prints `word`.
-    pub fn wait_for(&mut self, word: &str) {
+    /// Reads lines until the process prints `word`. Returns the line.
+    pub fn wait_for(&mut self, word: &str) -> String {
         let mut line = String::new();
         while !line.contains(word) {
             line.clear();
             let read = self.stdout.read_line(&mut line).expect("readable");
             assert!(read > 0, "it ended before it printed {word}");
         }
+        line
     }
 
     pub fn send_line(&mut self, line: &str) {

@@ -24,6 +24,8 @@ fn run_role() {
     let socket = PathBuf::from(std::env::var("SHADOW_SOCKET").expect("a socket"));
     match role.as_str() {
         "stall" => stall(&socket),
+        "hold-long" => hold_long(&socket),
+        "fork" => fork(&socket),
         "write-on-command" => write_on_command(&socket),
         "access" => {
             let reader = ShadowReader::connect(&socket, A).expect("accepted");
@@ -73,6 +75,57 @@ fn stall(socket: &std::path::Path) {
     let _inside = reader.enter().expect("a word");
     print_line("inside");
     sleep_for_ever();
+}
+
+/// Stays inside each access for half the patience of [`hostile::SLOW_PATIENCE`], one access after the other.
+fn hold_long(socket: &std::path::Path) {
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
+    loop {
+        let inside = reader.enter().expect("a word");
+        print_line("inside");
+        std::thread::sleep(hostile::SLOW_PATIENCE / 2);
+        drop(inside);
+    }
+}
+
+/// Forks a child. The child drops its copy of the reader and lives until the end of its input. The parent goes on as a
+/// reader.
+#[expect(unsafe_code, reason = "fork")]
+fn fork(socket: &std::path::Path) {
+    let reader = ShadowReader::connect(socket, A).expect("accepted");
+    let memory = reader.memory();
+    let shared = |maps: &str| {
+        maps.lines()
+            .filter(|line| line.contains(" rw-s ") || line.contains(" r--s "))
+            .count()
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("there");
+    print_line(&format!("parent maps {}", shared(&maps)));
+    // SAFETY: the only other thread waits in `recv` and holds no lock.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0);
+    if child == 0 {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("there");
+        print_line(&format!("child maps {}", shared(&maps)));
+        std::mem::forget(memory);
+        drop(reader);
+        print_line("child dropped");
+        let mut line = String::new();
+        while std::io::stdin()
+            .read_line(&mut line)
+            .is_ok_and(|read| read > 0)
+        {}
+        std::process::exit(0);
+    }
+    loop {
+        std::thread::sleep(Duration::from_millis(20));
+        let found = memory.read_obj::<u8>(GuestAddress(0));
+        print_line(if found.is_ok() {
+            "parent reads"
+        } else {
+            "parent is refused"
+        });
+    }
 }
 
 /// Accesses memory under strict seccomp: the kernel ends a thread that makes a system call other

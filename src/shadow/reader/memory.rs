@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::error::ConnectError;
+use crate::shadow::sys::keep_from_children;
 
 /// A piece of guest RAM, mapped into this process.
 pub(super) type RamRegion = Arc<GuestRegionMmap>;
@@ -38,6 +39,7 @@ pub(super) fn map_region(
     let size = usize::try_from(length).map_err(|e| refuse(e.to_string()))?;
     let memory = MmapRegion::from_file(FileOffset::new(file, offset), size)
         .map_err(|e| refuse(e.to_string()))?;
+    keep_from_children(memory.as_ptr(), memory.size()).map_err(|e| refuse(e.to_string()))?;
     GuestRegionMmap::new(memory, GuestAddress(first))
         .map(Arc::new)
         .ok_or_else(|| refuse("it passes the last guest-physical address".into()))

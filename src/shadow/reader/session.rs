@@ -39,6 +39,8 @@ const NAP: Duration = Duration::from_micros(50);
 pub(super) struct Registration {
     pub(super) session: Arc<Session>,
     thread: Option<JoinHandle<()>>,
+    /// The process that is registered.
+    process: u32,
 }
 
 impl Registration {
@@ -61,12 +63,20 @@ impl Registration {
         Ok(Self {
             session,
             thread: Some(thread),
+            process: std::process::id(),
         })
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
+        if std::process::id() != self.process {
+            // A child of the registered process. The connection and the thread are the parent's, and the mappings are
+            // not in this process: other memory may have their addresses, and must not be unmapped.
+            std::mem::forget(self.thread.take());
+            std::mem::forget(self.session.clone());
+            return;
+        }
         // Fails if the connection is closed already.
         let _ = self.session.stream.shutdown(Shutdown::Both);
         if let Some(thread) = self.thread.take()
@@ -134,12 +144,17 @@ impl Session {
             return Err(ConnectError::Protocol("its epoch memory has another size"));
         }
         let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let arena = ReadOnlyArena::map(arena.as_fd())?;
+        let epochs = MappedWords::map(epochs.as_fd(), EPOCH_BYTES, protection)?;
+        // The daemon knows this process only. A child that inherits the mappings would outlive the registration.
+        arena.keep_from_children()?;
+        epochs.keep_from_children()?;
         let mut session = Self {
             stream,
             endpoint,
-            arena: ReadOnlyArena::map(arena.as_fd())?,
+            arena,
             slot: usize::try_from(slot).unwrap_or(usize::MAX),
-            epochs: MappedWords::map(epochs.as_fd(), EPOCH_BYTES, protection)?,
+            epochs,
             tlbs: (0..EPOCH_WORDS)
                 .map(|_| Mutex::new(Rank::ReaderCache, Tlb::new()))
                 .collect(),

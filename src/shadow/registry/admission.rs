@@ -4,7 +4,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Instant;
 
 use log::debug;
 
@@ -121,7 +120,9 @@ impl Registry {
         let numbers = [word, EPOCH_WORDS as u64, facts.reserved.len() as u64, 0];
         let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
         let fds = [self.arena.as_fd(), epochs.fd()];
-        let deadline = Instant::now() + self.limits.patience;
+        // The state is locked meanwhile, so UNMAP waits for a peer that does not read.
+        let wait = state.begin_wait([endpoint], self.limits.patience);
+        let deadline = wait.until(endpoint);
         let mut sent = send_frame(&stream, &welcome, &fds, Some(deadline));
         for range in &facts.reserved {
             let numbers = [range.first().0, range.last().0, 0, 0];
@@ -139,6 +140,7 @@ impl Registry {
                 Some(deadline),
             )
         });
+        state.charge_until_now(wait);
         if let Err(cause) = sent {
             debug!("cannot send a reader its welcome: {cause}");
             return Err((stream, Refusal::Resources, 0));
@@ -151,6 +153,7 @@ impl Registry {
             process,
             acknowledged: AtomicU64::new(state.generation),
             gone: AtomicBool::new(false),
+            inherited: AtomicBool::new(false),
         });
         state.next_number += 1;
         // The state has stayed locked since `state.memory` was read. This reader therefore gets every later

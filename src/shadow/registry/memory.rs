@@ -30,14 +30,16 @@ impl Registry {
         state.generation += 1;
         let generation = state.generation;
         let done = memory_frame(generation);
-        let deadline = Instant::now() + self.limits.patience;
-        let awaited: Vec<_> = state
+        let endpoints: Vec<_> = state.readers.iter().map(|r| r.endpoint).collect();
+        let mut wait = state.begin_wait(endpoints, self.limits.patience);
+        let mut awaited: Vec<_> = state
             .readers
             .iter()
             .filter(|r| r.acknowledged.load(Ordering::Acquire) >= up_to_date)
             .cloned()
             .collect();
         let unreached = state.broadcast(|reader| {
+            let deadline = wait.until(reader.endpoint);
             send_ram(&reader.stream, &ram, deadline)
                 .and_then(|()| send_frame(&reader.stream, &done, &[], Some(deadline)))
         });
@@ -47,22 +49,30 @@ impl Registry {
             // are valid until then and must be waited for. It cannot reach the new RAM, which it never maps.
             let _ = reader.stream.shutdown(std::net::Shutdown::Write);
         }
-        let behind = |r: &&Arc<Reader>| {
-            !r.is_gone()
-                && r.acknowledged.load(Ordering::Acquire) < generation
-                && !has_hung_up(&r.stream)
-                && !r.process.is_gone()
-        };
-        while let Some(reader) = awaited.iter().find(behind) {
-            if self.changed.wait_until(&mut state, deadline) {
+        loop {
+            awaited.retain(|r| {
+                !r.is_gone()
+                    && r.acknowledged.load(Ordering::Acquire) < generation
+                    && !has_hung_up(&r.stream)
+                    && !r.process.is_gone()
+            });
+            let now = Instant::now();
+            for reader in &awaited {
+                wait.note(reader.endpoint, now);
+            }
+            for late in awaited.extract_if(.., |r| now >= wait.until(r.endpoint)) {
                 warn_limited!(
                     "reader {} of endpoint {} did not acknowledge the new memory slot in time",
-                    reader.number,
-                    reader.endpoint
+                    late.number,
+                    late.endpoint
                 );
-                return;
             }
+            let Some(next) = awaited.iter().map(|r| wait.until(r.endpoint)).min() else {
+                break;
+            };
+            self.changed.wait_until(&mut state, next);
         }
+        state.charge(&wait);
     }
 
     /// Removes guest RAM. On success no reader reaches it any more. Kills a reader that does not acknowledge in
@@ -76,8 +86,10 @@ impl Registry {
         state.generation += 1;
         let generation = state.generation;
         let removed = Frame::new(kind::MEMORY_REMOVED, 0, [range.first().0, 0, 0, 0]);
-        let deadline = Instant::now() + self.limits.patience;
+        let endpoints: Vec<_> = state.readers.iter().map(|r| r.endpoint).collect();
+        let mut wait = state.begin_wait(endpoints, self.limits.patience);
         let unreached = state.broadcast(|reader| {
+            let deadline = wait.until(reader.endpoint);
             send_frame(&reader.stream, &removed, &[], Some(deadline)).and_then(|()| {
                 send_frame(
                     &reader.stream,
@@ -93,17 +105,23 @@ impl Registry {
                 !r.is_gone() && r.acknowledged.load(Ordering::Acquire) < generation
             };
             holding = state.readers.iter().filter(holds).cloned().collect();
-            holding.retain(|r| !r.process.is_gone());
-            if holding
+            holding.retain(|r| !r.has_ended());
+            let now = Instant::now();
+            let reached = holding
                 .iter()
-                .all(|r| unreached.iter().any(|d| Arc::ptr_eq(r, d)))
-            {
-                break;
+                .filter(|r| !unreached.iter().any(|d| Arc::ptr_eq(r, d)));
+            let mut next: Option<Instant> = None;
+            for reader in reached {
+                wait.note(reader.endpoint, now);
+                let until = wait.until(reader.endpoint);
+                if until > now {
+                    next = Some(next.map_or(until, |next| next.min(until)));
+                }
             }
-            if self.changed.wait_until(&mut state, deadline) {
-                break;
-            }
+            let Some(next) = next else { break };
+            self.changed.wait_until(&mut state, next);
         }
+        state.charge(&wait);
         drop(state);
         // A reader that has disconnected begins no access any more. If it is inside none, it uses no memory.
         for reader in holding.extract_if(.., |r| has_hung_up(&r.stream) && !r.is_inside()) {

@@ -21,13 +21,15 @@ use crate::ids::EndpointId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, OutOfFrames};
+use crate::process::wait_budget::WaitBudget;
 use crate::{error_limited, info_limited};
 
 /// Limits of the readers.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// The longest time a reader may stay inside one access that the writer waits for, and the longest time
-    /// it may take to release removed memory. After that the daemon kills it.
+    /// it may take to release removed memory. After that the daemon kills it. It is also the budget of each
+    /// endpoint for all such waits ([`WaitBudget`]).
     pub patience: Duration,
     /// The longest time a killed process may take to end.
     pub exit: Duration,
@@ -82,15 +84,15 @@ pub enum RegistryError {
     Slots(#[from] OutOfFrames),
 }
 
-/// A reader that stays inside an access and cannot be killed.
+/// A reader that may still use memory, and cannot be killed.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("reader {reader} of endpoint {endpoint} is inside an access and cannot be killed: {why}")]
+#[error("reader {reader} of endpoint {endpoint} may still use guest memory: {why}")]
 pub struct Stuck {
     /// The reader's number.
     pub reader: u64,
     /// The reader's endpoint.
     pub endpoint: EndpointId,
-    /// Why it cannot be killed.
+    /// Why the daemon cannot end that.
     pub why: String,
 }
 
@@ -105,6 +107,10 @@ pub struct ReaderCounters {
     pub refused_full: Counter,
     /// Readers that the daemon killed.
     pub killed: Counter,
+    /// Those of them whose endpoint had used its budget for waits up.
+    pub killed_slow: Counter,
+    /// Readers whose process ended while another process had their connection.
+    pub inherited: Counter,
     /// Faults of readers that were passed on.
     pub faults: Counter,
     /// Faults of readers that were dropped, because they exceeded the rate or the queue.
@@ -130,6 +136,8 @@ struct RegistryState {
     next_number: u64,
     memory: Vec<Ram>,
     generation: u64,
+    /// By endpoint, not by reader: a device gets no new budget by registering another process.
+    budgets: BTreeMap<EndpointId, WaitBudget>,
 }
 
 impl Registry {
@@ -180,8 +188,9 @@ impl Registry {
 
     /// The number of readers now.
     pub fn reader_count(&self) -> usize {
-        let state = self.state.lock();
-        state.readers.iter().filter(|r| !r.is_gone()).count()
+        let mut state = self.state.lock();
+        state.drop_gone();
+        state.readers.len()
     }
 
     /// Closes a reader's connection. A reader that is inside no access is removed at once; another one is
@@ -207,9 +216,8 @@ impl Registry {
         );
         match reader.process.kill() {
             Ok(()) => {
+                // Its connection stays open on this side: it would not show any more whether another process has it.
                 self.counters.killed.inc();
-                // Fails if the connection is closed already.
-                let _ = reader.stream.shutdown(std::net::Shutdown::Both);
                 true
             }
             Err(cause) => {
@@ -249,7 +257,6 @@ impl Registry {
 
 impl RegistryState {
     fn drop_gone(&mut self) {
-        self.readers
-            .retain(|r| !r.is_gone() && !r.process.is_gone());
+        self.readers.retain(|r| !r.is_gone() && !r.has_ended());
     }
 }

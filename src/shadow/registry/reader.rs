@@ -2,11 +2,12 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::time::Duration;
 
 use crate::ids::EndpointId;
 use crate::page_table::epoch::GracePeriod;
 use crate::page_table::words::SharedWords;
-use crate::shadow::process::Process;
+use crate::shadow::process::{Process, has_hung_up};
 use crate::shadow::wire::{epoch_word, epoch_words};
 
 /// A process that is registered for the DMA of one endpoint.
@@ -21,6 +22,9 @@ pub struct Reader {
     pub(super) acknowledged: AtomicU64,
     /// It has been removed: it accesses nothing any more.
     pub(super) gone: AtomicBool,
+    /// Its process has ended, and another process had its connection then. No access of that process is visible in
+    /// the epoch words.
+    pub(super) inherited: AtomicBool,
 }
 
 impl Reader {
@@ -58,7 +62,30 @@ impl Reader {
     }
 
     pub(super) fn has_left(&self, grace: &mut GracePeriod) -> bool {
-        grace.is_over(|index| epoch_word(self.epochs.words(), index))
+        grace.is_over(|index| epoch_word(self.epochs.words(), index)) && !self.is_inherited()
+    }
+
+    /// Whether its process has ended, and no other process has its connection.
+    pub(super) fn has_ended(&self) -> bool {
+        self.process.is_gone() && has_hung_up(&self.stream)
+    }
+
+    /// Sleeps for `nap`, or until its process ends.
+    pub(super) fn wait_for_end(&self, nap: Duration) {
+        if self.is_inherited() {
+            std::thread::sleep(nap);
+        } else {
+            self.process.wait_until_gone(nap);
+        }
+    }
+
+    pub(super) fn is_inherited(&self) -> bool {
+        self.inherited.load(Ordering::Acquire)
+    }
+
+    /// Returns whether it was set before.
+    pub(super) fn set_inherited(&self) -> bool {
+        self.inherited.swap(true, Ordering::AcqRel)
     }
 
     /// Whether it accesses nothing any more.

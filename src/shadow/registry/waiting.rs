@@ -1,17 +1,94 @@
 //! Waiting for accesses in progress, and killing the readers that do not end them.
+//!
+//! Each endpoint has a [`WaitBudget`], which all its readers share: a device gets no new budget by starting another
+//! process. A reader that keeps requests waiting beyond it is killed like one that hangs.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::reader::Reader;
-use super::{Registry, Stuck};
-use crate::error_limited;
+use super::{Registry, RegistryState, Stuck};
 use crate::ids::EndpointId;
 use crate::page_table::EndpointWord;
+use crate::process::wait_budget::{AllowedWait, WaitBudget};
+use crate::{error_limited, warn_limited};
 
 /// How often the writer checks the epoch words before it lets other threads run.
 const SPINS: u32 = 2000;
 /// The writer's sleep between two checks after that.
 const NAP: Duration = Duration::from_micros(50);
+/// How long a process that a killed reader was just starting may have the reader's connection: the time between `fork`
+/// and `exec`.
+const EXEC: Duration = Duration::from_millis(200);
+
+/// A wait for the readers of several endpoints, each within the budget of its endpoint.
+#[derive(Debug)]
+pub(super) struct ReadersWait {
+    began: Instant,
+    patience: Duration,
+    /// What each endpoint may have, and when one of its readers was last seen to be waited for.
+    endpoints: BTreeMap<EndpointId, (AllowedWait, Instant)>,
+}
+
+impl ReadersWait {
+    /// When the wait for the readers of `endpoint` ends.
+    pub(super) fn until(&self, endpoint: EndpointId) -> Instant {
+        let found = self.endpoints.get(&endpoint);
+        found.map_or(self.began + self.patience, |(allowed, _)| allowed.until)
+    }
+
+    /// Notes that the daemon waits for a reader of `endpoint` at `now`.
+    pub(super) fn note(&mut self, endpoint: EndpointId, now: Instant) {
+        if let Some((_, last)) = self.endpoints.get_mut(&endpoint) {
+            *last = now;
+        }
+    }
+
+    fn is_shortened(&self, endpoint: EndpointId) -> bool {
+        let found = self.endpoints.get(&endpoint);
+        found.is_some_and(|(allowed, _)| allowed.is_shortened())
+    }
+}
+
+impl RegistryState {
+    /// Begins a wait for readers of these endpoints.
+    pub(super) fn begin_wait(
+        &mut self,
+        endpoints: impl IntoIterator<Item = EndpointId>,
+        patience: Duration,
+    ) -> ReadersWait {
+        let began = Instant::now();
+        let mut waits = BTreeMap::new();
+        for endpoint in endpoints {
+            let budget = self.budgets.entry(endpoint);
+            let budget = budget.or_insert_with(|| WaitBudget::new(patience, began));
+            waits.insert(endpoint, (budget.allow(patience, began), began));
+        }
+        ReadersWait {
+            began,
+            patience,
+            endpoints: waits,
+        }
+    }
+
+    /// Takes a wait from the budgets that lasts until now for all its endpoints.
+    pub(super) fn charge_until_now(&mut self, mut wait: ReadersWait) {
+        let now = Instant::now();
+        for (_, last) in wait.endpoints.values_mut() {
+            *last = now;
+        }
+        self.charge(&wait);
+    }
+
+    /// Takes a wait from the budgets.
+    pub(super) fn charge(&mut self, wait: &ReadersWait) {
+        for (endpoint, (allowed, last)) in &wait.endpoints {
+            if let Some(budget) = self.budgets.get_mut(endpoint) {
+                budget.charge(allowed, *last);
+            }
+        }
+    }
+}
 
 impl Registry {
     /// Sets an endpoint's slot. On success, no access that found the previous value is in progress.
@@ -31,7 +108,7 @@ impl Registry {
     }
 
     /// Waits for the accesses that are in progress at this call, of all readers for whose endpoint `concerned`
-    /// returns true. Kills a reader whose access outlasts the patience.
+    /// returns true. Kills a reader whose access outlasts the patience, or the rest of its endpoint's budget.
     ///
     /// # Errors
     /// A reader stays inside an access and cannot be killed. It may still reach memory that was unmapped
@@ -58,38 +135,91 @@ impl Registry {
                 return Ok(());
             }
         }
-        let deadline = Instant::now() + self.limits.patience;
-        while !left.is_empty() && Instant::now() < deadline {
-            if let Some((_, reader)) = left.first() {
-                reader.process.wait_until_gone(NAP);
+        let mut wait = {
+            let endpoints: Vec<_> = left.iter().map(|(_, reader)| reader.endpoint).collect();
+            let mut state = self.state.lock();
+            state.begin_wait(endpoints, self.limits.patience)
+        };
+        let mut late = Vec::new();
+        while let Some((_, first)) = left.first() {
+            first.wait_for_end(NAP);
+            left.retain_mut(|(grace, reader)| !reader.has_left(grace) && !reader.has_ended());
+            let now = Instant::now();
+            for (_, reader) in &left {
+                wait.note(reader.endpoint, now);
             }
-            left.retain_mut(|(grace, reader)| !reader.has_left(grace) && !reader.process.is_gone());
+            late.extend(left.extract_if(.., |(_, reader)| now >= wait.until(reader.endpoint)));
         }
-        left.iter()
-            .try_for_each(|(_, reader)| self.kill(reader, "stays inside an access"))
+        self.state.lock().charge(&wait);
+        late.iter().try_for_each(|(_, reader)| {
+            if wait.is_shortened(reader.endpoint) {
+                self.counters.killed_slow.inc();
+                return self.kill(
+                    reader,
+                    "stays inside an access, and its endpoint has used its budget for waits up",
+                );
+            }
+            self.kill(reader, "stays inside an access")
+        })
     }
 
-    /// Kills a reader. On success it accesses nothing any more.
-    pub(super) fn kill(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
+    /// Kills a reader. On success it accesses nothing any more. A reader that has died by itself meanwhile counts as
+    /// gone.
+    ///
+    /// # Errors
+    /// The process cannot be killed, does not end, or another process has its connection.
+    pub fn kill(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
         if reader.is_gone() {
             return Ok(());
         }
-        error_limited!(
-            "reader {} of endpoint {} {why}: its process is killed",
-            reader.number,
-            reader.endpoint
-        );
         let stuck = |why| Stuck {
             reader: reader.number,
             endpoint: reader.endpoint,
             why,
         };
-        reader.process.kill().map_err(|e| stuck(e.to_string()))?;
-        if !reader.process.wait_until_gone(self.limits.exit) {
-            return Err(stuck("its process does not end".into()));
+        if !reader.process.is_gone() {
+            error_limited!(
+                "reader {} of endpoint {} {why}: its process is killed",
+                reader.number,
+                reader.endpoint
+            );
+            match reader.process.kill() {
+                Ok(()) => self.counters.killed.inc(),
+                // It may have died, and its parent waited for it, since the check above.
+                Err(_) if reader.process.is_gone() => {}
+                Err(cause) => return Err(stuck(format!("its process cannot be killed: {cause}"))),
+            }
+            if !reader.process.wait_until_gone(self.limits.exit) {
+                return Err(stuck("its killed process does not end".into()));
+            }
         }
-        self.counters.killed.inc();
-        self.remove(reader);
-        Ok(())
+        let deadline = Instant::now() + EXEC;
+        while !reader.is_inherited() && !reader.has_ended() && Instant::now() < deadline {
+            std::thread::sleep(NAP);
+        }
+        self.process_ended(reader);
+        if reader.is_gone() {
+            return Ok(());
+        }
+        Err(stuck(
+            "its process has ended, but another process has its connection".into(),
+        ))
+    }
+
+    /// The process of a reader has ended. The reader is removed, unless another process has its connection: a process
+    /// that inherited the connection may have inherited guest memory, too, and the daemon cannot kill it.
+    pub fn process_ended(&self, reader: &Reader) {
+        if reader.has_ended() {
+            self.remove(reader);
+        } else if reader.process.is_gone() && !reader.set_inherited() {
+            self.counters.inherited.inc();
+            warn_limited!(
+                "the process of reader {} of endpoint {} has ended, but another process has its connection and may \
+                 use guest memory: UNMAP fails until that process ends; end it",
+                reader.number,
+                reader.endpoint
+            );
+            self.wake();
+        }
     }
 }
