@@ -285,13 +285,15 @@ fn devices(out: &mut String, answer: &Value) -> Result {
     for device in emulated {
         writeln!(
             out,
-            "  {}  emulated: the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off",
+            "  {}  emulated: the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off, \
+             {} of them for slow replies",
             text(&device["address"]),
             connection(&device["client"]),
             connection(&device["server"]),
             device["windows"],
             device["refused"],
             device["cut_offs"],
+            device["slow_cut_offs"],
         )?;
     }
     for device in items(&answer["exports"]) {

@@ -78,6 +78,7 @@ impl DeviceStatus for Watch {
             DeviceFigure::count("windows", state.windows as u64),
             DeviceFigure::count("refused", state.refused).with_metric(&REFUSED),
             DeviceFigure::count("cut_offs", state.ends.cut_offs),
+            DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs),
         ]
     }
 }

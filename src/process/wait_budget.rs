@@ -49,6 +49,12 @@ impl AllowedWait {
         self.until.saturating_duration_since(self.began)
     }
 
+    /// The task turns out to take more answers: it may take `longest`. The wait keeps its share of that.
+    pub fn grow(&mut self, longest: Duration) {
+        self.until = self.began + scale(self.length(), longest, self.longest);
+        self.longest = longest;
+    }
+
     /// Whether earlier waits have shortened it.
     pub fn is_shortened(&self) -> bool {
         self.length() < self.longest
@@ -78,11 +84,12 @@ impl WaitBudget {
         }
     }
 
-    /// Takes a wait from the budget that lasted until `now`, or until its end if that was earlier.
+    /// Takes a wait from the budget that lasted until `now`, or until its end if that was earlier. If an earlier part of
+    /// the same wait was charged already, takes the rest.
     pub fn charge(&mut self, wait: &AllowedWait, now: Instant) {
         self.recover(wait.began);
         let ended = now.min(wait.until);
-        let waited = ended.saturating_duration_since(wait.began);
+        let waited = ended.saturating_duration_since(wait.began.max(self.at));
         let counted = scale(waited, self.deadline, wait.longest);
         let counted = counted.saturating_sub(self.deadline / FREE_SHARE);
         self.used = self.used.saturating_add(counted).min(self.deadline);
@@ -194,6 +201,24 @@ mod tests {
         assert!(second.is_shortened());
         let later = start + Duration::from_secs(10);
         assert_eq!(budget.allow(DEADLINE, later).length(), DEADLINE);
+    }
+
+    #[test]
+    fn a_wait_in_two_parts_counts_once_and_may_grow() {
+        let start = Instant::now();
+        let mut budget = WaitBudget::new(DEADLINE, start);
+        let mut wait = budget.allow(DEADLINE, start);
+        wait.grow(DEADLINE * 4);
+        assert_eq!(wait.length(), DEADLINE * 4);
+        budget.charge(&wait, start + DEADLINE * 2);
+        budget.charge(&wait, start + DEADLINE * 3);
+        // Three quarters of what it may take, without the free part of each charge.
+        let later = budget.allow(DEADLINE, start + DEADLINE * 3);
+        assert_eq!(later.length(), Duration::from_millis(400));
+        let mut later = later;
+        later.grow(DEADLINE * 2);
+        assert_eq!(later.length(), Duration::from_millis(800));
+        assert!(later.is_shortened());
     }
 
     #[test]

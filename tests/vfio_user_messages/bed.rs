@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
-use vhost_device_iommu::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser};
+use vhost_device_iommu::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
 use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
@@ -58,6 +58,7 @@ impl Faults {
 pub struct Bed {
     iommu: Mutex<Iommu>,
     pub faults: Arc<Faults>,
+    pub watch: Watch,
     pub slot: MemorySlot,
     pub client_path: PathBuf,
     pub server_path: PathBuf,
@@ -92,6 +93,7 @@ impl Bed {
         };
         let listener = UnixListener::bind(&client_path).expect("a socket");
         let backend = VfioUser::start(device, listener, faults.clone()).expect("a backend");
+        let watch = backend.watch();
         let spec = EndpointSpec {
             range: PciRange::new(address, address).expect("a range"),
             group: None,
@@ -116,6 +118,7 @@ impl Bed {
         Self {
             iommu: Mutex::new(iommu),
             faults,
+            watch,
             slot,
             client_path,
             server_path,

@@ -301,13 +301,9 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
         server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
-    let begun = Instant::now();
     let failed = bed.unmap(IOVA, 0x1000).expect_err("the server is late");
-    assert!(begun.elapsed() >= deadline, "{:?}", begun.elapsed());
-    assert!(
-        failed.to_string().contains("no reply within 300ms"),
-        "{failed}"
-    );
+    // Under load, MAP above may have taken a part of the budget.
+    assert!(failed.to_string().contains("is cut off"), "{failed}");
     assert!(
         bed.iommu()
             .endpoint(bed.endpoint())
@@ -329,6 +325,37 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     assert_eq!(bed.faults.take(), [(FaultReason::Mapping, IOVA)]);
     client.ask(RESET, &[], &[]);
     assert_eq!(server.recv().expect("forwarded").cmd, RESET);
+}
+
+/// A server that takes half the deadline for each reply.
+#[test]
+fn a_server_that_is_always_slow_is_cut_off_after_a_few_waits() {
+    let deadline = Duration::from_secs(4);
+    let bed = Bed::with_deadline(Isolation::Messages, deadline);
+    bed.attach();
+    let (_client, _server) = bed.pair(move |_, msg| {
+        if msg.cmd == DMA_UNMAP {
+            std::thread::sleep(deadline / 2);
+        }
+        false
+    });
+    let mut waits = 0;
+    let failed = loop {
+        waits += 1;
+        assert!(waits < 10, "it keeps every UNMAP waiting");
+        bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
+        if let Err(failed) = bed.unmap(IOVA, 0x1000) {
+            break failed;
+        }
+    };
+    assert!(waits <= 4, "{waits} requests waited");
+    assert!(
+        failed.to_string().contains("budget of 4s for late replies"),
+        "{failed}"
+    );
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
+    assert!(endpoint.quarantined);
+    assert_eq!(bed.watch.state().ends.slow_cut_offs, 1);
 }
 
 #[test]

@@ -198,6 +198,8 @@ fn late(isolation: Isolation) -> (Bed, Connection, Connection) {
 fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
     let (bed, _client, mut server) = late(Isolation::Mappings);
     let listener = bed.listen();
+    // MAP has waited for the hang-up, too. Ten deadlines later, the budget for that is whole again.
+    std::thread::sleep(Duration::from_secs(10));
     std::thread::scope(|scope| {
         let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         std::thread::sleep(Duration::from_millis(300));

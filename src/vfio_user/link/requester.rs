@@ -1,10 +1,13 @@
 //! The requester's half of the link: it changes the windows that the device may reach.
 
+use std::time::Instant;
+
 use super::connection::ServerConnection;
 use super::state::{Batch, Disconnect, Link, LinkState, UNWATCHED};
 use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES};
 use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
+use crate::warn_limited;
 
 impl Link {
     /// Locks the link, so that the caller can change the windows of the
@@ -17,7 +20,8 @@ impl Link {
         }
     }
 
-    /// Waits until the server has applied the updates. A server that is late is cut off.
+    /// Waits until the server has applied the updates. A server that is late is cut off, and so is a server that
+    /// has used its budget for waits up ([`WaitBudget`](crate::process::wait_budget::WaitBudget)).
     ///
     /// Returns at once without a server: a server that connects later gets the windows of that time. A
     /// server that hangs up uses no window any more, which ends the wait, too. A server that was cut off
@@ -33,7 +37,7 @@ impl Link {
             if !replies && !closing {
                 break;
             }
-            let late = self.changed.wait_until(&mut state, ticket.until);
+            let late = self.changed.wait_until(&mut state, ticket.wait.until);
             if !late {
                 continue;
             }
@@ -44,13 +48,17 @@ impl Link {
                 let why = format!(
                     "it has not hung up within {:?} after its connection was closed, and still has \
                      the guest's memory",
-                    ticket.timeout
+                    ticket.wait.length()
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
                     batch.failed.get_or_insert(DmaUpdateError::CutOff(why));
                 }
                 break;
             }
+        }
+        if ticket.batch != UNWATCHED {
+            let budget = state.budget(ticket.is_for_hang_up);
+            budget.charge(&ticket.wait, Instant::now());
         }
         let failed = state.batches.remove(&ticket.batch).and_then(|b| b.failed);
         failed.map_or(Ok(()), Err)
@@ -100,7 +108,7 @@ impl Link {
             };
             let room = MAX_UPDATES.saturating_sub(connection.backlog.len());
             if room == 0 {
-                let late = self.changed.wait_until(&mut state, ticket.until);
+                let late = self.changed.wait_until(&mut state, ticket.wait.until);
                 if late && state.is_full(ticket) {
                     self.end_late(&mut state, ticket);
                 }
@@ -119,7 +127,21 @@ impl Link {
     }
 
     fn end_late(&self, state: &mut LinkState, ticket: &BatchTicket) {
-        let why = format!("no reply within {:?}", ticket.timeout);
+        let wait = &ticket.wait;
+        let why = if wait.is_shortened() {
+            self.slow_cut_offs.inc();
+            let (name, deadline) = (&self.name, self.deadline);
+            warn_limited!(
+                "{name}: the server is cut off: requests have waited for its replies for {deadline:?} in all, and \
+                 too little time has passed without waits"
+            );
+            format!(
+                "it has used up its budget of {deadline:?} for late replies; the last one had {} ms left",
+                wait.length().as_millis()
+            )
+        } else {
+            format!("no reply within {:?}", wait.length())
+        };
         self.end_locked(state, Disconnect::CutOff(&why));
     }
 }
@@ -173,7 +195,18 @@ impl DmaUpdates<'_> {
             // A server that connects later gets the windows of that time.
             UNWATCHED
         };
-        BatchTicket::new(batch, state.session, before, self.link.deadline)
+        let deadline = self.link.deadline;
+        let is_for_hang_up = state.connection.as_ref().is_none_or(|c| c.terms.is_none());
+        let wait = state.budget(is_for_hang_up).allow(deadline, Instant::now());
+        let mut ticket = BatchTicket {
+            batch,
+            session: state.session,
+            updates: before,
+            wait,
+            is_for_hang_up,
+        };
+        ticket.expect_more(0, deadline);
+        ticket
     }
 
     /// The windows that the server has, or is getting.

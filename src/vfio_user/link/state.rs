@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::Shutdown;
@@ -17,6 +17,7 @@ use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES};
 use crate::address::Iova;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
+use crate::process::wait_budget::WaitBudget;
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
@@ -40,6 +41,7 @@ pub struct Link {
     pub(super) deadline: Duration,
     has_client: AtomicBool,
     cut_offs: Counter,
+    pub(super) slow_cut_offs: Counter,
 }
 
 /// Whether the client and the server of a device are connected.
@@ -52,9 +54,11 @@ pub struct Ends {
     /// How many times a server was cut off, because it violated the protocol, was late, or its endpoint
     /// was quarantined.
     pub cut_offs: u64,
+    /// How many of these times the server had used its budget for waits up, with replies that were in time.
+    pub slow_cut_offs: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct LinkState {
     pub(super) connection: Option<ServerConnection>,
     /// The number of connections so far.
@@ -66,6 +70,11 @@ pub(super) struct LinkState {
     pub(super) unanswered: Vec<Header>,
     /// A server whose connection is half closed. It may use its windows until it hangs up, too.
     pub(super) closing: Option<Arc<OwnedFd>>,
+    /// The budget for waits for replies. It belongs to the device, so a server gets no new one when it connects again.
+    replies: WaitBudget,
+    /// The budget for waits until a closing server has hung up. It is another one, because a server that hung has used
+    /// the first one up, and must still be able to close its connection.
+    hang_ups: WaitBudget,
 }
 
 impl fmt::Debug for Link {
@@ -106,12 +115,13 @@ impl Link {
         Ok(Self {
             name,
             target,
-            state: Mutex::new(Rank::Link, LinkState::default()),
+            state: Mutex::new(Rank::Link, LinkState::new(deadline)),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             deadline,
             has_client: AtomicBool::new(false),
             cut_offs: Counter::default(),
+            slow_cut_offs: Counter::default(),
         })
     }
 
@@ -121,6 +131,7 @@ impl Link {
             client: self.has_client.load(Ordering::Relaxed),
             server: self.status().active,
             cut_offs: self.cut_offs.get(),
+            slow_cut_offs: self.slow_cut_offs.get(),
         }
     }
 
@@ -299,6 +310,31 @@ impl Link {
         } else if !connection.outbox.is_empty() {
             // The interposer's thread polls until the socket accepts more.
             self.wake();
+        }
+    }
+}
+
+impl LinkState {
+    fn new(deadline: Duration) -> Self {
+        let now = Instant::now();
+        Self {
+            connection: None,
+            session: 0,
+            batches: HashMap::new(),
+            last_batch: 0,
+            unanswered: Vec::new(),
+            closing: None,
+            replies: WaitBudget::new(deadline, now),
+            hang_ups: WaitBudget::new(deadline, now),
+        }
+    }
+
+    /// The budget for waits until a closing server has hung up, or for its replies.
+    pub(super) fn budget(&mut self, is_for_hang_up: bool) -> &mut WaitBudget {
+        if is_for_hang_up {
+            &mut self.hang_ups
+        } else {
+            &mut self.replies
         }
     }
 }

@@ -1,11 +1,12 @@
 //! The updates that a requester sends to a device's server.
 
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::address::IovaRange;
+use crate::process::wait_budget::AllowedWait;
 use crate::vfio_user::dma::Window;
 
 /// The longest wait for all updates of one request, unless the deadline of a single update is longer.
@@ -41,36 +42,21 @@ pub struct BatchTicket {
     pub(super) batch: u64,
     /// The number of the connection at its opening.
     pub(super) session: u64,
-    opened: Instant,
     /// The updates to wait for, including those sent before this batch.
-    updates: usize,
-    pub(super) until: Instant,
-    /// The time until then, for messages.
-    pub(super) timeout: Duration,
+    pub(super) updates: usize,
+    /// The wait that the budget of the device allows.
+    pub(super) wait: AllowedWait,
+    /// The wait is for a closing server to hang up, not for replies.
+    pub(super) is_for_hang_up: bool,
 }
 
 impl BatchTicket {
-    /// The ticket of a batch that is opened now, after `before` updates. `deadline` is that of one update.
-    pub(super) fn new(batch: u64, session: u64, before: usize, deadline: Duration) -> Self {
-        let opened = Instant::now();
-        let mut ticket = Self {
-            batch,
-            session,
-            opened,
-            updates: before,
-            until: opened,
-            timeout: deadline,
-        };
-        ticket.expect_more(0, deadline);
-        ticket
-    }
-
-    /// Counts `updates` more. The server has `deadline` once, and once more for each 1024 updates.
+    /// Counts `updates` more. The server has `deadline` once, and once more for each 1024 updates; of this time, it has
+    /// the part that its budget allows.
     pub(super) fn expect_more(&mut self, updates: usize, deadline: Duration) {
         self.updates += updates;
         let rounds = u32::try_from(1 + self.updates / MAX_UPDATES).unwrap_or(u32::MAX);
         let timeout = deadline.saturating_mul(rounds);
-        self.timeout = timeout.min(deadline.max(MAX_BATCH_TIMEOUT));
-        self.until = self.opened + self.timeout;
+        self.wait.grow(timeout.min(deadline.max(MAX_BATCH_TIMEOUT)));
     }
 }
