@@ -26,7 +26,7 @@ use vhost_device_iommu::faults::{Fault, FaultReason};
 use vhost_device_iommu::ids::EndpointId;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 const NEVER: Duration = Duration::from_millis(100);
 /// Nothing that goes on takes so long.
 const HANG: Duration = Duration::from_secs(30);

@@ -126,7 +126,7 @@ fn the_driver_is_notified_when_it_asks() {
             guest.requests.enable_notification(&guest.memory);
             guest.submit(&attach, &layout);
             guest.kick();
-            let deadline = Instant::now() + Duration::from_secs(5);
+            let deadline = Instant::now() + Duration::from_secs(30);
             while guest.requests.call.read().is_err() {
                 assert!(Instant::now() < deadline, "round {round}: no call");
                 thread::yield_now();
@@ -768,7 +768,7 @@ fn a_sigterm_during_the_start_leaves_no_socket() {
         match round % 3 {
             0 => thread::sleep(Duration::from_micros(200 * round)),
             which => {
-                let deadline = Instant::now() + Duration::from_secs(10);
+                let deadline = Instant::now() + Duration::from_secs(30);
                 let socket = &sockets[usize::try_from(which).unwrap() - 1];
                 while !socket.exists() {
                     assert!(Instant::now() < deadline, "no socket");

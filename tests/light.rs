@@ -19,7 +19,7 @@ use common::memory::Region;
 use common::wire;
 use tempfile::TempDir;
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 const SOURCE: u64 = 0xf0_0000;
 const TARGET: u64 = 0xf1_0000;
 /// Files of a published crate are text; none is longer than this.

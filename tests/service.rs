@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 /// The interval in which the daemon must send WATCHDOG=1.
 const WATCHDOG: Duration = Duration::from_millis(400);
 /// Longer than a healthy daemon is ever silent, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A daemon, started like a service manager starts it.
 struct Service {
@@ -163,14 +163,15 @@ fn the_manager_is_notified_of_start_liveness_and_end() {
     let mut guest = guest(&service.path("vhost.sock"));
     service.receive_for(WATCHDOG);
     assert_eq!(service.receive(), "WATCHDOG=1", "an idle guest");
-    let busy_until = Instant::now() + WATCHDOG * 5;
-    let mut rounds = 0;
-    while Instant::now() < busy_until {
-        assert_eq!(guest.attach(1 + rounds % 2, EP), OK);
-        rounds += 1;
+    let hangs_at = Instant::now() + PATIENCE;
+    let mut received = Vec::new();
+    while received.len() < 5 {
+        assert!(Instant::now() < hangs_at, "a busy guest: {received:?}");
+        for round in 0..100 {
+            assert_eq!(guest.attach(1 + round % 2, EP), OK);
+        }
+        received.extend(service.receive_for(Duration::from_millis(1)));
     }
-    let received = service.receive_for(WATCHDOG);
-    assert!(received.len() >= 5, "a busy guest: {received:?}");
     drop(guest);
     service.receive_for(WATCHDOG);
     assert_eq!(service.receive(), "WATCHDOG=1", "waiting again");

@@ -17,6 +17,8 @@ use vhost::vhost_user::Frontend;
 
 /// After this time a watcher kills the daemon. Every test call that waits for it then returns.
 const LIFETIME: Duration = Duration::from_secs(240);
+/// Longer than a daemon that works takes for anything, even on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The name of guest memory in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "/memfd:guest-ram";
@@ -180,9 +182,9 @@ impl Daemon {
         Frontend::from_stream(self.stream(), 2)
     }
 
-    /// Waits up to ten seconds until `done` holds. Fails the test if the daemon ends meanwhile.
+    /// Waits until `done` holds, up to [`PATIENCE`]. Fails the test if the daemon ends meanwhile.
     pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while !done() {
             self.assert_alive();
             assert!(Instant::now() < deadline, "waited too long for {what}");
@@ -190,9 +192,9 @@ impl Daemon {
         }
     }
 
-    /// Waits up to ten seconds until the daemon ends.
+    /// Waits until the daemon ends, up to [`PATIENCE`].
     pub fn wait_for_end(&self) -> ExitStatus {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.exit_status() {
                 return status;
@@ -227,8 +229,7 @@ impl Daemon {
     /// Sends a request to the control socket. Returns the text of the answer.
     pub fn control_text(&self, request: &str) -> String {
         let mut stream = connect(&self.control_socket());
-        let limit = Some(Duration::from_secs(20));
-        stream.set_read_timeout(limit).expect("time limit");
+        stream.set_read_timeout(Some(PATIENCE)).expect("time limit");
         writeln!(stream, "{request}").expect("control request");
         let mut text = String::new();
         stream.read_to_string(&mut text).expect("control answer");
@@ -376,9 +377,9 @@ pub fn number(value: &Value) -> u64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// Connects. Tries for up to ten seconds, since the daemon may not listen yet.
+/// Connects. Tries up to [`PATIENCE`], since the daemon may not listen yet.
 pub fn connect(path: &Path) -> UnixStream {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match UnixStream::connect(path) {
             Ok(stream) => return stream,

@@ -1,9 +1,8 @@
 //! Hostile clients of the control socket, and users without access to it.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::time::{Duration, Instant};
 
 use crate::bed::{Bed, ctl};
 use crate::common::daemon::{EP, connect};
@@ -29,25 +28,21 @@ fn a_client_that_does_not_read_is_cut_off() {
     }
     let mut lazy = connect(&bed.daemon.control_socket());
     writeln!(lazy, "mappings").expect("asked");
-    let begun = Instant::now();
-    // The guest must not notice.
-    let mut longest = Duration::ZERO;
-    let over = begun + Duration::from_secs(1);
-    while Instant::now() < over {
-        let begun = Instant::now();
+    // The daemon has begun to answer.
+    lazy.read_exact(&mut [0]).expect("an answer");
+    // The guest must not notice: the daemon serves it until the client is cut off.
+    let is_cut_off = || bed.daemon.log().contains("a control client got no answer");
+    let mut served = 0;
+    bed.daemon.wait_for("the client's end", || {
         assert_eq!(guest.map_page(1, 0x1000, LOW_RAM), OK);
         assert_eq!(guest.unmap(1, 0x1000, 0x1fff), OK);
-        longest = longest.max(begun.elapsed());
-    }
-    assert!(longest < Duration::from_millis(500), "{longest:?}");
-    // The daemon answers the next client as soon as it has cut off the first.
-    let stats = bed.daemon.control("stats");
-    let waited = begun.elapsed();
-    assert!(waited < Duration::from_secs(12), "{waited:?}");
-    assert_eq!(stats["clients"]["cut_off"], 1, "after {waited:?}");
-    bed.daemon.wait_for("a message about it", || {
-        bed.daemon.log().contains("a control client got no answer")
+        served += 1;
+        is_cut_off()
     });
+    // If the daemon waited for the client, the guest would wait until the end.
+    assert!(served > 5, "{served}");
+    let stats = bed.daemon.control("stats");
+    assert_eq!(stats["clients"]["cut_off"], 1);
     drop(lazy);
 }
 

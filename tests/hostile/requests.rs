@@ -192,6 +192,9 @@ fn every_field_at_its_extremes_in_combination() {
     assert_serves(&daemon, &mut guest);
 }
 
+/// A request that touches each page of such a range takes hours, any other one far less than this.
+const HANG: Duration = Duration::from_secs(60);
+
 #[test]
 fn one_request_takes_bounded_time() {
     let (daemon, mut guest) = boot();
@@ -217,7 +220,7 @@ fn one_request_takes_bounded_time() {
             slowest = slowest.max(before.elapsed());
         }
     }
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    assert!(slowest < HANG, "{slowest:?}");
     // The largest mapping that one request can make: it fills half of the arena with leaves.
     let limit = daemon.status()["arena"]["limit_bytes"].as_u64().unwrap();
     let bytes = (limit / 16) << 12;
@@ -225,7 +228,7 @@ fn one_request_takes_bounded_time() {
     assert_eq!(guest.map(1, start, start + bytes - 1, 0x1000, RW), OK);
     assert_eq!(guest.unmap(1, 0, u64::MAX), OK);
     let spent = before.elapsed();
-    assert!(spent < Duration::from_secs(10), "{spent:?}");
+    assert!(spent < HANG, "{spent:?}");
     assert_serves(&daemon, &mut guest);
 }
 

@@ -91,7 +91,7 @@ fn prepare(
 /// Stops the thread in a system call that sleeps.
 fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
     let none = null_mut::<c_void>();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         // SAFETY: no pointer is passed.
         checked(unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, none, none) }).expect("traced");

@@ -38,6 +38,9 @@ pub const RAM: u64 = 4 << 20;
 /// A reserved region, which bypass mode does not reach.
 pub const MSI: u64 = 0xfee0_0000;
 
+/// A patience of the daemon that no reader exhausts, even on a busy machine.
+pub const LONG: Duration = Duration::from_secs(60);
+
 pub struct Bed {
     pub iommu: Iommu,
     pub registry: Arc<Registry>,
@@ -81,6 +84,14 @@ impl Bed {
     pub fn new() -> Self {
         Self::with(Limits {
             patience: Duration::from_millis(500),
+            ..Limits::default()
+        })
+    }
+
+    /// A bed whose daemon waits [`LONG`] for a reader.
+    pub fn patient() -> Self {
+        Self::with(Limits {
+            patience: LONG,
             ..Limits::default()
         })
     }

@@ -2,7 +2,7 @@
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tempfile::TempDir;
 use vhost_device_iommu::args::Question;
@@ -20,7 +20,7 @@ use crate::connection::{
 const IOVA: u64 = 0x7000_0000;
 /// A guest-physical address in the first memory slot.
 const PAGE: u64 = 0xa0_0000;
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 
 /// A daemon with one emulated device at 00:06.0. The test takes the roles of its client and its server.
 struct DaemonBed {
@@ -39,7 +39,7 @@ impl DaemonBed {
         let daemon = Daemon::with_config(&format!(
             "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = {{ listen = {client_path:?}, connect = {server_path:?}, \
-             isolation = '{isolation}', deadline-ms = 5000 }}\n"
+             isolation = '{isolation}', deadline-ms = 15000 }}\n"
         ));
         Self {
             daemon,
@@ -168,15 +168,10 @@ fn a_fault_while_memory_slots_change_does_not_deadlock() {
     guest.add_region(crate::common::memory::Region::new(gpa, 0x1000));
     assert_eq!(guest.map_page(1, IOVA, gpa), 0);
     eventually("a window", || scripted.windows().contains(&IOVA));
-    let begun = Instant::now();
     guest.remove_region(gpa);
-    assert!(
-        begun.elapsed() < Duration::from_secs(4),
-        "{:?}",
-        begun.elapsed()
-    );
     assert!(scripted.windows().is_empty());
     assert!(guest.take_event(SOON).is_some());
+    // A deadlock ends when the daemon cuts the server off.
     assert!(
         !bed.daemon.log().contains("cut off"),
         "{}",
@@ -194,15 +189,18 @@ fn a_server_that_does_not_read_cannot_exhaust_descriptors() {
     let body = irqs(0x24, 2, 0, 1);
     let message = bytes(0, SET_IRQS, NO_REPLY, 0, &body);
     client.stream.set_nonblocking(true).expect("set");
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_millis(700) {
+    let mut refused_in_a_row = 0;
+    bed.daemon.wait_for("the limit", || {
         let fd = std::os::fd::AsRawFd::as_raw_fd(&null);
-        if client.stream.send_with_fds(&[&message[..]], &[fd]).is_err() {
-            std::thread::sleep(Duration::from_millis(1));
+        while client.stream.send_with_fds(&[&message[..]], &[fd]).is_ok() {
+            refused_in_a_row = 0;
         }
-    }
+        // The daemon takes no more, and the socket holds no more.
+        refused_in_a_row += 1;
+        refused_in_a_row >= 60 && bed.daemon.fd_count() - before >= 200
+    });
     let more = bed.daemon.fd_count() - before;
-    assert!((200..400).contains(&more), "{more} more descriptors");
+    assert!(more < 400, "{more} more descriptors");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, DEADLINE, accept, eventually};
+use crate::bed::{Bed, accept, eventually};
 use crate::connection::{
     COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, REGION_INFO,
     REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
@@ -161,11 +161,16 @@ fn clients_with_a_wrong_first_message_are_disconnected() {
         client.ask(VERSION, body, &[]);
         assert!(client.is_closed());
     }
-    let begun = Instant::now();
-    let mut client = bed.connect();
-    client.ask(RESET, &[], &[]);
-    assert!(client.is_closed());
-    assert!(begun.elapsed() < Duration::from_secs(5), "at once");
+    // The interposer closes a connection without VERSION after 10 s, and this one before that. Several attempts,
+    // since a busy machine can delay one of them as long.
+    let is_closed_at_once = || {
+        let begun = Instant::now();
+        let mut client = bed.connect();
+        client.ask(RESET, &[], &[]);
+        assert!(client.is_closed());
+        begun.elapsed() < Duration::from_secs(5)
+    };
+    assert!((0..4).any(|_| is_closed_at_once()));
     for cut in [1, 15, 16, 20] {
         let mut client = bed.connect();
         let whole = bytes(1, VERSION, COMMAND, 0, &version_body("{}"));
@@ -285,11 +290,10 @@ fn a_server_that_refuses_to_give_a_window_up_is_cut_off() {
         msg.cmd == DMA_UNMAP
     });
     bed.map(0x1000, 0, 0x1000, Access::READ).expect("mapped");
-    let begun = Instant::now();
     let failed = bed
         .unmap(0x1000, 0x1000)
         .expect_err("the server keeps the window");
-    assert!(begun.elapsed() < DEADLINE, "{:?}", begun.elapsed());
+    // The error of a server that does not answer within its deadline is another one.
     assert!(failed.to_string().contains("refuses to remove"), "{failed}");
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(endpoint.quarantined);
