@@ -591,44 +591,114 @@ fn sweep(backend: Backend) {
     assert!(now < rss + 2048, "{rss} KiB became {now} KiB");
 }
 
-/// Sends a random request, valid or not. Returns its status.
-fn random_request(bed: &mut FaultBed, rng: &mut Rng) -> u8 {
-    let domain = 1 + rng.below(2) as u32;
-    let n = rng.below(2) as usize;
-    let page = rng.below(PAGES - 1);
-    match rng.below(16) {
-        0..=3 => bed.vm.guest.attach(domain, endpoint(n)),
-        4 => bed.vm.guest.attach_bypass(3, endpoint(n)),
-        5 => bed.vm.guest.detach(domain, endpoint(n)),
-        6 => bed.vm.guest.detach(3, endpoint(n)),
-        7..=10 => bed.map(domain, page, 1, TARGET + rng.below(TARGETS) * PAGE, RW),
-        11 => bed.map(domain, page, 2, ACROSS, RW),
-        12 => bed.map(domain, page, 1, TARGET, READ),
-        13..=14 => bed.unmap(domain, page, 1 + rng.below(PAGES - page)),
-        _ => bed.unmap(domain, 0, PAGES),
+/// A request of the storm: domains, devices by number, and pages of the window.
+#[derive(Clone, Copy, Debug)]
+enum StormRequest {
+    Attach(u32, usize),
+    AttachBypass(u32, usize),
+    Detach(u32, usize),
+    /// Domain, first page, pages, guest-physical address, flags.
+    Map(u32, u64, u64, u64, u32),
+    /// Domain, first page, pages.
+    Unmap(u32, u64, u64),
+}
+
+impl StormRequest {
+    /// A random request, valid or not.
+    fn random(rng: &mut Rng) -> Self {
+        let domain = 1 + rng.below(2) as u32;
+        let n = rng.below(2) as usize;
+        let page = rng.below(PAGES - 1);
+        match rng.below(16) {
+            0..=3 => Self::Attach(domain, n),
+            4 => Self::AttachBypass(3, n),
+            5 => Self::Detach(domain, n),
+            6 => Self::Detach(3, n),
+            7..=10 => Self::Map(domain, page, 1, TARGET + rng.below(TARGETS) * PAGE, RW),
+            11 => Self::Map(domain, page, 2, ACROSS, RW),
+            12 => Self::Map(domain, page, 1, TARGET, READ),
+            13..=14 => Self::Unmap(domain, page, 1 + rng.below(PAGES - page)),
+            _ => Self::Unmap(domain, 0, PAGES),
+        }
     }
+
+    /// Sends the request. Returns its status.
+    fn send(self, bed: &mut FaultBed) -> u8 {
+        match self {
+            Self::Attach(domain, n) => bed.vm.guest.attach(domain, endpoint(n)),
+            Self::AttachBypass(domain, n) => bed.vm.guest.attach_bypass(domain, endpoint(n)),
+            Self::Detach(domain, n) => bed.vm.guest.detach(domain, endpoint(n)),
+            Self::Map(domain, page, pages, gpa, flags) => bed.map(domain, page, pages, gpa, flags),
+            Self::Unmap(domain, page, pages) => bed.unmap(domain, page, pages),
+        }
+    }
+}
+
+/// What the storm has done so far. It is printed if the test fails: the kernel decides anew in each run which calls
+/// fail, so the seed alone does not repeat a failure.
+#[derive(Default)]
+struct StormHistory {
+    lines: Vec<String>,
+    /// The views before and after the last request.
+    views: Option<(View, View)>,
+}
+
+impl Drop for StormHistory {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        eprintln!("--- the requests so far; the last one may have no answer:");
+        for line in &self.lines {
+            eprintln!("{line}");
+        }
+        if let Some((before, now)) = &self.views {
+            eprintln!("--- the daemon's state before the last request: {before:#?}");
+            eprintln!("--- and after it: {now:#?}");
+        }
+    }
+}
+
+/// A number from the environment.
+fn number_from_env(name: &str, otherwise: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(otherwise, |n| n.parse().expect("a number"))
 }
 
 /// Random failures, so that the calls that undo a request fail, too.
 fn storm(backend: Backend) {
-    const ROUNDS: u32 = 150;
-    eprintln!("{backend:?}");
+    let rounds = number_from_env("VIOMMU_STORM_ROUNDS", 150);
+    let seed = number_from_env("VIOMMU_STORM_SEED", backend as u64);
+    eprintln!("{backend:?}, {rounds} rounds, seed {seed}");
     let mut bed = FaultBed::new(backend);
     let held = held_resources(&bed);
-    let mut rng = Rng::new(backend as u64);
+    let mut rng = Rng::new(seed);
     let mut counts = OutcomeCounts::default();
-    for round in 0..ROUNDS {
+    let mut history = StormHistory::default();
+    for round in 0..rounds {
         let percent = [0, 2, 5, 20, 50][rng.below(5) as usize];
-        let what = format!("round {round} at {percent} percent");
+        let request = StormRequest::random(&mut rng);
+        let what = format!("round {round} at {percent} percent: {request:x?}");
+        history.lines.push(what.clone());
+        history.views = None;
         let before = bed.view();
         for kind in KINDS {
             set(kind, "probability", &percent.to_string());
         }
         let victim = Victim::new(&bed, WORKER);
         victim.fail_at_random(true);
-        let status = random_request(&mut bed, &mut rng);
+        let status = request.send(&mut bed);
         victim.fail_at_random(false);
         let now = bed.view();
+        let states: Vec<_> = now
+            .endpoints
+            .iter()
+            .map(|(state, dma, _)| (state, dma))
+            .collect();
+        history
+            .lines
+            .push(format!("    status {status}, {states:?}"));
+        history.views = Some((before.clone(), now.clone()));
         for (n, name) in words("VIOMMU_TESTDEV").iter().enumerate() {
             // The daemon may have switched off its DMA. The driver switches it on, unless it is quarantined.
             if !now.is_quarantined(n) {
