@@ -118,8 +118,9 @@ impl Daemon {
         let watched = Arc::clone(&child);
         let (watch, over) = channel::<()>();
         thread::spawn(move || {
-            if over.recv_timeout(LIFETIME) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("the watcher kills the daemon: the test takes longer than {LIFETIME:?}");
+            let limit = lifetime();
+            if over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("the watcher kills the daemon: the test takes longer than {limit:?}");
                 let _ = watched.lock().expect("child").kill();
             }
         });
@@ -228,12 +229,7 @@ impl Daemon {
 
     /// Sends a request to the control socket. Returns the text of the answer.
     pub fn control_text(&self, request: &str) -> String {
-        let mut stream = connect(&self.control_socket());
-        stream.set_read_timeout(Some(PATIENCE)).expect("time limit");
-        writeln!(stream, "{request}").expect("control request");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).expect("control answer");
-        text
+        ask(&self.control_socket(), request)
     }
 
     /// The status document.
@@ -369,12 +365,29 @@ impl Drop for Daemon {
     }
 }
 
+/// How long a daemon may live: [`LIFETIME`], and the time of a soak.
+fn lifetime() -> Duration {
+    let soak = std::env::var("VIOMMU_SOAK_SECONDS").ok();
+    let seconds = soak.map_or(0, |n| n.parse().expect("a number"));
+    LIFETIME + Duration::from_secs(seconds)
+}
+
 /// A number in JSON: a number, or hexadecimal text such as `"0x1000"`.
 pub fn number(value: &Value) -> u64 {
     value
         .as_u64()
         .or_else(|| u64::from_str_radix(value.as_str()?.strip_prefix("0x")?, 16).ok())
         .unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// Sends a request to a control socket. Returns the text of the answer.
+pub fn ask(control_socket: &Path, request: &str) -> String {
+    let mut stream = connect(control_socket);
+    stream.set_read_timeout(Some(PATIENCE)).expect("time limit");
+    writeln!(stream, "{request}").expect("control request");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("control answer");
+    text
 }
 
 /// Connects. Tries up to [`PATIENCE`], since the daemon may not listen yet.

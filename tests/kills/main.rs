@@ -2,7 +2,8 @@
 //! memory through a mapping that is gone, nothing leaks, and the daemon serves the next processes.
 //!
 //! The processes are this program in a role ([`roles`]), and in one test an unmodified QEMU. `VIOMMU_KILLS` is the
-//! number of kills (200 by default), `VIOMMU_KILLS_SEED` the seed of the random numbers.
+//! number of kills (200 by default), `VIOMMU_KILLS_SEED` the seed of the random numbers. `VIOMMU_SOAK_SECONDS` is the
+//! duration of the soak ([`soak`]).
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -20,5 +21,6 @@ mod qemu;
 mod roles;
 mod rounds;
 mod server;
+mod soak;
 mod stamps;
 mod vmm;

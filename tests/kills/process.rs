@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 /// Time limit until a role prints the word that the test waits for.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A child process in a role. It is killed when this is dropped.
 pub struct Role {
@@ -59,6 +59,14 @@ impl Role {
                 }
             }
         }
+    }
+
+    /// Takes the lines that the process has printed so far. Returns how many of them end with `word`.
+    pub fn count_lines(&mut self, word: &str) -> usize {
+        self.lines
+            .try_iter()
+            .filter(|line| line.ends_with(word))
+            .count()
     }
 
     /// Drops the lines that the process has printed so far.

@@ -19,15 +19,17 @@ const WARM_UP: u64 = 20;
 /// KiB by which the daemon's memory may grow. Its allocator does not return all that it frees.
 const SLACK_KIB: u64 = 512;
 
+/// A number from the environment.
+pub fn number_from_env(name: &str, otherwise: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(otherwise, |n| n.parse().expect("a number"))
+}
+
 #[test]
 #[ignore = "takes half a minute; run the suite `emulated`"]
 fn processes_killed_at_any_moment_leave_nothing_behind() {
-    let number = |name: &str, otherwise: u64| {
-        let given = std::env::var(name).ok();
-        given.map_or(otherwise, |n| n.parse().expect("a number"))
-    };
-    let kills = number("VIOMMU_KILLS", 200);
-    let seed = number("VIOMMU_KILLS_SEED", u64::from(std::process::id()));
+    let kills = number_from_env("VIOMMU_KILLS", 200);
+    let seed = number_from_env("VIOMMU_KILLS_SEED", u64::from(std::process::id()));
     println!("{kills} kills, seed {seed}");
     let mut rng = Rng::new(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let begun = Instant::now();
@@ -63,7 +65,7 @@ fn processes_killed_at_any_moment_leave_nothing_behind() {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Victim {
+pub enum Victim {
     MessageServer,
     MappingServer,
     Vmm,
@@ -71,7 +73,7 @@ enum Victim {
     SecondReader,
 }
 
-const VICTIMS: [Victim; 5] = [
+pub const VICTIMS: [Victim; 5] = [
     Victim::MessageServer,
     Victim::MappingServer,
     Victim::Vmm,
@@ -80,11 +82,11 @@ const VICTIMS: [Victim; 5] = [
 ];
 
 /// The daemon and the processes around it.
-struct KillBed {
+pub struct KillBed {
     /// The processes in the order of [`VICTIMS`], each with whether it has worked since its start. They come before
     /// `daemon`, so they are dropped before it.
     roles: Vec<(Role, bool)>,
-    daemon: Daemon,
+    pub daemon: Daemon,
     folder: TempDir,
     /// The memory of the running VM.
     ram: File,
@@ -93,7 +95,7 @@ struct KillBed {
 }
 
 impl KillBed {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name).display().to_string();
         let device = |address: &str, number: u8, isolation: &str| {
@@ -107,7 +109,7 @@ impl KillBed {
             )
         };
         let daemon = Daemon::with_config(&format!(
-            "address = '00:05.0'\nbypass = false\n{}{}\
+            "address = '00:05.0'\nbypass = false\nhotplug = ['00:09.0-00:09.7']\n{}{}\
              [[endpoint]]\naddress = '00:08.0'\nshadow = '{}'\n\
              [readers]\npatience-ms = 20000\n",
             device("00:06.0", 1, "messages"),
@@ -146,6 +148,7 @@ impl KillBed {
                     ("KILLS_CLIENT_1", self.path("client1")),
                     ("KILLS_CLIENT_2", self.path("client2")),
                     ("KILLS_RAM", ram),
+                    ("KILLS_CONTROL", self.daemon.control_socket()),
                 ];
                 let paths: Vec<_> = sockets.iter().map(|(n, p)| (*n, p.as_path())).collect();
                 Role::start("VMM", &paths)
@@ -153,7 +156,7 @@ impl KillBed {
         }
     }
 
-    fn kill(&mut self, victim: Victim) {
+    pub fn kill(&mut self, victim: Victim) {
         self.roles[victim as usize].0.kill();
         if victim != Victim::Vmm {
             return;
@@ -183,11 +186,11 @@ impl KillBed {
         }
     }
 
-    fn start(&mut self, victim: Victim) {
+    pub fn start(&mut self, victim: Victim) {
         self.roles[victim as usize] = (self.role(victim), false);
     }
 
-    fn wait_until_all_work(&mut self) {
+    pub fn wait_until_all_work(&mut self) {
         for (role, works) in &mut self.roles {
             if !std::mem::replace(works, true) {
                 role.wait_for("works");
@@ -195,7 +198,18 @@ impl KillBed {
         }
     }
 
-    fn assert_works(&mut self) {
+    /// The comparisons that the guest has made since the last call.
+    pub fn comparisons(&mut self) -> usize {
+        let (role, works) = &mut self.roles[Victim::Vmm as usize];
+        // The test still waits for one of the lines of a VMM that does not work yet.
+        if *works {
+            role.count_lines("compared")
+        } else {
+            0
+        }
+    }
+
+    pub fn assert_works(&mut self) {
         self.daemon.assert_alive();
         for (role, _) in &mut self.roles {
             role.assert_alive();
@@ -204,7 +218,7 @@ impl KillBed {
     }
 
     /// The daemon's descriptors, threads and memory in KiB, when all processes work and the counts are stable.
-    fn figures(&mut self) -> (usize, usize, u64) {
+    pub fn figures(&mut self) -> (usize, usize, u64) {
         self.wait_until_all_work();
         let counts = || (self.daemon.fd_count(), self.daemon.thread_count());
         let mut before = counts();
@@ -216,7 +230,7 @@ impl KillBed {
         (before.0, before.1, rss.expect("some"))
     }
 
-    fn end(mut self) {
+    pub fn end(mut self) {
         self.assert_works();
         let status = self.daemon.status();
         assert_eq!(status["readers"]["killed"], 0, "{status}");

@@ -3,14 +3,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::common::daemon::{EP, EP2, EP3, connect};
+use serde_json::Value;
+
+use crate::common::daemon::{EP, EP2, EP3, ask, connect, number};
 use crate::common::guest::{Guest, HIGH_RAM, LOW_LEN, LOW_RAM, RING_LEN, RING_RAM, Setup};
 use crate::common::memory::Region;
 use crate::common::rng::Rng;
+use crate::common::wire::{NOENT, OK};
 use crate::connection::{
     Connection, REGION_READ, REGION_WRITE, SET_IRQS, VERSION, irqs, region, version_body,
 };
@@ -20,6 +23,10 @@ use crate::stamps::{IOVAS, PAGE, PAGES, POISON, Pages, iova};
 const DOMAIN: u32 = 1;
 /// The domain to which endpoints move for a moment.
 const OTHER: u32 = 2;
+/// An endpoint that the operator adds and removes in the soak.
+const PLUGGED: u32 = 0x48;
+/// The time between two comparisons of the daemon's state with the guest's.
+const COMPARISON: Duration = Duration::from_millis(500);
 const CLIENT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_data_xfer_size":1048576}}"#;
 
 pub fn run() -> ! {
@@ -38,11 +45,45 @@ pub fn run() -> ! {
     let stream = connect(&path_from_env("KILLS_VHOST"));
     let mut guest = Guest::connect_with(stream, Setup::default(), regions);
     guest.driver_ok();
-    drive(&mut guest, &file)
+    drive(&mut guest, &file, &path_from_env("KILLS_CONTROL"))
+}
+
+/// Compares the daemon's mappings and domains with those of the guest, which makes no request meanwhile.
+fn compare(control: &Path, mapped_pages: &[Option<u64>]) {
+    let answer = |request: &str| -> Value {
+        let text = ask(control, request);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{request}: {e} in {text:?}"))
+    };
+    let mappings = answer(&format!("mappings {DOMAIN}"));
+    let listed = mappings["domains"][0]["mappings"].as_array();
+    let mut listed: Vec<_> = listed
+        .expect("a domain")
+        .iter()
+        .map(|m| ["first", "last", "gpa"].map(|key| number(&m[key])))
+        .collect();
+    let mut expected: Vec<_> = (0u64..)
+        .zip(mapped_pages)
+        .filter_map(|(index, page)| {
+            let at = iova(index);
+            Some([at, at + PAGE - 1, HIGH_RAM + (*page)? * PAGE])
+        })
+        .collect();
+    listed.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(listed, expected, "the daemon's mappings, and the guest's");
+    let status = answer("status");
+    for endpoint in [EP, EP2, EP3] {
+        let list = status["endpoints"].as_array().expect("endpoints");
+        let entry = list.iter().find(|e| e["id"] == endpoint);
+        let entry = entry.expect("an endpoint");
+        assert_eq!(entry["domain"], DOMAIN, "{entry}");
+        assert_eq!(entry["state"], "attached", "{entry}");
+    }
+    report("compared");
 }
 
 /// Runs the guest: it maps, unmaps and moves endpoints.
-fn drive(guest: &mut Guest, file: &File) -> ! {
+fn drive(guest: &mut Guest, file: &File, control: &Path) -> ! {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let mut rng = Rng::new(u64::from(now.expect("a clock").subsec_nanos()) | 1);
     let pages = Pages(file);
@@ -54,6 +95,7 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
     }
     let mut free: Vec<u64> = (0..PAGES).collect();
     let mut mapped_pages = [None; IOVAS as usize];
+    let mut compared_at = Instant::now();
     for number in 1u64.. {
         let index = rng.below(IOVAS);
         let at = iova(index);
@@ -78,8 +120,19 @@ fn drive(guest: &mut Guest, file: &File) -> ! {
             assert_eq!(guest.attach(OTHER, endpoint), 0, "ATTACH");
             assert_eq!(guest.attach(DOMAIN, endpoint), 0, "ATTACH");
         }
+        if rng.one_in(256) {
+            // The operator may have removed it, or remove it between the two requests.
+            for domain in [OTHER, DOMAIN] {
+                let status = guest.attach(domain, PLUGGED);
+                assert!([OK, NOENT].contains(&status), "ATTACH: {status}");
+            }
+        }
         if number == 50 {
             report("works");
+        }
+        if number == 60 || compared_at.elapsed() > COMPARISON {
+            compare(control, &mapped_pages);
+            compared_at = Instant::now();
         }
     }
     unreachable!("the loop has no end");
@@ -109,7 +162,7 @@ fn use_device(path: PathBuf) {
             let known = |error: &i32| [0, libc::EIO].contains(error);
             assert!(errors.iter().all(known), "{errors:?}");
             if errors.contains(&libc::EIO) {
-                std::thread::sleep(std::time::Duration::from_millis(1));
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
     }
