@@ -326,13 +326,13 @@ fn refusals_name_place_and_cure() {
             "[[endpoint]]\naddress = '00:10.0'\n\
              reserved = [{ first = 0x1000, last = 0x1fff, kind = 'msi' }]",
             "vm0.toml:4: endpoint[0].reserved: ",
-            &["0xfee00000..=0xfeefffff:msi", "`reserved = []`"],
+            &["0xfee00000..=0xfeefffff:msi", "top of the file replaces it"],
         ),
         (
             "[[endpoint]]\naddress = '00:10.0'\n\
              reserved = [{ first = 0xfeef0000, last = 0xfeffffff }]",
             "vm0.toml:4: endpoint[0].reserved: ",
-            &["overlap", "`reserved = []`"],
+            &["overlap", "top of the file replaces it"],
         ),
         // Passthrough.
         (

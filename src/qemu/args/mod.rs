@@ -144,7 +144,7 @@ impl QemuArgs {
             Some(Q35_SLEEP_CONTROLLER),
             OperatorOptions::sleep_controller,
         );
-        for controller in controller {
+        if let Some(controller) = controller {
             arguments.push(("-global", format!("{controller}.disable_s3=1")));
             arguments.push(("-global", format!("{controller}.disable_s4=1")));
         }
