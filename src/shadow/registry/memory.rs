@@ -5,17 +5,21 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::debug;
 
 use super::reader::Reader;
+use super::waiting::ReadersWait;
 use super::{Ram, Registry, RegistryState, Stuck};
 use crate::address::GpaRange;
 use crate::shadow::frames::send_frame;
 use crate::shadow::process::has_hung_up;
 use crate::shadow::wire::{Frame, kind};
 use crate::warn_limited;
+
+/// The longest time that sending to a reader takes if its socket has room.
+const SEND_TIME: Duration = Duration::from_millis(1);
 
 impl Registry {
     /// Adds guest RAM and waits until the readers have mapped it: the guest's next request may map this RAM for
@@ -38,8 +42,7 @@ impl Registry {
             .filter(|r| r.acknowledged.load(Ordering::Acquire) >= up_to_date)
             .cloned()
             .collect();
-        let unreached = state.broadcast(|reader| {
-            let deadline = wait.until(reader.endpoint);
+        let unreached = state.broadcast(&mut wait, |reader, deadline| {
             send_ram(&reader.stream, &ram, deadline)
                 .and_then(|()| send_frame(&reader.stream, &done, &[], Some(deadline)))
         });
@@ -88,8 +91,7 @@ impl Registry {
         let removed = Frame::new(kind::MEMORY_REMOVED, 0, [range.first().0, 0, 0, 0]);
         let endpoints: Vec<_> = state.readers.iter().map(|r| r.endpoint).collect();
         let mut wait = state.begin_wait(endpoints, self.limits.patience);
-        let unreached = state.broadcast(|reader| {
-            let deadline = wait.until(reader.endpoint);
+        let unreached = state.broadcast(&mut wait, |reader, deadline| {
             send_frame(&reader.stream, &removed, &[], Some(deadline)).and_then(|()| {
                 send_frame(
                     &reader.stream,
@@ -134,10 +136,21 @@ impl Registry {
 }
 
 impl RegistryState {
-    /// Calls `send` for every reader. Returns the readers to which nothing could be sent.
-    fn broadcast(&self, mut send: impl FnMut(&Reader) -> io::Result<()>) -> Vec<Arc<Reader>> {
+    /// Calls `send` for every reader, with the deadline of its endpoint. Returns the readers to which nothing could be
+    /// sent. A reader whose socket is full keeps the caller waiting like one that does not acknowledge.
+    fn broadcast(
+        &self,
+        wait: &mut ReadersWait,
+        mut send: impl FnMut(&Reader, Instant) -> io::Result<()>,
+    ) -> Vec<Arc<Reader>> {
         let unreached = self.readers.iter().filter(|reader| {
-            let sent = send(reader);
+            let began = Instant::now();
+            let sent = send(reader, wait.until(reader.endpoint));
+            let ended = Instant::now();
+            // A shorter time is that of the system calls, and may follow another reader's wait.
+            if ended.duration_since(began) > SEND_TIME {
+                wait.note(reader.endpoint, ended);
+            }
             if let Err(cause) = &sent {
                 debug!("cannot send to reader {}: {cause}", reader.number);
             }
