@@ -157,7 +157,7 @@ mod tests {
                 let slack = (waits.len() as u128 + 1) * u128::from(rounds);
                 prop_assert!(wait.length().as_nanos().abs_diff(allowed) <= slack, "{wait:?}, not {allowed}");
                 let waited = wait.length().as_nanos() * u128::from(permille) / 1000;
-                now += Duration::from_nanos(waited as u64);
+                now += Duration::from_nanos(u64::try_from(waited).expect("small"));
                 budget.charge(&wait, now);
                 waits.pop();
                 waits.push((u128::from(pause), (waited / u128::from(rounds)).saturating_sub(free)));
