@@ -11,8 +11,7 @@
 mod common;
 
 use std::ffi::OsString;
-use std::io::Write;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -23,7 +22,6 @@ use common::daemon::{EP, connect};
 use common::guest::{Guest, Setup};
 use common::wire::OK;
 use tempfile::TempDir;
-use vmm_sys_util::eventfd::EventFd;
 
 /// The interval in which the daemon must send WATCHDOG=1.
 const WATCHDOG: Duration = Duration::from_millis(400);
@@ -180,18 +178,50 @@ fn the_manager_is_notified_of_start_liveness_and_end() {
     assert_eq!(last.last().map(String::as_str), Some("STOPPING=1"));
 }
 
+/// A thread of the daemon that this thread has stopped.
+struct StoppedThread(libc::pid_t);
+
+#[expect(unsafe_code, reason = "traces a child")]
+impl StoppedThread {
+    /// Stops the daemon's thread of this name.
+    fn new(daemon: &Child, name: &str) -> Self {
+        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).expect("its threads");
+        let mut ids = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+        let tid = ids.find(|id| {
+            let comm = fs::read_to_string(format!("/proc/{}/task/{id}/comm", daemon.id()));
+            comm.is_ok_and(|comm| comm.trim() == name)
+        });
+        let tid: libc::pid_t = tid.unwrap_or_else(|| panic!("no thread {name}"));
+        let none = std::ptr::null_mut::<libc::c_void>();
+        for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
+            // SAFETY: no pointer is passed.
+            let done = unsafe { libc::ptrace(request, tid, none, none) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+        }
+        let mut status = 0;
+        // SAFETY: `status` is valid for the write.
+        let stopped = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+        assert_eq!(stopped, tid, "{}", std::io::Error::last_os_error());
+        Self(tid)
+    }
+
+    /// Lets the thread continue.
+    fn resume(self) {
+        let none = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: no pointer is passed.
+        let done = unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, none, none) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
 #[test]
-#[expect(unsafe_code, reason = "passes a pipe off as an event descriptor")]
 fn a_hanging_worker_stops_the_watchdog_notifications() {
     let service = Service::start();
     assert_eq!(service.receive(), "READY=1");
-    let mut guest = Guest::connect_to(service.path("vhost.sock"), Setup::default());
-    let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    // An event has 8 bytes. With fewer in the pipe, a read of the descriptor blocks.
-    writer.write_all(&[0; 3]).expect("three bytes");
-    // SAFETY: `into_raw_fd` has just given up ownership of the descriptor.
-    guest.requests.kick = unsafe { EventFd::from_raw_fd(reader.into_raw_fd()) };
-    guest.driver_ok();
+    let mut guest = guest(&service.path("vhost.sock"));
+    assert_eq!(guest.attach(1, EP), OK);
+    // No message of a VMM makes the worker hang, so the test stops it.
+    let worker = StoppedThread::new(&service.child, "vring_worker");
     // One notification may be under way.
     service.receive_for(WATCHDOG);
     let received = service.receive_for(WATCHDOG * 3);
@@ -201,8 +231,7 @@ fn a_hanging_worker_stops_the_watchdog_notifications() {
         log.contains("no answer to the watchdog from: the worker;"),
         "{log}"
     );
-    // With the remaining bytes the worker continues, and so do the notifications.
-    writer.write_all(&[0; 5]).expect("five bytes");
+    worker.resume();
     assert_eq!(service.receive(), "WATCHDOG=1");
 }
 
