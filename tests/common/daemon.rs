@@ -15,8 +15,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhost::vhost_user::Frontend;
 
-/// After this time a watcher kills the daemon. Every test call that waits for it then returns.
-const LIFETIME: Duration = Duration::from_secs(240);
+/// If the test asks the control socket nothing for this long, a watcher kills the daemon. Every test call that waits for
+/// the daemon then returns. Not a limit for the whole test, which a busy machine exceeds.
+const SILENCE: Duration = Duration::from_secs(240);
 /// Longer than a daemon that works takes for anything, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,7 +38,8 @@ pub struct Daemon {
     child: Arc<Mutex<Child>>,
     pid: u32,
     directory: TempDir,
-    _watch: Sender<()>,
+    /// A message shows the watcher that the test goes on.
+    watch: Sender<()>,
 }
 
 impl Daemon {
@@ -118,9 +120,14 @@ impl Daemon {
         let watched = Arc::clone(&child);
         let (watch, over) = channel::<()>();
         thread::spawn(move || {
-            let limit = lifetime();
-            if over.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("the watcher kills the daemon: the test takes longer than {limit:?}");
+            let waited = loop {
+                match over.recv_timeout(SILENCE) {
+                    Ok(()) => {}
+                    Err(why) => break why,
+                }
+            };
+            if waited == RecvTimeoutError::Timeout {
+                eprintln!("the watcher kills the daemon: the test asks nothing for {SILENCE:?}");
                 let _ = watched.lock().expect("child").kill();
             }
         });
@@ -128,7 +135,7 @@ impl Daemon {
             child,
             pid,
             directory,
-            _watch: watch,
+            watch,
         };
         let sockets = [daemon.socket(), daemon.control_socket()];
         daemon.wait_for("its sockets", || sockets.iter().all(|path| path.exists()));
@@ -229,7 +236,10 @@ impl Daemon {
 
     /// Sends a request to the control socket. Returns the text of the answer.
     pub fn control_text(&self, request: &str) -> String {
-        ask(&self.control_socket(), request)
+        let text = ask(&self.control_socket(), request);
+        // An error means that the watcher has killed the daemon.
+        let _ = self.watch.send(());
+        text
     }
 
     /// The status document.
@@ -363,13 +373,6 @@ impl Drop for Daemon {
             );
         }
     }
-}
-
-/// How long a daemon may live: [`LIFETIME`], and the time of a soak.
-fn lifetime() -> Duration {
-    let soak = std::env::var("VIOMMU_SOAK_SECONDS").ok();
-    let seconds = soak.map_or(0, |n| n.parse().expect("a number"));
-    LIFETIME + Duration::from_secs(seconds)
 }
 
 /// A number in JSON: a number, or hexadecimal text such as `"0x1000"`.
