@@ -24,7 +24,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
 use landlock::RulesetCreated;
-use log::{debug, error, info};
+use log::{debug, error, info, warn};
 use rustix::thread::CapabilitySet;
 use thiserror::Error;
 
@@ -102,8 +102,8 @@ struct Armed {
 /// threads it starts, and [`enter`] confines other threads.
 ///
 /// # Errors
-/// See [`SandboxError`]. A kernel without Landlock is not an error, because the filters do not allow opening
-/// files either.
+/// See [`SandboxError`]. A kernel without Landlock is not an error: the filters allow only the thread `control` to
+/// open files, and only if the configuration needs that. [`enter`] then warns.
 pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
     system::check_filters()?;
     system::limit_the_allocator_to_one_arena();
@@ -111,8 +111,8 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
         system::name_violations()?;
     }
     privileges::confine_process(&needs)?;
-    let more_for_control = needs.plugging.is_some() || needs.textfile_folder.is_some();
-    let control_files = more_for_control
+    let control_files = needs
+        .opens_files()
         .then(|| files::control_rules(&needs))
         .transpose()?;
     let armed = Armed {
@@ -178,7 +178,9 @@ impl Armed {
             seccompiler::apply_filter(program).map_err(SandboxError::Install)?;
         }
         match rights {
-            Some((kept, enforced)) if role == Role::Main => log_confinement(kept, enforced),
+            Some((kept, enforced)) if role == Role::Main => {
+                log_confinement(kept, enforced, &self.needs);
+            }
             _ => debug!("{} is confined", role.name()),
         }
         Ok(())
@@ -204,12 +206,8 @@ impl Armed {
     }
 }
 
-fn log_confinement(kept: CapabilitySet, enforced: bool) {
-    let files = if enforced {
-        "out of reach"
-    } else {
-        "protected by the filter alone, as this kernel has no Landlock"
-    };
+fn log_confinement(kept: CapabilitySet, enforced: bool, needs: &Needs) {
+    let files = files_protection(enforced, needs);
     let names: Vec<_> = kept.iter_names().map(|(name, _)| name).collect();
     let kept = if names.is_empty() {
         "none".into()
@@ -217,4 +215,45 @@ fn log_confinement(kept: CapabilitySet, enforced: bool) {
         names.join(", ")
     };
     info!("sandboxed: system calls filtered, files {files}, capabilities {kept}");
+    if !enforced && needs.opens_files() {
+        warn!(
+            "without Landlock the thread `control`, which reads what clients send, can open every file that the \
+             daemon's user can: `hotplug` and `metrics.textfile` need files; use a kernel with Landlock \
+             (CONFIG_SECURITY_LANDLOCK, and `landlock` in its parameter lsm=), or leave out both keys"
+        );
+    }
+}
+
+/// The protection of files, as a part of a sentence. `enforced` tells whether the kernel has Landlock.
+fn files_protection(enforced: bool, needs: &Needs) -> &'static str {
+    match (enforced, needs.opens_files()) {
+        (true, false) => "out of reach",
+        (true, true) => "out of reach, except those of `hotplug` and `metrics.textfile`",
+        (false, false) => "protected by the filter alone, as this kernel has no Landlock",
+        (false, true) => "NOT protected from the thread `control`, as this kernel has no Landlock",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_does_not_promise_protection_that_only_landlock_gives() {
+        let plain = Needs::default();
+        let plugging = Needs {
+            plugging: Some(Plugging::default()),
+            ..Needs::default()
+        };
+        let textfile = Needs {
+            textfile_folder: Some("/run/metrics".into()),
+            ..Needs::default()
+        };
+        assert_eq!(files_protection(true, &plain), "out of reach");
+        assert!(files_protection(false, &plain).contains("filter alone"));
+        for needs in [&plugging, &textfile] {
+            assert!(files_protection(true, needs).contains("except"));
+            assert!(files_protection(false, needs).contains("NOT protected"));
+        }
+    }
 }

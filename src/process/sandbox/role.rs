@@ -111,6 +111,13 @@ pub struct Needs {
     pub socket_folders: Vec<PathBuf>,
 }
 
+impl Needs {
+    /// Whether the filter of the thread `control` allows opening files. Only Landlock limits which.
+    pub(super) const fn opens_files(&self) -> bool {
+        self.plugging.is_some() || self.textfile_folder.is_some()
+    }
+}
+
 #[cfg(test)]
 impl Needs {
     /// All needs except those that allow opening files.
