@@ -343,7 +343,7 @@ fn qemu_args_prints_only_arguments() {
         .expect("sh");
     let read = String::from_utf8(read.stdout).expect("text");
     let mut expected = expected.map(str::to_owned);
-    expected[11] = format!("file={}", odd.replace(',', ",,"));
+    expected[15] = format!("file={}", odd.replace(',', ",,"));
     assert_eq!(read.lines().collect::<Vec<_>>(), expected);
 }
 

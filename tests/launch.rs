@@ -444,7 +444,7 @@ fn passthrough_devices_are_opened_once_for_both() {
         format!("vfio-pci,id=viommu-vfio-00-10-0,fd={first},iommufd=viommu-iommufd,addr=10.0"),
         "-device".to_owned(),
         format!("vfio-pci,id=viommu-vfio-00-11-0,fd={second},iommufd=viommu-iommufd,addr=11.0"),
-        "-chardev".to_owned(),
+        "-global".to_owned(),
     ];
     assert_eq!(args[6..13], expected);
 

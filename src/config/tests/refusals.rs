@@ -354,17 +354,17 @@ fn refusals_name_place_and_cure() {
         (
             "vfio = '65:00.0'",
             "vm0.toml:2: ",
-            &["unknown key `vfio`", "remove it"],
+            &["move it under the `[[endpoint]]`"],
         ),
         (
             "[[endpoint]]\naddress = '00:10.0'\nvfio = '65:00'",
             "vm0.toml:4: endpoint[0].vfio: ",
-            &["\"65:00\" is not a PCI address", "such as 00:05.0"],
+            &["\"65:00\" is not a PCI address", "such as 0000:65:00.0"],
         ),
         (
             "[[endpoint]]\naddress = '00:10.0'\nvfio = 65",
             "vm0.toml:4: endpoint[0].vfio: ",
-            &["a PCI address as a text"],
+            &["a PCI address of the host as a text"],
         ),
         (
             "[[endpoint]]\nrange = '00:10.0-00:10.1'\nvfio = '65:00.0'",
