@@ -20,6 +20,7 @@ use std::{fs, thread};
 
 use common::daemon::{EP, connect};
 use common::guest::{Guest, Setup};
+use common::stopped_thread::StoppedThread;
 use common::wire::OK;
 use tempfile::TempDir;
 
@@ -178,42 +179,6 @@ fn the_manager_is_notified_of_start_liveness_and_end() {
     assert_eq!(last.last().map(String::as_str), Some("STOPPING=1"));
 }
 
-/// A thread of the daemon that this thread has stopped.
-struct StoppedThread(libc::pid_t);
-
-#[expect(unsafe_code, reason = "traces a child")]
-impl StoppedThread {
-    /// Stops the daemon's thread of this name.
-    fn new(daemon: &Child, name: &str) -> Self {
-        let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).expect("its threads");
-        let mut ids = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
-        let tid = ids.find(|id| {
-            let comm = fs::read_to_string(format!("/proc/{}/task/{id}/comm", daemon.id()));
-            comm.is_ok_and(|comm| comm.trim() == name)
-        });
-        let tid: libc::pid_t = tid.unwrap_or_else(|| panic!("no thread {name}"));
-        let none = std::ptr::null_mut::<libc::c_void>();
-        for request in [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT] {
-            // SAFETY: no pointer is passed.
-            let done = unsafe { libc::ptrace(request, tid, none, none) };
-            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-        }
-        let mut status = 0;
-        // SAFETY: `status` is valid for the write.
-        let stopped = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
-        assert_eq!(stopped, tid, "{}", std::io::Error::last_os_error());
-        Self(tid)
-    }
-
-    /// Lets the thread continue.
-    fn resume(self) {
-        let none = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: no pointer is passed.
-        let done = unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, none, none) };
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    }
-}
-
 #[test]
 fn a_hanging_worker_stops_the_watchdog_notifications() {
     let service = Service::start();
@@ -221,7 +186,7 @@ fn a_hanging_worker_stops_the_watchdog_notifications() {
     let mut guest = guest(&service.path("vhost.sock"));
     assert_eq!(guest.attach(1, EP), OK);
     // No message of a VMM makes the worker hang, so the test stops it.
-    let worker = StoppedThread::new(&service.child, "vring_worker");
+    let worker = StoppedThread::new(service.child.id(), "vring_worker");
     // One notification may be under way.
     service.receive_for(WATCHDOG);
     let received = service.receive_for(WATCHDOG * 3);

@@ -20,4 +20,5 @@ pub mod guest;
 pub mod memory;
 pub mod ring;
 pub mod rng;
+pub mod stopped_thread;
 pub mod wire;
