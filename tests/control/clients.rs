@@ -63,6 +63,8 @@ fn a_group_can_be_given_access() {
         &format!("control-mode = '0660'\ncontrol-group = {group}"),
         "",
     );
+    // The daemon answers only once it has given the socket its rights.
+    bed.daemon.control("status");
     let socket = bed.daemon.control_socket();
     let found = std::fs::metadata(&socket).expect("a socket");
     assert_eq!((found.mode() & 0o7777, found.gid()), (0o660, group));
