@@ -122,7 +122,7 @@ impl Type1Group {
     #[inline]
     fn map_part(&self, part: &Mapping, slot: &MemorySlot, offset: u64) -> Result<(), BackendError> {
         if part.access == Access::NONE {
-            // Nothing may use such a mapping, and the kernel refuses a mapping without rights.
+            // A mapping without rights stays out of the container: the kernel refuses it, and no device may use it.
             return Ok(());
         }
         self.kernel

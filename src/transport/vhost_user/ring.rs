@@ -1,9 +1,9 @@
 //! A ring of the backend crate, with the VMM's descriptors in this module's hands.
 //!
-//! **Kicks.** The backend crate keeps one descriptor for each ring, puts it into the worker's epoll set when the ring starts, and
-//! reads it when it is readable. If a read fails, the worker's thread ends without a message. If the VMM replaces the
-//! descriptor of a running ring, the set keeps the old one, which the crate has closed: its kicks make the worker read
-//! the new descriptor, and the new one's kicks reach nobody.
+//! **Kicks.** The backend crate keeps one descriptor for each ring, puts it into the worker's epoll set when the ring
+//! starts, and reads it when it is readable. If a read fails, the worker's thread ends without a message. If the VMM
+//! replaces the descriptor of a running ring, the set keeps the old one, which the crate has closed. A kick through the
+//! old one then makes the worker read the new one, and a kick through the new one reaches nobody.
 //!
 //! So the crate gets a descriptor of our own, which stays the same: an epoll set with the VMM's descriptor in it.
 //!
