@@ -10,6 +10,7 @@
 //!    public to this crate alone, so that the compiler inlines the request path.
 //! 4. [`Device::stop`] when the VMM has gone, and [`Device::disconnect`] after it has joined the worker.
 
+pub mod acpi;
 mod chain;
 mod event_queue;
 mod execute;
