@@ -21,8 +21,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// Time limit until the guest's /init is ready for commands.
-pub const BOOT: Duration = Duration::from_secs(120);
+pub mod stuck;
+
+use stuck::{CODE, SAMPLES, Sample, WaitsForItself, bytes_of, waits_for_itself};
+
+/// Time limit until the guest's /init is ready for commands. A nested guest needs 30 s on two processors, 100 s if 16
+/// processes share them.
+pub const BOOT: Duration = Duration::from_secs(300);
+/// The silence during the boot after which the test looks at the guest's processor.
+const LOOK_AFTER: Duration = Duration::from_secs(30);
 /// Time limit of a command in the guest.
 pub const ANSWER: Duration = Duration::from_secs(120);
 /// Time limit of a command that does 10^5 rounds in the guest, on a busy machine.
@@ -407,12 +414,13 @@ impl Vm {
         let deadline = Instant::now() + BOOT;
         loop {
             // The command must not be repeated: it may be the one that restarts the guest.
-            match self.next_line(deadline, false) {
+            match self.next_line(deadline.min(Instant::now() + LOOK_AFTER), false) {
                 Some(line) if line == "= ready" => {
                     self.sent = None;
                     return;
                 }
                 Some(_) => {}
+                None if Instant::now() < deadline => self.fail_if_stuck("the guest is not up"),
                 None => self.give_up(&format!("the guest is not up after {} s", BOOT.as_secs())),
             }
         }
@@ -422,18 +430,57 @@ impl Vm {
     fn give_up(&mut self, why: &str) -> ! {
         // Printed first: QEMU may not answer either.
         eprintln!("{why}");
+        self.fail_if_stuck(why);
         for round in 0..2 {
-            for command in ["info registers", "info lapic", "info pic"] {
-                let arguments = json!({ "command-line": command });
-                let answer = self.qmp("human-monitor-command", arguments);
-                eprintln!(
-                    "round {round}, {command}: {}",
-                    answer.as_str().unwrap_or("")
-                );
-            }
+            eprintln!("round {round}: {}", self.processor());
             thread::sleep(Duration::from_secs(1));
         }
         panic!("{why}")
+    }
+
+    /// Fails the test with a [`WaitsForItself`] if the guest's processor does.
+    fn fail_if_stuck(&mut self, why: &str) {
+        let mut samples = Vec::new();
+        while samples.len() < SAMPLES {
+            match self.sample() {
+                Some(sample) if sample.waits_for_a_static_lock() => samples.push(sample),
+                _ => return,
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
+        if waits_for_itself(&samples) {
+            let report = format!("{why}\n{samples:x?}\n{}", self.processor());
+            std::panic::panic_any(WaitsForItself(report));
+        }
+    }
+
+    fn sample(&mut self) -> Option<Sample> {
+        let mut sample = Sample::new(&self.monitor("info registers"))?;
+        let code = format!("x/{CODE}xb {:#x}", sample.rip.wrapping_sub(CODE / 2));
+        sample.code = bytes_of(&self.monitor(&code));
+        let word = bytes_of(&self.monitor(&format!("x/4xb {:#x}", sample.rdi())));
+        sample.word = word.try_into().ok().map(u32::from_le_bytes);
+        Some(sample)
+    }
+
+    /// The state of the guest's processor: its registers, its interrupts, its stack.
+    fn processor(&mut self) -> String {
+        let registers = self.monitor("info registers");
+        let mut text = registers.clone();
+        for command in ["info lapic", "info pic"] {
+            text += &self.monitor(command);
+        }
+        if let Some(rsp) = Sample::new(&registers).map(|sample| sample.rsp()) {
+            text += &self.monitor(&format!("x/128xg {rsp:#x}"));
+        }
+        text
+    }
+
+    /// The answer of QEMU's monitor for people.
+    fn monitor(&mut self, command: &str) -> String {
+        let arguments = json!({ "command-line": command });
+        let answer = self.qmp("human-monitor-command", arguments);
+        answer.as_str().unwrap_or_default().to_owned()
     }
 
     /// Runs a shell command in the guest. Returns its output lines and exit status.

@@ -17,7 +17,7 @@ use crate::connection::{
     version_body,
 };
 use crate::devices::{FaultLog, Function};
-use crate::nested::{EDU, Nested};
+use crate::nested::{EDU, Nested, with_a_working_guest};
 use crate::vm::Setup;
 use crate::words;
 
@@ -27,7 +27,7 @@ use crate::words;
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn a_stock_guest_drives_an_exported_device() {
     for host_iommu in ["type1", "iommufd"] {
-        a_stock_guest_with(host_iommu);
+        with_a_working_guest(|| a_stock_guest_with(host_iommu));
     }
 }
 

@@ -23,6 +23,7 @@ mod data;
 mod devices;
 mod export;
 mod faults;
+mod hangs;
 mod locked;
 mod mixed;
 mod moves;
