@@ -57,6 +57,7 @@ fn exactly_the_implemented_features_are_offered() {
         Protocol::CONFIG,
         Protocol::REPLY_ACK,
         Protocol::CONFIGURE_MEM_SLOTS,
+        Protocol::RESET_DEVICE,
     ] {
         assert!(guest.protocol.contains(wanted), "{wanted:?}");
     }

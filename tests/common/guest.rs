@@ -193,12 +193,16 @@ impl Guest {
 
     /// [`Self::connect`] to the daemon that listens at `socket`.
     pub fn connect_to(socket: impl AsRef<Path>, setup: Setup) -> Self {
-        let regions = vec![
+        Self::connect_with(connect(socket.as_ref()), setup, Self::regions())
+    }
+
+    /// The memory of a guest.
+    pub fn regions() -> Vec<Region> {
+        vec![
             Region::new(LOW_RAM, LOW_LEN),
             Region::new(RING_RAM, RING_LEN),
             Region::new(HIGH_RAM, HIGH_LEN),
-        ];
-        Self::connect_with(connect(socket.as_ref()), setup, regions)
+        ]
     }
 
     /// Negotiates over a connection. `regions` must contain [`RING_RAM`].
@@ -216,7 +220,6 @@ impl Guest {
             .set_protocol_features(protocol & wanted)
             .expect("SET_PROTOCOL_FEATURES");
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let features = offered & setup.features;
         let memory = Memory { regions };
         let infos: Vec<VhostUserMemoryRegionInfo> =
             memory.regions.iter().map(Region::info).collect();
@@ -227,6 +230,18 @@ impl Guest {
         } else {
             frontend.set_mem_table(&infos).expect("SET_MEM_TABLE");
         }
+        Self::behind(frontend, offered, protocol, memory, setup)
+    }
+
+    /// The guest of a VMM that has negotiated over `frontend`, by whatever messages. No ring runs yet.
+    pub fn behind(
+        frontend: Frontend,
+        offered: u64,
+        protocol: VhostUserProtocolFeatures,
+        memory: Memory,
+        setup: Setup,
+    ) -> Self {
+        let features = offered & setup.features;
         let event_idx = features & wire::F_EVENT_IDX != 0;
         let queue = |index: usize| {
             let base = RING_RAM + 0x20_0000 * index as u64;

@@ -82,10 +82,11 @@ impl VhostUserBackend for VhostUserDevice {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
     }
 
-    /// Resets the device although it does not offer the protocol feature for this message: a VMM may send the message
-    /// all the same.
+    /// Ends all domains at once. A VMM that sends RESET_DEVICE (OpenVMM) has stopped the rings before, and keeps its
+    /// memory table.
     fn reset_device(&self) {
         self.device.reset();
     }
