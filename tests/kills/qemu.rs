@@ -45,15 +45,16 @@ fn an_unmodified_qemu_killed_while_it_starts_leaves_nothing_behind() {
             .stderr(Stdio::inherit());
         Role::of("QEMU", &mut command)
     };
-    let figures = || {
+    let figures = |most: Option<(usize, usize)>| {
         let mut before = (0, 0);
-        daemon.wait_for("quiet", || {
+        daemon.wait_for("quiet, with the first descriptors and threads", || {
             sleep(Duration::from_millis(20));
             let now = (daemon.fd_count(), daemon.thread_count());
             let status = daemon.status();
             let client = &status["emulated"][0]["client"];
             let has_no_vmm = status["connected"] == false && client == false;
-            std::mem::replace(&mut before, now) == now && has_no_vmm
+            let is_high = most.is_some_and(|most| now.0 > most.0 || now.1 > most.1);
+            std::mem::replace(&mut before, now) == now && has_no_vmm && !is_high
         });
         (before, daemon.rss_kib())
     };
@@ -68,10 +69,10 @@ fn an_unmodified_qemu_killed_while_it_starts_leaves_nothing_behind() {
         vmm.kill();
         daemon.assert_alive();
         server.assert_alive();
-        let now = figures();
-        let (counts, kib) = *before.get_or_insert(now);
-        assert_eq!(now.0, counts, "descriptors and threads");
-        assert!(now.1 <= kib + SLACK_KIB, "{} KiB, then {}", kib, now.1);
+        let now = figures(before.map(|(counts, _)| counts));
+        let kib = before.map_or(now.1, |(_, kib)| kib);
+        before = Some((now.0, kib));
+        assert!(now.1 <= kib + SLACK_KIB, "{kib} KiB, then {}", now.1);
     }
     server.drop_lines();
     let mut last = start();

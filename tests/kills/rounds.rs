@@ -39,7 +39,7 @@ fn processes_killed_at_any_moment_leave_nothing_behind() {
     let mut killed = [0; 5];
     for round in 0..WARM_UP + kills {
         if round == WARM_UP {
-            before = Some(bed.figures());
+            before = Some(bed.figures(None));
         }
         let victim = rng.pick(&VICTIMS);
         sleep(Duration::from_micros(rng.below(20_000)));
@@ -52,14 +52,12 @@ fn processes_killed_at_any_moment_leave_nothing_behind() {
         }
         bed.assert_works();
     }
-    bed.wait_until_all_work();
-    let after = bed.figures();
     let before = before.expect("there was a warm-up");
+    let after = bed.figures(Some((before.0, before.1)));
     println!(
         "killed {killed:?} {VICTIMS:?} in {:?}; descriptors, threads, KiB: {before:?}, then {after:?}",
         begun.elapsed()
     );
-    assert_eq!((after.0, after.1), (before.0, before.1));
     assert!(after.2 <= before.2 + SLACK_KIB, "{before:?}, {after:?}");
     bed.end();
 }
@@ -217,8 +215,9 @@ impl KillBed {
         self.check_killed_vm();
     }
 
-    /// The daemon's descriptors, threads and memory in KiB, when all processes work and the counts are stable.
-    pub fn figures(&mut self) -> (usize, usize, u64) {
+    /// The daemon's descriptors, threads and memory in KiB, when all processes work and the counts are not above `most`.
+    /// On a busy machine the daemon may notice the last deaths late. A leak never goes away: the test fails.
+    pub fn figures(&mut self, most: Option<(usize, usize)>) -> (usize, usize, u64) {
         self.wait_until_all_work();
         let counts = || (self.daemon.fd_count(), self.daemon.thread_count());
         let mut before = counts();
@@ -226,6 +225,13 @@ impl KillBed {
             sleep(Duration::from_millis(20));
             std::mem::replace(&mut before, counts()) == before
         });
+        if let Some(most) = most {
+            let what = format!("{most:?} descriptors and threads instead of {before:?}");
+            self.daemon.wait_for(&what, || {
+                before = counts();
+                before.0 <= most.0 && before.1 <= most.1
+            });
+        }
         let rss = (0..5).map(|_| self.daemon.rss_kib()).min();
         (before.0, before.1, rss.expect("some"))
     }
