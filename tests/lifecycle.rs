@@ -392,7 +392,6 @@ fn a_reset_in_the_middle_of_traffic_is_not_taken_for_a_pause() {
 /// Every endpoint is blocked and stays so, whatever the driver asks for, and the operator is told.
 fn assert_all_blocked(daemon: &Daemon, guest: &mut Guest) {
     let is_blocked = || daemon.status()["driver_unknown"] == true;
-    guest.requests.kick_always();
     daemon.wait_for("the blocking", is_blocked);
     let blocked = || [EP, EP2].map(|endpoint| daemon.gpa_of(endpoint, 0x1234)) == [None; 2];
     assert!(blocked());

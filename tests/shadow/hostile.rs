@@ -68,9 +68,11 @@ fn a_reader_that_died_inside_an_access_does_not_delay_unmap() {
 
 /// The patience of the test below. Its reader is inside each access for half of it.
 pub const SLOW_PATIENCE: Duration = Duration::from_secs(4);
+/// Many times what the reader may keep requests waiting in all.
+const HANG: Duration = Duration::from_secs(100);
 
 #[test]
-fn a_reader_that_is_always_slow_is_killed_after_a_few_waits() {
+fn a_reader_that_is_always_slow_uses_its_budget_up_and_is_killed() {
     let mut bed = Bed::with(Limits {
         patience: SLOW_PATIENCE,
         ..Limits::default()
@@ -79,14 +81,14 @@ fn a_reader_that_is_always_slow_is_killed_after_a_few_waits() {
     let mut slow = bed.process("hold-long");
     slow.wait_for("inside");
     let page = mapping(0, PAGE, 0, Access::READ_WRITE);
-    let mut waits = 0;
+    // No single wait is long enough to kill it. On a busy machine it may be outside when UNMAP comes, so that some
+    // requests do not wait.
+    let begun = Instant::now();
     while slow.child.try_wait().expect("its own child").is_none() {
-        waits += 1;
-        assert!(waits < 10, "it keeps every UNMAP waiting");
+        assert!(begun.elapsed() < HANG, "it keeps every UNMAP waiting");
         bed.iommu.unmap(D1, IovaRange::ALL).expect("unmapped");
         bed.iommu.map(D1, &page).expect("mapped");
     }
-    assert!(waits <= 4, "{waits} requests waited");
     let counters = bed.registry.counters();
     assert_eq!((counters.killed.get(), counters.killed_slow.get()), (1, 1));
     bed.wait_for_readers(0);
