@@ -28,7 +28,7 @@ use crate::process::socket::{SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::ShadowServer;
-use crate::transport::vhost_user::listener::inherit;
+use crate::transport::listener::inherit;
 use crate::transport::vhost_user::serve::{ServeError, Stopper, VhostUserServer};
 
 /// Why the daemon could not run.
