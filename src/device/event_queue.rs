@@ -37,6 +37,7 @@ pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> boo
             Ok(mut chains) => chains.next(),
             Err(cause) => {
                 warn_limited!("the event ring cannot be read: {cause}");
+                ring.report_broken();
                 break;
             }
         };
@@ -48,6 +49,7 @@ pub fn deliver(ring: &impl Ring, memory: &GuestMemoryMmap, fault: &Fault) -> boo
         let len = if delivered { FAULT_LEN } else { 0 };
         if let Err(cause) = queue.add_used(memory, head, u32::try_from(len).unwrap_or(0)) {
             warn_limited!("cannot return event buffer {head}: {cause}");
+            ring.report_broken();
             delivered = false;
         }
         returned += 1;

@@ -370,7 +370,7 @@ impl Device {
         // Wake the worker: requests that were out of reach may be readable now, and the driver does not kick for them
         // again.
         requests.queue.broken = false;
-        self.wake.write(1)
+        self.wake_worker()
     }
 
     /// Whether the VMM has shared memory.
@@ -398,8 +398,19 @@ impl Device {
         }
     }
 
-    /// The VMM has reset the device. Drops all domains.
+    /// The driver or the VMM has reset the device. Drops all domains; `bypass` keeps its value. A transport that has
+    /// rings of its own must have stopped them.
     pub fn reset(&self) {
+        self.reset_core(Iommu::reset);
+    }
+
+    /// The VMM has reset the device together with the VM: as [`Self::reset`], and `bypass` returns to its value at
+    /// boot. For transports that are told of it; [`Self::reset_vm`] is for news from elsewhere.
+    pub fn reset_with_vm(&self) {
+        self.reset_core(Iommu::reset_vm);
+    }
+
+    fn reset_core(&self, reset: impl FnOnce(&mut Iommu)) {
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
@@ -407,7 +418,23 @@ impl Device {
         requests.ring = None;
         self.features.store(0, Ordering::Release);
         self.metrics.resets.inc();
-        self.iommu.lock().reset();
+        let mut iommu = self.iommu.lock();
+        reset(&mut iommu);
+        self.bypass.store(iommu.bypass(), Ordering::Relaxed);
+    }
+
+    /// Waits until no pass over a ring that the transport has stopped is in progress.
+    pub fn wait_for_rings(&self) {
+        drop(self.requests.lock());
+        drop(self.events.lock());
+    }
+
+    /// Makes the worker serve the request ring, as if the driver had kicked.
+    ///
+    /// # Errors
+    /// The event descriptor cannot be written to.
+    pub fn wake_worker(&self) -> io::Result<()> {
+        self.wake.write(1)
     }
 }
 

@@ -188,6 +188,7 @@ impl RequestQueue {
             Err(RingError::OutOfReach) => return Pass::Stopped,
             Err(RingError::TooMany) => {
                 self.broken = true;
+                ring.report_broken();
                 warn_limited!(
                     "the driver claims more requests than the request ring has entries; the ring is \
                      not served until a driver starts it anew"
@@ -222,10 +223,12 @@ impl RequestQueue {
         let (size, before) = (queue.size(), queue.next_used());
         let left = u16::try_from(left).unwrap_or(0);
         queue.set_next_avail(queue.next_avail().wrapping_sub(left));
+        let mut is_broken = false;
         self.done.retain(|&(head, _)| {
             if head >= size {
                 warn_limited!("request {head} cannot be returned: the ring has no such descriptor");
             }
+            is_broken |= head >= size;
             head < size
         });
         let returned = request_ring::publish(queue, view, &self.done);
@@ -234,6 +237,7 @@ impl RequestQueue {
             warn_limited!(
                 "{lost} requests cannot be returned: the used ring is not in guest memory"
             );
+            is_broken = true;
         }
         let returned = self.done.get(..returned).unwrap_or(&[]);
         if let Some(index) = returned.iter().rposition(|entry| *entry != (0, 0))
@@ -246,6 +250,10 @@ impl RequestQueue {
         self.done.clear();
         if request_ring::wants_notification(queue, view, before) {
             ring.request_interrupt();
+        }
+        if is_broken {
+            // The driver waits for requests that it never gets back.
+            ring.report_broken();
         }
     }
 }

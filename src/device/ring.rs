@@ -39,6 +39,10 @@ pub trait LockedRing {
 
     /// Notes that the driver wants an interrupt. [`Ring::send_interrupts`] sends it, once all locks are released.
     fn request_interrupt(&self);
+
+    /// The driver has made the ring unusable. A transport that can report it requests that report, which
+    /// [`Ring::send_interrupts`] sends; with any other the driver waits until it starts the ring anew.
+    fn report_broken(&mut self) {}
 }
 
 /// Requests an interrupt for returned buffers, unless the driver has suppressed notifications.
