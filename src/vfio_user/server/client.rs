@@ -14,7 +14,9 @@ use super::commands::{Reply, execute};
 use super::device::ServedDevice;
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::{EventLoop, Events, Interest};
-use crate::vfio_user::message::{Command, Header, Kind, Malformed, check_command};
+use crate::vfio_user::message::{
+    Command, DmaUnmapBody, Header, IrqInfoBody, Kind, Malformed, RegionInfoBody, check_command,
+};
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, SocketError};
 use crate::vfio_user::version::{Version, VersionError};
 use crate::warn_limited;
@@ -265,6 +267,7 @@ impl ClientConnection<'_> {
             Received::End => return Ok(Some(ClientEnd::HungUp)),
         }
         self.channel.flush()?;
+        device.replied();
         Ok(None)
     }
 
@@ -305,7 +308,18 @@ impl ClientConnection<'_> {
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
                 return Err(ClientError::ServerCommand(command));
             }
-            Some(command) => execute(device, command, message)?,
+            Some(command) => {
+                let usual = usual_reply(device, command, &message.body);
+                let outcome = execute(device, command, message)?;
+                if let (Err(errno), Some(body)) = (&outcome, usual)
+                    && !header.wants_no_reply()
+                {
+                    let bytes = header.refusal_of(*errno).with_body(&body);
+                    self.channel.outbox.lock().push(bytes, Vec::new());
+                    return Ok(());
+                }
+                outcome
+            }
         };
         self.reply(&header, outcome);
         Ok(())
@@ -327,6 +341,21 @@ impl ClientConnection<'_> {
             }
         }
     }
+}
+
+/// The body that a reply to this command has if it succeeds, as far as the command tells, for a client that reads as
+/// many bytes of a refusal. `None` if the client reads a header first, or the reply has no body.
+fn usual_reply(device: &dyn ServedDevice, command: Command, body: &[u8]) -> Option<Vec<u8>> {
+    let len = match command {
+        Command::DmaUnmap => DmaUnmapBody::BYTES,
+        Command::DeviceGetRegionInfo => RegionInfoBody::BYTES,
+        Command::DeviceGetIrqInfo => IrqInfoBody::BYTES,
+        _ => return None,
+    };
+    let body = body
+        .get(..len as usize)
+        .filter(|_| device.answers_all_accesses());
+    body.map(<[u8]>::to_vec)
 }
 
 fn handle_reply(device: &mut dyn ServedDevice, message: &Message) -> Result<(), ClientError> {

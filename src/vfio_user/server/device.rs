@@ -68,6 +68,17 @@ pub trait ServedDevice {
     /// An errno.
     fn write_region(&mut self, index: u32, offset: u64, data: &[u8]) -> Result<usize, i32>;
 
+    /// Whether clients that take no error for an answer can use the device. An access that the server would refuse is
+    /// then answered as a bus answers an access that no device claims: a read gives ones, a write is dropped. And a
+    /// refusal is as long as the reply would be, because such clients read that many bytes.
+    fn answers_all_accesses(&self) -> bool {
+        false
+    }
+
+    /// The reply to the last command has been sent, or waits for the client to receive. For what a command sets off and
+    /// its reply need not wait for.
+    fn replied(&mut self) {}
+
     /// DEVICE_RESET: resets the device.
     ///
     /// # Errors
