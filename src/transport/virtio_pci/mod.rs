@@ -1,0 +1,23 @@
+//! Serves the device to a VMM as a modern virtio-pci device over vfio-user.
+//!
+//! ```text
+//! VMM's vfio-user client <--socket--> thread `virtio-pci`             thread `pci-worker`
+//!                                       device    one message           worker    kicks
+//!                                       registers the driver's view       |
+//!                                       memory    DMA_MAP -> slots        v
+//!                                          \------ rings, interrupts ---- Device
+//! ```
+//!
+//! The VMM passes on the driver's accesses to registers, and grants guest memory with DMA_MAP. So this transport knows
+//! what the VMM keeps to itself with vhost-user: when the driver resets the device, and which state it has reached. In
+//! return a kick is a message. `device` answers it before the worker has seen the ring.
+//!
+//! `layout` says where everything is. [`trapped_bar`] is the place for a second BAR that other code answers.
+//!
+//! Statements of the specification's chapters "Virtio Over PCI Bus" and "Basic Facilities of a Virtio Device" have an
+//! identifier here and a row in `docs/conformance.md`.
+
+mod config_space;
+mod fields;
+mod layout;
+pub mod trapped_bar;

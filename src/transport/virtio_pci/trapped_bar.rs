@@ -1,0 +1,18 @@
+//! The place for a second BAR of the device, whose accesses other code answers.
+
+/// A 32-bit BAR of 4 KiB, BAR 2. The guest waits for each answer, and the VMM with it: an implementation must not wait
+/// for anything that the guest or the VMM controls.
+///
+/// The device calls it in the thread that serves the VMM, and holds no lock meanwhile.
+pub trait TrappedBar: Send {
+    /// The guest, or the VMM, reads `into.len()` bytes from `offset` on, all of them in the BAR. `into` is zero.
+    fn read(&mut self, offset: u64, into: &mut [u8]);
+
+    /// The guest, or the VMM, writes `data` from `offset` on.
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The VM starts anew: a VMM has connected or disconnected, or has reset the device.
+    fn restart(&mut self) {}
+}
