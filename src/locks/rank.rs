@@ -39,10 +39,13 @@ pub enum Rank {
     FaultLog,
     /// Guest memory as the device checked it.
     GuestMemory,
-    /// One ring of a device without a transport. A transport's rings have the lock of its crate, without a rank.
+    /// One ring of the virtio-pci transport, or of a device without a transport. The rings of vhost-user have the lock
+    /// of its crate, without a rank.
     Ring,
     /// The exported devices that hot resets concern: held while the kernel makes one.
     HotResets,
+    /// The interrupts of the virtio-pci device.
+    PciInterrupts,
     /// The descriptors of one ring of a VMM.
     RingDescriptors,
     /// The mapped regions of one device of the host.

@@ -19,5 +19,8 @@
 
 mod config_space;
 mod fields;
+mod interrupts;
 mod layout;
+mod registers;
+mod ring;
 pub mod trapped_bar;

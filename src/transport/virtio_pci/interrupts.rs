@@ -1,0 +1,244 @@
+//! The interrupts of the device: MSI-X vectors, the ISR status, and DEVICE_NEEDS_RESET.
+//!
+//! The VMM emulates the MSI-X table, and gives an eventfd for each vector. An interrupt for a vector that is masked or
+//! has no eventfd yet is pending, and is sent when the VMM unmasks it or gives the eventfd.
+
+use super::layout::{NO_VECTOR, VECTORS};
+use crate::device::QUEUES;
+use crate::locks::{Mutex, Rank};
+use crate::process::peer_event::PeerEvent;
+use crate::warn_limited;
+
+/// The ISR status: a queue interrupt.
+const ISR_QUEUE: u8 = 1 << 0;
+/// The ISR status: a configuration interrupt.
+const ISR_CONFIG: u8 = 1 << 1;
+
+/// The interrupts that the rings and the registers share.
+///
+/// Signals are sent with the lock held: a [`PeerEvent`] never waits, and so no interrupt comes after a reset, or
+/// through an eventfd that the VMM has taken back.
+pub(super) struct PciInterrupts(Mutex<InterruptState>);
+
+#[derive(Default)]
+struct InterruptState {
+    vectors: [Vector; VECTORS as usize],
+    /// The vector of configuration changes.
+    config: Route,
+    /// The vector of each queue.
+    queues: [Route; QUEUES],
+    isr: u8,
+    /// The driver has enabled MSI-X, so the ISR status is not used.
+    uses_msix: bool,
+    driver_ok: bool,
+    needs_reset: bool,
+}
+
+/// One MSI-X vector as the VMM has set it up.
+#[derive(Default)]
+struct Vector {
+    event: Option<PeerEvent>,
+    masked: bool,
+    pending: bool,
+}
+
+/// The vector that the driver has mapped to a source of interrupts, and whether an interrupt waits to be sent.
+struct Route {
+    vector: u16,
+    requested: bool,
+}
+
+impl Default for Route {
+    fn default() -> Self {
+        Self {
+            vector: NO_VECTOR,
+            requested: false,
+        }
+    }
+}
+
+impl Default for PciInterrupts {
+    fn default() -> Self {
+        Self(Mutex::new(Rank::PciInterrupts, InterruptState::default()))
+    }
+}
+
+impl PciInterrupts {
+    /// The driver resets the device. The VMM keeps its eventfds.
+    pub(super) fn reset(&self) {
+        let mut state = self.0.lock();
+        let vectors = std::mem::take(&mut state.vectors);
+        let uses_msix = state.uses_msix;
+        *state = InterruptState {
+            vectors,
+            uses_msix,
+            ..InterruptState::default()
+        };
+        for vector in &mut state.vectors {
+            vector.pending = false;
+        }
+    }
+
+    /// The VMM has gone, and its eventfds with it.
+    pub(super) fn clear(&self) {
+        *self.0.lock() = InterruptState::default();
+    }
+
+    pub(super) fn set_driver_ok(&self) {
+        let mut state = self.0.lock();
+        state.driver_ok = true;
+        if state.needs_reset {
+            state.config.requested = true;
+        }
+        state.send();
+    }
+
+    pub(super) fn set_uses_msix(&self, uses_msix: bool) {
+        self.0.lock().uses_msix = uses_msix;
+    }
+
+    pub(super) fn needs_reset(&self) -> bool {
+        self.0.lock().needs_reset
+    }
+
+    /// The device cannot go on until the driver resets it. The driver is told by [`Self::send`].
+    // STATUS-2: with DRIVER_OK, a configuration change notification follows DEVICE_NEEDS_RESET.
+    pub(super) fn request_reset(&self) {
+        let mut state = self.0.lock();
+        if !state.needs_reset {
+            state.needs_reset = true;
+            state.config.requested = state.driver_ok;
+        }
+    }
+
+    /// Notes that the driver wants an interrupt for the queue.
+    pub(super) fn request_queue(&self, index: usize) {
+        if let Some(route) = self.0.lock().queues.get_mut(index) {
+            route.requested = true;
+        }
+    }
+
+    /// Sends the interrupts that were requested.
+    pub(super) fn send(&self) {
+        self.0.lock().send();
+    }
+
+    /// Maps configuration changes to `vector`.
+    // PCI-26, PCI-27: the driver reads a mapped vector back, and NO_VECTOR for one that the device does not have.
+    pub(super) fn map_config(&self, vector: u16) {
+        self.0.lock().config.vector = mappable(vector);
+    }
+
+    /// Maps a queue to `vector`.
+    pub(super) fn map_queue(&self, index: usize, vector: u16) {
+        if let Some(route) = self.0.lock().queues.get_mut(index) {
+            route.vector = mappable(vector);
+        }
+    }
+
+    pub(super) fn config_vector(&self) -> u16 {
+        self.0.lock().config.vector
+    }
+
+    pub(super) fn queue_vector(&self, index: usize) -> u16 {
+        let state = self.0.lock();
+        state
+            .queues
+            .get(index)
+            .map_or(NO_VECTOR, |route| route.vector)
+    }
+
+    /// Whether the ISR status has a bit, for the PCI status register.
+    pub(super) fn has_isr(&self) -> bool {
+        let state = self.0.lock();
+        // PCI-18: without MSI-X.
+        state.isr != 0 && !state.uses_msix
+    }
+
+    /// The driver reads the ISR status, which clears it.
+    // PCI-19
+    pub(super) fn take_isr(&self) -> u8 {
+        std::mem::take(&mut self.0.lock().isr)
+    }
+
+    /// The bits of the vectors whose interrupt is pending.
+    pub(super) fn pending_bits(&self) -> u64 {
+        let state = self.0.lock();
+        let bits = state.vectors.iter().enumerate();
+        bits.fold(0, |bits, (n, vector)| bits | u64::from(vector.pending) << n)
+    }
+
+    /// The VMM gives the eventfds of vectors from `first` on, or takes them back.
+    pub(super) fn set_events(&self, first: usize, events: Vec<Option<PeerEvent>>) {
+        let mut state = self.0.lock();
+        for (vector, event) in state.vectors.iter_mut().skip(first).zip(events) {
+            vector.event = event;
+            if vector.pending {
+                vector.signal();
+            }
+        }
+    }
+
+    /// The VMM takes all eventfds back.
+    pub(super) fn disable(&self) {
+        for vector in &mut self.0.lock().vectors {
+            *vector = Vector::default();
+        }
+    }
+
+    /// The VMM masks or unmasks a vector.
+    pub(super) fn mask(&self, vector: usize, masked: bool) {
+        if let Some(vector) = self.0.lock().vectors.get_mut(vector) {
+            vector.masked = masked;
+            if vector.pending {
+                vector.signal();
+            }
+        }
+    }
+
+    /// The VMM asks for a signal, which is a test of the eventfd.
+    pub(super) fn trigger(&self, vector: usize) {
+        if let Some(vector) = self.0.lock().vectors.get_mut(vector) {
+            vector.signal();
+        }
+    }
+}
+
+impl InterruptState {
+    fn send(&mut self) {
+        let config = (&mut self.config, ISR_CONFIG);
+        let queues = self.queues.iter_mut().map(|route| (route, ISR_QUEUE));
+        for (route, isr) in std::iter::once(config).chain(queues) {
+            if !std::mem::take(&mut route.requested) {
+                continue;
+            }
+            // PCI-16, PCI-17: before the notification; that of a queue only without MSI-X.
+            if isr == ISR_CONFIG || !self.uses_msix {
+                self.isr |= isr;
+            }
+            // PCI-28, PCI-29: no vector has the number NO_VECTOR.
+            if let Some(vector) = self.vectors.get_mut(usize::from(route.vector)) {
+                vector.signal();
+            }
+        }
+    }
+}
+
+impl Vector {
+    fn signal(&mut self) {
+        self.pending = true;
+        if self.masked {
+            return;
+        }
+        if let Some(event) = &self.event {
+            self.pending = false;
+            if let Err(cause) = event.signal() {
+                warn_limited!("cannot notify the driver: {cause}");
+            }
+        }
+    }
+}
+
+fn mappable(vector: u16) -> u16 {
+    if vector < VECTORS { vector } else { NO_VECTOR }
+}
