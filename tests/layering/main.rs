@@ -52,7 +52,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("host", &["config", "topology"]),
     ("config", &["args", "topology"]),
     ("ctl", &["args"]),
-    ("transport", &["device", "process"]),
+    ("transport", &["device", "vfio_user", "process"]),
     (
         "device",
         &[

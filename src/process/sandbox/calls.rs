@@ -114,6 +114,23 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(descriptors());
             list.extend(ioctls(&needs.device_ioctls));
         }
+        Role::VirtioPci => {
+            list.extend(always(&EVENT_LOOP));
+            list.extend(always(&ACCEPT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(&MEMORY_FILES));
+            list.extend(always(&PEER_EVENTS));
+            list.extend(descriptors());
+            list.extend(backends(needs));
+        }
+        Role::PciWorker => {
+            list.extend(always(&EVENT_LOOP));
+            list.extend(always(&PEER_EVENTS));
+            list.extend(backends(needs));
+            if needs.realtime {
+                list.extend(always(&[libc::SYS_sched_setscheduler]));
+            }
+        }
         Role::Signals => {
             list.extend(always(&WAIT));
             list.extend(always(&MESSAGES));

@@ -26,6 +26,10 @@ pub enum Role {
     VfioUser,
     /// Serves one exported device.
     Export,
+    /// Serves the daemon's own device to the VMM over vfio-user.
+    VirtioPci,
+    /// Serves the request ring of that device.
+    PciWorker,
     /// Stops the daemon in order when a signal comes.
     Signals,
     /// Checks that other threads make progress.
@@ -36,8 +40,8 @@ pub enum Role {
 
 list_variants!(
     Role:
-    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Signals,
-    Watchdog, Qmp,
+    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, VirtioPci,
+    PciWorker, Signals, Watchdog, Qmp,
 );
 
 impl Role {
@@ -59,6 +63,8 @@ impl Role {
             | Self::Faults
             | Self::VfioUser
             | Self::Export
+            | Self::VirtioPci
+            | Self::PciWorker
             | Self::Signals
             | Self::Watchdog
             | Self::Qmp => false,
@@ -78,6 +84,8 @@ impl Role {
             Self::Faults => "faults",
             Self::VfioUser => "vfio-user",
             Self::Export => "export",
+            Self::VirtioPci => "virtio-pci",
+            Self::PciWorker => "pci-worker",
             Self::Signals => "signals",
             Self::Watchdog => "watchdog",
             Self::Qmp => "qmp",

@@ -18,9 +18,13 @@
 //! identifier here and a row in `docs/conformance.md`.
 
 mod config_space;
+mod device;
 mod fields;
 mod interrupts;
 mod layout;
+mod memory;
 mod registers;
 mod ring;
+pub mod serve;
 pub mod trapped_bar;
+mod worker;
