@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The number of statements in each group of the specification.
-const STATEMENTS: [(&str, usize); 11] = [
+const STATEMENTS: [(&str, usize); 13] = [
     ("FEAT", 3),
     ("CFG", 5),
     ("INIT", 1),
@@ -23,6 +23,8 @@ const STATEMENTS: [(&str, usize); 11] = [
     ("PROBE", 8),
     ("RESV", 5),
     ("FAULT", 5),
+    ("PCI", 29),
+    ("STATUS", 4),
 ];
 
 fn root() -> &'static Path {

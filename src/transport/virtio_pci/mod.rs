@@ -26,5 +26,7 @@ mod memory;
 mod registers;
 mod ring;
 pub mod serve;
+#[cfg(test)]
+mod tests;
 pub mod trapped_bar;
 mod worker;
