@@ -13,7 +13,7 @@
 //! | `qemu` | QEMU's arguments, `launch`, QMP |
 //! | `host` | this host: its sysfs, the subcommand `check`, the tree of its devices |
 //! | `config` | the file and the flags, checked |
-//! | `transport` | how a VMM reaches the device: vhost-user |
+//! | `transport` | how a VMM reaches the device: vhost-user, or virtio-pci over vfio-user |
 //! | `device` | the virtio device: rings, chains, request queue, event queue, guest memory, polling, resume |
 //! | `iommu` | the core: endpoints, domains, and the specification's rules between them |
 //! | `backends` | control of the endpoints' DMA: one trait, thin adapters |

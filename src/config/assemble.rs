@@ -4,7 +4,7 @@ use super::checker::Checker;
 use super::draft::Draft;
 use super::error::{ConfigError, ProblemKind};
 use super::translation::page_mask;
-use super::{Config, Descriptors, DeviceLists, Socket};
+use super::{Config, Descriptors, DeviceLists, Socket, VmmTransport};
 use crate::args::{DescriptorArgs, RunArgs};
 
 impl Checker<'_> {
@@ -15,20 +15,7 @@ impl Checker<'_> {
         descriptors: &DescriptorArgs,
         args: Option<&RunArgs>,
     ) -> Result<Config, ConfigError> {
-        let socket = match args.and_then(|args| args.fd) {
-            Some(fd) => Some(Socket::Fd(fd)),
-            None => {
-                if args.is_some() && draft.socket.is_none() {
-                    self.refuse_missing(
-                        "socket",
-                        "--socket-path",
-                        "give `socket = \"/run/vm0/iommu.sock\"` in the file, --socket-path or --fd",
-                    );
-                }
-                self.socket_path(draft.socket.as_ref(), "socket")
-                    .map(Socket::Path)
-            }
-        };
+        let (socket, transport) = self.vmm_socket(draft, args);
         let control = self.socket_path(draft.control.as_ref(), "control");
         if let (Some(Socket::Path(path)), Some(given)) = (&socket, &draft.control)
             && control.as_ref() == Some(path)
@@ -113,6 +100,7 @@ impl Checker<'_> {
             Ok(Config {
                 name,
                 socket,
+                transport,
                 control,
                 qmp,
                 socket_access,
@@ -143,5 +131,42 @@ impl Checker<'_> {
         } else {
             Err(self.finish())
         }
+    }
+
+    /// Where the VMM connects, and the protocol that it speaks there.
+    fn vmm_socket(
+        &mut self,
+        draft: &Draft,
+        args: Option<&RunArgs>,
+    ) -> (Option<Socket>, VmmTransport) {
+        let (given, key, transport) = match &draft.vfio_user_socket {
+            Some(given) => {
+                if draft.socket.is_some() {
+                    self.refuse(
+                        &given.origin,
+                        "vfio-user-socket",
+                        ProblemKind::TwoTransports,
+                    );
+                }
+                (Some(given), "vfio-user-socket", VmmTransport::VirtioPci)
+            }
+            None => (draft.socket.as_ref(), "socket", VmmTransport::VhostUser),
+        };
+        let path = self.socket_path(given, key);
+        let socket = match args.and_then(|args| args.fd) {
+            Some(fd) => Some(Socket::Fd(fd)),
+            None => {
+                if args.is_some() && given.is_none() {
+                    self.refuse_missing(
+                        "socket",
+                        "--socket-path",
+                        "give `socket = \"/run/vm0/iommu.sock\"` or `vfio-user-socket` in the file, --socket-path \
+                         or --fd",
+                    );
+                }
+                path.map(Socket::Path)
+            }
+        };
+        (socket, transport)
     }
 }

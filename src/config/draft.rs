@@ -124,6 +124,7 @@ impl<'de> Deserialize<'de> for Scalar {
 pub(super) struct Draft {
     pub name: Option<Located<Scalar>>,
     pub socket: Option<Located<Scalar>>,
+    pub vfio_user_socket: Option<Located<Scalar>>,
     pub socket_mode: Option<Located<Scalar>>,
     pub socket_group: Option<Located<Scalar>>,
     pub control: Option<Located<Scalar>>,

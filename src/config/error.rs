@@ -140,6 +140,12 @@ pub enum ProblemKind {
     /// A socket's path has a control character.
     #[error("the path contains a control character; use printable characters only")]
     PathControl,
+    /// The VMM's socket is given twice, for two protocols.
+    #[error(
+        "the VMM's socket is given for vhost-user, too, by `socket` or --socket-path, and the daemon serves one \
+         protocol; leave one of them out"
+    )]
+    TwoTransports,
     /// The control socket and the VMM's socket have one path.
     #[error("the control socket has the same path as the socket for the VMM; use another")]
     SamePath,

@@ -50,13 +50,23 @@ pub use shadow::ShadowListener;
 pub use slots::{SlotProblem, function_zero, of_machine};
 pub use summary::Summary;
 
-/// Where the VMM, the vhost-user frontend, reaches the daemon.
+/// Where the VMM reaches the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Socket {
     /// The daemon makes a listening socket at this path.
     Path(PathBuf),
     /// The daemon inherits a listening socket with this number.
     Fd(RawFd),
+}
+
+/// How a VMM reaches the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VmmTransport {
+    /// The VMM is a vhost-user frontend, and makes the PCI device itself.
+    #[default]
+    VhostUser,
+    /// The VMM is a vfio-user client: the daemon serves the whole virtio-pci device.
+    VirtioPci,
 }
 
 /// The settings of one daemon. All values are checked.
@@ -66,6 +76,8 @@ pub struct Config {
     pub name: String,
     /// Where the VMM connects. Always present in a configuration made from [`RunArgs`](crate::args::RunArgs).
     pub socket: Option<Socket>,
+    /// The protocol that the VMM speaks there.
+    pub transport: VmmTransport,
     /// The path of the control socket, if one is wanted.
     pub control: Option<PathBuf>,
     /// The VMM's QMP socket, if the daemon connects to it to receive reset events.

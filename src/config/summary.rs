@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Config, Readers, Socket, SocketAccess};
+use super::{Config, Readers, Socket, SocketAccess, VmmTransport};
 use crate::topology::EndpointRange;
 
 /// The most endpoint ranges that the summary lists.
@@ -25,12 +25,16 @@ impl fmt::Display for Summary<'_> {
         let config = self.config;
         let topology = &config.topology;
         writeln!(f, "name:             {}", config.name)?;
+        let socket = match config.transport {
+            VmmTransport::VhostUser => "socket:          ",
+            VmmTransport::VirtioPci => "vfio-user socket:",
+        };
         match &config.socket {
             Some(Socket::Path(path)) => {
                 let access = AccessText(config.socket_access);
-                writeln!(f, "socket:           {}{access}", path.display())?;
+                writeln!(f, "{socket} {}{access}", path.display())?;
             }
-            Some(Socket::Fd(fd)) => writeln!(f, "socket:           descriptor {fd}")?,
+            Some(Socket::Fd(fd)) => writeln!(f, "{socket} descriptor {fd}")?,
             None => writeln!(
                 f,
                 "socket:           none; give --socket-path or --fd to run"

@@ -3,6 +3,7 @@
 pub mod drop_in;
 pub mod sandbox_needs;
 pub mod signals;
+mod transport;
 
 use std::io;
 use std::os::fd::RawFd;
@@ -10,6 +11,8 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use thiserror::Error;
+
+use self::transport::{ServerStopper, VmmServer};
 
 use crate::config::{Config, Socket};
 use crate::control::{ControlPaths, ControlServer, SetLimits, Subjects};
@@ -29,7 +32,7 @@ use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::ShadowServer;
 use crate::transport::listener::inherit;
-use crate::transport::vhost_user::serve::{ServeError, Stopper, VhostUserServer};
+use crate::transport::vhost_user::serve::ServeError;
 
 /// Why the daemon could not run.
 #[derive(Debug, Error)]
@@ -75,10 +78,10 @@ pub enum DaemonError {
 /// The daemon of one VM: all its parts, ready to serve.
 pub struct Daemon {
     device: Arc<Device>,
-    server: VhostUserServer,
+    server: VmmServer,
     sockets: Arc<Sockets>,
     hotplug: Arc<Hotplug>,
-    qmp: Option<Qmp>,
+    _qmp: Option<Arc<Qmp>>,
     control: Option<ControlServer>,
     _shadow: Option<ShadowServer>,
 }
@@ -122,7 +125,6 @@ impl Daemon {
         };
         let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
-        let server = VhostUserServer::new(device.clone(), listener).map_err(no_events)?;
         let ServedDevices {
             hotplug,
             readers,
@@ -158,10 +160,26 @@ impl Daemon {
                 }
             })
         });
-        let qmp = qmp.transpose().map_err(|source| DaemonError::System {
-            step: "start a thread",
-            source,
-        })?;
+        let qmp = qmp
+            .transpose()
+            .map_err(|source| DaemonError::System {
+                step: "start a thread",
+                source,
+            })?
+            .map(Arc::new);
+        let present = qmp.clone();
+        let server = VmmServer::new(
+            config.transport,
+            device.clone(),
+            listener,
+            move |present_now| {
+                // While a VMM is connected, it reports resets of the VM over QMP.
+                if let Some(qmp) = &present {
+                    qmp.set_vmm_present(present_now);
+                }
+            },
+        );
+        let server = server.map_err(no_events)?;
         Ok(Self {
             device,
             server,
@@ -175,7 +193,7 @@ impl Daemon {
                 devices: hotplug.files(),
             }),
             hotplug,
-            qmp,
+            _qmp: qmp,
             control,
             _shadow: shadow,
         })
@@ -209,21 +227,14 @@ impl Daemon {
     /// # Errors
     /// The daemon cannot continue, and the VMM is not the cause.
     pub fn run(&mut self) -> Result<(), DaemonError> {
-        let (server, qmp) = (&mut self.server, &self.qmp);
-        server.run(|present| {
-            // While a VMM is connected, it reports resets of the VM over QMP.
-            if let Some(qmp) = qmp {
-                qmp.set_vmm_present(present);
-            }
-        })?;
-        Ok(())
+        self.server.run()
     }
 }
 
 /// Ends a running daemon.
 #[derive(Clone)]
 pub struct StopHandle {
-    server: Stopper,
+    server: ServerStopper,
     sockets: Arc<Sockets>,
 }
 

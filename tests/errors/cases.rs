@@ -265,6 +265,10 @@ pub const CASES: &[Case] = &[
     case("ProblemKind::PathEmpty", File("socket = ''")),
     case("ProblemKind::PathTooLong", Made(long_path, CHECK)),
     case("ProblemKind::PathControl", File("socket = \"a\\tb\"")),
+    case(
+        "ProblemKind::TwoTransports",
+        File("socket = 's'\nvfio-user-socket = 't'"),
+    ),
     case("ProblemKind::SamePath", File("socket = 's'\ncontrol = 's'")),
     case("ProblemKind::QmpPath", File("control = 's'\nqmp = 's'")),
     case("socket/file", With("socket = 'file'", RUN)),

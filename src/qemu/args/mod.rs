@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, DeviceKind, SlotProblem, Socket};
+use crate::config::{Config, DeviceKind, SlotProblem, Socket, VmmTransport};
 use crate::topology::{EndpointRange, PciAddress};
 use operator::{OperatorOptions, Q35_SLEEP_CONTROLLER};
 use passthrough::PassthroughArguments;
@@ -98,7 +98,6 @@ impl QemuArgs {
         if let Some(functions) = &functions {
             check_slots(config, functions)?;
         }
-        let socket = option_value(socket)?;
         // QEMU separates files by colons.
         let table = option_value(viot)?;
         if table.contains(':') {
@@ -148,21 +147,8 @@ impl QemuArgs {
             arguments.push(("-global", format!("{controller}.disable_s3=1")));
             arguments.push(("-global", format!("{controller}.disable_s4=1")));
         }
-        arguments.extend([
-            (
-                "-chardev",
-                format!("socket,id={PREFIX}socket,path={socket}"),
-            ),
-            (
-                "-device",
-                format!(
-                    "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,\
-                     config_size=40,chardev={PREFIX}socket,{}",
-                    place(config, iommu)
-                ),
-            ),
-            ("-acpitable", format!("file={table}")),
-        ]);
+        arguments.extend(iommu_device(config, socket)?);
+        arguments.push(("-acpitable", format!("file={table}")));
         if let Some(path) = &config.qmp {
             // A monitor of its own: each serves one client.
             let path = option_value(path)?;
@@ -210,6 +196,34 @@ impl QemuArgs {
             .collect();
         quoted.join(" ")
     }
+}
+
+/// The arguments for the IOMMU itself, whose daemon listens at `socket`.
+fn iommu_device(
+    config: &Config,
+    socket: &Path,
+) -> Result<Vec<(&'static str, String)>, QemuArgsError> {
+    let iommu = config.topology.iommu();
+    let socket_value = option_value(socket)?;
+    Ok(match config.transport {
+        VmmTransport::VhostUser => vec![
+            (
+                "-chardev",
+                format!("socket,id={PREFIX}socket,path={socket_value}"),
+            ),
+            (
+                "-device",
+                format!(
+                    "vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,\
+                     config_size=40,chardev={PREFIX}socket,{}",
+                    place(config, iommu)
+                ),
+            ),
+        ],
+        VmmTransport::VirtioPci => {
+            vec![("-device", vfio_user::argument(config, iommu, socket))]
+        }
+    })
 }
 
 /// The usual path of the VIOT table for the configuration in `file`: beside it, with the extension

@@ -1,0 +1,87 @@
+//! The server of the configured transport.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use super::DaemonError;
+use crate::config::VmmTransport;
+use crate::device::Device;
+use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
+use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
+
+/// Serves the device to VMMs.
+pub(super) enum VmmServer {
+    VhostUser {
+        server: Box<VhostUserServer>,
+        vmm_present: Box<dyn Fn(bool) + Send>,
+    },
+    VirtioPci(Box<VirtioPciServer>),
+}
+
+impl VmmServer {
+    /// A server of `device` at `listener`. It calls `vmm_present(true)` when a VMM has connected, and
+    /// `vmm_present(false)` when it has gone.
+    ///
+    /// # Errors
+    /// The system has no descriptor or thread left.
+    pub(super) fn new(
+        transport: VmmTransport,
+        device: Arc<Device>,
+        listener: UnixListener,
+        vmm_present: impl Fn(bool) + Send + 'static,
+    ) -> io::Result<Self> {
+        Ok(match transport {
+            VmmTransport::VhostUser => Self::VhostUser {
+                server: Box::new(VhostUserServer::new(device, listener)?),
+                vmm_present: Box::new(vmm_present),
+            },
+            VmmTransport::VirtioPci => Self::VirtioPci(Box::new(VirtioPciServer::start(
+                device,
+                listener,
+                None,
+                vmm_present,
+            )?)),
+        })
+    }
+
+    pub(super) fn stopper(&self) -> ServerStopper {
+        match self {
+            Self::VhostUser { server, .. } => ServerStopper::VhostUser(server.stopper()),
+            Self::VirtioPci(server) => ServerStopper::VirtioPci(server.stopper()),
+        }
+    }
+
+    /// Serves until a [`ServerStopper`] ends the server.
+    ///
+    /// # Errors
+    /// The server cannot continue, and the VMM is not the cause.
+    pub(super) fn run(&mut self) -> Result<(), DaemonError> {
+        match self {
+            Self::VhostUser {
+                server,
+                vmm_present,
+            } => Ok(server.run(&*vmm_present)?),
+            Self::VirtioPci(server) => server.run().map_err(|source| DaemonError::System {
+                step: "serve the VMM",
+                source,
+            }),
+        }
+    }
+}
+
+/// Ends a running server. Clones end the same one.
+#[derive(Clone)]
+pub(super) enum ServerStopper {
+    VhostUser(Stopper),
+    VirtioPci(PciStopper),
+}
+
+impl ServerStopper {
+    pub(super) fn stop(&self) {
+        match self {
+            Self::VhostUser(stopper) => stopper.stop(),
+            Self::VirtioPci(stopper) => stopper.stop(),
+        }
+    }
+}
