@@ -21,6 +21,8 @@ const SILENCE: Duration = Duration::from_secs(240);
 /// Longer than a daemon that works takes for anything, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The name of the VMM's socket.
+const SOCKET: &str = "vhost.sock";
 /// The name of guest memory in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "/memfd:guest-ram";
 
@@ -72,6 +74,18 @@ impl Daemon {
         Self::launch(directory, &[&config, more].concat())
     }
 
+    /// Starts the daemon with a TOML configuration, and serves the VMM over vfio-user at [`Self::socket`].
+    pub fn over_vfio_user(toml: &str) -> Self {
+        let directory = TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        let socket = directory.path().join(SOCKET);
+        let text = format!("vfio-user-socket = \"{}\"\n{toml}", socket.display());
+        fs::write(&path, text).expect("configuration written");
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+        let path = path.to_str().expect("UTF-8");
+        Self::start_command(command, directory, &["--config", path])
+    }
+
     /// Starts the daemon with the flags of the sockets and these arguments.
     pub fn spawn(args: &[&str]) -> Self {
         Self::launch(TempDir::new().expect("temporary directory"), args)
@@ -103,10 +117,15 @@ impl Daemon {
     }
 
     fn launch_with(mut command: Command, directory: TempDir, args: &[&str]) -> Self {
+        command
+            .arg("--socket-path")
+            .arg(directory.path().join(SOCKET));
+        Self::start_command(command, directory, args)
+    }
+
+    fn start_command(mut command: Command, directory: TempDir, args: &[&str]) -> Self {
         let stderr = fs::File::create(directory.path().join("stderr")).expect("stderr file");
         let child = command
-            .arg("--socket-path")
-            .arg(directory.path().join("vhost.sock"))
             .arg("--control-path")
             .arg(directory.path().join("control.sock"))
             .args(args)
@@ -142,9 +161,9 @@ impl Daemon {
         daemon
     }
 
-    /// The vhost-user socket.
+    /// The VMM's socket.
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("vhost.sock")
+        self.directory.path().join(SOCKET)
     }
 
     /// The control socket.

@@ -1,0 +1,136 @@
+//! A driver that keeps to the specification.
+
+use std::os::fd::AsFd;
+
+use crate::bed::{CONFIG, RAM, RW, SPACE, Vm};
+use crate::common::daemon::{Daemon, EP, EP2};
+use crate::common::memory::memfd;
+use crate::common::wire::{self, Config, OK, parse_properties};
+use crate::connection::dma_map;
+
+#[test]
+fn every_request_is_answered() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    let (bar, at) = (vm.config.bar, vm.config.offset);
+    let config = Config::parse(&vm.client.read_bytes(bar, at, wire::CONFIG_LEN));
+    assert_eq!((config.input, config.bypass), ((0, (1 << 48) - 1), 1));
+    assert_eq!(daemon.status()["connected"], true);
+    assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);
+    assert_eq!(vm.call(&daemon, &wire::attach(1, EP2, 0)), OK);
+    let map = wire::map(1, 0x10_0000, 0x10_0fff, 0x3000, wire::RW);
+    assert_eq!(vm.call(&daemon, &map), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x10_0010), Some(0x3010));
+    assert_eq!(daemon.gpa_of(EP2, 0x10_0010), Some(0x3010));
+    assert_eq!(vm.call(&daemon, &map), wire::INVAL, "it is mapped");
+    let probe = wire::probe(EP);
+    let answer = vm.request(&daemon, &probe, config.probe_size as usize + wire::TAIL);
+    let regions = parse_properties(&answer[..config.probe_size as usize]);
+    assert_eq!((regions.len(), answer[config.probe_size as usize]), (1, OK));
+    let unmap = wire::unmap(1, 0x10_0000, 0x10_0fff);
+    assert_eq!(vm.call(&daemon, &unmap), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x10_0010), None);
+    assert_eq!(vm.call(&daemon, &wire::detach(1, EP)), OK);
+}
+
+#[test]
+fn rings_of_any_size_work() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::new(&daemon);
+    for size in [2, 4, 64, 512, 1024] {
+        vm.start(size);
+        assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);
+        for n in 0..u64::from(size) + 5 {
+            let (first, last) = (n << 12, (n << 12) + 0xfff);
+            assert_eq!(vm.call(&daemon, &wire::map(1, first, last, 0x3000, RW)), OK);
+        }
+        assert_eq!(daemon.mappings(1).len(), usize::from(size) + 5);
+    }
+}
+
+/// The driver resets the device while requests are in its ring. Afterwards nothing of them is left, and the device
+/// writes nothing to the old ring.
+#[test]
+fn a_reset_in_the_middle_of_traffic_is_exact() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::new(&daemon);
+    let rounds = 50;
+    for round in 0..rounds {
+        vm.start(64);
+        assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);
+        for slot in 1..32 {
+            let first = (round << 20) + (u64::from(slot) << 12);
+            let map = wire::map(1, first, first + 0xfff, 0x3000, RW);
+            vm.publish(slot, &map, wire::TAIL);
+        }
+        vm.reset();
+        let index = vm.memory.load_u16(vm.requests.used + 2);
+        assert_eq!(daemon.domains(), Vec::<u64>::new(), "round {round}");
+        vm.publish(0, &wire::attach(2, EP, 0), wire::TAIL);
+        vm.kick(0);
+        assert_eq!(daemon.domains(), Vec::<u64>::new(), "round {round}");
+        assert_eq!(vm.memory.load_u16(vm.requests.used + 2), index);
+    }
+    assert_eq!(vm.status(), 0);
+}
+
+#[test]
+fn bypass_follows_the_reset_of_the_vm_and_not_the_drivers() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    let (bar, at) = (vm.config.bar, vm.config.offset + 36);
+    vm.client.write(bar, at, &[0]);
+    vm.reset();
+    assert_eq!(vm.client.read(bar, at, 1), 0);
+    let reply = vm
+        .client
+        .connection
+        .call(crate::connection::RESET, &[], &[]);
+    assert_eq!(reply.errno(), 0);
+    assert_eq!(vm.client.read(bar, at, 1), 1);
+    assert_eq!(vm.client.read(SPACE, 4, 2), 0, "the command register");
+}
+
+#[test]
+fn memory_comes_and_goes_under_a_running_driver() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);
+    let (at, size) = (1u64 << 32, 1u64 << 20);
+    assert_eq!(vm.call(&daemon, &wire::map(1, 0, size - 1, at, RW)), OK);
+    for _ in 0..50 {
+        assert_eq!(daemon.translate(EP, 0x1000)["backed"], false);
+        let file = memfd(size);
+        assert_eq!(vm.client.map(&dma_map(RW, 0, at, size), &[file.as_fd()]), 0);
+        assert_eq!(daemon.translate(EP, 0x1000)["backed"], true);
+        let more = wire::map(1, size, size + 0xfff, at, RW);
+        assert_eq!(vm.call(&daemon, &more), OK);
+        assert_eq!(vm.client.unmap(at, size).errno(), 0);
+        let less = wire::unmap(1, size, size + 0xfff);
+        assert_eq!(vm.call(&daemon, &less), OK);
+    }
+    assert_eq!(vm.client.unmap(0, RAM).errno(), 0);
+}
+
+#[test]
+fn a_kick_does_not_wait_for_the_worker_and_event_indices_keep_kicks_rare() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);
+    let before = vm.kicks;
+    // A burst takes one kick, or a few if the worker is faster than the driver.
+    for slot in 0..32 {
+        let first = u64::from(slot) << 12;
+        vm.publish(
+            slot,
+            &wire::map(1, first, first + 0xfff, 0x3000, RW),
+            wire::TAIL,
+        );
+    }
+    daemon.wait_for("the answers", || {
+        while vm.requests.take_used(&vm.memory).is_some() {}
+        vm.requests.used_idx == vm.requests.avail_idx
+    });
+    assert!(vm.kicks - before <= 32, "{}", vm.kicks - before);
+    assert_eq!(daemon.mappings(1).len(), 32);
+}
