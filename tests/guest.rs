@@ -89,8 +89,25 @@ impl Mode {
     }
 }
 
+/// How QEMU reaches the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Transport {
+    VhostUser,
+    VirtioPci,
+}
+
+impl Transport {
+    /// The key of the socket in the configuration.
+    fn key(self) -> &'static str {
+        match self {
+            Self::VhostUser => "socket",
+            Self::VirtioPci => "vfio-user-socket",
+        }
+    }
+}
+
 macro_rules! guest_tests {
-    ($($name:ident: $scenario:ident($kernel:ident, $mode:ident);)*) => {$(
+    ($($name:ident: $scenario:ident($kernel:ident, $mode:ident, $transport:ident);)*) => {$(
         #[test]
         #[ignore = "needs qemu-scripts/setup.sh; run qemu-scripts/test.sh guest"]
         fn $name() {
@@ -98,33 +115,46 @@ macro_rules! guest_tests {
             let kernel = setup.$kernel();
             let test_dir = TestDir::new(stringify!($name));
             test_dir.note(&format!("kernel {}", kernel.version));
-            $scenario(&setup, kernel, Mode::$mode, &test_dir);
+            $scenario(&setup, kernel, Mode::$mode, Transport::$transport, &test_dir);
             test_dir.note("done");
         }
     )*};
 }
 
 guest_tests! {
-    traffic_oldest_strict: traffic(oldest, Strict);
-    traffic_oldest_lazy: traffic(oldest, Lazy);
-    traffic_newest_strict: traffic(newest, Strict);
-    traffic_newest_lazy: traffic(newest, Lazy);
-    lives_of_a_vm_oldest_strict: lives_of_a_vm(oldest, Strict);
-    lives_of_a_vm_oldest_lazy: lives_of_a_vm(oldest, Lazy);
-    lives_of_a_vm_newest_strict: lives_of_a_vm(newest, Strict);
-    lives_of_a_vm_newest_lazy: lives_of_a_vm(newest, Lazy);
-    passthrough_oldest_strict: passthrough(oldest, Strict);
-    passthrough_oldest_lazy: passthrough(oldest, Lazy);
-    passthrough_newest_strict: passthrough(newest, Strict);
-    passthrough_newest_lazy: passthrough(newest, Lazy);
-    launched_newest_strict: launched(newest, Strict);
+    traffic_oldest_strict: traffic(oldest, Strict, VhostUser);
+    traffic_oldest_lazy: traffic(oldest, Lazy, VhostUser);
+    traffic_newest_strict: traffic(newest, Strict, VhostUser);
+    traffic_newest_lazy: traffic(newest, Lazy, VhostUser);
+    lives_of_a_vm_oldest_strict: lives_of_a_vm(oldest, Strict, VhostUser);
+    lives_of_a_vm_oldest_lazy: lives_of_a_vm(oldest, Lazy, VhostUser);
+    lives_of_a_vm_newest_strict: lives_of_a_vm(newest, Strict, VhostUser);
+    lives_of_a_vm_newest_lazy: lives_of_a_vm(newest, Lazy, VhostUser);
+    passthrough_oldest_strict: passthrough(oldest, Strict, VhostUser);
+    passthrough_oldest_lazy: passthrough(oldest, Lazy, VhostUser);
+    passthrough_newest_strict: passthrough(newest, Strict, VhostUser);
+    passthrough_newest_lazy: passthrough(newest, Lazy, VhostUser);
+    launched_newest_strict: launched(newest, Strict, VhostUser);
+    traffic_oldest_strict_over_virtio_pci: traffic(oldest, Strict, VirtioPci);
+    traffic_oldest_lazy_over_virtio_pci: traffic(oldest, Lazy, VirtioPci);
+    traffic_newest_strict_over_virtio_pci: traffic(newest, Strict, VirtioPci);
+    traffic_newest_lazy_over_virtio_pci: traffic(newest, Lazy, VirtioPci);
+    lives_of_a_vm_oldest_strict_over_virtio_pci: lives_of_a_vm(oldest, Strict, VirtioPci);
+    lives_of_a_vm_oldest_lazy_over_virtio_pci: lives_of_a_vm(oldest, Lazy, VirtioPci);
+    lives_of_a_vm_newest_strict_over_virtio_pci: lives_of_a_vm(newest, Strict, VirtioPci);
+    lives_of_a_vm_newest_lazy_over_virtio_pci: lives_of_a_vm(newest, Lazy, VirtioPci);
+    passthrough_oldest_strict_over_virtio_pci: passthrough(oldest, Strict, VirtioPci);
+    passthrough_oldest_lazy_over_virtio_pci: passthrough(oldest, Lazy, VirtioPci);
+    passthrough_newest_strict_over_virtio_pci: passthrough(newest, Strict, VirtioPci);
+    passthrough_newest_lazy_over_virtio_pci: passthrough(newest, Lazy, VirtioPci);
+    launched_newest_strict_over_virtio_pci: launched(newest, Strict, VirtioPci);
 }
 
 /// The driver probes the endpoints and finds the configured properties. The daemon holds exactly
 /// the 10^5 mappings that the guest makes while the VM is paused and continued. After a reboot there are
 /// no mappings.
-fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
-    let mut daemon = Daemon::start(test_dir, CONFIG);
+fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, transport: Transport, test_dir: &TestDir) {
+    let mut daemon = Daemon::start_over(transport.key(), test_dir, CONFIG);
     let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "vm", "");
     test_dir.note("up");
     probed_as_configured(&mut vm, &mut daemon, kernel, mode);
@@ -148,7 +178,7 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
         "{ranges:?}"
     );
 
-    let pauses = churn_with_pauses(&mut vm, &mut daemon, test_dir);
+    let pauses = churn_with_pauses(&mut vm, &mut daemon, transport, test_dir);
     test_dir.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
     // The guest would not notice a refused MAP or UNMAP, so the daemon's counters must show none.
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
@@ -191,11 +221,12 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
 
 /// `launch` alone is enough: it starts the daemon and gives QEMU the device, the shared memory and
 /// the table, so that the guest's endpoint is translated. SIGTERM ends all of it.
-fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
+fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, transport: Transport, test_dir: &TestDir) {
     let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
     let config = test_dir.path("vm.toml");
-    let sockets = "socket = 'iommu.sock'\ncontrol = 'control.sock'\n";
-    fs::write(&config, sockets.to_owned() + CONFIG).expect("the configuration written");
+    let key = transport.key();
+    let sockets = format!("{key} = 'iommu.sock'\ncontrol = 'control.sock'\n");
+    fs::write(&config, sockets + CONFIG).expect("the configuration written");
     let log = File::create(test_dir.path("launch.log")).expect("a log");
     let mut child = Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "--", binary, "launch"])
@@ -240,9 +271,15 @@ fn launched(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
 
 /// The VMM adds memory while the guest runs, and the guest can map it at once. A VMM that is killed
 /// leaves nothing behind for the next VMM, which the same daemon serves.
-fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
+fn lives_of_a_vm(
+    setup: &Setup,
+    kernel: &Kernel,
+    mode: Mode,
+    transport: Transport,
+    test_dir: &TestDir,
+) {
     const ADDED: u64 = 256 << 20;
-    let mut daemon = Daemon::start(test_dir, CONFIG);
+    let mut daemon = Daemon::start_over(transport.key(), test_dir, CONFIG);
     let pid = daemon.pid();
     let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "first", "");
     test_dir.note("up");
@@ -305,8 +342,14 @@ fn lives_of_a_vm(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir)
 }
 
 /// With `iommu=pt`, the default domains are bypass domains; those of VFIO are not.
-fn passthrough(setup: &Setup, kernel: &Kernel, mode: Mode, test_dir: &TestDir) {
-    let mut daemon = Daemon::start(test_dir, CONFIG);
+fn passthrough(
+    setup: &Setup,
+    kernel: &Kernel,
+    mode: Mode,
+    transport: Transport,
+    test_dir: &TestDir,
+) {
+    let mut daemon = Daemon::start_over(transport.key(), test_dir, CONFIG);
     let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "vm", "iommu=pt");
     vm.run(&bind_all());
     for endpoint in ENDPOINTS {
@@ -427,7 +470,12 @@ fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
 /// Makes [`ROUNDS`] mappings, and more through the second program and the network interface, while
 /// the VM is paused and continued over and over. Returns the number of pauses that ended before the
 /// traffic did.
-fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, test_dir: &TestDir) -> u32 {
+fn churn_with_pauses(
+    vm: &mut Vm,
+    daemon: &mut Daemon,
+    transport: Transport,
+    test_dir: &TestDir,
+) -> u32 {
     vm.begin(&format!(
         "ask single churn {} >/run/single.answer & single=$!; \
          for _ in $(seq {OPENED}); do ifconfig eth0 up && ifconfig eth0 down || exit; done & \
@@ -453,7 +501,10 @@ fn churn_with_pauses(vm: &mut Vm, daemon: &mut Daemon, test_dir: &TestDir) -> u3
         vm.qmp("stop", json!({}));
         let stopped = maps(daemon);
         thread::sleep(Duration::from_millis(20));
-        assert_eq!(maps(daemon), stopped, "requests while the VM is stopped");
+        // Over virtio-pci the VMM stops its processors alone, so requests in the ring are answered.
+        if transport == Transport::VhostUser {
+            assert_eq!(maps(daemon), stopped, "requests while the VM is stopped");
+        }
         vm.qmp("cont", json!({}));
         pauses += 1;
     }

@@ -679,11 +679,16 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the daemon with this configuration and sockets in `test_dir`.
     pub fn start(test_dir: &TestDir, text: &str) -> Self {
+        Self::start_over("socket", test_dir, text)
+    }
+
+    /// The same with another key for the VMM's socket.
+    pub fn start_over(key: &str, test_dir: &TestDir, text: &str) -> Self {
         let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
         let (config, viot) = (test_dir.path("vm.toml"), test_dir.path("vm.viot"));
         let (socket, control) = (test_dir.path("iommu.sock"), test_dir.path("control.sock"));
         let sockets = format!(
-            "socket = \"{}\"\ncontrol = \"{}\"\n",
+            "{key} = \"{}\"\ncontrol = \"{}\"\n",
             socket.display(),
             control.display()
         );
