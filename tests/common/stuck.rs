@@ -19,6 +19,8 @@ pub const SAMPLES: usize = 5;
 pub const CODE: u64 = 32;
 /// The addresses of a 64-bit Linux kernel's own code and static data. Modules lie above.
 const KERNEL: Range<u64> = 0xffff_ffff_8000_0000..0xffff_ffff_c000_0000;
+/// Guest-physical addresses below this are RAM or nothing; devices lie above.
+const LOW_RAM: u64 = 1 << 31;
 /// The `pause` instruction, which is in each loop that waits for a lock.
 const PAUSE: [u8; 2] = [0xf3, 0x90];
 /// The flag that allows interrupts.
@@ -37,7 +39,7 @@ pub struct Sample {
     runs_kernel: bool,
     /// The code around `RIP`.
     pub code: Vec<u8>,
-    /// The word at `RDI`, if there is memory.
+    /// The word at `RDI`, if that is memory.
     pub word: Option<u32>,
 }
 
@@ -72,31 +74,37 @@ impl Sample {
         self.general[7]
     }
 
-    pub fn waits_for_a_static_lock(&self) -> bool {
+    pub fn waits_for_a_lock(&self) -> bool {
         self.runs_kernel
             && self.rflags & IF == 0
             && KERNEL.contains(&self.rip)
-            && KERNEL.contains(&self.rdi())
             && self.code.windows(2).any(|bytes| bytes == PAUSE)
             && self.word.is_some_and(|word| word & !PENDING == LOCKED)
     }
 }
 
 /// Whether a guest's only processor waits for a lock that only this processor could release: with interrupts off, it
-/// spins on a held lock in the kernel's static data and changes no register.
+/// spins on a held lock in memory and changes no register.
 ///
-/// A device cannot cause that. A driver that polls its device with interrupts off, as virtio-iommu's does, changes
-/// registers, reads memory that it has allocated, and does not use `pause` beside its call.
+/// A device cannot cause that. A driver that polls its device with interrupts off, as virtio-iommu's does, calls
+/// functions, which changes registers, and has no `pause` in its loop.
 pub fn waits_for_itself(samples: &[Sample]) -> bool {
     let Some(first) = samples.first() else {
         return false;
     };
     samples.len() >= SAMPLES
-        && samples.iter().all(Sample::waits_for_a_static_lock)
+        && samples.iter().all(Sample::waits_for_a_lock)
         && samples.iter().all(|sample| sample.general == first.general)
         && samples
             .iter()
             .all(|sample| sample.rip.abs_diff(first.rip) < CODE / 2)
+}
+
+/// The guest-physical address in an answer to `gva2gpa`, if it lies in the low RAM of q35.
+pub fn in_ram(answer: &str) -> bool {
+    let gpa = answer.trim().strip_prefix("gpa: 0x");
+    gpa.and_then(|digits| u64::from_str_radix(digits, 16).ok())
+        .is_some_and(|gpa| gpa < LOW_RAM)
 }
 
 /// The bytes in an answer to `x/...xb`: lines of an address, a colon and bytes such as `0xf3`.

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 pub mod stuck;
 
-use stuck::{CODE, SAMPLES, Sample, WaitsForItself, bytes_of, waits_for_itself};
+use stuck::{CODE, SAMPLES, Sample, WaitsForItself, bytes_of, in_ram, waits_for_itself};
 
 /// Time limit until the guest's /init is ready for commands. A nested guest needs 30 s on two processors, 100 s if 16
 /// processes share them.
@@ -443,7 +443,7 @@ impl Vm {
         let mut samples = Vec::new();
         while samples.len() < SAMPLES {
             match self.sample() {
-                Some(sample) if sample.waits_for_a_static_lock() => samples.push(sample),
+                Some(sample) if sample.waits_for_a_lock() => samples.push(sample),
                 _ => return,
             }
             thread::sleep(Duration::from_secs(1));
@@ -458,8 +458,11 @@ impl Vm {
         let mut sample = Sample::new(&self.monitor("info registers"))?;
         let code = format!("x/{CODE}xb {:#x}", sample.rip.wrapping_sub(CODE / 2));
         sample.code = bytes_of(&self.monitor(&code));
-        let word = bytes_of(&self.monitor(&format!("x/4xb {:#x}", sample.rdi())));
-        sample.word = word.try_into().ok().map(u32::from_le_bytes);
+        let rdi = sample.rdi();
+        if in_ram(&self.monitor(&format!("gva2gpa {rdi:#x}"))) {
+            let word = bytes_of(&self.monitor(&format!("x/4xb {rdi:#x}")));
+            sample.word = word.try_into().ok().map(u32::from_le_bytes);
+        }
         Some(sample)
     }
 
