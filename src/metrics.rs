@@ -115,6 +115,12 @@ pub struct Metrics {
     pub connections: Counter,
     /// Device resets.
     pub resets: Counter,
+    /// Times the driver made the virtio-pci device need a reset.
+    pub needs_reset: Counter,
+    /// Windows of guest memory that were refused: DMA_MAP of a vfio-user client.
+    pub windows_refused: Counter,
+    /// Windows that the device may read and write, and that no device reaches: they have no file that can be mapped.
+    pub windows_without_memory: Counter,
 }
 
 #[cfg(test)]

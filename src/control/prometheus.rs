@@ -128,7 +128,24 @@ impl Page {
             "VMMs that connected.",
             figures.connections,
         )?;
-        self.counter("resets_total", "Device resets.", figures.resets)
+        self.counter("resets_total", "Device resets.", figures.resets)?;
+        self.counter(
+            "needs_reset_total",
+            "Times the driver made the virtio-pci device need a reset.",
+            figures.needs_reset,
+        )?;
+        let name = "windows_unusable_total";
+        self.head(
+            name,
+            "counter",
+            "Windows of a vfio-user client that are no guest memory, by reason.",
+        )?;
+        self.line(name, &[("reason", &"refused")], figures.windows_refused)?;
+        self.line(
+            name,
+            &[("reason", &"no-memory")],
+            figures.windows_without_memory,
+        )
     }
 
     fn histogram(&mut self, figures: &Figures) -> fmt::Result {

@@ -207,7 +207,7 @@ impl Device {
     }
 
     /// Counters.
-    pub fn metrics(&self) -> &Metrics {
+    pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
     }
 

@@ -267,6 +267,7 @@ impl ServedDevice for VirtioPciDevice {
     fn dma_map(&mut self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32> {
         let done = self.memory.map(&self.device, window, file);
         if let Err(errno) = done {
+            self.device.metrics().windows_refused.inc();
             let cause = std::io::Error::from_raw_os_error(errno);
             let (address, size) = (window.address.get(), window.size.get());
             warn_limited!("DMA_MAP of {size:#x} bytes at {address:#x} is refused: {cause}");

@@ -3,9 +3,12 @@
 //! The VMM emulates the MSI-X table, and gives an eventfd for each vector. An interrupt for a vector that is masked or
 //! has no eventfd yet is pending, and is sent when the VMM unmasks it or gives the eventfd.
 
+use std::sync::Arc;
+
 use super::layout::{NO_VECTOR, VECTORS};
 use crate::device::QUEUES;
 use crate::locks::{Mutex, Rank};
+use crate::metrics::Metrics;
 use crate::process::peer_event::PeerEvent;
 use crate::warn_limited;
 
@@ -18,7 +21,10 @@ const ISR_CONFIG: u8 = 1 << 1;
 ///
 /// Signals are sent with the lock held: a [`PeerEvent`] never waits, and so no interrupt comes after a reset, or
 /// through an eventfd that the VMM has taken back.
-pub(super) struct PciInterrupts(Mutex<InterruptState>);
+pub(super) struct PciInterrupts {
+    state: Mutex<InterruptState>,
+    metrics: Arc<Metrics>,
+}
 
 #[derive(Default)]
 struct InterruptState {
@@ -57,16 +63,18 @@ impl Default for Route {
     }
 }
 
-impl Default for PciInterrupts {
-    fn default() -> Self {
-        Self(Mutex::new(Rank::PciInterrupts, InterruptState::default()))
-    }
-}
-
 impl PciInterrupts {
+    /// The interrupts after a reset.
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            state: Mutex::new(Rank::PciInterrupts, InterruptState::default()),
+            metrics,
+        }
+    }
+
     /// The driver resets the device. The VMM keeps its eventfds.
     pub(super) fn reset(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let vectors = std::mem::take(&mut state.vectors);
         let uses_msix = state.uses_msix;
         *state = InterruptState {
@@ -81,11 +89,11 @@ impl PciInterrupts {
 
     /// The VMM has gone, and its eventfds with it.
     pub(super) fn clear(&self) {
-        *self.0.lock() = InterruptState::default();
+        *self.state.lock() = InterruptState::default();
     }
 
     pub(super) fn set_driver_ok(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         state.driver_ok = true;
         if state.needs_reset {
             state.config.requested = true;
@@ -94,54 +102,55 @@ impl PciInterrupts {
     }
 
     pub(super) fn set_uses_msix(&self, uses_msix: bool) {
-        self.0.lock().uses_msix = uses_msix;
+        self.state.lock().uses_msix = uses_msix;
     }
 
     pub(super) fn needs_reset(&self) -> bool {
-        self.0.lock().needs_reset
+        self.state.lock().needs_reset
     }
 
     /// The device cannot go on until the driver resets it. The driver is told by [`Self::send`].
     // STATUS-2: with DRIVER_OK, a configuration change notification follows DEVICE_NEEDS_RESET.
     pub(super) fn request_reset(&self) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         if !state.needs_reset {
             state.needs_reset = true;
+            self.metrics.needs_reset.inc();
             state.config.requested = state.driver_ok;
         }
     }
 
     /// Notes that the driver wants an interrupt for the queue.
     pub(super) fn request_queue(&self, index: usize) {
-        if let Some(route) = self.0.lock().queues.get_mut(index) {
+        if let Some(route) = self.state.lock().queues.get_mut(index) {
             route.requested = true;
         }
     }
 
     /// Sends the interrupts that were requested.
     pub(super) fn send(&self) {
-        self.0.lock().send();
+        self.state.lock().send();
     }
 
     /// Maps configuration changes to `vector`.
     // PCI-26, PCI-27: the driver reads a mapped vector back, and NO_VECTOR for one that the device does not have.
     pub(super) fn map_config(&self, vector: u16) {
-        self.0.lock().config.vector = mappable(vector);
+        self.state.lock().config.vector = mappable(vector);
     }
 
     /// Maps a queue to `vector`.
     pub(super) fn map_queue(&self, index: usize, vector: u16) {
-        if let Some(route) = self.0.lock().queues.get_mut(index) {
+        if let Some(route) = self.state.lock().queues.get_mut(index) {
             route.vector = mappable(vector);
         }
     }
 
     pub(super) fn config_vector(&self) -> u16 {
-        self.0.lock().config.vector
+        self.state.lock().config.vector
     }
 
     pub(super) fn queue_vector(&self, index: usize) -> u16 {
-        let state = self.0.lock();
+        let state = self.state.lock();
         state
             .queues
             .get(index)
@@ -150,7 +159,7 @@ impl PciInterrupts {
 
     /// Whether the ISR status has a bit, for the PCI status register.
     pub(super) fn has_isr(&self) -> bool {
-        let state = self.0.lock();
+        let state = self.state.lock();
         // PCI-18: without MSI-X.
         state.isr != 0 && !state.uses_msix
     }
@@ -158,19 +167,19 @@ impl PciInterrupts {
     /// The driver reads the ISR status, which clears it.
     // PCI-19
     pub(super) fn take_isr(&self) -> u8 {
-        std::mem::take(&mut self.0.lock().isr)
+        std::mem::take(&mut self.state.lock().isr)
     }
 
     /// The bits of the vectors whose interrupt is pending.
     pub(super) fn pending_bits(&self) -> u64 {
-        let state = self.0.lock();
+        let state = self.state.lock();
         let bits = state.vectors.iter().enumerate();
         bits.fold(0, |bits, (n, vector)| bits | u64::from(vector.pending) << n)
     }
 
     /// The VMM gives the eventfds of vectors from `first` on, or takes them back.
     pub(super) fn set_events(&self, first: usize, events: Vec<Option<PeerEvent>>) {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         for (vector, event) in state.vectors.iter_mut().skip(first).zip(events) {
             vector.event = event;
             if vector.pending {
@@ -181,14 +190,14 @@ impl PciInterrupts {
 
     /// The VMM takes all eventfds back.
     pub(super) fn disable(&self) {
-        for vector in &mut self.0.lock().vectors {
+        for vector in &mut self.state.lock().vectors {
             *vector = Vector::default();
         }
     }
 
     /// The VMM masks or unmasks a vector.
     pub(super) fn mask(&self, vector: usize, masked: bool) {
-        if let Some(vector) = self.0.lock().vectors.get_mut(vector) {
+        if let Some(vector) = self.state.lock().vectors.get_mut(vector) {
             vector.masked = masked;
             if vector.pending {
                 vector.signal();
@@ -198,7 +207,7 @@ impl PciInterrupts {
 
     /// The VMM asks for a signal, which is a test of the eventfd.
     pub(super) fn trigger(&self, vector: usize) {
-        if let Some(vector) = self.0.lock().vectors.get_mut(vector) {
+        if let Some(vector) = self.state.lock().vectors.get_mut(vector) {
             vector.signal();
         }
     }

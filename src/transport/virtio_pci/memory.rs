@@ -97,6 +97,7 @@ impl ClientMemory {
                 "window {address:#x} of {size:#x} bytes has no descriptor: no device reaches it through this \
                  daemon; if it is RAM, give the VMM's RAM share=on"
             );
+            device.metrics().windows_without_memory.inc();
             return Ok(());
         };
         let metadata = file.metadata().map_err(|cause| errno(&cause))?;
@@ -105,6 +106,7 @@ impl ClientMemory {
                 "window {address:#x} of {size:#x} bytes is not of a regular file: no device reaches it through \
                  this daemon"
             );
+            device.metrics().windows_without_memory.inc();
             return Ok(());
         }
         let offset = window.offset.get();

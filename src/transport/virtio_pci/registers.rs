@@ -97,7 +97,7 @@ impl Registers {
     /// # Errors
     /// See [`PciRing::new`].
     pub(super) fn new(device: Arc<Device>) -> Result<Self, QueueError> {
-        let interrupts = Arc::new(PciInterrupts::default());
+        let interrupts = Arc::new(PciInterrupts::new(device.metrics().clone()));
         let ring = |queue: u16| PciRing::new(queue.into(), interrupts.clone());
         let seen_config = device.read_config(0, DEVICE_BYTES);
         Ok(Self {

@@ -596,6 +596,7 @@ fn a_broken_ring_asks_for_a_reset() {
     bed.break_ring();
     assert_eq!(bed.status(), 15 | 64);
     assert_eq!(count(&event), 1);
+    assert_eq!(bed.device.metrics().needs_reset.get(), 2);
     // It stays so until the reset.
     bed.put(RINGS[0] + AVAILABLE + 2, &1u16.to_le_bytes());
     bed.write(NOTIFY, &[0, 0]);
@@ -682,6 +683,7 @@ fn windows_become_memory_and_go() {
     bed.map(1 << 35, 0x1000, Some(pipe.into()))
         .expect("recorded");
     assert_eq!(regions(&bed), 2);
+    assert_eq!(bed.device.metrics().windows_without_memory.get(), 2);
     for address in [1 << 32, 1 << 33, 1 << 34, 1 << 35] {
         assert_eq!(
             bed.map(address, 0x1000, Some(ram(0x1000))),
@@ -711,6 +713,7 @@ fn windows_that_lie_are_refused_and_forgotten() {
         let refused = bed.map_with(3, at, size, offset, Some(ram(0x1000)));
         assert_eq!(refused, Err(libc::EINVAL), "{size:#x} {offset:#x}");
     }
+    assert_eq!(bed.device.metrics().windows_refused.get(), 5);
     // A file that cannot be written, though the client says so.
     let name = std::env::current_exe().expect("a program");
     let file = std::fs::File::open(name).expect("readable");
