@@ -83,6 +83,25 @@ fn the_allocator_needs_no_files() {
     assert!(status.success(), "{status}");
 }
 
+/// The two threads of the virtio-pci transport have a filter each, and no capability.
+#[test]
+fn threads_of_virtio_pci_are_confined() {
+    let daemon = Daemon::over_vfio_user("address = '00:05.0'\n");
+    daemon.wait_for("the sandbox", || daemon.log().contains("sandboxed: "));
+    let found = threads(daemon.pid());
+    for wanted in ["virtio-pci", "pci-worker"] {
+        let (tid, _) = found
+            .iter()
+            .find(|(_, name)| name == wanted)
+            .unwrap_or_else(|| panic!("{wanted} is not in {found:?}"));
+        let status = |key| status_of(daemon.pid(), *tid, key);
+        assert_eq!(status("Seccomp").as_deref(), Some("2"), "{wanted}");
+        assert_eq!(status("NoNewPrivs").as_deref(), Some("1"), "{wanted}");
+        assert_eq!(hex(&status("CapEff").expect("a mask")), 0, "{wanted}");
+    }
+    assert!(!found.iter().any(|(_, name)| name == "vring_worker"));
+}
+
 #[test]
 fn only_needed_capabilities_are_kept() {
     let daemon = Daemon::start();

@@ -159,6 +159,29 @@ fn options_alone_are_enough() {
 }
 
 #[test]
+fn the_key_of_the_socket_names_the_protocol() {
+    let of = |text: &str| parse(&format!("address = '00:05.0'\n{text}")).expect("good");
+    let config = of("vfio-user-socket = '/run/a.sock'");
+    assert_eq!(config.socket, Some(Socket::Path("/run/a.sock".into())));
+    assert_eq!(config.transport, VmmTransport::VirtioPci);
+    assert_eq!(of("socket = 's'").transport, VmmTransport::VhostUser);
+    assert_eq!(of("").transport, VmmTransport::VhostUser);
+
+    let mut file = tempfile::NamedTempFile::new().expect("a file");
+    file.write_all(b"address = '00:05.0'\nvfio-user-socket = 's'\n")
+        .expect("written");
+    let path = file.path().display();
+    // An inherited socket speaks the protocol of the file.
+    let config = flags(&format!("--config {path} --fd 3")).expect("good");
+    assert_eq!(config.socket, Some(Socket::Fd(3)));
+    assert_eq!(config.transport, VmmTransport::VirtioPci);
+    let refused = flags(&format!("--config {path} --socket-path t")).expect_err("two protocols");
+    assert!(refused.to_string().contains("leave one of them out"));
+    let same = "address = '00:05.0'\nvfio-user-socket = 's'\ncontrol = 's'";
+    assert!(parse(same).is_err());
+}
+
+#[test]
 fn options_override_the_file() {
     let mut file = tempfile::NamedTempFile::new().expect("a file");
     file.write_all(GOOD.as_bytes()).expect("written");

@@ -61,6 +61,22 @@ fn arguments_describe_the_whole_configuration() {
 }
 
 #[test]
+fn over_vfio_user_the_iommu_is_a_vfio_user_device() {
+    let text = "vfio-user-socket = '/run/a b,c.sock'\nmemory = '2G'\naddress = '00:1e.0'\n";
+    let made = arguments(text).expect("arguments");
+    assert_eq!(
+        made.arguments[10..],
+        [
+            "-device",
+            r#"{"addr":"1e.0","driver":"vfio-user-pci","id":"viommu-vfio-user-00-1e-0","socket":{"path":"/run/a b,c.sock","type":"unix"}}"#,
+            "-acpitable",
+            "file=/run/vm,,0/it's.viot",
+        ]
+    );
+    assert!(made.arguments.iter().any(|text| text.contains("share=on")));
+}
+
+#[test]
 fn inexpressible_configurations_are_refused_with_a_cure() {
     for (text, cure) in [
         ("memory = '2G'\naddress = '00:05.0'", "give `socket ="),
