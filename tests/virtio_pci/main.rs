@@ -7,7 +7,9 @@
     reason = "a test fails by panicking, and its numbers are small"
 )]
 
+#[allow(dead_code, reason = "the benchmark uses the rest")]
 mod bed;
+mod client_crate;
 #[path = "../common/mod.rs"]
 pub mod common;
 #[path = "../vfio_user_messages/connection.rs"]
