@@ -35,7 +35,7 @@ const FOR_VFIO: [&str; 3] = [FIRST, SECOND, THIRD];
 const NIC: &str = "0000:00:09.0";
 const ENDPOINTS: [&str; 4] = [FIRST, SECOND, THIRD, NIC];
 
-/// The number of mappings that each traffic test makes through VFIO.
+/// See [`Transport::rounds`].
 const ROUNDS: u64 = 100_000;
 /// How often the guest opens and closes the network interface meanwhile.
 const OPENED: u64 = 15;
@@ -102,6 +102,15 @@ impl Transport {
         match self {
             Self::VhostUser => "socket",
             Self::VirtioPci => "vfio-user-socket",
+        }
+    }
+
+    /// The number of mappings that each traffic test makes through VFIO. Over virtio-pci most requests cost a message, for
+    /// which the guest's only processor waits.
+    fn rounds(self) -> u64 {
+        match self {
+            Self::VhostUser => ROUNDS,
+            Self::VirtioPci => ROUNDS / 5,
         }
     }
 }
@@ -179,7 +188,8 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, transport: Transport, tes
     );
 
     let pauses = churn_with_pauses(&mut vm, &mut daemon, transport, test_dir);
-    test_dir.note(&format!("{ROUNDS} mappings made, {pauses} pauses"));
+    let rounds = transport.rounds();
+    test_dir.note(&format!("{rounds} mappings made, {pauses} pauses"));
     // The guest would not notice a refused MAP or UNMAP, so the daemon's counters must show none.
     assert_eq!(daemon.status().refusals(), Vec::<String>::new());
     assert!(pauses >= 5, "only {pauses} pauses fell into the traffic");
@@ -213,7 +223,7 @@ fn traffic(setup: &Setup, kernel: &Kernel, mode: Mode, transport: Transport, tes
     probed_as_configured(&mut vm, &mut daemon, kernel, mode);
     nothing_is_mapped(&mut daemon);
     start_mapper(&mut vm, "again", 3, &[SECOND, THIRD]);
-    vm.run_within(&format!("ask again churn {}", ROUNDS / 10), LONG_ANSWER);
+    vm.run_within(&format!("ask again churn {}", rounds / 10), LONG_ANSWER);
     tables_agree(&mut vm, &mut daemon, &[("again", SECOND)]);
     drop(vm);
     daemon.stop();
@@ -467,7 +477,7 @@ fn start_mapper(vm: &mut Vm, name: &str, seed: u32, endpoints: &[&str]) {
     vm.run(&format!("start {name} vfio-map --seed {seed} {endpoints}"));
 }
 
-/// Makes [`ROUNDS`] mappings, and more through the second program and the network interface, while
+/// Makes [`Transport::rounds`] mappings, and more through the second program and the network interface, while
 /// the VM is paused and continued over and over. Returns the number of pauses that ended before the
 /// traffic did.
 fn churn_with_pauses(
@@ -476,11 +486,12 @@ fn churn_with_pauses(
     transport: Transport,
     test_dir: &TestDir,
 ) -> u32 {
+    let rounds = transport.rounds();
     vm.begin(&format!(
         "ask single churn {} >/run/single.answer & single=$!; \
          for _ in $(seq {OPENED}); do ifconfig eth0 up && ifconfig eth0 down || exit; done & \
-         nic=$!; ask pair churn {ROUNDS} && wait $single && wait $nic && cat /run/single.answer",
-        ROUNDS / 5
+         nic=$!; ask pair churn {rounds} && wait $single && wait $nic && cat /run/single.answer",
+        rounds / 5
     ));
     let maps = |daemon: &mut Daemon| daemon.status().requests("map", "ok");
     let mut pauses = 0;
