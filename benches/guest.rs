@@ -54,6 +54,8 @@ const MEASURES: [(&str, &str, &str); 7] = [
 enum Iommu {
     Qemu,
     Daemon,
+    /// The daemon as a virtio-pci device over vfio-user; only with `--transport both`.
+    VirtioPci,
     /// The daemon with a realtime priority; measured only with as many busy processors as the host
     /// has.
     Realtime,
@@ -81,6 +83,12 @@ fn main() {
     let machine = Machine::new(option("--accel").as_deref().unwrap_or("tcg"));
     let mut qemu: Vec<Vec<Measured>> = vec![Vec::new(); MEASURES.len()];
     let (mut ours, mut realtime) = (qemu.clone(), qemu.clone());
+    let mut virtio_pci = qemu.clone();
+    let with_virtio_pci = match option("--transport").as_deref() {
+        Some("both") => true,
+        None | Some("vhost-user") => false,
+        Some(other) => panic!("--transport {other}: give vhost-user or both"),
+    };
     let allowed = Realtime::new(1);
     if let Err(cause) = &allowed {
         eprintln!("skipped: {cause}");
@@ -88,6 +96,7 @@ fn main() {
     for round in 0..rounds {
         // The order alternates.
         let mut order = vec![Iommu::Qemu, Iommu::Daemon];
+        order.extend(with_virtio_pci.then_some(Iommu::VirtioPci));
         let with_realtime = allowed.is_ok() && machine.processors() > 1;
         order.extend(with_realtime.then_some(Iommu::Realtime));
         if round % 2 == 1 {
@@ -98,6 +107,7 @@ fn main() {
             let into = match iommu {
                 Iommu::Qemu => &mut qemu,
                 Iommu::Daemon => &mut ours,
+                Iommu::VirtioPci => &mut virtio_pci,
                 Iommu::Realtime => &mut realtime,
             };
             for (all, times) in into
@@ -112,6 +122,10 @@ fn main() {
     for (index, (name, ..)) in MEASURES.iter().enumerate() {
         if !qemu[index].is_empty() {
             rows.push(Row::new((*name).to_owned(), &qemu[index], &ours[index]));
+        }
+        if !virtio_pci[index].is_empty() {
+            let name = format!("{name}_virtio_pci");
+            rows.push(Row::new(name, &qemu[index], &virtio_pci[index]));
         }
         if !realtime[index].is_empty() {
             let name = format!("{name}_realtime");
@@ -133,6 +147,7 @@ impl Iommu {
         match self {
             Self::Qemu => "QEMU's own",
             Self::Daemon => "the daemon",
+            Self::VirtioPci => "the daemon over virtio-pci",
             Self::Realtime => "the daemon, realtime",
         }
     }
@@ -202,13 +217,17 @@ fn boot_and_measure(
     let test_dir = TestDir::new("bench");
     let priority = match iommu {
         Iommu::Realtime => PRIORITY,
-        Iommu::Qemu | Iommu::Daemon => "",
+        Iommu::Qemu | Iommu::Daemon | Iommu::VirtioPci => "",
+    };
+    let key = match iommu {
+        Iommu::VirtioPci => "vfio-user-socket",
+        Iommu::Qemu | Iommu::Daemon | Iommu::Realtime => "socket",
     };
     let config = format!("{}{priority}{CONFIG}", machine.config());
-    let daemon = Daemon::start(&test_dir, &config);
+    let daemon = Daemon::start_over(key, &test_dir, &config);
     let mut arguments = daemon.qemu_args.clone();
     let mut daemon = match iommu {
-        Iommu::Daemon | Iommu::Realtime => Some(daemon),
+        Iommu::Daemon | Iommu::VirtioPci | Iommu::Realtime => Some(daemon),
         Iommu::Qemu => {
             daemon.stop();
             arguments = with_qemus_own(arguments);
@@ -248,10 +267,13 @@ fn boot_and_measure(
         }
         let before = daemon.as_mut().map(polled);
         let answer = vm.run_within(command, RUN).join("");
-        if let (Some((polls, ns)), Some(daemon)) = (before, &mut daemon) {
-            let (more, waited) = polled(daemon);
+        if let (Some([polls, ns, kicks, requests]), Some(daemon)) = (before, &mut daemon) {
+            let [more, waited, kicked, served] = polled(daemon);
             let each = (waited - ns) as f64 / (more - polls).max(1) as f64;
-            eprintln!("    {command}: {each:.0} ns from an answer to the next request");
+            let rate = (kicked - kicks) as f64 / (served - requests).max(1) as f64;
+            eprintln!(
+                "    {command}: {each:.0} ns from an answer to the next request, {rate:.3} kicks a request"
+            );
         }
         let both = parse(&answer).unwrap_or_else(|| panic!("{command}: {answer}"));
         let exits = exits_a_pair(&mut vm, machine, command);
@@ -262,12 +284,18 @@ fn boot_and_measure(
     times
 }
 
-/// How often the daemon's worker polled for the guest, and for how long in all.
-fn polled(daemon: &mut Daemon) -> (u64, u64) {
+/// How often the daemon's worker polled for the guest, and for how long in all; how often a kick woke it; and how many
+/// requests it has answered.
+fn polled(daemon: &mut Daemon) -> [u64; 4] {
     let status = daemon.status().0;
-    ["polls_paid", "polls_paid_ns"]
-        .map(|key| status["worker"][key].as_u64().unwrap_or(0))
-        .into()
+    let [polls, ns, kicks] = ["polls_paid", "polls_paid_ns", "wakeups"]
+        .map(|key| status["worker"][key].as_u64().unwrap_or(0));
+    let kinds = status["requests"].as_object().into_iter().flatten();
+    let requests = kinds
+        .filter_map(|(_, counts)| counts.as_object())
+        .flat_map(|counts| counts.values().filter_map(serde_json::Value::as_u64))
+        .sum();
+    [polls, ns, kicks, requests]
 }
 
 /// Changes the mode of the device's group, which is possible while no driver is bound.

@@ -10,8 +10,14 @@
     reason = "a bench ends by panicking; its counts are small"
 )]
 
+#[path = "../tests/virtio_pci/bed.rs"]
+#[allow(dead_code, reason = "the bench uses a part of it")]
+mod bed;
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "../tests/vfio_user_messages/connection.rs"]
+#[allow(dead_code, clippy::unwrap_used, reason = "the bench uses a part of it")]
+mod connection;
 #[path = "common/fragment.rs"]
 mod fragment;
 
@@ -72,10 +78,14 @@ fn main() {
     }
     let (request, watched) = device_alone();
     let round_trip = through_a_daemon();
+    let over_virtio_pci = over_virtio_pci();
     let figures = json!({ "ring": {
         "request_ns": request,
         "request_while_mappings_are_listed_ns": watched,
         "round_trip_ns": round_trip,
+        "round_trip_virtio_pci_ns": over_virtio_pci.round_trip,
+        "kick_virtio_pci_ns": over_virtio_pci.kick,
+        "kicks_virtio_pci_per_1000_requests": over_virtio_pci.kicks_per_1000,
     } });
     fragment::write("ring", &figures);
 }
@@ -277,20 +287,81 @@ fn through_a_daemon() -> f64 {
     round_trip
 }
 
+/// The figures of the virtio-pci transport.
+struct OverVirtioPci {
+    round_trip: f64,
+    /// The driver's wait for one kick.
+    kick: f64,
+    kicks_per_1000: f64,
+}
+
+/// The same round trips with the daemon as a virtio-pci device: a kick is a message, for whose answer the driver waits.
+fn over_virtio_pci() -> OverVirtioPci {
+    let daemon = common::daemon::Daemon::over_vfio_user(bed::CONFIG);
+    let mut vm = bed::Vm::new(&daemon);
+    for gpa in [RING_RAM, HIGH_RAM] {
+        let file = memfd(LEN);
+        let body = connection::dma_map(bed::RW, 0, gpa, LEN);
+        assert_eq!(vm.client.map(&body, &[std::os::fd::AsFd::as_fd(&file)]), 0);
+        let region = Region::of_file(gpa, LEN, Arc::new(file), 0);
+        vm.memory.regions.push(region);
+    }
+    vm.start(RING_SIZE);
+    let mut times = Vec::new();
+    for _ in 0..ROUND_TRIPS / 4 {
+        let start = Instant::now();
+        vm.kick_requests();
+        times.push(start.elapsed().as_nanos() as f64);
+    }
+    let kick = report("virtio-pci: a kick with nothing in the ring", &mut times);
+    let queue = std::mem::replace(&mut vm.requests, Queue::new(0, RING_SIZE, RING_RAM, true));
+    let mut driver = Driver::new(queue);
+    let bed::Vm { client, memory, .. } = &mut vm;
+    let (memory, at) = (&*memory, bed::NOTIFY_REQUESTS);
+    driver.notify = Some(Box::new(move || client.write(0, at, &[0, 0])));
+    driver.put(memory, &wire::attach(DOMAIN, ENDPOINT, 0));
+    driver.wait(memory);
+    driver.fill(memory, |driver| driver.wait(memory));
+    let mut rng = Rng::new(2);
+    let (mut times, before) = (Vec::new(), driver.kicks);
+    for _ in 0..ROUND_TRIPS {
+        let page = 2 * rng.below(LIVE) + 1;
+        for request in [map_page(page), unmap_page(page)] {
+            let start = Instant::now();
+            driver.put(memory, &request);
+            driver.wait(memory);
+            times.push(start.elapsed().as_nanos() as f64);
+        }
+    }
+    let kicks_per_1000 = (driver.kicks - before) as f64 * 1000.0 / times.len() as f64;
+    println!("virtio-pci: {kicks_per_1000:.1} kicks in 1000 round trips");
+    let round_trip = report("virtio-pci: round trip of one request", &mut times);
+    OverVirtioPci {
+        round_trip,
+        kick,
+        kicks_per_1000,
+    }
+}
+
 /// A driver with two descriptors and a buffer for each chain.
-struct Driver {
+struct Driver<'a> {
     queue: Queue,
     free: Vec<u16>,
     put: u16,
+    /// Sends a kick where it is a message.
+    notify: Option<Box<dyn FnMut() + 'a>>,
+    kicks: u64,
 }
 
-impl Driver {
+impl Driver<'_> {
     fn new(queue: Queue) -> Self {
         let free = (0..queue.size).step_by(2).rev().collect();
         Self {
             queue,
             free,
             put: 0,
+            notify: None,
+            kicks: 0,
         }
     }
 
@@ -310,7 +381,12 @@ impl Driver {
         self.queue.set_desc(memory, head + 1, writable);
         self.put = self.put.wrapping_add(1);
         self.queue.publish(memory, head);
-        self.queue.kick(memory);
+        if self.queue.kick(memory) {
+            self.kicks += 1;
+            if let Some(notify) = &mut self.notify {
+                notify();
+            }
+        }
     }
 
     fn take(&mut self, memory: &Memory) -> bool {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--host-kvm]
+# Usage: qemu-scripts/bench.sh [--json FILE] [--svg FILE] [--rounds N] [--part PART]... [--transport WHICH] [--host-kvm]
 #
 # Measures the cost of mapping: boots the same guest alternately with QEMU's own virtio-iommu and with the daemon, and
 # runs the benchmarks of the daemon's parts. Fetches its requirements first (see setup.sh): no root, no KVM. Takes
@@ -19,6 +19,9 @@
 #                     ring     a request through the rings
 #                     engine   the page table and the core
 #                     idle     start, memory and wakeups
+#   --transport WHICH
+#                   vhost-user (default), or both: the guest also boots with the daemon as a virtio-pci device over
+#                   vfio-user, beside the other two
 #   --host-kvm      use this machine's own KVM for the part kvm. Not the default: KVM inside a virtual machine may fail
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh.
@@ -30,15 +33,16 @@ set -euo pipefail
 
 ALL_PARTS="engine ring idle guest kvm"
 
-json='' svg='' rounds=5 host_kvm='' parts=()
+json='' svg='' rounds=5 host_kvm='' transport=vhost-user parts=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --json | --svg | --rounds | --part)
+    --json | --svg | --rounds | --part | --transport)
         [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
         case $1 in
         --json) json=$(realpath -m "$2") ;;
         --svg) svg=$(realpath -m "$2") ;;
         --rounds) rounds=$2 ;;
+        --transport) transport=$2 ;;
         --part)
             [[ " $ALL_PARTS " == *" $2 "* ]] || die "unknown part '$2': give one of $ALL_PARTS"
             parts+=("$2")
@@ -57,6 +61,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $svg == '' || $svg == *.svg ]] || die "--svg $svg: give a name that ends in .svg"
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || die "--rounds $rounds: give a number from 1"
+[[ $transport == vhost-user || $transport == both ]] || die "--transport $transport: give vhost-user or both"
 if [ ${#parts[@]} -eq 0 ]; then
     read -ra parts <<<"$ALL_PARTS"
 elif [ -n "$json" ] && [ ${#parts[@]} -lt "$(wc -w <<<"$ALL_PARTS")" ]; then
@@ -96,7 +101,7 @@ bench_kvm_in_l1() {
     program=$(built_program guest "${build[@]}")
     [ -x "$program" ] || die "the benchmark of the guest was not built"
     env -u VIOMMU_FIGURES "$SCRIPTS/l1.sh" --iommu amd --timeout $((300 + 120 * rounds)) -- \
-        "$program" --bench --accel kvm --rounds "$rounds" --svg - |
+        "$program" --bench --accel kvm --rounds "$rounds" --transport "$transport" --svg - |
         tee "$work/kvm" | grep --line-buffered -v '^<\|^{"kvm":' || ran=$?
     [ $ran = 0 ] || die "the guest with KVM was not measured"
     grep '^{"kvm":' "$work/kvm" >"$VIOMMU_FIGURES/guest-kvm.json" || die "the guest with KVM left no figures"
@@ -115,13 +120,13 @@ for part in "${parts[@]}"; do
     idle) bench idle ;;
     guest)
         guest_ready
-        bench guest --rounds "$rounds" ${svg:+--svg "$svg"}
+        bench guest --rounds "$rounds" --transport "$transport" ${svg:+--svg "$svg"}
         ;;
     kvm)
         guest_ready
         kvm_svg=${svg:+${svg%.svg}-kvm.svg}
         if [ -n "$host_kvm" ]; then
-            bench guest --accel kvm --rounds "$rounds" ${kvm_svg:+--svg "$kvm_svg"}
+            bench guest --accel kvm --rounds "$rounds" --transport "$transport" ${kvm_svg:+--svg "$kvm_svg"}
         else
             bench_kvm_in_l1 "$kvm_svg"
         fi

@@ -28,6 +28,8 @@ pub const RAM: u64 = 4 << 20;
 /// Where the rings and the buffers of requests are.
 const RINGS: [u64; 2] = [0x1_0000, 0x8_0000];
 const BUFFERS: u64 = 0x10_0000;
+/// Where the notification address of the request queue is in BAR 0. [`Vm::kick`] computes it as a driver does.
+pub const NOTIFY_REQUESTS: u64 = 0x3000;
 const POISON: u8 = 0xa5;
 
 /// A structure that a capability names.
@@ -243,6 +245,12 @@ impl Vm {
         self.write(22, &queue.to_le_bytes());
         let at = self.notify.offset + self.read(30, 2) * self.multiplier;
         self.client.write(self.notify.bar, at, &queue.to_le_bytes());
+        self.kicks += 1;
+    }
+
+    /// Notifies the device of the request queue, with one message.
+    pub fn kick_requests(&mut self) {
+        self.client.write(0, NOTIFY_REQUESTS, &[0, 0]);
         self.kicks += 1;
     }
 
