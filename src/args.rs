@@ -180,6 +180,45 @@ pub enum CliCommand {
         #[command(flatten)]
         descriptors: DescriptorArgs,
     },
+    /// Print the arguments of cloud-hypervisor for a configuration, one in a line
+    ///
+    /// The VMM connects to the socket over vfio-user and has no option for ACPI tables: the kernel command line
+    /// names a BAR of the IOMMU (acpi_rsdp=), from which the guest learns its endpoints. Prints notes about
+    /// other requirements on standard error.
+    CloudHypervisorArgs {
+        /// The configuration
+        file: PathBuf,
+        /// The number of --disk options that the VMM will have, which move the BAR
+        #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=31))]
+        disks: u16,
+        /// The other parameters of the guest's kernel
+        #[arg(
+            long,
+            value_name = "TEXT",
+            default_value = "",
+            allow_hyphen_values = true
+        )]
+        cmdline: String,
+        /// Print one line, quoted for a POSIX shell
+        #[arg(long)]
+        shell: bool,
+        /// The descriptors that the VMM will inherit [default: 3 and up].
+        #[command(flatten)]
+        descriptors: DescriptorArgs,
+    },
+    /// Print the arguments of `crosvm run` for a configuration, one in a line
+    ///
+    /// Prints notes about other requirements on standard error.
+    CrosvmArgs {
+        /// The configuration
+        file: PathBuf,
+        /// Path at which crosvm finds the table written by `viot` [default: FILE with the ending .viot]
+        #[arg(long, value_name = "PATH")]
+        viot: Option<PathBuf>,
+        /// Print one line, quoted for a POSIX shell
+        #[arg(long)]
+        shell: bool,
+    },
     /// Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service
     ///
     /// The drop-in limits memory, descriptors and threads, and allows the nodes of passthrough devices. The

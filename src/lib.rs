@@ -10,6 +10,7 @@
 //! | `control` | the control socket's server, and metrics |
 //! | `ctl` | the control socket's client, `ctl` |
 //! | `endpoints` | opening the parts of each configured endpoint, by kind of endpoint; hot-plug |
+//! | `vmms` | the arguments of VMMs other than QEMU |
 //! | `qemu` | QEMU's arguments, `launch`, QMP |
 //! | `host` | this host: its sysfs, the subcommand `check`, the tree of its devices |
 //! | `config` | the file and the flags, checked |
@@ -82,3 +83,5 @@ pub mod transport;
 pub mod vfio;
 #[cfg(feature = "daemon")]
 pub mod vfio_user;
+#[cfg(feature = "daemon")]
+pub mod vmms;

@@ -26,9 +26,11 @@ use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
 use vhost_device_iommu::process::watchdog::Watchdog;
-use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path};
+use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path, shell_line};
 use vhost_device_iommu::qemu::launch::Launch;
 use vhost_device_iommu::topology::viot;
+use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
+use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -79,6 +81,16 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             shell,
             descriptors,
         }) => print_qemu_args(file, viot.as_deref(), *shell, descriptors),
+        Some(CliCommand::CloudHypervisorArgs {
+            file,
+            disks,
+            cmdline,
+            shell,
+            descriptors,
+        }) => print_cloud_hypervisor_args(file, *disks, cmdline, *shell, descriptors),
+        Some(CliCommand::CrosvmArgs { file, viot, shell }) => {
+            print_crosvm_args(file, viot.as_deref(), *shell)
+        }
         Some(CliCommand::Ctl {
             socket,
             json,
@@ -245,21 +257,44 @@ fn print_qemu_args(
         let file = file.display();
         format!("{file}: {error}")
     })?;
+    print_arguments(&args.arguments, &args.notes, shell)
+}
+
+fn print_cloud_hypervisor_args(
+    file: &Path,
+    disks: u16,
+    cmdline: &str,
+    shell: bool,
+    descriptors: &DescriptorArgs,
+) -> Outcome {
+    let config = Config::with_descriptors(file, descriptors)?;
+    let options = CloudHypervisorOptions { disks, cmdline };
+    let made = cloud_hypervisor::arguments(&config, options, &HostRoot::default());
+    print_vmm_args(file, made, shell)
+}
+
+fn print_crosvm_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
+    let viot = viot.map_or_else(|| default_viot_path(file), Path::to_owned);
+    print_vmm_args(
+        file,
+        crosvm::arguments(&Config::from_file(file)?, &viot),
+        shell,
+    )
+}
+
+fn print_vmm_args(file: &Path, made: Result<VmmArgs, VmmArgsError>, shell: bool) -> Outcome {
+    let args = made.map_err(|error| format!("{}: {error}", file.display()))?;
+    print_arguments(&args.arguments, &args.notes, shell)
+}
+
+fn print_arguments(arguments: &[String], notes: &[String], shell: bool) -> Outcome {
     // Not on standard output, which another program may read.
-    let notes: String = args
-        .notes
-        .iter()
-        .map(|note| format!("# {note}\n"))
-        .collect();
+    let notes: String = notes.iter().map(|note| format!("# {note}\n")).collect();
     io::stderr().write_all(notes.as_bytes())?;
     if shell {
-        print(&format!("{}\n", args.shell_line()))
+        print(&format!("{}\n", shell_line(arguments)))
     } else {
-        let lines: String = args
-            .arguments
-            .iter()
-            .map(|arg| format!("{arg}\n"))
-            .collect();
+        let lines: String = arguments.iter().map(|arg| format!("{arg}\n")).collect();
         print(&lines)
     }
 }

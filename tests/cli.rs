@@ -396,6 +396,58 @@ fn qemu_args_refuses_configurations_that_qemu_cannot_express() {
 }
 
 #[test]
+fn arguments_of_other_vmms_are_printed_alone() {
+    let text = "memory = '2G'\naddress = '00:02.0'\n[[endpoint]]\naddress = '00:09.0'\n";
+    let vfio_user = format!("vfio-user-socket = '/run/i'\n{text}");
+    let vhost_user = format!("socket = '/run/i'\n{text}");
+    let dir = files(&[("vm0.toml", &vfio_user), ("vm1.toml", &vhost_user)]);
+    let table = dir.path().join("vm1.viot");
+    for (file, command, options, expected) in [
+        (
+            "vm0.toml",
+            "cloud-hypervisor-args",
+            &["--disks", "1", "--cmdline", "console=ttyS0"][..],
+            vec![
+                "--memory",
+                "size=2048M,shared=on",
+                "--user-device",
+                "socket=/run/i,pci_device_id=2",
+                "--cmdline",
+                "console=ttyS0 acpi_rsdp=0xe7f7f000",
+            ],
+        ),
+        (
+            "vm1.toml",
+            "crosvm-args",
+            &[],
+            vec![
+                "--mem",
+                "size=2048",
+                "--vhost-user",
+                "type=iommu,socket=/run/i,max-queue-size=256,pci-address=00:02.0",
+                "--acpi-table",
+                table.to_str().expect("UTF-8"),
+            ],
+        ),
+    ] {
+        let file = dir.path().join(file);
+        let args = [&[command, file.to_str().expect("UTF-8")], options].concat();
+        let printed = run(&args);
+        assert_eq!(printed.status, Some(0), "{}", printed.stderr);
+        assert_eq!(printed.stdout.lines().collect::<Vec<_>>(), expected);
+        assert!(printed.stderr.lines().all(|line| line.starts_with("# ")));
+        let note = "endpoint 0000:00:09.0: ";
+        assert!(printed.stderr.contains(note), "{}", printed.stderr);
+
+        let shell = run(&[&args[..], &["--shell"]].concat());
+        let script = format!("printf '%s\\n' {}", shell.stdout);
+        let read = Command::new("sh").arg("-c").arg(script).output();
+        let read = String::from_utf8(read.expect("sh").stdout).expect("text");
+        assert_eq!(read.lines().collect::<Vec<_>>(), expected);
+    }
+}
+
+#[test]
 fn a_closed_pipe_does_not_panic() {
     let dir = files(&[("vm0.toml", GOOD)]);
     let (reader, writer) = std::io::pipe().expect("a pipe");

@@ -763,6 +763,32 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "VmmArgsError::NoSocketPath",
+        With("memory = '1G'", &["cloud-hypervisor-args", "vm.toml"]),
+    ),
+    case(
+        "VmmArgsError::NoMemorySize",
+        With("socket = 's'", &["crosvm-args", "vm.toml"]),
+    ),
+    case(
+        "VmmArgsError::NotASlot",
+        Made(
+            || "address = '00:05.1'\nvfio-user-socket = 's'\nmemory = '1G'\n".into(),
+            &["cloud-hypervisor-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "VmmArgsError::UnusablePath",
+        With("socket = 'a,b'\nmemory = '1G'", &["crosvm-args", "vm.toml"]),
+    ),
+    case(
+        "VmmArgsError::NotForCrosvm",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'",
+            &["crosvm-args", "vm.toml"],
+        ),
+    ),
+    case(
         "QemuArgsError::Colon",
         With(
             "socket = 's'\nmemory = '1G'",

@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 17] = [
+const SOURCES: [(&str, &str); 18] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
@@ -38,6 +38,10 @@ const SOURCES: [(&str, &str); 17] = [
         "Places of devices: `check`, `qemu-args` and `launch`",
     ),
     ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
+    (
+        "src/vmms/mod.rs",
+        "`cloud-hypervisor-args` and `crosvm-args`",
+    ),
     (
         "src/qemu/args/operator.rs",
         "`launch`, options of the VMM's own",

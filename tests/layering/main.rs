@@ -48,6 +48,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "topology",
         ],
     ),
+    ("vmms", &["qemu", "host", "config", "topology"]),
     ("qemu", &["host", "config", "process", "topology"]),
     ("host", &["config", "topology"]),
     ("config", &["args", "topology"]),

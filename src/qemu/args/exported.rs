@@ -52,7 +52,7 @@ mod tests {
     use std::path::Path;
 
     use crate::config::Config;
-    use crate::qemu::args::{QemuArgs, QemuArgsError};
+    use crate::qemu::args::{QemuArgs, QemuArgsError, shell_line};
 
     fn made(text: &str) -> Result<QemuArgs, QemuArgsError> {
         let text = format!("socket = '/s'\nmemory = '1G'\naddress = '00:05.0'\n{text}");
@@ -111,7 +111,7 @@ mod tests {
     fn exported_devices_get_no_descriptors() {
         let text = one("00:06.0", "65:00.0", "/run/a") + &one("00:07.0", "66:00.0", "");
         let made_both = made(&text).expect("arguments");
-        let line = made_both.shell_line();
+        let line = shell_line(&made_both.arguments);
         assert!(line.contains("iommufd,id=viommu-iommufd,fd=3"), "{line}");
         assert!(
             line.contains("vfio-pci,id=viommu-vfio-00-07-0,fd=4"),

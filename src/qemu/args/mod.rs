@@ -16,10 +16,10 @@ use thiserror::Error;
 use crate::config::{Config, DeviceKind, SlotProblem, Socket, VmmTransport};
 use crate::topology::{EndpointRange, PciAddress};
 use operator::{OperatorOptions, Q35_SLEEP_CONTROLLER};
-use passthrough::PassthroughArguments;
 use places::{check_slots, has_device, on_root_bus, place, slot};
 
 pub use operator::VmmOptionError;
+pub use passthrough::PassthroughArguments;
 pub use vmm_options::ReadConfigError;
 
 /// The first QEMU whose vhost-user test device takes any virtio device ID.
@@ -176,7 +176,7 @@ impl QemuArgs {
                 viot.display()
             ),
         ]);
-        notes.extend(devices.iter().flat_map(PassthroughArguments::notes));
+        notes.extend(devices.iter().flat_map(|devices| devices.notes("QEMU")));
         notes.extend(
             config
                 .topology
@@ -186,16 +186,12 @@ impl QemuArgs {
         notes.extend(problems.iter().map(ToString::to_string));
         Ok(Self { arguments, notes })
     }
+}
 
-    /// The arguments as one line for a POSIX shell.
-    pub fn shell_line(&self) -> String {
-        let quoted: Vec<_> = self
-            .arguments
-            .iter()
-            .map(|text| shell_quote(text))
-            .collect();
-        quoted.join(" ")
-    }
+/// Arguments as one line for a POSIX shell.
+pub fn shell_line(arguments: &[String]) -> String {
+    let quoted: Vec<_> = arguments.iter().map(|text| shell_quote(text)).collect();
+    quoted.join(" ")
 }
 
 /// The arguments for the IOMMU itself, whose daemon listens at `socket`.
@@ -284,8 +280,8 @@ pub enum QemuArgsError {
     },
     /// With type1, QEMU would need a device that the daemon holds.
     #[error(
-        "with `host-iommu = \"type1\"` the daemon alone holds the devices of the host, and QEMU's \
-         vfio-pci cannot have them too; set `host-iommu = \"iommufd\"`, or export them to QEMU's \
+        "with `host-iommu = \"type1\"` the daemon alone holds the devices of the host, and the VMM \
+         cannot have them too; set `host-iommu = \"iommufd\"`, or export them to the VMM's \
          vfio-user client with `export = \"...\"` under each [[endpoint]]"
     )]
     Type1,

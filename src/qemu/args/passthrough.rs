@@ -11,9 +11,9 @@ use crate::topology::PciAddress;
 /// The first descriptor without a conventional meaning.
 const FIRST_FREE: RawFd = 3;
 
-/// The devices that the VMM binds, and the numbers of their descriptors in QEMU.
+/// The devices that the VMM binds, and the numbers of their descriptors in the VMM.
 #[derive(Debug)]
-pub(super) struct PassthroughArguments {
+pub struct PassthroughArguments {
     iommufd: RawFd,
     /// At least one, in ascending order of endpoint.
     devices: Vec<VmmDevice>,
@@ -31,6 +31,10 @@ struct VmmDevice {
 impl PassthroughArguments {
     /// The arguments for `config`; `None` if it has no device that the VMM binds. A device without a configured
     /// descriptor gets the lowest free number, from 3 on.
+    ///
+    /// # Errors
+    ///
+    /// The daemon alone holds the devices ([`QemuArgsError::Type1`]).
     pub fn new(config: &Config) -> Result<Option<Self>, QemuArgsError> {
         let mut shared = config
             .devices
@@ -67,9 +71,19 @@ impl PassthroughArguments {
         Ok(Some(Self { iommufd, devices }))
     }
 
+    /// The number of the descriptor of `/dev/iommu`.
+    pub fn iommufd(&self) -> RawFd {
+        self.iommufd
+    }
+
+    /// The devices, in ascending order of endpoint, each with the number of its descriptor.
+    pub fn devices(&self) -> impl Iterator<Item = (Passthrough, RawFd)> + '_ {
+        self.devices.iter().map(|shared| (shared.device, shared.fd))
+    }
+
     /// The arguments. They must come before the IOMMU's, so that QEMU has bound and attached the devices
     /// when the guest's driver starts.
-    pub fn arguments(&self) -> Vec<(&'static str, String)> {
+    pub(super) fn arguments(&self) -> Vec<(&'static str, String)> {
         let iommufd = format!("iommufd,id={PREFIX}iommufd,fd={}", self.iommufd);
         let mut arguments = vec![("-object", iommufd)];
         for shared in &self.devices {
@@ -80,12 +94,13 @@ impl PassthroughArguments {
         arguments
     }
 
-    /// Notes on the descriptors that QEMU and the daemon must inherit, which arguments cannot express.
-    pub fn notes(&self) -> Vec<String> {
+    /// Notes on the descriptors that `vmm` and the daemon must inherit, which arguments cannot express.
+    pub fn notes(&self, vmm: &str) -> Vec<String> {
         let mut notes = vec![
-            "QEMU and the daemon must inherit the same open files. `vhost-device-iommu launch` opens \
-             them; to open them by hand in bash, before both are started:"
-                .to_owned(),
+            format!(
+                "{vmm} and the daemon must inherit the same open files. `vhost-device-iommu launch` opens \
+             them for QEMU; to open them by hand in bash, before both are started:"
+            ),
             format!("  exec {}<>/dev/iommu", self.iommufd),
         ];
         let mut daemon = format!("--iommufd-fd {}", self.iommufd);
@@ -101,7 +116,7 @@ impl PassthroughArguments {
     }
 
     /// The note for an endpoint with a device that the VMM binds.
-    pub fn endpoint_note(&self, endpoint: PciAddress) -> Option<String> {
+    pub(super) fn endpoint_note(&self, endpoint: PciAddress) -> Option<String> {
         let at = self
             .devices
             .binary_search_by_key(&endpoint, |shared| shared.device.endpoint)

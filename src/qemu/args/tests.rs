@@ -43,7 +43,7 @@ fn arguments_describe_the_whole_configuration() {
             "file=/run/vm,,0/it's.viot",
         ]
     );
-    assert!(made.shell_line().ends_with(
+    assert!(shell_line(&made.arguments).ends_with(
         r"'socket,id=viommu-socket,path=/run/a b,,c.sock' -device vhost-user-test-device-pci,virtio-id=23,num_vqs=2,vq_size=256,config_size=40,chardev=viommu-socket,addr=1e.0 -acpitable 'file=/run/vm,,0/it'\''s.viot'"
     ));
     let notes = made.notes.join("\n");
