@@ -111,6 +111,11 @@ fn status(subjects: &Subjects) -> Value {
     // These replace the figures above, so that they are of the same moment as the domains.
     document.insert("connected".into(), connected.into());
     document.insert("driver_unknown".into(), driver_unknown.into());
+    let tables = subjects.device.table_state();
+    if let Some(word) = tables.word() {
+        let text = tables.to_string();
+        document.insert("acpi_tables".into(), json!({ "state": word, "text": text }));
+    }
     document.insert("bypass".into(), bypass.into());
     document.insert("page_size_mask".into(), hex(pages.bits()).into());
     let input = json!([hex(input.first().0), hex(input.last().0)]);

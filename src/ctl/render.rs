@@ -50,6 +50,9 @@ fn status(out: &mut String, answer: &Value) -> Result {
              daemon was restarted or the VM was restored; reset the VM"
         )?;
     }
+    if let Some(tables) = answer["acpi_tables"]["text"].as_str() {
+        writeln!(out, "ACPI tables: {tables}")?;
+    }
     let arena = &answer["arena"];
     writeln!(
         out,

@@ -31,6 +31,7 @@ use crate::process::socket::{SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::ShadowServer;
+use crate::topology::viot;
 use crate::transport::listener::inherit;
 use crate::transport::vhost_user::serve::ServeError;
 
@@ -172,6 +173,7 @@ impl Daemon {
             config.transport,
             device.clone(),
             listener,
+            viot::table(&config.topology).ok(),
             move |present_now| {
                 // While a VMM is connected, it reports resets of the VM over QMP.
                 if let Some(qmp) = &present {

@@ -9,6 +9,8 @@ use crate::config::VmmTransport;
 use crate::device::Device;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
 use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
+use crate::transport::virtio_pci::table_bar::TableBar;
+use crate::transport::virtio_pci::trapped_bar::TrappedBar;
 
 /// Serves the device to VMMs.
 pub(super) enum VmmServer {
@@ -20,7 +22,8 @@ pub(super) enum VmmServer {
 }
 
 impl VmmServer {
-    /// A server of `device` at `listener`. It calls `vmm_present(true)` when a VMM has connected, and
+    /// A server of `device` at `listener`. Over virtio-pci, the guest can learn its endpoints from the device if `viot`
+    /// is their table. It calls `vmm_present(true)` when a VMM has connected, and
     /// `vmm_present(false)` when it has gone.
     ///
     /// # Errors
@@ -29,6 +32,7 @@ impl VmmServer {
         transport: VmmTransport,
         device: Arc<Device>,
         listener: UnixListener,
+        viot: Option<Vec<u8>>,
         vmm_present: impl Fn(bool) + Send + 'static,
     ) -> io::Result<Self> {
         Ok(match transport {
@@ -36,12 +40,12 @@ impl VmmServer {
                 server: Box::new(VhostUserServer::new(device, listener)?),
                 vmm_present: Box::new(vmm_present),
             },
-            VmmTransport::VirtioPci => Self::VirtioPci(Box::new(VirtioPciServer::start(
-                device,
-                listener,
-                None,
-                vmm_present,
-            )?)),
+            VmmTransport::VirtioPci => {
+                let bar = viot.map(|viot| TableBar::new(device.clone(), viot));
+                let bar = bar.map(|bar| Box::new(bar) as Box<dyn TrappedBar>);
+                let server = VirtioPciServer::start(device, listener, bar, vmm_present)?;
+                Self::VirtioPci(Box::new(server))
+            }
         })
     }
 

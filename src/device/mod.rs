@@ -58,6 +58,7 @@ use crate::protocol::wire::{
 };
 use crate::{error_limited, warn_limited};
 
+use self::acpi::TableState;
 use self::execute::probe_size;
 use self::polling::Polling;
 use self::request_queue::RequestQueue;
@@ -121,6 +122,8 @@ pub struct Device {
     max_batch: usize,
     metrics: Arc<Metrics>,
     faults: FaultLog,
+    /// Set by a transport that tells the guest its endpoints.
+    table_state: Mutex<TableState>,
 }
 
 #[derive(Default)]
@@ -174,6 +177,7 @@ impl Device {
             max_batch: worker.max_batch,
             metrics,
             faults: FaultLog::default(),
+            table_state: Mutex::new(Rank::TableState, TableState::default()),
         })
     }
 
@@ -209,6 +213,16 @@ impl Device {
     /// Counters.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// Whether the guest has learnt its endpoints from this device.
+    pub fn table_state(&self) -> TableState {
+        *self.table_state.lock()
+    }
+
+    /// Records what became of the table that tells the guest its endpoints.
+    pub fn set_table_state(&self, state: TableState) {
+        *self.table_state.lock() = state;
     }
 
     /// The present memory of the connected VM.

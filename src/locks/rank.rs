@@ -39,6 +39,8 @@ pub enum Rank {
     FaultLog,
     /// Guest memory as the device checked it.
     GuestMemory,
+    /// What became of the table that tells the guest its endpoints.
+    TableState,
     /// One ring of the virtio-pci transport, or of a device without a transport. The rings of vhost-user have the lock
     /// of its crate, without a rank.
     Ring,

@@ -32,7 +32,7 @@ fn cloud_hypervisors_client_drives_the_device_over_reboots() {
         let sizes: Vec<_> = (0..9)
             .map(|index| client.region(index).expect("a region").size)
             .collect();
-        assert_eq!(sizes, [0x8000, 0, 0, 0, 0, 0, 0, 256, 0]);
+        assert_eq!(sizes, [0x8000, 0, 0x1000, 0, 0, 0, 0, 256, 0]);
         // Its test of the flag is inverted.
         assert!(!client.resettable());
         client.reset().expect("an answer");

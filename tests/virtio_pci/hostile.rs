@@ -62,7 +62,7 @@ fn accesses_outside_of_the_regions_are_answered() {
         (0, 0x7fff, 2),
         (0, u64::MAX, 8),
         (1, 0, 4),
-        (2, 0, 4),
+        (2, 0x1000, 4),
         (6, 0, 1),
         (SPACE, 256, 4),
         (SPACE, 4095, 1),

@@ -20,4 +20,5 @@ pub mod common;
 mod connection;
 mod driver;
 mod hostile;
+mod tables;
 mod vmm;

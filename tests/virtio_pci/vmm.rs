@@ -59,7 +59,7 @@ fn a_client_that_reads_fixed_lengths_is_served_over_reboots() {
         for (bar, size) in [
             (0x10, 0xffff_8004),
             (0x14, 0xffff_ffff),
-            (0x18, 0),
+            (0x18, 0xffff_f000),
             (0x1c, 0),
         ] {
             client.write(SPACE, bar, &[0xff; 4]);

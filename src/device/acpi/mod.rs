@@ -19,6 +19,7 @@
 
 mod refusal;
 mod rsdp;
+mod table_state;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 pub use refusal::{AcpiRefusal, TableProblem};
 pub use rsdp::Rsdp;
+pub use table_state::TableState;
 
 use tables::{CHECKSUM_AT, LENGTH_AT, TableSpan, Tables};
 

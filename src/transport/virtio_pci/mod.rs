@@ -12,7 +12,8 @@
 //! what the VMM keeps to itself with vhost-user: when the driver resets the device, and which state it has reached. In
 //! return a kick is a message. `device` answers it before the worker has seen the ring.
 //!
-//! `layout` says where everything is. [`trapped_bar`] is the place for a second BAR that other code answers.
+//! `layout` says where everything is. [`trapped_bar`] is the place for a second BAR, in which
+//! [`table_bar`] tells the guest its endpoints.
 //!
 //! Statements of the specification's chapters "Virtio Over PCI Bus" and "Basic Facilities of a Virtio Device" have an
 //! identifier here and a row in `docs/conformance.md`.
@@ -26,6 +27,7 @@ mod memory;
 mod registers;
 mod ring;
 pub mod serve;
+pub mod table_bar;
 #[cfg(test)]
 mod tests;
 pub mod trapped_bar;
