@@ -98,7 +98,8 @@ impl Client {
         while at != 0 {
             let head = self.read_bytes(SPACE, at, 16);
             if head[0] == 9 {
-                let word = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().unwrap());
+                let word =
+                    |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().expect("4 bytes"));
                 let structure = Structure {
                     bar: head[4].into(),
                     offset: word(8).into(),

@@ -35,6 +35,8 @@ const RINGS: [u64; 2] = [0x1_0000, 0x2_0000];
 const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x5000;
 const BUFFERS: u64 = 0x8000;
+/// The status of a request for a domain that does not exist.
+const NO_ENT: u8 = 6;
 const VERSION_1: u64 = 1 << 32;
 const MAP_UNMAP: u64 = 1 << 2;
 
@@ -444,8 +446,9 @@ fn a_reset_ends_the_domains_and_clears_the_registers() {
     bed.put(RINGS[0] + USED, &[0; 4]);
     bed.put(RINGS[0] + AVAILABLE, &[0; 4]);
     bed.start();
-    assert_ne!(bed.request(&map(1, 0x1000)), 0, "no such domain");
+    assert_eq!(bed.request(&map(1, 0x3000)), NO_ENT);
     assert_eq!(bed.request(&attach(1)), 0);
+    assert_eq!(bed.device.metrics().resets.get(), 1);
 }
 
 #[test]
@@ -743,9 +746,10 @@ fn the_number_of_slots_has_a_limit() {
 fn a_client_that_goes_leaves_nothing() {
     let mut bed = Bed::new();
     let bypass = bed.read(CONFIG + 36, 1);
+    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
+    assert_ne!(bed.read(CONFIG + 36, 1), bypass);
     bed.start();
     assert_eq!(bed.request(&attach(1)), 0);
-    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
     let event = bed.give_event(1);
     bed.pci.release();
     assert!(!bed.recorder.state().connected && bed.device.memory().is_none());
@@ -755,16 +759,20 @@ fn a_client_that_goes_leaves_nothing() {
     assert_eq!(bed.status(), 0);
     assert_eq!(bed.read(CONFIG + 36, 1), bypass);
     bed.start();
-    assert_ne!(bed.request(&map(1, 0x1000)), 0, "no such domain");
+    bed.write(22, &[0, 0]);
+    bed.write(26, &[1, 0]);
+    assert_eq!(bed.request(&map(1, 0x1000)), NO_ENT);
+    assert_eq!(count(&event), 0, "the eventfd was the last client's");
 }
 
 #[test]
 fn a_reset_by_the_vmm_restores_the_space_and_bypass() {
     let mut bed = Bed::new();
     let bypass = bed.read(CONFIG + 36, 1);
+    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
+    assert_ne!(bed.read(CONFIG + 36, 1), bypass);
     bed.start();
     assert_eq!(bed.request(&attach(1)), 0);
-    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
     bed.pci.reset().expect("reset");
     assert_eq!((bed.status(), bed.read_space(4, 2)), (0, 0));
     assert_eq!(bed.read(CONFIG + 36, 1), bypass);
