@@ -44,16 +44,8 @@ impl PeerEvent {
     /// # Errors
     /// `InvalidInput`: it is not an eventfd. Others: see [`prepare`].
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        // The kernel looks at the eventfd first, and then finds that the pipe cannot be written to.
-        let refusal = async_io()?.start(WRITE, fd.as_fd()).err();
-        match refusal.as_ref().and_then(io::Error::raw_os_error) {
-            Some(libc::EBADF) => Ok(Self(fd)),
-            Some(libc::EINVAL) => Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "it is not an eventfd",
-            )),
-            _ => Err(refusal.unwrap_or_else(|| io::Error::other("a pipe was written to"))),
-        }
+        check(fd.as_fd())?;
+        Ok(Self(fd))
     }
 
     /// Adds 1 to the counter. A counter that is full has been signalled.
@@ -68,6 +60,23 @@ impl PeerEvent {
 impl AsFd for PeerEvent {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// Checks that `fd` is an eventfd. For a descriptor that this process only passes on, and never signals.
+///
+/// # Errors
+/// As for [`PeerEvent::new`].
+pub fn check(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // The kernel looks at the eventfd first, and then finds that the pipe cannot be written to.
+    let refusal = async_io()?.start(WRITE, fd).err();
+    match refusal.as_ref().and_then(io::Error::raw_os_error) {
+        Some(libc::EBADF) => Ok(()),
+        Some(libc::EINVAL) => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "it is not an eventfd",
+        )),
+        _ => Err(refusal.unwrap_or_else(|| io::Error::other("a pipe was written to"))),
     }
 }
 

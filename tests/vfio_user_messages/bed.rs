@@ -2,6 +2,7 @@
 //! client and the servers.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
 use vhost_device_iommu::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
@@ -320,4 +322,10 @@ fn ram() -> MemorySlot {
         identity,
         is_shared_memory: true,
     }
+}
+
+/// An eventfd, as a client gives one for each interrupt.
+pub fn event() -> OwnedFd {
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+    eventfd(0, flags).expect("an eventfd")
 }

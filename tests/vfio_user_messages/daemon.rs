@@ -9,7 +9,7 @@ use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{CLIENT_TEXT, ScriptedServer, accept, eventually, start_scripted_server};
+use crate::bed::{CLIENT_TEXT, ScriptedServer, accept, event, eventually, start_scripted_server};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
 use crate::connection::{
@@ -185,13 +185,13 @@ fn a_server_that_does_not_read_cannot_exhaust_descriptors() {
     let (client, _server) = bed.raw_pair();
     let before = bed.daemon.fd_count();
     // The server neither reads nor answers these.
-    let null = std::fs::File::open("/dev/null").expect("open");
+    let event = event();
     let body = irqs(0x24, 2, 0, 1);
     let message = bytes(0, SET_IRQS, NO_REPLY, 0, &body);
     client.stream.set_nonblocking(true).expect("set");
     let mut refused_in_a_row = 0;
     bed.daemon.wait_for("the limit", || {
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&null);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&event);
         while client.stream.send_with_fds(&[&message[..]], &[fd]).is_ok() {
             refused_in_a_row = 0;
         }

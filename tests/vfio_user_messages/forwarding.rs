@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, accept, answer, eventually};
+use crate::bed::{Bed, CLIENT_TEXT, accept, answer, event, eventually};
 use crate::connection::{
     Connection, DIRTY_PAGES, DMA_MAP, DMA_UNMAP, FEATURE, GET_INFO, NO_REPLY, REGION_INFO,
     REGION_READ, REGION_WRITE, RESET, SET_IRQS, VERSION, dma_map, dma_unmap, irqs, region,
@@ -37,8 +37,8 @@ fn each_end_gets_the_capabilities_of_the_other_and_the_interposer() {
     // Messages beyond the server's limits do not reach it.
     let reply = client.call(REGION_READ, &region(0, 0, 4097, &[]), &[]);
     assert_eq!(reply.errno(), libc::E2BIG);
-    let null = File::open("/dev/null").expect("open");
-    let four = [null.as_fd(); 4];
+    let event = event();
+    let four = [event.as_fd(); 4];
     let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 4), &four);
     assert_eq!(reply.errno(), libc::E2BIG);
 }
@@ -50,11 +50,10 @@ fn descriptors_pass_both_ways_with_their_message() {
     let mut kept = Vec::new();
     let (mut client, _scripted) = bed.pair(move |server, msg| match msg.cmd {
         SET_IRQS => {
-            // Sends a byte over each descriptor, as if it were an event.
-            for (fd, n) in msg.fds.drain(..).zip(b'a'..) {
-                let mut socket = UnixStream::from(fd);
-                socket.write_all(&[n]).expect("written");
-                kept.push(socket);
+            for (fd, n) in msg.fds.drain(..).zip(1u64..) {
+                let mut event = File::from(fd);
+                event.write_all(&n.to_ne_bytes()).expect("written");
+                kept.push(event);
             }
             false
         }
@@ -64,16 +63,14 @@ fn descriptors_pass_both_ways_with_their_message() {
         }
         _ => false,
     });
-    let events: Vec<_> = (0..3)
-        .map(|_| UnixStream::pair().expect("sockets"))
-        .collect();
-    let fds: Vec<_> = events.iter().map(|(_, theirs)| theirs.as_fd()).collect();
+    let events = [event(), event(), event()];
+    let fds: Vec<_> = events.iter().map(AsFd::as_fd).collect();
     let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 3), &fds);
     assert_eq!(reply.errno(), 0);
-    for ((mut ours, _theirs), expected) in events.into_iter().zip(b'a'..) {
-        let mut byte = [0];
-        ours.read_exact(&mut byte).expect("a byte");
-        assert_eq!(byte, [expected]);
+    for (event, expected) in events.into_iter().zip(1u64..) {
+        let mut count = [0; 8];
+        File::from(event).read_exact(&mut count).expect("a count");
+        assert_eq!(u64::from_ne_bytes(count), expected);
     }
     let mut reply = client.call(REGION_INFO, &[7; 32], &[]);
     assert_eq!(reply.body, [7; 32]);
@@ -82,6 +79,29 @@ fn descriptors_pass_both_ways_with_their_message() {
     let mut byte = [0];
     theirs.read_exact(&mut byte).expect("a byte");
     assert!(client.call(RESET, &[], &[]).fds.is_empty());
+}
+
+/// The server writes to the descriptors of interrupts: one that is no eventfd could make it wait, or reach a file.
+#[test]
+fn interrupts_that_are_no_eventfds_are_refused_and_do_not_reach_the_server() {
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, scripted) = bed.pair(|_, _| false);
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (socket, _peer) = UnixStream::pair().expect("sockets");
+    let null = File::open("/dev/null").expect("open");
+    let event = event();
+    let others = [reader.as_fd(), writer.as_fd(), socket.as_fd(), null.as_fd()];
+    for (n, other) in others.into_iter().enumerate() {
+        for fds in [&[other][..], &[event.as_fd(), other]] {
+            let count = u32::try_from(fds.len()).expect("few");
+            let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, count), fds);
+            assert_eq!(reply.errno(), libc::EINVAL, "descriptor {n} of {count}");
+        }
+    }
+    let reply = client.call(SET_IRQS, &irqs(0x24, 2, 0, 1), &[event.as_fd()]);
+    assert_eq!(reply.errno(), 0, "the client is served as before");
+    let received = scripted.each(SET_IRQS, |m| m.fds.len());
+    assert_eq!(received, [1], "the server has the eventfd alone");
 }
 
 #[test]

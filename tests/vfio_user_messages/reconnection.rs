@@ -7,7 +7,7 @@ use std::time::Duration;
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, eventually, start_scripted_server};
+use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, event, eventually, start_scripted_server};
 use crate::connection::{
     Connection, DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region,
     version_body,
@@ -20,7 +20,7 @@ fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     let (mut client, mut server) = bed.raw_pair();
-    let null = File::open("/dev/null").expect("open");
+    let event = event();
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(IOVA, 0, 0x1000, Access::READ));
         let window = server.recv().expect("a window");
@@ -30,7 +30,7 @@ fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
     let id = client.ask(
         SET_IRQS,
         &irqs(0x24, 2, 4, 2),
-        &[null.as_fd(), null.as_fd()],
+        &[event.as_fd(), event.as_fd()],
     );
     let forwarded = server.recv().expect("forwarded");
     server.reply(&forwarded, &[], &[]);

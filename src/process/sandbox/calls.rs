@@ -101,6 +101,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&EVENT_LOOP));
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
+            list.extend(always(&PEER_EVENTS));
             list.extend(always(&CONNECT));
             list.extend(local_sockets(libc::SYS_socket));
             list.extend(descriptors());

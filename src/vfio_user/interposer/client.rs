@@ -1,6 +1,8 @@
 //! The client's messages: each is forwarded, answered here or refused.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,6 +11,7 @@ use zerocopy::IntoBytes;
 use super::peers::{MESSAGES_PER_TURN, Stage};
 use super::proxy::{CutOffReason, Proxy};
 use crate::process::event_loop::Events;
+use crate::process::peer_event;
 use crate::vfio_user::message::{
     Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
     RegionAccessBody, check_command, take,
@@ -136,6 +139,17 @@ impl Proxy {
             client.refuse(&header, libc::E2BIG);
             return Ok(());
         }
+        if command == Command::DeviceSetIrqs
+            && let Err(cause) = check_events(&message.descriptors)
+        {
+            warn_limited!(
+                "{}: the client's interrupts are refused: {cause}",
+                self.settings.name
+            );
+            let errno = cause.raw_os_error().unwrap_or(libc::EINVAL);
+            client.refuse(&header, errno);
+            return Ok(());
+        }
         let files = message.descriptors.into_iter().map(File::from);
         let files: Vec<Arc<File>> = files.map(Arc::new).collect();
         if command == Command::DeviceSetIrqs {
@@ -150,4 +164,12 @@ impl Proxy {
         }
         Ok(())
     }
+}
+
+/// Checks that the descriptors of interrupts are eventfds. The server signals them by a `write`, which waits for the
+/// client if the descriptor is a full pipe, or goes to whatever file the client has chosen.
+fn check_events(descriptors: &[OwnedFd]) -> io::Result<()> {
+    descriptors
+        .iter()
+        .try_for_each(|fd| peer_event::check(fd.as_fd()))
 }
