@@ -53,6 +53,7 @@ pub(super) struct Figures {
     pub devices: Vec<KindFigures>,
     pub limits: Vec<LimitFigures>,
     pub log_suppressed: u64,
+    pub log_lost: u64,
     pub clients_answered: u64,
     pub clients_cut_off: u64,
     pub unwritten: u64,
@@ -140,6 +141,7 @@ impl Figures {
             devices: device_figures(&subjects.devices()),
             limits: Vec::new(),
             log_suppressed: logging::suppressed(),
+            log_lost: logging::lost(),
             clients_answered: subjects.clients.answered.get(),
             clients_cut_off: subjects.clients.cut_off.get(),
             unwritten: subjects.clients.unwritten.get(),
@@ -182,7 +184,11 @@ impl Figures {
             },
             "readers": self.readers_json(),
             "limits": self.limits.iter().map(limit_json).collect::<Vec<_>>(),
-            "log": { "level": logging::level(), "suppressed": self.log_suppressed },
+            "log": {
+                "level": logging::level(),
+                "suppressed": self.log_suppressed,
+                "lost": self.log_lost,
+            },
             "clients": {
                 "answered": self.clients_answered,
                 "cut_off": self.clients_cut_off,

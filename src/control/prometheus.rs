@@ -48,6 +48,11 @@ impl Page {
             figures.log_suppressed,
         )?;
         self.counter(
+            "log_messages_lost_total",
+            "Log messages lost because nobody read standard error.",
+            figures.log_lost,
+        )?;
+        self.counter(
             "control_clients_cut_off_total",
             "Clients of the control and metrics sockets that got no answer.",
             figures.clients_cut_off,

@@ -239,7 +239,7 @@ fn counts(out: &mut String, answer: &Value) -> Result {
         out,
         "  chains returned unanswered: {}\n  requests failed by a backend: {}\n  worker: woken {} times; \
          polled {} times with success, {} without\n  faults: {} delivered, {} dropped\n  \
-         connections: {}, device resets: {}\n  messages not logged: {}; control clients: {} answered, \
+         connections: {}, device resets: {}\n  messages not logged: {}, lost: {}; control clients: {} answered, \
          {} cut off",
         answer["chains_refused"],
         pairs(&answer["backend_failures"]),
@@ -251,6 +251,7 @@ fn counts(out: &mut String, answer: &Value) -> Result {
         answer["connections"],
         answer["resets"],
         answer["log"]["suppressed"],
+        number(&answer["log"]["lost"]),
         answer["clients"]["answered"],
         answer["clients"]["cut_off"],
     )

@@ -1,5 +1,5 @@
 //! The log of the daemon of one VM: the VM's name in every line, a level that can change at run time, and a bound
-//! on the bytes written.
+//! on the bytes written. No thread waits for the reader of standard error (`sink`).
 //!
 //! `limit` limits each message that a guest or a peer can trigger, at the place where it is logged. The budgets
 //! here bound the sum of all messages, including those of libraries. Errors have a budget of their own, so that a
@@ -7,17 +7,19 @@
 
 pub mod journal;
 pub mod limit;
+mod sink;
 
 use std::fmt;
-use std::io::Write;
-use std::sync::OnceLock;
+use std::io::{self, Stderr, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use env_logger::{Builder, Env, Logger};
+use env_logger::{Builder, Env, Logger, Target};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use thiserror::Error;
 
+use self::sink::{LineWriter, Sink};
 use crate::locks::{Mutex, Rank, RwLock};
 
 /// Filters out the virtqueue library, which logs mistakes of the guest without a limit. This crate logs them, too,
@@ -79,8 +81,14 @@ pub fn suppressed() -> u64 {
         .map_or(0, |log| log.suppressed.load(Ordering::Relaxed))
 }
 
+/// The number of messages that standard error did not take: nobody read it, and the log waits for nobody.
+pub fn lost() -> u64 {
+    LOG.get().map_or(0, |log| log.sink.lost())
+}
+
 struct VmLog {
     name: String,
+    sink: Arc<Sink<Stderr>>,
     /// Whether standard error goes to the journal, which knows name and time. Set once, as the sandboxed daemon
     /// cannot check it later.
     to_journal: bool,
@@ -102,10 +110,13 @@ impl VmLog {
     fn new(name: &str) -> Self {
         let now = Instant::now();
         let to_journal = journal::stderr_is_journal();
+        let sink = Arc::new(Sink::new(io::stderr()));
+        let logger = builder(name, to_journal, &sink, None).build();
         Self {
             name: name.to_owned(),
+            sink,
             to_journal,
-            inner: RwLock::new(Rank::Logger, builder(name, to_journal, None).build()),
+            inner: RwLock::new(Rank::Logger, logger),
             budgets: Mutex::new(
                 Rank::LogBudgets,
                 Budgets {
@@ -126,7 +137,8 @@ impl VmLog {
             let parsed = level.parse::<LevelFilter>();
             Some(parsed.map_err(|_| LevelError::Unknown(level.to_owned()))?)
         };
-        *self.inner.write() = builder(&self.name, self.to_journal, level).build();
+        let logger = builder(&self.name, self.to_journal, &self.sink, level).build();
+        *self.inner.write() = logger;
         Ok(())
     }
 
@@ -181,7 +193,12 @@ impl Log for VmLog {
 }
 
 /// A builder of the logger with `level`, or with the level of the environment.
-fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder {
+fn builder(
+    name: &str,
+    to_journal: bool,
+    sink: &Arc<Sink<Stderr>>,
+    level: Option<LevelFilter>,
+) -> Builder {
     let mut builder = match level {
         Some(level) => {
             let mut builder = Builder::new();
@@ -193,6 +210,15 @@ fn builder(name: &str, to_journal: bool, level: Option<LevelFilter>) -> Builder 
             Builder::from_env(Env::default().default_filter_or(usual))
         }
     };
+    let head = if to_journal {
+        "<4>".into()
+    } else {
+        format!("[WARN  {}] {name}: ", module_path!())
+    };
+    builder.target(Target::Pipe(Box::new(LineWriter {
+        sink: sink.clone(),
+        head,
+    })));
     if to_journal {
         builder.format(journal::write);
         return builder;

@@ -86,6 +86,20 @@ impl Daemon {
         Self::start_command(command, directory, &["--config", path])
     }
 
+    /// Starts the daemon with a TOML configuration. `prepare` changes how the program starts, such as its standard
+    /// error.
+    pub fn with_config_prepared(toml: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        let directory = TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        fs::write(&path, toml).expect("configuration written");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+        command
+            .arg("--socket-path")
+            .arg(directory.path().join(SOCKET));
+        let path = path.to_str().expect("UTF-8");
+        Self::start_prepared(command, directory, &["--config", path], prepare)
+    }
+
     /// Starts the daemon with the flags of the sockets and these arguments.
     pub fn spawn(args: &[&str]) -> Self {
         Self::launch(TempDir::new().expect("temporary directory"), args)
@@ -123,17 +137,28 @@ impl Daemon {
         Self::start_command(command, directory, args)
     }
 
-    fn start_command(mut command: Command, directory: TempDir, args: &[&str]) -> Self {
+    fn start_command(command: Command, directory: TempDir, args: &[&str]) -> Self {
+        Self::start_prepared(command, directory, args, |_| {})
+    }
+
+    fn start_prepared(
+        mut command: Command,
+        directory: TempDir,
+        args: &[&str],
+        prepare: impl FnOnce(&mut Command),
+    ) -> Self {
         let stderr = fs::File::create(directory.path().join("stderr")).expect("stderr file");
-        let child = command
+        command
             .arg("--control-path")
             .arg(directory.path().join("control.sock"))
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(stderr)
-            .spawn()
-            .expect("the daemon starts");
+            .stderr(stderr);
+        prepare(&mut command);
+        let child = command.spawn().expect("the daemon starts");
+        // It holds standard error open.
+        drop(command);
         let pid = child.id();
         let child = Arc::new(Mutex::new(child));
         let watched = Arc::clone(&child);

@@ -1,7 +1,14 @@
 //! The content of the log, and its limits.
 
-use crate::bed::Bed;
-use crate::common::daemon::{EP, EP2, NO_EP};
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::channel;
+use std::time::Duration;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use crate::bed::{Bed, ctl};
+use crate::common::daemon::{Daemon, EP, EP2, NO_EP};
 use crate::common::guest::{Guest, LOW_RAM, Layout};
 use crate::common::rng::Rng;
 use crate::common::wire::{self, INVAL, NOENT, OK, RW, TAIL};
@@ -38,7 +45,7 @@ fn each_message_names_the_vm_the_endpoint_and_the_domain() {
 
 #[test]
 fn the_name_of_a_vm_defaults_to_that_of_its_file() {
-    let daemon = crate::common::daemon::Daemon::with_config("address = '00:05.0'");
+    let daemon = Daemon::with_config("address = '00:05.0'");
     assert_eq!(daemon.status()["name"], "vm");
     daemon.wait_for("its name in the log", || {
         daemon.log().contains("] vm: waiting for a VMM")
@@ -109,6 +116,87 @@ fn debug_messages_are_limited_too() {
     assert!(more < 256 << 10, "{more} bytes more");
     // Important messages still appear.
     assert_eq!(guest.detach(9, EP), INVAL);
+}
+
+/// Threads log while they hold locks. None may wait for whoever should read standard error.
+#[test]
+fn a_full_pipe_as_standard_error_delays_nobody() {
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let writer = OwnedFd::from(writer);
+    let filled = fill(&writer);
+    let toml = "name = 'web-1'\naddress = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\n";
+    let daemon = Daemon::with_config_prepared(toml, |command| {
+        command.stderr(writer);
+    });
+    let lost = || {
+        daemon.control("stats")["log"]["lost"]
+            .as_u64()
+            .expect("a count")
+    };
+    let at_start = lost();
+    assert!(at_start > 0, "the pipe is full");
+
+    let mut guest = Guest::boot(&daemon);
+    for domain in 0..20 {
+        assert_eq!(guest.attach(domain, NO_EP), NOENT, "the daemon logs that");
+    }
+    assert_eq!(guest.attach(1, EP), OK);
+    assert!(lost() > at_start);
+    let socket = daemon.control_socket();
+    let text = ctl(&socket, &["status"]).output().expect("it runs").stdout;
+    let text = String::from_utf8(text).expect("text");
+    assert!(text.contains(&format!("lost: {}", lost())), "{text}");
+
+    // Somebody reads again.
+    let mut read = vec![0; filled];
+    reader.read_exact(&mut read).expect("the old content");
+    let lost_before = lost();
+    guest.reboot();
+    assert_eq!(guest.attach(1, EP), OK);
+    daemon.control("log-level debug");
+    daemon.control("log-level info");
+    assert_eq!(lost(), lost_before);
+
+    daemon.terminate();
+    assert!(daemon.wait_for_end().success());
+    let mut log = String::new();
+    let (done, waiting) = channel();
+    std::thread::spawn(move || {
+        reader.read_to_string(&mut log).expect("text");
+        done.send(log)
+    });
+    let log = waiting.recv_timeout(Duration::from_secs(30));
+    let log = log.expect("nobody else has the pipe");
+    let first = log.lines().next().expect("a line");
+    assert!(first.contains("web-1: "), "{first}");
+    let notice = format!("{lost_before} messages before this one were lost");
+    assert!(first.contains(&notice), "{notice} in {first}");
+    assert!(log.contains("a signal ends the daemon"), "{log}");
+}
+
+/// SIGTERM ends a daemon whose standard error takes nothing.
+#[test]
+fn a_full_pipe_as_standard_error_does_not_delay_the_end() {
+    let (_reader, writer) = std::io::pipe().expect("a pipe");
+    let writer = OwnedFd::from(writer);
+    fill(&writer);
+    let daemon = Daemon::with_config_prepared("address = '00:05.0'", |command| {
+        command.stderr(writer);
+    });
+    daemon.terminate();
+    assert!(daemon.wait_for_end().success());
+}
+
+/// Fills a pipe, which blocks writers afterwards. Returns the number of bytes in it.
+fn fill(writer: &OwnedFd) -> usize {
+    let flags = fcntl_getfl(writer).expect("flags");
+    fcntl_setfl(writer, flags | OFlags::NONBLOCK).expect("set");
+    let mut filled = 0;
+    while let Ok(count) = rustix::io::write(writer, &[b'x'; 4096]) {
+        filled += count;
+    }
+    fcntl_setfl(writer, flags).expect("set");
+    filled
 }
 
 /// A hundred requests of random kinds; nearly all of them are wrong.

@@ -176,6 +176,12 @@ const EVERYWHERE: [c_long; 28] = [
     libc::SYS_writev,
 ];
 
+/// Writing a line of the log without waiting (`logging::sink`).
+#[cfg(target_arch = "x86_64")]
+const LOG: [c_long; 3] = [libc::SYS_pwritev2, libc::SYS_poll, libc::SYS_ppoll];
+#[cfg(not(target_arch = "x86_64"))]
+const LOG: [c_long; 2] = [libc::SYS_pwritev2, libc::SYS_ppoll];
+
 /// An event loop whose descriptors come and go (`process::event_loop`). Its set is made before the thread is confined.
 #[cfg(target_arch = "x86_64")]
 const EVENT_LOOP: [c_long; 3] = [
@@ -341,6 +347,7 @@ fn everywhere() -> Vec<Call> {
     let own = u64::from(std::process::id());
     let with = |call, argument| (call, Condition::With(argument));
     always(&EVERYWHERE)
+        .chain(always(&LOG))
         .chain([
             // No executable memory.
             with(libc::SYS_mmap, Argument::HasNone(2, exec)),

@@ -90,9 +90,19 @@ extern "C" fn name_the_call(_signal: c_int, about: *mut siginfo_t, _context: *mu
         b", which its filter does not allow; please report it\n",
     ];
     for part in parts {
+        let mut out = libc::pollfd {
+            fd: libc::STDERR_FILENO,
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // A full pipe must not keep the process from ending.
         // SAFETY:
-        // - part: valid for reads of its length; the call keeps nothing
-        unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
+        // - out: valid for reads and writes; a handler may make this call
+        if unsafe { libc::poll(&raw mut out, 1, 0) } == 1 {
+            // SAFETY:
+            // - part: valid for reads of its length; the call keeps nothing
+            unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
+        }
     }
     // SAFETY: no pointers are passed; the action was reset, so that it ends the process.
     unsafe { libc::raise(libc::SIGSYS) };
