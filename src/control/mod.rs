@@ -1,8 +1,8 @@
 //! The operator's interfaces to a running daemon: the control socket, and metrics at a socket or in a
 //! file. `docs/control.md` describes the protocol.
 //!
-//! One thread serves the clients one after the other. Deadlines bound the time of each client. The thread
-//! locks the core for a moment at a time: it builds long answers in pieces, and never waits for a client
+//! One thread serves the clients one after the other; another one writes the file. Deadlines bound the time of each
+//! client. The thread locks the core for a moment at a time: it builds long answers in pieces, and never waits for a client
 //! with the core locked.
 
 mod answer;
@@ -23,7 +23,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::warn;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
@@ -35,9 +35,8 @@ use crate::process::socket::{SocketFile, SocketRights, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::warn_limited;
 
-use self::textfile::TextfileWriter;
-
 pub use self::subjects::{ClientCounters, SetLimits, Subjects};
+pub use self::textfile::MetricsFile;
 
 /// Event numbers of the stop event and the watchdog. A listener has its index as number.
 const END: u64 = 16;
@@ -45,15 +44,13 @@ const PULSE: u64 = 17;
 /// The pause after a failed `accept`, so that the thread does not spin.
 const BACK_OFF: Duration = Duration::from_millis(100);
 
-/// The paths of the interfaces.
+/// The paths of the sockets.
 #[derive(Clone, Debug, Default)]
 pub struct ControlPaths {
     /// The path and the access rights of the control socket.
     pub control: Option<(PathBuf, SocketRights)>,
     /// The path and the access rights of the socket that answers `GET /metrics`.
     pub metrics: Option<(PathBuf, SocketRights)>,
-    /// A file with metrics, and the interval at which it is written.
-    pub textfile: Option<(PathBuf, Duration)>,
 }
 
 /// The control thread. Dropping it ends the thread and removes the sockets.
@@ -92,7 +89,6 @@ impl ControlServer {
         let mut server = ControlThread {
             pulse: pulse.clone(),
             listeners: Vec::new(),
-            textfile: None,
             events: EventLoop::new()?,
             stop: stop.clone(),
             subjects,
@@ -111,8 +107,6 @@ impl ControlServer {
                 server.listeners.push((listener, protocol));
             }
         }
-        let textfile = paths.textfile.clone();
-        server.textfile = textfile.map(|(path, interval)| TextfileWriter::new(path, interval));
         let listeners = server.listeners.iter().map(|(l, _)| l.as_raw_fd());
         let others = [(stop.event.as_raw_fd(), END), (pulse.event(), PULSE)];
         for (fd, id) in listeners.zip(0..).chain(others) {
@@ -162,7 +156,6 @@ impl Drop for ControlServer {
 /// The state of the thread.
 struct ControlThread {
     listeners: Vec<(UnixListener, Protocol)>,
-    textfile: Option<TextfileWriter>,
     events: EventLoop,
     stop: Arc<ThreadStop>,
     pulse: Arc<Pulse>,
@@ -170,15 +163,9 @@ struct ControlThread {
 }
 
 impl ControlThread {
-    fn run(mut self) {
+    fn run(self) {
         loop {
-            if let Some(file) = &mut self.textfile {
-                file.write_if_due(Instant::now(), &self.subjects);
-            }
-            let ready = match self
-                .events
-                .wait(self.textfile.as_ref().map(TextfileWriter::due))
-            {
+            let ready = match self.events.wait(None) {
                 Ok(ready) => ready,
                 Err(cause) => {
                     warn!("the control thread cannot wait for clients, and ends: {cause}");

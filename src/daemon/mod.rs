@@ -15,7 +15,7 @@ use thiserror::Error;
 use self::transport::{ServerStopper, VmmServer};
 
 use crate::config::{Config, Socket};
-use crate::control::{ControlPaths, ControlServer, SetLimits, Subjects};
+use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
 use crate::endpoints::sockets::rights;
@@ -84,6 +84,7 @@ pub struct Daemon {
     hotplug: Arc<Hotplug>,
     _qmp: Option<Arc<Qmp>>,
     control: Option<ControlServer>,
+    _metrics_file: Option<MetricsFile>,
     _shadow: Option<ShadowServer>,
 }
 
@@ -145,6 +146,16 @@ impl Daemon {
             },
             clients: Arc::default(),
         };
+        let no_thread = |source| DaemonError::System {
+            step: "start a thread",
+            source,
+        };
+        let metrics_file = config
+            .metrics
+            .textfile
+            .as_ref()
+            .map(|file| MetricsFile::start(file.path.clone(), file.interval, subjects.clone()));
+        let metrics_file = metrics_file.transpose().map_err(no_thread)?;
         let control = control_paths(config)
             .map(|paths| ControlServer::start(&paths, subjects).map_err(DaemonError::Socket))
             .transpose()?;
@@ -161,13 +172,7 @@ impl Daemon {
                 }
             })
         });
-        let qmp = qmp
-            .transpose()
-            .map_err(|source| DaemonError::System {
-                step: "start a thread",
-                source,
-            })?
-            .map(Arc::new);
+        let qmp = qmp.transpose().map_err(no_thread)?.map(Arc::new);
         let present = qmp.clone();
         let server = VmmServer::new(
             config.transport,
@@ -197,6 +202,7 @@ impl Daemon {
             hotplug,
             _qmp: qmp,
             control,
+            _metrics_file: metrics_file,
             _shadow: shadow,
         })
     }
@@ -280,7 +286,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Where the control socket, the metrics socket and the metrics file are; `None` if none is configured.
+/// Where the control socket and the metrics socket are; `None` if none is configured.
 fn control_paths(config: &Config) -> Option<ControlPaths> {
     let metrics = &config.metrics;
     let paths = ControlPaths {
@@ -292,12 +298,8 @@ fn control_paths(config: &Config) -> Option<ControlPaths> {
             .socket
             .clone()
             .map(|path| (path, rights(metrics.access))),
-        textfile: metrics
-            .textfile
-            .as_ref()
-            .map(|file| (file.path.clone(), file.interval)),
     };
-    let any = paths.control.is_some() || paths.metrics.is_some() || paths.textfile.is_some();
+    let any = paths.control.is_some() || paths.metrics.is_some();
     any.then_some(paths)
 }
 

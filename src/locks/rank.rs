@@ -70,6 +70,8 @@ pub enum Rank {
     SandboxFiles,
     /// The file rules of the control socket's thread.
     SandboxControlFiles,
+    /// The file rules of the thread that writes the file with metrics.
+    SandboxMetricsFiles,
     /// The rate limit of one kind of log message.
     LogLimit,
     /// The logger. A thread that holds any lock above may log.

@@ -19,7 +19,7 @@ pub const MEMORY: u64 = 0xa0_0000;
 pub const LENGTH: u64 = 0x10_0000;
 
 /// Names of the threads except the main thread, whose thread ID is the process ID.
-pub const THREADS: [&str; 8] = [
+pub const THREADS: [&str; 9] = [
     "vhost-user",
     "vring_worker",
     "control",
@@ -28,6 +28,7 @@ pub const THREADS: [&str; 8] = [
     "vfio-user",
     "faults",
     "signals",
+    "metrics-file",
 ];
 
 /// A daemon, a guest that has mapped memory, and the server of its emulated device.
@@ -49,10 +50,12 @@ impl Bed {
             "address = '00:05.0'\nbypass = false\n\
              [[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = {{ listen = {:?}, connect = {:?} }}\n\
-             [[endpoint]]\naddress = '00:07.0'\nshadow = {:?}\n",
+             [[endpoint]]\naddress = '00:07.0'\nshadow = {:?}\n\
+             [metrics]\ntextfile = {:?}\n",
             at("client"),
             at("server"),
             at("readers"),
+            at("vm.prom"),
         );
         let daemon = Daemon::with_config_and(&config, more);
         let mut guest = Guest::boot_with(&daemon, Setup::default());

@@ -75,10 +75,6 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             if let Some(plugged) = &needs.plugging {
                 list.extend(plugging(needs, plugged));
             }
-            if needs.textfile_folder.is_some() {
-                list.extend(always(&TEXTFILE));
-                list.extend(always(&REMOVE_SOCKETS));
-            }
         }
         Role::Shadow => {
             list.extend(always(&WAIT));
@@ -135,6 +131,10 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
         Role::Signals => {
             list.extend(always(&WAIT));
             list.extend(always(&MESSAGES));
+            list.extend(always(&REMOVE_SOCKETS));
+        }
+        Role::MetricsFile => {
+            list.extend(always(&TEXTFILE));
             list.extend(always(&REMOVE_SOCKETS));
         }
         Role::ShadowFaults | Role::Faults => list.extend(always(&PEER_EVENTS)),
@@ -497,7 +497,11 @@ mod tests {
             libc::SYS_keyctl,
             libc::SYS_userfaultfd,
         ];
-        for role in Role::ALL {
+        // That thread writes a file.
+        for role in Role::ALL
+            .into_iter()
+            .filter(|role| *role != Role::MetricsFile)
+        {
             let allowed = calls(role, &needs);
             for (number, _) in &allowed {
                 assert!(!never.contains(number), "{role:?} may call {number}");
@@ -519,17 +523,27 @@ mod tests {
         }
     }
 
-    /// With hotplug, only the thread that adds endpoints opens files.
+    /// Only the thread that adds endpoints opens files, and that of the metrics file.
     #[test]
-    fn only_control_may_open_files_to_add_endpoints() {
-        let needs = Needs {
+    fn files_are_opened_to_add_endpoints_and_for_metrics() {
+        let plugging = Needs {
             plugging: Some(Plugging::default()),
+            textfile_folder: Some("/run/metrics".into()),
             ..Needs::default()
         };
-        for role in Role::ALL {
-            let allowed = calls(role, &needs);
+        let plain = Needs {
+            plugging: None,
+            ..plugging.clone()
+        };
+        for (role, needs) in Role::ALL
+            .iter()
+            .flat_map(|role| [(*role, &plugging), (*role, &plain)])
+        {
+            let allowed = calls(role, needs);
             let opens = allowed.contains(&(libc::SYS_openat, Condition::Always));
-            assert_eq!(opens, role == Role::Control, "{role:?}");
+            let may =
+                role == Role::MetricsFile || role == Role::Control && needs.plugging.is_some();
+            assert_eq!(opens, may, "{role:?}");
             assert!(
                 !allowed
                     .iter()

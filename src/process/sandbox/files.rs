@@ -25,47 +25,52 @@ pub(super) fn rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
     with_sockets(needs, AccessFs::RemoveFile.into())
 }
 
-/// The rules for the thread `control` if it adds endpoints or writes a file with metrics. To add an endpoint it
-/// opens the device and creates the sockets.
+/// The rules for the thread `control` if it adds endpoints. To do so it opens the device and creates the sockets.
 ///
 /// # Errors
 /// As for [`rules`].
-pub(super) fn control_rules(needs: &Needs) -> Result<RulesetCreated, SandboxError> {
-    let mut rights: BitFlags<AccessFs> = AccessFs::RemoveFile.into();
-    if needs.plugging.is_some() {
-        rights |= AccessFs::MakeSock;
-    }
-    let mut rules = with_sockets(needs, rights)?;
-    if let Some(Plugging {
+pub(super) fn control_rules(
+    needs: &Needs,
+    plugging: &Plugging,
+) -> Result<RulesetCreated, SandboxError> {
+    let Plugging {
         nodes,
         sysfs_folders,
         ..
-    }) = &needs.plugging
-    {
-        let node =
-            AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
-        let folder = AccessFs::ReadFile | AccessFs::ReadDir;
-        let nodes = nodes.iter().map(|path| (path, node));
-        let folders = sysfs_folders.iter().map(|path| (path, folder));
-        for (path, rights) in nodes.chain(folders) {
-            rules = beneath(rules, path, rights)?;
-        }
-    }
-    if let Some(folder) = &needs.textfile_folder {
-        let file =
-            AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::RemoveFile;
-        rules = beneath(rules, folder, file)?;
+    } = plugging;
+    let mut rules = with_sockets(needs, AccessFs::RemoveFile | AccessFs::MakeSock)?;
+    let node = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::ReadDir | AccessFs::IoctlDev;
+    let folder = AccessFs::ReadFile | AccessFs::ReadDir;
+    let nodes = nodes.iter().map(|path| (path, node));
+    let folders = sysfs_folders.iter().map(|path| (path, folder));
+    for (path, rights) in nodes.chain(folders) {
+        rules = beneath(rules, path, rights)?;
     }
     Ok(rules)
 }
 
-fn with_sockets(needs: &Needs, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, SandboxError> {
-    let mut rules = Ruleset::default()
+/// The rules for the thread `metrics-file`, which writes a file into `folder` and renames it.
+///
+/// # Errors
+/// As for [`rules`].
+pub(super) fn textfile_rules(folder: &Path) -> Result<RulesetCreated, SandboxError> {
+    let file = AccessFs::MakeReg | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::RemoveFile;
+    beneath(without_files()?, folder, file)
+}
+
+/// Rules that allow nothing.
+fn without_files() -> Result<RulesetCreated, SandboxError> {
+    let rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::AbstractUnixSocket)?
         .create()?;
+    Ok(rules)
+}
+
+fn with_sockets(needs: &Needs, rights: BitFlags<AccessFs>) -> Result<RulesetCreated, SandboxError> {
+    let mut rules = without_files()?;
     for folder in &needs.socket_folders {
         // Making the socket reports a folder that is missing, with the cure.
         if folder.is_dir() {
@@ -101,14 +106,38 @@ fn beneath(
     Ok(rules.add_rule(PathBeneath::new(opened, rights))?)
 }
 
-/// Puts the calling thread and the threads that it starts under the rules. Returns whether the kernel enforces
-/// them.
+/// How far the kernel enforces the rules for files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileRules {
+    /// All of them.
+    Enforced,
+    /// Those that its version of Landlock has: opening, making and removing files are among them in every version.
+    Partial,
+    /// None: the kernel has no Landlock.
+    Missing,
+}
+
+impl FileRules {
+    /// The name in answers to the operator.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Enforced => "enforced",
+            Self::Partial => "partial",
+            Self::Missing => "missing",
+        }
+    }
+}
+
+/// Puts the calling thread and the threads that it starts under the rules.
 ///
 /// # Errors
 /// The kernel refuses, for example because the thread has 16 layers of rules already.
-pub(super) fn restrict(rules: RulesetCreated) -> Result<bool, SandboxError> {
-    let status = rules.restrict_self()?;
-    Ok(status.ruleset != RulesetStatus::NotEnforced)
+pub(super) fn restrict(rules: RulesetCreated) -> Result<FileRules, SandboxError> {
+    Ok(match rules.restrict_self()?.ruleset {
+        RulesetStatus::FullyEnforced => FileRules::Enforced,
+        RulesetStatus::PartiallyEnforced => FileRules::Partial,
+        RulesetStatus::NotEnforced => FileRules::Missing,
+    })
 }
 
 #[cfg(test)]
@@ -130,29 +159,35 @@ mod tests {
         })
     }
 
-    #[test]
-    fn control_reaches_devices_sockets_and_its_textfile() {
+    /// A folder with these folders, each with a file.
+    fn folders(names: &[&str]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().expect("a folder");
-        let at = |name: &str| folder.path().join(name);
-        for name in ["dev", "sys", "run", "metrics", "other"] {
-            fs::create_dir(at(name)).expect("a folder");
-            fs::write(at(name).join("file"), "text").expect("a file");
+        for name in names {
+            let inner = folder.path().join(name);
+            fs::create_dir(&inner).expect("a folder");
+            fs::write(inner.join("file"), "text").expect("a file");
         }
+        folder
+    }
+
+    #[test]
+    fn control_reaches_devices_and_sockets() {
+        let folder = folders(&["dev", "sys", "run", "metrics", "other"]);
+        let at = |name: &str| folder.path().join(name);
         let plugging = Plugging {
             nodes: vec![at("dev"), at("missing")],
             sysfs_folders: vec![at("sys")],
             ..Plugging::default()
         };
         let needs = Needs {
-            plugging: Some(plugging),
             textfile_folder: Some(at("metrics")),
             socket_folders: vec![at("run")],
             ..Needs::default()
         };
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let rules = control_rules(&needs).expect("rules");
-                if !restrict(rules).expect("restricted") {
+                let rules = control_rules(&needs, &plugging).expect("rules");
+                if restrict(rules).expect("restricted") == FileRules::Missing {
                     return;
                 }
                 let file = |name: &str| at(name).join("file");
@@ -162,12 +197,33 @@ mod tests {
                 fs::read(file("sys")).expect("a fact");
                 assert!(is_refused(fs::write(file("sys"), "")));
                 UnixListener::bind(at("run").join("socket")).expect("a socket");
-                fs::write(file("metrics"), "figures").expect("metrics");
-                fs::rename(file("metrics"), at("metrics").join("new")).expect("the same folder");
-                assert!(is_refused(fs::read(at("metrics").join("new"))));
+                assert!(is_refused(fs::write(file("metrics"), "figures")));
                 assert!(is_refused(fs::read(file("run"))));
                 assert!(is_refused(fs::read(file("other"))));
                 assert!(is_refused(UnixListener::bind(at("other").join("socket"))));
+            });
+        });
+    }
+
+    #[test]
+    fn the_metrics_thread_reaches_its_folder() {
+        let folder = folders(&["metrics", "run"]);
+        let at = |name: &str| folder.path().join(name);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let rules = textfile_rules(&at("metrics")).expect("rules");
+                if restrict(rules).expect("restricted") == FileRules::Missing {
+                    return;
+                }
+                let file = |name: &str| at(name).join("file");
+                fs::write(file("metrics"), "figures").expect("metrics");
+                fs::rename(file("metrics"), at("metrics").join("new")).expect("the same folder");
+                assert!(is_refused(fs::read(at("metrics").join("new"))));
+                fs::remove_file(at("metrics").join("new")).expect("its own");
+                assert!(is_refused(fs::read(file("run"))));
+                assert!(is_refused(fs::write(file("run"), "")));
+                assert!(is_refused(fs::remove_file(file("run"))));
+                assert!(is_refused(UnixListener::bind(at("metrics").join("s"))));
             });
         });
     }
@@ -184,7 +240,6 @@ mod tests {
                 other.path().join("missing"),
                 other.path().join("file"),
             ],
-            textfile_folder: Some(other.path().join("file")),
             ..Needs::default()
         };
         for folder in [&own, &other] {
@@ -196,7 +251,8 @@ mod tests {
         let elsewhere = UnixListener::bind_addr(&abstract_name).expect("a socket");
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                control_rules(&needs).expect("rules for control");
+                control_rules(&needs, &Plugging::default()).expect("rules for control");
+                textfile_rules(&other.path().join("file")).expect("rules for metrics");
                 let rules = rules(&needs).expect("rules");
                 let status = rules.restrict_self().expect("restricted").ruleset;
                 if status == RulesetStatus::NotEnforced {

@@ -14,6 +14,7 @@ mod calls;
 mod files;
 mod filter;
 mod privileges;
+mod protection;
 mod role;
 mod system;
 
@@ -30,7 +31,9 @@ use thiserror::Error;
 
 use crate::locks::{Mutex, Rank};
 
+pub use files::FileRules;
 pub use filter::Violation;
+pub use protection::Protection;
 pub use role::{Needs, Plugging, Role};
 
 /// The sandbox of this process, if it is armed. A process can be armed only once, because the confinement
@@ -94,16 +97,20 @@ struct Armed {
     /// The Landlock rules. The main thread takes them, because threads that start later inherit its rules. They
     /// stay here if the thread `control` starts threads.
     files: Mutex<Option<RulesetCreated>>,
-    /// The Landlock rules of the thread `control`, if it adds endpoints or writes a file with metrics.
+    /// The Landlock rules of the thread `control`, if it adds endpoints.
     control_files: Mutex<Option<RulesetCreated>>,
+    /// The Landlock rules of the thread `metrics-file`.
+    metrics_files: Mutex<Option<RulesetCreated>>,
+    /// How far the kernel enforces rules for files. The first thread that is confined finds out.
+    enforced: OnceLock<FileRules>,
 }
 
 /// Arms the process. The caller must do so before it starts any thread. From then on [`spawn`] confines the
 /// threads it starts, and [`enter`] confines other threads.
 ///
 /// # Errors
-/// See [`SandboxError`]. A kernel without Landlock is not an error: the filters allow only the thread `control` to
-/// open files, and only if the configuration needs that. [`enter`] then warns.
+/// See [`SandboxError`]. A kernel without Landlock is not an error: the filters allow only the threads `control` and
+/// `metrics-file` to open files, and only if the configuration needs that. [`enter`] then warns.
 pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
     system::check_filters()?;
     system::limit_the_allocator_to_one_arena();
@@ -112,12 +119,20 @@ pub fn arm(needs: Needs, violation: Violation) -> Result<(), SandboxError> {
     }
     privileges::confine_process(&needs)?;
     let control_files = needs
-        .opens_files()
-        .then(|| files::control_rules(&needs))
+        .plugging
+        .as_ref()
+        .map(|plugging| files::control_rules(&needs, plugging))
+        .transpose()?;
+    let metrics_files = needs
+        .textfile_folder
+        .as_deref()
+        .map(files::textfile_rules)
         .transpose()?;
     let armed = Armed {
         files: Mutex::new(Rank::SandboxFiles, Some(files::rules(&needs)?)),
         control_files: Mutex::new(Rank::SandboxControlFiles, control_files),
+        metrics_files: Mutex::new(Rank::SandboxMetricsFiles, metrics_files),
+        enforced: OnceLock::new(),
         needs,
         violation,
     };
@@ -163,35 +178,47 @@ pub fn enter(role: Role) {
     }
 }
 
+/// The protection of this process by its sandbox; `None` without a sandbox.
+pub fn protection() -> Option<Protection> {
+    let armed = ARMED.get()?;
+    Some(Protection {
+        files: *armed.enforced.get()?,
+        control_opens_files: armed.needs.plugging.is_some(),
+        writes_metrics: armed.needs.textfile_folder.is_some(),
+    })
+}
+
 impl Armed {
     /// Confines the calling thread.
     fn confine(&self, role: Role) -> Result<(), SandboxError> {
         CONFINED.set(Some(role));
         let programs = filter::programs(role, &self.needs, self.violation)?;
-        let mut rights = None;
+        let mut kept_by_any = CapabilitySet::empty();
         // Children of the main thread inherit its capabilities and Landlock rules.
         if !role.is_child_of_main() {
-            let kept = privileges::drop_capabilities(&self.needs)?;
-            rights = Some((kept, self.restrict_files(role)?));
+            kept_by_any = privileges::drop_capabilities(&self.needs)?;
+            self.restrict_files(role)?;
         }
         for program in &programs {
             seccompiler::apply_filter(program).map_err(SandboxError::Install)?;
         }
-        match rights {
-            Some((kept, enforced)) if role == Role::Main => {
-                log_confinement(kept, enforced, &self.needs);
-            }
-            _ => debug!("{} is confined", role.name()),
+        if role == Role::Main {
+            log_confinement(kept_by_any);
+        } else {
+            debug!("{} is confined", role.name());
         }
         Ok(())
     }
 
-    /// Puts the calling thread under the Landlock rules of its role. Returns whether the kernel enforces them.
-    fn restrict_files(&self, role: Role) -> Result<bool, SandboxError> {
+    /// Puts the calling thread under the Landlock rules of its role.
+    fn restrict_files(&self, role: Role) -> Result<(), SandboxError> {
         let mut files = self.files.lock();
         let mut control_files = self.control_files.lock();
+        let mut metrics_files = self.metrics_files.lock();
         let rules = if role == Role::Control && control_files.is_some() {
             control_files.take()
+        } else if role == Role::MetricsFile && metrics_files.is_some() {
+            metrics_files.take()
         } else if role == Role::Main && self.needs.plugging.is_none() {
             files.take()
         } else {
@@ -202,58 +229,31 @@ impl Armed {
             })?
         };
         // Without rules here, the main thread has taken them, and this thread has inherited them.
-        rules.map_or(Ok(true), files::restrict)
+        if let Some(rules) = rules {
+            let enforced = files::restrict(rules)?;
+            self.enforced.get_or_init(|| enforced);
+        }
+        Ok(())
     }
 }
 
-fn log_confinement(kept: CapabilitySet, enforced: bool, needs: &Needs) {
-    let files = files_protection(enforced, needs);
+fn log_confinement(kept: CapabilitySet) {
+    let Some(protection) = protection() else {
+        return;
+    };
     let names: Vec<_> = kept.iter_names().map(|(name, _)| name).collect();
     let kept = if names.is_empty() {
         "none".into()
     } else {
         names.join(", ")
     };
+    let files = protection.summary();
     info!("sandboxed: system calls filtered, files {files}, capabilities {kept}");
-    if !enforced && needs.opens_files() {
+    if protection.files == FileRules::Missing {
         warn!(
-            "without Landlock the thread `control`, which reads what clients send, can open every file that the \
-             daemon's user can: `hotplug` and `metrics.textfile` need files; use a kernel with Landlock \
-             (CONFIG_SECURITY_LANDLOCK, and `landlock` in its parameter lsm=), or leave out both keys"
+            "without Landlock {}; use a kernel with Landlock (CONFIG_SECURITY_LANDLOCK, and `landlock` in its \
+             parameter lsm=)",
+            protection.absent().join("; ")
         );
-    }
-}
-
-/// The protection of files, as a part of a sentence. `enforced` tells whether the kernel has Landlock.
-fn files_protection(enforced: bool, needs: &Needs) -> &'static str {
-    match (enforced, needs.opens_files()) {
-        (true, false) => "out of reach",
-        (true, true) => "out of reach, except those of `hotplug` and `metrics.textfile`",
-        (false, false) => "protected by the filter alone, as this kernel has no Landlock",
-        (false, true) => "NOT protected from the thread `control`, as this kernel has no Landlock",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_log_does_not_promise_protection_that_only_landlock_gives() {
-        let plain = Needs::default();
-        let plugging = Needs {
-            plugging: Some(Plugging::default()),
-            ..Needs::default()
-        };
-        let textfile = Needs {
-            textfile_folder: Some("/run/metrics".into()),
-            ..Needs::default()
-        };
-        assert_eq!(files_protection(true, &plain), "out of reach");
-        assert!(files_protection(false, &plain).contains("filter alone"));
-        for needs in [&plugging, &textfile] {
-            assert!(files_protection(true, needs).contains("except"));
-            assert!(files_protection(false, needs).contains("NOT protected"));
-        }
     }
 }

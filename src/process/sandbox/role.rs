@@ -36,12 +36,14 @@ pub enum Role {
     Watchdog,
     /// Listens for resets of the VM at the QMP socket of the VMM.
     Qmp,
+    /// Writes the file with metrics. It reads nothing that another process sends.
+    MetricsFile,
 }
 
 list_variants!(
     Role:
     Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, VirtioPci,
-    PciWorker, Signals, Watchdog, Qmp,
+    PciWorker, Signals, Watchdog, Qmp, MetricsFile,
 );
 
 impl Role {
@@ -67,7 +69,8 @@ impl Role {
             | Self::PciWorker
             | Self::Signals
             | Self::Watchdog
-            | Self::Qmp => false,
+            | Self::Qmp
+            | Self::MetricsFile => false,
         }
     }
 
@@ -89,6 +92,7 @@ impl Role {
             Self::Signals => "signals",
             Self::Watchdog => "watchdog",
             Self::Qmp => "qmp",
+            Self::MetricsFile => "metrics-file",
         }
     }
 }
@@ -113,17 +117,10 @@ pub struct Needs {
     pub plugging: Option<Plugging>,
     /// Sockets get a configured mode or group, also those of added endpoints.
     pub socket_rights: bool,
-    /// The folder in which the thread `control` writes a file with metrics.
+    /// The folder in which the thread `metrics-file` writes its file.
     pub textfile_folder: Option<PathBuf>,
     /// The folders of the sockets. The daemon removes their files at its end.
     pub socket_folders: Vec<PathBuf>,
-}
-
-impl Needs {
-    /// Whether the filter of the thread `control` allows opening files. Only Landlock limits which.
-    pub(super) const fn opens_files(&self) -> bool {
-        self.plugging.is_some() || self.textfile_folder.is_some()
-    }
 }
 
 #[cfg(test)]
