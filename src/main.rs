@@ -22,6 +22,7 @@ use vhost_device_iommu::host::sysfs::HostRoot;
 use vhost_device_iommu::host::tree::HostTree;
 use vhost_device_iommu::logging;
 use vhost_device_iommu::logging::journal;
+use vhost_device_iommu::process::connector;
 use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
@@ -125,7 +126,12 @@ fn serve(args: &RunArgs) -> Outcome {
         } else {
             Violation::Kill
         };
-        sandbox::arm(sandbox_needs::needs(&config), violation)?;
+        let needs = sandbox_needs::needs(&config);
+        let connects = needs.connects();
+        sandbox::arm(needs, violation)?;
+        if connects {
+            connector::start(sandbox_needs::reachable_sockets(&config))?;
+        }
     }
     let signal_handler = signals::handle_signals()?;
     let mut daemon = Daemon::new(&config)?;

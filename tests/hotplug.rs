@@ -135,6 +135,10 @@ fn all_sockets_have_the_configured_mode_and_group() {
 fn invalid_additions_and_removals_are_refused_with_their_cure() {
     let daemon = Daemon::with_config(CONFIG);
     let before = daemon.status();
+    let nowhere = format!(
+        "vfio-user = {{ listen = '/no/where', connect = {:?} }}",
+        daemon.socket().with_file_name("server")
+    );
     for (args, cure) in [
         (&["add-endpoint", "00:06.0"][..], "overlap"),
         (&["add-endpoint", "00:05.0"], "IOMMU's own"),
@@ -157,13 +161,14 @@ fn invalid_additions_and_removals_are_refused_with_their_cure() {
             ],
             "vhost-device-iommu check",
         ),
+        (&["add-endpoint", "00:07.0", &nowhere], "/no/where"),
         (
             &[
                 "add-endpoint",
                 "00:07.0",
                 "vfio-user = { listen = '/no/where', connect = '/x' }",
             ],
-            "/no/where",
+            "out of the daemon's reach",
         ),
         (&["remove-endpoint", "00:07.0"], "ctl SOCKET status"),
         (&["remove-endpoint", "00:06.0-00:06.1"], "ctl SOCKET status"),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{Config, ConfiguredDevice, Socket, SocketAccess};
 use crate::endpoints::kinds;
+use crate::process::connector::ReachableSockets;
 use crate::process::sandbox::{Needs, Plugging};
 
 /// The system calls, ioctls and files that a daemon with this configuration needs while it serves.
@@ -46,6 +47,24 @@ pub fn needs(config: &Config) -> Needs {
     needs
 }
 
+/// The sockets to which the threads of a daemon with this configuration may connect while it serves. With `hotplug` they
+/// are all sockets in the folders in which the file has the sockets of endpoints and of the daemon: endpoints that are
+/// added later have theirs there.
+pub fn reachable_sockets(config: &Config) -> ReachableSockets {
+    let servers = || config.devices.emulated.iter().map(|device| &device.connect);
+    let mut folders = Vec::new();
+    if !config.topology.expected().is_empty() {
+        folders = needs(config).socket_folders;
+        folders.extend(servers().map(|path| folder(path)));
+        folders.sort_unstable();
+        folders.dedup();
+    }
+    ReachableSockets {
+        paths: servers().chain(&config.qmp).cloned().collect(),
+        folders,
+    }
+}
+
 /// The folder of a file. A bare name stands for a file in the working directory.
 fn folder(file: &Path) -> PathBuf {
     match file.parent() {
@@ -86,5 +105,24 @@ mod tests {
                 .socket_folders
                 .contains(&PathBuf::from("/run/readers"))
         );
+    }
+
+    #[test]
+    fn only_configured_sockets_are_connected_to_and_with_hotplug_their_neighbours() {
+        let file = "address = \"00:05.0\"\nsocket = \"/run/vm/iommu.sock\"\nqmp = \"/run/qemu/qmp.sock\"\n";
+        let endpoint = "[[endpoint]]\naddress = \"00:06.0\"\n\
+                        vfio-user = { listen = \"/run/vm/l\", connect = \"/run/server/c\" }\n";
+        let of = |text: &str| {
+            reachable_sockets(&Config::from_text(Path::new("vm.toml"), text).expect("good"))
+        };
+        let paths = |paths: &[&str]| paths.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let plain = of(&format!("{file}{endpoint}"));
+        assert_eq!(plain.paths, paths(&["/run/server/c", "/run/qemu/qmp.sock"]));
+        assert_eq!(plain.folders, paths(&[]));
+        let hotplug = "hotplug = [\"01:00.0-01:1f.7\"]\n";
+        let plugging = of(&format!("{file}{hotplug}{endpoint}"));
+        assert_eq!(plugging.paths, plain.paths);
+        // QEMU's monitor gives control over the VMM: its folder is not among them.
+        assert_eq!(plugging.folders, paths(&["/run/server", "/run/vm"]));
     }
 }

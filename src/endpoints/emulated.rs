@@ -11,6 +11,7 @@ use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::backends::vfio_user::{EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, VfioUser, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
+use crate::process::connector;
 use crate::process::sandbox::Needs;
 use crate::process::socket::{SocketRights, bind_for};
 use crate::topology::Topology;
@@ -108,6 +109,9 @@ impl EndpointKind for EmulatedKind {
         let Some(device) = plug.config.devices.emulated_at(plug.endpoint) else {
             return Ok(OpenDevice::default());
         };
+        if !connector::may_connect(&device.connect) {
+            return Err(PlugError::OutOfReach(device.connect.clone()));
+        }
         let access = rights(plug.config.socket_access);
         Ok(open(device, access, &plug.config.topology, plug.faults)?)
     }

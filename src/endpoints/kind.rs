@@ -1,6 +1,7 @@
 //! The trait that every kind of endpoint implements. [`super::kinds`] has the table of implementations.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -129,6 +130,13 @@ pub enum PlugError {
          the ranges for later endpoints, and start the VM anew"
     )]
     Unprepared,
+    /// The sandbox was made for the folders of the file's sockets alone.
+    #[error(
+        "{0:?} is out of the daemon's reach: it connects only to sockets in folders where the file places a socket or \
+         names that of a device; put the server's socket into one of them, or name one of its folder in the file and \
+         start the VM anew"
+    )]
+    OutOfReach(PathBuf),
     /// A passthrough device cannot be used.
     #[error(transparent)]
     Passthrough(#[from] PassthroughError),

@@ -1,6 +1,7 @@
-//! The process of the daemon: sandbox, service manager, watchdog, sockets, inherited descriptors, budgets of peers. Nothing
+//! The process of the daemon: sandbox, service manager, watchdog, sockets, connections, inherited descriptors, budgets of peers. Nothing
 //! here depends on the virtio device.
 
+pub mod connector;
 pub mod event_loop;
 pub mod inherited;
 pub mod peer_event;

@@ -4,16 +4,15 @@ use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use log::debug;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
-/// The time a connection attempt may take. After that the listener counts as alive: its backlog is full.
-const PROBE: Duration = Duration::from_secs(1);
+use crate::process::connector;
+
 /// The most clients that wait to be accepted.
 const BACKLOG: i32 = 128;
 
@@ -178,17 +177,11 @@ fn bind_with(
 }
 
 /// Whether a process listens at `path`; `ConnectionRefused` if none does.
-///
-/// The attempt runs in a thread of its own, because `connect` waits while the backlog of a listener is full.
 fn probe(path: &Path) -> io::Result<()> {
-    let (sender, receiver) = sync_channel(1);
-    let path = path.to_owned();
-    std::thread::Builder::new()
-        .name("socket-probe".into())
-        .spawn(move || sender.send(UnixStream::connect(path).map(drop)))?;
-    match receiver.recv_timeout(PROBE) {
-        Ok(result) => result,
-        Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Ok(()),
+    match connector::connect(path) {
+        // The listener's backlog is full.
+        Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        outcome => outcome.map(drop),
     }
 }
 
@@ -199,6 +192,9 @@ fn identity(path: &Path) -> io::Result<Identity> {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::sync_channel;
+    use std::time::Duration;
 
     use super::*;
 

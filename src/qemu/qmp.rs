@@ -15,10 +15,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::warn;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::Value;
 
 use crate::locks::{Condvar, Mutex, Rank};
+use crate::process::connector;
 use crate::process::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
@@ -172,12 +172,9 @@ fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
     }
 }
 
-/// Connects without blocking: a listener with a full backlog fails the call.
+/// Connects without waiting: a listener with a full backlog fails the call.
 fn connect_to(path: &Path) -> io::Result<UnixStream> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let stream = UnixStream::from(socket);
+    let stream = UnixStream::from(connector::connect(path)?);
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)

@@ -9,14 +9,13 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use rustix::cmsg_space;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketType,
 };
 use thiserror::Error;
 
@@ -213,18 +212,6 @@ impl Outbox {
         }
         Ok(())
     }
-}
-
-/// Connects to the socket at `path` without waiting.
-///
-/// # Errors
-/// No process listens there, or too many clients wait to be accepted.
-pub fn connect(path: &Path) -> io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &address)?;
-    Ok(socket)
 }
 
 /// Whether a descriptor that a peer has sent is a Unix stream socket. To wait for another file could take as long as its

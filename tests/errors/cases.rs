@@ -864,6 +864,17 @@ pub const CASES: &[Case] = &[
         Ctl("", &["add-endpoint", "00:06.0", "vfio = '65:00.0'"]),
     ),
     case(
+        "PlugError::OutOfReach",
+        Ctl(
+            "hotplug = ['00:07.0']",
+            &[
+                "add-endpoint",
+                "00:07.0",
+                "vfio-user = { listen = '/run/l', connect = '/run/elsewhere/c' }",
+            ],
+        ),
+    ),
+    case(
         "PlugError::Unprepared",
         Ctl(
             "",

@@ -19,7 +19,7 @@ pub const MEMORY: u64 = 0xa0_0000;
 pub const LENGTH: u64 = 0x10_0000;
 
 /// Names of the threads except the main thread, whose thread ID is the process ID.
-pub const THREADS: [&str; 9] = [
+pub const THREADS: [&str; 10] = [
     "vhost-user",
     "vring_worker",
     "control",
@@ -28,6 +28,7 @@ pub const THREADS: [&str; 9] = [
     "vfio-user",
     "faults",
     "signals",
+    "connector",
     "metrics-file",
 ];
 

@@ -30,7 +30,7 @@ fn arguments_of_calls_are_checked() {
     let exec = bits(libc::PROT_READ | libc::PROT_EXEC);
     let anonymous = bits(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     let no_file = u64::MAX;
-    let refused: [(&str, c_long, [u64; 6]); 7] = [
+    let refused: [(&str, c_long, [u64; 6]); 10] = [
         // Makes memory executable.
         (
             "control",
@@ -40,10 +40,20 @@ fn arguments_of_calls_are_checked() {
         ("control", libc::SYS_mprotect, [0, 0, exec, 0, 0, 0]),
         // Opens a network socket.
         (
-            "vfio-user",
+            "connector",
             libc::SYS_socket,
             [bits(libc::AF_INET), bits(libc::SOCK_STREAM), 0, 0, 0, 0],
         ),
+        // Opens a socket that needs no connection.
+        (
+            "connector",
+            libc::SYS_socket,
+            [bits(libc::AF_UNIX), bits(libc::SOCK_DGRAM), 0, 0, 0, 0],
+        ),
+        // Sends a datagram to another socket than the connected one.
+        ("vfio-user", libc::SYS_sendto, [2, 0, 0, 0, 1 << 32, 0]),
+        // Takes a capability back.
+        ("vfio-user", libc::SYS_capset, [0; 6]),
         // Makes a process.
         (
             "main",
@@ -72,6 +82,31 @@ fn arguments_of_calls_are_checked() {
         let bed = Bed::new(&[]);
         call(bed.thread(thread), number, arguments, None);
         assert_killed(&bed, &format!("{thread}, call {number}"));
+    }
+}
+
+/// Only the thread `connector` can, and it reads nothing that a peer sends.
+#[test]
+fn threads_that_parse_messages_cannot_connect() {
+    for thread in [
+        "vfio-user",
+        "control",
+        "shadow",
+        "vhost-user",
+        "vring_worker",
+        "main",
+    ] {
+        for number in [libc::SYS_connect, libc::SYS_socket] {
+            let bed = Bed::new(&[]);
+            let stream = [libc::AF_UNIX, libc::SOCK_STREAM].map(|n| u64::from(n.cast_unsigned()));
+            call(
+                bed.thread(thread),
+                number,
+                [stream[0], stream[1], 0, 0, 0, 0],
+                None,
+            );
+            assert_killed(&bed, &format!("{thread}, call {number}"));
+        }
     }
 }
 

@@ -12,6 +12,9 @@ const IOVA: u64 = 0x7000_0000;
 const PAGE: u64 = 0xa0_0000;
 const NOENT: u8 = 6;
 
+const CONFIG: &str = "address = '00:05.0'\nbypass = false\nhotplug = ['00:06.0']\n\
+                      [[endpoint]]\naddress = '00:07.0'\n";
+
 fn add(daemon: &Daemon, client: &Path, server: &Path) {
     let answer = daemon.control(&format!(
         "add-endpoint address = '00:06.0', \
@@ -30,14 +33,11 @@ fn pair(client: &Path, listener: &UnixListener) -> (Connection, ScriptedServer) 
 
 #[test]
 fn an_added_emulated_device_reaches_mapped_memory_until_it_is_removed() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let server_path = folder.path().join("server");
-    let listener = UnixListener::bind(&server_path).expect("a socket");
-    let daemon = Daemon::with_config(
-        "address = '00:05.0'\nbypass = false\nhotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:07.0'\n",
-    );
+    let daemon = Daemon::with_config(CONFIG);
     // In the directory of the daemon's other sockets.
     let client_path = daemon.socket().with_file_name("client");
+    let server_path = daemon.socket().with_file_name("server");
+    let listener = UnixListener::bind(&server_path).expect("a socket");
     let mut guest = Guest::boot_with(&daemon, Setup::default());
     // The domain has a mapping and the VMM has sent its memory before there is a backend.
     assert_eq!(guest.attach(1, 0x38), 0);
@@ -72,4 +72,40 @@ fn an_added_emulated_device_reaches_mapped_memory_until_it_is_removed() {
     eventually("the daemon releases threads and descriptors", || {
         (daemon.thread_count(), daemon.fd_count()) == (threads + 1, descriptors)
     });
+}
+
+/// The thread that takes commands may be taken over by a client, and must not reach the sockets of other services.
+#[test]
+fn an_added_device_reaches_only_servers_beside_the_daemon_s_sockets() {
+    let daemon = Daemon::with_config(CONFIG);
+    let listen = daemon.socket().with_file_name("client");
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let server = elsewhere.path().join("server");
+    let listener = UnixListener::bind(&server).expect("a socket");
+    let own = daemon.socket().parent().expect("a folder").to_owned();
+    let name = elsewhere.path().file_name().expect("a name");
+    let around = own.join("..").join(name).join("server");
+    for path in [&server, &around] {
+        let answer = daemon.control(&format!(
+            "add-endpoint address = '00:06.0', vfio-user = {{ listen = {listen:?}, connect = {path:?} }}"
+        ));
+        let error = answer["error"].as_str().expect("a refusal");
+        assert!(error.contains("out of the daemon's reach"), "{error}");
+        assert!(!listen.exists(), "nothing has changed");
+    }
+    // A link beside the sockets is found out when the daemon connects.
+    let link = own.join("link");
+    std::os::unix::fs::symlink(&server, &link).expect("a link");
+    add(&daemon, &listen, &link);
+    let mut client = Connection::new(UnixStream::connect(&listen).expect("connected"));
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    daemon.wait_for("a refusal", || {
+        daemon.log().contains("it is a symbolic link")
+    });
+    listener.set_nonblocking(true).expect("set");
+    let accepted = listener.accept().map(drop);
+    assert_eq!(
+        accepted.expect_err("nobody has connected").kind(),
+        std::io::ErrorKind::WouldBlock
+    );
 }

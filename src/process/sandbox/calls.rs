@@ -19,9 +19,11 @@ pub(super) enum Condition {
     Always,
     /// If one argument has a certain value.
     With(Argument),
+    /// If two arguments have certain values.
+    Both(Argument, Argument),
 }
 
-/// A condition on the lower 32 bits of an argument. Arguments are counted from 0.
+/// A condition on an argument, on its lower 32 bits unless said otherwise. Arguments are counted from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Argument {
     /// This value.
@@ -30,6 +32,10 @@ pub(super) enum Argument {
     HasAll(u8, u64),
     /// A value with none of these bits.
     HasNone(u8, u64),
+    /// A value that has this part in the bits of the mask: the index, the mask, the part.
+    HasPart(u8, u64, u64),
+    /// A null pointer, in all 64 bits.
+    IsNull(u8),
 }
 
 /// The calls that a thread of this role may make.
@@ -88,8 +94,6 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
         }
         Role::Qmp => {
             list.extend(always(&MESSAGES));
-            list.extend(always(&CONNECT));
-            list.extend(local_sockets(libc::SYS_socket));
             list.extend(descriptors());
             list.extend(backends(needs));
         }
@@ -98,8 +102,6 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&PEER_EVENTS));
-            list.extend(always(&CONNECT));
-            list.extend(local_sockets(libc::SYS_socket));
             list.extend(descriptors());
         }
         Role::Export => {
@@ -133,6 +135,11 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(always(&REMOVE_SOCKETS));
         }
+        Role::Connector => {
+            list.extend(always(&CONNECT));
+            list.push(stream_sockets());
+            list.extend(always(&LOOK_AT_A_SOCKET));
+        }
         Role::MetricsFile => {
             list.extend(always(&TEXTFILE));
             list.extend(always(&REMOVE_SOCKETS));
@@ -144,7 +151,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
 }
 
 /// Locks, memory, time, the log, events, and the end of a thread.
-const EVERYWHERE: [c_long; 28] = [
+const EVERYWHERE: [c_long; 27] = [
     libc::SYS_brk,
     libc::SYS_clock_getres,
     libc::SYS_clock_gettime,
@@ -167,8 +174,6 @@ const EVERYWHERE: [c_long; 28] = [
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_yield,
-    // The signal handler, which runs on any thread, wakes the thread `signals` with it.
-    libc::SYS_sendto,
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
     libc::SYS_rseq,
@@ -220,8 +225,14 @@ const MESSAGES: [c_long; 7] = [
     libc::SYS_shutdown,
 ];
 
-/// Connecting a socket that `local_sockets` allows.
+/// Connecting a socket that `stream_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
+
+/// Recognizing a symbolic link.
+#[cfg(target_arch = "x86_64")]
+const LOOK_AT_A_SOCKET: [c_long; 3] = [libc::SYS_lstat, libc::SYS_newfstatat, libc::SYS_statx];
+#[cfg(not(target_arch = "x86_64"))]
+const LOOK_AT_A_SOCKET: [c_long; 2] = [libc::SYS_newfstatat, libc::SYS_statx];
 
 /// Type and size of a file of guest memory, and its name for an error message.
 #[cfg(target_arch = "x86_64")]
@@ -260,7 +271,7 @@ const PEER_EVENTS: [c_long; 2] = [libc::SYS_io_submit, libc::SYS_io_getevents];
 
 /// Opening devices, reading sysfs, and creating listening sockets.
 #[cfg(target_arch = "x86_64")]
-const OPEN: [c_long; 12] = [
+const OPEN: [c_long; 11] = [
     libc::SYS_bind,
     libc::SYS_capget,
     libc::SYS_capset,
@@ -272,10 +283,9 @@ const OPEN: [c_long; 12] = [
     libc::SYS_openat,
     libc::SYS_readlink,
     libc::SYS_readlinkat,
-    libc::SYS_socketpair,
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const OPEN: [c_long; 10] = [
+const OPEN: [c_long; 9] = [
     libc::SYS_bind,
     libc::SYS_capget,
     libc::SYS_capset,
@@ -285,7 +295,6 @@ const OPEN: [c_long; 10] = [
     libc::SYS_listen,
     libc::SYS_openat,
     libc::SYS_readlinkat,
-    libc::SYS_socketpair,
 ];
 
 /// Giving a socket its mode and its group.
@@ -355,6 +364,9 @@ fn everywhere() -> Vec<Call> {
             // Names of threads and of memory.
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_NAME))),
             with(libc::SYS_prctl, Argument::Is(0, bits(libc::PR_SET_VMA))),
+            // The signal handler, which runs on any thread, wakes the thread `signals` with it. Without an address: a
+            // datagram socket, such as that of the service manager, would reach any other one.
+            with(libc::SYS_sendto, Argument::IsNull(4)),
             // Debug builds check that a descriptor is open before they close it.
             with(libc::SYS_fcntl, Argument::Is(1, bits(libc::F_GETFD))),
             // If a fault is no stack overflow, Rust's handler resets the signal's action, so that the fault ends the
@@ -375,6 +387,7 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
         list.extend(calls(child, needs));
     }
     list.extend(always(&OPEN));
+    list.push(stream_sockets());
     // A new thread drops capabilities that this one has kept.
     let ambient = Argument::Is(0, u64::from(libc::PR_CAP_AMBIENT.unsigned_abs()));
     list.push((libc::SYS_prctl, Condition::With(ambient)));
@@ -439,9 +452,13 @@ fn ioctl(number: u32) -> Call {
     (libc::SYS_ioctl, Condition::With(number))
 }
 
-fn local_sockets(call: c_long) -> [Call; 1] {
-    let local = u64::from(libc::AF_UNIX.unsigned_abs());
-    [(call, Condition::With(Argument::Is(0, local)))]
+/// Creating a Unix stream socket. No datagram socket: it reaches every other one without `connect`.
+fn stream_sockets() -> Call {
+    let bits = |flags: libc::c_int| u64::from(flags.unsigned_abs());
+    let local = Argument::Is(0, bits(libc::AF_UNIX));
+    // The other bits are SOCK_CLOEXEC and SOCK_NONBLOCK.
+    let stream = Argument::HasPart(1, 0xf, bits(libc::SOCK_STREAM));
+    (libc::SYS_socket, Condition::Both(local, stream))
 }
 
 /// A thread that a library has started adds its own filter to the one of the main thread.
@@ -552,6 +569,26 @@ mod tests {
         }
     }
 
+    /// A thread that reads what a peer sends cannot connect to a socket of the peer's choice.
+    #[test]
+    fn only_the_connector_connects() {
+        let needs = Needs {
+            plugging: Some(Plugging::default()),
+            textfile_folder: Some("/run/metrics".into()),
+            ..Needs::all_without_files()
+        };
+        for role in Role::ALL {
+            let allowed = calls(role, &needs);
+            let has = |wanted| allowed.iter().any(|(number, _)| *number == wanted);
+            assert_eq!(has(libc::SYS_connect), role == Role::Connector, "{role:?}");
+            // The other one listens.
+            let makes_sockets = [Role::Connector, Role::Control].contains(&role);
+            assert_eq!(has(libc::SYS_socket), makes_sockets, "{role:?}");
+            assert!(!allowed.contains(&(libc::SYS_sendto, Condition::Always)));
+            assert!(!has(libc::SYS_socketpair), "{role:?}");
+        }
+    }
+
     /// Without a need in the configuration, threads reach neither other processes nor the host's IOMMU.
     #[test]
     fn calls_without_a_need_are_not_allowed() {
@@ -560,7 +597,6 @@ mod tests {
             let allowed = calls(role, &plain);
             let has = |wanted| allowed.iter().any(|(number, _)| *number == wanted);
             assert!(!has(libc::SYS_pidfd_send_signal), "{role:?}");
-            assert!(!has(libc::SYS_connect), "{role:?}");
         }
         let worker = calls(Role::Worker, &plain);
         assert!(!worker.iter().any(|(number, _)| *number == libc::SYS_ioctl));

@@ -72,10 +72,12 @@ fn rules(calls: &[Call]) -> Result<Rules, SandboxError> {
         rules.insert(*number, Vec::new());
     }
     for (number, allowed) in calls {
-        let Condition::With(argument) = allowed else {
-            continue;
+        let arguments = match allowed {
+            Condition::Always => continue,
+            Condition::With(argument) => vec![*argument],
+            Condition::Both(one, other) => vec![*one, *other],
         };
-        let rule = rule(argument)?;
+        let rule = rule(&arguments)?;
         match rules.get_mut(number) {
             Some(all) if all.is_empty() => {}
             Some(some) if some.contains(&rule) => {}
@@ -88,16 +90,25 @@ fn rules(calls: &[Call]) -> Result<Rules, SandboxError> {
     Ok(rules)
 }
 
-fn rule(argument: &Argument) -> Result<SeccompRule, SandboxError> {
-    let (index, operator, value) = match *argument {
-        Argument::Is(index, value) => (index, SeccompCmpOp::Eq, value),
-        Argument::HasAll(index, bits) => (index, SeccompCmpOp::MaskedEq(bits), bits),
-        Argument::HasNone(index, bits) => (index, SeccompCmpOp::MaskedEq(bits), 0),
-    };
-    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value);
-    condition
-        .and_then(|condition| SeccompRule::new(vec![condition]))
+/// The rule that all of these arguments are as they must be.
+fn rule(arguments: &[Argument]) -> Result<SeccompRule, SandboxError> {
+    let conditions = arguments.iter().copied().map(condition);
+    conditions
+        .collect::<Result<_, _>>()
+        .and_then(SeccompRule::new)
         .map_err(SandboxError::Filter)
+}
+
+fn condition(argument: Argument) -> Result<SeccompCondition, seccompiler::BackendError> {
+    let word = SeccompCmpArgLen::Dword;
+    let (index, len, operator, value) = match argument {
+        Argument::Is(index, value) => (index, word, SeccompCmpOp::Eq, value),
+        Argument::HasAll(index, bits) => (index, word, SeccompCmpOp::MaskedEq(bits), bits),
+        Argument::HasNone(index, bits) => (index, word, SeccompCmpOp::MaskedEq(bits), 0),
+        Argument::HasPart(index, mask, part) => (index, word, SeccompCmpOp::MaskedEq(mask), part),
+        Argument::IsNull(index) => (index, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0),
+    };
+    SeccompCondition::new(index, len, operator, value)
 }
 
 #[cfg(test)]

@@ -178,6 +178,11 @@ pub fn enter(role: Role) {
     }
 }
 
+/// Whether the calling thread is confined.
+pub fn is_confined() -> bool {
+    CONFINED.get().is_some()
+}
+
 /// The protection of this process by its sandbox; `None` without a sandbox.
 pub fn protection() -> Option<Protection> {
     let armed = ARMED.get()?;
@@ -196,7 +201,7 @@ impl Armed {
         let mut kept_by_any = CapabilitySet::empty();
         // Children of the main thread inherit its capabilities and Landlock rules.
         if !role.is_child_of_main() {
-            kept_by_any = privileges::drop_capabilities(&self.needs)?;
+            kept_by_any = privileges::drop_capabilities(role, &self.needs)?;
             self.restrict_files(role)?;
         }
         for program in &programs {
@@ -245,7 +250,7 @@ fn log_confinement(kept: CapabilitySet) {
     let kept = if names.is_empty() {
         "none".into()
     } else {
-        names.join(", ")
+        format!("{}, each in the threads that need it", names.join(", "))
     };
     let files = protection.summary();
     info!("sandboxed: system calls filtered, files {files}, capabilities {kept}");

@@ -36,6 +36,8 @@ pub enum Role {
     Watchdog,
     /// Listens for resets of the VM at the QMP socket of the VMM.
     Qmp,
+    /// Connects to sockets of other processes. It reads nothing that another process sends.
+    Connector,
     /// Writes the file with metrics. It reads nothing that another process sends.
     MetricsFile,
 }
@@ -43,7 +45,8 @@ pub enum Role {
 list_variants!(
     Role:
     Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, VirtioPci,
-    PciWorker, Signals, Watchdog, Qmp, MetricsFile,
+    PciWorker, Signals, Watchdog, Qmp, Connector,
+    MetricsFile,
 );
 
 impl Role {
@@ -70,6 +73,7 @@ impl Role {
             | Self::Signals
             | Self::Watchdog
             | Self::Qmp
+            | Self::Connector
             | Self::MetricsFile => false,
         }
     }
@@ -92,6 +96,7 @@ impl Role {
             Self::Signals => "signals",
             Self::Watchdog => "watchdog",
             Self::Qmp => "qmp",
+            Self::Connector => "connector",
             Self::MetricsFile => "metrics-file",
         }
     }
@@ -121,6 +126,13 @@ pub struct Needs {
     pub textfile_folder: Option<PathBuf>,
     /// The folders of the sockets. The daemon removes their files at its end.
     pub socket_folders: Vec<PathBuf>,
+}
+
+impl Needs {
+    /// Whether the daemon connects to sockets of other processes while it serves.
+    pub const fn connects(&self) -> bool {
+        self.emulated || self.qmp || self.plugging.is_some()
+    }
 }
 
 #[cfg(test)]

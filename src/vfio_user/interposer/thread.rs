@@ -14,11 +14,12 @@ use rustix::net::RecvFlags;
 
 use super::peers::{ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, ServerLeg, Stage};
 use super::proxy::{InterposerSettings, Proxy};
+use crate::process::connector;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::link::Link;
-use crate::vfio_user::socket::{Receiver, connect};
+use crate::vfio_user::socket::Receiver;
 use crate::{info_limited, warn_limited};
 
 /// How long the thread waits before it tries again to connect to a server or to accept a client.
@@ -243,7 +244,7 @@ impl Proxy {
             Err(cause) => return self.end_client(&cause.to_string()),
         };
         self.connect_at = now + RETRY;
-        match connect(&self.settings.server) {
+        match connector::connect(&self.settings.server) {
             Ok(socket) => {
                 let socket = Arc::new(socket);
                 let session = self.link.start_session(socket.clone(), &proposal.encode());
