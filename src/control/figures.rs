@@ -9,6 +9,7 @@ use crate::faults::FaultReason;
 use crate::iommu::{Totals, TotalsCursor};
 use crate::logging;
 use crate::metrics::Counter;
+use crate::process::sandbox::{self, Protection};
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
 use crate::shadow::Registry;
@@ -54,6 +55,8 @@ pub(super) struct Figures {
     pub limits: Vec<LimitFigures>,
     pub log_suppressed: u64,
     pub log_lost: u64,
+    /// The protection by the sandbox; `None` without a sandbox.
+    pub sandbox: Option<Protection>,
     pub clients_answered: u64,
     pub clients_cut_off: u64,
     pub unwritten: u64,
@@ -142,6 +145,7 @@ impl Figures {
             limits: Vec::new(),
             log_suppressed: logging::suppressed(),
             log_lost: logging::lost(),
+            sandbox: sandbox::protection(),
             clients_answered: subjects.clients.answered.get(),
             clients_cut_off: subjects.clients.cut_off.get(),
             unwritten: subjects.clients.unwritten.get(),
@@ -189,6 +193,7 @@ impl Figures {
                 "suppressed": self.log_suppressed,
                 "lost": self.log_lost,
             },
+            "sandbox": self.sandbox_json(),
             "clients": {
                 "answered": self.clients_answered,
                 "cut_off": self.clients_cut_off,
@@ -235,6 +240,15 @@ impl Figures {
             "polls_paid": self.polls_paid,
             "polls_paid_ns": self.polls_paid_ns,
             "polls_unpaid": self.polls_unpaid,
+        })
+    }
+
+    fn sandbox_json(&self) -> Value {
+        let files = self.sandbox.map(|protection| protection.files.name());
+        json!({
+            "filters": self.sandbox.is_some(),
+            "landlock": files.unwrap_or("off"),
+            "absent": self.sandbox.map(Protection::absent).unwrap_or_default(),
         })
     }
 

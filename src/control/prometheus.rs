@@ -3,6 +3,7 @@
 use std::fmt::{self, Display, Write};
 
 use super::figures::{Figures, KindFigures};
+use crate::process::sandbox::{FileRules, Protection};
 
 /// The prefix of every metric name.
 const PREFIX: &str = "vhost_device_iommu";
@@ -52,11 +53,25 @@ impl Page {
             "Log messages lost because nobody read standard error.",
             figures.log_lost,
         )?;
+        self.sandbox(figures.sandbox)?;
         self.counter(
             "control_clients_cut_off_total",
             "Clients of the control and metrics sockets that got no answer.",
             figures.clients_cut_off,
         )
+    }
+
+    fn sandbox(&mut self, protection: Option<Protection>) -> fmt::Result {
+        let name = "sandbox_enforced";
+        self.head(name, "gauge", "Whether a part of the sandbox is in force.")?;
+        let has_landlock = protection.is_some_and(|found| found.files != FileRules::Missing);
+        for (part, is_enforced) in [
+            ("filters", protection.is_some()),
+            ("landlock", has_landlock),
+        ] {
+            self.line(name, &[("part", &part)], u64::from(is_enforced))?;
+        }
+        Ok(())
     }
 
     fn state(&mut self, figures: &Figures) -> fmt::Result {
@@ -202,6 +217,16 @@ impl Page {
                 "readers_killed_total",
                 "Shadow readers that the daemon killed.",
                 readers.killed,
+            )?;
+            self.counter(
+                "readers_killed_slow_total",
+                "Shadow readers that the daemon killed because they made requests wait too often.",
+                readers.killed_slow,
+            )?;
+            self.counter(
+                "readers_inherited_total",
+                "Shadow readers whose connection outlived their process.",
+                readers.inherited,
             )?;
         }
         self.device_metrics(&figures.devices)

@@ -50,6 +50,7 @@ fn status(out: &mut String, answer: &Value) -> Result {
              daemon was restarted or the VM was restored; reset the VM"
         )?;
     }
+    sandbox(out, &answer["sandbox"])?;
     if let Some(tables) = answer["acpi_tables"]["text"].as_str() {
         writeln!(out, "ACPI tables: {tables}")?;
     }
@@ -68,6 +69,25 @@ fn status(out: &mut String, answer: &Value) -> Result {
     devices(out, answer)?;
     writeln!(out, "\nsince the daemon was started")?;
     counts(out, answer)
+}
+
+/// The protection that is absent. A daemon of an older version does not report it.
+fn sandbox(out: &mut String, sandbox: &Value) -> Result {
+    if sandbox["filters"] == false {
+        writeln!(
+            out,
+            "NO SANDBOX: the daemon runs with --no-sandbox, which is for debugging only"
+        )?;
+    }
+    if sandbox["landlock"] == "missing" {
+        let absent: Vec<_> = items(&sandbox["absent"]).iter().map(text).collect();
+        writeln!(
+            out,
+            "NO LANDLOCK in this kernel: {}; use a kernel with Landlock",
+            absent.join("; ")
+        )?;
+    }
+    Ok(())
 }
 
 fn endpoints(out: &mut String, answer: &Value) -> Result {

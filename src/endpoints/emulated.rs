@@ -29,6 +29,19 @@ const REFUSED: DeviceMetric = DeviceMetric {
     help: "Refused accesses of an emulated device.",
 };
 
+/// The times that the server of a device was cut off.
+const CUT_OFFS: DeviceMetric = DeviceMetric {
+    name: "emulated_cut_offs_total",
+    metric_type: "counter",
+    help: "Times the server of an emulated device was cut off.",
+};
+/// The part of them for slow replies.
+const SLOW_CUT_OFFS: DeviceMetric = DeviceMetric {
+    name: "emulated_slow_cut_offs_total",
+    metric_type: "counter",
+    help: "Times the server of an emulated device was cut off for slow replies.",
+};
+
 /// Listens for the VMM's client of an emulated device, at a socket with the rights `access`.
 ///
 /// # Errors
@@ -78,8 +91,9 @@ impl DeviceStatus for Watch {
             DeviceFigure::flag("server", state.ends.server).with_metric(&SERVER_UP),
             DeviceFigure::count("windows", state.windows as u64),
             DeviceFigure::count("refused", state.refused).with_metric(&REFUSED),
-            DeviceFigure::count("cut_offs", state.ends.cut_offs),
-            DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs),
+            DeviceFigure::count("cut_offs", state.ends.cut_offs).with_metric(&CUT_OFFS),
+            DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs)
+                .with_metric(&SLOW_CUT_OFFS),
         ]
     }
 }

@@ -124,7 +124,10 @@ fn the_socket_answers_in_the_format_of_prometheus() {
         ("faults_dropped_total", "", 1.0),
         ("host_map_failures_total", ",type=\"map\"", 0.0),
         ("readers", "", 1.0),
+        ("readers_killed_slow_total", "", 0.0),
+        ("readers_inherited_total", "", 0.0),
         ("log_messages_lost_total", "", 0.0),
+        ("sandbox_enforced", ",part=\"filters\"", 1.0),
         ("endpoints", ",state=\"attached\"", 1.0),
     ] {
         assert_eq!(

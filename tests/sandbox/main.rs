@@ -17,4 +17,6 @@ mod connection;
 #[cfg(target_arch = "x86_64")]
 mod intruder;
 #[cfg(target_arch = "x86_64")]
+mod landlock;
+#[cfg(target_arch = "x86_64")]
 mod violations;

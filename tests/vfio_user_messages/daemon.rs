@@ -1,5 +1,6 @@
 //! The whole daemon between a guest's driver and a device's server.
 
+use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -39,7 +40,9 @@ impl DaemonBed {
         let daemon = Daemon::with_config(&format!(
             "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = {{ listen = {client_path:?}, connect = {server_path:?}, \
-             isolation = '{isolation}', deadline-ms = 15000 }}\n"
+             isolation = '{isolation}', deadline-ms = 15000 }}\n\
+             [metrics]\nsocket = {:?}\n",
+            folder.path().join("metrics"),
         ));
         Self {
             daemon,
@@ -144,6 +147,17 @@ fn the_status_shows_connections_and_counters_of_emulated_devices() {
     let line = "0000:00:06.0  emulated: the VMM is connected, the server is not connected; 1 windows, \
                 3 accesses refused, 1 times cut off";
     assert!(text.contains(line), "{text}");
+    let metrics = bed.client_path.with_file_name("metrics");
+    let mut metrics = UnixStream::connect(metrics).expect("connected");
+    let get = b"GET /metrics HTTP/1.1\r\n\r\n";
+    metrics.write_all(get).expect("sent");
+    let mut page = String::new();
+    metrics.read_to_string(&mut page).expect("a page");
+    for (name, count) in [("cut_offs", 1), ("slow_cut_offs", 0), ("refused", 3)] {
+        let labels = "vm=\"vm\",endpoint=\"0000:00:06.0\"";
+        let line = format!("vhost_device_iommu_emulated_{name}_total{{{labels}}} {count}\n");
+        assert!(page.contains(&line), "{line} in {page}");
+    }
     drop(client);
     bed.daemon.wait_for("the client's end", || !state().0);
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
