@@ -17,6 +17,9 @@ use vm_memory::MmapRegion;
 use super::{Attach, Bar, DeviceMemory, IommuFd, VfioError, ioctl, regions};
 use crate::locks::{Mutex, Rank};
 
+/// The feature with which a device's bus-master bit is cleared.
+pub(super) const CLEAR_MASTER: u32 = VFIO_DEVICE_FEATURE_BUS_MASTER | VFIO_DEVICE_FEATURE_SET;
+
 /// An open device: `/dev/vfio/devices/vfioN`, or a descriptor from a group. Clones share the open file.
 #[derive(Clone, Debug)]
 pub struct Cdev {
@@ -95,8 +98,7 @@ impl Attach for Cdev {
     }
 
     fn clear_bus_master(&self) -> io::Result<()> {
-        let feature = VFIO_DEVICE_FEATURE_BUS_MASTER | VFIO_DEVICE_FEATURE_SET;
-        ioctl::set_bus_master(self.as_fd(), feature, VFIO_DEVICE_FEATURE_CLEAR_MASTER)
+        ioctl::set_bus_master(self.as_fd(), CLEAR_MASTER, VFIO_DEVICE_FEATURE_CLEAR_MASTER)
             .or_else(|_| regions::clear_bus_master(&self.file))
     }
 }

@@ -11,11 +11,11 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use vfio_bindings::bindings::vfio::vfio_iommu_type1_dma_unmap;
+use vfio_bindings::bindings::vfio::{VFIO_DEVICE_FEATURE_CLEAR_MASTER, vfio_iommu_type1_dma_unmap};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::{
-    AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1, container, ioctl, iommufd,
+    AddressSpaces, Attach, Bar, DeviceMemory, DmaSource, Type1, cdev, container, ioctl, iommufd,
 };
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
@@ -359,6 +359,7 @@ impl Attach for FakeDevice {
     }
 
     fn attach(&self, ioas: u32) -> io::Result<()> {
+        let ioas = checks::attach(&ioctl::attach_argument(ioas))?;
         let mut state = self.kernel.state();
         if !state.bound.contains(&self.device) {
             return Err(error(libc::EINVAL));
@@ -409,6 +410,9 @@ impl Attach for FakeDevice {
     }
 
     fn clear_bus_master(&self) -> io::Result<()> {
+        let clear = VFIO_DEVICE_FEATURE_CLEAR_MASTER;
+        let (header, op) = ioctl::bus_master_argument(cdev::CLEAR_MASTER, clear);
+        checks::clear_bus_master(&header, op)?;
         self.kernel.state().stopped.push(self.device);
         Ok(())
     }

@@ -40,24 +40,34 @@ pub(in crate::vfio) fn bind_iommufd(fd: BorrowedFd<'_>, iommufd: &impl AsRawFd) 
     Ok(())
 }
 
-pub(in crate::vfio) fn attach_iommufd_pt(fd: BorrowedFd<'_>, pt_id: u32) -> io::Result<()> {
-    let mut argument = vfio_device_attach_iommufd_pt {
+/// The argument of `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
+pub(in crate::vfio) fn attach_argument(pt_id: u32) -> vfio_device_attach_iommufd_pt {
+    vfio_device_attach_iommufd_pt {
         // Without the PASID, which older kernels do not know.
         argsz: 12,
         pt_id,
         ..Default::default()
-    };
+    }
+}
+
+pub(in crate::vfio) fn attach_iommufd_pt(fd: BorrowedFd<'_>, pt_id: u32) -> io::Result<()> {
+    let mut argument = attach_argument(pt_id);
     // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_ATTACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
 }
 
-pub(in crate::vfio) fn detach_iommufd_pt(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut argument = vfio_device_detach_iommufd_pt {
+/// The argument of `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
+pub(in crate::vfio) fn detach_argument() -> vfio_device_detach_iommufd_pt {
+    vfio_device_detach_iommufd_pt {
         // Without the PASID, which older kernels do not know.
         argsz: 8,
         ..Default::default()
-    };
+    }
+}
+
+pub(in crate::vfio) fn detach_iommufd_pt(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut argument = detach_argument();
     // SAFETY: this is the request's structure, at least as long as its size says; it points to nothing.
     unsafe { update(&fd, VFIO_DEVICE_DETACH_IOMMUFD_PT(), &mut argument) }?;
     Ok(())
@@ -90,11 +100,25 @@ struct BusMaster {
     control: vfio_device_feature_bus_master,
 }
 
+impl BusMaster {
+    /// Makes the device a bus master, or no more.
+    fn new(feature: u32, op: u32) -> Self {
+        Self {
+            header: feature_header::<Self>(feature),
+            control: vfio_device_feature_bus_master { op },
+        }
+    }
+}
+
+/// The header and the operation of the request that [`set_bus_master`] makes.
+#[cfg(test)]
+pub(in crate::vfio) fn bus_master_argument(feature: u32, op: u32) -> (vfio_device_feature, u32) {
+    let BusMaster { header, control } = BusMaster::new(feature, op);
+    (header, control.op)
+}
+
 pub(in crate::vfio) fn set_bus_master(fd: BorrowedFd<'_>, feature: u32, op: u32) -> io::Result<()> {
-    let mut argument = BusMaster {
-        header: feature_header::<BusMaster>(feature),
-        control: vfio_device_feature_bus_master { op },
-    };
+    let mut argument = BusMaster::new(feature, op);
     // SAFETY: this is a `vfio_device_feature` with the feature's data behind it, and the size of both.
     unsafe { update(&fd, VFIO_DEVICE_FEATURE(), &mut argument) }?;
     Ok(())
