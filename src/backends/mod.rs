@@ -157,6 +157,12 @@ pub trait DmaBackend: Send {
     /// can do no DMA.
     fn vmm_present(&mut self, present: bool);
 
+    /// The number of address spaces that the host has refused to destroy, and that may keep memory pinned. It has a limit
+    /// at which the backend makes no new ones.
+    fn condemned_spaces(&self) -> usize {
+        0
+    }
+
     /// The VMM has added guest RAM.
     ///
     /// # Errors

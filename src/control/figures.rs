@@ -24,6 +24,8 @@ pub(super) struct Figures {
     pub connected: bool,
     /// All endpoints are blocked because the state of the guest's driver is unknown.
     pub driver_unknown: bool,
+    /// Address spaces that the host has refused to destroy.
+    pub condemned_spaces: usize,
     pub totals: Totals,
     /// Bytes of the page tables, and their limit.
     pub tables: (u64, u64),
@@ -99,11 +101,16 @@ impl Figures {
     /// Gathers the figures. They may be of different moments, as the core is locked for a moment at a time.
     pub fn gather(subjects: &Subjects) -> Self {
         let totals = totals(subjects);
-        let (tables, last_domain, driver_unknown) = {
+        let (tables, last_domain, driver_unknown, condemned_spaces) = {
             let iommu = subjects.iommu.lock();
             let arena = iommu.arena();
             let tables = (arena.used_bytes(), arena.limit_bytes());
-            (tables, iommu.last_domain(), iommu.is_driver_unknown())
+            (
+                tables,
+                iommu.last_domain(),
+                iommu.is_driver_unknown(),
+                iommu.condemned_spaces(),
+            )
         };
         let metrics = &subjects.metrics;
         let by_kind = |counters: &[Counter; RequestKind::COUNT]| {
@@ -115,6 +122,7 @@ impl Figures {
             name: subjects.name.clone(),
             connected: subjects.device.is_connected(),
             driver_unknown,
+            condemned_spaces,
             totals,
             tables,
             max_domains: u64::from(last_domain) + 1,
@@ -161,6 +169,7 @@ impl Figures {
             "name": self.name,
             "connected": self.connected,
             "driver_unknown": self.driver_unknown,
+            "condemned_spaces": self.condemned_spaces,
             "domain_count": totals.domains,
             "mappings": totals.mappings,
             "mapped_bytes": totals.mapped_bytes,

@@ -38,6 +38,11 @@ impl Page {
             "Whether all endpoints are blocked: the domains of the guest's driver are unknown.",
             u64::from(figures.driver_unknown),
         )?;
+        self.gauge(
+            "condemned_spaces",
+            "Address spaces that the host has refused to destroy.",
+            figures.condemned_spaces as u64,
+        )?;
         self.state(figures)?;
         self.work(figures)?;
         self.faults(figures)?;

@@ -176,6 +176,12 @@ impl Iommu {
             .flat_map(move |table| table.mappings(&self.arena, from))
     }
 
+    /// The number of the host's address spaces that the backends could not destroy yet.
+    pub fn condemned_spaces(&self) -> usize {
+        let backends = self.backends.iter();
+        backends.map(|backend| backend.condemned_spaces()).sum()
+    }
+
     /// How the IOMMU treats the DMA of an endpoint in this state. DMA in doubt counts as blocked.
     pub(super) fn dma(&self, id: EndpointId, endpoint: &EndpointRecord) -> Dma {
         if endpoint.quarantined || endpoint.suspended {

@@ -120,6 +120,7 @@ fn the_socket_answers_in_the_format_of_prometheus() {
         ("domains", "", 1.0),
         ("connected", "", 1.0),
         ("driver_unknown", "", 0.0),
+        ("condemned_spaces", "", 0.0),
         ("faults_total", ",reason=\"mapping\"", 1.0),
         ("faults_dropped_total", "", 1.0),
         ("host_map_failures_total", ",type=\"map\"", 0.0),

@@ -147,9 +147,8 @@ impl Iommufd {
         if self.groups[index].is_verified() {
             return Ok(true);
         }
-        let ioas = self.spaces.kernel.alloc().map_err(|cause| {
-            refused("no address space to verify a device's iommufd with", &cause)
-        })?;
+        let failure = "no address space to verify a device's iommufd with";
+        let ioas = self.spaces.alloc(failure)?;
         let moved = self.groups[index].move_to(Attachment::Ioas(ioas));
         let destroyed = self.spaces.destroy_or_condemn(ioas);
         moved?;
@@ -193,6 +192,10 @@ impl DmaBackend for Iommufd {
                 group.notice_binding();
             }
         }
+    }
+
+    fn condemned_spaces(&self) -> usize {
+        self.spaces.condemned()
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {

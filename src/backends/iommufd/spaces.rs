@@ -1,5 +1,6 @@
 //! The address spaces of domains and of bypass mode: making, filling and destroying them.
 
+use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -10,6 +11,11 @@ use crate::backends::{BackendError, BackendErrorKind, Contents, MemorySlot};
 use crate::ids::DomainId;
 use crate::vfio::{AddressSpaces, DmaSource};
 use crate::warn_limited;
+
+/// The most address spaces that wait for their destruction. The kernel refuses to destroy one while a device is attached
+/// that cannot be detached, for example because it does not wake up. Each may pin all of guest RAM, and the guest can make
+/// new ones.
+pub(super) const MAX_CONDEMNED: usize = 256;
 
 /// The guest RAM that stays pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,18 +60,34 @@ impl Spaces {
         }
     }
 
+    /// Makes an empty address space. `failure` says what is missing without it.
+    pub(super) fn alloc(&self, failure: impl fmt::Display) -> Result<u32, BackendError> {
+        if self.condemned.len() >= MAX_CONDEMNED {
+            return Err(BackendError {
+                kind: BackendErrorKind::NoMem,
+                message: format!(
+                    "{failure}: the kernel has refused to destroy {MAX_CONDEMNED} others; see the kernel's log for the \
+                     device that cannot be detached"
+                ),
+            });
+        }
+        self.kernel
+            .alloc()
+            .map_err(|cause| refused(failure, &cause))
+    }
+
+    /// The number of address spaces that could not be destroyed yet.
+    pub(super) fn condemned(&self) -> usize {
+        self.condemned.len()
+    }
+
     /// Makes the address space of a domain and fills it.
     pub(super) fn make_domain(
         &mut self,
         domain: DomainId,
         contents: &dyn Contents,
     ) -> Result<u32, BackendError> {
-        let ioas = self.kernel.alloc().map_err(|cause| {
-            refused(
-                format_args!("domain {domain} gets no address space"),
-                &cause,
-            )
-        })?;
+        let ioas = self.alloc(format_args!("domain {domain} gets no address space"))?;
         let filled = contents
             .mappings(domain)
             .try_for_each(|mapping| self.map_into(ioas, &mapping, &mut 0));
@@ -79,10 +101,7 @@ impl Spaces {
     /// The address space of bypass mode with all of guest RAM; made if there is none.
     pub(super) fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
         if self.bypass.is_none() {
-            let ioas = self
-                .kernel
-                .alloc()
-                .map_err(|cause| refused("bypass mode gets no address space", &cause))?;
+            let ioas = self.alloc("bypass mode gets no address space")?;
             self.bypass = Some(Bypass {
                 ioas,
                 slots: Vec::new(),

@@ -793,6 +793,35 @@ fn an_unchanged_memory_table_causes_no_kernel_call() {
 }
 
 #[test]
+fn the_number_of_address_spaces_that_cannot_be_destroyed_is_limited() {
+    let mut bed = Bed::new(Interface::Iommufd(Pinning::All));
+    bed.kernel.state().keeps_spaces = true;
+    let mut made = 0;
+    let refusal = loop {
+        if let Err(refusal) = bed.iommu.attach(A, D1, false) {
+            break refusal;
+        }
+        bed.iommu.detach(A, D1).expect("detached");
+        made += 1;
+        assert!(made < 1000, "no limit");
+        assert!(bed.iommu.condemned_spaces() >= made);
+    };
+    let is_no_mem =
+        matches!(&refusal, RequestError::Backend(cause) if cause.kind == BackendErrorKind::NoMem);
+    assert!(is_no_mem, "{refusal:?}");
+    assert_eq!(bed.iommu.condemned_spaces(), 256);
+    // The device can be detached again.
+    bed.kernel.state().keeps_spaces = false;
+    assert!(
+        bed.iommu.attach(A, D1, false).is_err(),
+        "destroys the old ones"
+    );
+    assert_eq!(bed.iommu.condemned_spaces(), 0);
+    bed.iommu.attach(A, D1, false).expect("attached");
+    bed.check();
+}
+
+#[test]
 fn kernels_without_mapping_by_file_take_addresses() {
     let mut bed = Bed::new(Interface::Iommufd(Pinning::Mapped));
     bed.kernel.state().old = true;

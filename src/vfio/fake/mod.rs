@@ -50,6 +50,8 @@ pub(crate) struct KernelState {
     pub fail: Vec<(u64, i32)>,
     /// The kernel lacks `IOMMU_IOAS_MAP_FILE`.
     pub old: bool,
+    /// The kernel destroys no address space.
+    pub keeps_spaces: bool,
     /// The number of mappings by file so far.
     pub mapped_by_file: u64,
     /// Bound devices that do not wake up: attaching and detaching them fails.
@@ -265,7 +267,7 @@ impl AddressSpaces for FakeKernel {
     fn destroy(&self, ioas: u32) -> io::Result<()> {
         let mut state = self.state();
         state.step()?;
-        if state.groups.values().any(|(at, _)| *at == Some(ioas)) {
+        if state.keeps_spaces || state.groups.values().any(|(at, _)| *at == Some(ioas)) {
             return Err(error(libc::EBUSY));
         }
         state.space(ioas)?;
