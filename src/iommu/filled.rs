@@ -1,8 +1,11 @@
-//! Filling the backend of a new endpoint before the core has it, so that the guest's requests and the other devices do
-//! not wait: the kernel pins all of guest RAM meanwhile.
+//! Filling the backend of a new endpoint before the core has it, and emptying the backend of a removed endpoint after
+//! the core has given it up, so that the guest's requests and the other devices do not wait: meanwhile the kernel pins or
+//! unpins all of guest RAM.
+
+use std::collections::BTreeSet;
 
 use super::Iommu;
-use super::hotplug::{AddError, NewEndpoints};
+use super::hotplug::{AddError, NewEndpoints, RemoveError};
 use super::memory::difference;
 use crate::address::Mapping;
 use crate::backends::{BackendError, Contents, DmaBackend, MemorySlot, Target};
@@ -10,6 +13,7 @@ use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 use crate::locks::Mutex;
 use crate::page_table::{Levels, TableOffset, TableReader};
+use crate::topology::PciRange;
 
 /// How often the backend follows guest RAM that has changed while it was filled.
 const MAX_ROUNDS: usize = 16;
@@ -66,6 +70,32 @@ impl Iommu {
             }
         }
         Err((AddError::Unsettled, filled.backend))
+    }
+
+    /// As [`Self::remove_endpoints`], but blocks the endpoints in `silent` after the core is unlocked, if their backend
+    /// has no others. Their devices must do no DMA: from the moment that the core gives them up, it answers UNMAP without
+    /// them.
+    ///
+    /// # Errors
+    /// See [`RemoveError`].
+    pub fn remove_emptied(
+        iommu: &Mutex<Self>,
+        range: PciRange,
+        silent: &BTreeSet<EndpointId>,
+    ) -> Result<Vec<Box<dyn DmaBackend>>, RemoveError> {
+        let mut unused = iommu.lock().take_endpoints(range, silent)?;
+        for backend in &mut unused {
+            // A backend refuses an endpoint that it does not have, and is left without others.
+            for &endpoint in silent {
+                if backend
+                    .attach(endpoint, Target::Blocked, &NoDomains)
+                    .is_err()
+                {
+                    backend.quarantine(endpoint);
+                }
+            }
+        }
+        Ok(unused)
     }
 
     /// The state for the backend of a new endpoint.

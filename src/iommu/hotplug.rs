@@ -1,5 +1,7 @@
 //! Adding and removing endpoints while a guest runs.
 
+use std::collections::BTreeSet;
+
 use thiserror::Error;
 
 use super::Iommu;
@@ -131,10 +133,29 @@ impl Iommu {
         &mut self,
         range: PciRange,
     ) -> Result<Vec<Box<dyn DmaBackend>>, RemoveError> {
+        self.take_endpoints(range, &BTreeSet::new())
+    }
+
+    /// Whether [`Self::remove_endpoints`] can remove endpoints.
+    ///
+    /// # Errors
+    /// See [`RemoveError`].
+    pub fn check_removal(&self, range: PciRange) -> Result<(), RemoveError> {
         self.topology.check_within_one_range(range)?;
-        if let Some(mate) = self.remaining_group_mate(range) {
-            return Err(RemoveError::HostGroup { mate });
+        match self.remaining_group_mate(range) {
+            Some(mate) => Err(RemoveError::HostGroup { mate }),
+            None => Ok(()),
         }
+    }
+
+    /// As [`Self::remove_endpoints`]. Does not switch the endpoints in `silent` if their backend has no others: the
+    /// caller must block them in the backend. They must do no DMA.
+    pub(super) fn take_endpoints(
+        &mut self,
+        range: PciRange,
+        silent: &BTreeSet<EndpointId>,
+    ) -> Result<Vec<Box<dyn DmaBackend>>, RemoveError> {
+        self.check_removal(range)?;
         let ids = range.first().endpoint_id()..=range.last().endpoint_id();
         let touched = self.endpoints.range(ids.clone()).map(|(&id, _)| id);
         let behind = self.backend_of.range(ids).map(|(&id, _)| id);
@@ -143,7 +164,18 @@ impl Iommu {
         gone.dedup();
         let mut unused = Vec::new();
         for endpoint in gone {
-            let index = self.remove_endpoint(endpoint);
+            if silent.contains(&endpoint)
+                && let Some(&index) = self.backend_of.get(&endpoint)
+                && self.backend_of.values().filter(|i| **i == index).count() == 1
+            {
+                self.backend_of.remove(&endpoint);
+                // Its tombstone stands for it in the endpoint's domain, which the endpoint leaves below.
+                unused.push(self.remove_backend(index));
+                self.remove_endpoint(endpoint, Some(index));
+                continue;
+            }
+            let index = self.backend_of.get(&endpoint).copied();
+            self.remove_endpoint(endpoint, index);
             if let Some(index) = index
                 && !self.backend_of.values().any(|other| *other == index)
             {
@@ -155,11 +187,12 @@ impl Iommu {
         Ok(unused)
     }
 
-    /// Blocks an endpoint and removes it from everything but the topology. Returns its backend.
-    fn remove_endpoint(&mut self, endpoint: EndpointId) -> Option<usize> {
+    /// Blocks an endpoint behind the backend at an index, and removes it from everything but the topology.
+    fn remove_endpoint(&mut self, endpoint: EndpointId, backend: Option<usize>) {
         let info = self.topology.endpoint(endpoint);
-        let (group, reserved) = info.map(|info| (info.group, info.reserved.clone()))?;
-        let backend = self.backend_of.get(&endpoint).copied();
+        let Some((group, reserved)) = info.map(|info| (info.group, info.reserved.clone())) else {
+            return;
+        };
         if let Some(index) = backend
             && let Err(refusal) = self.switch(index, endpoint, Target::Blocked, None)
         {
@@ -179,7 +212,6 @@ impl Iommu {
                 self.retarget_unattached_mates(group, endpoint, target);
             }
         }
-        backend
     }
 
     /// An endpoint outside `range` that shares backend and host group with one inside.

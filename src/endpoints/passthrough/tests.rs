@@ -1206,6 +1206,74 @@ fn hot_adding_a_device_keeps_no_request_waiting() {
     }
 }
 
+/// While the kernel unpins guest RAM of a removed device, the guest's requests are served, also in the domain in which
+/// the device was. The device then reaches nothing.
+#[test]
+fn removing_a_device_keeps_no_request_waiting() {
+    use std::collections::BTreeSet;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    for (interface, is_attached) in INTERFACES.into_iter().zip([true, false, true]) {
+        let mut bed = Bed::new(interface);
+        bed.iommu.attach(A, D1, false).expect("attached");
+        let (kernel, backend, container) = added_device(interface);
+        let iommu = Arc::new(Mutex::new(Rank::Core, bed.iommu));
+        let range = PciAddress::from_endpoint_id(C).into();
+        let new = NewEndpoints {
+            range,
+            group: None,
+            reserved: ReservedRegions::default(),
+            room: 8,
+        };
+        let added = Iommu::add_filled(&iommu, &new, backend);
+        added.map_err(|(cause, _)| cause).expect("added");
+        if is_attached {
+            iommu.lock().attach(C, D1, false).expect("attached");
+        }
+        let gate = Arc::new(crate::vfio::fake::MapGate::default());
+        kernel.state().gate = Some(gate.clone());
+        let remover = {
+            let iommu = iommu.clone();
+            std::thread::spawn(move || {
+                let silent = BTreeSet::from([C]);
+                let removed = Iommu::remove_emptied(&iommu, range, &silent);
+                removed.map(|backends| backends.len())
+            })
+        };
+        assert!(gate.wait_for_call(), "{interface:?}: nothing is unmapped");
+        let (done, served) = mpsc::channel();
+        let guest = {
+            let iommu = iommu.clone();
+            std::thread::spawn(move || {
+                let mut core = iommu.lock();
+                let mapped = core.map(D1, &mapping(0x1000, 0x1000, 0));
+                let unmapped = core.unmap(D1, mapping(0x1000, 0x1000, 0).range).map(drop);
+                done.send((mapped, unmapped)).expect("the test waits");
+            })
+        };
+        // Only a hang takes as long.
+        let requests = served.recv_timeout(Duration::from_secs(30));
+        gate.open();
+        guest.join().expect("the guest's thread");
+        let removed = remover.join().expect("the operator's thread");
+        assert_eq!(removed.expect("removed"), 1);
+        assert_eq!(
+            requests,
+            Ok((Ok(()), Ok(()))),
+            "{interface:?}: the guest waited"
+        );
+
+        assert!(iommu.lock().probe(C).is_err());
+        assert_eq!(iommu.lock().domains().next().expect("D1").endpoints, [A]);
+        let state = kernel.state();
+        match interface {
+            Interface::Iommufd(_) => assert_eq!(state.groups[&1].0, None),
+            Interface::Type1 => assert!(state.spaces[&container].is_empty()),
+        }
+    }
+}
+
 fn any_op() -> impl Strategy<Value = Op> {
     let endpoint = (0usize..4).prop_map(|n| ALL[n]);
     let domain = (1u32..4).prop_map(DomainId);

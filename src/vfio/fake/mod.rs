@@ -394,6 +394,8 @@ impl Attach for FakeDevice {
     }
 
     fn detach(&self) -> io::Result<()> {
+        self.kernel.pass_gate();
+        checks::detach(&ioctl::detach_argument())?;
         let mut state = self.kernel.state();
         if !state.bound.contains(&self.device) {
             return Err(error(libc::EINVAL));
@@ -458,6 +460,7 @@ impl Type1 for FakeContainer {
 
 impl FakeContainer {
     fn unmap_dma(&self, argument: &vfio_iommu_type1_dma_unmap) -> io::Result<u64> {
+        self.kernel.pass_gate();
         let mut state = self.kernel.state();
         state.step()?;
         let range = match checks::type1_unmap(argument)? {
