@@ -19,6 +19,7 @@
 # These devices are bound to vfio-pci; the command finds their addresses in its environment:
 #   VIOMMU_EDU      four edu devices, each in an IOMMU group of its own
 #   VIOMMU_EDU_PAIR two more behind one PCI bridge, in one group
+#   VIOMMU_E1000_PAIR two network cards behind another bridge, in one group: their registers are 0 after a reset
 #   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty if QEMU has no such device
 #   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
 #   VIOMMU_L1       vtd, vtd-scalable or amd
@@ -26,10 +27,11 @@
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 
-# Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem.
-VFIO_IDS=1234:11e8,1b36:0005,1af4:1110
+# Bound to vfio-pci at boot: edu, iommu-testdev, ivshmem, e1000.
+VFIO_IDS=1234:11e8,1b36:0005,1af4:1110,8086:100e
 EDU=(10.0 11.0 12.0 13.0)
 BRIDGE=18.0
+E1000_BRIDGE=19.0
 TESTDEV=(15.0 16.0)
 IVSHMEM=17.0
 
@@ -117,11 +119,12 @@ full_addresses() {
 }
 export VIOMMU_L1=$iommu
 VIOMMU_EDU=$(full_addresses "${EDU[@]}")
-# The bus behind the bridge; all other devices are on the root bus.
+# The buses behind the bridges; all other devices are on the root bus.
 VIOMMU_EDU_PAIR="0000:01:01.0 0000:01:02.0"
+VIOMMU_E1000_PAIR="0000:02:01.0 0000:02:02.0"
 VIOMMU_TESTDEV=
 VIOMMU_IVSHMEM=$(full_addresses $IVSHMEM)
-export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_TESTDEV VIOMMU_IVSHMEM
+export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_E1000_PAIR VIOMMU_TESTDEV VIOMMU_IVSHMEM
 # The mask allows the devices DMA to every address.
 edu=edu,dma_mask=0xffffffffffffffff
 for at in "${EDU[@]}"; do
@@ -130,6 +133,8 @@ done
 # shellcheck disable=SC2054 # the commas are QEMU's
 devices+=(-device "pcie-pci-bridge,id=pair,addr=$BRIDGE"
     -device "$edu,bus=pair,addr=1.0" -device "$edu,bus=pair,addr=2.0"
+    -device "pcie-pci-bridge,id=cards,addr=$E1000_BRIDGE"
+    -device "e1000,bus=cards,addr=1.0,romfile=" -device "e1000,bus=cards,addr=2.0,romfile="
     -object memory-backend-memfd,id=peer,size=1M,share=on
     -device "ivshmem-plain,memdev=peer,addr=$IVSHMEM")
 # shellcheck disable=SC2153 # set up by setup.sh

@@ -323,11 +323,16 @@ fn devices(out: &mut String, answer: &Value) -> Result {
     for device in items(&answer["exports"]) {
         writeln!(
             out,
-            "  {}  exported: a client {}; {} clients so far, {} cut off",
+            "  {}  exported: a client {}; {} clients so far, {} cut off{}",
             text(&device["address"]),
             connection(&device["client"]),
             device["clients"],
             device["cut_offs"],
+            if device["leftover"] == true {
+                "; not reset: it has, or may have, the state of a client that has gone"
+            } else {
+                ""
+            },
         )?;
     }
     let readers = &answer["readers"];

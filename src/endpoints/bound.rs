@@ -1,15 +1,31 @@
-//! An exported device between two steps: its socket is there, and its server is not.
+//! An exported device between two steps, with its socket and without its server, and in service.
 
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::info;
 
-use crate::export::{self, DeviceServer, ExportedDevice};
+use super::status::{DeviceFigure, DeviceMetric, DeviceStatus};
+use crate::export::{self, DeviceServer, ExportedDevice, ServerStatus};
 use crate::process::socket::SocketFile;
 use crate::topology::PciAddress;
+
+/// Whether a device has a client.
+const CLIENT_UP: DeviceMetric = DeviceMetric {
+    name: "export_up",
+    metric_type: "gauge",
+    help: "Whether an exported device has a client.",
+};
+
+/// Whether a device could not be reset after its last client.
+const LEFTOVER: DeviceMetric = DeviceMetric {
+    name: "export_leftover_state",
+    metric_type: "gauge",
+    help: "Whether an exported device has, or may have, the state of a client that has gone.",
+};
 
 /// An exported device whose socket no client is accepted at yet: the device does no DMA.
 pub struct BoundExport {
@@ -26,17 +42,51 @@ pub struct BoundExport {
 }
 
 impl BoundExport {
-    /// Accepts the VMM's clients. Returns the server, and the file of its socket.
+    /// Accepts the VMM's clients. Returns the server, its device's status, and the file of its socket.
     ///
     /// # Errors
     /// The system has no descriptor or thread left.
-    pub fn serve(self) -> io::Result<(DeviceServer, Arc<SocketFile>)> {
+    pub fn serve(self) -> io::Result<(ServedExport, Arc<dyn DeviceStatus>, Arc<SocketFile>)> {
+        let leftover = self.device.leftover();
+        let is_silent = self.device.is_silent();
         let server = export::serve(self.listener, self.device)?;
         info!(
             "endpoint {} is exported at {}",
             self.endpoint,
             self.path.display()
         );
-        Ok((server, self.file))
+        let status = ExportStatus {
+            server: server.status(),
+            leftover,
+        };
+        let served = ServedExport { server, is_silent };
+        Ok((served, Arc::new(status), self.file))
+    }
+}
+
+/// The server of an exported device.
+pub struct ServedExport {
+    /// Serves the VMM's clients until it is dropped.
+    pub server: DeviceServer,
+    /// True once the server has ended and the device does no DMA.
+    pub is_silent: Arc<AtomicBool>,
+}
+
+/// The status of an exported device in service.
+struct ExportStatus {
+    server: Arc<ServerStatus>,
+    /// The device has, or may have, the state of a client that has gone.
+    leftover: Arc<AtomicBool>,
+}
+
+impl DeviceStatus for ExportStatus {
+    fn figures(&self) -> Vec<DeviceFigure> {
+        let leftover = self.leftover.load(Ordering::Relaxed);
+        vec![
+            DeviceFigure::flag("client", self.server.is_connected()).with_metric(&CLIENT_UP),
+            DeviceFigure::flag("leftover", leftover).with_metric(&LEFTOVER),
+            DeviceFigure::count("clients", self.server.clients.get()),
+            DeviceFigure::count("cut_offs", self.server.cut_offs.get()),
+        ]
     }
 }

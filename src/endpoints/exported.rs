@@ -8,21 +8,14 @@ use super::bound::BoundExport;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::passthrough::PassthroughDevices;
 use super::sockets::rights;
-use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
-use crate::config::{Config, Descriptors, HostIommu};
-use crate::export::{ExportedDevice, HotResetRegistry, ServerStatus};
+use super::status::StatusNames;
+use crate::config::{Config, Descriptors};
+use crate::export::{ExportedDevice, HotResetRegistry};
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind_for;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
-    DeviceAccess, HostFunction, ioctls_of_exports, ioctls_of_hot_resets, ioctls_of_opening,
-};
-
-/// Whether a device has a client.
-const CLIENT_UP: DeviceMetric = DeviceMetric {
-    name: "export_up",
-    metric_type: "gauge",
-    help: "Whether an exported device has a client.",
+    DeviceAccess, HostFunction, ioctls_of_bus_resets, ioctls_of_exports, ioctls_of_opening,
 };
 
 /// Asks the exported device of `endpoint` for its registers, and makes the socket of its server. Opens nothing if the
@@ -46,7 +39,7 @@ pub fn bind_export(
     })?;
     let host = devices.passthrough_at(endpoint).map(|p| p.host);
     let offered = match host.and_then(function_of) {
-        Some(host) => offered.with_hot_reset(hot_resets, host),
+        Some(host) => offered.with_hot_reset(hot_resets, host)?,
         None => offered,
     };
     let (listener, file) = bind_for(&export.path, rights(config.socket_access))?;
@@ -73,16 +66,6 @@ fn function_of(host: HostAddress) -> Option<HostFunction> {
     })
 }
 
-impl DeviceStatus for ServerStatus {
-    fn figures(&self) -> Vec<DeviceFigure> {
-        vec![
-            DeviceFigure::flag("client", self.is_connected()).with_metric(&CLIENT_UP),
-            DeviceFigure::count("clients", self.clients.get()),
-            DeviceFigure::count("cut_offs", self.cut_offs.get()),
-        ]
-    }
-}
-
 /// Passthrough devices that the daemon offers to the VMM over vfio-user.
 pub struct ExportedKind;
 
@@ -90,10 +73,7 @@ impl EndpointKind for ExportedKind {
     fn add_needs(&self, config: &Config, needs: &mut Needs) {
         if needs.plugging.is_some() || !config.devices.exported.is_empty() {
             needs.device_ioctls = ioctls_of_exports();
-            // With containers the same number would let a thread that serves a client map memory.
-            if config.host_iommu == HostIommu::Iommufd {
-                needs.device_ioctls.extend(ioctls_of_hot_resets());
-            }
+            needs.reset_ioctls = ioctls_of_bus_resets();
         }
         if let Some(plugging) = &mut needs.plugging {
             plugging.ioctls.extend(ioctls_of_opening());

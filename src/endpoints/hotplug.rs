@@ -1,19 +1,21 @@
 //! Adds and removes endpoints while the VM runs. The code that checks the configuration file also checks an
 //! added endpoint. Then the daemon opens the endpoint's device, and last the core adds the endpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use log::info;
 use thiserror::Error;
 
+use super::bound::ServedExport;
 use super::kind::{OpenDevice, Plug, PlugError};
 use super::kinds;
 use super::status::{DeviceStatus, StatusNames};
 use crate::config::{Config, ConfigError, DeviceKind};
 use crate::device::Device;
-use crate::export::{DeviceServer, HotResetRegistry};
+use crate::export::HotResetRegistry;
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
 use crate::ids::EndpointId;
@@ -82,7 +84,7 @@ pub struct DeviceReport {
 #[derive(Default)]
 struct DevicesInService {
     reports: BTreeMap<PciAddress, DeviceReport>,
-    servers: BTreeMap<PciAddress, DeviceServer>,
+    servers: BTreeMap<PciAddress, ServedExport>,
     faults: Option<FaultDelivery>,
 }
 
@@ -209,19 +211,42 @@ impl Hotplug {
         for device in devices.filter(|device| range.contains(device.endpoint())) {
             kinds::of(device.kind()).check_unplug(&config)?;
         }
-        let unused = self.iommu.lock().remove_endpoints(range)?;
+        // The lock of `config` excludes other changes, so the removal below cannot fail.
+        self.iommu.lock().check_removal(range)?;
+        let silent = self.end_servers(range);
+        let unused = Iommu::remove_emptied(&self.iommu, range, &silent)?;
         *config = without;
-        let (reports, servers, files);
+        let (reports, files);
         {
             let mut parts = self.parts.lock();
             reports = take_range(&mut parts.reports, range);
-            servers = take_range(&mut parts.servers, range);
             files = take_range(&mut self.files.lock(), range);
         }
-        // Drops wait for threads, so `parts` must not be locked here. The lock of `config` excludes other changes.
-        drop((servers, unused, reports, files));
+        // Drops wait for threads, so `parts` must not be locked here.
+        drop((unused, reports, files));
         info!("endpoint {range} is removed");
         Ok(())
+    }
+
+    /// Ends the servers of exported devices. Returns the endpoints whose devices do no DMA any more.
+    fn end_servers(&self, range: PciRange) -> BTreeSet<EndpointId> {
+        let servers = {
+            let mut parts = self.parts.lock();
+            let within = parts.servers.range(range.first()..=range.last());
+            let addresses: Vec<_> = within.map(|(at, _)| *at).collect();
+            addresses
+                .into_iter()
+                .zip(take_range(&mut parts.servers, range))
+        };
+        let mut silent = BTreeSet::new();
+        for (address, ServedExport { server, is_silent }) in servers {
+            // Waits for the server's thread, which releases the device.
+            drop(server);
+            if is_silent.load(Ordering::Acquire) {
+                silent.insert(address.endpoint_id());
+            }
+        }
+        silent
     }
 
     /// Opens the device of an endpoint, if it has one.

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::bound::BoundExport;
+use super::bound::{BoundExport, ServedExport};
 use super::passthrough::PassthroughError;
 use super::status::{DeviceStatus, StatusNames};
 use crate::backends::DmaBackend;
 use crate::config::Config;
-use crate::export::{DeviceServer, HotResetRegistry};
+use crate::export::HotResetRegistry;
 use crate::faults::report::FaultReporter;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
@@ -84,7 +84,7 @@ pub struct OpenDevice {
     /// An exported device that has no server yet. It does no DMA.
     pub bound: Option<BoundExport>,
     /// Serves an exported device to the VMM.
-    pub server: Option<DeviceServer>,
+    pub server: Option<ServedExport>,
     /// The socket at which the VMM connects.
     pub file: Option<Arc<SocketFile>>,
     /// The host's name of the device.
@@ -100,8 +100,8 @@ impl OpenDevice {
     /// The system has no descriptor or thread left.
     pub fn serve(&mut self) -> io::Result<()> {
         if let Some(bound) = self.bound.take() {
-            let (server, file) = bound.serve()?;
-            self.status = Some(server.status());
+            let (server, status, file) = bound.serve()?;
+            self.status = Some(status);
             self.server = Some(server);
             self.file = Some(file);
         }

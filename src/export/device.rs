@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::{info, warn};
 use vfio_bindings::bindings::vfio::{
@@ -43,6 +45,8 @@ pub struct ExportedDevice {
     irqs: ExportedIrqs,
     /// `None` if the device takes part in no hot resets.
     registered: Option<RegisteredDevice>,
+    /// See [`Self::is_silent`].
+    is_silent: Arc<AtomicBool>,
     /// The client's windows, which are only checked: the VMM's memory table names the RAM, and the
     /// guest's mappings decide what the device reaches (`docs/export.md`).
     windows: ClientWindows,
@@ -88,14 +92,22 @@ impl ExportedDevice {
             kinds,
             irqs: ExportedIrqs::default(),
             registered: None,
+            is_silent: Arc::default(),
             windows: ClientWindows::default(),
         })
     }
 
     /// Lets the device take part in hot resets of the daemon's devices. `function` is its place on the host.
-    pub fn with_hot_reset(mut self, registry: &HotResetRegistry, function: HostFunction) -> Self {
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn with_hot_reset(
+        mut self,
+        registry: &HotResetRegistry,
+        function: HostFunction,
+    ) -> io::Result<Self> {
         let scope = self.device.hot_reset_scope();
-        let registered = registry.register(function, scope.ok());
+        let registered = registry.register(function, scope.ok(), self.device.bus_reset())?;
         if self.info.flags & VFIO_DEVICE_FLAGS_RESET == 0 {
             match registered.mates() {
                 Some(mates) if mates.is_empty() => {}
@@ -113,7 +125,19 @@ impl ExportedDevice {
             }
         }
         self.registered = Some(registered);
-        self
+        Ok(self)
+    }
+
+    /// True once the device is dropped and does no DMA.
+    pub fn is_silent(&self) -> Arc<AtomicBool> {
+        self.is_silent.clone()
+    }
+
+    /// Whether the device has, or may have, the state of a client that has gone. The flag follows the device; it stays
+    /// false for a device without [`Self::with_hot_reset`].
+    pub fn leftover(&self) -> Arc<AtomicBool> {
+        let registered = self.registered.as_ref();
+        registered.map_or_else(Arc::default, |registered| registered.leftover().clone())
     }
 
     fn vfio_region(&self, index: u32) -> Result<&RegionInfo, i32> {
@@ -155,7 +179,7 @@ impl ServedDevice for ExportedDevice {
             && registered.take()
         {
             warn_limited!(
-                "{}: the client gets the device with the state of the last client",
+                "{}: the client gets a device that keeps, or may keep, the state of the last client",
                 self.name
             );
         }
@@ -244,7 +268,7 @@ impl ExportedDevice {
     /// Makes a hot reset where it is needed and possible, and logs what the next client gets.
     fn finish_release(&self, is_reset: bool) {
         let outcome = match &self.registered {
-            Some(registered) => registered.release(&*self.device, is_reset),
+            Some(registered) => registered.release(is_reset),
             None if is_reset => Release::Reset,
             None => Release::Stale(StaleReason::NoHotReset),
         };
@@ -255,11 +279,24 @@ impl ExportedDevice {
                 "{name}: the device is reset together with {}, once their clients have gone",
                 Names(&others)
             ),
+            Release::Reopened(others) => warn_limited!(
+                "{name}: the device has no reset of its own, and was closed and opened again; VFIO has reset it if no \
+                 process has {} open; export these devices, too, for a reset that is certain",
+                Names(&others)
+            ),
             Release::Stale(reason) => warn_limited!(
                 "{name}: the device keeps the state of its last client: {reason}; end this daemon before \
                  another VM gets the device"
             ),
         }
+    }
+}
+
+impl Drop for ExportedDevice {
+    /// Ends the device's DMA, also if it has never had a client.
+    fn drop(&mut self) {
+        let is_silent = self.silence().is_ok();
+        self.is_silent.store(is_silent, Ordering::Release);
     }
 }
 

@@ -1,34 +1,56 @@
 //! Hot resets: a reset of a whole bus or slot, for devices that cannot be reset alone.
 //!
 //! A hot reset concerns all functions behind one bridge. So the exported devices of the daemon share a registry: a hot
-//! reset is made once none of them that it concerns has a client, by the one that is released last.
+//! reset is made once none of them that it concerns has a client, when the last one is released. If VFIO refuses it,
+//! because a function on the bus belongs to nobody, the devices of groups (type1) are closed and opened again instead.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::reset_thread::{Reset, ResetThread};
 use crate::locks::{Mutex, Rank};
-use crate::vfio::{DeviceAccess, HostFunction, HotResetScope};
+use crate::vfio::{BusReset, GroupFile, HostFunction, HotResetScope};
 
 /// The exported devices of the daemon, for the hot resets of all of them. Clones share the registry.
-#[derive(Clone, Debug)]
-pub struct HotResetRegistry(Arc<Mutex<BTreeMap<HostFunction, ClientState>>>);
+#[derive(Clone)]
+pub struct HotResetRegistry(Arc<Mutex<ResetRegistry>>);
 
-/// The relation of a registered device to its clients.
-#[derive(Clone, Copy, Debug, Default)]
-struct ClientState {
+#[derive(Default)]
+struct ResetRegistry {
+    devices: BTreeMap<HostFunction, Registered>,
+    /// `None` until a device is registered whose bus can be reset.
+    thread: Option<ResetThread>,
+}
+
+/// A registered device, and its relation to its clients.
+struct Registered {
+    bus: Arc<dyn BusReset>,
+    /// The number of its group, and the group; `None` for a device that is bound to an iommufd.
+    group: Option<(u32, GroupFile)>,
     /// A client has the device.
     is_used: bool,
     /// A client has had the device since its last reset.
     is_stale: bool,
+    /// The device has, or may have, the state of a client that has gone.
+    leftover: Arc<AtomicBool>,
+}
+
+impl Registered {
+    fn note_reset(&mut self) {
+        self.is_stale = false;
+        self.leftover.store(false, Ordering::Relaxed);
+    }
 }
 
 /// A device in the registry, until this is dropped.
-#[derive(Debug)]
 pub(super) struct RegisteredDevice {
     registry: HotResetRegistry,
     function: HostFunction,
+    /// See [`Registered::leftover`].
+    leftover: Arc<AtomicBool>,
     /// `None` if a hot reset of the device is impossible.
     scope: Option<HotResetScope>,
 }
@@ -40,6 +62,9 @@ pub(super) enum Release {
     Reset,
     /// The devices of clients that are still there prevent a hot reset.
     Waits(Vec<HostFunction>),
+    /// The device was closed and opened again. VFIO has reset its bus if no process has these functions open, and VFIO
+    /// does not say whether it has.
+    Reopened(Vec<HostFunction>),
     /// The device keeps the state of its last client.
     Stale(StaleReason),
 }
@@ -53,6 +78,8 @@ pub(super) enum StaleReason {
     Foreign(Vec<HostFunction>),
     /// The kernel has refused the hot reset.
     Failed(io::Error),
+    /// The device, or another one on its bus, was closed and cannot be opened again, or not be closed.
+    NotReopened(io::Error),
 }
 
 impl fmt::Display for StaleReason {
@@ -66,6 +93,12 @@ impl fmt::Display for StaleReason {
                 Names(others)
             ),
             Self::Failed(cause) => write!(f, "the kernel refuses to reset it: {cause}"),
+            Self::NotReopened(cause) => {
+                write!(
+                    f,
+                    "the devices of its bus cannot be closed and opened again: {cause}"
+                )
+            }
         }
     }
 }
@@ -85,23 +118,47 @@ impl fmt::Display for Names<'_> {
 
 impl Default for HotResetRegistry {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Rank::HotResets, BTreeMap::new())))
+        Self(Arc::new(Mutex::new(
+            Rank::HotResets,
+            ResetRegistry::default(),
+        )))
     }
 }
 
 impl HotResetRegistry {
     /// Registers a device without a client.
+    ///
+    /// # Errors
+    /// The system has no thread left.
     pub(super) fn register(
         &self,
         function: HostFunction,
         scope: Option<HotResetScope>,
-    ) -> RegisteredDevice {
-        self.0.lock().insert(function, ClientState::default());
-        RegisteredDevice {
+        bus: Arc<dyn BusReset>,
+    ) -> io::Result<RegisteredDevice> {
+        let affected = scope.iter().flat_map(|scope| &scope.devices);
+        let own_group = affected
+            .filter(|affected| affected.function == function)
+            .find_map(|affected| affected.group);
+        let leftover = Arc::new(AtomicBool::new(false));
+        let registered = Registered {
+            group: own_group.zip(bus.group()),
+            bus,
+            is_used: false,
+            is_stale: false,
+            leftover: leftover.clone(),
+        };
+        let mut registry = self.0.lock();
+        if scope.is_some() && registry.thread.is_none() {
+            registry.thread = Some(ResetThread::start()?);
+        }
+        registry.devices.insert(function, registered);
+        Ok(RegisteredDevice {
             registry: self.clone(),
             function,
+            leftover,
             scope,
-        }
+        })
     }
 }
 
@@ -112,85 +169,106 @@ impl RegisteredDevice {
         Some(mates.filter(|f| *f != self.function).collect())
     }
 
-    /// A client has the device from now on. Returns whether the device has the state of another client. Waits for a hot
+    /// Whether the device has, or may have, the state of a client that has gone.
+    pub(super) fn leftover(&self) -> &Arc<AtomicBool> {
+        &self.leftover
+    }
+
+    /// A client has the device from now on. Returns whether the device may have the state of another client. Waits for a
     /// reset in progress.
     pub(super) fn take(&self) -> bool {
-        let mut devices = self.registry.0.lock();
-        let state = devices.entry(self.function).or_default();
-        state.is_used = true;
-        let was_stale = state.is_stale;
-        state.is_stale = true;
-        was_stale
+        let mut registry = self.registry.0.lock();
+        let Some(own) = registry.devices.get_mut(&self.function) else {
+            return false;
+        };
+        own.is_used = true;
+        std::mem::replace(&mut own.is_stale, true)
     }
 
     /// The client of the device has gone; `is_reset` says whether the device has been reset alone. Resets all devices
     /// that a hot reset of this one concerns, if one of them needs it and none has a client.
-    pub(super) fn release(&self, device: &dyn DeviceAccess, is_reset: bool) -> Release {
-        let mut devices = self.registry.0.lock();
-        let own = devices.entry(self.function).or_default();
+    pub(super) fn release(&self, is_reset: bool) -> Release {
+        let mut registry = self.registry.0.lock();
+        let ResetRegistry { devices, thread } = &mut *registry;
+        let Some(own) = devices.get_mut(&self.function) else {
+            return Release::Stale(StaleReason::NoHotReset);
+        };
         own.is_used = false;
-        own.is_stale &= !is_reset;
-        let is_stale = own.is_stale;
-        let scope = match &self.scope {
-            Some(scope) => scope,
-            None if is_stale => return Release::Stale(StaleReason::NoHotReset),
-            None => return Release::Reset,
-        };
-        let state_of = |function| devices.get(&function).copied();
-        let concerned = || scope.devices.iter().map(|d| (d, state_of(d.function)));
-        if !concerned().any(|(_, state)| state.is_some_and(|state| state.is_stale)) {
-            return Release::Reset;
+        if is_reset {
+            own.note_reset();
         }
-        let foreign = concerned().filter(|(d, state)| state.is_none() && !d.is_unused);
-        let foreign: Vec<_> = foreign.map(|(d, _)| d.function).collect();
-        let used = concerned().filter(|(_, state)| state.is_some_and(|state| state.is_used));
-        let used: Vec<_> = used.map(|(d, _)| d.function).collect();
-        let outcome = if !foreign.is_empty() {
-            Release::Stale(StaleReason::Foreign(foreign))
-        } else if !used.is_empty() {
-            Release::Waits(used)
-        } else {
-            match device.hot_reset() {
-                Ok(()) => {
-                    for affected in &scope.devices {
-                        if let Some(state) = devices.get_mut(&affected.function) {
-                            state.is_stale = false;
-                        }
-                    }
-                    Release::Reset
-                }
-                Err(cause) => Release::Stale(StaleReason::Failed(cause)),
-            }
+        let is_stale = own.is_stale;
+        own.leftover.store(is_stale, Ordering::Relaxed);
+        let (scope, thread) = match (&self.scope, thread) {
+            (Some(scope), Some(thread)) => (scope, thread),
+            _ if is_stale => return Release::Stale(StaleReason::NoHotReset),
+            _ => return Release::Reset,
         };
+        let outcome = reset_bus(scope, self.function, devices, thread);
         // The other devices of the bus have logged their own state.
         if is_stale { outcome } else { Release::Reset }
     }
 }
 
-impl Drop for RegisteredDevice {
-    fn drop(&mut self) {
-        self.registry.0.lock().remove(&self.function);
+/// Resets the bus of the device `own`, if one of its devices needs it and none has a client.
+fn reset_bus(
+    scope: &HotResetScope,
+    own: HostFunction,
+    devices: &mut BTreeMap<HostFunction, Registered>,
+    thread: &ResetThread,
+) -> Release {
+    let functions = || scope.devices.iter().map(|affected| affected.function);
+    let is = |function: &HostFunction, is: fn(&Registered) -> bool| {
+        devices.get(function).is_some_and(is)
+    };
+    if !functions().any(|function| is(&function, |d| d.is_stale)) {
+        return Release::Reset;
     }
+    let used: Vec<_> = functions().filter(|f| is(f, |d| d.is_used)).collect();
+    let mut groups: BTreeMap<u32, GroupFile> = BTreeMap::new();
+    for (number, group) in devices.values().filter_map(|d| d.group.as_ref()) {
+        groups.insert(*number, group.clone());
+    }
+    // Only this process can open a device of a group that it has open.
+    let foreign = scope.devices.iter().filter(|affected| {
+        let has_group = affected.group.is_some_and(|g| groups.contains_key(&g));
+        !affected.is_unused && !has_group && !devices.contains_key(&affected.function)
+    });
+    let foreign: Vec<_> = foreign.map(|affected| affected.function).collect();
+    let registered = || functions().filter_map(|function| devices.get(&function));
+    let can_reopen = registered().all(|device| device.group.is_some());
+    if !foreign.is_empty() && !can_reopen {
+        return Release::Stale(StaleReason::Foreign(foreign));
+    }
+    if !used.is_empty() {
+        return Release::Waits(used);
+    }
+    if !foreign.is_empty() {
+        let closed = registered().map(|device| device.bus.clone()).collect();
+        return match thread.make(Reset::Reopen(closed)) {
+            Ok(()) => Release::Reopened(foreign),
+            Err(cause) => Release::Stale(StaleReason::NotReopened(cause)),
+        };
+    }
+    let Some(device) = devices.get(&own) else {
+        return Release::Stale(StaleReason::NoHotReset);
+    };
+    // The kernel takes no more groups than there are devices on the bus.
+    groups.retain(|number, _| scope.devices.iter().any(|d| d.group == Some(*number)));
+    let device = device.bus.clone();
+    if let Err(cause) = thread.make(Reset::Hot(device, groups.into_values().collect())) {
+        return Release::Stale(StaleReason::Failed(cause));
+    }
+    for function in functions() {
+        if let Some(device) = devices.get_mut(&function) {
+            device.note_reset();
+        }
+    }
+    Release::Reset
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    // The behaviour with clients is tested in `tests/export/resets.rs`, through the server.
-
-    #[test]
-    fn a_removed_device_is_foreign_again() {
-        let registry = HotResetRegistry::default();
-        let function = HostFunction {
-            domain: 0,
-            bus: 0x65,
-            devfn: 0,
-        };
-        let registered = registry.register(function, None);
-        assert!(!registered.take());
-        assert!(registered.take(), "another client has had it");
-        drop(registered);
-        assert!(registry.0.lock().is_empty());
+impl Drop for RegisteredDevice {
+    fn drop(&mut self) {
+        self.registry.0.lock().devices.remove(&self.function);
     }
 }

@@ -14,6 +14,7 @@
 mod device;
 mod hot_reset;
 mod irqs;
+mod reset_thread;
 
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
@@ -119,8 +120,39 @@ pub struct HotResetScope {
 pub struct AffectedDevice {
     /// Its function.
     pub function: HostFunction,
-    /// No process has it open, and none but this one can open it.
+    /// No process has it open, and none but this one can open it. False for a device of a group (type1).
     pub is_unused: bool,
+    /// The number of its group; `None` if the kernel names devices bound to iommufd.
+    pub group: Option<u32>,
+}
+
+/// An open group, for a hot reset.
+pub type GroupFile = Arc<dyn AsFd + Send + Sync>;
+
+/// The resets of an open device that concern other devices, too.
+pub trait BusReset: Send + Sync {
+    /// The open group of the device; `None` if the device is bound to an iommufd, or another process has opened it.
+    fn group(&self) -> Option<GroupFile>;
+
+    /// `VFIO_DEVICE_PCI_HOT_RESET` of all devices in [`DeviceAccess::hot_reset_scope`]. `groups` holds the groups of all
+    /// these devices; empty for a device that is bound to an iommufd.
+    ///
+    /// # Errors
+    /// The kernel's; it refuses if this process does not have all of the devices.
+    fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()>;
+
+    /// Closes the device and keeps its group open. Until [`Self::open_again`] every other call for the device fails.
+    /// When the last open device of a bus is closed, VFIO resets the bus if VFIO drivers hold all its functions.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` if the device is not of an open group, or if its memory is mapped, which keeps it open.
+    fn close(&self) -> io::Result<()>;
+
+    /// Opens the device after [`Self::close`]. It does no DMA and its memory is switched off.
+    ///
+    /// # Errors
+    /// The kernel's: the device's driver cannot start it.
+    fn open_again(&self) -> io::Result<()>;
 }
 
 /// An open device as its driver uses it.
@@ -175,14 +207,11 @@ pub trait DeviceAccess: Send {
     /// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`. The thread that serves a client must not call it.
     ///
     /// # Errors
-    /// The kernel's: `ENODEV` if the device's bus cannot be reset. `EOPNOTSUPP` for a device of a group (type1).
+    /// The kernel's: `ENODEV` if the device's bus cannot be reset.
     fn hot_reset_scope(&self) -> io::Result<HotResetScope>;
 
-    /// `VFIO_DEVICE_PCI_HOT_RESET` of all devices in [`Self::hot_reset_scope`].
-    ///
-    /// # Errors
-    /// The kernel's; it refuses if this process does not have all of the devices.
-    fn hot_reset(&self) -> io::Result<()>;
+    /// The resets of the device that concern others, too. The thread that serves a client must not make them.
+    fn bus_reset(&self) -> Arc<dyn BusReset>;
 
     /// Ends the device's DMA at the device itself, until its driver enables bus mastering again.
     ///
@@ -258,28 +287,46 @@ impl DeviceAccess for Cdev {
 
     fn hot_reset_scope(&self) -> io::Result<HotResetScope> {
         let (flags, devices) = ioctl::hot_reset_info(self.as_fd())?;
-        if flags & VFIO_PCI_HOT_RESET_FLAG_DEV_ID == 0 {
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
+        let has_ids = flags & VFIO_PCI_HOT_RESET_FLAG_DEV_ID != 0;
         let devices = devices.into_iter().map(|device| AffectedDevice {
             function: HostFunction {
                 domain: device.domain,
                 bus: device.bus,
                 devfn: device.devfn,
             },
-            is_unused: device.id == VFIO_PCI_DEVID_OWNED,
+            is_unused: has_ids && device.id == VFIO_PCI_DEVID_OWNED,
+            group: (!has_ids).then_some(device.id),
         });
         Ok(HotResetScope {
             devices: devices.collect(),
         })
     }
 
-    fn hot_reset(&self) -> io::Result<()> {
-        ioctl::hot_reset(self.as_fd())
+    fn bus_reset(&self) -> Arc<dyn BusReset> {
+        Arc::new(self.clone())
     }
 
     fn stop_dma(&self) -> io::Result<()> {
         self.clear_bus_master()
+    }
+}
+
+impl BusReset for Cdev {
+    fn group(&self) -> Option<GroupFile> {
+        let group: GroupFile = self.source.as_ref()?.group.clone();
+        Some(group)
+    }
+
+    fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+        ioctl::hot_reset(self.as_fd(), groups)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.close_file()
+    }
+
+    fn open_again(&self) -> io::Result<()> {
+        self.open_file_again()
     }
 }
 

@@ -1,6 +1,7 @@
 //! An open VFIO device.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::event::{EventfdFlags, eventfd};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_BUS_MASTER, VFIO_DEVICE_FEATURE_CLEAR_MASTER, VFIO_DEVICE_FEATURE_DMA_BUF,
     VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, vfio_region_dma_range,
@@ -24,8 +26,18 @@ pub(super) const CLEAR_MASTER: u32 = VFIO_DEVICE_FEATURE_BUS_MASTER | VFIO_DEVIC
 #[derive(Clone, Debug)]
 pub struct Cdev {
     pub(super) file: Arc<File>,
+    /// The group that has opened the device; `None` for a device node, and for a descriptor from another process.
+    pub(super) source: Option<GroupSource>,
     /// The BARs that are mapped. They stay mapped, because DMA mappings lead to them by address.
     mapped: Arc<Mutex<BTreeMap<u32, Arc<MmapRegion>>>>,
+}
+
+/// The group through which a device was opened, and can be opened again.
+#[derive(Clone, Debug)]
+pub(super) struct GroupSource {
+    pub group: Arc<File>,
+    /// The device's name in sysfs.
+    pub name: CString,
 }
 
 impl Cdev {
@@ -48,8 +60,28 @@ impl Cdev {
     pub fn adopt(fd: OwnedFd) -> Self {
         Self {
             file: Arc::new(fd.into()),
+            source: None,
             mapped: Arc::new(Mutex::new(Rank::DeviceRegions, BTreeMap::new())),
         }
+    }
+
+    /// See [`BusReset::close`](super::BusReset::close).
+    ///
+    /// The descriptor keeps its number and names another file meanwhile, so that the clones need no lock for each call.
+    pub(super) fn close_file(&self) -> io::Result<()> {
+        if self.source.is_none() || !self.mapped.lock().is_empty() {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let placeholder = eventfd(0, EventfdFlags::CLOEXEC)?;
+        ioctl::replace_file(self.as_fd(), placeholder.as_fd())
+    }
+
+    /// See [`BusReset::open_again`](super::BusReset::open_again).
+    pub(super) fn open_file_again(&self) -> io::Result<()> {
+        let unsupported = || io::Error::from_raw_os_error(libc::EOPNOTSUPP);
+        let GroupSource { group, name } = self.source.as_ref().ok_or_else(unsupported)?;
+        let opened = ioctl::group_device(group.as_fd(), name)?;
+        ioctl::replace_file(self.as_fd(), opened.as_fd())
     }
 
     /// The number of the device node that the file was opened through; for a descriptor from a group, a number that no

@@ -5,15 +5,17 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
+use super::cdev::GroupSource;
 use super::{Cdev, VfioError, ioctl};
 
 /// An open group, `/dev/vfio/N`. The kernel allows one open file of a group at a time.
 #[derive(Debug)]
 pub struct Group {
-    file: File,
+    file: Arc<File>,
 }
 
 impl Group {
@@ -44,7 +46,9 @@ impl Group {
                 "`vhost-device-iommu check` names it",
             ));
         }
-        Ok(Self { file })
+        Ok(Self {
+            file: Arc::new(file),
+        })
     }
 
     /// Puts the group into a container.
@@ -70,6 +74,11 @@ impl Group {
         };
         let name = CString::new(name).map_err(|e| failed(e.into()))?;
         let fd = ioctl::group_device(self.file.as_fd(), &name).map_err(failed)?;
-        Ok(Cdev::adopt(fd))
+        let mut device = Cdev::adopt(fd);
+        device.source = Some(GroupSource {
+            group: self.file.clone(),
+            name,
+        });
+        Ok(device)
     }
 }

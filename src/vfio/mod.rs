@@ -24,8 +24,8 @@ use vm_memory::MmapRegion;
 use crate::address::{Access, GpaRange, Iova, IovaRange};
 
 pub use self::access::{
-    AffectedDevice, Capability, DeviceAccess, DeviceInfo, HostFunction, HotResetScope, IrqChange,
-    IrqInfo, IrqSelection, RegionInfo,
+    AffectedDevice, BusReset, Capability, DeviceAccess, DeviceInfo, GroupFile, HostFunction,
+    HotResetScope, IrqChange, IrqInfo, IrqSelection, RegionInfo,
 };
 pub use self::cdev::Cdev;
 pub use self::container::{Container, Type1Info};
@@ -60,12 +60,12 @@ pub fn ioctls_of_exports() -> Vec<u32> {
     numbers(ioctl::requests_of_exports())
 }
 
-/// The numbers of the ioctls for hot resets of devices that are bound to iommufd.
+/// The numbers of the ioctls of [`BusReset`].
 ///
 /// The number of `VFIO_DEVICE_PCI_HOT_RESET` is that of a container's `VFIO_IOMMU_MAP_DMA`, too. So a process that has
 /// containers must not allow it to the threads that serve clients.
-pub fn ioctls_of_hot_resets() -> Vec<u32> {
-    numbers(ioctl::requests_of_hot_resets())
+pub fn ioctls_of_bus_resets() -> Vec<u32> {
+    numbers(ioctl::requests_of_bus_resets())
 }
 
 fn numbers(requests: Vec<libc::c_ulong>) -> Vec<u32> {

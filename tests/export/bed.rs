@@ -2,17 +2,18 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
-    AffectedDevice, Capability, DeviceAccess, DeviceInfo, HotResetScope, IrqChange, IrqInfo,
-    IrqSelection, RegionInfo,
+    AffectedDevice, BusReset, Capability, DeviceAccess, DeviceInfo, GroupFile, HotResetScope,
+    IrqChange, IrqInfo, IrqSelection, RegionInfo,
 };
 
 use crate::common::memory::memfd;
@@ -63,6 +64,13 @@ pub struct State {
     pub bus: Vec<AffectedDevice>,
     pub hot_resets: u32,
     pub hot_reset_error: Option<i32>,
+    /// The open group of the device; `None` for a device that is bound to an iommufd.
+    pub group: Option<Arc<OwnedFd>>,
+    /// The descriptors of groups that came with the last hot reset.
+    pub reset_with: Vec<RawFd>,
+    /// Closed and opened again, in this order; shared by the devices of a bus.
+    pub reopened: Arc<Mutex<Vec<&'static str>>>,
+    pub reopen_error: Option<i32>,
 }
 
 /// A device that records the calls of the server.
@@ -93,6 +101,10 @@ impl RecordingDevice {
             bus: Vec::new(),
             hot_resets: 0,
             hot_reset_error: None,
+            group: None,
+            reset_with: Vec::new(),
+            reopened: Arc::default(),
+            reopen_error: None,
         })))
     }
 
@@ -274,13 +286,8 @@ impl DeviceAccess for RecordingDevice {
         Ok(HotResetScope { devices })
     }
 
-    fn hot_reset(&self) -> io::Result<()> {
-        let mut state = self.state();
-        if let Some(error) = state.hot_reset_error {
-            return Err(errno(error));
-        }
-        state.hot_resets += 1;
-        Ok(())
+    fn bus_reset(&self) -> Arc<dyn BusReset> {
+        Arc::new(self.clone())
     }
 
     fn stop_dma(&self) -> io::Result<()> {
@@ -288,10 +295,43 @@ impl DeviceAccess for RecordingDevice {
     }
 }
 
+impl BusReset for RecordingDevice {
+    fn group(&self) -> Option<GroupFile> {
+        let group: GroupFile = self.state().group.clone()?;
+        Some(group)
+    }
+
+    fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut state = self.state();
+        if let Some(error) = state.hot_reset_error {
+            return Err(errno(error));
+        }
+        // As in the kernel, groups come with devices of groups and with no others.
+        if groups.is_empty() != state.group.is_none() {
+            return Err(errno(libc::EINVAL));
+        }
+        state.reset_with = groups.iter().map(AsRawFd::as_raw_fd).collect();
+        state.hot_resets += 1;
+        Ok(())
+    }
+
+    fn close(&self) -> io::Result<()> {
+        let state = self.state();
+        state.reopened.lock().unwrap().push("closed");
+        Ok(())
+    }
+
+    fn open_again(&self) -> io::Result<()> {
+        let state = self.state();
+        state.reopened.lock().unwrap().push("opened");
+        state.reopen_error.map_or(Ok(()), |error| Err(errno(error)))
+    }
+}
+
 /// Duplicates an event. Like the kernel, refuses other files.
 fn duplicate_event(event: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let copy = event.try_clone_to_owned()?;
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&copy));
+    let path = format!("/proc/self/fd/{}", copy.as_raw_fd());
     let target = std::fs::read_link(path)?;
     if target.display().to_string() != "anon_inode:[eventfd]" {
         return Err(errno(libc::EINVAL));
@@ -304,6 +344,8 @@ pub struct Bed {
     pub device: RecordingDevice,
     pub path: PathBuf,
     pub server: Option<DeviceServer>,
+    /// See [`ExportedDevice::leftover`].
+    pub leftover: Arc<AtomicBool>,
     _folder: tempfile::TempDir,
 }
 
@@ -327,6 +369,7 @@ impl Bed {
             device,
             path,
             server: Some(server),
+            leftover: Arc::default(),
             _folder: folder,
         }
     }

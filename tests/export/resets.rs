@@ -1,9 +1,14 @@
 //! Resets between clients of devices that cannot be reset alone.
 
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
 use vhost_device_iommu::export::HotResetRegistry;
 use vhost_device_iommu::vfio::{AffectedDevice, HostFunction};
 
 use crate::bed::{Bed, RecordingDevice, eventually};
+use crate::common::memory::memfd;
 
 fn function(number: u8) -> HostFunction {
     HostFunction {
@@ -17,7 +22,38 @@ fn affected(number: u8) -> AffectedDevice {
     AffectedDevice {
         function: function(number),
         is_unused: false,
+        group: None,
     }
+}
+
+/// A function that the kernel names by its group, as for devices without iommufd.
+fn in_group(number: u8, group: u32) -> AffectedDevice {
+    AffectedDevice {
+        group: Some(group),
+        ..affected(number)
+    }
+}
+
+/// An open file that stands for a group.
+fn group_file() -> Arc<OwnedFd> {
+    Arc::new(memfd(0x1000).into())
+}
+
+/// As [`served`], for a device without a reset of its own and of a group.
+fn served_in_group(
+    registry: &HotResetRegistry,
+    number: u8,
+    bus: &[AffectedDevice],
+    group: &Arc<OwnedFd>,
+    log: &Arc<Mutex<Vec<&'static str>>>,
+) -> Bed {
+    let device = RecordingDevice::new();
+    {
+        let mut state = device.state();
+        state.group = Some(group.clone());
+        state.reopened = log.clone();
+    }
+    serve_on(registry, device, number, bus, false)
 }
 
 /// A server of function `number`, whose bus has the functions `bus`. `resets_alone`: the device has a reset of its own.
@@ -27,15 +63,34 @@ fn served(
     bus: &[AffectedDevice],
     resets_alone: bool,
 ) -> Bed {
-    let device = RecordingDevice::new();
+    serve_on(registry, RecordingDevice::new(), number, bus, resets_alone)
+}
+
+fn serve_on(
+    registry: &HotResetRegistry,
+    device: RecordingDevice,
+    number: u8,
+    bus: &[AffectedDevice],
+    resets_alone: bool,
+) -> Bed {
     {
         let mut state = device.state();
         state.resets_alone = resets_alone;
         state.bus = bus.to_vec();
     }
-    Bed::of(device, |offered| {
-        offered.with_hot_reset(registry, function(number))
-    })
+    let mut leftover = Arc::default();
+    let mut bed = Bed::of(device, |offered| {
+        let offered = offered.with_hot_reset(registry, function(number));
+        let offered = offered.expect("registered");
+        leftover = offered.leftover();
+        offered
+    });
+    bed.leftover = leftover;
+    bed
+}
+
+fn has_leftover(bed: &Bed) -> bool {
+    bed.leftover.load(Ordering::Relaxed)
 }
 
 /// Connects a client and drops it. Returns once the device is released.
@@ -101,6 +156,8 @@ fn a_bus_with_a_device_that_the_daemon_does_not_have_is_not_reset() {
     let bed = served(&registry, 0, &[affected(0), other], false);
     visit(&bed);
     assert_eq!(hot_resets(&bed), 0);
+    assert!(has_leftover(&bed));
+    assert!(bed.device.state().reopened.lock().unwrap().is_empty());
     // A device that nobody can have open is not disturbed.
     let unused = AffectedDevice {
         is_unused: true,
@@ -118,7 +175,62 @@ fn a_refused_hot_reset_is_tried_again_after_the_next_client() {
     bed.device.state().hot_reset_error = Some(libc::EBUSY);
     visit(&bed);
     assert_eq!(hot_resets(&bed), 0);
+    assert!(has_leftover(&bed));
     bed.device.state().hot_reset_error = None;
-    visit(&bed);
+    let client = bed.client();
+    assert!(has_leftover(&bed), "the state of the client before");
+    drop(client);
+    released(&bed);
     assert_eq!(hot_resets(&bed), 1);
+    assert!(!has_leftover(&bed));
+}
+
+#[test]
+fn devices_of_groups_are_reset_with_all_groups_of_their_bus() {
+    let registry = HotResetRegistry::default();
+    // Function 2 shares a group with function 0, so no other process can open it. Group 9 is on another bus.
+    let bus = [in_group(0, 7), in_group(1, 8), in_group(2, 7)];
+    let (seven, eight, nine) = (group_file(), group_file(), group_file());
+    let log = Arc::default();
+    let elsewhere = [AffectedDevice {
+        function: function(0x40),
+        ..in_group(0, 9)
+    }];
+    let _other = served_in_group(&registry, 0x40, &elsewhere, &nine, &log);
+    let first = served_in_group(&registry, 0, &bus, &seven, &log);
+    let second = served_in_group(&registry, 1, &bus, &eight, &log);
+    let client = second.client();
+    visit(&first);
+    assert_eq!(hot_resets(&first), 0, "the second has a client");
+    assert!(has_leftover(&first));
+    drop(client);
+    released(&second);
+    assert_eq!(hot_resets(&first) + hot_resets(&second), 1);
+    assert!(!has_leftover(&first) && !has_leftover(&second));
+    let with = [&first, &second].map(|bed| bed.device.state().reset_with.clone());
+    let with: Vec<_> = with.into_iter().flatten().collect();
+    assert_eq!(with, [seven.as_raw_fd(), eight.as_raw_fd()]);
+    assert!(log.lock().unwrap().is_empty(), "nothing is closed for it");
+}
+
+#[test]
+fn devices_of_groups_are_closed_and_opened_again_if_no_hot_reset_is_possible() {
+    let registry = HotResetRegistry::default();
+    // Nobody may have function 2 open, but another process could.
+    let bus = [in_group(0, 7), in_group(1, 8), in_group(2, 9)];
+    let (seven, eight) = (group_file(), group_file());
+    let log = Arc::default();
+    let first = served_in_group(&registry, 0, &bus, &seven, &log);
+    let second = served_in_group(&registry, 1, &bus, &eight, &log);
+    let client = second.client();
+    visit(&first);
+    assert!(log.lock().unwrap().is_empty(), "the second has a client");
+    drop(client);
+    released(&second);
+    // VFIO resets the bus while both are closed.
+    let closed_together = ["closed", "closed", "opened", "opened"];
+    assert_eq!(*log.lock().unwrap(), closed_together);
+    assert_eq!(hot_resets(&first) + hot_resets(&second), 0);
+    // VFIO does not say whether it has reset the bus.
+    assert!(has_leftover(&first) && has_leftover(&second));
 }

@@ -28,6 +28,7 @@ mod locked;
 mod mixed;
 mod moves;
 mod nested;
+mod resets;
 mod server;
 #[path = "../common/vm.rs"]
 mod vm;
@@ -89,6 +90,9 @@ fn the_machine_is_as_expected() {
     }
     let group = |function: &String| link_name(&sysfs_path(function, "iommu_group"));
     assert_eq!(group(&pair[0]), group(&pair[1]));
+    let cards = words("VIOMMU_E1000_PAIR");
+    assert_eq!(cards.len(), 2);
+    assert_eq!(group(&cards[0]), group(&cards[1]));
     let groups: BTreeSet<_> = alone.iter().chain(&pair[..1]).map(group).collect();
     assert_eq!(groups.len(), alone.len() + 1, "{groups:?}");
 

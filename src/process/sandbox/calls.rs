@@ -130,6 +130,10 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
                 list.extend(always(&[libc::SYS_sched_setscheduler]));
             }
         }
+        Role::Resets => {
+            list.extend(always(&REOPEN));
+            list.extend(ioctls(&needs.reset_ioctls));
+        }
         Role::Signals => {
             list.extend(always(&WAIT));
             list.extend(always(&MESSAGES));
@@ -266,6 +270,9 @@ const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
 /// Registers and interrupts of an exported device.
 const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
+/// Closing a device and opening it again under the number of its descriptor (`vfio::BusReset`).
+const REOPEN: [c_long; 2] = [libc::SYS_dup3, libc::SYS_eventfd2];
+
 /// Recognizing and signalling eventfds of other processes (`process::peer_event`).
 const PEER_EVENTS: [c_long; 2] = [libc::SYS_io_submit, libc::SYS_io_getevents];
 
@@ -383,7 +390,7 @@ fn everywhere() -> Vec<Call> {
 /// because they inherit the filter of the thread that starts them. Landlock limits the paths.
 fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     let mut list: Vec<Call> = ioctls(&plugging.ioctls).collect();
-    for child in [Role::VfioUser, Role::Export, Role::Faults] {
+    for child in [Role::VfioUser, Role::Export, Role::Resets, Role::Faults] {
         list.extend(calls(child, needs));
     }
     list.extend(always(&OPEN));

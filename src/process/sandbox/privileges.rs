@@ -116,6 +116,7 @@ fn needed(role: Role, needs: &Needs) -> CapabilitySet {
         | Role::Faults
         | Role::VfioUser
         | Role::Export
+        | Role::Resets
         | Role::Signals
         | Role::Watchdog => CapabilitySet::empty(),
     }

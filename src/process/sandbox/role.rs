@@ -30,6 +30,8 @@ pub enum Role {
     VirtioPci,
     /// Serves the request ring of that device.
     PciWorker,
+    /// Resets the buses of exported devices.
+    Resets,
     /// Stops the daemon in order when a signal comes.
     Signals,
     /// Checks that other threads make progress.
@@ -44,8 +46,8 @@ pub enum Role {
 
 list_variants!(
     Role:
-    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, VirtioPci,
-    PciWorker, Signals, Watchdog, Qmp, Connector,
+    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Resets,
+    VirtioPci, PciWorker, Signals, Watchdog, Qmp, Connector,
     MetricsFile,
 );
 
@@ -70,6 +72,7 @@ impl Role {
             | Self::Export
             | Self::VirtioPci
             | Self::PciWorker
+            | Self::Resets
             | Self::Signals
             | Self::Watchdog
             | Self::Qmp
@@ -93,6 +96,7 @@ impl Role {
             Self::Export => "export",
             Self::VirtioPci => "virtio-pci",
             Self::PciWorker => "pci-worker",
+            Self::Resets => "resets",
             Self::Signals => "signals",
             Self::Watchdog => "watchdog",
             Self::Qmp => "qmp",
@@ -109,6 +113,8 @@ pub struct Needs {
     pub iommu_ioctls: Vec<u32>,
     /// Numbers of the ioctls of exported devices; empty without such devices.
     pub device_ioctls: Vec<u32>,
+    /// Numbers of the ioctls that reset the buses of exported devices; empty without such devices.
+    pub reset_ioctls: Vec<u32>,
     /// The daemon connects to the QMP socket of the VMM.
     pub qmp: bool,
     /// There are emulated endpoints. The daemon may connect to their servers at any time.
@@ -142,6 +148,7 @@ impl Needs {
         Self {
             iommu_ioctls: vec![0x3b71],
             device_ioctls: vec![0x3b6e],
+            reset_ioctls: vec![0x3b6a, 0x3b71],
             qmp: true,
             emulated: true,
             realtime: true,

@@ -12,6 +12,7 @@ use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_ptr};
 use vmm_sys_util::ioctl_io_nr;
 
 use super::device::{VFIO_DEVICE_FEATURE, VFIO_DEVICE_GET_INFO, VFIO_DEVICE_GET_REGION_INFO};
+use super::type1::VFIO_GROUP_GET_DEVICE_FD;
 use super::{MAX_INFO_WORDS, checked, first_word, low_half, size_of_u32, update};
 
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
@@ -37,9 +38,9 @@ pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
     ]
 }
 
-/// The request of a server whose devices are bound to iommufd.
-pub(in crate::vfio) fn requests_of_hot_resets() -> Vec<c_ulong> {
-    vec![VFIO_DEVICE_PCI_HOT_RESET()]
+/// The requests of the thread that resets buses.
+pub(in crate::vfio) fn requests_of_bus_resets() -> Vec<c_ulong> {
+    vec![VFIO_DEVICE_PCI_HOT_RESET(), VFIO_GROUP_GET_DEVICE_FD()]
 }
 
 /// A `vfio_pci_dependent_device`.
@@ -92,11 +93,17 @@ pub(in crate::vfio) fn hot_reset_info(
     Ok((flags, devices.collect()))
 }
 
-/// Makes a hot reset of a device that is bound to an iommufd. The kernel checks that all affected devices are, too.
-pub(in crate::vfio) fn hot_reset(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // `argsz`, no flags, and no descriptors of groups.
-    let argument = [size_of_u32::<vfio_pci_hot_reset>(), 0, 0];
-    // SAFETY: `argument` has as many bytes as its first field says, has the structure's alignment, and is only read.
+/// Makes a hot reset of a device. The kernel checks that all affected devices belong to `groups`, or, for a device that
+/// is bound to an iommufd and has no groups, that all are bound to the same one.
+pub(in crate::vfio) fn hot_reset(fd: BorrowedFd<'_>, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let count = u32::try_from(groups.len()).map_err(io::Error::other)?;
+    let argsz = size_of_u32::<vfio_pci_hot_reset>() + 4 * count;
+    // No flags. The descriptors follow the structure.
+    let mut argument = vec![argsz, 0, count];
+    argument.extend(groups.iter().map(|fd| fd.as_raw_fd().cast_unsigned()));
+    // SAFETY:
+    // - `argument` has as many bytes as its first field says, has the structure's alignment, and is only read
+    // - descriptors in it are plain numbers: the kernel refuses one that is not an open group
     checked(unsafe { ioctl_with_ptr(&fd, VFIO_DEVICE_PCI_HOT_RESET(), argument.as_ptr()) })
         .map(drop)
 }
@@ -182,6 +189,14 @@ pub(in crate::vfio) fn set_irqs(
 pub(in crate::vfio) fn reset(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the request takes no argument; the descriptor is open.
     checked(unsafe { ioctl(&fd, VFIO_DEVICE_RESET()) }).map(drop)
+}
+
+/// Makes the descriptor `fd` name the file of `other`, and closes the file that it named. No other thread can open a file
+/// under the number in between.
+pub(in crate::vfio) fn replace_file(fd: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: `fd` is open before and after the call. A `Cdev` owns it, and relies on no property of its file: every use
+    // of it is a system call whose error is handled.
+    checked(unsafe { libc::dup3(other.as_raw_fd(), fd.as_raw_fd(), libc::O_CLOEXEC) }).map(drop)
 }
 
 /// Returns `file` if its first page can be mapped.

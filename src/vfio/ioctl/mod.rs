@@ -38,8 +38,8 @@ pub(super) use self::device::{
     region_info, set_bus_master,
 };
 pub(super) use self::export::{
-    IrqData, hot_reset, hot_reset_info, if_mappable, irq_info, region_info_whole,
-    requests_of_exports, requests_of_hot_resets, reset, set_irqs,
+    IrqData, hot_reset, hot_reset_info, if_mappable, irq_info, region_info_whole, replace_file,
+    requests_of_bus_resets, requests_of_exports, reset, set_irqs,
 };
 pub(super) use self::iommufd::{ioas_copy, ioas_iova_ranges, set_compatibility_ioas};
 pub(super) use self::type1::{

@@ -1,0 +1,92 @@
+//! The thread that makes the resets of buses.
+//!
+//! A hot reset needs an ioctl with the number of `VFIO_IOMMU_MAP_DMA`, and a filter of system calls sees numbers alone.
+//! So this thread makes it: it gets its jobs from the daemon, and parses nothing that comes from a client.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+
+use crate::process::sandbox::{self, Role};
+use crate::vfio::{BusReset, GroupFile};
+
+/// Sends jobs to the thread, which ends once this is dropped.
+#[derive(Debug)]
+pub(super) struct ResetThread(Sender<Job>);
+
+/// A reset, and the sender of its outcome.
+struct Job {
+    reset: Reset,
+    outcome: SyncSender<io::Result<()>>,
+}
+
+/// A reset of a bus.
+pub(super) enum Reset {
+    /// A hot reset that a device of the bus makes, with the groups of all affected devices.
+    Hot(Arc<dyn BusReset>, Vec<GroupFile>),
+    /// Closes devices, so that VFIO may reset their bus, and opens them again.
+    Reopen(Vec<Arc<dyn BusReset>>),
+}
+
+impl ResetThread {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub(super) fn start() -> io::Result<Self> {
+        let (sender, jobs): (_, Receiver<Job>) = channel();
+        sandbox::spawn(Role::Resets, move || {
+            while let Ok(job) = jobs.recv() {
+                // Cannot fail: the sender of the job waits for it.
+                let _ = job.outcome.send(job.reset.make());
+            }
+        })?;
+        Ok(Self(sender))
+    }
+
+    /// Makes a reset, and waits until it is done.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn make(&self, reset: Reset) -> io::Result<()> {
+        let (outcome, done) = sync_channel(1);
+        let gone = |_| io::Error::other("the thread that resets devices has ended");
+        let sent = self.0.send(Job { reset, outcome });
+        sent.map_err(|_| io::Error::other("the thread that resets devices has ended"))?;
+        done.recv().map_err(gone)?
+    }
+}
+
+impl Reset {
+    fn make(self) -> io::Result<()> {
+        match self {
+            Self::Hot(device, groups) => {
+                let groups: Vec<_> = groups.iter().map(|group| (**group).as_fd()).collect();
+                device.hot_reset(&groups)
+            }
+            Self::Reopen(devices) => reopen(&devices),
+        }
+    }
+}
+
+/// Closes all devices before it opens one again: VFIO resets a bus only if no device on it is open.
+fn reopen(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
+    let mut outcome = Ok(());
+    let mut closed = Vec::new();
+    for device in devices {
+        match device.close() {
+            Ok(()) => closed.push(device),
+            Err(cause) => {
+                outcome = Err(cause);
+                break;
+            }
+        }
+    }
+    for device in closed {
+        let opened = device.open_again();
+        if opened.is_err() {
+            outcome = opened;
+        }
+    }
+    outcome
+}

@@ -1,0 +1,145 @@
+//! Resets between two clients of exported devices that cannot be reset alone: network cards behind one PCI bridge.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::vfio::{BusReset, Cdev, Container, DeviceAccess, Group};
+
+use crate::common::daemon::Daemon;
+use crate::connection::{Connection, REGION_READ, REGION_WRITE, VERSION, region, version_body};
+use crate::devices::Function;
+use crate::words;
+
+const BAR: u32 = 0;
+const CONFIG: u32 = 7;
+/// The command register, and its bit that switches the device's memory on.
+const COMMAND: u64 = 4;
+const MEMORY: u16 = 1 << 1;
+/// The base of the transmit ring of an e1000, which is 0 after a reset.
+const TDBAL: u64 = 0x3800;
+const MARK: u32 = 0x1234_5670;
+
+/// A client of an exported network card.
+struct Client(Connection);
+
+impl Client {
+    /// Connects and switches the card's memory on.
+    fn connect(path: &Path) -> Self {
+        let mut connection = Connection::new(UnixStream::connect(path).expect("connected"));
+        let text = r#"{"capabilities":{"max_msg_fds":16}}"#;
+        let answer = connection.call(VERSION, &version_body(text), &[]);
+        assert_eq!(answer.errno(), 0);
+        let mut client = Self(connection);
+        client.write(CONFIG, COMMAND, &MEMORY.to_le_bytes());
+        client
+    }
+
+    fn write(&mut self, index: u32, at: u64, data: &[u8]) {
+        let body = region(at, index, data.len() as u32, data);
+        assert_eq!(self.0.call(REGION_WRITE, &body, &[]).errno(), 0);
+    }
+
+    fn mark(&mut self) {
+        self.write(BAR, TDBAL, &MARK.to_le_bytes());
+        assert_eq!(self.load(TDBAL), MARK);
+    }
+
+    fn load(&mut self, at: u64) -> u32 {
+        let reply = self.0.call(REGION_READ, &region(at, BAR, 4, &[]), &[]);
+        assert_eq!((reply.errno(), reply.body.len()), (0, 20));
+        reply.u32_at(16)
+    }
+}
+
+/// The field `name` of each exported device.
+fn exports(daemon: &Daemon, name: &str) -> Vec<bool> {
+    let stats = daemon.control("stats");
+    let exports = stats["exports"].as_array().expect("exported devices");
+    let field = |device: &serde_json::Value| device[name] == true;
+    exports.iter().map(field).collect()
+}
+
+fn wait_for_release(daemon: &Daemon, clients: &[bool]) {
+    let until = Instant::now() + Duration::from_secs(60);
+    while exports(daemon, "client") != clients {
+        assert!(Instant::now() < until, "a client stays");
+        sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn a_bus_is_reset_once_its_last_client_has_gone() {
+    let cards = words("VIOMMU_E1000_PAIR");
+    for host_iommu in ["iommufd", "type1"] {
+        eprintln!("{host_iommu}");
+        let sockets = tempfile::tempdir().expect("a folder");
+        let paths = ["0", "1"].map(|name| sockets.path().join(name));
+        let mut text = format!("address = '00:05.0'\nhost-iommu = '{host_iommu}'\n");
+        for (n, (card, path)) in cards.iter().zip(&paths).enumerate() {
+            text += &format!(
+                "[[endpoint]]\naddress = '00:0{}.0'\nvfio = '{card}'\nexport = {path:?}\n",
+                n + 6
+            );
+        }
+        let daemon = Daemon::with_config(&text);
+        let mut first = Client::connect(&paths[0]);
+        let mut second = Client::connect(&paths[1]);
+        first.mark();
+        second.mark();
+        drop(first);
+        wait_for_release(&daemon, &[false, true]);
+        assert_eq!(exports(&daemon, "leftover"), [true, false]);
+        assert_eq!(second.load(TDBAL), MARK, "the other client goes on");
+        let mut first = Client::connect(&paths[0]);
+        assert_eq!(first.load(TDBAL), MARK, "not reset, as `leftover` says");
+        drop((first, second));
+        wait_for_release(&daemon, &[false, false]);
+        assert_eq!(exports(&daemon, "leftover"), [false; 2], "{}", daemon.log());
+        for path in &paths {
+            assert_eq!(Client::connect(path).load(TDBAL), 0);
+        }
+        daemon.terminate();
+        daemon.wait_for_end();
+    }
+}
+
+/// Without a hot reset: VFIO resets a bus when its last device is closed.
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn closing_and_opening_a_device_of_a_group_resets_its_bus() {
+    let card = &words("VIOMMU_E1000_PAIR")[0];
+    let group = Function::new(card).group();
+    let mut container = Container::open(Path::new("/dev/vfio/vfio")).expect("a container");
+    let group = Group::open(&Path::new("/dev/vfio").join(group)).expect("a group");
+    container.set_group(group).expect("set");
+    let card = container
+        .group()
+        .expect("a group")
+        .device(card)
+        .expect("opened");
+    let bar = card.region(BAR).expect("a BAR");
+    let switch_on = |card: &Cdev| {
+        let config = card.region(CONFIG).expect("a configuration space");
+        card.write(&config, COMMAND, &MEMORY.to_le_bytes())
+            .expect("written");
+    };
+    let load = |card: &Cdev| {
+        let mut bytes = [0; 4];
+        card.read(&bar, TDBAL, &mut bytes).expect("read");
+        u32::from_le_bytes(bytes)
+    };
+    switch_on(&card);
+    card.write(&bar, TDBAL, &MARK.to_le_bytes())
+        .expect("written");
+    assert_eq!(load(&card), MARK);
+    // The clone stands for the backend's.
+    let other = card.clone();
+    card.close().expect("closed");
+    assert!(other.info().is_err(), "closed for all");
+    card.open_again().expect("opened");
+    switch_on(&other);
+    assert_eq!(load(&other), 0);
+}
