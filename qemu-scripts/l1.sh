@@ -8,7 +8,7 @@
 # command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the current directory. Needs no
 # root and no KVM. Fetches and builds missing parts first (see setup.sh --host-kernel).
 #
-#   --iommu KIND    vtd (default), vtd-scalable (first-stage tables) or amd
+#   --iommu KIND    vtd (default), vtd-scalable (first-stage tables), vtd-no-snoop (cannot enforce coherency) or amd
 #   --memory SIZE   default: 3G
 #   --cpus N        default: 2
 #   --timeout S     stop the machine after so many seconds, status 124; default: 900
@@ -22,7 +22,7 @@
 #   VIOMMU_E1000_PAIR two network cards behind another bridge, in one group: their registers are 0 after a reset
 #   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty if QEMU has no such device
 #   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
-#   VIOMMU_L1       vtd, vtd-scalable or amd
+#   VIOMMU_L1       the KIND of --iommu
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
@@ -71,6 +71,10 @@ vtd)
     iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=on
     iommu_append="intel_iommu=on,sm_off"
     ;;
+vtd-no-snoop)
+    iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=off
+    iommu_append="intel_iommu=on,sm_off"
+    ;;
 vtd-scalable)
     iommu_device=intel-iommu,intremap=on,scalable-mode=on,fsts=on,snoop-control=on
     iommu_append="intel_iommu=on,sm_on"
@@ -83,7 +87,7 @@ amd)
     devices+=(-blockdev "null-co,node-name=none,size=512"
         -device "virtio-blk-pci,drive=none,addr=14.0,class=0x0601")
     ;;
-*) die "unknown IOMMU '$iommu': give one of vtd, vtd-scalable, amd" ;;
+*) die "unknown IOMMU '$iommu': give one of vtd, vtd-scalable, vtd-no-snoop, amd" ;;
 esac
 
 if [ -z "${VIOMMU_HOST_KERNEL:-}" ]; then

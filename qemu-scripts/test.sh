@@ -103,6 +103,8 @@ suite_guest() {
 VFIO_USER_TESTS="export:: mixed::"
 # Tests that the machine with VT-d leaves out; README.md gives the reason.
 NOT_ON_VTD="export::a_stock_guest"
+# The tests for the machine whose VT-d has no snoop control.
+NO_SNOOP="coherency::"
 
 # start_logged NAME COMMAND...: starts a command in the background. Its output goes to NAME.log, its status to
 # NAME.status.
@@ -152,11 +154,16 @@ in_l1() {
 }
 
 suite_passthrough() {
-    local tests skip=()
+    local tests program build=(cargo test --locked --test passthrough --no-run) skip=(--skip "$NO_SNOOP")
     for tests in $VFIO_USER_TESTS; do
         skip+=(--skip "$tests")
     done
     in_l1 passthrough "${skip[@]}"
+    program=$(built_program passthrough "${build[@]}")
+    if [ -n "$program" ]; then
+        step "passthrough: VT-d without snoop control" "$SCRIPTS/l1.sh" --iommu vtd-no-snoop --timeout "$L1_LIMIT" -- \
+            "$program" --ignored "$NO_SNOOP"
+    fi
 }
 
 suite_emulated() {

@@ -11,6 +11,7 @@
 )]
 
 mod bed;
+mod coherency;
 #[path = "../common/mod.rs"]
 pub mod common;
 #[path = "../vfio_user_messages/connection.rs"]

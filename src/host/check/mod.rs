@@ -3,6 +3,7 @@
 //! The check changes nothing and opens no device, so that it does not disturb a running VM.
 
 mod access;
+mod coherency;
 mod device;
 mod system;
 
@@ -92,7 +93,11 @@ impl Report {
         let devices = config.devices.passthrough.iter();
         let facts = HostFacts::read(root, devices.clone().map(|device| device.host));
         let findings = |device: &Passthrough| {
-            let found = device::findings(root, &facts, device.host, config.host_iommu);
+            let mut found = device::findings(root, &facts, device.host, config.host_iommu);
+            let export = config.devices.exported_at(device.endpoint);
+            if export.is_some_and(|export| !export.allow_no_snoop) {
+                found.extend(coherency::finding(root, device.host));
+            }
             (*device, found)
         };
         Self {
