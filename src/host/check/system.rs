@@ -1,4 +1,5 @@
-//! Checks the host as a whole: nodes, interrupt remapping, limits.
+//! Checks the host as a whole: nodes, interrupt remapping, limits. The file is long because each check has its tests beside
+//! it.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -121,7 +122,17 @@ fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<
         return None;
     }
     let limits = root.text("proc/self/limits").unwrap_or_default();
-    let limit = match soft_limit(&limits, "Max locked memory") {
+    let vmm_locks_none = config.devices.passthrough.iter().all(|device| {
+        let export = config.devices.exported_at(device.endpoint);
+        export.is_some()
+    });
+    // The daemon raises its soft limit to the hard one; a VMM does not.
+    let column = if vmm_locks_none || config.host_iommu == HostIommu::Type1 {
+        Column::Hard
+    } else {
+        Column::Soft
+    };
+    let limit = match limit_of(&limits, "Max locked memory", column) {
         Some(Limit::None) => return None,
         Some(Limit::Bytes(bytes)) => bytes,
         None => {
@@ -239,10 +250,17 @@ enum Limit {
     Bytes(u64),
 }
 
-/// The soft limit in the line `name` of a process's limits.
-fn soft_limit(limits: &str, name: &str) -> Option<Limit> {
+/// A column in a process's limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Column {
+    Soft = 0,
+    Hard = 1,
+}
+
+/// The limit in the line `name` of a process's limits.
+fn limit_of(limits: &str, name: &str, column: Column) -> Option<Limit> {
     let line = limits.lines().find_map(|line| line.strip_prefix(name))?;
-    match line.split_whitespace().next()? {
+    match line.split_whitespace().nth(column as usize)? {
         "unlimited" => Some(Limit::None),
         number => number.parse().ok().map(Limit::Bytes),
     }
@@ -294,8 +312,12 @@ mod tests {
         found.into_iter().next().expect("one")
     }
 
-    fn limits(host: &FakeHost, soft: &str) {
-        let line = format!("Max locked memory         {soft}              unlimited   bytes\n");
+    fn limits(host: &FakeHost, both: &str) {
+        soft_and_hard_limit(host, both, both);
+    }
+
+    fn soft_and_hard_limit(host: &FakeHost, soft: &str, hard: &str) {
+        let line = format!("Max locked memory         {soft}              {hard}   bytes\n");
         let text = format!("Limit    Soft Limit   Hard Limit   Units\n{line}");
         host.file("proc/self/limits", text);
     }
@@ -447,6 +469,25 @@ mod tests {
         assert_eq!(found(&host, ""), []);
     }
 
+    /// The daemon uses the hard limit; a VMM that locks memory itself uses its soft limit.
+    #[test]
+    fn the_limit_of_the_process_that_locks_memory_counts() {
+        let host = FakeHost::new();
+        host.file(
+            "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
+            "16777216",
+        );
+        soft_and_hard_limit(&host, "65536", "unlimited");
+        assert_eq!(only(&host, "").severity, Severity::Missing);
+        assert_eq!(found(&host, TYPE1), []);
+        soft_and_hard_limit(&host, "65536", "131072");
+        let finding = only(&host, TYPE1);
+        assert!(
+            finding.problem.contains("4096 MiB are needed"),
+            "{finding:?}"
+        );
+    }
+
     #[test]
     fn the_capability_lifts_the_limit_outside_user_namespaces() {
         let host = FakeHost::new();
@@ -480,7 +521,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics(text in "(\\PC|Max locked memory| |[0-9]|:|\n){0,60}") {
-            let _ = soft_limit(&text, "Max locked memory");
+            let _ = limit_of(&text, "Max locked memory", Column::Soft);
+            let _ = limit_of(&text, "Max locked memory", Column::Hard);
             let _ = isolates_interrupts(&text);
         }
     }
