@@ -108,6 +108,19 @@ impl Checker<'_> {
             emulated: emulated.unwrap_or_default(),
             shadow: shadow.unwrap_or_default(),
         });
+        // The guest would not find the new device. The problems of other endpoints are not this one's.
+        let known = config.slot_problems();
+        let problems = made.slot_problems().into_iter();
+        for problem in problems.filter(|problem| problem.is_fatal() && !known.contains(problem)) {
+            self.refuse(
+                &Origin::File(0..0),
+                "",
+                ProblemKind::Slot(problem.to_string()),
+            );
+        }
+        if !self.problems.is_empty() {
+            return Err(self.finish());
+        }
         Ok((made, spec.range))
     }
 }
@@ -132,7 +145,7 @@ mod tests {
             "range = '00:08.0-00:09.7'; group = 'n'; reserved = [{ first = 0, last = 0xfff }]",
             "address = '00:08.0'; group = 'g'",
             "address = '00:08.0'; vfio-user = { listen = '/m', connect = '/k', deadline-ms = 50 }",
-            "address = '00:00.0'; vfio = '66:00.0'; export = '/f'",
+            "address = '00:09.0'; vfio = '66:00.0'; export = '/f'",
             "address = '00:08.0'; shadow = '/h'",
         ] {
             let added = parse(BASE).with_endpoint(&keys.replace(';', ","));
@@ -148,6 +161,29 @@ mod tests {
                 of(&parse(BASE))
             );
         }
+    }
+
+    /// An endpoint without a device of the daemon depends on devices that the configuration does not have.
+    #[test]
+    fn a_function_beside_function_0_can_be_added() {
+        let emulated = |address: &str, socket: &str| {
+            format!("address = '{address}', vfio-user = {{ listen = '{socket}', connect = '/x' }}")
+        };
+        let mut config = parse(BASE);
+        for keys in [
+            emulated("00:06.1", "/m"),
+            emulated("01:00.0", "/n"),
+            emulated("01:00.3", "/o"),
+            "address = '00:09.1'".into(),
+        ] {
+            let (made, _) = config.with_endpoint(&keys).expect(&keys);
+            config = made;
+        }
+        // A function that is hidden already does not keep others out.
+        let hidden = config.without_endpoints("01:00.0".parse().expect("a range"));
+        let hidden = hidden.expect("there");
+        assert!(hidden.with_endpoint("address = '00:0a.0'").is_ok());
+        assert!(hidden.with_endpoint(&emulated("01:00.4", "/p")).is_err());
     }
 
     #[test]
@@ -180,6 +216,18 @@ mod tests {
             (
                 "address = '00:08.0' }, { address = '00:09.0'",
                 "one endpoint",
+            ),
+            (
+                "address = '00:08.1', vfio = '66:00.0', export = '/f'",
+                "make the device at 0000:00:08.0 an endpoint",
+            ),
+            (
+                "address = '00:1f.2', vfio-user = { listen = '/m', connect = '/x' }",
+                "SATA controller",
+            ),
+            (
+                "address = '00:00.0', vfio = '66:00.0', export = '/f'",
+                "host bridge",
             ),
             (
                 "address = '00:08.0', reserved = [{ first = 0xfee00000, last = 0xfee00fff }]",

@@ -128,6 +128,10 @@ pub enum ProblemKind {
     #[error("must be one endpoint; add each endpoint with a command of its own")]
     AdditionNotOne,
 
+    /// The guest does not find an added endpoint, or its place is taken.
+    #[error("{0}")]
+    Slot(String),
+
     /// A socket's path is empty.
     #[error("is empty; give the path the socket is to have, such as /run/vm0/iommu.sock")]
     PathEmpty,

@@ -854,6 +854,17 @@ pub const CASES: &[Case] = &[
             &["add-endpoint", "00:06.0", "group = 'g' }, { group = 'h'"],
         ),
     ),
+    case(
+        "ProblemKind::Slot",
+        Ctl(
+            "",
+            &[
+                "add-endpoint",
+                "00:08.1",
+                "vfio-user = { listen = '/l', connect = '/c' }",
+            ],
+        ),
+    ),
     case("NoSuchEndpoints", Ctl("", &["remove-endpoint", "00:06.0"])),
     case(
         "PlugError::Shadow",
