@@ -349,6 +349,26 @@ mod tests {
                 "-object {\"qom-type\":\"memory-backend-ram\",\"id\":\"d\",\"size\":1} -device pc-dimm,memdev=d",
                 "\"d\" is not shared",
             ),
+            // -set, before and after the option that it changes.
+            (
+                "-set object.ram.share=off -M q35,memory-backend=ram \
+                 -object memory-backend-memfd,id=ram,size=1G",
+                "\"ram\" is not shared",
+            ),
+            (
+                "-device e1000e,id=nic -set device.nic.driver=intel-iommu",
+                "second IOMMU",
+            ),
+            (
+                "-device vhost-user-test-device-pci,id=v,chardev=c -set device.v.virtio-id=23",
+                "second IOMMU",
+            ),
+            (
+                "-set object.viommu-ram.share=off",
+                "\"viommu-ram\" of -object begins",
+            ),
+            ("-set device.viommu-iommu.addr=0a.0", "begins with"),
+            ("-set memory..mem-path=/f", "-mem-path"),
         ] {
             let error = options(line).check().expect_err(line).to_string();
             assert!(error.contains(message), "{line}: {error}");
@@ -365,6 +385,8 @@ mod tests {
             // Not the guest's memory.
             "-object memory-backend-ram,id=unused,size=1G",
             "-device vhost-user-test-device-pci,virtio-id=26,chardev=c",
+            "-object memory-backend-memfd,id=ram,share=off,size=1G -set object.ram.share=on -numa node,memdev=ram",
+            "-set drive.disk.cache=none -set broken -set a.b",
         ] {
             assert_eq!(options(line).check(), Ok(()), "{line}");
         }

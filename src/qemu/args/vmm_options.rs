@@ -85,12 +85,14 @@ impl VmmOption {
     }
 }
 
-/// The options in `arguments`, with those of files that `-readconfig` names.
+/// The options in `arguments`, with those of files that `-readconfig` names, and with the properties that `-set` gives
+/// them.
 ///
 /// # Errors
 /// A file cannot be read.
 pub(super) fn parse(arguments: &[OsString]) -> Result<Vec<VmmOption>, ReadConfigError> {
     let mut options = Vec::new();
+    let mut sets = Vec::new();
     let mut arguments = arguments.iter().map(|text| text.to_string_lossy());
     while let Some(argument) = arguments.next() {
         // QEMU accepts one dash or two.
@@ -109,10 +111,59 @@ pub(super) fn parse(arguments: &[OsString]) -> Result<Vec<VmmOption>, ReadConfig
             options.extend(read_config(path)?);
             continue;
         }
+        if name == "set"
+            && let Some(value) = &value
+        {
+            sets.extend(Set::parse(value));
+            continue;
+        }
         let properties = value.map_or_else(Vec::new, |value| properties(&value));
         options.push(VmmOption { name, properties });
     }
+    for set in sets {
+        set.apply(&mut options);
+    }
     Ok(options)
+}
+
+/// A `-set OPTION.ID.PROPERTY=VALUE`.
+struct Set {
+    option: String,
+    id: String,
+    property: (String, String),
+}
+
+impl Set {
+    /// QEMU splits the text in the same way: the names of options and IDs have no dots. QEMU ends if this fails.
+    fn parse(text: &str) -> Option<Self> {
+        let (option, rest) = text.split_once('.')?;
+        let (id, rest) = rest.split_once('.')?;
+        let (key, value) = rest.split_once('=')?;
+        Some(Self {
+            option: option.to_owned(),
+            id: id.to_owned(),
+            property: (key.to_owned(), value.to_owned()),
+        })
+    }
+
+    /// Changes the option. If the operator gives no such option, it may be one that `launch` adds: then the property
+    /// stands alone, with the ID.
+    fn apply(self, options: &mut Vec<VmmOption>) {
+        let Self {
+            option: name,
+            id,
+            property,
+        } = self;
+        let is_meant =
+            |option: &&mut VmmOption| option.name == name && option.get("id") == Some(id.as_str());
+        match options.iter_mut().find(is_meant) {
+            Some(option) => option.properties.push(property),
+            None => options.push(VmmOption {
+                name,
+                properties: vec![("id".to_owned(), id), property],
+            }),
+        }
+    }
 }
 
 /// Whether a property that is on or off is off.
