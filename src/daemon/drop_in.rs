@@ -160,9 +160,10 @@ mod tests {
                 "TasksMax=36",
             ],
         );
-        // Memory has a limit although locked memory has none: 4G, twice 4G / 256, 64M of arena, 32M, and 8M for each
-        // device.
-        has("iommufd", &["MemoryMax=4445962240"]);
+        // Memory has a limit although locked memory has none: 4G, twice 4G / 256, 64M of arena, 32M, 8M for each
+        // device, and the kernel's records of mappings: 4G / 8, or 65535 of 128 bytes for each device.
+        has("iommufd", &["MemoryMax=4982833152"]);
+        has("type1", &["MemoryMax=4462739200"]);
     }
 
     /// `launch` waits this long, too.

@@ -14,6 +14,11 @@ use crate::vfio::ioctls_of_backends;
 /// The kernel charges the host's IOMMU tables to the daemon. They take 8 bytes for each 4 KiB of guest memory;
 /// this share is twice that.
 const HOST_TABLE_SHARE: u64 = 256;
+/// The kernel charges its record of each mapping to the daemon, too. iommufd's (`iopt_area`, `iopt_pages`) takes up to 512
+/// bytes; this share is enough for a record of each page of 4 KiB of guest memory.
+const RECORD_SHARE: u64 = 8;
+/// type1's records (`vfio_dma`): 65535 for each host group (`dma_entry_limit`), of up to 128 bytes.
+const TYPE1_RECORDS: u64 = 65535 * 128;
 
 /// Devices of the host whose DMA the host's IOMMU translates.
 pub struct PassthroughKind;
@@ -31,7 +36,7 @@ impl EndpointKind for PassthroughKind {
         }
         Resources {
             devices: config.devices.passthrough.len(),
-            memory: config.memory.unwrap_or(0) / HOST_TABLE_SHARE,
+            memory: kernel_memory(config),
             directives: directives(config),
             wait: Duration::ZERO,
             files: 0,
@@ -52,6 +57,19 @@ impl EndpointKind for PassthroughKind {
     fn status_names(&self) -> Option<StatusNames> {
         None
     }
+}
+
+/// Bytes that the kernel charges to the daemon for the devices' mappings.
+fn kernel_memory(config: &Config) -> u64 {
+    let guest = config.memory.unwrap_or(0);
+    let records = match config.host_iommu {
+        HostIommu::Iommufd => guest / RECORD_SHARE,
+        HostIommu::Type1 => {
+            let groups = u64::try_from(config.devices.passthrough.len()).unwrap_or(u64::MAX);
+            TYPE1_RECORDS.saturating_mul(groups)
+        }
+    };
+    (guest / HOST_TABLE_SHARE).saturating_add(records)
 }
 
 /// The unit's directives that let the daemon lock the guest's memory and open the devices' nodes.
