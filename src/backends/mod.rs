@@ -163,12 +163,6 @@ pub trait DmaBackend: Send {
         0
     }
 
-    /// Whether the endpoint's device is in an address space of the VMM, which has just bound it. So its driver has
-    /// attached it to no domain.
-    fn is_in_vmm_space(&self, _endpoint: EndpointId) -> bool {
-        false
-    }
-
     /// The VMM has added guest RAM.
     ///
     /// # Errors

@@ -302,15 +302,10 @@ impl Device {
     }
 
     /// Tells the core that the VMM has made its devices. The VMM counts as present from its first message; only the
-    /// first call after a connection has an effect. `driver_may_run`: the VMM, not the transport, holds the virtio
-    /// device's state, so its driver may have run before the VMM connected.
-    pub fn announce_vmm(&self, driver_may_run: bool) {
+    /// first call after a connection has an effect.
+    pub fn announce_vmm(&self) {
         if !self.announced.swap(true, Ordering::Relaxed) {
-            let mut iommu = self.iommu.lock();
-            if driver_may_run {
-                iommu.await_driver();
-            }
-            iommu.connect();
+            self.iommu.lock().connect();
         }
     }
 

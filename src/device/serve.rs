@@ -179,8 +179,7 @@ impl Device {
         };
         match driver {
             Restart::Resumed => debug!("the request ring goes on at {}", running.next_avail),
-            // `serve_batch` switches the endpoints.
-            Restart::NewDriver if stopped.is_none() => self.iommu.lock().driver_has_started(),
+            Restart::NewDriver if stopped.is_none() => {}
             Restart::NewDriver => {
                 info_limited!("a new driver has started the device: all domains are gone");
                 requests.queue = RequestQueue::default();

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use log::debug;
 
+use super::Iommu;
 use super::inspect::Dma;
 use super::reachable::{is_all_reachable, reachable_bytes};
-use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
@@ -28,7 +28,7 @@ impl Iommu {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
-        self.driver = DriverState::Known;
+        self.driver_unknown = false;
         self.vmm_present = false;
         for backend in &mut self.backends {
             backend.vmm_present(false);
@@ -45,14 +45,6 @@ impl Iommu {
             .filter(|e| self.endpoints.get(e).is_none_or(|s| s.domain.is_none()))
             .collect();
         for endpoint in unattached {
-            let in_vmm_space = |index: &usize| self.backends[*index].is_in_vmm_space(endpoint);
-            // Firmware may use such a device before the driver starts, and only the VMM could put it back.
-            if self.bypass
-                && self.driver == DriverState::Awaited
-                && self.backend_of.get(&endpoint).is_some_and(in_vmm_space)
-            {
-                continue;
-            }
             self.retarget(endpoint, self.unattached_target(endpoint));
         }
     }

@@ -93,25 +93,14 @@ pub struct Iommu {
     last_domain: u32,
     bypass_at_boot: bool,
     bypass: bool,
-    driver: DriverState,
+    /// The guest's driver has attached endpoints of which the core does not know. All are blocked.
+    driver_unknown: bool,
     arena: Arena,
     endpoints: BTreeMap<EndpointId, EndpointRecord>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
     /// Guest RAM, as the backends have it.
     memory: Vec<MemorySlot>,
-}
-
-/// The knowledge of the guest's driver. Endpoints reach memory only if its state is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DriverState {
-    /// Its domains are those of the core. That there is no driver is known, too.
-    Known,
-    /// A VMM has connected, and no request ring has started since: the VMM may have a driver that has attached
-    /// endpoints at another daemon.
-    Awaited,
-    /// It has attached endpoints of which the core does not know.
-    Unknown,
 }
 
 impl Iommu {
@@ -132,7 +121,7 @@ impl Iommu {
             last_domain: settings.last_domain,
             bypass_at_boot: settings.bypass_at_boot,
             bypass: settings.bypass_at_boot,
-            driver: DriverState::Known,
+            driver_unknown: false,
             arena: Arena::new(settings.arena_limit)?,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),

@@ -198,11 +198,6 @@ impl DmaBackend for Iommufd {
         self.spaces.condemned()
     }
 
-    fn is_in_vmm_space(&self, endpoint: EndpointId) -> bool {
-        let index = self.group_of.get(&endpoint);
-        index.is_some_and(|&index| self.groups[index].attachment() == Attachment::Vmm)
-    }
-
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
         self.spaces.add_memory(slot)
     }

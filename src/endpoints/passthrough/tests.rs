@@ -834,11 +834,6 @@ fn kernels_without_mapping_by_file_take_addresses() {
 
 /// A VM with the device A, which no VMM has bound yet, and without bypass mode at boot.
 fn with_unbound_device(kernel: &FakeKernel) -> Iommu {
-    with_shared_device(kernel, false)
-}
-
-/// A VM with the device A, which the VMM binds.
-fn with_shared_device(kernel: &FakeKernel, bypass_at_boot: bool) -> Iommu {
     let device = PassthroughDevice {
         endpoint: A,
         name: "0000:65:00.0".into(),
@@ -847,35 +842,11 @@ fn with_shared_device(kernel: &FakeKernel, bypass_at_boot: bool) -> Iommu {
         attach: Box::new(kernel.device(A.0, 1)),
         memory: no_memory(),
     };
-    let mut iommu = Iommu::new(settings(bypass_at_boot), topology()).expect("an arena");
+    let mut iommu = Iommu::new(settings(false), topology()).expect("an arena");
     let calls = Arc::new(kernel.clone());
     let backend = Iommufd::new(calls, all_capabilities(), Pinning::All, vec![device]);
     iommu.add_backend(Box::new(backend), &[A]).expect("added");
     iommu
-}
-
-/// Firmware of a new VM uses a device through the VMM's address space. A device that was bound before the daemon started
-/// may have a driver that another daemon knew.
-#[test]
-fn a_device_stays_with_a_new_vmm_until_a_driver_starts() {
-    for is_bound_before in [false, true] {
-        let kernel = FakeKernel::default();
-        let before = is_bound_before.then(|| kernel.vmm_device(A.0, 1).1);
-        let mut iommu = with_shared_device(&kernel, true);
-        let space = before.unwrap_or_else(|| kernel.vmm_device(A.0, 1).1);
-        let at = || kernel.state().groups[&1].0;
-        iommu.await_driver();
-        iommu.connect();
-        iommu.set_memory(vec![slot(0x10_0000, 0x4000, 0)]);
-        iommu.retarget_unattached();
-        let expected = (!is_bound_before).then_some(space);
-        assert_eq!(at(), expected, "bound before: {is_bound_before}");
-        iommu.driver_has_started();
-        iommu.retarget_unattached();
-        assert_eq!(at().is_some_and(|now| now != space), is_bound_before);
-        assert!(at().is_some(), "in bypass mode");
-        assert!(!iommu.endpoint(A).expect("an endpoint").quarantined);
-    }
 }
 
 #[test]
@@ -919,7 +890,7 @@ fn a_vmm_may_connect_before_it_binds_its_devices() {
         if announces {
             let (_, space) = kernel.vmm_device(A.0, 1);
             assert_eq!(kernel.state().groups[&1].0, Some(space));
-            device.announce_vmm(true);
+            device.announce_vmm();
             assert_eq!(kernel.state().groups[&1].0, None, "blocked");
         }
         assert!(!quarantined());

@@ -77,7 +77,7 @@ impl VhostUserBackend for VhostUserDevice {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        self.device.announce_vmm(true);
+        self.device.announce_vmm();
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -107,7 +107,7 @@ impl VhostUserBackend for VhostUserDevice {
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
         // Frontends may skip GET_FEATURES.
         sandbox::enter(Role::VhostUser);
-        self.device.announce_vmm(true);
+        self.device.announce_vmm();
         self.device.set_memory(memory.memory().into_inner())
     }
 

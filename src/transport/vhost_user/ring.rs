@@ -175,14 +175,8 @@ impl VringT<RingMemory> for VmmRing {
         self.state.needs_notification()
     }
 
-    /// Wakes the worker for a ring that it has found disabled: its driver may never kick, and the endpoints are blocked
-    /// until the worker sees the ring run.
     fn set_enabled(&self, enabled: bool) {
         self.state.set_enabled(enabled);
-        if enabled && let Err(cause) = self.kicks.wake() {
-            let reason = format!("the worker cannot be woken for a ring: {cause}");
-            self.connection.end(reason);
-        }
     }
 
     fn set_queue_info(
@@ -299,8 +293,7 @@ impl Calls {
 #[derive(Debug)]
 struct Kicks {
     set: OwnedFd,
-    /// Stands in for a kick when the descriptor is replaced, because the driver may have kicked the old one, and when
-    /// the ring is enabled.
+    /// Stands in for a kick when the descriptor is replaced: the driver may have kicked the old one.
     replaced: OwnedFd,
     kick: Mutex<Option<PeerEvent>>,
 }
@@ -327,19 +320,13 @@ impl Kicks {
         if let Some(new) = kick {
             self.add(&new)?;
             *present = Some(new);
-            drop(present);
-            self.wake()?;
+            match rustix::io::write(&self.replaced, &1u64.to_ne_bytes()) {
+                // A counter that is full has been signalled, too.
+                Ok(_) | Err(Errno::AGAIN) => {}
+                Err(cause) => return Err(cause.into()),
+            }
         }
         Ok(())
-    }
-
-    /// Wakes the worker as a kick does.
-    fn wake(&self) -> io::Result<()> {
-        match rustix::io::write(&self.replaced, &1u64.to_ne_bytes()) {
-            // A counter that is full has been signalled, too.
-            Ok(_) | Err(Errno::AGAIN) => Ok(()),
-            Err(cause) => Err(cause.into()),
-        }
     }
 
     /// Takes the kicks that have come.

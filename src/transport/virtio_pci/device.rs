@@ -165,9 +165,8 @@ impl ServedDevice for VirtioPciDevice {
         self.is_connected = true;
         self.device.prepare();
         self.device.connect();
-        // A client connects when it makes this device, after the devices before it. No driver runs: the device's status
-        // is that of a reset.
-        self.device.announce_vmm(false);
+        // A client connects when it makes this device, after the devices before it.
+        self.device.announce_vmm();
         self.restart_trapped_bar();
         (self.vmm_present)(true);
     }
