@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use rustix::event::{EventfdFlags, eventfd};
 use serde_json::Value;
 
 use crate::common::daemon::{EP, EP2, EP3, ask, connect, number};
@@ -140,7 +141,7 @@ fn drive(guest: &mut Guest, file: &File, control: &Path) -> ! {
 
 /// Runs the VMM's client of one device.
 fn use_device(path: PathBuf) {
-    let null = File::open("/dev/null").expect("opens");
+    let event = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd");
     loop {
         let mut client = Connection::new(UnixStream::connect(&path).expect("the daemon listens"));
         client.ask(VERSION, &version_body(CLIENT), &[]);
@@ -152,7 +153,7 @@ fn use_device(path: PathBuf) {
         loop {
             client.ask(REGION_WRITE, &region(8, 0, 4, b"word"), &[]);
             client.ask(REGION_READ, &region(0, 7, 64, &[]), &[]);
-            let fd = std::os::fd::AsFd::as_fd(&null);
+            let fd = std::os::fd::AsFd::as_fd(&event);
             client.ask(SET_IRQS, &irqs(0x24, 2, 0, 1), &[fd]);
             let replies = (0..3).map_while(|_| client.recv());
             let errors: Vec<_> = replies.map(|reply| reply.errno()).collect();
