@@ -15,7 +15,7 @@ use crate::common::guest::{
 use crate::common::memory::Region;
 use crate::common::wire::{NOMEM, OK, RW};
 use crate::devices::Function;
-use crate::export::Driver;
+use crate::edu_driver::Driver;
 use crate::words;
 
 /// The user of all daemons.

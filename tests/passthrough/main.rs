@@ -22,6 +22,7 @@ pub mod common;
 mod connection;
 mod data;
 mod devices;
+mod edu_driver;
 mod export;
 mod faults;
 mod hangs;
