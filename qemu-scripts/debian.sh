@@ -10,6 +10,7 @@
 #
 #   --file PATH     copy this file to /host; repeatable
 #   --set NAME=TEXT an environment variable of the command; repeatable
+#   --devices       give the machine an emulated VT-d and two edu devices, bound to vfio-pci: 0000:00:10.0, 0000:00:11.0
 #   --memory SIZE   default: 1G
 #   --timeout S     stop the machine after so many seconds, status 124; default: 300
 #   --log FILE      keep the messages of its kernel and of systemd there. Default: keep them in a temporary file if
@@ -20,7 +21,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/initramfs.sh"
 . "$SCRIPTS/lib/debian-root.sh"
 
-memory=1G limit=300 log='' files=() variables=()
+memory=1G limit=300 log='' append='' files=() variables=() devices=()
 while [ $# -gt 0 ]; do
     case $1 in
     --file | --set | --memory | --timeout | --log)
@@ -36,6 +37,14 @@ while [ $# -gt 0 ]; do
         --log) log=$2 ;;
         esac
         shift
+        ;;
+    --devices)
+        devices=(-device intel-iommu,intremap=on,aw-bits=48,snoop-control=on)
+        for at in 10.0 11.0; do
+            # The mask allows the devices DMA to every address.
+            devices+=(-device "edu,dma_mask=0xffffffffffffffff,addr=$at")
+        done
+        append="intel_iommu=on,sm_off viommu.vfio=1234:11e8"
         ;;
     -h | --help)
         usage
@@ -100,12 +109,12 @@ mkfifo "$work/idle"
 timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
     -machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" \
     -drive "file=$VIOMMU_DEBIAN_DISK,if=none,id=disk,format=raw,snapshot=on,cache=unsafe" \
-    -device nvme,drive=disk,serial=disk \
+    -device nvme,drive=disk,serial=disk "${devices[@]}" \
     -chardev "file,id=console,path=$console" -serial chardev:console \
     -chardev stdio,id=output,signal=off -serial chardev:output \
     -chardev "file,id=status,path=$work/status" -serial chardev:status \
     -kernel "$kernel" -initrd "$work/initramfs" \
-    -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check audit=0 systemd.show_status=1" \
+    -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check audit=0 systemd.show_status=1 $append" \
     <>"$work/idle" 2>"$work/qemu" &
 qemu=$!
 ended=0

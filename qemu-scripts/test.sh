@@ -195,7 +195,7 @@ suite_operations() {
         return
     fi
     strip -o "$LOGS/operations" "$program"
-    step "operations: services" "$SCRIPTS/debian.sh" --timeout "$DEBIAN_LIMIT" --log "$LOGS/debian-console.log" \
+    step "operations: services" "$SCRIPTS/debian.sh" --devices --timeout "$DEBIAN_LIMIT" --log "$LOGS/debian-console.log" \
         --file "$package" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
 }
 

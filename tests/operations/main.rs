@@ -10,6 +10,19 @@
 mod apparmor;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../vfio_user_messages/connection.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod connection;
+mod devices;
+#[path = "../passthrough/edu_driver.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod edu_driver;
 mod machine;
 
 use std::fs;
