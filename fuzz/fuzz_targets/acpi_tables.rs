@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vhost_device_iommu::device::acpi::{Added, add_viot};
+use vhost_device_iommu::device::acpi::{Added, ReadOnlyWindows, add_viot};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const RAM: usize = 0x11_0000;
@@ -45,10 +45,11 @@ fuzz_target!(|data: &[u8]| {
     let mut viot = b"VIOT\x70\0\0\0".to_vec();
     viot.resize(0x70, 0);
     viot[9] = sum(&viot).wrapping_neg();
-    match add_viot(&memory, &viot) {
+    let none = ReadOnlyWindows::default();
+    match add_viot(&memory, &none, &viot) {
         (pointer, Ok(Added::Written { at })) => {
             assert!(pointer.is_some());
-            let (_, again) = add_viot(&memory, &viot);
+            let (_, again) = add_viot(&memory, &none, &viot);
             assert_eq!(again, Ok(Added::Present { at }));
         }
         (_, _) => assert!(read() == before, "guest RAM changed without a table"),

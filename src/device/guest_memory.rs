@@ -118,7 +118,10 @@ fn can_shrink(file: &File) -> bool {
 }
 
 /// Whether a file is a memfd or on a tmpfs or hugetlbfs.
-fn is_shared_memory(file: &File) -> io::Result<bool> {
+///
+/// # Errors
+/// The system cannot say.
+pub(crate) fn is_shared_memory(file: &File) -> io::Result<bool> {
     let mut answer = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY:
     // - the descriptor is open: it is borrowed

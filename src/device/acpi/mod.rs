@@ -4,7 +4,8 @@
 //! with `acpi_rsdp=` and the address of a BAR of the device. While the guest waits for the answer to its first read of
 //! that BAR, the device calls [`add_viot`]:
 //!
-//! 1. `rsdp` finds the VMM's root system description pointer (RSDP) in guest RAM.
+//! 1. `rsdp` finds the VMM's root system description pointer (RSDP) in guest RAM, or in the BIOS area that the VMM has
+//!    mapped read-only (`read_only`).
 //! 2. `tables` follows it to the root table (XSDT, or RSDT for an RSDP of revision 0) and to every table that the root
 //!    table names, and checks each of them.
 //! 3. `add_viot` plans where VIOT and its entry of the root table go, checks that both places are free, and only then
@@ -17,6 +18,7 @@
 //! Not a copy of the root table elsewhere: the guest's firmware and a kexec kernel may follow the VMM's RSDP, and would
 //! find the table without VIOT.
 
+mod read_only;
 mod refusal;
 mod rsdp;
 mod table_state;
@@ -26,6 +28,7 @@ mod tests;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
+pub use read_only::ReadOnlyWindows;
 pub use refusal::{AcpiRefusal, TableProblem};
 pub use rsdp::Rsdp;
 pub use table_state::TableState;
@@ -58,7 +61,8 @@ pub enum Added {
 }
 
 /// Adds the table `viot` to the ACPI tables in `memory`, and returns the VMM's own RSDP, which the guest gets as the
-/// answer to its read. The RSDP itself does not change. A second call finds the table of the first and writes nothing.
+/// answer to its read. The RSDP itself does not change, and may be in `read_only`. A second call finds the table of the
+/// first and writes nothing.
 ///
 /// If the table cannot be added, the RSDP, if there is one, is returned all the same: with it the guest boots as it
 /// would without `acpi_rsdp=`.
@@ -68,9 +72,10 @@ pub enum Added {
 /// The second value is a [`AcpiRefusal`] if the table could not be added. Guest memory has not changed then.
 pub fn add_viot<M: GuestMemory + ?Sized>(
     memory: &M,
+    read_only: &ReadOnlyWindows,
     viot: &[u8],
 ) -> (Option<Rsdp>, Result<Added, AcpiRefusal>) {
-    let Some(rsdp) = rsdp::find(memory) else {
+    let Some(rsdp) = rsdp::find(memory, read_only) else {
         return (None, Err(AcpiRefusal::NoRsdp));
     };
     let added = add_behind(memory, &rsdp, viot);

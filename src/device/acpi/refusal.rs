@@ -12,8 +12,8 @@ pub(super) const MAX_TOTAL_LEN: u64 = 8 << 20;
 pub enum AcpiRefusal {
     /// The guest has no RSDP where a VMM or its firmware puts it.
     #[error(
-        "guest RAM has no valid RSDP at 0xa0000 or from 0xe0000 to 0xfffff; \
-         share all of guest RAM with the device"
+        "guest memory has no valid RSDP at 0xa0000 or from 0xe0000 to 0xfffff; share all of it with the device, \
+         as a memfd or as files on a tmpfs or hugetlbfs; under a UEFI firmware load the table with GRUB's command acpi"
     )]
     NoRsdp,
     /// The RSDP names neither an XSDT nor an RSDT.

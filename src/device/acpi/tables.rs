@@ -45,7 +45,7 @@ pub(super) struct Root {
 #[derive(Clone, Debug)]
 pub(super) struct Tables {
     pub(super) root: Root,
-    /// The RSDP, the root table, the tables that it names, and those that the FADT names; sorted and disjoint.
+    /// The RSDP if it is in RAM, the root table, the tables that it names, and those that the FADT names; sorted and disjoint.
     spans: Vec<TableSpan>,
     /// The address of a VIOT table.
     pub(super) viot: Option<u64>,
@@ -62,8 +62,11 @@ impl Tables {
             spans: Vec::new(),
             total_len: 0,
         };
-        let rsdp_len = rsdp.bytes().len() as u64;
-        walk.spans.extend(TableSpan::from_len(rsdp.at(), rsdp_len));
+        // No table can overlap an RSDP that is not in RAM, and none can follow it.
+        if rsdp.is_in_ram() {
+            let rsdp_len = rsdp.bytes().len() as u64;
+            walk.spans.extend(TableSpan::from_len(rsdp.at(), rsdp_len));
+        }
         let root = walk.root(rsdp)?;
         let viot = walk.children(&root)?;
         let spans = disjoint(walk.spans)?;

@@ -2,6 +2,8 @@
 //!
 //! One file: every test needs the layouts.
 
+use std::os::unix::fs::FileExt;
+
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -15,6 +17,11 @@ fn viot() -> Vec<u8> {
     table[10..16].copy_from_slice(b"VIOMMU");
     fix(&mut table);
     table
+}
+
+/// Adds the table to tables that are all in RAM.
+fn add(memory: &GuestMemoryMmap) -> (Option<Rsdp>, Result<Added, AcpiRefusal>) {
+    add_viot(memory, &ReadOnlyWindows::default(), &viot())
 }
 
 fn fix(table: &mut [u8]) {
@@ -195,7 +202,7 @@ impl Image {
 
     fn refused(&self) -> AcpiRefusal {
         let memory = self.memory();
-        let (_, added) = add_viot(&memory, &viot());
+        let (_, added) = add(&memory);
         let refusal = added.expect_err("refused");
         assert_eq!(ram_of(&memory), self.ram, "{refusal} has changed RAM");
         refusal
@@ -244,7 +251,7 @@ proptest! {
     fn viot_is_added_and_nothing_else_changes(layout in layouts()) {
         let image = layout.image();
         let memory = image.memory();
-        let (pointer, added) = add_viot(&memory, &viot());
+        let (pointer, added) = add(&memory);
         let pointer = pointer.expect("an RSDP");
         prop_assert_eq!(pointer.at(), image.rsdp);
         let at = match added {
@@ -270,10 +277,69 @@ proptest! {
         prop_assert!(expected == image.ram, "bytes beyond VIOT and the root table changed");
 
         // The next read changes nothing.
-        let (again, added) = add_viot(&memory, &viot());
+        let (again, added) = add(&memory);
         prop_assert_eq!(again, Some(pointer));
         prop_assert_eq!(added, Ok(Added::Present { at }));
         prop_assert!(ram_of(&memory) == ram);
+    }
+
+    /// QEMU maps the pages that SeaBIOS has locked read-only. Their contents are the same as in RAM, and nobody writes there.
+    #[test]
+    fn the_root_pointer_may_be_in_pages_that_are_mapped_read_only(
+        layout in layouts(),
+        (first, last) in (0u64..32, 0u64..32).prop_map(|(one, other)| (one.min(other), one.max(other))),
+        step in 1u64..4,
+        flipped in proptest::option::of(0usize..20),
+    ) {
+        let mut image = layout.image();
+        if let Some(offset) = flipped {
+            image.bytes(image.rsdp, 20)[offset] ^= 0x10;
+        }
+        let file = std::fs::File::from(
+            rustix::fs::memfd_create("image", rustix::fs::MemfdFlags::CLOEXEC).expect("a memfd"),
+        );
+        file.write_all_at(&image.ram, 0).expect("written");
+        let mut windows = ReadOnlyWindows::default();
+        let page = |number: u64| 0xe_0000 + number * PAGE;
+        for number in (first..=last).step_by(usize::try_from(step).expect("small")) {
+            let end = page(number + step).min(page(last + 1));
+            let (at, copy) = (page(number), file.try_clone().expect("a copy"));
+            prop_assert!(windows.add(at, end - at, at, copy));
+        }
+        let (hole, behind) = (page(first), page(last + 1));
+        let len = |bytes: u64| usize::try_from(bytes).expect("low");
+        let mut ranges = vec![(GuestAddress(0), len(hole)), (GuestAddress(behind), RAM - len(behind))];
+        ranges.retain(|range| range.1 > 0);
+        let memory: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&ranges).expect("mapped");
+        for (at, bytes) in &ranges {
+            let from = len(at.0);
+            memory.write_slice(&image.ram[from..from + bytes], *at).expect("written");
+        }
+        let (pointer, added) = add_viot(&memory, &windows, &viot());
+
+        let mut ram = image.ram.clone();
+        for (at, bytes) in &ranges {
+            let from = len(at.0);
+            memory.read_slice(&mut ram[from..from + bytes], *at).expect("read");
+        }
+        if flipped.is_some() {
+            prop_assert_eq!(added, Err(AcpiRefusal::NoRsdp));
+            prop_assert!(ram == image.ram, "a refusal has changed RAM");
+        } else {
+            let Ok(Added::Written { at }) = added else {
+                return Err(TestCaseError::fail(format!("{added:?}")));
+            };
+            let pointer = pointer.expect("an RSDP");
+            prop_assert_eq!(pointer.at(), image.rsdp);
+            let found = read_back(&ram, pointer.bytes());
+            prop_assert_eq!(found.last(), Some(&(*b"VIOT", at)));
+            prop_assert_eq!(found.len(), image.children.len() + 1);
+            let again = add_viot(&memory, &windows, &viot());
+            prop_assert_eq!(again, (Some(pointer), Ok(Added::Present { at })));
+        }
+        let mut found = vec![0; RAM];
+        file.read_exact_at(&mut found, 0).expect("read");
+        prop_assert!(found == image.ram, "the file of the windows has changed");
     }
 
     #[test]
@@ -313,7 +379,7 @@ proptest! {
             image.fix(at);
         }
         let memory = image.memory();
-        let (pointer, added) = add_viot(&memory, &viot());
+        let (pointer, added) = add(&memory);
         if let Ok(Added::Written { .. }) = added {
             let pointer = pointer.expect("an RSDP");
             let found = read_back(&ram_of(&memory), pointer.bytes());
@@ -488,7 +554,7 @@ fn viot_never_leaves_the_area_of_the_tables() {
             };
             let image = layout.image();
             let memory = image.memory();
-            let (_, added) = add_viot(&memory, &viot());
+            let (_, added) = add(&memory);
             let last = start | 0xfff;
             match added {
                 Ok(Added::Written { at }) => assert!(at + VIOT <= last + 1, "{at:#x}"),
@@ -504,7 +570,7 @@ fn a_refusal_still_answers_with_the_root_pointer() {
     let mut image = cloud_hypervisor();
     let root = image.root;
     image.bytes(root + 9, 1)[0] ^= 1;
-    let (pointer, added) = add_viot(&image.memory(), &viot());
+    let (pointer, added) = add(&image.memory());
     assert_eq!(pointer.expect("an RSDP").bytes(), image.bytes(0xa_0000, 36));
     assert!(added.is_err());
 }

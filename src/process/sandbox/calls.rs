@@ -118,6 +118,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&MEMORY_FILES));
+            list.extend(always(&FIRMWARE));
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
             list.extend(backends(needs));
@@ -257,6 +258,9 @@ const MEMORY_FILES: [c_long; 5] = [
     libc::SYS_readlinkat,
     libc::SYS_statx,
 ];
+
+/// Reading the root pointer of the guest's firmware, where the VMM has mapped it read-only.
+const FIRMWARE: [c_long; 1] = [libc::SYS_pread64];
 
 /// Growing and shrinking the page-table arena.
 const ARENA: [c_long; 2] = [libc::SYS_fallocate, libc::SYS_ftruncate];
@@ -604,6 +608,15 @@ mod tests {
             let allowed = calls(role, &plain);
             let has = |wanted| allowed.iter().any(|(number, _)| *number == wanted);
             assert!(!has(libc::SYS_pidfd_send_signal), "{role:?}");
+        }
+        for role in Role::ALL {
+            let allowed = calls(role, &plain);
+            let reads_at = allowed.iter().any(|call| call.0 == libc::SYS_pread64);
+            // The firmware's root pointer; registers of a device.
+            let may = [Role::VirtioPci, Role::Export].contains(&role);
+            assert_eq!(reads_at, may, "{role:?}");
+            let writes_at = allowed.iter().any(|call| call.0 == libc::SYS_pwrite64);
+            assert_eq!(writes_at, role == Role::Export, "{role:?}");
         }
         let worker = calls(Role::Worker, &plain);
         assert!(!worker.iter().any(|(number, _)| *number == libc::SYS_ioctl));

@@ -94,7 +94,9 @@ impl VirtioPciDevice {
         into.fill(0);
         match (index, &mut self.trapped) {
             (REGISTERS_BAR, _) => self.registers.read(offset, into),
-            (TRAPPED_BAR, Some(trapped)) => trapped.read(offset, into),
+            (TRAPPED_BAR, Some(trapped)) => {
+                trapped.read(offset, into, self.memory.read_only());
+            }
             _ => {}
         }
     }

@@ -1,8 +1,10 @@
 //! Guest memory from the client's DMA_MAP and DMA_UNMAP.
 //!
 //! A window that the device may read and write, with a file behind it, is a slot of guest memory, as a region of the
-//! vhost-user table is. Others are recorded, so that DMA_UNMAP finds them, and nobody reaches them: this device sends
-//! no DMA_READ, and a window that the device may only read is not RAM. Clients map ROMs and device memory like this.
+//! vhost-user table is. Others are recorded, so that DMA_UNMAP finds them, and no endpoint reaches them: this device
+//! sends no DMA_READ, and a window that the device may only read is not RAM. Clients map ROMs and device memory like
+//! this. QEMU maps RAM like this, too, where the guest's firmware has locked it. The files of such windows are kept in
+//! the BIOS area alone, where the guest's firmware has its root pointer.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +18,7 @@ use vm_memory::{
 
 use crate::address::PageMask;
 use crate::device::Device;
+use crate::device::acpi::ReadOnlyWindows;
 use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
     DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody,
@@ -31,9 +34,15 @@ const RAM: u32 = DMA_MAP_READ | DMA_MAP_WRITE;
 pub(super) struct ClientMemory {
     windows: ClientWindows,
     slots: GuestMemoryMmap,
+    read_only: ReadOnlyWindows,
 }
 
 impl ClientMemory {
+    /// The BIOS area as far as the client has mapped it read-only.
+    pub(super) fn read_only(&self) -> &ReadOnlyWindows {
+        &self.read_only
+    }
+
     /// DMA_MAP. On an error, the window does not exist.
     ///
     /// # Errors
@@ -67,11 +76,13 @@ impl ClientMemory {
     pub(super) fn unmap(&mut self, device: &Device, window: &DmaUnmapBody) -> Result<(), i32> {
         self.windows.unmap(window)?;
         let left = if window.flags.get() & DMA_UNMAP_ALL != 0 {
+            self.read_only.clear();
             if self.slots.num_regions() == 0 {
                 return Ok(());
             }
             GuestMemoryMmap::default()
         } else {
+            self.read_only.remove(window.address.get());
             let at = GuestAddress(window.address.get());
             match self.slots.remove_region(at, window.size.get()) {
                 Ok((left, _)) => left,
@@ -90,6 +101,12 @@ impl ClientMemory {
     ) -> Result<(), i32> {
         let (address, size) = (window.address.get(), window.size.get());
         if window.flags.get() & RAM != RAM {
+            if window.flags.get() & RAM == DMA_MAP_READ
+                && let Some(file) = file
+            {
+                let offset = window.offset.get();
+                self.read_only.add(address, size, offset, file.into());
+            }
             return Ok(());
         }
         let Some(file) = file.map(File::from) else {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::trapped_bar::TrappedBar;
 use crate::device::Device;
-use crate::device::acpi::{Rsdp, TableState, add_viot};
+use crate::device::acpi::{ReadOnlyWindows, Rsdp, TableState, add_viot};
 use crate::{info_limited, warn_limited};
 
 /// The longest RSDP, which is that of revision 2.
@@ -32,11 +32,11 @@ impl TableBar {
         }
     }
 
-    fn add(&mut self) {
+    fn add(&mut self, read_only: &ReadOnlyWindows) {
         let Some(memory) = self.device.memory() else {
             return;
         };
-        let (root, added) = add_viot(&*memory, &self.viot);
+        let (root, added) = add_viot(&*memory, read_only, &self.viot);
         self.root = root;
         let before = self.device.table_state();
         let now = match added {
@@ -55,7 +55,7 @@ impl TableBar {
 }
 
 impl TrappedBar for TableBar {
-    fn read(&mut self, offset: u64, into: &mut [u8]) {
+    fn read(&mut self, offset: u64, into: &mut [u8], read_only: &ReadOnlyWindows) {
         let is_added = matches!(self.device.table_state(), TableState::Added(_));
         if offset >= ROOT_POINTER_LEN {
             if self.device.table_state() == TableState::NotRead {
@@ -66,7 +66,7 @@ impl TrappedBar for TableBar {
             return;
         }
         if !is_added {
-            self.add();
+            self.add(read_only);
         }
         let root = self.root.as_ref().map_or(&[][..], Rsdp::bytes);
         let wanted = usize::try_from(offset).ok().and_then(|at| root.get(at..));
@@ -119,7 +119,7 @@ mod tests {
 
     fn read(bar: &mut TableBar, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        bar.read(offset, &mut bytes);
+        bar.read(offset, &mut bytes, &ReadOnlyWindows::default());
         bytes
     }
 

@@ -16,6 +16,7 @@ use super::trapped_bar::TrappedBar;
 use crate::address::{Access, Iova};
 use crate::backends::recorder::Recorder;
 use crate::device::Device;
+use crate::device::acpi::ReadOnlyWindows;
 use crate::device::testing::{ENDPOINT, attach, device, map};
 use crate::faults::{Fault, FaultReason};
 use crate::process::peer_event::PeerEvent;
@@ -819,7 +820,7 @@ fn a_fault_reaches_the_event_queue() {
 struct CountingBar(Arc<Mutex<u8>>);
 
 impl TrappedBar for CountingBar {
-    fn read(&mut self, offset: u64, into: &mut [u8]) {
+    fn read(&mut self, offset: u64, into: &mut [u8], _: &ReadOnlyWindows) {
         into.fill(*self.0.lock().expect("no panic") + u8::try_from(offset).expect("small"));
     }
 

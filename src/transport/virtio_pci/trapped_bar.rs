@@ -1,12 +1,15 @@
 //! The place for a second BAR of the device, whose accesses other code answers.
 
+use crate::device::acpi::ReadOnlyWindows;
+
 /// A 32-bit BAR of 4 KiB, BAR 2. The guest waits for each answer, and the VMM with it: an implementation must not wait
 /// for anything that the guest or the VMM controls.
 ///
 /// The device calls it in the thread that serves the VMM, and holds no lock meanwhile.
 pub trait TrappedBar: Send {
     /// The guest, or the VMM, reads `into.len()` bytes from `offset` on, all of them in the BAR. `into` is zero.
-    fn read(&mut self, offset: u64, into: &mut [u8]);
+    /// `read_only` is the BIOS area as far as the VMM has mapped it read-only.
+    fn read(&mut self, offset: u64, into: &mut [u8], read_only: &ReadOnlyWindows);
 
     /// The guest, or the VMM, writes `data` from `offset` on.
     fn write(&mut self, offset: u64, data: &[u8]) {
