@@ -223,3 +223,24 @@ fn read_only_windows_that_are_no_memory_have_no_root_pointer() {
     }
     daemon.wait_for("closed descriptors", || daemon.fd_count() == before);
 }
+
+#[test]
+fn the_log_says_when_the_guest_does_not_read_the_root_pointer() {
+    const MISSED: &str =
+        "the guest's driver has started the device, but the guest has not read the root pointer";
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    assert_eq!(state(&daemon), "not read");
+    vm.start(64);
+    let count = |text: &str| daemon.log().matches(text).count();
+    assert_eq!(count(MISSED), 1, "{}", daemon.log());
+    assert_eq!(vm.client.connection.call(RESET, &[], &[]).errno(), 0);
+    vm.start(64);
+    assert_eq!(count(MISSED), 2, "once for each boot");
+
+    assert_eq!(vm.client.read(TABLE_BAR, 0x124, 4), 0);
+    assert_eq!(state(&daemon), "read elsewhere");
+    let text = daemon.status()["acpi_tables"]["text"].to_string();
+    assert!(text.contains("at offset 0x124 only"), "{text}");
+    assert_eq!(count("BAR 2 of this device at offset 0x124 only"), 1);
+}

@@ -103,9 +103,12 @@ impl VirtioPciDevice {
 
     fn write_bar(&mut self, index: u32, offset: u64, data: &[u8]) {
         match (index, &mut self.trapped) {
-            (REGISTERS_BAR, _) => {
+            (REGISTERS_BAR, trapped) => {
                 let Consequence { kicked, started } = self.registers.write(offset, data);
                 if started {
+                    if let Some(trapped) = trapped {
+                        trapped.driver_started();
+                    }
                     self.wake_worker();
                 }
                 self.kicked |= kicked;

@@ -19,6 +19,8 @@ pub struct TableBar {
     device: Arc<Device>,
     viot: Vec<u8>,
     root: Option<Rsdp>,
+    /// The log says that the driver has started without a read of this BAR.
+    is_missed: bool,
 }
 
 impl TableBar {
@@ -29,6 +31,7 @@ impl TableBar {
             device,
             viot,
             root: None,
+            is_missed: false,
         }
     }
 
@@ -75,8 +78,18 @@ impl TrappedBar for TableBar {
         }
     }
 
+    fn driver_started(&mut self) {
+        let now = self.device.table_state();
+        // Not a warning: the guest may have its table from elsewhere.
+        if now == TableState::NotRead && !self.is_missed {
+            self.is_missed = true;
+            info_limited!("the guest's driver has started the device, but {now}");
+        }
+    }
+
     fn restart(&mut self) {
         self.root = None;
+        self.is_missed = false;
         self.device.set_table_state(TableState::NotRead);
     }
 }

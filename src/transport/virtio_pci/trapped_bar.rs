@@ -16,6 +16,9 @@ pub trait TrappedBar: Send {
         let _ = (offset, data);
     }
 
+    /// The guest's driver has started the device.
+    fn driver_started(&mut self) {}
+
     /// The VM starts anew: a VMM has connected or disconnected, or has reset the device.
     fn restart(&mut self) {}
 }
