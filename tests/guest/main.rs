@@ -11,7 +11,7 @@
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
-#[path = "common/vm.rs"]
+#[path = "../common/vm.rs"]
 mod vm;
 
 use std::collections::BTreeMap;
