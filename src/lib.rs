@@ -10,8 +10,8 @@
 //! | `control` | the control socket's server, and metrics |
 //! | `ctl` | the control socket's client, `ctl` |
 //! | `endpoints` | opening the parts of each configured endpoint, by kind of endpoint; hot-plug |
-//! | `vmms` | the arguments of VMMs other than QEMU |
-//! | `qemu` | QEMU's arguments, `launch`, QMP |
+//! | `vmms` | the arguments of VMMs other than QEMU, `launch` |
+//! | `qemu` | QEMU's arguments, QMP |
 //! | `host` | this host: its sysfs, the subcommand `check`, the tree of its devices |
 //! | `config` | the file and the flags, checked |
 //! | `transport` | how a VMM reaches the device: vhost-user, or virtio-pci over vfio-user |

@@ -28,9 +28,9 @@ use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
 use vhost_device_iommu::process::watchdog::Watchdog;
 use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path, shell_line};
-use vhost_device_iommu::qemu::launch::Launch;
 use vhost_device_iommu::topology::viot;
 use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
+use vhost_device_iommu::vmms::launch::Launch;
 use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
 
 type Outcome = Result<(), Box<dyn Error>>;

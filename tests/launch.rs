@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use vhost_device_iommu::host::sysfs::HostRoot;
-use vhost_device_iommu::qemu::launch::Launch;
+use vhost_device_iommu::vmms::launch::Launch;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
 

@@ -1,8 +1,8 @@
-//! The arguments of VMMs other than QEMU.
+//! The arguments of VMMs other than QEMU, and a launcher for the daemon and a VMM.
 
-pub mod aperture;
 pub mod cloud_hypervisor;
 pub mod crosvm;
+pub mod launch;
 
 use std::path::{Path, PathBuf};
 

@@ -199,15 +199,15 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "OpenError::NotBound",
-        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
+        "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "OpenError::NoSuchDevice",
-        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
+        "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "OpenError::Device",
-        "src/qemu/launch/devices.rs::missing_files_are_named_with_a_cure",
+        "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
         "PassthroughError::Device",

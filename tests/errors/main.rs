@@ -51,10 +51,10 @@ const SOURCES: [(&str, &str); 18] = [
         "`launch`, options of the VMM's own",
     ),
     (
-        "src/qemu/launch/devices.rs",
+        "src/vmms/launch/devices.rs",
         "`launch`, passthrough devices",
     ),
-    ("src/qemu/launch/mod.rs", "`launch`"),
+    ("src/vmms/launch/mod.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
     ("src/transport/vhost_user/serve.rs", "The daemon"),
     ("src/endpoints/start.rs", "The daemon"),

@@ -4,14 +4,16 @@
 //! the device adds VIOT to the guest's tables meanwhile. So the arguments must fix the address of that BAR. The VMM
 //! creates its virtio devices first, then `--device`, then `--user-device`, each in the order of the arguments.
 
+mod aperture;
+
 use std::os::fd::RawFd;
 
-use super::aperture::Aperture;
 use super::{VmmArgs, VmmArgsError, plain, socket};
 use crate::config::{Config, DeviceKind, VmmTransport};
 use crate::host::sysfs::HostRoot;
 use crate::qemu::args::PassthroughArguments;
 use crate::topology::{HostAddress, PciAddress};
+use aperture::Aperture;
 
 /// The BAR that answers with the root pointer.
 const TRIGGER_BAR_LEN: u64 = 0x1000;
