@@ -195,7 +195,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("LaunchError::NotReady", "a machine that is too busy"),
     (
         "LaunchError::DaemonEnded",
-        "tests/launch.rs::the_vmm_does_not_outlive_the_daemon",
+        "tests/launch/main.rs::the_vmm_does_not_outlive_the_daemon",
     ),
     (
         "OpenError::NotBound",
