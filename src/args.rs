@@ -133,6 +133,15 @@ pub enum OnOff {
     Off,
 }
 
+/// A kind of VMM that `launch` starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum VmmChoice {
+    /// QEMU.
+    Qemu,
+    /// cloud-hypervisor.
+    CloudHypervisor,
+}
+
 /// A subcommand.
 #[derive(Clone, Debug, Subcommand)]
 pub enum CliCommand {
@@ -227,19 +236,23 @@ pub enum CliCommand {
         /// The configuration
         file: PathBuf,
     },
-    /// Start the daemon and a VMM (QEMU 10.2 or later), and end them together
+    /// Start the daemon and a VMM (QEMU 10.2 or later, or cloud-hypervisor), and end them together
     ///
     /// The program of the VMM and its own arguments follow --, as in
     /// `launch --config vm0.toml -- qemu-system-x86_64 -smp 4`.
     ///
-    /// Opens the passthrough devices for both. Adds the arguments that `qemu-args` prints to those of the
-    /// VMM; leaves out the machine type and RAM if the arguments of the VMM name them. The exit status is
-    /// that of the VMM, 128 plus the number of the signal that ended it, or 1 if the daemon ended first.
+    /// Opens the passthrough devices for both. Adds the arguments that `qemu-args` or `cloud-hypervisor-args`
+    /// prints to those of the VMM; leaves out the machine type and RAM if the arguments of the VMM name them.
+    /// The exit status is that of the VMM, 128 plus the number of the signal that ended it, or 1 if the daemon
+    /// ended first.
     Launch {
         /// The configuration
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Write the VIOT table to this file and keep it, instead of using an unnamed file
+        /// The kind of the VMM [default: cloud-hypervisor if its program's name begins like that, else qemu]
+        #[arg(long = "vmm", value_name = "KIND", value_enum)]
+        kind: Option<VmmChoice>,
+        /// Write the VIOT table to this file and keep it. Without it, QEMU gets an unnamed file
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
         /// The program of the VMM and its own arguments

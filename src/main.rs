@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs};
+use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs, VmmChoice};
 use vhost_device_iommu::config::{Config, SlotProblem};
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
@@ -30,7 +30,7 @@ use vhost_device_iommu::process::watchdog::Watchdog;
 use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path, shell_line};
 use vhost_device_iommu::topology::viot;
 use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
-use vhost_device_iommu::vmms::launch::Launch;
+use vhost_device_iommu::vmms::launch::{Launch, VmmKind};
 use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -98,8 +98,13 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             question,
         }) => control(socket, question, *json),
         Some(CliCommand::DropIn { file }) => print_drop_in(file),
-        Some(CliCommand::Launch { config, viot, vmm }) => {
-            return launch(config, viot.as_deref(), vmm);
+        Some(CliCommand::Launch {
+            config,
+            kind,
+            viot,
+            vmm,
+        }) => {
+            return launch(config, *kind, viot.as_deref(), vmm);
         }
     };
     done.map(|()| ExitCode::SUCCESS)
@@ -165,6 +170,7 @@ fn notify(service: &Service, state: &str) {
 /// Starts the daemon and the VMM of one VM, and waits until they end.
 fn launch(
     config: &Path,
+    kind: Option<VmmChoice>,
     viot: Option<&Path>,
     vmm: &[OsString],
 ) -> Result<ExitCode, Box<dyn Error>> {
@@ -175,6 +181,10 @@ fn launch(
         config,
         viot,
         vmm,
+        kind: kind.map(|kind| match kind {
+            VmmChoice::Qemu => VmmKind::Qemu,
+            VmmChoice::CloudHypervisor => VmmKind::CloudHypervisor,
+        }),
         daemon: &daemon,
         host: &HostRoot::default(),
     };

@@ -54,7 +54,7 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "cloud-hypervisor-args" -d 'Print the arguments of cloud-hypervisor for a configuration, one in a line'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "crosvm-args" -d 'Print the arguments of `crosvm run` for a configuration, one in a line'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "drop-in" -d 'Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later, or cloud-hypervisor), and end them together'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand check" -l file-only -d 'Do not check this host'
@@ -79,7 +79,9 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand cr
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand crosvm-args" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand drop-in" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l config -d 'The configuration' -r -F
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and keep it, instead of using an unnamed file' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l vmm -d 'The kind of the VMM [default: cloud-hypervisor if its program\'s name begins like that, else qemu]' -r -f -a "qemu\t'QEMU'
+cloud-hypervisor\t'cloud-hypervisor'"
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table to this file and keep it. Without it, QEMU gets an unnamed file' -r -F
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -s h -l help -d 'Print help'
@@ -140,7 +142,7 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand he
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "cloud-hypervisor-args" -d 'Print the arguments of cloud-hypervisor for a configuration, one in a line'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "crosvm-args" -d 'Print the arguments of `crosvm run` for a configuration, one in a line'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "drop-in" -d 'Print the systemd settings that a configuration needs, as a drop-in for vhost-device-iommu@.service'
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later), and end them together'
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "launch" -d 'Start the daemon and a VMM (QEMU 10.2 or later, or cloud-hypervisor), and end them together'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "ctl" -d 'Query or change a running daemon'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and not __fish_seen_subcommand_from check topology viot qemu-args cloud-hypervisor-args crosvm-args drop-in launch ctl help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand help; and __fish_seen_subcommand_from ctl" -f -a "status" -d 'Show the VM, its endpoints, domains and device processes, and counters'

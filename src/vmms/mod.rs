@@ -11,6 +11,7 @@ use thiserror::Error;
 use crate::config::{Config, Socket, VmmTransport};
 use crate::qemu::args::QemuArgsError;
 use crate::topology::PciAddress;
+use cloud_hypervisor::OwnArgumentError;
 
 /// The arguments of a VMM, and notes on the settings that arguments cannot express.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +60,9 @@ pub enum VmmArgsError {
     /// The VMM cannot have the devices of the host.
     #[error(transparent)]
     Passthrough(#[from] QemuArgsError),
+    /// The operator's arguments would leave the guest without a working IOMMU.
+    #[error(transparent)]
+    OwnArgument(#[from] OwnArgumentError),
     /// crosvm's guest cannot have the devices that the VMM reaches over vfio-user or through iommufd.
     #[error(
         "endpoint {endpoint} has a device for vfio-user or iommufd, and crosvm has neither; \

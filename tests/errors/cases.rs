@@ -202,6 +202,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
     (
+        "OwnArgumentError::TakenPlatformKey",
+        "needs a device of the host: src/vmms/cloud_hypervisor/operator.rs",
+    ),
+    (
         "OpenError::NoSuchDevice",
         "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),
@@ -780,6 +784,81 @@ pub const CASES: &[Case] = &[
     case(
         "VmmArgsError::UnusablePath",
         With("socket = 'a,b'\nmemory = '1G'", &["crosvm-args", "vm.toml"]),
+    ),
+    case(
+        "OwnArgumentError::PrivateMemory",
+        With(
+            "vfio-user-socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "cloud-hypervisor",
+                "--memory",
+                "size=1G",
+            ],
+        ),
+    ),
+    case(
+        "OwnArgumentError::EncryptedMemory",
+        With(
+            "vfio-user-socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "cloud-hypervisor",
+                "--platform",
+                "sev_snp=on",
+            ],
+        ),
+    ),
+    case(
+        "OwnArgumentError::OwnIommu",
+        With(
+            "vfio-user-socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "cloud-hypervisor",
+                "--disk",
+                "path=d,iommu=on",
+            ],
+        ),
+    ),
+    case(
+        "OwnArgumentError::TooFewSegments",
+        With(
+            "vfio-user-socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "cloud-hypervisor",
+                "--platform",
+                "num_pci_segments=0",
+            ],
+        ),
+    ),
+    case(
+        "OwnArgumentError::WeightedAperture",
+        With(
+            "vfio-user-socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "cloud-hypervisor",
+                "--pci-segment",
+                "pci_segment=0,mmio32_aperture_weight=2",
+            ],
+        ),
     ),
     case(
         "VmmArgsError::NotForCrosvm",

@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 18] = [
+const SOURCES: [(&str, &str); 19] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
@@ -48,6 +48,10 @@ const SOURCES: [(&str, &str); 18] = [
     ),
     (
         "src/qemu/args/vmm_options.rs",
+        "`launch`, options of the VMM's own",
+    ),
+    (
+        "src/vmms/cloud_hypervisor/operator.rs",
         "`launch`, options of the VMM's own",
     ),
     (

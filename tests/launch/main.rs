@@ -385,6 +385,7 @@ fn passthrough_devices_are_opened_once_for_both() {
             config: &launch_dir.path("vm.toml"),
             viot,
             vmm: &vmm,
+            kind: None,
             daemon: &daemon,
             host: &HostRoot::new(launch_dir.path("host")),
         };

@@ -99,7 +99,7 @@ impl PassthroughArguments {
         let mut notes = vec![
             format!(
                 "{vmm} and the daemon must inherit the same open files. `vhost-device-iommu launch` opens \
-             them for QEMU; to open them by hand in bash, before both are started:"
+             them for both; to open them by hand in bash, before both are started:"
             ),
             format!("  exec {}<>/dev/iommu", self.iommufd),
         ];

@@ -5,7 +5,10 @@
 //! creates its virtio devices first, then `--device`, then `--user-device`, each in the order of the arguments.
 
 mod aperture;
+mod operator;
 
+use std::ffi::OsString;
+use std::iter;
 use std::os::fd::RawFd;
 
 use super::{VmmArgs, VmmArgsError, plain, socket};
@@ -14,12 +17,20 @@ use crate::host::sysfs::HostRoot;
 use crate::qemu::args::PassthroughArguments;
 use crate::topology::{HostAddress, PciAddress};
 use aperture::Aperture;
+use operator::{OwnArguments, OwnDevice};
+
+pub use operator::OwnArgumentError;
 
 /// The BAR that answers with the root pointer.
 const TRIGGER_BAR_LEN: u64 = 0x1000;
 /// The BAR of a virtio disk on segment 0, which is 32-bit for firmware's sake; all other virtio devices have 64-bit
 /// BARs.
 const DISK_BAR_LEN: u64 = 0x8_0000;
+/// The kernel's parameter with the address of the root pointer.
+const RSDP_PARAMETER: &str = "acpi_rsdp=";
+/// The other way to the guest's table.
+const FIRMWARE: &str =
+    "firmware boots need GRUB's command acpi with the table that `vhost-device-iommu viot` writes";
 /// The VMM's host bridge is slot 0.
 const LAST_SLOT: u8 = 31;
 
@@ -28,6 +39,9 @@ const IORESOURCE_MEM: u64 = 0x200;
 const IORESOURCE_MEM_64: u64 = 0x10_0000;
 /// BARs and expansion ROM: the lines of sysfs' `resource` that VFIO shows.
 const REGIONS: usize = 7;
+
+/// The options that stand once on the command line, so that the operator's values join ours.
+const JOINED: [&str; 2] = ["cmdline", "platform"];
 
 /// The operator's own part of the command line.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,38 +62,126 @@ pub fn arguments(
     options: CloudHypervisorOptions<'_>,
     host: &HostRoot,
 ) -> Result<VmmArgs, VmmArgsError> {
+    let disks = iter::repeat_n("--disk=x", options.disks.into());
+    let cmdline = format!("--cmdline={}", options.cmdline);
+    let own: Vec<_> = disks
+        .chain([cmdline.as_str()])
+        .map(OsString::from)
+        .collect();
+    let Made {
+        arguments,
+        address,
+        mut notes,
+        descriptors,
+    } = make(config, &OwnArguments::new(&own), host)?;
+    notes.push(
+        "start the daemon first, then the servers of emulated devices; add --kernel (direct boot only), --disk and all \
+         other options to these arguments"
+            .to_owned(),
+    );
+    if let Some(address) = address {
+        notes.push(format!(
+            "acpi_rsdp={address:#x} is right with {} --disk (say how many with --disks) and with every other \
+             --user-device behind these",
+            options.disks
+        ));
+    }
+    if let Some(descriptors) = &descriptors {
+        notes.extend(descriptors.notes("cloud-hypervisor"));
+    }
+    Ok(VmmArgs { arguments, notes })
+}
+
+/// All arguments for a VM with `config` that is started with the operator's arguments `own`: ours first, so that the
+/// IOMMU is the first `--user-device`, then the operator's. A `--memory` of the operator replaces ours; `--cmdline` and
+/// `--platform` are joined with ours.
+///
+/// # Errors
+///
+/// As for [`arguments`], and where `own` has an argument with which the guest would have no working IOMMU.
+pub fn launched(
+    config: &Config,
+    own: &[OsString],
+    host: &HostRoot,
+) -> Result<LaunchedArgs, VmmArgsError> {
+    let own = OwnArguments::new(own);
+    let made = make(config, &own, host)?;
+    let ours = made.arguments.into_iter().map(OsString::from);
+    Ok(LaunchedArgs {
+        arguments: ours.chain(own.words_without(&JOINED).cloned()).collect(),
+        notes: made.notes,
+    })
+}
+
+/// The arguments of a VMM that `launch` starts, the operator's among them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaunchedArgs {
+    /// The arguments, without the program's name.
+    pub arguments: Vec<OsString>,
+    /// Notes for the operator.
+    pub notes: Vec<String>,
+}
+
+/// Our arguments, with the operator's values of the options in [`JOINED`].
+struct Made {
+    arguments: Vec<String>,
+    /// The address in `acpi_rsdp=`; `None` if the arguments do not have it.
+    address: Option<u64>,
+    notes: Vec<String>,
+    descriptors: Option<PassthroughArguments>,
+}
+
+fn make(config: &Config, own: &OwnArguments, host: &HostRoot) -> Result<Made, VmmArgsError> {
     let socket = socket(config, VmmTransport::VirtioPci)?;
-    let memory = config.memory.ok_or(VmmArgsError::NoMemorySize)?;
     let descriptors = PassthroughArguments::new(config)?;
+    own.check(descriptors.is_some())?;
     let iommu = config.topology.iommu();
     let placed = || config.placed_functions();
     if let Some(address) = placed().find(|&address| !is_slot(address)) {
         return Err(VmmArgsError::NotASlot { address });
     }
-    let segments = placed()
+    let needed = placed()
         .map(PciAddress::segment)
         .max()
         .unwrap_or(0)
         .saturating_add(1);
+    let segments = own.segments(needed)?;
 
-    let mut bars = Bars::new(iommu.segment(), segments, options.disks);
-    let mut platform = Vec::new();
-    let mut arguments = vec![
-        "--memory".to_owned(),
-        format!("size={}M,shared=on", memory >> 20),
-    ];
-    if segments > 1 {
+    let mut bars = Bars::new(iommu.segment(), segments, own.disks());
+    let mut platform: Vec<_> = own.platform().map(ToOwned::to_owned).into_iter().collect();
+    let mut arguments = Vec::new();
+    if !own.has("memory") {
+        let size = match config.memory {
+            // The VMM makes RAM of the zones alone.
+            _ if own.has("memory-zone") => "0".to_owned(),
+            Some(bytes) => format!("{}M", bytes >> 20),
+            None => return Err(VmmArgsError::NoMemorySize),
+        };
+        arguments.extend(["--memory".to_owned(), format!("size={size},shared=on")]);
+    }
+    if segments > 1 && !own.platform_has("num_pci_segments") {
         platform.push(format!("num_pci_segments={segments}"));
     }
     let mut devices = Vec::new();
     if let Some(descriptors) = &descriptors {
         platform.push(format!("iommufd_fd={}", descriptors.iommufd()));
-        // The daemon maps device memory where the guest asks for it. The VMM's own mappings, which the daemon's
-        // replace, would fail before Linux 6.19.
-        platform.push("vfio_p2p_dma=off".to_owned());
+        if !own.platform_has("vfio_p2p_dma") {
+            // The daemon maps device memory where the guest asks for it. The VMM's own mappings, which the daemon's
+            // replace, would fail before Linux 6.19.
+            platform.push("vfio_p2p_dma=off".to_owned());
+        }
         for (device, fd) in descriptors.devices() {
-            bars.add_host_device(host, device.endpoint, device.host);
+            bars.add_host_device(host, device.endpoint.segment(), device.host);
             devices.extend(["--device".to_owned(), device_value(fd, device.endpoint)]);
+        }
+    }
+    for device in own.devices(iommu.segment()) {
+        match device {
+            OwnDevice::Named(address) => bars.add_host_device(host, iommu.segment(), address),
+            OwnDevice::Unknown => bars.notes.push(
+                "a --device without the path of a PCI device in sysfs: if it has 32-bit BARs, acpi_rsdp= is too high"
+                    .to_owned(),
+            ),
         }
     }
     if !platform.is_empty() {
@@ -102,25 +204,53 @@ pub fn arguments(
         user_device(plain(&device.listen)?, device.endpoint);
     }
     let mut notes = bars.notes;
-    if let Some(address) = bars.aperture.place(TRIGGER_BAR_LEN) {
-        let own = options.cmdline.trim();
-        let space = if own.is_empty() { "" } else { " " };
-        arguments.extend([
-            "--cmdline".to_owned(),
-            format!("{own}{space}acpi_rsdp={address:#x}"),
-        ]);
-        notes.extend(address_notes(address, iommu, options.disks));
+    let mut address = None;
+    if own.has("firmware") || own.has("igvm") {
+        notes.push(format!(
+            "the VMM gives no parameters to a kernel that firmware starts; {FIRMWARE}"
+        ));
     } else {
-        notes.push("the 32-bit BARs before the IOMMU's leave no room for it".to_owned());
-    }
-    if let Some(descriptors) = &descriptors {
-        notes.extend(descriptors.notes("cloud-hypervisor"));
+        let found = bars.aperture.place(TRIGGER_BAR_LEN);
+        let (parameters, named) = parameters(own.cmdline(), found, &mut notes);
+        address = named;
+        if !parameters.is_empty() {
+            arguments.extend(["--cmdline".to_owned(), parameters]);
+        }
+        notes.extend(address_notes(iommu));
     }
     notes.extend(config.topology.ranges().filter_map(|entry| {
         let kind = config.devices.kind_of(entry.range.first());
         endpoint_note(entry.range, kind)
     }));
-    Ok(VmmArgs { arguments, notes })
+    Ok(Made {
+        arguments,
+        address,
+        notes,
+        descriptors,
+    })
+}
+
+/// The kernel's parameters, with `acpi_rsdp=` and the address `found`, unless `own` has that parameter. Returns the
+/// address that was added, too.
+fn parameters(own: &str, found: Option<u64>, notes: &mut Vec<String>) -> (String, Option<u64>) {
+    let own = own.trim();
+    if own
+        .split_whitespace()
+        .any(|word| word.starts_with(RSDP_PARAMETER))
+    {
+        let computed = found.map_or_else(String::new, |at| format!(", computed: {at:#x}"));
+        notes.push(format!(
+            "the kernel's parameters have {RSDP_PARAMETER} already, which stays{computed}"
+        ));
+        return (own.to_owned(), None);
+    }
+    let Some(address) = found else {
+        notes.push("the 32-bit BARs before the IOMMU's leave no room for it".to_owned());
+        return (own.to_owned(), None);
+    };
+    let space = if own.is_empty() { "" } else { " " };
+    let all = format!("{own}{space}{RSDP_PARAMETER}{address:#x}");
+    (all, Some(address))
 }
 
 /// The 32-bit BARs that come before the IOMMU's.
@@ -145,9 +275,9 @@ impl Bars {
         }
     }
 
-    /// Takes the places of a passthrough device's BARs.
-    fn add_host_device(&mut self, host: &HostRoot, endpoint: PciAddress, device: HostAddress) {
-        if endpoint.segment() != self.segment {
+    /// Takes the places of the BARs of a device of the host that the guest has on `segment`.
+    fn add_host_device(&mut self, host: &HostRoot, segment: u16, device: HostAddress) {
+        if segment != self.segment {
             return;
         }
         let path = format!("sys/bus/pci/devices/{device}/resource");
@@ -198,22 +328,15 @@ fn device_value(fd: RawFd, endpoint: PciAddress) -> String {
     format!("fd={fd},{}", place(endpoint))
 }
 
-fn address_notes(address: u64, iommu: PciAddress, disks: u16) -> [String; 4] {
+fn address_notes(iommu: PciAddress) -> [String; 2] {
     [
-        "start the daemon first, then the servers of emulated devices; add --kernel (direct boot only), --disk and all \
-         other options to these arguments"
-            .to_owned(),
         format!(
-            "acpi_rsdp={address:#x} is right with {disks} --disk (say how many with --disks) and with every other \
-             --user-device behind these"
+            "if the guest has no IOMMU, `ctl status` and the daemon's log say whether the guest has read the address of \
+             acpi_rsdp=; look the right one up in the guest with `lspci -vs {iommu}`: the 32-bit memory of 4K"
         ),
         format!(
-            "if the guest has no IOMMU, `ctl status` and the daemon's log say whether the guest has read that address; \
-             look the right one up in the guest with `lspci -vs {iommu}`: the 32-bit memory of 4K"
+            "the guest's kernel needs CONFIG_KEXEC, as Debian's has, and no lockdown; {FIRMWARE}"
         ),
-        "the guest's kernel needs CONFIG_KEXEC, as Debian's has, and no lockdown; firmware boots need GRUB's command \
-         acpi with the table that `vhost-device-iommu viot` writes"
-            .to_owned(),
     ]
 }
 
@@ -231,108 +354,4 @@ fn endpoint_note(range: crate::topology::PciRange, kind: Option<DeviceKind>) -> 
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
-
-    use super::*;
-
-    const BASE: &str = "vfio-user-socket = '/run/i'\nmemory = '4G'\naddress = '00:02.0'\n";
-
-    fn made(text: &str, options: CloudHypervisorOptions<'_>) -> Result<VmmArgs, VmmArgsError> {
-        let config = Config::from_text(Path::new("vm.toml"), text).expect("good");
-        let dir = tempfile::tempdir().expect("a directory");
-        let device = dir.path().join("sys/bus/pci/devices/0000:65:00.0");
-        fs::create_dir_all(&device).expect("made");
-        let resource = "0xfe000000 0xfe0fffff 0x0000000000040200\n\
-                        0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-                        0x380000000000 0x38000000ffff 0x000000000014220c\n\
-                        0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-                        0x000000000000e000 0x000000000000e07f 0x0000000000040101\n\
-                        0x0000000000000000 0x0000000000000000 0x0000000000000000\n\
-                        0x00000000fe100000 0x00000000fe10ffff 0x0000000000046200\n\
-                        0x00000000f0000000 0x00000000f0ffffff 0x0000000000040200\n";
-        fs::write(device.join("resource"), resource).expect("written");
-        arguments(&config, options, &HostRoot::new(dir.path()))
-    }
-
-    #[test]
-    fn the_iommu_comes_before_all_other_vfio_user_devices() {
-        let text = format!(
-            "{BASE}[[endpoint]]\naddress = '00:01.0'\nvfio-user = {{ listen = '/run/a', connect = '/run/b' }}\n\
-             [[endpoint]]\naddress = '00:09.0'\n"
-        );
-        let made = made(
-            &text,
-            CloudHypervisorOptions {
-                disks: 0,
-                cmdline: "console=ttyS0",
-            },
-        );
-        let made = made.expect("arguments");
-        assert_eq!(
-            made.arguments,
-            [
-                "--memory",
-                "size=4096M,shared=on",
-                "--user-device",
-                "socket=/run/i,pci_device_id=2",
-                "--user-device",
-                "socket=/run/a,pci_device_id=1",
-                "--cmdline",
-                "console=ttyS0 acpi_rsdp=0xe7fff000",
-            ]
-        );
-        assert!(
-            made.notes
-                .iter()
-                .any(|note| note.contains("endpoint 0000:00:09.0: no argument"))
-        );
-    }
-
-    #[test]
-    fn disks_and_passthrough_devices_move_the_bar() {
-        let disks = CloudHypervisorOptions {
-            disks: 2,
-            cmdline: "",
-        };
-        let last = |text: &str| {
-            let made = made(text, disks).expect("arguments");
-            made.arguments.last().cloned().expect("a command line")
-        };
-        assert_eq!(last(BASE), "acpi_rsdp=0xe7eff000");
-        // 1 MiB below the disks, then a ROM of 64 KiB above the IOMMU's BAR.
-        let text = format!("{BASE}[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\n");
-        assert_eq!(last(&text), "acpi_rsdp=0xe7def000");
-        let made = made(&text, disks).expect("arguments");
-        assert_eq!(
-            made.arguments[2..6],
-            [
-                "--platform",
-                "iommufd_fd=3,vfio_p2p_dma=off",
-                "--device",
-                "fd=4,pci_device_id=6"
-            ]
-        );
-        assert!(
-            made.notes
-                .iter()
-                .any(|note| note.contains("exec 3<>/dev/iommu"))
-        );
-    }
-
-    #[test]
-    fn segments_are_numbered_and_counted() {
-        let text = format!(
-            "{BASE}[[endpoint]]\naddress = '0001:00:03.0'\nvfio-user = {{ listen = '/run/a', connect = '/run/b' }}\n"
-        );
-        let made = made(&text, CloudHypervisorOptions::default()).expect("arguments");
-        assert!(made.arguments.contains(&"num_pci_segments=2".to_owned()));
-        let device = "socket=/run/a,pci_segment=1,pci_device_id=3".to_owned();
-        assert!(made.arguments.contains(&device));
-        assert_eq!(
-            made.arguments.last().map(String::as_str),
-            Some("acpi_rsdp=0xd3fff000")
-        );
-    }
-}
+mod tests;

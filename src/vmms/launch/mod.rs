@@ -4,18 +4,22 @@
 //! launch -- opens /dev/iommu and the devices, makes the VIOT table
 //!   |-- daemon   own process group; SIGTERM when launch dies
 //!   |     \-- says on a pipe that it listens; only then:
-//!   \-- VMM      its own arguments, then ours; SIGKILL when launch dies
+//!   \-- VMM      its own arguments and ours; SIGKILL when launch dies
 //! ```
+//!
+//! QEMU takes the VIOT table as a file. cloud-hypervisor takes none: its guest reads the table through the device, so
+//! the file is written only where the operator asks for one.
 
 mod devices;
 mod events;
 mod process;
 mod table;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -24,6 +28,8 @@ use std::time::{Duration, Instant};
 use libc::{SIGKILL, SIGTERM};
 use thiserror::Error;
 
+use super::VmmArgsError;
+use super::cloud_hypervisor::{self, LaunchedArgs};
 use crate::config::{Config, ConfigError, ConfiguredDevice, Descriptors, HostIommu, Socket};
 use crate::host::sysfs::HostRoot;
 use crate::process::socket::SocketFile;
@@ -40,6 +46,15 @@ const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the VMM may take to end after its IOMMU is gone.
 const VMM_PATIENCE: Duration = Duration::from_secs(10);
 
+/// A VMM that [`Launch`] can start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VmmKind {
+    /// QEMU.
+    Qemu,
+    /// cloud-hypervisor.
+    CloudHypervisor,
+}
+
 /// The daemon and the VMM to start.
 #[derive(Clone, Debug)]
 pub struct Launch<'a> {
@@ -49,6 +64,8 @@ pub struct Launch<'a> {
     pub viot: Option<&'a Path>,
     /// The VMM's program and its first arguments; not empty.
     pub vmm: &'a [OsString],
+    /// The kind of the VMM; `None` takes it from the program's name.
+    pub kind: Option<VmmKind>,
     /// The program of the daemon.
     pub daemon: &'a Path,
     /// The root of the host's `dev` and `sys`.
@@ -72,8 +89,10 @@ impl Launch<'_> {
             files = OpenFiles::open(self.host, &config)?;
         }
         config.descriptors = files.descriptors();
-        let table = self.table(&config)?;
-        let made = QemuArgs::appended_to(&config, &table.path, others)?;
+        let (made, table) = match self.kind.unwrap_or_else(|| VmmKind::of(program)) {
+            VmmKind::Qemu => self.for_qemu(&config, others)?,
+            VmmKind::CloudHypervisor => self.for_cloud_hypervisor(&config, others)?,
+        };
         for note in &made.notes {
             // Nothing is lost that the VM needs if nobody reads standard error.
             let _ = writeln!(io::stderr(), "vhost-device-iommu: note: {note}");
@@ -90,9 +109,10 @@ impl Launch<'_> {
         }
         leftover = sockets(&config);
 
-        let inherited = files.numbers().into_iter().chain(table.fd()).collect();
+        let table_fd = table.as_ref().and_then(ViotTable::fd);
+        let inherited = files.numbers().into_iter().chain(table_fd).collect();
         let mut command = Command::new(program);
-        command.args(others).args(&made.arguments);
+        command.args(&made.arguments);
         let vmm = Running::start(command, inherited, SIGKILL, VMM_PATIENCE);
         let vmm = vmm.map_err(|source| LaunchError::Start {
             program: program.into(),
@@ -104,6 +124,42 @@ impl Launch<'_> {
         drop(daemon);
         drop(leftover);
         Ok(exit_code(status))
+    }
+
+    /// QEMU's arguments, those in `others` first, and the table that they name.
+    fn for_qemu(
+        &self,
+        config: &Config,
+        others: &[OsString],
+    ) -> Result<(LaunchedArgs, Option<ViotTable>), LaunchError> {
+        let table = self.table(config)?;
+        let made = QemuArgs::appended_to(config, &table.path, others)?;
+        let ours = made.arguments.into_iter().map(OsString::from);
+        let made = LaunchedArgs {
+            arguments: others.iter().cloned().chain(ours).collect(),
+            notes: made.notes,
+        };
+        Ok((made, Some(table)))
+    }
+
+    /// cloud-hypervisor's arguments. If the program is a wrapper, its own arguments stay before ours: all words before
+    /// the first one that begins with two dashes.
+    fn for_cloud_hypervisor(
+        &self,
+        config: &Config,
+        others: &[OsString],
+    ) -> Result<(LaunchedArgs, Option<ViotTable>), LaunchError> {
+        let table = match self.viot {
+            Some(_) => Some(self.table(config)?),
+            None => None,
+        };
+        let first = others
+            .iter()
+            .position(|word| word.as_bytes().starts_with(b"--"));
+        let (wrapper, own) = others.split_at(first.unwrap_or(others.len()));
+        let mut made = cloud_hypervisor::launched(config, own, self.host)?;
+        made.arguments.splice(0..0, wrapper.iter().cloned());
+        Ok((made, table))
     }
 
     fn table(&self, config: &Config) -> Result<ViotTable, LaunchError> {
@@ -166,6 +222,9 @@ pub enum LaunchError {
     /// QEMU's arguments cannot express the configuration.
     #[error(transparent)]
     QemuArgs(#[from] QemuArgsError),
+    /// cloud-hypervisor's arguments cannot express the configuration.
+    #[error(transparent)]
+    VmmArgs(#[from] VmmArgsError),
     /// A file of the host cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -214,6 +273,18 @@ pub enum LaunchError {
         /// The system's error.
         source: io::Error,
     },
+}
+
+impl VmmKind {
+    /// The kind of a VMM by the name of its program. A name that says nothing is QEMU's.
+    fn of(program: &OsStr) -> Self {
+        let name = Path::new(program).file_name().unwrap_or_default();
+        if name.as_bytes().starts_with(b"cloud-hypervisor") {
+            Self::CloudHypervisor
+        } else {
+            Self::Qemu
+        }
+    }
 }
 
 /// The VIOT table and the path at which the VMM finds it.
