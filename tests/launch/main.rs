@@ -1,4 +1,5 @@
-//! `launch` starts and ends the daemon and a VMM together. The VMM here is a shell script.
+//! `launch` starts and ends the daemon and a VMM together. The VMM here is a shell script in place of QEMU, and in
+//! [`cloud_hypervisor`] in place of that VMM.
 
 #![allow(
     clippy::expect_used,
@@ -6,6 +7,8 @@
     clippy::cast_possible_truncation,
     reason = "a test fails by panicking, and numbers are small"
 )]
+
+mod cloud_hypervisor;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
