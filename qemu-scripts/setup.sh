@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--debian] [--print]
+# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--print]
 #
 # Fills a cache outside the tree with everything that the guest tests need: QEMU, iasl, busybox, Debian's stock
 # kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does not use the network.
@@ -13,6 +13,7 @@
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
+#   --firmware      also fetch a UEFI firmware (OVMF) and make a GRUB for it: 20 MB to download
 #   --print         also write CACHE/env to standard output
 #
 # Environment:
@@ -31,7 +32,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/debian-root.sh"
 
 kernels=$KERNELS_DEFAULT
-print=no host_kernel=no debian=no
+print=no host_kernel=no debian=no firmware=no
 while [ $# -gt 0 ]; do
     case $1 in
     --kernels)
@@ -41,6 +42,7 @@ while [ $# -gt 0 ]; do
         ;;
     --host-kernel) host_kernel=yes ;;
     --debian) debian=yes ;;
+    --firmware) firmware=yes ;;
     --print) print=yes ;;
     -h | --help)
         usage
@@ -102,6 +104,16 @@ if debian_root_there; then
     debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
 fi
 
+if [ $firmware = yes ]; then
+    firmware_ready
+fi
+firmware_entries=
+if firmware_there; then
+    firmware_entries="VIOMMU_OVMF_CODE=\"$FIRMWARE/usr/share/OVMF/OVMF_CODE_4M.fd\"
+VIOMMU_OVMF_VARS=\"$FIRMWARE/usr/share/OVMF/OVMF_VARS_4M.fd\"
+VIOMMU_GRUB=\"$FIRMWARE/BOOTX64.EFI\""
+fi
+
 # shellcheck disable=SC2046 # a list
 cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions $(compgen -G "$CACHE/debian/*/versions") | sort -u | write_file "$CACHE/versions"
 write_file "$CACHE/env" <<ENV
@@ -113,6 +125,7 @@ VIOMMU_KERNELS="${entries[*]}"
 VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
 $debian_entry
+$firmware_entries
 ENV
 
 for entry in "${entries[@]}"; do

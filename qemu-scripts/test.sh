@@ -236,7 +236,7 @@ setup=()
 if [ $quick = no ]; then
     for suite in "${suites[@]}"; do
         case $suite in
-        guest) setup+=(--print) ;;
+        guest) setup+=(--print --firmware) ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian) ;;
         esac

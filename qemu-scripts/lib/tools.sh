@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), and e2fsprogs for the guests.
+# Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), e2fsprogs for the guests, and a
+# UEFI firmware with a boot loader.
 
 QEMU_OLDEST=10.2
 QEMU_DEVICE=vhost-user-test-device-pci
@@ -61,6 +62,34 @@ tools_storage() {
         say "downloading e2fsprogs (about 6 MB) ..."
         apt_sysroot "$sysroot" trixie e2fsprogs
     fi
+}
+
+# The modules of the boot loader: a FAT partition of a disk, a kernel, ACPI tables, messages on a serial line.
+GRUB_MODULES="part_msdos part_gpt fat normal configfile search search_fs_file acpi linux boot serial terminal echo"
+
+# firmware_there: whether the firmware and the boot loader are in the cache; sets FIRMWARE to their folder. Its name has a
+# hash of the boot loader's modules.
+firmware_there() {
+    FIRMWARE=$CACHE/sysroot/firmware-$(sha256_of <<<"$GRUB_MODULES" | cut -c 1-12)
+    [ -e "$FIRMWARE/versions" ]
+}
+
+# firmware_ready: unpacks OVMF, and makes FIRMWARE/BOOTX64.EFI, a GRUB that runs EFI/BOOT/grub.cfg of the disk that it is
+# started from.
+firmware_ready() {
+    if firmware_there; then
+        return
+    fi
+    local stage
+    say "downloading OVMF and GRUB (about 20 MB) ..."
+    stage=$(new_stage)
+    apt_sysroot "$stage/sysroot" trixie ovmf grub-common grub-efi-amd64-bin
+    in_sysroot_wrapper "$stage/sysroot" /usr/bin/grub-mkimage >"$stage/grub-mkimage"
+    # shellcheck disable=SC2086 # a list
+    bash "$stage/grub-mkimage" -d "$stage/sysroot/usr/lib/grub/x86_64-efi" -O x86_64-efi -p /EFI/BOOT \
+        -o "$stage/sysroot/BOOTX64.EFI" $GRUB_MODULES || die "cannot make GRUB's image (output above)"
+    publish "$stage/sysroot" "$FIRMWARE"
+    rm -rf "$stage"
 }
 
 # tools_ready: fills CACHE/bin and sets QEMU_VERSION.
