@@ -95,6 +95,19 @@ impl Setup {
         }
     }
 
+    /// A UEFI firmware and a boot loader for it.
+    pub fn firmware() -> Firmware {
+        let variable = |name: &str| {
+            let value = std::env::var(name);
+            PathBuf::from(value.unwrap_or_else(|_| panic!("{name} is not set; {HOW_TO_RUN}")))
+        };
+        Firmware {
+            code: variable("VIOMMU_OVMF_CODE"),
+            variables: variable("VIOMMU_OVMF_VARS"),
+            grub: variable("VIOMMU_GRUB"),
+        }
+    }
+
     pub fn oldest(&self) -> &Kernel {
         &self.kernels[0]
     }
@@ -102,6 +115,17 @@ impl Setup {
     pub fn newest(&self) -> &Kernel {
         &self.kernels[self.kernels.len() - 1]
     }
+}
+
+/// A UEFI firmware, and GRUB.
+#[derive(Clone, Debug)]
+pub struct Firmware {
+    /// Its flash memory with the code.
+    pub code: PathBuf,
+    /// Its flash memory with the initial variables.
+    pub variables: PathBuf,
+    /// Runs `EFI/BOOT/grub.cfg` of the disk that it is started from.
+    pub grub: PathBuf,
 }
 
 /// A test's directory for sockets and logs. A test that fails keeps it and prints its path.
@@ -301,6 +325,27 @@ pub struct VmOptions<'a> {
     pub extra: Vec<String>,
 }
 
+impl VmOptions<'_> {
+    /// The kernel's command line.
+    pub fn command_line(&self) -> String {
+        format!("console=ttyS0 panic=-1 {}", self.append)
+    }
+
+    /// QEMU's arguments without the kernel.
+    pub fn devices(&self) -> Vec<String> {
+        [&self.iommu[..], &self.extra[..]].concat()
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let path = |path: &Path| path.display().to_string();
+        let mut arguments = self.devices();
+        arguments.extend(["-kernel".to_owned(), path(&self.kernel.image)]);
+        arguments.extend(["-initrd".to_owned(), path(&self.kernel.initramfs)]);
+        arguments.extend(["-append".to_owned(), self.command_line()]);
+        arguments
+    }
+}
+
 /// A program that starts QEMU with more arguments: `launch`.
 #[derive(Clone, Debug)]
 pub struct Launcher {
@@ -340,7 +385,19 @@ impl Vm {
     ) -> Self {
         let mut command = bound_command(&setup.qemu);
         command.args(accel);
-        Self::run_qemu(command, test_dir, name, options)
+        Self::run_qemu(command, test_dir, name, &options.arguments())
+    }
+
+    /// Starts QEMU without a kernel: its firmware looks for one among the devices of `arguments`.
+    pub fn start_firmware(
+        setup: &Setup,
+        test_dir: &TestDir,
+        name: &str,
+        arguments: &[String],
+    ) -> Self {
+        let mut command = bound_command(&setup.qemu);
+        command.args(["-accel", "tcg"]);
+        Self::run_qemu(command, test_dir, name, arguments)
     }
 
     /// Lets another program start QEMU. That program ends when QEMU does.
@@ -357,15 +414,10 @@ impl Vm {
             .args(arguments)
             .arg(&setup.qemu)
             .args(&launcher.accel);
-        Self::run_qemu(command, test_dir, name, options)
+        Self::run_qemu(command, test_dir, name, &options.arguments())
     }
 
-    fn run_qemu(
-        mut command: Command,
-        test_dir: &TestDir,
-        name: &str,
-        options: &VmOptions<'_>,
-    ) -> Self {
+    fn run_qemu(mut command: Command, test_dir: &TestDir, name: &str, more: &[String]) -> Self {
         let listen = |kind: &str| {
             let path = test_dir.path(&format!("{name}.{kind}"));
             let listener = UnixListener::bind(&path).expect("a socket for QEMU");
@@ -377,21 +429,14 @@ impl Vm {
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-smp", "1"])
-            .args(&options.iommu)
-            .args(&options.extra)
+            .args(more)
             .args(["-qmp", &format!("unix:{qmp}")])
             .arg("-chardev")
             .arg(format!("file,id=console,path={}", console.display()))
             .args(["-serial", "chardev:console"])
             .arg("-chardev")
             .arg(format!("socket,id=agent,path={agent}"))
-            .args(["-serial", "chardev:agent"])
-            .arg("-kernel")
-            .arg(&options.kernel.image)
-            .arg("-initrd")
-            .arg(&options.kernel.initramfs)
-            .arg("-append")
-            .arg(format!("console=ttyS0 panic=-1 {}", options.append));
+            .args(["-serial", "chardev:agent"]);
         let log = test_dir.path(&format!("{name}-qemu.log"));
         let mut qemu = Process::start("QEMU", &mut command, &log);
         let guest = Lines::accept(&guest_listener, &mut qemu);

@@ -11,6 +11,7 @@
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
+mod tables;
 #[path = "../common/vm.rs"]
 mod vm;
 
@@ -21,6 +22,7 @@ use std::thread;
 use std::time::Duration;
 
 use serde_json::json;
+use tables::{tables_by_grub, tables_by_the_bar};
 use vm::{
     ANSWER, Daemon, Kernel, LONG_ANSWER, Setup, Status, Table, TestDir, Vm, VmOptions, hex_of,
     number, wait_for,
@@ -157,6 +159,9 @@ guest_tests! {
     passthrough_newest_strict_over_virtio_pci: passthrough(newest, Strict, VirtioPci);
     passthrough_newest_lazy_over_virtio_pci: passthrough(newest, Lazy, VirtioPci);
     launched_newest_strict_over_virtio_pci: launched(newest, Strict, VirtioPci);
+    tables_by_the_bar_oldest_strict: tables_by_the_bar(oldest, Strict, VirtioPci);
+    tables_by_the_bar_newest_lazy: tables_by_the_bar(newest, Lazy, VirtioPci);
+    tables_by_grub_newest_lazy: tables_by_grub(newest, Lazy, VirtioPci);
 }
 
 /// The driver probes the endpoints and finds the configured properties. The daemon holds exactly
@@ -288,7 +293,6 @@ fn lives_of_a_vm(
     transport: Transport,
     test_dir: &TestDir,
 ) {
-    const ADDED: u64 = 256 << 20;
     let mut daemon = Daemon::start_over(transport.key(), test_dir, CONFIG);
     let pid = daemon.pid();
     let mut vm = boot(setup, kernel, mode, test_dir, &daemon, "first", "");
@@ -297,24 +301,7 @@ fn lives_of_a_vm(
     start_mapper(&mut vm, "mapper", 4, &FOR_VFIO);
     vm.run_within("ask mapper churn 2000", LONG_ANSWER);
 
-    let before = memory_of(&mut vm);
-    vm.qmp(
-        "object-add",
-        json!({"qom-type": "memory-backend-memfd", "id": "added", "size": ADDED, "share": true}),
-    );
-    vm.qmp(
-        "device_add",
-        json!({"driver": "pc-dimm", "id": "dimm", "memdev": "added"}),
-    );
-    let devices = vm.qmp("query-memory-devices", json!({}));
-    let first = number(&devices[0]["data"], "addr");
-    let last = first + number(&devices[0]["data"], "size") - 1;
-    assert_eq!(last - first + 1, ADDED);
-    // In kB, the guest's unit; the guest's kernel keeps a little of the memory for itself.
-    let enough = ADDED / 1024 * 9 / 10;
-    wait_for("the added memory", ANSWER, || {
-        (memory_of(&mut vm) >= before + enough).then_some(())
-    });
+    let (first, last) = hot_add(&mut vm);
     let answer = vm.run_within(&format!("ask mapper hot {first:x} {last:x}"), LONG_ANSWER);
     let (iova, (gpa, _)) = Table::from_dump(&answer).0.pop_first().expect("a page");
     assert!((first..=last).contains(&gpa), "{gpa:#x}");
@@ -403,7 +390,21 @@ fn boot(
     name: &str,
     append: &str,
 ) -> Vm {
-    let mut extra = vec!["-m".to_owned(), "slots=2,maxmem=4G".to_owned()];
+    let options = options(kernel, mode, daemon, "slots=2,maxmem=4G", append);
+    let mut vm = Vm::start(setup, test_dir, name, &options);
+    vm.wait_until_up();
+    vm
+}
+
+/// The parts of a VM with the endpoints, and with places for more memory.
+fn options<'a>(
+    kernel: &'a Kernel,
+    mode: Mode,
+    daemon: &Daemon,
+    slots: &str,
+    append: &str,
+) -> VmOptions<'a> {
+    let mut extra = vec!["-m".to_owned(), slots.to_owned()];
     for slot in ["06.0", "07.0", "08.0"] {
         extra.extend(["-device".to_owned(), format!("edu,addr={slot}")]);
     }
@@ -411,15 +412,36 @@ fn boot(
         "-device".to_owned(),
         "e1000e,addr=09.0,id=nic,romfile=".to_owned(),
     ]);
-    let options = VmOptions {
+    VmOptions {
         kernel,
         append: format!("{} memhp_default_state=online {append}", mode.append()),
         iommu: daemon.qemu_args.clone(),
         extra,
-    };
-    let mut vm = Vm::start(setup, test_dir, name, &options);
-    vm.wait_until_up();
-    vm
+    }
+}
+
+/// Adds memory to the VM, and waits until the guest has it. Returns its first and last guest-physical address.
+fn hot_add(vm: &mut Vm) -> (u64, u64) {
+    const ADDED: u64 = 256 << 20;
+    let before = memory_of(vm);
+    vm.qmp(
+        "object-add",
+        json!({"qom-type": "memory-backend-memfd", "id": "added", "size": ADDED, "share": true}),
+    );
+    vm.qmp(
+        "device_add",
+        json!({"driver": "pc-dimm", "id": "dimm", "memdev": "added"}),
+    );
+    let devices = vm.qmp("query-memory-devices", json!({}));
+    let first = number(&devices[0]["data"], "addr");
+    let last = first + number(&devices[0]["data"], "size") - 1;
+    assert_eq!(last - first + 1, ADDED);
+    // In kB, the guest's unit; the guest's kernel keeps a little of the memory for itself.
+    let enough = ADDED / 1024 * 9 / 10;
+    wait_for("the added memory", ANSWER, || {
+        (memory_of(vm) >= before + enough).then_some(())
+    });
+    (first, last)
 }
 
 fn bind_all() -> String {

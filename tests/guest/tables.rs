@@ -5,9 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::vm::{
-    ANSWER, Daemon, Firmware, Kernel, Setup, TestDir, Vm, VmOptions, number, wait_for,
-};
+use super::vm::{ANSWER, Daemon, Firmware, Kernel, Setup, TestDir, Vm, VmOptions, wait_for};
 use super::{CONFIG, Mode, Transport, bind_all, hot_add, memory_of, options, probed_as_configured};
 
 /// Processors of the guest.
@@ -166,7 +164,7 @@ fn disk_with_grub(firmware: &Firmware, options: &VmOptions<'_>, test_dir: &TestD
     }
     let commands = format!(
         "serial --unit=0\nterminal_input serial\nterminal_output serial\n\
-         acpi /vm.viot\nlinux /vmlinuz {}\ninitrd /initrd\nboot\n",
+         search --no-floppy --file --set=viot_disk /vm.viot\nacpi ($viot_disk)/vm.viot\nlinux /vmlinuz {}\ninitrd /initrd\nboot\n",
         options.command_line()
     );
     fs::write(boot.join("grub.cfg"), commands).expect("written");
