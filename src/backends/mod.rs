@@ -189,6 +189,11 @@ pub trait DmaBackend: Send {
         contents: &dyn Contents,
     ) -> Result<(), AttachError>;
 
+    /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, each once. The core quarantines them.
+    fn take_stopped(&mut self) -> Vec<EndpointId> {
+        Vec::new()
+    }
+
     /// Destroys a domain with all its mappings. No endpoint is attached to it.
     fn destroy_domain(&mut self, domain: DomainId);
 

@@ -98,6 +98,7 @@ impl Iommu {
                 new_domain.as_ref(),
             )
         {
+            let stopped = self.quarantine_stopped(index, refusal.cause());
             self.resume(&changes.suspended);
             if !was_active {
                 let target = self.bypass_target();
@@ -107,7 +108,7 @@ impl Iommu {
                 table.destroy(&mut self.arena);
                 self.arena.reclaim();
             }
-            return Err(self.attach_refused(endpoint, refusal));
+            return Err(self.attach_refused(endpoint, refusal, stopped));
         }
 
         // Nothing below can be refused: publish.
@@ -173,8 +174,12 @@ impl Iommu {
             };
             if let Err(refusal) = self.switch(index, endpoint, target, None) {
                 let cause = refusal.cause().clone();
+                let stopped = self.quarantine_stopped(index, &cause);
                 self.quarantine(endpoint, &cause);
-                return Err(RequestError::Quarantined { cause, count: 1 });
+                return Err(RequestError::Quarantined {
+                    cause,
+                    count: stopped + 1,
+                });
             }
         }
         self.endpoints.remove(&endpoint);
@@ -240,9 +245,18 @@ impl Iommu {
     }
 
     /// The error for an ATTACH that the backend refused. The caller must have undone everything
-    /// else.
-    fn attach_refused(&mut self, endpoint: EndpointId, refusal: AttachError) -> RequestError {
+    /// else, and quarantined the `stopped` endpoints that the backend has blocked beside this one.
+    fn attach_refused(
+        &mut self,
+        endpoint: EndpointId,
+        refusal: AttachError,
+        stopped: usize,
+    ) -> RequestError {
         match refusal {
+            AttachError::Unchanged(cause) if stopped > 0 => RequestError::Quarantined {
+                cause,
+                count: stopped,
+            },
             AttachError::Unchanged(mut cause) => {
                 // The domain has mappings that lead to no memory, or mappings of addresses that only
                 // the host knows to be reserved. The endpoint does not fit into it: UNSUPP.
@@ -253,7 +267,10 @@ impl Iommu {
             }
             AttachError::Blocked(cause) => {
                 self.quarantine(endpoint, &cause);
-                RequestError::Quarantined { cause, count: 1 }
+                RequestError::Quarantined {
+                    cause,
+                    count: stopped + 1,
+                }
             }
         }
     }

@@ -83,8 +83,21 @@ impl Iommu {
                     state.quarantined = false;
                 }
             }
-            Err(refusal) => self.quarantine(endpoint, refusal.cause()),
+            Err(refusal) => {
+                self.quarantine_stopped(index, refusal.cause());
+                self.quarantine(endpoint, refusal.cause());
+            }
         }
+    }
+
+    /// Quarantines the endpoints that the backend at `index` has blocked because the switch of another endpoint failed.
+    /// Returns their number.
+    pub(super) fn quarantine_stopped(&mut self, index: usize, cause: &BackendError) -> usize {
+        let stopped = self.backends[index].take_stopped();
+        for &endpoint in &stopped {
+            self.quarantine(endpoint, cause);
+        }
+        stopped.len()
     }
 
     /// Quarantines the members of a domain that are behind a failed backend, and returns their

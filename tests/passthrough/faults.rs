@@ -87,6 +87,20 @@ impl Victim {
     }
 }
 
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+/// The messages of the kernel.
+fn kernel_log() -> String {
+    let output = std::process::Command::new("dmesg").output();
+    output.map_or_else(
+        |error| format!("dmesg: {error}"),
+        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+    )
+}
+
 /// The daemon's answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
@@ -265,10 +279,24 @@ impl FaultBed {
         self.check_reach(|n, iova| view.gpa_of(n, iova), what);
     }
 
+    /// Unmaps the window in every domain of `view`. After an answer of OK no device may reach a page of it, whatever
+    /// failed before: the devices have used these pages, so an IOMMU may have them in its caches.
+    fn check_unmapping(&mut self, view: &View, what: &str) {
+        for (&domain, _) in view.domains.iter().filter(|(_, lines)| !lines.is_empty()) {
+            assert_eq!(self.unmap(domain, 0, PAGES), OK, "{what}: {}", self.log());
+        }
+        let now = self.view();
+        assert!(now.domains.values().all(Vec::is_empty), "{what}: {now:#?}");
+        self.check(&now, &format!("{what}, then UNMAP of everything"));
+    }
+
+    /// The end of the daemon's log, and that of the kernel's: what the IOMMU's driver says of a call that fails.
     fn log(&self) -> String {
-        let log = self.vm.daemon.log();
-        let lines: Vec<_> = log.lines().collect();
-        lines[lines.len().saturating_sub(6)..].join("\n")
+        format!(
+            "{}\n--- the kernel:\n{}",
+            last_lines(&self.vm.daemon.log(), 6),
+            last_lines(&kernel_log(), 20)
+        )
     }
 
     /// Detaches and blocks both devices and adds the extra slot again. This must succeed after any failure.
@@ -554,6 +582,7 @@ impl Case {
                     assert_eq!(now, before, "{what}");
                 }
             }
+            bed.check_unmapping(&now, &what);
             bed.clean();
             if !failed {
                 assert_eq!(outcome, Outcome::Status(OK), "{what}");
@@ -656,6 +685,8 @@ impl Drop for StormHistory {
             eprintln!("--- the daemon's state before the last request: {before:#?}");
             eprintln!("--- and after it: {now:#?}");
         }
+        eprintln!("--- the kernel's last messages:");
+        eprintln!("{}", last_lines(&kernel_log(), 40));
     }
 }
 

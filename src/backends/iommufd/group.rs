@@ -13,6 +13,8 @@ pub(super) struct DeviceGroup {
     attachment: Attachment,
     /// Whether the devices are known to be bound to this process's iommufd.
     verified: bool,
+    /// The address spaces that an attach has failed to enter since [`Self::take_refusing`].
+    refusing: Vec<u32>,
 }
 
 /// A device of a group.
@@ -77,7 +79,18 @@ impl DeviceGroup {
             members,
             attachment,
             verified: !shared,
+            refusing: Vec::new(),
         }
+    }
+
+    /// The endpoints of its devices.
+    pub(super) fn endpoints(&self) -> impl Iterator<Item = EndpointId> + '_ {
+        self.members.iter().map(|m| m.endpoint)
+    }
+
+    /// The address spaces that an attach has failed to enter since the last call, and may have left half done.
+    pub(super) fn take_refusing(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.refusing)
     }
 
     /// The devices' address space.
@@ -174,10 +187,15 @@ impl DeviceGroup {
         moved
     }
 
-    fn try_move_to(&self, attachment: Attachment) -> Result<(), BackendError> {
+    fn try_move_to(&mut self, attachment: Attachment) -> Result<(), BackendError> {
         for member in self.members.iter().filter(|m| m.attach.is_bound()) {
             let result = match attachment {
-                Attachment::Ioas(ioas) => member.attach.attach(ioas),
+                Attachment::Ioas(ioas) => member.attach.attach(ioas).inspect_err(|cause| {
+                    // The kernel finds addresses that the device cannot have before it calls the IOMMU's driver.
+                    if cause.raw_os_error() != Some(libc::EADDRINUSE) {
+                        self.refusing.push(ioas);
+                    }
+                }),
                 Attachment::Detached => member.attach.detach(),
                 // Only the VMM can put devices into its address space; the others are no destinations.
                 Attachment::Vmm | Attachment::Unbound | Attachment::Unknown => Ok(()),

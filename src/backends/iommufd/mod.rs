@@ -25,6 +25,7 @@ use super::{
 use crate::address::{IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{AddressSpaces, Attach, DeviceMemory};
+use crate::{error_limited, warn_limited};
 
 pub use self::spaces::Pinning;
 
@@ -55,6 +56,8 @@ pub struct Iommufd {
     partial_map: Option<(DomainId, u64)>,
     groups: Vec<DeviceGroup>,
     group_of: BTreeMap<EndpointId, usize>,
+    /// Endpoints for [`DmaBackend::take_stopped`].
+    stopped: Vec<EndpointId>,
 }
 
 impl Iommufd {
@@ -93,6 +96,7 @@ impl Iommufd {
             partial_map: None,
             groups,
             group_of,
+            stopped: Vec::new(),
         }
     }
 
@@ -135,6 +139,54 @@ impl Iommufd {
                 group.block();
                 Err(AttachError::Blocked(cause))
             }
+        }
+    }
+
+    /// Attaches all devices anew in the address spaces that the group at `index` has just failed to enter. Their DMA
+    /// faults for a moment; a device that cannot be attached again is blocked.
+    ///
+    /// Otherwise the IOMMU could still use cached translations after an UNMAP. The VT-d driver of Linux 7.3.4 sends no
+    /// invalidations for a page table that it counts no devices in, and a failed attach takes one off that count without
+    /// having added it: `dmar_domain_attach_device` calls `device_block_translation`, which unassigns a cache tag that
+    /// was not assigned. The page table, and with it the count, ends with the last device in it, so all devices leave
+    /// before the first one returns. A new address space would have to be filled, while the host probably lacks memory.
+    fn renew_refusing(&mut self, index: usize) {
+        let mut refusing = self.groups[index].take_refusing();
+        // A group that cannot return is blocked, so there are at most as many rounds as groups.
+        while let Some(ioas) = refusing.pop() {
+            let mut inside: Vec<_> = (0..self.groups.len())
+                .filter(|&i| self.groups[i].attachment() == Attachment::Ioas(ioas))
+                .collect();
+            if inside.is_empty() {
+                continue;
+            }
+            warn_limited!(
+                "a device could not be attached to address space {ioas}: the devices in it are attached anew, their DMA \
+                 may have faulted for a moment"
+            );
+            inside.retain(|&i| match self.groups[i].move_to(Attachment::Detached) {
+                Ok(()) => true,
+                Err(cause) => {
+                    self.stop(i, &cause);
+                    false
+                }
+            });
+            for i in inside {
+                if let Err(cause) = self.groups[i].move_to(Attachment::Ioas(ioas)) {
+                    self.stop(i, &cause);
+                }
+                refusing.extend(self.groups[i].take_refusing());
+            }
+        }
+    }
+
+    /// Blocks a group that cannot stay in its address space.
+    fn stop(&mut self, index: usize, cause: &BackendError) {
+        error_limited!("a device cannot stay in its address space: {cause}");
+        let endpoints: Vec<_> = self.groups[index].endpoints().collect();
+        for endpoint in endpoints {
+            self.groups[index].quarantine(endpoint);
+            self.stopped.push(endpoint);
         }
     }
 
@@ -245,9 +297,14 @@ impl DmaBackend for Iommufd {
                 self.destroy_domain(domain);
             }
         }
+        self.renew_refusing(index);
         self.spaces.sweep();
         self.moved();
         switched
+    }
+
+    fn take_stopped(&mut self) -> Vec<EndpointId> {
+        std::mem::take(&mut self.stopped)
     }
 
     fn destroy_domain(&mut self, domain: DomainId) {

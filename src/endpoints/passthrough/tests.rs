@@ -197,7 +197,8 @@ impl Bed {
             },
             Interface::Type1 => &state.spaces[&self.spaces[&group]],
         };
-        joined(space.values().copied())
+        let cached = state.cached.get(&group).into_iter().flatten();
+        joined(space.values().chain(cached).copied())
     }
 
     fn identity(&self) -> Vec<Area> {
@@ -495,6 +496,60 @@ fn any_failed_kernel_call_leaves_a_consistent_state() {
                 assert_eq!(bed.leaks(), 0, "{interface:?} {n}");
             }
             assert!(failed > 20, "{interface:?}: only {failed} calls could fail");
+        }
+    }
+}
+
+/// Linux's VT-d driver counts the devices of a page table twice down after a failed attach, and then sends no
+/// invalidations for the devices that are in it.
+#[test]
+fn unmap_ends_the_use_of_a_range_after_a_failed_attach_of_another_device() {
+    for pinning in [Pinning::All, Pinning::Mapped] {
+        // Fails one call alone, or with one of the next calls, which undo the attach and attach the others anew.
+        for (target, gap) in [D1, D2]
+            .into_iter()
+            .flat_map(|d| (0..9).map(move |gap| (d, gap)))
+        {
+            let mut failed = 0;
+            for n in 1.. {
+                let what = format!("{pinning:?} {target} {gap} {n}");
+                let mut bed = Bed::new(Interface::Iommufd(pinning));
+                for endpoint in [A, G1, G2] {
+                    bed.iommu.attach(endpoint, D1, false).expect("attached");
+                }
+                bed.iommu.attach(B, D2, false).expect("attached");
+                for domain in [D1, D2] {
+                    let page = mapping(0x1000, 0x1000, 0x2000);
+                    bed.iommu.map(domain, &page).expect("mapped");
+                }
+                for call in [n, n + gap] {
+                    bed.fail_in(call, libc::ENOMEM);
+                }
+                let first = bed.kernel.state().calls + n;
+                // To a domain with devices in it, or from such a domain.
+                let mover = if target == D1 { B } else { A };
+                let before: Vec<_> = bed.iommu.endpoints(usize::MAX, 9).collect();
+                let moved = bed.iommu.attach(mover, target, false);
+                if !matches!(moved, Ok(()) | Err(RequestError::Quarantined { .. })) {
+                    let after: Vec<_> = bed.iommu.endpoints(usize::MAX, 9).collect();
+                    assert_eq!(after, before, "{what}");
+                }
+                bed.check();
+                if bed.kernel.state().calls < first {
+                    moved.expect("nothing failed");
+                    break;
+                }
+                failed += 1;
+                bed.kernel.state().fail.clear();
+                for domain in [D1, D2] {
+                    if bed.iommu.domains().any(|d| d.id == domain) {
+                        let done = bed.iommu.unmap(domain, IovaRange::ALL);
+                        done.unwrap_or_else(|error| panic!("{what}: {error}"));
+                        bed.check();
+                    }
+                }
+            }
+            assert!(failed > 0, "{pinning:?} {target}");
         }
     }
 }

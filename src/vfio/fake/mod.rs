@@ -40,6 +40,11 @@ pub(crate) struct KernelState {
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
     /// Groups that are attached but reach nothing: an attach took them out of their address space and then failed.
     pub without_space: BTreeSet<u32>,
+    /// By address space: how many groups the kernel counts in it. While the count is 0, it invalidates no cached
+    /// translations. As in the VT-d driver (`cache_tag_unassign`), a failed attach takes one off without having added it.
+    cache_users: BTreeMap<u32, u32>,
+    /// By group: areas that were removed without an invalidation, and that it still reaches.
+    pub cached: BTreeMap<u32, Vec<Area>>,
     /// Bound devices.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
@@ -132,14 +137,51 @@ impl KernelState {
         let mut touched: Vec<_> = space.values().copied().collect();
         touched.retain(|a| a.range.overlaps(range));
         let mut bytes = 0;
+        let mut removed = Vec::new();
         for area in touched {
             if !range.covers(area.range) {
+                self.keep_cached(id, &removed);
                 return Err(error(libc::ENOENT));
             }
             bytes += area.range.span() + 1;
-            space.remove(&area.range.first().0);
+            self.space(id)?.remove(&area.range.first().0);
+            removed.push(area);
         }
+        self.keep_cached(id, &removed);
         Ok(bytes)
+    }
+
+    /// The groups in an address space of iommufd still reach removed areas if the kernel counts no group in it.
+    fn keep_cached(&mut self, id: u32, removed: &[Area]) {
+        if self.cache_users.get(&id).is_some_and(|users| *users > 0) {
+            return;
+        }
+        for (group, (at, _)) in &self.groups {
+            if *at == Some(id) && !self.without_space.contains(group) {
+                self.cached.entry(*group).or_default().extend(removed);
+            }
+        }
+    }
+
+    /// Counts a group that enters an address space.
+    fn enter(&mut self, id: u32) {
+        *self.cache_users.entry(id).or_default() += 1;
+    }
+
+    /// Takes a group out of its address space, if it is in one, and empties its cache.
+    fn leave(&mut self, group: u32) {
+        self.cached.remove(&group);
+        let at = self.groups.get(&group).and_then(|(at, _)| *at);
+        if let Some(id) = at
+            && !self.without_space.contains(&group)
+        {
+            self.uncount(id);
+        }
+    }
+
+    fn uncount(&mut self, id: u32) {
+        let users = self.cache_users.entry(id).or_default();
+        *users = users.saturating_sub(1);
     }
 
     /// Whether a device is attached to an address space of iommufd, which then has the alignment of the IOMMU's pages.
@@ -203,8 +245,12 @@ impl FakeKernel {
         let mut state = self.state();
         state.bound.push(device);
         let entry = state.groups.entry(group).or_default();
+        let is_first = entry.0.is_none();
         let ioas = *entry.0.get_or_insert(ioas);
         entry.1.push(device);
+        if is_first {
+            state.enter(ioas);
+        }
         (made, ioas)
     }
 
@@ -375,6 +421,10 @@ impl Attach for FakeDevice {
             return Ok(());
         }
         if let Err(cause) = state.step() {
+            if at != Some(ioas) {
+                state.leave(self.group);
+                state.uncount(ioas);
+            }
             state.without_space.insert(self.group);
             return Err(cause);
         }
@@ -383,7 +433,9 @@ impl Attach for FakeDevice {
             return Err(error(libc::EINVAL));
         }
         if at != Some(ioas) {
+            state.leave(self.group);
             state.without_space.remove(&self.group);
+            state.enter(ioas);
         }
         let (at, devices) = state.groups.entry(self.group).or_default();
         if !replaces {
@@ -404,11 +456,18 @@ impl Attach for FakeDevice {
             return Err(error(libc::EIO));
         }
         state.step()?;
-        let (at, devices) = state.groups.entry(self.group).or_default();
+        let (_, devices) = state.groups.entry(self.group).or_default();
         devices.retain(|d| *d != self.device);
         if devices.is_empty() {
-            *at = None;
+            state.leave(self.group);
             state.without_space.remove(&self.group);
+            let left = state.groups.entry(self.group).or_default();
+            if let Some(id) = left.0.take()
+                && !state.is_attached(id)
+            {
+                // The kernel's page table of the address space ends with the last device in it.
+                state.cache_users.remove(&id);
+            }
         }
         Ok(())
     }
