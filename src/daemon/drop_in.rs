@@ -160,10 +160,36 @@ mod tests {
                 "TasksMax=36",
             ],
         );
-        // Memory has a limit although locked memory has none: 4G, twice 4G / 256, 64M of arena, 32M, 8M for each
-        // device, and the kernel's records of mappings: 4G / 8, or 65535 of 128 bytes for each device.
-        has("iommufd", &["MemoryMax=4982833152"]);
-        has("type1", &["MemoryMax=4462739200"]);
+        // Memory has a limit although locked memory has none: 4G, an arena of 4G / 256 + 64M, 32M, for each device 8M
+        // and tables of 4G / 256 and of the arena's size, and the kernel's records of mappings: an eighth of the arena's
+        // bytes times 640, or 65535 of 160 bytes for each device.
+        has("iommufd", &["MemoryMax=11341398016"]);
+        has("type1", &["MemoryMax=4651482816"]);
+    }
+
+    /// A guest that fills the arena with mappings of single pages, or with tables of one mapping each, must not reach the
+    /// limit.
+    #[test]
+    fn memory_has_room_for_all_mappings_that_the_arena_holds() {
+        // The kernel's `iopt_area` and `iopt_pages` in its allocator's sizes, with a pointer each to account for them.
+        const RECORDS: u64 = 192 + 256 + 2 * 8;
+        let max = |arena: u64, device: &str| {
+            let text = format!(
+                "address = \"00:05.0\"\nmemory = \"1G\"\narena-limit = \"{arena}M\"\n\
+                 host-iommu = \"iommufd\"\n{device}"
+            );
+            let lines = lines(&text);
+            let max = lines.iter().find_map(|l| l.strip_prefix("MemoryMax="));
+            max.expect("a limit").parse::<u64>().expect("a number")
+        };
+        let device = "[[endpoint]]\naddress = \"00:10.0\"\nvfio = \"0000:65:00.0\"\n";
+        for arena in [1, 64, 1024] {
+            let bytes = arena << 20;
+            let room = max(arena, device) - max(arena, "") - (1 << 30);
+            // An entry takes 8 bytes of the arena.
+            assert!(room >= bytes / 8 * RECORDS, "{arena}M: {room}");
+            assert!(room >= bytes, "{arena}M: {room}");
+        }
     }
 
     /// `launch` waits this long, too.

@@ -30,6 +30,7 @@ mod locked;
 mod mixed;
 mod moves;
 mod nested;
+mod records;
 mod resets;
 mod server;
 #[path = "../common/vm.rs"]

@@ -21,7 +21,7 @@ use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::DeviceAccess;
 
 pub use error::PassthroughError;
-pub use kind::PassthroughKind;
+pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 
 /// The passthrough devices of a VM, opened.
 pub struct PassthroughDevices {
