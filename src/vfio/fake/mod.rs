@@ -1,5 +1,10 @@
 //! A kernel for tests: it obeys the rules of iommufd and type1, and fails on demand. It gets the arguments that the real
 //! kernel gets, and is as strict: about sizes, flags, alignment, overlaps, and requests that would split a mapping.
+//!
+//! It has no calls of exported devices (`VFIO_DEVICE_GET_INFO`, regions, interrupts, resets). Their answers depend on the
+//! device and not on rules of the kernel, so a fake would only repeat the structures that it is given. The tests of
+//! exported devices replace the device above these calls (`DeviceAccess` in `tests/export/bed.rs`), and make the real calls
+//! in L1 (`tests/passthrough/export.rs`, `resets.rs`).
 
 mod checks;
 
