@@ -3,9 +3,9 @@
 use crate::backends::group_target::common_target;
 use crate::backends::reach::refused;
 use crate::backends::{BackendError, BackendErrorKind, Target};
-use crate::error_limited;
 use crate::ids::EndpointId;
 use crate::vfio::Attach;
+use crate::{error_limited, warn_limited};
 
 /// A group of the host. Most groups have one device.
 pub(super) struct DeviceGroup {
@@ -169,6 +169,20 @@ impl DeviceGroup {
                     member.name
                 ),
             }),
+        }
+    }
+
+    /// Ends the DMA of the devices that the VMM has bound, wherever the VMM attaches them next. The guest's next driver
+    /// sets the bus-master bit again.
+    pub(super) fn stop_shared(&self) {
+        let bound = |member: &&GroupMember| member.shared && member.attach.is_bound();
+        for member in self.members.iter().filter(bound) {
+            if let Err(cause) = member.attach.clear_bus_master() {
+                warn_limited!(
+                    "{} may do DMA between this VMM and the next: its bus-master bit cannot be cleared: {cause}",
+                    member.name
+                );
+            }
         }
     }
 

@@ -8,6 +8,10 @@
 //! Before the VMM has connected, a shared device is not bound and can do no DMA. Once the VMM has connected, the device
 //! is in the VMM's own address space, which maps the memory that bypass mode reaches. The device stays there until its
 //! target first changes.
+//!
+//! cloud-hypervisor disconnects at a reboot of its guest, attaches its devices to a new address space of its own, and
+//! connects again. No process can keep the VMM from that. So the backend clears the devices' bus-master bits when the VMM
+//! disconnects, and moves the devices when it connects: the kernel is called for every target, whatever the last one was.
 
 mod group;
 mod spaces;
@@ -239,9 +243,11 @@ impl DmaBackend for Iommufd {
 
     fn vmm_present(&mut self, present: bool) {
         self.connected = present;
-        if present {
-            for group in &mut self.groups {
+        for group in &mut self.groups {
+            if present {
                 group.notice_binding();
+            } else {
+                group.stop_shared();
             }
         }
     }

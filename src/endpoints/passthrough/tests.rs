@@ -100,7 +100,12 @@ fn no_memory() -> Arc<dyn DeviceMemory> {
 impl Bed {
     /// A bed with a connected VMM and guest RAM.
     fn new(interface: Interface) -> Self {
-        let mut iommu = Iommu::new(settings(true), topology()).expect("an arena");
+        Self::booted(interface, true)
+    }
+
+    /// As [`Self::new`], with the value of `bypass` at boot.
+    fn booted(interface: Interface, bypass: bool) -> Self {
+        let mut iommu = Iommu::new(settings(bypass), topology()).expect("an arena");
         let kernel = FakeKernel::default();
         let capabilities = all_capabilities();
         let range = GpaRange::from_len(Gpa(BAR), 0x4000).expect("not empty");
@@ -182,6 +187,16 @@ impl Bed {
         let mut state = self.kernel.state();
         let at = state.calls + calls;
         state.fail.push((at, errno));
+    }
+
+    /// The VMM puts all devices into a new address space of its own.
+    fn reattach_by_vmm(&mut self) {
+        let all = ALL.into_iter().zip(GROUPS);
+        let devices: Vec<_> = all
+            .map(|(endpoint, group)| self.kernel.device(endpoint.0, group))
+            .collect();
+        let space = self.kernel.reattach_by_vmm(&devices);
+        self.spaces.values_mut().for_each(|it| *it = space);
     }
 
     /// The areas that the devices of a group can reach, with adjacent areas joined (see [`joined`]).
@@ -1043,6 +1058,48 @@ fn devices_moved_by_the_vmm_are_moved_back() {
     bed.kernel.state().groups.insert(1, (Some(vmm), vec![A.0]));
     bed.iommu.reset();
     assert!(bed.reached(1).is_empty(), "blocked");
+}
+
+/// As cloud-hypervisor does at each reboot of its guest: after the connection has ended, and before the next one.
+#[test]
+fn a_vmm_that_attaches_its_devices_again_does_not_keep_them() {
+    for bypass in [false, true] {
+        let mut bed = Bed::booted(Interface::Iommufd(Pinning::All), bypass);
+        let memory = bed.memory.clone();
+        for reboot in 0..3 {
+            bed.iommu.attach(A, D1, false).expect("attached");
+            bed.iommu.map(D1, &mapping(0, 0x1000, 0)).expect("mapped");
+            bed.check();
+            assert!(bed.kernel.state().stopped.is_empty(), "in use");
+            // The VMM may take the devices before the daemon has noticed the end of the connection.
+            if reboot == 1 {
+                bed.reattach_by_vmm();
+            }
+            bed.iommu.disconnect();
+            for endpoint in ALL {
+                let stopped = &bed.kernel.state().stopped;
+                assert!(stopped.contains(&endpoint.0), "{endpoint}, reboot {reboot}");
+            }
+            if reboot != 1 {
+                bed.reattach_by_vmm();
+            }
+            bed.iommu.connect();
+            bed.set_memory(memory.clone());
+            // The next driver has set the bus-master bits.
+            bed.kernel.state().stopped.clear();
+            bed.check();
+            assert_eq!(bed.reached(1).is_empty(), !bypass, "reboot {reboot}");
+        }
+    }
+}
+
+#[test]
+fn only_devices_that_the_vmm_has_bound_are_stopped() {
+    let kernel = FakeKernel::default();
+    let mut iommu = with_unbound_device(&kernel);
+    iommu.connect();
+    iommu.disconnect();
+    assert!(kernel.state().stopped.is_empty());
 }
 
 #[test]

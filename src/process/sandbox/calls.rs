@@ -419,8 +419,8 @@ fn backends(needs: &Needs) -> Vec<Call> {
     let mut list: Vec<Call> = always(&ARENA).collect();
     if !needs.iommu_ioctls.is_empty() {
         list.extend(ioctls(&needs.iommu_ioctls));
-        // Reads the BARs of the devices.
-        list.extend(always(&[libc::SYS_pread64]));
+        // Reads the BARs of the devices, and clears their bus-master bits.
+        list.extend(always(&[libc::SYS_pread64, libc::SYS_pwrite64]));
     }
     if needs.emulated || needs.shadow {
         list.extend(always(&WAIT));
@@ -597,6 +597,23 @@ mod tests {
             assert_eq!(has(libc::SYS_socket), makes_sockets, "{role:?}");
             assert!(!allowed.contains(&(libc::SYS_sendto, Condition::Always)));
             assert!(!has(libc::SYS_socketpair), "{role:?}");
+        }
+    }
+
+    /// A thread that can detach a device can also stop it. vfio-pci has no ioctl for that: a thread without the call would
+    /// end the daemon when a device does not wake up.
+    #[test]
+    fn threads_that_attach_devices_can_clear_the_bus_master_bit() {
+        let needs = Needs {
+            iommu_ioctls: vec![1],
+            ..Needs::default()
+        };
+        for role in Role::ALL {
+            let allowed = calls(role, &needs);
+            if allowed.contains(&ioctl(1)) {
+                let writes_at = (libc::SYS_pwrite64, Condition::Always);
+                assert!(allowed.contains(&writes_at), "{role:?}");
+            }
         }
     }
 

@@ -259,6 +259,19 @@ impl FakeKernel {
         (made, ioas)
     }
 
+    /// A VMM that starts its guest again, with bound devices: it takes each device out of its address space, and puts
+    /// it into a new one of its own, whose ID this returns. The devices keep their bus-master bits.
+    pub fn reattach_by_vmm(&self, devices: &[FakeDevice]) -> u32 {
+        for device in devices {
+            device.detach().expect("detached");
+        }
+        let ioas = self.alloc().expect("an address space");
+        for device in devices {
+            device.attach(ioas).expect("attached");
+        }
+        ioas
+    }
+
     /// A device that is not bound.
     pub fn device(&self, device: u32, group: u32) -> FakeDevice {
         FakeDevice {
