@@ -23,6 +23,7 @@ use vhost_device_iommu::host::tree::HostTree;
 use vhost_device_iommu::logging;
 use vhost_device_iommu::logging::journal;
 use vhost_device_iommu::process::connector;
+use vhost_device_iommu::process::fatal::end_on_fatal_faults;
 use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
@@ -123,6 +124,7 @@ fn serve(args: &RunArgs) -> Outcome {
     let config = Config::try_from(args)?;
     let ready = ReadyDescriptor::adopt(args.ready_fd)?;
     logging::init(&config.name);
+    end_on_fatal_faults()?;
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
     } else {

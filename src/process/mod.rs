@@ -3,6 +3,7 @@
 
 pub mod connector;
 pub mod event_loop;
+pub mod fatal;
 pub mod inherited;
 pub mod peer_event;
 pub mod ready;

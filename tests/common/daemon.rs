@@ -408,7 +408,7 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // The daemon goes on when one of its threads panics, so the log is the only sign of it.
+        // A panic ends the daemon, which is not to be taken for an end that the test expects.
         if !thread::panicking() {
             let log = self.log();
             assert!(

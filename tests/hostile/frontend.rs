@@ -172,6 +172,18 @@ fn memory_that_is_not_shared_is_answered_with_the_cure() {
     }
 }
 
+/// Nothing can be served without the memory. The message names the cure.
+#[test]
+fn memory_that_shrinks_ends_the_daemon_with_a_message() {
+    let daemon = Daemon::start();
+    let mut guest = Guest::boot(&daemon);
+    guest.memory.shrink();
+    guest.requests.kick_always();
+    assert_eq!(daemon.wait_for_end().code(), Some(1));
+    let log = daemon.log();
+    assert!(log.contains("a file of guest memory shorter"), "{log}");
+}
+
 #[test]
 fn invalid_memory_regions() {
     let daemon = Daemon::start();
