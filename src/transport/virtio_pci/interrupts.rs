@@ -4,6 +4,7 @@
 //! has no eventfd yet is pending, and is sent when the VMM unmasks it or gives the eventfd.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::layout::{NO_VECTOR, VECTORS};
 use crate::device::QUEUES;
@@ -23,6 +24,9 @@ const ISR_CONFIG: u8 = 1 << 1;
 /// through an eventfd that the VMM has taken back.
 pub(super) struct PciInterrupts {
     state: Mutex<InterruptState>,
+    /// An interrupt may have been requested since the last [`Self::send`], which the worker calls after each pass. Only
+    /// a thread that holds the lock of `state` writes it.
+    is_requested: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
@@ -68,6 +72,7 @@ impl PciInterrupts {
     pub(super) fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             state: Mutex::new(Rank::PciInterrupts, InterruptState::default()),
+            is_requested: AtomicBool::new(false),
             metrics,
         }
     }
@@ -117,19 +122,26 @@ impl PciInterrupts {
             state.needs_reset = true;
             self.metrics.needs_reset.inc();
             state.config.requested = state.driver_ok;
+            self.is_requested.store(true, Ordering::Release);
         }
     }
 
     /// Notes that the driver wants an interrupt for the queue.
     pub(super) fn request_queue(&self, index: usize) {
-        if let Some(route) = self.state.lock().queues.get_mut(index) {
+        let mut state = self.state.lock();
+        if let Some(route) = state.queues.get_mut(index) {
             route.requested = true;
+            self.is_requested.store(true, Ordering::Release);
         }
     }
 
-    /// Sends the interrupts that were requested.
+    /// Sends the interrupts that were requested. Takes no lock if none was.
     pub(super) fn send(&self) {
-        self.state.lock().send();
+        if self.is_requested.load(Ordering::Acquire) {
+            let mut state = self.state.lock();
+            self.is_requested.store(false, Ordering::Relaxed);
+            state.send();
+        }
     }
 
     /// Maps configuration changes to `vector`.
@@ -250,4 +262,20 @@ impl Vector {
 
 fn mappable(vector: u16) -> u16 {
     if vector < VECTORS { vector } else { NO_VECTOR }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_without_interrupts_takes_no_lock() {
+        let interrupts = PciInterrupts::new(Arc::default());
+        interrupts.request_queue(0);
+        interrupts.send();
+        // A second lock in this thread panics.
+        let held = interrupts.state.lock();
+        interrupts.send();
+        assert!(held.queues.iter().all(|route| !route.requested));
+    }
 }
