@@ -1,6 +1,7 @@
 //! A backend for tests: it records its calls, checks the kernel's rules, and fails on demand.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::{
@@ -29,6 +30,18 @@ pub(crate) struct Recorded {
     pub memory: Vec<MemorySlot>,
     /// A VMM has connected.
     pub connected: bool,
+    /// `attach` calls it first.
+    pub at_attach: Option<Hook>,
+}
+
+/// A function of the test.
+#[derive(Clone)]
+pub(crate) struct Hook(pub Arc<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 impl Recorded {
@@ -128,6 +141,10 @@ impl DmaBackend for Recorder {
         target: Target,
         contents: &dyn Contents,
     ) -> Result<(), AttachError> {
+        let hook = self.state().at_attach.clone();
+        if let Some(Hook(call)) = hook {
+            call();
+        }
         let mut state = self.state();
         let made = match target {
             Target::Domain(domain) if !state.domains.contains_key(&domain) => Some(domain),

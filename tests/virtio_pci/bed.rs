@@ -30,7 +30,10 @@ const RINGS: [u64; 2] = [0x1_0000, 0x8_0000];
 const BUFFERS: u64 = 0x10_0000;
 /// Where the notification address of the request queue is in BAR 0. [`Vm::kick`] computes it as a driver does.
 pub const NOTIFY_REQUESTS: u64 = 0x3000;
-const POISON: u8 = 0xa5;
+/// Where the buffer of a fault is, and its length.
+const EVENT_BUFFER: u64 = 0x30_0000;
+const EVENT_BYTES: usize = 24;
+pub const POISON: u8 = 0xa5;
 
 /// A structure that a capability names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +193,34 @@ impl Vm {
     pub fn reset(&mut self) {
         self.write(20, &[0]);
         assert_eq!(self.status(), 0);
+    }
+
+    /// The number of interrupts through each vector since the last call.
+    pub fn take_interrupts(&self) -> [u64; 3] {
+        std::array::from_fn(|vector| {
+            let mut count = [0; 8];
+            match rustix::io::read(&self.vectors[vector], &mut count) {
+                Ok(_) => u64::from_ne_bytes(count),
+                Err(_) => 0,
+            }
+        })
+    }
+
+    /// Gives the device a buffer for a fault.
+    pub fn post_event_buffer(&mut self) {
+        self.memory.write(EVENT_BUFFER, &[POISON; EVENT_BYTES]);
+        let desc = Desc::new(EVENT_BUFFER, EVENT_BYTES as u32, WRITE, 0);
+        self.events.set_desc(&self.memory, 0, desc);
+        self.events.enable_notification(&self.memory);
+        self.events.publish(&self.memory, 0);
+        if self.events.kick(&self.memory) {
+            self.kick(1);
+        }
+    }
+
+    /// The bytes of that buffer.
+    pub fn event_buffer(&self) -> Vec<u8> {
+        self.memory.read(EVENT_BUFFER, EVENT_BYTES)
     }
 
     /// Sets the device up with rings of `size` entries, as a stock driver does.

@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 
-use crate::bed::{CONFIG, Client, EVENTS, MSIX, RAM, RW, SPACE, Vm};
+use crate::bed::{CONFIG, Client, EVENTS, MSIX, NOTIFY_REQUESTS, RAM, RW, SPACE, Vm};
 use crate::common::daemon::{Daemon, EP};
 use crate::common::memory::memfd;
 use crate::common::rng::Rng;
 use crate::common::wire::{self, OK};
-use crate::connection::{dma_map, irqs};
+use crate::connection::{NO_REPLY, REGION_WRITE, dma_map, irqs, region};
 
 /// The next VMM gets a device that works.
 fn next_vmm_works(daemon: &Daemon) {
@@ -217,6 +217,21 @@ fn windows_that_lie_cost_nothing() {
     next_vmm_works(&daemon);
 }
 
+/// Nothing can be served without the memory. The message names the cure.
+#[test]
+fn memory_that_shrinks_ends_the_daemon_with_a_message() {
+    let daemon = Daemon::over_vfio_user(CONFIG);
+    let mut vm = Vm::started(&daemon);
+    vm.memory.shrink();
+    let kick = region(NOTIFY_REQUESTS, 0, 2, &[0, 0]);
+    vm.client
+        .connection
+        .send(1, REGION_WRITE, NO_REPLY, &kick, &[]);
+    assert_eq!(daemon.wait_for_end().code(), Some(1));
+    let log = daemon.log();
+    assert!(log.contains("a file of guest memory shorter"), "{log}");
+}
+
 /// A driver that makes its ring unusable learns that the device needs a reset, and gets a configuration interrupt.
 #[test]
 fn a_broken_ring_is_reported_and_a_reset_mends_it() {
@@ -226,8 +241,7 @@ fn a_broken_ring_is_reported_and_a_reset_mends_it() {
     vm.memory.store_u16(vm.requests.avail + 2, 1000);
     vm.kick(0);
     daemon.wait_for("NEEDS_RESET", || vm.status() == 15 | 64);
-    let mut count = [0; 8];
-    rustix::io::read(&vm.vectors[0], &mut count).expect("an interrupt");
+    assert_eq!(vm.take_interrupts()[0], 1);
     vm.start(64);
     assert_eq!(daemon.domains(), Vec::<u64>::new());
     assert_eq!(vm.call(&daemon, &wire::attach(1, EP, 0)), OK);

@@ -19,6 +19,7 @@ pub mod common;
 )]
 mod connection;
 mod driver;
+mod faults;
 mod hostile;
 mod tables;
 mod vmm;

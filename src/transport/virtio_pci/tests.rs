@@ -14,9 +14,10 @@ use super::layout::{NO_VECTOR, REGISTERS_BYTES};
 use super::memory::MAX_SLOTS;
 use super::trapped_bar::TrappedBar;
 use crate::address::{Access, Iova};
-use crate::backends::recorder::Recorder;
+use crate::backends::recorder::{Hook, Recorder};
 use crate::device::Device;
 use crate::device::acpi::ReadOnlyWindows;
+use crate::device::ring::{LockedRing, Ring};
 use crate::device::testing::{ENDPOINT, attach, device, map};
 use crate::faults::{Fault, FaultReason};
 use crate::process::peer_event::PeerEvent;
@@ -450,6 +451,38 @@ fn a_reset_ends_the_domains_and_clears_the_registers() {
     assert_eq!(bed.request(&map(1, 0x3000)), NO_ENT);
     assert_eq!(bed.request(&attach(1)), 0);
     assert_eq!(bed.device.metrics().resets.get(), 1);
+}
+
+/// The worker may wait for the locks that the reset holds, and must find the rings stopped when it gets them: else it
+/// would serve requests of the last driver after the domains have ended.
+#[test]
+fn rings_have_stopped_when_a_reset_ends_the_domains() {
+    type Reset = fn(&mut Bed);
+    let resets: [(&str, Reset); 3] = [
+        ("the driver's", |bed| bed.write(20, &[0])),
+        ("the VMM's", |bed| bed.pci.reset().expect("reset")),
+        ("the end of the connection", |bed| bed.pci.release()),
+    ];
+    for (name, reset) in resets {
+        let mut bed = Bed::new();
+        bed.start();
+        assert_eq!(bed.request(&attach(1)), 0);
+        let rings = bed.pci.rings();
+        assert!(rings.iter().all(|ring| ring.lock().is_running()));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let all = seen.clone();
+        bed.recorder.state().at_attach = Some(Hook(Arc::new(move || {
+            let mut all = all.lock().expect("no panic");
+            all.extend(rings.iter().map(|ring| ring.lock().is_running()));
+        })));
+        reset(&mut bed);
+        bed.recorder.state().at_attach = None;
+        let seen = seen.lock().expect("no panic");
+        assert!(
+            !seen.is_empty() && !seen.contains(&true),
+            "{name}: {seen:?}"
+        );
+    }
 }
 
 #[test]
