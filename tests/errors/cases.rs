@@ -691,6 +691,21 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "VmmOptionError::ChangedIds",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-global",
+                "vfio-user-pci.x-pci-device-id=0x1041",
+            ],
+        ),
+    ),
+    case(
         "VmmOptionError::NoAcpi",
         With(
             "socket = 's'\nmemory = '1G'",

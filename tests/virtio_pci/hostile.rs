@@ -37,13 +37,13 @@ fn every_register_survives_every_width_and_value() {
             .chain(0x2000..0x2030)
             .chain(0x3000..0x300c)
         {
-            for width in [1, 2, 4, 8] {
+            for width in [1, 2, 3, 4, 5, 8] {
                 vm.client.write(0, at, &value.to_le_bytes()[..width]);
                 vm.client.read_bytes(0, at, width as u32);
             }
         }
         for at in 0..256 {
-            for width in [1, 2, 4] {
+            for width in [1, 2, 3, 4] {
                 vm.client.write(SPACE, at, &value.to_le_bytes()[..width]);
                 vm.client.read_bytes(SPACE, at, width as u32);
             }

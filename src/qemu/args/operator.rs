@@ -28,6 +28,9 @@ const IOMMU_PROPERTIES: [&str; 3] = ["iommu", "iommu-sys", "x-iommu"];
 pub(super) const Q35_SLEEP_CONTROLLER: &str = "ICH9-LPC";
 /// The virtio device ID of an IOMMU.
 const VIRTIO_IOMMU: &str = "23";
+/// Types of devices that `launch` adds and their base, whose properties `x-pci-...` change the IDs that the guest reads.
+const VFIO_USER_TYPES: [&str; 2] = ["vfio-user-pci", "vfio-pci-device"];
+
 /// QEMU arguments with which the guest would have no working IOMMU.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum VmmOptionError {
@@ -59,6 +62,15 @@ pub enum VmmOptionError {
     )]
     SecondIommu {
         /// The device or the machine's property.
+        what: String,
+    },
+    /// The guest would not recognize the IOMMU or another device that the daemon serves.
+    #[error(
+        "{what} changes the IDs of the devices that the daemon serves, by which the guest's drivers find them; leave \
+         it out, or give the property to the -device that needs it"
+    )]
+    ChangedIds {
+        /// The option.
         what: String,
     },
     /// The guest gets no ACPI tables, and so no VIOT.
@@ -125,7 +137,14 @@ impl OperatorOptions {
                     return Err(VmmOptionError::SecondIommu { what });
                 }
             }
-            if option.is_iommu() {
+            if let Some(global) = option.global()
+                && VFIO_USER_TYPES.contains(&global.driver)
+                && global.property.starts_with("x-pci-")
+            {
+                let what = format!("-global {}.{}=...", global.driver, global.property);
+                return Err(VmmOptionError::ChangedIds { what });
+            }
+            if option.is_iommu(self.virtio_id()) {
                 let what = format!("-device {}", option.driver().unwrap_or_default());
                 return Err(VmmOptionError::SecondIommu { what });
             }
@@ -139,6 +158,14 @@ impl OperatorOptions {
             }
         }
         self.check_memory()
+    }
+
+    /// The virtio device ID of vhost-user devices that have none of their own.
+    fn virtio_id(&self) -> Option<&str> {
+        let mut globals = self.0.iter().rev().filter_map(VmmOption::global);
+        let of_vhost_user =
+            globals.find(|it| it.property == "virtio-id" && it.driver.starts_with("vhost-user-"));
+        of_vhost_user.map(|it| it.value)
     }
 
     /// Refuses memory of the guest that the daemon could not share. A backend that is missing is left to QEMU,
@@ -204,35 +231,14 @@ impl OperatorOptions {
 }
 
 impl VmmOption {
-    fn is_iommu(&self) -> bool {
+    /// Whether this adds an IOMMU, if `virtio_id` is the ID of vhost-user devices without one of their own.
+    fn is_iommu(&self, virtio_id: Option<&str>) -> bool {
         let driver = self.driver().unwrap_or_default();
-        let id = self.get("virtio-id").map(|id| id.trim_start_matches("0x"));
+        let id = self.get("virtio-id").or(virtio_id);
+        let id = id.map(|id| id.trim_start_matches("0x"));
         self.name == "device"
             && (IOMMUS.contains(&driver)
                 || driver.starts_with("vhost-user-") && matches!(id, Some(VIRTIO_IOMMU | "17")))
-    }
-
-    /// Whether this memory backend is memory that other processes can map.
-    fn is_shared(&self) -> bool {
-        let share = self.get("share").map(|value| !is_off(value));
-        match self.driver() {
-            // Shared unless the option says otherwise.
-            Some("memory-backend-memfd" | "memory-backend-shm") => share.unwrap_or(true),
-            _ => share.unwrap_or(false),
-        }
-    }
-
-    /// The place on the root bus at which `addr=` puts a device.
-    fn function(&self) -> Option<PciAddress> {
-        if self.get("bus").is_some_and(|bus| bus != "pcie.0") {
-            return None;
-        }
-        let (device, function) = match self.get("addr")?.split_once('.') {
-            Some((device, function)) => (device, function),
-            None => (self.get("addr")?, "0"),
-        };
-        let number = |text: &str| u8::from_str_radix(text.trim_start_matches("0x"), 16).ok();
-        PciAddress::new(0, 0, number(device)?, number(function)?)
     }
 }
 
@@ -369,6 +375,24 @@ mod tests {
             ),
             ("-set device.viommu-iommu.addr=0a.0", "begins with"),
             ("-set memory..mem-path=/f", "-mem-path"),
+            // -global, before and after the option that it changes.
+            (
+                "-global vfio-user-pci.x-pci-device-id=0x1041",
+                "-global vfio-user-pci.x-pci-device-id=... changes the IDs",
+            ),
+            (
+                "-global driver=vfio-pci-device,property=x-pci-vendor-id,value=1",
+                "leave it out",
+            ),
+            (
+                "-device vhost-user-test-device-pci,chardev=c -global vhost-user-test-device.virtio-id=23",
+                "second IOMMU",
+            ),
+            (
+                "-global driver=vhost-user-base,property=virtio-id,value=0x17 \
+                 -device vhost-user-test-device-pci,chardev=c",
+                "second IOMMU",
+            ),
         ] {
             let error = options(line).check().expect_err(line).to_string();
             assert!(error.contains(message), "{line}: {error}");
@@ -387,6 +411,15 @@ mod tests {
             "-device vhost-user-test-device-pci,virtio-id=26,chardev=c",
             "-object memory-backend-memfd,id=ram,share=off,size=1G -set object.ram.share=on -numa node,memdev=ram",
             "-set drive.disk.cache=none -set broken -set a.b",
+            // QEMU ignores the first, and a -device has precedence over a -global.
+            "-global memory-backend-memfd.share=off -M q35,memory-backend=ram \
+             -object memory-backend-memfd,id=ram,size=1G",
+            "-global vhost-user-test-device.virtio-id=23 -device vhost-user-test-device-pci,virtio-id=26,chardev=c",
+            "-global vhost-user-test-device-pci.virtio-id=23 -global vhost-user-test-device-pci.virtio-id=26 \
+             -device vhost-user-test-device-pci,chardev=c",
+            "-global vhost-user-test-device.virtio-id=23",
+            "-global vfio-user-pci.x-no-posted-writes=on -global vfio-pci.x-pci-sub-device-id=1",
+            "-global ICH9-LPC.disable_s3=0 -global broken -global driver=a -global",
         ] {
             assert_eq!(options(line).check(), Ok(()), "{line}");
         }

@@ -8,6 +8,8 @@ use std::path::Path;
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::topology::PciAddress;
+
 /// Options of QEMU without a value. The argument after any other option is its value, whatever it looks like.
 const FLAGS: [&str; 31] = [
     "S",
@@ -83,6 +85,60 @@ impl VmmOption {
         let named = ["driver", "qom-type", ""].into_iter();
         named.filter_map(|key| self.get(key)).next()
     }
+
+    /// Whether this memory backend is memory that other processes can map.
+    pub fn is_shared(&self) -> bool {
+        let share = self.get("share").map(|value| !is_off(value));
+        match self.driver() {
+            // Shared unless the option says otherwise.
+            Some("memory-backend-memfd" | "memory-backend-shm") => share.unwrap_or(true),
+            _ => share.unwrap_or(false),
+        }
+    }
+
+    /// The place on the root bus at which `addr=` puts a device.
+    pub fn function(&self) -> Option<PciAddress> {
+        if self.get("bus").is_some_and(|bus| bus != "pcie.0") {
+            return None;
+        }
+        let (device, function) = match self.get("addr")?.split_once('.') {
+            Some((device, function)) => (device, function),
+            None => (self.get("addr")?, "0"),
+        };
+        let number = |text: &str| u8::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+        PciAddress::new(0, 0, number(device)?, number(function)?)
+    }
+
+    /// The parts of a `-global DRIVER.PROPERTY=VALUE` or `-global driver=DRIVER,property=PROPERTY,value=VALUE`. QEMU
+    /// ignores defaults of objects that are no devices, such as memory backends.
+    pub fn global(&self) -> Option<Global<'_>> {
+        if self.name != "global" {
+            return None;
+        }
+        if let (Some(driver), Some(property)) = (self.get("driver"), self.get("property")) {
+            let value = self.get("value").unwrap_or_default();
+            return Some(Global {
+                driver,
+                property,
+                value,
+            });
+        }
+        let (name, value) = self.properties.first()?;
+        let (driver, property) = name.split_once('.')?;
+        Some(Global {
+            driver,
+            property,
+            value,
+        })
+    }
+}
+
+/// A `-global`: the default of a property. It applies to the devices of a type and of the types derived from it. The
+/// properties that a -device names have precedence over it, and so have those that `launch` gives to its own.
+pub(super) struct Global<'a> {
+    pub driver: &'a str,
+    pub property: &'a str,
+    pub value: &'a str,
 }
 
 /// The options in `arguments`, with those of files that `-readconfig` names, and with the properties that `-set` gives
