@@ -33,6 +33,47 @@ fn memory() -> Memory {
     }
 }
 
+/// An eventfd of a ring.
+#[derive(Clone, Copy)]
+enum RingEvent {
+    Call,
+    Kick,
+}
+
+/// Sets a ring up and enables it, with its eventfds in this order.
+fn start_ring(guest: &mut Guest, index: usize, base: u16, events: [RingEvent; 2]) {
+    let queue = match index {
+        0 => &guest.requests,
+        _ => &guest.events,
+    };
+    let front = &mut guest.frontend;
+    front.set_vring_num(index, queue.size).expect("num");
+    front.set_vring_addr(index, &queue.config()).expect("addr");
+    front.set_vring_base(index, base).expect("base");
+    for event in events {
+        let set = match event {
+            RingEvent::Call => front.set_vring_call(index, &queue.call),
+            RingEvent::Kick => front.set_vring_kick(index, &queue.kick),
+        };
+        set.expect("an eventfd");
+    }
+    front.set_vring_enable(index, true).expect("enable");
+}
+
+/// Disables a ring and returns the index at which it stopped.
+fn stop_ring(guest: &mut Guest, index: usize) -> u16 {
+    let front = &mut guest.frontend;
+    front.set_vring_enable(index, false).expect("disable");
+    front.get_vring_base(index).expect("a base") as u16
+}
+
+/// The driver attaches the endpoint to a new domain, and maps a page there.
+fn attach_and_map(daemon: &Daemon, guest: &mut Guest, domain: u32) {
+    assert_eq!(guest.attach(domain, EP), OK);
+    assert_eq!(guest.map_page(domain, 0x1000, HIGH_RAM), OK);
+    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(HIGH_RAM));
+}
+
 /// crosvm, `devices/src/virtio/vhost_user_frontend/mod.rs`. It never asks for acknowledgements.
 mod crosvm {
     use super::*;
@@ -73,28 +114,14 @@ mod crosvm {
         set_mem_table(guest);
         for index in 0..QUEUES {
             let base = guest.bases[index];
-            let queue = if index == 0 {
-                &guest.requests
-            } else {
-                &guest.events
-            };
-            let front = &mut guest.frontend;
-            front.set_vring_num(index, queue.size).expect("num");
-            front.set_vring_addr(index, &queue.config()).expect("addr");
-            front.set_vring_base(index, base).expect("base");
-            front.set_vring_call(index, &queue.call).expect("call");
-            front.set_vring_kick(index, &queue.kick).expect("kick");
-            front.set_vring_enable(index, true).expect("enable");
+            start_ring(guest, index, base, [RingEvent::Call, RingEvent::Kick]);
         }
     }
 
     /// `deactivate_vring` for both rings, which begins `reset` and `virtio_sleep`.
     pub fn deactivate(guest: &mut Guest) {
         for index in 0..QUEUES {
-            let front = &mut guest.frontend;
-            front.set_vring_enable(index, false).expect("disable");
-            let base = front.get_vring_base(index).expect("a base");
-            guest.bases[index] = base as u16;
+            guest.bases[index] = stop_ring(guest, index);
         }
     }
 }
@@ -111,9 +138,7 @@ fn crosvm_activates_resets_sleeps_and_wakes() {
     }
 
     crosvm::activate(&mut guest, true);
-    assert_eq!(guest.attach(1, EP), OK);
-    assert_eq!(guest.map_page(1, 0x1000, HIGH_RAM), OK);
-    assert_eq!(daemon.gpa_of(EP, 0x1000), Some(HIGH_RAM));
+    attach_and_map(&daemon, &mut guest, 1);
 
     // A pause: the rings go on where they were, and so do the domains.
     crosvm::deactivate(&mut guest);
@@ -154,27 +179,14 @@ mod openvmm {
         let features = guest.features | F_PROTOCOL;
         guest.frontend.set_features(features).expect("SET_FEATURES");
         for index in 0..QUEUES {
-            let queue = if index == 0 {
-                &guest.requests
-            } else {
-                &guest.events
-            };
-            let front = &mut guest.frontend;
-            front.set_vring_num(index, queue.size).expect("num");
-            front.set_vring_addr(index, &queue.config()).expect("addr");
-            front.set_vring_base(index, 0).expect("base");
-            front.set_vring_kick(index, &queue.kick).expect("kick");
-            front.set_vring_call(index, &queue.call).expect("call");
-            front.set_vring_enable(index, true).expect("enable");
+            start_ring(guest, index, 0, [RingEvent::Kick, RingEvent::Call]);
         }
     }
 
     /// `reset`.
     pub fn reset(guest: &mut Guest) {
         for index in 0..QUEUES {
-            let front = &mut guest.frontend;
-            front.set_vring_enable(index, false).expect("disable");
-            front.get_vring_base(index).expect("a base");
+            stop_ring(guest, index);
         }
         guest.frontend.reset_device().expect("RESET_DEVICE");
     }
@@ -188,9 +200,7 @@ fn openvmm_resets_the_device_and_ends_all_domains_at_once() {
     set_mem_table(&mut guest);
     openvmm::start(&mut guest);
     for domain in 1..4 {
-        assert_eq!(guest.attach(domain, EP), OK);
-        assert_eq!(guest.map_page(domain, 0x1000, HIGH_RAM), OK);
-        assert_eq!(daemon.gpa_of(EP, 0x1000), Some(HIGH_RAM));
+        attach_and_map(&daemon, &mut guest, domain);
         openvmm::reset(&mut guest);
         assert_eq!(daemon.domains(), [0; 0], "before any new driver");
         assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x1000), "bypass again");

@@ -74,7 +74,17 @@ impl Bed {
             .negotiate(&Version::default(), &mut Capabilities::default());
         self.map(0, RAM_BYTES, Some(ram(RAM_BYTES)))
             .expect("mapped");
-        self.write_space(4, &6u16.to_le_bytes());
+        self.set_bus_master(true);
+    }
+
+    /// The driver lets the device reach memory, or not.
+    fn set_bus_master(&mut self, is_bus_master: bool) {
+        let command: u16 = if is_bus_master { 6 } else { 2 };
+        self.write_space(4, &command.to_le_bytes());
+    }
+
+    fn enable_msix(&mut self) {
+        self.write_space(0x42, &0x8000u16.to_le_bytes());
     }
 
     fn map(&mut self, address: u64, size: u64, file: Option<OwnedFd>) -> Result<(), i32> {
@@ -157,6 +167,30 @@ impl Bed {
         self.write(28, &1u16.to_le_bytes());
     }
 
+    /// The driver maps a queue to an MSI-X vector.
+    fn map_vector(&mut self, queue: u16, vector: u16) {
+        self.write(22, &queue.to_le_bytes());
+        self.write(26, &vector.to_le_bytes());
+    }
+
+    /// The driver of the request queue's last ring is gone, and with it what it has put there.
+    fn clear_ring(&self) {
+        self.put(RINGS[0] + USED, &[0; 4]);
+        self.put(RINGS[0] + AVAILABLE, &[0; 4]);
+    }
+
+    fn bypass(&mut self) -> u64 {
+        self.read(CONFIG + 36, 1)
+    }
+
+    /// Changes `bypass` in the device configuration. Returns the value before.
+    fn flip_bypass(&mut self) -> u64 {
+        let bypass = self.bypass();
+        self.write(CONFIG + 36, &[u8::from(bypass == 0)]);
+        assert_ne!(self.bypass(), bypass);
+        bypass
+    }
+
     /// The driver starts the device with both queues.
     fn start(&mut self) {
         assert_eq!(self.negotiate(VERSION_1 | MAP_UNMAP), 11);
@@ -199,6 +233,12 @@ impl Bed {
         self.put(ring + AVAILABLE + 2, &self.made.to_le_bytes());
     }
 
+    /// The driver kicks the request queue, and the worker wakes up.
+    fn kick(&mut self) {
+        self.write(NOTIFY, &[0, 0]);
+        self.work();
+    }
+
     /// What the worker does when it wakes up.
     fn work(&self) {
         let [requests, events] = self.pci.rings();
@@ -214,11 +254,26 @@ impl Bed {
         u16::from_le_bytes(index)
     }
 
+    /// The driver starts the device and attaches the endpoint to domain 1.
+    fn start_and_attach(&mut self) {
+        self.start();
+        assert_eq!(self.request(&attach(1)), 0);
+    }
+
+    /// A kick for an ATTACH in the ring of a device that must not use it, until `allow`.
+    fn assert_waits_for(&mut self, allow: impl FnOnce(&mut Self)) {
+        self.make(&attach(1));
+        self.kick();
+        assert_eq!(self.answered(), 0);
+        allow(self);
+        self.work();
+        assert_eq!(self.answered(), 1);
+    }
+
     /// Makes a request and returns its status.
     fn request(&mut self, request: &[u8]) -> u8 {
         self.make(request);
-        self.write(NOTIFY, &[0, 0]);
-        self.work();
+        self.kick();
         assert_eq!(self.answered(), self.made);
         let mut status = [0];
         let at = GuestAddress(RINGS[0] + BUFFERS + 0x100);
@@ -253,8 +308,7 @@ impl Bed {
     /// The driver makes the request ring unusable, and the worker sees it.
     fn break_ring(&mut self) {
         self.put(RINGS[0] + AVAILABLE + 2, &1000u16.to_le_bytes());
-        self.write(NOTIFY, &[0, 0]);
-        self.work();
+        self.kick();
     }
 }
 
@@ -413,12 +467,9 @@ fn the_generation_changes_with_the_configuration() {
     let mut bed = Bed::new();
     let before = bed.read(21, 1);
     assert_eq!(bed.read(21, 1), before);
-    let bypass = bed.read(CONFIG + 36, 1);
-    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
-    assert_ne!(bed.read(CONFIG + 36, 1), bypass);
+    bed.flip_bypass();
     // The driver reads the other value in between.
-    bed.write(CONFIG + 36, &bypass.to_le_bytes()[..1]);
-    assert_eq!(bed.read(CONFIG + 36, 1), bypass);
+    bed.flip_bypass();
     let after = bed.read(21, 1);
     assert_ne!(after, before);
     assert_eq!(bed.read(21, 1), after);
@@ -427,8 +478,7 @@ fn the_generation_changes_with_the_configuration() {
 #[test]
 fn a_reset_ends_the_domains_and_clears_the_registers() {
     let mut bed = Bed::new();
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    bed.start_and_attach();
     assert_eq!(bed.request(&map(1, 0x1000)), 0);
     assert!(!bed.recorder.state().domains.is_empty());
     bed.write(16, &0u16.to_le_bytes());
@@ -443,10 +493,8 @@ fn a_reset_ends_the_domains_and_clears_the_registers() {
     assert_eq!(bed.read(16, 2), u64::from(NO_VECTOR));
     // Nothing of the last driver is served, and the next one has no domains.
     bed.make(&map(1, 0x2000));
-    bed.write(NOTIFY, &[0, 0]);
-    bed.work();
-    bed.put(RINGS[0] + USED, &[0; 4]);
-    bed.put(RINGS[0] + AVAILABLE, &[0; 4]);
+    bed.kick();
+    bed.clear_ring();
     bed.start();
     assert_eq!(bed.request(&map(1, 0x3000)), NO_ENT);
     assert_eq!(bed.request(&attach(1)), 0);
@@ -465,8 +513,7 @@ fn rings_have_stopped_when_a_reset_ends_the_domains() {
     ];
     for (name, reset) in resets {
         let mut bed = Bed::new();
-        bed.start();
-        assert_eq!(bed.request(&attach(1)), 0);
+        bed.start_and_attach();
         let rings = bed.pci.rings();
         assert!(rings.iter().all(|ring| ring.lock().is_running()));
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -490,27 +537,15 @@ fn no_request_is_served_before_driver_ok() {
     let mut bed = Bed::new();
     bed.negotiate(VERSION_1 | MAP_UNMAP);
     bed.enable(0, 16, RINGS[0]);
-    bed.make(&attach(1));
-    bed.write(NOTIFY, &[0, 0]);
-    bed.work();
-    assert_eq!(bed.answered(), 0);
-    bed.write(20, &[15]);
-    bed.work();
-    assert_eq!(bed.answered(), 1);
+    bed.assert_waits_for(|bed| bed.write(20, &[15]));
 }
 
 #[test]
 fn a_device_that_is_no_bus_master_leaves_memory_alone() {
     let mut bed = Bed::new();
     bed.start();
-    bed.write_space(4, &2u16.to_le_bytes());
-    bed.make(&attach(1));
-    bed.write(NOTIFY, &[0, 0]);
-    bed.work();
-    assert_eq!(bed.answered(), 0);
-    bed.write_space(4, &6u16.to_le_bytes());
-    bed.work();
-    assert_eq!(bed.answered(), 1);
+    bed.set_bus_master(false);
+    bed.assert_waits_for(|bed| bed.set_bus_master(true));
 }
 
 #[test]
@@ -564,14 +599,12 @@ fn events_are_mapped_to_vectors() {
 #[test]
 fn a_request_interrupts_through_its_vector() {
     let mut bed = Bed::new();
-    bed.write_space(0x42, &0x8000u16.to_le_bytes());
+    bed.enable_msix();
     let event = bed.give_event(1);
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    bed.start_and_attach();
     assert_eq!(count(&event), 0, "the queue has no vector");
     assert_eq!(bed.read(ISR, 1), 0);
-    bed.write(22, &[0, 0]);
-    bed.write(26, &[1, 0]);
+    bed.map_vector(0, 1);
     assert_eq!(bed.request(&map(1, 0x1000)), 0);
     assert_eq!(count(&event), 1);
     assert_eq!(bed.read(ISR, 1), 0, "not used with MSI-X");
@@ -581,8 +614,7 @@ fn a_request_interrupts_through_its_vector() {
 fn masked_interrupts_wait() {
     let mut bed = Bed::new();
     bed.start();
-    bed.write(22, &[0, 0]);
-    bed.write(26, &[1, 0]);
+    bed.map_vector(0, 1);
     // The client gives the eventfd later.
     assert_eq!(bed.request(&attach(1)), 0);
     assert_eq!(bed.read(0x5000, 8), 1 << 1);
@@ -604,8 +636,7 @@ fn masked_interrupts_wait() {
 #[test]
 fn the_isr_status_tells_without_msix() {
     let mut bed = Bed::new();
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    bed.start_and_attach();
     assert_eq!(bed.read_space(6, 1), 1 << 4 | 1 << 3);
     assert_eq!(bed.read(ISR, 1), 1);
     assert_eq!(bed.read(ISR, 1), 0, "cleared by the read");
@@ -617,7 +648,7 @@ fn the_isr_status_tells_without_msix() {
 #[test]
 fn a_broken_ring_asks_for_a_reset() {
     let mut bed = Bed::new();
-    bed.write_space(0x42, &0x8000u16.to_le_bytes());
+    bed.enable_msix();
     let event = bed.give_event(0);
     bed.start();
     bed.break_ring();
@@ -626,7 +657,7 @@ fn a_broken_ring_asks_for_a_reset() {
     assert_eq!(bed.read(ISR, 1), 2, "the bit comes before the notification");
     bed.write(20, &[0]);
     assert_eq!(bed.status(), 0);
-    bed.put(RINGS[0] + AVAILABLE, &[0; 4]);
+    bed.clear_ring();
     bed.start();
     bed.write(16, &[0, 0]);
     assert_eq!(bed.request(&attach(1)), 0);
@@ -636,8 +667,7 @@ fn a_broken_ring_asks_for_a_reset() {
     assert_eq!(bed.device.metrics().needs_reset.get(), 2);
     // It stays so until the reset.
     bed.put(RINGS[0] + AVAILABLE + 2, &1u16.to_le_bytes());
-    bed.write(NOTIFY, &[0, 0]);
-    bed.work();
+    bed.kick();
     assert_eq!(bed.status(), 15 | 64);
 }
 
@@ -697,8 +727,7 @@ fn the_window_reaches_the_registers() {
     }
     // Reading the whole space, as a VMM does, clears nothing unless the window leads there.
     aim(&mut bed, 0, 0x1000, 0);
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    bed.start_and_attach();
     for at in (0..256).step_by(4) {
         bed.read_space(at, 4);
     }
@@ -779,11 +808,8 @@ fn the_number_of_slots_has_a_limit() {
 #[test]
 fn a_client_that_goes_leaves_nothing() {
     let mut bed = Bed::new();
-    let bypass = bed.read(CONFIG + 36, 1);
-    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
-    assert_ne!(bed.read(CONFIG + 36, 1), bypass);
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    let bypass = bed.flip_bypass();
+    bed.start_and_attach();
     let event = bed.give_event(1);
     bed.pci.release();
     assert!(!bed.recorder.state().connected && bed.device.memory().is_none());
@@ -791,10 +817,9 @@ fn a_client_that_goes_leaves_nothing() {
     assert_eq!(count(&event), 0);
     bed.connect();
     assert_eq!(bed.status(), 0);
-    assert_eq!(bed.read(CONFIG + 36, 1), bypass);
+    assert_eq!(bed.bypass(), bypass);
     bed.start();
-    bed.write(22, &[0, 0]);
-    bed.write(26, &[1, 0]);
+    bed.map_vector(0, 1);
     assert_eq!(bed.request(&map(1, 0x1000)), NO_ENT);
     assert_eq!(count(&event), 0, "the eventfd was the last client's");
 }
@@ -802,26 +827,17 @@ fn a_client_that_goes_leaves_nothing() {
 #[test]
 fn a_reset_by_the_vmm_restores_the_space_and_bypass() {
     let mut bed = Bed::new();
-    let bypass = bed.read(CONFIG + 36, 1);
-    bed.write(CONFIG + 36, &[u8::from(bypass == 0)]);
-    assert_ne!(bed.read(CONFIG + 36, 1), bypass);
-    bed.start();
-    assert_eq!(bed.request(&attach(1)), 0);
+    let bypass = bed.flip_bypass();
+    bed.start_and_attach();
     bed.pci.reset().expect("reset");
     assert_eq!((bed.status(), bed.read_space(4, 2)), (0, 0));
-    assert_eq!(bed.read(CONFIG + 36, 1), bypass);
+    assert_eq!(bed.bypass(), bypass);
     // Guest memory stays.
     assert!(bed.device.memory().is_some());
-    bed.put(RINGS[0] + USED, &[0; 4]);
-    bed.put(RINGS[0] + AVAILABLE, &[0; 4]);
+    bed.clear_ring();
     // The device is no bus master any more.
     bed.start();
-    bed.make(&attach(1));
-    bed.work();
-    assert_eq!(bed.answered(), 0);
-    bed.write_space(4, &6u16.to_le_bytes());
-    bed.work();
-    assert_eq!(bed.answered(), 1);
+    bed.assert_waits_for(|bed| bed.set_bus_master(true));
 }
 
 #[test]
@@ -835,8 +851,7 @@ fn a_fault_reaches_the_event_queue() {
         reason: FaultReason::Mapping,
     };
     bed.start();
-    bed.write(22, &[1, 0]);
-    bed.write(26, &[2, 0]);
+    bed.map_vector(1, 2);
     bed.work();
     bed.device.report_fault(&fault);
     assert_eq!(count(&event), 0, "no buffer");
