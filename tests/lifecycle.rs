@@ -222,10 +222,11 @@ fn bypass_written_before_the_driver_is_ready_counts() {
         let mut guest = Guest::connect(&daemon, Setup::default());
         guest.set_config(CONFIG_BYPASS, &[value]);
         assert_eq!(guest.config().bypass, value);
-        let want = (value == 1).then_some(0x1234);
-        assert_eq!(daemon.gpa_of(EP, 0x1234), want);
+        assert_eq!(daemon.gpa_of(EP, 0x1234), None, "no driver yet");
         guest.driver_ok();
+        daemon.wait_for_driver();
         assert_eq!(guest.config().bypass, value);
+        let want = (value == 1).then_some(0x1234);
         assert_eq!(daemon.gpa_of(EP, 0x1234), want);
         drop(guest);
     }
@@ -426,6 +427,37 @@ fn assert_new_driver(daemon: &Daemon, guest: &mut Guest) {
     assert_eq!(daemon.gpa_of(EP, 0x1000), Some(0x5000));
     assert_eq!(daemon.gpa_of(EP2, 0x1234), Some(0x1234));
     assert_eq!(daemon.status()["driver_unknown"], false);
+}
+
+/// The VMM shares memory before it starts the ring, and only the index of the ring tells whether its driver has domains
+/// that the daemon does not have.
+#[test]
+fn endpoints_are_blocked_until_a_driver_has_started_on_a_connection() {
+    let daemon = Daemon::start();
+    let is_awaited = |daemon: &Daemon| daemon.status()["driver_awaited"] == true;
+    assert!(!is_awaited(&daemon), "no VMM");
+    for visit in 0..3 {
+        let mut guest = Guest::connect(&daemon, Setup::default());
+        daemon.wait_for("the VMM", || is_awaited(&daemon));
+        guest.set_config(CONFIG_BYPASS, &[1]);
+        let reached = [EP, EP2].map(|endpoint| daemon.gpa_of(endpoint, 0x1234));
+        assert_eq!(reached, [None; 2], "visit {visit}");
+        // Without a kick: a driver may never send a request. The worker finds the ring disabled first.
+        guest.accept_features();
+        guest.start_ring(1);
+        guest.set_up_ring(0);
+        thread::sleep(Duration::from_millis(50));
+        assert!(is_awaited(&daemon), "visit {visit}");
+        let enabled = guest.frontend.set_vring_enable(0, true);
+        enabled.expect("enabled");
+        daemon.wait_for_driver();
+        assert_eq!(daemon.gpa_of(EP, 0x1234), Some(0x1234));
+        // Between two drivers of a connection there is no doubt.
+        guest.stop_rings();
+        assert_eq!(daemon.gpa_of(EP, 0x1234), Some(0x1234));
+        drop(guest);
+        daemon.wait_for("the disconnection", || !connected(&daemon));
+    }
 }
 
 #[test]
@@ -727,7 +759,8 @@ fn the_control_socket_survives_garbage() {
     let idle: Vec<_> = (0..20)
         .map(|_| UnixStream::connect(daemon.control_socket()).unwrap())
         .collect();
-    let mut guest = Guest::boot(&daemon);
+    let mut guest = Guest::connect(&daemon, Setup::default());
+    guest.driver_ok();
     assert_eq!(guest.attach(1, EP), OK);
     drop(idle);
     assert_eq!(daemon.status()["version"], 1);

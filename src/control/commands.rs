@@ -91,6 +91,7 @@ fn status(subjects: &Subjects) -> Value {
     let endpoint_count = iommu.topology().endpoint_count();
     let (bypass, pages, input) = (iommu.bypass(), iommu.page_sizes(), iommu.input_range());
     let driver_unknown = iommu.is_driver_unknown();
+    let driver_awaited = iommu.is_driver_awaited();
     let connected = subjects.device.is_connected();
     drop(iommu);
 
@@ -111,6 +112,7 @@ fn status(subjects: &Subjects) -> Value {
     // These replace the figures above, so that they are of the same moment as the domains.
     document.insert("connected".into(), connected.into());
     document.insert("driver_unknown".into(), driver_unknown.into());
+    document.insert("driver_awaited".into(), driver_awaited.into());
     let tables = subjects.device.table_state();
     if let Some(word) = tables.word() {
         let text = tables.to_string();

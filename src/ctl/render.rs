@@ -50,6 +50,12 @@ fn status(out: &mut String, answer: &Value) -> Result {
              daemon was restarted or the VM was restored; reset the VM"
         )?;
     }
+    if answer["driver_awaited"] == true {
+        writeln!(
+            out,
+            "all endpoints are blocked: the VMM has shared memory, and the guest's driver has not started yet"
+        )?;
+    }
     sandbox(out, &answer["sandbox"])?;
     if let Some(tables) = answer["acpi_tables"]["text"].as_str() {
         writeln!(out, "ACPI tables: {tables}")?;

@@ -309,6 +309,16 @@ impl Device {
         }
     }
 
+    /// The VMM is about to share memory, and it holds the virtio device's state: if no ring has started since it
+    /// connected, its driver may have domains that the device does not have. The core blocks the endpoints until a ring
+    /// shows by its index whose driver it is.
+    pub fn await_driver(&self) {
+        let requests = self.requests.lock();
+        if requests.ring.is_none() {
+            self.iommu.lock().await_driver();
+        }
+    }
+
     /// The feature bits that the device offers, without those of a transport.
     pub fn offered_features() -> u64 {
         // Not VIRTIO_RING_F_INDIRECT_DESC: with it a driver allocates and frees a table for each request, which costs

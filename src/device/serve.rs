@@ -179,7 +179,8 @@ impl Device {
         };
         match driver {
             Restart::Resumed => debug!("the request ring goes on at {}", running.next_avail),
-            Restart::NewDriver if stopped.is_none() => {}
+            // `serve_batch` switches the endpoints.
+            Restart::NewDriver if stopped.is_none() => self.iommu.lock().driver_has_started(),
             Restart::NewDriver => {
                 info_limited!("a new driver has started the device: all domains are gone");
                 requests.queue = RequestQueue::default();

@@ -103,6 +103,7 @@ impl Bed {
         self.device.prepare();
         self.device.connect();
         self.device.announce_vmm();
+        self.device.await_driver();
         self.device.set_memory(self.memory.clone()).expect("taken");
         let features = [VIRTIO_F_VERSION_1, VIRTIO_IOMMU_F_MAP_UNMAP];
         let features = features.iter().fold(0, |bits, bit| bits | 1 << bit);

@@ -2,6 +2,7 @@
 
 use super::testing::{Bed, ENDPOINT, MAX_BATCH, RING_SIZE, attach, map, unmap};
 use crate::address::{Access, Iova};
+use crate::backends::Target;
 use crate::faults::{Fault, FaultReason};
 use crate::ids::DomainId;
 use crate::protocol::reply::{Status, TAIL_LEN};
@@ -154,4 +155,21 @@ fn nothing_of_a_vm_is_left_for_the_next_one() {
     bed.connect();
     bed.start_new_driver();
     assert_eq!(bed.request(&map(DOMAIN, 0)), NOENT);
+}
+
+/// The backends, too, must not let an endpoint reach memory whose driver is not known yet.
+#[test]
+fn backends_block_endpoints_until_the_first_ring_runs() {
+    let bed = Bed::new();
+    let target = || bed.recorder.state().targets[&ENDPOINT];
+    assert_eq!(target(), Target::Blocked, "memory, and no ring");
+    bed.kick();
+    assert_eq!(target(), Target::Bypass, "a new driver");
+    // Between drivers of one connection there is no doubt: the VMM may share memory anew.
+    bed.stop();
+    bed.device.await_driver();
+    assert_eq!(target(), Target::Bypass, "a stopped ring");
+    bed.disconnect();
+    bed.connect();
+    assert_eq!(target(), Target::Blocked, "another connection");
 }

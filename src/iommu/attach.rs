@@ -4,7 +4,7 @@ use super::domain::{BackendOf, Domain};
 use super::error::RequestError;
 use super::groups::GroupChanges;
 use super::target::target_of;
-use super::{EndpointRecord, Iommu};
+use super::{DriverState, EndpointRecord, Iommu};
 use crate::backends::{AttachError, BackendErrorKind, Target};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{OutOfFrames, Table};
@@ -26,7 +26,7 @@ impl Iommu {
         let (group, reserved) = self.group_and_reserved(endpoint)?;
         self.check_domain_id(domain)?;
         // The driver may believe that the domain has mappings, or that it has moved the endpoint's group.
-        if self.driver_unknown {
+        if self.driver == DriverState::Unknown {
             return Err(RequestError::UnknownDriver);
         }
         let existing = self.domains.get(&domain);
@@ -217,23 +217,48 @@ impl Iommu {
         }
     }
 
+    /// A VMM is about to share memory whose driver may have attached endpoints at another daemon. Blocks every endpoint
+    /// until [`Self::driver_has_started`], a reset, or the VMM's end.
+    ///
+    /// Not only if the driver turns out to be unknown: between the VMM's memory and the start of its ring, a device
+    /// could reach guest-physical addresses with the numbers of those that the driver has mapped.
+    pub fn await_driver(&mut self) {
+        if self.driver == DriverState::Known {
+            self.driver = DriverState::Awaited;
+            self.detach_all(Target::Blocked);
+        }
+    }
+
+    /// The first driver since the VMM's connection has started, and has no domains. The caller must call
+    /// [`Self::retarget_unattached`].
+    pub fn driver_has_started(&mut self) {
+        if self.driver == DriverState::Awaited {
+            self.driver = DriverState::Known;
+        }
+    }
+
+    /// Whether all endpoints are blocked because no driver has started since the VMM shared memory.
+    pub fn is_driver_awaited(&self) -> bool {
+        self.driver == DriverState::Awaited
+    }
+
     /// A driver runs whose domains the core does not have. Detaches and blocks every endpoint, and refuses ATTACH,
     /// until a reset or until the VMM disconnects. Without a domain, the driver can map nothing.
     ///
     /// Not bypass mode: an address that the driver has mapped would reach the guest-physical address of that number.
     pub fn block_unknown_driver(&mut self) {
-        self.driver_unknown = true;
+        self.driver = DriverState::Unknown;
         self.detach_all(Target::Blocked);
     }
 
     /// Whether all endpoints are blocked because the state of the guest's driver is unknown.
     pub fn is_driver_unknown(&self) -> bool {
-        self.driver_unknown
+        self.driver == DriverState::Unknown
     }
 
     /// Resets the device: detaches every endpoint. `bypass` keeps its value.
     pub fn reset(&mut self) {
-        self.driver_unknown = false;
+        self.driver = DriverState::Known;
         self.detach_all(self.bypass_target());
     }
 

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use log::debug;
 
-use super::Iommu;
 use super::inspect::Dma;
 use super::reachable::{is_all_reachable, reachable_bytes};
+use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
 use crate::error_limited;
@@ -28,7 +28,7 @@ impl Iommu {
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
-        self.driver_unknown = false;
+        self.driver = DriverState::Known;
         self.vmm_present = false;
         for backend in &mut self.backends {
             backend.vmm_present(false);

@@ -93,14 +93,25 @@ pub struct Iommu {
     last_domain: u32,
     bypass_at_boot: bool,
     bypass: bool,
-    /// The guest's driver has attached endpoints of which the core does not know. All are blocked.
-    driver_unknown: bool,
+    driver: DriverState,
     arena: Arena,
     endpoints: BTreeMap<EndpointId, EndpointRecord>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
     /// Guest RAM, as the backends have it.
     memory: Vec<MemorySlot>,
+}
+
+/// The knowledge of the guest's driver. Endpoints reach memory only if its state is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DriverState {
+    /// Its domains are those of the core. That there is no driver is known, too.
+    Known,
+    /// A VMM has connected and shares memory, and no request ring has started since: the VMM may have a driver that has
+    /// attached endpoints at another daemon.
+    Awaited,
+    /// It has attached endpoints of which the core does not know.
+    Unknown,
 }
 
 impl Iommu {
@@ -121,7 +132,7 @@ impl Iommu {
             last_domain: settings.last_domain,
             bypass_at_boot: settings.bypass_at_boot,
             bypass: settings.bypass_at_boot,
-            driver_unknown: false,
+            driver: DriverState::Known,
             arena: Arena::new(settings.arena_limit)?,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),

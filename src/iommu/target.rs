@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use super::Iommu;
 use super::domain::Domain;
+use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
 use crate::backends::{AttachError, BackendError, Contents, Target};
 use crate::ids::{DomainId, EndpointId};
@@ -15,7 +15,7 @@ use crate::{error_limited, warn_limited};
 impl Iommu {
     /// The target of an endpoint without a domain and without a group.
     pub(super) fn bypass_target(&self) -> Target {
-        if self.bypass && !self.driver_unknown {
+        if self.bypass && self.driver == DriverState::Known {
             Target::Bypass
         } else {
             Target::Blocked

@@ -244,6 +244,11 @@ impl Daemon {
         }
     }
 
+    /// Waits until the worker has seen the ring of the connection's first driver run. Bypass mode begins then.
+    pub fn wait_for_driver(&self) {
+        self.wait_for("the driver", || self.status()["driver_awaited"] == false);
+    }
+
     /// Waits until the daemon ends, up to [`PATIENCE`].
     pub fn wait_for_end(&self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;

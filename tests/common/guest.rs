@@ -183,6 +183,7 @@ impl Guest {
     pub fn boot_with(daemon: &Daemon, setup: Setup) -> Self {
         let mut guest = Self::connect(daemon, setup);
         guest.driver_ok();
+        daemon.wait_for_driver();
         guest
     }
 
@@ -265,16 +266,28 @@ impl Guest {
 
     /// Sends the messages of a VMM whose driver is ready: features, then both rings.
     pub fn driver_ok(&mut self) {
-        self.frontend
-            .set_features(self.features | wire::F_PROTOCOL)
-            .expect("SET_FEATURES");
+        self.accept_features();
         for index in 0..2 {
             self.start_ring(index);
         }
     }
 
+    /// Accepts the features of the driver.
+    pub fn accept_features(&mut self) {
+        self.frontend
+            .set_features(self.features | wire::F_PROTOCOL)
+            .expect("SET_FEATURES");
+    }
+
     /// Sets up and enables a ring. It begins at the base that the daemon returned when it was stopped, or at 0.
     pub fn start_ring(&mut self, index: usize) {
+        self.set_up_ring(index);
+        let front = &mut self.frontend;
+        front.set_vring_enable(index, true).expect("enable");
+    }
+
+    /// Sets up a ring, without enabling it.
+    pub fn set_up_ring(&mut self, index: usize) {
         let queue = if index == 0 {
             &self.requests
         } else {
@@ -287,7 +300,6 @@ impl Guest {
         front.set_vring_addr(index, &queue.config()).expect("addr");
         front.set_vring_call(index, &queue.call).expect("call");
         front.set_vring_kick(index, &queue.kick).expect("kick");
-        front.set_vring_enable(index, true).expect("enable");
     }
 
     /// Stops both rings, as a VMM does to pause or reset the guest. Returns the daemon's bases.

@@ -9,6 +9,8 @@ use crate::machine::{Vm, run_ok};
 
 /// The devices that `debian.sh --devices` binds to vfio-pci.
 const DEVICES: [&str; 2] = ["0000:00:10.0", "0000:00:11.0"];
+/// The endpoint of each, at 00:0f.0.
+const ENDPOINT: u32 = 0x78;
 const BYTES: [u8; PAGE as usize] = [0x5a; PAGE as usize];
 
 fn export_socket(name: &str) -> PathBuf {
@@ -33,6 +35,8 @@ fn vm(name: &'static str, device: &str) -> Vm {
 fn guest(vm: &Vm) -> Guest {
     let mut guest = Guest::connect_to(vm.socket(), Setup::default());
     guest.driver_ok();
+    // The daemon sets up all endpoints before it serves the first request.
+    guest.probe(ENDPOINT);
     guest
 }
 

@@ -235,6 +235,7 @@ impl Bed {
             .map(|(gpa, len, file)| Region::of_file(gpa, len, file, 0));
         let mut guest = Guest::connect_with(ours, Setup::default(), regions.collect());
         guest.driver_ok();
+        daemon.wait_for_driver();
         for function in functions {
             Function::new(function).enable();
         }
@@ -262,6 +263,7 @@ impl Bed {
         self.guest = Guest::connect_with(stream, Setup::default(), regions);
         self.guest.clear_rings();
         self.guest.driver_ok();
+        self.daemon.wait_for_driver();
     }
 
     /// The number of objects in the iommufd that the VMM and the daemon share, or `None` if they share none. The

@@ -99,6 +99,7 @@ impl Vm {
         .map(|(gpa, len)| Region::new(gpa, len));
         let mut guest = Guest::connect_with(daemon.stream(), Setup::default(), regions.into());
         guest.driver_ok();
+        daemon.wait_for_driver();
         Self {
             daemon,
             guest,

@@ -127,7 +127,7 @@ pub struct Connection {
 
 impl Connection {
     pub fn new(stream: UnixStream) -> Self {
-        let patience = Some(Duration::from_secs(20));
+        let patience = Some(Duration::from_secs(120));
         stream.set_read_timeout(patience).expect("set");
         stream.set_write_timeout(patience).expect("set");
         Self {

@@ -108,6 +108,7 @@ impl VhostUserBackend for VhostUserDevice {
         // Frontends may skip GET_FEATURES.
         sandbox::enter(Role::VhostUser);
         self.device.announce_vmm();
+        self.device.await_driver();
         self.device.set_memory(memory.memory().into_inner())
     }
 
