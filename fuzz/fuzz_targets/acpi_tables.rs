@@ -1,12 +1,18 @@
-//! Guest RAM of any contents where a VMM puts its ACPI tables.
+//! Guest RAM of any contents where a VMM puts its ACPI tables. With an odd first byte, the VMM has mapped the last pages
+//! of the BIOS area read-only.
 #![no_main]
+
+use std::os::unix::fs::FileExt;
 
 use libfuzzer_sys::fuzz_target;
 use vhost_device_iommu::device::acpi::{Added, ReadOnlyWindows, add_viot};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::tempfile::TempFile;
 
 const RAM: usize = 0x11_0000;
 const TABLES: u64 = 0xa_0000;
+/// Where the BIOS area ends.
+const BIOS_END: usize = 0x10_0000;
 
 /// Corrects the checksum of every structure that begins on a multiple of 16, so that inputs get past it.
 fn fix_checksums(bytes: &mut [u8]) {
@@ -32,24 +38,60 @@ fn sum(bytes: &[u8]) -> u8 {
 }
 
 fuzz_target!(|data: &[u8]| {
+    let (first, data) = data.split_first().unwrap_or((&0, &[]));
     let mut tables = data[..data.len().min(0x6_0000)].to_vec();
     fix_checksums(&mut tables);
-    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), RAM)]).expect("mapped");
-    memory.write_slice(&tables, GuestAddress(TABLES)).expect("fits");
+    let locked = if first & 1 == 0 {
+        BIOS_END
+    } else {
+        BIOS_END - (usize::from(first >> 1) % 32 + 1) * 0x1000
+    };
+    let ranges = [
+        (GuestAddress(0), locked),
+        (GuestAddress(BIOS_END as u64), RAM - BIOS_END),
+    ];
+    let memory = GuestMemoryMmap::<()>::from_ranges(&ranges).expect("mapped");
+    let mut windows = ReadOnlyWindows::default();
+    let ram = tables.len().min(locked - TABLES as usize);
+    memory
+        .write_slice(&tables[..ram], GuestAddress(TABLES))
+        .expect("fits");
+    if locked < BIOS_END {
+        // The daemon reads no other file system.
+        let file = TempFile::new_in("/dev/shm".as_ref())
+            .expect("a file")
+            .into_file();
+        let len = (BIOS_END - locked) as u64;
+        file.set_len(len).expect("longer");
+        let behind = &tables[ram..tables.len().min(BIOS_END - TABLES as usize)];
+        file.write_all_at(behind, 0).expect("written");
+        assert!(windows.add(locked as u64, len, 0, file));
+    }
+    if tables.len() > BIOS_END - TABLES as usize {
+        let rest = &tables[BIOS_END - TABLES as usize..];
+        let rest = &rest[..rest.len().min(RAM - BIOS_END)];
+        memory
+            .write_slice(rest, GuestAddress(BIOS_END as u64))
+            .expect("fits");
+    }
     let read = || {
         let mut bytes = vec![0; RAM];
-        memory.read_slice(&mut bytes, GuestAddress(0)).expect("read");
+        for (at, len) in ranges {
+            let from = at.0 as usize;
+            memory
+                .read_slice(&mut bytes[from..from + len], at)
+                .expect("read");
+        }
         bytes
     };
     let before = read();
     let mut viot = b"VIOT\x70\0\0\0".to_vec();
     viot.resize(0x70, 0);
     viot[9] = sum(&viot).wrapping_neg();
-    let none = ReadOnlyWindows::default();
-    match add_viot(&memory, &none, &viot) {
+    match add_viot(&memory, &windows, &viot) {
         (pointer, Ok(Added::Written { at })) => {
             assert!(pointer.is_some());
-            let (_, again) = add_viot(&memory, &none, &viot);
+            let (_, again) = add_viot(&memory, &windows, &viot);
             assert_eq!(again, Ok(Added::Present { at }));
         }
         (_, _) => assert!(read() == before, "guest RAM changed without a table"),
