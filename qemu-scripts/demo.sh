@@ -265,71 +265,80 @@ wait "$daemon" || status=$?
 daemon=
 check "after SIGTERM the daemon ends with status 0" test $status -eq 0
 
-title "A disk that another process emulates, behind the IOMMU"
 disk=0000:00:06.0
-cat >"$work/disk.toml" <<TOML
-socket = "$work/iommu.sock"
+guest_memory() { find "/proc/$1/fd" -printf '%l\n' 2>/dev/null | grep -c memory-backend-memfd; }
+faults() { guest "dmesg | grep 'virtio_iommu.* fault .* at $outside '" && [ "$(wc -l <<<"$ANSWER")" -eq 2 ]; }
+
+# disk_part KEY WAY: a guest with a disk behind the IOMMU. KEY is the configuration's key of the socket, and so the
+# transport of the IOMMU; WAY names it.
+disk_part() {
+    local sum access answer outside=0x1000000 done
+    title "A disk that another process emulates, behind the IOMMU $2"
+    cat >"$work/disk.toml" <<TOML
+$1 = "$work/iommu.sock"
 control = "$work/control.sock"
 address = "00:05.0"
 memory = "256M"
 
 [[endpoint]]
 address = "${disk#0000:}"
-vfio-user = { listen = "$work/disk-iommu.sock", connect = "$work/disk.sock", isolation = "messages" }
+vfio-user = { listen = "$work/$1-disk-iommu.sock", connect = "$work/$1-disk.sock", isolation = "messages" }
 TOML
-indent <"$work/disk.toml"
-echo
-echo "The VMM's own vfio-user client connects to the daemon, and the daemon to the disk's server. Each access of the"
-echo "server to guest memory is a message, which the daemon carries out or refuses."
-truncate -s 64M "$work/disk.img"
-"$built/examples/nvme" serve --socket "$work/disk.sock" --disk "$work/disk.img" --dma messages \
-    --access-socket "$work/disk.access" >"$work/disk.log" 2>&1 &
-server=$!
-await 10 test -S "$work/disk.sock" || give_up "the disk's server does not start: $(cat "$work/disk.log")"
-"$program" viot "$work/disk.toml" -o "$work/disk.viot"
-mapfile -t arguments < <("$program" qemu-args "$work/disk.toml" --viot "$work/disk.viot" 2>/dev/null)
-"$program" --config "$work/disk.toml" >"$work/daemon.log" 2>&1 &
-daemon=$!
-await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start: $(cat "$work/daemon.log")"
-guest_start "$work" "$image" "$storage_initramfs" "iommu.strict=1" "${arguments[@]}"
-guest_disk
-must_guest "mkfs.ext4 -q /dev/nvme0n1 && mkdir /mnt && mount -t ext4 /dev/nvme0n1 /mnt"
-must_guest "head -c 8000000 /dev/urandom >/mnt/file && sha256sum /mnt/file"
-sum=$ANSWER
-must_guest "umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/nvme0n1 /mnt"
-must_guest "dmesg | grep -E 'nvme|EXT4' | sed 's/^<[0-9]*>//'"
-echo
-indent <<<"$ANSWER"
-must_guest "sha256sum /mnt/file"
-echo
-check "a file of 8 MB on ext4 is the same after it was mounted again" test "$ANSWER" = "$sum"
-STATUS=$(ctl status)
-check "the disk's DMA is translated: $(requests map) mappings were made for it so far" \
-    grep -qE "^ *$disk +attached +translated" <<<"$STATUS"
-guest_memory() { find "/proc/$1/fd" -printf '%l\n' 2>/dev/null | grep -c memory-backend-memfd; }
-check "QEMU has guest memory open, the disk's server has not" \
-    test "$(guest_memory "$qemu" || true)" -gt 0 -a "$(guest_memory "$server" || true)" -eq 0
+    indent <"$work/disk.toml"
+    echo
+    echo "The VMM's own vfio-user client connects to the daemon, and the daemon to the disk's server. Each access of the"
+    echo "server to guest memory is a message, which the daemon carries out or refuses."
+    truncate -s 64M "$work/$1-disk.img"
+    "$built/examples/nvme" serve --socket "$work/$1-disk.sock" --disk "$work/$1-disk.img" --dma messages \
+        --access-socket "$work/$1-disk.access" >"$work/$1-disk.log" 2>&1 &
+    server=$!
+    await 10 test -S "$work/$1-disk.sock" || give_up "the disk's server does not start: $(cat "$work/$1-disk.log")"
+    "$program" viot "$work/disk.toml" -o "$work/disk.viot"
+    mapfile -t arguments < <("$program" qemu-args "$work/disk.toml" --viot "$work/disk.viot" 2>/dev/null)
+    "$program" --config "$work/disk.toml" >"$work/daemon.log" 2>&1 &
+    daemon=$!
+    await 10 test -S "$work/iommu.sock" || give_up "the daemon does not start: $(cat "$work/daemon.log")"
+    guest_start "$work" "$image" "$storage_initramfs" "iommu.strict=1" "${arguments[@]}"
+    guest_disk
+    must_guest "mkfs.ext4 -q /dev/nvme0n1 && mkdir /mnt && mount -t ext4 /dev/nvme0n1 /mnt"
+    must_guest "head -c 8000000 /dev/urandom >/mnt/file && sha256sum /mnt/file"
+    sum=$ANSWER
+    must_guest "umount /mnt && echo 3 >/proc/sys/vm/drop_caches && mount -t ext4 /dev/nvme0n1 /mnt"
+    must_guest "dmesg | grep -E 'nvme|EXT4' | sed 's/^<[0-9]*>//'"
+    echo
+    indent <<<"$ANSWER"
+    must_guest "sha256sum /mnt/file"
+    echo
+    check "a file of 8 MB on ext4 is the same after it was mounted again" test "$ANSWER" = "$sum"
+    STATUS=$(ctl status)
+    check "the disk's DMA is translated: $(requests map) mappings were made for it so far" \
+        grep -qE "^ *$disk +attached +translated" <<<"$STATUS"
+    check "QEMU has guest memory open, the disk's server has not" \
+        test "$(guest_memory "$qemu" || true)" -gt 0 -a "$(guest_memory "$server" || true)" -eq 0
 
-title "The disk's server accesses memory that is not mapped for it"
-outside=0x1000000
-for access in "read $outside 16" "write $outside a5 16"; do
-    # shellcheck disable=SC2086 # words
-    answer=$("$built/examples/nvme" access "$work/disk.access" $access 2>/dev/null) && done=yes || done=no
-    echo "the server tries to $access: $answer"
-    check "the access is refused" test "$done" = no
-done
-faults() { guest "dmesg | grep 'virtio_iommu.* fault .* at $outside '" && [ "$(wc -l <<<"$ANSWER")" -eq 2 ]; }
-await 10 faults || true
-echo
-echo "the guest's kernel:"
-sed 's/^<[0-9]*>//' <<<"$ANSWER" | indent
-check "it has logged one fault for each access" faults
-must_guest "echo more >/mnt/another && sync && cat /mnt/another"
-check "and it still uses the disk" test "$ANSWER" = more
-guest_end
-kill "$daemon" "$server"
-wait "$daemon" "$server" || true
-daemon='' server=''
+    title "The disk's server accesses memory that is not mapped for it"
+    for access in "read $outside 16" "write $outside a5 16"; do
+        # shellcheck disable=SC2086 # words
+        answer=$("$built/examples/nvme" access "$work/$1-disk.access" $access 2>/dev/null) && done=yes || done=no
+        echo "the server tries to $access: $answer"
+        check "the access is refused" test "$done" = no
+    done
+    await 10 faults || true
+    echo
+    echo "the guest's kernel:"
+    sed 's/^<[0-9]*>//' <<<"$ANSWER" | indent
+    check "it has logged one fault for each access" faults
+    must_guest "echo more >/mnt/another && sync && cat /mnt/another"
+    check "and it still uses the disk" test "$ANSWER" = more
+    guest_end
+    kill "$daemon" "$server"
+    wait "$daemon" "$server" || true
+    daemon='' server=''
+}
+
+disk_part socket "(vhost-user)"
+# The daemon serves the whole PCI device, and QEMU needs no vhost-user device.
+disk_part vfio-user-socket "(virtio-pci over vfio-user)"
 
 echo
 [ $wrong -eq 0 ] || exit 1
