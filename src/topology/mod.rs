@@ -4,6 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod changes;
+#[cfg(feature = "daemon")]
+pub mod device_tree;
 pub mod groups;
 pub mod pci;
 pub mod reserved;
@@ -145,6 +147,26 @@ impl Topology {
             range: entry.range,
             info: self.info(entry),
         })
+    }
+
+    /// The ranges that the guest's description of its hardware puts behind the IOMMU: those of the endpoints, and those
+    /// in which endpoints may be added later. Ascending; ranges that adjoin or overlap are joined.
+    fn described(&self) -> Vec<PciRange> {
+        let mut ranges: Vec<_> = self.ranges().map(|entry| entry.range).collect();
+        ranges.extend(self.expected());
+        ranges.sort_unstable();
+        let mut joined: Vec<PciRange> = Vec::with_capacity(ranges.len());
+        for next in ranges {
+            if let Some(before) = joined.last_mut()
+                && u32::from(next.first().bdf()) <= u32::from(before.last().bdf()) + 1
+                && let Ok(both) = PciRange::new(before.first(), before.last().max(next.last()))
+            {
+                *before = both;
+            } else {
+                joined.push(next);
+            }
+        }
+        joined
     }
 
     /// The number of endpoints.

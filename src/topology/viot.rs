@@ -70,7 +70,7 @@ const _: () = assert!(size_of::<VirtioPciNode>() == 16);
 ///
 /// There are more separate ranges than a table has room for.
 pub fn table(topology: &Topology) -> Result<Vec<u8>, ViotError> {
-    let ranges = joined(topology);
+    let ranges = topology.described();
     let node_count = u16::try_from(ranges.len() + 1).map_err(|source| ViotError {
         ranges: ranges.len(),
         source,
@@ -115,26 +115,6 @@ pub fn table(topology: &Topology) -> Result<Vec<u8>, ViotError> {
 pub struct ViotError {
     ranges: usize,
     source: std::num::TryFromIntError,
-}
-
-/// The ranges of a topology, including those in which endpoints may be added later. Ranges that
-/// adjoin or overlap are joined.
-fn joined(topology: &Topology) -> Vec<PciRange> {
-    let mut ranges: Vec<_> = topology.ranges().map(|entry| entry.range).collect();
-    ranges.extend(topology.expected());
-    ranges.sort_unstable();
-    let mut joined: Vec<PciRange> = Vec::with_capacity(ranges.len());
-    for next in ranges {
-        if let Some(before) = joined.last_mut()
-            && u32::from(next.first().bdf()) <= u32::from(before.last().bdf()) + 1
-            && let Ok(both) = PciRange::new(before.first(), before.last().max(next.last()))
-        {
-            *before = both;
-        } else {
-            joined.push(next);
-        }
-    }
-    joined
 }
 
 fn iommu_node(address: PciAddress) -> VirtioPciNode {
