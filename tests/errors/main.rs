@@ -43,7 +43,7 @@ const SOURCES: [(&str, &str); 19] = [
         "`cloud-hypervisor-args` and `crosvm-args`",
     ),
     (
-        "src/qemu/args/operator.rs",
+        "src/qemu/args/refused.rs",
         "`launch`, options of the VMM's own",
     ),
     (

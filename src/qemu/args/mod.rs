@@ -5,6 +5,7 @@ mod exported;
 mod operator;
 mod passthrough;
 mod places;
+mod refused;
 mod vfio_user;
 mod vmm_options;
 
@@ -18,8 +19,8 @@ use crate::topology::{EndpointRange, PciAddress};
 use operator::{OperatorOptions, Q35_SLEEP_CONTROLLER};
 use places::{check_slots, has_device, on_root_bus, place, slot};
 
-pub use operator::VmmOptionError;
 pub use passthrough::PassthroughArguments;
+pub use refused::VmmOptionError;
 pub use vmm_options::ReadConfigError;
 
 /// The first QEMU whose vhost-user test device takes any virtio device ID.

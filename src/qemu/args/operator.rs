@@ -4,10 +4,9 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 
-use thiserror::Error;
-
 use super::PREFIX;
-use super::vmm_options::{ReadConfigError, VmmOption, is_off, parse};
+use super::refused::VmmOptionError;
+use super::vmm_options::{VmmOption, is_off, parse};
 use crate::topology::PciAddress;
 
 /// Devices that are IOMMUs.
@@ -30,72 +29,6 @@ pub(super) const Q35_SLEEP_CONTROLLER: &str = "ICH9-LPC";
 const VIRTIO_IOMMU: &str = "23";
 /// Types of devices that `launch` adds and their base, whose properties `x-pci-...` change the IDs that the guest reads.
 const VFIO_USER_TYPES: [&str; 2] = ["vfio-user-pci", "vfio-pci-device"];
-
-/// QEMU arguments with which the guest would have no working IOMMU.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum VmmOptionError {
-    /// QEMU leaves the process that `launch` watches.
-    #[error(
-        "with -daemonize QEMU goes on in a process that `launch` does not see, so `launch` would end the daemon \
-         under the guest; leave the option out, and put `launch` itself into the background"
-    )]
-    Daemonize,
-    /// The guest's RAM would be QEMU's alone.
-    #[error(
-        "-mem-path gives the guest RAM that the daemon cannot share; leave it out, or give `-object \
-         memory-backend-file,id=ram,mem-path=PATH,size=SIZE,share=on -machine memory-backend=ram` in its place"
-    )]
-    MemPath,
-    /// A memory backend whose memory is QEMU's alone.
-    #[error(
-        "the memory backend {id:?} is not shared, so neither the daemon nor a device behind it sees the guest's \
-         memory there; add share=on to its -object, with memory-backend-memfd or memory-backend-file"
-    )]
-    NotShared {
-        /// The ID of the object.
-        id: String,
-    },
-    /// A second IOMMU.
-    #[error(
-        "{what} is a second IOMMU, beside the daemon's, and a guest takes one of the two for a device; leave it \
-         out, or start this VM without `launch`"
-    )]
-    SecondIommu {
-        /// The device or the machine's property.
-        what: String,
-    },
-    /// The guest would not recognize the IOMMU or another device that the daemon serves.
-    #[error(
-        "{what} changes the IDs of the devices that the daemon serves, by which the guest's drivers find them; leave \
-         it out, or give the property to the -device that needs it"
-    )]
-    ChangedIds {
-        /// The option.
-        what: String,
-    },
-    /// The guest gets no ACPI tables, and so no VIOT.
-    #[error(
-        "{what} takes the ACPI tables from the guest, one of which describes the IOMMU; leave the option out"
-    )]
-    NoAcpi {
-        /// The option.
-        what: &'static str,
-    },
-    /// An ID that may be one of ours.
-    #[error(
-        "the ID {id:?} of -{option} begins with {PREFIX:?}, as the IDs of the arguments that `launch` adds do; \
-         give another ID"
-    )]
-    TakenId {
-        /// The option.
-        option: String,
-        /// The ID.
-        id: String,
-    },
-    /// A file of options that cannot be read.
-    #[error(transparent)]
-    ReadConfig(#[from] ReadConfigError),
-}
 
 /// The operator's options, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
