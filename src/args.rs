@@ -71,13 +71,17 @@ pub struct RunArgs {
     pub granule: Option<String>,
 
     /// I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file
-    /// [default: 0xfee00000..=0xfeefffff:msi]
+    /// [default: the machine's MSI region; of q35 0xfee00000..=0xfeefffff:msi]
     #[arg(long, value_name = "FIRST..=LAST:msi|reserved")]
     pub reserved: Vec<String>,
 
     /// Use an empty list of reserved addresses, without the default MSI region
     #[arg(long, conflicts_with = "reserved")]
     pub no_reserved: bool,
+
+    /// The machine that the VMM emulates: q35 or virt (Arm) [default: q35]
+    #[arg(long, value_name = "MACHINE")]
+    pub machine: Option<String>,
 
     /// Size of guest RAM, such as 2G
     #[arg(long, value_name = "SIZE")]

@@ -1,6 +1,6 @@
 # Print an optspec for argparse to handle cmd's options that are independent of any subcommand.
 function __fish_vhost_device_iommu_global_optspecs
-    string join \n config= socket-path= fd= ready-fd= control-path= iommu= endpoint= address-width= bypass= granule= reserved= no-reserved memory= arena-limit= iommufd-fd= vfio-fd= vfio-container-fd= no-sandbox sandbox-report print-capabilities h/help V/version
+    string join \n config= socket-path= fd= ready-fd= control-path= iommu= endpoint= address-width= bypass= granule= reserved= no-reserved machine= memory= arena-limit= iommufd-fd= vfio-fd= vfio-container-fd= no-sandbox sandbox-report print-capabilities h/help V/version
 end
 
 function __fish_vhost_device_iommu_needs_command
@@ -35,7 +35,8 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l a
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l bypass -d 'Whether endpoints without a domain bypass the IOMMU at boot [default: on]' -r -f -a "on\t'The switch is on'
 off\t'The switch is off'"
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l granule -d 'Smallest page size of a mapping: 4k, 16k, 64k or 2m [default: 4k]' -r
-complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file [default: 0xfee00000..=0xfeefffff:msi]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l reserved -d 'I/O virtual addresses that no endpoint may map; may be repeated, and replaces the list of the file [default: the machine\'s MSI region; of q35 0xfee00000..=0xfeefffff:msi]' -r
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l machine -d 'The machine that the VMM emulates: q35 or virt (Arm) [default: q35]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l memory -d 'Size of guest RAM, such as 2G' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l arena-limit -d 'Limit of the memory for page tables [default: memory / 256 + 64M]' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_needs_command" -l iommufd-fd -d 'Use this inherited descriptor of /dev/iommu' -r

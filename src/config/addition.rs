@@ -86,7 +86,7 @@ impl Checker<'_> {
         if let Some(spec) = &spec
             && let Err(cause) = made.topology.add(spec)
         {
-            self.refuse_topology(draft, cause);
+            self.refuse_topology(draft, cause, config.machine);
         }
         let with_host = |host| known.passthrough.iter().find(|p| p.host == host);
         if let Some([new]) = passthrough.as_deref()

@@ -4,7 +4,7 @@ use super::checker::Checker;
 use super::draft::Draft;
 use super::error::{ConfigError, ProblemKind};
 use super::translation::page_mask;
-use super::{Config, Descriptors, DeviceLists, Socket, VmmTransport};
+use super::{Config, Descriptors, DeviceLists, Machine, Socket, VmmTransport};
 use crate::args::{DescriptorArgs, RunArgs};
 
 impl Checker<'_> {
@@ -14,6 +14,7 @@ impl Checker<'_> {
         draft: &Draft,
         descriptors: &DescriptorArgs,
         args: Option<&RunArgs>,
+        machine_of_vmm: Option<Machine>,
     ) -> Result<Config, ConfigError> {
         let (socket, transport) = self.vmm_socket(draft, args);
         let control = self.socket_path(draft.control.as_ref(), "control");
@@ -47,7 +48,8 @@ impl Checker<'_> {
         let realtime_priority = self.realtime_priority(draft.realtime_priority.as_ref());
         let memory = self.memory(draft.memory.as_ref());
         let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
-        let topology = self.topology(draft);
+        let machine = self.machine(draft.machine.as_ref(), machine_of_vmm);
+        let topology = self.topology(draft, machine.unwrap_or_default());
         let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
         let pin = self.pin(draft.pin.as_ref());
         let passthrough = self.passthrough(draft);
@@ -94,6 +96,7 @@ impl Checker<'_> {
             && let Some(shadow) = shadow
             && let Some(readers) = readers
             && let Some(host_iommu) = host_iommu
+            && let Some(machine) = machine
             && let Some(pin) = pin
             && self.problems.is_empty()
         {
@@ -125,6 +128,7 @@ impl Checker<'_> {
                 },
                 readers,
                 host_iommu,
+                machine,
                 pin,
                 descriptors,
             })

@@ -142,6 +142,7 @@ pub(super) struct Draft {
     pub realtime_priority: Option<Located<Scalar>>,
     pub memory: Option<Located<Scalar>>,
     pub arena_limit: Option<Located<Scalar>>,
+    pub machine: Option<Located<Scalar>>,
     pub host_iommu: Option<Located<Scalar>>,
     pub pin: Option<Located<Scalar>>,
     pub hotplug: Option<Located<Vec<Located<Scalar>>>>,
@@ -265,6 +266,7 @@ impl Draft {
                 .map(|value| Located::flag("--bypass", Scalar::Bool(value == OnOff::On))),
         );
         replace(&mut self.granule, text("--granule", &args.granule));
+        replace(&mut self.machine, text("--machine", &args.machine));
         replace(&mut self.memory, text("--memory", &args.memory));
         replace(
             &mut self.arena_limit,

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::Machine;
 use super::bounds::{
     MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_SOCKET_PATH, MAX_USERS,
@@ -314,6 +315,20 @@ pub enum ProblemKind {
          if the host's kernel has no iommufd, \"type1\""
     )]
     HostIommu(String),
+    /// Not a machine type.
+    #[error("{0:?} is not a machine; use \"q35\" for an x86 guest, or \"virt\" for an Arm guest")]
+    Machine(String),
+    /// The VMM emulates another machine.
+    #[error(
+        "the VMM's machine is {}, not {}; leave the key out, or write `machine = \"{}\"`",
+        .of_vmm.name(), .machine.name(), .of_vmm.name()
+    )]
+    OtherMachine {
+        /// The VMM's machine.
+        of_vmm: Machine,
+        /// The machine of the file.
+        machine: Machine,
+    },
     /// Not a pinning mode.
     #[error(
         "{0:?} is not a pinning mode; use \"all\" (fast) or \"mapped\" \
@@ -507,8 +522,14 @@ pub enum ProblemKind {
     Topology(#[from] TopologyError),
     /// An endpoint's reserved regions contradict the default one.
     #[error(
-        "{0}; the MSI region 0xfee00000..=0xfeefffff is there by default: \
-         `reserved` at the top of the file replaces it"
+        "{source}; the MSI region of the machine {} is there by default: `reserved` at the top of the file replaces \
+         it",
+        .machine.name()
     )]
-    BesideDefault(#[source] TopologyError),
+    BesideDefault {
+        /// The conflict.
+        source: TopologyError,
+        /// The machine.
+        machine: Machine,
+    },
 }

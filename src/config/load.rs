@@ -8,7 +8,7 @@ use super::bounds::MAX_FILE;
 use super::checker::{Checker, SourceText};
 use super::draft::Origin;
 use super::error::{ConfigError, Location, Problem, ProblemKind};
-use super::{Config, Summary};
+use super::{Config, Machine, Summary};
 use crate::args::{DescriptorArgs, RunArgs};
 
 impl Config {
@@ -19,6 +19,15 @@ impl Config {
     /// The file cannot be read or used; the error lists every problem.
     pub fn from_file(file: &Path) -> Result<Self, ConfigError> {
         Self::from_text(file, &read(file)?)
+    }
+
+    /// The configuration in `file` for a VMM that emulates `machine`, where that is known.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read or used, or names another machine; the error lists every problem.
+    pub fn for_machine(file: &Path, machine: Option<Machine>) -> Result<Self, ConfigError> {
+        Self::from_source(file, &read(file)?, machine)
     }
 
     /// The configuration in `file`, which need not name a socket, and inherited descriptors.
@@ -36,7 +45,7 @@ impl Config {
             text: &text,
         }));
         let draft = checker.parse()?;
-        checker.config(&draft, descriptors, None)
+        checker.config(&draft, descriptors, None, None)
     }
 
     /// The configuration in `text`, the content of `file`.
@@ -45,9 +54,13 @@ impl Config {
     ///
     /// The text cannot be used; the error lists every problem.
     pub fn from_text(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        Self::from_source(file, text, None)
+    }
+
+    fn from_source(file: &Path, text: &str, machine: Option<Machine>) -> Result<Self, ConfigError> {
         let mut checker = Checker::new(Some(SourceText { path: file, text }));
         let draft = checker.parse()?;
-        checker.config(&draft, &DescriptorArgs::default(), None)
+        checker.config(&draft, &DescriptorArgs::default(), None, machine)
     }
 
     /// The configuration as an operator reads it.
@@ -69,7 +82,7 @@ impl TryFrom<&RunArgs> for Config {
         let draft = draft.overridden_by(args, |flag, kind| {
             checker.refuse(&Origin::Flag(flag), "", kind);
         });
-        checker.config(&draft, &args.descriptors, Some(args))
+        checker.config(&draft, &args.descriptors, Some(args), None)
     }
 }
 

@@ -16,6 +16,7 @@ mod exported;
 mod kind;
 mod limits;
 mod load;
+mod machine;
 mod operator;
 mod passthrough;
 mod readers;
@@ -43,11 +44,12 @@ pub use emulated::{Emulated, ServerIsolation};
 pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::Exported;
 pub use kind::{ConfiguredDevice, DeviceKind};
+pub use machine::Machine;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
 pub use readers::Readers;
 pub use shadow::ShadowListener;
-pub use slots::{SlotProblem, function_zero, of_machine};
+pub use slots::{SlotProblem, function_zero};
 pub use summary::Summary;
 
 /// Where the VMM reaches the daemon.
@@ -119,6 +121,8 @@ pub struct Config {
     pub readers: Readers,
     /// How the daemon programs the host's IOMMU for passthrough devices.
     pub host_iommu: HostIommu,
+    /// The machine that the VMM emulates.
+    pub machine: Machine,
     /// The part of guest memory that the daemon pins for passthrough devices.
     pub pin: Pin,
     /// Inherited descriptors of passthrough devices; empty in a configuration made from a file alone.

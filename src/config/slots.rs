@@ -1,24 +1,14 @@
-//! Checks that the guest can find the configured functions: the rule of PCI slots, and the devices that QEMU's
-//! q35 machine has itself.
+//! Checks that the guest can find the configured functions: the rule of PCI slots, and the devices that the machine
+//! has itself.
 //!
 //! A guest looks for functions 1 to 7 of a slot only if it finds function 0, and only if function 0 says that
 //! the device has several functions.
 
 use thiserror::Error;
 
-use super::{Config, DeviceKind};
+use super::{Config, DeviceKind, Machine};
 use crate::ids::EndpointId;
 use crate::topology::{PciAddress, PciRange};
-
-/// The functions that QEMU's q35 machine has itself: device, function, name.
-const MACHINE: [(u8, u8, &str); 4] = [
-    (0x00, 0, "host bridge"),
-    (0x1f, 0, "LPC bridge"),
-    (0x1f, 2, "SATA controller"),
-    (0x1f, 3, "SMBus controller"),
-];
-/// The slot of the host bridge, which has one function and leaves no room for others.
-const HOST_BRIDGE: u8 = 0x00;
 
 /// A function that the guest does not find, or that is not free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -49,10 +39,13 @@ pub enum SlotProblem {
     },
     /// The address belongs to a device of the machine.
     #[error(
-        "{address} cannot be used, because QEMU's q35 machine has its {name} in that place; give another \
-         address, such as 00:05.0"
+        "{address} cannot be used, because QEMU's {} machine has its {name} in that place; give another \
+         address, such as 00:05.0",
+        .machine.name()
     )]
     OfMachine {
+        /// The machine.
+        machine: Machine,
         /// The address.
         address: PciAddress,
         /// The device of the machine.
@@ -73,10 +66,13 @@ pub enum SlotProblem {
     },
     /// A range has a device of the machine, whose DMA the daemon cannot translate.
     #[error(
-        "endpoint {range} contains {address}, where QEMU's q35 machine has its {name}, whose DMA the daemon \
-         cannot translate; leave that function out: split the range around it"
+        "endpoint {range} contains {address}, where QEMU's {} machine has its {name}, whose DMA the daemon \
+         cannot translate; leave that function out: split the range around it",
+        .machine.name()
     )]
     RangeOverMachine {
+        /// The machine.
+        machine: Machine,
         /// The endpoint's functions.
         range: PciRange,
         /// The first address of a device of the machine.
@@ -111,7 +107,7 @@ impl SlotProblem {
 }
 
 impl Config {
-    /// The functions that the guest would not find, and those that are not free on QEMU's q35 machine, in
+    /// The functions that the guest would not find, and those that are not free on the machine, in
     /// ascending order: the IOMMU first.
     pub fn slot_problems(&self) -> Vec<SlotProblem> {
         let iommu = self.topology.iommu();
@@ -123,7 +119,15 @@ impl Config {
                 problems.extend(self.function_problem(range.first()));
                 continue;
             }
-            problems.extend(machine_in(range));
+            let machine = self.machine;
+            problems.extend(machine.device_in(range).map(|(address, name)| {
+                SlotProblem::RangeOverMachine {
+                    machine,
+                    range,
+                    address,
+                    name,
+                }
+            }));
             let zero = function_zero(range.first());
             if !self.has_function(zero) {
                 problems.push(SlotProblem::RangeHidden { range, zero });
@@ -149,17 +153,21 @@ impl Config {
 
     /// The problem of one function that must be found.
     fn function_problem(&self, function: PciAddress) -> Option<SlotProblem> {
-        let own = of_machine(function).map(|name| SlotProblem::OfMachine {
-            address: function,
-            name,
-        });
+        let machine = self.machine;
+        let own = machine
+            .device_at(function)
+            .map(|name| SlotProblem::OfMachine {
+                machine,
+                address: function,
+                name,
+            });
         let found = self.has_function(function_zero(function));
         own.or_else(|| (!found).then(|| SlotProblem::hidden(self, function)))
     }
 
     /// Whether a device is expected at `function`.
     fn has_function(&self, function: PciAddress) -> bool {
-        self.is_configured(function) || of_machine(function).is_some()
+        self.is_configured(function) || self.machine.device_at(function).is_some()
     }
 
     fn is_configured(&self, function: PciAddress) -> bool {
@@ -171,32 +179,6 @@ impl Config {
 /// Function 0 of the slot of `function`.
 pub fn function_zero(function: PciAddress) -> PciAddress {
     PciAddress::from_endpoint_id(EndpointId(function.endpoint_id().0 & !7))
-}
-
-/// The device of QEMU's q35 machine that takes the place of `function`.
-pub fn of_machine(function: PciAddress) -> Option<&'static str> {
-    if function.segment() != 0 || function.bus() != 0 {
-        return None;
-    }
-    let device = function.device();
-    let found = MACHINE.iter().find(|&&(own, number, _)| {
-        own == device && (device == HOST_BRIDGE || number == function.function())
-    });
-    found.map(|&(_, _, name)| name)
-}
-
-/// The problem that `range` has a device of QEMU's q35 machine.
-fn machine_in(range: PciRange) -> Option<SlotProblem> {
-    MACHINE.iter().find_map(|&(device, function, name)| {
-        let address = PciAddress::new(0, 0, device, function)?;
-        range
-            .contains(address)
-            .then_some(SlotProblem::RangeOverMachine {
-                range,
-                address,
-                name,
-            })
-    })
 }
 
 #[cfg(test)]

@@ -58,6 +58,7 @@ impl fmt::Display for Summary<'_> {
             let (path, interval) = (file.path.display(), file.interval);
             writeln!(f, "metrics textfile: {path}, every {interval:?}")?;
         }
+        writeln!(f, "machine:          {}", config.machine.name())?;
         writeln!(f, "IOMMU address:    {}", topology.iommu())?;
         writeln!(f, "address width:    {} bits", config.address_width)?;
         write!(f, "page sizes:      ")?;

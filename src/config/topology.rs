@@ -1,8 +1,10 @@
 //! The topology: the IOMMU's address, endpoints with their groups, reserved regions.
 
+use super::Machine;
 use super::checker::Checker;
 use super::draft::{Draft, EndpointDraft, Located, RegionDraft, Scalar};
 use super::error::ProblemKind;
+
 use super::limits::{SMALLEST_PAGE, whole_pages};
 use super::text::{parse_number, shown};
 use crate::address::{Iova, IovaRange};
@@ -11,13 +13,10 @@ use crate::topology::{
     ReservedRegions, Topology, TopologyError,
 };
 
-/// The window in which x86 hosts take writes as interrupts.
-const X86_MSI: (u64, u64) = (0xfee0_0000, 0xfeef_ffff);
-
 impl Checker<'_> {
-    pub(super) fn topology(&mut self, draft: &Draft) -> Option<Topology> {
+    pub(super) fn topology(&mut self, draft: &Draft, machine: Machine) -> Option<Topology> {
         let iommu = self.iommu(draft.address.as_ref());
-        let reserved = self.common_reserved(draft);
+        let reserved = self.common_reserved(draft, machine);
         let mut specs = Vec::with_capacity(draft.endpoint.len());
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
             specs.extend(self.endpoint(index, endpoint));
@@ -41,7 +40,7 @@ impl Checker<'_> {
                 }
             },
             Err(error) => {
-                self.refuse_topology(draft, error);
+                self.refuse_topology(draft, error, machine);
                 None
             }
         }
@@ -58,7 +57,12 @@ impl Checker<'_> {
         (ranges.len() == list.len()).then_some(ranges)
     }
 
-    pub(super) fn refuse_topology(&mut self, draft: &Draft, error: TopologyError) {
+    pub(super) fn refuse_topology(
+        &mut self,
+        draft: &Draft,
+        error: TopologyError,
+        machine: Machine,
+    ) {
         let index = error.index();
         let Some(endpoint) = draft.endpoint.get(index) else {
             return;
@@ -71,8 +75,11 @@ impl Checker<'_> {
         } else {
             ("range", value.range.as_ref().map(|given| &given.origin))
         };
-        let kind = if draft.reserved.is_none() && names_default(&error) {
-            ProblemKind::BesideDefault(error)
+        let kind = if draft.reserved.is_none() && names_default(&error, machine) {
+            ProblemKind::BesideDefault {
+                source: error,
+                machine,
+            }
         } else {
             ProblemKind::Topology(error)
         };
@@ -167,9 +174,9 @@ impl Checker<'_> {
         }
     }
 
-    fn common_reserved(&mut self, draft: &Draft) -> Option<ReservedRegions> {
+    fn common_reserved(&mut self, draft: &Draft, machine: Machine) -> Option<ReservedRegions> {
         let Some(list) = &draft.reserved else {
-            return ReservedRegions::new(vec![default_region()?]).ok();
+            return ReservedRegions::new(vec![machine.msi()?]).ok();
         };
         let regions = self.regions(&list.value, "reserved")?;
         match ReservedRegions::new(regions) {
@@ -265,21 +272,14 @@ impl Checker<'_> {
     }
 }
 
-fn default_region() -> Option<ReservedRegion> {
-    Some(ReservedRegion {
-        range: IovaRange::new(Iova(X86_MSI.0), Iova(X86_MSI.1))?,
-        kind: ReservedKind::Msi,
-    })
-}
-
 /// Whether one of two conflicting reserved regions is the default one.
-fn names_default(error: &TopologyError) -> bool {
+fn names_default(error: &TopologyError, machine: Machine) -> bool {
     let TopologyError::Reserved { source, .. } = error else {
         return false;
     };
     match *source {
         ReservedError::Overlap { first, second } | ReservedError::TwoMsi { first, second } => {
-            [Some(first), Some(second)].contains(&default_region())
+            [Some(first), Some(second)].contains(&machine.msi())
         }
         ReservedError::TooMany { .. } => false,
     }

@@ -191,6 +191,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "SlotProblem::RangeOverMachine",
         "src/config/slots.rs::ranges_are_advised_about",
     ),
+    (
+        "ProblemKind::OtherMachine",
+        "src/config/machine.rs::unknown_machines_and_those_of_another_vmm_are_refused",
+    ),
     ("LaunchError::NoVmm", "clap/required comes first"),
     ("LaunchError::NotReady", "a machine that is too busy"),
     (
@@ -315,6 +319,7 @@ pub const CASES: &[Case] = &[
     case("ProblemKind::ArenaTooSmall", File("arena-limit = 4096")),
     case("ProblemKind::ArenaTooLarge", File("arena-limit = '2T'")),
     case("ProblemKind::HostIommu", File("host-iommu = 'vfio'")),
+    case("ProblemKind::Machine", File("machine = 'microvm'")),
     case("ProblemKind::Pin", File("pin = 'some'")),
     case("ProblemKind::User", File("[readers]\nusers = ['root']")),
     case("ProblemKind::TooManyUsers", Made(too_many_users, CHECK)),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::QemuArgsError;
-use crate::config::{Config, DeviceKind, function_zero, of_machine};
+use crate::config::{Config, DeviceKind, function_zero};
 use crate::topology::{PciAddress, PciRange};
 
 /// Whether `addr=` alone can put a device at `address`.
@@ -38,7 +38,9 @@ pub(super) fn check_slots(
     let endpoint = |it: &&PciAddress| config.topology.endpoint(it.endpoint_id()).is_some();
     for &function in own.iter().chain(others.iter().filter(endpoint)) {
         let zero = function_zero(function);
-        let found = own.contains(&zero) || others.contains(&zero) || of_machine(zero).is_some();
+        let found = own.contains(&zero)
+            || others.contains(&zero)
+            || config.machine.device_at(zero).is_some();
         if !found {
             return Err(QemuArgsError::NoFunctionZero { function, zero });
         }
