@@ -177,13 +177,28 @@ pub enum CliCommand {
         #[arg(short, long, value_name = "OUT")]
         output: Option<PathBuf>,
     },
+    /// Add the IOMMU and its endpoints to the device tree of an Arm guest
+    ///
+    /// For `machine = "virt"`. QEMU writes the base with the -machine, -cpu and -smp options of the VM and
+    /// -machine dumpdtb=BASE. `launch` does all of this itself.
+    Dtb {
+        /// The configuration
+        file: PathBuf,
+        /// The device tree of the VMM, without the IOMMU
+        #[arg(long, value_name = "BASE")]
+        base: PathBuf,
+        /// Write to this file instead of standard output, which must not be a terminal
+        #[arg(short, long, value_name = "OUT")]
+        output: Option<PathBuf>,
+    },
     /// Print the arguments of QEMU (10.2 or later) for a configuration, one in a line
     ///
     /// Prints notes about other requirements, such as the addresses of devices, on standard error.
     QemuArgs {
         /// The configuration
         file: PathBuf,
-        /// Path at which QEMU finds the table written by `viot` [default: FILE with the ending .viot]
+        /// Path at which QEMU finds the table written by `viot`, or the device tree written by `dtb` [default: FILE
+        /// with the ending .viot or .dtb]
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
         /// Print one line, quoted for a POSIX shell
@@ -256,7 +271,7 @@ pub enum CliCommand {
         /// The kind of the VMM [default: cloud-hypervisor if its program's name begins like that, else qemu]
         #[arg(long = "vmm", value_name = "KIND", value_enum)]
         kind: Option<VmmChoice>,
-        /// Write the VIOT table to this file and keep it. Without it, QEMU gets an unnamed file
+        /// Write the VIOT table or the device tree to this file and keep it. Without it, QEMU gets an unnamed file
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
         /// The program of the VMM and its own arguments

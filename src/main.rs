@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs, VmmChoice};
-use vhost_device_iommu::config::{Config, SlotProblem};
+use vhost_device_iommu::config::{Config, Machine, SlotProblem};
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::daemon::drop_in::drop_in;
@@ -28,10 +28,10 @@ use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
 use vhost_device_iommu::process::watchdog::Watchdog;
-use vhost_device_iommu::qemu::args::{QemuArgs, default_viot_path, shell_line};
-use vhost_device_iommu::topology::viot;
+use vhost_device_iommu::qemu::args::{QemuArgs, default_table_path, shell_line};
+use vhost_device_iommu::topology::{device_tree, viot};
 use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
-use vhost_device_iommu::vmms::launch::{Launch, VmmKind};
+use vhost_device_iommu::vmms::launch::{Launch, VmmKind, read_tree};
 use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -77,6 +77,9 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
         Some(CliCommand::Check { file, file_only }) => check(file, *file_only),
         Some(CliCommand::Topology { file, json }) => print_topology(file, *json),
         Some(CliCommand::Viot { file, output }) => write_viot(file, output.as_deref()),
+        Some(CliCommand::Dtb { file, base, output }) => {
+            write_device_tree(file, base, output.as_deref())
+        }
         Some(CliCommand::QemuArgs {
             file,
             viot,
@@ -173,7 +176,7 @@ fn notify(service: &Service, state: &str) {
 fn launch(
     config: &Path,
     kind: Option<VmmChoice>,
-    viot: Option<&Path>,
+    table: Option<&Path>,
     vmm: &[OsString],
 ) -> Result<ExitCode, Box<dyn Error>> {
     let daemon = std::env::current_exe().map_err(|cause| {
@@ -181,7 +184,7 @@ fn launch(
     })?;
     let launch = Launch {
         config,
-        viot,
+        table,
         vmm,
         kind: kind.map(|kind| match kind {
             VmmChoice::Qemu => VmmKind::Qemu,
@@ -242,7 +245,34 @@ fn print_topology(file: &Path, json: bool) -> Outcome {
 }
 
 fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {
-    let table = viot::table(&Config::from_file(file)?.topology)?;
+    let config = Config::from_file(file)?;
+    if config.machine == Machine::Virt {
+        return Err(format!(
+            "{}: guests of the machine virt find the IOMMU in a device tree; use `vhost-device-iommu dtb`",
+            file.display()
+        )
+        .into());
+    }
+    write_table(&viot::table(&config.topology)?, output)
+}
+
+fn write_device_tree(file: &Path, base: &Path, output: Option<&Path>) -> Outcome {
+    let config = Config::from_file(file)?;
+    if config.machine != Machine::Virt {
+        return Err(format!(
+            "{}: only guests of the machine virt find the IOMMU in a device tree; write `machine = \"virt\"`, or \
+             use `vhost-device-iommu viot` for an x86 guest",
+            file.display()
+        )
+        .into());
+    }
+    let tree = device_tree::extended(&read_tree(base)?, &config.topology)
+        .map_err(|error| format!("{}: {error}", base.display()))?;
+    write_table(&tree, output)
+}
+
+/// Writes a table to a file, or to standard output.
+fn write_table(table: &[u8], output: Option<&Path>) -> Outcome {
     let Some(output) = output else {
         let mut stdout = io::stdout();
         if stdout.is_terminal() {
@@ -250,7 +280,7 @@ fn write_viot(file: &Path, output: Option<&Path>) -> Outcome {
                         give -o FILE or redirect the output"
                 .into());
         }
-        stdout.write_all(&table)?;
+        stdout.write_all(table)?;
         return Ok(stdout.flush()?);
     };
     fs::write(output, table).map_err(|cause| {
@@ -265,13 +295,13 @@ fn print_drop_in(file: &Path) -> Outcome {
 
 fn print_qemu_args(
     file: &Path,
-    viot: Option<&Path>,
+    table: Option<&Path>,
     shell: bool,
     descriptors: &DescriptorArgs,
 ) -> Outcome {
     let config = Config::with_descriptors(file, descriptors)?;
-    let viot = viot.map_or_else(|| default_viot_path(file), Path::to_owned);
-    let args = QemuArgs::new(&config, &viot).map_err(|error| {
+    let table = table.map_or_else(|| default_table_path(file, config.machine), Path::to_owned);
+    let args = QemuArgs::new(&config, &table).map_err(|error| {
         let file = file.display();
         format!("{file}: {error}")
     })?;
@@ -292,7 +322,7 @@ fn print_cloud_hypervisor_args(
 }
 
 fn print_crosvm_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
-    let viot = viot.map_or_else(|| default_viot_path(file), Path::to_owned);
+    let viot = viot.map_or_else(|| default_table_path(file, Machine::Q35), Path::to_owned);
     print_vmm_args(
         file,
         crosvm::arguments(&Config::from_file(file)?, &viot),

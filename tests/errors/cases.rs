@@ -192,9 +192,31 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "src/config/slots.rs::ranges_are_advised_about",
     ),
     (
-        "ProblemKind::OtherMachine",
-        "src/config/machine.rs::unknown_machines_and_those_of_another_vmm_are_refused",
+        "DeviceTreeError::TooDeep",
+        "src/topology/device_tree.rs::deep_files_are_refused_without_recursion",
     ),
+    (
+        "DeviceTreeError::HostBridges",
+        "src/topology/device_tree.rs::trees_that_cannot_be_extended_are_refused",
+    ),
+    (
+        "DeviceTreeError::HasIommu",
+        "src/topology/device_tree.rs::trees_that_cannot_be_extended_are_refused",
+    ),
+    (
+        "DeviceTreeError::Segment",
+        "src/topology/device_tree.rs::trees_that_cannot_be_extended_are_refused",
+    ),
+    (
+        "DeviceTreeError::NotOnRootBus",
+        "src/topology/device_tree.rs::trees_that_cannot_be_extended_are_refused",
+    ),
+    (
+        "DeviceTreeError::NoPhandle",
+        "src/topology/device_tree.rs::trees_that_cannot_be_extended_are_refused",
+    ),
+    ("DeviceTreeError::Model", "the names of the nodes are fixed"),
+    ("BaseTreeError::Folder", "no room for a folder"),
     ("LaunchError::NoVmm", "clap/required comes first"),
     ("LaunchError::NotReady", "a machine that is too busy"),
     (
@@ -320,6 +342,67 @@ pub const CASES: &[Case] = &[
     case("ProblemKind::ArenaTooLarge", File("arena-limit = '2T'")),
     case("ProblemKind::HostIommu", File("host-iommu = 'vfio'")),
     case("ProblemKind::Machine", File("machine = 'microvm'")),
+    case(
+        "ProblemKind::OtherMachine",
+        With(
+            "socket = 's'\nmemory = '1G'\nmachine = 'q35'",
+            &["launch", "--config", "vm.toml", "--", "true", "-M", "virt"],
+        ),
+    ),
+    case(
+        "DeviceTreeError::Malformed",
+        With("machine = 'virt'", &["dtb", "vm.toml", "--base", "vm.toml"]),
+    ),
+    case(
+        "BaseTreeError::Read",
+        With("machine = 'virt'", &["dtb", "vm.toml", "--base", "none"]),
+    ),
+    case(
+        "BaseTreeError::NoTree",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &["launch", "--config", "vm.toml", "--", "true", "-M", "virt"],
+        ),
+    ),
+    case(
+        "BaseTreeError::Start",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch", "--config", "vm.toml", "--", "./none", "-M", "virt",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::AcpiOnVirt",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-M",
+                "virt,acpi=on",
+            ],
+        ),
+    ),
+    case(
+        "VmmOptionError::Gic",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-M",
+                "virt,gic-version=2",
+            ],
+        ),
+    ),
     case("ProblemKind::Pin", File("pin = 'some'")),
     case("ProblemKind::User", File("[readers]\nusers = ['root']")),
     case("ProblemKind::TooManyUsers", Made(too_many_users, CHECK)),

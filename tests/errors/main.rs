@@ -26,7 +26,7 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 19] = [
+const SOURCES: [(&str, &str); 21] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
     ("src/topology/groups.rs", "Names of host groups"),
@@ -38,6 +38,14 @@ const SOURCES: [(&str, &str); 19] = [
         "Places of devices: `check`, `qemu-args` and `launch`",
     ),
     ("src/qemu/args/mod.rs", "`qemu-args` and `launch`"),
+    (
+        "src/topology/device_tree.rs",
+        "`dtb`, and `launch` of Arm guests",
+    ),
+    (
+        "src/vmms/launch/device_tree.rs",
+        "`dtb`, and `launch` of Arm guests",
+    ),
     (
         "src/vmms/mod.rs",
         "`cloud-hypervisor-args` and `crosvm-args`",

@@ -130,7 +130,7 @@ fn passthrough_devices_are_opened_once_for_both() {
     let vmm = [program, OsString::from("--kernel"), OsString::from("k")];
     let launch = Launch {
         config: &launch_dir.path("vm.toml"),
-        viot: None,
+        table: None,
         vmm: &vmm,
         kind: None,
         daemon: &launch_dir.path("daemon"),

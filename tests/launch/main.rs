@@ -9,6 +9,7 @@
 )]
 
 mod cloud_hypervisor;
+mod virt;
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -386,7 +387,7 @@ fn passthrough_devices_are_opened_once_for_both() {
         let vmm: Vec<OsString> = ["sh", "-c", &script, "vmm"].map(OsString::from).into();
         let launch = Launch {
             config: &launch_dir.path("vm.toml"),
-            viot,
+            table: viot,
             vmm: &vmm,
             kind: None,
             daemon: &daemon,

@@ -29,7 +29,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
         )
     } else if endpoint.segment() != 0 {
         format!(
-            "the device at {server}, but q35 has segment 0 only, so QEMU can put no device there"
+            "the device at {server}, but QEMU's machine has segment 0 only, so QEMU can put no device there"
         )
     } else {
         format!(
@@ -79,7 +79,7 @@ mod tests {
             "endpoint 0000:00:06.0: the device at /run/c, among the arguments",
             "endpoint 0000:01:00.0: the device at /run/e; add `-device '{",
             "the guest numbers as bus 01",
-            "the device at /run/g, but q35 has segment 0 only",
+            "the device at /run/g, but QEMU's machine has segment 0 only",
         ] {
             assert!(notes.contains(part), "{part} in {notes}");
         }

@@ -31,7 +31,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
         )
     } else if endpoint.segment() != 0 {
         format!(
-            "the host's device {host}, but q35 has segment 0 only, so QEMU can put no device there"
+            "the host's device {host}, but QEMU's machine has segment 0 only, so QEMU can put no device there"
         )
     } else {
         format!(
@@ -100,7 +100,7 @@ mod tests {
                 "endpoint 0000:01:00.0: the host's device 0000:66:00.0, which the daemon exports; \
                  add `-device '{",
                 "the guest numbers as bus 01",
-                "the host's device 0000:67:00.0, but q35 has segment 0 only",
+                "the host's device 0000:67:00.0, but QEMU's machine has segment 0 only",
             ] {
                 assert!(notes.contains(part), "{part} in {notes}");
             }

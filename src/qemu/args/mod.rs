@@ -6,6 +6,7 @@ mod operator;
 mod passthrough;
 mod places;
 mod refused;
+mod tree_source;
 mod vfio_user;
 mod vmm_options;
 
@@ -14,13 +15,15 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, DeviceKind, SlotProblem, Socket, VmmTransport};
+use crate::config::{Config, DeviceKind, Machine, SlotProblem, Socket, VmmTransport};
 use crate::topology::{EndpointRange, PciAddress};
-use operator::{OperatorOptions, Q35_SLEEP_CONTROLLER};
+use operator::Q35_SLEEP_CONTROLLER;
 use places::{check_slots, has_device, on_root_bus, place, slot};
 
+pub use operator::OperatorOptions;
 pub use passthrough::PassthroughArguments;
 pub use refused::VmmOptionError;
+pub use tree_source::{TreeSource, dump_arguments};
 pub use vmm_options::ReadConfigError;
 
 /// The first QEMU whose vhost-user test device takes any virtio device ID.
@@ -39,16 +42,16 @@ pub struct QemuArgs {
 }
 
 impl QemuArgs {
-    /// The arguments for a VM with `config`, whose VIOT table is at `viot`.
+    /// The arguments for a VM with `config`, whose VIOT table or device tree is at `table`.
     ///
     /// # Errors
     ///
-    /// The configuration lacks a setting that QEMU needs, or has one that QEMU's q35 machine cannot have.
-    pub fn new(config: &Config, viot: &Path) -> Result<Self, QemuArgsError> {
-        Self::make(config, viot, None)
+    /// The configuration lacks a setting that QEMU needs, or has one that the machine cannot have.
+    pub fn new(config: &Config, table: &Path) -> Result<Self, QemuArgsError> {
+        Self::make(config, table, None)
     }
 
-    /// The arguments to append to `others`. A machine type, RAM and its size are left out where
+    /// The arguments to append to `others`, with the VIOT table or device tree at `table`. A machine type, RAM and its size are left out where
     /// `others` give them. The notes name the endpoints for which neither these arguments nor `others`
     /// have a device.
     ///
@@ -58,23 +61,23 @@ impl QemuArgs {
     /// `others` have an option with which the guest would have no working IOMMU.
     pub fn appended_to(
         config: &Config,
-        viot: &Path,
+        table: &Path,
         others: &[OsString],
     ) -> Result<Self, QemuArgsError> {
         let others = OperatorOptions::new(others)?;
-        others.check()?;
+        others.check(config.machine)?;
         let mut endpoints = config.placed_functions();
         if let Some(endpoint) =
             endpoints.find(|&it| !on_root_bus(it) && it != config.topology.iommu())
         {
             return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
         }
-        Self::make(config, viot, Some(&others))
+        Self::make(config, table, Some(&others))
     }
 
     fn make(
         config: &Config,
-        viot: &Path,
+        table: &Path,
         others: Option<&OperatorOptions>,
     ) -> Result<Self, QemuArgsError> {
         let has = |question: fn(&OperatorOptions) -> bool| others.is_some_and(question);
@@ -99,18 +102,18 @@ impl QemuArgs {
         if let Some(functions) = &functions {
             check_slots(config, functions)?;
         }
-        // QEMU separates files by colons.
-        let table = option_value(viot)?;
-        if table.contains(':') {
-            return Err(QemuArgsError::Colon {
-                path: viot.to_owned(),
-            });
-        }
+        let description = description(config.machine, table)?;
         let devices = PassthroughArguments::new(config)?;
 
         let mut arguments = Vec::new();
+        let its = "gic-version=3".to_owned();
         let machine: Vec<_> = [
-            (!has(OperatorOptions::has_machine)).then(|| "q35".to_owned()),
+            (!has(OperatorOptions::has_machine)).then(|| config.machine.name().to_owned()),
+            // Firmware would pass ACPI tables in place of the device tree.
+            (config.machine == Machine::Virt).then(|| "acpi=off".to_owned()),
+            // The default interrupt controller has no ITS, whose doorbell is the MSI region.
+            (config.machine == Machine::Virt && !has(OperatorOptions::has_gic_version))
+                .then_some(its),
             memory.map(|_| format!("memory-backend={PREFIX}ram")),
         ]
         .into_iter()
@@ -140,16 +143,17 @@ impl QemuArgs {
             }
         }
         // After a sleep the guest's driver waits for answers on rings that it has not set up again.
-        let controller = others.map_or(
-            Some(Q35_SLEEP_CONTROLLER),
-            OperatorOptions::sleep_controller,
-        );
+        let controller = match (config.machine, others) {
+            (Machine::Virt, _) => None,
+            (Machine::Q35, None) => Some(Q35_SLEEP_CONTROLLER),
+            (Machine::Q35, Some(others)) => others.sleep_controller(),
+        };
         if let Some(controller) = controller {
             arguments.push(("-global", format!("{controller}.disable_s3=1")));
             arguments.push(("-global", format!("{controller}.disable_s4=1")));
         }
         arguments.extend(iommu_device(config, socket)?);
-        arguments.push(("-acpitable", format!("file={table}")));
+        arguments.push(description);
         if let Some(path) = &config.qmp {
             // A monitor of its own: each serves one client.
             let path = option_value(path)?;
@@ -172,10 +176,7 @@ impl QemuArgs {
         }
         notes.extend([
             format!("needs QEMU {OLDEST_QEMU} or later"),
-            format!(
-                "the VIOT table is expected at {}; `vhost-device-iommu viot` writes it",
-                viot.display()
-            ),
+            description_note(config.machine, table),
         ]);
         notes.extend(devices.iter().flat_map(|devices| devices.notes("QEMU")));
         notes.extend(
@@ -223,10 +224,40 @@ fn iommu_device(
     })
 }
 
-/// The usual path of the VIOT table for the configuration in `file`: beside it, with the extension
-/// `.viot`.
-pub fn default_viot_path(file: &Path) -> PathBuf {
-    file.with_extension("viot")
+/// The argument from which the guest learns the endpoints: an ACPI table, or a device tree, at `path`.
+fn description(machine: Machine, path: &Path) -> Result<(&'static str, String), QemuArgsError> {
+    let value = option_value(path)?;
+    match machine {
+        // QEMU separates files by colons.
+        Machine::Q35 if value.contains(':') => Err(QemuArgsError::Colon {
+            path: path.to_owned(),
+        }),
+        Machine::Q35 => Ok(("-acpitable", format!("file={value}"))),
+        // The value is the path alone, not a list of properties.
+        Machine::Virt => Ok(("-dtb", value.replace(",,", ","))),
+    }
+}
+
+fn description_note(machine: Machine, path: &Path) -> String {
+    let path = path.display();
+    match machine {
+        Machine::Q35 => {
+            format!("the VIOT table is expected at {path}; `vhost-device-iommu viot` writes it")
+        }
+        Machine::Virt => format!(
+            "the device tree is expected at {path}; `vhost-device-iommu dtb` makes it of the tree that QEMU writes \
+             with the same -machine, -cpu and -smp options and -machine dumpdtb=BASE"
+        ),
+    }
+}
+
+/// The usual path of the VIOT table or the device tree for the configuration in `file`: beside it, with the extension
+/// `.viot` or `.dtb`.
+pub fn default_table_path(file: &Path, machine: Machine) -> PathBuf {
+    file.with_extension(match machine {
+        Machine::Q35 => "viot",
+        Machine::Virt => "dtb",
+    })
 }
 
 /// A configuration that QEMU's arguments cannot express.
@@ -247,7 +278,7 @@ pub enum QemuArgsError {
     /// `addr=` cannot put the IOMMU at its address.
     #[error(
         "the IOMMU's address {iommu} is not on bus 00 of segment 0, the only bus whose number \
-         QEMU's q35 machine fixes; give an address such as `address = \"00:05.0\"`"
+         QEMU's machine fixes; give an address such as `address = \"00:05.0\"`"
     )]
     NotOnRootBus {
         /// The address.
@@ -256,7 +287,7 @@ pub enum QemuArgsError {
     /// `addr=` cannot put a device at its address.
     #[error(
         "endpoint {endpoint} has a device and is not on bus 00 of segment 0, the only bus whose number \
-         QEMU's q35 machine fixes; give it an address such as `address = \"00:10.0\"`"
+         QEMU's machine fixes; give it an address such as `address = \"00:10.0\"`"
     )]
     DeviceNotOnRootBus {
         /// The address.
@@ -335,7 +366,7 @@ fn endpoint_note(
     let place = if let Some(note) = device {
         note
     } else if first.segment() != 0 {
-        "q35 has segment 0 only, so QEMU can put no device there".to_owned()
+        "QEMU's machine has segment 0 only, so QEMU can put no device there".to_owned()
     } else if first.bus() != last.bus() {
         format!(
             "give a device there the addr= of its device.function, \

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use super::PREFIX;
 use super::refused::VmmOptionError;
 use super::vmm_options::{VmmOption, is_off, parse};
+use crate::config::Machine;
 use crate::topology::PciAddress;
 
 /// Devices that are IOMMUs.
@@ -32,7 +33,7 @@ const VFIO_USER_TYPES: [&str; 2] = ["vfio-user-pci", "vfio-pci-device"];
 
 /// The operator's options, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct OperatorOptions(Vec<VmmOption>);
+pub struct OperatorOptions(Vec<VmmOption>);
 
 impl OperatorOptions {
     /// The options in `arguments`, with those of files that `-readconfig` names.
@@ -47,22 +48,33 @@ impl OperatorOptions {
     ///
     /// # Errors
     /// Names the first such option.
-    pub fn check(&self) -> Result<(), VmmOptionError> {
+    pub fn check(&self, machine: Machine) -> Result<(), VmmOptionError> {
         for option in &self.0 {
             match &*option.name {
                 "daemonize" => return Err(VmmOptionError::Daemonize),
                 "mem-path" => return Err(VmmOptionError::MemPath),
-                "no-acpi" => return Err(VmmOptionError::NoAcpi { what: "-no-acpi" }),
+                "no-acpi" if machine == Machine::Q35 => {
+                    return Err(VmmOptionError::NoAcpi { what: "-no-acpi" });
+                }
                 "memory" if option.get("mem-path").is_some() => {
                     return Err(VmmOptionError::MemPath);
                 }
                 _ => {}
             }
             if option.is_machine() {
-                if option.get("acpi").is_some_and(is_off) {
-                    return Err(VmmOptionError::NoAcpi {
-                        what: "-machine acpi=off",
-                    });
+                match (machine, option.get("acpi")) {
+                    (Machine::Q35, Some(acpi)) if is_off(acpi) => {
+                        return Err(VmmOptionError::NoAcpi {
+                            what: "-machine acpi=off",
+                        });
+                    }
+                    (Machine::Virt, Some(acpi)) if !is_off(acpi) && acpi != "auto" => {
+                        return Err(VmmOptionError::AcpiOnVirt);
+                    }
+                    _ => {}
+                }
+                if machine == Machine::Virt && option.get("gic-version") == Some("2") {
+                    return Err(VmmOptionError::Gic);
                 }
                 let iommu = |key: &&&str| option.get(key).is_some_and(|it| !is_off(it));
                 if let Some(key) = IOMMU_PROPERTIES.iter().find(iommu) {
@@ -122,18 +134,37 @@ impl OperatorOptions {
         Ok(())
     }
 
+    /// The machine that the options choose, if it is one that this program knows.
+    pub fn machine(&self) -> Option<Machine> {
+        match self.machine_type()? {
+            "virt" => Some(Machine::Virt),
+            name if name.starts_with("virt-") => Some(Machine::Virt),
+            name if name.contains("q35") => Some(Machine::Q35),
+            _ => None,
+        }
+    }
+
     /// Whether the options choose the machine's type.
     pub fn has_machine(&self) -> bool {
-        let typed = |option: &VmmOption| option.get("").or(option.get("type")).is_some();
+        self.machine_type().is_some()
+    }
+
+    /// The name of the machine's type. The last option counts.
+    fn machine_type(&self) -> Option<&str> {
+        let mut machines = self.0.iter().filter(|option| option.is_machine()).rev();
+        machines.find_map(|option| option.get("").or(option.get("type")))
+    }
+
+    /// Whether the options choose the interrupt controller of an Arm machine.
+    pub fn has_gic_version(&self) -> bool {
         let mut machines = self.0.iter().filter(|option| option.is_machine());
-        machines.any(typed)
+        machines.any(|option| option.get("gic-version").is_some())
     }
 
     /// The device of the machine with the properties `disable_s3` and `disable_s4`, if it has one. A VM without
     /// a chosen machine is a q35.
     pub fn sleep_controller(&self) -> Option<&'static str> {
-        let mut machines = self.0.iter().filter(|option| option.is_machine()).rev();
-        match machines.find_map(|option| option.get("").or(option.get("type"))) {
+        match self.machine_type() {
             None => Some(Q35_SLEEP_CONTROLLER),
             Some(machine) if machine.contains("q35") => Some(Q35_SLEEP_CONTROLLER),
             Some("pc") => Some("PIIX4_PM"),
@@ -223,7 +254,7 @@ mod tests {
             assert_eq!(found.has_machine(), machine, "{line}");
             assert_eq!(found.has_size(), size, "{line}");
             assert_eq!(found.has_memory_backend(), backend, "{line}");
-            assert_eq!(found.check(), Ok(()), "{line}");
+            assert_eq!(found.check(Machine::Q35), Ok(()), "{line}");
         }
     }
 
@@ -327,7 +358,10 @@ mod tests {
                 "second IOMMU",
             ),
         ] {
-            let error = options(line).check().expect_err(line).to_string();
+            let error = options(line)
+                .check(Machine::Q35)
+                .expect_err(line)
+                .to_string();
             assert!(error.contains(message), "{line}: {error}");
         }
         for line in [
@@ -354,7 +388,7 @@ mod tests {
             "-global vfio-user-pci.x-no-posted-writes=on -global vfio-pci.x-pci-sub-device-id=1",
             "-global ICH9-LPC.disable_s3=0 -global broken -global driver=a -global",
         ] {
-            assert_eq!(options(line).check(), Ok(()), "{line}");
+            assert_eq!(options(line).check(Machine::Q35), Ok(()), "{line}");
         }
     }
 
@@ -395,7 +429,7 @@ mod tests {
             ("[machine]\n type = \"q35\"\n", None),
         ] {
             fs::write(&path, text).expect("written");
-            let checked = options(&line).check();
+            let checked = options(&line).check(Machine::Q35);
             match message {
                 None => assert!(checked.is_ok() && options(&line).has_machine()),
                 Some(message) => {
@@ -417,7 +451,7 @@ mod tests {
         #[test]
         fn no_text_panics(text in "(-device |-object |-M |[{}\",=. a-z0-9]){0,40}") {
             let found = options(&text);
-            let _ = (found.check(), found.functions());
+            let _ = (found.check(Machine::Q35), found.functions());
         }
     }
 }

@@ -127,7 +127,7 @@ impl PassthroughArguments {
             format!("the host's device {host}, among the arguments")
         } else if endpoint.segment() != 0 {
             format!(
-                "the host's device {host}, but q35 has segment 0 only, so QEMU can put no device \
+                "the host's device {host}, but QEMU's machine has segment 0 only, so QEMU can put no device \
                  there"
             )
         } else {

@@ -55,6 +55,18 @@ pub enum VmmOptionError {
         /// The option.
         what: &'static str,
     },
+    /// Firmware would pass ACPI tables to the guest, which do not describe the IOMMU.
+    #[error(
+        "with -machine acpi=on, firmware gives the guest ACPI tables in place of the device tree, which describes \
+         the IOMMU; leave acpi=on out"
+    )]
+    AcpiOnVirt,
+    /// An interrupt controller without an ITS.
+    #[error(
+        "with -machine gic-version=2, writes to other addresses than those of the MSI region are interrupts; use \
+         gic-version=3"
+    )]
+    Gic,
     /// An ID that may be one of ours.
     #[error(
         "the ID {id:?} of -{option} begins with {PREFIX:?}, as the IDs of the arguments that `launch` adds do; \

@@ -54,7 +54,7 @@ fn arguments_describe_the_whole_configuration() {
         "give devices addr=11.0 to addr=11.7, and multifunction=on where a slot has several (bus=pcie.0)",
         "several, on the bridge that the guest numbers as bus 01",
         "(02 to 03)",
-        "q35 has segment 0 only",
+        "QEMU's machine has segment 0 only",
     ] {
         assert!(notes.contains(part), "{part} in {notes}");
     }
@@ -141,7 +141,7 @@ fn devices_of_the_host_come_before_the_iommu() {
         "endpoint 0000:00:10.0: the host's device 0001:65:00.0, among the arguments",
         "add `-device vfio-pci,id=viommu-vfio-01-00-0,fd=7,iommufd=viommu-iommufd,addr=00.0`, on the bridge \
          that the guest numbers as bus 01 and before",
-        "the host's device 0000:68:00.0, but q35 has segment 0 only",
+        "the host's device 0000:68:00.0, but QEMU's machine has segment 0 only",
     ] {
         assert!(notes.contains(part), "{part} in {notes}");
     }
@@ -333,7 +333,60 @@ fn options_of_the_operator_are_not_repeated() {
 #[test]
 fn the_table_is_expected_beside_the_file() {
     assert_eq!(
-        default_viot_path(Path::new("/etc/vm0.toml")),
+        default_table_path(Path::new("/etc/vm0.toml"), Machine::Q35),
         Path::new("/etc/vm0.viot")
     );
+}
+
+#[test]
+fn a_virt_machine_gets_a_device_tree() {
+    let text = "socket = '/s'\nmemory = '1G'\naddress = '00:05.0'\nmachine = 'virt'\n\
+                [[endpoint]]\naddress = '00:1f.0'\n";
+    let made = QemuArgs::new(&config(text), Path::new("/run/a,b:c.dtb")).expect("arguments");
+    let line = made.arguments.join(" ");
+    assert!(
+        line.starts_with("-machine virt,acpi=off,gic-version=3,memory-backend=viommu-ram -m 1024M"),
+        "{line}"
+    );
+    // A path of -dtb is no list of properties.
+    assert!(line.ends_with("-dtb /run/a,b:c.dtb"), "{line}");
+    assert!(
+        !line.contains("-acpitable") && !line.contains("disable_s3"),
+        "{line}"
+    );
+    assert!(
+        made.notes[1].contains("`vhost-device-iommu dtb`"),
+        "{:?}",
+        made.notes
+    );
+
+    for (others, machine) in [
+        ("-M virt", "-machine acpi=off,gic-version=3,"),
+        (
+            "-M virt,gic-version=max -M virt,its=on",
+            "-machine acpi=off,memory",
+        ),
+    ] {
+        let others: Vec<_> = others.split(' ').map(OsString::from).collect();
+        let made = QemuArgs::appended_to(&config(text), Path::new("t"), &others).expect("fine");
+        let line = made.arguments.join(" ");
+        assert!(line.starts_with(machine), "{line}");
+    }
+    for (others, message) in [
+        ("-M virt,acpi=on", "leave acpi=on out"),
+        ("-M virt,gic-version=2", "use gic-version=3"),
+        ("-M virt,iommu=smmuv3", "second IOMMU"),
+    ] {
+        let others: Vec<_> = others.split(' ').map(OsString::from).collect();
+        let error = QemuArgs::appended_to(&config(text), Path::new("t"), &others);
+        let error = error.expect_err(message).to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    for line in [
+        "-M virt,acpi=off -no-acpi",
+        "-M virt,acpi=auto,gic-version=host",
+    ] {
+        let others: Vec<_> = line.split(' ').map(OsString::from).collect();
+        QemuArgs::appended_to(&config(text), Path::new("t"), &others).expect(line);
+    }
 }

@@ -141,6 +141,39 @@ pub(super) struct Global<'a> {
     pub value: &'a str,
 }
 
+/// An option as the operator writes it.
+#[derive(Clone, Debug)]
+pub(super) struct WrittenOption<'a> {
+    /// The name, without dashes.
+    pub name: String,
+    /// The name, as it is written.
+    pub written: &'a OsString,
+    pub value: Option<&'a OsString>,
+}
+
+/// The options in `arguments`.
+pub(super) fn split(arguments: &[OsString]) -> impl Iterator<Item = WrittenOption<'_>> {
+    let mut arguments = arguments.iter();
+    std::iter::from_fn(move || {
+        loop {
+            let written = arguments.next()?;
+            let text = written.to_string_lossy();
+            // QEMU accepts one dash or two.
+            let Some(name) = text.strip_prefix('-') else {
+                continue;
+            };
+            let name = name.strip_prefix('-').unwrap_or(name).to_owned();
+            let is_flag = FLAGS.contains(&&*name);
+            let value = if is_flag { None } else { arguments.next() };
+            return Some(WrittenOption {
+                name,
+                written,
+                value,
+            });
+        }
+    })
+}
+
 /// The options in `arguments`, with those of files that `-readconfig` names, and with the properties that `-set` gives
 /// them.
 ///
@@ -149,18 +182,8 @@ pub(super) struct Global<'a> {
 pub(super) fn parse(arguments: &[OsString]) -> Result<Vec<VmmOption>, ReadConfigError> {
     let mut options = Vec::new();
     let mut sets = Vec::new();
-    let mut arguments = arguments.iter().map(|text| text.to_string_lossy());
-    while let Some(argument) = arguments.next() {
-        // QEMU accepts one dash or two.
-        let Some(name) = argument.strip_prefix('-') else {
-            continue;
-        };
-        let name = name.strip_prefix('-').unwrap_or(name).to_owned();
-        let value = if FLAGS.contains(&&*name) {
-            None
-        } else {
-            arguments.next()
-        };
+    for WrittenOption { name, value, .. } in split(arguments) {
+        let value = value.map(|text| text.to_string_lossy());
         if name == "readconfig"
             && let Some(path) = &value
         {

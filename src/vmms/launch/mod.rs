@@ -10,6 +10,7 @@
 //! QEMU takes the VIOT table as a file. cloud-hypervisor takes none: its guest reads the table through the device, so
 //! the file is written only where the operator asks for one.
 
+mod device_tree;
 mod devices;
 mod events;
 mod process;
@@ -30,15 +31,18 @@ use thiserror::Error;
 
 use super::VmmArgsError;
 use super::cloud_hypervisor::{self, LaunchedArgs};
-use crate::config::{Config, ConfigError, ConfiguredDevice, Descriptors, HostIommu, Socket};
+use crate::config::{Config, ConfigError, ConfiguredDevice, HostIommu, Machine, Socket};
 use crate::host::sysfs::HostRoot;
 use crate::process::socket::SocketFile;
-use crate::qemu::args::{QemuArgs, QemuArgsError};
+use crate::qemu::args::{OperatorOptions, QemuArgs, QemuArgsError};
+use crate::topology;
+use crate::topology::device_tree::DeviceTreeError;
 use crate::topology::viot::{self, ViotError};
 use events::{Event, Events};
 use process::{Running, exit_code};
 use table::TableFile;
 
+pub use device_tree::{BaseTreeError, read_tree};
 pub use devices::{OpenError, OpenFiles};
 
 /// How long the daemon may take to end: longer than it waits for its own threads.
@@ -60,8 +64,8 @@ pub enum VmmKind {
 pub struct Launch<'a> {
     /// The configuration's file, which the daemon reads, too.
     pub config: &'a Path,
-    /// The path to write the VIOT table to; `None` keeps it in memory.
-    pub viot: Option<&'a Path>,
+    /// The path to write the VIOT table or the device tree to; `None` keeps it in memory.
+    pub table: Option<&'a Path>,
     /// The VMM's program and its first arguments; not empty.
     pub vmm: &'a [OsString],
     /// The kind of the VMM; `None` takes it from the program's name.
@@ -82,15 +86,22 @@ impl Launch<'_> {
     /// # Errors
     /// See [`LaunchError`]. Neither process is left running.
     pub fn run(&self) -> Result<u8, LaunchError> {
-        let mut config = Config::from_file(self.config)?;
         let (program, others) = self.vmm.split_first().ok_or(LaunchError::NoVmm)?;
+        let kind = self.kind.unwrap_or_else(|| VmmKind::of(program));
+        let machine = match kind {
+            VmmKind::Qemu => OperatorOptions::new(others)
+                .map_err(QemuArgsError::from)?
+                .machine(),
+            VmmKind::CloudHypervisor => None,
+        };
+        let mut config = Config::for_machine(self.config, machine)?;
         let mut files = OpenFiles::default();
         if config.host_iommu == HostIommu::Iommufd {
             files = OpenFiles::open(self.host, &config)?;
         }
         config.descriptors = files.descriptors();
-        let (made, table) = match self.kind.unwrap_or_else(|| VmmKind::of(program)) {
-            VmmKind::Qemu => self.for_qemu(&config, others)?,
+        let (made, table) = match kind {
+            VmmKind::Qemu => self.for_qemu(&config, program, others)?,
             VmmKind::CloudHypervisor => self.for_cloud_hypervisor(&config, others)?,
         };
         for note in &made.notes {
@@ -101,7 +112,7 @@ impl Launch<'_> {
         // Dropped last: the daemon removes its sockets itself, unless it was killed.
         let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
-        let mut daemon = self.start_daemon(&config.descriptors, files.numbers(), &events)?;
+        let mut daemon = self.start_daemon(&config, files.numbers(), &events)?;
         match until_ready(&mut daemon, &events, config.start_limit())? {
             Started::Ready => {}
             Started::Ended(status) => return Ok(exit_code(status)),
@@ -109,7 +120,7 @@ impl Launch<'_> {
         }
         leftover = sockets(&config);
 
-        let table_fd = table.as_ref().and_then(ViotTable::fd);
+        let table_fd = table.as_ref().and_then(GuestTable::fd);
         let inherited = files.numbers().into_iter().chain(table_fd).collect();
         let mut command = Command::new(program);
         command.args(&made.arguments);
@@ -130,9 +141,20 @@ impl Launch<'_> {
     fn for_qemu(
         &self,
         config: &Config,
+        program: &OsStr,
         others: &[OsString],
-    ) -> Result<(LaunchedArgs, Option<ViotTable>), LaunchError> {
-        let table = self.table(config)?;
+    ) -> Result<(LaunchedArgs, Option<GuestTable>), LaunchError> {
+        let bytes = match config.machine {
+            Machine::Q35 => viot::table(&config.topology)?,
+            Machine::Virt => {
+                // Before QEMU is started for its tree.
+                let options = OperatorOptions::new(others).map_err(QemuArgsError::from)?;
+                options.check(config.machine).map_err(QemuArgsError::from)?;
+                let base = device_tree::base(config, program, others)?;
+                topology::device_tree::extended(&base, &config.topology)?
+            }
+        };
+        let table = self.table(&bytes)?;
         let made = QemuArgs::appended_to(config, &table.path, others)?;
         let ours = made.arguments.into_iter().map(OsString::from);
         let made = LaunchedArgs {
@@ -148,9 +170,9 @@ impl Launch<'_> {
         &self,
         config: &Config,
         others: &[OsString],
-    ) -> Result<(LaunchedArgs, Option<ViotTable>), LaunchError> {
-        let table = match self.viot {
-            Some(_) => Some(self.table(config)?),
+    ) -> Result<(LaunchedArgs, Option<GuestTable>), LaunchError> {
+        let table = match self.table {
+            Some(_) => Some(self.table(&viot::table(&config.topology)?)?),
             None => None,
         };
         let first = others
@@ -162,11 +184,11 @@ impl Launch<'_> {
         Ok((made, table))
     }
 
-    fn table(&self, config: &Config) -> Result<ViotTable, LaunchError> {
-        let bytes = viot::table(&config.topology)?;
-        if let Some(path) = self.viot {
+    /// `bytes`, the VIOT table or the device tree, as a file for the VMM.
+    fn table(&self, bytes: &[u8]) -> Result<GuestTable, LaunchError> {
+        if let Some(path) = self.table {
             return match fs::write(path, bytes) {
-                Ok(()) => Ok(ViotTable {
+                Ok(()) => Ok(GuestTable {
                     path: path.to_owned(),
                     file: None,
                 }),
@@ -176,8 +198,8 @@ impl Launch<'_> {
                 }),
             };
         }
-        let file = TableFile::new(&bytes).map_err(system("make a file for the VIOT table"))?;
-        Ok(ViotTable {
+        let file = TableFile::new(bytes).map_err(system("make a file for the guest's table"))?;
+        Ok(GuestTable {
             path: file.path(),
             file: Some(file),
         })
@@ -185,7 +207,7 @@ impl Launch<'_> {
 
     fn start_daemon(
         &self,
-        descriptors: &Descriptors,
+        config: &Config,
         mut inherited: Vec<RawFd>,
         events: &Events,
     ) -> Result<Running, LaunchError> {
@@ -193,6 +215,11 @@ impl Launch<'_> {
         let mut command = Command::new(self.daemon);
         command.arg("--config").arg(self.config);
         command.args(["--ready-fd", &writer.as_raw_fd().to_string()]);
+        if config.machine != Machine::default() {
+            // Recognised from the VMM's arguments, which the daemon does not see.
+            command.args(["--machine", config.machine.name()]);
+        }
+        let descriptors = &config.descriptors;
         if let Some(fd) = descriptors.iommufd {
             command.args(["--iommufd-fd", &fd.to_string()]);
         }
@@ -231,7 +258,13 @@ pub enum LaunchError {
     /// The configuration has no VIOT table.
     #[error(transparent)]
     Viot(#[from] ViotError),
-    /// The VIOT table cannot be written to its path.
+    /// The VMM's device tree cannot be had.
+    #[error(transparent)]
+    BaseTree(#[from] BaseTreeError),
+    /// The device tree cannot be extended.
+    #[error(transparent)]
+    DeviceTree(#[from] DeviceTreeError),
+    /// The table cannot be written to its path.
     #[error("cannot write {path}: {source}; give a path that can be written with --viot")]
     WriteTable {
         /// The path.
@@ -287,14 +320,14 @@ impl VmmKind {
     }
 }
 
-/// The VIOT table and the path at which the VMM finds it.
-struct ViotTable {
+/// The VIOT table or the device tree, and the path at which the VMM finds it.
+struct GuestTable {
     path: PathBuf,
     /// The file, if it has no name in the file system.
     file: Option<TableFile>,
 }
 
-impl ViotTable {
+impl GuestTable {
     fn fd(&self) -> Option<RawFd> {
         self.file.as_ref().map(AsRawFd::as_raw_fd)
     }
