@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: packaging/deb.sh [--binary PROGRAM] [--output DIR]
+# Usage: packaging/deb.sh [--arch ARCH | --binary PROGRAM] [--output DIR]
 #
 # Makes a Debian package of the program, its units, manual pages, completions and examples. Builds the release program
 # unless --binary names one. Needs dpkg-deb and binutils; no root, and no network beyond cargo's. Prints the package's
 # path.
 #
+#   --arch ARCH       build for amd64 or arm64; default: this machine's. For another than this machine's, Rust needs the
+#                     target, and the C compiler for it must be installed
 #   --binary PROGRAM  package this program
 #   --output DIR      put the package there; default: target/debian
 
@@ -20,12 +22,32 @@ die() {
     exit 1
 }
 
-binary='' output=${CARGO_TARGET_DIR:-$TREE/target}/debian
+# cross ARCH: sets triple for a build for ARCH, and makes cargo link with that architecture's compiler.
+cross() {
+    local processor compiler variable
+    case $1 in
+    amd64) processor=x86_64 ;;
+    arm64) processor=aarch64 ;;
+    *) die "unknown architecture '$1': give amd64 or arm64" ;;
+    esac
+    triple=$processor-unknown-linux-gnu
+    [ "$processor" = "$(uname -m)" ] && return
+    compiler=$processor-linux-gnu-gcc
+    command -v "$compiler" >/dev/null ||
+        die "$compiler not found: run 'apt-get install -y gcc-${processor/_/-}-linux-gnu libc6-dev-$1-cross' as root"
+    [ -d "$(cd "$TREE" && rustc --print sysroot)/lib/rustlib/$triple" ] ||
+        die "Rust's target $triple not found: run 'rustup target add $triple'"
+    variable=CARGO_TARGET_${triple^^}_LINKER
+    export "${variable//-/_}=$compiler"
+}
+
+arch='' triple='' binary='' output=${CARGO_TARGET_DIR:-$TREE/target}/debian
 while [ $# -gt 0 ]; do
     case $1 in
-    --binary | --output)
+    --arch | --binary | --output)
         [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
         case $1 in
+        --arch) arch=$2 ;;
         --binary) binary=$2 ;;
         --output) output=$2 ;;
         esac
@@ -39,21 +61,31 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-for tool in dpkg-deb readelf strip; do
+for tool in dpkg-deb readelf; do
     command -v $tool >/dev/null || die "$tool not found: run 'apt-get install -y dpkg binutils' as root"
 done
+[ -z "$arch" ] || [ -z "$binary" ] || die "--arch and --binary exclude each other: a program is of one architecture"
+if [ -n "$arch" ]; then
+    cross "$arch"
+fi
 if [ -z "$binary" ]; then
-    (cd "$TREE" && cargo build --release --locked >&2)
-    binary=${CARGO_TARGET_DIR:-$TREE/target}/release/$NAME
+    (cd "$TREE" && cargo build --release --locked ${triple:+--target "$triple"} >&2)
+    binary=${CARGO_TARGET_DIR:-$TREE/target}/${triple:+$triple/}release/$NAME
 fi
 [ -x "$binary" ] || die "$binary is no executable file: give --binary a program that was built"
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$TREE/Cargo.toml" | head -n 1)
+# binutils of this machine read the headers of every machine's programs.
 case $(readelf -h "$binary" | sed -n 's/ *Machine: *//p') in
-*X86-64) arch=amd64 ;;
-*AArch64) arch=arm64 ;;
+*X86-64) arch=amd64 processor=x86_64 qemu=qemu-system-x86 ;;
+*AArch64) arch=arm64 processor=aarch64 qemu=qemu-system-arm ;;
 *) die "$binary is for a machine that this script does not know: build it for amd64 or arm64" ;;
 esac
+strip=strip
+if [ "$processor" != "$(uname -m)" ]; then
+    strip=$processor-linux-gnu-strip
+    command -v "$strip" >/dev/null || die "$strip not found: run 'apt-get install -y binutils-${processor/_/-}-linux-gnu' as root"
+fi
 # In Debian's order of versions, '~' puts a pre-release before its release.
 version=${version/-/\~}
 
@@ -86,7 +118,7 @@ put_page() {
 }
 
 put 755 "$binary" usr/bin/$NAME
-strip --strip-unneeded "$root/usr/bin/$NAME"
+"$strip" --strip-unneeded "$root/usr/bin/$NAME"
 put 644 "$PACKAGING/systemd/$NAME@.service" usr/lib/systemd/system/$NAME@.service
 put 644 "$PACKAGING/systemd/$NAME@.socket" usr/lib/systemd/system/$NAME@.socket
 put 644 "$PACKAGING/systemd/viommu.slice" usr/lib/systemd/system/viommu.slice
@@ -119,7 +151,7 @@ Architecture: $arch
 Maintainer: The $NAME authors <$NAME@localhost>
 Installed-Size: $(du -sk --exclude=DEBIAN "$root" | cut -f 1)
 Depends: $depends
-Suggests: qemu-system-x86 (>= 10.2)
+Suggests: $qemu (>= 10.2)
 Section: admin
 Priority: optional
 Description: virtio-iommu for virtual machines, in a process of its own
