@@ -45,16 +45,16 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
         Role::Main => {
             list.extend(calls(Role::VhostUser, needs));
             list.extend(calls(Role::Worker, needs));
-            list.extend(always(&WAIT));
-            list.extend(always(&ACCEPT));
+            list.extend(always(WAIT));
+            list.extend(always(ACCEPT));
             list.extend(always(&SPAWN));
             list.extend(threads_only());
             list.extend(descriptors());
-            list.extend(always(&REMOVE_SOCKETS));
+            list.extend(always(REMOVE_SOCKETS));
         }
         Role::VhostUser => {
             list.extend(always(&MESSAGES));
-            list.extend(always(&MEMORY_FILES));
+            list.extend(always(MEMORY_FILES));
             list.extend(always(&[libc::SYS_epoll_ctl]));
             list.extend(always(&PEER_EVENTS));
             list.extend(confine());
@@ -62,7 +62,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(backends(needs));
         }
         Role::Worker => {
-            list.extend(always(&WAIT));
+            list.extend(always(WAIT));
             // Shuts the connection down when it ends.
             list.extend(always(&[libc::SYS_shutdown]));
             list.extend(always(&PEER_EVENTS));
@@ -73,8 +73,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             }
         }
         Role::Control => {
-            list.extend(always(&WAIT));
-            list.extend(always(&ACCEPT));
+            list.extend(always(WAIT));
+            list.extend(always(ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(descriptors());
             list.extend(always(&[libc::SYS_geteuid]));
@@ -83,8 +83,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             }
         }
         Role::Shadow => {
-            list.extend(always(&WAIT));
-            list.extend(always(&ACCEPT));
+            list.extend(always(WAIT));
+            list.extend(always(ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&READERS));
             list.extend(always(&SHARED_WORDS));
@@ -98,15 +98,15 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(backends(needs));
         }
         Role::VfioUser => {
-            list.extend(always(&EVENT_LOOP));
-            list.extend(always(&ACCEPT));
+            list.extend(always(EVENT_LOOP));
+            list.extend(always(ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
         }
         Role::Export => {
-            list.extend(always(&EVENT_LOOP));
-            list.extend(always(&ACCEPT));
+            list.extend(always(EVENT_LOOP));
+            list.extend(always(ACCEPT));
             list.extend(always(&MESSAGES));
             list.extend(always(&DEVICE_REGISTERS));
             list.extend(always(&PEER_EVENTS));
@@ -114,17 +114,17 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(ioctls(&needs.device_ioctls));
         }
         Role::VirtioPci => {
-            list.extend(always(&EVENT_LOOP));
-            list.extend(always(&ACCEPT));
+            list.extend(always(EVENT_LOOP));
+            list.extend(always(ACCEPT));
             list.extend(always(&MESSAGES));
-            list.extend(always(&MEMORY_FILES));
+            list.extend(always(MEMORY_FILES));
             list.extend(always(&FIRMWARE));
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
             list.extend(backends(needs));
         }
         Role::PciWorker => {
-            list.extend(always(&EVENT_LOOP));
+            list.extend(always(EVENT_LOOP));
             list.extend(always(&PEER_EVENTS));
             list.extend(backends(needs));
             if needs.realtime {
@@ -136,18 +136,18 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(ioctls(&needs.reset_ioctls));
         }
         Role::Signals => {
-            list.extend(always(&WAIT));
+            list.extend(always(WAIT));
             list.extend(always(&MESSAGES));
-            list.extend(always(&REMOVE_SOCKETS));
+            list.extend(always(REMOVE_SOCKETS));
         }
         Role::Connector => {
             list.extend(always(&CONNECT));
             list.push(stream_sockets());
-            list.extend(always(&LOOK_AT_A_SOCKET));
+            list.extend(always(LOOK_AT_A_SOCKET));
         }
         Role::MetricsFile => {
-            list.extend(always(&TEXTFILE));
-            list.extend(always(&REMOVE_SOCKETS));
+            list.extend(always(TEXTFILE));
+            list.extend(always(REMOVE_SOCKETS));
         }
         Role::ShadowFaults | Role::Faults => list.extend(always(&PEER_EVENTS)),
         Role::Watchdog => {}
@@ -186,38 +186,37 @@ const EVERYWHERE: [c_long; 27] = [
     libc::SYS_writev,
 ];
 
-/// Writing a line of the log without waiting (`logging::sink`).
-#[cfg(target_arch = "x86_64")]
-const LOG: [c_long; 3] = [libc::SYS_pwritev2, libc::SYS_poll, libc::SYS_ppoll];
-#[cfg(not(target_arch = "x86_64"))]
-const LOG: [c_long; 2] = [libc::SYS_pwritev2, libc::SYS_ppoll];
+/// A list of calls that every processor has, and of those that only some have: later ones have no second call with the
+/// effect of another.
+macro_rules! list {
+    ($(#[$doc:meta])* $name:ident = [$($call:ident),*] $(, $arch:literal [$($own:ident),*])*) => {
+        $(#[$doc])*
+        const $name: &[c_long] = &[
+            $(libc::$call,)*
+            $($(#[cfg(target_arch = $arch)] libc::$own,)*)*
+        ];
+    };
+}
 
-/// An event loop whose descriptors come and go (`process::event_loop`). Its set is made before the thread is confined.
-#[cfg(target_arch = "x86_64")]
-const EVENT_LOOP: [c_long; 3] = [
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const EVENT_LOOP: [c_long; 2] = [libc::SYS_epoll_ctl, libc::SYS_epoll_pwait];
+list! {
+    /// Writing a line of the log without waiting (`logging::sink`).
+    LOG = [SYS_pwritev2, SYS_ppoll], "x86_64" [SYS_poll]
+}
 
-/// Waiting for descriptors.
-#[cfg(target_arch = "x86_64")]
-const WAIT: [c_long; 4] = [
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const WAIT: [c_long; 2] = [libc::SYS_epoll_pwait, libc::SYS_ppoll];
+list! {
+    /// An event loop whose descriptors come and go (`process::event_loop`). Its set is made before the thread is confined.
+    EVENT_LOOP = [SYS_epoll_ctl, SYS_epoll_pwait], "x86_64" [SYS_epoll_wait]
+}
 
-/// Accepting a connection.
-#[cfg(target_arch = "x86_64")]
-const ACCEPT: [c_long; 2] = [libc::SYS_accept, libc::SYS_accept4];
-#[cfg(not(target_arch = "x86_64"))]
-const ACCEPT: [c_long; 1] = [libc::SYS_accept4];
+list! {
+    /// Waiting for descriptors.
+    WAIT = [SYS_epoll_pwait, SYS_ppoll], "x86_64" [SYS_epoll_wait, SYS_poll]
+}
+
+list! {
+    /// Accepting a connection.
+    ACCEPT = [SYS_accept, SYS_accept4]
+}
 
 /// Sending and receiving messages, options of a socket, and shutting it down.
 const MESSAGES: [c_long; 7] = [
@@ -233,31 +232,15 @@ const MESSAGES: [c_long; 7] = [
 /// Connecting a socket that `stream_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
 
-/// Recognizing a symbolic link.
-#[cfg(target_arch = "x86_64")]
-const LOOK_AT_A_SOCKET: [c_long; 3] = [libc::SYS_lstat, libc::SYS_newfstatat, libc::SYS_statx];
-#[cfg(not(target_arch = "x86_64"))]
-const LOOK_AT_A_SOCKET: [c_long; 2] = [libc::SYS_newfstatat, libc::SYS_statx];
+list! {
+    /// Recognizing a symbolic link.
+    LOOK_AT_A_SOCKET = [SYS_newfstatat, SYS_statx], "x86_64" [SYS_lstat]
+}
 
-/// Type and size of a file of guest memory, and its name for an error message.
-#[cfg(target_arch = "x86_64")]
-const MEMORY_FILES: [c_long; 7] = [
-    libc::SYS_fstat,
-    libc::SYS_fstatfs,
-    libc::SYS_lseek,
-    libc::SYS_newfstatat,
-    libc::SYS_readlink,
-    libc::SYS_readlinkat,
-    libc::SYS_statx,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const MEMORY_FILES: [c_long; 5] = [
-    libc::SYS_fstat,
-    libc::SYS_fstatfs,
-    libc::SYS_lseek,
-    libc::SYS_readlinkat,
-    libc::SYS_statx,
-];
+list! {
+    /// Type and size of a file of guest memory, and its name for an error message.
+    MEMORY_FILES = [SYS_fstat, SYS_fstatfs, SYS_lseek, SYS_newfstatat, SYS_readlinkat, SYS_statx], "x86_64" [SYS_readlink]
+}
 
 /// Reading the root pointer of the guest's firmware, where the VMM has mapped it read-only.
 const FIRMWARE: [c_long; 1] = [libc::SYS_pread64];
@@ -280,63 +263,23 @@ const REOPEN: [c_long; 2] = [libc::SYS_dup3, libc::SYS_eventfd2];
 /// Recognizing and signalling eventfds of other processes (`process::peer_event`).
 const PEER_EVENTS: [c_long; 2] = [libc::SYS_io_submit, libc::SYS_io_getevents];
 
-/// Opening devices, reading sysfs, and creating listening sockets.
-#[cfg(target_arch = "x86_64")]
-const OPEN: [c_long; 11] = [
-    libc::SYS_bind,
-    libc::SYS_capget,
-    libc::SYS_capset,
-    libc::SYS_getdents64,
-    libc::SYS_kcmp,
-    libc::SYS_landlock_restrict_self,
-    libc::SYS_listen,
-    libc::SYS_open,
-    libc::SYS_openat,
-    libc::SYS_readlink,
-    libc::SYS_readlinkat,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const OPEN: [c_long; 9] = [
-    libc::SYS_bind,
-    libc::SYS_capget,
-    libc::SYS_capset,
-    libc::SYS_getdents64,
-    libc::SYS_kcmp,
-    libc::SYS_landlock_restrict_self,
-    libc::SYS_listen,
-    libc::SYS_openat,
-    libc::SYS_readlinkat,
-];
+list! {
+    /// Opening devices, reading sysfs, and creating listening sockets.
+    OPEN = [
+        SYS_bind, SYS_capget, SYS_capset, SYS_getdents64, SYS_kcmp, SYS_landlock_restrict_self, SYS_listen, SYS_openat,
+        SYS_readlinkat
+    ], "x86_64" [SYS_open, SYS_readlink]
+}
 
-/// Giving a socket its mode and its group.
-#[cfg(target_arch = "x86_64")]
-const SOCKET_RIGHTS: [c_long; 5] = [
-    libc::SYS_chmod,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_fchownat,
-    libc::SYS_lchown,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const SOCKET_RIGHTS: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_fchmodat, libc::SYS_fchownat];
+list! {
+    /// Giving a socket its mode and its group.
+    SOCKET_RIGHTS = [SYS_fchmod, SYS_fchmodat, SYS_fchownat], "x86_64" [SYS_chmod, SYS_lchown]
+}
 
-/// Writing a file and renaming it over another one. Landlock limits the folder.
-#[cfg(target_arch = "x86_64")]
-const TEXTFILE: [c_long; 4] = [
-    libc::SYS_fchmod,
-    libc::SYS_openat,
-    libc::SYS_rename,
-    libc::SYS_renameat2,
-];
-#[cfg(target_arch = "aarch64")]
-const TEXTFILE: [c_long; 4] = [
-    libc::SYS_fchmod,
-    libc::SYS_openat,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
-];
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-const TEXTFILE: [c_long; 3] = [libc::SYS_fchmod, libc::SYS_openat, libc::SYS_renameat2];
+list! {
+    /// Writing a file and renaming it over another one. Landlock limits the folder.
+    TEXTFILE = [SYS_fchmod, SYS_openat, SYS_renameat2], "x86_64" [SYS_rename], "aarch64" [SYS_renameat]
+}
 
 /// Starting the threads of a connection and creating its events. `clone` is in `threads_only`.
 const SPAWN: [c_long; 5] = [
@@ -348,18 +291,10 @@ const SPAWN: [c_long; 5] = [
     libc::SYS_set_tid_address,
 ];
 
-/// Removing the file of a socket if it is still the same.
-#[cfg(target_arch = "x86_64")]
-const REMOVE_SOCKETS: [c_long; 6] = [
-    libc::SYS_lstat,
-    libc::SYS_newfstatat,
-    libc::SYS_stat,
-    libc::SYS_statx,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-];
-#[cfg(not(target_arch = "x86_64"))]
-const REMOVE_SOCKETS: [c_long; 3] = [libc::SYS_newfstatat, libc::SYS_statx, libc::SYS_unlinkat];
+list! {
+    /// Removing the file of a socket if it is still the same.
+    REMOVE_SOCKETS = [SYS_newfstatat, SYS_statx, SYS_unlinkat], "x86_64" [SYS_lstat, SYS_stat, SYS_unlink]
+}
 
 fn everywhere() -> Vec<Call> {
     let bits = |flags: libc::c_int| u64::from(flags.unsigned_abs());
@@ -367,7 +302,7 @@ fn everywhere() -> Vec<Call> {
     let own = u64::from(std::process::id());
     let with = |call, argument| (call, Condition::With(argument));
     always(&EVERYWHERE)
-        .chain(always(&LOG))
+        .chain(always(LOG))
         .chain([
             // No executable memory.
             with(libc::SYS_mmap, Argument::HasNone(2, exec)),
@@ -397,17 +332,17 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     for child in [Role::VfioUser, Role::Export, Role::Resets, Role::Faults] {
         list.extend(calls(child, needs));
     }
-    list.extend(always(&OPEN));
+    list.extend(always(OPEN));
     list.push(stream_sockets());
     // A new thread drops capabilities that this one has kept.
     let ambient = Argument::Is(0, u64::from(libc::PR_CAP_AMBIENT.unsigned_abs()));
     list.push((libc::SYS_prctl, Condition::With(ambient)));
     list.extend(always(&SPAWN));
-    list.extend(always(&REMOVE_SOCKETS));
+    list.extend(always(REMOVE_SOCKETS));
     if needs.socket_rights {
-        list.extend(always(&SOCKET_RIGHTS));
+        list.extend(always(SOCKET_RIGHTS));
     }
-    list.extend(always(&MEMORY_FILES));
+    list.extend(always(MEMORY_FILES));
     list.extend(threads_only());
     list.extend(confine());
     list.extend(backends(needs));
@@ -423,7 +358,7 @@ fn backends(needs: &Needs) -> Vec<Call> {
         list.extend(always(&[libc::SYS_pread64, libc::SYS_pwrite64]));
     }
     if needs.emulated || needs.shadow {
-        list.extend(always(&WAIT));
+        list.extend(always(WAIT));
         list.extend(always(&MESSAGES));
     }
     if needs.shadow {
@@ -519,6 +454,7 @@ mod tests {
             libc::SYS_setuid,
             libc::SYS_setns,
             libc::SYS_unshare,
+            #[cfg(target_arch = "x86_64")]
             libc::SYS_chmod,
             libc::SYS_mkdirat,
             libc::SYS_renameat2,
