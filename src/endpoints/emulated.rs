@@ -13,7 +13,7 @@ use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::process::connector;
 use crate::process::sandbox::Needs;
-use crate::process::socket::{SocketRights, bind_for};
+use crate::process::socket::bind_for;
 use crate::topology::Topology;
 
 /// Whether the server of a device is connected.
@@ -42,17 +42,17 @@ const SLOW_CUT_OFFS: DeviceMetric = DeviceMetric {
     help: "Times the server of an emulated device was cut off for slow replies.",
 };
 
-/// Listens for the VMM's client of an emulated device, at a socket with the rights `access`.
+/// Listens for the VMM's client of an emulated device, at a socket with the configured rights.
 ///
 /// # Errors
 /// The socket cannot be made, or the system has no descriptor or thread left.
 pub fn open(
     device: &Emulated,
-    access: SocketRights,
+    config: &Config,
     topology: &Topology,
     faults: &Arc<FaultReporter>,
 ) -> io::Result<OpenDevice> {
-    let (listener, file) = bind_for(&device.listen, access)?;
+    let (listener, file) = bind_for(&device.listen, rights(config.socket_access))?;
     let endpoint = device.endpoint.endpoint_id();
     let info = topology.endpoint(endpoint);
     let regions = info.iter().flat_map(|info| info.reserved.iter());
@@ -66,6 +66,7 @@ pub fn open(
         },
         reserved: regions.map(|region| region.range).collect(),
         deadline: device.deadline,
+        answers_all_accesses: config.answers_all_accesses(),
     };
     let backend = VfioUser::start(emulated, listener, faults.clone())?;
     info!(
@@ -126,8 +127,12 @@ impl EndpointKind for EmulatedKind {
         if !connector::may_connect(&device.connect) {
             return Err(PlugError::OutOfReach(device.connect.clone()));
         }
-        let access = rights(plug.config.socket_access);
-        Ok(open(device, access, &plug.config.topology, plug.faults)?)
+        Ok(open(
+            device,
+            plug.config,
+            &plug.config.topology,
+            plug.faults,
+        )?)
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {

@@ -37,6 +37,7 @@ pub fn bind_export(
         let text = format!("endpoint {endpoint} cannot be exported: {cause}");
         io::Error::new(cause.kind(), text)
     })?;
+    let offered = offered.answering_all_accesses(config.answers_all_accesses());
     let host = devices.passthrough_at(endpoint).map(|p| p.host);
     let offered = match host.and_then(function_of) {
         Some(host) => offered.with_hot_reset(hot_resets, host)?,

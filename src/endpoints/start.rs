@@ -15,7 +15,6 @@ use super::hotplug::Hotplug;
 use super::kind::OpenDevice;
 use super::passthrough::{PassthroughDevices, PassthroughError};
 use super::shadow::ShadowError;
-use super::sockets::rights;
 use super::{emulated, exported, shadow};
 use crate::backends::DmaBackend;
 use crate::config::Config;
@@ -115,8 +114,7 @@ impl OpenedDevices {
             devices.push((passthrough.endpoint, device));
         }
         for configured in &config.devices.emulated {
-            let access = rights(config.socket_access);
-            let mut device = emulated::open(configured, access, iommu.topology(), &faults)
+            let mut device = emulated::open(configured, config, iommu.topology(), &faults)
                 .map_err(StartError::Socket)?;
             if let Some(backend) = device.backend.take() {
                 iommu

@@ -47,6 +47,7 @@ pub struct ExportedDevice {
     registered: Option<RegisteredDevice>,
     /// See [`Self::is_silent`].
     is_silent: Arc<AtomicBool>,
+    answers_all_accesses: bool,
     /// The client's windows, which are only checked: the VMM's memory table names the RAM, and the
     /// guest's mappings decide what the device reaches (`docs/export.md`).
     windows: ClientWindows,
@@ -93,8 +94,15 @@ impl ExportedDevice {
             irqs: ExportedIrqs::default(),
             registered: None,
             is_silent: Arc::default(),
+            answers_all_accesses: false,
             windows: ClientWindows::default(),
         })
+    }
+
+    /// Answers accesses that it would refuse, see [`ServedDevice::answers_all_accesses`].
+    pub fn answering_all_accesses(mut self, answers_all_accesses: bool) -> Self {
+        self.answers_all_accesses = answers_all_accesses;
+        self
     }
 
     /// Lets the device take part in hot resets of the daemon's devices. `function` is its place on the host.
@@ -172,6 +180,10 @@ impl ExportedDevice {
 impl ServedDevice for ExportedDevice {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn answers_all_accesses(&self) -> bool {
+        self.answers_all_accesses
     }
 
     fn negotiate(&mut self, _client: &Version, _answer: &mut Capabilities) {

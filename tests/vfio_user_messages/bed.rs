@@ -80,6 +80,15 @@ impl Bed {
     }
 
     pub fn with_deadline(isolation: Isolation, deadline: Duration) -> Self {
+        Self::with(isolation, deadline, false)
+    }
+
+    /// A bed whose clients take no refusal for an answer.
+    pub fn answering_all_accesses() -> Self {
+        Self::with(Isolation::Messages, DEADLINE, true)
+    }
+
+    fn with(isolation: Isolation, deadline: Duration, answers_all_accesses: bool) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
         let server_path = folder.path().join("server");
@@ -92,6 +101,7 @@ impl Bed {
             isolation,
             reserved: vec![range(0xfee0_0000, 0x10_0000)],
             deadline,
+            answers_all_accesses,
         };
         let listener = UnixListener::bind(&client_path).expect("a socket");
         let backend = VfioUser::start(device, listener, faults.clone()).expect("a backend");

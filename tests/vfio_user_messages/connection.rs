@@ -18,6 +18,7 @@ pub const DMA_MAP: u16 = 2;
 pub const DMA_UNMAP: u16 = 3;
 pub const GET_INFO: u16 = 4;
 pub const REGION_INFO: u16 = 5;
+pub const IRQ_INFO: u16 = 7;
 pub const SET_IRQS: u16 = 8;
 pub const REGION_READ: u16 = 9;
 pub const REGION_WRITE: u16 = 10;

@@ -33,11 +33,15 @@ struct DaemonBed {
 
 impl DaemonBed {
     fn new(isolation: &str) -> Self {
+        Self::with(Daemon::with_config, isolation)
+    }
+
+    fn with(start: fn(&str) -> Daemon, isolation: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
         let server_path = folder.path().join("server");
         let listener = UnixListener::bind(&server_path).expect("a socket");
-        let daemon = Daemon::with_config(&format!(
+        let daemon = start(&format!(
             "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = {{ listen = {client_path:?}, connect = {server_path:?}, \
              isolation = '{isolation}', deadline-ms = 15000 }}\n\
@@ -260,4 +264,22 @@ fn the_daemon_removes_its_socket_at_its_end() {
     bed.daemon.terminate();
     bed.daemon.wait_for_end();
     assert!(!bed.client_path.exists());
+}
+
+/// Only a VMM that needs the IOMMU itself over vfio-user may have a client that takes no refusal for an answer.
+#[test]
+fn the_transport_decides_whether_every_access_is_answered() {
+    for (start, errno) in [
+        (Daemon::with_config as fn(&str) -> Daemon, libc::EIO),
+        (Daemon::over_vfio_user, 0),
+    ] {
+        let bed = DaemonBed::with(start, "messages");
+        let (mut client, server) = bed.raw_pair();
+        drop(server);
+        let access = region(0x10, 0, 4, &[]);
+        let read = client.call(REGION_READ, &access, &[]);
+        let data = [&access[..], &[0xff; 4]].concat();
+        let expected = if errno == 0 { data } else { Vec::new() };
+        assert_eq!((read.errno(), read.body), (errno, expected));
+    }
 }

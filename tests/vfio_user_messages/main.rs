@@ -18,4 +18,5 @@ mod hostile;
 mod hotplug;
 mod reconnection;
 mod sockets;
+mod unclaimed;
 mod windows;

@@ -63,6 +63,8 @@ pub struct EmulatedDevice {
     pub reserved: Vec<IovaRange>,
     /// How long its server may take to answer while the guest waits.
     pub deadline: Duration,
+    /// See [`InterposerSettings::answers_all_accesses`].
+    pub answers_all_accesses: bool,
 }
 
 /// The backend.
@@ -110,6 +112,7 @@ impl VfioUser {
         let settings = InterposerSettings {
             name: device.name.clone(),
             server: device.server,
+            answers_all_accesses: device.answers_all_accesses,
         };
         let interposer = Interposer::start(settings, listener, link.clone(), space.clone())?;
         Ok(Self {

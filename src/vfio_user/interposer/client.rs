@@ -82,6 +82,9 @@ impl Proxy {
             client.refuse(&header, libc::ENOTSUP);
             return Ok(());
         };
+        if let Some(fixed) = &mut client.fixed {
+            fixed.record(&header, command, &message.body);
+        }
         match command {
             Command::Version => return Err("it sent VERSION twice".into()),
             Command::DmaRead | Command::DmaWrite => {

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::unclaimed::FixedReplies;
 use crate::vfio_user::client_windows::ClientWindows;
 use crate::vfio_user::irq_replay::IrqReplay;
 use crate::vfio_user::link::LinkStatus;
@@ -31,6 +32,8 @@ pub(super) struct ClientLeg {
     pub(super) stage: Stage,
     pub(super) windows: ClientWindows,
     pub(super) irqs: IrqReplay,
+    /// The commands that wait for replies, if the client takes no refusal.
+    pub(super) fixed: Option<FixedReplies>,
     /// The client has descriptors of the server, which are useless after that server is gone.
     pub(super) holds_descriptors: bool,
 }
@@ -67,7 +70,7 @@ pub(super) struct Twin {
 
 impl ClientLeg {
     /// A client that has just connected.
-    pub(super) fn new(socket: UnixStream) -> Self {
+    pub(super) fn new(socket: UnixStream, takes_no_refusal: bool) -> Self {
         Self {
             socket: Arc::new(socket),
             receiver: Receiver::default(),
@@ -75,6 +78,7 @@ impl ClientLeg {
             stage: Stage::Connected(Instant::now() + VERSION_DEADLINE),
             windows: ClientWindows::default(),
             irqs: IrqReplay::default(),
+            fixed: takes_no_refusal.then(FixedReplies::default),
             holds_descriptors: false,
         }
     }
@@ -104,6 +108,9 @@ impl ClientLeg {
         match done {
             Ok(()) if header.wants_no_reply() => {}
             Ok(()) => {
+                if let Some(fixed) = &mut self.fixed {
+                    fixed.forget(header.id);
+                }
                 let reply = header.reply_to(body.len()).with_body(body);
                 self.outbox.push(reply, Vec::new());
             }
@@ -113,7 +120,10 @@ impl ClientLeg {
 
     pub(super) fn refuse(&mut self, header: &Header, error: i32) {
         if !header.wants_no_reply() {
-            let reply = header.refusal_of(error).encode().to_vec();
+            let reply = match &mut self.fixed {
+                Some(fixed) => fixed.refusal(header, error),
+                None => header.refusal_of(error).encode().to_vec(),
+            };
             self.outbox.push(reply, Vec::new());
         }
     }

@@ -18,6 +18,8 @@ pub struct InterposerSettings {
     pub name: String,
     /// The socket of the device's server.
     pub server: PathBuf,
+    /// Whether clients may be of the kind that takes no refusal for an answer: each access then gets an answer.
+    pub answers_all_accesses: bool,
 }
 
 /// The state of the interposer's thread.

@@ -83,6 +83,15 @@ impl Proxy {
             ));
         }
         client.holds_descriptors |= !message.descriptors.is_empty();
+        let mut body = message.body;
+        if let Some(fixed) = &mut client.fixed {
+            if let Kind::Refusal(error) = message.header.kind {
+                let error = i32::try_from(error).unwrap_or(libc::EIO);
+                client.refuse(&client_header, error);
+                return Ok(());
+            }
+            body = fixed.complete(client_header.id, body);
+        }
         let reply = Header {
             id: client_header.id,
             ..message.header
@@ -90,7 +99,7 @@ impl Proxy {
         let descriptors = message.descriptors.into_iter().map(OutgoingFd::Owned);
         client
             .outbox
-            .push(reply.with_body(&message.body), descriptors.collect());
+            .push(reply.with_body(&body), descriptors.collect());
         Ok(())
     }
 

@@ -203,7 +203,7 @@ impl Proxy {
         match self.listener.accept() {
             Ok((socket, _)) => {
                 info_limited!("{}: a client has connected", self.settings.name);
-                self.client = Some(ClientLeg::new(socket));
+                self.client = Some(ClientLeg::new(socket, self.settings.answers_all_accesses));
                 self.link.set_client(true);
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
