@@ -144,7 +144,7 @@ impl Config {
 
 impl Config {
     /// Whether the VMM's vfio-user clients may be of the kind that takes no refusal for an answer, as cloud-hypervisor's.
-    /// Only such a VMM needs the IOMMU over vfio-user. For QEMU it makes no difference to the guest.
+    /// Only such a VMM needs the IOMMU over vfio-user.
     pub fn answers_all_accesses(&self) -> bool {
         self.transport == VmmTransport::VirtioPci
     }
