@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/setup.sh [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--print]
+# Usage: qemu-scripts/setup.sh [--arch ARCH] [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--print]
 #
 # Fills a cache outside the tree with everything that the guest tests need: QEMU, iasl, busybox, Debian's stock
 # kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does not use the network.
-# Writes the paths to CACHE/env, a file of KEY="value" lines.
+# Writes the paths to CACHE/env (arm64: CACHE/arm64/env), a file of KEY="value" lines.
 #
+#   --arch ARCH     the architecture of the emulated machines, amd64 or arm64. Default: amd64
 #   --kernels LIST  the kernels: 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning
-#                   of a version in the archive, as in "6.12 7". Default: "stable newest"
+#                   of a version in the archive, as in "6.12 7". Default: "stable newest". arm64 also has
+#                   'stable-16k' and 'newest-16k', with pages of 16 KiB; there the default is all four
 #   --host-kernel   also build the kernel of the L1 machine (see l1.sh) from Debian's source: 170 MB to download,
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
@@ -23,6 +25,7 @@
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/arch.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/tools.sh"
 . "$SCRIPTS/lib/kernels.sh"
@@ -31,10 +34,15 @@ set -euo pipefail
 . "$SCRIPTS/lib/initramfs.sh"
 . "$SCRIPTS/lib/debian-root.sh"
 
-kernels=$KERNELS_DEFAULT
+arch=amd64 kernels=
 print=no host_kernel=no debian=no firmware=no
 while [ $# -gt 0 ]; do
     case $1 in
+    --arch)
+        [ $# -ge 2 ] || die "--arch needs a value: amd64 or arm64"
+        arch=$2
+        shift
+        ;;
     --kernels)
         [ $# -ge 2 ] || die "--kernels needs a list, as in --kernels \"6.12 7\""
         kernels=$2
@@ -54,12 +62,19 @@ while [ $# -gt 0 ]; do
 done
 
 cache_open
+arch_open "$arch"
+if [ -z "$kernels" ]; then
+    kernels=$KERNELS_DEFAULT
+    [ "$ARCH" = amd64 ] || kernels=$KERNELS_DEFAULT_ARM64
+fi
 # First: without a compiler the downloads would be of no use.
-cc_ready -static
+arch_cc_ready -static
 cache_lock
 trap 'rm -rf "$CACHE"/tmp.*' EXIT
 apt_open
 tools_ready
+apt_open "$ARCH"
+guest_tools_ready
 
 entries=() storage_entries=() skipped=()
 for request in $kernels; do
@@ -70,8 +85,8 @@ for request in $kernels; do
     fi
     release=$(cat "$KERNEL_DIR/release")
     initramfs "$KERNEL_DIR"
-    # The name is the release's first two numbers: 6.12.107+deb13-amd64 is '6.12'.
-    name=$(echo "$release" | sed -E 's/^([0-9]+\.[0-9]+).*/\1/')
+    # The name is the release's first two numbers: 6.12.107+deb13-amd64 is '6.12', 6.12.107+deb13-arm64-16k '6.12-16k'.
+    name=$(echo "$release" | sed -E 's/^([0-9]+\.[0-9]+)[^-]*(-(amd|arm)64)?(-16k)?.*/\1\4/')
     entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
     storage_initramfs "$KERNEL_DIR"
     storage_entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
@@ -85,7 +100,7 @@ if [ $host_kernel = yes ]; then
 fi
 # CACHE/env names the L1 machine whenever its kernel exists, also without --host-kernel.
 host_entries=
-if host_kernel_there; then
+if [ "$ARCH" = amd64 ] && host_kernel_there; then
     initramfs "$HOST_KERNEL_DIR"
     host_entries="VIOMMU_HOST_KERNEL=\"$HOST_KERNEL_DIR/vmlinuz\"
 VIOMMU_HOST_KERNEL_RELEASE=\"$(cat "$HOST_KERNEL_DIR/release")\"
@@ -100,7 +115,7 @@ if [ $debian = yes ]; then
     debian_root_ready "$image" "$storage"
 fi
 debian_entry=
-if debian_root_there; then
+if [ "$ARCH" = amd64 ] && debian_root_there; then
     debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
 fi
 
@@ -108,16 +123,18 @@ if [ $firmware = yes ]; then
     firmware_ready
 fi
 firmware_entries=
-if firmware_there; then
+if [ "$ARCH" = amd64 ] && firmware_there; then
     firmware_entries="VIOMMU_OVMF_CODE=\"$FIRMWARE/usr/share/OVMF/OVMF_CODE_4M.fd\"
 VIOMMU_OVMF_VARS=\"$FIRMWARE/usr/share/OVMF/OVMF_VARS_4M.fd\"
 VIOMMU_GRUB=\"$FIRMWARE/BOOTX64.EFI\""
 fi
 
 # shellcheck disable=SC2046 # a list
-cat "$CACHE"/sysroot/*/versions "$CACHE"/kernels/*/versions $(compgen -G "$CACHE/debian/*/versions") | sort -u | write_file "$CACHE/versions"
-write_file "$CACHE/env" <<ENV
-VIOMMU_QEMU="$CACHE/bin/qemu-system-x86_64"
+cat "$CACHE"/sysroot/*/versions "$ARCH_CACHE"/kernels/*/versions $(compgen -G "$ARCH_CACHE/debian/*/versions") | sort -u |
+    write_file "$ARCH_CACHE/versions"
+write_file "$ARCH_CACHE/env" <<ENV
+VIOMMU_ARCH="$ARCH"
+VIOMMU_QEMU="$CACHE/bin/qemu-system-$ARCH_QEMU"
 VIOMMU_QEMU_VERSION="$QEMU_VERSION"
 VIOMMU_IASL="$CACHE/bin/iasl"
 VIOMMU_BUSYBOX="$CACHE/bin/busybox"
@@ -135,9 +152,9 @@ done
 if [ -n "$host_entries" ]; then
     say "kernel of L1 ($(cat "$HOST_KERNEL_DIR/release"))"
 fi
-say "ready: $CACHE/env"
+say "ready: $ARCH_CACHE/env"
 if [ $print = yes ]; then
-    cat "$CACHE/env"
+    cat "$ARCH_CACHE/env"
 fi
 # The caller has named a kernel that is missing: fail at the end.
 [ ${#skipped[@]} -eq 0 ] || die "left out: ${skipped[*]}"

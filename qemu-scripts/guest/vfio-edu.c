@@ -6,7 +6,6 @@
 // The program compares every page byte by byte with its contents before the copy: a DMA to a wrong place shows as a
 // change of a page that the command did not name.
 
-#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -22,6 +21,9 @@
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #define PAGE 4096ul
 #define PAGES 64u           // of the buffer
@@ -132,8 +134,10 @@ static struct vfio_region_info region(unsigned index)
 // pwrite), so that no page fault comes between.
 static void leave_guest(void)
 {
+#ifdef __x86_64__
     unsigned a, b, c, d;
     __cpuid(0, a, b, c, d);
+#endif
 }
 
 static uint32_t load32(unsigned at)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# A private APT root inside the cache. It resolves and downloads Debian packages of a release that may differ from
+# A private APT root inside the cache, one for each architecture. It resolves and downloads Debian packages of a release that may differ from
 # the host's, checks their signatures, and never touches the host's own package state. Needs no root.
 
 APT_SUITES="trixie trixie-backports"
@@ -21,11 +21,15 @@ apt_mirror() {
     printf '%s\n' "${found%/}"
 }
 
-# apt_open: writes the configuration, exports APT_CONFIG and sets APT_MIRROR. Does not use the network. A missing mirror
-# is no error here: a warm cache does not need one.
+# apt_open [ARCH]: makes the APT root for packages of ARCH (default: amd64) the one that all functions here use. Writes
+# its configuration, exports APT_CONFIG, sets APT_ROOT and APT_MIRROR. Does not use the network. A missing mirror is no
+# error here: a warm cache does not need one.
 apt_open() {
-    local tool root=$CACHE/apt suite
-    [ "$(uname -m)" = x86_64 ] || die "the test guests are x86-64 only; this machine is $(uname -m)"
+    local tool arch=${1:-amd64} root suite
+    root=$CACHE/apt
+    [ "$arch" = amd64 ] || root=$CACHE/$arch/apt
+    APT_ROOT=$root
+    [ "$(uname -m)" = x86_64 ] || die "the emulated machines run on x86-64 only; this machine is $(uname -m)"
     for tool in apt-get apt-cache apt-config dpkg-deb; do
         have "$tool" || die "$tool not found: these scripts get their guests from Debian packages and need a Debian 12 or newer"
     done
@@ -35,7 +39,7 @@ apt_open() {
     : >"$root/etc/preferences"
     APT_MIRROR=$(apt_mirror)
     for suite in ${APT_MIRROR:+$APT_SUITES}; do
-        echo "deb [arch=amd64 signed-by=$APT_KEYRING] $APT_MIRROR $suite main"
+        echo "deb [arch=$arch signed-by=$APT_KEYRING] $APT_MIRROR $suite main"
     done | write_file "$root/etc/sources.list"
     {
         # Take over only the host's proxy settings. The host's hooks expect root.
@@ -55,8 +59,8 @@ Dir::Etc::preferences "preferences";
 Dir::Etc::preferencesparts "none";
 Dir::Etc::parts "none";
 Dir::Etc::main "absent";
-APT::Architecture "amd64";
-APT::Architectures { "amd64"; };
+APT::Architecture "$arch";
+APT::Architectures { "$arch"; };
 APT::Install-Recommends "false";
 APT::Sandbox::User "root";
 Acquire::Retries "5";
@@ -68,13 +72,13 @@ CONF
 }
 
 apt_update() {
-    local log=$CACHE/apt/log/update
+    local log=$APT_ROOT/log/update
     [ -n "$APT_MIRROR" ] ||
         die "no Debian mirror: the APT sources of this machine name none; set VIOMMU_MIRROR to the URL of one, as in http://HOST/debian"
     say "fetching Debian's package lists from $APT_MIRROR ..."
-    rm -f "$CACHE/apt/updated"
+    rm -f "$APT_ROOT/updated"
     if apt-get update --error-on=any >"$log" 2>&1; then
-        cp "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated"
+        cp "$APT_ROOT/etc/sources.list" "$APT_ROOT/updated"
         return
     fi
     sed 's/^/    /' "$log" >&2
@@ -85,13 +89,13 @@ apt_update() {
 }
 
 apt_lists_ready() {
-    cmp -s "$CACHE/apt/etc/sources.list" "$CACHE/apt/updated" 2>/dev/null || apt_update
+    cmp -s "$APT_ROOT/etc/sources.list" "$APT_ROOT/updated" 2>/dev/null || apt_update
 }
 
 # apt_retry COMMAND...: runs the command; if it fails, fetches new package lists and runs it once more. The archive
 # replaces packages, so a failure may only mean that the lists are old.
 apt_retry() {
-    local log=$CACHE/apt/log/fetch
+    local log=$APT_ROOT/log/fetch
     apt_lists_ready
     "$@" >"$log" 2>&1 && return
     say "the download failed; trying again with new package lists ..."

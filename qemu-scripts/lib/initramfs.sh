@@ -13,8 +13,8 @@ guest_programs() {
         [ -e "$source" ] || continue
         name=$(basename "$source" .c)
         # shellcheck disable=SC2086 # a list
-        cc $GUEST_CFLAGS -o "$2/$name" "$source" || die "cannot compile $source (output above)"
-        strip "$2/$name" 2>/dev/null || true
+        "$ARCH_CC" $GUEST_CFLAGS -o "$2/$name" "$source" || die "cannot compile $source (output above)"
+        "$ARCH_TRIPLE-strip" "$2/$name" 2>/dev/null || true
     done
 }
 
@@ -25,7 +25,7 @@ initramfs() {
     [ -e "$init" ] || init=$SCRIPTS/lib/init-boot-only
     release=$(cat "$kernel/release")
     key=$(initramfs_key "$kernel/modules" "$init" "$SCRIPTS/guest")
-    INITRAMFS=$CACHE/initramfs/$release-$key.cpio
+    INITRAMFS=$ARCH_CACHE/initramfs/$release-$key.cpio
     if [ -e "$INITRAMFS" ]; then
         touch "$INITRAMFS"
         return
@@ -40,11 +40,12 @@ initramfs() {
 }
 
 # storage_initramfs KERNEL_DIR: sets INITRAMFS to the path of the initramfs of a guest with a disk. Call initramfs with
-# this kernel before: its file is the first part of the new one.
+# this kernel before: its file is the first part of the new one. Guests of another architecture than this machine's get
+# no e2fsprogs.
 storage_initramfs() {
     local kernel=$1 base=$INITRAMFS sysroot=$CACHE/sysroot/storage stage root key
     key=$(initramfs_key "$base" "$kernel/storage" "$SCRIPTS/guest/storage" "$sysroot/versions")
-    INITRAMFS=$CACHE/initramfs/$(cat "$kernel/release")-storage-$key.cpio
+    INITRAMFS=$ARCH_CACHE/initramfs/$(cat "$kernel/release")-storage-$key.cpio
     if [ -e "$INITRAMFS" ]; then
         touch "$INITRAMFS"
         return
@@ -55,7 +56,9 @@ storage_initramfs() {
     cp "$kernel"/storage/* "$root/lib/modules/storage/"
     guest_programs "$SCRIPTS/guest/storage" "$root/bin"
     cp "$SCRIPTS/guest/storage/load-storage" "$root/bin/"
-    guest_e2fsprogs "$sysroot" "$root"
+    if [ "$ARCH" = amd64 ]; then
+        guest_e2fsprogs "$sysroot" "$root"
+    fi
     chmod -R u=rwX,go=rX "$root"
     chmod 755 "$root"/bin/*
     {
@@ -83,7 +86,7 @@ guest_e2fsprogs() {
 # l1_initramfs: sets INITRAMFS to the path of the L1 machine's initramfs, which fits every kernel.
 l1_initramfs() {
     local stage
-    INITRAMFS=$CACHE/initramfs/l1-$(initramfs_key "$SCRIPTS/l1/init").cpio
+    INITRAMFS=$ARCH_CACHE/initramfs/l1-$(initramfs_key "$SCRIPTS/l1/init").cpio
     if [ -e "$INITRAMFS" ]; then
         touch "$INITRAMFS"
         return
@@ -96,7 +99,7 @@ l1_initramfs() {
 # initramfs_key PART...: prints the hash of the parts of an initramfs, busybox and this file included.
 initramfs_key() {
     # The names count, too: a renamed program changes the initramfs.
-    find "$CACHE/bin/busybox" "$@" "${BASH_SOURCE[0]}" -type f -exec sha256sum {} + 2>/dev/null |
+    find "$GUEST_BUSYBOX" "$@" "${BASH_SOURCE[0]}" -type f -exec sha256sum {} + 2>/dev/null |
         LC_ALL=C sort | sha256_of | cut -c 1-12 || true
 }
 
@@ -104,7 +107,7 @@ initramfs_key() {
 initramfs_pack() {
     local stage=$1 init=$2 root=$1/root name
     mkdir -p "$root"/{dev,proc,sys,run,tmp,etc}
-    cp "$CACHE/bin/busybox" "$root/bin/busybox"
+    cp "$GUEST_BUSYBOX" "$root/bin/busybox"
     "$CACHE/bin/busybox" --list | while read -r name; do
         # A guest program replaces an applet of its name.
         [ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
@@ -115,11 +118,11 @@ initramfs_pack() {
     chmod -R u=rwX,go=rX "$root"
     chmod 755 "$root/init"
     cpio_of "$root" >"$stage/initramfs"
-    mkdir -p "$CACHE/initramfs"
+    mkdir -p "$ARCH_CACHE/initramfs"
     mv -f "$stage/initramfs" "$INITRAMFS"
     rm -rf "$stage"
     # Other trees may use their own files: remove only those that have been unused for a week.
-    find "$CACHE/initramfs" -name '*.cpio' -mtime +7 -delete
+    find "$ARCH_CACHE/initramfs" -name '*.cpio' -mtime +7 -delete
 }
 
 # cpio_of ROOT: prints ROOT as an archive for the kernel. Not compressed: an emulated guest unpacks more slowly than it

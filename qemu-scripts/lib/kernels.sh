@@ -5,6 +5,7 @@
 # Fetches Debian's stock kernels for the guests: the image, and the few modules that the guests load.
 
 KERNELS_DEFAULT="stable newest"
+KERNELS_DEFAULT_ARM64="stable newest stable-16k newest-16k"
 # The guest loads these modules in this order, each behind its dependencies. A module that is built in or unknown to a
 # kernel is left out.
 KERNEL_MODULES="virtio_pci virtio_iommu vfio vfio_iommu_type1 vfio_pci e1000e"
@@ -16,7 +17,7 @@ KERNEL_OPTIONS="VIRTIO_IOMMU ACPI_VIOT VFIO_PCI VFIO_IOMMU_TYPE1"
 # kernel_releases: prints the releases that are complete in the archive, oldest first. Newer kernels are split into
 # several packages. When the archive replaces a kernel, it may keep some packages of the old one.
 kernel_releases() {
-    apt-cache pkgnames linux- | sed -nE 's/^linux-(image|binary|modules|base)-([0-9].*)-amd64$/\1 \2/p' |
+    apt-cache pkgnames linux- | sed -nE "s/^linux-(image|binary|modules|base)-([0-9].*)-$ARCH\$/\\1 \\2/p" |
         awk '{ has[$1, $2] = 1; seen[$2] = 1 }
             END {
                 for (r in seen)
@@ -26,10 +27,14 @@ kernel_releases() {
 }
 
 # kernel_packages REQUEST: prints the packages that hold the kernel, one a line; none if there is no such kernel.
-# REQUEST is 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning of a version.
+# REQUEST is 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning of a version; 'stable-16k' and
+# 'newest-16k' are arm64's kernels with pages of 16 KiB.
 kernel_packages() {
-    local suite releases release
+    local suite releases release flavour=$ARCH
     case $1 in
+    *-16k) flavour+=-16k ;;
+    esac
+    case ${1%-16k} in
     stable) suite=trixie ;;
     newest) suite=trixie-backports ;;
     *)
@@ -42,11 +47,11 @@ kernel_packages() {
             return
         fi
         apt-cache pkgnames linux- |
-            grep -xF "$(printf "linux-%s-$release-amd64\n" base binary image modules)" | sort
+            grep -xF "$(printf "linux-%s-$release-$ARCH\n" base binary image modules)" | sort
         return
         ;;
     esac
-    apt-get install --print-uris -qq -t "$suite" "linux-image-amd64/$suite" | awk '{ print $2 }' |
+    apt-get install --print-uris -qq -t "$suite" "linux-image-$flavour/$suite" | awk '{ print $2 }' |
         grep -E '^linux-(image|binary|modules|base)-[0-9]' | sed 's/_.*//'
 }
 
@@ -124,12 +129,12 @@ kernel_unpack() {
 kernel_ready() {
     local request=$1 dir debs packages
     case $request in
-    *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: give the beginning of a version, 'stable' or 'newest'" ;;
+    *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: see --kernels in qemu-scripts/setup.sh --help" ;;
     esac
     KERNEL_DIR=
-    dir=$CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
+    dir=$ARCH_CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
     if [ ! -e "$dir/versions" ]; then
-        debs=$CACHE/kernels/debs/$request
+        debs=$ARCH_CACHE/kernels/debs/$request
         if [ ! -e "$debs/complete" ]; then
             apt_lists_ready
             packages=$(kernel_packages "$request")

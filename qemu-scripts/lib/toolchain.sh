@@ -10,20 +10,37 @@ RUST_PACKAGES="rustc cargo rustfmt rust-clippy ca-certificates"
 # root, and otherwise fails with the command.
 # shellcheck disable=SC2119,SC2120 # the caller with arguments is in another file
 cc_ready() {
-    local install="apt-get install -y gcc libc6-dev"
-    cc_links "$@" && return
-    [ "$(id -u)" = 0 ] || die "no C compiler that can link${*:+ with $*}: run '$install' as root"
-    say "installing a C compiler ..."
-    apt_host_install gcc libc6-dev
-    cc_links "$@" || die "cc still cannot link${*:+ with $*}: see what '$install' says"
+    compiler_ready cc "gcc libc6-dev" "$@"
 }
 
-cc_links() {
-    local probe status=0
-    have cc || return 1
+# arch_cc_ready [FLAG...]: the same for ARCH_CC, the compiler for the emulated machines.
+arch_cc_ready() {
+    case $ARCH in
+    amd64) cc_ready "$@" ;;
+    arm64) compiler_ready "$ARCH_CC" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross" "$@" ;;
+    esac
+}
+
+# compiler_ready COMPILER PACKAGES [FLAG...]: PACKAGES are the packages of Debian that have it.
+compiler_ready() {
+    local compiler=$1 packages=$2 install="apt-get install -y $2"
+    shift 2
+    compiler_links "$compiler" "$@" && return
+    [ "$(id -u)" = 0 ] || die "no $compiler that can link${*:+ with $*}: run '$install' as root"
+    say "installing a C compiler ($packages) ..."
+    # shellcheck disable=SC2086 # a list
+    apt_host_install $packages
+    compiler_links "$compiler" "$@" || die "$compiler still cannot link${*:+ with $*}: see what '$install' says"
+}
+
+# compiler_links COMPILER [FLAG...]: whether it can.
+compiler_links() {
+    local compiler=$1 probe status=0
+    shift
+    have "$compiler" || return 1
     probe=$(mktemp -d)
     echo 'int main(void) { return 0; }' >"$probe/probe.c"
-    cc "$@" -o "$probe/probe" "$probe/probe.c" 2>/dev/null || status=1
+    "$compiler" "$@" -o "$probe/probe" "$probe/probe.c" 2>/dev/null || status=1
     rm -rf "$probe"
     return $status
 }

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), e2fsprogs for the guests, and a
-# UEFI firmware with a boot loader.
+# Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), busybox and e2fsprogs for the
+# guests, and a UEFI firmware with a boot loader.
 
 QEMU_OLDEST=10.2
 QEMU_DEVICE=vhost-user-test-device-pci
@@ -21,27 +21,30 @@ qemu_suits() {
     grep -q "\"$QEMU_DEVICE\"" <<<"$("$1" -device help 2>/dev/null)"
 }
 
-# tools_qemu: takes the host's own QEMU if it is suitable, or else unpacks Debian's newest beside the system.
+# tools_qemu: takes the host's own QEMU for ARCH if it is suitable, or else unpacks Debian's newest beside the system.
 tools_qemu() {
-    local found sysroot=$CACHE/sysroot/qemu
-    found=$(type -P qemu-system-x86_64 || true)
-    if [ -n "$found" ] && [ "$found" != "$CACHE/bin/qemu-system-x86_64" ] && qemu_suits "$found"; then
-        printf '#!/bin/sh\nexec %s "$@"\n' "$found" | install_wrapper qemu-system-x86_64
+    local found sysroot=$CACHE/sysroot/qemu package=qemu-system-x86 program=qemu-system-$ARCH_QEMU
+    if [ "$ARCH" = arm64 ]; then
+        sysroot=$CACHE/sysroot/qemu-arm package=qemu-system-arm
+    fi
+    found=$(type -P "$program" || true)
+    if [ -n "$found" ] && [ "$found" != "$CACHE/bin/$program" ] && qemu_suits "$found"; then
+        printf '#!/bin/sh\nexec %s "$@"\n' "$found" | install_wrapper "$program"
         QEMU_ORIGIN=$found
         return
     fi
     if [ ! -e "$sysroot/versions" ]; then
         say "downloading QEMU (about 40 MB) ..."
-        apt_sysroot "$sysroot" trixie-backports qemu-system-x86
+        apt_sysroot "$sysroot" trixie-backports "$package"
     fi
     # shellcheck disable=SC2016 # expanded when the wrapper runs
-    in_sysroot_wrapper "$sysroot" /usr/bin/qemu-system-x86_64 \
+    in_sysroot_wrapper "$sysroot" "/usr/bin/$program" \
         'export QEMU_MODULE_DIR=$S/usr/lib/x86_64-linux-gnu/qemu' \
         '-L $S/usr/share/qemu -L $S/usr/share/seabios -L $S/usr/lib/ipxe/qemu' |
-        install_wrapper qemu-system-x86_64
+        install_wrapper "$program"
     QEMU_ORIGIN="Debian's package"
-    qemu_suits "$CACHE/bin/qemu-system-x86_64" ||
-        die "QEMU $(qemu_version "$CACHE/bin/qemu-system-x86_64" || true) of trixie-backports has no $QEMU_DEVICE (QEMU $QEMU_OLDEST or newer has it): put such a QEMU on PATH, or remove $sysroot to fetch the archive's present one"
+    qemu_suits "$CACHE/bin/$program" ||
+        die "QEMU $(qemu_version "$CACHE/bin/$program" || true) of trixie-backports has no $QEMU_DEVICE (QEMU $QEMU_OLDEST or newer has it): put such a QEMU on PATH, or remove $sysroot to fetch the archive's present one"
 }
 
 tools_small() {
@@ -51,8 +54,22 @@ tools_small() {
         apt_sysroot "$sysroot" trixie busybox-static acpica-tools
     fi
     in_sysroot_wrapper "$sysroot" /usr/bin/iasl | install_wrapper iasl
-    # The static busybox runs on the host and in the guests.
+    # The static busybox runs on the host and in the guests of its architecture.
     install_wrapper busybox <"$sysroot/usr/bin/busybox"
+}
+
+# guest_tools_ready: sets GUEST_BUSYBOX, a static busybox that runs in machines of ARCH. The APT root of ARCH must be open.
+guest_tools_ready() {
+    GUEST_BUSYBOX=$CACHE/bin/busybox
+    if [ "$ARCH" = amd64 ]; then
+        return
+    fi
+    local sysroot=$ARCH_CACHE/sysroot/busybox
+    if [ ! -e "$sysroot/versions" ]; then
+        say "downloading busybox for $ARCH (about 1 MB) ..."
+        apt_sysroot "$sysroot" trixie busybox-static
+    fi
+    GUEST_BUSYBOX=$sysroot/usr/bin/busybox
 }
 
 # tools_storage: fetches the programs that make file systems in guests; they go into the initramfs.
@@ -92,11 +109,11 @@ firmware_ready() {
     rm -rf "$stage"
 }
 
-# tools_ready: fills CACHE/bin and sets QEMU_VERSION.
+# tools_ready: fills CACHE/bin with the host's programs and sets QEMU_VERSION. The APT root of amd64 must be open.
 tools_ready() {
     tools_small
     tools_storage
     tools_qemu
-    QEMU_VERSION=$(qemu_version "$CACHE/bin/qemu-system-x86_64")
+    QEMU_VERSION=$(qemu_version "$CACHE/bin/qemu-system-$ARCH_QEMU")
     say "QEMU $QEMU_VERSION ($QEMU_ORIGIN)"
 }
