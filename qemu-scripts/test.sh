@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/test.sh [--list] [--quick] [SUITE...]
+# Usage: qemu-scripts/test.sh [--arch ARCH] [--list] [--quick] [SUITE...]
 #
 # Runs the named test suites, or all of them. Fetches their requirements first (see setup.sh): no root, no KVM.
 # The last line is 'N passed, N failed', the sum over all suites; the exit status is 0 only if nothing failed.
@@ -15,6 +15,8 @@
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
 #                killed, watched
 #
+#   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
+#                cross-built, and run under emulation
 #   --list       print the suites' names, run nothing
 #   --quick      leave out the tests that need a VM: guest, passthrough, emulated, and the services of operations
 #
@@ -25,6 +27,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
+. "$SCRIPTS/lib/arm64-suites.sh"
 
 ALL_SUITES="unit hostile guest passthrough emulated operations"
 NEED_VM="guest passthrough emulated"
@@ -199,13 +202,25 @@ suite_operations() {
         --file "$package" --file "$LOGS/operations" -- ./operations --ignored --test-threads=1
 }
 
-quick=no suites=()
+# suite_function SUITE: prints the function that runs the suite's part for the processor; nothing if there is none.
+suite_function() {
+    local function=suite_$1
+    [ $arch = amd64 ] || function=${arch}_$1
+    declare -F "$function" || true
+}
+
+arch=amd64 list=no quick=no suites=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --list)
-        tr " " "\n" <<<"$ALL_SUITES"
-        exit 0
+    --arch)
+        [ $# -ge 2 ] || die "--arch needs a value: see $0 --help"
+        case $2 in
+        amd64 | arm64) arch=$2 ;;
+        *) die "unknown architecture '$2': give amd64 or arm64" ;;
+        esac
+        shift
         ;;
+    --list) list=yes ;;
     --quick) quick=yes ;;
     -h | --help)
         usage
@@ -219,8 +234,21 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+all=()
+for suite in $ALL_SUITES; do
+    if [ -n "$(suite_function "$suite")" ]; then
+        all+=("$suite")
+    fi
+done
+if [ $list = yes ]; then
+    printf '%s\n' "${all[@]}"
+    exit 0
+fi
+for suite in "${suites[@]}"; do
+    [[ " ${all[*]} " == *" $suite "* ]] || die "the suite $suite has no part for $arch: give one of ${all[*]}"
+done
 if [ ${#suites[@]} -eq 0 ]; then
-    read -ra suites <<<"$ALL_SUITES"
+    suites=("${all[@]}")
 fi
 
 cache_open
@@ -232,6 +260,9 @@ mkdir -p "$LOGS"
 export CARGO_TERM_COLOR=never
 
 toolchain_ready
+if [ $arch != amd64 ]; then
+    cross_ready || die "$CROSS_LACKS"
+fi
 setup=()
 if [ $quick = no ]; then
     for suite in "${suites[@]}"; do
@@ -243,6 +274,7 @@ if [ $quick = no ]; then
     done
 fi
 if [ ${#setup[@]} -gt 0 ]; then
+    [ $arch = amd64 ] || setup+=(--arch $arch)
     "$SCRIPTS/setup.sh" ${VIOMMU_GUEST_KERNELS:+--kernels "$VIOMMU_GUEST_KERNELS"} "${setup[@]}" >"$LOGS/env"
     set -a
     # shellcheck source=/dev/null
@@ -261,7 +293,7 @@ for suite in "${suites[@]}"; do
     fi
     say "=== $suite"
     begun=$SECONDS
-    "suite_$suite"
+    "$(suite_function "$suite")"
     times+=("$suite: $((SECONDS - begun)) s")
 done
 

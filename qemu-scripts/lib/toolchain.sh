@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
 # Finds the machine's C compiler, and a Rust toolchain new enough for Cargo.toml: the machine's own, or else Debian's,
-# run in place from the cache.
+# run in place from the cache. Prepares both for builds for arm64, and fetches the program that runs the results here.
 
 RUST_PACKAGES="rustc cargo rustfmt rust-clippy ca-certificates"
 
@@ -123,6 +123,52 @@ toolchain_ready() {
     rust_suits || die "the Rust of trixie-backports ($(rustc --version 2>&1 || true)) does not run or is older than $(rust_wanted): install a newer cargo and rustc and put them on PATH"
     say "$(cargo --version) (Debian's package)"
     cc_ready
+}
+
+CROSS_TARGET=aarch64-unknown-linux-gnu
+
+# cross_ready: prepares cargo for builds with --target CROSS_TARGET; call toolchain_ready before. False if a part cannot be
+# had. CROSS_LACKS then says which part, and the cure.
+cross_ready() {
+    local install="apt-get install -y gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+    CROSS_LACKS=
+    if ! have aarch64-linux-gnu-gcc; then
+        CROSS_LACKS="no C compiler for arm64: run '$install' as root"
+        [ "$(id -u)" = 0 ] || return 1
+        say "installing a C compiler for arm64 ..."
+        (apt_host_install gcc-aarch64-linux-gnu libc6-dev-arm64-cross) || return 1
+    fi
+    if ! cross_std_there && have rustup; then
+        say "adding Rust's target $CROSS_TARGET ..."
+        rustup target add "$CROSS_TARGET" >/dev/null 2>&1 || true
+    fi
+    if ! cross_std_there; then
+        CROSS_LACKS="Rust's standard library for $CROSS_TARGET not found: run 'rustup target add $CROSS_TARGET'"
+        return 1
+    fi
+    CROSS_LACKS=
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+}
+
+cross_std_there() {
+    [ -d "$(rustc --print sysroot)/lib/rustlib/$CROSS_TARGET/lib" ]
+}
+
+# qemu_user_ready: sets QEMU_USER to a program that runs static programs for arm64 on this machine. Not the machine's own
+# one: versions differ in the system calls that they lack, and the tests know those of one version.
+qemu_user_ready() {
+    local sysroot=$CACHE/sysroot/qemu-user
+    # A subshell, so that the lock ends with the download.
+    (
+        [ ! -e "$sysroot/versions" ] || exit 0
+        cache_lock
+        [ ! -e "$sysroot/versions" ] || exit 0
+        say "downloading QEMU for programs (about 71 MB) ..."
+        apt_open
+        apt_sysroot "$sysroot" trixie-backports qemu-user
+        find "$sysroot/usr/bin" -type f ! -name qemu-aarch64 -delete
+    )
+    QEMU_USER=$sysroot/usr/bin/qemu-aarch64
 }
 
 # built_program NAME BUILD...: prints the path of the test or bench that the cargo command BUILD has already built.
