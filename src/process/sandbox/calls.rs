@@ -278,7 +278,7 @@ list! {
 
 list! {
     /// Writing a file and renaming it over another one. Landlock limits the folder.
-    TEXTFILE = [SYS_fchmod, SYS_openat, SYS_renameat2], "x86_64" [SYS_rename], "aarch64" [SYS_renameat]
+    TEXTFILE = [SYS_fchmod, SYS_openat, SYS_renameat2], "x86_64" [SYS_open, SYS_rename], "aarch64" [SYS_renameat]
 }
 
 /// Starting the threads of a connection and creating its events. `clone` is in `threads_only`.

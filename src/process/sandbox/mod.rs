@@ -14,6 +14,8 @@ mod calls;
 mod files;
 mod filter;
 mod privileges;
+#[cfg(test)]
+mod processors;
 mod protection;
 mod role;
 mod system;
