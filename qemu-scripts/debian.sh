@@ -8,44 +8,43 @@
 # the end. The command starts in /host, which holds the files of --file. Needs no root and no KVM. Fetches and
 # builds missing parts first (see setup.sh --debian).
 #
+#   --arch ARCH     amd64 (the default) or arm64
 #   --file PATH     copy this file to /host; repeatable
 #   --set NAME=TEXT an environment variable of the command; repeatable
-#   --devices       give the machine an emulated VT-d and two edu devices, bound to vfio-pci: 0000:00:10.0, 0000:00:11.0
+#   --devices       give the machine an emulated IOMMU (VT-d or SMMUv3) and two edu devices, bound to vfio-pci:
+#                   0000:00:10.0, 0000:00:11.0
 #   --memory SIZE   default: 1G
+#   --processors N  default: 2
 #   --timeout S     stop the machine after so many seconds, status 124; default: 300
 #   --log FILE      keep the messages of its kernel and of systemd there. Default: keep them in a temporary file if
 #                   the command fails
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/arch.sh"
 . "$SCRIPTS/lib/initramfs.sh"
 . "$SCRIPTS/lib/debian-root.sh"
 
-memory=1G limit=300 log='' append='' files=() variables=() devices=()
+arch=amd64 memory=1G processors=2 limit=300 log='' with_devices=no files=() variables=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --file | --set | --memory | --timeout | --log)
+    --arch | --file | --set | --memory | --processors | --timeout | --log)
         [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
         case $1 in
         --file)
             [ -r "$2" ] || die "$2 cannot be read; give --file the path of a file"
             files+=("$2")
             ;;
+        --arch) arch=$2 ;;
         --set) variables+=("$2") ;;
         --memory) memory=$2 ;;
+        --processors) processors=$2 ;;
         --timeout) limit=$2 ;;
         --log) log=$2 ;;
         esac
         shift
         ;;
-    --devices)
-        devices=(-device intel-iommu,intremap=on,aw-bits=48,snoop-control=on)
-        for at in 10.0 11.0; do
-            # The mask allows the devices DMA to every address.
-            devices+=(-device "edu,dma_mask=0xffffffffffffffff,addr=$at")
-        done
-        append="intel_iommu=on,sm_off viommu.vfio=1234:11e8"
-        ;;
+    --devices) with_devices=yes ;;
     -h | --help)
         usage
         exit 0
@@ -61,13 +60,14 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || die "no command: see $0 --help"
 
-if [ -z "${VIOMMU_DEBIAN_DISK:-}" ]; then
-    setup=$("$SCRIPTS/setup.sh" --debian --print)
+cache_open
+arch_open "$arch"
+if [ -z "${VIOMMU_DEBIAN_DISK:-}" ] || [ "${VIOMMU_ARCH:-amd64}" != "$ARCH" ]; then
+    setup=$("$SCRIPTS/setup.sh" --arch "$ARCH" --debian --print)
     set -a
     eval "$setup"
     set +a
 fi
-cache_open
 # NAME:RELEASE:VMLINUZ:INITRAMFS, the oldest kernel first.
 IFS=: read -r _ _ kernel initramfs <<<"${VIOMMU_STORAGE_KERNELS%% *}"
 
@@ -103,18 +103,39 @@ done
 } >"$work/init/host/run"
 debian_initramfs "$initramfs" "$SCRIPTS/debian/init" "$work"
 
+debian_machine
+case $ARCH in
+amd64)
+    ports=(-serial chardev:console -serial chardev:output -serial chardev:status)
+    iommu=(-device "intel-iommu,intremap=on,aw-bits=48,snoop-control=on")
+    iommu_append="intel_iommu=on,sm_off"
+    ;;
+arm64)
+    # The machine has one port for a console.
+    ports=(-serial chardev:console -device "pci-serial-2x,chardev1=output,chardev2=status")
+    iommu=(-machine "iommu=smmuv3")
+    iommu_append=
+    ;;
+esac
+append="$DEBIAN_APPEND audit=0 systemd.show_status=1" devices=()
+if [ $with_devices = yes ]; then
+    devices=("${iommu[@]}")
+    for at in 10.0 11.0; do
+        # The mask allows the devices DMA to every address.
+        devices+=(-device "edu,dma_mask=0xffffffffffffffff,addr=$at")
+    done
+    append+=" $iommu_append viommu.vfio=1234:11e8"
+fi
+
 # An input that never ends: at its end QEMU would treat the output as closed as well.
 mkfifo "$work/idle"
 # shellcheck disable=SC2153 # set up by setup.sh
-timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
-    -machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" \
+timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" "${DEBIAN_MACHINE[@]}" -m "$memory" -smp "$processors" \
     -drive "file=$VIOMMU_DEBIAN_DISK,if=none,id=disk,format=raw,snapshot=on,cache=unsafe" \
     -device nvme,drive=disk,serial=disk "${devices[@]}" \
-    -chardev "file,id=console,path=$console" -serial chardev:console \
-    -chardev stdio,id=output,signal=off -serial chardev:output \
-    -chardev "file,id=status,path=$work/status" -serial chardev:status \
-    -kernel "$kernel" -initrd "$work/initramfs" \
-    -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check audit=0 systemd.show_status=1 $append" \
+    -chardev "file,id=console,path=$console" -chardev stdio,id=output,signal=off \
+    -chardev "file,id=status,path=$work/status" "${ports[@]}" \
+    -kernel "$kernel" -initrd "$work/initramfs" -append "$append" \
     <>"$work/idle" 2>"$work/qemu" &
 qemu=$!
 ended=0

@@ -115,7 +115,7 @@ if [ $debian = yes ]; then
     debian_root_ready "$image" "$storage"
 fi
 debian_entry=
-if [ "$ARCH" = amd64 ] && debian_root_there; then
+if debian_root_there; then
     debian_entry="VIOMMU_DEBIAN_DISK=\"$DEBIAN_ROOT/disk\""
 fi
 

@@ -14,10 +14,26 @@ systemd-sysv udev apparmor"
 # Seconds for dpkg's work under emulation, which takes a minute on an idle machine.
 DEBIAN_ROOT_LIMIT=900
 
+# debian_machine: sets DEBIAN_MACHINE, QEMU's arguments for a machine of ARCH without disks and ports (a later -smp
+# overrides the one here), and DEBIAN_APPEND, its kernel's arguments.
+debian_machine() {
+    DEBIAN_MACHINE=(-nodefaults -no-user-config -no-reboot -display none -accel "tcg,thread=multi" -cpu max -smp 2)
+    case $ARCH in
+    amd64)
+        DEBIAN_MACHINE+=(-machine q35)
+        DEBIAN_APPEND="console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"
+        ;;
+    arm64)
+        DEBIAN_MACHINE+=(-machine "virt,gic-version=3")
+        DEBIAN_APPEND="console=ttyAMA0 quiet panic=-1"
+        ;;
+    esac
+}
+
 # debian_root_there: sets DEBIAN_ROOT, the directory with the disk; false if the disk has not been made yet.
 debian_root_there() {
     # The key leaves out the archive's newest versions: a disk that exists is used without the network.
-    DEBIAN_ROOT=$CACHE/debian/$({
+    DEBIAN_ROOT=$ARCH_CACHE/debian/$({
         echo "$DEBIAN_ROOT_SUITE $DEBIAN_ROOT_SIZE $DEBIAN_ROOT_PACKAGES"
         declare -f debian_root_stage debian_root_install
         cat "$SCRIPTS/debian/install"
@@ -46,8 +62,11 @@ debian_root_ready() {
 # packages themselves in /debs.
 debian_root_stage() {
     local stage=$1 root=$1/root deb link sysroot=$CACHE/sysroot/storage
-    mkdir -p "$root"/usr/{bin,sbin,lib,lib64} "$root"/{dev,proc,sys,run,tmp,debs} "$root/var/lib/dpkg/info"
+    mkdir -p "$root"/{dev,proc,sys,run,tmp,debs} "$root/var/lib/dpkg/info"
     for link in bin sbin lib lib64; do
+        # The loader of arm64 is in lib.
+        [ "$ARCH:$link" != arm64:lib64 ] || continue
+        mkdir -p "$root/usr/$link"
         ln -s "usr/$link" "$root/$link"
     done
     for deb in "$stage"/debs/*.deb; do
@@ -65,11 +84,10 @@ debian_root_stage() {
 debian_root_install() {
     local stage=$1
     debian_initramfs "$3" "$SCRIPTS/debian/install" "$stage"
-    timeout -k 5 "$DEBIAN_ROOT_LIMIT" "$CACHE/bin/qemu-system-x86_64" -nodefaults -no-user-config -no-reboot \
-        -display none -machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m 1G \
+    debian_machine
+    timeout -k 5 "$DEBIAN_ROOT_LIMIT" "$CACHE/bin/qemu-system-$ARCH_QEMU" "${DEBIAN_MACHINE[@]}" -m 1G \
         -drive "file=$stage/disk,if=none,id=disk,format=raw,cache=unsafe" -device nvme,drive=disk,serial=disk \
-        -serial "file:$stage/console" -kernel "$2" -initrd "$stage/initramfs" \
-        -append "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check" </dev/null || true
+        -serial "file:$stage/console" -kernel "$2" -initrd "$stage/initramfs" -append "$DEBIAN_APPEND" </dev/null || true
     if ! grep -q '^debian: installed' "$stage/console"; then
         tail -n 30 "$stage/console" >&2
         die "a minimal Debian cannot be installed (output above)"
