@@ -8,7 +8,11 @@
 # command gets this environment's PATH, HOME, VIOMMU_* and RUST_*, and starts in the current directory. Needs no
 # root and no KVM. Fetches and builds missing parts first (see setup.sh --host-kernel).
 #
-#   --iommu KIND    vtd (default), vtd-scalable (first-stage tables), vtd-no-snoop (cannot enforce coherency) or amd
+#   --arch ARCH     amd64 (default) or arm64. L1 of arm64 has busybox's programs in place of this machine's, and runs
+#                   COMMAND with busybox's PATH: COMMAND is one of them, or a static program for arm64
+#   --iommu KIND    on amd64 vtd (default), vtd-scalable (first-stage tables), vtd-no-snoop (cannot enforce coherency)
+#                   or amd; on arm64 smmuv3 (default) or smmuv3-stage2 (second-stage tables only)
+#   --firmware      boot arm64 by UEFI, with ACPI tables. Default: by device tree
 #   --memory SIZE   default: 3G
 #   --cpus N        default: 2
 #   --timeout S     stop the machine after so many seconds, status 124; default: 900
@@ -18,7 +22,7 @@
 #
 # These devices are bound to vfio-pci; the command finds their addresses in its environment:
 #   VIOMMU_EDU      four edu devices, each in an IOMMU group of its own
-#   VIOMMU_EDU_PAIR two more behind one PCI bridge, in one group
+#   VIOMMU_EDU_PAIR two more behind one PCI bridge (on arm64: two functions of one slot), in one group
 #   VIOMMU_E1000_PAIR two network cards behind another bridge, in one group: their registers are 0 after a reset
 #   VIOMMU_TESTDEV  two iommu-testdev, in groups of their own; empty if QEMU has no such device
 #   VIOMMU_IVSHMEM  shared memory of 1 MiB in BAR 2, a target of peer-to-peer DMA
@@ -35,12 +39,13 @@ E1000_BRIDGE=19.0
 TESTDEV=(15.0 16.0)
 IVSHMEM=17.0
 
-iommu=vtd memory=3G cpus=2 limit=900 append='' log='' devices=()
+arch=amd64 iommu='' firmware=no memory=3G cpus=2 limit=900 append='' log='' devices=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --iommu | --memory | --cpus | --timeout | --device | --append | --log)
+    --arch | --iommu | --memory | --cpus | --timeout | --device | --append | --log)
         [ $# -ge 2 ] || die "$1 needs a value: see $0 --help"
         case $1 in
+        --arch) arch=$2 ;;
         --iommu) iommu=$2 ;;
         --memory) memory=$2 ;;
         --cpus) cpus=$2 ;;
@@ -51,6 +56,7 @@ while [ $# -gt 0 ]; do
         esac
         shift
         ;;
+    --firmware) firmware=yes ;;
     -h | --help)
         usage
         exit 0
@@ -66,35 +72,61 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || die "no command: see $0 --help"
 
-case $iommu in
-vtd)
+case $arch in
+amd64)
+    iommu=${iommu:-vtd}
+    [ $firmware = no ] || die "--firmware is for --arch arm64 only"
+    machine=q35
+    # On a busy machine the kernel's check of its timer would fail.
+    kernel_append="console=ttyS0 tsc=reliable no_timer_check"
+    ;;
+arm64)
+    iommu=${iommu:-smmuv3}
+    machine=virt,gic-version=3
+    kernel_append="console=ttyAMA0"
+    ;;
+*) die "unknown architecture '$arch': give amd64 or arm64" ;;
+esac
+case $arch:$iommu in
+amd64:vtd)
     iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=on
-    iommu_append="intel_iommu=on,sm_off"
+    kernel_append+=" intel_iommu=on,sm_off"
     ;;
-vtd-no-snoop)
+amd64:vtd-no-snoop)
     iommu_device=intel-iommu,intremap=on,aw-bits=48,snoop-control=off
-    iommu_append="intel_iommu=on,sm_off"
+    kernel_append+=" intel_iommu=on,sm_off"
     ;;
-vtd-scalable)
+amd64:vtd-scalable)
     iommu_device=intel-iommu,intremap=on,scalable-mode=on,fsts=on,snoop-control=on
-    iommu_append="intel_iommu=on,sm_on"
+    kernel_append+=" intel_iommu=on,sm_on"
     ;;
-amd)
+amd64:amd)
     iommu_device=amd-iommu,dma-remap=on,intremap=on
-    iommu_append=
     # QEMU reports its IOAPIC at 00:14.0. Linux turns interrupt remapping on only if it finds the south bridge
     # there, or at least a device of its class.
     devices+=(-blockdev "null-co,node-name=none,size=512"
         -device "virtio-blk-pci,drive=none,addr=14.0,class=0x0601")
     ;;
-*) die "unknown IOMMU '$iommu': give one of vtd, vtd-scalable, vtd-no-snoop, amd" ;;
+arm64:smmuv3) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested ;;
+arm64:smmuv3-stage2) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=2 ;;
+*) die "unknown IOMMU '$iommu' for $arch: see $0 --help" ;;
 esac
 
-if [ -z "${VIOMMU_HOST_KERNEL:-}" ]; then
-    setup=$("$SCRIPTS/setup.sh" --host-kernel --print)
+parts=(--arch "$arch" --host-kernel)
+if [ "${VIOMMU_ARCH:-amd64}" != "$arch" ]; then
+    VIOMMU_HOST_KERNEL=''
+fi
+if [ $firmware = yes ]; then
+    parts+=(--firmware)
+fi
+if [ -z "${VIOMMU_HOST_KERNEL:-}" ] || { [ $firmware = yes ] && [ -z "${VIOMMU_UEFI:-}" ]; }; then
+    setup=$("$SCRIPTS/setup.sh" "${parts[@]}" --print)
     set -a
     eval "$setup"
     set +a
+fi
+if [ $firmware = yes ]; then
+    devices+=(-bios "$VIOMMU_UEFI")
 fi
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/viommu-l1-XXXXXX")
@@ -134,11 +166,25 @@ edu=edu,dma_mask=0xffffffffffffffff
 for at in "${EDU[@]}"; do
     devices+=(-device "$edu,addr=$at")
 done
+bridge=pcie-pci-bridge several=
+if [ "$arch" = arm64 ]; then
+    # QEMU's SMMU refuses devices behind a PCI bridge, whose requests it cannot tell apart. Behind a root port there is one
+    # slot; its functions cannot be told apart either, since they lack ACS.
+    bridge=pcie-root-port several=,multifunction=on
+    VIOMMU_EDU_PAIR="0000:01:00.0 0000:01:00.1"
+    VIOMMU_E1000_PAIR="0000:02:00.0 0000:02:00.1"
+fi
+# places PAIR: prints the slots and functions of the pair's devices.
+places() {
+    sed -E 's/0000:[0-9]+:0?([0-9]+\.[0-9])/\1/g' <<<"$1"
+}
+read -r edu_a edu_b < <(places "$VIOMMU_EDU_PAIR")
+read -r card_a card_b < <(places "$VIOMMU_E1000_PAIR")
 # shellcheck disable=SC2054 # the commas are QEMU's
-devices+=(-device "pcie-pci-bridge,id=pair,addr=$BRIDGE"
-    -device "$edu,bus=pair,addr=1.0" -device "$edu,bus=pair,addr=2.0"
-    -device "pcie-pci-bridge,id=cards,addr=$E1000_BRIDGE"
-    -device "e1000,bus=cards,addr=1.0,romfile=" -device "e1000,bus=cards,addr=2.0,romfile="
+devices+=(-device "$bridge,id=pair,addr=$BRIDGE${several:+,chassis=1}"
+    -device "$edu,bus=pair,addr=$edu_a$several" -device "$edu,bus=pair,addr=$edu_b$several"
+    -device "$bridge,id=cards,addr=$E1000_BRIDGE${several:+,chassis=2}"
+    -device "e1000,bus=cards,addr=$card_a$several,romfile=" -device "e1000,bus=cards,addr=$card_b$several,romfile="
     -object memory-backend-memfd,id=peer,size=1M,share=on
     -device "ivshmem-plain,memdev=peer,addr=$IVSHMEM")
 # shellcheck disable=SC2153 # set up by setup.sh
@@ -153,7 +199,8 @@ fi
 {
     for name in $(compgen -e); do
         case $name in
-        PATH | HOME | LANG | LC_* | VIOMMU_* | RUST_*) printf 'export %s=%q\n' "$name" "${!name}" ;;
+        PATH) [ "$arch" != amd64 ] || printf 'export PATH=%q\n' "$PATH" ;;
+        HOME | LANG | LC_* | VIOMMU_* | RUST_*) printf 'export %s=%q\n' "$name" "${!name}" ;;
         esac
     done
     printf 'unset TMPDIR\ncd %q || exit 127\nexec' "$PWD"
@@ -165,13 +212,12 @@ fi
 # An input that never ends: at its end QEMU would treat the output as closed as well.
 mkfifo "$work/idle"
 
-# On a busy machine the kernel's check of its timer would fail.
-kernel_append="console=ttyS0 panic=-1 tsc=reliable no_timer_check $iommu_append vfio-pci.ids=$VFIO_IDS"
+kernel_append+=" panic=-1 vfio-pci.ids=$VFIO_IDS"
 
 # The only serial port is the console: L1 has its files and its output through virtio. QEMU's virtio devices bypass
 # the IOMMU unless an option says otherwise.
 timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -no-reboot -display none \
-    -machine q35 -accel tcg,thread=multi -cpu max -smp "$cpus" -m "$memory" \
+    -machine "$machine" -accel tcg,thread=multi -cpu max -smp "$cpus" -m "$memory" \
     -device "$iommu_device" \
     -virtfs local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap \
     -device virtio-serial-pci,max_ports=4 \

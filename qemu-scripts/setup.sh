@@ -15,7 +15,7 @@
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
-#   --firmware      also fetch a UEFI firmware (OVMF) and make a GRUB for it: 20 MB to download
+#   --firmware      also fetch a UEFI firmware (amd64: OVMF) and make a GRUB for it (amd64 only): 20 MB to download
 #   --print         also write CACHE/env to standard output
 #
 # Environment:
@@ -100,7 +100,7 @@ if [ $host_kernel = yes ]; then
 fi
 # CACHE/env names the L1 machine whenever its kernel exists, also without --host-kernel.
 host_entries=
-if [ "$ARCH" = amd64 ] && host_kernel_there; then
+if host_kernel_there; then
     initramfs "$HOST_KERNEL_DIR"
     host_entries="VIOMMU_HOST_KERNEL=\"$HOST_KERNEL_DIR/vmlinuz\"
 VIOMMU_HOST_KERNEL_RELEASE=\"$(cat "$HOST_KERNEL_DIR/release")\"
@@ -123,7 +123,9 @@ if [ $firmware = yes ]; then
     firmware_ready
 fi
 firmware_entries=
-if [ "$ARCH" = amd64 ] && firmware_there; then
+if [ "$ARCH" = arm64 ] && firmware_there; then
+    firmware_entries="VIOMMU_UEFI=\"$FIRMWARE/usr/share/qemu-efi-aarch64/QEMU_EFI.fd\""
+elif firmware_there; then
     firmware_entries="VIOMMU_OVMF_CODE=\"$FIRMWARE/usr/share/OVMF/OVMF_CODE_4M.fd\"
 VIOMMU_OVMF_VARS=\"$FIRMWARE/usr/share/OVMF/OVMF_VARS_4M.fd\"
 VIOMMU_GRUB=\"$FIRMWARE/BOOTX64.EFI\""

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # shellcheck disable=SC2034 # the scripts that source this file use some names
 #
-# Builds the kernel of the L1 machine from Debian's kernel source with l1/kernel.config: stock kernels have no
-# iommufd. Uses the machine's C compiler and binutils; all other tools are Debian's, run in place.
+# Builds the kernel of the L1 machine of ARCH from Debian's kernel source with l1/kernel.config (arm64:
+# l1/kernel-arm64.config), since stock kernels have no iommufd. Uses the machine's C compilers and binutils; all other
+# tools are Debian's, run in place.
 
 HOST_KERNEL_TOOLS="flex bison m4 bc make xz-utils"
 
@@ -13,20 +14,30 @@ host_kernel_source() {
     apt-cache pkgnames linux-source- | grep -xE 'linux-source-([7-9]|[1-9][0-9])\.[0-9]+' | sort -V | tail -n 1
 }
 
-# host_kernel_config TREE OUT MAKE...: makes OUT/.config from l1/kernel.config, with every line of it and nothing else.
+# host_kernel_options: prints the path of the file with the options of ARCH's kernel.
+host_kernel_options() {
+    case $ARCH in
+    amd64) echo "$SCRIPTS/l1/kernel.config" ;;
+    *) echo "$SCRIPTS/l1/kernel-$ARCH.config" ;;
+    esac
+}
+
+# host_kernel_config TREE OUT MAKE...: makes OUT/.config from ARCH's options, with every line of them and nothing else.
 host_kernel_config() {
-    local tree=$1 out=$2 lost
+    local tree=$1 out=$2 options lost
     shift 2
-    "$@" -C "$tree" O="$out" KCONFIG_ALLCONFIG="$SCRIPTS/l1/kernel.config" allnoconfig >"$out/log" 2>&1 ||
+    options=$(host_kernel_options)
+    "$@" -C "$tree" O="$out" KCONFIG_ALLCONFIG="$options" allnoconfig >"$out/log" 2>&1 ||
         { tail -n 20 "$out/log" >&2; die "cannot configure the kernel (output above)"; }
-    lost=$(grep '^CONFIG_' "$SCRIPTS/l1/kernel.config" | grep -vxFf "$out/.config" | tr '\n' ' ') || true
-    [ -z "$lost" ] || die "this kernel does not take these lines of qemu-scripts/l1/kernel.config: $lost"
+    lost=$(grep '^CONFIG_' "$options" | grep -vxFf "$out/.config" | tr '\n' ' ') || true
+    [ -z "$lost" ] || die "this kernel does not take these lines of $options: $lost"
 }
 
 # host_kernel_build DEBS STAGE: builds STAGE/{vmlinuz,config,release} from the source package in DEBS.
 host_kernel_build() {
     local debs=$1 stage=$2 sysroot=$CACHE/sysroot/kernel-tools tree begun next pid name
-    local bin=$stage/bin out=$stage/out
+    local bin=$stage/bin out=$stage/out image=bzImage
+    [ "$ARCH" = amd64 ] || image=Image
     mkdir -p "$bin" "$stage/source" "$out"
     for name in flex bison m4 bc make xz; do
         in_sysroot_wrapper "$sysroot" "/usr/bin/$name" "export M4=$bin/m4 BISON_PKGDATADIR=\$S/usr/share/bison" >"$bin/$name"
@@ -40,11 +51,11 @@ host_kernel_build() {
     sed -i '/select HAVE_OBJTOOL[[:space:]]/d' "$tree/arch/x86/Kconfig"
     # These settings make the build the same on every machine.
     local make=(env "PATH=$bin:$PATH" KBUILD_BUILD_TIMESTAMP=1970-01-01 KBUILD_BUILD_USER=viommu
-        KBUILD_BUILD_HOST=viommu "$bin/make" CC=cc HOSTCC=cc)
+        KBUILD_BUILD_HOST=viommu "$bin/make" ARCH="$ARCH_LINUX" CROSS_COMPILE="$ARCH_TRIPLE-" CC="$ARCH_CC" HOSTCC=cc)
     host_kernel_config "$tree" "$out" "${make[@]}"
     say "compiling the kernel, about 6 minutes on two processors ..."
     begun=$SECONDS next=$((SECONDS + 30))
-    "${make[@]}" -C "$tree" O="$out" "-j$(nproc)" bzImage >"$out/log" 2>&1 &
+    "${make[@]}" -C "$tree" O="$out" "-j$(nproc)" "$image" >"$out/log" 2>&1 &
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         sleep 1
@@ -57,7 +68,7 @@ host_kernel_build() {
         grep -B 2 -A 10 -E 'rror:|\*\*\*' "$out/log" | head -n 40 >&2
         die "the kernel does not compile (output above)"
     }
-    cp "$out/arch/x86/boot/bzImage" "$stage/vmlinuz"
+    cp "$out/arch/$ARCH_LINUX/boot/$image" "$stage/vmlinuz"
     cp "$out/.config" "$stage/config"
     cp "$out/include/config/kernel.release" "$stage/release"
     # The directory has the form of a stock kernel's, so that initramfs() accepts it.
@@ -69,8 +80,8 @@ host_kernel_build() {
 # host_kernel_there: sets HOST_KERNEL_DIR; false if the kernel has not been built yet.
 host_kernel_there() {
     # The key leaves out the archive's newest version: a kernel that exists is used without the network.
-    HOST_KERNEL_DIR=$CACHE/kernels/l1-$({
-        grep '^CONFIG_' "$SCRIPTS/l1/kernel.config"
+    HOST_KERNEL_DIR=$ARCH_CACHE/kernels/l1-$({
+        grep '^CONFIG_' "$(host_kernel_options)"
         declare -f host_kernel_build host_kernel_config
     } | sha256_of | cut -c 1-12)
     [ -e "$HOST_KERNEL_DIR/versions" ]
@@ -80,6 +91,8 @@ host_kernel_there() {
 host_kernel_ready() {
     local package debs stage
     ! host_kernel_there || return 0
+    # The tools run on this machine, and the source fits every architecture.
+    apt_open
     if [ ! -e "$CACHE/sysroot/kernel-tools/versions" ]; then
         say "downloading the tools that compile a kernel (about 10 MB) ..."
         # shellcheck disable=SC2086 # a list
@@ -95,6 +108,7 @@ host_kernel_ready() {
         apt_exactly "$debs" "$package"
         : >"$debs/complete"
     fi
+    apt_open "$ARCH"
     stage=$(new_stage)
     host_kernel_build "$debs" "$stage"
     apt_versions "$debs" >"$stage/versions"

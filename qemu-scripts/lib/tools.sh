@@ -84,20 +84,30 @@ tools_storage() {
 # The modules of the boot loader: a FAT partition of a disk, a kernel, ACPI tables, messages on a serial line.
 GRUB_MODULES="part_msdos part_gpt fat normal configfile search search_fs_file acpi linux boot serial terminal echo"
 
-# firmware_there: whether the firmware and the boot loader are in the cache; sets FIRMWARE to their folder. Its name has a
-# hash of the boot loader's modules.
+# firmware_there: whether ARCH's firmware and boot loader are in the cache; sets FIRMWARE to their folder. Its name has a
+# hash of the boot loader's modules. For arm64 there is no boot loader.
 firmware_there() {
+    if [ "$ARCH" = arm64 ]; then
+        FIRMWARE=$ARCH_CACHE/sysroot/firmware
+        [ -e "$FIRMWARE/versions" ]
+        return
+    fi
     FIRMWARE=$CACHE/sysroot/firmware-$(sha256_of <<<"$GRUB_MODULES" | cut -c 1-12)
     [ -e "$FIRMWARE/versions" ]
 }
 
-# firmware_ready: unpacks OVMF, and makes FIRMWARE/BOOTX64.EFI, a GRUB that runs EFI/BOOT/grub.cfg of the disk that it is
-# started from.
+# firmware_ready: unpacks ARCH's UEFI firmware. For amd64 it makes FIRMWARE/BOOTX64.EFI, too, a GRUB that runs
+# EFI/BOOT/grub.cfg of the disk that it is started from.
 firmware_ready() {
     if firmware_there; then
         return
     fi
     local stage
+    if [ "$ARCH" = arm64 ]; then
+        say "downloading a UEFI firmware for arm64 (about 10 MB) ..."
+        apt_sysroot "$FIRMWARE" trixie qemu-efi-aarch64
+        return
+    fi
     say "downloading OVMF and GRUB (about 20 MB) ..."
     stage=$(new_stage)
     apt_sysroot "$stage/sysroot" trixie ovmf grub-common grub-efi-amd64-bin
