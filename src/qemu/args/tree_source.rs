@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use super::vmm_options::{WrittenOption, split};
 
-/// Options on which the device tree depends: the machine, its processors and its memory.
-const MACHINE: [&str; 10] = [
+/// The option that adds a serial port. QEMU's machine `virt` has a second one only if there are two of these.
+const SERIAL: &str = "serial";
+/// Options on which the device tree depends: the machine, its processors, its memory and its serial ports.
+const MACHINE: [&str; 11] = [
     "M",
     "accel",
     "cpu",
@@ -16,6 +18,7 @@ const MACHINE: [&str; 10] = [
     "numa",
     "object",
     "readconfig",
+    SERIAL,
     "smp",
 ];
 
@@ -36,11 +39,24 @@ impl TreeSource {
             return Self::File(path.into());
         }
         let of_machine = split(arguments).filter(is_of_machine);
-        Self::Qemu(
-            of_machine
-                .flat_map(|option| std::iter::once(option.written).chain(option.value).cloned())
-                .collect(),
-        )
+        let words = of_machine.flat_map(|option| {
+            let value = if option.name == SERIAL {
+                option.value.map(unconnected)
+            } else {
+                option.value.cloned()
+            };
+            std::iter::once(option.written.clone()).chain(value)
+        });
+        Self::Qemu(words.collect())
+    }
+}
+
+/// The value of a serial port that is there as the operator's with `value` is, but connects to nothing: the operator's
+/// may open a socket, or read what a person types.
+fn unconnected(value: &OsString) -> OsString {
+    match value.to_str() {
+        Some("none") => value.clone(),
+        _ => "null".into(),
     }
 }
 
@@ -80,6 +96,16 @@ mod tests {
         );
         let wanted = "-M virt,gic-version=3 --cpu max -smp 4 -m 2G -object memory-backend-memfd,id=ram,size=2G \
                       -enable-kvm -machine memory-backend=ram";
+        let wanted = wanted.split_whitespace().map(OsString::from).collect();
+        assert_eq!(found, TreeSource::Qemu(wanted));
+    }
+
+    #[test]
+    fn serial_ports_are_counted_and_not_opened() {
+        let found = source(
+            "-M virt -chardev socket,path=/s,id=c --serial chardev:c -serial none -serial mon:stdio",
+        );
+        let wanted = "-M virt --serial null -serial none -serial null";
         let wanted = wanted.split_whitespace().map(OsString::from).collect();
         assert_eq!(found, TreeSource::Qemu(wanted));
     }
