@@ -271,6 +271,24 @@ fn viot_goes_to_a_file_or_a_pipe() {
     );
 }
 
+/// QEMU cannot give an Arm guest the table, and GRUB can.
+#[test]
+fn viot_of_an_arm_machine_is_the_same_table_with_a_note() {
+    let arm = format!("machine = 'virt'\n{GOOD}");
+    let dir = files(&[("arm.toml", &arm), ("x86.toml", GOOD)]);
+    let viot = |name: &str| {
+        let run = command(&[OsStr::new("viot"), dir.path().join(name).as_ref()]).output();
+        let run = run.expect("it runs");
+        let stderr = String::from_utf8_lossy(&run.stderr).into_owned();
+        assert_eq!(run.status.code(), Some(0), "{stderr}");
+        (run.stdout, stderr)
+    };
+    let ((of_arm, note), (of_x86, nothing)) = (viot("arm.toml"), viot("x86.toml"));
+    assert_eq!(of_arm, of_x86);
+    assert!(note.contains("GRUB's command acpi"), "{note}");
+    assert_eq!(nothing, "");
+}
+
 #[test]
 fn viot_is_not_written_to_a_terminal() {
     let dir = files(&[("vm0.toml", GOOD)]);
