@@ -15,7 +15,7 @@
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
-#   --firmware      also fetch a UEFI firmware (amd64: OVMF) and make a GRUB for it (amd64 only): 20 MB to download
+#   --firmware      also fetch a UEFI firmware (OVMF; arm64: AAVMF) and make a GRUB for it: 20 MB to download
 #   --print         also write CACHE/env to standard output
 #
 # Environment:
@@ -123,12 +123,18 @@ if [ $firmware = yes ]; then
     firmware_ready
 fi
 firmware_entries=
-if [ "$ARCH" = arm64 ] && firmware_there; then
-    firmware_entries="VIOMMU_UEFI=\"$FIRMWARE/usr/share/qemu-efi-aarch64/QEMU_EFI.fd\""
-elif firmware_there; then
-    firmware_entries="VIOMMU_OVMF_CODE=\"$FIRMWARE/usr/share/OVMF/OVMF_CODE_4M.fd\"
+if firmware_there; then
+    case $ARCH in
+    amd64)
+        firmware_entries="VIOMMU_OVMF_CODE=\"$FIRMWARE/usr/share/OVMF/OVMF_CODE_4M.fd\"
 VIOMMU_OVMF_VARS=\"$FIRMWARE/usr/share/OVMF/OVMF_VARS_4M.fd\"
 VIOMMU_GRUB=\"$FIRMWARE/BOOTX64.EFI\""
+        ;;
+    arm64)
+        firmware_entries="VIOMMU_UEFI=\"$FIRMWARE/usr/share/qemu-efi-aarch64/QEMU_EFI.fd\"
+VIOMMU_GRUB=\"$FIRMWARE/BOOTAA64.EFI\""
+        ;;
+    esac
 fi
 
 # shellcheck disable=SC2046 # a list

@@ -85,38 +85,49 @@ tools_storage() {
 GRUB_MODULES="part_msdos part_gpt fat normal configfile search search_fs_file acpi linux boot serial terminal echo"
 
 # firmware_there: whether ARCH's firmware and boot loader are in the cache; sets FIRMWARE to their folder. Its name has a
-# hash of the boot loader's modules. For arm64 there is no boot loader.
+# hash of the boot loader's modules.
 firmware_there() {
-    if [ "$ARCH" = arm64 ]; then
-        FIRMWARE=$ARCH_CACHE/sysroot/firmware
-        [ -e "$FIRMWARE/versions" ]
-        return
-    fi
-    FIRMWARE=$CACHE/sysroot/firmware-$(sha256_of <<<"$GRUB_MODULES" | cut -c 1-12)
+    FIRMWARE=$ARCH_CACHE/sysroot/firmware-$(sha256_of <<<"$GRUB_MODULES" | cut -c 1-12)
     [ -e "$FIRMWARE/versions" ]
 }
 
-# firmware_ready: unpacks ARCH's UEFI firmware. For amd64 it makes FIRMWARE/BOOTX64.EFI, too, a GRUB that runs
-# EFI/BOOT/grub.cfg of the disk that it is started from.
+# firmware_ready: unpacks ARCH's UEFI firmware, and makes FIRMWARE/BOOTX64.EFI (arm64: BOOTAA64.EFI), a GRUB that runs
+# EFI/BOOT/grub.cfg of the disk that it is started from. The APT root of ARCH must be open.
 firmware_ready() {
     if firmware_there; then
         return
     fi
-    local stage
-    if [ "$ARCH" = arm64 ]; then
-        say "downloading a UEFI firmware for arm64 (about 10 MB) ..."
-        apt_sysroot "$FIRMWARE" trixie qemu-efi-aarch64
-        return
-    fi
-    say "downloading OVMF and GRUB (about 20 MB) ..."
+    local stage tools deb
     stage=$(new_stage)
-    apt_sysroot "$stage/sysroot" trixie ovmf grub-common grub-efi-amd64-bin
-    in_sysroot_wrapper "$stage/sysroot" /usr/bin/grub-mkimage >"$stage/grub-mkimage"
-    # shellcheck disable=SC2086 # a list
-    bash "$stage/grub-mkimage" -d "$stage/sysroot/usr/lib/grub/x86_64-efi" -O x86_64-efi -p /EFI/BOOT \
-        -o "$stage/sysroot/BOOTX64.EFI" $GRUB_MODULES || die "cannot make GRUB's image (output above)"
+    if [ "$ARCH" = amd64 ]; then
+        say "downloading OVMF and GRUB (about 20 MB) ..."
+        apt_sysroot "$stage/sysroot" trixie ovmf grub-common grub-efi-amd64-bin
+        grub_image "$stage" "$stage/sysroot" x86_64-efi BOOTX64.EFI
+    else
+        say "downloading a UEFI firmware for $ARCH and GRUB (about 20 MB) ..."
+        # This program runs here, and makes images for every architecture.
+        tools=$stage/tools
+        apt_open
+        apt_sysroot "$tools" trixie grub-common
+        apt_open "$ARCH"
+        apt_exactly "$stage/debs" qemu-efi-aarch64 grub-efi-arm64-bin
+        mkdir "$stage/sysroot"
+        for deb in "$stage"/debs/*.deb; do
+            dpkg-deb -x "$deb" "$stage/sysroot"
+        done
+        apt_versions "$stage/debs" >"$stage/sysroot/versions"
+        grub_image "$stage" "$tools" arm64-efi BOOTAA64.EFI
+    fi
     publish "$stage/sysroot" "$FIRMWARE"
     rm -rf "$stage"
+}
+
+# grub_image STAGE TOOLS PLATFORM NAME: makes STAGE/sysroot/NAME with TOOLS' grub-mkimage of STAGE/sysroot's modules.
+grub_image() {
+    in_sysroot_wrapper "$2" /usr/bin/grub-mkimage >"$1/grub-mkimage"
+    # shellcheck disable=SC2086 # a list
+    bash "$1/grub-mkimage" -d "$1/sysroot/usr/lib/grub/$3" -O "$3" -p /EFI/BOOT \
+        -o "$1/sysroot/$4" $GRUB_MODULES || die "cannot make GRUB's image (output above)"
 }
 
 # tools_ready: fills CACHE/bin with the host's programs and sets QEMU_VERSION. The APT root of amd64 must be open.
