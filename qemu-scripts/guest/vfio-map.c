@@ -20,9 +20,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE 4096ul
-#define HUGE_PAGES 512u          // pages in 2 MiB
-#define WINDOW_PAGES 4096u       // IOVAs are drawn from windows of 16 MiB,
+// All sizes are in pages of the guest, which have 4, 16 or 64 KiB.
+#define PAGE page_bytes
+#define LARGE_BYTES (2u << 20)   // the daemon's next larger page
+#define MAX_PAGES 512u           // of a mapping: 2 MiB, if a page has 4 KiB
+#define WINDOW_PAGES 4096u       // IOVAs are drawn from windows of 16 MiB and more,
 #define MAX_WINDOWS 40u          // so that neighbours, holes and shared tables are common
 #define MAX_RANGES 64u
 #define MAX_LIVE 8192u
@@ -49,7 +51,8 @@ static const char usage[] =
     "Puts the groups of the devices (bound to vfio-pci) into one container and reads commands from\n"
     "standard input. Each answer ends with a line that starts with 'ok' or 'error'.\n"
     "  churn N          map N random ranges, unmapping others meanwhile (about --live stay)\n"
-    "  dump             print 'b INDEX GPA' for buffer pages in use and 'm IOVA PAGES ACCESS INDEX'\n"
+    "  dump             print 'p BYTES' for the size of a page, 'b INDEX GPA' for buffer pages in use and\n"
+    "                   'm IOVA PAGES ACCESS INDEX'\n"
     "  one              map one page, print 'm ...' for it\n"
     "  hot FIRST LAST   find a page with a guest-physical address in FIRST..=LAST, map it\n"
     "  ranges           print the IOVA ranges that VFIO offers\n"
@@ -57,6 +60,7 @@ static const char usage[] =
     "  quit             leave; the kernel removes what is mapped\n"
     "All numbers that are addresses are hexadecimal without 0x.\n";
 
+static unsigned long page_bytes;
 static uint64_t random_state;
 static int container = -1;
 static int groups[32];
@@ -124,7 +128,7 @@ static int open_pagemap(void)
 
 static void make_buffer(void)
 {
-    size_t slack = HUGE_PAGES * PAGE;
+    size_t slack = LARGE_BYTES;
     unsigned char *at = mmap(NULL, BUFFER_PAGES * PAGE + slack, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED)
@@ -324,7 +328,7 @@ static uint32_t random_pages(void)
         return 9 + below(24);
     if (kind < 995)
         return 33 + below(224);
-    return HUGE_PAGES - (kind & 1) * below(HUGE_PAGES / 2);
+    return MAX_PAGES - (kind & 1) * below(MAX_PAGES / 2);
 }
 
 static uint32_t random_flags(void)
@@ -351,6 +355,7 @@ static int is_free(uint32_t window, uint32_t page, uint32_t pages)
 
 static void map_random(void)
 {
+    const uint32_t large = LARGE_BYTES / PAGE;
     for (unsigned tries = 0; tries < 10000; tries++) {
         uint32_t pages = random_pages();
         uint32_t window = below(window_count);
@@ -362,15 +367,15 @@ static void map_random(void)
             page = other->page + other->pages;
         } else if (style < 4) { // at a 2 MiB boundary, for large pages
             uint64_t first = windows[window].first / PAGE;
-            page = (uint32_t)(-first & (HUGE_PAGES - 1)) + below(WINDOW_PAGES / HUGE_PAGES) * HUGE_PAGES;
+            page = (uint32_t)(-first & (large - 1)) + below(WINDOW_PAGES / large) * large;
         }
         if (!is_free(window, page, pages))
             continue;
         uint32_t source;
         if (pages > 32 || below(4) == 0) {
             source = SCATTERED_PAGES + SEQUENTIAL_PAGES;
-            if (pages >= HUGE_PAGES / 2)
-                source += below(HUGE_PART_PAGES / HUGE_PAGES) * HUGE_PAGES;
+            if (pages >= MAX_PAGES / 2)
+                source += below(HUGE_PART_PAGES / MAX_PAGES) * MAX_PAGES;
             else if (below(2))
                 source += below(HUGE_PART_PAGES - pages);
             else
@@ -446,6 +451,7 @@ static void dump(void)
     memset(used, 0, sizeof(used));
     for (unsigned i = 0; i < live_count; i++)
         memset(&used[slots[live[i]].source], 1, slots[live[i]].pages);
+    printf("p %lu\n", PAGE);
     int pagemap = open_pagemap();
     for (uint32_t i = 0; i < BUFFER_PAGES + extra_count; i++)
         if (used[i])
@@ -463,6 +469,7 @@ static void map_single(uint32_t source)
         if (!is_free(window, page, 1))
             continue;
         map(window, page, 1, source, VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE);
+        printf("p %lu\n", PAGE);
         int pagemap = open_pagemap();
         printf("b %u %" PRIx64 "\n", source, gpa_of(pagemap, page_address(source)));
         close(pagemap);
@@ -555,6 +562,7 @@ static void run_commands(void)
 
 int main(int argc, char **argv)
 {
+    page_bytes = (unsigned long)sysconf(_SC_PAGESIZE);
     int at = 1;
     for (; at + 1 < argc && argv[at][0] == '-'; at += 2) {
         if (!strcmp(argv[at], "--seed"))

@@ -16,3 +16,22 @@ arm64_programs() {
     arm64_cargo "$@" --message-format=json 2>/dev/null |
         sed -nE 's/.*"target":\{[^}]*"name":"([^"]+)".*"profile":\{[^}]*"test":true\}.*"executable":"([^"]+)".*/\1 \2/p'
 }
+
+# The daemon runs on this machine, and QEMU emulates the guests' processor.
+arm64_guest() {
+    step "guest: arm64" cargo test --locked --no-fail-fast --test guest -- --ignored arm::
+}
+
+# arm64_guest_short: one guest of arm64, for the suite guest of this machine: a minute. The whole part takes more than
+# half an hour.
+arm64_guest_short() {
+    local packages="gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+    if ! have aarch64-linux-gnu-gcc && [ "$(id -u)" != 0 ]; then
+        times+=("guest: the arm64 guest is left out, no C compiler for its programs: run 'apt-get install -y $packages' as root")
+        return
+    fi
+    step "guest: prepare arm64" "$SCRIPTS/setup.sh" --arch arm64 --kernels newest
+    # shellcheck disable=SC2016 # expanded by the shell that reads the variables
+    step "guest: arm64" bash -c 'set -a; . "$0"; exec "$@"' "$CACHE/arm64/env" \
+        cargo test --locked --test guest -- --ignored --exact arm::short_newest_strict
+}

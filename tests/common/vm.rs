@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+pub mod machine;
 pub mod stuck;
 
+use machine::Machine;
 use stuck::{CODE, SAMPLES, Sample, WaitsForItself, bytes_of, in_ram, waits_for_itself};
 
 /// Time limit until the guest's /init is ready for commands. A nested guest needs 30 s on two processors, 100 s if 16
@@ -44,10 +46,12 @@ const TAIL: usize = 15;
 
 const HOW_TO_RUN: &str = "run the suite with `qemu-scripts/test.sh`, which sets it up";
 
-/// A stock kernel and its initramfs.
+/// A kernel and its initramfs.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     pub version: String,
+    /// Bytes in a page of the guest.
+    pub page: u64,
     pub image: PathBuf,
     pub initramfs: PathBuf,
 }
@@ -55,8 +59,9 @@ pub struct Kernel {
 /// The programs and kernels that qemu-scripts/setup.sh made, taken from the environment.
 #[derive(Clone, Debug)]
 pub struct Setup {
+    pub machine: Machine,
     pub qemu: PathBuf,
-    /// At least two kernels, the oldest first.
+    /// At least one kernel with pages of 4 KiB, and others; the oldest of each kind first.
     pub kernels: Vec<Kernel>,
 }
 
@@ -77,43 +82,72 @@ impl Setup {
         let kernels: Vec<_> = variable(name)
             .split_whitespace()
             .map(|entry| match entry.split(':').collect::<Vec<_>>()[..] {
-                [_, version, image, initramfs] => Kernel {
+                [name, version, image, initramfs] => Kernel {
                     version: version.into(),
+                    page: match name.split_once('-') {
+                        Some((_, "16k")) => 16 << 10,
+                        Some((_, "64k")) => 64 << 10,
+                        _ => PAGE,
+                    },
                     image: image.into(),
                     initramfs: initramfs.into(),
                 },
                 _ => panic!("{name} has `{entry}`, not NAME:VERSION:VMLINUZ:INITRAMFS"),
             })
             .collect();
-        assert!(
-            kernels.len() >= 2,
-            "{name} names fewer than two kernels; {HOW_TO_RUN}"
-        );
+        assert!(!kernels.is_empty(), "{name} names no kernel; {HOW_TO_RUN}");
         Self {
+            machine: Machine::from_environment(),
             qemu: variable("VIOMMU_QEMU").into(),
             kernels,
         }
     }
 
     /// A UEFI firmware and a boot loader for it.
-    pub fn firmware() -> Firmware {
+    pub fn firmware(&self) -> Firmware {
         let variable = |name: &str| {
             let value = std::env::var(name);
             PathBuf::from(value.unwrap_or_else(|_| panic!("{name} is not set; {HOW_TO_RUN}")))
         };
-        Firmware {
-            code: variable("VIOMMU_OVMF_CODE"),
-            variables: variable("VIOMMU_OVMF_VARS"),
-            grub: variable("VIOMMU_GRUB"),
+        let grub = variable("VIOMMU_GRUB");
+        match self.machine {
+            Machine::Q35 => Firmware {
+                code: variable("VIOMMU_OVMF_CODE"),
+                variables: Some(variable("VIOMMU_OVMF_VARS")),
+                grub,
+            },
+            Machine::Virt => Firmware {
+                code: variable("VIOMMU_UEFI"),
+                variables: None,
+                grub,
+            },
         }
     }
 
     pub fn oldest(&self) -> &Kernel {
-        &self.kernels[0]
+        self.with_pages(PAGE).next().expect("a kernel")
     }
 
     pub fn newest(&self) -> &Kernel {
-        &self.kernels[self.kernels.len() - 1]
+        self.with_pages(PAGE).last().expect("a kernel")
+    }
+
+    pub fn oldest_16k(&self) -> &Kernel {
+        self.with_pages(16 << 10).next().expect("a 16 KiB kernel")
+    }
+
+    pub fn newest_16k(&self) -> &Kernel {
+        self.with_pages(16 << 10).last().expect("a 16 KiB kernel")
+    }
+
+    pub fn own_64k(&self) -> &Kernel {
+        self.with_pages(64 << 10).last().expect("a 64 KiB kernel")
+    }
+
+    fn with_pages(&self, page: u64) -> impl Iterator<Item = &Kernel> {
+        self.kernels
+            .iter()
+            .filter(move |kernel| kernel.page == page)
     }
 }
 
@@ -122,8 +156,8 @@ impl Setup {
 pub struct Firmware {
     /// Its flash memory with the code.
     pub code: PathBuf,
-    /// Its flash memory with the initial variables.
-    pub variables: PathBuf,
+    /// Its flash memory with the initial variables; without one the firmware begins with none.
+    pub variables: Option<PathBuf>,
     /// Runs `EFI/BOOT/grub.cfg` of the disk that it is started from.
     pub grub: PathBuf,
 }
@@ -328,7 +362,8 @@ pub struct VmOptions<'a> {
 impl VmOptions<'_> {
     /// The kernel's command line.
     pub fn command_line(&self) -> String {
-        format!("console=ttyS0 panic=-1 {}", self.append)
+        let console = Machine::from_environment().console();
+        format!("console={console} panic=-1 {}", self.append)
     }
 
     /// QEMU's arguments without the kernel.
@@ -372,7 +407,7 @@ pub struct Vm {
 impl Vm {
     /// Starts QEMU. [`Vm::wait_until_up`] waits for the guest. `name` begins the names of logs and sockets.
     pub fn start(setup: &Setup, test_dir: &TestDir, name: &str, options: &VmOptions<'_>) -> Self {
-        Self::start_with(&["-accel", "tcg"], setup, test_dir, name, options)
+        Self::start_with(setup.machine.accel(), setup, test_dir, name, options)
     }
 
     /// Starts QEMU with other arguments for the accelerator.
@@ -396,7 +431,7 @@ impl Vm {
         arguments: &[String],
     ) -> Self {
         let mut command = bound_command(&setup.qemu);
-        command.args(["-accel", "tcg"]);
+        command.args(setup.machine.accel());
         Self::run_qemu(command, test_dir, name, arguments)
     }
 
@@ -733,12 +768,14 @@ impl Daemon {
     /// The same with another key for the VMM's socket.
     pub fn start_over(key: &str, test_dir: &TestDir, text: &str) -> Self {
         let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
-        let (config, viot) = (test_dir.path("vm.toml"), test_dir.path("vm.viot"));
+        let machine = Machine::from_environment();
+        let config = test_dir.path("vm.toml");
         let (socket, control) = (test_dir.path("iommu.sock"), test_dir.path("control.sock"));
         let sockets = format!(
-            "{key} = \"{}\"\ncontrol = \"{}\"\n",
+            "{key} = \"{}\"\ncontrol = \"{}\"\n{}",
             socket.display(),
-            control.display()
+            control.display(),
+            machine.config()
         );
         fs::write(&config, sockets + text).expect("the configuration written");
         let output_of = |arguments: &[&Path]| {
@@ -753,8 +790,29 @@ impl Daemon {
             );
             String::from_utf8(output.stdout).expect("text")
         };
-        output_of(&["viot".as_ref(), &config, "-o".as_ref(), &viot]);
-        let qemu_args = output_of(&["qemu-args".as_ref(), &config, "--viot".as_ref(), &viot])
+        let table = match machine {
+            Machine::Q35 => {
+                let viot = test_dir.path("vm.viot");
+                output_of(&["viot".as_ref(), &config, "-o".as_ref(), &viot]);
+                viot
+            }
+            Machine::Virt => {
+                let qemu = std::env::var("VIOMMU_QEMU").expect("VIOMMU_QEMU is set");
+                let (base, tree) = (test_dir.path("base.dtb"), test_dir.path("vm.dtb"));
+                machine.dump_tree(qemu.as_ref(), &base);
+                let words: [&Path; 6] = [
+                    "dtb".as_ref(),
+                    &config,
+                    "--base".as_ref(),
+                    &base,
+                    "-o".as_ref(),
+                    &tree,
+                ];
+                output_of(&words);
+                tree
+            }
+        };
+        let qemu_args = output_of(&["qemu-args".as_ref(), &config, "--viot".as_ref(), &table])
             .lines()
             .map(str::to_owned)
             .collect();
@@ -862,7 +920,7 @@ impl Status {
     }
 }
 
-/// Bytes in a page.
+/// Bytes in a page of a table: the daemon's smallest granule. A guest's page may consist of several.
 pub const PAGE: u64 = 4096;
 
 /// A domain's mappings as pages: the guest-physical address and access of each IOVA.
@@ -883,16 +941,20 @@ impl Table {
         let hex = |text: &str| u64::from_str_radix(text, 16).expect("hexadecimal");
         let mut buffer = BTreeMap::new();
         let mut table = Self::default();
+        // The number of our pages in one of the guest's.
+        let mut part = 1;
         for line in lines {
             match line.split(' ').collect::<Vec<_>>()[..] {
+                ["p", bytes] => part = bytes.parse::<u64>().expect("a number") / PAGE,
                 ["b", index, gpa] => {
                     assert_ne!(gpa, "ffffffffffffffff", "page {index} is not in memory");
                     buffer.insert(index.parse::<u64>().expect("a number"), hex(gpa));
                 }
                 ["m", iova, pages, access, index] => {
                     let index: u64 = index.parse().expect("a number");
-                    table.add(hex(iova), pages.parse().expect("a number"), access, |i| {
-                        buffer[&(index + i)]
+                    let pages: u64 = pages.parse().expect("a number");
+                    table.add(hex(iova), pages * part, access, |i| {
+                        buffer[&(index + i / part)] + i % part * PAGE
                     });
                 }
                 ["ok", ..] => {}

@@ -2,11 +2,16 @@
 //! GRUB under a UEFI firmware.
 
 use std::fs;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::vm::{ANSWER, Daemon, Firmware, Kernel, Setup, TestDir, Vm, VmOptions, wait_for};
-use super::{CONFIG, Mode, Transport, bind_all, hot_add, memory_of, options, probed_as_configured};
+use super::vm::machine::Machine;
+use super::vm::{ANSWER, Daemon, Kernel, Setup, TestDir, Vm, VmOptions, wait_for};
+use super::{
+    FIRST, FOR_VFIO, Mode, Transport, bind_all, config_of, hot_add, memory_of, options,
+    probed_as_configured, start_mapper, tables_agree,
+};
 
 /// Processors of the guest.
 const PROCESSORS: u64 = 3;
@@ -28,10 +33,10 @@ pub fn tables_by_the_bar(
     transport: Transport,
     test_dir: &TestDir,
 ) {
-    let config = CONFIG.replace("512M", &format!("{RAM}M"));
+    let config = config_of(setup.machine, kernel).replace("512M", &format!("{RAM}M"));
     let mut daemon = Daemon::start_over(transport.key(), test_dir, &config);
     let mut options = options(kernel, mode, &daemon, "slots=2,maxmem=9G", "");
-    leave_out_the_table(&mut options);
+    leave_out_the_table(setup.machine, &mut options);
     options
         .extra
         .extend(["-smp".to_owned(), PROCESSORS.to_string()]);
@@ -44,7 +49,7 @@ pub fn tables_by_the_bar(
     vm.wait_until_up();
     test_dir.note("up");
     has_learnt(&mut vm, &mut daemon, test_dir, 1);
-    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
+    probed_as_configured(&mut vm, &mut daemon, setup, kernel, mode);
     // The guest's kernel keeps some of it for itself.
     let before = memory_of(&mut vm);
     assert!(before > RAM * 1024 * 9 / 10, "{before} kB");
@@ -54,7 +59,7 @@ pub fn tables_by_the_bar(
     vm.wait_until_up();
     test_dir.note("up again");
     has_learnt(&mut vm, &mut daemon, test_dir, 2);
-    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
+    probed_as_configured(&mut vm, &mut daemon, setup, kernel, mode);
     assert!(memory_of(&mut vm) > before, "without the added memory");
     drop(vm);
     daemon.stop();
@@ -69,11 +74,15 @@ pub fn tables_by_grub(
     transport: Transport,
     test_dir: &TestDir,
 ) {
-    let mut daemon = Daemon::start_over(transport.key(), test_dir, CONFIG);
+    let config = config_of(setup.machine, kernel);
+    let mut daemon = Daemon::start_over(transport.key(), test_dir, &config);
     let mut options = options(kernel, mode, &daemon, "slots=2,maxmem=4G", "");
-    leave_out_the_table(&mut options);
+    leave_out_the_table(setup.machine, &mut options);
+    if setup.machine == Machine::Virt {
+        write_viot(test_dir);
+    }
     let mut arguments = options.devices();
-    arguments.extend(disk_with_grub(&Setup::firmware(), &options, test_dir));
+    arguments.extend(disk_with_grub(setup, &options, test_dir));
     let mut vm = Vm::start_firmware(setup, test_dir, "vm", &arguments);
     vm.wait_until_up();
     test_dir.note("up");
@@ -82,20 +91,44 @@ pub fn tables_by_grub(
         vm.run("ls -d /sys/firmware/efi").join(""),
         "/sys/firmware/efi"
     );
-    probed_as_configured(&mut vm, &mut daemon, kernel, mode);
-    assert_eq!(state(&mut daemon), "not read");
-    let log = log(test_dir);
-    assert_eq!(log.matches(MISSED).count(), 1, "{log}");
-    assert_eq!(log.matches(ADDED).count(), 0, "{log}");
+    probed_as_configured(&mut vm, &mut daemon, setup, kernel, mode);
+    if transport == Transport::VirtioPci {
+        assert_eq!(state(&mut daemon), "not read");
+        let log = log(test_dir);
+        assert_eq!(log.matches(MISSED).count(), 1, "{log}");
+        assert_eq!(log.matches(ADDED).count(), 0, "{log}");
+    }
+    start_mapper(&mut vm, "mapper", 7, &FOR_VFIO);
+    vm.run_within("ask mapper churn 1000", ANSWER);
+    tables_agree(&mut vm, &mut daemon, &[("mapper", FIRST)]);
     drop(vm);
     daemon.stop();
 }
 
-fn leave_out_the_table(options: &mut VmOptions<'_>) {
+/// Takes the table or device tree from QEMU's arguments. An Arm machine has ACPI then.
+fn leave_out_the_table(machine: Machine, options: &mut VmOptions<'_>) {
+    let name = match machine {
+        Machine::Q35 => "-acpitable",
+        Machine::Virt => "-dtb",
+    };
     let mut arguments = options.iommu.iter();
-    let at = arguments.position(|argument| argument == "-acpitable");
+    let at = arguments.position(|argument| argument == name);
     let at = at.expect("a table to leave out");
     options.iommu.drain(at..at + 2);
+    for argument in &mut options.iommu {
+        *argument = argument.replace("acpi=off,", "");
+    }
+}
+
+/// Writes the table of the daemon's configuration, for GRUB.
+fn write_viot(test_dir: &TestDir) {
+    let status = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+        .arg("viot")
+        .arg(test_dir.path("vm.toml"))
+        .arg("-o")
+        .arg(test_dir.path("vm.viot"))
+        .status();
+    assert!(status.expect("it runs").success());
 }
 
 /// Where SeaBIOS puts BAR 2 of the device, which is the same at each start with the same devices.
@@ -150,40 +183,50 @@ fn log(test_dir: &TestDir) -> String {
 
 /// QEMU's arguments for the firmware, and for a disk with GRUB, the table and the kernel. QEMU makes a file system of a
 /// folder.
-fn disk_with_grub(firmware: &Firmware, options: &VmOptions<'_>, test_dir: &TestDir) -> Vec<String> {
+fn disk_with_grub(setup: &Setup, options: &VmOptions<'_>, test_dir: &TestDir) -> Vec<String> {
+    let firmware = setup.firmware();
     let disk = test_dir.path("disk");
     let boot = disk.join("EFI/BOOT");
     fs::create_dir_all(&boot).expect("a folder");
     for (from, to) in [
-        (&firmware.grub, boot.join("BOOTX64.EFI")),
+        (&firmware.grub, boot.join(setup.machine.boot_loader())),
         (&test_dir.path("vm.viot"), disk.join("vm.viot")),
         (&options.kernel.image, disk.join("vmlinuz")),
         (&options.kernel.initramfs, disk.join("initrd")),
     ] {
         fs::copy(from, to).expect("copied");
     }
+    // The firmware of an Arm machine passes GRUB's text to the serial port.
+    let terminal = match setup.machine {
+        Machine::Q35 => "serial --unit=0\nterminal_input serial\nterminal_output serial\n",
+        Machine::Virt => "",
+    };
     let commands = format!(
-        "serial --unit=0\nterminal_input serial\nterminal_output serial\n\
-         search --no-floppy --file --set=viot_disk /vm.viot\nacpi ($viot_disk)/vm.viot\nlinux /vmlinuz {}\ninitrd /initrd\nboot\n",
+        "{terminal}search --no-floppy --file --set=viot_disk /vm.viot\nacpi ($viot_disk)/vm.viot\nlinux /vmlinuz {}\n\
+         initrd /initrd\nboot\n",
         options.command_line()
     );
     fs::write(boot.join("grub.cfg"), commands).expect("written");
-    let variables = test_dir.path("variables");
-    fs::copy(&firmware.variables, &variables).expect("copied");
+    let mut words = Vec::new();
     let code = firmware.code.display();
-    let flash = "if=pflash,format=raw";
-    [
-        ["-drive", &format!("{flash},readonly=on,file={code}")],
-        ["-drive", &format!("{flash},file={}", variables.display())],
-        [
-            "-drive",
-            &format!("if=none,id=disk,format=raw,file=fat:rw:{}", disk.display()),
-        ],
-        // At the SATA controller, which is no endpoint.
-        ["-device", "ide-hd,drive=disk,bootindex=0"],
-    ]
-    .concat()
-    .into_iter()
-    .map(str::to_owned)
-    .collect()
+    match &firmware.variables {
+        Some(initial) => {
+            let variables = test_dir.path("variables");
+            fs::copy(initial, &variables).expect("copied");
+            let flash = "if=pflash,format=raw";
+            words.extend(["-drive".into(), format!("{flash},readonly=on,file={code}")]);
+            let variables = format!("{flash},file={}", variables.display());
+            words.extend(["-drive".into(), variables]);
+        }
+        None => words.extend(["-bios".into(), code.to_string()]),
+    }
+    let drive = format!("if=none,id=disk,format=raw,file=fat:rw:{}", disk.display());
+    words.extend(["-drive".into(), drive]);
+    // No endpoint: at the SATA controller, or in a slot that the configuration does not have.
+    let device = match setup.machine {
+        Machine::Q35 => "ide-hd,drive=disk,bootindex=0",
+        Machine::Virt => "virtio-blk-pci,drive=disk,bootindex=0,addr=0a.0",
+    };
+    words.extend(["-device".into(), device.into()]);
+    words
 }
