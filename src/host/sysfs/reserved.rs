@@ -1,4 +1,5 @@
-//! Reads the reserved regions of a host group, and merges them with those of the configuration.
+//! Reads the reserved regions of a host group, and merges them with those of the configuration. The file is long because
+//! each rule has its test beside it.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -80,10 +81,15 @@ pub fn parse_regions(text: &str) -> (Vec<HostRegion>, Vec<String>) {
 ///
 /// - The result covers exactly these addresses if [`MAX_RESERVED_REGIONS`] regions suffice for them.
 ///   Otherwise it also covers the smallest holes between the regions.
-/// - At most one region is for MSIs: the largest one of the host (the lowest if several are equally large),
-///   else that of the configuration. This MSI region keeps its kind and all its bytes: no gap between
-///   the `allowed` ranges and no other region turns a part of it into a reserved region.
+/// - At most one region is for MSIs: that of the configuration, else the largest one of the host (the lowest if several
+///   are equally large). This MSI region keeps its kind and all its bytes: no gap between the `allowed` ranges and no
+///   other region turns a part of it into a reserved region.
 /// - Other MSI regions become reserved, without the bytes that they share with that one.
+///
+/// The configuration's region has precedence because PROBE names the doorbell to which the *guest* writes: a Linux guest
+/// maps its doorbell, which leads to no memory, unless the region has it. On x86 both regions are the same. A host with
+/// an SMMU reports a window (`SW_MSI` in Linux, `msi` in sysfs) in which the host's kernel maps the host's doorbell for
+/// the device; that window is not at the guest's doorbell, and the guest must not map it.
 /// - Reserved regions that overlap or touch are joined.
 pub fn merge(
     config: &ReservedRegions,
@@ -156,17 +162,15 @@ fn parse_line(line: &str) -> Option<HostRegion> {
 }
 
 fn msi_window(config: &ReservedRegions, host: &[(IovaRange, ReservedKind)]) -> Option<IovaRange> {
-    let of_host = host
-        .iter()
-        .filter(|(_, kind)| *kind == ReservedKind::Msi)
-        .map(|(range, _)| *range)
-        .max_by_key(|range| (range.span(), Reverse(range.first())));
-    let of_config = || {
-        let mut regions = config.iter();
-        let found = regions.find(|region| region.kind == ReservedKind::Msi);
-        found.map(|region| region.range)
+    let mut of_config = config.iter();
+    let of_config = of_config.find(|region| region.kind == ReservedKind::Msi);
+    let of_host = || {
+        host.iter()
+            .filter(|(_, kind)| *kind == ReservedKind::Msi)
+            .map(|(range, _)| *range)
+            .max_by_key(|range| (range.span(), Reverse(range.first())))
     };
-    of_host.or_else(of_config)
+    of_config.map(|region| region.range).or_else(of_host)
 }
 
 /// The ranges in ascending order, with overlapping and adjacent ones joined.
@@ -330,9 +334,9 @@ mod tests {
     }
 
     #[test]
-    fn the_hosts_largest_msi_region_wins() {
+    fn without_a_configured_msi_region_the_hosts_largest_is_reported() {
         let merged = merge(
-            &config(&[(0xfee0_0000, 0xfeef_ffff, ReservedKind::Msi)]),
+            &config(&[]),
             &[
                 host(0x800_0000, 0x80f_ffff, HostRegionKind::Msi),
                 host(0x900_0000, 0x90f_ffff, HostRegionKind::Msi),
@@ -349,7 +353,52 @@ mod tests {
                 "0x7ff0000..=0x7ffffff:reserved",
                 "0x8000000..=0x80fffff:msi",
                 "0x9000000..=0x90fffff:reserved",
-                "0xfee00000..=0xfeefffff:reserved",
+            ]
+        );
+    }
+
+    /// An SMMU's window for the host's doorbell, as Linux 7.3.4 reports it in sysfs and as a gap of the allowed ranges.
+    #[test]
+    fn an_smmus_msi_window_is_reserved_around_the_guests_doorbell() {
+        let window = host(0x800_0000, 0x80f_ffff, HostRegionKind::Msi);
+        let allowed = [range(0, 0x7ff_ffff), range(0x810_0000, 0xffff_ffff_ffff)];
+        let regions = |msi: (u64, u64)| {
+            let config = config(&[(msi.0, msi.1, ReservedKind::Msi)]);
+            let input = range(0, 0xffff_ffff_ffff);
+            shown(&merge(&config, &[window], Some(&allowed), input))
+        };
+        // QEMU's `virt` has its ITS within the window, q35 has its APICs elsewhere.
+        assert_eq!(
+            regions((0x809_0000, 0x809_ffff)),
+            [
+                "0x8000000..=0x808ffff:reserved",
+                "0x8090000..=0x809ffff:msi",
+                "0x80a0000..=0x80fffff:reserved",
+            ]
+        );
+        assert_eq!(
+            regions((0xfee0_0000, 0xfeef_ffff)),
+            [
+                "0x8000000..=0x80fffff:reserved",
+                "0xfee00000..=0xfeefffff:msi"
+            ]
+        );
+    }
+
+    /// An Arm guest on an x86 host: its doorbell is not at the host's.
+    #[test]
+    fn an_x86_hosts_msi_region_is_reserved_for_an_arm_guest() {
+        let merged = merge(
+            &config(&[(0x809_0000, 0x809_ffff, ReservedKind::Msi)]),
+            &[host(0xfee0_0000, 0xfeef_ffff, HostRegionKind::Msi)],
+            None,
+            IovaRange::ALL,
+        );
+        assert_eq!(
+            shown(&merged),
+            [
+                "0x8090000..=0x809ffff:msi",
+                "0xfee00000..=0xfeefffff:reserved"
             ]
         );
     }
