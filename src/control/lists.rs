@@ -186,6 +186,7 @@ pub(super) fn endpoint(state: &EndpointState, devices: &DeviceReports) -> Value 
         },
         "domain": state.domain.map(|d| d.0),
         "host": device.and_then(|device| device.host.as_ref()),
+        "host_iommu": device.and_then(|device| device.host_iommu.as_ref()),
     });
     for names in kinds::status_names() {
         let is_of_kind = device.is_some_and(|device| device.names == Some(names));

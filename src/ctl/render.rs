@@ -103,7 +103,7 @@ fn endpoints(out: &mut String, answer: &Value) -> Result {
             None => "no domain".into(),
         };
         let host = match endpoint["host"].as_str() {
-            Some(host) => format!("  host device {host}"),
+            Some(host) => format!("  host device {host}{}", host_iommu(endpoint)),
             None => String::new(),
         };
         let exported = if endpoint["exported"] == true {
@@ -125,6 +125,20 @@ fn endpoints(out: &mut String, answer: &Value) -> Result {
         )?;
     }
     Ok(())
+}
+
+/// The name of the host's IOMMU behind an endpoint, and what the guest's rights mean to it.
+fn host_iommu(endpoint: &Value) -> String {
+    let iommu = &endpoint["host_iommu"];
+    let Some(name) = iommu["name"].as_str() else {
+        return String::new();
+    };
+    let note = match iommu["write_only"].as_str() {
+        Some("readable") => ", which lets it read write-only mappings",
+        Some("unknown") => ", which may let it read write-only mappings",
+        Some(_) | None => "",
+    };
+    format!(" behind {name}{note}")
 }
 
 fn domains(out: &mut String, answer: &Value) -> Result {

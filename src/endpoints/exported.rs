@@ -116,6 +116,7 @@ impl EndpointKind for ExportedKind {
         Ok(OpenDevice {
             backend: backend.map(|(backend, _)| backend),
             facts,
+            host_iommu: opened.iommus.get(&endpoint).cloned(),
             ..bind_export(&alone, endpoint, access, plug.hot_resets)?
         })
     }

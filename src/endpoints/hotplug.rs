@@ -18,6 +18,7 @@ use crate::device::Device;
 use crate::export::HotResetRegistry;
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
+use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::locks::{Mutex, Rank};
@@ -77,6 +78,8 @@ pub struct DeviceReport {
     pub names: Option<StatusNames>,
     /// The host's name of the device, if it is one of the host's.
     pub host: Option<String>,
+    /// The host's IOMMU that translates for the device, if sysfs names it.
+    pub host_iommu: Option<IommuInstance>,
     /// Reports its figures, if its kind has any.
     pub status: Option<Arc<dyn DeviceStatus>>,
 }
@@ -283,6 +286,7 @@ impl Hotplug {
             let report = kind.map(|kind| DeviceReport {
                 names: kinds::of(kind).status_names(),
                 host: device.host,
+                host_iommu: device.host_iommu,
                 status: device.status,
             });
             parts

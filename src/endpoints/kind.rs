@@ -14,6 +14,7 @@ use crate::backends::DmaBackend;
 use crate::config::Config;
 use crate::export::HotResetRegistry;
 use crate::faults::report::FaultReporter;
+use crate::host::sysfs::IommuInstance;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
 use crate::topology::{GroupName, PciAddress, ReservedRegions};
@@ -89,6 +90,8 @@ pub struct OpenDevice {
     pub file: Option<Arc<SocketFile>>,
     /// The host's name of the device.
     pub host: Option<String>,
+    /// The host's IOMMU that translates for the device.
+    pub host_iommu: Option<IommuInstance>,
     /// The group and the reserved regions, if the host adds any to those of the configuration.
     pub facts: Option<(Option<GroupName>, ReservedRegions)>,
 }

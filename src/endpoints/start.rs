@@ -6,6 +6,7 @@
 //! 3. [`AttachedDevices::serve`] accepts shadow readers and the VMM's clients. It runs last: a client may use
 //!    every other part as soon as it connects.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use crate::backends::DmaBackend;
 use crate::config::Config;
 use crate::device::Device;
 use crate::faults::report::FaultReporter;
+use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
@@ -52,11 +54,13 @@ pub enum StartError {
 pub struct OpenedDevices {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    iommus: BTreeMap<PciAddress, IommuInstance>,
 }
 
 /// Devices with backends in the core, before any socket accepts a client.
 pub struct AttachedDevices {
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    iommus: BTreeMap<PciAddress, IommuInstance>,
     readers: Option<Arc<Registry>>,
     /// All devices but the exported ones.
     devices: Vec<(PciAddress, OpenDevice)>,
@@ -84,8 +88,14 @@ impl OpenedDevices {
             topology,
             backends,
             exported,
+            iommus,
         } = PassthroughDevices::open(config)?;
-        Ok((topology, Self { backends, exported }))
+        let opened = Self {
+            backends,
+            exported,
+            iommus,
+        };
+        Ok((topology, opened))
     }
 
     /// Adds all backends to the core. `metrics` counts the dropped faults of emulated devices.
@@ -109,6 +119,7 @@ impl OpenedDevices {
         for passthrough in &config.devices.passthrough {
             let device = OpenDevice {
                 host: Some(passthrough.host.to_string()),
+                host_iommu: self.iommus.get(&passthrough.endpoint).cloned(),
                 ..OpenDevice::default()
             };
             devices.push((passthrough.endpoint, device));
@@ -125,6 +136,7 @@ impl OpenedDevices {
         }
         Ok(AttachedDevices {
             exported: self.exported,
+            iommus: self.iommus,
             readers,
             devices,
             faults,
@@ -156,7 +168,11 @@ impl AttachedDevices {
         let mut bound = Vec::new();
         for (endpoint, access) in self.exported {
             let device = exported::bind_export(config, endpoint, access, hotplug.hot_resets());
-            bound.push((endpoint, device.map_err(StartError::Socket)?));
+            let device = OpenDevice {
+                host_iommu: self.iommus.get(&endpoint).cloned(),
+                ..device.map_err(StartError::Socket)?
+            };
+            bound.push((endpoint, device));
         }
         for (endpoint, mut device) in bound {
             device.serve().map_err(StartError::Socket)?;

@@ -1,5 +1,5 @@
 //! The tree of the host's groups, their devices and the endpoints of these devices, as text for operators and as
-//! JSON for programs.
+//! JSON for programs. The file is long because the tests show both forms whole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -9,7 +9,8 @@ use serde::Serialize;
 use crate::address::{Iova, IovaRange};
 use crate::config::{Config, Passthrough};
 use crate::host::sysfs::{
-    HostFacts, HostGroup, HostRegion, HostRoot, RefineError, SharingReason, SysfsDevice, refine,
+    HostFacts, HostGroup, HostRegion, HostRoot, IommuInstance, RefineError, SharingReason,
+    SysfsDevice, refine,
 };
 use crate::topology::{EndpointRange, HostAddress, PciAddress, PciRange, ReservedRegion, Topology};
 
@@ -31,6 +32,8 @@ pub struct HostTree {
 pub struct TreeGroup {
     /// Its number.
     pub number: u32,
+    /// The IOMMU that translates for the group; `None` if the host names none.
+    pub iommu: Option<IommuInstance>,
     /// The group's reserved regions, as the kernel lists them.
     pub regions: Vec<TreeRegion>,
     /// All devices in the group, ordered by name.
@@ -130,6 +133,13 @@ impl fmt::Display for HostTree {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for group in &self.groups {
             writeln!(f, "host group {}", group.number)?;
+            if let Some(iommu) = &group.iommu {
+                write!(f, "  {iommu}")?;
+                match iommu.write_only_note() {
+                    Some(note) => writeln!(f, ", {note}")?,
+                    None => writeln!(f)?,
+                }
+            }
             for TreeRegion {
                 range,
                 kind,
@@ -257,6 +267,7 @@ impl TreeBuilder<'_> {
         };
         TreeGroup {
             number: group.number,
+            iommu: group.iommu.clone(),
             regions: group.regions.iter().map(group_region).collect(),
             devices: group.members.iter().map(device).collect(),
         }
@@ -424,6 +435,8 @@ group = "cards"
             "0x0 0xffffff direct-relaxable\n0xfee00000 0xfeefffff msi\n\
              0xfd00000000 0xffffffffff reserved\n",
         );
+        host.iommu("dmar0", &["0000:01:00.0", "0000:01:00.1"]);
+        host.file("sys/class/iommu/dmar0/intel-iommu/ecap", "f020fa\n");
         let config = Config::from_text(Path::new("vm.toml"), CONFIG).expect("a configuration");
         HostTree::new(&host.root(), &config).expect("a tree")
     }
@@ -432,6 +445,7 @@ group = "cards"
     fn the_tree_is_printed_as_text() {
         let expected = "\
 host group 7
+  VT-d (dmar0)
   region 0x0..=0xffffff direct-relaxable, may be mapped
   region 0xfee00000..=0xfeefffff msi
   region 0xfd00000000..=0xffffffffff reserved
@@ -465,6 +479,10 @@ no devices of the host
         let json = serde_json::to_value(tree()).expect("JSON");
         let device = &json["groups"][0]["devices"][1];
         assert_eq!(json["groups"][0]["number"], 7);
+        assert_eq!(
+            json["groups"][0]["iommu"],
+            serde_json::json!({ "name": "dmar0", "architecture": "vt-d", "write_only": "enforced" })
+        );
         assert_eq!(json["groups"][0]["regions"][0]["mappable"], true);
         assert_eq!(device["address"], "0000:01:00.0");
         assert_eq!(device["endpoint"]["group"], "host-group-7");
@@ -479,5 +497,37 @@ no devices of the host
         assert_eq!(absent["present"], false);
         assert_eq!(json["without_device"][0]["backend"], "none");
         assert_eq!(json["notes"], serde_json::json!([]));
+    }
+
+    /// Two devices behind two SMMUs, of QEMU's machine `virt`.
+    #[test]
+    fn an_arm_host_is_told_apart() {
+        const CONFIG: &str = "machine = 'virt'\naddress = '00:05.0'\n\
+             [[endpoint]]\naddress = '00:10.0'\nvfio = '0000:01:00.0'\n\
+             [[endpoint]]\naddress = '00:11.0'\nvfio = '0000:02:00.0'\n";
+        let host = FakeHost::new();
+        for (number, path) in [(1, "0000:01:00.0"), (2, "0000:02:00.0")] {
+            host.function(&Function::ready(path, number));
+            let file = format!("sys/kernel/iommu_groups/{number}/reserved_regions");
+            host.file(&file, "0x0000000008000000 0x00000000080fffff msi\n");
+            host.iommu(&format!("smmu3.0x000000000905{number}000"), &[path]);
+        }
+        let config = Config::from_text(Path::new("vm.toml"), CONFIG).expect("a configuration");
+        let tree = HostTree::new(&host.root(), &config)
+            .expect("a tree")
+            .to_string();
+        let expected = "\
+host group 2
+  SMMUv3 (smmu3.0x0000000009052000), no write-only pages: devices can also read memory that is mapped for writes only
+  region 0x8000000..=0x80fffff msi
+  device 0000:02:00.0 [8086:10d3], driver vfio-pci, vfio0
+    below pci0000:00
+    endpoint 0000:00:11.0, backend iommufd
+      reports 0x8000000..=0x808ffff reserved (host group 2)
+      reports 0x8090000..=0x809ffff msi (configuration, host group 2)
+      reports 0x80a0000..=0x80fffff reserved (host group 2)
+";
+        assert!(tree.ends_with(expected), "{tree}");
+        assert!(tree.contains("  SMMUv3 (smmu3.0x0000000009051000), no write-only pages"));
     }
 }

@@ -247,6 +247,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "PassthroughError::NoSnoop",
         "a host whose IOMMU has no snoop control: src/endpoints/passthrough/tests.rs",
     ),
+    (
+        "PassthroughError::NoGroup",
+        "src/endpoints/passthrough/refusals.rs::a_device_that_no_iommu_translates_for_is_refused",
+    ),
     ("PassthroughError::OtherDevice", "tests/passthrough"),
     ("PassthroughError::OneContainer", "tests/passthrough"),
     ("PassthroughError::MixedGroup", "tests/passthrough"),

@@ -43,3 +43,23 @@ fn the_status_shows_exported_devices() {
         assert!(text.lines().any(|found| found == line), "{line} in {text}");
     }
 }
+
+/// The host's IOMMU decides whether a mapping for writes only can be read.
+#[test]
+fn the_status_names_the_hosts_iommu() {
+    let endpoint = |write_only: &str| {
+        json!({ "endpoints": [{ "address": "0000:00:06.0", "state": "attached", "dma": "translated",
+            "domain": 3, "host": "0000:65:00.0", "exported": false, "emulated": false,
+            "host_iommu": { "name": "smmu3.0x0000000009050000", "architecture": "smmu-v3", "write_only": write_only } }] })
+    };
+    for (write_only, end) in [
+        ("readable", ", which lets it read write-only mappings"),
+        ("unknown", ", which may let it read write-only mappings"),
+        ("enforced", ""),
+    ] {
+        let text = ctl::render(&Question::Endpoints, &endpoint(write_only));
+        let expected =
+            format!("domain 3  host device 0000:65:00.0 behind smmu3.0x0000000009050000{end}\n");
+        assert!(text.ends_with(&expected), "{text}");
+    }
+}

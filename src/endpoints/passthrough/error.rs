@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 
 use thiserror::Error;
 
-use crate::host::sysfs::RefineError;
+use crate::host::sysfs::{NoGroupReason, RefineError};
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::VfioError;
 
@@ -21,6 +21,16 @@ pub enum PassthroughError {
         endpoint: PciAddress,
         /// The reason, with the missing thing.
         why: &'static str,
+    },
+    /// No IOMMU of the host translates for the device.
+    #[error("no IOMMU translates for {host} (endpoint {endpoint}): {reason}; {}", .reason.cure())]
+    NoGroup {
+        /// The device.
+        host: HostAddress,
+        /// The endpoint.
+        endpoint: PciAddress,
+        /// The reason.
+        reason: NoGroupReason,
     },
     /// VFIO or iommufd refused a call for the device.
     #[error("{host} (endpoint {endpoint}): {source}")]

@@ -5,6 +5,8 @@ pub mod error;
 mod iommufd;
 mod kind;
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod tests;
 mod type1;
 
@@ -15,7 +17,7 @@ use log::{info, warn};
 use crate::address::{IovaRange, PageMask};
 use crate::backends::{BackendCapabilities, DmaBackend};
 use crate::config::{Config, HostIommu, Passthrough};
-use crate::host::sysfs::{HostFacts, HostRoot, refine};
+use crate::host::sysfs::{HostFacts, HostRoot, IommuInstance, refine};
 use crate::ids::EndpointId;
 use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::DeviceAccess;
@@ -31,6 +33,8 @@ pub struct PassthroughDevices {
     pub backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     /// The exported devices, by the address of their endpoint.
     pub exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    /// The host's IOMMUs that translate for the devices, by endpoint, as far as sysfs names them.
+    pub iommus: BTreeMap<PciAddress, IommuInstance>,
 }
 
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.
@@ -52,6 +56,7 @@ impl PassthroughDevices {
                 topology: config.topology.clone(),
                 backends: Vec::new(),
                 exported: Vec::new(),
+                iommus: BTreeMap::new(),
             });
         }
         let root = HostRoot::default();
@@ -71,37 +76,50 @@ impl PassthroughDevices {
         for note in refined.notes {
             warn!("{note}");
         }
+        let mut iommus = BTreeMap::new();
         for (endpoint, host) in pairs {
             info!(
                 "endpoint {endpoint} is the host's device {host}, through {}",
                 config.host_iommu.name()
             );
+            let Some(iommu) = facts.group_of(host).and_then(|group| group.iommu.clone()) else {
+                continue;
+            };
+            if let Some(note) = iommu.write_only_note() {
+                info!("the IOMMU of {host}, {iommu}, has {note}");
+            }
+            iommus.insert(endpoint, iommu);
         }
         Ok(Self {
             topology: refined.topology,
             backends: opened.backends,
             exported: opened.exported,
+            iommus,
         })
     }
 }
 
-/// The host's number of the group that a device is in.
+/// The host's number of the group in which an IOMMU translates for a device.
 fn group_of(
     facts: &HostFacts,
     host: HostAddress,
     endpoint: PciAddress,
 ) -> Result<u32, PassthroughError> {
-    let missing = |why| PassthroughError::NoDevice {
-        host,
-        endpoint,
-        why,
-    };
-    let device = facts
-        .device(host)
-        .ok_or_else(|| missing("is not on this host"))?;
-    device
-        .group
-        .ok_or_else(|| missing("has no IOMMU group: the host's IOMMU is off"))
+    if facts.device(host).is_none() {
+        return Err(PassthroughError::NoDevice {
+            host,
+            endpoint,
+            why: "is not on this host",
+        });
+    }
+    let group = facts.translated_group(host);
+    group
+        .map(|group| group.number)
+        .map_err(|reason| PassthroughError::NoGroup {
+            host,
+            endpoint,
+            reason,
+        })
 }
 
 /// Refuses an exported device whose DMA may pass the caches by, unless the operator answers for it. `is_enforced` says

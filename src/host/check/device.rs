@@ -32,22 +32,18 @@ pub(super) fn findings(
     if !device.is_held_by_vfio() {
         found.push(not_bound(root, device));
     }
-    let group = facts.group_of(address).filter(|group| !group.without_iommu);
-    match group {
-        None => found.push(Finding::missing(
-            format!(
-                "{} is in no IOMMU group, so that no IOMMU translates for it",
-                device.name
-            ),
-            "turn the IOMMU on in the firmware (VT-d, AMD-Vi, SMMU) and, on Intel, boot with \
-             intel_iommu=on",
+    let group = facts.translated_group(address);
+    match &group {
+        Err(reason) => found.push(Finding::missing(
+            format!("no IOMMU translates for {}: {reason}", device.name),
+            reason.cure(),
         )),
-        Some(group) => found.extend(group_findings(root, device, group)),
+        Ok(group) => found.extend(group_findings(root, device, group)),
     }
     if device.is_held_by_vfio() {
         found.extend(match iommu {
             HostIommu::Iommufd => character_device(root, device),
-            HostIommu::Type1 => group.and_then(|group| {
+            HostIommu::Type1 => group.ok().and_then(|group| {
                 let node = format!("dev/vfio/{}", group.number);
                 node_finding(root, &node, "SUBSYSTEM==\"vfio\"")
             }),
@@ -295,7 +291,29 @@ mod tests {
         let pretended = host(&ready);
         pretended.file("sys/kernel/iommu_groups/7/name", "vfio-noiommu\n");
         let finding = only(&pretended, HostIommu::Type1);
-        assert!(finding.problem.contains("no IOMMU group"), "{finding:?}");
+        assert!(finding.problem.contains("without an IOMMU"), "{finding:?}");
+    }
+
+    /// QEMU's `pcie-pci-bridge` behind an SMMU: Linux 7.3.4 gives a group to the first device only.
+    #[test]
+    fn an_alias_behind_an_smmu_is_reported_with_its_bridge() {
+        let host = FakeHost::new();
+        let to_conventional = FakeConfigSpace::express(7, None);
+        host.function(&Function::bridge("0000:00:1c.0", 3, to_conventional));
+        host.function(&Function {
+            group: None,
+            ..Function::ready(PATH, 7)
+        });
+        host.iommu("smmu3.0x0000000009050000", &[]);
+        let finding = only(&host, HostIommu::Iommufd);
+        assert_eq!(finding.severity, Severity::Missing);
+        let text =
+            "no IOMMU translates for 0000:01:00.0: the PCI Express to PCI bridge 0000:00:1c.0";
+        assert!(finding.problem.starts_with(text), "{}", finding.problem);
+        assert!(
+            finding.cure.contains("not behind the bridge"),
+            "{finding:?}"
+        );
     }
 
     #[test]

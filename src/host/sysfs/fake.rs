@@ -144,6 +144,16 @@ impl FakeHost {
         made
     }
 
+    /// As [`Self::new`], with a kernel whose pages have `bytes`.
+    pub fn with_pages(bytes: u64) -> Self {
+        let made = Self::new();
+        // AT_PHDR, AT_PAGESZ, AT_NULL.
+        let words = [3, 0x40, 6, bytes, 0, 0];
+        let vector: Vec<_> = words.into_iter().flat_map(u64::to_ne_bytes).collect();
+        made.file("proc/self/auxv", vector);
+        made
+    }
+
     pub fn root(&self) -> HostRoot {
         HostRoot::new(self.folder.path())
     }
@@ -175,6 +185,15 @@ impl FakeHost {
     /// Makes a link at `at` that leads to a path outside this host.
     pub fn dangling(&self, target: &str, at: &str) {
         link(Path::new(target), &self.path(at));
+    }
+
+    /// Makes the IOMMU `name`, which translates for the devices at `addresses`. They must exist.
+    pub fn iommu(&self, name: &str, addresses: &[&str]) {
+        let below = format!("sys/class/iommu/{name}");
+        fs::create_dir_all(self.path(&below)).expect("a folder");
+        for address in addresses {
+            self.link(&below, &format!("sys/bus/pci/devices/{address}/iommu"));
+        }
     }
 
     /// Writes the function, its links, its nodes and its membership in the group.

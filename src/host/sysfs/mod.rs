@@ -5,10 +5,12 @@
 mod bridges;
 #[cfg(test)]
 pub(crate) mod fake;
+mod iommu;
 mod read;
 mod refine;
 mod reserved;
 mod sharing;
+mod ungrouped;
 mod usage;
 
 use std::collections::BTreeMap;
@@ -21,10 +23,12 @@ use crate::topology::HostAddress;
 use read::{link_name, names, printable, read_hex, read_value};
 
 pub use bridges::{Acs, PciFunction, Port};
+pub use iommu::{IommuArchitecture, IommuInstance, WriteOnlyRights};
 pub use read::HostRoot;
 pub use refine::{RefineError, Refined, refine};
 pub use reserved::{HostRegion, HostRegionKind, gaps, merge, parse_regions};
 pub use sharing::{PciPlace, SharingReason};
+pub use ungrouped::NoGroupReason;
 pub use usage::uses;
 
 /// PCI class and subclass of bridges between PCI buses.
@@ -37,12 +41,17 @@ const NO_IOMMU: &str = "vfio-noiommu";
 pub struct HostFacts {
     devices: BTreeMap<HostAddress, SysfsDevice>,
     groups: BTreeMap<u32, HostGroup>,
+    /// The names of all IOMMUs.
+    iommus: Vec<String>,
 }
 
 impl HostFacts {
     /// Reads the devices at `addresses` of the host below `root`, and their groups with all members.
     pub fn read(root: &HostRoot, addresses: impl IntoIterator<Item = HostAddress>) -> Self {
-        let mut facts = Self::default();
+        let mut facts = Self {
+            iommus: iommu::instances(root),
+            ..Self::default()
+        };
         for address in addresses {
             let folder = root.path(format!("sys/bus/pci/devices/{address}"));
             if !folder.is_dir() {
@@ -61,6 +70,11 @@ impl HostFacts {
     /// The device at `address`; `None` if the host has none there.
     pub fn device(&self, address: HostAddress) -> Option<&SysfsDevice> {
         self.devices.get(&address)
+    }
+
+    /// The names of all IOMMUs that the kernel uses, in alphabetical order.
+    pub fn iommus(&self) -> &[String] {
+        &self.iommus
     }
 
     /// The group `number`, if one of the devices is in it.
@@ -188,6 +202,8 @@ pub struct HostGroup {
     pub number: u32,
     /// Whether VFIO made it without an IOMMU.
     pub without_iommu: bool,
+    /// The IOMMU that translates for the group; `None` if sysfs names none.
+    pub iommu: Option<IommuInstance>,
     /// All devices in the group, ordered by name.
     pub members: Vec<SysfsDevice>,
     /// The group's reserved regions, as the kernel lists them.
@@ -202,8 +218,10 @@ impl HostGroup {
         let members = names(&folder.join("devices"));
         let text = root.text(format!("sys/kernel/iommu_groups/{number}/reserved_regions"));
         let (regions, odd_lines) = parse_regions(&text.unwrap_or_default());
+        let instance = |name| IommuInstance::of_device(root, &folder.join("devices").join(name));
         Self {
             number,
+            iommu: members.iter().find_map(instance),
             without_iommu: read_value(&folder.join("name")).as_deref() == Some(NO_IOMMU),
             members: members
                 .iter()

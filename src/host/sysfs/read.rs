@@ -40,8 +40,28 @@ impl HostRoot {
     /// The file cannot be read. Bytes that are not UTF-8 are replaced, and only the start of an
     /// oversized file is returned.
     pub fn text(&self, below: impl AsRef<Path>) -> io::Result<String> {
-        let bytes = read_bytes(&self.path(below))?;
+        self.text_up_to(below, MAX_FILE)
+    }
+
+    /// As [`Self::text`], with the largest size to read in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn text_up_to(&self, below: impl AsRef<Path>, limit: u64) -> io::Result<String> {
+        let mut bytes = Vec::new();
+        let file = File::open(self.path(below))?;
+        file.take(limit).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The bytes of the file `below`, as far as [`Self::text`] reads.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn bytes(&self, below: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+        read_bytes(&self.path(below))
     }
 
     /// The first line of the file `below`; `None` if it cannot be read.
