@@ -251,6 +251,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "PassthroughError::NoGroup",
         "src/endpoints/passthrough/refusals.rs::a_device_that_no_iommu_translates_for_is_refused",
     ),
+    (
+        "PassthroughError::Granule",
+        "src/endpoints/passthrough/refusals.rs::a_device_with_larger_pages_than_the_guest_is_refused",
+    ),
     ("PassthroughError::OtherDevice", "tests/passthrough"),
     ("PassthroughError::OneContainer", "tests/passthrough"),
     ("PassthroughError::MixedGroup", "tests/passthrough"),

@@ -109,6 +109,23 @@ pub enum PassthroughError {
     /// The topology contradicts the host.
     #[error(transparent)]
     Refine(#[from] RefineError),
+    /// The host's IOMMU has no pages as small as the guest's.
+    #[error(
+        "{host} (endpoint {endpoint}): the host maps no pages smaller than {} KiB for this device, and `granule` is {} KiB; \
+         give the guest a kernel with pages of {} KiB and set granule = \"{}k\", boot the host with a kernel of smaller \
+         pages, or set host-iommu = \"iommufd\", which maps pages smaller than those of the host's kernel",
+        .smallest >> 10, .granule >> 10, .smallest >> 10, .smallest >> 10
+    )]
+    Granule {
+        /// The device.
+        host: HostAddress,
+        /// The endpoint.
+        endpoint: PciAddress,
+        /// The host's smallest page in bytes.
+        smallest: u64,
+        /// The smallest page of the configuration in bytes.
+        granule: u64,
+    },
     /// The IOMMUs of the devices have no addresses in common.
     #[error(
         "the IOMMUs of the host's devices have no addresses in common; give the devices to VMs of \

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostBackends, PassthroughError, capabilities, check_coherency, group_of};
+use super::{
+    HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
+};
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
@@ -105,6 +107,7 @@ pub(super) fn open(
             }
         };
         if let Some(found) = found {
+            check_granule(config, *passthrough, found.granule)?;
             granule = granule.max(found.granule);
             allowed.insert(endpoint, found.ranges);
         }

@@ -2,6 +2,8 @@
 //! descriptors. Finds the addresses that the host's IOMMU allows each device, and makes the backends.
 
 pub mod error;
+#[cfg(test)]
+mod instances;
 mod iommufd;
 mod kind;
 #[cfg(test)]
@@ -147,6 +149,28 @@ fn check_coherency(
          `allow-no-snoop` says that the device needs no such enforcement"
     );
     Ok(())
+}
+
+/// Refuses a device for which the host cannot map pages as small as the configuration promises to the guest. `smallest` is
+/// the host's smallest page in bytes.
+///
+/// Not by a promise of larger pages: a guest with smaller pages would then not use its IOMMU at all.
+fn check_granule(
+    config: &Config,
+    passthrough: Passthrough,
+    smallest: u64,
+) -> Result<(), PassthroughError> {
+    let Passthrough { endpoint, host } = passthrough;
+    let granule = config.page_mask.granule();
+    if smallest <= granule {
+        return Ok(());
+    }
+    Err(PassthroughError::Granule {
+        host,
+        endpoint,
+        smallest,
+        granule,
+    })
 }
 
 /// The capabilities of a backend whose devices allow these addresses and this granule.

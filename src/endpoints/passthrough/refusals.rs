@@ -47,3 +47,23 @@ fn a_device_that_no_iommu_translates_for_is_refused() {
         "{refusal}"
     );
 }
+
+/// An SMMU with pages of 64 KiB only, or type1 on a kernel with such pages.
+#[test]
+fn a_device_with_larger_pages_than_the_guest_is_refused() {
+    let check = |keys: &str, smallest| {
+        let config = config(keys);
+        let checked = check_granule(&config, config.devices.passthrough[0], smallest);
+        checked.map_err(|error| error.to_string())
+    };
+    for (keys, smallest) in [("", 4096), ("", 1), ("granule = '64k'", 65536)] {
+        assert_eq!(check(keys, smallest), Ok(()), "{keys} {smallest}");
+    }
+    let refusal = check("granule = '16k'", 65536).expect_err("too large");
+    for part in [
+        "no pages smaller than 64 KiB for this device, and `granule` is 16 KiB",
+        "set granule = \"64k\"",
+    ] {
+        assert!(refusal.contains(part), "{refusal}");
+    }
+}

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::{HostBackends, PassthroughError, capabilities, check_coherency, group_of};
+use super::{
+    HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
+};
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::config::{Config, Passthrough};
@@ -186,6 +188,7 @@ fn add_group(
         })?;
     for (passthrough, device) in open.devices {
         check_coherency(config, passthrough, is_coherent)?;
+        check_granule(config, passthrough, granule)?;
         opened.allowed.insert(passthrough.endpoint, ranges.clone());
         endpoints.push(passthrough.endpoint.endpoint_id());
         if let Some(device) = &device

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use super::{Finding, access};
+use super::{Finding, access, kernel};
 use crate::config::HostIommu;
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
@@ -204,7 +204,10 @@ fn character_device(root: &HostRoot, device: &SysfsDevice) -> Option<Finding> {
             node_finding(root, &node, "SUBSYSTEM==\"vfio-dev\"")
         }
         _ => Some(Finding::missing(
-            format!("the kernel has no character device for {}", device.name),
+            match kernel::lacking(root, "CONFIG_VFIO_DEVICE_CDEV") {
+                Some(why) => format!("there is no character device for {}: {why}", device.name),
+                None => format!("the kernel has no character device for {}", device.name),
+            },
             "use Linux 6.6 or later with CONFIG_VFIO_DEVICE_CDEV, or host-iommu = \"type1\"",
         )),
     }

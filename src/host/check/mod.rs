@@ -5,6 +5,8 @@
 mod access;
 mod coherency;
 mod device;
+mod interrupts;
+mod kernel;
 mod system;
 
 use std::fmt;

@@ -1,10 +1,9 @@
-//! Checks the host as a whole: nodes, interrupt remapping, limits. The file is long because each check has its tests beside
-//! it.
+//! Checks the host as a whole: nodes, page sizes, limits. The file is long because each check has its tests beside it.
 
 use std::collections::BTreeSet;
 use std::fs::File;
 
-use super::{Finding, device::node_finding};
+use super::{Finding, device::node_finding, interrupts, kernel};
 use crate::config::{Config, HostIommu, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 
@@ -20,7 +19,8 @@ pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> V
         HostIommu::Iommufd => iommufd(root),
         HostIommu::Type1 => type1(root),
     });
-    found.extend(interrupts(root, config.host_iommu));
+    found.extend(interrupts::finding(root, config.host_iommu));
+    found.extend(small_pages(root, config));
     found.extend(locked_memory(root, facts, config));
     if config.host_iommu == HostIommu::Type1 {
         found.extend(mappings(root, config));
@@ -31,6 +31,13 @@ pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> V
 fn iommufd(root: &HostRoot) -> Option<Finding> {
     let node = "dev/iommu";
     if !root.path(node).exists() {
+        // Debian's kernels for arm64 are built without it.
+        if let Some(why) = kernel::lacking(root, "CONFIG_IOMMUFD") {
+            return Some(Finding::missing(
+                format!("there is no /dev/iommu: {why}"),
+                "set host-iommu = \"type1\", or boot a kernel that has it",
+            ));
+        }
         return Some(
             Finding::missing(
                 "there is no /dev/iommu",
@@ -54,6 +61,12 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
 
 fn type1(root: &HostRoot) -> Option<Finding> {
     if !root.path("sys/module/vfio_iommu_type1").exists() {
+        if let Some(why) = kernel::lacking(root, "CONFIG_VFIO_IOMMU_TYPE1") {
+            return Some(Finding::missing(
+                format!("the kernel has no VFIO IOMMU driver of type 1: {why}"),
+                "set host-iommu = \"iommufd\", or boot a kernel that has it",
+            ));
+        }
         return Some(
             Finding::missing(
                 "the kernel has no VFIO IOMMU driver of type 1",
@@ -70,51 +83,23 @@ fn type1(root: &HostRoot) -> Option<Finding> {
     )
 }
 
-/// Whether the host keeps devices from raising interrupts of others; `None` if that is unknown.
-///
-/// The kernel reports it only when VFIO takes a device. The names of the interrupt controllers in use are
-/// the next best source: they start with `IR-` if x86 remaps interrupts, and with `ITS-` if an Arm GIC's
-/// translation service does.
-fn isolates_interrupts(interrupts: &str) -> Option<bool> {
-    let is_count = |word: &&str| word.bytes().all(|byte| byte.is_ascii_digit());
-    let controllers = interrupts
-        .lines()
-        .filter_map(|line| line.split_whitespace().skip(1).find(|word| !is_count(word)));
-    let mut plain = false;
-    for name in controllers {
-        if name.starts_with("IR-") || name.starts_with("ITS-") {
-            return Some(true);
-        }
-        plain |= name.starts_with("IO-APIC") || name.starts_with("PCI-MSI");
-    }
-    plain.then_some(false)
-}
-
-fn interrupts(root: &HostRoot, iommu: HostIommu) -> Option<Finding> {
-    let module = match iommu {
-        HostIommu::Iommufd => "iommufd",
-        HostIommu::Type1 => "vfio_iommu_type1",
-    };
-    let parameter = format!("sys/module/{module}/parameters/allow_unsafe_interrupts");
-    let allowed = root.value(&parameter);
-    let text = root.text("proc/interrupts").unwrap_or_default();
-    let unsafe_allowed = matches!(allowed.as_deref(), Some("Y" | "y" | "1"));
-    match (isolates_interrupts(&text), unsafe_allowed) {
-        (Some(true), _) => None,
-        (Some(false), false) => Some(Finding::missing(
-            "interrupt remapping is off: a device could raise any interrupt of the host",
-            "turn it on in the firmware, and boot without intremap=off, nointremap or noapic",
-        )),
-        (Some(false), true) => Some(Finding::advice(
-            "interrupt remapping is off, and allow_unsafe_interrupts makes VFIO accept that: a \
-             guest can raise any interrupt of the host",
-            "turn it on in the firmware, and take allow_unsafe_interrupts back",
-        )),
-        (None, _) => Some(Finding::advice(
-            "/proc/interrupts does not show whether interrupts are remapped",
-            "read the kernel's log after VFIO has taken the device",
-        )),
-    }
+/// The finding if type1 cannot map pages as small as the guest's: it maps none smaller than those of the host's kernel.
+/// iommufd maps what the IOMMU can.
+fn small_pages(root: &HostRoot, config: &Config) -> Option<Finding> {
+    let granule = config.page_mask.granule();
+    let page = kernel::page_size(root).filter(|page| granule < *page)?;
+    let (page, granule) = (page >> 10, granule >> 10);
+    (config.host_iommu == HostIommu::Type1).then(|| {
+        Finding::missing(
+            format!(
+                "the host's kernel has pages of {page} KiB, and type1 maps no smaller ones; `granule` is {granule} KiB"
+            ),
+            format!(
+                "set host-iommu = \"iommufd\", boot the host with a kernel of smaller pages, or give the guest a kernel with \
+                 pages of {page} KiB and set granule = \"{page}k\""
+            ),
+        )
+    })
 }
 
 fn locked_memory(root: &HostRoot, facts: &HostFacts, config: &Config) -> Option<Finding> {
@@ -336,6 +321,61 @@ mod tests {
         assert!(finding.problem.contains("cannot be opened"), "{finding:?}");
     }
 
+    /// Debian's kernel for arm64: nothing can be loaded.
+    #[test]
+    fn a_kernel_without_iommufd_is_told_from_one_that_has_not_loaded_it() {
+        let host = FakeHost::new();
+        host.remove("dev/iommu");
+        host.remove("sys/module/vfio_iommu_type1");
+        host.file("proc/sys/kernel/osrelease", "6.12.117+deb13-arm64\n");
+        let file = "boot/config-6.12.117+deb13-arm64";
+        host.file(
+            file,
+            "#\nCONFIG_PCI=y\nCONFIG_VFIO=m\nCONFIG_VFIO_IOMMU_TYPE1=m\n# CONFIG_IOMMUFD is not set\n",
+        );
+        let finding = only(&host, "");
+        assert!(
+            finding.problem.contains("built without CONFIG_IOMMUFD"),
+            "{finding:?}"
+        );
+        assert!(
+            finding.cure.contains("type1") && finding.commands.is_empty(),
+            "{finding:?}"
+        );
+        let of_type1 = || found(&host, TYPE1).swap_remove(0);
+        assert_eq!(of_type1().commands, ["modprobe vfio_iommu_type1"]);
+        host.file(file, "#\nCONFIG_PCI=y\nCONFIG_IOMMUFD=m\n");
+        assert_eq!(only(&host, "").commands, ["modprobe iommufd"]);
+        assert!(of_type1().commands.is_empty(), "{:?}", of_type1());
+    }
+
+    #[test]
+    fn type1_maps_no_pages_smaller_than_the_hosts() {
+        let limit = "sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
+        for (pages, keys, is_missing) in [
+            (4096, TYPE1, false),
+            (16384, TYPE1, true),
+            (65536, "host-iommu = \"type1\"\ngranule = \"16k\"", true),
+            (65536, "host-iommu = \"type1\"\ngranule = \"64k\"", false),
+            (65536, "", false),
+        ] {
+            let host = FakeHost::with_pages(pages);
+            host.file(limit, "16777216");
+            let found = found(&host, keys);
+            assert_eq!(
+                found.len(),
+                usize::from(is_missing),
+                "{pages} {keys}: {found:?}"
+            );
+            let size = format!("granule = \"{}k\"", pages >> 10);
+            assert!(found.iter().all(|it| it.cure.contains(&size)), "{found:?}");
+            assert!(
+                found.iter().all(|it| it.severity == Severity::Missing),
+                "{found:?}"
+            );
+        }
+    }
+
     #[test]
     fn a_host_without_type1_is_reported() {
         let host = FakeHost::new();
@@ -350,49 +390,6 @@ mod tests {
         let finding = only(&host, TYPE1);
         assert_eq!(finding.commands, ["modprobe vfio_iommu_type1"]);
         assert_eq!(found(&host, ""), []);
-    }
-
-    #[test]
-    fn interrupt_remapping_is_recognized_by_controller_names() {
-        let remapped = "      CPU0 CPU1\n 0: 5 0 IR-IO-APIC 2-edge timer\n 24: 0 0 DMAR-MSI 0-edge";
-        assert_eq!(isolates_interrupts(remapped), Some(true));
-        let msi = "      CPU0\n 24: 0 IR-PCI-MSIX-0000:00:02.0 0-edge eth0";
-        assert_eq!(isolates_interrupts(msi), Some(true));
-        let arm = "      CPU0\n 24: 0 ITS-PCI-MSI-0000:00:02.0 0-edge eth0";
-        assert_eq!(isolates_interrupts(arm), Some(true));
-        let plain = "      CPU0 CPU1\n 0: 5 0 IO-APIC 2-edge timer\n 9: 0 0 PCI-MSI 5 IR-remote";
-        assert_eq!(isolates_interrupts(plain), Some(false));
-        assert_eq!(
-            isolates_interrupts("      CPU0\nNMI: 0 Non-maskable interrupts\n"),
-            None
-        );
-        assert_eq!(isolates_interrupts(""), None);
-    }
-
-    #[test]
-    fn missing_interrupt_remapping_is_reported() {
-        for (keys, module) in [("", "iommufd"), (TYPE1, "vfio_iommu_type1")] {
-            let host = FakeHost::new();
-            host.file(
-                "sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
-                "16777216",
-            );
-            host.file("proc/interrupts", " 0: 5 IO-APIC 2-edge timer\n");
-            let parameter = format!("sys/module/{module}/parameters/allow_unsafe_interrupts");
-            let finding = only(&host, keys);
-            assert_eq!(finding.severity, Severity::Missing);
-            assert!(finding.cure.contains("in the firmware"), "{finding:?}");
-            assert!(!finding.cure.contains("allow"), "{finding:?}");
-            assert!(finding.commands.is_empty(), "{finding:?}");
-            host.file(&parameter, "Y\n");
-            assert_eq!(only(&host, keys).severity, Severity::Advice);
-            host.remove(&parameter);
-            assert!(only(&host, keys).commands.is_empty());
-            host.remove("proc/interrupts");
-            let finding = only(&host, keys);
-            assert_eq!(finding.severity, Severity::Advice);
-            assert!(finding.problem.contains("does not show"), "{finding:?}");
-        }
     }
 
     #[test]
@@ -523,7 +520,6 @@ mod tests {
         fn no_text_panics(text in "(\\PC|Max locked memory| |[0-9]|:|\n){0,60}") {
             let _ = limit_of(&text, "Max locked memory", Column::Soft);
             let _ = limit_of(&text, "Max locked memory", Column::Hard);
-            let _ = isolates_interrupts(&text);
         }
     }
 }

@@ -50,6 +50,9 @@ pub(crate) struct KernelState {
     cache_users: BTreeMap<u32, u32>,
     /// By group: areas that were removed without an invalidation, and that it still reaches.
     pub cached: BTreeMap<u32, Vec<Area>>,
+    /// By group: the addresses that its IOMMU does not map, such as an SMMU's window for MSIs (SW_MSI), and all above its
+    /// width. Other groups may have another instance of the IOMMU, with other addresses.
+    pub reserved: BTreeMap<u32, Vec<IovaRange>>,
     /// Bound devices.
     pub bound: Vec<u32>,
     /// Devices whose bus-master bit was cleared.
@@ -203,8 +206,29 @@ impl KernelState {
         Ok(())
     }
 
-    /// `EADDRINUSE` if the areas of an address space are not aligned as a device wants them.
-    fn check_attach(&mut self, id: u32) -> io::Result<()> {
+    /// Whether the IOMMU of `group` does not map a part of `range`.
+    fn is_reserved(&self, group: u32, range: IovaRange) -> bool {
+        let mut reserved = self.reserved.get(&group).into_iter().flatten();
+        reserved.any(|it| it.overlaps(range))
+    }
+
+    /// `EINVAL` if a device in an address space reserves a part of `range` (`iopt_check_iova`).
+    fn check_reserved(&self, id: u32, range: IovaRange) -> io::Result<()> {
+        let mut inside = self.groups.iter().filter(|(_, (at, _))| *at == Some(id));
+        if inside.any(|(group, _)| self.is_reserved(*group, range)) {
+            return Err(error(libc::EINVAL));
+        }
+        Ok(())
+    }
+
+    /// `EADDRINUSE` if a device of `group` reserves a part of an area, or if the areas of an address space are not aligned
+    /// as the device wants them (`iopt_reserve_iova`, `iopt_table_add_domain`). A page table of another instance is no
+    /// failure: the kernel makes one for each instance (`iommufd_device_auto_get_domain`).
+    fn check_attach(&mut self, id: u32, group: u32) -> io::Result<()> {
+        let areas: Vec<_> = self.space(id)?.values().map(|a| a.range).collect();
+        if areas.iter().any(|area| self.is_reserved(group, *area)) {
+            return Err(error(libc::EADDRINUSE));
+        }
         let misaligned = |a: &Area| {
             let ends = a.range.first().0 | (a.range.span() + 1) | a.offset;
             ends & (checks::PAGE - 1) != 0
@@ -355,6 +379,7 @@ impl AddressSpaces for FakeKernel {
         let argument = iommufd::map_argument(ioas, range, access, source)?;
         let (range, memory) = checks::ioas_map(&argument)?;
         state.check_alignment(ioas, &[range.first().0, range.span() + 1, memory])?;
+        state.check_reserved(ioas, range)?;
         state.mapped_by_file += u64::from(matches!(source, DmaSource::File(..)));
         state.insert(ioas, &[area_of(range, access, source)])
     }
@@ -372,6 +397,7 @@ impl AddressSpaces for FakeKernel {
         let argument = iommufd::copy_argument(ioas, range, access, from, first)?;
         let (range, wanted) = checks::ioas_copy(&argument)?;
         state.check_alignment(ioas, &[range.first().0, range.span() + 1])?;
+        state.check_reserved(ioas, range)?;
         let mut parts = Vec::new();
         let mut next = wanted.first();
         for area in state
@@ -446,7 +472,7 @@ impl Attach for FakeDevice {
             state.without_space.insert(self.group);
             return Err(cause);
         }
-        state.check_attach(ioas)?;
+        state.check_attach(ioas, self.group)?;
         if !replaces && at.is_some_and(|at| at != ioas) {
             return Err(error(libc::EINVAL));
         }

@@ -1,0 +1,100 @@
+//! The build options and the page size of the host's kernel.
+
+use crate::host::sysfs::HostRoot;
+
+/// The most bytes of a kernel's configuration. Those of distributions have a third of a MiB.
+const MAX_CONFIG: u64 = 4 << 20;
+/// The type of the entry with the page size in a process's auxiliary vector.
+const AT_PAGESZ: u64 = 6;
+
+/// The options that the host's kernel was built with, as far as `/boot` has them.
+pub(super) struct KernelOptions {
+    release: String,
+    text: String,
+}
+
+impl KernelOptions {
+    /// The options of the kernel of the host below `root`; `None` if its file cannot be read.
+    pub fn read(root: &HostRoot) -> Option<Self> {
+        let release = root.value("proc/sys/kernel/osrelease")?;
+        let text = root.text_up_to(format!("boot/config-{release}"), MAX_CONFIG);
+        Some(Self {
+            text: text.ok()?,
+            release,
+        })
+    }
+
+    /// Whether the kernel was built without `option`, such as `CONFIG_IOMMUFD`.
+    pub fn lacks(&self, option: &str) -> bool {
+        let is_set = |line: &str| {
+            let value = line
+                .strip_prefix(option)
+                .and_then(|it| it.strip_prefix('='));
+            matches!(value.map(str::trim_end), Some("y" | "m"))
+        };
+        // A file without any option is none of a kernel.
+        self.text.contains("\nCONFIG_") && !self.text.lines().any(is_set)
+    }
+
+    /// The kernel's release.
+    pub fn release(&self) -> &str {
+        &self.release
+    }
+}
+
+/// If the kernel was built without `option`: a clause that says so.
+pub(super) fn lacking(root: &HostRoot, option: &str) -> Option<String> {
+    let options = KernelOptions::read(root)?;
+    let release = options.release();
+    let clause = || format!("this kernel ({release}) was built without {option}");
+    options.lacks(option).then(clause)
+}
+
+/// The size of the kernel's pages in bytes; `None` if it cannot be read.
+pub(super) fn page_size(root: &HostRoot) -> Option<u64> {
+    let vector = root.bytes("proc/self/auxv").ok()?;
+    let (words, _) = vector.as_chunks::<8>();
+    let (entries, _) = words.as_chunks::<2>();
+    let mut entries = entries
+        .iter()
+        .map(|[key, value]| (u64::from_ne_bytes(*key), u64::from_ne_bytes(*value)));
+    let size = entries.find(|(key, _)| *key == AT_PAGESZ)?.1;
+    size.is_power_of_two().then_some(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::sysfs::fake::FakeHost;
+
+    #[test]
+    fn options_are_read_from_the_running_kernels_file() {
+        let host = FakeHost::new();
+        assert_eq!(lacking(&host.root(), "CONFIG_IOMMUFD"), None);
+        host.file("proc/sys/kernel/osrelease", "6.12.117+deb13-arm64\n");
+        assert_eq!(lacking(&host.root(), "CONFIG_IOMMUFD"), None);
+        let file = "boot/config-6.12.117+deb13-arm64";
+        host.file(
+            file,
+            "# Linux/arm64\nCONFIG_VFIO=m\nCONFIG_IOMMUFD_DRIVER=y\n# CONFIG_IOMMUFD is not set\nCONFIG_PCI=y\n",
+        );
+        let text = lacking(&host.root(), "CONFIG_IOMMUFD").expect("it is off");
+        assert_eq!(
+            text,
+            "this kernel (6.12.117+deb13-arm64) was built without CONFIG_IOMMUFD"
+        );
+        for option in ["CONFIG_VFIO", "CONFIG_PCI"] {
+            assert_eq!(lacking(&host.root(), option), None, "{option}");
+        }
+        host.file(file, "garbage");
+        assert_eq!(lacking(&host.root(), "CONFIG_IOMMUFD"), None);
+    }
+
+    #[test]
+    fn the_page_size_is_read_from_the_auxiliary_vector() {
+        assert_eq!(page_size(&FakeHost::new().root()), None);
+        let host = FakeHost::with_pages(65536);
+        assert_eq!(page_size(&host.root()), Some(65536));
+        assert!(page_size(&HostRoot::default()).is_some_and(|size| size >= 4096));
+    }
+}
