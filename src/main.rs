@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs, VmmChoice};
-use vhost_device_iommu::config::{Config, Machine, SlotProblem};
+use vhost_device_iommu::config::{Config, Machine};
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::daemon::drop_in::drop_in;
@@ -225,7 +225,7 @@ fn check(file: &Path, file_only: bool) -> Outcome {
         Report::new(&HostRoot::default(), &config)
     };
     print(&report.to_string())?;
-    if config.slot_problems().iter().any(SlotProblem::is_fatal) {
+    if report.missing_in_the_guest() > 0 {
         return Err("the guest would lack its IOMMU or a device; see above".into());
     }
     match report.missing() {
@@ -324,7 +324,7 @@ fn print_crosvm_args(file: &Path, viot: Option<&Path>, shell: bool) -> Outcome {
     let viot = viot.map_or_else(|| default_table_path(file, Machine::Q35), Path::to_owned);
     print_vmm_args(
         file,
-        crosvm::arguments(&Config::from_file(file)?, &viot),
+        crosvm::arguments(&Config::from_file(file)?, &viot, &HostRoot::default()),
         shell,
     )
 }

@@ -21,7 +21,8 @@ use dtoolkit::model::{DeviceTree, DeviceTreeNode, DeviceTreeProperty};
 use dtoolkit::{Node, Property};
 use thiserror::Error;
 
-use super::{PciAddress, Topology};
+use super::{PciAddress, ReservedKind, ReservedRegion, Topology};
+use crate::address::Iova;
 
 /// The largest tree, in bytes. QEMU's has 1 MiB.
 pub const MAX_TREE: u64 = 4 << 20;
@@ -32,6 +33,9 @@ const COMPATIBLE: &[u8] = b"virtio,pci-iommu\0pci1af4,1057\0";
 /// A host bridge whose configuration space is mapped into memory (`pci-host-ecam-generic`).
 const HOST_BRIDGE: &str = "pci-host-ecam-generic";
 const IOMMU_MAP: &str = "iommu-map";
+/// The doorbells of Arm's interrupt controllers: a node's `compatible`, and where the doorbell is from the node's first
+/// address (GITS_TRANSLATER, MSI_SETSPI_NS).
+const DOORBELLS: [(&str, u64); 2] = [("arm,gic-v3-its", 0x1_0040), ("arm,gic-v2m-frame", 0x40)];
 
 /// A tree to which the IOMMU cannot be added.
 #[derive(Debug, Error)]
@@ -60,6 +64,17 @@ pub enum DeviceTreeError {
          iommu=, and without the daemon's device)"
     )]
     HasIommu(String),
+    /// MSIs of the guest would go to the IOMMU.
+    #[error(
+        "the device tree has the doorbell for message-signalled interrupts at {doorbell}, outside the MSI region {region}, \
+         so the guest's devices would raise no interrupt; let QEMU write it for -machine virt,gic-version=3"
+    )]
+    Doorbell {
+        /// The address of the doorbell.
+        doorbell: Iova,
+        /// The MSI region of all endpoints.
+        region: ReservedRegion,
+    },
     /// The IOMMU or an endpoint is on another segment.
     #[error(
         "{0} is not on PCI segment 0, the only one of QEMU's virt machine; give it an address of segment 0, such as \
@@ -95,7 +110,7 @@ pub fn extended(base: &[u8], topology: &Topology) -> Result<Vec<u8>, DeviceTreeE
     check_depth(&fdt.root(), 0)?;
     let mut tree = DeviceTree::from_fdt(&fdt);
     let mut found = Found::default();
-    found.look_at(&tree.root, "");
+    found.look_at(&tree.root, "", 2);
     if let Some(path) = found.iommu {
         return Err(DeviceTreeError::HasIommu(path));
     }
@@ -111,6 +126,7 @@ pub fn extended(base: &[u8], topology: &Topology) -> Result<Vec<u8>, DeviceTreeE
         .checked_add(1)
         .filter(|&it| it != u32::MAX);
     let phandle = phandle.ok_or(DeviceTreeError::NoPhandle)?;
+    check_doorbells(topology, &found.doorbells)?;
     let iommu = topology.iommu();
     bridge.add_property(DeviceTreeProperty::new(
         IOMMU_MAP,
@@ -118,6 +134,29 @@ pub fn extended(base: &[u8], topology: &Topology) -> Result<Vec<u8>, DeviceTreeE
     )?);
     bridge.add_child(iommu_node(iommu, phandle)?);
     Ok(tree.to_dtb())
+}
+
+/// Refuses a topology that no device tree can describe.
+///
+/// # Errors
+///
+/// [`DeviceTreeError::Segment`] or [`DeviceTreeError::NotOnRootBus`].
+pub fn check(topology: &Topology) -> Result<(), DeviceTreeError> {
+    iommu_map(topology, 1)?;
+    iommu_node(topology.iommu(), 1)?;
+    Ok(())
+}
+
+/// Refuses a doorbell outside the MSI region. Without such a region the guest maps the doorbell itself.
+fn check_doorbells(topology: &Topology, doorbells: &[Iova]) -> Result<(), DeviceTreeError> {
+    let mut regions = topology.common_reserved().iter();
+    let Some(&region) = regions.find(|region| region.kind == ReservedKind::Msi) else {
+        return Ok(());
+    };
+    let mut outside = doorbells.iter().filter(|it| !region.range.contains(**it));
+    outside.next().map_or(Ok(()), |&doorbell| {
+        Err(DeviceTreeError::Doorbell { doorbell, region })
+    })
 }
 
 /// Refuses a tree that is nested so deeply that a recursion could overflow the stack.
@@ -169,12 +208,14 @@ struct Found {
     bridges: Vec<String>,
     /// The path of a node that is an IOMMU, or is behind one.
     iommu: Option<String>,
+    /// The addresses to which devices write MSIs.
+    doorbells: Vec<Iova>,
     last_phandle: u32,
 }
 
 impl Found {
-    /// Looks at `node`, whose path is `path`, and at all nodes within.
-    fn look_at(&mut self, node: &DeviceTreeNode, path: &str) {
+    /// Looks at `node`, whose path is `path`, and at all nodes within. Its addresses have `address_cells` cells.
+    fn look_at(&mut self, node: &DeviceTreeNode, path: &str, address_cells: u32) {
         let is_compatible = |name: &str| {
             node.property("compatible").is_some_and(|property| {
                 let names = property.value().split(|&byte| byte == 0);
@@ -190,15 +231,34 @@ impl Found {
         {
             self.iommu.get_or_insert_with(|| path.to_owned());
         }
+        let cell = |name: &str| {
+            let value = node.property(name)?.value().try_into().ok()?;
+            Some(u32::from_be_bytes(value))
+        };
+        for (name, offset) in DOORBELLS {
+            let address = first_address(node, address_cells).filter(|_| is_compatible(name));
+            let doorbell = address.and_then(|address| address.checked_add(offset));
+            self.doorbells.extend(doorbell.map(Iova));
+        }
         for name in ["phandle", "linux,phandle"] {
-            let value = node.property(name);
-            let number =
-                value.and_then(|value| Some(u32::from_be_bytes(value.value().try_into().ok()?)));
-            self.last_phandle = self.last_phandle.max(number.unwrap_or_default());
+            self.last_phandle = self.last_phandle.max(cell(name).unwrap_or_default());
         }
+        // Two cells if the node does not say so: the default of the specification.
+        let cells = cell("#address-cells").unwrap_or(2);
         for child in node.children() {
-            self.look_at(child, &format!("{path}/{}", child.name()));
+            self.look_at(child, &format!("{path}/{}", child.name()), cells);
         }
+    }
+}
+
+/// The first address in the node's `reg`, which has `cells` cells; `None` if they are not one or two.
+fn first_address(node: &DeviceTreeNode, cells: u32) -> Option<u64> {
+    let property = node.property("reg")?;
+    let value = property.value();
+    match cells {
+        1 => Some(u32::from_be_bytes(*value.first_chunk()?).into()),
+        2 => Some(u64::from_be_bytes(*value.first_chunk()?)),
+        _ => None,
     }
 }
 
@@ -207,6 +267,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::address::IovaRange;
     use crate::topology::{EndpointSpec, ReservedRegions};
 
     fn property<T: dtoolkit::ToPropertyValue>(name: &str, value: T) -> DeviceTreeProperty {
@@ -231,6 +292,16 @@ mod tests {
     }
 
     fn topology(iommu: &str, endpoints: &[&str]) -> Topology {
+        with_msi(iommu, endpoints, &[])
+    }
+
+    /// A topology with these MSI regions, by their first and last address.
+    fn with_msi(iommu: &str, endpoints: &[&str], msi: &[(u64, u64)]) -> Topology {
+        let region = |&(first, last): &(u64, u64)| ReservedRegion {
+            range: IovaRange::new(Iova(first), Iova(last)).expect("a range"),
+            kind: ReservedKind::Msi,
+        };
+        let common = ReservedRegions::new(msi.iter().map(region).collect()).expect("regions");
         let specs: Vec<_> = endpoints
             .iter()
             .map(|range| EndpointSpec {
@@ -239,12 +310,7 @@ mod tests {
                 reserved: Vec::new(),
             })
             .collect();
-        Topology::new(
-            iommu.parse().expect("an address"),
-            ReservedRegions::default(),
-            &specs,
-        )
-        .expect("good")
+        Topology::new(iommu.parse().expect("an address"), common, &specs).expect("good")
     }
 
     fn refusal(base: &[u8], topology: &Topology) -> String {
@@ -332,6 +398,47 @@ mod tests {
             let refused = refusal(&plain, &topology(iommu, &[endpoint]));
             assert!(refused.contains(message), "{refused}");
         }
+    }
+
+    /// QEMU's `virt` with an ITS has its doorbell in the MSI region; by default QEMU makes a GICv2 with another doorbell.
+    #[test]
+    fn a_tree_with_its_doorbell_outside_the_msi_region_is_refused() {
+        let tree = |compatible: &str, first: u32| {
+            let mut controller = DeviceTreeNode::new("msi").expect("a name");
+            controller.add_property(property("compatible", compatible));
+            controller.add_property(property("reg", vec![0, first, 0, 0x2_0000]));
+            let mut tree = base(&[]);
+            let gic = tree.find_node_mut("/intc@8000000").expect("it is there");
+            gic.add_property(property("#address-cells", 2u32));
+            gic.add_child(controller);
+            tree.to_dtb()
+        };
+        let virt = with_msi("00:05.0", &["00:06.0"], &[(0x809_0000, 0x809_ffff)]);
+        extended(&tree("arm,gic-v3-its", 0x808_0000), &virt).expect("the machine's own");
+        for base in [
+            tree("arm,gic-v2m-frame", 0x802_0000),
+            tree("arm,gic-v3-its", 0x900_0000),
+        ] {
+            let refused = refusal(&base, &virt);
+            assert!(
+                refused.contains("outside the MSI region 0x8090000..=0x809ffff"),
+                "{refused}"
+            );
+            extended(&base, &topology("00:05.0", &["00:06.0"])).expect("no MSI region");
+        }
+    }
+
+    #[test]
+    fn topologies_that_no_tree_describes_are_refused_without_one() {
+        let message = |iommu, endpoint| {
+            let checked = check(&topology(iommu, &[endpoint]));
+            checked.err().map(|error| error.to_string())
+        };
+        assert_eq!(message("00:05.0", "01:06.0"), None);
+        let on_bus = message("01:05.0", "00:06.0").expect("refused");
+        assert!(on_bus.contains("not on bus 00"), "{on_bus}");
+        let segment = message("00:05.0", "0001:00:06.0").expect("refused");
+        assert!(segment.contains("not on PCI segment 0"), "{segment}");
     }
 
     /// A file that is nested a hundred thousand times must not overflow the stack.

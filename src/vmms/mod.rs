@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::config::{Config, Socket, VmmTransport};
+use crate::config::{Config, Machine, Socket, VmmTransport};
+use crate::host::sysfs::HostRoot;
 use crate::qemu::args::QemuArgsError;
 use crate::topology::PciAddress;
 use cloud_hypervisor::OwnArgumentError;
@@ -63,6 +64,18 @@ pub enum VmmArgsError {
     /// The operator's arguments would leave the guest without a working IOMMU.
     #[error(transparent)]
     OwnArgument(#[from] OwnArgumentError),
+    /// QEMU's Arm machine, for another VMM.
+    #[error(
+        "`machine = \"virt\"` is QEMU's Arm machine, and this VMM's guests find the endpoints in a VIOT table; leave the key \
+         out, or start this VM with QEMU"
+    )]
+    MachineOfQemu,
+    /// No table would describe the IOMMU.
+    #[error(
+        "on an Arm host this VMM describes the hardware by a device tree of its own, and nothing can add the IOMMU to it; \
+         start this VM with QEMU, whose tree `launch` extends: an IOMMU that no table describes makes Linux crash"
+    )]
+    ArmHost,
     /// crosvm's guest cannot have the devices that the VMM reaches over vfio-user or through iommufd.
     #[error(
         "endpoint {endpoint} has a device for vfio-user or iommufd, and crosvm has neither; \
@@ -84,6 +97,19 @@ fn socket(config: &Config, transport: VmmTransport) -> Result<&str, VmmArgsError
                 VmmTransport::VirtioPci => "vfio-user-socket",
             },
         }),
+    }
+}
+
+/// Refuses a VM of a VMM other than QEMU whose guest could not learn the endpoints. Such a VMM runs guests of the host's
+/// own processors.
+fn check_guest(config: &Config, host: &HostRoot) -> Result<(), VmmArgsError> {
+    if config.machine == Machine::Virt {
+        return Err(VmmArgsError::MachineOfQemu);
+    }
+    // Since Linux 6.1. An older kernel of an Arm host is not recognised.
+    match host.value("proc/sys/kernel/arch").as_deref() {
+        Some("aarch64") => Err(VmmArgsError::ArmHost),
+        Some(_) | None => Ok(()),
     }
 }
 

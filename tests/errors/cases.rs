@@ -192,6 +192,14 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "src/config/slots.rs::ranges_are_advised_about",
     ),
     (
+        "VmmArgsError::ArmHost",
+        "src/vmms/crosvm.rs::guests_that_could_not_learn_their_endpoints_are_refused",
+    ),
+    (
+        "DeviceTreeError::Doorbell",
+        "src/topology/device_tree.rs::a_tree_with_its_doorbell_outside_the_msi_region_is_refused",
+    ),
+    (
         "DeviceTreeError::TooDeep",
         "src/topology/device_tree.rs::deep_files_are_refused_without_recursion",
     ),
@@ -409,6 +417,37 @@ pub const CASES: &[Case] = &[
                 "-M",
                 "virt,gic-version=2",
             ],
+        ),
+    ),
+    case(
+        "VmmOptionError::NoTables",
+        With(
+            "socket = 's'\nmemory = '1G'",
+            &[
+                "launch", "--config", "vm.toml", "--", "true", "-M", "microvm",
+            ],
+        ),
+    ),
+    case(
+        "QemuArgsError::InHotplugRange",
+        With(
+            "socket = 's'\nmemory = '1G'\nhotplug = ['00:08.0-00:09.7']",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-device",
+                "e1000e,addr=9",
+            ],
+        ),
+    ),
+    case(
+        "VmmArgsError::MachineOfQemu",
+        With(
+            "socket = 's'\nmemory = '1G'\nmachine = 'virt'",
+            &["crosvm-args", "vm.toml"],
         ),
     ),
     case("ProblemKind::Pin", File("pin = 'some'")),

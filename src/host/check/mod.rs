@@ -11,8 +11,9 @@ mod system;
 
 use std::fmt;
 
-use crate::config::{Config, Passthrough, SlotProblem};
+use crate::config::{Config, Machine, Passthrough, SlotProblem};
 use crate::host::sysfs::{HostFacts, HostRoot};
+use crate::topology::{device_tree, viot};
 
 /// How bad a [`Finding`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -83,8 +84,9 @@ impl Report {
     /// Checks the addresses of `config` in the guest, and nothing of the host.
     pub fn of_file(config: &Config) -> Self {
         let problems = config.slot_problems();
+        let addresses = problems.iter().map(address_finding);
         Self {
-            addresses: problems.iter().map(address_finding).collect(),
+            addresses: addresses.chain(description(config)).collect(),
             host: Vec::new(),
             endpoints: Vec::new(),
         }
@@ -116,12 +118,12 @@ impl Report {
     /// The number of missing things.
     pub fn missing(&self) -> usize {
         let endpoints = self.endpoints.iter().flat_map(|(_, findings)| findings);
-        self.addresses
-            .iter()
-            .chain(&self.host)
-            .chain(endpoints)
-            .filter(|finding| finding.severity == Severity::Missing)
-            .count()
+        self.missing_in_the_guest() + missing(self.host.iter().chain(endpoints))
+    }
+
+    /// The number of things that the guest would lack on any host: its IOMMU, or a device.
+    pub fn missing_in_the_guest(&self) -> usize {
+        missing(&self.addresses)
     }
 }
 
@@ -143,6 +145,11 @@ impl fmt::Display for Report {
     }
 }
 
+fn missing<'a>(findings: impl IntoIterator<Item = &'a Finding>) -> usize {
+    let is_missing = |finding: &&Finding| finding.severity == Severity::Missing;
+    findings.into_iter().filter(is_missing).count()
+}
+
 /// A problem of an address as a finding.
 fn address_finding(problem: &SlotProblem) -> Finding {
     let text = problem.to_string();
@@ -152,6 +159,16 @@ fn address_finding(problem: &SlotProblem) -> Finding {
     } else {
         Finding::advice(what, cure)
     }
+}
+
+/// The finding if no table can describe the IOMMU and all endpoints to the guest.
+fn description(config: &Config) -> Option<Finding> {
+    let refusal = match config.machine {
+        Machine::Q35 => viot::table(&config.topology).err()?.to_string(),
+        Machine::Virt => device_tree::check(&config.topology).err()?.to_string(),
+    };
+    let (what, cure) = refusal.split_once("; ").unwrap_or((&refusal, ""));
+    Some(Finding::missing(what, cure))
 }
 
 fn section(f: &mut fmt::Formatter<'_>, heading: &str, findings: &[Finding]) -> fmt::Result {
@@ -250,6 +267,36 @@ mod tests {
                 "{line} in\n{text}"
             );
         }
+    }
+
+    /// QEMU's `virt` has one segment, and a device tree names the IOMMU on the root bus only.
+    #[test]
+    fn a_topology_that_no_device_tree_describes_is_missing() {
+        let problem = |machine: &str, iommu: &str, endpoint: &str| {
+            let text = format!(
+                "machine = '{machine}'\naddress = '{iommu}'\n[[endpoint]]\naddress = '{endpoint}'\n"
+            );
+            let config = Config::from_text(Path::new("vm.toml"), &text).expect("good");
+            let report = Report::of_file(&config);
+            assert_eq!(report.missing(), report.missing_in_the_guest());
+            let first = report.addresses.first();
+            (
+                report.missing(),
+                first.map(|it| it.problem.clone()).unwrap_or_default(),
+            )
+        };
+        let (count, text) = problem("virt", "00:05.0", "0001:00:06.0");
+        assert!(
+            count == 1 && text.contains("not on PCI segment 0"),
+            "{count}: {text}"
+        );
+        let (count, text) = problem("virt", "01:00.0", "00:06.0");
+        assert!(
+            count == 1 && text.contains("not on bus 00"),
+            "{count}: {text}"
+        );
+        assert_eq!(problem("q35", "01:00.0", "0001:00:06.0").0, 0);
+        assert_eq!(problem("virt", "00:05.0", "01:06.0").0, 0);
     }
 
     #[test]

@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::config::{Config, DeviceKind, Machine, SlotProblem, Socket, VmmTransport};
-use crate::topology::{EndpointRange, PciAddress};
+use crate::topology::{EndpointRange, PciAddress, PciRange};
 use operator::Q35_SLEEP_CONTROLLER;
-use places::{check_slots, has_device, on_root_bus, place, slot};
+use places::{check_hotplug_ranges, check_slots, has_device, on_root_bus, place, slot};
 
 pub use operator::OperatorOptions;
 pub use passthrough::PassthroughArguments;
@@ -101,6 +101,7 @@ impl QemuArgs {
         let functions = others.map(OperatorOptions::functions);
         if let Some(functions) = &functions {
             check_slots(config, functions)?;
+            check_hotplug_ranges(config, functions)?;
         }
         let description = description(config.machine, table)?;
         let devices = PassthroughArguments::new(config)?;
@@ -309,6 +310,18 @@ pub enum QemuArgsError {
         function: PciAddress,
         /// Function 0 of its slot.
         zero: PciAddress,
+    },
+    /// A device of the operator stands where only endpoints that are added later may be.
+    #[error(
+        "the device at {function} is no endpoint, and is in the range {range} of `hotplug`: the guest's table says that all \
+         devices there are behind the IOMMU, and Linux 7.3 gives no device a group if one of them is not; give the \
+         device another addr=, or make it an [[endpoint]]"
+    )]
+    InHotplugRange {
+        /// The function with a device.
+        function: PciAddress,
+        /// The range of `hotplug`.
+        range: PciRange,
     },
     /// With type1, QEMU would need a device that the daemon holds.
     #[error(

@@ -26,6 +26,8 @@ const IOMMUS: [&str; 9] = [
 const IOMMU_PROPERTIES: [&str; 3] = ["iommu", "iommu-sys", "x-iommu"];
 /// The device of q35 that puts the machine to sleep.
 pub(super) const Q35_SLEEP_CONTROLLER: &str = "ICH9-LPC";
+/// Machines that make their ACPI tables without those of `-acpitable`.
+const WITHOUT_TABLES: [&str; 1] = ["microvm"];
 /// The virtio device ID of an IOMMU.
 const VIRTIO_IOMMU: &str = "23";
 /// Types of devices that `launch` adds and their base, whose properties `x-pci-...` change the IDs that the guest reads.
@@ -49,6 +51,13 @@ impl OperatorOptions {
     /// # Errors
     /// Names the first such option.
     pub fn check(&self, machine: Machine) -> Result<(), VmmOptionError> {
+        if let Some(name) = self.machine_type()
+            && WITHOUT_TABLES.contains(&name)
+        {
+            return Err(VmmOptionError::NoTables {
+                machine: name.to_owned(),
+            });
+        }
         for option in &self.0 {
             match &*option.name {
                 "daemonize" => return Err(VmmOptionError::Daemonize),
@@ -280,6 +289,10 @@ mod tests {
             ("-nographic -daemonize", "leave the option out"),
             ("-m 1G -mem-path /dev/hugepages", "share=on"),
             ("-no-acpi", "takes the ACPI tables"),
+            (
+                "-M microvm,pcie=on,acpi=on",
+                "no table would describe the IOMMU",
+            ),
             ("-M q35,acpi=off", "takes the ACPI tables"),
             ("-M q35,noacpi", "takes the ACPI tables"),
             (

@@ -48,6 +48,22 @@ pub(super) fn check_slots(
     Ok(())
 }
 
+/// Refuses a device of the operator that the guest's table puts behind the IOMMU while the daemon has no such endpoint.
+pub(super) fn check_hotplug_ranges(
+    config: &Config,
+    others: &BTreeSet<PciAddress>,
+) -> Result<(), QemuArgsError> {
+    let topology = &config.topology;
+    let is_unknown = |it: &&PciAddress| topology.endpoint(it.endpoint_id()).is_none();
+    for &function in others.iter().filter(is_unknown) {
+        let mut ranges = topology.expected().iter();
+        if let Some(&range) = ranges.find(|range| range.contains(function)) {
+            return Err(QemuArgsError::InHotplugRange { function, range });
+        }
+    }
+    Ok(())
+}
+
 /// Whether our arguments or those of the operator, with devices at `others`, put a device at a function of `range`.
 pub(super) fn has_device(config: &Config, others: &BTreeSet<PciAddress>, range: PciRange) -> bool {
     match config.devices.kind_of(range.first()) {

@@ -61,6 +61,15 @@ pub enum VmmOptionError {
          the IOMMU; leave acpi=on out"
     )]
     AcpiOnVirt,
+    /// A machine whose guest gets no table of the daemon.
+    #[error(
+        "the machine {machine} takes no ACPI tables from QEMU's arguments, so no table would describe the IOMMU to the \
+         guest; use -machine q35, or virt for an Arm guest"
+    )]
+    NoTables {
+        /// The machine.
+        machine: String,
+    },
     /// An interrupt controller without an ITS.
     #[error(
         "with -machine gic-version=2, writes to other addresses than those of the MSI region are interrupts; use \

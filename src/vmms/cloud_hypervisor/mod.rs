@@ -11,7 +11,7 @@ use std::ffi::OsString;
 use std::iter;
 use std::os::fd::RawFd;
 
-use super::{VmmArgs, VmmArgsError, plain, socket};
+use super::{VmmArgs, VmmArgsError, check_guest, plain, socket};
 use crate::config::{Config, DeviceKind, VmmTransport};
 use crate::host::sysfs::HostRoot;
 use crate::qemu::args::PassthroughArguments;
@@ -132,6 +132,7 @@ struct Made {
 }
 
 fn make(config: &Config, own: &OwnArguments, host: &HostRoot) -> Result<Made, VmmArgsError> {
+    check_guest(config, host)?;
     let socket = socket(config, VmmTransport::VirtioPci)?;
     let descriptors = PassthroughArguments::new(config)?;
     own.check(descriptors.is_some())?;
