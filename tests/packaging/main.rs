@@ -12,7 +12,7 @@ mod hosts;
 mod manual;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::{env, fs};
 
 use clap::CommandFactory;
@@ -93,15 +93,12 @@ fn the_manual_page_of_the_file_is_up_to_date() {
 #[test]
 fn the_package_installs_no_vhost_user_description() {
     let output = tempfile::tempdir().expect("a folder");
-    let built = Command::new(tree("packaging/deb.sh"))
-        .args([
-            "--binary",
-            env!("CARGO_BIN_EXE_vhost-device-iommu"),
-            "--output",
-        ])
-        .arg(output.path())
-        .output()
-        .expect("the script runs");
+    let built = deb(&[
+        "--binary",
+        env!("CARGO_BIN_EXE_vhost-device-iommu"),
+        "--output",
+        output.path().to_str().expect("text"),
+    ]);
     if !built.status.success() {
         let reason = String::from_utf8_lossy(&built.stderr);
         assert!(reason.contains(" not found: "), "{reason}");
@@ -125,6 +122,89 @@ fn the_package_installs_no_vhost_user_description() {
         !listed.contains(".json"),
         "a description in another folder: {listed}"
     );
+}
+
+/// Runs `packaging/deb.sh`.
+fn deb(arguments: &[&str]) -> Output {
+    let script = tree("packaging/deb.sh");
+    let output = Command::new(script).args(arguments).output();
+    output.expect("the script runs")
+}
+
+/// On any machine with a compiler for both processors: a program for arm64 makes a package for arm64.
+#[test]
+fn a_package_is_for_the_processor_of_its_program() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name).to_str().expect("text").to_owned();
+    let (source, output) = (at("program.c"), at("packages"));
+    fs::write(&source, "int main(void) { return 0; }").expect("written");
+    // Architecture, name of the compiler and of QEMU's package, number of the processor in `elf.h`.
+    for (arch, compiler, qemu, machine) in [
+        ("amd64", "x86_64-linux-gnu-gcc", "qemu-system-x86", 62_u16),
+        ("arm64", "aarch64-linux-gnu-gcc", "qemu-system-arm", 183),
+    ] {
+        let program = at(arch);
+        let compiled = Command::new(compiler)
+            .args(["-o", &program, &source])
+            .status();
+        if compiled.is_err() {
+            println!("SKIPPED: {compiler} not found");
+            continue;
+        }
+        assert!(compiled.is_ok_and(|status| status.success()), "{compiler}");
+        let built = deb(&["--binary", &program, "--output", &output]);
+        let reason = String::from_utf8_lossy(&built.stderr);
+        if reason.contains(" not found: ") {
+            println!("SKIPPED: {reason}");
+            continue;
+        }
+        assert!(built.status.success(), "{reason}");
+        let package = String::from_utf8_lossy(&built.stdout);
+        let package = package.trim();
+        assert!(package.ends_with(&format!("_{arch}.deb")), "{package}");
+        let info = Command::new("dpkg-deb").args(["--info", package]).output();
+        let info = info.expect("dpkg-deb").stdout;
+        let info = String::from_utf8_lossy(&info);
+        assert!(info.contains(&format!(" Architecture: {arch}\n")), "{info}");
+        assert!(info.contains(&format!(" Suggests: {qemu} (")), "{info}");
+        assert!(info.contains(" Depends: libc6 (>= 2."), "{info}");
+        let root = at("root");
+        let unpacked = Command::new("dpkg-deb")
+            .args(["-x", package, &root])
+            .status();
+        assert!(unpacked.is_ok_and(|status| status.success()));
+        let program = fs::read(at("root/usr/bin/vhost-device-iommu")).expect("a program");
+        assert_eq!(program[..5], *b"\x7fELF\x02", "64 bits");
+        assert_eq!(program[18..20], machine.to_le_bytes(), "{arch}");
+        // The tool that strips the program must be that of its processor, or it leaves the program as it is.
+        let sections = Command::new("readelf")
+            .args(["-WS", &at("root/usr/bin/vhost-device-iommu")])
+            .output();
+        let sections = sections.expect("readelf").stdout;
+        let sections = String::from_utf8_lossy(&sections);
+        assert!(sections.contains(" .dynsym "), "{sections}");
+        assert!(!sections.contains(" .symtab "), "{sections}");
+    }
+}
+
+#[test]
+fn packages_are_for_known_processors_only() {
+    for (arguments, cause) in [
+        (&["--arch", "mips"][..], "give amd64 or arm64"),
+        (
+            &["--arch", "arm64", "--binary", "/bin/true"],
+            "exclude each other",
+        ),
+    ] {
+        let refused = deb(arguments);
+        let reason = String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success());
+        // A tool may be missing on this machine.
+        assert!(
+            reason.contains(cause) || reason.contains(" not found: "),
+            "{reason}"
+        );
+    }
 }
 
 /// The units, the package and the example must use the same paths.
