@@ -77,7 +77,6 @@ rust_wrapper() {
 
 # toolchain_ready: puts a cargo that is new enough first on PATH.
 toolchain_ready() {
-    local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings name
     if ! have cargo && [ -x "${CARGO_HOME:-${HOME:-}/.cargo}/bin/cargo" ]; then
         # rustup sets PATH for login shells only.
         PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
@@ -87,12 +86,20 @@ toolchain_ready() {
         cc_ready
         return
     fi
+    say "no Rust $(rust_wanted) or newer on this machine"
+    debian_rust_ready
+    cc_ready
+}
+
+# debian_rust_ready: puts Debian's cargo first on PATH.
+debian_rust_ready() {
+    local bin=$CACHE/rust-bin sysroot=$CACHE/sysroot/rust settings name
     # A subshell, so that the lock ends with the download.
     (
         [ ! -e "$sysroot/versions" ] || exit 0
         cache_lock
         [ ! -e "$sysroot/versions" ] || exit 0
-        say "no Rust $(rust_wanted) or newer on this machine; downloading Debian's (about 200 MB) ..."
+        say "downloading Debian's Rust (about 200 MB) ..."
         apt_open
         # shellcheck disable=SC2086 # a list
         apt_sysroot "$sysroot" trixie-backports $RUST_PACKAGES
@@ -122,7 +129,6 @@ toolchain_ready() {
     hash -r
     rust_suits || die "the Rust of trixie-backports ($(rustc --version 2>&1 || true)) does not run or is older than $(rust_wanted): install a newer cargo and rustc and put them on PATH"
     say "$(cargo --version) (Debian's package)"
-    cc_ready
 }
 
 CROSS_TARGET=aarch64-unknown-linux-gnu
@@ -144,7 +150,11 @@ cross_ready() {
     fi
     if ! cross_std_there; then
         CROSS_LACKS="Rust's standard library for $CROSS_TARGET not found: run 'rustup target add $CROSS_TARGET'"
-        return 1
+        # The library must be of the compiler's version, so it needs Debian's compiler. A subshell, so that a failure does
+        # not end this script.
+        (debian_rust_ready) || return 1
+        debian_rust_ready
+        cross_std_debian || return 1
     fi
     CROSS_LACKS=
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
@@ -152,6 +162,24 @@ cross_ready() {
 
 cross_std_there() {
     [ -d "$(rustc --print sysroot)/lib/rustlib/$CROSS_TARGET/lib" ]
+}
+
+# cross_std_debian: unpacks Debian's standard library for CROSS_TARGET beside Debian's compiler.
+cross_std_debian() {
+    local sysroot=$CACHE/sysroot/rust
+    (
+        [ ! -e "$sysroot/usr/lib/rustlib/$CROSS_TARGET" ] || exit 0
+        cache_lock
+        [ ! -e "$sysroot/usr/lib/rustlib/$CROSS_TARGET" ] || exit 0
+        say "downloading Debian's Rust library for arm64 (about 40 MB) ..."
+        stage=$(new_stage)
+        apt_open arm64
+        apt_exactly "$stage/debs" "libstd-rust-dev=$(sed -n 's/^libstd-rust-dev //p' "$sysroot/versions")"
+        dpkg-deb -x "$stage"/debs/*.deb "$stage/root"
+        mv "$stage/root/usr/lib/rustlib/$CROSS_TARGET" "$sysroot/usr/lib/rustlib/"
+        rm -rf "$stage"
+    ) || return 1
+    cross_std_there
 }
 
 # qemu_user_ready: sets QEMU_USER to a program that runs static programs for arm64 on this machine. Not the machine's own
