@@ -25,7 +25,8 @@ const FILE: &str = "/etc/passwd";
 fn hide_landlock(command: &mut Command) {
     let hidden = BTreeMap::from([(libc::SYS_landlock_create_ruleset, Vec::new())]);
     let unknown = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    let filter = SeccompFilter::new(hidden, SeccompAction::Allow, unknown, TargetArch::x86_64);
+    let arch = TargetArch::try_from(std::env::consts::ARCH).expect("a known one");
+    let filter = SeccompFilter::new(hidden, SeccompAction::Allow, unknown, arch);
     let program = BpfProgram::try_from(filter.expect("a filter")).expect("a filter");
     let install =
         move || seccompiler::apply_filter(&program).map_err(|_| io::ErrorKind::Other.into());

@@ -14,9 +14,9 @@ mod confinement;
 #[path = "../vfio_user_messages/connection.rs"]
 #[allow(dead_code, reason = "a part of it is used here")]
 mod connection;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod intruder;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod landlock;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod violations;

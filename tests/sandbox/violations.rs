@@ -132,8 +132,10 @@ fn only_files_beside_the_sockets_can_be_removed() {
         let beside = bed.daemon.socket().with_file_name("beside");
         for path in [&other, &beside] {
             fs::write(path, "").expect("a file");
-            let path = Some((0, path.to_str().expect("text")));
-            let result = call_and_return(bed.daemon.pid(), libc::SYS_unlink, [0; 6], path);
+            let path = Some((1, path.to_str().expect("text")));
+            let arguments = [u64::from(libc::AT_FDCWD.cast_unsigned()), 0, 0, 0, 0, 0];
+            let unlink = libc::SYS_unlinkat;
+            let result = call_and_return(bed.daemon.pid(), unlink, arguments, path);
             println!("{more:?} {path:?}: {result}");
         }
         // The thread sleeps in its own call again.

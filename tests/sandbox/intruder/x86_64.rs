@@ -1,13 +1,13 @@
-//! Makes a thread of another process make system calls that it never makes by itself.
-#![expect(unsafe_code, reason = "traces a process")]
+//! The intruder on x86-64.
 
-use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use libc::{c_long, c_void, pid_t, user_regs_struct};
+
+use super::{checked, poke, request, wait_for_stop};
 
 /// The instruction `syscall`.
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
@@ -22,9 +22,7 @@ pub fn call(tid: u32, number: c_long, arguments: [u64; 6], text: Option<(usize, 
     let tid = pid_t::try_from(tid).expect("a thread's number");
     let found = stop_in_a_call(tid);
     prepare(tid, &found, number, arguments, text);
-    let none = null_mut::<c_void>();
-    // SAFETY: no pointer is passed.
-    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
+    request(libc::PTRACE_DETACH, tid);
 }
 
 /// Like [`call`], for a call that returns. The thread then restarts its own call as if nothing had
@@ -38,10 +36,8 @@ pub fn call_and_return(
     let tid = pid_t::try_from(tid).expect("a thread's number");
     let mut found = stop_in_a_call(tid);
     prepare(tid, &found, number, arguments, text);
-    let none = null_mut::<c_void>();
     for _ in ["its beginning", "its end"] {
-        // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_SYSCALL, tid, none, none) }).expect("continued");
+        request(libc::PTRACE_SYSCALL, tid);
         wait_for_stop(tid);
     }
     let result = registers(tid).rax.cast_signed();
@@ -49,8 +45,7 @@ pub fn call_and_return(
     found.orig_rax = u64::MAX;
     found.rip -= SYSCALL.len() as u64;
     set_registers(tid, &found);
-    // SAFETY: no pointer is passed.
-    checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
+    request(libc::PTRACE_DETACH, tid);
     result
 }
 
@@ -63,13 +58,7 @@ fn prepare(
 ) {
     if let Some((at, text)) = text {
         let address = (found.rsp - BELOW) & !7;
-        let padded: Vec<u8> = text.bytes().chain([0; 8]).collect();
-        for (n, word) in padded.chunks_exact(8).enumerate() {
-            let word = u64::from_ne_bytes(word.try_into().unwrap());
-            let to = address + 8 * n as u64;
-            // SAFETY: writes into the tracee's memory, not this process's.
-            checked(unsafe { libc::ptrace(libc::PTRACE_POKEDATA, tid, to, word) }).expect("poked");
-        }
+        poke(tid, address, text);
         arguments[at] = address;
     }
     let mut changed = *found;
@@ -93,10 +82,8 @@ fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
     let none = null_mut::<c_void>();
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, none, none) }).expect("traced");
-        // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, tid, none, none) }).expect("stopped");
+        request(libc::PTRACE_SEIZE, tid);
+        request(libc::PTRACE_INTERRUPT, tid);
         wait_for_stop(tid);
         let registers = registers(tid);
         let before = registers.rip - SYSCALL.len() as u64;
@@ -105,21 +92,13 @@ fn stop_in_a_call(tid: pid_t) -> user_regs_struct {
         if code.to_ne_bytes()[..2] == SYSCALL && registers.orig_rax.cast_signed() >= 0 {
             return registers;
         }
-        // SAFETY: no pointer is passed.
-        checked(unsafe { libc::ptrace(libc::PTRACE_DETACH, tid, none, none) }).expect("detached");
+        request(libc::PTRACE_DETACH, tid);
         assert!(
             Instant::now() < deadline,
             "the thread is not in a system call"
         );
         sleep(Duration::from_millis(5));
     }
-}
-
-fn wait_for_stop(tid: pid_t) {
-    let mut status = 0;
-    // SAFETY: status is valid for writes.
-    let waited = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
-    assert!(waited == tid && libc::WIFSTOPPED(status), "{status:#x}");
 }
 
 fn registers(tid: pid_t) -> user_regs_struct {
@@ -137,11 +116,4 @@ fn set_registers(tid: pid_t, registers: &user_regs_struct) {
     let from: *const user_regs_struct = registers;
     // SAFETY: registers are only read, and live for the whole call.
     checked(unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, none, from) }).expect("set");
-}
-
-fn checked(done: c_long) -> io::Result<()> {
-    if done < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
 }
