@@ -137,7 +137,8 @@ fn access_under_strict_seccomp(socket: &std::path::Path) {
     // The kernel ends only the thread; the process must end as well, or the test would wait for
     // ever.
     std::thread::spawn(|| {
-        std::thread::sleep(Duration::from_secs(20));
+        // Longer than the accesses take on an emulated processor.
+        std::thread::sleep(Duration::from_secs(120));
         std::process::exit(1);
     });
     // SAFETY: passes no pointer; it only forbids calls that this thread does not make any more.
