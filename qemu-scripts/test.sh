@@ -16,7 +16,7 @@
 #                killed, watched
 #
 #   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
-#                cross-built, and run under emulation
+#                cross-built, and run under emulation. The run for amd64 leaves most of them out, because they take long
 #   --list       print the suites' names, run nothing
 #   --quick      leave out the tests that need a VM: guest, passthrough, emulated, and the services of operations
 #
@@ -25,9 +25,11 @@
 
 set -euo pipefail
 . "$(dirname "$0")/lib/common.sh"
+. "$SCRIPTS/lib/arch.sh"
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 . "$SCRIPTS/lib/arm64-suites.sh"
+. "$SCRIPTS/lib/arm64-programs.sh"
 
 ALL_SUITES="unit hostile guest passthrough emulated operations"
 NEED_VM="guest passthrough emulated"
@@ -253,6 +255,7 @@ if [ ${#suites[@]} -eq 0 ]; then
 fi
 
 cache_open
+arch_open $arch
 cd "$TREE"
 LOGS=${CARGO_TARGET_DIR:-$TREE/target}/test-logs
 rm -rf "$LOGS"
@@ -268,6 +271,7 @@ setup=()
 if [ $quick = no ]; then
     for suite in "${suites[@]}"; do
         case $suite in
+        unit) [ $arch = amd64 ] || setup+=(--print --debian) ;;
         guest) setup+=(--print --firmware) ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian) ;;
