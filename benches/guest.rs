@@ -347,6 +347,7 @@ fn host_kernel() -> Kernel {
     };
     Kernel {
         version: variable("VIOMMU_HOST_KERNEL_RELEASE"),
+        page: 4096,
         image: variable("VIOMMU_HOST_KERNEL").into(),
         initramfs: variable("VIOMMU_L2_INITRAMFS").into(),
     }
