@@ -10,7 +10,8 @@
 #   --arch ARCH     the architecture of the emulated machines, amd64 or arm64. Default: amd64
 #   --kernels LIST  the kernels: 'stable' (Debian 13's), 'newest' (the one in its backports) or the beginning
 #                   of a version in the archive, as in "6.12 7". Default: "stable newest". arm64 also has
-#                   'stable-16k' and 'newest-16k', with pages of 16 KiB; there the default is all four
+#                   'stable-16k' and 'newest-16k', with pages of 16 KiB, and there the default is all four; and 'own-64k', which is
+#                   compiled from Debian's source (10 minutes) and has pages of 64 KiB
 #   --host-kernel   also build the kernel of the L1 machine (see l1.sh) from Debian's source: 170 MB to download,
 #                   6 minutes on two processors, 2 GB of disk during the build
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
@@ -87,6 +88,7 @@ for request in $kernels; do
     initramfs "$KERNEL_DIR"
     # The name is the release's first two numbers: 6.12.107+deb13-amd64 is '6.12', 6.12.107+deb13-arm64-16k '6.12-16k'.
     name=$(echo "$release" | sed -E 's/^([0-9]+\.[0-9]+)[^-]*(-(amd|arm)64)?(-16k)?.*/\1\4/')
+    [ "$request" != own-64k ] || name+=-64k
     entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")
     storage_initramfs "$KERNEL_DIR"
     storage_entries+=("$name:$release:$KERNEL_DIR/vmlinuz:$INITRAMFS")

@@ -280,6 +280,9 @@ if [ $quick = no ]; then
 fi
 if [ ${#setup[@]} -gt 0 ]; then
     [ $arch = amd64 ] || setup+=(--arch $arch)
+    if [ $arch = arm64 ] && [[ " ${suites[*]} " == *" guest "* ]]; then
+        : "${VIOMMU_GUEST_KERNELS:=$ARM64_GUEST_KERNELS}"
+    fi
     "$SCRIPTS/setup.sh" ${VIOMMU_GUEST_KERNELS:+--kernels "$VIOMMU_GUEST_KERNELS"} "${setup[@]}" >"$LOGS/env"
     set -a
     # shellcheck source=/dev/null

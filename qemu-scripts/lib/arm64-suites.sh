@@ -17,6 +17,9 @@ arm64_programs() {
         sed -nE 's/.*"target":\{[^}]*"name":"([^"]+)".*"profile":\{[^}]*"test":true\}.*"executable":"([^"]+)".*/\1 \2/p'
 }
 
+# The kernels of the suite guest: one has to be compiled.
+ARM64_GUEST_KERNELS="stable newest stable-16k newest-16k own-64k"
+
 # The daemon runs on this machine, and QEMU emulates the guests' processor.
 arm64_guest() {
     step "guest: arm64" cargo test --locked --no-fail-fast --test guest -- --ignored arm::

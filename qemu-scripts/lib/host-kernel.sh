@@ -4,7 +4,8 @@
 #
 # Builds the kernel of the L1 machine of ARCH from Debian's kernel source with l1/kernel.config (arm64:
 # l1/kernel-arm64.config), since stock kernels have no iommufd. Uses the machine's C compilers and binutils; all other
-# tools are Debian's, run in place.
+# tools are Debian's, run in place. Builds the kernel of arm64 guests with pages of 64 KiB in the same way, with
+# guest/kernel-64k.config: Debian has none.
 
 HOST_KERNEL_TOOLS="flex bison m4 bc make xz-utils"
 
@@ -14,10 +15,14 @@ host_kernel_source() {
     apt-cache pkgnames linux-source- | grep -xE 'linux-source-([7-9]|[1-9][0-9])\.[0-9]+' | sort -V | tail -n 1
 }
 
-# host_kernel_options: prints the path of the file with the options of ARCH's kernel.
+# The kernel that these functions make: l1, or guest-64k inside guest_64k_ready.
+KERNEL_KIND=l1
+
+# host_kernel_options: prints the path of the file with the options of ARCH's kernel of that kind.
 host_kernel_options() {
-    case $ARCH in
-    amd64) echo "$SCRIPTS/l1/kernel.config" ;;
+    case $KERNEL_KIND:$ARCH in
+    guest-64k:*) echo "$SCRIPTS/guest/kernel-64k.config" ;;
+    l1:amd64) echo "$SCRIPTS/l1/kernel.config" ;;
     *) echo "$SCRIPTS/l1/kernel-$ARCH.config" ;;
     esac
 }
@@ -80,7 +85,7 @@ host_kernel_build() {
 # host_kernel_there: sets HOST_KERNEL_DIR; false if the kernel has not been built yet.
 host_kernel_there() {
     # The key leaves out the archive's newest version: a kernel that exists is used without the network.
-    HOST_KERNEL_DIR=$ARCH_CACHE/kernels/l1-$({
+    HOST_KERNEL_DIR=$ARCH_CACHE/kernels/$KERNEL_KIND-$({
         grep '^CONFIG_' "$(host_kernel_options)"
         declare -f host_kernel_build host_kernel_config
     } | sha256_of | cut -c 1-12)
@@ -113,4 +118,15 @@ host_kernel_ready() {
     host_kernel_build "$debs" "$stage"
     apt_versions "$debs" >"$stage/versions"
     publish "$stage" "$HOST_KERNEL_DIR"
+}
+
+# guest_64k_ready: sets KERNEL_DIR to the kernel of arm64 guests with pages of 64 KiB, and builds it if it is missing.
+guest_64k_ready() {
+    local KERNEL_KIND=guest-64k HOST_KERNEL_DIR
+    [ "$ARCH" = arm64 ] || die "the kernel own-64k is one for arm64: give --arch arm64"
+    host_kernel_ready
+    KERNEL_DIR=$HOST_KERNEL_DIR
+    # Without modules for a disk, as without others.
+    mkdir -p "$KERNEL_DIR/storage"
+    : >"$KERNEL_DIR/storage/load-order"
 }

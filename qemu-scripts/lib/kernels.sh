@@ -132,6 +132,10 @@ kernel_ready() {
     *[!A-Za-z0-9.+-]* | '') die "'$request' is no kernel: see --kernels in qemu-scripts/setup.sh --help" ;;
     esac
     KERNEL_DIR=
+    if [ "$request" = own-64k ]; then
+        guest_64k_ready
+        return
+    fi
     dir=$ARCH_CACHE/kernels/$request-$(echo "$KERNEL_MODULES / $STORAGE_MODULES / $KERNEL_OPTIONS" | sha256_of | cut -c 1-12)
     if [ ! -e "$dir/versions" ]; then
         debs=$ARCH_CACHE/kernels/debs/$request

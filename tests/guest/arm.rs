@@ -19,6 +19,8 @@ guest_tests! {
     traffic_oldest_16k_lazy: traffic(oldest_16k, Lazy, VhostUser);
     traffic_newest_16k_strict: traffic(newest_16k, Strict, VhostUser);
     traffic_newest_16k_lazy: traffic(newest_16k, Lazy, VhostUser);
+    traffic_own_64k_strict: traffic(own_64k, Strict, VhostUser);
+    traffic_own_64k_lazy: traffic(own_64k, Lazy, VhostUser);
     traffic_newest_strict_over_virtio_pci: traffic(newest, Strict, VirtioPci);
     traffic_oldest_16k_lazy_over_virtio_pci: traffic(oldest_16k, Lazy, VirtioPci);
     lives_of_a_vm_newest_strict: lives_of_a_vm(newest, Strict, VhostUser);
@@ -31,6 +33,7 @@ guest_tests! {
     tables_by_grub_oldest_lazy: tables_by_grub(oldest, Lazy, VhostUser);
     granule_of_16k_oldest_16k_strict: granule_of_the_guests_page(oldest_16k, Strict, VhostUser);
     granule_of_16k_newest_16k_lazy: granule_of_the_guests_page(newest_16k, Lazy, VhostUser);
+    granule_of_64k_own_64k_strict: granule_of_the_guests_page(own_64k, Strict, VhostUser);
     granule_of_64k_newest_is_too_large: granule_is_too_large(newest, Strict, VhostUser);
 }
 
