@@ -70,8 +70,8 @@ fn prepare(
             tid,
             NT_ARM_SYSTEM_CALL,
             &raw mut number,
-        )
-    };
+        );
+    }
 }
 
 /// Stops the thread at the entry of its next call. A thread that sleeps in one makes it again.
