@@ -26,6 +26,9 @@ mod common;
 #[allow(dead_code, reason = "the tests use more of it")]
 #[path = "../../tests/passthrough/devices.rs"]
 mod devices;
+#[allow(dead_code, reason = "the tests use more of it")]
+#[path = "../../tests/passthrough/host.rs"]
+mod host;
 mod no_kernel;
 mod numbers;
 mod ring;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -115,12 +116,17 @@ impl Daemon {
         let program = directory.path().join("vhost-device-iommu");
         fs::copy(env!("CARGO_BIN_EXE_vhost-device-iommu"), &program).expect("copied");
         std::os::unix::fs::chown(directory.path(), Some(user), Some(user)).expect("root");
-        let mut command = Command::new("prlimit");
+        // The shell's units are KiB.
+        let limit = memlock
+            .parse::<u64>()
+            .map(|bytes| (bytes >> 10).to_string());
+        let mut command = Command::new("/bin/sh");
         command
-            .args([&format!("--memlock={memlock}"), "setpriv"])
-            .args([&format!("--reuid={user}"), &format!("--regid={user}")])
-            .arg("--clear-groups")
+            .args(["-c", "ulimit -l \"$0\" && exec \"$@\""])
+            .arg(limit.unwrap_or_else(|_| memlock.to_owned()))
             .arg(program);
+        // Without the groups of root, too.
+        command.uid(user).gid(user);
         let path = path.to_str().expect("UTF-8");
         Self::launch_with(command, directory, &["--config", path])
     }

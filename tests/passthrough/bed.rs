@@ -19,6 +19,7 @@ use crate::common::guest::{
 };
 use crate::common::memory::Region;
 use crate::devices::Function;
+use crate::host::host_iommu;
 
 /// The backend of the passthrough devices, and the owner of their descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,13 +192,14 @@ impl Bed {
 
     /// Starts a VM with more keys in the daemon's configuration.
     pub fn with(backend: Backend, functions: &[&str], keys: &str) -> Self {
-        let (host_iommu, pin) = match backend {
+        let machine = host_iommu().machine_key();
+        let (backend_name, pin) = match backend {
             Backend::SharedAll | Backend::Owned => ("iommufd", "all"),
             Backend::SharedMapped => ("iommufd", "mapped"),
             Backend::Type1 | Backend::Type1Inherited => ("type1", "all"),
         };
         let mut config = format!(
-            "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\npin = \"{pin}\"\n{keys}\n"
+            "{machine}address = \"00:05.0\"\nhost-iommu = \"{backend_name}\"\npin = \"{pin}\"\n{keys}\n"
         );
         for (function, slot) in functions.iter().zip(SLOTS) {
             config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");

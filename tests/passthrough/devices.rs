@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use crate::host::HostIommu;
+
 /// A PCI function of the host.
 pub struct Function {
     address: String,
@@ -217,7 +219,7 @@ impl FaultLog {
         let output = std::process::Command::new("dmesg").output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         text.lines()
-            .filter(|l| l.contains("fault addr") || l.contains("IO_PAGE_FAULT"))
+            .filter(|line| HostIommu::is_fault(line))
             .count()
     }
 }

@@ -13,6 +13,7 @@ use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{FAULT, NOMEM, OK, READ, RW, WRITE};
 use crate::connection::{Connection, VERSION, version_body};
 use crate::devices::Edu;
+use crate::host::host_iommu;
 use crate::server::Server;
 use crate::words;
 
@@ -189,7 +190,7 @@ fn scenario(backend: Backend, isolation: &str) {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh emulated"]
 fn all_kinds_of_devices_share_a_domain() {
-    if words("VIOMMU_L1")[0] == "amd" {
+    if host_iommu().is_amd() {
         scenario(Backend::Owned, "mappings");
     } else {
         scenario(Backend::SharedAll, "messages");

@@ -10,6 +10,7 @@ use crate::bed::{Backend, Bed, endpoint};
 use crate::common::daemon::number;
 use crate::common::guest::HIGH_RAM;
 use crate::common::wire::{OK, RW};
+use crate::host::host_iommu;
 use crate::words;
 
 const PAGE: u64 = 4096;
@@ -50,7 +51,7 @@ fn show_life(bed: &Bed, n: u64) {
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn records_of_mappings_take_what_the_drop_in_counts() {
-    if words("VIOMMU_L1")[0] == "amd" {
+    if host_iommu().is_amd() {
         // The records are VFIO's and iommufd's own, and QEMU's AMD-Vi takes long for each mapping.
         return;
     }
