@@ -11,7 +11,8 @@
 #   --arch ARCH     amd64 (default) or arm64. L1 of arm64 has busybox's programs in place of this machine's, and runs
 #                   COMMAND with busybox's PATH: COMMAND is one of them, or a static program for arm64
 #   --iommu KIND    on amd64 vtd (default), vtd-scalable (first-stage tables), vtd-no-snoop (cannot enforce coherency)
-#                   or amd; on arm64 smmuv3 (default) or smmuv3-stage2 (second-stage tables only)
+#                   or amd; on arm64 smmuv3 (default), smmuv3-stage2 (second-stage tables only), or smmuv3-two (both: one
+#                   for most devices, and one with the second stage for one iommu-testdev; implies --firmware)
 #   --firmware      boot arm64 by UEFI, with ACPI tables. Default: by device tree
 #   --memory SIZE   default: 3G
 #   --cpus N        default: 2
@@ -108,6 +109,11 @@ amd64:amd)
         -device "virtio-blk-pci,drive=none,addr=14.0,class=0x0601")
     ;;
 arm64:smmuv3) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested ;;
+arm64:smmuv3-two)
+    iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=nested
+    # A second root complex; only the firmware tells the kernel of it.
+    firmware=yes
+    ;;
 arm64:smmuv3-stage2) iommu_device=arm-smmuv3,primary-bus=pcie.0,stage=2 ;;
 *) die "unknown IOMMU '$iommu' for $arch: see $0 --help" ;;
 esac
@@ -115,6 +121,10 @@ esac
 parts=(--arch "$arch" --host-kernel)
 if [ "${VIOMMU_ARCH:-amd64}" != "$arch" ]; then
     VIOMMU_HOST_KERNEL=''
+fi
+if [ "$arch" = arm64 ]; then
+    # No guest runs inside, and each stock kernel is a large download.
+    parts+=(--kernels newest)
 fi
 if [ $firmware = yes ]; then
     parts+=(--firmware)
@@ -164,7 +174,7 @@ export VIOMMU_EDU VIOMMU_EDU_PAIR VIOMMU_E1000_PAIR VIOMMU_TESTDEV VIOMMU_IVSHME
 # The mask allows the devices DMA to every address.
 edu=edu,dma_mask=0xffffffffffffffff
 for at in "${EDU[@]}"; do
-    devices+=(-device "$edu,addr=$at")
+    devices+=(-device "$edu,bus=pcie.0,addr=$at")
 done
 bridge=pcie-pci-bridge several=
 if [ "$arch" = arm64 ]; then
@@ -181,17 +191,25 @@ places() {
 read -r edu_a edu_b < <(places "$VIOMMU_EDU_PAIR")
 read -r card_a card_b < <(places "$VIOMMU_E1000_PAIR")
 # shellcheck disable=SC2054 # the commas are QEMU's
-devices+=(-device "$bridge,id=pair,addr=$BRIDGE${several:+,chassis=1}"
+devices+=(-device "$bridge,id=pair,bus=pcie.0,addr=$BRIDGE${several:+,chassis=1}"
     -device "$edu,bus=pair,addr=$edu_a$several" -device "$edu,bus=pair,addr=$edu_b$several"
-    -device "$bridge,id=cards,addr=$E1000_BRIDGE${several:+,chassis=2}"
+    -device "$bridge,id=cards,bus=pcie.0,addr=$E1000_BRIDGE${several:+,chassis=2}"
     -device "e1000,bus=cards,addr=$card_a$several,romfile=" -device "e1000,bus=cards,addr=$card_b$several,romfile="
     -object memory-backend-memfd,id=peer,size=1M,share=on
-    -device "ivshmem-plain,memdev=peer,addr=$IVSHMEM")
+    -device "ivshmem-plain,memdev=peer,bus=pcie.0,addr=$IVSHMEM")
 # shellcheck disable=SC2153 # set up by setup.sh
 if grep -q '"iommu-testdev"' <<<"$("$VIOMMU_QEMU" -device help 2>/dev/null)"; then
     VIOMMU_TESTDEV=$(full_addresses "${TESTDEV[@]}")
-    for at in "${TESTDEV[@]}"; do
-        devices+=(-device "iommu-testdev,addr=$at")
+    places=("bus=pcie.0,addr=${TESTDEV[0]}" "bus=pcie.0,addr=${TESTDEV[1]}")
+    if [ "$iommu" = smmuv3-two ]; then
+        VIOMMU_TESTDEV="$(full_addresses "${TESTDEV[0]}") 0000:41:00.0"
+        places[1]=bus=far-port,addr=0.0
+        devices+=(-device "pxb-pcie,id=far,bus_nr=64,bus=pcie.0,addr=1a.0"
+            -device arm-smmuv3,primary-bus=far,stage=2
+            -device "pcie-root-port,id=far-port,bus=far,chassis=3,addr=0.0")
+    fi
+    for at in "${places[@]}"; do
+        devices+=(-device "iommu-testdev,$at")
     done
 fi
 

@@ -9,7 +9,8 @@
 #   unit         format, lints, documentation, unit tests and every integration test that needs no VM
 #   hostile      a malicious driver and a malicious VMM against the daemon
 #   guest        stock Linux guests in an unmodified QEMU, with the daemon as their IOMMU
-#   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi
+#   passthrough  the daemon on an emulated host with VFIO, iommufd and an IOMMU: VT-d, then AMD-Vi; a few of these tests
+#                with Arm's SMMUv3, all of them with --arch arm64
 #   emulated     emulated and exported devices: a stock guest with an NVMe disk behind the daemon, device processes
 #                killed at any moment, and both kinds of devices on the emulated host of the suite passthrough
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
@@ -169,6 +170,11 @@ suite_passthrough() {
     if [ -n "$program" ]; then
         step "passthrough: VT-d without snoop control" "$SCRIPTS/l1.sh" --iommu vtd-no-snoop --timeout "$L1_LIMIT" -- \
             "$program" --ignored "$NO_SNOOP"
+    fi
+    if cross_ready; then
+        arm64_passthrough_short
+    else
+        times+=("passthrough: the tests on arm64 are left out: $CROSS_LACKS")
     fi
 }
 

@@ -38,3 +38,62 @@ arm64_guest_short() {
     step "guest: arm64" bash -c 'set -a; . "$0"; exec "$@"' "$CACHE/arm64/env" \
         cargo test --locked --test guest -- --ignored --exact arm::short_newest_strict
 }
+
+# Tests of the program passthrough that arm64 has no form of; docs/testing.md gives the reasons.
+NOT_ON_ARM64="coherency:: export::a_stock_guest nested::"
+# What the run for amd64 takes of the suite passthrough: DMA and domains by iommufd and by type1, the kernel's window for
+# interrupts, interrupts of an exported device, groups.
+ARM64_PASSTHROUGH_FEW="the_machine_is_as_expected data::dma_reaches_mapped_memory_owned
+    data::dma_reaches_mapped_memory_type1 moves::probe_returns moves::devices_of_one_group
+    export::an_exported_device_obeys"
+
+# How cargo builds the tests for L1. They wait for devices and do not compute, so the crate needs no optimization.
+ARM64_L1_BUILD=(--config "profile.test.package.vhost-device-iommu.opt-level=0" --test passthrough)
+
+# arm64_in_l1 NAME L1-ARGUMENT... -- ARGUMENT...: runs the test program passthrough in L1 of arm64, in a step NAME.
+arm64_in_l1() {
+    local name=$1 program options=() without=() test log
+    shift
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    program=$(arm64_programs "${ARM64_L1_BUILD[@]}" | sed -n 's/^passthrough //p')
+    if [ -z "$program" ]; then
+        return
+    fi
+    for test in $NOT_ON_ARM64; do
+        without+=(--skip "$test")
+    done
+    log=$LOGS/$(tr -d : <<<"${name// /-}")-console.log
+    step "$name" "$SCRIPTS/l1.sh" --arch arm64 --timeout "$L1_LIMIT" --log "$log" "${options[@]}" -- \
+        "$program" --ignored --test-threads=1 "$@" "${without[@]}"
+}
+
+arm64_passthrough() {
+    local tests skip=()
+    for tests in $VFIO_USER_TESTS; do
+        skip+=(--skip "$tests")
+    done
+    step "passthrough: build for arm64" arm64_cargo "${ARM64_L1_BUILD[@]}"
+    arm64_in_l1 "passthrough: SMMUv3" -- "${skip[@]}"
+    arm64_in_l1 "passthrough: SMMUv3, second stage" --iommu smmuv3-stage2 -- data:: moves::two_devices moves::probe
+    arm64_in_l1 "passthrough: two SMMUs" --iommu smmuv3-two -- moves::two_devices moves::a_device_moves moves::removed \
+        moves::a_disconnected moves::ten_thousand
+    # shellcheck disable=SC2086 # a list
+    arm64_in_l1 "passthrough: SMMUv3 by UEFI" --firmware -- $ARM64_PASSTHROUGH_FEW
+}
+
+arm64_emulated() {
+    step "emulated: build for arm64" arm64_cargo "${ARM64_L1_BUILD[@]}"
+    # shellcheck disable=SC2086 # a list
+    arm64_in_l1 "emulated: SMMUv3" -- $VFIO_USER_TESTS
+}
+
+# arm64_passthrough_short: the part of it that belongs to the suite passthrough of this machine.
+arm64_passthrough_short() {
+    step "passthrough: build for arm64" arm64_cargo "${ARM64_L1_BUILD[@]}"
+    # shellcheck disable=SC2086 # a list
+    arm64_in_l1 "passthrough: SMMUv3" -- $ARM64_PASSTHROUGH_FEW
+}
