@@ -58,6 +58,21 @@ impl HostIommu {
         }
     }
 
+    /// The regions within [`Self::msi`] that PROBE reports: first and last address, and whether it is the guest's doorbell.
+    /// That of QEMU's `virt` lies within an SMMU's window, whose other addresses are reserved.
+    pub fn reported_around_msi(self) -> Vec<(u64, u64, u8)> {
+        if self.is_smmu() {
+            vec![
+                (0x800_0000, 0x808_ffff, 0),
+                (0x809_0000, 0x809_ffff, 1),
+                (0x80a_0000, 0x80f_ffff, 0),
+            ]
+        } else {
+            let (first, last) = self.msi();
+            vec![(first, last, 1)]
+        }
+    }
+
     /// The first and last address of what the IOMMU cannot translate beside [`Self::msi`]: AMD's addresses of
     /// HyperTransport, and what exceeds the width of a second stage, in QEMU's SMMU 44 bits.
     pub fn untranslated(self) -> Option<(u64, u64)> {

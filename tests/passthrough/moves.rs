@@ -430,14 +430,17 @@ fn probe_returns_the_reserved_regions_of_the_host() {
             .iter()
             .map(|r| (r.start, r.end, r.subtype))
             .collect();
-        let (first, last) = host.msi();
-        let msi = (first, last, 1);
-        let untranslated = host.untranslated().map(|(first, last)| (first, last, 0));
-        let expected: Vec<_> = [msi].into_iter().chain(untranslated).collect();
+        let untranslated = host.untranslated();
+        let others = untranslated.map(|(first, last)| (first, last, 0));
+        let expected: Vec<_> = host
+            .reported_around_msi()
+            .into_iter()
+            .chain(others)
+            .collect();
         assert_eq!(regions, expected, "{backend:?}");
         let guest = &mut bed.guest;
         assert_eq!(guest.attach(1, endpoint(0)), OK);
-        for (first, last, _) in expected {
+        for (first, last) in [host.msi()].into_iter().chain(untranslated) {
             let page = first & !(PAGE - 1);
             assert_ne!(guest.map(1, page, page + PAGE - 1, TARGETS, RW), OK);
             let page = (last + 1) & !(PAGE - 1);
