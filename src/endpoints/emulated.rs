@@ -8,7 +8,7 @@ use log::info;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
-use crate::backends::vfio_user::{EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, VfioUser, Watch};
+use crate::backends::vfio_user::{self, EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::process::connector;
@@ -68,7 +68,7 @@ pub fn open(
         deadline: device.deadline,
         answers_all_accesses: config.answers_all_accesses(),
     };
-    let backend = VfioUser::start(emulated, listener, faults.clone())?;
+    let (backend, watch) = vfio_user::start(emulated, listener, faults.clone())?;
     info!(
         "endpoint {} is emulated by the server at {}, isolation {}",
         device.endpoint,
@@ -76,9 +76,9 @@ pub fn open(
         device.isolation.name()
     );
     Ok(OpenDevice {
-        status: Some(Arc::new(backend.watch())),
+        status: Some(Arc::new(watch)),
         reports_faults: true,
-        backend: Some(Box::new(backend)),
+        backend: Some(backend),
         file: Some(Arc::new(file)),
         ..OpenDevice::default()
     })

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
-use vhost_device_iommu::backends::vfio_user::{EmulatedDevice, Isolation, VfioUser, Watch};
+use vhost_device_iommu::backends::vfio_user::{self, EmulatedDevice, Isolation, Watch};
 use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
@@ -104,8 +104,8 @@ impl Bed {
             answers_all_accesses,
         };
         let listener = UnixListener::bind(&client_path).expect("a socket");
-        let backend = VfioUser::start(device, listener, faults.clone()).expect("a backend");
-        let watch = backend.watch();
+        let (backend, watch) =
+            vfio_user::start(device, listener, faults.clone()).expect("a backend");
         let spec = EndpointSpec {
             range: PciRange::new(address, address).expect("a range"),
             group: None,
@@ -122,7 +122,7 @@ impl Bed {
         };
         let mut iommu = Iommu::new(settings, topology).expect("a core");
         iommu
-            .add_backend(Box::new(backend), &[address.endpoint_id()])
+            .add_backend(backend, &[address.endpoint_id()])
             .expect("a backend of its own");
         let slot = ram();
         iommu.connect();

@@ -46,7 +46,7 @@ pub(super) struct DeviceView {
     pending: Option<Mapping>,
     /// Ranges of an UNMAP in progress. Their mappings may still be in the table, or a part of them, but count no more.
     leaving: Vec<IovaRange>,
-    /// The number of windows.
+    /// The number of windows, if they are counted.
     pub(super) count: usize,
 }
 
@@ -64,30 +64,29 @@ impl DeviceView {
         }
     }
 
-    /// A view of the domain of `table`. Takes time proportional to its mappings.
+    /// A view of the domain of `table`.
     pub(super) fn translated(
         table: TableReader,
         slots: Vec<Arc<MemorySlot>>,
         reserved: Arc<[IovaRange]>,
     ) -> Self {
-        let view = Self {
+        Self {
             table: Some(table),
             slots,
             ..Self::closed(Gate::Translated, reserved)
-        };
-        view.counted()
+        }
     }
 
     /// A view of bypass mode.
     pub(super) fn bypass(slots: Vec<Arc<MemorySlot>>, reserved: Arc<[IovaRange]>) -> Self {
-        let view = Self {
+        Self {
             slots,
             ..Self::closed(Gate::Bypass, reserved)
-        };
-        view.counted()
+        }
     }
 
-    fn counted(mut self) -> Self {
+    /// The view with its number of windows. Takes time proportional to the mappings.
+    pub(super) fn counted(mut self) -> Self {
         self.count = self.windows_in(IovaRange::ALL).count();
         self
     }
@@ -241,16 +240,16 @@ impl DeviceView {
         self.reserved.iter().any(|r| r.contains(address))
     }
 
-    /// Calls `act` with each part of the memory behind `range`, and the part's offset in `range`.
+    /// The parts of the memory behind `range`, in ascending order, each with its offset in `range`.
     ///
     /// # Errors
-    /// The first address for which no window allows `access`.
-    pub(super) fn each_part(
+    /// The first address for which no mapping allows `access`.
+    pub(super) fn parts(
         &self,
         range: IovaRange,
         access: Access,
-        mut act: impl FnMut(usize, vm_memory::VolatileSlice<'_>),
-    ) -> Result<(), Iova> {
+    ) -> Result<Vec<(usize, vm_memory::VolatileSlice<'_>)>, Iova> {
+        let mut parts = Vec::new();
         let mut next = Some(range.first());
         while let Some(at) = next.filter(|at| range.contains(*at)) {
             let (gpa, contiguous) = self.target_of(at, access).ok_or(at)?;
@@ -265,13 +264,13 @@ impl DeviceView {
             let len = small(span)?.saturating_add(1);
             let memory = slot.memory.as_ref();
             let memory = vm_memory::VolatileMemory::get_slice(memory, offset, len);
-            act(small(at.0 - range.first().0)?, memory.map_err(|_| at)?);
+            parts.push((small(at.0 - range.first().0)?, memory.map_err(|_| at)?));
             next =
                 at.0.checked_add(span)
                     .and_then(|last| last.checked_add(1))
                     .map(Iova);
         }
-        Ok(())
+        Ok(parts)
     }
 
     /// The guest-physical address behind `at`, and the last address up to which guest-physical addresses are contiguous
@@ -415,7 +414,8 @@ mod tests {
             map(&mut table, &mut arena, &m);
         }
         let reserved: Arc<[IovaRange]> = Arc::new([]);
-        let mut view = DeviceView::translated(table.reader(&arena), slots.clone(), reserved);
+        let mut view =
+            DeviceView::translated(table.reader(&arena), slots.clone(), reserved).counted();
         let all = [
             (0x1_0000, 0x1_0fff),
             (0x2_0000, 0x2_1fff),
@@ -437,7 +437,7 @@ mod tests {
         ]
         .concat();
         assert_eq!(ranges(&view, IovaRange::ALL), more);
-        assert!(view.each_part(added.range, Access::READ, |_, _| ()).is_ok());
+        assert!(view.parts(added.range, Access::READ).is_ok());
         map(&mut table, &mut arena, &added);
         assert_eq!(ranges(&view, IovaRange::ALL), more);
         view.settle();
@@ -447,8 +447,8 @@ mod tests {
         assert!(view.leave(range(0x1_1000, 0x1_ffff)).is_none());
         for gone in [range(0x2_0000, 0x4_ffff), range(0x1_0000, 0x2_3fff)] {
             assert!(view.leave(gone).is_some());
-            let failed = view.each_part(range(0x2_0000, 0x2_0000), Access::READ, |_, _| ());
-            assert_eq!(failed, Err(Iova(0x2_0000)));
+            let failed = view.parts(range(0x2_0000, 0x2_0000), Access::READ).err();
+            assert_eq!(failed, Some(Iova(0x2_0000)));
             assert!(!ranges(&view, IovaRange::ALL).contains(&all[1]));
         }
         assert_eq!(ranges(&view, IovaRange::ALL), all[3..]);
@@ -472,7 +472,7 @@ mod tests {
             range(0x4000, 0x4fff),
             range(0x8000, 0x9_0000),
         ];
-        let view = DeviceView::bypass(vec![slot], reserved.into());
+        let view = DeviceView::bypass(vec![slot], reserved.into()).counted();
         let windows = view.windows_in(IovaRange::ALL);
         let windows: Vec<_> = windows.map(|p| (p.range, p.offset)).collect();
         assert_eq!(

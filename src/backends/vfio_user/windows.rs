@@ -87,20 +87,21 @@ impl Space {
     }
 
     /// Calls `act` with each part of the memory behind `range`, in ascending order, and the part's offset in `range`; but
-    /// only if the windows allow `access` to all of it.
+    /// only if the endpoint may `access` all of it.
     fn with_memory(
         &self,
         range: IovaRange,
         access: Access,
         mut act: impl FnMut(usize, vm_memory::VolatileSlice<'_>),
     ) -> Result<(), AccessDenied> {
+        // Held until the copy ends: UNMAP waits for that.
         let view = self.view.read();
-        let checked = view.each_part(range, access, |_, _| {});
-        match checked {
-            Ok(()) => {
-                // Cannot fail: the view is locked, so no mapping that it allows leaves the table.
-                let done = view.each_part(range, access, &mut act);
-                done.map_err(|_| AccessDenied)
+        match view.parts(range, access) {
+            Ok(parts) => {
+                for (at, memory) in parts {
+                    act(at, memory);
+                }
+                Ok(())
             }
             Err(address) => {
                 let gate = view.gate;

@@ -1,0 +1,349 @@
+//! The backend that sends the device's server a window for each mapping.
+//!
+//! The page table is the only list of windows. The interposer's thread looks an access up there, and the link the windows
+//! of a server that connects. FIRST and LAST of the leaves give the range of each mapping, as DMA_UNMAP must name it. So
+//! a mapping costs no memory here, however many emulated endpoints its domain has.
+//!
+//! The backend makes each change twice. First it changes the view through which the interposer serves the server's
+//! messages, and waits for accesses in progress. Then it sends the change to the server, which must reply. The backend
+//! holds the link's lock for both, but not while it waits for the reply. So a server that connects meanwhile gets the
+//! change once: from the backend, or with all windows from the link.
+//!
+//! The view is what the table says, with two differences that bridge the core's steps:
+//!
+//! 1. MAP: the core commits the mapping after the backends have made it reachable. Until the next request the view has
+//!    the mapping besides the table.
+//! 2. UNMAP: the core removes the mappings from the table before it asks the backends to unmap them. Before that,
+//!    [`DmaBackend::begin_unmap`] takes the range out of the view, finds the windows there and sends their removal.
+//!    [`DmaBackend::unmap`] waits for the server. It also waits until the interposer's thread has left the table, so the
+//!    core may then reuse the frames.
+
+use std::sync::Arc;
+
+use super::interposed::{CAPABILITIES, Interposed};
+use super::view::{DeviceView, windows_of};
+use crate::address::{Iova, IovaRange, Mapping};
+use crate::backends::{
+    AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot, Target,
+    UnmapPart,
+};
+use crate::ids::{DomainId, EndpointId};
+use crate::vfio_user::{Announced, BatchTicket, DmaUpdate, DmaUpdateError, Window};
+
+/// The backend.
+pub(super) struct Exact {
+    device: Interposed,
+    /// The ranges of the UNMAP in progress.
+    begun: Vec<Removal>,
+}
+
+/// The removal of one range's windows.
+struct Removal {
+    first: Iova,
+    /// The number of windows.
+    windows: usize,
+    /// `None` if there are no windows.
+    ticket: Option<BatchTicket>,
+}
+
+impl Exact {
+    /// The backend of `device`.
+    pub(super) fn new(device: Interposed) -> Self {
+        Self {
+            device,
+            begun: Vec::new(),
+        }
+    }
+
+    /// Replaces the view. Returns the former one, also on error.
+    fn replace(&self, view: DeviceView) -> (DeviceView, Result<(), DmaUpdateError>) {
+        let mut updates = self.device.link.lock();
+        let announced = updates.announced();
+        updates.hold_back();
+        let windows = view.count;
+        let mut old = std::mem::replace(&mut *self.device.space.change(), view);
+        old.settle();
+        let mut removal = updates.open(old.count > 0, old.count + windows);
+        drop(updates);
+        let gone = old.windows_in(IovaRange::ALL).map(|window| window.range);
+        self.send_unmaps(&mut removal, &announced, gone);
+        let done = self.device.link.wait(removal.clone()).and_then(|()| {
+            let announcement = self.device.link.lock().announce(&removal);
+            self.device.link.wait(announcement)
+        });
+        (old, done)
+    }
+
+    /// Sends the removal of windows, of those that the server has.
+    fn send_unmaps(
+        &self,
+        ticket: &mut BatchTicket,
+        announced: &Announced,
+        windows: impl Iterator<Item = IovaRange>,
+    ) {
+        let known = windows.filter(|window| announced.has(*window));
+        self.device
+            .link
+            .send_all(ticket, known.map(DmaUpdate::Unmap));
+    }
+
+    /// Announces windows, which are few, after `change`; see [`Interposed::add`].
+    fn add(
+        &self,
+        windows: &[Window],
+        change: impl FnOnce(&mut DeviceView),
+    ) -> (Announced, Result<(), DmaUpdateError>) {
+        self.device.add(windows, || {
+            let mut view = self.device.space.change();
+            change(&mut view);
+            view.count += windows.len();
+            view.count
+        })
+    }
+
+    /// Removes windows, which are few, after `change`; see [`Interposed::take_back`].
+    fn take_back(
+        &self,
+        windows: &[Window],
+        sent: Option<Announced>,
+        change: impl FnOnce(&mut DeviceView),
+    ) -> Result<(), DmaUpdateError> {
+        self.device.take_back(windows, sent, || {
+            let mut view = self.device.space.change();
+            change(&mut view);
+            view.discount(windows.len());
+            view.count
+        })
+    }
+
+    /// Waits until nobody can use the ranges of the UNMAP that has begun.
+    fn finish_unmap(&mut self) -> Result<(), BackendError> {
+        let begun = std::mem::take(&mut self.begun);
+        // The interposer's thread has left the frames that the table has lost, and sees none of them any more.
+        let windows = begun.iter().map(|removal| removal.windows).sum();
+        self.device.space.change().left(windows);
+        let mut failed = None;
+        for Removal { first, ticket, .. } in begun {
+            if let Some(ticket) = ticket
+                && let Err(cause) = self.device.link.wait(ticket)
+            {
+                failed.get_or_insert((first, cause));
+            }
+        }
+        match failed {
+            None => Ok(()),
+            Some((first, cause)) => Err(self.device.removal_failed(first, &cause)),
+        }
+    }
+
+    /// Announces the windows of the present domain in a new memory slot.
+    fn add_slot_to_domain(&self, slot: &Arc<MemorySlot>) -> Result<(), DmaUpdateError> {
+        let mut updates = self.device.link.lock();
+        let announced = updates.announced();
+        let part = {
+            let mut view = self.device.space.change();
+            view.settle();
+            view.add_slot(slot);
+            view.in_slot(slot)
+        };
+        let mut ticket = updates.open(false, part.count);
+        drop(updates);
+        let mut added = 0;
+        let mut windows = part.windows_in(IovaRange::ALL).inspect(|_| added += 1);
+        // An announcement in progress has the others.
+        let known = windows.by_ref().filter(|w| announced.has(w.range));
+        let maps = known.map(|w| DmaUpdate::Map(self.device.space.wire_window(&w)));
+        self.device.link.send_all(&mut ticket, maps);
+        windows.for_each(drop);
+        self.device.space.change().count += added;
+        self.device.link.wait(ticket)
+    }
+}
+
+impl DmaBackend for Exact {
+    fn capabilities(&self) -> BackendCapabilities {
+        CAPABILITIES
+    }
+
+    fn vmm_present(&mut self, _present: bool) {
+        // There is nothing to bind: the VMM's client connects by itself.
+    }
+
+    fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        let slot = self.device.insert_slot(slot);
+        let added = match self.device.target {
+            Target::Blocked => Ok(()),
+            Target::Domain(_) => self.add_slot_to_domain(&slot),
+            Target::Bypass => {
+                let alone = DeviceView::bypass(vec![slot.clone()], self.device.reserved.clone());
+                let windows = self.device.wire(alone.windows_in(IovaRange::ALL));
+                let (sent, added) = self.add(&windows, |view| view.add_slot(&slot));
+                added.or_else(|cause| {
+                    self.take_back(&windows, Some(sent), |view| view.remove_slot(&slot))?;
+                    Err(cause)
+                })
+            }
+        };
+        added.map_err(|cause| {
+            let failure = format_args!("guest RAM at {} stays out of reach", slot.range);
+            self.device.refused(failure, &cause)
+        })
+    }
+
+    fn remove_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        let Some(slot) = self.device.take_slot(slot) else {
+            return Ok(());
+        };
+        let mut updates = self.device.link.lock();
+        let announced = updates.announced();
+        let part = {
+            let mut view = self.device.space.change();
+            view.settle();
+            let part = view.in_slot(&slot);
+            view.remove_slot(&slot);
+            part
+        };
+        let gone = part.windows_in(IovaRange::ALL).map(|window| window.range);
+        let mut gone = gone.peekable();
+        let Some(first) = gone.peek().map(|window| window.first()) else {
+            return Ok(());
+        };
+        let mut ticket = updates.open(true, part.count);
+        drop(updates);
+        let mut removed = 0;
+        let mut gone = gone.inspect(|_| removed += 1);
+        self.send_unmaps(&mut ticket, &announced, gone.by_ref());
+        gone.for_each(drop);
+        self.device.space.change().discount(removed);
+        self.device.link.wait(ticket).map_err(|cause| {
+            if let Target::Domain(_) = self.device.target {
+                return self.device.removal_failed(first, &cause);
+            }
+            let failure = format_args!("guest RAM at {} may stay in reach", slot.range);
+            self.device.refused(failure, &cause)
+        })
+    }
+
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let view = self.device.view_of(endpoint, target, contents)?.counted();
+        let (old, done) = self.replace(view);
+        let Err(cause) = done else {
+            self.device.target = target;
+            return Ok(());
+        };
+        let refusal = self
+            .device
+            .refused(format_args!("it cannot be switched to {target}"), &cause);
+        let back = match cause {
+            DmaUpdateError::Refused(_) => self.replace(old).1,
+            DmaUpdateError::CutOff(_) => Err(cause),
+        };
+        if back.is_ok() {
+            return Err(AttachError::Unchanged(refusal));
+        }
+        self.quarantine(endpoint);
+        Err(AttachError::Blocked(refusal))
+    }
+
+    fn destroy_domain(&mut self, _domain: DomainId) {
+        // The windows belong to the endpoint, not to the domain, and the core has moved the endpoint elsewhere.
+    }
+
+    fn quarantine(&mut self, _endpoint: EndpointId) {
+        self.device.quarantine();
+    }
+
+    fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        if self.device.target != Target::Domain(domain) {
+            // The next attach to the domain makes the window.
+            return Ok(());
+        }
+        let windows = self.device.wire(windows_of(*mapping, &self.device.slots));
+        if windows.is_empty() {
+            // The view must know all the same that the core is about to change the table there.
+            self.device.space.change().add(mapping);
+            return Ok(());
+        }
+        let (sent, added) = self.add(&windows, |view| view.add(mapping));
+        let added = added.or_else(|cause| {
+            self.take_back(&windows, Some(sent), DeviceView::settle)?;
+            Err(cause)
+        });
+        added.map_err(|cause| {
+            self.device
+                .refused(format_args!("{mapping} stays unmapped"), &cause)
+        })
+    }
+
+    fn reads_page_table(&self) -> bool {
+        true
+    }
+
+    /// Sends the removal of the windows in `range`. If they are very many, it waits for the server to remove the first
+    /// ones.
+    fn begin_unmap(&mut self, domain: DomainId, range: IovaRange) {
+        if self.device.target != Target::Domain(domain) {
+            return;
+        }
+        let mut updates = self.device.link.lock();
+        let (table, count) = {
+            let mut view = self.device.space.change();
+            (view.leave(range), view.count)
+        };
+        let Some(table) = table else { return };
+        let announced = updates.announced();
+        let mappings = table.mappings_in(range);
+        let windows = mappings.flat_map(|mapping| windows_of(mapping, &self.device.slots));
+        let mut gone = windows.map(|window| window.range).peekable();
+        let mut ticket = gone.peek().is_some().then(|| updates.open(true, count));
+        drop(updates);
+        let mut windows = 0;
+        let mut gone = gone.inspect(|_| windows += 1);
+        if let Some(ticket) = &mut ticket {
+            self.send_unmaps(ticket, &announced, gone.by_ref());
+        }
+        gone.for_each(drop);
+        let first = range.first();
+        self.begun.push(Removal {
+            first,
+            windows,
+            ticket,
+        });
+    }
+
+    /// Waits for all that [`Self::begin_unmap`] has begun. Without that, `range` is the latest mapping, which another backend
+    /// has refused.
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        _least: u64,
+    ) -> Result<(), BackendError> {
+        if self.device.target != Target::Domain(domain) {
+            return Ok(());
+        }
+        if !self.begun.is_empty() {
+            return self.finish_unmap();
+        }
+        let latest = self.device.space.change().latest();
+        let Some(mapping) = latest.filter(|latest| range.covers(latest.range)) else {
+            return Ok(());
+        };
+        let windows = self.device.wire(windows_of(mapping, &self.device.slots));
+        self.take_back(&windows, None, DeviceView::settle)
+            .map_err(|cause| self.device.removal_failed(range.first(), &cause))
+    }
+
+    /// Waits for the removal of all parts at once.
+    fn unmap_all(&mut self, domain: DomainId, _parts: &[UnmapPart]) -> Result<(), BackendError> {
+        if self.device.target != Target::Domain(domain) {
+            return Ok(());
+        }
+        self.finish_unmap()
+    }
+}
