@@ -220,6 +220,7 @@ pub(super) struct EmulatedDraft {
     pub listen: Option<Located<Scalar>>,
     pub connect: Option<Located<Scalar>>,
     pub isolation: Option<Located<Scalar>>,
+    pub announce: Option<Located<Scalar>>,
     pub deadline_ms: Option<Located<Scalar>>,
 }
 

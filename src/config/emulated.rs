@@ -35,19 +35,22 @@ pub struct Emulated {
 /// The access of an emulated device's server to guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ServerIsolation {
-    /// The server never maps guest RAM: each access is a message.
+    /// The server never maps guest RAM: each access is a message. The server is told large regions.
     #[default]
     Messages,
+    /// The same, but the server is told each mapping.
+    ExactMessages,
     /// The server gets the descriptor of guest RAM with each mapping, and must be trusted with all of
     /// guest RAM.
     Mappings,
 }
 
 impl ServerIsolation {
-    /// The name in the configuration file.
+    /// The name, for people.
     pub fn name(self) -> &'static str {
         match self {
             Self::Messages => "messages",
+            Self::ExactMessages => "messages, announced exactly",
             Self::Mappings => "mappings",
         }
     }
@@ -124,6 +127,10 @@ impl Checker<'_> {
         let listen = self.emulated_path(&given.origin, value.listen.as_ref(), key, "listen");
         let connect = self.emulated_path(&given.origin, value.connect.as_ref(), key, "connect");
         let isolation = self.isolation(value.isolation.as_ref(), &format!("{key}.isolation"));
+        let isolation = isolation.and_then(|isolation| {
+            let key = format!("{key}.announce");
+            self.announced(isolation, value.announce.as_ref(), &key)
+        });
         let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
         Some(Emulated {
             // The caller replaces it.
@@ -161,6 +168,26 @@ impl Checker<'_> {
                 None
             }
         }
+    }
+
+    /// `isolation` with the way in which the server is told of memory.
+    fn announced(
+        &mut self,
+        isolation: ServerIsolation,
+        given: Option<&Located<Scalar>>,
+        key: &str,
+    ) -> Option<ServerIsolation> {
+        let Some(given) = given else {
+            return Some(isolation);
+        };
+        let kind = match (self.text(given, key, "\"coarse\" or \"exact\"")?, isolation) {
+            ("exact", ServerIsolation::Messages) => return Some(ServerIsolation::ExactMessages),
+            ("coarse", ServerIsolation::Mappings) => ProblemKind::CoarseMappings,
+            ("coarse" | "exact", _) => return Some(isolation),
+            _ => ProblemKind::Announce(shown(&given.value)),
+        };
+        self.refuse(&given.origin, key, kind);
+        None
     }
 
     pub(super) fn deadline(
@@ -209,6 +236,10 @@ mod tests {
             + &one(
                 "00:06.0",
                 "listen = '/d', connect = '/b', isolation = 'mappings', deadline-ms = 60000",
+            )
+            + &one(
+                "00:08.0",
+                "listen = '/e', connect = '/b', announce = 'exact'",
             );
         let address = |text: &str| text.parse().expect("an address");
         let expected = [
@@ -224,6 +255,13 @@ mod tests {
                 listen: "/a".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::Messages,
+                deadline: Duration::from_secs(1),
+            },
+            Emulated {
+                endpoint: address("00:08.0"),
+                listen: "/e".into(),
+                connect: "/b".into(),
+                isolation: ServerIsolation::ExactMessages,
                 deadline: Duration::from_secs(1),
             },
         ];
@@ -260,6 +298,17 @@ mod tests {
             (
                 one("00:06.0", &format!("{fine}, isolation = 'none'")),
                 "\"messages\"",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, announce = 'all'")),
+                "\"coarse\"",
+            ),
+            (
+                one(
+                    "00:06.0",
+                    &format!("{fine}, isolation = 'mappings', announce = 'coarse'"),
+                ),
+                "remove `announce`",
             ),
             (
                 one("00:06.0", &format!("{fine}, deadline-ms = 9")),

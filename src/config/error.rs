@@ -291,6 +291,18 @@ pub enum ProblemKind {
          (fast, for servers that are trusted with all guest RAM)"
     )]
     Isolation(String),
+    /// Not a way to announce memory.
+    #[error(
+        "{0:?} is not a way to announce memory; use \"coarse\" (the server is told large regions) or \"exact\" (it is \
+         told each mapping)"
+    )]
+    Announce(String),
+    /// A server with mappings that is told large regions.
+    #[error(
+        "a server with `isolation = \"mappings\"` is told each mapping; remove `announce`, or use \
+         `isolation = \"messages\"`"
+    )]
+    CoarseMappings,
     /// A deadline out of range.
     #[error(
         "deadline of {} ms is out of range; use {MIN_DEADLINE_MS} to {MAX_DEADLINE_MS}",

@@ -62,6 +62,7 @@ pub fn open(
         server: device.connect.clone(),
         isolation: match device.isolation {
             ServerIsolation::Messages => Isolation::Messages,
+            ServerIsolation::ExactMessages => Isolation::ExactMessages,
             ServerIsolation::Mappings => Isolation::Mappings,
         },
         reserved: regions.map(|region| region.range).collect(),

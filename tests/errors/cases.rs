@@ -589,6 +589,20 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "ProblemKind::Announce",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', announce = 'all' }",
+        ),
+    ),
+    case(
+        "ProblemKind::CoarseMappings",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', isolation = 'mappings', announce = 'coarse' }",
+        ),
+    ),
+    case(
         "ProblemKind::Deadline",
         File(
             "[[endpoint]]\naddress = '00:06.0'\n\

@@ -103,7 +103,7 @@ impl KillBed {
             );
             format!(
                 "[[endpoint]]\naddress = '{address}'\nvfio-user = {{ listen = '{listen}', \
-                 connect = '{connect}', isolation = '{isolation}', deadline-ms = 20000 }}\n"
+                 connect = '{connect}', isolation = '{isolation}', announce = 'exact', deadline-ms = 20000 }}\n"
             )
         };
         let daemon = Daemon::with_config(&format!(

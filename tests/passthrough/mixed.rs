@@ -56,7 +56,7 @@ impl MixedBed {
         let (listen, connect, shadow) = (path("listen"), path("connect"), path("shadow"));
         let keys = format!(
             "bypass = false\n[[endpoint]]\naddress = '00:0a.0'\n\
-             vfio-user = {{ listen = {listen:?}, connect = {connect:?}, isolation = '{isolation}' }}\n\
+             vfio-user = {{ listen = {listen:?}, connect = {connect:?}, isolation = '{isolation}', announce = 'exact' }}\n\
              [[endpoint]]\naddress = '00:0b.0'\nshadow = {shadow:?}\n"
         );
         let name = words("VIOMMU_EDU")[0].clone();

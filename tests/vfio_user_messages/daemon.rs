@@ -44,7 +44,7 @@ impl DaemonBed {
         let daemon = start(&format!(
             "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
              vfio-user = {{ listen = {client_path:?}, connect = {server_path:?}, \
-             isolation = '{isolation}', deadline-ms = 15000 }}\n\
+             isolation = '{isolation}', announce = 'exact', deadline-ms = 15000 }}\n\
              [metrics]\nsocket = {:?}\n",
             folder.path().join("metrics"),
         ));

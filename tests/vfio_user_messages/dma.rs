@@ -25,7 +25,7 @@ const IOVA: u64 = 0x4000_0000;
 
 #[test]
 fn windows_have_descriptors_only_with_isolation_mappings() {
-    for isolation in [Isolation::Messages, Isolation::Mappings] {
+    for isolation in [Isolation::ExactMessages, Isolation::Mappings] {
         let bed = Bed::new(isolation);
         // The guest maps one range before the server connects, and others after.
         bed.attach();
@@ -54,7 +54,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
         bed.map(IOVA + 0x8000, RAM_LEN, 0x1000, Access::READ_WRITE)
             .expect("mapped");
         let file_at = |at| match isolation {
-            Isolation::Messages => 0,
+            Isolation::Messages | Isolation::ExactMessages => 0,
             Isolation::Mappings => RAM_OFFSET + at,
         };
         let received = || {
@@ -70,7 +70,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
         eventually("the server has all windows", || received() == expected);
         let files = files.lock().unwrap();
         match isolation {
-            Isolation::Messages => assert!(files.is_empty()),
+            Isolation::Messages | Isolation::ExactMessages => assert!(files.is_empty()),
             Isolation::Mappings => {
                 assert_eq!(files.len(), 3);
                 let inode = files[0].metadata().expect("known").ino();
@@ -103,7 +103,7 @@ fn windows_have_descriptors_only_with_isolation_mappings() {
 #[test]
 fn unmaps_that_overlap_take_each_window_away_once() {
     const PAGE: u64 = 0x1000;
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     for page in [0, 1, 2] {
         bed.map(IOVA + page * PAGE, page * PAGE, PAGE, Access::READ_WRITE)
@@ -141,11 +141,7 @@ fn unmaps_that_overlap_take_each_window_away_once() {
 /// A client and a server that has its windows. The test sends the server's accesses.
 fn pair_with_windows(bed: &Bed) -> (Connection, Connection) {
     let (client, mut server) = bed.raw_pair();
-    for _ in 0..bed
-        .iommu()
-        .mappings(DOMAIN, vhost_device_iommu::address::Iova(0))
-        .count()
-    {
+    for _ in 0..bed.watch.state().windows {
         let window = server.recv().expect("a window");
         server.reply(&window, &[], &[]);
     }
@@ -170,7 +166,13 @@ fn write(server: &mut Connection, address: u64, data: &[u8]) -> i32 {
 
 #[test]
 fn messages_reach_mapped_memory_and_nothing_else() {
-    let bed = Bed::new(Isolation::Messages);
+    for isolation in [Isolation::Messages, Isolation::ExactMessages] {
+        messages_reach_mapped_memory(isolation);
+    }
+}
+
+fn messages_reach_mapped_memory(isolation: Isolation) {
+    let bed = Bed::new(isolation);
     bed.attach();
     bed.map(IOVA, 0x1000, 0x1000, Access::READ_WRITE)
         .expect("mapped");
@@ -223,7 +225,7 @@ fn messages_reach_mapped_memory_and_nothing_else() {
 
 #[test]
 fn reachable_memory_follows_the_state_of_the_endpoint() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     let (_client, mut server) = bed.raw_pair();
     assert_eq!(read(&mut server, RAM, 1), Err(libc::EFAULT));
     assert_eq!(bed.faults.take(), [(FaultReason::Domain, RAM)]);
@@ -258,7 +260,7 @@ fn reachable_memory_follows_the_state_of_the_endpoint() {
 
 #[test]
 fn unmap_waits_for_the_server_and_serves_its_accesses_meanwhile() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
@@ -285,7 +287,7 @@ fn unmap_waits_for_the_server_and_serves_its_accesses_meanwhile() {
 #[test]
 fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
     let deadline = Duration::from_millis(300);
-    let bed = Bed::with_deadline(Isolation::Messages, deadline);
+    let bed = Bed::with_deadline(Isolation::ExactMessages, deadline);
     let listener = bed.listen();
     let (mut client, mut server) = std::thread::scope(|scope| {
         let client = scope.spawn(|| bed.client());
@@ -331,7 +333,7 @@ fn a_server_that_is_late_is_cut_off_and_its_endpoint_blocked() {
 #[test]
 fn a_server_that_is_always_slow_is_cut_off_after_a_few_waits() {
     let deadline = Duration::from_secs(4);
-    let bed = Bed::with_deadline(Isolation::Messages, deadline);
+    let bed = Bed::with_deadline(Isolation::ExactMessages, deadline);
     bed.attach();
     let (_client, _server) = bed.pair(move |_, msg| {
         if msg.cmd == DMA_UNMAP {
@@ -360,7 +362,7 @@ fn a_server_that_is_always_slow_is_cut_off_after_a_few_waits() {
 
 #[test]
 fn windows_a_server_refuses_do_not_exist() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     let (_client, scripted) = bed.pair(|server, msg| {
         let refused = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + 0x1000;
@@ -391,7 +393,7 @@ fn windows_a_server_refuses_do_not_exist() {
 
 #[test]
 fn a_refusal_that_arrives_during_unmap_does_not_affect_a_later_window() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     // Mapped before there is a server: DMA_MAP is sent when the server connects, and MAP does not wait for it.
     bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
@@ -418,7 +420,7 @@ fn a_refusal_that_arrives_during_unmap_does_not_affect_a_later_window() {
 
 #[test]
 fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.iommu().set_memory(Vec::new());
     bed.iommu().set_bypass(true);
     let (mut client, scripted) = bed.pair(|server, msg| match msg.cmd {
@@ -445,7 +447,7 @@ fn memory_a_server_refuses_is_not_reached_in_bypass_mode_either() {
 
 #[test]
 fn a_server_gets_no_more_windows_than_it_supports() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     let (_client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == VERSION {
@@ -466,7 +468,7 @@ fn a_server_gets_no_more_windows_than_it_supports() {
 
 #[test]
 fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
@@ -492,7 +494,7 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
 
 #[test]
 fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     bed.map(IOVA, 0, RAM_LEN, Access::READ).expect("mapped");
     let (_client, mut server) = pair_with_windows(&bed);
@@ -516,7 +518,7 @@ fn a_flood_of_accesses_is_served_as_fast_as_its_replies_are_taken() {
 fn a_new_server_gets_many_windows_and_loses_them_in_one_unmap() {
     const COUNT: u64 = 20_000;
     // Only a hang takes as long.
-    let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(300));
+    let bed = Bed::with_deadline(Isolation::ExactMessages, Duration::from_secs(300));
     bed.attach();
     for n in 0..COUNT {
         bed.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)
@@ -537,7 +539,7 @@ fn a_server_that_keeps_answering_is_not_cut_off() {
     const DEADLINE: Duration = Duration::from_secs(5);
     // The server has its deadline four times for so many updates. After its pause, each of them has 5 ms.
     const COUNT: u64 = 3 * 1024;
-    let bed = Bed::with_deadline(Isolation::Messages, DEADLINE);
+    let bed = Bed::with_deadline(Isolation::ExactMessages, DEADLINE);
     bed.attach();
     for n in 0..COUNT {
         bed.map(IOVA + n * 0x2000, n % 1024 * 0x1000, 0x1000, Access::READ)

@@ -17,6 +17,7 @@ mod forwarding;
 mod hostile;
 mod hotplug;
 mod reconnection;
+mod regions;
 mod sockets;
 mod unclaimed;
 mod windows;

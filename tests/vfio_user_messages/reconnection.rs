@@ -17,7 +17,7 @@ const IOVA: u64 = 0x4000_0000;
 
 #[test]
 fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     let (mut client, mut server) = bed.raw_pair();
     let event = event();
@@ -74,7 +74,7 @@ fn a_server_that_reconnects_gets_windows_and_interrupts_again() {
 
 #[test]
 fn a_client_with_descriptors_of_a_dead_server_is_disconnected() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     let (mut client, mut server) = bed.raw_pair();
     client.ask(REGION_INFO, &[0; 32], &[]);
     let request = server.recv().expect("forwarded");
@@ -222,7 +222,7 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
     assert!(endpoint.quarantined);
     drop(server);
 
-    let (bed, _client, server) = late(Isolation::Messages);
+    let (bed, _client, server) = late(Isolation::ExactMessages);
     bed.unmap(IOVA, 0x1000)
         .expect("the server never had memory");
     drop(server);
@@ -230,7 +230,7 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
 
 #[test]
 fn a_server_that_never_had_memory_is_not_waited_for() {
-    let (bed, server) = abandoned(Isolation::Messages);
+    let (bed, server) = abandoned(Isolation::ExactMessages);
     bed.unmap(IOVA, 0x1000).expect("unmapped at once");
     let listener = bed.listen();
     let mut client = bed.connect();
@@ -241,7 +241,7 @@ fn a_server_that_never_had_memory_is_not_waited_for() {
 
 #[test]
 fn a_client_waits_for_its_server() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     let mut client = bed.connect();
     client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
     std::thread::sleep(Duration::from_millis(300));
@@ -256,7 +256,7 @@ fn a_client_waits_for_its_server() {
 
 #[test]
 fn a_server_with_other_capabilities_does_not_get_the_old_client() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     let (mut client, server) = bed.raw_pair();
     let listener = bed.listen();
     drop(server);
@@ -269,7 +269,7 @@ fn a_server_with_other_capabilities_does_not_get_the_old_client() {
 
 #[test]
 fn two_hundred_deaths_leave_nothing_behind() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
     bed.map(IOVA, 0, 0x1000, Access::READ).expect("mapped");
     let listener = bed.listen();

@@ -41,7 +41,7 @@ fn mappings_cost_emulated_endpoints_no_memory() {
         let (listen, connect) = (socket(n, "client"), socket(n, "server"));
         config += &format!(
             "[[endpoint]]\naddress = '00:{:02x}.0'\nvfio-user = {{ listen = {listen:?}, \
-             connect = {connect:?}, deadline-ms = 20000 }}\n",
+             connect = {connect:?}, announce = 'exact', deadline-ms = 20000 }}\n",
             6 + n
         );
     }
@@ -118,7 +118,7 @@ fn map_many(bed: &Bed, count: u64) {
 fn requests_during_the_announcement_change_each_window_once() {
     const COUNT: u64 = 4000;
     let window = |n: u64| IOVA + 2 * n * PAGE;
-    let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(20));
+    let bed = Bed::with_deadline(Isolation::ExactMessages, Duration::from_secs(20));
     map_many(&bed, COUNT);
     let (open, gate) = mpsc::channel::<()>();
     let (mut client, scripted) = bed.pair(move |_, msg| {
@@ -157,7 +157,7 @@ fn requests_during_the_announcement_change_each_window_once() {
 
 #[test]
 fn a_server_without_room_for_all_windows_gets_the_others_later() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     map_many(&bed, 4);
     let (mut client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == VERSION {
@@ -187,7 +187,7 @@ fn a_server_without_room_for_all_windows_gets_the_others_later() {
 
 #[test]
 fn windows_follow_guest_ram_while_a_domain_has_mappings() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     map_many(&bed, 3);
     let refuses = Arc::new(AtomicBool::new(false));
     let refusing = refuses.clone();
@@ -219,7 +219,7 @@ fn windows_follow_guest_ram_while_a_domain_has_mappings() {
 
 #[test]
 fn bypass_mode_and_a_domain_replace_each_other_s_windows_or_none() {
-    let bed = Bed::new(Isolation::Messages);
+    let bed = Bed::new(Isolation::ExactMessages);
     map_many(&bed, 3);
     let refuses = Arc::new(AtomicBool::new(false));
     let refusing = refuses.clone();
@@ -260,7 +260,7 @@ fn bypass_mode_and_a_domain_replace_each_other_s_windows_or_none() {
 /// What a server refuses is remembered, up to a limit.
 #[test]
 fn a_server_that_refuses_every_window_is_cut_off() {
-    let bed = Bed::with_deadline(Isolation::Messages, Duration::from_secs(20));
+    let bed = Bed::with_deadline(Isolation::ExactMessages, Duration::from_secs(20));
     map_many(&bed, 66_000);
     let (_client, scripted) = bed.pair(|server, msg| {
         if msg.cmd == DMA_MAP {

@@ -1,8 +1,13 @@
 //! An emulated device in a process of its own, behind an interposer. The server's messages reach memory through the
 //! mappings of the endpoint's domain only.
 //!
-//! Each endpoint has a backend of its own, so that cutting off one server affects no other device.
+//! Each endpoint has a backend of its own, so that cutting off one server affects no other device. There are two kinds:
+//!
+//! - `coarse`: the server is told large regions, once, and gets no memory. Each access is a message and is checked with
+//!   the page table, so MAP and UNMAP send the server nothing.
+//! - `exact`: the server is told each mapping. A server that maps guest memory needs this.
 
+mod coarse;
 mod exact;
 mod interposed;
 mod view;
@@ -15,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::coarse::Coarse;
 use self::exact::Exact;
 use self::interposed::Interposed;
 use super::{DmaBackend, MemorySlot};
@@ -55,7 +61,12 @@ pub fn start(
     listener: UnixListener,
     sink: Arc<dyn FaultSink>,
 ) -> io::Result<(Box<dyn DmaBackend>, Watch)> {
+    let isolation = device.isolation;
     let device = Interposed::start(device, listener, sink)?;
     let watch = device.watch();
-    Ok((Box::new(Exact::new(device)), watch))
+    let backend: Box<dyn DmaBackend> = match isolation {
+        Isolation::Messages => Box::new(Coarse::new(device)),
+        Isolation::ExactMessages | Isolation::Mappings => Box::new(Exact::new(device)),
+    };
+    Ok((backend, watch))
 }

@@ -13,9 +13,12 @@ use crate::vfio_user::{AccessDenied, DmaTarget, Window};
 /// How a device's server is isolated from guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Isolation {
-    /// The server gets no descriptor of guest RAM. Each access is a message, which the interposer checks.
+    /// The server gets no descriptor of guest RAM. Each access is a message, which the interposer checks. The server is told
+    /// large regions instead of mappings.
     #[default]
     Messages,
+    /// The same, but the server is told each mapping.
+    ExactMessages,
     /// The server gets the descriptor of guest RAM with each window, and maps the window. Nothing keeps a malicious server
     /// from mapping all other RAM, too.
     Mappings,
@@ -30,6 +33,8 @@ pub(super) struct Space {
     refused: Counter,
     /// The interposer's thread reads the page table only while it holds this lock.
     view: RwLock<DeviceView>,
+    /// The regions that the server is told instead of windows, in ascending order; only with [`Isolation::Messages`].
+    regions: RwLock<Vec<DmaRegion>>,
 }
 
 impl Space {
@@ -46,6 +51,7 @@ impl Space {
             sink,
             refused: Counter::default(),
             view: RwLock::new(Rank::Windows, DeviceView::closed(Gate::Blocked, reserved)),
+            regions: RwLock::new(Rank::Windows, Vec::new()),
         }
     }
 
@@ -55,9 +61,19 @@ impl Space {
         self.view.write()
     }
 
-    /// The number of windows, and the number of refused accesses so far.
+    /// The number of windows that a connected server has, and the number of refused accesses so far.
     pub(super) fn figures(&self) -> (usize, u64) {
-        (self.view.read().count, self.refused.get())
+        let windows = match self.isolation {
+            Isolation::Messages => self.regions.read().len(),
+            Isolation::ExactMessages | Isolation::Mappings => self.view.read().count,
+        };
+        (windows, self.refused.get())
+    }
+
+    /// Replaces the regions that a server is told. Returns their number.
+    pub(super) fn set_regions(&self, regions: &[DmaRegion]) -> usize {
+        *self.regions.write() = regions.to_vec();
+        regions.len()
     }
 
     /// Reports that the device is stopped because of a failure, not because of an access.
@@ -73,7 +89,7 @@ impl Space {
     /// The window as the link sends it to the server.
     pub(super) fn wire_window(&self, window: &DmaWindow) -> Window {
         let file = match self.isolation {
-            Isolation::Messages => None,
+            Isolation::Messages | Isolation::ExactMessages => None,
             Isolation::Mappings => {
                 let at = window.slot.offset.saturating_add(window.offset);
                 Some((window.slot.file.clone(), at))
@@ -132,6 +148,57 @@ impl Space {
     }
 }
 
+/// A piece of 8 TiB of a device's addresses, which is the most that libvfio-user takes as one window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct DmaRegion(u64);
+
+impl DmaRegion {
+    const SHIFT: u32 = 43;
+
+    /// The region of an address.
+    pub(super) fn of(address: Iova) -> Self {
+        Self(address.0 >> Self::SHIFT)
+    }
+
+    /// All regions that share an address with `range`, in ascending order.
+    pub(super) fn all_of(range: IovaRange) -> impl Iterator<Item = Self> {
+        let (first, last) = (Self::of(range.first()), Self::of(range.last()));
+        (first.0..=last.0).map(Self)
+    }
+
+    /// How many regions after `first` this one is.
+    pub(super) fn distance(self, first: Self) -> usize {
+        usize::try_from(self.0 - first.0).unwrap_or(usize::MAX)
+    }
+
+    /// The first address.
+    fn first(self) -> Iova {
+        Iova(self.0 << Self::SHIFT)
+    }
+
+    /// The last address.
+    fn last(self) -> Iova {
+        Iova(self.first().0 | ((1 << Self::SHIFT) - 1))
+    }
+
+    /// The address after the last one, if there is one.
+    pub(super) fn end(self) -> Option<Iova> {
+        self.last().0.checked_add(1).map(Iova)
+    }
+}
+
+impl From<DmaRegion> for Window {
+    /// The window that the server is told: all of the region, with all rights, and without memory.
+    fn from(region: DmaRegion) -> Self {
+        let range = IovaRange::new(region.first(), region.last());
+        Self {
+            range: range.unwrap_or(IovaRange::ALL),
+            access: Access::READ_WRITE,
+            file: None,
+        }
+    }
+}
+
 impl DmaTarget for Space {
     fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), AccessDenied> {
         self.with_memory(range, Access::READ, |at, memory| {
@@ -150,6 +217,11 @@ impl DmaTarget for Space {
     }
 
     fn windows_from(&self, first: Iova, limit: usize) -> Vec<Window> {
+        if self.isolation == Isolation::Messages {
+            let regions = self.regions.read();
+            let rest = regions.iter().filter(|region| region.first() >= first);
+            return rest.take(limit).map(|r| Window::from(*r)).collect();
+        }
         let view = self.view.read();
         let rest = IovaRange::new(first, Iova(u64::MAX)).unwrap_or(IovaRange::ALL);
         let windows = view.windows_in(rest).take(limit);
