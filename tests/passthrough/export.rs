@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -148,12 +149,31 @@ fn export_and_drive(backend: Backend) {
     assert!(!is_raised(&line, Duration::ZERO));
 
     eprintln!("the DMA and the interrupts of a client end with it");
-    clear(&bed);
-    driver.start(EDU_BUFFER, 0x2000, 2 | 4);
-    drop(driver);
-    assert!(!is_raised(&message, Duration::from_millis(400)));
-    assert!(!arrived(&bed));
-    assert_eq!(command_of(&name) & (MEMORY | MASTER), 0);
+    // The DMA takes 100 ms. On a busy host the daemon may see too late that the client is gone: then once more.
+    for attempt in 1.. {
+        assert!(attempt < 50, "the end of a client takes 80 ms each time");
+        clear(&bed);
+        let begun = Instant::now();
+        driver.start(EDU_BUFFER, 0x2000, 2 | 4);
+        drop(driver);
+        while command_of(&name) & (MEMORY | MASTER) != 0 {
+            assert!(
+                begun.elapsed() < Duration::from_secs(20),
+                "bus master is on"
+            );
+            thread::sleep(Duration::from_millis(1));
+        }
+        let is_in_time = begun.elapsed() < Duration::from_millis(80);
+        let is_interrupted = is_raised(&message, Duration::from_millis(400));
+        if is_in_time {
+            assert!(!is_interrupted && !arrived(&bed));
+            break;
+        }
+        driver = Driver::connect(&path);
+        let body = irqs(0x24, 1, 0, 1);
+        let set = driver.0.call(SET_IRQS, &body, &[message.as_fd()]);
+        assert_eq!(set.errno(), 0);
+    }
 
     eprintln!("the next client has the guest's mappings");
     let mut driver = Driver::connect(&path);
