@@ -21,7 +21,7 @@ pub struct EmulatedState {
     pub endpoint: EndpointId,
     /// Whether its client and its server are connected.
     pub ends: Ends,
-    /// The number of its windows into guest RAM. Its server has them while it is connected.
+    /// The number of windows that its server is told while it is connected: mappings, or regions of 8 TiB.
     pub windows: usize,
     /// The number of refused accesses.
     pub refused: u64,
