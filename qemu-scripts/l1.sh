@@ -241,7 +241,7 @@ timeout --foreground -k 5 "$limit" "$VIOMMU_QEMU" -nodefaults -no-user-config -n
     -device virtio-serial-pci,max_ports=4 \
     -chardev stdio,id=output,signal=off -device virtserialport,chardev=output,name=output \
     -chardev "file,id=status,path=$work/status" -device virtserialport,chardev=status,name=status \
-    -chardev "file,id=console,path=$console" -serial chardev:console \
+    -chardev "file,id=console,path=${console//,/,,}" -serial chardev:console \
     "${devices[@]}" \
     -kernel "$VIOMMU_HOST_KERNEL" -initrd "$VIOMMU_L1_INITRAMFS" \
     -append "$kernel_append l1.run=$work/run $append" \
