@@ -1,12 +1,16 @@
-//! The epoch protocol under a model checker, which explores every interleaving of a reader's
-//! accesses with the writer's changes.
+//! The two ways in which a page leaves a device, under a model checker, which explores every interleaving of accesses
+//! with the writer's changes:
+//!
+//! - A reader of the shared table makes each access in an epoch, and the writer waits for the epochs.
+//! - The daemon serves the accesses of a device's server under the lock of the device's view, and UNMAP takes that lock
+//!   once.
 #![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::sync::atomic::Ordering;
 
 use loom::cell::UnsafeCell;
-use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, fence};
+use loom::sync::{Arc, RwLock};
 use loom::thread;
 use vhost_device_iommu::page_table::epoch::{GracePeriod, Word, enter, leave};
 
@@ -121,5 +125,94 @@ fn the_writer_waits_for_all_words() {
         for reader in readers {
             reader.join().expect("no race");
         }
+    });
+}
+
+/// A table of two levels, as the daemon walks it for a device's server. An entry is 0, or 1 + the index of the frame or
+/// page below it.
+struct Served {
+    /// The lock of the device's view, with the root's index.
+    view: RwLock<usize>,
+    roots: Vec<AtomicU64>,
+    /// The frames below the root. An UNMAP gives an empty one to its next user.
+    frames: Vec<UnsafeCell<u64>>,
+    pages: Vec<UnsafeCell<u64>>,
+}
+
+impl Served {
+    /// Two domains: the root 0 leads through frame 0 to page 0, the root 1 through frame 1 to page 1. The device is in
+    /// the first.
+    fn new() -> Arc<Self> {
+        let cells = |values: [u64; 2]| values.map(UnsafeCell::new).into();
+        Arc::new(Self {
+            view: RwLock::new(0),
+            roots: [1, 2].map(AtomicU64::new).into(),
+            frames: cells([1, 2]),
+            pages: cells([0, 0]),
+        })
+    }
+
+    /// One access of the device's server, in the same steps as in the interposer's thread.
+    #[expect(
+        unsafe_code,
+        reason = "the model checks every access to a frame and a page"
+    )]
+    fn access(&self) {
+        let view = self.view.read().expect("not poisoned");
+        let Some(frame) = self.roots[*view].load(Ordering::Acquire).checked_sub(1) else {
+            return;
+        };
+        let frame = usize::try_from(frame).expect("small");
+        // SAFETY: the model fails if another thread writes to the frame meanwhile.
+        let page = self.frames[frame].with(|frame| unsafe { *frame });
+        let page = usize::try_from(page.checked_sub(1).expect("an entry")).expect("small");
+        // SAFETY: the model fails if another thread writes to the page meanwhile.
+        self.pages[page].with(|page| unsafe { *page });
+        drop(view);
+    }
+
+    /// Gives a frame and a page to new owners, which write to them.
+    #[expect(
+        unsafe_code,
+        reason = "the model checks every access to a frame and a page"
+    )]
+    fn reuse(&self, frame: usize, page: usize) {
+        // SAFETY: the model fails if another thread reads the frame meanwhile.
+        self.frames[frame].with_mut(|frame| unsafe { *frame = 0 });
+        // SAFETY: the model fails if another thread reads the page meanwhile.
+        self.pages[page].with_mut(|page| unsafe { *page += 1 });
+    }
+}
+
+#[test]
+fn an_access_that_the_daemon_serves_ends_before_the_unmap() {
+    loom::model(|| {
+        let served = Served::new();
+        let server = served.clone();
+        let server = thread::spawn(move || {
+            server.access();
+            server.access();
+        });
+        served.roots[0].store(0, Ordering::Release);
+        drop(served.view.write().expect("not poisoned"));
+        served.reuse(0, 0);
+        server.join().expect("no race");
+    });
+}
+
+/// Accesses go through the old domain or the new one, and through the old one no longer once the endpoint has moved.
+#[test]
+fn an_access_that_the_daemon_serves_ends_before_the_endpoint_has_moved() {
+    loom::model(|| {
+        let served = Served::new();
+        let server = served.clone();
+        let server = thread::spawn(move || {
+            server.access();
+            server.access();
+        });
+        *served.view.write().expect("not poisoned") = 1;
+        served.roots[0].store(0, Ordering::Release);
+        served.reuse(0, 0);
+        server.join().expect("no race");
     });
 }
