@@ -192,7 +192,11 @@ impl Interposed {
         cause: &DmaUpdateError,
     ) -> BackendError {
         let kind = match cause {
-            DmaUpdateError::Refused(libc::ENOMEM | libc::ENOSPC) => BackendErrorKind::NoMem,
+            DmaUpdateError::Refused(refusal)
+                if refusal.is_limit() || matches!(refusal.errno, libc::ENOMEM | libc::ENOSPC) =>
+            {
+                BackendErrorKind::NoMem
+            }
             DmaUpdateError::Refused(_) | DmaUpdateError::CutOff(_) => BackendErrorKind::DevErr,
         };
         BackendError {

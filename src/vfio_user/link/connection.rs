@@ -48,6 +48,10 @@ pub(super) struct ServerConnection {
     pub(super) unconfirmed: HashSet<u64>,
     /// The first addresses of windows that the server refused, up to [`MAX_REFUSED`] of them.
     pub(super) refused: HashSet<u64>,
+    /// The number of windows at which the server has refused one, if it has not taken more since.
+    pub(super) limit: Option<u64>,
+    /// The log has the limit.
+    pub(super) is_limit_logged: bool,
 }
 
 /// A command without a reply.
@@ -79,6 +83,8 @@ impl ServerConnection {
             shares_memory: false,
             unconfirmed: HashSet::new(),
             refused: HashSet::new(),
+            limit: None,
+            is_limit_logged: false,
         }
     }
 

@@ -12,6 +12,7 @@
 //! the server exactly the windows below that address.
 
 mod connection;
+mod limit;
 mod requester;
 mod state;
 mod thread;
@@ -20,4 +21,4 @@ mod update;
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};
-pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, Refusal};

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::connection::ServerConnection;
 use super::state::{Batch, Disconnect, Link, LinkState, UNWATCHED};
-use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES};
+use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES, Refusal};
 use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
 use crate::warn_limited;
@@ -31,6 +31,27 @@ impl Link {
     /// See [`DmaUpdateError`]. [`DmaUpdateError::Refused`] concerns only new windows: a server that
     /// refuses to remove one is cut off.
     pub fn wait(&self, ticket: BatchTicket) -> Result<(), DmaUpdateError> {
+        let failed = self.wait_for_batch(ticket).and_then(|batch| batch.failed);
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// As [`Self::wait`], but returns the refused windows. The server has the others of the batch. The batch must have
+    /// been sent with [`DmaUpdates::send`], which sends all of it.
+    ///
+    /// # Errors
+    /// [`DmaUpdateError::CutOff`]: no window of the batch exists.
+    pub fn wait_for_each(&self, ticket: BatchTicket) -> Result<Vec<Refusal>, DmaUpdateError> {
+        let Some(batch) = self.wait_for_batch(ticket) else {
+            return Ok(Vec::new());
+        };
+        match batch.failed {
+            Some(cut_off @ DmaUpdateError::CutOff(_)) => Err(cut_off),
+            Some(DmaUpdateError::Refused(_)) | None => Ok(batch.refused),
+        }
+    }
+
+    /// Waits until a batch is complete. Returns it, unless nobody has opened it.
+    fn wait_for_batch(&self, ticket: BatchTicket) -> Option<Batch> {
         let mut state = self.state.lock();
         loop {
             let (replies, closing) = state.awaited(ticket.batch);
@@ -51,7 +72,7 @@ impl Link {
                     ticket.wait.length()
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
-                    batch.failed.get_or_insert(DmaUpdateError::CutOff(why));
+                    batch.failed = Some(DmaUpdateError::CutOff(why));
                 }
                 break;
             }
@@ -60,8 +81,7 @@ impl Link {
             let budget = state.budget(ticket.is_for_hang_up);
             budget.charge(&ticket.wait, Instant::now());
         }
-        let failed = state.batches.remove(&ticket.batch).and_then(|b| b.failed);
-        failed.map_or(Ok(()), Err)
+        state.batches.remove(&ticket.batch)
     }
 }
 
@@ -185,9 +205,8 @@ impl DmaUpdates<'_> {
         let batch = if is_watched {
             state.last_batch += 1;
             let entry = Batch {
-                remaining: 0,
                 unmaps,
-                failed: None,
+                ..Batch::default()
             };
             state.batches.insert(state.last_batch, entry);
             state.last_batch
@@ -242,8 +261,7 @@ impl DmaUpdates<'_> {
             state.last_batch = batch;
             let entry = Batch {
                 remaining: 1,
-                unmaps: false,
-                failed: None,
+                ..Batch::default()
             };
             state.batches.insert(batch, entry);
             self.link.send_updates(state);

@@ -13,7 +13,7 @@ use rustix::net::Shutdown;
 use zerocopy::IntoBytes;
 
 use super::connection::{Pending, ServerConnection, unmap_body};
-use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES};
+use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES, Refusal};
 use crate::address::Iova;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
@@ -42,6 +42,8 @@ pub struct Link {
     has_client: AtomicBool,
     cut_offs: Counter,
     pub(super) slow_cut_offs: Counter,
+    /// Refused windows.
+    pub(super) refused: Counter,
 }
 
 /// Whether the client and the server of a device are connected.
@@ -102,7 +104,10 @@ pub(super) struct Batch {
     pub(super) remaining: usize,
     /// The batch removes windows, which a closing server may still use.
     pub(super) unmaps: bool,
+    /// The first failure. That the server was cut off replaces a refusal.
     pub(super) failed: Option<DmaUpdateError>,
+    /// The refused windows.
+    pub(super) refused: Vec<Refusal>,
 }
 
 impl Link {
@@ -122,6 +127,7 @@ impl Link {
             has_client: AtomicBool::new(false),
             cut_offs: Counter::default(),
             slow_cut_offs: Counter::default(),
+            refused: Counter::default(),
         })
     }
 
@@ -192,9 +198,7 @@ impl Link {
         for batch in state.batches.values_mut().filter(|b| b.remaining > 0) {
             batch.remaining = 0;
             if let Some(why) = why {
-                batch
-                    .failed
-                    .get_or_insert_with(|| DmaUpdateError::CutOff(why.into()));
+                batch.failed = Some(DmaUpdateError::CutOff(why.into()));
             }
         }
         self.changed.notify_all();
@@ -244,7 +248,8 @@ impl Link {
                     continue;
                 }
                 if batch != UNWATCHED {
-                    self.end_announcement(connection, batches, Some(libc::ENOSPC));
+                    let refusal = self.no_room(connection, first);
+                    self.end_announcement(connection, batches, Some(refusal));
                 }
             }
             // The server may still refuse the window: then there is nothing to remove.
@@ -263,7 +268,8 @@ impl Link {
             match update {
                 DmaUpdate::Map(window) if connection.windows >= max_windows => {
                     connection.refused.insert(window.range.first().0);
-                    finish_update(&self.name, batches, batch, Some(libc::ENOSPC));
+                    let refusal = self.no_room(connection, window.range.first());
+                    finish_update(&self.name, batches, batch, Some(refusal));
                     self.changed.notify_all();
                 }
                 DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => {
@@ -280,17 +286,17 @@ impl Link {
         self.flush_locked(state);
     }
 
-    /// Ends the announcement of all windows. `error` is the errno if the server does not get them all.
+    /// Ends the announcement of all windows. `refusal` says why the server does not get them all.
     pub(super) fn end_announcement(
         &self,
         connection: &mut ServerConnection,
         batches: &mut HashMap<u64, Batch>,
-        error: Option<i32>,
+        refusal: Option<Refusal>,
     ) {
         if let Some(batch) = connection.announcing.take()
             && batch != UNWATCHED
         {
-            finish_update(&self.name, batches, batch, error);
+            finish_update(&self.name, batches, batch, refusal);
             self.changed.notify_all();
         }
     }
@@ -339,24 +345,24 @@ impl LinkState {
     }
 }
 
-/// Completes one update of a batch; `error` is the errno if the server refused it.
+/// Completes one update of a batch; `refusal` says whether the server refused it.
 pub(super) fn finish_update(
     name: &str,
     batches: &mut HashMap<u64, Batch>,
     batch: u64,
-    error: Option<i32>,
+    refusal: Option<Refusal>,
 ) {
     match batches.get_mut(&batch) {
         Some(batch) => {
             batch.remaining = batch.remaining.saturating_sub(1);
-            if let Some(error) = error {
-                batch.failed.get_or_insert(DmaUpdateError::Refused(error));
+            if let Some(refusal) = refusal {
+                batch.failed.get_or_insert(DmaUpdateError::Refused(refusal));
+                batch.refused.push(refusal);
             }
         }
         None => {
-            if let Some(error) = error {
-                let cause = io::Error::from_raw_os_error(error);
-                warn_limited!("{name}: the server refuses a window: {cause}");
+            if let Some(refusal) = refusal {
+                warn_limited!("{name}: the server refuses a window: {refusal}");
             }
         }
     }

@@ -174,7 +174,7 @@ impl Link {
                 if let DmaUpdate::Map(window) = &update {
                     connection.unconfirmed.remove(&window.range.first().0);
                 }
-                let error = match (reply.kind, &update) {
+                let refusal = match (reply.kind, &update) {
                     (Kind::Refusal(_), DmaUpdate::Unmap(range)) => {
                         let why = format!("it refuses to remove the window {range}");
                         if let Some(batch) = batches.get_mut(&batch) {
@@ -185,22 +185,26 @@ impl Link {
                     (Kind::Refusal(error), DmaUpdate::Map(window)) => {
                         connection.windows -= 1;
                         connection.refused.insert(window.range.first().0);
-                        Some(i32::try_from(error).unwrap_or(libc::EIO))
+                        let errno = i32::try_from(error).unwrap_or(libc::EIO);
+                        Some(self.window_refused(connection, window.range.first(), errno))
                     }
-                    (_, DmaUpdate::Map(_)) => None,
+                    (_, DmaUpdate::Map(_)) => {
+                        connection.window_accepted();
+                        None
+                    }
                     (_, DmaUpdate::Unmap(_)) => {
                         connection.windows -= 1;
                         None
                     }
                 };
                 let is_announced = connection.announcing == Some(batch) && batch != UNWATCHED;
-                finish_update(&self.name, batches, batch, error);
-                if error.is_some() {
+                finish_update(&self.name, batches, batch, refusal);
+                if refusal.is_some() {
                     if connection.refused.len() > MAX_REFUSED {
                         return MatchedReply::Violation("it refuses too many windows");
                     }
                     if is_announced {
-                        self.end_announcement(connection, batches, error);
+                        self.end_announcement(connection, batches, refusal);
                     }
                 }
                 self.send_updates(&mut state);

@@ -1,11 +1,12 @@
 //! The updates that a requester sends to a device's server.
 
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::address::IovaRange;
+use crate::address::{Iova, IovaRange};
 use crate::process::wait_budget::AllowedWait;
 use crate::vfio_user::dma::Window;
 
@@ -24,12 +25,39 @@ pub enum DmaUpdate {
     Unmap(IovaRange),
 }
 
+/// A server's refusal of a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The first address of the window.
+    pub first: Iova,
+    /// The errno of the server's reply; ENOSPC if the window was not sent, because the server has as many as it takes.
+    pub errno: i32,
+    /// The number of windows that the server had.
+    pub windows: u64,
+}
+
+impl Refusal {
+    /// Whether the server has probably reached the limit of its windows. libvfio-user answers EINVAL there. A server that
+    /// answers EINVAL to its first window refuses the window itself.
+    pub fn is_limit(&self) -> bool {
+        self.windows > 0 && matches!(self.errno, libc::EINVAL | libc::ENOSPC | libc::ENOMEM)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cause = io::Error::from_raw_os_error(self.errno);
+        let windows = self.windows;
+        write!(f, "{cause}; it has {windows} windows")
+    }
+}
+
 /// Why a server did not apply an update.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DmaUpdateError {
-    /// The server refused a window, with this errno.
-    #[error("the device's server refuses a window: {}", io::Error::from_raw_os_error(*.0))]
-    Refused(i32),
+    /// The server refused a window.
+    #[error("the device's server refuses a window: {0}")]
+    Refused(Refusal),
     /// The link cut the server off, which was late or violated the protocol.
     #[error("the device's server is cut off: {0}")]
     CutOff(String),

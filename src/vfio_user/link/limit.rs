@@ -1,0 +1,75 @@
+//! The limit of a server's windows: how it is found, and what the log says about it.
+//!
+//! VERSION has a field for the limit, which libvfio-user does not set. Such a server refuses a window when it has as many
+//! as it takes. The guest's driver ignores the failure of a MAP, so the log must name the cause and the cure.
+
+use super::connection::ServerConnection;
+use super::state::Link;
+use super::update::Refusal;
+use crate::address::Iova;
+use crate::warn_limited;
+
+impl Link {
+    /// The server has refused the window at `first`, which counts no more. Counts the refusal, and logs the first one at
+    /// a limit of each connection.
+    pub(super) fn window_refused(
+        &self,
+        connection: &mut ServerConnection,
+        first: Iova,
+        errno: i32,
+    ) -> Refusal {
+        let windows = connection.accepted();
+        let refusal = Refusal {
+            first,
+            errno,
+            windows,
+        };
+        self.refused.inc();
+        if refusal.is_limit() {
+            connection.limit = Some(windows);
+            if !std::mem::replace(&mut connection.is_limit_logged, true) {
+                let name = &self.name;
+                warn_limited!(
+                    "{name}: the server refuses a window: {refusal}, which seems to be its limit; the device does not \
+                     reach further mappings. libvfio-user before 2024-05 takes 16 windows, until 2026-03 64, and later \
+                     as many as the server passes to vfu_setup_device_dma (max_regions); raise this limit, or let the \
+                     guest map larger pieces, or use isolation = \"messages\" without announce = \"exact\", which has no \
+                     limit"
+                );
+            }
+        }
+        refusal
+    }
+
+    /// The window at `first` is not sent: the server has as many as it takes.
+    pub(super) fn no_room(&self, connection: &mut ServerConnection, first: Iova) -> Refusal {
+        let windows = connection.max_windows();
+        self.refused.inc();
+        if !std::mem::replace(&mut connection.is_limit_logged, true) {
+            let name = &self.name;
+            warn_limited!(
+                "{name}: the server takes {windows} windows, as VERSION or `max-windows` says, and has them; the device \
+                 does not reach further mappings. Raise the limit, or let the guest map larger pieces, or use isolation \
+                 = \"messages\" without announce = \"exact\", which has no limit"
+            );
+        }
+        Refusal {
+            first,
+            errno: libc::ENOSPC,
+            windows,
+        }
+    }
+}
+
+impl ServerConnection {
+    /// The number of windows that the server has accepted and not given up.
+    fn accepted(&self) -> u64 {
+        self.windows.saturating_sub(self.unconfirmed.len() as u64)
+    }
+
+    /// The server has accepted a window. This disproves a lower limit.
+    pub(super) fn window_accepted(&mut self) {
+        let accepted = self.accepted();
+        self.limit = self.limit.filter(|limit| accepted <= *limit);
+    }
+}
