@@ -207,6 +207,19 @@ pub trait DmaBackend: Send {
     /// On error, a part of the mapping may be reachable: the core unmaps its range.
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError>;
 
+    /// Whether [`Self::map`] waits for a peer, so that the waits for several mappings can be one.
+    fn batches_maps(&self) -> bool {
+        false
+    }
+
+    /// The core is about to call [`Self::map`] for each of `mappings` in their order. The backend may do what takes time
+    /// for all of them, and `map` then returns the outcome of each. No two of them overlap, and none overlaps a mapping of
+    /// the domain. If the core refuses one of them after this call, it calls [`Self::unmap`] for its range. No call that
+    /// changes the domain or its endpoints comes in between, except quarantine.
+    ///
+    /// The core calls this only if [`Self::batches_maps`] returns true.
+    fn begin_maps(&mut self, _domain: DomainId, _mappings: &[Mapping]) {}
+
     /// Whether the backend looks mappings up in the page table, instead of keeping what [`Self::map`] reports. For such a
     /// backend the core calls [`Self::begin_unmap`] before each removal of mappings. It calls neither `map` nor `unmap`
     /// for parts of mappings whose memory slots come and go: `add_memory` and `remove_memory` must do that work, and

@@ -1,6 +1,6 @@
 //! A backend for tests: it records its calls, checks the kernel's rules, and fails on demand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -8,7 +8,7 @@ use super::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
     MemorySlot, Target,
 };
-use crate::address::{IovaRange, Mapping, PageMask};
+use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 
 /// The recorder's state, which it shares with the test.
@@ -24,6 +24,14 @@ pub(crate) struct Recorded {
     pub calls: u64,
     /// The call that fails, counted from 1.
     pub fail_call: Option<u64>,
+    /// Whether it gains from `begin_maps`.
+    pub batches_maps: bool,
+    /// The mappings of a run whose MAP has not come yet, by first address, and their outcomes.
+    pub begun: BTreeMap<u64, Result<(), BackendError>>,
+    /// The largest number of mappings that `begin_maps` got at once.
+    pub longest_run: usize,
+    /// Every mapping at one of these first addresses is refused.
+    pub refused_maps: BTreeSet<u64>,
     /// A failed `attach` blocks the endpoint instead of leaving it where it was.
     pub fail_blocks: bool,
     /// Guest RAM.
@@ -48,12 +56,31 @@ impl Recorded {
     fn step(&mut self) -> Result<(), BackendError> {
         self.calls += 1;
         if self.fail_call == Some(self.calls) {
-            return Err(BackendError {
-                kind: BackendErrorKind::DevErr,
-                message: "fails on demand".into(),
-            });
+            return Err(failure());
         }
         Ok(())
+    }
+
+    fn add(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        self.step()?;
+        let first = mapping.range.first().0;
+        if self.refused_maps.contains(&first) {
+            return Err(failure());
+        }
+        let mappings = self.domains.get_mut(&domain).expect("domain exists");
+        assert!(
+            !mappings.values().any(|m| m.range.overlaps(mapping.range)),
+            "the kernel refuses overlaps"
+        );
+        mappings.insert(first, *mapping);
+        Ok(())
+    }
+}
+
+fn failure() -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::DevErr,
+        message: "fails on demand".into(),
     }
 }
 
@@ -176,20 +203,31 @@ impl DmaBackend for Recorder {
 
     fn quarantine(&mut self, endpoint: EndpointId) {
         let mut state = self.state();
+        state.begun.clear();
         state.quarantined.push(endpoint);
         state.targets.insert(endpoint, Target::Blocked);
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
         let mut state = self.state();
-        state.step()?;
-        let mappings = state.domains.get_mut(&domain).expect("domain exists");
-        assert!(
-            !mappings.values().any(|m| m.range.overlaps(mapping.range)),
-            "the kernel refuses overlaps"
-        );
-        mappings.insert(mapping.range.first().0, *mapping);
-        Ok(())
+        match state.begun.remove(&mapping.range.first().0) {
+            Some(outcome) => outcome,
+            None => state.add(domain, mapping),
+        }
+    }
+
+    fn batches_maps(&self) -> bool {
+        self.state().batches_maps
+    }
+
+    fn begin_maps(&mut self, domain: DomainId, mappings: &[Mapping]) {
+        let mut state = self.state();
+        assert!(state.begun.is_empty(), "the run before is complete");
+        state.longest_run = state.longest_run.max(mappings.len());
+        for mapping in mappings {
+            let outcome = state.add(domain, mapping);
+            state.begun.insert(mapping.range.first().0, outcome);
+        }
     }
 
     fn unmap(
@@ -199,6 +237,7 @@ impl DmaBackend for Recorder {
         least: u64,
     ) -> Result<(), BackendError> {
         let mut state = self.state();
+        state.begun.retain(|first, _| !range.contains(Iova(*first)));
         state.step()?;
         let mappings = state.domains.get_mut(&domain).expect("domain exists");
         assert!(

@@ -120,6 +120,7 @@ impl Iommu {
                 let backend = backend.map(|index| BackendOf {
                     index,
                     reads_page_table: self.backends[index].reads_page_table(),
+                    batches_maps: self.backends[index].batches_maps(),
                 });
                 entered.enter(endpoint, backend, &reserved);
             }

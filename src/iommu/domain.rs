@@ -45,6 +45,8 @@ pub(super) struct BackendUses {
     sorted: Vec<(usize, BackendUse)>,
     /// How many of them look mappings up in the page table.
     page_table_readers: usize,
+    /// How many of them gain from [`DmaBackend::begin_maps`].
+    map_batchers: usize,
 }
 
 impl BackendUses {
@@ -59,6 +61,16 @@ impl BackendUses {
         self.sorted.is_empty()
     }
 
+    /// The backends that have the domain and gain from [`DmaBackend::begin_maps`].
+    pub fn map_batchers(&self) -> Vec<usize> {
+        if self.map_batchers == 0 {
+            return Vec::new();
+        }
+        let batchers = self.sorted.iter();
+        let batchers = batchers.filter(|(_, used)| used.present && used.batches_maps);
+        batchers.map(|&(index, _)| index).collect()
+    }
+
     pub fn get_mut(&mut self, index: &usize) -> Option<&mut BackendUse> {
         let at = self.position(*index).ok()?;
         Some(&mut self.sorted[at].1)
@@ -67,8 +79,10 @@ impl BackendUses {
     fn add_member(&mut self, backend: BackendOf) {
         let at = self.position(backend.index).unwrap_or_else(|at| {
             self.page_table_readers += usize::from(backend.reads_page_table);
+            self.map_batchers += usize::from(backend.batches_maps);
             let unused = BackendUse {
                 reads_page_table: backend.reads_page_table,
+                batches_maps: backend.batches_maps,
                 ..BackendUse::default()
             };
             self.sorted.insert(at, (backend.index, unused));
@@ -81,6 +95,7 @@ impl BackendUses {
         let at = self.position(index).ok()?;
         let (_, removed) = self.sorted.remove(at);
         self.page_table_readers -= usize::from(removed.reads_page_table);
+        self.map_batchers -= usize::from(removed.batches_maps);
         Some(removed)
     }
 
@@ -95,6 +110,8 @@ pub(super) struct BackendOf {
     pub index: usize,
     /// See [`DmaBackend::reads_page_table`].
     pub reads_page_table: bool,
+    /// See [`DmaBackend::batches_maps`].
+    pub batches_maps: bool,
 }
 
 /// How one backend uses a domain.
@@ -103,6 +120,7 @@ pub(super) struct BackendUse {
     /// Members of the domain behind this backend.
     members: usize,
     reads_page_table: bool,
+    batches_maps: bool,
     /// The backend has the domain and all its mappings. Never set for bypass domains. Cleared when
     /// the backend fails to unmap: all members behind it are quarantined then, and the next ATTACH
     /// makes the domain in the backend again.

@@ -275,6 +275,7 @@ impl Iommu {
 
     /// Gives a backend an index.
     pub(super) fn place_backend(&mut self, backend: Box<dyn DmaBackend>) -> usize {
+        self.batches_maps |= backend.batches_maps();
         match self.vacant.pop() {
             Some(index) => {
                 self.backends[index] = backend;

@@ -100,6 +100,93 @@ impl Iommu {
         Ok(())
     }
 
+    /// Whether [`Self::map_all`] saves time in this domain.
+    pub fn batches_maps(&self, domain: DomainId) -> bool {
+        self.batches_maps
+            && (self.domains.get(&domain))
+                .is_some_and(|domain| !domain.backends.map_batchers().is_empty())
+    }
+
+    /// Creates each of `mappings` in turn, as [`Self::map`] does, but backends that wait for a peer do so once. Appends one
+    /// outcome for each mapping to `outcomes`.
+    ///
+    /// Backends announce the mappings ahead. A mapping enters the page table only after that, one by one, so a refused
+    /// one was never there, and the outcomes are those of single calls.
+    pub fn map_all(
+        &mut self,
+        domain: DomainId,
+        mappings: &[Mapping],
+        outcomes: &mut VecDeque<Result<(), RequestError>>,
+    ) {
+        let mut begun = self.begin_maps(domain, mappings).into_iter().peekable();
+        for (at, mapping) in mappings.iter().enumerate() {
+            let is_begun = begun.next_if_eq(&at).is_some();
+            let outcome = self.map(domain, mapping);
+            outcomes.push_back(match outcome {
+                Err(refusal) if is_begun => Err(self.withdraw_map(domain, mapping, refusal)),
+                outcome => outcome,
+            });
+        }
+    }
+
+    /// Announces the mappings to the backends that gain from it, except those that are sure to be refused or depend on the
+    /// outcome of an earlier one. Returns the positions of the announced ones.
+    fn begin_maps(&mut self, domain: DomainId, mappings: &[Mapping]) -> Vec<usize> {
+        let Some(entry) = self.domains.get(&domain) else {
+            return Vec::new();
+        };
+        let batchers = entry.backends.map_batchers();
+        let Some(table) = entry.table.as_ref().filter(|_| !batchers.is_empty()) else {
+            return Vec::new();
+        };
+        let mut earlier = Ranges::default();
+        let mut positions = Vec::with_capacity(mappings.len());
+        let mut begun = Vec::with_capacity(mappings.len());
+        for (at, mapping) in mappings.iter().enumerate() {
+            let (first, last) = (mapping.range.first().0, mapping.range.last().0);
+            let ends = first | last.wrapping_add(1) | mapping.gpa.0;
+            // Also those that are not announced: they may succeed.
+            if !earlier.add(first, last)
+                && self.input.covers(mapping.range)
+                && self.page_sizes.is_aligned(ends)
+                && entry.reserved_overlap(mapping.range).is_none()
+                && table.plan_map(&self.arena, mapping).is_ok()
+            {
+                positions.push(at);
+                begun.push(*mapping);
+            }
+        }
+        for index in batchers {
+            self.backends[index].begin_maps(domain, &begun);
+        }
+        positions
+    }
+
+    /// Takes an announced mapping that was refused back from the backends that have not seen its MAP.
+    #[cold]
+    fn withdraw_map(
+        &mut self,
+        domain: DomainId,
+        mapping: &Mapping,
+        refusal: RequestError,
+    ) -> RequestError {
+        let entry = self.domains.get(&domain);
+        let batchers = entry.map_or_else(Vec::new, |entry| entry.backends.map_batchers());
+        let mut outcome = refusal;
+        for index in batchers {
+            let Err(cause) = self.backends[index].unmap(domain, mapping.range, 0) else {
+                continue;
+            };
+            let earlier = match &outcome {
+                RequestError::Quarantined { count, .. } => *count,
+                _ => 0,
+            };
+            let count = earlier + self.quarantine_members(domain, index, &cause);
+            outcome = RequestError::Quarantined { cause, count };
+        }
+        outcome
+    }
+
     /// Removes all mappings in `range`. The range may cover holes and reach beyond the input range.
     ///
     /// # Errors
@@ -237,6 +324,29 @@ impl Iommu {
                 count: quarantined,
             }
         }
+    }
+}
+
+/// The addresses of several mappings: the last address of each range, by its first one. No two ranges overlap.
+#[derive(Default)]
+struct Ranges(BTreeMap<u64, u64>);
+
+impl Ranges {
+    /// Adds a range. Returns whether it overlaps one that was added before.
+    fn add(&mut self, mut first: u64, mut last: u64) -> bool {
+        let mut overlaps = false;
+        while let Some((&from, &to)) = self
+            .0
+            .range(..=last)
+            .next_back()
+            .filter(|(_, to)| **to >= first)
+        {
+            self.0.remove(&from);
+            (first, last) = (first.min(from), last.max(to));
+            overlaps = true;
+        }
+        self.0.insert(first, last);
+        overlaps
     }
 }
 

@@ -82,6 +82,8 @@ pub struct Iommu {
     backends: Vec<Box<dyn DmaBackend>>,
     /// The indexes of the tombstones.
     vacant: Vec<usize>,
+    /// There is, or was, a backend that gains from [`Self::map_all`].
+    batches_maps: bool,
     /// A VMM is connected and has sent its first message.
     vmm_present: bool,
     /// The index of each endpoint's backend.
@@ -124,6 +126,7 @@ impl Iommu {
             topology,
             backends: Vec::new(),
             vacant: Vec::new(),
+            batches_maps: false,
             vmm_present: false,
             backend_of: BTreeMap::new(),
             input: IovaRange::of_width(settings.address_width),
@@ -164,6 +167,7 @@ impl Iommu {
         self.page_sizes = PageMask::new(shared | granule).unwrap_or(self.page_sizes);
         self.input = input;
         let index = self.backends.len();
+        self.batches_maps |= backend.batches_maps();
         self.backends.push(backend);
         for &endpoint in endpoints {
             self.backend_of.insert(endpoint, index);

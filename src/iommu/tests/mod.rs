@@ -6,6 +6,7 @@ mod groups;
 mod hotplug;
 mod model;
 mod rules;
+mod runs;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -154,6 +155,7 @@ fn check_agreement(iommu: &Iommu, recorders: &[Recorder]) {
                 .iter()
                 .all(|e| iommu.endpoint(**e).expect("a member").quarantined);
             let state = recorder.state();
+            assert!(state.begun.is_empty(), "a MAP has not come");
             match state.domains.get(&domain.id) {
                 Some(held) => {
                     assert_eq!(held.values().copied().collect::<Vec<_>>(), table);
