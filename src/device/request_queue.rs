@@ -100,7 +100,7 @@ impl RequestQueue {
             }
             if backends && !self.executor.has_outcomes() {
                 self.executor
-                    .unmap_run(chains.get(at..).unwrap_or(&[]), context);
+                    .run_ahead(chains.get(at..).unwrap_or(&[]), context);
             }
             let used = match &chain.request {
                 Some(request) => {

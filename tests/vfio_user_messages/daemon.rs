@@ -12,7 +12,8 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::bed::{CLIENT_TEXT, ScriptedServer, accept, event, eventually, start_scripted_server};
 use crate::common::daemon::{Daemon, EP};
-use crate::common::guest::{Guest, Setup};
+use crate::common::guest::{Guest, Layout, Setup};
+use crate::common::wire::{self, TAIL};
 use crate::connection::{
     Connection, DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, REGION_READ, SET_IRQS, VERSION,
     bytes, dma, irqs, region, version_body,
@@ -166,6 +167,45 @@ fn the_status_shows_connections_and_counters_of_emulated_devices() {
     bed.daemon.wait_for("the client's end", || !state().0);
     assert_eq!(guest.unmap(1, IOVA, IOVA + 0xfff), 0);
     assert_eq!(state(), (false, false, (0, 3, 1)));
+}
+
+/// The server answers no window of the batch before it has all of them.
+#[test]
+fn the_maps_of_one_batch_wait_for_the_server_together() {
+    const BATCH: u64 = 8;
+    let bed = DaemonBed::new("messages");
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
+    assert_eq!(guest.attach(1, EP), 0);
+    let (_client, mut server) = bed.raw_pair();
+    let map = |guest: &mut Guest, n: u64| {
+        let (first, gpa) = (IOVA + n * 0x1000, PAGE + n * 0x1000);
+        let request = wire::map(1, first, first + 0xfff, gpa, wire::RW);
+        let layout = Layout::plain(request.len(), TAIL);
+        guest.submit(&request, &layout);
+    };
+    // While the server has not answered this one, the worker takes no request.
+    map(&mut guest, BATCH);
+    guest.kick();
+    let single = server.recv().expect("a window");
+    for n in 0..BATCH {
+        map(&mut guest, n);
+    }
+    guest.kick();
+    server.reply(&single, &[], &[]);
+    let windows: Vec<_> = (0..BATCH)
+        .map(|_| server.recv().expect("a window"))
+        .collect();
+    for window in &windows {
+        server.reply(window, &[], &[]);
+    }
+    for _ in 0..=BATCH {
+        assert_eq!(guest.complete().1.status(), 0);
+    }
+    assert_eq!(
+        bed.daemon.status()["emulated"][0]["windows"],
+        BATCH + 1,
+        "all are mapped"
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@
 //! The view is what the table says, with two differences that bridge the core's steps:
 //!
 //! 1. MAP: the core commits the mapping after the backends have made it reachable. Until the next request the view has
-//!    the mapping besides the table.
+//!    the mapping besides the table, and in a run of MAPs all of their mappings (see [`MapRun`]).
 //! 2. UNMAP: the core removes the mappings from the table before it asks the backends to unmap them. Before that,
 //!    [`DmaBackend::begin_unmap`] takes the range out of the view, finds the windows there and sends their removal.
 //!    [`DmaBackend::unmap`] waits for the server. It also waits until the interposer's thread has left the table, so the
@@ -21,6 +21,7 @@
 use std::sync::Arc;
 
 use super::interposed::{CAPABILITIES, Interposed};
+use super::map_run::MapRun;
 use super::view::{DeviceView, windows_of};
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::backends::{
@@ -35,6 +36,8 @@ pub(super) struct Exact {
     device: Interposed,
     /// The ranges of the UNMAP in progress.
     begun: Vec<Removal>,
+    /// The run of MAPs in progress.
+    run: Option<MapRun>,
 }
 
 /// The removal of one range's windows.
@@ -52,7 +55,18 @@ impl Exact {
         Self {
             device,
             begun: Vec::new(),
+            run: None,
         }
+    }
+
+    /// The outcome of a mapping of the run; `None` if it is not one of its mappings.
+    fn run_outcome(&mut self, range: IovaRange) -> Option<Result<(), DmaUpdateError>> {
+        let run = self.run.as_mut()?;
+        let outcome = run.take(&self.device, range);
+        if run.is_complete() {
+            self.run = None;
+        }
+        outcome
     }
 
     /// Replaces the view. Returns the former one, also on error.
@@ -113,6 +127,29 @@ impl Exact {
             change(&mut view);
             view.discount(windows.len());
             view.count
+        })
+    }
+
+    /// Sends the windows of a mapping, and waits for the server.
+    fn map_one(&mut self, mapping: &Mapping) -> Result<(), DmaUpdateError> {
+        let is_in_run = self.run.is_some();
+        let add = |view: &mut DeviceView| {
+            // The core has committed all mappings of the view but those of a run in progress.
+            if !is_in_run {
+                view.settle();
+            }
+            view.add(mapping);
+        };
+        let windows = self.device.wire(windows_of(*mapping, &self.device.slots));
+        if windows.is_empty() {
+            // The view must know all the same that the core is about to change the table there.
+            add(&mut self.device.space.change());
+            return Ok(());
+        }
+        let (sent, added) = self.add(&windows, add);
+        added.or_else(|cause| {
+            self.take_back(&windows, Some(sent), |view| view.withdraw(mapping.range))?;
+            Err(cause)
         })
     }
 
@@ -256,6 +293,10 @@ impl DmaBackend for Exact {
 
     fn quarantine(&mut self, _endpoint: EndpointId) {
         self.device.quarantine();
+        if let Some(mut run) = self.run.take() {
+            // Returns at once: the server is cut off.
+            run.finish(&self.device);
+        }
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
@@ -263,21 +304,25 @@ impl DmaBackend for Exact {
             // The next attach to the domain makes the window.
             return Ok(());
         }
-        let windows = self.device.wire(windows_of(*mapping, &self.device.slots));
-        if windows.is_empty() {
-            // The view must know all the same that the core is about to change the table there.
-            self.device.space.change().add(mapping);
-            return Ok(());
-        }
-        let (sent, added) = self.add(&windows, |view| view.add(mapping));
-        let added = added.or_else(|cause| {
-            self.take_back(&windows, Some(sent), DeviceView::settle)?;
-            Err(cause)
-        });
+        let added = match self.run_outcome(mapping.range) {
+            Some(outcome) => outcome,
+            None => self.map_one(mapping),
+        };
         added.map_err(|cause| {
             self.device
                 .refused(format_args!("{mapping} stays unmapped"), &cause)
         })
+    }
+
+    fn batches_maps(&self) -> bool {
+        true
+    }
+
+    /// Sends all windows of the mappings.
+    fn begin_maps(&mut self, domain: DomainId, mappings: &[Mapping]) {
+        if self.device.target == Target::Domain(domain) && mappings.len() > 1 {
+            self.run = MapRun::send(&self.device, mappings);
+        }
     }
 
     fn reads_page_table(&self) -> bool {
@@ -316,8 +361,8 @@ impl DmaBackend for Exact {
         });
     }
 
-    /// Waits for all that [`Self::begin_unmap`] has begun. Without that, `range` is the latest mapping, which another backend
-    /// has refused.
+    /// Waits for all that [`Self::begin_unmap`] has begun. Without that, `range` is a mapping that the core, this backend or
+    /// another one has refused.
     fn unmap(
         &mut self,
         domain: DomainId,
@@ -330,12 +375,14 @@ impl DmaBackend for Exact {
         if !self.begun.is_empty() {
             return self.finish_unmap();
         }
-        let latest = self.device.space.change().latest();
-        let Some(mapping) = latest.filter(|latest| range.covers(latest.range)) else {
+        // If it is still one of the run, waits for the server. A refused mapping is in the view no more.
+        let _ = self.run_outcome(range);
+        let pending = self.device.space.change().pending(range);
+        let Some(mapping) = pending else {
             return Ok(());
         };
         let windows = self.device.wire(windows_of(mapping, &self.device.slots));
-        self.take_back(&windows, None, DeviceView::settle)
+        self.take_back(&windows, None, |view| view.withdraw(range))
             .map_err(|cause| self.device.removal_failed(range.first(), &cause))
     }
 

@@ -14,7 +14,7 @@ use crate::backends::{
 use crate::faults::FaultSink;
 use crate::ids::EndpointId;
 use crate::vfio_user::{
-    Announced, DmaUpdate, DmaUpdateError, Interposer, InterposerSettings, Link, Window,
+    Announced, BatchTicket, DmaUpdate, DmaUpdateError, Interposer, InterposerSettings, Link, Window,
 };
 
 /// The limits of both kinds of backends.
@@ -130,13 +130,21 @@ impl Interposed {
         windows: &[Window],
         change: impl FnOnce() -> usize,
     ) -> (Announced, Result<(), DmaUpdateError>) {
+        let (announced, ticket) = self.send_maps(windows, change);
+        (announced, self.link.wait(ticket))
+    }
+
+    /// The first half of [`Self::add`]. The caller must wait for the ticket.
+    pub(super) fn send_maps(
+        &self,
+        windows: &[Window],
+        change: impl FnOnce() -> usize,
+    ) -> (Announced, BatchTicket) {
         let mut updates = self.link.lock();
         let announced = updates.announced();
         let count = change();
         let maps = windows.iter().cloned().map(DmaUpdate::Map).collect();
-        let ticket = updates.send(maps, false, count);
-        drop(updates);
-        (announced, self.link.wait(ticket))
+        (announced, updates.send(maps, false, count))
     }
 
     /// Makes a change that removes `windows`, which are few. `sent` tells the server to which [`Self::add`] has sent them

@@ -10,6 +10,7 @@
 mod coarse;
 mod exact;
 mod interposed;
+mod map_run;
 mod view;
 mod watch;
 mod windows;

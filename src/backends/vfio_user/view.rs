@@ -42,8 +42,9 @@ pub(super) struct DeviceView {
     slots: Vec<Arc<MemorySlot>>,
     /// The addresses that bypass mode does not reach.
     reserved: Arc<[IovaRange]>,
-    /// The mapping of the latest MAP. It may not be in the table yet, or only a part of it.
-    pending: Option<Mapping>,
+    /// The mappings of the latest MAPs, in ascending order and disjoint. They may not be in the table yet, or only a part
+    /// of one.
+    pending: Vec<Mapping>,
     /// Ranges of an UNMAP in progress. Their mappings may still be in the table, or a part of them, but count no more.
     leaving: Vec<IovaRange>,
     /// The number of windows, if they are counted.
@@ -58,7 +59,7 @@ impl DeviceView {
             table: None,
             slots: Vec::new(),
             reserved,
-            pending: None,
+            pending: Vec::new(),
             leaving: Vec::new(),
             count: 0,
         }
@@ -111,19 +112,33 @@ impl DeviceView {
         self.slots.retain(|s| **s != *slot);
     }
 
-    /// Adds a mapping before it is in the table. The core must have committed or undone the one before.
+    /// Adds a mapping before it is in the table. It overlaps no other one.
     pub(super) fn add(&mut self, mapping: &Mapping) {
-        self.pending = Some(*mapping);
+        let at = self.pending_from(mapping.range.first());
+        self.pending.insert(at, *mapping);
     }
 
-    /// The latest mapping, unless a change has come since.
-    pub(super) fn latest(&self) -> Option<Mapping> {
-        self.pending
+    /// The latest mapping of exactly this range, unless a change has come since.
+    pub(super) fn pending(&self, range: IovaRange) -> Option<Mapping> {
+        let found = self.pending.get(self.pending_from(range.first()));
+        found.filter(|mapping| mapping.range == range).copied()
     }
 
-    /// The core has committed the latest mapping, or will not do so.
+    /// Removes the latest mapping of exactly this range: the core will not commit it.
+    pub(super) fn withdraw(&mut self, range: IovaRange) {
+        if self.pending(range).is_some() {
+            self.pending.remove(self.pending_from(range.first()));
+        }
+    }
+
+    /// The core has committed the latest mappings.
     pub(super) fn settle(&mut self) {
-        self.pending = None;
+        self.pending.clear();
+    }
+
+    /// The position of the first of the latest mappings that ends at `first` or later.
+    fn pending_from(&self, first: Iova) -> usize {
+        self.pending.partition_point(|m| m.range.last() < first)
     }
 
     /// Removes the mappings in `range` before they leave the table. Returns the table; `None` if no mapping is there.
@@ -175,14 +190,14 @@ impl DeviceView {
         }
     }
 
-    /// The parts of `range` where the table can be read, and the latest mapping, in ascending order. The core may be
+    /// The parts of `range` where the table can be read, and the latest mappings, in ascending order. The core may be
     /// changing the rest of the table.
     fn stretches(&self, range: IovaRange) -> Vec<Stretch> {
         let is_leaving = |m: &Mapping| self.leaving.iter().any(|r| r.overlaps(m.range));
-        let pending = self.pending.filter(|mapping| !is_leaving(mapping));
+        let pending = self.pending.iter().filter(|mapping| !is_leaving(mapping));
         let leaving = self.leaving.iter().map(|range| (*range, None));
         let mut holes: Vec<_> = leaving
-            .chain(pending.map(|mapping| (mapping.range, Some(mapping))))
+            .chain(pending.map(|mapping| (mapping.range, Some(*mapping))))
             .filter(|(hole, _)| hole.overlaps(range))
             .collect();
         holes.sort_unstable_by_key(|(hole, _)| hole.first());
@@ -281,7 +296,8 @@ impl DeviceView {
                 if self.leaving.iter().any(|range| range.contains(at)) {
                     return None;
                 }
-                if let Some(mapping) = self.pending.filter(|m| m.range.contains(at)) {
+                let pending = self.pending.get(self.pending_from(at));
+                if let Some(mapping) = pending.filter(|m| m.range.contains(at)) {
                     let gpa = mapping.gpa.checked_add(at.0 - mapping.range.first().0)?;
                     let allowed = mapping.access.allows(access);
                     return allowed.then_some((gpa, mapping.range.last()));
@@ -309,7 +325,7 @@ impl DeviceView {
 enum Stretch {
     /// The table has the mappings.
     Table(IovaRange),
-    /// The latest mapping.
+    /// One of the latest mappings.
     Pending(Mapping),
 }
 
