@@ -18,6 +18,7 @@ pub const DMA_MAP: u16 = 2;
 pub const DMA_UNMAP: u16 = 3;
 pub const GET_INFO: u16 = 4;
 pub const REGION_INFO: u16 = 5;
+pub const IO_FDS: u16 = 6;
 pub const IRQ_INFO: u16 = 7;
 pub const SET_IRQS: u16 = 8;
 pub const REGION_READ: u16 = 9;
@@ -27,6 +28,8 @@ pub const DMA_WRITE: u16 = 12;
 pub const RESET: u16 = 13;
 pub const DIRTY_PAGES: u16 = 14;
 pub const FEATURE: u16 = 16;
+pub const MIG_READ: u16 = 17;
+pub const MIG_WRITE: u16 = 18;
 
 pub const COMMAND: u32 = 0;
 pub const REPLY: u32 = 1;

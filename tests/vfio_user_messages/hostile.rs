@@ -10,9 +10,8 @@ use vhost_device_iommu::backends::vfio_user::Isolation;
 
 use crate::bed::{Bed, accept, eventually};
 use crate::connection::{
-    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, REGION_INFO,
-    REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
-    version_body,
+    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, REGION_READ,
+    REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region, version_body,
 };
 
 /// A message whose header declares another size.
@@ -203,7 +202,7 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
     /// Command and body from the client; command, body and number of descriptors of the reply.
     type Exchange<'a> = (u16, &'a [u8], u16, &'a [u8], usize);
     let info = [0; 32];
-    let exchanges: [Exchange; 6] = [
+    let exchanges: [Exchange; 8] = [
         (
             REGION_READ,
             &region(0, 0, 4, &[]),
@@ -226,7 +225,9 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
             &region(0, 0, 1, b"a"),
             1,
         ),
-        (REGION_INFO, &info, REGION_INFO, &info, 17),
+        (REGION_READ, &region(0, 0, 4, &[]), REGION_READ, &[], 0),
+        (REGION_WRITE, &region(0, 0, 1, b"x"), REGION_WRITE, &[], 0),
+        (REGION_READ, &region(0, 0, 0, &[]), REGION_READ, &[], 1),
         (GET_INFO, &info[..16], GET_INFO, &[], 0),
     ];
     for (request, with, cmd, body, descriptors) in exchanges {

@@ -18,6 +18,7 @@ mod hostile;
 mod hotplug;
 mod reconnection;
 mod regions;
+mod replies;
 mod runs;
 mod sockets;
 mod unclaimed;

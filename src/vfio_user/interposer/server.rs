@@ -7,7 +7,9 @@ use super::proxy::{CutOffReason, Proxy};
 use crate::process::event_loop::Events;
 use crate::vfio_user::dma;
 use crate::vfio_user::link::MatchedReply;
-use crate::vfio_user::message::{Command, Header, Kind, check_command, check_reply};
+use crate::vfio_user::message::{
+    Command, Header, Kind, check_command, check_empty_reply, check_reply,
+};
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, is_stream_socket};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
@@ -55,32 +57,42 @@ impl Proxy {
             }
             return Ok(());
         }
-        let client_header = match self.link.match_reply(&message.header) {
+        let asked = match self.link.match_reply(&message.header) {
             MatchedReply::Own => return Ok(()),
             MatchedReply::Violation(why) => return Err(why.into()),
             MatchedReply::Version => return self.handle_version_reply(message),
-            MatchedReply::Client(header) => header,
+            MatchedReply::Client(command) => command,
         };
+        let client_header = asked.header;
         let Some(client) = &mut self.client else {
             return Ok(());
         };
+        let have = message.descriptors.len();
         if message.header.kind == Kind::Reply
             && let Some(command) = Command::from_number(client_header.command)
         {
-            check_reply(command, &message.body, message.descriptors.len())
-                .map_err(|e| e.to_string())?;
+            let is_empty = asked.accesses_nothing && message.body.is_empty();
+            let checked = if is_empty {
+                check_empty_reply(command, have)
+            } else {
+                check_reply(command, &message.body, have)
+            };
+            checked.map_err(|e| e.to_string())?;
+        } else if have > 0 {
+            return Err(format!("its refusal has {have} descriptors"));
         }
         let takes = match &client.stage {
             Stage::Negotiated { terms, .. } => terms.client_descriptors,
             Stage::Connected(_) | Stage::Negotiating { .. } => 0,
         };
-        if message.descriptors.len() > takes
-            || (message.header.kind != Kind::Reply && !message.descriptors.is_empty())
-        {
-            let have = message.descriptors.len();
-            return Err(format!(
-                "its reply has {have} descriptors; the client can receive {takes}"
-            ));
+        if have > takes {
+            // libvfio-user sends as many descriptors as the device has, whatever the client can receive.
+            warn_limited!(
+                "{}: the server's reply has {have} descriptors; the client can receive {takes} and gets E2BIG",
+                self.settings.name
+            );
+            client.refuse(&client_header, libc::E2BIG);
+            return Ok(());
         }
         client.holds_descriptors |= !message.descriptors.is_empty();
         let mut body = message.body;
@@ -113,7 +125,10 @@ impl Proxy {
             Stage::Negotiating { version, .. } | Stage::Negotiated { version, .. } => version,
         };
         let agreed = match message.header.kind {
-            Kind::Refusal(error) => Err(format!("it refuses VERSION: errno {error}")),
+            Kind::Refusal(error) => {
+                self.pass_version_refusal(error);
+                return Ok(());
+            }
             Kind::Command { .. } | Kind::Reply => Version::decode(&message.body)
                 .and_then(|server| proposed.answer(&server, message.descriptors.len()))
                 .map_err(|e| e.to_string())
@@ -166,6 +181,19 @@ impl Proxy {
         info_limited!("{}: the server has connected", self.settings.name);
         self.link.activate(terms, replay);
         Ok(())
+    }
+
+    /// The server refuses VERSION. A client that waits for its answer gets the errno, before its connection ends.
+    fn pass_version_refusal(&mut self, error: u32) {
+        let why = format!("its server refuses VERSION: errno {error}");
+        warn_limited!("{}: the client is cut off: {why}", self.settings.name);
+        if let Some(client) = &mut self.client
+            && let Stage::Negotiating { header, .. } = client.stage
+        {
+            client.refuse(&header, i32::try_from(error).unwrap_or(libc::EIO));
+        }
+        self.flush_client();
+        self.end_client(&why);
     }
 
     pub(super) fn twin_ready(&mut self, events: Events) {

@@ -54,13 +54,22 @@ pub(super) struct ServerConnection {
     pub(super) is_limit_logged: bool,
 }
 
+/// A command of the client that the server has got.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::vfio_user) struct ClientCommand {
+    /// The client's header.
+    pub(in crate::vfio_user) header: Header,
+    /// It accesses 0 bytes of a region, so an empty reply is a whole one.
+    pub(in crate::vfio_user) accesses_nothing: bool,
+}
+
 /// A command without a reply.
 #[derive(Debug)]
 pub(super) enum Pending {
     Version,
     Update(DmaUpdate, u64),
-    /// A command of the client, with the client's header.
-    Client(Header),
+    /// A command of the client.
+    Client(ClientCommand),
     /// A command that sets the client's interrupts again.
     Replay(Command),
 }
@@ -167,8 +176,8 @@ impl Pending {
             Self::Update(DmaUpdate::Map(_), _) => Command::DmaMap,
             Self::Update(DmaUpdate::Unmap(_), _) => Command::DmaUnmap,
             // Unknown commands are never forwarded.
-            Self::Client(header) => {
-                Command::from_number(header.command).unwrap_or(Command::Version)
+            Self::Client(command) => {
+                Command::from_number(command.header.command).unwrap_or(Command::Version)
             }
             Self::Replay(command) => *command,
         }

@@ -191,8 +191,8 @@ impl Link {
         // It fails if the server has hung up.
         let _ = rustix::net::shutdown(&*connection.socket, how);
         for pending in connection.pending.into_values() {
-            if let Pending::Client(header) = pending {
-                state.unanswered.push(header);
+            if let Pending::Client(command) = pending {
+                state.unanswered.push(command.header);
             }
         }
         for batch in state.batches.values_mut().filter(|b| b.remaining > 0) {

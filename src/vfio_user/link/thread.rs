@@ -1,12 +1,13 @@
 //! The half of the link for the interposer's thread, which moves messages.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::connection::{MAX_REFUSED, NO_REPLY_ID, Pending, ServerConnection};
+use super::connection::{ClientCommand, MAX_REFUSED, NO_REPLY_ID, Pending, ServerConnection};
 use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish_update};
 use super::update::{DmaUpdate, DmaUpdateError};
-use crate::vfio_user::message::{Command, Header, Kind};
+use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
 use crate::warn_limited;
@@ -16,8 +17,8 @@ use crate::warn_limited;
 pub(in crate::vfio_user) enum MatchedReply {
     /// VERSION.
     Version,
-    /// A command of the client, with the client's header.
-    Client(Header),
+    /// A command of the client.
+    Client(ClientCommand),
     /// A command of the link itself, which is complete.
     Own,
     /// No command; the server has to be cut off, for this reason.
@@ -100,6 +101,7 @@ impl Link {
         body: &[u8],
         descriptors: Vec<OutgoingFd>,
     ) -> bool {
+        let accesses_nothing = accesses_nothing(command, body);
         let mut state = self.state.lock();
         let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
             return false;
@@ -114,7 +116,11 @@ impl Link {
                 .push(renumbered.with_body(body), descriptors);
         } else {
             connection.commands += 1;
-            connection.send(Pending::Client(header), command, body, descriptors);
+            let pending = Pending::Client(ClientCommand {
+                header,
+                accesses_nothing,
+            });
+            connection.send(pending, command, body, descriptors);
         }
         self.flush_locked(&mut state);
         true
@@ -158,9 +164,9 @@ impl Link {
         }
         match pending {
             Pending::Version => MatchedReply::Version,
-            Pending::Client(header) => {
+            Pending::Client(command) => {
                 connection.commands -= 1;
-                MatchedReply::Client(header)
+                MatchedReply::Client(command)
             }
             Pending::Replay(command) => {
                 if let Kind::Refusal(error) = reply.kind {
@@ -175,12 +181,23 @@ impl Link {
                     connection.unconfirmed.remove(&window.range.first().0);
                 }
                 let refusal = match (reply.kind, &update) {
-                    (Kind::Refusal(_), DmaUpdate::Unmap(range)) => {
+                    (Kind::Refusal(_), DmaUpdate::Unmap(range)) if connection.shares_memory => {
                         let why = format!("it refuses to remove the window {range}");
                         if let Some(batch) = batches.get_mut(&batch) {
                             batch.failed = Some(DmaUpdateError::CutOff(why));
                         }
                         return MatchedReply::Violation("it refuses to remove a window");
+                    }
+                    (Kind::Refusal(error), DmaUpdate::Unmap(range)) => {
+                        // Each access is a message, which the interposer refuses. So a window that the server keeps
+                        // reaches no memory.
+                        let (name, error) = (&self.name, i32::try_from(error).unwrap_or(libc::EIO));
+                        let cause = io::Error::from_raw_os_error(error);
+                        warn_limited!(
+                            "{name}: the server refuses to remove the window {range}: {cause}"
+                        );
+                        connection.windows -= 1;
+                        None
                     }
                     (Kind::Refusal(error), DmaUpdate::Map(window)) => {
                         connection.windows -= 1;

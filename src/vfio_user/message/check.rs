@@ -74,7 +74,21 @@ pub fn check_command(command: Command, body: &[u8], descriptors: usize) -> Resul
     check_descriptors(command, descriptors, may)
 }
 
-/// Checks a reply other than a refusal in the same way.
+/// Whether a command reads or writes 0 bytes of a region. libvfio-user replies to it without a body.
+pub fn accesses_nothing(command: Command, body: &[u8]) -> bool {
+    matches!(command, Command::RegionRead | Command::RegionWrite)
+        && take::<RegionAccessBody>(command, body).is_ok_and(|(access, _)| access.count.get() == 0)
+}
+
+/// Checks a reply without a body to a command that [`accesses_nothing`].
+///
+/// # Errors
+/// The reply has descriptors.
+pub fn check_empty_reply(command: Command, descriptors: usize) -> Result<(), Malformed> {
+    check_descriptors(command, descriptors, command.reply_descriptors())
+}
+
+/// Checks a reply other than a refusal as [`check_command`] checks a command.
 ///
 /// # Errors
 /// Why the reply is malformed.
@@ -196,6 +210,24 @@ mod tests {
             Ok(())
         );
         assert!(check_reply(Command::DmaUnmap, &[], 1).is_err());
+    }
+
+    #[test]
+    fn only_accesses_of_no_bytes_have_empty_replies() {
+        let access = |count: u32| RegionAccessBody {
+            offset: 0.into(),
+            region: 0.into(),
+            count: count.into(),
+        };
+        for command in [Command::RegionRead, Command::RegionWrite] {
+            assert!(accesses_nothing(command, access(0).as_bytes()));
+            assert!(!accesses_nothing(command, access(1).as_bytes()));
+            assert!(!accesses_nothing(command, &[0; 15]));
+            assert!(check_reply(command, &[], 0).is_err());
+            assert_eq!(check_empty_reply(command, 0), Ok(()));
+            assert!(check_empty_reply(command, 1).is_err());
+        }
+        assert!(!accesses_nothing(Command::MigDataRead, &[0; 16]));
     }
 
     proptest! {

@@ -13,7 +13,7 @@ mod limits;
 mod malformed;
 
 pub use self::body::*;
-pub use self::check::{check_command, check_reply};
+pub use self::check::{accesses_nothing, check_command, check_empty_reply, check_reply};
 pub use self::command::Command;
 pub use self::header::{Header, Kind};
 pub use self::limits::{HEADER_BYTES, MAX_DATA, MAX_DESCRIPTORS, MAX_MESSAGE};
