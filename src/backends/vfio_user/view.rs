@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::MemorySlot;
-use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping};
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::page_table::TableReader;
 
 /// The kind of access that the device has.
@@ -42,8 +42,7 @@ pub(super) struct DeviceView {
     slots: Vec<Arc<MemorySlot>>,
     /// The addresses that bypass mode does not reach.
     reserved: Arc<[IovaRange]>,
-    /// The mappings of the latest MAPs, in ascending order and disjoint. They may not be in the table yet, or only a part
-    /// of one.
+    /// The mappings of the latest MAPs, in ascending order and disjoint. The table may not have them, or not in whole.
     pending: Vec<Mapping>,
     /// Ranges of an UNMAP in progress. Their mappings may still be in the table, or a part of them, but count no more.
     leaving: Vec<IovaRange>,
@@ -340,7 +339,7 @@ pub(super) fn windows_of(
     let touched = slots
         .iter()
         .skip(from)
-        .take_while(move |s| target.is_some_and(|t| reaches(t, s.range)));
+        .take_while(move |s| target.is_some_and(|t| t.intersection(s.range).is_some()));
     touched.filter_map(move |slot| {
         let part = mapping.part_in(slot.range)?;
         Some(DmaWindow {
@@ -350,10 +349,6 @@ pub(super) fn windows_of(
             offset: part.gpa.0 - slot.range.first().0,
         })
     })
-}
-
-fn reaches(target: GpaRange, slot: GpaRange) -> bool {
-    target.intersection(slot).is_some()
 }
 
 #[cfg(test)]

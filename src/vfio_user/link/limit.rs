@@ -5,7 +5,7 @@
 
 use super::connection::ServerConnection;
 use super::state::Link;
-use super::update::Refusal;
+use super::update::WindowRefusal;
 use crate::address::Iova;
 use crate::warn_limited;
 
@@ -17,9 +17,9 @@ impl Link {
         connection: &mut ServerConnection,
         first: Iova,
         errno: i32,
-    ) -> Refusal {
+    ) -> WindowRefusal {
         let windows = connection.accepted();
-        let refusal = Refusal {
+        let refusal = WindowRefusal {
             first,
             errno,
             windows,
@@ -42,7 +42,7 @@ impl Link {
     }
 
     /// The window at `first` is not sent: the server has as many as it takes.
-    pub(super) fn no_room(&self, connection: &mut ServerConnection, first: Iova) -> Refusal {
+    pub(super) fn no_room(&self, connection: &mut ServerConnection, first: Iova) -> WindowRefusal {
         let windows = connection.max_windows();
         self.refused.inc();
         if !std::mem::replace(&mut connection.is_limit_logged, true) {
@@ -53,7 +53,7 @@ impl Link {
                  = \"messages\" without announce = \"exact\", which has no limit"
             );
         }
-        Refusal {
+        WindowRefusal {
             first,
             errno: libc::ENOSPC,
             windows,

@@ -21,4 +21,4 @@ mod update;
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};
-pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, Refusal};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, WindowRefusal};

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::connection::ServerConnection;
 use super::state::{Batch, Disconnect, Link, LinkState, UNWATCHED};
-use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES, Refusal};
+use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
 use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
 use crate::warn_limited;
@@ -40,7 +40,7 @@ impl Link {
     ///
     /// # Errors
     /// [`DmaUpdateError::CutOff`]: no window of the batch exists.
-    pub fn wait_for_each(&self, ticket: BatchTicket) -> Result<Vec<Refusal>, DmaUpdateError> {
+    pub fn wait_for_each(&self, ticket: BatchTicket) -> Result<Vec<WindowRefusal>, DmaUpdateError> {
         let Some(batch) = self.wait_for_batch(ticket) else {
             return Ok(Vec::new());
         };

@@ -13,7 +13,7 @@ use rustix::net::Shutdown;
 use zerocopy::IntoBytes;
 
 use super::connection::{Pending, ServerConnection, unmap_body};
-use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES, Refusal};
+use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
 use crate::address::Iova;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
@@ -107,7 +107,7 @@ pub(super) struct Batch {
     /// The first failure. That the server was cut off replaces a refusal.
     pub(super) failed: Option<DmaUpdateError>,
     /// The refused windows.
-    pub(super) refused: Vec<Refusal>,
+    pub(super) refused: Vec<WindowRefusal>,
 }
 
 impl Link {
@@ -291,7 +291,7 @@ impl Link {
         &self,
         connection: &mut ServerConnection,
         batches: &mut HashMap<u64, Batch>,
-        refusal: Option<Refusal>,
+        refusal: Option<WindowRefusal>,
     ) {
         if let Some(batch) = connection.announcing.take()
             && batch != UNWATCHED
@@ -350,7 +350,7 @@ pub(super) fn finish_update(
     name: &str,
     batches: &mut HashMap<u64, Batch>,
     batch: u64,
-    refusal: Option<Refusal>,
+    refusal: Option<WindowRefusal>,
 ) {
     match batches.get_mut(&batch) {
         Some(batch) => {

@@ -27,7 +27,7 @@ pub enum DmaUpdate {
 
 /// A server's refusal of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct WindowRefusal {
     /// The first address of the window.
     pub first: Iova,
     /// The errno of the server's reply; ENOSPC if the window was not sent, because the server has as many as it takes.
@@ -36,7 +36,7 @@ pub struct Refusal {
     pub windows: u64,
 }
 
-impl Refusal {
+impl WindowRefusal {
     /// Whether the server has probably reached the limit of its windows. libvfio-user answers EINVAL there. A server that
     /// answers EINVAL to its first window refuses the window itself.
     pub fn is_limit(&self) -> bool {
@@ -44,7 +44,7 @@ impl Refusal {
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for WindowRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cause = io::Error::from_raw_os_error(self.errno);
         let windows = self.windows;
@@ -57,7 +57,7 @@ impl fmt::Display for Refusal {
 pub enum DmaUpdateError {
     /// The server refused a window.
     #[error("the device's server refuses a window: {0}")]
-    Refused(Refusal),
+    Refused(WindowRefusal),
     /// The link cut the server off, which was late or violated the protocol.
     #[error("the device's server is cut off: {0}")]
     CutOff(String),
