@@ -221,6 +221,7 @@ pub(super) struct EmulatedDraft {
     pub connect: Option<Located<Scalar>>,
     pub isolation: Option<Located<Scalar>>,
     pub announce: Option<Located<Scalar>>,
+    pub max_windows: Option<Located<Scalar>>,
     pub deadline_ms: Option<Located<Scalar>>,
 }
 

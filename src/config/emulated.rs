@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::bounds::{MAX_DEADLINE_MS, MIN_DEADLINE_MS};
+use super::bounds::{MAX_DEADLINE_MS, MAX_WINDOWS, MIN_DEADLINE_MS};
 use super::checker::Checker;
 use super::draft::{Draft, EmulatedDraft, Located, Origin, Scalar};
 use super::error::ProblemKind;
@@ -27,6 +27,8 @@ pub struct Emulated {
     pub connect: PathBuf,
     /// The server's access to guest RAM.
     pub isolation: ServerIsolation,
+    /// The most windows that the server is told, if it supports so many: `1..=`[`MAX_WINDOWS`].
+    pub max_windows: u64,
     /// How long the server may take to answer while the guest waits for it:
     /// [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
     pub deadline: Duration,
@@ -131,6 +133,8 @@ impl Checker<'_> {
             let key = format!("{key}.announce");
             self.announced(isolation, value.announce.as_ref(), &key)
         });
+        let max_windows =
+            self.max_windows(value.max_windows.as_ref(), &format!("{key}.max-windows"));
         let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
         Some(Emulated {
             // The caller replaces it.
@@ -138,6 +142,7 @@ impl Checker<'_> {
             listen: listen?,
             connect: connect?,
             isolation: isolation?,
+            max_windows: max_windows?,
             deadline: deadline?,
         })
     }
@@ -168,6 +173,19 @@ impl Checker<'_> {
                 None
             }
         }
+    }
+
+    fn max_windows(&mut self, given: Option<&Located<Scalar>>, key: &str) -> Option<u64> {
+        let Some(given) = given else {
+            return Some(MAX_WINDOWS);
+        };
+        let number = self.integer(given, key, "a number of windows, such as 1000")?;
+        let windows = u64::try_from(number).ok();
+        let windows = windows.filter(|windows| (1..=MAX_WINDOWS).contains(windows));
+        if windows.is_none() {
+            self.refuse(&given.origin, key, ProblemKind::MaxWindows(number));
+        }
+        windows
     }
 
     /// `isolation` with the way in which the server is told of memory.
@@ -239,7 +257,7 @@ mod tests {
             )
             + &one(
                 "00:08.0",
-                "listen = '/e', connect = '/b', announce = 'exact'",
+                "listen = '/e', connect = '/b', announce = 'exact', max-windows = 64",
             );
         let address = |text: &str| text.parse().expect("an address");
         let expected = [
@@ -248,6 +266,7 @@ mod tests {
                 listen: "/d".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::Mappings,
+                max_windows: 65535,
                 deadline: Duration::from_secs(60),
             },
             Emulated {
@@ -255,6 +274,7 @@ mod tests {
                 listen: "/a".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::Messages,
+                max_windows: 65535,
                 deadline: Duration::from_secs(1),
             },
             Emulated {
@@ -262,6 +282,7 @@ mod tests {
                 listen: "/e".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::ExactMessages,
+                max_windows: 64,
                 deadline: Duration::from_secs(1),
             },
         ];
@@ -302,6 +323,14 @@ mod tests {
             (
                 one("00:06.0", &format!("{fine}, announce = 'all'")),
                 "\"coarse\"",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, max-windows = 0")),
+                "1 to 65535",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, max-windows = 65536")),
+                "1 to 65535",
             ),
             (
                 one(

@@ -12,7 +12,7 @@ use super::Machine;
 use super::bounds::{
     MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_SOCKET_PATH, MAX_USERS,
-    MAX_WIDTH, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
+    MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{HostAddressError, PciAddressError, PciRangeError};
@@ -297,6 +297,9 @@ pub enum ProblemKind {
          told each mapping)"
     )]
     Announce(String),
+    /// A number of windows out of range.
+    #[error("{0} windows is out of range; use 1 to {MAX_WINDOWS}")]
+    MaxWindows(i128),
     /// A server with mappings that is told large regions.
     #[error(
         "a server with `isolation = \"mappings\"` is told each mapping; remove `announce`, or use \

@@ -340,6 +340,19 @@ fn devices(out: &mut String, answer: &Value) -> Result {
             device["slow_cut_offs"],
         )?;
     }
+    for device in emulated
+        .iter()
+        .filter(|device| device["windows_missing"].as_u64().is_some_and(|n| n > 0))
+    {
+        writeln!(
+            out,
+            "  {}  {} windows are missing at the server, which takes {}; {} were refused so far",
+            text(&device["address"]),
+            device["windows_missing"],
+            device["windows_limit"],
+            device["windows_refused"],
+        )?;
+    }
     for device in items(&answer["exports"]) {
         writeln!(
             out,

@@ -29,6 +29,18 @@ const REFUSED: DeviceMetric = DeviceMetric {
     help: "Refused accesses of an emulated device.",
 };
 
+/// The windows that the server of a device has refused.
+const WINDOWS_REFUSED: DeviceMetric = DeviceMetric {
+    name: "emulated_windows_refused_total",
+    metric_type: "counter",
+    help: "Windows that the server of an emulated device has refused, or had no room for.",
+};
+/// The windows that the server of a device should have and does not have.
+const WINDOWS_MISSING: DeviceMetric = DeviceMetric {
+    name: "emulated_windows_missing",
+    metric_type: "gauge",
+    help: "Windows of an emulated device that its server does not have.",
+};
 /// The times that the server of a device was cut off.
 const CUT_OFFS: DeviceMetric = DeviceMetric {
     name: "emulated_cut_offs_total",
@@ -65,6 +77,7 @@ pub fn open(
             ServerIsolation::ExactMessages => Isolation::ExactMessages,
             ServerIsolation::Mappings => Isolation::Mappings,
         },
+        max_windows: device.max_windows,
         reserved: regions.map(|region| region.range).collect(),
         deadline: device.deadline,
         answers_all_accesses: config.answers_all_accesses(),
@@ -92,6 +105,11 @@ impl DeviceStatus for Watch {
             DeviceFigure::flag("client", state.ends.client),
             DeviceFigure::flag("server", state.ends.server).with_metric(&SERVER_UP),
             DeviceFigure::count("windows", state.windows as u64),
+            DeviceFigure::count("windows_missing", state.limits.missing)
+                .with_metric(&WINDOWS_MISSING),
+            DeviceFigure::count("windows_limit", state.limits.most),
+            DeviceFigure::count("windows_refused", state.limits.refused)
+                .with_metric(&WINDOWS_REFUSED),
             DeviceFigure::count("refused", state.refused).with_metric(&REFUSED),
             DeviceFigure::count("cut_offs", state.ends.cut_offs).with_metric(&CUT_OFFS),
             DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs)

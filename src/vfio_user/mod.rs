@@ -29,5 +29,5 @@ pub use self::dma::{AccessDenied, DmaTarget, Window};
 pub use self::interposer::{Interposer, InterposerSettings};
 pub use self::link::{
     Announced, BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_BATCH_TIMEOUT,
-    WindowRefusal,
+    WindowLimits, WindowRefusal,
 };

@@ -596,6 +596,13 @@ pub const CASES: &[Case] = &[
         ),
     ),
     case(
+        "ProblemKind::MaxWindows",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', max-windows = 0 }",
+        ),
+    ),
+    case(
         "ProblemKind::CoarseMappings",
         File(
             "[[endpoint]]\naddress = '00:06.0'\n\

@@ -127,6 +127,7 @@ fn constant(name: &str) -> Option<String> {
         "MAX_DOMAINS" => config::MAX_DOMAINS.to_string(),
         "MIN_DEADLINE_MS" => config::MIN_DEADLINE_MS.to_string(),
         "MAX_DEADLINE_MS" => config::MAX_DEADLINE_MS.to_string(),
+        "MAX_WINDOWS" => config::MAX_WINDOWS.to_string(),
         "MAX_READERS" => config::MAX_READERS.to_string(),
         "MAX_USERS" => config::MAX_USERS.to_string(),
         _ => return None,

@@ -80,15 +80,25 @@ impl Bed {
     }
 
     pub fn with_deadline(isolation: Isolation, deadline: Duration) -> Self {
-        Self::with(isolation, deadline, false)
+        Self::with(isolation, deadline, false, 65535)
+    }
+
+    /// A bed whose servers are told up to `max_windows` windows.
+    pub fn with_max_windows(isolation: Isolation, max_windows: u64) -> Self {
+        Self::with(isolation, DEADLINE, false, max_windows)
     }
 
     /// A bed whose clients take no refusal for an answer.
     pub fn answering_all_accesses() -> Self {
-        Self::with(Isolation::Messages, DEADLINE, true)
+        Self::with(Isolation::Messages, DEADLINE, true, 65535)
     }
 
-    fn with(isolation: Isolation, deadline: Duration, answers_all_accesses: bool) -> Self {
+    fn with(
+        isolation: Isolation,
+        deadline: Duration,
+        answers_all_accesses: bool,
+        max_windows: u64,
+    ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
         let server_path = folder.path().join("server");
@@ -99,6 +109,7 @@ impl Bed {
             name: "device".into(),
             server: server_path.clone(),
             isolation,
+            max_windows,
             reserved: vec![range(0xfee0_0000, 0x10_0000)],
             deadline,
             answers_all_accesses,

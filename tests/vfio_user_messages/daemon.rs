@@ -15,8 +15,8 @@ use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Layout, Setup};
 use crate::common::wire::{self, TAIL};
 use crate::connection::{
-    Connection, DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, REGION_READ, SET_IRQS, VERSION,
-    bytes, dma, irqs, region, version_body,
+    Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, Msg, NO_REPLY, REGION_READ, SET_IRQS,
+    VERSION, bytes, dma, irqs, region, version_body,
 };
 
 const IOVA: u64 = 0x7000_0000;
@@ -158,7 +158,12 @@ fn the_status_shows_connections_and_counters_of_emulated_devices() {
     metrics.write_all(get).expect("sent");
     let mut page = String::new();
     metrics.read_to_string(&mut page).expect("a page");
-    for (name, count) in [("cut_offs", 1), ("slow_cut_offs", 0), ("refused", 3)] {
+    for (name, count) in [
+        ("cut_offs", 1),
+        ("slow_cut_offs", 0),
+        ("refused", 3),
+        ("windows_refused", 0),
+    ] {
         let labels = "vm=\"vm\",endpoint=\"0000:00:06.0\"";
         let line = format!("vhost_device_iommu_emulated_{name}_total{{{labels}}} {count}\n");
         assert!(page.contains(&line), "{line} in {page}");
@@ -206,6 +211,70 @@ fn the_maps_of_one_batch_wait_for_the_server_together() {
         BATCH + 1,
         "all are mapped"
     );
+}
+
+/// The stock driver ignores the status of a MAP, so the guest gets an event. The operator finds the cure in the log, once,
+/// and the missing windows in the status.
+#[test]
+fn a_limit_of_the_server_is_told_to_the_guest_and_the_operator() {
+    let bed = DaemonBed::new("messages");
+    let mut windows = 0;
+    let (client, _server) = bed.pair(move |server, msg| {
+        windows += u32::from(msg.cmd == DMA_MAP);
+        let refused = msg.cmd == DMA_MAP && windows > 2;
+        if refused {
+            server.refuse(msg, libc::EINVAL.unsigned_abs());
+        }
+        refused
+    });
+    let mut guest = Guest::boot_with(&bed.daemon, Setup::default());
+    guest.post_event_buffer(24);
+    assert_eq!(guest.attach(1, EP), 0);
+    let statuses: Vec<_> = (0..4)
+        .map(|n| guest.map_page(1, IOVA + n * 0x1000, PAGE))
+        .collect();
+    assert_eq!(statuses, [0, 0, wire::NOMEM, wire::NOMEM]);
+    let event = guest.take_event(SOON).expect("an event");
+    // Reason MAPPING; read, write, address valid; endpoint; address.
+    assert_eq!(event.bytes[0], 2);
+    assert_eq!(event.bytes[4..8], 0x103u32.to_le_bytes());
+    assert_eq!(event.bytes[8..12], EP.to_le_bytes());
+    assert_eq!(event.bytes[16..24], (IOVA + 0x2000).to_le_bytes());
+    let told = "Invalid argument (os error 22); it has 2 windows, which seems to be its limit";
+    let log = || bed.daemon.log();
+    bed.daemon.wait_for("the log", || log().contains(told));
+    assert_eq!(log().matches(told).count(), 1, "{}", log());
+    assert!(log().contains("max_regions"), "{}", log());
+    let device = || bed.daemon.status()["emulated"][0].clone();
+    let figures = |device: serde_json::Value| {
+        [
+            "windows",
+            "windows_missing",
+            "windows_limit",
+            "windows_refused",
+        ]
+        .map(|figure| device[figure].as_u64().expect("a number"))
+    };
+    assert_eq!(figures(device()), [2, 0, 2, 2]);
+    // A server that takes fewer windows than there are mappings.
+    drop(client);
+    bed.daemon
+        .wait_for("the client's end", || device()["client"] == false);
+    let (_client, mut server) = bed.raw_pair();
+    for errno in [0, libc::EINVAL] {
+        let window = server.recv().expect("a window");
+        match errno {
+            0 => server.reply(&window, &[], &[]),
+            _ => server.refuse(&window, errno.unsigned_abs()),
+        }
+    }
+    bed.daemon
+        .wait_for("the refusal", || device()["windows_missing"] == 1);
+    assert_eq!(figures(device()), [2, 1, 1, 3]);
+    let text = ctl::render(&Question::Status, &bed.daemon.status());
+    let line =
+        "0000:00:06.0  1 windows are missing at the server, which takes 1; 3 were refused so far";
+    assert!(text.contains(line), "{text}");
 }
 
 #[test]

@@ -156,10 +156,8 @@ impl DmaBackend for Coarse {
         }
         let windows = windows_of(*mapping, &self.device.slots);
         let missing = windows.flat_map(|w| self.missing_in(w.range)).collect();
-        self.announce(missing).map_err(|cause| {
-            let failure = format_args!("{mapping} stays unmapped");
-            self.device.refused(failure, &cause)
-        })
+        self.announce(missing)
+            .map_err(|cause| self.device.map_refused(mapping, &cause))
     }
 
     fn reads_page_table(&self) -> bool {

@@ -308,10 +308,7 @@ impl DmaBackend for Exact {
             Some(outcome) => outcome,
             None => self.map_one(mapping),
         };
-        added.map_err(|cause| {
-            self.device
-                .refused(format_args!("{mapping} stays unmapped"), &cause)
-        })
+        added.map_err(|cause| self.device.map_refused(mapping, &cause))
     }
 
     fn batches_maps(&self) -> bool {

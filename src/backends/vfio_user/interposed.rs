@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::view::{DeviceView, DmaWindow, Gate};
 use super::windows::Space;
 use super::{EmulatedDevice, Watch};
-use crate::address::{Iova, IovaRange, PageMask};
+use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::backends::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, MemorySlot, Target,
 };
@@ -53,7 +53,7 @@ impl Interposed {
         let space = Space::new(endpoint, device.isolation, reserved.clone(), sink);
         let space = Arc::new(space);
         let link = Link::new(device.name.clone(), space.clone(), device.deadline)?;
-        let link = Arc::new(link);
+        let link = Arc::new(link.with_max_windows(device.max_windows));
         let settings = InterposerSettings {
             name: device.name.clone(),
             server: device.server,
@@ -191,6 +191,16 @@ impl Interposed {
         self.space.report_stop(first);
         let failure = format_args!("mappings from {first} on may stay in place");
         self.refused(failure, cause)
+    }
+
+    /// The server has not applied the update of a MAP. If it has no room for the mapping, the guest gets a fault event:
+    /// the stock driver ignores the status of a MAP, so the guest's log would say nothing.
+    pub(super) fn map_refused(&self, mapping: &Mapping, cause: &DmaUpdateError) -> BackendError {
+        let refusal = self.refused(format_args!("{mapping} stays unmapped"), cause);
+        if refusal.kind == BackendErrorKind::NoMem {
+            self.space.report_missing(mapping);
+        }
+        refusal
     }
 
     /// The server has not applied an update.

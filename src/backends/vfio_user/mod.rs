@@ -32,6 +32,7 @@ use crate::ids::EndpointId;
 pub use self::watch::{EmulatedState, Watch};
 pub use self::windows::Isolation;
 pub use crate::vfio_user::MAX_BATCH_TIMEOUT;
+pub use crate::vfio_user::WindowLimits;
 
 /// An emulated device.
 #[derive(Clone, Debug)]
@@ -44,6 +45,8 @@ pub struct EmulatedDevice {
     pub server: PathBuf,
     /// How its server is isolated from guest RAM.
     pub isolation: Isolation,
+    /// The most windows that its server is told, if it supports so many.
+    pub max_windows: u64,
     /// The addresses that bypass mode does not reach.
     pub reserved: Vec<IovaRange>,
     /// How long its server may take to answer while the guest waits.

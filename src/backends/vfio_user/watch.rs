@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::windows::Space;
 use crate::ids::EndpointId;
-use crate::vfio_user::{Ends, Link};
+use crate::vfio_user::{Ends, Link, WindowLimits};
 
 /// Observes an emulated device.
 #[derive(Clone)]
@@ -23,6 +23,8 @@ pub struct EmulatedState {
     pub ends: Ends,
     /// The number of windows that its server is told while it is connected: mappings, or regions of 8 TiB.
     pub windows: usize,
+    /// The windows that its server does not have.
+    pub limits: WindowLimits,
     /// The number of refused accesses.
     pub refused: u64,
 }
@@ -44,11 +46,16 @@ impl Watch {
 
     /// The device's state now. Waits at most for a copy in progress.
     pub fn state(&self) -> EmulatedState {
-        let (windows, refused) = self.space.figures();
+        let (mut windows, mut refused) = (0, 0);
+        let limits = self.link.window_limits(|| {
+            (windows, refused) = self.space.figures();
+            windows
+        });
         EmulatedState {
             endpoint: self.endpoint,
             ends: self.link.ends(),
             windows,
+            limits,
             refused,
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::view::{DeviceView, DmaWindow, Gate};
-use crate::address::{Access, Iova, IovaRange};
+use crate::address::{Access, Iova, IovaRange, Mapping};
 use crate::faults::{Fault, FaultReason, FaultSink};
 use crate::ids::EndpointId;
 use crate::locks::{Rank, RwLock, RwLockWriteGuard};
@@ -83,6 +83,17 @@ impl Space {
             reason: FaultReason::Unknown,
             access: Access::NONE,
             address,
+        });
+    }
+
+    /// Reports that the device does not reach a mapping, because its server has no room for it. The device has not tried
+    /// to yet.
+    pub(super) fn report_missing(&self, mapping: &Mapping) {
+        self.sink.report(Fault {
+            endpoint: self.endpoint,
+            reason: FaultReason::Mapping,
+            access: mapping.access,
+            address: mapping.range.first(),
         });
     }
 
@@ -235,7 +246,7 @@ mod tests {
     use vm_memory::{Bytes, VolatileMemory};
 
     use super::*;
-    use crate::address::{Gpa, Mapping};
+    use crate::address::Gpa;
     use crate::backends::testing::slot;
     use crate::page_table::{Arena, Levels, Table};
 

@@ -9,7 +9,43 @@ use super::update::WindowRefusal;
 use crate::address::Iova;
 use crate::warn_limited;
 
+/// The windows that a device's server does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowLimits {
+    /// The most windows that the server takes, as far as is known: as many as it had when it refused one, or as it has
+    /// stated, or as the configuration allows.
+    pub most: u64,
+    /// The number of windows that a server is connected without: those that it has refused, and those that it has no room
+    /// for. 0 while it is told windows.
+    pub missing: u64,
+    /// How many windows a server has refused, or had no room for, since the start.
+    pub refused: u64,
+}
+
 impl Link {
+    /// The same link, whose servers are told up to `max_windows` windows.
+    #[must_use]
+    pub fn with_max_windows(mut self, max_windows: u64) -> Self {
+        self.max_windows = max_windows;
+        self
+    }
+
+    /// The limits now. `count` returns the number of windows that the device has. It is called with the link locked, so that
+    /// no change comes in between, and must not wait for a peer.
+    pub fn window_limits(&self, count: impl FnOnce() -> usize) -> WindowLimits {
+        let state = self.state.lock();
+        let wanted = count() as u64;
+        let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
+        let settled = connection.filter(|c| {
+            c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
+        });
+        WindowLimits {
+            most: connection.map_or(self.max_windows, |c| c.limit.unwrap_or(c.max_windows())),
+            missing: settled.map_or(0, |c| wanted.saturating_sub(c.windows)),
+            refused: self.refused.get(),
+        }
+    }
+
     /// The server has refused the window at `first`, which counts no more. Counts the refusal, and logs the first one at
     /// a limit of each connection.
     pub(super) fn window_refused(

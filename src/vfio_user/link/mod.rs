@@ -18,6 +18,7 @@ mod state;
 mod thread;
 mod update;
 
+pub use self::limit::WindowLimits;
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};

@@ -44,6 +44,8 @@ pub struct Link {
     pub(super) slow_cut_offs: Counter,
     /// Refused windows.
     pub(super) refused: Counter,
+    /// The most windows that a server is told.
+    pub(super) max_windows: u64,
 }
 
 /// Whether the client and the server of a device are connected.
@@ -128,6 +130,7 @@ impl Link {
             cut_offs: Counter::default(),
             slow_cut_offs: Counter::default(),
             refused: Counter::default(),
+            max_windows: u64::MAX,
         })
     }
 

@@ -85,7 +85,10 @@ impl Link {
         let Some(connection) = &mut state.connection else {
             return;
         };
-        connection.terms = Some(terms);
+        connection.terms = Some(Terms {
+            windows: terms.windows.min(self.max_windows),
+            ..terms
+        });
         connection.announce(UNWATCHED);
         for (command, body, descriptors) in replay {
             connection.send(Pending::Replay(command), command, &body, descriptors);

@@ -1,0 +1,150 @@
+//! Servers that take a limited number of windows.
+
+use std::collections::VecDeque;
+
+use vhost_device_iommu::address::{Access, Gpa, Mapping};
+use vhost_device_iommu::backends::BackendErrorKind;
+use vhost_device_iommu::backends::vfio_user::{Isolation, WindowLimits};
+use vhost_device_iommu::faults::FaultReason;
+use vhost_device_iommu::iommu::RequestError;
+
+use crate::bed::{Bed, DOMAIN, RAM, ScriptedServer, eventually, range};
+use crate::connection::{Connection, DMA_MAP, DMA_UNMAP, RESET};
+
+const IOVA: u64 = 0x7000_0000;
+const PAGE: u64 = 0x1000;
+
+fn page(n: u64) -> Mapping {
+    Mapping {
+        range: range(IOVA + n * PAGE, PAGE),
+        gpa: Gpa(RAM),
+        access: Access::READ,
+        mmio: false,
+    }
+}
+
+/// A server that has up to `limit` windows and refuses others with `errno`.
+fn limited(bed: &Bed, limit: usize, errno: i32) -> (Connection, ScriptedServer) {
+    let mut windows = 0;
+    bed.pair(move |server, msg| {
+        match msg.cmd {
+            DMA_MAP if windows == limit => {
+                server.refuse(msg, errno.unsigned_abs());
+                return true;
+            }
+            DMA_MAP => windows += 1,
+            DMA_UNMAP => windows -= 1,
+            _ => {}
+        }
+        false
+    })
+}
+
+fn kind(outcome: &Result<(), RequestError>) -> Option<BackendErrorKind> {
+    match outcome {
+        Ok(()) => None,
+        Err(RequestError::Backend(cause)) => Some(cause.kind),
+        Err(other) => panic!("{other}"),
+    }
+}
+
+fn map_all(bed: &Bed, pages: std::ops::Range<u64>) -> Vec<Option<BackendErrorKind>> {
+    let run: Vec<_> = pages.map(page).collect();
+    let mut outcomes = VecDeque::new();
+    bed.iommu().map_all(DOMAIN, &run, &mut outcomes);
+    outcomes.iter().map(kind).collect()
+}
+
+/// One errno is that of libvfio-user, the others are those of other servers.
+#[test]
+fn at_its_limit_a_server_costs_the_guest_a_mapping_and_an_event() {
+    let full = Some(BackendErrorKind::NoMem);
+    let missing = |n: u64| (FaultReason::Mapping, IOVA + n * PAGE);
+    for errno in [libc::EINVAL, libc::ENOSPC, libc::ENOMEM] {
+        let bed = Bed::new(Isolation::ExactMessages);
+        bed.attach();
+        let (_client, scripted) = limited(&bed, 3, errno);
+        assert_eq!(map_all(&bed, 0..5), [None, None, None, full, full]);
+        assert_eq!(bed.faults.take(), [missing(3), missing(4)]);
+        let single = bed.map(IOVA + 9 * PAGE, 0, PAGE, Access::WRITE);
+        assert_eq!(kind(&single), full);
+        assert_eq!(bed.faults.take(), [missing(9)]);
+        let limits = |refused| WindowLimits {
+            most: 3,
+            missing: 0,
+            refused,
+        };
+        assert_eq!(bed.watch.state().limits, limits(3));
+        assert_eq!(bed.watch.state().windows, 3);
+        bed.unmap(IOVA, PAGE).expect("unmapped");
+        assert_eq!(map_all(&bed, 3..5), [None, full]);
+        assert_eq!(bed.watch.state().limits, limits(4));
+        bed.unmap(0, u64::MAX).expect("unmapped");
+        assert!(scripted.each(DMA_UNMAP, |_| ()).len() == 4);
+    }
+}
+
+#[test]
+fn a_server_that_refuses_its_first_window_refuses_the_window() {
+    let bed = Bed::new(Isolation::ExactMessages);
+    bed.attach();
+    let (_client, _server) = limited(&bed, 0, libc::EINVAL);
+    let failed = Some(BackendErrorKind::DevErr);
+    assert_eq!(map_all(&bed, 0..3), [failed; 3]);
+    assert!(bed.faults.take().is_empty());
+    let limits = WindowLimits {
+        most: 65535,
+        missing: 0,
+        refused: 3,
+    };
+    assert_eq!(bed.watch.state().limits, limits);
+}
+
+/// The guest has got OK for these mappings: there was no server then.
+#[test]
+fn windows_that_a_new_server_has_no_room_for_are_missing() {
+    let bed = Bed::new(Isolation::ExactMessages);
+    bed.attach();
+    assert_eq!(map_all(&bed, 0..5), [None; 5]);
+    assert_eq!(bed.watch.state().limits.missing, 0, "there is no server");
+    let (mut client, _server) = limited(&bed, 3, libc::EINVAL);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    eventually("two are missing", || {
+        let limits = bed.watch.state().limits;
+        (limits.most, limits.missing, limits.refused) == (3, 2, 2)
+    });
+    bed.unmap(0, u64::MAX).expect("unmapped");
+    assert_eq!(bed.watch.state().limits.missing, 0);
+}
+
+#[test]
+fn a_server_is_told_no_more_windows_than_configured() {
+    let bed = Bed::with_max_windows(Isolation::ExactMessages, 2);
+    bed.attach();
+    assert_eq!(map_all(&bed, 0..3), [None; 3]);
+    let (mut client, scripted) = bed.pair(|_, _| false);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(scripted.windows(), [IOVA, IOVA + PAGE]);
+    let limits = bed.watch.state().limits;
+    assert_eq!((limits.most, limits.missing), (2, 1));
+    let full = Some(BackendErrorKind::NoMem);
+    assert_eq!(map_all(&bed, 3..5), [full; 2]);
+    assert_eq!(bed.watch.state().limits.refused, 2);
+    bed.unmap(IOVA, PAGE).expect("unmapped");
+    eventually("the third window", || {
+        scripted.windows() == [IOVA + PAGE, IOVA + 2 * PAGE]
+    });
+    assert_eq!(bed.watch.state().limits.missing, 0);
+}
+
+#[test]
+fn a_server_that_takes_no_further_region_costs_the_guest_an_event() {
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    let (_client, _server) = limited(&bed, 1, libc::EINVAL);
+    bed.map(IOVA, 0, PAGE, Access::READ).expect("mapped");
+    let far = 1 << 44;
+    let refused = bed.map(far, 0, PAGE, Access::READ);
+    assert_eq!(kind(&refused), Some(BackendErrorKind::NoMem));
+    assert_eq!(bed.faults.take(), [(FaultReason::Mapping, far)]);
+}
