@@ -54,6 +54,7 @@ fn memory() -> MemorySlot {
         memory: Arc::new(MmapRegion::from_file(backing, RAM as usize).expect("mapped")),
         file,
         offset: 0,
+        block_len: 4096,
         is_shared_memory: true,
         identity: (0, 0),
     }

@@ -175,6 +175,7 @@ fn ram() -> MemorySlot {
         range: GpaRange::from_len(Gpa(0), RAM_LEN).expect("not empty"),
         memory: Arc::new(memory),
         file,
+        block_len: 4096,
         is_shared_memory: true,
         offset: 0,
         identity: (0, 1),

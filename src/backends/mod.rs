@@ -68,6 +68,8 @@ pub struct MemorySlot {
     pub file: Arc<File>,
     /// The slot's first byte in that file.
     pub offset: u64,
+    /// Bytes of a block of the file (`st_blksize`): a huge page, if the file has them. libvfio-user maps whole blocks.
+    pub block_len: u64,
     /// Whether the file is shared memory or of huge pages, so that the kernel can pin its pages by file.
     pub is_shared_memory: bool,
     /// Device and inode of the file. The descriptor identifies nothing: each message of the VMM brings a new one.

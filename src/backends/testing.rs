@@ -23,6 +23,7 @@ pub(crate) fn slot_of(file: File, gpa: u64, len: u64, offset: u64) -> MemorySlot
         range: GpaRange::from_len(Gpa(gpa), len).expect("not empty"),
         memory: Arc::new(MmapRegion::from_file(backing, size).expect("mapped")),
         offset,
+        block_len: 4096,
         is_shared_memory: true,
         identity: identity(&file),
         file,

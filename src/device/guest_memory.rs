@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "asks fstatfs for the kind of a file system")]
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
@@ -104,11 +104,23 @@ pub fn slots(memory: &GuestMemoryMmap) -> io::Result<Vec<MemorySlot>> {
             memory: region.get_mmap(),
             file: backing.arc().clone(),
             offset: backing.start(),
+            block_len: block_len(&metadata),
             is_shared_memory: is_shared_memory(backing.file())?,
             identity: (metadata.dev(), metadata.ino()),
         });
     }
     Ok(slots)
+}
+
+/// Bytes of a block of a file: the size of its huge pages, if it has them, and otherwise that of its pages.
+fn block_len(metadata: &Metadata) -> u64 {
+    let page = PageMask::TABLE.granule();
+    let block = metadata.blksize();
+    if block.is_multiple_of(page) {
+        block.max(page)
+    } else {
+        page
+    }
 }
 
 /// Whether a file can become shorter; true if the system cannot tell.

@@ -75,6 +75,7 @@ pub fn slot(gpa: u64, bytes: u64) -> MemorySlot {
         memory: Arc::new(MmapRegion::from_file(backing, bytes as usize).expect("mapped")),
         file,
         offset: 0,
+        block_len: 4096,
         is_shared_memory: false,
         identity: (found.dev(), found.ino()),
     }

@@ -341,6 +341,7 @@ fn ram() -> MemorySlot {
         file,
         offset: RAM_OFFSET,
         identity,
+        block_len: 4096,
         is_shared_memory: true,
     }
 }

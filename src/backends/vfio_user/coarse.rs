@@ -8,8 +8,9 @@
 //! the core has removed them from the table, and may be in frames of the table that the core is about to use again. An
 //! access holds the lock of the view from its lookup to the end of its copy, and UNMAP takes that lock once.
 
+use super::dma_window::windows_of;
 use super::interposed::{CAPABILITIES, Interposed};
-use super::view::{DeviceView, windows_of};
+use super::view::DeviceView;
 use super::windows::DmaRegion;
 use crate::address::{IovaRange, Mapping};
 use crate::backends::{

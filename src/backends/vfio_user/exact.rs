@@ -20,9 +20,10 @@
 
 use std::sync::Arc;
 
+use super::dma_window::windows_of;
 use super::interposed::{CAPABILITIES, Interposed};
 use super::map_run::MapRun;
-use super::view::{DeviceView, windows_of};
+use super::view::DeviceView;
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::backends::{
     AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot, Target,

@@ -4,7 +4,8 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use super::view::{DeviceView, DmaWindow, Gate};
+use super::dma_window::DmaWindow;
+use super::view::{DeviceView, Gate};
 use super::windows::Space;
 use super::{EmulatedDevice, Watch};
 use crate::address::{Iova, IovaRange, Mapping, PageMask};

@@ -8,8 +8,8 @@
 
 use std::collections::BTreeMap;
 
+use super::dma_window::windows_of;
 use super::interposed::Interposed;
-use super::view::windows_of;
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::vfio_user::{Announced, BatchTicket, DmaUpdateError, Window};
 

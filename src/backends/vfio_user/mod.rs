@@ -8,9 +8,12 @@
 //! - `exact`: the server is told each mapping. A server that maps guest memory needs this.
 
 mod coarse;
+mod dma_window;
 mod exact;
 mod interposed;
 mod map_run;
+#[cfg(test)]
+mod tests;
 mod view;
 mod watch;
 mod windows;

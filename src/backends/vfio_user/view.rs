@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::MemorySlot;
+use super::dma_window::{DmaWindow, pieces, windows_of};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::page_table::TableReader;
 
@@ -20,16 +21,6 @@ pub(super) enum Gate {
     Blocked,
     /// None, because of a failure; there are no windows.
     Quarantined,
-}
-
-/// A window: a mapping, or the part of one that leads into one memory slot.
-#[derive(Clone, Debug)]
-pub(super) struct DmaWindow {
-    pub(super) range: IovaRange,
-    pub(super) access: Access,
-    pub(super) slot: Arc<MemorySlot>,
-    /// The window's first byte in the slot.
-    pub(super) offset: u64,
 }
 
 /// The memory that the device reaches now.
@@ -181,6 +172,7 @@ impl DeviceView {
             }
             (Gate::Bypass, _) => {
                 let windows = self.slots.iter().flat_map(|slot| self.identity(slot));
+                let windows = windows.flat_map(pieces);
                 Box::new(windows.filter(starts_there))
             }
             (Gate::Translated | Gate::Blocked | Gate::Quarantined, _) => {
@@ -326,29 +318,6 @@ enum Stretch {
     Table(IovaRange),
     /// One of the latest mappings.
     Pending(Mapping),
-}
-
-/// The windows of a mapping: the parts of it that lead into guest RAM. `slots` must be in ascending order and disjoint.
-/// A mapping without rights has no windows.
-pub(super) fn windows_of(
-    mapping: Mapping,
-    slots: &[Arc<MemorySlot>],
-) -> impl Iterator<Item = DmaWindow> + Send + '_ {
-    let target = mapping.target().filter(|_| mapping.access != Access::NONE);
-    let from = slots.partition_point(|s| s.range.last() < mapping.gpa);
-    let touched = slots
-        .iter()
-        .skip(from)
-        .take_while(move |s| target.is_some_and(|t| t.intersection(s.range).is_some()));
-    touched.filter_map(move |slot| {
-        let part = mapping.part_in(slot.range)?;
-        Some(DmaWindow {
-            range: part.range,
-            access: part.access,
-            slot: slot.clone(),
-            offset: part.gpa.0 - slot.range.first().0,
-        })
-    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::view::{DeviceView, DmaWindow, Gate};
+use super::dma_window::DmaWindow;
+use super::view::{DeviceView, Gate};
 use crate::address::{Access, Iova, IovaRange, Mapping};
 use crate::faults::{Fault, FaultReason, FaultSink};
 use crate::ids::EndpointId;
