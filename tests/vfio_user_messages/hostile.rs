@@ -10,8 +10,9 @@ use vhost_device_iommu::backends::vfio_user::Isolation;
 
 use crate::bed::{Bed, accept, eventually};
 use crate::connection::{
-    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, REGION_READ,
-    REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region, version_body,
+    COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, ERROR, GET_INFO, NO_REPLY,
+    REGION_READ, REGION_WRITE, REPLY, RESET, SET_IRQS, VERSION, bytes, dma, dma_map, irqs, region,
+    version_body,
 };
 
 /// A message whose header declares another size.
@@ -53,12 +54,20 @@ pub fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
     all.extend([
         ("a reply", bytes(1, RESET, REPLY, 0, &[]), 0),
         ("a second VERSION", command(VERSION, &version_body("{}")), 0),
+        ("a server's command", command(DMA_READ, &dma(0, 1, &[])), 0),
+    ]);
+    all
+}
+
+/// Commands of clients that are refused: whole messages whose content is wrong.
+fn malformed_commands() -> Vec<(&'static str, Vec<u8>, usize)> {
+    let command = |cmd, body: &[u8]| bytes(1, cmd, COMMAND, 0, body);
+    vec![
         (
             "a body that is too short",
             command(REGION_READ, &[0; 15]),
             0,
         ),
-        ("a server's command", command(DMA_READ, &dma(0, 1, &[])), 0),
         (
             "a count beyond the data",
             command(REGION_WRITE, &region(0, 0, 9, b"x")),
@@ -85,8 +94,7 @@ pub fn garbage_of_clients() -> Vec<(&'static str, Vec<u8>, usize)> {
             command(DMA_UNMAP, &[0; 8]),
             0,
         ),
-    ]);
-    all
+    ]
 }
 
 /// Garbage from servers, as in [`garbage`].
@@ -141,6 +149,28 @@ fn clients_that_send_garbage_are_disconnected() {
         assert!(server.is_closed(), "{what}");
     }
     assert_works(&bed);
+}
+
+#[test]
+fn malformed_commands_are_refused_and_do_not_reach_the_server() {
+    let bed = Bed::new(Isolation::Messages);
+    let (mut client, scripted) = bed.pair(|_, _| false);
+    for (what, bytes, descriptors) in malformed_commands() {
+        send(&mut client, &bytes, descriptors);
+        let refused = client.recv().expect(what);
+        assert_eq!(
+            (refused.errno(), refused.body.len()),
+            (libc::EINVAL, 0),
+            "{what}"
+        );
+        // Without an answer, and without a consequence.
+        let mut posted = bytes;
+        posted[8..12].copy_from_slice(&NO_REPLY.to_ne_bytes());
+        send(&mut client, &posted, descriptors);
+    }
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    let others = scripted.received.lock().unwrap();
+    assert!(others.iter().all(|m| m.cmd == VERSION || m.cmd == RESET));
 }
 
 #[test]

@@ -61,16 +61,16 @@ impl Proxy {
             return Err("it sent a reply, and clients get no commands".into());
         }
         let command = Command::from_number(header.command);
-        if let Some(command) = command {
+        let checked = command.map_or(Ok(()), |command| {
             check_command(command, &message.body, message.descriptors.len())
-                .map_err(|e| e.to_string())?;
-        }
+        });
         let terms = match &client.stage {
             Stage::Negotiated { terms, .. } => terms,
             Stage::Connected(_) | Stage::Negotiating { .. } => {
                 if command != Some(Command::Version) {
                     return Err("its first message is not VERSION".into());
                 }
+                checked.map_err(|e| e.to_string())?;
                 let version = Version::decode(&message.body).map_err(|e| e.to_string())?;
                 version.proposal().map_err(|e| e.to_string())?;
                 client.stage = Stage::Negotiating { header, version };
@@ -82,6 +82,15 @@ impl Proxy {
             client.refuse(&header, libc::ENOTSUP);
             return Ok(());
         };
+        if let Err(cause) = checked {
+            // As libvfio-user does. The message is whole, so the next one begins where it should.
+            warn_limited!(
+                "{}: the client's command is refused: {cause}",
+                self.settings.name
+            );
+            client.refuse(&header, libc::EINVAL);
+            return Ok(());
+        }
         if let Some(fixed) = &mut client.fixed {
             fixed.record(&header, command, &message.body);
         }
