@@ -1,5 +1,6 @@
 //! The server's messages: replies go to the client, commands are executed here.
 
+use std::io;
 use std::sync::Arc;
 
 use super::peers::{MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
@@ -202,11 +203,11 @@ impl Proxy {
                 return;
             };
             if let Err(cause) = twin.outbox.flush(&twin.socket) {
-                return self.cut_server_off(&cause.to_string());
+                return self.twin_failed(&cause);
             }
             if twin.outbox.len_bytes() >= MAX_UNSENT {
                 if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
-                    self.cut_server_off("it has closed the socket for its commands");
+                    self.drop_twin();
                 }
                 return;
             }
@@ -220,7 +221,7 @@ impl Proxy {
                     }
                 }
                 Ok(Received::Nothing) => return,
-                Ok(Received::End) => Err("it has closed the socket for its commands".into()),
+                Ok(Received::End) => return self.drop_twin(),
                 Err(cause) => Err(cause.to_string()),
             };
             match outcome {
@@ -231,12 +232,32 @@ impl Proxy {
                     };
                     twin.outbox.push(reply, Vec::new());
                     if let Err(cause) = twin.outbox.flush(&twin.socket) {
-                        return self.cut_server_off(&cause.to_string());
+                        return self.twin_failed(&cause);
                     }
                 }
                 Err(why) => return self.cut_server_off(&why),
             }
         }
+    }
+
+    /// The socket for the server's commands accepts no more replies.
+    fn twin_failed(&mut self, cause: &io::Error) {
+        match cause.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => self.drop_twin(),
+            _ => self.cut_server_off(&cause.to_string()),
+        }
+    }
+
+    /// The server has closed the socket for its commands. A server that ends closes one socket after the other, and only
+    /// the end of the other one says that it has released the guest's memory.
+    fn drop_twin(&mut self) {
+        if let Some(server) = &mut self.server {
+            server.twin = None;
+        }
+        info_limited!(
+            "{}: the server has closed the socket for its commands",
+            self.settings.name
+        );
     }
 
     /// Executes a command of the server. Returns the reply, if the server wants one.
