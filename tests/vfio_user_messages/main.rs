@@ -16,6 +16,7 @@ mod dma;
 mod forwarding;
 mod hostile;
 mod hotplug;
+mod library;
 mod limits;
 mod reconnection;
 mod regions;
