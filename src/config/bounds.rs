@@ -28,8 +28,8 @@ pub const MAX_FAULT_RATE: u32 = 10_000;
 pub const MIN_DEADLINE_MS: u64 = 10;
 /// The longest deadline of a server or a reader, in milliseconds. The guest waits for it.
 pub const MAX_DEADLINE_MS: u64 = 60_000;
-/// The most windows that a server is told: as many as the protocol has if the server states no number.
-pub const MAX_WINDOWS: u64 = 65_535;
+/// The largest limit of the windows that a server is told. A server may state any limit.
+pub const MAX_WINDOWS: u64 = 4_294_967_295;
 /// The most readers of one endpoint.
 pub const MAX_READERS: usize = 256;
 /// The most users, besides the daemon's own, whose readers may register.

@@ -266,7 +266,7 @@ mod tests {
                 listen: "/d".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::Mappings,
-                max_windows: 65535,
+                max_windows: MAX_WINDOWS,
                 deadline: Duration::from_secs(60),
             },
             Emulated {
@@ -274,7 +274,7 @@ mod tests {
                 listen: "/a".into(),
                 connect: "/b".into(),
                 isolation: ServerIsolation::Messages,
-                max_windows: 65535,
+                max_windows: MAX_WINDOWS,
                 deadline: Duration::from_secs(1),
             },
             Emulated {
@@ -326,11 +326,11 @@ mod tests {
             ),
             (
                 one("00:06.0", &format!("{fine}, max-windows = 0")),
-                "1 to 65535",
+                "1 to 4294967295",
             ),
             (
-                one("00:06.0", &format!("{fine}, max-windows = 65536")),
-                "1 to 65535",
+                one("00:06.0", &format!("{fine}, max-windows = 4294967296")),
+                "1 to 4294967295",
             ),
             (
                 one(

@@ -80,7 +80,7 @@ impl Bed {
     }
 
     pub fn with_deadline(isolation: Isolation, deadline: Duration) -> Self {
-        Self::with(isolation, deadline, false, 65535)
+        Self::with(isolation, deadline, false, u64::MAX)
     }
 
     /// A bed whose servers are told up to `max_windows` windows.
@@ -90,7 +90,7 @@ impl Bed {
 
     /// A bed whose clients take no refusal for an answer.
     pub fn answering_all_accesses() -> Self {
-        Self::with(Isolation::Messages, DEADLINE, true, 65535)
+        Self::with(Isolation::Messages, DEADLINE, true, u64::MAX)
     }
 
     fn with(

@@ -13,7 +13,7 @@ use crate::warn_limited;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WindowLimits {
     /// The most windows that the server takes, as far as is known: as many as it had when it refused one, or as it has
-    /// stated, or as the configuration allows.
+    /// stated, or as the configuration allows. 0 if no server is connected.
     pub most: u64,
     /// The number of windows that a server is connected without: those that it has refused, and those that it has no room
     /// for. 0 while it is told windows.
@@ -40,7 +40,7 @@ impl Link {
             c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
         });
         WindowLimits {
-            most: connection.map_or(self.max_windows, |c| c.limit.unwrap_or(c.max_windows())),
+            most: connection.map_or(0, |c| c.limit.unwrap_or(c.max_windows())),
             missing: settled.map_or(0, |c| wanted.saturating_sub(c.windows)),
             refused: self.refused.get(),
         }
