@@ -18,6 +18,7 @@
 #                              without the measures that need two
 #                     ring     a request through the rings
 #                     engine   the page table and the core
+#                     interposer  accesses by messages of a device in another process
 #                     idle     start, memory and wakeups
 #   --transport WHICH
 #                   vhost-user (default), or both: the guest also boots with the daemon as a virtio-pci device over
@@ -31,7 +32,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/apt.sh"
 . "$SCRIPTS/lib/toolchain.sh"
 
-ALL_PARTS="engine ring idle guest kvm"
+ALL_PARTS="engine ring interposer idle guest kvm"
 
 json='' svg='' rounds=5 host_kvm='' transport=vhost-user parts=()
 while [ $# -gt 0 ]; do
@@ -117,6 +118,7 @@ for part in "${parts[@]}"; do
         bench iommu
         ;;
     ring) bench ring ;;
+    interposer) bench interposer ;;
     idle) bench idle ;;
     guest)
         guest_ready
