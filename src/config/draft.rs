@@ -223,6 +223,8 @@ pub(super) struct EmulatedDraft {
     pub announce: Option<Located<Scalar>>,
     pub max_windows: Option<Located<Scalar>>,
     pub deadline_ms: Option<Located<Scalar>>,
+    pub total_deadline_ms: Option<Located<Scalar>>,
+    pub connect_deadline_ms: Option<Located<Scalar>>,
 }
 
 impl Draft {

@@ -14,7 +14,10 @@ use super::passthrough::range_in;
 use super::text::shown;
 use crate::topology::PciAddress;
 
-const DEFAULT_DEADLINE: Duration = Duration::from_secs(1);
+/// The default of a deadline of a server or a reader.
+pub(super) const DEFAULT_DEADLINE: Duration = Duration::from_secs(1);
+const DEFAULT_TOTAL_DEADLINE: Duration = Duration::from_secs(20);
+const DEFAULT_CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// An endpoint whose device another process emulates, over vfio-user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,9 +32,19 @@ pub struct Emulated {
     pub isolation: ServerIsolation,
     /// The most windows that the server is told, if it supports so many: `1..=`[`MAX_WINDOWS`].
     pub max_windows: u64,
-    /// How long the server may take to answer while the guest waits for it:
-    /// [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
-    pub deadline: Duration,
+    /// How long the server may take to answer.
+    pub deadlines: ServerDeadlines,
+}
+
+/// How long an emulated device's server may take to answer. Each is in [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerDeadlines {
+    /// The time for an answer while the guest waits for it.
+    pub answer: Duration,
+    /// The time for all answers to one request of the guest, at least [`Self::answer`].
+    pub total: Duration,
+    /// The time for each answer after the server has connected, while it is told all memory.
+    pub connect: Duration,
 }
 
 /// The access of an emulated device's server to guest RAM.
@@ -135,7 +148,7 @@ impl Checker<'_> {
         });
         let max_windows =
             self.max_windows(value.max_windows.as_ref(), &format!("{key}.max-windows"));
-        let deadline = self.deadline(value.deadline_ms.as_ref(), &format!("{key}.deadline-ms"));
+        let deadlines = self.server_deadlines(value, key);
         Some(Emulated {
             // The caller replaces it.
             endpoint: PciAddress::new(0, 0, 0, 0)?,
@@ -143,7 +156,7 @@ impl Checker<'_> {
             connect: connect?,
             isolation: isolation?,
             max_windows: max_windows?,
-            deadline: deadline?,
+            deadlines: deadlines?,
         })
     }
 
@@ -208,13 +221,48 @@ impl Checker<'_> {
         None
     }
 
+    fn server_deadlines(&mut self, value: &EmulatedDraft, key: &str) -> Option<ServerDeadlines> {
+        let (total_key, connect_key) = (
+            format!("{key}.total-deadline-ms"),
+            format!("{key}.connect-deadline-ms"),
+        );
+        let total = value.total_deadline_ms.as_ref();
+        let connect = value.connect_deadline_ms.as_ref();
+        let answer = self.deadline(
+            value.deadline_ms.as_ref(),
+            &format!("{key}.deadline-ms"),
+            DEFAULT_DEADLINE,
+        );
+        let by_default = DEFAULT_TOTAL_DEADLINE.max(answer.unwrap_or_default());
+        let sum = self.deadline(total, &total_key, by_default);
+        let connect = self.deadline(connect, &connect_key, DEFAULT_CONNECT_DEADLINE);
+        let deadlines = ServerDeadlines {
+            answer: answer?,
+            total: sum?,
+            connect: connect?,
+        };
+        if deadlines.total >= deadlines.answer {
+            return Some(deadlines);
+        }
+        if let Some(given) = total {
+            let kind = ProblemKind::TotalDeadline {
+                total: deadlines.total.as_millis(),
+                answer: deadlines.answer.as_millis(),
+            };
+            self.refuse(&given.origin, &total_key, kind);
+        }
+        None
+    }
+
+    /// A number of milliseconds, or `by_default`.
     pub(super) fn deadline(
         &mut self,
         given: Option<&Located<Scalar>>,
         key: &str,
+        by_default: Duration,
     ) -> Option<Duration> {
         let Some(given) = given else {
-            return Some(DEFAULT_DEADLINE);
+            return Some(by_default);
         };
         let wanted = "a number of milliseconds, such as 1000";
         let number = self.integer(given, key, wanted)?;
@@ -253,13 +301,20 @@ mod tests {
         let text = one("00:07.0", "listen = '/a', connect = '/b'")
             + &one(
                 "00:06.0",
-                "listen = '/d', connect = '/b', isolation = 'mappings', deadline-ms = 60000",
+                "listen = '/d', connect = '/b', isolation = 'mappings', deadline-ms = 60000, \
+                 connect-deadline-ms = 50",
             )
             + &one(
                 "00:08.0",
-                "listen = '/e', connect = '/b', announce = 'exact', max-windows = 64",
+                "listen = '/e', connect = '/b', announce = 'exact', max-windows = 64, \
+                 total-deadline-ms = 1000",
             );
         let address = |text: &str| text.parse().expect("an address");
+        let deadlines = |answer, total, connect| ServerDeadlines {
+            answer: Duration::from_millis(answer),
+            total: Duration::from_millis(total),
+            connect: Duration::from_millis(connect),
+        };
         let expected = [
             Emulated {
                 endpoint: address("00:06.0"),
@@ -267,7 +322,7 @@ mod tests {
                 connect: "/b".into(),
                 isolation: ServerIsolation::Mappings,
                 max_windows: MAX_WINDOWS,
-                deadline: Duration::from_secs(60),
+                deadlines: deadlines(60_000, 60_000, 50),
             },
             Emulated {
                 endpoint: address("00:07.0"),
@@ -275,7 +330,7 @@ mod tests {
                 connect: "/b".into(),
                 isolation: ServerIsolation::Messages,
                 max_windows: MAX_WINDOWS,
-                deadline: Duration::from_secs(1),
+                deadlines: deadlines(1000, 20_000, 10_000),
             },
             Emulated {
                 endpoint: address("00:08.0"),
@@ -283,7 +338,7 @@ mod tests {
                 connect: "/b".into(),
                 isolation: ServerIsolation::ExactMessages,
                 max_windows: 64,
-                deadline: Duration::from_secs(1),
+                deadlines: deadlines(1000, 1000, 10_000),
             },
         ];
         assert_eq!(parse(&text), Ok(expected.to_vec()));
@@ -349,6 +404,18 @@ mod tests {
             ),
             (
                 one("00:06.0", &format!("{fine}, deadline-ms = -1")),
+                "10 to 60000",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, total-deadline-ms = 999")),
+                "use 1000 or more",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, total-deadline-ms = 60001")),
+                "10 to 60000",
+            ),
+            (
+                one("00:06.0", &format!("{fine}, connect-deadline-ms = 9")),
                 "10 to 60000",
             ),
             (one("00:06.0", &format!("{fine}, fast = true")), "fast"),

@@ -312,6 +312,16 @@ pub enum ProblemKind {
         .0
     )]
     Deadline(i128),
+    /// A request has less time than a single answer.
+    #[error(
+        "total deadline of {total} ms is shorter than `deadline-ms`; use {answer} or more, or lower `deadline-ms`"
+    )]
+    TotalDeadline {
+        /// The time for all answers to a request, in milliseconds.
+        total: u128,
+        /// The time for one answer, in milliseconds.
+        answer: u128,
+    },
     /// Not a user ID.
     #[error("{0} is not a user ID; give the number that `id -u NAME` prints")]
     User(String),

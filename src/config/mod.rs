@@ -40,7 +40,7 @@ pub use bounds::{
     MAX_USERS, MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
 };
 pub use devices::DeviceLists;
-pub use emulated::{Emulated, ServerIsolation};
+pub use emulated::{Emulated, ServerDeadlines, ServerIsolation};
 pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::Exported;
 pub use kind::{ConfiguredDevice, DeviceKind};

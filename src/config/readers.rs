@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::bounds::{MAX_READERS, MAX_USERS};
 use super::checker::Checker;
 use super::draft::{Draft, Located, ReadersDraft, Scalar};
+use super::emulated::DEFAULT_DEADLINE;
 use super::error::ProblemKind;
 use super::text::shown;
 
@@ -37,7 +38,11 @@ impl Checker<'_> {
             return Some(Readers::default());
         };
         let users = self.users(value);
-        let patience = self.deadline(value.patience_ms.as_ref(), "readers.patience-ms");
+        let patience = self.deadline(
+            value.patience_ms.as_ref(),
+            "readers.patience-ms",
+            DEFAULT_DEADLINE,
+        );
         let limit = self.reader_limit(value.limit.as_ref());
         Some(Readers {
             users: users?,

@@ -330,7 +330,8 @@ fn devices(out: &mut String, answer: &Value) -> Result {
         writeln!(
             out,
             "  {}  emulated: the VMM {}, the server {}; {} windows, {} accesses refused, {} times cut off, \
-             {} of them for slow replies",
+             {} of them for slow replies, {} for deadline-ms ({}), {} for total-deadline-ms ({}), {} for \
+             connect-deadline-ms ({})",
             text(&device["address"]),
             connection(&device["client"]),
             connection(&device["server"]),
@@ -338,6 +339,12 @@ fn devices(out: &mut String, answer: &Value) -> Result {
             device["refused"],
             device["cut_offs"],
             device["slow_cut_offs"],
+            device["deadline_cut_offs"],
+            device["deadline_ms"],
+            device["total_deadline_cut_offs"],
+            device["total_deadline_ms"],
+            device["connect_deadline_cut_offs"],
+            device["connect_deadline_ms"],
         )?;
     }
     for device in emulated

@@ -2,13 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use log::info;
 
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
-use crate::backends::vfio_user::{self, EmulatedDevice, Isolation, MAX_BATCH_TIMEOUT, Watch};
+use crate::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::process::connector;
@@ -47,6 +48,24 @@ const CUT_OFFS: DeviceMetric = DeviceMetric {
     metric_type: "counter",
     help: "Times the server of an emulated device was cut off.",
 };
+/// The part of them for a late reply.
+const DEADLINE_CUT_OFFS: DeviceMetric = DeviceMetric {
+    name: "emulated_deadline_cut_offs_total",
+    metric_type: "counter",
+    help: "Times the server of an emulated device was cut off for a reply later than deadline-ms.",
+};
+/// The part of them for a request with too many slow replies.
+const TOTAL_CUT_OFFS: DeviceMetric = DeviceMetric {
+    name: "emulated_total_deadline_cut_offs_total",
+    metric_type: "counter",
+    help: "Times the server of an emulated device was cut off for replies to a request later than total-deadline-ms.",
+};
+/// The part of them for a late reply after the server has connected.
+const CONNECT_CUT_OFFS: DeviceMetric = DeviceMetric {
+    name: "emulated_connect_deadline_cut_offs_total",
+    metric_type: "counter",
+    help: "Times the server of an emulated device was cut off for a reply later than connect-deadline-ms.",
+};
 /// The part of them for slow replies.
 const SLOW_CUT_OFFS: DeviceMetric = DeviceMetric {
     name: "emulated_slow_cut_offs_total",
@@ -79,7 +98,11 @@ pub fn open(
         },
         max_windows: device.max_windows,
         reserved: regions.map(|region| region.range).collect(),
-        deadline: device.deadline,
+        deadlines: Deadlines {
+            answer: device.deadlines.answer,
+            total: device.deadlines.total,
+            connect: device.deadlines.connect,
+        },
         answers_all_accesses: config.answers_all_accesses(),
     };
     let (backend, watch) = vfio_user::start(emulated, listener, faults.clone())?;
@@ -101,6 +124,7 @@ pub fn open(
 impl DeviceStatus for Watch {
     fn figures(&self) -> Vec<DeviceFigure> {
         let state = self.state();
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         vec![
             DeviceFigure::flag("client", state.ends.client),
             DeviceFigure::flag("server", state.ends.server).with_metric(&SERVER_UP),
@@ -114,6 +138,15 @@ impl DeviceStatus for Watch {
             DeviceFigure::count("cut_offs", state.ends.cut_offs).with_metric(&CUT_OFFS),
             DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs)
                 .with_metric(&SLOW_CUT_OFFS),
+            DeviceFigure::count("deadline_cut_offs", state.ends.answer_cut_offs)
+                .with_metric(&DEADLINE_CUT_OFFS),
+            DeviceFigure::count("total_deadline_cut_offs", state.ends.total_cut_offs)
+                .with_metric(&TOTAL_CUT_OFFS),
+            DeviceFigure::count("connect_deadline_cut_offs", state.ends.connect_cut_offs)
+                .with_metric(&CONNECT_CUT_OFFS),
+            DeviceFigure::count("deadline_ms", millis(state.deadlines.answer)),
+            DeviceFigure::count("total_deadline_ms", millis(state.deadlines.total)),
+            DeviceFigure::count("connect_deadline_ms", millis(state.deadlines.connect)),
         ]
     }
 }
@@ -130,10 +163,7 @@ impl EndpointKind for EmulatedKind {
         let devices = &config.devices.emulated;
         Resources {
             devices: devices.len(),
-            wait: devices
-                .iter()
-                .map(|e| e.deadline.max(MAX_BATCH_TIMEOUT))
-                .sum(),
+            wait: devices.iter().map(|e| e.deadlines.total).sum(),
             ..Resources::default()
         }
     }

@@ -8,6 +8,9 @@
 //!   scheduled late on a busy host takes nothing.
 //! - While nobody waits for the peer, the budget recovers a tenth of the time.
 //! - A wait ends when the budget is used up. The caller then cuts the peer off, as if the peer had hung.
+//! - A task may consist of many answers. Its wait counts in proportion to the time that the task may take, or as its
+//!   longest answer, whichever is more. Only in proportion, a peer could delay one answer of each task for free; only by
+//!   answers, a task of many would have twenty deadlines for free.
 //!
 //! With a deadline of 1 s, the waits beyond 50 ms add up to 1 s at once and to a tenth of the time after that.
 //!
@@ -41,6 +44,8 @@ pub struct AllowedWait {
     pub until: Instant,
     /// The longest time that it could have with an unused budget.
     pub longest: Duration,
+    /// The time for each single answer of the task.
+    pub answer: Duration,
 }
 
 impl AllowedWait {
@@ -76,21 +81,28 @@ impl WaitBudget {
     pub fn allow(&mut self, longest: Duration, now: Instant) -> AllowedWait {
         self.recover(now);
         let own = (self.deadline / FREE_SHARE) + self.deadline.saturating_sub(self.used);
-        let length = scale(longest, own.min(self.deadline), self.deadline);
+        let answer = own.min(self.deadline);
+        let length = scale(longest, answer, self.deadline);
         AllowedWait {
             began: now,
             until: now + length,
             longest,
+            answer,
         }
     }
 
-    /// Takes a wait from the budget that lasted until `now`, or until its end if that was earlier. If an earlier part of
-    /// the same wait was charged already, takes the rest.
+    /// Takes a wait for a single answer from the budget; see [`Self::charge_answers`].
     pub fn charge(&mut self, wait: &AllowedWait, now: Instant) {
+        self.charge_answers(wait, Duration::ZERO, now);
+    }
+
+    /// Takes a wait from the budget that lasted until `now`, or until its end if that was earlier. The longest time
+    /// between two answers was `slowest`. If an earlier part of the same wait was charged already, takes the rest.
+    pub fn charge_answers(&mut self, wait: &AllowedWait, slowest: Duration, now: Instant) {
         self.recover(wait.began);
         let ended = now.min(wait.until);
         let waited = ended.saturating_duration_since(wait.began.max(self.at));
-        let counted = scale(waited, self.deadline, wait.longest);
+        let counted = scale(waited, self.deadline, wait.longest).max(slowest.min(waited));
         let counted = counted.saturating_sub(self.deadline / FREE_SHARE);
         self.used = self.used.saturating_add(counted).min(self.deadline);
         // No recovery for the time of the wait: a task of many answers would recover as fast as it is used.
@@ -219,6 +231,27 @@ mod tests {
         later.grow(DEADLINE * 2);
         assert_eq!(later.length(), Duration::from_millis(800));
         assert!(later.is_shortened());
+    }
+
+    /// A task of twenty answers: only its first one is slow.
+    #[test]
+    fn one_slow_answer_of_many_counts_in_full() {
+        let start = Instant::now();
+        let mut budget = WaitBudget::new(DEADLINE, start);
+        let wait = budget.allow(DEADLINE * 20, start);
+        assert_eq!((wait.length(), wait.answer), (DEADLINE * 20, DEADLINE));
+        let slowest = Duration::from_millis(900);
+        budget.charge_answers(&wait, slowest, start + Duration::from_millis(910));
+        let next = budget.allow(DEADLINE * 20, start + Duration::from_millis(910));
+        assert_eq!(next.answer, Duration::from_millis(200));
+        assert_eq!(next.length(), DEADLINE * 4);
+        // Many quick answers count in proportion.
+        let mut budget = WaitBudget::new(DEADLINE, start);
+        let wait = budget.allow(DEADLINE * 20, start);
+        let ended = start + DEADLINE * 10;
+        budget.charge_answers(&wait, Duration::from_millis(5), ended);
+        let next = budget.allow(DEADLINE, ended);
+        assert_eq!(next.length(), Duration::from_millis(600));
     }
 
     #[test]

@@ -28,6 +28,6 @@ pub(crate) use self::client_windows::ClientWindows;
 pub use self::dma::{AccessDenied, DmaTarget, Window};
 pub use self::interposer::{Interposer, InterposerSettings};
 pub use self::link::{
-    Announced, BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link, MAX_BATCH_TIMEOUT,
+    Announced, BatchTicket, Deadlines, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link,
     WindowLimits, WindowRefusal,
 };

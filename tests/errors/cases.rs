@@ -616,6 +616,13 @@ pub const CASES: &[Case] = &[
              vfio-user = { listen = 'l', connect = 'k', deadline-ms = 1 }",
         ),
     ),
+    case(
+        "ProblemKind::TotalDeadline",
+        File(
+            "[[endpoint]]\naddress = '00:06.0'\n\
+             vfio-user = { listen = 'l', connect = 'k', total-deadline-ms = 999 }",
+        ),
+    ),
     // Reserved regions.
     case(
         "ProblemKind::Iova",

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
-use vhost_device_iommu::backends::vfio_user::{self, EmulatedDevice, Isolation, Watch};
+use vhost_device_iommu::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, Watch};
 use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
@@ -80,22 +80,28 @@ impl Bed {
     }
 
     pub fn with_deadline(isolation: Isolation, deadline: Duration) -> Self {
-        Self::with(isolation, deadline, false, u64::MAX)
+        Self::with_deadlines(isolation, Deadlines::with_answer(deadline))
+    }
+
+    pub fn with_deadlines(isolation: Isolation, deadlines: Deadlines) -> Self {
+        Self::with(isolation, deadlines, false, u64::MAX)
     }
 
     /// A bed whose servers are told up to `max_windows` windows.
     pub fn with_max_windows(isolation: Isolation, max_windows: u64) -> Self {
-        Self::with(isolation, DEADLINE, false, max_windows)
+        let deadlines = Deadlines::with_answer(DEADLINE);
+        Self::with(isolation, deadlines, false, max_windows)
     }
 
     /// A bed whose clients take no refusal for an answer.
     pub fn answering_all_accesses() -> Self {
-        Self::with(Isolation::Messages, DEADLINE, true, u64::MAX)
+        let deadlines = Deadlines::with_answer(DEADLINE);
+        Self::with(Isolation::Messages, deadlines, true, u64::MAX)
     }
 
     fn with(
         isolation: Isolation,
-        deadline: Duration,
+        deadlines: Deadlines,
         answers_all_accesses: bool,
         max_windows: u64,
     ) -> Self {
@@ -111,7 +117,7 @@ impl Bed {
             isolation,
             max_windows,
             reserved: vec![range(0xfee0_0000, 0x10_0000)],
-            deadline,
+            deadlines,
             answers_all_accesses,
         };
         let listener = UnixListener::bind(&client_path).expect("a socket");

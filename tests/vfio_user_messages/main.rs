@@ -12,6 +12,7 @@ mod bed;
 pub mod common;
 mod connection;
 mod daemon;
+mod deadlines;
 mod dma;
 mod forwarding;
 mod hostile;

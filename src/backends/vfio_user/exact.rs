@@ -83,7 +83,7 @@ impl Exact {
         let gone = old.windows_in(IovaRange::ALL).map(|window| window.range);
         self.send_unmaps(&mut removal, &announced, gone);
         let done = self.device.link.wait(removal.clone()).and_then(|()| {
-            let announcement = self.device.link.lock().announce(&removal);
+            let announcement = self.device.link.lock().announce(&removal, windows);
             self.device.link.wait(announcement)
         });
         (old, done)

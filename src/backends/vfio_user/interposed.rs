@@ -53,7 +53,7 @@ impl Interposed {
         let reserved: Arc<[IovaRange]> = device.reserved.into();
         let space = Space::new(endpoint, device.isolation, reserved.clone(), sink);
         let space = Arc::new(space);
-        let link = Link::new(device.name.clone(), space.clone(), device.deadline)?;
+        let link = Link::new(device.name.clone(), space.clone(), device.deadlines)?;
         let link = Arc::new(link.with_max_windows(device.max_windows));
         let settings = InterposerSettings {
             name: device.name.clone(),

@@ -22,7 +22,6 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use self::coarse::Coarse;
 use self::exact::Exact;
@@ -34,8 +33,7 @@ use crate::ids::EndpointId;
 
 pub use self::watch::{EmulatedState, Watch};
 pub use self::windows::Isolation;
-pub use crate::vfio_user::MAX_BATCH_TIMEOUT;
-pub use crate::vfio_user::WindowLimits;
+pub use crate::vfio_user::{Deadlines, WindowLimits};
 
 /// An emulated device.
 #[derive(Clone, Debug)]
@@ -52,8 +50,8 @@ pub struct EmulatedDevice {
     pub max_windows: u64,
     /// The addresses that bypass mode does not reach.
     pub reserved: Vec<IovaRange>,
-    /// How long its server may take to answer while the guest waits.
-    pub deadline: Duration,
+    /// How long its server may take to answer.
+    pub deadlines: Deadlines,
     /// See [`InterposerSettings::answers_all_accesses`](crate::vfio_user::InterposerSettings::answers_all_accesses).
     pub answers_all_accesses: bool,
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::windows::Space;
 use crate::ids::EndpointId;
-use crate::vfio_user::{Ends, Link, WindowLimits};
+use crate::vfio_user::{Deadlines, Ends, Link, WindowLimits};
 
 /// Observes an emulated device.
 #[derive(Clone)]
@@ -27,6 +27,8 @@ pub struct EmulatedState {
     pub limits: WindowLimits,
     /// The number of refused accesses.
     pub refused: u64,
+    /// How long its server may take to answer.
+    pub deadlines: Deadlines,
 }
 
 impl Watch {
@@ -57,6 +59,7 @@ impl Watch {
             windows,
             limits,
             refused,
+            deadlines: self.link.deadlines(),
         }
     }
 }

@@ -12,14 +12,16 @@
 //! the server exactly the windows below that address.
 
 mod connection;
+mod deadlines;
 mod limit;
 mod requester;
 mod state;
 mod thread;
 mod update;
 
+pub use self::deadlines::Deadlines;
 pub use self::limit::WindowLimits;
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};
-pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_BATCH_TIMEOUT, WindowRefusal};
+pub use self::update::{BatchTicket, DmaUpdate, DmaUpdateError, WindowRefusal};

@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use super::connection::ServerConnection;
-use super::state::{Batch, Disconnect, Link, LinkState, UNWATCHED};
+use super::deadlines::{Progress, WaitLimit};
+use super::state::{Batch, Link, LinkState, UNWATCHED};
 use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
 use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
-use crate::warn_limited;
 
 impl Link {
     /// Locks the link, so that the caller can change the windows of the
@@ -58,18 +58,17 @@ impl Link {
             if !replies && !closing {
                 break;
             }
-            let late = self.changed.wait_until(&mut state, ticket.wait.until);
-            if !late {
+            let Some(limit) = self.wait_for_change(&mut state, &ticket) else {
                 continue;
-            }
+            };
             let (replies, closing) = state.awaited(ticket.batch);
             if replies {
-                self.end_late(&mut state, &ticket);
+                self.end_late(&mut state, &ticket, limit);
             } else if closing {
                 let why = format!(
                     "it has not hung up within {:?} after its connection was closed, and still has \
                      the guest's memory",
-                    ticket.wait.length()
+                    ticket.wait.answer
                 );
                 if let Some(batch) = state.batches.get_mut(&ticket.batch) {
                     batch.failed = Some(DmaUpdateError::CutOff(why));
@@ -78,8 +77,10 @@ impl Link {
             }
         }
         if ticket.batch != UNWATCHED {
+            let now = Instant::now();
+            let slowest = state.progress.take_slowest(now);
             let budget = state.budget(ticket.is_for_hang_up);
-            budget.charge(&ticket.wait, Instant::now());
+            budget.charge_answers(&ticket.wait, slowest, now);
         }
         state.batches.remove(&ticket.batch)
     }
@@ -128,9 +129,9 @@ impl Link {
             };
             let room = MAX_UPDATES.saturating_sub(connection.backlog.len());
             if room == 0 {
-                let late = self.changed.wait_until(&mut state, ticket.wait.until);
-                if late && state.is_full(ticket) {
-                    self.end_late(&mut state, ticket);
+                let late = self.wait_for_change(&mut state, ticket);
+                if let Some(limit) = late.filter(|_| state.is_full(ticket)) {
+                    self.end_late(&mut state, ticket, limit);
                 }
                 continue;
             }
@@ -141,28 +142,32 @@ impl Link {
             if let Some(batch) = state.batches.get_mut(&batch) {
                 batch.remaining += sent;
             }
-            ticket.expect_more(sent, self.deadline);
+            ticket.expect_more(sent, &self.deadlines);
             self.send_updates(&mut state);
         }
     }
 
-    fn end_late(&self, state: &mut LinkState, ticket: &BatchTicket) {
-        let wait = &ticket.wait;
-        let why = if wait.is_shortened() {
-            self.slow_cut_offs.inc();
-            let (name, deadline) = (&self.name, self.deadline);
-            warn_limited!(
-                "{name}: the server is cut off: requests have waited for its replies for {deadline:?} in all, and \
-                 too little time has passed without waits"
-            );
-            format!(
-                "it has used up its budget of {deadline:?} for late replies; the last one had {} ms left",
-                wait.length().as_millis()
-            )
-        } else {
-            format!("no reply within {:?}", wait.length())
+    /// Waits until the state changes. Returns the limit that the server has exceeded, if it has.
+    fn wait_for_change(
+        &self,
+        state: &mut MutexGuard<'_, LinkState>,
+        ticket: &BatchTicket,
+    ) -> Option<WaitLimit> {
+        let (until, limit) = state.progress.end_of(&ticket.wait);
+        if !self.changed.wait_until(state, until) {
+            return None;
+        }
+        // An answer may have come at the last moment.
+        let (until, _) = state.progress.end_of(&ticket.wait);
+        (until <= Instant::now()).then_some(limit)
+    }
+
+    fn end_late(&self, state: &mut LinkState, ticket: &BatchTicket, limit: WaitLimit) {
+        let wait = match limit {
+            WaitLimit::Budget => ticket.wait.answer,
+            WaitLimit::Answer | WaitLimit::Total | WaitLimit::Connect => ticket.wait.length(),
         };
-        self.end_locked(state, Disconnect::CutOff(&why));
+        self.end_for(state, limit, wait);
     }
 }
 
@@ -177,7 +182,7 @@ impl DmaUpdates<'_> {
     /// [`Self::open`].
     pub fn send(&mut self, updates: Vec<DmaUpdate>, unmaps: bool, windows: usize) -> BatchTicket {
         let mut ticket = self.open(unmaps, windows);
-        ticket.expect_more(updates.len(), self.link.deadline);
+        ticket.expect_more(updates.len(), &self.link.deadlines);
         let state = &mut *self.state;
         let batch = ticket.batch;
         if let Some(entry) = state.batches.get_mut(&batch)
@@ -196,6 +201,10 @@ impl DmaUpdates<'_> {
     /// windows: a server that connects just now may be getting them first.
     pub fn open(&mut self, unmaps: bool, windows: usize) -> BatchTicket {
         let state = &mut *self.state;
+        let now = Instant::now();
+        if state.batches.is_empty() {
+            state.progress = Progress::new(now);
+        }
         let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
         let before = connection.map_or(0, |c| {
             let announced = c.announcing.map_or(0, |_| windows);
@@ -214,9 +223,10 @@ impl DmaUpdates<'_> {
             // A server that connects later gets the windows of that time.
             UNWATCHED
         };
-        let deadline = self.link.deadline;
+        let deadlines = &self.link.deadlines;
         let is_for_hang_up = state.connection.as_ref().is_none_or(|c| c.terms.is_none());
-        let wait = state.budget(is_for_hang_up).allow(deadline, Instant::now());
+        let budget = state.budget(is_for_hang_up);
+        let wait = budget.allow(deadlines.answer, now);
         let mut ticket = BatchTicket {
             batch,
             session: state.session,
@@ -224,7 +234,7 @@ impl DmaUpdates<'_> {
             wait,
             is_for_hang_up,
         };
-        ticket.expect_more(0, deadline);
+        ticket.expect_more(0, deadlines);
         ticket
     }
 
@@ -246,11 +256,12 @@ impl DmaUpdates<'_> {
         }
     }
 
-    /// Announces all windows to the server for which [`Self::hold_back`] was called: the one of `former`, whose deadline
-    /// counts on. Another server that is connected has got them already.
-    pub fn announce(&mut self, former: &BatchTicket) -> BatchTicket {
+    /// Announces all windows, so many of them, to the server for which [`Self::hold_back`] was called: the one of
+    /// `former`, whose time counts on. Another server that is connected has got them already.
+    pub fn announce(&mut self, former: &BatchTicket, windows: usize) -> BatchTicket {
         let state = &mut *self.state;
         let mut ticket = former.clone();
+        ticket.expect_more(windows, &self.link.deadlines);
         ticket.batch = UNWATCHED;
         let batch = state.last_batch + 1;
         if let Some(connection) = state.connection_of(former)

@@ -13,6 +13,7 @@ use rustix::net::Shutdown;
 use zerocopy::IntoBytes;
 
 use super::connection::{Pending, ServerConnection, unmap_body};
+use super::deadlines::{Deadlines, LimitCounters, Progress, WaitLimit};
 use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
 use crate::address::Iova;
 use crate::locks::{Condvar, Mutex, Rank};
@@ -38,10 +39,11 @@ pub struct Link {
     pub(super) state: Mutex<LinkState>,
     pub(super) changed: Condvar,
     wake: OwnedFd,
-    pub(super) deadline: Duration,
+    pub(super) deadlines: Deadlines,
     has_client: AtomicBool,
     cut_offs: Counter,
-    pub(super) slow_cut_offs: Counter,
+    /// The part of them for each limit.
+    limits: LimitCounters,
     /// Refused windows.
     pub(super) refused: Counter,
     /// The most windows that a server is told.
@@ -60,6 +62,12 @@ pub struct Ends {
     pub cut_offs: u64,
     /// How many of these times the server had used its budget for waits up, with replies that were in time.
     pub slow_cut_offs: u64,
+    /// How many of these times a reply to a request took longer than [`Deadlines::answer`].
+    pub answer_cut_offs: u64,
+    /// How many of these times the replies to one request took longer than [`Deadlines::total`].
+    pub total_cut_offs: u64,
+    /// How many of these times a reply took longer than [`Deadlines::connect`] after the server had connected.
+    pub connect_cut_offs: u64,
 }
 
 #[derive(Debug)]
@@ -79,6 +87,8 @@ pub(super) struct LinkState {
     /// The budget for waits until a closing server has hung up. It is another one, because a server that hung has used
     /// the first one up, and must still be able to close its connection.
     hang_ups: WaitBudget,
+    /// The server's answers since the requester waits.
+    pub(super) progress: Progress,
 }
 
 impl fmt::Debug for Link {
@@ -113,22 +123,21 @@ pub(super) struct Batch {
 }
 
 impl Link {
-    /// A link without a connection, for the device of this name, whose server gets the windows of `target`. A server has `deadline` to reply to
-    /// an update, and once more for each further 1024 updates that are pending.
+    /// A link without a connection, for the device of this name, whose server gets the windows of `target`.
     ///
     /// # Errors
     /// The system has no descriptor left.
-    pub fn new(name: String, target: Arc<dyn DmaTarget>, deadline: Duration) -> io::Result<Self> {
+    pub fn new(name: String, target: Arc<dyn DmaTarget>, deadlines: Deadlines) -> io::Result<Self> {
         Ok(Self {
             name,
             target,
-            state: Mutex::new(Rank::Link, LinkState::new(deadline)),
+            state: Mutex::new(Rank::Link, LinkState::new(deadlines.answer)),
             changed: Condvar::new(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            deadline,
+            deadlines,
             has_client: AtomicBool::new(false),
             cut_offs: Counter::default(),
-            slow_cut_offs: Counter::default(),
+            limits: LimitCounters::default(),
             refused: Counter::default(),
             max_windows: u64::MAX,
         })
@@ -140,8 +149,16 @@ impl Link {
             client: self.has_client.load(Ordering::Relaxed),
             server: self.status().active,
             cut_offs: self.cut_offs.get(),
-            slow_cut_offs: self.slow_cut_offs.get(),
+            slow_cut_offs: self.limits.of(WaitLimit::Budget).get(),
+            answer_cut_offs: self.limits.of(WaitLimit::Answer).get(),
+            total_cut_offs: self.limits.of(WaitLimit::Total).get(),
+            connect_cut_offs: self.limits.of(WaitLimit::Connect).get(),
         }
+    }
+
+    /// How long the server may take to answer.
+    pub fn deadlines(&self) -> Deadlines {
+        self.deadlines
     }
 
     /// Records whether a client is connected.
@@ -168,6 +185,17 @@ impl Link {
     /// Makes [`Self::wake_fd`] unreadable again.
     pub(in crate::vfio_user) fn clear_wake(&self) {
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+    }
+
+    /// Cuts the server off because of a limit. It had `wait`.
+    pub(super) fn end_for(&self, state: &mut LinkState, limit: WaitLimit, wait: Duration) {
+        if state.connection.is_none() {
+            return;
+        }
+        self.limits.of(limit).inc();
+        let why = limit.reason(&self.deadlines, wait);
+        warn_limited!("{}: the server is cut off: {why}", self.name);
+        self.end_locked(state, Disconnect::CutOff(&why));
     }
 
     /// Ends the connection. If the server has memory and has not hung up, the connection is half closed
@@ -335,6 +363,7 @@ impl LinkState {
             closing: None,
             replies: WaitBudget::new(deadline, now),
             hang_ups: WaitBudget::new(deadline, now),
+            progress: Progress::new(now),
         }
     }
 

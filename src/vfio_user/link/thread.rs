@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::connection::{ClientCommand, MAX_REFUSED, NO_REPLY_ID, Pending, ServerConnection};
 use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish_update};
@@ -149,6 +150,7 @@ impl Link {
         let LinkState {
             connection: Some(connection),
             batches,
+            progress,
             ..
         } = &mut *state
         else {
@@ -180,6 +182,7 @@ impl Link {
             }
             Pending::Update(update, batch) => {
                 connection.updates -= 1;
+                progress.answered(Instant::now());
                 if let DmaUpdate::Map(window) = &update {
                     connection.unconfirmed.remove(&window.range.first().0);
                 }

@@ -2,17 +2,14 @@
 
 use std::fmt;
 use std::io;
-use std::time::Duration;
 
 use thiserror::Error;
 
+use super::deadlines::Deadlines;
 use crate::address::{Iova, IovaRange};
 use crate::process::wait_budget::AllowedWait;
 use crate::vfio_user::dma::Window;
 
-/// The longest wait for all updates of one request, unless the deadline of a single update is longer.
-/// A server that hangs is cut off by then, however many updates there are.
-pub const MAX_BATCH_TIMEOUT: Duration = Duration::from_secs(20);
 /// At most this many updates are without a reply; the others wait in the backlog.
 pub(super) const MAX_UPDATES: usize = 1024;
 
@@ -79,12 +76,10 @@ pub struct BatchTicket {
 }
 
 impl BatchTicket {
-    /// Counts `updates` more. The server has `deadline` once, and once more for each 1024 updates; of this time, it has
+    /// Counts `updates` more. The server has the deadline of an answer for each, up to the total; of this time, it has
     /// the part that its budget allows.
-    pub(super) fn expect_more(&mut self, updates: usize, deadline: Duration) {
+    pub(super) fn expect_more(&mut self, updates: usize, deadlines: &Deadlines) {
         self.updates += updates;
-        let rounds = u32::try_from(1 + self.updates / MAX_UPDATES).unwrap_or(u32::MAX);
-        let timeout = deadline.saturating_mul(rounds);
-        self.wait.grow(timeout.min(deadline.max(MAX_BATCH_TIMEOUT)));
+        self.wait.grow(deadlines.of_updates(self.updates));
     }
 }
