@@ -21,6 +21,7 @@ mod library;
 mod limits;
 mod reconnection;
 mod regions;
+mod replay;
 mod replies;
 mod runs;
 mod sockets;

@@ -78,9 +78,9 @@ impl Coarse {
         self.regions.dedup();
         let windows: Vec<_> = missing.into_iter().map(Window::from).collect();
         let set = |regions: &[DmaRegion]| self.device.space.set_regions(regions);
-        let (sent, added) = self.device.add(&windows, || set(&self.regions));
+        let added = self.device.add(&windows, || set(&self.regions));
         let Err(cause) = added else { return Ok(()) };
-        let back = (self.device).take_back(&windows, Some(sent), || set(&before));
+        let back = self.device.take_back(&windows, || set(&before));
         self.regions = before;
         back.and(Err(cause))
     }

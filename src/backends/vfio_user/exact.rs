@@ -78,7 +78,7 @@ impl Exact {
         let windows = view.count;
         let mut old = std::mem::replace(&mut *self.device.space.change(), view);
         old.settle();
-        let mut removal = updates.open(old.count > 0, old.count + windows);
+        let mut removal = updates.open(old.count > 0);
         drop(updates);
         let gone = old.windows_in(IovaRange::ALL).map(|window| window.range);
         self.send_unmaps(&mut removal, &announced, gone);
@@ -107,12 +107,11 @@ impl Exact {
         &self,
         windows: &[Window],
         change: impl FnOnce(&mut DeviceView),
-    ) -> (Announced, Result<(), DmaUpdateError>) {
+    ) -> Result<(), DmaUpdateError> {
         self.device.add(windows, || {
             let mut view = self.device.space.change();
             change(&mut view);
             view.count += windows.len();
-            view.count
         })
     }
 
@@ -120,14 +119,12 @@ impl Exact {
     fn take_back(
         &self,
         windows: &[Window],
-        sent: Option<Announced>,
         change: impl FnOnce(&mut DeviceView),
     ) -> Result<(), DmaUpdateError> {
-        self.device.take_back(windows, sent, || {
+        self.device.take_back(windows, || {
             let mut view = self.device.space.change();
             change(&mut view);
             view.discount(windows.len());
-            view.count
         })
     }
 
@@ -147,9 +144,9 @@ impl Exact {
             add(&mut self.device.space.change());
             return Ok(());
         }
-        let (sent, added) = self.add(&windows, add);
+        let added = self.add(&windows, add);
         added.or_else(|cause| {
-            self.take_back(&windows, Some(sent), |view| view.withdraw(mapping.range))?;
+            self.take_back(&windows, |view| view.withdraw(mapping.range))?;
             Err(cause)
         })
     }
@@ -184,7 +181,7 @@ impl Exact {
             view.add_slot(slot);
             view.in_slot(slot)
         };
-        let mut ticket = updates.open(false, part.count);
+        let mut ticket = updates.open(false);
         drop(updates);
         let mut added = 0;
         let mut windows = part.windows_in(IovaRange::ALL).inspect(|_| added += 1);
@@ -215,9 +212,9 @@ impl DmaBackend for Exact {
             Target::Bypass => {
                 let alone = DeviceView::bypass(vec![slot.clone()], self.device.reserved.clone());
                 let windows = self.device.wire(alone.windows_in(IovaRange::ALL));
-                let (sent, added) = self.add(&windows, |view| view.add_slot(&slot));
+                let added = self.add(&windows, |view| view.add_slot(&slot));
                 added.or_else(|cause| {
-                    self.take_back(&windows, Some(sent), |view| view.remove_slot(&slot))?;
+                    self.take_back(&windows, |view| view.remove_slot(&slot))?;
                     Err(cause)
                 })
             }
@@ -246,7 +243,7 @@ impl DmaBackend for Exact {
         let Some(first) = gone.peek().map(|window| window.first()) else {
             return Ok(());
         };
-        let mut ticket = updates.open(true, part.count);
+        let mut ticket = updates.open(true);
         drop(updates);
         let mut removed = 0;
         let mut gone = gone.inspect(|_| removed += 1);
@@ -334,16 +331,13 @@ impl DmaBackend for Exact {
             return;
         }
         let mut updates = self.device.link.lock();
-        let (table, count) = {
-            let mut view = self.device.space.change();
-            (view.leave(range), view.count)
-        };
-        let Some(table) = table else { return };
+        let left = self.device.space.change().leave(range);
+        let Some(table) = left else { return };
         let announced = updates.announced();
         let mappings = table.mappings_in(range);
         let windows = mappings.flat_map(|mapping| windows_of(mapping, &self.device.slots));
         let mut gone = windows.map(|window| window.range).peekable();
-        let mut ticket = gone.peek().is_some().then(|| updates.open(true, count));
+        let mut ticket = gone.peek().is_some().then(|| updates.open(true));
         drop(updates);
         let mut windows = 0;
         let mut gone = gone.inspect(|_| windows += 1);
@@ -380,7 +374,7 @@ impl DmaBackend for Exact {
             return Ok(());
         };
         let windows = self.device.wire(windows_of(mapping, &self.device.slots));
-        self.take_back(&windows, None, |view| view.withdraw(range))
+        self.take_back(&windows, |view| view.withdraw(range))
             .map_err(|cause| self.device.removal_failed(range.first(), &cause))
     }
 

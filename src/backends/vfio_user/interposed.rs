@@ -15,7 +15,7 @@ use crate::backends::{
 use crate::faults::FaultSink;
 use crate::ids::EndpointId;
 use crate::vfio_user::{
-    Announced, BatchTicket, DmaUpdate, DmaUpdateError, Interposer, InterposerSettings, Link, Window,
+    BatchTicket, DmaUpdate, DmaUpdateError, Interposer, InterposerSettings, Link, Window,
 };
 
 /// The limits of both kinds of backends.
@@ -124,45 +124,36 @@ impl Interposed {
         }
     }
 
-    /// Makes a change that adds `windows`, which are few. `change` returns the number of all windows after it. On error,
-    /// the caller must make up for it with [`Self::take_back`].
+    /// Makes a change that adds `windows`, which are few. On error, the caller must make up for it with
+    /// [`Self::take_back`].
     pub(super) fn add(
         &self,
         windows: &[Window],
-        change: impl FnOnce() -> usize,
-    ) -> (Announced, Result<(), DmaUpdateError>) {
-        let (announced, ticket) = self.send_maps(windows, change);
-        (announced, self.link.wait(ticket))
+        change: impl FnOnce(),
+    ) -> Result<(), DmaUpdateError> {
+        let ticket = self.send_maps(windows, change);
+        self.link.wait(ticket)
     }
 
     /// The first half of [`Self::add`]. The caller must wait for the ticket.
-    pub(super) fn send_maps(
-        &self,
-        windows: &[Window],
-        change: impl FnOnce() -> usize,
-    ) -> (Announced, BatchTicket) {
+    pub(super) fn send_maps(&self, windows: &[Window], change: impl FnOnce()) -> BatchTicket {
         let mut updates = self.link.lock();
-        let announced = updates.announced();
-        let count = change();
-        let maps = windows.iter().cloned().map(DmaUpdate::Map).collect();
-        (announced, updates.send(maps, false, count))
+        change();
+        updates.add(windows)
     }
 
-    /// Makes a change that removes `windows`, which are few. `sent` tells the server to which [`Self::add`] has sent them
-    /// all. `change` returns the number of all windows after it.
+    /// Makes a change that removes `windows`, which are few.
     pub(super) fn take_back(
         &self,
         windows: &[Window],
-        sent: Option<Announced>,
-        change: impl FnOnce() -> usize,
+        change: impl FnOnce(),
     ) -> Result<(), DmaUpdateError> {
         let mut updates = self.link.lock();
         let announced = updates.announced();
-        let all = sent.is_some_and(|sent| sent.is_same_server(&announced));
-        let count = change();
-        let known = windows.iter().filter(|w| all || announced.has(w.range));
+        change();
+        let known = windows.iter().filter(|w| announced.has(w.range));
         let unmaps = known.map(|w| DmaUpdate::Unmap(w.range)).collect();
-        let ticket = updates.send(unmaps, !windows.is_empty(), count);
+        let ticket = updates.send(unmaps, !windows.is_empty());
         drop(updates);
         self.link.wait(ticket)
     }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use super::dma_window::windows_of;
 use super::interposed::Interposed;
 use crate::address::{Iova, IovaRange, Mapping};
-use crate::vfio_user::{Announced, BatchTicket, DmaUpdateError, Window};
+use crate::vfio_user::{BatchTicket, DmaUpdateError, Window};
 
 /// A run has no further mapping after this many windows. This bounds its memory: a mapping can have a window in each
 /// memory slot.
@@ -22,7 +22,7 @@ pub(super) struct MapRun {
     /// By their first address.
     begun: BTreeMap<Iova, Begun>,
     /// What to wait for, until somebody has done so.
-    sent: Option<(BatchTicket, Announced)>,
+    sent: Option<BatchTicket>,
 }
 
 struct Begun {
@@ -59,11 +59,10 @@ impl MapRun {
                 view.add(&entry.mapping);
             }
             view.count += all.len();
-            view.count
         });
         Some(Self {
             begun,
-            sent: Some((sent.1, sent.0)),
+            sent: Some(sent),
         })
     }
 
@@ -88,7 +87,7 @@ impl MapRun {
 
     /// Waits for the server, and removes the mappings that it refuses from the view and from the server.
     pub(super) fn finish(&mut self, device: &Interposed) {
-        let Some((ticket, announced)) = self.sent.take() else {
+        let Some(ticket) = self.sent.take() else {
             return;
         };
         let mut back = Vec::new();
@@ -117,13 +116,12 @@ impl MapRun {
             return;
         }
         let windows = back.len();
-        let taken = device.take_back(&back, Some(announced), || {
+        let taken = device.take_back(&back, || {
             let mut view = device.space.change();
             for range in &refused {
                 view.withdraw(*range);
             }
             view.discount(windows);
-            view.count
         });
         if let Err(cause) = taken {
             for range in refused {

@@ -71,10 +71,9 @@ impl Space {
         (windows, self.refused.get())
     }
 
-    /// Replaces the regions that a server is told. Returns their number.
-    pub(super) fn set_regions(&self, regions: &[DmaRegion]) -> usize {
+    /// Replaces the regions that a server is told.
+    pub(super) fn set_regions(&self, regions: &[DmaRegion]) {
         *self.regions.write() = regions.to_vec();
-        regions.len()
     }
 
     /// Reports that the device is stopped because of a failure, not because of an access.

@@ -58,8 +58,6 @@ pub(super) struct ServerLeg {
     pub(super) receiver: Receiver,
     /// The second socket, for the server's commands.
     pub(super) twin: Option<Twin>,
-    /// When the server is cut off unless it has answered VERSION.
-    pub(super) version_until: Option<Instant>,
 }
 
 pub(super) struct Twin {

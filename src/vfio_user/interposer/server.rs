@@ -150,7 +150,6 @@ impl Proxy {
                 return Err(why);
             }
         };
-        server.version_until = None;
         let twin = terms.twin.and_then(|at| {
             let mut descriptors = message.descriptors;
             (at < descriptors.len()).then(|| descriptors.swap_remove(at))

@@ -24,8 +24,6 @@ use crate::{info_limited, warn_limited};
 
 /// How long the thread waits before it tries again to connect to a server or to accept a client.
 const RETRY: Duration = Duration::from_millis(100);
-/// How long a server may take to answer VERSION.
-const VERSION_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A running interposer. Dropping it stops the thread and closes both connections.
 pub struct Interposer {
@@ -173,7 +171,7 @@ impl Proxy {
                     events,
                 });
             }
-            due.extend(server.version_until);
+            due.extend(status.answer_until);
             if let Some(twin) = &server.twin {
                 let mut events = Events::empty();
                 events.set(Events::EPOLLIN, twin.outbox.len_bytes() < MAX_UNSENT);
@@ -219,8 +217,8 @@ impl Proxy {
         let status = self.link.status();
         if let Some(server) = &self.server {
             if status.connected && status.session == server.session {
-                if server.version_until.is_some_and(|at| at < Instant::now()) {
-                    self.cut_server_off("it did not answer VERSION in time");
+                if status.answer_until.is_some_and(|at| at <= Instant::now()) {
+                    self.link.end_unanswered();
                 }
             } else {
                 self.drop_server();
@@ -253,7 +251,6 @@ impl Proxy {
                     socket,
                     receiver: Receiver::default(),
                     twin: None,
-                    version_until: Some(now + VERSION_DEADLINE),
                 });
             }
             Err(cause) => warn_limited!(

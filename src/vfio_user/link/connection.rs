@@ -3,10 +3,9 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
-use zerocopy::IntoBytes;
-
-use super::update::DmaUpdate;
+use super::update::{DmaUpdate, REPLAY, UNWATCHED};
 use crate::address::{Iova, IovaRange};
 use crate::vfio_user::dma::Window;
 use crate::vfio_user::message::{
@@ -29,15 +28,28 @@ pub(super) struct ServerConnection {
     pub(super) outbox: Outbox,
     /// The batch of the announcement of all windows, if one is in progress.
     pub(super) announcing: Option<u64>,
-    /// The windows from this address on are not announced yet, except those of updates; `None` if all are.
+    /// The windows from this address on are not announced yet; `None` if all are. No update concerns those.
     pub(super) unannounced: Option<Iova>,
-    /// Updates that are not in the outbox yet, and their batches. They wait for the announcement, unless the server has
-    /// no room for more windows.
-    pub(super) backlog: VecDeque<(DmaUpdate, u64)>,
+    /// [`DmaUpdates::hold_back`](super::DmaUpdates::hold_back) has stopped the announcement of [`REPLAY`].
+    pub(super) has_held_back: bool,
+    /// Updates that are not in the outbox yet.
+    pub(super) backlog: VecDeque<Queued>,
+    /// The announcement continues before the next update of [`UNWATCHED`].
+    pub(super) announces_next: bool,
+    /// The number of the last update.
+    last_serial: u64,
+    /// The number of the last update that a requester waits for.
+    pub(super) watched: u64,
+    /// When the server connected, or last answered an update or VERSION.
+    pub(super) answered_at: Instant,
     pub(super) pending: HashMap<u16, Pending>,
     next_id: u16,
     /// Updates without a reply.
     pub(super) updates: usize,
+    /// The windows among them that belong to [`REPLAY`].
+    pub(super) replayed: usize,
+    /// The updates of [`UNWATCHED`] without a reply, whether they are sent or not.
+    pub(super) unwatched: usize,
     /// The client's commands without a reply.
     pub(super) commands: usize,
     /// The number of windows that the server has.
@@ -63,11 +75,20 @@ pub(in crate::vfio_user) struct ClientCommand {
     pub(in crate::vfio_user) accesses_nothing: bool,
 }
 
+/// An update on its way to the server.
+#[derive(Debug)]
+pub(super) struct Queued {
+    pub(super) update: DmaUpdate,
+    pub(super) batch: u64,
+    /// Updates are sent in the order of these numbers.
+    pub(super) serial: u64,
+}
+
 /// A command without a reply.
 #[derive(Debug)]
 pub(super) enum Pending {
     Version,
-    Update(DmaUpdate, u64),
+    Update(Queued),
     /// A command of the client.
     Client(ClientCommand),
     /// A command that sets the client's interrupts again.
@@ -83,10 +104,17 @@ impl ServerConnection {
             outbox: Outbox::default(),
             announcing: None,
             unannounced: Some(Iova(0)),
+            has_held_back: false,
             backlog: VecDeque::new(),
+            announces_next: false,
+            last_serial: 0,
+            watched: 0,
+            answered_at: Instant::now(),
             pending: HashMap::new(),
             next_id: 0,
             updates: 0,
+            replayed: 0,
+            unwatched: 0,
             commands: 0,
             windows: 0,
             shares_memory: false,
@@ -101,6 +129,50 @@ impl ServerConnection {
     pub(super) fn announce(&mut self, batch: u64) {
         self.announcing = Some(batch);
         self.unannounced = Some(Iova(0));
+        self.has_held_back = false;
+    }
+
+    /// Whether the server has just connected and is still being told all windows. It has lost its state, so no guest
+    /// depends on it: no request waits for these windows.
+    pub(super) fn is_replaying(&self) -> bool {
+        let announcing = self.announcing == Some(REPLAY) && !self.is_announcement_paused();
+        announcing || self.replayed > 0
+    }
+
+    /// Whether the announcement has not reached `window`: the target still has it for that.
+    pub(super) fn is_unannounced(&self, window: &Window) -> bool {
+        self.unannounced
+            .is_some_and(|from| window.range.first() >= from)
+    }
+
+    /// Counts an update that is about to be sent or to join the backlog.
+    pub(super) fn count_in(&mut self, update: DmaUpdate, batch: u64) -> Queued {
+        self.last_serial += 1;
+        match batch {
+            UNWATCHED => self.unwatched += 1,
+            REPLAY => self.replayed += 1,
+            _ => self.watched = self.last_serial,
+        }
+        Queued {
+            update,
+            batch,
+            serial: self.last_serial,
+        }
+    }
+
+    /// Counts an update of `batch` that is complete.
+    pub(super) fn count_out(&mut self, batch: u64) {
+        match batch {
+            UNWATCHED => self.unwatched -= 1,
+            REPLAY => self.replayed -= 1,
+            _ => {}
+        }
+    }
+
+    /// Adds an update to the backlog.
+    pub(super) fn queue(&mut self, update: DmaUpdate, batch: u64) {
+        let queued = self.count_in(update, batch);
+        self.backlog.push_back(queued);
     }
 
     /// The number of windows that the server can have.
@@ -113,22 +185,13 @@ impl ServerConnection {
         self.announcing.is_some() && self.windows >= self.max_windows()
     }
 
-    /// Whether `window` is announced by an update that is not in the outbox yet.
-    pub(super) fn is_in_backlog(&self, window: &Window) -> bool {
-        let first = window.range.first();
-        let mut updates = self.backlog.iter();
-        updates.any(|(u, _)| matches!(u, DmaUpdate::Map(w) if w.range.first() == first))
-    }
-
-    /// Sends DMA_MAP for a window.
-    pub(super) fn send_window(&mut self, window: Window, batch: u64) {
+    /// Counts a window that the server is about to get.
+    pub(super) fn note_window(&mut self, window: &Window) {
+        let first = window.range.first().0;
         self.windows += 1;
         // An earlier refusal does not count any more.
-        self.refused.remove(&window.range.first().0);
-        self.unconfirmed.insert(window.range.first().0);
-        let (body, descriptors) = map_body(&window);
-        self.shares_memory |= !descriptors.is_empty();
-        self.send_update(DmaUpdate::Map(window), batch, body.as_bytes(), descriptors);
+        self.refused.remove(&first);
+        self.unconfirmed.insert(first);
     }
 
     pub(super) fn send(
@@ -142,19 +205,6 @@ impl ServerConnection {
         self.pending.insert(id, pending);
         let header = Header::command(id, command, body.len());
         self.outbox.push(header.with_body(body), descriptors);
-    }
-
-    pub(super) fn send_update(
-        &mut self,
-        update: DmaUpdate,
-        batch: u64,
-        body: &[u8],
-        descriptors: Vec<OutgoingFd>,
-    ) {
-        self.updates += 1;
-        let pending = Pending::Update(update, batch);
-        let command = pending.command();
-        self.send(pending, command, body, descriptors);
     }
 
     /// A number that no pending command has. There always is one: far fewer than 65535 are pending.
@@ -173,8 +223,10 @@ impl Pending {
     pub(super) fn command(&self) -> Command {
         match self {
             Self::Version => Command::Version,
-            Self::Update(DmaUpdate::Map(_), _) => Command::DmaMap,
-            Self::Update(DmaUpdate::Unmap(_), _) => Command::DmaUnmap,
+            Self::Update(queued) => match queued.update {
+                DmaUpdate::Map(_) => Command::DmaMap,
+                DmaUpdate::Unmap(_) => Command::DmaUnmap,
+            },
             // Unknown commands are never forwarded.
             Self::Client(command) => {
                 Command::from_number(command.header.command).unwrap_or(Command::Version)

@@ -8,13 +8,14 @@
 //! announcement of all windows, or with an update after it.
 //!
 //! The link keeps no list of windows. It announces all windows in ascending order, asks the target for a few at a time,
-//! and remembers the address it has reached. An update waits for the announcement. So an UNMAP in between removes from
-//! the server exactly the windows below that address.
+//! and remembers the address it has reached. The server is told exactly the target's windows below that address, less
+//! those that it refuses: updates concern no others, and go before the rest of the announcement.
 
 mod connection;
 mod deadlines;
 mod limit;
 mod requester;
+mod sending;
 mod state;
 mod thread;
 mod update;

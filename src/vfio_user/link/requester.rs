@@ -4,10 +4,14 @@ use std::time::Instant;
 
 use super::connection::ServerConnection;
 use super::deadlines::{Progress, WaitLimit};
-use super::state::{Batch, Link, LinkState, UNWATCHED};
-use super::update::{BatchTicket, DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
+use super::state::{Batch, Link, LinkState};
+use super::update::{
+    BatchTicket, DmaUpdate, DmaUpdateError, MAX_UNWATCHED, MAX_UPDATES, REPLAY, UNWATCHED,
+    WindowRefusal,
+};
 use crate::address::{Iova, IovaRange};
 use crate::locks::MutexGuard;
+use crate::vfio_user::dma::Window;
 
 impl Link {
     /// Locks the link, so that the caller can change the windows of the
@@ -136,8 +140,9 @@ impl Link {
                 continue;
             }
             let before = connection.backlog.len();
-            let next = updates.by_ref().take(room).map(|update| (update, batch));
-            connection.backlog.extend(next);
+            for update in updates.by_ref().take(room) {
+                connection.queue(update, batch);
+            }
             let sent = connection.backlog.len() - before;
             if let Some(batch) = state.batches.get_mut(&batch) {
                 batch.remaining += sent;
@@ -178,10 +183,56 @@ pub struct DmaUpdates<'a> {
 }
 
 impl DmaUpdates<'_> {
-    /// Sends updates, which the server applies in order. [`Link::wait`] waits for that. For `unmaps` and `windows`, see
-    /// [`Self::open`].
-    pub fn send(&mut self, updates: Vec<DmaUpdate>, unmaps: bool, windows: usize) -> BatchTicket {
-        let mut ticket = self.open(unmaps, windows);
+    /// Sends windows that the caller has added to the target. [`Link::wait`] waits until the server has them.
+    ///
+    /// A server that has just connected gets them with all others, and nobody waits for that. If the announcement has
+    /// passed a window, the server gets it besides, and a caller waits only if very many have come so. If the server has
+    /// no room for windows that the announcement has not reached, it refuses them.
+    pub fn add(&mut self, windows: &[Window]) -> BatchTicket {
+        let connection = self.state.connection.as_mut();
+        let Some(connection) = connection.filter(|c| c.terms.is_some()) else {
+            return self.open(false);
+        };
+        let (later, now): (Vec<_>, Vec<_>) =
+            windows.iter().partition(|w| connection.is_unannounced(w));
+        let has_no_room = !later.is_empty() && connection.is_announcement_paused();
+        let is_replaying = connection.is_replaying();
+        let is_free = connection.unwatched + now.len() <= MAX_UNWATCHED;
+        let maps = now.into_iter().cloned().map(DmaUpdate::Map);
+        if has_no_room {
+            let ticket = self.send(maps.collect(), false);
+            self.refuse(ticket.batch, &later);
+            return ticket;
+        }
+        if !is_replaying || !is_free {
+            return self.send(maps.collect(), false);
+        }
+        for map in maps {
+            connection.queue(map, UNWATCHED);
+        }
+        self.link.send_updates(&mut self.state);
+        self.open_as(UNWATCHED)
+    }
+
+    /// The server has no room for windows of a batch.
+    fn refuse(&mut self, batch: u64, windows: &[&Window]) {
+        let state = &mut *self.state;
+        let (Some(connection), Some(batch)) =
+            (state.connection.as_mut(), state.batches.get_mut(&batch))
+        else {
+            return;
+        };
+        for window in windows {
+            let refusal = self.link.no_room(connection, window.range.first());
+            let failed = DmaUpdateError::Refused(refusal);
+            batch.failed.get_or_insert(failed);
+            batch.refused.push(refusal);
+        }
+    }
+
+    /// Sends updates, which the server applies in order. [`Link::wait`] waits for that. For `unmaps`, see [`Self::open`].
+    pub fn send(&mut self, updates: Vec<DmaUpdate>, unmaps: bool) -> BatchTicket {
+        let mut ticket = self.open(unmaps);
         ticket.expect_more(updates.len(), &self.link.deadlines);
         let state = &mut *self.state;
         let batch = ticket.batch;
@@ -189,27 +240,22 @@ impl DmaUpdates<'_> {
             && let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some())
         {
             entry.remaining = updates.len();
-            let updates = updates.into_iter().map(|update| (update, batch));
-            connection.backlog.extend(updates);
+            for update in updates {
+                connection.queue(update, batch);
+            }
             self.link.send_updates(state);
         }
         ticket
     }
 
     /// Opens a batch for [`Link::send_all`]. `unmaps` says that the caller removes windows, which a server whose
-    /// connection is half closed may still use. `windows` is the number of all
-    /// windows: a server that connects just now may be getting them first.
-    pub fn open(&mut self, unmaps: bool, windows: usize) -> BatchTicket {
+    /// connection is half closed may still use.
+    pub fn open(&mut self, unmaps: bool) -> BatchTicket {
         let state = &mut *self.state;
-        let now = Instant::now();
         if state.batches.is_empty() {
-            state.progress = Progress::new(now);
+            state.progress = Progress::new(Instant::now());
         }
         let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
-        let before = connection.map_or(0, |c| {
-            let announced = c.announcing.map_or(0, |_| windows);
-            c.updates + c.backlog.len() + announced
-        });
         let is_watched = connection.is_some() || unmaps && state.closing.is_some();
         let batch = if is_watched {
             state.last_batch += 1;
@@ -223,6 +269,14 @@ impl DmaUpdates<'_> {
             // A server that connects later gets the windows of that time.
             UNWATCHED
         };
+        self.open_as(batch)
+    }
+
+    fn open_as(&mut self, batch: u64) -> BatchTicket {
+        let state = &mut *self.state;
+        let now = Instant::now();
+        let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
+        let before = connection.map_or(0, |c| c.updates + c.backlog.len());
         let deadlines = &self.link.deadlines;
         let is_for_hang_up = state.connection.as_ref().is_none_or(|c| c.terms.is_none());
         let budget = state.budget(is_for_hang_up);
@@ -243,7 +297,7 @@ impl DmaUpdates<'_> {
         let connection = self.state.connection.as_ref();
         let connection = connection.filter(|c| c.terms.is_some());
         Announced {
-            session: connection.map(|_| self.state.session),
+            is_connected: connection.is_some(),
             unannounced: connection.and_then(|c| c.unannounced),
         }
     }
@@ -251,13 +305,15 @@ impl DmaUpdates<'_> {
     /// The caller replaces all windows. Those it adds are not announced before [`Self::announce`].
     pub fn hold_back(&mut self) {
         if let Some(connection) = self.state.connection.as_mut().filter(|c| c.terms.is_some()) {
+            connection.has_held_back = connection.is_replaying();
             connection.announcing = None;
             connection.unannounced = Some(Iova(0));
         }
     }
 
     /// Announces all windows, so many of them, to the server for which [`Self::hold_back`] was called: the one of
-    /// `former`, whose time counts on. Another server that is connected has got them already.
+    /// `former`, whose time counts on. Another server that is connected has got them already. Nobody waits for a server
+    /// that had not got all former windows yet.
     pub fn announce(&mut self, former: &BatchTicket, windows: usize) -> BatchTicket {
         let state = &mut *self.state;
         let mut ticket = former.clone();
@@ -267,14 +323,18 @@ impl DmaUpdates<'_> {
         if let Some(connection) = state.connection_of(former)
             && connection.announcing.is_none()
         {
-            connection.announce(batch);
-            ticket.batch = batch;
-            state.last_batch = batch;
-            let entry = Batch {
-                remaining: 1,
-                ..Batch::default()
-            };
-            state.batches.insert(batch, entry);
+            if connection.has_held_back {
+                connection.announce(REPLAY);
+            } else {
+                connection.announce(batch);
+                ticket.batch = batch;
+                state.last_batch = batch;
+                let entry = Batch {
+                    remaining: 1,
+                    ..Batch::default()
+                };
+                state.batches.insert(batch, entry);
+            }
             self.link.send_updates(state);
         }
         ticket
@@ -284,8 +344,8 @@ impl DmaUpdates<'_> {
 /// The windows that a server has, or is getting, at some moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Announced {
-    /// The number of the connection, if there is one.
-    session: Option<u64>,
+    /// There is a connection.
+    is_connected: bool,
     /// The windows from this address on are not announced yet.
     unannounced: Option<Iova>,
 }
@@ -294,11 +354,6 @@ impl Announced {
     /// Whether `window` is one of them.
     pub fn has(&self, window: IovaRange) -> bool {
         let announced = self.unannounced.is_none_or(|from| window.first() < from);
-        self.session.is_some() && announced
-    }
-
-    /// Whether both belong to one connection.
-    pub fn is_same_server(&self, other: &Self) -> bool {
-        self.session.is_some() && self.session == other.session
+        self.is_connected && announced
     }
 }

@@ -10,12 +10,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::Shutdown;
-use zerocopy::IntoBytes;
 
-use super::connection::{Pending, ServerConnection, unmap_body};
+use super::connection::{Pending, ServerConnection};
 use super::deadlines::{Deadlines, LimitCounters, Progress, WaitLimit};
-use super::update::{DmaUpdate, DmaUpdateError, MAX_UPDATES, WindowRefusal};
-use crate::address::Iova;
+use super::update::{DmaUpdateError, REPLAY, WindowRefusal};
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::process::wait_budget::WaitBudget;
@@ -23,19 +21,12 @@ use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
 
-/// This many windows are looked up at a time.
-const ANNOUNCED_AT_ONCE: usize = 64;
-/// No update is added to the outbox while this many bytes wait there.
-const MAX_QUEUED_BYTES: usize = 256 << 10;
-/// The batch of updates that no requester waits for.
-pub(super) const UNWATCHED: u64 = 0;
-
 /// The connection to a device's server, which may disconnect and reconnect at any time.
 pub struct Link {
     /// The device's name in log messages.
     pub(super) name: String,
     /// Knows all windows.
-    target: Arc<dyn DmaTarget>,
+    pub(super) target: Arc<dyn DmaTarget>,
     pub(super) state: Mutex<LinkState>,
     pub(super) changed: Condvar,
     wake: OwnedFd,
@@ -236,102 +227,6 @@ impl Link {
         self.wake();
     }
 
-    /// Moves windows to announce, and updates from the backlog, to the outbox, up to the limits, and sends.
-    pub(super) fn send_updates(&self, state: &mut LinkState) {
-        let LinkState {
-            connection: Some(connection),
-            batches,
-            ..
-        } = state
-        else {
-            return;
-        };
-        let max_windows = connection.max_windows();
-        while connection.updates < MAX_UPDATES && connection.outbox.len_bytes() < MAX_QUEUED_BYTES {
-            if let (Some(batch), Some(first)) = (connection.announcing, connection.unannounced) {
-                let room = max_windows.saturating_sub(connection.windows);
-                let room = usize::try_from(room).unwrap_or(usize::MAX);
-                if room > 0 {
-                    let limit = room.min(ANNOUNCED_AT_ONCE);
-                    let windows = self.target.windows_from(first, limit);
-                    let is_rest = windows.len() < limit;
-                    let last = windows.last().map(|window| window.range.first().0);
-                    let next = last.and_then(|last| last.checked_add(1)).map(Iova);
-                    connection.unannounced = next.filter(|_| !is_rest);
-                    for window in windows {
-                        if !connection.is_in_backlog(&window) {
-                            if let Some(batch) = batches.get_mut(&batch) {
-                                batch.remaining += 1;
-                            }
-                            connection.send_window(window, batch);
-                        }
-                    }
-                    if connection.unannounced.is_some() && connection.is_announcement_paused() {
-                        warn_limited!(
-                            "{}: the server takes {max_windows} windows and no more; it gets the others as it gives \
-                             windows up",
-                            self.name
-                        );
-                    }
-                    if connection.unannounced.is_none() {
-                        self.end_announcement(connection, batches, None);
-                    }
-                    continue;
-                }
-                if batch != UNWATCHED {
-                    let refusal = self.no_room(connection, first);
-                    self.end_announcement(connection, batches, Some(refusal));
-                }
-            }
-            // The server may still refuse the window: then there is nothing to remove.
-            let unconfirmed = match connection.backlog.front() {
-                Some((DmaUpdate::Unmap(range), _)) => {
-                    connection.unconfirmed.contains(&range.first().0)
-                }
-                Some((DmaUpdate::Map(_), _)) | None => false,
-            };
-            if unconfirmed {
-                break;
-            }
-            let Some((update, batch)) = connection.backlog.pop_front() else {
-                break;
-            };
-            match update {
-                DmaUpdate::Map(window) if connection.windows >= max_windows => {
-                    connection.refused.insert(window.range.first().0);
-                    let refusal = self.no_room(connection, window.range.first());
-                    finish_update(&self.name, batches, batch, Some(refusal));
-                    self.changed.notify_all();
-                }
-                DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => {
-                    finish_update(&self.name, batches, batch, None);
-                    self.changed.notify_all();
-                }
-                DmaUpdate::Map(window) => connection.send_window(window, batch),
-                DmaUpdate::Unmap(range) => {
-                    let body = unmap_body(range);
-                    connection.send_update(update, batch, body.as_bytes(), Vec::new());
-                }
-            }
-        }
-        self.flush_locked(state);
-    }
-
-    /// Ends the announcement of all windows. `refusal` says why the server does not get them all.
-    pub(super) fn end_announcement(
-        &self,
-        connection: &mut ServerConnection,
-        batches: &mut HashMap<u64, Batch>,
-        refusal: Option<WindowRefusal>,
-    ) {
-        if let Some(batch) = connection.announcing.take()
-            && batch != UNWATCHED
-        {
-            finish_update(&self.name, batches, batch, refusal);
-            self.changed.notify_all();
-        }
-    }
-
     pub(super) fn flush_locked(&self, state: &mut LinkState) {
         let Some(connection) = &mut state.connection else {
             return;
@@ -358,7 +253,7 @@ impl LinkState {
             connection: None,
             session: 0,
             batches: HashMap::new(),
-            last_batch: 0,
+            last_batch: REPLAY,
             unanswered: Vec::new(),
             closing: None,
             replies: WaitBudget::new(deadline, now),

@@ -5,9 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::connection::{ClientCommand, MAX_REFUSED, NO_REPLY_ID, Pending, ServerConnection};
-use super::state::{Disconnect, Link, LinkState, UNWATCHED, finish_update};
-use super::update::{DmaUpdate, DmaUpdateError};
+use super::connection::{
+    ClientCommand, MAX_REFUSED, NO_REPLY_ID, Pending, Queued, ServerConnection,
+};
+use super::deadlines::WaitLimit;
+use super::state::{Disconnect, Link, LinkState, finish_update};
+use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
@@ -44,6 +47,8 @@ pub(in crate::vfio_user) struct LinkStatus {
     pub(in crate::vfio_user) commands: usize,
     /// The last server has not hung up yet; the thread must not connect before it does.
     pub(in crate::vfio_user) closing: bool,
+    /// When a server that has connected must have answered.
+    pub(in crate::vfio_user) answer_until: Option<Instant>,
 }
 
 impl Link {
@@ -61,6 +66,22 @@ impl Link {
             descriptors: connection.map_or(0, |c| c.outbox.len_descriptors()),
             commands: connection.map_or(0, |c| c.commands),
             closing: state.closing.is_some(),
+            answer_until: connection.and_then(|c| self.answer_until(c)),
+        }
+    }
+
+    fn answer_until(&self, connection: &ServerConnection) -> Option<Instant> {
+        let is_new = connection.terms.is_none() || connection.is_replaying();
+        is_new.then(|| connection.answered_at + self.deadlines.connect)
+    }
+
+    /// Cuts off a server that has connected and has not answered in time.
+    pub(in crate::vfio_user) fn end_unanswered(&self) {
+        let mut state = self.state.lock();
+        let connection = state.connection.as_ref();
+        let until = connection.and_then(|c| self.answer_until(c));
+        if until.is_some_and(|until| until <= Instant::now()) {
+            self.end_for(&mut state, WaitLimit::Connect, self.deadlines.connect);
         }
     }
 
@@ -90,7 +111,8 @@ impl Link {
             windows: terms.windows.min(self.max_windows),
             ..terms
         });
-        connection.announce(UNWATCHED);
+        connection.answered_at = Instant::now();
+        connection.announce(REPLAY);
         for (command, body, descriptors) in replay {
             connection.send(Pending::Replay(command), command, &body, descriptors);
         }
@@ -180,9 +202,18 @@ impl Link {
                 }
                 MatchedReply::Own
             }
-            Pending::Update(update, batch) => {
+            Pending::Update(Queued {
+                update,
+                batch,
+                serial,
+            }) => {
                 connection.updates -= 1;
-                progress.answered(Instant::now());
+                connection.count_out(batch);
+                connection.answered_at = Instant::now();
+                // Later updates do not bring the requester's replies nearer.
+                if serial <= connection.watched {
+                    progress.answered(connection.answered_at);
+                }
                 if let DmaUpdate::Map(window) = &update {
                     connection.unconfirmed.remove(&window.range.first().0);
                 }
@@ -220,7 +251,7 @@ impl Link {
                         None
                     }
                 };
-                let is_announced = connection.announcing == Some(batch) && batch != UNWATCHED;
+                let is_announced = connection.announcing == Some(batch) && batch != REPLAY;
                 finish_update(&self.name, batches, batch, refusal);
                 if refusal.is_some() {
                     if connection.refused.len() > MAX_REFUSED {

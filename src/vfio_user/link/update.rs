@@ -12,6 +12,15 @@ use crate::vfio_user::dma::Window;
 
 /// At most this many updates are without a reply; the others wait in the backlog.
 pub(super) const MAX_UPDATES: usize = 1024;
+/// At most this many updates that no requester waits for are without a reply. A requester that comes next waits for all
+/// of them.
+pub(super) const MAX_UNWATCHED: usize = 64;
+
+/// The batch of updates that no requester waits for.
+pub(super) const UNWATCHED: u64 = 0;
+/// The batch of all windows that a server gets when it connects. No requester waits for it either. The batches of
+/// requesters have higher numbers.
+pub(super) const REPLAY: u64 = 1;
 
 /// A change of the memory that a device may reach.
 #[derive(Clone, Debug)]

@@ -1,0 +1,182 @@
+//! The order in which messages go to the server.
+//!
+//! Updates go before the announcement of all windows, in their order. While a server that has just connected is told all
+//! windows, few announced windows are without a reply: an UNMAP waits for those, and for nothing more of the
+//! announcement.
+
+use std::collections::HashMap;
+
+use zerocopy::IntoBytes;
+
+use super::connection::{Pending, Queued, ServerConnection, map_body, unmap_body};
+use super::state::{Batch, Link, LinkState, finish_update};
+use super::update::{DmaUpdate, MAX_UPDATES, REPLAY, WindowRefusal};
+use crate::address::Iova;
+use crate::warn_limited;
+
+/// This many windows are looked up at a time.
+const ANNOUNCED_AT_ONCE: usize = 64;
+/// The most windows of [`REPLAY`] without a reply. With more, an UNMAP would wait longer. With 8, a server that is told
+/// 200 000 windows takes several times as long: each reply wakes a thread.
+const MAX_REPLAYED: usize = 64;
+/// No update is added to the outbox while this many bytes wait there.
+const MAX_QUEUED_BYTES: usize = 256 << 10;
+
+impl Link {
+    /// Moves updates and windows to announce to the outbox, up to the limits, and sends.
+    pub(super) fn send_updates(&self, state: &mut LinkState) {
+        let LinkState {
+            connection: Some(connection),
+            batches,
+            ..
+        } = state
+        else {
+            return;
+        };
+        while connection.updates < MAX_UPDATES && connection.outbox.len_bytes() < MAX_QUEUED_BYTES {
+            let has_sent = if connection.is_announcement_next() {
+                self.announce_some(connection, batches);
+                true
+            } else {
+                self.send_next(connection, batches)
+            };
+            if !has_sent {
+                break;
+            }
+        }
+        self.flush_locked(state);
+    }
+
+    /// Sends the next windows of the announcement.
+    fn announce_some(&self, connection: &mut ServerConnection, batches: &mut HashMap<u64, Batch>) {
+        let (Some(batch), Some(first)) = (connection.announcing, connection.unannounced) else {
+            return;
+        };
+        let limit = connection.announcement_room().min(ANNOUNCED_AT_ONCE);
+        if limit == 0 {
+            let refusal = self.no_room(connection, first);
+            return self.end_announcement(connection, batches, Some(refusal));
+        }
+        let windows = self.target.windows_from(first, limit);
+        let is_rest = windows.len() < limit;
+        let last = windows.last().map(|window| window.range.first().0);
+        let next = last.and_then(|last| last.checked_add(1)).map(Iova);
+        connection.unannounced = next.filter(|_| !is_rest);
+        for window in windows {
+            if let Some(batch) = batches.get_mut(&batch) {
+                batch.remaining += 1;
+            }
+            let queued = connection.count_in(DmaUpdate::Map(window), batch);
+            connection.send_queued(queued);
+        }
+        if connection.unannounced.is_none() {
+            self.end_announcement(connection, batches, None);
+        } else if connection.is_announcement_paused() {
+            warn_limited!(
+                "{}: the server takes {} windows and no more; it gets the others as it gives windows up",
+                self.name,
+                connection.max_windows()
+            );
+        }
+    }
+
+    /// Sends the next update. Returns false if there is none, or if it has to wait.
+    fn send_next(
+        &self,
+        connection: &mut ServerConnection,
+        batches: &mut HashMap<u64, Batch>,
+    ) -> bool {
+        // The server may still refuse the window: then there is nothing to remove.
+        if let Some(next) = connection.backlog.front()
+            && let DmaUpdate::Unmap(range) = &next.update
+            && connection.unconfirmed.contains(&range.first().0)
+        {
+            return false;
+        }
+        let Some(next) = connection.backlog.pop_front() else {
+            return false;
+        };
+        let done = match &next.update {
+            DmaUpdate::Map(window) if connection.windows >= connection.max_windows() => {
+                let first = window.range.first();
+                connection.refused.insert(first.0);
+                Some(Some(self.no_room(connection, first)))
+            }
+            DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => Some(None),
+            DmaUpdate::Map(_) | DmaUpdate::Unmap(_) => None,
+        };
+        match done {
+            Some(refusal) => {
+                connection.count_out(next.batch);
+                finish_update(&self.name, batches, next.batch, refusal);
+                self.changed.notify_all();
+            }
+            None => connection.send_queued(next),
+        }
+        true
+    }
+
+    /// Ends the announcement of all windows. `refusal` says why the server does not get them all.
+    pub(super) fn end_announcement(
+        &self,
+        connection: &mut ServerConnection,
+        batches: &mut HashMap<u64, Batch>,
+        refusal: Option<WindowRefusal>,
+    ) {
+        if let Some(batch) = connection.announcing.take()
+            && batch != REPLAY
+        {
+            finish_update(&self.name, batches, batch, refusal);
+            self.changed.notify_all();
+        }
+    }
+}
+
+impl ServerConnection {
+    /// The number of windows that may be announced now.
+    fn announcement_room(&self) -> usize {
+        let room = self.max_windows().saturating_sub(self.windows);
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        match self.announcing {
+            Some(REPLAY) => room.min(MAX_REPLAYED.saturating_sub(self.replayed)),
+            _ => room,
+        }
+    }
+
+    /// Whether the announcement continues before the next update.
+    fn is_announcement_next(&mut self) -> bool {
+        let can_go_on = match (self.announcing, self.unannounced) {
+            (None, _) | (_, None) => false,
+            // Several at a time: each time costs a search in the page table.
+            (Some(REPLAY), _) => self.announcement_room() > 0 && self.replayed <= MAX_REPLAYED / 2,
+            (Some(_), _) => true,
+        };
+        match self.backlog.front() {
+            None => can_go_on,
+            // A requester waits.
+            Some(next) if next.batch > REPLAY => false,
+            // In turns: a guest that maps all the time must not hold the announcement up.
+            Some(_) => {
+                self.announces_next = !self.announces_next;
+                can_go_on && self.announces_next
+            }
+        }
+    }
+
+    /// Sends an update that [`Self::count_in`] has counted.
+    fn send_queued(&mut self, queued: Queued) {
+        let (body, descriptors) = match &queued.update {
+            DmaUpdate::Map(window) => {
+                self.note_window(window);
+                let (body, descriptors) = map_body(window);
+                self.shares_memory |= !descriptors.is_empty();
+                (body.as_bytes().to_vec(), descriptors)
+            }
+            DmaUpdate::Unmap(range) => (unmap_body(*range).as_bytes().to_vec(), Vec::new()),
+        };
+        self.updates += 1;
+        let pending = Pending::Update(queued);
+        let command = pending.command();
+        self.send(pending, command, &body, descriptors);
+    }
+}

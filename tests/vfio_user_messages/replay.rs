@@ -1,0 +1,358 @@
+//! A server that connects while the guest has mappings, and the guest's requests meanwhile: no request waits for the
+//! server to be told all windows, and the server is told each of them once.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use vhost_device_iommu::address::{Access, Gpa, Mapping};
+use vhost_device_iommu::backends::vfio_user::{Deadlines, Isolation};
+use vhost_device_iommu::ids::DomainId;
+
+use crate::bed::{
+    Bed, CLIENT_TEXT, RAM, SERVER_TEXT, accept, answer, eventually, range, start_scripted_server,
+};
+use crate::common::rng::Rng;
+use crate::connection::{Connection, DMA_MAP, DMA_UNMAP, Msg, RESET, VERSION, version_body};
+use crate::deadlines::map_many;
+
+const IOVA: u64 = 0x4000_0000;
+const PAGE: u64 = 0x1000;
+const SECOND: Duration = Duration::from_secs(1);
+/// The most announced windows without a reply.
+const IN_FLIGHT: u64 = 64;
+
+fn window(n: u64) -> u64 {
+    IOVA + 2 * n * PAGE
+}
+
+fn assert_not_quarantined(bed: &Bed) {
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
+    assert!(!endpoint.quarantined);
+}
+
+/// The server takes 5 ms for each reply, and the guest's mappings come faster. One replay is enough.
+#[test]
+fn a_server_that_restarts_while_the_guest_maps_is_back_after_one_replay() {
+    const COUNT: u64 = 300;
+    let bed = Bed::with_deadline(Isolation::Mappings, SECOND);
+    bed.attach();
+    map_many(&bed, COUNT);
+    let (mut client, mut server) = silent(&bed);
+    for _ in 0..COUNT {
+        let next = server.recv().expect("a window");
+        server.reply(&next, &[], &[]);
+    }
+    let connections = Arc::new(AtomicUsize::new(0));
+    let counter = connections.clone();
+    let scripted = start_scripted_server(bed.listen(), move |_, msg| {
+        counter.fetch_add(usize::from(msg.cmd == VERSION), Ordering::Relaxed);
+        if matches!(msg.cmd, DMA_MAP | DMA_UNMAP) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        false
+    });
+    // The server dies, and the other one is its successor.
+    drop(server);
+    let is_back = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            let mut rounds = 0u64;
+            while !is_back.load(Ordering::Relaxed) {
+                // Between the windows: some are announced already, and some not yet.
+                let iova = window(rounds * 37 % COUNT) + PAGE;
+                bed.map(iova, 0, PAGE, Access::READ).expect("mapped");
+                bed.unmap(iova, PAGE).expect("unmapped");
+                rounds += 1;
+            }
+            println!("{rounds} rounds during the replay");
+        });
+        eventually("all windows are told", || {
+            scripted.windows().len() as u64 >= COUNT
+        });
+        is_back.store(true, Ordering::Relaxed);
+        guest.join().expect("no request is refused");
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    let expected: Vec<_> = (0..COUNT).map(window).collect();
+    assert_eq!(scripted.windows(), expected);
+    assert_eq!(connections.load(Ordering::Relaxed), 1);
+    let ends = bed.watch.state().ends;
+    assert_eq!((ends.cut_offs, ends.server), (0, true));
+    assert_not_quarantined(&bed);
+}
+
+/// A server that has connected and is told windows. It answers nothing by itself.
+fn silent(bed: &Bed) -> (Connection, Connection) {
+    let listener = bed.listen();
+    let mut client = bed.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    let mut server = accept(&listener);
+    let request = server.recv().expect("VERSION");
+    server.reply(&request, &version_body(SERVER_TEXT), &[]);
+    assert_eq!(client.recv().expect("an answer").errno(), 0);
+    (client, server)
+}
+
+/// The next `count` windows that the server is told.
+fn told(server: &mut Connection, count: u64) -> Vec<Msg> {
+    let next = (0..count).map(|_| server.recv().expect("a window"));
+    next.inspect(|m| assert_eq!(m.cmd, DMA_MAP)).collect()
+}
+
+#[test]
+fn map_waits_for_no_replay_and_unmap_for_the_windows_in_flight() {
+    const COUNT: u64 = 100;
+    // Only a failure takes as long.
+    let deadlines = Deadlines {
+        connect: SECOND * 600,
+        ..Deadlines::with_answer(SECOND * 600)
+    };
+    let bed = Bed::with_deadlines(Isolation::Mappings, deadlines);
+    bed.attach();
+    map_many(&bed, COUNT);
+    let (_client, mut server) = silent(&bed);
+    let first = told(&mut server, IN_FLIGHT);
+    assert_eq!(first[63].u64_at(16), window(63));
+    // The server answers nothing, and none of these waits: before, between and after the told windows.
+    for iova in [IOVA - PAGE, window(3) + PAGE, window(80) + PAGE] {
+        bed.map(iova, 0, PAGE, Access::READ).expect("mapped");
+    }
+    bed.unmap(window(90), PAGE).expect("it was not told");
+    std::thread::scope(|scope| {
+        let unmap = scope.spawn(|| bed.unmap(window(1), PAGE));
+        // The two windows below the announcement follow at once, and no others.
+        let late: Vec<_> = told(&mut server, 2).iter().map(|m| m.u64_at(16)).collect();
+        assert_eq!(late, [IOVA - PAGE, window(3) + PAGE]);
+        server.reply(&first[0], &[], &[]);
+        server.reply(&first[1], &[], &[]);
+        let next = server.recv().expect("DMA_UNMAP");
+        assert_eq!((next.cmd, next.u64_at(8)), (DMA_UNMAP, window(1)));
+        assert!(
+            !unmap.is_finished(),
+            "the server may still reach the window"
+        );
+        server.reply(&next, &[], &[]);
+        unmap.join().expect("no panic").expect("unmapped");
+    });
+    assert_eq!(bed.watch.state().ends.cut_offs, 0);
+}
+
+#[test]
+fn many_maps_below_the_announcement_wait_for_the_server() {
+    let bed = Bed::with_deadline(Isolation::ExactMessages, SECOND * 600);
+    bed.attach();
+    map_many(&bed, 20);
+    let (open, gate) = mpsc::channel::<()>();
+    let (mut client, scripted) = bed.pair(move |_, msg| {
+        if msg.cmd == DMA_MAP {
+            let _ = gate.recv();
+        }
+        false
+    });
+    let mapped = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            for n in 1..100 {
+                let mapped_now = bed.map(IOVA - 2 * n * PAGE, 0, PAGE, Access::READ);
+                mapped_now.expect("mapped");
+                mapped.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        eventually("64 maps", || mapped.load(Ordering::Relaxed) == 64);
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!guest.is_finished(), "the 65th waits");
+        drop(open);
+        guest.join().expect("mapped");
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(scripted.windows().len(), 99 + 20);
+}
+
+#[test]
+fn a_server_that_is_told_windows_and_answers_none_is_cut_off() {
+    let deadlines = Deadlines {
+        connect: SECOND * 2,
+        ..Deadlines::with_answer(SECOND * 600)
+    };
+    let bed = Bed::with_deadlines(Isolation::ExactMessages, deadlines);
+    bed.attach();
+    map_many(&bed, 100);
+    let (client, mut server) = silent(&bed);
+    // One answer of these does not save it.
+    let first = told(&mut server, IN_FLIGHT);
+    server.reply(&first[0], &[], &[]);
+    assert!(server.is_closed());
+    let ends = bed.watch.state().ends;
+    assert_eq!((ends.cut_offs, ends.connect_cut_offs), (1, 1));
+    assert_not_quarantined(&bed);
+
+    // VERSION has the same deadline.
+    let listener = bed.listen();
+    let mut server = accept(&listener);
+    server.recv().expect("VERSION");
+    assert!(server.is_closed());
+    eventually("counted", || bed.watch.state().ends.connect_cut_offs >= 2);
+    drop((client, listener));
+    // Slow answers are no late ones: the windows take longer than the deadline together.
+    let (mut client, scripted) = bed.pair(|_, msg| {
+        if msg.cmd == DMA_MAP {
+            std::thread::sleep(SECOND / 32);
+        }
+        false
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(scripted.windows().len(), 100);
+    assert!(bed.watch.state().ends.server);
+}
+
+/// The windows of a server, by the messages that it got.
+#[derive(Default)]
+struct Told {
+    present: BTreeSet<u64>,
+    refused: HashSet<u64>,
+    mistakes: Vec<String>,
+}
+
+impl Told {
+    /// Takes a message. Returns whether the server refuses it.
+    fn take(&mut self, msg: &Msg, refuses: bool) -> bool {
+        match msg.cmd {
+            VERSION => {
+                self.present.clear();
+                self.refused.clear();
+            }
+            DMA_MAP if refuses => {
+                self.refused.insert(msg.u64_at(16));
+                return true;
+            }
+            DMA_MAP => {
+                let first = msg.u64_at(16);
+                self.refused.remove(&first);
+                if !self.present.insert(first) {
+                    self.mistakes.push(format!("{first:#x} is told twice"));
+                }
+            }
+            DMA_UNMAP => {
+                let first = msg.u64_at(8);
+                if !self.present.remove(&first) {
+                    self.mistakes.push(format!("{first:#x} was not told"));
+                }
+            }
+            _ => {}
+        }
+        false
+    }
+}
+
+/// Random requests while servers die, refuse windows and connect again, against a model of the windows.
+#[test]
+fn random_requests_and_restarts_tell_each_window_once() {
+    for (seed, isolation) in [
+        (1, Isolation::Mappings),
+        (2, Isolation::ExactMessages),
+        (3, Isolation::Mappings),
+    ] {
+        random_requests(seed, isolation);
+    }
+}
+
+fn random_requests(seed: u64, isolation: Isolation) {
+    // Many more than are in flight.
+    const SLOTS: u64 = 1000;
+    const ROUNDS: u64 = 3000;
+    let bed = Bed::with_deadline(isolation, SECOND * 60);
+    let told = Arc::new(Mutex::new(Told::default()));
+    let calm = Arc::new(AtomicBool::new(false));
+    let listener = bed.listen();
+    let (log, is_calm) = (told.clone(), calm.clone());
+    // Ends with the test's process.
+    std::thread::spawn(move || {
+        let mut rng = Rng::new(seed);
+        loop {
+            let mut server = accept(&listener);
+            while let Some(msg) = server.recv() {
+                let is_calm = is_calm.load(Ordering::Relaxed);
+                if rng.below(8) == 0 {
+                    std::thread::sleep(Duration::from_micros(rng.below(500)));
+                }
+                if !is_calm && rng.below(600) == 0 {
+                    break;
+                }
+                let refuses = !is_calm && rng.below(16) == 0;
+                if log.lock().unwrap().take(&msg, refuses) {
+                    server.refuse(&msg, libc::EBUSY.unsigned_abs());
+                } else {
+                    answer(&mut server, &msg);
+                }
+            }
+        }
+    });
+    let mut client = bed.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    let mut rng = Rng::new(seed ^ 0x5a5a);
+    let mut mapped = BTreeSet::new();
+    let mut domain = DomainId(1);
+    let attach = |domain| {
+        let attached = bed.iommu().attach(bed.endpoint(), domain, false);
+        attached.expect("attached");
+    };
+    attach(domain);
+    for round in 0..ROUNDS {
+        // Without a server, rounds are short: most of them must see one.
+        let until = Instant::now() + SECOND * 60;
+        while rng.below(2000) != 0 && !bed.watch.state().ends.server {
+            assert!(Instant::now() < until, "no server connects");
+            std::thread::yield_now();
+        }
+        let first = window(rng.below(SLOTS));
+        match rng.below(400) {
+            0 => {
+                // The former domain ends with its last endpoint.
+                domain = DomainId(3 - domain.0);
+                attach(domain);
+                mapped.clear();
+            }
+            1..200 if mapped.contains(&first) => {
+                let unmapped = bed.iommu().unmap(domain, range(first, PAGE));
+                unmapped.unwrap_or_else(|e| panic!("round {round}: {e}"));
+                mapped.remove(&first);
+            }
+            1..4 => {
+                let len = 2 * PAGE * rng.below(20);
+                let covered = range(first, len + PAGE);
+                let unmapped = bed.iommu().unmap(domain, covered);
+                unmapped.unwrap_or_else(|e| panic!("round {round}: {e}"));
+                mapped.retain(|w| !(first..first + len + PAGE).contains(w));
+            }
+            _ if !mapped.contains(&first) => {
+                let mapping = Mapping {
+                    range: range(first, PAGE),
+                    gpa: Gpa(RAM),
+                    access: Access::READ,
+                    mmio: false,
+                };
+                match bed.iommu().map(domain, &mapping) {
+                    Ok(()) => assert!(mapped.insert(first)),
+                    Err(e) => assert!(e.to_string().contains("refuses a window"), "{e}"),
+                }
+            }
+            _ => {}
+        }
+    }
+    calm.store(true, Ordering::Relaxed);
+    assert_eq!(client.recv().expect("an answer").cmd, VERSION);
+    // A command reaches the server after all windows. Without a server, it is refused.
+    eventually("a server", || client.call(RESET, &[], &[]).errno() == 0);
+    let told = told.lock().unwrap();
+    assert_eq!(told.mistakes, Vec::<String>::new(), "seed {seed}");
+    let missing: Vec<_> = mapped.difference(&told.present).collect();
+    assert!(
+        missing.iter().all(|w| told.refused.contains(w)),
+        "seed {seed}: {missing:x?}"
+    );
+    let extra: Vec<_> = told.present.difference(&mapped).collect();
+    assert!(extra.is_empty(), "seed {seed}: {extra:x?}");
+    assert_not_quarantined(&bed);
+}
