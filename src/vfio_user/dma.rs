@@ -2,11 +2,14 @@
 //! refused.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
 use super::message::{Command, DmaAccessBody, HEADER_BYTES, Header, MAX_DATA, Malformed, take};
+use super::socket::Outbox;
 use crate::address::{Access, Iova, IovaRange};
 
 /// Memory that a device may reach.
@@ -48,7 +51,68 @@ pub trait DmaTarget: Send + Sync {
     fn windows_from(&self, first: Iova, limit: usize) -> Vec<Window>;
 }
 
-/// Executes a DMA_READ or DMA_WRITE. Returns the whole reply.
+/// This many bytes of replies are sent before further commands are executed: the server can work on them meanwhile.
+const ENOUGH: usize = 32 << 10;
+/// A larger buffer for replies is freed as soon as they are sent.
+const KEPT: usize = 256 << 10;
+
+/// Replies to commands of the server, in order.
+#[derive(Debug, Default)]
+pub(super) struct Replies {
+    /// Room for replies. They are the first `len` bytes. The rest stays allocated, and is not cleared before it is used.
+    buffer: Vec<u8>,
+    len: usize,
+}
+
+impl Replies {
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Sends the replies, and queues what the socket does not accept yet. None is left here.
+    ///
+    /// # Errors
+    /// The peer is gone, or the kernel refuses to send.
+    pub(super) fn send(&mut self, outbox: &mut Outbox, socket: impl AsFd) -> io::Result<()> {
+        let sent = outbox.send(socket, &mut self.buffer, self.len);
+        self.clear();
+        sent
+    }
+
+    /// Whether they should be sent before others join them.
+    pub(super) fn is_enough(&self) -> bool {
+        self.len >= ENOUGH
+    }
+
+    /// Removes all replies.
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+        if self.buffer.len() > KEPT {
+            self.buffer = Vec::new();
+        }
+    }
+
+    /// Adds the refusal of a command with the errno `error`, if its sender wants a reply.
+    pub(super) fn refuse(&mut self, header: &Header, error: i32) {
+        if !header.wants_no_reply() {
+            let refusal = header.refusal_of(error).encode();
+            self.add(refusal.len()).copy_from_slice(&refusal);
+        }
+    }
+
+    /// Adds `len` bytes, which have any value.
+    fn add(&mut self, len: usize) -> &mut [u8] {
+        let at = self.len;
+        self.len += len;
+        if self.buffer.len() < self.len {
+            self.buffer.resize(self.len, 0);
+        }
+        &mut self.buffer[at..self.len]
+    }
+}
+
+/// Executes a DMA_READ or DMA_WRITE. Adds the reply to `replies`, if the sender wants one.
 ///
 /// # Errors
 /// The body is malformed, although [`check_command`](super::message::check_command) accepted it.
@@ -57,35 +121,38 @@ pub(super) fn serve(
     header: &Header,
     command: Command,
     body: &[u8],
-) -> Result<Vec<u8>, Malformed> {
+    replies: &mut Replies,
+) -> Result<(), Malformed> {
     let (access, data) = take::<DmaAccessBody>(command, body)?;
-    let refusal = |errno| Ok(header.refusal_of(errno).encode().to_vec());
     let count = access.count.get();
     let (Ok(len), true) = (usize::try_from(count), count <= MAX_DATA.into()) else {
-        return refusal(libc::E2BIG);
+        replies.refuse(header, libc::E2BIG);
+        return Ok(());
     };
     let range = IovaRange::from_len(Iova(access.address.get()), count);
     if range.is_none() && count > 0 {
-        return refusal(libc::EINVAL);
+        replies.refuse(header, libc::EINVAL);
+        return Ok(());
     }
     let head = access.as_bytes();
-    let mut reply = header.reply_to(head.len()).with_body(head);
-    let outcome = match (range, command) {
-        (None, _) => Ok(()),
-        (Some(range), Command::DmaWrite) => {
-            let data = data.get(..len).unwrap_or(data);
-            target.write(range, data)
-        }
-        (Some(range), _) => {
-            let body_len = head.len() + len;
-            reply[..HEADER_BYTES].copy_from_slice(&header.reply_to(body_len).encode());
-            let at = reply.len();
-            reply.resize(at + len, 0);
-            target.read(range, &mut reply[at..])
-        }
+    let at = replies.len;
+    let reads = command == Command::DmaRead;
+    let body_len = head.len() + if reads { len } else { 0 };
+    let reply = replies.add(HEADER_BYTES + body_len);
+    let outcome = match range {
+        None => Ok(()),
+        Some(range) if reads => target.read(range, &mut reply[HEADER_BYTES + head.len()..]),
+        Some(range) => target.write(range, data.get(..len).unwrap_or(data)),
     };
-    match outcome {
-        Ok(()) => Ok(reply),
-        Err(AccessDenied) => refusal(libc::EFAULT),
+    if outcome.is_ok() && !header.wants_no_reply() {
+        reply[..HEADER_BYTES].copy_from_slice(&header.reply_to(body_len).encode());
+        reply[HEADER_BYTES..HEADER_BYTES + head.len()].copy_from_slice(head);
+        return Ok(());
     }
+    // Nothing of a refused access is sent.
+    replies.len = at;
+    if outcome.is_err() {
+        replies.refuse(header, libc::EFAULT);
+    }
+    Ok(())
 }

@@ -17,6 +17,7 @@ mod dma;
 mod forwarding;
 mod hostile;
 mod hotplug;
+mod in_flight;
 mod library;
 mod limits;
 mod reconnection;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::peers::{ClientLeg, ServerLeg};
 use crate::process::event_loop::EventLoop;
-use crate::vfio_user::dma::DmaTarget;
+use crate::vfio_user::dma::{DmaTarget, Replies};
 use crate::vfio_user::link::Link;
 use crate::{info_limited, warn_limited};
 
@@ -31,6 +31,8 @@ pub(super) struct Proxy {
     pub(super) target: Arc<dyn DmaTarget>,
     pub(super) client: Option<ClientLeg>,
     pub(super) server: Option<ServerLeg>,
+    /// Replies to commands of the server that are sent together. Empty between two events.
+    pub(super) replies: Replies,
     /// The thread accepts no client before this time.
     pub(super) accept_at: Option<Instant>,
     /// The thread does not connect to the server before this time.

@@ -1,5 +1,6 @@
 //! The server's messages: replies go to the client, commands are executed here.
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 
@@ -20,9 +21,23 @@ impl Proxy {
         if events.contains(Events::EPOLLOUT) {
             self.link.flush();
         }
+        let Some(server) = &mut self.server else {
+            return;
+        };
+        let mut receiver = std::mem::take(&mut server.receiver);
+        self.receive_from_server(&mut receiver, events);
+        self.replies.clear();
+        // It is gone if the server was cut off or has hung up.
+        if let Some(server) = &mut self.server {
+            server.receiver = receiver;
+        }
+    }
+
+    /// Handles messages of the server. Sends the replies to those that were received at once together.
+    fn receive_from_server(&mut self, receiver: &mut Receiver, events: Events) {
         for _ in 0..MESSAGES_PER_TURN {
             let status = self.link.status();
-            let Some(server) = &mut self.server else {
+            let Some(server) = &self.server else {
                 return;
             };
             if !status.connected || status.session != server.session {
@@ -34,7 +49,7 @@ impl Proxy {
                 }
                 return;
             }
-            let outcome = match server.receiver.receive(&server.socket) {
+            let outcome = match receiver.receive_in_place(&server.socket) {
                 Ok(Received::Message(message)) => self.handle_server_message(message),
                 Ok(Received::Nothing) => break,
                 Ok(Received::End) => {
@@ -47,16 +62,23 @@ impl Proxy {
             if let Err(why) = outcome {
                 return self.cut_server_off(&why);
             }
+            if self.replies.is_enough() || !receiver.has_message() {
+                self.send_replies();
+            }
         }
+        self.send_replies();
         self.flush_client();
     }
 
-    fn handle_server_message(&mut self, message: Message) -> Result<(), CutOffReason> {
+    fn send_replies(&mut self) {
+        if !self.replies.is_empty() {
+            self.link.reply(&mut self.replies);
+        }
+    }
+
+    fn handle_server_message(&mut self, message: Message<&[u8]>) -> Result<(), CutOffReason> {
         if matches!(message.header.kind, Kind::Command { .. }) {
-            if let Some(reply) = self.execute(&message)? {
-                self.link.reply(reply);
-            }
-            return Ok(());
+            return self.execute(&message);
         }
         let asked = match self.link.match_reply(&message.header) {
             MatchedReply::Own => return Ok(()),
@@ -76,7 +98,7 @@ impl Proxy {
             let checked = if is_empty {
                 check_empty_reply(command, have)
             } else {
-                check_reply(command, &message.body, have)
+                check_reply(command, message.body, have)
             };
             checked.map_err(|e| e.to_string())?;
         } else if have > 0 {
@@ -96,14 +118,14 @@ impl Proxy {
             return Ok(());
         }
         client.holds_descriptors |= !message.descriptors.is_empty();
-        let mut body = message.body;
+        let mut body = Cow::Borrowed(message.body);
         if let Some(fixed) = &mut client.fixed {
             if let Kind::Refusal(error) = message.header.kind {
                 let error = i32::try_from(error).unwrap_or(libc::EIO);
                 client.refuse(&client_header, error);
                 return Ok(());
             }
-            body = fixed.complete(client_header.id, body);
+            body = Cow::Owned(fixed.complete(client_header.id, body.into_owned()));
         }
         let reply = Header {
             id: client_header.id,
@@ -117,7 +139,7 @@ impl Proxy {
     }
 
     /// Completes the negotiation after the server has replied to VERSION.
-    fn handle_version_reply(&mut self, message: Message) -> Result<(), CutOffReason> {
+    fn handle_version_reply(&mut self, message: Message<&[u8]>) -> Result<(), CutOffReason> {
         let (Some(client), Some(server)) = (&mut self.client, &mut self.server) else {
             return Ok(());
         };
@@ -130,7 +152,7 @@ impl Proxy {
                 self.pass_version_refusal(error);
                 return Ok(());
             }
-            Kind::Command { .. } | Kind::Reply => Version::decode(&message.body)
+            Kind::Command { .. } | Kind::Reply => Version::decode(message.body)
                 .and_then(|server| proposed.answer(&server, message.descriptors.len()))
                 .map_err(|e| e.to_string())
                 .and_then(|(answer, terms)| {
@@ -156,7 +178,7 @@ impl Proxy {
         });
         server.twin = twin.map(|socket| Twin {
             socket: Arc::new(socket),
-            receiver: Receiver::default(),
+            receiver: Receiver::reading_ahead(),
             outbox: Outbox::default(),
         });
         let max_fds = terms.server_descriptors;
@@ -197,6 +219,18 @@ impl Proxy {
     }
 
     pub(super) fn twin_ready(&mut self, events: Events) {
+        let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
+            return;
+        };
+        let mut receiver = std::mem::take(&mut twin.receiver);
+        self.receive_from_twin(&mut receiver, events);
+        self.replies.clear();
+        if let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) {
+            twin.receiver = receiver;
+        }
+    }
+
+    fn receive_from_twin(&mut self, receiver: &mut Receiver, events: Events) {
         for _ in 0..MESSAGES_PER_TURN {
             let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
                 return;
@@ -210,8 +244,7 @@ impl Proxy {
                 }
                 return;
             }
-            let received = twin.receiver.receive(&twin.socket);
-            let outcome = match received {
+            let outcome = match receiver.receive_in_place(&twin.socket) {
                 Ok(Received::Message(message)) => {
                     if matches!(message.header.kind, Kind::Command { .. }) {
                         self.execute(&message)
@@ -223,19 +256,22 @@ impl Proxy {
                 Ok(Received::End) => return self.drop_twin(),
                 Err(cause) => Err(cause.to_string()),
             };
-            match outcome {
-                Ok(None) => {}
-                Ok(Some(reply)) => {
-                    let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
-                        return;
-                    };
-                    twin.outbox.push(reply, Vec::new());
-                    if let Err(cause) = twin.outbox.flush(&twin.socket) {
-                        return self.twin_failed(&cause);
-                    }
-                }
-                Err(why) => return self.cut_server_off(&why),
+            if let Err(why) = outcome {
+                return self.cut_server_off(&why);
             }
+            if self.replies.is_enough() || !receiver.has_message() {
+                self.send_twin_replies();
+            }
+        }
+        self.send_twin_replies();
+    }
+
+    fn send_twin_replies(&mut self) {
+        let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
+            return;
+        };
+        if let Err(cause) = self.replies.send(&mut twin.outbox, &twin.socket) {
+            self.twin_failed(&cause);
         }
     }
 
@@ -259,18 +295,19 @@ impl Proxy {
         );
     }
 
-    /// Executes a command of the server. Returns the reply, if the server wants one.
-    fn execute(&self, message: &Message) -> Result<Option<Vec<u8>>, CutOffReason> {
+    /// Executes a command of the server. Adds the reply to [`Proxy::replies`], if the server wants one.
+    fn execute(&mut self, message: &Message<&[u8]>) -> Result<(), CutOffReason> {
         let header = &message.header;
-        let reply = match Command::from_number(header.command) {
+        match Command::from_number(header.command) {
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
-                check_command(command, &message.body, message.descriptors.len())
+                check_command(command, message.body, message.descriptors.len())
                     .map_err(|e| e.to_string())?;
-                dma::serve(&*self.target, header, command, &message.body)
-                    .map_err(|e| e.to_string())?
+                let (target, replies) = (&*self.target, &mut self.replies);
+                dma::serve(target, header, command, message.body, replies)
+                    .map_err(|e| e.to_string())?;
             }
-            Some(_) | None => header.refusal_of(libc::ENOTSUP).encode().to_vec(),
-        };
-        Ok((!header.wants_no_reply()).then_some(reply))
+            Some(_) | None => self.replies.refuse(header, libc::ENOTSUP),
+        }
+        Ok(())
     }
 }

@@ -17,7 +17,7 @@ use super::proxy::{InterposerSettings, Proxy};
 use crate::process::connector;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
-use crate::vfio_user::dma::DmaTarget;
+use crate::vfio_user::dma::{DmaTarget, Replies};
 use crate::vfio_user::link::Link;
 use crate::vfio_user::socket::Receiver;
 use crate::{info_limited, warn_limited};
@@ -56,6 +56,7 @@ impl Interposer {
             target,
             client: None,
             server: None,
+            replies: Replies::default(),
             accept_at: None,
             connect_at: Instant::now(),
         };
@@ -126,6 +127,8 @@ impl Proxy {
         let now = Instant::now();
         let mut interests = Vec::new();
         let mut due: Vec<Instant> = Vec::new();
+        // Peers with messages that were read ahead, which no event reports.
+        let mut ahead = Vec::new();
         match &self.client {
             Some(client) => {
                 let mut events = Events::empty();
@@ -165,6 +168,9 @@ impl Proxy {
                 .as_ref()
                 .is_some_and(|closing| Arc::ptr_eq(closing, &server.socket));
             if !is_closing {
+                if events.contains(Events::EPOLLIN) && server.receiver.has_message() {
+                    ahead.push(SERVER);
+                }
                 interests.push(Interest {
                     source: server.socket.clone(),
                     token: SERVER,
@@ -176,6 +182,9 @@ impl Proxy {
                 let mut events = Events::empty();
                 events.set(Events::EPOLLIN, twin.outbox.len_bytes() < MAX_UNSENT);
                 events.set(Events::EPOLLOUT, !twin.outbox.is_empty());
+                if events.contains(Events::EPOLLIN) && twin.receiver.has_message() {
+                    ahead.push(TWIN);
+                }
                 interests.push(Interest {
                     source: twin.socket.clone(),
                     token: TWIN,
@@ -190,9 +199,17 @@ impl Proxy {
                 events: Events::EPOLLIN,
             });
         }
+        if !ahead.is_empty() {
+            due.push(now);
+        }
         self.events.wait_for(&interests)?;
         let ready = self.events.wait(due.into_iter().min())?;
         let mut ready: Vec<_> = ready.iter().collect();
+        for token in ahead {
+            if !ready.iter().any(|(there, _)| *there == token) {
+                ready.push((token, Events::EPOLLIN));
+            }
+        }
         ready.sort_unstable_by_key(|(token, _)| *token);
         Ok(ready)
     }
@@ -249,7 +266,7 @@ impl Proxy {
                 self.server = Some(ServerLeg {
                     session,
                     socket,
-                    receiver: Receiver::default(),
+                    receiver: Receiver::reading_ahead(),
                     twin: None,
                 });
             }

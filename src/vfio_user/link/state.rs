@@ -231,7 +231,13 @@ impl Link {
         let Some(connection) = &mut state.connection else {
             return;
         };
-        if let Err(cause) = connection.outbox.flush(&*connection.socket) {
+        let sent = connection.outbox.flush(&*connection.socket);
+        self.after_sending(state, sent);
+    }
+
+    /// Ends the connection if the outbox could not send, with the outcome `sent`.
+    pub(super) fn after_sending(&self, state: &mut LinkState, sent: io::Result<()>) {
+        if let Err(cause) = sent {
             match cause.kind() {
                 io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
                     self.end_locked(state, Disconnect::HungUp);
@@ -239,7 +245,11 @@ impl Link {
                 // The kernel refuses to send. The server is connected, and keeps its windows.
                 _ => self.end_locked(state, Disconnect::CutOff(&cause.to_string())),
             }
-        } else if !connection.outbox.is_empty() {
+        } else if state
+            .connection
+            .as_ref()
+            .is_some_and(|c| !c.outbox.is_empty())
+        {
             // The interposer's thread polls until the socket accepts more.
             self.wake();
         }

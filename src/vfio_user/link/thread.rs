@@ -11,6 +11,7 @@ use super::connection::{
 use super::deadlines::WaitLimit;
 use super::state::{Disconnect, Link, LinkState, finish_update};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
+use crate::vfio_user::dma::Replies;
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
@@ -152,13 +153,14 @@ impl Link {
         true
     }
 
-    /// Sends the server the reply to one of its commands.
-    pub(in crate::vfio_user) fn reply(&self, bytes: Vec<u8>) {
+    /// Sends the server the replies to some of its commands, and queues what the socket does not accept yet.
+    pub(in crate::vfio_user) fn reply(&self, replies: &mut Replies) {
         let mut state = self.state.lock();
         if let Some(connection) = &mut state.connection {
-            connection.outbox.push(bytes, Vec::new());
-            self.flush_locked(&mut state);
+            let sent = replies.send(&mut connection.outbox, &*connection.socket);
+            self.after_sending(&mut state, sent);
         }
+        replies.clear();
     }
 
     /// Sends as much as the server accepts now.

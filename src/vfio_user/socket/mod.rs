@@ -1,8 +1,6 @@
 //! Messages over Unix stream sockets, with their descriptors. Nothing here waits.
 //!
-//! A descriptor belongs to the message that it was sent with. The receiver therefore reads up to the
-//! end of a header, then up to the end of the message, and never further: a longer read could return
-//! descriptors of the next message.
+//! A descriptor belongs to the message that it was sent with.
 
 mod outbox;
 mod receiver;
@@ -17,22 +15,22 @@ pub use self::outbox::{Outbox, OutgoingFd};
 pub use self::receiver::Receiver;
 use super::message::{Header, MAX_DESCRIPTORS, Malformed};
 
-/// A message.
+/// A message. Its body is a copy, or a part of the receiver's buffer.
 #[derive(Debug)]
-pub struct Message {
+pub struct Message<Body = Vec<u8>> {
     /// The header.
     pub header: Header,
     /// The `header.body_len` bytes after the header; none of a refusal, whatever the peer sent.
-    pub body: Vec<u8>,
+    pub body: Body,
     /// The descriptors received with it; they are closed on exec.
     pub descriptors: Vec<OwnedFd>,
 }
 
 /// The outcome of [`Receiver::receive`].
 #[derive(Debug)]
-pub enum Received {
+pub enum Received<Body = Vec<u8>> {
     /// A message.
-    Message(Message),
+    Message(Message<Body>),
     /// No complete message yet.
     Nothing,
     /// The peer hung up between two messages.

@@ -13,6 +13,9 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::vfio_user::message::MAX_DESCRIPTORS;
 
+/// A larger buffer is freed as soon as it was sent.
+const KEPT: usize = 256 << 10;
+
 /// A descriptor to send with a message.
 #[derive(Debug)]
 pub enum OutgoingFd {
@@ -39,12 +42,16 @@ pub struct Outbox {
     bytes: usize,
     /// Descriptors in the queue.
     descriptors: usize,
+    /// The buffer of a message that was sent, for [`Self::send`].
+    spare: Vec<u8>,
 }
 
 #[derive(Debug)]
 struct Outgoing {
+    /// The unsent bytes are at `sent..end`.
     bytes: Vec<u8>,
     sent: usize,
+    end: usize,
     /// Sent with the first byte, then empty.
     descriptors: Vec<OutgoingFd>,
 }
@@ -55,10 +62,41 @@ impl Outbox {
         self.bytes += bytes.len();
         self.descriptors += descriptors.len();
         self.queue.push_back(Outgoing {
+            end: bytes.len(),
             bytes,
             sent: 0,
             descriptors,
         });
+    }
+
+    /// Sends the first `len` bytes of `buffer`, whole messages without descriptors. If the socket does not accept all of
+    /// them now, the outbox keeps the buffer with the rest, and `buffer` becomes one that was used before. So large
+    /// messages are neither copied nor allocated anew.
+    ///
+    /// # Errors
+    /// The peer is gone, or the kernel refuses to send.
+    pub fn send(&mut self, socket: impl AsFd, buffer: &mut Vec<u8>, len: usize) -> io::Result<()> {
+        if !self.queue.is_empty() {
+            self.flush(&socket)?;
+        }
+        let mut sent = 0;
+        while self.queue.is_empty() && sent < len {
+            let rest = buffer.get(sent..len).unwrap_or_default();
+            match send_some(socket.as_fd(), rest, &[])? {
+                Some(count) => sent += count,
+                None => break,
+            }
+        }
+        if sent < len {
+            self.bytes += len - sent;
+            self.queue.push_back(Outgoing {
+                bytes: std::mem::replace(buffer, std::mem::take(&mut self.spare)),
+                sent,
+                end: len,
+                descriptors: Vec::new(),
+            });
+        }
+        Ok(())
     }
 
     /// Whether everything is sent.
@@ -82,7 +120,7 @@ impl Outbox {
     /// The peer is gone, or the kernel refuses to send.
     pub fn flush(&mut self, socket: impl AsFd) -> io::Result<()> {
         while let Some(first) = self.queue.front_mut() {
-            let rest = &first.bytes[first.sent..];
+            let rest = &first.bytes[first.sent..first.end];
             let Some(sent) = send_some(socket.as_fd(), rest, &first.descriptors)? else {
                 return Ok(());
             };
@@ -90,8 +128,11 @@ impl Outbox {
             first.descriptors.clear();
             first.sent += sent;
             self.bytes = self.bytes.saturating_sub(sent);
-            if first.sent == first.bytes.len() {
-                self.queue.pop_front();
+            if first.sent == first.end
+                && let Some(sent) = self.queue.pop_front()
+                && (self.spare.len()..=KEPT).contains(&sent.bytes.len())
+            {
+                self.spare = sent.bytes;
             }
         }
         Ok(())
@@ -122,5 +163,57 @@ fn send_some(
             Err(Errno::AGAIN) => return Ok(None),
             Err(cause) => return Err(cause.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// The socket takes a part of a buffer at once. The rest comes later, in order, and the buffer's memory is used again.
+    #[test]
+    fn what_a_full_socket_leaves_is_sent_later_from_the_same_buffer() {
+        const LEN: usize = 200 << 10;
+        const COUNT: u8 = 5;
+        let (here, mut there) = UnixStream::pair().expect("sockets");
+        let mut outbox = Outbox::default();
+        let mut kept = Vec::new();
+        for n in 0..COUNT {
+            // The end of the buffer is no part of the message.
+            let mut buffer = vec![n; LEN + 16];
+            buffer[LEN..].fill(0xff);
+            let memory = buffer.as_ptr();
+            outbox.send(&here, &mut buffer, LEN).expect("sent");
+            if buffer.as_ptr() != memory {
+                kept.push(memory);
+                assert_eq!(buffer, [0; 0]);
+            }
+        }
+        assert!(kept.len() > 2, "the socket took almost everything");
+        let mut received = vec![0; LEN * usize::from(COUNT)];
+        let mut rest = &mut received[..];
+        let mut unsent = outbox.len_bytes();
+        while !rest.is_empty() {
+            let len = rest.len().min(4096);
+            there.read_exact(&mut rest[..len]).expect("bytes");
+            rest = &mut rest[len..];
+            outbox.flush(&here).expect("sent");
+            assert!(outbox.len_bytes() <= unsent);
+            unsent = outbox.len_bytes();
+        }
+        assert_eq!((unsent, outbox.is_empty()), (0, true));
+        let right = (0..COUNT).all(|n| {
+            let at = LEN * usize::from(n);
+            received[at..at + LEN].iter().all(|byte| *byte == n)
+        });
+        assert!(right);
+        let mut buffer = vec![9; 8];
+        while outbox.is_empty() {
+            outbox.send(&here, &mut buffer, 8).expect("sent");
+        }
+        assert!(kept.contains(&buffer.as_ptr()));
     }
 }

@@ -1,4 +1,9 @@
 //! Received messages, assembled from the bytes of a stream.
+//!
+//! A receiver reads either up to the end of a message, or ahead. A read ahead may return descriptors of a later message
+//! than the first one in it. Linux ends a read with the piece that has descriptors (`unix_stream_read_generic`), so one
+//! read never returns descriptors of two pieces, and nothing that was sent after them. A sender that sends each message
+//! with a call of its own therefore means the last message that begins in the bytes of that read.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -9,77 +14,196 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 
 use super::{Message, Received, SocketError};
-use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MAX_DESCRIPTORS};
+use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MAX_DESCRIPTORS, Malformed};
 
-/// The receiver allocates this many bytes of a body at a time: the peer may declare a large body and
-/// never send it.
+/// The receiver makes room for this many bytes of a body at first, and then for as many as it has received: the peer
+/// may declare a large body and never send it.
 const STEP: usize = 64 << 10;
+/// How far a receiver reads ahead. A message longer than this is read by itself.
+const AHEAD: usize = 32 << 10;
+/// A larger buffer is freed as soon as its message was handled.
+const KEPT: usize = 256 << 10;
 
 /// Assembles messages from the bytes received.
 #[derive(Debug, Default)]
 pub struct Receiver {
-    head: [u8; HEADER_BYTES],
-    head_len: usize,
+    /// Whether it may read beyond the end of a message.
+    reads_ahead: bool,
+    /// Room for received bytes. Those of messages that were not returned yet are at `first..end`.
+    buffer: Vec<u8>,
+    first: usize,
+    end: usize,
+    /// The header of the first message.
     header: Option<Header>,
-    body: Vec<u8>,
-    body_len: usize,
+    /// Descriptors of the last message that begins before `descriptors_end`.
     descriptors: Vec<OwnedFd>,
+    descriptors_end: usize,
+    /// The last read has found the socket empty, most likely: the next one is left to the caller's next event.
+    is_drained: bool,
 }
 
 impl Receiver {
+    /// A receiver that reads ahead, for a peer that sends each message with a call of its own. It takes fewer system
+    /// calls if the peer has several messages in flight. [`Self::has_message`] tells whether a message is left that no
+    /// event reports. The caller must wait for an event when the receiver has returned nothing.
+    pub fn reading_ahead() -> Self {
+        Self {
+            reads_ahead: true,
+            ..Self::default()
+        }
+    }
+
     /// Receives the bytes available, up to the end of one message.
     ///
     /// # Errors
     /// Nothing more can be received after an error.
     pub fn receive(&mut self, socket: impl AsFd) -> Result<Received, SocketError> {
+        Ok(match self.receive_in_place(socket)? {
+            Received::Message(message) => Received::Message(Message {
+                header: message.header,
+                body: message.body.to_vec(),
+                descriptors: message.descriptors,
+            }),
+            Received::Nothing => Received::Nothing,
+            Received::End => Received::End,
+        })
+    }
+
+    /// The same without a copy of the body.
+    ///
+    /// # Errors
+    /// Nothing more can be received after an error.
+    pub fn receive_in_place(&mut self, socket: impl AsFd) -> Result<Received<&[u8]>, SocketError> {
         loop {
-            let Some(header) = self.header else {
-                let head = &mut self.head[self.head_len..];
-                match receive_some(socket.as_fd(), head, &mut self.descriptors)? {
-                    None => return Ok(Received::Nothing),
-                    Some(0) if self.head_len == 0 => return Ok(Received::End),
-                    Some(0) => return Err(SocketError::Truncated),
-                    Some(n) => self.head_len += n,
-                }
-                if self.head_len == HEADER_BYTES {
-                    self.header = Some(Header::decode(&self.head)?);
-                }
-                continue;
-            };
-            if self.body_len == header.body_len {
-                self.head_len = 0;
-                self.header = None;
-                self.body_len = 0;
-                let mut body = std::mem::take(&mut self.body);
-                let mut header = header;
-                if matches!(header.kind, Kind::Refusal(_)) {
-                    // The errno in the header says all.
-                    body = Vec::new();
-                    header.body_len = 0;
-                }
-                return Ok(Received::Message(Message {
-                    header,
-                    body,
-                    descriptors: std::mem::take(&mut self.descriptors),
-                }));
+            let missing = self.missing()?;
+            if missing == 0 {
+                return Ok(self.take_message());
             }
-            if self.body.len() == self.body_len {
-                let room = (header.body_len - self.body_len).min(STEP);
-                self.body.resize(self.body_len + room, 0);
+            self.make_room();
+            if std::mem::take(&mut self.is_drained) {
+                return Ok(Received::Nothing);
             }
-            let body = &mut self.body[self.body_len..];
-            match receive_some(socket.as_fd(), body, &mut self.descriptors)? {
+            match self.receive_some(socket.as_fd(), missing)? {
                 None => return Ok(Received::Nothing),
+                Some(0) if self.first == self.end => return Ok(Received::End),
                 Some(0) => return Err(SocketError::Truncated),
-                Some(n) => self.body_len += n,
+                Some(_) => {}
             }
+        }
+    }
+
+    /// Whether the next message, or an error, is in the bytes that were read ahead.
+    pub fn has_message(&self) -> bool {
+        match (self.header, self.peek_header()) {
+            (Some(header), _) | (None, Some(Ok(header))) => {
+                self.end - self.first >= HEADER_BYTES + header.body_len
+            }
+            (None, Some(Err(_))) => true,
+            (None, None) => false,
+        }
+    }
+
+    /// The header of the first message, if all of it was received.
+    fn peek_header(&self) -> Option<Result<Header, Malformed>> {
+        let received = self.buffer.get(self.first..self.end)?;
+        Some(Header::decode(received.first_chunk()?))
+    }
+
+    /// The number of bytes to receive before the first message goes on: up to the end of its header or its body.
+    fn missing(&mut self) -> Result<usize, SocketError> {
+        let received = self.end - self.first;
+        if self.header.is_none() {
+            self.header = self.peek_header().transpose()?;
+        }
+        let wanted = match self.header {
+            Some(header) => HEADER_BYTES + header.body_len,
+            None => HEADER_BYTES,
+        };
+        Ok(wanted.saturating_sub(received))
+    }
+
+    /// Takes the first message, which is complete.
+    fn take_message(&mut self) -> Received<&[u8]> {
+        let Some(mut header) = self.header.take() else {
+            return Received::Nothing;
+        };
+        let body = self.first + HEADER_BYTES..self.first + HEADER_BYTES + header.body_len;
+        self.first = body.end;
+        // It is the last message that begins before the end of the read.
+        let descriptors = if self.first >= self.descriptors_end {
+            std::mem::take(&mut self.descriptors)
+        } else {
+            Vec::new()
+        };
+        let mut body = self.buffer.get(body).unwrap_or_default();
+        if matches!(header.kind, Kind::Refusal(_)) {
+            // The errno in the header says all.
+            body = &[];
+            header.body_len = 0;
+        }
+        Received::Message(Message {
+            header,
+            body,
+            descriptors,
+        })
+    }
+
+    /// Receives bytes: `missing` of them, or more if the receiver may read ahead. Returns their number, 0 at the end of
+    /// the stream, or `None` if there are none yet.
+    fn receive_some(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        missing: usize,
+    ) -> Result<Option<usize>, SocketError> {
+        let received = self.end - self.first;
+        let step = missing.min(STEP.max(received));
+        // The first message may get more descriptors: those of a later message must not join them.
+        let room = if self.reads_ahead && self.descriptors.is_empty() {
+            step.max(AHEAD)
+        } else {
+            step
+        };
+        if self.buffer.len() < self.end + room {
+            let more = self.end + room - self.buffer.len();
+            self.buffer.reserve_exact(more);
+            self.buffer.resize(self.end + room, 0);
+        }
+        let into = &mut self.buffer[self.end..self.end + room];
+        let before = self.descriptors.len();
+        let Some(count) = receive_bytes(socket, into, &mut self.descriptors)? else {
+            return Ok(None);
+        };
+        self.end += count;
+        if self.descriptors.len() > before {
+            self.descriptors_end = self.end;
+        }
+        // A peer with one message in flight sends the next one when it has its reply. If several messages have come,
+        // more of them are under way.
+        let is_short = count < room && self.descriptors.len() == before;
+        self.is_drained = self.reads_ahead && is_short && count > 0 && self.missing()? == 0 && {
+            let first = self.header.map_or(0, |h| HEADER_BYTES + h.body_len);
+            self.end - self.first == first
+        };
+        Ok(Some(count))
+    }
+
+    /// Moves the received bytes to the front of the buffer, and frees a large one that has none.
+    fn make_room(&mut self) {
+        if self.first > 0 {
+            self.buffer.copy_within(self.first..self.end, 0);
+            self.descriptors_end = self.descriptors_end.saturating_sub(self.first);
+            self.end -= self.first;
+            self.first = 0;
+        }
+        if self.end == 0 && self.buffer.len() > KEPT {
+            self.buffer = Vec::new();
         }
     }
 }
 
 /// Receives bytes into `buffer`, which is not empty. Returns their number, 0 at the end of the stream,
 /// or `None` if there are none yet.
-fn receive_some(
+fn receive_bytes(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
     descriptors: &mut Vec<OwnedFd>,
@@ -111,9 +235,13 @@ fn receive_some(
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
+    use proptest::prelude::*;
+
+    use super::super::{Outbox, OutgoingFd};
     use super::*;
     use crate::vfio_user::message::Command;
 
@@ -128,6 +256,131 @@ mod tests {
         here.write_all(&header.encode()).expect("sent");
         let mut receiver = Receiver::default();
         assert!(matches!(receiver.receive(&there), Ok(Received::Nothing)));
-        assert!(receiver.body.capacity() <= STEP);
+        assert!(receiver.buffer.capacity() <= HEADER_BYTES + STEP);
+    }
+
+    fn message(id: u16, body: &[u8]) -> Vec<u8> {
+        Header::command(id, Command::RegionWrite, 0).with_body(body)
+    }
+
+    fn null() -> OutgoingFd {
+        OutgoingFd::Owned(File::open("/dev/null").expect("open").into())
+    }
+
+    /// The id of each message that was sent, and the number of its descriptors.
+    fn receive_all(receiver: &mut Receiver, socket: &UnixStream) -> Vec<(u16, usize)> {
+        let mut all = Vec::new();
+        let mut nothings = 0;
+        // The first time, the receiver may only have left the socket to the next event.
+        while nothings < 2 {
+            match receiver.receive(socket).expect("received") {
+                Received::Message(message) => {
+                    all.push((message.header.id, message.descriptors.len()));
+                }
+                Received::Nothing => nothings += 1,
+                Received::End => break,
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn messages_that_were_read_ahead_keep_their_descriptors() {
+        let (here, there) = pair();
+        let mut outbox = Outbox::default();
+        let sent = [0, 0, 2, 0, 1, 1, 0, 0, 3];
+        for (id, count) in (1..).zip(sent) {
+            let descriptors = (0..count).map(|_| null()).collect();
+            outbox.push(message(id, b"body"), descriptors);
+        }
+        outbox.flush(&here).expect("sent");
+        let mut receiver = Receiver::reading_ahead();
+        let received = receive_all(&mut receiver, &there);
+        let expected: Vec<_> = (1..).zip(sent).collect();
+        assert_eq!(received, expected);
+    }
+
+    /// The first bytes of a message, which have its descriptors, come with the message before.
+    #[test]
+    fn descriptors_of_an_incomplete_message_wait_for_its_end() {
+        let (mut here, there) = pair();
+        let mut receiver = Receiver::reading_ahead();
+        let second = message(2, b"second");
+        for cut in [1, 15, 16, 17] {
+            let mut outbox = Outbox::default();
+            outbox.push(message(1, b"first"), Vec::new());
+            outbox.push(second[..cut].to_vec(), vec![null()]);
+            outbox.flush(&here).expect("sent");
+            assert_eq!(receive_all(&mut receiver, &there), [(1, 0)]);
+            here.write_all(&second[cut..]).expect("sent");
+            outbox.push(message(3, b"third"), vec![null(), null()]);
+            outbox.flush(&here).expect("sent");
+            assert_eq!(receive_all(&mut receiver, &there), [(2, 1), (3, 2)]);
+        }
+    }
+
+    #[test]
+    fn a_message_that_was_read_ahead_needs_no_event() {
+        let (mut here, there) = pair();
+        let mut receiver = Receiver::reading_ahead();
+        assert!(!receiver.has_message());
+        here.write_all(&[message(1, b"a"), message(2, b"b"), message(3, b"c")].concat()[..40])
+            .expect("sent");
+        assert!(matches!(receiver.receive(&there), Ok(Received::Message(m)) if m.header.id == 1));
+        assert!(receiver.has_message());
+        assert!(matches!(receiver.receive(&there), Ok(Received::Message(m)) if m.header.id == 2));
+        assert!(!receiver.has_message());
+    }
+
+    #[test]
+    fn a_malformed_header_that_was_read_ahead_needs_no_event() {
+        let (mut here, there) = pair();
+        let mut receiver = Receiver::reading_ahead();
+        let bytes = [&message(1, b"a")[..], &[0xff; HEADER_BYTES]].concat();
+        here.write_all(&bytes).expect("sent");
+        assert!(matches!(receiver.receive(&there), Ok(Received::Message(m)) if m.header.id == 1));
+        assert!(receiver.has_message());
+        assert!(matches!(
+            receiver.receive(&there),
+            Err(SocketError::Malformed(_))
+        ));
+    }
+
+    #[test]
+    fn the_buffer_of_a_large_message_is_freed() {
+        let (here, there) = pair();
+        let mut outbox = Outbox::default();
+        let mut receiver = Receiver::reading_ahead();
+        outbox.push(message(1, &vec![7; 1 << 20]), Vec::new());
+        let mut received = 0;
+        while received == 0 {
+            outbox.flush(&here).expect("sent");
+            received += receive_all(&mut receiver, &there).len();
+        }
+        assert!(receiver.buffer.capacity() <= KEPT);
+    }
+
+    proptest! {
+        #[test]
+        fn messages_read_ahead_arrive_whole_however_they_are_cut(
+            sent in proptest::collection::vec((0..3000usize, 0..3usize), 1..20),
+            rests in proptest::collection::vec(any::<bool>(), 20),
+        ) {
+            let (here, there) = pair();
+            let mut receiver = Receiver::reading_ahead();
+            let mut outbox = Outbox::default();
+            let mut received = Vec::new();
+            for ((id, (len, count)), rests) in (1..).zip(&sent).zip(rests) {
+                let descriptors = (0..*count).map(|_| null()).collect();
+                outbox.push(message(id, &vec![7; *len]), descriptors);
+                outbox.flush(&here).expect("sent");
+                if rests {
+                    received.extend(receive_all(&mut receiver, &there));
+                }
+            }
+            received.extend(receive_all(&mut receiver, &there));
+            let expected: Vec<_> = (1..).zip(&sent).map(|(id, (_, count))| (id, *count)).collect();
+            prop_assert_eq!(received, expected);
+        }
     }
 }

@@ -1,0 +1,104 @@
+//! Commands of a server that come at once.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+use vhost_device_iommu::address::Access;
+use vhost_device_iommu::backends::vfio_user::Isolation;
+
+use crate::bed::{Bed, CLIENT_TEXT, accept};
+use crate::connection::{
+    COMMAND, Connection, DMA_READ, DMA_WRITE, GET_INFO, NO_REPLY, REGION_INFO, VERSION, bytes, dma,
+    version_body,
+};
+
+const IOVA: u64 = 0x4000_0000;
+const PAGE: u64 = 0x1000;
+/// More than the interposer handles before it turns to other peers.
+const ROUNDS: u16 = 40;
+
+fn bed() -> Bed {
+    let bed = Bed::new(Isolation::Messages);
+    bed.attach();
+    bed.map(IOVA, 0, PAGE, Access::READ_WRITE).expect("mapped");
+    bed
+}
+
+/// Sends commands of each kind in one piece, and checks the replies.
+fn burst(bed: &Bed, server: &mut Connection) {
+    let mut all = Vec::new();
+    for n in 0..ROUNDS {
+        let at = IOVA + u64::from(n);
+        let mut push = |cmd, flags, body: &[u8]| all.extend(bytes(n, cmd, flags, 0, body));
+        push(DMA_WRITE, COMMAND, &dma(at, 1, &[n as u8]));
+        push(DMA_WRITE, NO_REPLY, &dma(at + 0x100, 1, &[!n as u8]));
+        push(DMA_READ, COMMAND, &dma(at, 1, &[]));
+        push(DMA_READ, COMMAND, &dma(IOVA, PAGE + 1, &[]));
+        push(GET_INFO, COMMAND, &[0; 16]);
+        push(DMA_READ, COMMAND, &dma(at + 0x100, 1, &[]));
+    }
+    server.send_raw(&all, &[]);
+    let mut expect = |n: u16, cmd, errno, data: Option<u8>| {
+        let reply = server.recv().expect("a reply");
+        let got = (reply.id, reply.cmd, reply.errno());
+        assert_eq!(got, (n, cmd, errno));
+        assert_eq!(reply.body.get(16).copied(), data);
+    };
+    for n in 0..ROUNDS {
+        expect(n, DMA_WRITE, 0, None);
+        expect(n, DMA_READ, 0, Some(n as u8));
+        expect(n, DMA_READ, libc::EFAULT, None);
+        expect(n, GET_INFO, libc::ENOTSUP, None);
+        expect(n, DMA_READ, 0, Some(!n as u8));
+    }
+    let written: Vec<_> = (0..ROUNDS).map(|n| n as u8).collect();
+    assert_eq!(bed.peek(0, ROUNDS.into()), written);
+}
+
+#[test]
+fn commands_that_come_at_once_are_answered_in_order() {
+    let bed = bed();
+    let (_client, mut server) = bed.raw_pair();
+    let window = server.recv().expect("a window");
+    server.reply(&window, &[], &[]);
+    burst(&bed, &mut server);
+}
+
+#[test]
+fn commands_that_come_at_once_on_the_socket_for_commands_are_answered_in_order() {
+    let bed = bed();
+    let listener = bed.listen();
+    let mut client = bed.connect();
+    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
+    let mut server = accept(&listener);
+    let request = server.recv().expect("VERSION");
+    let (ours, theirs) = UnixStream::pair().expect("sockets");
+    let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
+    server.reply(&request, &version_body(text), &[theirs.as_fd()]);
+    drop(theirs);
+    client.recv().expect("an answer");
+    burst(&bed, &mut Connection::new(ours));
+}
+
+#[test]
+fn descriptors_of_a_reply_between_commands_go_to_its_client() {
+    let bed = bed();
+    let (mut client, mut server) = bed.raw_pair();
+    let window = server.recv().expect("a window");
+    server.reply(&window, &[], &[]);
+    let file = File::open("/dev/null").expect("open");
+    for n in 0..ROUNDS {
+        let asked = client.ask(REGION_INFO, &[0; 32], &[]);
+        let request = server.recv().expect("a request");
+        server.send(n, DMA_READ, COMMAND, &dma(IOVA, PAGE, &[]), &[]);
+        server.reply(&request, &[0; 32], &[file.as_fd()]);
+        server.send(n, DMA_READ, COMMAND, &dma(IOVA, 1, &[]), &[]);
+        let reply = client.recv().expect("a reply");
+        assert_eq!((reply.id, reply.errno(), reply.fds.len()), (asked, 0, 1));
+        for len in [PAGE, 1] {
+            let reply = server.recv().expect("a reply");
+            assert_eq!((reply.id, reply.body.len() as u64), (n, 16 + len));
+        }
+    }
+}
