@@ -15,14 +15,9 @@ ARM64_STRESS=60
 # Seconds for all tests in one boot of the arm64 machine: six minutes of them are the model of the epochs.
 ARM64_LIMIT=2400
 
-# arm64_skipped NAME: prints the tests of the program NAME that cannot run under qemu-user: lib/arm64-skips has them, each
-# with the reason.
+# arm64_skipped NAME: prints the tests of the program NAME that cannot run under qemu-user and run in the arm64 machine
+# instead: lib/arm64-skips has them, each with the reason.
 arm64_skipped() {
-    sed -nE "s/^(neither +)?$1 +([a-z0-9_:]+) .*/\\2/p" "$SCRIPTS/lib/arm64-skips"
-}
-
-# arm64_moved NAME: prints those of them that run in the arm64 machine.
-arm64_moved() {
     sed -nE "s/^$1 +([a-z0-9_:]+) .*/\\1/p" "$SCRIPTS/lib/arm64-skips"
 }
 
@@ -83,8 +78,8 @@ SCRIPT
         read -r name path <<<"$program"
         if [[ " $IN_ARM64_MACHINE " == *" $name "* ]]; then
             echo "run $name" >>"$folder/machine"
-        elif [ -n "$(arm64_moved "$name")" ]; then
-            echo "run $name --exact $(arm64_moved "$name" | tr '\n' ' ')" >>"$folder/machine"
+        elif [ -n "$(arm64_skipped "$name")" ]; then
+            echo "run $name --exact $(arm64_skipped "$name" | tr '\n' ' ')" >>"$folder/machine"
         else
             continue
         fi

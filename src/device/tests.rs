@@ -55,7 +55,9 @@ fn one_kick_serves_all_batches() {
     }
     assert_eq!(bed.requests.take_used(), None);
     let metrics = bed.device.metrics();
-    assert_eq!(metrics.batch_full.get(), 1);
+    // A pass that takes a millisecond ends within its batch, and the next one may be full again.
+    let full = metrics.batch_full.get();
+    assert!((1..=2).contains(&full), "{full} full batches");
     assert_eq!(metrics.wakeups.get(), 2);
 }
 
