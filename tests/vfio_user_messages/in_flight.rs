@@ -3,14 +3,16 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, accept};
+use crate::bed::{Bed, CLIENT_TEXT, accept, eventually};
 use crate::connection::{
-    COMMAND, Connection, DMA_READ, DMA_WRITE, GET_INFO, NO_REPLY, REGION_INFO, VERSION, bytes, dma,
-    version_body,
+    COMMAND, Connection, DMA_READ, DMA_WRITE, GET_INFO, NO_REPLY, REGION_INFO, REGION_WRITE,
+    VERSION, bytes, dma, version_body,
 };
 
 const IOVA: u64 = 0x4000_0000;
@@ -101,4 +103,53 @@ fn descriptors_of_a_reply_between_commands_go_to_its_client() {
             assert_eq!((reply.id, reply.body.len() as u64), (n, 16 + len));
         }
     }
+}
+
+/// A server with one thread sends commands of its own while it does not read, and a client has filled the queue to it.
+#[test]
+fn commands_of_the_client_do_not_keep_those_of_the_server_waiting() {
+    const DATA: usize = 256 << 10;
+    /// More than the interposer queues.
+    const COUNT: u64 = 40;
+    /// More than the sockets hold.
+    const OWN: u64 = 2000;
+    let bed = bed();
+    let (mut client, mut server) = bed.raw_pair();
+    let window = server.recv().expect("a window");
+    server.reply(&window, &[], &[]);
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    let client = std::thread::spawn(move || {
+        let head = [&[0; 12][..], &(DATA as u32).to_le_bytes()].concat();
+        let body = [head, vec![7; DATA]].concat();
+        for _ in 0..COUNT {
+            client.ask(REGION_WRITE, &body, &[]);
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        for _ in 0..COUNT {
+            assert_eq!(client.recv().expect("a reply").errno(), 0);
+        }
+    });
+    eventually("the queue is nearly full", || {
+        sent.load(Ordering::Relaxed) >= (4 << 20) / DATA as u64
+    });
+    let own = Arc::new(AtomicU64::new(0));
+    let counter = own.clone();
+    let server = std::thread::spawn(move || {
+        for n in 0..OWN {
+            let data = vec![n as u8; PAGE as usize];
+            server.send(0, DMA_WRITE, NO_REPLY, &dma(IOVA, PAGE, &data), &[]);
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        for _ in 0..COUNT {
+            let command = server.recv().expect("a command");
+            server.reply(&command, &command.body[..16], &[]);
+        }
+    });
+    eventually("the server's commands", || {
+        own.load(Ordering::Relaxed) == OWN
+    });
+    server.join().expect("all commands have come");
+    client.join().expect("all replies have come");
+    assert_eq!(bed.watch.state().ends.cut_offs, 0);
 }

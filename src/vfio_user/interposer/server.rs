@@ -43,7 +43,8 @@ impl Proxy {
             if !status.connected || status.session != server.session {
                 return self.drop_server();
             }
-            if status.bytes >= MAX_UNSENT {
+            // The client's commands do not count: a server that reads nothing while it sends would wait for ever.
+            if status.reply_bytes >= MAX_UNSENT {
                 if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
                     self.link.end();
                 }

@@ -160,7 +160,7 @@ impl Proxy {
         }
         if let Some(server) = &self.server {
             let mut events = Events::empty();
-            events.set(Events::EPOLLIN, status.bytes < MAX_UNSENT);
+            events.set(Events::EPOLLIN, status.reply_bytes < MAX_UNSENT);
             events.set(Events::EPOLLOUT, status.bytes > 0);
             // Another thread may have ended the link since. Then this socket is that of the closing server, which
             // joins the interests below. An epoll set holds each descriptor only once.

@@ -42,6 +42,8 @@ pub(in crate::vfio_user) struct LinkStatus {
     pub(in crate::vfio_user) is_up_to_date: bool,
     /// Unsent bytes.
     pub(in crate::vfio_user) bytes: usize,
+    /// Those of replies to the server's commands.
+    pub(in crate::vfio_user) reply_bytes: usize,
     /// Unsent descriptors.
     pub(in crate::vfio_user) descriptors: usize,
     /// The client's commands without a reply.
@@ -64,6 +66,7 @@ impl Link {
                 c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
             }),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
+            reply_bytes: connection.map_or(0, |c| c.outbox.len_reply_bytes()),
             descriptors: connection.map_or(0, |c| c.outbox.len_descriptors()),
             commands: connection.map_or(0, |c| c.commands),
             closing: state.closing.is_some(),

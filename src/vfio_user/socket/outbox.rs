@@ -40,6 +40,8 @@ pub struct Outbox {
     queue: VecDeque<Outgoing>,
     /// Unsent bytes in the queue.
     bytes: usize,
+    /// Those of them that [`Self::send`] has queued.
+    reply_bytes: usize,
     /// Descriptors in the queue.
     descriptors: usize,
     /// The buffer of a message that was sent, for [`Self::send`].
@@ -52,6 +54,7 @@ struct Outgoing {
     bytes: Vec<u8>,
     sent: usize,
     end: usize,
+    is_reply: bool,
     /// Sent with the first byte, then empty.
     descriptors: Vec<OutgoingFd>,
 }
@@ -65,11 +68,12 @@ impl Outbox {
             end: bytes.len(),
             bytes,
             sent: 0,
+            is_reply: false,
             descriptors,
         });
     }
 
-    /// Sends the first `len` bytes of `buffer`, whole messages without descriptors. If the socket does not accept all of
+    /// Sends the first `len` bytes of `buffer`, whole replies without descriptors. If the socket does not accept all of
     /// them now, the outbox keeps the buffer with the rest, and `buffer` becomes one that was used before. So large
     /// messages are neither copied nor allocated anew.
     ///
@@ -89,10 +93,12 @@ impl Outbox {
         }
         if sent < len {
             self.bytes += len - sent;
+            self.reply_bytes += len - sent;
             self.queue.push_back(Outgoing {
                 bytes: std::mem::replace(buffer, std::mem::take(&mut self.spare)),
                 sent,
                 end: len,
+                is_reply: true,
                 descriptors: Vec::new(),
             });
         }
@@ -107,6 +113,11 @@ impl Outbox {
     /// Unsent bytes.
     pub fn len_bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Unsent bytes of replies that were queued with [`Self::send`].
+    pub fn len_reply_bytes(&self) -> usize {
+        self.reply_bytes
     }
 
     /// Unsent descriptors, which stay open until they are sent.
@@ -128,6 +139,9 @@ impl Outbox {
             first.descriptors.clear();
             first.sent += sent;
             self.bytes = self.bytes.saturating_sub(sent);
+            if first.is_reply {
+                self.reply_bytes = self.reply_bytes.saturating_sub(sent);
+            }
             if first.sent == first.end
                 && let Some(sent) = self.queue.pop_front()
                 && (self.spare.len()..=KEPT).contains(&sent.bytes.len())
@@ -193,9 +207,12 @@ mod tests {
             }
         }
         assert!(kept.len() > 2, "the socket took almost everything");
-        let mut received = vec![0; LEN * usize::from(COUNT)];
+        let mut received = vec![0; LEN * (usize::from(COUNT) + 1)];
         let mut rest = &mut received[..];
+        assert_eq!(outbox.len_reply_bytes(), outbox.len_bytes());
+        outbox.push(vec![COUNT; LEN], Vec::new());
         let mut unsent = outbox.len_bytes();
+        assert_eq!(outbox.len_reply_bytes() + LEN, unsent);
         while !rest.is_empty() {
             let len = rest.len().min(4096);
             there.read_exact(&mut rest[..len]).expect("bytes");
@@ -204,8 +221,8 @@ mod tests {
             assert!(outbox.len_bytes() <= unsent);
             unsent = outbox.len_bytes();
         }
-        assert_eq!((unsent, outbox.is_empty()), (0, true));
-        let right = (0..COUNT).all(|n| {
+        assert_eq!((unsent, outbox.len_reply_bytes()), (0, 0));
+        let right = (0..=COUNT).all(|n| {
             let at = LEN * usize::from(n);
             received[at..at + LEN].iter().all(|byte| *byte == n)
         });
