@@ -7,7 +7,7 @@
 
 # The test programs that run under qemu-user: the library's own tests, the program's, and integration tests that start the
 # daemon for a command only. qemu-user lacks io_submit, with which the daemon signals eventfds: no VM can be served there.
-IN_QEMU_USER="vhost_device_iommu vhost-device-iommu cli epoch_model page_table viot"
+IN_QEMU_USER="vhost_device_iommu vhost-device-iommu cli page_table viot"
 # The test programs that run in an arm64 machine, with the daemon in its sandbox.
 IN_ARM64_MACHINE="sandbox epoch_model shadow hotplug requests"
 # Seconds of the stress of the epochs there.
