@@ -117,6 +117,61 @@ fn windows_that_a_new_server_has_no_room_for_are_missing() {
     assert_eq!(bed.watch.state().limits.missing, 0);
 }
 
+/// A library pauses its device for each window that it is told, also for those that it refuses.
+#[test]
+fn a_server_that_connects_is_told_few_windows_beyond_its_limit() {
+    const COUNT: u64 = 1000;
+    const LIMIT: u64 = 16;
+    let bed = Bed::new(Isolation::ExactMessages);
+    bed.attach();
+    assert!(map_all(&bed, 0..COUNT).iter().all(Option::is_none));
+    let (mut client, scripted) = limited(&bed, LIMIT as usize, libc::EINVAL);
+    let limits = || {
+        let limits = bed.watch.state().limits;
+        (limits.most, limits.missing)
+    };
+    eventually("the limit", || limits() == (LIMIT, COUNT - LIMIT));
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    let told = || scripted.each(DMA_MAP, |m| m.u64_at(16)).len();
+    let before = told();
+    assert!((80..=144).contains(&before), "{before}");
+    // The next one takes the place of one that the guest unmaps.
+    bed.unmap(IOVA + 3 * PAGE, PAGE).expect("unmapped");
+    eventually("another one", || limits() == (LIMIT, COUNT - 1 - LIMIT));
+    eventually("it has come", || told() == before + 1);
+    // The announcement has not reached this one.
+    let full = Some(BackendErrorKind::NoMem);
+    assert_eq!(map_all(&bed, COUNT..COUNT + 1), [full]);
+    assert_eq!(told(), before + 1);
+    bed.unmap(0, u64::MAX).expect("unmapped");
+    assert_eq!(
+        map_all(&bed, 0..LIMIT + 1)[LIMIT as usize - 1..],
+        [None, full]
+    );
+    assert_eq!(bed.watch.state().ends.cut_offs, 0);
+}
+
+/// A server may refuse some windows for reasons of their own, with the same errno.
+#[test]
+fn some_refused_windows_are_no_limit() {
+    const COUNT: u64 = 300;
+    let bed = Bed::new(Isolation::ExactMessages);
+    bed.attach();
+    assert!(map_all(&bed, 0..COUNT).iter().all(Option::is_none));
+    let (_client, _server) = bed.pair(|server, msg| {
+        let odd = IOVA + 5 * PAGE..IOVA + 65 * PAGE;
+        let refused = msg.cmd == DMA_MAP && odd.contains(&msg.u64_at(16));
+        if refused {
+            server.refuse(msg, libc::EINVAL.unsigned_abs());
+        }
+        refused
+    });
+    eventually("all others", || {
+        let limits = bed.watch.state().limits;
+        (limits.missing, limits.refused) == (60, 60)
+    });
+}
+
 #[test]
 fn a_server_is_told_no_more_windows_than_configured() {
     let bed = Bed::with_max_windows(Isolation::ExactMessages, 2);

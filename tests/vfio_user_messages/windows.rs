@@ -2,7 +2,7 @@
 //! guest RAM. They cost no memory.
 
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -255,17 +255,45 @@ fn bypass_mode_and_a_domain_replace_each_other_s_windows_or_none() {
     assert!(scripted.windows().is_empty());
 }
 
-/// What a server refuses is remembered, up to a limit.
+/// What a server refuses is remembered, up to a limit. The announcement waits there, and the server stays.
 #[test]
-fn a_server_that_refuses_every_window_is_cut_off() {
+fn a_server_that_refuses_very_many_windows_stays() {
+    const COUNT: u64 = 66_000;
+    const REFUSED: usize = 65_535;
+    let window = |n: u64| IOVA + 2 * n * PAGE;
     let bed = Bed::with_deadline(Isolation::ExactMessages, Duration::from_secs(20));
-    map_many(&bed, 66_000);
-    let (_client, scripted) = bed.pair(|server, msg| {
-        if msg.cmd == DMA_MAP {
-            server.refuse(msg, libc::ENOMEM.unsigned_abs());
+    map_many(&bed, COUNT);
+    let refuses = Arc::new(AtomicBool::new(true));
+    let told = Arc::new(AtomicUsize::new(0));
+    let (refusing, counter) = (refuses.clone(), told.clone());
+    let (mut client, scripted) = bed.pair(move |server, msg| {
+        let refused = msg.cmd == DMA_MAP && refusing.load(Ordering::Relaxed);
+        if refused {
+            server.refuse(msg, libc::EBUSY.unsigned_abs());
         }
-        msg.cmd == DMA_MAP
+        counter.fetch_add(usize::from(msg.cmd == DMA_MAP), Ordering::Relaxed);
+        refused
     });
-    eventually("the server is cut off", || scripted.thread.is_finished());
-    bed.unmap(0, u64::MAX).expect("nobody has a window");
+    eventually("very many are refused", || {
+        told.load(Ordering::Relaxed) >= REFUSED
+    });
+    eventually("the announcement waits", || {
+        bed.watch.state().limits.missing == COUNT
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    assert_eq!(told.load(Ordering::Relaxed), REFUSED);
+    // The announcement has not reached the first of these, and nobody remembers the other one.
+    for iova in [window(COUNT), IOVA - PAGE] {
+        let refused = bed.map(iova, 0, PAGE, Access::READ);
+        assert!(refused.is_err(), "the server has no room");
+    }
+    refuses.store(false, Ordering::Relaxed);
+    bed.unmap(IOVA, 2 * 100 * PAGE).expect("unmapped");
+    eventually("the server is told the others", || {
+        bed.watch.state().limits.missing == REFUSED as u64 - 100
+    });
+    bed.unmap(0, u64::MAX).expect("unmapped");
+    let removed = scripted.each(DMA_UNMAP, |_| ()).len();
+    assert_eq!(removed, COUNT as usize - REFUSED);
+    assert_eq!(bed.watch.state().ends.cut_offs, 0);
 }

@@ -17,8 +17,6 @@ use crate::vfio_user::version::Terms;
 /// The number of every command that wants no reply: some servers reply nevertheless, and the number
 /// tells such a reply from others.
 pub(super) const NO_REPLY_ID: u16 = u16::MAX;
-/// A server that refuses more windows than this, all still mapped, is cut off.
-pub(super) const MAX_REFUSED: usize = 65535;
 
 #[derive(Debug)]
 pub(super) struct ServerConnection {
@@ -58,10 +56,16 @@ pub(super) struct ServerConnection {
     pub(super) shares_memory: bool,
     /// The first addresses of windows that the server has neither accepted nor refused yet.
     pub(super) unconfirmed: HashSet<u64>,
-    /// The first addresses of windows that the server refused, up to [`MAX_REFUSED`] of them.
+    /// The first addresses of windows that the server refused and the guest has mapped. While a server that has connected
+    /// is told all windows, these are up to [`MAX_REFUSED`]; besides, those of one request join them until the request
+    /// takes them back.
+    ///
+    /// [`MAX_REFUSED`]: super::limit::MAX_REFUSED
     pub(super) refused: HashSet<u64>,
     /// The number of windows at which the server has refused one, if it has not taken more since.
     pub(super) limit: Option<u64>,
+    /// How many windows the server has refused since `limit` was found, if it has not taken more.
+    pub(super) refused_in_a_row: usize,
     /// The log has the limit.
     pub(super) is_limit_logged: bool,
 }
@@ -121,6 +125,7 @@ impl ServerConnection {
             unconfirmed: HashSet::new(),
             refused: HashSet::new(),
             limit: None,
+            refused_in_a_row: 0,
             is_limit_logged: false,
         }
     }
@@ -178,11 +183,6 @@ impl ServerConnection {
     /// The number of windows that the server can have.
     pub(super) fn max_windows(&self) -> u64 {
         self.terms.as_ref().map_or(0, |terms| terms.windows)
-    }
-
-    /// Whether the announcement waits for the server to have room for more windows. Updates do not wait meanwhile.
-    pub(super) fn is_announcement_paused(&self) -> bool {
-        self.announcing.is_some() && self.windows >= self.max_windows()
     }
 
     /// Counts a window that the server is about to get.

@@ -5,9 +5,17 @@
 
 use super::connection::ServerConnection;
 use super::state::Link;
-use super::update::WindowRefusal;
+use super::update::{REPLAY, WindowRefusal};
 use crate::address::Iova;
 use crate::warn_limited;
+
+/// While a server that has connected is told all windows, this many refused ones are remembered. The announcement waits
+/// then until the guest unmaps some: the first refused addresses are a list that must not grow with the number of
+/// mappings.
+pub(super) const MAX_REFUSED: usize = 65535;
+/// After so many refusals in a row, the announcement takes the number of accepted windows for the server's limit. Not after
+/// the first one: the server may have refused that window for a reason of its own.
+const SURE_AFTER: usize = 64;
 
 /// The windows that a device's server does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +71,7 @@ impl Link {
         self.refused.inc();
         if refusal.is_limit() {
             connection.limit = Some(windows);
+            connection.refused_in_a_row += 1;
             if !std::mem::replace(&mut connection.is_limit_logged, true) {
                 let name = &self.name;
                 warn_limited!(
@@ -77,11 +86,18 @@ impl Link {
         refusal
     }
 
-    /// The window at `first` is not sent: the server has as many as it takes.
+    /// The window at `first` is not sent: the server has as many as it takes, or has refused very many.
     pub(super) fn no_room(&self, connection: &mut ServerConnection, first: Iova) -> WindowRefusal {
-        let windows = connection.max_windows();
+        let is_full = connection.windows >= connection.max_windows();
+        let windows = connection.windows.min(connection.max_windows());
         self.refused.inc();
-        if !std::mem::replace(&mut connection.is_limit_logged, true) {
+        if !is_full {
+            let (name, refused) = (&self.name, connection.refused.len());
+            warn_limited!(
+                "{name}: the server has refused {refused} windows that the guest has mapped, and gets no further ones \
+                 until the guest unmaps some; the device does not reach their memory"
+            );
+        } else if !std::mem::replace(&mut connection.is_limit_logged, true) {
             let name = &self.name;
             warn_limited!(
                 "{name}: the server takes {windows} windows, as VERSION or `max-windows` says, and has them; the device \
@@ -107,5 +123,44 @@ impl ServerConnection {
     pub(super) fn window_accepted(&mut self) {
         let accepted = self.accepted();
         self.limit = self.limit.filter(|limit| accepted <= *limit);
+        if self.limit.is_none() {
+            self.refused_in_a_row = 0;
+        }
+    }
+
+    /// The number of windows that the announcement to a server that has connected does not exceed.
+    fn announced_at_most(&self) -> u64 {
+        let found = self.limit.filter(|_| self.refused_in_a_row >= SURE_AFTER);
+        self.max_windows().min(found.unwrap_or(u64::MAX))
+    }
+
+    /// The number of windows that may be announced now, but for those in flight. `is_replay`: nobody waits for the
+    /// announcement, and refused windows stay mapped.
+    pub(super) fn room(&self, is_replay: bool) -> usize {
+        let most = if is_replay {
+            self.announced_at_most()
+        } else {
+            self.max_windows()
+        };
+        let room = most.saturating_sub(self.windows);
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        if is_replay {
+            room.min(self.refusable())
+        } else {
+            room
+        }
+    }
+
+    /// The number of windows that the server may refuse while nobody waits for its answer.
+    pub(super) fn refusable(&self) -> usize {
+        let possible = self.refused.len() + self.replayed + self.unwatched;
+        MAX_REFUSED.saturating_sub(possible)
+    }
+
+    /// Whether the announcement waits for the server to have room for more windows, or for the guest to unmap some that the
+    /// server has refused. Updates do not wait meanwhile.
+    pub(super) fn is_announcement_paused(&self) -> bool {
+        self.announcing
+            .is_some_and(|batch| self.room(batch == REPLAY) == 0)
     }
 }

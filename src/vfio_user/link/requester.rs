@@ -197,7 +197,8 @@ impl DmaUpdates<'_> {
             windows.iter().partition(|w| connection.is_unannounced(w));
         let has_no_room = !later.is_empty() && connection.is_announcement_paused();
         let is_replaying = connection.is_replaying();
-        let is_free = connection.unwatched + now.len() <= MAX_UNWATCHED;
+        let is_free = connection.unwatched + now.len() <= MAX_UNWATCHED
+            && now.len() <= connection.refusable();
         let maps = now.into_iter().cloned().map(DmaUpdate::Map);
         if has_no_room {
             let ticket = self.send(maps.collect(), false);

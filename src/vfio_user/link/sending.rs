@@ -71,7 +71,7 @@ impl Link {
         }
         if connection.unannounced.is_none() {
             self.end_announcement(connection, batches, None);
-        } else if connection.is_announcement_paused() {
+        } else if connection.windows >= connection.max_windows() {
             warn_limited!(
                 "{}: the server takes {} windows and no more; it gets the others as it gives windows up",
                 self.name,
@@ -135,11 +135,12 @@ impl Link {
 impl ServerConnection {
     /// The number of windows that may be announced now.
     fn announcement_room(&self) -> usize {
-        let room = self.max_windows().saturating_sub(self.windows);
-        let room = usize::try_from(room).unwrap_or(usize::MAX);
         match self.announcing {
-            Some(REPLAY) => room.min(MAX_REPLAYED.saturating_sub(self.replayed)),
-            _ => room,
+            Some(REPLAY) => {
+                let in_flight = MAX_REPLAYED.saturating_sub(self.replayed);
+                self.room(true).min(in_flight)
+            }
+            _ => self.room(false),
         }
     }
 

@@ -5,9 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::connection::{
-    ClientCommand, MAX_REFUSED, NO_REPLY_ID, Pending, Queued, ServerConnection,
-};
+use super::connection::{ClientCommand, NO_REPLY_ID, Pending, Queued, ServerConnection};
 use super::deadlines::WaitLimit;
 use super::state::{Disconnect, Link, LinkState, finish_update};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
@@ -258,13 +256,8 @@ impl Link {
                 };
                 let is_announced = connection.announcing == Some(batch) && batch != REPLAY;
                 finish_update(&self.name, batches, batch, refusal);
-                if refusal.is_some() {
-                    if connection.refused.len() > MAX_REFUSED {
-                        return MatchedReply::Violation("it refuses too many windows");
-                    }
-                    if is_announced {
-                        self.end_announcement(connection, batches, refusal);
-                    }
+                if refusal.is_some() && is_announced {
+                    self.end_announcement(connection, batches, refusal);
                 }
                 self.send_updates(&mut state);
                 self.changed.notify_all();
