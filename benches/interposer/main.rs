@@ -1,5 +1,6 @@
-//! The interposer in one process: accesses by messages that a device's server sends, and MAP and UNMAP with a device in
-//! the domain. The interposer, the backend, the core and the sockets are real; the server is a thread.
+//! The interposer in one process: accesses by messages that a device's server sends, MAP and UNMAP with a device in
+//! the domain, and the removal of many windows. The interposer, the backend, the core and the sockets are real; the server
+//! is a thread.
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
@@ -17,6 +18,7 @@ mod connection;
 mod fragment;
 mod mappings;
 mod server;
+mod windows;
 
 use std::time::{Duration, Instant};
 
@@ -66,6 +68,12 @@ fn main() {
         for (name, ns) in mappings::measure() {
             println!("{name}: {ns:.1} ns");
             figures.insert(format!("{name}_ns"), json!(ns));
+        }
+    }
+    if is_chosen("windows") {
+        for (name, figure) in windows::measure() {
+            println!("{name}: {figure:.1}");
+            figures.insert(name.into(), json!(figure));
         }
     }
     fragment::write("interposer", &json!({ "interposer": figures }));

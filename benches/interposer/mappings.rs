@@ -77,7 +77,8 @@ fn without_device() -> Iommu {
     iommu
 }
 
-fn mapping(page: u64) -> Mapping {
+/// The mapping of a page.
+pub fn mapping(page: u64) -> Mapping {
     Mapping {
         range: IovaRange::from_len(Iova(page * PAGE), PAGE).expect("a page"),
         gpa: Gpa(RAM + page * PAGE % RAM_LEN),

@@ -22,6 +22,7 @@ mod library;
 mod limits;
 mod reconnection;
 mod regions;
+mod removal;
 mod replay;
 mod replies;
 mod runs;

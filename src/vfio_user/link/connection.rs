@@ -32,6 +32,8 @@ pub(super) struct ServerConnection {
     pub(super) has_held_back: bool,
     /// Updates that are not in the outbox yet.
     pub(super) backlog: VecDeque<Queued>,
+    /// A requester waits for room in the backlog.
+    pub(super) is_sender_waiting: bool,
     /// The announcement continues before the next update of [`UNWATCHED`].
     pub(super) announces_next: bool,
     /// The number of the last update.
@@ -110,6 +112,7 @@ impl ServerConnection {
             unannounced: Some(Iova(0)),
             has_held_back: false,
             backlog: VecDeque::new(),
+            is_sender_waiting: false,
             announces_next: false,
             last_serial: 0,
             watched: 0,

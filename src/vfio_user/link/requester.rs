@@ -133,6 +133,7 @@ impl Link {
             };
             let room = MAX_UPDATES.saturating_sub(connection.backlog.len());
             if room == 0 {
+                connection.is_sender_waiting = true;
                 let late = self.wait_for_change(&mut state, ticket);
                 if let Some(limit) = late.filter(|_| state.is_full(ticket)) {
                     self.end_late(&mut state, ticket, limit);
@@ -158,12 +159,12 @@ impl Link {
         state: &mut MutexGuard<'_, LinkState>,
         ticket: &BatchTicket,
     ) -> Option<WaitLimit> {
-        let (until, limit) = state.progress.end_of(&ticket.wait);
+        let (until, _) = state.progress.end_of(&ticket.wait);
         if !self.changed.wait_until(state, until) {
             return None;
         }
-        // An answer may have come at the last moment.
-        let (until, _) = state.progress.end_of(&ticket.wait);
+        // Answers that have come meanwhile have put the end off. Nobody was woken for them.
+        let (until, limit) = state.progress.end_of(&ticket.wait);
         (until <= Instant::now()).then_some(limit)
     }
 

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use zerocopy::IntoBytes;
 
 use super::connection::{Pending, Queued, ServerConnection, map_body, unmap_body};
-use super::state::{Batch, Link, LinkState, finish_update};
+use super::state::{Batch, Link, LinkState};
 use super::update::{DmaUpdate, MAX_UPDATES, REPLAY, WindowRefusal};
 use crate::address::Iova;
 use crate::warn_limited;
@@ -44,6 +44,7 @@ impl Link {
                 break;
             }
         }
+        self.wake_sender(connection);
         self.flush_locked(state);
     }
 
@@ -108,8 +109,7 @@ impl Link {
         match done {
             Some(refusal) => {
                 connection.count_out(next.batch);
-                finish_update(&self.name, batches, next.batch, refusal);
-                self.changed.notify_all();
+                self.finish_update(batches, next.batch, refusal);
             }
             None => connection.send_queued(next),
         }
@@ -126,8 +126,7 @@ impl Link {
         if let Some(batch) = connection.announcing.take()
             && batch != REPLAY
         {
-            finish_update(&self.name, batches, batch, refusal);
-            self.changed.notify_all();
+            self.finish_update(batches, batch, refusal);
         }
     }
 }

@@ -13,7 +13,7 @@ use rustix::net::Shutdown;
 
 use super::connection::{Pending, ServerConnection};
 use super::deadlines::{Deadlines, LimitCounters, Progress, WaitLimit};
-use super::update::{DmaUpdateError, REPLAY, WindowRefusal};
+use super::update::{DmaUpdateError, MAX_UPDATES, REPLAY, WindowRefusal};
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::process::wait_budget::WaitBudget;
@@ -28,6 +28,8 @@ pub struct Link {
     /// Knows all windows.
     pub(super) target: Arc<dyn DmaTarget>,
     pub(super) state: Mutex<LinkState>,
+    /// What a requester waits for has happened: its batch is complete, the backlog has room, a connection has ended. The
+    /// requester watches its deadline itself.
     pub(super) changed: Condvar,
     wake: OwnedFd,
     pub(super) deadlines: Deadlines,
@@ -282,25 +284,41 @@ impl LinkState {
     }
 }
 
-/// Completes one update of a batch; `refusal` says whether the server refused it.
-pub(super) fn finish_update(
-    name: &str,
-    batches: &mut HashMap<u64, Batch>,
-    batch: u64,
-    refusal: Option<WindowRefusal>,
-) {
-    match batches.get_mut(&batch) {
-        Some(batch) => {
-            batch.remaining = batch.remaining.saturating_sub(1);
-            if let Some(refusal) = refusal {
-                batch.failed.get_or_insert(DmaUpdateError::Refused(refusal));
-                batch.refused.push(refusal);
+impl Link {
+    /// Completes one update of a batch; `refusal` says whether the server refused it. Wakes the requester if it was the last
+    /// one: to wake it for each answer would cost two switches between threads for each window.
+    pub(super) fn finish_update(
+        &self,
+        batches: &mut HashMap<u64, Batch>,
+        batch: u64,
+        refusal: Option<WindowRefusal>,
+    ) {
+        match batches.get_mut(&batch) {
+            Some(batch) => {
+                batch.remaining = batch.remaining.saturating_sub(1);
+                if let Some(refusal) = refusal {
+                    batch.failed.get_or_insert(DmaUpdateError::Refused(refusal));
+                    batch.refused.push(refusal);
+                }
+                if batch.remaining == 0 {
+                    self.changed.notify_all();
+                }
+            }
+            None => {
+                if let Some(refusal) = refusal {
+                    let name = &self.name;
+                    warn_limited!("{name}: the server refuses a window: {refusal}");
+                }
             }
         }
-        None => {
-            if let Some(refusal) = refusal {
-                warn_limited!("{name}: the server refuses a window: {refusal}");
-            }
+    }
+
+    /// Wakes a requester that waits for room in the backlog, if half of it is free.
+    pub(super) fn wake_sender(&self, connection: &mut ServerConnection) {
+        if connection.backlog.len() <= MAX_UPDATES / 2
+            && std::mem::take(&mut connection.is_sender_waiting)
+        {
+            self.changed.notify_all();
         }
     }
 }

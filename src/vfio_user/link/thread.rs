@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::connection::{ClientCommand, NO_REPLY_ID, Pending, Queued, ServerConnection};
 use super::deadlines::WaitLimit;
-use super::state::{Disconnect, Link, LinkState, finish_update};
+use super::state::{Disconnect, Link, LinkState};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
 use crate::vfio_user::dma::Replies;
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
@@ -255,12 +255,11 @@ impl Link {
                     }
                 };
                 let is_announced = connection.announcing == Some(batch) && batch != REPLAY;
-                finish_update(&self.name, batches, batch, refusal);
+                self.finish_update(batches, batch, refusal);
                 if refusal.is_some() && is_announced {
                     self.end_announcement(connection, batches, refusal);
                 }
                 self.send_updates(&mut state);
-                self.changed.notify_all();
                 MatchedReply::Own
             }
         }
