@@ -168,7 +168,7 @@ pub trait DmaBackend: Send {
     /// The VMM has added guest RAM.
     ///
     /// # Errors
-    /// On error, endpoints in bypass mode cannot reach the slot.
+    /// On error, endpoints in bypass mode cannot reach the slot, apart from those of [`Self::take_stopped`].
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError>;
 
     /// The VMM removes guest RAM. The core has unmapped every mapping into the slot before.
@@ -191,7 +191,8 @@ pub trait DmaBackend: Send {
         contents: &dyn Contents,
     ) -> Result<(), AttachError>;
 
-    /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, each once. The core quarantines them.
+    /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, and those that may reach a slot after a
+    /// failed [`Self::add_memory`], each once. The core quarantines them.
     fn take_stopped(&mut self) -> Vec<EndpointId> {
         Vec::new()
     }

@@ -115,6 +115,7 @@ impl Iommu {
                     continue;
                 };
                 error_limited!("cannot reach the memory at {slot:?}: {cause}");
+                self.quarantine_stopped(index, &cause);
                 if self.backends[index].reads_page_table() {
                     self.quarantine_those(index, &cause, |dma| dma == Dma::Translated);
                 }

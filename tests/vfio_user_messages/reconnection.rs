@@ -1,13 +1,19 @@
 //! The client or the server dies, and connects again.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use vhost_device_iommu::address::Access;
+use vhost_device_iommu::address::{Access, Gpa, GpaRange, Mapping};
 use vhost_device_iommu::backends::vfio_user::Isolation;
+use vhost_device_iommu::faults::FaultReason;
+use vhost_device_iommu::ids::DomainId;
 
-use crate::bed::{Bed, CLIENT_TEXT, SERVER_TEXT, accept, event, eventually, start_scripted_server};
+use crate::bed::{
+    Bed, CLIENT_TEXT, DOMAIN, RAM, SERVER_TEXT, accept, event, eventually, range,
+    start_scripted_server,
+};
 use crate::connection::{
     Connection, DMA_MAP, REGION_INFO, REGION_READ, RESET, SET_IRQS, VERSION, irqs, region,
     version_body,
@@ -175,9 +181,8 @@ fn a_server_that_keeps_memory_without_client_has_its_endpoint_blocked() {
     drop(server);
 }
 
-/// A client and its server. The server has guest memory, and the interposer has cut it off because it did not
-/// answer another DMA_MAP in time.
-fn late(isolation: Isolation) -> (Bed, Connection, Connection) {
+/// A client and its server, which has a window.
+fn with_window(isolation: Isolation) -> (Bed, Connection, Connection) {
     let bed = Bed::with_deadline(isolation, Duration::from_secs(1));
     bed.attach();
     let (client, mut server) = bed.raw_pair();
@@ -187,24 +192,31 @@ fn late(isolation: Isolation) -> (Bed, Connection, Connection) {
         server.reply(&window, &[], &[]);
         mapped.join().expect("no panic").expect("mapped");
     });
-    bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
-        .expect_err("not in time");
-    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
-    assert!(!endpoint.quarantined);
     (bed, client, server)
+}
+
+/// The same, after the interposer has cut the server off for garbage.
+fn cut_off(isolation: Isolation) -> (Bed, Connection, Connection) {
+    let (bed, client, mut server) = with_window(isolation);
+    server.send_raw(&[0xff; 40], &[]);
+    eventually("it is cut off", || bed.watch.state().ends.cut_offs == 1);
+    assert!(!is_quarantined(&bed));
+    (bed, client, server)
+}
+
+fn is_quarantined(bed: &Bed) -> bool {
+    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
+    endpoint.quarantined
 }
 
 #[test]
 fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
-    let (bed, _client, mut server) = late(Isolation::Mappings);
+    let (bed, _client, mut server) = cut_off(Isolation::Mappings);
     let listener = bed.listen();
-    // MAP has waited for the hang-up, too. Ten deadlines later, the budget for that is whole again.
-    std::thread::sleep(Duration::from_secs(10));
     std::thread::scope(|scope| {
         let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
         std::thread::sleep(Duration::from_millis(300));
         assert!(!unmapped.is_finished(), "the server may still reach it");
-        assert_eq!(server.recv().expect("the command").cmd, DMA_MAP);
         assert!(
             server.recv().is_none(),
             "the end of the stream tells the server"
@@ -215,16 +227,91 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
     let mut server = accept(&listener);
     assert_eq!(server.recv().expect("it may connect again").cmd, VERSION);
 
-    let (bed, _client, server) = late(Isolation::Mappings);
+    let (bed, _client, server) = cut_off(Isolation::Mappings);
     bed.unmap(IOVA, 0x1000)
         .expect_err("the server keeps the memory");
-    let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
-    assert!(endpoint.quarantined);
+    assert!(is_quarantined(&bed));
     drop(server);
 
-    let (bed, _client, server) = late(Isolation::ExactMessages);
+    let (bed, _client, server) = cut_off(Isolation::ExactMessages);
     bed.unmap(IOVA, 0x1000)
         .expect("the server never had memory");
+    drop(server);
+}
+
+/// The server answers neither this MAP nor the removal of its window.
+#[test]
+fn a_window_that_cannot_be_taken_back_quarantines_the_endpoint() {
+    for is_run in [false, true] {
+        let (bed, _client, server) = with_window(Isolation::Mappings);
+        let page = |n: u64| Mapping {
+            range: range(IOVA + n * 0x1000, 0x1000),
+            gpa: Gpa(RAM),
+            access: Access::READ,
+            mmio: false,
+        };
+        let refused = if is_run {
+            let mut outcomes = VecDeque::new();
+            let run = [page(1), page(2)];
+            bed.iommu().map_all(DOMAIN, &run, &mut outcomes);
+            outcomes.pop_front().expect("an outcome")
+        } else {
+            bed.iommu().map(DOMAIN, &page(1))
+        };
+        let refused = refused.expect_err("not in time").to_string();
+        assert!(refused.contains("1 endpoints are quarantined"), "{refused}");
+        assert!(is_quarantined(&bed), "the server may have the window");
+        assert_eq!(bed.faults.take(), [(FaultReason::Unknown, IOVA + 0x1000)]);
+        // It may have it until it hangs up, whatever the endpoint is attached to. The budget for that is whole again
+        // after ten deadlines.
+        std::thread::sleep(Duration::from_secs(10));
+        let attach = || bed.iommu().attach(bed.endpoint(), DomainId(2), false);
+        let refused = attach().expect_err("the server keeps the memory");
+        assert!(refused.to_string().contains("has not hung up"), "{refused}");
+        assert!(is_quarantined(&bed));
+        drop(server);
+        eventually("the hang-up", || attach().is_ok());
+        assert!(!is_quarantined(&bed));
+    }
+}
+
+#[test]
+fn a_late_server_that_hangs_up_costs_the_guest_the_mapping_only() {
+    for isolation in [Isolation::Mappings, Isolation::ExactMessages] {
+        let (bed, _client, mut server) = with_window(isolation);
+        std::thread::scope(|scope| {
+            let server = scope.spawn(move || while server.recv().is_some() {});
+            bed.map(IOVA + 0x1000, 0, 0x1000, Access::READ)
+                .expect_err("not in time");
+            server.join().expect("no panic");
+        });
+        assert!(!is_quarantined(&bed));
+        assert!(bed.faults.take().is_empty());
+        bed.unmap(0, u64::MAX).expect("nobody has a window");
+    }
+}
+
+/// In bypass mode, guest RAM is the windows.
+#[test]
+fn guest_ram_that_cannot_be_taken_back_quarantines_the_endpoint() {
+    let bed = Bed::with_deadline(Isolation::Mappings, Duration::from_secs(1));
+    let mut parts = [bed.slot.clone(), bed.slot.clone()];
+    for (part, at) in parts.iter_mut().zip([RAM, RAM + 0x1000]) {
+        part.range = GpaRange::from_len(Gpa(at), 0x1000).expect("one page");
+    }
+    bed.iommu().set_memory(Vec::new());
+    let attached = bed.iommu().attach(bed.endpoint(), DOMAIN, true);
+    attached.expect("attached");
+    let (_client, mut server) = bed.raw_pair();
+    std::thread::scope(|scope| {
+        let added = scope.spawn(|| bed.iommu().set_memory(parts[..1].to_vec()));
+        let window = server.recv().expect("a window");
+        server.reply(&window, &[], &[]);
+        added.join().expect("no panic");
+    });
+    assert!(!is_quarantined(&bed));
+    bed.iommu().set_memory(parts.to_vec());
+    assert!(is_quarantined(&bed), "the server may have the slot");
     drop(server);
 }
 

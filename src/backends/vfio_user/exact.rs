@@ -39,6 +39,11 @@ pub(super) struct Exact {
     begun: Vec<Removal>,
     /// The run of MAPs in progress.
     run: Option<MapRun>,
+    /// Why windows of a refused MAP could not be taken back from the server. The core unmaps the MAP's range next, and
+    /// that fails.
+    kept: Option<DmaUpdateError>,
+    /// The server may have memory that it must not have, since a memory slot could not be taken back.
+    is_stopped: bool,
 }
 
 /// The removal of one range's windows.
@@ -57,6 +62,8 @@ impl Exact {
             device,
             begun: Vec::new(),
             run: None,
+            kept: None,
+            is_stopped: false,
         }
     }
 
@@ -64,6 +71,9 @@ impl Exact {
     fn run_outcome(&mut self, range: IovaRange) -> Option<Result<(), DmaUpdateError>> {
         let run = self.run.as_mut()?;
         let outcome = run.take(&self.device, range);
+        if let Some(cause) = run.take_kept() {
+            self.kept = Some(cause);
+        }
         if run.is_complete() {
             self.run = None;
         }
@@ -78,7 +88,8 @@ impl Exact {
         let windows = view.count;
         let mut old = std::mem::replace(&mut *self.device.space.change(), view);
         old.settle();
-        let mut removal = updates.open(old.count > 0);
+        // A server that was cut off may still have windows of a view before this one.
+        let mut removal = updates.open(true);
         drop(updates);
         let gone = old.windows_in(IovaRange::ALL).map(|window| window.range);
         self.send_unmaps(&mut removal, &announced, gone);
@@ -145,10 +156,11 @@ impl Exact {
             return Ok(());
         }
         let added = self.add(&windows, add);
-        added.or_else(|cause| {
-            self.take_back(&windows, |view| view.withdraw(mapping.range))?;
-            Err(cause)
-        })
+        if added.is_err() {
+            let taken = self.take_back(&windows, |view| view.withdraw(mapping.range));
+            self.kept = taken.err();
+        }
+        added
     }
 
     /// Waits until nobody can use the ranges of the UNMAP that has begun.
@@ -213,10 +225,11 @@ impl DmaBackend for Exact {
                 let alone = DeviceView::bypass(vec![slot.clone()], self.device.reserved.clone());
                 let windows = self.device.wire(alone.windows_in(IovaRange::ALL));
                 let added = self.add(&windows, |view| view.add_slot(&slot));
-                added.or_else(|cause| {
-                    self.take_back(&windows, |view| view.remove_slot(&slot))?;
-                    Err(cause)
-                })
+                if added.is_err() {
+                    let taken = self.take_back(&windows, |view| view.remove_slot(&slot));
+                    self.is_stopped = taken.is_err();
+                }
+                added
             }
         };
         added.map_err(|cause| {
@@ -289,8 +302,17 @@ impl DmaBackend for Exact {
         // The windows belong to the endpoint, not to the domain, and the core has moved the endpoint elsewhere.
     }
 
+    fn take_stopped(&mut self) -> Vec<EndpointId> {
+        let is_stopped = std::mem::take(&mut self.is_stopped);
+        is_stopped
+            .then_some(self.device.endpoint)
+            .into_iter()
+            .collect()
+    }
+
     fn quarantine(&mut self, _endpoint: EndpointId) {
         self.device.quarantine();
+        self.kept = None;
         if let Some(mut run) = self.run.take() {
             // Returns at once: the server is cut off.
             run.finish(&self.device);
@@ -369,6 +391,9 @@ impl DmaBackend for Exact {
         }
         // If it is still one of the run, waits for the server. A refused mapping is in the view no more.
         let _ = self.run_outcome(range);
+        if let Some(cause) = self.kept.take() {
+            return Err(self.device.removal_failed(range.first(), &cause));
+        }
         let pending = self.device.space.change().pending(range);
         let Some(mapping) = pending else {
             return Ok(());

@@ -26,7 +26,7 @@ pub(super) const CAPABILITIES: BackendCapabilities = BackendCapabilities {
 
 /// An emulated device. Dropping it stops its interposer.
 pub(super) struct Interposed {
-    endpoint: EndpointId,
+    pub(super) endpoint: EndpointId,
     name: String,
     pub(super) space: Arc<Space>,
     pub(super) link: Arc<Link>,

@@ -23,6 +23,8 @@ pub(super) struct MapRun {
     begun: BTreeMap<Iova, Begun>,
     /// What to wait for, until somebody has done so.
     sent: Option<BatchTicket>,
+    /// Why the windows of refused mappings could not be taken back from the server.
+    kept: Option<DmaUpdateError>,
 }
 
 struct Begun {
@@ -63,6 +65,7 @@ impl MapRun {
         Some(Self {
             begun,
             sent: Some(sent),
+            kept: None,
         })
     }
 
@@ -78,6 +81,11 @@ impl MapRun {
         begun.filter(|entry| entry.mapping.range == range)?;
         self.finish(device);
         self.begun.remove(&first).map(|entry| entry.outcome)
+    }
+
+    /// Why the server may still have windows of refused mappings, once.
+    pub(super) fn take_kept(&mut self) -> Option<DmaUpdateError> {
+        self.kept.take()
     }
 
     /// Whether the MAPs of all mappings have come.
@@ -123,12 +131,6 @@ impl MapRun {
             }
             view.discount(windows);
         });
-        if let Err(cause) = taken {
-            for range in refused {
-                if let Some(entry) = self.begun.get_mut(&range.first()) {
-                    entry.outcome = Err(cause.clone());
-                }
-            }
-        }
+        self.kept = taken.err();
     }
 }
