@@ -14,7 +14,9 @@ use crate::bed::{
     Bed, CLIENT_TEXT, RAM, SERVER_TEXT, accept, answer, eventually, range, start_scripted_server,
 };
 use crate::common::rng::Rng;
-use crate::connection::{Connection, DMA_MAP, DMA_UNMAP, Msg, RESET, VERSION, version_body};
+use crate::connection::{
+    Connection, DMA_MAP, DMA_READ, DMA_UNMAP, Msg, RESET, VERSION, dma, version_body,
+};
 use crate::deadlines::map_many;
 
 const IOVA: u64 = 0x4000_0000;
@@ -136,6 +138,61 @@ fn map_waits_for_no_replay_and_unmap_for_the_windows_in_flight() {
         server.reply(&next, &[], &[]);
         unmap.join().expect("no panic").expect("unmapped");
     });
+    assert_eq!(bed.watch.state().ends.cut_offs, 0);
+}
+
+/// Each access of such a server is a message, which the interposer refuses as soon as the guest has asked for it.
+#[test]
+fn unmap_waits_for_no_replay_to_a_server_without_memory() {
+    const COUNT: u64 = 20;
+    let window = |n: u64| RAM + 2 * n * PAGE;
+    let deadlines = Deadlines {
+        connect: SECOND * 600,
+        ..Deadlines::with_answer(SECOND * 5)
+    };
+    let bed = Bed::with_deadlines(Isolation::ExactMessages, deadlines);
+    bed.attach();
+    for n in 0..COUNT {
+        bed.map(window(n), 0, PAGE, Access::READ).expect("mapped");
+    }
+    let (_client, mut server) = silent(&bed);
+    let replay = told(&mut server, COUNT);
+    let read = |server: &mut Connection, n: u64| {
+        let read = server.call(DMA_READ, &dma(window(n), 4, &[]), &[]);
+        read.errno()
+    };
+    // The server answers no window, and none of these requests waits.
+    bed.unmap(window(1), 2 * 3 * PAGE).expect("unmapped");
+    assert_eq!(read(&mut server, 2), libc::EFAULT);
+    bed.map(window(2), PAGE, PAGE, Access::READ)
+        .expect("mapped");
+    assert_eq!(read(&mut server, 2), 0);
+    // Guest RAM is one window now, at the addresses of all others.
+    let attached = bed.iommu().attach(bed.endpoint(), DomainId(2), true);
+    attached.expect("attached");
+    for window in &replay {
+        server.reply(window, &[], &[]);
+    }
+    let mut present: BTreeSet<_> = replay.iter().map(|m| m.u64_at(16)).collect();
+    let mut removed = 0;
+    loop {
+        let next = server.recv().expect("an update");
+        answer(&mut server, &next);
+        match next.cmd {
+            DMA_UNMAP => {
+                removed += 1;
+                assert!(present.remove(&next.u64_at(8)), "it was removed before");
+            }
+            DMA_MAP if next.u64_at(24) == PAGE => {
+                assert!(present.insert(next.u64_at(16)), "it was not removed");
+            }
+            _ => {
+                assert_eq!((next.cmd, next.u64_at(16)), (DMA_MAP, RAM));
+                break;
+            }
+        }
+    }
+    assert_eq!((present.len(), removed), (0, 3 + COUNT - 2));
     assert_eq!(bed.watch.state().ends.cut_offs, 0);
 }
 

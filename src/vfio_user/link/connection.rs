@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::update::{DmaUpdate, REPLAY, UNWATCHED};
+use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY, UNWATCHED};
 use crate::address::{Iova, IovaRange};
 use crate::vfio_user::dma::Window;
 use crate::vfio_user::message::{
@@ -34,6 +34,8 @@ pub(super) struct ServerConnection {
     pub(super) backlog: VecDeque<Queued>,
     /// A requester waits for room in the backlog.
     pub(super) is_sender_waiting: bool,
+    /// The announcement begins after the update of this number: earlier ones remove windows of a former domain.
+    pub(super) announces_after: u64,
     /// The announcement continues before the next update of [`UNWATCHED`].
     pub(super) announces_next: bool,
     /// The number of the last update.
@@ -54,7 +56,7 @@ pub(super) struct ServerConnection {
     pub(super) commands: usize,
     /// The number of windows that the server has.
     pub(super) windows: u64,
-    /// The server got a descriptor of memory with at least one window.
+    /// The server got a descriptor of memory with at least one window, or is about to.
     pub(super) shares_memory: bool,
     /// The first addresses of windows that the server has neither accepted nor refused yet.
     pub(super) unconfirmed: HashSet<u64>,
@@ -113,6 +115,7 @@ impl ServerConnection {
             has_held_back: false,
             backlog: VecDeque::new(),
             is_sender_waiting: false,
+            announces_after: 0,
             announces_next: false,
             last_serial: 0,
             watched: 0,
@@ -138,6 +141,7 @@ impl ServerConnection {
         self.announcing = Some(batch);
         self.unannounced = Some(Iova(0));
         self.has_held_back = false;
+        self.announces_after = self.last_serial;
     }
 
     /// Whether the server has just connected and is still being told all windows. It has lost its state, so no guest
@@ -145,6 +149,15 @@ impl ServerConnection {
     pub(super) fn is_replaying(&self) -> bool {
         let announcing = self.announcing == Some(REPLAY) && !self.is_announcement_paused();
         announcing || self.replayed > 0
+    }
+
+    /// Whether a requester need not wait for an update: it removes a window that the server cannot use without the
+    /// interposer, and the server is still being told all windows.
+    pub(super) fn needs_no_wait(&self, update: &DmaUpdate) -> bool {
+        matches!(update, DmaUpdate::Unmap(_))
+            && !self.shares_memory
+            && self.is_replaying()
+            && self.unwatched < MAX_UNWATCHED
     }
 
     /// Whether the announcement has not reached `window`: the target still has it for that.
@@ -156,6 +169,8 @@ impl ServerConnection {
     /// Counts an update that is about to be sent or to join the backlog.
     pub(super) fn count_in(&mut self, update: DmaUpdate, batch: u64) -> Queued {
         self.last_serial += 1;
+        // Not only when it is sent: an UNMAP of a window in the backlog must know.
+        self.shares_memory |= matches!(&update, DmaUpdate::Map(window) if window.file.is_some());
         match batch {
             UNWATCHED => self.unwatched += 1,
             REPLAY => self.replayed += 1,

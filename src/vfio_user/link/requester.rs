@@ -117,6 +117,9 @@ impl Link {
     /// server applies them. [`Link::wait`] waits for the rest. Sends nothing more after a failure, or if the connection
     /// is not the one of the ticket any more.
     ///
+    /// If the server has just connected, is still being told all windows, and has no memory, [`Link::wait`] does not wait
+    /// for the removal of a few windows: each access of the server is a message, which the interposer refuses.
+    ///
     /// `updates` must not wait for a peer: the link is locked while the next ones are taken.
     pub fn send_all(&self, ticket: &mut BatchTicket, updates: impl IntoIterator<Item = DmaUpdate>) {
         let mut updates = updates.into_iter().peekable();
@@ -140,11 +143,15 @@ impl Link {
                 }
                 continue;
             }
-            let before = connection.backlog.len();
+            let mut sent = 0;
             for update in updates.by_ref().take(room) {
-                connection.queue(update, batch);
+                if connection.needs_no_wait(&update) {
+                    connection.queue(update, UNWATCHED);
+                } else {
+                    connection.queue(update, batch);
+                    sent += 1;
+                }
             }
-            let sent = connection.backlog.len() - before;
             if let Some(batch) = state.batches.get_mut(&batch) {
                 batch.remaining += sent;
             }

@@ -155,6 +155,8 @@ impl ServerConnection {
             None => can_go_on,
             // A requester waits.
             Some(next) if next.batch > REPLAY => false,
+            // It may remove a window at the same addresses.
+            Some(next) if next.serial <= self.announces_after => false,
             // In turns: a guest that maps all the time must not hold the announcement up.
             Some(_) => {
                 self.announces_next = !self.announces_next;
@@ -169,7 +171,6 @@ impl ServerConnection {
             DmaUpdate::Map(window) => {
                 self.note_window(window);
                 let (body, descriptors) = map_body(window);
-                self.shares_memory |= !descriptors.is_empty();
                 (body.as_bytes().to_vec(), descriptors)
             }
             DmaUpdate::Unmap(range) => (unmap_body(*range).as_bytes().to_vec(), Vec::new()),
