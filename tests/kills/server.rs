@@ -17,6 +17,8 @@ use crate::stamps::{WRITE_OFFSET, check_stamp};
 
 /// The number of accesses by message that may be pending.
 const MAX_PENDING: usize = 4;
+/// The flag of DMA_UNMAP that removes all windows.
+const UNMAP_ALL: u32 = 2;
 /// The region of a PCI device's configuration space.
 const CONFIG_REGION: u32 = 7;
 /// The length of the configuration space in bytes.
@@ -50,6 +52,9 @@ pub fn serve(path: &Path, mode: AccessMode) -> ! {
             connection: Connection::new(stream),
             mode,
             windows: BTreeMap::new(),
+            removed: None,
+            has_removed_all: false,
+            probes: 0,
             pending: HashMap::new(),
             turn: 0,
             done: 0,
@@ -70,6 +75,12 @@ struct Session {
     mode: AccessMode,
     /// The windows by first address, each with its memory if it came with a descriptor.
     windows: BTreeMap<u64, Option<MmapRegion>>,
+    /// The window that was removed last by itself.
+    removed: Option<u64>,
+    /// All windows were removed at once.
+    has_removed_all: bool,
+    /// After the first time, the interposer removes this many more to see whether they are gone.
+    probes: usize,
     /// Pending accesses by message id: command and address.
     pending: HashMap<u16, (u16, u64)>,
     turn: usize,
@@ -158,8 +169,11 @@ impl Session {
             }
             DMA_UNMAP => {
                 // Unmaps the memory before the reply.
-                let window = self.windows.remove(&command.u64_at(8));
-                assert!(window.is_some(), "the server has this window");
+                if !self.unmap(&command) {
+                    return self
+                        .connection
+                        .refuse(&command, libc::ENOENT.unsigned_abs());
+                }
                 command.body.clone()
             }
             SET_IRQS | RESET => Vec::new(),
@@ -188,6 +202,28 @@ impl Session {
         if command.flags & 0x10 == 0 {
             self.connection.reply(&command, &answer, &[]);
         }
+    }
+
+    /// Returns false if the server does not have the window.
+    fn unmap(&mut self, command: &Msg) -> bool {
+        let (flags, first) = (command.u32_at(4), command.u64_at(8));
+        if flags == UNMAP_ALL {
+            self.windows.clear();
+            let is_first = !std::mem::replace(&mut self.has_removed_all, true);
+            self.probes = if is_first { 2 } else { 0 };
+            return true;
+        }
+        let is_known = self.windows.remove(&first).is_some();
+        if is_known {
+            self.removed = Some(first);
+        } else if self.probes > 0 {
+            self.probes -= 1;
+        } else {
+            // The interposer asks twice before it removes all windows for the first time.
+            let is_control = !self.has_removed_all && self.removed == Some(first);
+            assert!(is_control, "the server has this window");
+        }
+        is_known
     }
 
     fn map(&mut self, command: &mut Msg) {

@@ -24,6 +24,8 @@ const PAGE: u64 = 0x1000;
 const SECOND: Duration = Duration::from_secs(1);
 /// The most announced windows without a reply.
 const IN_FLIGHT: u64 = 64;
+/// The flag of DMA_UNMAP that removes all windows.
+const UNMAP_ALL: u32 = 2;
 
 fn window(n: u64) -> u64 {
     IOVA + 2 * n * PAGE
@@ -270,19 +272,29 @@ struct Told {
     present: BTreeSet<u64>,
     refused: HashSet<u64>,
     mistakes: Vec<String>,
+    /// The window that the last message has removed.
+    removed: Option<u64>,
+    /// All windows were removed at once.
+    has_removed_all: bool,
+    /// After the first time, the interposer removes this many more to see whether they are gone.
+    probes: usize,
 }
 
 impl Told {
-    /// Takes a message. Returns whether the server refuses it.
-    fn take(&mut self, msg: &Msg, refuses: bool) -> bool {
+    /// Takes a message. Returns the errno if the server refuses it.
+    fn take(&mut self, msg: &Msg, refuses: bool) -> Option<i32> {
+        let before = self.removed.take();
         match msg.cmd {
             VERSION => {
-                self.present.clear();
-                self.refused.clear();
+                let mistakes = std::mem::take(&mut self.mistakes);
+                *self = Self {
+                    mistakes,
+                    ..Self::default()
+                };
             }
             DMA_MAP if refuses => {
                 self.refused.insert(msg.u64_at(16));
-                return true;
+                return Some(libc::EBUSY);
             }
             DMA_MAP => {
                 let first = msg.u64_at(16);
@@ -291,15 +303,27 @@ impl Told {
                     self.mistakes.push(format!("{first:#x} is told twice"));
                 }
             }
+            DMA_UNMAP if msg.u32_at(4) == UNMAP_ALL => {
+                self.present.clear();
+                let is_first = !std::mem::replace(&mut self.has_removed_all, true);
+                self.probes = if is_first { 2 } else { 0 };
+            }
             DMA_UNMAP => {
                 let first = msg.u64_at(8);
-                if !self.present.remove(&first) {
+                if self.present.remove(&first) {
+                    self.removed = Some(first);
+                    return None;
+                }
+                if self.probes > 0 {
+                    self.probes -= 1;
+                } else if self.has_removed_all || before != Some(first) {
                     self.mistakes.push(format!("{first:#x} was not told"));
                 }
+                return Some(libc::ENOENT);
             }
             _ => {}
         }
-        false
+        None
     }
 }
 
@@ -338,10 +362,10 @@ fn random_requests(seed: u64, isolation: Isolation) {
                     break;
                 }
                 let refuses = !is_calm && rng.below(16) == 0;
-                if log.lock().unwrap().take(&msg, refuses) {
-                    server.refuse(&msg, libc::EBUSY.unsigned_abs());
-                } else {
-                    answer(&mut server, &msg);
+                let refusal = log.lock().unwrap().take(&msg, refuses);
+                match refusal {
+                    Some(errno) => server.refuse(&msg, errno.unsigned_abs()),
+                    None => answer(&mut server, &msg),
                 }
             }
         }

@@ -91,8 +91,10 @@ impl Exact {
         // A server that was cut off may still have windows of a view before this one.
         let mut removal = updates.open(true);
         drop(updates);
-        let gone = old.windows_in(IovaRange::ALL).map(|window| window.range);
-        self.send_unmaps(&mut removal, &announced, gone);
+        self.device.link.remove_all(&mut removal, || {
+            let windows = old.windows_in(IovaRange::ALL).map(|window| window.range);
+            windows.filter(|window| announced.has(*window))
+        });
         let done = self.device.link.wait(removal.clone()).and_then(|()| {
             let announcement = self.device.link.lock().announce(&removal, windows);
             self.device.link.wait(announcement)

@@ -5,11 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::trial::UnmapAll;
 use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY, UNWATCHED};
 use crate::address::{Iova, IovaRange};
 use crate::vfio_user::dma::Window;
 use crate::vfio_user::message::{
-    Command, DMA_MAP_READ, DMA_MAP_WRITE, DmaMapBody, DmaUnmapBody, Header,
+    Command, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody, Header,
 };
 use crate::vfio_user::socket::{Outbox, OutgoingFd};
 use crate::vfio_user::version::Terms;
@@ -39,7 +40,7 @@ pub(super) struct ServerConnection {
     /// The announcement continues before the next update of [`UNWATCHED`].
     pub(super) announces_next: bool,
     /// The number of the last update.
-    last_serial: u64,
+    pub(super) last_serial: u64,
     /// The number of the last update that a requester waits for.
     pub(super) watched: u64,
     /// When the server connected, or last answered an update or VERSION.
@@ -66,6 +67,8 @@ pub(super) struct ServerConnection {
     ///
     /// [`MAX_REFUSED`]: super::limit::MAX_REFUSED
     pub(super) refused: HashSet<u64>,
+    /// Whether one message removes all windows.
+    pub(super) unmap_all: UnmapAll,
     /// The number of windows at which the server has refused one, if it has not taken more since.
     pub(super) limit: Option<u64>,
     /// How many windows the server has refused since `limit` was found, if it has not taken more.
@@ -130,6 +133,7 @@ impl ServerConnection {
             shares_memory: false,
             unconfirmed: HashSet::new(),
             refused: HashSet::new(),
+            unmap_all: UnmapAll::default(),
             limit: None,
             refused_in_a_row: 0,
             is_limit_logged: false,
@@ -243,7 +247,7 @@ impl Pending {
             Self::Version => Command::Version,
             Self::Update(queued) => match queued.update {
                 DmaUpdate::Map(_) => Command::DmaMap,
-                DmaUpdate::Unmap(_) => Command::DmaUnmap,
+                DmaUpdate::Unmap(_) | DmaUpdate::UnmapAll => Command::DmaUnmap,
             },
             // Unknown commands are never forwarded.
             Self::Client(command) => {
@@ -272,11 +276,22 @@ pub(super) fn map_body(window: &Window) -> (DmaMapBody, Vec<OutgoingFd>) {
     (body, descriptors)
 }
 
+/// DMA_UNMAP of one window.
 pub(super) fn unmap_body(range: IovaRange) -> DmaUnmapBody {
     DmaUnmapBody {
         argsz: DmaUnmapBody::BYTES.into(),
         flags: 0.into(),
         address: range.first().0.into(),
         size: range.len_bytes().unwrap_or(u64::MAX).into(),
+    }
+}
+
+/// DMA_UNMAP of all windows.
+pub(super) fn unmap_all_body() -> DmaUnmapBody {
+    DmaUnmapBody {
+        argsz: DmaUnmapBody::BYTES.into(),
+        flags: DMA_UNMAP_ALL.into(),
+        address: 0.into(),
+        size: 0.into(),
     }
 }

@@ -39,6 +39,13 @@ impl Deadlines {
         let sum = self.answer.saturating_mul(updates);
         sum.min(self.total.max(self.answer))
     }
+
+    /// The time for the answer to the removal of so many windows with one message, beyond that of any answer: for each
+    /// window a hundredth of it, up to the total. A server may call its device for each window.
+    pub(super) fn of_removal(&self, windows: usize) -> Duration {
+        let windows = u32::try_from(windows).unwrap_or(u32::MAX);
+        (self.answer / 100).saturating_mul(windows).min(self.total)
+    }
 }
 
 /// What a server that is cut off has exceeded.
@@ -105,6 +112,8 @@ pub(super) struct Progress {
     since: Instant,
     /// The longest time between two answers.
     slowest: Duration,
+    /// The time that the next answer may take beyond that of any answer.
+    pub(super) more: Duration,
 }
 
 impl Progress {
@@ -113,24 +122,30 @@ impl Progress {
         Self {
             since: now,
             slowest: Duration::ZERO,
+            more: Duration::ZERO,
         }
     }
 
     /// The server has answered.
     pub(super) fn answered(&mut self, now: Instant) {
-        self.slowest = self.slowest.max(now.saturating_duration_since(self.since));
+        self.slowest = self.slowest.max(self.time_of_answer(now));
         self.since = now;
     }
 
     /// The longest time between two answers since the last call, including the time since the last answer.
     pub(super) fn take_slowest(&mut self, now: Instant) -> Duration {
-        let last = now.saturating_duration_since(self.since);
-        std::mem::take(&mut self.slowest).max(last)
+        std::mem::take(&mut self.slowest).max(self.time_of_answer(now))
+    }
+
+    /// The time that counts of an answer that comes now.
+    fn time_of_answer(&self, now: Instant) -> Duration {
+        let time = now.saturating_duration_since(self.since);
+        time.saturating_sub(self.more)
     }
 
     /// When `wait` ends unless another answer comes, and which limit ends it.
     pub(super) fn end_of(&self, wait: &AllowedWait) -> (Instant, WaitLimit) {
-        let answer = self.since.max(wait.began) + wait.answer;
+        let answer = self.since.max(wait.began) + wait.answer + self.more;
         let until = answer.min(wait.until);
         let limit = if wait.is_shortened() {
             WaitLimit::Budget

@@ -14,10 +14,12 @@
 mod connection;
 mod deadlines;
 mod limit;
+mod removal;
 mod requester;
 mod sending;
 mod state;
 mod thread;
+mod trial;
 mod update;
 
 pub use self::deadlines::Deadlines;

@@ -92,7 +92,7 @@ impl Link {
 
 impl LinkState {
     /// The active connection, if it is still that of the ticket.
-    fn connection_of(&mut self, ticket: &BatchTicket) -> Option<&mut ServerConnection> {
+    pub(super) fn connection_of(&mut self, ticket: &BatchTicket) -> Option<&mut ServerConnection> {
         let is_same = self.session == ticket.session;
         let connection = self.connection.as_mut().filter(|_| is_same)?;
         connection.terms.is_some().then_some(connection)
@@ -157,6 +157,20 @@ impl Link {
             }
             ticket.expect_more(sent, &self.deadlines);
             self.send_updates(&mut state);
+        }
+    }
+
+    /// Waits until the server has answered all updates of a batch, or is gone.
+    pub(super) fn wait_for_replies(
+        &self,
+        state: &mut MutexGuard<'_, LinkState>,
+        ticket: &BatchTicket,
+    ) {
+        while state.awaited(ticket.batch).0 {
+            let late = self.wait_for_change(state, ticket);
+            if let Some(limit) = late.filter(|_| state.awaited(ticket.batch).0) {
+                self.end_late(state, ticket, limit);
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use zerocopy::IntoBytes;
 
-use super::connection::{Pending, Queued, ServerConnection, map_body, unmap_body};
+use super::connection::{Pending, Queued, ServerConnection, map_body, unmap_all_body, unmap_body};
 use super::state::{Batch, Link, LinkState};
 use super::update::{DmaUpdate, MAX_UPDATES, REPLAY, WindowRefusal};
 use crate::address::Iova;
@@ -104,7 +104,7 @@ impl Link {
                 Some(Some(self.no_room(connection, first)))
             }
             DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => Some(None),
-            DmaUpdate::Map(_) | DmaUpdate::Unmap(_) => None,
+            DmaUpdate::Map(_) | DmaUpdate::Unmap(_) | DmaUpdate::UnmapAll => None,
         };
         match done {
             Some(refusal) => {
@@ -174,6 +174,7 @@ impl ServerConnection {
                 (body.as_bytes().to_vec(), descriptors)
             }
             DmaUpdate::Unmap(range) => (unmap_body(*range).as_bytes().to_vec(), Vec::new()),
+            DmaUpdate::UnmapAll => (unmap_all_body().as_bytes().to_vec(), Vec::new()),
         };
         self.updates += 1;
         let pending = Pending::Update(queued);

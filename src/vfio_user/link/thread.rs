@@ -220,37 +220,35 @@ impl Link {
                 if let DmaUpdate::Map(window) = &update {
                     connection.unconfirmed.remove(&window.range.first().0);
                 }
-                let refusal = match (reply.kind, &update) {
-                    (Kind::Refusal(_), DmaUpdate::Unmap(range)) if connection.shares_memory => {
-                        let why = format!("it refuses to remove the window {range}");
-                        if let Some(batch) = batches.get_mut(&batch) {
-                            batch.failed = Some(DmaUpdateError::CutOff(why));
-                        }
-                        return MatchedReply::Violation("it refuses to remove a window");
-                    }
-                    (Kind::Refusal(error), DmaUpdate::Unmap(range)) => {
-                        // Each access is a message, which the interposer refuses. So a window that the server keeps
-                        // reaches no memory.
-                        let (name, error) = (&self.name, i32::try_from(error).unwrap_or(libc::EIO));
-                        let cause = io::Error::from_raw_os_error(error);
-                        warn_limited!(
-                            "{name}: the server refuses to remove the window {range}: {cause}"
-                        );
-                        connection.windows -= 1;
-                        None
-                    }
-                    (Kind::Refusal(error), DmaUpdate::Map(window)) => {
+                let errno = match reply.kind {
+                    Kind::Refusal(error) => Some(i32::try_from(error).unwrap_or(libc::EIO)),
+                    Kind::Command { .. } | Kind::Reply => None,
+                };
+                let refusal = match (&update, errno) {
+                    (DmaUpdate::Map(window), Some(errno)) => {
                         connection.windows -= 1;
                         connection.refused.insert(window.range.first().0);
-                        let errno = i32::try_from(error).unwrap_or(libc::EIO);
                         Some(self.window_refused(connection, window.range.first(), errno))
                     }
-                    (_, DmaUpdate::Map(_)) => {
+                    (DmaUpdate::Map(_), None) => {
                         connection.window_accepted();
                         None
                     }
-                    (_, DmaUpdate::Unmap(_)) => {
-                        connection.windows -= 1;
+                    (DmaUpdate::Unmap(_) | DmaUpdate::UnmapAll, _) => {
+                        let kept = connection.removal_answered(&update, serial, errno);
+                        if let Some(errno) = kept {
+                            let cause = io::Error::from_raw_os_error(errno);
+                            let why = format!("it refuses to remove {update}: {cause}");
+                            if connection.shares_memory {
+                                if let Some(batch) = batches.get_mut(&batch) {
+                                    batch.failed = Some(DmaUpdateError::CutOff(why));
+                                }
+                                return MatchedReply::Violation("it refuses to remove a window");
+                            }
+                            // Each access is a message, which the interposer refuses. So a window that the server
+                            // keeps reaches no memory.
+                            warn_limited!("{}: the server stays, although {why}", self.name);
+                        }
                         None
                     }
                 };

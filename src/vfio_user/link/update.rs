@@ -29,6 +29,18 @@ pub enum DmaUpdate {
     Map(Window),
     /// Removes the window of exactly this range.
     Unmap(IovaRange),
+    /// Removes all windows. Only [`Link::remove_all`](super::Link::remove_all) sends it: a server may ignore it.
+    UnmapAll,
+}
+
+impl fmt::Display for DmaUpdate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Map(window) => write!(f, "the window {}", window.range),
+            Self::Unmap(range) => write!(f, "the window {range}"),
+            Self::UnmapAll => write!(f, "a window"),
+        }
+    }
 }
 
 /// A server's refusal of a window.

@@ -33,6 +33,23 @@ pub struct Version {
     pub pause: Duration,
     /// Whether it has a socket for its commands, if the client offers one.
     pub twin_socket: bool,
+    /// What it does with a DMA_UNMAP of all regions.
+    pub unmap_all: UnmapAll,
+    /// Its answer to a DMA_UNMAP of a region that it does not have. The library refuses with ENOENT.
+    pub unknown: Result<(), i32>,
+}
+
+/// What a server does with a DMA_UNMAP of all regions. The library removes them, in all versions since 2021-08.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnmapAll {
+    Removes,
+    Refuses(i32),
+    /// Removes nothing, and answers with success.
+    Ignores,
+    /// Removes the lower half, and answers with success.
+    RemovesHalf,
+    /// Removes nothing, answers with success, and refuses all that follows with this errno.
+    Hangs(i32),
 }
 
 impl Version {
@@ -41,6 +58,8 @@ impl Version {
         max_regions: 16,
         pause: Duration::ZERO,
         twin_socket: false,
+        unmap_all: UnmapAll::Removes,
+        unknown: Err(libc::ENOENT),
     };
     /// From 2024-05 to 2026-03.
     pub const OF_2025: Self = Self {
@@ -71,6 +90,8 @@ pub struct State {
     pub pauses: usize,
     /// The number of DMA_MAP that it has refused.
     pub refused: usize,
+    /// The number of DMA_UNMAP that it has got.
+    pub unmaps: usize,
     /// The socket for the server's commands.
     twin: Option<Connection>,
 }
@@ -164,7 +185,8 @@ impl State {
                 .map(|()| Vec::new())
                 .map_err(|errno| (errno, Vec::new()));
         }
-        let removed = self.regions.remove(msg);
+        self.unmaps += 1;
+        let removed = self.regions.remove(version, msg);
         // The refusal has the reply that was prepared.
         removed
             .map(|()| msg.body[..24].to_vec())

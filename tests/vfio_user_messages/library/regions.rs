@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use rustix::fs::fstat;
 use vm_memory::{FileOffset, MmapRegion};
 
+use super::{UnmapAll, Version};
 use crate::connection::Msg;
 
 /// The library takes no larger region.
@@ -16,7 +17,11 @@ const UNMAP_ALL: u32 = 2;
 
 /// The regions, by last address.
 #[derive(Default)]
-pub struct Regions(BTreeMap<u64, Region>);
+pub struct Regions {
+    all: BTreeMap<u64, Region>,
+    /// The errno of all further removals.
+    refusal: Option<i32>,
+}
 
 /// A region.
 pub struct Region {
@@ -66,7 +71,7 @@ impl Regions {
             }
             None => None,
         };
-        if let Some((_, other)) = self.0.range(first..).next() {
+        if let Some((_, other)) = self.all.range(first..).next() {
             if (other.first, other.last) == (first, last) {
                 let is_same = (other.prot, other.offset, other.file) == (prot, offset, identity);
                 return is_same.then_some(()).ok_or(libc::EINVAL);
@@ -75,7 +80,7 @@ impl Regions {
                 return Err(libc::EINVAL);
             }
         }
-        if self.0.len() == limit {
+        if self.all.len() == limit {
             return Err(libc::EINVAL);
         }
         let mapped = file
@@ -89,26 +94,43 @@ impl Regions {
             file: identity,
             mapped,
         };
-        self.0.insert(last, region);
+        self.all.insert(last, region);
         Ok(())
     }
 
     /// DMA_UNMAP: of exactly one region, or of all.
-    pub fn remove(&mut self, msg: &Msg) -> Result<(), i32> {
+    pub fn remove(&mut self, version: Version, msg: &Msg) -> Result<(), i32> {
         if msg.body.len() < 24 || msg.u32_at(0) < 24 {
             return Err(libc::EINVAL);
         }
+        if let Some(errno) = self.refusal {
+            return Err(errno);
+        }
         let (first, len) = (msg.u64_at(8), msg.u64_at(16));
         match msg.u32_at(4) {
-            UNMAP_ALL if first == 0 && len == 0 => self.0.clear(),
+            UNMAP_ALL if first == 0 && len == 0 => self.remove_all(version.unmap_all),
             0 => {
                 let last = first.checked_add(len).ok_or(libc::ENOENT)?.wrapping_sub(1);
-                if self.0.get(&last).is_none_or(|found| found.first != first) {
-                    return Err(libc::ENOENT);
+                if self.all.get(&last).is_none_or(|found| found.first != first) {
+                    return version.unknown;
                 }
-                self.0.remove(&last);
+                self.all.remove(&last);
+                Ok(())
             }
-            _ => return Err(libc::EINVAL),
+            _ => Err(libc::EINVAL),
+        }
+    }
+
+    fn remove_all(&mut self, how: UnmapAll) -> Result<(), i32> {
+        match how {
+            UnmapAll::Removes => self.all.clear(),
+            UnmapAll::Refuses(errno) => return Err(errno),
+            UnmapAll::Ignores => {}
+            UnmapAll::RemovesHalf => {
+                let middle = self.all.keys().nth(self.all.len() / 2).copied();
+                self.all = self.all.split_off(&middle.unwrap_or(0));
+            }
+            UnmapAll::Hangs(errno) => self.refusal = Some(errno),
         }
         Ok(())
     }
@@ -117,7 +139,7 @@ impl Regions {
     pub fn lookup(&self, first: u64, len: u64, prot: u32) -> Result<Vec<(&Region, u64, u64)>, i32> {
         let (mut next, mut left) = (first, len);
         let mut parts = Vec::new();
-        for region in self.0.range(first..).map(|(_, region)| region) {
+        for region in self.all.range(first..).map(|(_, region)| region) {
             if left == 0 {
                 break;
             }
@@ -137,7 +159,7 @@ impl Regions {
 
     /// The first addresses and the lengths, in ascending order.
     pub fn ranges(&self) -> Vec<(u64, u64)> {
-        let regions = self.0.values();
+        let regions = self.all.values();
         regions.map(|r| (r.first, r.last - r.first + 1)).collect()
     }
 }

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use vhost_device_iommu::address::Access;
+use vhost_device_iommu::address::{Access, Gpa, Mapping};
 use vhost_device_iommu::backends::BackendErrorKind;
 use vhost_device_iommu::backends::vfio_user::Isolation;
+use vhost_device_iommu::ids::DomainId;
 use vhost_device_iommu::iommu::RequestError;
 
-use super::{Library, UNSERVED, Version};
-use crate::bed::{Bed, event};
+use super::{Library, UNSERVED, UnmapAll, Version};
+use crate::bed::{Bed, RAM, event, range};
 use crate::connection::{
     Connection, DIRTY_PAGES, FEATURE, REGION_READ, REGION_WRITE, SET_IRQS, irqs, region,
 };
@@ -231,4 +232,106 @@ fn a_server_loads_memory_only_where_it_has_a_descriptor() {
         assert_eq!(library.read(window(3), 4), Ok(b"page".to_vec()));
         assert_lives(&bed, &mut client, &library);
     }
+}
+
+/// An ATTACH to another domain removes all windows. The library removes them with one message; a server that refuses this
+/// message, or does something else, gets one for each window. No domain is left while the server has a window of it.
+#[test]
+fn windows_of_a_former_domain_are_removed_whatever_the_server_does_with_a_removal_of_all() {
+    const COUNT: usize = 100;
+    let library = Version::OF_2026;
+    let with = |unmap_all, unknown| Version {
+        unmap_all,
+        unknown,
+        ..library
+    };
+    let (removes, unknown) = (UnmapAll::Removes, library.unknown);
+    // The messages of a trial: three for windows, one more for the first of these, and one for all.
+    let each = COUNT + 2;
+    for (version, first, second) in [
+        (library, 5, 1),
+        // The `vfio_user` crate refuses with errno 0.
+        (with(removes, Err(0)), 5, 1),
+        (with(removes, Ok(())), each, COUNT),
+        (with(UnmapAll::Refuses(libc::EINVAL), unknown), each, COUNT),
+        (with(UnmapAll::Refuses(libc::ENOTSUP), unknown), each, COUNT),
+        (with(UnmapAll::Ignores, unknown), each, COUNT),
+        (with(UnmapAll::Ignores, Ok(())), each, COUNT),
+        (with(UnmapAll::RemovesHalf, Ok(())), each, COUNT),
+    ] {
+        for isolation in [Isolation::ExactMessages, Isolation::Mappings] {
+            let bed = Bed::new(isolation);
+            bed.attach();
+            let (mut client, library) = start(&bed, version);
+            let mut unmaps = 0;
+            for (domain, sent) in [(1, first), (2, second), (1, second)] {
+                map_many(&bed, domain, COUNT);
+                assert_eq!(library.windows().len(), COUNT);
+                attach(&bed, 3 - domain).expect("attached");
+                assert_eq!(library.windows(), []);
+                unmaps += sent;
+                assert_eq!(library.state().unmaps, unmaps, "{version:?}");
+            }
+            assert_lives(&bed, &mut client, &library);
+            // Few windows are not worth it.
+            map_many(&bed, 2, 3);
+            attach(&bed, 1).expect("attached");
+            assert_eq!(library.windows(), []);
+            assert_eq!(library.state().unmaps, unmaps + 3);
+            assert_lives(&bed, &mut client, &library);
+        }
+    }
+}
+
+/// A server with memory whose answers do not show that it has removed the windows is cut off.
+#[test]
+fn a_server_that_may_keep_windows_of_a_former_domain_is_cut_off() {
+    const COUNT: usize = 100;
+    for version in [
+        Version {
+            unmap_all: UnmapAll::RemovesHalf,
+            ..Version::OF_2026
+        },
+        Version {
+            unmap_all: UnmapAll::Hangs(libc::EBUSY),
+            ..Version::OF_2026
+        },
+    ] {
+        for isolation in [Isolation::ExactMessages, Isolation::Mappings] {
+            let bed = Bed::new(isolation);
+            bed.attach();
+            let (mut client, library) = start(&bed, version);
+            map_many(&bed, 1, COUNT);
+            let attached = attach(&bed, 2);
+            if isolation == Isolation::Mappings {
+                let refused = attached
+                    .expect_err("the server may have windows")
+                    .to_string();
+                assert!(refused.contains("refuses to remove"), "{refused}");
+                assert_eq!(bed.watch.state().ends.cut_offs, 1);
+            } else {
+                // Each of its accesses is a message.
+                attached.expect("attached");
+                assert_lives(&bed, &mut client, &library);
+            }
+        }
+    }
+}
+
+/// Maps so many windows in a domain.
+fn map_many(bed: &Bed, domain: u32, count: usize) {
+    for n in 0..count as u64 {
+        let mapping = Mapping {
+            range: range(window(n), PAGE),
+            gpa: Gpa(RAM + n % 1024 * PAGE),
+            access: Access::READ_WRITE,
+            mmio: false,
+        };
+        let mapped = bed.iommu().map(DomainId(domain), &mapping);
+        mapped.expect("mapped");
+    }
+}
+
+fn attach(bed: &Bed, domain: u32) -> Result<(), RequestError> {
+    bed.iommu().attach(bed.endpoint(), DomainId(domain), false)
 }

@@ -1,0 +1,154 @@
+//! How the link finds out whether a server removes all windows with one message.
+//!
+//! DMA_UNMAP has a flag for it, which a server may refuse, or ignore and answer with success. UNMAP and DETACH must not
+//! succeed while a server has a window, so the link tries the flag once for each connection, in a batch of five messages:
+//!
+//! 1. DMA_UNMAP of one window, which must succeed.
+//! 2. The same again. Its answer is what the server says about a window that it does not have. libvfio-user answers
+//!    ENOENT, the `vfio_user` crate errno 0.
+//! 3. DMA_UNMAP of all windows.
+//! 4. DMA_UNMAP of the lowest window that is left, and 5. of the highest one.
+//!
+//! The server removes all windows if it answers the third message with success, and 4 and 5 exactly as it has answered 2,
+//! which was a refusal. Otherwise the answers to 4 and 5 count as those to any DMA_UNMAP, and the link removes each
+//! window by itself, for the rest of the connection. One probe would not do: a server may remove a part of the windows.
+
+/// The number of messages of a trial.
+pub(super) const MESSAGES: usize = 5;
+/// The number of its messages that remove a window which may be gone, besides the control.
+pub(super) const PROBES: u64 = 2;
+
+/// The errno of an answer; `None` for a success.
+pub(super) type Errno = Option<i32>;
+
+/// What is known of a server's removal of all windows with one message.
+#[derive(Debug, Default)]
+pub(super) enum UnmapAll {
+    /// Nothing.
+    #[default]
+    Untried,
+    /// The trial is in progress.
+    Trial {
+        /// The number of its first update. The others follow.
+        first: u64,
+        /// The answers so far.
+        answers: [Option<Errno>; MESSAGES],
+    },
+    /// The server removes all windows.
+    Works,
+    /// The server refuses the message, or does not do what it says.
+    Fails,
+}
+
+/// What an answer means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Meaning {
+    /// It belongs to no trial, or is the first one of a trial: it counts as that to any DMA_UNMAP.
+    Ordinary,
+    /// Others must come.
+    Open,
+    /// All windows are gone.
+    AllGone,
+    /// The server does not remove all windows at once. The probes count as any DMA_UNMAP, with this outcome.
+    Probes(Errno),
+}
+
+impl UnmapAll {
+    /// A trial whose first update gets the number `first`.
+    pub(super) fn trial(first: u64) -> Self {
+        Self::Trial {
+            first,
+            answers: [None; MESSAGES],
+        }
+    }
+
+    /// Takes the answer to the update `serial`. The last one of a trial ends it.
+    pub(super) fn answered(&mut self, serial: u64, errno: Errno) -> Meaning {
+        let Self::Trial { first, answers } = self else {
+            return Meaning::Ordinary;
+        };
+        let at = serial.checked_sub(*first).map(usize::try_from);
+        let Some(Ok(at)) = at else {
+            return Meaning::Ordinary;
+        };
+        let Some(answer) = answers.get_mut(at) else {
+            return Meaning::Ordinary;
+        };
+        *answer = Some(errno);
+        let all = *answers;
+        let meaning = match all {
+            [Some(single), Some(again), Some(all), Some(low), Some(high)] => {
+                conclude(single, again, all, [low, high])
+            }
+            _ => Meaning::Open,
+        };
+        match meaning {
+            Meaning::AllGone => *self = Self::Works,
+            Meaning::Probes(_) => *self = Self::Fails,
+            Meaning::Ordinary | Meaning::Open => {}
+        }
+        if at == 0 { Meaning::Ordinary } else { meaning }
+    }
+}
+
+fn conclude(single: Errno, again: Errno, all: Errno, probes: [Errno; 2]) -> Meaning {
+    let says_gone = |errno: &Errno| all.is_none() && again.is_some() && *errno == again;
+    if single.is_none() && probes.iter().all(says_gone) {
+        return Meaning::AllGone;
+    }
+    let refused = probes.into_iter().filter(|errno| !says_gone(errno));
+    Meaning::Probes(refused.flatten().next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENOENT: Errno = Some(libc::ENOENT);
+    const EBUSY: Errno = Some(libc::EBUSY);
+
+    fn outcome(answers: [Errno; MESSAGES]) -> Meaning {
+        let mut state = UnmapAll::trial(7);
+        assert_eq!(state.answered(6, EBUSY), Meaning::Ordinary);
+        assert_eq!(state.answered(12, EBUSY), Meaning::Ordinary);
+        let meanings = answers.map({
+            let mut serial = 6;
+            let state = &mut state;
+            move |errno| {
+                serial += 1;
+                state.answered(serial, errno)
+            }
+        });
+        let [first, rest @ .., last] = meanings;
+        assert_eq!((first, rest), (Meaning::Ordinary, [Meaning::Open; 3]));
+        let works = matches!(state, UnmapAll::Works);
+        assert_eq!(works, last == Meaning::AllGone);
+        assert!(works || matches!(state, UnmapAll::Fails));
+        last
+    }
+
+    #[test]
+    fn only_refusals_like_that_of_a_window_that_is_gone_show_that_all_are() {
+        for gone in [ENOENT, Some(0), Some(libc::EINVAL)] {
+            assert_eq!(outcome([None, gone, None, gone, gone]), Meaning::AllGone);
+        }
+        for (answers, kept) in [
+            // Refused, ignored, and a server that knows no unknown window.
+            ([None, ENOENT, EBUSY, None, None], None),
+            ([None, ENOENT, None, None, None], None),
+            ([None, None, None, None, None], None),
+            // A part is gone.
+            ([None, ENOENT, None, ENOENT, None], None),
+            ([None, ENOENT, None, None, ENOENT], None),
+            // The server refuses for another reason.
+            ([None, ENOENT, None, EBUSY, EBUSY], EBUSY),
+            ([None, ENOENT, None, ENOENT, EBUSY], EBUSY),
+            ([None, None, None, EBUSY, EBUSY], EBUSY),
+            ([None, ENOENT, EBUSY, ENOENT, ENOENT], ENOENT),
+            // It has not shown that it removes anything.
+            ([EBUSY, EBUSY, None, EBUSY, EBUSY], None),
+        ] {
+            assert_eq!(outcome(answers), Meaning::Probes(kept), "{answers:?}");
+        }
+    }
+}
