@@ -198,6 +198,31 @@ fn unmap_waits_for_no_replay_to_a_server_without_memory() {
     assert_eq!(bed.watch.state().ends.cut_offs, 0);
 }
 
+/// The updates that nobody waits for are limited.
+#[test]
+fn unmap_of_many_told_windows_waits_also_without_memory() {
+    let bed = Bed::with_deadline(Isolation::ExactMessages, SECOND * 600);
+    bed.attach();
+    map_many(&bed, IN_FLIGHT);
+    let (_client, mut server) = silent(&bed);
+    let replay = told(&mut server, IN_FLIGHT);
+    // One of the 64.
+    bed.map(IOVA - PAGE, 0, PAGE, Access::READ).expect("mapped");
+    std::thread::scope(|scope| {
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 2 * IN_FLIGHT * PAGE));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!unmapped.is_finished(), "the 65th waits");
+        for window in &replay {
+            server.reply(window, &[], &[]);
+        }
+        for _ in 0..=IN_FLIGHT {
+            let next = server.recv().expect("an update");
+            answer(&mut server, &next);
+        }
+        unmapped.join().expect("no panic").expect("unmapped");
+    });
+}
+
 #[test]
 fn many_maps_below_the_announcement_wait_for_the_server() {
     let bed = Bed::with_deadline(Isolation::ExactMessages, SECOND * 600);
