@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::announcement::Announcement;
 use super::trial::UnmapAll;
-use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY, UNWATCHED};
-use crate::address::{Iova, IovaRange};
+use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY};
+use crate::address::IovaRange;
 use crate::vfio_user::dma::Window;
 use crate::vfio_user::message::{
     Command, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody, Header,
@@ -25,20 +26,12 @@ pub(super) struct ServerConnection {
     /// The negotiated terms; before the negotiation the server gets VERSION only.
     pub(super) terms: Option<Terms>,
     pub(super) outbox: Outbox,
-    /// The batch of the announcement of all windows, if one is in progress.
-    pub(super) announcing: Option<u64>,
-    /// The windows from this address on are not announced yet; `None` if all are. No update concerns those.
-    pub(super) unannounced: Option<Iova>,
-    /// [`DmaUpdates::hold_back`](super::DmaUpdates::hold_back) has stopped the announcement of [`REPLAY`].
-    pub(super) has_held_back: bool,
+    /// The announcement of all windows.
+    pub(super) announcement: Announcement,
     /// Updates that are not in the outbox yet.
     pub(super) backlog: VecDeque<Queued>,
     /// A requester waits for room in the backlog.
     pub(super) is_sender_waiting: bool,
-    /// The announcement begins after the update of this number: earlier ones remove windows of a former domain.
-    pub(super) announces_after: u64,
-    /// The announcement continues before the next update of [`UNWATCHED`].
-    pub(super) announces_next: bool,
     /// The number of the last update.
     pub(super) last_serial: u64,
     /// The number of the last update that a requester waits for.
@@ -49,10 +42,6 @@ pub(super) struct ServerConnection {
     next_id: u16,
     /// Updates without a reply.
     pub(super) updates: usize,
-    /// The windows among them that belong to [`REPLAY`].
-    pub(super) replayed: usize,
-    /// The updates of [`UNWATCHED`] without a reply, whether they are sent or not.
-    pub(super) unwatched: usize,
     /// The client's commands without a reply.
     pub(super) commands: usize,
     /// The number of windows that the server has.
@@ -113,21 +102,15 @@ impl ServerConnection {
             socket,
             terms: None,
             outbox: Outbox::default(),
-            announcing: None,
-            unannounced: Some(Iova(0)),
-            has_held_back: false,
+            announcement: Announcement::new(),
             backlog: VecDeque::new(),
             is_sender_waiting: false,
-            announces_after: 0,
-            announces_next: false,
             last_serial: 0,
             watched: 0,
             answered_at: Instant::now(),
             pending: HashMap::new(),
             next_id: 0,
             updates: 0,
-            replayed: 0,
-            unwatched: 0,
             commands: 0,
             windows: 0,
             shares_memory: false,
@@ -142,17 +125,14 @@ impl ServerConnection {
 
     /// Announces all windows from now on, for `batch`. It counts the announcement as one update more.
     pub(super) fn announce(&mut self, batch: u64) {
-        self.announcing = Some(batch);
-        self.unannounced = Some(Iova(0));
-        self.has_held_back = false;
-        self.announces_after = self.last_serial;
+        self.announcement.begin(batch, self.last_serial);
     }
 
     /// Whether the server has just connected and is still being told all windows. It has lost its state, so no guest
     /// depends on it: no request waits for these windows.
     pub(super) fn is_replaying(&self) -> bool {
-        let announcing = self.announcing == Some(REPLAY) && !self.is_announcement_paused();
-        announcing || self.replayed > 0
+        let announcing = self.announcement.batch == Some(REPLAY) && !self.is_announcement_paused();
+        announcing || self.announcement.replayed > 0
     }
 
     /// Whether a requester need not wait for an update: it removes a window that the server cannot use without the
@@ -161,13 +141,7 @@ impl ServerConnection {
         matches!(update, DmaUpdate::Unmap(_))
             && !self.shares_memory
             && self.is_replaying()
-            && self.unwatched < MAX_UNWATCHED
-    }
-
-    /// Whether the announcement has not reached `window`: the target still has it for that.
-    pub(super) fn is_unannounced(&self, window: &Window) -> bool {
-        self.unannounced
-            .is_some_and(|from| window.range.first() >= from)
+            && self.announcement.unwatched < MAX_UNWATCHED
     }
 
     /// Counts an update that is about to be sent or to join the backlog.
@@ -175,24 +149,13 @@ impl ServerConnection {
         self.last_serial += 1;
         // Not only when it is sent: an UNMAP of a window in the backlog must know.
         self.shares_memory |= matches!(&update, DmaUpdate::Map(window) if window.file.is_some());
-        match batch {
-            UNWATCHED => self.unwatched += 1,
-            REPLAY => self.replayed += 1,
-            _ => self.watched = self.last_serial,
+        if self.announcement.count_in(batch) {
+            self.watched = self.last_serial;
         }
         Queued {
             update,
             batch,
             serial: self.last_serial,
-        }
-    }
-
-    /// Counts an update of `batch` that is complete.
-    pub(super) fn count_out(&mut self, batch: u64) {
-        match batch {
-            UNWATCHED => self.unwatched -= 1,
-            REPLAY => self.replayed -= 1,
-            _ => {}
         }
     }
 

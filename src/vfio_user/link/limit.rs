@@ -3,6 +3,7 @@
 //! VERSION has a field for the limit, which libvfio-user does not set. Such a server refuses a window when it has as many
 //! as it takes. The guest's driver ignores the failure of a MAP, so the log must name the cause and the cure.
 
+use super::announcement::Announcement;
 use super::connection::ServerConnection;
 use super::state::Link;
 use super::update::{REPLAY, WindowRefusal};
@@ -45,7 +46,7 @@ impl Link {
         let wanted = count() as u64;
         let connection = state.connection.as_ref().filter(|c| c.terms.is_some());
         let settled = connection.filter(|c| {
-            c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
+            c.backlog.is_empty() && (c.announcement.batch.is_none() || c.is_announcement_paused())
         });
         WindowLimits {
             most: connection.map_or(0, |c| c.limit.unwrap_or(c.max_windows())),
@@ -153,14 +154,20 @@ impl ServerConnection {
 
     /// The number of windows that the server may refuse while nobody waits for its answer.
     pub(super) fn refusable(&self) -> usize {
-        let possible = self.refused.len() + self.replayed + self.unwatched;
+        let Announcement {
+            replayed,
+            unwatched,
+            ..
+        } = self.announcement;
+        let possible = self.refused.len() + replayed + unwatched;
         MAX_REFUSED.saturating_sub(possible)
     }
 
     /// Whether the announcement waits for the server to have room for more windows, or for the guest to unmap some that the
     /// server has refused. Updates do not wait meanwhile.
     pub(super) fn is_announcement_paused(&self) -> bool {
-        self.announcing
+        self.announcement
+            .batch
             .is_some_and(|batch| self.room(batch == REPLAY) == 0)
     }
 }

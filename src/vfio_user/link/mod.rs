@@ -11,6 +11,7 @@
 //! and remembers the address it has reached. The server is told exactly the target's windows below that address, less
 //! those that it refuses: updates concern no others, and go before the rest of the announcement.
 
+mod announcement;
 mod connection;
 mod deadlines;
 mod limit;

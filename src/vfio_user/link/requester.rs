@@ -215,11 +215,12 @@ impl DmaUpdates<'_> {
         let Some(connection) = connection.filter(|c| c.terms.is_some()) else {
             return self.open(false);
         };
-        let (later, now): (Vec<_>, Vec<_>) =
-            windows.iter().partition(|w| connection.is_unannounced(w));
+        let (later, now): (Vec<_>, Vec<_>) = windows
+            .iter()
+            .partition(|w| connection.announcement.is_ahead(w.range.first()));
         let has_no_room = !later.is_empty() && connection.is_announcement_paused();
         let is_replaying = connection.is_replaying();
-        let is_free = connection.unwatched + now.len() <= MAX_UNWATCHED
+        let is_free = connection.announcement.unwatched + now.len() <= MAX_UNWATCHED
             && now.len() <= connection.refusable();
         let maps = now.into_iter().cloned().map(DmaUpdate::Map);
         if has_no_room {
@@ -321,16 +322,15 @@ impl DmaUpdates<'_> {
         let connection = connection.filter(|c| c.terms.is_some());
         Announced {
             is_connected: connection.is_some(),
-            unannounced: connection.and_then(|c| c.unannounced),
+            unannounced: connection.and_then(|c| c.announcement.next),
         }
     }
 
     /// The caller replaces all windows. Those it adds are not announced before [`Self::announce`].
     pub fn hold_back(&mut self) {
         if let Some(connection) = self.state.connection.as_mut().filter(|c| c.terms.is_some()) {
-            connection.has_held_back = connection.is_replaying();
-            connection.announcing = None;
-            connection.unannounced = Some(Iova(0));
+            let is_replaying = connection.is_replaying();
+            connection.announcement.hold_back(is_replaying);
         }
     }
 
@@ -344,9 +344,9 @@ impl DmaUpdates<'_> {
         ticket.batch = UNWATCHED;
         let batch = state.last_batch + 1;
         if let Some(connection) = state.connection_of(former)
-            && connection.announcing.is_none()
+            && connection.announcement.batch.is_none()
         {
-            if connection.has_held_back {
+            if connection.announcement.has_held_back {
                 connection.announce(REPLAY);
             } else {
                 connection.announce(batch);

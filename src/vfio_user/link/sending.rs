@@ -50,7 +50,9 @@ impl Link {
 
     /// Sends the next windows of the announcement.
     fn announce_some(&self, connection: &mut ServerConnection, batches: &mut HashMap<u64, Batch>) {
-        let (Some(batch), Some(first)) = (connection.announcing, connection.unannounced) else {
+        let (Some(batch), Some(first)) =
+            (connection.announcement.batch, connection.announcement.next)
+        else {
             return;
         };
         let limit = connection.announcement_room().min(ANNOUNCED_AT_ONCE);
@@ -62,7 +64,7 @@ impl Link {
         let is_rest = windows.len() < limit;
         let last = windows.last().map(|window| window.range.first().0);
         let next = last.and_then(|last| last.checked_add(1)).map(Iova);
-        connection.unannounced = next.filter(|_| !is_rest);
+        connection.announcement.next = next.filter(|_| !is_rest);
         for window in windows {
             if let Some(batch) = batches.get_mut(&batch) {
                 batch.remaining += 1;
@@ -70,7 +72,7 @@ impl Link {
             let queued = connection.count_in(DmaUpdate::Map(window), batch);
             connection.send_queued(queued);
         }
-        if connection.unannounced.is_none() {
+        if connection.announcement.next.is_none() {
             self.end_announcement(connection, batches, None);
         } else if connection.windows >= connection.max_windows() {
             warn_limited!(
@@ -108,7 +110,7 @@ impl Link {
         };
         match done {
             Some(refusal) => {
-                connection.count_out(next.batch);
+                connection.announcement.count_out(next.batch);
                 self.finish_update(batches, next.batch, refusal);
             }
             None => connection.send_queued(next),
@@ -123,7 +125,7 @@ impl Link {
         batches: &mut HashMap<u64, Batch>,
         refusal: Option<WindowRefusal>,
     ) {
-        if let Some(batch) = connection.announcing.take()
+        if let Some(batch) = connection.announcement.batch.take()
             && batch != REPLAY
         {
             self.finish_update(batches, batch, refusal);
@@ -134,9 +136,9 @@ impl Link {
 impl ServerConnection {
     /// The number of windows that may be announced now.
     fn announcement_room(&self) -> usize {
-        match self.announcing {
+        match self.announcement.batch {
             Some(REPLAY) => {
-                let in_flight = MAX_REPLAYED.saturating_sub(self.replayed);
+                let in_flight = MAX_REPLAYED.saturating_sub(self.announcement.replayed);
                 self.room(true).min(in_flight)
             }
             _ => self.room(false),
@@ -145,10 +147,12 @@ impl ServerConnection {
 
     /// Whether the announcement continues before the next update.
     fn is_announcement_next(&mut self) -> bool {
-        let can_go_on = match (self.announcing, self.unannounced) {
+        let can_go_on = match (self.announcement.batch, self.announcement.next) {
             (None, _) | (_, None) => false,
             // Several at a time: each time costs a search in the page table.
-            (Some(REPLAY), _) => self.announcement_room() > 0 && self.replayed <= MAX_REPLAYED / 2,
+            (Some(REPLAY), _) => {
+                self.announcement_room() > 0 && self.announcement.replayed <= MAX_REPLAYED / 2
+            }
             (Some(_), _) => true,
         };
         match self.backlog.front() {
@@ -156,11 +160,12 @@ impl ServerConnection {
             // A requester waits.
             Some(next) if next.batch > REPLAY => false,
             // It may remove a window at the same addresses.
-            Some(next) if next.serial <= self.announces_after => false,
+            Some(next) if next.serial <= self.announcement.after => false,
             // In turns: a guest that maps all the time must not hold the announcement up.
             Some(_) => {
-                self.announces_next = !self.announces_next;
-                can_go_on && self.announces_next
+                let turn = &mut self.announcement.goes_next;
+                *turn = !*turn;
+                can_go_on && *turn
             }
         }
     }

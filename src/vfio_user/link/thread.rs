@@ -61,7 +61,8 @@ impl Link {
             connected: connection.is_some(),
             active: connection.is_some_and(|c| c.terms.is_some()),
             is_up_to_date: connection.is_none_or(|c| {
-                c.backlog.is_empty() && (c.announcing.is_none() || c.is_announcement_paused())
+                c.backlog.is_empty()
+                    && (c.announcement.batch.is_none() || c.is_announcement_paused())
             }),
             bytes: connection.map_or(0, |c| c.outbox.len_bytes()),
             reply_bytes: connection.map_or(0, |c| c.outbox.len_reply_bytes()),
@@ -211,7 +212,7 @@ impl Link {
                 serial,
             }) => {
                 connection.updates -= 1;
-                connection.count_out(batch);
+                connection.announcement.count_out(batch);
                 connection.answered_at = Instant::now();
                 // Later updates do not bring the requester's replies nearer.
                 if serial <= connection.watched {
@@ -252,7 +253,7 @@ impl Link {
                         None
                     }
                 };
-                let is_announced = connection.announcing == Some(batch) && batch != REPLAY;
+                let is_announced = connection.announcement.batch == Some(batch) && batch != REPLAY;
                 self.finish_update(batches, batch, refusal);
                 if refusal.is_some() && is_announced {
                     self.end_announcement(connection, batches, refusal);
