@@ -233,9 +233,7 @@ impl Arena {
     }
 
     fn set_header(&self, index: usize, value: u64) {
-        if let Some(word) = self.memory.words().get(index) {
-            word.store(value, Ordering::Release);
-        }
+        self.memory.store(index, value);
     }
 
     /// The entry at `slot`.
@@ -247,9 +245,7 @@ impl Arena {
 
     /// Stores `entry`. A reader that sees it also sees everything stored before.
     pub(super) fn store(&mut self, slot: usize, entry: Entry) {
-        if let Some(word) = self.memory.words().get(slot) {
-            word.store(entry.bits(), Ordering::Release);
-        }
+        self.memory.store(slot, entry.bits());
     }
 
     /// Frees all entries of a table, and calls `each` with every entry that was in use. At most
@@ -264,7 +260,7 @@ impl Arena {
             }
             let entry = Entry::from_bits(word.load(Ordering::Relaxed));
             if !entry.is_free() {
-                word.store(0, Ordering::Release);
+                SharedWords::set(word, 0);
                 each(entry);
                 left -= 1;
             }

@@ -1,7 +1,6 @@
 //! Endpoint slots: words of the arena that tell readers where an endpoint's DMA goes.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::arena::Arena;
 use super::error::OutOfFrames;
@@ -46,10 +45,8 @@ impl EndpointSlots {
     /// Switches a slot to `state`: every access that begins after this call sees it. The caller must
     /// wait for accesses in progress.
     pub fn set(&self, index: usize, state: EndpointWord) {
-        // Release: a reader that sees the root must see its table filled.
-        if let Some(word) = self.memory.words().get(self.word(index)) {
-            word.store(state.bits(), Ordering::Release);
-        }
+        // The store is a release: a reader that sees the root must see its table filled.
+        self.memory.store(self.word(index), state.bits());
     }
 }
 

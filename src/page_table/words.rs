@@ -6,7 +6,7 @@ use std::io;
 #[cfg(not(miri))]
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::error::ArenaError;
 #[cfg(not(miri))]
@@ -141,6 +141,23 @@ impl SharedWords {
     /// The words.
     pub fn words(&self) -> &[AtomicU64] {
         self.words.as_slice()
+    }
+
+    /// Stores `value` in the word at `index`. Does nothing outside of the memory.
+    #[inline(always)]
+    pub fn store(&self, index: usize, value: u64) {
+        if let Some(word) = self.words().get(index) {
+            Self::set(word, value);
+        }
+    }
+
+    /// Stores `value` in one of the [`Self::words`]. A reader that sees it also sees everything stored before.
+    ///
+    /// Every store of this process to memory that outlives it goes through this function, so that a test can end the
+    /// process after any of them.
+    #[inline(always)]
+    pub fn set(word: &AtomicU64, value: u64) {
+        word.store(value, Ordering::Release);
     }
 
     /// Allocates `bytes` of memory.
