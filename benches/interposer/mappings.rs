@@ -2,12 +2,10 @@
 
 use std::time::Instant;
 
-use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
+use vhost_device_iommu::address::{Access, Mapping};
 use vhost_device_iommu::backends::vfio_user::Isolation;
-use vhost_device_iommu::iommu::{Iommu, Settings};
-use vhost_device_iommu::topology::{EndpointSpec, PciAddress, PciRange, ReservedRegions, Topology};
 
-use crate::bed::{Bed, DOMAIN, RAM, RAM_LEN};
+use crate::bed::{Bed, DOMAIN, RAM_LEN, core_without_device, mapping};
 use crate::median;
 
 const PAGE: u64 = 4096;
@@ -20,19 +18,21 @@ pub fn measure() -> Vec<(&'static str, f64)> {
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     let pair = bed.pair(|_, _| false);
-    let mut bare = without_device();
+    let mut bare = core_without_device();
+    bare.attach(bed.endpoint(), DOMAIN, false)
+        .expect("attached");
     let mut times: [Vec<f64>; 4] = Default::default();
     for batch in 0..BATCHES {
         let mut device = bed.iommu();
         for (iommu, at) in [(&mut bare, 0), (&mut *device, 2)] {
             let begin = Instant::now();
             for page in 0..BATCH {
-                iommu.map(DOMAIN, &mapping(page)).expect("mapped");
+                iommu.map(DOMAIN, &page_mapping(page)).expect("mapped");
             }
             let mapped = begin.elapsed();
             let begin = Instant::now();
             for page in 0..BATCH {
-                let range = mapping(page).range;
+                let range = page_mapping(page).range;
                 iommu.unmap(DOMAIN, range).expect("unmapped");
             }
             let unmapped = begin.elapsed();
@@ -54,35 +54,7 @@ pub fn measure() -> Vec<(&'static str, f64)> {
     names.into_iter().zip(medians).collect()
 }
 
-/// A core whose only endpoint has no backend.
-fn without_device() -> Iommu {
-    let address = PciAddress::new(0, 0, 6, 0).expect("an address");
-    let spec = EndpointSpec {
-        range: PciRange::new(address, address).expect("a range"),
-        group: None,
-        reserved: Vec::new(),
-    };
-    let own = PciAddress::new(0, 0, 5, 0).expect("an address");
-    let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("a topology");
-    let settings = Settings {
-        address_width: 48,
-        page_sizes: PageMask::TABLE,
-        last_domain: 255,
-        bypass_at_boot: false,
-        arena_limit: 64 << 20,
-    };
-    let mut iommu = Iommu::new(settings, topology).expect("a core");
-    let endpoint = address.endpoint_id();
-    iommu.attach(endpoint, DOMAIN, false).expect("attached");
-    iommu
-}
-
 /// The mapping of a page.
-pub fn mapping(page: u64) -> Mapping {
-    Mapping {
-        range: IovaRange::from_len(Iova(page * PAGE), PAGE).expect("a page"),
-        gpa: Gpa(RAM + page * PAGE % RAM_LEN),
-        access: Access::READ_WRITE,
-        mmio: false,
-    }
+pub fn page_mapping(page: u64) -> Mapping {
+    mapping(page * PAGE, page * PAGE % RAM_LEN, PAGE, Access::READ_WRITE)
 }

@@ -11,7 +11,7 @@ use vhost_device_iommu::ids::DomainId;
 
 use crate::bed::Bed;
 use crate::connection::{Connection, DMA_MAP, DMA_UNMAP, Msg};
-use crate::mappings::mapping;
+use crate::mappings::page_mapping;
 use crate::{ROUNDS, median};
 
 const WINDOWS: u64 = 10_000;
@@ -67,7 +67,7 @@ pub fn measure() -> Vec<(&'static str, f64)> {
 }
 
 fn map_all(bed: &Bed, domain: DomainId) {
-    let all: Vec<_> = (0..WINDOWS).map(mapping).collect();
+    let all: Vec<_> = (0..WINDOWS).map(page_mapping).collect();
     for run in all.chunks(256) {
         let mut outcomes = VecDeque::new();
         bed.iommu().map_all(domain, run, &mut outcomes);

@@ -2,7 +2,7 @@
 //! client and the servers.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -37,6 +37,8 @@ pub const DOMAIN: DomainId = DomainId(1);
 pub const SERVER_TEXT: &str = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#;
 pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps":65535,
     "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
+/// The capabilities of a server that sends a socket for its commands.
+const TWIN_TEXT: &str = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
 
 /// The faults that the backend has reported.
 #[derive(Default)]
@@ -108,10 +110,9 @@ impl Bed {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
         let server_path = folder.path().join("server");
-        let address = PciAddress::new(0, 0, 6, 0).expect("an address");
         let faults = Arc::new(Faults::default());
         let device = EmulatedDevice {
-            endpoint: address.endpoint_id(),
+            endpoint: endpoint(),
             name: "device".into(),
             server: server_path.clone(),
             isolation,
@@ -123,23 +124,9 @@ impl Bed {
         let listener = UnixListener::bind(&client_path).expect("a socket");
         let (backend, watch) =
             vfio_user::start(device, listener, faults.clone()).expect("a backend");
-        let spec = EndpointSpec {
-            range: PciRange::new(address, address).expect("a range"),
-            group: None,
-            reserved: Vec::new(),
-        };
-        let own = PciAddress::new(0, 0, 5, 0).expect("an address");
-        let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("a topology");
-        let settings = Settings {
-            address_width: 48,
-            page_sizes: PageMask::TABLE,
-            last_domain: 255,
-            bypass_at_boot: false,
-            arena_limit: 64 << 20,
-        };
-        let mut iommu = Iommu::new(settings, topology).expect("a core");
+        let mut iommu = core_without_device();
         iommu
-            .add_backend(backend, &[address.endpoint_id()])
+            .add_backend(backend, &[endpoint()])
             .expect("a backend of its own");
         let slot = ram();
         iommu.connect();
@@ -156,7 +143,7 @@ impl Bed {
     }
 
     pub fn endpoint(&self) -> EndpointId {
-        PciAddress::new(0, 0, 6, 0).expect("valid").endpoint_id()
+        endpoint()
     }
 
     /// Locks the core, as the worker does while it serves requests.
@@ -173,13 +160,7 @@ impl Bed {
 
     /// Maps `len` bytes at `iova` to guest RAM from its offset `at`.
     pub fn map(&self, iova: u64, at: u64, len: u64, access: Access) -> Result<(), RequestError> {
-        let mapping = Mapping {
-            range: range(iova, len),
-            gpa: Gpa(RAM + at),
-            access,
-            mmio: false,
-        };
-        self.iommu().map(DOMAIN, &mapping)
+        self.iommu().map(DOMAIN, &mapping(iova, at, len, access))
     }
 
     pub fn unmap(&self, iova: u64, len: u64) -> Result<(), RequestError> {
@@ -238,14 +219,64 @@ impl Bed {
 
     /// Like [`Self::raw_pair`]. `text` has the server's capabilities.
     pub fn raw_pair_with(&self, text: &str) -> (Connection, Connection) {
+        self.negotiated(text, &[])
+    }
+
+    /// Like [`Self::raw_pair`]. The server has a socket for its commands, which comes last.
+    pub fn raw_pair_with_twin(&self) -> (Connection, Connection, Connection) {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let (client, server) = self.negotiated(TWIN_TEXT, &[theirs.as_fd()]);
+        (client, server, Connection::new(ours))
+    }
+
+    /// A client and a server that have negotiated. The server sends these capabilities and descriptors.
+    fn negotiated(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> (Connection, Connection) {
         let listener = self.listen();
         let mut client = self.connect();
         client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
         let mut server = accept(&listener);
         let request = server.recv().expect("VERSION");
-        server.reply(&request, &version_body(text), &[]);
-        assert_eq!(client.recv().expect("an answer").errno(), 0);
+        server.reply(&request, &version_body(text), descriptors);
+        let answer = client.recv().expect("an answer");
+        // The server's descriptors are for the interposer.
+        assert_eq!((answer.errno(), answer.fds.len()), (0, 0));
         (client, server)
+    }
+}
+
+/// The endpoint of the beds: 00:06.0.
+pub fn endpoint() -> EndpointId {
+    let address = PciAddress::new(0, 0, 6, 0).expect("an address");
+    address.endpoint_id()
+}
+
+/// A core whose only endpoint is [`endpoint`]. It has no backend.
+pub fn core_without_device() -> Iommu {
+    let address = PciAddress::new(0, 0, 6, 0).expect("an address");
+    let spec = EndpointSpec {
+        range: PciRange::new(address, address).expect("a range"),
+        group: None,
+        reserved: Vec::new(),
+    };
+    let own = PciAddress::new(0, 0, 5, 0).expect("an address");
+    let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("a topology");
+    let settings = Settings {
+        address_width: 48,
+        page_sizes: PageMask::TABLE,
+        last_domain: 255,
+        bypass_at_boot: false,
+        arena_limit: 64 << 20,
+    };
+    Iommu::new(settings, topology).expect("a core")
+}
+
+/// A mapping of `len` bytes at `iova` to guest RAM from its offset `at`.
+pub fn mapping(iova: u64, at: u64, len: u64, access: Access) -> Mapping {
+    Mapping {
+        range: range(iova, len),
+        gpa: Gpa(RAM + at),
+        access,
+        mmio: false,
     }
 }
 

@@ -2,9 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::Write;
-use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,8 +11,7 @@ use vhost_device_iommu::backends::vfio_user::Isolation;
 use vhost_device_iommu::faults::FaultReason;
 
 use crate::bed::{
-    Bed, CLIENT_TEXT, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, accept, eventually, range,
-    start_scripted_server,
+    Bed, DOMAIN, RAM, RAM_LEN, RAM_OFFSET, accept, eventually, range, start_scripted_server,
 };
 use crate::connection::{
     COMMAND, Connection, DMA_MAP, DMA_READ, DMA_UNMAP, DMA_WRITE, NO_REPLY, RESET, VERSION, dma,
@@ -474,18 +471,7 @@ fn a_server_may_have_a_socket_of_its_own_for_its_commands() {
     bed.attach();
     bed.map(IOVA, 0, 0x1000, Access::READ_WRITE)
         .expect("mapped");
-    let listener = bed.listen();
-    let mut client = bed.connect();
-    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = accept(&listener);
-    let request = server.recv().expect("VERSION");
-    let (ours, theirs) = UnixStream::pair().expect("sockets");
-    let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
-    server.reply(&request, &version_body(text), &[theirs.as_fd()]);
-    drop(theirs);
-    let answer = client.recv().expect("an answer");
-    assert!(answer.fds.is_empty());
-    let mut twin = Connection::new(ours);
+    let (_client, _server, mut twin) = bed.raw_pair_with_twin();
     assert_eq!(write(&mut twin, IOVA, b"twin"), 0);
     assert_eq!(bed.peek(0, 4), b"twin");
     assert_eq!(read(&mut twin, IOVA + 0x1000, 1), Err(libc::EFAULT));

@@ -2,17 +2,16 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
 
-use crate::bed::{Bed, CLIENT_TEXT, accept, eventually};
+use crate::bed::{Bed, eventually};
 use crate::connection::{
-    COMMAND, Connection, DMA_READ, DMA_WRITE, GET_INFO, NO_REPLY, REGION_INFO, REGION_WRITE,
-    VERSION, bytes, dma, version_body,
+    COMMAND, Connection, DMA_READ, DMA_WRITE, GET_INFO, NO_REPLY, REGION_INFO, REGION_WRITE, bytes,
+    dma,
 };
 
 const IOVA: u64 = 0x4000_0000;
@@ -70,17 +69,8 @@ fn commands_that_come_at_once_are_answered_in_order() {
 #[test]
 fn commands_that_come_at_once_on_the_socket_for_commands_are_answered_in_order() {
     let bed = bed();
-    let listener = bed.listen();
-    let mut client = bed.connect();
-    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = accept(&listener);
-    let request = server.recv().expect("VERSION");
-    let (ours, theirs) = UnixStream::pair().expect("sockets");
-    let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
-    server.reply(&request, &version_body(text), &[theirs.as_fd()]);
-    drop(theirs);
-    client.recv().expect("an answer");
-    burst(&bed, &mut Connection::new(ours));
+    let (_client, _server, mut twin) = bed.raw_pair_with_twin();
+    burst(&bed, &mut twin);
 }
 
 #[test]

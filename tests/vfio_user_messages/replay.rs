@@ -10,9 +10,7 @@ use vhost_device_iommu::address::{Access, Gpa, Mapping};
 use vhost_device_iommu::backends::vfio_user::{Deadlines, Isolation};
 use vhost_device_iommu::ids::DomainId;
 
-use crate::bed::{
-    Bed, CLIENT_TEXT, RAM, SERVER_TEXT, accept, answer, eventually, range, start_scripted_server,
-};
+use crate::bed::{Bed, CLIENT_TEXT, RAM, accept, answer, eventually, range, start_scripted_server};
 use crate::common::rng::Rng;
 use crate::connection::{
     Connection, DMA_MAP, DMA_READ, DMA_UNMAP, Msg, RESET, VERSION, dma, version_body,
@@ -43,7 +41,7 @@ fn a_server_that_restarts_while_the_guest_maps_is_back_after_one_replay() {
     let bed = Bed::with_deadline(Isolation::Mappings, SECOND);
     bed.attach();
     map_many(&bed, COUNT);
-    let (mut client, mut server) = silent(&bed);
+    let (mut client, mut server) = bed.raw_pair();
     for _ in 0..COUNT {
         let next = server.recv().expect("a window");
         server.reply(&next, &[], &[]);
@@ -87,18 +85,6 @@ fn a_server_that_restarts_while_the_guest_maps_is_back_after_one_replay() {
     assert_not_quarantined(&bed);
 }
 
-/// A server that has connected and is told windows. It answers nothing by itself.
-fn silent(bed: &Bed) -> (Connection, Connection) {
-    let listener = bed.listen();
-    let mut client = bed.connect();
-    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = accept(&listener);
-    let request = server.recv().expect("VERSION");
-    server.reply(&request, &version_body(SERVER_TEXT), &[]);
-    assert_eq!(client.recv().expect("an answer").errno(), 0);
-    (client, server)
-}
-
 /// The next `count` windows that the server is told.
 fn told(server: &mut Connection, count: u64) -> Vec<Msg> {
     let next = (0..count).map(|_| server.recv().expect("a window"));
@@ -116,7 +102,7 @@ fn map_waits_for_no_replay_and_unmap_for_the_windows_in_flight() {
     let bed = Bed::with_deadlines(Isolation::Mappings, deadlines);
     bed.attach();
     map_many(&bed, COUNT);
-    let (_client, mut server) = silent(&bed);
+    let (_client, mut server) = bed.raw_pair();
     let first = told(&mut server, IN_FLIGHT);
     assert_eq!(first[63].u64_at(16), window(63));
     // The server answers nothing, and none of these waits: before, between and after the told windows.
@@ -157,7 +143,7 @@ fn unmap_waits_for_no_replay_to_a_server_without_memory() {
     for n in 0..COUNT {
         bed.map(window(n), 0, PAGE, Access::READ).expect("mapped");
     }
-    let (_client, mut server) = silent(&bed);
+    let (_client, mut server) = bed.raw_pair();
     let replay = told(&mut server, COUNT);
     let read = |server: &mut Connection, n: u64| {
         let read = server.call(DMA_READ, &dma(window(n), 4, &[]), &[]);
@@ -204,7 +190,7 @@ fn unmap_of_many_told_windows_waits_also_without_memory() {
     let bed = Bed::with_deadline(Isolation::ExactMessages, SECOND * 600);
     bed.attach();
     map_many(&bed, IN_FLIGHT);
-    let (_client, mut server) = silent(&bed);
+    let (_client, mut server) = bed.raw_pair();
     let replay = told(&mut server, IN_FLIGHT);
     // One of the 64.
     bed.map(IOVA - PAGE, 0, PAGE, Access::READ).expect("mapped");
@@ -263,7 +249,7 @@ fn a_server_that_is_told_windows_and_answers_none_is_cut_off() {
     let bed = Bed::with_deadlines(Isolation::ExactMessages, deadlines);
     bed.attach();
     map_many(&bed, 100);
-    let (client, mut server) = silent(&bed);
+    let (client, mut server) = bed.raw_pair();
     // One answer of these does not save it.
     let first = told(&mut server, IN_FLIGHT);
     server.reply(&first[0], &[], &[]);

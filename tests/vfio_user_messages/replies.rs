@@ -2,7 +2,6 @@
 //! lists them.
 
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 
 use vhost_device_iommu::address::Access;
 use vhost_device_iommu::backends::vfio_user::Isolation;
@@ -228,16 +227,7 @@ fn a_server_without_memory_may_refuse_to_give_a_window_up() {
 fn a_server_that_closes_the_socket_for_its_commands_is_not_cut_off() {
     let bed = Bed::new(Isolation::Mappings);
     bed.attach();
-    let listener = bed.listen();
-    let mut client = bed.connect();
-    client.ask(VERSION, &version_body(CLIENT_TEXT), &[]);
-    let mut server = accept(&listener);
-    let request = server.recv().expect("VERSION");
-    let (ours, theirs) = UnixStream::pair().expect("sockets");
-    let text = r#"{"capabilities":{"twin_socket":{"supported":true,"fd_index":0}}}"#;
-    server.reply(&request, &version_body(text), &[theirs.as_fd()]);
-    drop(theirs);
-    assert_eq!(client.recv().expect("an answer").errno(), 0);
+    let (mut client, mut server, twin) = bed.raw_pair_with_twin();
     std::thread::scope(|scope| {
         let mapped = scope.spawn(|| bed.map(0x1000, 0, 0x1000, Access::READ));
         let window = server.recv().expect("a window");
@@ -245,7 +235,7 @@ fn a_server_that_closes_the_socket_for_its_commands_is_not_cut_off() {
         mapped.join().expect("no panic").expect("mapped");
         let unmapped = scope.spawn(|| bed.unmap(0x1000, 0x1000));
         let window = server.recv().expect("the window's removal");
-        drop(ours);
+        drop(twin);
         // When the client has this reply, the interposer knows that the socket is closed.
         client.ask(RESET, &[], &[]);
         let reset = server.recv().expect("forwarded");
