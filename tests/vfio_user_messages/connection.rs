@@ -217,10 +217,14 @@ impl Connection {
 
     /// Waits for the end of the stream. False if a byte comes first.
     pub fn is_closed(&mut self) -> bool {
-        match self.stream.read(&mut [0]) {
-            Ok(n) => n == 0,
-            Err(cause) if cause.kind() == ErrorKind::ConnectionReset => true,
-            Err(cause) => panic!("{cause}"),
+        loop {
+            match self.stream.read(&mut [0]) {
+                Ok(n) => return n == 0,
+                Err(cause) if cause.kind() == ErrorKind::ConnectionReset => return true,
+                // The process was stopped, and goes on.
+                Err(cause) if cause.kind() == ErrorKind::Interrupted => {}
+                Err(cause) => panic!("{cause}"),
+            }
         }
     }
 
@@ -232,6 +236,8 @@ impl Connection {
             let n = match recvmsg(&self.stream, into, &mut control, RecvFlags::empty()) {
                 Ok(received) => received.bytes,
                 Err(rustix::io::Errno::CONNRESET) => 0,
+                // The process was stopped, and goes on. The socket has a timeout, so the kernel does not repeat the call.
+                Err(rustix::io::Errno::INTR) => continue,
                 Err(cause) => panic!("no message: {cause}"),
             };
             for message in control.drain() {
