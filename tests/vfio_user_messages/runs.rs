@@ -28,6 +28,15 @@ fn map_all(bed: &Bed, run: &[Mapping]) -> Vec<Result<(), RequestError>> {
     outcomes.into()
 }
 
+/// Replaces guest RAM by two memory slots of one page each.
+fn in_two_slots(bed: &Bed) {
+    let mut parts = [bed.slot.clone(), bed.slot.clone()];
+    for (part, at) in parts.iter_mut().zip([RAM, RAM + PAGE]) {
+        part.range = GpaRange::from_len(Gpa(at), PAGE).expect("one page");
+    }
+    bed.iommu().set_memory(parts.to_vec());
+}
+
 fn read(server: &mut Connection, address: u64) -> i32 {
     server.call(DMA_READ, &dma(address, 4, &[]), &[]).errno()
 }
@@ -103,11 +112,7 @@ fn a_refused_mapping_of_a_run_leaves_nothing_and_the_others_stay() {
 #[test]
 fn a_mapping_of_a_run_has_all_of_its_windows_or_none() {
     let bed = Bed::new(Isolation::Mappings);
-    let mut parts = [bed.slot.clone(), bed.slot.clone()];
-    for (part, at) in parts.iter_mut().zip([RAM, RAM + PAGE]) {
-        part.range = GpaRange::from_len(Gpa(at), PAGE).expect("one page");
-    }
-    bed.iommu().set_memory(parts.to_vec());
+    in_two_slots(&bed);
     bed.attach();
     let (_client, scripted) = bed.pair(|server, msg| {
         let refused = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + PAGE;
@@ -129,6 +134,61 @@ fn a_mapping_of_a_run_has_all_of_its_windows_or_none() {
     assert_eq!(done, [false, true], "{outcomes:?}");
     assert_eq!(scripted.each(DMA_UNMAP, |m| m.u64_at(8)), [IOVA]);
     assert_eq!(bed.watch.state().windows, 1);
+}
+
+/// Two mappings of the run have two windows each, of which the server refuses one. It answers no removal of the others
+/// before it has all of them.
+#[test]
+fn the_windows_of_refused_mappings_are_taken_back_together_and_count_no_more() {
+    const FIRST: u64 = IOVA;
+    const SECOND: u64 = IOVA + 8 * PAGE;
+    const KEPT: u64 = IOVA + 16 * PAGE;
+    for isolation in [Isolation::ExactMessages, Isolation::Mappings] {
+        let bed = Bed::new(isolation);
+        in_two_slots(&bed);
+        bed.attach();
+        let (_client, mut server) = bed.raw_pair();
+        let both = |first| Mapping {
+            range: range(first, 2 * PAGE),
+            ..page(0)
+        };
+        let kept = Mapping {
+            range: range(KEPT, PAGE),
+            ..page(0)
+        };
+        let run = [both(FIRST), both(SECOND), kept];
+        std::thread::scope(|scope| {
+            let mapped = scope.spawn(|| map_all(&bed, &run));
+            let windows: Vec<_> = (0..5).map(|_| server.recv().expect("a window")).collect();
+            for window in &windows {
+                if [FIRST + PAGE, SECOND + PAGE].contains(&window.u64_at(16)) {
+                    server.refuse(window, libc::EIO.unsigned_abs());
+                } else {
+                    server.reply(window, &[], &[]);
+                }
+            }
+            let removals: Vec<_> = (0..2)
+                .map(|_| server.recv().expect("the removal of a window"))
+                .collect();
+            for (removal, first) in removals.iter().zip([FIRST, SECOND]) {
+                let removed = (removal.cmd, removal.u64_at(8), removal.u64_at(16));
+                assert_eq!(removed, (DMA_UNMAP, first, PAGE));
+                assert_eq!(read(&mut server, first), libc::EFAULT);
+            }
+            assert!(
+                !mapped.is_finished(),
+                "the server may still use the windows"
+            );
+            for removal in &removals {
+                server.reply(removal, &removal.body, &[]);
+            }
+            let outcomes = mapped.join().expect("no panic");
+            let done: Vec<_> = outcomes.iter().map(Result::is_ok).collect();
+            assert_eq!(done, [false, false, true], "{outcomes:?}");
+        });
+        assert_eq!(bed.watch.state().windows, 1);
+        assert_eq!(read(&mut server, KEPT), 0);
+    }
 }
 
 #[test]

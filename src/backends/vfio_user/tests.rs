@@ -86,4 +86,11 @@ fn a_window_that_begins_within_a_huge_page_is_two_if_it_goes_far() {
         [range(0, BLOCK + 0xfff), range(5 * BLOCK - 0x1000, u64::MAX)].into(),
     );
     assert_eq!(ranges(&bypass), [(BLOCK + 0x1000, 5 * BLOCK - 0x1001)]);
+    // From the last page of a huge page to the first one of the next.
+    let (first, last) = (2 * BLOCK - 0x1000, 2 * BLOCK + 0xfff);
+    let bypass = DeviceView::bypass(
+        slots,
+        [range(0, first - 1), range(last + 1, u64::MAX)].into(),
+    );
+    assert_eq!(ranges(&bypass), [(first, 2 * BLOCK - 1), (2 * BLOCK, last)]);
 }
