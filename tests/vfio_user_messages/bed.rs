@@ -250,16 +250,24 @@ pub fn endpoint() -> EndpointId {
     address.endpoint_id()
 }
 
-/// A core whose only endpoint is [`endpoint`]. It has no backend.
+/// The other endpoint of the beds: 00:07.0. It never has a backend. A domain that it is attached to stays.
+pub fn neighbour() -> EndpointId {
+    let address = PciAddress::new(0, 0, 7, 0).expect("an address");
+    address.endpoint_id()
+}
+
+/// A core with [`endpoint`] and [`neighbour`]. They have no backend.
 pub fn core_without_device() -> Iommu {
-    let address = PciAddress::new(0, 0, 6, 0).expect("an address");
-    let spec = EndpointSpec {
-        range: PciRange::new(address, address).expect("a range"),
-        group: None,
-        reserved: Vec::new(),
-    };
+    let specs = [6, 7].map(|device| {
+        let address = PciAddress::new(0, 0, device, 0).expect("an address");
+        EndpointSpec {
+            range: PciRange::new(address, address).expect("a range"),
+            group: None,
+            reserved: Vec::new(),
+        }
+    });
     let own = PciAddress::new(0, 0, 5, 0).expect("an address");
-    let topology = Topology::new(own, ReservedRegions::default(), &[spec]).expect("a topology");
+    let topology = Topology::new(own, ReservedRegions::default(), &specs).expect("a topology");
     let settings = Settings {
         address_width: 48,
         page_sizes: PageMask::TABLE,

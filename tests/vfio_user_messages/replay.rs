@@ -10,7 +10,7 @@ use vhost_device_iommu::address::{Access, Gpa, Mapping};
 use vhost_device_iommu::backends::vfio_user::{Deadlines, Isolation};
 use vhost_device_iommu::ids::DomainId;
 
-use crate::bed::{Bed, CLIENT_TEXT, RAM, accept, answer, eventually, range, start_scripted_server};
+use crate::bed::{Bed, CLIENT_TEXT, RAM, accept, answer, eventually, range};
 use crate::common::rng::Rng;
 use crate::connection::{
     Connection, DMA_MAP, DMA_READ, DMA_UNMAP, Msg, RESET, VERSION, dma, version_body,
@@ -32,57 +32,6 @@ fn window(n: u64) -> u64 {
 fn assert_not_quarantined(bed: &Bed) {
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(!endpoint.quarantined);
-}
-
-/// The server takes 5 ms for each reply, and the guest's mappings come faster. One replay is enough.
-#[test]
-fn a_server_that_restarts_while_the_guest_maps_is_back_after_one_replay() {
-    const COUNT: u64 = 300;
-    let bed = Bed::with_deadline(Isolation::Mappings, SECOND);
-    bed.attach();
-    map_many(&bed, COUNT);
-    let (mut client, mut server) = bed.raw_pair();
-    for _ in 0..COUNT {
-        let next = server.recv().expect("a window");
-        server.reply(&next, &[], &[]);
-    }
-    let connections = Arc::new(AtomicUsize::new(0));
-    let counter = connections.clone();
-    let scripted = start_scripted_server(bed.listen(), move |_, msg| {
-        counter.fetch_add(usize::from(msg.cmd == VERSION), Ordering::Relaxed);
-        if matches!(msg.cmd, DMA_MAP | DMA_UNMAP) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        false
-    });
-    // The server dies, and the other one is its successor.
-    drop(server);
-    let is_back = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let guest = scope.spawn(|| {
-            let mut rounds = 0u64;
-            while !is_back.load(Ordering::Relaxed) {
-                // Between the windows: some are announced already, and some not yet.
-                let iova = window(rounds * 37 % COUNT) + PAGE;
-                bed.map(iova, 0, PAGE, Access::READ).expect("mapped");
-                bed.unmap(iova, PAGE).expect("unmapped");
-                rounds += 1;
-            }
-            println!("{rounds} rounds during the replay");
-        });
-        eventually("all windows are told", || {
-            scripted.windows().len() as u64 >= COUNT
-        });
-        is_back.store(true, Ordering::Relaxed);
-        guest.join().expect("no request is refused");
-    });
-    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
-    let expected: Vec<_> = (0..COUNT).map(window).collect();
-    assert_eq!(scripted.windows(), expected);
-    assert_eq!(connections.load(Ordering::Relaxed), 1);
-    let ends = bed.watch.state().ends;
-    assert_eq!((ends.cut_offs, ends.server), (0, true));
-    assert_not_quarantined(&bed);
 }
 
 /// The next `count` windows that the server is told.

@@ -5,7 +5,9 @@
 mod device;
 mod regions;
 mod rows;
+mod slow;
 
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -29,6 +31,8 @@ const REGIONS: u32 = 9;
 pub struct Version {
     /// The number of DMA regions that it takes.
     pub max_regions: usize,
+    /// The number of regions that its process can map: a little less than `vm.max_map_count`.
+    pub max_mapped: usize,
     /// How long the device takes to pause, before the answer to DMA_MAP, DMA_UNMAP and RESET.
     pub pause: Duration,
     /// Whether it has a socket for its commands, if the client offers one.
@@ -56,6 +60,7 @@ impl Version {
     /// Until 2023-09.
     pub const OF_2021: Self = Self {
         max_regions: 16,
+        max_mapped: 65_500,
         pause: Duration::ZERO,
         twin_socket: false,
         unmap_all: UnmapAll::Removes,
@@ -94,6 +99,8 @@ pub struct State {
     pub unmaps: usize,
     /// The socket for the server's commands.
     twin: Option<Connection>,
+    /// The present connection.
+    stream: Option<UnixStream>,
 }
 
 impl Library {
@@ -104,10 +111,13 @@ impl Library {
         // It ends with the test.
         std::thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
+                shared.lock().unwrap().stream = stream.try_clone().ok();
                 serve(Connection::new(stream), version, &shared);
                 let mut state = shared.lock().unwrap();
                 state.regions = Regions::default();
                 state.twin = None;
+                // The interposer waits until no copy of the socket is open.
+                state.stream = None;
             }
         });
         Self { state }
@@ -116,6 +126,12 @@ impl Library {
     /// The server's state. The server answers nothing while the guard lives.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap()
+    }
+
+    /// The server dies, and the next connection is that of its successor.
+    pub fn restart(&self) {
+        let stream = self.state().stream.take().expect("a connection");
+        stream.shutdown(Shutdown::Both).expect("connected");
     }
 
     /// The first addresses and the lengths of the regions, in ascending order.
@@ -179,7 +195,7 @@ impl State {
     fn change_regions(&mut self, version: Version, msg: &Msg) -> Answer {
         self.pauses += 1;
         if msg.cmd == DMA_MAP {
-            let added = self.regions.add(version.max_regions, msg);
+            let added = self.regions.add(version, msg);
             self.refused += usize::from(added.is_err());
             return added
                 .map(|()| Vec::new())

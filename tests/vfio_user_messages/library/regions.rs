@@ -47,7 +47,7 @@ pub struct Mapped {
 
 impl Regions {
     /// DMA_MAP.
-    pub fn add(&mut self, limit: usize, msg: &Msg) -> Result<(), i32> {
+    pub fn add(&mut self, version: Version, msg: &Msg) -> Result<(), i32> {
         if msg.body.len() < 32 || msg.u32_at(0) < 32 {
             return Err(libc::EINVAL);
         }
@@ -80,8 +80,12 @@ impl Regions {
                 return Err(libc::EINVAL);
             }
         }
-        if self.all.len() == limit {
+        if self.all.len() == version.max_regions {
             return Err(libc::EINVAL);
+        }
+        let mapped = self.all.values().filter(|region| region.mapped.is_some());
+        if file.is_some() && mapped.count() == version.max_mapped {
+            return Err(libc::ENOMEM);
         }
         let mapped = file
             .map(|file| Mapped::new(file, offset, len))

@@ -14,11 +14,11 @@ use crate::connection::{
     Connection, DIRTY_PAGES, FEATURE, REGION_READ, REGION_WRITE, SET_IRQS, irqs, region,
 };
 
-const IOVA: u64 = 0x4000_0000;
-const PAGE: u64 = 0x1000;
+pub(super) const IOVA: u64 = 0x4000_0000;
+pub(super) const PAGE: u64 = 0x1000;
 
 /// A server, and a client that has negotiated with it. All windows of this moment have been sent.
-fn start(bed: &Bed, version: Version) -> (Connection, Library) {
+pub(super) fn start(bed: &Bed, version: Version) -> (Connection, Library) {
     let library = Library::start(bed.listen(), version);
     let mut client = bed.client();
     assert_eq!(read_register(&mut client), 0);
@@ -32,7 +32,7 @@ fn read_register(client: &mut Connection) -> i32 {
 }
 
 /// Page `n` of the windows of these tests. No two of them adjoin.
-fn window(n: u64) -> u64 {
+pub(super) fn window(n: u64) -> u64 {
     IOVA + 2 * n * PAGE
 }
 
@@ -40,12 +40,29 @@ fn map(bed: &Bed, n: u64) -> Result<(), RequestError> {
     bed.map(window(n), n % 1024 * PAGE, PAGE, Access::READ_WRITE)
 }
 
-fn assert_lives(bed: &Bed, client: &mut Connection, library: &Library) {
+pub(super) fn assert_lives(bed: &Bed, client: &mut Connection, library: &Library) {
+    assert_lives_after(0, bed, client, library);
+}
+
+/// The server has not been cut off since it was restarted so many times.
+pub(super) fn assert_lives_after(
+    restarts: usize,
+    bed: &Bed,
+    client: &mut Connection,
+    library: &Library,
+) {
     assert_eq!(read_register(client), 0);
     let endpoint = bed.iommu().endpoint(bed.endpoint()).expect("known");
     assert!(!endpoint.quarantined);
     assert_eq!(bed.watch.state().ends.cut_offs, 0);
-    assert_eq!(library.state().connections, 1, "the first connection");
+    assert_eq!(library.state().connections, 1 + restarts, "connections");
+}
+
+fn kind(refused: &RequestError) -> BackendErrorKind {
+    match refused {
+        RequestError::Backend(cause) => cause.kind,
+        other => panic!("{other}"),
+    }
 }
 
 #[test]
@@ -117,7 +134,7 @@ fn more_interrupts_than_the_server_takes_at_once_are_refused() {
 /// No limit of windows, and no pause, concerns a server that is told regions.
 #[test]
 fn mappings_send_nothing_to_a_server_that_is_told_regions() {
-    const COUNT: u64 = 300;
+    const COUNT: usize = 300;
     let bed = Bed::new(Isolation::Messages);
     bed.attach();
     let version = Version {
@@ -126,9 +143,7 @@ fn mappings_send_nothing_to_a_server_that_is_told_regions() {
         ..Version::OF_2021
     };
     let (mut client, library) = start(&bed, version);
-    for n in 0..COUNT {
-        map(&bed, n).expect("mapped");
-    }
+    map_many(&bed, 1, COUNT);
     assert_eq!(library.windows(), [(0, 8 << 40)]);
     bed.poke(5 * PAGE, b"here");
     assert_eq!(library.read(window(5), 4), Ok(b"here".to_vec()));
@@ -150,15 +165,10 @@ fn a_window_beyond_the_limit_is_a_lack_of_memory_and_the_server_stays() {
             let bed = Bed::new(isolation);
             bed.attach();
             let (mut client, library) = start(&bed, version);
-            for n in 0..limit {
-                map(&bed, n).expect("mapped");
-            }
+            map_many(&bed, 1, version.max_regions);
             for n in [limit, limit + 1] {
                 let refused = map(&bed, n).expect_err("beyond the limit");
-                let RequestError::Backend(cause) = &refused else {
-                    panic!("{refused}");
-                };
-                assert_eq!(cause.kind, BackendErrorKind::NoMem, "{cause}");
+                assert_eq!(kind(&refused), BackendErrorKind::NoMem, "{refused}");
             }
             assert_eq!(library.windows().len() as u64, limit);
             bed.unmap(window(3), PAGE).expect("unmapped");
@@ -170,14 +180,38 @@ fn a_window_beyond_the_limit_is_a_lack_of_memory_and_the_server_stays() {
     }
 }
 
+/// The process of a server cannot map as many windows as the library takes.
+#[test]
+fn a_window_that_the_server_cannot_map_is_a_lack_of_memory_and_the_server_stays() {
+    const LIMIT: u64 = 40;
+    let version = Version {
+        max_mapped: 40,
+        ..Version::OF_2026
+    };
+    for isolation in [Isolation::Mappings, Isolation::ExactMessages] {
+        let bed = Bed::new(isolation);
+        bed.attach();
+        let (mut client, library) = start(&bed, version);
+        map_many(&bed, 1, version.max_mapped);
+        let next = map(&bed, LIMIT);
+        if isolation == Isolation::Mappings {
+            let refused = next.expect_err("the server has mapped all that it can");
+            assert_eq!(kind(&refused), BackendErrorKind::NoMem, "{refused}");
+            bed.unmap(window(3), PAGE).expect("unmapped");
+            map(&bed, LIMIT).expect("there is room now");
+        } else {
+            next.expect("a window without a descriptor is not mapped");
+        }
+        assert_lives(&bed, &mut client, &library);
+    }
+}
+
 /// A server that connects to a domain with more windows than it takes.
 #[test]
 fn a_server_that_takes_fewer_windows_than_there_are_keeps_those_that_it_has() {
     let bed = Bed::new(Isolation::ExactMessages);
     bed.attach();
-    for n in 0..40 {
-        map(&bed, n).expect("mapped");
-    }
+    map_many(&bed, 1, 40);
     let version = Version {
         twin_socket: true,
         ..Version::OF_2021
@@ -185,6 +219,8 @@ fn a_server_that_takes_fewer_windows_than_there_are_keeps_those_that_it_has() {
     let (mut client, library) = start(&bed, version);
     let first: Vec<_> = (0..16).map(|n| (window(n), PAGE)).collect();
     assert_eq!(library.windows(), first);
+    let limits = bed.watch.state().limits;
+    assert_eq!((limits.most, limits.missing, limits.refused), (16, 24, 24));
     // The library does not know the others, and asks for none of them.
     assert_eq!(library.read(window(0), 1).map(|data| data.len()), Ok(1));
     assert_eq!(library.read(window(39), 1), Err(libc::ENOENT));
@@ -319,7 +355,7 @@ fn a_server_that_may_keep_windows_of_a_former_domain_is_cut_off() {
 }
 
 /// Maps so many windows in a domain.
-fn map_many(bed: &Bed, domain: u32, count: usize) {
+pub(super) fn map_many(bed: &Bed, domain: u32, count: usize) {
     for n in 0..count as u64 {
         let mapping = Mapping {
             range: range(window(n), PAGE),
