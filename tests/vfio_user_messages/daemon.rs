@@ -25,15 +25,16 @@ const PAGE: u64 = 0xa0_0000;
 const SOON: Duration = Duration::from_secs(30);
 
 /// A daemon with one emulated device at 00:06.0. The test takes the roles of its client and its server.
-struct DaemonBed {
-    daemon: Daemon,
-    listener: UnixListener,
+pub struct DaemonBed {
+    pub daemon: Daemon,
+    /// That of the server.
+    pub listener: UnixListener,
     client_path: PathBuf,
     _folder: TempDir,
 }
 
 impl DaemonBed {
-    fn new(isolation: &str) -> Self {
+    pub fn new(isolation: &str) -> Self {
         Self::with(Daemon::with_config, isolation)
     }
 
@@ -67,10 +68,15 @@ impl DaemonBed {
         script: impl FnMut(&mut Connection, &mut Msg) -> bool + Send + 'static,
     ) -> (Connection, ScriptedServer) {
         let scripted = start_scripted_server(self.listener.try_clone().expect("cloned"), script);
+        (self.negotiated_client(), scripted)
+    }
+
+    /// A client that has negotiated with the server that listens.
+    pub fn negotiated_client(&self) -> Connection {
         let mut client = self.client();
         let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
         assert_eq!(answer.errno(), 0);
-        (client, scripted)
+        client
     }
 
     /// A client and a server that have negotiated. The test sends all further messages.

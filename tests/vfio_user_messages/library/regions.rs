@@ -161,10 +161,16 @@ impl Regions {
         (left == 0).then_some(parts).ok_or(libc::ENOENT)
     }
 
+    /// All regions, in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.all.values()
+    }
+
     /// The first addresses and the lengths, in ascending order.
     pub fn ranges(&self) -> Vec<(u64, u64)> {
-        let regions = self.all.values();
-        regions.map(|r| (r.first, r.last - r.first + 1)).collect()
+        self.iter()
+            .map(|r| (r.first, r.last - r.first + 1))
+            .collect()
     }
 }
 
