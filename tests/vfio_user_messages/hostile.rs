@@ -262,11 +262,23 @@ fn servers_whose_replies_are_wrong_are_cut_off() {
     ];
     for (request, with, cmd, body, descriptors) in exchanges {
         let (mut client, mut server) = bed.raw_pair();
-        client.ask(request, with, &[]);
+        let asked = client.ask(request, with, &[]);
         let msg = server.recv().expect("forwarded");
         let fds = vec![null.as_fd(); descriptors];
         server.send(msg.id, cmd, REPLY, body, &fds);
         assert!(server.is_closed(), "command {request}, reply to {cmd}");
+        let reply = client.recv().expect("an answer");
+        assert_eq!((reply.id, reply.errno()), (asked, libc::EIO));
+    }
+    {
+        let (mut client, mut server) = bed.raw_pair();
+        let asked = client.ask(RESET, &[], &[]);
+        let msg = server.recv().expect("forwarded");
+        let refusal = bytes(msg.id, RESET, ERROR, libc::EINVAL.unsigned_abs(), &[]);
+        server.send_raw(&refusal, &[null.as_fd()]);
+        assert!(server.is_closed(), "a refusal with a descriptor");
+        let reply = client.recv().expect("an answer");
+        assert_eq!((reply.id, reply.errno()), (asked, libc::EIO));
     }
     assert_works(&bed);
 }

@@ -92,18 +92,10 @@ impl Proxy {
             return Ok(());
         };
         let have = message.descriptors.len();
-        if message.header.kind == Kind::Reply
-            && let Some(command) = Command::from_number(client_header.command)
-        {
-            let is_empty = asked.accesses_nothing && message.body.is_empty();
-            let checked = if is_empty {
-                check_empty_reply(command, have)
-            } else {
-                check_reply(command, message.body, have)
-            };
-            checked.map_err(|e| e.to_string())?;
-        } else if have > 0 {
-            return Err(format!("its refusal has {have} descriptors"));
+        if let Err(why) = check_reply_to(&client_header, asked.accesses_nothing, &message) {
+            // For the link, the command has its reply. So the end of the connection does not refuse it.
+            client.refuse(&client_header, libc::EIO);
+            return Err(why);
         }
         let takes = match &client.stage {
             Stage::Negotiated { terms, .. } => terms.client_descriptors,
@@ -311,4 +303,23 @@ impl Proxy {
         }
         Ok(())
     }
+}
+
+/// Checks the server's reply to a command of the client. `accesses_nothing` says that the command accesses 0 bytes.
+fn check_reply_to(
+    command: &Header,
+    accesses_nothing: bool,
+    reply: &Message<&[u8]>,
+) -> Result<(), CutOffReason> {
+    let have = reply.descriptors.len();
+    let command = Command::from_number(command.command);
+    let checked = match command.filter(|_| reply.header.kind == Kind::Reply) {
+        Some(command) if accesses_nothing && reply.body.is_empty() => {
+            check_empty_reply(command, have)
+        }
+        Some(command) => check_reply(command, reply.body, have),
+        None if have > 0 => return Err(format!("its refusal has {have} descriptors")),
+        None => Ok(()),
+    };
+    checked.map_err(|e| e.to_string())
 }
