@@ -191,7 +191,8 @@ impl Arena {
         self.released = kept_from;
     }
 
-    pub(super) fn memory(&self) -> &Arc<SharedWords> {
+    /// The memory, for the descriptor that a later process gets.
+    pub fn memory(&self) -> &Arc<SharedWords> {
         &self.memory
     }
 

@@ -23,6 +23,7 @@ pub mod epoch;
 mod error;
 mod fill;
 pub mod layout;
+mod left;
 #[cfg(not(miri))]
 mod read_only;
 pub mod reader;
@@ -35,6 +36,7 @@ mod writer;
 pub use arena::Arena;
 pub use error::{ArenaError, MapRefusal, OutOfFrames, WouldSplit};
 pub use layout::{EndpointWord, Levels, TableOffset};
+pub use left::{LeftArena, TornTable};
 #[cfg(not(miri))]
 pub use read_only::ReadOnlyArena;
 pub use reader::{Mappings, Translation, View};
