@@ -17,6 +17,7 @@
 //! | `transport` | how a VMM reaches the device: vhost-user, or virtio-pci over vfio-user |
 //! | `device` | the virtio device: rings, chains, request queue, event queue, guest memory, polling, resume |
 //! | `iommu` | the core: endpoints, domains, and the specification's rules between them |
+//! | `store` | what survives the daemon's death beside the page tables: the core's records, the journal of requests |
 //! | `backends` | control of the endpoints' DMA: one trait, thin adapters |
 //! | `export` | a device of the host, served by the vfio-user server |
 //! | `shadow` | readers of the page tables in other processes: their library, and the server that admits them |
@@ -75,6 +76,8 @@ pub mod protocol;
 pub mod qemu;
 #[cfg(not(miri))]
 pub mod shadow;
+#[cfg(feature = "daemon")]
+pub mod store;
 #[cfg(feature = "daemon")]
 pub mod topology;
 #[cfg(feature = "daemon")]

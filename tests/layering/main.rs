@@ -57,16 +57,20 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "device",
         &[
-            "iommu", "backends", "protocol", "faults", "process", "topology",
+            "iommu", "backends", "store", "protocol", "faults", "process", "topology",
         ],
     ),
-    ("iommu", &["backends", "page_table", "faults", "topology"]),
+    (
+        "iommu",
+        &["backends", "store", "page_table", "faults", "topology"],
+    ),
     (
         "backends",
         &["shadow", "vfio_user", "vfio", "page_table", "faults"],
     ),
     ("export", &["vfio_user", "vfio", "process"]),
     ("shadow", &["page_table", "faults", "process"]),
+    ("store", &["protocol", "page_table"]),
     ("protocol", &["faults"]),
     ("faults", &["process"]),
     ("vfio_user", &["process"]),

@@ -1,0 +1,332 @@
+//! The store: what must survive the daemon's death, beside the page tables, in a sealed memfd of its own.
+//!
+//! ```text
+//! Store (memfd): | header: state, features, offer, ring | journal: one entry a request | records ... |
+//!                    |                                       |                             |
+//!                what the VM got                        the batch in progress      domains, endpoints
+//! ```
+//!
+//! [`Store`] writes it as the core's state changes, [`Journal`] writes the requests of the batch in progress. `layout` has the words. `docs/restart.md` describes the whole.
+//!
+//! A process dies as a whole, so only the order of one thread's stores counts: each change is one store of a word, or
+//! becomes valid with one. All of them are release stores, which cost nothing on x86-64.
+
+mod journal;
+mod layout;
+mod records;
+
+use std::collections::BTreeMap;
+#[cfg(not(miri))]
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use crate::address::{Iova, IovaRange};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::words::SharedWords;
+use crate::page_table::{ArenaError, Levels};
+
+use self::layout::{
+    COMPLETE, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_ENTRIES,
+    HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_VERSION, JOURNAL_ENTRIES,
+    MAGIC, RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
+};
+use self::records::Places;
+
+pub use self::journal::{
+    EntryState, Journal, KEPT_BYTES, KEPT_WORDS, MALFORMED, Phase, RingBatch, STATUS_DEVERR,
+    STATUS_OK, UNREADABLE, UNWRITTEN,
+};
+
+/// The most requests in a batch: the room of the journal.
+pub const MAX_BATCH: usize = JOURNAL_ENTRIES;
+
+/// The state of the guest's driver, as the core's `DriverState`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredDriver {
+    /// The core has its domains.
+    Known = 0,
+    /// No request ring has started since the VMM shared memory.
+    Awaited = 1,
+    /// It has domains that the core does not have.
+    Unknown = 2,
+}
+
+/// The state of the whole device, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GlobalState {
+    /// Whether endpoints without a domain are in bypass mode.
+    pub bypass: bool,
+    /// The state of the driver.
+    pub driver: StoredDriver,
+    /// All domains are being ended: a later process must not take any over.
+    pub resetting: bool,
+}
+
+impl GlobalState {
+    fn bits(self) -> u64 {
+        u64::from(self.bypass) | (self.driver as u64) << 1 | u64::from(self.resetting) << 3
+    }
+
+    fn from_bits(bits: u64) -> Option<Self> {
+        let driver = match bits >> 1 & 3 {
+            0 => StoredDriver::Known,
+            1 => StoredDriver::Awaited,
+            2 => StoredDriver::Unknown,
+            _ => return None,
+        };
+        (bits < 16).then_some(Self {
+            bypass: bits & 1 != 0,
+            driver,
+            resetting: bits & 8 != 0,
+        })
+    }
+}
+
+/// The offer to the guest, which a later process must repeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OfferWords {
+    /// The addresses that MAP accepts.
+    pub input: IovaRange,
+    /// The page sizes.
+    pub page_sizes: u64,
+    /// The depth of every table.
+    pub levels: Levels,
+    /// The highest domain ID.
+    pub last_domain: u32,
+}
+
+impl OfferWords {
+    const COUNT: usize = 5;
+
+    fn words(&self) -> [u64; Self::COUNT] {
+        [
+            self.input.first().0,
+            self.input.last().0,
+            self.page_sizes,
+            u64::from(self.levels.count()),
+            u64::from(self.last_domain),
+        ]
+    }
+
+    fn from_words(words: [u64; Self::COUNT]) -> Option<Self> {
+        let [first, last, page_sizes, levels, last_domain] = words;
+        Some(Self {
+            input: IovaRange::new(Iova(first), Iova(last))?,
+            page_sizes,
+            levels: match levels {
+                4 => Levels::Four,
+                5 => Levels::Five,
+                _ => return None,
+            },
+            last_domain: u32::try_from(last_domain).ok()?,
+        })
+    }
+}
+
+/// The mappings' root in a domain's record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredDomain {
+    /// A bypass domain.
+    Bypass,
+    /// The offset of the root of its table in the arena, in bytes.
+    Table(u64),
+}
+
+/// The state of an endpoint in its record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoredEndpoint {
+    /// The domain that it is attached to.
+    pub domain: Option<DomainId>,
+    /// Blocked until it follows its group.
+    pub suspended: bool,
+    /// Blocked because a backend failed.
+    pub quarantined: bool,
+}
+
+/// Writes the store of a running core.
+#[derive(Debug)]
+pub struct Store {
+    memory: Arc<SharedWords>,
+    state: GlobalState,
+    places: Places,
+    domains: BTreeMap<DomainId, u32>,
+    endpoints: BTreeMap<EndpointId, u32>,
+    journal: Journal,
+}
+
+impl Store {
+    /// Makes a store with room for this many records. It is not [complete](Self::complete).
+    ///
+    /// # Errors
+    /// The system refuses the memfd or its mapping.
+    pub fn new(domains: u64, endpoints: u64) -> Result<Self, ArenaError> {
+        let too_large = ArenaError::TooLarge {
+            limit_bytes: domains.saturating_mul(64),
+        };
+        let room = domains.saturating_add(endpoints);
+        let Ok(room) = u32::try_from(room) else {
+            return Err(too_large);
+        };
+        let bytes = (RECORDS_AT + room as usize * RECORD_WORDS) * size_of::<u64>();
+        let bytes = bytes.next_multiple_of(4096);
+        let memory = Arc::new(SharedWords::new(bytes)?);
+        let state = GlobalState {
+            bypass: false,
+            driver: StoredDriver::Known,
+            resetting: false,
+        };
+        memory.store(HEADER_VERSION, VERSION);
+        memory.store(HEADER_BYTES, bytes as u64);
+        memory.store(HEADER_RECORDS, u64::from(room));
+        memory.store(HEADER_ENTRIES, JOURNAL_ENTRIES as u64);
+        memory.store(HEADER_MAGIC, MAGIC);
+        let mut journal = Journal::new(memory.clone());
+        journal.clear();
+        let store = Self {
+            places: Places::new(memory.clone(), room),
+            journal,
+            memory,
+            state,
+            domains: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+        };
+        store.set_generation(1);
+        store.set_features(0);
+        store.set_state_word();
+        Ok(store)
+    }
+
+    /// The memory, for the descriptor that a later process gets.
+    pub fn memory(&self) -> &Arc<SharedWords> {
+        &self.memory
+    }
+
+    /// The memfd.
+    #[cfg(not(miri))]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.memory.fd()
+    }
+
+    /// Says that the store is whole: a later process may take it over.
+    pub fn complete(&self) {
+        self.memory.store(HEADER_OWNER, COMPLETE);
+    }
+
+    /// Numbers the lives. The number only counts after [`Self::complete`].
+    pub fn set_generation(&self, generation: u64) {
+        self.set_header(HEADER_GENERATION, generation);
+    }
+
+    /// The journal.
+    #[inline(always)]
+    pub fn journal(&mut self) -> &mut Journal {
+        &mut self.journal
+    }
+
+    /// See [`Journal::plan`].
+    #[inline(always)]
+    pub fn plan(&self) {
+        self.journal.plan();
+    }
+
+    /// The journal, to change phases.
+    #[inline(always)]
+    pub fn phases(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// Records the offer to the guest.
+    pub fn set_offer(&self, offer: &OfferWords) {
+        for (index, word) in (GLOBAL_OFFER..).zip(offer.words()) {
+            self.memory.store(index, word);
+        }
+    }
+
+    /// Records the feature bits that the driver has accepted: below bit 48.
+    pub fn set_features(&self, features: u64) {
+        self.set_header(GLOBAL_FEATURES, features);
+    }
+
+    /// Records `bypass` and the state of the driver.
+    pub fn set_state(&mut self, bypass: bool, driver: StoredDriver) {
+        let state = GlobalState {
+            bypass,
+            driver,
+            ..self.state
+        };
+        if state != self.state {
+            self.state = state;
+            self.set_state_word();
+        }
+    }
+
+    /// Begins the end of all domains, and records the state that follows it, in one store.
+    pub fn begin_reset(&mut self, bypass: bool, driver: StoredDriver) {
+        self.state = GlobalState {
+            bypass,
+            driver,
+            resetting: true,
+        };
+        self.set_state_word();
+    }
+
+    /// All domains have ended.
+    pub fn end_reset(&mut self) {
+        self.state.resetting = false;
+        self.set_state_word();
+    }
+
+    /// Makes the record of a domain. Returns whether there was room.
+    #[must_use = "a domain without a record does not survive"]
+    pub fn add_domain(&mut self, id: DomainId, domain: StoredDomain, levels: Levels) -> bool {
+        let Some(place) = self.places.take() else {
+            return false;
+        };
+        self.places.write_domain(place, id, domain, levels);
+        self.domains.insert(id, place);
+        true
+    }
+
+    /// Removes the record of a domain.
+    pub fn remove_domain(&mut self, id: DomainId) {
+        if let Some(place) = self.domains.remove(&id) {
+            self.places.release(place);
+        }
+    }
+
+    /// Records the state of an endpoint, in one store if it has a record.
+    pub fn set_endpoint(&mut self, id: EndpointId, endpoint: StoredEndpoint) {
+        if let Some(&place) = self.endpoints.get(&id) {
+            self.places.set_endpoint(place, id, endpoint);
+        } else if let Some(place) = self.places.take() {
+            self.places.add_endpoint(place, id, endpoint);
+            self.endpoints.insert(id, place);
+        } else {
+            // There is room for every endpoint that a topology can have.
+            log::error!("endpoint {id} has no record: it will be blocked when the daemon restarts");
+        }
+    }
+
+    /// Removes the record of an endpoint, which is then neither attached nor quarantined.
+    pub fn remove_endpoint(&mut self, id: EndpointId) {
+        if let Some(place) = self.endpoints.remove(&id) {
+            self.places.release(place);
+        }
+    }
+
+    /// Says that a later process has taken the store in `words` over.
+    pub fn supersede(words: &[AtomicU64]) {
+        if let Some(owner) = words.get(HEADER_OWNER) {
+            SharedWords::set(owner, SUPERSEDED);
+        }
+    }
+
+    fn set_state_word(&self) {
+        self.set_header(GLOBAL_STATE, self.state.bits());
+    }
+
+    fn set_header(&self, index: usize, value: u64) {
+        self.memory.store(index, seal(value, header_salt(index)));
+    }
+}
