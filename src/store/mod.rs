@@ -6,13 +6,15 @@
 //!                what the VM got                        the batch in progress      domains, endpoints
 //! ```
 //!
-//! [`Store`] writes it as the core's state changes, [`Journal`] writes the requests of the batch in progress. `layout` has the words. `docs/restart.md` describes the whole.
+//! [`Store`] writes it as the core's state changes, [`Journal`] writes the requests of the batch in progress, and
+//! [`Loaded`] is what a later process finds. `layout` has the words. `docs/restart.md` describes the whole.
 //!
 //! A process dies as a whole, so only the order of one thread's stores counts: each change is one store of a word, or
 //! becomes valid with one. All of them are release stores, which cost nothing on x86-64.
 
 mod journal;
 mod layout;
+mod loaded;
 mod records;
 
 use std::collections::BTreeMap;
@@ -37,6 +39,7 @@ pub use self::journal::{
     EntryState, Journal, KEPT_BYTES, KEPT_WORDS, MALFORMED, Phase, RingBatch, STATUS_DEVERR,
     STATUS_OK, UNREADABLE, UNWRITTEN,
 };
+pub use self::loaded::{Effect, JournalEntry, Loaded, StoreError, newest};
 
 /// The most requests in a batch: the room of the journal.
 pub const MAX_BATCH: usize = JOURNAL_ENTRIES;
@@ -313,6 +316,15 @@ impl Store {
         if let Some(place) = self.endpoints.remove(&id) {
             self.places.release(place);
         }
+    }
+
+    /// Takes the journal of a store over, with the same phases.
+    pub fn adopt_journal(&mut self, loaded: &Loaded) {
+        for (index, entry) in loaded.entries.iter().enumerate() {
+            self.journal.write(index, entry.state, &entry.words);
+        }
+        self.journal
+            .adopt(loaded.batch, loaded.published, loaded.publishing);
     }
 
     /// Says that a later process has taken the store in `words` over.
