@@ -116,6 +116,16 @@ pub enum BackendErrorKind {
     DevErr,
 }
 
+/// What a backend takes over from that of an earlier process.
+#[derive(Clone, Copy, Debug)]
+pub struct Adoption<'a> {
+    /// Every endpoint of the backend, with its target.
+    pub endpoints: &'a [(EndpointId, Target)],
+    /// Ranges whose mappings a request in progress was making or removing: the earlier process may have made or removed
+    /// them in the backend, and the page tables do not have them. Whole pages; they may overlap.
+    pub in_progress: &'a [(DomainId, IovaRange)],
+}
+
 /// A backend's refusal.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{message}")]
@@ -190,6 +200,29 @@ pub trait DmaBackend: Send {
         target: Target,
         contents: &dyn Contents,
     ) -> Result<(), AttachError>;
+
+    /// Takes endpoints over from an earlier process that has died. The core calls this once, before any `attach`, `map` or
+    /// `unmap`. Returns the endpoints that it failed to take over, each with the cause: the core quarantines these.
+    ///
+    /// Afterwards every other endpoint has its target, and every domain that is a target has exactly the mappings of
+    /// `contents`. A backend that keeps the kernel's objects of the earlier process must unmap the ranges in progress, and
+    /// must destroy the domains that are no endpoint's target. An endpoint whose target has not changed must be able to
+    /// use its mappings meanwhile.
+    ///
+    /// The default is for a backend whose objects are new: it fills every domain anew.
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let mut failed = Vec::new();
+        for &(endpoint, target) in adoption.endpoints {
+            if let Err(refusal) = self.attach(endpoint, target, contents) {
+                failed.push((endpoint, refusal.cause().clone()));
+            }
+        }
+        failed
+    }
 
     /// The endpoints that a failed [`Self::attach`] of another endpoint has blocked, and those that may reach a slot after a
     /// failed [`Self::add_memory`], each once. The core quarantines them.
