@@ -1,6 +1,6 @@
 //! ATTACH, DETACH, `bypass` and resets: they decide which endpoint is in which domain.
 
-use super::domain::{BackendOf, Domain};
+use super::domain::Domain;
 use super::error::RequestError;
 use super::groups::GroupChanges;
 use super::target::target_of;
@@ -86,6 +86,7 @@ impl Iommu {
         let changes = group.map_or_else(GroupChanges::default, |g| {
             self.groups.plan_join(g, endpoint, domain)
         });
+        self.store.plan();
         self.suspend(&changes.suspended);
         if !was_active {
             self.retarget_unattached_mates(group, endpoint, Target::Blocked);
@@ -113,29 +114,8 @@ impl Iommu {
 
         // Nothing below can be refused: publish.
         if let Some(new_domain) = new_domain {
+            self.record_domain(domain, &new_domain, self.levels);
             self.domains.insert(domain, new_domain);
-        }
-        if before.domain != Some(domain) {
-            if let Some(entered) = self.domains.get_mut(&domain) {
-                let backend = backend.map(|index| BackendOf {
-                    index,
-                    reads_page_table: self.backends[index].reads_page_table(),
-                    batches_maps: self.backends[index].batches_maps(),
-                });
-                entered.enter(endpoint, backend, &reserved);
-            }
-            if let Some(old) = before.domain {
-                self.leave_domain(endpoint, old, backend, &reserved);
-            }
-        }
-        if let Some(index) = backend
-            && !bypass
-            && let Some(used) = self
-                .domains
-                .get_mut(&domain)
-                .and_then(|d| d.backends.get_mut(&index))
-        {
-            used.present = true;
         }
         self.endpoints.insert(
             endpoint,
@@ -145,6 +125,23 @@ impl Iommu {
                 quarantined: false,
             },
         );
+        // After the record of the new domain, and before the old one goes: the endpoint's record always names a whole
+        // domain.
+        self.record_endpoint(endpoint);
+        if before.domain != Some(domain) {
+            let used = backend.map(|index| self.use_of(index));
+            if let Some(entered) = self.domains.get_mut(&domain) {
+                entered.enter(endpoint, used, &reserved);
+            }
+            if let Some(old) = before.domain {
+                self.leave_domain(endpoint, old, backend, &reserved);
+            }
+        }
+        if let Some(index) = backend
+            && !bypass
+        {
+            self.note_present(domain, index);
+        }
         if let Some(group) = group {
             self.groups.join(group, endpoint, domain);
             self.resume(&changes.resumed);
@@ -166,6 +163,7 @@ impl Iommu {
             return Err(RequestError::NotAttached { endpoint, domain });
         }
         let backend = self.backend_of.get(&endpoint).copied();
+        self.store.plan();
         if let Some(index) = backend {
             // Block a member of a group for now: its target depends on the other members, and is
             // set below.
@@ -184,6 +182,7 @@ impl Iommu {
             }
         }
         self.endpoints.remove(&endpoint);
+        self.record_endpoint(endpoint);
         self.leave_domain(endpoint, domain, backend, &reserved);
         if let Some(id) = group {
             let resumed = self.groups.leave(id, endpoint);
@@ -204,6 +203,7 @@ impl Iommu {
             return;
         }
         self.bypass = bypass;
+        self.record_state();
         let unattached: Vec<_> = self
             .backend_of
             .keys()
@@ -224,9 +224,12 @@ impl Iommu {
     /// Not only if the driver turns out to be unknown: between the VMM's memory and the start of its ring, a device
     /// could reach guest-physical addresses with the numbers of those that the driver has mapped.
     pub fn await_driver(&mut self) {
-        if self.driver == DriverState::Known {
+        // An earlier process has served the driver of a restored core.
+        if self.driver == DriverState::Known && self.interrupted.is_none() {
+            self.begin_reset(self.bypass, DriverState::Awaited);
             self.driver = DriverState::Awaited;
             self.detach_all(Target::Blocked);
+            self.store.end_reset();
         }
     }
 
@@ -235,6 +238,7 @@ impl Iommu {
     pub fn driver_has_started(&mut self) {
         if self.driver == DriverState::Awaited {
             self.driver = DriverState::Known;
+            self.record_state();
         }
     }
 
@@ -248,8 +252,10 @@ impl Iommu {
     ///
     /// Not bypass mode: an address that the driver has mapped would reach the guest-physical address of that number.
     pub fn block_unknown_driver(&mut self) {
+        self.begin_reset(self.bypass, DriverState::Unknown);
         self.driver = DriverState::Unknown;
         self.detach_all(Target::Blocked);
+        self.store.end_reset();
     }
 
     /// Whether all endpoints are blocked because the state of the guest's driver is unknown.
@@ -259,13 +265,17 @@ impl Iommu {
 
     /// Resets the device: detaches every endpoint. `bypass` keeps its value.
     pub fn reset(&mut self) {
+        self.begin_reset(self.bypass, DriverState::Known);
         self.driver = DriverState::Known;
         self.detach_all(self.bypass_target());
+        self.store.end_reset();
     }
 
     /// Resets the device together with its VM: as [`Self::reset`], and `bypass` returns to its
     /// value at boot.
     pub fn reset_vm(&mut self) {
+        // One store: a process that dies in between must not leave the old value of one of them.
+        self.begin_reset(self.bypass_at_boot, DriverState::Known);
         self.bypass = self.bypass_at_boot;
         self.reset();
     }
@@ -304,6 +314,7 @@ impl Iommu {
     /// Detaches every endpoint, and switches those behind backends to `target`.
     pub(super) fn detach_all(&mut self, target: Target) {
         self.groups.clear();
+        let recorded: Vec<_> = self.endpoints.keys().copied().collect();
         for endpoint in self.endpoints.values_mut() {
             endpoint.domain = None;
             endpoint.suspended = false;
@@ -314,7 +325,11 @@ impl Iommu {
             self.retarget(endpoint, target);
         }
         self.endpoints.retain(|_, e| e.quarantined);
+        for endpoint in recorded {
+            self.record_endpoint(endpoint);
+        }
         for (id, domain) in std::mem::take(&mut self.domains) {
+            self.store.remove_domain(id);
             for index in domain.backends.present() {
                 self.backends[index].destroy_domain(id);
             }
@@ -343,10 +358,12 @@ impl Iommu {
         }
         if entry.members.is_empty()
             && let Some(gone) = self.domains.remove(&domain)
-            && let Some(table) = gone.table
         {
-            table.destroy(&mut self.arena);
-            self.arena.reclaim();
+            self.store.remove_domain(domain);
+            if let Some(table) = gone.table {
+                table.destroy(&mut self.arena);
+                self.arena.reclaim();
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::address::IovaRange;
 use crate::backends::{DmaBackend, MemorySlot, UnmapPart};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Arena, Table, Unmapped, WouldSplit};
+use crate::store::Journal;
 use crate::topology::reserved::{ReservedRegion, ReservedRegions};
 
 use super::error::RequestError;
@@ -36,6 +37,17 @@ pub(super) struct Offer {
     pub input: IovaRange,
     /// Every mapping is a multiple of this many bytes.
     pub granule: u64,
+}
+
+/// The parts of the core that an UNMAP needs beside the domain.
+pub(super) struct UnmapParts<'a> {
+    pub offer: Offer,
+    pub arena: &'a mut Arena,
+    pub memory: &'a [MemorySlot],
+    pub backends: &'a mut [Box<dyn DmaBackend>],
+    pub journal: &'a Journal,
+    /// The request's entry in the journal.
+    pub entry: usize,
 }
 
 /// How the backends use a domain, by the backend's index. A sorted vector and not a map: there are
@@ -194,11 +206,16 @@ impl Domain {
         &mut self,
         id: DomainId,
         range: IovaRange,
-        offer: Offer,
-        arena: &mut Arena,
-        memory: &[MemorySlot],
-        backends: &mut [Box<dyn DmaBackend>],
+        parts: UnmapParts<'_>,
     ) -> Result<(Unmapped, Option<UnmapPart>), RequestError> {
+        let UnmapParts {
+            offer,
+            arena,
+            memory,
+            backends,
+            journal,
+            entry,
+        } = parts;
         // UNMAP-3
         let Some(table) = self.table.as_mut() else {
             return Err(RequestError::BypassDomain(id));
@@ -207,6 +224,7 @@ impl Domain {
         let plan = table
             .plan_unmap(arena, range)
             .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
+        journal.plan_at(entry);
         let least = (self.unreachable > 0).then(|| {
             let mut least = 0;
             for mapping in table.mappings_in(arena, range) {

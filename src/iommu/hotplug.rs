@@ -200,6 +200,7 @@ impl Iommu {
             self.quarantine(endpoint, refusal.cause());
         }
         let state = self.endpoints.remove(&endpoint).unwrap_or_default();
+        self.record_endpoint(endpoint);
         if let Some(domain) = state.domain {
             self.leave_domain(endpoint, domain, backend, &reserved);
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::Iommu;
-use super::domain::{Domain, Offer};
+use super::domain::{Domain, Offer, UnmapParts};
 use super::error::RequestError;
 use super::reachable::is_all_reachable;
 use crate::address::{IovaRange, Mapping, PageMask};
@@ -77,6 +77,7 @@ impl Iommu {
                 return Err(RequestError::OutOfFrames { needed, free });
             }
         }
+        self.store.plan();
         let mut failed = None;
         for index in entry.backends.present() {
             if let Err(cause) = self.backends[index].map(domain, mapping) {
@@ -118,15 +119,18 @@ impl Iommu {
         mappings: &[Mapping],
         outcomes: &mut VecDeque<Result<(), RequestError>>,
     ) {
+        let first_entry = self.store.phases().current();
         let mut begun = self.begin_maps(domain, mappings).into_iter().peekable();
         for (at, mapping) in mappings.iter().enumerate() {
             let is_begun = begun.next_if_eq(&at).is_some();
+            self.store.journal().start(first_entry + at);
             let outcome = self.map(domain, mapping);
             outcomes.push_back(match outcome {
                 Err(refusal) if is_begun => Err(self.withdraw_map(domain, mapping, refusal)),
                 outcome => outcome,
             });
         }
+        self.store.journal().start(first_entry);
     }
 
     /// Announces the mappings to the backends that gain from it, except those that are sure to be refused or depend on the
@@ -154,6 +158,9 @@ impl Iommu {
             {
                 positions.push(at);
                 begun.push(*mapping);
+                self.store
+                    .phases()
+                    .plan_at(self.store.phases().current() + at);
             }
         }
         for index in batchers {
@@ -197,14 +204,15 @@ impl Iommu {
         // UNMAP-2
         let offer = self.offer();
         let entry = existing_domain(&mut self.domains, domain)?;
-        let (unmapped, part) = entry.remove_mappings(
-            domain,
-            range,
+        let parts = UnmapParts {
             offer,
-            &mut self.arena,
-            &self.memory,
-            &mut self.backends,
-        )?;
+            arena: &mut self.arena,
+            memory: &self.memory,
+            backends: &mut self.backends,
+            journal: self.store.phases(),
+            entry: self.store.phases().current(),
+        };
+        let (unmapped, part) = entry.remove_mappings(domain, range, parts)?;
         let Some(UnmapPart { range, least }) = part else {
             return Ok(unmapped);
         };
@@ -216,8 +224,9 @@ impl Iommu {
     }
 
     /// Unmaps each of `ranges` in turn, as [`Self::unmap`] does, but with fewer calls of the backends.
-    /// Appends one outcome for each range to `outcomes`. If a backend fails, every range that had a
-    /// mapping counts as failed.
+    /// Appends an outcome for each range to `outcomes`, up to the first range that is refused: this one ends the run. If
+    /// it is not the first range, it has no outcome yet, and the caller must begin the next run with it. If a backend
+    /// fails, every range that had a mapping counts as failed.
     pub fn unmap_all(
         &mut self,
         domain: DomainId,
@@ -236,15 +245,23 @@ impl Iommu {
         };
         let mut parts = Vec::with_capacity(ranges.len());
         let mut positions = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let removed = entry.remove_mappings(
-                domain,
-                *range,
+        for (at, range) in ranges.iter().enumerate() {
+            let journal = self.store.phases();
+            let all = UnmapParts {
                 offer,
-                &mut self.arena,
-                &self.memory,
-                &mut self.backends,
-            );
+                arena: &mut self.arena,
+                memory: &self.memory,
+                backends: &mut self.backends,
+                journal,
+                entry: journal.current() + at,
+            };
+            let removed = entry.remove_mappings(domain, *range, all);
+            if removed.is_err() && at > 0 {
+                // Its refusal may depend on mappings that a later one removes. A process that goes on after the death of
+                // this one must know the refusal before it completes the later one.
+                break;
+            }
+            let is_refused = removed.is_err();
             let outcome = removed.map(|(_, part)| {
                 if let Some(part) = part {
                     parts.push(part);
@@ -252,6 +269,9 @@ impl Iommu {
                 }
             });
             outcomes.push_back(outcome);
+            if is_refused {
+                break;
+            }
         }
         let unmap = |backend: &mut dyn DmaBackend| backend.unmap_all(domain, &parts);
         let mut failures = Vec::new();

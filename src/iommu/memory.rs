@@ -25,10 +25,12 @@ impl Iommu {
     /// The VMM has gone. When this returns, every endpoint is blocked, the state of the guest is
     /// dropped, and `bypass` has its value at boot.
     pub fn disconnect(&mut self) {
+        self.begin_reset(self.bypass_at_boot, DriverState::Known);
         self.detach_all(Target::Blocked);
         self.set_memory(Vec::new());
         self.bypass = self.bypass_at_boot;
         self.driver = DriverState::Known;
+        self.store.end_reset();
         self.vmm_present = false;
         for backend in &mut self.backends {
             backend.vmm_present(false);

@@ -5,8 +5,9 @@
 //!
 //! This file holds the state, `attach` moves endpoints between domains, `map` changes mappings,
 //! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
-//! and the VMM, `hotplug` adds and removes endpoints, `filled` fills the backend of a new one, and
-//! `records` counts the memory of records.
+//! and the VMM, `hotplug` adds and removes endpoints, `filled` fills the backend of a new one,
+//! `records` counts the memory of records, `stored` writes the store, and `restore` goes on where an earlier process has
+//! died: `rebuild` reads its tables and records.
 //!
 //! An endpoint is in one of these states:
 //!
@@ -30,7 +31,10 @@ mod inspect;
 mod map;
 mod memory;
 mod reachable;
+mod rebuild;
 mod records;
+mod restore;
+mod stored;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -41,7 +45,8 @@ use crate::address::{IovaRange, PageMask};
 use crate::backends::{DmaBackend, MemorySlot};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Arena, ArenaError, Levels};
-use crate::topology::{GroupId, ReservedRegions, Topology};
+use crate::store::Store;
+use crate::topology::{GroupId, MAX_ENDPOINTS, ReservedRegions, Topology};
 
 use self::domain::Domain;
 use self::groups::Groups;
@@ -49,6 +54,7 @@ use self::groups::Groups;
 pub use self::error::RequestError;
 pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
 pub use self::inspect::{Dma, DomainState, EndpointState, Totals, TotalsCursor};
+pub use self::restore::{InterruptedBatch, Predecessor, RestoreError, Restored};
 
 /// The IOMMU's offer to the guest, before backends narrow it.
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +103,12 @@ pub struct Iommu {
     bypass: bool,
     driver: DriverState,
     arena: Arena,
+    /// What a later process needs, beside the arena.
+    store: Store,
+    /// The state of an earlier process has not been restored yet: no endpoint is switched.
+    adopting: bool,
+    /// The batch that an earlier process has left.
+    interrupted: Option<InterruptedBatch>,
     endpoints: BTreeMap<EndpointId, EndpointRecord>,
     domains: BTreeMap<DomainId, Domain>,
     groups: Groups,
@@ -122,7 +134,15 @@ impl Iommu {
     /// # Errors
     /// The arena cannot be made.
     pub fn new(settings: Settings, topology: Topology) -> Result<Self, ArenaError> {
-        Ok(Self {
+        let iommu = Self::build(settings, topology, false)?;
+        iommu.store.complete();
+        Ok(iommu)
+    }
+
+    /// Makes an IOMMU whose store is not complete.
+    fn build(settings: Settings, topology: Topology, adopting: bool) -> Result<Self, ArenaError> {
+        let domains = records::most_domains(settings.last_domain, settings.arena_limit);
+        let mut iommu = Self {
             topology,
             backends: Vec::new(),
             vacant: Vec::new(),
@@ -137,11 +157,17 @@ impl Iommu {
             bypass: settings.bypass_at_boot,
             driver: DriverState::Known,
             arena: Arena::new(settings.arena_limit)?,
+            store: Store::new(domains, MAX_ENDPOINTS)?,
+            adopting,
+            interrupted: None,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),
             groups: Groups::default(),
             memory: Vec::new(),
-        })
+        };
+        iommu.store.set_offer(&iommu.offer_words());
+        iommu.record_state();
+        Ok(iommu)
     }
 
     /// Puts endpoints behind a backend. Must be called before the guest runs, because it narrows
@@ -166,6 +192,7 @@ impl Iommu {
         let shared = self.page_sizes.bits() & can.page_sizes.bits() & !(granule - 1);
         self.page_sizes = PageMask::new(shared | granule).unwrap_or(self.page_sizes);
         self.input = input;
+        self.store.set_offer(&self.offer_words());
         let index = self.backends.len();
         self.batches_maps |= backend.batches_maps();
         self.backends.push(backend);

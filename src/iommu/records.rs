@@ -7,6 +7,11 @@ use super::error::RequestError;
 /// The heap bytes of a domain's record, rounded up: the record, its place in the map, and its lists of members, of
 /// backends and of reserved regions.
 const DOMAIN_BYTES: u64 = 1024;
+/// The most domains that the records of `arena_limit` bytes have room for.
+pub(super) fn most_domains(last_domain: u32, arena_limit: u64) -> u64 {
+    (u64::from(last_domain) + 1).min(arena_limit / DOMAIN_BYTES)
+}
+
 /// The heap bytes of an attached endpoint, rounded up: its record, and its places in its domain and in its group.
 const ENDPOINT_BYTES: u64 = 256;
 

@@ -74,19 +74,36 @@ impl Iommu {
 
     /// Switches an endpoint in its backend, if it has one. On failure the endpoint is quarantined.
     pub(super) fn retarget(&mut self, endpoint: EndpointId, target: Target) {
+        if self.adopting {
+            return;
+        }
         let Some(&index) = self.backend_of.get(&endpoint) else {
             return;
         };
         match self.switch(index, endpoint, target, None) {
             Ok(()) => {
-                if let Some(state) = self.endpoints.get_mut(&endpoint) {
-                    state.quarantined = false;
+                if let Some(state) = self.endpoints.get_mut(&endpoint)
+                    && std::mem::replace(&mut state.quarantined, false)
+                {
+                    self.record_endpoint(endpoint);
+                }
+                // A restored core gives a backend a domain only when a member may use it.
+                if let Target::Domain(domain) = target {
+                    self.note_present(domain, index);
                 }
             }
             Err(refusal) => {
                 self.quarantine_stopped(index, refusal.cause());
                 self.quarantine(endpoint, refusal.cause());
             }
+        }
+    }
+
+    /// Notes that the backend at `index` has a domain and all its mappings.
+    pub(super) fn note_present(&mut self, domain: DomainId, index: usize) {
+        let domain = self.domains.get_mut(&domain);
+        if let Some(used) = domain.and_then(|d| d.backends.get_mut(&index)) {
+            used.present = true;
         }
     }
 
@@ -134,10 +151,11 @@ impl Iommu {
     /// Blocks an endpoint by every means its backend has.
     pub(super) fn quarantine(&mut self, endpoint: EndpointId, cause: &BackendError) {
         error_limited!("endpoint {endpoint} is quarantined, its DMA blocked: {cause}");
+        self.endpoints.entry(endpoint).or_default().quarantined = true;
+        self.record_endpoint(endpoint);
         if let Some(&index) = self.backend_of.get(&endpoint) {
             self.backends[index].quarantine(endpoint);
         }
-        self.endpoints.entry(endpoint).or_default().quarantined = true;
     }
 
     /// Blocks members of a group until they follow it to its new domain.
@@ -166,6 +184,8 @@ impl Iommu {
             return;
         };
         state.suspended = suspended;
+        let state = *state;
+        self.record_endpoint(endpoint);
         if state.quarantined {
             return;
         }
@@ -188,11 +208,11 @@ pub(super) fn target_of(domain: DomainId, bypass: bool) -> Target {
 }
 
 /// The contents of the domains, for a backend that switches an endpoint.
-struct DomainContents<'a> {
-    domains: &'a BTreeMap<DomainId, Domain>,
+pub(super) struct DomainContents<'a> {
+    pub domains: &'a BTreeMap<DomainId, Domain>,
     /// A domain that is not published yet.
-    new_domain: Option<&'a Domain>,
-    arena: &'a Arena,
+    pub new_domain: Option<&'a Domain>,
+    pub arena: &'a Arena,
 }
 
 impl DomainContents<'_> {

@@ -1,0 +1,436 @@
+//! Going on where an earlier process has died, from nothing but the memory that it has left.
+//!
+//! 1. [`Iommu::successor`] makes a core with an arena and a store of its own. Its backends touch no endpoint yet.
+//! 2. [`Iommu::restore`] reads the old store, and each death of the old process is counted in the journal.
+//! 3. The tables are rebuilt in the new arena, without the ranges of requests that were in progress. The records and the
+//!    journal are written to the new store, which is then complete, and the old one obsolete.
+//! 4. The backends adopt their endpoints: each gets the target that its record says.
+//! 5. What was in progress gets a phase that the device can go on from.
+//!
+//! If the process dies before the end of step 3, the next one restores from the old memory; afterwards, from the new one.
+//! Both describe the same state. If the memory does not add up, it is refused as a whole: every endpoint is blocked until
+//! the driver starts anew.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
+
+use log::{error, info};
+use thiserror::Error;
+
+use super::domain::BackendOf;
+use super::target::{DomainContents, target_of};
+use super::{DriverState, EndpointRecord, Iommu, Settings};
+use crate::address::IovaRange;
+use crate::backends::{Adoption, BackendError, BackendErrorKind, Target};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::{ArenaError, MapRefusal, OutOfFrames, Table, TornTable};
+use crate::store::{
+    Effect, JournalEntry, Loaded, Phase, RingBatch, STATUS_DEVERR, STATUS_OK, Store, StoreError,
+    UNWRITTEN,
+};
+use crate::topology::Topology;
+
+/// A request that was in progress when so many processes died is not executed again.
+const MAX_DEATHS: u8 = 2;
+
+/// The memory that an earlier process has left.
+#[derive(Clone, Copy, Debug)]
+pub struct Predecessor<'a> {
+    /// The words of its arena.
+    pub arena: &'a [AtomicU64],
+    /// The words of its store. Deaths are counted there.
+    pub store: &'a [AtomicU64],
+}
+
+/// An earlier process's state cannot be taken over. Every endpoint is blocked until the driver starts anew.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// The store is refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The arena is refused.
+    #[error("the page tables of the daemon before cannot be read: {0}")]
+    Arena(ArenaError),
+    /// A table is not whole.
+    #[error("the page table of domain {domain} is damaged: {cause}; reset the VM")]
+    Torn {
+        /// The domain.
+        domain: DomainId,
+        /// What is wrong.
+        cause: TornTable,
+    },
+    /// The guest was offered something else.
+    #[error(
+        "the guest was offered other addresses, page sizes or domains than this daemon supports; start the daemon with \
+         the configuration and the devices of the one before, or reset the VM"
+    )]
+    Offer,
+    /// The arena is too small for the mappings.
+    #[error("{0}; the daemon before had more")]
+    OutOfFrames(OutOfFrames),
+    /// A mapping is refused.
+    #[error("a mapping of domain {domain} is refused: {cause}; reset the VM")]
+    Refused {
+        /// The domain.
+        domain: DomainId,
+        /// Why.
+        cause: MapRefusal,
+    },
+    /// The core has been in use.
+    #[error("the core has a state of its own already")]
+    NotNew,
+}
+
+/// A summary of what was taken over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// The number of this life.
+    pub generation: u64,
+    /// Domains.
+    pub domains: usize,
+    /// Endpoints that are attached or quarantined.
+    pub endpoints: usize,
+    /// Quarantined endpoints.
+    pub quarantined: usize,
+    /// Mappings.
+    pub mappings: u64,
+    /// The feature bits that the driver has accepted.
+    pub features: u64,
+}
+
+/// The ring's indices, and the batch that was in progress.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InterruptedBatch {
+    /// The batch; `None` if the ring has served no request.
+    pub batch: Option<RingBatch>,
+    /// Its requests, with the phases after the restore: taken or done.
+    pub entries: Vec<JournalEntry>,
+    /// The number of requests whose answers the driver has.
+    pub published: u16,
+    /// Their number after the publication that was in progress.
+    pub publishing: u16,
+}
+
+impl Iommu {
+    /// Makes an IOMMU that takes the state of an earlier process over. Until [`Self::restore`], its backends switch no
+    /// endpoint.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn successor(settings: Settings, topology: Topology) -> Result<Self, ArenaError> {
+        Self::build(settings, topology, true)
+    }
+
+    /// Takes over what an earlier process has left. The core must be a [successor](Self::successor), and must have its
+    /// backends, and guest memory if there is a VMM. Afterwards the device must finish the batch that
+    /// [`Self::take_interrupted`] returns, before it does anything else.
+    ///
+    /// Takes time in proportion to the mappings and to the frames of the arena.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub fn restore(&mut self, old: Predecessor<'_>) -> Result<Restored, RestoreError> {
+        if !self.adopting {
+            return Err(RestoreError::NotNew);
+        }
+        let taken = self.take_over(old);
+        if let Err(cause) = &taken {
+            error!(
+                "the state of the daemon before is refused, so all endpoints are blocked: {cause}"
+            );
+            self.refuse_predecessor(old);
+        }
+        taken
+    }
+
+    /// The batch that was in progress when the earlier process died. The first call after [`Self::restore`] returns it.
+    pub fn take_interrupted(&mut self) -> Option<InterruptedBatch> {
+        self.interrupted.take()
+    }
+
+    fn take_over(&mut self, old: Predecessor<'_>) -> Result<Restored, RestoreError> {
+        let mut loaded = Loaded::read(old.store)?;
+        if loaded.offer != self.offer_words() {
+            return Err(RestoreError::Offer);
+        }
+        if loaded.state.resetting {
+            // The earlier process was ending all domains, and the ring with them.
+            loaded.domains.clear();
+            loaded.endpoints.retain(|_, e| e.quarantined);
+            for endpoint in loaded.endpoints.values_mut() {
+                endpoint.domain = None;
+                endpoint.suspended = false;
+            }
+            loaded.entries.clear();
+            loaded.batch = None;
+            loaded.published = 0;
+            loaded.publishing = 0;
+        }
+        count_deaths(&mut loaded, old.store);
+        refuse_deadly_requests(&mut loaded);
+        self.bypass = loaded.state.bypass;
+        self.driver = DriverState::from(loaded.state.driver);
+        let rebuilt = self.rebuild(&loaded, old.arena)?;
+        self.domains = rebuilt.domains;
+        self.endpoints = rebuilt.endpoints;
+        self.groups = rebuilt.groups;
+        self.count_records();
+        self.publish_store(&loaded, old);
+        self.adopting = false;
+        let failed = self.adopt_endpoints(&in_progress(&loaded, self));
+        if loaded.state.resetting {
+            self.finish_reset();
+        }
+        if !self.backends.is_empty() {
+            self.count_unreachable();
+        }
+        self.settle(&mut loaded, &failed);
+        let restored = Restored {
+            generation: loaded.generation + 1,
+            domains: self.domains.len(),
+            endpoints: self.endpoints.len(),
+            quarantined: self.endpoints.values().filter(|e| e.quarantined).count(),
+            mappings: self
+                .domains
+                .values()
+                .filter_map(|d| d.table.as_ref())
+                .map(Table::mapping_count)
+                .sum(),
+            features: loaded.features,
+        };
+        info!(
+            "life {}: {} domains with {} mappings, {} endpoints ({} quarantined), {} requests to finish",
+            restored.generation,
+            restored.domains,
+            restored.mappings,
+            restored.endpoints,
+            restored.quarantined,
+            loaded.entries.len()
+        );
+        self.interrupted = Some(InterruptedBatch {
+            batch: loaded.batch,
+            entries: loaded.entries,
+            published: loaded.published,
+            publishing: loaded.publishing,
+        });
+        Ok(restored)
+    }
+
+    /// Writes the state to the new store, and makes it the newest.
+    fn publish_store(&mut self, loaded: &Loaded, old: Predecessor<'_>) {
+        self.store.set_generation(loaded.generation + 1);
+        self.store.set_features(loaded.features);
+        if loaded.state.resetting {
+            self.store
+                .begin_reset(loaded.state.bypass, loaded.state.driver);
+        } else {
+            self.record_state();
+        }
+        let domains = std::mem::take(&mut self.domains);
+        for (&id, domain) in &domains {
+            self.record_domain(id, domain, self.levels);
+        }
+        self.domains = domains;
+        let endpoints: Vec<_> = self.endpoints.keys().copied().collect();
+        for endpoint in endpoints {
+            self.record_endpoint(endpoint);
+        }
+        self.store.adopt_journal(loaded);
+        self.store.complete();
+        Store::supersede(old.store);
+    }
+
+    /// Has every backend adopt its endpoints, and quarantines those that it fails to adopt. Returns these.
+    fn adopt_endpoints(&mut self, in_progress: &[(DomainId, IovaRange)]) -> BTreeSet<EndpointId> {
+        let mut all_failed = BTreeSet::new();
+        for index in 0..self.backends.len() {
+            let endpoints: Vec<(EndpointId, Target)> = self
+                .backend_of
+                .iter()
+                .filter(|(_, of)| **of == index)
+                .map(|(&id, _)| (id, self.adopted_target(id)))
+                .collect();
+            let contents = DomainContents {
+                domains: &self.domains,
+                new_domain: None,
+                arena: &self.arena,
+            };
+            let adoption = Adoption {
+                endpoints: &endpoints,
+                in_progress,
+            };
+            let failed = self.backends[index].adopt(&adoption, &contents);
+            for (endpoint, cause) in &failed {
+                self.quarantine(*endpoint, cause);
+                all_failed.insert(*endpoint);
+            }
+            let stopped = BackendError {
+                kind: BackendErrorKind::DevErr,
+                message: "another endpoint could not be adopted".into(),
+            };
+            self.quarantine_stopped(index, &stopped);
+            for (endpoint, target) in endpoints {
+                if let Target::Domain(domain) = target
+                    && !failed.iter().any(|(id, _)| *id == endpoint)
+                {
+                    self.note_present(domain, index);
+                }
+            }
+        }
+        all_failed
+    }
+
+    /// The target that the record of an endpoint says.
+    fn adopted_target(&self, endpoint: EndpointId) -> Target {
+        match self.endpoints.get(&endpoint) {
+            Some(record) if record.quarantined || record.suspended => Target::Blocked,
+            Some(EndpointRecord {
+                domain: Some(id), ..
+            }) => match self.domains.get(id) {
+                Some(domain) => target_of(*id, domain.is_bypass()),
+                None => Target::Blocked,
+            },
+            // Without a VMM, the endpoints wait for it.
+            _ if self.vmm_present => self.unattached_target(endpoint),
+            _ => Target::Blocked,
+        }
+    }
+
+    /// Finishes a reset: it switches quarantined endpoints, too.
+    fn finish_reset(&mut self) {
+        let quarantined: Vec<_> = self.endpoints.keys().copied().collect();
+        for endpoint in quarantined {
+            self.retarget(endpoint, self.bypass_target());
+            if self
+                .endpoints
+                .get(&endpoint)
+                .is_some_and(|e| !e.quarantined)
+            {
+                self.endpoints.remove(&endpoint);
+                self.record_endpoint(endpoint);
+            }
+        }
+        self.store.end_reset();
+        self.count_records();
+    }
+
+    /// Gives each request that was in progress a phase that the device can go on from.
+    fn settle(&mut self, loaded: &mut Loaded, failed: &BTreeSet<EndpointId>) {
+        for (index, entry) in loaded.entries.iter_mut().enumerate() {
+            if entry.state.phase != Phase::Planned {
+                continue;
+            }
+            let done = match entry.effect() {
+                // The mappings are in no table, and the backends have unmapped them, or have no such domain.
+                Effect::Unmap { domain, .. } => {
+                    let members = self.domains.get(&domain).map(|d| &d.members);
+                    let is_failed = members.is_some_and(|m| !m.is_disjoint(failed));
+                    Some(if is_failed { STATUS_DEVERR } else { STATUS_OK })
+                }
+                Effect::Detach { endpoint, domain } => {
+                    let record = self.endpoints.get(&endpoint);
+                    let is_there = record.and_then(|r| r.domain) == Some(domain);
+                    (!is_there).then_some(STATUS_OK)
+                }
+                // Nothing is left of it: execute it again.
+                Effect::Map { .. } | Effect::Attach { .. } | Effect::None => None,
+            };
+            entry.state.phase = match done {
+                Some(status) => {
+                    entry.state.status = status;
+                    Phase::Done
+                }
+                None => Phase::Taken,
+            };
+            self.store.journal().settle(index, entry.state);
+        }
+    }
+
+    /// Blocks every endpoint until the driver starts anew.
+    fn refuse_predecessor(&mut self, old: Predecessor<'_>) {
+        self.domains.clear();
+        self.endpoints.clear();
+        self.groups.clear();
+        self.bypass = false;
+        self.driver = DriverState::Unknown;
+        self.adopting = false;
+        self.adopt_endpoints(&[]);
+        self.bypass = self.bypass_at_boot;
+        self.block_unknown_driver();
+        self.store.complete();
+        // Only now: until here, the next process must refuse it, too.
+        Store::supersede(old.store);
+    }
+
+    /// How a domain counts a backend.
+    pub(super) fn use_of(&self, index: usize) -> BackendOf {
+        BackendOf {
+            index,
+            reads_page_table: self.backends[index].reads_page_table(),
+            batches_maps: self.backends[index].batches_maps(),
+        }
+    }
+}
+
+/// Counts the death of the earlier process for every request that was in progress.
+fn count_deaths(loaded: &mut Loaded, store: &[AtomicU64]) {
+    let published = usize::from(loaded.published);
+    let mut is_first = true;
+    for index in published..loaded.entries.len() {
+        let phase = loaded.entries[index].state.phase;
+        // Requests are executed in their order, so no later one has begun, unless it is planned.
+        if phase == Phase::Planned || phase == Phase::Taken && is_first {
+            loaded.count_death(store, index);
+        }
+        is_first &= phase == Phase::Done;
+    }
+}
+
+/// Refuses the requests that have ended too many processes, and quarantines the endpoints that they concern.
+fn refuse_deadly_requests(loaded: &mut Loaded) {
+    let published = usize::from(loaded.published);
+    for entry in loaded.entries.iter_mut().skip(published) {
+        if entry.state.phase == Phase::Done || entry.state.attempts < MAX_DEATHS {
+            continue;
+        }
+        let effect = entry.effect();
+        error!(
+            "the daemon has died {} times while it executed a request ({effect}); the request is refused, and its \
+             endpoints are quarantined",
+            entry.state.attempts
+        );
+        match effect {
+            Effect::Map { domain, .. } | Effect::Unmap { domain, .. } => {
+                let members = loaded.endpoints.values_mut();
+                for endpoint in members.filter(|e| e.domain == Some(domain)) {
+                    endpoint.quarantined = true;
+                }
+            }
+            Effect::Attach { endpoint, .. } | Effect::Detach { endpoint, .. } => {
+                loaded.endpoints.entry(endpoint).or_default().quarantined = true;
+            }
+            Effect::None => {}
+        }
+        loaded.refused.extend(entry.planned_range());
+        entry.state.phase = Phase::Done;
+        // A request of an unknown type is never written to.
+        entry.state.status = match entry.request() {
+            Some(_) => STATUS_DEVERR,
+            None => UNWRITTEN,
+        };
+    }
+}
+
+/// What backends must unmap: the ranges of requests in progress, as whole pages.
+fn in_progress(loaded: &Loaded, iommu: &Iommu) -> Vec<(DomainId, IovaRange)> {
+    let ranges = loaded
+        .entries
+        .iter()
+        .filter_map(JournalEntry::planned_range);
+    let ranges = ranges.filter(|(domain, _)| iommu.domains.contains_key(domain));
+    let whole = |(domain, range): (DomainId, IovaRange)| {
+        let range = range.intersection(iommu.input)?;
+        Some((domain, range.whole_pages(iommu.page_sizes.granule())?))
+    };
+    ranges.filter_map(whole).collect()
+}
