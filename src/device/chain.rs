@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::view::GuestView;
 use crate::protocol::reply::TAIL_LEN;
 use crate::protocol::request::MAX_REQUEST_LEN;
+use crate::store::KEPT_WORDS;
 
 /// The longest device-writable part that the device accepts, in bytes. A driver needs `probe_size` + 4.
 pub const MAX_WRITABLE: usize = 64 * 1024;
@@ -51,6 +52,27 @@ pub struct ReadBytes {
 }
 
 impl ReadBytes {
+    /// The first [`MAX_REQUEST_LEN`] of `bytes`.
+    pub fn from_slice(bytes: &[u8]) -> Self {
+        let mut all = [0; MAX_REQUEST_LEN];
+        let len = bytes.len().min(MAX_REQUEST_LEN);
+        if let (Some(to), Some(from)) = (all.get_mut(..len), bytes.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        Self { bytes: all, len }
+    }
+
+    /// The words that the journal keeps, and the number of all bytes.
+    #[inline(always)]
+    pub fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
+        let mut words = [0; KEPT_WORDS];
+        let (chunks, _) = self.bytes.as_chunks::<8>();
+        for (word, chunk) in words.iter_mut().zip(chunks) {
+            *word = u64::from_le_bytes(*chunk);
+        }
+        (words, u8::try_from(self.len).unwrap_or(0))
+    }
+
     /// The bytes.
     pub fn as_slice(&self) -> &[u8] {
         self.bytes.get(..self.len).unwrap_or(&[])

@@ -22,6 +22,7 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_F_MMIO, VIRTIO_IOMMU_F_PROBE, VIRTIO_IOMMU_MAP_F_MMIO, VIRTIO_IOMMU_MAP_F_READ,
     VIRTIO_IOMMU_MAP_F_WRITE,
 };
+use crate::store::UNWRITTEN;
 use crate::topology::ReservedKind;
 use crate::warn_limited;
 
@@ -118,6 +119,7 @@ impl Executor {
                         "{} request without its feature negotiated",
                         request.kind().name()
                     );
+                    context.iommu.journal().done(UNWRITTEN);
                     return (None, work);
                 }
                 Ok(request) => {
@@ -126,6 +128,7 @@ impl Executor {
                 }
                 Err(DecodeError::UnknownType) => {
                     warn_limited!("unknown request type {:#x}", first_byte(bytes.as_slice()));
+                    context.iommu.journal().done(UNWRITTEN);
                     return (None, work);
                 }
                 Err(cause @ DecodeError::TooShort { kind, .. }) => {
@@ -135,13 +138,36 @@ impl Executor {
                 }
             },
         };
+        context.iommu.journal().done(status as u8);
+        (self.reply(view, chain, spans, status), work)
+    }
+
+    /// Writes an answer. Returns the used length, or `None` if nothing was written.
+    pub fn reply(
+        &mut self,
+        view: &GuestView<'_>,
+        chain: &ChainRequest,
+        spans: &[Span],
+        status: Status,
+    ) -> Option<u32> {
         self.reply.resize(chain.writable_len, 0);
         write_reply(&mut self.reply, &self.properties, status);
         let spans = spans.get(chain.spans.clone()).unwrap_or(&[]);
-        let used = scatter(view, spans, &self.reply)
+        scatter(view, spans, &self.reply)
             .then(|| u32::try_from(chain.writable_len).ok())
-            .flatten();
-        (used, work)
+            .flatten()
+    }
+
+    /// Writes the answer of a request that an earlier process has executed.
+    pub fn reply_again(
+        &mut self,
+        view: &GuestView<'_>,
+        chain: &ChainRequest,
+        spans: &[Span],
+        status: Status,
+    ) -> Option<u32> {
+        self.properties.clear();
+        self.reply(view, chain, spans, status)
     }
 
     fn execute(

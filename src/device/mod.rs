@@ -15,6 +15,7 @@ mod chain;
 mod event_queue;
 mod execute;
 pub mod guest_memory;
+mod interrupted;
 #[cfg(test)]
 mod plain_ring;
 mod polling;
@@ -296,6 +297,7 @@ impl Device {
         self.announced.store(false, Ordering::Relaxed);
         let mut iommu = self.iommu.lock();
         iommu.disconnect();
+        iommu.note_features(0);
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
         // Cleared last, so a holder of the core lock never sees half a teardown.
         self.connected.store(false, Ordering::Relaxed);
@@ -341,6 +343,7 @@ impl Device {
     /// The driver has accepted these feature bits. They may include the transport's own.
     pub fn accept_features(&self, features: u64) {
         self.features.store(features, Ordering::Release);
+        self.iommu.lock().note_features(features);
     }
 
     /// `size` bytes of the configuration space from `offset`; zeroes past its end.
@@ -443,6 +446,7 @@ impl Device {
         self.features.store(0, Ordering::Release);
         self.metrics.resets.inc();
         let mut iommu = self.iommu.lock();
+        iommu.note_features(0);
         reset(&mut iommu);
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
     }

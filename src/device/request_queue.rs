@@ -13,6 +13,7 @@ use super::resume::UsedEntry;
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
 use crate::metrics::SINGLES_PER_SAMPLE;
+use crate::store::{KEPT_WORDS, MALFORMED, MAX_BATCH, RingBatch, UNREADABLE, UNWRITTEN};
 use crate::warn_limited;
 
 /// A pass executes no further request after this time; the next pass takes the rest. One request can exceed it: the
@@ -40,9 +41,11 @@ pub struct RequestQueue {
     /// The last used entry that is not all zero.
     pub last_used: Option<UsedEntry>,
     chains: Vec<Chain>,
-    spans: Vec<Span>,
-    done: Vec<(u16, u32)>,
-    executor: Executor,
+    pub(super) spans: Vec<Span>,
+    pub(super) done: Vec<(u16, u32)>,
+    pub(super) executor: Executor,
+    /// The ring's next available and next used index before the batch.
+    batch_at: (u16, u16),
     /// The addresses of the last chain. A driver that waits for each answer frees and allocates the same descriptors
     /// and buffers again and again, so the next chain probably has the same addresses.
     last_chain: ChainAddresses,
@@ -80,6 +83,7 @@ impl RequestQueue {
             return taken;
         }
         let chains = std::mem::take(&mut self.chains);
+        self.journal_batch(&chains, context);
         let weight = self.weight(chains.len());
         let started = (weight > 0).then(Instant::now);
         let mut published_at = started;
@@ -94,10 +98,11 @@ impl RequestQueue {
                     break;
                 }
                 if published_at.is_some_and(|published_at| now - published_at > MAX_ANSWER_DELAY) {
-                    self.publish(ring, &view, 0);
+                    self.publish(ring, &view, 0, context);
                     published_at = Some(now);
                 }
             }
+            context.iommu.journal().start(at);
             if backends && !self.executor.has_outcomes() {
                 self.executor
                     .run_ahead(chains.get(at..).unwrap_or(&[]), context);
@@ -108,7 +113,10 @@ impl RequestQueue {
                     work += done;
                     used
                 }
-                None => None,
+                None => {
+                    context.iommu.journal().done(UNWRITTEN);
+                    None
+                }
             };
             if used.is_none() {
                 context.metrics.chains_refused.inc();
@@ -119,7 +127,8 @@ impl RequestQueue {
         self.chains = chains;
         self.chains.clear();
         self.spans.clear();
-        self.publish(ring, &view, left);
+        let (next_avail, next_used) = self.publish(ring, &view, left, context);
+        context.iommu.journal().end_batch(next_avail, next_used);
         if let Some(started) = started {
             context.metrics.batches.record(started.elapsed(), weight);
         }
@@ -181,6 +190,7 @@ impl RequestQueue {
         }
         let queue = ring.queue_mut();
         let (table, size) = (queue.desc_table(), queue.size());
+        self.batch_at = (queue.next_avail(), queue.next_used());
         let count = match request_ring::available(queue, view) {
             Ok(0) => return Pass::Empty,
             Ok(count) => count,
@@ -199,7 +209,7 @@ impl RequestQueue {
         if usize::from(count) > context.max_batch {
             context.metrics.batch_full.inc();
         }
-        for _ in 0..usize::from(count).min(context.max_batch) {
+        for _ in 0..usize::from(count).min(context.max_batch).min(MAX_BATCH) {
             let Some(head) = request_ring::take(queue, view) else {
                 break;
             };
@@ -216,8 +226,44 @@ impl RequestQueue {
         Pass::Served
     }
 
-    /// Returns the finished chains to the driver. Puts the last `left` of the taken chains back onto the ring.
-    fn publish(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) {
+    /// Writes the batch into the journal: from now on each of its requests gets one answer, whatever happens to this
+    /// process.
+    #[inline]
+    fn journal_batch(&self, chains: &[Chain], context: &mut Context<'_>) {
+        let journal = context.iommu.journal();
+        for (index, chain) in chains.iter().enumerate() {
+            let bytes = chain.request.as_ref().map(|request| &request.bytes);
+            let (words, len) = match bytes {
+                Some(Some(bytes)) => bytes.journal_words(),
+                Some(None) => ([0; KEPT_WORDS], UNREADABLE),
+                None => ([0; KEPT_WORDS], MALFORMED),
+            };
+            journal.take(index, chain.head, len, &words);
+        }
+        journal.begin_batch(RingBatch {
+            next_avail: self.batch_at.0,
+            next_used: self.batch_at.1,
+            count: u16::try_from(chains.len()).unwrap_or(0),
+        });
+    }
+
+    /// Returns the finished chains to the driver. Puts the last `left` of the taken chains back onto the ring. Returns
+    /// the ring's indices.
+    pub(super) fn publish(
+        &mut self,
+        ring: &impl Ring,
+        view: &GuestView<'_>,
+        left: usize,
+        context: &mut Context<'_>,
+    ) -> (u16, u16) {
+        let count = u16::try_from(self.done.len()).unwrap_or(0);
+        context.iommu.journal().publishing(count);
+        let indices = self.publish_done(ring, view, left);
+        context.iommu.journal().published(count);
+        indices
+    }
+
+    fn publish_done(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) -> (u16, u16) {
         let mut ring = ring.lock();
         let queue = ring.queue_mut();
         let (size, before) = (queue.size(), queue.next_used());
@@ -255,5 +301,6 @@ impl RequestQueue {
             // The driver waits for requests that it never gets back.
             ring.report_broken();
         }
+        (ring.queue().next_avail(), ring.queue().next_used())
     }
 }

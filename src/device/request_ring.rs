@@ -117,6 +117,11 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
     written
 }
 
+/// The used index that the driver sees; `None` if the used ring is not in guest memory.
+pub fn used_index(queue: &Queue, view: &GuestView<'_>) -> Option<u16> {
+    view.load(at(queue.used_ring(), INDEX)?)
+}
+
 /// Whether the driver wants a notification for the used entries since `next_used` was `before`. If the driver's
 /// field for this is not in guest memory, the driver gets a notification.
 pub fn wants_notification(queue: &Queue, view: &GuestView<'_>, before: u16) -> bool {

@@ -19,6 +19,7 @@ use super::resume::{Restart, RingState};
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
 use super::{Device, Requests, send_interrupts};
+use crate::iommu::Iommu;
 use crate::locks::MutexGuard;
 use crate::process::realtime::Realtime;
 use crate::{info_limited, warn_limited};
@@ -141,6 +142,22 @@ impl Device {
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }
+            let interrupted = self.iommu.lock().take_interrupted();
+            if let Some(interrupted) = interrupted
+                && interrupted.batch.is_some()
+            {
+                // An earlier process has served this driver.
+                requests.ring = Some(Box::new(ring.clone()));
+                let mut iommu = self.iommu.lock();
+                let mut context = self.context(&mut iommu, &memory);
+                let pass = requests
+                    .queue
+                    .finish_interrupted(ring, &mut context, interrupted);
+                MutexGuard::unlock_fair(iommu);
+                MutexGuard::unlock_fair(requests);
+                send_interrupts(|| ring.send_interrupts());
+                return pass;
+            }
             self.start_ring(&mut requests, ring, &memory);
             if requests.ring.is_none() {
                 requests.ring = Some(Box::new(ring.clone()));
@@ -149,19 +166,24 @@ impl Device {
             }
         }
         let mut iommu = self.iommu.lock();
-        let mut context = Context {
-            iommu: &mut iommu,
-            memory: &memory,
-            features: self.features.load(Ordering::Acquire),
-            config: &self.config,
-            metrics: &self.metrics,
-            max_batch: self.max_batch,
-        };
+        let mut context = self.context(&mut iommu, &memory);
         let pass = requests.queue.serve(ring, &mut context);
         MutexGuard::unlock_fair(iommu);
         MutexGuard::unlock_fair(requests);
         send_interrupts(|| ring.send_interrupts());
         pass
+    }
+
+    #[inline]
+    fn context<'a>(&'a self, iommu: &'a mut Iommu, memory: &'a GuestMemoryMmap) -> Context<'a> {
+        Context {
+            iommu,
+            memory,
+            features: self.features.load(Ordering::Acquire),
+            config: &self.config,
+            metrics: &self.metrics,
+            max_batch: self.max_batch,
+        }
     }
 
     /// The request ring runs for the first time, or again after a stop. Its driver is new, resumes, or is unknown.
