@@ -13,13 +13,13 @@
 pub mod acpi;
 mod chain;
 mod event_queue;
-mod execute;
+pub(crate) mod execute;
 pub mod guest_memory;
 mod interrupted;
 #[cfg(test)]
-mod plain_ring;
+pub(crate) mod plain_ring;
 mod polling;
-mod request_queue;
+pub(crate) mod request_queue;
 mod request_ring;
 mod resume;
 pub mod ring;

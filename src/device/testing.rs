@@ -162,7 +162,7 @@ pub(crate) struct DriverRing {
 }
 
 impl DriverRing {
-    fn new(memory: Arc<GuestMemoryMmap>, base: u64) -> Self {
+    pub(crate) fn new(memory: Arc<GuestMemoryMmap>, base: u64) -> Self {
         Self {
             ring: PlainRing::new(RING_SIZE, base),
             memory,
@@ -177,7 +177,7 @@ impl DriverRing {
         self.memory.write_slice(bytes, at).expect("in memory");
     }
 
-    fn clear(&self) {
+    pub(crate) fn clear(&self) {
         self.write(AVAIL_AT, &[0; 4]);
         self.write(USED_AT, &[0; 4 + 8 * RING_SIZE as usize]);
     }

@@ -39,6 +39,14 @@ impl<'a> GuestView<'a> {
 
     /// Writes `bytes` at guest-physical `at`. Returns whether the whole range is guest memory.
     pub fn write(&self, at: u64, bytes: &[u8]) -> bool {
+        let written = self.write_bytes(at, bytes);
+        #[cfg(test)]
+        crate::store::crash::point();
+        written
+    }
+
+    #[inline(always)]
+    fn write_bytes(&self, at: u64, bytes: &[u8]) -> bool {
         match self.slice(at, bytes.len()) {
             Some(slice) => {
                 slice.copy_from(bytes);
@@ -58,8 +66,12 @@ impl<'a> GuestView<'a> {
     /// Writes a little-endian number of a ring, with release ordering. Returns whether the address is even and in
     /// guest memory.
     pub fn store(&self, at: u64, value: u16) -> bool {
-        self.slice(at, 2)
-            .is_some_and(|slice| slice.store(value.to_le(), 0, Ordering::Release).is_ok())
+        let stored = self
+            .slice(at, 2)
+            .is_some_and(|slice| slice.store(value.to_le(), 0, Ordering::Release).is_ok());
+        #[cfg(test)]
+        crate::store::crash::point();
+        stored
     }
 
     /// Whether all of `len` bytes from guest-physical `at` are guest memory.

@@ -19,6 +19,8 @@
 
 mod arena;
 mod clear;
+#[cfg(all(test, feature = "daemon"))]
+pub(crate) mod crash;
 pub mod epoch;
 mod error;
 mod fill;

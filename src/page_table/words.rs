@@ -157,7 +157,13 @@ impl SharedWords {
     /// process after any of them.
     #[inline(always)]
     pub fn set(word: &AtomicU64, value: u64) {
+        #[cfg(all(test, feature = "daemon"))]
+        if super::crash::is_dead() {
+            return;
+        }
         word.store(value, Ordering::Release);
+        #[cfg(all(test, feature = "daemon"))]
+        super::crash::point();
     }
 
     /// Allocates `bytes` of memory.

@@ -16,6 +16,8 @@ mod journal;
 mod layout;
 mod loaded;
 mod records;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 #[cfg(not(miri))]
@@ -34,6 +36,9 @@ use self::layout::{
     MAGIC, RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
 };
 use self::records::Places;
+
+#[cfg(test)]
+pub(crate) use crate::page_table::crash;
 
 pub use self::journal::{
     EntryState, Journal, KEPT_BYTES, KEPT_WORDS, MALFORMED, Phase, RingBatch, STATUS_DEVERR,

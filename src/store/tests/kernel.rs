@@ -1,0 +1,307 @@
+//! A backend whose kernel outlives the process: it is as strict as the kernel, fails on demand, and the process can die
+//! before and after each of its effects.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::address::{Iova, IovaRange, Mapping, PageMask};
+use crate::backends::{
+    Adoption, AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents,
+    DmaBackend, MemorySlot, Target,
+};
+use crate::ids::{DomainId, EndpointId};
+use crate::page_table::crash;
+
+/// The state that outlives the process.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct KernelState {
+    /// Mappings by domain and first address.
+    pub domains: BTreeMap<DomainId, BTreeMap<u64, Mapping>>,
+    /// The target of each endpoint.
+    pub targets: BTreeMap<EndpointId, Target>,
+}
+
+/// The kernel.
+#[derive(Debug, Default)]
+pub(super) struct Kernel {
+    pub state: KernelState,
+    /// Unmaps that found nothing.
+    pub empty_unmaps: u64,
+    /// The calls so far.
+    pub calls: u64,
+    /// The call that fails, counted from 1.
+    pub fail_call: Option<u64>,
+}
+
+/// The backend of one process.
+#[derive(Debug)]
+pub(super) struct KernelBackend {
+    kernel: Arc<Mutex<Kernel>>,
+    /// The domains that this process knows of.
+    known: BTreeSet<DomainId>,
+    /// Outcomes of the mappings of a run.
+    begun: BTreeMap<u64, Result<(), BackendError>>,
+    batches_maps: bool,
+}
+
+/// A handle to a kernel.
+#[derive(Clone, Debug, Default)]
+pub(super) struct KernelHandle(Arc<Mutex<Kernel>>);
+
+impl KernelHandle {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Kernel> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A backend of a new process.
+    pub(super) fn backend(&self, batches_maps: bool) -> KernelBackend {
+        KernelBackend {
+            kernel: self.0.clone(),
+            known: BTreeSet::new(),
+            begun: BTreeMap::new(),
+            batches_maps,
+        }
+    }
+}
+
+fn failure() -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::DevErr,
+        message: "fails on demand".into(),
+    }
+}
+
+impl KernelBackend {
+    /// A system call.
+    fn call<T>(&self, effect: impl FnOnce(&mut Kernel) -> T) -> Result<T, BackendError> {
+        crash::point();
+        let outcome = {
+            let mut kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+            kernel.calls += 1;
+            if kernel.fail_call == Some(kernel.calls) {
+                Err(failure())
+            } else {
+                Ok(effect(&mut kernel))
+            }
+        };
+        crash::point();
+        outcome
+    }
+
+    /// A system call that cannot fail.
+    fn sure_call<T>(&self, effect: impl FnOnce(&mut Kernel) -> T) -> T {
+        crash::point();
+        let outcome = effect(&mut self.kernel.lock().unwrap_or_else(PoisonError::into_inner));
+        crash::point();
+        outcome
+    }
+
+    fn map_one(&self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        self.call(|kernel| {
+            let mappings = kernel.state.domains.get_mut(&domain).expect("a domain");
+            let overlaps = mappings.values().any(|m| m.range.overlaps(mapping.range));
+            assert!(!overlaps, "{mapping} overlaps a mapping in the kernel");
+            mappings.insert(mapping.range.first().0, *mapping);
+        })
+    }
+
+    fn unmap_range(&self, domain: DomainId, range: IovaRange) -> Result<u64, BackendError> {
+        self.call(|kernel| {
+            let mappings = kernel.state.domains.get_mut(&domain).expect("a domain");
+            let splits = |m: &Mapping| range.overlaps(m.range) && !range.covers(m.range);
+            assert!(!mappings.values().any(splits), "the kernel splits nothing");
+            let gone: u64 = mappings
+                .values()
+                .filter(|m| range.covers(m.range))
+                .map(|m| m.range.span() + 1)
+                .sum();
+            mappings.retain(|_, m| !range.covers(m.range));
+            kernel.empty_unmaps += u64::from(gone == 0);
+            gone
+        })
+    }
+
+    fn remove_domain(&self, domain: DomainId) {
+        self.sure_call(|kernel| {
+            let mut targets = kernel.state.targets.values();
+            let is_used = targets.any(|t| *t == Target::Domain(domain));
+            assert!(!is_used, "domain {domain} still has endpoints");
+            let was_there = kernel.state.domains.remove(&domain).is_some();
+            assert!(was_there, "domain {domain} is unknown");
+        });
+    }
+
+    fn fill(&self, domain: DomainId, contents: &dyn Contents) -> Result<(), BackendError> {
+        self.call(|kernel| {
+            let before = kernel.state.domains.insert(domain, BTreeMap::new());
+            assert!(before.is_none(), "domain {domain} was there");
+        })?;
+        for mapping in contents.mappings(domain) {
+            if let Err(cause) = self.map_one(domain, &mapping) {
+                self.remove_domain(domain);
+                return Err(cause);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DmaBackend for KernelBackend {
+    fn capabilities(&self) -> BackendCapabilities {
+        BackendCapabilities {
+            page_sizes: PageMask::TABLE,
+            aperture: IovaRange::ALL,
+        }
+    }
+
+    fn vmm_present(&mut self, _present: bool) {}
+
+    fn add_memory(&mut self, _slot: &MemorySlot) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn remove_memory(&mut self, _slot: &MemorySlot) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    fn attach(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), AttachError> {
+        let made = match target {
+            Target::Domain(domain) if !self.known.contains(&domain) => Some(domain),
+            Target::Domain(_) | Target::Bypass | Target::Blocked => None,
+        };
+        if let Some(domain) = made {
+            self.fill(domain, contents)
+                .map_err(AttachError::Unchanged)?;
+        }
+        let switched = self.call(|kernel| kernel.state.targets.insert(endpoint, target));
+        match (switched, made) {
+            (Ok(_), made) => {
+                self.known.extend(made);
+                Ok(())
+            }
+            (Err(cause), made) => {
+                if let Some(domain) = made {
+                    self.remove_domain(domain);
+                }
+                Err(AttachError::Unchanged(cause))
+            }
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let (there, targets) = self.sure_call(|kernel| {
+            let there: BTreeSet<_> = kernel.state.domains.keys().copied().collect();
+            (there, kernel.state.targets.clone())
+        });
+        let wanted: BTreeSet<_> = adoption
+            .endpoints
+            .iter()
+            .filter_map(|(_, target)| match target {
+                Target::Domain(domain) => Some(*domain),
+                Target::Bypass | Target::Blocked => None,
+            })
+            .collect();
+        // A domain that no endpoint uses in the kernel may be half filled.
+        let used = |domain: &DomainId| targets.values().any(|t| *t == Target::Domain(*domain));
+        let kept: BTreeSet<_> = there
+            .iter()
+            .copied()
+            .filter(|domain| wanted.contains(domain) && used(domain))
+            .collect();
+        let mut failed = Vec::new();
+        for domain in there.iter().filter(|domain| !kept.contains(domain)) {
+            if !used(domain) {
+                self.remove_domain(*domain);
+            }
+        }
+        let mut lost = BTreeMap::new();
+        for (domain, range) in adoption.in_progress {
+            if kept.contains(domain)
+                && let Err(cause) = self.unmap_range(*domain, *range)
+            {
+                lost.insert(*domain, cause);
+            }
+        }
+        self.known = kept.clone();
+        for &(endpoint, target) in adoption.endpoints {
+            let cause = match target {
+                Target::Domain(domain) => lost.get(&domain).cloned(),
+                Target::Bypass | Target::Blocked => None,
+            };
+            let outcome = match cause {
+                Some(cause) => Err(cause),
+                None if targets.get(&endpoint) == Some(&target) => Ok(()),
+                None => self
+                    .attach(endpoint, target, contents)
+                    .map_err(|refusal| refusal.cause().clone()),
+            };
+            if let Err(cause) = outcome {
+                self.quarantine(endpoint);
+                failed.push((endpoint, cause));
+            }
+        }
+        let still = |kernel: &mut Kernel, domain: &DomainId| {
+            let mut targets = kernel.state.targets.values();
+            targets.any(|t| *t == Target::Domain(*domain))
+        };
+        for domain in there {
+            let is_there = |kernel: &mut Kernel| {
+                kernel.state.domains.contains_key(&domain) && !still(kernel, &domain)
+            };
+            if self.sure_call(is_there) {
+                self.known.remove(&domain);
+                self.remove_domain(domain);
+            }
+        }
+        failed
+    }
+
+    fn destroy_domain(&mut self, domain: DomainId) {
+        self.known.remove(&domain);
+        self.remove_domain(domain);
+    }
+
+    fn quarantine(&mut self, endpoint: EndpointId) {
+        self.begun.clear();
+        self.sure_call(|kernel| kernel.state.targets.insert(endpoint, Target::Blocked));
+    }
+
+    fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {
+        match self.begun.remove(&mapping.range.first().0) {
+            Some(outcome) => outcome,
+            None => self.map_one(domain, mapping),
+        }
+    }
+
+    fn batches_maps(&self) -> bool {
+        self.batches_maps
+    }
+
+    fn begin_maps(&mut self, domain: DomainId, mappings: &[Mapping]) {
+        for mapping in mappings {
+            let outcome = self.map_one(domain, mapping);
+            self.begun.insert(mapping.range.first().0, outcome);
+        }
+    }
+
+    fn unmap(
+        &mut self,
+        domain: DomainId,
+        range: IovaRange,
+        least: u64,
+    ) -> Result<(), BackendError> {
+        self.begun.retain(|first, _| !range.contains(Iova(*first)));
+        let gone = self.unmap_range(domain, range)?;
+        assert!(gone >= least, "{least} bytes in {range} were promised");
+        Ok(())
+    }
+}

@@ -1,0 +1,9 @@
+//! The death of the daemon after each of its stores, and the life after it: from nothing but the bytes of both memfds, with
+//! a guest and a kernel that have noticed nothing.
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "numbers of tests are small"
+)]
+
+mod bed;
+mod kernel;
