@@ -6,4 +6,7 @@
 )]
 
 mod bed;
+mod exhaustive;
+mod hostile;
 mod kernel;
+mod random;
