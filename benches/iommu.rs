@@ -5,12 +5,13 @@
 )]
 
 use std::hint::black_box;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use vhost_device_iommu::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
-use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::iommu::{Iommu, Predecessor, Settings};
 use vhost_device_iommu::topology::{EndpointSpec, PciRange, ReservedRegions, Topology};
 
 const ENDPOINT: EndpointId = EndpointId(0x30);
@@ -19,27 +20,33 @@ const LIVE: [u64; 4] = [256, 4096, 65536, 1 << 20];
 /// Number of requests in one timed run.
 const RUN: u64 = 256;
 
-fn iommu() -> Iommu {
+fn topology() -> Topology {
     let at = "00:06.0".parse().expect("an address");
     let spec = EndpointSpec {
         range: PciRange::new(at, at).expect("one function"),
         group: None,
         reserved: Vec::new(),
     };
-    let topology = Topology::new(
+    Topology::new(
         "00:05.0".parse().expect("an address"),
         ReservedRegions::new(Vec::new()).expect("none"),
         &[spec],
     )
-    .expect("a topology");
-    let settings = Settings {
+    .expect("a topology")
+}
+
+fn settings() -> Settings {
+    Settings {
         address_width: 48,
         page_sizes: PageMask::TABLE,
         last_domain: 0xffff,
         bypass_at_boot: false,
         arena_limit: 256 << 20,
-    };
-    let mut iommu = Iommu::new(settings, topology).expect("an arena");
+    }
+}
+
+fn iommu() -> Iommu {
+    let mut iommu = Iommu::new(settings(), topology()).expect("an arena");
     iommu.attach(ENDPOINT, DOMAIN, false).expect("attached");
     iommu
 }
@@ -124,5 +131,43 @@ fn requests(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, requests);
+/// Taking over what an earlier process has left.
+fn restore(c: &mut Criterion) {
+    let mut group = c.benchmark_group("restore");
+    group.sample_size(10);
+    let live = LIVE[LIVE.len() - 1];
+    let mut old = iommu();
+    for n in 0..live {
+        old.map(DOMAIN, &page(2 * n)).expect("mapped");
+    }
+    let (arena, store) = (old.arena().memory().clone(), old.store().memory().clone());
+    // Each restore makes the store obsolete.
+    let whole: Vec<_> = store.words().iter().take(1 << 14).collect();
+    let whole: Vec<u64> = whole
+        .iter()
+        .map(|word| word.load(Ordering::Relaxed))
+        .collect();
+    group.bench_function(BenchmarkId::new("mappings", live), |b| {
+        b.iter_custom(|n| {
+            let mut total = Duration::ZERO;
+            for _ in 0..n {
+                for (index, word) in whole.iter().enumerate() {
+                    store.store(index, *word);
+                }
+                let start = Instant::now();
+                let mut iommu = Iommu::successor(settings(), topology()).expect("an arena");
+                let restored = iommu.restore(Predecessor {
+                    arena: arena.words(),
+                    store: store.words(),
+                });
+                total += start.elapsed();
+                assert_eq!(restored.expect("restored").mappings, live);
+            }
+            total
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, requests, restore);
 criterion_main!(benches);
