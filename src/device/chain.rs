@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::view::GuestView;
 use crate::protocol::reply::TAIL_LEN;
 use crate::protocol::request::MAX_REQUEST_LEN;
-use crate::store::KEPT_WORDS;
+use crate::store::{KEPT_WORDS, MALFORMED, UNREADABLE};
 
 /// The longest device-writable part that the device accepts, in bytes. A driver needs `probe_size` + 4.
 pub const MAX_WRITABLE: usize = 64 * 1024;
@@ -64,7 +64,7 @@ impl ReadBytes {
 
     /// The words that the journal keeps, and the number of all bytes.
     #[inline(always)]
-    pub fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
+    fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
         let mut words = [0; KEPT_WORDS];
         let (chunks, _) = self.bytes.as_chunks::<8>();
         for (word, chunk) in words.iter_mut().zip(chunks) {
@@ -80,6 +80,16 @@ impl ReadBytes {
 }
 
 impl Chain {
+    /// The words of the request that the journal keeps, and its length as in [`EntryState`](crate::store::EntryState).
+    #[inline(always)]
+    pub fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
+        match self.request.as_ref().map(|request| &request.bytes) {
+            Some(Some(bytes)) => bytes.journal_words(),
+            Some(None) => ([0; KEPT_WORDS], UNREADABLE),
+            None => ([0; KEPT_WORDS], MALFORMED),
+        }
+    }
+
     /// Reads the chain at `head` of a ring of `size` entries with its descriptor table at `table`, and appends the
     /// device-writable pieces to `spans`.
     ///

@@ -21,8 +21,9 @@ impl RequestQueue {
     /// Finishes a batch. The core must be restored, and the ring must have its addresses and run; it gets its indices from
     /// the journal. Must be called before the ring is served.
     ///
-    /// If the driver's used index is not one of the two that the earlier process can have left, the ring is broken: its
-    /// requests are executed, and not answered.
+    /// The ring is broken if the driver's used index is not one of the two that the earlier process can have left, or if a
+    /// chain does not have the request that the journal has: another driver has begun. The batch is then neither executed
+    /// nor answered.
     pub(crate) fn finish_interrupted(
         &mut self,
         ring: &impl Ring,
@@ -59,21 +60,22 @@ impl RequestQueue {
         let first = answered.unwrap_or(published);
         ring.lock().queue_mut().set_next_used(used_after(first));
         context.iommu.journal().published(first - published);
-        for (index, entry) in entries.iter().enumerate().skip(first.into()) {
-            context.iommu.journal().start(index);
-            let chain = Chain::read(&view, entry.state.head, table, size, &mut self.spans);
-            let used = self.finish(&view, entry, chain.request, context);
-            self.done.push((entry.state.head, used.unwrap_or(0)));
-        }
-        self.spans.clear();
-        if answered.is_none() {
+        let left = entries.get(first.into()..).unwrap_or(&[]);
+        let read = |entry: &JournalEntry| {
+            Chain::read(&view, entry.state.head, table, size, &mut self.spans)
+        };
+        let chains: Vec<Chain> = left.iter().map(read).collect();
+        let is_same = |(entry, chain): (&JournalEntry, &Chain)| {
+            chain.journal_words() == (entry.words, entry.state.len)
+        };
+        if answered.is_none() || !left.iter().zip(&chains).all(is_same) {
             warn_limited!(
-                "the request ring was changed while no daemon served it (used index {seen:?} instead of {} or {}); the \
-                 ring is not served until a driver starts it anew",
+                "the request ring was changed while no daemon served it (used index {seen:?}, expected {} or {}, or \
+                 other requests); the ring is not served until a driver starts it anew",
                 used_after(published),
                 used_after(publishing)
             );
-            self.done.clear();
+            self.spans.clear();
             self.broken = true;
             let mut ring = ring.lock();
             ring.report_broken();
@@ -82,8 +84,16 @@ impl RequestQueue {
             context.iommu.journal().end_batch(next_avail, next_used);
             return Pass::Stopped;
         }
+        for (index, (entry, chain)) in (usize::from(first)..).zip(left.iter().zip(chains)) {
+            let used = self.finish(&view, index, entry, chain.request, context);
+            self.done.push((entry.state.head, used.unwrap_or(0)));
+        }
+        self.spans.clear();
         let (next_avail, next_used) = self.publish(ring, &view, 0, context);
         context.iommu.journal().end_batch(next_avail, next_used);
+        if self.last_used.is_none() {
+            self.last_used = request_ring::last_used(ring.lock().queue(), &view);
+        }
         // The earlier process may have died before it sent the interrupt for its last answers.
         ring.lock().request_interrupt();
         Pass::Served
@@ -94,6 +104,7 @@ impl RequestQueue {
     fn finish(
         &mut self,
         view: &GuestView<'_>,
+        index: usize,
         entry: &JournalEntry,
         chain: Option<ChainRequest>,
         context: &mut Context<'_>,
@@ -103,6 +114,11 @@ impl RequestQueue {
             .as_deref()
             .is_some_and(|bytes| RequestKind::of(bytes) == Some(RequestKind::Probe));
         let is_done = entry.state.phase == Phase::Done;
+        if is_done {
+            context.iommu.journal().start(index);
+        } else {
+            context.iommu.journal().begin_again(index);
+        }
         let status = Status::ALL
             .into_iter()
             .find(|status| *status as u8 == entry.state.status);
@@ -125,7 +141,7 @@ impl RequestQueue {
                 self.spans = spans;
                 used
             }
-            // The driver has damaged the chain. Nothing has happened yet.
+            // The chain is malformed. Nothing has happened.
             (None, _) => {
                 context.iommu.journal().done(UNWRITTEN);
                 None

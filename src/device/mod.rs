@@ -21,7 +21,7 @@ pub(crate) mod plain_ring;
 mod polling;
 pub(crate) mod request_queue;
 mod request_ring;
-mod resume;
+pub(crate) mod resume;
 pub mod ring;
 mod serve;
 mod status;
@@ -255,12 +255,14 @@ impl Device {
     /// If the ring is running, the new driver has already triggered this reset.
     pub fn reset_vm(&self) -> bool {
         let mut requests = self.requests.lock();
-        let Some(stopped) = &mut requests.stopped else {
-            return false;
-        };
-        stopped.end_driver();
-        requests.queue.broken = false;
         let mut iommu = self.iommu.lock();
+        match &mut requests.stopped {
+            Some(stopped) => stopped.end_driver(),
+            // No ring has run since the restore: the domains are those of the driver before the reset.
+            None if iommu.is_interrupted() => {}
+            None => return false,
+        }
+        requests.queue.broken = false;
         let had_domains = iommu.domain_ids().next().is_some();
         iommu.reset_vm();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);

@@ -13,7 +13,7 @@ use super::resume::UsedEntry;
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
 use crate::metrics::SINGLES_PER_SAMPLE;
-use crate::store::{KEPT_WORDS, MALFORMED, MAX_BATCH, RingBatch, UNREADABLE, UNWRITTEN};
+use crate::store::{MAX_BATCH, RingBatch, UNWRITTEN};
 use crate::warn_limited;
 
 /// A pass executes no further request after this time; the next pass takes the rest. One request can exceed it: the
@@ -232,12 +232,7 @@ impl RequestQueue {
     fn journal_batch(&self, chains: &[Chain], context: &mut Context<'_>) {
         let journal = context.iommu.journal();
         for (index, chain) in chains.iter().enumerate() {
-            let bytes = chain.request.as_ref().map(|request| &request.bytes);
-            let (words, len) = match bytes {
-                Some(Some(bytes)) => bytes.journal_words(),
-                Some(None) => ([0; KEPT_WORDS], UNREADABLE),
-                None => ([0; KEPT_WORDS], MALFORMED),
-            };
+            let (words, len) = chain.journal_words();
             journal.take(index, chain.head, len, &words);
         }
         journal.begin_batch(RingBatch {

@@ -9,6 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueT};
 
+use super::resume::UsedEntry;
 use super::view::GuestView;
 
 const FLAGS: u64 = 0;
@@ -120,6 +121,21 @@ pub fn publish(queue: &mut Queue, view: &GuestView<'_>, done: &[(u16, u32)]) -> 
 /// The used index that the driver sees; `None` if the used ring is not in guest memory.
 pub fn used_index(queue: &Queue, view: &GuestView<'_>) -> Option<u16> {
     view.load(at(queue.used_ring(), INDEX)?)
+}
+
+/// The last entry of the used ring that is not all zero, of a ring whose driver has not been new for a while.
+pub fn last_used(queue: &Queue, view: &GuestView<'_>) -> Option<UsedEntry> {
+    (1..=queue.size()).find_map(|back| {
+        let slot = queue.next_used().wrapping_sub(back);
+        let slot = slot.checked_rem(queue.size())?;
+        let offset = ENTRIES + USED_ENTRY_LEN * u64::from(slot);
+        let mut entry = [0; 8];
+        view.read(at(queue.used_ring(), offset)?, &mut entry)
+            .then_some(())?;
+        let [a, b, _, _, len @ ..] = entry;
+        let (head, len) = (u16::from_le_bytes([a, b]), u32::from_le_bytes(len));
+        ((head, len) != (0, 0)).then_some(UsedEntry { slot, head, len })
+    })
 }
 
 /// Whether the driver wants a notification for the used entries since `next_used` was `before`. If the driver's

@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use super::execute::Context;
 use super::polling::{PollOutcome, Polling};
 use super::request_queue::{Pass, RequestQueue};
-use super::request_ring::NextChain;
+use super::request_ring::{self, NextChain};
 use super::resume::{Restart, RingState};
 use super::ring::{LockedRing, Ring};
 use super::view::GuestView;
@@ -142,7 +142,18 @@ impl Device {
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }
-            let interrupted = self.iommu.lock().take_interrupted();
+            let interrupted = {
+                let mut iommu = self.iommu.lock();
+                if iommu.is_interrupted() {
+                    let view = GuestView::new(&memory);
+                    let used = request_ring::used_index(ring.lock().queue(), &view);
+                    if used.is_none() {
+                        // The worker serves the ring again when memory changes.
+                        return Pass::Stopped;
+                    }
+                }
+                iommu.take_interrupted()
+            };
             if let Some(interrupted) = interrupted
                 && interrupted.batch.is_some()
             {

@@ -14,7 +14,7 @@ use super::{Device, REQUEST_QUEUE, WorkerSettings};
 use crate::address::PageMask;
 use crate::backends::recorder::Recorder;
 use crate::ids::EndpointId;
-use crate::iommu::{Iommu, Settings};
+use crate::iommu::{Iommu, Predecessor, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::protocol::reply::TAIL_LEN;
@@ -42,6 +42,13 @@ const WRITABLE_AT: u64 = 0x80;
 
 /// A device with one recorder as its backend.
 pub(crate) fn device() -> (Arc<Device>, Recorder) {
+    let recorder = Recorder::new();
+    let (settings, topology) = settings();
+    let iommu = Iommu::new(settings, topology).expect("an arena");
+    (device_of(iommu, &recorder, |_| {}), recorder)
+}
+
+fn settings() -> (Settings, Topology) {
     let at = PciAddress::from_endpoint_id(ENDPOINT);
     let endpoint = EndpointSpec {
         range: PciRange::new(at, at).expect("one function"),
@@ -58,11 +65,18 @@ pub(crate) fn device() -> (Arc<Device>, Recorder) {
         bypass_at_boot: true,
         arena_limit: 4 << 20,
     };
-    let mut iommu = Iommu::new(settings, topology).expect("an arena");
-    let recorder = Recorder::new();
+    (settings, topology)
+}
+
+fn device_of(
+    mut iommu: Iommu,
+    recorder: &Recorder,
+    restore: impl FnOnce(&mut Iommu),
+) -> Arc<Device> {
     iommu
         .add_backend(Box::new(recorder.clone()), &[ENDPOINT])
         .expect("common addresses");
+    restore(&mut iommu);
     let worker = WorkerSettings {
         longest_poll: Duration::ZERO,
         max_batch: MAX_BATCH,
@@ -70,7 +84,7 @@ pub(crate) fn device() -> (Arc<Device>, Recorder) {
     };
     let metrics = Arc::new(Metrics::default());
     let device = Device::new(Arc::new(Mutex::new(Rank::Core, iommu)), metrics, worker);
-    (Arc::new(device.expect("event descriptors")), recorder)
+    Arc::new(device.expect("event descriptors"))
 }
 
 /// A device that a VMM has connected to, with guest memory, and the driver of its two rings.
@@ -111,6 +125,38 @@ impl Bed {
         self.device.accept_features(features);
     }
 
+    /// The process dies, and another one goes on. Its guest memory is `memory`, or all.
+    pub(crate) fn restart(&mut self, memory: Option<Arc<GuestMemoryMmap>>) {
+        let (arena, store) = {
+            let iommu = self.device.iommu.lock();
+            (
+                iommu.arena().memory().clone(),
+                iommu.store().memory().clone(),
+            )
+        };
+        let (settings, topology) = settings();
+        self.recorder = Recorder::new();
+        // The indices come from the journal.
+        self.requests.ring = PlainRing::new(RING_SIZE, REQUEST_RING);
+        let iommu = Iommu::successor(settings, topology).expect("an arena");
+        self.device = device_of(iommu, &self.recorder, |iommu| {
+            let old = Predecessor {
+                arena: arena.words(),
+                store: store.words(),
+            };
+            iommu.restore(old).expect("restored");
+        });
+        let memory = memory.unwrap_or_else(|| self.memory.clone());
+        let all = std::mem::replace(&mut self.memory, memory);
+        self.connect();
+        self.memory = all;
+    }
+
+    /// All guest memory is there.
+    pub(crate) fn share_memory(&self) {
+        self.device.set_memory(self.memory.clone()).expect("taken");
+    }
+
     /// The VMM disconnects.
     pub(crate) fn disconnect(&self) {
         self.device.stop();
@@ -127,6 +173,11 @@ impl Bed {
     pub(crate) fn stop(&self) {
         self.requests.ring.lock().running = false;
         self.device.stop_ring(REQUEST_QUEUE);
+    }
+
+    /// The request ring does not run yet.
+    pub(crate) fn pause_unseen(&self) {
+        self.requests.ring.lock().running = false;
     }
 
     /// The VMM starts the request ring where it was stopped.

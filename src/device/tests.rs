@@ -6,6 +6,9 @@ use crate::backends::Target;
 use crate::faults::{Fault, FaultReason};
 use crate::ids::DomainId;
 use crate::protocol::reply::{Status, TAIL_LEN};
+use crate::store::crash;
+use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 const OK: u8 = Status::Ok as u8;
 const NOENT: u8 = Status::NoEnt as u8;
@@ -174,4 +177,47 @@ fn backends_block_endpoints_until_the_first_ring_runs() {
     bed.disconnect();
     bed.connect();
     assert_eq!(target(), Target::Blocked, "another connection");
+}
+
+#[test]
+fn a_restored_device_goes_on_with_the_ring() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    bed.restart(None);
+    assert_eq!(bed.request(&map(DOMAIN, 0x1000)), OK);
+    assert!(has_domain(&bed));
+}
+
+#[test]
+fn a_restored_ring_waits_for_its_memory() {
+    let mut deaths = 0;
+    for at in 0.. {
+        let mut bed = Bed::new();
+        let head = bed.requests.put(&attach(DOMAIN), TAIL_LEN);
+        if crash::run(at, || bed.kick()).0.is_some() {
+            break;
+        }
+        let part = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
+        bed.restart(Some(Arc::new(part)));
+        bed.kick();
+        bed.share_memory();
+        bed.kick();
+        assert_eq!(bed.requests.take_used(), Some((head, 4)), "died at {at}");
+        assert_eq!(bed.requests.written(head)[0], OK, "died at {at}");
+        deaths += 1;
+    }
+    assert!(deaths > 10, "{deaths}");
+}
+
+#[test]
+fn a_reset_before_the_restored_ring_runs_ends_its_domains() {
+    let mut bed = Bed::new();
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
+    bed.restart(None);
+    bed.pause_unseen();
+    assert!(bed.device.reset_vm());
+    assert!(!has_domain(&bed));
+    bed.start_new_driver();
+    assert_eq!(bed.request(&map(DOMAIN, 0x1000)), NOENT);
+    assert_eq!(bed.request(&attach(DOMAIN)), OK);
 }

@@ -224,8 +224,8 @@ impl Iommu {
     /// Not only if the driver turns out to be unknown: between the VMM's memory and the start of its ring, a device
     /// could reach guest-physical addresses with the numbers of those that the driver has mapped.
     pub fn await_driver(&mut self) {
-        // An earlier process has served the driver of a restored core.
-        if self.driver == DriverState::Known && self.interrupted.is_none() {
+        // If an earlier process has served the driver, its domains are those of the restored core.
+        if self.driver == DriverState::Known && !self.is_interrupted() {
             self.begin_reset(self.bypass, DriverState::Awaited);
             self.driver = DriverState::Awaited;
             self.detach_all(Target::Blocked);
@@ -233,10 +233,10 @@ impl Iommu {
         }
     }
 
-    /// The first driver since the VMM's connection has started, and has no domains. The caller must call
-    /// [`Self::retarget_unattached`].
+    /// The first driver since the VMM's connection, or since the state of an earlier process was refused, has started, and
+    /// has no domains. The caller must call [`Self::retarget_unattached`].
     pub fn driver_has_started(&mut self) {
-        if self.driver == DriverState::Awaited {
+        if self.driver != DriverState::Known {
             self.driver = DriverState::Known;
             self.record_state();
         }

@@ -52,25 +52,33 @@ impl Iommu {
         old: &mut LeftArena<'_>,
         domains: &mut BTreeMap<DomainId, Domain>,
     ) -> Result<(), RestoreError> {
-        let used: BTreeSet<DomainId> = loaded.endpoints.values().filter_map(|e| e.domain).collect();
+        let used: BTreeSet<DomainId> = loaded
+            .endpoints
+            .iter()
+            .filter(|(id, _)| self.topology.endpoint(**id).is_some())
+            .filter_map(|(_, endpoint)| endpoint.domain)
+            .collect();
         let planned = planned_ranges(loaded);
-        for (&id, &domain) in &loaded.domains {
-            // A domain exists as long as it has members.
-            if !used.contains(&id) {
-                continue;
-            }
+        // A domain exists as long as it has members. Those that are not configured any more do not count.
+        for id in used {
             if id.0 > self.last_domain {
                 return Err(RestoreError::Offer);
             }
-            let StoredDomain::Table(root) = domain else {
+            let stored = loaded.domains.get(&id);
+            if stored == Some(&StoredDomain::Bypass) {
                 domains.insert(id, Domain::new(None));
                 continue;
-            };
+            }
             let left_out = planned.get(&id).map_or(&[][..], Vec::as_slice);
             let table = Table::new(&mut self.arena, self.levels);
             let table = table.map_err(RestoreError::OutOfFrames)?;
             let made = domains.entry(id).or_insert_with(|| Domain::new(None));
             let table = made.table.insert(table);
+            // A domain without a record is empty. Its endpoints are quarantined in it, and not detached: without a domain,
+            // they would be in bypass mode from the VMM's connection on.
+            let Some(&StoredDomain::Table(root)) = stored else {
+                continue;
+            };
             let arena = &mut self.arena;
             let copied = old.mappings(TableOffset(root), self.levels, left_out, |mapping| {
                 let plan = table.plan_map(arena, mapping).map_err(Uncopied::Refused)?;
@@ -97,41 +105,32 @@ impl Iommu {
                 continue;
             };
             let mut record = EndpointRecord::from(stored);
-            if let Some(domain) = record.domain {
-                match rebuilt.domains.get_mut(&domain) {
-                    Some(entered) => {
-                        let backend = self.backend_of.get(&id).map(|&index| self.use_of(index));
-                        entered.enter(id, backend, info.reserved);
-                        if let Some(table) = &entered.table
-                            && let Some(region) = info.reserved.iter().find(|region| {
-                                table
-                                    .mappings_in(&self.arena, region.range)
-                                    .next()
-                                    .is_some()
-                            })
-                        {
-                            error!(
-                                "endpoint {id} is quarantined: domain {domain} has mappings in the reserved region \
-                                 {region}, which the endpoint did not have before"
-                            );
-                            record.quarantined = true;
-                        }
-                    }
-                    None => {
-                        error!("endpoint {id} is quarantined: domain {domain} has no record");
-                        record = EndpointRecord {
-                            quarantined: true,
-                            ..EndpointRecord::default()
-                        };
-                    }
+            if let Some(domain) = record.domain
+                && let Some(entered) = rebuilt.domains.get_mut(&domain)
+            {
+                let backend = self.backend_of.get(&id).map(|&index| self.use_of(index));
+                entered.enter(id, backend, info.reserved);
+                if !loaded.domains.contains_key(&domain) {
+                    error!("endpoint {id} is quarantined: domain {domain} has no record");
+                    record.quarantined = true;
+                }
+                if let Some(table) = &entered.table
+                    && let Some(region) = info.reserved.iter().find(|region| {
+                        table
+                            .mappings_in(&self.arena, region.range)
+                            .next()
+                            .is_some()
+                    })
+                {
+                    error!(
+                        "endpoint {id} is quarantined: domain {domain} has mappings in the reserved region \
+                         {region}, which the endpoint did not have before"
+                    );
+                    record.quarantined = true;
                 }
             }
             rebuilt.endpoints.insert(id, record);
         }
-        // A domain whose only members are not configured any more has none.
-        rebuilt
-            .domains
-            .retain(|_, domain| !domain.members.is_empty());
         self.rebuild_groups(rebuilt);
     }
 

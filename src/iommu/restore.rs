@@ -103,7 +103,7 @@ pub struct Restored {
 pub struct InterruptedBatch {
     /// The batch; `None` if the ring has served no request.
     pub batch: Option<RingBatch>,
-    /// Its requests, with the phases after the restore: taken or done.
+    /// Its requests, with the phases after the restore: waiting or done.
     pub entries: Vec<JournalEntry>,
     /// The number of requests whose answers the driver has.
     pub published: u16,
@@ -148,6 +148,12 @@ impl Iommu {
         self.interrupted.take()
     }
 
+    /// Whether an earlier process has served the guest's driver, and the device has not gone on with its ring yet.
+    pub fn is_interrupted(&self) -> bool {
+        let interrupted = self.interrupted.as_ref();
+        interrupted.is_some_and(|interrupted| interrupted.batch.is_some())
+    }
+
     fn take_over(&mut self, old: Predecessor<'_>) -> Result<Restored, RestoreError> {
         let mut loaded = Loaded::read(old.store)?;
         if loaded.offer != self.offer_words() {
@@ -168,6 +174,11 @@ impl Iommu {
         }
         count_deaths(&mut loaded, old.store);
         refuse_deadly_requests(&mut loaded);
+        for entry in &mut loaded.entries {
+            if entry.state.phase == Phase::Taken {
+                entry.state.phase = Phase::Waiting;
+            }
+        }
         self.bypass = loaded.state.bypass;
         self.driver = DriverState::from(loaded.state.driver);
         let rebuilt = self.rebuild(&loaded, old.arena)?;
@@ -296,11 +307,16 @@ impl Iommu {
         }
     }
 
-    /// Finishes a reset: it switches quarantined endpoints, too.
+    /// Finishes a reset, or the VMM's end: both switch quarantined endpoints, too.
     fn finish_reset(&mut self) {
+        let target = if self.vmm_present {
+            self.bypass_target()
+        } else {
+            Target::Blocked
+        };
         let quarantined: Vec<_> = self.endpoints.keys().copied().collect();
         for endpoint in quarantined {
-            self.retarget(endpoint, self.bypass_target());
+            self.retarget(endpoint, target);
             if self
                 .endpoints
                 .get(&endpoint)
@@ -340,7 +356,7 @@ impl Iommu {
                     entry.state.status = status;
                     Phase::Done
                 }
-                None => Phase::Taken,
+                None => Phase::Waiting,
             };
             self.store.journal().settle(index, entry.state);
         }
@@ -378,7 +394,8 @@ fn count_deaths(loaded: &mut Loaded, store: &[AtomicU64]) {
     let mut is_first = true;
     for index in published..loaded.entries.len() {
         let phase = loaded.entries[index].state.phase;
-        // Requests are executed in their order, so no later one has begun, unless it is planned.
+        // Requests are executed in their order, so no later one has begun, unless it is planned. A waiting one has not
+        // begun either: the process has died for another reason, such as a configuration that it refused.
         if phase == Phase::Planned || phase == Phase::Taken && is_first {
             loaded.count_death(store, index);
         }

@@ -30,6 +30,8 @@ pub enum Phase {
     Planned = 2,
     /// It has a status, and must not be executed again.
     Done = 3,
+    /// Taken by an earlier process: nothing has happened, and this process has not begun it.
+    Waiting = 4,
 }
 
 /// The status of a chain that is returned unwritten, with the used length 0.
@@ -81,6 +83,7 @@ impl EntryState {
             1 => Phase::Taken,
             2 => Phase::Planned,
             3 => Phase::Done,
+            4 => Phase::Waiting,
             _ => return None,
         };
         Some(Self {
@@ -205,6 +208,12 @@ impl Journal {
     #[inline(always)]
     pub fn start(&mut self, index: usize) {
         self.current = index;
+    }
+
+    /// As [`Self::start`], for a request that an earlier process has taken: from now on a death counts.
+    pub fn begin_again(&mut self, index: usize) {
+        self.start(index);
+        self.advance(index, Phase::Taken, 0);
     }
 
     /// The entry of the request in progress, for [`Self::start`].

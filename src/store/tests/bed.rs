@@ -11,6 +11,7 @@ use crate::backends::Target;
 use crate::device::execute::Context;
 use crate::device::plain_ring::PlainRing;
 use crate::device::request_queue::{Pass, RequestQueue};
+use crate::device::resume::UsedEntry;
 use crate::device::testing::{DriverRing, RING_SIZE};
 use crate::ids::{DomainId, EndpointId};
 use crate::iommu::{Dma, EndpointState, Iommu, Predecessor, RestoreError, Restored, Settings};
@@ -150,7 +151,12 @@ pub(super) struct Bed {
     metrics: Metrics,
 }
 
-fn topology() -> Topology {
+pub(super) fn topology() -> Topology {
+    topology_of(&ALL)
+}
+
+/// The topology with these endpoints alone.
+pub(super) fn topology_of(endpoints: &[EndpointId]) -> Topology {
     let spec = |id: EndpointId, group: Option<&str>| {
         let at = PciAddress::from_endpoint_id(id);
         EndpointSpec {
@@ -166,13 +172,10 @@ fn topology() -> Topology {
     Topology::new(
         "00:05.0".parse().expect("an address"),
         ReservedRegions::new(vec![msi]).expect("one region"),
-        &[
-            spec(A, None),
-            spec(B, None),
-            spec(G1, Some("g")),
-            spec(G2, Some("g")),
-            spec(G3, Some("g")),
-        ],
+        &endpoints
+            .iter()
+            .map(|id| spec(*id, [G1, G2, G3].contains(id).then_some("g")))
+            .collect::<Vec<_>>(),
     )
     .expect("a topology")
 }
@@ -303,6 +306,66 @@ impl Bed {
             assert_eq!(restored.features, FEATURES);
         }
         (outcome.is_some(), passed)
+    }
+
+    /// A new process takes over what the last one has left, and dies before the ring runs.
+    pub(super) fn die_before_the_ring_runs(&mut self) {
+        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
+        let index = newest(&stores).expect("a complete store");
+        let (arena, store) = self.left[index].clone();
+        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+        self.add_backends(&mut iommu);
+        self.keep(&iommu);
+        iommu.connect();
+        let restored = iommu.restore(Predecessor {
+            arena: arena.words(),
+            store: store.words(),
+        });
+        restored.expect("restored");
+    }
+
+    /// Another driver clears the ring, while there is no process.
+    pub(super) fn replace_driver(&mut self) {
+        self.driver = DriverRing::new(self.memory.clone(), RING_AT);
+        self.driver.clear();
+        self.waiting.clear();
+    }
+
+    /// The driver makes a request available.
+    pub(super) fn put(&mut self, request: Req) {
+        let head = self.driver.put(&request.bytes(), TAIL_LEN.max(0x60));
+        self.waiting.push((head, request));
+    }
+
+    /// As [`Self::take_over`]. Returns whether the ring is broken.
+    pub(super) fn finish_changed_ring(&mut self) -> bool {
+        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
+        let index = newest(&stores).expect("a complete store");
+        let (arena, store) = self.left[index].clone();
+        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+        self.add_backends(&mut iommu);
+        self.keep(&iommu);
+        iommu.connect();
+        let old = Predecessor {
+            arena: arena.words(),
+            store: store.words(),
+        };
+        iommu.restore(old).expect("restored");
+        let interrupted = iommu.take_interrupted().expect("a batch");
+        let mut life = self.process(iommu);
+        with_context(&mut life.iommu, &self.memory, &self.metrics, |context| {
+            life.queue
+                .finish_interrupted(&life.ring, context, interrupted)
+        });
+        let is_broken = life.queue.broken;
+        self.life = Some(life);
+        self.take_answers();
+        is_broken
+    }
+
+    /// The last used entry that the process knows of.
+    pub(super) fn last_used(&self) -> Option<UsedEntry> {
+        self.life.as_ref().expect("a process").queue.last_used
     }
 
     /// A new process takes over what the last one has left, and serves the ring.

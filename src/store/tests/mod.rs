@@ -9,4 +9,5 @@ mod bed;
 mod exhaustive;
 mod hostile;
 mod kernel;
+mod later;
 mod random;

@@ -1,0 +1,235 @@
+//! What a later life owes to those that the earlier one has not served yet: another VMM, another driver, nobody.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::bed::{
+    A, ALL, B, Bed, D1, D2, FEATURES, OK, Req, Step, settings, topology, topology_of,
+};
+use super::kernel::KernelHandle;
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
+use crate::backends::Target;
+use crate::ids::EndpointId;
+use crate::iommu::{Iommu, Predecessor, RestoreError, Restored};
+use crate::page_table::crash;
+use crate::page_table::words::SharedWords;
+use crate::store::layout::{DOMAIN_RECORD, HEADER_VERSION, RING_BATCH, header_salt, seal};
+
+const NEVER: u64 = u64::MAX;
+
+/// The memfds of a process.
+struct Left {
+    arena: Arc<SharedWords>,
+    store: Arc<SharedWords>,
+}
+
+fn first_life(kernel: &KernelHandle) -> (Iommu, Left) {
+    let mut iommu = Iommu::new(settings(), topology()).expect("memory");
+    let backend = Box::new(kernel.backend(false));
+    iommu.add_backend(backend, &ALL).expect("added");
+    iommu.note_features(FEATURES);
+    let left = Left {
+        arena: iommu.arena().memory().clone(),
+        store: iommu.store().memory().clone(),
+    };
+    (iommu, left)
+}
+
+fn successor(
+    kernel: &KernelHandle,
+    left: &Left,
+    endpoints: &[EndpointId],
+    has_vmm: bool,
+) -> (Iommu, Result<Restored, RestoreError>) {
+    let mut iommu = Iommu::successor(settings(), topology_of(endpoints)).expect("memory");
+    let backend = Box::new(kernel.backend(false));
+    iommu.add_backend(backend, endpoints).expect("added");
+    if has_vmm {
+        iommu.connect();
+    }
+    let outcome = iommu.restore(Predecessor {
+        arena: left.arena.words(),
+        store: left.store.words(),
+    });
+    (iommu, outcome)
+}
+
+/// The VMM has gone: its end is completed without it, so no endpoint is in bypass mode.
+#[test]
+fn the_end_of_a_vmm_leaves_no_endpoint_in_bypass_mode() {
+    let mut deaths = 0;
+    for at in 0.. {
+        let kernel = KernelHandle::default();
+        let (mut iommu, left) = first_life(&kernel);
+        iommu.connect();
+        iommu.attach(A, D1, false).expect("attached");
+        let calls = kernel.lock().calls;
+        kernel.lock().fail_call = Some(calls + 1);
+        iommu.detach(A, D1).expect_err("quarantined");
+        let (lived, _) = crash::run(at, || iommu.disconnect());
+        if lived.is_some() {
+            break;
+        }
+        deaths += 1;
+        let (iommu, restored) = successor(&kernel, &left, &ALL, false);
+        restored.expect("restored");
+        assert!(iommu.bypass());
+        let targets = kernel.lock().state.targets.clone();
+        for endpoint in ALL {
+            let target = targets.get(&endpoint).copied();
+            assert_eq!(target, Some(Target::Blocked), "{endpoint}, died at {at}");
+        }
+    }
+    assert!(deaths > 10, "{deaths}");
+}
+
+/// A process that had no VMM, or a VMM without a driver, knows nothing of the driver of the next VMM.
+#[test]
+fn a_driver_that_no_process_has_served_is_awaited() {
+    for had_vmm in [false, true] {
+        let kernel = KernelHandle::default();
+        let (mut iommu, left) = first_life(&kernel);
+        if had_vmm {
+            iommu.connect();
+            iommu.disconnect();
+        }
+        drop(iommu);
+        let (mut iommu, restored) = successor(&kernel, &left, &ALL, false);
+        restored.expect("restored");
+        iommu.connect();
+        iommu.await_driver();
+        assert!(iommu.is_driver_awaited());
+        let targets = kernel.lock().state.targets.clone();
+        assert!(targets.values().all(|t| *t == Target::Blocked));
+    }
+}
+
+/// A ring that starts anew ends the state in which everything is blocked.
+#[test]
+fn a_driver_starts_anew_after_a_refused_store() {
+    let kernel = KernelHandle::default();
+    let (iommu, left) = first_life(&kernel);
+    drop(iommu);
+    SharedWords::set(&left.store.words()[HEADER_VERSION], 77);
+    let (mut iommu, outcome) = successor(&kernel, &left, &ALL, true);
+    outcome.expect_err("another version");
+    iommu.attach(A, D1, false).expect_err("an unknown driver");
+    // What the device does when a ring starts at index 0.
+    iommu.await_driver();
+    iommu.driver_has_started();
+    iommu.retarget_unattached();
+    iommu.attach(A, D1, false).expect("a new driver");
+}
+
+/// The tables of a domain whose members are not configured any more take no memory.
+#[test]
+fn a_domain_without_configured_members_takes_no_memory() {
+    let kernel = KernelHandle::default();
+    let (mut iommu, left) = first_life(&kernel);
+    iommu.connect();
+    iommu.attach(A, D1, false).expect("attached");
+    let mapping = Mapping {
+        range: IovaRange::from_len(Iova(0x1000), 0x1000).expect("a range"),
+        gpa: Gpa(0),
+        access: Access::READ_WRITE,
+        mmio: false,
+    };
+    iommu.map(D1, &mapping).expect("mapped");
+    drop(iommu);
+    let (iommu, restored) = successor(&KernelHandle::default(), &left, &[B], true);
+    assert_eq!(restored.expect("restored").domains, 0);
+    assert_eq!(iommu.arena().frames_used(), 1);
+}
+
+/// A process that ends before the ring runs has not executed anything.
+#[test]
+fn a_request_is_not_blamed_for_deaths_before_its_execution() {
+    let mut deaths = 0;
+    for at in 0.. {
+        let mut bed = Bed::new(1, 0);
+        assert!(
+            bed.step(&Step::Batch(vec![Req::Attach(A, D1, false)]), NEVER)
+                .0
+        );
+        bed.answers.clear();
+        if bed.step(&Step::Batch(vec![Req::Map(D1, 1, 1, 7)]), at).0 {
+            break;
+        }
+        deaths += 1;
+        for _ in 0..3 {
+            bed.die_before_the_ring_runs();
+        }
+        assert!(bed.restore(NEVER).0);
+        let answers = bed.answers.clone();
+        assert_eq!(answers, [(Req::Map(D1, 1, 1, 7), Some(OK))], "died at {at}");
+        let endpoint = bed.iommu().endpoint(A).expect("an endpoint");
+        assert!(!endpoint.quarantined, "died at {at}");
+    }
+    assert!(deaths > 10, "{deaths}");
+}
+
+/// The first request of a new driver has the place of the first request of the old one. It must not get its answer.
+#[test]
+fn a_new_driver_gets_no_answer_of_the_old_one() {
+    let mut deaths = 0;
+    for at in 0.. {
+        let mut bed = Bed::new(1, 0);
+        if bed
+            .step(&Step::Batch(vec![Req::Attach(A, D1, false)]), at)
+            .0
+        {
+            break;
+        }
+        deaths += 1;
+        if !bed.answers.is_empty() {
+            continue;
+        }
+        bed.replace_driver();
+        bed.put(Req::Attach(B, D2, false));
+        let batch = bed.left[0].1.words()[RING_BATCH].load(Ordering::Relaxed);
+        if batch == seal(0, header_salt(RING_BATCH)) {
+            continue;
+        }
+        bed.finish_changed_ring();
+        let answered = !bed.answers.is_empty();
+        let domain = bed.iommu().endpoint(B).expect("an endpoint").domain;
+        assert!(
+            !answered || domain == Some(D2),
+            "died at {at}: {:?}",
+            bed.answers
+        );
+    }
+    assert!(deaths > 10, "{deaths}");
+}
+
+/// The entry by which a ring that pauses at index 0 is known.
+#[test]
+fn the_last_used_entry_survives() {
+    let mut bed = Bed::new(0, 0);
+    assert!(bed.step(&Step::Batch(vec![Req::Probe(A)]), NEVER).0);
+    let last = bed.last_used();
+    assert!(last.is_some());
+    assert!(bed.restore(NEVER).0);
+    assert_eq!(bed.last_used(), last);
+}
+
+/// An endpoint whose domain has no record stays blocked when the VMM and a driver come: its driver believes that it is
+/// attached.
+#[test]
+fn an_endpoint_without_the_record_of_its_domain_stays_blocked() {
+    let kernel = KernelHandle::default();
+    let (mut iommu, left) = first_life(&kernel);
+    iommu.connect();
+    iommu.attach(A, D1, false).expect("attached");
+    drop(iommu);
+    let mut words = left.store.words().iter();
+    let record = words.find(|word| word.load(Ordering::Relaxed) == DOMAIN_RECORD);
+    SharedWords::set(record.expect("a record"), 0);
+    let (mut iommu, restored) = successor(&kernel, &left, &ALL, false);
+    assert_eq!(restored.expect("restored").quarantined, 1);
+    iommu.connect();
+    iommu.retarget_unattached();
+    let target = kernel.lock().state.targets.get(&A).copied();
+    assert_eq!(target, Some(Target::Blocked));
+    iommu.detach(A, D1).expect("attached");
+}
