@@ -136,7 +136,9 @@ fn restore(c: &mut Criterion) {
     let mut group = c.benchmark_group("restore");
     group.sample_size(10);
     let live = LIVE[LIVE.len() - 1];
-    let mut old = iommu();
+    let mut old = Iommu::new(settings(), topology()).expect("an arena");
+    old.keep_journal();
+    old.attach(ENDPOINT, DOMAIN, false).expect("attached");
     for n in 0..live {
         old.map(DOMAIN, &page(2 * n)).expect("mapped");
     }

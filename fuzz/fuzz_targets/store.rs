@@ -41,6 +41,7 @@ fn copy(words: &[AtomicU64]) -> Vec<AtomicU64> {
 // Changes of the store and of the arena: the index of a word, and its new value.
 fuzz_target!(|input: (Vec<(u16, u64)>, Vec<(u16, u64)>)| {
     let mut old = Iommu::new(settings(), topology()).expect("memory");
+    old.keep_journal();
     old.attach(A, DomainId(1), false).expect("attached");
     for page in 1..4 {
         let range = IovaRange::from_len(Iova(page << 12), 1 << 12).expect("in range");

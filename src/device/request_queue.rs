@@ -231,6 +231,9 @@ impl RequestQueue {
     #[inline]
     fn journal_batch(&self, chains: &[Chain], context: &mut Context<'_>) {
         let journal = context.iommu.journal();
+        if !journal.is_kept() {
+            return;
+        }
         for (index, chain) in chains.iter().enumerate() {
             let (words, len) = chain.journal_words();
             journal.take(index, chain.head, len, &words);

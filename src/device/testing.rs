@@ -108,6 +108,7 @@ impl Bed {
             events: DriverRing::new(memory.clone(), EVENT_RING),
             memory,
         };
+        bed.device.iommu.lock().keep_journal();
         bed.connect();
         bed
     }

@@ -165,6 +165,9 @@ impl Iommu {
             groups: Groups::default(),
             memory: Vec::new(),
         };
+        if adopting {
+            iommu.keep_journal();
+        }
         iommu.store.set_offer(&iommu.offer_words());
         iommu.record_state();
         Ok(iommu)

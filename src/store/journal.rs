@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::layout::{
-    ENTRY_WORDS, JOURNAL_AT, JOURNAL_ENTRIES, RING_BATCH, RING_PUBLISHED, entry_salt, header_salt,
-    seal, value_of,
+    ENTRY_WORDS, HEADER_ENTRIES, JOURNAL_AT, JOURNAL_ENTRIES, RING_BATCH, RING_PUBLISHED,
+    entry_salt, header_salt, seal, value_of,
 };
 use crate::page_table::words::SharedWords;
 use crate::protocol::reply::Status;
@@ -146,6 +146,8 @@ const NO_ENTRY: usize = usize::MAX / 2;
 #[derive(Debug)]
 pub struct Journal {
     memory: Arc<SharedWords>,
+    /// Requests are written down. If not, no call has an effect.
+    is_kept: bool,
     /// The entry of the request in progress, or [`NO_ENTRY`].
     current: usize,
     published: u16,
@@ -155,9 +157,23 @@ impl Journal {
     pub(super) fn new(memory: Arc<SharedWords>) -> Self {
         Self {
             memory,
+            is_kept: false,
             current: NO_ENTRY,
             published: 0,
         }
+    }
+
+    /// Writes requests down from now on. The header says so: without a journal a store cannot be taken over.
+    pub(super) fn keep(&mut self) {
+        self.is_kept = true;
+        self.clear();
+        self.memory.store(HEADER_ENTRIES, JOURNAL_ENTRIES as u64);
+    }
+
+    /// Whether requests are written down.
+    #[inline(always)]
+    pub fn is_kept(&self) -> bool {
+        self.is_kept
     }
 
     /// Writes the entry at `index` of the batch that is being taken off the ring. `len` as in [`EntryState`].
@@ -207,7 +223,7 @@ impl Journal {
     /// The device is about to execute the request of this entry.
     #[inline(always)]
     pub fn start(&mut self, index: usize) {
-        self.current = index;
+        self.current = if self.is_kept { index } else { NO_ENTRY };
     }
 
     /// As [`Self::start`], for a request that an earlier process has taken: from now on a death counts.
@@ -304,7 +320,9 @@ impl Journal {
 
     #[inline(always)]
     fn header(&self, index: usize, value: u64) {
-        self.memory.store(index, seal(value, header_salt(index)));
+        if self.is_kept {
+            self.memory.store(index, seal(value, header_salt(index)));
+        }
     }
 }
 

@@ -19,7 +19,7 @@ pub const HEADER_VERSION: usize = 1;
 pub const HEADER_BYTES: usize = 2;
 /// Index of the word that holds the room for records.
 pub const HEADER_RECORDS: usize = 3;
-/// Index of the word that holds the room for journal entries, [`JOURNAL_ENTRIES`].
+/// Index of the word that holds the room for journal entries, [`JOURNAL_ENTRIES`]; 0 if no journal is kept.
 pub const HEADER_ENTRIES: usize = 4;
 /// Index of the sealed word that holds the generation: 1 for a daemon that has taken nothing over, and one more for each
 /// life after it.

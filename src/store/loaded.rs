@@ -39,6 +39,9 @@ pub enum StoreError {
     /// The store was not finished, or a later process has taken it over.
     #[error("the store is not that of the last daemon; give the newest store")]
     NotNewest,
+    /// The process has kept no journal, so the state of its last requests is unknown.
+    #[error("the daemon before has kept no journal of its requests; reset the VM")]
+    NoJournal,
     /// A word has an impossible value.
     #[error("the store is damaged at word {word}; reset the VM")]
     Damaged {
@@ -245,8 +248,10 @@ fn check_header(words: &[AtomicU64]) -> Result<u64, StoreError> {
     if header(HEADER_BYTES) != bytes {
         return damaged(HEADER_BYTES);
     }
-    if header(HEADER_ENTRIES) != JOURNAL_ENTRIES as u64 {
-        return damaged(HEADER_ENTRIES);
+    match header(HEADER_ENTRIES) {
+        0 => return Err(StoreError::NoJournal),
+        entries if entries != JOURNAL_ENTRIES as u64 => return damaged(HEADER_ENTRIES),
+        _ => {}
     }
     let room = header(HEADER_RECORDS);
     let records = room.checked_mul((RECORD_WORDS * size_of::<u64>()) as u64);

@@ -31,9 +31,9 @@ use crate::page_table::words::SharedWords;
 use crate::page_table::{ArenaError, Levels};
 
 use self::layout::{
-    COMPLETE, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_ENTRIES,
-    HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_VERSION, JOURNAL_ENTRIES,
-    MAGIC, RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
+    COMPLETE, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_GENERATION,
+    HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_VERSION, JOURNAL_ENTRIES, MAGIC,
+    RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
 };
 use self::records::Places;
 
@@ -187,10 +187,8 @@ impl Store {
         memory.store(HEADER_VERSION, VERSION);
         memory.store(HEADER_BYTES, bytes as u64);
         memory.store(HEADER_RECORDS, u64::from(room));
-        memory.store(HEADER_ENTRIES, JOURNAL_ENTRIES as u64);
         memory.store(HEADER_MAGIC, MAGIC);
-        let mut journal = Journal::new(memory.clone());
-        journal.clear();
+        let journal = Journal::new(memory.clone());
         let store = Self {
             places: Places::new(memory.clone(), room),
             journal,
@@ -323,7 +321,12 @@ impl Store {
         }
     }
 
-    /// Takes the journal of a store over, with the same phases.
+    /// Writes each request to the journal from now on. Only then can a later process take the store over.
+    pub fn keep_journal(&mut self) {
+        self.journal.keep();
+    }
+
+    /// Takes the journal of a store over, with the same phases. This store must [keep one](Self::keep_journal).
     pub fn adopt_journal(&mut self, loaded: &Loaded) {
         for (index, entry) in loaded.entries.iter().enumerate() {
             self.journal.write(index, entry.state, &entry.words);

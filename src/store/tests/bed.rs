@@ -209,6 +209,7 @@ impl Bed {
             metrics: Metrics::default(),
         };
         let mut iommu = Iommu::new(settings(), topology()).expect("memory");
+        iommu.keep_journal();
         bed.add_backends(&mut iommu);
         iommu.note_features(FEATURES);
         bed.keep(&iommu);

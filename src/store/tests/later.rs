@@ -13,9 +13,30 @@ use crate::ids::EndpointId;
 use crate::iommu::{Iommu, Predecessor, RestoreError, Restored};
 use crate::page_table::crash;
 use crate::page_table::words::SharedWords;
+use crate::store::StoreError;
 use crate::store::layout::{DOMAIN_RECORD, HEADER_VERSION, RING_BATCH, header_salt, seal};
 
 const NEVER: u64 = u64::MAX;
+
+/// Without a journal, nobody knows which requests the process has executed and not answered.
+#[test]
+fn a_store_without_a_journal_is_refused() {
+    let kernel = KernelHandle::default();
+    let mut old = Iommu::new(settings(), topology()).expect("memory");
+    old.attach(A, D1, false).expect("attached");
+    let left = Left {
+        arena: old.arena().memory().clone(),
+        store: old.store().memory().clone(),
+    };
+    let (core, refused) = successor(&kernel, &left, &ALL, true);
+    assert!(matches!(
+        refused,
+        Err(RestoreError::Store(StoreError::NoJournal))
+    ));
+    let target = kernel.lock().state.targets.get(&A).copied();
+    assert_eq!(target, Some(Target::Blocked));
+    drop(core);
+}
 
 /// The memfds of a process.
 struct Left {
@@ -25,6 +46,7 @@ struct Left {
 
 fn first_life(kernel: &KernelHandle) -> (Iommu, Left) {
     let mut iommu = Iommu::new(settings(), topology()).expect("memory");
+    iommu.keep_journal();
     let backend = Box::new(kernel.backend(false));
     iommu.add_backend(backend, &ALL).expect("added");
     iommu.note_features(FEATURES);
