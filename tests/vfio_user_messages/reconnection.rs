@@ -239,6 +239,28 @@ fn a_server_that_was_cut_off_has_its_memory_until_it_hangs_up() {
     drop(server);
 }
 
+/// The server has one window, refuses to remove it, and does not hang up.
+#[test]
+fn a_server_that_refuses_to_remove_its_last_window_has_it_until_it_hangs_up() {
+    let (bed, _client, mut server) = with_window(Isolation::Mappings);
+    std::thread::scope(|scope| {
+        let unmapped = scope.spawn(|| bed.unmap(IOVA, 0x1000));
+        let removal = server.recv().expect("DMA_UNMAP");
+        server.refuse(&removal, libc::EBUSY.unsigned_abs());
+        let unmapped = unmapped.join().expect("no panic");
+        unmapped.expect_err("the server keeps the memory");
+    });
+    assert!(is_quarantined(&bed));
+    // The budget for hang-ups is whole again after ten deadlines.
+    std::thread::sleep(Duration::from_secs(10));
+    let attach = || bed.iommu().attach(bed.endpoint(), DomainId(2), false);
+    let refused = attach().expect_err("the server keeps the memory");
+    assert!(refused.to_string().contains("has not hung up"), "{refused}");
+    assert!(is_quarantined(&bed));
+    drop(server);
+    eventually("the hang-up", || attach().is_ok());
+}
+
 /// The server answers neither this MAP nor the removal of its window.
 #[test]
 fn a_window_that_cannot_be_taken_back_quarantines_the_endpoint() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::connection::ServerConnection;
 use super::state::Link;
-use super::trial::{MESSAGES, Meaning, PROBES, UnmapAll};
+use super::trial::{MESSAGES, Meaning, UnmapAll, WINDOWS};
 use super::update::{BatchTicket, DmaUpdate};
 use crate::address::IovaRange;
 use crate::info_limited;
@@ -107,33 +107,28 @@ impl ServerConnection {
         serial: u64,
         errno: Option<i32>,
     ) -> Option<i32> {
-        match self.unmap_all.answered(serial, errno) {
-            Meaning::Open => return None,
-            Meaning::AllGone => {
+        let (removed, kept) = match (self.unmap_all.answered(serial, errno), update) {
+            (Meaning::Open, _) => return None,
+            (Meaning::AllGone, _) => {
                 self.all_removed();
                 return None;
             }
-            Meaning::Probes(kept) => {
-                self.windows -= PROBES;
-                return kept;
+            (Meaning::Singles(kept), _) => (WINDOWS, kept),
+            (Meaning::Ordinary, DmaUpdate::UnmapAll) => {
+                match errno {
+                    None => self.all_removed(),
+                    // The windows are removed one by one now, and the server cannot refuse that.
+                    Some(_) => self.unmap_all = UnmapAll::Fails,
+                }
+                return None;
             }
-            Meaning::Ordinary => {}
+            (Meaning::Ordinary, _) => (1, errno),
+        };
+        // A server with memory that keeps a window is cut off. It has the window until it hangs up, so it counts.
+        if kept.is_none() || !self.shares_memory {
+            self.windows -= removed;
         }
-        match (update, errno) {
-            (DmaUpdate::UnmapAll, None) => {
-                self.all_removed();
-                None
-            }
-            (DmaUpdate::UnmapAll, Some(_)) => {
-                // The windows are removed one by one now, and the server cannot refuse that.
-                self.unmap_all = UnmapAll::Fails;
-                None
-            }
-            _ => {
-                self.windows -= 1;
-                errno
-            }
-        }
+        kept
     }
 
     fn all_removed(&mut self) {

@@ -10,13 +10,14 @@
 //! 4. DMA_UNMAP of the lowest window that is left, and 5. of the highest one.
 //!
 //! The server removes all windows if it answers the third message with success, and 4 and 5 exactly as it has answered 2,
-//! which was a refusal. Otherwise the answers to 4 and 5 count as those to any DMA_UNMAP, and the link removes each
+//! which was a refusal. Otherwise the answers to 1, 4 and 5 count as those to any DMA_UNMAP, and the link removes each
 //! window by itself, for the rest of the connection. One probe would not do: a server may remove a part of the windows.
+//! The answers may come in any order, so the link judges them together.
 
 /// The number of messages of a trial.
 pub(super) const MESSAGES: usize = 5;
-/// The number of its messages that remove a window which may be gone, besides the control.
-pub(super) const PROBES: u64 = 2;
+/// The number of windows that it removes by themselves.
+pub(super) const WINDOWS: u64 = 3;
 
 /// The errno of an answer; `None` for a success.
 pub(super) type Errno = Option<i32>;
@@ -43,14 +44,14 @@ pub(super) enum UnmapAll {
 /// What an answer means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// It belongs to no trial, or is the first one of a trial: it counts as that to any DMA_UNMAP.
+    /// It belongs to no trial: it counts as that to any DMA_UNMAP.
     Ordinary,
     /// Others must come.
     Open,
     /// All windows are gone.
     AllGone,
-    /// The server does not remove all windows at once. The probes count as any DMA_UNMAP, with this outcome.
-    Probes(Errno),
+    /// The server does not remove all windows at once. The three windows count as removed by themselves, with this outcome.
+    Singles(Errno),
 }
 
 impl UnmapAll {
@@ -84,10 +85,10 @@ impl UnmapAll {
         };
         match meaning {
             Meaning::AllGone => *self = Self::Works,
-            Meaning::Probes(_) => *self = Self::Fails,
+            Meaning::Singles(_) => *self = Self::Fails,
             Meaning::Ordinary | Meaning::Open => {}
         }
-        if at == 0 { Meaning::Ordinary } else { meaning }
+        meaning
     }
 }
 
@@ -97,7 +98,7 @@ fn conclude(single: Errno, again: Errno, all: Errno, probes: [Errno; 2]) -> Mean
         return Meaning::AllGone;
     }
     let refused = probes.into_iter().filter(|errno| !says_gone(errno));
-    Meaning::Probes(refused.flatten().next())
+    Meaning::Singles(single.or(refused.flatten().next()))
 }
 
 #[cfg(test)]
@@ -119,8 +120,8 @@ mod tests {
                 state.answered(serial, errno)
             }
         });
-        let [first, rest @ .., last] = meanings;
-        assert_eq!((first, rest), (Meaning::Ordinary, [Meaning::Open; 3]));
+        let [rest @ .., last] = meanings;
+        assert_eq!(rest, [Meaning::Open; 4]);
         let works = matches!(state, UnmapAll::Works);
         assert_eq!(works, last == Meaning::AllGone);
         assert!(works || matches!(state, UnmapAll::Fails));
@@ -146,9 +147,27 @@ mod tests {
             ([None, None, None, EBUSY, EBUSY], EBUSY),
             ([None, ENOENT, EBUSY, ENOENT, ENOENT], ENOENT),
             // It has not shown that it removes anything.
-            ([EBUSY, EBUSY, None, EBUSY, EBUSY], None),
+            ([EBUSY, EBUSY, None, EBUSY, EBUSY], EBUSY),
+            ([EBUSY, None, None, None, None], EBUSY),
         ] {
-            assert_eq!(outcome(answers), Meaning::Probes(kept), "{answers:?}");
+            assert_eq!(outcome(answers), Meaning::Singles(kept), "{answers:?}");
+        }
+    }
+
+    /// A server may send the answers in any order.
+    #[test]
+    fn the_last_answer_ends_the_trial_whichever_it_is() {
+        let gone = [None, ENOENT, None, ENOENT, ENOENT];
+        let kept = [None, ENOENT, None, EBUSY, EBUSY];
+        for (answers, end) in [(gone, Meaning::AllGone), (kept, Meaning::Singles(EBUSY))] {
+            for last in 0..MESSAGES {
+                let mut state = UnmapAll::trial(7);
+                for at in (0..MESSAGES).filter(|at| *at != last) {
+                    let meaning = state.answered(7 + at as u64, answers[at]);
+                    assert_eq!(meaning, Meaning::Open);
+                }
+                assert_eq!(state.answered(7 + last as u64, answers[last]), end);
+            }
         }
     }
 }
