@@ -133,6 +133,34 @@ fn unmap_waits_for_no_replay_to_a_server_without_memory() {
     assert_eq!(bed.watch.state().ends.cut_offs, 0);
 }
 
+/// The last window that the server was told has two pages. The guest unmaps it and maps the second page again: the
+/// announcement has not reached that address, but libvfio-user refuses a window that overlaps another one.
+#[test]
+fn the_replay_does_not_overtake_the_removal_of_a_window_in_its_way() {
+    let bed = Bed::with_deadline(Isolation::ExactMessages, SECOND * 600);
+    bed.attach();
+    let last = IN_FLIGHT - 1;
+    map_many(&bed, last);
+    bed.map(window(last), 0, 2 * PAGE, Access::READ)
+        .expect("mapped");
+    for n in IN_FLIGHT..IN_FLIGHT + 20 {
+        bed.map(window(n), 0, PAGE, Access::READ).expect("mapped");
+    }
+    let (_client, mut server) = bed.raw_pair();
+    let replay = told(&mut server, IN_FLIGHT);
+    assert_eq!(replay[63].u64_at(24), 2 * PAGE);
+    bed.unmap(window(last), 2 * PAGE).expect("unmapped");
+    bed.map(window(last) + PAGE, 0, PAGE, Access::READ)
+        .expect("mapped");
+    for window in &replay {
+        server.reply(window, &[], &[]);
+    }
+    let next = [(); 2].map(|()| server.recv().expect("an update"));
+    let next = [(&next[0], 8), (&next[1], 16)].map(|(m, at)| (m.cmd, m.u64_at(at)));
+    let [removed, added] = [window(last), window(last) + PAGE];
+    assert_eq!(next, [(DMA_UNMAP, removed), (DMA_MAP, added)]);
+}
+
 /// The updates that nobody waits for are limited.
 #[test]
 fn unmap_of_many_told_windows_waits_also_without_memory() {

@@ -1,6 +1,6 @@
 //! The announcement of all windows to a server, and how far it is.
 
-use super::update::{REPLAY, UNWATCHED};
+use super::update::{DmaUpdate, REPLAY, UNWATCHED};
 use crate::address::Iova;
 
 /// The state of the announcement of all windows, and of the updates that no requester waits for.
@@ -10,9 +10,10 @@ pub(super) struct Announcement {
     pub(super) batch: Option<u64>,
     /// The windows from this address on are not announced yet; `None` if all are. No update concerns those.
     pub(super) next: Option<Iova>,
-    /// [`DmaUpdates::hold_back`](super::DmaUpdates::hold_back) has stopped the announcement of [`REPLAY`].
-    pub(super) has_held_back: bool,
-    /// It begins after the update of this number: earlier ones remove windows of a former domain.
+    /// [`DmaUpdates::hold_back`](super::DmaUpdates::hold_back) has stopped it, and the next one has not begun; whether it was
+    /// one of [`REPLAY`].
+    pub(super) held_back: Option<bool>,
+    /// It goes on after the update of this number: earlier ones remove windows that may be in its way.
     pub(super) after: u64,
     /// It continues before the next update of [`UNWATCHED`].
     pub(super) goes_next: bool,
@@ -28,7 +29,7 @@ impl Announcement {
         Self {
             batch: None,
             next: Some(Iova(0)),
-            has_held_back: false,
+            held_back: None,
             after: 0,
             goes_next: false,
             replayed: 0,
@@ -40,15 +41,25 @@ impl Announcement {
     pub(super) fn begin(&mut self, batch: u64, after: u64) {
         self.batch = Some(batch);
         self.next = Some(Iova(0));
-        self.has_held_back = false;
+        self.held_back = None;
         self.after = after;
     }
 
     /// Stops it: all windows are about to be replaced. `is_replaying`: it was one of [`REPLAY`].
     pub(super) fn hold_back(&mut self, is_replaying: bool) {
-        self.has_held_back = is_replaying;
+        self.held_back = Some(is_replaying);
         self.batch = None;
         self.next = Some(Iova(0));
+    }
+
+    /// An update joins the backlog. If it removes a window that reaches into the addresses to announce, the guest may have
+    /// mapped some of these again: the announcement must not overtake the removal.
+    pub(super) fn give_way(&mut self, update: &DmaUpdate, serial: u64) {
+        if let DmaUpdate::Unmap(range) = update
+            && self.is_ahead(range.last())
+        {
+            self.after = serial;
+        }
     }
 
     /// Whether it has not reached the window at `first`.
@@ -73,5 +84,73 @@ impl Announcement {
             REPLAY => self.replayed -= 1,
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::address::{Access, IovaRange};
+    use crate::vfio_user::dma::{AccessDenied, DmaTarget, Window};
+    use crate::vfio_user::link::{Deadlines, Link};
+    use crate::vfio_user::version::Terms;
+
+    /// A device with one window.
+    struct OneWindow;
+
+    impl DmaTarget for OneWindow {
+        fn read(&self, _: IovaRange, _: &mut [u8]) -> Result<(), AccessDenied> {
+            Err(AccessDenied)
+        }
+
+        fn write(&self, _: IovaRange, _: &[u8]) -> Result<(), AccessDenied> {
+            Err(AccessDenied)
+        }
+
+        fn windows_from(&self, first: Iova, limit: usize) -> Vec<Window> {
+            let window = Window {
+                range: IovaRange::from_len(Iova(0x1000), 0x1000).expect("a range"),
+                access: Access::READ,
+                file: None,
+            };
+            let windows = std::iter::once(window);
+            windows
+                .filter(|w| w.range.first() >= first)
+                .take(limit)
+                .collect()
+        }
+    }
+
+    /// The server that the ATTACH has not held back gets the new windows from the negotiation.
+    #[test]
+    fn a_server_that_negotiates_during_an_attach_is_told_each_window_once() {
+        let deadlines = Deadlines::with_answer(Deadlines::DEFAULT_ANSWER);
+        let link = Link::new("device".into(), Arc::new(OneWindow), deadlines).expect("a link");
+        let (server, _peer) = UnixStream::pair().expect("sockets");
+        link.start_session(Arc::new(server.into()), &[]);
+        let removal = {
+            let mut updates = link.lock();
+            updates.hold_back();
+            updates.open(true)
+        };
+        let terms = Terms {
+            server_descriptors: 8,
+            client_descriptors: 8,
+            server_data: 4096,
+            windows: u64::MAX,
+            twin: None,
+        };
+        link.activate(terms, Vec::new());
+        link.wait(removal.clone()).expect("nothing to wait for");
+        let announcement = link.lock().announce(&removal, 1);
+        let state = link.state.lock();
+        let connection = state.connection.as_ref().expect("a server");
+        assert_eq!(connection.windows, 1);
+        drop(state);
+        link.wait(announcement)
+            .expect("nobody waits for a server that connects");
     }
 }

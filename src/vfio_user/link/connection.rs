@@ -162,6 +162,7 @@ impl ServerConnection {
     /// Adds an update to the backlog.
     pub(super) fn queue(&mut self, update: DmaUpdate, batch: u64) {
         let queued = self.count_in(update, batch);
+        self.announcement.give_way(&queued.update, queued.serial);
         self.backlog.push_back(queued);
     }
 

@@ -335,8 +335,8 @@ impl DmaUpdates<'_> {
     }
 
     /// Announces all windows, so many of them, to the server for which [`Self::hold_back`] was called: the one of
-    /// `former`, whose time counts on. Another server that is connected has got them already. Nobody waits for a server
-    /// that had not got all former windows yet.
+    /// `former`, whose time counts on. Another server that is connected has got them already, also one that was still
+    /// negotiating. Nobody waits for a server that had not got all former windows yet.
     pub fn announce(&mut self, former: &BatchTicket, windows: usize) -> BatchTicket {
         let state = &mut *self.state;
         let mut ticket = former.clone();
@@ -344,9 +344,9 @@ impl DmaUpdates<'_> {
         ticket.batch = UNWATCHED;
         let batch = state.last_batch + 1;
         if let Some(connection) = state.connection_of(former)
-            && connection.announcement.batch.is_none()
+            && let Some(is_replaying) = connection.announcement.held_back
         {
-            if connection.announcement.has_held_back {
+            if is_replaying {
                 connection.announce(REPLAY);
             } else {
                 connection.announce(batch);

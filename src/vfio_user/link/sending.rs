@@ -159,7 +159,7 @@ impl ServerConnection {
             None => can_go_on,
             // A requester waits.
             Some(next) if next.batch > REPLAY => false,
-            // It may remove a window at the same addresses.
+            // It, or one after it, may remove a window at the same addresses.
             Some(next) if next.serial <= self.announcement.after => false,
             // In turns: a guest that maps all the time must not hold the announcement up.
             Some(_) => {
