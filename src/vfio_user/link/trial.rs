@@ -10,7 +10,8 @@
 //! 4. DMA_UNMAP of the lowest window that is left, and 5. of the highest one.
 //!
 //! The server removes all windows if it answers the third message with success, and 4 and 5 exactly as it has answered 2,
-//! which was a refusal. Otherwise the answers to 1, 4 and 5 count as those to any DMA_UNMAP, and the link removes each
+//! which was a refusal with ENOENT, EINVAL or errno 0. Another errno, such as EBUSY, may pass and says nothing about the
+//! window. Otherwise the answers to 1, 4 and 5 count as those to any DMA_UNMAP, and the link removes each
 //! window by itself, for the rest of the connection. One probe would not do: a server may remove a part of the windows.
 //! The answers may come in any order, so the link judges them together.
 
@@ -93,7 +94,8 @@ impl UnmapAll {
 }
 
 fn conclude(single: Errno, again: Errno, all: Errno, probes: [Errno; 2]) -> Meaning {
-    let says_gone = |errno: &Errno| all.is_none() && again.is_some() && *errno == again;
+    let is_unknown = matches!(again, Some(0 | libc::ENOENT | libc::EINVAL));
+    let says_gone = |errno: &Errno| all.is_none() && is_unknown && *errno == again;
     if single.is_none() && probes.iter().all(says_gone) {
         return Meaning::AllGone;
     }
@@ -145,6 +147,7 @@ mod tests {
             ([None, ENOENT, None, EBUSY, EBUSY], EBUSY),
             ([None, ENOENT, None, ENOENT, EBUSY], EBUSY),
             ([None, None, None, EBUSY, EBUSY], EBUSY),
+            ([None, EBUSY, None, EBUSY, EBUSY], EBUSY),
             ([None, ENOENT, EBUSY, ENOENT, ENOENT], ENOENT),
             // It has not shown that it removes anything.
             ([EBUSY, EBUSY, None, EBUSY, EBUSY], EBUSY),
