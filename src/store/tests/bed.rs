@@ -520,8 +520,8 @@ pub(super) struct Model {
     /// Mappings of an UNMAP that was refused because a backend failed, or because it has ended too many processes: they
     /// may be gone.
     doubtful: BTreeSet<(DomainId, u64)>,
-    /// Endpoints whose ATTACH or DETACH was refused for such a reason, and the domain that the request asked for.
-    moving: BTreeMap<EndpointId, Option<DomainId>>,
+    /// Endpoints whose ATTACH or DETACH was refused for such a reason, and the domains that the requests asked for.
+    moving: BTreeMap<EndpointId, BTreeSet<Option<DomainId>>>,
 }
 
 impl Model {
@@ -530,10 +530,36 @@ impl Model {
     }
 
     fn leave(&mut self, endpoint: EndpointId) {
-        if let Some(domain) = self.attached.remove(&endpoint)
-            && !self.attached.values().any(|d| *d == domain)
-        {
+        let Some(domain) = self.attached.remove(&endpoint) else {
+            return;
+        };
+        let is_left = self.attached.values().any(|d| *d == domain);
+        let may_have_come = self.may_be_entered(domain);
+        if is_left || may_have_come {
+            self.doubt(domain);
+        } else {
             self.domains.remove(&domain);
+        }
+    }
+
+    /// If all members of a domain may have left it, the domain may have ended, and another one begun with its number.
+    fn doubt(&mut self, domain: DomainId) {
+        let mut members = self.attached.iter().filter(|(_, d)| **d == domain);
+        if members.all(|(endpoint, _)| self.moving.contains_key(endpoint)) {
+            let mappings = self.domains.get(&domain).into_iter().flatten();
+            self.doubtful
+                .extend(mappings.map(|(first, _)| (domain, *first)));
+        }
+    }
+
+    fn may_be_entered(&self, domain: DomainId) -> bool {
+        self.moving.values().any(|to| to.contains(&Some(domain)))
+    }
+
+    fn may_move(&mut self, endpoint: EndpointId, to: Option<DomainId>) {
+        self.moving.entry(endpoint).or_default().insert(to);
+        if let Some(&domain) = self.attached.get(&endpoint) {
+            self.doubt(domain);
         }
     }
 
@@ -554,11 +580,9 @@ impl Model {
                 self.leave(endpoint);
             }
             (Req::Attach(endpoint, domain, _), Some(DEVERR)) => {
-                self.moving.insert(endpoint, Some(domain));
+                self.may_move(endpoint, Some(domain));
             }
-            (Req::Detach(endpoint, _), Some(DEVERR)) => {
-                self.moving.insert(endpoint, None);
-            }
+            (Req::Detach(endpoint, _), Some(DEVERR)) => self.may_move(endpoint, None),
             (Req::Map(domain, ..), Some(OK)) => {
                 let mappings = self.domains.entry(domain).or_default();
                 let mapping = request.mapping();
@@ -573,7 +597,7 @@ impl Model {
             }
             (Req::Unmap(domain, ..), Some(status)) => {
                 let range = request.range();
-                if self.moving.values().any(|to| *to == Some(domain)) {
+                if self.may_be_entered(domain) {
                     self.domains.entry(domain).or_default();
                 }
                 let Some(mappings) = self.domains.get_mut(&domain) else {
@@ -582,6 +606,10 @@ impl Model {
                 };
                 if status == OK {
                     let splits = |m: &Mapping| range.overlaps(m.range) && !range.covers(m.range);
+                    // The UNMAP shows that these are gone.
+                    mappings.retain(|first, m| {
+                        !(splits(m) && self.doubtful.contains(&(domain, *first)))
+                    });
                     assert!(!mappings.values().any(splits), "{request:?}");
                     mappings.retain(|_, m| !range.covers(m.range));
                 } else if status == DEVERR {
@@ -603,9 +631,10 @@ impl Model {
                 mappings.remove(&first);
             }
         }
-        for (endpoint, to) in std::mem::take(&mut self.moving) {
+        for (endpoint, asked) in std::mem::take(&mut self.moving) {
             let seen = iommu.endpoint(endpoint).expect("an endpoint");
-            if seen.domain == to && self.attached.get(&endpoint).copied() != to {
+            let to = seen.domain;
+            if asked.contains(&to) && self.attached.get(&endpoint).copied() != to {
                 if let Some(domain) = to {
                     self.domains.entry(domain).or_default();
                 }
