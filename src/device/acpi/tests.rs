@@ -322,8 +322,18 @@ proptest! {
             let from = len(at.0);
             memory.read_slice(&mut ram[from..from + bytes], *at).expect("read");
         }
-        if flipped.is_some() {
-            prop_assert_eq!(added, Err(AcpiRefusal::NoRsdp));
+        // VIOT follows the last table. If that is an RSDP in RAM, the place behind it may reach into the read-only pages.
+        let rsdp_end = image.rsdp + if image.wide { 36 } else { 20 };
+        let viot_at = rsdp_end.next_multiple_of(VIOT_ALIGNMENT);
+        let is_last = image.rsdp > layout.start && !(hole..behind).contains(&image.rsdp);
+        let blocked = is_last && viot_at < behind && viot_at + viot().len() as u64 > hole;
+        if flipped.is_some() || blocked {
+            let expected = if flipped.is_some() {
+                AcpiRefusal::NoRsdp
+            } else {
+                AcpiRefusal::NoRoom { at: rsdp_end, bytes: viot().len() as u64 }
+            };
+            prop_assert_eq!(added, Err(expected));
             prop_assert!(ram == image.ram, "a refusal has changed RAM");
         } else {
             let Ok(Added::Written { at }) = added else {
