@@ -66,6 +66,8 @@ pub enum Rank {
     ClientOutbox,
     /// A shadow reader's view of guest memory.
     ReaderMemory,
+    /// The descriptors that outlive this process.
+    KeptFiles,
     /// The file rules of the sandbox, which each thread applies to itself.
     SandboxFiles,
     /// The file rules of the control socket's thread.

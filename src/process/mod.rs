@@ -5,6 +5,7 @@ pub mod connector;
 pub mod event_loop;
 pub mod fatal;
 pub mod inherited;
+pub mod keeper;
 pub mod peer_event;
 pub mod ready;
 pub mod realtime;
