@@ -53,7 +53,6 @@ pub struct Executor {
     /// Outcomes of the next MAPs or UNMAPs, which [`Executor::run_ahead`] has executed ahead.
     outcomes: VecDeque<Result<(), RequestError>>,
     mappings: Vec<Mapping>,
-    ranges: Vec<IovaRange>,
 }
 
 impl Executor {
@@ -65,20 +64,27 @@ impl Executor {
     /// If `chains` begin with several UNMAPs of one domain, or with several MAPs of a domain for which that saves time,
     /// executes them in one call of the core: a backend takes hardly longer for all of them than for one.
     /// [`Executor::answer`] uses their outcomes later.
-    pub fn run_ahead(&mut self, chains: &[Chain], context: &mut Context<'_>) {
+    ///
+    /// Takes at most one chain more than it executes ahead, or two if it executes none. So the calls for one batch take
+    /// no more than two chains for each of its requests, however many of these are refused.
+    pub fn run_ahead<'a>(
+        &mut self,
+        chains: impl Iterator<Item = &'a Chain>,
+        context: &mut Context<'_>,
+    ) {
         let features = context.features;
-        let mut run = chains.iter().map_while(|chain| decode_run(chain, features));
+        let mut run = chains.map_while(|chain| decode_run(chain, features));
         match run.next() {
             Some(Run::Unmap(domain, first)) => {
-                self.ranges.clear();
-                self.ranges.push(first);
-                self.ranges.extend(run.map_while(|next| match next {
+                let mut rest = run.map_while(|next| match next {
                     Run::Unmap(of, range) => (of == domain).then_some(range),
                     Run::Map(..) => None,
-                }));
-                if self.ranges.len() > 1 {
+                });
+                // The core stops at a refusal, so each range is decoded only when the core takes it.
+                if let Some(second) = rest.next() {
+                    let ranges = [first, second].into_iter().chain(rest);
                     let iommu = &mut *context.iommu;
-                    iommu.unmap_all(domain, &self.ranges, &mut self.outcomes);
+                    iommu.unmap_all(domain, ranges, &mut self.outcomes);
                 }
             }
             Some(Run::Map(domain, first)) if context.iommu.batches_maps(domain) => {

@@ -104,8 +104,7 @@ impl RequestQueue {
             }
             context.iommu.journal().start(at);
             if backends && !self.executor.has_outcomes() {
-                self.executor
-                    .run_ahead(chains.get(at..).unwrap_or(&[]), context);
+                self.executor.run_ahead(chains.iter().skip(at), context);
             }
             let used = match &chain.request {
                 Some(request) => {

@@ -1,11 +1,18 @@
 //! The device over a plain ring: no transport, no socket, no other thread.
 
+use super::chain::{Chain, ChainRequest, ReadBytes};
+use super::execute::{Context, Executor};
 use super::testing::{Bed, ENDPOINT, MAX_BATCH, RING_SIZE, attach, map, unmap};
-use crate::address::{Access, Iova};
+use super::view::GuestView;
+use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::Target;
 use crate::faults::{Fault, FaultReason};
 use crate::ids::DomainId;
+use crate::metrics::Metrics;
+use crate::protocol::config_space::ConfigSpace;
 use crate::protocol::reply::{Status, TAIL_LEN};
+use crate::protocol::request::RequestKind;
+use crate::protocol::wire::VIRTIO_IOMMU_F_MAP_UNMAP;
 use crate::store::crash;
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -160,6 +167,75 @@ fn nothing_of_a_vm_is_left_for_the_next_one() {
     bed.connect();
     bed.start_new_driver();
     assert_eq!(bed.request(&map(DOMAIN, 0)), NOENT);
+}
+
+/// A refusal ends a run of UNMAPs. The rest of the batch must not be decoded again for each of them.
+#[test]
+fn a_batch_of_refused_unmaps_is_decoded_ahead_twice_at_most() {
+    const COUNT: u64 = 300;
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
+    let view = GuestView::new(&memory);
+    let config = ConfigSpace {
+        page_sizes: PageMask::TABLE,
+        input_range: IovaRange::ALL,
+        last_domain: 15,
+        probe_size: 512,
+    };
+    // One in so many is refused: it would split a mapping of two pages.
+    for refused_in in [1, 2, 3, 10, COUNT] {
+        let mut bed = Bed::new();
+        assert_eq!(bed.request(&attach(DOMAIN)), OK);
+        let metrics = Metrics::default();
+        let mut iommu = bed.device.iommu.lock();
+        let mut chains = Vec::new();
+        for n in 0..COUNT {
+            let first = n * 0x2000;
+            let len = if n % refused_in == 0 { 0x2000 } else { 0x1000 };
+            let mapping = Mapping {
+                range: IovaRange::from_len(Iova(first), len).expect("a range"),
+                gpa: Gpa(first),
+                access: Access::READ,
+                mmio: false,
+            };
+            iommu.map(DomainId(DOMAIN), &mapping).expect("mapped");
+            let request = ChainRequest {
+                bytes: Some(ReadBytes::from_slice(&unmap(DOMAIN, first))),
+                at: 0,
+                spans: 0..0,
+                writable_len: TAIL_LEN,
+            };
+            chains.push(Chain {
+                head: 0,
+                request: Some(request),
+            });
+        }
+        let mut context = Context {
+            iommu: &mut iommu,
+            memory: &memory,
+            features: 1 << VIRTIO_IOMMU_F_MAP_UNMAP,
+            config: &config,
+            metrics: &metrics,
+            max_batch: chains.len(),
+        };
+        let mut executor = Executor::default();
+        let mut taken = 0;
+        for (at, chain) in chains.iter().enumerate() {
+            if !executor.has_outcomes() {
+                let rest = chains.iter().skip(at).inspect(|_| taken += 1);
+                executor.run_ahead(rest, &mut context);
+            }
+            let request = chain.request.as_ref().expect("a request");
+            executor.answer(&view, request, &[], &mut context);
+        }
+        assert!(
+            taken <= 2 * COUNT,
+            "{taken} for one refused in {refused_in}"
+        );
+        let unmaps = &metrics.requests[RequestKind::Unmap.index()];
+        let refused = unmaps[Status::Range.index()].get();
+        assert_eq!(refused, COUNT.div_ceil(refused_in));
+        assert_eq!(unmaps[Status::Ok.index()].get(), COUNT - refused);
+    }
 }
 
 /// The backends, too, must not let an endpoint reach memory whose driver is not known yet.

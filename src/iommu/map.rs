@@ -227,25 +227,28 @@ impl Iommu {
     /// Appends an outcome for each range to `outcomes`, up to the first range that is refused: this one ends the run. If
     /// it is not the first range, it has no outcome yet, and the caller must begin the next run with it. If a backend
     /// fails, every range that had a mapping counts as failed.
+    ///
+    /// No range after the one that ends the run is taken from `ranges`: the caller may compute them as they are taken.
     pub fn unmap_all(
         &mut self,
         domain: DomainId,
-        ranges: &[IovaRange],
+        ranges: impl IntoIterator<Item = IovaRange>,
         outcomes: &mut VecDeque<Result<(), RequestError>>,
     ) {
+        let ranges = ranges.into_iter();
         // UNMAP-2
         let known = self.check_domain_id(domain);
         let offer = self.offer();
         let entry = match known.and_then(|()| existing_domain(&mut self.domains, domain)) {
             Ok(entry) => entry,
             Err(refusal) => {
-                outcomes.extend(ranges.iter().map(|_| Err(refusal.clone())));
+                outcomes.extend(ranges.map(|_| Err(refusal.clone())));
                 return;
             }
         };
-        let mut parts = Vec::with_capacity(ranges.len());
-        let mut positions = Vec::with_capacity(ranges.len());
-        for (at, range) in ranges.iter().enumerate() {
+        let mut parts = Vec::new();
+        let mut positions = Vec::new();
+        for (at, range) in ranges.enumerate() {
             let journal = self.store.phases();
             let all = UnmapParts {
                 offer,
@@ -255,7 +258,7 @@ impl Iommu {
                 journal,
                 entry: journal.current() + at,
             };
-            let removed = entry.remove_mappings(domain, *range, all);
+            let removed = entry.remove_mappings(domain, range, all);
             if removed.is_err() && at > 0 {
                 // Its refusal may depend on mappings that a later one removes. A process that goes on after the death of
                 // this one must know the refusal before it completes the later one.

@@ -127,7 +127,7 @@ fn unmaps_that_overlap_take_each_window_away_once() {
     assert_eq!(scripted.windows().len(), 3);
     let ranges = [(0, 1), (0, 2), (1, 2)].map(|(at, pages)| range(IOVA + at * PAGE, pages * PAGE));
     let mut outcomes = VecDeque::new();
-    bed.iommu().unmap_all(DOMAIN, &ranges, &mut outcomes);
+    bed.iommu().unmap_all(DOMAIN, ranges, &mut outcomes);
     assert_eq!(outcomes, [Ok(()), Ok(()), Ok(())]);
     let unmapped = scripted.each(DMA_UNMAP, |m| m.u64_at(8));
     assert_eq!(unmapped, [IOVA, IOVA + PAGE, IOVA + 2 * PAGE]);

@@ -616,7 +616,7 @@ fn unmap_of_a_range_that_ends_within_pages_reaches_no_backend_as_it_is() {
                 .map(D1, &mapping(0x3000, 0x1000, 0))
                 .expect("mapped");
             let parts = [range(0xffe, 0x2100), range(0x2101, 0x4001)];
-            bed.iommu.unmap_all(D1, &parts, &mut outcomes);
+            bed.iommu.unmap_all(D1, parts, &mut outcomes);
             assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
             bed.check();
         }

@@ -103,7 +103,7 @@ fn if_one_of_several_unmaps_fails_no_endpoint_reaches_any_range() {
         recorders[0].state().fail_call = Some(calls + fail);
         let ranges = [page(0).range, page(2).range, page(4).range];
         let mut outcomes = VecDeque::new();
-        iommu.unmap_all(D1, &ranges, &mut outcomes);
+        iommu.unmap_all(D1, ranges, &mut outcomes);
         for outcome in &outcomes {
             let refused = matches!(outcome, Err(RequestError::Quarantined { count: 1, .. }));
             assert!(refused, "{outcome:?}");

@@ -186,7 +186,7 @@ proptest! {
             .collect();
         let mut outcomes = VecDeque::new();
         while outcomes.len() < ranges.len() {
-            let rest = &ranges[outcomes.len()..];
+            let rest = ranges[outcomes.len()..].iter().copied();
             together.unmap_all(D1, rest, &mut outcomes);
         }
         let expected: Vec<_> = ranges

@@ -539,7 +539,7 @@ fn neighbours_are_unmapped_by_one_call() {
     // Ascending, descending and separate ranges; one range is empty.
     let ranges: Vec<_> = [0, 1, 2, 5, 4, 7, 30].map(|n| page(n).range).into();
     let mut outcomes = VecDeque::new();
-    iommu.unmap_all(D1, &ranges, &mut outcomes);
+    iommu.unmap_all(D1, ranges.iter().copied(), &mut outcomes);
     assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     assert_eq!(outcomes.len(), ranges.len());
     assert_eq!(calls() - before, 3 * 2);
