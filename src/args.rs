@@ -11,6 +11,8 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 ///
 /// Serves one virtual machine. The configuration comes from a TOML file (--config), from the
 /// options below, or from both. An option overrides the key of the file with the same meaning.
+///
+/// The state of the VM outlives the daemon only if systemd (254 or later) or `launch` starts it.
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "vhost-device-iommu",
@@ -99,6 +101,16 @@ pub struct RunArgs {
     /// in the guest; its IOMMU type must have been set (VFIO_SET_IOMMU); may be repeated
     #[arg(long, value_name = "ADDRESS=N")]
     pub vfio_container_fd: Vec<String>,
+
+    /// Keep descriptors beyond the end of the daemon with the process at the other end of this inherited socket. Only
+    /// `launch` gives it.
+    #[arg(long, hide = true, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    pub keeper_fd: Option<i32>,
+
+    /// Take over this inherited descriptor, which the daemon before has kept under this name; may be repeated. Only
+    /// `launch` gives it.
+    #[arg(long, hide = true, value_name = "NAME=N", requires = "keeper_fd")]
+    pub kept_fd: Vec<String>,
 
     /// Run without the sandbox; for debugging only: a guest that exploits the daemon gets all its rights
     /// on the host

@@ -27,6 +27,7 @@ use vhost_device_iommu::process::fatal::end_on_fatal_faults;
 use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
+use vhost_device_iommu::process::supervisor::Supervisor;
 use vhost_device_iommu::process::watchdog::Watchdog;
 use vhost_device_iommu::qemu::args::{QemuArgs, default_table_path, shell_line};
 use vhost_device_iommu::topology::{device_tree, viot};
@@ -116,9 +117,9 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Serves one VM until a signal ends the daemon.
 fn serve(args: &RunArgs) -> Outcome {
-    let service = Service::from_environment()?;
+    let supervisor = Supervisor::find(args.keeper_fd, &args.kept_fd)?;
     let mut args = args.clone();
-    if let Some(fd) = service.socket()
+    if let Some(fd) = supervisor.service.socket()
         && args.socket_path.is_none()
     {
         args.fd.get_or_insert(fd);
@@ -127,6 +128,8 @@ fn serve(args: &RunArgs) -> Outcome {
     let config = Config::try_from(args)?;
     let ready = ReadyDescriptor::adopt(args.ready_fd)?;
     logging::init(&config.name);
+    supervisor.log_losses();
+    let Supervisor { service, keeper } = supervisor;
     end_on_fatal_faults()?;
     if args.no_sandbox {
         log::warn!("running without the sandbox, which is for debugging only (--no-sandbox)");
@@ -144,6 +147,7 @@ fn serve(args: &RunArgs) -> Outcome {
         }
     }
     let signal_handler = signals::handle_signals()?;
+    let _keeper = Arc::new(keeper);
     let mut daemon = Daemon::new(&config)?;
     signal_handler.set_daemon(daemon.stop_handle());
     let service = Arc::new(service);

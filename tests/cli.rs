@@ -56,6 +56,7 @@ fn check_prints_a_summary_of_the_file() {
         "endpoints:        120",
         "0000:00:10.0-0000:00:1e.7 group cards",
         "page-table arena: up to 72 MiB",
+        "kept state:       outlives the daemon if systemd (254 or later) or `launch` starts it",
     ] {
         assert!(run.stdout.contains(part), "{part} in\n{}", run.stdout);
     }
@@ -494,11 +495,15 @@ fn check_accepts_the_examples() {
     assert!(count >= 4, "{count} examples");
 }
 
-/// The page on configuration must list every option, and its table every key of the file.
+/// The page on configuration must list every option for operators, and its table every key of the file.
 #[test]
 fn the_page_on_configuration_is_complete() {
     let page = fs::read_to_string(docs().join("configuration.md")).expect("the page");
-    for option in Args::command().get_arguments() {
+    let command = Args::command();
+    for option in command
+        .get_arguments()
+        .filter(|option| !option.is_hide_set())
+    {
         let name = option.get_long().expect("only long options");
         let known = ["config", "print-capabilities"].contains(&name);
         assert!(known || page.contains(&format!("`--{name}")), "--{name}");

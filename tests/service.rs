@@ -29,6 +29,16 @@ const WATCHDOG: Duration = Duration::from_millis(400);
 /// Longer than a healthy daemon is ever silent, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Start the daemon in place of the shell. `exec` keeps the shell's process ID, so the variables can name the process ID of
+/// the daemon.
+const OWN_SOCKET: &str = "exec \"$0\" \"$@\"";
+const ACTIVATED: &str = "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null";
+/// The daemon before has left a file.
+const ACTIVATED_AGAIN: &str = "LISTEN_FDS=2 LISTEN_FDNAMES=viommu.stale:vm LISTEN_PID=$$ exec \"$0\" \"$@\" 4<&0 \
+                               3</dev/null </dev/null";
+/// What the log says without a keeper.
+const NO_KEEPER: &str = "the VM's state ends with this daemon";
+
 /// A daemon, started like a service manager starts it.
 struct Service {
     child: Child,
@@ -39,26 +49,20 @@ struct Service {
 impl Service {
     /// Starts a daemon that makes its own socket.
     fn start() -> Self {
-        Self::spawn(None, &[("LISTEN_FDS", "2")])
+        Self::spawn(None, OWN_SOCKET, &[("LISTEN_FDS", "2")])
     }
 
     /// Starts a daemon that gets `listener` as descriptor 3, with the variables of socket
     /// activation.
     fn activated_by(listener: UnixListener) -> Self {
-        Self::spawn(Some(listener), &[])
+        Self::spawn(Some(listener), ACTIVATED, &[])
     }
 
-    fn spawn(listener: Option<UnixListener>, variables: &[(&str, &str)]) -> Self {
+    fn spawn(listener: Option<UnixListener>, script: &str, variables: &[(&str, &str)]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
         manager.set_read_timeout(Some(PATIENCE)).expect("a socket");
         let mut command = Command::new("sh");
-        // `exec` keeps the shell's process ID, so the variables can name the process ID of the
-        // daemon.
-        let script = match &listener {
-            Some(_) => "LISTEN_FDS=1 LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&0 </dev/null",
-            None => "exec \"$0\" \"$@\"",
-        };
         command.args(["-c", script, env!("CARGO_BIN_EXE_vhost-device-iommu")]);
         if listener.is_some() {
             // A descriptor that is passed overrides this path.
@@ -230,6 +234,38 @@ fn an_activation_socket_is_served_and_not_removed() {
     let again = Service::activated_by(kept);
     assert_eq!(again.receive(), "READY=1", "{}", again.log());
     assert_eq!(guest(&path).attach(1, EP), OK);
+}
+
+#[test]
+fn kept_files_are_told_from_the_activation_socket() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("vm.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let mut service = Service::spawn(Some(listener), ACTIVATED_AGAIN, &[("FDSTORE", "1024")]);
+    while service.receive() != "READY=1" {}
+    assert_eq!(guest(&path).attach(1, EP), OK);
+    assert_eq!(service.end().code(), Some(0));
+    let log = service.log();
+    assert!(!log.contains(NO_KEEPER), "{log}");
+    assert!(!log.contains("closed"), "the file was taken over: {log}");
+}
+
+#[test]
+fn the_log_says_what_ends_with_the_daemon() {
+    let service = Service::start();
+    assert_eq!(service.receive(), "READY=1");
+    let log = service.log();
+    assert!(log.contains(NO_KEEPER), "{log}");
+    assert!(log.contains("FileDescriptorStoreMax="), "{log}");
+
+    // The manager has kept a file, and keeps files no longer.
+    let folder = TempDir::new().expect("a folder");
+    let listener = UnixListener::bind(folder.path().join("vm.sock")).expect("a socket");
+    let service = Service::spawn(Some(listener), ACTIVATED_AGAIN, &[]);
+    assert_eq!(service.receive(), "FDSTOREREMOVE=1\nFDNAME=viommu.stale");
+    assert_eq!(service.receive(), "READY=1");
+    let log = service.log();
+    assert!(log.contains(NO_KEEPER) && log.contains(": stale"), "{log}");
 }
 
 #[test]

@@ -103,6 +103,10 @@ impl fmt::Display for Summary<'_> {
             None => writeln!(f, "guest memory:     not given")?,
         }
         writeln!(f, "page-table arena: up to {}", Bytes(config.arena_limit))?;
+        writeln!(
+            f,
+            "kept state:       outlives the daemon if systemd (254 or later) or `launch` starts it"
+        )?;
 
         write!(f, "reserved regions:")?;
         if topology.common_reserved().is_empty() {

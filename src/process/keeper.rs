@@ -27,6 +27,8 @@ use crate::warn_limited;
 pub const PREFIX: &str = "viommu.";
 /// The most descriptors that are kept: `FileDescriptorStoreMax=` of the unit.
 pub const MAX_KEPT: usize = 1024;
+/// The most bytes of a name, without [`PREFIX`].
+pub const MAX_NAME: usize = 64;
 /// How long a message may wait for the keeper.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -34,11 +36,13 @@ const PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Keeper {
     socket: Option<UnixDatagram>,
-    files: Mutex<Files>,
+    /// The most descriptors that it keeps.
+    room: usize,
+    files: Mutex<KeptFiles>,
 }
 
 #[derive(Debug, Default)]
-struct Files {
+struct KeptFiles {
     kept: BTreeMap<String, KeptFile>,
     /// The number in the next name that [`Keeper::keep`] chooses.
     next: u64,
@@ -56,7 +60,8 @@ impl Keeper {
     pub fn none() -> Self {
         Self {
             socket: None,
-            files: Mutex::new(Rank::KeptFiles, Files::default()),
+            room: 0,
+            files: Mutex::new(Rank::KeptFiles, KeptFiles::default()),
         }
     }
 
@@ -79,8 +84,27 @@ impl Keeper {
         let next = numbers.max().map_or(0, |highest| highest + 1);
         Ok(Self {
             socket: Some(socket),
-            files: Mutex::new(Rank::KeptFiles, Files { kept, next }),
+            room: MAX_KEPT,
+            files: Mutex::new(Rank::KeptFiles, KeptFiles { kept, next }),
         })
+    }
+
+    /// Limits the number of kept descriptors to `room`, and to [`MAX_KEPT`]: the service manager drops more without a
+    /// word.
+    #[must_use]
+    pub fn with_room(self, room: usize) -> Self {
+        Self {
+            room: room.min(MAX_KEPT),
+            ..self
+        }
+    }
+
+    /// Makes the keeper close what it has under this name, without [`PREFIX`], which this process refused to take over.
+    pub fn discard(&self, name: &str) {
+        // A name of another daemon: it must not become a second line of the message.
+        if !name.contains(char::is_control) {
+            self.remove(name);
+        }
     }
 
     /// Whether there is a keeper: whether anything outlives this process.
@@ -119,15 +143,17 @@ impl Keeper {
         Ok(name)
     }
 
-    /// Keeps a file under a name of the caller's choice: letters, digits, dots, dashes. No other name may have the file.
-    /// A file that has the name already is replaced.
+    /// Keeps a file under a name of the caller's choice (see [`is_name`]). No other name may have the file. A file that
+    /// has the name already is replaced.
     ///
     /// # Errors
-    /// The keeper does not take the message within a second, or there are too many files.
+    /// The keeper does not take the message within a second, there are too many files, or it is no name.
     pub fn keep_as(&self, name: &str, file: BorrowedFd<'_>) -> io::Result<()> {
         let mut files = self.files.lock();
-        if files.kept.remove(name).is_some() {
-            self.send(&format!("FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}"), None)?;
+        if files.kept.contains_key(name) {
+            // If the message is lost, the keeper has the file: the next call must try again.
+            self.send(&removal(name), None)?;
+            files.kept.remove(name);
         }
         self.send_file(&mut files, name, file)
     }
@@ -140,7 +166,8 @@ impl Keeper {
         };
         kept.users = kept.users.saturating_sub(1);
         if kept.users == 0 {
-            self.remove(&mut files, name);
+            files.kept.remove(name);
+            self.remove(name);
         }
     }
 
@@ -150,18 +177,25 @@ impl Keeper {
         let unclaimed = files.kept.iter().filter(|(_, kept)| kept.users == 0);
         let names: Vec<String> = unclaimed.map(|(name, _)| name.clone()).collect();
         for name in &names {
-            self.remove(&mut files, name);
+            files.kept.remove(name);
+            self.remove(name);
         }
         names
     }
 
-    fn send_file(&self, files: &mut Files, name: &str, file: BorrowedFd<'_>) -> io::Result<()> {
+    fn send_file(&self, files: &mut KeptFiles, name: &str, file: BorrowedFd<'_>) -> io::Result<()> {
         if !self.is_present() {
             return Ok(());
         }
-        if files.kept.len() >= MAX_KEPT {
+        if !is_name(name) {
+            let text = format!("no file can be kept under the name {name:?}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        if files.kept.len() >= self.room {
             let text = format!(
-                "{MAX_KEPT} descriptors are kept already; a VMM with fewer regions of memory needs fewer"
+                "{} descriptors are kept already; a VMM with fewer regions of memory needs fewer, and \
+                 FileDescriptorStoreMax= of the unit allows up to {MAX_KEPT}",
+                self.room
             );
             return Err(io::Error::other(text));
         }
@@ -177,11 +211,9 @@ impl Keeper {
         Ok(())
     }
 
-    fn remove(&self, files: &mut Files, name: &str) {
-        files.kept.remove(name);
-        let message = format!("FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}");
-        if let Err(cause) = self.send(&message, None) {
-            warn_limited!("the service manager still keeps the descriptor {name}: {cause}");
+    fn remove(&self, name: &str) {
+        if let Err(cause) = self.send(&removal(name), None) {
+            warn_limited!("the keeper still has the descriptor {name}: {cause}");
         }
     }
 
@@ -202,6 +234,18 @@ impl Keeper {
             io::Error::new(cause.kind(), text)
         })
     }
+}
+
+/// Whether files may be kept under this name, which does not include [`PREFIX`]: 1 to [`MAX_NAME`] letters, digits, dots
+/// and dashes.
+pub fn is_name(name: &str) -> bool {
+    let is_usual = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-';
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(is_usual)
+}
+
+/// The message that makes the keeper close what it has under this name.
+fn removal(name: &str) -> String {
+    format!("FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}")
 }
 
 /// The number in a name that [`Keeper::keep`] has chosen.
@@ -303,6 +347,58 @@ mod tests {
             let (message, _) = received(&manager).expect("a message");
             assert_eq!(message, "FDSTORE=1\nFDPOLL=0\nFDNAME=viommu.vmm");
         }
+    }
+
+    #[test]
+    fn a_file_whose_removal_was_lost_is_removed_before_it_is_replaced() {
+        let (manager, keeper) = keeper();
+        keeper.keep_as("vmm", pipe().as_fd()).expect("kept");
+        received(&manager).expect("a message");
+        let lost = (0..1000).find_map(|_| keeper.keep_as("vmm", pipe().as_fd()).err());
+        assert!(lost.is_some(), "nobody reads");
+        while received(&manager).is_some() {}
+        keeper.keep_as("vmm", pipe().as_fd()).expect("kept");
+        let (message, _) = received(&manager).expect("a message");
+        assert_eq!(message, "FDSTOREREMOVE=1\nFDNAME=viommu.vmm");
+    }
+
+    #[test]
+    fn no_more_files_are_kept_than_the_keeper_has_room_for() {
+        let (manager, keeper) = keeper();
+        let keeper = keeper.with_room(2);
+        for _ in 0..2 {
+            keeper.keep(pipe().as_fd()).expect("room");
+            received(&manager).expect("a message");
+        }
+        let refused = keeper.keep(pipe().as_fd()).expect_err("full").to_string();
+        assert!(refused.contains("FileDescriptorStoreMax="), "{refused}");
+        assert!(received(&manager).is_none(), "nothing was sent");
+        keeper.release("file.0");
+        keeper.keep(pipe().as_fd()).expect("room again");
+    }
+
+    #[test]
+    fn names_are_short_and_plain() {
+        for name in ["a", "file.0", "conn-1", &"x".repeat(MAX_NAME)] {
+            assert!(is_name(name), "{name}");
+        }
+        for name in [
+            "",
+            "a b",
+            "a\nb",
+            "a:b",
+            "a/b",
+            "ä",
+            "a=1",
+            &"x".repeat(MAX_NAME + 1),
+        ] {
+            assert!(!is_name(name), "{name}");
+        }
+        let (manager, keeper) = keeper();
+        keeper
+            .keep_as("a\nFDPOLL=1", pipe().as_fd())
+            .expect_err("two lines");
+        assert!(received(&manager).is_none());
     }
 
     #[test]

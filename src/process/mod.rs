@@ -13,6 +13,8 @@ pub mod sandbox;
 #[cfg(not(miri))]
 pub mod service;
 pub mod socket;
+#[cfg(not(miri))]
+pub mod supervisor;
 pub mod wait_budget;
 #[cfg(not(miri))]
 pub mod watchdog;

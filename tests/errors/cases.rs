@@ -279,6 +279,18 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "src/process/service.rs::exactly_one_listening_socket_is_accepted",
     ),
     (
+        "ServiceError::Names",
+        "src/process/service.rs::names_that_do_not_match_the_descriptors_are_refused",
+    ),
+    (
+        "ServiceError::Closed",
+        "src/process/service.rs::names_that_do_not_match_the_descriptors_are_refused",
+    ),
+    (
+        "SupervisorError::TooMany",
+        "src/process/supervisor.rs::options_that_launch_does_not_give_are_refused",
+    ),
+    (
         "ServiceError::Notify",
         "src/process/service.rs::unusable_variables_are_refused_with_a_cure",
     ),
@@ -1089,6 +1101,14 @@ pub const CASES: &[Case] = &[
         Args(&["ctl", "nonsense.sock", "status"]),
     ),
     case("CtlError::Refused", Ctl("", &["translate", "x", "1"])),
+    case(
+        "SupervisorError::NotAFile",
+        Args(&["--keeper-fd", "0", "--kept-fd", "arena"]),
+    ),
+    case(
+        "SupervisorError::Closed",
+        Args(&["--keeper-fd", "2147483647"]),
+    ),
     // The command line.
     case("clap/unknown", Args(&["--colour"])),
     case("clap/value", Args(&["--address-width", "wide"])),

@@ -77,7 +77,7 @@ const SOURCES: [(&str, &str); 21] = [
     ),
 ];
 /// More source files of the last headings.
-const MORE: [(&str, &str); 6] = [
+const MORE: [(&str, &str); 7] = [
     (
         "src/topology/changes.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
@@ -89,6 +89,7 @@ const MORE: [(&str, &str); 6] = [
     ("src/endpoints/passthrough/error.rs", "Passthrough devices"),
     ("src/process/realtime.rs", "Priorities"),
     ("src/process/service.rs", "Services"),
+    ("src/process/supervisor.rs", "Services"),
     ("src/logging/mod.rs", "`ctl log-level`"),
 ];
 
