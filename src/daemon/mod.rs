@@ -25,6 +25,7 @@ use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
+use crate::process::keeper::Keeper;
 use crate::process::peer_event;
 use crate::process::realtime::{Realtime, RealtimeError};
 use crate::process::socket::{SocketFile, bind_for};
@@ -95,7 +96,7 @@ impl Daemon {
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
-        let (topology, opened) = OpenedDevices::open(config)?;
+        let (topology, opened) = OpenedDevices::open(config, &Keeper::none())?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config)?;
         let no_events = |source| DaemonError::System {

@@ -11,6 +11,7 @@ use super::sockets::rights;
 use super::status::StatusNames;
 use crate::config::{Config, Descriptors};
 use crate::export::{ExportedDevice, HotResetRegistry};
+use crate::process::keeper::Keeper;
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind_for;
 use crate::topology::{HostAddress, PciAddress};
@@ -100,7 +101,8 @@ impl EndpointKind for ExportedKind {
         let mut alone = plug.config.clone();
         alone.devices.passthrough = vec![device];
         alone.descriptors = Descriptors::default();
-        let opened = PassthroughDevices::open(&alone)?;
+        // Not kept: a device that was plugged in is not in the next process's configuration.
+        let opened = PassthroughDevices::open(&alone, &Keeper::none())?;
         let info = opened.topology.endpoint(endpoint.endpoint_id());
         let facts = info.map(|info| {
             let group = info.group.and_then(|id| opened.topology.group_name(id));

@@ -26,6 +26,7 @@ use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::metrics::Metrics;
+use crate::process::keeper::Keeper;
 use crate::shadow::{Registry, ShadowServer};
 use crate::topology::{PciAddress, Topology};
 use crate::vfio::DeviceAccess;
@@ -79,17 +80,17 @@ pub struct ServedDevices {
 
 impl OpenedDevices {
     /// Opens the devices of the host. Also returns the topology of `config` with the groups and reserved regions
-    /// of the host.
+    /// of the host. Takes over the devices that the process before has left with the keeper.
     ///
     /// # Errors
     /// See [`PassthroughError`].
-    pub fn open(config: &Config) -> Result<(Topology, Self), StartError> {
+    pub fn open(config: &Config, keeper: &Keeper) -> Result<(Topology, Self), StartError> {
         let PassthroughDevices {
             topology,
             backends,
             exported,
             iommus,
-        } = PassthroughDevices::open(config)?;
+        } = PassthroughDevices::open(config, keeper)?;
         let opened = Self {
             backends,
             exported,

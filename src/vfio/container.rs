@@ -72,6 +72,16 @@ impl Container {
         Ok(container)
     }
 
+    /// As [`Self::adopt`], with the container's group, which then is the one of [`Self::set_group`].
+    ///
+    /// # Errors
+    /// One of the descriptors is open on something else, or the group has no container.
+    pub fn adopt_with_group(fd: OwnedFd, group: OwnedFd) -> io::Result<Self> {
+        let mut container = Self::adopt(fd)?;
+        container.group = Some(Group::adopt(group)?);
+        Ok(container)
+    }
+
     /// Puts a group into the container, and then makes the container a type1 IOMMU.
     ///
     /// # Errors

@@ -3,11 +3,11 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
+use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
 
 use super::cdev::GroupSource;
 use super::{Cdev, VfioError, ioctl};
@@ -38,17 +38,37 @@ impl Group {
                  the process that has it open; `vhost-device-iommu check` tells more",
             )
         })?;
-        let status = ioctl::group_status(file.as_fd())
+        let group = Self {
+            file: Arc::new(file),
+        };
+        let flags = group
+            .flags()
             .map_err(|e| failed(e, "the node is no VFIO group; see the kernel's log"))?;
-        if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
+        if flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
             return Err(failed(
                 io::Error::other("a device of the group has a driver that is not VFIO's"),
                 "`vhost-device-iommu check` names it",
             ));
         }
-        Ok(Self {
-            file: Arc::new(file),
-        })
+        Ok(group)
+    }
+
+    /// The group that `fd` is open on. It must have a container already.
+    ///
+    /// # Errors
+    /// `fd` is open on something else, or the group has no container.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        let group = Self {
+            file: Arc::new(fd.into()),
+        };
+        if group.flags()? & VFIO_GROUP_FLAGS_CONTAINER_SET == 0 {
+            return Err(io::Error::other("the group has no container"));
+        }
+        Ok(group)
+    }
+
+    fn flags(&self) -> io::Result<u32> {
+        ioctl::group_status(self.file.as_fd()).map(|status| status.flags)
     }
 
     /// Puts the group into a container.
@@ -67,18 +87,43 @@ impl Group {
     /// # Errors
     /// The group has no such device, or the device's driver cannot start it.
     pub fn device(&self, name: &str) -> Result<Cdev, VfioError> {
-        let failed = |source| VfioError {
-            problem: format!("cannot open the device {name} of its group"),
-            source,
-            cure: "see the kernel's log",
-        };
-        let name = CString::new(name).map_err(|e| failed(e.into()))?;
-        let fd = ioctl::group_device(self.file.as_fd(), &name).map_err(failed)?;
-        let mut device = Cdev::adopt(fd);
+        let name = Self::device_name(name)?;
+        let fd = ioctl::group_device(self.file.as_fd(), &name)
+            .map_err(|source| no_device(&name.to_string_lossy(), source))?;
+        Ok(self.source_of(Cdev::adopt(fd), name))
+    }
+
+    /// The device that `fd` is open on, which another process has opened through this group, by its name in sysfs.
+    ///
+    /// # Errors
+    /// The name has a zero byte.
+    pub fn adopt_device(&self, name: &str, fd: OwnedFd) -> Result<Cdev, VfioError> {
+        Ok(self.source_of(Cdev::adopt(fd), Self::device_name(name)?))
+    }
+
+    fn device_name(name: &str) -> Result<CString, VfioError> {
+        CString::new(name).map_err(|cause| no_device(name, cause.into()))
+    }
+
+    fn source_of(&self, mut device: Cdev, name: CString) -> Cdev {
         device.source = Some(GroupSource {
             group: self.file.clone(),
             name,
         });
-        Ok(device)
+        device
+    }
+}
+
+fn no_device(name: &str, source: io::Error) -> VfioError {
+    VfioError {
+        problem: format!("cannot open the device {name} of its group"),
+        source,
+        cure: "see the kernel's log",
+    }
+}
+
+impl AsFd for Group {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }

@@ -33,6 +33,14 @@ impl IommuFd {
     /// # Errors
     /// The node does not exist or this process may not open it.
     pub fn open(path: &Path) -> Result<Self, VfioError> {
+        Self::open_node(path).map(Self::from)
+    }
+
+    /// Opens the device node at `path`, and returns the descriptor.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_node(path: &Path) -> Result<OwnedFd, VfioError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| VfioError {
             problem: format!("cannot open {}", path.display()),
@@ -40,7 +48,7 @@ impl IommuFd {
             cure: "the kernel needs CONFIG_IOMMUFD and this process the right to open it; \
                    `vhost-device-iommu check` tells more",
         })?;
-        Ok(Self::from(OwnedFd::from(file)))
+        Ok(OwnedFd::from(file))
     }
 
     /// The iommufd that `fd` is open on.

@@ -103,6 +103,12 @@ impl DeviceGroup {
         self.verified
     }
 
+    /// Notes that an earlier process has bound the devices, to an unknown iommufd.
+    pub(super) fn set_bound_before(&mut self) {
+        self.verified = false;
+        self.attachment = Attachment::Unknown;
+    }
+
     /// Notes that the devices are bound to this process's iommufd.
     pub(super) fn set_verified(&mut self) {
         self.verified = true;

@@ -104,6 +104,17 @@ impl Iommufd {
         }
     }
 
+    /// Says which of the devices an earlier process has bound: perhaps to another iommufd than this one's.
+    #[must_use]
+    pub fn with_bound_before(mut self, endpoints: &[EndpointId]) -> Self {
+        for endpoint in endpoints {
+            if let Some(&index) = self.group_of.get(endpoint) {
+                self.groups[index].set_bound_before();
+            }
+        }
+        self
+    }
+
     /// Updates the address spaces after devices have moved.
     fn moved(&mut self) {
         let bypass = self.spaces.bypass().map(Attachment::Ioas);

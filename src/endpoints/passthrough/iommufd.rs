@@ -1,33 +1,37 @@
-//! Opens devices through iommufd: devices that the VMM binds, and devices that this process binds.
+//! Opens devices through iommufd: devices that the VMM binds, and devices that this process binds. Takes over those that
+//! the process before has left open.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
 
 use log::warn;
 
+use super::kept::{self, DeviceFacts, KnownDevices};
 use super::{
     HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
+    stop_export,
 };
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::adopt;
+use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
-    AddressSpaces, AllowedIovas, Attach, Cdev, DeviceAccess, IommuFd, VfioError,
-    probe_allowed_iovas,
+    AddressSpaces, Attach, Cdev, DeviceAccess, IommuFd, VfioError, probe_allowed_iovas,
 };
 
 pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
+    keeper: &Keeper,
 ) -> Result<HostBackends, PassthroughError> {
     let node = root.path("dev/iommu");
     // Inherited descriptors first: a file that is opened earlier could get one of their numbers.
@@ -58,11 +62,15 @@ pub(super) fn open(
                 })?;
         shared.insert(endpoint, Cdev::adopt(device));
     }
-    let iommufd = match inherited {
-        Some(iommufd) => iommufd,
-        None => IommuFd::open(&node)?,
+    let (iommufd, is_left) = match inherited {
+        // The file is open elsewhere, so it outlives this process without a keeper.
+        Some(iommufd) => (iommufd, true),
+        None => open_iommufd(&node, keeper)?,
     };
 
+    let left = KnownDevices::claim(keeper);
+    let mut known = KnownDevices::default();
+    let mut bound_before = Vec::new();
     let mut devices = Vec::new();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
     let mut exported: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
@@ -77,35 +85,55 @@ pub(super) fn open(
             source,
         };
         let is_exported = config.devices.exported_at(endpoint).is_some();
+        let name = kept::device_name(host);
         let inherited = shared.remove(&endpoint);
         if let (Some(cdev), Some(path)) = (&inherited, &path) {
             let fd = config.descriptors.devices[&endpoint];
             check_node(cdev, path, fd, passthrough)?;
         }
         let binds = inherited.is_some() && !is_exported;
-        let (cdev, found) = match inherited {
-            Some(cdev) if is_exported => {
-                let bound = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
-                check_coherency(config, *passthrough, bound.is_coherent)?;
-                (cdev, Some(bound.allowed))
+        let cdev = match inherited {
+            Some(cdev) => cdev,
+            // The VMM's connection to an exported device ends with this process, and so does the device's DMA.
+            None if is_exported => {
+                kept::close_left(keeper, &name);
+                open_cdev(path.as_deref(), passthrough)?
             }
-            Some(cdev) => (
-                cdev,
-                path.and_then(|path| probe_vmm_device(&node, &path, host)),
-            ),
             None => {
-                let path = path.ok_or(PassthroughError::NoDevice {
-                    host,
-                    endpoint,
-                    why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
-                          lacks CONFIG_VFIO_DEVICE_CDEV",
-                })?;
-                let cdev = Cdev::open(&path).map_err(failed)?;
-                let bound = bind_blocked(&iommufd, &cdev, host).map_err(failed)?;
-                check_coherency(config, *passthrough, bound.is_coherent)?;
-                (cdev, Some(bound.allowed))
+                if !is_left {
+                    // It is bound to an iommufd that is gone.
+                    kept::close_left(keeper, &name);
+                }
+                match claim_cdev(keeper, &name, path.as_deref()) {
+                    Some(cdev) => cdev,
+                    None => {
+                        let cdev = open_cdev(path.as_deref(), passthrough)?;
+                        kept::keep(keeper, &name, cdev.as_fd());
+                        cdev
+                    }
+                }
             }
         };
+        let found = if binds {
+            match left.get(host) {
+                Some(known) => known.clone(),
+                // Asked anew, it may be another answer: the VMM has bound the device meanwhile.
+                None => path.and_then(|path| probe_vmm_device(&node, &path, host)),
+            }
+        } else {
+            if cdev.is_bound() {
+                bound_before.push(endpoint.endpoint_id());
+                if is_exported {
+                    stop_export(&cdev, passthrough);
+                }
+            }
+            let bound = left.get(host).and_then(Option::as_ref);
+            let bound = bind_blocked(&iommufd, &cdev, host, bound).map_err(failed)?;
+            check_coherency(config, *passthrough, bound.is_coherent)?;
+            Some(bound)
+        };
+        known.add(host, found.clone());
+        let found = found.map(|found| found.allowed);
         if let Some(found) = found {
             check_granule(config, *passthrough, found.granule)?;
             granule = granule.max(found.granule);
@@ -123,6 +151,7 @@ pub(super) fn open(
             memory: Arc::new(cdev),
         });
     }
+    known.keep(&left, keeper);
     let mixed = |d: &&PassthroughDevice| {
         devices
             .iter()
@@ -140,10 +169,59 @@ pub(super) fn open(
     };
     let capabilities = capabilities(allowed.values(), granule)?;
     let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
+    let backend = backend.with_bound_before(&bound_before);
     Ok(HostBackends {
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
         exported,
+    })
+}
+
+/// Opens the host's iommufd, or takes over that of the process before. Also returns whether it is taken over.
+fn open_iommufd(node: &Path, keeper: &Keeper) -> Result<(IommuFd, bool), VfioError> {
+    if let Some(file) = kept::claim(keeper, kept::IOMMUFD) {
+        match IommuFd::adopt(file) {
+            Ok(iommufd) => return Ok((iommufd, true)),
+            Err(cause) => {
+                warn!(
+                    "the iommufd of the daemon before cannot be used, so all devices are opened anew: {cause}"
+                );
+                keeper.release(kept::IOMMUFD);
+            }
+        }
+    }
+    let file = IommuFd::open_node(node)?;
+    kept::keep(keeper, kept::IOMMUFD, file.as_fd());
+    Ok((IommuFd::from(file), false))
+}
+
+/// The device that the process before has left under a name, if it is still the one with this node.
+fn claim_cdev(keeper: &Keeper, name: &str, path: Option<&Path>) -> Option<Cdev> {
+    let cdev = Cdev::adopt(check_kind(kept::claim(keeper, name)?).ok()?);
+    let node = path.and_then(|path| std::fs::metadata(path).ok());
+    if cdev.node_number().ok() == node.map(|node| node.rdev()) {
+        return Some(cdev);
+    }
+    warn!(
+        "the descriptor {name} of the daemon before is open on another device, so the device is opened anew"
+    );
+    keeper.release(name);
+    None
+}
+
+/// Opens a device's node.
+fn open_cdev(path: Option<&Path>, passthrough: &Passthrough) -> Result<Cdev, PassthroughError> {
+    let &Passthrough { endpoint, host } = passthrough;
+    let path = path.ok_or(PassthroughError::NoDevice {
+        host,
+        endpoint,
+        why: "has no node in /dev/vfio/devices: no VFIO driver holds it, or the kernel \
+              lacks CONFIG_VFIO_DEVICE_CDEV",
+    })?;
+    Cdev::open(path).map_err(|source| PassthroughError::Device {
+        host,
+        endpoint,
+        source,
     })
 }
 
@@ -179,9 +257,13 @@ fn check_node(
 /// Asks VFIO for the addresses that a device allows, before the VMM binds the device. Only VFIO knows these addresses
 /// for certain. `None` if VFIO does not tell them, for example because this process may not open the device or the VMM
 /// has bound it already.
-fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<AllowedIovas> {
+fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<DeviceFacts> {
     match probe_allowed_iovas(node, path) {
-        Ok(allowed) => Some(allowed),
+        // Nobody asks whether a device of the VMM is coherent.
+        Ok(allowed) => Some(DeviceFacts {
+            allowed,
+            is_coherent: false,
+        }),
         Err(cause) => {
             warn!(
                 "{host}: the addresses its IOMMU allows are taken from its group's reserved \
@@ -192,20 +274,21 @@ fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<Allow
     }
 }
 
-/// The answers of the kernel about a device's IOMMU.
-struct BoundDevice {
-    allowed: AllowedIovas,
-    /// Whether the IOMMU makes all DMA of the device snoop the caches.
-    is_coherent: bool,
-}
-
-/// Binds a device for this process and leaves it blocked.
+/// Binds a device for this process and leaves it blocked. A device that the process before has bound keeps its DMA if its
+/// properties are `known`.
 fn bind_blocked(
     iommufd: &IommuFd,
     cdev: &Cdev,
     host: HostAddress,
-) -> Result<BoundDevice, VfioError> {
-    cdev.bind(iommufd)?;
+    known: Option<&DeviceFacts>,
+) -> Result<DeviceFacts, VfioError> {
+    if !cdev.is_bound() {
+        cdev.bind(iommufd)?;
+    } else if let Some(bound) = known {
+        return Ok(bound.clone());
+    } else {
+        warn!("the properties of {host} are not known any more: its DMA is blocked for a moment");
+    }
     let failed = |step: &str, source| VfioError {
         problem: format!("cannot {step} for {host}"),
         source,
@@ -215,7 +298,7 @@ fn bind_blocked(
         .alloc()
         .map_err(|e| failed("make an address space", e))?;
     let ask = || {
-        Ok(BoundDevice {
+        Ok(DeviceFacts {
             allowed: iommufd.allowed_iovas(ioas)?,
             is_coherent: iommufd.enforces_coherency(ioas)?,
         })

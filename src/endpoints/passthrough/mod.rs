@@ -5,6 +5,7 @@ pub mod error;
 #[cfg(test)]
 mod instances;
 mod iommufd;
+mod kept;
 mod kind;
 #[cfg(test)]
 mod refusals;
@@ -21,8 +22,9 @@ use crate::backends::{BackendCapabilities, DmaBackend};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot, IommuInstance, refine};
 use crate::ids::EndpointId;
+use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress, Topology};
-use crate::vfio::DeviceAccess;
+use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
@@ -48,11 +50,12 @@ struct HostBackends {
 }
 
 impl PassthroughDevices {
-    /// Opens the devices of the host that the configuration names.
+    /// Opens the devices of the host that the configuration names. Takes over those that the process before has left with
+    /// the keeper, and keeps the others there.
     ///
     /// # Errors
     /// See [`PassthroughError`].
-    pub fn open(config: &Config) -> Result<Self, PassthroughError> {
+    pub fn open(config: &Config, keeper: &Keeper) -> Result<Self, PassthroughError> {
         if config.devices.passthrough.is_empty() {
             return Ok(Self {
                 topology: config.topology.clone(),
@@ -64,8 +67,8 @@ impl PassthroughDevices {
         let root = HostRoot::default();
         let facts = HostFacts::read(&root, config.devices.passthrough.iter().map(|p| p.host));
         let opened = match config.host_iommu {
-            HostIommu::Iommufd => iommufd::open(config, &root, &facts)?,
-            HostIommu::Type1 => type1::open(config, &root, &facts)?,
+            HostIommu::Iommufd => iommufd::open(config, &root, &facts, keeper)?,
+            HostIommu::Type1 => type1::open(config, &root, &facts, keeper)?,
         };
         let pairs: Vec<_> = config
             .devices
@@ -149,6 +152,18 @@ fn check_coherency(
          `allow-no-snoop` says that the device needs no such enforcement"
     );
     Ok(())
+}
+
+/// Ends the DMA of an exported device that the process before has served: its VMM must connect again.
+fn stop_export(cdev: &Cdev, passthrough: &Passthrough) {
+    let Passthrough { endpoint, host } = passthrough;
+    match cdev.clear_bus_master() {
+        Ok(()) => warn!(
+            "{host} (endpoint {endpoint}) is exported: its connection has ended with the daemon before, and its DMA is \
+             stopped until the VMM connects again"
+        ),
+        Err(cause) => warn!("{host} (endpoint {endpoint}) cannot be stopped: {cause}"),
+    }
 }
 
 /// Refuses a device for which the host cannot map pages as small as the configuration promises to the guest. `smallest` is

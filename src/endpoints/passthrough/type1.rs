@@ -1,26 +1,33 @@
-//! Opens devices through VFIO containers: one container for each group.
+//! Opens devices through VFIO containers: one container for each group. Takes over those that the process before has left
+//! open.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use log::warn;
 
+use super::kept;
 use super::{
     HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
+    stop_export,
 };
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::config::{Config, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::{adopt, is_same_file};
-use crate::topology::PciAddress;
+use crate::process::keeper::Keeper;
+use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{Attach, Cdev, Container, DeviceMemory, Group, VfioError};
 
 /// A container and the devices of its group.
 struct OpenedGroup {
     container: Container,
+    /// The process before may have filled the container.
+    is_left: bool,
     devices: Vec<(Passthrough, Option<Cdev>)>,
 }
 
@@ -28,6 +35,7 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
+    keeper: &Keeper,
 ) -> Result<HostBackends, PassthroughError> {
     let mut inherited = Inherited::adopt(config)?;
     let mut groups: BTreeMap<u32, OpenedGroup> = BTreeMap::new();
@@ -44,22 +52,41 @@ pub(super) fn open(
         let open = match groups.entry(number) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let container = match container {
-                    Some(container) => container,
-                    None => open_container(root, number).map_err(failed)?,
+                let (container, is_left) = match container {
+                    // The file is open elsewhere, so it outlives this process without a keeper.
+                    Some(container) => (container, true),
+                    None => match claim_container(keeper, number) {
+                        Some(container) => (container, true),
+                        None => {
+                            let container = open_container(root, number).map_err(failed)?;
+                            keep_container(keeper, number, &container);
+                            (container, false)
+                        }
+                    },
                 };
                 entry.insert(OpenedGroup {
                     container,
+                    is_left,
                     devices: Vec::new(),
                 })
             }
         };
+        let is_exported = config.devices.exported_at(endpoint).is_some();
         let device = match (device, open.container.group()) {
             (Some(device), _) => Some(device),
-            (None, Some(group)) => Some(group.device(&host.to_string()).map_err(failed)?),
+            (None, Some(group)) => {
+                let device = open_device(keeper, group, host, open.is_left, !is_exported);
+                Some(device.map_err(failed)?)
+            }
             (None, None) => None,
         };
-        if device.is_none() && config.devices.exported_at(endpoint).is_some() {
+        if is_exported
+            && open.is_left
+            && let Some(device) = &device
+        {
+            stop_export(device, &passthrough);
+        }
+        if device.is_none() && is_exported {
             return Err(PassthroughError::NoDevice {
                 host,
                 endpoint,
@@ -148,6 +175,60 @@ fn open_container(root: &HostRoot, number: u32) -> Result<Container, VfioError> 
     let mut container = Container::open(&root.path("dev/vfio/vfio"))?;
     container.set_group(Group::open(&root.path(format!("dev/vfio/{number}")))?)?;
     Ok(container)
+}
+
+/// The container of a group, and the group, as the process before has left them.
+fn claim_container(keeper: &Keeper, number: u32) -> Option<Container> {
+    let names = [kept::container_name(number), kept::group_name(number)];
+    let container = kept::claim(keeper, &names[0]);
+    let group = kept::claim(keeper, &names[1]);
+    let adopted = match (container, group) {
+        (Some(container), Some(group)) => Container::adopt_with_group(container, group),
+        (None, None) => return None,
+        _ => Err(io::Error::other("one of two descriptors is missing")),
+    };
+    match adopted {
+        Ok(container) => Some(container),
+        Err(cause) => {
+            warn!(
+                "the container of group {number} of the daemon before cannot be used, so its devices are opened anew: {cause}"
+            );
+            names.iter().for_each(|name| keeper.release(name));
+            None
+        }
+    }
+}
+
+fn keep_container(keeper: &Keeper, number: u32, container: &Container) {
+    kept::keep(keeper, &kept::container_name(number), container.as_fd());
+    if let Some(group) = container.group() {
+        kept::keep(keeper, &kept::group_name(number), group.as_fd());
+    }
+}
+
+/// Opens a device of a group, or takes it over from the process before, if the group `is_left` by that process. `is_kept` says
+/// whether the device outlives this process.
+///
+/// An exported device does not: its VMM's connection ends with this process, and its server may have to close it for a reset
+/// of its bus.
+fn open_device(
+    keeper: &Keeper,
+    group: &Group,
+    host: HostAddress,
+    is_left: bool,
+    is_kept: bool,
+) -> Result<Cdev, VfioError> {
+    let name = kept::device_name(host);
+    if !is_kept || !is_left {
+        kept::close_left(keeper, &name);
+    } else if let Some(file) = kept::claim(keeper, &name) {
+        return group.adopt_device(&host.to_string(), file);
+    }
+    let device = group.device(&host.to_string())?;
+    if is_kept {
+        kept::keep(keeper, &name, device.as_fd());
+    }
+    Ok(device)
 }
 
 fn add_group(
