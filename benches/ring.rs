@@ -4,6 +4,8 @@
 //! The driver's part is as small as possible. Its chains are like the stock driver's: two
 //! descriptors, one for the request and one for the tail behind it, and the chain freed last is
 //! used first.
+//!
+//! `cargo bench --bench ring -- journal` measures only what the journal costs.
 #![allow(
     clippy::expect_used,
     clippy::cast_possible_truncation,
@@ -76,6 +78,10 @@ fn main() {
     if !std::env::args().any(|arg| arg == "--bench") {
         return;
     }
+    if std::env::args().any(|arg| arg == "journal") {
+        cost_of_the_journal();
+        return;
+    }
     let (request, watched) = device_alone();
     let round_trip = through_a_daemon();
     let over_virtio_pci = over_virtio_pci();
@@ -90,81 +96,161 @@ fn main() {
     fragment::write("ring", &figures);
 }
 
+/// A device that is called on the driver's thread.
+struct Alone {
+    core: Arc<Mutex<Iommu>>,
+    device: Arc<Device>,
+    metrics: Arc<Metrics>,
+    backend: VhostUserDevice,
+    rings: [VmmRing; 2],
+    memory: Memory,
+    driver: Driver<'static>,
+    rng: Rng,
+}
+
+impl Alone {
+    /// A device with [`LIVE`] mappings.
+    fn new(core: Iommu) -> Self {
+        let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
+        let memory = Memory {
+            regions: files
+                .iter()
+                .map(|(gpa, file)| Region::of_file(*gpa, LEN, file.clone(), 0))
+                .collect(),
+        };
+        let seen = files.map(|(gpa, file)| {
+            let range = MmapRegion::from_file(FileOffset::from_arc(file, 0), LEN as usize);
+            GuestRegionMmap::new(range.expect("mapped"), GuestAddress(gpa)).expect("a region")
+        });
+        let seen = GuestMemoryMmap::from_regions(seen.into()).expect("guest memory");
+        let seen = GuestMemoryAtomic::new(seen);
+        let metrics = Arc::new(Metrics::default());
+        let worker = WorkerSettings {
+            longest_poll: Duration::ZERO,
+            max_batch: 64,
+            realtime: None,
+        };
+        let core = Arc::new(Mutex::new(Rank::Core, core));
+        let device = Device::new(core.clone(), metrics.clone(), worker).expect("a device");
+        let device = Arc::new(device);
+        let backend = VhostUserDevice::new(device.clone());
+        backend.update_memory(seen.clone()).expect("memory taken");
+        backend.acked_features(STOCK);
+        let driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true));
+        let rings = [0, 1].map(|_| VmmRing::new(seen.clone(), RING_SIZE).expect("a ring"));
+        let queue = &driver.queue;
+        rings[0]
+            .set_queue_info(queue.desc, queue.avail, queue.used)
+            .expect("addresses");
+        rings[0].set_queue_event_idx(true);
+        rings[0].set_queue_ready(true);
+        rings[0].set_enabled(true);
+        let mut alone = Self {
+            core,
+            device,
+            metrics,
+            backend,
+            rings,
+            memory,
+            driver,
+            rng: Rng::new(1),
+        };
+        let Self { driver, memory, .. } = &mut alone;
+        driver.put(memory, &wire::attach(DOMAIN, ENDPOINT, 0));
+        alone.serve();
+        for n in 0..LIVE {
+            alone.driver.put(&alone.memory, &map_page(2 * n));
+            if n % 128 == 127 {
+                alone.serve();
+            }
+        }
+        alone
+    }
+
+    /// Serves the ring. Returns the time that this takes the device.
+    fn serve(&mut self) -> Duration {
+        let start = Instant::now();
+        let served = self.backend.handle_event(0, EventSet::IN, &self.rings, 0);
+        let time = start.elapsed();
+        served.expect("served");
+        self.driver.take_all(&self.memory);
+        time
+    }
+
+    /// Appends the time for a request, in nanoseconds, in each of twice `count` batches of `len` requests.
+    fn time_batches(&mut self, count: usize, len: usize, times: &mut Vec<f64>) {
+        for _ in 0..count {
+            let pages = distinct_pages(&mut self.rng);
+            for request in [map_page, unmap_page] {
+                for &page in pages.iter().take(len) {
+                    self.driver.put(&self.memory, &request(page));
+                }
+                times.push(self.serve().as_nanos() as f64 / len as f64);
+            }
+        }
+    }
+}
+
 /// Times the device alone, called on this thread: take a batch off the ring, serve it, return it.
 /// Measured by itself, and while an operator queries all mappings without a pause.
 fn device_alone() -> (f64, f64) {
-    let files = [LOW_RAM, RING_RAM, HIGH_RAM].map(|gpa| (gpa, Arc::new(memfd(LEN))));
-    let memory = Memory {
-        regions: files
-            .iter()
-            .map(|(gpa, file)| Region::of_file(*gpa, LEN, file.clone(), 0))
-            .collect(),
-    };
-    let seen = files.map(|(gpa, file)| {
-        let range = MmapRegion::from_file(FileOffset::from_arc(file, 0), LEN as usize);
-        GuestRegionMmap::new(range.expect("mapped"), GuestAddress(gpa)).expect("a region")
-    });
-    let seen = GuestMemoryMmap::from_regions(seen.into()).expect("guest memory");
-    let seen = GuestMemoryAtomic::new(seen);
-    let metrics = Arc::new(Metrics::default());
-    let worker = WorkerSettings {
-        longest_poll: Duration::ZERO,
-        max_batch: 64,
-        realtime: None,
-    };
-    let core = Arc::new(Mutex::new(Rank::Core, core()));
-    let device = Device::new(core.clone(), metrics.clone(), worker).expect("a device");
-    let device = Arc::new(device);
-    let backend = VhostUserDevice::new(device.clone());
-    backend.update_memory(seen.clone()).expect("memory taken");
-    backend.acked_features(STOCK);
-    let mut driver = Driver::new(Queue::new(0, RING_SIZE, RING_RAM, true));
-    let rings = [0, 1].map(|_| VmmRing::new(seen.clone(), RING_SIZE).expect("a ring"));
-    let queue = &driver.queue;
-    rings[0]
-        .set_queue_info(queue.desc, queue.avail, queue.used)
-        .expect("addresses");
-    rings[0].set_queue_event_idx(true);
-    rings[0].set_queue_ready(true);
-    rings[0].set_enabled(true);
-    driver.put(&memory, &wire::attach(DOMAIN, ENDPOINT, 0));
-    let serve = || {
-        backend
-            .handle_event(0, EventSet::IN, &rings, 0)
-            .expect("served");
-    };
-    serve();
-    driver.take_all(&memory);
-    driver.fill(&memory, |driver| {
-        serve();
-        driver.take_all(&memory);
-    });
-
-    let mut rng = Rng::new(1);
-    let mut batches = |label| {
+    let mut alone = Alone::new(core());
+    let batches = |alone: &mut Alone, label| {
         let mut times = Vec::new();
-        for _ in 0..BATCHES {
-            let pages = distinct_pages(&mut rng);
-            for request in [map_page, unmap_page] {
-                for &page in &pages {
-                    driver.put(&memory, &request(page));
-                }
-                let start = Instant::now();
-                serve();
-                times.push(start.elapsed().as_nanos() as f64 / f64::from(BATCH));
-                driver.take_all(&memory);
-            }
-        }
+        alone.time_batches(BATCHES, usize::from(BATCH), &mut times);
         report(label, &mut times)
     };
-    let alone = batches("device alone, a request in batches of 32");
-    let operator = Operator::start(core, device.clone(), metrics);
-    let watched = batches("the same while all mappings are asked for without a pause");
+    let request = batches(&mut alone, "device alone, a request in batches of 32");
+    let (core, device) = (alone.core.clone(), alone.device.clone());
+    let operator = Operator::start(core, device, alone.metrics.clone());
+    let watched = batches(
+        &mut alone,
+        "the same while all mappings are asked for without a pause",
+    );
     println!(
         "  ({} answers of {LIVE} mappings meanwhile)",
         operator.stop()
     );
-    (alone, watched)
+    (request, watched)
+}
+
+/// Times two devices in turn, one of which keeps the journal. Each figure is the tenth percentile of one round: other
+/// processes only ever add to a time.
+fn cost_of_the_journal() {
+    const ROUNDS: usize = 150;
+    let mut devices = [false, true].map(|keeps| {
+        let mut core = core();
+        if keeps {
+            core.keep_journal();
+        }
+        Alone::new(core)
+    });
+    for len in [1, 4, usize::from(BATCH)] {
+        let mut rounds = [Vec::new(), Vec::new()];
+        for _ in 0..ROUNDS {
+            for (device, rounds) in devices.iter_mut().zip(&mut rounds) {
+                let mut times = Vec::new();
+                device.time_batches(100, len, &mut times);
+                times.sort_by(f64::total_cmp);
+                rounds.push(times[times.len() / 10]);
+            }
+        }
+        let [without, with] = &rounds;
+        let mut costs: Vec<_> = with.iter().zip(without).map(|(a, b)| a - b).collect();
+        for list in rounds.iter_mut().chain([&mut costs]) {
+            list.sort_by(f64::total_cmp);
+        }
+        let at = |list: &[f64], part: usize| list[list.len() * part / 100];
+        println!(
+            "batches of {len}: a request takes {:.1} ns without a journal and {:.1} ns with one (tenth percentiles of \
+             {ROUNDS} rounds); the difference of a pair is {:.1} ns (from {:.1} to {:.1})",
+            at(&rounds[0], 10),
+            at(&rounds[1], 10),
+            at(&costs, 50),
+            at(&costs, 10),
+            at(&costs, 90)
+        );
+    }
 }
 
 /// An operator who queries all mappings over and over.

@@ -62,15 +62,15 @@ impl ReadBytes {
         Self { bytes: all, len }
     }
 
-    /// The words that the journal keeps, and the number of all bytes.
+    /// The number of all bytes, and the words that the journal keeps.
     #[inline(always)]
-    fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
+    fn journal_words(&self) -> (u8, [u64; KEPT_WORDS]) {
         let mut words = [0; KEPT_WORDS];
         let (chunks, _) = self.bytes.as_chunks::<8>();
         for (word, chunk) in words.iter_mut().zip(chunks) {
             *word = u64::from_le_bytes(*chunk);
         }
-        (words, u8::try_from(self.len).unwrap_or(0))
+        (u8::try_from(self.len).unwrap_or(0), words)
     }
 
     /// The bytes.
@@ -80,14 +80,16 @@ impl ReadBytes {
 }
 
 impl Chain {
-    /// The words of the request that the journal keeps, and its length as in [`EntryState`](crate::store::EntryState).
+    /// What the journal keeps: the head, the length of the request as in [`EntryState`](crate::store::EntryState), and the
+    /// words of the request.
     #[inline(always)]
-    pub fn journal_words(&self) -> ([u64; KEPT_WORDS], u8) {
-        match self.request.as_ref().map(|request| &request.bytes) {
+    pub fn journal_words(&self) -> (u16, u8, [u64; KEPT_WORDS]) {
+        let (len, words) = match self.request.as_ref().map(|request| &request.bytes) {
             Some(Some(bytes)) => bytes.journal_words(),
-            Some(None) => ([0; KEPT_WORDS], UNREADABLE),
-            None => ([0; KEPT_WORDS], MALFORMED),
-        }
+            Some(None) => (UNREADABLE, [0; KEPT_WORDS]),
+            None => (MALFORMED, [0; KEPT_WORDS]),
+        };
+        (self.head, len, words)
     }
 
     /// Reads the chain at `head` of a ring of `size` entries with its descriptor table at `table`, and appends the

@@ -21,9 +21,9 @@ impl RequestQueue {
     /// Finishes a batch. The core must be restored, and the ring must have its addresses and run; it gets its indices from
     /// the journal. Must be called before the ring is served.
     ///
-    /// The ring is broken if the driver's used index is not one of the two that the earlier process can have left, or if a
-    /// chain does not have the request that the journal has: another driver has begun. The batch is then neither executed
-    /// nor answered.
+    /// The ring is broken if the driver's used index says that it has fewer answers than the journal knows of or more than
+    /// are done, or if a chain does not have the request that the journal has: another driver has begun, or the journal is
+    /// damaged. The batch is then neither executed nor answered.
     pub(crate) fn finish_interrupted(
         &mut self,
         ring: &impl Ring,
@@ -34,7 +34,6 @@ impl RequestQueue {
             batch,
             entries,
             published,
-            publishing,
         } = interrupted;
         let Some(batch) = batch else {
             return Pass::Empty;
@@ -54,26 +53,27 @@ impl RequestQueue {
             let returned = u16::try_from(returned).unwrap_or(0);
             batch.next_used.wrapping_add(returned)
         };
-        let answered = [publishing, published]
-            .into_iter()
-            .find(|&count| seen == Some(used_after(count)));
+        let is_done = |entry: &&JournalEntry| entry.state.phase == Phase::Done;
+        let done = entries.iter().take_while(is_done).count();
+        let done = u16::try_from(done).unwrap_or(0);
+        // The first, so that a head outside of the table breaks the ring here, too.
+        let answered = (published..=done).find(|&count| seen == Some(used_after(count)));
         let first = answered.unwrap_or(published);
         ring.lock().queue_mut().set_next_used(used_after(first));
-        context.iommu.journal().published(first - published);
         let left = entries.get(first.into()..).unwrap_or(&[]);
         let read = |entry: &JournalEntry| {
             Chain::read(&view, entry.state.head, table, size, &mut self.spans)
         };
         let chains: Vec<Chain> = left.iter().map(read).collect();
         let is_same = |(entry, chain): (&JournalEntry, &Chain)| {
-            chain.journal_words() == (entry.words, entry.state.len)
+            chain.journal_words() == (entry.state.head, entry.state.len, entry.words)
         };
         if answered.is_none() || !left.iter().zip(&chains).all(is_same) {
             warn_limited!(
-                "the request ring was changed while no daemon served it (used index {seen:?}, expected {} or {}, or \
+                "the request ring was changed while no daemon served it (used index {seen:?}, expected {} to {}, or \
                  other requests); the ring is not served until a driver starts it anew",
                 used_after(published),
-                used_after(publishing)
+                used_after(done)
             );
             self.spans.clear();
             self.broken = true;
@@ -89,7 +89,7 @@ impl RequestQueue {
             self.done.push((entry.state.head, used.unwrap_or(0)));
         }
         self.spans.clear();
-        let (next_avail, next_used) = self.publish(ring, &view, 0, context);
+        let (next_avail, next_used) = self.publish(ring, &view, 0);
         context.iommu.journal().end_batch(next_avail, next_used);
         if self.last_used.is_none() {
             self.last_used = request_ring::last_used(ring.lock().queue(), &view);

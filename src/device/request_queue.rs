@@ -98,7 +98,10 @@ impl RequestQueue {
                     break;
                 }
                 if published_at.is_some_and(|published_at| now - published_at > MAX_ANSWER_DELAY) {
-                    self.publish(ring, &view, 0, context);
+                    let count = self.done.len();
+                    self.publish(ring, &view, 0);
+                    let count = u16::try_from(count).unwrap_or(0);
+                    context.iommu.journal().published(count);
                     published_at = Some(now);
                 }
             }
@@ -126,7 +129,7 @@ impl RequestQueue {
         self.chains = chains;
         self.chains.clear();
         self.spans.clear();
-        let (next_avail, next_used) = self.publish(ring, &view, left, context);
+        let (next_avail, next_used) = self.publish(ring, &view, left);
         context.iommu.journal().end_batch(next_avail, next_used);
         if let Some(started) = started {
             context.metrics.batches.record(started.elapsed(), weight);
@@ -233,15 +236,12 @@ impl RequestQueue {
         if !journal.is_kept() {
             return;
         }
-        for (index, chain) in chains.iter().enumerate() {
-            let (words, len) = chain.journal_words();
-            journal.take(index, chain.head, len, &words);
-        }
-        journal.begin_batch(RingBatch {
+        let batch = RingBatch {
             next_avail: self.batch_at.0,
             next_used: self.batch_at.1,
             count: u16::try_from(chains.len()).unwrap_or(0),
-        });
+        };
+        journal.begin_batch(batch, chains.iter().map(Chain::journal_words));
     }
 
     /// Returns the finished chains to the driver. Puts the last `left` of the taken chains back onto the ring. Returns
@@ -251,16 +251,7 @@ impl RequestQueue {
         ring: &impl Ring,
         view: &GuestView<'_>,
         left: usize,
-        context: &mut Context<'_>,
     ) -> (u16, u16) {
-        let count = u16::try_from(self.done.len()).unwrap_or(0);
-        context.iommu.journal().publishing(count);
-        let indices = self.publish_done(ring, view, left);
-        context.iommu.journal().published(count);
-        indices
-    }
-
-    fn publish_done(&mut self, ring: &impl Ring, view: &GuestView<'_>, left: usize) -> (u16, u16) {
         let mut ring = ring.lock();
         let queue = ring.queue_mut();
         let (size, before) = (queue.size(), queue.next_used());

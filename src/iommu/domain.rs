@@ -46,8 +46,8 @@ pub(super) struct UnmapParts<'a> {
     pub memory: &'a [MemorySlot],
     pub backends: &'a mut [Box<dyn DmaBackend>],
     pub journal: &'a Journal,
-    /// The request's entry in the journal.
-    pub entry: usize,
+    /// The distance of the request's entry in the journal from that of the request in progress.
+    pub ahead: usize,
 }
 
 /// How the backends use a domain, by the backend's index. A sorted vector and not a map: there are
@@ -214,7 +214,7 @@ impl Domain {
             memory,
             backends,
             journal,
-            entry,
+            ahead,
         } = parts;
         // UNMAP-3
         let Some(table) = self.table.as_mut() else {
@@ -224,7 +224,7 @@ impl Domain {
         let plan = table
             .plan_unmap(arena, range)
             .map_err(|WouldSplit(existing)| RequestError::WouldSplit { range, existing })?;
-        journal.plan_at(entry);
+        journal.plan_ahead(ahead);
         let least = (self.unreachable > 0).then(|| {
             let mut least = 0;
             for mapping in table.mappings_in(arena, range) {

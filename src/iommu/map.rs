@@ -158,9 +158,7 @@ impl Iommu {
             {
                 positions.push(at);
                 begun.push(*mapping);
-                self.store
-                    .phases()
-                    .plan_at(self.store.phases().current() + at);
+                self.store.phases().plan_ahead(at);
             }
         }
         for index in batchers {
@@ -210,7 +208,7 @@ impl Iommu {
             memory: &self.memory,
             backends: &mut self.backends,
             journal: self.store.phases(),
-            entry: self.store.phases().current(),
+            ahead: 0,
         };
         let (unmapped, part) = entry.remove_mappings(domain, range, parts)?;
         let Some(UnmapPart { range, least }) = part else {
@@ -249,14 +247,13 @@ impl Iommu {
         let mut parts = Vec::new();
         let mut positions = Vec::new();
         for (at, range) in ranges.enumerate() {
-            let journal = self.store.phases();
             let all = UnmapParts {
                 offer,
                 arena: &mut self.arena,
                 memory: &self.memory,
                 backends: &mut self.backends,
-                journal,
-                entry: journal.current() + at,
+                journal: self.store.phases(),
+                ahead: at,
             };
             let removed = entry.remove_mappings(domain, range, all);
             if removed.is_err() && at > 0 {

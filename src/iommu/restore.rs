@@ -105,10 +105,8 @@ pub struct InterruptedBatch {
     pub batch: Option<RingBatch>,
     /// Its requests, with the phases after the restore: waiting or done.
     pub entries: Vec<JournalEntry>,
-    /// The number of requests whose answers the driver has.
+    /// The number of requests whose answers the driver has at least. Its used index says whether it has more.
     pub published: u16,
-    /// Their number after the publication that was in progress.
-    pub publishing: u16,
 }
 
 impl Iommu {
@@ -170,7 +168,6 @@ impl Iommu {
             loaded.entries.clear();
             loaded.batch = None;
             loaded.published = 0;
-            loaded.publishing = 0;
         }
         count_deaths(&mut loaded, old.store);
         refuse_deadly_requests(&mut loaded);
@@ -222,7 +219,6 @@ impl Iommu {
             batch: loaded.batch,
             entries: loaded.entries,
             published: loaded.published,
-            publishing: loaded.publishing,
         });
         Ok(restored)
     }

@@ -1,15 +1,16 @@
 //! The journal: the requests of the batch that is in progress, and the phase of each.
 //!
-//! An entry is one cache line. Word 0, sealed, holds everything that changes. The words 1 to 5 hold the first 40 bytes of
-//! the request, and word 6 their check. A request takes seven stores when its batch is taken off the ring, one when it is
-//! planned and one when it is done.
+//! An entry is one cache line. Word 0, sealed, holds the phase; it has one of a few values, which are constants. The words 1
+//! to 6 hold the rest: head, length, deaths, and the first 40 bytes of the request. They have no check, because the process
+//! that goes on compares them with the driver's chain before it executes or answers the request. A request takes seven
+//! stores when its batch is taken off the ring, one when it is planned and one when it is done; a batch takes two.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use super::layout::{
-    ENTRY_WORDS, HEADER_ENTRIES, JOURNAL_AT, JOURNAL_ENTRIES, RING_BATCH, RING_PUBLISHED,
-    entry_salt, header_salt, seal, value_of,
+    ENTRY_PHASE, ENTRY_WORDS, HEADER_ENTRIES, JOURNAL_AT, JOURNAL_ENTRIES, PHASE_SALT, RECORDS_AT,
+    RING_BATCH, RING_PUBLISHED, header_salt, seal, unseal,
 };
 use crate::page_table::words::SharedWords;
 use crate::protocol::reply::Status;
@@ -47,7 +48,7 @@ pub const UNREADABLE: u8 = 0xff;
 /// The length of a request whose chain is malformed.
 pub const MALFORMED: u8 = 0xfe;
 
-/// Word 0 of an entry.
+/// The words 0 and 1 of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryState {
     /// How far the request has come.
@@ -63,22 +64,23 @@ pub struct EntryState {
 }
 
 impl EntryState {
-    const PHASE: u64 = 0xff;
-    const STATUS_SHIFT: u32 = 8;
-
-    /// The value of the sealed word.
-    #[inline(always)]
-    pub fn bits(self) -> u64 {
-        self.phase as u64
-            | u64::from(self.status) << Self::STATUS_SHIFT
-            | u64::from(self.attempts) << 16
-            | u64::from(self.len) << 24
-            | u64::from(self.head) << 32
+    /// Word 0, sealed: phase and status.
+    pub fn phase_word(self) -> u64 {
+        phase_word(self.phase, self.status)
     }
 
-    /// Decodes the value; `None` if it has an unknown phase.
-    pub fn from_bits(bits: u64) -> Option<Self> {
-        let [phase, status, attempts, len, low, high, _, _] = bits.to_le_bytes();
+    /// Word 1: everything else.
+    #[inline(always)]
+    pub fn rest_word(self) -> u64 {
+        u64::from(self.head) | u64::from(self.len) << 16 | u64::from(self.attempts) << 24
+    }
+
+    /// Decodes both words; `None` if the first is damaged.
+    pub fn from_words(phase_word: u64, rest: u64) -> Option<Self> {
+        let [phase, status, 0, 0, 0, 0, 0, 0] = unseal(phase_word, PHASE_SALT)?.to_le_bytes()
+        else {
+            return None;
+        };
         let phase = match phase {
             1 => Phase::Taken,
             2 => Phase::Planned,
@@ -86,6 +88,7 @@ impl EntryState {
             4 => Phase::Waiting,
             _ => return None,
         };
+        let [low, high, len, attempts, ..] = rest.to_le_bytes();
         Some(Self {
             phase,
             status,
@@ -95,6 +98,25 @@ impl EntryState {
         })
     }
 }
+
+const fn phase_word(phase: Phase, status: u8) -> u64 {
+    seal(phase as u64 | (status as u64) << 8, PHASE_SALT)
+}
+
+const TAKEN: u64 = phase_word(Phase::Taken, 0);
+const PLANNED: u64 = phase_word(Phase::Planned, 0);
+/// Word 0 of a request that is done, by its status.
+static DONE: [u64; 256] = {
+    let mut words = [0; 256];
+    let mut status = u8::MAX;
+    loop {
+        words[status as usize] = phase_word(Phase::Done, status);
+        if status == 0 {
+            break words;
+        }
+        status -= 1;
+    }
+};
 
 /// The batch in progress, and the indices of the ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -128,19 +150,8 @@ impl RingBatch {
     }
 }
 
-/// The check of the words of a request.
-#[inline(always)]
-pub fn check_request(words: &[u64; KEPT_WORDS]) -> u64 {
-    let [a, b, c, d, e] = *words;
-    a ^ b.rotate_left(7)
-        ^ c.rotate_left(17)
-        ^ d.rotate_left(29)
-        ^ e.rotate_left(41)
-        ^ 0x6a6f_7572_6e61_6c21
-}
-
-/// No request of a batch is in progress.
-const NO_ENTRY: usize = usize::MAX / 2;
+/// No request of a batch is in progress: this index is beyond every memory, also after the addition of a batch's entries.
+const NO_ENTRY: usize = usize::MAX / 64;
 
 /// Writes the journal.
 #[derive(Debug)]
@@ -150,6 +161,7 @@ pub struct Journal {
     is_kept: bool,
     /// The entry of the request in progress, or [`NO_ENTRY`].
     current: usize,
+    /// The answers of the batch that the driver has, apart from the last ones.
     published: u16,
 }
 
@@ -176,27 +188,28 @@ impl Journal {
         self.is_kept
     }
 
-    /// Writes the entry at `index` of the batch that is being taken off the ring. `len` as in [`EntryState`].
+    /// Begins a batch, whose requests are given with the head of the chain, the length as in [`EntryState`], and the words.
+    /// `batch` must have their number, at most [`MAX_BATCH`](super::MAX_BATCH).
     #[inline(always)]
-    pub fn take(&self, index: usize, head: u16, len: u8, words: &[u64; KEPT_WORDS]) {
-        let Some(entry) = self.entry(index) else {
-            return;
-        };
-        let state = EntryState {
-            phase: Phase::Taken,
-            status: 0,
-            attempts: 0,
-            len,
-            head,
-        };
-        write_entry(entry, index, state, words);
-    }
-
-    /// Begins the batch whose entries were [taken](Self::take).
-    #[inline(always)]
-    pub fn begin_batch(&mut self, batch: RingBatch) {
-        self.publish_word(0, 0);
-        self.published = 0;
+    pub fn begin_batch(
+        &mut self,
+        batch: RingBatch,
+        requests: impl Iterator<Item = (u16, u8, [u64; KEPT_WORDS])>,
+    ) {
+        for (entry, (head, len, words)) in self.entries().iter().zip(requests) {
+            let state = EntryState {
+                phase: Phase::Taken,
+                status: 0,
+                attempts: 0,
+                len,
+                head,
+            };
+            write_entry(entry, TAKEN, state, &words);
+        }
+        if self.published != 0 {
+            self.published = 0;
+            self.header(RING_PUBLISHED, 0);
+        }
         self.header(RING_BATCH, batch.bits());
     }
 
@@ -216,20 +229,24 @@ impl Journal {
     pub fn clear(&mut self) {
         self.current = NO_ENTRY;
         self.header(RING_BATCH, 0);
-        self.publish_word(0, 0);
         self.published = 0;
+        self.header(RING_PUBLISHED, 0);
     }
 
     /// The device is about to execute the request of this entry.
     #[inline(always)]
     pub fn start(&mut self, index: usize) {
-        self.current = if self.is_kept { index } else { NO_ENTRY };
+        self.current = if self.is_kept && index < JOURNAL_ENTRIES {
+            index
+        } else {
+            NO_ENTRY
+        };
     }
 
     /// As [`Self::start`], for a request that an earlier process has taken: from now on a death counts.
     pub fn begin_again(&mut self, index: usize) {
         self.start(index);
-        self.advance(index, Phase::Taken, 0);
+        self.advance(self.current, TAKEN);
     }
 
     /// The entry of the request in progress, for [`Self::start`].
@@ -241,81 +258,63 @@ impl Journal {
     /// From now on backends and tables have effects of the request in progress.
     #[inline(always)]
     pub fn plan(&self) {
-        self.plan_at(self.current);
+        self.advance(self.current, PLANNED);
     }
 
-    /// The same for the request of another entry.
+    /// The same for a request `ahead` entries behind the one in progress.
     #[inline(always)]
-    pub fn plan_at(&self, index: usize) {
-        self.advance(index, Phase::Planned, 0);
+    pub fn plan_ahead(&self, ahead: usize) {
+        let index = self.current + ahead;
+        if index < JOURNAL_ENTRIES {
+            self.advance(index, PLANNED);
+        }
     }
 
     /// The request in progress is over, and has this status byte.
     #[inline(always)]
     pub fn done(&self, status: u8) {
-        self.advance(self.current, Phase::Done, status);
+        self.advance(self.current, DONE[usize::from(status)]);
     }
 
-    /// The device is about to publish the next `count` answers of the batch.
-    #[inline(always)]
-    pub fn publishing(&self, count: u16) {
-        self.publish_word(self.published, self.published.wrapping_add(count));
-    }
-
-    /// The driver sees the next `count` answers of the batch.
-    #[inline(always)]
+    /// The driver has the next `count` answers of the batch, and more will follow. Not to be called for the last ones, after
+    /// which [`Self::end_batch`] follows.
     pub fn published(&mut self, count: u16) {
         self.published = self.published.wrapping_add(count);
-        self.publish_word(self.published, self.published);
+        self.header(RING_PUBLISHED, self.published.into());
     }
 
     /// Writes a whole entry, for a journal that is taken over.
     pub(super) fn write(&self, index: usize, state: EntryState, words: &[u64; KEPT_WORDS]) {
-        if let Some(entry) = self.entry(index) {
-            write_entry(entry, index, state, words);
+        if let Some(entry) = self.entries().get(index) {
+            write_entry(entry, state.phase_word(), state, words);
         }
     }
 
     /// Takes the batch of a journal over, after its entries were [written](Self::write).
-    pub(super) fn adopt(&mut self, batch: Option<RingBatch>, published: u16, target: u16) {
+    pub(super) fn adopt(&mut self, batch: Option<RingBatch>, published: u16) {
         self.published = published;
-        self.publish_word(published, target);
+        self.header(RING_PUBLISHED, published.into());
         self.header(RING_BATCH, batch.map_or(0, RingBatch::bits));
     }
 
-    /// Changes the phase of an entry of a journal that was taken over.
+    /// Changes phase and status of an entry of a journal that was taken over.
     pub fn settle(&self, index: usize, state: EntryState) {
-        if let Some(word) = self.entry(index).and_then(|entry| entry.first()) {
-            SharedWords::set(word, seal(state.bits(), entry_salt(index)));
+        if index < JOURNAL_ENTRIES {
+            self.advance(index, state.phase_word());
         }
     }
 
+    /// Stores the phase of an entry. `index` must be that of an entry, or [`NO_ENTRY`].
     #[inline(always)]
-    fn advance(&self, index: usize, phase: Phase, status: u8) {
-        let Some([word, ..]) = self.entry(index) else {
-            return;
-        };
-        let kept = !(EntryState::PHASE | 0xff << EntryState::STATUS_SHIFT);
-        let bits = value_of(word.load(Ordering::Relaxed)) & kept
-            | phase as u64
-            | u64::from(status) << EntryState::STATUS_SHIFT;
-        SharedWords::set(word, seal(bits, entry_salt(index)));
+    fn advance(&self, index: usize, phase_word: u64) {
+        let at = JOURNAL_AT + index * ENTRY_WORDS + ENTRY_PHASE;
+        self.memory.store(at, phase_word);
     }
 
     #[inline(always)]
-    fn entry(&self, index: usize) -> Option<&[AtomicU64; ENTRY_WORDS]> {
-        if index >= JOURNAL_ENTRIES {
-            return None;
-        }
-        let at = JOURNAL_AT + index * ENTRY_WORDS;
-        let words = self.memory.words().get(at..at + ENTRY_WORDS)?;
-        words.try_into().ok()
-    }
-
-    #[inline(always)]
-    fn publish_word(&self, published: u16, target: u16) {
-        let bits = u64::from(published) | u64::from(target) << 16;
-        self.header(RING_PUBLISHED, bits);
+    fn entries(&self) -> &[[AtomicU64; ENTRY_WORDS]] {
+        let words = self.memory.words().get(JOURNAL_AT..RECORDS_AT);
+        words.unwrap_or(&[]).as_chunks().0
     }
 
     #[inline(always)]
@@ -329,14 +328,44 @@ impl Journal {
 #[inline(always)]
 fn write_entry(
     entry: &[AtomicU64; ENTRY_WORDS],
-    index: usize,
+    phase_word: u64,
     state: EntryState,
     words: &[u64; KEPT_WORDS],
 ) {
-    let [first, a, b, c, d, e, check, _] = entry;
-    for (word, value) in [a, b, c, d, e].into_iter().zip(words) {
+    let [first, rest, kept @ .., _] = entry;
+    let kept: &[AtomicU64; KEPT_WORDS] = kept;
+    for (word, value) in kept.iter().zip(words) {
         SharedWords::set(word, *value);
     }
-    SharedWords::set(check, check_request(words));
-    SharedWords::set(first, seal(state.bits(), entry_salt(index)));
+    SharedWords::set(rest, state.rest_word());
+    SharedWords::set(first, phase_word);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_flipped_bit_of_a_phase_is_noticed() {
+        for phase in [Phase::Taken, Phase::Planned, Phase::Done, Phase::Waiting] {
+            for status in [0, STATUS_DEVERR, UNWRITTEN] {
+                let state = EntryState {
+                    phase,
+                    status,
+                    attempts: 2,
+                    len: 36,
+                    head: 0x1234,
+                };
+                let (word, rest) = (state.phase_word(), state.rest_word());
+                assert_eq!(EntryState::from_words(word, rest), Some(state));
+                for bit in 0..64 {
+                    assert_eq!(EntryState::from_words(word ^ 1 << bit, rest), None);
+                }
+            }
+        }
+        assert_eq!(
+            DONE[usize::from(STATUS_DEVERR)],
+            phase_word(Phase::Done, STATUS_DEVERR)
+        );
+    }
 }

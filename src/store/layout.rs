@@ -36,8 +36,8 @@ pub const GLOBAL_FEATURES: usize = 9;
 pub const GLOBAL_OFFER: usize = 10;
 /// Index of the sealed word that holds the batch: see [`RingBatch`](super::RingBatch).
 pub const RING_BATCH: usize = 16;
-/// Index of the sealed word that holds the number of published entries of the batch (bits 15:0), and their number after
-/// the publication in progress (bits 31:16).
+/// Index of the sealed word that holds the number of entries of the batch whose answers the driver has had before the last
+/// ones. The driver's used index has the rest.
 pub const RING_PUBLISHED: usize = 17;
 
 /// The store belongs to the latest life, and is whole.
@@ -51,6 +51,12 @@ pub const HEADER_WORDS: usize = 512;
 pub const JOURNAL_ENTRIES: usize = 1024;
 /// Words of a journal entry: one cache line.
 pub const ENTRY_WORDS: usize = 8;
+/// Index of the sealed word of an entry that holds phase and status.
+pub const ENTRY_PHASE: usize = 0;
+/// Index of the word of an entry that holds the rest of its state.
+pub const ENTRY_REST: usize = 1;
+/// Index of the first word of an entry that holds bytes of the request.
+pub const ENTRY_BYTES: usize = 2;
 /// Index of the first word of the journal.
 pub const JOURNAL_AT: usize = HEADER_WORDS;
 /// Words of a record: one cache line.
@@ -79,7 +85,7 @@ const VALUE: u64 = (1 << VALUE_BITS) - 1;
 
 /// A sealed word with the low 48 bits of `value`. `salt` names the word's place and must not be 0.
 #[inline(always)]
-pub fn seal(value: u64, salt: u64) -> u64 {
+pub const fn seal(value: u64, salt: u64) -> u64 {
     let value = value & VALUE;
     value | (check(value, salt) >> VALUE_BITS) << VALUE_BITS
 }
@@ -91,15 +97,9 @@ pub fn unseal(word: u64, salt: u64) -> Option<u64> {
     (seal(value, salt) == word).then_some(value)
 }
 
-/// The value of a sealed word that this process has sealed.
-#[inline(always)]
-pub fn value_of(word: u64) -> u64 {
-    word & VALUE
-}
-
 /// A number that depends on every bit of two words. It protects against damage, not against a forger.
 #[inline(always)]
-pub fn check(value: u64, salt: u64) -> u64 {
+pub const fn check(value: u64, salt: u64) -> u64 {
     // Odd constants, so that no bit of either word is lost.
     const A: u64 = 0x9e37_79b9_7f4a_7c15;
     const B: u64 = 0xd6e8_feb8_6659_fd93;
@@ -118,11 +118,8 @@ pub fn endpoint_salt(id: u32) -> u64 {
     1 << 32 | u64::from(id)
 }
 
-/// The salt of the sealed word of a journal entry.
-#[inline(always)]
-pub fn entry_salt(index: usize) -> u64 {
-    2 << 32 | index as u64
-}
+/// The salt of the sealed word of each journal entry: the same for all, so that the word is a constant.
+pub const PHASE_SALT: u64 = 2 << 32;
 
 /// The salt of the sealed word of the header at `index`.
 #[inline(always)]

@@ -6,13 +6,14 @@ use std::sync::atomic::AtomicU64;
 
 use thiserror::Error;
 
-use super::journal::{EntryState, KEPT_WORDS, Phase, RingBatch, check_request};
+use super::journal::{EntryState, KEPT_WORDS, Phase, RingBatch};
 use super::layout::{
-    BYPASS_DOMAIN, COMPLETE, DOMAIN_RECORD, ENDPOINT_RECORD, ENTRY_WORDS, GLOBAL_FEATURES,
-    GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_ENTRIES, HEADER_GENERATION, HEADER_MAGIC,
-    HEADER_OWNER, HEADER_RECORDS, HEADER_RECORDS_USED, HEADER_VERSION, JOURNAL_AT, JOURNAL_ENTRIES,
-    LEVELS_BITS, MAGIC, NO_RECORD, RECORD_WORDS, RECORDS_AT, RING_BATCH, RING_PUBLISHED, VERSION,
-    check, endpoint_salt, entry_salt, header_salt, load, seal, unseal,
+    BYPASS_DOMAIN, COMPLETE, DOMAIN_RECORD, ENDPOINT_RECORD, ENTRY_BYTES, ENTRY_PHASE, ENTRY_REST,
+    ENTRY_WORDS, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_ENTRIES,
+    HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_RECORDS_USED,
+    HEADER_VERSION, JOURNAL_AT, JOURNAL_ENTRIES, LEVELS_BITS, MAGIC, NO_RECORD, RECORD_WORDS,
+    RECORDS_AT, RING_BATCH, RING_PUBLISHED, VERSION, check, endpoint_salt, header_salt, load,
+    unseal,
 };
 use super::{GlobalState, OfferWords, StoredDomain, StoredEndpoint};
 use crate::address::IovaRange;
@@ -101,10 +102,8 @@ pub struct Loaded {
     pub batch: Option<RingBatch>,
     /// The requests of the batch.
     pub entries: Vec<JournalEntry>,
-    /// The number of requests of the batch whose answers the driver has.
+    /// The number of requests of the batch whose answers the driver has at least. Its used index says whether it has more.
     pub published: u16,
-    /// Their number after the publication that was in progress. The driver's used index says whether it happened.
-    pub publishing: u16,
     /// The ranges of requests that were in progress, and that are refused now because they have ended too many processes.
     pub refused: Vec<(DomainId, IovaRange)>,
 }
@@ -137,7 +136,6 @@ impl Loaded {
             batch: RingBatch::from_bits(header(RING_BATCH)?),
             entries: Vec::new(),
             published: 0,
-            publishing: 0,
             refused: Vec::new(),
         };
         let used = header(HEADER_RECORDS_USED)?;
@@ -156,15 +154,14 @@ impl Loaded {
             loaded.entries.push(read_entry(words, index)?);
         }
         if count > 0 {
-            let [a, b, c, d, ..] = header(RING_PUBLISHED)?.to_le_bytes();
-            loaded.published = u16::from_le_bytes([a, b]);
-            loaded.publishing = u16::from_le_bytes([c, d]);
-            let in_order = loaded.published <= loaded.publishing;
-            let answered = loaded.entries.get(..usize::from(loaded.publishing));
+            let damaged = damaged(RING_PUBLISHED);
+            let published = header(RING_PUBLISHED)?;
+            loaded.published = u16::try_from(published).map_err(|_| damaged.clone())?;
+            let answered = loaded.entries.get(..usize::from(loaded.published));
             let all_done =
                 |entries: &[JournalEntry]| entries.iter().all(|e| e.state.phase == Phase::Done);
-            if !in_order || !answered.is_some_and(all_done) {
-                return Err(damaged(RING_PUBLISHED));
+            if !answered.is_some_and(all_done) {
+                return Err(damaged);
             }
         }
         Ok(loaded)
@@ -214,8 +211,8 @@ impl Loaded {
             return;
         };
         entry.state.attempts = entry.state.attempts.saturating_add(1);
-        if let Some(word) = words.get(JOURNAL_AT + index * ENTRY_WORDS) {
-            SharedWords::set(word, seal(entry.state.bits(), entry_salt(index)));
+        if let Some(word) = words.get(JOURNAL_AT + index * ENTRY_WORDS + ENTRY_REST) {
+            SharedWords::set(word, entry.state.rest_word());
         }
     }
 }
@@ -268,15 +265,13 @@ fn check_header(words: &[AtomicU64]) -> Result<u64, StoreError> {
 
 fn read_entry(words: &[AtomicU64], index: usize) -> Result<JournalEntry, StoreError> {
     let at = JOURNAL_AT + index * ENTRY_WORDS;
-    let damaged = |word| StoreError::Damaged { word: at + word };
-    let state = unseal(load(words, at), entry_salt(index)).ok_or(damaged(0))?;
-    let state = EntryState::from_bits(state).ok_or(damaged(0))?;
+    let (phase, rest) = (load(words, at + ENTRY_PHASE), load(words, at + ENTRY_REST));
+    let state = EntryState::from_words(phase, rest).ok_or(StoreError::Damaged {
+        word: at + ENTRY_PHASE,
+    })?;
     let mut kept = [0; KEPT_WORDS];
-    for (offset, word) in (1..).zip(&mut kept) {
+    for (offset, word) in (ENTRY_BYTES..).zip(&mut kept) {
         *word = load(words, at + offset);
-    }
-    if load(words, at + 1 + KEPT_WORDS) != check_request(&kept) {
-        return Err(damaged(1 + KEPT_WORDS));
     }
     Ok(JournalEntry { state, words: kept })
 }

@@ -331,8 +331,7 @@ impl Store {
         for (index, entry) in loaded.entries.iter().enumerate() {
             self.journal.write(index, entry.state, &entry.words);
         }
-        self.journal
-            .adopt(loaded.batch, loaded.published, loaded.publishing);
+        self.journal.adopt(loaded.batch, loaded.published);
     }
 
     /// Says that a later process has taken the store in `words` over.

@@ -134,6 +134,16 @@ struct Life {
     ring: PlainRing,
 }
 
+impl Life {
+    fn of(iommu: Iommu) -> Self {
+        Self {
+            iommu,
+            queue: RequestQueue::default(),
+            ring: PlainRing::new(RING_SIZE, RING_AT),
+        }
+    }
+}
+
 /// Everything that outlives a process.
 pub(super) struct Bed {
     memory: Arc<GuestMemoryMmap>,
@@ -214,7 +224,7 @@ impl Bed {
         iommu.note_features(FEATURES);
         bed.keep(&iommu);
         iommu.connect();
-        bed.life = Some(bed.process(iommu));
+        bed.life = Some(Life::of(iommu));
         bed
     }
 
@@ -226,14 +236,6 @@ impl Bed {
             iommu
                 .add_backend(Box::new(backend), &mine)
                 .expect("common addresses");
-        }
-    }
-
-    fn process(&self, iommu: Iommu) -> Life {
-        Life {
-            iommu,
-            queue: RequestQueue::default(),
-            ring: PlainRing::new(RING_SIZE, RING_AT),
         }
     }
 
@@ -311,18 +313,7 @@ impl Bed {
 
     /// A new process takes over what the last one has left, and dies before the ring runs.
     pub(super) fn die_before_the_ring_runs(&mut self) {
-        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
-        let index = newest(&stores).expect("a complete store");
-        let (arena, store) = self.left[index].clone();
-        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
-        self.add_backends(&mut iommu);
-        self.keep(&iommu);
-        iommu.connect();
-        let restored = iommu.restore(Predecessor {
-            arena: arena.words(),
-            store: store.words(),
-        });
-        restored.expect("restored");
+        self.successor().1.expect("restored");
     }
 
     /// Another driver clears the ring, while there is no process.
@@ -338,28 +329,11 @@ impl Bed {
         self.waiting.push((head, request));
     }
 
-    /// As [`Self::take_over`]. Returns whether the ring is broken.
+    /// As [`Self::take_over`], but the ring may be broken afterwards. Returns whether it is.
     pub(super) fn finish_changed_ring(&mut self) -> bool {
-        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
-        let index = newest(&stores).expect("a complete store");
-        let (arena, store) = self.left[index].clone();
-        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
-        self.add_backends(&mut iommu);
-        self.keep(&iommu);
-        iommu.connect();
-        let old = Predecessor {
-            arena: arena.words(),
-            store: store.words(),
-        };
-        iommu.restore(old).expect("restored");
-        let interrupted = iommu.take_interrupted().expect("a batch");
-        let mut life = self.process(iommu);
-        with_context(&mut life.iommu, &self.memory, &self.metrics, |context| {
-            life.queue
-                .finish_interrupted(&life.ring, context, interrupted)
-        });
-        let is_broken = life.queue.broken;
-        self.life = Some(life);
+        let (iommu, restored) = self.successor();
+        restored.expect("restored");
+        let is_broken = self.go_on(iommu);
         self.take_answers();
         is_broken
     }
@@ -371,13 +345,17 @@ impl Bed {
 
     /// A new process takes over what the last one has left, and serves the ring.
     pub(super) fn take_over(&mut self) -> Result<Restored, RestoreError> {
-        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
-        let index = newest(&stores).expect("a complete store");
-        let (arena, store) = self.left[index].clone();
-        self.take_over_from(Predecessor {
-            arena: arena.words(),
-            store: store.words(),
-        })
+        let (iommu, outcome) = self.successor();
+        let is_broken = self.go_on(iommu);
+        assert!(!is_broken, "the ring is whole");
+        outcome
+    }
+
+    /// As [`Self::take_over`], but the memory is damaged. Returns whether the ring is broken.
+    pub(super) fn take_over_damaged(&mut self) -> Result<bool, RestoreError> {
+        let (iommu, outcome) = self.successor();
+        let is_broken = self.go_on(iommu);
+        outcome.map(|_| is_broken)
     }
 
     /// A new process takes over this memory, and serves the ring.
@@ -385,23 +363,48 @@ impl Bed {
         &mut self,
         old: Predecessor<'_>,
     ) -> Result<Restored, RestoreError> {
+        let (iommu, outcome) = self.successor_of(old);
+        let is_broken = self.go_on(iommu);
+        assert!(!is_broken, "the ring is whole");
+        outcome
+    }
+
+    /// The core of a new process, which takes over the newest memory.
+    fn successor(&mut self) -> (Iommu, Result<Restored, RestoreError>) {
+        let stores: Vec<_> = self.left.iter().map(|(_, store)| store.words()).collect();
+        let index = newest(&stores).expect("a complete store");
+        let (arena, store) = self.left[index].clone();
+        self.successor_of(Predecessor {
+            arena: arena.words(),
+            store: store.words(),
+        })
+    }
+
+    fn successor_of(&mut self, old: Predecessor<'_>) -> (Iommu, Result<Restored, RestoreError>) {
         let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
         self.add_backends(&mut iommu);
         self.keep(&iommu);
         iommu.connect();
         let outcome = iommu.restore(old);
+        (iommu, outcome)
+    }
+
+    /// The ring of a new process runs: the process finishes the batch, and serves the ring. Returns whether the ring is
+    /// broken.
+    fn go_on(&mut self, mut iommu: Iommu) -> bool {
         let interrupted = iommu.take_interrupted();
-        self.life = Some(self.process(iommu));
+        let life = self.life.insert(Life::of(iommu));
         if let Some(interrupted) = interrupted {
-            let life = self.life.as_mut().expect("a process");
             with_context(&mut life.iommu, &self.memory, &self.metrics, |context| {
                 life.queue
                     .finish_interrupted(&life.ring, context, interrupted);
             });
-            assert!(!life.queue.broken, "the ring is whole");
+            if life.queue.broken {
+                return true;
+            }
             self.serve(&Step::Batch(Vec::new()));
         }
-        outcome
+        false
     }
 
     fn take_answers(&mut self) {

@@ -33,6 +33,15 @@ pub(super) struct Kernel {
     pub fail_call: Option<u64>,
 }
 
+impl Kernel {
+    /// Whether `range` has a part of a mapping.
+    fn splits(&self, domain: DomainId, range: IovaRange) -> bool {
+        let mappings = self.state.domains.get(&domain).into_iter().flatten();
+        let mut ranges = mappings.map(|(_, mapping)| mapping.range);
+        ranges.any(|of| range.overlaps(of) && !range.covers(of))
+    }
+}
+
 /// The backend of one process.
 #[derive(Debug)]
 pub(super) struct KernelBackend {
@@ -107,9 +116,8 @@ impl KernelBackend {
 
     fn unmap_range(&self, domain: DomainId, range: IovaRange) -> Result<u64, BackendError> {
         self.call(|kernel| {
+            assert!(!kernel.splits(domain, range), "the kernel splits nothing");
             let mappings = kernel.state.domains.get_mut(&domain).expect("a domain");
-            let splits = |m: &Mapping| range.overlaps(m.range) && !range.covers(m.range);
-            assert!(!mappings.values().any(splits), "the kernel splits nothing");
             let gone: u64 = mappings
                 .values()
                 .filter(|m| range.covers(m.range))
@@ -225,9 +233,19 @@ impl DmaBackend for KernelBackend {
         }
         let mut lost = BTreeMap::new();
         for (domain, range) in adoption.in_progress {
-            if kept.contains(domain)
-                && let Err(cause) = self.unmap_range(*domain, *range)
-            {
+            if !kept.contains(domain) {
+                continue;
+            }
+            let is_damaged = {
+                let kernel = self.kernel.lock().unwrap_or_else(PoisonError::into_inner);
+                kernel.splits(*domain, *range)
+            };
+            let unmapped = if is_damaged {
+                Err(failure())
+            } else {
+                self.unmap_range(*domain, *range)
+            };
+            if let Err(cause) = unmapped {
                 lost.insert(*domain, cause);
             }
         }
