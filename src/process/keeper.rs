@@ -21,14 +21,13 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::locks::{Mutex, Rank};
 use crate::process::inherited::is_same_file;
+use crate::process::keeper_message::{KeeperMessage, is_name};
 use crate::warn_limited;
 
-/// The names of all kept descriptors begin with this. It tells them from the sockets of socket activation.
-pub const PREFIX: &str = "viommu.";
+pub use crate::process::keeper_message::PREFIX;
+
 /// The most descriptors that are kept: `FileDescriptorStoreMax=` of the unit.
 pub const MAX_KEPT: usize = 1024;
-/// The most bytes of a name, without [`PREFIX`].
-pub const MAX_NAME: usize = 64;
 /// How long a message may wait for the keeper.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -152,7 +151,7 @@ impl Keeper {
         let mut files = self.files.lock();
         if files.kept.contains_key(name) {
             // If the message is lost, the keeper has the file: the next call must try again.
-            self.send(&removal(name), None)?;
+            self.send(KeeperMessage::Remove(name), None)?;
             files.kept.remove(name);
         }
         self.send_file(&mut files, name, file)
@@ -200,9 +199,7 @@ impl Keeper {
             return Err(io::Error::other(text));
         }
         let own = Arc::new(file.try_clone_to_owned()?);
-        // No polling: a file must stay even if its other end has closed. This process looks at it.
-        let message = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={PREFIX}{name}");
-        self.send(&message, Some(file))?;
+        self.send(KeeperMessage::Store(name), Some(file))?;
         let kept = KeptFile {
             file: own,
             users: 1,
@@ -212,15 +209,16 @@ impl Keeper {
     }
 
     fn remove(&self, name: &str) {
-        if let Err(cause) = self.send(&removal(name), None) {
+        if let Err(cause) = self.send(KeeperMessage::Remove(name), None) {
             warn_limited!("the keeper still has the descriptor {name}: {cause}");
         }
     }
 
-    fn send(&self, message: &str, file: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    fn send(&self, message: KeeperMessage<'_>, file: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let Some(socket) = &self.socket else {
             return Ok(());
         };
+        let message = message.to_string();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let file: Vec<_> = file.into_iter().collect();
@@ -230,22 +228,10 @@ impl Keeper {
         let bytes = [IoSlice::new(message.as_bytes())];
         let sent = rustix::net::sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL);
         sent.map(drop).map_err(|cause| {
-            let text = format!("the service manager does not take a message: {cause}");
+            let text = format!("the keeper of descriptors does not take a message: {cause}");
             io::Error::new(cause.kind(), text)
         })
     }
-}
-
-/// Whether files may be kept under this name, which does not include [`PREFIX`]: 1 to [`MAX_NAME`] letters, digits, dots
-/// and dashes.
-pub fn is_name(name: &str) -> bool {
-    let is_usual = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'-';
-    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(is_usual)
-}
-
-/// The message that makes the keeper close what it has under this name.
-fn removal(name: &str) -> String {
-    format!("FDSTOREREMOVE=1\nFDNAME={PREFIX}{name}")
 }
 
 /// The number in a name that [`Keeper::keep`] has chosen.
@@ -378,22 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_short_and_plain() {
-        for name in ["a", "file.0", "conn-1", &"x".repeat(MAX_NAME)] {
-            assert!(is_name(name), "{name}");
-        }
-        for name in [
-            "",
-            "a b",
-            "a\nb",
-            "a:b",
-            "a/b",
-            "ä",
-            "a=1",
-            &"x".repeat(MAX_NAME + 1),
-        ] {
-            assert!(!is_name(name), "{name}");
-        }
+    fn a_file_without_a_usable_name_is_not_kept() {
         let (manager, keeper) = keeper();
         keeper
             .keep_as("a\nFDPOLL=1", pipe().as_fd())
@@ -417,7 +388,7 @@ mod tests {
         let (manager, keeper) = keeper();
         drop(manager);
         let refused = keeper.keep(pipe().as_fd()).expect_err("gone");
-        assert!(refused.to_string().contains("service manager"), "{refused}");
+        assert!(refused.to_string().contains("keeper"), "{refused}");
         assert!(keeper.names().is_empty());
 
         let (_manager, keeper) = self::keeper();

@@ -6,6 +6,7 @@ pub mod event_loop;
 pub mod fatal;
 pub mod inherited;
 pub mod keeper;
+pub mod keeper_message;
 pub mod peer_event;
 pub mod ready;
 pub mod realtime;

@@ -22,7 +22,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::process::inherited::adopt;
-use crate::process::keeper::{Keeper, MAX_KEPT, PREFIX, is_name};
+use crate::process::keeper::{Keeper, MAX_KEPT};
+use crate::process::keeper_message::{PREFIX, is_name};
 
 /// The first descriptor that the service manager passes.
 const FIRST_FD: RawFd = 3;

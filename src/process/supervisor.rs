@@ -8,7 +8,8 @@ use std::os::unix::net::UnixDatagram;
 use thiserror::Error;
 
 use crate::process::inherited::adopt;
-use crate::process::keeper::{Keeper, MAX_KEPT, is_name};
+use crate::process::keeper::{Keeper, MAX_KEPT};
+use crate::process::keeper_message::is_name;
 use crate::process::service::{Service, ServiceError};
 
 /// The descriptors that another process passes cannot be used.
