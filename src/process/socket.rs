@@ -39,6 +39,12 @@ impl SocketFile {
         })
     }
 
+    /// Leaves the file where it is.
+    pub fn forget(mut self) {
+        // No file has this path.
+        self.path.clear();
+    }
+
     /// Removes the file if it is still the same one.
     pub fn remove(&self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity)

@@ -232,6 +232,10 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
         "tests/launch/main.rs::the_vmm_does_not_outlive_the_daemon",
     ),
     (
+        "LaunchError::DaemonLoops",
+        "src/vmms/launch/daemons.rs::five_restarts_in_a_minute_are_the_most",
+    ),
+    (
         "OpenError::NotBound",
         "src/vmms/launch/devices.rs::missing_files_are_named_with_a_cure",
     ),

@@ -66,7 +66,7 @@ const SOURCES: [(&str, &str); 21] = [
         "src/vmms/launch/devices.rs",
         "`launch`, passthrough devices",
     ),
-    ("src/vmms/launch/mod.rs", "`launch`"),
+    ("src/vmms/launch/error.rs", "`launch`"),
     ("src/daemon/mod.rs", "The daemon"),
     ("src/transport/vhost_user/serve.rs", "The daemon"),
     ("src/endpoints/start.rs", "The daemon"),

@@ -20,8 +20,8 @@ pub(super) enum Event {
     Signal(c_int),
     /// A child may have ended.
     Child,
-    /// The daemon listens.
-    Ready,
+    /// The daemon with this number listens.
+    Ready(u64),
 }
 
 /// A queue of events.
@@ -66,11 +66,11 @@ impl Events {
         Ok(events)
     }
 
-    /// Turns a byte from `pipe` into an event. The end of the pipe makes no event.
+    /// Turns a byte from `pipe` into the event that the daemon `life` listens. The end of the pipe makes no event.
     ///
     /// # Errors
     /// The thread cannot be made.
-    pub fn watch(&self, mut pipe: PipeReader) -> io::Result<()> {
+    pub fn watch(&self, mut pipe: PipeReader, life: u64) -> io::Result<()> {
         let sender = self.sender.clone();
         thread::Builder::new()
             .name("readiness".into())
@@ -78,22 +78,20 @@ impl Events {
                 let mut byte = [0];
                 if matches!(pipe.read(&mut byte), Ok(1)) {
                     // The receiver may be gone by now.
-                    sender.send(Event::Ready).unwrap_or_default();
+                    sender.send(Event::Ready(life)).unwrap_or_default();
                 }
             })?;
         Ok(())
     }
 
-    /// The next event, or `None` if none comes by `deadline`.
-    pub fn next_until(&self, deadline: Instant) -> Option<Event> {
+    /// The next event, or `None` if none comes by `deadline`. Without one, waits as long as it takes.
+    pub fn next_until(&self, deadline: Option<Instant>) -> Option<Event> {
+        let Some(deadline) = deadline else {
+            // It cannot fail, since `self` holds a sender; polling the children is harmless.
+            return Some(self.queue.recv().unwrap_or(Event::Child));
+        };
         let left = deadline.saturating_duration_since(Instant::now());
         self.queue.recv_timeout(left).ok()
-    }
-
-    /// The next event, however long it takes.
-    pub fn next(&self) -> Event {
-        // It cannot fail, since `self` holds a sender; polling the children is harmless.
-        self.queue.recv().unwrap_or(Event::Child)
     }
 
     /// Takes all waiting events. Returns whether a signal to pass on was among them.
@@ -137,19 +135,19 @@ mod tests {
     #[test]
     fn only_a_byte_means_ready() {
         let events = Events::listen().expect("signals");
-        let soon = || Instant::now() + Duration::from_secs(10);
+        let soon = || Some(Instant::now() + Duration::from_secs(10));
         let (reader, writer) = io::pipe().expect("a pipe");
-        events.watch(reader).expect("a thread");
+        events.watch(reader, 7).expect("a thread");
         drop(writer);
         let (reader, mut writer) = io::pipe().expect("a pipe");
-        events.watch(reader).expect("a thread");
+        events.watch(reader, 7).expect("a thread");
         io::Write::write_all(&mut writer, b"\n").expect("written");
         let mut seen = Vec::new();
-        while !seen.contains(&Event::Ready) {
+        while !seen.contains(&Event::Ready(7)) {
             seen.push(events.next_until(soon()).expect("an event"));
         }
         seen.retain(|event| *event != Event::Child);
-        assert_eq!(seen, [Event::Ready]);
-        assert_eq!(events.next_until(Instant::now()), None);
+        assert_eq!(seen, [Event::Ready(7)]);
+        assert_eq!(events.next_until(Some(Instant::now())), None);
     }
 }

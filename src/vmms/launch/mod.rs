@@ -3,17 +3,25 @@
 //! ```text
 //! launch -- opens /dev/iommu and the devices, makes the VIOT table
 //!   |-- daemon   own process group; SIGTERM when launch dies
-//!   |     \-- says on a pipe that it listens; only then:
+//!   |     |-- says on a pipe that it listens; only then:
+//!   |     \-- sends the descriptors that the next daemon needs
 //!   \-- VMM      its own arguments and ours; SIGKILL when launch dies
 //! ```
+//!
+//! If a daemon that has left descriptors ends before the VMM, it is started again with them, and the VMM goes on
+//! ([`daemons`]).
 //!
 //! QEMU takes the VIOT table as a file. cloud-hypervisor takes none: its guest reads the table through the device, so
 //! the file is written only where the operator asks for one.
 
+mod daemons;
+mod descriptor_store;
 mod device_tree;
 mod devices;
+mod error;
 mod events;
 mod process;
+mod supervise;
 mod table;
 
 use std::ffi::{OsStr, OsString};
@@ -21,32 +29,30 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use libc::{SIGKILL, SIGTERM};
-use thiserror::Error;
+use libc::SIGKILL;
 
-use super::VmmArgsError;
 use super::cloud_hypervisor::{self, LaunchedArgs};
-use crate::config::{Config, ConfigError, ConfiguredDevice, HostIommu, Machine, Socket};
+use crate::config::{Config, ConfiguredDevice, HostIommu, Machine, Socket};
 use crate::host::sysfs::HostRoot;
-use crate::process::socket::SocketFile;
 use crate::qemu::args::{OperatorOptions, QemuArgs, QemuArgsError};
 use crate::topology;
-use crate::topology::device_tree::DeviceTreeError;
-use crate::topology::viot::{self, ViotError};
-use events::{Event, Events};
+use crate::topology::viot;
+use daemons::{DaemonStart, Daemons, Started};
+use descriptor_store::allow_more_files;
+use error::system;
+use events::Events;
 use process::{Running, exit_code};
+use supervise::supervise;
 use table::TableFile;
 
 pub use device_tree::{BaseTreeError, read_tree};
 pub use devices::{OpenError, OpenFiles};
+pub use error::LaunchError;
 
-/// How long the daemon may take to end: longer than it waits for its own threads.
-const DAEMON_PATIENCE: Duration = Duration::from_secs(8);
 /// How long the VMM may take to end after its IOMMU is gone.
 const VMM_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -109,19 +115,23 @@ impl Launch<'_> {
             let _ = writeln!(io::stderr(), "vhost-device-iommu: note: {note}");
         }
 
-        // Dropped last: the daemon removes its sockets itself, unless it was killed.
-        let leftover;
         let events = Events::listen().map_err(system("watch signals"))?;
-        let mut daemon = self.start_daemon(&config, files.numbers(), &events)?;
-        match until_ready(&mut daemon, &events, config.start_limit())? {
+        let start = DaemonStart {
+            program: self.daemon,
+            config: self.config,
+            options: daemon_options(&config),
+            patience: config.start_limit(),
+            sockets: sockets(&config),
+        };
+        let mut inherited = files.numbers();
+        let mut daemons = Daemons::start(start, files, &events)?;
+        match daemons.until_ready()? {
             Started::Ready => {}
             Started::Ended(status) => return Ok(exit_code(status)),
             Started::Signalled(signal) => return Ok(128u8.saturating_add(signal)),
         }
-        leftover = sockets(&config);
 
-        let table_fd = table.as_ref().and_then(GuestTable::fd);
-        let inherited = files.numbers().into_iter().chain(table_fd).collect();
+        inherited.extend(table.as_ref().and_then(GuestTable::fd));
         let mut command = Command::new(program);
         command.args(&made.arguments);
         let vmm = Running::start(command, inherited, SIGKILL, VMM_PATIENCE);
@@ -129,11 +139,11 @@ impl Launch<'_> {
             program: program.into(),
             source,
         })?;
-        // From here on, only the daemon and the VMM hold the devices.
-        drop((files, table));
-        let status = supervise(vmm, &mut daemon, &events)?;
-        drop(daemon);
-        drop(leftover);
+        // Only the VMM reads the table. The files of the host stay open here, for the next daemon.
+        drop(table);
+        // Not before: the VMM keeps the limit of this process.
+        allow_more_files();
+        let status = supervise(vmm, &mut daemons, &events)?;
         Ok(exit_code(status))
     }
 
@@ -204,108 +214,6 @@ impl Launch<'_> {
             file: Some(file),
         })
     }
-
-    fn start_daemon(
-        &self,
-        config: &Config,
-        mut inherited: Vec<RawFd>,
-        events: &Events,
-    ) -> Result<Running, LaunchError> {
-        let (reader, writer) = io::pipe().map_err(system("make a pipe"))?;
-        let mut command = Command::new(self.daemon);
-        command.arg("--config").arg(self.config);
-        command.args(["--ready-fd", &writer.as_raw_fd().to_string()]);
-        if config.machine != Machine::default() {
-            // Recognised from the VMM's arguments, which the daemon does not see.
-            command.args(["--machine", config.machine.name()]);
-        }
-        let descriptors = &config.descriptors;
-        if let Some(fd) = descriptors.iommufd {
-            command.args(["--iommufd-fd", &fd.to_string()]);
-        }
-        for (endpoint, fd) in &descriptors.devices {
-            command.args(["--vfio-fd", &format!("{endpoint}={fd}")]);
-        }
-        command.stdin(Stdio::null());
-        // A terminal signals a whole process group, and the daemon must outlive the VMM.
-        command.process_group(0);
-        inherited.push(writer.as_raw_fd());
-        let daemon = Running::start(command, inherited, SIGTERM, DAEMON_PATIENCE);
-        let daemon = daemon.map_err(|source| LaunchError::Start {
-            program: self.daemon.to_owned(),
-            source,
-        })?;
-        events.watch(reader).map_err(system("start a thread"))?;
-        Ok(daemon)
-    }
-}
-
-/// A VM that could not be started, or did not end as it should.
-#[derive(Debug, Error)]
-pub enum LaunchError {
-    /// The configuration cannot be used.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// QEMU's arguments cannot express the configuration.
-    #[error(transparent)]
-    QemuArgs(#[from] QemuArgsError),
-    /// cloud-hypervisor's arguments cannot express the configuration.
-    #[error(transparent)]
-    VmmArgs(#[from] VmmArgsError),
-    /// A file of the host cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The configuration has no VIOT table.
-    #[error(transparent)]
-    Viot(#[from] ViotError),
-    /// The VMM's device tree cannot be had.
-    #[error(transparent)]
-    BaseTree(#[from] BaseTreeError),
-    /// The device tree cannot be extended.
-    #[error(transparent)]
-    DeviceTree(#[from] DeviceTreeError),
-    /// The table cannot be written to its path.
-    #[error("cannot write {path}: {source}; give a path that can be written with --viot")]
-    WriteTable {
-        /// The path.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
-    /// No VMM is given.
-    #[error("no VMM is given; give its program and arguments after --")]
-    NoVmm,
-    /// A program cannot be started.
-    #[error("cannot start {program}: {source}; give a program that can be run, or its path")]
-    Start {
-        /// The program.
-        program: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
-    /// The daemon does not listen in time.
-    #[error(
-        "the daemon did not listen within {} s, so it was ended; try again when the machine is less \
-         busy, or read the daemon's own messages: vhost-device-iommu --config FILE",
-        .0.as_secs()
-    )]
-    NotReady(Duration),
-    /// The daemon ended before the VMM, which was ended too.
-    #[error(
-        "the daemon ended ({0}) before the VMM, which was ended too, because a guest without its \
-         IOMMU hangs; read the daemon's last message for the reason, and start the VM again"
-    )]
-    DaemonEnded(ExitStatus),
-    /// A system call failed.
-    #[error(
-        "cannot {action}: {source}; check whether the system is short of files, memory or processes"
-    )]
-    System {
-        /// The action that failed.
-        action: &'static str,
-        /// The system's error.
-        source: io::Error,
-    },
 }
 
 impl VmmKind {
@@ -333,90 +241,39 @@ impl GuestTable {
     }
 }
 
-/// The outcome of the daemon's start.
-enum Started {
-    Ready,
-    /// The daemon ended with a status other than 0.
-    Ended(ExitStatus),
-    /// This process got a signal with this number.
-    Signalled(u8),
-}
-
-fn until_ready(
-    daemon: &mut Running,
-    events: &Events,
-    patience: Duration,
-) -> Result<Started, LaunchError> {
-    let deadline = Instant::now() + patience;
-    while let Some(event) = events.next_until(deadline) {
-        match event {
-            Event::Ready => return Ok(Started::Ready),
-            Event::Signal(signal) => {
-                return Ok(Started::Signalled(u8::try_from(signal).unwrap_or(u8::MAX)));
-            }
-            Event::Child => match daemon.poll().map_err(system("wait for the daemon"))? {
-                None => {}
-                Some(status) if status.code().is_some_and(|code| code != 0) => {
-                    return Ok(Started::Ended(status));
-                }
-                Some(status) => return Err(LaunchError::DaemonEnded(status)),
-            },
-        }
-    }
-    Err(LaunchError::NotReady(patience))
-}
-
-/// Waits until the daemon or the VMM has ended, and ends the other.
-fn supervise(
-    mut vmm: Running,
-    daemon: &mut Running,
-    events: &Events,
-) -> Result<ExitStatus, LaunchError> {
-    let failed = || system("wait for the daemon and the VMM");
-    // A signal has asked the VM to end, so the end of the daemon is no failure.
-    let mut signalled = false;
-    loop {
-        if let Event::Signal(signal) = events.next() {
-            signalled = true;
-            vmm.signal(signal)
-                .map_err(system("send the VMM a signal"))?;
-        }
-        let vmm_status = vmm.poll().map_err(failed())?;
-        let daemon_status = daemon.poll().map_err(failed())?;
-        if vmm_status.is_none() && daemon_status.is_none() {
-            continue;
-        }
-        signalled |= events.drain();
-        return match (vmm_status, daemon_status) {
-            // A service manager may signal both at once.
-            (_, Some(status)) if !signalled => {
-                vmm.end().map_err(failed())?;
-                Err(LaunchError::DaemonEnded(status))
-            }
-            (Some(status), _) => Ok(status),
-            (None, _) => vmm.end().map_err(failed()),
-        };
-    }
-}
-
-/// The daemon's sockets, to remove if the daemon is killed.
-fn sockets(config: &Config) -> Vec<SocketFile> {
+/// The paths of the daemon's sockets.
+fn sockets(config: &Config) -> Vec<PathBuf> {
     let path = match &config.socket {
         Some(Socket::Path(path)) => Some(path),
         Some(Socket::Fd(_)) | None => None,
     };
     path.into_iter()
         .chain(&config.control)
+        .chain(&config.metrics.socket)
         .chain(
             config
                 .devices
                 .iter()
                 .filter_map(ConfiguredDevice::listens_at),
         )
-        .filter_map(|path| SocketFile::of_another(path).ok())
+        .cloned()
         .collect()
 }
 
-fn system(action: &'static str) -> impl Fn(io::Error) -> LaunchError {
-    move |source| LaunchError::System { action, source }
+/// The options that every start of the daemon has.
+fn daemon_options(config: &Config) -> Vec<String> {
+    let mut options = Vec::new();
+    let mut add = |name: &str, value: String| options.extend([name.to_owned(), value]);
+    if config.machine != Machine::default() {
+        // Recognised from the VMM's arguments, which the daemon does not see.
+        add("--machine", config.machine.name().into());
+    }
+    let descriptors = &config.descriptors;
+    if let Some(fd) = descriptors.iommufd {
+        add("--iommufd-fd", fd.to_string());
+    }
+    for (endpoint, fd) in &descriptors.devices {
+        add("--vfio-fd", format!("{endpoint}={fd}"));
+    }
+    options
 }
