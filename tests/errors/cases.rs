@@ -233,7 +233,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "LaunchError::DaemonLoops",
-        "src/vmms/launch/daemons.rs::five_restarts_in_a_minute_are_the_most",
+        "tests/launch/restarts.rs::a_daemon_that_ends_again_and_again_is_given_up",
     ),
     (
         "OpenError::NotBound",

@@ -1,5 +1,5 @@
 //! `launch` starts and ends the daemon and a VMM together. The VMM here is a shell script in place of QEMU, and in
-//! [`cloud_hypervisor`] in place of that VMM.
+//! [`cloud_hypervisor`] in place of that VMM. In [`restarts`] a stub stands in place of the daemon.
 
 #![allow(
     clippy::expect_used,
@@ -9,6 +9,7 @@
 )]
 
 mod cloud_hypervisor;
+mod restarts;
 mod virt;
 
 use std::ffi::OsString;
