@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use vm_memory::VolatileSlice;
 use zerocopy::IntoBytes;
 
 use super::message::{Command, DmaAccessBody, HEADER_BYTES, Header, MAX_DATA, Malformed, take};
@@ -40,6 +41,18 @@ pub trait DmaTarget: Send + Sync {
     /// The device may not read all of the range. The content of `into` is then unspecified.
     fn read(&self, range: IovaRange, into: &mut [u8]) -> Result<(), AccessDenied>;
 
+    /// Calls `act` with the memory behind `range`, in ascending order, unless the device may not read all of it. The guest
+    /// may change the memory meanwhile. An UNMAP of a part of `range` is answered after `act` has returned, so `act` must
+    /// not wait, and must leave nothing behind that refers to the memory.
+    ///
+    /// # Errors
+    /// The device may not read all of the range. `act` is then not called.
+    fn read_in_place(
+        &self,
+        range: IovaRange,
+        act: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> Result<(), AccessDenied>;
+
     /// Writes all of `range`, which is as long as `from`.
     ///
     /// # Errors
@@ -55,6 +68,15 @@ pub trait DmaTarget: Send + Sync {
 const ENOUGH: usize = 32 << 10;
 /// A larger buffer for replies is freed as soon as they are sent.
 const KEPT: usize = 256 << 10;
+
+/// A DMA_READ with so much data that its reply is sent before others join it. The data is sent from guest memory itself.
+#[derive(Debug)]
+pub(super) struct LargeRead {
+    header: Header,
+    access: DmaAccessBody,
+    range: IovaRange,
+    len: usize,
+}
 
 /// Replies to commands of the server, in order.
 #[derive(Debug, Default)]
@@ -77,6 +99,38 @@ impl Replies {
     pub(super) fn send(&mut self, outbox: &mut Outbox, socket: impl AsFd) -> io::Result<()> {
         let sent = outbox.send(socket, &mut self.buffer, self.len);
         self.clear();
+        sent
+    }
+
+    /// Sends the replies and then the one to `read`, and queues what the socket does not accept yet. None is left here but
+    /// the refusal of `read`.
+    ///
+    /// # Errors
+    /// The peer is gone, or the kernel refuses to send.
+    pub(super) fn send_read(
+        &mut self,
+        read: &LargeRead,
+        target: &dyn DmaTarget,
+        outbox: &mut Outbox,
+        socket: impl AsFd,
+    ) -> io::Result<()> {
+        let at = self.len;
+        let head = read.access.as_bytes();
+        let header = read.header.reply_to(head.len() + read.len).encode();
+        let into = self.add(HEADER_BYTES + head.len());
+        into[..HEADER_BYTES].copy_from_slice(&header);
+        into[HEADER_BYTES..].copy_from_slice(head);
+        let mut sent = Ok(());
+        let outcome = target.read_in_place(read.range, &mut |parts| {
+            sent = outbox.send_with(&socket, &mut self.buffer, self.len, parts);
+        });
+        match outcome {
+            Ok(()) => self.clear(),
+            Err(AccessDenied) => {
+                self.len = at;
+                self.refuse(&read.header, libc::EFAULT);
+            }
+        }
         sent
     }
 
@@ -112,7 +166,8 @@ impl Replies {
     }
 }
 
-/// Executes a DMA_READ or DMA_WRITE. Adds the reply to `replies`, if the sender wants one.
+/// Executes a DMA_READ or DMA_WRITE. Adds the reply to `replies`, if the sender wants one. A long DMA_READ is not executed
+/// but returned, for [`Replies::send_read`].
 ///
 /// # Errors
 /// The body is malformed, although [`check_command`](super::message::check_command) accepted it.
@@ -122,21 +177,29 @@ pub(super) fn serve(
     command: Command,
     body: &[u8],
     replies: &mut Replies,
-) -> Result<(), Malformed> {
+) -> Result<Option<LargeRead>, Malformed> {
     let (access, data) = take::<DmaAccessBody>(command, body)?;
     let count = access.count.get();
     let (Ok(len), true) = (usize::try_from(count), count <= MAX_DATA.into()) else {
         replies.refuse(header, libc::E2BIG);
-        return Ok(());
+        return Ok(None);
     };
     let range = IovaRange::from_len(Iova(access.address.get()), count);
     if range.is_none() && count > 0 {
         replies.refuse(header, libc::EINVAL);
-        return Ok(());
+        return Ok(None);
     }
     let head = access.as_bytes();
     let at = replies.len;
     let reads = command == Command::DmaRead;
+    if let Some(range) = range.filter(|_| reads && len >= ENOUGH && !header.wants_no_reply()) {
+        return Ok(Some(LargeRead {
+            header: *header,
+            access,
+            range,
+            len,
+        }));
+    }
     let body_len = head.len() + if reads { len } else { 0 };
     let reply = replies.add(HEADER_BYTES + body_len);
     let outcome = match range {
@@ -147,12 +210,12 @@ pub(super) fn serve(
     if outcome.is_ok() && !header.wants_no_reply() {
         reply[..HEADER_BYTES].copy_from_slice(&header.reply_to(body_len).encode());
         reply[HEADER_BYTES..HEADER_BYTES + head.len()].copy_from_slice(head);
-        return Ok(());
+        return Ok(None);
     }
     // Nothing of a refused access is sent.
     replies.len = at;
     if outcome.is_err() {
         replies.refuse(header, libc::EFAULT);
     }
-    Ok(())
+    Ok(None)
 }

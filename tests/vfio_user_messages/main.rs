@@ -18,6 +18,7 @@ mod forwarding;
 mod hostile;
 mod hotplug;
 mod in_flight;
+mod in_place;
 mod large;
 mod library;
 mod limits;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use vm_memory::VolatileSlice;
+
 use super::dma_window::DmaWindow;
 use super::view::{DeviceView, Gate};
 use crate::address::{Access, Iova, IovaRange, Mapping};
@@ -119,15 +121,27 @@ impl Space {
         &self,
         range: IovaRange,
         access: Access,
-        mut act: impl FnMut(usize, vm_memory::VolatileSlice<'_>),
+        mut act: impl FnMut(usize, VolatileSlice<'_>),
+    ) -> Result<(), AccessDenied> {
+        self.with_parts(range, access, |parts| {
+            for (at, memory) in parts {
+                act(at, memory);
+            }
+        })
+    }
+
+    /// As [`Self::with_memory`], with all parts at once.
+    fn with_parts(
+        &self,
+        range: IovaRange,
+        access: Access,
+        act: impl FnOnce(Vec<(usize, VolatileSlice<'_>)>),
     ) -> Result<(), AccessDenied> {
         // Held until the copy ends: UNMAP waits for that.
         let view = self.view.read();
         match view.parts(range, access) {
             Ok(parts) => {
-                for (at, memory) in parts {
-                    act(at, memory);
-                }
+                act(parts);
                 Ok(())
             }
             Err(address) => {
@@ -219,6 +233,17 @@ impl DmaTarget for Space {
         })
     }
 
+    fn read_in_place(
+        &self,
+        range: IovaRange,
+        act: &mut dyn FnMut(&[VolatileSlice<'_>]),
+    ) -> Result<(), AccessDenied> {
+        self.with_parts(range, Access::READ, |parts| {
+            let parts: Vec<_> = parts.into_iter().map(|(_, memory)| memory).collect();
+            act(&parts);
+        })
+    }
+
     fn write(&self, range: IovaRange, from: &[u8]) -> Result<(), AccessDenied> {
         self.with_memory(range, Access::WRITE, |at, memory| {
             if let Some(from) = from.get(at..) {
@@ -242,6 +267,9 @@ impl DmaTarget for Space {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
     use parking_lot::Mutex;
     use vm_memory::{Bytes, VolatileMemory};
 
@@ -373,5 +401,33 @@ mod tests {
                 FaultReason::Mapping
             ]
         );
+    }
+
+    /// UNMAP changes the view. Its answer must come after the kernel has stopped to refer to the memory.
+    #[test]
+    fn no_change_is_made_while_memory_is_used_in_place() {
+        let (space, sink) = space();
+        let slot = Arc::new(slot(0x1000, 0x8000, 0));
+        *space.change() = DeviceView::bypass(vec![slot], Arc::new([]));
+        let changed = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let read = space.read_in_place(range(0x2ffe, 0x3001), &mut |parts| {
+                let len: usize = parts.iter().map(VolatileSlice::len).sum();
+                assert_eq!(len, 4);
+                scope.spawn(|| {
+                    *space.change() = DeviceView::closed(Gate::Blocked, Arc::new([]));
+                    changed.store(true, Ordering::Relaxed);
+                });
+                std::thread::sleep(Duration::from_millis(100));
+                assert!(!changed.load(Ordering::Relaxed), "the change waits");
+            });
+            assert_eq!(read, Ok(()));
+        });
+        assert!(changed.load(Ordering::Relaxed));
+        let mut is_called = false;
+        let refused = space.read_in_place(range(0x2ffe, 0x3001), &mut |_| is_called = true);
+        assert_eq!(refused, Err(AccessDenied));
+        assert!(!is_called);
+        assert_eq!(*sink.0.lock(), [(FaultReason::Domain, 0x2ffe)]);
     }
 }

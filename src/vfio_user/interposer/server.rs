@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::peers::{MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
 use super::proxy::{CutOffReason, Proxy};
 use crate::process::event_loop::Events;
-use crate::vfio_user::dma;
+use crate::vfio_user::dma::{self, LargeRead};
 use crate::vfio_user::link::MatchedReply;
 use crate::vfio_user::message::{
     Command, Header, Kind, check_command, check_empty_reply, check_reply,
@@ -15,6 +15,15 @@ use crate::vfio_user::message::{
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, is_stream_socket};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
+
+/// The socket of the server on which a command has come.
+#[derive(Clone, Copy, Debug)]
+enum Leg {
+    /// The one with the replies to the client's commands.
+    Main,
+    /// The one for the server's commands only.
+    Twin,
+}
 
 impl Proxy {
     pub(super) fn server_ready(&mut self, events: Events) {
@@ -79,7 +88,7 @@ impl Proxy {
 
     fn handle_server_message(&mut self, message: Message<&[u8]>) -> Result<(), CutOffReason> {
         if matches!(message.header.kind, Kind::Command { .. }) {
-            return self.execute(&message);
+            return self.execute(&message, Leg::Main);
         }
         let asked = match self.link.match_reply(&message.header) {
             MatchedReply::Own => return Ok(()),
@@ -240,7 +249,7 @@ impl Proxy {
             let outcome = match receiver.receive_in_place(&twin.socket) {
                 Ok(Received::Message(message)) => {
                     if matches!(message.header.kind, Kind::Command { .. }) {
-                        self.execute(&message)
+                        self.execute(&message, Leg::Twin)
                     } else {
                         Err("it sent a reply on the socket for its commands".into())
                     }
@@ -268,6 +277,23 @@ impl Proxy {
         }
     }
 
+    /// Sends the replies and the one to `read` to the socket that it has come from.
+    fn send_read(&mut self, read: &LargeRead, leg: Leg) {
+        match leg {
+            Leg::Main => self.link.reply_to_read(&mut self.replies, read),
+            Leg::Twin => {
+                let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
+                    return;
+                };
+                let (outbox, socket) = (&mut twin.outbox, &twin.socket);
+                let sent = self.replies.send_read(read, &*self.target, outbox, socket);
+                if let Err(cause) = sent {
+                    self.twin_failed(&cause);
+                }
+            }
+        }
+    }
+
     /// The socket for the server's commands accepts no more replies.
     fn twin_failed(&mut self, cause: &io::Error) {
         match cause.kind() {
@@ -288,16 +314,20 @@ impl Proxy {
         );
     }
 
-    /// Executes a command of the server. Adds the reply to [`Proxy::replies`], if the server wants one.
-    fn execute(&mut self, message: &Message<&[u8]>) -> Result<(), CutOffReason> {
+    /// Executes a command of the server. Adds the reply to [`Proxy::replies`], if the server wants one, or sends it at once
+    /// with those that are there.
+    fn execute(&mut self, message: &Message<&[u8]>, leg: Leg) -> Result<(), CutOffReason> {
         let header = &message.header;
         match Command::from_number(header.command) {
             Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
                 check_command(command, message.body, message.descriptors.len())
                     .map_err(|e| e.to_string())?;
                 let (target, replies) = (&*self.target, &mut self.replies);
-                dma::serve(target, header, command, message.body, replies)
+                let large = dma::serve(target, header, command, message.body, replies)
                     .map_err(|e| e.to_string())?;
+                if let Some(read) = large {
+                    self.send_read(&read, leg);
+                }
             }
             Some(_) | None => self.replies.refuse(header, libc::ENOTSUP),
         }

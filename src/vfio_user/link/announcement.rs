@@ -92,6 +92,8 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
+    use vm_memory::VolatileSlice;
+
     use super::*;
     use crate::address::{Access, IovaRange};
     use crate::vfio_user::dma::{AccessDenied, DmaTarget, Window};
@@ -103,6 +105,14 @@ mod tests {
 
     impl DmaTarget for OneWindow {
         fn read(&self, _: IovaRange, _: &mut [u8]) -> Result<(), AccessDenied> {
+            Err(AccessDenied)
+        }
+
+        fn read_in_place(
+            &self,
+            _: IovaRange,
+            _: &mut dyn FnMut(&[VolatileSlice<'_>]),
+        ) -> Result<(), AccessDenied> {
             Err(AccessDenied)
         }
 

@@ -9,7 +9,7 @@ use super::connection::{ClientCommand, NO_REPLY_ID, Pending, Queued, ServerConne
 use super::deadlines::WaitLimit;
 use super::state::{Disconnect, Link, LinkState};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
-use crate::vfio_user::dma::Replies;
+use crate::vfio_user::dma::{LargeRead, Replies};
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
 use crate::vfio_user::socket::OutgoingFd;
 use crate::vfio_user::version::Terms;
@@ -163,6 +163,19 @@ impl Link {
             self.after_sending(&mut state, sent);
         }
         replies.clear();
+    }
+
+    /// As [`Self::reply`], with the reply to `read` after the others. A refusal of `read` is left in `replies`.
+    pub(in crate::vfio_user) fn reply_to_read(&self, replies: &mut Replies, read: &LargeRead) {
+        let mut state = self.state.lock();
+        match &mut state.connection {
+            Some(connection) => {
+                let (outbox, socket) = (&mut connection.outbox, &*connection.socket);
+                let sent = replies.send_read(read, &*self.target, outbox, socket);
+                self.after_sending(&mut state, sent);
+            }
+            None => replies.clear(),
+        }
     }
 
     /// Sends as much as the server accepts now.

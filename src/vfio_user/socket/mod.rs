@@ -2,6 +2,7 @@
 //!
 //! A descriptor belongs to the message that it was sent with.
 
+mod gather;
 mod outbox;
 mod receiver;
 

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use rustix::cmsg_space;
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use vm_memory::VolatileSlice;
 
+use super::gather;
 use crate::vfio_user::message::MAX_DESCRIPTORS;
 
 /// A larger buffer is freed as soon as it was sent.
@@ -80,28 +82,61 @@ impl Outbox {
     /// # Errors
     /// The peer is gone, or the kernel refuses to send.
     pub fn send(&mut self, socket: impl AsFd, buffer: &mut Vec<u8>, len: usize) -> io::Result<()> {
+        self.send_with(socket, buffer, len, &[])
+    }
+
+    /// The same with the bytes of `parts` after those of the buffer. The kernel takes them from the parts themselves. Only
+    /// what the socket does not accept now is copied, so nothing refers to the parts afterwards.
+    ///
+    /// # Errors
+    /// The peer is gone, or the kernel refuses to send.
+    pub fn send_with(
+        &mut self,
+        socket: impl AsFd,
+        buffer: &mut Vec<u8>,
+        len: usize,
+        parts: &[VolatileSlice<'_>],
+    ) -> io::Result<()> {
         if !self.queue.is_empty() {
             self.flush(&socket)?;
         }
+        let head = buffer.get(..len).unwrap_or_default();
+        let len = head.len();
+        let end = len + parts.iter().map(VolatileSlice::len).sum::<usize>();
         let mut sent = 0;
-        while self.queue.is_empty() && sent < len {
-            let rest = buffer.get(sent..len).unwrap_or_default();
-            match send_some(socket.as_fd(), rest, &[])? {
-                Some(count) => sent += count,
-                None => break,
+        while self.queue.is_empty() && sent < end {
+            match gather::send_some(socket.as_fd(), head, parts, sent) {
+                Ok(Some(count)) => sent += count,
+                Ok(None) => break,
+                // A file has become shorter, and its memory is gone: the copy below ends the process, as
+                // every access of the daemon to such memory does.
+                Err(cause) if cause.raw_os_error() == Some(libc::EFAULT) => break,
+                Err(cause) => return Err(cause),
             }
         }
-        if sent < len {
-            self.bytes += len - sent;
-            self.reply_bytes += len - sent;
-            self.queue.push_back(Outgoing {
-                bytes: std::mem::replace(buffer, std::mem::take(&mut self.spare)),
-                sent,
-                end: len,
-                is_reply: true,
-                descriptors: Vec::new(),
-            });
+        if sent == end {
+            return Ok(());
         }
+        if buffer.len() < end {
+            buffer.resize(end, 0);
+        }
+        let mut at = len;
+        for part in parts {
+            let skipped = sent.saturating_sub(at).min(part.len());
+            if let (Ok(rest), Some(into)) = (part.offset(skipped), buffer.get_mut(at + skipped..)) {
+                rest.copy_to(into);
+            }
+            at += part.len();
+        }
+        self.bytes += end - sent;
+        self.reply_bytes += end - sent;
+        self.queue.push_back(Outgoing {
+            bytes: std::mem::replace(buffer, std::mem::take(&mut self.spare)),
+            sent,
+            end,
+            is_reply: true,
+            descriptors: Vec::new(),
+        });
         Ok(())
     }
 
@@ -185,6 +220,8 @@ mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
+    use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+
     use super::*;
 
     /// The socket takes a part of a buffer at once. The rest comes later, in order, and the buffer's memory is used again.
@@ -232,5 +269,44 @@ mod tests {
             outbox.send(&here, &mut buffer, 8).expect("sent");
         }
         assert!(kept.contains(&buffer.as_ptr()));
+    }
+
+    /// Whichever part of a message a full socket leaves, its bytes are those at the time of the call, and in order.
+    #[test]
+    fn bytes_from_memory_follow_the_buffer_and_are_copied_if_the_socket_is_full() {
+        const LEN: usize = 100_000;
+        let memory = MmapRegion::<()>::new(LEN).expect("memory");
+        let memory = memory.as_volatile_slice();
+        let part = |at: usize, len: usize| memory.subslice(at, len).expect("inside");
+        // Backwards, and with an empty part.
+        let parts = [part(70_000, 30_000), part(0, 0), part(10_001, 59_999)];
+        let (here, mut there) = UnixStream::pair().expect("sockets");
+        let mut outbox = Outbox::default();
+        let mut expected = Vec::new();
+        let mut is_cut = false;
+        for n in 0..8u8 {
+            let data: Vec<u8> = (0..LEN).map(|at| (at / 7).to_le_bytes()[0] ^ n).collect();
+            memory.write_slice(&data, 0).expect("written");
+            // The end of the buffer is no part of the message.
+            let mut buffer = [[n; 48], [0xff; 48]].concat();
+            let unsent = outbox.len_bytes();
+            let sent = outbox.send_with(&here, &mut buffer, 48, &parts);
+            sent.expect("sent");
+            memory.write_slice(&[0xee; LEN], 0).expect("written");
+            expected.extend([n; 48]);
+            expected.extend(&data[70_000..]);
+            expected.extend(&data[10_001..70_000]);
+            let left = outbox.len_bytes() - unsent;
+            is_cut |= left > 0 && left < 48 + 89_999;
+        }
+        assert!(is_cut, "the socket has taken a part of a message");
+        assert_eq!(outbox.len_reply_bytes(), outbox.len_bytes());
+        let mut received = vec![0; expected.len()];
+        for piece in received.chunks_mut(4096) {
+            there.read_exact(piece).expect("bytes");
+            outbox.flush(&here).expect("sent");
+        }
+        assert!(received == expected);
+        assert_eq!((outbox.len_bytes(), outbox.len_reply_bytes()), (0, 0));
     }
 }
