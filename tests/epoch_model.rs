@@ -12,7 +12,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU64, fence};
 use loom::sync::{Arc, RwLock};
 use loom::thread;
-use vhost_device_iommu::page_table::epoch::{GracePeriod, Word, enter, leave};
+use vhost_device_iommu::page_table::epoch::{GracePeriod, Word, enter, is_idle, leave};
 
 /// A word in the model.
 struct Modelled(AtomicU64);
@@ -49,16 +49,19 @@ impl Shared {
     }
 
     /// One access of a reader, in the same steps as in `shadow`.
-    #[expect(unsafe_code, reason = "the model checks every access to a page")]
     fn access(&self, word: usize) {
         let inside = enter(&self.words[word]);
         let entry = self.entry.load(Ordering::Acquire);
         if entry > 0 {
-            let page = usize::try_from(entry - 1).expect("small");
-            // SAFETY: the model fails if another thread writes to the page meanwhile.
-            self.pages[page].with(|page| unsafe { *page });
+            self.read(usize::try_from(entry - 1).expect("small"));
         }
         leave(&self.words[word], inside);
+    }
+
+    #[expect(unsafe_code, reason = "the model checks every access to a page")]
+    fn read(&self, page: usize) {
+        // SAFETY: the model fails if another thread writes to the page meanwhile.
+        self.pages[page].with(|page| unsafe { *page });
     }
 
     fn wait(&self) {
@@ -126,6 +129,37 @@ fn the_writer_waits_for_all_words() {
             reader.join().expect("no race");
         }
     });
+}
+
+/// A registration that its daemon, or the next one, ends: the entry stays, and `revoked` stops new accesses. The reader's
+/// second access begins within its first one, whether revoked or not, and outlives it.
+#[test]
+fn no_access_is_in_progress_once_a_revoked_registration_is_idle() {
+    for first in [0, 1] {
+        loom::model(move || {
+            let shared = Shared::new(2, 1);
+            let revoked = Arc::new(AtomicU64::new(0));
+            let (reader, stop) = (shared.clone(), revoked.clone());
+            let reader = thread::spawn(move || {
+                let (outer, inner) = (&reader.words[first], &reader.words[1 - first]);
+                let outside = enter(outer);
+                if stop.load(Ordering::Acquire) != 0 {
+                    leave(outer, outside);
+                    return;
+                }
+                let inside = enter(inner);
+                leave(outer, outside);
+                reader.read(0);
+                leave(inner, inside);
+            });
+            revoked.store(1, Ordering::Release);
+            while !is_idle(shared.words.iter()) {
+                thread::yield_now();
+            }
+            shared.reuse(0);
+            reader.join().expect("no race");
+        });
+    }
 }
 
 /// A table of two levels, as the daemon walks it for a device's server. An entry is 0, or 1 + the index of the frame or

@@ -100,6 +100,20 @@ impl GracePeriod {
     }
 }
 
+/// Whether no access is in progress. The caller must have made sure that none begins any more, except within another one of
+/// the same thread; once this function has returned true, it does so for ever.
+///
+/// An access may begin in a word that was looked at already, and outlive the access in which it began. So all words are
+/// looked at twice: no value comes twice, and words that have the same even values both times were even together in
+/// between.
+pub fn is_idle<'a, W: Word + 'a>(words: impl Iterator<Item = &'a W> + Clone) -> bool {
+    W::fence();
+    let values = words.clone().map(|word| word.load(Ordering::Acquire));
+    let values: Vec<u64> = values.collect();
+    let same = |(word, value): (&W, &u64)| word.load(Ordering::Acquire) == *value;
+    values.iter().all(|value| value & 1 == 0) && words.zip(&values).all(same)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

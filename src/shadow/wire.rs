@@ -1,7 +1,7 @@
 //! The protocol between the daemon and its readers: frames of 40 bytes on a stream socket, in the host's byte
 //! order. `docs/shadow.md` has the order of frames.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::address::Access;
 use crate::ids::{EndpointId, list_variants};
@@ -16,6 +16,8 @@ pub const FRAME_LEN: usize = 40;
 pub const EPOCH_WORDS: usize = 64;
 /// Distance of two epoch words, in words: each epoch word has a cache line to itself.
 pub const EPOCH_STRIDE: usize = 8;
+/// Feature bit of a HELLO frame: the reader looks at the revocation word when an access begins, see [`revocation_word`].
+pub const REVOCABLE: u64 = 1;
 /// Length of a reader's epoch memory. Bytes.
 pub const EPOCH_BYTES: usize = EPOCH_WORDS * EPOCH_STRIDE * 8;
 
@@ -40,7 +42,7 @@ pub(super) fn endpoint_text(number: u64) -> String {
 
 /// Kinds of frames: the sender, then the frame's value and numbers.
 pub mod kind {
-    /// Reader: version; magic, endpoint.
+    /// Reader: version; magic, endpoint, feature bits ([`super::REVOCABLE`]; a daemon ignores those that it does not know).
     pub const HELLO: u32 = 1;
     /// Daemon: version; index of the endpoint slot's word, number of epoch words, number of RESERVED frames
     /// that follow. Carries the descriptors of the arena and of the epoch memory.
@@ -103,8 +105,23 @@ pub fn epoch_word(memory: &[AtomicU64], index: usize) -> Option<&AtomicU64> {
 }
 
 /// All epoch words of a reader's epoch memory, in order.
-pub fn epoch_words(memory: &[AtomicU64]) -> impl Iterator<Item = &AtomicU64> {
+pub fn epoch_words(memory: &[AtomicU64]) -> impl Iterator<Item = &AtomicU64> + Clone {
     memory.iter().step_by(EPOCH_STRIDE)
+}
+
+/// The word that revokes epoch word `index` unless it is 0: the registration has ended, and no access with that epoch word
+/// may begin any more, except within another one of the same thread. It is in the same cache line, which an access loads
+/// anyway. `None` past the last.
+pub fn revocation_word(memory: &[AtomicU64], index: usize) -> Option<&AtomicU64> {
+    memory.get(index.checked_mul(EPOCH_STRIDE)?.checked_add(1)?)
+}
+
+/// Revokes all epoch words. Accesses in progress go on: wait until they have ended
+/// ([`is_idle`](crate::page_table::epoch::is_idle)).
+pub fn revoke(memory: &[AtomicU64]) {
+    for word in memory.iter().skip(1).step_by(EPOCH_STRIDE) {
+        word.store(1, Ordering::Release);
+    }
 }
 
 /// An access as bits: bit 0 for a read, bit 1 for a write.
