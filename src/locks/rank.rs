@@ -8,8 +8,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Rank {
-    /// A shadow reader's cache of translations, which reserves an epoch word. First, because a device may
-    /// take any lock during an access. No thread ever waits for this lock: the reader only tries it.
+    /// A shadow reader's lane, which reserves an epoch word. First, because a device may take any lock during an access.
+    /// No thread ever waits for this lock: the reader only tries it.
     ReaderCache,
     /// The configuration with the changes that `ctl` has made: held while an endpoint is added or removed.
     HotplugConfig,
@@ -64,6 +64,8 @@ pub enum Rank {
     ControlClient,
     /// The unsent messages to a client of a served device.
     ClientOutbox,
+    /// A shadow reader's registration.
+    ReaderState,
     /// A shadow reader's view of guest memory.
     ReaderMemory,
     /// The descriptors that outlive this process.

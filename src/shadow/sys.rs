@@ -5,7 +5,9 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 /// The most descriptors of one message. The kernel closes those beyond.
@@ -134,6 +136,50 @@ fn empty_message(part: *mut libc::iovec) -> libc::msghdr {
     message.msg_iov = part;
     message.msg_iovlen = 1;
     message
+}
+
+/// Connects to the socket at `path`. Waits up to `patience` if the listener's backlog is full.
+///
+/// # Errors
+/// `WouldBlock` if the backlog stays full, or the system's error.
+pub fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let bytes = path.as_os_str().as_bytes();
+    // SAFETY: zero is a value of every field.
+    let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
+    let too_large = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    address.sun_family = libc::AF_UNIX.try_into().map_err(too_large)?;
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).map_err(too_large)?;
+    // One byte stays 0: the end of the path.
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = from.cast_signed() as libc::c_char;
+    }
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: no pointer is passed.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has made the descriptor for this call just now.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    // It bounds `connect`, too: unix(7).
+    stream.set_write_timeout(Some(patience))?;
+    loop {
+        let at: *const libc::sockaddr_un = &raw const address;
+        // SAFETY:
+        // - address: valid for reads of its own length; the path ends with a zero
+        // - the descriptor is open, being ours
+        let done = unsafe { libc::connect(stream.as_raw_fd(), at.cast(), len) };
+        if done == 0 {
+            return Ok(stream);
+        }
+        let cause = io::Error::last_os_error();
+        if cause.kind() != io::ErrorKind::Interrupted {
+            return Err(cause);
+        }
+    }
 }
 
 /// Waits up to `patience` until the socket has room. Returns whether it has.

@@ -195,7 +195,7 @@ fn threads_of_the_daemon_are_made_by_the_sandbox() {
         "process/realtime.rs",
         "vmms/launch/descriptor_store.rs",
         "vmms/launch/events.rs",
-        "shadow/reader/session.rs",
+        "shadow/reader/registration.rs",
     ];
     let mut wrong = Vec::new();
     for source in sources().iter().filter(|source| !source.is_test()) {

@@ -326,6 +326,7 @@ fn nothing_is_reached_once_the_daemon_is_gone() {
     let path = bed.path();
     drop(bed);
     eventually("noticed", || !reader.is_connected());
+    reader.set_patience(Duration::ZERO);
     memory.read_obj::<u8>(at(0)).expect_err("gone");
     assert!(!path.exists());
 }

@@ -12,8 +12,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{DmaError, Gate, Memory, PIECE, Segment};
 
-/// A reader of the page tables. It connects at the first access, and reconnects if the daemon was
-/// gone. It ignores the client's windows.
+/// A reader of the page tables. It connects at the first access. It ignores the client's windows. When the daemon is
+/// replaced, the library registers again, and accesses wait meanwhile.
 pub struct Shadow {
     path: PathBuf,
     endpoint: EndpointId,
@@ -63,12 +63,6 @@ impl Shadow {
         &self,
         view: &'a mut Option<(ShadowReader, ShadowMemory)>,
     ) -> Result<&'a ShadowMemory, DmaError> {
-        if view
-            .as_ref()
-            .is_some_and(|(reader, _)| !reader.is_connected())
-        {
-            *view = None;
-        }
         if let Some((reader, memory)) = view
             && reader.has_changed(memory)
         {

@@ -85,8 +85,10 @@ pub enum AccessError {
         /// The first address without that access.
         address: Iova,
     },
-    /// The daemon has closed the connection. Every later access fails, too.
-    #[error("the daemon has closed the connection; connect again")]
+    /// No daemon is connected. The library registers again by itself; accesses succeed once it has.
+    #[error(
+        "no daemon is connected; start it, and repeat the access: the library registers again by itself"
+    )]
     Disconnected,
     /// The VMM has removed memory since this view of guest memory was taken.
     #[error("guest memory has changed since this view of it was taken; take a new one")]

@@ -7,7 +7,7 @@ use vm_memory::iommu::{Error as IommuError, IotlbIterator, IovaRange as VmIovaRa
 use vm_memory::{GuestAddress, Iommu, Iotlb, Permissions};
 
 use super::access::EpochGuard;
-use super::session::Registration;
+use super::registration::Registration;
 use crate::address::{Access, Iova};
 
 /// Translates for `vm-memory`, through the page tables of the daemon.
@@ -21,29 +21,26 @@ pub struct ShadowIommu {
 impl Iommu for ShadowIommu {
     type IotlbGuard<'a> = TlbGuard<'a>;
 
-    /// Begins an access and translates `length` bytes at `iova`. A refused access is reported to the guest.
+    /// Begins an access and translates `length` bytes at `iova`. A refused access is reported to the guest. Waits for the
+    /// daemon as [`ShadowReader::enter`](super::ShadowReader::enter) does.
     fn translate(
         &self,
         iova: GuestAddress,
         length: usize,
         access: Permissions,
     ) -> Result<IotlbIterator<TlbGuard<'_>>, IommuError> {
-        let session = &*self.registration.session;
+        let shared = &*self.registration.shared;
         let wanted = Access {
             read: access.allow(Permissions::Read),
             write: access.allow(Permissions::Write),
         };
-        let found = session.translate_range(Iova(iova.0), length as u64, wanted, self.generation);
+        let found = shared.translate_range(Iova(iova.0), length as u64, wanted, self.generation);
         let refused = match found {
             Ok(inside) => match Iotlb::lookup(TlbGuard(inside), iova, length, access) {
                 Ok(found) => return Ok(found),
                 Err(_) => "the library lost the translation; report this as its bug".to_owned(),
             },
-            // The access has ended, so an UNMAP that waits for it does not wait for the report.
-            Err(refused) => {
-                session.report(&refused);
-                refused.to_string()
-            }
+            Err(refused) => refused.to_string(),
         };
         Err(IommuError::CannotResolve {
             iova_range: VmIovaRange { base: iova, length },
@@ -60,6 +57,6 @@ impl Deref for TlbGuard<'_> {
     type Target = Iotlb;
 
     fn deref(&self) -> &Iotlb {
-        &self.0.tlb.iotlb
+        &self.0.lane.tlb.iotlb
     }
 }
