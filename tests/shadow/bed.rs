@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
@@ -44,10 +44,11 @@ pub const LONG: Duration = Duration::from_secs(60);
 pub struct Bed {
     pub iommu: Iommu,
     pub registry: Arc<Registry>,
-    pub _server: ShadowServer,
+    pub server: Option<ShadowServer>,
     pub faults: Receiver<Fault>,
+    fault_sender: Sender<Fault>,
     pub ram: Vec<MemorySlot>,
-    folder: tempfile::TempDir,
+    pub folder: Arc<tempfile::TempDir>,
 }
 
 pub fn range(first: u64, last: u64) -> IovaRange {
@@ -98,6 +99,18 @@ impl Bed {
     }
 
     pub fn with(limits: Limits) -> Self {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder"));
+        let mut bed = Self::before_serving(&folder, limits, vec![slot(0, RAM)]);
+        bed.serve();
+        bed
+    }
+
+    /// A bed whose socket will be in `folder`, with this guest RAM. It does not listen yet.
+    pub fn before_serving(
+        folder: &Arc<tempfile::TempDir>,
+        limits: Limits,
+        ram: Vec<MemorySlot>,
+    ) -> Self {
         let settings = Settings {
             address_width: 48,
             page_sizes: PageMask::TABLE,
@@ -131,28 +144,33 @@ impl Bed {
         let all = [A, B, OTHER];
         let backend = Shadow::new(registry.clone(), &all);
         iommu.add_backend(Box::new(backend), &all).expect("added");
-        let ram = vec![slot(0, RAM)];
         iommu.set_memory(ram.clone());
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("s");
-        let (sender, faults) = channel();
+        let (fault_sender, faults) = channel();
+        Self {
+            iommu,
+            registry,
+            server: None,
+            faults,
+            fault_sender,
+            ram,
+            folder: folder.clone(),
+        }
+    }
+
+    /// Listens for readers.
+    pub fn serve(&mut self) {
+        let path = self.path();
         let sockets = [ShadowSocket {
             path: &path,
             rights: SocketRights::default(),
             endpoints: vec![A, B],
         }];
-        let server = ShadowServer::start(registry.clone(), &sockets, move |fault| {
+        let sender = self.fault_sender.clone();
+        let server = ShadowServer::start(self.registry.clone(), &sockets, move |fault| {
             // The test may have ended.
             let _ = sender.send(fault);
         });
-        Self {
-            iommu,
-            registry,
-            _server: server.expect("a socket"),
-            faults,
-            ram,
-            folder,
-        }
+        self.server = Some(server.expect("a socket"));
     }
 
     pub fn path(&self) -> PathBuf {

@@ -9,5 +9,6 @@
 mod access;
 mod bed;
 mod hostile;
+mod lives;
 mod roles;
 mod stress;
