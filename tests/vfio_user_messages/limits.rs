@@ -1,6 +1,8 @@
 //! Servers that take a limited number of windows.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vhost_device_iommu::address::{Access, Gpa, Mapping};
 use vhost_device_iommu::backends::BackendErrorKind;
@@ -115,6 +117,72 @@ fn windows_that_a_new_server_has_no_room_for_are_missing() {
     });
     bed.unmap(0, u64::MAX).expect("unmapped");
     assert_eq!(bed.watch.state().limits.missing, 0);
+}
+
+/// The windows in flight when the server comes to its limit are refused, and stay mapped.
+#[test]
+fn a_refused_window_takes_the_place_of_one_that_the_server_gives_up() {
+    for isolation in [Isolation::ExactMessages, Isolation::Mappings] {
+        let bed = Bed::new(isolation);
+        bed.attach();
+        assert_eq!(map_all(&bed, 0..10), [None; 10]);
+        let (mut client, scripted) = limited(&bed, 4, libc::EINVAL);
+        let limits = || {
+            let limits = bed.watch.state().limits;
+            (limits.most, limits.missing)
+        };
+        eventually("six are missing", || limits() == (4, 6));
+        bed.unmap(IOVA, 2 * PAGE).expect("unmapped");
+        eventually("the next two", || limits() == (4, 4));
+        // One that the server has been offered again, and one that it has refused.
+        bed.unmap(IOVA + 4 * PAGE, PAGE).expect("unmapped");
+        bed.unmap(IOVA + 7 * PAGE, PAGE).expect("unmapped");
+        eventually("the sixth", || limits() == (4, 2));
+        // No window is on its way, so that UNMAP waits.
+        assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+        bed.unmap(0, u64::MAX).expect("unmapped");
+        let removed = scripted.each(DMA_UNMAP, |m| (m.u64_at(8) - IOVA) / PAGE);
+        assert_eq!(removed, [0, 1, 4, 2, 3, 5, 6], "{isolation:?}");
+        assert_eq!(bed.watch.state().ends.cut_offs, 0);
+    }
+}
+
+/// A server may refuse a window for a reason of its own. It is asked again when it gives a window up, and not all the time.
+#[test]
+fn a_refused_window_is_offered_once_for_each_that_the_server_gives_up() {
+    const COUNT: u64 = 8;
+    let bed = Bed::new(Isolation::ExactMessages);
+    bed.attach();
+    assert!(map_all(&bed, 0..COUNT).iter().all(Option::is_none));
+    let refuses = Arc::new(AtomicBool::new(true));
+    let refusing = refuses.clone();
+    let (mut client, scripted) = bed.pair(move |server, msg| {
+        let odd = msg.cmd == DMA_MAP && msg.u64_at(16) == IOVA + 2 * PAGE;
+        let refused = odd && refusing.load(Ordering::Relaxed);
+        if refused {
+            server.refuse(msg, libc::EBUSY.unsigned_abs());
+        }
+        refused
+    });
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    eventually("one is missing", || bed.watch.state().limits.missing == 1);
+    let offers = || {
+        let told = scripted.each(DMA_MAP, |m| m.u64_at(16));
+        told.iter().filter(|at| **at == IOVA + 2 * PAGE).count()
+    };
+    for n in 3..7 {
+        bed.unmap(IOVA + n * PAGE, PAGE).expect("unmapped");
+        eventually("another offer", || offers() == n as usize - 1);
+        assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+        assert_eq!(offers(), n as usize - 1);
+    }
+    refuses.store(false, Ordering::Relaxed);
+    bed.unmap(IOVA, PAGE).expect("unmapped");
+    eventually("none is missing", || bed.watch.state().limits.missing == 0);
+    assert_eq!(client.call(RESET, &[], &[]).errno(), 0);
+    bed.unmap(0, u64::MAX).expect("unmapped");
+    let removed = scripted.each(DMA_UNMAP, |m| (m.u64_at(8) - IOVA) / PAGE);
+    assert_eq!(removed, [3, 4, 5, 6, 0, 1, 2, 7]);
 }
 
 /// A library pauses its device for each window that it is told, also for those that it refuses.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::announcement::Announcement;
+use super::refused::RefusedWindows;
 use super::trial::UnmapAll;
 use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY};
 use crate::address::IovaRange;
@@ -50,12 +51,8 @@ pub(super) struct ServerConnection {
     pub(super) shares_memory: bool,
     /// The first addresses of windows that the server has neither accepted nor refused yet.
     pub(super) unconfirmed: HashSet<u64>,
-    /// The first addresses of windows that the server refused and the guest has mapped. While a server that has connected
-    /// is told all windows, these are up to [`MAX_REFUSED`]; besides, those of one request join them until the request
-    /// takes them back.
-    ///
-    /// [`MAX_REFUSED`]: super::limit::MAX_REFUSED
-    pub(super) refused: HashSet<u64>,
+    /// The windows that the server refused and the guest has mapped.
+    pub(super) refused: RefusedWindows,
     /// Whether one message removes all windows.
     pub(super) unmap_all: UnmapAll,
     /// The number of windows at which the server has refused one, if it has not taken more since.
@@ -115,7 +112,7 @@ impl ServerConnection {
             windows: 0,
             shares_memory: false,
             unconfirmed: HashSet::new(),
-            refused: HashSet::new(),
+            refused: RefusedWindows::default(),
             unmap_all: UnmapAll::default(),
             limit: None,
             refused_in_a_row: 0,
@@ -173,11 +170,11 @@ impl ServerConnection {
 
     /// Counts a window that the server is about to get.
     pub(super) fn note_window(&mut self, window: &Window) {
-        let first = window.range.first().0;
+        let first = window.range.first();
         self.windows += 1;
         // An earlier refusal does not count any more.
-        self.refused.remove(&first);
-        self.unconfirmed.insert(first);
+        self.refused.remove(first);
+        self.unconfirmed.insert(first.0);
     }
 
     pub(super) fn send(

@@ -15,6 +15,7 @@ mod announcement;
 mod connection;
 mod deadlines;
 mod limit;
+mod refused;
 mod removal;
 mod requester;
 mod sending;

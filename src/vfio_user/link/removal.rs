@@ -93,7 +93,7 @@ impl ServerConnection {
 
     /// Three windows for a trial: the lowest two that the server has, and the highest one. None if it has fewer.
     fn pick_three(&self, windows: impl Iterator<Item = IovaRange>) -> Vec<IovaRange> {
-        let mut present = windows.filter(|w| !self.refused.contains(&w.first().0));
+        let mut present = windows.filter(|w| !self.refused.contains(w.first()));
         let mut picked: Vec<_> = present.by_ref().take(2).collect();
         picked.extend(present.last());
         picked
@@ -127,6 +127,7 @@ impl ServerConnection {
         // A server with memory that keeps a window is cut off. It has the window until it hangs up, so it counts.
         if kept.is_none() || !self.shares_memory {
             self.windows -= removed;
+            self.refused.given_up(removed);
         }
         kept
     }

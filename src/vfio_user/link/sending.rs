@@ -34,7 +34,9 @@ impl Link {
             return;
         };
         while connection.updates < MAX_UPDATES && connection.outbox.len_bytes() < MAX_QUEUED_BYTES {
-            let has_sent = if connection.is_announcement_next() {
+            let has_sent = if self.offer_again(connection) {
+                true
+            } else if connection.is_announcement_next() {
                 self.announce_some(connection, batches);
                 true
             } else {
@@ -46,6 +48,21 @@ impl Link {
         }
         self.wake_sender(connection);
         self.flush_locked(state);
+    }
+
+    /// Sends a window that the server has refused again, if it has given another one up. Returns false if there is none. It
+    /// comes before the rest of the announcement, which has higher addresses.
+    fn offer_again(&self, connection: &mut ServerConnection) -> bool {
+        let Some(first) = connection.next_offer() else {
+            return false;
+        };
+        let found = self.target.windows_from(first, 1).into_iter().next();
+        // The guest may be unmapping it.
+        if let Some(window) = found.filter(|window| window.range.first() == first) {
+            let queued = connection.count_in(DmaUpdate::Map(window), REPLAY);
+            connection.send_queued(queued);
+        }
+        true
     }
 
     /// Sends the next windows of the announcement.
@@ -102,10 +119,10 @@ impl Link {
         let done = match &next.update {
             DmaUpdate::Map(window) if connection.windows >= connection.max_windows() => {
                 let first = window.range.first();
-                connection.refused.insert(first.0);
+                connection.refused.insert(first, next.batch <= REPLAY);
                 Some(Some(self.no_room(connection, first)))
             }
-            DmaUpdate::Unmap(range) if connection.refused.remove(&range.first().0) => Some(None),
+            DmaUpdate::Unmap(range) if connection.refused.remove(range.first()) => Some(None),
             DmaUpdate::Map(_) | DmaUpdate::Unmap(_) | DmaUpdate::UnmapAll => None,
         };
         match done {
@@ -143,6 +160,20 @@ impl ServerConnection {
             }
             _ => self.room(false),
         }
+    }
+
+    /// The first address of a refused window that the server may be offered now. Not while updates wait: they may remove
+    /// the window, and another one at its address may follow. Not while all windows are replaced: those that the server
+    /// still has must go first.
+    fn next_offer(&mut self) -> Option<Iova> {
+        let most = self.max_windows().min(self.limit.unwrap_or(u64::MAX));
+        let has_room = self.windows < most && self.announcement.replayed < MAX_REPLAYED;
+        if !has_room || !self.backlog.is_empty() {
+            return None;
+        }
+        // The announcement will come to those that it has not reached.
+        let first = self.refused.take_offer()?;
+        (!self.announcement.is_ahead(first)).then_some(first)
     }
 
     /// Whether the announcement continues before the next update.

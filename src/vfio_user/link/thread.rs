@@ -241,7 +241,9 @@ impl Link {
                 let refusal = match (&update, errno) {
                     (DmaUpdate::Map(window), Some(errno)) => {
                         connection.windows -= 1;
-                        connection.refused.insert(window.range.first().0);
+                        connection
+                            .refused
+                            .insert(window.range.first(), batch <= REPLAY);
                         Some(self.window_refused(connection, window.range.first(), errno))
                     }
                     (DmaUpdate::Map(_), None) => {
