@@ -7,20 +7,22 @@ use std::time::Duration;
 use crate::config::Config;
 use crate::endpoints::kind::Resources;
 use crate::endpoints::kinds;
+use crate::process::keeper::MAX_KEPT;
 
 /// `WatchdogSec` of the shared unit.
 const WATCHDOG: Duration = Duration::from_secs(60);
 /// The part of the shared unit's `TimeoutStartSec=30` beyond the time of a daemon without devices: a host that boots starts
 /// the daemons of all its VMs at once.
 const START_MARGIN: Duration = Duration::from_secs(20);
-/// Bytes that the daemon needs besides its page tables: code, stacks, socket buffers.
-const BASE_MEMORY: u64 = 32 << 20;
+/// Bytes that the daemon needs besides its page tables: 32 MiB for code, stacks, socket buffers; 12 MiB for its journal and
+/// its records of endpoints (`store`), and for those that the daemon before has left.
+const BASE_MEMORY: u64 = 44 << 20;
 /// Bytes for each device that is served over a socket: a stack, and messages of up to 2 MiB both ways.
 const MEMORY_PER_DEVICE: u64 = 8 << 20;
 /// Threads that every daemon can have, times two.
 const BASE_TASKS: usize = 32;
-/// Descriptors that every daemon can have, including those of memory slots.
-const BASE_FILES: usize = 1024;
+/// Descriptors that every daemon can have, including those of memory slots, and as many as the service manager keeps.
+const BASE_FILES: usize = 1024 + MAX_KEPT;
 /// Descriptors for each device: sockets, its file, interrupts.
 const FILES_PER_DEVICE: usize = 64;
 
@@ -36,14 +38,20 @@ pub fn drop_in(file: &Path, config: &Config) -> String {
     // The kernel charges a guest page to the process that touches the page first. With DMA, this may be the daemon.
     let guest = if devices > 0 { config.memory } else { Some(0) };
     let memory = guest.map_or("infinity".into(), |guest| {
+        let arena = config.arena_limit;
         let own = [
             BASE_MEMORY,
+            arena,
+            // A daemon that takes over copies the page tables of the one before, which may be charged to it, too.
+            arena,
+            // The records of domains in both stores: a 16th of what they take of the arena.
+            arena / 8,
             MEMORY_PER_DEVICE.saturating_mul(u64::try_from(devices).unwrap_or(u64::MAX)),
             guest,
         ];
         own.into_iter()
             .chain(more_memory)
-            .fold(config.arena_limit, u64::saturating_add)
+            .fold(0, u64::saturating_add)
             .to_string()
     });
     let files = BASE_FILES + FILES_PER_DEVICE * devices + total(&granted, |kind| kind.files);
@@ -120,14 +128,14 @@ mod tests {
     #[test]
     fn a_simple_vm_gets_memory_for_its_page_tables_and_no_devices() {
         let lines = lines("address = \"00:05.0\"\nmemory = \"4G\"\n");
-        // 4G / 256 + 64M of arena, and 32M.
+        // 4G / 256 + 64M of arena, as much for a copy, an eighth for records, and 44M.
         assert_eq!(
             lines,
             [
                 "# For the configuration /etc/vhost-device-iommu/vm1.toml.",
                 "[Service]",
-                "MemoryMax=117440512",
-                "LimitNOFILE=1024",
+                "MemoryMax=224395264",
+                "LimitNOFILE=2048",
                 "TasksMax=32",
             ]
         );
@@ -160,11 +168,11 @@ mod tests {
                 "TasksMax=36",
             ],
         );
-        // Memory has a limit although locked memory has none: 4G, an arena of 4G / 256 + 64M, 32M, for each device 8M
-        // and tables of 4G / 256 and of the arena's size, and the kernel's records of mappings: an eighth of the arena's
+        // Memory has a limit although locked memory has none: 4G, an arena of 4G / 256 + 64M, a copy and an eighth of it,
+        // 44M, for each device 8M and tables of 4G / 256 and of the arena's size, and the kernel's records of mappings: an eighth of the arena's
         // bytes times 640, or 65535 of 160 bytes for each device.
-        has("iommufd", &["MemoryMax=11341398016"]);
-        has("type1", &["MemoryMax=4651482816"]);
+        has("iommufd", &["MemoryMax=11448352768"]);
+        has("type1", &["MemoryMax=4758437568"]);
     }
 
     /// A guest that fills the arena with mappings of single pages, or with tables of one mapping each, must not reach the
@@ -217,9 +225,9 @@ mod tests {
         let with = lines(&format!(
             "address = \"00:05.0\"\nmemory = \"4G\"\n{endpoint}"
         ));
-        // 4G, 4G / 256 + 64M of arena, 32M, and 8M.
+        // 4G, 4G / 256 + 64M of arena, a copy and an eighth of it, 44M, and 8M.
         assert!(
-            with.contains(&"MemoryMax=4420796416".to_string()),
+            with.contains(&"MemoryMax=4527751168".to_string()),
             "{with:#?}"
         );
         assert!(with.contains(&"WatchdogSec=86".to_string()), "{with:#?}");
@@ -285,7 +293,7 @@ mod tests {
         let lines = lines(file);
         assert!(lines.contains(&"AmbientCapabilities=CAP_KILL".to_string()));
         assert!(
-            lines.contains(&"LimitNOFILE=1040".to_string()),
+            lines.contains(&"LimitNOFILE=2064".to_string()),
             "{lines:#?}"
         );
     }

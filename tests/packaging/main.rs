@@ -19,6 +19,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_complete::aot::generate;
 use vhost_device_iommu::args::Args;
+use vhost_device_iommu::process::keeper::MAX_KEPT;
 
 const PROGRAM: &str = "vhost-device-iommu";
 
@@ -269,6 +270,32 @@ fn units_and_example_agree() {
             assert!(page.starts_with(PROGRAM), "{line}");
         }
     }
+}
+
+/// The service manager keeps what the daemon leaves, and ends a loop of crashes.
+#[test]
+fn the_service_restarts_with_the_descriptors_of_the_daemon_before() {
+    let service = tree("packaging/systemd/vhost-device-iommu@.service");
+    let service = fs::read_to_string(service).expect("the unit");
+    let value = |key: &str| {
+        let found = service.lines().filter_map(|line| line.strip_prefix(key));
+        let found: Vec<_> = found.filter_map(|rest| rest.strip_prefix('=')).collect();
+        found.join(" ")
+    };
+    assert_eq!(value("FileDescriptorStoreMax"), MAX_KEPT.to_string());
+    // `restart` is the default, and systemd before 254 warns about the key.
+    assert_eq!(value("FileDescriptorStorePreserve"), "");
+    assert_eq!(value("Type"), "notify");
+    assert_eq!(value("NotifyAccess"), "main");
+    assert_eq!(value("Restart"), "on-failure");
+    assert_eq!(value("RestartSec"), "20ms");
+    // As `launch` does.
+    assert_eq!(value("StartLimitBurst"), "5");
+    assert_eq!(value("StartLimitIntervalSec"), "60");
+    let files: usize = value("LimitNOFILE").parse().expect("a number");
+    assert!(files >= 2 * MAX_KEPT, "{files}");
+    let calls = value("SystemCallFilter");
+    assert!(calls.split(' ').any(|call| call == "kcmp"), "{calls}");
 }
 
 #[test]
