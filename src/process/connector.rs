@@ -8,12 +8,16 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, socket_with,
+};
 
 use crate::process::sandbox::{self, Role};
 
@@ -68,10 +72,18 @@ impl ReachableSockets {
 }
 
 /// A request to the thread.
-struct ConnectRequest {
-    path: PathBuf,
-    answer: SyncSender<io::Result<OwnedFd>>,
+enum ConnectRequest {
+    /// Connects to the socket at `path`.
+    Path {
+        path: PathBuf,
+        answer: SyncSender<io::Result<OwnedFd>>,
+    },
+    /// See [`private_connection`].
+    Private(SyncSender<io::Result<PrivateConnection>>),
 }
+
+/// A listener whose queue has one connection, and that connection's other end.
+pub type PrivateConnection = (UnixListener, UnixStream);
 
 /// The way to the thread.
 #[derive(Debug)]
@@ -109,6 +121,29 @@ pub fn connect(path: &Path) -> io::Result<OwnedFd> {
     connector.connect(path)
 }
 
+/// Makes a listener and connects to it: the next `accept` of the listener gives the other end of the returned stream.
+///
+/// For a library that serves nothing but the clients of a listener. The listener has an abstract address that the kernel
+/// chooses, so any process of the host's network namespace can try to connect. Its queue takes one connection. Once ours
+/// is in it, no other one is, and none gets in before ours is accepted. If another process is faster, another listener
+/// is made.
+///
+/// # Errors
+/// Other processes were faster each time, the system has no descriptor left, or the calling thread is confined and the
+/// thread `connector` does not run.
+pub fn private_connection() -> io::Result<PrivateConnection> {
+    if !sandbox::is_confined() {
+        return connect_privately(|_| {});
+    }
+    let connector = CONNECTOR.get().ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "the thread `connector` does not run; report this as a defect",
+        )
+    })?;
+    connector.ask(ConnectRequest::Private)
+}
+
 /// Whether confined threads may connect to the socket at `path`.
 pub fn may_connect(path: &Path) -> bool {
     let connector = CONNECTOR.get();
@@ -127,12 +162,18 @@ impl Connector {
     }
 
     fn connect(&self, path: &Path) -> io::Result<OwnedFd> {
-        let (answer, answered) = sync_channel(1);
-        let request = ConnectRequest {
+        self.ask(|answer| ConnectRequest::Path {
             path: path.to_owned(),
             answer,
-        };
-        match self.requests.try_send(request) {
+        })
+    }
+
+    fn ask<T>(
+        &self,
+        request: impl FnOnce(SyncSender<io::Result<T>>) -> ConnectRequest,
+    ) -> io::Result<T> {
+        let (answer, answered) = sync_channel(1);
+        match self.requests.try_send(request(answer)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(io::ErrorKind::WouldBlock.into()),
             Err(TrySendError::Disconnected(_)) => {
@@ -156,8 +197,44 @@ impl Connector {
 fn serve(reachable: &ReachableSockets, asked: &Receiver<ConnectRequest>) {
     while let Ok(request) = asked.recv() {
         // Nobody waits any more after the time for it. The connection ends then.
-        let _ = request.answer.try_send(reachable.connect(&request.path));
+        match request {
+            ConnectRequest::Path { path, answer } => {
+                let _ = answer.try_send(reachable.connect(&path));
+            }
+            ConnectRequest::Private(answer) => {
+                let _ = answer.try_send(connect_privately(|_| {}));
+            }
+        }
     }
+}
+
+/// The most listeners that [`private_connection`] makes.
+const PRIVATE_TRIES: usize = 16;
+
+/// Makes the listener and the connection in the calling thread. Calls `listens` with the address of each listener.
+fn connect_privately(mut listens: impl FnMut(&SocketAddrAny)) -> io::Result<PrivateConnection> {
+    for _ in 0..PRIVATE_TRIES {
+        let flags = SocketFlags::CLOEXEC;
+        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // The kernel chooses an abstract address.
+        rustix::net::bind(&listener, &SocketAddrUnix::new_unnamed())?;
+        rustix::net::listen(&listener, 0)?;
+        let address = rustix::net::getsockname(&listener)?;
+        listens(&address);
+        let flags = flags | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok((listener.into(), socket.into())),
+            // Another process has connected first.
+            Err(Errno::AGAIN) => {}
+            Err(cause) => return Err(cause.into()),
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::WouldBlock,
+        "another process connects to each private socket of the daemon; give the daemon a network namespace of its own \
+         (PrivateNetwork=yes)",
+    ))
 }
 
 /// Connects in the calling thread.
@@ -172,9 +249,68 @@ fn connect_here(path: &Path) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
-    use std::os::unix::net::UnixListener;
 
     use super::*;
+
+    fn nonblocking_client() -> OwnedFd {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("a socket")
+    }
+
+    /// Whether `ours` is the other end of `accepted`.
+    fn are_connected(ours: &UnixStream, accepted: &UnixStream) -> bool {
+        rustix::io::write(ours, b"ours").expect("written");
+        accepted.set_nonblocking(true).expect("set");
+        let mut bytes = [0; 4];
+        rustix::io::read(accepted, &mut bytes) == Ok(4) && bytes == *b"ours"
+    }
+
+    #[test]
+    fn a_private_listener_accepts_our_connection_and_no_stranger() {
+        let mut address = None;
+        let (listener, ours) =
+            connect_privately(|at| address = Some(at.clone())).expect("a connection");
+        let stranger = nonblocking_client();
+        let refused = rustix::net::connect(&stranger, &address.expect("an address"));
+        assert_eq!(refused, Err(Errno::AGAIN), "the queue takes one connection");
+        let (accepted, _) = listener.accept().expect("our connection");
+        assert!(are_connected(&ours, &accepted));
+    }
+
+    #[test]
+    fn a_stranger_who_is_faster_is_never_accepted() {
+        let mut strangers = Vec::new();
+        let (listener, ours) = connect_privately(|at| {
+            if strangers.len() < 3 {
+                let stranger = nonblocking_client();
+                rustix::net::connect(&stranger, at).expect("first in the queue");
+                strangers.push(stranger);
+            }
+        })
+        .expect("a connection");
+        assert_eq!(strangers.len(), 3);
+        let (accepted, _) = listener.accept().expect("our connection");
+        assert!(are_connected(&ours, &accepted));
+
+        strangers.clear();
+        let refused = connect_privately(|at| {
+            let stranger = nonblocking_client();
+            rustix::net::connect(&stranger, at).expect("first in the queue");
+            strangers.push(stranger);
+        });
+        let cause = refused.expect_err("always too late").to_string();
+        assert!(cause.contains("PrivateNetwork=yes"), "{cause}");
+    }
+
+    #[test]
+    fn the_thread_hands_private_connections_over() {
+        let connector = Connector::start(ReachableSockets::default()).expect("a thread");
+        let (listener, ours) = connector
+            .ask(ConnectRequest::Private)
+            .expect("a connection");
+        let (accepted, _) = listener.accept().expect("our connection");
+        assert!(are_connected(&ours, &accepted));
+    }
 
     #[test]
     fn only_the_configured_paths_and_folders_are_reached() {

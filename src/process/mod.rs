@@ -7,6 +7,8 @@ pub mod fatal;
 pub mod inherited;
 pub mod keeper;
 pub mod keeper_message;
+#[cfg(not(miri))]
+pub mod peek;
 pub mod peer_event;
 pub mod ready;
 pub mod realtime;
