@@ -140,9 +140,9 @@ fn serve(args: &RunArgs) -> Outcome {
             Violation::Kill
         };
         let needs = sandbox_needs::needs(&config);
-        let connects = needs.connects();
+        let has_connector = needs.has_connector();
         sandbox::arm(needs, violation)?;
-        if connects {
+        if has_connector {
             connector::start(sandbox_needs::reachable_sockets(&config))?;
         }
     }

@@ -45,6 +45,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
         Role::Main => {
             list.extend(calls(Role::VhostUser, needs));
             list.extend(calls(Role::Worker, needs));
+            list.extend(calls(Role::Relay, needs));
             list.extend(always(WAIT));
             list.extend(always(ACCEPT));
             list.extend(always(&SPAWN));
@@ -60,6 +61,14 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(confine());
             list.extend(descriptors());
             list.extend(backends(needs));
+        }
+        Role::Relay => {
+            if needs.relay {
+                list.extend(always(EVENT_LOOP));
+                list.extend(always(&MESSAGES));
+                list.extend(always(&RECORD));
+                list.extend(descriptors());
+            }
         }
         Role::Worker => {
             list.extend(always(WAIT));
@@ -144,6 +153,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&CONNECT));
             list.push(stream_sockets());
             list.extend(always(LOOK_AT_A_SOCKET));
+            if needs.relay {
+                list.extend(private_listener());
+            }
         }
         Role::MetricsFile => {
             list.extend(always(TEXTFILE));
@@ -228,6 +240,9 @@ const MESSAGES: [c_long; 7] = [
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
 ];
+
+/// Writing the record of a VMM's connection, and recognizing copies of a descriptor (`process::keeper`).
+const RECORD: [c_long; 2] = [libc::SYS_pwrite64, libc::SYS_kcmp];
 
 /// Connecting a socket that `stream_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
@@ -407,6 +422,16 @@ fn stream_sockets() -> Call {
     (libc::SYS_socket, Condition::Both(local, stream))
 }
 
+/// A listener with an abstract address that the kernel chooses: `bind` with an address of two bytes, the family alone. Its
+/// queue takes one connection.
+fn private_listener() -> [Call; 3] {
+    [
+        (libc::SYS_bind, Condition::With(Argument::Is(2, 2))),
+        (libc::SYS_listen, Condition::With(Argument::Is(1, 0))),
+        (libc::SYS_getsockname, Condition::Always),
+    ]
+}
+
 /// A thread that a library has started adds its own filter to the one of the main thread.
 fn confine() -> [Call; 2] {
     let privileges = u64::from(libc::PR_SET_NO_NEW_PRIVS.unsigned_abs());
@@ -434,7 +459,8 @@ fn always(numbers: &[c_long]) -> impl Iterator<Item = Call> {
 mod tests {
     use super::*;
 
-    /// No thread opens a file, starts a program or process, listens, or reads the memory of another process.
+    /// No thread opens a file, starts a program or process, listens at an address that it chooses, or reads the memory of
+    /// another process.
     #[test]
     fn no_role_may_make_a_dangerous_call() {
         let needs = Needs::all_without_files();
@@ -467,8 +493,11 @@ mod tests {
             .filter(|role| *role != Role::MetricsFile)
         {
             let allowed = calls(role, &needs);
-            for (number, _) in &allowed {
-                assert!(!never.contains(number), "{role:?} may call {number}");
+            for call in allowed
+                .iter()
+                .filter(|call| !private_listener().contains(call))
+            {
+                assert!(!never.contains(&call.0), "{role:?} may call {}", call.0);
             }
             // Roles may make these calls only under a condition.
             for narrow in [
@@ -528,8 +557,9 @@ mod tests {
             let allowed = calls(role, &needs);
             let has = |wanted| allowed.iter().any(|(number, _)| *number == wanted);
             assert_eq!(has(libc::SYS_connect), role == Role::Connector, "{role:?}");
-            // The other one listens.
+            // These two listen.
             let makes_sockets = [Role::Connector, Role::Control].contains(&role);
+            assert_eq!(has(libc::SYS_listen), makes_sockets, "{role:?}");
             assert_eq!(has(libc::SYS_socket), makes_sockets, "{role:?}");
             assert!(!allowed.contains(&(libc::SYS_sendto, Condition::Always)));
             assert!(!has(libc::SYS_socketpair), "{role:?}");

@@ -92,7 +92,7 @@ pub(super) fn drop_capabilities(role: Role, needs: &Needs) -> Result<CapabilityS
 /// The capabilities that a thread of this role needs. The children of the main thread inherit those of the main thread.
 fn needed(role: Role, needs: &Needs) -> CapabilitySet {
     match role {
-        Role::Main | Role::VhostUser | Role::Worker | Role::PciWorker => {
+        Role::Main | Role::VhostUser | Role::Relay | Role::Worker | Role::PciWorker => {
             let mut kept = for_backends(needs);
             if needs.realtime {
                 // The worker of each connection sets its priority, even above the limit.

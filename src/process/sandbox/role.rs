@@ -7,11 +7,13 @@ use crate::ids::list_variants;
 /// The role of a thread. Each role has a filter of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Accepts VMMs, one after the other. It starts the threads of the next two roles, so its filter also allows
+    /// Accepts VMMs, one after the other. It starts the threads of the next three roles, so its filter also allows
     /// their calls.
     Main,
     /// Handles the vhost-user messages of the connected VMM.
     VhostUser,
+    /// Forwards the VMM's vhost-user messages to the previous role, and records them for a later process.
+    Relay,
     /// Serves the request ring.
     Worker,
     /// Answers the control socket.
@@ -46,7 +48,7 @@ pub enum Role {
 
 list_variants!(
     Role:
-    Main, VhostUser, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Resets,
+    Main, VhostUser, Relay, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Resets,
     VirtioPci, PciWorker, Signals, Watchdog, Qmp, Connector,
     MetricsFile,
 );
@@ -54,7 +56,7 @@ list_variants!(
 impl Role {
     /// Whether the main thread starts threads of this role after it is confined.
     pub(super) const fn is_child_of_main(self) -> bool {
-        matches!(self, Self::VhostUser | Self::Worker)
+        matches!(self, Self::VhostUser | Self::Relay | Self::Worker)
     }
 
     /// Whether a thread of this role starts others after it is confined. The new threads inherit its filter and
@@ -64,6 +66,7 @@ impl Role {
             Self::Main => true,
             Self::Control => needs.plugging.is_some(),
             Self::VhostUser
+            | Self::Relay
             | Self::Worker
             | Self::Shadow
             | Self::ShadowFaults
@@ -82,11 +85,12 @@ impl Role {
     }
 
     /// The name of a thread of this role, as in the kernel's log and in `ps`. The main thread has the name of the
-    /// program there, and the vhost-user-backend crate names the threads of the next two roles.
+    /// program there, and the vhost-user-backend crate names those of `VhostUser` and `Worker`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
             Self::VhostUser => "vhost-user",
+            Self::Relay => "relay",
             Self::Worker => "vring_worker",
             Self::Control => "control",
             Self::Shadow => "shadow",
@@ -121,6 +125,8 @@ pub struct Needs {
     pub emulated: bool,
     /// The worker gives itself a realtime priority.
     pub realtime: bool,
+    /// Another process keeps descriptors for the next daemon: the VMM's connection is relayed.
+    pub relay: bool,
     /// There are shadow endpoints. The daemon may have to kill their readers.
     pub shadow: bool,
     /// The rights with which the thread `control` adds and removes endpoints while the VM runs: it opens their
@@ -139,6 +145,11 @@ impl Needs {
     pub const fn connects(&self) -> bool {
         self.emulated || self.qmp || self.plugging.is_some()
     }
+
+    /// Whether the thread `connector` is needed: for these sockets, or for those of a relay.
+    pub const fn has_connector(&self) -> bool {
+        self.connects() || self.relay
+    }
 }
 
 #[cfg(test)]
@@ -152,6 +163,7 @@ impl Needs {
             qmp: true,
             emulated: true,
             realtime: true,
+            relay: true,
             shadow: true,
             plugging: None,
             socket_rights: true,
