@@ -26,6 +26,7 @@ pub mod ring;
 mod serve;
 mod status;
 mod stored_ring;
+pub mod take_over;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -318,7 +319,8 @@ impl Device {
     /// shows by its index whose driver it is.
     pub fn await_driver(&self) {
         let requests = self.requests.lock();
-        if requests.ring.is_none() {
+        // A stopped ring without a ring is of a driver that an earlier process has served.
+        if requests.ring.is_none() && requests.stopped.is_none() {
             self.iommu.lock().await_driver();
         }
     }

@@ -6,7 +6,7 @@
 //! or this daemon at another time: the VMM has connected anew or restored a snapshot. A ring that was stopped at 0 is ambiguous. Then the driver is the same if the ring has its old
 //! addresses and still holds the last used entry: a new driver clears its rings.
 
-use virtio_queue::QueueT;
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::ring::{LockedRing, Ring};
@@ -50,8 +50,11 @@ impl RingState {
     /// The state of `ring` with these features. `last_used` is the last used entry that is not all zero: a new
     /// driver's cleared ring cannot hold it.
     pub fn of(ring: &impl Ring, features: u64, last_used: Option<UsedEntry>) -> Self {
-        let ring = ring.lock();
-        let queue = ring.queue();
+        Self::of_queue(ring.lock().queue(), features, last_used)
+    }
+
+    /// The same of a ring's indices and addresses.
+    pub fn of_queue(queue: &Queue, features: u64, last_used: Option<UsedEntry>) -> Self {
         Self {
             next_avail: queue.next_avail(),
             size: queue.size(),

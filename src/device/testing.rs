@@ -87,6 +87,36 @@ fn device_of(
     Arc::new(device.expect("event descriptors"))
 }
 
+/// A device that a later process can take over.
+pub(crate) fn mortal_device() -> Arc<Device> {
+    let (device, _) = device();
+    device.iommu.lock().keep_journal();
+    device
+}
+
+/// The device of the process after the one that had `old`, and what restores its core.
+pub(crate) fn successor(old: &Device) -> (Arc<Device>, Box<dyn FnOnce() + Send>) {
+    let (arena, store) = {
+        let iommu = old.iommu.lock();
+        (
+            iommu.arena().memory().clone(),
+            iommu.store().memory().clone(),
+        )
+    };
+    let (settings, topology) = settings();
+    let iommu = Iommu::successor(settings, topology).expect("an arena");
+    let device = device_of(iommu, &Recorder::new(), |_| {});
+    let core = device.iommu.clone();
+    let restore = move || {
+        let old = Predecessor {
+            arena: arena.words(),
+            store: store.words(),
+        };
+        core.lock().restore(old).expect("restored");
+    };
+    (device, Box::new(restore))
+}
+
 /// A device that a VMM has connected to, with guest memory, and the driver of its two rings.
 pub(crate) struct Bed {
     pub(crate) device: Arc<Device>,

@@ -146,6 +146,11 @@ impl Iommu {
         self.interrupted.take()
     }
 
+    /// The same, which stays with the core.
+    pub fn interrupted(&self) -> Option<&InterruptedBatch> {
+        self.interrupted.as_ref()
+    }
+
     /// Whether an earlier process has served the guest's driver, and the device has not gone on with its ring yet.
     pub fn is_interrupted(&self) -> bool {
         let interrupted = self.interrupted.as_ref();
