@@ -179,6 +179,7 @@ impl Daemon {
             config.transport,
             device.clone(),
             listener,
+            Arc::new(Keeper::none()),
             viot::table(&config.topology).ok(),
             move |present_now| {
                 // While a VMM is connected, it reports resets of the VM over QMP.

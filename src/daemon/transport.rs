@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::DaemonError;
 use crate::config::VmmTransport;
 use crate::device::Device;
+use crate::process::keeper::Keeper;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
 use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
 use crate::transport::virtio_pci::table_bar::TableBar;
@@ -32,12 +33,13 @@ impl VmmServer {
         transport: VmmTransport,
         device: Arc<Device>,
         listener: UnixListener,
+        keeper: Arc<Keeper>,
         viot: Option<Vec<u8>>,
         vmm_present: impl Fn(bool) + Send + 'static,
     ) -> io::Result<Self> {
         Ok(match transport {
             VmmTransport::VhostUser => Self::VhostUser {
-                server: Box::new(VhostUserServer::new(device, listener)?),
+                server: Box::new(VhostUserServer::new(device, listener, keeper)?),
                 vmm_present: Box::new(vmm_present),
             },
             VmmTransport::VirtioPci => {

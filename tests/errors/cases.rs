@@ -174,6 +174,7 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ("ServeError::Wait", "no descriptors left"),
     ("ServeError::Watch", "no descriptors left"),
     ("ServeError::VhostUser", "no descriptors or threads left"),
+    ("ServeError::Relay", "no descriptors or threads left"),
     ("LaunchError::System", "no files, memory or processes left"),
     // An earlier check refuses the same mistake; these are a second safeguard.
     ("DaemonError::NoSocket", "ProblemKind::Missing comes first"),

@@ -19,11 +19,14 @@ use vhost_user_backend::{Error as BackendError, ShutdownHandle, VhostUserDaemon}
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
+use super::LeftVmm;
 use super::backend::VhostUserDevice;
 use super::connection::Connection;
+use super::relay::{Relay, RelayEnd, Relays};
 use crate::device::Device;
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::EventLoop;
+use crate::process::keeper::Keeper;
 use crate::{info_limited, warn_limited};
 
 /// How long the server waits after a connection that it could not serve, for example for lack of descriptors.
@@ -48,13 +51,25 @@ pub enum ServeError {
     /// The backend crate did not start.
     #[error("cannot serve vhost-user: {0}")]
     VhostUser(BackendError),
+    /// The relay between the VMM and the backend crate did not start.
+    #[error("cannot relay the VMM's connection: {0}")]
+    Relay(io::Error),
 }
+
+/// Restores the core.
+type Restore = Box<dyn FnOnce() + Send>;
+/// The backend crate's daemon of one connection.
+type ConnectionDaemon = VhostUserDaemon<Arc<VhostUserDevice>>;
 
 /// Serves the device to the VMMs that connect to one socket.
 pub struct VhostUserServer {
     device: Arc<Device>,
     backend: Arc<VhostUserDevice>,
     listener: Listener,
+    /// Relays the connections if another process keeps descriptors.
+    relays: Option<Relays>,
+    /// The VMM of an earlier process, until it is served.
+    left: Option<(LeftVmm, Restore)>,
     stop: Arc<StopRequest>,
     /// Readable once a [`Stopper`] has ended the server.
     ended: UnixStream,
@@ -63,16 +78,26 @@ pub struct VhostUserServer {
 }
 
 impl VhostUserServer {
-    /// Serves `device` to the VMMs that connect to `listener`.
+    /// Serves `device` to the VMMs that connect to `listener`. If there is a keeper, a VMM's connection outlives this
+    /// process, and a [`Stopper`] leaves it to the next one.
     ///
     /// # Errors
     /// The system has no descriptors left.
-    pub fn new(device: Arc<Device>, listener: UnixListener) -> io::Result<Self> {
+    pub fn new(
+        device: Arc<Device>,
+        listener: UnixListener,
+        keeper: Arc<Keeper>,
+    ) -> io::Result<Self> {
         let (end, ended) = UnixStream::pair()?;
+        let relays = keeper
+            .is_present()
+            .then(|| Relays::new(keeper, ended.try_clone()?));
         Ok(Self {
             backend: Arc::new(VhostUserDevice::new(device.clone())),
             device,
             listener: listener.into(),
+            relays: relays.transpose()?,
+            left: None,
             stop: Arc::new(StopRequest {
                 state: Mutex::new(Rank::Stop, StopState::default()),
                 end,
@@ -80,6 +105,23 @@ impl VhostUserServer {
             ended,
             failures: 0,
         })
+    }
+
+    /// Lets [`Self::run`] go on with the VMM of an earlier process before it serves another one.
+    ///
+    /// `restore` restores the core. [`Self::run`] calls it once, when the VMM counts as present and the device has guest
+    /// memory, and starts the rings afterwards. If the VMM cannot be served after all, it is called, too, and the VMM has
+    /// gone afterwards. It is not called if a [`Stopper`] ends the server before.
+    pub fn resume(&mut self, left: LeftVmm, restore: impl FnOnce() + Send + 'static) {
+        self.left = Some((left, Box::new(restore)));
+    }
+
+    /// Ends the relay at a step, as a death of the process would.
+    #[cfg(test)]
+    pub(super) fn end_at(&mut self, steps: super::relay::tests::Steps) {
+        if let Some(relays) = &mut self.relays {
+            relays.steps = steps;
+        }
     }
 
     /// A handle that ends [`VhostUserServer::run`] from another thread.
@@ -93,9 +135,12 @@ impl VhostUserServer {
     /// # Errors
     /// The server cannot continue, and the VMM is not the cause.
     pub fn run(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+        if let Some((left, restore)) = self.left.take() {
+            self.serve_left(left, restore, &vmm_present);
+        }
         info!("waiting for a VMM to connect");
         while self.wait_for_connection()? {
-            match self.serve_connection(&vmm_present) {
+            match self.serve_next(&vmm_present) {
                 Ok(()) => self.failures = 0,
                 Err(cause) if self.failures < MAX_FAILURES => {
                     warn_limited!("a connection cannot be served: {cause}");
@@ -110,16 +155,80 @@ impl VhostUserServer {
     }
 
     /// Serves the VMM that waits in the listener's backlog until it disconnects.
-    ///
-    /// A daemon object of the backend crate serves one connection, so each connection gets its own.
-    fn serve_connection(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+    fn serve_next(&mut self, vmm_present: impl Fn(bool)) -> Result<(), ServeError> {
+        let (mut daemon, connection) = self.make_daemon()?;
+        let Some(relays) = &mut self.relays else {
+            let started = daemon.start(&mut self.listener);
+            return self.serve(daemon, &connection, started, None, vmm_present);
+        };
+        let accepted = loop {
+            match self.listener.accept() {
+                Ok(Some(vmm)) => break Ok(vmm),
+                Ok(None) => {}
+                Err(cause) => break Err(ServeError::Wait(io::Error::other(cause))),
+            }
+        };
+        let begun = accepted.and_then(|vmm| relays.begin(vmm).map_err(ServeError::Relay));
+        match begun {
+            Ok((relay, listener)) => {
+                let started = daemon.start(&mut listener.into());
+                self.serve(
+                    daemon,
+                    &connection,
+                    started,
+                    Some((relay, None)),
+                    vmm_present,
+                )
+            }
+            Err(cause) => {
+                drop(daemon);
+                close_leaked(self.backend.take_leaked());
+                Err(cause)
+            }
+        }
+    }
+
+    /// Serves the VMM of an earlier process until it disconnects.
+    fn serve_left(&mut self, left: LeftVmm, restore: Restore, vmm_present: impl Fn(bool)) {
+        let Some(relays) = &mut self.relays else {
+            left.refuse();
+            restore();
+            self.device.disconnect();
+            return;
+        };
+        let served = match relays.resume(left) {
+            Err(cause) => Err((ServeError::Relay(cause), Some(restore))),
+            Ok((relay, listener)) => match self.make_daemon() {
+                Ok((mut daemon, connection)) => {
+                    let started = daemon.start(&mut listener.into());
+                    let relay = Some((relay, Some(restore)));
+                    self.serve(daemon, &connection, started, relay, vmm_present)
+                        .map_err(|cause| (cause, None))
+                }
+                Err(cause) => {
+                    self.abandon(relay);
+                    Err((cause, Some(restore)))
+                }
+            },
+        };
+        if let Err((cause, restore)) = served {
+            warn_limited!("the VMM of the daemon before cannot be served: {cause}");
+            if let Some(restore) = restore {
+                restore();
+                self.device.disconnect();
+            }
+        }
+    }
+
+    /// Makes a daemon object of the backend crate. It serves one connection, so each connection gets its own.
+    fn make_daemon(&self) -> Result<(ConnectionDaemon, Arc<Connection>), ServeError> {
         // Must come before the daemon object, which starts the worker's thread.
         self.device.prepare();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let connection = Arc::new(Connection::default());
         let made = connection
             .during(|| VhostUserDaemon::new("vhost-user".into(), self.backend.clone(), memory));
-        let mut daemon = match made {
+        let daemon = match made {
             Ok(daemon) => daemon,
             Err(cause) => {
                 close_leaked(self.backend.take_leaked());
@@ -133,15 +242,47 @@ impl VhostUserServer {
                     .map_err(ServeError::Watch)?;
             }
         }
-        let started = daemon.start(&mut self.listener);
-        let result = started.map(|()| {
-            info_limited!("a VMM has connected");
-            self.device.connect();
-            vmm_present(true);
-            connection.open(daemon.shutdown_handle());
-            self.stop.watch(daemon.shutdown_handle());
-            daemon.wait()
-        });
+        Ok((daemon, connection))
+    }
+
+    /// Serves the VMM of a connection that the daemon object has accepted, until it disconnects. With a relay, the other end
+    /// of that connection is the relay's. An earlier process has left the VMM if there is a [`Restore`].
+    fn serve(
+        &mut self,
+        mut daemon: ConnectionDaemon,
+        connection: &Connection,
+        started: Result<(), BackendError>,
+        relay: Option<(Relay, Option<Restore>)>,
+        vmm_present: impl Fn(bool),
+    ) -> Result<(), ServeError> {
+        let mut end = RelayEnd::Closed;
+        let result = match (started, relay) {
+            (Ok(()), None) => {
+                info_limited!("a VMM has connected");
+                self.begin(&daemon, connection, &vmm_present);
+                self.stop.watch(daemon.shutdown_handle());
+                Ok(daemon.wait())
+            }
+            (Ok(()), Some((relay, restore))) => {
+                match restore {
+                    Some(_) => info_limited!("going on with the VMM of the daemon before"),
+                    None => info_limited!("a VMM has connected"),
+                }
+                self.begin(&daemon, connection, &vmm_present);
+                let (ended, result) = self.relay(relay, restore, || daemon.wait());
+                end = ended;
+                Ok(result)
+            }
+            (Err(cause), relay) => {
+                if let Some((relay, restore)) = relay {
+                    self.abandon(relay);
+                    if let Some(restore) = restore {
+                        restore();
+                    }
+                }
+                Err(cause)
+            }
+        };
         let has_memory = self.device.has_memory();
         let reason = connection.close();
         self.stop.watch(None);
@@ -149,6 +290,10 @@ impl VhostUserServer {
         self.device.stop();
         drop(daemon);
         close_leaked(self.backend.take_leaked());
+        if end != RelayEnd::Closed {
+            info_limited!("the VMM is left to the next daemon");
+            return Ok(());
+        }
         self.device.disconnect();
         match (reason, result.map_err(ServeError::VhostUser)?) {
             (Some(reason), _) => warn_limited!("the connection was closed: {reason}"),
@@ -165,6 +310,72 @@ impl VhostUserServer {
             }
         }
         Ok(())
+    }
+
+    /// Relays until the connection ends. `wait` waits until the crate has ended it.
+    fn relay(
+        &mut self,
+        mut relay: Relay,
+        restore: Option<Restore>,
+        wait: impl FnOnce() -> Result<(), BackendError>,
+    ) -> (RelayEnd, Result<(), BackendError>) {
+        let taken_over = restore.map_or(Ok(()), |restore| self.take_over(&mut relay, restore));
+        if let Err(cause) = taken_over {
+            let mut end = RelayEnd::Closed;
+            if relay.is_stopped()
+                && let Some(relays) = &mut self.relays
+            {
+                end = relays.leave(relay);
+            } else {
+                warn_limited!("the VMM of the daemon before cannot be served: {cause}");
+                self.abandon(relay);
+            }
+            return (end, wait());
+        }
+        match relay.start() {
+            Ok(running) => {
+                let result = wait();
+                let relays = self.relays.as_mut();
+                let end = relays.map_or(RelayEnd::Closed, |relays| relays.end(&running));
+                (end, result)
+            }
+            Err(refused) => {
+                let (relay, cause) = *refused;
+                warn_limited!("the VMM's connection cannot be relayed: {cause}");
+                self.abandon(relay);
+                (RelayEnd::Closed, wait())
+            }
+        }
+    }
+
+    /// Brings the new crate and the core into the state of the process before.
+    fn take_over(&self, relay: &mut Relay, restore: Restore) -> io::Result<()> {
+        let told = relay.tell_before_restore();
+        if relay.is_stopped() {
+            return told;
+        }
+        // Even if the crate refuses the VMM: the core is then restored without one.
+        restore();
+        told?;
+        relay.tell_after_restore(&self.device)
+    }
+
+    fn abandon(&mut self, relay: Relay) {
+        if let Some(relays) = &mut self.relays {
+            relays.abandon(relay);
+        }
+    }
+
+    /// The VMM counts as connected.
+    fn begin(
+        &self,
+        daemon: &ConnectionDaemon,
+        connection: &Connection,
+        vmm_present: impl Fn(bool),
+    ) {
+        self.device.connect();
+        vmm_present(true);
+        connection.open(daemon.shutdown_handle());
     }
 
     /// Waits until a VMM connects (`true`) or a [`Stopper`] ends the server (`false`).

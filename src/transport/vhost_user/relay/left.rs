@@ -1,0 +1,175 @@
+//! The connection that an earlier process has left.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::book::{Book, RECORD, SOCKET, connection_of};
+use super::message::MessageBytes;
+use super::record::{LastMessage, Record, Recorded, ReplyProgress};
+use crate::process::keeper::Keeper;
+use crate::process::peek::peek_offset;
+
+/// The connection of a VMM to an earlier process, with everything that a new backend must be told.
+#[derive(Debug)]
+pub struct LeftVmm {
+    socket: UnixStream,
+    book: Book,
+    files: LeftFiles,
+    unanswered: Option<Unanswered>,
+}
+
+/// The VMM's descriptors by their names.
+pub(super) type LeftFiles = BTreeMap<String, Arc<OwnedFd>>;
+
+/// What the earlier process has not done for its last message, which its crate has accepted.
+#[derive(Debug)]
+pub(super) struct Unanswered {
+    pub message: MessageBytes,
+    /// Bytes of the message, the last ones, that are in the VMM's socket.
+    pub in_socket: usize,
+    /// The reply that the VMM does not have.
+    pub reply: Option<MessageBytes>,
+}
+
+impl LeftVmm {
+    /// Finds the connection that an earlier process has left with the keeper, and claims all that belongs to it. `None` if
+    /// there is none: no VMM was connected, or it was disconnecting.
+    ///
+    /// # Errors
+    /// Something of it is missing or damaged, or it is unknown whether the VMM has its last reply. The connection is then
+    /// closed, and the VM must be started anew.
+    pub fn find(keeper: &Arc<Keeper>) -> Option<io::Result<Self>> {
+        let names = keeper.names();
+        let sockets = names.iter().filter_map(|name| connection_of(name));
+        // The process before may have died while it released the connection before the last.
+        let connection = sockets.max()?;
+        let name = format!("{SOCKET}{connection}");
+        let socket = keeper.claim(&name)?;
+        let mut claimed = vec![name];
+        let found = Self::of(keeper, connection, &socket, &mut claimed);
+        if !matches!(found, Ok(Some(_))) {
+            // The keeper has the socket, too: to close it would not end the connection. Fails if the VMM has gone.
+            let _ = UnixStream::from(owned(&socket).ok()?).shutdown(Shutdown::Both);
+            for name in &claimed {
+                keeper.release(name);
+            }
+        }
+        found
+            .map_err(|cause| {
+                let text = format!(
+                    "the connection of the VMM to the daemon before cannot be taken over: {cause}; the connection is closed, \
+                     so the VM must be started anew"
+                );
+                io::Error::new(cause.kind(), text)
+            })
+            .transpose()
+    }
+
+    /// The connection with this number. Adds the names of what it claims to `claimed`.
+    fn of(
+        keeper: &Arc<Keeper>,
+        connection: u64,
+        socket: &OwnedFd,
+        claimed: &mut Vec<String>,
+    ) -> io::Result<Option<Self>> {
+        let record = claim(keeper, RECORD, claimed)?;
+        let (record, found) = Record::adopt(owned(&record)?).map_err(|cause| {
+            io::Error::new(cause.kind(), format!("its record is refused: {cause}"))
+        })?;
+        let (recorded, progress) = match found {
+            Some(found) if found.0.connection == connection => found,
+            Some(found) if found.0.connection > connection => {
+                return Err(missing(&format!("{SOCKET}{}", found.0.connection)));
+            }
+            // The process died when the VMM had just connected.
+            _ => {
+                let recorded = Recorded {
+                    connection,
+                    ..Recorded::default()
+                };
+                (recorded, ReplyProgress::Done)
+            }
+        };
+        if recorded.is_over {
+            return Ok(None);
+        }
+        let mut files = LeftFiles::new();
+        for name in recorded.state.names() {
+            files.insert(name.clone(), claim(keeper, name, claimed)?);
+        }
+        let socket = UnixStream::from(owned(socket)?);
+        let last = recorded.last.as_ref();
+        let unanswered = last.map(|last| Unanswered::of(last, progress, &socket));
+        let unanswered = unanswered.transpose()?.flatten();
+        Ok(Some(Self {
+            socket,
+            book: Book::left(keeper.clone(), record, recorded),
+            files,
+            unanswered,
+        }))
+    }
+
+    /// Closes the connection: it is not taken over after all.
+    pub fn refuse(mut self) {
+        // Fails if the VMM has gone.
+        let _ = self.socket.shutdown(Shutdown::Both);
+        self.book.close();
+    }
+
+    pub(super) fn into_parts(self) -> (UnixStream, Book, LeftFiles, Option<Unanswered>) {
+        (self.socket, self.book, self.files, self.unanswered)
+    }
+}
+
+impl Unanswered {
+    /// What is left to do for the last message; `None` if nothing is.
+    fn of(
+        last: &LastMessage,
+        progress: ReplyProgress,
+        socket: &UnixStream,
+    ) -> io::Result<Option<Self>> {
+        match progress {
+            ReplyProgress::Done => return Ok(None),
+            ReplyProgress::Sending => {
+                return Err(io::Error::other(
+                    "the daemon has died while it sent a reply, so it is unknown whether the VMM has the reply",
+                ));
+            }
+            ReplyProgress::Accepted => {}
+        }
+        // Whatever was taken out of the socket is not in the offset any more.
+        let offset = peek_offset(socket.as_fd())?.unwrap_or(0);
+        let in_socket = usize::try_from(offset).unwrap_or(usize::MAX);
+        if in_socket > last.message.len() {
+            return Err(io::Error::other(
+                "its last message is longer than the record says",
+            ));
+        }
+        Ok(Some(Self {
+            message: MessageBytes(last.message.clone()),
+            in_socket,
+            reply: last.reply.clone().map(MessageBytes),
+        }))
+    }
+}
+
+fn claim(keeper: &Keeper, name: &str, claimed: &mut Vec<String>) -> io::Result<Arc<OwnedFd>> {
+    let file = keeper.claim(name).ok_or_else(|| missing(name))?;
+    claimed.push(name.to_owned());
+    Ok(file)
+}
+
+fn missing(name: &str) -> io::Error {
+    let text = format!(
+        "the descriptor {name} was not kept; let the service manager keep more (FileDescriptorStoreMax=1024)"
+    );
+    io::Error::new(io::ErrorKind::NotFound, text)
+}
+
+fn owned(file: &OwnedFd) -> io::Result<OwnedFd> {
+    file.try_clone()
+}
