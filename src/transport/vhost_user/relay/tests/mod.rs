@@ -1,6 +1,9 @@
 //! A VMM, a keeper, and one server after the other between them.
 
 
+mod bed;
+mod deaths;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
