@@ -133,7 +133,7 @@ pub(super) fn send(
     loop {
         match rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags) {
             Err(Errno::INTR) => {}
-            verdict => return Ok(verdict?),
+            sent => return Ok(sent?),
         }
     }
 }
@@ -152,7 +152,7 @@ fn read(socket: &UnixStream, bytes: &mut [u8], flags: RecvFlags) -> io::Result<u
             Err(Errno::INTR) => {}
             // The peer has closed its end, and has left bytes unread.
             Err(Errno::CONNRESET) => return Ok(0),
-            verdict => return Ok(verdict?.0),
+            got => return Ok(got?.0),
         }
     }
 }
@@ -263,7 +263,7 @@ impl Inbox {
             match rustix::net::recvmsg(&self.socket, &mut slices, &mut control, flags) {
                 Err(Errno::INTR) => {}
                 Err(Errno::CONNRESET) => return Ok(0),
-                verdict => break verdict?,
+                got => break got?,
             }
         };
         for message in control.drain() {

@@ -1,8 +1,9 @@
 //! A VMM, a keeper, and one server after the other between them.
 
-
 mod bed;
 mod deaths;
+mod guest;
+mod replay;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
