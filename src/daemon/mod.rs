@@ -96,7 +96,8 @@ impl Daemon {
     /// See [`DaemonError`].
     pub fn new(config: &Config) -> Result<Self, DaemonError> {
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
-        let (topology, opened) = OpenedDevices::open(config, &Keeper::none())?;
+        let keeper = Arc::new(Keeper::none());
+        let (topology, opened) = OpenedDevices::open(config, &keeper)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config)?;
         let no_events = |source| DaemonError::System {
@@ -119,7 +120,7 @@ impl Daemon {
             topology,
         )?;
         let metrics = Arc::new(Metrics::default());
-        let attached = opened.attach(config, &mut iommu, metrics.clone())?;
+        let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper)?;
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
         let worker = WorkerSettings {
             longest_poll: config.longest_poll,

@@ -18,11 +18,12 @@ use crate::faults::Fault;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
+use crate::process::keeper::Keeper;
 use crate::process::sandbox::Needs;
 use crate::shadow::{Limits, Registry, RegistryError, ShadowEndpoint, ShadowServer, ShadowSocket};
 
-/// Descriptors for each reader, such as its socket, its process and its epoch memory.
-const FILES_PER_READER: usize = 4;
+/// Descriptors for each reader, such as its socket, its process and its epoch memory, and the keeper's copies.
+const FILES_PER_READER: usize = 7;
 
 /// Why shadow readers cannot be served.
 #[derive(Debug, Error)]
@@ -42,6 +43,7 @@ pub enum ShadowError {
 pub fn add_backend(
     config: &Config,
     iommu: &mut Iommu,
+    keeper: &Arc<Keeper>,
 ) -> Result<Option<Arc<Registry>>, ShadowError> {
     if config.devices.shadow.is_empty() {
         return Ok(None);
@@ -69,7 +71,7 @@ pub fn add_backend(
         ..Limits::default()
     };
     let registry = Registry::new(iommu.arena_mut(), endpoints, limits)?;
-    let registry = Arc::new(registry);
+    let registry = Arc::new(registry.kept_by(keeper.clone()));
     let backend = Shadow::new(registry.clone(), &ids);
     iommu
         .add_backend(Box::new(backend), &ids)
@@ -77,7 +79,8 @@ pub fn add_backend(
     Ok(Some(registry))
 }
 
-/// Listens for readers, and reports their refused accesses to the guest.
+/// Listens for readers, and reports their refused accesses to the guest. If the core still has to take the state of the
+/// daemon before over, readers wait until [`ShadowServer::admit`].
 ///
 /// # Errors
 /// A socket cannot be made.
@@ -103,10 +106,15 @@ pub fn serve(
             endpoints,
         })
         .collect();
-    ShadowServer::start(registry, &sockets, move |fault| {
+    let is_held = iommu.lock().is_adopting();
+    let server = ShadowServer::start_held(registry, &sockets, move |fault| {
         let fault = with_reason(&iommu.lock(), fault);
         device.report_fault(&fault);
-    })
+    })?;
+    if !is_held {
+        server.admit()?;
+    }
+    Ok(server)
 }
 
 /// The fault with its reason. A reader sends no reason, so this looks the address up in the core again. If the

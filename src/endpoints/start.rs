@@ -99,7 +99,8 @@ impl OpenedDevices {
         Ok((topology, opened))
     }
 
-    /// Adds all backends to the core. `metrics` counts the dropped faults of emulated devices.
+    /// Adds all backends to the core. `metrics` counts the dropped faults of emulated devices, `keeper` keeps the
+    /// descriptors of shadow readers.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -108,13 +109,14 @@ impl OpenedDevices {
         config: &Config,
         iommu: &mut Iommu,
         metrics: Arc<Metrics>,
+        keeper: &Arc<Keeper>,
     ) -> Result<AttachedDevices, StartError> {
         for (backend, endpoints) in self.backends {
             iommu
                 .add_backend(backend, &endpoints)
                 .map_err(StartError::Backend)?;
         }
-        let readers = shadow::add_backend(config, iommu)?;
+        let readers = shadow::add_backend(config, iommu, keeper)?;
         let faults = Arc::new(FaultReporter::new(metrics, config.fault_rate));
         let mut devices = Vec::new();
         for passthrough in &config.devices.passthrough {

@@ -157,6 +157,11 @@ impl Iommu {
         interrupted.is_some_and(|interrupted| interrupted.batch.is_some())
     }
 
+    /// Whether this core waits for [`Self::restore`].
+    pub fn is_adopting(&self) -> bool {
+        self.adopting
+    }
+
     fn take_over(&mut self, old: Predecessor<'_>) -> Result<Restored, RestoreError> {
         let mut loaded = Loaded::read(old.store)?;
         if loaded.offer != self.offer_words() {

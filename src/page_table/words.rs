@@ -198,6 +198,19 @@ impl SharedWords {
         Ok(Self { words, fd })
     }
 
+    /// Maps the memory that another process has allocated, which must have `bytes`.
+    ///
+    /// # Errors
+    /// It is not a memfd of that size that is sealed against shrinking, or the system refuses.
+    #[cfg(not(miri))]
+    pub fn adopt(fd: OwnedFd, bytes: usize) -> Result<Self, ArenaError> {
+        if sealed_size(fd.as_fd())? != bytes {
+            return Err(ArenaError::NotAnArena("it has another size"));
+        }
+        let words = MappedWords::map(fd.as_fd(), bytes, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Self { words, fd })
+    }
+
     /// The memfd.
     #[cfg(not(miri))]
     pub fn fd(&self) -> BorrowedFd<'_> {

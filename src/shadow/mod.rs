@@ -32,6 +32,12 @@
 
 mod frames;
 #[cfg(feature = "daemon")]
+mod kept;
+#[cfg(feature = "daemon")]
+pub mod left;
+#[cfg(feature = "daemon")]
+mod peer;
+#[cfg(feature = "daemon")]
 mod process;
 pub mod reader;
 #[cfg(feature = "daemon")]
@@ -49,7 +55,8 @@ pub use reader::{
 };
 #[cfg(feature = "daemon")]
 pub use registry::{
-    Limits, Ram, Reader, ReaderCounters, Registry, RegistryError, ShadowEndpoint, Stuck,
+    EndedReaders, Limits, Ram, Reader, ReaderCounters, Registry, RegistryError, ShadowEndpoint,
+    Stuck,
 };
 #[cfg(feature = "daemon")]
 pub use server::{ShadowServer, ShadowSocket};

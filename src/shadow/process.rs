@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "system calls")]
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -96,6 +96,29 @@ impl Process {
         };
         process.signal(0)?;
         Ok(process)
+    }
+
+    /// A handle that the process before has kept. `stream` is the connection of the process for which it stands.
+    ///
+    /// # Errors
+    /// It is no pidfd, or this process may not send signals.
+    pub fn adopt(handle: OwnedFd, stream: Option<&UnixStream>) -> io::Result<Self> {
+        let pid = stream.map(credentials).transpose()?.map(|found| found.pid);
+        let pid = pid.and_then(|pid| u32::try_from(pid).ok());
+        let process = Self {
+            handle,
+            own: pid == Some(std::process::id()),
+        };
+        match process.signal(0) {
+            Err(cause) if cause.raw_os_error() != Some(libc::ESRCH) => Err(cause),
+            // Also of a process that has ended.
+            _ => Ok(process),
+        }
+    }
+
+    /// The pidfd.
+    pub fn handle(&self) -> BorrowedFd<'_> {
+        self.handle.as_fd()
     }
 
     /// Whether the process has ended: none of its threads accesses memory any more.

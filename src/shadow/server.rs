@@ -1,7 +1,7 @@
 //! The readers' sockets: one thread serves all readers, another one delivers their faults.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
+use super::peer::{Input, Peer, PeerState};
 use super::registry::{Reader, Registry};
-use super::sys::receive;
 use super::wire::{FRAME_LEN, Frame, Refusal, access_of, endpoint_text, kind};
 use crate::address::Iova;
 use crate::faults::queue::{FaultDelivery, FaultQueue, FaultRateLimit};
@@ -34,6 +34,8 @@ const FRAMES_PER_TURN: usize = 64;
 const BACK_OFF: Duration = Duration::from_millis(100);
 
 const STOP: u64 = 0;
+/// The byte that makes the thread admit readers.
+const ADMIT: u8 = 1;
 const FIRST_LISTENER: u64 = 1;
 const FIRST_PEER: u64 = 1 << 32;
 /// Set in the token of a peer's process: its event is the end of the process.
@@ -71,15 +73,30 @@ impl ShadowServer {
         sockets: &[ShadowSocket<'_>],
         faults: impl FnMut(Fault) + Send + 'static,
     ) -> io::Result<Self> {
+        let server = Self::start_held(registry, sockets, faults)?;
+        server.admit()?;
+        Ok(server)
+    }
+
+    /// As [`Self::start`], but readers wait until [`Self::admit`]: a daemon that takes over must have the state and the
+    /// guest memory of the one before first. A reader would find its endpoint blocked, and no memory.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
+    pub fn start_held(
+        registry: Arc<Registry>,
+        sockets: &[ShadowSocket<'_>],
+        faults: impl FnMut(Fault) + Send + 'static,
+    ) -> io::Result<Self> {
         let (stop, stopped) = UnixStream::pair()?;
+        stopped.set_nonblocking(true)?;
         let events = EventLoop::new()?;
         events.add(stopped.as_raw_fd(), STOP)?;
         let mut listeners = Vec::new();
         let mut files = Vec::new();
-        for (token, socket) in (FIRST_LISTENER..).zip(sockets) {
+        for socket in sockets {
             let (listener, file) = bind_for(socket.path, socket.rights)?;
             listener.set_nonblocking(true)?;
-            events.add(listener.as_raw_fd(), token)?;
             listeners.push((listener, socket.endpoints.clone()));
             files.push(Arc::new(file));
         }
@@ -87,6 +104,8 @@ impl ShadowServer {
         let rate = FaultRateLimit::new(registry.limits().fault_rate);
         let mut server = ServerThread {
             registry,
+            stopped,
+            admits: false,
             events,
             listeners,
             peers: BTreeMap::new(),
@@ -97,7 +116,6 @@ impl ShadowServer {
         let delivery = FaultDelivery::start(Role::ShadowFaults, queue, faults)?;
         let thread = sandbox::spawn(Role::Shadow, move || {
             server.run();
-            drop(stopped);
         })?;
         Ok(Self {
             stop,
@@ -105,6 +123,14 @@ impl ShadowServer {
             _delivery: delivery,
             files,
         })
+    }
+
+    /// Admits readers from now on, also those that have connected already.
+    ///
+    /// # Errors
+    /// The server has ended.
+    pub fn admit(&self) -> io::Result<()> {
+        (&self.stop).write_all(&[ADMIT])
     }
 
     /// The files of the sockets.
@@ -133,6 +159,10 @@ impl Drop for ShadowServer {
 /// The state of the thread that serves the readers.
 struct ServerThread {
     registry: Arc<Registry>,
+    /// Gets [`ADMIT`], and its end.
+    stopped: UnixStream,
+    /// The listeners are watched.
+    admits: bool,
     events: EventLoop,
     listeners: Vec<(UnixListener, Vec<EndpointId>)>,
     peers: BTreeMap<u64, Peer>,
@@ -140,76 +170,6 @@ struct ServerThread {
     faults: Arc<FaultQueue>,
     /// By endpoint, not by connection: a process gets no new budget by connecting again.
     rate: FaultRateLimit,
-}
-
-/// A connected process.
-struct Peer {
-    state: PeerState,
-    /// The frame being received, of which `filled` bytes have arrived.
-    frame: [u8; FRAME_LEN],
-    filled: usize,
-}
-
-enum PeerState {
-    /// It has not greeted yet.
-    Connected {
-        stream: UnixStream,
-        /// The index of the socket that it connected to.
-        listener: usize,
-        /// The server refuses the peer if it has not greeted by this time.
-        deadline: Instant,
-    },
-    Registered(Arc<Reader>),
-    /// A disconnected reader that may still be inside an access: the thread waits for the end of its process.
-    Leaving(Arc<Reader>),
-}
-
-/// The input from a peer.
-enum Input {
-    Frame(Frame),
-    /// No whole frame yet.
-    Incomplete,
-    /// The peer has closed the connection.
-    Closed,
-    /// A breach of the protocol, as the rest of a sentence about the peer.
-    Breach(&'static str),
-}
-
-impl Peer {
-    fn stream(&self) -> Option<&UnixStream> {
-        match &self.state {
-            PeerState::Connected { stream, .. } => Some(stream),
-            PeerState::Registered(reader) => Some(reader.stream()),
-            PeerState::Leaving(_) => None,
-        }
-    }
-
-    /// Receives as much of the next frame as has arrived.
-    fn receive(&mut self) -> Input {
-        let mut frame = self.frame;
-        let filled = self.filled;
-        let Some(stream) = self.stream() else {
-            return Input::Incomplete;
-        };
-        let received = receive(stream, frame.get_mut(filled..).unwrap_or_default(), false);
-        self.frame = frame;
-        match received {
-            Ok((_, fds)) if !fds.is_empty() => Input::Breach("sends descriptors"),
-            Ok((0, _)) if filled > 0 => Input::Breach("hangs up within a frame"),
-            Ok((0, _)) => Input::Closed,
-            Ok((got, _)) => {
-                self.filled += got;
-                if self.filled < FRAME_LEN {
-                    return Input::Incomplete;
-                }
-                self.filled = 0;
-                Input::Frame(Frame::from_wire(&self.frame))
-            }
-            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => Input::Incomplete,
-            Err(cause) if cause.kind() == io::ErrorKind::Interrupted => Input::Incomplete,
-            Err(_) => Input::Closed,
-        }
-    }
 }
 
 impl ServerThread {
@@ -224,7 +184,7 @@ impl ServerThread {
                     break;
                 }
             };
-            if ready.contains(STOP) {
+            if ready.contains(STOP) && !self.handle_order() {
                 break;
             }
             for (token, _) in ready.iter() {
@@ -232,11 +192,17 @@ impl ServerThread {
                     self.process_ended(token & !PROCESS_END);
                 } else if token >= FIRST_PEER {
                     self.receive_frames(token);
-                } else {
+                } else if token != STOP {
                     self.accept(token);
                 }
             }
             self.refuse_silent_peers();
+            self.registry.release_gone();
+        }
+        if self.registry.is_kept() {
+            // The readers go on with these page tables, which nobody changes any more. The next daemon ends their
+            // registrations; without one, the keeper closes the connections.
+            return;
         }
         for (_, peer) in std::mem::take(&mut self.peers) {
             match peer.state {
@@ -245,6 +211,26 @@ impl ServerThread {
                 }
                 PeerState::Connected { .. } => {}
             }
+        }
+    }
+
+    /// Reads from [`ShadowServer`]. Returns whether the thread goes on.
+    fn handle_order(&mut self) -> bool {
+        let mut order = [0];
+        match self.stopped.read(&mut order) {
+            Ok(1..) => {
+                if std::mem::replace(&mut self.admits, true) {
+                    return true;
+                }
+                for (token, (listener, _)) in (FIRST_LISTENER..).zip(&self.listeners) {
+                    if let Err(cause) = self.events.add(listener.as_raw_fd(), token) {
+                        warn!("no reader can connect: {cause}");
+                    }
+                }
+                true
+            }
+            Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => true,
+            Ok(0) | Err(_) => false,
         }
     }
 

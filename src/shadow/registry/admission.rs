@@ -11,12 +11,22 @@ use super::Registry;
 use super::memory::{memory_frame, send_ram};
 use super::reader::Reader;
 use crate::ids::EndpointId;
-use crate::info_limited;
 use crate::page_table::words::SharedWords;
 use crate::shadow::frames::send_frame;
+use crate::shadow::kept::{KeptReader, Part, ReaderIdentity};
 use crate::shadow::process::{Process, own_user, peer_user};
 use crate::shadow::sys::send;
-use crate::shadow::wire::{EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, Refusal, VERSION, kind};
+use crate::shadow::wire::{
+    EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, REVOCABLE, Refusal, VERSION, kind,
+};
+use crate::{info_limited, warn_limited};
+
+/// A peer that may register.
+struct Admitted {
+    endpoint: EndpointId,
+    process: Process,
+    is_revocable: bool,
+}
 
 impl Registry {
     /// Registers the peer of `stream`, which has sent `greeting`, for one of the endpoints `served`.
@@ -30,12 +40,13 @@ impl Registry {
         served: &[EndpointId],
     ) -> Result<Arc<Reader>, Refusal> {
         let refused = match self.admit(&stream, greeting, served) {
-            Ok((endpoint, process)) => match self.welcome(stream, endpoint, process) {
+            Ok(admitted) => match self.welcome(stream, admitted) {
                 Ok(reader) => {
                     self.counters.registered.inc();
                     info_limited!(
-                        "reader {} of endpoint {endpoint} is registered",
-                        reader.number
+                        "reader {} of endpoint {} is registered",
+                        reader.number,
+                        reader.endpoint
                     );
                     return Ok(reader);
                 }
@@ -66,8 +77,8 @@ impl Registry {
         stream: &UnixStream,
         greeting: &Frame,
         served: &[EndpointId],
-    ) -> Result<(EndpointId, Process), (Refusal, u64)> {
-        let [magic, wanted, ..] = greeting.numbers;
+    ) -> Result<Admitted, (Refusal, u64)> {
+        let [magic, wanted, features, _] = greeting.numbers;
         if greeting.kind != kind::HELLO || magic != MAGIC {
             return Err((Refusal::NoGreeting, 0));
         }
@@ -87,15 +98,23 @@ impl Registry {
             debug!("cannot get a handle of a reader's process: {cause}");
             (Refusal::Process, 0)
         })?;
-        Ok((endpoint, process))
+        Ok(Admitted {
+            endpoint,
+            process,
+            is_revocable: features & REVOCABLE != 0,
+        })
     }
 
     fn welcome(
         &self,
         stream: UnixStream,
-        endpoint: EndpointId,
-        process: Process,
+        admitted: Admitted,
     ) -> Result<Arc<Reader>, (UnixStream, Refusal, u64)> {
+        let Admitted {
+            endpoint,
+            process,
+            is_revocable,
+        } = admitted;
         let Some((slot, facts)) = self.endpoints.get(&endpoint) else {
             return Err((stream, Refusal::Endpoint, endpoint.0.into()));
         };
@@ -105,6 +124,9 @@ impl Registry {
         if present.count() >= self.limits.readers {
             return Err((stream, Refusal::Full, self.limits.readers as u64));
         }
+        let number = state.next_number;
+        state.next_number = number.saturating_add(1);
+        drop(state);
         let sealed = SharedWords::new(EPOCH_BYTES).and_then(|epochs| {
             epochs.add_seals(libc::F_SEAL_SEAL)?;
             Ok(epochs)
@@ -116,10 +138,33 @@ impl Registry {
                 return Err((stream, Refusal::Resources, 0));
             }
         };
+        let kept = if self.is_kept() {
+            let identity = ReaderIdentity {
+                number,
+                endpoint,
+                is_revocable,
+            };
+            let parts = [
+                (Part::Epochs, epochs.fd()),
+                (Part::Socket, stream.as_fd()),
+                (Part::Process, process.handle()),
+            ];
+            // Before the reader gets the page tables: the next daemon must be able to end the registration.
+            match KeptReader::keep(&self.keeper, identity, parts) {
+                Ok(kept) => Some(kept),
+                Err(cause) => {
+                    warn_limited!("a reader of endpoint {endpoint} is refused: {cause}");
+                    return Err((stream, Refusal::Resources, 0));
+                }
+            }
+        } else {
+            None
+        };
         let word = self.slots.word(*slot) as u64;
         let numbers = [word, EPOCH_WORDS as u64, facts.reserved.len() as u64, 0];
         let welcome = Frame::new(kind::WELCOME, VERSION, numbers);
         let fds = [self.arena.as_fd(), epochs.fd()];
+        let mut state = self.state.lock();
         // The state is locked meanwhile, so UNMAP waits for a peer that does not read.
         let wait = state.begin_wait([endpoint], self.limits.patience);
         let deadline = wait.until(endpoint);
@@ -143,19 +188,21 @@ impl Registry {
         state.charge_until_now(wait);
         if let Err(cause) = sent {
             debug!("cannot send a reader its welcome: {cause}");
+            state.unreleased.extend(kept);
             return Err((stream, Refusal::Resources, 0));
         }
         let reader = Arc::new(Reader {
-            number: state.next_number,
+            number,
             endpoint,
             stream,
             epochs,
             process,
+            kept,
+            is_left: false,
             acknowledged: AtomicU64::new(state.generation),
             gone: AtomicBool::new(false),
             inherited: AtomicBool::new(false),
         });
-        state.next_number += 1;
         // The state has stayed locked since `state.memory` was read. This reader therefore gets every later
         // change of memory, every later UNMAP waits for it, and it finds every earlier change.
         state.readers.push(reader.clone());

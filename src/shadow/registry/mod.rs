@@ -1,11 +1,12 @@
 //! The daemon's registry of readers: it admits them, announces guest memory to them, and waits for their accesses.
 
 mod admission;
+mod left;
 mod memory;
 mod reader;
 mod waiting;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,13 +16,16 @@ use std::time::Duration;
 use log::debug;
 use thiserror::Error;
 
+pub use self::left::EndedReaders;
 pub use self::reader::Reader;
 use crate::address::{GpaRange, IovaRange};
 use crate::ids::EndpointId;
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, OutOfFrames};
+use crate::process::keeper::Keeper;
 use crate::process::wait_budget::WaitBudget;
+use crate::shadow::kept::{KeptReader, ReaderIdentity};
 use crate::{error_limited, info_limited};
 
 /// Limits of the readers.
@@ -125,6 +129,8 @@ pub struct Registry {
     endpoints: BTreeMap<EndpointId, (usize, ShadowEndpoint)>,
     limits: Limits,
     counters: ReaderCounters,
+    /// Keeps the descriptors of the readers for the next daemon.
+    keeper: Arc<Keeper>,
     state: Mutex<RegistryState>,
     /// Signalled when a reader acknowledges a generation of memory, and when one is gone.
     changed: Condvar,
@@ -133,6 +139,10 @@ pub struct Registry {
 #[derive(Debug, Default)]
 struct RegistryState {
     readers: Vec<Arc<Reader>>,
+    /// Readers that are gone, and whose descriptors the keeper still has.
+    unreleased: Vec<KeptReader>,
+    /// Endpoints with readers of the daemon before that nobody can wait for.
+    lost: BTreeSet<EndpointId>,
     next_number: u64,
     memory: Vec<Ram>,
     generation: u64,
@@ -161,9 +171,38 @@ impl Registry {
                 .collect(),
             limits,
             counters: ReaderCounters::default(),
+            keeper: Arc::new(Keeper::none()),
             state: Mutex::new(Rank::Readers, RegistryState::default()),
             changed: Condvar::new(),
         })
+    }
+
+    /// Has `keeper` keep the descriptors of each reader, so that the next daemon can end its registration.
+    #[must_use]
+    pub fn kept_by(self, keeper: Arc<Keeper>) -> Self {
+        let names = keeper.names();
+        let left = names.iter().filter_map(|name| ReaderIdentity::parse(name));
+        let last = left.map(|(identity, _)| identity.number).max();
+        let next = last.map_or(0, |last| last.saturating_add(1));
+        self.state.lock().next_number = next;
+        Self { keeper, ..self }
+    }
+
+    /// Whether the readers' registrations outlive this process, until the next one ends them.
+    pub fn is_kept(&self) -> bool {
+        self.keeper.is_present()
+    }
+
+    /// Lets the keeper close the descriptors of the readers that are gone. Only the thread that serves the readers may call
+    /// it: not every thread may send messages to the keeper.
+    pub fn release_gone(&self) {
+        if !self.is_kept() {
+            return;
+        }
+        let unreleased = std::mem::take(&mut self.state.lock().unreleased);
+        for kept in unreleased {
+            kept.release();
+        }
     }
 
     /// The counters.
@@ -197,8 +236,9 @@ impl Registry {
     /// removed when its process is gone, or when [`Self::wait_for_readers`] or
     /// [`Self::remove_memory`] has killed it.
     pub fn hang_up(&self, reader: &Reader) {
-        // Fails if the connection is closed already.
-        let _ = reader.stream.shutdown(std::net::Shutdown::Both);
+        // Only this direction: the other one shows whether the reader, or a process with a copy of its connection, has hung
+        // up. Fails if it has.
+        let _ = reader.stream.shutdown(std::net::Shutdown::Write);
         if !reader.is_inside() || reader.process.is_gone() {
             self.remove(reader);
         } else {
@@ -230,14 +270,17 @@ impl Registry {
 
     /// Removes a reader that accesses nothing any more.
     pub fn remove(&self, reader: &Reader) {
+        let mut state = self.state.lock();
         if !reader.gone.swap(true, Ordering::AcqRel) {
+            state.unreleased.extend(reader.kept.clone());
             info_limited!(
                 "reader {} of endpoint {} is gone",
                 reader.number,
                 reader.endpoint
             );
         }
-        self.state.lock().drop_gone();
+        state.drop_gone();
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -257,6 +300,11 @@ impl Registry {
 
 impl RegistryState {
     fn drop_gone(&mut self) {
-        self.readers.retain(|r| !r.is_gone() && !r.has_ended());
+        for reader in &self.readers {
+            if reader.is_over() && !reader.gone.swap(true, Ordering::AcqRel) {
+                self.unreleased.extend(reader.kept.clone());
+            }
+        }
+        self.readers.retain(|r| !r.is_gone());
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::ids::EndpointId;
 use crate::page_table::epoch::GracePeriod;
 use crate::page_table::words::SharedWords;
+use crate::shadow::kept::{KeptReader, has_let_go};
 use crate::shadow::process::{Process, has_hung_up};
 use crate::shadow::wire::{epoch_word, epoch_words};
 
@@ -22,12 +23,37 @@ pub struct Reader {
     pub(super) acknowledged: AtomicU64,
     /// It has been removed: it accesses nothing any more.
     pub(super) gone: AtomicBool,
+    /// Its descriptors with the keeper, if there is one.
+    pub(super) kept: Option<KeptReader>,
+    /// A daemon before this one has admitted it, and could not end it. It uses the page tables of that daemon.
+    pub(super) is_left: bool,
     /// Its process has ended, and another process had its connection then. No access of that process is visible in
     /// the epoch words.
     pub(super) inherited: AtomicBool,
 }
 
 impl Reader {
+    /// A reader of the daemon before, which that daemon's successor could not end.
+    pub(in crate::shadow) fn left(
+        kept: KeptReader,
+        stream: UnixStream,
+        epochs: SharedWords,
+        process: Process,
+    ) -> Self {
+        Self {
+            number: kept.identity.number,
+            endpoint: kept.identity.endpoint,
+            stream,
+            epochs,
+            acknowledged: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
+            inherited: AtomicBool::new(process.is_gone()),
+            process,
+            kept: Some(kept),
+            is_left: true,
+        }
+    }
+
     /// The reader's number. No other reader of this daemon gets it.
     pub fn number(&self) -> u64 {
         self.number
@@ -62,7 +88,21 @@ impl Reader {
     }
 
     pub(super) fn has_left(&self, grace: &mut GracePeriod) -> bool {
+        if self.is_left {
+            return self.has_let_go();
+        }
         grace.is_over(|index| epoch_word(self.epochs.words(), index)) && !self.is_inherited()
+    }
+
+    /// Whether it accesses nothing any more, and never will.
+    pub(super) fn is_over(&self) -> bool {
+        self.has_ended() || self.is_left && self.has_let_go()
+    }
+
+    fn has_let_go(&self) -> bool {
+        let is_revocable = self.kept.as_ref().is_some_and(|k| k.identity.is_revocable);
+        let (stream, epochs) = (Some(&self.stream), Some(&self.epochs));
+        has_let_go(is_revocable, stream, epochs, Some(&self.process))
     }
 
     /// Whether its process has ended, and no other process has its connection.

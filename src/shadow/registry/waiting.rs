@@ -117,6 +117,15 @@ impl Registry {
         // A reader that registers later finds every store made before this thread takes the lock.
         let readers: Vec<_> = {
             let state = self.state.lock();
+            if let Some(&endpoint) = state.lost.iter().find(|e| concerned(**e)) {
+                return Err(Stuck {
+                    reader: 0,
+                    endpoint,
+                    why: "the daemon before has left too little of it to wait for it; end that process, and start \
+                          this daemon again"
+                        .into(),
+                });
+            }
             let concerned = state.readers.iter().filter(|r| concerned(r.endpoint));
             concerned.cloned().collect()
         };
