@@ -16,6 +16,7 @@ use vhost_device_iommu::backends::shadow::Shadow;
 use vhost_device_iommu::faults::Fault;
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, Settings};
+use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::shadow::{
     Limits, Registry, ShadowEndpoint, ShadowReader, ShadowServer, ShadowSocket,
@@ -111,6 +112,16 @@ impl Bed {
         limits: Limits,
         ram: Vec<MemorySlot>,
     ) -> Self {
+        Self::kept(folder, limits, ram, Arc::new(Keeper::none()))
+    }
+
+    /// The same, with a keeper of descriptors.
+    pub fn kept(
+        folder: &Arc<tempfile::TempDir>,
+        limits: Limits,
+        ram: Vec<MemorySlot>,
+        keeper: Arc<Keeper>,
+    ) -> Self {
         let settings = Settings {
             address_width: 48,
             page_sizes: PageMask::TABLE,
@@ -140,7 +151,7 @@ impl Bed {
             reserved: vec![msi.range],
         });
         let registry = Registry::new(iommu.arena_mut(), endpoints.into(), limits).expect("shared");
-        let registry = Arc::new(registry);
+        let registry = Arc::new(registry.kept_by(keeper));
         let all = [A, B, OTHER];
         let backend = Shadow::new(registry.clone(), &all);
         iommu.add_backend(Box::new(backend), &all).expect("added");
@@ -157,8 +168,20 @@ impl Bed {
         }
     }
 
-    /// Listens for readers.
+    /// Admits the readers that wait.
+    pub fn admit(&self) {
+        let server = self.server.as_ref().expect("it listens");
+        server.admit().expect("it runs");
+    }
+
+    /// Listens for readers, and admits them.
     pub fn serve(&mut self) {
+        self.serve_held();
+        self.admit();
+    }
+
+    /// Listens for readers. They wait until [`Self::admit`].
+    pub fn serve_held(&mut self) {
         let path = self.path();
         let sockets = [ShadowSocket {
             path: &path,
@@ -166,7 +189,7 @@ impl Bed {
             endpoints: vec![A, B],
         }];
         let sender = self.fault_sender.clone();
-        let server = ShadowServer::start(self.registry.clone(), &sockets, move |fault| {
+        let server = ShadowServer::start_held(self.registry.clone(), &sockets, move |fault| {
             // The test may have ended.
             let _ = sender.send(fault);
         });

@@ -9,6 +9,7 @@
 mod access;
 mod bed;
 mod hostile;
+mod left;
 mod lives;
 mod roles;
 mod stress;

@@ -35,7 +35,7 @@ pub fn access_until(reader: &ShadowReader, over: &AtomicBool) -> u64 {
     let ram = memory.get_backend();
     let mut done = 0;
     let mut number = 0u64;
-    while !over.load(Ordering::Relaxed) && reader.is_connected() {
+    while !over.load(Ordering::Relaxed) {
         number = number.wrapping_add(1);
         let iova = number * 5 % PAGES * STEP;
         if number.is_multiple_of(3) {
@@ -68,80 +68,126 @@ pub fn access_until(reader: &ShadowReader, over: &AtomicBool) -> u64 {
     done
 }
 
-/// Changes mappings, domains and memory for `time`. At any moment, the tables agree with the values
-/// in memory.
-fn change(bed: &mut Bed, time: Duration) -> u64 {
-    let until = Instant::now() + time;
-    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut next = |below: u64| {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random % below
-    };
-    // By domain and page: the page of memory to which it leads.
-    let mut leads: [[Option<u64>; PAGES as usize]; 2] = Default::default();
-    let mut free: Vec<u64> = (1..64).collect();
-    for &page in &free {
-        bed.poke(page * PAGE, POISON);
-    }
-    let mut changes = 0;
-    // Both domains must exist all the time.
-    bed.iommu.attach(B, D2, false).expect("attached");
-    bed.iommu.attach(A, D1, false).expect("attached");
-    let mut at = 0;
-    while Instant::now() < until {
-        let (which, page) = (next(2) as usize, next(PAGES));
-        let domain = [D1, D2][which];
-        let iova = page * STEP;
-        match next(10) {
-            0 => {
-                // The domain that A leaves ends, with all its tables, unless B is attached to it.
-                at = 1 - at;
-                bed.iommu.attach(A, [D1, D2][at], false).expect("moved");
-                if at == 1 {
-                    retire(bed, &mut leads[0], &mut free);
-                }
-            }
-            _ if bed.iommu.domains().all(|d| d.id != domain) => {}
-            _ => match leads[which][page as usize].take() {
-                Some(ram) => {
-                    let gone = range(iova, iova + (PAGE - 1));
-                    bed.iommu.unmap(domain, gone).expect("unmapped");
-                    poison(bed, ram);
-                    free.push(ram);
-                }
-                None => {
-                    let ram = free.swap_remove(next(free.len() as u64) as usize);
-                    check_poisoned(bed, ram);
-                    bed.poke(ram * PAGE, stamp(domain.0, iova));
-                    let page_of = mapping(iova, PAGE, ram * PAGE, Access::READ_WRITE);
-                    bed.iommu.map(domain, &page_of).expect("mapped");
-                    leads[which][page as usize] = Some(ram);
-                }
-            },
-        }
-        changes += 1;
-    }
-    for (domain, leads) in [D1, D2].into_iter().zip(&mut leads) {
-        if bed.iommu.domains().any(|d| d.id == domain) {
-            bed.iommu.unmap(domain, IovaRange::ALL).expect("unmapped");
-        }
-        retire(bed, leads, &mut free);
-    }
-    // Some time later, no reader has written to a page to which no mapping leads.
-    std::thread::sleep(Duration::from_millis(20));
-    for ram in free {
-        check_poisoned(bed, ram);
-    }
-    changes
+/// A guest that maps and unmaps at random. At any moment, the tables agree with the values in memory.
+pub struct Model {
+    random: u64,
+    /// By domain and page: the page of memory to which it leads.
+    leads: [[Option<u64>; PAGES as usize]; 2],
+    /// The pages of memory to which no mapping leads.
+    free: Vec<u64>,
+    /// The index of the domain that A is in. B is in the second one all the time.
+    at: usize,
 }
 
-fn retire(bed: &Bed, leads: &mut [Option<u64>], free: &mut Vec<u64>) {
-    for ram in leads.iter_mut().filter_map(Option::take) {
-        poison(bed, ram);
-        free.push(ram);
+impl Model {
+    pub fn new(bed: &mut Bed) -> Self {
+        let free: Vec<u64> = (1..64).collect();
+        for &page in &free {
+            poison(bed, page);
+        }
+        let model = Self {
+            random: 0x9e37_79b9_7f4a_7c15,
+            leads: Default::default(),
+            free,
+            at: 0,
+        };
+        model.replay(bed);
+        model
     }
+
+    /// Gives a new daemon the state of the guest.
+    pub fn replay(&self, bed: &mut Bed) {
+        bed.iommu.attach(B, D2, false).expect("attached");
+        bed.iommu
+            .attach(A, [D1, D2][self.at], false)
+            .expect("attached");
+        for (domain, leads) in [D1, D2].into_iter().zip(&self.leads) {
+            for (page, ram) in (0..).zip(leads) {
+                let Some(ram) = ram else { continue };
+                let page = mapping(page * STEP, PAGE, ram * PAGE, Access::READ_WRITE);
+                bed.iommu.map(domain, &page).expect("mapped");
+            }
+        }
+    }
+
+    fn next(&mut self, below: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % below
+    }
+
+    /// Changes mappings and domains for `time`. Returns the number of changes.
+    pub fn change(&mut self, bed: &mut Bed, time: Duration) -> u64 {
+        let until = Instant::now() + time;
+        let mut changes = 0;
+        while Instant::now() < until {
+            let (which, page) = (self.next(2) as usize, self.next(PAGES));
+            let domain = [D1, D2][which];
+            let iova = page * STEP;
+            match self.next(10) {
+                0 => {
+                    // The domain that A leaves ends, with all its tables, unless B is attached to it.
+                    self.at = 1 - self.at;
+                    let to = [D1, D2][self.at];
+                    bed.iommu.attach(A, to, false).expect("moved");
+                    if self.at == 1 {
+                        self.retire(bed, 0);
+                    }
+                }
+                _ if bed.iommu.domains().all(|d| d.id != domain) => {}
+                _ => match self.leads[which][page as usize].take() {
+                    Some(ram) => {
+                        let gone = range(iova, iova + (PAGE - 1));
+                        bed.iommu.unmap(domain, gone).expect("unmapped");
+                        poison(bed, ram);
+                        self.free.push(ram);
+                    }
+                    None => {
+                        let some = self.next(self.free.len() as u64) as usize;
+                        let ram = self.free.swap_remove(some);
+                        check_poisoned(bed, ram);
+                        bed.poke(ram * PAGE, stamp(domain.0, iova));
+                        let page_of = mapping(iova, PAGE, ram * PAGE, Access::READ_WRITE);
+                        bed.iommu.map(domain, &page_of).expect("mapped");
+                        self.leads[which][page as usize] = Some(ram);
+                    }
+                },
+            }
+            changes += 1;
+        }
+        changes
+    }
+
+    /// Unmaps everything.
+    pub fn finish(mut self, bed: &mut Bed) {
+        for (which, domain) in [D1, D2].into_iter().enumerate() {
+            if bed.iommu.domains().any(|d| d.id == domain) {
+                bed.iommu.unmap(domain, IovaRange::ALL).expect("unmapped");
+            }
+            self.retire(bed, which);
+        }
+        // Some time later, no reader has written to a page to which no mapping leads.
+        std::thread::sleep(Duration::from_millis(20));
+        for ram in self.free {
+            check_poisoned(bed, ram);
+        }
+    }
+
+    fn retire(&mut self, bed: &Bed, which: usize) {
+        for ram in self.leads[which].iter_mut().filter_map(Option::take) {
+            poison(bed, ram);
+            self.free.push(ram);
+        }
+    }
+}
+
+/// Lets a guest change everything for `time`.
+fn change(bed: &mut Bed, time: Duration) -> u64 {
+    let mut model = Model::new(bed);
+    let changes = model.change(bed, time);
+    model.finish(bed);
+    changes
 }
 
 fn poison(bed: &Bed, ram: u64) {
