@@ -360,6 +360,14 @@ fn devices(out: &mut String, answer: &Value) -> Result {
             device["windows_refused"],
         )?;
     }
+    for device in emulated.iter().filter(|d| d["keeps_memory"] == true) {
+        writeln!(
+            out,
+            "  {}  a former server has not hung up and may still map guest memory; {} memory slots were removed meanwhile",
+            text(&device["address"]),
+            device["kept_slots"],
+        )?;
+    }
     for device in items(&answer["exports"]) {
         writeln!(
             out,

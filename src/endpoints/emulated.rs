@@ -42,6 +42,18 @@ const WINDOWS_MISSING: DeviceMetric = DeviceMetric {
     metric_type: "gauge",
     help: "Windows of an emulated device that its server does not have.",
 };
+/// Whether a server that was cut off may still use guest memory.
+const KEEPS_MEMORY: DeviceMetric = DeviceMetric {
+    name: "emulated_keeps_memory",
+    metric_type: "gauge",
+    help: "Whether a former server of an emulated device has guest memory and has not hung up.",
+};
+/// The memory slots that were removed meanwhile.
+const KEPT_SLOTS: DeviceMetric = DeviceMetric {
+    name: "emulated_kept_slots_total",
+    metric_type: "counter",
+    help: "Memory slots removed while a former server of an emulated device might still map them.",
+};
 /// The times that the server of a device was cut off.
 const CUT_OFFS: DeviceMetric = DeviceMetric {
     name: "emulated_cut_offs_total",
@@ -135,6 +147,8 @@ impl DeviceStatus for Watch {
             DeviceFigure::count("windows_refused", state.limits.refused)
                 .with_metric(&WINDOWS_REFUSED),
             DeviceFigure::count("refused", state.refused).with_metric(&REFUSED),
+            DeviceFigure::flag("keeps_memory", state.ends.keeps_memory).with_metric(&KEEPS_MEMORY),
+            DeviceFigure::count("kept_slots", state.kept_slots).with_metric(&KEPT_SLOTS),
             DeviceFigure::count("cut_offs", state.ends.cut_offs).with_metric(&CUT_OFFS),
             DeviceFigure::count("slow_cut_offs", state.ends.slow_cut_offs)
                 .with_metric(&SLOW_CUT_OFFS),

@@ -52,7 +52,8 @@ impl Iommu {
     }
 
     /// Replaces guest RAM by `slots`. When this returns, no endpoint can reach a removed slot, and
-    /// mappings into a new slot reach it.
+    /// mappings into a new slot reach it. There is one exception: a process that maps guest RAM, was cut off and does not
+    /// hang up may map a removed slot. Its backend waits for it, and says so.
     ///
     /// A mapping outlives the memory behind it. While the memory is missing, the mapping's addresses
     /// are unreachable.

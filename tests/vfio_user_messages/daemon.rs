@@ -281,6 +281,19 @@ fn a_limit_of_the_server_is_told_to_the_guest_and_the_operator() {
     let line =
         "0000:00:06.0  1 windows are missing at the server, which takes 1; 3 were refused so far";
     assert!(text.contains(line), "{text}");
+    let kept = "may still map guest memory";
+    assert!(!text.contains(kept), "{text}");
+    let mut status = bed.daemon.status();
+    let device = &mut status["emulated"][0];
+    assert_eq!(
+        (&device["keeps_memory"], &device["kept_slots"]),
+        (&false.into(), &0.into())
+    );
+    device["keeps_memory"] = true.into();
+    device["kept_slots"] = 2.into();
+    let text = ctl::render(&Question::Status, &status);
+    let line = "may still map guest memory; 2 memory slots were removed meanwhile";
+    assert!(text.contains(line), "{text}");
 }
 
 #[test]

@@ -261,6 +261,54 @@ fn a_server_that_refuses_to_remove_its_last_window_has_it_until_it_hangs_up() {
     eventually("the hang-up", || attach().is_ok());
 }
 
+/// A quarantined endpoint, whose server was cut off and still has its memory. The budget for hang-ups is whole.
+fn quarantined() -> (Bed, Connection, Connection) {
+    let (bed, client, server) = cut_off(Isolation::Mappings);
+    bed.unmap(IOVA, 0x1000)
+        .expect_err("the server keeps the memory");
+    assert!(is_quarantined(&bed));
+    std::thread::sleep(Duration::from_secs(10));
+    (bed, client, server)
+}
+
+fn keeps_memory(bed: &Bed) -> (bool, u64) {
+    let state = bed.watch.state();
+    (state.ends.keeps_memory, state.kept_slots)
+}
+
+#[test]
+fn the_removal_of_guest_ram_waits_for_a_server_that_was_cut_off() {
+    let (bed, _client, server) = quarantined();
+    assert_eq!(keeps_memory(&bed), (true, 0));
+    std::thread::scope(|scope| {
+        let removed = scope.spawn(|| bed.iommu().set_memory(Vec::new()));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!removed.is_finished(), "the server may still map it");
+        drop(server);
+        removed.join().expect("no panic");
+    });
+    assert_eq!(keeps_memory(&bed), (false, 0));
+}
+
+/// Nothing takes memory from another process: the removal ends, and the status says what is left.
+#[test]
+fn guest_ram_that_a_server_may_still_map_after_its_removal_is_counted() {
+    let (bed, _client, server) = quarantined();
+    let mut parts = [bed.slot.clone(), bed.slot.clone()];
+    for (part, at) in parts.iter_mut().zip([RAM, RAM + 0x1000]) {
+        part.range = GpaRange::from_len(Gpa(at), 0x1000).expect("one page");
+    }
+    bed.iommu().set_memory(parts.to_vec());
+    assert_eq!(keeps_memory(&bed), (true, 1), "one slot was removed");
+    bed.iommu().set_memory(Vec::new());
+    assert_eq!(keeps_memory(&bed), (true, 3));
+    drop(server);
+    eventually("the hang-up", || !keeps_memory(&bed).0);
+    bed.iommu().set_memory(parts.to_vec());
+    bed.iommu().set_memory(Vec::new());
+    assert_eq!(keeps_memory(&bed), (false, 3));
+}
+
 /// The server answers neither this MAP nor the removal of its window.
 #[test]
 fn a_window_that_cannot_be_taken_back_quarantines_the_endpoint() {

@@ -12,6 +12,7 @@ use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::backends::{
     AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, MemorySlot, Target,
 };
+use crate::error_limited;
 use crate::faults::FaultSink;
 use crate::ids::EndpointId;
 use crate::vfio_user::{
@@ -183,6 +184,20 @@ impl Interposed {
         self.space.report_stop(first);
         let failure = format_args!("mappings from {first} on may stay in place");
         self.refused(failure, cause)
+    }
+
+    /// The VMM removes guest RAM that a former server may still map, which has not hung up. Counts that, and says it: the
+    /// endpoint is quarantined, so nobody else does.
+    pub(super) fn slot_kept(&self, slot: &MemorySlot) -> BackendError {
+        self.space.kept_slots.inc();
+        let message = format!(
+            "{}: guest RAM at {} is removed, and the device's former server may still map it: it has not hung up since \
+             its connection was closed; end that server",
+            self.name, slot.range
+        );
+        error_limited!("{message}");
+        let kind = BackendErrorKind::DevErr;
+        BackendError { kind, message }
     }
 
     /// The server has not applied the update of a MAP. If it has no room for the mapping, the guest gets a fault event:

@@ -82,6 +82,15 @@ impl DeviceView {
         self
     }
 
+    /// Whether the windows of this view are those that a server may have. Without access there are none, but a server that
+    /// was cut off may have some.
+    pub(super) fn knows_windows(&self) -> bool {
+        match self.gate {
+            Gate::Translated | Gate::Bypass => true,
+            Gate::Blocked | Gate::Quarantined => false,
+        }
+    }
+
     /// The part of this view in one memory slot.
     pub(super) fn in_slot(&self, slot: &Arc<MemorySlot>) -> Self {
         let in_reach = self.slots.iter().filter(|s| ***s == **slot);

@@ -27,6 +27,8 @@ pub struct EmulatedState {
     pub limits: WindowLimits,
     /// The number of refused accesses.
     pub refused: u64,
+    /// The number of memory slots that were removed while a server that was cut off might still map them.
+    pub kept_slots: u64,
     /// How long its server may take to answer.
     pub deadlines: Deadlines,
 }
@@ -59,6 +61,7 @@ impl Watch {
             windows,
             limits,
             refused,
+            kept_slots: self.space.kept_slots.get(),
             deadlines: self.link.deadlines(),
         }
     }

@@ -34,6 +34,8 @@ pub(super) struct Space {
     sink: Arc<dyn FaultSink>,
     /// The number of refused accesses, whether the guest gets a fault or not.
     refused: Counter,
+    /// The number of memory slots that were removed while a server that was cut off might still map them.
+    pub(super) kept_slots: Counter,
     /// The interposer's thread reads the page table only while it holds this lock.
     view: RwLock<DeviceView>,
     /// The regions that the server is told instead of windows, in ascending order; only with [`Isolation::Messages`].
@@ -53,6 +55,7 @@ impl Space {
             isolation,
             sink,
             refused: Counter::default(),
+            kept_slots: Counter::default(),
             view: RwLock::new(Rank::Windows, DeviceView::closed(Gate::Blocked, reserved)),
             regions: RwLock::new(Rank::Windows, Vec::new()),
         }

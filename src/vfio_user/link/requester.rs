@@ -326,6 +326,13 @@ impl DmaUpdates<'_> {
         }
     }
 
+    /// The number of the connection of a server that may still use its windows, although the connection is closed on this
+    /// side: the server has memory, and has not hung up.
+    pub fn closing_session(&self) -> Option<u64> {
+        // No server connects before it hangs up.
+        self.state.closing.is_some().then_some(self.state.session)
+    }
+
     /// The caller replaces all windows. Those it adds are not announced before [`Self::announce`].
     pub fn hold_back(&mut self) {
         if let Some(connection) = self.state.connection.as_mut().filter(|c| c.terms.is_some()) {

@@ -50,6 +50,8 @@ pub struct Ends {
     pub client: bool,
     /// A server is connected, and client and server have negotiated.
     pub server: bool,
+    /// A server that was cut off, or whose client is gone, may still use the memory that it has mapped: it has not hung up.
+    pub keeps_memory: bool,
     /// How many times a server was cut off, because it violated the protocol, was late, or its endpoint
     /// was quarantined.
     pub cut_offs: u64,
@@ -138,9 +140,11 @@ impl Link {
 
     /// Whether the ends are connected now.
     pub fn ends(&self) -> Ends {
+        let status = self.status();
         Ends {
             client: self.has_client.load(Ordering::Relaxed),
-            server: self.status().active,
+            server: status.active,
+            keeps_memory: status.closing,
             cut_offs: self.cut_offs.get(),
             slow_cut_offs: self.limits.of(WaitLimit::Budget).get(),
             answer_cut_offs: self.limits.of(WaitLimit::Answer).get(),
