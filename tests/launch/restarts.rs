@@ -13,13 +13,19 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use vhost_device_iommu::host::sysfs::HostRoot;
+use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::supervisor::Supervisor;
 use vhost_device_iommu::vmms::launch::Launch;
 
+use super::stopped_thread::StoppedThread;
 use super::{ARRIVE, LaunchDir, Launched, Run, is_alive, send, wait_for};
 
 /// The VMM runs until the test ends it.
 const UNTIL_END: &str = "while [ ! -e end ]; do sleep 0.02; done; exit 5";
+/// The files that a stub leaves right before it fails.
+const BURST: usize = 50;
+/// As many as wait in a socket, whatever its limit.
+const LATE: usize = 3;
 const AGAIN: &str = ", started again in ";
 
 /// Makes `launch` start stubs. A stub does what the line of its life says in the file `plan`; without one it stays.
@@ -100,6 +106,20 @@ fn a_killed_daemon_is_started_again_with_all_that_it_has_left() {
     assert_eq!(run.stderr.matches(line).count(), 2, "{}", run.stderr);
 }
 
+/// The thread that receives descriptors may be behind when the daemon ends.
+#[test]
+fn the_last_descriptors_of_a_daemon_are_waited_for() {
+    let (dir, mut launched) = start(&["late"], &format!("{ARRIVE} {UNTIL_END}"));
+    arrived(&dir);
+    let receiver = StoppedThread::new(launched.pid(), "keeper");
+    dir.write("late", "");
+    wait_for("the next daemon", || lives(&dir).len() == 2);
+    receiver.resume();
+    wait_until_again(&launched, 1);
+    end(&dir, &mut launched);
+    assert_eq!(lives(&dir)[1].1, format!("life-0=0 and {LATE}"));
+}
+
 /// Nobody has asked the VM to end.
 #[test]
 fn a_daemon_that_ends_by_itself_is_started_again() {
@@ -134,7 +154,10 @@ fn a_daemon_that_ends_again_and_again_is_given_up() {
     }
     let lives = lives(&dir);
     assert_eq!(lives.len(), 6);
-    assert_eq!(lives[5].1.split(' ').count(), 5, "{lives:?}");
+    // Those four have left the last messages of their lives, too.
+    let files = &lives[5].1;
+    assert_eq!(files.matches("life-").count(), 5, "{files}");
+    assert!(files.ends_with(&format!(" and {}", 4 * BURST)), "{files}");
     assert_eq!(dir.read("told"), "told\n");
     assert!(!is_alive(vmm));
     dir.assert_clean();
@@ -175,6 +198,18 @@ fn a_daemon_that_has_left_nothing_takes_the_vmm_with_it() {
     assert!(!is_alive(vmm));
     assert_eq!(lives(&dir).len(), 1);
     dir.assert_clean();
+}
+
+/// It may be waiting for its IOMMU.
+#[test]
+fn a_vmm_that_does_not_end_is_killed() {
+    let (dir, mut launched) = start(&["quit"], &format!("trap '' TERM; {ARRIVE} {UNTIL_END}"));
+    let (vmm, _) = arrived(&dir);
+    let run = launched.finish();
+    assert_eq!(run.status.code(), Some(1), "{}", run.stderr);
+    let line = "the daemon ended (exit status: 0) before the VMM";
+    assert!(run.stderr.contains(line), "{}", run.stderr);
+    assert!(!is_alive(vmm));
 }
 
 #[test]
@@ -254,7 +289,14 @@ fn stub_daemon() {
         let len = file.read_at(&mut text, 0).expect("read");
         format!("{name}={}", String::from_utf8_lossy(&text[..len]))
     };
-    let files: Vec<_> = keeper.names().into_iter().map(content).collect();
+    let names = keeper.names();
+    let (lives_files, bursts): (Vec<_>, Vec<_>) = names
+        .into_iter()
+        .partition(|name| name.starts_with("life-"));
+    let mut files: Vec<_> = lives_files.into_iter().map(content).collect();
+    if !bursts.is_empty() {
+        files.push(format!("and {}", bursts.len()));
+    }
     let mut lives = OpenOptions::new()
         .create(true)
         .append(true)
@@ -265,7 +307,7 @@ fn stub_daemon() {
 
     let _ = fs::remove_file("vm.sock");
     let _listener = UnixListener::bind("vm.sock").expect("a socket");
-    if plan != "nothing" {
+    if !["nothing", "quit"].contains(&plan.as_str()) {
         let name = format!("kept.{life}");
         fs::write(&name, life.to_string()).expect("written");
         let keep = |name: String, file: &File| keeper.keep_as(&name, file.as_fd()).expect("kept");
@@ -274,7 +316,10 @@ fn stub_daemon() {
         keeper.release("released");
     }
     match plan.as_str() {
-        "fail" => exit(1),
+        "fail" => {
+            leave(&keeper, life, BURST);
+            exit(1);
+        }
         "mute" => {}
         _ => ready(number("--ready-fd")),
     }
@@ -283,9 +328,24 @@ fn stub_daemon() {
     while waits(&plan) || !has_vmm() {
         sleep(Duration::from_millis(5));
     }
-    match plan.strip_prefix("exit ") {
-        Some(status) => exit(status.parse().expect("a status")),
-        None => std::process::abort(),
+    match (plan.as_str(), plan.strip_prefix("exit ")) {
+        ("quit", _) => exit(0),
+        ("late", _) => {
+            wait_for("the test", || Path::new("late").exists());
+            leave(&keeper, life, LATE);
+            exit(0);
+        }
+        (_, Some(status)) => exit(status.parse().expect("a status")),
+        (_, None) => std::process::abort(),
+    }
+}
+
+/// Leaves files right before the end.
+fn leave(keeper: &Keeper, life: usize, count: usize) {
+    for n in 0..count {
+        let file = File::open("plan").expect("a file");
+        let name = format!("burst-{life}-{n}");
+        keeper.keep_as(&name, file.as_fd()).expect("kept");
     }
 }
 
