@@ -116,6 +116,13 @@ impl Keeper {
         self.files.lock().kept.keys().cloned().collect()
     }
 
+    /// The names of the files that the process before has left, and nobody has claimed.
+    pub fn unclaimed(&self) -> Vec<String> {
+        let files = self.files.lock();
+        let unclaimed = files.kept.iter().filter(|(_, kept)| kept.users == 0);
+        unclaimed.map(|(name, _)| name.clone()).collect()
+    }
+
     /// The file with this name, which the process before has left, or this one has kept. It has one user more.
     pub fn claim(&self, name: &str) -> Option<Arc<OwnedFd>> {
         let mut files = self.files.lock();
@@ -313,6 +320,7 @@ mod tests {
         let arena = keeper.claim("arena.1").expect("left");
         assert!(arena.as_raw_fd() >= 0);
         assert!(keeper.claim("arena.2").is_none());
+        assert_eq!(keeper.unclaimed(), ["file.7", "store.1"]);
         assert_eq!(keeper.release_unclaimed(), ["file.7", "store.1"]);
         for name in ["file.7", "store.1"] {
             let (message, _) = received(&manager).expect("a message");

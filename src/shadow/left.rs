@@ -52,7 +52,8 @@ pub fn end_readers(keeper: &Arc<Keeper>, limits: &Limits) -> EndedReaders {
 impl LeftReaders {
     /// Claims the readers that the daemon before has left with the keeper. From now on they begin no access.
     pub fn claim(keeper: &Arc<Keeper>) -> Self {
-        let names = keeper.names();
+        // Not those that this daemon has admitted meanwhile.
+        let names = keeper.unclaimed();
         let identities = names.iter().filter_map(|name| ReaderIdentity::parse(name));
         let identities: BTreeSet<_> = identities.map(|(identity, _)| identity).collect();
         let readers = identities.into_iter();

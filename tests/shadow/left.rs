@@ -193,6 +193,8 @@ fn the_next_daemon_waits_for_the_accesses_of_the_readers_before() {
     assert_eq!(bed.fault().address, Iova(0));
     assert_eq!(reader.registrations(), 2);
     eventually("three new files", || manager.count() == 3);
+    // The readers of this daemon are none that the one before has left.
+    assert!(LeftReaders::claim(&keeper).is_empty());
     drop((memory, reader));
     eventually("they are released", || manager.count() == 0);
     assert_eq!(bed.registry.counters().killed.get(), 0);
