@@ -68,7 +68,7 @@ impl Arena {
             Ok(list)
         };
         let arena = Self {
-            memory: Arc::new(SharedWords::new(bytes)?),
+            memory: Arc::new(SharedWords::new(c"viommu-arena", bytes)?),
             #[cfg(not(miri))]
             shared: false,
             frames,

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "makes and maps memory")]
 
+use std::ffi::CStr;
 use std::io;
 #[cfg(not(miri))]
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -171,18 +172,18 @@ impl SharedWords {
     /// # Errors
     /// Never.
     #[cfg(miri)]
-    pub fn new(bytes: usize) -> Result<Self, ArenaError> {
+    pub fn new(_name: &CStr, bytes: usize) -> Result<Self, ArenaError> {
         let words = MappedWords::heap(bytes);
         Ok(Self { words })
     }
 
-    /// Allocates `bytes` of memory in a memfd sealed against shrinking and growing.
+    /// Allocates `bytes` of memory in a memfd sealed against shrinking and growing. An operator sees `name` in `/proc`.
     ///
     /// # Errors
     /// The system refuses.
     #[cfg(not(miri))]
-    pub fn new(bytes: usize) -> Result<Self, ArenaError> {
-        let fd = memfd()?;
+    pub fn new(name: &CStr, bytes: usize) -> Result<Self, ArenaError> {
+        let fd = memfd(name)?;
         let Ok(length) = libc::off_t::try_from(bytes) else {
             return Err(ArenaError::TooLarge {
                 limit_bytes: bytes as u64,
@@ -254,13 +255,13 @@ impl SharedWords {
 }
 
 #[cfg(not(miri))]
-fn memfd() -> Result<OwnedFd, ArenaError> {
+fn memfd(name: &CStr) -> Result<OwnedFd, ArenaError> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // Some hosts refuse memfds that could be executed, and older kernels refuse the unknown flag.
     for flags in [flags | libc::MFD_NOEXEC_SEAL, flags] {
         // SAFETY:
         // - the name is a zero-terminated string that outlives the call
-        let fd = unsafe { libc::memfd_create(c"iommu-page-tables".as_ptr(), flags) };
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
         if fd >= 0 {
             // SAFETY:
             // - the descriptor is new and has no other owner

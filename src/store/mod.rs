@@ -178,7 +178,7 @@ impl Store {
         };
         let bytes = (RECORDS_AT + room as usize * RECORD_WORDS) * size_of::<u64>();
         let bytes = bytes.next_multiple_of(4096);
-        let memory = Arc::new(SharedWords::new(bytes)?);
+        let memory = Arc::new(SharedWords::new(c"viommu-store", bytes)?);
         let state = GlobalState {
             bypass: false,
             driver: StoredDriver::Known,

@@ -127,7 +127,7 @@ impl Registry {
         let number = state.next_number;
         state.next_number = number.saturating_add(1);
         drop(state);
-        let sealed = SharedWords::new(EPOCH_BYTES).and_then(|epochs| {
+        let sealed = SharedWords::new(c"viommu-epochs", EPOCH_BYTES).and_then(|epochs| {
             epochs.add_seals(libc::F_SEAL_SEAL)?;
             Ok(epochs)
         });
