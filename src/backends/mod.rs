@@ -209,14 +209,26 @@ pub trait DmaBackend: Send {
     /// must destroy the domains that are no endpoint's target. An endpoint whose target has not changed must be able to
     /// use its mappings meanwhile.
     ///
-    /// The default is for a backend whose objects are new: it fills every domain anew.
+    /// The backend must block every endpoint whose target changes before it switches the first of them: the hardware cannot
+    /// isolate the members of a group from each other, so at no time may one member reach its former target while another
+    /// reaches its new one. An endpoint that cannot be blocked must not be switched.
+    ///
+    /// The default is for a backend whose objects are new: it blocks every endpoint, and then fills every domain anew.
     fn adopt(
         &mut self,
         adoption: &Adoption<'_>,
         contents: &dyn Contents,
     ) -> Vec<(EndpointId, BackendError)> {
         let mut failed = Vec::new();
+        let mut blocked = Vec::with_capacity(adoption.endpoints.len());
         for &(endpoint, target) in adoption.endpoints {
+            match self.attach(endpoint, Target::Blocked, contents) {
+                Ok(()) => blocked.push((endpoint, target)),
+                Err(refusal) => failed.push((endpoint, refusal.cause().clone())),
+            }
+        }
+        blocked.retain(|(_, target)| *target != Target::Blocked);
+        for (endpoint, target) in blocked {
             if let Err(refusal) = self.attach(endpoint, target, contents) {
                 failed.push((endpoint, refusal.cause().clone()));
             }

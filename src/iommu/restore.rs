@@ -49,7 +49,7 @@ pub enum RestoreError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The arena is refused.
-    #[error("the page tables of the daemon before cannot be read: {0}")]
+    #[error("the page tables of the daemon before cannot be read: {0}; reset the VM")]
     Arena(ArenaError),
     /// A table is not whole.
     #[error("the page table of domain {domain} is damaged: {cause}; reset the VM")]
@@ -66,7 +66,7 @@ pub enum RestoreError {
     )]
     Offer,
     /// The arena is too small for the mappings.
-    #[error("{0}; the daemon before had more")]
+    #[error("{0}; give this daemon the `arena-limit` of the one before, or reset the VM")]
     OutOfFrames(OutOfFrames),
     /// A mapping is refused.
     #[error("a mapping of domain {domain} is refused: {cause}; reset the VM")]
@@ -77,7 +77,7 @@ pub enum RestoreError {
         cause: MapRefusal,
     },
     /// The core has been in use.
-    #[error("the core has a state of its own already")]
+    #[error("the core has a state of its own already; restore the old one before anything else")]
     NotNew,
 }
 
@@ -188,7 +188,11 @@ impl Iommu {
         }
         self.bypass = loaded.state.bypass;
         self.driver = DriverState::from(loaded.state.driver);
-        let rebuilt = self.rebuild(&loaded, old.arena)?;
+        let mut rebuilt = self.rebuild(&loaded, old.arena)?;
+        // A backend of this process has failed already, for example to remove a memory slot.
+        for (&id, _) in self.endpoints.iter().filter(|(_, e)| e.quarantined) {
+            rebuilt.endpoints.entry(id).or_default().quarantined = true;
+        }
         self.domains = rebuilt.domains;
         self.endpoints = rebuilt.endpoints;
         self.groups = rebuilt.groups;
@@ -371,7 +375,7 @@ impl Iommu {
     /// Blocks every endpoint until the driver starts anew.
     fn refuse_predecessor(&mut self, old: Predecessor<'_>) {
         self.domains.clear();
-        self.endpoints.clear();
+        self.endpoints.retain(|_, e| e.quarantined);
         self.groups.clear();
         self.bypass = false;
         self.driver = DriverState::Unknown;

@@ -109,6 +109,11 @@ fn cases() -> Vec<Case> {
             &[Req::Attach(G1, D2, false)],
         ),
         case(
+            "move the last member of a group",
+            &with(groups.to_vec(), &[Req::Attach(G3, D1, false)]),
+            &[Req::Attach(G3, D2, false)],
+        ),
+        case(
             "the group follows",
             &with(groups.to_vec(), &[Req::Attach(G1, D2, false)]),
             &[Req::Attach(G2, D2, false)],

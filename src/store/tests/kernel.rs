@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::bed::{G1, G2, G3};
 use crate::address::{Iova, IovaRange, Mapping, PageMask};
 use crate::backends::{
     Adoption, AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents,
@@ -31,9 +32,27 @@ pub(super) struct Kernel {
     pub calls: u64,
     /// The call that fails, counted from 1.
     pub fail_call: Option<u64>,
+    /// A process adopts its endpoints.
+    is_adopting: bool,
 }
 
 impl Kernel {
+    /// Switches an endpoint. While endpoints are adopted, two members of a group must not reach different targets at any
+    /// time.
+    fn switch(&mut self, endpoint: EndpointId, target: Target) {
+        self.state.targets.insert(endpoint, target);
+        let mates = [G1, G2, G3].map(|mate| self.state.targets.get(&mate));
+        let reached = mates.into_iter().flatten();
+        let mut reached = reached.filter(|target| **target != Target::Blocked);
+        if let Some(one) = reached.next().filter(|_| self.is_adopting) {
+            let other = reached.find(|other| *other != one);
+            assert_eq!(
+                other, None,
+                "a group's members reach {one} and another target"
+            );
+        }
+    }
+
     /// Whether `range` has a part of a mapping.
     fn splits(&self, domain: DomainId, range: IovaRange) -> bool {
         let mappings = self.state.domains.get(&domain).into_iter().flatten();
@@ -186,9 +205,9 @@ impl DmaBackend for KernelBackend {
             self.fill(domain, contents)
                 .map_err(AttachError::Unchanged)?;
         }
-        let switched = self.call(|kernel| kernel.state.targets.insert(endpoint, target));
+        let switched = self.call(|kernel| kernel.switch(endpoint, target));
         match (switched, made) {
-            (Ok(_), made) => {
+            (Ok(()), made) => {
                 self.known.extend(made);
                 Ok(())
             }
@@ -208,6 +227,7 @@ impl DmaBackend for KernelBackend {
     ) -> Vec<(EndpointId, BackendError)> {
         let (there, targets) = self.sure_call(|kernel| {
             let there: BTreeSet<_> = kernel.state.domains.keys().copied().collect();
+            kernel.is_adopting = true;
             (there, kernel.state.targets.clone())
         });
         let wanted: BTreeSet<_> = adoption
@@ -250,23 +270,34 @@ impl DmaBackend for KernelBackend {
             }
         }
         self.known = kept.clone();
+        let mut blocked = Vec::new();
         for &(endpoint, target) in adoption.endpoints {
             let cause = match target {
                 Target::Domain(domain) => lost.get(&domain).cloned(),
                 Target::Bypass | Target::Blocked => None,
             };
+            let is_same = targets.get(&endpoint) == Some(&target);
             let outcome = match cause {
                 Some(cause) => Err(cause),
-                None if targets.get(&endpoint) == Some(&target) => Ok(()),
-                None => self
-                    .attach(endpoint, target, contents)
-                    .map_err(|refusal| refusal.cause().clone()),
+                None if is_same => Ok(()),
+                None => self.call(|kernel| kernel.switch(endpoint, Target::Blocked)),
             };
-            if let Err(cause) = outcome {
-                self.quarantine(endpoint);
-                failed.push((endpoint, cause));
+            match outcome {
+                Err(cause) => {
+                    self.quarantine(endpoint);
+                    failed.push((endpoint, cause));
+                }
+                Ok(()) if is_same || target == Target::Blocked => {}
+                Ok(()) => blocked.push((endpoint, target)),
             }
         }
+        for (endpoint, target) in blocked {
+            if let Err(refusal) = self.attach(endpoint, target, contents) {
+                self.quarantine(endpoint);
+                failed.push((endpoint, refusal.cause().clone()));
+            }
+        }
+        self.sure_call(|kernel| kernel.is_adopting = false);
         let still = |kernel: &mut Kernel, domain: &DomainId| {
             let mut targets = kernel.state.targets.values();
             targets.any(|t| *t == Target::Domain(*domain))
@@ -290,7 +321,7 @@ impl DmaBackend for KernelBackend {
 
     fn quarantine(&mut self, endpoint: EndpointId) {
         self.begun.clear();
-        self.sure_call(|kernel| kernel.state.targets.insert(endpoint, Target::Blocked));
+        self.sure_call(|kernel| kernel.switch(endpoint, Target::Blocked));
     }
 
     fn map(&mut self, domain: DomainId, mapping: &Mapping) -> Result<(), BackendError> {

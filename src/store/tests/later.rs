@@ -1,20 +1,25 @@
 //! What a later life owes to those that the earlier one has not served yet: another VMM, another driver, nobody.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 use super::bed::{
-    A, ALL, B, Bed, D1, D2, FEATURES, OK, Req, Step, settings, topology, topology_of,
+    A, ALL, B, Bed, D1, D2, FEATURES, G1, G2, OK, Req, Step, settings, topology, topology_of,
 };
 use super::kernel::KernelHandle;
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::backends::Target;
+use crate::backends::recorder::{Hook, Recorder};
+#[cfg(not(miri))]
+use crate::backends::testing::slot;
 use crate::ids::EndpointId;
 use crate::iommu::{Iommu, Predecessor, RestoreError, Restored};
 use crate::page_table::crash;
 use crate::page_table::words::SharedWords;
 use crate::store::StoreError;
-use crate::store::layout::{DOMAIN_RECORD, HEADER_VERSION, RING_BATCH, header_salt, seal};
+use crate::store::layout::{
+    COMPLETE, DOMAIN_RECORD, HEADER_OWNER, HEADER_VERSION, RING_BATCH, header_salt, seal,
+};
 
 const NEVER: u64 = u64::MAX;
 
@@ -254,4 +259,75 @@ fn an_endpoint_without_the_record_of_its_domain_stays_blocked() {
     let target = kernel.lock().state.targets.get(&A).copied();
     assert_eq!(target, Some(Target::Blocked));
     iommu.detach(A, D1).expect("attached");
+}
+
+/// A backend of the new process has failed before the restore: the restore must not forget it.
+#[cfg(not(miri))]
+#[test]
+fn a_quarantine_before_the_restore_stays() {
+    let kernel = KernelHandle::default();
+    let (mut iommu, left) = first_life(&kernel);
+    iommu.connect();
+    iommu.attach(A, D1, false).expect("attached");
+    drop(iommu);
+    for is_damaged in [false, true] {
+        let (arena, store) = (left.arena.words(), left.store.words());
+        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+        let backend = Recorder::new();
+        iommu
+            .add_backend(Box::new(backend.clone()), &ALL)
+            .expect("added");
+        iommu.connect();
+        iommu.set_memory(vec![slot(0, 0x1000, 0)]);
+        let calls = backend.state().calls;
+        backend.state().fail_call = Some(calls + 1);
+        // An unknown part of the slot is still reachable.
+        iommu.set_memory(Vec::new());
+        let outcome = iommu.restore(Predecessor {
+            arena: if is_damaged { &[] } else { arena },
+            store,
+        });
+        assert_eq!(outcome.is_err(), is_damaged);
+        let endpoint = iommu.endpoint(A).expect("an endpoint");
+        assert!(endpoint.quarantined || is_damaged, "{endpoint:?}");
+        let target = backend.state().targets.get(&A).copied();
+        assert_eq!(target, Some(Target::Blocked));
+        // The store of the first process is obsolete now.
+        SharedWords::set(&store[HEADER_OWNER], COMPLETE);
+    }
+}
+
+/// The default of a backend: nobody is switched before all are blocked.
+#[test]
+fn a_backend_with_new_objects_blocks_all_endpoints_first() {
+    let kernel = KernelHandle::default();
+    let (mut iommu, left) = first_life(&kernel);
+    iommu.connect();
+    for (endpoint, domain) in [(G1, D1), (G2, D1), (A, D2)] {
+        iommu.attach(endpoint, domain, false).expect("attached");
+    }
+    drop(iommu);
+    let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+    let backend = Recorder::new();
+    iommu
+        .add_backend(Box::new(backend.clone()), &ALL)
+        .expect("added");
+    iommu.connect();
+    let (seen, state) = (Arc::new(Mutex::new(Vec::new())), backend.clone());
+    let calls = seen.clone();
+    let note = move || {
+        let targets: Vec<_> = state.state().targets.values().copied().collect();
+        calls.lock().expect("not poisoned").push(targets);
+    };
+    backend.state().at_attach = Some(Hook(Arc::new(note)));
+    let restored = iommu.restore(Predecessor {
+        arena: left.arena.words(),
+        store: left.store.words(),
+    });
+    restored.expect("restored");
+    for targets in seen.lock().expect("not poisoned").iter() {
+        let is_open = targets.iter().any(|target| *target != Target::Blocked);
+        assert!(!is_open || targets.len() == ALL.len(), "{targets:?}");
+    }
+    assert_eq!(backend.state().targets[&G2], Target::Domain(D1));
 }
