@@ -66,7 +66,9 @@ pub enum RestoreError {
     )]
     Offer,
     /// The arena is too small for the mappings.
-    #[error("{0}; give this daemon the `arena-limit` of the one before, or reset the VM")]
+    #[error(
+        "the mappings do not fit: {0}; give this daemon the `arena-limit` of the one before, or reset the VM"
+    )]
     OutOfFrames(OutOfFrames),
     /// A mapping is refused.
     #[error("a mapping of domain {domain} is refused: {cause}; reset the VM")]

@@ -305,6 +305,54 @@ pub const ELSEWHERE: &[(&str, &str)] = &[
     ),
     ("LevelError::NotOurs", "the library in another program"),
     (
+        "StoreError::NotAStore",
+        "src/store/tests/hostile.rs::a_store_of_another_version_or_size_is_refused",
+    ),
+    (
+        "StoreError::Version",
+        "src/store/tests/hostile.rs::a_store_of_another_version_or_size_is_refused",
+    ),
+    (
+        "StoreError::NotNewest",
+        "src/store/tests/hostile.rs::a_store_is_taken_over_once",
+    ),
+    (
+        "StoreError::NoJournal",
+        "src/store/tests/later.rs::a_store_without_a_journal_is_refused",
+    ),
+    (
+        "StoreError::Damaged",
+        "src/store/tests/hostile.rs::each_damaged_word_of_the_store_is_refused_or_harmless",
+    ),
+    (
+        "StoreError::Twice",
+        "src/store/tests/refusals.rs::a_store_with_two_records_of_an_endpoint_is_refused",
+    ),
+    (
+        "RestoreError::Arena",
+        "src/store/tests/refusals.rs::an_arena_without_its_header_is_refused",
+    ),
+    (
+        "RestoreError::Torn",
+        "src/store/tests/refusals.rs::a_mapping_without_one_of_its_pages_is_refused",
+    ),
+    (
+        "RestoreError::Offer",
+        "src/store/tests/refusals.rs::another_offer_is_refused",
+    ),
+    (
+        "RestoreError::OutOfFrames",
+        "src/store/tests/refusals.rs::an_arena_that_is_too_small_is_refused",
+    ),
+    (
+        "RestoreError::Refused",
+        "the reader refuses every mapping that a table refuses",
+    ),
+    (
+        "RestoreError::NotNew",
+        "src/store/tests/refusals.rs::a_core_that_is_in_use_restores_nothing",
+    ),
+    (
         "AddError::TooWeak",
         "src/iommu/tests/hotplug.rs::a_refused_addition_changes_nothing",
     ),

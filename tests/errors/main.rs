@@ -77,7 +77,7 @@ const SOURCES: [(&str, &str); 21] = [
     ),
 ];
 /// More source files of the last headings.
-const MORE: [(&str, &str); 7] = [
+const MORE: [(&str, &str); 9] = [
     (
         "src/topology/changes.rs",
         "`ctl add-endpoint` and `remove-endpoint`",
@@ -91,6 +91,8 @@ const MORE: [(&str, &str); 7] = [
     ("src/process/service.rs", "Services"),
     ("src/process/supervisor.rs", "Services"),
     ("src/logging/mod.rs", "`ctl log-level`"),
+    ("src/store/loaded.rs", "Taking over from the daemon before"),
+    ("src/iommu/restore.rs", "Taking over from the daemon before"),
 ];
 
 fn root() -> &'static Path {

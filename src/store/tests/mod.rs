@@ -11,3 +11,4 @@ mod hostile;
 mod kernel;
 mod later;
 mod random;
+mod refusals;
