@@ -2,6 +2,7 @@
 
 mod group_target;
 pub mod iommufd;
+mod objects;
 mod reach;
 #[cfg(test)]
 pub(crate) mod recorder;
@@ -23,6 +24,8 @@ use vm_memory::MmapRegion;
 use crate::address::{GpaRange, IovaRange, Mapping, PageMask};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Levels, TableOffset, TableReader};
+
+pub use self::objects::{ObjectRecord, ObjectRecords, RecordId};
 
 /// The limits of a backend. The core offers the guest only page sizes and addresses that all backends support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,9 +124,15 @@ pub enum BackendErrorKind {
 pub struct Adoption<'a> {
     /// Every endpoint of the backend, with its target.
     pub endpoints: &'a [(EndpointId, Target)],
+    /// Those of them that are quarantined, each with the target [`Target::Blocked`].
+    pub quarantined: &'a [EndpointId],
     /// Ranges whose mappings a request in progress was making or removing: the earlier process may have made or removed
     /// them in the backend, and the page tables do not have them. Whole pages; they may overlap.
     pub in_progress: &'a [(DomainId, IovaRange)],
+    /// The backend's records of the kernel's objects, see [`DmaBackend::record_owner`].
+    pub records: &'a [(RecordId, ObjectRecord)],
+    /// Guest memory is where it was when the earlier process made its mappings, and that process was not changing it.
+    pub is_memory_same: bool,
 }
 
 /// A backend's refusal.
@@ -163,6 +172,16 @@ impl AttachError {
 pub trait DmaBackend: Send {
     /// The backend's limits, which never change.
     fn capabilities(&self) -> BackendCapabilities;
+
+    /// The owner in the backend's records of the kernel's objects; `None` if it has none. No two backends have the same.
+    fn record_owner(&self) -> Option<u64> {
+        None
+    }
+
+    /// Has the backend record the kernel's objects from now on. The core calls this before anything else, and not at all if
+    /// the objects end with this process. If the backend `adopts`, [`Self::adopt`] follows, and until then only
+    /// `vmm_present`, `add_memory` and `remove_memory`, which must make no objects.
+    fn keep_records(&mut self, _records: Arc<dyn ObjectRecords>, _adopts: bool) {}
 
     /// A VMM has connected, or has gone. A VMM that connects has bound the devices that it shares with this process, and
     /// its memory slots follow. Without a VMM, an `attach` of an unbound shared device is deferred: an unbound device

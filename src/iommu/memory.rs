@@ -6,6 +6,7 @@ use log::debug;
 
 use super::inspect::Dma;
 use super::reachable::{is_all_reachable, reachable_bytes};
+use super::stored::identity_of;
 use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
 use crate::backends::{BackendError, DmaBackend, MemorySlot, Target};
@@ -60,16 +61,21 @@ impl Iommu {
     pub fn set_memory(&mut self, slots: Vec<MemorySlot>) {
         let removed: Vec<_> = difference(&self.memory, &slots);
         let added: Vec<_> = difference(&slots, &self.memory);
+        if removed.is_empty() && added.is_empty() {
+            return;
+        }
+        // Until the end, a later process must not take the mappings in backends for those of any memory.
+        self.store.set_memory(0);
         // Keep the old value of an unchanged slot, with its mapping in this process: a backend may
         // use that mapping.
         self.memory.retain(|slot| !removed.contains(slot));
         self.memory.extend(added.iter().cloned());
-        if self.backends.is_empty() {
-            return;
+        if !self.backends.is_empty() {
+            self.remove_slots(&removed);
+            self.add_slots(&added);
+            self.count_unreachable();
         }
-        self.remove_slots(&removed);
-        self.add_slots(&added);
-        self.count_unreachable();
+        self.store.set_memory(identity_of(&self.memory));
     }
 
     /// Counts, in every domain, the mappings that backends do not have in full.

@@ -7,7 +7,7 @@
 //! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
 //! and the VMM, `hotplug` adds and removes endpoints, `filled` fills the backend of a new one,
 //! `records` counts the memory of records, `stored` writes the store, and `restore` goes on where an earlier process has
-//! died: `rebuild` reads its tables and records.
+//! died: `rebuild` reads its tables and records, `adopt` has the backends take over their endpoints.
 //!
 //! An endpoint is in one of these states:
 //!
@@ -21,6 +21,7 @@
 //!
 //! While the state of the guest's driver is unknown, all endpoints are unattached and blocked, and ATTACH is refused.
 
+mod adopt;
 mod attach;
 mod domain;
 mod error;
@@ -181,7 +182,7 @@ impl Iommu {
     /// The backend's aperture has no address in common with the input range.
     pub fn add_backend(
         &mut self,
-        backend: Box<dyn DmaBackend>,
+        mut backend: Box<dyn DmaBackend>,
         endpoints: &[EndpointId],
     ) -> Result<(), String> {
         let can = backend.capabilities();
@@ -198,6 +199,7 @@ impl Iommu {
         self.store.set_offer(&self.offer_words());
         let index = self.backends.len();
         self.batches_maps |= backend.batches_maps();
+        backend.keep_records(self.object_records(), self.adopting);
         self.backends.push(backend);
         for &endpoint in endpoints {
             self.backend_of.insert(endpoint, index);

@@ -17,11 +17,11 @@ use std::sync::atomic::AtomicU64;
 use log::{error, info};
 use thiserror::Error;
 
-use super::domain::BackendOf;
-use super::target::{DomainContents, target_of};
-use super::{DriverState, EndpointRecord, Iommu, Settings};
+use super::adopt::LeftInBackends;
+use super::stored::identity_of;
+use super::{DriverState, Iommu, Settings};
 use crate::address::IovaRange;
-use crate::backends::{Adoption, BackendError, BackendErrorKind, Target};
+use crate::backends::{ObjectRecord, RecordId, Target};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{ArenaError, MapRefusal, OutOfFrames, Table, TornTable};
 use crate::store::{
@@ -199,9 +199,17 @@ impl Iommu {
         self.endpoints = rebuilt.endpoints;
         self.groups = rebuilt.groups;
         self.count_records();
-        self.publish_store(&loaded, old);
+        let is_memory_same = loaded.memory == identity_of(&self.memory);
+        let objects = self.publish_store(&loaded, old, is_memory_same);
         self.adopting = false;
-        let failed = self.adopt_endpoints(&in_progress(&loaded, self));
+        let left = LeftInBackends {
+            in_progress: in_progress(&loaded, self),
+            objects,
+            is_memory_same,
+        };
+        let failed = self.adopt_endpoints(&left);
+        self.forget_objects(&left.objects);
+        self.store.set_memory(identity_of(&self.memory));
         if loaded.state.resetting {
             self.finish_reset();
         }
@@ -239,8 +247,17 @@ impl Iommu {
         Ok(restored)
     }
 
-    /// Writes the state to the new store, and makes it the newest.
-    fn publish_store(&mut self, loaded: &Loaded, old: Predecessor<'_>) {
+    /// Writes the state to the new store, and makes it the newest. Returns the records of kernel objects.
+    fn publish_store(
+        &mut self,
+        loaded: &Loaded,
+        old: Predecessor<'_>,
+        is_memory_same: bool,
+    ) -> Vec<(RecordId, ObjectRecord)> {
+        if !is_memory_same {
+            // Until the backends have adopted their endpoints, the next process must find that memory has changed, too.
+            self.store.set_memory(0);
+        }
         self.store.set_generation(loaded.generation + 1);
         self.store.set_features(loaded.features);
         if loaded.state.resetting {
@@ -258,65 +275,16 @@ impl Iommu {
         for endpoint in endpoints {
             self.record_endpoint(endpoint);
         }
+        let records = self.object_records();
+        let objects = loaded.objects.iter().filter_map(|&object| {
+            let record = object.into();
+            Some((records.add(record)?, record))
+        });
+        let objects = objects.collect();
         self.store.adopt_journal(loaded);
         self.store.complete();
         Store::supersede(old.store);
-    }
-
-    /// Has every backend adopt its endpoints, and quarantines those that it fails to adopt. Returns these.
-    fn adopt_endpoints(&mut self, in_progress: &[(DomainId, IovaRange)]) -> BTreeSet<EndpointId> {
-        let mut all_failed = BTreeSet::new();
-        for index in 0..self.backends.len() {
-            let endpoints: Vec<(EndpointId, Target)> = self
-                .backend_of
-                .iter()
-                .filter(|(_, of)| **of == index)
-                .map(|(&id, _)| (id, self.adopted_target(id)))
-                .collect();
-            let contents = DomainContents {
-                domains: &self.domains,
-                new_domain: None,
-                arena: &self.arena,
-            };
-            let adoption = Adoption {
-                endpoints: &endpoints,
-                in_progress,
-            };
-            let failed = self.backends[index].adopt(&adoption, &contents);
-            for (endpoint, cause) in &failed {
-                self.quarantine(*endpoint, cause);
-                all_failed.insert(*endpoint);
-            }
-            let stopped = BackendError {
-                kind: BackendErrorKind::DevErr,
-                message: "another endpoint could not be adopted".into(),
-            };
-            self.quarantine_stopped(index, &stopped);
-            for (endpoint, target) in endpoints {
-                if let Target::Domain(domain) = target
-                    && !failed.iter().any(|(id, _)| *id == endpoint)
-                {
-                    self.note_present(domain, index);
-                }
-            }
-        }
-        all_failed
-    }
-
-    /// The target that the record of an endpoint says.
-    fn adopted_target(&self, endpoint: EndpointId) -> Target {
-        match self.endpoints.get(&endpoint) {
-            Some(record) if record.quarantined || record.suspended => Target::Blocked,
-            Some(EndpointRecord {
-                domain: Some(id), ..
-            }) => match self.domains.get(id) {
-                Some(domain) => target_of(*id, domain.is_bypass()),
-                None => Target::Blocked,
-            },
-            // Without a VMM, the endpoints wait for it.
-            _ if self.vmm_present => self.unattached_target(endpoint),
-            _ => Target::Blocked,
-        }
+        objects
     }
 
     /// Finishes a reset, or the VMM's end: both switch quarantined endpoints, too.
@@ -382,21 +350,13 @@ impl Iommu {
         self.bypass = false;
         self.driver = DriverState::Unknown;
         self.adopting = false;
-        self.adopt_endpoints(&[]);
+        // Without records: this process's store is not whole yet, so no object may be destroyed.
+        self.adopt_endpoints(&LeftInBackends::default());
         self.bypass = self.bypass_at_boot;
         self.block_unknown_driver();
         self.store.complete();
         // Only now: until here, the next process must refuse it, too.
         Store::supersede(old.store);
-    }
-
-    /// How a domain counts a backend.
-    pub(super) fn use_of(&self, index: usize) -> BackendOf {
-        BackendOf {
-            index,
-            reads_page_table: self.backends[index].reads_page_table(),
-            batches_maps: self.backends[index].batches_maps(),
-        }
     }
 }
 

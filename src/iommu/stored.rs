@@ -1,10 +1,16 @@
 //! What the core writes to the store as its state changes.
 
+use std::sync::Arc;
+
 use super::domain::Domain;
 use super::{DriverState, EndpointRecord, Iommu};
+use crate::backends::{MemorySlot, ObjectRecord, ObjectRecords, RecordId};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::Levels;
-use crate::store::{Journal, OfferWords, Store, StoredDomain, StoredDriver, StoredEndpoint};
+use crate::store::{
+    Journal, ObjectWriter, OfferWords, Store, StoredDomain, StoredDriver, StoredEndpoint,
+    StoredObject,
+};
 
 impl Iommu {
     /// The store, which outlives this process.
@@ -27,6 +33,11 @@ impl Iommu {
     /// Records the feature bits that the driver has accepted, for a later process.
     pub fn note_features(&self, features: u64) {
         self.store.set_features(features);
+    }
+
+    /// Keeps the records of a backend.
+    pub(super) fn object_records(&self) -> Arc<dyn ObjectRecords> {
+        Arc::new(StoreObjects(self.store.objects()))
     }
 
     pub(super) fn offer_words(&self) -> OfferWords {
@@ -70,6 +81,65 @@ impl Iommu {
         self.store.begin_reset(bypass, driver.into());
         self.store.journal().clear();
         self.interrupted = None;
+    }
+}
+
+/// Keeps the records of backends in the store.
+struct StoreObjects(ObjectWriter);
+
+impl ObjectRecords for StoreObjects {
+    fn add(&self, record: ObjectRecord) -> Option<RecordId> {
+        self.0.add(record.into()).map(RecordId)
+    }
+
+    fn set_state(&self, id: RecordId, record: ObjectRecord) {
+        self.0.set_state(id.0, record.into());
+    }
+
+    fn remove(&self, id: RecordId) {
+        self.0.remove(id.0);
+    }
+}
+
+/// A number that identifies guest memory: the places of all slots, and their bytes. Never 0, and below bit 48.
+pub(super) fn identity_of(slots: &[MemorySlot]) -> u64 {
+    let mut sorted: Vec<_> = slots
+        .iter()
+        .map(|slot| {
+            let (device, inode) = slot.identity;
+            let (first, last) = (slot.range.first().0, slot.range.last().0);
+            [first, last, slot.offset, device, inode]
+        })
+        .collect();
+    sorted.sort_unstable();
+    // FNV-1a, by words. It protects against mistakes, not against a forger: a VMM owns its guest's memory.
+    let hash = sorted
+        .iter()
+        .flatten()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, word| {
+            let hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+            hash ^ hash >> 29
+        });
+    (hash ^ hash >> 48) & ((1 << 48) - 1) | 1
+}
+
+impl From<ObjectRecord> for StoredObject {
+    fn from(record: ObjectRecord) -> Self {
+        Self {
+            owner: record.owner,
+            object: record.object,
+            state: record.state,
+        }
+    }
+}
+
+impl From<StoredObject> for ObjectRecord {
+    fn from(stored: StoredObject) -> Self {
+        Self {
+            owner: stored.owner,
+            object: stored.object,
+            state: stored.state,
+        }
     }
 }
 

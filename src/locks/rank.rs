@@ -68,6 +68,8 @@ pub enum Rank {
     ReaderState,
     /// A shadow reader's view of guest memory.
     ReaderMemory,
+    /// The places of the records in the store that outlives this process.
+    StoreRecords,
     /// The descriptors that outlive this process.
     KeptFiles,
     /// The file rules of the sandbox, which each thread applies to itself.

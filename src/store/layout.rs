@@ -34,6 +34,8 @@ pub const GLOBAL_STATE: usize = 8;
 pub const GLOBAL_FEATURES: usize = 9;
 /// Index of the first word of the offer, see [`OfferWords`](super::OfferWords).
 pub const GLOBAL_OFFER: usize = 10;
+/// Index of the sealed word that identifies guest memory: 0 while the mappings in backends are not those of any memory.
+pub const GLOBAL_MEMORY: usize = 15;
 /// Index of the sealed word that holds the batch: see [`RingBatch`](super::RingBatch).
 pub const RING_BATCH: usize = 16;
 /// Index of the sealed word that holds the number of entries of the batch whose answers the driver has had before the last
@@ -71,8 +73,9 @@ pub const NO_RECORD: u64 = 0;
 pub const DOMAIN_RECORD: u64 = u64::from_le_bytes(*b"domain\0\0");
 /// Kind of the record of an endpoint that is attached or quarantined. Word 1: the ID. Word 2, sealed: the state.
 pub const ENDPOINT_RECORD: u64 = u64::from_le_bytes(*b"endpoint");
-// `u64::from_le_bytes(*b"backend\0")` is kept for records of backends: the numbers of their kernel objects. This version
-// writes none, and refuses a store that has one.
+/// Kind of the record of a kernel object of a backend. Word 1: the owner. Word 2: the object. Word 3: the [`check`] of the
+/// words 1 and 2. Word 4, sealed: the state.
+pub const OBJECT_RECORD: u64 = u64::from_le_bytes(*b"backend\0");
 
 /// Word 2 of a bypass domain's record. The offset of a root is never this small.
 pub const BYPASS_DOMAIN: u64 = 1;
@@ -116,6 +119,12 @@ pub fn load(words: &[AtomicU64], index: usize) -> u64 {
 /// The salt of the sealed word of an endpoint's record.
 pub fn endpoint_salt(id: u32) -> u64 {
     1 << 32 | u64::from(id)
+}
+
+/// The salt of the sealed word of an object's record, and its word 3.
+pub fn object_check(owner: u64, object: u64) -> u64 {
+    // Not 0, which no salt may be.
+    check(object, owner) | 1
 }
 
 /// The salt of the sealed word of each journal entry: the same for all, so that the word is a constant.

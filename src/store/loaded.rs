@@ -1,6 +1,6 @@
 //! The store that an earlier process has left: read once, checked in full, and refused as a whole if it does not add up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
@@ -9,13 +9,13 @@ use thiserror::Error;
 use super::journal::{EntryState, KEPT_WORDS, Phase, RingBatch};
 use super::layout::{
     BYPASS_DOMAIN, COMPLETE, DOMAIN_RECORD, ENDPOINT_RECORD, ENTRY_BYTES, ENTRY_PHASE, ENTRY_REST,
-    ENTRY_WORDS, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_ENTRIES,
-    HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_RECORDS_USED,
-    HEADER_VERSION, JOURNAL_AT, JOURNAL_ENTRIES, LEVELS_BITS, MAGIC, NO_RECORD, RECORD_WORDS,
-    RECORDS_AT, RING_BATCH, RING_PUBLISHED, VERSION, check, endpoint_salt, header_salt, load,
-    unseal,
+    ENTRY_WORDS, GLOBAL_FEATURES, GLOBAL_MEMORY, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES,
+    HEADER_ENTRIES, HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS,
+    HEADER_RECORDS_USED, HEADER_VERSION, JOURNAL_AT, JOURNAL_ENTRIES, LEVELS_BITS, MAGIC,
+    NO_RECORD, OBJECT_RECORD, RECORD_WORDS, RECORDS_AT, RING_BATCH, RING_PUBLISHED, VERSION, check,
+    endpoint_salt, header_salt, load, object_check, unseal,
 };
-use super::{GlobalState, OfferWords, StoredDomain, StoredEndpoint};
+use super::{GlobalState, OfferWords, StoredDomain, StoredEndpoint, StoredObject};
 use crate::address::IovaRange;
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::words::SharedWords;
@@ -98,6 +98,10 @@ pub struct Loaded {
     pub domains: BTreeMap<DomainId, StoredDomain>,
     /// The endpoints that are attached or quarantined.
     pub endpoints: BTreeMap<EndpointId, StoredEndpoint>,
+    /// The kernel objects of backends.
+    pub objects: Vec<StoredObject>,
+    /// What identifies guest memory; 0 if the process was changing it.
+    pub memory: u64,
     /// The batch, and the ring's indices; `None` if the ring has served no request.
     pub batch: Option<RingBatch>,
     /// The requests of the batch.
@@ -133,6 +137,8 @@ impl Loaded {
             offer: OfferWords::from_words(offer).ok_or(damaged(GLOBAL_OFFER))?,
             domains: BTreeMap::new(),
             endpoints: BTreeMap::new(),
+            objects: Vec::new(),
+            memory: header(GLOBAL_MEMORY)?,
             batch: RingBatch::from_bits(header(RING_BATCH)?),
             entries: Vec::new(),
             published: 0,
@@ -145,6 +151,12 @@ impl Loaded {
         let used = usize::try_from(used).unwrap_or(0);
         for place in 0..used {
             loaded.read_record(words, RECORDS_AT + place * RECORD_WORDS)?;
+        }
+        let mut objects = BTreeSet::new();
+        for StoredObject { owner, object, .. } in &loaded.objects {
+            if !objects.insert((owner, object)) {
+                return Err(StoreError::Twice(format!("kernel object {object:#x}")));
+            }
         }
         let count = loaded.batch.map_or(0, |batch| usize::from(batch.count));
         if count > JOURNAL_ENTRIES {
@@ -200,7 +212,20 @@ impl Loaded {
                     None => Ok(()),
                 }
             }
-            // Also a record of a backend: this version does not know what it would mean.
+            OBJECT_RECORD => {
+                let (owner, object) = (word(1), word(2));
+                let check = object_check(owner, object);
+                if word(3) != check {
+                    return Err(damaged(3));
+                }
+                let state = unseal(word(4), check).ok_or(damaged(4))?;
+                self.objects.push(StoredObject {
+                    owner,
+                    object,
+                    state,
+                });
+                Ok(())
+            }
             _ => Err(damaged(0)),
         }
     }

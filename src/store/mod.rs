@@ -3,7 +3,8 @@
 //! ```text
 //! Store (memfd): | header: state, features, offer, ring | journal: one entry a request | records ... |
 //!                    |                                       |                             |
-//!                what the VM got                        the batch in progress      domains, endpoints
+//!                what the VM got                        the batch in progress      domains, endpoints,
+//!                what the VM got                        the batch in progress      kernel objects
 //! ```
 //!
 //! [`Store`] writes it as the core's state changes, [`Journal`] writes the requests of the batch in progress, and
@@ -27,13 +28,14 @@ use std::sync::atomic::AtomicU64;
 
 use crate::address::{Iova, IovaRange};
 use crate::ids::{DomainId, EndpointId};
+use crate::locks::{Mutex, Rank};
 use crate::page_table::words::SharedWords;
 use crate::page_table::{ArenaError, Levels};
 
 use self::layout::{
-    COMPLETE, GLOBAL_FEATURES, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES, HEADER_GENERATION,
-    HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_VERSION, JOURNAL_ENTRIES, MAGIC,
-    RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
+    COMPLETE, GLOBAL_FEATURES, GLOBAL_MEMORY, GLOBAL_OFFER, GLOBAL_STATE, HEADER_BYTES,
+    HEADER_GENERATION, HEADER_MAGIC, HEADER_OWNER, HEADER_RECORDS, HEADER_VERSION, JOURNAL_ENTRIES,
+    MAGIC, RECORD_WORDS, RECORDS_AT, SUPERSEDED, VERSION, header_salt, seal,
 };
 use self::records::Places;
 
@@ -46,6 +48,8 @@ pub use self::journal::{
 };
 pub use self::loaded::{Effect, JournalEntry, Loaded, StoreError, newest};
 
+/// The room for records of kernel objects beside one for each domain.
+const MORE_OBJECTS: u64 = 2048;
 /// The most requests in a batch: the room of the journal.
 pub const MAX_BATCH: usize = JOURNAL_ENTRIES;
 
@@ -152,12 +156,49 @@ pub struct StoredEndpoint {
     pub quarantined: bool,
 }
 
+/// The record of a kernel object of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredObject {
+    /// The backend.
+    pub owner: u64,
+    /// The object: no two of one owner are the same.
+    pub object: u64,
+    /// Its state, below bit 48.
+    pub state: u64,
+}
+
+/// Writes the records of kernel objects. Each record is made, changed and removed in one store.
+#[derive(Clone, Debug)]
+pub struct ObjectWriter {
+    places: Arc<Mutex<Places>>,
+}
+
+impl ObjectWriter {
+    /// Makes a record. Returns its place; `None` if there is no room.
+    pub fn add(&self, object: StoredObject) -> Option<u32> {
+        let mut places = self.places.lock();
+        let place = places.take()?;
+        places.write_object(place, object);
+        Some(place)
+    }
+
+    /// Changes the state of the record at a place of [`Self::add`].
+    pub fn set_state(&self, place: u32, object: StoredObject) {
+        self.places.lock().set_object(place, object);
+    }
+
+    /// Removes the record at a place of [`Self::add`].
+    pub fn remove(&self, place: u32) {
+        self.places.lock().release(place);
+    }
+}
+
 /// Writes the store of a running core.
 #[derive(Debug)]
 pub struct Store {
     memory: Arc<SharedWords>,
     state: GlobalState,
-    places: Places,
+    places: Arc<Mutex<Places>>,
     domains: BTreeMap<DomainId, u32>,
     endpoints: BTreeMap<EndpointId, u32>,
     journal: Journal,
@@ -172,7 +213,9 @@ impl Store {
         let too_large = ArenaError::TooLarge {
             limit_bytes: domains.saturating_mul(64),
         };
-        let room = domains.saturating_add(endpoints);
+        // Each domain may have an object in a backend, and a few objects belong to no domain.
+        let objects = domains.saturating_add(MORE_OBJECTS);
+        let room = domains.saturating_add(endpoints).saturating_add(objects);
         let Ok(room) = u32::try_from(room) else {
             return Err(too_large);
         };
@@ -190,7 +233,10 @@ impl Store {
         memory.store(HEADER_MAGIC, MAGIC);
         let journal = Journal::new(memory.clone());
         let store = Self {
-            places: Places::new(memory.clone(), room),
+            places: Arc::new(Mutex::new(
+                Rank::StoreRecords,
+                Places::new(memory.clone(), room),
+            )),
             journal,
             memory,
             state,
@@ -199,6 +245,7 @@ impl Store {
         };
         store.set_generation(1);
         store.set_features(0);
+        store.set_memory(0);
         store.set_state_word();
         Ok(store)
     }
@@ -254,6 +301,18 @@ impl Store {
         self.set_header(GLOBAL_FEATURES, features);
     }
 
+    /// Identifies guest memory, below bit 48. 0 while the mappings in backends are not those of any memory.
+    pub fn set_memory(&self, identity: u64) {
+        self.set_header(GLOBAL_MEMORY, identity);
+    }
+
+    /// Writes the records of kernel objects.
+    pub fn objects(&self) -> ObjectWriter {
+        ObjectWriter {
+            places: self.places.clone(),
+        }
+    }
+
     /// Records `bypass` and the state of the driver.
     pub fn set_state(&mut self, bypass: bool, driver: StoredDriver) {
         let state = GlobalState {
@@ -286,10 +345,10 @@ impl Store {
     /// Makes the record of a domain. Returns whether there was room.
     #[must_use = "a domain without a record does not survive"]
     pub fn add_domain(&mut self, id: DomainId, domain: StoredDomain, levels: Levels) -> bool {
-        let Some(place) = self.places.take() else {
+        let Some(place) = self.places.lock().take() else {
             return false;
         };
-        self.places.write_domain(place, id, domain, levels);
+        self.places.lock().write_domain(place, id, domain, levels);
         self.domains.insert(id, place);
         true
     }
@@ -297,16 +356,17 @@ impl Store {
     /// Removes the record of a domain.
     pub fn remove_domain(&mut self, id: DomainId) {
         if let Some(place) = self.domains.remove(&id) {
-            self.places.release(place);
+            self.places.lock().release(place);
         }
     }
 
     /// Records the state of an endpoint, in one store if it has a record.
     pub fn set_endpoint(&mut self, id: EndpointId, endpoint: StoredEndpoint) {
+        let mut places = self.places.lock();
         if let Some(&place) = self.endpoints.get(&id) {
-            self.places.set_endpoint(place, id, endpoint);
-        } else if let Some(place) = self.places.take() {
-            self.places.add_endpoint(place, id, endpoint);
+            places.set_endpoint(place, id, endpoint);
+        } else if let Some(place) = places.take() {
+            places.add_endpoint(place, id, endpoint);
             self.endpoints.insert(id, place);
         } else {
             // There is room for every endpoint that a topology can have.
@@ -317,7 +377,7 @@ impl Store {
     /// Removes the record of an endpoint, which is then neither attached nor quarantined.
     pub fn remove_endpoint(&mut self, id: EndpointId) {
         if let Some(place) = self.endpoints.remove(&id) {
-            self.places.release(place);
+            self.places.lock().release(place);
         }
     }
 

@@ -1,4 +1,4 @@
-//! The records of domains and endpoints: places of one cache line, whose first word is the kind.
+//! The records of domains, endpoints and kernel objects: places of one cache line, whose first word is the kind.
 //!
 //! The kind of a record is written last when the record is made, and is cleared first when the record goes.
 
@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::layout::{
     BYPASS_DOMAIN, DOMAIN_RECORD, ENDPOINT_RECORD, HEADER_RECORDS_USED, LEVELS_BITS, NO_RECORD,
-    RECORD_WORDS, RECORDS_AT, check, endpoint_salt, header_salt, seal,
+    OBJECT_RECORD, RECORD_WORDS, RECORDS_AT, check, endpoint_salt, header_salt, object_check, seal,
 };
-use super::{StoredDomain, StoredEndpoint};
+use super::{StoredDomain, StoredEndpoint, StoredObject};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::Levels;
 use crate::page_table::words::SharedWords;
@@ -78,6 +78,19 @@ impl Places {
     pub(super) fn set_endpoint(&self, place: u32, id: EndpointId, endpoint: StoredEndpoint) {
         let word = seal(endpoint.bits(), endpoint_salt(id.0));
         self.set(place, 2, word);
+    }
+
+    pub(super) fn write_object(&self, place: u32, object: StoredObject) {
+        self.set(place, 1, object.owner);
+        self.set(place, 2, object.object);
+        self.set(place, 3, object_check(object.owner, object.object));
+        self.set_object(place, object);
+        self.set(place, 0, OBJECT_RECORD);
+    }
+
+    pub(super) fn set_object(&self, place: u32, object: StoredObject) {
+        let salt = object_check(object.owner, object.object);
+        self.set(place, 4, seal(object.state, salt));
     }
 
     fn set(&self, place: u32, word: usize, value: u64) {
