@@ -9,6 +9,8 @@ use crate::{error_limited, warn_limited};
 
 /// A group of the host. Most groups have one device.
 pub(super) struct DeviceGroup {
+    /// The host's number of the group.
+    number: u32,
     members: Vec<GroupMember>,
     attachment: Attachment,
     /// Whether the devices are known to be bound to this process's iommufd.
@@ -65,7 +67,7 @@ impl GroupMember {
 impl DeviceGroup {
     /// A group before a VMM has connected. `endpoints::passthrough` refuses a group that has both shared devices and
     /// others.
-    pub(super) fn new(members: Vec<GroupMember>) -> Self {
+    pub(super) fn new(number: u32, members: Vec<GroupMember>) -> Self {
         let shared = members.iter().any(|m| m.shared);
         let attachment = if !shared {
             Attachment::Detached
@@ -76,6 +78,7 @@ impl DeviceGroup {
             Attachment::Unbound
         };
         Self {
+            number,
             members,
             attachment,
             verified: !shared,
@@ -83,9 +86,19 @@ impl DeviceGroup {
         }
     }
 
+    /// The host's number of the group.
+    pub(super) fn number(&self) -> u32 {
+        self.number
+    }
+
     /// The endpoints of its devices.
     pub(super) fn endpoints(&self) -> impl Iterator<Item = EndpointId> + '_ {
         self.members.iter().map(|m| m.endpoint)
+    }
+
+    /// The address spaces that [`Self::take_refusing`] will return.
+    pub(super) fn refusing(&self) -> &[u32] {
+        &self.refusing
     }
 
     /// The address spaces that an attach has failed to enter since the last call, and may have left half done.
@@ -140,6 +153,13 @@ impl DeviceGroup {
             (member.wanted, member.quarantined) = (target, false);
         }
         before
+    }
+
+    /// Notes that a member is quarantined. Does not move the devices.
+    pub(super) fn set_quarantined(&mut self, endpoint: EndpointId) {
+        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
+            member.quarantined = true;
+        }
     }
 
     /// Undoes [`Self::set_wanted`].
@@ -237,9 +257,7 @@ impl DeviceGroup {
 
     /// Quarantines a member, which ends all DMA of the group.
     pub(super) fn quarantine(&mut self, endpoint: EndpointId) {
-        for member in self.members.iter_mut().filter(|m| m.endpoint == endpoint) {
-            member.quarantined = true;
-        }
+        self.set_quarantined(endpoint);
         self.block();
     }
 

@@ -13,18 +13,21 @@
 //! connects again. No process can keep the VMM from that. So the backend clears the devices' bus-master bits when the VMM
 //! disconnects, and moves the devices when it connects: the kernel is called for every target, whatever the last one was.
 
+mod adopt;
 mod group;
+mod noted;
 mod spaces;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::group::{Attachment, DeviceGroup, GroupMember};
+use self::noted::SpaceRole;
 use self::spaces::Spaces;
 use super::reach::{Reach, refused, unmapped};
 use super::{
-    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
-    MemorySlot, Target,
+    Adoption, AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents,
+    DmaBackend, MemorySlot, ObjectRecords, Target,
 };
 use crate::address::{IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
@@ -91,7 +94,9 @@ impl Iommufd {
                 device.attach,
             ));
         }
-        let groups = members.into_iter().map(DeviceGroup::new).collect();
+        let groups = numbers.into_iter().zip(members);
+        let groups = groups.map(|(number, members)| DeviceGroup::new(number, members));
+        let groups = groups.collect();
         Self {
             capabilities,
             connected: false,
@@ -113,6 +118,14 @@ impl Iommufd {
             }
         }
         self
+    }
+
+    /// Records which groups need no verification.
+    fn note_verified_groups(&mut self) {
+        let notes = self.spaces.notes.get_mut();
+        for group in self.groups.iter().filter(|group| group.is_verified()) {
+            notes.add_group(group.number());
+        }
     }
 
     /// Updates the address spaces after devices have moved.
@@ -140,6 +153,17 @@ impl Iommufd {
         let Err(cause) = verified.and_then(|_| self.groups[index].move_to(attachment)) else {
             return Ok(());
         };
+        let former = match before {
+            Attachment::Ioas(ioas) => Some(ioas),
+            _ => None,
+        };
+        let refusing = self.groups[index].refusing().iter().copied();
+        if !self.groups[index].refusing().is_empty() {
+            let suspects: Vec<_> = refusing.chain(former).collect();
+            suspects
+                .into_iter()
+                .for_each(|ioas| self.spaces.suspect(ioas));
+        }
         let back = match before {
             Attachment::Ioas(_) | Attachment::Detached => Some(before),
             // Only the VMM can move devices back to its own address space. This process's address space for bypass mode
@@ -215,7 +239,7 @@ impl Iommufd {
             return Ok(true);
         }
         let failure = "no address space to verify a device's iommufd with";
-        let ioas = self.spaces.alloc(failure)?;
+        let ioas = self.spaces.alloc(SpaceRole::Spare, failure)?;
         let moved = self.groups[index].move_to(Attachment::Ioas(ioas));
         let destroyed = self.spaces.destroy_or_condemn(ioas);
         moved?;
@@ -223,6 +247,8 @@ impl Iommufd {
             Ok(()) => Ok(false),
             Err(cause) if cause.raw_os_error() == Some(libc::EBUSY) => {
                 self.groups[index].set_verified();
+                let number = self.groups[index].number();
+                self.spaces.notes.get_mut().add_group(number);
                 Ok(true)
             }
             Err(cause) => Err(refused("cannot verify a device's iommufd", &cause)),
@@ -250,6 +276,28 @@ impl Iommufd {
 impl DmaBackend for Iommufd {
     fn capabilities(&self) -> BackendCapabilities {
         self.capabilities
+    }
+
+    fn record_owner(&self) -> Option<u64> {
+        Some(self.spaces.notes.borrow().owner())
+    }
+
+    fn keep_records(&mut self, records: Arc<dyn ObjectRecords>, adopts: bool) {
+        let notes = self.spaces.notes.get_mut();
+        notes.begin(records);
+        self.spaces.adopting = adopts;
+        if !adopts {
+            notes.make_anchor(&*self.spaces.kernel);
+            self.note_verified_groups();
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        self.take_over(adoption, contents)
     }
 
     fn vmm_present(&mut self, present: bool) {
@@ -315,6 +363,7 @@ impl DmaBackend for Iommufd {
             }
         }
         self.renew_refusing(index);
+        self.spaces.trust_again();
         self.spaces.sweep();
         self.moved();
         switched

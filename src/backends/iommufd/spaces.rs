@@ -1,10 +1,12 @@
 //! The address spaces of domains and of bypass mode: making, filling and destroying them.
 
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use super::noted::{SpaceNotes, SpaceRole};
 use crate::address::{Access, Iova, IovaRange, Mapping};
 use crate::backends::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused};
 use crate::backends::{BackendError, BackendErrorKind, Contents, MemorySlot};
@@ -38,6 +40,14 @@ pub(super) struct Spaces {
     bypass: Option<Bypass>,
     /// Address spaces that could not be destroyed, with the memory that may be mapped in them.
     condemned: Vec<(u32, Vec<MemorySlot>)>,
+    /// The records of the address spaces.
+    pub(super) notes: RefCell<SpaceNotes>,
+    /// The kernel has refused to map a file.
+    lacks_files: Cell<bool>,
+    /// Whole address spaces that an attach has failed to enter or to leave.
+    suspects: Vec<u32>,
+    /// An earlier process's address spaces are not taken over yet: nothing is made.
+    pub(super) adopting: bool,
 }
 
 /// The address space of bypass mode.
@@ -57,11 +67,19 @@ impl Spaces {
             reach,
             bypass: None,
             condemned: Vec::new(),
+            notes: RefCell::new(SpaceNotes::new()),
+            lacks_files: Cell::new(false),
+            suspects: Vec::new(),
+            adopting: false,
         }
     }
 
     /// Makes an empty address space. `failure` says what is missing without it.
-    pub(super) fn alloc(&self, failure: impl fmt::Display) -> Result<u32, BackendError> {
+    pub(super) fn alloc(
+        &mut self,
+        role: SpaceRole,
+        failure: impl fmt::Display,
+    ) -> Result<u32, BackendError> {
         if self.condemned.len() >= MAX_CONDEMNED {
             return Err(BackendError {
                 kind: BackendErrorKind::NoMem,
@@ -71,9 +89,38 @@ impl Spaces {
                 ),
             });
         }
-        self.kernel
-            .alloc()
-            .map_err(|cause| refused(failure, &cause))
+        let notes = self.notes.get_mut();
+        notes.set_pending(true);
+        let made = self.kernel.alloc();
+        if let Ok(ioas) = &made {
+            notes.add(*ioas, role);
+        }
+        notes.set_pending(false);
+        made.map_err(|cause| refused(failure, &cause))
+    }
+
+    /// Records whether an address space has the mappings of its role.
+    fn set_whole(&mut self, ioas: u32, is_whole: bool) {
+        let notes = self.notes.get_mut();
+        notes.change(ioas, |state| state.is_whole = is_whole);
+    }
+
+    /// Has a later process make an address space anew, until [`Self::trust_again`]. The kernel may not know who is in it.
+    pub(super) fn suspect(&mut self, ioas: u32) {
+        let state = self.notes.get_mut().state(ioas);
+        if state.is_some_and(|state| state.is_whole) {
+            self.set_whole(ioas, false);
+            self.suspects.push(ioas);
+        }
+    }
+
+    /// All devices have left the suspects, or were attached anew.
+    pub(super) fn trust_again(&mut self) {
+        for ioas in std::mem::take(&mut self.suspects) {
+            let state = self.notes.get_mut().state(ioas);
+            let is_used = state.is_some_and(|state| state.role != SpaceRole::Spare);
+            self.set_whole(ioas, is_used);
+        }
     }
 
     /// The number of address spaces that could not be destroyed yet.
@@ -87,7 +134,8 @@ impl Spaces {
         domain: DomainId,
         contents: &dyn Contents,
     ) -> Result<u32, BackendError> {
-        let ioas = self.alloc(format_args!("domain {domain} gets no address space"))?;
+        let failure = format_args!("domain {domain} gets no address space");
+        let ioas = self.alloc(SpaceRole::Domain(domain), failure)?;
         let filled = contents
             .mappings(domain)
             .try_for_each(|mapping| self.map_into(ioas, &mapping, &mut 0));
@@ -95,13 +143,14 @@ impl Spaces {
             self.destroy(ioas);
             return Err(cause);
         }
+        self.set_whole(ioas, true);
         Ok(ioas)
     }
 
     /// The address space of bypass mode with all of guest RAM; made if there is none.
     pub(super) fn bypass_ioas(&mut self) -> Result<u32, BackendError> {
         if self.bypass.is_none() {
-            let ioas = self.alloc("bypass mode gets no address space")?;
+            let ioas = self.alloc(SpaceRole::Bypass, "bypass mode gets no address space")?;
             self.bypass = Some(Bypass {
                 ioas,
                 slots: Vec::new(),
@@ -127,6 +176,7 @@ impl Spaces {
                 Err(cause) => done = Err(cause),
             }
         }
+        self.set_whole(bypass.ioas, done.is_ok());
         self.bypass = Some(bypass);
         done
     }
@@ -157,17 +207,36 @@ impl Spaces {
         if !slot.is_shared_memory {
             // Not by file: the kernel would accept the mapping, and find out only when a device is attached that it
             // cannot pin the file's pages.
-            return self.kernel.map(ioas, range, access, here);
+            return self.map_by_address(ioas, range, access, here);
         }
         let at = slot.offset.saturating_add(offset);
         let by_file = DmaSource::File(slot.file.as_fd(), at);
         match self.kernel.map(ioas, range, access, by_file) {
             // Kernels before 6.13 lack IOMMU_IOAS_MAP_FILE.
             Err(cause) if matches!(cause.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-                self.kernel.map(ioas, range, access, here)
+                self.lacks_files.set(true);
+                self.map_by_address(ioas, range, access, here)
             }
             done => done,
         }
+    }
+
+    #[cold]
+    fn map_by_address(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        here: DmaSource<'_>,
+    ) -> io::Result<()> {
+        self.note_by_address(ioas);
+        self.kernel.map(ioas, range, access, here)
+    }
+
+    #[cold]
+    fn note_by_address(&self, ioas: u32) {
+        let mut notes = self.notes.borrow_mut();
+        notes.change(ioas, |state| state.by_address = true);
     }
 
     /// Maps a mapping into an address space. Adds the number of bytes that it has mapped to `done`, also on error.
@@ -219,6 +288,10 @@ impl Spaces {
         let copied = self.bypass.as_ref().filter(|_| self.copies);
         let done = match copied.filter(|b| b.slots.contains(slot)) {
             Some(bypass) => {
+                if !slot.is_shared_memory || self.lacks_files.get() {
+                    // The copy leads to the same pages as the mapping in bypass mode, which is one by address.
+                    self.note_by_address(ioas);
+                }
                 let from = Iova(part.gpa.0);
                 self.kernel
                     .copy(ioas, part.range, part.access, bypass.ioas, from)
@@ -260,18 +333,67 @@ impl Spaces {
     /// Destroys an address space. If that fails, keeps `slots` and guest RAM mapped into this process: they may still
     /// be mapped in the address space.
     pub(super) fn destroy_with(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
-        if let Err(cause) = self.kernel.destroy(ioas) {
+        if let Err(cause) = self.try_destroy(ioas) {
             warn_limited!("address space {ioas} cannot be destroyed yet: {cause}");
             let all = self.reach.slots().iter().chain(&slots).cloned().collect();
             self.condemned.push((ioas, all));
         }
     }
 
+    /// Destroys an address space, and removes its record.
+    fn try_destroy(&mut self, ioas: u32) -> io::Result<()> {
+        let notes = self.notes.get_mut();
+        let state = notes.state(ioas);
+        if state.is_some() {
+            notes.change(ioas, |state| state.role = SpaceRole::Spare);
+            // It is empty by the time that it has no record. If this fails, destroying it has the same effect.
+            let _ = self.kernel.unmap(ioas, IovaRange::ALL);
+        }
+        notes.set_pending(true);
+        notes.remove(ioas);
+        let destroyed = self.kernel.destroy(ioas);
+        if destroyed.is_err() && state.is_some() {
+            notes.add(ioas, SpaceRole::Spare);
+        }
+        notes.set_pending(false);
+        destroyed
+    }
+
+    /// Has an address space destroyed by the next [`Self::sweep`] that finds no device in it.
+    pub(super) fn condemn(&mut self, ioas: u32, slots: Vec<MemorySlot>) {
+        let notes = self.notes.get_mut();
+        notes.change(ioas, |state| state.is_whole = false);
+        self.condemned.push((ioas, slots));
+    }
+
     /// Tries again to destroy the address spaces that could not be destroyed.
     pub(super) fn sweep(&mut self) {
-        let kernel = &self.kernel;
-        self.condemned
-            .retain(|(ioas, _)| kernel.destroy(*ioas).is_err());
+        for (ioas, slots) in std::mem::take(&mut self.condemned) {
+            if self.try_destroy(ioas).is_err() {
+                self.condemned.push((ioas, slots));
+            }
+        }
+    }
+
+    /// Uses the address space of bypass mode that an earlier process has made and filled.
+    pub(super) fn adopt_bypass(&mut self, ioas: u32) {
+        let slots = self.reach.slots().to_vec();
+        self.bypass = Some(Bypass { ioas, slots });
+    }
+
+    /// Makes the mappings of domains without the address space of bypass mode, until [`Self::moved`].
+    pub(super) fn copy_nothing(&mut self) {
+        self.copies = false;
+    }
+
+    /// Makes the address space of bypass mode if it must always be there.
+    pub(super) fn make_bypass_if_pinned(&mut self) {
+        if self.pinning == Pinning::All
+            && !self.reach.slots().is_empty()
+            && let Err(cause) = self.bypass_ioas()
+        {
+            warn_limited!("guest RAM cannot be pinned for bypass mode: {cause}");
+        }
     }
 
     /// Updates the address spaces after devices have moved. `is_bypass_used` says whether a device is in the address
@@ -288,6 +410,11 @@ impl Spaces {
 
     /// Adds guest RAM.
     pub(super) fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        if self.adopting {
+            // Taken over with the address spaces.
+            self.reach.add(slot);
+            return Ok(());
+        }
         self.sweep();
         self.reach.add(slot);
         if self.pinning == Pinning::All || self.bypass.is_some() {
@@ -314,7 +441,7 @@ impl Spaces {
                 // The core quarantines the endpoints in this address space. The next endpoint in bypass mode gets a new
                 // one.
                 if let Some(Bypass { ioas, slots }) = self.bypass.take() {
-                    self.condemned.push((ioas, slots));
+                    self.condemn(ioas, slots);
                 }
                 let failure = format_args!("guest RAM at {} stays mapped", slot.range);
                 Err(refused(failure, &cause))
@@ -325,7 +452,7 @@ impl Spaces {
     /// Destroys an empty address space: now, or once no device is attached to it any more. Returns the kernel's answer
     /// to the first attempt.
     pub(super) fn destroy_or_condemn(&mut self, ioas: u32) -> io::Result<()> {
-        let destroyed = self.kernel.destroy(ioas);
+        let destroyed = self.try_destroy(ioas);
         if destroyed.is_err() {
             self.condemned.push((ioas, Vec::new()));
         }
