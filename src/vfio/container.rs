@@ -162,6 +162,10 @@ impl Type1 for Container {
     fn unmap_all(&self) -> io::Result<()> {
         ioctl::unmap_dma(self.as_fd(), unmap_all_argument()).map(|_| ())
     }
+
+    fn available(&self) -> io::Result<Option<u32>> {
+        self.info().map(|info| info.available)
+    }
 }
 
 /// The argument of `VFIO_IOMMU_MAP_DMA`, without the address of the memory.

@@ -220,4 +220,13 @@ pub trait Type1: Send {
     /// # Errors
     /// The kernel's.
     fn unmap_all(&self) -> io::Result<()>;
+
+    /// The number of further mappings that the container has room for (`VFIO_IOMMU_GET_INFO`); `None` if the kernel does
+    /// not say.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn available(&self) -> io::Result<Option<u32>> {
+        Ok(None)
+    }
 }

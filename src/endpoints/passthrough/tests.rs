@@ -302,7 +302,8 @@ impl Bed {
         };
         let bypass = usize::from(self.interface != Interface::Type1);
         let own = match self.interface {
-            Interface::Iommufd(_) => ALL.len(),
+            // And the anchor of the records.
+            Interface::Iommufd(_) => ALL.len() + 1,
             Interface::Type1 => 3,
         };
         state.spaces.len().saturating_sub(own + domains + bypass)

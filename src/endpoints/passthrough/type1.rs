@@ -290,6 +290,7 @@ fn add_group(
         devices,
         peers.to_vec(),
     );
+    let backend = backend.of_group(number, open.is_left);
     opened.backends.push((Box::new(backend), endpoints));
     Ok(())
 }

@@ -40,7 +40,6 @@ pub(crate) struct Area {
 pub(crate) struct KernelState {
     /// Address spaces by id, with their areas by first address.
     pub spaces: BTreeMap<u32, BTreeMap<u64, Area>>,
-    last_id: u32,
     /// By group: its address space, and the devices that are attached to it.
     pub groups: BTreeMap<u32, (Option<u32>, Vec<u32>)>,
     /// Groups that are attached but reach nothing: an attach took them out of their address space and then failed.
@@ -65,6 +64,8 @@ pub(crate) struct KernelState {
     pub old: bool,
     /// The kernel destroys no address space.
     pub keeps_spaces: bool,
+    /// The kernel of containers removes no mapping when everything is to be unmapped, and reports no error.
+    pub keeps_mappings: bool,
     /// The number of mappings by file so far.
     pub mapped_by_file: u64,
     /// Bound devices that do not wake up: attaching and detaching them fails.
@@ -324,8 +325,11 @@ fn area_of(range: IovaRange, access: Access, source: DmaSource<'_>) -> Area {
         }
         DmaSource::Host(memory, offset) => {
             assert!(offset + range.span() < memory.size() as u64);
-            let backing = memory.file_offset().expect("a file");
-            (identity(backing.file()), backing.start() + offset)
+            match memory.file_offset() {
+                Some(backing) => (identity(backing.file()), backing.start() + offset),
+                // Memory of the process alone.
+                None => ((0, 0), offset),
+            }
         }
     };
     Area {
@@ -346,8 +350,9 @@ impl AddressSpaces for FakeKernel {
     fn alloc(&self) -> io::Result<u32> {
         let mut state = self.state();
         state.step()?;
-        state.last_id += 1;
-        let id = state.last_id;
+        // The lowest free number, as the kernel's.
+        let id = (1..).find(|id| !state.spaces.contains_key(id));
+        let id = id.expect("a free number");
         state.spaces.insert(id, BTreeMap::new());
         Ok(id)
     }
@@ -559,6 +564,14 @@ impl Type1 for FakeContainer {
     fn unmap_all(&self) -> io::Result<()> {
         self.unmap_dma(&container::unmap_all_argument()).map(drop)
     }
+
+    fn available(&self) -> io::Result<Option<u32>> {
+        /// `dma_entry_limit`.
+        const LIMIT: u32 = 65535;
+        let mut state = self.kernel.state();
+        let used = u32::try_from(state.space(self.space)?.len()).expect("few");
+        Ok(Some(LIMIT - used))
+    }
 }
 
 impl FakeContainer {
@@ -570,6 +583,7 @@ impl FakeContainer {
             // The kernel of a container refuses to split before it removes anything.
             Some(range) if state.splits(self.space, range)? => return Err(error(libc::EINVAL)),
             Some(range) => range,
+            None if state.keeps_mappings => return Ok(0),
             None => IovaRange::ALL,
         };
         state.remove(self.space, range)

@@ -4,19 +4,32 @@
 //! To switch the devices to a new target, the backend empties the address space and fills it again. An access that a
 //! device makes in the meantime faults.
 
+mod adopt;
+
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
-use super::group_target::common_target;
-use super::reach::{Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped};
-use super::{
-    AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents, DmaBackend,
-    MemorySlot, Target,
-};
 use crate::address::{Access, IovaRange, Mapping};
+use crate::backends::group_target::common_target;
+use crate::backends::objects::{Ledger, Noted};
+use crate::backends::reach::{
+    Piece, PieceTarget, Reach, no_peer_access, not_mapped, refused, unmapped,
+};
+use crate::backends::{
+    Adoption, AttachError, BackendCapabilities, BackendError, BackendErrorKind, Contents,
+    DmaBackend, MemorySlot, ObjectRecords, Target,
+};
 use crate::error_limited;
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{Attach, DeviceMemory, Type1};
+
+/// The owner in the records of a group's backend, with the group's number.
+const OWNER: u64 = 2 << 32;
+/// The record of the target whose mappings the container holds.
+const FILLED: u64 = 1;
+/// The record of the number of mappings for which an empty container has room.
+const ROOM: u64 = 2;
 
 /// A device in the container's group.
 pub struct GroupDevice {
@@ -34,8 +47,15 @@ pub struct Type1Group {
     capabilities: BackendCapabilities,
     reach: Reach,
     members: BTreeMap<EndpointId, ContainerMember>,
-    /// The target whose mappings the address space holds; `None` if it holds mappings that could not be removed.
+    /// The target whose mappings the address space holds; `None` if it holds others.
     filled_for: Option<Target>,
+    /// The number of mappings that the empty container has room for, if the kernel says so.
+    room: Option<u32>,
+    /// An earlier process may have filled the container.
+    is_left: bool,
+    ledger: Ledger,
+    noted_filled: Option<Noted>,
+    noted_room: Option<Noted>,
 }
 
 struct ContainerMember {
@@ -69,7 +89,21 @@ impl Type1Group {
             reach: Reach::new(peers),
             members: members.collect(),
             filled_for: None,
+            room: None,
+            is_left: false,
+            ledger: Ledger::none(OWNER),
+            noted_filled: None,
+            noted_room: None,
         }
+    }
+
+    /// Names the host's number of the group, which identifies the container's records. `is_left` says whether an earlier
+    /// process may have filled the container.
+    #[must_use]
+    pub fn of_group(mut self, number: u32, is_left: bool) -> Self {
+        self.ledger = Ledger::none(OWNER | u64::from(number));
+        self.is_left = is_left;
+        self
     }
 
     fn target(&self) -> Target {
@@ -88,19 +122,46 @@ impl Type1Group {
     }
 
     fn empty(&self) -> Result<(), BackendError> {
-        self.kernel
-            .unmap_all()
-            .map_err(|cause| refused("a type1 container cannot be emptied", &cause))
+        const FAILURE: &str = "a type1 container cannot be emptied";
+        let emptied = self.kernel.unmap_all();
+        emptied.map_err(|cause| refused(FAILURE, &cause))?;
+        // Some kernels leave the mappings of another process without an error.
+        if self.is_left
+            && let Some(room) = self.room
+        {
+            let now = self.kernel.available();
+            let now = now.map_err(|cause| refused(FAILURE, &cause))?;
+            if now != Some(room) {
+                return Err(stale(format_args!(
+                    "{FAILURE}: it has mappings of the daemon before"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Records the target whose mappings the address space holds.
+    fn set_filled(&mut self, filled: Option<Target>) {
+        self.filled_for = filled;
+        let state = filled_bits(filled);
+        match &mut self.noted_filled {
+            Some(noted) => self.ledger.update(noted, state),
+            None => self.noted_filled = self.ledger.note(FILLED, state),
+        }
+    }
+
+    /// Records the room of the container, which is empty.
+    fn note_room(&mut self) {
+        if self.room.is_none()
+            && let Ok(Some(room)) = self.kernel.available()
+        {
+            self.room = Some(room);
+            self.noted_room = self.ledger.note(ROOM, room.into());
+        }
     }
 
     fn map_slot(&self, slot: &MemorySlot) -> Result<(), BackendError> {
-        let identity = Mapping {
-            range: slot.range.identity(),
-            gpa: slot.range.first(),
-            access: Access::READ_WRITE,
-            mmio: false,
-        };
-        self.map_pieces(&identity)
+        self.map_pieces(&identity(slot))
     }
 
     #[inline]
@@ -160,9 +221,13 @@ impl Type1Group {
                 .map_err(AttachError::Unchanged)?;
         }
         let before = self.filled_for;
-        let switched = self.empty().and_then(|()| self.fill(target, contents));
+        self.set_filled(None);
+        let switched = self.empty().and_then(|()| {
+            self.note_room();
+            self.fill(target, contents)
+        });
         let Err(cause) = switched else {
-            self.filled_for = Some(target);
+            self.set_filled(Some(target));
             return Ok(());
         };
         if let Some(before) = before
@@ -171,6 +236,7 @@ impl Type1Group {
                 .and_then(|()| self.fill(before, contents))
                 .is_ok()
         {
+            self.set_filled(Some(before));
             return Err(AttachError::Unchanged(cause));
         }
         self.block();
@@ -179,9 +245,11 @@ impl Type1Group {
 
     /// Ends all DMA of the group.
     fn block(&mut self) {
-        self.filled_for = Some(Target::Blocked);
-        let Err(cause) = self.empty() else { return };
-        self.filled_for = None;
+        self.set_filled(None);
+        let Err(cause) = self.empty() else {
+            self.set_filled(Some(Target::Blocked));
+            return;
+        };
         error_limited!("{cause}: the devices' bus-master bits are cleared");
         for member in self.members.values() {
             if let Some(device) = &member.device
@@ -193,9 +261,83 @@ impl Type1Group {
     }
 }
 
+/// The mapping of a slot in bypass mode.
+fn identity(slot: &MemorySlot) -> Mapping {
+    Mapping {
+        range: slot.range.identity(),
+        gpa: slot.range.first(),
+        access: Access::READ_WRITE,
+        mmio: false,
+    }
+}
+
+/// The error for mappings of an earlier process that may have stayed.
+fn stale(failure: impl fmt::Display) -> BackendError {
+    BackendError {
+        kind: BackendErrorKind::DevErr,
+        message: failure.to_string(),
+    }
+}
+
+/// The state in the record of a container.
+fn filled_bits(filled: Option<Target>) -> u64 {
+    match filled {
+        None => 0,
+        Some(Target::Blocked) => 1,
+        Some(Target::Bypass) => 2,
+        Some(Target::Domain(domain)) => 3 | u64::from(domain.0) << 2,
+    }
+}
+
+fn target_of_bits(bits: u64) -> Option<Target> {
+    match bits & 3 {
+        1 => Some(Target::Blocked),
+        2 => Some(Target::Bypass),
+        3 => u32::try_from(bits >> 2)
+            .ok()
+            .map(|id| Target::Domain(DomainId(id))),
+        _ => None,
+    }
+}
+
 impl DmaBackend for Type1Group {
     fn capabilities(&self) -> BackendCapabilities {
         self.capabilities
+    }
+
+    fn record_owner(&self) -> Option<u64> {
+        Some(self.ledger.owner())
+    }
+
+    fn keep_records(&mut self, records: Arc<dyn ObjectRecords>, adopts: bool) {
+        self.ledger.begin(records);
+        if !adopts {
+            self.set_filled(None);
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        self.adopt_records(adoption);
+        let mut failed = Vec::new();
+        for &(endpoint, target) in adoption.endpoints {
+            match self.members.get_mut(&endpoint) {
+                Some(member) => {
+                    member.wanted = target;
+                    member.quarantined = adoption.quarantined.contains(&endpoint);
+                }
+                None => failed.push((endpoint, unknown(endpoint))),
+            }
+        }
+        if let Err(cause) = self.take_over(self.target(), adoption, contents) {
+            self.block();
+            let members = self.members.keys();
+            failed.extend(members.map(|&endpoint| (endpoint, cause.clone())));
+        }
+        failed
     }
 
     fn vmm_present(&mut self, _present: bool) {
@@ -232,10 +374,7 @@ impl DmaBackend for Type1Group {
         contents: &dyn Contents,
     ) -> Result<(), AttachError> {
         let Some(member) = self.members.get_mut(&endpoint) else {
-            return Err(AttachError::Unchanged(BackendError {
-                kind: BackendErrorKind::DevErr,
-                message: format!("endpoint {endpoint} has no device of the host"),
-            }));
+            return Err(AttachError::Unchanged(unknown(endpoint)));
         };
         let before = (member.wanted, member.quarantined);
         (member.wanted, member.quarantined) = (target, false);
@@ -285,4 +424,10 @@ impl DmaBackend for Type1Group {
         }
         unmapped(range, least, self.kernel.unmap(range))
     }
+}
+
+fn unknown(endpoint: EndpointId) -> BackendError {
+    stale(format_args!(
+        "endpoint {endpoint} has no device of the host"
+    ))
 }
