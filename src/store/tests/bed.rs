@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+use super::host::Host;
 use super::kernel::{KernelHandle, KernelState};
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping, PageMask};
-use crate::backends::Target;
+use crate::backends::{MemorySlot, Target};
 use crate::device::execute::Context;
 use crate::device::plain_ring::PlainRing;
 use crate::device::request_queue::{Pass, RequestQueue};
@@ -150,6 +151,8 @@ pub(super) struct Bed {
     driver: DriverRing,
     pub kernels: Vec<KernelHandle>,
     batchers: u8,
+    /// The host's kernel in place of `kernels`.
+    pub host: Option<Host>,
     /// The supervisor's memfds: an arena and a store for each life.
     pub left: Vec<(Arc<SharedWords>, Arc<SharedWords>)>,
     life: Option<Life>,
@@ -203,6 +206,15 @@ pub(super) fn settings() -> Settings {
 impl Bed {
     /// A guest with `count` kernels; bit n of `batchers` says whether the backend of kernel n gains from runs of MAPs.
     pub(super) fn new(count: usize, batchers: u8) -> Self {
+        Self::with(count, batchers, None::<fn(&mut Iommu) -> Host>)
+    }
+
+    /// A guest whose devices are the host's. `add` adds the backends of the first process.
+    pub(super) fn on_host(add: impl FnOnce(&mut Iommu) -> Host) -> Self {
+        Self::with(0, 0, Some(add))
+    }
+
+    fn with(count: usize, batchers: u8, add: Option<impl FnOnce(&mut Iommu) -> Host>) -> Self {
         let ranges = [(GuestAddress(0), MEMORY_LEN)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("guest memory"));
         let driver = DriverRing::new(memory.clone(), RING_AT);
@@ -211,6 +223,7 @@ impl Bed {
             driver,
             kernels: (0..count).map(|_| KernelHandle::default()).collect(),
             batchers,
+            host: None,
             left: Vec::new(),
             life: None,
             waiting: Vec::new(),
@@ -220,7 +233,10 @@ impl Bed {
         };
         let mut iommu = Iommu::new(settings(), topology()).expect("memory");
         iommu.keep_journal();
-        bed.add_backends(&mut iommu);
+        match add {
+            Some(add) => bed.host = Some(add(&mut iommu)),
+            None => bed.add_backends(&mut iommu),
+        }
         iommu.note_features(FEATURES);
         bed.keep(&iommu);
         iommu.connect();
@@ -229,6 +245,9 @@ impl Bed {
     }
 
     fn add_backends(&self, iommu: &mut Iommu) {
+        if let Some(host) = &self.host {
+            return host.add_backends(iommu, false);
+        }
         let count = self.kernels.len();
         for (index, kernel) in self.kernels.iter().enumerate() {
             let mine: Vec<_> = ALL.iter().copied().skip(index).step_by(count).collect();
@@ -275,6 +294,23 @@ impl Bed {
             self.life = None;
             self.deaths += 1;
         }
+    }
+
+    /// The process dies between two requests.
+    pub(super) fn die(&mut self) {
+        self.note_death(true);
+    }
+
+    /// The VMM changes guest memory, and the process dies at point `at`. Returns whether it lives.
+    pub(super) fn change_memory(&mut self, slots: &[MemorySlot], at: u64) -> bool {
+        let (lived, _) = crash::run(at, || self.iommu().set_memory(slots.to_vec()));
+        self.note_death(lived.is_none());
+        lived.is_some()
+    }
+
+    /// The state of an endpoint.
+    pub(super) fn life_endpoint(&mut self, endpoint: EndpointId) -> EndpointState {
+        self.iommu().endpoint(endpoint).expect("an endpoint")
     }
 
     fn serve(&mut self, step: &Step) {
@@ -430,6 +466,12 @@ impl Bed {
             model.apply(request, status);
         }
         model.check(iommu);
+        if let Some(host) = &self.host {
+            let life = self.life.as_ref().expect("a process");
+            let deaths = usize::try_from(self.deaths).expect("few");
+            host.check(&life.iommu, deaths);
+        }
+        let iommu = self.iommu();
         for (index, kernel) in kernels.iter().enumerate() {
             let state = kernel.lock().state.clone();
             for (&domain, held) in &state.domains {

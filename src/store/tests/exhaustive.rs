@@ -8,10 +8,10 @@ use crate::page_table::crash;
 const NEVER: u64 = u64::MAX;
 
 /// What happens before, and the step in which the process dies.
-struct Case {
-    name: &'static str,
-    before: Vec<Step>,
-    step: Step,
+pub(super) struct Case {
+    pub name: &'static str,
+    pub before: Vec<Step>,
+    pub step: Step,
 }
 
 fn map(domain: DomainId, first: u64, pages: u64) -> Req {
@@ -40,7 +40,7 @@ fn with(mut before: Vec<Req>, more: &[Req]) -> Vec<Req> {
     before
 }
 
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let in_d1 = in_d1();
     // Beyond the tables of the other mappings.
     let far = 1 << 27;

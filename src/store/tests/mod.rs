@@ -7,6 +7,7 @@
 
 mod bed;
 mod exhaustive;
+mod host;
 mod hostile;
 mod kernel;
 mod later;

@@ -1,0 +1,778 @@
+//! The backends of the host's devices on the fake kernel, which outlives the processes. A process can die before and after
+//! each of its calls, too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use vm_memory::MmapRegion;
+
+use super::bed::{A, ALL, B, Bed, D1, D2, G1, G2, Model, OK, PAGE, Req, Step};
+use super::exhaustive::{Case, cases};
+use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
+use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
+use crate::backends::testing::slot;
+use crate::backends::type1::{GroupDevice, Type1Group};
+use crate::backends::{BackendCapabilities, MemorySlot};
+use crate::ids::EndpointId;
+use crate::iommu::{Dma, Iommu};
+use crate::page_table::crash;
+use crate::vfio::fake::{Area, FakeContainer, FakeDevice, FakeKernel, FakeMemory};
+use crate::vfio::{AddressSpaces, Attach, DmaSource, Type1};
+
+const NEVER: u64 = u64::MAX;
+
+/// The interface through which the daemon programs the host's IOMMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Interface {
+    /// iommufd; the daemon binds the devices.
+    Owned(Pinning),
+    /// iommufd; the VMM binds the devices.
+    Shared(Pinning),
+    Type1,
+}
+
+const INTERFACES: [Interface; 5] = [
+    Interface::Owned(Pinning::All),
+    Interface::Owned(Pinning::Mapped),
+    Interface::Shared(Pinning::All),
+    Interface::Shared(Pinning::Mapped),
+    Interface::Type1,
+];
+
+/// Areas that devices of groups must reach at any time.
+type Watched = Arc<Mutex<Vec<(u32, Area)>>>;
+
+/// The kernel, and what a supervisor keeps for the next process.
+pub(super) struct Host {
+    interface: Interface,
+    pub kernel: FakeKernel,
+    containers: BTreeMap<u32, (FakeContainer, u32)>,
+    pub memory: Vec<MemorySlot>,
+    watched: Watched,
+    /// The address spaces of the VMM.
+    foreign: BTreeSet<u32>,
+    /// The supervisor has lost the descriptors: the next process opens others.
+    pub has_lost: bool,
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.interface)
+    }
+}
+
+/// A handle to the kernel that belongs to a process.
+#[derive(Clone, Debug)]
+struct Mortal<T> {
+    inner: T,
+    kernel: FakeKernel,
+    watched: Watched,
+}
+
+impl<T> Mortal<T> {
+    /// A system call.
+    fn call<R>(&self, act: impl FnOnce(&T) -> R) -> R {
+        crash::point();
+        assert!(!crash::is_dead(), "a dead process makes no calls");
+        let outcome = act(&self.inner);
+        for (group, area) in self.watched.lock().expect("not poisoned").iter() {
+            assert!(reached(&self.kernel, *group).contains(area), "{area:?}");
+        }
+        crash::point();
+        outcome
+    }
+}
+
+/// The areas that the devices of a group reach through iommufd.
+fn reached(kernel: &FakeKernel, group: u32) -> Vec<Area> {
+    let state = kernel.state();
+    let space = match state.groups.get(&group).and_then(|g| g.0) {
+        Some(id) if !state.without_space.contains(&group) => &state.spaces[&id],
+        _ => return Vec::new(),
+    };
+    let cached = state.cached.get(&group).into_iter().flatten();
+    space.values().chain(cached).copied().collect()
+}
+
+impl AddressSpaces for Mortal<FakeKernel> {
+    fn alloc(&self) -> io::Result<u32> {
+        self.call(AddressSpaces::alloc)
+    }
+
+    fn destroy(&self, ioas: u32) -> io::Result<()> {
+        self.call(|kernel| kernel.destroy(ioas))
+    }
+
+    fn map(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        source: DmaSource<'_>,
+    ) -> io::Result<()> {
+        self.call(|kernel| AddressSpaces::map(kernel, ioas, range, access, source))
+    }
+
+    fn copy(
+        &self,
+        ioas: u32,
+        range: IovaRange,
+        access: Access,
+        from: u32,
+        first: Iova,
+    ) -> io::Result<()> {
+        self.call(|kernel| kernel.copy(ioas, range, access, from, first))
+    }
+
+    fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<u64> {
+        self.call(|kernel| AddressSpaces::unmap(kernel, ioas, range))
+    }
+}
+
+impl Attach for Mortal<FakeDevice> {
+    fn is_bound(&self) -> bool {
+        self.inner.is_bound()
+    }
+
+    fn attach(&self, ioas: u32) -> io::Result<()> {
+        self.call(|device| device.attach(ioas))
+    }
+
+    fn detach(&self) -> io::Result<()> {
+        self.call(Attach::detach)
+    }
+
+    fn clear_bus_master(&self) -> io::Result<()> {
+        self.call(Attach::clear_bus_master)
+    }
+}
+
+impl Type1 for Mortal<FakeContainer> {
+    fn map(
+        &self,
+        range: IovaRange,
+        access: Access,
+        memory: &MmapRegion,
+        offset: u64,
+    ) -> io::Result<()> {
+        self.call(|container| container.map(range, access, memory, offset))
+    }
+
+    fn unmap(&self, range: IovaRange) -> io::Result<u64> {
+        self.call(|container| container.unmap(range))
+    }
+
+    fn unmap_all(&self) -> io::Result<()> {
+        self.call(Type1::unmap_all)
+    }
+
+    fn available(&self) -> io::Result<Option<u32>> {
+        self.inner.available()
+    }
+}
+
+fn group_of(endpoint: EndpointId) -> u32 {
+    match endpoint {
+        A => 1,
+        B => 2,
+        _ => 3,
+    }
+}
+
+/// Two slots. Some mappings of the tests lead into both.
+fn memory() -> Vec<MemorySlot> {
+    const BORDER: u64 = 0x4_0005 * PAGE;
+    vec![slot(0, BORDER, 0), slot(BORDER, 1 << 40, 0x3000)]
+}
+
+impl Host {
+    fn new(interface: Interface) -> Self {
+        let kernel = FakeKernel::default();
+        let containers = [1, 2, 3].map(|group| (group, kernel.container()));
+        let mut host = Self {
+            interface,
+            kernel: kernel.clone(),
+            containers: containers.into(),
+            memory: memory(),
+            watched: Watched::default(),
+            foreign: BTreeSet::new(),
+            has_lost: false,
+        };
+        if interface != Interface::Type1 {
+            for (_, (_, space)) in std::mem::take(&mut host.containers) {
+                kernel.destroy(space).expect("destroyed");
+            }
+        }
+        if matches!(interface, Interface::Owned(_)) {
+            kernel.state().bound.extend(ALL.map(|id| id.0));
+        }
+        host
+    }
+
+    fn mortal<T>(&self, inner: T) -> Mortal<T> {
+        Mortal {
+            inner,
+            kernel: self.kernel.clone(),
+            watched: self.watched.clone(),
+        }
+    }
+
+    /// The VMM binds its devices.
+    fn bind_by_vmm(&mut self) {
+        if let Interface::Shared(_) = self.interface {
+            let spaces =
+                || -> BTreeSet<u32> { self.kernel.state().spaces.keys().copied().collect() };
+            let own = spaces();
+            for endpoint in ALL {
+                self.kernel.vmm_device(endpoint.0, group_of(endpoint));
+            }
+            self.foreign = spaces().difference(&own).copied().collect();
+        }
+    }
+
+    /// Adds the backends of a process. `is_first` if no process was before it.
+    pub(super) fn add_backends(&self, iommu: &mut Iommu, is_first: bool) {
+        let capabilities = BackendCapabilities {
+            page_sizes: PageMask::TABLE,
+            aperture: IovaRange::ALL,
+        };
+        let is_left = !is_first && !self.has_lost;
+        match self.interface {
+            Interface::Owned(pinning) | Interface::Shared(pinning) => {
+                let shared = matches!(self.interface, Interface::Shared(_));
+                let devices = ALL.map(|endpoint| PassthroughDevice {
+                    endpoint,
+                    name: format!("device {endpoint}"),
+                    group: group_of(endpoint),
+                    shared,
+                    attach: Box::new(
+                        self.mortal(self.kernel.device(endpoint.0, group_of(endpoint))),
+                    ),
+                    memory: Arc::new(FakeMemory::at(
+                        0,
+                        GpaRange::from_len(Gpa(u64::MAX << 13), 0x1000).expect("not empty"),
+                    )),
+                });
+                let kernel = Arc::new(self.mortal(self.kernel.clone()));
+                let mut backend = Iommufd::new(kernel, capabilities, pinning, devices.into());
+                if is_left && !shared {
+                    backend = backend.with_bound_before(&ALL);
+                }
+                iommu.add_backend(Box::new(backend), &ALL).expect("added");
+            }
+            Interface::Type1 => {
+                for (&group, (container, _)) in &self.containers {
+                    let mine: Vec<_> = ALL.into_iter().filter(|e| group_of(*e) == group).collect();
+                    let devices = mine.iter().map(|&endpoint| GroupDevice {
+                        endpoint,
+                        name: format!("device {endpoint}"),
+                        device: Some(Box::new(self.mortal(self.kernel.device(endpoint.0, group)))),
+                    });
+                    let container = Box::new(self.mortal(container.clone()));
+                    let backend =
+                        Type1Group::new(container, capabilities, devices.collect(), Vec::new());
+                    let backend = backend.of_group(group, is_left);
+                    iommu.add_backend(Box::new(backend), &mine).expect("added");
+                }
+            }
+        }
+        iommu.set_memory(self.memory.clone());
+    }
+
+    fn areas(&self, mapping: &Mapping) -> Vec<Area> {
+        let parts = self.memory.iter().filter_map(|slot| {
+            let part = mapping.part_in(slot.range)?;
+            Some(Area {
+                range: part.range,
+                access: part.access,
+                file: slot.identity,
+                offset: slot.offset + (part.gpa.0 - slot.range.first().0),
+            })
+        });
+        parts.collect()
+    }
+
+    fn identity(&self) -> Vec<Area> {
+        let whole = |slot: &MemorySlot| Mapping {
+            range: slot.range.identity(),
+            gpa: slot.range.first(),
+            access: Access::READ_WRITE,
+            mmio: false,
+        };
+        self.memory
+            .iter()
+            .flat_map(|s| self.areas(&whole(s)))
+            .collect()
+    }
+
+    fn reached(&self, group: u32) -> Vec<Area> {
+        match self.interface {
+            Interface::Type1 => {
+                let state = self.kernel.state();
+                state.spaces[&self.containers[&group].1]
+                    .values()
+                    .copied()
+                    .collect()
+            }
+            Interface::Owned(_) | Interface::Shared(_) => {
+                let at = self.kernel.state().groups.get(&group).and_then(|g| g.0);
+                if at.is_some_and(|at| self.foreign.contains(&at)) {
+                    return self.identity();
+                }
+                reached(&self.kernel, group)
+            }
+        }
+    }
+
+    /// Checks that the devices reach what the core says. `lost` is how many address spaces may have been lost.
+    pub(super) fn check(&self, iommu: &Iommu, lost: usize) {
+        for endpoint in ALL {
+            let group = group_of(endpoint);
+            let state = iommu.endpoint(endpoint).expect("an endpoint");
+            let others = ALL
+                .into_iter()
+                .filter(|e| *e != endpoint && group_of(*e) == group);
+            let mates: Vec<_> = others.map(|e| iommu.endpoint(e).expect("one")).collect();
+            let expected = match (state.dma, state.domain) {
+                _ if state.quarantined || mates.iter().any(|m| m.quarantined) => Vec::new(),
+                (Dma::Translated, Some(domain)) => iommu
+                    .mappings(domain, Iova(0))
+                    .flat_map(|m| self.areas(&m))
+                    .collect(),
+                (Dma::Bypass, _) => self.identity(),
+                _ if mates.iter().any(|m| m.dma != Dma::Blocked) => continue,
+                (Dma::Blocked | Dma::Translated, _) => Vec::new(),
+            };
+            assert_eq!(self.reached(group), expected, "{endpoint}: {state:?}");
+        }
+        if self.interface == Interface::Type1 {
+            return;
+        }
+        let state = self.kernel.state();
+        let own: Vec<_> = state
+            .spaces
+            .iter()
+            .filter(|(id, _)| !self.foreign.contains(id))
+            .collect();
+        // The anchor, bypass mode, and each domain.
+        let used = 2 + iommu.domains().filter(|d| !d.bypass).count();
+        // The anchor and its copies are of memory without a file.
+        let has_guest_memory =
+            |areas: &BTreeMap<u64, Area>| areas.values().any(|area| area.file != (0, 0));
+        let filled = own
+            .iter()
+            .filter(|(_, areas)| has_guest_memory(areas))
+            .count();
+        assert!(filled < used, "{filled} address spaces have mappings");
+        assert!(own.len() <= used + lost, "{} address spaces", own.len());
+    }
+}
+
+/// The bed after `case.before`.
+fn prepared(case: &Case, interface: Interface) -> (Bed, Model) {
+    prepared_with(case, interface, memory())
+}
+
+/// As [`prepared`], with this guest memory.
+fn prepared_with(case: &Case, interface: Interface, memory: Vec<MemorySlot>) -> (Bed, Model) {
+    let mut host = Host::new(interface);
+    host.memory = memory;
+    let bed = Bed::on_host(|iommu| {
+        host.add_backends(iommu, true);
+        host.bind_by_vmm();
+        host
+    });
+    let (mut bed, mut model) = (bed, Model::default());
+    for step in &case.before {
+        assert!(bed.step(step, NEVER).0);
+        for (request, status) in &bed.answers {
+            assert_eq!(*status, Some(OK), "{}: {request:?}", case.name);
+        }
+        bed.check(&mut model);
+    }
+    (bed, model)
+}
+
+fn finish(case: &Case, bed: &mut Bed, model: &mut Model) {
+    if !matches!(case.step, Step::Batch(_) | Step::Bypass(_)) {
+        model.reset();
+    }
+    bed.check(model);
+}
+
+/// The core goes on, and a reset leaves nothing behind.
+fn go_on(bed: &mut Bed, model: &mut Model) {
+    let more = [
+        Req::Attach(A, D1, false),
+        Req::Unmap(D1, 0, 1 << 36),
+        Req::Map(D1, 1, 2, 7),
+        Req::Map(D1, 600, 1, 7),
+        Req::Unmap(D1, 600, 1),
+    ];
+    for request in more {
+        assert!(bed.step(&Step::Batch(vec![request]), NEVER).0);
+    }
+    bed.check(model);
+    bed.step(&Step::Reset, NEVER);
+    model.reset();
+    bed.check(model);
+}
+
+fn answers(bed: &Bed) -> Vec<(Req, Option<u8>)> {
+    let answers = bed.answers.iter().copied();
+    answers
+        .filter(|(r, _)| !matches!(r, Req::Probe(_)))
+        .collect()
+}
+
+#[test]
+fn a_death_at_any_call_is_not_noticed() {
+    let mut deaths = 0;
+    for (number, interface) in INTERFACES.into_iter().enumerate() {
+        // More points for one of them.
+        let step_by = if number == 0 { 2 } else { 8 };
+        for case in &cases() {
+            let (mut bed, mut model) = prepared(case, interface);
+            let (_, points) = bed.step(&case.step, NEVER);
+            let expected = answers(&bed);
+            finish(case, &mut bed, &mut model);
+            let state = bed.snapshot();
+            for at in (0..points).skip(number).step_by(step_by) {
+                let (mut bed, mut model) = prepared(case, interface);
+                let name = format!("{}, {interface:?}, died after {at} points", case.name);
+                if !bed.step(&case.step, at).0 {
+                    assert!(bed.restore(NEVER).0);
+                }
+                assert_eq!(answers(&bed), expected, "{name}");
+                finish(case, &mut bed, &mut model);
+                assert_eq!(bed.snapshot(), state, "{name}");
+                go_on(&mut bed, &mut model);
+                deaths += bed.deaths;
+            }
+        }
+    }
+    assert!(deaths > 1000, "only {deaths} deaths");
+}
+
+#[test]
+fn a_death_while_objects_are_taken_over_is_not_noticed() {
+    let mut deaths = 0;
+    for (number, case) in cases().iter().enumerate() {
+        let interface = INTERFACES[number % INTERFACES.len()];
+        let (mut bed, _) = prepared(case, interface);
+        let (_, points) = bed.step(&case.step, NEVER);
+        for at in (0..points).skip(1 + number % 7).step_by(14) {
+            for second in (number as u64 % 5..).step_by(11) {
+                let (mut bed, mut model) = prepared(case, interface);
+                if bed.step(&case.step, at).0 || bed.restore(second).0 {
+                    break;
+                }
+                assert!(bed.restore(NEVER).0, "{}, {at}, {second}", case.name);
+                finish(case, &mut bed, &mut model);
+                go_on(&mut bed, &mut model);
+                deaths += bed.deaths;
+            }
+        }
+    }
+    assert!(deaths > 500, "only {deaths} deaths");
+}
+
+/// A device whose domain is not concerned reaches its memory at any time.
+#[test]
+fn other_devices_lose_no_mapping_for_a_moment() {
+    let map = |first, pages| Req::Map(D1, first, pages, first + 0x4_0000);
+    let before = [
+        Req::Attach(A, D1, false),
+        Req::Attach(B, D1, false),
+        map(1, 1),
+        map(4, 3),
+    ];
+    let steps: [&[Req]; 6] = [
+        &[map(2, 1)],
+        &[Req::Unmap(D1, 4, 3)],
+        &[Req::Attach(B, D2, false), Req::Map(D2, 9, 1, 9)],
+        &[Req::Detach(B, D1)],
+        &[Req::Attach(G1, D1, false), Req::Attach(G2, D1, false)],
+        &[Req::Attach(B, D2, true)],
+    ];
+    let mut deaths = 0;
+    for interface in &INTERFACES[..4] {
+        for step in steps {
+            let case = Case {
+                name: "others",
+                before: before.iter().map(|r| Step::Batch(vec![*r])).collect(),
+                step: Step::Batch(step.to_vec()),
+            };
+            for (at, second) in (0..).flat_map(|at| [(at, NEVER), (at, 7 + at % 40)]) {
+                let (mut bed, mut model) = prepared(&case, *interface);
+                let watched = {
+                    let host = bed.host.as_ref().expect("a host");
+                    let area = host.areas(&Mapping {
+                        range: IovaRange::from_len(Iova(PAGE), PAGE).expect("a page"),
+                        gpa: Gpa(0x4_0001 * PAGE),
+                        access: Access::READ_WRITE,
+                        mmio: false,
+                    });
+                    host.watched
+                        .lock()
+                        .expect("not poisoned")
+                        .push((1, area[0]));
+                    host.watched.clone()
+                };
+                let lived = bed.step(&case.step, at).0;
+                if !lived && !bed.restore(second).0 {
+                    assert!(bed.restore(NEVER).0);
+                }
+                finish(&case, &mut bed, &mut model);
+                watched.lock().expect("not poisoned").clear();
+                go_on(&mut bed, &mut model);
+                deaths += bed.deaths;
+                if lived {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(deaths > 1000, "only {deaths} deaths");
+}
+
+/// A process that has A and B in D1 with mappings, dies between two requests.
+fn dead(interface: Interface) -> (Bed, Model) {
+    dead_with(interface, memory())
+}
+
+/// As [`dead`], with this guest memory.
+fn dead_with(interface: Interface, memory: Vec<MemorySlot>) -> (Bed, Model) {
+    let before = [
+        Req::Attach(A, D1, false),
+        Req::Attach(B, D1, false),
+        Req::Map(D1, 1, 1, 0x4_0001),
+        Req::Map(D1, 4, 3, 0x4_0004),
+        Req::Attach(G1, D2, false),
+        Req::Map(D2, 9, 2, 7),
+    ];
+    let case = Case {
+        name: "dead",
+        before: before.iter().map(|r| Step::Batch(vec![*r])).collect(),
+        step: Step::Bypass(true),
+    };
+    let (mut bed, model) = prepared_with(&case, interface, memory);
+    bed.die();
+    (bed, model)
+}
+
+#[test]
+fn nothing_is_made_anew_without_a_reason() {
+    for interface in INTERFACES {
+        let (mut bed, mut model) = dead(interface);
+        let kernel = bed.host.as_ref().expect("a host").kernel.clone();
+        let spaces = |kernel: &FakeKernel| kernel.state().spaces.clone();
+        let groups = kernel.state().groups.clone();
+        let before = spaces(&kernel);
+        assert!(bed.restore(NEVER).0);
+        assert_eq!(spaces(&kernel), before, "{interface:?}");
+        assert_eq!(kernel.state().groups, groups, "{interface:?}");
+        bed.check(&mut model);
+        go_on(&mut bed, &mut model);
+    }
+}
+
+/// The kernel cannot pin the pages of a dead process's memory again. The process that makes the mappings anew dies, too.
+#[test]
+fn mappings_by_address_are_made_anew_as_a_whole() {
+    let mut deaths = 0;
+    for interface in INTERFACES {
+        for at in 0.. {
+            let mut slots = memory();
+            for slot in &mut slots {
+                slot.is_shared_memory = false;
+            }
+            let (mut bed, mut model) = dead_with(interface, slots);
+            let kernel = bed.host.as_ref().expect("a host").kernel.clone();
+            let before = kernel.state().groups.clone();
+            let lived = bed.restore(at).0;
+            if !lived {
+                assert!(bed.restore(NEVER).0);
+            }
+            bed.check(&mut model);
+            for endpoint in ALL {
+                assert!(!bed.life_endpoint(endpoint).quarantined, "{interface:?}");
+            }
+            if lived && interface != Interface::Type1 {
+                assert_ne!(kernel.state().groups[&1].0, before[&1].0);
+            }
+            deaths += bed.deaths;
+            if lived {
+                break;
+            }
+        }
+    }
+    assert!(deaths > 500, "only {deaths} deaths");
+}
+
+#[test]
+fn memory_that_has_changed_is_mapped_anew() {
+    for interface in INTERFACES {
+        let (mut bed, mut model) = dead(interface);
+        bed.host.as_mut().expect("a host").memory = memory();
+        assert!(bed.restore(NEVER).0);
+        bed.check(&mut model);
+        go_on(&mut bed, &mut model);
+    }
+}
+
+/// A process that dies while it follows changed memory leaves mappings of both.
+#[test]
+fn a_death_while_memory_changes_leaves_no_old_mapping() {
+    let mut deaths = 0;
+    for interface in INTERFACES {
+        for at in 0.. {
+            let (mut bed, mut model) = dead(interface);
+            assert!(bed.restore(NEVER).0);
+            let old = bed.host.as_ref().expect("a host").memory.clone();
+            let new = vec![old[0].clone(), memory().remove(1)];
+            let lived = bed.change_memory(&new, at);
+            bed.host.as_mut().expect("a host").memory =
+                if at % 2 == 0 && !lived { old } else { new };
+            if !lived {
+                assert!(bed.restore(NEVER).0);
+                deaths += 1;
+            }
+            bed.check(&mut model);
+            go_on(&mut bed, &mut model);
+            if lived {
+                break;
+            }
+        }
+    }
+    assert!(deaths > 30, "only {deaths} deaths");
+}
+
+/// Whichever call fails while the objects are taken over, no device reaches what it must not reach.
+#[test]
+fn a_failed_call_blocks_or_is_made_good() {
+    let mut quarantined = 0;
+    for interface in INTERFACES {
+        for changed in [false, true] {
+            for call in 1.. {
+                let (mut bed, mut model) = dead(interface);
+                let host = bed.host.as_mut().expect("a host");
+                if changed {
+                    host.memory = memory();
+                }
+                let kernel = host.kernel.clone();
+                let at = kernel.state().calls + call;
+                kernel.state().fail.push((at, libc::ENOMEM));
+                assert!(bed.restore(NEVER).0);
+                let was_made = kernel.state().calls >= at;
+                bed.check(&mut model);
+                let mut of = |e| bed.life_endpoint(e).quarantined;
+                quarantined += ALL.into_iter().filter(|e| of(*e)).count();
+                if !was_made {
+                    break;
+                }
+            }
+        }
+    }
+    assert!(quarantined > 10, "{quarantined} endpoints were quarantined");
+}
+
+/// The numbers in the records are those of other address spaces, or of none.
+#[test]
+fn another_iommufd_is_not_taken_for_the_one_before() {
+    for interface in [INTERFACES[0], INTERFACES[2]] {
+        let (mut bed, mut model) = dead(interface);
+        let host = bed.host.as_mut().expect("a host");
+        let mut other = Host::new(interface);
+        other.memory = host.memory.clone();
+        other.has_lost = true;
+        // What another process has mapped there is not the guest's.
+        for _ in 0..12 {
+            let space = other.kernel.alloc().expect("an address space");
+            let source = DmaSource::Host(&other.memory[0].memory, 0);
+            let range = IovaRange::from_len(Iova(0), 1 << 20).expect("a range");
+            AddressSpaces::map(&other.kernel, space, range, Access::READ, source).expect("mapped");
+            other.foreign.insert(space);
+        }
+        if let Interface::Shared(_) = interface {
+            for endpoint in ALL {
+                let (_, space) = other.kernel.vmm_device(endpoint.0, group_of(endpoint));
+                other.foreign.insert(space);
+            }
+            let all: BTreeSet<_> = other.kernel.state().spaces.keys().copied().collect();
+            other.foreign.extend(all);
+        }
+        let foreign = other.foreign.clone();
+        let kernel = other.kernel.clone();
+        let before = kernel.state().spaces.clone();
+        *host = other;
+        assert!(bed.restore(NEVER).0);
+        for space in foreign {
+            assert_eq!(kernel.state().spaces[&space], before[&space]);
+        }
+        bed.check(&mut model);
+        go_on(&mut bed, &mut model);
+    }
+}
+
+#[test]
+fn a_new_container_is_filled() {
+    let (mut bed, mut model) = dead(Interface::Type1);
+    let host = bed.host.as_mut().expect("a host");
+    let mut other = Host::new(Interface::Type1);
+    other.memory = host.memory.clone();
+    other.has_lost = true;
+    *host = other;
+    assert!(bed.restore(NEVER).0);
+    bed.check(&mut model);
+    assert!(!bed.life_endpoint(A).quarantined);
+    go_on(&mut bed, &mut model);
+}
+
+/// A container that has not what its record says: somebody else has used it, or the kernel has lost a mapping.
+#[test]
+fn a_container_with_other_mappings_is_filled_anew() {
+    for extra in [false, true] {
+        let (mut bed, mut model) = dead(Interface::Type1);
+        let host = bed.host.as_ref().expect("a host");
+        let (container, space) = &host.containers[&1];
+        if extra {
+            let range = IovaRange::from_len(Iova(0x77_0000), PAGE).expect("a page");
+            let memory = &host.memory[0].memory;
+            container
+                .map(range, Access::READ, memory, 0)
+                .expect("mapped");
+        } else {
+            host.kernel
+                .state()
+                .spaces
+                .get_mut(space)
+                .expect("it")
+                .pop_last();
+        }
+        assert!(bed.restore(NEVER).0);
+        bed.check(&mut model);
+        go_on(&mut bed, &mut model);
+    }
+}
+
+/// Linux before 6.2 removes only the mappings of the same process, and says nothing.
+#[test]
+fn a_kernel_that_keeps_mappings_of_the_dead_process_is_noticed() {
+    let (mut bed, _) = dead(Interface::Type1);
+    let host = bed.host.as_mut().expect("a host");
+    host.memory = memory();
+    let kernel = host.kernel.clone();
+    kernel.state().keeps_mappings = true;
+    assert!(bed.restore(NEVER).0);
+    for endpoint in [A, B, G1] {
+        assert!(bed.life_endpoint(endpoint).quarantined, "{endpoint}");
+    }
+    let stopped = kernel.state().stopped.clone();
+    assert!(
+        stopped.contains(&A.0) && stopped.contains(&B.0),
+        "{stopped:?}"
+    );
+}
