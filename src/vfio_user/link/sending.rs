@@ -218,3 +218,51 @@ impl ServerConnection {
         self.send(pending, command, &body, descriptors);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::vfio_user::version::Terms;
+
+    #[test]
+    fn a_refused_window_is_offered_only_if_nothing_comes_before_it() {
+        let (server, _peer) = UnixStream::pair().expect("sockets");
+        let mut connection = ServerConnection::new(Arc::new(server.into()));
+        connection.terms = Some(Terms {
+            server_descriptors: 8,
+            client_descriptors: 8,
+            server_data: 4096,
+            windows: 4,
+            twin: None,
+        });
+        connection.windows = 1;
+        connection.announcement.next = None;
+        let window = Iova(0x1000);
+        connection.refused.insert(window, true);
+        assert_eq!(connection.next_offer(), None, "no place");
+        let offer = |connection: &mut ServerConnection| {
+            connection.refused.given_up(1);
+            connection.next_offer()
+        };
+        assert_eq!(offer(&mut connection), Some(window));
+        connection.queue(DmaUpdate::UnmapAll, REPLAY);
+        assert_eq!(offer(&mut connection), None, "an update waits");
+        connection.backlog.clear();
+        assert_eq!(offer(&mut connection), Some(window));
+        connection.limit = Some(1);
+        assert_eq!(offer(&mut connection), None, "the server is full");
+        connection.limit = None;
+        connection.windows = 4;
+        assert_eq!(offer(&mut connection), None, "the server is full");
+        connection.windows = 1;
+        connection.announcement.replayed = MAX_REPLAYED;
+        assert_eq!(offer(&mut connection), None, "many are in flight");
+        connection.announcement.replayed = 0;
+        assert_eq!(offer(&mut connection), Some(window));
+        connection.announcement.hold_back(false);
+        assert_eq!(offer(&mut connection), None, "all windows are replaced");
+    }
+}
