@@ -178,7 +178,7 @@ fn container_arguments(opened: &[(Rc<Container>, Cdev)]) -> Vec<String> {
 
 /// Lets child processes inherit a descriptor.
 #[expect(unsafe_code, reason = "a descriptor's flags")]
-fn inheritable(fd: RawFd) -> RawFd {
+pub fn inheritable(fd: RawFd) -> RawFd {
     // SAFETY: no pointer is passed; the descriptor is open.
     assert!(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } >= 0);
     fd

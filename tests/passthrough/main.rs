@@ -34,6 +34,7 @@ mod nested;
 mod records;
 mod resets;
 mod server;
+mod successor;
 #[path = "../common/vm.rs"]
 mod vm;
 
