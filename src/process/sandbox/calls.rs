@@ -67,6 +67,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
                 list.extend(always(EVENT_LOOP));
                 list.extend(always(&MESSAGES));
                 list.extend(always(&RECORD));
+                // The bytes that are in the pipe.
+                list.extend(ioctls(&[BYTES_IN_A_PIPE]));
                 list.extend(descriptors());
             }
         }
@@ -241,8 +243,12 @@ const MESSAGES: [c_long; 7] = [
     libc::SYS_shutdown,
 ];
 
-/// Writing the record of a VMM's connection, and recognizing copies of a descriptor (`process::keeper`).
-const RECORD: [c_long; 2] = [libc::SYS_pwrite64, libc::SYS_kcmp];
+/// `FIONREAD`: the bytes that are in a pipe.
+const BYTES_IN_A_PIPE: u32 = 0x541b;
+
+/// Writing the record of a VMM's connection, moving replies from a pipe into its socket, and recognizing copies of a
+/// descriptor (`process::keeper`).
+const RECORD: [c_long; 3] = [libc::SYS_pwrite64, libc::SYS_splice, libc::SYS_kcmp];
 
 /// Connecting a socket that `stream_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];

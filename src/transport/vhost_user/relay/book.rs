@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::message::MessageBytes;
 use super::record::{LastMessage, Record, Recorded, ReplyProgress};
+use super::reply::ReplyPipe;
 use super::state::{MAX_REGIONS, VmmState};
 use crate::process::keeper::Keeper;
 use crate::warn_limited;
@@ -26,7 +27,8 @@ pub(super) struct Book {
     keeper: Arc<Keeper>,
     record: Record,
     recorded: Recorded,
-    /// The keeper has the record's memfd.
+    reply: ReplyPipe,
+    /// The keeper has the record's memfd, and the pipe of the replies.
     has_record: bool,
     /// The keeper has the VMM's socket, and the record is up to date.
     is_kept: bool,
@@ -50,6 +52,7 @@ impl Book {
         Ok(Self {
             record: Record::new()?,
             recorded,
+            reply: ReplyPipe::new()?,
             keeper,
             has_record: false,
             is_kept: false,
@@ -57,9 +60,15 @@ impl Book {
     }
 
     /// The book that an earlier process has left.
-    pub(super) fn left(keeper: Arc<Keeper>, record: Record, recorded: Recorded) -> Self {
+    pub(super) fn left(
+        keeper: Arc<Keeper>,
+        record: Record,
+        recorded: Recorded,
+        reply: ReplyPipe,
+    ) -> Self {
         Self {
             keeper,
+            reply,
             record,
             recorded,
             has_record: true,
@@ -82,11 +91,17 @@ impl Book {
     fn keep_connection(&mut self, socket: &UnixStream) -> io::Result<()> {
         if !self.has_record {
             self.keeper.keep_as(RECORD, self.record.file())?;
+            self.reply.keep(&self.keeper)?;
             self.has_record = true;
         }
         // Before the record: a socket without a record is of a VMM that has said nothing yet.
         self.keeper.keep_as(&self.socket_name(), socket.as_fd())?;
         self.record.write(&self.recorded)
+    }
+
+    /// The pipe through which replies are sent.
+    pub(super) fn reply(&self) -> &ReplyPipe {
+        &self.reply
     }
 
     /// What the VMM has said so far.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::book::{Book, RECORD, SOCKET, connection_of};
 use super::message::MessageBytes;
 use super::record::{LastMessage, Record, Recorded, ReplyProgress};
+use super::reply::ReplyPipe;
 use crate::process::keeper::Keeper;
 use crate::process::peek::peek_offset;
 
@@ -32,7 +33,18 @@ pub(super) struct Unanswered {
     /// Bytes of the message, the last ones, that are in the VMM's socket.
     pub in_socket: usize,
     /// The reply that the VMM does not have.
-    pub reply: Option<MessageBytes>,
+    pub reply: LeftReply,
+}
+
+/// The reply that the VMM does not have.
+#[derive(Debug)]
+pub(super) enum LeftReply {
+    /// It has everything.
+    None,
+    /// Nothing of it was sent.
+    Whole(MessageBytes),
+    /// What was not sent of it is in the pipe.
+    InThePipe,
 }
 
 impl LeftVmm {
@@ -40,8 +52,7 @@ impl LeftVmm {
     /// there is none: no VMM was connected, or it was disconnecting.
     ///
     /// # Errors
-    /// Something of it is missing or damaged, or it is unknown whether the VMM has its last reply. The connection is then
-    /// closed, and the VM must be started anew.
+    /// Something of it is missing or damaged. The connection is then closed, and the VM must be started anew.
     pub fn find(keeper: &Arc<Keeper>) -> Option<io::Result<Self>> {
         let names = keeper.names();
         let sockets = names.iter().filter_map(|name| connection_of(name));
@@ -105,9 +116,10 @@ impl LeftVmm {
         let last = recorded.last.as_ref();
         let unanswered = last.map(|last| Unanswered::of(last, progress, &socket));
         let unanswered = unanswered.transpose()?.flatten();
+        let reply = ReplyPipe::left(keeper).ok_or_else(|| missing("vmm-reply"))?;
         Ok(Some(Self {
             socket,
-            book: Book::left(keeper.clone(), record, recorded),
+            book: Book::left(keeper.clone(), record, recorded, reply),
             files,
             unanswered,
         }))
@@ -132,15 +144,12 @@ impl Unanswered {
         progress: ReplyProgress,
         socket: &UnixStream,
     ) -> io::Result<Option<Self>> {
-        match progress {
-            ReplyProgress::Done => return Ok(None),
-            ReplyProgress::Sending => {
-                return Err(io::Error::other(
-                    "the daemon has died while it sent a reply, so it is unknown whether the VMM has the reply",
-                ));
-            }
-            ReplyProgress::Accepted => {}
-        }
+        let reply = match (progress, &last.reply) {
+            (ReplyProgress::Done, _) => return Ok(None),
+            (ReplyProgress::Sending, _) => LeftReply::InThePipe,
+            (ReplyProgress::Accepted, Some(reply)) => LeftReply::Whole(MessageBytes(reply.clone())),
+            (ReplyProgress::Accepted, None) => LeftReply::None,
+        };
         // Whatever was taken out of the socket is not in the offset any more.
         let offset = peek_offset(socket.as_fd())?.unwrap_or(0);
         let in_socket = usize::try_from(offset).unwrap_or(usize::MAX);
@@ -152,7 +161,7 @@ impl Unanswered {
         Ok(Some(Self {
             message: MessageBytes(last.message.clone()),
             in_socket,
-            reply: last.reply.clone().map(MessageBytes),
+            reply,
         }))
     }
 }

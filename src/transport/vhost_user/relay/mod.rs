@@ -16,12 +16,12 @@
 //! 2. It passes the message to the crate, and waits until the crate has accepted it ([`link`]).
 //! 3. It writes the record, with the message and the crate's reply.
 //! 4. It takes the message out of the socket.
-//! 5. It marks the reply as being sent, sends it, and marks it as sent.
+//! 5. It puts the reply into a pipe, marks it as being sent, moves it from the pipe into the socket ([`reply`]), and marks
+//!    it as sent.
 //!
 //! If the process dies before step 3, the next one finds the message in the socket and begins anew: its crate has not seen
 //! the message. If it dies later, the next one goes on with step 4 or 5; the socket's peek offset says whether the message
-//! is still in it. Only if it dies in the middle of step 5, the next one cannot know whether the VMM has the reply, and
-//! ends the connection.
+//! is still in it, and the pipe has what is unsent of the reply.
 //!
 //! The relay waits for the VMM and for the crate only, and holds no lock while it waits. A VMM that sends half a message, or
 //! does not read its replies, stops its own relay alone.
@@ -30,13 +30,7 @@
 macro_rules! step {
     ($relay:expr) => {
         #[cfg(test)]
-        if $relay.steps.dies(false) {
-            return Ok(RelayEnd::Died.into());
-        }
-    };
-    ($relay:expr, in_doubt) => {
-        #[cfg(test)]
-        if $relay.steps.dies(true) {
+        if $relay.steps.dies() {
             return Ok(RelayEnd::Died.into());
         }
     };
@@ -48,6 +42,7 @@ mod link;
 mod message;
 mod record;
 mod replay;
+mod reply;
 mod state;
 #[cfg(test)]
 pub(super) mod tests;
@@ -61,7 +56,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use self::book::Book;
-use self::left::{LeftFiles, LeftVmm, Unanswered};
+use self::left::{LeftFiles, LeftReply, LeftVmm, Unanswered};
 use self::link::{CrateLink, Verdict, is_gone};
 use self::message::{Inbox, MessageBytes, Peeked, send};
 use self::record::ReplyProgress;
@@ -187,6 +182,8 @@ impl Relays {
     }
 
     fn connect(&self, vmm: &UnixStream) -> io::Result<(CrateLink, Inbox, UnixListener)> {
+        // For splice(2), which would wait for a VMM that does not read.
+        vmm.set_nonblocking(true)?;
         let (listener, socket) = private_connection()?;
         let link = CrateLink::new(socket, vmm.try_clone()?, self.stop.try_clone()?)?;
         Ok((link, Inbox::new(vmm.try_clone()?)?, listener))
@@ -347,36 +344,32 @@ impl Relay {
 
     /// Sends a reply to the VMM. Returns the end of the connection, if it has ended.
     fn answer(&mut self, reply: &MessageBytes) -> io::Result<Option<RelayEnd>> {
-        let mut left = reply.0.as_slice();
-        while !left.is_empty() {
-            // Not before there is room: the time in which a death leaves the reply in doubt is one system call long.
-            self.book.mark(ReplyProgress::Sending);
-            step!(self, in_doubt);
-            match send(self.inbox.socket(), left, &[]) {
-                Ok(count) => left = left.get(count..).unwrap_or(&[]),
-                Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {
-                    if left.len() == reply.0.len() {
-                        self.book.mark(ReplyProgress::Accepted);
-                    }
+        self.book.reply().put(&reply.0)?;
+        step!(self);
+        self.book.mark(ReplyProgress::Sending);
+        step!(self);
+        self.send_reply()
+    }
+
+    /// Sends what is unsent of the reply in the pipe.
+    fn send_reply(&mut self) -> io::Result<Option<RelayEnd>> {
+        loop {
+            match self.book.reply().send(self.inbox.socket()) {
+                Ok(true) => break,
+                Ok(false) => {
                     self.link.wait()?;
                     if self.link.has_ended() {
                         return Ok(Some(RelayEnd::Closed));
                     }
                     if self.link.is_stopped() {
-                        // A part of the reply is sent: no later process can go on.
-                        let is_whole = left.len() == reply.0.len();
-                        return Ok(Some(if is_whole {
-                            self.stopped()
-                        } else {
-                            RelayEnd::Closed
-                        }));
+                        return Ok(Some(self.stopped()));
                     }
                 }
                 Err(cause) if is_gone(&cause) => return Ok(Some(RelayEnd::Closed)),
                 Err(cause) => return Err(cause),
             }
         }
-        step!(self, in_doubt);
+        step!(self);
         Ok(None)
     }
 
@@ -388,10 +381,13 @@ impl Relay {
             ));
         }
         step!(self);
-        if let Some(reply) = &left.reply
-            && let Some(end) = self.answer(reply)?
-        {
-            return Ok(Some(end));
+        let end = match &left.reply {
+            LeftReply::None => None,
+            LeftReply::Whole(reply) => self.answer(reply)?,
+            LeftReply::InThePipe => self.send_reply()?,
+        };
+        if end.is_some() {
+            return Ok(end);
         }
         self.book.mark(ReplyProgress::Done);
         step!(self);

@@ -64,7 +64,7 @@ pub(super) struct LastMessage {
 pub(super) enum ReplyProgress {
     /// The VMM has no reply, and the message may still be in its socket.
     Accepted,
-    /// The reply is being sent: the VMM may have it or not.
+    /// The reply is being sent: what the VMM does not have is in the pipe.
     Sending,
     /// There is nothing left to do.
     Done,

@@ -92,7 +92,10 @@ fn bases(state: &VmmState, device: &Device) -> [u16; QUEUES] {
         }
         let now = match queue {
             // Whatever the earlier process has taken after this index is answered by this one.
-            REQUEST_QUEUE => device.interrupted_base(),
+            // Without its journal, those that are in the used ring are.
+            REQUEST_QUEUE => device
+                .interrupted_base()
+                .or_else(|| used_index(ring, memory.as_deref()?)),
             // Each buffer of the event queue is used as it is taken.
             EVENT_QUEUE => memory
                 .as_deref()

@@ -17,7 +17,6 @@ struct StepCount {
     /// Steps left to the death; 0 for none.
     left: AtomicUsize,
     has_died: AtomicBool,
-    was_in_doubt: AtomicBool,
 }
 
 impl Steps {
@@ -28,23 +27,18 @@ impl Steps {
         steps
     }
 
-    /// Whether the relay ends here. At a step that is in doubt, no later process can know whether the VMM has its reply.
-    pub(super) fn dies(&self, in_doubt: bool) -> bool {
+    /// Whether the relay ends here.
+    pub(super) fn dies(&self) -> bool {
         if self.0.left.load(Ordering::Relaxed) == 0
             || self.0.left.fetch_sub(1, Ordering::Relaxed) > 1
         {
             return false;
         }
-        self.0.was_in_doubt.store(in_doubt, Ordering::Relaxed);
         self.0.has_died.store(true, Ordering::Release);
         true
     }
 
     fn has_died(&self) -> bool {
         self.0.has_died.load(Ordering::Acquire)
-    }
-
-    fn was_in_doubt(&self) -> bool {
-        self.0.was_in_doubt.load(Ordering::Relaxed)
     }
 }
