@@ -50,6 +50,8 @@ use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
+use vhost_device_iommu::process::keeper::Keeper;
+use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::process::socket::SocketRights;
 use vhost_device_iommu::transport::vhost_user::backend::VhostUserDevice;
 use vhost_device_iommu::transport::vhost_user::ring::VmmRing;
@@ -284,6 +286,7 @@ impl Operator {
             metrics,
             readers: None,
             hotplug: Arc::new(hotplug),
+            life: Arc::new(Life::new(false)),
             limits: SetLimits {
                 batch: 64,
                 fault_rate: 100,
@@ -327,7 +330,8 @@ fn through_a_daemon() -> f64 {
         endpoint: vec!["00:06.0".into()],
         ..RunArgs::default()
     });
-    let mut daemon = Daemon::new(&config.expect("a configuration")).expect("a daemon");
+    let mut daemon =
+        Daemon::new(&config.expect("a configuration"), Arc::new(Keeper::none())).expect("a daemon");
     let stop = daemon.stop_handle();
     let thread = std::thread::spawn(move || daemon.run().expect("an orderly end"));
     let setup = Setup {

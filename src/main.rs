@@ -139,7 +139,7 @@ fn serve(args: &RunArgs) -> Outcome {
         } else {
             Violation::Kill
         };
-        let needs = sandbox_needs::needs(&config);
+        let needs = sandbox_needs::needs(&config, keeper.is_present());
         let has_connector = needs.has_connector();
         sandbox::arm(needs, violation)?;
         if has_connector {
@@ -147,8 +147,8 @@ fn serve(args: &RunArgs) -> Outcome {
         }
     }
     let signal_handler = signals::handle_signals()?;
-    let _keeper = Arc::new(keeper);
-    let mut daemon = Daemon::new(&config)?;
+    let keeper = Arc::new(keeper);
+    let mut daemon = Daemon::new(&config, keeper)?;
     signal_handler.set_daemon(daemon.stop_handle());
     let service = Arc::new(service);
     let manager = service.clone();

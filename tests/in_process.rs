@@ -24,6 +24,7 @@ use vhost_device_iommu::daemon::{Daemon, StopHandle};
 use vhost_device_iommu::device::Device;
 use vhost_device_iommu::faults::{Fault, FaultReason};
 use vhost_device_iommu::ids::EndpointId;
+use vhost_device_iommu::process::keeper::Keeper;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -50,7 +51,7 @@ impl InProcess {
             ..RunArgs::default()
         })
         .expect("a configuration");
-        let mut daemon = Daemon::new(&config).expect("a daemon");
+        let mut daemon = Daemon::new(&config, Arc::new(Keeper::none())).expect("a daemon");
         let (device, stop) = (daemon.device().clone(), daemon.stop_handle());
         let thread = std::thread::spawn(move || daemon.run().expect("an orderly end"));
         Self {

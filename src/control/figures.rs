@@ -1,5 +1,7 @@
 //! All counters and gauges, gathered once for every form of answer.
 
+use std::time::Duration;
+
 use serde_json::{Map, Value, json};
 
 use super::subjects::{DeviceReports, Subjects};
@@ -9,6 +11,7 @@ use crate::faults::FaultReason;
 use crate::iommu::{Totals, TotalsCursor};
 use crate::logging;
 use crate::metrics::Counter;
+use crate::process::life::Inheritance;
 use crate::process::sandbox::{self, Protection};
 use crate::protocol::reply::Status;
 use crate::protocol::request::RequestKind;
@@ -48,6 +51,7 @@ pub(super) struct Figures {
     pub polls_paid_ns: u64,
     pub polls_unpaid: u64,
     pub connections: u64,
+    pub life: LifeFigures,
     pub resets: u64,
     pub needs_reset: u64,
     pub windows_refused: u64,
@@ -62,6 +66,15 @@ pub(super) struct Figures {
     pub clients_answered: u64,
     pub clients_cut_off: u64,
     pub unwritten: u64,
+}
+
+/// What this process has taken over.
+pub(super) struct LifeFigures {
+    pub number: u64,
+    pub kept: bool,
+    pub inheritance: Inheritance,
+    pub resumed_after: Option<Duration>,
+    pub lost: Vec<String>,
 }
 
 /// Figures of shadow readers.
@@ -144,6 +157,13 @@ impl Figures {
             polls_paid_ns: metrics.polls_paid_ns.get(),
             polls_unpaid: metrics.polls_unpaid.get(),
             connections: metrics.connections.get(),
+            life: LifeFigures {
+                number: subjects.life.number(),
+                kept: subjects.life.is_kept(),
+                inheritance: subjects.life.inheritance(),
+                resumed_after: subjects.life.resumed_after(),
+                lost: subjects.life.lost(),
+            },
             resets: metrics.resets.get(),
             needs_reset: metrics.needs_reset.get(),
             windows_refused: metrics.windows_refused.get(),
@@ -189,6 +209,7 @@ impl Figures {
                 by_name(self.backend_failures.iter().map(|(kind, n)| (kind.name(), *n))),
             "worker": self.worker_json(),
             "connections": self.connections,
+            "life": self.life_json(),
             "resets": self.resets,
             "virtio_pci": {
                 "needs_reset": self.needs_reset,
@@ -258,6 +279,22 @@ impl Figures {
             "filters": self.sandbox.is_some(),
             "landlock": files.unwrap_or("off"),
             "absent": self.sandbox.map(Protection::absent).unwrap_or_default(),
+        })
+    }
+
+    fn life_json(&self) -> Value {
+        let life = &self.life;
+        let reason = match &life.inheritance {
+            Inheritance::Refused(reason) => Some(reason),
+            Inheritance::None | Inheritance::Pending | Inheritance::TakenOver => None,
+        };
+        json!({
+            "number": life.number,
+            "kept": life.kept,
+            "state": life.inheritance.name(),
+            "reason": reason,
+            "resumed_after_ms": life.resumed_after.map(|after| after.as_secs_f64() * 1e3),
+            "lost": life.lost,
         })
     }
 

@@ -153,6 +153,26 @@ impl Page {
             "VMMs that connected.",
             figures.connections,
         )?;
+        let life = &figures.life;
+        let name = "life";
+        self.head(
+            name,
+            "gauge",
+            "The number of this life of the daemon: one more each time a process takes the state of the one before over.",
+        )?;
+        self.line(name, &[("state", &life.inheritance.name())], life.number)?;
+        let name = "life_lost";
+        self.head(name, "gauge", "Things that this life could not take over.")?;
+        self.line(name, &[], life.lost.len())?;
+        if let Some(after) = life.resumed_after {
+            let name = "life_resumed_seconds";
+            self.head(
+                name,
+                "gauge",
+                "Time from the start of this process until the guest's requests were answered again.",
+            )?;
+            self.line(name, &[], after.as_secs_f64())?;
+        }
         self.counter("resets_total", "Device resets.", figures.resets)?;
         self.counter(
             "needs_reset_total",

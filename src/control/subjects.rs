@@ -9,6 +9,7 @@ use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::metrics::{Counter, Metrics};
+use crate::process::life::Life;
 use crate::shadow::Registry;
 
 /// The parts of the daemon from which the control thread makes its answers.
@@ -26,6 +27,8 @@ pub struct Subjects {
     pub readers: Option<Arc<Registry>>,
     /// The devices of passthrough, emulated and exported endpoints, which hotplug changes.
     pub hotplug: Arc<Hotplug>,
+    /// What this process has taken over.
+    pub life: Arc<Life>,
     /// Limits of the configuration.
     pub limits: SetLimits,
     /// Counters of the clients of these sockets.

@@ -56,6 +56,7 @@ fn status(out: &mut String, answer: &Value) -> Result {
             "all endpoints are blocked: the VMM has shared memory, and the guest's driver has not started yet"
         )?;
     }
+    life(out, &answer["life"])?;
     sandbox(out, &answer["sandbox"])?;
     if let Some(tables) = answer["acpi_tables"]["text"].as_str() {
         writeln!(out, "ACPI tables: {tables}")?;
@@ -75,6 +76,46 @@ fn status(out: &mut String, answer: &Value) -> Result {
     devices(out, answer)?;
     writeln!(out, "\nsince the daemon was started")?;
     counts(out, answer)
+}
+
+/// What the process has taken over from the one before. A daemon of an older version does not report it.
+fn life(out: &mut String, life: &Value) -> Result {
+    let number = life["number"].as_u64().unwrap_or(1);
+    match life["state"].as_str() {
+        Some("taken-over") => {
+            write!(
+                out,
+                "life {number}: the state of the daemon before was taken over"
+            )?;
+            if let Some(after) = life["resumed_after_ms"].as_f64() {
+                write!(
+                    out,
+                    ", and the guest was answered {after:.1} ms after the start"
+                )?;
+            }
+            writeln!(out)?;
+        }
+        Some("taking-over") => writeln!(
+            out,
+            "life {number}: the state of the daemon before is being taken over, and requests wait"
+        )?,
+        Some("refused") => writeln!(
+            out,
+            "THE STATE OF THE DAEMON BEFORE WAS REFUSED: {}",
+            text(&life["reason"])
+        )?,
+        _ => {}
+    }
+    for lost in items(&life["lost"]) {
+        writeln!(out, "NOT TAKEN OVER: {}", text(lost))?;
+    }
+    if life["kept"] == false {
+        writeln!(
+            out,
+            "the state ends with this process: a daemon that is started by systemd or `launch` survives its end"
+        )?;
+    }
+    Ok(())
 }
 
 /// The protection that is absent. A daemon of an older version does not report it.

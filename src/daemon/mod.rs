@@ -1,6 +1,7 @@
 //! Assembles a daemon from one core, one device and one transport, and runs it until a signal ends it.
 
 pub mod drop_in;
+mod left;
 pub mod sandbox_needs;
 pub mod signals;
 mod transport;
@@ -9,12 +10,15 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::time::Duration;
 
+use log::{error, warn};
 use thiserror::Error;
 
+use self::left::{KeptMemory, LeftMemory, release_unclaimed};
 use self::transport::{ServerStopper, VmmServer};
 
-use crate::config::{Config, Socket};
+use crate::config::{Config, Socket, VmmTransport};
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
@@ -26,14 +30,17 @@ use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
 use crate::page_table::ArenaError;
 use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::peer_event;
 use crate::process::realtime::{Realtime, RealtimeError};
 use crate::process::socket::{SocketFile, bind_for};
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
-use crate::shadow::ShadowServer;
+use crate::shadow::left::end_readers;
+use crate::shadow::{Limits, ShadowServer};
 use crate::topology::viot;
 use crate::transport::listener::inherit;
+use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::ServeError;
 
 /// Why the daemon could not run.
@@ -80,23 +87,29 @@ pub enum DaemonError {
 /// The daemon of one VM: all its parts, ready to serve.
 pub struct Daemon {
     device: Arc<Device>,
+    is_kept: bool,
+    /// Takes over what the daemon before has left, until [`Daemon::run`] has done so.
+    successor: Option<Successor>,
+    left: Option<LeftMemory>,
+    left_vmm: Option<LeftVmm>,
     server: VmmServer,
     sockets: Arc<Sockets>,
     hotplug: Arc<Hotplug>,
     _qmp: Option<Arc<Qmp>>,
     control: Option<ControlServer>,
     _metrics_file: Option<MetricsFile>,
-    _shadow: Option<ShadowServer>,
+    _shadow: Option<Arc<ShadowServer>>,
 }
 
 impl Daemon {
-    /// Makes the core, the device and the sockets.
+    /// Makes the core, the device and the sockets. If the daemon before has left its state with `keeper`, [`Self::run`]
+    /// takes it over.
     ///
     /// # Errors
     /// See [`DaemonError`].
-    pub fn new(config: &Config) -> Result<Self, DaemonError> {
+    pub fn new(config: &Config, keeper: Arc<Keeper>) -> Result<Self, DaemonError> {
+        let life = Arc::new(Life::new(keeper.is_present()));
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
-        let keeper = Arc::new(Keeper::none());
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
         let (listener, file) = listener(config)?;
@@ -109,16 +122,22 @@ impl Daemon {
                    host has reached it)",
             source,
         })?;
-        let mut iommu = Iommu::new(
-            Settings {
-                address_width: config.address_width,
-                page_sizes: config.page_mask,
-                last_domain: config.max_domains.saturating_sub(1),
-                bypass_at_boot: config.bypass_at_boot,
-                arena_limit: config.arena_limit,
-            },
-            topology,
-        )?;
+        let settings = Settings {
+            address_width: config.address_width,
+            page_sizes: config.page_mask,
+            last_domain: config.max_domains.saturating_sub(1),
+            bypass_at_boot: config.bypass_at_boot,
+            arena_limit: config.arena_limit,
+        };
+        let left = LeftMemory::find(&keeper);
+        let mut iommu = if left.is_some() {
+            // Before the control socket answers.
+            life.expect();
+            Iommu::successor(settings, topology)?
+        } else {
+            Iommu::new(settings, topology)?
+        };
+        let kept = keep_state(&keeper, &mut iommu);
         let metrics = Arc::new(Metrics::default());
         let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper)?;
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
@@ -129,12 +148,25 @@ impl Daemon {
         };
         let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
+        device.record_life(life.clone());
         let ServedDevices {
             hotplug,
             readers,
             shadow,
         } = attached.serve(config, &iommu, &device)?;
-        let shadow_files = shadow.iter().flat_map(ShadowServer::files).cloned();
+        if keeper.is_present() {
+            // Before any request is served: they read the page tables of the daemon before.
+            let limits = Limits {
+                patience: config.readers.patience,
+                ..Limits::default()
+            };
+            let ended = end_readers(&keeper, &limits);
+            if let Some(readers) = &readers {
+                readers.take_over(ended);
+            }
+        }
+        let shadow = shadow.map(Arc::new);
+        let shadow_files = shadow.iter().flat_map(|shadow| shadow.files()).cloned();
         let subjects = Subjects {
             name: config.name.clone(),
             iommu: iommu.clone(),
@@ -142,6 +174,7 @@ impl Daemon {
             metrics: metrics.clone(),
             readers,
             hotplug: hotplug.clone(),
+            life: life.clone(),
             limits: SetLimits {
                 batch: config.max_batch,
                 fault_rate: config.fault_rate,
@@ -175,12 +208,39 @@ impl Daemon {
             })
         });
         let qmp = qmp.transpose().map_err(no_thread)?.map(Arc::new);
+        let successor = Successor {
+            iommu,
+            device: device.clone(),
+            keeper: keeper.clone(),
+            kept,
+            life,
+            shadow: shadow.clone(),
+        };
+        let left = match (config.transport, left) {
+            // Its VMM's connection has ended with the daemon before. The server below accepts the next one at once.
+            (VmmTransport::VirtioPci, Some(left)) => {
+                successor.take_over(Some(&left));
+                device.disconnect();
+                None
+            }
+            (_, left) => left,
+        };
+        // Before the sandbox, which does not allow reading the record.
+        let left_vmm = match config.transport {
+            VmmTransport::VhostUser => LeftVmm::find(&keeper).transpose(),
+            VmmTransport::VirtioPci => Ok(None),
+        };
+        let left_vmm = left_vmm.unwrap_or_else(|cause| {
+            error!("{cause}");
+            successor.life.lose(cause.to_string());
+            None
+        });
         let present = qmp.clone();
         let server = VmmServer::new(
             config.transport,
             device.clone(),
             listener,
-            Arc::new(Keeper::none()),
+            keeper.clone(),
             viot::table(&config.topology).ok(),
             move |present_now| {
                 // While a VMM is connected, it reports resets of the VM over QMP.
@@ -192,6 +252,10 @@ impl Daemon {
         let server = server.map_err(no_events)?;
         Ok(Self {
             device,
+            is_kept: keeper.is_present(),
+            successor: Some(successor),
+            left,
+            left_vmm,
             server,
             sockets: Arc::new(Sockets {
                 files: file
@@ -229,16 +293,83 @@ impl Daemon {
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle {
             server: self.server.stopper(),
+            device: self.device.clone(),
+            is_kept: self.is_kept,
             sockets: self.sockets.clone(),
         }
     }
 
-    /// Serves one VMM after the other until a [`StopHandle`] ends it.
+    /// Serves one VMM after the other until a [`StopHandle`] ends it. Begins with the VMM that the daemon before has left.
     ///
     /// # Errors
     /// The daemon cannot continue, and the VMM is not the cause.
     pub fn run(&mut self) -> Result<(), DaemonError> {
+        if let Some(successor) = self.successor.take() {
+            let keeper = successor.keeper.clone();
+            self.take_over(successor);
+            release_unclaimed(&keeper);
+        }
         self.server.run()
+    }
+
+    /// Takes over what the daemon before has left. With a VMM, the server restores the core once it has told the new backend
+    /// about the VM's memory.
+    fn take_over(&mut self, successor: Successor) {
+        match (self.left_vmm.take(), self.left.take()) {
+            (Some(vmm), left) => self
+                .server
+                .resume(vmm, move || successor.take_over(left.as_ref())),
+            (None, Some(left)) => {
+                successor.take_over(Some(&left));
+                // No VMM is left: its domains end, as they do when it disconnects.
+                self.device.disconnect();
+            }
+            (None, None) => {}
+        }
+    }
+}
+
+/// The parts of a daemon that take over what the one before has left.
+struct Successor {
+    iommu: Arc<Mutex<Iommu>>,
+    device: Arc<Device>,
+    keeper: Arc<Keeper>,
+    kept: Option<KeptMemory>,
+    life: Arc<Life>,
+    /// Admits shadow readers once there are tables for them.
+    shadow: Option<Arc<ShadowServer>>,
+}
+
+impl Successor {
+    /// Restores the core. If the VM has a VMM, its memory must be set, and its rings must not run yet. If the state cannot be
+    /// taken over, all endpoints are blocked until the driver starts anew.
+    fn take_over(&self, left: Option<&LeftMemory>) {
+        let refusal = match left {
+            Some(left) => match self.iommu.lock().restore(left.predecessor()) {
+                Ok(restored) => {
+                    self.life.take_over(restored.generation);
+                    None
+                }
+                Err(cause) => Some(cause.to_string()),
+            },
+            None => Some(
+                "the daemon before has left a VMM, and no state of the guest's IOMMU that can be read; reset the VM"
+                    .into(),
+            ),
+        };
+        if let Some(cause) = refusal {
+            error!("all endpoints are blocked until the driver starts anew: {cause}");
+            self.life.refuse(cause);
+            self.device.distrust_next_driver();
+        }
+        if let Some(kept) = &self.kept {
+            kept.release_earlier(&self.keeper);
+        }
+        if let Some(shadow) = &self.shadow
+            && let Err(cause) = shadow.admit()
+        {
+            error!("shadow readers are not admitted: {cause}");
+        }
     }
 }
 
@@ -246,10 +377,24 @@ impl Daemon {
 #[derive(Clone)]
 pub struct StopHandle {
     server: ServerStopper,
+    device: Arc<Device>,
+    is_kept: bool,
     sockets: Arc<Sockets>,
 }
 
 impl StopHandle {
+    /// Whether the next daemon can go on where this one ends.
+    pub fn is_kept(&self) -> bool {
+        self.is_kept
+    }
+
+    /// Finishes the batch in progress, up to `patience`, and begins no other one. Closes nothing and undoes nothing. The
+    /// caller must end the process: the next one takes over what the keeper has, and if there is no next one, the keeper
+    /// closes it. Returns whether the batch was finished.
+    pub fn leave(&self, patience: Duration) -> bool {
+        self.device.hold(patience)
+    }
+
     /// Makes [`Daemon::run`] return soon, and closes the VMM's connection.
     pub fn stop(&self) {
         self.server.stop();
@@ -304,6 +449,25 @@ fn control_paths(config: &Config) -> Option<ControlPaths> {
     };
     let any = paths.control.is_some() || paths.metrics.is_some();
     any.then_some(paths)
+}
+
+/// Keeps the state of `iommu` for the next process. Without a keeper, or if it does not take the state, the state ends with
+/// this process.
+fn keep_state(keeper: &Keeper, iommu: &mut Iommu) -> Option<KeptMemory> {
+    if !keeper.is_present() {
+        return None;
+    }
+    iommu.keep_journal();
+    match KeptMemory::keep(keeper, iommu) {
+        Ok(kept) => Some(kept),
+        Err(cause) => {
+            warn!(
+                "the state of this daemon ends with it, because {cause}; let the service manager keep more descriptors \
+                 (FileDescriptorStoreMax= of the unit)"
+            );
+            None
+        }
+    }
 }
 
 fn listener(config: &Config) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {

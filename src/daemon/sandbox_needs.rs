@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::config::{Config, ConfiguredDevice, Socket, SocketAccess};
+use crate::config::{Config, ConfiguredDevice, Socket, SocketAccess, VmmTransport};
 use crate::endpoints::kinds;
 use crate::process::connector::ReachableSockets;
 use crate::process::sandbox::{Needs, Plugging};
 
-/// The system calls, ioctls and files that a daemon with this configuration needs while it serves.
-pub fn needs(config: &Config) -> Needs {
+/// The system calls, ioctls and files that a daemon with this configuration needs while it serves. `is_kept`: another process
+/// keeps its descriptors.
+pub fn needs(config: &Config, is_kept: bool) -> Needs {
     let socket = match &config.socket {
         Some(Socket::Path(path)) => Some(path),
         Some(Socket::Fd(_)) | None => None,
@@ -29,6 +30,7 @@ pub fn needs(config: &Config) -> Needs {
     socket_folders.dedup();
     let can_plug = !config.topology.expected().is_empty();
     let mut needs = Needs {
+        relay: is_kept && config.transport == VmmTransport::VhostUser,
         qmp: config.qmp.is_some(),
         realtime: config.realtime_priority.is_some(),
         socket_rights: config.socket_access != SocketAccess::default(),
@@ -54,7 +56,7 @@ pub fn reachable_sockets(config: &Config) -> ReachableSockets {
     let servers = || config.devices.emulated.iter().map(|device| &device.connect);
     let mut folders = Vec::new();
     if !config.topology.expected().is_empty() {
-        folders = needs(config).socket_folders;
+        folders = needs(config, false).socket_folders;
         folders.extend(servers().map(|path| folder(path)));
         folders.sort_unstable();
         folders.dedup();
@@ -78,7 +80,8 @@ mod tests {
     use super::*;
 
     fn needs_of(text: &str) -> Needs {
-        needs(&Config::from_text(Path::new("vm.toml"), text).expect("a configuration"))
+        let config = Config::from_text(Path::new("vm.toml"), text);
+        needs(&config.expect("a configuration"), false)
     }
 
     const PLAIN: &str = "socket = \"/run/vm/iommu.sock\"\ncontrol = \"ctl.sock\"\n\

@@ -1,4 +1,8 @@
 //! SIGTERM and SIGINT end the daemon in order, or by force if that takes too long.
+//!
+//! If the service manager keeps the state, the daemon ends between two batches of requests instead, and leaves everything
+//! as it is: the next daemon goes on there. If there is no next one, the service manager closes what it keeps, and the VMM
+//! sees the connection close then.
 #![expect(unsafe_code, reason = "_exit, which does not wait for the threads")]
 
 use std::io;
@@ -50,6 +54,15 @@ pub fn handle_signals() -> io::Result<SignalHandler> {
 fn end(named: &Receiver<StopHandle>) {
     info!("a signal ends the daemon");
     match named.recv_timeout(PATIENCE) {
+        Ok(stop) if stop.is_kept() => {
+            if !stop.leave(PATIENCE) {
+                error!("a request takes too long; the next daemon will finish it");
+            }
+            stop.remove_sockets();
+            // SAFETY:
+            // - the call does not return and runs no exit handler of this process
+            unsafe { libc::_exit(0) }
+        }
         Ok(stop) => {
             stop.stop();
             std::thread::sleep(PATIENCE);

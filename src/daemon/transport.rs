@@ -8,6 +8,7 @@ use super::DaemonError;
 use crate::config::VmmTransport;
 use crate::device::Device;
 use crate::process::keeper::Keeper;
+use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
 use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
 use crate::transport::virtio_pci::table_bar::TableBar;
@@ -49,6 +50,14 @@ impl VmmServer {
                 Self::VirtioPci(Box::new(server))
             }
         })
+    }
+
+    /// Lets [`Self::run`] go on with the VMM that the daemon before has left; see [`VhostUserServer::resume`].
+    pub(super) fn resume(&mut self, left: LeftVmm, restore: impl FnOnce() + Send + 'static) {
+        match self {
+            Self::VhostUser { server, .. } => server.resume(left, restore),
+            Self::VirtioPci(_) => left.refuse(),
+        }
     }
 
     pub(super) fn stopper(&self) -> ServerStopper {

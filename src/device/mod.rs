@@ -35,8 +35,8 @@ mod view;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -50,6 +50,7 @@ use crate::faults::log::FaultLog;
 use crate::iommu::Iommu;
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
+use crate::process::life::Life;
 use crate::process::realtime::Realtime;
 use crate::process::watchdog::Pulse;
 use crate::protocol::config_space::ConfigSpace;
@@ -126,6 +127,8 @@ pub struct Device {
     faults: FaultLog,
     /// Set by a transport that tells the guest its endpoints.
     table_state: Mutex<TableState>,
+    /// What this process has taken over.
+    life: OnceLock<Arc<Life>>,
 }
 
 #[derive(Default)]
@@ -137,6 +140,8 @@ struct Requests {
     ring: Option<Box<dyn StoredRing>>,
     /// The state of the ring when the VMM stopped it, until a pass finds it running again.
     stopped: Option<RingState>,
+    /// The driver of the ring that starts next is not that of this process, whatever the ring's index.
+    is_foreign: bool,
 }
 
 impl Device {
@@ -180,6 +185,7 @@ impl Device {
             metrics,
             faults: FaultLog::default(),
             table_state: Mutex::new(Rank::TableState, TableState::default()),
+            life: OnceLock::new(),
         })
     }
 

@@ -167,6 +167,9 @@ impl Device {
                 MutexGuard::unlock_fair(iommu);
                 MutexGuard::unlock_fair(requests);
                 send_interrupts(|| ring.send_interrupts());
+                if let Some(life) = self.life.get() {
+                    life.resume();
+                }
                 return pass;
             }
             self.start_ring(&mut requests, ring, &memory);
@@ -206,7 +209,9 @@ impl Device {
             requests.queue.last_used,
         );
         let stopped = requests.stopped.take();
+        let is_foreign = std::mem::take(&mut requests.is_foreign);
         let driver = match &stopped {
+            None if is_foreign => Restart::UnknownDriver,
             Some(stopped) => stopped.compare(&running, memory),
             None => running.first_start(),
         };

@@ -1,5 +1,6 @@
-//! Going on with the driver of an earlier process, once the core is restored.
+//! Going on with the driver of an earlier process, once the core is restored, and leaving it to a later one.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use vm_memory::GuestAddress;
 use super::resume::RingState;
 use super::view::GuestView;
 use super::{Device, MAX_QUEUE_SIZE, request_ring};
+use crate::process::life::Life;
 
 /// How long [`Device::wait_for_interrupted`] waits.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -29,6 +31,25 @@ pub struct StoppedRing {
 }
 
 impl Device {
+    /// Notes in `life` when the guest's requests are answered again. Only the first call has an effect.
+    pub fn record_life(&self, life: Arc<Life>) {
+        // Fails if there is one.
+        let _ = self.life.set(life);
+    }
+
+    /// The request ring that starts next has a driver whose domains the core does not have: that of a process whose state was
+    /// refused. Without this, a ring that happens to be at index 0 would count as that of a new driver.
+    pub fn distrust_next_driver(&self) {
+        self.requests.lock().is_foreign = true;
+    }
+
+    /// Waits until no batch is in progress, up to `patience`, and keeps all others from beginning for the rest of this
+    /// process. Returns whether that succeeded.
+    pub fn hold(&self, patience: Duration) -> bool {
+        let held = self.requests.hold(patience) && self.events.hold(patience);
+        held && self.iommu.hold(patience)
+    }
+
     /// Takes over what the device has of the restored core. `stopped` is the request ring if the VMM had stopped it when the
     /// earlier process died: the index at which it starts again tells whether its driver resumes.
     ///

@@ -53,6 +53,13 @@ impl<T> Mutex<T> {
             _held: self.ranked.note(),
         })
     }
+
+    /// Waits for the lock, up to `patience`, and never releases it. Returns whether that succeeded. For the end of a
+    /// process.
+    pub fn hold(&self, patience: Duration) -> bool {
+        let guard = self.inner.try_lock_for(patience);
+        guard.map(std::mem::forget).is_some()
+    }
 }
 
 /// Access to the value of a [`Mutex`].

@@ -70,6 +70,8 @@ pub enum Rank {
     ReaderMemory,
     /// The places of the records in the store that outlives this process.
     StoreRecords,
+    /// What this process has taken over from the one before it.
+    Life,
     /// The descriptors that outlive this process.
     KeptFiles,
     /// The file rules of the sandbox, which each thread applies to itself.

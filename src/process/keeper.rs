@@ -177,6 +177,14 @@ impl Keeper {
         }
     }
 
+    /// Makes the keeper close a file, however many users it has.
+    pub fn drop_file(&self, name: &str) {
+        let mut files = self.files.lock();
+        if files.kept.remove(name).is_some() {
+            self.remove(name);
+        }
+    }
+
     /// Releases what the process before has left and nobody has claimed. Returns the names.
     pub fn release_unclaimed(&self) -> Vec<String> {
         let mut files = self.files.lock();

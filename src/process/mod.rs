@@ -7,6 +7,7 @@ pub mod fatal;
 pub mod inherited;
 pub mod keeper;
 pub mod keeper_message;
+pub mod life;
 #[cfg(not(miri))]
 pub mod peek;
 pub mod peer_event;
