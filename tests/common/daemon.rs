@@ -1,6 +1,7 @@
 //! The daemon as a child process with sockets in a temporary directory. A test that hangs or fails leaves no
 //! daemon behind.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -20,10 +21,10 @@ use vhost::vhost_user::Frontend;
 /// the daemon then returns. Not a limit for the whole test, which a busy machine exceeds.
 const SILENCE: Duration = Duration::from_secs(240);
 /// Longer than a daemon that works takes for anything, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The name of the VMM's socket.
-const SOCKET: &str = "vhost.sock";
+pub(super) const SOCKET: &str = "vhost.sock";
 /// The name of guest memory in `/proc/PID/smaps`.
 const GUEST_MEMORY: &str = "/memfd:guest-ram";
 
@@ -38,9 +39,11 @@ pub const NO_EP: u32 = 0x48;
 
 /// A running daemon.
 pub struct Daemon {
-    child: Arc<Mutex<Child>>,
-    pid: u32,
-    directory: TempDir,
+    pub(super) child: Arc<Mutex<Child>>,
+    pub(super) pid: u32,
+    pub(super) directory: TempDir,
+    /// The program and its arguments, without those of a keeper.
+    pub(super) words: Vec<OsString>,
     /// A message shows the watcher that the test goes on.
     watch: Sender<()>,
 }
@@ -147,7 +150,7 @@ impl Daemon {
         Self::start_prepared(command, directory, args, |_| {})
     }
 
-    fn start_prepared(
+    pub(super) fn start_prepared(
         mut command: Command,
         directory: TempDir,
         args: &[&str],
@@ -161,6 +164,8 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let words = words.map(OsString::from).collect();
         prepare(&mut command);
         let child = command.spawn().expect("the daemon starts");
         // It holds standard error open.
@@ -185,6 +190,7 @@ impl Daemon {
             child,
             pid,
             directory,
+            words,
             watch,
         };
         let sockets = [daemon.socket(), daemon.control_socket()];

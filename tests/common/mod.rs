@@ -17,6 +17,7 @@
 
 pub mod daemon;
 pub mod guest;
+pub mod kept;
 pub mod memory;
 pub mod ring;
 pub mod rng;
