@@ -32,6 +32,8 @@ use crate::topology::Topology;
 
 /// A request that was in progress when so many processes died is not executed again.
 const MAX_DEATHS: u8 = 2;
+/// Nor if so many have died while they took over from one that had executed it.
+const MAX_RESTORES: u8 = 8;
 
 /// The memory that an earlier process has left.
 #[derive(Clone, Copy, Debug)]
@@ -313,7 +315,7 @@ impl Iommu {
     /// Gives each request that was in progress a phase that the device can go on from.
     fn settle(&mut self, loaded: &mut Loaded, failed: &BTreeSet<EndpointId>) {
         for (index, entry) in loaded.entries.iter_mut().enumerate() {
-            if entry.state.phase != Phase::Planned {
+            if !matches!(entry.state.phase, Phase::Planned | Phase::Interrupted) {
                 continue;
             }
             let done = match entry.effect() {
@@ -368,7 +370,14 @@ fn count_deaths(loaded: &mut Loaded, store: &[AtomicU64]) {
         let phase = loaded.entries[index].state.phase;
         // Requests are executed in their order, so no later one has begun, unless it is planned. A waiting one has not
         // begun either: the process has died for another reason, such as a configuration that it refused.
-        if phase == Phase::Planned || phase == Phase::Taken && is_first {
+        let was_executed = loaded.entries[index].state.attempts > 0;
+        let counts = match phase {
+            Phase::Planned | Phase::Interrupted => true,
+            Phase::Taken => is_first,
+            Phase::Waiting => was_executed && is_first,
+            Phase::Done => false,
+        };
+        if counts {
             loaded.count_death(store, index);
         }
         is_first &= phase == Phase::Done;
@@ -379,14 +388,16 @@ fn count_deaths(loaded: &mut Loaded, store: &[AtomicU64]) {
 fn refuse_deadly_requests(loaded: &mut Loaded) {
     let published = usize::from(loaded.published);
     for entry in loaded.entries.iter_mut().skip(published) {
-        if entry.state.phase == Phase::Done || entry.state.attempts < MAX_DEATHS {
+        let state = entry.state;
+        let is_deadly = state.attempts >= MAX_DEATHS || state.restores >= MAX_RESTORES;
+        if state.phase == Phase::Done || !is_deadly {
             continue;
         }
         let effect = entry.effect();
         error!(
-            "the daemon has died {} times while it executed a request ({effect}); the request is refused, and its \
-             endpoints are quarantined",
-            entry.state.attempts
+            "the daemon has died {} times while it executed a request ({effect}), and {} times while it took over from such a \
+             daemon; the request is refused, and its endpoints are quarantined",
+            state.attempts, state.restores
         );
         match effect {
             Effect::Map { domain, .. } | Effect::Unmap { domain, .. } => {

@@ -33,6 +33,9 @@ pub enum Phase {
     Done = 3,
     /// Taken by an earlier process: nothing has happened, and this process has not begun it.
     Waiting = 4,
+    /// As `Planned`, and the death of the process that had planned it is counted: a process that dies while it takes the
+    /// journal over is none that the request has ended.
+    Interrupted = 5,
 }
 
 /// The status of a chain that is returned unwritten, with the used length 0.
@@ -55,8 +58,10 @@ pub struct EntryState {
     pub phase: Phase,
     /// The status byte of its answer, or [`UNWRITTEN`]; only if it is done.
     pub status: u8,
-    /// The number of processes that have died while the request was in progress.
+    /// The number of processes that have died while they executed the request.
     pub attempts: u8,
+    /// The number of processes that have died while they took over from such a process.
+    pub restores: u8,
     /// The number of its bytes, or [`UNREADABLE`], or [`MALFORMED`].
     pub len: u8,
     /// Index of its chain's first descriptor.
@@ -72,7 +77,10 @@ impl EntryState {
     /// Word 1: everything else.
     #[inline(always)]
     pub fn rest_word(self) -> u64 {
-        u64::from(self.head) | u64::from(self.len) << 16 | u64::from(self.attempts) << 24
+        u64::from(self.head)
+            | u64::from(self.len) << 16
+            | u64::from(self.attempts) << 24
+            | u64::from(self.restores) << 32
     }
 
     /// Decodes both words; `None` if the first is damaged.
@@ -86,13 +94,15 @@ impl EntryState {
             2 => Phase::Planned,
             3 => Phase::Done,
             4 => Phase::Waiting,
+            5 => Phase::Interrupted,
             _ => return None,
         };
-        let [low, high, len, attempts, ..] = rest.to_le_bytes();
+        let [low, high, len, attempts, restores, ..] = rest.to_le_bytes();
         Some(Self {
             phase,
             status,
             attempts,
+            restores,
             len,
             head: u16::from_le_bytes([low, high]),
         })
@@ -201,6 +211,7 @@ impl Journal {
                 phase: Phase::Taken,
                 status: 0,
                 attempts: 0,
+                restores: 0,
                 len,
                 head,
             };
@@ -347,12 +358,17 @@ mod tests {
 
     #[test]
     fn each_flipped_bit_of_a_phase_is_noticed() {
-        for phase in [Phase::Taken, Phase::Planned, Phase::Done, Phase::Waiting] {
+        let phases = [Phase::Taken, Phase::Planned, Phase::Done];
+        for phase in phases
+            .into_iter()
+            .chain([Phase::Waiting, Phase::Interrupted])
+        {
             for status in [0, STATUS_DEVERR, UNWRITTEN] {
                 let state = EntryState {
                     phase,
                     status,
                     attempts: 2,
+                    restores: 7,
                     len: 36,
                     head: 0x1234,
                 };

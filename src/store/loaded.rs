@@ -230,14 +230,32 @@ impl Loaded {
         }
     }
 
-    /// Counts a death for an entry, here and in the store in `words`, in which a further process would find it.
+    /// Counts the death of the process that was executing the request of an entry, here and in the store in `words`, in which
+    /// a further process would find it. If that death is counted already, counts that of a process that has taken over.
     pub fn count_death(&mut self, words: &[AtomicU64], index: usize) {
         let Some(entry) = self.entries.get_mut(index) else {
             return;
         };
-        entry.state.attempts = entry.state.attempts.saturating_add(1);
-        if let Some(word) = words.get(JOURNAL_AT + index * ENTRY_WORDS + ENTRY_REST) {
-            SharedWords::set(word, entry.state.rest_word());
+        let state = &mut entry.state;
+        match state.phase {
+            Phase::Taken | Phase::Planned => state.attempts = state.attempts.saturating_add(1),
+            Phase::Waiting | Phase::Interrupted => {
+                state.restores = state.restores.saturating_add(1);
+            }
+            Phase::Done => return,
+        }
+        state.phase = match state.phase {
+            Phase::Planned | Phase::Interrupted => Phase::Interrupted,
+            Phase::Taken | Phase::Waiting | Phase::Done => Phase::Waiting,
+        };
+        let at = JOURNAL_AT + index * ENTRY_WORDS;
+        for (at, word) in [
+            (at + ENTRY_REST, state.rest_word()),
+            (at + ENTRY_PHASE, state.phase_word()),
+        ] {
+            if let Some(place) = words.get(at) {
+                SharedWords::set(place, word);
+            }
         }
     }
 }
@@ -384,7 +402,7 @@ impl JournalEntry {
     /// The range that a MAP or UNMAP in progress explains: all its mappings, in the table and in backends, are this
     /// request's.
     pub fn planned_range(&self) -> Option<(DomainId, IovaRange)> {
-        if self.state.phase != Phase::Planned {
+        if !matches!(self.state.phase, Phase::Planned | Phase::Interrupted) {
             return None;
         }
         match self.effect() {

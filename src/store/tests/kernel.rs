@@ -37,10 +37,14 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Switches an endpoint. While endpoints are adopted, two members of a group must not reach different targets at any
-    /// time.
+    /// Switches an endpoint. While endpoints are adopted, none is switched to a target while another member of its group
+    /// reaches another one. A process that died in the middle of a reset may have left a group so: then its members are
+    /// blocked first.
     fn switch(&mut self, endpoint: EndpointId, target: Target) {
         self.state.targets.insert(endpoint, target);
+        if target == Target::Blocked {
+            return;
+        }
         let mates = [G1, G2, G3].map(|mate| self.state.targets.get(&mate));
         let reached = mates.into_iter().flatten();
         let mut reached = reached.filter(|target| **target != Target::Blocked);
