@@ -189,11 +189,17 @@ impl Inbox {
     /// The kernel has no peek offsets.
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
         set_peek_offset(socket.as_fd(), 0)?;
-        Ok(Self {
+        Ok(Self::looked_at(socket))
+    }
+
+    /// The messages in `socket`, of which the first was looked at. The caller must [consume](Self::consume_expected) what is
+    /// left of it. Until then the peek offset stays: if this process dies, too, the next one needs it.
+    pub(super) fn looked_at(socket: UnixStream) -> Self {
+        Self {
             socket,
             message: MessageBytes::default(),
             files: Vec::new(),
-        })
+        }
     }
 
     /// The VMM's socket.

@@ -110,7 +110,7 @@ impl Relays {
     pub(super) fn begin(&mut self, vmm: UnixStream) -> io::Result<(Relay, UnixListener)> {
         let mut book = self.book.take().ok_or_else(no_book)?;
         book.open(&vmm);
-        match self.connect(&vmm) {
+        match self.connect(&vmm, false) {
             Ok((link, inbox, listener)) => Ok((self.relay(link, inbox, book), listener)),
             Err(cause) => {
                 book.close();
@@ -126,7 +126,7 @@ impl Relays {
     /// The system has no descriptor left. The connection is then closed.
     pub(super) fn resume(&mut self, left: LeftVmm) -> io::Result<(Relay, UnixListener)> {
         let (vmm, mut book, files, unanswered) = left.into_parts();
-        match self.connect(&vmm) {
+        match self.connect(&vmm, unanswered.is_some()) {
             Ok((link, inbox, listener)) => {
                 self.book = None;
                 let mut relay = self.relay(link, inbox, book);
@@ -181,12 +181,23 @@ impl Relays {
         }
     }
 
-    fn connect(&self, vmm: &UnixStream) -> io::Result<(CrateLink, Inbox, UnixListener)> {
+    /// Connects to the crate. `is_looked_at`: the first message of the VMM must still be consumed.
+    fn connect(
+        &self,
+        vmm: &UnixStream,
+        is_looked_at: bool,
+    ) -> io::Result<(CrateLink, Inbox, UnixListener)> {
         // For splice(2), which would wait for a VMM that does not read.
         vmm.set_nonblocking(true)?;
         let (listener, socket) = private_connection()?;
         let link = CrateLink::new(socket, vmm.try_clone()?, self.stop.try_clone()?)?;
-        Ok((link, Inbox::new(vmm.try_clone()?)?, listener))
+        let vmm = vmm.try_clone()?;
+        let inbox = if is_looked_at {
+            Inbox::looked_at(vmm)
+        } else {
+            Inbox::new(vmm)?
+        };
+        Ok((link, inbox, listener))
     }
 }
 
@@ -375,6 +386,7 @@ impl Relay {
 
     /// Ends what an earlier process has left to do for its last message.
     fn answer_left(&mut self, left: &Unanswered) -> io::Result<Option<RelayEnd>> {
+        step!(self);
         if left.in_socket > 0 && !self.inbox.consume_expected(&left.message, left.in_socket)? {
             return Err(io::Error::other(
                 "its last message is not the one that the daemon before has recorded; start the VM anew",
