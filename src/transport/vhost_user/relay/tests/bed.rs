@@ -324,7 +324,10 @@ impl Vmm {
 
     /// Whether the other end has closed the connection, and nothing has come before.
     pub(super) fn has_ended(&mut self) -> bool {
-        matches!(self.0.read(&mut [0]), Ok(0) | Err(_))
+        match self.0.read(&mut [0]) {
+            Ok(count) => count == 0,
+            Err(cause) => cause.kind() == io::ErrorKind::ConnectionReset,
+        }
     }
 }
 

@@ -237,20 +237,20 @@ fn a_fault_goes_into_the_next_event_buffer() {
     for _ in 0..3 {
         machine.events.put(&[], 0x40);
     }
-    for life in 0..3 {
+    for life in 0..3u32 {
         assert_eq!(machine.request(&attach(1)), OK);
         let fault = Fault {
             reason: FaultReason::Mapping,
             endpoint: ENDPOINT,
             access: Access::WRITE,
-            address: Iova(0x1000 + life),
+            address: Iova(0x1000 + u64::from(life)),
         };
         machine.device.report_fault(&fault);
         let (head, len) = machine.events.take_used().expect("delivered");
-        assert_eq!(len, 24);
+        assert_eq!((head, len), (2 * life, 24));
         let record = machine.events.written(head);
         let address = u64::from_le_bytes(record[16..24].try_into().expect("8 bytes"));
-        assert_eq!(address, 0x1000 + life);
+        assert_eq!(address, 0x1000 + u64::from(life));
         machine.end_life();
         machine.begin_life();
     }

@@ -4,6 +4,7 @@ mod bed;
 mod deaths;
 mod guest;
 mod replay;
+mod transparent;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
