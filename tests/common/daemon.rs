@@ -17,6 +17,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhost::vhost_user::Frontend;
 
+use super::relayed::Relayed;
+
 /// If the test asks the control socket nothing for this long, a watcher kills the daemon. Every test call that waits for
 /// the daemon then returns. Not a limit for the whole test, which a busy machine exceeds.
 const SILENCE: Duration = Duration::from_secs(240);
@@ -46,6 +48,8 @@ pub struct Daemon {
     pub(super) words: Vec<OsString>,
     /// A message shows the watcher that the test goes on.
     watch: Sender<()>,
+    /// Makes the daemon relay its VMMs' connections.
+    _relayed: Option<Relayed>,
 }
 
 impl Daemon {
@@ -167,6 +171,7 @@ impl Daemon {
         let words = std::iter::once(command.get_program()).chain(command.get_args());
         let words = words.map(OsString::from).collect();
         prepare(&mut command);
+        let relayed = Relayed::prepare(&mut command);
         let child = command.spawn().expect("the daemon starts");
         // It holds standard error open.
         drop(command);
@@ -192,6 +197,7 @@ impl Daemon {
             directory,
             words,
             watch,
+            _relayed: relayed,
         };
         let sockets = [daemon.socket(), daemon.control_socket()];
         daemon.wait_for("its sockets", || sockets.iter().all(|path| path.exists()));

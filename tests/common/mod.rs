@@ -19,6 +19,7 @@ pub mod daemon;
 pub mod guest;
 pub mod kept;
 pub mod memory;
+pub mod relayed;
 pub mod ring;
 pub mod rng;
 pub mod stopped_thread;

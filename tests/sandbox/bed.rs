@@ -1,13 +1,16 @@
-//! A daemon with a VM and with every kind of thread that needs no passthrough device.
+//! A daemon with a VM and with every kind of thread that needs no passthrough device. A keeper makes it relay the VMM's
+//! connection.
 
 use std::fs;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use tempfile::TempDir;
 
 use crate::common::daemon::{Daemon, EP};
 use crate::common::guest::{Guest, Setup};
+use crate::common::relayed;
 use crate::common::wire::RW;
 use crate::connection::{Connection, VERSION, version_body};
 
@@ -19,8 +22,9 @@ pub const MEMORY: u64 = 0xa0_0000;
 pub const LENGTH: u64 = 0x10_0000;
 
 /// Names of the threads except the main thread, whose thread ID is the process ID.
-pub const THREADS: [&str; 10] = [
+pub const THREADS: [&str; 11] = [
     "vhost-user",
+    "relay",
     "vring_worker",
     "control",
     "shadow",
@@ -44,6 +48,7 @@ pub struct Bed {
 
 impl Bed {
     pub fn new(more: &[&str]) -> Self {
+        relayed::ALWAYS.store(true, Ordering::Relaxed);
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         let listener = UnixListener::bind(at("server")).expect("a socket");

@@ -16,7 +16,7 @@ const KILL: u64 = 1 << 5;
 fn kept(thread: &str, is_main: bool) -> u64 {
     match thread {
         "connector" | "metrics-file" => DAC_OVERRIDE,
-        "vhost-user" | "vring_worker" | "shadow" => KILL,
+        "vhost-user" | "relay" | "vring_worker" | "shadow" => KILL,
         _ if is_main => KILL,
         _ => 0,
     }
@@ -56,7 +56,7 @@ fn every_thread_is_confined() {
         // The thread's own filter, and the two of the main thread if that has started it.
         let filters = match name.as_str() {
             _ if *tid == pid => "2",
-            "vhost-user" | "vring_worker" => "3",
+            "vhost-user" | "relay" | "vring_worker" => "3",
             _ => "1",
         };
         if let Some(count) = status("Seccomp_filters") {

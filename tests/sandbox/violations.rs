@@ -93,6 +93,7 @@ fn threads_that_parse_messages_cannot_connect() {
         "control",
         "shadow",
         "vhost-user",
+        "relay",
         "vring_worker",
         "main",
     ] {
@@ -112,7 +113,7 @@ fn threads_that_parse_messages_cannot_connect() {
 
 #[test]
 fn no_file_can_be_opened() {
-    for thread in ["main", "control", "vhost-user"] {
+    for thread in ["main", "control", "vhost-user", "relay"] {
         let bed = Bed::new(&[]);
         let here = u64::from(libc::AT_FDCWD.cast_unsigned());
         let arguments = [here, 0, 0, 0, 0, 0];
