@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP, EP2, EP3};
 use common::guest::{Guest, Setup};
+use common::kept::Keeper;
 use common::memory::Region;
 use common::wire;
 use tempfile::TempDir;
@@ -228,4 +229,78 @@ fn faults_do_not_block_changes_of_guest_memory() {
         over.store(true, Ordering::Relaxed);
     });
     assert_eq!(daemon.status()["readers"]["killed"], 0);
+}
+
+/// Ends a thread of a test, also if the test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_reader_goes_on_over_kills_and_restarts_of_the_daemon() {
+    let kills = std::env::var("VIOMMU_KILLS").ok();
+    let kills = kills.map_or(10u64, |text| text.parse().expect("a number"));
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("disk.sock");
+    let file = folder.path().join("vm.toml");
+    let config = format!(
+        "address = '00:05.0'\nbypass = false\n\
+         [[endpoint]]\naddress = '00:06.0'\nshadow = '{}'\n\
+         [readers]\npatience-ms = 20000\n",
+        path.display()
+    );
+    std::fs::write(&file, config).expect("written");
+    let mut keeper = Keeper::empty();
+    let config = ["--config", file.to_str().expect("UTF-8")];
+    let mut daemon = Daemon::kept(&keeper, &config);
+    let reader = reader(&path, EP);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
+    guest.memory.write(GPA, &[7; 16]);
+    let memory = reader.memory();
+    let read = |address| memory.read_obj::<u64>(GuestAddress(address));
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _over = Over(&over);
+        let working = scope.spawn(|| {
+            let mut done = 0u64;
+            while !over.load(Ordering::Relaxed) {
+                assert_eq!(
+                    read(0x5008).expect("mapped in every life"),
+                    0x0707_0707_0707_0707
+                );
+                done += 1;
+            }
+            done
+        });
+        for life in 2..2 + kills {
+            assert_eq!(guest.map_page(1, 0x6000, GPA), 0);
+            read(0x6000).expect("mapped");
+            if life % 3 == 0 {
+                daemon.terminate();
+                daemon.wait_for_end();
+            } else {
+                daemon.kill();
+            }
+            // No UNMAP is answered now.
+            read(0x6000).expect("the old page tables");
+            assert!(reader.is_connected());
+            daemon.start_again(&mut keeper);
+            assert_eq!(guest.unmap(1, 0x6000, 0x6fff), 0);
+            read(0x6000).expect_err("unmapped");
+            assert_eq!(reader.registrations(), life);
+            assert!(!working.is_finished());
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(working.join().expect("all was right") > kills);
+    });
+    let status = daemon.status();
+    assert_eq!(status["readers"]["now"], 1, "{status}");
+    assert_eq!(status["readers"]["killed"], 0, "{status}");
+    assert!(!reader.has_changed(&memory));
 }
