@@ -293,7 +293,7 @@ mod tests {
         let lines = lines(file);
         assert!(lines.contains(&"AmbientCapabilities=CAP_KILL".to_string()));
         assert!(
-            lines.contains(&"LimitNOFILE=2064".to_string()),
+            lines.contains(&"LimitNOFILE=2076".to_string()),
             "{lines:#?}"
         );
     }
