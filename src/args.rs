@@ -286,6 +286,9 @@ pub enum CliCommand {
         /// Write the VIOT table or the device tree to this file and keep it. Without it, QEMU gets an unnamed file
         #[arg(long, value_name = "PATH")]
         viot: Option<PathBuf>,
+        /// Start a daemon that has ended again up to this many times a minute; beyond that, end the VMM
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        max_restarts: u32,
         /// The program of the VMM and its own arguments
         #[arg(last = true, required = true, value_name = "VMM")]
         vmm: Vec<OsString>,

@@ -107,9 +107,10 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             config,
             kind,
             viot,
+            max_restarts,
             vmm,
         }) => {
-            return launch(config, *kind, viot.as_deref(), vmm);
+            return launch(config, *kind, viot.as_deref(), *max_restarts, vmm);
         }
     };
     done.map(|()| ExitCode::SUCCESS)
@@ -181,6 +182,7 @@ fn launch(
     config: &Path,
     kind: Option<VmmChoice>,
     table: Option<&Path>,
+    max_restarts: u32,
     vmm: &[OsString],
 ) -> Result<ExitCode, Box<dyn Error>> {
     let daemon = std::env::current_exe().map_err(|cause| {
@@ -190,6 +192,7 @@ fn launch(
         config,
         table,
         vmm,
+        max_restarts,
         kind: kind.map(|kind| match kind {
             VmmChoice::Qemu => VmmKind::Qemu,
             VmmChoice::CloudHypervisor => VmmKind::CloudHypervisor,

@@ -87,6 +87,7 @@ complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand la
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l vmm -d 'The kind of the VMM [default: cloud-hypervisor if its program\'s name begins like that, else qemu]' -r -f -a "qemu\t'QEMU'
 cloud-hypervisor\t'cloud-hypervisor'"
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l viot -d 'Write the VIOT table or the device tree to this file and keep it. Without it, QEMU gets an unnamed file' -r -F
+complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -l max-restarts -d 'Start a daemon that has ended again up to this many times a minute; beyond that, end the VMM' -r
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand launch" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -l json -d 'Print JSON'
 complete -c vhost-device-iommu -n "__fish_vhost_device_iommu_using_subcommand ctl; and not __fish_seen_subcommand_from status endpoints domains mappings faults translate add-endpoint remove-endpoint stats watch log-level help" -s h -l help -d 'Print help'

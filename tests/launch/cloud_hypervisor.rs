@@ -133,6 +133,7 @@ fn passthrough_devices_are_opened_once_for_both() {
         table: None,
         vmm: &vmm,
         kind: None,
+        max_restarts: 5,
         daemon: &launch_dir.path("daemon"),
         host: &HostRoot::new(launch_dir.path("host")),
     };

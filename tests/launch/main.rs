@@ -390,6 +390,7 @@ fn passthrough_devices_are_opened_once_for_both() {
             table: viot,
             vmm: &vmm,
             kind: None,
+            max_restarts: 5,
             daemon: &daemon,
             host: &HostRoot::new(launch_dir.path("host")),
         };

@@ -246,6 +246,7 @@ fn stub_launch() {
         table: None,
         vmm: &vmm,
         kind: None,
+        max_restarts: 5,
         daemon: Path::new("./daemon"),
         host: &HostRoot::new(PathBuf::from("/nonexistent")),
     };

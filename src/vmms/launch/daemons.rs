@@ -28,8 +28,6 @@ use crate::process::socket::SocketFile;
 
 /// How long the daemon may take to end: longer than it waits for its own threads.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// How often the daemon is started again within [`INTERVAL`]: `StartLimitBurst=` of the unit.
-const MAX_RESTARTS: usize = 5;
 /// `StartLimitIntervalSec=` of the unit.
 const INTERVAL: Duration = Duration::from_secs(60);
 
@@ -44,6 +42,8 @@ pub(super) struct DaemonStart<'a> {
     pub patience: Duration,
     /// The paths of its sockets.
     pub sockets: Vec<PathBuf>,
+    /// How often it is started again within [`INTERVAL`]: `StartLimitBurst=` of the unit.
+    pub max_restarts: u32,
 }
 
 /// The daemon that runs, and what is needed to start the next one.
@@ -67,19 +67,29 @@ pub(super) struct Daemons<'a> {
 }
 
 /// When daemons were started again within [`INTERVAL`], the latest last.
-#[derive(Debug, Default)]
-struct RestartLimit(VecDeque<Instant>);
+#[derive(Debug)]
+struct RestartLimit {
+    max: u32,
+    restarts: VecDeque<Instant>,
+}
 
 impl RestartLimit {
+    fn new(max: u32) -> Self {
+        Self {
+            max,
+            restarts: VecDeque::new(),
+        }
+    }
+
     /// Whether one more may be started now; if so, it counts.
     fn take(&mut self, now: Instant) -> bool {
         let is_old = |then: &Instant| now.duration_since(*then) > INTERVAL;
-        while self.0.front().is_some_and(is_old) {
-            self.0.pop_front();
+        while self.restarts.front().is_some_and(is_old) {
+            self.restarts.pop_front();
         }
-        let may = self.0.len() < MAX_RESTARTS;
+        let may = u32::try_from(self.restarts.len()).is_ok_and(|count| count < self.max);
         if may {
-            self.0.push_back(now);
+            self.restarts.push_back(now);
         }
         may
     }
@@ -111,6 +121,7 @@ impl<'a> Daemons<'a> {
     ) -> Result<Self, LaunchError> {
         let store = DescriptorStore::new().map_err(system("make sockets"))?;
         let running = spawn(&start, &files, &store, (events, 0))?;
+        let restarts = RestartLimit::new(start.max_restarts);
         Ok(Self {
             running,
             sockets: Vec::new(),
@@ -123,7 +134,7 @@ impl<'a> Daemons<'a> {
                 since: Instant::now(),
                 before: None,
             }),
-            restarts: RestartLimit::default(),
+            restarts,
         })
     }
 
@@ -212,7 +223,7 @@ impl<'a> Daemons<'a> {
         if !self.restarts.take(now) {
             return Err(LaunchError::DaemonLoops {
                 status,
-                restarts: MAX_RESTARTS,
+                restarts: self.start.max_restarts,
                 within: INTERVAL,
             });
         }
@@ -278,7 +289,7 @@ mod tests {
     fn five_restarts_in_a_minute_are_the_most() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        let mut limit = RestartLimit::default();
+        let mut limit = RestartLimit::new(5);
         for seconds in [0, 0, 0, 30, 40] {
             assert!(limit.take(at(seconds)), "{seconds}");
         }

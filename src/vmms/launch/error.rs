@@ -81,7 +81,7 @@ pub enum LaunchError {
         /// How it ended at last.
         status: ExitStatus,
         /// How often it was started again.
-        restarts: usize,
+        restarts: u32,
         /// The time within which that happened.
         within: Duration,
     },

@@ -76,6 +76,8 @@ pub struct Launch<'a> {
     pub vmm: &'a [OsString],
     /// The kind of the VMM; `None` takes it from the program's name.
     pub kind: Option<VmmKind>,
+    /// How often within a minute the daemon is started again.
+    pub max_restarts: u32,
     /// The program of the daemon.
     pub daemon: &'a Path,
     /// The root of the host's `dev` and `sys`.
@@ -122,6 +124,7 @@ impl Launch<'_> {
             options: daemon_options(&config),
             patience: config.start_limit(),
             sockets: sockets(&config),
+            max_restarts: self.max_restarts,
         };
         let mut inherited = files.numbers();
         let mut daemons = Daemons::start(start, files, &events)?;
