@@ -13,13 +13,15 @@
 #                with Arm's SMMUv3, all of them with --arch arm64
 #   emulated     emulated and exported devices: a stock guest with an NVMe disk behind the daemon, device processes
 #                killed at any moment, and both kinds of devices on the emulated host of the suite passthrough
+#   restart      the daemon is killed and replaced while a driver, or a stock guest under launch, goes on
 #   operations   the Debian package in a clean Debian that boots systemd: two daemons as services, started, stopped,
 #                killed, watched
 #
 #   --arch ARCH  run the suites' parts for this processor: amd64 (the default) or arm64. The parts for arm64 are
 #                cross-built, and run under emulation. The run for amd64 leaves most of them out, because they take long
 #   --list       print the suites' names, run nothing
-#   --quick      leave out the tests that need a VM: guest, passthrough, emulated, and the services of operations
+#   --quick      leave out the tests that need a VM: guest, passthrough, emulated, the guests of restart, and the services of
+#                operations
 #
 # Environment: VIOMMU_CACHE, VIOMMU_MIRROR and http_proxy as for setup.sh;
 #   VIOMMU_GUEST_KERNELS   the stock kernels of the suites with a VM, as for setup.sh --kernels
@@ -32,7 +34,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/arm64-suites.sh"
 . "$SCRIPTS/lib/arm64-programs.sh"
 
-ALL_SUITES="unit hostile guest passthrough emulated operations"
+ALL_SUITES="unit hostile guest passthrough emulated restart operations"
 NEED_VM="guest passthrough emulated"
 # Seconds for all tests in one boot of L1.
 L1_LIMIT=1800
@@ -74,7 +76,7 @@ plain_tests() {
         name=${name%/main.rs}
         name=${name%.rs}
         case $name in
-        emulated | guest | hostile | kills | operations | passthrough | '*') ;;
+        emulated | guest | hostile | kills | operations | passthrough | restart | '*') ;;
         *) [[ " $OPERATIONS_TESTS " == *" $name "* ]] || echo "--test=$name" ;;
         esac
     done
@@ -105,7 +107,7 @@ suite_hostile() {
 }
 
 suite_guest() {
-    step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored --skip arm::
+    step "guest" cargo test --locked --no-fail-fast --test guest -- --ignored --skip arm:: --skip restart::
     arm64_guest_short
 }
 
@@ -190,8 +192,15 @@ suite_emulated() {
     in_l1 emulated $VFIO_USER_TESTS
 }
 
+suite_restart() {
+    step "restart: drivers" cargo test --locked --no-fail-fast --test restart
+    if [ $quick = no ]; then
+        step "restart: guests" cargo test --locked --no-fail-fast --test guest -- --ignored restart::
+    fi
+}
+
 # Seconds for all tests in the Debian with systemd.
-DEBIAN_LIMIT=900
+DEBIAN_LIMIT=600
 
 suite_operations() {
     local build=(cargo test --locked --test operations --no-run) program package target=${CARGO_TARGET_DIR:-$TREE/target}
@@ -282,6 +291,7 @@ if [ $quick = no ]; then
         case $suite in
         unit) [ $arch = amd64 ] || setup+=(--print --debian) ;;
         guest) setup+=(--print --firmware) ;;
+        restart) setup+=(--print) ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian) ;;
         esac

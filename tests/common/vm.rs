@@ -727,6 +727,17 @@ impl Control {
         Status(self.ask("status"))
     }
 
+    /// Whether a daemon answers. The one before may have left its socket.
+    pub fn answers(&self) -> bool {
+        let answer = UnixStream::connect(&self.0).and_then(|mut stream| {
+            stream.set_read_timeout(Some(REPLY))?;
+            stream.write_all(b"status\n")?;
+            stream.shutdown(Shutdown::Write)?;
+            stream.read_to_end(&mut Vec::new())
+        });
+        answer.is_ok_and(|bytes| bytes > 0)
+    }
+
     /// The mappings of each domain, page by page.
     pub fn tables(&self) -> BTreeMap<u64, Table> {
         let answer = self.ask("mappings");

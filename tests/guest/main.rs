@@ -166,6 +166,7 @@ macro_rules! guest_tests {
 }
 
 mod arm;
+mod restart;
 mod tables;
 
 guest_tests! {
@@ -451,7 +452,7 @@ fn boot(
     name: &str,
     append: &str,
 ) -> Vm {
-    let options = options(kernel, mode, daemon, "slots=2,maxmem=4G", append);
+    let options = options(kernel, mode, &daemon.qemu_args, "slots=2,maxmem=4G", append);
     let mut vm = Vm::start(setup, test_dir, name, &options);
     vm.wait_until_up();
     vm
@@ -461,7 +462,7 @@ fn boot(
 fn options<'a>(
     kernel: &'a Kernel,
     mode: Mode,
-    daemon: &Daemon,
+    iommu: &[String],
     slots: &str,
     append: &str,
 ) -> VmOptions<'a> {
@@ -476,7 +477,7 @@ fn options<'a>(
     VmOptions {
         kernel,
         append: format!("{} memhp_default_state=online {append}", mode.append()),
-        iommu: daemon.qemu_args.clone(),
+        iommu: iommu.to_vec(),
         extra,
     }
 }

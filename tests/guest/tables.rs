@@ -35,7 +35,7 @@ pub fn tables_by_the_bar(
 ) {
     let config = config_of(setup.machine, kernel).replace("512M", &format!("{RAM}M"));
     let mut daemon = Daemon::start_over(transport.key(), test_dir, &config);
-    let mut options = options(kernel, mode, &daemon, "slots=2,maxmem=9G", "");
+    let mut options = options(kernel, mode, &daemon.qemu_args, "slots=2,maxmem=9G", "");
     leave_out_the_table(setup.machine, &mut options);
     options
         .extra
@@ -76,7 +76,7 @@ pub fn tables_by_grub(
 ) {
     let config = config_of(setup.machine, kernel);
     let mut daemon = Daemon::start_over(transport.key(), test_dir, &config);
-    let mut options = options(kernel, mode, &daemon, "slots=2,maxmem=4G", "");
+    let mut options = options(kernel, mode, &daemon.qemu_args, "slots=2,maxmem=4G", "");
     leave_out_the_table(setup.machine, &mut options);
     if setup.machine == Machine::Virt {
         write_viot(test_dir);
