@@ -36,6 +36,13 @@ pub struct Emulated {
     pub deadlines: ServerDeadlines,
 }
 
+impl Emulated {
+    /// Whether the server gets guest memory of its own. It may use that until it notices the end of its connection.
+    pub fn shares_memory(&self) -> bool {
+        self.isolation == ServerIsolation::Mappings
+    }
+}
+
 /// How long an emulated device's server may take to answer. Each is in [`MIN_DEADLINE_MS`]`..=`[`MAX_DEADLINE_MS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServerDeadlines {

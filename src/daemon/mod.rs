@@ -18,7 +18,7 @@ use thiserror::Error;
 use self::left::{KeptMemory, LeftMemory, release_unclaimed};
 use self::transport::{ServerStopper, VmmServer};
 
-use crate::config::{Config, Socket, VmmTransport};
+use crate::config::{Config, Emulated, Socket, VmmTransport};
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
@@ -108,7 +108,8 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config, keeper: Arc<Keeper>) -> Result<Self, DaemonError> {
-        let life = Arc::new(Life::new(keeper.is_present()));
+        let has_memory_server = config.devices.emulated.iter().any(Emulated::shares_memory);
+        let life = Arc::new(Life::new(keeper.is_present() && !has_memory_server));
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
@@ -138,6 +139,10 @@ impl Daemon {
             Iommu::new(settings, topology)?
         };
         let kept = keep_state(&keeper, &mut iommu);
+        if has_memory_server && keeper.is_present() {
+            warn!("{MEMORY_SERVER}");
+            iommu.forgo_restart();
+        }
         let metrics = Arc::new(Metrics::default());
         let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper)?;
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
@@ -450,6 +455,11 @@ fn control_paths(config: &Config) -> Option<ControlPaths> {
     let any = paths.control.is_some() || paths.metrics.is_some();
     any.then_some(paths)
 }
+
+/// Why the state ends with this process although there is a keeper.
+const MEMORY_SERVER: &str = "the next daemon will not go on where this one ends: the server of an emulated device has guest \
+    memory (isolation = \"mappings\"), and goes on using it until it notices the end of its connection; with isolation = \
+    \"messages\" it has none";
 
 /// Keeps the state of `iommu` for the next process. Without a keeper, or if it does not take the state, the state ends with
 /// this process.

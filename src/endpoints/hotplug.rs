@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::info;
+use log::{info, warn};
 use thiserror::Error;
 
 use super::bound::ServedExport;
@@ -161,6 +161,16 @@ impl Hotplug {
         let mut config = self.config.lock();
         let (with, range) = config.with_endpoint(text)?;
         let kind = with.devices.kind_of(range.first());
+        let mut emulated = with.devices.emulated.iter();
+        if emulated.any(|device| device.endpoint == range.first() && device.shares_memory()) {
+            warn!(
+                "the server of endpoint {} gets guest memory (isolation = \"mappings\"), so no later daemon will go on where \
+                 this one ends",
+                range.first()
+            );
+            // Before the server connects.
+            self.iommu.lock().forgo_restart();
+        }
         let mut opened = self.open(&with, range.first(), kind)?;
         let info = with.topology.endpoint(range.first().endpoint_id());
         let (group, reserved) = opened.facts.take().unwrap_or_else(|| {

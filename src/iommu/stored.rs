@@ -30,6 +30,13 @@ impl Iommu {
         self.store.keep_journal();
     }
 
+    /// Has no later process go on after the death of this one: it will refuse the store, and block every endpoint until the
+    /// driver starts anew. For a process that is about to let others use guest memory in a way that its death does not end
+    /// at once.
+    pub fn forgo_restart(&mut self) {
+        self.store.forgo_journal();
+    }
+
     /// Records the feature bits that the driver has accepted, for a later process.
     pub fn note_features(&self, features: u64) {
         self.store.set_features(features);

@@ -192,6 +192,13 @@ impl Journal {
         self.memory.store(HEADER_ENTRIES, JOURNAL_ENTRIES as u64);
     }
 
+    /// Writes no request down any more. The header says so: the store cannot be taken over.
+    pub(super) fn forgo(&mut self) {
+        self.clear();
+        self.is_kept = false;
+        self.memory.store(HEADER_ENTRIES, 0);
+    }
+
     /// Whether requests are written down.
     #[inline(always)]
     pub fn is_kept(&self) -> bool {

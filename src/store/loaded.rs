@@ -41,7 +41,10 @@ pub enum StoreError {
     #[error("the store is not that of the last daemon; give the newest store")]
     NotNewest,
     /// The process has kept no journal, so the state of its last requests is unknown.
-    #[error("the daemon before has kept no journal of its requests; reset the VM")]
+    #[error(
+        "the daemon before has kept no journal of its requests: it had no keeper, or the server of an emulated device had \
+         guest memory (isolation = \"mappings\"), which nobody can take away from it; reset the VM"
+    )]
     NoJournal,
     /// A word has an impossible value.
     #[error("the store is damaged at word {word}; reset the VM")]

@@ -386,6 +386,11 @@ impl Store {
         self.journal.keep();
     }
 
+    /// Writes no request to the journal any more. A later process refuses the store.
+    pub fn forgo_journal(&mut self) {
+        self.journal.forgo();
+    }
+
     /// Takes the journal of a store over, with the same phases. This store must [keep one](Self::keep_journal).
     pub fn adopt_journal(&mut self, loaded: &Loaded) {
         for (index, entry) in loaded.entries.iter().enumerate() {

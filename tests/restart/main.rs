@@ -384,6 +384,36 @@ fn what_the_keeper_has_lost_is_said() {
     assert!(lost.contains("FileDescriptorStoreMax="), "{lost}");
 }
 
+/// Its server may go on using guest memory that a later daemon would let the guest unmap.
+#[test]
+fn no_daemon_goes_on_if_a_server_had_guest_memory() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("vm.toml");
+    let device = |isolation: &str| {
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        format!(
+            "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
+             vfio-user = {{ listen = {:?}, connect = {:?}, isolation = \"{isolation}\" }}\n",
+            at("listen"),
+            at("connect")
+        )
+    };
+    for (isolation, expected) in [("mappings", "refused"), ("messages", "taken-over")] {
+        std::fs::write(&file, device(isolation)).expect("written");
+        let mut keeper = Keeper::empty();
+        let mut daemon = Daemon::kept(&keeper, &["--config", file.to_str().expect("UTF-8")]);
+        assert_eq!(daemon.status()["life"]["kept"], isolation == "messages");
+        let mut guest = Guest::boot(&daemon);
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.map(1, 0, 0xfff, 0x1000, RW), OK);
+        daemon.die(&mut keeper);
+        let life = &daemon.status()["life"];
+        assert_eq!(life["state"], expected, "{life}");
+        let is_mapped = daemon.gpa_of(EP, 0).is_some();
+        assert_eq!(is_mapped, isolation == "messages");
+    }
+}
+
 /// How long a driver waits for an answer, from the death on. Not asserted.
 #[test]
 fn the_wait_is_short() {
