@@ -204,7 +204,14 @@ fn kills_in_traffic(
     launched.agrees(&mut vm, &[("again", SECOND)]);
 }
 
-/// Warnings and errors in the guest's log, without the time.
+/// Warnings and errors in the guest's log, without the time. Not those of the clocks: on a busy machine an emulated guest stands
+/// still for seconds, whatever the daemon does.
 fn warnings(vm: &mut Vm) -> Vec<String> {
-    vm.run("dmesg -r 2>/dev/null | sed -n 's/^<[0-4]>\\[[^]]*\\] //p' || dmesg | grep -iE 'warn|bug|error|stall|lockup|virtio'")
+    let mut lines = vm.run("dmesg -r | sed -n 's/^<[0-4]>\\[[^]]*\\] //p'");
+    lines.retain(|line| {
+        !["clocksource:", "hrtimer:"]
+            .iter()
+            .any(|word| line.starts_with(word))
+    });
+    lines
 }
