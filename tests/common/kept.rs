@@ -155,6 +155,20 @@ impl Daemon {
         Self::start_prepared(command, directory, args, |command| keeper.prepare(command))
     }
 
+    /// Starts the daemon with a TOML configuration, more arguments, and `keeper`.
+    pub fn kept_with_config(keeper: &Keeper, toml: &str, more: &[&str]) -> Self {
+        let directory = tempfile::TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        fs::write(&path, toml).expect("configuration written");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+        command
+            .arg("--socket-path")
+            .arg(directory.path().join(super::daemon::SOCKET));
+        let config = ["--config", path.to_str().expect("UTF-8")];
+        let args = [&config, more].concat();
+        Self::start_prepared(command, directory, &args, |command| keeper.prepare(command))
+    }
+
     /// Sends SIGKILL, and waits until the process is gone.
     pub fn kill(&mut self) {
         let mut child = self.child.lock().expect("child");

@@ -17,6 +17,7 @@ use crate::common::daemon::Daemon;
 use crate::common::guest::{
     Guest, HIGH_LEN, HIGH_RAM, LOW_LEN, LOW_RAM, RING_LEN, RING_RAM, Setup,
 };
+use crate::common::kept::Keeper;
 use crate::common::memory::Region;
 use crate::devices::Function;
 use crate::host::host_iommu;
@@ -192,6 +193,15 @@ impl Bed {
 
     /// Starts a VM with more keys in the daemon's configuration.
     pub fn with(backend: Backend, functions: &[&str], keys: &str) -> Self {
+        Self::start(backend, functions, keys, None)
+    }
+
+    /// Starts a VM whose daemon leaves its descriptors with `keeper`.
+    pub fn kept(backend: Backend, functions: &[&str], keeper: &Keeper) -> Self {
+        Self::start(backend, functions, "", Some(keeper))
+    }
+
+    fn start(backend: Backend, functions: &[&str], keys: &str, keeper: Option<&Keeper>) -> Self {
         let machine = host_iommu().machine_key();
         let (backend_name, pin) = match backend {
             Backend::SharedAll | Backend::Owned => ("iommufd", "all"),
@@ -217,7 +227,10 @@ impl Bed {
             None => container_arguments(&opened),
         };
         let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-        let daemon = Daemon::with_config_and(&config, &arguments);
+        let daemon = match keeper {
+            Some(keeper) => Daemon::kept_with_config(keeper, &config, &arguments),
+            None => Daemon::with_config_and(&config, &arguments),
+        };
         // In QEMU's order: it connects, makes the devices, then the vhost-user device.
         let stream = daemon.stream();
         let ours = stream.try_clone().expect("a descriptor");

@@ -33,6 +33,7 @@ mod moves;
 mod nested;
 mod records;
 mod resets;
+mod restarts;
 mod server;
 mod successor;
 #[path = "../common/vm.rs"]
