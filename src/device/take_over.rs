@@ -37,6 +37,14 @@ impl Device {
         let _ = self.life.set(life);
     }
 
+    /// Notes that no later process can go on after this one.
+    pub fn forgo_restart(&self) {
+        self.iommu.lock().forgo_restart();
+        if let Some(life) = self.life.get() {
+            life.forgo();
+        }
+    }
+
     /// The request ring that starts next has a driver whose domains the core does not have: that of a process whose state was
     /// refused. Without this, a ring that happens to be at index 0 would count as that of a new driver.
     pub fn distrust_next_driver(&self) {
@@ -46,8 +54,9 @@ impl Device {
     /// Waits until no batch is in progress, up to `patience`, and keeps all others from beginning for the rest of this
     /// process. Returns whether that succeeded.
     pub fn hold(&self, patience: Duration) -> bool {
-        let held = self.requests.hold(patience) && self.events.hold(patience);
-        held && self.iommu.hold(patience)
+        let deadline = Instant::now() + patience;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        self.requests.hold(left()) && self.events.hold(left()) && self.iommu.hold(left())
     }
 
     /// Takes over what the device has of the restored core. `stopped` is the request ring if the VMM had stopped it when the
@@ -63,10 +72,11 @@ impl Device {
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
         // Without a batch the ring has served no request, and its first start tells whose it is. A batch that is not
         // finished is finished when the ring runs.
-        let is_finished = iommu
+        let batch = iommu
             .interrupted()
-            .is_some_and(|interrupted| interrupted.batch.is_some_and(|batch| batch.count == 0));
-        let (Some(stopped), Some(memory), true) = (stopped, memory, is_finished) else {
+            .and_then(|interrupted| interrupted.batch);
+        let finished = batch.filter(|batch| batch.count == 0);
+        let (Some(stopped), Some(memory), Some(finished)) = (stopped, memory, finished) else {
             return;
         };
         iommu.take_interrupted();
@@ -74,6 +84,8 @@ impl Device {
             return;
         };
         let view = GuestView::new(&memory);
+        // Not the index that the VMM was told: it may have set that of the next start already.
+        queue.set_next_avail(finished.next_avail);
         queue.set_next_used(request_ring::used_index(&queue, &view).unwrap_or(0));
         requests.queue.last_used = request_ring::last_used(&queue, &view);
         let state = RingState::of_queue(&queue, features, requests.queue.last_used);

@@ -306,6 +306,10 @@ impl Guest {
     /// Stops both rings, as a VMM does to pause or reset the guest. Returns the daemon's bases.
     pub fn stop_rings(&mut self) -> [u16; 2] {
         self.bases = [0, 1].map(|index| {
+            // As QEMU and crosvm do.
+            self.frontend
+                .set_vring_enable(index, false)
+                .expect("disabled");
             let base = self.frontend.get_vring_base(index).expect("a ring base");
             u16::try_from(base).expect("a ring index")
         });

@@ -329,6 +329,19 @@ fn guest_memory_and_reboots_go_on_after_a_kill() {
     assert!(daemon.domains().is_empty());
     assert_eq!(guest.attach(2, EP2), OK);
     assert_eq!(guest.map(2, 0, 0xfff, HIGH_RAM, RW), OK);
+    // The daemon dies while the guest is paused, and while it resets.
+    guest.stop_rings();
+    daemon.die(&mut keeper);
+    guest.driver_ok();
+    assert_eq!(daemon.gpa_of(EP2, 0), Some(HIGH_RAM));
+    assert_eq!(guest.map(2, PAGE, 2 * PAGE - 1, HIGH_RAM, RW), OK);
+    guest.stop_rings();
+    daemon.die(&mut keeper);
+    guest.clear_rings();
+    guest.bases = [0; 2];
+    guest.driver_ok();
+    assert_eq!(guest.attach(3, EP2), OK);
+    assert!(daemon.mappings(2).is_empty());
 }
 
 /// A state that does not add up: every endpoint is blocked, and a new driver is served.

@@ -118,7 +118,7 @@ pub(super) struct VmmRingState {
     pub call: Option<String>,
     /// It has started: by a kick descriptor, until GET_VRING_BASE stops it.
     pub is_started: bool,
-    /// It ran, GET_VRING_BASE has stopped it, and it has not run since.
+    /// It had started, GET_VRING_BASE has stopped it, and it has not run since.
     pub was_stopped: bool,
     /// It is enabled.
     pub is_enabled: bool,
@@ -269,7 +269,8 @@ impl VmmState {
                 if let Some(base) = reply.and_then(|reply| word32(reply.body(), 4)) {
                     ring.base = low(base);
                 }
-                ring.was_stopped |= ring.is_running();
+                // Also if the VMM has disabled it before, as QEMU does.
+                ring.was_stopped |= ring.is_started;
                 ring.is_started = false;
                 gone.extend(ring.kick.take());
                 gone.extend(ring.call.take());

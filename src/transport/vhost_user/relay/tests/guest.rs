@@ -114,6 +114,9 @@ impl Machine {
 
     fn stop_rings(&mut self) -> [u32; 2] {
         [0, 1].map(|index| {
+            // As QEMU and crosvm do.
+            let disable = Sent::ring(Req::SET_VRING_ENABLE, index, 0);
+            self.vmm.tell(&disable).expect("served");
             let stop = Sent::ring(Req::GET_VRING_BASE, index, 0);
             let reply = self.vmm.tell(&stop).expect("served").expect("a reply");
             u32::from_ne_bytes(reply[16..20].try_into().expect("4 bytes"))
