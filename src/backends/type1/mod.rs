@@ -126,9 +126,8 @@ impl Type1Group {
         let emptied = self.kernel.unmap_all();
         emptied.map_err(|cause| refused(FAILURE, &cause))?;
         // Some kernels leave the mappings of another process without an error.
-        if self.is_left
-            && let Some(room) = self.room
-        {
+        if self.is_left {
+            let room = self.room.unwrap_or(USUAL_ROOM);
             let now = self.kernel.available();
             let now = now.map_err(|cause| refused(FAILURE, &cause))?;
             if now != Some(room) {
@@ -260,6 +259,9 @@ impl Type1Group {
         }
     }
 }
+
+/// Mappings that an empty container has room for, if `dma_entry_limit` of the module vfio_iommu_type1 has its default.
+const USUAL_ROOM: u32 = 65535;
 
 /// The mapping of a slot in bypass mode.
 fn identity(slot: &MemorySlot) -> Mapping {
