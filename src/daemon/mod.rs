@@ -139,6 +139,9 @@ impl Daemon {
             Iommu::new(settings, topology)?
         };
         let kept = keep_state(&keeper, &mut iommu);
+        if kept.is_none() {
+            life.forgo();
+        }
         if has_memory_server && keeper.is_present() {
             warn!("{MEMORY_SERVER}");
             iommu.forgo_restart();

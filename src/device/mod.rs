@@ -263,12 +263,16 @@ impl Device {
     pub fn reset_vm(&self) -> bool {
         let mut requests = self.requests.lock();
         let mut iommu = self.iommu.lock();
+        let is_foreign = requests.is_foreign;
         match &mut requests.stopped {
             Some(stopped) => stopped.end_driver(),
             // No ring has run since the restore: the domains are those of the driver before the reset.
             None if iommu.is_interrupted() => {}
+            // The driver of a refused state is gone.
+            None if is_foreign => {}
             None => return false,
         }
+        requests.is_foreign = false;
         requests.queue.broken = false;
         let had_domains = iommu.domain_ids().next().is_some();
         iommu.reset_vm();
@@ -451,6 +455,7 @@ impl Device {
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
+        requests.is_foreign = false;
         // The next pass asks for the index at which the ring starts.
         requests.ring = None;
         self.features.store(0, Ordering::Release);

@@ -169,7 +169,7 @@ impl Hotplug {
                 range.first()
             );
             // Before the server connects.
-            self.iommu.lock().forgo_restart();
+            self.device.forgo_restart();
         }
         let mut opened = self.open(&with, range.first(), kind)?;
         let info = with.topology.endpoint(range.first().endpoint_id());

@@ -1,6 +1,7 @@
 //! What this process has taken over from the one before it.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::locks::{Mutex, Rank};
@@ -39,7 +40,7 @@ impl Inheritance {
 pub struct Life {
     began: Instant,
     /// Whether the next process can go on where this one ends.
-    kept: bool,
+    kept: AtomicBool,
     state: Mutex<LifeState>,
     resumed: OnceLock<Instant>,
 }
@@ -61,7 +62,7 @@ impl Life {
         };
         Self {
             began: Instant::now(),
-            kept,
+            kept: AtomicBool::new(kept),
             state: Mutex::new(Rank::Life, state),
             resumed: OnceLock::new(),
         }
@@ -69,7 +70,12 @@ impl Life {
 
     /// Whether the next process can go on where this one ends.
     pub fn is_kept(&self) -> bool {
-        self.kept
+        self.kept.load(Ordering::Relaxed)
+    }
+
+    /// The next process cannot go on after all.
+    pub fn forgo(&self) {
+        self.kept.store(false, Ordering::Relaxed);
     }
 
     /// The number of this life; 1 is the first.
@@ -141,6 +147,9 @@ mod tests {
         life.resume();
         assert_eq!(life.resumed_after(), Some(first));
         assert_eq!(life.number(), 7);
+        assert!(life.is_kept());
+        life.forgo();
+        assert!(!life.is_kept());
     }
 
     #[test]
