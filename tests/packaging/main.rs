@@ -287,7 +287,7 @@ fn the_service_restarts_with_the_descriptors_of_the_daemon_before() {
     assert_eq!(value("FileDescriptorStorePreserve"), "");
     assert_eq!(value("Type"), "notify");
     assert_eq!(value("NotifyAccess"), "main");
-    assert_eq!(value("Restart"), "on-failure");
+    assert_eq!(value("Restart"), "always");
     assert_eq!(value("RestartSec"), "20ms");
     // As `launch` does.
     assert_eq!(value("StartLimitBurst"), "5");
