@@ -47,7 +47,7 @@ pub struct Daemon {
     /// The program and its arguments, without those of a keeper.
     pub(super) words: Vec<OsString>,
     /// A message shows the watcher that the test goes on.
-    watch: Sender<()>,
+    pub(super) watch: Sender<()>,
     /// Makes the daemon relay its VMMs' connections.
     _relayed: Option<Relayed>,
 }

@@ -207,6 +207,8 @@ impl Daemon {
     pub fn start_again(&mut self, keeper: &mut Keeper) {
         self.spawn_again(keeper);
         let deadline = Instant::now() + PATIENCE;
+        // An error means that the watcher has killed the daemon.
+        let _ = self.watch.send(());
         // The socket of the one that was killed may still be there.
         while !has_taken_over(&self.control_socket()) {
             self.assert_alive();

@@ -22,7 +22,7 @@ const MOVING: u64 = 0x20_0000;
 /// Kills for each backend; the environment can ask for more.
 fn kills() -> u64 {
     let more = std::env::var("VIOMMU_KILLS").ok();
-    more.map_or(10, |text| text.parse().expect("VIOMMU_KILLS is a number"))
+    more.map_or(4, |text| text.parse().expect("VIOMMU_KILLS is a number"))
 }
 
 struct KilledBed {
