@@ -32,7 +32,7 @@ use std::path::Path;
 
 use common::guest::{Guest, Setup};
 use common::stopped_thread::StoppedThread;
-use common::wire::OK;
+use common::wire::{OK, RW};
 
 use machine::{Vm, install_once, run, run_ok};
 
@@ -155,11 +155,11 @@ fn two_vms_run_side_by_side() {
     drop(first);
     one.start();
     assert_eq!(one.endpoint(EP_ADDRESS), "unattached");
-    let _again = guest(&one);
+    let mut again = guest(&one);
     let before = one.property("MainPID");
     run_ok(&["systemctl", "restart", &one.service()]);
     assert_ne!(one.property("MainPID"), before);
-    assert_eq!(guest(&one).detach(1, EP), OK);
+    assert_eq!(again.detach(1, EP), OK, "the next daemon goes on");
     assert_eq!(second.attach(1, EP), OK);
 }
 
@@ -190,14 +190,24 @@ fn only_the_killed_daemon_is_restarted() {
     let (one, two) = (Vm::new("one", ""), Vm::new("two", ""));
     one.start();
     two.start();
-    let _first = guest(&one);
+    let mut first = guest(&one);
+    assert_eq!(first.map(1, 0, 0xfff, 0x1000, RW), OK);
     let mut second = guest(&two);
     let pids = [one.property("MainPID"), two.property("MainPID")];
     run_ok(&["sh", "-c", &format!("kill -9 {}", pids[0])]);
     one.wait_for("NRestarts", "1");
     one.wait_for("ActiveState", "active");
     assert_ne!(one.property("MainPID"), pids[0]);
-    assert_eq!(guest(&one).detach(1, EP), OK);
+    // Its guest goes on, and again after a planned restart.
+    assert_eq!(first.map(1, 0x1000, 0x1fff, 0x1000, RW), OK);
+    assert_eq!(one.status()["life"]["number"], 2);
+    run_ok(&["systemctl", "restart", &one.service()]);
+    assert_eq!(first.map(1, 0x2000, 0x2fff, 0x1000, RW), OK);
+    let status = one.status();
+    assert_eq!(status["life"]["state"], "taken-over", "{}", status["life"]);
+    assert_eq!(status["mappings"], 3);
+    println!("answered after {} ms", status["life"]["resumed_after_ms"]);
+    assert_eq!(first.detach(1, EP), OK);
     assert_eq!(two.property("MainPID"), pids[1]);
     assert_eq!(two.property("NRestarts"), "0");
     assert_eq!(second.detach(1, EP), OK, "the other VM is not affected");
@@ -209,7 +219,7 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
     let vm = Vm::new("hung", "");
     vm.set("WatchdogSec=4");
     vm.start();
-    let _guest = guest(&vm);
+    let mut guest = guest(&vm);
     let pid = vm.property("MainPID").parse().expect("a process ID");
     StoppedThread::new(pid, "vring_worker").reap_when_killed();
     vm.wait_for("NRestarts", "1");
@@ -221,6 +231,7 @@ fn a_daemon_with_a_hanging_worker_is_restarted() {
     ] {
         assert!(journal.contains(part), "{part} in {journal}");
     }
+    assert_eq!(guest.detach(1, EP), OK, "the next daemon goes on");
     // Longer than the watchdog's limit: a healthy daemon is not restarted.
     std::thread::sleep(std::time::Duration::from_secs(5));
     assert_eq!(vm.property("NRestarts"), "1");
