@@ -9,7 +9,7 @@
 //! ```
 //!
 //! If a daemon that has left descriptors ends before the VMM, it is started again with them, and the VMM goes on
-//! ([`daemons`]).
+//! (`daemons`).
 //!
 //! QEMU takes the VIOT table as a file. cloud-hypervisor takes none: its guest reads the table through the device, so
 //! the file is written only where the operator asks for one.
