@@ -133,7 +133,7 @@ impl Daemon {
         let left = LeftMemory::find(&keeper);
         let mut iommu = if left.is_some() {
             // Before the control socket answers.
-            life.expect();
+            life.await_take_over();
             Iommu::successor(settings, topology)?
         } else {
             Iommu::new(settings, topology)?

@@ -89,7 +89,7 @@ impl Life {
     }
 
     /// There is a state of an earlier life to take over.
-    pub fn expect(&self) {
+    pub fn await_take_over(&self) {
         self.state.lock().inheritance = Inheritance::Pending;
     }
 
