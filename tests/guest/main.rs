@@ -11,6 +11,8 @@
 
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
+#[path = "../common/launched.rs"]
+mod launched;
 #[path = "../common/vm.rs"]
 mod vm;
 
