@@ -64,11 +64,6 @@ impl Launched {
         children.find(is_daemon)?.parse().ok()
     }
 
-    /// Kills the daemon, and waits until another one answers.
-    pub fn kill(&self) {
-        self.end(End::Killed);
-    }
-
     /// Ends the daemon, and waits until another one answers.
     pub fn end(&self, end: End) {
         let old = wait_for("a daemon", ANSWER, || self.daemon());

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::vm::{Daemon, Kernel, Process, Setup, TestDir, Vm, VmOptions, bound_command, wait_for};
+use crate::vm::{
+    Daemon, Kernel, LONG_ANSWER, Process, Setup, TestDir, Vm, VmOptions, bound_command, wait_for,
+};
 
 /// PCI address of the first disk.
 pub const DISK: &str = "0000:00:06.0";
@@ -135,6 +137,39 @@ pub fn new_image(test_dir: &TestDir, name: &str) -> PathBuf {
     path
 }
 
+/// The value of the server's `--dma` for this mode.
+pub fn dma_of(test_dir: &TestDir, dma_mode: DmaMode) -> String {
+    match dma_mode {
+        DmaMode::Messages => "messages".to_owned(),
+        DmaMode::Mappings => "mapped".to_owned(),
+        DmaMode::Shadow => format!("shadow={}", shadow_socket(test_dir).display()),
+    }
+}
+
+fn shadow_socket(test_dir: &TestDir) -> PathBuf {
+    test_dir.path("shadow.sock")
+}
+
+/// The daemon's configuration for the disk of `server`, but for the VMM's socket.
+pub fn config_of(test_dir: &TestDir, server: &Server, dma_mode: DmaMode) -> String {
+    let listen = test_dir.path("iommu-nvme.sock");
+    let interposed = |isolation: &str| {
+        format!(
+            "vfio-user = {{ listen = '{}', connect = '{}', isolation = '{isolation}' }}",
+            listen.display(),
+            server.socket.display()
+        )
+    };
+    let device = match dma_mode {
+        DmaMode::Messages => interposed("messages"),
+        DmaMode::Mappings => interposed("mappings"),
+        DmaMode::Shadow => format!("shadow = '{}'", shadow_socket(test_dir).display()),
+    };
+    format!(
+        "memory = '{MEMORY}'\naddress = '00:05.0'\n[[endpoint]]\naddress = '{DISK}'\n{device}\n"
+    )
+}
+
 /// A disk, the daemon and a guest.
 pub struct Bed {
     pub vm: Vm,
@@ -153,32 +188,9 @@ impl Bed {
         dma_mode: DmaMode,
         append: &str,
     ) -> Self {
-        let shadow = test_dir.path("shadow.sock");
-        let dma = match dma_mode {
-            DmaMode::Messages => "messages".to_owned(),
-            DmaMode::Mappings => "mapped".to_owned(),
-            DmaMode::Shadow => format!("shadow={}", shadow.display()),
-        };
+        let dma = dma_of(test_dir, dma_mode);
         let server = Server::start(test_dir, name, image, &dma);
-        let listen = test_dir.path("iommu-nvme.sock");
-        let interposed = |isolation: &str| {
-            format!(
-                "vfio-user = {{ listen = '{}', connect = '{}', isolation = '{isolation}' }}",
-                listen.display(),
-                server.socket.display()
-            )
-        };
-        let device = match dma_mode {
-            DmaMode::Messages => interposed("messages"),
-            DmaMode::Mappings => interposed("mappings"),
-            DmaMode::Shadow => format!("shadow = '{}'", shadow.display()),
-        };
-        let daemon = Daemon::start(
-            test_dir,
-            &format!(
-                "memory = '{MEMORY}'\naddress = '00:05.0'\n[[endpoint]]\naddress = '{DISK}'\n{device}\n"
-            ),
-        );
+        let daemon = Daemon::start(test_dir, &config_of(test_dir, &server, dma_mode));
         let mut extra = CPU.map(str::to_owned).to_vec();
         match dma_mode {
             DmaMode::Messages | DmaMode::Mappings => {}
@@ -235,7 +247,8 @@ pub fn without_iommu(
     vm
 }
 
-fn load_drivers(vm: &mut Vm, disks: usize) {
+/// Loads the disks' driver, and waits for the disks.
+pub fn load_drivers(vm: &mut Vm, disks: usize) {
     vm.run("load-storage");
     vm.run(&format!(
         "for _ in $(seq 100); do set -- /dev/nvme?n1; [ -e $1 ] && [ $# -eq {disks} ] && break; \
@@ -288,4 +301,11 @@ impl Ram {
         file.read_exact_at(&mut bytes, gpa).expect("guest memory");
         bytes
     }
+}
+
+/// Checks that the guest's kernel has logged no error of the disk.
+pub fn assert_no_errors(vm: &mut Vm) {
+    let complaints = "dmesg | grep -iE 'i/o error|nvme.*(timeout|abort|reset)|ext4-fs error|virtio_iommu.* fault '";
+    let (lines, _) = vm.try_run(complaints, LONG_ANSWER);
+    assert_eq!(lines, Vec::<String>::new());
 }

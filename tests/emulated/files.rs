@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::bed::{self, Bed, DmaMode, Server, new_image};
-use crate::vm::{Kernel, LONG_ANSWER, Setup, TestDir, Vm};
+use crate::vm::{Kernel, LONG_ANSWER, Setup, TestDir};
 
 /// Makes files of many sizes: random data, many small files, a sparse file.
 const FILL: &str = "cd /mnt && dd if=/dev/urandom of=random bs=1M count=12 2>/dev/null && \
@@ -78,7 +78,7 @@ fn make_and_compare(
     let kept = vm.run_within(SUMS, LONG_ANSWER);
     assert_eq!(kept, written, "{mode}: after mounting again");
     vm.run("umount /mnt");
-    assert_no_errors(vm);
+    bed::assert_no_errors(vm);
 
     let status = bed.daemon.status();
     assert_eq!(status.refusals(), Vec::<String>::new());
@@ -90,11 +90,4 @@ fn make_and_compare(
     ));
     bed.stop();
     (image, written)
-}
-
-/// Checks that the guest's kernel has logged no error of the disk.
-fn assert_no_errors(vm: &mut Vm) {
-    let complaints = "dmesg | grep -iE 'i/o error|nvme.*(timeout|abort|reset)|ext4-fs error|virtio_iommu.* fault '";
-    let (lines, _) = vm.try_run(complaints, LONG_ANSWER);
-    assert_eq!(lines, Vec::<String>::new());
 }

@@ -6,6 +6,7 @@
 //! | `files` | a file system keeps its contents, in each DMA mode |
 //! | `reach` | a disk's forbidden accesses are refused and reported to the guest |
 //! | `plugged` | devices are plugged and unplugged while the guest runs; the guest is reset |
+//! | `restarts` | the daemon is killed and ended under `launch` while the guest uses the disk |
 //! | `bed` | the harness: the disk's server, the daemon, the guest |
 
 #![allow(
@@ -17,8 +18,11 @@
 
 mod bed;
 mod files;
+#[path = "../common/launched.rs"]
+mod launched;
 mod plugged;
 mod reach;
+mod restarts;
 #[path = "../common/vm.rs"]
 mod vm;
 
@@ -41,4 +45,7 @@ tests! {
     reach_with_messages: reach(Messages);
     reach_with_mappings: reach(Mappings);
     reach_with_shadow: reach(Shadow);
+
+
+    restarts_with_shadow: restarts(Shadow);
 }

@@ -1,7 +1,7 @@
 //! The daemon is killed again and again while a stock guest works. `launch` starts it again, and the guest notices nothing.
 
 use super::*;
-use crate::launched::Launched;
+use crate::launched::{End, Launched};
 
 /// Kills in each test of a run of the suite; the environment can ask for more.
 fn kills() -> u32 {
@@ -72,7 +72,7 @@ fn kills_in_traffic(
             if let Some(answer) = vm.finish(Duration::from_millis(1 + pause)) {
                 break answer;
             }
-            launched.kill();
+            launched.end(End::Killed);
             kills += 1;
             inside += 1;
         };
@@ -88,7 +88,7 @@ fn kills_in_traffic(
         assert_agreement(&launched, &mut vm, &[("pair", FIRST), ("single", THIRD)]);
         test_dir.note(&format!("{kills} kills, tables agree"));
         // Also between requests.
-        launched.kill();
+        launched.end(End::Killed);
         kills += 1;
         assert_agreement(&launched, &mut vm, &[("pair", FIRST), ("single", THIRD)]);
         assert_eq!(launched.status().refusals(), Vec::<String>::new());
@@ -115,7 +115,7 @@ fn kills_in_traffic(
     }
     vm.run(&bind_all());
     start_mapper(&mut vm, "again", 3, &[SECOND, THIRD]);
-    launched.kill();
+    launched.end(End::Killed);
     vm.run_within("ask again churn 2000", LONG_ANSWER);
     assert_agreement(&launched, &mut vm, &[("again", SECOND)]);
 }
