@@ -8,7 +8,6 @@ mod transport;
 
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,9 +15,9 @@ use log::{error, warn};
 use thiserror::Error;
 
 use self::left::{KeptMemory, LeftMemory, release_unclaimed};
-use self::transport::{ServerStopper, VmmServer};
+use self::transport::{ServerStopper, VmmServer, listener};
 
-use crate::config::{Config, Emulated, Socket, VmmTransport};
+use crate::config::{Config, Emulated, VmmTransport};
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
@@ -33,13 +32,12 @@ use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::process::peer_event;
 use crate::process::realtime::{Realtime, RealtimeError};
-use crate::process::socket::{SocketFile, bind_for};
+use crate::process::socket::SocketFile;
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
 use crate::shadow::left::end_readers;
 use crate::shadow::{Limits, ShadowServer};
 use crate::topology::viot;
-use crate::transport::listener::inherit;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::ServeError;
 
@@ -480,19 +478,5 @@ fn keep_state(keeper: &Keeper, iommu: &mut Iommu) -> Option<KeptMemory> {
             );
             None
         }
-    }
-}
-
-fn listener(config: &Config) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {
-    match config.socket.as_ref().ok_or(DaemonError::NoSocket)? {
-        Socket::Path(path) => {
-            let rights = rights(config.socket_access);
-            let (listener, file) = bind_for(path, rights).map_err(DaemonError::Socket)?;
-            Ok((listener, Some(file)))
-        }
-        Socket::Fd(fd) => match inherit(*fd) {
-            Ok(listener) => Ok((listener, None)),
-            Err(why) => Err(DaemonError::InheritedFd { fd: *fd, why }),
-        },
     }
 }

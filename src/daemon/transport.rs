@@ -5,9 +5,12 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::DaemonError;
-use crate::config::VmmTransport;
+use crate::config::{Config, Socket, VmmTransport};
 use crate::device::Device;
+use crate::endpoints::sockets::rights;
 use crate::process::keeper::Keeper;
+use crate::process::socket::{SocketFile, bind_for};
+use crate::transport::listener::inherit;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
 use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
@@ -98,5 +101,20 @@ impl ServerStopper {
             Self::VhostUser(stopper) => stopper.stop(),
             Self::VirtioPci(stopper) => stopper.stop(),
         }
+    }
+}
+
+/// The socket that listens for the VMM, and its file if the daemon has made it.
+pub(super) fn listener(config: &Config) -> Result<(UnixListener, Option<SocketFile>), DaemonError> {
+    match config.socket.as_ref().ok_or(DaemonError::NoSocket)? {
+        Socket::Path(path) => {
+            let rights = rights(config.socket_access);
+            let (listener, file) = bind_for(path, rights).map_err(DaemonError::Socket)?;
+            Ok((listener, Some(file)))
+        }
+        Socket::Fd(fd) => match inherit(*fd) {
+            Ok(listener) => Ok((listener, None)),
+            Err(why) => Err(DaemonError::InheritedFd { fd: *fd, why }),
+        },
     }
 }
