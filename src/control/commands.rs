@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use log::info;
 use serde_json::{Value, json};
+use signal_hook::consts::SIGTERM;
 
 use super::answer::{VERSION, hex, refusal, versioned};
 use super::client::{answer_writer, may_change, read_request};
@@ -18,6 +19,7 @@ use crate::device::guest_memory::is_backed;
 use crate::faults::log::ReportedFault;
 use crate::ids::{DomainId, EndpointId};
 use crate::logging;
+use crate::process::life::{Inheritance, Life};
 use crate::topology::PciAddress;
 use crate::warn_limited;
 
@@ -32,7 +34,7 @@ const MAX_DOMAINS: usize = 256;
 
 const USAGE: &str = "the request is one of: status | endpoints | domains | mappings [DOMAIN|all] \
                      [FIRST..=LAST] | translate ENDPOINT IOVA | faults | stats | log-level [LEVEL] | \
-                     add-endpoint KEYS | remove-endpoint RANGE, in one line of up to 4096 bytes";
+                     add-endpoint KEYS | remove-endpoint RANGE | leave LIFE, in one line of up to 4096 bytes";
 
 /// Answers one client.
 ///
@@ -59,7 +61,10 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
         },
         ["translate", endpoint, iova] => translate(subjects, endpoint, iova),
         ["log-level"] => json!({ "version": VERSION, "level": logging::level() }),
-        ["log-level" | "add-endpoint" | "remove-endpoint", ..] if !may_change(stream) => {
+        [
+            "log-level" | "add-endpoint" | "remove-endpoint" | "leave",
+            ..,
+        ] if !may_change(stream) => {
             refusal("only root and the user that the daemon runs as may change anything")
         }
         ["log-level", level] => log_level(level),
@@ -68,13 +73,35 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
             hotplug::add(&subjects.hotplug, keys.trim())
         }
         ["remove-endpoint", range] => hotplug::remove(&subjects.hotplug, range),
+        ["leave", life] => leave(&subjects.life, life),
         _ => refusal(USAGE),
     };
     if let Some(why) = document.get("error").and_then(Value::as_str) {
         warn_limited!("a control client is refused: {why}");
     }
     writeln!(out, "{document}")?;
-    out.flush()
+    out.flush()?;
+    if document.get("leaving").is_some() {
+        info!("the next daemon takes over");
+        // As if the keeper had sent it. Only after the answer, which the process may not live to send.
+        signal_hook::low_level::raise(SIGTERM)?;
+    }
+    Ok(())
+}
+
+/// Whether this process may leave the VM to the next one. `life` guards against a process that began after the client has
+/// looked.
+fn leave(life: &Life, asked: &str) -> Value {
+    if parse_number(asked) != Some(life.number()) {
+        return refusal("this is another life of the daemon; ask for its status again");
+    }
+    if life.inheritance() == Inheritance::Pending {
+        return refusal("the daemon still takes over from the one before; try again");
+    }
+    if !life.is_kept() {
+        return refusal("the VM's state would end with this process, because nobody keeps it");
+    }
+    json!({ "version": VERSION, "leaving": life.number() })
 }
 
 fn stats(subjects: &Subjects) -> Value {
@@ -120,6 +147,9 @@ fn status(subjects: &Subjects) -> Value {
     }
     document.insert("bypass".into(), bypass.into());
     document.insert("page_size_mask".into(), hex(pages.bits()).into());
+    let handover = serde_json::to_value(&*subjects.handover);
+    // Fails for no value of this type.
+    document.insert("handover".into(), handover.unwrap_or_default());
     let input = json!([hex(input.first().0), hex(input.last().0)]);
     document.insert("input_range".into(), input);
     versioned(document)

@@ -70,6 +70,8 @@ pub(super) struct Figures {
 
 /// What this process has taken over.
 pub(super) struct LifeFigures {
+    pub process: u32,
+    pub age: Duration,
     pub number: u64,
     pub kept: bool,
     pub inheritance: Inheritance,
@@ -158,6 +160,8 @@ impl Figures {
             polls_unpaid: metrics.polls_unpaid.get(),
             connections: metrics.connections.get(),
             life: LifeFigures {
+                process: subjects.life.process(),
+                age: subjects.life.age(),
                 number: subjects.life.number(),
                 kept: subjects.life.is_kept(),
                 inheritance: subjects.life.inheritance(),
@@ -289,6 +293,9 @@ impl Figures {
             Inheritance::None | Inheritance::Pending | Inheritance::TakenOver => None,
         };
         json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": life.process,
+            "age_s": life.age.as_secs_f64(),
             "number": life.number,
             "kept": life.kept,
             "state": life.inheritance.name(),

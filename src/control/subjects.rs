@@ -9,6 +9,7 @@ use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::metrics::{Counter, Metrics};
+use crate::process::handover::Handover;
 use crate::process::life::Life;
 use crate::shadow::Registry;
 
@@ -29,6 +30,8 @@ pub struct Subjects {
     pub hotplug: Arc<Hotplug>,
     /// What this process has taken over.
     pub life: Arc<Life>,
+    /// What the program needs to know that is to take over from this process.
+    pub handover: Arc<Handover>,
     /// Limits of the configuration.
     pub limits: SetLimits,
     /// Counters of the clients of these sockets.

@@ -1,6 +1,7 @@
 //! Assembles a daemon from one core, one device and one transport, and runs it until a signal ends it.
 
 pub mod drop_in;
+mod handover;
 mod left;
 pub mod sandbox_needs;
 pub mod signals;
@@ -181,6 +182,7 @@ impl Daemon {
             readers,
             hotplug: hotplug.clone(),
             life: life.clone(),
+            handover: Arc::new(handover::handover(config)),
             limits: SetLimits {
                 batch: config.max_batch,
                 fault_rate: config.fault_rate,

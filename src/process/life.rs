@@ -39,6 +39,7 @@ impl Inheritance {
 #[derive(Debug)]
 pub struct Life {
     began: Instant,
+    process: u32,
     /// Whether the next process can go on where this one ends.
     kept: AtomicBool,
     state: Mutex<LifeState>,
@@ -62,6 +63,7 @@ impl Life {
         };
         Self {
             began: Instant::now(),
+            process: std::process::id(),
             kept: AtomicBool::new(kept),
             state: Mutex::new(Rank::Life, state),
             resumed: OnceLock::new(),
@@ -76,6 +78,16 @@ impl Life {
     /// The next process cannot go on after all.
     pub fn forgo(&self) {
         self.kept.store(false, Ordering::Relaxed);
+    }
+
+    /// The number of this process.
+    pub fn process(&self) -> u32 {
+        self.process
+    }
+
+    /// How long ago this life began.
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// The number of this life; 1 is the first.

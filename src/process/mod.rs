@@ -4,6 +4,7 @@
 pub mod connector;
 pub mod event_loop;
 pub mod fatal;
+pub mod handover;
 pub mod inherited;
 pub mod keeper;
 pub mod keeper_message;

@@ -46,6 +46,7 @@ pub use self::journal::{
     EntryState, Journal, KEPT_BYTES, KEPT_WORDS, MALFORMED, Phase, RingBatch, STATUS_DEVERR,
     STATUS_OK, UNREADABLE, UNWRITTEN,
 };
+pub use self::layout::VERSION as FORMAT_VERSION;
 pub use self::loaded::{Effect, JournalEntry, Loaded, StoreError, newest};
 
 /// The room for records of kernel objects beside one for each domain.

@@ -11,3 +11,4 @@ pub mod ring;
 pub mod serve;
 
 pub use self::relay::left::LeftVmm;
+pub use self::relay::record::VERSION as RECORD_VERSION;

@@ -40,7 +40,7 @@ mod book;
 pub(super) mod left;
 mod link;
 mod message;
-mod record;
+pub(super) mod record;
 mod replay;
 mod reply;
 mod state;

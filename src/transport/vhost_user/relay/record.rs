@@ -26,7 +26,7 @@ use super::state::VmmState;
 /// `iovavmm`.
 const MAGIC: u64 = u64::from_le_bytes(*b"iovavmm\0");
 /// The version of the slots and of their contents.
-const VERSION: u64 = 1;
+pub const VERSION: u64 = 1;
 const MARK_AT: u64 = 16;
 const SLOTS_AT: u64 = 4096;
 /// A state with [`MAX_REGIONS`](super::state::MAX_REGIONS) regions takes half of it.

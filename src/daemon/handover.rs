@@ -1,0 +1,126 @@
+//! What this program can take over, and what a configuration offers to the guest.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::address::IovaRange;
+use crate::config::{Config, VmmTransport};
+use crate::page_table::layout::ABI_VERSION;
+use crate::process::handover::Handover;
+use crate::store;
+use crate::transport::vhost_user::RECORD_VERSION;
+
+/// The formats of the memory that a daemon leaves to the next one. This program reads no other version of them.
+pub(super) fn formats() -> BTreeMap<String, u64> {
+    let formats = [
+        ("page tables", ABI_VERSION),
+        ("state", store::FORMAT_VERSION),
+        ("VMM's connection", RECORD_VERSION),
+    ];
+    formats
+        .map(|(name, version)| (name.to_owned(), version))
+        .into()
+}
+
+/// How a daemon with this configuration describes itself.
+pub(super) fn handover(config: &Config) -> Handover {
+    // Not the file that runs: the path may lead to another one by now, and that is what the keeper starts.
+    let program = std::env::args_os().next().map(PathBuf::from);
+    Handover {
+        program: program.filter(|path| path.is_absolute()),
+        formats: formats(),
+        offer: offer(config),
+        ends: ends(config),
+    }
+}
+
+/// The properties that must not change under a running guest.
+fn offer(config: &Config) -> BTreeMap<String, String> {
+    let transport = match config.transport {
+        VmmTransport::VhostUser => "vhost-user",
+        VmmTransport::VirtioPci => "vfio-user",
+    };
+    let devices = config.devices.passthrough.iter();
+    let mut devices: Vec<_> = devices
+        .map(|device| format!("{} is {}", device.endpoint, device.host))
+        .collect();
+    devices.sort();
+    let mut offer = BTreeMap::from([
+        ("address of the IOMMU", config.topology.iommu().to_string()),
+        (
+            "addresses",
+            IovaRange::of_width(config.address_width).to_string(),
+        ),
+        ("domains", config.max_domains.to_string()),
+        ("machine", config.machine.name().into()),
+        ("page sizes", format!("{:#x}", config.page_mask.bits())),
+        ("transport", transport.into()),
+    ]);
+    if !devices.is_empty() {
+        offer.insert("devices of the host", devices.join(", "));
+        offer.insert(
+            "interface to the host's IOMMU",
+            config.host_iommu.name().into(),
+        );
+    }
+    let owned = |(name, value): (&str, String)| (name.to_owned(), value);
+    offer.into_iter().map(owned).collect()
+}
+
+/// The connections that end with the daemon.
+fn ends(config: &Config) -> Vec<String> {
+    let devices = &config.devices;
+    let emulated = devices
+        .emulated
+        .iter()
+        .map(|device| format!("those of the emulated device {}", device.endpoint));
+    let exported = devices
+        .exported
+        .iter()
+        .map(|device| format!("that of the exported device {}", device.endpoint));
+    let own = (config.transport == VmmTransport::VirtioPci)
+        .then(|| "that of the IOMMU itself (vfio-user-socket)".to_owned());
+    emulated.chain(exported).chain(own).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn of(text: &str) -> Handover {
+        let text = format!("address = \"00:05.0\"\n{text}");
+        let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
+        handover(&config)
+    }
+
+    #[test]
+    fn only_what_the_guest_sees_is_part_of_the_offer() {
+        let endpoint = "[[endpoint]]\naddress = \"00:06.0\"\n";
+        let plain = of(endpoint);
+        for (same, text) in [
+            (true, "name = \"other\"\nbatch = 7\n"),
+            (true, "arena-limit = \"1G\"\nbypass = false\n"),
+            (false, "address-width = 39\n"),
+            (false, "granule = \"64k\"\n"),
+            (false, "domains = 16\n"),
+            (false, "machine = \"virt\"\n"),
+        ] {
+            let other = of(&format!("{text}{endpoint}"));
+            assert_eq!(other.offer == plain.offer, same, "{text}");
+        }
+        let more = of(&format!("{endpoint}[[endpoint]]\naddress = \"00:07.0\"\n"));
+        assert_eq!(more, plain, "an endpoint more");
+        let device = of("[[endpoint]]\naddress = \"00:06.0\"\nvfio = \"0000:65:00.0\"\n");
+        assert_ne!(device.offer, plain.offer);
+    }
+
+    #[test]
+    fn connections_of_devices_in_other_processes_are_named() {
+        let text = "[[endpoint]]\naddress = \"00:06.0\"\nvfio-user = { listen = \"/a\", connect = \"/b\" }\n";
+        let ends = of(text).ends;
+        assert_eq!(ends, ["those of the emulated device 0000:00:06.0"]);
+        assert!(of("[[endpoint]]\naddress = \"00:06.0\"\n").ends.is_empty());
+    }
+}

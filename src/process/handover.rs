@@ -1,0 +1,20 @@
+//! A daemon's description of itself for the program that is to take over from it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What a program must know before a daemon leaves its state to it. Each daemon tells this at its control socket.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    /// The absolute path by which the daemon was started, and at which its keeper finds the next one; `None` if it is not
+    /// known.
+    pub program: Option<PathBuf>,
+    /// The formats of the memory that the daemon leaves, by name, with their versions.
+    pub formats: BTreeMap<String, u64>,
+    /// The configured part of the offer to the guest, by name. The host's devices may narrow it.
+    pub offer: BTreeMap<String, String>,
+    /// Connections that end with the daemon, although another one takes over.
+    pub ends: Vec<String>,
+}
