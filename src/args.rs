@@ -293,6 +293,24 @@ pub enum CliCommand {
         #[arg(last = true, required = true, value_name = "VMM")]
         vmm: Vec<OsString>,
     },
+    /// Have the running daemon of a VM leave the VM to this program, if this program can go on with it
+    ///
+    /// Compares the running daemon with this program and with the configuration. If a new daemon would refuse the
+    /// VM's state, the running one goes on, and the command fails and says why. Otherwise the running one ends between two
+    /// requests, the process that has started it (systemd or `launch`) starts the next one, and the command ends when
+    /// that one answers the guest. Applies changes of the configuration, too. A daemon that has run for less than 13
+    /// seconds is waited for, because systemd and `launch` give up on a daemon that ends too often.
+    Upgrade {
+        /// The configuration, with `control`
+        file: PathBuf,
+        /// The control socket of the daemon, if it is not `control` of the file
+        #[arg(long, value_name = "PATH")]
+        control: Option<PathBuf>,
+        /// Do not wait for the next daemon. For ExecReload= of a unit, because systemd starts the next daemon only when
+        /// this command has ended
+        #[arg(long)]
+        no_wait: bool,
+    },
     /// Query or change a running daemon
     Ctl {
         /// The control socket of the daemon

@@ -17,6 +17,7 @@ use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::daemon::drop_in::drop_in;
 use vhost_device_iommu::daemon::sandbox_needs;
 use vhost_device_iommu::daemon::signals;
+use vhost_device_iommu::daemon::upgrade::Upgrade;
 use vhost_device_iommu::host::check::Report;
 use vhost_device_iommu::host::sysfs::HostRoot;
 use vhost_device_iommu::host::tree::HostTree;
@@ -103,6 +104,11 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             question,
         }) => control(socket, question, *json),
         Some(CliCommand::DropIn { file }) => print_drop_in(file),
+        Some(CliCommand::Upgrade {
+            file,
+            control,
+            no_wait,
+        }) => upgrade(file, control.as_deref(), *no_wait),
         Some(CliCommand::Launch {
             config,
             kind,
@@ -221,6 +227,16 @@ fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
     } else {
         print(&ctl::render(question, &answer))
     }
+}
+
+/// Has a running daemon leave its VM to this program.
+fn upgrade(file: &Path, control: Option<&Path>, no_wait: bool) -> Outcome {
+    let upgrade = Upgrade::new(file, control)?;
+    upgrade.leave()?;
+    if no_wait {
+        return Ok(());
+    }
+    print(&format!("{}\n", upgrade.wait()?))
 }
 
 fn check(file: &Path, file_only: bool) -> Outcome {

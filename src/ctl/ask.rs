@@ -44,13 +44,6 @@ pub enum CtlError {
 /// # Errors
 /// See [`CtlError`].
 pub fn ask(path: &Path, question: &Question) -> Result<Value, CtlError> {
-    let connect = |source| CtlError::Connect {
-        path: path.to_owned(),
-        source,
-    };
-    let mut stream = UnixStream::connect(path).map_err(connect)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
-    stream.set_write_timeout(Some(DEADLINE))?;
     let line = match question {
         Question::Status => "status".into(),
         Question::Endpoints => "endpoints".into(),
@@ -68,6 +61,21 @@ pub fn ask(path: &Path, question: &Question) -> Result<Value, CtlError> {
         Question::AddEndpoint { endpoint, keys } => hotplug::add_line(endpoint, keys),
         Question::RemoveEndpoint { endpoint } => format!("remove-endpoint {endpoint}"),
     };
+    send(path, &line)
+}
+
+/// Sends a request line to the daemon whose control socket is at `path`. Returns its answer.
+///
+/// # Errors
+/// See [`CtlError`].
+pub fn send(path: &Path, line: &str) -> Result<Value, CtlError> {
+    let connect = |source| CtlError::Connect {
+        path: path.to_owned(),
+        source,
+    };
+    let mut stream = UnixStream::connect(path).map_err(connect)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.set_write_timeout(Some(DEADLINE))?;
     writeln!(stream, "{line}")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

@@ -6,6 +6,6 @@ mod hotplug;
 mod render;
 mod watch;
 
-pub use self::ask::{CtlError, ask};
+pub use self::ask::{CtlError, ask, send};
 pub use self::render::render;
 pub use self::watch::watch;

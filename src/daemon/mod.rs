@@ -6,6 +6,7 @@ mod left;
 pub mod sandbox_needs;
 pub mod signals;
 mod transport;
+pub mod upgrade;
 
 use std::io;
 use std::os::fd::RawFd;

@@ -209,6 +209,11 @@ impl Daemon {
         self.directory.path().join(SOCKET)
     }
 
+    /// The folder of its sockets, and of its configuration if it has one.
+    pub fn folder(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// The control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.directory.path().join("control.sock")

@@ -10,6 +10,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod upgrade;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;

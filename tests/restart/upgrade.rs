@@ -1,0 +1,169 @@
+//! `upgrade`: the running daemon leaves its VM to the next one, unless that one would refuse its state.
+
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use std::{fs, thread};
+
+use super::common::daemon::{Daemon, EP};
+use super::common::guest::Guest;
+use super::common::kept::Keeper;
+use super::common::rng::Rng;
+use super::common::wire::{OK, RW};
+use super::{Req, Spec, endpoints_agree, model_of, submit};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+const FILE: &str = "address = \"00:05.0\"\n\
+    [[endpoint]]\naddress = \"00:06.0\"\n\
+    [[endpoint]]\naddress = \"00:07.0\"\n\
+    [[endpoint]]\naddress = \"00:08.0\"\n";
+
+fn command(daemon: &Daemon) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command
+        .arg("upgrade")
+        .arg(daemon.folder().join("vm.toml"))
+        .arg("--control")
+        .arg(daemon.control_socket())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// The standard error of an upgrade that must fail.
+fn refusal(daemon: &Daemon) -> String {
+    let Output { status, stderr, .. } = command(daemon).output().expect("it runs");
+    assert_eq!(status.code(), Some(1));
+    String::from_utf8(stderr).expect("text")
+}
+
+fn succeeded(child: Child) -> String {
+    let output = child.wait_with_output().expect("it ends");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Makes random requests until `done`. Each must have the answer of the specification.
+fn drive(guest: &mut Guest, spec: &mut Spec, done: &AtomicBool) {
+    let mut rng = Rng::new(4);
+    while !done.load(Ordering::Relaxed) {
+        let request = Req::random(&mut rng);
+        let head = submit(guest, request);
+        guest.kick();
+        let (answered, reply) = guest.complete();
+        assert_eq!(
+            (answered, reply.status()),
+            (head, spec.execute(request)),
+            "{request:x?}"
+        );
+    }
+}
+
+#[test]
+fn a_driver_notices_no_upgrade() {
+    let mut keeper = Keeper::empty();
+    let mut daemon = Daemon::kept_with_config(&keeper, FILE, &[]);
+    let mut guest = Guest::boot(&daemon);
+    let mut spec = Spec::default();
+    let done = AtomicBool::new(false);
+    let printed = thread::scope(|scope| {
+        scope.spawn(|| drive(&mut guest, &mut spec, &done));
+        let upgrade = command(&daemon).spawn().expect("it runs");
+        assert!(daemon.wait_for_end().success());
+        daemon.start_again(&mut keeper);
+        let printed = succeeded(upgrade);
+        thread::sleep(Duration::from_millis(50));
+        done.store(true, Ordering::Relaxed);
+        printed
+    });
+    let line = format!(
+        "a daemon of version {} goes on (life 2), and the guest was answered ",
+        env!("CARGO_PKG_VERSION")
+    );
+    assert!(printed.contains(&line), "{printed}");
+    assert_eq!(model_of(&daemon), spec.model());
+    endpoints_agree(&daemon, &spec);
+    let life = &daemon.status()["life"];
+    assert_eq!(life["pid"], daemon.pid(), "{life}");
+}
+
+#[test]
+fn a_daemon_whose_successor_would_refuse_its_state_goes_on() {
+    let keeper = Keeper::empty();
+    let daemon = Daemon::kept_with_config(&keeper, FILE, &[]);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(guest.map(1, 0, 0xfff, 0x1000, RW), OK);
+    let file = daemon.folder().join("vm.toml");
+    for (text, expected) in [
+        (
+            FILE.replace("00:06", "00:16"),
+            "the guest uses the endpoint 0000:00:06.0",
+        ),
+        (
+            format!("granule = \"64k\"\n{FILE}"),
+            "the guest was offered \"page sizes\"",
+        ),
+        (format!("domains = 7\n{FILE}"), "was offered \"domains\""),
+        (format!("granul = 7\n{FILE}"), "vm.toml:1"),
+    ] {
+        fs::write(&file, text).expect("written");
+        let refused = refusal(&daemon);
+        assert!(refused.contains(expected), "{refused}");
+        assert!(refused.contains("the running daemon goes on"), "{refused}");
+    }
+    assert_eq!(guest.map(1, 0x1000, 0x1fff, 0x1000, RW), OK);
+    assert_eq!(daemon.status()["life"]["number"], 1);
+}
+
+#[test]
+fn another_program_than_the_next_daemons_asks_no_daemon_to_leave() {
+    let keeper = Keeper::empty();
+    let daemon = Daemon::kept_with_config(&keeper, FILE, &[]);
+    let copy = daemon.folder().join("copy");
+    fs::copy(PROGRAM, &copy).expect("copied");
+    let mut command = Command::new(copy);
+    command
+        .arg("upgrade")
+        .arg(daemon.folder().join("vm.toml"))
+        .arg("--control")
+        .arg(daemon.control_socket());
+    let output = command.output().expect("it runs");
+    let refused = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        refused.contains(&format!("its next start runs {PROGRAM}")),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_daemon_that_nobody_keeps_is_not_ended() {
+    let daemon = Daemon::with_config(FILE);
+    let mut guest = Guest::boot(&daemon);
+    let refused = refusal(&daemon);
+    assert!(refused.contains("nobody keeps its state"), "{refused}");
+    // Nor by a client that asks without a comparison.
+    let answer = daemon.control("leave 1");
+    assert!(
+        answer["error"].to_string().contains("nobody keeps it"),
+        "{answer}"
+    );
+    assert_eq!(guest.attach(1, EP), OK);
+}
+
+#[test]
+fn a_daemon_is_asked_for_the_life_that_was_looked_at() {
+    let keeper = Keeper::empty();
+    let daemon = Daemon::kept(&keeper, &super::ARGS);
+    for line in ["leave 2", "leave 0", "leave x"] {
+        let answer = daemon.control(line);
+        assert!(
+            answer["error"].to_string().contains("another life"),
+            "{answer}"
+        );
+    }
+    assert_eq!(daemon.control("leave 1")["leaving"], 1);
+
+    assert!(daemon.wait_for_end().success());
+}
