@@ -200,7 +200,7 @@ suite_restart() {
 }
 
 # Seconds for all tests in the Debian with systemd.
-DEBIAN_LIMIT=600
+DEBIAN_LIMIT=900
 
 suite_operations() {
     local build=(cargo test --locked --test operations --no-run) program package target=${CARGO_TARGET_DIR:-$TREE/target}

@@ -16,6 +16,7 @@ mod restarts;
     reason = "each test binary compiles this module and uses a part of it"
 )]
 mod stopped_thread;
+mod upgrade;
 mod virt;
 
 use std::collections::BTreeSet;

@@ -25,6 +25,7 @@ mod devices;
 mod edu_driver;
 mod keeper;
 mod machine;
+mod upgrade;
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
