@@ -14,6 +14,10 @@ pub mod peek;
 pub mod peer_event;
 pub mod ready;
 pub mod realtime;
+#[cfg(not(miri))]
+pub mod record;
+#[cfg(not(miri))]
+pub mod reply_pipe;
 pub mod sandbox;
 #[cfg(not(miri))]
 pub mod service;

@@ -10,14 +10,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::message::MessageBytes;
-use super::record::{LastMessage, Record, Recorded, ReplyProgress};
-use super::reply::ReplyPipe;
+use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use super::state::{MAX_REGIONS, VmmState};
 use crate::process::keeper::Keeper;
+use crate::process::reply_pipe::ReplyPipe;
 use crate::warn_limited;
 
 /// The name under which the record is kept.
 pub(super) const RECORD: &str = "vmm";
+/// The name under which the pipe of the replies is kept.
+pub(super) const REPLY: &str = "vmm-reply";
 /// The names of VMMs' sockets begin with this, and the connection's number follows.
 pub(super) const SOCKET: &str = "vmm-socket.";
 
@@ -25,7 +27,7 @@ pub(super) const SOCKET: &str = "vmm-socket.";
 #[derive(Debug)]
 pub(super) struct Book {
     keeper: Arc<Keeper>,
-    record: Record,
+    record: VmmRecord,
     recorded: Recorded,
     reply: ReplyPipe,
     /// The keeper has the record's memfd, and the pipe of the replies.
@@ -50,7 +52,7 @@ impl Book {
             ..Recorded::default()
         };
         Ok(Self {
-            record: Record::new()?,
+            record: VmmRecord::new()?,
             recorded,
             reply: ReplyPipe::new()?,
             keeper,
@@ -62,7 +64,7 @@ impl Book {
     /// The book that an earlier process has left.
     pub(super) fn left(
         keeper: Arc<Keeper>,
-        record: Record,
+        record: VmmRecord,
         recorded: Recorded,
         reply: ReplyPipe,
     ) -> Self {
@@ -91,7 +93,7 @@ impl Book {
     fn keep_connection(&mut self, socket: &UnixStream) -> io::Result<()> {
         if !self.has_record {
             self.keeper.keep_as(RECORD, self.record.file())?;
-            self.reply.keep(&self.keeper)?;
+            self.reply.keep(&self.keeper, REPLY)?;
             self.has_record = true;
         }
         // Before the record: a socket without a record is of a VMM that has said nothing yet.

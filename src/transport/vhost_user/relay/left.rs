@@ -7,12 +7,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::book::{Book, RECORD, SOCKET, connection_of};
+use super::book::{Book, RECORD, REPLY, SOCKET, connection_of};
 use super::message::MessageBytes;
-use super::record::{LastMessage, Record, Recorded, ReplyProgress};
-use super::reply::ReplyPipe;
+use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use crate::process::keeper::Keeper;
 use crate::process::peek::peek_offset;
+use crate::process::reply_pipe::ReplyPipe;
 
 /// The connection of a VMM to an earlier process, with everything that a new backend must be told.
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl LeftVmm {
         claimed: &mut Vec<String>,
     ) -> io::Result<Option<Self>> {
         let record = claim(keeper, RECORD, claimed)?;
-        let (record, found) = Record::adopt(owned(&record)?).map_err(|cause| {
+        let (record, found) = VmmRecord::adopt(owned(&record)?).map_err(|cause| {
             io::Error::new(cause.kind(), format!("its record is refused: {cause}"))
         })?;
         let (recorded, progress) = match found {
@@ -116,7 +116,7 @@ impl LeftVmm {
         let last = recorded.last.as_ref();
         let unanswered = last.map(|last| Unanswered::of(last, progress, &socket));
         let unanswered = unanswered.transpose()?.flatten();
-        let reply = ReplyPipe::left(keeper).ok_or_else(|| missing("vmm-reply"))?;
+        let reply = ReplyPipe::left(keeper, REPLY).ok_or_else(|| missing(REPLY))?;
         Ok(Some(Self {
             socket,
             book: Book::left(keeper.clone(), record, recorded, reply),

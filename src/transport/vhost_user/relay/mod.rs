@@ -16,7 +16,7 @@
 //! 2. It passes the message to the crate, and waits until the crate has accepted it ([`link`]).
 //! 3. It writes the record, with the message and the crate's reply.
 //! 4. It takes the message out of the socket.
-//! 5. It puts the reply into a pipe, marks it as being sent, moves it from the pipe into the socket ([`reply`]), and marks
+//! 5. It puts the reply into a pipe, marks it as being sent, moves it from the pipe into the socket ([`ReplyPipe`](crate::process::reply_pipe::ReplyPipe)), and marks
 //!    it as sent.
 //!
 //! If the process dies before step 3, the next one finds the message in the socket and begins anew: its crate has not seen
@@ -42,7 +42,6 @@ mod link;
 mod message;
 pub(super) mod record;
 mod replay;
-mod reply;
 mod state;
 #[cfg(test)]
 pub(super) mod tests;
@@ -355,6 +354,7 @@ impl Relay {
 
     /// Sends a reply to the VMM. Returns the end of the connection, if it has ended.
     fn answer(&mut self, reply: &MessageBytes) -> io::Result<Option<RelayEnd>> {
+        self.book.reply().clear()?;
         self.book.reply().put(&reply.0)?;
         step!(self);
         self.book.mark(ReplyProgress::Sending);

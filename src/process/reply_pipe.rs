@@ -1,6 +1,6 @@
 //! The reply that is being sent, in a pipe that outlives the process.
 //!
-//! A reply is written to the pipe, and splice(2) moves it from there into the VMM's socket. A process that is killed ends
+//! A reply is written to the pipe, and splice(2) moves it from there into the peer's socket. A process that is killed ends
 //! after the system call, so each byte is either in the pipe or was sent, and a later process knows which.
 
 use std::io;
@@ -11,16 +11,17 @@ use std::sync::Arc;
 use rustix::io::{Errno, ioctl_fionread};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-use super::message::MAX_MESSAGE;
 use crate::process::keeper::Keeper;
 
-/// The names under which the ends of the pipe are kept.
-const READER: &str = "vmm-reply-reader";
-const WRITER: &str = "vmm-reply-writer";
+/// The names under which the ends of the pipe are kept end with these.
+const READER: &str = "-reader";
+const WRITER: &str = "-writer";
+/// Bytes of an old reply that are read at once.
+const OLD: usize = 4096;
 
 /// A reply on its way.
 #[derive(Debug)]
-pub(super) struct ReplyPipe {
+pub struct ReplyPipe {
     reader: Arc<OwnedFd>,
     writer: Arc<OwnedFd>,
 }
@@ -30,7 +31,7 @@ impl ReplyPipe {
     ///
     /// # Errors
     /// The system refuses.
-    pub(super) fn new() -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         Ok(Self {
             reader: Arc::new(reader),
@@ -38,45 +39,52 @@ impl ReplyPipe {
         })
     }
 
-    /// The pipe that an earlier process has left; `None` if the keeper does not have both ends.
-    pub(super) fn left(keeper: &Keeper) -> Option<Self> {
+    /// The pipe that an earlier process has left under this name; `None` if the keeper does not have both ends.
+    pub fn left(keeper: &Keeper, name: &str) -> Option<Self> {
         Some(Self {
-            reader: keeper.claim(READER)?,
-            writer: keeper.claim(WRITER)?,
+            reader: keeper.claim(&format!("{name}{READER}"))?,
+            writer: keeper.claim(&format!("{name}{WRITER}"))?,
         })
     }
 
-    /// Has the pipe kept.
+    /// Has the pipe kept under a name.
     ///
     /// # Errors
     /// See [`Keeper::keep_as`].
-    pub(super) fn keep(&self, keeper: &Keeper) -> io::Result<()> {
-        keeper.keep_as(READER, self.reader.as_fd())?;
-        keeper.keep_as(WRITER, self.writer.as_fd())
+    pub fn keep(&self, keeper: &Keeper, name: &str) -> io::Result<()> {
+        keeper.keep_as(&format!("{name}{READER}"), self.reader.as_fd())?;
+        keeper.keep_as(&format!("{name}{WRITER}"), self.writer.as_fd())
     }
 
     /// Bytes of a reply that were not sent yet.
     ///
     /// # Errors
     /// It is not a pipe.
-    pub(super) fn unsent(&self) -> io::Result<usize> {
+    pub fn unsent(&self) -> io::Result<usize> {
         let unsent = ioctl_fionread(self.reader.as_fd())?;
         Ok(usize::try_from(unsent).unwrap_or(usize::MAX))
     }
 
-    /// Puts a reply into the pipe, instead of whatever was there.
+    /// Takes whatever is in the pipe out of it.
     ///
     /// # Errors
-    /// The reply is longer than a message can be, or the system refuses.
-    pub(super) fn put(&self, reply: &[u8]) -> io::Result<()> {
-        let mut old = [0; MAX_MESSAGE];
+    /// The system refuses.
+    pub fn clear(&self) -> io::Result<()> {
+        let mut old = [0; OLD];
         loop {
             match rustix::io::read(self.reader.as_fd(), &mut old) {
-                Ok(0) | Err(Errno::AGAIN) => break,
+                Ok(0) | Err(Errno::AGAIN) => return Ok(()),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(cause) => return Err(cause.into()),
             }
         }
+    }
+
+    /// Puts a reply into the pipe, which must be empty.
+    ///
+    /// # Errors
+    /// The reply is longer than the pipe has room, or the system refuses.
+    pub fn put(&self, reply: &[u8]) -> io::Result<()> {
         // Within PIPE_BUF bytes it is written as a whole. A longer one is written before anything is sent.
         let mut left = reply;
         while !left.is_empty() {
@@ -92,17 +100,31 @@ impl ReplyPipe {
     /// Sends what is in the pipe, as far as the socket has room. Returns whether the pipe is empty.
     ///
     /// # Errors
-    /// The VMM has gone, or the system refuses.
-    pub(super) fn send(&self, socket: &UnixStream) -> io::Result<bool> {
-        loop {
-            let unsent = self.unsent()?;
-            if unsent == 0 {
-                return Ok(true);
+    /// The peer has gone, or the system refuses.
+    pub fn send(&self, socket: &UnixStream) -> io::Result<bool> {
+        let mut unsent = self.unsent()?;
+        while unsent > 0 {
+            match self.send_some(socket, unsent)? {
+                Some(count) => unsent = unsent.saturating_sub(count),
+                None => return Ok(false),
             }
+        }
+        Ok(true)
+    }
+
+    /// Sends bytes of the `unsent` ones that are in the pipe. Returns their number; `None` if the socket has no room.
+    ///
+    /// # Errors
+    /// The peer has gone, or the system refuses.
+    pub fn send_some(&self, socket: &UnixStream, unsent: usize) -> io::Result<Option<usize>> {
+        loop {
             let flags = SpliceFlags::NONBLOCK;
             match splice(&self.reader, None, socket, None, unsent, flags) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(false),
+                // The pipe has fewer bytes than the caller thinks.
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => return Ok(Some(count)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
                 Err(cause) => return Err(cause.into()),
             }
         }
@@ -122,6 +144,7 @@ mod tests {
         ours.set_nonblocking(true).expect("set");
         assert!(pipe.send(&ours).expect("nothing to send"));
         pipe.put(b"another reply").expect("put");
+        pipe.clear().expect("cleared");
         pipe.put(b"a reply").expect("put instead");
         assert_eq!(pipe.unsent().expect("a pipe"), 7);
         assert!(pipe.send(&ours).expect("sent"));
@@ -136,7 +159,7 @@ mod tests {
         let pipe = ReplyPipe::new().expect("a pipe");
         let (ours, mut vmm) = UnixStream::pair().expect("sockets");
         ours.set_nonblocking(true).expect("set");
-        let reply = [7; MAX_MESSAGE];
+        let reply = [7; 5000];
         let mut sent = 0;
         loop {
             pipe.put(&reply).expect("put");
@@ -155,6 +178,7 @@ mod tests {
         vmm.read_exact(&mut rest).expect("received");
         assert!(received.iter().chain(&rest).all(|byte| *byte == 7));
         drop(vmm);
+        pipe.clear().expect("cleared");
         pipe.put(b"x").expect("put");
         assert!(pipe.send(&ours).is_err(), "the VMM has gone");
     }
@@ -163,11 +187,11 @@ mod tests {
     fn a_later_process_finds_what_is_unsent() {
         let (_manager, socket) = std::os::unix::net::UnixDatagram::pair().expect("sockets");
         let keeper = Keeper::new(socket, []).expect("a keeper");
-        assert!(ReplyPipe::left(&keeper).is_none());
+        assert!(ReplyPipe::left(&keeper, "reply").is_none());
         let pipe = ReplyPipe::new().expect("a pipe");
-        pipe.keep(&keeper).expect("kept");
+        pipe.keep(&keeper, "reply").expect("kept");
         pipe.put(b"reply").expect("put");
-        let left = ReplyPipe::left(&keeper).expect("both ends");
+        let left = ReplyPipe::left(&keeper, "reply").expect("both ends");
         drop(pipe);
         assert_eq!(left.unsent().expect("a pipe"), 5);
         let (ours, mut vmm) = UnixStream::pair().expect("sockets");
