@@ -8,23 +8,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
-use thiserror::Error;
 
-use super::commands::{Reply, execute};
 use super::device::ServedDevice;
+use super::respond::{ClientError, Response, respond};
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::{EventLoop, Events, Interest};
-use crate::vfio_user::message::{
-    Command, DmaUnmapBody, Header, IrqInfoBody, Kind, Malformed, RegionInfoBody, check_command,
-};
-use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, SocketError};
-use crate::vfio_user::version::{Version, VersionError};
+use crate::vfio_user::message::Kind;
+use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver};
 use crate::warn_limited;
 
 /// How long a client may take to send VERSION: other clients wait meanwhile.
-const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the server rests before it waits again after a wait has failed.
-const RETRY: Duration = Duration::from_millis(100);
+pub(super) const RETRY: Duration = Duration::from_millis(100);
 /// The tokens of the descriptors that the server waits for.
 const SIGNAL: u64 = 0;
 const CLIENT: u64 = 1;
@@ -33,29 +29,6 @@ const MAX_UNSENT_REPLIES: usize = 1;
 /// The server of a device that sends commands receives nothing while this many bytes wait to be
 /// sent. Not less: client and server could then wait for each other to receive.
 const MAX_UNSENT_COMMANDS: usize = 4 << 20;
-
-/// Why the server cuts a client off.
-#[derive(Debug, Error)]
-pub enum ClientError {
-    /// The connection failed, or the client sent bytes that are not a message.
-    #[error(transparent)]
-    Socket(#[from] SocketError),
-    /// A command has too few bytes, or too many descriptors.
-    #[error(transparent)]
-    Malformed(#[from] Malformed),
-    /// VERSION cannot be decoded, or names another protocol.
-    #[error(transparent)]
-    Version(#[from] VersionError),
-    /// The client violated the protocol.
-    #[error("{0}")]
-    Protocol(&'static str),
-    /// The client sent a command that only servers send.
-    #[error("the client sent {0:?}, a command for servers to send")]
-    ServerCommand(Command),
-    /// A system call failed.
-    #[error("{0}")]
-    System(#[from] io::Error),
-}
 
 /// Why the connection to a client ended, if the server did not cut the client off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,102 +249,15 @@ impl ClientConnection<'_> {
         device: &mut dyn ServedDevice,
         message: Message,
     ) -> Result<(), ClientError> {
-        let header = message.header;
-        match header.kind {
-            Kind::Command { .. } => {}
-            Kind::Reply | Kind::Refusal(_) => {
-                return handle_reply(device, &message);
-            }
-        }
-        let command = Command::from_number(header.command);
-        if let Some(command) = command {
-            check_command(command, &message.body, message.descriptors.len())?;
-        }
-        if self.version_until.is_some() {
-            if command != Some(Command::Version) {
-                return Err(ClientError::Protocol(
-                    "the client's first message is not VERSION",
-                ));
-            }
-            let client = Version::decode(&message.body)?;
-            let mut answer = client.server_answer()?;
-            device.negotiate(&client, &mut answer.capabilities);
+        let is_command = matches!(message.header.kind, Kind::Command { .. });
+        let response = respond(device, self.version_until.is_none(), message)?;
+        if is_command {
             self.version_until = None;
-            self.reply(&header, Ok(answer.encode().into()));
-            return Ok(());
         }
-        let outcome = match command {
-            None => Err(libc::ENOTSUP),
-            Some(Command::Version) => {
-                return Err(ClientError::Protocol("the client sent VERSION twice"));
-            }
-            Some(command @ (Command::DmaRead | Command::DmaWrite)) => {
-                return Err(ClientError::ServerCommand(command));
-            }
-            Some(command) => {
-                let usual = usual_reply(device, command, &message.body);
-                let outcome = execute(device, command, message)?;
-                if let (Err(errno), Some(body)) = (&outcome, usual)
-                    && !header.wants_no_reply()
-                {
-                    let bytes = header.refusal_of(*errno).with_body(&body);
-                    self.channel.outbox.lock().push(bytes, Vec::new());
-                    return Ok(());
-                }
-                outcome
-            }
-        };
-        self.reply(&header, outcome);
+        if let Some(Response { bytes, descriptor }) = response {
+            let descriptors = descriptor.map(OutgoingFd::Owned).into_iter().collect();
+            self.channel.outbox.lock().push(bytes, descriptors);
+        }
         Ok(())
-    }
-
-    fn reply(&self, header: &Header, outcome: Result<Reply, i32>) {
-        if header.wants_no_reply() {
-            return;
-        }
-        let mut outbox = self.channel.outbox.lock();
-        match outcome {
-            Ok(reply) => {
-                let bytes = header.reply_to(reply.body.len()).with_body(&reply.body);
-                let descriptor = reply.descriptor.map(OutgoingFd::Owned);
-                outbox.push(bytes, descriptor.into_iter().collect());
-            }
-            Err(errno) => {
-                outbox.push(header.refusal_of(errno).encode().to_vec(), Vec::new());
-            }
-        }
-    }
-}
-
-/// The body that a reply to this command has if it succeeds, as far as the command tells, for a client that reads as
-/// many bytes of a refusal. `None` if the client reads a header first, or the reply has no body.
-fn usual_reply(device: &dyn ServedDevice, command: Command, body: &[u8]) -> Option<Vec<u8>> {
-    let len = match command {
-        Command::DmaUnmap => DmaUnmapBody::BYTES,
-        Command::DeviceGetRegionInfo => RegionInfoBody::BYTES,
-        Command::DeviceGetIrqInfo => IrqInfoBody::BYTES,
-        _ => return None,
-    };
-    let body = body
-        .get(..len as usize)
-        .filter(|_| device.answers_all_accesses());
-    body.map(<[u8]>::to_vec)
-}
-
-fn handle_reply(device: &mut dyn ServedDevice, message: &Message) -> Result<(), ClientError> {
-    if !device.sends_commands() {
-        return Err(ClientError::Protocol(
-            "the client sent a reply, and the server sends no commands",
-        ));
-    }
-    if !message.descriptors.is_empty() {
-        return Err(ClientError::Protocol(
-            "the client sent a reply with descriptors",
-        ));
-    }
-    if device.handle_reply(&message.header, &message.body) {
-        Ok(())
-    } else {
-        Err(ClientError::Protocol("the client replied to no command"))
     }
 }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The server knows no device: `listen` accepts clients, `client` receives messages and sends
-//! replies, `commands` checks each command and calls the device, and `region` encodes the
-//! description of a region. A device implements [`ServedDevice`].
+//! replies, `respond` makes the reply to a message, `commands` checks each command and calls the device, and `region`
+//! encodes the description of a region. A device implements [`ServedDevice`].
 //!
 //! A client may be hostile. It is cut off if it sends nothing for ten seconds after it has connected,
 //! or if a message violates the protocol; every other refusal is an errno in a reply. The server
@@ -20,12 +20,14 @@ mod commands;
 mod device;
 mod listen;
 mod region;
+mod respond;
 #[cfg(test)]
 mod tests;
 
-pub use self::client::{ClientChannel, ClientEnd, ClientError, ServerSignal, serve_client};
+pub use self::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
 pub use self::device::{
     DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, RegionCapability, ServedDevice,
     ServedRegion,
 };
 pub use self::listen::{DeviceServer, ServerStatus};
+pub use self::respond::ClientError;
