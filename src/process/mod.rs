@@ -8,6 +8,8 @@ pub mod handover;
 pub mod inherited;
 pub mod keeper;
 pub mod keeper_message;
+#[cfg(test)]
+pub(crate) mod keeper_testing;
 pub mod life;
 #[cfg(not(miri))]
 pub mod peek;

@@ -1,137 +1,29 @@
 //! The parts of the bed.
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, IoSliceMut, Read};
-use std::mem::MaybeUninit;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, mpsc};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::RecvFlags;
 use tempfile::TempDir;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::super::message::{HEADER_LEN, MessageBytes, NEED_REPLY, send};
 use super::Steps;
 use crate::device::Device;
-use crate::process::inherited::is_same_file;
-use crate::process::keeper::{Keeper, PREFIX};
+use crate::process::keeper::Keeper;
+pub(super) use crate::process::keeper_testing::Manager;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
 
 /// Nothing that works takes so long.
 pub(super) const HANG: Duration = Duration::from_secs(30);
-
-pub(super) type Files = BTreeMap<String, OwnedFd>;
-
-/// A service manager: keeps descriptors from one life of the daemon to the next.
-pub(super) struct Manager {
-    files: Arc<Mutex<Files>>,
-    /// The daemon's end of each life.
-    lives: Vec<UnixDatagram>,
-    settled: (mpsc::Sender<()>, mpsc::Receiver<()>),
-}
-
-impl Manager {
-    pub(super) fn new() -> Self {
-        Self {
-            files: Arc::default(),
-            lives: Vec::new(),
-            settled: mpsc::channel(),
-        }
-    }
-
-    /// The keeper of the next life, with all that the one before has left.
-    pub(super) fn keeper(&mut self) -> Arc<Keeper> {
-        if !self.lives.is_empty() {
-            self.settle();
-        }
-        let (ours, theirs) = UnixDatagram::pair().expect("sockets");
-        let files = self.files.clone();
-        let settled = self.settled.0.clone();
-        std::thread::spawn(move || {
-            while let Some((message, file)) = receive(&ours) {
-                if message == "settle" {
-                    let _ = settled.send(());
-                } else {
-                    store(&mut files.lock().expect("files"), &message, file);
-                }
-            }
-        });
-        self.lives.push(theirs.try_clone().expect("a copy"));
-        let left: Vec<_> = self
-            .files
-            .lock()
-            .expect("files")
-            .iter()
-            .map(|(name, file)| (name.clone(), file.try_clone().expect("a copy")))
-            .collect();
-        Arc::new(Keeper::new(theirs, left).expect("a keeper"))
-    }
-
-    /// Waits until all messages of the present life are read.
-    pub(super) fn settle(&self) {
-        let life = self.lives.last().expect("a life");
-        life.send(b"settle").expect("sent");
-        self.settled.1.recv_timeout(HANG).expect("settled");
-    }
-
-    /// The names of what is kept.
-    pub(super) fn names(&self) -> Vec<String> {
-        self.settle();
-        self.files.lock().expect("files").keys().cloned().collect()
-    }
-
-    /// Changes what is kept.
-    pub(super) fn with_files<T>(&self, change: impl FnOnce(&mut Files) -> T) -> T {
-        self.settle();
-        change(&mut self.files.lock().expect("files"))
-    }
-}
-
-fn receive(socket: &UnixDatagram) -> Option<(String, Option<OwnedFd>)> {
-    let mut bytes = [0; 256];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut slices = [IoSliceMut::new(&mut bytes)];
-    let len = rustix::net::recvmsg(socket, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC);
-    let len = len.ok()?.bytes;
-    let mut file = None;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(files) = message {
-            file = files.last();
-        }
-    }
-    Some((String::from_utf8_lossy(&bytes[..len]).into(), file))
-}
-
-/// Handles a message as systemd does.
-fn store(files: &mut Files, message: &str, file: Option<OwnedFd>) {
-    let name = message
-        .lines()
-        .find_map(|line| line.strip_prefix("FDNAME="));
-    let name = name
-        .and_then(|name| name.strip_prefix(PREFIX))
-        .expect("a name");
-    match file {
-        Some(file) => {
-            assert!(message.starts_with("FDSTORE=1\n"), "{message}");
-            let is_there = |kept: &OwnedFd| is_same_file(kept.as_fd(), file.as_fd()) == Some(true);
-            if !files.values().any(is_there) {
-                files.insert(name.into(), file);
-            }
-        }
-        None => {
-            assert!(message.starts_with("FDSTOREREMOVE=1\n"), "{message}");
-            files.remove(name);
-        }
-    }
-}
 
 /// The socket that all lives serve.
 pub(super) struct Socket {
