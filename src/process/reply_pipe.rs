@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use rustix::io::{Errno, ioctl_fionread};
-use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, pipe_with, splice};
 
 use crate::process::keeper::Keeper;
 
@@ -24,6 +24,8 @@ const OLD: usize = 4096;
 pub struct ReplyPipe {
     reader: Arc<OwnedFd>,
     writer: Arc<OwnedFd>,
+    /// Bytes that fit into the empty pipe.
+    room: usize,
 }
 
 impl ReplyPipe {
@@ -34,6 +36,7 @@ impl ReplyPipe {
     pub fn new() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         Ok(Self {
+            room: fcntl_getpipe_size(&reader)?,
             reader: Arc::new(reader),
             writer: Arc::new(writer),
         })
@@ -41,10 +44,17 @@ impl ReplyPipe {
 
     /// The pipe that an earlier process has left under this name; `None` if the keeper does not have both ends.
     pub fn left(keeper: &Keeper, name: &str) -> Option<Self> {
+        let reader = keeper.claim(&format!("{name}{READER}"))?;
         Some(Self {
-            reader: keeper.claim(&format!("{name}{READER}"))?,
+            room: fcntl_getpipe_size(&reader).ok()?,
+            reader,
             writer: keeper.claim(&format!("{name}{WRITER}"))?,
         })
+    }
+
+    /// The most bytes of a reply.
+    pub fn room(&self) -> usize {
+        self.room
     }
 
     /// Has the pipe kept under a name.

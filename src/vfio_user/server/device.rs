@@ -1,9 +1,12 @@
 //! A device as the server needs it: one method for each command of a vfio-user client.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use crate::process::peer_event::PeerEvent;
-use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody, Header};
+use crate::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody, Header};
 use crate::vfio_user::version::{Capabilities, Version};
 
 /// A device that a server offers to one vfio-user client at a time.
@@ -116,6 +119,47 @@ pub trait ServedDevice {
     /// The client is gone, and no method was called for another client yet. The device must forget
     /// the client's interrupts and windows and must stop its DMA.
     fn release(&mut self);
+
+    /// What a later process must know of the client to [resume](Self::resume) it, if that has changed since the last call.
+    /// The server calls it after each message of a client whose connection is kept. The device has had the descriptors
+    /// that the record names kept.
+    fn take_record(&mut self) -> Option<DeviceRecord> {
+        None
+    }
+
+    /// Whether the device bears that this message is executed, the process dies, and the next process executes it again
+    /// on the state that was recorded before. If not, the next process cuts the client off.
+    fn can_repeat(&self, command: Option<Command>, body: &[u8]) -> bool {
+        let _ = (command, body);
+        true
+    }
+
+    /// Goes on with a client of an earlier process, instead of [`Self::negotiate`]. `record` has the bytes that the device
+    /// of that process has recorded last, and `files` the descriptors. The device must do nothing on its own until
+    /// [`Self::go_on`]: the server may have a message to execute again before.
+    ///
+    /// # Errors
+    /// The client has to be cut off. [`Self::release`] follows.
+    fn resume(&mut self, record: &[u8], files: &ClientFiles) -> io::Result<()> {
+        let _ = (record, files);
+        Err(io::Error::other("the device keeps no state"))
+    }
+
+    /// The device has the state in which the earlier process has died, and goes on.
+    fn go_on(&mut self) {}
+}
+
+/// A client's descriptors by their names at the keeper.
+pub type ClientFiles = BTreeMap<String, Arc<OwnedFd>>;
+
+/// What a later process must know of a client.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceRecord {
+    /// The device's own encoding.
+    pub bytes: Vec<u8>,
+    /// The names of kept descriptors, each as often as the device has it kept. An empty name stands for one that is not
+    /// kept: no later process can then go on with the client.
+    pub names: Vec<String>,
 }
 
 /// The reply to DEVICE_GET_INFO.

@@ -11,6 +11,8 @@
 //! replies, `respond` makes the reply to a message, `commands` checks each command and calls the device, and `region`
 //! encodes the description of a region. A device implements [`ServedDevice`].
 //!
+//! `kept` serves a client whose connection outlives this process.
+//!
 //! A client may be hostile. It is cut off if it sends nothing for ten seconds after it has connected,
 //! or if a message violates the protocol; every other refusal is an errno in a reply. The server
 //! receives nothing while a client leaves its replies unread, so that a client cannot fill memory.
@@ -18,6 +20,7 @@
 mod client;
 mod commands;
 mod device;
+mod kept;
 mod listen;
 mod region;
 mod respond;
@@ -26,8 +29,9 @@ mod tests;
 
 pub use self::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
 pub use self::device::{
-    DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, RegionCapability, ServedDevice,
-    ServedRegion,
+    ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData,
+    RegionCapability, ServedDevice, ServedRegion,
 };
+pub use self::kept::ClientKeeping;
 pub use self::listen::{DeviceServer, ServerStatus};
 pub use self::respond::ClientError;

@@ -1,0 +1,172 @@
+//! What an earlier process has left of a client, and how far that process had come.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::super::device::ClientFiles;
+use super::book::{BookNames, ClientBook};
+use super::lookahead::take;
+use super::progress::LeftProgress;
+use crate::process::keeper::Keeper;
+use crate::process::peek::{peek_offset, set_peek_offset};
+use crate::process::record::refused;
+use crate::process::reply_pipe::ReplyPipe;
+
+/// The connection of a client to an earlier process.
+#[derive(Debug)]
+pub struct LeftClient {
+    pub(in super::super) socket: UnixStream,
+    /// The state of the device; `None` if the client has not negotiated.
+    pub(in super::super) device: Option<Vec<u8>>,
+    pub(in super::super) files: ClientFiles,
+    pub(in super::super) place: LeftPlace,
+}
+
+/// How far an earlier process had come with a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) struct LeftPlace {
+    /// The client has negotiated.
+    pub(super) is_negotiated: bool,
+    /// Bytes of the messages that are executed.
+    pub(super) executed: u64,
+    /// The first message in the socket has begun, and must be executed before anything else.
+    pub(super) is_begun: bool,
+    /// Bytes of the reply that the client does not have.
+    pub(super) unsent: usize,
+}
+
+/// Finds the client that an earlier process has left, and claims all that belongs to it. `None` if there is none.
+///
+/// # Errors
+/// Something of it is missing or damaged. The connection is then closed.
+pub(super) fn find(
+    keeper: &Arc<Keeper>,
+    name: &str,
+) -> io::Result<Option<(ClientBook, LeftClient)>> {
+    let names = BookNames::new(name);
+    let Some(connection) = names.last_connection(keeper) else {
+        return Ok(None);
+    };
+    let mut claimed = Vec::new();
+    let name = format!("{}{connection}", names.socket);
+    let socket = UnixStream::from(claim(keeper, &name, &mut claimed)?.try_clone()?);
+    let found = of(keeper, names, connection, &socket, &mut claimed);
+    if !matches!(found, Ok(Some(_))) {
+        // The keeper has the socket, too: to close it would not end the connection. Fails if the client has gone.
+        let _ = socket.shutdown(Shutdown::Both);
+        for name in &claimed {
+            keeper.release(name);
+        }
+    }
+    found.map_err(|cause| {
+        let text = format!(
+            "the connection of a vfio-user client to the daemon before cannot be taken over: {cause}; the connection is \
+             closed, so the VM must be started anew"
+        );
+        io::Error::new(cause.kind(), text)
+    })
+}
+
+fn of(
+    keeper: &Arc<Keeper>,
+    names: BookNames,
+    connection: u64,
+    socket: &UnixStream,
+    claimed: &mut Vec<String>,
+) -> io::Result<Option<(ClientBook, LeftClient)>> {
+    let record = claim(keeper, &names.record, claimed)?.try_clone()?;
+    let reply = names.reply.clone();
+    let reply = ReplyPipe::left(keeper, &reply).ok_or_else(|| missing(&reply))?;
+    let found = ClientBook::left(keeper.clone(), names, record, reply)
+        .map_err(|cause| io::Error::new(cause.kind(), format!("its record is refused: {cause}")))?;
+    let Some((book, state)) = found else {
+        return Ok(None);
+    };
+    let recorded = book.recorded();
+    if recorded.is_over {
+        return Ok(None);
+    }
+    if recorded.connection != connection {
+        return Err(refused("its record is of another connection"));
+    }
+    let mut files = ClientFiles::new();
+    for name in &recorded.names {
+        files.insert(name.clone(), claim(keeper, name, claimed)?);
+    }
+    let device = recorded.has_device.then_some(state);
+    let left = LeftClient {
+        socket: socket.try_clone()?,
+        device,
+        files,
+        place: settle(&book, socket)?,
+    };
+    Ok(Some((book, left)))
+}
+
+/// Takes the rest of the last message out of the socket if it is executed. Returns what is left to do.
+fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
+    let progress = &book.progress;
+    let found = progress.load();
+    let executed = found.executed.max(book.recorded().executed);
+    let LeftProgress {
+        begun,
+        once,
+        looked,
+        taken,
+        ..
+    } = found;
+    let begun_at = begun.checked_sub(1);
+    if executed > looked || taken > executed || begun_at.is_some_and(|at| at > executed) {
+        return Err(refused("its words do not add up"));
+    }
+    let is_begun = begun_at == Some(executed);
+    if is_begun && once == begun {
+        return Err(io::Error::other(
+            "the daemon before has ended while it executed a message that must not be executed twice, or sent a \
+             descriptor",
+        ));
+    }
+    if taken < executed {
+        // Nobody has looked at more since: the offset falls by what is taken out.
+        let offset = u64::from(peek_offset(socket.as_fd())?.unwrap_or(0));
+        let out = looked.checked_sub(offset);
+        let left = out
+            .filter(|out| begun_at.is_some_and(|at| at <= *out))
+            .and_then(|out| executed.checked_sub(out))
+            .and_then(|left| usize::try_from(left).ok())
+            .ok_or_else(|| refused("its socket has another peek offset"))?;
+        take(socket, left)?;
+        progress.executed(executed);
+        progress.taken(executed);
+    } else {
+        progress.executed(executed);
+    }
+    set_peek_offset(socket.as_fd(), 0)?;
+    progress.looked(executed);
+    if is_begun {
+        // Of a reply that counts for nothing.
+        book.reply.clear()?;
+    }
+    Ok(LeftPlace {
+        is_negotiated: book.recorded().has_device,
+        executed,
+        is_begun,
+        unsent: book.reply.unsent()?,
+    })
+}
+
+fn claim(keeper: &Keeper, name: &str, claimed: &mut Vec<String>) -> io::Result<Arc<OwnedFd>> {
+    let file = keeper.claim(name).ok_or_else(|| missing(name))?;
+    claimed.push(name.to_owned());
+    Ok(file)
+}
+
+fn missing(name: &str) -> io::Error {
+    let text = format!(
+        "the descriptor {name} was not kept; let the service manager keep more (FileDescriptorStoreMax=1024)"
+    );
+    io::Error::new(io::ErrorKind::NotFound, text)
+}

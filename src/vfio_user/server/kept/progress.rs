@@ -1,0 +1,125 @@
+//! How far the server has come with the client's messages: four words in memory that outlives the process.
+//!
+//! The words count bytes of the connection. One thread stores them, in this order for a message of `n` bytes at `at`:
+//! `LOOKED >= at + n`, `BEGUN = at + 1`, perhaps `ONCE = at + 1`, then `EXECUTED = at + n`, and `TAKEN = at + n` once the message is
+//! out of the socket. A process dies as a whole, so the next one finds the stores up to one of them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+/// Where the words are in the record: in its first page, which the record leaves to its owner.
+const FIRST_WORD: usize = 64;
+const PAGE: usize = 4096;
+
+/// The words.
+#[derive(Clone, Copy, Debug)]
+enum ProgressWord {
+    /// Bytes that the server has looked at.
+    Looked,
+    /// 1 more than the place of the message that is being executed, or was executed last; 0 before the first.
+    Begun,
+    /// The same of a message that must not be executed, or answered, twice.
+    Once,
+    /// Bytes of the messages that were executed.
+    Executed,
+    /// Bytes that are out of the socket.
+    Taken,
+}
+
+/// The mapped words.
+#[derive(Debug)]
+pub(super) struct ClientProgress(MmapRegion);
+
+/// What an earlier process has stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LeftProgress {
+    pub(super) looked: u64,
+    pub(super) begun: u64,
+    pub(super) once: u64,
+    pub(super) executed: u64,
+    pub(super) taken: u64,
+}
+
+impl ClientProgress {
+    /// Maps the words of a record.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub(super) fn map(record: BorrowedFd<'_>) -> io::Result<Self> {
+        let file = File::from(record.try_clone_to_owned()?);
+        let mapped = MmapRegion::from_file(FileOffset::new(file, 0), PAGE);
+        mapped.map(Self).map_err(io::Error::other)
+    }
+
+    /// A new connection begins.
+    pub(super) fn reset(&self) {
+        for word in [
+            ProgressWord::Begun,
+            ProgressWord::Once,
+            ProgressWord::Executed,
+            ProgressWord::Taken,
+            ProgressWord::Looked,
+        ] {
+            self.store(word, 0);
+        }
+    }
+
+    pub(super) fn load(&self) -> LeftProgress {
+        LeftProgress {
+            looked: self.word(ProgressWord::Looked),
+            begun: self.word(ProgressWord::Begun),
+            once: self.word(ProgressWord::Once),
+            executed: self.word(ProgressWord::Executed),
+            taken: self.word(ProgressWord::Taken),
+        }
+    }
+
+    /// The server has looked at this many bytes.
+    pub(super) fn looked(&self, bytes: u64) {
+        self.store(ProgressWord::Looked, bytes);
+    }
+
+    /// The execution of the message at this place begins. It `can_repeat` if the next process may execute it again.
+    pub(super) fn begin(&self, at: u64, can_repeat: bool) {
+        self.store(ProgressWord::Begun, at + 1);
+        if !can_repeat {
+            self.store(ProgressWord::Once, at + 1);
+        }
+    }
+
+    /// The message is executed, so this many bytes are, and its reply is in the pipe.
+    pub(super) fn executed(&self, bytes: u64) {
+        self.store(ProgressWord::Executed, bytes);
+    }
+
+    /// This many bytes are out of the socket.
+    pub(super) fn taken(&self, bytes: u64) {
+        self.store(ProgressWord::Taken, bytes);
+    }
+
+    fn store(&self, word: ProgressWord, value: u64) {
+        // A page has room for all words, and the record's seals keep it: it cannot fail.
+        let _ = self
+            .0
+            .as_volatile_slice()
+            .store(value, word.at(), Ordering::Release);
+    }
+
+    fn word(&self, word: ProgressWord) -> u64 {
+        let loaded = self
+            .0
+            .as_volatile_slice()
+            .load(word.at(), Ordering::Acquire);
+        loaded.unwrap_or(0)
+    }
+}
+
+impl ProgressWord {
+    const fn at(self) -> usize {
+        FIRST_WORD + 8 * self as usize
+    }
+}
