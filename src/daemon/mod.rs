@@ -5,6 +5,7 @@ mod handover;
 mod left;
 pub mod sandbox_needs;
 pub mod signals;
+mod successor;
 mod transport;
 pub mod upgrade;
 
@@ -17,6 +18,7 @@ use log::{error, warn};
 use thiserror::Error;
 
 use self::left::{KeptMemory, LeftMemory, release_unclaimed};
+use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
 
 use crate::config::{Config, Emulated, VmmTransport};
@@ -334,50 +336,6 @@ impl Daemon {
                 self.device.disconnect();
             }
             (None, None) => {}
-        }
-    }
-}
-
-/// The parts of a daemon that take over what the one before has left.
-struct Successor {
-    iommu: Arc<Mutex<Iommu>>,
-    device: Arc<Device>,
-    keeper: Arc<Keeper>,
-    kept: Option<KeptMemory>,
-    life: Arc<Life>,
-    /// Admits shadow readers once there are tables for them.
-    shadow: Option<Arc<ShadowServer>>,
-}
-
-impl Successor {
-    /// Restores the core. If the VM has a VMM, its memory must be set, and its rings must not run yet. If the state cannot be
-    /// taken over, all endpoints are blocked until the driver starts anew.
-    fn take_over(&self, left: Option<&LeftMemory>) {
-        let refusal = match left {
-            Some(left) => match self.iommu.lock().restore(left.predecessor()) {
-                Ok(restored) => {
-                    self.life.take_over(restored.generation);
-                    None
-                }
-                Err(cause) => Some(cause.to_string()),
-            },
-            None => Some(
-                "the daemon before has left a VMM, and no state of the guest's IOMMU that can be read; reset the VM"
-                    .into(),
-            ),
-        };
-        if let Some(cause) = refusal {
-            error!("all endpoints are blocked until the driver starts anew: {cause}");
-            self.life.refuse(cause);
-            self.device.distrust_next_driver();
-        }
-        if let Some(kept) = &self.kept {
-            kept.release_earlier(&self.keeper);
-        }
-        if let Some(shadow) = &self.shadow
-            && let Err(cause) = shadow.admit()
-        {
-            error!("shadow readers are not admitted: {cause}");
         }
     }
 }
