@@ -31,6 +31,7 @@ pub fn needs(config: &Config, is_kept: bool) -> Needs {
     let can_plug = !config.topology.expected().is_empty();
     let mut needs = Needs {
         relay: is_kept && config.transport == VmmTransport::VhostUser,
+        kept_clients: is_kept,
         qmp: config.qmp.is_some(),
         realtime: config.realtime_priority.is_some(),
         socket_rights: config.socket_access != SocketAccess::default(),

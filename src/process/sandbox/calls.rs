@@ -133,6 +133,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
             list.extend(backends(needs));
+            if needs.kept_clients {
+                list.extend(always(&RECORD));
+            }
         }
         Role::PciWorker => {
             list.extend(always(EVENT_LOOP));
@@ -246,7 +249,7 @@ const MESSAGES: [c_long; 7] = [
 /// `FIONREAD`: the bytes that are in a pipe.
 const BYTES_IN_A_PIPE: u32 = 0x541b;
 
-/// Writing the record of a VMM's connection, moving replies from a pipe into its socket, and recognizing copies of a
+/// Writing the record of a client's connection, moving replies from a pipe into its socket, and recognizing copies of a
 /// descriptor (`process::keeper`).
 const RECORD: [c_long; 3] = [libc::SYS_pwrite64, libc::SYS_splice, libc::SYS_kcmp];
 

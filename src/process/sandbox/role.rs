@@ -127,6 +127,8 @@ pub struct Needs {
     pub realtime: bool,
     /// Another process keeps descriptors for the next daemon: the VMM's connection is relayed.
     pub relay: bool,
+    /// Another process keeps descriptors for the next daemon: so it does those of vfio-user clients.
+    pub kept_clients: bool,
     /// There are shadow endpoints. The daemon may have to kill their readers.
     pub shadow: bool,
     /// The rights with which the thread `control` adds and removes endpoints while the VM runs: it opens their
@@ -164,6 +166,7 @@ impl Needs {
             emulated: true,
             realtime: true,
             relay: true,
+            kept_clients: true,
             shadow: true,
             plugging: None,
             socket_rights: true,

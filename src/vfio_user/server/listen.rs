@@ -11,6 +11,8 @@ use log::warn;
 
 use super::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
 use super::device::ServedDevice;
+use super::kept::{ClientKeeping, KeptEnd, LeftPlace, serve_kept};
+use super::respond::ClientError;
 use crate::metrics::Counter;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
@@ -57,6 +59,20 @@ impl DeviceServer {
         listener: UnixListener,
         device: Box<dyn ServedDevice + Send>,
     ) -> io::Result<Self> {
+        Self::start_kept(role, listener, device, None)
+    }
+
+    /// The same. With `keeping`, a client's connection outlives this process, and the server begins with the client that
+    /// an earlier process has left. `device` must not send commands then.
+    ///
+    /// # Errors
+    /// The system has no descriptor or thread left.
+    pub fn start_kept(
+        role: Role,
+        listener: UnixListener,
+        device: Box<dyn ServedDevice + Send>,
+        keeping: Option<ClientKeeping>,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let signal = Arc::new(ServerSignal::new()?);
         let status = Arc::new(ServerStatus::default());
@@ -66,6 +82,7 @@ impl DeviceServer {
             listener: Arc::new(listener),
             signal: signal.clone(),
             events: EventLoop::new()?,
+            keeping,
         };
         let thread = sandbox::spawn(role, move || acceptor.run())?;
         Ok(Self {
@@ -103,10 +120,12 @@ struct Acceptor {
     signal: Arc<ServerSignal>,
     /// Made before the thread is confined, which may not make another one.
     events: EventLoop,
+    keeping: Option<ClientKeeping>,
 }
 
 impl Acceptor {
     fn run(&mut self) {
+        self.serve_left();
         while !self.signal.is_stopped() {
             match self.accept() {
                 Ok(Some(stream)) => self.serve(stream),
@@ -149,12 +168,85 @@ impl Acceptor {
         }
     }
 
+    /// Serves the client that an earlier process has left.
+    fn serve_left(&mut self) {
+        let keeping = self.keeping.as_mut();
+        let Some(left) = keeping.and_then(|keeping| keeping.left.take()) else {
+            return;
+        };
+        let name = self.device.name();
+        info_limited!("{name}: going on with the client of the daemon before");
+        let record = left.device.as_ref();
+        let resumed = record.map_or(Ok(()), |record| self.device.resume(record, &left.files));
+        // The device has its own copies.
+        drop(left.files);
+        if let Err(cause) = resumed {
+            let name = self.device.name();
+            let text = format!(
+                "{name}: the client of the daemon before cannot be served: {cause}; its connection is closed, so the VM \
+                 must be started anew"
+            );
+            warn_limited!("{text}");
+            self.device.release();
+            if let Some(keeping) = &mut self.keeping {
+                keeping.lose(text);
+                keeping.close(&left.socket);
+            }
+            return;
+        }
+        self.serve_kept(left.socket, Some(left.place));
+    }
+
     fn serve(&mut self, stream: UnixStream) {
         info_limited!("{}: a client has connected", self.device.name());
-        self.status.clients.inc();
-        self.status.connected.store(true, Ordering::Relaxed);
+        if let Some(keeping) = &mut self.keeping {
+            keeping.open(&stream);
+            self.serve_kept(stream, None);
+            return;
+        }
+        self.begin();
         let channel = ClientChannel::new(stream, self.signal.clone());
         let outcome = serve_client(&mut self.events, &channel, &mut *self.device);
+        self.end(outcome);
+        // Last: a client that sees the end must find the device released.
+        drop(channel);
+    }
+
+    /// Serves a client whose connection outlives this process.
+    fn serve_kept(&mut self, stream: UnixStream, left: Option<LeftPlace>) {
+        self.begin();
+        let socket = Arc::new(stream);
+        let Some(keeping) = &mut self.keeping else {
+            return;
+        };
+        let outcome = serve_kept(
+            &mut self.events,
+            &socket,
+            &self.signal,
+            &mut *self.device,
+            keeping,
+            left,
+        );
+        let outcome = match outcome {
+            Ok(KeptEnd::HungUp) => Ok(ClientEnd::HungUp),
+            Ok(KeptEnd::Stopped) => Ok(ClientEnd::Stopped),
+            #[cfg(test)]
+            Ok(KeptEnd::Died) => return,
+            Err(cause) => Err(cause),
+        };
+        self.end(outcome);
+        if let Some(keeping) = &mut self.keeping {
+            keeping.close(&socket);
+        }
+    }
+
+    fn begin(&self) {
+        self.status.clients.inc();
+        self.status.connected.store(true, Ordering::Relaxed);
+    }
+
+    /// Releases the device.
+    fn end(&mut self, outcome: Result<ClientEnd, ClientError>) {
         let name = self.device.name();
         match outcome {
             Ok(ClientEnd::Stopped) => {}
@@ -164,8 +256,6 @@ impl Acceptor {
                 warn_limited!("{name}: the client is cut off: {cause}");
             }
         }
-        // Before `channel` closes the connection: a client that sees the end must find the device
-        // released.
         self.device.release();
         self.status.connected.store(false, Ordering::Relaxed);
     }

@@ -17,6 +17,8 @@ pub struct ClientKeeping {
     pub(in super::super) left: Option<LeftClient>,
     /// Where losses are noted.
     life: Arc<Life>,
+    #[cfg(test)]
+    pub(in super::super) steps: super::tests::Steps,
 }
 
 impl ClientKeeping {
@@ -29,6 +31,8 @@ impl ClientKeeping {
             book: ClientBook::new(keeper, name)?,
             left: None,
             life,
+            #[cfg(test)]
+            steps: super::tests::Steps::default(),
         })
     }
 
@@ -50,6 +54,8 @@ impl ClientKeeping {
             book,
             left: Some(left),
             life,
+            #[cfg(test)]
+            steps: super::tests::Steps::default(),
         })
     }
 

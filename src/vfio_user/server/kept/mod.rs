@@ -26,10 +26,25 @@
 //! descriptor does not pass through a pipe. If the process dies while it executes or sends one of those, the next one cuts
 //! the client off, and says why.
 
+/// In tests, the server may end here, as if the process had died.
+macro_rules! step {
+    ($server:expr) => {
+        #[cfg(test)]
+        if $server.steps.dies() {
+            return Ok(Some(KeptEnd::Died));
+        }
+    };
+}
+
 mod book;
 mod keeping;
 mod left;
 mod lookahead;
 mod progress;
+mod serve;
+#[cfg(test)]
+mod tests;
 
 pub use self::keeping::ClientKeeping;
+pub(super) use self::left::LeftPlace;
+pub(super) use self::serve::{KeptEnd, serve_kept};
