@@ -9,6 +9,7 @@ use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
 use crate::store;
 use crate::transport::vhost_user::RECORD_VERSION;
+use crate::vfio_user::server;
 
 /// The formats of the memory that a daemon leaves to the next one. This program reads no other version of them.
 pub(super) fn formats() -> BTreeMap<String, u64> {
@@ -16,6 +17,7 @@ pub(super) fn formats() -> BTreeMap<String, u64> {
         ("page tables", ABI_VERSION),
         ("state", store::FORMAT_VERSION),
         ("VMM's connection", RECORD_VERSION),
+        ("vfio-user clients", server::RECORD_VERSION),
     ];
     formats
         .map(|(name, version)| (name.to_owned(), version))
@@ -78,9 +80,7 @@ fn ends(config: &Config) -> Vec<String> {
         .exported
         .iter()
         .map(|device| format!("that of the exported device {}", device.endpoint));
-    let own = (config.transport == VmmTransport::VirtioPci)
-        .then(|| "that of the IOMMU itself (vfio-user-socket)".to_owned());
-    emulated.chain(exported).chain(own).collect()
+    emulated.chain(exported).collect()
 }
 
 #[cfg(test)]

@@ -44,6 +44,7 @@ use crate::shadow::{Limits, ShadowServer};
 use crate::topology::viot;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::ServeError;
+use crate::transport::virtio_pci::serve::VmmKeeping;
 
 /// Why the daemon could not run.
 #[derive(Debug, Error)]
@@ -89,8 +90,8 @@ pub enum DaemonError {
 /// The daemon of one VM: all its parts, ready to serve.
 pub struct Daemon {
     device: Arc<Device>,
-    is_kept: bool,
-    /// Takes over what the daemon before has left, until [`Daemon::run`] has done so.
+    keeper: Arc<Keeper>,
+    /// Takes over what the daemon before has left, unless the server does so, until [`Daemon::run`] has done so.
     successor: Option<Successor>,
     left: Option<LeftMemory>,
     left_vmm: Option<LeftVmm>,
@@ -224,18 +225,29 @@ impl Daemon {
             device: device.clone(),
             keeper: keeper.clone(),
             kept,
-            life,
+            life: life.clone(),
             shadow: shadow.clone(),
         };
-        let left = match (config.transport, left) {
-            // Its VMM's connection has ended with the daemon before. The server below accepts the next one at once.
-            (VmmTransport::VirtioPci, Some(left)) => {
-                successor.take_over(Some(&left));
-                device.disconnect();
-                None
+        let mut successor = Some(successor);
+        let mut left = left;
+        let keeping = kept_vmm(config.transport, &keeper, &life).map_err(no_events)?;
+        let keeping = keeping.map(|keeping| {
+            if keeping.has_left_vmm()
+                && let Some(successor) = successor.take()
+            {
+                let left = left.take();
+                // In the thread of the server below, which goes on with the VMM.
+                return keeping.restore(move || successor.take_over(left.as_ref()));
             }
-            (_, left) => left,
-        };
+            keeping
+        });
+        if config.transport == VmmTransport::VirtioPci
+            && let (Some(successor), Some(left)) = (&successor, left.take())
+        {
+            // Its VMM's connection has ended with the daemon before. The server below accepts the next one at once.
+            successor.take_over(Some(&left));
+            device.disconnect();
+        }
         // Before the sandbox, which does not allow reading the record.
         let left_vmm = match config.transport {
             VmmTransport::VhostUser => LeftVmm::find(&keeper).transpose(),
@@ -243,7 +255,7 @@ impl Daemon {
         };
         let left_vmm = left_vmm.unwrap_or_else(|cause| {
             error!("{cause}");
-            successor.life.lose(cause.to_string());
+            life.lose(cause.to_string());
             None
         });
         let present = qmp.clone();
@@ -253,6 +265,7 @@ impl Daemon {
             listener,
             keeper.clone(),
             viot::table(&config.topology).ok(),
+            keeping,
             move |present_now| {
                 // While a VMM is connected, it reports resets of the VM over QMP.
                 if let Some(qmp) = &present {
@@ -263,8 +276,8 @@ impl Daemon {
         let server = server.map_err(no_events)?;
         Ok(Self {
             device,
-            is_kept: keeper.is_present(),
-            successor: Some(successor),
+            keeper,
+            successor,
             left,
             left_vmm,
             server,
@@ -305,7 +318,7 @@ impl Daemon {
         StopHandle {
             server: self.server.stopper(),
             device: self.device.clone(),
-            is_kept: self.is_kept,
+            is_kept: self.keeper.is_present(),
             sockets: self.sockets.clone(),
         }
     }
@@ -316,10 +329,9 @@ impl Daemon {
     /// The daemon cannot continue, and the VMM is not the cause.
     pub fn run(&mut self) -> Result<(), DaemonError> {
         if let Some(successor) = self.successor.take() {
-            let keeper = successor.keeper.clone();
             self.take_over(successor);
-            release_unclaimed(&keeper);
         }
+        release_unclaimed(&self.keeper);
         self.server.run()
     }
 
@@ -416,6 +428,18 @@ fn control_paths(config: &Config) -> Option<ControlPaths> {
     };
     let any = paths.control.is_some() || paths.metrics.is_some();
     any.then_some(paths)
+}
+
+/// Keeps the connections of VMMs to the daemon's own virtio-pci device, if there is a keeper.
+fn kept_vmm(
+    transport: VmmTransport,
+    keeper: &Arc<Keeper>,
+    life: &Arc<Life>,
+) -> io::Result<Option<VmmKeeping>> {
+    let is_kept = keeper.is_present() && transport == VmmTransport::VirtioPci;
+    is_kept
+        .then(|| VmmKeeping::find(keeper.clone(), life.clone()))
+        .transpose()
 }
 
 /// Why the state ends with this process although there is a keeper.

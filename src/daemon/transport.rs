@@ -13,7 +13,7 @@ use crate::process::socket::{SocketFile, bind_for};
 use crate::transport::listener::inherit;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::{Stopper, VhostUserServer};
-use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer};
+use crate::transport::virtio_pci::serve::{PciStopper, VirtioPciServer, VmmKeeping};
 use crate::transport::virtio_pci::table_bar::TableBar;
 use crate::transport::virtio_pci::trapped_bar::TrappedBar;
 
@@ -28,7 +28,7 @@ pub(super) enum VmmServer {
 
 impl VmmServer {
     /// A server of `device` at `listener`. Over virtio-pci, the guest can learn its endpoints from the device if `viot`
-    /// is their table. It calls `vmm_present(true)` when a VMM has connected, and
+    /// is their table, and `keeping` keeps the connection. It calls `vmm_present(true)` when a VMM has connected, and
     /// `vmm_present(false)` when it has gone.
     ///
     /// # Errors
@@ -39,6 +39,7 @@ impl VmmServer {
         listener: UnixListener,
         keeper: Arc<Keeper>,
         viot: Option<Vec<u8>>,
+        keeping: Option<VmmKeeping>,
         vmm_present: impl Fn(bool) + Send + 'static,
     ) -> io::Result<Self> {
         Ok(match transport {
@@ -49,7 +50,7 @@ impl VmmServer {
             VmmTransport::VirtioPci => {
                 let bar = viot.map(|viot| TableBar::new(device.clone(), viot));
                 let bar = bar.map(|bar| Box::new(bar) as Box<dyn TrappedBar>);
-                let server = VirtioPciServer::start(device, listener, bar, vmm_present)?;
+                let server = VirtioPciServer::start(device, listener, bar, vmm_present, keeping)?;
                 Self::VirtioPci(Box::new(server))
             }
         })

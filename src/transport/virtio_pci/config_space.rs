@@ -90,6 +90,18 @@ impl PciSpace {
         space
     }
 
+    /// The space with what a driver has written to `bytes`, the space of an earlier process.
+    pub(super) fn resumed(has_trapped_bar: bool, bytes: &[u8]) -> Self {
+        let mut space = Self::new(has_trapped_bar);
+        space.write(0, bytes);
+        space
+    }
+
+    /// All bytes.
+    pub(super) fn bytes(&self) -> &[u8; SPACE_BYTES] {
+        &self.bytes
+    }
+
     /// Sets or clears the Interrupt Status bit of the status register.
     pub(super) fn set_interrupt_status(&mut self, is_set: bool) {
         if let Some(status) = self.bytes.get_mut(STATUS_AT) {

@@ -1,24 +1,32 @@
 //! The PCI device as the vfio-user server needs it.
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use virtio_queue::Error as QueueError;
 
 use super::config_space::{PciSpace, SPACE_BYTES};
-use super::interrupts::PciInterrupts;
-use super::layout::{REGISTERS_BAR, REGISTERS_BYTES, TRAPPED_BAR, TRAPPED_BYTES, VECTORS};
+use super::interrupts::{PciInterrupts, VectorEvent};
+use super::keeping::DescriptorKeeping;
+use super::layout::{
+    REGISTERS_BAR, REGISTERS_BYTES, Structure, TRAPPED_BAR, TRAPPED_BYTES, VECTORS,
+};
 use super::memory::ClientMemory;
+use super::record::RecordedChanges;
 use super::registers::{Consequence, Registers};
 use super::ring::PciRing;
 use super::trapped_bar::TrappedBar;
 use super::worker::RingWorker;
 use crate::device::{Device, QUEUES};
+use crate::process::keeper::Keeper;
+use crate::process::peer_event::PeerEvent;
 use crate::vfio_user::message::{
     DEVICE_PCI, DEVICE_RESET, DmaMapBody, DmaUnmapBody, IRQ_INFO_EVENTFD, REGION_READ, REGION_WRITE,
 };
 use crate::vfio_user::server::{
-    DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, ServedDevice, ServedRegion,
+    ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, ServedDevice,
+    ServedRegion,
 };
 use crate::vfio_user::version::{Capabilities, Version};
 use crate::{error_limited, warn_limited};
@@ -37,21 +45,28 @@ const MAX_FDS: u64 = 16;
 /// Called with `true` when a VMM has connected, and with `false` when it has gone.
 pub(super) type VmmPresence = Box<dyn Fn(bool) + Send>;
 
+/// Restores the core from what an earlier process has left.
+pub(super) type RestoreCore = Box<dyn FnOnce() + Send>;
+
 /// The device that one client drives.
 pub(super) struct VirtioPciDevice {
-    device: Arc<Device>,
-    registers: Registers,
-    space: PciSpace,
-    interrupts: Arc<PciInterrupts>,
-    memory: ClientMemory,
-    trapped: Option<Box<dyn TrappedBar>>,
+    pub(super) device: Arc<Device>,
+    pub(super) registers: Registers,
+    pub(super) space: PciSpace,
+    pub(super) interrupts: Arc<PciInterrupts>,
+    pub(super) memory: ClientMemory,
+    pub(super) trapped: Option<Box<dyn TrappedBar>>,
     /// `None` only until [`Self::set_worker`].
-    worker: Option<RingWorker>,
-    regions: [ServedRegion; REGIONS as usize],
-    vmm_present: VmmPresence,
-    is_connected: bool,
+    pub(super) worker: Option<RingWorker>,
+    pub(super) regions: [ServedRegion; REGIONS as usize],
+    pub(super) vmm_present: VmmPresence,
+    pub(super) is_connected: bool,
     /// The driver has kicked the request queue, and the worker does not know yet.
-    kicked: bool,
+    pub(super) kicked: bool,
+    pub(super) keeping: DescriptorKeeping,
+    /// Restores the core, when the device resumes.
+    pub(super) restore: Option<RestoreCore>,
+    pub(super) changes: RecordedChanges,
 }
 
 impl VirtioPciDevice {
@@ -77,7 +92,17 @@ impl VirtioPciDevice {
             registers,
             trapped,
             vmm_present,
+            keeping: DescriptorKeeping::default(),
+            restore: None,
+            changes: RecordedChanges::default(),
         })
+    }
+
+    /// Has `keeper` keep the client's descriptors for a later process. If an earlier process has left a client, `restore`
+    /// restores the core when the device has that client's memory.
+    pub(super) fn kept_with(&mut self, keeper: Arc<Keeper>, restore: Option<RestoreCore>) {
+        self.keeping = DescriptorKeeping::new(keeper);
+        self.restore = restore;
     }
 
     /// The rings that the worker must serve.
@@ -90,11 +115,20 @@ impl VirtioPciDevice {
         self.worker = Some(worker);
     }
 
+    pub(super) fn trapped_bar(&self) -> Option<&dyn TrappedBar> {
+        self.trapped.as_deref().map(|bar| bar as &dyn TrappedBar)
+    }
+
     fn read_bar(&mut self, index: u32, offset: u64, into: &mut [u8]) {
         into.fill(0);
         match (index, &mut self.trapped) {
-            (REGISTERS_BAR, _) => self.registers.read(offset, into),
+            (REGISTERS_BAR, _) => {
+                let generation = self.registers.generation;
+                self.registers.read(offset, into);
+                self.changes.any |= generation != self.registers.generation;
+            }
             (TRAPPED_BAR, Some(trapped)) => {
+                self.changes.any = true;
                 trapped.read(offset, into, self.memory.read_only());
             }
             _ => {}
@@ -112,8 +146,12 @@ impl VirtioPciDevice {
                     self.wake_worker();
                 }
                 self.kicked |= kicked;
+                self.changes.any |= !is_notification(offset, data.len());
             }
-            (TRAPPED_BAR, Some(trapped)) => trapped.write(offset, data),
+            (TRAPPED_BAR, Some(trapped)) => {
+                self.changes.any = true;
+                trapped.write(offset, data);
+            }
             _ => {}
         }
     }
@@ -121,6 +159,7 @@ impl VirtioPciDevice {
     fn read_space(&mut self, offset: u64, into: &mut [u8]) {
         if let Some(access) = self.space.window_access(offset, into.len()) {
             let mut data = [0; 4];
+            self.changes.any = true;
             if let Some(data) = data.get_mut(..access.len) {
                 self.read_bar(access.bar, access.offset, data);
                 self.space.set_window_data(data);
@@ -131,6 +170,7 @@ impl VirtioPciDevice {
     }
 
     fn write_space(&mut self, offset: u64, data: &[u8]) {
+        self.changes.any = true;
         self.space.write(offset, data);
         self.interrupts.set_uses_msix(self.space.uses_msix());
         if self.registers.set_bus_master(self.space.is_bus_master()) {
@@ -147,7 +187,7 @@ impl VirtioPciDevice {
     }
 
     /// The driver has started the device: there may be requests already, for which it does not kick.
-    fn wake_worker(&self) {
+    pub(super) fn wake_worker(&self) {
         if let Err(cause) = self.device.wake_worker() {
             error_limited!("cannot wake the worker: {cause}");
         }
@@ -167,6 +207,7 @@ impl ServedDevice for VirtioPciDevice {
 
     fn negotiate(&mut self, _client: &Version, answer: &mut Capabilities) {
         answer.max_msg_fds = Some(MAX_FDS);
+        self.changes.any = true;
         self.is_connected = true;
         self.device.prepare();
         self.device.connect();
@@ -209,6 +250,7 @@ impl ServedDevice for VirtioPciDevice {
                 }
             };
         }
+        self.changes.any = true;
         let first = set.start as usize;
         let action = set.action;
         let act = |vector| match action {
@@ -224,6 +266,14 @@ impl ServedDevice for VirtioPciDevice {
                 wanted.for_each(|(_, vector)| act(vector));
             }
             IrqSetData::Eventfds(events) if action == IrqAction::Trigger => {
+                let keeping = &self.keeping;
+                let keep = |event: Option<PeerEvent>| {
+                    event.map(|event| VectorEvent {
+                        name: keeping.keep(event.as_fd()),
+                        event,
+                    })
+                };
+                let events = events.into_iter().map(keep).collect();
                 self.interrupts.set_events(first, events);
             }
             // An eventfd that masks or unmasks serves interrupts with a level, of which there are none.
@@ -262,6 +312,7 @@ impl ServedDevice for VirtioPciDevice {
     }
 
     fn reset(&mut self) -> Result<(), i32> {
+        self.changes.any = true;
         self.registers.reset_with_vm();
         self.space = PciSpace::new(self.trapped.is_some());
         self.interrupts.set_uses_msix(false);
@@ -270,10 +321,12 @@ impl ServedDevice for VirtioPciDevice {
     }
 
     fn dma_map(&mut self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32> {
-        let done = self.memory.map(&self.device, window, file);
+        self.changes.any = true;
+        let keeping = &self.keeping;
+        let done = self.memory.map(&self.device, window, file, keeping);
         if let Err(errno) = done {
             self.device.metrics().windows_refused.inc();
-            let cause = std::io::Error::from_raw_os_error(errno);
+            let cause = io::Error::from_raw_os_error(errno);
             let (address, size) = (window.address.get(), window.size.get());
             warn_limited!("DMA_MAP of {size:#x} bytes at {address:#x} is refused: {cause}");
         }
@@ -281,7 +334,23 @@ impl ServedDevice for VirtioPciDevice {
     }
 
     fn dma_unmap(&mut self, window: &DmaUnmapBody) -> Result<(), i32> {
+        self.changes.any = true;
         self.memory.unmap(&self.device, window)
+    }
+
+    fn take_record(&mut self) -> Option<DeviceRecord> {
+        self.record_changes()
+    }
+
+    fn resume(&mut self, record: &[u8], files: &ClientFiles) -> io::Result<()> {
+        self.resume_client(record, files)
+    }
+
+    fn go_on(&mut self) {
+        if self.registers.go_on() {
+            self.wake_worker();
+        }
+        self.interrupts.send();
     }
 
     fn release(&mut self) {
@@ -298,6 +367,11 @@ impl ServedDevice for VirtioPciDevice {
         self.space = PciSpace::new(self.trapped.is_some());
         self.restart_trapped_bar();
     }
+}
+
+/// Whether an access is to the notification structure alone, and so changes no register.
+fn is_notification(offset: u64, len: usize) -> bool {
+    Structure::parts(offset, len).all(|(structure, ..)| structure == Structure::Notify)
 }
 
 fn region(index: usize, has_trapped_bar: bool) -> ServedRegion {

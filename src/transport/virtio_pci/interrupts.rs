@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use super::layout::{NO_VECTOR, VECTORS};
 use crate::device::QUEUES;
 use crate::locks::{Mutex, Rank};
@@ -47,15 +49,43 @@ struct InterruptState {
 /// One MSI-X vector as the VMM has set it up.
 #[derive(Default)]
 struct Vector {
-    event: Option<PeerEvent>,
+    event: Option<VectorEvent>,
     masked: bool,
     pending: bool,
+}
+
+/// The eventfd of a vector.
+pub(super) struct VectorEvent {
+    pub(super) event: PeerEvent,
+    /// Its name at the keeper, empty if it is not kept; `None` without a keeper.
+    pub(super) name: Option<String>,
 }
 
 /// The vector that the driver has mapped to a source of interrupts, and whether an interrupt waits to be sent.
 struct Route {
     vector: u16,
     requested: bool,
+}
+
+/// The interrupts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct InterruptsRecord {
+    pub(super) vectors: Vec<VectorRecord>,
+    pub(super) config: u16,
+    pub(super) queues: Vec<u16>,
+    pub(super) driver_ok: bool,
+    pub(super) needs_reset: bool,
+}
+
+/// An MSI-X vector as the VMM has set it up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct VectorRecord {
+    /// The name of its eventfd at the keeper.
+    pub(super) event: Option<String>,
+    pub(super) masked: bool,
+    pub(super) pending: bool,
 }
 
 impl Default for Route {
@@ -190,7 +220,7 @@ impl PciInterrupts {
     }
 
     /// The VMM gives the eventfds of vectors from `first` on, or takes them back.
-    pub(super) fn set_events(&self, first: usize, events: Vec<Option<PeerEvent>>) {
+    pub(super) fn set_events(&self, first: usize, events: Vec<Option<VectorEvent>>) {
         let mut state = self.state.lock();
         for (vector, event) in state.vectors.iter_mut().skip(first).zip(events) {
             vector.event = event;
@@ -198,6 +228,50 @@ impl PciInterrupts {
                 vector.signal();
             }
         }
+    }
+
+    /// The state for a later process. Interrupts that wait to be sent are not in it: [`Self::resume`] sends more than are
+    /// needed.
+    pub(super) fn record(&self) -> InterruptsRecord {
+        let state = self.state.lock();
+        let vector = |vector: &Vector| VectorRecord {
+            event: vector.event.as_ref().map(|event| {
+                // Without a keeper nobody reads it.
+                event.name.clone().unwrap_or_default()
+            }),
+            masked: vector.masked,
+            pending: vector.pending,
+        };
+        InterruptsRecord {
+            vectors: state.vectors.iter().map(vector).collect(),
+            config: state.config.vector,
+            queues: state.queues.iter().map(|route| route.vector).collect(),
+            driver_ok: state.driver_ok,
+            needs_reset: state.needs_reset,
+        }
+    }
+
+    /// Goes on with the interrupts of an earlier process. The driver gets an interrupt of each queue: that process may
+    /// have died before it sent one.
+    pub(super) fn resume(&self, record: &InterruptsRecord, events: Vec<Option<VectorEvent>>) {
+        let mut state = self.state.lock();
+        let vectors = state.vectors.iter_mut().zip(&record.vectors).zip(events);
+        for ((vector, record), event) in vectors {
+            *vector = Vector {
+                event,
+                masked: record.masked,
+                pending: record.pending,
+            };
+        }
+        state.config.vector = mappable(record.config);
+        for (route, vector) in state.queues.iter_mut().zip(&record.queues) {
+            route.vector = mappable(*vector);
+            route.requested = record.driver_ok;
+        }
+        state.driver_ok = record.driver_ok;
+        state.needs_reset = record.needs_reset;
+        state.config.requested = record.driver_ok && record.needs_reset;
+        self.is_requested.store(true, Ordering::Release);
     }
 
     /// The VMM takes all eventfds back.
@@ -253,7 +327,7 @@ impl Vector {
         }
         if let Some(event) = &self.event {
             self.pending = false;
-            if let Err(cause) = event.signal() {
+            if let Err(cause) = event.event.signal() {
                 warn_limited!("cannot notify the driver: {cause}");
             }
         }

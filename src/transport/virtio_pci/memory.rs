@@ -6,9 +6,10 @@
 //! this. QEMU maps RAM like this, too, where the guest's firmware has locked it. The files of such windows are kept in
 //! the BIOS area alone, where the guest's firmware has its root pointer.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use vm_memory::mmap::MmapRegionError;
@@ -16,6 +17,8 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
 
+use super::keeping::DescriptorKeeping;
+use super::record::WindowRecord;
 use crate::address::PageMask;
 use crate::device::Device;
 use crate::device::acpi::ReadOnlyWindows;
@@ -23,6 +26,7 @@ use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
     DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody,
 };
+use crate::vfio_user::server::ClientFiles;
 use crate::{info_limited, warn_limited};
 
 /// The maximum number of slots, as that of vhost-user: each is a mapping in this process.
@@ -35,9 +39,53 @@ pub(super) struct ClientMemory {
     windows: ClientWindows,
     slots: GuestMemoryMmap,
     read_only: ReadOnlyWindows,
+    /// What a later process must know, by address; empty without a keeper.
+    records: BTreeMap<u64, WindowRecord>,
 }
 
 impl ClientMemory {
+    /// The windows for a later process.
+    pub(super) fn records(&self) -> Vec<WindowRecord> {
+        self.records.values().cloned().collect()
+    }
+
+    /// The windows of a client of an earlier process, with `files` by their names.
+    ///
+    /// # Errors
+    /// A window is refused, or its file is missing. The device then has no memory.
+    pub(super) fn resume(
+        device: &Device,
+        records: &[WindowRecord],
+        files: &ClientFiles,
+    ) -> io::Result<Self> {
+        let mut memory = Self::default();
+        let mut slots = GuestMemoryMmap::default();
+        for record in records {
+            let refused = |errno| {
+                let cause = io::Error::from_raw_os_error(errno);
+                let text = format!("the window at {:#x} is refused: {cause}", record.address);
+                io::Error::other(text)
+            };
+            let file = record.file.as_ref().map(|name| {
+                let file = files.get(name);
+                let file = file.ok_or_else(|| io::Error::other("a descriptor is missing"));
+                file.and_then(|file| file.try_clone())
+            });
+            let window = record.body();
+            memory.windows.map(&window).map_err(refused)?;
+            let region = memory.region(device, &window, file.transpose()?, slots.num_regions());
+            if let Some(region) = region.map_err(refused)? {
+                let more = slots.insert_region(Arc::new(region));
+                slots = more.map_err(|_| refused(libc::EINVAL))?;
+            }
+            memory.records.insert(record.address, record.clone());
+        }
+        memory
+            .replace(device, slots)
+            .map_err(io::Error::from_raw_os_error)?;
+        Ok(memory)
+    }
+
     /// The BIOS area as far as the client has mapped it read-only.
     pub(super) fn read_only(&self) -> &ReadOnlyWindows {
         &self.read_only
@@ -53,9 +101,17 @@ impl ClientMemory {
         device: &Device,
         window: &DmaMapBody,
         file: Option<OwnedFd>,
+        keeping: &DescriptorKeeping,
     ) -> Result<(), i32> {
         self.windows.map(window)?;
+        let name = file.as_ref().and_then(|file| keeping.keep(file.as_fd()));
         let done = self.add_slot(device, window, file);
+        if done.is_ok() && keeping.is_present() {
+            let record = WindowRecord::new(window, name);
+            self.records.insert(record.address, record);
+        } else {
+            keeping.release(name.as_deref());
+        }
         if done.is_err() {
             let undo = DmaUnmapBody {
                 argsz: DmaUnmapBody::BYTES.into(),
@@ -75,6 +131,11 @@ impl ClientMemory {
     /// An errno: there is no such window.
     pub(super) fn unmap(&mut self, device: &Device, window: &DmaUnmapBody) -> Result<(), i32> {
         self.windows.unmap(window)?;
+        if window.flags.get() & DMA_UNMAP_ALL != 0 {
+            self.records.clear();
+        } else {
+            self.records.remove(&window.address.get());
+        }
         let left = if window.flags.get() & DMA_UNMAP_ALL != 0 {
             self.read_only.clear();
             if self.slots.num_regions() == 0 {
@@ -99,6 +160,22 @@ impl ClientMemory {
         window: &DmaMapBody,
         file: Option<OwnedFd>,
     ) -> Result<(), i32> {
+        let region = self.region(device, window, file, self.slots.num_regions())?;
+        let Some(region) = region else {
+            return Ok(());
+        };
+        let more = self.slots.insert_region(Arc::new(region));
+        self.replace(device, more.map_err(|_| libc::EINVAL)?)
+    }
+
+    /// Maps the memory of a window, beside `slots` others; `None` if the window has none that counts as RAM.
+    fn region(
+        &mut self,
+        device: &Device,
+        window: &DmaMapBody,
+        file: Option<OwnedFd>,
+        slots: usize,
+    ) -> Result<Option<GuestRegionMmap>, i32> {
         let (address, size) = (window.address.get(), window.size.get());
         if window.flags.get() & RAM != RAM {
             if window.flags.get() & RAM == DMA_MAP_READ
@@ -107,7 +184,7 @@ impl ClientMemory {
                 let offset = window.offset.get();
                 self.read_only.add(address, size, offset, file.into());
             }
-            return Ok(());
+            return Ok(None);
         }
         let Some(file) = file.map(File::from) else {
             info_limited!(
@@ -115,7 +192,7 @@ impl ClientMemory {
                  daemon; if it is RAM, give the VMM's RAM share=on"
             );
             device.metrics().windows_without_memory.inc();
-            return Ok(());
+            return Ok(None);
         };
         let metadata = file.metadata().map_err(|cause| errno(&cause))?;
         if !metadata.is_file() {
@@ -124,7 +201,7 @@ impl ClientMemory {
                  this daemon"
             );
             device.metrics().windows_without_memory.inc();
-            return Ok(());
+            return Ok(None);
         }
         let offset = window.offset.get();
         let fits = offset
@@ -138,7 +215,7 @@ impl ClientMemory {
             );
             return Err(libc::EINVAL);
         }
-        if self.slots.num_regions() >= MAX_SLOTS {
+        if slots >= MAX_SLOTS {
             warn_limited!("window {address:#x} is refused: there are {MAX_SLOTS} with memory");
             return Err(libc::ENOSPC);
         }
@@ -151,9 +228,8 @@ impl ClientMemory {
                 _ => libc::EINVAL,
             }
         })?;
-        let region = GuestRegionMmap::new(mapped, GuestAddress(address)).ok_or(libc::EINVAL)?;
-        let more = self.slots.insert_region(Arc::new(region));
-        self.replace(device, more.map_err(|_| libc::EINVAL)?)
+        let region = GuestRegionMmap::new(mapped, GuestAddress(address));
+        region.ok_or(libc::EINVAL).map(Some)
     }
 
     /// The device has these slots from now on; on an error it keeps the present ones.

@@ -12,6 +12,9 @@
 //! what the VMM keeps to itself with vhost-user: when the driver resets the device, and which state it has reached. In
 //! return a kick is a message. `device` answers it before the worker has seen the ring.
 //!
+//! If another process keeps descriptors, the device tells the server what the next process must know (`record`), and that
+//! process goes on with it (`resume`).
+//!
 //! `layout` says where everything is. [`trapped_bar`] is the place for a second BAR, in which
 //! [`table_bar`] tells the guest its endpoints.
 //!
@@ -22,9 +25,12 @@ mod config_space;
 mod device;
 mod fields;
 mod interrupts;
+mod keeping;
 mod layout;
 mod memory;
+mod record;
 mod registers;
+mod resume;
 mod ring;
 pub mod serve;
 pub mod table_bar;

@@ -24,16 +24,16 @@ use super::ring::{PciRing, RingPlace};
 use crate::device::{Device, EVENT_QUEUE, MAX_QUEUE_SIZE, QUEUES, REQUEST_QUEUE};
 use crate::warn_limited;
 
-const ACKNOWLEDGE: u8 = status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
-const DRIVER: u8 = status(VIRTIO_CONFIG_S_DRIVER);
-const DRIVER_OK: u8 = status(VIRTIO_CONFIG_S_DRIVER_OK);
-const FEATURES_OK: u8 = status(VIRTIO_CONFIG_S_FEATURES_OK);
+pub(super) const ACKNOWLEDGE: u8 = status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
+pub(super) const DRIVER: u8 = status(VIRTIO_CONFIG_S_DRIVER);
+pub(super) const DRIVER_OK: u8 = status(VIRTIO_CONFIG_S_DRIVER_OK);
+pub(super) const FEATURES_OK: u8 = status(VIRTIO_CONFIG_S_FEATURES_OK);
 const NEEDS_RESET: u8 = status(VIRTIO_CONFIG_S_NEEDS_RESET);
-const FAILED: u8 = status(VIRTIO_CONFIG_S_FAILED);
+pub(super) const FAILED: u8 = status(VIRTIO_CONFIG_S_FAILED);
 
 /// The largest size of a queue, which it has after a reset.
 #[expect(clippy::cast_possible_truncation, reason = "1024")]
-const LONGEST: u16 = MAX_QUEUE_SIZE as u16;
+pub(super) const LONGEST: u16 = MAX_QUEUE_SIZE as u16;
 const _: () = assert!(LONGEST as usize == MAX_QUEUE_SIZE);
 
 #[expect(clippy::cast_possible_truncation, reason = "the register has 8 bits")]
@@ -52,29 +52,31 @@ pub(super) struct Consequence {
 
 /// The registers in BAR 0.
 pub(super) struct Registers {
-    device: Arc<Device>,
-    interrupts: Arc<PciInterrupts>,
-    rings: [PciRing; QUEUES],
+    pub(super) device: Arc<Device>,
+    pub(super) interrupts: Arc<PciInterrupts>,
+    pub(super) rings: [PciRing; QUEUES],
     /// The driver lets the device reach memory: bus master, in the PCI command register.
-    is_bus_master: bool,
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    status: u8,
-    queue_select: u16,
-    queues: [QueueRegisters; QUEUES],
-    generation: u8,
+    pub(super) is_bus_master: bool,
+    /// The device has resumed and does not go on yet: it must not use its rings.
+    pub(super) is_held: bool,
+    pub(super) device_feature_select: u32,
+    pub(super) driver_feature_select: u32,
+    pub(super) driver_features: u64,
+    pub(super) status: u8,
+    pub(super) queue_select: u16,
+    pub(super) queues: [QueueRegisters; QUEUES],
+    pub(super) generation: u8,
     /// The device configuration when the driver last read a part of it, or its generation.
-    seen_config: Vec<u8>,
+    pub(super) seen_config: Vec<u8>,
     /// The MSI-X table as the driver has written it. The VMM emulates its own.
-    table: [u8; TABLE_BYTES as usize],
+    pub(super) table: [u8; TABLE_BYTES as usize],
 }
 
 /// The fields of one queue.
 #[derive(Clone, Copy)]
-struct QueueRegisters {
-    place: RingPlace,
-    is_enabled: bool,
+pub(super) struct QueueRegisters {
+    pub(super) place: RingPlace,
+    pub(super) is_enabled: bool,
 }
 
 impl Default for QueueRegisters {
@@ -105,6 +107,7 @@ impl Registers {
             rings: [ring(REQUEST_QUEUE)?, ring(EVENT_QUEUE)?],
             interrupts,
             is_bus_master: false,
+            is_held: false,
             device_feature_select: 0,
             driver_feature_select: 0,
             driver_features: 0,
@@ -207,6 +210,13 @@ impl Registers {
         self.interrupts.clear();
         self.table = masked_table();
         self.is_bus_master = false;
+        self.is_held = false;
+    }
+
+    /// The device goes on after it has resumed. Returns whether it may use its rings now.
+    pub(super) fn go_on(&mut self) -> bool {
+        self.is_held = false;
+        self.update_rings()
     }
 
     /// The device must not use its rings any more.
@@ -424,7 +434,7 @@ impl Registers {
     // STATUS-1: no buffer is used before DRIVER_OK.
     fn update_rings(&mut self) -> bool {
         let has_driver = self.status & (DRIVER_OK | FEATURES_OK) == DRIVER_OK | FEATURES_OK;
-        let is_live = has_driver && self.is_bus_master;
+        let is_live = has_driver && self.is_bus_master && !self.is_held;
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         if is_live {
             self.check_reach();

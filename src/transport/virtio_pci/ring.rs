@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Error as QueueError, Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -12,7 +13,8 @@ use crate::device::ring::{LockedRing, Ring};
 use crate::locks::{Mutex, MutexGuard, Rank};
 
 /// Where a ring is, as the driver has written it to the registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct RingPlace {
     pub(super) size: u16,
     pub(super) descriptors: u64,
@@ -73,6 +75,14 @@ impl PciRing {
         queue.try_set_used_ring_address(GuestAddress(place.used))?;
         queue.set_ready(true);
         Ok(())
+    }
+
+    /// The ring of a driver that an earlier process has served goes on: the device has returned the chains before `index`,
+    /// and has taken no other one. For the request ring, the journal has the index.
+    pub(super) fn go_on_at(&self, index: u16) {
+        let queue = &mut self.0.state.lock().queue;
+        queue.set_next_avail(index);
+        queue.set_next_used(index);
     }
 
     /// Lets the device use the ring, or not, once it is enabled.

@@ -8,12 +8,55 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::{error, info};
 
-use super::device::VirtioPciDevice;
+use super::device::{RestoreCore, VirtioPciDevice};
 use super::trapped_bar::TrappedBar;
 use super::worker::RingWorker;
 use crate::device::Device;
+use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::sandbox::Role;
-use crate::vfio_user::server::{DeviceServer, ServerStatus};
+use crate::vfio_user::server::{ClientKeeping, DeviceServer, ServerStatus};
+
+/// The base of the names of what is kept of a VMM's connection.
+const NAME: &str = "pci";
+
+/// Keeps the connections of VMMs for a later process.
+pub struct VmmKeeping {
+    keeper: Arc<Keeper>,
+    clients: ClientKeeping,
+    restore: Option<RestoreCore>,
+}
+
+impl VmmKeeping {
+    /// Keeps connections with `keeper`. Finds the one that an earlier process has left; what cannot be gone on with is
+    /// closed and noted in `life`. Must be called before the process is confined.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    pub fn find(keeper: Arc<Keeper>, life: Arc<Life>) -> io::Result<Self> {
+        Ok(Self {
+            clients: ClientKeeping::find(keeper.clone(), NAME, life)?,
+            keeper,
+            restore: None,
+        })
+    }
+
+    /// Whether an earlier process has left a VMM that has begun to use the device. The server then needs [`Self::restore`].
+    pub fn has_left_vmm(&self) -> bool {
+        self.clients.has_left_device()
+    }
+
+    /// Has the server call `restore` once, when the VMM counts as present and the device has its memory, and go on with
+    /// the rings afterwards. If the VMM cannot be served after all, the server calls it, too, and the VMM has gone
+    /// afterwards.
+    #[must_use]
+    pub fn restore(self, restore: impl FnOnce() + Send + 'static) -> Self {
+        Self {
+            restore: Some(Box::new(restore)),
+            ..self
+        }
+    }
+}
 
 /// The running server of the PCI device. Dropping it ends the VMM's connection.
 pub struct VirtioPciServer {
@@ -26,7 +69,7 @@ pub struct VirtioPciServer {
 impl VirtioPciServer {
     /// Serves `device` to the VMMs that connect to `listener`, one after the other. `trapped` answers accesses to BAR
     /// 2; without it, the device has no such BAR. Calls `vmm_present(true)` when a VMM has connected, and
-    /// `vmm_present(false)` when it has gone.
+    /// `vmm_present(false)` when it has gone. With `keeping`, a VMM's connection outlives this process.
     ///
     /// # Errors
     /// The system has no descriptor or thread left.
@@ -35,6 +78,7 @@ impl VirtioPciServer {
         listener: UnixListener,
         trapped: Option<Box<dyn TrappedBar>>,
         vmm_present: impl Fn(bool) + Send + 'static,
+        keeping: Option<VmmKeeping>,
     ) -> io::Result<Self> {
         let (end, ended) = UnixStream::pair()?;
         let end = Arc::new(End {
@@ -49,8 +93,13 @@ impl VirtioPciServer {
             dead.end();
         })?;
         served.set_worker(worker);
+        let clients = keeping.map(|keeping| {
+            served.kept_with(keeping.keeper, keeping.restore);
+            keeping.clients
+        });
+        let served = Box::new(served);
         Ok(Self {
-            server: DeviceServer::start(Role::VirtioPci, listener, Box::new(served))?,
+            server: DeviceServer::start_kept(Role::VirtioPci, listener, served, clients)?,
             end,
             ended,
         })

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::trapped_bar::TrappedBar;
+use super::trapped_bar::{TrappedBar, TrappedBarRecord};
 use crate::device::Device;
-use crate::device::acpi::{ReadOnlyWindows, Rsdp, TableState, add_viot};
+use crate::device::acpi::{Added, ReadOnlyWindows, TableState, add_viot};
 use crate::{info_limited, warn_limited};
 
 /// The longest RSDP, which is that of revision 2.
@@ -18,7 +18,8 @@ const ROOT_POINTER_LEN: u64 = 36;
 pub struct TableBar {
     device: Arc<Device>,
     viot: Vec<u8>,
-    root: Option<Rsdp>,
+    /// The bytes of the root pointer, once it is found.
+    root: Vec<u8>,
     /// The log says that the driver has started without a read of this BAR.
     is_missed: bool,
 }
@@ -30,7 +31,7 @@ impl TableBar {
         Self {
             device,
             viot,
-            root: None,
+            root: Vec::new(),
             is_missed: false,
         }
     }
@@ -40,7 +41,7 @@ impl TableBar {
             return;
         };
         let (root, added) = add_viot(&*memory, read_only, &self.viot);
-        self.root = root;
+        self.root = root.map_or_else(Vec::new, |root| root.bytes().to_vec());
         let before = self.device.table_state();
         let now = match added {
             Ok(added) => TableState::Added(added),
@@ -71,8 +72,8 @@ impl TrappedBar for TableBar {
         if !is_added {
             self.add(read_only);
         }
-        let root = self.root.as_ref().map_or(&[][..], Rsdp::bytes);
-        let wanted = usize::try_from(offset).ok().and_then(|at| root.get(at..));
+        let wanted = usize::try_from(offset).ok();
+        let wanted = wanted.and_then(|at| self.root.get(at..));
         for (byte, found) in into.iter_mut().zip(wanted.unwrap_or_default()) {
             *byte = *found;
         }
@@ -88,9 +89,29 @@ impl TrappedBar for TableBar {
     }
 
     fn restart(&mut self) {
-        self.root = None;
+        self.root.clear();
         self.is_missed = false;
         self.device.set_table_state(TableState::NotRead);
+    }
+
+    /// Only of a table that is written: nothing may be written to the RAM of a guest that has its own by now.
+    fn record(&self) -> Option<TrappedBarRecord> {
+        match self.device.table_state() {
+            TableState::Added(Added::Written { at } | Added::Present { at }) => {
+                Some(TrappedBarRecord {
+                    table_at: at,
+                    root: self.root.clone(),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    fn resume(&mut self, record: &TrappedBarRecord) {
+        self.root.clone_from(&record.root);
+        let at = record.table_at;
+        self.device
+            .set_table_state(TableState::Added(Added::Present { at }));
     }
 }
 

@@ -1,6 +1,18 @@
 //! The place for a second BAR of the device, whose accesses other code answers.
 
+use serde::{Deserialize, Serialize};
+
 use crate::device::acpi::ReadOnlyWindows;
+
+/// What a later process must know of a [`TrappedBar`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrappedBarRecord {
+    /// Where the table is that the guest has found through the BAR.
+    pub table_at: u64,
+    /// The bytes of the root pointer in the BAR.
+    pub root: Vec<u8>,
+}
 
 /// A 32-bit BAR of 4 KiB, BAR 2. The guest waits for each answer, and the VMM with it: an implementation must not wait
 /// for anything that the guest or the VMM controls.
@@ -21,4 +33,14 @@ pub trait TrappedBar: Send {
 
     /// The VM starts anew: a VMM has connected or disconnected, or has reset the device.
     fn restart(&mut self) {}
+
+    /// What a later process must know; `None` if it can begin anew.
+    fn record(&self) -> Option<TrappedBarRecord> {
+        None
+    }
+
+    /// Goes on with the BAR of an earlier process.
+    fn resume(&mut self, record: &TrappedBarRecord) {
+        let _ = record;
+    }
 }

@@ -32,6 +32,6 @@ pub use self::device::{
     ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData,
     RegionCapability, ServedDevice, ServedRegion,
 };
-pub use self::kept::ClientKeeping;
+pub use self::kept::{ClientKeeping, VERSION as RECORD_VERSION};
 pub use self::listen::{DeviceServer, ServerStatus};
 pub use self::respond::ClientError;

@@ -19,9 +19,11 @@ use crate::process::record::{Record, RecordFormat, refused};
 use crate::process::reply_pipe::ReplyPipe;
 use crate::warn_limited;
 
+/// The version of the record, of the words beside it, and of all devices' states in it.
+pub const VERSION: u64 = 1;
 const FORMAT: RecordFormat = RecordFormat {
     magic: *b"iovaclnt",
-    version: 1,
+    version: VERSION,
     name: "viommu-client",
 };
 /// The bytes before the device's state, after the number of these bytes.

@@ -45,6 +45,7 @@ mod serve;
 #[cfg(test)]
 mod tests;
 
+pub use self::book::VERSION;
 pub use self::keeping::ClientKeeping;
 pub(super) use self::left::LeftPlace;
 pub(super) use self::serve::{KeptEnd, serve_kept};
