@@ -169,6 +169,20 @@ impl Daemon {
         Self::start_prepared(command, directory, &args, |command| keeper.prepare(command))
     }
 
+    /// The same, and serves the VMM over vfio-user at [`Self::socket`].
+    pub fn kept_over_vfio_user(keeper: &Keeper, toml: &str) -> Self {
+        let directory = tempfile::TempDir::new().expect("temporary directory");
+        let path = directory.path().join("vm.toml");
+        let socket = directory.path().join(super::daemon::SOCKET);
+        let text = format!("vfio-user-socket = \"{}\"\n{toml}", socket.display());
+        fs::write(&path, text).expect("configuration written");
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"));
+        let config = ["--config", path.to_str().expect("UTF-8")];
+        Self::start_prepared(command, directory, &config, |command| {
+            keeper.prepare(command);
+        })
+    }
+
     /// Sends SIGKILL, and waits until the process is gone.
     pub fn kill(&mut self) {
         let mut child = self.child.lock().expect("child");

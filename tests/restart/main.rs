@@ -8,8 +8,21 @@
     reason = "a test ends with a panic"
 )]
 
+#[path = "../virtio_pci/bed.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod bed;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../vfio_user_messages/connection.rs"]
+#[allow(
+    dead_code,
+    reason = "each test binary compiles this module and uses a part of it"
+)]
+mod connection;
+mod pci;
 mod upgrade;
 
 use std::collections::BTreeMap;
