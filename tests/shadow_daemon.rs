@@ -7,7 +7,11 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -22,6 +26,7 @@ use vhost_device_iommu::args::Question;
 use vhost_device_iommu::ctl;
 use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::shadow::ShadowReader;
+use vhost_device_iommu::shadow::wire::{FRAME_LEN, Frame, MAGIC, VERSION, kind};
 use vm_memory::{Bytes, GuestAddress};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -303,4 +308,109 @@ fn a_reader_goes_on_over_kills_and_restarts_of_the_daemon() {
     assert_eq!(status["readers"]["now"], 1, "{status}");
     assert_eq!(status["readers"]["killed"], 0, "{status}");
     assert!(!reader.has_changed(&memory));
+}
+
+/// A process that registers, and gives its connection to another process that never ends.
+#[test]
+#[ignore = "a role in other tests"]
+fn register_and_fork() {
+    let Some(path) = std::env::var_os("SHADOW_SOCKET") else {
+        return;
+    };
+    let mut stream = UnixStream::connect(path).expect("a socket");
+    let hello = Frame::new(kind::HELLO, VERSION, [MAGIC, EP.into(), 0, 0]);
+    stream.write_all(&hello.to_wire()).expect("room");
+    let mut welcome = [0; FRAME_LEN];
+    stream.read_exact(&mut welcome).expect("an answer");
+    let copy = OwnedFd::from(stream.try_clone().expect("a copy"));
+    let heir = Command::new("sleep").arg("600").stdin(copy).spawn();
+    println!("heir {}", heir.expect("started").id());
+    loop {
+        std::thread::park();
+    }
+}
+
+/// A process with the connection of a reader that has ended.
+struct Heir(i32);
+
+impl Heir {
+    fn of_reader(socket: &Path) -> Self {
+        let test = std::env::current_exe().expect("this test");
+        let mut reader = Command::new(test)
+            .args(["--ignored", "--exact", "register_and_fork", "--nocapture"])
+            .env("SHADOW_SOCKET", socket)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let lines = BufReader::new(reader.stdout.take().expect("piped")).lines();
+        let heir = lines
+            .map(|line| line.expect("readable"))
+            .find_map(|line| line.strip_prefix("heir ")?.parse().ok());
+        reader.kill().expect("a child");
+        reader.wait().expect("a child");
+        Self(heir.expect("a number"))
+    }
+}
+
+impl Drop for Heir {
+    #[expect(unsafe_code, reason = "sends a signal")]
+    fn drop(&mut self) {
+        // SAFETY: passes no pointer. The process has an hour to live, so the number is still its own.
+        unsafe { libc::kill(self.0, libc::SIGKILL) };
+    }
+}
+
+#[test]
+fn unmap_fails_until_a_reader_of_the_daemon_before_has_ended() {
+    let folder = TempDir::new().expect("a folder");
+    let path = folder.path().join("disk.sock");
+    let file = folder.path().join("vm.toml");
+    let write = |shadow: &str| {
+        let text = format!(
+            "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n{shadow}\n\
+             [[endpoint]]\naddress = '00:07.0'\n[readers]\npatience-ms = 200\n"
+        );
+        std::fs::write(&file, text).expect("written");
+    };
+    write(&format!("shadow = '{}'", path.display()));
+    let mut keeper = Keeper::empty();
+    let config = ["--config", file.to_str().expect("UTF-8")];
+    let mut daemon = Daemon::kept(&keeper, &config);
+    let mut guest = Guest::boot(&daemon);
+    for (domain, endpoint) in [(1, EP), (2, EP2)] {
+        assert_eq!(guest.attach(domain, endpoint), 0);
+        for page in 0..4 {
+            assert_eq!(guest.map_page(domain, page << 12, GPA), 0);
+        }
+    }
+    let heir = Heir::of_reader(&path);
+    // The second life has another reader's end to wait for than the third.
+    for page in [0, 1] {
+        daemon.die(&mut keeper);
+        let last = (page << 12) | 0xfff;
+        assert_eq!(guest.unmap(2, page << 12, last), 0, "not its domain");
+        for _ in 0..2 {
+            assert_eq!(guest.unmap(1, page << 12, last), wire::DEVERR);
+        }
+        assert_eq!(guest.attach(1, EP), wire::DEVERR);
+        assert_eq!(daemon.endpoint(EP)["state"], "quarantined");
+        assert_eq!(daemon.status()["readers"]["now"], 1);
+    }
+    // No backend knows the reader any more.
+    write("");
+    daemon.die(&mut keeper);
+    let lost = daemon.status()["life"]["lost"].to_string();
+    assert!(
+        lost.contains("shadow reader of endpoint 0000:00:06.0"),
+        "{lost}"
+    );
+    assert!(daemon.log().contains("end that process"));
+    write(&format!("shadow = '{}'", path.display()));
+    daemon.die(&mut keeper);
+    assert_eq!(guest.unmap(1, 0x2000, 0x2fff), wire::DEVERR);
+    drop(heir);
+    let ended = || guest.unmap(1, 0x3000, 0x3fff) == 0;
+    daemon.wait_for("the end of the reader", ended);
+    assert_eq!(guest.attach(1, EP), 0);
+    assert_eq!(guest.unmap(1, 0, u64::MAX), 0);
 }

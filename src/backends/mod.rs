@@ -268,6 +268,15 @@ pub trait DmaBackend: Send {
     /// itself: the core can do nothing more.
     fn quarantine(&mut self, endpoint: EndpointId);
 
+    /// Confirms that a quarantined endpoint can use no mapping any more. The core asks after [`Self::quarantine`], and then at
+    /// each UNMAP of the endpoint's domain until the answer is `Ok`. Must not wait.
+    ///
+    /// # Errors
+    /// The endpoint may still use mappings that it had: the core fails each UNMAP of its domain.
+    fn confirm_quarantine(&mut self, _endpoint: EndpointId) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Makes a mapping, or the part of one that leads into a memory slot, reachable with exactly its access rights.
     ///
     /// # Errors

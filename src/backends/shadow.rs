@@ -109,6 +109,10 @@ impl DmaBackend for Shadow {
         self.block(endpoint);
     }
 
+    fn confirm_quarantine(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
+        self.registry.confirm_blocked(endpoint).map_err(failed)
+    }
+
     fn map(&mut self, _domain: DomainId, _mapping: &Mapping) -> Result<(), BackendError> {
         // The readers find the mapping in the page table.
         Ok(())

@@ -3,6 +3,7 @@
 pub mod drop_in;
 mod handover;
 mod left;
+mod left_readers;
 pub mod sandbox_needs;
 pub mod signals;
 mod successor;
@@ -18,6 +19,7 @@ use log::{error, warn};
 use thiserror::Error;
 
 use self::left::{KeptMemory, LeftMemory, release_unclaimed};
+use self::left_readers::end_left_readers;
 use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
 
@@ -39,8 +41,7 @@ use crate::process::realtime::{Realtime, RealtimeError};
 use crate::process::socket::SocketFile;
 use crate::process::watchdog::Pulse;
 use crate::qemu::qmp::Qmp;
-use crate::shadow::left::end_readers;
-use crate::shadow::{Limits, ShadowServer};
+use crate::shadow::ShadowServer;
 use crate::topology::viot;
 use crate::transport::vhost_user::LeftVmm;
 use crate::transport::vhost_user::serve::ServeError;
@@ -165,17 +166,8 @@ impl Daemon {
             readers,
             shadow,
         } = attached.serve(config, &iommu, &device)?;
-        if keeper.is_present() {
-            // Before any request is served: they read the page tables of the daemon before.
-            let limits = Limits {
-                patience: config.readers.patience,
-                ..Limits::default()
-            };
-            let ended = end_readers(&keeper, &limits);
-            if let Some(readers) = &readers {
-                readers.take_over(ended);
-            }
-        }
+        // Before any request is served.
+        end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
         let shadow = shadow.map(Arc::new);
         let shadow_files = shadow.iter().flat_map(|shadow| shadow.files()).cloned();
         let subjects = Subjects {

@@ -109,6 +109,10 @@ impl Iommu {
                 table.destroy(&mut self.arena);
                 self.arena.reclaim();
             }
+            if let AttachError::Blocked(_) = refusal {
+                // Its DMA may have begun in the new domain before it was blocked.
+                self.note_unconfirmed(endpoint, domain);
+            }
             return Err(self.attach_refused(endpoint, refusal, stopped));
         }
 

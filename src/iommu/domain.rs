@@ -21,6 +21,9 @@ pub(super) struct Domain {
     pub members: BTreeSet<EndpointId>,
     /// The backends of its members.
     pub backends: BackendUses,
+    /// Quarantined endpoints that may still use mappings of this domain, see [`DmaBackend::confirm_quarantine`]. UNMAP
+    /// fails as long as there are any.
+    pub unconfirmed: BTreeSet<EndpointId>,
     /// The number of mappings that backends do not have in full: mappings without access rights,
     /// and mappings that do not lie wholly within one memory slot. Kept only while there are
     /// backends.
@@ -146,6 +149,7 @@ impl Domain {
             table,
             members: BTreeSet::new(),
             backends: BackendUses::default(),
+            unconfirmed: BTreeSet::new(),
             unreachable: 0,
             reserved: Vec::new(),
         }

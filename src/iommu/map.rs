@@ -210,14 +210,18 @@ impl Iommu {
             journal: self.store.phases(),
             ahead: 0,
         };
+        let has_unconfirmed = !entry.unconfirmed.is_empty();
         let (unmapped, part) = entry.remove_mappings(domain, range, parts)?;
-        let Some(UnmapPart { range, least }) = part else {
-            return Ok(unmapped);
-        };
-        let unmap = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
-        let mut failures = Vec::new();
-        for_each_backend(&mut self.backends, entry, unmap, &mut failures);
-        self.finish_unmap(domain, &failures)?;
+        if let Some(UnmapPart { range, least }) = part {
+            let unmap = |backend: &mut dyn DmaBackend| backend.unmap(domain, range, least);
+            let mut failures = Vec::new();
+            for_each_backend(&mut self.backends, entry, unmap, &mut failures);
+            self.finish_unmap(domain, &failures)?;
+        }
+        if has_unconfirmed {
+            // Also if nothing was mapped: this may be the driver's second attempt.
+            self.confirm_quarantines(domain)?;
+        }
         Ok(unmapped)
     }
 
@@ -244,6 +248,8 @@ impl Iommu {
                 return;
             }
         };
+        let has_unconfirmed = !entry.unconfirmed.is_empty();
+        let first = outcomes.len();
         let mut parts = Vec::new();
         let mut positions = Vec::new();
         for (at, range) in ranges.enumerate() {
@@ -282,6 +288,10 @@ impl Iommu {
                     *outcome = Err(refusal.clone());
                 }
             }
+        }
+        if has_unconfirmed && let Err(refusal) = self.confirm_quarantines(domain) {
+            let done = outcomes.iter_mut().skip(first).filter(|o| o.is_ok());
+            done.for_each(|outcome| *outcome = Err(refusal.clone()));
         }
     }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::domain::Domain;
+use super::error::RequestError;
 use super::{DriverState, Iommu};
 use crate::address::{Iova, Mapping};
 use crate::backends::{AttachError, BackendError, Contents, Target};
@@ -156,6 +157,49 @@ impl Iommu {
         if let Some(&index) = self.backend_of.get(&endpoint) {
             self.backends[index].quarantine(endpoint);
         }
+        let record = self.endpoints.get(&endpoint);
+        if let Some(domain) = record.and_then(|record| record.domain) {
+            self.note_unconfirmed(endpoint, domain);
+        }
+    }
+
+    /// Notes a quarantined endpoint that may still use mappings of a domain.
+    pub(super) fn note_unconfirmed(&mut self, endpoint: EndpointId, domain: DomainId) {
+        if self.confirm_quarantine(endpoint).is_err()
+            && let Some(domain) = self.domains.get_mut(&domain)
+        {
+            domain.unconfirmed.insert(endpoint);
+        }
+    }
+
+    fn confirm_quarantine(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
+        match self.backend_of.get(&endpoint) {
+            Some(&index) => self.backends[index].confirm_quarantine(endpoint),
+            None => Ok(()),
+        }
+    }
+
+    /// Confirms that no quarantined endpoint uses mappings of a domain.
+    ///
+    /// # Errors
+    /// One may still use mappings that were removed.
+    #[cold]
+    pub(super) fn confirm_quarantines(&mut self, domain: DomainId) -> Result<(), RequestError> {
+        let found = self.domains.get(&domain).map(|d| &d.unconfirmed);
+        let unconfirmed: Vec<_> = found.into_iter().flatten().copied().collect();
+        let mut outcome = Ok(());
+        for endpoint in unconfirmed {
+            match self.confirm_quarantine(endpoint) {
+                // Quarantined before.
+                Err(cause) => outcome = Err(RequestError::Quarantined { cause, count: 0 }),
+                Ok(()) => {
+                    if let Some(domain) = self.domains.get_mut(&domain) {
+                        domain.unconfirmed.remove(&endpoint);
+                    }
+                }
+            }
+        }
+        outcome
     }
 
     /// Blocks members of a group until they follow it to its new domain.

@@ -14,7 +14,7 @@ use vhost_device_iommu::shadow::{ConnectError, Limits, ShadowReader};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{A, B, Bed, D1, LONG, OTHER, PAGE, RAM, Role, eventually, mapping, slot};
+use crate::bed::{A, B, Bed, D1, D2, LONG, OTHER, PAGE, RAM, Role, eventually, mapping, slot};
 
 /// Attaches endpoint `A` and maps its first page.
 fn map_first_page(bed: &mut Bed) {
@@ -170,7 +170,14 @@ fn an_endpoint_is_quarantined_if_its_reader_cannot_be_killed() {
         RequestError::Quarantined { count: 1, .. }
     ));
     assert!(bed.iommu.endpoint(A).expect("an endpoint").quarantined);
+    // The access may use each address that was mapped when it began.
+    for _ in 0..3 {
+        bed.iommu.unmap(D1, IovaRange::ALL).expect_err("stuck");
+    }
+    bed.iommu.attach(A, D2, false).expect_err("stuck");
+    assert_eq!(bed.registry.reader_count(), 1);
     drop(guard);
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("it has ended");
     reader
         .memory()
         .read_obj::<u8>(GuestAddress(0))

@@ -1,6 +1,6 @@
 //! Readers that a daemon leaves, and the next one ends. The test is the keeper.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -18,7 +18,7 @@ use vhost_device_iommu::shadow::{ConnectError, EndedReaders, Limits, ShadowReade
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::bed::{A, Bed, D1, PAGE, RAM, eventually, mapping, range, slot};
+use crate::bed::{A, B, Bed, D1, D2, PAGE, RAM, eventually, mapping, range, slot};
 use crate::stress::Model;
 
 /// Time for something wrong to happen.
@@ -325,7 +325,21 @@ fn unmap_fails_while_a_reader_of_the_daemon_before_is_stuck() {
     ));
     assert!(bed.iommu.endpoint(A).expect("an endpoint").quarantined);
     assert_eq!(manager.count(), 3, "the life after this one must end it");
+    // It can use each page that was mapped at its admission, also those that are unmapped already.
+    let second = range(PAGE, 2 * PAGE - 1);
+    for page in [second, second, first_page()] {
+        let begun = Instant::now();
+        bed.iommu.unmap(D1, page).expect_err("still stuck");
+        assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
+    }
+    let mut outcomes = VecDeque::new();
+    bed.iommu
+        .unmap_all(D1, [first_page(), second], &mut outcomes);
+    assert!(outcomes.iter().all(Result::is_err), "{outcomes:?}");
+    bed.iommu.attach(A, D1, false).expect_err("still stuck");
+    bed.iommu.attach(A, D2, false).expect_err("still stuck");
     drop(guard);
+    bed.iommu.unmap(D1, IovaRange::ALL).expect("over");
     bed.admit();
     eventually("registered", || reader.is_connected());
     bed.iommu.attach(A, D1, false).expect("attached");
@@ -378,11 +392,18 @@ fn a_reader_of_which_only_the_process_was_kept_is_killed() {
 #[test]
 fn unmap_fails_for_the_endpoint_of_a_lost_reader() {
     let mut bed = first_life(&mut Manager::new(), limits());
-    bed.registry.take_over(EndedReaders {
+    let ended = EndedReaders {
         lost: [A].into(),
         ..EndedReaders::default()
-    });
-    bed.iommu.unmap(D1, first_page()).expect_err("lost");
+    };
+    assert_eq!(ended.unended(), [A].into());
+    bed.registry.take_over(ended);
+    for _ in 0..3 {
+        bed.iommu.unmap(D1, first_page()).expect_err("lost");
+    }
+    // The readers of another endpoint have ended.
+    bed.iommu.attach(B, D2, false).expect("attached");
+    bed.iommu.unmap(D2, IovaRange::ALL).expect("empty");
     assert!(bed.iommu.endpoint(A).expect("an endpoint").quarantined);
 }
 

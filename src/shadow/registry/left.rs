@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Registry;
 use super::reader::Reader;
 use crate::ids::EndpointId;
+use crate::page_table::epoch::GracePeriod;
 
 /// What has become of the readers of the daemon before.
 #[derive(Debug, Default)]
@@ -20,13 +21,31 @@ pub struct EndedReaders {
     pub lost: BTreeSet<EndpointId>,
 }
 
+impl EndedReaders {
+    /// The endpoints whose readers have not ended.
+    pub fn unended(&self) -> BTreeSet<EndpointId> {
+        let stuck = self.stuck.iter().map(|reader| reader.endpoint);
+        stuck.chain(self.lost.iter().copied()).collect()
+    }
+}
+
 impl Registry {
+    /// Whether readers may register for an endpoint.
+    pub fn serves(&self, endpoint: EndpointId) -> bool {
+        self.endpoints.contains_key(&endpoint)
+    }
+
     /// Takes over what has become of the readers of the daemon before. While one of them may use the old page tables,
     /// UNMAP fails for its endpoint.
     pub fn take_over(&self, ended: EndedReaders) {
         self.counters.killed.add(ended.killed);
         let mut state = self.state.lock();
-        state.readers.extend(ended.stuck);
+        for reader in ended.stuck {
+            let why =
+                "it has not let the page tables of the daemon before go, and cannot be killed";
+            state.note_stuck(reader.clone(), GracePeriod::default(), why.into());
+            state.readers.push(reader);
+        }
         state.lost.extend(ended.lost);
     }
 }

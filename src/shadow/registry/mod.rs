@@ -4,6 +4,7 @@ mod admission;
 mod left;
 mod memory;
 mod reader;
+mod stuck;
 mod waiting;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,8 @@ use std::time::Duration;
 
 use log::debug;
 use thiserror::Error;
+
+use self::stuck::StuckReader;
 
 pub use self::left::EndedReaders;
 pub use self::reader::Reader;
@@ -143,6 +146,8 @@ struct RegistryState {
     unreleased: Vec<KeptReader>,
     /// Endpoints with readers of the daemon before that nobody can wait for.
     lost: BTreeSet<EndpointId>,
+    /// Readers that could neither be waited for nor killed.
+    stuck: Vec<StuckReader>,
     next_number: u64,
     memory: Vec<Ram>,
     generation: u64,
@@ -306,5 +311,6 @@ impl RegistryState {
             }
         }
         self.readers.retain(|r| !r.is_gone());
+        self.stuck.retain(|stuck| !stuck.reader.is_gone());
     }
 }

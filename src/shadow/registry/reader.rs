@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::Duration;
 
+use super::Stuck;
 use crate::ids::EndpointId;
 use crate::page_table::epoch::GracePeriod;
 use crate::page_table::words::SharedWords;
@@ -51,6 +52,15 @@ impl Reader {
             process,
             kept: Some(kept),
             is_left: true,
+        }
+    }
+
+    /// The report that it may still use guest memory.
+    pub(super) fn stuck(&self, why: String) -> Stuck {
+        Stuck {
+            reader: self.number,
+            endpoint: self.endpoint,
+            why,
         }
     }
 

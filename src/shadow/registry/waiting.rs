@@ -4,12 +4,14 @@
 //! process. A reader that keeps requests waiting beyond it is killed like one that hangs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::reader::Reader;
 use super::{Registry, RegistryState, Stuck};
 use crate::ids::EndpointId;
 use crate::page_table::EndpointWord;
+use crate::page_table::epoch::GracePeriod;
 use crate::process::wait_budget::{AllowedWait, WaitBudget};
 use crate::{error_limited, warn_limited};
 
@@ -115,19 +117,12 @@ impl Registry {
     /// before this call.
     pub fn wait_for_readers(&self, concerned: impl Fn(EndpointId) -> bool) -> Result<(), Stuck> {
         // A reader that registers later finds every store made before this thread takes the lock.
-        let readers: Vec<_> = {
-            let state = self.state.lock();
-            if let Some(&endpoint) = state.lost.iter().find(|e| concerned(**e)) {
-                return Err(Stuck {
-                    reader: 0,
-                    endpoint,
-                    why: "the daemon before has left too little of it to wait for it; end that process, and start \
-                          this daemon again"
-                        .into(),
-                });
-            }
-            let concerned = state.readers.iter().filter(|r| concerned(r.endpoint));
-            concerned.cloned().collect()
+        let (readers, outcome) = {
+            let mut state = self.state.lock();
+            let outcome = state.check_stuck(&concerned);
+            let readers = state.readers.iter().filter(|r| concerned(r.endpoint));
+            let readers: Vec<_> = readers.filter(|r| !state.is_stuck(r)).cloned().collect();
+            (readers, outcome)
         };
         let mut left: Vec<_> = readers
             .into_iter()
@@ -135,13 +130,13 @@ impl Registry {
             .collect();
         left.retain_mut(|(grace, reader)| !reader.has_left(grace));
         if left.is_empty() {
-            return Ok(());
+            return outcome;
         }
         for _ in 0..SPINS {
             std::hint::spin_loop();
             left.retain_mut(|(grace, reader)| !reader.has_left(grace));
             if left.is_empty() {
-                return Ok(());
+                return outcome;
             }
         }
         let mut wait = {
@@ -160,16 +155,39 @@ impl Registry {
             late.extend(left.extract_if(.., |(_, reader)| now >= wait.until(reader.endpoint)));
         }
         self.state.lock().charge(&wait);
-        late.iter().try_for_each(|(_, reader)| {
-            if wait.is_shortened(reader.endpoint) {
+        outcome.and(self.kill_late(late, &wait))
+    }
+
+    /// Kills readers that were waited for in vain, all of them before it waits for their ends.
+    ///
+    /// # Errors
+    /// As [`Self::kill`], for one of them.
+    fn kill_late(
+        &self,
+        late: Vec<(GracePeriod, Arc<Reader>)>,
+        wait: &ReadersWait,
+    ) -> Result<(), Stuck> {
+        let signal = |(accesses, reader): (GracePeriod, Arc<Reader>)| {
+            let why = if wait.is_shortened(reader.endpoint) {
                 self.counters.killed_slow.inc();
-                return self.kill(
-                    reader,
-                    "stays inside an access, and its endpoint has used its budget for waits up",
-                );
+                "stays inside an access, and its endpoint has used its budget for waits up"
+            } else {
+                "stays inside an access"
+            };
+            let sent = self.signal(&reader, why);
+            (accesses, reader, sent)
+        };
+        let signalled: Vec<_> = late.into_iter().map(signal).collect();
+        let until = Instant::now() + self.limits.exit;
+        let mut outcome = Ok(());
+        for (accesses, reader, sent) in signalled {
+            if let Err(stuck) = sent.and_then(|()| self.await_end(&reader, until)) {
+                let why = stuck.why.clone();
+                self.state.lock().note_stuck(reader, accesses, why);
+                outcome = Err(stuck);
             }
-            self.kill(reader, "stays inside an access")
-        })
+        }
+        outcome
     }
 
     /// Kills a reader. On success it accesses nothing any more. A reader that has died by itself meanwhile counts as
@@ -178,29 +196,39 @@ impl Registry {
     /// # Errors
     /// The process cannot be killed, does not end, or another process has its connection.
     pub fn kill(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
+        self.signal(reader, why)?;
+        self.await_end(reader, Instant::now() + self.limits.exit)
+    }
+
+    /// Sends the signal that kills a reader, unless its process has ended.
+    fn signal(&self, reader: &Reader, why: &str) -> Result<(), Stuck> {
+        if reader.is_gone() || reader.process.is_gone() {
+            return Ok(());
+        }
+        error_limited!(
+            "reader {} of endpoint {} {why}: its process is killed",
+            reader.number,
+            reader.endpoint
+        );
+        match reader.process.kill() {
+            Ok(()) => self.counters.killed.inc(),
+            // It may have died, and its parent waited for it, since the check above.
+            Err(_) if reader.process.is_gone() => {}
+            Err(cause) => {
+                return Err(reader.stuck(format!("its process cannot be killed: {cause}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the end of a killed reader, and removes it.
+    fn await_end(&self, reader: &Reader, until: Instant) -> Result<(), Stuck> {
         if reader.is_gone() {
             return Ok(());
         }
-        let stuck = |why| Stuck {
-            reader: reader.number,
-            endpoint: reader.endpoint,
-            why,
-        };
-        if !reader.process.is_gone() {
-            error_limited!(
-                "reader {} of endpoint {} {why}: its process is killed",
-                reader.number,
-                reader.endpoint
-            );
-            match reader.process.kill() {
-                Ok(()) => self.counters.killed.inc(),
-                // It may have died, and its parent waited for it, since the check above.
-                Err(_) if reader.process.is_gone() => {}
-                Err(cause) => return Err(stuck(format!("its process cannot be killed: {cause}"))),
-            }
-            if !reader.process.wait_until_gone(self.limits.exit) {
-                return Err(stuck("its killed process does not end".into()));
-            }
+        let patience = until.saturating_duration_since(Instant::now());
+        if !reader.process.is_gone() && !reader.process.wait_until_gone(patience) {
+            return Err(reader.stuck("its killed process does not end".into()));
         }
         let deadline = Instant::now() + EXEC;
         while !reader.is_inherited() && !reader.has_ended() && Instant::now() < deadline {
@@ -210,9 +238,7 @@ impl Registry {
         if reader.is_gone() {
             return Ok(());
         }
-        Err(stuck(
-            "its process has ended, but another process has its connection".into(),
-        ))
+        Err(reader.stuck("its process has ended, but another process has its connection".into()))
     }
 
     /// The process of a reader has ended. The reader is removed, unless another process has its connection: a process
