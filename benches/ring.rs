@@ -287,6 +287,7 @@ impl Operator {
             readers: None,
             hotplug: Arc::new(hotplug),
             life: Arc::new(Life::new(false)),
+            keeper: Arc::new(Keeper::none()),
             handover: Arc::default(),
             limits: SetLimits {
                 batch: 64,

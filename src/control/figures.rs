@@ -77,6 +77,10 @@ pub(super) struct LifeFigures {
     pub inheritance: Inheritance,
     pub resumed_after: Option<Duration>,
     pub lost: Vec<String>,
+    /// Messages to the keeper.
+    pub keeper_messages: u64,
+    /// How often the VMM had to wait for the keeper.
+    pub keeper_delays: u64,
 }
 
 /// Figures of shadow readers.
@@ -84,6 +88,7 @@ pub(super) struct ReaderFigures {
     pub now: u64,
     pub registered: u64,
     pub refused: u64,
+    pub refused_often: u64,
     pub killed: u64,
     pub killed_slow: u64,
     pub inherited: u64,
@@ -167,6 +172,8 @@ impl Figures {
                 inheritance: subjects.life.inheritance(),
                 resumed_after: subjects.life.resumed_after(),
                 lost: subjects.life.lost(),
+                keeper_messages: subjects.keeper.counters().messages.get(),
+                keeper_delays: subjects.keeper.counters().delays.get(),
             },
             resets: metrics.resets.get(),
             needs_reset: metrics.needs_reset.get(),
@@ -302,6 +309,8 @@ impl Figures {
             "reason": reason,
             "resumed_after_ms": life.resumed_after.map(|after| after.as_secs_f64() * 1e3),
             "lost": life.lost,
+            "keeper_messages": life.keeper_messages,
+            "keeper_delays": life.keeper_delays,
         })
     }
 
@@ -313,6 +322,7 @@ impl Figures {
             "now": readers.now,
             "registered": readers.registered,
             "refused": readers.refused,
+            "refused_often": readers.refused_often,
             "killed": readers.killed,
             "killed_slow": readers.killed_slow,
             "inherited": readers.inherited,
@@ -349,6 +359,7 @@ fn reader_figures(registry: &Registry) -> ReaderFigures {
         now: registry.reader_count() as u64,
         registered: counters.registered.get(),
         refused: counters.refused.get(),
+        refused_often: counters.refused_often.get(),
         killed: counters.killed.get(),
         killed_slow: counters.killed_slow.get(),
         inherited: counters.inherited.get(),

@@ -173,6 +173,16 @@ impl Page {
             )?;
             self.line(name, &[], after.as_secs_f64())?;
         }
+        self.counter(
+            "keeper_messages_total",
+            "Messages to the process that keeps descriptors for the next daemon.",
+            life.keeper_messages,
+        )?;
+        self.counter(
+            "keeper_delays_total",
+            "Times the VMM waited because it had changed its descriptors too often for the process that keeps them.",
+            life.keeper_delays,
+        )?;
         self.counter("resets_total", "Device resets.", figures.resets)?;
         self.counter(
             "needs_reset_total",
@@ -237,6 +247,11 @@ impl Page {
                 "readers",
                 "Shadow readers that are registered.",
                 readers.now,
+            )?;
+            self.counter(
+                "readers_refused_often_total",
+                "Processes that were refused as shadow readers because their endpoint had too many new ones.",
+                readers.refused_often,
             )?;
             self.counter(
                 "readers_killed_total",

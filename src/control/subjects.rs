@@ -10,6 +10,7 @@ use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::metrics::{Counter, Metrics};
 use crate::process::handover::Handover;
+use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::shadow::Registry;
 
@@ -32,6 +33,8 @@ pub struct Subjects {
     pub life: Arc<Life>,
     /// What the program needs to know that is to take over from this process.
     pub handover: Arc<Handover>,
+    /// The process that keeps descriptors for the next one.
+    pub keeper: Arc<Keeper>,
     /// Limits of the configuration.
     pub limits: SetLimits,
     /// Counters of the clients of these sockets.

@@ -320,7 +320,7 @@ fn counts(out: &mut String, answer: &Value) -> Result {
         out,
         "  chains returned unanswered: {}\n  requests failed by a backend: {}\n  worker: woken {} times; \
          polled {} times with success, {} without\n  faults: {} delivered, {} dropped\n  \
-         connections: {}, device resets: {}\n  messages not logged: {}, lost: {}; control clients: {} answered, \
+         connections: {}, device resets: {}\n  messages to the keeper: {}, waits of the VMM for it: {}\n  messages not logged: {}, lost: {}; control clients: {} answered, \
          {} cut off",
         answer["chains_refused"],
         pairs(&answer["backend_failures"]),
@@ -331,6 +331,8 @@ fn counts(out: &mut String, answer: &Value) -> Result {
         answer["faults"]["dropped"],
         answer["connections"],
         answer["resets"],
+        number(&answer["life"]["keeper_messages"]),
+        number(&answer["life"]["keeper_delays"]),
         answer["log"]["suppressed"],
         number(&answer["log"]["lost"]),
         answer["clients"]["answered"],

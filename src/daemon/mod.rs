@@ -127,6 +127,14 @@ impl Daemon {
                    host has reached it)",
             source,
         })?;
+        if keeper.is_present() {
+            keeper
+                .start_closer()
+                .map_err(|source| DaemonError::System {
+                    step: "start a thread",
+                    source,
+                })?;
+        }
         let settings = Settings {
             address_width: config.address_width,
             page_sizes: config.page_mask,
@@ -179,6 +187,7 @@ impl Daemon {
             hotplug: hotplug.clone(),
             life: life.clone(),
             handover: Arc::new(handover::handover(config)),
+            keeper: keeper.clone(),
             limits: SetLimits {
                 batch: config.max_batch,
                 fault_rate: config.fault_rate,

@@ -1,6 +1,7 @@
 //! The process of the daemon: sandbox, service manager, watchdog, sockets, connections, inherited descriptors, budgets of peers. Nothing
 //! here depends on the virtio device.
 
+pub mod closer;
 pub mod connector;
 pub mod event_loop;
 pub mod fatal;
@@ -14,6 +15,7 @@ pub mod life;
 #[cfg(not(miri))]
 pub mod peek;
 pub mod peer_event;
+pub mod rate_limit;
 pub mod ready;
 pub mod realtime;
 #[cfg(not(miri))]

@@ -22,7 +22,7 @@ pub const MEMORY: u64 = 0xa0_0000;
 pub const LENGTH: u64 = 0x10_0000;
 
 /// Names of the threads except the main thread, whose thread ID is the process ID.
-pub const THREADS: [&str; 11] = [
+pub const THREADS: [&str; 12] = [
     "vhost-user",
     "relay",
     "vring_worker",
@@ -34,6 +34,7 @@ pub const THREADS: [&str; 11] = [
     "signals",
     "connector",
     "metrics-file",
+    "closer",
 ];
 
 /// A daemon, a guest that has mapped memory, and the server of its emulated device.

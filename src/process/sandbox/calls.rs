@@ -167,7 +167,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(REMOVE_SOCKETS));
         }
         Role::ShadowFaults | Role::Faults => list.extend(always(&PEER_EVENTS)),
-        Role::Watchdog => {}
+        Role::Watchdog | Role::Closer => {}
     }
     list
 }

@@ -118,7 +118,8 @@ fn needed(role: Role, needs: &Needs) -> CapabilitySet {
         | Role::Export
         | Role::Resets
         | Role::Signals
-        | Role::Watchdog => CapabilitySet::empty(),
+        | Role::Watchdog
+        | Role::Closer => CapabilitySet::empty(),
     }
 }
 

@@ -44,13 +44,15 @@ pub enum Role {
     Connector,
     /// Writes the file with metrics. It reads nothing that another process sends.
     MetricsFile,
+    /// Closes descriptors that the VMM has chosen.
+    Closer,
 }
 
 list_variants!(
     Role:
     Main, VhostUser, Relay, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Resets,
     VirtioPci, PciWorker, Signals, Watchdog, Qmp, Connector,
-    MetricsFile,
+    MetricsFile, Closer,
 );
 
 impl Role {
@@ -80,7 +82,8 @@ impl Role {
             | Self::Watchdog
             | Self::Qmp
             | Self::Connector
-            | Self::MetricsFile => false,
+            | Self::MetricsFile
+            | Self::Closer => false,
         }
     }
 
@@ -106,6 +109,7 @@ impl Role {
             Self::Qmp => "qmp",
             Self::Connector => "connector",
             Self::MetricsFile => "metrics-file",
+            Self::Closer => "closer",
         }
     }
 }

@@ -4,14 +4,16 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
 
 use log::debug;
 
-use super::Registry;
 use super::memory::{memory_frame, send_ram};
 use super::reader::Reader;
+use super::{Registry, RegistryState};
 use crate::ids::EndpointId;
 use crate::page_table::words::SharedWords;
+use crate::process::rate_limit::RateLimit;
 use crate::shadow::frames::send_frame;
 use crate::shadow::kept::{KeptReader, Part, ReaderIdentity};
 use crate::shadow::process::{Process, own_user, peer_user};
@@ -20,6 +22,11 @@ use crate::shadow::wire::{
     EPOCH_BYTES, EPOCH_WORDS, Frame, MAGIC, REVOCABLE, Refusal, VERSION, kind,
 };
 use crate::{info_limited, warn_limited};
+
+/// So many readers of an endpoint may register at once if their descriptors are kept: all that it may have, several times.
+const REGISTRATIONS: u32 = 64;
+/// After that, one more may in each such time.
+const REGISTRATION_REFILL: Duration = Duration::from_millis(200);
 
 /// A peer that may register.
 struct Admitted {
@@ -124,6 +131,10 @@ impl Registry {
         if present.count() >= self.limits.readers {
             return Err((stream, Refusal::Full, self.limits.readers as u64));
         }
+        if self.is_kept() && !state.may_register(endpoint) {
+            self.counters.refused_often.inc();
+            return Err((stream, Refusal::Resources, 0));
+        }
         let number = state.next_number;
         state.next_number = number.saturating_add(1);
         drop(state);
@@ -207,5 +218,15 @@ impl Registry {
         // change of memory, every later UNMAP waits for it, and it finds every earlier change.
         state.readers.push(reader.clone());
         Ok(reader)
+    }
+}
+
+impl RegistryState {
+    /// Whether the endpoint may have one more reader now. Each one costs the process that keeps the descriptors six messages,
+    /// and that process serves others, too.
+    fn may_register(&mut self, endpoint: EndpointId) -> bool {
+        let limit = self.registrations.entry(endpoint);
+        let limit = limit.or_insert_with(|| RateLimit::new(REGISTRATIONS, REGISTRATION_REFILL));
+        limit.take(Instant::now()).is_ok()
     }
 }

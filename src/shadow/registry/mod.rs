@@ -27,6 +27,7 @@ use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::page_table::{Arena, ArenaError, EndpointSlots, OutOfFrames};
 use crate::process::keeper::Keeper;
+use crate::process::rate_limit::RateLimit;
 use crate::process::wait_budget::WaitBudget;
 use crate::shadow::kept::{KeptReader, ReaderIdentity};
 use crate::{error_limited, info_limited};
@@ -112,6 +113,8 @@ pub struct ReaderCounters {
     pub refused: Counter,
     /// Refusals because the endpoint had as many readers as it may have.
     pub refused_full: Counter,
+    /// Refusals because the endpoint had too many new readers, whose descriptors would have been kept for the next daemon.
+    pub refused_often: Counter,
     /// Readers that the daemon killed.
     pub killed: Counter,
     /// Those of them whose endpoint had used its budget for waits up.
@@ -153,6 +156,8 @@ struct RegistryState {
     generation: u64,
     /// By endpoint, not by reader: a device gets no new budget by registering another process.
     budgets: BTreeMap<EndpointId, WaitBudget>,
+    /// Limits the registrations of each endpoint whose descriptors are kept.
+    registrations: BTreeMap<EndpointId, RateLimit>,
 }
 
 impl Registry {

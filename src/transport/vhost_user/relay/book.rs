@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use vhost::vhost_user::message::FrontendReq;
+
 use super::message::MessageBytes;
 use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use super::state::{MAX_REGIONS, VmmState};
@@ -186,6 +188,24 @@ impl Book {
         }
     }
 
+    /// Releases the descriptors that a message has replaced.
+    pub(super) fn release_replaced(&self, message: &MessageBytes, names: &[String]) {
+        let is_event = matches!(
+            message.request(),
+            Some(
+                FrontendReq::SET_VRING_KICK
+                    | FrontendReq::SET_VRING_CALL
+                    | FrontendReq::GET_VRING_BASE
+            )
+        );
+        if !is_event {
+            return self.release(names);
+        }
+        for name in names.iter().filter(|name| !name.is_empty()) {
+            self.keeper.retire(name);
+        }
+    }
+
     /// The connection has ended: nothing of it is kept any more.
     pub(super) fn close(&mut self) {
         if self.is_kept {
@@ -215,6 +235,7 @@ impl Book {
         self.keeper.release(&self.socket_name());
         let names: Vec<String> = self.recorded.state.names().into_iter().cloned().collect();
         self.release(&names);
+        self.keeper.release_idle();
         // The state goes on without names.
         self.recorded.state.forget_names();
     }

@@ -348,7 +348,7 @@ impl Relay {
         }
         self.book.mark(ReplyProgress::Done);
         step!(self);
-        self.book.release(&gone);
+        self.book.release_replaced(&message, &gone);
         Ok(None)
     }
 

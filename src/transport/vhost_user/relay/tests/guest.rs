@@ -132,7 +132,13 @@ impl Machine {
     fn begin_life(&mut self) {
         let keeper = self.manager.keeper();
         let left = LeftVmm::find(&keeper).expect("a VMM").expect("all of it");
-        assert_eq!(keeper.release_unclaimed(), Vec::<String>::new());
+        // Descriptors of events that were replaced not long ago.
+        let idle = keeper.release_unclaimed();
+        assert!(idle.len() <= 8, "{idle:?}");
+        assert!(
+            idle.iter().all(|name| name.starts_with("file.")),
+            "{idle:?}"
+        );
         let (device, restore) = successor(&self.device);
         self.device = device.clone();
         let left = Some((left, restore));
