@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::address::IovaRange;
 use crate::config::{Config, VmmTransport};
+use crate::device::execute::probe_size;
 use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
 use crate::store;
@@ -56,6 +57,10 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
         ("domains", config.max_domains.to_string()),
         ("machine", config.machine.name().into()),
         ("page sizes", format!("{:#x}", config.page_mask.bits())),
+        (
+            "room for reserved regions",
+            probe_size(config.topology.max_reserved_count()).to_string(),
+        ),
         ("transport", transport.into()),
     ]);
     if !devices.is_empty() {

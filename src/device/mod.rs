@@ -140,8 +140,6 @@ struct Requests {
     ring: Option<Box<dyn StoredRing>>,
     /// The state of the ring when the VMM stopped it, until a pass finds it running again.
     stopped: Option<RingState>,
-    /// The driver of the ring that starts next is not that of this process, whatever the ring's index.
-    is_foreign: bool,
 }
 
 impl Device {
@@ -155,12 +153,14 @@ impl Device {
         worker: WorkerSettings,
     ) -> io::Result<Self> {
         let (config, bypass) = {
-            let iommu = iommu.lock();
+            let mut iommu = iommu.lock();
+            let probe_size = probe_size(iommu.topology().max_reserved_count());
+            iommu.offer_probe_size(probe_size);
             let config = ConfigSpace {
                 page_sizes: iommu.page_sizes(),
                 input_range: iommu.input_range(),
                 last_domain: iommu.last_domain(),
-                probe_size: probe_size(iommu.topology().max_reserved_count()),
+                probe_size,
             };
             (config, iommu.bypass())
         };
@@ -263,16 +263,14 @@ impl Device {
     pub fn reset_vm(&self) -> bool {
         let mut requests = self.requests.lock();
         let mut iommu = self.iommu.lock();
-        let is_foreign = requests.is_foreign;
         match &mut requests.stopped {
             Some(stopped) => stopped.end_driver(),
             // No ring has run since the restore: the domains are those of the driver before the reset.
             None if iommu.is_interrupted() => {}
             // The driver of a refused state is gone.
-            None if is_foreign => {}
+            None if iommu.is_next_driver_foreign() => {}
             None => return false,
         }
-        requests.is_foreign = false;
         requests.queue.broken = false;
         let had_domains = iommu.domain_ids().next().is_some();
         iommu.reset_vm();
@@ -455,7 +453,6 @@ impl Device {
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
-        requests.is_foreign = false;
         // The next pass asks for the index at which the ring starts.
         requests.ring = None;
         self.features.store(0, Ordering::Release);

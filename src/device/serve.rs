@@ -209,7 +209,7 @@ impl Device {
             requests.queue.last_used,
         );
         let stopped = requests.stopped.take();
-        let is_foreign = std::mem::take(&mut requests.is_foreign);
+        let is_foreign = self.iommu.lock().is_next_driver_foreign();
         let driver = match &stopped {
             None if is_foreign => Restart::UnknownDriver,
             Some(stopped) => stopped.compare(&running, memory),
@@ -235,6 +235,9 @@ impl Device {
                 requests.queue = RequestQueue::default();
                 self.iommu.lock().block_unknown_driver();
             }
+        }
+        if is_foreign {
+            self.iommu.lock().next_driver_has_started();
         }
     }
 }

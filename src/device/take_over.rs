@@ -48,7 +48,7 @@ impl Device {
     /// The request ring that starts next has a driver whose domains the core does not have: that of a process whose state was
     /// refused. Without this, a ring that happens to be at index 0 would count as that of a new driver.
     pub fn distrust_next_driver(&self) {
-        self.requests.lock().is_foreign = true;
+        self.iommu.lock().distrust_next_driver();
     }
 
     /// Waits until no batch is in progress, up to `patience`, and keeps all others from beginning for the rest of this
@@ -70,6 +70,10 @@ impl Device {
         let mut requests = self.requests.lock();
         let mut iommu = self.iommu.lock();
         self.bypass.store(iommu.bypass(), Ordering::Relaxed);
+        if stopped.is_none() && iommu.is_driver_unknown() {
+            // Its ring has not been stopped, so the one that starts next is its ring.
+            iommu.distrust_next_driver();
+        }
         // Without a batch the ring has served no request, and its first start tells whose it is. A batch that is not
         // finished is finished when the ring runs.
         let batch = iommu
@@ -176,6 +180,66 @@ mod tests {
         bed.start_new_driver();
         assert_eq!(bed.request(&unmap(1, 0x1000)), Status::NoEnt as u8);
         assert_eq!(bed.request(&attach(1)), OK);
+    }
+
+    /// A refused driver whose ring is at index 0, as a new driver's would be.
+    fn refused() -> Bed {
+        let bed = Bed::new();
+        bed.device.iommu.lock().block_unknown_driver();
+        bed
+    }
+
+    #[test]
+    fn the_distrust_of_the_next_driver_outlives_the_process() {
+        let mut bed = refused();
+        bed.device.distrust_next_driver();
+        for _ in 0..2 {
+            bed.restart(None);
+            // The ring was stopped when the process died.
+            let at = bed.requests.ring.lock().queue.desc_table();
+            bed.device.take_over(Some(StoppedRing {
+                next_avail: 0,
+                size: RING_SIZE,
+                descriptors: at,
+                available: at + AVAIL_AT,
+                used: at + USED_AT,
+            }));
+        }
+        assert_ne!(bed.request(&attach(1)), OK);
+        assert!(bed.device.iommu.lock().is_driver_unknown());
+        assert!(!bed.device.iommu.lock().is_next_driver_foreign());
+        bed.stop();
+        bed.start_new_driver();
+        assert_eq!(bed.request(&attach(1)), OK);
+    }
+
+    #[test]
+    fn a_reset_ends_the_distrust_for_later_processes_too() {
+        let ends: [fn(&Bed); 3] = [
+            |bed| bed.device.reset(),
+            |bed| assert!(!bed.device.reset_vm(), "there were no domains"),
+            |bed| {
+                bed.disconnect();
+                bed.connect();
+            },
+        ];
+        for end in ends {
+            let mut bed = refused();
+            bed.device.distrust_next_driver();
+            end(&bed);
+            bed.restart(None);
+            bed.device.take_over(None);
+            assert_eq!(bed.request(&attach(1)), OK);
+        }
+    }
+
+    #[test]
+    fn the_running_ring_of_an_unknown_driver_stays_unknown() {
+        let mut bed = refused();
+        bed.restart(None);
+        bed.device.take_over(None);
+        assert_ne!(bed.request(&attach(1)), OK);
+        assert!(bed.device.iommu.lock().is_driver_unknown());
     }
 
     #[test]

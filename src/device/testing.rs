@@ -76,7 +76,6 @@ fn device_of(
     iommu
         .add_backend(Box::new(recorder.clone()), &[ENDPOINT])
         .expect("common addresses");
-    restore(&mut iommu);
     let worker = WorkerSettings {
         longest_poll: Duration::ZERO,
         max_batch: MAX_BATCH,
@@ -84,7 +83,9 @@ fn device_of(
     };
     let metrics = Arc::new(Metrics::default());
     let device = Device::new(Arc::new(Mutex::new(Rank::Core, iommu)), metrics, worker);
-    Arc::new(device.expect("event descriptors"))
+    let device = device.expect("event descriptors");
+    restore(&mut device.iommu.lock());
+    Arc::new(device)
 }
 
 /// A device that a later process can take over.

@@ -262,6 +262,23 @@ impl Iommu {
         self.store.end_reset();
     }
 
+    /// The request ring that starts next has a driver whose domains the core does not have, whatever the ring's index: that of
+    /// a process whose state was refused. Until a reset, the VMM's end, or [`Self::next_driver_has_started`]; a later
+    /// process knows it, too.
+    pub fn distrust_next_driver(&mut self) {
+        self.store.set_next_foreign(true);
+    }
+
+    /// Whether [`Self::distrust_next_driver`] holds.
+    pub fn is_next_driver_foreign(&self) -> bool {
+        self.store.is_next_foreign()
+    }
+
+    /// The request ring has started. The caller has treated its driver as [`Self::is_next_driver_foreign`] says.
+    pub fn next_driver_has_started(&mut self) {
+        self.store.set_next_foreign(false);
+    }
+
     /// Whether all endpoints are blocked because the state of the guest's driver is unknown.
     pub fn is_driver_unknown(&self) -> bool {
         self.driver == DriverState::Unknown

@@ -100,6 +100,8 @@ pub struct Iommu {
     page_sizes: PageMask,
     levels: Levels,
     last_domain: u32,
+    /// Bytes of PROBE's property list; 0 until the device has said so.
+    probe_size: u32,
     bypass_at_boot: bool,
     bypass: bool,
     driver: DriverState,
@@ -154,6 +156,7 @@ impl Iommu {
             page_sizes: settings.page_sizes,
             levels: Levels::for_width(settings.address_width.into()).unwrap_or(Levels::Five),
             last_domain: settings.last_domain,
+            probe_size: 0,
             bypass_at_boot: settings.bypass_at_boot,
             bypass: settings.bypass_at_boot,
             driver: DriverState::Known,
@@ -216,6 +219,12 @@ impl Iommu {
     /// The page sizes offered to the guest.
     pub fn page_sizes(&self) -> PageMask {
         self.page_sizes
+    }
+
+    /// The device offers the guest a property list of so many bytes for PROBE. Must be called before the guest runs.
+    pub fn offer_probe_size(&mut self, bytes: u32) {
+        self.probe_size = bytes;
+        self.store.set_offer(&self.offer_words());
     }
 
     /// Highest domain ID.

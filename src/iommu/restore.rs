@@ -63,7 +63,7 @@ pub enum RestoreError {
     },
     /// The guest was offered something else.
     #[error(
-        "the guest was offered other addresses, page sizes or domains than this daemon supports; start the daemon with \
+        "the guest was offered other addresses, page sizes, domains or room for reserved regions than this daemon supports; start the daemon with \
          the configuration and the devices of the one before, or reset the VM"
     )]
     Offer,
@@ -262,6 +262,7 @@ impl Iommu {
         }
         self.store.set_generation(loaded.generation + 1);
         self.store.set_features(loaded.features);
+        self.store.set_next_foreign(loaded.state.is_next_foreign);
         if loaded.state.resetting {
             self.store
                 .begin_reset(loaded.state.bypass, loaded.state.driver);
@@ -356,6 +357,7 @@ impl Iommu {
         self.adopt_endpoints(&LeftInBackends::default());
         self.bypass = self.bypass_at_boot;
         self.block_unknown_driver();
+        self.distrust_next_driver();
         self.store.complete();
         // Only now: until here, the next process must refuse it, too.
         Store::supersede(old.store);

@@ -53,6 +53,7 @@ impl Iommu {
             page_sizes: self.page_sizes.bits(),
             levels: self.levels,
             last_domain: self.last_domain,
+            probe_size: self.probe_size,
         }
     }
 

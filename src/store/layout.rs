@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// First word of the store.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"iova\0sto");
 /// The version of this layout. A reader refuses any other version.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Index of the word that holds [`MAGIC`].
 pub const HEADER_MAGIC: usize = 0;

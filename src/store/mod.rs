@@ -74,11 +74,16 @@ pub struct GlobalState {
     pub driver: StoredDriver,
     /// All domains are being ended: a later process must not take any over.
     pub resetting: bool,
+    /// The driver of the ring that starts next has domains that the core does not have, whatever the ring's index.
+    pub is_next_foreign: bool,
 }
 
 impl GlobalState {
     fn bits(self) -> u64 {
-        u64::from(self.bypass) | (self.driver as u64) << 1 | u64::from(self.resetting) << 3
+        u64::from(self.bypass)
+            | (self.driver as u64) << 1
+            | u64::from(self.resetting) << 3
+            | u64::from(self.is_next_foreign) << 4
     }
 
     fn from_bits(bits: u64) -> Option<Self> {
@@ -88,10 +93,11 @@ impl GlobalState {
             2 => StoredDriver::Unknown,
             _ => return None,
         };
-        (bits < 16).then_some(Self {
+        (bits < 32).then_some(Self {
             bypass: bits & 1 != 0,
             driver,
             resetting: bits & 8 != 0,
+            is_next_foreign: bits & 16 != 0,
         })
     }
 }
@@ -107,6 +113,8 @@ pub struct OfferWords {
     pub levels: Levels,
     /// The highest domain ID.
     pub last_domain: u32,
+    /// Bytes of PROBE's property list.
+    pub probe_size: u32,
 }
 
 impl OfferWords {
@@ -118,12 +126,12 @@ impl OfferWords {
             self.input.last().0,
             self.page_sizes,
             u64::from(self.levels.count()),
-            u64::from(self.last_domain),
+            u64::from(self.last_domain) | u64::from(self.probe_size) << 32,
         ]
     }
 
     fn from_words(words: [u64; Self::COUNT]) -> Option<Self> {
-        let [first, last, page_sizes, levels, last_domain] = words;
+        let [first, last, page_sizes, levels, sizes] = words;
         Some(Self {
             input: IovaRange::new(Iova(first), Iova(last))?,
             page_sizes,
@@ -132,7 +140,8 @@ impl OfferWords {
                 5 => Levels::Five,
                 _ => return None,
             },
-            last_domain: u32::try_from(last_domain).ok()?,
+            last_domain: u32::try_from(sizes & u64::from(u32::MAX)).ok()?,
+            probe_size: u32::try_from(sizes >> 32).ok()?,
         })
     }
 }
@@ -227,6 +236,7 @@ impl Store {
             bypass: false,
             driver: StoredDriver::Known,
             resetting: false,
+            is_next_foreign: false,
         };
         memory.store(HEADER_VERSION, VERSION);
         memory.store(HEADER_BYTES, bytes as u64);
@@ -327,12 +337,27 @@ impl Store {
         }
     }
 
-    /// Begins the end of all domains, and records the state that follows it, in one store.
+    /// Records whether the driver of the ring that starts next has domains that the core does not have.
+    pub fn set_next_foreign(&mut self, is_next_foreign: bool) {
+        if self.state.is_next_foreign != is_next_foreign {
+            self.state.is_next_foreign = is_next_foreign;
+            self.set_state_word();
+        }
+    }
+
+    /// Whether the driver of the ring that starts next has domains that the core does not have.
+    pub fn is_next_foreign(&self) -> bool {
+        self.state.is_next_foreign
+    }
+
+    /// Begins the end of all domains, and records the state that follows it, in one store. If the driver is known then, so is
+    /// that of the ring that starts next.
     pub fn begin_reset(&mut self, bypass: bool, driver: StoredDriver) {
         self.state = GlobalState {
             bypass,
             driver,
             resetting: true,
+            is_next_foreign: self.state.is_next_foreign && driver != StoredDriver::Known,
         };
         self.set_state_word();
     }

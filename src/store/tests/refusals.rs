@@ -26,7 +26,16 @@ fn refusal(settings: Settings, damage: impl FnOnce(&[AtomicU64], &[AtomicU64])) 
         arena: arena.words(),
         store: store.words(),
     });
-    assert!(iommu.is_driver_unknown(), "everything is blocked");
+    let mut third = Iommu::successor(settings, topology()).expect("memory");
+    let again = third.restore(Predecessor {
+        arena: iommu.arena().memory().words(),
+        store: iommu.store().memory().words(),
+    });
+    again.expect("the state of a daemon that has refused one");
+    for iommu in [&iommu, &third] {
+        assert!(iommu.is_driver_unknown(), "everything is blocked");
+        assert!(iommu.is_next_driver_foreign(), "whatever its ring's index");
+    }
     outcome.expect_err("refused")
 }
 
@@ -77,6 +86,20 @@ fn another_offer_is_refused() {
         ..settings()
     };
     let refused = refusal(other, |_, _| {});
+    assert!(matches!(refused, RestoreError::Offer), "{refused}");
+}
+
+/// The driver has read how long its buffer for PROBE must be.
+#[test]
+fn another_room_for_reserved_regions_is_refused() {
+    let (arena, store) = dead().left[0].clone();
+    let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+    iommu.offer_probe_size(1024);
+    let refused = iommu.restore(Predecessor {
+        arena: arena.words(),
+        store: store.words(),
+    });
+    let refused = refused.expect_err("another size");
     assert!(matches!(refused, RestoreError::Offer), "{refused}");
 }
 
