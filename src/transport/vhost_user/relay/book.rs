@@ -113,6 +113,11 @@ impl Book {
         &self.recorded.state
     }
 
+    /// See [`VmmState::forget_unreachable_rings`].
+    pub(super) fn forget_unreachable_rings(&mut self) -> Vec<usize> {
+        self.recorded.state.forget_unreachable_rings()
+    }
+
     /// Whether a later process can go on with the connection.
     pub(super) fn is_kept(&self) -> bool {
         self.is_kept

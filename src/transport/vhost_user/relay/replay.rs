@@ -13,6 +13,7 @@ use super::state::{VmmRingState, VmmState};
 use super::told::Told;
 use crate::device::take_over::StoppedRing;
 use crate::device::{Device, EVENT_QUEUE, MAX_QUEUE_SIZE, QUEUES, REQUEST_QUEUE};
+use crate::warn_limited;
 
 /// Entries of a ring whose size the VMM has not set: the crate's default.
 const DEFAULT_SIZE: u16 = 1024;
@@ -32,10 +33,16 @@ impl Relay {
     /// Takes the driver over, and tells the crate about the rings. The core must be restored.
     ///
     /// # Errors
-    /// The crate refuses a message, a ring is not in guest memory any more, or the daemon is to end.
+    /// The crate refuses a message, a started ring is not in guest memory any more, or the daemon is to end.
     pub(in super::super) fn tell_after_restore(&mut self, device: &Device) -> io::Result<()> {
+        device.take_over(stopped_ring(self.book.state()));
+        for index in self.book.forget_unreachable_rings() {
+            warn_limited!(
+                "ring {index} is stopped, and is where the guest has no memory any more: it runs again once the VMM has \
+                 said where it is"
+            );
+        }
         let state = self.book.state();
-        device.take_over(stopped_ring(state));
         let told = state.after_restore(bases(state, device));
         self.tell(&told.map_err(io::Error::other)?)?;
         if self.book.state().rings[usize::from(REQUEST_QUEUE)].is_running() {

@@ -319,6 +319,21 @@ impl VmmState {
             .find(|user| self.to_guest(*user) == Some(guest))
     }
 
+    /// Forgets the places of the stopped rings that are where the guest has no memory any more. Returns the rings' indices.
+    pub(super) fn forget_unreachable_rings(&mut self) -> Vec<usize> {
+        let is_gone = |ring: &VmmRingState| {
+            let parts = ring.place.map(|p| [p.descriptors, p.available, p.used]);
+            let mut parts = parts.into_iter().flatten();
+            !ring.is_started && parts.any(|part| self.to_user(part).is_none())
+        };
+        let rings = self.rings.iter().enumerate();
+        let gone: Vec<_> = rings.filter(|(_, r)| is_gone(r)).map(|(i, _)| i).collect();
+        for &index in &gone {
+            self.rings[index].place = None;
+        }
+        gone
+    }
+
     /// The names of all descriptors, each as often as the state has it.
     pub(super) fn names(&self) -> Vec<&String> {
         let regions = self.memory.iter().map(|region| &region.file);

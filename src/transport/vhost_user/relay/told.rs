@@ -87,7 +87,8 @@ impl VmmState {
     /// The messages that a new crate must get once the core is restored: the rings, which start at `bases`.
     ///
     /// # Errors
-    /// Names the part of a ring that is in no region of memory.
+    /// Names the part of a ring that is in no region of memory. [`Self::forget_unreachable_rings`] has forgotten the places of
+    /// stopped ones.
     pub(super) fn after_restore(&self, bases: [u16; QUEUES]) -> Result<Vec<Told>, String> {
         let mut told = Vec::new();
         // The event ring first: requests may cause faults.

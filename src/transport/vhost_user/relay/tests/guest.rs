@@ -226,6 +226,30 @@ fn a_guest_that_resets_between_two_lives_starts_anew() {
     assert_eq!(machine.request(&attach(1)), OK);
 }
 
+/// As a VMM does that unplugs memory while the guest is paused.
+#[test]
+fn a_stopped_ring_whose_memory_is_gone_does_not_cost_the_connection() {
+    let mut machine = Machine::boot();
+    assert_eq!(machine.request(&attach(1)), OK);
+    assert_eq!(machine.request(&map(1, 0x1000)), OK);
+    let bases = machine.stop_rings();
+    let other = memfd(RAM);
+    let table = Sent::words(Req::SET_MEM_TABLE, &[1, RAM, RAM, USER, 0]);
+    let table = table.with(&[&other]).acked();
+    machine.vmm.tell(&table).expect("served");
+    for _ in 0..2 {
+        machine.end_life();
+        machine.begin_life();
+        // The answer shows that this life has taken over.
+        let question = Sent::new(Req::GET_FEATURES, &[]);
+        machine.vmm.tell(&question).expect("served");
+    }
+    machine.share_memory();
+    machine.start_rings(bases);
+    assert_eq!(machine.request(&map(1, 0x1000)), Status::Inval as u8);
+    assert_eq!(machine.request(&unmap(1, 0x1000)), OK);
+}
+
 /// The next life stops the ring at the index that the requests of all lives have reached.
 #[test]
 fn a_ring_is_stopped_where_it_really_is() {
