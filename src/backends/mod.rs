@@ -126,6 +126,8 @@ pub struct Adoption<'a> {
     pub endpoints: &'a [(EndpointId, Target)],
     /// Those of them that are quarantined, each with the target [`Target::Blocked`].
     pub quarantined: &'a [EndpointId],
+    /// Those of them whose group was being moved: each member may reach its former target still, or its new one already.
+    pub moving: &'a [EndpointId],
     /// Ranges whose mappings a request in progress was making or removing: the earlier process may have made or removed
     /// them in the backend, and the page tables do not have them. Whole pages; they may overlap.
     pub in_progress: &'a [(DomainId, IovaRange)],
@@ -219,6 +221,16 @@ pub trait DmaBackend: Send {
         target: Target,
         contents: &dyn Contents,
     ) -> Result<(), AttachError>;
+
+    /// Blocks the endpoints that are [moving](Adoption::moving). The core calls this for all backends before the first
+    /// [`Self::adopt`]: the hardware cannot isolate the members of a group from each other, and a group may have members
+    /// behind several backends. Returns the endpoints that it failed to block, each with the cause: the core quarantines
+    /// these.
+    ///
+    /// The default is for a backend whose objects are new: none of its endpoints reaches anything.
+    fn prepare_adoption(&mut self, _adoption: &Adoption<'_>) -> Vec<(EndpointId, BackendError)> {
+        Vec::new()
+    }
 
     /// Takes endpoints over from an earlier process that has died. The core calls this once, before any `attach`, `map` or
     /// `unmap`. Returns the endpoints that it failed to take over, each with the cause: the core quarantines these.

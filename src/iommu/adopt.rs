@@ -1,6 +1,6 @@
 //! Having the backends take over the endpoints and the kernel's objects of an earlier process.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::domain::BackendOf;
 use super::target::{DomainContents, target_of};
@@ -8,10 +8,14 @@ use super::{EndpointRecord, Iommu};
 use crate::address::IovaRange;
 use crate::backends::{Adoption, BackendError, BackendErrorKind, ObjectRecord, RecordId, Target};
 use crate::ids::{DomainId, EndpointId};
+use crate::store::{JournalEntry, Loaded};
+use crate::topology::GroupId;
 
 /// What an earlier process has left in the backends.
 #[derive(Default)]
 pub(super) struct LeftInBackends {
+    /// See [`Adoption::moving`].
+    pub moving: BTreeSet<EndpointId>,
     /// See [`Adoption::in_progress`].
     pub in_progress: Vec<(DomainId, IovaRange)>,
     /// The records of all kernel objects.
@@ -20,42 +24,48 @@ pub(super) struct LeftInBackends {
     pub is_memory_same: bool,
 }
 
+/// What one backend takes over.
+struct AdoptionParts {
+    endpoints: Vec<(EndpointId, Target)>,
+    quarantined: Vec<EndpointId>,
+    moving: Vec<EndpointId>,
+    records: Vec<(RecordId, ObjectRecord)>,
+}
+
+impl AdoptionParts {
+    fn adoption<'a>(&'a self, left: &'a LeftInBackends) -> Adoption<'a> {
+        Adoption {
+            endpoints: &self.endpoints,
+            quarantined: &self.quarantined,
+            moving: &self.moving,
+            in_progress: &left.in_progress,
+            records: &self.records,
+            is_memory_same: left.is_memory_same,
+        }
+    }
+}
+
 impl Iommu {
     /// Has every backend adopt its endpoints, and quarantines those that it fails to adopt. Returns these.
     pub(super) fn adopt_endpoints(&mut self, left: &LeftInBackends) -> BTreeSet<EndpointId> {
         let mut all_failed = BTreeSet::new();
         for index in 0..self.backends.len() {
-            let endpoints: Vec<(EndpointId, Target)> = self
-                .backend_of
-                .iter()
-                .filter(|(_, of)| **of == index)
-                .map(|(&id, _)| (id, self.adopted_target(id)))
-                .collect();
+            let parts = self.adoption_parts(index, left);
+            let failed = self.backends[index].prepare_adoption(&parts.adoption(left));
+            for (endpoint, cause) in &failed {
+                self.quarantine(*endpoint, cause);
+                all_failed.insert(*endpoint);
+            }
+        }
+        for index in 0..self.backends.len() {
+            // With those that have just been quarantined.
+            let parts = self.adoption_parts(index, left);
             let contents = DomainContents {
                 domains: &self.domains,
                 new_domain: None,
                 arena: &self.arena,
             };
-            let owner = self.backends[index].record_owner();
-            let objects = left.objects.iter();
-            let records: Vec<_> = objects
-                .filter(|(_, record)| Some(record.owner) == owner)
-                .copied()
-                .collect();
-            let is_quarantined = |id: &EndpointId| {
-                let record = self.endpoints.get(id);
-                record.is_some_and(|record| record.quarantined)
-            };
-            let ids = endpoints.iter().map(|(id, _)| *id);
-            let quarantined: Vec<_> = ids.filter(is_quarantined).collect();
-            let adoption = Adoption {
-                endpoints: &endpoints,
-                quarantined: &quarantined,
-                in_progress: &left.in_progress,
-                records: &records,
-                is_memory_same: left.is_memory_same,
-            };
-            let failed = self.backends[index].adopt(&adoption, &contents);
+            let failed = self.backends[index].adopt(&parts.adoption(left), &contents);
             for (endpoint, cause) in &failed {
                 self.quarantine(*endpoint, cause);
                 all_failed.insert(*endpoint);
@@ -65,7 +75,7 @@ impl Iommu {
                 message: "another endpoint could not be adopted".into(),
             };
             self.quarantine_stopped(index, &stopped);
-            for (endpoint, target) in endpoints {
+            for (endpoint, target) in parts.endpoints {
                 if let Target::Domain(domain) = target
                     && !failed.iter().any(|(id, _)| *id == endpoint)
                 {
@@ -74,6 +84,58 @@ impl Iommu {
             }
         }
         all_failed
+    }
+
+    /// What the backend at `index` takes over.
+    fn adoption_parts(&self, index: usize, left: &LeftInBackends) -> AdoptionParts {
+        let backend_of = self.backend_of.iter();
+        let ids: Vec<_> = backend_of
+            .filter(|(_, of)| **of == index)
+            .map(|(&id, _)| id)
+            .collect();
+        let owner = self.backends[index].record_owner();
+        let objects = left.objects.iter();
+        let records = objects.filter(|(_, record)| Some(record.owner) == owner);
+        let is_quarantined = |id: &EndpointId| {
+            let record = self.endpoints.get(id);
+            record.is_some_and(|record| record.quarantined)
+        };
+        AdoptionParts {
+            records: records.copied().collect(),
+            quarantined: ids.iter().copied().filter(is_quarantined).collect(),
+            moving: ids
+                .iter()
+                .copied()
+                .filter(|id| left.moving.contains(id))
+                .collect(),
+            endpoints: ids
+                .into_iter()
+                .map(|id| (id, self.adopted_target(id)))
+                .collect(),
+        }
+    }
+
+    /// The members of the groups that the earlier process was moving: each may be at its former target or at its new one.
+    /// Only those of groups that have several members behind backends.
+    pub(super) fn moving_endpoints(&self, loaded: &Loaded) -> BTreeSet<EndpointId> {
+        let group_of = |id: EndpointId| self.topology.endpoint(id).and_then(|info| info.group);
+        let mut groups: BTreeMap<GroupId, BTreeSet<EndpointId>> = BTreeMap::new();
+        for &id in self.backend_of.keys() {
+            if let Some(group) = group_of(id) {
+                groups.entry(group).or_default().insert(id);
+            }
+        }
+        groups.retain(|_, members| members.len() > 1);
+        if !loaded.state.resetting {
+            let moved: BTreeSet<_> = loaded
+                .entries
+                .iter()
+                .filter_map(JournalEntry::planned_move)
+                .filter_map(group_of)
+                .collect();
+            groups.retain(|group, _| moved.contains(group));
+        }
+        groups.into_values().flatten().collect()
     }
 
     /// Removes the records of kernel objects whose backend is not there any more. Its objects end with their descriptors.

@@ -1,5 +1,7 @@
 //! ATTACH, DETACH, `bypass` and resets: they decide which endpoint is in which domain.
 
+use std::collections::BTreeMap;
+
 use super::domain::Domain;
 use super::error::RequestError;
 use super::groups::GroupChanges;
@@ -8,7 +10,7 @@ use super::{DriverState, EndpointRecord, Iommu};
 use crate::backends::{AttachError, BackendErrorKind, Target};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{OutOfFrames, Table};
-use crate::topology::ReservedRegions;
+use crate::topology::{GroupId, ReservedRegions};
 
 impl Iommu {
     /// Attaches an endpoint to a domain, which is made if it does not exist. An endpoint that is
@@ -332,6 +334,18 @@ impl Iommu {
         }
     }
 
+    /// The endpoints behind backends whose groups have several of them.
+    fn grouped_endpoints(&self) -> Vec<EndpointId> {
+        let mut groups: BTreeMap<GroupId, Vec<EndpointId>> = BTreeMap::new();
+        for &endpoint in self.backend_of.keys() {
+            if let Some(group) = self.topology.endpoint(endpoint).and_then(|i| i.group) {
+                groups.entry(group).or_default().push(endpoint);
+            }
+        }
+        let several = groups.into_values().filter(|members| members.len() > 1);
+        several.flatten().collect()
+    }
+
     /// Detaches every endpoint, and switches those behind backends to `target`.
     pub(super) fn detach_all(&mut self, target: Target) {
         self.groups.clear();
@@ -342,6 +356,13 @@ impl Iommu {
         }
         // Include endpoints without a domain: they may be blocked for their group, or quarantined.
         let behind_backends: Vec<_> = self.backend_of.keys().copied().collect();
+        if target != Target::Blocked {
+            // No member of a group may reach its former target while another reaches its new one: a group of the guest may
+            // have members that the host can move one by one only.
+            for endpoint in self.grouped_endpoints() {
+                self.retarget(endpoint, Target::Blocked);
+            }
+        }
         for endpoint in behind_backends {
             self.retarget(endpoint, target);
         }

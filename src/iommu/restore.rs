@@ -183,6 +183,8 @@ impl Iommu {
             loaded.batch = None;
             loaded.published = 0;
         }
+        // Before a move that has ended too many processes is refused.
+        let moving = self.moving_endpoints(&loaded);
         count_deaths(&mut loaded, old.store);
         refuse_deadly_requests(&mut loaded);
         for entry in &mut loaded.entries {
@@ -205,6 +207,7 @@ impl Iommu {
         let objects = self.publish_store(&loaded, old, is_memory_same);
         self.adopting = false;
         let left = LeftInBackends {
+            moving,
             in_progress: in_progress(&loaded, self),
             objects,
             is_memory_same,

@@ -415,4 +415,16 @@ impl JournalEntry {
             Effect::Attach { .. } | Effect::Detach { .. } | Effect::None => None,
         }
     }
+
+    /// The endpoint of an ATTACH or DETACH in progress: it and the members of its group may be at their former targets or at
+    /// their new ones.
+    pub fn planned_move(&self) -> Option<EndpointId> {
+        if !matches!(self.state.phase, Phase::Planned | Phase::Interrupted) {
+            return None;
+        }
+        match self.effect() {
+            Effect::Attach { endpoint, .. } | Effect::Detach { endpoint, .. } => Some(endpoint),
+            Effect::Map { .. } | Effect::Unmap { .. } | Effect::None => None,
+        }
+    }
 }

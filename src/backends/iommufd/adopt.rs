@@ -15,6 +15,27 @@ use crate::ids::{DomainId, EndpointId};
 use crate::warn_limited;
 
 impl Iommufd {
+    /// See [`DmaBackend::prepare_adoption`](crate::backends::DmaBackend::prepare_adoption). It is unknown which address
+    /// space a moving device is in, so all of them are taken out.
+    pub(super) fn block_moving(
+        &mut self,
+        adoption: &Adoption<'_>,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let moving = adoption.moving.iter();
+        let indexes: BTreeSet<_> = moving.filter_map(|e| self.group_of.get(e)).collect();
+        let mut failed = Vec::new();
+        for &index in indexes {
+            let group = &mut self.groups[index];
+            if group.attachment() != Attachment::Unbound
+                && let Err(cause) = group.move_to(Attachment::Detached)
+            {
+                group.block();
+                failed.extend(group.endpoints().map(|endpoint| (endpoint, cause.clone())));
+            }
+        }
+        failed
+    }
+
     /// See [`DmaBackend::adopt`](crate::backends::DmaBackend::adopt).
     pub(super) fn take_over(
         &mut self,

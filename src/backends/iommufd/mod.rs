@@ -292,6 +292,10 @@ impl DmaBackend for Iommufd {
         }
     }
 
+    fn prepare_adoption(&mut self, adoption: &Adoption<'_>) -> Vec<(EndpointId, BackendError)> {
+        self.block_moving(adoption)
+    }
+
     fn adopt(
         &mut self,
         adoption: &Adoption<'_>,

@@ -1,10 +1,11 @@
 //! Taking over the container of an earlier process, whose devices use it meanwhile.
 
-use super::{FILLED, ROOM, Type1Group, identity, stale, target_of_bits};
+use super::{FILLED, ROOM, Type1Group, identity, stale, target_of_bits, unknown};
 use crate::address::{Access, Mapping};
 use crate::backends::objects::Noted;
 use crate::backends::reach::refused;
 use crate::backends::{Adoption, BackendError, Contents, Target};
+use crate::ids::EndpointId;
 use crate::warn_limited;
 
 impl Type1Group {
@@ -24,6 +25,52 @@ impl Type1Group {
         self.filled_for = filled
             .and_then(target_of_bits)
             .filter(|_| adoption.is_memory_same);
+    }
+
+    /// Takes the targets of the members over. Returns the endpoints that are no members.
+    pub(super) fn adopt_targets(
+        &mut self,
+        adoption: &Adoption<'_>,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let mut failed = Vec::new();
+        for &(endpoint, target) in adoption.endpoints {
+            match self.members.get_mut(&endpoint) {
+                Some(member) => {
+                    member.wanted = target;
+                    member.quarantined = adoption.quarantined.contains(&endpoint);
+                }
+                None => failed.push((endpoint, unknown(endpoint))),
+            }
+        }
+        failed
+    }
+
+    /// Empties the container if a member is moving, and if the record says that it has not the mappings of its target.
+    pub(super) fn block_moving(
+        &mut self,
+        adoption: &Adoption<'_>,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let mut moving = adoption.moving.iter();
+        if !moving.any(|endpoint| self.members.contains_key(endpoint)) {
+            return Vec::new();
+        }
+        // The call that adopts the endpoints reports those that are no members.
+        self.adopt_targets(adoption);
+        if self.filled_for == Some(self.target()) {
+            return Vec::new();
+        }
+        self.set_filled(None);
+        match self.empty() {
+            Ok(()) => {
+                self.set_filled(Some(Target::Blocked));
+                Vec::new()
+            }
+            Err(cause) => {
+                self.block();
+                let members = self.members.keys();
+                members.map(|&endpoint| (endpoint, cause.clone())).collect()
+            }
+        }
     }
 
     /// Makes the container hold the mappings of `target`. If it holds them, no access of a device faults.

@@ -318,22 +318,17 @@ impl DmaBackend for Type1Group {
         }
     }
 
+    fn prepare_adoption(&mut self, adoption: &Adoption<'_>) -> Vec<(EndpointId, BackendError)> {
+        self.adopt_records(adoption);
+        self.block_moving(adoption)
+    }
+
     fn adopt(
         &mut self,
         adoption: &Adoption<'_>,
         contents: &dyn Contents,
     ) -> Vec<(EndpointId, BackendError)> {
-        self.adopt_records(adoption);
-        let mut failed = Vec::new();
-        for &(endpoint, target) in adoption.endpoints {
-            match self.members.get_mut(&endpoint) {
-                Some(member) => {
-                    member.wanted = target;
-                    member.quarantined = adoption.quarantined.contains(&endpoint);
-                }
-                None => failed.push((endpoint, unknown(endpoint))),
-            }
-        }
+        let mut failed = self.adopt_targets(adoption);
         if let Err(cause) = self.take_over(self.target(), adoption, contents) {
             self.block();
             let members = self.members.keys();

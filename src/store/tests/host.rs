@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::MmapRegion;
 
-use super::bed::{A, ALL, B, Bed, D1, D2, G1, G2, Model, OK, PAGE, Req, Step};
+use super::bed::{A, ALL, B, Bed, D1, D2, D3, G1, G2, G3, Model, OK, PAGE, Req, Step};
 use super::exhaustive::{Case, cases};
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
@@ -44,6 +44,18 @@ const INTERFACES: [Interface; 5] = [
 /// Areas that devices of groups must reach at any time.
 type Watched = Arc<Mutex<Vec<(u32, Area)>>>;
 
+/// The places where the members of the guest's group reach memory, if the host has a group for each.
+type Mates = Arc<Vec<Place>>;
+
+/// Where a device reaches memory.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// In the address space of its group.
+    Group(u32),
+    /// In the address space of its container.
+    Space(u32),
+}
+
 /// The kernel, and what a supervisor keeps for the next process.
 pub(super) struct Host {
     interface: Interface,
@@ -51,6 +63,9 @@ pub(super) struct Host {
     containers: BTreeMap<u32, (FakeContainer, u32)>,
     pub memory: Vec<MemorySlot>,
     watched: Watched,
+    /// Each member of the guest's group is in a group of the host of its own.
+    is_split: bool,
+    mates: Mates,
     /// The address spaces of the VMM.
     foreign: BTreeSet<u32>,
     /// The supervisor has lost the descriptors: the next process opens others.
@@ -69,6 +84,7 @@ struct Mortal<T> {
     inner: T,
     kernel: FakeKernel,
     watched: Watched,
+    mates: Mates,
 }
 
 impl<T> Mortal<T> {
@@ -80,8 +96,24 @@ impl<T> Mortal<T> {
         for (group, area) in self.watched.lock().expect("not poisoned").iter() {
             assert!(reached(&self.kernel, *group).contains(area), "{area:?}");
         }
+        check_mates(&self.kernel, &self.mates);
         crash::point();
         outcome
+    }
+}
+
+/// The members of a group reach one target at most. A type1 container is filled step by step, so one of them may reach a part
+/// of it.
+fn check_mates(kernel: &FakeKernel, mates: &[Place]) {
+    let reached = mates.iter().map(|place| match *place {
+        Place::Group(group) => reached(kernel, group),
+        Place::Space(space) => kernel.state().spaces[&space].values().copied().collect(),
+    });
+    let mut reached: Vec<_> = reached.collect();
+    reached.sort_unstable_by_key(Vec::len);
+    for pair in reached.windows(2) {
+        let is_part = pair[0].iter().all(|area| pair[1].contains(area));
+        assert!(is_part, "{:?} and {:?}", pair[0], pair[1]);
     }
 }
 
@@ -173,10 +205,12 @@ impl Type1 for Mortal<FakeContainer> {
     }
 }
 
-fn group_of(endpoint: EndpointId) -> u32 {
+fn group_of(endpoint: EndpointId, is_split: bool) -> u32 {
     match endpoint {
         A => 1,
         B => 2,
+        G2 if is_split => 4,
+        G3 if is_split => 5,
         _ => 3,
     }
 }
@@ -188,15 +222,24 @@ fn memory() -> Vec<MemorySlot> {
 }
 
 impl Host {
-    fn new(interface: Interface) -> Self {
+    fn new(interface: Interface, is_split: bool) -> Self {
         let kernel = FakeKernel::default();
-        let containers = [1, 2, 3].map(|group| (group, kernel.container()));
+        let last = if is_split { 5 } else { 3 };
+        let containers = (1..=last).map(|group| (group, kernel.container()));
+        let containers: BTreeMap<_, _> = containers.collect();
+        let place = |group| match interface {
+            Interface::Type1 => Place::Space(containers[&group].1),
+            Interface::Owned(_) | Interface::Shared(_) => Place::Group(group),
+        };
+        let mates: Vec<_> = (3..=last).map(place).collect();
         let mut host = Self {
             interface,
             kernel: kernel.clone(),
-            containers: containers.into(),
+            containers,
             memory: memory(),
             watched: Watched::default(),
+            is_split,
+            mates: Arc::new(mates),
             foreign: BTreeSet::new(),
             has_lost: false,
         };
@@ -216,7 +259,12 @@ impl Host {
             inner,
             kernel: self.kernel.clone(),
             watched: self.watched.clone(),
+            mates: self.mates.clone(),
         }
+    }
+
+    fn group_of(&self, endpoint: EndpointId) -> u32 {
+        group_of(endpoint, self.is_split)
     }
 
     /// The VMM binds its devices.
@@ -226,7 +274,7 @@ impl Host {
                 || -> BTreeSet<u32> { self.kernel.state().spaces.keys().copied().collect() };
             let own = spaces();
             for endpoint in ALL {
-                self.kernel.vmm_device(endpoint.0, group_of(endpoint));
+                self.kernel.vmm_device(endpoint.0, self.group_of(endpoint));
             }
             self.foreign = spaces().difference(&own).copied().collect();
         }
@@ -245,10 +293,10 @@ impl Host {
                 let devices = ALL.map(|endpoint| PassthroughDevice {
                     endpoint,
                     name: format!("device {endpoint}"),
-                    group: group_of(endpoint),
+                    group: self.group_of(endpoint),
                     shared,
                     attach: Box::new(
-                        self.mortal(self.kernel.device(endpoint.0, group_of(endpoint))),
+                        self.mortal(self.kernel.device(endpoint.0, self.group_of(endpoint))),
                     ),
                     memory: Arc::new(FakeMemory::at(
                         0,
@@ -264,7 +312,10 @@ impl Host {
             }
             Interface::Type1 => {
                 for (&group, (container, _)) in &self.containers {
-                    let mine: Vec<_> = ALL.into_iter().filter(|e| group_of(*e) == group).collect();
+                    let mine: Vec<_> = ALL
+                        .into_iter()
+                        .filter(|e| self.group_of(*e) == group)
+                        .collect();
                     let devices = mine.iter().map(|&endpoint| GroupDevice {
                         endpoint,
                         name: format!("device {endpoint}"),
@@ -329,11 +380,11 @@ impl Host {
     /// Checks that the devices reach what the core says. `lost` is how many address spaces may have been lost.
     pub(super) fn check(&self, iommu: &Iommu, lost: usize) {
         for endpoint in ALL {
-            let group = group_of(endpoint);
+            let group = self.group_of(endpoint);
             let state = iommu.endpoint(endpoint).expect("an endpoint");
             let others = ALL
                 .into_iter()
-                .filter(|e| *e != endpoint && group_of(*e) == group);
+                .filter(|e| *e != endpoint && self.group_of(*e) == group);
             let mates: Vec<_> = others.map(|e| iommu.endpoint(e).expect("one")).collect();
             let expected = match (state.dma, state.domain) {
                 _ if state.quarantined || mates.iter().any(|m| m.quarantined) => Vec::new(),
@@ -377,8 +428,13 @@ fn prepared(case: &Case, interface: Interface) -> (Bed, Model) {
 
 /// As [`prepared`], with this guest memory.
 fn prepared_with(case: &Case, interface: Interface, memory: Vec<MemorySlot>) -> (Bed, Model) {
-    let mut host = Host::new(interface);
+    let mut host = Host::new(interface, false);
     host.memory = memory;
+    prepared_on(case, host)
+}
+
+/// As [`prepared`], on a host that serves nobody yet.
+fn prepared_on(case: &Case, mut host: Host) -> (Bed, Model) {
     let bed = Bed::on_host(|iommu| {
         host.add_backends(iommu, true);
         host.bind_by_vmm();
@@ -538,6 +594,52 @@ fn other_devices_lose_no_mapping_for_a_moment() {
     assert!(deaths > 1000, "only {deaths} deaths");
 }
 
+/// The guest's group has a member in each of three groups of the host, which the host switches one by one.
+#[test]
+fn the_members_of_a_group_never_reach_two_targets() {
+    let before = [
+        Req::Attach(A, D2, false),
+        Req::Map(D2, 20, 2, 30),
+        Req::Attach(G1, D1, false),
+        Req::Attach(G2, D1, false),
+        Req::Attach(G3, D1, false),
+        Req::Map(D1, 1, 2, 7),
+    ];
+    let all = |act: fn(EndpointId) -> Req| [G1, G2, G3].map(act).to_vec();
+    let steps = [
+        Step::Batch(all(|member| Req::Attach(member, D2, false))),
+        Step::Batch(all(|member| Req::Attach(member, D3, true))),
+        Step::Batch(all(|member| Req::Detach(member, D1))),
+        Step::Reset,
+        Step::ResetVm,
+    ];
+    let mut deaths = 0;
+    let interfaces = [INTERFACES[0], INTERFACES[3], Interface::Type1];
+    for (interface, step) in interfaces
+        .into_iter()
+        .flat_map(|i| steps.iter().map(move |s| (i, s)))
+    {
+        let case = Case {
+            name: "members",
+            before: before.iter().map(|r| Step::Batch(vec![*r])).collect(),
+            step: step.clone(),
+        };
+        for (at, second) in (0..).flat_map(|at| [(at, NEVER), (at, 5 + at % 60)]) {
+            let (mut bed, _) = prepared_on(&case, Host::new(interface, true));
+            let lived = bed.step(&case.step, at).0;
+            if !lived && !bed.restore(second).0 {
+                assert!(bed.restore(NEVER).0);
+            }
+            assert!(bed.step(&Step::Reset, NEVER).0);
+            deaths += bed.deaths;
+            if lived {
+                break;
+            }
+        }
+    }
+    assert!(deaths > 500, "only {deaths} deaths");
+}
+
 /// A process that has A and B in D1 with mappings, dies between two requests.
 fn dead(interface: Interface) -> (Bed, Model) {
     dead_with(interface, memory())
@@ -685,7 +787,7 @@ fn another_iommufd_is_not_taken_for_the_one_before() {
     for interface in [INTERFACES[0], INTERFACES[2]] {
         let (mut bed, mut model) = dead(interface);
         let host = bed.host.as_mut().expect("a host");
-        let mut other = Host::new(interface);
+        let mut other = Host::new(interface, false);
         other.memory = host.memory.clone();
         other.has_lost = true;
         // What another process has mapped there is not the guest's.
@@ -698,7 +800,9 @@ fn another_iommufd_is_not_taken_for_the_one_before() {
         }
         if let Interface::Shared(_) = interface {
             for endpoint in ALL {
-                let (_, space) = other.kernel.vmm_device(endpoint.0, group_of(endpoint));
+                let (_, space) = other
+                    .kernel
+                    .vmm_device(endpoint.0, other.group_of(endpoint));
                 other.foreign.insert(space);
             }
             let all: BTreeSet<_> = other.kernel.state().spaces.keys().copied().collect();
@@ -721,7 +825,7 @@ fn another_iommufd_is_not_taken_for_the_one_before() {
 fn a_new_container_is_filled() {
     let (mut bed, mut model) = dead(Interface::Type1);
     let host = bed.host.as_mut().expect("a host");
-    let mut other = Host::new(Interface::Type1);
+    let mut other = Host::new(Interface::Type1, false);
     other.memory = host.memory.clone();
     other.has_lost = true;
     *host = other;
