@@ -278,7 +278,14 @@ impl Operator {
         let config = Config::from_text(Path::new("bench"), "address = '00:05.0'");
         let config = config.expect("a configuration");
         let reporter = Arc::new(FaultReporter::new(metrics.clone(), 100));
-        let hotplug = Hotplug::new(&config, iommu.clone(), device.clone(), reporter);
+        let keeper = Arc::new(Keeper::none());
+        let hotplug = Hotplug::new(
+            &config,
+            iommu.clone(),
+            device.clone(),
+            reporter,
+            keeper.clone(),
+        );
         let subjects = Subjects {
             name: "bench".into(),
             iommu,
@@ -287,7 +294,7 @@ impl Operator {
             readers: None,
             hotplug: Arc::new(hotplug),
             life: Arc::new(Life::new(false)),
-            keeper: Arc::new(Keeper::none()),
+            keeper,
             handover: Arc::default(),
             limits: SetLimits {
                 batch: 64,

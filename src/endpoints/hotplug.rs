@@ -22,6 +22,7 @@ use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::locks::{Mutex, Rank};
+use crate::process::keeper::Keeper;
 use crate::process::socket::SocketFile;
 use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
 
@@ -60,6 +61,7 @@ pub struct Hotplug {
     iommu: Arc<Mutex<Iommu>>,
     device: Arc<Device>,
     reporter: Arc<FaultReporter>,
+    keeper: Arc<Keeper>,
     hot_resets: HotResetRegistry,
     /// The configuration with all changes. Locked while an endpoint is added or removed.
     config: Mutex<Config>,
@@ -88,6 +90,8 @@ pub struct DeviceReport {
 struct DevicesInService {
     reports: BTreeMap<PciAddress, DeviceReport>,
     servers: BTreeMap<PciAddress, ServedExport>,
+    /// See [`OpenDevice::kept`].
+    kept: BTreeMap<PciAddress, Vec<String>>,
     faults: Option<FaultDelivery>,
 }
 
@@ -98,12 +102,14 @@ impl Hotplug {
         iommu: Arc<Mutex<Iommu>>,
         device: Arc<Device>,
         reporter: Arc<FaultReporter>,
+        keeper: Arc<Keeper>,
     ) -> Self {
         Self {
             hot_resets: HotResetRegistry::default(),
             iommu,
             device,
             reporter,
+            keeper,
             config: Mutex::new(Rank::HotplugConfig, config.clone()),
             parts: Mutex::new(Rank::HotplugParts, DevicesInService::default()),
             files: Arc::new(Mutex::new(Rank::SocketFiles, BTreeMap::new())),
@@ -229,14 +235,21 @@ impl Hotplug {
         let silent = self.end_servers(range);
         let unused = Iommu::remove_emptied(&self.iommu, range, &silent)?;
         *config = without;
-        let (reports, files);
+        let (reports, files, mut kept);
         {
             let mut parts = self.parts.lock();
+            kept = take_range(&mut parts.kept, range).concat();
+            let others: BTreeSet<_> = parts.kept.values().flatten().collect();
+            kept.retain(|name| !others.contains(name));
             reports = take_range(&mut parts.reports, range);
             files = take_range(&mut self.files.lock(), range);
         }
         // Drops wait for threads, so `parts` must not be locked here.
         drop((unused, reports, files));
+        // Otherwise nobody else could use the devices before the VM ends.
+        for name in kept {
+            self.keeper.drop_file(&name);
+        }
         info!("endpoint {range} is removed");
         Ok(())
     }
@@ -302,6 +315,7 @@ impl Hotplug {
             parts
                 .reports
                 .extend(report.map(|report| (endpoint, report)));
+            parts.kept.insert(endpoint, device.kept);
             parts
                 .servers
                 .extend(device.server.map(|server| (endpoint, server)));
@@ -329,4 +343,67 @@ fn take_range<T>(map: &mut BTreeMap<PciAddress, T>, range: PciRange) -> Vec<T> {
     let keys: Vec<_> = map.range(range.first()..=range.last()).collect();
     let keys: Vec<_> = keys.into_iter().map(|(at, _)| *at).collect();
     keys.iter().filter_map(|at| map.remove(at)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::net::UnixDatagram;
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::device::WorkerSettings;
+    use crate::iommu::Settings;
+    use crate::metrics::Metrics;
+
+    const CONFIG: &str = "socket = '/run/s'\naddress = '00:05.0'\n[[endpoint]]\naddress = '00:06.0'\n\
+                          [[endpoint]]\naddress = '00:07.0'\n";
+
+    fn hotplug(keeper: Arc<Keeper>) -> Hotplug {
+        let config = Config::from_text(Path::new("vm.toml"), CONFIG).expect("a configuration");
+        let settings = Settings {
+            address_width: config.address_width,
+            page_sizes: config.page_mask,
+            last_domain: 15,
+            bypass_at_boot: true,
+            arena_limit: 1 << 20,
+        };
+        let iommu = Iommu::new(settings, config.topology.clone()).expect("memory");
+        let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
+        let metrics = Arc::new(Metrics::default());
+        let worker = WorkerSettings {
+            longest_poll: Duration::ZERO,
+            max_batch: 1,
+            realtime: None,
+        };
+        let device = Device::new(iommu.clone(), metrics.clone(), worker).expect("descriptors");
+        let reporter = Arc::new(FaultReporter::new(metrics, 1));
+        Hotplug::new(&config, iommu, Arc::new(device), reporter, keeper)
+    }
+
+    /// Otherwise nobody else could use the device, nor the group of its host.
+    #[test]
+    fn the_keeper_closes_what_only_removed_endpoints_had() {
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        for name in ["vfio.a", "vfio.b", "vfio.container.1", "iommufd"] {
+            let file = OwnedFd::from(io::pipe().expect("a pipe").0);
+            keeper.keep_as(name, file.as_fd()).expect("kept");
+        }
+        let hotplug = hotplug(keeper.clone());
+        let at = ["00:06.0", "00:07.0"].map(|at| at.parse::<PciAddress>().expect("an address"));
+        let device = |name: &str| OpenDevice {
+            kept: vec![name.into(), "vfio.container.1".into()],
+            ..OpenDevice::default()
+        };
+        let devices = at.into_iter().zip(["vfio.a", "vfio.b"].map(device));
+        hotplug.adopt(devices).expect("adopted");
+        let range = |at| PciRange::new(at, at).expect("one function");
+        hotplug.remove(range(at[0])).expect("removed");
+        assert_eq!(keeper.names(), ["iommufd", "vfio.b", "vfio.container.1"]);
+        hotplug.remove(range(at[1])).expect("removed");
+        assert_eq!(keeper.names(), ["iommufd"]);
+    }
 }

@@ -92,6 +92,8 @@ pub struct OpenDevice {
     pub host: Option<String>,
     /// The host's IOMMU that translates for the device.
     pub host_iommu: Option<IommuInstance>,
+    /// The names under which the keeper may have descriptors of the device, or of what it shares with other devices.
+    pub kept: Vec<String>,
     /// The group and the reserved regions, if the host adds any to those of the configuration.
     pub facts: Option<(Option<GroupName>, ReservedRegions)>,
 }

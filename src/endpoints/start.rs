@@ -56,12 +56,17 @@ pub struct OpenedDevices {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
     iommus: BTreeMap<PciAddress, IommuInstance>,
+    /// See [`OpenDevice::kept`].
+    kept: BTreeMap<PciAddress, Vec<String>>,
 }
 
 /// Devices with backends in the core, before any socket accepts a client.
 pub struct AttachedDevices {
     exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
     iommus: BTreeMap<PciAddress, IommuInstance>,
+    /// See [`OpenDevice::kept`].
+    kept: BTreeMap<PciAddress, Vec<String>>,
+    keeper: Arc<Keeper>,
     readers: Option<Arc<Registry>>,
     /// All devices but the exported ones.
     devices: Vec<(PciAddress, OpenDevice)>,
@@ -90,11 +95,13 @@ impl OpenedDevices {
             backends,
             exported,
             iommus,
+            kept,
         } = PassthroughDevices::open(config, keeper)?;
         let opened = Self {
             backends,
             exported,
             iommus,
+            kept,
         };
         Ok((topology, opened))
     }
@@ -123,6 +130,11 @@ impl OpenedDevices {
             let device = OpenDevice {
                 host: Some(passthrough.host.to_string()),
                 host_iommu: self.iommus.get(&passthrough.endpoint).cloned(),
+                kept: self
+                    .kept
+                    .get(&passthrough.endpoint)
+                    .cloned()
+                    .unwrap_or_default(),
                 ..OpenDevice::default()
             };
             devices.push((passthrough.endpoint, device));
@@ -140,6 +152,8 @@ impl OpenedDevices {
         Ok(AttachedDevices {
             exported: self.exported,
             iommus: self.iommus,
+            kept: self.kept,
+            keeper: keeper.clone(),
             readers,
             devices,
             faults,
@@ -158,7 +172,13 @@ impl AttachedDevices {
         iommu: &Arc<Mutex<Iommu>>,
         device: &Arc<Device>,
     ) -> Result<ServedDevices, StartError> {
-        let hotplug = Hotplug::new(config, iommu.clone(), device.clone(), self.faults);
+        let hotplug = Hotplug::new(
+            config,
+            iommu.clone(),
+            device.clone(),
+            self.faults,
+            self.keeper,
+        );
         let hotplug = Arc::new(hotplug);
         hotplug.adopt(self.devices).map_err(StartError::Thread)?;
         let readers = self.readers;
@@ -173,6 +193,7 @@ impl AttachedDevices {
             let device = exported::bind_export(config, endpoint, access, hotplug.hot_resets());
             let device = OpenDevice {
                 host_iommu: self.iommus.get(&endpoint).cloned(),
+                kept: self.kept.get(&endpoint).cloned().unwrap_or_default(),
                 ..device.map_err(StartError::Socket)?
             };
             bound.push((endpoint, device));

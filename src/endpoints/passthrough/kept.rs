@@ -42,6 +42,11 @@ pub(super) fn group_name(group: u32) -> String {
     format!("vfio.group.{group}")
 }
 
+/// The names of everything that may be kept of a device in this host group.
+pub(super) fn names_of(host: HostAddress, group: u32) -> Vec<String> {
+    vec![device_name(host), container_name(group), group_name(group)]
+}
+
 /// The file that the process before has left under a name.
 pub(super) fn claim(keeper: &Keeper, name: &str) -> Option<OwnedFd> {
     let kept = keeper.claim(name)?;

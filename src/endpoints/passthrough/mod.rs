@@ -39,6 +39,8 @@ pub struct PassthroughDevices {
     pub exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
     /// The host's IOMMUs that translate for the devices, by endpoint, as far as sysfs names them.
     pub iommus: BTreeMap<PciAddress, IommuInstance>,
+    /// See [`OpenDevice::kept`](super::kind::OpenDevice::kept), by endpoint.
+    pub kept: BTreeMap<PciAddress, Vec<String>>,
 }
 
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.
@@ -62,6 +64,7 @@ impl PassthroughDevices {
                 backends: Vec::new(),
                 exported: Vec::new(),
                 iommus: BTreeMap::new(),
+                kept: BTreeMap::new(),
             });
         }
         let root = HostRoot::default();
@@ -82,7 +85,10 @@ impl PassthroughDevices {
             warn!("{note}");
         }
         let mut iommus = BTreeMap::new();
+        let mut kept = BTreeMap::new();
         for (endpoint, host) in pairs {
+            let group = group_of(&facts, host, endpoint)?;
+            kept.insert(endpoint, kept::names_of(host, group));
             info!(
                 "endpoint {endpoint} is the host's device {host}, through {}",
                 config.host_iommu.name()
@@ -100,6 +106,7 @@ impl PassthroughDevices {
             backends: opened.backends,
             exported: opened.exported,
             iommus,
+            kept,
         })
     }
 }
