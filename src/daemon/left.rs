@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 
 use log::{info, warn};
 
+use crate::endpoints::passthrough::discard_devices;
 use crate::iommu::{Iommu, Predecessor};
 use crate::page_table::ArenaError;
 use crate::page_table::words::{MappedWords, sealed_size};
@@ -115,6 +116,20 @@ fn lives(keeper: &Keeper, kind: &str) -> Vec<u64> {
     numbers
 }
 
+/// Closes the devices that the process before has left if it has left no state: nobody knows their address spaces.
+pub(super) fn discard_orphans(keeper: &Keeper) {
+    if !lives(keeper, STORE).is_empty() {
+        return;
+    }
+    let names = discard_devices(keeper);
+    if !names.is_empty() {
+        warn!(
+            "the daemon before has left devices, but no state of the guest's IOMMU: they are opened anew ({})",
+            names.join(", ")
+        );
+    }
+}
+
 /// Says that the process before has left things that nobody takes over, and lets them go.
 pub(super) fn release_unclaimed(keeper: &Keeper) {
     let names = keeper.release_unclaimed();
@@ -190,6 +205,19 @@ mod tests {
             left.store.as_slice().len(),
             first.store().memory().words().len()
         );
+    }
+
+    #[test]
+    fn devices_without_a_state_are_closed() {
+        let first = core();
+        let fd = first.store().fd();
+        let devices = [("iommufd", fd), ("vfio.0000-65-00.0", fd), ("vmm", fd)];
+        let (_manager, alone) = keeper(&devices);
+        discard_orphans(&alone);
+        assert_eq!(alone.names(), ["vmm"]);
+        let (_manager, with_state) = keeper(&[&devices[..], &[("store.1", fd)]].concat());
+        discard_orphans(&with_state);
+        assert_eq!(with_state.names().len(), 4);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::time::Duration;
 use log::{error, warn};
 use thiserror::Error;
 
-use self::left::{KeptMemory, LeftMemory, release_unclaimed};
+use self::left::{KeptMemory, LeftMemory, discard_orphans, release_unclaimed};
 use self::left_readers::end_left_readers;
 use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
@@ -114,6 +114,7 @@ impl Daemon {
     pub fn new(config: &Config, keeper: Arc<Keeper>) -> Result<Self, DaemonError> {
         let has_memory_server = config.devices.emulated.iter().any(Emulated::shares_memory);
         let life = Arc::new(Life::new(keeper.is_present() && !has_memory_server));
+        discard_orphans(&keeper);
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;

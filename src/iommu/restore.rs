@@ -281,16 +281,21 @@ impl Iommu {
         for endpoint in endpoints {
             self.record_endpoint(endpoint);
         }
+        let objects = self.record_objects(loaded);
+        self.store.adopt_journal(loaded);
+        self.store.complete();
+        Store::supersede(old.store);
+        objects
+    }
+
+    /// Writes the records of the kernel's objects to the new store.
+    fn record_objects(&self, loaded: &Loaded) -> Vec<(RecordId, ObjectRecord)> {
         let records = self.object_records();
         let objects = loaded.objects.iter().filter_map(|&object| {
             let record = object.into();
             Some((records.add(record)?, record))
         });
-        let objects = objects.collect();
-        self.store.adopt_journal(loaded);
-        self.store.complete();
-        Store::supersede(old.store);
-        objects
+        objects.collect()
     }
 
     /// Finishes a reset, or the VMM's end: both switch quarantined endpoints, too.
@@ -353,17 +358,24 @@ impl Iommu {
         self.domains.clear();
         self.endpoints.retain(|_, e| e.quarantined);
         self.groups.clear();
-        self.bypass = false;
+        self.bypass = self.bypass_at_boot;
         self.driver = DriverState::Unknown;
         self.adopting = false;
-        // Without records: this process's store is not whole yet, so no object may be destroyed.
-        self.adopt_endpoints(&LeftInBackends::default());
-        self.bypass = self.bypass_at_boot;
-        self.block_unknown_driver();
+        // The kernel's objects of the earlier process are known if its store can be read.
+        let loaded = Loaded::read(old.store);
+        let objects = loaded.map_or_else(|_| Vec::new(), |loaded| self.record_objects(&loaded));
+        self.record_state();
         self.distrust_next_driver();
+        // Before the backends destroy the first object: the old store must not name one that is gone.
         self.store.complete();
-        // Only now: until here, the next process must refuse it, too.
         Store::supersede(old.store);
+        let left = LeftInBackends {
+            objects,
+            ..LeftInBackends::default()
+        };
+        self.adopt_endpoints(&left);
+        self.forget_objects(&left.objects);
+        self.block_unknown_driver();
     }
 }
 

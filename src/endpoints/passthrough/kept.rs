@@ -60,6 +60,23 @@ pub(super) fn claim(keeper: &Keeper, name: &str) -> Option<OwnedFd> {
     }
 }
 
+/// Closes all devices, containers and iommufds that the process before has left. Returns their names.
+///
+/// For a process that knows nothing of their address spaces: the kernel destroys these with the descriptors, and closes the
+/// devices, which ends their DMA.
+pub fn discard_devices(keeper: &Keeper) -> Vec<String> {
+    let names = keeper.unclaimed().into_iter();
+    let names: Vec<_> = names
+        .filter(|name| name == IOMMUFD || name.starts_with("vfio."))
+        .collect();
+    // The devices first: they keep their address spaces.
+    let (devices, rest): (Vec<_>, Vec<_>) = names.iter().partition(|name| *name != IOMMUFD);
+    for name in devices.into_iter().chain(rest) {
+        keeper.drop_file(name);
+    }
+    names
+}
+
 /// Closes what the process before has left under a name.
 pub(super) fn close_left(keeper: &Keeper, name: &str) {
     if keeper.claim(name).is_some() {

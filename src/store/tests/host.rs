@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use vm_memory::MmapRegion;
 
-use super::bed::{A, ALL, B, Bed, D1, D2, D3, G1, G2, G3, Model, OK, PAGE, Req, Step};
+use super::bed::{
+    A, ALL, B, Bed, D1, D2, D3, G1, G2, G3, Model, OK, PAGE, Req, Step, settings, topology,
+};
 use super::exhaustive::{Case, cases};
 use crate::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
@@ -16,8 +18,9 @@ use crate::backends::testing::slot;
 use crate::backends::type1::{GroupDevice, Type1Group};
 use crate::backends::{BackendCapabilities, MemorySlot};
 use crate::ids::EndpointId;
-use crate::iommu::{Dma, Iommu};
+use crate::iommu::{Dma, Iommu, Predecessor, Settings};
 use crate::page_table::crash;
+use crate::store::newest;
 use crate::vfio::fake::{Area, FakeContainer, FakeDevice, FakeKernel, FakeMemory};
 use crate::vfio::{AddressSpaces, Attach, DmaSource, Type1};
 
@@ -678,6 +681,79 @@ fn nothing_is_made_anew_without_a_reason() {
         assert_eq!(kernel.state().groups, groups, "{interface:?}");
         bed.check(&mut model);
         go_on(&mut bed, &mut model);
+    }
+}
+
+/// The process that refuses the state dies, too.
+#[test]
+fn the_devices_of_a_refused_state_are_blocked_and_its_address_spaces_are_destroyed() {
+    let other = Settings {
+        last_domain: 14,
+        ..settings()
+    };
+    for interface in INTERFACES {
+        for at in (0..).step_by(3) {
+            let (mut bed, _) = dead(interface);
+            let refuse = |bed: &Bed| {
+                let (arena, store) = bed.left.last().expect("a life").clone();
+                let host = bed.host.as_ref().expect("a host");
+                let mut iommu = Iommu::successor(other, topology()).expect("memory");
+                host.add_backends(&mut iommu, false);
+                iommu.connect();
+                let left = (
+                    iommu.arena().memory().clone(),
+                    iommu.store().memory().clone(),
+                );
+                let restore = move || {
+                    let old = Predecessor {
+                        arena: arena.words(),
+                        store: store.words(),
+                    };
+                    (iommu.restore(old).is_err(), iommu)
+                };
+                (left, restore)
+            };
+            let (left, restore) = refuse(&bed);
+            let (lived, _) = crash::run(at, restore);
+            let has_lived = lived.is_some();
+            let blocked = match lived {
+                Some((is_refused, iommu)) => {
+                    assert!(is_refused);
+                    iommu
+                }
+                None => {
+                    // The next process takes the new store over if that is complete, and refuses the old one otherwise.
+                    bed.left.push(left);
+                    let stores: Vec<_> = bed.left.iter().map(|(_, s)| s.words()).collect();
+                    let newest = newest(&stores).expect("a complete one");
+                    bed.left.truncate(newest + 1);
+                    refuse(&bed).1().1
+                }
+            };
+            assert!(blocked.is_driver_unknown());
+            let host = bed.host.as_ref().expect("a host");
+            for endpoint in ALL {
+                let reached = host.reached(host.group_of(endpoint));
+                assert_eq!(reached, [], "{interface:?}, {at}, {endpoint}");
+            }
+            let state = host.kernel.state();
+            let own = state.spaces.iter();
+            let own = own.filter(|(id, _)| !host.foreign.contains(id));
+            let has_memory = |areas: &BTreeMap<u64, Area>| areas.values().any(|a| a.file != (0, 0));
+            let filled = own.filter(|(_, areas)| has_memory(areas)).count();
+            let for_bypass = matches!(
+                interface,
+                Interface::Owned(Pinning::All) | Interface::Shared(Pinning::All)
+            );
+            assert!(
+                filled <= usize::from(for_bypass),
+                "{interface:?}, {at}: {filled}"
+            );
+            drop(state);
+            if has_lived {
+                break;
+            }
+        }
     }
 }
 
