@@ -9,9 +9,10 @@ mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -22,9 +23,12 @@ use common::kept::Keeper;
 use common::memory::Region;
 use common::wire;
 use tempfile::TempDir;
-use vhost_device_iommu::args::Question;
+use vhost_device_iommu::args::{Question, RunArgs};
+use vhost_device_iommu::config::Config;
 use vhost_device_iommu::ctl;
+use vhost_device_iommu::daemon::Daemon as InProcess;
 use vhost_device_iommu::ids::EndpointId;
+use vhost_device_iommu::process::keeper::Keeper as KeptFiles;
 use vhost_device_iommu::shadow::ShadowReader;
 use vhost_device_iommu::shadow::wire::{FRAME_LEN, Frame, MAGIC, VERSION, kind};
 use vm_memory::{Bytes, GuestAddress};
@@ -308,6 +312,60 @@ fn a_reader_goes_on_over_kills_and_restarts_of_the_daemon() {
     assert_eq!(status["readers"]["now"], 1, "{status}");
     assert_eq!(status["readers"]["killed"], 0, "{status}");
     assert!(!reader.has_changed(&memory));
+}
+
+/// The next daemon goes on with what the devices reach. A planned end must not take it away from them, as a stop does.
+#[test]
+fn a_planned_end_tears_down_no_backend_and_a_stop_does() {
+    for is_planned in [true, false] {
+        let folder = TempDir::new().expect("a folder");
+        let path = folder.path().join("disk.sock");
+        let file = folder.path().join("vm.toml");
+        let text = format!(
+            "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\nshadow = '{}'\n",
+            path.display()
+        );
+        std::fs::write(&file, text).expect("written");
+        let socket = folder.path().join("vhost.sock");
+        let config = Config::try_from(&RunArgs {
+            config: Some(file),
+            socket_path: Some(socket.clone()),
+            ..RunArgs::default()
+        });
+        let keeper = if is_planned {
+            let (manager, ours) = UnixDatagram::pair().expect("sockets");
+            std::thread::spawn(move || while manager.recv(&mut [0; 512]).is_ok() {});
+            KeptFiles::new(ours, []).expect("a keeper")
+        } else {
+            // With a keeper, a stop leaves the VMM to the next daemon, too.
+            KeptFiles::none()
+        };
+        let daemon = InProcess::new(&config.expect("a configuration"), Arc::new(keeper));
+        let mut daemon = daemon.expect("a daemon");
+        let handle = daemon.stop_handle();
+        let running = std::thread::spawn(move || {
+            daemon.run().expect("an orderly end");
+            daemon
+        });
+        let mut guest = Guest::connect_to(&socket, Setup::default());
+        guest.driver_ok();
+        assert_eq!(guest.attach(1, EP), 0);
+        assert_eq!(guest.map_page(1, 0x5000, GPA), 0);
+        let reader = reader(&path, EP);
+        let memory = reader.memory();
+        let read = || memory.read_obj::<u64>(GuestAddress(0x5000));
+        read().expect("mapped");
+        if is_planned {
+            assert!(handle.leave(SOON), "the batch ends");
+        } else {
+            handle.stop();
+        }
+        // Its parts live on: otherwise the reader would notice the end of the connection.
+        let stopped = (!is_planned).then(|| running.join().expect("no panic"));
+        assert!(reader.is_connected());
+        assert_eq!(read().is_ok(), is_planned);
+        drop(stopped);
+    }
 }
 
 /// A process that registers, and gives its connection to another process that never ends.

@@ -358,6 +358,30 @@ fn guest_memory_and_reboots_go_on_after_a_kill() {
     assert!(daemon.mappings(2).is_empty());
 }
 
+/// The VMM reports the reset over QMP to nobody. It waits for a daemon that stops the rings.
+#[test]
+fn a_reset_while_no_daemon_runs_leaves_no_mapping_behind() {
+    let (mut keeper, mut daemon) = start();
+    let mut guest = Guest::boot(&daemon);
+    for round in 0..5 {
+        for (domain, endpoint) in [(1, EP), (2, EP2)] {
+            assert_eq!(guest.attach(domain, endpoint), OK);
+            assert_eq!(guest.map(domain, 0, 0xfff, 0x1000, RW), OK);
+        }
+        daemon.kill();
+        thread::scope(|scope| {
+            let reset = scope.spawn(|| guest.reboot());
+            thread::sleep(Duration::from_millis(round * 20));
+            assert!(!reset.is_finished(), "nobody answers");
+            daemon.start_again(&mut keeper);
+            reset.join().expect("the VMM goes on");
+        });
+        daemon.wait_for("the end of the domains", || daemon.domains().is_empty());
+        assert_eq!(guest.unmap(1, 0, 0xfff), NOENT);
+        assert_eq!(daemon.status()["life"]["state"], "taken-over");
+    }
+}
+
 /// A state that does not add up: every endpoint is blocked, and a new driver is served.
 #[test]
 fn a_damaged_state_is_refused_and_said() {
