@@ -1,14 +1,13 @@
 //! The PCI device as the vfio-user server needs it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use virtio_queue::Error as QueueError;
 
 use super::config_space::{PciSpace, SPACE_BYTES};
-use super::interrupts::{PciInterrupts, VectorEvent};
-use super::keeping::DescriptorKeeping;
+use super::interrupts::PciInterrupts;
 use super::layout::{
     REGISTERS_BAR, REGISTERS_BYTES, Structure, TRAPPED_BAR, TRAPPED_BYTES, VECTORS,
 };
@@ -25,8 +24,8 @@ use crate::vfio_user::message::{
     DEVICE_PCI, DEVICE_RESET, DmaMapBody, DmaUnmapBody, IRQ_INFO_EVENTFD, REGION_READ, REGION_WRITE,
 };
 use crate::vfio_user::server::{
-    ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData, ServedDevice,
-    ServedRegion,
+    ClientEvent, ClientFiles, DescriptorKeeping, DeviceRecord, DeviceSummary, IrqAction, IrqKind,
+    IrqSet, IrqSetData, ServedDevice, ServedRegion,
 };
 use crate::vfio_user::version::{Capabilities, Version};
 use crate::{error_limited, warn_limited};
@@ -267,12 +266,8 @@ impl ServedDevice for VirtioPciDevice {
             }
             IrqSetData::Eventfds(events) if action == IrqAction::Trigger => {
                 let keeping = &self.keeping;
-                let keep = |event: Option<PeerEvent>| {
-                    event.map(|event| VectorEvent {
-                        name: keeping.keep(event.as_fd()),
-                        event,
-                    })
-                };
+                let keep =
+                    |event: Option<PeerEvent>| event.map(|event| ClientEvent::new(event, keeping));
                 let events = events.into_iter().map(keep).collect();
                 self.interrupts.set_events(first, events);
             }

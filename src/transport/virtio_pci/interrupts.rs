@@ -12,7 +12,7 @@ use super::layout::{NO_VECTOR, VECTORS};
 use crate::device::QUEUES;
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
-use crate::process::peer_event::PeerEvent;
+use crate::vfio_user::server::ClientEvent;
 use crate::warn_limited;
 
 /// The ISR status: a queue interrupt.
@@ -49,16 +49,9 @@ struct InterruptState {
 /// One MSI-X vector as the VMM has set it up.
 #[derive(Default)]
 struct Vector {
-    event: Option<VectorEvent>,
+    event: Option<ClientEvent>,
     masked: bool,
     pending: bool,
-}
-
-/// The eventfd of a vector.
-pub(super) struct VectorEvent {
-    pub(super) event: PeerEvent,
-    /// Its name at the keeper, empty if it is not kept; `None` without a keeper.
-    pub(super) name: Option<String>,
 }
 
 /// The vector that the driver has mapped to a source of interrupts, and whether an interrupt waits to be sent.
@@ -220,7 +213,7 @@ impl PciInterrupts {
     }
 
     /// The VMM gives the eventfds of vectors from `first` on, or takes them back.
-    pub(super) fn set_events(&self, first: usize, events: Vec<Option<VectorEvent>>) {
+    pub(super) fn set_events(&self, first: usize, events: Vec<Option<ClientEvent>>) {
         let mut state = self.state.lock();
         for (vector, event) in state.vectors.iter_mut().skip(first).zip(events) {
             vector.event = event;
@@ -253,7 +246,7 @@ impl PciInterrupts {
 
     /// Goes on with the interrupts of an earlier process. The driver gets an interrupt of each queue: that process may
     /// have died before it sent one.
-    pub(super) fn resume(&self, record: &InterruptsRecord, events: Vec<Option<VectorEvent>>) {
+    pub(super) fn resume(&self, record: &InterruptsRecord, events: Vec<Option<ClientEvent>>) {
         let mut state = self.state.lock();
         let vectors = state.vectors.iter_mut().zip(&record.vectors).zip(events);
         for ((vector, record), event) in vectors {

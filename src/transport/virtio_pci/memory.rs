@@ -17,7 +17,6 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
 
-use super::keeping::DescriptorKeeping;
 use super::record::WindowRecord;
 use crate::address::PageMask;
 use crate::device::Device;
@@ -26,7 +25,7 @@ use crate::vfio_user::ClientWindows;
 use crate::vfio_user::message::{
     DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody,
 };
-use crate::vfio_user::server::ClientFiles;
+use crate::vfio_user::server::{ClientFiles, DescriptorKeeping};
 use crate::{info_limited, warn_limited};
 
 /// The maximum number of slots, as that of vhost-user: each is a mapping in this process.

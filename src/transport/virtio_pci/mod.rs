@@ -25,7 +25,6 @@ mod config_space;
 mod device;
 mod fields;
 mod interrupts;
-mod keeping;
 mod layout;
 mod memory;
 mod record;

@@ -6,11 +6,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::config_space::PciSpace;
 use super::device::VirtioPciDevice;
-use super::interrupts::{InterruptsRecord, VectorEvent};
+use super::interrupts::InterruptsRecord;
 use super::memory::ClientMemory;
 use super::record::{PciRecord, QueueRecord, RecordedChanges};
-use crate::process::peer_event::PeerEvent;
-use crate::vfio_user::server::{ClientFiles, DeviceRecord};
+use crate::vfio_user::server::{ClientEvent, ClientFiles, DeviceRecord};
 
 /// Where the used index is in the used ring.
 const USED_INDEX: u64 = 2;
@@ -71,7 +70,7 @@ impl VirtioPciDevice {
         Ok(())
     }
 
-    fn resume_driver(&mut self, record: &PciRecord, events: Vec<Option<VectorEvent>>) {
+    fn resume_driver(&mut self, record: &PciRecord, events: Vec<Option<ClientEvent>>) {
         self.space = PciSpace::resumed(self.trapped.is_some(), &record.space);
         self.registers
             .resume(&record.registers, self.space.is_bus_master());
@@ -102,15 +101,8 @@ impl VirtioPciDevice {
 fn vector_events(
     record: &InterruptsRecord,
     files: &ClientFiles,
-) -> io::Result<Vec<Option<VectorEvent>>> {
-    let event = |name: &String| {
-        let file = files.get(name);
-        let file = file.ok_or_else(|| io::Error::other("an eventfd is missing"))?;
-        Ok(VectorEvent {
-            event: PeerEvent::new(file.try_clone()?)?,
-            name: Some(name.clone()),
-        })
-    };
+) -> io::Result<Vec<Option<ClientEvent>>> {
+    let event = |name: &String| ClientEvent::resumed(name, files);
     let vectors = record.vectors.iter();
     vectors
         .map(|vector| vector.event.as_ref().map(event).transpose())

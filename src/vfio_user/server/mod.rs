@@ -19,6 +19,7 @@
 
 mod client;
 mod commands;
+mod descriptors;
 mod device;
 mod kept;
 mod listen;
@@ -28,6 +29,7 @@ mod respond;
 mod tests;
 
 pub use self::client::{ClientChannel, ClientEnd, ServerSignal, serve_client};
+pub use self::descriptors::{ClientEvent, DescriptorKeeping};
 pub use self::device::{
     ClientFiles, DeviceRecord, DeviceSummary, IrqAction, IrqKind, IrqSet, IrqSetData,
     RegionCapability, ServedDevice, ServedRegion,

@@ -64,6 +64,18 @@ impl ClientKeeping {
         self.left.as_ref().is_some_and(|left| left.device.is_some())
     }
 
+    /// Closes the connection that an earlier process has left: it is not gone on with after all.
+    pub fn refuse_left(&mut self, why: &str) {
+        if let Some(left) = self.left.take() {
+            let text = format!(
+                "the connection of a vfio-user client to the daemon before is closed, so the VM must be started anew: {why}"
+            );
+            log::error!("{text}");
+            self.lose(text);
+            self.close(&left.socket);
+        }
+    }
+
     /// A client has connected.
     pub(in super::super) fn open(&mut self, socket: &UnixStream) {
         self.book.open(socket);
