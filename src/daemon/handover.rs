@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::address::IovaRange;
-use crate::config::{Config, VmmTransport};
+use crate::config::{Config, HostIommu, VmmTransport};
 use crate::device::execute::probe_size;
 use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
@@ -81,10 +81,11 @@ fn ends(config: &Config) -> Vec<String> {
         .emulated
         .iter()
         .map(|device| format!("those of the emulated device {}", device.endpoint));
-    let exported = devices
-        .exported
-        .iter()
-        .map(|device| format!("that of the exported device {}", device.endpoint));
+    // With type1 they end with the daemon.
+    let is_type1 = config.host_iommu == HostIommu::Type1;
+    let exported = devices.exported.iter().filter(|_| is_type1);
+    let exported =
+        exported.map(|device| format!("that of the exported device {}", device.endpoint));
     emulated.chain(exported).collect()
 }
 

@@ -174,7 +174,7 @@ impl Daemon {
             hotplug,
             readers,
             shadow,
-        } = attached.serve(config, &iommu, &device)?;
+        } = attached.serve(config, &iommu, &device, &keeper, &life)?;
         // Before any request is served.
         end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
         let shadow = shadow.map(Arc::new);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use log::info;
 
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus};
-use crate::export::{self, DeviceServer, ExportedDevice, ServerStatus};
+use crate::export::{self, ClientKeeping, DeviceServer, ExportedDevice, ServerStatus};
 use crate::process::socket::SocketFile;
 use crate::topology::PciAddress;
 
@@ -39,6 +39,8 @@ pub struct BoundExport {
     pub file: Arc<SocketFile>,
     /// The device.
     pub device: ExportedDevice,
+    /// Lets the connections of clients outlive this process.
+    pub keeping: Option<ClientKeeping>,
 }
 
 impl BoundExport {
@@ -49,7 +51,7 @@ impl BoundExport {
     pub fn serve(self) -> io::Result<(ServedExport, Arc<dyn DeviceStatus>, Arc<SocketFile>)> {
         let leftover = self.device.leftover();
         let is_silent = self.device.is_silent();
-        let server = export::serve(self.listener, self.device)?;
+        let server = export::serve(self.listener, self.device, self.keeping)?;
         info!(
             "endpoint {} is exported at {}",
             self.endpoint,

@@ -6,21 +6,24 @@ use std::sync::Arc;
 
 use super::bound::BoundExport;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
-use super::passthrough::PassthroughDevices;
+use super::passthrough::{OpenedExport, PassthroughDevices, client_name};
 use super::sockets::rights;
 use super::status::StatusNames;
 use crate::config::{Config, Descriptors};
-use crate::export::{ExportedDevice, HotResetRegistry};
+use crate::export::{ClientKeeping, ExportedDevice, HotResetRegistry};
 use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind_for;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
     DeviceAccess, HostFunction, ioctls_of_bus_resets, ioctls_of_exports, ioctls_of_opening,
 };
+use crate::vfio_user::server::ServedDevice;
 
 /// Asks the exported device of `endpoint` for its registers, and makes the socket of its server. Opens nothing if the
-/// configuration does not export it. [`OpenDevice::serve`] then serves the VMM's clients.
+/// configuration does not export it. [`OpenDevice::serve`] then serves the VMM's clients. Their connections outlive this
+/// process with `kept`.
 ///
 /// # Errors
 /// The socket cannot be made, or the device does not describe its registers.
@@ -29,6 +32,7 @@ pub fn bind_export(
     endpoint: PciAddress,
     device: Box<dyn DeviceAccess>,
     hot_resets: &HotResetRegistry,
+    kept: Option<KeptExport>,
 ) -> io::Result<OpenDevice> {
     let devices = &config.devices;
     let Some(export) = devices.exported_at(endpoint) else {
@@ -44,6 +48,13 @@ pub fn bind_export(
         Some(host) => offered.with_hot_reset(hot_resets, host)?,
         None => offered,
     };
+    let (offered, keeping) = match kept {
+        Some(kept) => {
+            let (offered, keeping) = kept.keep(endpoint, offered)?;
+            (offered, Some(keeping))
+        }
+        None => (offered, None),
+    };
     let (listener, file) = bind_for(&export.path, rights(config.socket_access))?;
     Ok(OpenDevice {
         bound: Some(BoundExport {
@@ -52,10 +63,47 @@ pub fn bind_export(
             listener,
             file: Arc::new(file),
             device: offered,
+            keeping,
         }),
         host: host.map(|host| host.to_string()),
         ..OpenDevice::default()
     })
+}
+
+/// What lets the connections of an exported device's clients outlive this process.
+pub struct KeptExport {
+    /// Keeps the connections, and the device.
+    pub keeper: Arc<Keeper>,
+    /// Where losses are noted.
+    pub life: Arc<Life>,
+    /// The device is as the process before has left it.
+    pub is_left: bool,
+}
+
+impl KeptExport {
+    /// Has the device go on with the client that the process before has left, if both are there.
+    fn keep(
+        self,
+        endpoint: PciAddress,
+        device: ExportedDevice,
+    ) -> io::Result<(ExportedDevice, ClientKeeping)> {
+        let name = client_name(endpoint);
+        let mut keeping = ClientKeeping::find(self.keeper.clone(), &name, self.life)?;
+        let mut device = device.kept_with(self.keeper);
+        match (keeping.has_left_device(), self.is_left) {
+            (true, true) => device.reserve(),
+            (true, false) => {
+                keeping.refuse_left("its exported device was not kept, and is opened anew");
+            }
+            // Nobody goes on with what its last client may have made of it.
+            (false, true) => {
+                device.reserve();
+                device.release();
+            }
+            (false, false) => {}
+        }
+        Ok((device, keeping))
+    }
 }
 
 /// The place of a device on the host, as VFIO names it; `None` in a domain of more than 16 bits, which VFIO cannot
@@ -109,7 +157,7 @@ impl EndpointKind for ExportedKind {
             (group.cloned(), info.reserved.clone())
         });
         let backend = opened.backends.into_iter().next();
-        let Some((_, access)) = opened.exported.into_iter().next() else {
+        let Some(OpenedExport { access, .. }) = opened.exported.into_iter().next() else {
             return Ok(OpenDevice::default());
         };
         // VFIO opens a device without bus mastering. Make sure of it: the backend is filled before the core knows the
@@ -119,7 +167,7 @@ impl EndpointKind for ExportedKind {
             backend: backend.map(|(backend, _)| backend),
             facts,
             host_iommu: opened.iommus.get(&endpoint).cloned(),
-            ..bind_export(&alone, endpoint, access, plug.hot_resets)?
+            ..bind_export(&alone, endpoint, access, plug.hot_resets, None)?
         })
     }
 

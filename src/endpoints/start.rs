@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::exported::KeptExport;
 use super::hotplug::Hotplug;
 use super::kind::OpenDevice;
-use super::passthrough::{PassthroughDevices, PassthroughError};
+use super::passthrough::{OpenedExport, PassthroughDevices, PassthroughError};
 use super::shadow::ShadowError;
 use super::{emulated, exported, shadow};
 use crate::backends::DmaBackend;
@@ -27,9 +28,9 @@ use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::metrics::Metrics;
 use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::shadow::{Registry, ShadowServer};
 use crate::topology::{PciAddress, Topology};
-use crate::vfio::DeviceAccess;
 
 /// Why the configured devices cannot be brought up.
 #[derive(Debug, Error)]
@@ -54,7 +55,7 @@ pub enum StartError {
 /// Open devices without backends in the core.
 pub struct OpenedDevices {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
-    exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    exported: Vec<OpenedExport>,
     iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
@@ -62,7 +63,7 @@ pub struct OpenedDevices {
 
 /// Devices with backends in the core, before any socket accepts a client.
 pub struct AttachedDevices {
-    exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    exported: Vec<OpenedExport>,
     iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
@@ -162,7 +163,8 @@ impl OpenedDevices {
 }
 
 impl AttachedDevices {
-    /// Accepts shadow readers and the VMM's clients, and reports the devices' faults through `device`.
+    /// Accepts shadow readers and the VMM's clients, and reports the devices' faults through `device`. `keeper` keeps the
+    /// connections of exported devices, and `life` learns which are lost.
     ///
     /// # Errors
     /// A socket or a thread cannot be made.
@@ -171,6 +173,8 @@ impl AttachedDevices {
         config: &Config,
         iommu: &Arc<Mutex<Iommu>>,
         device: &Arc<Device>,
+        keeper: &Arc<Keeper>,
+        life: &Arc<Life>,
     ) -> Result<ServedDevices, StartError> {
         let hotplug = Hotplug::new(
             config,
@@ -189,8 +193,17 @@ impl AttachedDevices {
         let shadow = shadow.transpose()?;
         // A hot reset concerns several devices, so all of them are registered before one of them has a client.
         let mut bound = Vec::new();
-        for (endpoint, access) in self.exported {
-            let device = exported::bind_export(config, endpoint, access, hotplug.hot_resets());
+        for export in self.exported {
+            let endpoint = export.endpoint;
+            let is_left = export.is_left.filter(|_| keeper.is_present());
+            let kept = is_left.map(|is_left| KeptExport {
+                keeper: keeper.clone(),
+                life: life.clone(),
+                is_left,
+            });
+            let access = export.access;
+            let resets = hotplug.hot_resets();
+            let device = exported::bind_export(config, endpoint, access, resets, kept);
             let device = OpenDevice {
                 host_iommu: self.iommus.get(&endpoint).cloned(),
                 kept: self.kept.get(&endpoint).cloned().unwrap_or_default(),

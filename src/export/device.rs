@@ -7,17 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::{info, warn};
+use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FLAGS_PCI, VFIO_DEVICE_FLAGS_RESET, VFIO_PCI_CONFIG_REGION_INDEX,
+    VFIO_PCI_ROM_REGION_INDEX,
 };
+use zerocopy::FromBytes;
 
 use super::hot_reset::{HotResetRegistry, Names, RegisteredDevice, Release, StaleReason};
-use super::irqs::{ExportedIrqs, errno_of};
+use super::irqs::{ExportedIrqs, IrqsRecord, errno_of};
+use crate::process::keeper::Keeper;
 use crate::vfio::{DeviceAccess, DeviceInfo, HostFunction, RegionInfo};
 use crate::vfio_user::ClientWindows;
-use crate::vfio_user::message::{DmaMapBody, DmaUnmapBody};
+use crate::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody, RegionAccessBody};
 use crate::vfio_user::server::{
-    DeviceSummary, IrqKind, IrqSet, RegionCapability, ServedDevice, ServedRegion,
+    ClientFiles, DescriptorKeeping, DeviceRecord, DeviceSummary, IrqKind, IrqSet, RegionCapability,
+    ServedDevice, ServedRegion,
 };
 use crate::vfio_user::version::{Capabilities, Version};
 use crate::{info_limited, warn_limited};
@@ -51,6 +56,18 @@ pub struct ExportedDevice {
     /// The client's windows, which are only checked: the VMM's memory table names the RAM, and the
     /// guest's mappings decide what the device reaches (`docs/export.md`).
     windows: ClientWindows,
+    keeping: DescriptorKeeping,
+    /// A later process must know something that is not recorded.
+    has_changed: bool,
+}
+
+/// What a later process must know of a client.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ExportRecord {
+    irqs: IrqsRecord,
+    /// The first and the last address of each window.
+    windows: Vec<(u64, u64)>,
 }
 
 /// A region that the device has.
@@ -96,7 +113,23 @@ impl ExportedDevice {
             is_silent: Arc::default(),
             answers_all_accesses: false,
             windows: ClientWindows::default(),
+            keeping: DescriptorKeeping::default(),
+            has_changed: false,
         })
+    }
+
+    /// Has `keeper` keep what a later process needs to go on with the client. It must keep the device, too.
+    pub fn kept_with(mut self, keeper: Arc<Keeper>) -> Self {
+        self.keeping = DescriptorKeeping::new(keeper);
+        self
+    }
+
+    /// The client of an earlier process has the device. Must be called before another device of the daemon is released: it
+    /// could be reset together with this one.
+    pub fn reserve(&self) {
+        if let Some(registered) = &self.registered {
+            registered.take();
+        }
     }
 
     /// Answers accesses that it would refuse, see [`ServedDevice::answers_all_accesses`].
@@ -187,6 +220,7 @@ impl ServedDevice for ExportedDevice {
     }
 
     fn negotiate(&mut self, _client: &Version, _answer: &mut Capabilities) {
+        self.has_changed = true;
         if let Some(registered) = &self.registered
             && registered.take()
         {
@@ -225,7 +259,8 @@ impl ServedDevice for ExportedDevice {
 
     fn set_irqs(&mut self, set: IrqSet<'_>) -> Result<(), i32> {
         let kind = self.irq(set.index).ok_or(libc::EINVAL)?;
-        self.irqs.set(&*self.device, kind, set)
+        self.has_changed = true;
+        self.irqs.set(&*self.device, kind, set, &self.keeping)
     }
 
     fn read_region(&mut self, index: u32, offset: u64, into: &mut [u8]) -> Result<usize, i32> {
@@ -243,11 +278,60 @@ impl ServedDevice for ExportedDevice {
     }
 
     fn dma_map(&mut self, window: &DmaMapBody, _file: Option<OwnedFd>) -> Result<(), i32> {
+        self.has_changed = true;
         self.windows.map(window)
     }
 
     fn dma_unmap(&mut self, window: &DmaUnmapBody) -> Result<(), i32> {
+        self.has_changed = true;
         self.windows.unmap(window)
+    }
+
+    fn take_record(&mut self) -> Option<DeviceRecord> {
+        if !self.keeping.is_present() || !std::mem::take(&mut self.has_changed) {
+            return None;
+        }
+        let record = ExportRecord {
+            irqs: self.irqs.record(),
+            windows: self.windows.record(),
+        };
+        let fixed = record.irqs.fixed.iter();
+        Some(DeviceRecord {
+            names: fixed
+                .flat_map(|(_, names)| names)
+                .flatten()
+                .cloned()
+                .collect(),
+            // It has only numbers and names: it cannot fail.
+            bytes: serde_json::to_vec(&record).unwrap_or_default(),
+        })
+    }
+
+    /// A BAR may have a register that counts, or that a read clears. The configuration space of PCI has none, and neither has
+    /// the ROM. A reset, and what the kernel does for interrupts, leads to the same state twice; an interrupt that the client
+    /// asks for comes twice.
+    fn can_repeat(&self, command: Option<Command>, body: &[u8]) -> bool {
+        let region =
+            RegionAccessBody::read_from_prefix(body).map(|(access, _)| access.region.get());
+        let is_plain = |index| {
+            index == VFIO_PCI_CONFIG_REGION_INDEX
+                || index == VFIO_PCI_ROM_REGION_INDEX && command == Some(Command::RegionRead)
+        };
+        match command {
+            Some(Command::RegionRead | Command::RegionWrite) => region.is_ok_and(is_plain),
+            Some(Command::RegionWriteMulti) => false,
+            _ => true,
+        }
+    }
+
+    /// The device has gone on by itself: its descriptor was kept.
+    fn resume(&mut self, record: &[u8], files: &ClientFiles) -> io::Result<()> {
+        let record: ExportRecord = serde_json::from_slice(record).map_err(io::Error::other)?;
+        let windows = ClientWindows::resumed(&record.windows);
+        self.windows = windows.ok_or_else(|| io::Error::other("its windows overlap"))?;
+        self.irqs = ExportedIrqs::resumed(&record.irqs, &self.kinds, files)?;
+        self.reserve();
+        Ok(())
     }
 
     /// Disables the device's interrupts. Clears the enable bits of its command register, so that it does no

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 
+use serde::{Deserialize, Serialize};
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_ACTION_UNMASK,
@@ -11,8 +12,20 @@ use vfio_bindings::bindings::vfio::{
 
 use crate::process::peer_event::PeerEvent;
 use crate::vfio::{DeviceAccess, IrqChange, IrqSelection};
-use crate::vfio_user::server::{IrqAction, IrqKind, IrqSet, IrqSetData};
+use crate::vfio_user::server::{
+    ClientEvent, ClientFiles, DescriptorKeeping, IrqAction, IrqKind, IrqSet, IrqSetData,
+};
 use crate::warn_limited;
+
+/// What a later process must know of a client's interrupts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct IrqsRecord {
+    /// The kinds that the client may have enabled.
+    used: Vec<u32>,
+    /// The names of the eventfds of the kinds with a fixed number of interrupts.
+    pub(super) fixed: Vec<(u32, Vec<Option<String>>)>,
+}
 
 /// The interrupts that the client has set.
 #[derive(Debug, Default)]
@@ -21,7 +34,7 @@ pub(super) struct ExportedIrqs {
     used: BTreeSet<u32>,
     /// The client's eventfds, for the kinds with a fixed number of interrupts: the kernel fixes the number when the
     /// client first enables interrupts of the kind.
-    kept: BTreeMap<u32, Vec<Option<PeerEvent>>>,
+    kept: BTreeMap<u32, Vec<Option<ClientEvent>>>,
 }
 
 impl ExportedIrqs {
@@ -38,6 +51,7 @@ impl ExportedIrqs {
         device: &dyn DeviceAccess,
         kind: IrqKind,
         set: IrqSet<'_>,
+        keeping: &DescriptorKeeping,
     ) -> Result<(), i32> {
         let IrqSet { index, start, .. } = set;
         let action = match set.action {
@@ -65,11 +79,71 @@ impl ExportedIrqs {
                 self.used.insert(index);
                 let fixed = kind.flags & VFIO_IRQ_INFO_NORESIZE != 0;
                 if set.action == IrqAction::Trigger && fixed && kind.count > 1 {
+                    let keep = |event: Option<PeerEvent>| {
+                        event.map(|event| ClientEvent::new(event, keeping))
+                    };
+                    let events = events.into_iter().map(keep).collect();
                     return self.set_fixed(device, index, start as usize, events);
                 }
+                let events: Vec<_> = events.iter().map(Option::as_ref).collect();
                 errno_of(set_events(device, action, index, start, &events))
             }
         }
+    }
+
+    /// What a later process must know. The kernel has the eventfds themselves.
+    pub(super) fn record(&self) -> IrqsRecord {
+        let name = |event: &Option<ClientEvent>| {
+            let event = event.as_ref()?;
+            // Without a keeper nobody reads it.
+            Some(event.name.clone().unwrap_or_default())
+        };
+        let kept = self.kept.iter();
+        IrqsRecord {
+            used: self.used.iter().copied().collect(),
+            fixed: kept
+                .map(|(index, events)| (*index, events.iter().map(name).collect()))
+                .collect(),
+        }
+    }
+
+    /// The interrupts that a client of an earlier process has set, of a device with these `kinds`.
+    ///
+    /// # Errors
+    /// They are none that the device has, or an eventfd is missing.
+    pub(super) fn resumed(
+        record: &IrqsRecord,
+        kinds: &[IrqKind],
+        files: &ClientFiles,
+    ) -> io::Result<Self> {
+        let count = |index: u32| {
+            kinds
+                .get(index as usize)
+                .map_or(0, |kind| kind.count as usize)
+        };
+        let is_sound = record.used.iter().all(|index| count(*index) > 0)
+            && record
+                .fixed
+                .iter()
+                .all(|(index, events)| events.len() <= count(*index));
+        if !is_sound {
+            return Err(io::Error::other("it has interrupts that the device lacks"));
+        }
+        let event = |name: &Option<String>| {
+            let event = name.as_ref();
+            event
+                .map(|name| ClientEvent::resumed(name, files))
+                .transpose()
+        };
+        let mut kept = BTreeMap::new();
+        for (index, events) in &record.fixed {
+            let events: io::Result<Vec<_>> = events.iter().map(event).collect();
+            kept.insert(*index, events?);
+        }
+        Ok(Self {
+            used: record.used.iter().copied().collect(),
+            kept,
+        })
     }
 
     /// Disables all interrupts that the client may have enabled.
@@ -91,7 +165,7 @@ impl ExportedIrqs {
         device: &dyn DeviceAccess,
         index: u32,
         start: usize,
-        events: Vec<Option<PeerEvent>>,
+        events: Vec<Option<ClientEvent>>,
     ) -> Result<(), i32> {
         let kept = self.kept.entry(index).or_default();
         let (before, end) = (kept.len(), start + events.len());
@@ -104,18 +178,25 @@ impl ExportedIrqs {
         let outcome = if grows {
             device
                 .set_irqs(&disable_all(index))
-                .and_then(|()| set_events(device, action, index, 0, kept))
+                .and_then(|()| set_events(device, action, index, 0, &peer_events(kept)))
         } else {
             let first = if before == 0 { 0 } else { start };
             let events = kept.get(first..end).unwrap_or_default();
             let start = u32::try_from(first).unwrap_or(u32::MAX);
-            set_events(device, action, index, start, events)
+            set_events(device, action, index, start, &peer_events(events))
         };
         if outcome.is_err() {
             kept.truncate(if grows { 0 } else { before });
         }
         errno_of(outcome)
     }
+}
+
+fn peer_events(events: &[Option<ClientEvent>]) -> Vec<Option<&PeerEvent>> {
+    let events = events.iter();
+    events
+        .map(|event| event.as_ref().map(|event| &event.event))
+        .collect()
 }
 
 fn disable_all(index: u32) -> IrqChange<'static> {
@@ -132,12 +213,9 @@ fn set_events(
     action: u32,
     index: u32,
     start: u32,
-    events: &[Option<PeerEvent>],
+    events: &[Option<&PeerEvent>],
 ) -> io::Result<()> {
-    let events: Vec<_> = events
-        .iter()
-        .map(|event| event.as_ref().map(AsFd::as_fd))
-        .collect();
+    let events: Vec<_> = events.iter().map(|event| event.map(AsFd::as_fd)).collect();
     device.set_irqs(&IrqChange {
         action,
         index,

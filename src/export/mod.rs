@@ -22,12 +22,16 @@ use std::os::unix::net::UnixListener;
 pub use self::device::ExportedDevice;
 pub use self::hot_reset::HotResetRegistry;
 use crate::process::sandbox::Role;
-pub use crate::vfio_user::server::{DeviceServer, ServerStatus};
+pub use crate::vfio_user::server::{ClientKeeping, DeviceServer, ServerStatus};
 
-/// Serves one client of `device` after the other at `listener`.
+/// Serves one client of `device` after the other at `listener`. With `keeping`, a client's connection outlives this process.
 ///
 /// # Errors
 /// The system has no descriptor or thread left.
-pub fn serve(listener: UnixListener, device: ExportedDevice) -> io::Result<DeviceServer> {
-    DeviceServer::start(Role::Export, listener, Box::new(device))
+pub fn serve(
+    listener: UnixListener,
+    device: ExportedDevice,
+    keeping: Option<ClientKeeping>,
+) -> io::Result<DeviceServer> {
+    DeviceServer::start_kept(Role::Export, listener, Box::new(device), keeping)
 }

@@ -33,6 +33,30 @@ impl ClientWindows {
         Ok(())
     }
 
+    /// The first and the last address of each window, for a later process.
+    pub(crate) fn record(&self) -> Vec<(u64, u64)> {
+        let windows = self.0.values();
+        windows
+            .map(|range| (range.first().0, range.last().0))
+            .collect()
+    }
+
+    /// The windows that an earlier process has recorded; `None` if they do not add up.
+    pub(crate) fn resumed(record: &[(u64, u64)]) -> Option<Self> {
+        let mut windows = Self::default();
+        for &(first, last) in record {
+            let range = IovaRange::new(Iova(first), Iova(last))?;
+            let before = windows.0.last_key_value();
+            if before.is_some_and(|(_, before)| before.last() >= range.first())
+                || windows.0.len() >= MAX_WINDOWS
+            {
+                return None;
+            }
+            windows.0.insert(range.first(), range);
+        }
+        Some(windows)
+    }
+
     /// Records a DMA_UNMAP.
     ///
     /// # Errors

@@ -364,7 +364,7 @@ impl Bed {
         let listener = UnixListener::bind(&path).expect("a socket");
         let offered =
             ExportedDevice::new("device".into(), Box::new(device.clone())).expect("a device");
-        let server = serve(listener, change(offered)).expect("a server");
+        let server = serve(listener, change(offered), None).expect("a server");
         Self {
             device,
             path,

@@ -21,3 +21,4 @@ mod hostile;
 mod inspected;
 mod interrupts;
 mod resets;
+mod restarts;

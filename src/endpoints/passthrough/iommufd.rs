@@ -13,8 +13,8 @@ use log::warn;
 
 use super::kept::{self, DeviceFacts, KnownDevices};
 use super::{
-    HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
-    stop_export,
+    HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
+    group_of, stop_export,
 };
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
@@ -23,9 +23,7 @@ use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::adopt;
 use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
-use crate::vfio::{
-    AddressSpaces, Attach, Cdev, DeviceAccess, IommuFd, VfioError, probe_allowed_iovas,
-};
+use crate::vfio::{AddressSpaces, Attach, Cdev, IommuFd, VfioError, probe_allowed_iovas};
 
 pub(super) fn open(
     config: &Config,
@@ -73,7 +71,7 @@ pub(super) fn open(
     let mut bound_before = Vec::new();
     let mut devices = Vec::new();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
-    let mut exported: Vec<(PciAddress, Box<dyn DeviceAccess>)> = Vec::new();
+    let mut exported = Vec::new();
     let mut granule = 1;
     for passthrough in &config.devices.passthrough {
         let &Passthrough { endpoint, host } = passthrough;
@@ -92,24 +90,19 @@ pub(super) fn open(
             check_node(cdev, path, fd, passthrough)?;
         }
         let binds = inherited.is_some() && !is_exported;
-        let cdev = match inherited {
-            Some(cdev) => cdev,
-            // The VMM's connection to an exported device ends with this process, and so does the device's DMA.
-            None if is_exported => {
-                kept::close_left(keeper, &name);
-                open_cdev(path.as_deref(), passthrough)?
-            }
+        let (cdev, is_claimed) = match inherited {
+            Some(cdev) => (cdev, None),
             None => {
-                if !is_left {
-                    // It is bound to an iommufd that is gone.
-                    kept::close_left(keeper, &name);
-                }
-                match claim_cdev(keeper, &name, path.as_deref()) {
-                    Some(cdev) => cdev,
+                // Otherwise it is bound to an iommufd that is gone. An exported device without a client is taken over, too:
+                // a device that the keeper still has open cannot be bound anew.
+                let left = is_left.then(|| claim_cdev(keeper, &name, path.as_deref()));
+                match left.flatten() {
+                    Some(cdev) => (cdev, Some(true)),
                     None => {
+                        kept::close_left(keeper, &name);
                         let cdev = open_cdev(path.as_deref(), passthrough)?;
                         kept::keep(keeper, &name, cdev.as_fd());
-                        cdev
+                        (cdev, Some(false))
                     }
                 }
             }
@@ -123,7 +116,7 @@ pub(super) fn open(
         } else {
             if cdev.is_bound() {
                 bound_before.push(endpoint.endpoint_id());
-                if is_exported {
+                if is_exported && is_claimed != Some(true) {
                     stop_export(&cdev, passthrough);
                 }
             }
@@ -140,7 +133,11 @@ pub(super) fn open(
             allowed.insert(endpoint, found.ranges);
         }
         if is_exported {
-            exported.push((endpoint, Box::new(cdev.clone())));
+            exported.push(OpenedExport {
+                endpoint,
+                access: Box::new(cdev.clone()),
+                is_left: is_claimed,
+            });
         }
         devices.push(PassthroughDevice {
             endpoint: endpoint.endpoint_id(),

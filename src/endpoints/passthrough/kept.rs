@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::address::{Iova, IovaRange};
 use crate::process::keeper::Keeper;
-use crate::topology::HostAddress;
+use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::AllowedIovas;
 
 /// The name of the daemon's iommufd at the keeper.
@@ -30,6 +30,11 @@ const MAX_RANGES: usize = 1024;
 /// The name of a device's descriptor at the keeper.
 pub(super) fn device_name(host: HostAddress) -> String {
     format!("vfio.{host}").replace(':', "-")
+}
+
+/// The name under which the clients of an endpoint's exported device are kept.
+pub(in super::super) fn client_name(endpoint: PciAddress) -> String {
+    format!("export.{endpoint}").replace(':', "-")
 }
 
 /// The name of the container of a host group.

@@ -28,6 +28,7 @@ use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
 pub use kept::discard_devices;
+pub(super) use kept::client_name;
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 
 /// The passthrough devices of a VM, opened.
@@ -36,12 +37,22 @@ pub struct PassthroughDevices {
     pub topology: Topology,
     /// The backends, each with its endpoints.
     pub backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
-    /// The exported devices, by the address of their endpoint.
-    pub exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    /// The exported devices.
+    pub exported: Vec<OpenedExport>,
     /// The host's IOMMUs that translate for the devices, by endpoint, as far as sysfs names them.
     pub iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`](super::kind::OpenDevice::kept), by endpoint.
     pub kept: BTreeMap<PciAddress, Vec<String>>,
+}
+
+/// An exported device, opened for its registers.
+pub struct OpenedExport {
+    /// The address of its endpoint.
+    pub endpoint: PciAddress,
+    /// Its registers.
+    pub access: Box<dyn DeviceAccess>,
+    /// A later process can take it over; `None` if it ends with this one. Otherwise whether this process has taken it over.
+    pub is_left: Option<bool>,
 }
 
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.
@@ -49,7 +60,7 @@ struct HostBackends {
     backends: Vec<(Box<dyn DmaBackend>, Vec<EndpointId>)>,
     /// The allowed addresses by endpoint, as far as VFIO reports them.
     allowed: BTreeMap<PciAddress, Vec<IovaRange>>,
-    exported: Vec<(PciAddress, Box<dyn DeviceAccess>)>,
+    exported: Vec<OpenedExport>,
 }
 
 impl PassthroughDevices {

@@ -11,8 +11,8 @@ use log::warn;
 
 use super::kept;
 use super::{
-    HostBackends, PassthroughError, capabilities, check_coherency, check_granule, group_of,
-    stop_export,
+    HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
+    group_of, stop_export,
 };
 use crate::address::IovaRange;
 use crate::backends::type1::{GroupDevice, Type1Group};
@@ -209,8 +209,8 @@ fn keep_container(keeper: &Keeper, number: u32, container: &Container) {
 /// Opens a device of a group, or takes it over from the process before, if the group `is_left` by that process. `is_kept` says
 /// whether the device outlives this process.
 ///
-/// An exported device does not: its VMM's connection ends with this process, and its server may have to close it for a reset
-/// of its bus.
+/// An exported device does not: its server may have to close it for a reset of its bus, and a copy at the keeper would
+/// prevent that.
 fn open_device(
     keeper: &Keeper,
     group: &Group,
@@ -275,8 +275,11 @@ fn add_group(
         if let Some(device) = &device
             && config.devices.exported_at(passthrough.endpoint).is_some()
         {
-            let device = Box::new(device.clone());
-            opened.exported.push((passthrough.endpoint, device));
+            opened.exported.push(OpenedExport {
+                endpoint: passthrough.endpoint,
+                access: Box::new(device.clone()),
+                is_left: None,
+            });
         }
         devices.push(GroupDevice {
             endpoint: passthrough.endpoint.endpoint_id(),

@@ -123,6 +123,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
             list.extend(ioctls(&needs.device_ioctls));
+            if needs.kept_clients {
+                list.extend(always(&RECORD));
+            }
         }
         Role::VirtioPci => {
             list.extend(always(EVENT_LOOP));

@@ -1,0 +1,172 @@
+//! A later process goes on with an exported device and its client. The steps between two processes are tested with the server
+//! itself (`src/vfio_user/server/kept/tests/`); here is what the device must know.
+
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vhost_device_iommu::export::ExportedDevice;
+use vhost_device_iommu::process::keeper::Keeper;
+use vhost_device_iommu::process::peer_event::PeerEvent;
+use vhost_device_iommu::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody};
+use vhost_device_iommu::vfio_user::server::{
+    ClientFiles, DeviceRecord, IrqAction, IrqSet, IrqSetData, ServedDevice,
+};
+use vhost_device_iommu::vfio_user::version::{Capabilities, Version};
+
+use crate::bed::{BAR, CONFIG, MSI, ROM, RecordingDevice};
+use crate::connection::region;
+
+struct Life {
+    keeper: Arc<Keeper>,
+    _manager: UnixDatagram,
+    device: ExportedDevice,
+}
+
+impl Life {
+    fn new(hardware: &RecordingDevice) -> Self {
+        let (manager, ours) = UnixDatagram::pair().expect("sockets");
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        let device = ExportedDevice::new("device".into(), Box::new(hardware.clone()));
+        Self {
+            device: device.expect("a device").kept_with(keeper.clone()),
+            keeper,
+            _manager: manager,
+        }
+    }
+
+    /// The process dies. What it has recorded, and the files that the record names, are left.
+    fn die(mut self) -> (DeviceRecord, ClientFiles) {
+        let record = self.device.take_record().expect("it has changed");
+        let claim = |name: &String| Some((name.clone(), self.keeper.claim(name)?));
+        let files: ClientFiles = record.names.iter().filter_map(claim).collect();
+        // Not dropped: that would stop the device.
+        std::mem::forget(self.device);
+        (record, files)
+    }
+
+    fn set_events(&mut self, index: u32, start: u32, count: usize) {
+        let event = || {
+            let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+            Some(PeerEvent::new(event.expect("an eventfd")).expect("an eventfd"))
+        };
+        let set = IrqSet {
+            index,
+            action: IrqAction::Trigger,
+            start,
+            data: IrqSetData::Eventfds((0..count).map(|_| event()).collect()),
+        };
+        assert_eq!(self.device.set_irqs(set), Ok(()));
+    }
+
+    fn map(&mut self, address: u64) -> Result<(), i32> {
+        let window = DmaMapBody {
+            argsz: 32.into(),
+            flags: 3.into(),
+            offset: 0.into(),
+            address: address.into(),
+            size: 0x1000.into(),
+        };
+        self.device.dma_map(&window, None)
+    }
+
+    fn unmap(&mut self, address: u64) -> Result<(), i32> {
+        self.device.dma_unmap(&DmaUnmapBody {
+            argsz: 24.into(),
+            flags: 0.into(),
+            address: address.into(),
+            size: 0x1000.into(),
+        })
+    }
+}
+
+#[test]
+fn a_device_goes_on_with_its_interrupts_and_windows() {
+    let hardware = RecordingDevice::new();
+    hardware.state().bytes[CONFIG as usize][4] = 7;
+    let mut first = Life::new(&hardware);
+    first
+        .device
+        .negotiate(&Version::default(), &mut Capabilities::default());
+    // The kernel fixes the number of MSIs with the first request.
+    first.set_events(MSI, 0, 2);
+    assert_eq!(first.map(0x1000), Ok(()));
+    assert_eq!(first.map(0x3000), Ok(()));
+    hardware.changes();
+    let (record, files) = first.die();
+    assert_eq!((record.names.len(), files.len()), (2, 2));
+
+    let mut second = Life::new(&hardware);
+    second
+        .device
+        .resume(&record.bytes, &files)
+        .expect("resumed");
+    second.device.go_on();
+    assert_eq!(hardware.changes(), [""; 0], "the kernel has the interrupts");
+    assert_eq!(hardware.state().resets, 0);
+    assert_eq!(hardware.state().bytes[CONFIG as usize][4], 7, "it does DMA");
+    assert!(hardware.raise(MSI, 1));
+    assert_eq!(second.map(0x1000), Err(libc::EEXIST));
+    assert_eq!(second.unmap(0x3000), Ok(()));
+    // Two more: all are set anew, with the eventfds of the first life.
+    second.set_events(MSI, 2, 2);
+    assert_eq!(
+        hardware.changes(),
+        [
+            "kind 1 action 0x20 from 0: all 0",
+            "kind 1 action 0x20 from 0: events eeee"
+        ]
+    );
+    // The third life.
+    let (record, files) = second.die();
+    assert_eq!(record.names.len(), 4);
+    let mut third = Life::new(&hardware);
+    third.device.resume(&record.bytes, &files).expect("resumed");
+    assert_eq!(third.map(0x3000), Ok(()));
+    // Its client goes.
+    third.device.release();
+    assert_eq!(hardware.changes(), ["kind 1 action 0x20 from 0: all 0"]);
+    assert_eq!(hardware.state().resets, 1);
+    assert_eq!(hardware.state().bytes[CONFIG as usize][4], 0);
+}
+
+#[test]
+fn a_record_that_does_not_fit_the_device_is_refused() {
+    let hardware = RecordingDevice::new();
+    let mut first = Life::new(&hardware);
+    first.set_events(MSI, 0, 2);
+    let (record, files) = first.die();
+    let text = String::from_utf8(record.bytes).expect("text");
+    for (from, to) in [
+        ("\"used\":[1", "\"used\":[3,77"),
+        ("\"fixed\":[[1", "\"fixed\":[[3"),
+        ("\"windows\":[]", "\"windows\":[[5,4]]"),
+        ("\"windows\":[]", "\"windows\":[[0,9],[9,10]]"),
+        ("\"windows\":[]", "\"more\":[]"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        let damaged = text.replace(from, to);
+        let mut next = Life::new(&hardware);
+        let refused = next.device.resume(damaged.as_bytes(), &files);
+        refused.expect_err(to);
+    }
+    let mut next = Life::new(&hardware);
+    let missing = next.device.resume(text.as_bytes(), &ClientFiles::new());
+    missing.expect_err("no eventfds");
+}
+
+/// A register that counts or that a read clears must not be accessed twice for one access of the client.
+#[test]
+fn only_accesses_without_effects_are_repeated() {
+    let life = Life::new(&RecordingDevice::new());
+    let can = |command, index| {
+        let body = region(0, index, 4, &[]);
+        life.device.can_repeat(Some(command), &body)
+    };
+    assert!(can(Command::RegionRead, CONFIG) && can(Command::RegionWrite, CONFIG));
+    assert!(can(Command::RegionRead, ROM) && !can(Command::RegionWrite, ROM));
+    assert!(!can(Command::RegionRead, BAR) && !can(Command::RegionWrite, BAR));
+    assert!(!can(Command::RegionWriteMulti, CONFIG));
+    assert!(can(Command::DeviceReset, 0) && can(Command::DmaMap, 0));
+    assert!(!life.device.can_repeat(Some(Command::RegionRead), &[]));
+}
