@@ -198,7 +198,12 @@ impl Bed {
 
     /// Starts a VM whose daemon leaves its descriptors with `keeper`.
     pub fn kept(backend: Backend, functions: &[&str], keeper: &Keeper) -> Self {
-        Self::start(backend, functions, "", Some(keeper))
+        Self::kept_with(backend, functions, "", keeper)
+    }
+
+    /// The same, with more keys.
+    pub fn kept_with(backend: Backend, functions: &[&str], keys: &str, keeper: &Keeper) -> Self {
+        Self::start(backend, functions, keys, Some(keeper))
     }
 
     fn start(backend: Backend, functions: &[&str], keys: &str, keeper: Option<&Keeper>) -> Self {

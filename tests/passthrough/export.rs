@@ -60,7 +60,7 @@ fn a_stock_guest_with(host_iommu: &str) {
 }
 
 /// Whether the event is raised within `limit`.
-fn is_raised(event: &OwnedFd, limit: Duration) -> bool {
+pub fn is_raised(event: &OwnedFd, limit: Duration) -> bool {
     let timeout = Timespec {
         tv_sec: limit.as_secs().cast_signed(),
         tv_nsec: i64::from(limit.subsec_nanos()),
@@ -70,7 +70,7 @@ fn is_raised(event: &OwnedFd, limit: Duration) -> bool {
 }
 
 /// The command register, read through sysfs.
-fn command_of(name: &str) -> u16 {
+pub fn command_of(name: &str) -> u16 {
     let config = fs::read(Function::new(name).path("config")).expect("configuration space");
     u16::from_le_bytes([config[4], config[5]])
 }

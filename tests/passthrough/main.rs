@@ -24,6 +24,7 @@ mod data;
 mod devices;
 mod edu_driver;
 mod export;
+mod export_restarts;
 mod faults;
 mod hangs;
 mod host;

@@ -27,8 +27,8 @@ use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
-pub use kept::discard_devices;
 pub(super) use kept::client_name;
+pub use kept::discard_devices;
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 
 /// The passthrough devices of a VM, opened.
