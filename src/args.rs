@@ -298,7 +298,7 @@ pub enum CliCommand {
     /// Compares the running daemon with this program and with the configuration. If a new daemon would refuse the
     /// VM's state, the running one goes on, and the command fails and says why. Otherwise the running one ends between two
     /// requests, the process that has started it (systemd or `launch`) starts the next one, and the command ends when
-    /// that one answers the guest. Applies changes of the configuration, too. A daemon that has run for less than 13
+    /// that one has taken over. Applies changes of the configuration, too. A daemon that has run for less than 13
     /// seconds is waited for, because systemd and `launch` give up on a daemon that ends too often.
     Upgrade {
         /// The configuration, with `control`

@@ -14,6 +14,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::daemon::StopHandle;
+use crate::process::peer_event;
 use crate::process::sandbox::{self, Role};
 
 /// The longest time for an orderly end, and for the rest of the start if the signal comes during it.
@@ -55,6 +56,8 @@ fn end(named: &Receiver<StopHandle>) {
     info!("a signal ends the daemon");
     match named.recv_timeout(PATIENCE) {
         Ok(stop) if stop.is_kept() => {
+            // While the guest is served: the kernel's part of the end takes much longer than the start of the next process.
+            peer_event::retire();
             if !stop.leave(PATIENCE) {
                 error!("a request takes too long; the next daemon will finish it");
             }

@@ -156,6 +156,8 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(WAIT));
             list.extend(always(&MESSAGES));
             list.extend(always(REMOVE_SOCKETS));
+            // Before it leaves the VM to the next process (`process::peer_event`).
+            list.extend(always(&[libc::SYS_io_destroy]));
         }
         Role::Connector => {
             list.extend(always(&CONNECT));
