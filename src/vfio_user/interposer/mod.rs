@@ -8,6 +8,7 @@ mod peers;
 mod proxy;
 mod server;
 mod thread;
+mod twin;
 mod unclaimed;
 
 pub use self::proxy::InterposerSettings;
