@@ -4,6 +4,8 @@
 
 mod gather;
 mod outbox;
+mod outgoing;
+mod queue;
 mod receiver;
 
 use std::io;
@@ -12,7 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
-pub use self::outbox::{Outbox, OutgoingFd};
+pub use self::outbox::Outbox;
+pub use self::outgoing::OutgoingFd;
 pub use self::receiver::Receiver;
 use super::message::{Header, MAX_DESCRIPTORS, Malformed};
 
