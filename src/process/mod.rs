@@ -28,6 +28,8 @@ pub mod service;
 pub mod socket;
 #[cfg(not(miri))]
 pub mod supervisor;
+#[cfg(not(miri))]
+pub mod unread;
 pub mod wait_budget;
 #[cfg(not(miri))]
 pub mod watchdog;

@@ -18,6 +18,7 @@ mod client_windows;
 mod dma;
 mod interposer;
 mod irq_replay;
+mod kept;
 mod link;
 pub mod message;
 pub mod server;

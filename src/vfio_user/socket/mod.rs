@@ -16,6 +16,8 @@ use thiserror::Error;
 
 pub use self::outbox::Outbox;
 pub use self::outgoing::OutgoingFd;
+pub(super) use self::queue::send_with_descriptors;
+pub(super) use self::receiver::AHEAD;
 pub use self::receiver::Receiver;
 use super::message::{Header, MAX_DESCRIPTORS, Malformed};
 

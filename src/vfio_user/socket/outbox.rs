@@ -1,4 +1,4 @@
-//! Messages to send to one peer.
+//! Messages to send to one peer: in memory of this process, or in memory that outlives it.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -7,6 +7,7 @@ use vm_memory::VolatileSlice;
 
 use super::outgoing::OutgoingFd;
 use super::queue::SendQueue;
+use crate::vfio_user::kept::SendRing;
 
 /// Messages to send, in order.
 #[derive(Debug)]
@@ -15,6 +16,7 @@ pub struct Outbox(Storage);
 #[derive(Debug)]
 enum Storage {
     Queue(SendQueue),
+    Ring(Box<SendRing>),
 }
 
 impl Default for Outbox {
@@ -23,18 +25,35 @@ impl Default for Outbox {
     }
 }
 
+impl From<SendRing> for Outbox {
+    fn from(ring: SendRing) -> Self {
+        Self(Storage::Ring(Box::new(ring)))
+    }
+}
+
 impl Outbox {
+    /// The ring, if the messages outlive this process. It sends only what is committed.
+    pub(in crate::vfio_user) fn ring(&mut self) -> Option<&mut SendRing> {
+        match &mut self.0 {
+            Storage::Queue(_) => None,
+            Storage::Ring(ring) => Some(ring),
+        }
+    }
+
     /// Queues a message, header and body, with at most [`MAX_DESCRIPTORS`](crate::vfio_user::message::MAX_DESCRIPTORS)
     /// descriptors.
     pub fn push(&mut self, bytes: Vec<u8>, descriptors: Vec<OutgoingFd>) {
         match &mut self.0 {
             Storage::Queue(queue) => queue.push(bytes, descriptors),
+            Storage::Ring(ring) => ring.push(&bytes, descriptors),
         }
     }
 
     /// Sends the first `len` bytes of `buffer`, whole replies without descriptors. If the socket does not accept all of
     /// them now, the outbox keeps the buffer with the rest, and `buffer` becomes one that was used before. So large
     /// messages are neither copied nor allocated anew.
+    ///
+    /// An outbox in memory that outlives this process sends nothing yet.
     ///
     /// # Errors
     /// The peer is gone, or the kernel refuses to send.
@@ -56,6 +75,10 @@ impl Outbox {
     ) -> io::Result<()> {
         match &mut self.0 {
             Storage::Queue(queue) => queue.send_with(socket, buffer, len, parts),
+            Storage::Ring(ring) => {
+                ring.push_replies(buffer.get(..len).unwrap_or_default(), parts);
+                Ok(())
+            }
         }
     }
 
@@ -63,6 +86,7 @@ impl Outbox {
     pub fn is_empty(&self) -> bool {
         match &self.0 {
             Storage::Queue(queue) => queue.is_empty(),
+            Storage::Ring(ring) => ring.len_bytes() == 0,
         }
     }
 
@@ -70,6 +94,7 @@ impl Outbox {
     pub fn len_bytes(&self) -> usize {
         match &self.0 {
             Storage::Queue(queue) => queue.len_bytes(),
+            Storage::Ring(ring) => ring.len_bytes(),
         }
     }
 
@@ -77,6 +102,7 @@ impl Outbox {
     pub fn len_reply_bytes(&self) -> usize {
         match &self.0 {
             Storage::Queue(queue) => queue.len_reply_bytes(),
+            Storage::Ring(ring) => ring.len_reply_bytes(),
         }
     }
 
@@ -84,6 +110,7 @@ impl Outbox {
     pub fn len_descriptors(&self) -> usize {
         match &self.0 {
             Storage::Queue(queue) => queue.len_descriptors(),
+            Storage::Ring(ring) => ring.len_descriptors(),
         }
     }
 
@@ -94,6 +121,7 @@ impl Outbox {
     pub fn flush(&mut self, socket: impl AsFd) -> io::Result<()> {
         match &mut self.0 {
             Storage::Queue(queue) => queue.flush(socket),
+            Storage::Ring(ring) => ring.flush(),
         }
     }
 }

@@ -164,7 +164,7 @@ impl SendQueue {
 ///
 /// # Errors
 /// The peer is gone, or the kernel refuses to send.
-fn send_with_descriptors(
+pub(in crate::vfio_user) fn send_with_descriptors(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     descriptors: &[OutgoingFd],

@@ -20,7 +20,7 @@ use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MAX_DESCRIPTORS, Mal
 /// may declare a large body and never send it.
 const STEP: usize = 64 << 10;
 /// How far a receiver reads ahead. A message longer than this is read by itself.
-const AHEAD: usize = 32 << 10;
+pub(in crate::vfio_user) const AHEAD: usize = 32 << 10;
 /// A larger buffer is freed as soon as its message was handled.
 const KEPT: usize = 256 << 10;
 

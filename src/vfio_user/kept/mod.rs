@@ -1,0 +1,20 @@
+//! Connections of an emulated device that outlive the process: both peers go on with the next one, wherever this one dies.
+//!
+//! ```text
+//! client --- socket ---> received bytes ---+--> send ring --- socket ---> server
+//!                              |           |        |
+//!        kernel: peek offset --+        record      +-- kernel: file position
+//! ```
+//!
+//! The keeper has the sockets, the record with the received bytes, and the send rings. The kernel counts received and sent
+//! bytes in the step that moves them. The record says in one store how far the messages were handled and what the peers must
+//! get. So the next process knows of each message whether it was handled, and of each byte whether it was sent.
+
+#![allow(dead_code, reason = "the interposer does not use it yet")]
+
+mod crash;
+mod layout;
+mod memory;
+mod ring;
+
+pub(in crate::vfio_user) use self::ring::SendRing;
