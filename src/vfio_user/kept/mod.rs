@@ -13,8 +13,10 @@
 #![allow(dead_code, reason = "the interposer does not use it yet")]
 
 mod crash;
+mod input;
 mod layout;
 mod memory;
 mod ring;
 
+pub(in crate::vfio_user) use self::input::KeptInput;
 pub(in crate::vfio_user) use self::ring::SendRing;

@@ -30,6 +30,10 @@ pub struct Message<Body = Vec<u8>> {
     pub body: Body,
     /// The descriptors received with it; they are closed on exec.
     pub descriptors: Vec<OwnedFd>,
+    /// An earlier process has received a part of it. If that had descriptors, they are gone.
+    pub lost_descriptors: bool,
+    /// The stream position after it; 0 if the receiver's bytes end with this process.
+    pub end: u64,
 }
 
 /// The outcome of [`Receiver::receive`].

@@ -5,7 +5,7 @@
 //! read never returns descriptors of two pieces, and nothing that was sent after them. A sender that sends each message
 //! with a call of its own therefore means the last message that begins in the bytes of that read.
 
-use std::io::IoSliceMut;
+use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 
 use super::{Message, Received, SocketError};
+use crate::vfio_user::kept::KeptInput;
 use crate::vfio_user::message::{HEADER_BYTES, Header, Kind, MAX_DESCRIPTORS, Malformed};
 
 /// The receiver makes room for this many bytes of a body at first, and then for as many as it has received: the peer
@@ -30,7 +31,7 @@ pub struct Receiver {
     /// Whether it may read beyond the end of a message.
     reads_ahead: bool,
     /// Room for received bytes. Those of messages that were not returned yet are at `first..end`.
-    buffer: Vec<u8>,
+    buffer: Buffer,
     first: usize,
     end: usize,
     /// The header of the first message.
@@ -40,6 +41,48 @@ pub struct Receiver {
     descriptors_end: usize,
     /// The last read has found the socket empty, most likely: the next one is left to the caller's next event.
     is_drained: bool,
+}
+
+/// Where received bytes are.
+#[derive(Debug)]
+enum Buffer {
+    /// In memory of this process.
+    Own(Vec<u8>),
+    /// In memory that outlives it.
+    Kept(Box<KeptInput>),
+}
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self::Own(Vec::new())
+    }
+}
+
+impl Buffer {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Own(bytes) => bytes,
+            Self::Kept(input) => input.memory(),
+        }
+    }
+
+    /// The room for up to `room` bytes from `end` on.
+    fn room(&mut self, end: usize, room: usize) -> &mut [u8] {
+        match self {
+            Self::Own(bytes) => {
+                if bytes.len() < end + room {
+                    bytes.reserve_exact(end + room - bytes.len());
+                    bytes.resize(end + room, 0);
+                }
+                &mut bytes[end..end + room]
+            }
+            Self::Kept(input) => {
+                let rest = input.memory_mut().get_mut(end..).unwrap_or_default();
+                let room = room.min(rest.len());
+                &mut rest[..room]
+            }
+        }
+    }
 }
 
 impl Receiver {
@@ -53,6 +96,34 @@ impl Receiver {
         }
     }
 
+    /// A receiver whose bytes outlive this process. It begins with those that an earlier process has left.
+    /// [`Self::set_handled`] must follow each message, at the latest before the next one is received.
+    pub(in crate::vfio_user) fn kept(input: KeptInput, reads_ahead: bool) -> Self {
+        let (first, end) = input.unhandled();
+        Self {
+            reads_ahead,
+            first,
+            end,
+            buffer: Buffer::Kept(Box::new(input)),
+            ..Self::default()
+        }
+    }
+
+    /// The stream position after the last message that was returned; 0 if the bytes end with this process.
+    pub(in crate::vfio_user) fn position(&self) -> u64 {
+        match &self.buffer {
+            Buffer::Own(_) => 0,
+            Buffer::Kept(input) => input.position(self.first),
+        }
+    }
+
+    /// The record says that all messages up to this stream position were handled.
+    pub(in crate::vfio_user) fn set_handled(&mut self, position: u64) {
+        if let Buffer::Kept(input) = &mut self.buffer {
+            input.set_handled(position);
+        }
+    }
+
     /// Receives the bytes available, up to the end of one message.
     ///
     /// # Errors
@@ -63,6 +134,8 @@ impl Receiver {
                 header: message.header,
                 body: message.body.to_vec(),
                 descriptors: message.descriptors,
+                lost_descriptors: message.lost_descriptors,
+                end: message.end,
             }),
             Received::Nothing => Received::Nothing,
             Received::End => Received::End,
@@ -105,7 +178,7 @@ impl Receiver {
 
     /// The header of the first message, if all of it was received.
     fn peek_header(&self) -> Option<Result<Header, Malformed>> {
-        let received = self.buffer.get(self.first..self.end)?;
+        let received = self.buffer.as_slice().get(self.first..self.end)?;
         Some(Header::decode(received.first_chunk()?))
     }
 
@@ -128,14 +201,19 @@ impl Receiver {
             return Received::Nothing;
         };
         let body = self.first + HEADER_BYTES..self.first + HEADER_BYTES + header.body_len;
+        let lost_descriptors = match &self.buffer {
+            Buffer::Own(_) => false,
+            Buffer::Kept(input) => input.is_before_death(self.first),
+        };
         self.first = body.end;
+        let end = self.position();
         // It is the last message that begins before the end of the read.
         let descriptors = if self.first >= self.descriptors_end {
             std::mem::take(&mut self.descriptors)
         } else {
             Vec::new()
         };
-        let mut body = self.buffer.get(body).unwrap_or_default();
+        let mut body = self.buffer.as_slice().get(body).unwrap_or_default();
         if matches!(header.kind, Kind::Refusal(_)) {
             // The errno in the header says all.
             body = &[];
@@ -145,6 +223,8 @@ impl Receiver {
             header,
             body,
             descriptors,
+            lost_descriptors,
+            end,
         })
     }
 
@@ -163,16 +243,20 @@ impl Receiver {
         } else {
             step
         };
-        if self.buffer.len() < self.end + room {
-            let more = self.end + room - self.buffer.len();
-            self.buffer.reserve_exact(more);
-            self.buffer.resize(self.end + room, 0);
+        let into = self.buffer.room(self.end, room);
+        let room = into.len();
+        if room == 0 {
+            return Err(SocketError::System(io::Error::other(
+                "its message has no room",
+            )));
         }
-        let into = &mut self.buffer[self.end..self.end + room];
         let before = self.descriptors.len();
         let Some(count) = receive_bytes(socket, into, &mut self.descriptors)? else {
             return Ok(None);
         };
+        if let Buffer::Kept(input) = &mut self.buffer {
+            input.count_in(socket, count)?;
+        }
         self.end += count;
         if self.descriptors.len() > before {
             self.descriptors_end = self.end;
@@ -189,15 +273,21 @@ impl Receiver {
 
     /// Moves the received bytes to the front of the buffer, and frees a large one that has none.
     fn make_room(&mut self) {
-        if self.first > 0 {
-            self.buffer.copy_within(self.first..self.end, 0);
-            self.descriptors_end = self.descriptors_end.saturating_sub(self.first);
-            self.end -= self.first;
-            self.first = 0;
-        }
-        if self.end == 0 && self.buffer.len() > KEPT {
-            self.buffer = Vec::new();
-        }
+        let moved = match &mut self.buffer {
+            Buffer::Own(bytes) => {
+                if self.first > 0 {
+                    bytes.copy_within(self.first..self.end, 0);
+                }
+                if self.first == self.end && bytes.len() > KEPT {
+                    *bytes = Vec::new();
+                }
+                self.first
+            }
+            Buffer::Kept(input) => input.make_room(),
+        };
+        self.descriptors_end = self.descriptors_end.saturating_sub(moved);
+        self.end -= moved;
+        self.first -= moved;
     }
 }
 
@@ -249,6 +339,13 @@ mod tests {
         UnixStream::pair().expect("sockets")
     }
 
+    fn capacity(receiver: &Receiver) -> usize {
+        match &receiver.buffer {
+            Buffer::Own(bytes) => bytes.capacity(),
+            Buffer::Kept(_) => panic!("it was not asked for"),
+        }
+    }
+
     #[test]
     fn a_declared_body_is_not_allocated_before_it_is_received() {
         let (mut here, there) = pair();
@@ -256,7 +353,7 @@ mod tests {
         here.write_all(&header.encode()).expect("sent");
         let mut receiver = Receiver::default();
         assert!(matches!(receiver.receive(&there), Ok(Received::Nothing)));
-        assert!(receiver.buffer.capacity() <= HEADER_BYTES + STEP);
+        assert!(capacity(&receiver) <= HEADER_BYTES + STEP);
     }
 
     fn message(id: u16, body: &[u8]) -> Vec<u8> {
@@ -357,7 +454,7 @@ mod tests {
             outbox.flush(&here).expect("sent");
             received += receive_all(&mut receiver, &there).len();
         }
-        assert!(receiver.buffer.capacity() <= KEPT);
+        assert!(capacity(&receiver) <= KEPT);
     }
 
     proptest! {

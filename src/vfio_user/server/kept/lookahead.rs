@@ -112,6 +112,8 @@ impl Lookahead {
             header,
             body,
             descriptors: descriptors.flat_map(|(_, files)| files).collect(),
+            lost_descriptors: false,
+            end: 0,
         }
     }
 
