@@ -20,7 +20,7 @@ const DEFAULT_DESCRIPTORS: u64 = 1;
 const DEFAULT_PAGES: u64 = 4096;
 
 /// A version and the capabilities of its sender.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Version {
     /// Client and server must have the same.
     pub major: u16,
@@ -81,7 +81,7 @@ pub struct TwinSocket {
 }
 
 /// The terms that the interposer, the client and the server have agreed on.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Terms {
     /// The number of descriptors that the server can receive with one message.
     pub server_descriptors: usize,

@@ -10,13 +10,26 @@
 //! bytes in the step that moves them. The record says in one store how far the messages were handled and what the peers must
 //! get. So the next process knows of each message whether it was handled, and of each byte whether it was sent.
 
-#![allow(dead_code, reason = "the interposer does not use it yet")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "the interposer does not use it yet"
+)]
 
+mod book;
 mod crash;
 mod input;
 mod layout;
 mod memory;
+mod positions;
 mod ring;
+#[cfg(test)]
+mod tests;
 
+pub(in crate::vfio_user) use self::book::{Book, Place, Recorded};
 pub(in crate::vfio_user) use self::input::KeptInput;
+pub(in crate::vfio_user) use self::layout::Leg;
+pub(in crate::vfio_user) use self::positions::{
+    BODY_BYTES, KeptCommand, KeptTerms, Peer, WindowsOf,
+};
 pub(in crate::vfio_user) use self::ring::SendRing;
