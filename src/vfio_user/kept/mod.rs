@@ -17,6 +17,7 @@
 )]
 
 mod book;
+mod connections;
 mod crash;
 mod input;
 mod layout;
@@ -27,6 +28,8 @@ mod ring;
 mod tests;
 
 pub(in crate::vfio_user) use self::book::{Book, Place, Recorded};
+pub use self::connections::KeptDevice;
+pub(in crate::vfio_user) use self::connections::{KeptConnections, LeftConnections, LeftSocket};
 pub(in crate::vfio_user) use self::input::KeptInput;
 pub(in crate::vfio_user) use self::layout::Leg;
 pub(in crate::vfio_user) use self::positions::{

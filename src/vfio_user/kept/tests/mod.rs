@@ -5,7 +5,10 @@
     reason = "the tests' numbers are small, or cut on purpose"
 )]
 
+mod damage;
+mod descriptors;
 mod relay;
+mod sockets;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
