@@ -11,6 +11,7 @@ use super::trial::UnmapAll;
 use super::update::{DmaUpdate, MAX_UNWATCHED, REPLAY};
 use crate::address::IovaRange;
 use crate::vfio_user::dma::Window;
+use crate::vfio_user::kept::Place;
 use crate::vfio_user::message::{
     Command, DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody, Header,
 };
@@ -40,7 +41,9 @@ pub(super) struct ServerConnection {
     /// When the server connected, or last answered an update or VERSION.
     pub(super) answered_at: Instant,
     pub(super) pending: HashMap<u16, Pending>,
-    next_id: u16,
+    pub(super) next_id: u16,
+    /// Replies to updates of an earlier process may come, so many at most.
+    pub(super) ghosts: usize,
     /// Updates without a reply.
     pub(super) updates: usize,
     /// The client's commands without a reply.
@@ -70,6 +73,8 @@ pub(in crate::vfio_user) struct ClientCommand {
     pub(in crate::vfio_user) header: Header,
     /// It accesses 0 bytes of a region, so an empty reply is a whole one.
     pub(in crate::vfio_user) accesses_nothing: bool,
+    /// Where it is in the record.
+    pub(in crate::vfio_user) place: Option<Place>,
 }
 
 /// An update on its way to the server.
@@ -94,11 +99,11 @@ pub(super) enum Pending {
 
 impl ServerConnection {
     /// A connection before the negotiation.
-    pub(super) fn new(socket: Arc<OwnedFd>) -> Self {
+    pub(super) fn new(socket: Arc<OwnedFd>, outbox: Outbox) -> Self {
         Self {
             socket,
             terms: None,
-            outbox: Outbox::default(),
+            outbox,
             announcement: Announcement::new(),
             backlog: VecDeque::new(),
             is_sender_waiting: false,
@@ -107,6 +112,7 @@ impl ServerConnection {
             answered_at: Instant::now(),
             pending: HashMap::new(),
             next_id: 0,
+            ghosts: 0,
             updates: 0,
             commands: 0,
             windows: 0,
@@ -191,7 +197,7 @@ impl ServerConnection {
     }
 
     /// A number that no pending command has. There always is one: far fewer than 65535 are pending.
-    fn free_id(&mut self) -> u16 {
+    pub(super) fn free_id(&mut self) -> u16 {
         loop {
             let id = self.next_id;
             self.next_id = self.next_id.wrapping_add(1);

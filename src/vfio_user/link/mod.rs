@@ -15,6 +15,7 @@ mod announcement;
 mod connection;
 mod deadlines;
 mod limit;
+mod recorded;
 mod refused;
 mod removal;
 mod requester;
@@ -26,6 +27,8 @@ mod update;
 
 pub use self::deadlines::Deadlines;
 pub use self::limit::WindowLimits;
+#[allow(unused_imports, reason = "the interposer does not use it yet")]
+pub(super) use self::recorded::{ClientProgress, KeptNegotiation, LeftServer, ServerProgress};
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};
 pub(super) use self::thread::{LinkStatus, MatchedReply};

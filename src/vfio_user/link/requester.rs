@@ -205,6 +205,10 @@ pub struct DmaUpdates<'a> {
 }
 
 impl DmaUpdates<'_> {
+    pub(super) fn state(&mut self) -> &mut LinkState {
+        &mut self.state
+    }
+
     /// Sends windows that the caller has added to the target. [`Link::wait`] waits until the server has them.
     ///
     /// A server that has just connected gets them with all others, and nobody waits for that. If the announcement has

@@ -225,12 +225,13 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::vfio_user::socket::Outbox;
     use crate::vfio_user::version::Terms;
 
     #[test]
     fn a_refused_window_is_offered_only_if_nothing_comes_before_it() {
         let (server, _peer) = UnixStream::pair().expect("sockets");
-        let mut connection = ServerConnection::new(Arc::new(server.into()));
+        let mut connection = ServerConnection::new(Arc::new(server.into()), Outbox::default());
         connection.terms = Some(Terms {
             server_descriptors: 8,
             client_descriptors: 8,

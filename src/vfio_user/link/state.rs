@@ -18,6 +18,7 @@ use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
 use crate::process::wait_budget::WaitBudget;
 use crate::vfio_user::dma::DmaTarget;
+use crate::vfio_user::kept::{Book, KeptConnections, Place};
 use crate::vfio_user::message::Header;
 use crate::warn_limited;
 
@@ -41,6 +42,8 @@ pub struct Link {
     pub(super) refused: Counter,
     /// The most windows that a server is told.
     pub(super) max_windows: u64,
+    /// The interposer's thread waits: the endpoint's target is not known yet.
+    pub(super) is_held: AtomicBool,
 }
 
 /// Whether the client and the server of a device are connected.
@@ -84,6 +87,16 @@ pub(super) struct LinkState {
     hang_ups: WaitBudget,
     /// The server's answers since the requester waits.
     pub(super) progress: Progress,
+    /// The record for a later process, if there is one.
+    pub(super) book: Option<Book>,
+    /// What the keeper has, to say what could not be taken over.
+    pub(super) kept: Option<KeptConnections>,
+    /// The places of the client's commands whose replies have come since the last commit of the server's messages.
+    pub(super) replied: Vec<Place>,
+    /// The server's second socket, if the connections outlive this process.
+    pub(super) twin: Option<Arc<OwnedFd>>,
+    /// The record has no room for all regions that the server is told.
+    pub(super) has_unrecorded_regions: bool,
 }
 
 impl fmt::Debug for Link {
@@ -135,6 +148,7 @@ impl Link {
             limits: LimitCounters::default(),
             refused: Counter::default(),
             max_windows: u64::MAX,
+            is_held: AtomicBool::new(false),
         })
     }
 
@@ -216,8 +230,11 @@ impl Link {
         } else {
             Shutdown::Both
         };
+        // Before the socket says so: a later process must not send to it.
+        state.note_end_of_server();
         // It fails if the server has hung up.
         let _ = rustix::net::shutdown(&*connection.socket, how);
+        state.shut_twin();
         for pending in connection.pending.into_values() {
             if let Pending::Client(command) = pending {
                 state.unanswered.push(command.header);
@@ -234,6 +251,16 @@ impl Link {
     }
 
     pub(super) fn flush_locked(&self, state: &mut LinkState) {
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        if connection
+            .outbox
+            .ring()
+            .is_some_and(|ring| ring.has_uncommitted())
+        {
+            state.commit();
+        }
         let Some(connection) = &mut state.connection else {
             return;
         };
@@ -263,6 +290,14 @@ impl Link {
 }
 
 impl LinkState {
+    /// Shuts the second socket of the server down. The interposer's thread may be waiting for it: the server has it in common
+    /// with this process, and can make it blocking.
+    pub(super) fn shut_twin(&mut self) {
+        if let Some(twin) = self.twin.take() {
+            let _ = rustix::net::shutdown(&*twin, Shutdown::Both);
+        }
+    }
+
     fn new(deadline: Duration) -> Self {
         let now = Instant::now();
         Self {
@@ -275,6 +310,11 @@ impl LinkState {
             replies: WaitBudget::new(deadline, now),
             hang_ups: WaitBudget::new(deadline, now),
             progress: Progress::new(now),
+            book: None,
+            kept: None,
+            replied: Vec::new(),
+            twin: None,
+            has_unrecorded_regions: false,
         }
     }
 

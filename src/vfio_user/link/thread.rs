@@ -11,7 +11,7 @@ use super::state::{Disconnect, Link, LinkState};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
 use crate::vfio_user::dma::{LargeRead, Replies};
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
-use crate::vfio_user::socket::OutgoingFd;
+use crate::vfio_user::socket::{Outbox, OutgoingFd};
 use crate::vfio_user::version::Terms;
 use crate::warn_limited;
 
@@ -93,7 +93,9 @@ impl Link {
     pub(in crate::vfio_user) fn start_session(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
         let mut state = self.state.lock();
         state.session += 1;
-        let connection = state.connection.insert(ServerConnection::new(socket));
+        let connection = state
+            .connection
+            .insert(ServerConnection::new(socket, Outbox::default()));
         connection.send(Pending::Version, Command::Version, proposal, Vec::new());
         let session = state.session;
         self.flush_locked(&mut state);
@@ -148,6 +150,7 @@ impl Link {
             let pending = Pending::Client(ClientCommand {
                 header,
                 accesses_nothing,
+                place: None,
             });
             connection.send(pending, command, body, descriptors);
         }
