@@ -13,29 +13,41 @@ const MAX_WINDOWS: usize = 65535;
 
 /// The windows, by first address.
 #[derive(Debug, Default)]
-pub(crate) struct ClientWindows(BTreeMap<Iova, IovaRange>);
+pub(crate) struct ClientWindows {
+    windows: BTreeMap<Iova, IovaRange>,
+    /// The client has told an earlier process of others.
+    is_incomplete: bool,
+}
 
 impl ClientWindows {
+    /// The windows of a client of an earlier process. They are not known, and protect nothing: any may be removed.
+    pub(crate) fn unknown() -> Self {
+        Self {
+            is_incomplete: true,
+            ..Self::default()
+        }
+    }
+
     /// Records a DMA_MAP.
     ///
     /// # Errors
     /// The errno of the refusal.
     pub(crate) fn map(&mut self, body: &DmaMapBody) -> Result<(), i32> {
         let range = range(body.address.get(), body.size.get())?;
-        let before = self.0.range(..=range.last()).next_back();
+        let before = self.windows.range(..=range.last()).next_back();
         if before.is_some_and(|(_, other)| other.overlaps(range)) {
             return Err(libc::EEXIST);
         }
-        if self.0.len() >= MAX_WINDOWS {
+        if self.windows.len() >= MAX_WINDOWS {
             return Err(libc::ENOSPC);
         }
-        self.0.insert(range.first(), range);
+        self.windows.insert(range.first(), range);
         Ok(())
     }
 
     /// The first and the last address of each window, for a later process.
     pub(crate) fn record(&self) -> Vec<(u64, u64)> {
-        let windows = self.0.values();
+        let windows = self.windows.values();
         windows
             .map(|range| (range.first().0, range.last().0))
             .collect()
@@ -46,13 +58,13 @@ impl ClientWindows {
         let mut windows = Self::default();
         for &(first, last) in record {
             let range = IovaRange::new(Iova(first), Iova(last))?;
-            let before = windows.0.last_key_value();
+            let before = windows.windows.last_key_value();
             if before.is_some_and(|(_, before)| before.last() >= range.first())
-                || windows.0.len() >= MAX_WINDOWS
+                || windows.windows.len() >= MAX_WINDOWS
             {
                 return None;
             }
-            windows.0.insert(range.first(), range);
+            windows.windows.insert(range.first(), range);
         }
         Some(windows)
     }
@@ -70,14 +82,18 @@ impl ClientWindows {
             if body.address.get() != 0 || body.size.get() != 0 {
                 return Err(libc::EINVAL);
             }
-            self.0.clear();
+            self.windows.clear();
             return Ok(());
         }
         let range = range(body.address.get(), body.size.get())?;
-        if self.0.get(&range.first()) != Some(&range) {
-            return Err(libc::ENOENT);
+        if self.windows.get(&range.first()) != Some(&range) {
+            return if self.is_incomplete {
+                Ok(())
+            } else {
+                Err(libc::ENOENT)
+            };
         }
-        self.0.remove(&range.first());
+        self.windows.remove(&range.first());
         Ok(())
     }
 }

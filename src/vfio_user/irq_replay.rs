@@ -17,9 +17,29 @@ const MAX_KEPT: usize = 4096;
 pub(super) struct IrqReplay {
     /// By kind of interrupt, action and number.
     kept: BTreeMap<(u32, u32, u32), Arc<File>>,
+    /// An earlier process had others, which are gone.
+    is_incomplete: bool,
 }
 
 impl IrqReplay {
+    /// Those of a client of an earlier process: their descriptors have died with it.
+    pub(super) fn lost() -> Self {
+        Self {
+            is_incomplete: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether not all of them can be set again.
+    pub(super) fn is_incomplete(&self) -> bool {
+        self.is_incomplete
+    }
+
+    /// Whether there are any.
+    pub(super) fn has_any(&self) -> bool {
+        self.is_incomplete || !self.kept.is_empty()
+    }
+
     /// Records a DEVICE_SET_IRQS, which the caller has checked.
     pub(super) fn record(&mut self, body: &[u8], descriptors: &[Arc<File>]) {
         let Ok((set, _)) = take::<IrqSetBody>(Command::DeviceSetIrqs, body) else {

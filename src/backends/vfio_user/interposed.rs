@@ -61,7 +61,7 @@ impl Interposed {
             server: device.server,
             answers_all_accesses: device.answers_all_accesses,
         };
-        let interposer = Interposer::start(settings, listener, link.clone(), space.clone())?;
+        let interposer = Interposer::start(settings, listener, link.clone(), space.clone(), None)?;
         Ok(Self {
             endpoint,
             name: device.name,

@@ -13,8 +13,8 @@ use super::proxy::{CutOffReason, Proxy};
 use crate::process::event_loop::Events;
 use crate::process::peer_event;
 use crate::vfio_user::message::{
-    Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody, Kind,
-    RegionAccessBody, check_command, take,
+    Command, DmaMapBody, DmaUnmapBody, FEATURE_INDEX, FEATURES_DMA_LOGGING, FeatureBody,
+    IRQ_DATA_EVENTFD, IrqSetBody, Kind, RegionAccessBody, check_command, take,
 };
 use crate::vfio_user::socket::{Message, OutgoingFd, Received};
 use crate::vfio_user::version::Version;
@@ -43,7 +43,10 @@ impl Proxy {
                 Err(cause) => Err(cause.to_string()),
             };
             match outcome {
-                Ok(()) => self.flush_client(),
+                Ok(()) => {
+                    self.commit_client();
+                    self.flush_client();
+                }
                 Err(why) => {
                     warn_limited!("{}: the client is cut off: {why}", self.settings.name);
                     return self.end_client(&why);
@@ -90,6 +93,13 @@ impl Proxy {
             );
             client.refuse(&header, libc::EINVAL);
             return Ok(());
+        }
+        if message.lost_descriptors
+            && command == Command::DeviceSetIrqs
+            && sets_eventfds(&message.body)
+        {
+            let why = "the client's connection ends: the daemon died with the descriptors of its interrupts";
+            return Err(self.lose(why));
         }
         if let Some(fixed) = &mut client.fixed {
             fixed.record(&header, command, &message.body);
@@ -168,14 +178,26 @@ impl Proxy {
             client.irqs.record(&message.body, &files);
         }
         let descriptors = files.into_iter().map(OutgoingFd::Shared).collect();
-        if !self
-            .link
-            .forward(header, command, &message.body, descriptors)
-        {
+        let progress = client.progress();
+        if !self.link.forward(
+            header,
+            command,
+            &message.body,
+            descriptors,
+            progress.as_ref(),
+        ) {
             client.refuse(&header, libc::EIO);
+        } else if let Some(progress) = progress {
+            client.set_recorded(progress);
         }
         Ok(())
     }
+}
+
+/// Whether a DEVICE_SET_IRQS had descriptors when it was sent.
+fn sets_eventfds(body: &[u8]) -> bool {
+    let set = take::<IrqSetBody>(Command::DeviceSetIrqs, body);
+    set.is_ok_and(|(set, _)| set.flags.get() & IRQ_DATA_EVENTFD != 0 && set.count.get() > 0)
 }
 
 /// Checks that the descriptors of interrupts are eventfds. The server signals them by a `write`, which waits for the

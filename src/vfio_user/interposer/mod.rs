@@ -4,6 +4,7 @@
 //! nothing more from a peer whose messages have made a queue long.
 
 mod client;
+mod left;
 mod peers;
 mod proxy;
 mod server;

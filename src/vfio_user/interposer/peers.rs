@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::unclaimed::FixedReplies;
 use crate::vfio_user::client_windows::ClientWindows;
 use crate::vfio_user::irq_replay::IrqReplay;
-use crate::vfio_user::link::LinkStatus;
+use crate::vfio_user::link::{ClientProgress, LinkStatus};
 use crate::vfio_user::message::Header;
 use crate::vfio_user::socket::{Outbox, Receiver};
 use crate::vfio_user::version::{Terms, Version};
@@ -36,6 +36,8 @@ pub(super) struct ClientLeg {
     pub(super) fixed: Option<FixedReplies>,
     /// The client has descriptors of the server, which are useless after that server is gone.
     pub(super) holds_descriptors: bool,
+    /// How far the record says that it is; `None` if its connection ends with this process.
+    pub(super) recorded: Option<ClientProgress>,
 }
 
 /// The state of the negotiation with a client.
@@ -56,6 +58,11 @@ pub(super) struct ServerLeg {
     pub(super) session: u64,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) receiver: Receiver,
+    /// The stream position up to which its messages were handled, and the one that is recorded.
+    pub(super) handled: u64,
+    pub(super) recorded: u64,
+    /// The number of its socket, if another process keeps that.
+    pub(super) kept: Option<u64>,
     /// The second socket, for the server's commands.
     pub(super) twin: Option<Twin>,
 }
@@ -64,20 +71,59 @@ pub(super) struct Twin {
     pub(super) socket: Arc<OwnedFd>,
     pub(super) receiver: Receiver,
     pub(super) outbox: Outbox,
+    /// The stream position up to which its messages were handled, and the one that is recorded.
+    pub(super) handled: u64,
+    pub(super) recorded: u64,
+}
+
+/// Where the messages of a new connection are.
+#[derive(Default)]
+pub(super) struct Buffers {
+    pub(super) receiver: Receiver,
+    pub(super) outbox: Outbox,
+    /// The number of the socket, if another process keeps that and the buffers.
+    pub(super) kept: Option<u64>,
 }
 
 impl ClientLeg {
     /// A client that has just connected.
-    pub(super) fn new(socket: UnixStream, takes_no_refusal: bool) -> Self {
+    pub(super) fn new(socket: UnixStream, buffers: Buffers, takes_no_refusal: bool) -> Self {
         Self {
             socket: Arc::new(socket),
-            receiver: Receiver::default(),
-            outbox: Outbox::default(),
+            receiver: buffers.receiver,
+            outbox: buffers.outbox,
             stage: Stage::Connected(Instant::now() + VERSION_DEADLINE),
             windows: ClientWindows::default(),
             irqs: IrqReplay::default(),
             fixed: takes_no_refusal.then(FixedReplies::default),
             holds_descriptors: false,
+            recorded: buffers.kept.map(|_| ClientProgress::default()),
+        }
+    }
+
+    /// How far it is, for the record. VERSION counts when it is answered: until then, the next process must negotiate.
+    pub(super) fn progress(&mut self) -> Option<ClientProgress> {
+        self.recorded?;
+        let ring = self.outbox.ring()?;
+        let handled = match self.stage {
+            Stage::Negotiated { .. } => self.receiver.position(),
+            Stage::Connected(_) | Stage::Negotiating { .. } => 0,
+        };
+        Some(ClientProgress {
+            handled,
+            committed: ring.tail(),
+            descriptors_end: ring.descriptors_end(),
+            holds_descriptors: self.holds_descriptors,
+            has_interrupts: self.irqs.has_any(),
+        })
+    }
+
+    /// The record says so.
+    pub(super) fn set_recorded(&mut self, progress: ClientProgress) {
+        self.recorded = Some(progress);
+        self.receiver.set_handled(progress.handled);
+        if let Some(ring) = self.outbox.ring() {
+            ring.commit(progress.committed);
         }
     }
 

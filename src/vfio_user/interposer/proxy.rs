@@ -1,14 +1,19 @@
 //! The state of the interposer's thread, and how connections end.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::peers::{ClientLeg, ServerLeg};
+use super::peers::{Buffers, ClientLeg, ServerLeg};
 use crate::process::event_loop::EventLoop;
 use crate::vfio_user::dma::{DmaTarget, Replies};
+use crate::vfio_user::kept::{KeptConnections, Leg};
 use crate::vfio_user::link::Link;
+use crate::vfio_user::message::Header;
+use crate::vfio_user::socket::Receiver;
 use crate::{info_limited, warn_limited};
 
 /// The device that an interposer serves.
@@ -37,6 +42,8 @@ pub(super) struct Proxy {
     pub(super) accept_at: Option<Instant>,
     /// The thread does not connect to the server before this time.
     pub(super) connect_at: Instant,
+    /// Where the connections are kept for a later process, if there is a keeper.
+    pub(super) kept: Option<KeptConnections>,
 }
 
 /// Why a peer is cut off, for the log.
@@ -45,8 +52,13 @@ pub(super) type CutOffReason = String;
 impl Proxy {
     /// The connection to the server has ended: refuses the client's commands without a reply.
     pub(super) fn drop_server(&mut self) {
-        self.server = None;
+        self.release_server();
         let unanswered = self.link.take_unanswered();
+        self.refuse_all(&unanswered);
+    }
+
+    /// The server is gone: refuses the client's commands without a reply, or ends the client.
+    pub(super) fn refuse_all(&mut self, unanswered: &[Header]) {
         let Some(client) = &mut self.client else {
             return;
         };
@@ -54,10 +66,74 @@ impl Proxy {
             let why = "its server is gone, and the client has descriptors of that server";
             return self.end_client(why);
         }
+        if client.irqs.is_incomplete() {
+            let why = "its server is gone, and its interrupts were set before the daemon died";
+            self.lose(&format!("the client's connection ends: {why}"));
+            return self.end_client(why);
+        }
         for header in unanswered {
-            client.refuse(&header, libc::EIO);
+            client.refuse(header, libc::EIO);
+        }
+        if let Some(progress) = client.progress() {
+            self.link.commit_refusals(&progress);
+            client.set_recorded(progress);
         }
         self.flush_client();
+    }
+
+    /// The connection to the server has ended. Its socket stays with the keeper if it is half closed only.
+    fn release_server(&mut self) {
+        let Some(server) = self.server.take() else {
+            return;
+        };
+        let Some(kept) = &self.kept else { return };
+        if server.kept.is_some() && self.link.closing().is_none() {
+            kept.end(Leg::Server, server.socket.as_fd());
+        }
+        if let Some(twin) = server.twin {
+            kept.end(Leg::Twin, twin.socket.as_fd());
+        }
+    }
+
+    /// Has a new connection kept, if there is a keeper.
+    pub(super) fn buffers(
+        &self,
+        leg: Leg,
+        socket: BorrowedFd<'_>,
+        reads_ahead: bool,
+    ) -> io::Result<Buffers> {
+        let Some(kept) = &self.kept else {
+            return Ok(Buffers {
+                receiver: if reads_ahead {
+                    Receiver::reading_ahead()
+                } else {
+                    Receiver::default()
+                },
+                ..Buffers::default()
+            });
+        };
+        let cookie = kept.keep(leg, socket)?;
+        let begun = kept.begin(leg, socket);
+        if begun.is_err() {
+            kept.release(leg);
+        }
+        let (input, ring) = begun?;
+        Ok(Buffers {
+            receiver: Receiver::kept(input, reads_ahead),
+            outbox: ring.into(),
+            kept: Some(cookie),
+        })
+    }
+
+    /// Makes everything count that was done for the client, and lets it get its messages.
+    pub(super) fn commit_client(&mut self) {
+        if let Some(client) = &mut self.client
+            && let Some(progress) = client.progress()
+            && client.recorded != Some(progress)
+        {
+            self.link.commit_client(&progress);
+            client.set_recorded(progress);
+        }
     }
 
     /// Cuts the server off.
@@ -70,12 +146,39 @@ impl Proxy {
     /// Ends the connections to the client and to its server.
     pub(super) fn end_client(&mut self, why: &str) {
         info_limited!("{}: the client is gone: {why}", self.settings.name);
-        self.client = None;
+        let client = self.client.take();
         self.link.set_client(false);
         self.link.end_with_client();
-        self.server = None;
+        if let (Some(client), Some(kept)) = (client, &self.kept)
+            && client.recorded.is_some()
+        {
+            kept.end(Leg::Client, client.socket.as_fd());
+        }
+        self.release_server();
         drop(self.link.take_unanswered());
         self.connect_at = Instant::now();
+    }
+
+    /// Says that something of an earlier process could not be taken over. Returns why the peer is cut off.
+    pub(super) fn lose(&self, why: &str) -> CutOffReason {
+        if let Some(kept) = &self.kept {
+            kept.lose(why);
+        }
+        why.to_owned()
+    }
+
+    /// The device is removed: nothing of it is kept any more.
+    pub(super) fn forget(&mut self) {
+        if self.kept.is_none() {
+            return;
+        }
+        if self.client.is_some() {
+            self.end_client("the device is removed");
+        }
+        self.release_server();
+        if let Some(kept) = &self.kept {
+            kept.forget();
+        }
     }
 
     pub(super) fn flush_client(&mut self) {

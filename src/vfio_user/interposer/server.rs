@@ -1,17 +1,19 @@
 //! The server's messages: replies go to the client, commands are executed here.
 
 use std::borrow::Cow;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use super::peers::{MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
+use super::peers::{ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, Stage, Twin};
 use super::proxy::{CutOffReason, Proxy};
 use crate::process::event_loop::Events;
 use crate::vfio_user::dma::{self, LargeRead};
-use crate::vfio_user::link::MatchedReply;
+use crate::vfio_user::kept::{KeptTerms, Leg as KeptLeg};
+use crate::vfio_user::link::{KeptNegotiation, MatchedReply, ServerProgress};
 use crate::vfio_user::message::{
     Command, Header, Kind, check_command, check_empty_reply, check_reply,
 };
-use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver, is_stream_socket};
+use crate::vfio_user::socket::{Message, OutgoingFd, Received, Receiver, is_stream_socket};
 use crate::vfio_user::version::Version;
 use crate::{info_limited, warn_limited};
 
@@ -58,8 +60,16 @@ impl Proxy {
                 }
                 return;
             }
+            receiver.set_handled(server.recorded);
             let outcome = match receiver.receive_in_place(&server.socket) {
-                Ok(Received::Message(message)) => self.handle_server_message(message),
+                Ok(Received::Message(message)) => {
+                    let end = message.end;
+                    let outcome = self.handle_server_message(message);
+                    if let Some(server) = &mut self.server {
+                        server.handled = end;
+                    }
+                    outcome
+                }
                 Ok(Received::Nothing) => break,
                 Ok(Received::End) => {
                     warn_limited!("{}: the server has hung up", self.settings.name);
@@ -76,18 +86,54 @@ impl Proxy {
             }
         }
         self.send_replies();
+        if let Some(server) = &self.server {
+            receiver.set_handled(server.recorded);
+        }
         self.flush_client();
     }
 
+    /// Sends the replies, and makes everything count that was done for the server.
     fn send_replies(&mut self) {
-        if !self.replies.is_empty() {
-            self.link.reply(&mut self.replies);
+        let Some(server) = &self.server else {
+            return;
+        };
+        let handled = server.handled;
+        let is_recorded = server.recorded == handled;
+        if self.replies.is_empty() && is_recorded {
+            return;
+        }
+        let progress = self.server_progress(handled);
+        if self.replies.is_empty() {
+            self.link.commit_server(&progress);
+        } else {
+            self.link.reply(&mut self.replies, &progress);
+        }
+        self.set_recorded(&progress);
+    }
+
+    /// How far the server's messages are handled, with everything that the client gets for them.
+    fn server_progress(&mut self, handled: u64) -> ServerProgress {
+        let client = self.client.as_mut().and_then(ClientLeg::progress);
+        ServerProgress { handled, client }
+    }
+
+    fn set_recorded(&mut self, progress: &ServerProgress) {
+        if let (Some(client), Some(recorded)) = (&mut self.client, progress.client) {
+            client.set_recorded(recorded);
+        }
+        if let Some(server) = &mut self.server {
+            server.recorded = progress.handled;
         }
     }
 
     fn handle_server_message(&mut self, message: Message<&[u8]>) -> Result<(), CutOffReason> {
         if matches!(message.header.kind, Kind::Command { .. }) {
             return self.execute(&message, Leg::Main);
+        }
+        if message.lost_descriptors && may_have_descriptors(&message.header) {
+            let why =
+                "the server's connection ends: the daemon died with the descriptors of its reply";
+            return Err(self.lose(why));
         }
         let asked = match self.link.match_reply(&message.header) {
             MatchedReply::Own => return Ok(()),
@@ -144,6 +190,7 @@ impl Proxy {
         let (Some(client), Some(server)) = (&mut self.client, &mut self.server) else {
             return Ok(());
         };
+        let end = message.end;
         let proposed = match &client.stage {
             Stage::Connected(_) => return Ok(()),
             Stage::Negotiating { version, .. } | Stage::Negotiated { version, .. } => version,
@@ -177,11 +224,29 @@ impl Proxy {
             let mut descriptors = message.descriptors;
             (at < descriptors.len()).then(|| descriptors.swap_remove(at))
         });
-        server.twin = twin.map(|socket| Twin {
-            socket: Arc::new(socket),
-            receiver: Receiver::reading_ahead(),
-            outbox: Outbox::default(),
-        });
+        let kept = server.kept;
+        let mut kept_twin = None;
+        if let Some(socket) = twin {
+            let buffers = self.buffers(KeptLeg::Twin, socket.as_fd(), true);
+            let buffers = buffers.map_err(|cause| cause.to_string())?;
+            kept_twin = buffers.kept;
+            let socket = Arc::new(socket);
+            if buffers.kept.is_some() {
+                self.link.set_twin(socket.clone());
+            }
+            if let Some(server) = &mut self.server {
+                server.twin = Some(Twin {
+                    socket,
+                    receiver: buffers.receiver,
+                    outbox: buffers.outbox,
+                    handled: 0,
+                    recorded: 0,
+                });
+            }
+        }
+        let Some(client) = &mut self.client else {
+            return Ok(());
+        };
         let max_fds = terms.server_descriptors;
         match &client.stage {
             Stage::Negotiated { answer: before, .. } if **before != answer => {
@@ -201,8 +266,32 @@ impl Proxy {
             }
         }
         let replay = client.irqs.messages(max_fds);
+        let kept = match (&client.stage, kept) {
+            (
+                Stage::Negotiated {
+                    version, answer, ..
+                },
+                Some(server),
+            ) => {
+                let terms = KeptTerms {
+                    version: version.clone(),
+                    answer: (**answer).clone(),
+                    terms: terms.clone(),
+                };
+                Some(KeptNegotiation {
+                    server,
+                    twin: kept_twin,
+                    terms,
+                    progress: self.server_progress(end),
+                })
+            }
+            _ => None,
+        };
         info_limited!("{}: the server has connected", self.settings.name);
-        self.link.activate(terms, replay);
+        self.link.activate(terms, replay, kept.as_ref());
+        if let Some(kept) = kept {
+            self.set_recorded(&kept.progress);
+        }
         Ok(())
     }
 
@@ -215,20 +304,32 @@ impl Proxy {
         {
             client.refuse(&header, i32::try_from(error).unwrap_or(libc::EIO));
         }
+        self.commit_client();
         self.flush_client();
         self.end_client(&why);
     }
 
     /// Sends the replies and the one to `read` to the socket that it has come from.
-    fn send_read(&mut self, read: &LargeRead, leg: Leg) {
+    fn send_read(&mut self, read: &LargeRead, leg: Leg, end: u64) {
         match leg {
-            Leg::Main => self.link.reply_to_read(&mut self.replies, read),
+            Leg::Main => {
+                let progress = self.server_progress(end);
+                self.link.reply_to_read(&mut self.replies, read, &progress);
+                if self.replies.is_empty() {
+                    self.set_recorded(&progress);
+                }
+            }
             Leg::Twin => {
                 let Some(twin) = self.server.as_mut().and_then(|s| s.twin.as_mut()) else {
                     return;
                 };
                 let (outbox, socket) = (&mut twin.outbox, &twin.socket);
                 let sent = self.replies.send_read(read, &*self.target, outbox, socket);
+                // Otherwise the refusal is among the replies.
+                let sent = match sent {
+                    Ok(()) if self.replies.is_empty() => self.commit_twin(end),
+                    sent => sent,
+                };
                 if let Err(cause) = sent {
                     self.twin_failed(&cause);
                 }
@@ -252,13 +353,19 @@ impl Proxy {
                 let large = dma::serve(target, header, command, message.body, replies)
                     .map_err(|e| e.to_string())?;
                 if let Some(read) = large {
-                    self.send_read(&read, leg);
+                    self.send_read(&read, leg, message.end);
                 }
             }
             Some(_) | None => self.replies.refuse(header, libc::ENOTSUP),
         }
         Ok(())
     }
+}
+
+/// Whether a reply may have descriptors.
+fn may_have_descriptors(reply: &Header) -> bool {
+    let command = Command::from_number(reply.command);
+    reply.kind == Kind::Reply && command.is_some_and(|command| command.reply_descriptors() > 0)
 }
 
 /// Checks the server's reply to a command of the client. `accesses_nothing` says that the command accesses 0 bytes.

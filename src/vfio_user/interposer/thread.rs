@@ -1,8 +1,8 @@
 //! The thread: it waits for events, accepts clients and connects to the server.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -12,14 +12,14 @@ use log::warn;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
-use super::peers::{ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, ServerLeg, Stage};
+use super::peers::{Buffers, ClientLeg, MAX_UNSENT, MESSAGES_PER_TURN, ServerLeg, Stage};
 use super::proxy::{InterposerSettings, Proxy};
 use crate::process::connector;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::{DmaTarget, Replies};
+use crate::vfio_user::kept::{KeptDevice, Leg};
 use crate::vfio_user::link::Link;
-use crate::vfio_user::socket::Receiver;
 use crate::{info_limited, warn_limited};
 
 /// How long the thread waits before it tries again to connect to a server or to accept a client.
@@ -43,6 +43,7 @@ impl Interposer {
         listener: UnixListener,
         link: Arc<Link>,
         target: Arc<dyn DmaTarget>,
+        kept: Option<KeptDevice>,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -59,13 +60,18 @@ impl Interposer {
             replies: Replies::default(),
             accept_at: None,
             connect_at: Instant::now(),
+            kept: None,
         };
+        if let Some(kept) = kept {
+            proxy.keep(kept);
+        }
         let stopping = stop.clone();
         let thread = sandbox::spawn(Role::VfioUser, move || {
             while !stopping.load(Ordering::Acquire) {
                 proxy.turn();
             }
             proxy.link.end();
+            proxy.forget();
         })?;
         Ok(Self {
             link,
@@ -78,6 +84,8 @@ impl Interposer {
 impl Drop for Interposer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
+        // A server that has its second socket in common with this process can make the thread wait until it is shut down.
+        self.link.shut_twin();
         self.link.wake();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -98,8 +106,16 @@ const CLOSING: u64 = 5;
 impl Proxy {
     /// Waits for events, and handles them.
     fn turn(&mut self) {
-        self.maintain_server();
-        let ready = match self.wait() {
+        let is_held = self.link.is_held();
+        if !is_held {
+            self.maintain_server();
+        }
+        let waited = if is_held {
+            self.wait_to_go_on()
+        } else {
+            self.wait()
+        };
+        let ready = match waited {
             Ok(ready) => ready,
             Err(cause) => {
                 warn_limited!("{}: cannot wait for messages: {cause}", self.settings.name);
@@ -119,6 +135,13 @@ impl Proxy {
         }
     }
 
+    /// Waits until the endpoint has its target: an earlier process has left both peers.
+    fn wait_to_go_on(&mut self) -> io::Result<Vec<(u64, Events)>> {
+        self.events.wait_for(&[])?;
+        let ready = self.events.wait(None)?;
+        Ok(ready.iter().filter(|(token, _)| *token == WAKE).collect())
+    }
+
     /// Waits until a descriptor is ready or a deadline has passed. Returns the ready descriptors in the order of their
     /// tokens.
     fn wait(&mut self) -> io::Result<Vec<(u64, Events)>> {
@@ -133,6 +156,9 @@ impl Proxy {
             Some(client) => {
                 let mut events = Events::empty();
                 events.set(Events::EPOLLIN, client.may_receive(&status));
+                if events.contains(Events::EPOLLIN) && client.receiver.has_message() {
+                    ahead.push(CLIENT);
+                }
                 events.set(Events::EPOLLOUT, !client.outbox.is_empty());
                 interests.push(Interest {
                     source: client.socket.clone(),
@@ -218,8 +244,7 @@ impl Proxy {
         match self.listener.accept() {
             Ok((socket, _)) => {
                 info_limited!("{}: a client has connected", self.settings.name);
-                self.client = Some(ClientLeg::new(socket, self.settings.answers_all_accesses));
-                self.link.set_client(true);
+                self.welcome(socket);
             }
             Err(cause) if cause.kind() == io::ErrorKind::WouldBlock => {}
             Err(cause) => {
@@ -259,14 +284,24 @@ impl Proxy {
             Err(cause) => return self.end_client(&cause.to_string()),
         };
         self.connect_at = now + RETRY;
-        match connector::connect(&self.settings.server) {
-            Ok(socket) => {
+        let connected = connector::connect(&self.settings.server).and_then(|socket| {
+            let buffers = self.buffers(Leg::Server, socket.as_fd(), true)?;
+            Ok((socket, buffers))
+        });
+        match connected {
+            Ok((socket, buffers)) => {
                 let socket = Arc::new(socket);
-                let session = self.link.start_session(socket.clone(), &proposal.encode());
+                let proposal = proposal.encode();
+                let session = self
+                    .link
+                    .start_session(socket.clone(), buffers.outbox, &proposal);
                 self.server = Some(ServerLeg {
                     session,
                     socket,
-                    receiver: Receiver::reading_ahead(),
+                    receiver: buffers.receiver,
+                    handled: 0,
+                    recorded: 0,
+                    kept: buffers.kept,
                     twin: None,
                 });
             }
@@ -286,12 +321,37 @@ impl Proxy {
         let mut discarded = [0; 4096];
         for _ in 0..MESSAGES_PER_TURN {
             match rustix::net::recv(&*socket, &mut discarded, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return self.link.closed(),
+                Ok((0, _)) => return self.closed(),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 // It has hung up with unread bytes.
-                Err(_) => return self.link.closed(),
+                Err(_) => return self.closed(),
             }
         }
+    }
+
+    fn closed(&self) {
+        self.link.closed();
+        if let Some(kept) = &self.kept {
+            kept.release(Leg::Server);
+        }
+    }
+
+    /// Serves a client that has just connected.
+    pub(super) fn welcome(&mut self, socket: UnixStream) {
+        let buffers = self.buffers(Leg::Client, socket.as_fd(), false);
+        let buffers = buffers.unwrap_or_else(|cause| {
+            warn_limited!(
+                "{}: the client's connection will end with this daemon: {cause}",
+                self.settings.name
+            );
+            Buffers::default()
+        });
+        if let Some(cookie) = buffers.kept {
+            self.link.begin_client(cookie);
+        }
+        let takes_no_refusal = self.settings.answers_all_accesses;
+        self.client = Some(ClientLeg::new(socket, buffers, takes_no_refusal));
+        self.link.set_client(true);
     }
 }

@@ -10,12 +10,6 @@
 //! bytes in the step that moves them. The record says in one store how far the messages were handled and what the peers must
 //! get. So the next process knows of each message whether it was handled, and of each byte whether it was sent.
 
-#![allow(
-    dead_code,
-    unused_imports,
-    reason = "the interposer does not use it yet"
-)]
-
 mod book;
 mod connections;
 mod crash;

@@ -98,6 +98,7 @@ mod tests {
     use crate::address::{Access, IovaRange};
     use crate::vfio_user::dma::{AccessDenied, DmaTarget, Window};
     use crate::vfio_user::link::{Deadlines, Link};
+    use crate::vfio_user::socket::Outbox;
     use crate::vfio_user::version::Terms;
 
     /// A device with one window.
@@ -140,7 +141,7 @@ mod tests {
         let deadlines = Deadlines::with_answer(Deadlines::DEFAULT_ANSWER);
         let link = Link::new("device".into(), Arc::new(OneWindow), deadlines).expect("a link");
         let (server, _peer) = UnixStream::pair().expect("sockets");
-        link.start_session(Arc::new(server.into()), &[]);
+        link.start_session(Arc::new(server.into()), Outbox::default(), &[]);
         let removal = {
             let mut updates = link.lock();
             updates.hold_back();
@@ -153,7 +154,7 @@ mod tests {
             windows: u64::MAX,
             twin: None,
         };
-        link.activate(terms, Vec::new());
+        link.activate(terms, Vec::new(), None);
         link.wait(removal.clone()).expect("nothing to wait for");
         let announcement = link.lock().announce(&removal, 1);
         let state = link.state.lock();

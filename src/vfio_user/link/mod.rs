@@ -27,7 +27,6 @@ mod update;
 
 pub use self::deadlines::Deadlines;
 pub use self::limit::WindowLimits;
-#[allow(unused_imports, reason = "the interposer does not use it yet")]
 pub(super) use self::recorded::{ClientProgress, KeptNegotiation, LeftServer, ServerProgress};
 pub use self::requester::{Announced, DmaUpdates};
 pub use self::state::{Ends, Link};

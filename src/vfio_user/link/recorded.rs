@@ -1,7 +1,5 @@
 //! What the link records for a later process, and how it goes on with what an earlier one has recorded.
 
-#![allow(dead_code, reason = "the interposer does not use it yet")]
-
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

@@ -7,9 +7,11 @@ use std::time::Instant;
 
 use super::connection::{ClientCommand, NO_REPLY_ID, Pending, Queued, ServerConnection};
 use super::deadlines::WaitLimit;
+use super::recorded::{ClientProgress, KeptNegotiation, ServerProgress};
 use super::state::{Disconnect, Link, LinkState};
 use super::update::{DmaUpdate, DmaUpdateError, REPLAY};
 use crate::vfio_user::dma::{LargeRead, Replies};
+use crate::vfio_user::kept::{BODY_BYTES, KeptCommand};
 use crate::vfio_user::message::{Command, Header, Kind, accesses_nothing};
 use crate::vfio_user::socket::{Outbox, OutgoingFd};
 use crate::vfio_user::version::Terms;
@@ -90,12 +92,17 @@ impl Link {
 
     /// Starts a session with a server that is connected: sends it VERSION. Returns the number of the
     /// session.
-    pub(in crate::vfio_user) fn start_session(&self, socket: Arc<OwnedFd>, proposal: &[u8]) -> u64 {
+    pub(in crate::vfio_user) fn start_session(
+        &self,
+        socket: Arc<OwnedFd>,
+        outbox: Outbox,
+        proposal: &[u8],
+    ) -> u64 {
         let mut state = self.state.lock();
         state.session += 1;
-        let connection = state
-            .connection
-            .insert(ServerConnection::new(socket, Outbox::default()));
+        state.forget_server();
+        let connection = ServerConnection::new(socket, outbox);
+        let connection = state.connection.insert(connection);
         connection.send(Pending::Version, Command::Version, proposal, Vec::new());
         let session = state.session;
         self.flush_locked(&mut state);
@@ -107,8 +114,14 @@ impl Link {
         &self,
         terms: Terms,
         replay: Vec<(Command, Vec<u8>, Vec<OutgoingFd>)>,
+        kept: Option<&KeptNegotiation>,
     ) {
         let mut state = self.state.lock();
+        if let Some(kept) = kept
+            && let Err(cause) = state.note_server(kept)
+        {
+            return self.end_locked(&mut state, Disconnect::CutOff(&cause.to_string()));
+        }
         let Some(connection) = &mut state.connection else {
             return;
         };
@@ -131,9 +144,11 @@ impl Link {
         command: Command,
         body: &[u8],
         descriptors: Vec<OutgoingFd>,
+        client: Option<&ClientProgress>,
     ) -> bool {
         let accesses_nothing = accesses_nothing(command, body);
-        let mut state = self.state.lock();
+        let mut locked = self.state.lock();
+        let state = &mut *locked;
         let Some(connection) = state.connection.as_mut().filter(|c| c.terms.is_some()) else {
             return false;
         };
@@ -146,36 +161,75 @@ impl Link {
                 .outbox
                 .push(renumbered.with_body(body), descriptors);
         } else {
+            let id = connection.free_id();
+            let place = match &mut state.book {
+                Some(book) => {
+                    let kept = KeptCommand {
+                        id,
+                        header,
+                        accesses_nothing,
+                        body: body.get(..BODY_BYTES).unwrap_or(body).to_vec(),
+                    };
+                    let Some(place) = book.add_command(&kept) else {
+                        return false;
+                    };
+                    Some(place)
+                }
+                None => None,
+            };
             connection.commands += 1;
             let pending = Pending::Client(ClientCommand {
                 header,
                 accesses_nothing,
-                place: None,
+                place,
             });
-            connection.send(pending, command, body, descriptors);
+            connection.pending.insert(id, pending);
+            let renumbered = Header::command(id, command, body.len());
+            connection
+                .outbox
+                .push(renumbered.with_body(body), descriptors);
         }
-        self.flush_locked(&mut state);
+        state.note_client(client);
+        self.flush_locked(state);
         true
     }
 
     /// Sends the server the replies to some of its commands, and queues what the socket does not accept yet.
-    pub(in crate::vfio_user) fn reply(&self, replies: &mut Replies) {
+    pub(in crate::vfio_user) fn reply(&self, replies: &mut Replies, handled: &ServerProgress) {
         let mut state = self.state.lock();
         if let Some(connection) = &mut state.connection {
             let sent = replies.send(&mut connection.outbox, &*connection.socket);
-            self.after_sending(&mut state, sent);
+            self.after_reply(&mut state, sent, handled);
         }
         replies.clear();
     }
 
+    fn after_reply(&self, state: &mut LinkState, sent: io::Result<()>, handled: &ServerProgress) {
+        if state.note_handled(handled) {
+            self.flush_locked(state);
+        } else {
+            self.after_sending(state, sent);
+        }
+    }
+
     /// As [`Self::reply`], with the reply to `read` after the others. A refusal of `read` is left in `replies`.
-    pub(in crate::vfio_user) fn reply_to_read(&self, replies: &mut Replies, read: &LargeRead) {
+    pub(in crate::vfio_user) fn reply_to_read(
+        &self,
+        replies: &mut Replies,
+        read: &LargeRead,
+        handled: &ServerProgress,
+    ) {
         let mut state = self.state.lock();
         match &mut state.connection {
             Some(connection) => {
                 let (outbox, socket) = (&mut connection.outbox, &*connection.socket);
                 let sent = replies.send_read(read, &*self.target, outbox, socket);
-                self.after_sending(&mut state, sent);
+                if replies.is_empty() {
+                    self.after_reply(&mut state, sent, handled);
+                } else {
+                    // Nothing was sent: the refusal is among the replies.
+                    self.after_sending(&mut state, sent);
+                }
             }
             None => replies.clear(),
         }
@@ -193,6 +247,7 @@ impl Link {
             connection: Some(connection),
             batches,
             progress,
+            replied,
             ..
         } = &mut *state
         else {
@@ -202,7 +257,10 @@ impl Link {
             return MatchedReply::Own;
         }
         let Some(pending) = connection.pending.remove(&reply.id) else {
-            return MatchedReply::Violation("it replied to no command");
+            return match connection.match_ghost(reply) {
+                Ok(()) => MatchedReply::Own,
+                Err(why) => MatchedReply::Violation(why),
+            };
         };
         if pending.command().number() != reply.command {
             // Put back, so that the end of the connection fails it and wakes its requester.
@@ -213,6 +271,7 @@ impl Link {
             Pending::Version => MatchedReply::Version,
             Pending::Client(command) => {
                 connection.commands -= 1;
+                replied.extend(command.place);
                 MatchedReply::Client(command)
             }
             Pending::Replay(command) => {
@@ -289,7 +348,9 @@ impl Link {
 
     /// The client is gone: ends the connection to its server.
     pub(in crate::vfio_user) fn end_with_client(&self) {
-        self.end_locked(&mut self.state.lock(), Disconnect::ClientGone);
+        let mut state = self.state.lock();
+        state.note_end_of_client();
+        self.end_locked(&mut state, Disconnect::ClientGone);
     }
 
     /// The connection of the closing server.
@@ -299,7 +360,10 @@ impl Link {
 
     /// The closing server has hung up.
     pub(in crate::vfio_user) fn closed(&self) {
-        self.state.lock().closing = None;
+        let mut state = self.state.lock();
+        state.closing = None;
+        state.note_end_of_server();
+        drop(state);
         self.changed.notify_all();
     }
 

@@ -88,7 +88,7 @@ impl Command {
     }
 
     /// The maximum number of descriptors with the reply.
-    pub(super) fn reply_descriptors(self) -> usize {
+    pub(in crate::vfio_user) fn reply_descriptors(self) -> usize {
         match self {
             Self::Version | Self::DeviceGetRegionInfo | Self::DeviceGetRegionIoFds => {
                 MAX_DESCRIPTORS
