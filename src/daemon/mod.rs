@@ -23,7 +23,7 @@ use self::left_readers::end_left_readers;
 use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
 
-use crate::config::{Config, Emulated, VmmTransport};
+use crate::config::{Config, VmmTransport};
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
@@ -112,8 +112,7 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config, keeper: Arc<Keeper>) -> Result<Self, DaemonError> {
-        let has_memory_server = config.devices.emulated.iter().any(Emulated::shares_memory);
-        let life = Arc::new(Life::new(keeper.is_present() && !has_memory_server));
+        let life = Arc::new(Life::new(keeper.is_present()));
         discard_orphans(&keeper);
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;
@@ -155,12 +154,8 @@ impl Daemon {
         if kept.is_none() {
             life.forgo();
         }
-        if has_memory_server && keeper.is_present() {
-            warn!("{MEMORY_SERVER}");
-            iommu.forgo_restart();
-        }
         let metrics = Arc::new(Metrics::default());
-        let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper)?;
+        let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper, &life)?;
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
         let worker = WorkerSettings {
             longest_poll: config.longest_poll,
@@ -443,11 +438,6 @@ fn kept_vmm(
         .then(|| VmmKeeping::find(keeper.clone(), life.clone()))
         .transpose()
 }
-
-/// Why the state ends with this process although there is a keeper.
-const MEMORY_SERVER: &str = "the next daemon will not go on where this one ends: the server of an emulated device has guest \
-    memory (isolation = \"mappings\"), and goes on using it until it notices the end of its connection; with isolation = \
-    \"messages\" it has none";
 
 /// Keeps the state of `iommu` for the next process. Without a keeper, or if it does not take the state, the state ends with
 /// this process.

@@ -1,18 +1,23 @@
 //! Emulated devices: the sockets and the backends of devices that other processes emulate.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use log::info;
+use log::{error, info, warn};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, Shutdown};
 
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
 use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
-use crate::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, Watch};
+use crate::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, KeptDevice, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
 use crate::process::connector;
+use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind_for;
 use crate::topology::Topology;
@@ -87,6 +92,8 @@ const SLOW_CUT_OFFS: DeviceMetric = DeviceMetric {
 
 /// Listens for the VMM's client of an emulated device, at a socket with the configured rights.
 ///
+/// `kept`: the connections outlive this process.
+///
 /// # Errors
 /// The socket cannot be made, or the system has no descriptor or thread left.
 pub fn open(
@@ -94,6 +101,7 @@ pub fn open(
     config: &Config,
     topology: &Topology,
     faults: &Arc<FaultReporter>,
+    kept: Option<KeptDevice>,
 ) -> io::Result<OpenDevice> {
     let (listener, file) = bind_for(&device.listen, rights(config.socket_access))?;
     let endpoint = device.endpoint.endpoint_id();
@@ -101,7 +109,7 @@ pub fn open(
     let regions = info.iter().flat_map(|info| info.reserved.iter());
     let emulated = EmulatedDevice {
         endpoint,
-        name: format!("endpoint {}", device.endpoint),
+        name: name_of(device),
         server: device.connect.clone(),
         isolation: match device.isolation {
             ServerIsolation::Messages => Isolation::Messages,
@@ -117,7 +125,7 @@ pub fn open(
         },
         answers_all_accesses: config.answers_all_accesses(),
     };
-    let (backend, watch) = vfio_user::start(emulated, listener, faults.clone())?;
+    let (backend, watch) = vfio_user::start_kept(emulated, listener, faults.clone(), kept)?;
     info!(
         "endpoint {} is emulated by the server at {}, isolation {}",
         device.endpoint,
@@ -131,6 +139,72 @@ pub fn open(
         file: Some(Arc::new(file)),
         ..OpenDevice::default()
     })
+}
+
+/// The device's name in the log.
+fn name_of(device: &Emulated) -> String {
+    format!("endpoint {}", device.endpoint)
+}
+
+/// Has the connections of a device kept, and takes over those that the daemon before has left. `is_successor`: the core takes
+/// its state over. Without a keeper, or if it does not take them, they end with this daemon.
+pub fn keep(
+    device: &Emulated,
+    keeper: &Arc<Keeper>,
+    life: &Arc<Life>,
+    is_successor: bool,
+) -> Option<KeptDevice> {
+    let endpoint = device.endpoint.endpoint_id();
+    match KeptDevice::open(keeper, life, endpoint, &name_of(device), is_successor) {
+        Ok(kept) => Some(kept),
+        Err(cause) => {
+            warn!(
+                "the connections of endpoint {} end with this daemon: {cause}",
+                device.endpoint
+            );
+            None
+        }
+    }
+}
+
+/// Ends the servers of devices that the daemon before has left and that are not configured any more. They may have guest
+/// memory, so this waits for them to hang up, for a second in all.
+pub fn end_strays(keeper: &Keeper, life: &Life) {
+    let is_server = |name: &String| name.starts_with("vfio-user.") && name.ends_with(".server");
+    let strays = keeper.unclaimed().into_iter().filter(is_server);
+    let deadline = Instant::now() + Duration::from_secs(1);
+    for name in strays {
+        let Some(socket) = keeper.claim(&name) else {
+            continue;
+        };
+        // Fails if it has hung up.
+        let _ = rustix::net::shutdown(&*socket, Shutdown::Write);
+        if !hangs_up(socket.as_fd(), deadline) {
+            let text = format!(
+                "{name}: the device is not configured any more, and its server has not hung up; if it has guest memory, it may \
+                 still use that: end that server"
+            );
+            error!("{text}");
+            life.lose(text);
+        }
+        keeper.drop_file(&name);
+    }
+}
+
+/// Whether the peer of a socket closes it in time. Whatever it sends is discarded.
+fn hangs_up(socket: BorrowedFd<'_>, deadline: Instant) -> bool {
+    let mut discarded = vec![0; 64 << 10];
+    loop {
+        match rustix::net::recv(socket, &mut discarded[..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return true,
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) => return true,
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+    }
 }
 
 impl DeviceStatus for Watch {
@@ -195,6 +269,8 @@ impl EndpointKind for EmulatedKind {
             plug.config,
             &plug.config.topology,
             plug.faults,
+            // The sandbox lets no thread make the memory for it, and the next daemon does not know the endpoint.
+            None,
         )?)
     }
 

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use log::warn;
 use thiserror::Error;
 
 use super::exported::KeptExport;
@@ -31,6 +32,11 @@ use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::shadow::{Registry, ShadowServer};
 use crate::topology::{PciAddress, Topology};
+
+/// Why the state ends with this process although there is a keeper.
+const MEMORY_SERVER: &str = "the next daemon will not go on where this one ends: the server of an emulated device has guest \
+    memory (isolation = \"mappings\"), its connection is not kept, and it goes on using the memory until it notices the end of \
+    its connection; with isolation = \"messages\" it has none";
 
 /// Why the configured devices cannot be brought up.
 #[derive(Debug, Error)]
@@ -107,7 +113,7 @@ impl OpenedDevices {
         Ok((topology, opened))
     }
 
-    /// Adds all backends to the core. `metrics` counts the dropped faults of emulated devices, `keeper` keeps the
+    /// Adds all backends to the core. `life` says whether the state outlives this process. `metrics` counts the dropped faults of emulated devices, `keeper` keeps the
     /// descriptors of shadow readers.
     ///
     /// # Errors
@@ -118,6 +124,7 @@ impl OpenedDevices {
         iommu: &mut Iommu,
         metrics: Arc<Metrics>,
         keeper: &Arc<Keeper>,
+        life: &Arc<Life>,
     ) -> Result<AttachedDevices, StartError> {
         for (backend, endpoints) in self.backends {
             iommu
@@ -141,7 +148,17 @@ impl OpenedDevices {
             devices.push((passthrough.endpoint, device));
         }
         for configured in &config.devices.emulated {
-            let mut device = emulated::open(configured, config, iommu.topology(), &faults)
+            let kept = keeper
+                .is_present()
+                .then(|| emulated::keep(configured, keeper, life, iommu.is_adopting()))
+                .flatten();
+            if kept.is_none() && keeper.is_present() && configured.shares_memory() {
+                warn!("{MEMORY_SERVER}");
+                iommu.forgo_restart();
+                life.forgo();
+            }
+            let topology = iommu.topology();
+            let mut device = emulated::open(configured, config, topology, &faults, kept)
                 .map_err(StartError::Socket)?;
             if let Some(backend) = device.backend.take() {
                 iommu
@@ -150,6 +167,8 @@ impl OpenedDevices {
             }
             devices.push((configured.endpoint, device));
         }
+        // Before the state of the daemon before is taken over.
+        emulated::end_strays(keeper, life);
         Ok(AttachedDevices {
             exported: self.exported,
             iommus: self.iommus,

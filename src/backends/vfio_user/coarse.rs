@@ -14,11 +14,11 @@ use super::view::DeviceView;
 use super::windows::DmaRegion;
 use crate::address::{IovaRange, Mapping};
 use crate::backends::{
-    AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot, Target,
-    UnmapPart,
+    Adoption, AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot,
+    Target, UnmapPart,
 };
 use crate::ids::{DomainId, EndpointId};
-use crate::vfio_user::{DmaUpdateError, Window};
+use crate::vfio_user::{DmaUpdateError, DmaUpdates, Window};
 
 /// The backend.
 pub(super) struct Coarse {
@@ -28,12 +28,28 @@ pub(super) struct Coarse {
 }
 
 impl Coarse {
-    /// The backend of `device`.
-    pub(super) fn new(device: Interposed) -> Self {
-        Self {
-            device,
-            regions: Vec::new(),
-        }
+    /// The backend of `device`, whose server has been told these regions.
+    pub(super) fn new(device: Interposed, mut regions: Vec<DmaRegion>) -> Self {
+        regions.sort_unstable();
+        device.space.set_regions(&regions);
+        Self { device, regions }
+    }
+
+    /// Goes on with the server of an earlier process: it has been told regions, and has no memory.
+    fn take_over(
+        &mut self,
+        endpoint: EndpointId,
+        target: Target,
+        contents: &dyn Contents,
+    ) -> Result<(), BackendError> {
+        let view = self.device.view_of(endpoint, target, contents);
+        let view = view.map_err(|refusal| refusal.cause().clone())?;
+        let missing = self.missing(&view, IovaRange::ALL);
+        self.device.go_on(target, view)?;
+        self.announce(missing).map_err(|cause| {
+            let failure = format_args!("it cannot be switched to {target}");
+            self.device.refused(failure, &cause)
+        })
     }
 
     fn is_announced(&self, region: DmaRegion) -> bool {
@@ -77,10 +93,18 @@ impl Coarse {
         self.regions.sort_unstable();
         self.regions.dedup();
         let windows: Vec<_> = missing.into_iter().map(Window::from).collect();
-        let set = |regions: &[DmaRegion]| self.device.space.set_regions(regions);
-        let added = self.device.add(&windows, || set(&self.regions));
+        let set = |updates: &mut DmaUpdates<'_>, regions: &[DmaRegion]| {
+            self.device.space.set_regions(regions);
+            let firsts: Vec<_> = regions.iter().map(|region| region.first().0).collect();
+            updates.note_regions(&firsts);
+        };
+        let added = self
+            .device
+            .add_with(&windows, |updates| set(updates, &self.regions));
         let Err(cause) = added else { return Ok(()) };
-        let back = self.device.take_back(&windows, || set(&before));
+        let back = self
+            .device
+            .take_back_with(&windows, |updates| set(updates, &before));
         self.regions = before;
         back.and(Err(cause))
     }
@@ -141,6 +165,24 @@ impl DmaBackend for Coarse {
         *self.device.space.change() = view;
         self.device.target = target;
         Ok(())
+    }
+
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        let mut failed = Vec::new();
+        for &(endpoint, target) in adoption.endpoints {
+            if adoption.quarantined.contains(&endpoint) {
+                self.device.link.give_up("its endpoint is quarantined");
+            }
+            if let Err(cause) = self.take_over(endpoint, target, contents) {
+                failed.push((endpoint, cause));
+            }
+        }
+        self.device.link.go_on();
+        failed
     }
 
     fn destroy_domain(&mut self, _domain: DomainId) {

@@ -26,15 +26,15 @@ use super::map_run::MapRun;
 use super::view::DeviceView;
 use crate::address::{Iova, IovaRange, Mapping};
 use crate::backends::{
-    AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot, Target,
-    UnmapPart,
+    Adoption, AttachError, BackendCapabilities, BackendError, Contents, DmaBackend, MemorySlot,
+    Target, UnmapPart,
 };
 use crate::ids::{DomainId, EndpointId};
 use crate::vfio_user::{Announced, BatchTicket, DmaUpdate, DmaUpdateError, Window};
 
 /// The backend.
 pub(super) struct Exact {
-    device: Interposed,
+    pub(super) device: Interposed,
     /// The ranges of the UNMAP in progress.
     begun: Vec<Removal>,
     /// The run of MAPs in progress.
@@ -87,6 +87,7 @@ impl Exact {
     fn replace(&self, view: DeviceView) -> (DeviceView, Result<(), DmaUpdateError>) {
         let mut updates = self.device.link.lock();
         let announced = updates.announced();
+        updates.note_windows_of(None);
         updates.hold_back();
         let windows = view.count;
         let mut old = std::mem::replace(&mut *self.device.space.change(), view);
@@ -305,9 +306,11 @@ impl DmaBackend for Exact {
         contents: &dyn Contents,
     ) -> Result<(), AttachError> {
         let view = self.device.view_of(endpoint, target, contents)?.counted();
+        let former = self.device.target;
         let (old, done) = self.replace(view);
         let Err(cause) = done else {
             self.device.target = target;
+            self.note_windows_of(target);
             return Ok(());
         };
         let refusal = self
@@ -318,10 +321,19 @@ impl DmaBackend for Exact {
             DmaUpdateError::CutOff(_) => Err(cause),
         };
         if back.is_ok() {
+            self.note_windows_of(former);
             return Err(AttachError::Unchanged(refusal));
         }
         self.quarantine(endpoint);
         Err(AttachError::Blocked(refusal))
+    }
+
+    fn adopt(
+        &mut self,
+        adoption: &Adoption<'_>,
+        contents: &dyn Contents,
+    ) -> Vec<(EndpointId, BackendError)> {
+        self.take_over_all(adoption, contents)
     }
 
     fn destroy_domain(&mut self, _domain: DomainId) {

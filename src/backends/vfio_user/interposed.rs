@@ -16,7 +16,8 @@ use crate::error_limited;
 use crate::faults::FaultSink;
 use crate::ids::EndpointId;
 use crate::vfio_user::{
-    BatchTicket, DmaUpdate, DmaUpdateError, Interposer, InterposerSettings, Link, Window,
+    BatchTicket, DmaUpdate, DmaUpdateError, DmaUpdates, Interposer, InterposerSettings, KeptDevice,
+    Link, Window,
 };
 
 /// The limits of both kinds of backends.
@@ -49,6 +50,7 @@ impl Interposed {
         device: EmulatedDevice,
         listener: UnixListener,
         sink: Arc<dyn FaultSink>,
+        kept: Option<KeptDevice>,
     ) -> io::Result<Self> {
         let endpoint = device.endpoint;
         let reserved: Arc<[IovaRange]> = device.reserved.into();
@@ -61,7 +63,7 @@ impl Interposed {
             server: device.server,
             answers_all_accesses: device.answers_all_accesses,
         };
-        let interposer = Interposer::start(settings, listener, link.clone(), space.clone(), None)?;
+        let interposer = Interposer::start(settings, listener, link.clone(), space.clone(), kept)?;
         Ok(Self {
             endpoint,
             name: device.name,
@@ -132,7 +134,19 @@ impl Interposed {
         windows: &[Window],
         change: impl FnOnce(),
     ) -> Result<(), DmaUpdateError> {
-        let ticket = self.send_maps(windows, change);
+        self.add_with(windows, |_| change())
+    }
+
+    /// As [`Self::add`]; the change may record something, too.
+    pub(super) fn add_with(
+        &self,
+        windows: &[Window],
+        change: impl FnOnce(&mut DmaUpdates<'_>),
+    ) -> Result<(), DmaUpdateError> {
+        let mut updates = self.link.lock();
+        change(&mut updates);
+        let ticket = updates.add(windows);
+        drop(updates);
         self.link.wait(ticket)
     }
 
@@ -149,14 +163,36 @@ impl Interposed {
         windows: &[Window],
         change: impl FnOnce(),
     ) -> Result<(), DmaUpdateError> {
+        self.take_back_with(windows, |_| change())
+    }
+
+    /// As [`Self::take_back`]; the change may record something, too.
+    pub(super) fn take_back_with(
+        &self,
+        windows: &[Window],
+        change: impl FnOnce(&mut DmaUpdates<'_>),
+    ) -> Result<(), DmaUpdateError> {
         let mut updates = self.link.lock();
         let announced = updates.announced();
-        change();
+        change(&mut updates);
         let known = windows.iter().filter(|w| announced.has(w.range));
         let unmaps = known.map(|w| DmaUpdate::Unmap(w.range)).collect();
         let ticket = updates.send(unmaps, !windows.is_empty());
         drop(updates);
         self.link.wait(ticket)
+    }
+
+    /// What goes on with the peers of an earlier process: they get no answers before the device has `view`. Waits for a server
+    /// that may have memory and that nobody goes on with.
+    ///
+    /// # Errors
+    /// That server has not hung up.
+    pub(super) fn go_on(&mut self, target: Target, view: DeviceView) -> Result<(), BackendError> {
+        *self.space.change() = view;
+        self.target = target;
+        self.link.go_on();
+        let waited = self.link.wait_for_hang_up();
+        waited.map_err(|cause| self.refused(format_args!("it cannot be taken over"), &cause))
     }
 
     /// The windows as the link sends them.

@@ -10,6 +10,7 @@
 mod coarse;
 mod dma_window;
 mod exact;
+mod exact_take_over;
 mod interposed;
 mod map_run;
 #[cfg(test)]
@@ -26,14 +27,15 @@ use std::sync::Arc;
 use self::coarse::Coarse;
 use self::exact::Exact;
 use self::interposed::Interposed;
+use self::windows::DmaRegion;
 use super::{DmaBackend, MemorySlot};
-use crate::address::IovaRange;
+use crate::address::{Iova, IovaRange};
 use crate::faults::FaultSink;
 use crate::ids::EndpointId;
 
 pub use self::watch::{EmulatedState, Watch};
 pub use self::windows::Isolation;
-pub use crate::vfio_user::{Deadlines, WindowLimits};
+pub use crate::vfio_user::{Deadlines, KeptDevice, WindowLimits};
 
 /// An emulated device.
 #[derive(Clone, Debug)]
@@ -66,11 +68,27 @@ pub fn start(
     listener: UnixListener,
     sink: Arc<dyn FaultSink>,
 ) -> io::Result<(Box<dyn DmaBackend>, Watch)> {
+    start_kept(device, listener, sink, None)
+}
+
+/// As [`start`]. With `kept`, the connections go on in a later process, and those of an earlier one go on here.
+///
+/// # Errors
+/// The system has no descriptor or thread left.
+pub fn start_kept(
+    device: EmulatedDevice,
+    listener: UnixListener,
+    sink: Arc<dyn FaultSink>,
+    kept: Option<KeptDevice>,
+) -> io::Result<(Box<dyn DmaBackend>, Watch)> {
     let isolation = device.isolation;
-    let device = Interposed::start(device, listener, sink)?;
+    let regions = kept.as_ref().map_or(&[][..], KeptDevice::left_regions);
+    let regions = regions.iter().map(|first| DmaRegion::of(Iova(*first)));
+    let regions = regions.collect();
+    let device = Interposed::start(device, listener, sink, kept)?;
     let watch = device.watch();
     let backend: Box<dyn DmaBackend> = match isolation {
-        Isolation::Messages => Box::new(Coarse::new(device)),
+        Isolation::Messages => Box::new(Coarse::new(device, regions)),
         Isolation::ExactMessages | Isolation::Mappings => Box::new(Exact::new(device)),
     };
     Ok((backend, watch))

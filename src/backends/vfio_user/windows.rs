@@ -200,7 +200,7 @@ impl DmaRegion {
     }
 
     /// The first address.
-    fn first(self) -> Iova {
+    pub(super) fn first(self) -> Iova {
         Iova(self.0 << Self::SHIFT)
     }
 

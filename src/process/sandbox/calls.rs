@@ -114,6 +114,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(always(&PEER_EVENTS));
             list.extend(descriptors());
+            list.extend(kept_messages(needs));
         }
         Role::Export => {
             list.extend(always(EVENT_LOOP));
@@ -254,6 +255,9 @@ const MESSAGES: [c_long; 7] = [
 /// `FIONREAD`: the bytes that are in a pipe.
 const BYTES_IN_A_PIPE: u32 = 0x541b;
 
+/// `TIOCOUTQ`: the bytes that a socket's peer has not read.
+const BYTES_UNREAD: u32 = 0x5411;
+
 /// Writing the record of a client's connection, moving replies from a pipe into its socket, and recognizing copies of a
 /// descriptor (`process::keeper`).
 const RECORD: [c_long; 3] = [libc::SYS_pwrite64, libc::SYS_splice, libc::SYS_kcmp];
@@ -386,12 +390,24 @@ fn backends(needs: &Needs) -> Vec<Call> {
         // Reads the BARs of the devices, and clears their bus-master bits.
         list.extend(always(&[libc::SYS_pread64, libc::SYS_pwrite64]));
     }
+    list.extend(kept_messages(needs));
     if needs.emulated || needs.shadow {
         list.extend(always(WAIT));
         list.extend(always(&MESSAGES));
     }
     if needs.shadow {
         list.extend(always(&READERS));
+    }
+    list
+}
+
+/// Sending messages to the peers of emulated devices from memory that outlives the daemon: a file position is where the
+/// next daemon goes on.
+fn kept_messages(needs: &Needs) -> Vec<Call> {
+    let mut list = Vec::new();
+    if needs.kept_clients && needs.emulated {
+        list.extend(always(&[libc::SYS_sendfile, libc::SYS_lseek]));
+        list.extend(ioctls(&[BYTES_UNREAD]));
     }
     list
 }
