@@ -58,9 +58,11 @@ fn main() {
     if rates.iter().any(|rounds| !rounds.is_empty()) {
         println!("| access | a second | MB/s |\n|---|---|---|");
     }
-    for ((name, _, bytes, _), rounds) in MEASURES.iter().zip(&mut rates) {
+    for (index, rounds) in rates.iter_mut().enumerate() {
+        let (name, _, bytes, _) = MEASURES[index / 2];
+        let name = format!("{name}{}", ["", "_kept"][index % 2]);
         if let Some(rate) = median(rounds) {
-            println!("| {name} | {rate:.0} | {:.0} |", rate * *bytes as f64 / 1e6);
+            println!("| {name} | {rate:.0} | {:.0} |", rate * bytes as f64 / 1e6);
             figures.insert(format!("{name}_per_s"), json!(rate));
         }
     }
@@ -84,30 +86,40 @@ fn main() {
     fragment::write("interposer", &json!({ "interposer": figures }));
 }
 
-/// The accesses a second of each round of each chosen measure.
+/// The accesses a second of each round of each chosen measure: with connections that end with the process, and with those
+/// that are kept for a later one, in turns.
 fn accesses(is_chosen: &dyn Fn(&str) -> bool) -> Vec<Vec<f64>> {
-    let bed = Bed::new(Isolation::Messages);
-    bed.attach();
-    // Each page is a mapping of its own, in the reverse order of the memory behind it.
-    for page in 0..RAM_LEN / PAGE {
-        let at = RAM_LEN - (page + 1) * PAGE;
-        bed.map(page * PAGE, at, PAGE, Rights::READ_WRITE)
-            .expect("mapped");
+    let beds = [
+        Bed::new(Isolation::Messages),
+        Bed::kept(Isolation::Messages),
+    ];
+    let mut pairs = Vec::new();
+    for bed in &beds {
+        bed.attach();
+        // Each page is a mapping of its own, in the reverse order of the memory behind it.
+        for page in 0..RAM_LEN / PAGE {
+            let at = RAM_LEN - (page + 1) * PAGE;
+            bed.map(page * PAGE, at, PAGE, Rights::READ_WRITE)
+                .expect("mapped");
+        }
+        let (client, server) = bed.raw_pair();
+        let mut server = Server::new(server.stream);
+        server.answer_windows();
+        pairs.push((client, server));
     }
-    let (client, server) = bed.raw_pair();
-    let mut server = Server::new(server.stream);
-    server.answer_windows();
-    let mut rates = vec![Vec::new(); MEASURES.len()];
+    let mut rates = vec![Vec::new(); MEASURES.len() * beds.len()];
     for _ in 0..ROUNDS {
-        for ((name, access, bytes, in_flight), rounds) in MEASURES.iter().zip(&mut rates) {
-            if is_chosen(name) {
-                let begin = Instant::now();
-                let count = server.run(*access, *bytes, *in_flight, RAM_LEN, ROUND);
-                rounds.push(count as f64 / begin.elapsed().as_secs_f64());
+        for (index, (name, access, bytes, in_flight)) in MEASURES.iter().enumerate() {
+            for (kept, (_, server)) in pairs.iter_mut().enumerate() {
+                if is_chosen(name) {
+                    let begin = Instant::now();
+                    let count = server.run(*access, *bytes, *in_flight, RAM_LEN, ROUND);
+                    let rate = count as f64 / begin.elapsed().as_secs_f64();
+                    rates[index * beds.len() + kept].push(rate);
+                }
             }
         }
     }
-    drop(client);
     rates
 }
 

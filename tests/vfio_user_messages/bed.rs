@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -13,10 +13,14 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost_device_iommu::address::{Access, Gpa, GpaRange, Iova, IovaRange, Mapping, PageMask};
 use vhost_device_iommu::backends::MemorySlot;
-use vhost_device_iommu::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, Watch};
+use vhost_device_iommu::backends::vfio_user::{
+    self, Deadlines, EmulatedDevice, Isolation, KeptDevice, Watch,
+};
 use vhost_device_iommu::faults::{Fault, FaultReason, FaultSink};
 use vhost_device_iommu::ids::{DomainId, EndpointId};
 use vhost_device_iommu::iommu::{Iommu, RequestError, Settings};
+use vhost_device_iommu::process::keeper::Keeper;
+use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::topology::{EndpointSpec, PciAddress, PciRange, ReservedRegions, Topology};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
@@ -95,6 +99,18 @@ impl Bed {
         Self::with(isolation, deadlines, false, max_windows)
     }
 
+    /// A bed whose connections are kept for a later process. The keeper closes what it gets.
+    pub fn kept(isolation: Isolation) -> Self {
+        let (manager, ours) = UnixDatagram::pair().expect("sockets");
+        std::thread::spawn(move || while manager.recv(&mut [0; 256]).is_ok_and(|len| len > 0) {});
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        let life = Arc::new(Life::new(true));
+        let kept = KeptDevice::open(&keeper, &life, endpoint(), "device", false);
+        let deadlines = Deadlines::with_answer(DEADLINE);
+        let kept = Some(kept.expect("memory"));
+        Self::start(isolation, deadlines, false, u64::MAX, kept)
+    }
+
     /// A bed whose clients take no refusal for an answer.
     pub fn answering_all_accesses() -> Self {
         let deadlines = Deadlines::with_answer(DEADLINE);
@@ -106,6 +122,22 @@ impl Bed {
         deadlines: Deadlines,
         answers_all_accesses: bool,
         max_windows: u64,
+    ) -> Self {
+        Self::start(
+            isolation,
+            deadlines,
+            answers_all_accesses,
+            max_windows,
+            None,
+        )
+    }
+
+    fn start(
+        isolation: Isolation,
+        deadlines: Deadlines,
+        answers_all_accesses: bool,
+        max_windows: u64,
+        kept: Option<KeptDevice>,
     ) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let client_path = folder.path().join("client");
@@ -123,7 +155,7 @@ impl Bed {
         };
         let listener = UnixListener::bind(&client_path).expect("a socket");
         let (backend, watch) =
-            vfio_user::start(device, listener, faults.clone()).expect("a backend");
+            vfio_user::start_kept(device, listener, faults.clone(), kept).expect("a backend");
         let mut iommu = core_without_device();
         iommu
             .add_backend(backend, &[endpoint()])

@@ -19,6 +19,7 @@ mod hostile;
 mod hotplug;
 mod in_flight;
 mod in_place;
+mod kept;
 mod large;
 mod library;
 mod limits;
