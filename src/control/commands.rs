@@ -99,7 +99,9 @@ fn leave(life: &Life, asked: &str) -> Value {
         return refusal("the daemon still takes over from the one before; try again");
     }
     if !life.is_kept() {
-        return refusal("the VM's state would end with this process, because nobody keeps it");
+        return refusal(
+            "the VM's state or connection would end with this process, because nobody keeps it",
+        );
     }
     json!({ "version": VERSION, "leaving": life.number() })
 }

@@ -112,7 +112,8 @@ fn life(out: &mut String, life: &Value) -> Result {
     if life["kept"] == false {
         writeln!(
             out,
-            "the state ends with this process: a daemon that is started by systemd or `launch` survives its end"
+            "the VM's state ends with this process: nobody keeps it, or the VMM's connection (see the log); a daemon that is \
+             started by systemd or `launch` survives its end"
         )?;
     }
     Ok(())

@@ -112,7 +112,8 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`].
     pub fn new(config: &Config, keeper: Arc<Keeper>) -> Result<Self, DaemonError> {
-        let life = Arc::new(Life::new(keeper.is_present()));
+        let life = Life::new(keeper.is_present()).with_connections(keeper.unkept().clone());
+        let life = Arc::new(life);
         discard_orphans(&keeper);
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;

@@ -53,10 +53,10 @@ pub enum UpgradeError {
          the new daemon with it"
     )]
     Silent(serde_json::Error),
-    /// Nobody keeps the daemon's state.
+    /// Nobody keeps the daemon's state, or the VMM's connection.
     #[error(
-        "the running daemon goes on: nobody keeps its state, so the VM's IOMMU would end with it; stop the VM, and run the \
-         daemon with `launch` or as a service of systemd 254 or later"
+        "the running daemon goes on: nobody keeps its state or its VMM's connection (see its log), so the VM's IOMMU would \
+         end with it; stop the VM, and run the daemon with `launch` or as a service of systemd 254 or later"
     )]
     NotKept,
     /// The next daemon would be another program.

@@ -1,10 +1,11 @@
 //! What this process has taken over from the one before it.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::locks::{Mutex, Rank};
+use crate::process::unkept::UnkeptConnections;
 
 /// The most descriptions of things that could not be taken over.
 const MAX_LOST: usize = 64;
@@ -42,6 +43,8 @@ pub struct Life {
     process: u32,
     /// Whether the next process can go on where this one ends.
     kept: AtomicBool,
+    /// The connections that end with this process all the same.
+    unkept: Arc<UnkeptConnections>,
     state: Mutex<LifeState>,
     resumed: OnceLock<Instant>,
 }
@@ -65,14 +68,21 @@ impl Life {
             began: Instant::now(),
             process: std::process::id(),
             kept: AtomicBool::new(kept),
+            unkept: Arc::default(),
             state: Mutex::new(Rank::Life, state),
             resumed: OnceLock::new(),
         }
     }
 
-    /// Whether the next process can go on where this one ends.
+    /// The same, with the connections that the next process cannot go on with.
+    #[must_use]
+    pub fn with_connections(self, unkept: Arc<UnkeptConnections>) -> Self {
+        Self { unkept, ..self }
+    }
+
+    /// Whether the next process can go on where this one ends: with its state, and with all connections that are open.
     pub fn is_kept(&self) -> bool {
-        self.kept.load(Ordering::Relaxed)
+        self.kept.load(Ordering::Relaxed) && !self.unkept.any()
     }
 
     /// The next process cannot go on after all.
@@ -159,6 +169,20 @@ mod tests {
         life.resume();
         assert_eq!(life.resumed_after(), Some(first));
         assert_eq!(life.number(), 7);
+        assert!(life.is_kept());
+        life.forgo();
+        assert!(!life.is_kept());
+    }
+
+    #[test]
+    fn a_life_is_not_kept_while_a_connection_is_not() {
+        let unkept = Arc::<UnkeptConnections>::default();
+        let life = Life::new(true).with_connections(unkept.clone());
+        let first = unkept.count();
+        let second = unkept.count();
+        drop(first);
+        assert!(!life.is_kept());
+        drop(second);
         assert!(life.is_kept());
         life.forgo();
         assert!(!life.is_kept());

@@ -28,6 +28,7 @@ pub mod service;
 pub mod socket;
 #[cfg(not(miri))]
 pub mod supervisor;
+pub mod unkept;
 #[cfg(not(miri))]
 pub mod unread;
 pub mod wait_budget;

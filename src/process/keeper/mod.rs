@@ -31,6 +31,7 @@ use crate::process::closer::Closer;
 use crate::process::inherited::is_same_file;
 use crate::process::keeper_message::{KeeperMessage, is_name};
 use crate::process::rate_limit::RateLimit;
+use crate::process::unkept::UnkeptConnections;
 use crate::warn_limited;
 
 pub use crate::process::keeper_message::PREFIX;
@@ -58,6 +59,7 @@ pub struct Keeper {
     files: Mutex<KeptFiles>,
     closer: OnceLock<Closer>,
     counters: KeeperCounters,
+    unkept: Arc<UnkeptConnections>,
 }
 
 /// Counters of a keeper, since this process's start.
@@ -123,6 +125,7 @@ impl Keeper {
             files: Mutex::new(Rank::KeptFiles, KeptFiles::new(BTreeMap::new(), 0)),
             closer: OnceLock::new(),
             counters: KeeperCounters::default(),
+            unkept: Arc::default(),
         }
     }
 
@@ -149,6 +152,7 @@ impl Keeper {
             files: Mutex::new(Rank::KeptFiles, KeptFiles::new(kept, next)),
             closer: OnceLock::new(),
             counters: KeeperCounters::default(),
+            unkept: Arc::default(),
         })
     }
 
@@ -188,6 +192,11 @@ impl Keeper {
     /// The counters.
     pub fn counters(&self) -> &KeeperCounters {
         &self.counters
+    }
+
+    /// The connections whose descriptors could not all be kept.
+    pub fn unkept(&self) -> &Arc<UnkeptConnections> {
+        &self.unkept
     }
 
     /// Closes files that the VMM has chosen in a thread of their own from now on.

@@ -16,6 +16,7 @@ use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use super::state::{MAX_REGIONS, VmmState};
 use crate::process::keeper::Keeper;
 use crate::process::reply_pipe::ReplyPipe;
+use crate::process::unkept::UnkeptConnection;
 use crate::warn_limited;
 
 /// The name under which the record is kept.
@@ -36,6 +37,8 @@ pub(super) struct Book {
     has_record: bool,
     /// The keeper has the VMM's socket, and the record is up to date.
     is_kept: bool,
+    /// Counts a connection that is open, and is not kept.
+    unkept: Option<UnkeptConnection>,
 }
 
 impl Book {
@@ -60,6 +63,7 @@ impl Book {
             keeper,
             has_record: false,
             is_kept: false,
+            unkept: None,
         })
     }
 
@@ -77,6 +81,7 @@ impl Book {
             recorded,
             has_record: true,
             is_kept: true,
+            unkept: None,
         }
     }
 
@@ -87,6 +92,7 @@ impl Book {
             ..Recorded::default()
         };
         self.is_kept = true;
+        self.unkept = None;
         if let Err(cause) = self.keep_connection(socket) {
             self.lose(&cause);
         }
@@ -213,6 +219,7 @@ impl Book {
 
     /// The connection has ended: nothing of it is kept any more.
     pub(super) fn close(&mut self) {
+        self.unkept = None;
         if self.is_kept {
             self.give_up();
         }
@@ -223,6 +230,7 @@ impl Book {
         warn_limited!(
             "the VMM's connection cannot be kept, so the VM does not survive the end of this daemon: {cause}"
         );
+        self.unkept = Some(self.keeper.unkept().count());
         self.give_up();
     }
 

@@ -17,6 +17,7 @@ use super::progress::ClientProgress;
 use crate::process::keeper::Keeper;
 use crate::process::record::{Record, RecordFormat, refused};
 use crate::process::reply_pipe::ReplyPipe;
+use crate::process::unkept::UnkeptConnection;
 use crate::warn_limited;
 
 /// The version of the record, of the words beside it, and of all devices' states in it.
@@ -88,6 +89,8 @@ pub(in super::super) struct ClientBook {
     has_record: bool,
     /// The keeper has the client's socket, and the record is up to date.
     is_kept: bool,
+    /// Counts a connection that is open, and is not kept.
+    unkept: Option<UnkeptConnection>,
 }
 
 impl ClientBook {
@@ -111,6 +114,7 @@ impl ClientBook {
             keeper,
             has_record: false,
             is_kept: false,
+            unkept: None,
         })
     }
 
@@ -139,6 +143,7 @@ impl ClientBook {
             keeper,
             has_record: true,
             is_kept: true,
+            unkept: None,
         };
         Ok(Some((book, state)))
     }
@@ -150,6 +155,7 @@ impl ClientBook {
             ..RecordedClient::default()
         };
         self.is_kept = true;
+        self.unkept = None;
         if let Err(cause) = self.keep_connection(socket) {
             self.lose(&cause);
         }
@@ -207,6 +213,7 @@ impl ClientBook {
 
     /// The connection has ended: nothing of it is kept any more.
     pub(super) fn close(&mut self) {
+        self.unkept = None;
         if self.is_kept {
             self.give_up();
         } else {
@@ -220,6 +227,7 @@ impl ClientBook {
         warn_limited!(
             "the connection of a vfio-user client cannot be kept, so it does not survive the end of this daemon: {cause}"
         );
+        self.unkept = Some(self.keeper.unkept().count());
         let names = std::mem::take(&mut self.recorded.names);
         self.give_up();
         // The client goes on to use them.

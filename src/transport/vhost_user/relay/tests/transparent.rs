@@ -126,6 +126,7 @@ fn a_connection_that_cannot_be_kept_is_served_nevertheless() {
         let keeper = Arc::new(keeper.with_room(room));
         let socket = Socket::new();
         let (device, _) = device();
+        let unkept = keeper.unkept().clone();
         let life = Life::start(&socket, device.clone(), keeper, Steps::default(), None);
         let mut vmm = socket.connect();
         let (ram, more) = (memfd(RAM), memfd(RAM));
@@ -151,9 +152,36 @@ fn a_connection_that_cannot_be_kept_is_served_nevertheless() {
             Vec::<String>::new(),
             "{room}"
         );
+        assert!(unkept.any(), "{room}");
         // Its end closes the connection: no later process can go on.
         life.stop();
         assert!(vmm.has_ended());
         wait_for("the end", || !device.is_connected());
+        assert!(!unkept.any(), "{room}");
     }
+}
+
+/// Only while that connection is open does the process promise nothing.
+#[test]
+fn the_connection_after_one_that_cannot_be_kept_is_kept() {
+    let mut manager = Manager::new();
+    let keeper = Arc::into_inner(manager.keeper()).expect("one user");
+    // The record, the two ends of the pipe, and the socket.
+    let keeper = Arc::new(keeper.with_room(4));
+    let unkept = keeper.unkept().clone();
+    let socket = Socket::new();
+    let life = Life::start(&socket, device().0, keeper, Steps::default(), None);
+    let features = Sent::new(Req::GET_FEATURES, &[]);
+    let mut vmm = socket.connect();
+    vmm.tell(&features).expect("served");
+    assert!(!unkept.any());
+    vmm.tell(&Sent::words(Req::SET_VRING_CALL, &[0]).with(&[&event()]))
+        .expect("served");
+    vmm.tell(&features).expect("served");
+    assert!(unkept.any());
+    drop(vmm);
+    let mut next = socket.connect();
+    next.tell(&features).expect("served");
+    assert!(!unkept.any());
+    life.stop();
 }
