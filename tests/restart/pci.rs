@@ -268,3 +268,36 @@ fn what_the_keeper_has_lost_of_a_client_is_said() {
     let lost = status["life"]["lost"].to_string();
     assert!(lost.contains("FileDescriptorStoreMax="), "{lost}");
 }
+
+/// How long a read of a register, and a notification, take without a keeper and with one. Not asserted.
+#[test]
+fn the_cost_of_a_keeper_is_small() {
+    let plain = Daemon::over_vfio_user(CONFIG);
+    let (_keeper, kept) = start();
+    let mut vms = [Vm::started(&plain), Vm::started(&kept)];
+    let mut times: [[Vec<Duration>; 2]; 2] = Default::default();
+    for turn in 0..200u32 {
+        for (vm, times) in vms.iter_mut().zip(&mut times) {
+            for _ in 0..20 {
+                let begun = Instant::now();
+                vm.status();
+                times[0].push(begun.elapsed());
+            }
+            let begun = Instant::now();
+            vm.write(22, &[turn as u8 & 1, 0]);
+            times[1].push(begun.elapsed());
+        }
+    }
+    for (what, kind) in [(0, "a read"), (1, "a write that changes the state")] {
+        let [without, with] = times.each_mut().map(|times| {
+            times[what].sort_unstable();
+            (
+                times[what][times[what].len() / 10],
+                times[what][times[what].len() / 2],
+            )
+        });
+        println!(
+            "{kind}, tenth percentile and median: {without:?} without a keeper, {with:?} with one"
+        );
+    }
+}
