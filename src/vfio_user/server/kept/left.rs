@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use super::super::device::ClientFiles;
 use super::book::{BookNames, ClientBook};
-use super::lookahead::take;
+use super::lookahead::{MAX_UNTAKEN, take};
 use super::progress::LeftProgress;
 use crate::process::keeper::Keeper;
 use crate::process::peek::{peek_offset, set_peek_offset};
 use crate::process::record::refused;
 use crate::process::reply_pipe::ReplyPipe;
+use crate::vfio_user::message::MAX_MESSAGE;
 
 /// The connection of a client to an earlier process.
 #[derive(Debug)]
@@ -116,10 +117,13 @@ fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
         once,
         looked,
         taken,
+        taking,
         ..
     } = found;
     let begun_at = begun.checked_sub(1);
-    if executed > looked || taken > executed || begun_at.is_some_and(|at| at > executed) {
+    let is_sound =
+        taken <= taking && taking <= executed && begun_at.is_none_or(|at| at <= executed);
+    if !is_sound {
         return Err(refused("its words do not add up"));
     }
     let is_begun = begun_at == Some(executed);
@@ -129,23 +133,30 @@ fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
              descriptor",
         ));
     }
-    if taken < executed {
-        // Nobody has looked at more since: the offset falls by what is taken out.
+    // While bytes are taken out, nobody looks at more: the offset falls by what is out.
+    let out = if taken < taking {
         let offset = u64::from(peek_offset(socket.as_fd())?.unwrap_or(0));
-        let out = looked.checked_sub(offset);
-        let left = out
-            .filter(|out| begun_at.is_some_and(|at| at <= *out))
-            .and_then(|out| executed.checked_sub(out))
-            .and_then(|left| usize::try_from(left).ok())
-            .ok_or_else(|| refused("its socket has another peek offset"))?;
-        take(socket, left)?;
-        progress.executed(executed);
-        progress.taken(executed);
+        looked
+            .checked_sub(offset)
+            .filter(|out| (taken..=taking).contains(out))
+            .ok_or_else(|| refused("its socket has another peek offset"))?
     } else {
-        progress.executed(executed);
+        taken
+    };
+    let left = usize::try_from(executed - out)
+        .ok()
+        .filter(|left| *left <= MAX_UNTAKEN + MAX_MESSAGE as usize);
+    let left = left.ok_or_else(|| refused("its words do not add up"))?;
+    progress.executed(executed);
+    // If this process dies, too: as above, with what is looked at now.
+    let offset = u32::try_from(left).map_err(io::Error::other)?;
+    if taken == taking {
+        set_peek_offset(socket.as_fd(), offset)?;
+        progress.take(executed, executed);
     }
+    take(socket, left)?;
+    progress.taken(executed);
     set_peek_offset(socket.as_fd(), 0)?;
-    progress.looked(executed);
     if is_begun {
         // Of a reply that counts for nothing.
         book.reply.clear()?;

@@ -1,7 +1,8 @@
 //! A client's messages, which stay in its socket until they were executed.
 //!
 //! The server looks at bytes with `MSG_PEEK`. The socket's peek offset is the number of bytes that were looked at and are
-//! still in the socket; a read without `MSG_PEEK` lowers it.
+//! still in the socket; a read without `MSG_PEEK` lowers it. Executed messages are taken out many at a time: for each one, a
+//! call would cost more than the kernel's way past those that are still there.
 //!
 //! Descriptors come with the bytes that were sent with them. Linux ends a read behind such bytes, so they belong to the last
 //! message that begins before the end of the read. A sender that sends each message with a call of its own therefore means
@@ -28,6 +29,12 @@ use crate::vfio_user::socket::{Message, SocketError};
 const AHEAD: usize = 4 << 10;
 /// The most bytes of a body that are read at once: the client may declare a large body and never send it.
 const STEP: usize = 64 << 10;
+/// The server takes executed messages out of the socket once there are more bytes of them.
+#[cfg(not(test))]
+pub(super) const MAX_UNTAKEN: usize = 2 << 10;
+/// In tests, after every few messages.
+#[cfg(test)]
+pub(super) const MAX_UNTAKEN: usize = 100;
 /// Bytes that are taken out of the socket at once.
 const TAKE: usize = 16 << 10;
 /// A larger buffer is freed once its message was taken.
@@ -47,6 +54,8 @@ pub(super) enum Looked {
 /// The messages of one client.
 #[derive(Debug, Default)]
 pub(super) struct Lookahead {
+    /// Bytes of executed messages that are still in the socket, before the others.
+    untaken: usize,
     /// The bytes that were looked at, from the first message on.
     bytes: Vec<u8>,
     /// Descriptors, each with the end of the read that has returned them.
@@ -70,8 +79,13 @@ impl Lookahead {
         self.bytes.len()
     }
 
+    /// Bytes of executed messages that are still in the socket.
+    pub(super) fn untaken(&self) -> usize {
+        self.untaken
+    }
+
     /// Looks at the next message. The caller must wait for an edge of the socket after [`Looked::Nothing`], and
-    /// [take](Self::take) a message out before it asks for the next one.
+    /// [finish](Self::finish) a message before it asks for the next one.
     ///
     /// # Errors
     /// The client has to be cut off.
@@ -136,7 +150,8 @@ impl Lookahead {
             count -= 1;
             files.clear();
             self.bytes.truncate(seen + count);
-            let offset = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
+            let offset = self.untaken + self.bytes.len();
+            let offset = u32::try_from(offset).unwrap_or(u32::MAX);
             set_peek_offset(socket.as_fd(), offset)?;
         }
         self.is_drained = count > 0 && count < room && files.is_empty();
@@ -146,20 +161,24 @@ impl Lookahead {
         Ok(Some(count))
     }
 
-    /// Takes the first `len` bytes, which were looked at, out of the socket.
-    ///
-    /// # Errors
-    /// They are not there.
-    pub(super) fn take(&mut self, socket: &UnixStream, len: usize) -> std::io::Result<()> {
-        take(socket, len)?;
+    /// The first message, of `len` bytes, is executed. It stays in the socket until [`Self::take`].
+    pub(super) fn finish(&mut self, len: usize) {
         self.bytes.drain(..len.min(self.bytes.len()));
+        self.untaken += len;
         for (end, _) in &mut self.descriptors {
             *end = end.saturating_sub(len);
         }
         if self.bytes.capacity() > KEPT {
             self.bytes.shrink_to(AHEAD);
         }
-        Ok(())
+    }
+
+    /// Takes the executed messages out of the socket.
+    ///
+    /// # Errors
+    /// They are not there.
+    pub(super) fn take(&mut self, socket: &UnixStream) -> std::io::Result<()> {
+        take(socket, std::mem::take(&mut self.untaken))
     }
 }
 

@@ -14,13 +14,13 @@
 //! 3. The reply goes into the pipe.
 //! 4. The server records the device's state, if it has changed ([`book`]), and how many bytes it has executed
 //!    ([`progress`]). The last is one store to shared memory.
-//! 5. The server takes the message out of the socket.
-//! 6. It moves the reply from the pipe into the socket.
+//! 5. It moves the reply from the pipe into the socket.
+//! 6. After some messages, it takes them out of the socket.
 //!
 //! If the process dies before the store of step 4, the next one makes a device of the state before ([`left`]), finds the
 //! message in the socket, and executes it: so the device must bear that a message is executed twice. If the process dies
-//! later, the next one goes on with step 5 or 6; the socket's peek offset says how much of the message is still there, and
-//! the pipe has what is unsent of the reply.
+//! later, the next one goes on with step 5 or 6: the pipe has what is unsent of the reply, and if the process was taking
+//! messages out, the socket's peek offset says how much of them is still there.
 //!
 //! A few messages cannot be executed twice ([`ServedDevice::can_repeat`](super::device::ServedDevice::can_repeat)), and a
 //! descriptor does not pass through a pipe. If the process dies while it executes or sends one of those, the next one cuts

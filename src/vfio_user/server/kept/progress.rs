@@ -1,8 +1,9 @@
 //! How far the server has come with the client's messages: four words in memory that outlives the process.
 //!
 //! The words count bytes of the connection. One thread stores them, in this order for a message of `n` bytes at `at`:
-//! `LOOKED >= at + n`, `BEGUN = at + 1`, perhaps `ONCE = at + 1`, then `EXECUTED = at + n`, and `TAKEN = at + n` once the message is
-//! out of the socket. A process dies as a whole, so the next one finds the stores up to one of them.
+//! `BEGUN = at + 1`, perhaps `ONCE = at + 1`, then `EXECUTED = at + n`. To take executed messages out of the socket it stores
+//! `LOOKED`, `TAKING = EXECUTED`, and `TAKEN` afterwards. A process dies as a whole, so the next one finds the stores up to one
+//! of them.
 
 use std::fs::File;
 use std::io;
@@ -18,7 +19,7 @@ const PAGE: usize = 4096;
 /// The words.
 #[derive(Clone, Copy, Debug)]
 enum ProgressWord {
-    /// Bytes that the server has looked at.
+    /// Bytes that the server has looked at, while it takes bytes out.
     Looked,
     /// 1 more than the place of the message that is being executed, or was executed last; 0 before the first.
     Begun,
@@ -28,6 +29,8 @@ enum ProgressWord {
     Executed,
     /// Bytes that are out of the socket.
     Taken,
+    /// Bytes that will be; the same as before until the server begins to take more out.
+    Taking,
 }
 
 /// The mapped words.
@@ -42,6 +45,7 @@ pub(super) struct LeftProgress {
     pub(super) once: u64,
     pub(super) executed: u64,
     pub(super) taken: u64,
+    pub(super) taking: u64,
 }
 
 impl ClientProgress {
@@ -61,6 +65,7 @@ impl ClientProgress {
             ProgressWord::Begun,
             ProgressWord::Once,
             ProgressWord::Executed,
+            ProgressWord::Taking,
             ProgressWord::Taken,
             ProgressWord::Looked,
         ] {
@@ -75,12 +80,15 @@ impl ClientProgress {
             once: self.word(ProgressWord::Once),
             executed: self.word(ProgressWord::Executed),
             taken: self.word(ProgressWord::Taken),
+            taking: self.word(ProgressWord::Taking),
         }
     }
 
-    /// The server has looked at this many bytes.
-    pub(super) fn looked(&self, bytes: u64) {
-        self.store(ProgressWord::Looked, bytes);
+    /// The server begins to take all executed bytes out of the socket. It has looked at `looked` bytes, and looks at no more
+    /// until they are [taken](Self::taken).
+    pub(super) fn take(&self, executed: u64, looked: u64) {
+        self.store(ProgressWord::Looked, looked);
+        self.store(ProgressWord::Taking, executed);
     }
 
     /// The execution of the message at this place begins. It `can_repeat` if the next process may execute it again.

@@ -16,6 +16,7 @@ use super::super::device::ServedDevice;
 use super::super::respond::{ClientError, Response, respond};
 use super::keeping::ClientKeeping;
 use super::left::LeftPlace;
+use super::lookahead::MAX_UNTAKEN;
 use super::lookahead::{Lookahead, Looked};
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::vfio_user::message::{Command, Kind};
@@ -70,6 +71,12 @@ pub(in super::super) fn serve_kept(
         keeping,
     };
     let end = connection.serve(device);
+    #[cfg(test)]
+    if matches!(end, Ok(KeptEnd::Died)) {
+        return end;
+    }
+    // The client would see an error instead of the end. Fails if the connection has failed.
+    let _ = connection.take_executed();
     // `events` holds a reference to the socket. It fails only if the descriptor is gone.
     let _ = events.wait_for(&[]);
     end
@@ -168,7 +175,6 @@ impl KeptConnection<'_> {
         let is_command = matches!(message.header.kind, Kind::Command { .. });
         let can_repeat = device.can_repeat(command, &message.body);
         let progress = &self.keeping.book.progress;
-        progress.looked(at + self.lookahead.len() as u64);
         step!(self.keeping);
         progress.begin(at, can_repeat);
         step!(self.keeping);
@@ -196,15 +202,29 @@ impl KeptConnection<'_> {
         let gone = self.keeping.book.execute(executed, device.take_record());
         self.executed = executed;
         step!(self.keeping);
-        self.lookahead.take(self.socket, len)?;
-        step!(self.keeping);
-        self.keeping.book.progress.taken(executed);
-        step!(self.keeping);
+        self.lookahead.finish(len);
+        if self.lookahead.untaken() > MAX_UNTAKEN {
+            if let Some(end) = self.take_executed()? {
+                return Ok(Some(end));
+            }
+            step!(self.keeping);
+        }
         self.send_reply()?;
         step!(self.keeping);
         self.keeping.book.release(&gone);
         self.is_begun = false;
         device.replied();
+        Ok(None)
+    }
+
+    /// Takes the executed messages out of the socket.
+    fn take_executed(&mut self) -> io::Result<Option<KeptEnd>> {
+        let looked = self.executed + self.lookahead.len() as u64;
+        self.keeping.book.progress.take(self.executed, looked);
+        step!(self.keeping);
+        self.lookahead.take(self.socket)?;
+        step!(self.keeping);
+        self.keeping.book.progress.taken(self.executed);
         Ok(None)
     }
 

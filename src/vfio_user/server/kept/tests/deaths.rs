@@ -77,7 +77,7 @@ fn every_reply_comes_once_wherever_the_process_dies() {
             assert_eq!(replies, expected, "step {step}, {pace:?}");
             assert_eq!(last.sum, SUM, "step {step}, {pace:?}");
             if died == 0 {
-                assert!(step > 100, "{step} steps");
+                assert!(step > 90, "{step} steps");
                 break;
             }
         }
@@ -136,7 +136,7 @@ fn what_cannot_be_done_twice_is_done_at_most_once() {
                 break;
             }
         }
-        assert!((1..8).contains(&cut_off) && whole > 20, "{cut_off} {whole}");
+        assert!((1..8).contains(&cut_off) && whole > 15, "{cut_off} {whole}");
     }
 }
 
@@ -153,7 +153,7 @@ fn a_client_that_has_gone_meanwhile_is_released() {
         );
     });
     // In the middle of the second message.
-    let first = live(&mut manager, Some(socket), Steps::until(13), &writes);
+    let first = live(&mut manager, Some(socket), Steps::until(11), &writes);
     assert!(matches!(first.expect("a client").end, Ok(KeptEnd::Died)));
     assert!(manager.names().iter().any(|name| name == "file.0"));
     drop(thread);
@@ -166,7 +166,8 @@ fn a_client_that_has_gone_meanwhile_is_released() {
 
 #[test]
 fn damaged_words_are_refused() {
-    for word in 0..5usize {
+    // Not the first, `Looked`, which matters only while messages are taken out.
+    for word in 1..6usize {
         let mut manager = Manager::new();
         let writes = Arc::default();
         let (client, socket) = UnixStream::pair().expect("sockets");
@@ -179,9 +180,8 @@ fn damaged_words_are_refused() {
             std::os::unix::fs::FileExt::write_all_at(&record, &[0xee; 8], at).expect("written");
         });
         let next = live(&mut manager, None, Steps::default(), &writes).expect("a client");
-        // The bytes that were looked at matter only while a message is taken out; the mark of a message that must not be
-        // repeated only if it is that of the message that has begun.
-        assert_eq!(next.lost.is_empty(), word == 0 || word == 2, "word {word}");
+        // The mark of a message that must not be repeated matters only if it is that of the message that has begun.
+        assert_eq!(next.lost.is_empty(), word == 2, "word {word}");
         let replies = client.join().expect("the client");
         let all = script().len() - 1;
         assert_eq!(replies.len() == all, next.lost.is_empty(), "word {word}");
