@@ -291,7 +291,10 @@ if [ $quick = no ]; then
         case $suite in
         unit) [ $arch = amd64 ] || setup+=(--print --debian) ;;
         guest) setup+=(--print --firmware) ;;
-        restart) setup+=(--print) ;;
+        restart)
+            setup+=(--print)
+            [ $arch = amd64 ] || setup+=(--debian)
+            ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
         operations) setup+=(--print --debian) ;;
         esac

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 # shellcheck disable=SC2154 # test.sh, which sources this file, sets some names
 #
-# The parts of the suites unit and operations for arm64: test programs under qemu-user and in a Debian for arm64, and the
-# package.
+# The parts of the suites unit, restart and operations for arm64: test programs under qemu-user and in a Debian for arm64,
+# and the package.
 
 # The test programs that run under qemu-user: the library's own tests, the program's, and integration tests that start the
 # daemon for a command only. qemu-user lacks io_submit, with which the daemon signals eventfds: no VM can be served there.
@@ -52,17 +52,22 @@ arm64_unit() {
         step "unit: $name under qemu-user" "$QEMU_USER" "$path" --exact "${skip[@]}"
     done
     if [ $quick = no ]; then
-        arm64_machine "${programs[@]}"
+        arm64_machine "unit: in an arm64 machine" "$IN_ARM64_MACHINE" "${programs[@]}"
     fi
 }
 
-# arm64_machine 'NAME PATH'...: runs the programs of IN_ARM64_MACHINE, and the tests of the others that cannot run under
-# qemu-user, in an arm64 machine with four processors.
+# arm64_machine STEP NAMES 'NAME PATH'...: runs the programs of NAMES, and the tests of the others that cannot run under
+# qemu-user, in an arm64 machine with four processors, in a step STEP.
 arm64_machine() {
-    local program name path daemon files=() folder=$LOGS/arm64
+    local step=$1 names=$2 program name path daemon built files=() folder
+    shift 2
+    folder=$LOGS/arm64-$(tr -c 'a-z0-9\n' - <<<"$step")
     daemon=$(arm64_daemon)
+    built=$daemon
+    # arm64_daemon_wrapped has moved it.
+    [ ! -e "$daemon.arm64" ] || built=$daemon.arm64
     mkdir -p "$folder"
-    "$ARCH_TRIPLE-strip" -o "$folder/vhost-device-iommu" "$daemon.arm64"
+    "$ARCH_TRIPLE-strip" -o "$folder/vhost-device-iommu" "$built"
     # The tests start the daemon at the path where cargo has built it.
     cat >"$folder/machine" <<SCRIPT
 mkdir -p ${daemon%/*} && cp vhost-device-iommu $daemon || exit
@@ -76,7 +81,7 @@ run() {
 SCRIPT
     for program in "$@"; do
         read -r name path <<<"$program"
-        if [[ " $IN_ARM64_MACHINE " == *" $name "* ]]; then
+        if [[ " $names " == *" $name "* ]]; then
             echo "run $name" >>"$folder/machine"
         elif [ -n "$(arm64_skipped "$name")" ]; then
             echo "run $name --exact $(arm64_skipped "$name" | tr '\n' ' ')" >>"$folder/machine"
@@ -87,9 +92,24 @@ SCRIPT
         files+=(--file "$folder/$name")
     done
     echo "exit \$status" >>"$folder/machine"
-    step "unit: in an arm64 machine" "$SCRIPTS/debian.sh" --arch arm64 --processors 4 --memory 2G --timeout "$ARM64_LIMIT" \
-        --log "$LOGS/arm64-console.log" --file "$folder/machine" --file "$folder/vhost-device-iommu" "${files[@]}" -- \
+    step "$step" "$SCRIPTS/debian.sh" --arch arm64 --processors 4 --memory 2G --timeout "$ARM64_LIMIT" \
+        --log "$folder-console.log" --file "$folder/machine" --file "$folder/vhost-device-iommu" "${files[@]}" -- \
         sh machine
+}
+
+# The daemon that dies is one for arm64 in the first part, and has a guest of arm64 in the second.
+arm64_restart() {
+    local programs
+    step "restart: cross-build" arm64_cargo --bins --test=restart
+    # A daemon that the suite unit has replaced by a script.
+    rm -f "$(arm64_daemon).arm64"
+    if [ $quick = yes ]; then
+        return
+    fi
+    mapfile -t programs < <(arm64_programs --bins --test=restart | grep '^restart ')
+    [ ${#programs[@]} -gt 0 ] || return 0
+    arm64_machine "restart: in an arm64 machine" restart "${programs[@]}"
+    step "restart: guests" cargo test --locked --no-fail-fast --test guest -- --ignored restart::
 }
 
 # arm64_package_is_right PACKAGE: whether it is a package for arm64, and its program is one for that processor.
