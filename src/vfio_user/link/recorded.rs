@@ -81,6 +81,15 @@ impl LinkState {
         }
     }
 
+    /// Commits that the server has answered all updates, if it has, and the record does not say so.
+    pub(super) fn commit_if_settled(&mut self) {
+        let is_settled = self.connection.as_ref().is_some_and(|c| c.updates == 0);
+        let is_recorded = self.book.as_ref().is_none_or(|book| book.now.is_settled);
+        if is_settled && !is_recorded {
+            self.commit();
+        }
+    }
+
     /// Notes how far the client is. The caller commits.
     pub(super) fn note_client(&mut self, client: Option<&ClientProgress>) {
         if let (Some(book), Some(client)) = (&mut self.book, client) {

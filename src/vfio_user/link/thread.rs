@@ -336,6 +336,9 @@ impl Link {
                     self.end_announcement(connection, batches, refusal);
                 }
                 self.send_updates(&mut state);
+                // Before the requester goes on: a planned end waits for the requester alone. The next process takes the
+                // reply for one to an update of this one.
+                state.commit_if_settled();
                 MatchedReply::Own
             }
         }
