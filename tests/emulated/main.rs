@@ -47,5 +47,7 @@ tests! {
     reach_with_shadow: reach(Shadow);
 
 
+    restarts_with_messages: restarts(Messages);
+    restarts_with_mappings: restarts(Mappings);
     restarts_with_shadow: restarts(Shadow);
 }

@@ -40,27 +40,29 @@ pub fn check(name: &str, dma_mode: DmaMode) {
     bed::load_drivers(&mut vm, 1);
     vm.run_within("mkfs.ext4 -q /dev/nvme0n1", LONG_ANSWER);
     vm.run("mkdir -p /mnt && mount -t ext4 /dev/nvme0n1 /mnt");
+    // A kill while the server's windows change ends its connection, which `lose_the_disk` shows.
+    let goes_on_after_any_kill = dma_mode != DmaMode::Mappings;
+    let kill = if goes_on_after_any_kill {
+        End::Killed
+    } else {
+        End::Planned
+    };
     let (mut all, mut inside, mut pause) = (0, 0, 0u64);
     while all < 2 * ends() {
-        vm.begin(&format!("for _ in $(seq 8); do {ROUND} || exit 1; done"));
+        vm.begin(&format!("(for _ in $(seq 8); do {ROUND} || exit 1; done)"));
         let (lines, status) = loop {
             // 0 to 292 ms, in an order that does not repeat soon.
             pause = (pause * 31 + 17) % 293;
             if let Some(answer) = vm.finish(Duration::from_millis(1 + pause)) {
                 break answer;
             }
-            let end = if all % 2 == 0 {
-                End::Killed
-            } else {
-                End::Planned
-            };
-            launched.end(end);
+            launched.end(if all % 2 == 0 { kill } else { End::Planned });
             all += 1;
             inside += 1;
         };
         assert_eq!((status, &lines), (0, &Vec::new()), "after {all} ends");
         // Also while the disk is idle.
-        launched.end(End::Killed);
+        launched.end(kill);
         launched.end(End::Planned);
         all += 2;
     }
@@ -79,6 +81,30 @@ pub fn check(name: &str, dma_mode: DmaMode) {
     assert_eq!(launched.status().refusals(), Vec::<String>::new());
     assert_eq!(launched.status().dma_of(DISK), "translated");
     check_files(&mut vm);
+    if !goes_on_after_any_kill {
+        lose_the_disk(&mut vm, &launched);
+    }
+}
+
+/// Kills the daemon under load until the disk is lost: the guest sees a disk that went away, and goes on without it.
+fn lose_the_disk(vm: &mut Vm, launched: &Launched) {
+    const MOST: u32 = 200;
+    let is_lost = || {
+        let life = launched.status().0["life"].clone();
+        life["lost"].as_array().is_some_and(|lost| !lost.is_empty())
+    };
+    vm.begin("while dd if=/dev/nvme0n1 of=/dev/null bs=64k count=200 iflag=direct 2>/dev/null; do :; done");
+    let mut kills = 0;
+    while !is_lost() {
+        assert!(kills < MOST, "{MOST} kills under load have lost nothing");
+        launched.end(End::Killed);
+        kills += 1;
+    }
+    let answer = vm.finish(LONG_ANSWER);
+    assert!(answer.is_some(), "the guest still waits for its disk");
+    assert_eq!(vm.run("echo alive"), ["alive"]);
+    launched.end(End::Planned);
+    assert_eq!(vm.run("echo alive"), ["alive"]);
 }
 
 /// The file system is whole, and the guest's kernel has logged no error of the disk.
