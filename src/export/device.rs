@@ -302,6 +302,7 @@ impl ServedDevice for ExportedDevice {
                 .flatten()
                 .cloned()
                 .collect(),
+            kept: self.keeping.take_kept(),
             // It has only numbers and names: it cannot fail.
             bytes: serde_json::to_vec(&record).unwrap_or_default(),
         })

@@ -189,6 +189,13 @@ impl Keeper {
         self.files.lock().unclaimed()
     }
 
+    /// The users of a file.
+    #[cfg(test)]
+    pub(crate) fn users(&self, name: &str) -> u32 {
+        let files = self.files.lock();
+        files.kept.get(name).map_or(0, |kept| kept.users)
+    }
+
     /// The counters.
     pub fn counters(&self) -> &KeeperCounters {
         &self.counters

@@ -106,10 +106,9 @@ impl ClientMemory {
         let name = file.as_ref().and_then(|file| keeping.keep(file.as_fd()));
         let done = self.add_slot(device, window, file);
         if done.is_ok() && keeping.is_present() {
+            // The server releases the descriptor of a window that is in no record.
             let record = WindowRecord::new(window, name);
             self.records.insert(record.address, record);
-        } else {
-            keeping.release(name.as_deref());
         }
         if done.is_err() {
             let undo = DmaUnmapBody {

@@ -38,6 +38,7 @@ impl VirtioPciDevice {
         };
         Some(DeviceRecord {
             names: record.names(),
+            kept: self.keeping.take_kept(),
             // It has only numbers and names: it cannot fail.
             bytes: serde_json::to_vec(&record).unwrap_or_default(),
         })

@@ -20,6 +20,7 @@ use crate::device::acpi::ReadOnlyWindows;
 use crate::device::ring::{LockedRing, Ring};
 use crate::device::testing::{ENDPOINT, attach, device, map};
 use crate::faults::{Fault, FaultReason};
+use crate::process::keeper_testing::Manager;
 use crate::process::peer_event::PeerEvent;
 use crate::vfio_user::message::{
     DMA_MAP_READ, DMA_MAP_WRITE, DMA_UNMAP_ALL, DmaMapBody, DmaUnmapBody,
@@ -608,6 +609,36 @@ fn a_request_interrupts_through_its_vector() {
     assert_eq!(bed.request(&map(1, 0x1000)), 0);
     assert_eq!(count(&event), 1);
     assert_eq!(bed.read(ISR, 1), 0, "not used with MSI-X");
+}
+
+/// The client gives a vector the eventfd that it has: the record has it once, and says that it was kept twice.
+#[test]
+fn an_eventfd_that_replaces_itself_is_reported_twice() {
+    let mut bed = Bed::new();
+    let mut manager = Manager::new();
+    let keeper = manager.keeper();
+    bed.pci.kept_with(keeper.clone(), None);
+    let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).expect("an eventfd");
+    for _ in 0..2 {
+        let copy = PeerEvent::new(event.try_clone().expect("a duplicate")).expect("an eventfd");
+        let events = IrqSetData::Eventfds(vec![Some(copy)]);
+        bed.set_irqs(IrqAction::Trigger, 1, events).expect("set");
+    }
+    let record = bed.pci.take_record().expect("a change");
+    assert_eq!(record.kept, ["file.0", "file.0"]);
+    assert_eq!(
+        record.names.iter().filter(|name| *name == "file.0").count(),
+        1
+    );
+    // A refused window is in no record.
+    bed.map(0, RAM_BYTES, Some(ram(RAM_BYTES)))
+        .expect_err("overlaps");
+    let short = bed.map(RAM_BYTES, RAM_BYTES, Some(ram(0x1000)));
+    short.expect_err("behind the end of the file");
+    let record = bed.pci.take_record().expect("a change");
+    assert_eq!(record.kept, ["file.1"]);
+    assert!(!record.names.contains(&"file.1".into()));
+    assert_eq!(keeper.users("file.0"), 2);
 }
 
 #[test]

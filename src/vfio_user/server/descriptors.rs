@@ -1,5 +1,6 @@
 //! Has the client's descriptors kept for a later process.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -10,34 +11,49 @@ use crate::process::peer_event::PeerEvent;
 use crate::warn_limited;
 
 /// Keeps descriptors, if there is somebody to keep them.
-#[derive(Clone, Debug, Default)]
-pub struct DescriptorKeeping(Option<Arc<Keeper>>);
+///
+/// It notes the name of each descriptor that it keeps, for the device's next record. The server compares the notes with the
+/// names in the records, and releases each name as often as it was kept more. Not the device: it would have to name what each
+/// message replaces, and a descriptor that replaces itself is easily overlooked.
+#[derive(Debug, Default)]
+pub struct DescriptorKeeping {
+    keeper: Option<Arc<Keeper>>,
+    /// The names since the last [`Self::take_kept`].
+    kept: RefCell<Vec<String>>,
+}
 
 impl DescriptorKeeping {
     /// Keeps them with `keeper`.
     pub fn new(keeper: Arc<Keeper>) -> Self {
-        Self(Some(keeper))
+        Self {
+            keeper: Some(keeper),
+            kept: RefCell::default(),
+        }
     }
 
     /// Whether there is a keeper.
     pub fn is_present(&self) -> bool {
-        self.0.is_some()
+        self.keeper.is_some()
     }
 
     /// Keeps a descriptor. Returns its name, an empty one if the keeper does not take it; `None` without a keeper.
     pub fn keep(&self, file: BorrowedFd<'_>) -> Option<String> {
-        let kept = self.0.as_ref()?.keep(file);
-        Some(kept.unwrap_or_else(|cause| {
-            warn_limited!("a descriptor of a vfio-user client is not kept: {cause}");
-            String::new()
-        }))
+        Some(match self.keeper.as_ref()?.keep(file) {
+            Ok(name) => {
+                self.kept.borrow_mut().push(name.clone());
+                name
+            }
+            Err(cause) => {
+                warn_limited!("a descriptor of a vfio-user client is not kept: {cause}");
+                String::new()
+            }
+        })
     }
 
-    /// Releases a descriptor that no record names.
-    pub fn release(&self, name: Option<&str>) {
-        if let (Some(keeper), Some(name)) = (&self.0, name) {
-            keeper.release(name);
-        }
+    /// The names of the descriptors that were kept since the last call, each as often as it was kept: for
+    /// [`DeviceRecord::kept`](super::device::DeviceRecord::kept).
+    pub fn take_kept(&self) -> Vec<String> {
+        self.kept.take()
     }
 }
 

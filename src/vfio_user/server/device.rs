@@ -160,6 +160,9 @@ pub struct DeviceRecord {
     /// The names of kept descriptors, each as often as the device has it kept. An empty name stands for one that is not
     /// kept: no later process can then go on with the client.
     pub names: Vec<String>,
+    /// The names of the descriptors that the device has had kept since its last record, each as often as it was kept, also of
+    /// those that it does not use. The server releases those that `names` lacks.
+    pub kept: Vec<String>,
 }
 
 /// The reply to DEVICE_GET_INFO.

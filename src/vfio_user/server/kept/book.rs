@@ -91,6 +91,8 @@ pub(in super::super) struct ClientBook {
     is_kept: bool,
     /// Counts a connection that is open, and is not kept.
     unkept: Option<UnkeptConnection>,
+    /// The names of descriptors to release, each as often as it was kept more than the record names it.
+    unused: Vec<String>,
 }
 
 impl ClientBook {
@@ -115,6 +117,7 @@ impl ClientBook {
             has_record: false,
             is_kept: false,
             unkept: None,
+            unused: Vec::new(),
         })
     }
 
@@ -144,6 +147,7 @@ impl ClientBook {
             has_record: true,
             is_kept: true,
             unkept: None,
+            unused: Vec::new(),
         };
         Ok(Some((book, state)))
     }
@@ -180,32 +184,47 @@ impl ClientBook {
         &self.recorded
     }
 
-    /// A message is executed: `executed` bytes are, and the device has changed to `state`, if it has changed. Returns the
-    /// names of descriptors that the device does not use any more, for [`Self::release`].
-    pub(super) fn execute(&mut self, executed: u64, state: Option<DeviceRecord>) -> Vec<String> {
-        let mut gone = Vec::new();
-        if let Some(state) = state {
-            gone = missing_names(&self.recorded.names, &state.names);
-            self.recorded.names = state.names;
-            self.recorded.executed = executed;
-            self.recorded.has_device = true;
-            if self.is_kept {
-                let written = if self.recorded.names.iter().any(String::is_empty) {
-                    Err(io::Error::other("a descriptor of the client is not kept"))
-                } else {
-                    self.write(&state.bytes)
-                };
-                if let Err(cause) = written {
-                    self.lose(&cause);
-                }
-            }
+    /// A message is executed: `executed` bytes are, and the device has changed to `state`, if it has changed. The caller must
+    /// [release](Self::release_unused) the descriptors that the device does not use any more.
+    pub(super) fn execute(&mut self, executed: u64, state: Option<DeviceRecord>) {
+        match state {
+            Some(state) if self.is_kept => self.record(executed, state),
+            // The names of the record before are released already.
+            Some(state) => self.unused.extend(state.kept),
+            None => {}
         }
         self.progress.executed(executed);
-        gone
     }
 
-    /// Releases descriptors, each as often as it is named.
-    pub(super) fn release(&self, names: &[String]) {
+    fn record(&mut self, executed: u64, state: DeviceRecord) {
+        let mut held = std::mem::take(&mut self.recorded.names);
+        held.extend(state.kept);
+        self.unused.extend(missing_names(&held, &state.names));
+        self.recorded.names = state.names;
+        self.recorded.executed = executed;
+        self.recorded.has_device = true;
+        let written = if self.recorded.names.iter().any(String::is_empty) {
+            Err(io::Error::other("a descriptor of the client is not kept"))
+        } else {
+            self.write(&state.bytes)
+        };
+        if let Err(cause) = written {
+            self.lose(&cause);
+        }
+    }
+
+    /// Notes descriptors that were kept for a message that was not executed to its end.
+    pub(super) fn abandon(&mut self, kept: Vec<String>) {
+        self.unused.extend(kept);
+    }
+
+    /// Releases the descriptors that the record does not name any more, each as often as it was kept more.
+    pub(super) fn release_unused(&mut self) {
+        let names = std::mem::take(&mut self.unused);
+        self.release(&names);
+    }
+
+    fn release(&self, names: &[String]) {
         for name in names.iter().filter(|name| !name.is_empty()) {
             self.keeper.release(name);
         }
@@ -216,10 +235,8 @@ impl ClientBook {
         self.unkept = None;
         if self.is_kept {
             self.give_up();
-        } else {
-            let names = std::mem::take(&mut self.recorded.names);
-            self.release(&names);
         }
+        self.release_unused();
     }
 
     /// The connection goes on, and ends with this process.
@@ -228,10 +245,7 @@ impl ClientBook {
             "the connection of a vfio-user client cannot be kept, so it does not survive the end of this daemon: {cause}"
         );
         self.unkept = Some(self.keeper.unkept().count());
-        let names = std::mem::take(&mut self.recorded.names);
         self.give_up();
-        // The client goes on to use them.
-        self.recorded.names = names;
     }
 
     fn give_up(&mut self) {

@@ -77,6 +77,11 @@ pub(in super::super) fn serve_kept(
     }
     // The client would see an error instead of the end. Fails if the connection has failed.
     let _ = connection.take_executed();
+    if end.is_err()
+        && let Some(record) = device.take_record()
+    {
+        keeping.book.abandon(record.kept);
+    }
     // `events` holds a reference to the socket. It fails only if the descriptor is gone.
     let _ = events.wait_for(&[]);
     end
@@ -199,7 +204,8 @@ impl KeptConnection<'_> {
             None => {}
         }
         step!(self.keeping);
-        let gone = self.keeping.book.execute(executed, device.take_record());
+        let record = device.take_record();
+        self.keeping.book.execute(executed, record);
         self.executed = executed;
         step!(self.keeping);
         self.lookahead.finish(len);
@@ -211,7 +217,7 @@ impl KeptConnection<'_> {
         }
         self.send_reply()?;
         step!(self.keeping);
-        self.keeping.book.release(&gone);
+        self.keeping.book.release_unused();
         self.is_begun = false;
         device.replied();
         Ok(None)

@@ -13,6 +13,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use zerocopy::IntoBytes;
 
 use super::super::super::client::ServerSignal;
+use super::super::super::descriptors::DescriptorKeeping;
 use super::super::super::device::{
     ClientFiles, DeviceRecord, DeviceSummary, IrqKind, IrqSet, ServedDevice, ServedRegion,
 };
@@ -33,10 +34,12 @@ use crate::vfio_user::version::{Capabilities, Version};
 const REGISTERS: u64 = 64;
 const LONG: u64 = 1 << 19;
 const NAME: &str = "test";
+/// What is kept while there is no client.
+pub(super) const IDLE: [&str; 3] = ["test-record", "test-reply-reader", "test-reply-writer"];
 
 /// A device with one register: a write adds to it.
 pub(super) struct Adder {
-    keeper: Arc<Keeper>,
+    keeping: DescriptorKeeping,
     sum: u64,
     windows: Vec<(u64, Option<String>)>,
     regions: [ServedRegion; 3],
@@ -55,7 +58,7 @@ impl Adder {
         };
         let both = REGION_READ | REGION_WRITE;
         Self {
-            keeper,
+            keeping: DescriptorKeeping::new(keeper),
             sum: 0,
             windows: Vec::new(),
             regions: [
@@ -120,8 +123,11 @@ impl ServedDevice for Adder {
     }
 
     fn dma_map(&mut self, window: &DmaMapBody, file: Option<OwnedFd>) -> Result<(), i32> {
-        let name = file.map(|file| self.keeper.keep(file.as_fd()).unwrap_or_default());
-        self.windows.push((window.address.get(), name));
+        let name = file.and_then(|file| self.keeping.keep(file.as_fd()));
+        let address = window.address.get();
+        // A window replaces one at the same address, as an eventfd does.
+        self.windows.retain(|(at, _)| *at != address);
+        self.windows.push((address, name));
         self.has_changed = true;
         Ok(())
     }
@@ -147,6 +153,7 @@ impl ServedDevice for Adder {
                 .iter()
                 .filter_map(|(_, name)| name.clone())
                 .collect(),
+            kept: self.keeping.take_kept(),
         })
     }
 
@@ -172,7 +179,7 @@ impl ServedDevice for Adder {
 /// One message of the client.
 pub(super) struct Sent {
     bytes: Vec<u8>,
-    file: Option<OwnedFd>,
+    file: Option<Arc<OwnedFd>>,
     wants_reply: bool,
 }
 
@@ -203,6 +210,11 @@ impl Sent {
     }
 
     pub(super) fn map(address: u64, has_file: bool) -> Self {
+        let file = has_file.then(|| memfd_create("window", MemfdFlags::CLOEXEC).expect("a memfd"));
+        Self::map_file(address, file.map(Arc::new))
+    }
+
+    pub(super) fn map_file(address: u64, file: Option<Arc<OwnedFd>>) -> Self {
         let body = DmaMapBody {
             argsz: DmaMapBody::BYTES.into(),
             flags: 3.into(),
@@ -210,7 +222,6 @@ impl Sent {
             address: address.into(),
             size: 4096.into(),
         };
-        let file = has_file.then(|| memfd_create("window", MemfdFlags::CLOEXEC).expect("a memfd"));
         Self {
             file,
             ..Self::new(Command::DmaMap, body.as_bytes())
@@ -264,7 +275,7 @@ pub(super) fn run_client(stream: &UnixStream, script: &[Sent], pace: Pace) -> Ve
         } else {
             sent.bytes.len()
         };
-        let mut file = sent.file.as_ref();
+        let mut file = sent.file.as_deref();
         for piece in sent.bytes.chunks(step) {
             send(stream, piece, file.take());
         }
@@ -307,6 +318,7 @@ pub(super) struct Ended {
     pub(super) end: Result<KeptEnd, ClientError>,
     pub(super) sum: u64,
     pub(super) lost: Vec<String>,
+    pub(super) keeper: Arc<Keeper>,
 }
 
 /// A life of the server: with `socket` of a new client, or with the client that the life before has left. `None` if it has
@@ -339,7 +351,13 @@ pub(super) fn live(
         }
         (None, None) => {
             let end = Ok(KeptEnd::Stopped);
-            return (!lost.is_empty()).then_some(Ended { end, sum: 0, lost });
+            let ended = Ended {
+                end,
+                sum: 0,
+                lost,
+                keeper,
+            };
+            return (!ended.lost.is_empty()).then_some(ended);
         }
     };
     let socket = Arc::new(socket);
@@ -358,5 +376,10 @@ pub(super) fn live(
         keeping.close(&socket);
     }
     let sum = device.sum;
-    Some(Ended { end, sum, lost })
+    Some(Ended {
+        end,
+        sum,
+        lost,
+        keeper,
+    })
 }

@@ -6,12 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::super::KeptEnd;
 use super::Steps;
-use super::bed::{Ended, Pace, Sent, live, run_client};
+use super::bed::{Ended, IDLE, Pace, Sent, live, run_client};
 use crate::process::keeper_testing::Manager;
 use crate::vfio_user::message::Command;
 
-/// What is kept while there is no client.
-const IDLE: [&str; 3] = ["test-record", "test-reply-reader", "test-reply-writer"];
 /// All that the script writes.
 const SUM: u64 = 5 + 7 + 300;
 

@@ -1,6 +1,7 @@
 //! The server ends at each of its steps, as the process would, and the next one goes on.
 
 mod bed;
+mod counts;
 mod deaths;
 
 use std::sync::Arc;
