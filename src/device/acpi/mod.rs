@@ -62,7 +62,7 @@ pub enum Added {
 
 /// Adds the table `viot` to the ACPI tables in `memory`, and returns the VMM's own RSDP, which the guest gets as the
 /// answer to its read. The RSDP itself does not change, and may be in `read_only`. A second call finds the table of the
-/// first and writes nothing.
+/// first and writes nothing. A call after a process that has died in one finishes what that process has begun.
 ///
 /// If the table cannot be added, the RSDP, if there is one, is returned all the same: with it the guest boots as it
 /// would without `acpi_rsdp=`.
@@ -96,7 +96,12 @@ fn add_behind<M: GuestMemory + ?Sized>(
         };
     }
     let plan = Plan::new(&tables, viot)?;
-    plan.check(memory, &tables)?;
+    if let Some(cause) = tables.interrupted
+        && !plan.is_written(memory, viot)
+    {
+        return Err(cause);
+    }
+    plan.check(memory, &tables, viot)?;
     plan.write(memory, viot)
 }
 
@@ -106,7 +111,7 @@ fn is_at<M: GuestMemory + ?Sized>(memory: &M, at: u64, bytes: &[u8]) -> bool {
     memory.read_slice(&mut found, GuestAddress(at)).is_ok() && found == bytes
 }
 
-/// The three writes that add a table.
+/// The writes that add a table.
 struct Plan {
     viot: TableSpan,
     entry: TableSpan,
@@ -161,26 +166,32 @@ impl Plan {
         })
     }
 
-    /// Both places are RAM that the guest can write, hold zeroes and belong to no table.
+    /// Whether the table and its entry are in memory.
+    fn is_written<M: GuestMemory + ?Sized>(&self, memory: &M, viot: &[u8]) -> bool {
+        is_at(memory, self.viot.start, viot) && is_at(memory, self.entry.start, &self.entry_bytes)
+    }
+
+    /// Both places are RAM that the guest can write, hold zeroes and belong to no table. They may also hold what
+    /// [`Self::write`] writes, or a part of it: the process before has died there.
     fn check<M: GuestMemory + ?Sized>(
         &self,
         memory: &M,
         tables: &Tables,
+        viot: &[u8],
     ) -> Result<(), AcpiRefusal> {
         if let Some(other) = tables.overlapping(self.entry) {
             return Err(AcpiRefusal::NoEntryRoom { at: other.start });
         }
         let free = tables.last_end().max(self.entry.end);
-        let behind = TableSpan {
-            start: free,
-            end: self.viot.end,
-        };
-        if !is_free(memory, self.entry) {
+        let gap = self.viot.start.saturating_sub(free);
+        let mut behind = vec![0; usize::try_from(gap).unwrap_or_default()];
+        behind.extend(viot);
+        if !is_free(memory, self.entry.start, &self.entry_bytes) {
             return Err(AcpiRefusal::NoEntryRoom {
                 at: self.entry.start,
             });
         }
-        if !is_free(memory, behind) {
+        if !is_free(memory, free, &behind) {
             return Err(AcpiRefusal::NoRoom {
                 at: free,
                 bytes: self.viot.len(),
@@ -196,7 +207,8 @@ impl Plan {
         Ok(())
     }
 
-    /// VIOT first, then what makes it reachable.
+    /// VIOT first, then what makes it reachable. If the process dies between two writes, or within one of the first two, the
+    /// next process makes all of them again.
     fn write<M: GuestMemory + ?Sized>(
         &self,
         memory: &M,
@@ -232,16 +244,14 @@ fn area_end(end: u64) -> u64 {
     }
 }
 
-fn is_free<M: GuestMemory + ?Sized>(memory: &M, span: TableSpan) -> bool {
-    let Ok(len) = usize::try_from(span.len()) else {
-        return false;
-    };
-    let mut bytes = vec![0; len];
-    is_writable(memory, span)
-        && memory
-            .read_slice(&mut bytes, GuestAddress(span.start))
-            .is_ok()
-        && bytes.iter().all(|&byte| byte == 0)
+/// Whether `planned` may be written to `at`: each byte there is 0, or the planned one.
+fn is_free<M: GuestMemory + ?Sized>(memory: &M, at: u64, planned: &[u8]) -> bool {
+    let mut found = vec![0; planned.len()];
+    let span = TableSpan::from_len(at, planned.len() as u64);
+    let is_ours = |(found, planned): (&u8, &u8)| *found == 0 || found == planned;
+    span.is_some_and(|span| is_writable(memory, span))
+        && memory.read_slice(&mut found, GuestAddress(at)).is_ok()
+        && found.iter().zip(planned).all(is_ours)
 }
 
 fn is_writable<M: GuestMemory + ?Sized>(memory: &M, span: TableSpan) -> bool {

@@ -49,6 +49,9 @@ pub(super) struct Tables {
     spans: Vec<TableSpan>,
     /// The address of a VIOT table.
     pub(super) viot: Option<u64>,
+    /// The root table has a correct checksum only without its last entry, and `root` is without it. This is why the table as
+    /// it is would be refused.
+    pub(super) interrupted: Option<AcpiRefusal>,
 }
 
 impl Tables {
@@ -56,6 +59,18 @@ impl Tables {
     pub(super) fn follow<M: GuestMemory + ?Sized>(
         memory: &M,
         rsdp: &Rsdp,
+    ) -> Result<Self, AcpiRefusal> {
+        Self::follow_root(memory, rsdp, None).or_else(|cause| {
+            let interrupted = Self::follow_root(memory, rsdp, Some(cause));
+            interrupted.map_err(|_| cause)
+        })
+    }
+
+    /// Follows the root table, without its last entry if the table with that entry is refused.
+    fn follow_root<M: GuestMemory + ?Sized>(
+        memory: &M,
+        rsdp: &Rsdp,
+        interrupted: Option<AcpiRefusal>,
     ) -> Result<Self, AcpiRefusal> {
         let mut walk = TableWalk {
             memory,
@@ -67,10 +82,15 @@ impl Tables {
             let rsdp_len = rsdp.bytes().len() as u64;
             walk.spans.extend(TableSpan::from_len(rsdp.at(), rsdp_len));
         }
-        let root = walk.root(rsdp)?;
+        let root = walk.root(rsdp, interrupted.is_some())?;
         let viot = walk.children(&root)?;
         let spans = disjoint(walk.spans)?;
-        Ok(Self { root, spans, viot })
+        Ok(Self {
+            root,
+            spans,
+            viot,
+            interrupted,
+        })
     }
 
     /// The end of the table at the highest address.
@@ -94,13 +114,14 @@ struct TableWalk<'a, M: ?Sized> {
 }
 
 impl<M: GuestMemory + ?Sized> TableWalk<'_, M> {
-    fn root(&mut self, rsdp: &Rsdp) -> Result<Root, AcpiRefusal> {
+    fn root(&mut self, rsdp: &Rsdp, is_interrupted: bool) -> Result<Root, AcpiRefusal> {
         let (at, signature, entry_len) = match (rsdp.xsdt(), rsdp.rsdt()) {
             (Some(at), _) => (at, *b"XSDT", 8),
             (None, Some(at)) => (at, *b"RSDT", 4),
             (None, None) => return Err(AcpiRefusal::NoRootTable { at: rsdp.at() }),
         };
-        let bytes = self.table(at)?;
+        let dropped = if is_interrupted { entry_len } else { 0 };
+        let bytes = self.table_without(at, dropped)?;
         let refuse = |problem| AcpiRefusal::Table { at, problem };
         if !bytes.starts_with(&signature) {
             return Err(refuse(TableProblem::Signature(signature_of(&bytes))));
@@ -184,7 +205,18 @@ impl<M: GuestMemory + ?Sized> TableWalk<'_, M> {
 
     /// All bytes of a table with a header.
     fn table(&mut self, at: u64) -> Result<Vec<u8>, AcpiRefusal> {
-        let header = self.read(at, HEADER_LEN as u64)?;
+        self.table_without(at, 0)
+    }
+
+    /// A table as it was before it became `dropped` bytes longer.
+    fn table_without(&mut self, at: u64, dropped: usize) -> Result<Vec<u8>, AcpiRefusal> {
+        let shorten = |mut header: Vec<u8>| {
+            let dropped = u32::try_from(dropped).unwrap_or(u32::MAX);
+            let length = length_of(&header).saturating_sub(dropped);
+            header[LENGTH_AT..LENGTH_AT + 4].copy_from_slice(&length.to_le_bytes());
+            header
+        };
+        let header = shorten(self.read(at, HEADER_LEN as u64)?);
         let length = length_of(&header);
         let refuse = |problem| AcpiRefusal::Table { at, problem };
         let is_name =
@@ -196,7 +228,7 @@ impl<M: GuestMemory + ?Sized> TableWalk<'_, M> {
             return Err(refuse(TableProblem::Length(length)));
         }
         self.take(at, length)?;
-        let bytes = self.read(at, u64::from(length))?;
+        let bytes = shorten(self.read(at, u64::from(length))?);
         // The guest may have written to it since.
         if bytes[..HEADER_LEN] != header[..] || sum(&bytes) != 0 {
             return Err(refuse(TableProblem::Checksum));

@@ -352,6 +352,60 @@ proptest! {
         prop_assert!(found == image.ram, "the file of the windows has changed");
     }
 
+    /// The process dies between two of its writes, or within one, and the next process makes them again.
+    #[test]
+    fn writes_that_a_death_has_interrupted_are_finished(
+        layout in layouts(),
+        torn in any::<prop::sample::Index>(),
+        from_the_end in any::<bool>(),
+    ) {
+        let image = layout.image();
+        let memory = image.memory();
+        let Ok(Added::Written { at }) = add(&memory).1 else {
+            return Err(TestCaseError::fail("not written"));
+        };
+        let whole = ram_of(&memory);
+        let entry_len = if image.wide { 8 } else { 4 };
+        let entry = image.root + 36 + (image.children.len() * entry_len) as u64;
+        let writes = [(at, viot().len()), (entry, entry_len), (image.root + 4, 4), (image.root + 9, 1)];
+        let mut ram = image.ram.clone();
+        for (number, (at, len)) in writes.into_iter().enumerate() {
+            let at = usize::try_from(at).expect("low");
+            let mut states = Vec::new();
+            if number < 2 {
+                let split = at + torn.index(len);
+                let part = if from_the_end { split..at + len } else { at..split };
+                let mut state = ram.clone();
+                state[part.clone()].copy_from_slice(&whole[part]);
+                states.push(state);
+            }
+            ram[at..at + len].copy_from_slice(&whole[at..at + len]);
+            states.push(ram.clone());
+            for state in states {
+                let memory = Image { ram: state, ..image.clone() }.memory();
+                let (pointer, added) = add(&memory);
+                prop_assert!(pointer.is_some());
+                prop_assert!(added.is_ok(), "after write {number}: {added:?}");
+                prop_assert!(ram_of(&memory) == whole, "after write {number}");
+            }
+        }
+    }
+
+    /// A longer root table is not taken for the work of a dead process unless the table and the entry are this device's.
+    #[test]
+    fn a_root_table_that_is_too_long_is_refused(layout in layouts(), flipped in 0usize..40, bit in 0u8..8) {
+        let image = layout.image();
+        let memory = image.memory();
+        let Ok(Added::Written { at }) = add(&memory).1 else {
+            return Err(TestCaseError::fail("not written"));
+        };
+        let mut written = Image { ram: ram_of(&memory), ..image.clone() };
+        let root = usize::try_from(image.root).expect("low");
+        written.bytes(image.root, 36)[9] = image.ram[root + 9];
+        written.bytes(at, 40)[flipped] ^= 1 << bit;
+        written.refused();
+    }
+
     #[test]
     fn a_flipped_bit_in_any_table_with_a_checksum_is_refused(
         layout in layouts(),
