@@ -13,7 +13,7 @@ use super::device::ServedDevice;
 use super::respond::{ClientError, Response, respond};
 use crate::locks::{Mutex, Rank};
 use crate::process::event_loop::{EventLoop, Events, Interest};
-use crate::vfio_user::message::Kind;
+use crate::vfio_user::message::{Kind, MAX_DATA};
 use crate::vfio_user::socket::{Message, Outbox, OutgoingFd, Received, Receiver};
 use crate::warn_limited;
 
@@ -250,7 +250,7 @@ impl ClientConnection<'_> {
         message: Message,
     ) -> Result<(), ClientError> {
         let is_command = matches!(message.header.kind, Kind::Command { .. });
-        let response = respond(device, self.version_until.is_none(), message)?;
+        let response = respond(device, self.version_until.is_none(), MAX_DATA, message)?;
         if is_command {
             self.version_until = None;
         }

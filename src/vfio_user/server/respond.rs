@@ -54,14 +54,15 @@ impl From<Vec<u8>> for Response {
     }
 }
 
-/// Executes a message. The first one of a client, before it `is_negotiated`, must be VERSION. Returns the response, if the
-/// client gets one.
+/// Executes a message. The first one of a client, before it `is_negotiated`, must be VERSION: the answer
+/// limits a transfer to `max_data` bytes. Returns the response, if the client gets one.
 ///
 /// # Errors
 /// The client has to be cut off.
 pub(super) fn respond(
     device: &mut dyn ServedDevice,
     is_negotiated: bool,
+    max_data: u32,
     message: Message,
 ) -> Result<Option<Response>, ClientError> {
     let header = message.header;
@@ -85,6 +86,9 @@ pub(super) fn respond(
         let client = Version::decode(&message.body)?;
         let mut answer = client.server_answer()?;
         device.negotiate(&client, &mut answer.capabilities);
+        let most = u64::from(max_data);
+        let data = &mut answer.capabilities.max_data_xfer_size;
+        *data = Some(data.map_or(most, |data| data.min(most)));
         return Ok(response(&header, Ok(answer.encode().into())));
     }
     let outcome = match command {

@@ -40,6 +40,12 @@ const TAKE: usize = 16 << 10;
 /// A larger buffer is freed once its message was taken.
 const KEPT: usize = 256 << 10;
 
+/// The most bytes of data in one transfer with a client whose connection is kept. A whole message must fit into the socket,
+/// where it stays until it was executed, and the client's kernel gives the socket about 200 KiB (`net.core.wmem_default`).
+pub(super) const MAX_KEPT_DATA: u32 = 64 << 10;
+/// The most bytes of a body: the data, and room for the structures before it.
+const MAX_BODY: usize = MAX_KEPT_DATA as usize + 4096;
+
 /// What the socket has.
 #[derive(Debug)]
 pub(super) enum Looked {
@@ -94,6 +100,15 @@ impl Lookahead {
             let header = self.bytes.first_chunk().map(Header::decode).transpose();
             let header = header.map_err(SocketError::Malformed)?;
             let wanted = HEADER_BYTES + header.map_or(0, |header| header.body_len);
+            if wanted > HEADER_BYTES + MAX_BODY {
+                return Err(ClientError::Protocol(
+                    "the client sent a longer message than was negotiated",
+                ));
+            }
+            // Before more is read: a message may come in many pieces, each with descriptors.
+            if self.own_descriptors(wanted) > MAX_DESCRIPTORS {
+                return Err(SocketError::LostDescriptors.into());
+            }
             if let Some(header) = header
                 && self.bytes.len() >= wanted
             {
@@ -109,6 +124,12 @@ impl Lookahead {
                 Some(_) => {}
             }
         }
+    }
+
+    /// The descriptors of the first message, if it ends at `end`.
+    fn own_descriptors(&self, end: usize) -> usize {
+        let own = self.descriptors.iter().filter(|(at, _)| *at <= end);
+        own.map(|(_, files)| files.len()).sum()
     }
 
     /// A copy of the first message, with its descriptors.

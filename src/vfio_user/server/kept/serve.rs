@@ -16,8 +16,7 @@ use super::super::device::ServedDevice;
 use super::super::respond::{ClientError, Response, respond};
 use super::keeping::ClientKeeping;
 use super::left::LeftPlace;
-use super::lookahead::MAX_UNTAKEN;
-use super::lookahead::{Lookahead, Looked};
+use super::lookahead::{Lookahead, Looked, MAX_KEPT_DATA, MAX_UNTAKEN};
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::vfio_user::message::{Command, Kind};
 use crate::vfio_user::socket::Message;
@@ -183,7 +182,7 @@ impl KeptConnection<'_> {
         step!(self.keeping);
         progress.begin(at, can_repeat);
         step!(self.keeping);
-        let response = respond(device, self.version_until.is_none(), message)?;
+        let response = respond(device, self.version_until.is_none(), MAX_KEPT_DATA, message)?;
         step!(self.keeping);
         if is_command {
             self.version_until = None;

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -178,7 +178,7 @@ impl ServedDevice for Adder {
 
 /// One message of the client.
 pub(super) struct Sent {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     file: Option<Arc<OwnedFd>>,
     wants_reply: bool,
 }
@@ -289,11 +289,16 @@ pub(super) fn run_client(stream: &UnixStream, script: &[Sent], pace: Pace) -> Ve
 }
 
 fn send(stream: &UnixStream, bytes: &[u8], file: Option<&OwnedFd>) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
     let files: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+    send_files(stream, bytes, &files);
+}
+
+/// Sends bytes with descriptors.
+pub(super) fn send_files(stream: &UnixStream, bytes: &[u8], files: &[BorrowedFd<'_>]) {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        assert!(control.push(SendAncillaryMessage::ScmRights(files)));
     }
     // Fails if the server has cut the client off.
     let _ = sendmsg(
@@ -304,7 +309,7 @@ fn send(stream: &UnixStream, bytes: &[u8], file: Option<&OwnedFd>) {
     );
 }
 
-fn receive(mut stream: &UnixStream) -> Option<Vec<u8>> {
+pub(super) fn receive(mut stream: &UnixStream) -> Option<Vec<u8>> {
     let mut bytes = vec![0; HEADER_BYTES];
     stream.read_exact(&mut bytes).ok()?;
     let header = Header::decode(bytes.first_chunk()?).expect("a header");

@@ -3,6 +3,7 @@
 mod bed;
 mod counts;
 mod deaths;
+mod limits;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
