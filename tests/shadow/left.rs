@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vhost_device_iommu::address::{Access, Iova, IovaRange};
+use vhost_device_iommu::ids::EndpointId;
 use vhost_device_iommu::iommu::RequestError;
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::keeper_message::KeeperMessage;
@@ -387,6 +388,34 @@ fn a_reader_of_which_only_the_process_was_kept_is_killed() {
     let ended = ends_within(&keeper, &limits(), AT_ONCE);
     assert_eq!((ended.ended, ended.killed), (1, 1));
     assert!(!process.ended_well());
+}
+
+/// Each registration costs the process that keeps the descriptors six messages.
+#[test]
+fn a_device_that_registers_all_the_time_is_refused_and_the_others_are_not() {
+    let mut manager = Manager::new();
+    let bed = first_life(&mut manager, patient());
+    let kept = bed.reader(A);
+    let register = |endpoint: EndpointId| {
+        let reader = ShadowReader::connect(&bed.path(), endpoint);
+        manager.receive();
+        reader.map(drop)
+    };
+    let mut register = register;
+    let refused = (0..1000).find_map(|_| {
+        let refused = register(A).err();
+        eventually("it has gone", || bed.registry.reader_count() == 1);
+        refused
+    });
+    let refused = refused.expect("too many");
+    assert!(
+        refused.to_string().contains("too many new ones"),
+        "{refused}"
+    );
+    assert!(bed.registry.counters().refused_often.get() > 0);
+    register(B).expect("another device");
+    kept.memory().read_obj::<u8>(at(0)).expect("as before");
+    eventually("one more after a while", || register(A).is_ok());
 }
 
 #[test]

@@ -67,7 +67,9 @@ fn refusal_text(refusal: Refusal, number: u64) -> String {
                 .into()
         }
         Refusal::Resources => {
-            "the daemon lacks memory or descriptors for another reader; raise its limits".into()
+            "the daemon lacks memory or descriptors for another reader, or the endpoint has had too many new ones; raise \
+             its limits, or try again later"
+                .into()
         }
     }
 }
