@@ -88,7 +88,7 @@ impl Book {
     /// A VMM has connected through `socket`.
     pub(super) fn open(&mut self, socket: &UnixStream) {
         self.recorded = Recorded {
-            connection: self.recorded.connection + 1,
+            connection: self.recorded.connection.saturating_add(1),
             ..Recorded::default()
         };
         self.is_kept = true;

@@ -155,7 +155,7 @@ impl ClientBook {
     /// A client has connected through `socket`.
     pub(super) fn open(&mut self, socket: &UnixStream) {
         self.recorded = RecordedClient {
-            connection: self.recorded.connection + 1,
+            connection: self.recorded.connection.saturating_add(1),
             ..RecordedClient::default()
         };
         self.is_kept = true;
@@ -205,6 +205,9 @@ impl ClientBook {
         self.recorded.has_device = true;
         let written = if self.recorded.names.iter().any(String::is_empty) {
             Err(io::Error::other("a descriptor of the client is not kept"))
+        } else if self.recorded.names.len() > MAX_NAMES {
+            let text = format!("it has more than {MAX_NAMES} descriptors");
+            Err(io::Error::other(text))
         } else {
             self.write(&state.bytes)
         };

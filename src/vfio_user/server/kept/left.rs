@@ -9,12 +9,15 @@ use std::sync::Arc;
 use super::super::device::ClientFiles;
 use super::book::{BookNames, ClientBook};
 use super::lookahead::{MAX_UNTAKEN, take};
-use super::progress::LeftProgress;
+use super::progress::{LeftProgress, MAX_BYTES};
 use crate::process::keeper::Keeper;
 use crate::process::peek::{peek_offset, set_peek_offset};
 use crate::process::record::refused;
 use crate::process::reply_pipe::ReplyPipe;
 use crate::vfio_user::message::MAX_MESSAGE;
+
+/// A message that so many processes have died of is not executed again.
+const MAX_ATTEMPTS: u64 = 2;
 
 /// The connection of a client to an earlier process.
 #[derive(Debug)]
@@ -118,11 +121,15 @@ fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
         looked,
         taken,
         taking,
+        attempts,
         ..
     } = found;
     let begun_at = begun.checked_sub(1);
-    let is_sound =
-        taken <= taking && taking <= executed && begun_at.is_none_or(|at| at <= executed);
+    let is_sound = found.is_plausible()
+        && executed <= MAX_BYTES
+        && taken <= taking
+        && taking <= executed
+        && begun_at.is_none_or(|at| at <= executed);
     if !is_sound {
         return Err(refused("its words do not add up"));
     }
@@ -132,6 +139,11 @@ fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
             "the daemon before has ended while it executed a message that must not be executed twice, or sent a \
              descriptor",
         ));
+    }
+    if is_begun && attempts >= MAX_ATTEMPTS {
+        return Err(io::Error::other(format!(
+            "{attempts} daemons have ended while they executed the client's next message"
+        )));
     }
     // While bytes are taken out, nobody looks at more: the offset falls by what is out.
     let out = if taken < taking {

@@ -1,7 +1,7 @@
-//! How far the server has come with the client's messages: four words in memory that outlives the process.
+//! How far the server has come with the client's messages: seven words in memory that outlives the process.
 //!
 //! The words count bytes of the connection. One thread stores them, in this order for a message of `n` bytes at `at`:
-//! `BEGUN = at + 1`, perhaps `ONCE = at + 1`, then `EXECUTED = at + n`. To take executed messages out of the socket it stores
+//! `ATTEMPTS`, `BEGUN = at + 1`, perhaps `ONCE = at + 1`, then `EXECUTED = at + n`. To take executed messages out of the socket it stores
 //! `LOOKED`, `TAKING = EXECUTED`, and `TAKEN` afterwards. A process dies as a whole, so the next one finds the stores up to one
 //! of them.
 
@@ -15,6 +15,8 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 /// Where the words are in the record: in its first page, which the record leaves to its owner.
 const FIRST_WORD: usize = 64;
 const PAGE: usize = 4096;
+/// The most bytes that are counted: a sum of two words does not overflow. A word above is damaged.
+pub(super) const MAX_BYTES: u64 = 1 << 62;
 
 /// The words.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,8 @@ enum ProgressWord {
     Taken,
     /// Bytes that will be; the same as before until the server begins to take more out.
     Taking,
+    /// How many processes have begun to execute the message of `Begun`.
+    Attempts,
 }
 
 /// The mapped words.
@@ -46,6 +50,22 @@ pub(super) struct LeftProgress {
     pub(super) executed: u64,
     pub(super) taken: u64,
     pub(super) taking: u64,
+    pub(super) attempts: u64,
+}
+
+impl LeftProgress {
+    /// Whether each word that counts bytes can be one.
+    pub(super) fn is_plausible(&self) -> bool {
+        let words = [
+            self.looked,
+            self.begun,
+            self.once,
+            self.executed,
+            self.taken,
+            self.taking,
+        ];
+        words.iter().all(|word| *word <= MAX_BYTES)
+    }
 }
 
 impl ClientProgress {
@@ -68,6 +88,7 @@ impl ClientProgress {
             ProgressWord::Taking,
             ProgressWord::Taken,
             ProgressWord::Looked,
+            ProgressWord::Attempts,
         ] {
             self.store(word, 0);
         }
@@ -81,6 +102,7 @@ impl ClientProgress {
             executed: self.word(ProgressWord::Executed),
             taken: self.word(ProgressWord::Taken),
             taking: self.word(ProgressWord::Taking),
+            attempts: self.word(ProgressWord::Attempts),
         }
     }
 
@@ -93,10 +115,22 @@ impl ClientProgress {
 
     /// The execution of the message at this place begins. It `can_repeat` if the next process may execute it again.
     pub(super) fn begin(&self, at: u64, can_repeat: bool) {
-        self.store(ProgressWord::Begun, at + 1);
+        let mark = at.saturating_add(1);
+        let before = if self.word(ProgressWord::Begun) == mark {
+            self.word(ProgressWord::Attempts)
+        } else {
+            0
+        };
+        self.store(ProgressWord::Attempts, before.saturating_add(1));
+        self.store(ProgressWord::Begun, mark);
         if !can_repeat {
-            self.store(ProgressWord::Once, at + 1);
+            self.mark_once(at);
         }
+    }
+
+    /// The message at this place, which has begun, must not be executed, or answered, again.
+    pub(super) fn mark_once(&self, at: u64) {
+        self.store(ProgressWord::Once, at.saturating_add(1));
     }
 
     /// The message is executed, so this many bytes are, and its reply is in the pipe.

@@ -17,6 +17,7 @@ use super::super::respond::{ClientError, Response, respond};
 use super::keeping::ClientKeeping;
 use super::left::LeftPlace;
 use super::lookahead::{Lookahead, Looked, MAX_KEPT_DATA, MAX_UNTAKEN};
+use super::progress::MAX_BYTES;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::vfio_user::message::{Command, Kind};
 use crate::vfio_user::socket::Message;
@@ -174,7 +175,12 @@ impl KeptConnection<'_> {
         len: usize,
     ) -> Result<Option<KeptEnd>, ClientError> {
         let at = self.executed;
-        let executed = at + len as u64;
+        let executed = at.checked_add(len as u64);
+        let Some(executed) = executed.filter(|executed| *executed <= MAX_BYTES) else {
+            return Err(ClientError::Protocol(
+                "the client has sent more bytes than can be counted",
+            ));
+        };
         let command = Command::from_number(message.header.command);
         let is_command = matches!(message.header.kind, Kind::Command { .. });
         let can_repeat = device.can_repeat(command, &message.body);
@@ -191,7 +197,7 @@ impl KeptConnection<'_> {
             Some(Response { bytes, descriptor })
                 if descriptor.is_some() || bytes.len() > self.keeping.book.reply.room() =>
             {
-                progress.begin(at, false);
+                progress.mark_once(at);
                 if let Some(end) = self.send_directly(&bytes, descriptor)? {
                     return Ok(Some(end));
                 }

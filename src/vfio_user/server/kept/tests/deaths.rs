@@ -47,14 +47,25 @@ fn lives(deaths: &[usize], pace: Pace) -> (Vec<Vec<u8>>, Ended, usize) {
         let step = deaths.get(died).copied().unwrap_or(0);
         let ended = live(&mut manager, socket.take(), Steps::until(step), &writes);
         let ended = ended.expect("a client is left");
-        assert_eq!(ended.lost, [""; 0]);
+        if !ended.lost.is_empty() {
+            // Two deaths in one message, by the script.
+            assert!(
+                ended.lost[0].contains("2 daemons have ended"),
+                "{:?}",
+                ended.lost
+            );
+            break ended;
+        }
         if !matches!(ended.end, Ok(KeptEnd::Died)) {
             break ended;
         }
         died += 1;
     };
     let replies = client.join().expect("the client");
-    assert_eq!(manager.names(), IDLE);
+    // A connection that is refused takes its record along.
+    if last.lost.is_empty() {
+        assert_eq!(manager.names(), IDLE);
+    }
     (replies, last, died)
 }
 
@@ -72,6 +83,7 @@ fn every_reply_comes_once_wherever_the_process_dies() {
     for pace in [Pace::OneByOne, Pace::AllAtOnce, Pace::Bytewise] {
         for step in 1.. {
             let (replies, last, died) = lives(&[step], pace);
+            assert_eq!(last.lost, [""; 0]);
             assert_eq!(replies, expected, "step {step}, {pace:?}");
             assert_eq!(last.sum, SUM, "step {step}, {pace:?}");
             if died == 0 {
@@ -85,14 +97,55 @@ fn every_reply_comes_once_wherever_the_process_dies() {
 #[test]
 fn every_reply_comes_once_if_many_processes_die() {
     let expected = expected();
+    let (mut whole, mut cut_off) = (0, 0);
     for first in 1..20 {
         for second in 1..12 {
             let deaths = [first, second, 1, second, first, 3];
             for pace in [Pace::OneByOne, Pace::AllAtOnce] {
                 let (replies, last, died) = lives(&deaths, pace);
-                assert_eq!(replies, expected, "{deaths:?}");
-                assert_eq!((last.sum, died), (SUM, 6), "{deaths:?}");
+                if last.lost.is_empty() {
+                    whole += 1;
+                    assert_eq!(replies, expected, "{deaths:?}");
+                    assert_eq!((last.sum, died), (SUM, 6), "{deaths:?}");
+                } else {
+                    cut_off += 1;
+                    assert!(expected.starts_with(&replies), "{deaths:?}");
+                }
             }
+        }
+    }
+    assert!(whole > 50 && cut_off > 20, "{whole} {cut_off}");
+}
+
+/// A process that dies while it executes a message may die of it.
+#[test]
+fn a_message_that_ends_two_processes_is_not_executed_again() {
+    for (steps, is_cut_off) in [
+        ([3, 3], true),
+        ([2, 4], true),
+        ([3, 1], false),
+        ([1, 3], false),
+    ] {
+        let mut manager = Manager::new();
+        let writes = Arc::new(AtomicUsize::new(0));
+        let (client, socket) = UnixStream::pair().expect("sockets");
+        let script = || vec![Sent::version(), Sent::read(0, 8)];
+        let client = std::thread::spawn(move || run_client(&client, &script(), Pace::OneByOne));
+        let first = live(&mut manager, Some(socket), Steps::until(steps[0]), &writes);
+        assert!(matches!(first.expect("a client").end, Ok(KeptEnd::Died)));
+        let second = live(&mut manager, None, Steps::until(steps[1]), &writes);
+        assert!(matches!(second.expect("a client").end, Ok(KeptEnd::Died)));
+        let third = live(&mut manager, None, Steps::default(), &writes).expect("a client");
+        let replies = client.join().expect("the client");
+        if is_cut_off {
+            assert!(
+                third.lost[0].contains("2 daemons have ended"),
+                "{:?}",
+                third.lost
+            );
+            assert_eq!(replies.len(), 0);
+        } else {
+            assert_eq!((third.lost.len(), replies.len()), (0, 2), "{steps:?}");
         }
     }
 }
@@ -164,8 +217,10 @@ fn a_client_that_has_gone_meanwhile_is_released() {
 
 #[test]
 fn damaged_words_are_refused() {
-    // Not the first, `Looked`, which matters only while messages are taken out.
-    for word in 1..6usize {
+    // No word counts so many bytes. A number that could be one does no harm as the mark of a message that must not be
+    // repeated, unless it is that of the message that has begun.
+    let cases = (0..6usize).map(|word| (word, (1u64 << 62) + 1));
+    for (word, value) in cases.chain([(1, 0xee_eeee), (2, 0xee_eeee), (5, 0xee_eeee)]) {
         let mut manager = Manager::new();
         let writes = Arc::default();
         let (client, socket) = UnixStream::pair().expect("sockets");
@@ -175,11 +230,12 @@ fn damaged_words_are_refused() {
             let record = files["test-record"].try_clone().expect("a copy");
             let record = std::fs::File::from(record);
             let at = 64 + 8 * word as u64;
-            std::os::unix::fs::FileExt::write_all_at(&record, &[0xee; 8], at).expect("written");
+            std::os::unix::fs::FileExt::write_all_at(&record, &value.to_ne_bytes(), at)
+                .expect("written");
         });
         let next = live(&mut manager, None, Steps::default(), &writes).expect("a client");
-        // The mark of a message that must not be repeated matters only if it is that of the message that has begun.
-        assert_eq!(next.lost.is_empty(), word == 2, "word {word}");
+        let is_accepted = (word, value) == (2, 0xee_eeee);
+        assert_eq!(next.lost.is_empty(), is_accepted, "word {word}");
         let replies = client.join().expect("the client");
         let all = script().len() - 1;
         assert_eq!(replies.len() == all, next.lost.is_empty(), "word {word}");
