@@ -17,8 +17,6 @@ use crate::process::peek::{peek_offset, set_peek_offset};
 const PEEK_START: u32 = 1 << 30;
 /// It is set anew after this many bytes.
 const REBASE_AFTER: u64 = 1 << 29;
-/// Memory behind this is given back when all bytes were handled.
-const TOUCHED: usize = 256 << 10;
 
 /// The received bytes of one peer.
 pub(in crate::vfio_user) struct KeptInput {
@@ -178,9 +176,6 @@ impl KeptInput {
         self.memory.as_mut_slice().copy_within(first..end, 0);
         self.base += first as u64;
         self.words.set(self.leg.word(LEG_BASE), self.base);
-        if len == 0 && end > TOUCHED {
-            self.memory.discard(TOUCHED, end);
-        }
         first
     }
 
