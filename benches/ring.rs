@@ -50,6 +50,7 @@ use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
 use vhost_device_iommu::metrics::Metrics;
+use vhost_device_iommu::process::handover::Handover;
 use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::process::socket::SocketRights;
@@ -295,7 +296,7 @@ impl Operator {
             hotplug: Arc::new(hotplug),
             life: Arc::new(Life::new(false)),
             keeper,
-            handover: Arc::default(),
+            handover: Arc::new(Handover::default),
             limits: SetLimits {
                 batch: 64,
                 fault_rate: 100,

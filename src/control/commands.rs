@@ -149,7 +149,7 @@ fn status(subjects: &Subjects) -> Value {
     }
     document.insert("bypass".into(), bypass.into());
     document.insert("page_size_mask".into(), hex(pages.bits()).into());
-    let handover = serde_json::to_value(&*subjects.handover);
+    let handover = serde_json::to_value((subjects.handover)());
     // Fails for no value of this type.
     document.insert("handover".into(), handover.unwrap_or_default());
     let input = json!([hex(input.first().0), hex(input.last().0)]);

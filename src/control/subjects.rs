@@ -31,8 +31,8 @@ pub struct Subjects {
     pub hotplug: Arc<Hotplug>,
     /// What this process has taken over.
     pub life: Arc<Life>,
-    /// What the program needs to know that is to take over from this process.
-    pub handover: Arc<Handover>,
+    /// What the program needs to know that is to take over from this process now.
+    pub handover: Arc<dyn Fn() -> Handover + Send + Sync>,
     /// The process that keeps descriptors for the next one.
     pub keeper: Arc<Keeper>,
     /// Limits of the configuration.

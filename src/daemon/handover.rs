@@ -1,14 +1,17 @@
 //! What this program can take over, and what a configuration offers to the guest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::address::IovaRange;
 use crate::config::{Config, HostIommu, VmmTransport};
 use crate::device::execute::probe_size;
+use crate::endpoints::hotplug::Hotplug;
 use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
 use crate::store;
+use crate::topology::PciAddress;
 use crate::transport::vhost_user::RECORD_VERSION;
 use crate::vfio_user::server;
 
@@ -25,15 +28,38 @@ pub(super) fn formats() -> BTreeMap<String, u64> {
         .into()
 }
 
-/// How a daemon with this configuration describes itself.
+/// The property that endpoints decide that were there at the start.
+const ROOM: &str = "room for reserved regions";
+
+/// Describes a running daemon that was started with this configuration, with the endpoints that it has now.
+pub(super) fn describer(
+    config: &Config,
+    hotplug: Arc<Hotplug>,
+) -> impl Fn() -> Handover + Send + Sync + use<> {
+    let room = offer(config).remove(ROOM);
+    move || {
+        let mut now = hotplug.describe(describe);
+        now.offer
+            .extend(room.clone().map(|room| (ROOM.into(), room)));
+        now
+    }
+}
+
+/// How a daemon describes itself that is started with this configuration.
 pub(super) fn handover(config: &Config) -> Handover {
+    describe(config, &BTreeSet::new())
+}
+
+/// How a daemon with this configuration describes itself. The devices of the endpoints `plugged` were plugged in while the VM
+/// ran.
+fn describe(config: &Config, plugged: &BTreeSet<PciAddress>) -> Handover {
     // Not the file that runs: the path may lead to another one by now, and that is what the keeper starts.
     let program = std::env::args_os().next().map(PathBuf::from);
     Handover {
         program: program.filter(|path| path.is_absolute()),
         formats: formats(),
         offer: offer(config),
-        ends: ends(config),
+        ends: ends(config, plugged),
     }
 }
 
@@ -58,7 +84,7 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
         ("machine", config.machine.name().into()),
         ("page sizes", format!("{:#x}", config.page_mask.bits())),
         (
-            "room for reserved regions",
+            ROOM,
             probe_size(config.topology.max_reserved_count()).to_string(),
         ),
         ("transport", transport.into()),
@@ -75,15 +101,16 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
 }
 
 /// The connections that end with the daemon.
-fn ends(config: &Config) -> Vec<String> {
+fn ends(config: &Config, plugged: &BTreeSet<PciAddress>) -> Vec<String> {
     let devices = &config.devices;
     let emulated = devices
         .emulated
         .iter()
         .map(|device| format!("those of the emulated device {}", device.endpoint));
-    // With type1 they end with the daemon.
+    // With type1 they end with the daemon. The keeper has nothing of a device that was plugged in.
     let is_type1 = config.host_iommu == HostIommu::Type1;
-    let exported = devices.exported.iter().filter(|_| is_type1);
+    let exported = devices.exported.iter();
+    let exported = exported.filter(|device| is_type1 || plugged.contains(&device.endpoint));
     let exported =
         exported.map(|device| format!("that of the exported device {}", device.endpoint));
     emulated.chain(exported).collect()
@@ -120,6 +147,17 @@ mod tests {
         assert_eq!(more, plain, "an endpoint more");
         let device = of("[[endpoint]]\naddress = \"00:06.0\"\nvfio = \"0000:65:00.0\"\n");
         assert_ne!(device.offer, plain.offer);
+    }
+
+    #[test]
+    fn an_exported_device_that_was_plugged_in_ends() {
+        let text = "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
+                    vfio = \"0000:65:00.0\"\nexport = \"/a\"\n";
+        let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
+        assert!(handover(&config).ends.is_empty());
+        let plugged = ["00:06.0".parse().expect("an address")].into();
+        let ends = describe(&config, &plugged).ends;
+        assert_eq!(ends, ["that of the exported device 0000:00:06.0"]);
     }
 
     #[test]

@@ -183,7 +183,7 @@ impl Daemon {
             readers,
             hotplug: hotplug.clone(),
             life: life.clone(),
-            handover: Arc::new(handover::handover(config)),
+            handover: Arc::new(handover::describer(config, hotplug.clone())),
             keeper: keeper.clone(),
             limits: SetLimits {
                 batch: config.max_batch,

@@ -90,6 +90,8 @@ pub struct DeviceReport {
 struct DevicesInService {
     reports: BTreeMap<PciAddress, DeviceReport>,
     servers: BTreeMap<PciAddress, ServedExport>,
+    /// The endpoints with a device that was plugged in while the VM ran.
+    plugged: BTreeSet<PciAddress>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
     faults: Option<FaultDelivery>,
@@ -154,6 +156,13 @@ impl Hotplug {
             .collect()
     }
 
+    /// Calls `describe` with the configuration with all changes, and with the endpoints whose devices were plugged in.
+    pub fn describe<T>(&self, describe: impl FnOnce(&Config, &BTreeSet<PciAddress>) -> T) -> T {
+        let config = self.config.lock();
+        let plugged = self.parts.lock().plugged.clone();
+        describe(&config, &plugged)
+    }
+
     /// The files of the devices' sockets. Hotplug changes the shared map.
     pub fn files(&self) -> Files {
         self.files.clone()
@@ -210,6 +219,9 @@ impl Hotplug {
             return Err(PlugError::System(cause).into());
         }
         self.take_into_service(range.first(), kind, opened);
+        if kind.is_some() {
+            self.parts.lock().plugged.insert(range.first());
+        }
         let is_described = with.topology.is_expected(range);
         *config = with;
         info!("endpoint {range} is added");
@@ -241,6 +253,7 @@ impl Hotplug {
             kept = take_range(&mut parts.kept, range).concat();
             let others: BTreeSet<_> = parts.kept.values().flatten().collect();
             kept.retain(|name| !others.contains(name));
+            parts.plugged.retain(|at| !range.contains(*at));
             reports = take_range(&mut parts.reports, range);
             files = take_range(&mut self.files.lock(), range);
         }

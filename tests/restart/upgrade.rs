@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{fs, thread};
 
+use serde_json::json;
+
 use super::common::daemon::{Daemon, EP};
 use super::common::guest::Guest;
 use super::common::kept::Keeper;
@@ -115,6 +117,33 @@ fn a_daemon_whose_successor_would_refuse_its_state_goes_on() {
     }
     assert_eq!(guest.map(1, 0x1000, 0x1fff, 0x1000, RW), OK);
     assert_eq!(daemon.status()["life"]["number"], 1);
+}
+
+/// The start's configuration does not have the device, but its connections end all the same.
+#[test]
+fn connections_of_a_device_that_was_plugged_in_hold_the_upgrade_up() {
+    let keeper = Keeper::empty();
+    let file = format!("hotplug = [\"01:00.0\"]\n{FILE}");
+    let daemon = Daemon::kept_with_config(&keeper, &file, &[]);
+    let _guest = Guest::boot(&daemon);
+    let ends = || daemon.status()["handover"]["ends"].clone();
+    assert_eq!(ends(), json!([]));
+    let [listen, connect] = ["listen", "connect"].map(|name| daemon.folder().join(name));
+    let keys = format!(
+        "address = \"01:00.0\"\nvfio-user = {{ listen = {listen:?}, connect = {connect:?} }}\n"
+    );
+    let added = daemon.control(&format!("add-endpoint {}", keys.trim().replace('\n', ", ")));
+    assert!(added["error"].is_null(), "{added}");
+    let expected = "those of the emulated device 0000:01:00.0";
+    assert_eq!(ends(), json!([expected]));
+    // Also if the next daemon's file has the device.
+    let with_device = format!("{file}[[endpoint]]\n{keys}");
+    fs::write(daemon.folder().join("vm.toml"), with_device).expect("written");
+    let refused = refusal(&daemon);
+    assert!(refused.contains(expected), "{refused}");
+    let removed = daemon.control("remove-endpoint 01:00.0");
+    assert!(removed["error"].is_null(), "{removed}");
+    assert_eq!(ends(), json!([]));
 }
 
 #[test]
