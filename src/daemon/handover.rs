@@ -6,26 +6,50 @@ use std::sync::Arc;
 
 use crate::address::IovaRange;
 use crate::config::{Config, HostIommu, VmmTransport};
+use crate::device::Device;
 use crate::device::execute::probe_size;
 use crate::endpoints::hotplug::Hotplug;
 use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
 use crate::store;
-use crate::topology::PciAddress;
+use crate::topology::{EndpointInfo, PciAddress, ReservedRegions, Topology};
 use crate::transport::vhost_user::RECORD_VERSION;
-use crate::vfio_user::server;
+use crate::vfio_user::{self, server};
+
+/// The names of the formats that some daemons do not use.
+const VMM: &str = "VMM's connection";
+const CLIENTS: &str = "vfio-user clients";
+const EMULATED: &str = "emulated devices";
 
 /// The formats of the memory that a daemon leaves to the next one. This program reads no other version of them.
 pub(super) fn formats() -> BTreeMap<String, u64> {
     let formats = [
         ("page tables", ABI_VERSION),
         ("state", store::FORMAT_VERSION),
-        ("VMM's connection", RECORD_VERSION),
-        ("vfio-user clients", server::RECORD_VERSION),
+        (VMM, RECORD_VERSION),
+        (CLIENTS, server::RECORD_VERSION),
+        (EMULATED, vfio_user::RECORD_VERSION),
     ];
     formats
         .map(|(name, version)| (name.to_owned(), version))
         .into()
+}
+
+/// The formats of what a daemon with this configuration leaves.
+fn left_formats(config: &Config) -> BTreeMap<String, u64> {
+    let mut left = formats();
+    let devices = &config.devices;
+    let is_pci = config.transport == VmmTransport::VirtioPci;
+    for (name, is_used) in [
+        (VMM, !is_pci),
+        (CLIENTS, is_pci || !devices.exported.is_empty()),
+        (EMULATED, !devices.emulated.is_empty()),
+    ] {
+        if !is_used {
+            left.remove(name);
+        }
+    }
+    left
 }
 
 /// The property that endpoints decide that were there at the start.
@@ -57,8 +81,10 @@ fn describe(config: &Config, plugged: &BTreeSet<PciAddress>) -> Handover {
     let program = std::env::args_os().next().map(PathBuf::from);
     Handover {
         program: program.filter(|path| path.is_absolute()),
-        formats: formats(),
+        formats: left_formats(config),
         offer: offer(config),
+        features: Device::offered_features(),
+        endpoints: endpoints(config),
         ends: ends(config, plugged),
     }
 }
@@ -89,6 +115,10 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
         ),
         ("transport", transport.into()),
     ]);
+    let reserved = config.topology.common_reserved();
+    if reserved.iter().next().is_some() {
+        offer.insert("reserved regions", regions(reserved));
+    }
     if !devices.is_empty() {
         offer.insert("devices of the host", devices.join(", "));
         offer.insert(
@@ -100,14 +130,40 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
     offer.into_iter().map(owned).collect()
 }
 
+/// The endpoints that have a group or reserved regions of their own, with both.
+fn endpoints(config: &Config) -> BTreeMap<String, String> {
+    let topology = &config.topology;
+    let described = topology.ranges().filter_map(|entry| {
+        let text = describe_endpoint(topology, entry.info)?;
+        Some((entry.range.to_string(), text))
+    });
+    described.collect()
+}
+
+/// The group of an endpoint, and its reserved regions if they are not the common ones; `None` if it has neither.
+pub(super) fn describe_endpoint(topology: &Topology, info: EndpointInfo<'_>) -> Option<String> {
+    let group = info.group.and_then(|id| topology.group_name(id));
+    let group = group.map(|name| format!("group {name}"));
+    let is_common = info.reserved == topology.common_reserved();
+    let own = (!is_common).then(|| format!("reserved regions {}", regions(info.reserved)));
+    let both: Vec<_> = group.into_iter().chain(own).collect();
+    (!both.is_empty()).then(|| both.join(", "))
+}
+
+fn regions(reserved: &ReservedRegions) -> String {
+    let regions: Vec<_> = reserved.iter().map(ToString::to_string).collect();
+    regions.join(" ")
+}
+
 /// The connections that end with the daemon.
 fn ends(config: &Config, plugged: &BTreeSet<PciAddress>) -> Vec<String> {
     let devices = &config.devices;
-    let emulated = devices
-        .emulated
-        .iter()
-        .map(|device| format!("those of the emulated device {}", device.endpoint));
-    // With type1 they end with the daemon. The keeper has nothing of a device that was plugged in.
+    // The keeper has nothing of a device that was plugged in.
+    let emulated = devices.emulated.iter();
+    let emulated = emulated.filter(|device| plugged.contains(&device.endpoint));
+    let emulated =
+        emulated.map(|device| format!("those of the emulated device {}", device.endpoint));
+    // With type1 they end with the daemon.
     let is_type1 = config.host_iommu == HostIommu::Type1;
     let exported = devices.exported.iter();
     let exported = exported.filter(|device| is_type1 || plugged.contains(&device.endpoint));
@@ -161,10 +217,38 @@ mod tests {
     }
 
     #[test]
-    fn connections_of_devices_in_other_processes_are_named() {
+    fn formats_that_no_connection_uses_are_not_named() {
+        let endpoint = "[[endpoint]]\naddress = \"00:06.0\"\n";
+        let plain = of(endpoint).formats;
+        assert!(plain.contains_key(VMM) && !plain.contains_key(CLIENTS));
+        assert!(!plain.contains_key(EMULATED));
+        let pci = of(&format!("vfio-user-socket = \"/s\"\n{endpoint}")).formats;
+        assert!(pci.contains_key(CLIENTS) && !pci.contains_key(VMM));
+    }
+
+    #[test]
+    fn groups_and_reserved_regions_are_named() {
+        let text = "reserved = [{ first = 0, last = 0xfff, kind = \"reserved\" }]\n\
+                    [[endpoint]]\naddress = \"00:06.0\"\ngroup = \"g\"\n\
+                    [[endpoint]]\naddress = \"00:07.0\"\n\n\
+                    reserved = [{ first = 0x2000, last = 0x2fff, kind = \"reserved\" }]\n\
+                    [[endpoint]]\naddress = \"00:08.0\"\n";
+        let described = of(text);
+        assert!(described.offer["reserved regions"].contains("0xfff"));
+        assert_eq!(described.endpoints.len(), 2, "{described:?}");
+        assert_eq!(described.endpoints["0000:00:06.0"], "group g");
+        let own = &described.endpoints["0000:00:07.0"];
+        assert!(own.contains("0xfff") && own.contains("0x2fff"), "{own}");
+    }
+
+    #[test]
+    fn an_emulated_device_that_was_plugged_in_ends() {
         let text = "[[endpoint]]\naddress = \"00:06.0\"\nvfio-user = { listen = \"/a\", connect = \"/b\" }\n";
-        let ends = of(text).ends;
+        let text = format!("address = \"00:05.0\"\n{text}");
+        let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
+        assert!(handover(&config).ends.is_empty());
+        let plugged = ["00:06.0".parse().expect("an address")].into();
+        let ends = describe(&config, &plugged).ends;
         assert_eq!(ends, ["those of the emulated device 0000:00:06.0"]);
-        assert!(of("[[endpoint]]\naddress = \"00:06.0\"\n").ends.is_empty());
     }
 }

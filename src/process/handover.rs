@@ -15,6 +15,10 @@ pub struct Handover {
     pub formats: BTreeMap<String, u64>,
     /// The configured part of the offer to the guest, by name. The host's devices may narrow it.
     pub offer: BTreeMap<String, String>,
+    /// The feature bits that the guest was offered.
+    pub features: u64,
+    /// The endpoints that have a group or reserved regions of their own, by range, with both.
+    pub endpoints: BTreeMap<String, String>,
     /// Connections that end with the daemon, although another one takes over.
     pub ends: Vec<String>,
 }

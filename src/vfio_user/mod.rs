@@ -28,7 +28,7 @@ pub mod version;
 pub(crate) use self::client_windows::ClientWindows;
 pub use self::dma::{AccessDenied, DmaTarget, Window};
 pub use self::interposer::{Interposer, InterposerSettings};
-pub use self::kept::KeptDevice;
+pub use self::kept::{KeptDevice, RECORD_VERSION};
 pub use self::link::{
     Announced, BatchTicket, Deadlines, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link,
     WindowLimits, WindowRefusal,

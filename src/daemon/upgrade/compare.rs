@@ -7,9 +7,10 @@ use serde_json::Value;
 
 use super::error::UpgradeError;
 use crate::config::Config;
-use crate::daemon::handover::handover;
+use crate::daemon::handover::{describe_endpoint, formats, handover};
 use crate::ids::EndpointId;
 use crate::process::handover::Handover;
+use crate::topology::{PciAddress, PciRange};
 
 /// Whether a daemon of this program with `config` can go on where the one with this `status` and these `endpoints` ends.
 pub(super) fn compare(
@@ -27,8 +28,10 @@ pub(super) fn compare(
     if status["connected"] != true {
         return Ok(());
     }
+    // Not those that this configuration uses: another transport is a matter of the offer.
+    let readable = formats();
     for (name, &version) in &theirs.formats {
-        let reads = ours.formats.get(name).copied();
+        let reads = readable.get(name).copied();
         if reads != Some(version) {
             let name = name.clone();
             return Err(UpgradeError::Format {
@@ -49,18 +52,16 @@ pub(super) fn compare(
             });
         }
     }
-    for endpoint in endpoints["endpoints"].as_array().into_iter().flatten() {
-        let id = endpoint["id"]
-            .as_u64()
-            .and_then(|id| u32::try_from(id).ok());
-        let is_configured = id.is_some_and(|id| config.topology.endpoint(EndpointId(id)).is_some());
-        if endpoint["state"] != "unattached" && !is_configured {
-            return Err(UpgradeError::Endpoint {
-                address: endpoint["address"].as_str().unwrap_or("unknown").into(),
-                file: file.to_owned(),
-            });
-        }
+    // More features than before do no harm: the driver has made its choice.
+    if theirs.features & !ours.features != 0 {
+        return Err(UpgradeError::Offer {
+            name: "features".into(),
+            was: Some(format!("{:#x}", theirs.features)),
+            now: Some(format!("{:#x}", ours.features)),
+            file: file.to_owned(),
+        });
     }
+    check_endpoints(file, config, &theirs, endpoints)?;
     let (used, limit) = (
         status["arena"]["used_bytes"].as_u64().unwrap_or(0),
         config.arena_limit,
@@ -74,6 +75,48 @@ pub(super) fn compare(
     }
     if !theirs.ends.is_empty() {
         return Err(UpgradeError::Ends(theirs.ends.join("; ")));
+    }
+    Ok(())
+}
+
+/// Whether each endpoint that the guest can use is configured, and with the group and the reserved regions that it has now.
+fn check_endpoints(
+    file: &Path,
+    config: &Config,
+    theirs: &Handover,
+    endpoints: &Value,
+) -> Result<(), UpgradeError> {
+    let described = theirs.endpoints.iter();
+    let described = described.filter_map(|(range, text)| Some((range.parse().ok()?, text)));
+    let mut described: Vec<(PciRange, &String)> = described.collect();
+    described.sort_unstable();
+    for endpoint in endpoints["endpoints"].as_array().into_iter().flatten() {
+        if endpoint["state"] == "unattached" && endpoint["dma"] == "blocked" {
+            continue;
+        }
+        let address = endpoint["address"].as_str().unwrap_or("unknown").to_owned();
+        let id = endpoint["id"].as_u64();
+        let id = id.and_then(|id| u32::try_from(id).ok()).map(EndpointId);
+        let info = id.and_then(|id| Some((id, config.topology.endpoint(id)?)));
+        let Some((id, info)) = info else {
+            return Err(UpgradeError::Endpoint {
+                address,
+                file: file.to_owned(),
+            });
+        };
+        let at = PciAddress::from_endpoint_id(id);
+        let next = described.partition_point(|(range, _)| range.last() < at);
+        let was = described.get(next).filter(|(range, _)| range.contains(at));
+        let was = was.map(|(_, text)| (*text).clone());
+        let now = describe_endpoint(&config.topology, info);
+        if was != now {
+            return Err(UpgradeError::EndpointOffer {
+                address,
+                was,
+                now,
+                file: file.to_owned(),
+            });
+        }
     }
     Ok(())
 }
@@ -101,7 +144,8 @@ mod tests {
             "arena": { "used_bytes": 1 << 20 },
             "handover": serde_json::to_value(handover(&config)).expect("JSON"),
         });
-        let attached = json!({ "id": 0x30, "address": "0000:00:06.0", "state": "attached" });
+        let attached = json!({ "id": 0x30, "address": "0000:00:06.0", "state": "attached",
+                               "dma": "translated" });
         let mut endpoints = json!({ "endpoints": [attached] });
         change(&mut status, &mut endpoints);
         compare(Path::new(FILE), &config, &status, &endpoints).map_err(|error| error.to_string())
@@ -115,7 +159,7 @@ mod tests {
     #[test]
     fn a_daemon_whose_state_would_be_refused_goes_on() {
         type Change = fn(&mut Value, &mut Value);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 13] = [
             (
                 |s, _| s["handover"] = Value::Null,
                 "of a version that does not tell",
@@ -149,6 +193,27 @@ mod tests {
                 |_, e| e["endpoints"][0]["id"] = 0x31.into(),
                 "which vm.toml does not have",
             ),
+            (
+                |_, e| {
+                    e["endpoints"][0] =
+                        json!({ "id": 0x31, "state": "unattached", "dma": "bypass" });
+                },
+                "which vm.toml does not have",
+            ),
+            (
+                |s, _| s["handover"]["endpoints"] = json!({ "0000:00:06.0": "group g" }),
+                "offered with: group g, and vm.toml has: none",
+            ),
+            (
+                |s, _| {
+                    s["handover"]["endpoints"] = json!({ "0000:00:06.0-0000:00:07.7": "group g" });
+                },
+                "offered with: group g",
+            ),
+            (
+                |s, _| s["handover"]["features"] = u64::MAX.into(),
+                "\"features\": 0xffffffffffffffff",
+            ),
         ];
         for (change, expected) in cases {
             let refused = outcome(change).expect_err(expected);
@@ -173,6 +238,16 @@ mod tests {
         let done = outcome(|_, e| {
             e["endpoints"][0]["id"] = 0x31.into();
             e["endpoints"][0]["state"] = "unattached".into();
+            e["endpoints"][0]["dma"] = "blocked".into();
+        });
+        assert_eq!(done, Ok(()));
+    }
+
+    #[test]
+    fn features_and_groups_that_nobody_uses_are_no_obstacle() {
+        let done = outcome(|s, _| {
+            s["handover"]["features"] = 0.into();
+            s["handover"]["endpoints"] = json!({ "0000:00:07.0": "group g" });
         });
         assert_eq!(done, Ok(()));
     }

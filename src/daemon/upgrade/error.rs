@@ -98,6 +98,24 @@ pub enum UpgradeError {
         /// The file of the configuration.
         file: PathBuf,
     },
+    /// The guest uses an endpoint that has another group or other reserved regions.
+    #[error(
+        "the running daemon goes on: the guest uses the endpoint {address}, which was offered with: {}, and {} has: {}; change \
+         the file back, or stop the VM and start the daemon with it",
+        was.as_deref().unwrap_or("none"),
+        file.display(),
+        now.as_deref().unwrap_or("none")
+    )]
+    EndpointOffer {
+        /// The endpoint.
+        address: String,
+        /// The running daemon's group and regions.
+        was: Option<String>,
+        /// The configuration's.
+        now: Option<String>,
+        /// The file of the configuration.
+        file: PathBuf,
+    },
     /// The mappings do not fit.
     #[error(
         "the running daemon goes on: its page tables have {used} bytes, and {} has an `arena-limit` of {limit}; raise it",

@@ -10,7 +10,7 @@ use crate::vfio_user::socket::AHEAD;
 /// `iovavfu`.
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"iovavfu\0");
 /// The version of the layout and of everything in it.
-pub(super) const VERSION: u64 = 1;
+pub const VERSION: u64 = 1;
 
 /// Where the words of the header are.
 pub(super) const AT_MAGIC: usize = 0;

@@ -26,6 +26,7 @@ pub use self::connections::KeptDevice;
 pub(in crate::vfio_user) use self::connections::{KeptConnections, LeftConnections, LeftSocket};
 pub(in crate::vfio_user) use self::input::KeptInput;
 pub(in crate::vfio_user) use self::layout::Leg;
+pub use self::layout::VERSION as RECORD_VERSION;
 pub(in crate::vfio_user) use self::positions::{
     BODY_BYTES, KeptCommand, KeptTerms, Peer, WindowsOf,
 };
