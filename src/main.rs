@@ -36,6 +36,9 @@ use vhost_device_iommu::vmms::cloud_hypervisor::CloudHypervisorOptions;
 use vhost_device_iommu::vmms::launch::{Launch, VmmKind, read_tree};
 use vhost_device_iommu::vmms::{VmmArgs, VmmArgsError, cloud_hypervisor, crosvm};
 
+/// The exit status of `upgrade` if the daemon has left and the next one has not taken everything over.
+const NOT_TAKEN_OVER: u8 = 3;
+
 type Outcome = Result<(), Box<dyn Error>>;
 
 fn main() -> ExitCode {
@@ -47,15 +50,19 @@ fn main() -> ExitCode {
     match outcome {
         Ok(status) => status,
         Err(error) => {
-            // Ignored: the write fails if standard error is closed, and the error has nowhere else to go.
-            let _ = if journal::stderr_is_journal() {
-                journal::write_error(&mut io::stderr(), &error.to_string())
-            } else {
-                writeln!(io::stderr(), "vhost-device-iommu: {error}")
-            };
+            report(&*error);
             ExitCode::FAILURE
         }
     }
+}
+
+fn report(error: &dyn Error) {
+    // Ignored: the write fails if standard error is closed, and the error has nowhere else to go.
+    let _ = if journal::stderr_is_journal() {
+        journal::write_error(&mut io::stderr(), &error.to_string())
+    } else {
+        writeln!(io::stderr(), "vhost-device-iommu: {error}")
+    };
 }
 
 /// Whether `--print-capabilities` is anywhere before `--`. Not left to the parser: the option must work even
@@ -108,7 +115,7 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             file,
             control,
             no_wait,
-        }) => upgrade(file, control.as_deref(), *no_wait),
+        }) => return upgrade(file, control.as_deref(), *no_wait),
         Some(CliCommand::Launch {
             config,
             kind,
@@ -230,13 +237,20 @@ fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
 }
 
 /// Has a running daemon leave its VM to this program.
-fn upgrade(file: &Path, control: Option<&Path>, no_wait: bool) -> Outcome {
+fn upgrade(file: &Path, control: Option<&Path>, no_wait: bool) -> Result<ExitCode, Box<dyn Error>> {
     let upgrade = Upgrade::new(file, control)?;
     upgrade.leave()?;
     if no_wait {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
-    print(&format!("{}\n", upgrade.wait()?))
+    match upgrade.wait() {
+        Ok(next) => print(&format!("{next}\n"))?,
+        Err(error) => {
+            report(&error);
+            return Ok(ExitCode::from(NOT_TAKEN_OVER));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn check(file: &Path, file_only: bool) -> Outcome {

@@ -19,7 +19,8 @@ use crate::device::guest_memory::is_backed;
 use crate::faults::log::ReportedFault;
 use crate::ids::{DomainId, EndpointId};
 use crate::logging;
-use crate::process::life::{Inheritance, Life};
+use crate::process::handover::MIN_AGE;
+use crate::process::life::Inheritance;
 use crate::topology::PciAddress;
 use crate::warn_limited;
 
@@ -34,7 +35,7 @@ const MAX_DOMAINS: usize = 256;
 
 const USAGE: &str = "the request is one of: status | endpoints | domains | mappings [DOMAIN|all] \
                      [FIRST..=LAST] | translate ENDPOINT IOVA | faults | stats | log-level [LEVEL] | \
-                     add-endpoint KEYS | remove-endpoint RANGE | leave LIFE, in one line of up to 4096 bytes";
+                     add-endpoint KEYS | remove-endpoint RANGE | leave LIFE CONNECTIONS, in one line of up to 4096 bytes";
 
 /// Answers one client.
 ///
@@ -73,7 +74,7 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
             hotplug::add(&subjects.hotplug, keys.trim())
         }
         ["remove-endpoint", range] => hotplug::remove(&subjects.hotplug, range),
-        ["leave", life] => leave(&subjects.life, life),
+        ["leave", life, connections] => leave(subjects, life, connections),
         _ => refusal(USAGE),
     };
     if let Some(why) = document.get("error").and_then(Value::as_str) {
@@ -89,9 +90,10 @@ pub(super) fn answer(stream: &UnixStream, subjects: &Subjects) -> io::Result<()>
     Ok(())
 }
 
-/// Whether this process may leave the VM to the next one. `life` guards against a process that began after the client has
-/// looked.
-fn leave(life: &Life, asked: &str) -> Value {
+/// Whether this process may leave the VM to the next one. The arguments guard against a process that began, and
+/// against a VMM that connected, after the client has looked: it has compared nothing with either.
+fn leave(subjects: &Subjects, asked: &str, connections: &str) -> Value {
+    let life = &subjects.life;
     if parse_number(asked) != Some(life.number()) {
         return refusal("this is another life of the daemon; ask for its status again");
     }
@@ -102,6 +104,15 @@ fn leave(life: &Life, asked: &str) -> Value {
         return refusal(
             "the VM's state or connection would end with this process, because nobody keeps it",
         );
+    }
+    if parse_number(connections) != Some(subjects.metrics.connections.get()) {
+        return refusal("a VMM has connected since then; ask for the daemon's status again");
+    }
+    if life.age() < MIN_AGE {
+        return refusal(&format!(
+            "the daemon has run for less than {} s, and its keeper gives up after starts that are too frequent; try again later",
+            MIN_AGE.as_secs()
+        ));
     }
     json!({ "version": VERSION, "leaving": life.number() })
 }

@@ -15,6 +15,7 @@ use super::common::wire::{OK, RW};
 use super::{Req, Spec, endpoints_agree, model_of, submit};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
+const MIN_AGE: Duration = Duration::from_secs(13);
 const FILE: &str = "address = \"00:05.0\"\n\
     [[endpoint]]\naddress = \"00:06.0\"\n\
     [[endpoint]]\naddress = \"00:07.0\"\n\
@@ -88,6 +89,23 @@ fn a_driver_notices_no_upgrade() {
     endpoints_agree(&daemon, &spec);
     let life = &daemon.status()["life"];
     assert_eq!(life["pid"], daemon.pid(), "{life}");
+}
+
+/// The keeper loses everything, so the next daemon begins as a first one.
+#[test]
+fn a_takeover_that_fails_is_reported() {
+    let mut keeper = Keeper::empty();
+    let mut daemon = Daemon::kept_with_config(&keeper, FILE, &[]);
+    let _guest = Guest::boot(&daemon);
+    let upgrade = command(&daemon).spawn().expect("it runs");
+    assert!(daemon.wait_for_end().success());
+    keeper = Keeper::empty();
+    daemon.start_again(&mut keeper);
+    let Output { status, stderr, .. } = upgrade.wait_with_output().expect("it ends");
+    let errors = String::from_utf8(stderr).expect("text");
+    assert_eq!(status.code(), Some(3), "{errors}");
+    assert!(errors.contains("THE DAEMON HAS LEFT"), "{errors}");
+    assert!(errors.contains("no state of life 1"), "{errors}");
 }
 
 #[test]
@@ -173,7 +191,7 @@ fn a_daemon_that_nobody_keeps_is_not_ended() {
     let refused = refusal(&daemon);
     assert!(refused.contains("nobody keeps its state"), "{refused}");
     // Nor by a client that asks without a comparison.
-    let answer = daemon.control("leave 1");
+    let answer = daemon.control("leave 1 1");
     assert!(
         answer["error"].to_string().contains("nobody keeps it"),
         "{answer}"
@@ -185,14 +203,22 @@ fn a_daemon_that_nobody_keeps_is_not_ended() {
 fn a_daemon_is_asked_for_the_life_that_was_looked_at() {
     let keeper = Keeper::empty();
     let daemon = Daemon::kept(&keeper, &super::ARGS);
-    for line in ["leave 2", "leave 0", "leave x"] {
+    for (line, expected) in [
+        ("leave 2 0", "another life"),
+        ("leave 0 0", "another life"),
+        ("leave x 0", "another life"),
+        ("leave 1", "the request is one of"),
+        ("leave 1 1", "a VMM has connected"),
+        ("leave 1 0", "less than 13 s"),
+    ] {
         let answer = daemon.control(line);
-        assert!(
-            answer["error"].to_string().contains("another life"),
-            "{answer}"
-        );
+        assert!(answer["error"].to_string().contains(expected), "{answer}");
     }
-    assert_eq!(daemon.control("leave 1")["leaving"], 1);
+    let _guest = Guest::boot(&daemon);
+    thread::sleep(MIN_AGE);
+    let answer = daemon.control("leave 1 0");
+    assert!(answer["error"].to_string().contains("a VMM has connected"));
+    assert_eq!(daemon.control("leave 1 1")["leaving"], 1);
 
     assert!(daemon.wait_for_end().success());
 }

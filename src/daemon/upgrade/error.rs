@@ -147,4 +147,19 @@ pub enum UpgradeError {
         "THE DAEMON HAS LEFT, and the next one has refused its state, so all endpoints are blocked: {0}"
     )]
     Refused(String),
+    /// The next daemon has not taken everything over.
+    #[error(
+        "THE DAEMON HAS LEFT, and the next one has not taken everything over: {0}; read its log"
+    )]
+    Lost(String),
+}
+
+impl UpgradeError {
+    /// Whether the daemon has left all the same. If not, the running one goes on.
+    pub fn has_left(&self) -> bool {
+        matches!(
+            self,
+            Self::NoSuccessor(_) | Self::Refused(_) | Self::Lost(_)
+        )
+    }
 }

@@ -9,6 +9,7 @@
 
 mod compare;
 mod error;
+mod progress;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -19,27 +20,28 @@ use serde_json::Value;
 
 use self::compare::compare;
 pub use self::error::UpgradeError;
+use self::progress::{Before, Progress};
 use crate::args::Question;
 use crate::config::{Config, Machine};
 use crate::ctl;
+use crate::process::handover::MIN_AGE;
 
-/// The shortest life of a daemon that is asked to leave. The unit and `launch` allow five starts in 60 seconds: planned ends
-/// alone must never reach that limit, beyond which the VM has no IOMMU any more.
-const MIN_AGE: Duration = Duration::from_secs(13);
 /// How often the next daemon is looked for.
 const INTERVAL: Duration = Duration::from_millis(5);
 /// How long a daemon may take to leave, and the next one to take over, beside the time that a start takes.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a daemon that has the state may take until it has the VMM, too.
+const VMM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A daemon that is to leave its VM to this program.
 pub struct Upgrade {
     file: PathBuf,
     control: PathBuf,
+    /// Where the next daemon may answer. It applies the file, unless its arguments name a control socket.
+    next_control: Vec<PathBuf>,
     /// How long the next daemon may take.
     patience: Duration,
-    /// The number of the running daemon's process.
-    process: Option<u64>,
-    life: u64,
+    before: Before,
 }
 
 /// The daemon that has taken over.
@@ -59,21 +61,22 @@ impl Upgrade {
     /// See [`UpgradeError`]. The running daemon goes on.
     pub fn new(file: &Path, control: Option<&Path>) -> Result<Self, UpgradeError> {
         let mut config = Config::from_file(file)?;
-        let control = control.map(Path::to_owned).or(config.control.take());
+        let configured = config.control.take();
+        let control = control.map(Path::to_owned).or(configured.clone());
         let control = control.ok_or_else(|| UpgradeError::NoControl(file.to_owned()))?;
         let mut status = examine(file, &control)?;
         let age = status["life"]["age_s"].as_f64().unwrap_or(0.0);
         let left = MIN_AGE.saturating_sub(Duration::from_secs_f64(age.clamp(0.0, 1e6)));
         if !left.is_zero() {
-            sleep(left);
+            sleep(left + INTERVAL);
             status = examine(file, &control)?;
         }
         Ok(Self {
             file: file.to_owned(),
+            next_control: next_control(configured, &control),
             control,
             patience: config.start_limit().saturating_add(PATIENCE),
-            process: status["life"]["pid"].as_u64(),
-            life: status["life"]["number"].as_u64().unwrap_or(1),
+            before: Before::new(&status),
         })
     }
 
@@ -82,32 +85,40 @@ impl Upgrade {
     /// # Errors
     /// It does not answer, or refuses.
     pub fn leave(&self) -> Result<(), UpgradeError> {
-        let line = format!("leave {}", self.life);
-        ctl::send(&self.control, &line)?;
+        let Before {
+            life, connections, ..
+        } = self.before;
+        ctl::send(&self.control, &format!("leave {life} {connections}"))?;
         Ok(())
     }
 
     /// Waits until the next daemon has taken over.
     ///
     /// # Errors
-    /// There is none, or it has refused the state.
+    /// There is none, or it has not taken everything over.
     pub fn wait(&self) -> Result<NextDaemon, UpgradeError> {
         let deadline = Instant::now() + self.patience;
+        let mut alone_since = None;
         while Instant::now() < deadline {
             sleep(INTERVAL);
             // Fails while there is no daemon, or while it ends.
-            let Ok(status) = ctl::ask(&self.control, &Question::Status) else {
+            let mut answers = self
+                .next_control
+                .iter()
+                .filter_map(|at| ctl::ask(at, &Question::Status).ok());
+            let Some(status) = answers.find(|status| self.before.is_left(status)) else {
                 continue;
             };
-            let life = &status["life"];
-            if life["pid"].as_u64() == self.process || life["state"] == "taking-over" {
-                continue;
+            match self.before.progress(&status)? {
+                Progress::TakenOver => return Ok(NextDaemon::new(&status, &self.file)),
+                Progress::TakingOver => {}
+                Progress::WithoutVmm => {
+                    let since = *alone_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= VMM_PATIENCE {
+                        return Err(UpgradeError::Lost("the VMM's connection has ended".into()));
+                    }
+                }
             }
-            if life["state"] == "refused" {
-                let reason = life["reason"].as_str().unwrap_or("no reason");
-                return Err(UpgradeError::Refused(reason.into()));
-            }
-            return Ok(NextDaemon::new(&status, &self.file));
         }
         Err(UpgradeError::NoSuccessor(self.patience))
     }
@@ -179,4 +190,24 @@ fn check_program(program: &Path) -> Result<(), UpgradeError> {
         cause,
         own,
     })
+}
+
+/// Where the next daemon may answer if the running one answers at `control`.
+fn next_control(configured: Option<PathBuf>, control: &Path) -> Vec<PathBuf> {
+    let configured = configured.filter(|path| path != control);
+    configured.into_iter().chain([control.into()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_daemon_answers_at_the_socket_of_the_file() {
+        let [one, other] = ["/one", "/other"].map(PathBuf::from);
+        assert_eq!(next_control(None, &one), std::slice::from_ref(&one));
+        let same = next_control(Some(one.clone()), &one);
+        assert_eq!(same, std::slice::from_ref(&one));
+        assert_eq!(next_control(Some(other.clone()), &one), [other, one]);
+    }
 }
