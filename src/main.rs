@@ -238,7 +238,10 @@ fn control(socket: &Path, question: &Question, json: bool) -> Outcome {
 
 /// Has a running daemon leave its VM to this program.
 fn upgrade(file: &Path, control: Option<&Path>, no_wait: bool) -> Result<ExitCode, Box<dyn Error>> {
-    let upgrade = Upgrade::new(file, control)?;
+    let upgrade = Upgrade::new(file, control).map_err(|error| match error.warning() {
+        Some(warning) => format!("{error}. Careful: {warning}").into(),
+        None => Box::<dyn Error>::from(error),
+    })?;
     upgrade.leave()?;
     if no_wait {
         return Ok(ExitCode::SUCCESS);

@@ -132,6 +132,8 @@ fn a_daemon_whose_successor_would_refuse_its_state_goes_on() {
         let refused = refusal(&daemon);
         assert!(refused.contains(expected), "{refused}");
         assert!(refused.contains("the running daemon goes on"), "{refused}");
+        let warning = "its keeper starts the installed program";
+        assert!(refused.contains(warning), "{refused}");
     }
     assert_eq!(guest.map(1, 0x1000, 0x1fff, 0x1000, RW), OK);
     assert_eq!(daemon.status()["life"]["number"], 1);

@@ -162,4 +162,30 @@ impl UpgradeError {
             Self::NoSuccessor(_) | Self::Refused(_) | Self::Lost(_)
         )
     }
+
+    /// What the operator must know besides the error: the keeper starts the installed program with the present file after a
+    /// crash, without these comparisons. `None` if that is as good as a start of the old ones.
+    pub fn warning(&self) -> Option<&'static str> {
+        match self {
+            Self::Config(_)
+            | Self::NoControl(_)
+            | Self::Silent(_)
+            | Self::Program { .. }
+            | Self::Format { .. }
+            | Self::Offer { .. }
+            | Self::Endpoint { .. }
+            | Self::EndpointOffer { .. }
+            | Self::Arena { .. } => Some(
+                "if the running daemon crashes before that, its keeper starts the installed program with the present file \
+                 all the same, which may block all endpoints; if the cure must wait, put the earlier program and the \
+                 earlier file back",
+            ),
+            Self::Ctl(_)
+            | Self::NotKept
+            | Self::Ends(_)
+            | Self::NoSuccessor(_)
+            | Self::Refused(_)
+            | Self::Lost(_) => None,
+        }
+    }
 }
