@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::vm::machine::Machine;
 use crate::vm::{ANSWER, Control, Launcher, Setup, Status, TestDir, Vm, VmOptions, wait_for};
 
 /// `launch` and its daemon.
@@ -93,16 +94,20 @@ impl Launched {
 fn launcher(setup: &Setup, config: &Path) -> Launcher {
     let binary = env!("CARGO_BIN_EXE_vhost-device-iommu");
     let words = ["launch", "--max-restarts", "1000000", "--config"];
+    // `launch` learns the machine from it.
+    let machine: &[&str] = match setup.machine {
+        Machine::Q35 => &[],
+        Machine::Virt => &["-M", "virt"],
+    };
     Launcher {
         words: std::iter::once(binary)
             .chain(words)
             .map(str::to_owned)
             .chain([config.display().to_string(), "--".into()])
             .collect(),
-        accel: setup
-            .machine
-            .accel()
+        accel: machine
             .iter()
+            .chain(setup.machine.accel())
             .map(|word| (*word).to_owned())
             .collect(),
     }
