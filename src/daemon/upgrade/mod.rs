@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use self::compare::compare;
 pub use self::error::UpgradeError;
-use self::progress::{Before, Progress};
+use self::progress::{Before, Takeover};
 use crate::args::Question;
 use crate::config::{Config, Machine};
 use crate::ctl;
@@ -110,9 +110,9 @@ impl Upgrade {
                 continue;
             };
             match self.before.progress(&status)? {
-                Progress::TakenOver => return Ok(NextDaemon::new(&status, &self.file)),
-                Progress::TakingOver => {}
-                Progress::WithoutVmm => {
+                Takeover::TakenOver => return Ok(NextDaemon::new(&status, &self.file)),
+                Takeover::TakingOver => {}
+                Takeover::WithoutVmm => {
                     let since = *alone_since.get_or_insert_with(Instant::now);
                     if since.elapsed() >= VMM_PATIENCE {
                         return Err(UpgradeError::Lost("the VMM's connection has ended".into()));

@@ -16,7 +16,7 @@ pub(super) struct Before {
 
 /// How far the next daemon is.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Progress {
+pub(super) enum Takeover {
     TakingOver,
     /// It has the state, and not the VMM, which the daemon before had.
     WithoutVmm,
@@ -43,14 +43,14 @@ impl Before {
     ///
     /// # Errors
     /// It has not taken everything over.
-    pub(super) fn progress(&self, status: &Value) -> Result<Progress, UpgradeError> {
+    pub(super) fn progress(&self, status: &Value) -> Result<Takeover, UpgradeError> {
         let life = &status["life"];
         if life["state"] == "taking-over" {
-            return Ok(Progress::TakingOver);
+            return Ok(Takeover::TakingOver);
         }
         // Without a VMM nobody had anything to lose.
         if !self.has_vmm {
-            return Ok(Progress::TakenOver);
+            return Ok(Takeover::TakenOver);
         }
         if life["state"] == "refused" {
             let reason = life["reason"].as_str().unwrap_or("no reason");
@@ -69,9 +69,9 @@ impl Before {
             )));
         }
         Ok(if status["connected"] == true {
-            Progress::TakenOver
+            Takeover::TakenOver
         } else {
-            Progress::WithoutVmm
+            Takeover::WithoutVmm
         })
     }
 }
@@ -88,7 +88,7 @@ mod tests {
         json!({ "connected": true, "connections": 1, "life": life })
     }
 
-    fn progress(change: impl FnOnce(&mut Value)) -> Result<Progress, String> {
+    fn progress(change: impl FnOnce(&mut Value)) -> Result<Takeover, String> {
         let before = Before::new(&status(3));
         let mut next = status(4);
         assert!(before.is_left(&next) && !before.is_left(&status(3)));
@@ -101,14 +101,14 @@ mod tests {
 
     #[test]
     fn a_daemon_that_has_lost_something_has_not_taken_over() {
-        assert_eq!(progress(|_| ()), Ok(Progress::TakenOver));
+        assert_eq!(progress(|_| ()), Ok(Takeover::TakenOver));
         assert_eq!(
             progress(|s| s["life"]["state"] = "taking-over".into()),
-            Ok(Progress::TakingOver)
+            Ok(Takeover::TakingOver)
         );
         assert_eq!(
             progress(|s| s["connected"] = false.into()),
-            Ok(Progress::WithoutVmm)
+            Ok(Takeover::WithoutVmm)
         );
         type Change = fn(&mut Value);
         let cases: [(Change, &str); 3] = [
@@ -138,6 +138,6 @@ mod tests {
         let mut next = status(1);
         next["life"]["state"] = "refused".into();
         let progress = Before::new(&before).progress(&next);
-        assert_eq!(progress.expect("no obstacle"), Progress::TakenOver);
+        assert_eq!(progress.expect("no obstacle"), Takeover::TakenOver);
     }
 }
