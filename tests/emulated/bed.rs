@@ -20,6 +20,9 @@ const MEMORY: &str = "256M";
 pub const CPU: [&str; 2] = ["-cpu", "max"];
 /// Size of a disk in bytes.
 const DISK_BYTES: u64 = 64 << 20;
+/// The server answers between its commands to the disk, and to write a file out can take longer than the default of a
+/// second while other programs write.
+const DEADLINE_MS: u32 = 10_000;
 /// Time limit of short steps.
 const SOON: Duration = Duration::from_secs(20);
 
@@ -155,7 +158,7 @@ pub fn config_of(test_dir: &TestDir, server: &Server, dma_mode: DmaMode) -> Stri
     let listen = test_dir.path("iommu-nvme.sock");
     let interposed = |isolation: &str| {
         format!(
-            "vfio-user = {{ listen = '{}', connect = '{}', isolation = '{isolation}' }}",
+            "vfio-user = {{ listen = '{}', connect = '{}', isolation = '{isolation}', deadline-ms = {DEADLINE_MS} }}",
             listen.display(),
             server.socket.display()
         )
