@@ -17,8 +17,6 @@ guest_tests! {
     kills_oldest_lazy: kills_in_traffic(oldest, Lazy, VhostUser);
     kills_newest_strict: kills_in_traffic(newest, Strict, VhostUser);
     kills_newest_lazy: kills_in_traffic(newest, Lazy, VhostUser);
-    kills_newest_strict_over_virtio_pci: kills_in_traffic(newest, Strict, VirtioPci);
-    kills_newest_lazy_over_virtio_pci: kills_in_traffic(newest, Lazy, VirtioPci);
 }
 
 /// Requires that the domain of each program holds exactly the mappings that the program reports.
