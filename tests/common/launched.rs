@@ -10,7 +10,7 @@ use crate::vm::{ANSWER, Control, Launcher, Setup, Status, TestDir, Vm, VmOptions
 /// `launch` and its daemon.
 pub struct Launched {
     pub control: Control,
-    /// The process of `launch`, which becomes QEMU's parent or QEMU itself.
+    /// The process of `launch`, the parent of the daemon.
     launcher: u32,
 }
 
