@@ -299,7 +299,8 @@ pub enum CliCommand {
     /// VM's state, the running one goes on, and the command fails and says why. Otherwise the running one ends between two
     /// requests, the process that has started it (systemd or `launch`) starts the next one, and the command ends when
     /// that one has taken over. Applies changes of the configuration, too. A daemon that has run for less than 13
-    /// seconds is waited for, because systemd and `launch` give up on a daemon that ends too often.
+    /// seconds is waited for, because systemd and `launch` give up on a daemon that ends too often. The exit status is 1
+    /// if the running daemon goes on, and 3 if it has left and the next one has not taken everything over.
     Upgrade {
         /// The configuration, with `control`
         file: PathBuf,
