@@ -1,6 +1,7 @@
 //! Every kind of request, with a death after each of its stores, and deaths of the process that goes on.
 
-use super::bed::{A, B, Bed, D1, D2, D3, G1, G2, G3, Model, OK, Req, Snapshot, Step};
+use super::bed::{A, B, Bed, D1, D2, D3, G1, G2, G3, OK, Req, Snapshot, Step};
+use super::model::Model;
 use crate::ids::DomainId;
 use crate::page_table::crash;
 

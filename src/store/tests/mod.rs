@@ -11,5 +11,6 @@ mod host;
 mod hostile;
 mod kernel;
 mod later;
+mod model;
 mod random;
 mod refusals;

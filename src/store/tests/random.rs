@@ -2,7 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::bed::{ALL, Bed, D1, D2, D3, Model, Req, Step};
+use super::bed::{ALL, Bed, D1, D2, D3, Req, Step};
+use super::model::Model;
 
 fn req() -> impl Strategy<Value = Req> {
     let endpoint = prop::sample::select(ALL.to_vec());
