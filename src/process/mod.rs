@@ -11,6 +11,7 @@ pub mod keeper;
 pub mod keeper_message;
 #[cfg(test)]
 pub(crate) mod keeper_testing;
+pub mod left_connection;
 pub mod life;
 #[cfg(not(miri))]
 pub mod peek;

@@ -283,6 +283,13 @@ impl Keeper {
         }
     }
 
+    /// Releases files. An empty name is that of a file that could not be kept.
+    pub fn release_all(&self, names: &[String]) {
+        for name in names.iter().filter(|name| !name.is_empty()) {
+            self.release(name);
+        }
+    }
+
     /// As [`Self::release`], for a file that may soon be kept again: it is one of the few that stay without a user. A guest
     /// that masks and unmasks an interrupt makes the VMM change between two descriptors.
     pub fn retire(&self, name: &str) {

@@ -15,6 +15,7 @@ use super::message::MessageBytes;
 use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use super::state::{MAX_REGIONS, VmmState};
 use crate::process::keeper::Keeper;
+use crate::process::left_connection::SocketNames;
 use crate::process::reply_pipe::ReplyPipe;
 use crate::process::unkept::UnkeptConnection;
 use crate::warn_limited;
@@ -23,8 +24,6 @@ use crate::warn_limited;
 pub(super) const RECORD: &str = "vmm";
 /// The name under which the pipe of the replies is kept.
 pub(super) const REPLY: &str = "vmm-reply";
-/// The names of VMMs' sockets begin with this, and the connection's number follows.
-pub(super) const SOCKET: &str = "vmm-socket.";
 
 /// The record of one connection after the other, and the descriptors that belong to it.
 #[derive(Debug)]
@@ -47,12 +46,8 @@ impl Book {
     /// # Errors
     /// The system refuses the memfd of the record.
     pub(super) fn new(keeper: Arc<Keeper>) -> io::Result<Self> {
-        let sockets = keeper
-            .names()
-            .into_iter()
-            .filter_map(|name| connection_of(&name));
         let recorded = Recorded {
-            connection: sockets.max().unwrap_or(0),
+            connection: sockets().last(&keeper).unwrap_or(0),
             is_over: true,
             ..Recorded::default()
         };
@@ -139,7 +134,7 @@ impl Book {
         }
         if !self.is_kept {
             // Those before the one that could not be kept.
-            self.release(&names);
+            self.keeper.release_all(&names);
             names.iter_mut().for_each(String::clear);
         }
         names
@@ -194,9 +189,7 @@ impl Book {
 
     /// Releases descriptors.
     pub(super) fn release(&self, names: &[String]) {
-        for name in names.iter().filter(|name| !name.is_empty()) {
-            self.keeper.release(name);
-        }
+        self.keeper.release_all(names);
     }
 
     /// Releases the descriptors that a message has replaced.
@@ -247,18 +240,18 @@ impl Book {
         }
         self.keeper.release(&self.socket_name());
         let names: Vec<String> = self.recorded.state.names().into_iter().cloned().collect();
-        self.release(&names);
+        self.keeper.release_all(&names);
         self.keeper.release_idle();
         // The state goes on without names.
         self.recorded.state.forget_names();
     }
 
     fn socket_name(&self) -> String {
-        format!("{SOCKET}{}", self.recorded.connection)
+        sockets().of(self.recorded.connection)
     }
 }
 
-/// The number of the connection whose socket has this name.
-pub(super) fn connection_of(name: &str) -> Option<u64> {
-    name.strip_prefix(SOCKET)?.parse().ok()
+/// The names of the VMMs' sockets.
+pub(super) fn sockets() -> SocketNames {
+    SocketNames::new("vmm-socket.")
 }

@@ -7,10 +7,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use super::book::{Book, RECORD, REPLY, SOCKET, connection_of};
+use super::book::{Book, RECORD, REPLY, sockets};
 use super::message::MessageBytes;
 use super::record::{LastMessage, Recorded, ReplyProgress, VmmRecord};
 use crate::process::keeper::Keeper;
+use crate::process::left_connection::{Claims, missing};
 use crate::process::peek::peek_offset;
 use crate::process::reply_pipe::ReplyPipe;
 
@@ -54,20 +55,12 @@ impl LeftVmm {
     /// # Errors
     /// Something of it is missing or damaged. The connection is then closed, and the VM must be started anew.
     pub fn find(keeper: &Arc<Keeper>) -> Option<io::Result<Self>> {
-        let names = keeper.names();
-        let sockets = names.iter().filter_map(|name| connection_of(name));
-        // The process before may have died while it released the connection before the last.
-        let connection = sockets.max()?;
-        let name = format!("{SOCKET}{connection}");
-        let socket = keeper.claim(&name)?;
-        let mut claimed = vec![name];
-        let found = Self::of(keeper, connection, &socket, &mut claimed);
+        let connection = sockets().last(keeper)?;
+        let mut claims = Claims::new(keeper);
+        let socket = claims.claim(&sockets().of(connection)).ok()?;
+        let found = Self::of(keeper, connection, &socket, &mut claims);
         if !matches!(found, Ok(Some(_))) {
-            // The keeper has the socket, too: to close it would not end the connection. Fails if the VMM has gone.
-            let _ = UnixStream::from(owned(&socket).ok()?).shutdown(Shutdown::Both);
-            for name in &claimed {
-                keeper.release(name);
-            }
+            claims.refuse(&socket);
         }
         found
             .map_err(|cause| {
@@ -80,21 +73,21 @@ impl LeftVmm {
             .transpose()
     }
 
-    /// The connection with this number. Adds the names of what it claims to `claimed`.
+    /// The connection with this number.
     fn of(
         keeper: &Arc<Keeper>,
         connection: u64,
         socket: &OwnedFd,
-        claimed: &mut Vec<String>,
+        claims: &mut Claims<'_>,
     ) -> io::Result<Option<Self>> {
-        let record = claim(keeper, RECORD, claimed)?;
+        let record = claims.claim(RECORD)?;
         let (record, found) = VmmRecord::adopt(owned(&record)?).map_err(|cause| {
             io::Error::new(cause.kind(), format!("its record is refused: {cause}"))
         })?;
         let (recorded, progress) = match found {
             Some(found) if found.0.connection == connection => found,
             Some(found) if found.0.connection > connection => {
-                return Err(missing(&format!("{SOCKET}{}", found.0.connection)));
+                return Err(missing(&sockets().of(found.0.connection)));
             }
             // The process died when the VMM had just connected.
             _ => {
@@ -110,7 +103,7 @@ impl LeftVmm {
         }
         let mut files = LeftFiles::new();
         for name in recorded.state.names() {
-            files.insert(name.clone(), claim(keeper, name, claimed)?);
+            files.insert(name.clone(), claims.claim(name)?);
         }
         let socket = UnixStream::from(owned(socket)?);
         let last = recorded.last.as_ref();
@@ -164,19 +157,6 @@ impl Unanswered {
             reply,
         }))
     }
-}
-
-fn claim(keeper: &Keeper, name: &str, claimed: &mut Vec<String>) -> io::Result<Arc<OwnedFd>> {
-    let file = keeper.claim(name).ok_or_else(|| missing(name))?;
-    claimed.push(name.to_owned());
-    Ok(file)
-}
-
-fn missing(name: &str) -> io::Error {
-    let text = format!(
-        "the descriptor {name} was not kept; let the service manager keep more (FileDescriptorStoreMax=1024)"
-    );
-    io::Error::new(io::ErrorKind::NotFound, text)
 }
 
 fn owned(file: &OwnedFd) -> io::Result<OwnedFd> {

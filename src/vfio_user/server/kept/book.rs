@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::super::device::DeviceRecord;
 use super::progress::ClientProgress;
 use crate::process::keeper::Keeper;
+use crate::process::left_connection::SocketNames;
 use crate::process::record::{Record, RecordFormat, refused};
 use crate::process::reply_pipe::ReplyPipe;
 use crate::process::unkept::UnkeptConnection;
@@ -37,8 +38,7 @@ const MAX_NAMES: usize = crate::process::keeper::MAX_KEPT;
 pub(super) struct BookNames {
     pub(super) record: String,
     pub(super) reply: String,
-    /// The connection's number follows.
-    pub(super) socket: String,
+    pub(super) sockets: SocketNames,
 }
 
 impl BookNames {
@@ -46,17 +46,8 @@ impl BookNames {
         Self {
             record: format!("{base}-record"),
             reply: format!("{base}-reply"),
-            socket: format!("{base}-socket."),
+            sockets: SocketNames::new(format!("{base}-socket.")),
         }
-    }
-
-    /// The highest number of a kept connection.
-    pub(super) fn last_connection(&self, keeper: &Keeper) -> Option<u64> {
-        let names = keeper.names();
-        let numbers = names
-            .iter()
-            .filter_map(|name| name.strip_prefix(&self.socket)?.parse().ok());
-        numbers.max()
     }
 }
 
@@ -108,7 +99,7 @@ impl ClientBook {
             record,
             reply: ReplyPipe::new()?,
             recorded: RecordedClient {
-                connection: names.last_connection(&keeper).unwrap_or(0),
+                connection: names.sockets.last(&keeper).unwrap_or(0),
                 is_over: true,
                 ..RecordedClient::default()
             },
@@ -224,13 +215,7 @@ impl ClientBook {
     /// Releases the descriptors that the record does not name any more, each as often as it was kept more.
     pub(super) fn release_unused(&mut self) {
         let names = std::mem::take(&mut self.unused);
-        self.release(&names);
-    }
-
-    fn release(&self, names: &[String]) {
-        for name in names.iter().filter(|name| !name.is_empty()) {
-            self.keeper.release(name);
-        }
+        self.keeper.release_all(&names);
     }
 
     /// The connection has ended: nothing of it is kept any more.
@@ -264,7 +249,7 @@ impl ClientBook {
             warn_limited!("the record of a client's connection cannot be written: {cause}");
         }
         self.keeper.release(&self.socket_name());
-        self.release(&names);
+        self.keeper.release_all(&names);
     }
 
     fn write(&mut self, state: &[u8]) -> io::Result<()> {
@@ -272,7 +257,7 @@ impl ClientBook {
     }
 
     fn socket_name(&self) -> String {
-        format!("{}{}", self.names.socket, self.recorded.connection)
+        self.names.sockets.of(self.recorded.connection)
     }
 }
 

@@ -1,8 +1,7 @@
 //! What an earlier process has left of a client, and how far that process had come.
 
 use std::io;
-use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use super::book::{BookNames, ClientBook};
 use super::lookahead::{MAX_UNTAKEN, take};
 use super::progress::{LeftProgress, MAX_BYTES};
 use crate::process::keeper::Keeper;
+use crate::process::left_connection::{Claims, missing};
 use crate::process::peek::{peek_offset, set_peek_offset};
 use crate::process::record::refused;
 use crate::process::reply_pipe::ReplyPipe;
@@ -51,19 +51,15 @@ pub(super) fn find(
     name: &str,
 ) -> io::Result<Option<(ClientBook, LeftClient)>> {
     let names = BookNames::new(name);
-    let Some(connection) = names.last_connection(keeper) else {
+    let Some(connection) = names.sockets.last(keeper) else {
         return Ok(None);
     };
-    let mut claimed = Vec::new();
-    let name = format!("{}{connection}", names.socket);
-    let socket = UnixStream::from(claim(keeper, &name, &mut claimed)?.try_clone()?);
-    let found = of(keeper, names, connection, &socket, &mut claimed);
+    let mut claims = Claims::new(keeper);
+    let socket = claims.claim(&names.sockets.of(connection))?;
+    let socket = UnixStream::from(socket.try_clone()?);
+    let found = of(keeper, names, connection, &socket, &mut claims);
     if !matches!(found, Ok(Some(_))) {
-        // The keeper has the socket, too: to close it would not end the connection. Fails if the client has gone.
-        let _ = socket.shutdown(Shutdown::Both);
-        for name in &claimed {
-            keeper.release(name);
-        }
+        claims.refuse(&socket);
     }
     found.map_err(|cause| {
         let text = format!(
@@ -79,9 +75,9 @@ fn of(
     names: BookNames,
     connection: u64,
     socket: &UnixStream,
-    claimed: &mut Vec<String>,
+    claims: &mut Claims<'_>,
 ) -> io::Result<Option<(ClientBook, LeftClient)>> {
-    let record = claim(keeper, &names.record, claimed)?.try_clone()?;
+    let record = claims.claim(&names.record)?.try_clone()?;
     let reply = names.reply.clone();
     let reply = ReplyPipe::left(keeper, &reply).ok_or_else(|| missing(&reply))?;
     let found = ClientBook::left(keeper.clone(), names, record, reply)
@@ -98,7 +94,7 @@ fn of(
     }
     let mut files = ClientFiles::new();
     for name in &recorded.names {
-        files.insert(name.clone(), claim(keeper, name, claimed)?);
+        files.insert(name.clone(), claims.claim(name)?);
     }
     let device = recorded.has_device.then_some(state);
     let left = LeftClient {
@@ -179,17 +175,4 @@ fn settle(book: &ClientBook, socket: &UnixStream) -> io::Result<LeftPlace> {
         is_begun,
         unsent: book.reply.unsent()?,
     })
-}
-
-fn claim(keeper: &Keeper, name: &str, claimed: &mut Vec<String>) -> io::Result<Arc<OwnedFd>> {
-    let file = keeper.claim(name).ok_or_else(|| missing(name))?;
-    claimed.push(name.to_owned());
-    Ok(file)
-}
-
-fn missing(name: &str) -> io::Error {
-    let text = format!(
-        "the descriptor {name} was not kept; let the service manager keep more (FileDescriptorStoreMax=1024)"
-    );
-    io::Error::new(io::ErrorKind::NotFound, text)
 }
