@@ -8,6 +8,7 @@ pub mod changes;
 pub mod device_tree;
 pub mod groups;
 pub mod pci;
+pub mod ports;
 pub mod reserved;
 pub mod viot;
 
@@ -20,6 +21,7 @@ use crate::ids::EndpointId;
 pub use changes::NoSuchEndpoints;
 pub use groups::{GroupId, GroupName};
 pub use pci::{HostAddress, PciAddress, PciRange};
+pub use ports::{Port, PortError, PortKind, PortPath, Ports};
 pub use reserved::{
     MAX_RESERVED_REGIONS, ReservedError, ReservedKind, ReservedRegion, ReservedRegions,
 };
