@@ -7,6 +7,8 @@
 
 mod error;
 mod path;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
