@@ -58,6 +58,33 @@ fn the_example_reads_back_field_by_field() {
     assert_eq!(read.ranges, EXAMPLE_NODES);
 }
 
+/// The table names endpoints behind ports by the numbers that firmware will choose.
+#[test]
+fn endpoints_behind_ports_are_in_the_table() {
+    let read = read_table(&table_of(
+        "address = '00:05.0'\n\
+         [[endpoint]]\nport = '00:03.0'\n\
+         [[port]]\naddress = '00:02.0'\nhotplug = true\nreserve-buses = 2\n\
+         [[endpoint]]\nport = '00:1c.0/00.0'\naddress = '03.0'\n\
+         [[port]]\naddress = '00:1c.0/00.0'\nkind = 'pcie-pci-bridge'\n\
+         [[endpoint]]\nport = '00:04.0/00.0/00.0'\nrange = '00.0-00.1'\n",
+    ));
+    // Bus 01 with 02 and 03 reserved, 04, 05 to 07, 08 and 09.
+    let ranges = [
+        (0x0100, 0x0107),
+        (0x0400, 0x0400),
+        (0x0700, 0x0701),
+        // All accesses from behind the bridge carry this ID.
+        (0x0900, 0x0900),
+        (0x0918, 0x0918),
+    ];
+    let expected: Vec<_> = ranges
+        .iter()
+        .map(|&(first, last)| (u32::from(first), 0, first, last))
+        .collect();
+    assert_eq!(read.ranges, expected);
+}
+
 #[test]
 fn without_endpoints_there_is_the_iommu_alone() {
     let read = read_table(&table_of("address = '00:05.0'"));

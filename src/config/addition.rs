@@ -63,6 +63,14 @@ impl Checker<'_> {
             self.refuse(&Origin::File(0..0), "", ProblemKind::AdditionNotOne);
             return Err(self.finish());
         };
+        if let Some(port) = &given.value.port {
+            self.refuse(
+                &port.origin,
+                "endpoint[0].port",
+                ProblemKind::PortInAddition,
+            );
+            return Err(self.finish());
+        }
         let vmm = match &config.socket {
             Some(Socket::Path(path)) => Some(path),
             Some(Socket::Fd(_)) | None => None,
@@ -87,6 +95,12 @@ impl Checker<'_> {
             && let Err(cause) = made.topology.add(spec)
         {
             self.refuse_topology(draft, cause, config.machine);
+        }
+        if let Err(cause) = made.ports.check(&made.topology) {
+            let place = given.value.address.as_ref().or(given.value.range.as_ref());
+            let origin = place.map_or(&given.origin, |place| &place.origin);
+            let key = format!("endpoint[0].{}", given.value.place_key());
+            self.refuse(origin, &key, ProblemKind::Port(cause));
         }
         let with_host = |host| known.passthrough.iter().find(|p| p.host == host);
         if let Some([new]) = passthrough.as_deref()

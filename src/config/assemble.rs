@@ -49,7 +49,13 @@ impl Checker<'_> {
         let memory = self.memory(draft.memory.as_ref());
         let arena_limit = self.arena_limit(draft.arena_limit.as_ref(), memory.flatten());
         let machine = self.machine(draft.machine.as_ref(), machine_of_vmm);
-        let topology = self.topology(draft, machine.unwrap_or_default());
+        let mut draft = draft.clone();
+        // The checks below need the addresses of endpoints behind ports.
+        let Some(ports) = self.ports(&mut draft, machine.unwrap_or_default()) else {
+            return Err(self.finish());
+        };
+        let draft = &draft;
+        let topology = self.topology(draft, &ports, machine.unwrap_or_default());
         let host_iommu = self.host_iommu(draft.host_iommu.as_ref());
         let pin = self.pin(draft.pin.as_ref());
         let passthrough = self.passthrough(draft);
@@ -120,6 +126,7 @@ impl Checker<'_> {
                 memory,
                 arena_limit,
                 topology,
+                ports,
                 devices: DeviceLists {
                     passthrough,
                     exported,

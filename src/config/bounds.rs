@@ -42,3 +42,5 @@ pub const MIN_INTERVAL_S: u64 = 1;
 pub const MAX_INTERVAL_S: u64 = 3600;
 /// The most problems that one error lists.
 pub const MAX_PROBLEMS: usize = 20;
+/// The most bus numbers that firmware can leave free behind a root port.
+pub const MAX_RESERVED_BUSES: u8 = 254;

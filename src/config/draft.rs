@@ -9,6 +9,7 @@ use toml::Spanned;
 
 use super::error::ProblemKind;
 use crate::args::{OnOff, RunArgs};
+use crate::topology::ports::Place;
 
 /// Where a value comes from: bytes of the file, or an option.
 #[derive(Clone, Debug)]
@@ -150,7 +151,24 @@ pub(super) struct Draft {
     pub readers: Option<Located<ReadersDraft>>,
     pub reserved: Option<Located<Vec<Located<RegionDraft>>>>,
     #[serde(default)]
+    pub port: Vec<Located<PortDraft>>,
+    #[serde(default)]
     pub endpoint: Vec<Located<EndpointDraft>>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    expecting = "a table for each port: `[[port]]`, and under it `address = \"00:02.0\"`"
+)]
+pub(super) struct PortDraft {
+    pub address: Option<Located<Scalar>>,
+    pub kind: Option<Located<Scalar>>,
+    pub reserve_buses: Option<Located<Scalar>>,
+    pub hotplug: Option<Located<Scalar>>,
+    pub speed: Option<Located<Scalar>>,
+    pub width: Option<Located<Scalar>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -199,6 +217,7 @@ pub(super) struct RegionDraft {
                  `range = \"00:10.0-00:1e.7\"`"
 )]
 pub(super) struct EndpointDraft {
+    pub port: Option<Located<Scalar>>,
     pub address: Option<Located<Scalar>>,
     pub range: Option<Located<Scalar>>,
     pub group: Option<Located<Scalar>>,
@@ -225,6 +244,33 @@ pub(super) struct EmulatedDraft {
     pub deadline_ms: Option<Located<Scalar>>,
     pub total_deadline_ms: Option<Located<Scalar>>,
     pub connect_deadline_ms: Option<Located<Scalar>>,
+}
+
+impl EndpointDraft {
+    /// Replaces the place behind a port by the address on the port's bus.
+    pub fn put_on_bus(&mut self, bus: u8, first: Place, last: Place) {
+        let (first, last) = (first.on_bus(bus), last.on_bus(bus));
+        if let Some(given) = &mut self.range
+            && self.address.is_none()
+        {
+            given.value = Scalar::Text(format!("{first}-{last}"));
+            return;
+        }
+        let given = self.address.as_ref().or(self.port.as_ref());
+        self.address = given.map(|given| Located {
+            value: Scalar::Text(first.to_string()),
+            origin: given.origin.clone(),
+        });
+    }
+
+    /// The key that decides on the place of the endpoint.
+    pub fn place_key(&self) -> &'static str {
+        match (&self.port, &self.address) {
+            (Some(_), _) => "port",
+            (None, Some(_)) => "address",
+            (None, None) => "range",
+        }
+    }
 }
 
 impl Draft {

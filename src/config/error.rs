@@ -11,12 +11,14 @@ use thiserror::Error;
 use super::Machine;
 use super::bounds::{
     MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
-    MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_SOCKET_PATH, MAX_USERS,
-    MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
+    MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_READERS, MAX_RESERVED_BUSES,
+    MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S,
+    MIN_WIDTH,
 };
 use crate::topology::groups::GroupNameError;
 use crate::topology::pci::{HostAddressError, PciAddressError, PciRangeError};
-use crate::topology::{HostAddress, PciAddress, PciRange, ReservedError, TopologyError};
+use crate::topology::ports::{PlaceError, PortPathError};
+use crate::topology::{HostAddress, PciAddress, PciRange, PortError, ReservedError, TopologyError};
 
 /// A configuration that cannot be used, with every problem found.
 #[derive(Debug, Error)]
@@ -418,6 +420,54 @@ pub enum ProblemKind {
         /// The endpoint.
         endpoint: PciAddress,
     },
+
+    /// Not the way to a port.
+    #[error("{value:?} is {source}")]
+    PortPath {
+        /// The text.
+        value: String,
+        /// The error in it.
+        source: PortPathError,
+    },
+    /// Not a place behind a port.
+    #[error("{value:?} is {source}")]
+    Place {
+        /// The text.
+        value: String,
+        /// The error in it.
+        source: PlaceError,
+    },
+    /// Not a kind of port.
+    #[error(
+        "{0:?} is not a kind of port; use \"root-port\", \"upstream-port\", \"downstream-port\" or \
+         \"pcie-pci-bridge\", or leave it out"
+    )]
+    PortKind(String),
+    /// The number of reserved buses is out of range.
+    #[error(
+        "{0} reserved bus numbers are out of range; give 1 to {MAX_RESERVED_BUSES}, or leave it out for none"
+    )]
+    ReserveBuses(i128),
+    /// Nobody reserves bus numbers on an Arm machine.
+    #[error(
+        "the machine virt starts its guest without firmware, and Linux reserves no bus numbers; leave the key out"
+    )]
+    ReserveOnVirt,
+    /// Not a speed of a link.
+    #[error("{0:?} is not the speed of a link in GT/s; use \"2.5\", 5, 8, 16, 32 or 64")]
+    LinkSpeed(String),
+    /// Not a width of a link.
+    #[error("{0} is not a number of lanes; use 1, 2, 4, 8, 12, 16 or 32")]
+    LinkWidth(i128),
+    /// An added endpoint names a port.
+    #[error(
+        "a device that is added gets the address on the bus behind its port, which `check` prints; leave `port` out, \
+         and give the address, such as 01:00.0"
+    )]
+    PortInAddition,
+    /// The ports contradict each other, or the endpoints.
+    #[error(transparent)]
+    Port(#[from] PortError),
 
     /// The address width is out of range.
     #[error(

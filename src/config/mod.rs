@@ -19,6 +19,7 @@ mod load;
 mod machine;
 mod operator;
 mod passthrough;
+mod ports;
 mod readers;
 mod shadow;
 mod slots;
@@ -32,12 +33,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::PageMask;
-use crate::topology::Topology;
+use crate::topology::{Ports, Topology};
 
 pub use bounds::{
     MAX_ARENA, MAX_BATCH, MAX_DEADLINE_MS, MAX_DOMAINS, MAX_FAULT_RATE, MAX_FILE, MAX_INTERVAL_S,
-    MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_PROBLEMS, MAX_READERS, MAX_SOCKET_PATH,
-    MAX_USERS, MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S, MIN_WIDTH,
+    MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_PROBLEMS, MAX_READERS, MAX_RESERVED_BUSES,
+    MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S,
+    MIN_WIDTH,
 };
 pub use devices::DeviceLists;
 pub use emulated::{Emulated, ServerDeadlines, ServerIsolation};
@@ -115,6 +117,8 @@ pub struct Config {
     pub arena_limit: u64,
     /// The IOMMU's own address, the endpoints, their groups and reserved regions.
     pub topology: Topology,
+    /// The ports behind which endpoints are, or may come.
+    pub ports: Ports,
     /// The devices behind the endpoints.
     pub devices: DeviceLists,
     /// Which users' shadow readers may register, how many, and how long the daemon waits for them.

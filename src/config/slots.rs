@@ -37,6 +37,18 @@ pub enum SlotProblem {
         /// Function 0 of its slot.
         zero: PciAddress,
     },
+    /// The guest would not find a port.
+    #[error(
+        "nothing is configured at {zero}, function 0 of the slot of the port {port}, and a guest looks for other \
+         functions only where it finds function 0: all devices behind the port would be missing; give the port \
+         function 0 of a slot, such as `address = \"00:02.0\"`, or make {zero} a port or an endpoint"
+    )]
+    PortHidden {
+        /// The port.
+        port: PciAddress,
+        /// Function 0 of its slot.
+        zero: PciAddress,
+    },
     /// The address belongs to a device of the machine.
     #[error(
         "{address} cannot be used, because QEMU's {} machine has its {name} in that place; give another \
@@ -87,18 +99,24 @@ impl SlotProblem {
     /// file does not have.
     pub fn is_fatal(&self) -> bool {
         match self {
-            Self::IommuHidden { .. } | Self::DeviceHidden { .. } | Self::OfMachine { .. } => true,
+            Self::IommuHidden { .. }
+            | Self::DeviceHidden { .. }
+            | Self::PortHidden { .. }
+            | Self::OfMachine { .. } => true,
             Self::RangeHidden { .. } | Self::RangeOverMachine { .. } => false,
         }
     }
 
-    /// The problem that the guest does not find `function`, which is the IOMMU of `config` or one of its
+    /// The problem that the guest does not find `function`, which is the IOMMU of `config`, one of its ports or one of its
     /// endpoints.
     pub fn hidden(config: &Config, function: PciAddress) -> Self {
         let zero = function_zero(function);
         let iommu = config.topology.iommu();
         if function == iommu {
             Self::IommuHidden { iommu, zero }
+        } else if config.ports.has_port_at(function) {
+            let port = function;
+            Self::PortHidden { port, zero }
         } else {
             let endpoint = function;
             Self::DeviceHidden { endpoint, zero }
@@ -113,6 +131,8 @@ impl Config {
         let iommu = self.topology.iommu();
         let mut problems = Vec::new();
         problems.extend(self.function_problem(iommu));
+        let ports = self.ports.iter().map(|port| port.address);
+        problems.extend(ports.filter_map(|port| self.function_problem(port)));
         for entry in self.topology.ranges() {
             let range = entry.range;
             if self.devices.kind_of(range.first()).is_some() {
@@ -136,7 +156,7 @@ impl Config {
         problems
     }
 
-    /// Whether the slot of `function` has another function: the IOMMU or an endpoint.
+    /// Whether the slot of `function` has another function: the IOMMU, a port or an endpoint.
     pub fn shares_slot(&self, function: PciAddress) -> bool {
         let zero = function_zero(function).endpoint_id().0;
         (zero..=zero | 7)
@@ -144,11 +164,13 @@ impl Config {
             .any(|other| other != function && self.is_configured(other))
     }
 
-    /// The addresses of the IOMMU and of the devices for which QEMU gets arguments.
+    /// The addresses of the IOMMU, of the ports and of the devices for which QEMU gets arguments.
     pub fn placed_functions(&self) -> impl Iterator<Item = PciAddress> {
         let devices = self.devices.iter();
         let placed = devices.filter(|device| device.kind() != DeviceKind::ShadowReader);
-        std::iter::once(self.topology.iommu()).chain(placed.map(|device| device.endpoint()))
+        std::iter::once(self.topology.iommu())
+            .chain(self.ports.iter().map(|port| port.address))
+            .chain(placed.map(|device| device.endpoint()))
     }
 
     /// The problem of one function that must be found.
@@ -172,7 +194,9 @@ impl Config {
 
     fn is_configured(&self, function: PciAddress) -> bool {
         let id = function.endpoint_id();
-        function == self.topology.iommu() || self.topology.endpoint(id).is_some()
+        function == self.topology.iommu()
+            || self.topology.endpoint(id).is_some()
+            || self.ports.has_port_at(function)
     }
 }
 

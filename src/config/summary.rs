@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Config, Readers, Socket, SocketAccess, VmmTransport};
-use crate::topology::EndpointRange;
+use crate::topology::{EndpointRange, Port};
 
 /// The most endpoint ranges that the summary lists.
 const MAX_LISTED: usize = 64;
@@ -117,6 +117,12 @@ impl fmt::Display for Summary<'_> {
         }
         writeln!(f)?;
 
+        if !config.ports.is_empty() {
+            writeln!(f, "ports:            {}", config.ports.iter().len())?;
+        }
+        for port in config.ports.iter().take(MAX_LISTED) {
+            port_line(f, port)?;
+        }
         write!(f, "endpoints:        {}", topology.endpoint_count())?;
         if topology.group_count() > 0 {
             write!(f, ", host groups: {}", topology.group_count())?;
@@ -140,6 +146,9 @@ impl Summary<'_> {
     fn endpoints(&self, f: &mut fmt::Formatter<'_>, entry: EndpointRange<'_>) -> fmt::Result {
         let topology = &self.config.topology;
         write!(f, "  {}", entry.range)?;
+        if let Some(port) = self.config.ports.before(entry.range.first()) {
+            write!(f, " behind port {}", port.path)?;
+        }
         if let Some(name) = entry.info.group.and_then(|id| topology.group_name(id)) {
             write!(f, " group {name}")?;
         }
@@ -155,6 +164,18 @@ impl Summary<'_> {
         }
         writeln!(f)
     }
+}
+
+/// A port: its place, its kind, and the numbers that its buses get.
+fn port_line(f: &mut fmt::Formatter<'_>, port: &Port) -> fmt::Result {
+    write!(f, "  {} {}, bus {:02x}", port.path, port.kind, port.bus)?;
+    if port.last_bus != port.bus {
+        write!(f, " to {:02x}", port.last_bus)?;
+    }
+    if port.hotplug {
+        write!(f, ", devices may come later")?;
+    }
+    writeln!(f)
 }
 
 /// The access rights of a socket where the file gives them, each after a comma.

@@ -9,13 +9,25 @@ use super::limits::{SMALLEST_PAGE, whole_pages};
 use super::text::{parse_number, shown};
 use crate::address::{Iova, IovaRange};
 use crate::topology::{
-    EndpointSpec, GroupName, PciAddress, PciRange, ReservedError, ReservedKind, ReservedRegion,
-    ReservedRegions, Topology, TopologyError,
+    EndpointSpec, GroupName, PciAddress, PciRange, Port, Ports, ReservedError, ReservedKind,
+    ReservedRegion, ReservedRegions, Topology, TopologyError,
 };
 
 impl Checker<'_> {
-    pub(super) fn topology(&mut self, draft: &Draft, machine: Machine) -> Option<Topology> {
+    pub(super) fn topology(
+        &mut self,
+        draft: &Draft,
+        ports: &Ports,
+        machine: Machine,
+    ) -> Option<Topology> {
         let iommu = self.iommu(draft.address.as_ref());
+        let before = self.problems.len();
+        if let Some(iommu) = iommu {
+            self.check_iommu_port(draft, ports, iommu);
+        }
+        if self.problems.len() > before {
+            return None;
+        }
         let reserved = self.common_reserved(draft, machine);
         let mut specs = Vec::with_capacity(draft.endpoint.len());
         for (index, endpoint) in draft.endpoint.iter().enumerate() {
@@ -26,10 +38,11 @@ impl Checker<'_> {
         if specs.len() != draft.endpoint.len() {
             return None;
         }
-        let expected = self.expected(draft)?;
+        let mut expected = self.expected(draft)?;
+        expected.extend(ports.iter().filter_map(Port::expected));
         match Topology::new(iommu?, reserved?, &specs) {
             Ok(topology) => match topology.with_expected(expected) {
-                Ok(topology) => Some(topology),
+                Ok(topology) => self.with_aliases(draft, ports, topology),
                 Err(error) => {
                     let list = draft.hotplug.as_ref().map(|list| &list.value);
                     if let Some(given) = list.and_then(|list| list.get(error.index())) {
@@ -70,10 +83,9 @@ impl Checker<'_> {
         let value = &endpoint.value;
         let (key, origin) = if let TopologyError::Reserved { .. } = error {
             ("reserved", value.reserved.as_ref().map(|list| &list.origin))
-        } else if let Some(given) = &value.address {
-            ("address", Some(&given.origin))
         } else {
-            ("range", value.range.as_ref().map(|given| &given.origin))
+            let given = value.address.as_ref().or(value.range.as_ref());
+            (value.place_key(), given.map(|given| &given.origin))
         };
         let kind = if draft.reserved.is_none() && names_default(&error, machine) {
             ProblemKind::BesideDefault {

@@ -1,5 +1,6 @@
 mod devices;
 mod hostile;
+mod ports;
 mod refusals;
 
 use std::io::Write;

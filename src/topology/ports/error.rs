@@ -104,6 +104,17 @@ pub enum PortError {
         /// The port.
         path: PortPath,
     },
+    /// The IOMMU is behind a port.
+    #[error(
+        "the IOMMU {iommu} is behind port {path}, and its own bus must not depend on firmware; give it an address on \
+         bus 00, such as 00:05.0"
+    )]
+    BeforeIommu {
+        /// The port.
+        path: PortPath,
+        /// The address of the IOMMU.
+        iommu: PciAddress,
+    },
     /// An endpoint has the address of a port.
     #[error(
         "endpoint {range} contains {address}, which is the port {path} itself, and a port is no endpoint; leave that \
@@ -179,11 +190,24 @@ impl PortError {
             | Self::LinkElsewhere { path, .. }
             | Self::HotplugUpstream { path }
             | Self::IsIommu { path }
+            | Self::BeforeIommu { path, .. }
             | Self::IsEndpoint { path, .. }
             | Self::IsExpected { path, .. }
             | Self::OneDevice { path, .. }
             | Self::BehindUpstream { path, .. }
             | Self::SlotZero { path, .. } => path,
+        }
+    }
+
+    /// The endpoint at fault, or the range in which endpoints may come later.
+    pub fn range(&self) -> Option<PciRange> {
+        match *self {
+            Self::IsEndpoint { range, .. }
+            | Self::IsExpected { range, .. }
+            | Self::OneDevice { range, .. }
+            | Self::BehindUpstream { range, .. }
+            | Self::SlotZero { range, .. } => Some(range),
+            _ => None,
         }
     }
 }

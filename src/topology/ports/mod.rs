@@ -225,17 +225,38 @@ impl Ports {
         self.iter().any(|port| port.address == address)
     }
 
+    /// Whether `range` is the ID that a bridge to conventional PCI gives to accesses, which no device has.
+    pub fn is_alias(&self, range: PciRange) -> bool {
+        let mut aliases = self.iter().filter_map(Port::alias);
+        aliases.any(|alias| range == alias.into())
+    }
+
+    /// Checks the place of the IOMMU against the ports.
+    ///
+    /// # Errors
+    /// The IOMMU has the address of a port, or is behind one.
+    pub fn check_iommu(&self, iommu: PciAddress) -> Result<(), PortError> {
+        if let Some(port) = self.iter().find(|port| port.address == iommu) {
+            let path = port.path.clone();
+            return Err(PortError::IsIommu { path });
+        }
+        match self.before(iommu) {
+            None => Ok(()),
+            Some(port) => Err(PortError::BeforeIommu {
+                path: port.path.clone(),
+                iommu,
+            }),
+        }
+    }
+
     /// Checks the places of the IOMMU and of the endpoints against the ports.
     ///
     /// # Errors
     /// A function has the address of a port, or is where none can be.
     pub fn check(&self, topology: &Topology) -> Result<(), PortError> {
-        let iommu = topology.iommu();
+        self.check_iommu(topology.iommu())?;
         for port in self.iter() {
             let (path, address) = (port.path.clone(), port.address);
-            if address == iommu {
-                return Err(PortError::IsIommu { path });
-            }
             let mut ranges = topology.ranges().map(|entry| entry.range);
             if let Some(range) = ranges.find(|range| range.contains(address)) {
                 return Err(PortError::IsEndpoint {
