@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::config::{Config, Machine, Socket, VmmTransport};
 use crate::host::sysfs::HostRoot;
 use crate::qemu::args::QemuArgsError;
-use crate::topology::PciAddress;
+use crate::topology::{PciAddress, PortPath};
 use cloud_hypervisor::OwnArgumentError;
 
 /// The arguments of a VMM, and notes on the settings that arguments cannot express.
@@ -70,6 +70,15 @@ pub enum VmmArgsError {
          out, or start this VM with QEMU"
     )]
     MachineOfQemu,
+    /// Ports, which only QEMU has.
+    #[error(
+        "the file has ports, such as {port}, and only QEMU puts devices behind ports; give the endpoints addresses on \
+         bus 00, or start this VM with QEMU"
+    )]
+    Ports {
+        /// The first port.
+        port: PortPath,
+    },
     /// No table would describe the IOMMU.
     #[error(
         "on an Arm host this VMM describes the hardware by a device tree of its own, and nothing can add the IOMMU to it; \
@@ -105,6 +114,10 @@ fn socket(config: &Config, transport: VmmTransport) -> Result<&str, VmmArgsError
 fn check_guest(config: &Config, host: &HostRoot) -> Result<(), VmmArgsError> {
     if config.machine == Machine::Virt {
         return Err(VmmArgsError::MachineOfQemu);
+    }
+    if let Some(port) = config.ports.iter().next() {
+        let port = port.path.clone();
+        return Err(VmmArgsError::Ports { port });
     }
     // Since Linux 6.1. An older kernel of an Arm host is not recognised.
     match host.value("proc/sys/kernel/arch").as_deref() {

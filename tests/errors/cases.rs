@@ -581,6 +581,135 @@ pub const CASES: &[Case] = &[
              reserved = [{ first = 0, last = 0xfff }]",
         ),
     ),
+    // Ports.
+    case("ProblemKind::PortPath", File("[[port]]\naddress = '02.0'")),
+    case("PortPathError", File("[[endpoint]]\nport = '01:00.0'")),
+    case(
+        "ProblemKind::Place",
+        File("[[endpoint]]\nport = '00:02.0'\naddress = '01:00.0'"),
+    ),
+    case(
+        "PlaceError",
+        File("[[endpoint]]\nport = '00:02.0'\nrange = '00.0'\naddress = '00.8'"),
+    ),
+    case(
+        "ProblemKind::PortKind",
+        File("[[port]]\naddress = '00:02.0'\nkind = 'pxb'"),
+    ),
+    case(
+        "ProblemKind::ReserveBuses",
+        File("[[port]]\naddress = '00:02.0'\nreserve-buses = 0"),
+    ),
+    case(
+        "ProblemKind::ReserveOnVirt",
+        File("machine = 'virt'\n[[port]]\naddress = '00:02.0'\nreserve-buses = 1"),
+    ),
+    case(
+        "ProblemKind::LinkSpeed",
+        File("[[port]]\naddress = '00:02.0'\nspeed = 3"),
+    ),
+    case(
+        "ProblemKind::LinkWidth",
+        File("[[port]]\naddress = '00:02.0'\nwidth = 3"),
+    ),
+    case(
+        "ProblemKind::PortInAddition",
+        Ctl("", &["add-endpoint", "01:00.0", "port = \"00:02.0\""]),
+    ),
+    case(
+        "PortError::Duplicate",
+        File("[[port]]\naddress = '00:02.0'\n[[port]]\naddress = '00:02.0'"),
+    ),
+    case(
+        "PortError::Place",
+        File("[[port]]\naddress = '00:02.0'\nkind = 'downstream-port'"),
+    ),
+    case(
+        "PortError::NotFirst",
+        File("[[port]]\naddress = '00:02.0/01.0'"),
+    ),
+    case(
+        "PortError::Hidden",
+        File("[[endpoint]]\nport = '00:02.0/00.0/01.1'"),
+    ),
+    case(
+        "PortError::TooMany",
+        File("[[port]]\naddress = '00:02.0'\nreserve-buses = 254\n[[port]]\naddress = '00:03.0'"),
+    ),
+    case(
+        "PortError::ReserveTooSmall",
+        File(
+            "[[port]]\naddress = '00:02.0'\nreserve-buses = 1\n[[port]]\naddress = '00:02.0/00.0'",
+        ),
+    ),
+    case(
+        "PortError::ReserveElsewhere",
+        File("[[port]]\naddress = '00:02.0'\nkind = 'pcie-pci-bridge'\nreserve-buses = 1"),
+    ),
+    case(
+        "PortError::LinkElsewhere",
+        File("[[port]]\naddress = '00:02.0'\nkind = 'pcie-pci-bridge'\nspeed = 8"),
+    ),
+    case(
+        "PortError::HotplugUpstream",
+        File("[[port]]\naddress = '00:02.0/00.0'\nhotplug = true"),
+    ),
+    case("PortError::IsIommu", File("[[port]]\naddress = '00:05.0'")),
+    case(
+        "PortError::BeforeIommu",
+        Text("address = '01:00.0'\n[[port]]\naddress = '00:02.0'"),
+    ),
+    case(
+        "PortError::IsEndpoint",
+        File("[[port]]\naddress = '00:02.0'\n[[endpoint]]\naddress = '00:02.0'"),
+    ),
+    case(
+        "PortError::IsExpected",
+        File("hotplug = ['00:02.0-00:03.7']\n[[port]]\naddress = '00:02.0'"),
+    ),
+    case(
+        "PortError::OneDevice",
+        File("[[endpoint]]\nport = '00:02.0'\naddress = '01.0'"),
+    ),
+    case(
+        "PortError::BehindUpstream",
+        File("[[endpoint]]\nport = '00:02.0/00.0'"),
+    ),
+    case(
+        "PortError::SlotZero",
+        File(
+            "[[port]]\naddress = '00:02.0'\nkind = 'pcie-pci-bridge'\n[[endpoint]]\nport = '00:02.0'",
+        ),
+    ),
+    case(
+        "SlotProblem::PortHidden",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[port]]\naddress = '00:02.1'",
+            &["qemu-args", "vm.toml"],
+        ),
+    ),
+    case(
+        "VmmOptionError::UndeclaredPort",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[port]]\naddress = '00:02.0'",
+            &[
+                "launch",
+                "--config",
+                "vm.toml",
+                "--",
+                "true",
+                "-device",
+                "pcie-root-port,id=p,addr=3",
+            ],
+        ),
+    ),
+    case(
+        "VmmArgsError::Ports",
+        With(
+            "socket = 's'\nmemory = '1G'\n[[port]]\naddress = '00:02.0'",
+            &["crosvm-args", "vm.toml"],
+        ),
+    ),
     // Devices.
     case(
         "ProblemKind::VfioOnRange",

@@ -26,9 +26,11 @@ use messages::{Message, matches};
 use tempfile::TempDir;
 
 /// Source files with errors of the configuration and the command line, and their headings.
-const SOURCES: [(&str, &str); 21] = [
+const SOURCES: [(&str, &str); 23] = [
     ("src/config/error.rs", "The configuration"),
     ("src/topology/pci.rs", "PCI addresses and ranges"),
+    ("src/topology/ports/path.rs", "Ports"),
+    ("src/topology/ports/error.rs", "Ports"),
     ("src/topology/groups.rs", "Names of host groups"),
     ("src/topology/reserved.rs", "Reserved regions"),
     ("src/topology/mod.rs", "Conflicts between endpoints"),

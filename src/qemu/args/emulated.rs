@@ -1,17 +1,17 @@
 //! Arguments and notes for emulated devices.
 
-use super::places::on_root_bus;
+use super::places::has_bus;
 use super::vfio_user;
 use crate::config::{Config, Emulated};
 use crate::topology::PciAddress;
 
-/// The arguments for the devices that `addr=` alone can place.
+/// The arguments for the devices whose bus is known.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
     let placed = config
         .devices
         .emulated
         .iter()
-        .filter(|d| on_root_bus(d.endpoint));
+        .filter(|d| has_bus(config, d.endpoint));
     placed.map(|device| ("-device", argument(config, device)))
 }
 
@@ -23,7 +23,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
         .iter()
         .find(|d| d.endpoint == endpoint)?;
     let server = device.connect.display();
-    Some(if on_root_bus(endpoint) {
+    Some(if has_bus(config, endpoint) {
         format!(
             "the device at {server}, among the arguments; start the daemon and that server first"
         )

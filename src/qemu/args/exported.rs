@@ -1,17 +1,17 @@
 //! Arguments and notes for exported devices.
 
-use super::places::on_root_bus;
+use super::places::has_bus;
 use super::vfio_user;
 use crate::config::{Config, Exported};
 use crate::topology::PciAddress;
 
-/// The arguments for the devices that `addr=` alone can place.
+/// The arguments for the devices whose bus is known.
 pub(super) fn arguments(config: &Config) -> impl Iterator<Item = (&'static str, String)> {
     let placed = config
         .devices
         .exported
         .iter()
-        .filter(|e| on_root_bus(e.endpoint));
+        .filter(|e| has_bus(config, e.endpoint));
     placed.map(|export| ("-device", argument(config, export)))
 }
 
@@ -24,7 +24,7 @@ pub(super) fn endpoint_note(config: &Config, endpoint: PciAddress) -> Option<Str
         .iter()
         .find(|device| device.endpoint == endpoint)?;
     let host = device.host;
-    Some(if on_root_bus(endpoint) {
+    Some(if has_bus(config, endpoint) {
         format!(
             "the host's device {host}, which the daemon exports, among the arguments; start the \
              daemon first"

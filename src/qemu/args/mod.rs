@@ -5,6 +5,7 @@ mod exported;
 mod operator;
 mod passthrough;
 mod places;
+mod ports;
 mod refused;
 mod tree_source;
 mod vfio_user;
@@ -18,10 +19,13 @@ use thiserror::Error;
 use crate::config::{Config, DeviceKind, Machine, SlotProblem, Socket, VmmTransport};
 use crate::topology::{EndpointRange, PciAddress, PciRange};
 use operator::Q35_SLEEP_CONTROLLER;
-use places::{check_hotplug_ranges, check_slots, has_device, on_root_bus, place, slot};
+use places::{
+    bus, check_hotplug_ranges, check_slots, has_bus, has_device, on_root_bus, place, slot,
+};
 
 pub use operator::OperatorOptions;
 pub use passthrough::PassthroughArguments;
+pub use places::port_id;
 pub use refused::VmmOptionError;
 pub use tree_source::{TreeSource, dump_arguments};
 pub use vmm_options::ReadConfigError;
@@ -66,9 +70,10 @@ impl QemuArgs {
     ) -> Result<Self, QemuArgsError> {
         let others = OperatorOptions::new(others)?;
         others.check(config.machine)?;
+        others.check_bridges(&config.ports)?;
         let mut endpoints = config.placed_functions();
         if let Some(endpoint) =
-            endpoints.find(|&it| !on_root_bus(it) && it != config.topology.iommu())
+            endpoints.find(|&it| !has_bus(config, it) && it != config.topology.iommu())
         {
             return Err(QemuArgsError::DeviceNotOnRootBus { endpoint });
         }
@@ -98,7 +103,7 @@ impl QemuArgs {
         if let Some(problem) = problems.iter().find(|problem| problem.is_fatal()) {
             return Err((*problem).into());
         }
-        let functions = others.map(OperatorOptions::functions);
+        let functions = others.map(|others| others.functions(&config.ports));
         if let Some(functions) = &functions {
             check_slots(config, functions)?;
             check_hotplug_ranges(config, functions)?;
@@ -132,6 +137,7 @@ impl QemuArgs {
                 format!("memory-backend-memfd,id={PREFIX}ram,size={memory},share=on"),
             ));
         }
+        arguments.extend(ports::arguments(config));
         for kind in DeviceKind::ALL {
             match kind {
                 DeviceKind::Passthrough => {
@@ -287,8 +293,8 @@ pub enum QemuArgsError {
     },
     /// `addr=` cannot put a device at its address.
     #[error(
-        "endpoint {endpoint} has a device and is not on bus 00 of segment 0, the only bus whose number \
-         QEMU's machine fixes; give it an address such as `address = \"00:10.0\"`"
+        "endpoint {endpoint} has a device, and is neither on bus 00 of segment 0 nor behind a port of the file, so its \
+         bus is not known; give it an address such as `address = \"00:10.0\"`, or a port, such as `port = \"00:02.0\"`"
     )]
     DeviceNotOnRootBus {
         /// The address.
@@ -378,8 +384,22 @@ fn endpoint_note(
     };
     let place = if let Some(note) = device {
         note
+    } else if config.ports.is_alias(entry.range) {
+        "the bridge there gives this ID to all accesses from behind it; no device has it".to_owned()
     } else if first.segment() != 0 {
         "QEMU's machine has segment 0 only, so QEMU can put no device there".to_owned()
+    } else if first.bus() == last.bus()
+        && let Some(bus) = bus(config, first)
+    {
+        if first == last {
+            format!("give its device {}", place(config, first))
+        } else {
+            format!(
+                "give devices bus={bus} and addr={} to addr={}, and multifunction=on where a slot has several",
+                slot(first),
+                slot(last)
+            )
+        }
     } else if first.bus() != last.bus() {
         format!(
             "give a device there the addr= of its device.function, \

@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 
 use super::PREFIX;
+use super::places::bus_number;
+use super::ports::check_bridge;
 use super::refused::VmmOptionError;
 use super::vmm_options::{VmmOption, is_off, parse};
 use crate::config::Machine;
-use crate::topology::PciAddress;
+use crate::topology::{PciAddress, Ports};
 
 /// Devices that are IOMMUs.
 const IOMMUS: [&str; 9] = [
@@ -196,10 +198,24 @@ impl OperatorOptions {
         })
     }
 
-    /// The functions on the root bus at which the options put devices.
-    pub fn functions(&self) -> BTreeSet<PciAddress> {
+    /// Refuses bridges that would change the bus numbers behind `ports`.
+    ///
+    /// # Errors
+    /// Names the first such bridge.
+    pub fn check_bridges(&self, ports: &Ports) -> Result<(), VmmOptionError> {
+        let mut devices = self.0.iter().filter(|option| option.name == "device");
+        devices.try_for_each(|device| check_bridge(ports, device.driver(), device.get("bus")))
+    }
+
+    /// The functions on the root bus and behind `ports` at which the options put devices.
+    pub fn functions(&self, ports: &Ports) -> BTreeSet<PciAddress> {
         let devices = self.0.iter().filter(|option| option.name == "device");
-        devices.filter_map(VmmOption::function).collect()
+        devices
+            .filter_map(|device| {
+                let bus = bus_number(ports, device.get("bus"))?;
+                device.function_on(bus)
+            })
+            .collect()
     }
 }
 
@@ -412,7 +428,11 @@ mod tests {
              -device {\"driver\":\"nvme\",\"addr\":\"8.2\"} -device x,bus=port1,addr=09.0 \
              -device y -device z,addr=20.0 -net nic,addr=a.0",
         );
-        let places: Vec<_> = found.functions().iter().map(ToString::to_string).collect();
+        let places: Vec<_> = found
+            .functions(&Ports::default())
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(
             places,
             [
@@ -464,7 +484,7 @@ mod tests {
         #[test]
         fn no_text_panics(text in "(-device |-object |-M |[{}\",=. a-z0-9]){0,40}") {
             let found = options(&text);
-            let _ = (found.check(Machine::Q35), found.functions());
+            let _ = (found.check(Machine::Q35), found.functions(&Ports::default()));
         }
     }
 }

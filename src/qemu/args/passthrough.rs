@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 
-use super::places::{on_root_bus, place};
+use super::places::{has_bus, place};
 use super::{PREFIX, QemuArgsError};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::topology::PciAddress;
@@ -26,6 +26,8 @@ struct VmmDevice {
     fd: RawFd,
     /// The properties that put it at its endpoint's address.
     place: String,
+    /// Whether they suffice: its bus is known.
+    is_placed: bool,
 }
 
 impl PassthroughArguments {
@@ -65,6 +67,7 @@ impl PassthroughArguments {
                     device: *device,
                     fd: number(given),
                     place: place(config, device.endpoint),
+                    is_placed: has_bus(config, device.endpoint),
                 }
             })
             .collect();
@@ -87,7 +90,7 @@ impl PassthroughArguments {
         let iommufd = format!("iommufd,id={PREFIX}iommufd,fd={}", self.iommufd);
         let mut arguments = vec![("-object", iommufd)];
         for shared in &self.devices {
-            if on_root_bus(shared.device.endpoint) {
+            if shared.is_placed {
                 arguments.push(("-device", shared.argument()));
             }
         }
@@ -123,7 +126,7 @@ impl PassthroughArguments {
             .ok()?;
         let shared = self.devices.get(at)?;
         let host = shared.device.host;
-        Some(if on_root_bus(endpoint) {
+        Some(if shared.is_placed {
             format!("the host's device {host}, among the arguments")
         } else if endpoint.segment() != 0 {
             format!(

@@ -1,14 +1,50 @@
-//! The places of devices: what `addr=` can express, and the rule that each slot has a function 0.
+//! The places of devices: what `bus=` and `addr=` can express, and the rule that each slot has a function 0.
 
 use std::collections::BTreeSet;
 
-use super::QemuArgsError;
+use super::{PREFIX, QemuArgsError};
 use crate::config::{Config, DeviceKind, function_zero};
-use crate::topology::{PciAddress, PciRange};
+use crate::topology::{PciAddress, PciRange, PortPath, Ports};
+
+/// QEMU's root bus. On a machine of type q35 and virt it has this name.
+pub(super) const ROOT_BUS: &str = "pcie.0";
 
 /// Whether `addr=` alone can put a device at `address`.
 pub(super) fn on_root_bus(address: PciAddress) -> bool {
     address.segment() == 0 && address.bus() == 0
+}
+
+/// The ID of a port in the arguments, which is also the name of the bus behind it.
+pub fn port_id(path: &PortPath) -> String {
+    let mut id = format!("{PREFIX}port");
+    for place in path.places() {
+        id.push_str(&format!("-{:02x}-{:x}", place.device(), place.function()));
+    }
+    id
+}
+
+/// Whether arguments can put a device at `address`: on the root bus, or behind one of the ports.
+pub(super) fn has_bus(config: &Config, address: PciAddress) -> bool {
+    on_root_bus(address) || config.ports.before(address).is_some()
+}
+
+/// The `bus=` of a device at `address`; `None` on the root bus, and behind a bridge that the configuration does not
+/// have.
+pub(super) fn bus(config: &Config, address: PciAddress) -> Option<String> {
+    let port = config.ports.before(address)?;
+    Some(port_id(&port.path))
+}
+
+/// The number of the bus with a name, if a device on it has an address that the configuration knows.
+pub(super) fn bus_number(ports: &Ports, name: Option<&str>) -> Option<u8> {
+    match name {
+        None | Some(ROOT_BUS) => Some(0),
+        Some(name) => {
+            let mut ports = ports.iter();
+            let port = ports.find(|port| port_id(&port.path) == name)?;
+            Some(port.bus)
+        }
+    }
 }
 
 /// `device.function` as QEMU's `addr=` takes it.
@@ -20,7 +56,9 @@ pub(super) fn slot(address: PciAddress) -> String {
 pub(super) fn place(config: &Config, function: PciAddress) -> String {
     let several = has_several_functions(config, function);
     let several = if several { ",multifunction=on" } else { "" };
-    format!("addr={}{several}", slot(function))
+    let bus = bus(config, function);
+    let bus = bus.map_or_else(String::new, |bus| format!("bus={bus},"));
+    format!("{bus}addr={}{several}", slot(function))
 }
 
 /// Whether the device at `function` must have the property `multifunction`: QEMU lets no other function into a
@@ -66,6 +104,9 @@ pub(super) fn check_hotplug_ranges(
 
 /// Whether our arguments or those of the operator, with devices at `others`, put a device at a function of `range`.
 pub(super) fn has_device(config: &Config, others: &BTreeSet<PciAddress>, range: PciRange) -> bool {
+    if config.ports.is_alias(range) {
+        return true;
+    }
     match config.devices.kind_of(range.first()) {
         Some(DeviceKind::Passthrough | DeviceKind::Exported | DeviceKind::Emulated) => true,
         Some(DeviceKind::ShadowReader) | None => {

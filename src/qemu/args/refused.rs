@@ -38,6 +38,15 @@ pub enum VmmOptionError {
         /// The device or the machine's property.
         what: String,
     },
+    /// A bridge beside the ports of the file.
+    #[error(
+        "{driver} would take a bus number, and the numbers behind the ports of the file would be others than those in the \
+         guest's table; add the port to the file (`[[port]]` with its `address`), and leave the -device out"
+    )]
+    UndeclaredPort {
+        /// The type of the device.
+        driver: String,
+    },
     /// The guest would not recognize the IOMMU or another device that the daemon serves.
     #[error(
         "{what} changes the IDs of the devices that the daemon serves, by which the guest's drivers find them; leave \

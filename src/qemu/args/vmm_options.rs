@@ -96,17 +96,14 @@ impl VmmOption {
         }
     }
 
-    /// The place on the root bus at which `addr=` puts a device.
-    pub fn function(&self) -> Option<PciAddress> {
-        if self.get("bus").is_some_and(|bus| bus != "pcie.0") {
-            return None;
-        }
+    /// The place at which `addr=` puts a device, if `bus=` names the bus with number `bus`.
+    pub fn function_on(&self, bus: u8) -> Option<PciAddress> {
         let (device, function) = match self.get("addr")?.split_once('.') {
             Some((device, function)) => (device, function),
             None => (self.get("addr")?, "0"),
         };
         let number = |text: &str| u8::from_str_radix(text.trim_start_matches("0x"), 16).ok();
-        PciAddress::new(0, 0, number(device)?, number(function)?)
+        PciAddress::new(0, bus, number(device)?, number(function)?)
     }
 
     /// The parts of a `-global DRIVER.PROPERTY=VALUE` or `-global driver=DRIVER,property=PROPERTY,value=VALUE`. QEMU
