@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
 
 use crate::process::sandbox::{self, Role};
 use crate::vfio::{BusReset, GroupFile};
@@ -69,8 +70,40 @@ impl Reset {
     }
 }
 
-/// Closes all devices before it opens one again: VFIO resets a bus only if no device on it is open.
+/// Values of [`BusReset::mark`]: the hardware of a device can have one of them at most.
+const MARKS: [u8; 2] = [0x5a, 0xa5];
+/// The first pause before devices are closed and opened once more, because another process has them open. Each pause is
+/// twice the one before, up to the last: two seconds in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LAST_PAUSE: Duration = Duration::from_millis(1024);
+
+/// Closes the devices and opens them again, until no other process has them open meanwhile. The process that keeps them for
+/// the next daemon was asked to close them, but does so in its own time: systemd leaves it to another process.
 fn reopen(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
+    let mut pause = FIRST_PAUSE;
+    for mark in MARKS.into_iter().cycle() {
+        for device in devices {
+            device.mark(mark)?;
+        }
+        reopen_once(devices)?;
+        let mut is_open = false;
+        for device in devices {
+            is_open |= device.has_mark(mark)?;
+        }
+        if !is_open {
+            return Ok(());
+        }
+        if pause > LAST_PAUSE {
+            break;
+        }
+        std::thread::sleep(pause);
+        pause = pause.saturating_mul(2);
+    }
+    Err(io::Error::other("another process has one of them open"))
+}
+
+/// Closes all devices before it opens one again: VFIO resets a bus only if no device on it is open.
+fn reopen_once(devices: &[Arc<dyn BusReset>]) -> io::Result<()> {
     let mut outcome = Ok(());
     let mut closed = Vec::new();
     for device in devices {

@@ -12,7 +12,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use super::ioctl::IrqData;
-use super::{Attach, Cdev, DeviceMemory, ioctl};
+use super::{Attach, Cdev, DeviceMemory, ioctl, regions};
 
 /// The id of a device that is not open and that only this process can open (`linux/vfio.h`).
 const VFIO_PCI_DEVID_OWNED: u32 = 0;
@@ -153,6 +153,20 @@ pub trait BusReset: Send + Sync {
     /// # Errors
     /// The kernel's: the device's driver cannot start it.
     fn open_again(&self) -> io::Result<()>;
+
+    /// Writes `mark` where it stays as long as the device is open: VFIO begins with the hardware's value when it opens a
+    /// closed device.
+    ///
+    /// # Errors
+    /// The kernel's: the device does not answer.
+    fn mark(&self, mark: u8) -> io::Result<()>;
+
+    /// Whether `mark` is there. If [`Self::mark`] has written it before [`Self::close`], another process still has the device
+    /// open, unless the hardware has this value.
+    ///
+    /// # Errors
+    /// The kernel's: the device does not answer.
+    fn has_mark(&self, mark: u8) -> io::Result<bool>;
 }
 
 /// An open device as its driver uses it.
@@ -327,6 +341,14 @@ impl BusReset for Cdev {
 
     fn open_again(&self) -> io::Result<()> {
         self.open_file_again()
+    }
+
+    fn mark(&self, mark: u8) -> io::Result<()> {
+        regions::set_interrupt_line(&self.file, mark)
+    }
+
+    fn has_mark(&self, mark: u8) -> io::Result<bool> {
+        Ok(regions::interrupt_line(&self.file)? == mark)
     }
 }
 

@@ -24,6 +24,7 @@ const BAR_IO: u32 = 1 << 0;
 const BAR_TYPE: u32 = 3 << 1;
 const BAR_64: u32 = 2 << 1;
 const BAR_FLAGS: u32 = 0xf;
+const INTERRUPT_LINE: u64 = 0x3c;
 const HEADER: usize = BARS + 4 * BAR_COUNT;
 
 /// The memory BARs at the addresses that the device's driver has written. VFIO keeps these apart from the addresses
@@ -80,6 +81,21 @@ pub(super) fn clear_bus_master(device: &File) -> io::Result<()> {
     device.read_exact_at(&mut command, at)?;
     let cleared = u16::from_le_bytes(command) & !COMMAND_MASTER;
     device.write_all_at(&cleared.to_le_bytes(), at)
+}
+
+/// The register that says which line of an interrupt controller the device's interrupt reaches. Hardware ignores it. VFIO
+/// keeps what is written to it for as long as the device is open, and the hardware never sees it.
+pub(super) fn interrupt_line(device: &File) -> io::Result<u8> {
+    let config = ioctl::region_info(device.as_fd(), VFIO_PCI_CONFIG_REGION_INDEX)?;
+    let mut line = [0];
+    device.read_exact_at(&mut line, config.offset + INTERRUPT_LINE)?;
+    Ok(line[0])
+}
+
+/// Writes to [`interrupt_line`].
+pub(super) fn set_interrupt_line(device: &File, line: u8) -> io::Result<()> {
+    let config = ioctl::region_info(device.as_fd(), VFIO_PCI_CONFIG_REGION_INDEX)?;
+    device.write_all_at(&[line], config.offset + INTERRUPT_LINE)
 }
 
 /// Maps a whole BAR.

@@ -43,6 +43,9 @@ pub const NORESIZE: u32 = 8;
 pub const CLIENT_TEXT: &str = r#"{"capabilities":{"max_msg_fds":16,"max_dma_maps":65535,
     "max_data_xfer_size":1048576,"pgsizes":4096,"write_multiple":true}}"#;
 
+/// The register whose value VFIO keeps while the device is open.
+const INTERRUPT_LINE: usize = 0x3c;
+
 /// The state of the device.
 pub struct State {
     /// The bytes of each region.
@@ -71,6 +74,10 @@ pub struct State {
     /// Closed and opened again, in this order; shared by the devices of a bus.
     pub reopened: Arc<Mutex<Vec<&'static str>>>,
     pub reopen_error: Option<i32>,
+    /// How often the device is still open when this process has closed it: another process has it.
+    pub held: u32,
+    /// The value of [`INTERRUPT_LINE`] in the hardware.
+    pub hardware_line: u8,
 }
 
 /// A device that records the calls of the server.
@@ -105,6 +112,8 @@ impl RecordingDevice {
             reset_with: Vec::new(),
             reopened: Arc::default(),
             reopen_error: None,
+            held: 0,
+            hardware_line: 11,
         })))
     }
 
@@ -322,9 +331,23 @@ impl BusReset for RecordingDevice {
     }
 
     fn open_again(&self) -> io::Result<()> {
-        let state = self.state();
+        let mut state = self.state();
         state.reopened.lock().unwrap().push("opened");
+        if let Some(left) = state.held.checked_sub(1) {
+            state.held = left;
+        } else {
+            state.bytes[CONFIG as usize][INTERRUPT_LINE] = state.hardware_line;
+        }
         state.reopen_error.map_or(Ok(()), |error| Err(errno(error)))
+    }
+
+    fn mark(&self, mark: u8) -> io::Result<()> {
+        self.state().bytes[CONFIG as usize][INTERRUPT_LINE] = mark;
+        Ok(())
+    }
+
+    fn has_mark(&self, mark: u8) -> io::Result<bool> {
+        Ok(self.state().bytes[CONFIG as usize][INTERRUPT_LINE] == mark)
     }
 }
 

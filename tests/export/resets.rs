@@ -234,3 +234,36 @@ fn devices_of_groups_are_closed_and_opened_again_if_no_hot_reset_is_possible() {
     // VFIO does not say whether it has reset the bus.
     assert!(has_leftover(&first) && has_leftover(&second));
 }
+
+/// The process that keeps a device for the next daemon closes it in its own time.
+#[test]
+fn a_device_is_closed_and_opened_until_no_other_process_has_it_open() {
+    // A value of the hardware may look like a device that is still open. It costs one round more.
+    for (held, hardware_line, rounds) in [(0, 11, 1), (1, 11, 2), (3, 11, 4), (0, 0x5a, 2)] {
+        let registry = HotResetRegistry::default();
+        let bus = [in_group(0, 7), in_group(2, 9)];
+        let log = Arc::default();
+        let bed = served_in_group(&registry, 0, &bus, &group_file(), &log);
+        bed.device.state().held = held;
+        bed.device.state().hardware_line = hardware_line;
+        visit(&bed);
+        let expected = ["closed", "opened"].repeat(rounds);
+        assert_eq!(*log.lock().unwrap(), expected, "{held} {hardware_line:#x}");
+    }
+}
+
+#[test]
+fn a_device_that_another_process_keeps_open_is_not_waited_for_without_end() {
+    let registry = HotResetRegistry::default();
+    let bus = [in_group(0, 7), in_group(2, 9)];
+    let log = Arc::default();
+    let bed = served_in_group(&registry, 0, &bus, &group_file(), &log);
+    bed.device.state().held = u32::MAX;
+    visit(&bed);
+    assert_eq!(log.lock().unwrap().len(), 2 * 12);
+    assert!(has_leftover(&bed));
+    // The next client gets it all the same, and the one after that a device that was closed.
+    bed.device.state().held = 0;
+    visit(&bed);
+    assert_eq!(log.lock().unwrap().len(), 2 * 13);
+}

@@ -290,8 +290,14 @@ const SHARED_WORDS: [c_long; 2] = [libc::SYS_memfd_create, libc::SYS_ftruncate];
 /// Registers and interrupts of an exported device.
 const DEVICE_REGISTERS: [c_long; 3] = [libc::SYS_pread64, libc::SYS_pwrite64, libc::SYS_eventfd2];
 
-/// Closing a device and opening it again under the number of its descriptor (`vfio::BusReset`).
-const REOPEN: [c_long; 2] = [libc::SYS_dup3, libc::SYS_eventfd2];
+/// Closing a device and opening it again under the number of its descriptor, and finding out whether another process has
+/// it open (`vfio::BusReset`).
+const REOPEN: [c_long; 4] = [
+    libc::SYS_dup3,
+    libc::SYS_eventfd2,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+];
 
 /// Recognizing and signalling eventfds of other processes (`process::peer_event`).
 const PEER_EVENTS: [c_long; 2] = [libc::SYS_io_submit, libc::SYS_io_getevents];

@@ -40,7 +40,11 @@ pub(in crate::vfio) fn requests_of_exports() -> Vec<c_ulong> {
 
 /// The requests of the thread that resets buses.
 pub(in crate::vfio) fn requests_of_bus_resets() -> Vec<c_ulong> {
-    vec![VFIO_DEVICE_PCI_HOT_RESET(), VFIO_GROUP_GET_DEVICE_FD()]
+    vec![
+        VFIO_DEVICE_PCI_HOT_RESET(),
+        VFIO_GROUP_GET_DEVICE_FD(),
+        VFIO_DEVICE_GET_REGION_INFO(),
+    ]
 }
 
 /// A `vfio_pci_dependent_device`.
