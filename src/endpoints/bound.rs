@@ -12,6 +12,7 @@ use super::status::{DeviceFigure, DeviceMetric, DeviceStatus};
 use crate::export::{self, ClientKeeping, DeviceServer, ExportedDevice, ServerStatus};
 use crate::process::socket::SocketFile;
 use crate::topology::PciAddress;
+use crate::vfio_user::server::ServedDevice;
 
 /// Whether a device has a client.
 const CLIENT_UP: DeviceMetric = DeviceMetric {
@@ -41,14 +42,21 @@ pub struct BoundExport {
     pub device: ExportedDevice,
     /// Lets the connections of clients outlive this process.
     pub keeping: Option<ClientKeeping>,
+    /// The device is as the process before has left it, and nobody goes on with what its last client may have made of it.
+    pub is_abandoned: bool,
 }
 
 impl BoundExport {
-    /// Accepts the VMM's clients. Returns the server, its device's status, and the file of its socket.
+    /// Accepts the VMM's clients. Returns the server, its device's status, and the file of its socket. All devices of the
+    /// daemon's start must be bound before: the release of an abandoned one may reset its bus, and with it the device of a
+    /// client that goes on.
     ///
     /// # Errors
     /// The system has no descriptor or thread left.
-    pub fn serve(self) -> io::Result<(ServedExport, Arc<dyn DeviceStatus>, Arc<SocketFile>)> {
+    pub fn serve(mut self) -> io::Result<(ServedExport, Arc<dyn DeviceStatus>, Arc<SocketFile>)> {
+        if self.is_abandoned {
+            self.device.release();
+        }
         let leftover = self.device.leftover();
         let is_silent = self.device.is_silent();
         let server = export::serve(self.listener, self.device, self.keeping)?;

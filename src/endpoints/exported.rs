@@ -19,7 +19,6 @@ use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{
     DeviceAccess, HostFunction, ioctls_of_bus_resets, ioctls_of_exports, ioctls_of_opening,
 };
-use crate::vfio_user::server::ServedDevice;
 
 /// Asks the exported device of `endpoint` for its registers, and makes the socket of its server. Opens nothing if the
 /// configuration does not export it. [`OpenDevice::serve`] then serves the VMM's clients. Their connections outlive this
@@ -48,12 +47,14 @@ pub fn bind_export(
         Some(host) => offered.with_hot_reset(hot_resets, host)?,
         None => offered,
     };
-    let (offered, keeping) = match kept {
+    let (offered, keeping, is_abandoned) = match kept {
         Some(kept) => {
+            let is_left = kept.is_left;
             let (offered, keeping) = kept.keep(endpoint, offered)?;
-            (offered, Some(keeping))
+            let is_abandoned = is_left && !keeping.has_left_device();
+            (offered, Some(keeping), is_abandoned)
         }
-        None => (offered, None),
+        None => (offered, None, false),
     };
     let (listener, file) = bind_for(&export.path, rights(config.socket_access))?;
     Ok(OpenDevice {
@@ -64,6 +65,7 @@ pub fn bind_export(
             file: Arc::new(file),
             device: offered,
             keeping,
+            is_abandoned,
         }),
         host: host.map(|host| host.to_string()),
         ..OpenDevice::default()
@@ -89,18 +91,11 @@ impl KeptExport {
     ) -> io::Result<(ExportedDevice, ClientKeeping)> {
         let name = client_name(endpoint);
         let mut keeping = ClientKeeping::find(self.keeper.clone(), &name, self.life)?;
-        let mut device = device.kept_with(self.keeper);
-        match (keeping.has_left_device(), self.is_left) {
-            (true, true) => device.reserve(),
-            (true, false) => {
-                keeping.refuse_left("its exported device was not kept, and is opened anew");
-            }
-            // Nobody goes on with what its last client may have made of it.
-            (false, true) => {
-                device.reserve();
-                device.release();
-            }
-            (false, false) => {}
+        let device = device.kept_with(self.keeper);
+        if self.is_left {
+            device.reserve();
+        } else if keeping.has_left_device() {
+            keeping.refuse_left("its exported device was not kept, and is opened anew");
         }
         Ok((device, keeping))
     }

@@ -1,29 +1,38 @@
 //! A later process goes on with an exported device and its client. The steps between two processes are tested with the server
 //! itself (`src/vfio_user/server/kept/tests/`); here is what the device must know.
 
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
-use vhost_device_iommu::export::ExportedDevice;
+use vhost_device_iommu::config::Config;
+use vhost_device_iommu::endpoints::exported::{KeptExport, bind_export};
+use vhost_device_iommu::endpoints::kind::OpenDevice;
+use vhost_device_iommu::endpoints::status::FigureValue;
+use vhost_device_iommu::export::{ExportedDevice, HotResetRegistry};
 use vhost_device_iommu::process::keeper::Keeper;
+use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::process::peer_event::PeerEvent;
+use vhost_device_iommu::topology::PciAddress;
+use vhost_device_iommu::vfio::{AffectedDevice, HostFunction};
 use vhost_device_iommu::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody};
 use vhost_device_iommu::vfio_user::server::{
     ClientFiles, DeviceRecord, IrqAction, IrqSet, IrqSetData, ServedDevice,
 };
 use vhost_device_iommu::vfio_user::version::{Capabilities, Version};
 
-use crate::bed::{BAR, CONFIG, MSI, ROM, RecordingDevice};
-use crate::connection::region;
+use crate::bed::{BAR, CLIENT_TEXT, CONFIG, MSI, ROM, RecordingDevice, eventually};
+use crate::common::memory::memfd;
+use crate::connection::{Connection, VERSION, region, version_body};
 
-struct Life {
+struct DeviceLife {
     keeper: Arc<Keeper>,
     _manager: UnixDatagram,
     device: ExportedDevice,
 }
 
-impl Life {
+impl DeviceLife {
     fn new(hardware: &RecordingDevice) -> Self {
         let (manager, ours) = UnixDatagram::pair().expect("sockets");
         let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
@@ -84,7 +93,7 @@ impl Life {
 fn a_device_goes_on_with_its_interrupts_and_windows() {
     let hardware = RecordingDevice::new();
     hardware.state().bytes[CONFIG as usize][4] = 7;
-    let mut first = Life::new(&hardware);
+    let mut first = DeviceLife::new(&hardware);
     first
         .device
         .negotiate(&Version::default(), &mut Capabilities::default());
@@ -96,7 +105,7 @@ fn a_device_goes_on_with_its_interrupts_and_windows() {
     let (record, files) = first.die();
     assert_eq!((record.names.len(), files.len()), (2, 2));
 
-    let mut second = Life::new(&hardware);
+    let mut second = DeviceLife::new(&hardware);
     second
         .device
         .resume(&record.bytes, &files)
@@ -120,7 +129,7 @@ fn a_device_goes_on_with_its_interrupts_and_windows() {
     // The third life.
     let (record, files) = second.die();
     assert_eq!(record.names.len(), 4);
-    let mut third = Life::new(&hardware);
+    let mut third = DeviceLife::new(&hardware);
     third.device.resume(&record.bytes, &files).expect("resumed");
     assert_eq!(third.map(0x3000), Ok(()));
     // Its client goes.
@@ -133,7 +142,7 @@ fn a_device_goes_on_with_its_interrupts_and_windows() {
 #[test]
 fn a_record_that_does_not_fit_the_device_is_refused() {
     let hardware = RecordingDevice::new();
-    let mut first = Life::new(&hardware);
+    let mut first = DeviceLife::new(&hardware);
     first.set_events(MSI, 0, 2);
     let (record, files) = first.die();
     let text = String::from_utf8(record.bytes).expect("text");
@@ -146,11 +155,11 @@ fn a_record_that_does_not_fit_the_device_is_refused() {
     ] {
         assert!(text.contains(from), "{text}");
         let damaged = text.replace(from, to);
-        let mut next = Life::new(&hardware);
+        let mut next = DeviceLife::new(&hardware);
         let refused = next.device.resume(damaged.as_bytes(), &files);
         refused.expect_err(to);
     }
-    let mut next = Life::new(&hardware);
+    let mut next = DeviceLife::new(&hardware);
     let missing = next.device.resume(text.as_bytes(), &ClientFiles::new());
     missing.expect_err("no eventfds");
 }
@@ -158,7 +167,7 @@ fn a_record_that_does_not_fit_the_device_is_refused() {
 /// A register that counts or that a read clears must not be accessed twice for one access of the client.
 #[test]
 fn only_accesses_without_effects_are_repeated() {
-    let life = Life::new(&RecordingDevice::new());
+    let life = DeviceLife::new(&RecordingDevice::new());
     let can = |command, index| {
         let body = region(0, index, 4, &[]);
         life.device.can_repeat(Some(command), &body)
@@ -169,4 +178,114 @@ fn only_accesses_without_effects_are_repeated() {
     assert!(!can(Command::RegionWriteMulti, CONFIG));
     assert!(can(Command::DeviceReset, 0) && can(Command::DmaMap, 0));
     assert!(!life.device.can_repeat(Some(Command::RegionRead), &[]));
+}
+
+/// The addresses of two functions of one slot, in the guest. Each has its namesake of the host's bus 65.
+const FUNCTIONS: [&str; 2] = ["00:06.0", "00:06.1"];
+
+/// Two devices of one group that can be reset only together.
+struct Pair {
+    config: Config,
+    devices: [RecordingDevice; 2],
+}
+
+impl Pair {
+    fn new(folder: &Path) -> Self {
+        let mut text = "address = '00:05.0'\nhost-iommu = 'type1'\n".to_owned();
+        for (n, at) in FUNCTIONS.iter().enumerate() {
+            let path = folder.join(n.to_string());
+            text += &format!(
+                "[[endpoint]]\naddress = '{at}'\nvfio = '0000:65:00.{n}'\nexport = {path:?}\n"
+            );
+        }
+        let affected = |devfn| AffectedDevice {
+            function: HostFunction {
+                domain: 0,
+                bus: 0x65,
+                devfn,
+            },
+            is_unused: false,
+            group: Some(7),
+        };
+        let group = Arc::new(memfd(0x1000).into());
+        let device = || {
+            let device = RecordingDevice::new();
+            device.state().resets_alone = false;
+            device.state().bus = vec![affected(0), affected(1)];
+            device.state().group = Some(Arc::clone(&group));
+            device
+        };
+        Self {
+            config: Config::from_text(Path::new("vm.toml"), &text).expect("a configuration"),
+            devices: [device(), device()],
+        }
+    }
+
+    /// A daemon begins to serve the devices, with what the one before has left.
+    fn live(&self, keeper: &Arc<Keeper>, is_left: bool) -> (Vec<OpenDevice>, Arc<Life>) {
+        let life = Arc::new(Life::new(true));
+        let registry = HotResetRegistry::default();
+        let bind = |(at, device): (&&str, &RecordingDevice)| {
+            let kept = KeptExport {
+                keeper: keeper.clone(),
+                life: life.clone(),
+                is_left,
+            };
+            let at: PciAddress = at.parse().expect("an address");
+            let device = Box::new(device.clone());
+            bind_export(&self.config, at, device, &registry, Some(kept)).expect("bound")
+        };
+        let mut bound: Vec<_> = FUNCTIONS.iter().zip(&self.devices).map(bind).collect();
+        for device in &mut bound {
+            device.serve().expect("served");
+        }
+        (bound, life)
+    }
+
+    fn hot_resets(&self) -> u32 {
+        let counts = self.devices.iter().map(|d| d.state().hot_resets);
+        counts.sum()
+    }
+}
+
+/// A device without a client must not be reset together with one whose client goes on.
+#[test]
+fn a_device_that_nobody_goes_on_with_waits_for_its_neighbour() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let pair = Pair::new(folder.path());
+    let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+    let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+    let (first, _) = pair.live(&keeper, false);
+    let path = folder.path().join("1");
+    let mut client = Connection::new(UnixStream::connect(path).expect("connected"));
+    let answer = client.call(VERSION, &version_body(CLIENT_TEXT), &[]);
+    assert_eq!(answer.errno(), 0);
+    // Its threads wait for messages, which do not come before the next one has taken them over.
+    std::mem::forget(first);
+
+    // Other hardware: that of the first life would be released by its threads, too.
+    let folder = tempfile::tempdir().expect("a folder");
+    let pair = Pair::new(folder.path());
+    let names = keeper.names();
+    let file = |name: &String| keeper.claim(name).expect("kept").try_clone();
+    let left = names
+        .iter()
+        .map(|name| (name.clone(), file(name).expect("a copy")));
+    let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+    let next = Arc::new(Keeper::new(ours, left).expect("a keeper"));
+    let (second, life) = pair.live(&next, true);
+    assert_eq!(pair.hot_resets(), 0, "the other one has a client");
+    assert_eq!(life.lost(), [""; 0]);
+    // The state of the client before is in the first device.
+    let is = |n: usize, field: &str| {
+        let status = second[n].status.as_ref().expect("a status");
+        let mut figures = status.figures().into_iter();
+        figures.any(|figure| figure.field == field && figure.value == FigureValue::Flag(true))
+    };
+    eventually("its client", || is(1, "client"));
+    assert!(is(0, "leftover") && !is(0, "client"));
+    drop(client);
+    eventually("its client has gone", || !is(1, "client"));
+    assert_eq!(pair.hot_resets(), 1);
+    assert!(!is(0, "leftover"));
 }
