@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::address::IovaRange;
-use crate::config::{Config, HostIommu, VmmTransport};
+use crate::config::{Config, VmmTransport};
 use crate::device::Device;
 use crate::device::execute::probe_size;
 use crate::endpoints::hotplug::Hotplug;
@@ -163,10 +163,8 @@ fn ends(config: &Config, plugged: &BTreeSet<PciAddress>) -> Vec<String> {
     let emulated = emulated.filter(|device| plugged.contains(&device.endpoint));
     let emulated =
         emulated.map(|device| format!("those of the emulated device {}", device.endpoint));
-    // With type1 they end with the daemon.
-    let is_type1 = config.host_iommu == HostIommu::Type1;
     let exported = devices.exported.iter();
-    let exported = exported.filter(|device| is_type1 || plugged.contains(&device.endpoint));
+    let exported = exported.filter(|device| plugged.contains(&device.endpoint));
     let exported =
         exported.map(|device| format!("that of the exported device {}", device.endpoint));
     emulated.chain(exported).collect()
@@ -207,13 +205,17 @@ mod tests {
 
     #[test]
     fn an_exported_device_that_was_plugged_in_ends() {
-        let text = "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
-                    vfio = \"0000:65:00.0\"\nexport = \"/a\"\n";
-        let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
-        assert!(handover(&config).ends.is_empty());
-        let plugged = ["00:06.0".parse().expect("an address")].into();
-        let ends = describe(&config, &plugged).ends;
-        assert_eq!(ends, ["that of the exported device 0000:00:06.0"]);
+        for host_iommu in ["iommufd", "type1"] {
+            let text = format!(
+                "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
+                 vfio = \"0000:65:00.0\"\nexport = \"/a\"\n"
+            );
+            let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
+            assert!(handover(&config).ends.is_empty(), "{host_iommu}");
+            let plugged = ["00:06.0".parse().expect("an address")].into();
+            let ends = describe(&config, &plugged).ends;
+            assert_eq!(ends, ["that of the exported device 0000:00:06.0"]);
+        }
     }
 
     #[test]

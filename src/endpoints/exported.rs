@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::bound::BoundExport;
 use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
-use super::passthrough::{OpenedExport, PassthroughDevices, client_name};
+use super::passthrough::{OpenedExport, PassthroughDevices, client_name, device_name};
 use super::sockets::rights;
 use super::status::StatusNames;
 use crate::config::{Config, Descriptors};
@@ -50,7 +50,7 @@ pub fn bind_export(
     let (offered, keeping, is_abandoned) = match kept {
         Some(kept) => {
             let is_left = kept.is_left;
-            let (offered, keeping) = kept.keep(endpoint, offered)?;
+            let (offered, keeping) = kept.keep(endpoint, host, offered)?;
             let is_abandoned = is_left && !keeping.has_left_device();
             (offered, Some(keeping), is_abandoned)
         }
@@ -87,11 +87,15 @@ impl KeptExport {
     fn keep(
         self,
         endpoint: PciAddress,
+        host: Option<HostAddress>,
         device: ExportedDevice,
     ) -> io::Result<(ExportedDevice, ClientKeeping)> {
         let name = client_name(endpoint);
         let mut keeping = ClientKeeping::find(self.keeper.clone(), &name, self.life)?;
-        let device = device.kept_with(self.keeper);
+        let device = match host {
+            Some(host) => device.kept_with(self.keeper, &device_name(host)),
+            None => device,
+        };
         if self.is_left {
             device.reserve();
         } else if keeping.has_left_device() {

@@ -214,11 +214,10 @@ impl AttachedDevices {
         let mut bound = Vec::new();
         for export in self.exported {
             let endpoint = export.endpoint;
-            let is_left = export.is_left.filter(|_| keeper.is_present());
-            let kept = is_left.map(|is_left| KeptExport {
+            let kept = keeper.is_present().then(|| KeptExport {
                 keeper: keeper.clone(),
                 life: life.clone(),
-                is_left,
+                is_left: export.is_left,
             });
             let access = export.access;
             let resets = hotplug.hot_resets();

@@ -118,8 +118,11 @@ impl ExportedDevice {
         })
     }
 
-    /// Has `keeper` keep what a later process needs to go on with the client. It must keep the device, too.
-    pub fn kept_with(mut self, keeper: Arc<Keeper>) -> Self {
+    /// Has `keeper` keep what a later process needs to go on with the client. It must have the device, too, under `name`.
+    pub fn kept_with(mut self, keeper: Arc<Keeper>, name: &str) -> Self {
+        if let Some(registered) = &self.registered {
+            registered.keep_with(keeper.clone(), name.into());
+        }
         self.keeping = DescriptorKeeping::new(keeper);
         self
     }

@@ -4,15 +4,19 @@
 //! reset is made once none of them that it concerns has a client, when the last one is released. If VFIO refuses it,
 //! because a function on the bus belongs to nobody, the devices of groups (type1) are closed and opened again instead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::reset_thread::{Reset, ResetThread};
 use crate::locks::{Mutex, Rank};
+use crate::process::keeper::Keeper;
+use crate::process::unkept::UnkeptConnection;
 use crate::vfio::{BusReset, GroupFile, HostFunction, HotResetScope};
+use crate::warn_limited;
 
 /// The exported devices of the daemon, for the hot resets of all of them. Clones share the registry.
 #[derive(Clone)]
@@ -36,6 +40,37 @@ struct Registered {
     is_stale: bool,
     /// The device has, or may have, the state of a client that has gone.
     leftover: Arc<AtomicBool>,
+    /// `None` for a device that ends with this process.
+    kept: Option<KeptBusDevice>,
+}
+
+/// A device that outlives this process.
+struct KeptBusDevice {
+    keeper: Arc<Keeper>,
+    name: String,
+    /// Set while the keeper does not have the device: a client's connection would end with this process.
+    unkept: Option<UnkeptConnection>,
+}
+
+impl KeptBusDevice {
+    /// Has the keeper close the device.
+    fn withdraw(&mut self) {
+        self.keeper.drop_file(&self.name);
+        self.unkept = Some(self.keeper.unkept().count());
+    }
+
+    /// Has the keeper keep the device again.
+    fn keep_again(&mut self, device: &dyn BusReset) {
+        let device = device.duplicate();
+        let kept = device.and_then(|device| self.keeper.keep_as(&self.name, device.as_fd()));
+        match kept {
+            Ok(()) => self.unkept = None,
+            Err(cause) => warn_limited!(
+                "{} will not survive this daemon, so its device will stop if it restarts: {cause}",
+                self.name
+            ),
+        }
+    }
 }
 
 impl Registered {
@@ -147,6 +182,7 @@ impl HotResetRegistry {
             is_used: false,
             is_stale: false,
             leftover: leftover.clone(),
+            kept: None,
         };
         let mut registry = self.0.lock();
         if scope.is_some() && registry.thread.is_none() {
@@ -172,6 +208,17 @@ impl RegisteredDevice {
     /// Whether the device has, or may have, the state of a client that has gone.
     pub(super) fn leftover(&self) -> &Arc<AtomicBool> {
         &self.leftover
+    }
+
+    /// The keeper has the device under this name. It closes the device while it is closed for a reset of its bus.
+    pub(super) fn keep_with(&self, keeper: Arc<Keeper>, name: String) {
+        if let Some(own) = self.registry.0.lock().devices.get_mut(&self.function) {
+            own.kept = Some(KeptBusDevice {
+                keeper,
+                name,
+                unkept: None,
+            });
+        }
     }
 
     /// A client has the device from now on. Returns whether the device may have the state of another client. Waits for a
@@ -244,8 +291,9 @@ fn reset_bus(
         return Release::Waits(used);
     }
     if !foreign.is_empty() {
-        let closed = registered().map(|device| device.bus.clone()).collect();
-        return match thread.make(Reset::Reopen(closed)) {
+        let concerned: BTreeSet<_> = functions().collect();
+        let outcome = reopen_bus(devices, &concerned, thread);
+        return match outcome {
             Ok(()) => Release::Reopened(foreign),
             Err(cause) => Release::Stale(StaleReason::NotReopened(cause)),
         };
@@ -265,6 +313,29 @@ fn reset_bus(
         }
     }
     Release::Reset
+}
+
+/// Closes the devices of a bus and opens them again. If this process dies meanwhile, the next one opens them anew.
+fn reopen_bus(
+    devices: &mut BTreeMap<HostFunction, Registered>,
+    bus: &BTreeSet<HostFunction>,
+    thread: &ResetThread,
+) -> io::Result<()> {
+    let on_bus = |(function, device)| bus.contains(function).then_some(device);
+    let mut closed: Vec<&mut Registered> = devices.iter_mut().filter_map(on_bus).collect();
+    for device in &mut closed {
+        if let Some(kept) = &mut device.kept {
+            kept.withdraw();
+        }
+    }
+    let resets = closed.iter().map(|device| device.bus.clone()).collect();
+    let outcome = thread.make(Reset::Reopen(resets));
+    for device in closed {
+        if let Some(kept) = &mut device.kept {
+            kept.keep_again(&*device.bus);
+        }
+    }
+    outcome
 }
 
 impl Drop for RegisteredDevice {

@@ -141,6 +141,12 @@ pub trait BusReset: Send + Sync {
     /// The kernel's; it refuses if this process does not have all of the devices.
     fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()>;
 
+    /// A further descriptor of the open device.
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    fn duplicate(&self) -> io::Result<OwnedFd>;
+
     /// Closes the device and keeps its group open. Until [`Self::open_again`] every other call for the device fails.
     /// When the last open device of a bus is closed, VFIO resets the bus if VFIO drivers hold all its functions.
     ///
@@ -333,6 +339,10 @@ impl BusReset for Cdev {
 
     fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> io::Result<()> {
         ioctl::hot_reset(self.as_fd(), groups)
+    }
+
+    fn duplicate(&self) -> io::Result<OwnedFd> {
+        self.as_fd().try_clone_to_owned()
     }
 
     fn close(&self) -> io::Result<()> {

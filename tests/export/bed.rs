@@ -1,7 +1,7 @@
 //! A device that records the calls of the server, and the server.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, PipeReader};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use vhost_device_iommu::export::{DeviceServer, ExportedDevice, serve};
 use vhost_device_iommu::vfio::{
     AffectedDevice, BusReset, Capability, DeviceAccess, DeviceInfo, GroupFile, HotResetScope,
@@ -76,6 +77,10 @@ pub struct State {
     pub reopen_error: Option<i32>,
     /// How often the device is still open when this process has closed it: another process has it.
     pub held: u32,
+    /// The open file stands for a pipe's end. The device is closed when no process has that end.
+    open: (PipeReader, Option<OwnedFd>),
+    /// Called whenever this process closes the device.
+    pub closing: Option<Box<dyn FnMut() + Send>>,
     /// The value of [`INTERRUPT_LINE`] in the hardware.
     pub hardware_line: u8,
 }
@@ -86,6 +91,7 @@ pub struct RecordingDevice(Arc<Mutex<State>>);
 
 impl RecordingDevice {
     pub fn new() -> Self {
+        let (closed, open) = io::pipe().expect("a pipe");
         let mut bytes = vec![Vec::new(); REGIONS as usize];
         for (index, len) in [
             (BAR, BAR_LEN as usize),
@@ -113,6 +119,8 @@ impl RecordingDevice {
             reopened: Arc::default(),
             reopen_error: None,
             held: 0,
+            open: (closed, Some(open.into())),
+            closing: None,
             hardware_line: 11,
         })))
     }
@@ -324,20 +332,37 @@ impl BusReset for RecordingDevice {
         Ok(())
     }
 
-    fn close(&self) -> io::Result<()> {
+    fn duplicate(&self) -> io::Result<OwnedFd> {
         let state = self.state();
+        let open = state.open.1.as_ref();
+        open.ok_or_else(|| errno(libc::EBADF))?.try_clone()
+    }
+
+    fn close(&self) -> io::Result<()> {
+        let mut state = self.state();
+        state.open.1 = None;
         state.reopened.lock().unwrap().push("closed");
+        if let Some(closing) = &mut state.closing {
+            closing();
+        }
         Ok(())
     }
 
     fn open_again(&self) -> io::Result<()> {
         let mut state = self.state();
         state.reopened.lock().unwrap().push("opened");
+        let mut ends = [PollFd::new(&state.open.0, PollFlags::IN)];
+        rustix::event::poll(&mut ends, Some(&Timespec::default()))?;
+        let is_closed = ends[0].revents().contains(PollFlags::HUP);
         if let Some(left) = state.held.checked_sub(1) {
             state.held = left;
-        } else {
+        } else if is_closed {
             state.bytes[CONFIG as usize][INTERRUPT_LINE] = state.hardware_line;
         }
+        // One more of these ends, also if another process has one.
+        let path = format!("/proc/self/fd/{}", state.open.0.as_raw_fd());
+        let open = File::options().write(true).open(path)?;
+        state.open.1 = Some(open.into());
         state.reopen_error.map_or(Ok(()), |error| Err(errno(error)))
     }
 

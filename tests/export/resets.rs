@@ -1,11 +1,13 @@
 //! Resets between clients of devices that cannot be reset alone.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use vhost_device_iommu::export::HotResetRegistry;
-use vhost_device_iommu::vfio::{AffectedDevice, HostFunction};
+use vhost_device_iommu::process::keeper::Keeper;
+use vhost_device_iommu::vfio::{AffectedDevice, BusReset, HostFunction};
 
 use crate::bed::{Bed, RecordingDevice, eventually};
 use crate::common::memory::memfd;
@@ -266,4 +268,59 @@ fn a_device_that_another_process_keeps_open_is_not_waited_for_without_end() {
     bed.device.state().held = 0;
     visit(&bed);
     assert_eq!(log.lock().unwrap().len(), 2 * 13);
+}
+
+/// A message that nobody has read keeps the descriptor in it open.
+#[test]
+fn the_keeper_closes_a_device_that_is_closed_for_a_reset_and_gets_it_again() {
+    const NAME: &str = "vfio.0000-65-00.0";
+    let (manager, ours) = UnixDatagram::pair().expect("sockets");
+    manager.set_nonblocking(true).expect("a socket");
+    let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+    let registry = HotResetRegistry::default();
+    let device = RecordingDevice::new();
+    let log: Arc<Mutex<Vec<&'static str>>> = Arc::default();
+    {
+        let mut state = device.state();
+        state.resets_alone = false;
+        state.bus = vec![in_group(0, 7), in_group(2, 9)];
+        state.group = Some(group_file());
+        state.reopened = log.clone();
+    }
+    let open = device.duplicate().expect("a descriptor");
+    keeper.keep_as(NAME, open.as_fd()).expect("kept");
+    drop(open);
+    let bed = Bed::of(device, |offered| {
+        let offered = offered.with_hot_reset(&registry, function(0));
+        offered.expect("registered").kept_with(keeper.clone(), NAME)
+    });
+    let received = move || {
+        let mut bytes = [0; 128];
+        let len = manager.recv(&mut bytes).ok()?;
+        Some(String::from_utf8_lossy(&bytes[..len]).into_owned())
+    };
+    let (remove, store) = (
+        format!("FDSTOREREMOVE=1\nFDNAME=viommu.{NAME}"),
+        format!("FDSTORE=1\nFDPOLL=0\nFDNAME=viommu.{NAME}"),
+    );
+    // It reads them when the device is closed for the third time.
+    let mut times = 0;
+    let messages: Arc<Mutex<Vec<String>>> = Arc::default();
+    let (read, sink) = (Arc::new(received), messages.clone());
+    let reader = read.clone();
+    bed.device.state().closing = Some(Box::new(move || {
+        times += 1;
+        if times == 3 {
+            let mut messages = sink.lock().unwrap();
+            messages.extend(std::iter::from_fn(|| reader()));
+        }
+    }));
+    visit(&bed);
+    assert_eq!(log.lock().unwrap().len(), 6, "three times");
+    let messages = messages.lock().unwrap().clone();
+    assert_eq!(messages, [store.clone(), remove]);
+    // The next daemon gets the device that is open now.
+    assert_eq!((read(), read()), (Some(store), None));
+    assert_eq!(keeper.names(), [NAME]);
+    assert!(!keeper.unkept().any());
 }

@@ -38,7 +38,9 @@ impl DeviceLife {
         let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
         let device = ExportedDevice::new("device".into(), Box::new(hardware.clone()));
         Self {
-            device: device.expect("a device").kept_with(keeper.clone()),
+            device: device
+                .expect("a device")
+                .kept_with(keeper.clone(), "vfio.device"),
             keeper,
             _manager: manager,
         }

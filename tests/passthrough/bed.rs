@@ -5,6 +5,7 @@ use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -198,15 +199,29 @@ impl Bed {
 
     /// Starts a VM whose daemon leaves its descriptors with `keeper`.
     pub fn kept(backend: Backend, functions: &[&str], keeper: &Keeper) -> Self {
-        Self::kept_with(backend, functions, "", keeper)
+        Self::start(backend, functions, "", Some(keeper))
     }
 
-    /// The same, with more keys.
-    pub fn kept_with(backend: Backend, functions: &[&str], keys: &str, keeper: &Keeper) -> Self {
-        Self::start(backend, functions, keys, Some(keeper))
+    /// The same, and exports the device `function` at `path`: the daemon binds it in any case.
+    pub fn exported(backend: Backend, function: &str, path: &Path, keeper: &Keeper) -> Self {
+        Self::begin(backend, &[function], "", Some(path), Some(keeper))
     }
 
     fn start(backend: Backend, functions: &[&str], keys: &str, keeper: Option<&Keeper>) -> Self {
+        let vm = Self::begin(backend, functions, keys, None, keeper);
+        for function in functions {
+            Function::new(function).enable();
+        }
+        vm
+    }
+
+    fn begin(
+        backend: Backend,
+        functions: &[&str],
+        keys: &str,
+        export: Option<&Path>,
+        keeper: Option<&Keeper>,
+    ) -> Self {
         let machine = host_iommu().machine_key();
         let (backend_name, pin) = match backend {
             Backend::SharedAll | Backend::Owned => ("iommufd", "all"),
@@ -218,6 +233,9 @@ impl Bed {
         );
         for (function, slot) in functions.iter().zip(SLOTS) {
             config += &format!("[[endpoint]]\naddress = \"{slot}\"\nvfio = \"{function}\"\n");
+            if let Some(path) = export {
+                config += &format!("export = {path:?}\n");
+            }
         }
         let mut vmm = matches!(backend, Backend::SharedAll | Backend::SharedMapped)
             .then(|| Vmm::new(functions));
@@ -246,7 +264,9 @@ impl Bed {
         ]
         .map(|(gpa, len)| (gpa, len, Arc::new(crate::common::memory::memfd(len))))
         .into();
-        if let Some(vmm) = &mut vmm {
+        if let Some(vmm) = &mut vmm
+            && export.is_none()
+        {
             vmm.bind();
             vmm.attach(&files);
         }
@@ -256,9 +276,6 @@ impl Bed {
         let mut guest = Guest::connect_with(ours, Setup::default(), regions.collect());
         guest.driver_ok();
         daemon.wait_for_driver();
-        for function in functions {
-            Function::new(function).enable();
-        }
         Self {
             daemon,
             guest,

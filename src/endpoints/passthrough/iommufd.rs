@@ -91,18 +91,22 @@ pub(super) fn open(
         }
         let binds = inherited.is_some() && !is_exported;
         let (cdev, is_claimed) = match inherited {
-            Some(cdev) => (cdev, None),
+            Some(cdev) if is_exported => {
+                let is_claimed = kept::keep_inherited(keeper, &name, cdev.as_fd());
+                (cdev, is_claimed)
+            }
+            Some(cdev) => (cdev, false),
             None => {
                 // Otherwise it is bound to an iommufd that is gone. An exported device without a client is taken over, too:
                 // a device that the keeper still has open cannot be bound anew.
                 let left = is_left.then(|| claim_cdev(keeper, &name, path.as_deref()));
                 match left.flatten() {
-                    Some(cdev) => (cdev, Some(true)),
+                    Some(cdev) => (cdev, true),
                     None => {
                         kept::close_left(keeper, &name);
                         let cdev = open_cdev(path.as_deref(), passthrough)?;
                         kept::keep(keeper, &name, cdev.as_fd());
-                        (cdev, Some(false))
+                        (cdev, false)
                     }
                 }
             }
@@ -116,7 +120,7 @@ pub(super) fn open(
         } else {
             if cdev.is_bound() {
                 bound_before.push(endpoint.endpoint_id());
-                if is_exported && is_claimed != Some(true) {
+                if is_exported && !is_claimed {
                     stop_export(&cdev, passthrough);
                 }
             }

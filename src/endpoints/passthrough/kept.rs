@@ -14,6 +14,7 @@ use log::warn;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::address::{Iova, IovaRange};
+use crate::process::inherited::is_same_file;
 use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::AllowedIovas;
@@ -28,7 +29,7 @@ const MAX_FACTS: usize = 1 << 20;
 const MAX_RANGES: usize = 1024;
 
 /// The name of a device's descriptor at the keeper.
-pub(super) fn device_name(host: HostAddress) -> String {
+pub(in super::super) fn device_name(host: HostAddress) -> String {
     format!("vfio.{host}").replace(':', "-")
 }
 
@@ -96,6 +97,22 @@ pub(super) fn keep(keeper: &Keeper, name: &str, file: BorrowedFd<'_>) {
             "{name} will not survive this daemon, so its devices will stop if it restarts: {cause}"
         );
     }
+}
+
+/// Keeps a device that another process has opened and given to this one. Returns whether the process before has left the same
+/// open file: then it is as that process has left it.
+///
+/// The file is open in the other process, too. The keeper has it so that this process can tell it from a file that was opened
+/// since.
+pub(super) fn keep_inherited(keeper: &Keeper, name: &str, file: BorrowedFd<'_>) -> bool {
+    if let Some(left) = keeper.claim(name) {
+        if is_same_file(left.as_fd(), file) == Some(true) {
+            return true;
+        }
+        keeper.release(name);
+    }
+    keep(keeper, name, file);
+    false
 }
 
 /// The answers of the kernel about a device's IOMMU.
@@ -284,6 +301,25 @@ mod tests {
             KnownDevices::claim(&Keeper::none()),
             KnownDevices::default()
         );
+    }
+
+    /// The next process is given the descriptor, too, and perhaps that of another open file.
+    #[test]
+    fn a_device_that_was_given_by_number_is_left_if_it_is_the_same_open_file() {
+        let file = || OwnedFd::from(io::pipe().expect("a pipe").0);
+        let (device, other) = (file(), file());
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let keeper = Keeper::new(ours, []).expect("a keeper");
+        assert!(!keep_inherited(&keeper, "vfio.a", device.as_fd()));
+        let left = claim(&keeper, "vfio.a").expect("kept");
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let next = Keeper::new(ours, [("vfio.a".to_owned(), left)]).expect("a keeper");
+        assert!(keep_inherited(&next, "vfio.a", device.as_fd()));
+        assert!(next.unclaimed().is_empty());
+        assert!(!keep_inherited(&next, "vfio.a", other.as_fd()));
+        let kept = next.claim("vfio.a").expect("kept");
+        assert_eq!(is_same_file(kept.as_fd(), other.as_fd()), Some(true));
+        assert!(!keep_inherited(&Keeper::none(), "vfio.a", device.as_fd()));
     }
 
     #[test]

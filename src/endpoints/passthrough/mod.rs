@@ -27,8 +27,8 @@ use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
-pub(super) use kept::client_name;
 pub use kept::discard_devices;
+pub(super) use kept::{client_name, device_name};
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
 
 /// The passthrough devices of a VM, opened.
@@ -51,8 +51,8 @@ pub struct OpenedExport {
     pub endpoint: PciAddress,
     /// Its registers.
     pub access: Box<dyn DeviceAccess>,
-    /// A later process can take it over; `None` if it ends with this one. Otherwise whether this process has taken it over.
-    pub is_left: Option<bool>,
+    /// Whether it is as the process before has left it.
+    pub is_left: bool,
 }
 
 /// The backends of the devices, and the addresses that the host's IOMMU allows each endpoint.

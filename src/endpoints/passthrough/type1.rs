@@ -21,14 +21,23 @@ use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::{adopt, is_same_file};
 use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
-use crate::vfio::{Attach, Cdev, Container, DeviceMemory, Group, VfioError};
+use crate::vfio::{Attach, Cdev, Container, DeviceAccess, DeviceMemory, Group, VfioError};
 
 /// A container and the devices of its group.
 struct OpenedGroup {
     container: Container,
     /// The process before may have filled the container.
     is_left: bool,
-    devices: Vec<(Passthrough, Option<Cdev>)>,
+    devices: Vec<OpenedMember>,
+}
+
+/// An endpoint with a device of the group.
+struct OpenedMember {
+    passthrough: Passthrough,
+    /// `None` if this process was given the container alone.
+    device: Option<Cdev>,
+    /// The device is as the process before has left it.
+    is_left: bool,
 }
 
 pub(super) fn open(
@@ -58,6 +67,7 @@ pub(super) fn open(
                     None => match claim_container(keeper, number) {
                         Some(container) => (container, true),
                         None => {
+                            close_devices(config, facts, keeper, number);
                             let container = open_container(root, number).map_err(failed)?;
                             keep_container(keeper, number, &container);
                             (container, false)
@@ -72,16 +82,23 @@ pub(super) fn open(
             }
         };
         let is_exported = config.devices.exported_at(endpoint).is_some();
-        let device = match (device, open.container.group()) {
-            (Some(device), _) => Some(device),
-            (None, Some(group)) => {
-                let device = open_device(keeper, group, host, open.is_left, !is_exported);
-                Some(device.map_err(failed)?)
+        let (device, is_left) = match (device, open.container.group()) {
+            (Some(device), _) if is_exported => {
+                let name = kept::device_name(host);
+                let is_left = kept::keep_inherited(keeper, &name, device.as_fd());
+                (Some(device), is_left)
             }
-            (None, None) => None,
+            (Some(device), _) => (Some(device), false),
+            (None, Some(group)) => {
+                let opened = open_device(keeper, group, host, open.is_left);
+                let (device, is_left) = opened.map_err(failed)?;
+                (Some(device), is_left)
+            }
+            (None, None) => (None, false),
         };
         if is_exported
             && open.is_left
+            && !is_left
             && let Some(device) = &device
         {
             stop_export(device, &passthrough);
@@ -94,14 +111,18 @@ pub(super) fn open(
                       --vfio-fd",
             });
         }
-        open.devices.push((passthrough, device));
+        open.devices.push(OpenedMember {
+            passthrough,
+            device,
+            is_left,
+        });
     }
     refuse_shared_containers(&groups)?;
 
     let peers: Vec<Arc<dyn DeviceMemory>> = groups
         .values()
         .flat_map(|open| &open.devices)
-        .filter_map(|(_, device)| device.clone())
+        .filter_map(|member| member.device.clone())
         .map(|device| -> Arc<dyn DeviceMemory> { Arc::new(device) })
         .collect();
     let mut opened = HostBackends {
@@ -122,12 +143,11 @@ fn refuse_shared_containers(groups: &BTreeMap<u32, OpenedGroup>) -> Result<(), P
     for (n, one) in open.iter().enumerate() {
         for other in &open[..n] {
             if is_same_file(one.container.as_fd(), other.container.as_fd()) == Some(true)
-                && let (Some((one, _)), Some((other, _))) =
-                    (one.devices.first(), other.devices.first())
+                && let (Some(one), Some(other)) = (one.devices.first(), other.devices.first())
             {
                 return Err(PassthroughError::OneContainer {
-                    endpoint: one.endpoint,
-                    other: other.endpoint,
+                    endpoint: one.passthrough.endpoint,
+                    other: other.passthrough.endpoint,
                 });
             }
         }
@@ -206,29 +226,40 @@ fn keep_container(keeper: &Keeper, number: u32, container: &Container) {
     }
 }
 
-/// Opens a device of a group, or takes it over from the process before, if the group `is_left` by that process. `is_kept` says
-/// whether the device outlives this process.
-///
-/// An exported device does not: its server may have to close it for a reset of its bus, and a copy at the keeper would
-/// prevent that.
+/// Closes the devices of a group that the process before has left without the group: they keep the group in use, so it could
+/// not be opened.
+fn close_devices(config: &Config, facts: &HostFacts, keeper: &Keeper, number: u32) {
+    for passthrough in &config.devices.passthrough {
+        let group = facts.translated_group(passthrough.host);
+        if group.is_ok_and(|group| group.number == number) {
+            kept::close_left(keeper, &kept::device_name(passthrough.host));
+        }
+    }
+}
+
+/// Takes a device of a group over from the process before, if the group `is_left` by that process, or opens it. Also returns
+/// whether it is taken over.
 fn open_device(
     keeper: &Keeper,
     group: &Group,
     host: HostAddress,
     is_left: bool,
-    is_kept: bool,
-) -> Result<Cdev, VfioError> {
+) -> Result<(Cdev, bool), VfioError> {
     let name = kept::device_name(host);
-    if !is_kept || !is_left {
-        kept::close_left(keeper, &name);
-    } else if let Some(file) = kept::claim(keeper, &name) {
-        return group.adopt_device(&host.to_string(), file);
+    let left = kept::claim(keeper, &name).filter(|_| is_left);
+    if let Some(file) = left {
+        let device = group.adopt_device(&host.to_string(), file)?;
+        match device.info() {
+            Ok(_) => return Ok((device, true)),
+            Err(cause) => warn!(
+                "the descriptor {name} of the daemon before cannot be used, so the device is opened anew: {cause}"
+            ),
+        }
     }
+    kept::close_left(keeper, &name);
     let device = group.device(&host.to_string())?;
-    if is_kept {
-        kept::keep(keeper, &name, device.as_fd());
-    }
-    Ok(device)
+    kept::keep(keeper, &name, device.as_fd());
+    Ok((device, false))
 }
 
 fn add_group(
@@ -267,7 +298,12 @@ fn add_group(
             source,
             cure: "see the kernel's log",
         })?;
-    for (passthrough, device) in open.devices {
+    for OpenedMember {
+        passthrough,
+        device,
+        is_left,
+    } in open.devices
+    {
         check_coherency(config, passthrough, is_coherent)?;
         check_granule(config, passthrough, granule)?;
         opened.allowed.insert(passthrough.endpoint, ranges.clone());
@@ -278,7 +314,7 @@ fn add_group(
             opened.exported.push(OpenedExport {
                 endpoint: passthrough.endpoint,
                 access: Box::new(device.clone()),
-                is_left: None,
+                is_left,
             });
         }
         devices.push(GroupDevice {
