@@ -12,6 +12,7 @@
 //! | `endpoints` | opening the parts of each configured endpoint, by kind of endpoint; hot-plug |
 //! | `vmms` | the arguments of VMMs other than QEMU, `launch` |
 //! | `qemu` | QEMU's arguments, QMP |
+//! | `adopt` | the helper that takes a VMM's open devices out of its process, and its messages |
 //! | `host` | this host: its sysfs, the subcommand `check`, the tree of its devices |
 //! | `config` | the file and the flags, checked |
 //! | `transport` | how a VMM reaches the device: vhost-user, or virtio-pci over vfio-user |
@@ -38,6 +39,8 @@
 //! `page_table` and `shadow`'s reader.
 
 pub mod address;
+#[cfg(feature = "daemon")]
+pub mod adopt;
 #[cfg(feature = "daemon")]
 pub mod args;
 #[cfg(feature = "daemon")]

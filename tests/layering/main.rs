@@ -50,6 +50,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     ("vmms", &["qemu", "host", "config", "process", "topology"]),
     ("qemu", &["host", "config", "process", "topology"]),
+    ("adopt", &["host", "config", "vfio", "process", "topology"]),
     ("host", &["config", "topology"]),
     ("config", &["args", "topology"]),
     ("ctl", &["args"]),
