@@ -24,6 +24,8 @@ mod peer;
 mod pick;
 mod policy;
 pub mod server;
+#[cfg(test)]
+mod tests;
 
 pub use error::AdoptError;
 pub use policy::Policy;
