@@ -4,12 +4,15 @@ use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use vhost_device_iommu::adopt::server::{self, confine};
+use vhost_device_iommu::adopt::{CONFIG_FOLDER, Policy};
 use vhost_device_iommu::args::{Args, CliCommand, DescriptorArgs, Question, RunArgs, VmmChoice};
 use vhost_device_iommu::config::{Config, Machine};
 use vhost_device_iommu::ctl;
@@ -25,9 +28,11 @@ use vhost_device_iommu::logging;
 use vhost_device_iommu::logging::journal;
 use vhost_device_iommu::process::connector;
 use vhost_device_iommu::process::fatal::end_on_fatal_faults;
+use vhost_device_iommu::process::inherited;
 use vhost_device_iommu::process::ready::ReadyDescriptor;
 use vhost_device_iommu::process::sandbox::{self, Role, Violation};
 use vhost_device_iommu::process::service::Service;
+use vhost_device_iommu::process::socket::{SocketRights, bind_for};
 use vhost_device_iommu::process::supervisor::Supervisor;
 use vhost_device_iommu::process::watchdog::Watchdog;
 use vhost_device_iommu::qemu::args::{QemuArgs, default_table_path, shell_line};
@@ -111,6 +116,11 @@ fn dispatch(args: &Args) -> Result<ExitCode, Box<dyn Error>> {
             question,
         }) => control(socket, question, *json),
         Some(CliCommand::DropIn { file }) => print_drop_in(file),
+        Some(CliCommand::Adopt {
+            config,
+            socket_path,
+            socket_group,
+        }) => adopt(config.as_deref(), socket_path.as_deref(), *socket_group),
         Some(CliCommand::Upgrade {
             file,
             control,
@@ -214,6 +224,30 @@ fn launch(
         host: &HostRoot::default(),
     };
     Ok(ExitCode::from(launch.run()?))
+}
+
+/// Hands the open VFIO devices of VMMs to their daemons.
+fn adopt(config: Option<&Path>, socket_path: Option<&Path>, group: Option<u32>) -> Outcome {
+    let root = HostRoot::default();
+    if let (Some(config), Some(path)) = (config, socket_path) {
+        let rights = SocketRights {
+            mode: Some(if group.is_some() { 0o660 } else { 0o600 }),
+            group,
+        };
+        let (listener, _file) = bind_for(path, rights)?;
+        confine()?;
+        server::serve(&listener, &Policy::OneFile(config.to_owned()), &root);
+        return Ok(());
+    }
+    // First: a file that is opened earlier could get the number of a descriptor that is not there.
+    let passed = Service::from_environment()?.socket();
+    let passed = passed.ok_or(
+        "no connection is passed; let vhost-device-iommu-adopt.socket start the helper, or give --config and --socket-path",
+    )?;
+    let connection = UnixStream::from(inherited::adopt(passed)?);
+    confine()?;
+    let policy = Policy::Services(CONFIG_FOLDER.into());
+    Ok(server::serve_connection(&connection, &policy, &root)?)
 }
 
 /// Queries a running daemon and prints its answer.
