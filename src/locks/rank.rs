@@ -50,6 +50,10 @@ pub enum Rank {
     PciInterrupts,
     /// The descriptors of one ring of a VMM.
     RingDescriptors,
+    /// The files of devices that the VMM brings: held while files come or go.
+    VmmDevices,
+    /// The open file of an iommufd or a device of a VMM, which comes and goes.
+    VmmFiles,
     /// The mapped regions of one device of the host.
     DeviceRegions,
     /// Descriptors that the vhost-user crate has leaked.

@@ -13,6 +13,7 @@ mod ioctl;
 mod iommufd;
 mod probe;
 mod regions;
+mod vmm_files;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -32,6 +33,7 @@ pub use self::container::{Container, Type1Info};
 pub use self::group::Group;
 pub use self::iommufd::IommuFd;
 pub use self::probe::probe_allowed_iovas;
+pub use self::vmm_files::{VmmCdev, VmmFiles, VmmIommufd};
 
 /// A node or device that cannot be opened or prepared.
 #[derive(Debug, Error)]

@@ -42,11 +42,16 @@ impl Iommufd {
         adoption: &Adoption<'_>,
         contents: &dyn Contents,
     ) -> Vec<(EndpointId, BackendError)> {
-        self.spaces.adopting = false;
+        self.awaits_take_over = false;
+        self.spaces.adopting = self.lacks_iommufd();
         self.spaces.copy_nothing();
         let kernel = self.spaces.kernel.clone();
         let notes = self.spaces.notes.get_mut();
-        notes.take_over(adoption.records, &*kernel);
+        if self.spaces.adopting {
+            notes.forget_left(adoption.records);
+        } else {
+            notes.take_over(adoption.records, &*kernel);
+        }
         for group in &mut self.groups {
             if notes.has_group(group.number()) {
                 group.set_verified();
@@ -56,7 +61,9 @@ impl Iommufd {
         let wanted = wanted_domains(adoption.endpoints);
         self.adopt_spaces(adoption, &wanted);
         self.end_requests_in_progress(adoption);
-        self.spaces.make_bypass_if_pinned();
+        if !self.spaces.adopting {
+            self.spaces.make_bypass_if_pinned();
+        }
 
         let mut lost: BTreeMap<DomainId, BackendError> = BTreeMap::new();
         for domain in wanted {

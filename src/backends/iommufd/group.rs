@@ -178,6 +178,18 @@ impl DeviceGroup {
         }
     }
 
+    /// Whether all of its devices are bound.
+    pub(super) fn is_whole(&self) -> bool {
+        self.members.iter().all(|member| member.attach.is_bound())
+    }
+
+    /// Forgets that the VMM has bound the devices: this process gives their files up.
+    pub(super) fn forget_binding(&mut self) {
+        self.attachment = Attachment::Unbound;
+        self.verified = false;
+        self.refusing.clear();
+    }
+
     /// Refuses a member that is not bound.
     pub(super) fn check_bound(&mut self, endpoint: EndpointId) -> Result<(), BackendError> {
         self.notice_binding();

@@ -17,6 +17,7 @@ mod adopt;
 mod group;
 mod noted;
 mod spaces;
+mod vmm_files;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use super::{
 };
 use crate::address::{IovaRange, Mapping};
 use crate::ids::{DomainId, EndpointId};
-use crate::vfio::{AddressSpaces, Attach, DeviceMemory};
+use crate::vfio::{AddressSpaces, Attach, DeviceMemory, VmmFiles};
 use crate::{error_limited, warn_limited};
 
 pub use self::spaces::Pinning;
@@ -65,6 +66,12 @@ pub struct Iommufd {
     group_of: BTreeMap<EndpointId, usize>,
     /// Endpoints for [`DmaBackend::take_stopped`].
     stopped: Vec<EndpointId>,
+    /// The files of the VMM, if they come and go.
+    vmm_files: Option<Box<dyn VmmFiles>>,
+    /// Where records are kept, if they are.
+    records: Option<Arc<dyn ObjectRecords>>,
+    /// [`DmaBackend::adopt`] is still to come.
+    awaits_take_over: bool,
 }
 
 impl Iommufd {
@@ -106,6 +113,9 @@ impl Iommufd {
             groups,
             group_of,
             stopped: Vec::new(),
+            vmm_files: None,
+            records: None,
+            awaits_take_over: false,
         }
     }
 
@@ -283,10 +293,12 @@ impl DmaBackend for Iommufd {
     }
 
     fn keep_records(&mut self, records: Arc<dyn ObjectRecords>, adopts: bool) {
+        self.records = Some(records.clone());
+        self.awaits_take_over = adopts;
+        self.spaces.adopting = adopts || self.lacks_iommufd();
         let notes = self.spaces.notes.get_mut();
         notes.begin(records);
-        self.spaces.adopting = adopts;
-        if !adopts {
+        if !self.spaces.adopting {
             notes.make_anchor(&*self.spaces.kernel);
             self.note_verified_groups();
         }
@@ -313,6 +325,11 @@ impl DmaBackend for Iommufd {
                 group.stop_shared();
             }
         }
+        if present {
+            self.notice_files();
+        } else {
+            self.release_files();
+        }
     }
 
     fn condemned_spaces(&self) -> usize {
@@ -320,6 +337,7 @@ impl DmaBackend for Iommufd {
     }
 
     fn add_memory(&mut self, slot: &MemorySlot) -> Result<(), BackendError> {
+        self.notice_files();
         self.spaces.add_memory(slot)
     }
 
@@ -337,7 +355,10 @@ impl DmaBackend for Iommufd {
             return Err(AttachError::Unchanged(unknown(endpoint)));
         };
         let before = self.groups[index].set_wanted(endpoint, target);
-        if !self.connected && self.groups[index].attachment() == Attachment::Unbound {
+        self.fetch_for(index, target);
+        let is_deferred =
+            !self.connected || self.vmm_files.is_some() && !matches!(target, Target::Domain(_));
+        if is_deferred && self.groups[index].attachment() == Attachment::Unbound {
             return Ok(());
         }
         let made = match target {

@@ -172,6 +172,30 @@ impl SpaceNotes {
         self.make_anchor(kernel);
     }
 
+    /// Forgets the records of an earlier process, whose iommufd is gone.
+    pub(super) fn forget_left(&mut self, left: &[(RecordId, ObjectRecord)]) {
+        for &(id, record) in left {
+            let noted = self.ledger.left(id, record);
+            self.ledger.forget(&noted);
+        }
+    }
+
+    /// Destroys the anchor and forgets all records: the iommufd is about to be closed.
+    pub(super) fn forget_all(&mut self, kernel: &dyn AddressSpaces) {
+        let anchor = self.anchor.take();
+        if let Some(anchor) = &anchor
+            && let Ok(ioas) = u32::try_from(anchor.object() & !(u64::MAX << KIND_SHIFT))
+        {
+            // It ends with the iommufd in any case.
+            drop(kernel.destroy(ioas));
+        }
+        let spaces = std::mem::take(&mut self.spaces).into_values();
+        let groups = std::mem::take(&mut self.groups).into_values();
+        for noted in spaces.chain(groups).chain(anchor) {
+            self.ledger.forget(&noted);
+        }
+    }
+
     /// Whether the anchor is in this iommufd. False if the kernel does not let that be found out.
     fn is_anchored(&self, kernel: &dyn AddressSpaces) -> bool {
         const ATTEMPTS: usize = 3;

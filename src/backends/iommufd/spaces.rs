@@ -46,7 +46,7 @@ pub(super) struct Spaces {
     lacks_files: Cell<bool>,
     /// Whole address spaces that an attach has failed to enter or to leave.
     suspects: Vec<u32>,
-    /// An earlier process's address spaces are not taken over yet: nothing is made.
+    /// An earlier process's address spaces are not taken over yet, or the iommufd has not come yet: nothing is made.
     pub(super) adopting: bool,
 }
 
@@ -379,6 +379,20 @@ impl Spaces {
     pub(super) fn adopt_bypass(&mut self, ioas: u32) {
         let slots = self.reach.slots().to_vec();
         self.bypass = Some(Bypass { ioas, slots });
+    }
+
+    /// Destroys what can be destroyed, and forgets the rest, which ends with the iommufd.
+    pub(super) fn forget_all(&mut self) {
+        if let Some(bypass) = self.bypass.take() {
+            self.destroy_with(bypass.ioas, bypass.slots);
+        }
+        self.sweep();
+        self.condemned.clear();
+        self.suspects.clear();
+        self.lacks_files.set(false);
+        self.copies = self.pinning == Pinning::All;
+        let kernel = self.kernel.clone();
+        self.notes.get_mut().forget_all(&*kernel);
     }
 
     /// Makes the mappings of domains without the address space of bypass mode, until [`Self::moved`].

@@ -1,6 +1,8 @@
 //! Passthrough devices: opens the devices of the host that a configuration names, or takes over their
 //! descriptors. Finds the addresses that the host's IOMMU allows each device, and makes the backends.
 
+#[cfg(test)]
+mod coming;
 pub mod error;
 #[cfg(test)]
 mod instances;

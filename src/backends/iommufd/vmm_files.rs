@@ -1,0 +1,95 @@
+//! Working with files that come from the VMM when it runs, and go with it.
+//!
+//! While this process lacks the VMM's iommufd, the backend makes no address space, and the devices are where the VMM has
+//! put them: to this backend they are unbound. A switch to bypass mode or to blocked mode is deferred until they come; one
+//! to a domain asks for them, and fails if they do not come.
+
+use super::group::Attachment;
+use super::{Iommufd, Target};
+use crate::vfio::VmmFiles;
+
+impl Iommufd {
+    /// Has the backend work with files of the VMM.
+    #[must_use]
+    pub fn with_vmm_files(mut self, files: Box<dyn VmmFiles>) -> Self {
+        self.vmm_files = Some(files);
+        self.spaces.adopting = self.lacks_iommufd();
+        self
+    }
+
+    /// Whether the iommufd is to come from the VMM, and has not come yet.
+    pub(super) fn lacks_iommufd(&self) -> bool {
+        let files = self.vmm_files.as_ref();
+        files.is_some_and(|files| !files.is_open())
+    }
+
+    /// Gets missing files of a device that is to enter a domain, and takes note of what has come.
+    pub(super) fn fetch_for(&mut self, index: usize, target: Target) {
+        let Some(files) = &self.vmm_files else {
+            return;
+        };
+        if self.connected && matches!(target, Target::Domain(_)) && !self.groups[index].is_whole() {
+            files.fetch();
+        }
+        self.notice_files();
+    }
+
+    /// Begins to use the files that have come. A device among them that must not be in bypass mode leaves the VMM's address
+    /// space at once.
+    pub(super) fn notice_files(&mut self) {
+        if self.vmm_files.is_none() || self.awaits_take_over || self.lacks_iommufd() {
+            return;
+        }
+        if self.spaces.adopting {
+            self.spaces.adopting = false;
+            self.begin_records();
+            self.spaces.make_bypass_if_pinned();
+        }
+        if !self.connected {
+            return;
+        }
+        for index in 0..self.groups.len() {
+            if self.groups[index].attachment() != Attachment::Unbound {
+                continue;
+            }
+            self.groups[index].notice_binding();
+            if self.groups[index].attachment() == Attachment::Vmm
+                && self.groups[index].target() == Target::Blocked
+                && let Err(cause) = self.groups[index].move_to(Attachment::Detached)
+            {
+                self.stop(index, &cause);
+            }
+        }
+    }
+
+    /// Records the address spaces of this iommufd from now on.
+    fn begin_records(&mut self) {
+        let Some(records) = &self.records else {
+            return;
+        };
+        let notes = self.spaces.notes.get_mut();
+        notes.begin(records.clone());
+        notes.make_anchor(&*self.spaces.kernel);
+        self.note_verified_groups();
+    }
+
+    /// The VMM has gone. The core has blocked all devices and has removed all memory before. Gives the files up, and with
+    /// them every address space.
+    pub(super) fn release_files(&mut self) {
+        if self.vmm_files.is_none() {
+            return;
+        }
+        if !self.lacks_iommufd() {
+            self.domains.clear();
+            self.partial_map = None;
+            self.spaces.forget_all();
+            for group in &mut self.groups {
+                group.forget_binding();
+            }
+        }
+        if let Some(files) = &self.vmm_files {
+            files.release();
+        }
+        self.spaces.adopting = true;
+    }
+}
