@@ -72,6 +72,11 @@ impl Checker<'_> {
         taken.extend(emulated.iter().flatten().map(|device| &device.listen));
         taken.extend(emulated.iter().flatten().map(|device| &device.connect));
         let exported = self.exported(draft, &taken);
+        let has_exports = exported
+            .as_ref()
+            .is_some_and(|exported| !exported.is_empty());
+        let vfio_from = self.vfio_from(draft, transport, host_iommu, has_exports);
+        let vfio_helper = self.vfio_helper(draft);
         // Only after the check of `passthrough`: each descriptor must belong to one of its endpoints.
         let descriptors = if let Some(host_iommu) = host_iommu
             && let Some(passthrough) = &passthrough
@@ -104,6 +109,8 @@ impl Checker<'_> {
             && let Some(host_iommu) = host_iommu
             && let Some(machine) = machine
             && let Some(pin) = pin
+            && let Some(vfio_from) = vfio_from
+            && let Some(vfio_helper) = vfio_helper
             && self.problems.is_empty()
         {
             Ok(Config {
@@ -137,6 +144,8 @@ impl Checker<'_> {
                 host_iommu,
                 machine,
                 pin,
+                vfio_from,
+                vfio_helper,
                 descriptors,
             })
         } else {

@@ -146,6 +146,8 @@ pub(super) struct Draft {
     pub machine: Option<Located<Scalar>>,
     pub host_iommu: Option<Located<Scalar>>,
     pub pin: Option<Located<Scalar>>,
+    pub vfio_from: Option<Located<Scalar>>,
+    pub vfio_helper: Option<Located<Scalar>>,
     pub hotplug: Option<Located<Vec<Located<Scalar>>>>,
     pub qmp: Option<Located<Scalar>>,
     pub readers: Option<Located<ReadersDraft>>,

@@ -392,6 +392,36 @@ pub enum ProblemKind {
         /// The option that gave it first.
         other: &'static str,
     },
+    /// Where the open files of devices come from is none of the known places.
+    #[error(
+        "{0} is no place from which open devices come; \
+         write \"vmm\" to take them over from the VMM, or leave out the key to have them opened when the daemon starts"
+    )]
+    VfioFrom(String),
+    /// Files of the VMM with type1.
+    #[error(
+        "the VMM's open devices cannot be used with `host-iommu = \"type1\"`; \
+         leave out one of the two keys"
+    )]
+    VfioFromType1,
+    /// Files of the VMM over vfio-user.
+    #[error(
+        "the VMM's open devices can be taken over only from a VMM that speaks vhost-user; \
+         name the VMM's socket with `socket`, or leave out the key and start the VM with `launch`"
+    )]
+    VfioFromOverVfioUser,
+    /// Files of the VMM beside exported devices.
+    #[error(
+        "the VMM's open devices cannot be used beside devices that are exported; \
+         export all devices of the VM, or none"
+    )]
+    VfioFromWithExport,
+    /// A helper for nothing.
+    #[error(
+        "no helper is asked without `vfio-from = \"vmm\"`; \
+         give that key, too, or leave out this one"
+    )]
+    VfioHelperAlone,
     /// An iommufd that type1 does not use.
     #[error(
         "an iommufd is not used with `host-iommu = \"type1\"`; \

@@ -48,7 +48,7 @@ pub use exported::Exported;
 pub use kind::{ConfiguredDevice, DeviceKind};
 pub use machine::Machine;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
-pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin};
+pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin, VfioFrom};
 pub use readers::Readers;
 pub use shadow::ShadowListener;
 pub use slots::{SlotProblem, function_zero};
@@ -129,6 +129,10 @@ pub struct Config {
     pub machine: Machine,
     /// The part of guest memory that the daemon pins for passthrough devices.
     pub pin: Pin,
+    /// Where the open files of passthrough devices come from.
+    pub vfio_from: VfioFrom,
+    /// The socket of the helper that takes them out of the VMM's process.
+    pub vfio_helper: PathBuf,
     /// Inherited descriptors of passthrough devices; empty in a configuration made from a file alone.
     pub descriptors: Descriptors,
 }
@@ -147,6 +151,17 @@ impl Config {
 }
 
 impl Config {
+    /// Whether the open files of passthrough devices come from the VMM, once it runs. Inherited descriptors take precedence.
+    pub fn takes_vmm_files(&self) -> bool {
+        self.vfio_from == VfioFrom::Vmm
+            && self.descriptors.iommufd.is_none()
+            && self
+                .devices
+                .passthrough
+                .iter()
+                .any(|device| self.devices.exported_at(device.endpoint).is_none())
+    }
+
     /// Whether the VMM's vfio-user clients may be of the kind that takes no refusal for an answer, as cloud-hypervisor's.
     /// Only such a VMM needs the IOMMU over vfio-user.
     pub fn answers_all_accesses(&self) -> bool {

@@ -5,6 +5,7 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use super::VmmTransport;
 use super::checker::Checker;
 use super::draft::{Draft, Located, Origin, Scalar};
 use super::error::ProblemKind;
@@ -85,6 +86,19 @@ impl Pin {
     }
 }
 
+/// Where the daemon gets the open files of `/dev/iommu` and of passthrough devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VfioFrom {
+    /// It inherits them, or opens them itself, when it starts.
+    #[default]
+    Start,
+    /// It takes them over from the VMM that has connected.
+    Vmm,
+}
+
+/// The helper's socket, unless the configuration names another one.
+pub(super) const DEFAULT_HELPER: &str = "/run/vhost-device-iommu/adopt.sock";
+
 /// Inherited descriptors of the host's IOMMU and devices. The daemon opens the missing ones by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Descriptors {
@@ -127,6 +141,38 @@ impl Checker<'_> {
                 self.refuse(&given.origin, "pin", ProblemKind::Pin(shown(&given.value)));
                 None
             }
+        }
+    }
+
+    pub(super) fn vfio_from(
+        &mut self,
+        draft: &Draft,
+        transport: VmmTransport,
+        host_iommu: Option<HostIommu>,
+        has_exports: bool,
+    ) -> Option<VfioFrom> {
+        let Some(given) = &draft.vfio_from else {
+            if let Some(helper) = &draft.vfio_helper {
+                self.refuse(&helper.origin, "vfio-helper", ProblemKind::VfioHelperAlone);
+            }
+            return Some(VfioFrom::default());
+        };
+        let kind = match self.text(given, "vfio-from", "\"start\" or \"vmm\"")? {
+            "start" => return Some(VfioFrom::Start),
+            "vmm" if host_iommu == Some(HostIommu::Type1) => ProblemKind::VfioFromType1,
+            "vmm" if transport == VmmTransport::VirtioPci => ProblemKind::VfioFromOverVfioUser,
+            "vmm" if has_exports => ProblemKind::VfioFromWithExport,
+            "vmm" => return Some(VfioFrom::Vmm),
+            _ => ProblemKind::VfioFrom(shown(&given.value)),
+        };
+        self.refuse(&given.origin, "vfio-from", kind);
+        None
+    }
+
+    pub(super) fn vfio_helper(&mut self, draft: &Draft) -> Option<PathBuf> {
+        match &draft.vfio_helper {
+            Some(_) => self.socket_path(draft.vfio_helper.as_ref(), "vfio-helper"),
+            None => Some(DEFAULT_HELPER.into()),
         }
     }
 

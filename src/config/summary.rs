@@ -69,6 +69,13 @@ impl fmt::Display for Summary<'_> {
         if !config.devices.passthrough.is_empty() {
             let (host, pin) = (config.host_iommu.name(), config.pin.name());
             writeln!(f, "host IOMMU:       {host}, pins {pin}")?;
+            if config.takes_vmm_files() {
+                let helper = config.vfio_helper.display();
+                writeln!(
+                    f,
+                    "devices:          from the VMM, through the helper at {helper}"
+                )?;
+            }
         }
         if !config.devices.shadow.is_empty() {
             let Readers {

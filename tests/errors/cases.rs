@@ -902,6 +902,22 @@ pub const CASES: &[Case] = &[
             ],
         ),
     ),
+    case("ProblemKind::VfioFrom", File("vfio-from = 'qemu'")),
+    case(
+        "ProblemKind::VfioFromType1",
+        File("vfio-from = 'vmm'\nhost-iommu = 'type1'"),
+    ),
+    case(
+        "ProblemKind::VfioFromOverVfioUser",
+        File("vfio-from = 'vmm'\nvfio-user-socket = '/s'"),
+    ),
+    case(
+        "ProblemKind::VfioFromWithExport",
+        File(
+            "vfio-from = 'vmm'\n[[endpoint]]\naddress = '00:06.0'\nvfio = '65:00.0'\nexport = '/a'",
+        ),
+    ),
+    case("ProblemKind::VfioHelperAlone", File("vfio-helper = '/h'")),
     case(
         "ProblemKind::IommufdWithType1",
         With(

@@ -19,6 +19,7 @@ pub(super) fn findings(root: &HostRoot, facts: &HostFacts, config: &Config) -> V
         HostIommu::Iommufd => iommufd(root),
         HostIommu::Type1 => type1(root),
     });
+    found.extend(helper(root, config));
     found.extend(interrupts::finding(root, config.host_iommu));
     found.extend(small_pages(root, config));
     found.extend(locked_memory(root, facts, config));
@@ -57,6 +58,28 @@ fn iommufd(root: &HostRoot) -> Option<Finding> {
             "allow the device in the container, or set host-iommu = \"type1\"",
         ))
     })
+}
+
+/// The finding if nobody takes the devices out of the VMM's process.
+fn helper(root: &HostRoot, config: &Config) -> Option<Finding> {
+    let path = &config.vfio_helper;
+    let below = path.strip_prefix("/").unwrap_or(path);
+    if !config.takes_vmm_files() || root.path(below).exists() {
+        return None;
+    }
+    let path = path.display();
+    Some(
+        Finding::missing(
+            format!("no helper listens at {path}, which takes the devices over from the VMM"),
+            format!(
+                "start the one for all services, or one for this VM as root: vhost-device-iommu adopt --config FILE \
+                 --socket-path {path}"
+            ),
+        )
+        .with_commands(vec![
+            "systemctl enable --now vhost-device-iommu-adopt.socket".to_owned(),
+        ]),
+    )
 }
 
 fn type1(root: &HostRoot) -> Option<Finding> {

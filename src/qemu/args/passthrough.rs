@@ -15,6 +15,8 @@ const FIRST_FREE: RawFd = 3;
 #[derive(Debug)]
 pub struct PassthroughArguments {
     iommufd: RawFd,
+    /// The VMM opens the nodes itself, and the daemon takes the open files over.
+    opens_nodes: bool,
     /// At least one, in ascending order of endpoint.
     devices: Vec<VmmDevice>,
 }
@@ -71,7 +73,11 @@ impl PassthroughArguments {
                 }
             })
             .collect();
-        Ok(Some(Self { iommufd, devices }))
+        Ok(Some(Self {
+            iommufd,
+            opens_nodes: config.takes_vmm_files(),
+            devices,
+        }))
     }
 
     /// The number of the descriptor of `/dev/iommu`.
@@ -87,11 +93,15 @@ impl PassthroughArguments {
     /// The arguments. They must come before the IOMMU's, so that QEMU has bound and attached the devices
     /// when the guest's driver starts.
     pub(super) fn arguments(&self) -> Vec<(&'static str, String)> {
-        let iommufd = format!("iommufd,id={PREFIX}iommufd,fd={}", self.iommufd);
+        let iommufd = if self.opens_nodes {
+            format!("iommufd,id={PREFIX}iommufd")
+        } else {
+            format!("iommufd,id={PREFIX}iommufd,fd={}", self.iommufd)
+        };
         let mut arguments = vec![("-object", iommufd)];
         for shared in &self.devices {
             if shared.is_placed {
-                arguments.push(("-device", shared.argument()));
+                arguments.push(("-device", shared.argument(self.opens_nodes)));
             }
         }
         arguments
@@ -99,6 +109,12 @@ impl PassthroughArguments {
 
     /// Notes on the descriptors that `vmm` and the daemon must inherit, which arguments cannot express.
     pub fn notes(&self, vmm: &str) -> Vec<String> {
+        if self.opens_nodes {
+            return vec![format!(
+                "{vmm} must be able to open /dev/iommu and the devices' nodes; the daemon takes the open files over through its \
+                 helper (vhost-device-iommu-adopt.socket)"
+            )];
+        }
         let mut notes = vec![
             format!(
                 "{vmm} and the daemon must inherit the same open files. `vhost-device-iommu launch` opens \
@@ -137,7 +153,7 @@ impl PassthroughArguments {
             format!(
                 "the host's device {host}; add `-device {}`, on the bridge that the guest numbers \
                  as bus {:02x} and before the IOMMU's -device",
-                shared.argument(),
+                shared.argument(self.opens_nodes),
                 endpoint.bus()
             )
         })
@@ -145,11 +161,16 @@ impl PassthroughArguments {
 }
 
 impl VmmDevice {
-    fn argument(&self) -> String {
-        let (endpoint, fd) = (self.device.endpoint, self.fd);
+    fn argument(&self, opens_node: bool) -> String {
+        let endpoint = self.device.endpoint;
+        let device = if opens_node {
+            format!("host={}", self.device.host)
+        } else {
+            format!("fd={}", self.fd)
+        };
         // QEMU refuses a device given by descriptor that has no name.
         format!(
-            "vfio-pci,id={PREFIX}vfio-{:02x}-{:02x}-{},fd={fd},iommufd={PREFIX}iommufd,{}",
+            "vfio-pci,id={PREFIX}vfio-{:02x}-{:02x}-{},{device},iommufd={PREFIX}iommufd,{}",
             endpoint.bus(),
             endpoint.device(),
             endpoint.function(),
