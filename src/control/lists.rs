@@ -188,6 +188,9 @@ pub(super) fn endpoint(state: &EndpointState, devices: &DeviceReports) -> Value 
         "host": device.and_then(|device| device.host.as_ref()),
         "host_iommu": device.and_then(|device| device.host_iommu.as_ref()),
     });
+    if let Some(file) = device.and_then(|device| device.vmm_file.as_ref()) {
+        fields["taken_over"] = file.is_open().into();
+    }
     for names in kinds::status_names() {
         let is_of_kind = device.is_some_and(|device| device.names == Some(names));
         fields[names.flag] = is_of_kind.into();

@@ -148,6 +148,12 @@ fn endpoints(out: &mut String, answer: &Value) -> Result {
             Some(host) => format!("  host device {host}{}", host_iommu(endpoint)),
             None => String::new(),
         };
+        // The core's word for its DMA is not true yet.
+        let dma = if endpoint["taken_over"] == false {
+            "VMM's"
+        } else {
+            text(&endpoint["dma"])
+        };
         let exported = if endpoint["exported"] == true {
             ", exported"
         } else {
@@ -163,7 +169,7 @@ fn endpoints(out: &mut String, answer: &Value) -> Result {
             "  {}  {:<11} {:<10} {domain}{host}{exported}{emulated}",
             text(&endpoint["address"]),
             text(&endpoint["state"]),
-            text(&endpoint["dma"]),
+            dma,
         )?;
     }
     Ok(())

@@ -30,7 +30,8 @@ pub fn needs(config: &Config, is_kept: bool) -> Needs {
     socket_folders.dedup();
     let can_plug = !config.topology.expected().is_empty();
     let mut needs = Needs {
-        relay: is_kept && config.transport == VmmTransport::VhostUser,
+        relay: (is_kept || config.takes_vmm_files()) && config.transport == VmmTransport::VhostUser,
+        vmm_devices: config.takes_vmm_files(),
         kept_clients: is_kept,
         qmp: config.qmp.is_some(),
         realtime: config.realtime_priority.is_some(),
@@ -55,6 +56,7 @@ pub fn needs(config: &Config, is_kept: bool) -> Needs {
 /// added later have theirs there.
 pub fn reachable_sockets(config: &Config) -> ReachableSockets {
     let servers = || config.devices.emulated.iter().map(|device| &device.connect);
+    let helper = config.takes_vmm_files().then_some(&config.vfio_helper);
     let mut folders = Vec::new();
     if !config.topology.expected().is_empty() {
         folders = needs(config, false).socket_folders;
@@ -63,7 +65,11 @@ pub fn reachable_sockets(config: &Config) -> ReachableSockets {
         folders.dedup();
     }
     ReachableSockets {
-        paths: servers().chain(&config.qmp).cloned().collect(),
+        paths: servers()
+            .chain(&config.qmp)
+            .chain(helper)
+            .cloned()
+            .collect(),
         folders,
     }
 }

@@ -32,6 +32,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod view;
+mod vmm_watcher;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -67,6 +68,8 @@ use self::polling::Polling;
 use self::request_queue::RequestQueue;
 use self::resume::RingState;
 use self::stored_ring::StoredRing;
+
+pub use self::vmm_watcher::VmmWatcher;
 
 /// Index of the request queue.
 pub const REQUEST_QUEUE: u16 = 0;
@@ -129,6 +132,7 @@ pub struct Device {
     table_state: Mutex<TableState>,
     /// What this process has taken over.
     life: OnceLock<Arc<Life>>,
+    watcher: OnceLock<Arc<dyn VmmWatcher>>,
 }
 
 #[derive(Default)]
@@ -186,6 +190,7 @@ impl Device {
             faults: FaultLog::default(),
             table_state: Mutex::new(Rank::TableState, TableState::default()),
             life: OnceLock::new(),
+            watcher: OnceLock::new(),
         })
     }
 
@@ -326,9 +331,14 @@ impl Device {
     /// connected, its driver may have domains that the device does not have. The core blocks the endpoints until a ring
     /// shows by its index whose driver it is.
     pub fn await_driver(&self) {
-        let requests = self.requests.lock();
         // A stopped ring without a ring is of a driver that an earlier process has served.
-        if requests.ring.is_none() && requests.stopped.is_none() {
+        let is_new = |requests: &Requests| requests.ring.is_none() && requests.stopped.is_none();
+        if is_new(&self.requests.lock()) {
+            // Without a lock, because it may wait.
+            self.tell_driver_start();
+        }
+        let requests = self.requests.lock();
+        if is_new(&requests) {
             self.iommu.lock().await_driver();
         }
     }

@@ -149,7 +149,7 @@ impl EndpointKind for ExportedKind {
         alone.devices.passthrough = vec![device];
         alone.descriptors = Descriptors::default();
         // Not kept: a device that was plugged in is not in the next process's configuration.
-        let opened = PassthroughDevices::open(&alone, &Keeper::none())?;
+        let opened = PassthroughDevices::open(&alone, &Arc::new(Keeper::none()))?;
         let info = opened.topology.endpoint(endpoint.endpoint_id());
         let facts = info.map(|info| {
             let group = info.group.and_then(|id| opened.topology.group_name(id));

@@ -25,6 +25,7 @@ use crate::locks::{Mutex, Rank};
 use crate::process::keeper::Keeper;
 use crate::process::socket::SocketFile;
 use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
+use crate::vfio::VmmCdev;
 
 /// Why an endpoint was not added or removed. Nothing has changed.
 #[derive(Debug, Error)]
@@ -84,6 +85,8 @@ pub struct DeviceReport {
     pub host_iommu: Option<IommuInstance>,
     /// Reports its figures, if its kind has any.
     pub status: Option<Arc<dyn DeviceStatus>>,
+    /// The open file of a device that the VMM brings.
+    pub vmm_file: Option<VmmCdev>,
 }
 
 #[derive(Default)]
@@ -257,6 +260,10 @@ impl Hotplug {
             reports = take_range(&mut parts.reports, range);
             files = take_range(&mut self.files.lock(), range);
         }
+        // A device that the VMM has brought stays open in the backend, whose other devices go on.
+        for file in reports.iter().filter_map(|report| report.vmm_file.as_ref()) {
+            drop(file.set(None));
+        }
         // Drops wait for threads, so `parts` must not be locked here.
         drop((unused, reports, files));
         // Otherwise nobody else could use the devices before the VM ends.
@@ -324,6 +331,7 @@ impl Hotplug {
                 host: device.host,
                 host_iommu: device.host_iommu,
                 status: device.status,
+                vmm_file: device.vmm_file,
             });
             parts
                 .reports

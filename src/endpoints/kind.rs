@@ -18,6 +18,7 @@ use crate::host::sysfs::IommuInstance;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
 use crate::topology::{GroupName, PciAddress, ReservedRegions};
+use crate::vfio::VmmCdev;
 
 /// The operations of one kind of endpoint.
 pub trait EndpointKind: Sync {
@@ -92,6 +93,8 @@ pub struct OpenDevice {
     pub host: Option<String>,
     /// The host's IOMMU that translates for the device.
     pub host_iommu: Option<IommuInstance>,
+    /// The open file of a device that the VMM brings.
+    pub vmm_file: Option<VmmCdev>,
     /// The names under which the keeper may have descriptors of the device, or of what it shares with other devices.
     pub kept: Vec<String>,
     /// The group and the reserved regions, if the host adds any to those of the configuration.

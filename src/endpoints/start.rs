@@ -16,7 +16,7 @@ use thiserror::Error;
 use super::exported::KeptExport;
 use super::hotplug::Hotplug;
 use super::kind::OpenDevice;
-use super::passthrough::{OpenedExport, PassthroughDevices, PassthroughError};
+use super::passthrough::{OpenedExport, PassthroughDevices, PassthroughError, VmmDevices};
 use super::shadow::ShadowError;
 use super::{emulated, exported, shadow};
 use crate::backends::DmaBackend;
@@ -65,6 +65,7 @@ pub struct OpenedDevices {
     iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
+    vmm: Option<Arc<VmmDevices>>,
 }
 
 /// Devices with backends in the core, before any socket accepts a client.
@@ -73,6 +74,7 @@ pub struct AttachedDevices {
     iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
+    vmm: Option<Arc<VmmDevices>>,
     keeper: Arc<Keeper>,
     readers: Option<Arc<Registry>>,
     /// All devices but the exported ones.
@@ -96,19 +98,21 @@ impl OpenedDevices {
     ///
     /// # Errors
     /// See [`PassthroughError`].
-    pub fn open(config: &Config, keeper: &Keeper) -> Result<(Topology, Self), StartError> {
+    pub fn open(config: &Config, keeper: &Arc<Keeper>) -> Result<(Topology, Self), StartError> {
         let PassthroughDevices {
             topology,
             backends,
             exported,
             iommus,
             kept,
+            vmm,
         } = PassthroughDevices::open(config, keeper)?;
         let opened = Self {
             backends,
             exported,
             iommus,
             kept,
+            vmm,
         };
         Ok((topology, opened))
     }
@@ -138,6 +142,10 @@ impl OpenedDevices {
             let device = OpenDevice {
                 host: Some(passthrough.host.to_string()),
                 host_iommu: self.iommus.get(&passthrough.endpoint).cloned(),
+                vmm_file: self
+                    .vmm
+                    .as_ref()
+                    .and_then(|vmm| vmm.cdev(passthrough.endpoint)),
                 kept: self
                     .kept
                     .get(&passthrough.endpoint)
@@ -173,6 +181,7 @@ impl OpenedDevices {
             exported: self.exported,
             iommus: self.iommus,
             kept: self.kept,
+            vmm: self.vmm,
             keeper: keeper.clone(),
             readers,
             devices,
@@ -204,6 +213,10 @@ impl AttachedDevices {
         );
         let hotplug = Arc::new(hotplug);
         hotplug.adopt(self.devices).map_err(StartError::Thread)?;
+        if let Some(vmm) = self.vmm {
+            vmm.start().map_err(StartError::Thread)?;
+            device.watch_vmm(vmm);
+        }
         let readers = self.readers;
         let shadow = readers.clone().map(|registry| {
             shadow::serve(config, registry, iommu.clone(), device.clone())

@@ -28,6 +28,21 @@ pub fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Whether an inherited descriptor, which nobody has adopted yet, can be read without waiting. For a listening socket: whether
+/// a client waits.
+pub fn is_readable(fd: RawFd) -> bool {
+    let mut watched = libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY:
+    // - watched: one structure, valid for writes for the whole call
+    // - any number may be asked about: for one that is not open, the kernel says so
+    let ready = unsafe { libc::poll(&raw mut watched, 1, 0) };
+    ready == 1 && watched.revents & libc::POLLIN != 0
+}
+
 /// Whether two descriptors refer to the same open file; `None` on a kernel without `CONFIG_KCMP`.
 pub fn is_same_file(a: BorrowedFd<'_>, b: BorrowedFd<'_>) -> Option<bool> {
     const KCMP_FILE: libc::c_int = 0;

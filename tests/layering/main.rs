@@ -34,6 +34,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "endpoints",
         &[
+            "adopt",
             "device",
             "iommu",
             "backends",

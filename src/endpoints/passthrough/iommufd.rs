@@ -175,6 +175,7 @@ pub(super) fn open(
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
         exported,
+        vmm: None,
     })
 }
 
@@ -197,7 +198,7 @@ fn open_iommufd(node: &Path, keeper: &Keeper) -> Result<(IommuFd, bool), VfioErr
 }
 
 /// The device that the process before has left under a name, if it is still the one with this node.
-fn claim_cdev(keeper: &Keeper, name: &str, path: Option<&Path>) -> Option<Cdev> {
+pub(super) fn claim_cdev(keeper: &Keeper, name: &str, path: Option<&Path>) -> Option<Cdev> {
     let cdev = Cdev::adopt(check_kind(kept::claim(keeper, name)?).ok()?);
     let node = path.and_then(|path| std::fs::metadata(path).ok());
     if cdev.node_number().ok() == node.map(|node| node.rdev()) {
@@ -227,7 +228,7 @@ fn open_cdev(path: Option<&Path>, passthrough: &Passthrough) -> Result<Cdev, Pas
 }
 
 /// Refuses a descriptor that is open on something else than a device's node, before VFIO sees it.
-fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
+pub(super) fn check_kind(fd: OwnedFd) -> io::Result<OwnedFd> {
     let file = File::from(fd);
     if !file.metadata()?.file_type().is_char_device() {
         return Err(io::Error::other("it is open on something else"));
@@ -258,7 +259,7 @@ fn check_node(
 /// Asks VFIO for the addresses that a device allows, before the VMM binds the device. Only VFIO knows these addresses
 /// for certain. `None` if VFIO does not tell them, for example because this process may not open the device or the VMM
 /// has bound it already.
-fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<DeviceFacts> {
+pub(super) fn probe_vmm_device(node: &Path, path: &Path, host: HostAddress) -> Option<DeviceFacts> {
     match probe_allowed_iovas(node, path) {
         // Nobody asks whether a device of the VMM is coherent.
         Ok(allowed) => Some(DeviceFacts {

@@ -1,6 +1,7 @@
 //! Passthrough devices: opens the devices of the host that a configuration names, or takes over their
 //! descriptors. Finds the addresses that the host's IOMMU allows each device, and makes the backends.
 
+mod adopted;
 #[cfg(test)]
 mod coming;
 pub mod error;
@@ -14,8 +15,10 @@ mod refusals;
 #[cfg(test)]
 mod tests;
 mod type1;
+mod vmm_devices;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use log::{info, warn};
 
@@ -32,6 +35,7 @@ pub use error::PassthroughError;
 pub use kept::discard_devices;
 pub(super) use kept::{client_name, device_name};
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
+pub use vmm_devices::VmmDevices;
 
 /// The passthrough devices of a VM, opened.
 pub struct PassthroughDevices {
@@ -45,6 +49,8 @@ pub struct PassthroughDevices {
     pub iommus: BTreeMap<PciAddress, IommuInstance>,
     /// See [`OpenDevice::kept`](super::kind::OpenDevice::kept), by endpoint.
     pub kept: BTreeMap<PciAddress, Vec<String>>,
+    /// The devices, if they come from the VMM.
+    pub vmm: Option<Arc<VmmDevices>>,
 }
 
 /// An exported device, opened for its registers.
@@ -63,6 +69,7 @@ struct HostBackends {
     /// The allowed addresses by endpoint, as far as VFIO reports them.
     allowed: BTreeMap<PciAddress, Vec<IovaRange>>,
     exported: Vec<OpenedExport>,
+    vmm: Option<Arc<VmmDevices>>,
 }
 
 impl PassthroughDevices {
@@ -71,7 +78,7 @@ impl PassthroughDevices {
     ///
     /// # Errors
     /// See [`PassthroughError`].
-    pub fn open(config: &Config, keeper: &Keeper) -> Result<Self, PassthroughError> {
+    pub fn open(config: &Config, keeper: &Arc<Keeper>) -> Result<Self, PassthroughError> {
         if config.devices.passthrough.is_empty() {
             return Ok(Self {
                 topology: config.topology.clone(),
@@ -79,11 +86,15 @@ impl PassthroughDevices {
                 exported: Vec::new(),
                 iommus: BTreeMap::new(),
                 kept: BTreeMap::new(),
+                vmm: None,
             });
         }
         let root = HostRoot::default();
         let facts = HostFacts::read(&root, config.devices.passthrough.iter().map(|p| p.host));
         let opened = match config.host_iommu {
+            HostIommu::Iommufd if config.takes_vmm_files() => {
+                adopted::open(config, &root, &facts, keeper)?
+            }
             HostIommu::Iommufd => iommufd::open(config, &root, &facts, keeper)?,
             HostIommu::Type1 => type1::open(config, &root, &facts, keeper)?,
         };
@@ -121,6 +132,7 @@ impl PassthroughDevices {
             exported: opened.exported,
             iommus,
             kept,
+            vmm: opened.vmm,
         })
     }
 }

@@ -129,6 +129,7 @@ pub(super) fn open(
         backends: Vec::new(),
         allowed: BTreeMap::new(),
         exported: Vec::new(),
+        vmm: None,
     };
     for (number, open) in groups {
         add_group(config, &mut opened, number, open, &peers)?;

@@ -172,6 +172,15 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(TEXTFILE));
             list.extend(always(REMOVE_SOCKETS));
         }
+        Role::VmmDevices => {
+            list.extend(always(WAIT));
+            list.extend(always(&MESSAGES));
+            list.extend(always(MEMORY_FILES));
+            // Recognizing copies of the iommufd.
+            list.extend(always(&[libc::SYS_kcmp]));
+            list.extend(descriptors());
+            list.extend(backends(needs));
+        }
         Role::ShadowFaults | Role::Faults => list.extend(always(&PEER_EVENTS)),
         Role::Watchdog | Role::Closer => {}
     }

@@ -118,6 +118,7 @@ fn needed(role: Role, needs: &Needs) -> CapabilitySet {
         | Role::Export
         | Role::Resets
         | Role::Signals
+        | Role::VmmDevices
         | Role::Watchdog
         | Role::Closer => CapabilitySet::empty(),
     }

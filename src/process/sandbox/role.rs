@@ -46,13 +46,15 @@ pub enum Role {
     MetricsFile,
     /// Closes descriptors that the VMM has chosen.
     Closer,
+    /// Takes the open files of devices over from the VMM, through the helper.
+    VmmDevices,
 }
 
 list_variants!(
     Role:
     Main, VhostUser, Relay, Worker, Control, Shadow, ShadowFaults, Faults, VfioUser, Export, Resets,
     VirtioPci, PciWorker, Signals, Watchdog, Qmp, Connector,
-    MetricsFile, Closer,
+    MetricsFile, Closer, VmmDevices,
 );
 
 impl Role {
@@ -83,7 +85,8 @@ impl Role {
             | Self::Qmp
             | Self::Connector
             | Self::MetricsFile
-            | Self::Closer => false,
+            | Self::Closer
+            | Self::VmmDevices => false,
         }
     }
 
@@ -110,6 +113,7 @@ impl Role {
             Self::Connector => "connector",
             Self::MetricsFile => "metrics-file",
             Self::Closer => "closer",
+            Self::VmmDevices => "vmm-devices",
         }
     }
 }
@@ -129,8 +133,11 @@ pub struct Needs {
     pub emulated: bool,
     /// The worker gives itself a realtime priority.
     pub realtime: bool,
-    /// Another process keeps descriptors for the next daemon: the VMM's connection is relayed.
+    /// The VMM's connection is relayed: another process keeps descriptors for the next daemon, or the devices come from the
+    /// VMM.
     pub relay: bool,
+    /// The devices come from the VMM: the daemon connects to the helper that takes them out of its process.
+    pub vmm_devices: bool,
     /// Another process keeps descriptors for the next daemon: so it does those of vfio-user clients.
     pub kept_clients: bool,
     /// There are shadow endpoints. The daemon may have to kill their readers.
@@ -149,7 +156,7 @@ pub struct Needs {
 impl Needs {
     /// Whether the daemon connects to sockets of other processes while it serves.
     pub const fn connects(&self) -> bool {
-        self.emulated || self.qmp || self.plugging.is_some()
+        self.emulated || self.qmp || self.vmm_devices || self.plugging.is_some()
     }
 
     /// Whether the thread `connector` is needed: for these sockets, or for those of a relay.
@@ -170,6 +177,7 @@ impl Needs {
             emulated: true,
             realtime: true,
             relay: true,
+            vmm_devices: true,
             kept_clients: true,
             shadow: true,
             plugging: None,

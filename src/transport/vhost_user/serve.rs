@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,7 +66,7 @@ pub struct VhostUserServer {
     device: Arc<Device>,
     backend: Arc<VhostUserDevice>,
     listener: Listener,
-    /// Relays the connections if another process keeps descriptors.
+    /// Relays the connections if another process keeps descriptors, or if the device has a watcher.
     relays: Option<Relays>,
     /// The VMM of an earlier process, until it is served.
     left: Option<(LeftVmm, Restore)>,
@@ -89,8 +89,8 @@ impl VhostUserServer {
         keeper: Arc<Keeper>,
     ) -> io::Result<Self> {
         let (end, ended) = UnixStream::pair()?;
-        let relays = keeper
-            .is_present()
+        // A watcher wants the VMM's socket, which the crate does not give away.
+        let relays = (keeper.is_present() || device.has_watcher())
             .then(|| Relays::new(keeper, ended.try_clone()?));
         Ok(Self {
             backend: Arc::new(VhostUserDevice::new(device.clone())),
@@ -168,6 +168,9 @@ impl VhostUserServer {
                 Err(cause) => break Err(ServeError::Wait(io::Error::other(cause))),
             }
         };
+        if let Ok(vmm) = &accepted {
+            self.device.tell_connection(vmm.as_fd());
+        }
         let begun = accepted.and_then(|vmm| relays.begin(vmm).map_err(ServeError::Relay));
         match begun {
             Ok((relay, listener)) => {
@@ -196,6 +199,7 @@ impl VhostUserServer {
             self.device.disconnect();
             return;
         };
+        self.device.tell_connection(left.socket());
         let served = match relays.resume(left) {
             Err(cause) => Err((ServeError::Relay(cause), Some(restore))),
             Ok((relay, listener)) => match self.make_daemon() {

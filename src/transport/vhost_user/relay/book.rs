@@ -121,7 +121,8 @@ impl Book {
 
     /// Whether a later process can go on with the connection.
     pub(super) fn is_kept(&self) -> bool {
-        self.is_kept
+        // Without a keeper, nothing refuses to be kept.
+        self.is_kept && self.keeper.is_present()
     }
 
     /// Keeps the descriptors of a message that the crate has not got yet. Returns their names.

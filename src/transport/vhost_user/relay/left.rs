@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -123,6 +123,11 @@ impl LeftVmm {
         // Fails if the VMM has gone.
         let _ = self.socket.shutdown(Shutdown::Both);
         self.book.close();
+    }
+
+    /// The VMM's connection.
+    pub(in super::super) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     pub(super) fn into_parts(self) -> (UnixStream, Book, LeftFiles, Option<Unanswered>) {

@@ -1,0 +1,341 @@
+//! The open files of devices that the VMM brings: they come from its process through the helper (`crate::adopt`), are kept
+//! for the next daemon, and go with the VMM.
+//!
+//! The thread `vmm-devices` talks to the helper. A thread that wants the files waits for it, for a bounded time:
+//!
+//! 1. When the guest's driver is about to start, the thread that handles the VMM's messages waits: the VMM has made its
+//!    devices by then. It holds no lock.
+//! 2. When the driver attaches a device that has not come, the worker waits, up to its budget. That device was plugged in
+//!    since.
+//!
+//! What comes later than its waiter likes is taken all the same. What comes for a VMM that has gone meanwhile is closed.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use log::info;
+
+use super::kept;
+use crate::adopt::message::{FoundFiles, ask};
+use crate::device::VmmWatcher;
+use crate::locks::{Mutex, Rank};
+use crate::process::connector;
+use crate::process::inherited::is_same_file;
+use crate::process::keeper::Keeper;
+use crate::process::sandbox::{self, Role};
+use crate::process::wait_budget::WaitBudget;
+use crate::topology::{HostAddress, PciAddress};
+use crate::vfio::{Attach, Cdev, IommuFd, VmmCdev, VmmFiles, VmmIommufd};
+use crate::{info_limited, warn_limited};
+
+/// How long a driver's start waits for the helper. systemd starts the helper for each request.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+/// The same for ATTACH, as long as the budget is unused.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(1);
+/// The most orders that wait for the thread.
+const WAITING: usize = 16;
+
+/// A device of the VMM.
+#[derive(Clone, Debug)]
+pub(super) struct VmmDeviceFile {
+    pub endpoint: PciAddress,
+    pub host: HostAddress,
+    pub cdev: VmmCdev,
+}
+
+/// The devices of the VMM, and the way to their files.
+#[derive(Debug)]
+pub struct VmmDevices {
+    helper: PathBuf,
+    iommufd: VmmIommufd,
+    devices: Vec<VmmDeviceFile>,
+    keeper: Arc<Keeper>,
+    state: Mutex<FilesState>,
+    orders: OnceLock<SyncSender<Order>>,
+}
+
+#[derive(Debug)]
+struct FilesState {
+    /// The VMM's end of this connection is the process that has the files.
+    vmm: Option<Arc<OwnedFd>>,
+    /// The iommufd of the VMM, to compare a later one with.
+    iommufd: Option<OwnedFd>,
+    budget: WaitBudget,
+    /// The files of this VMM were asked for when its driver started. Its memory may come in many messages.
+    has_started: bool,
+}
+
+/// Something for the thread to do.
+#[derive(Debug)]
+enum Order {
+    /// Get the missing files of this VMM, and then send the answer.
+    Fetch {
+        vmm: Arc<OwnedFd>,
+        deadline: Instant,
+        answer: SyncSender<()>,
+    },
+    /// Close these files, which may take seconds: the kernel resets a device.
+    Close(Vec<Cdev>, Option<OwnedFd>, Option<Arc<IommuFd>>),
+}
+
+impl VmmDevices {
+    /// The devices, with those files that the process before has left. `iommufd` is a second descriptor of its iommufd.
+    pub(super) fn new(
+        helper: PathBuf,
+        iommufd: VmmIommufd,
+        left: Option<OwnedFd>,
+        devices: Vec<VmmDeviceFile>,
+        keeper: Arc<Keeper>,
+    ) -> Self {
+        let state = FilesState {
+            vmm: None,
+            iommufd: left,
+            budget: WaitBudget::new(ATTACH_PATIENCE, Instant::now()),
+            has_started: false,
+        };
+        Self {
+            helper,
+            iommufd,
+            devices,
+            keeper,
+            state: Mutex::new(Rank::VmmDevices, state),
+            orders: OnceLock::new(),
+        }
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system has no thread left.
+    pub fn start(self: &Arc<Self>) -> io::Result<()> {
+        let (orders, ordered) = sync_channel(WAITING);
+        let devices = self.clone();
+        sandbox::spawn(Role::VmmDevices, move || devices.run(&ordered))?;
+        // Fails if it runs already.
+        let _ = self.orders.set(orders);
+        Ok(())
+    }
+
+    /// The device of an endpoint.
+    pub(in super::super) fn cdev(&self, endpoint: PciAddress) -> Option<VmmCdev> {
+        let mut devices = self.devices.iter();
+        let device = devices.find(|device| device.endpoint == endpoint)?;
+        Some(device.cdev.clone())
+    }
+
+    fn missing(&self) -> Vec<HostAddress> {
+        let devices = self.devices.iter().filter(|device| !device.cdev.is_open());
+        devices.map(|device| device.host).collect()
+    }
+
+    /// Has the thread get what is missing, and waits until `deadline`.
+    fn order_files(&self, vmm: Arc<OwnedFd>, deadline: Instant) {
+        let Some(orders) = self.orders.get() else {
+            return;
+        };
+        let (answer, answered) = sync_channel(1);
+        let order = Order::Fetch {
+            vmm,
+            deadline,
+            answer,
+        };
+        if orders.try_send(order).is_ok() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // What comes later is taken, too.
+            let _ = answered.recv_timeout(left);
+        }
+    }
+
+    fn run(&self, ordered: &Receiver<Order>) {
+        while let Ok(order) = ordered.recv() {
+            match order {
+                Order::Fetch {
+                    vmm,
+                    deadline,
+                    answer,
+                } => {
+                    self.get(&vmm, deadline);
+                    // Nobody may wait any more.
+                    let _ = answer.try_send(());
+                }
+                Order::Close(devices, ours, iommufd) => {
+                    // The devices first: they keep their address spaces.
+                    drop(devices);
+                    drop((ours, iommufd));
+                }
+            }
+        }
+    }
+
+    /// Gets the missing files, and says what is missing still.
+    fn get(&self, vmm: &Arc<OwnedFd>, deadline: Instant) {
+        let missing = self.missing();
+        if missing.is_empty() {
+            return;
+        }
+        let taken = self
+            .connect()
+            .and_then(|helper| {
+                ask(&helper, vmm.as_fd(), &missing, deadline)
+                    .map_err(|cause| format!("the helper at {}: {cause}", self.helper.display()))
+            })
+            .and_then(|found| self.take(vmm, found));
+        let missing: Vec<_> = self.missing().iter().map(ToString::to_string).collect();
+        if missing.is_empty() {
+            return;
+        }
+        let names = missing.join(", ");
+        match taken {
+            Ok(()) => info_limited!(
+                "the VMM has not bound {names} to its iommufd yet; the guest's next ATTACH of an endpoint without its device asks \
+                 again"
+            ),
+            Err(cause) => warn_limited!(
+                "{names} cannot be taken over from the VMM, so the VMM decides about their DMA, and ATTACH fails: {cause}"
+            ),
+        }
+    }
+
+    fn connect(&self) -> Result<UnixStream, String> {
+        let connected = connector::connect(&self.helper);
+        connected.map(UnixStream::from).map_err(|cause| {
+            let path = self.helper.display();
+            format!(
+                "no helper answers at {path}: {cause}; start one with `systemctl enable --now vhost-device-iommu-adopt.socket`, or \
+                 as root with `vhost-device-iommu adopt --config FILE --socket-path {path}`, and then the VM anew"
+            )
+        })
+    }
+
+    /// Takes files that have come, unless the VMM has gone meanwhile.
+    fn take(&self, vmm: &Arc<OwnedFd>, found: FoundFiles) -> Result<(), String> {
+        let mut state = self.state.lock();
+        if !state.vmm.as_ref().is_some_and(|now| Arc::ptr_eq(now, vmm)) {
+            return Ok(());
+        }
+        let (Some(file), false) = (found.iommufd, found.devices.is_empty()) else {
+            return Ok(());
+        };
+        let unusable = |cause: io::Error| {
+            format!("its descriptors cannot be used: {cause}; see the kernel's log")
+        };
+        match &state.iommufd {
+            Some(known) if is_same_file(known.as_fd(), file.as_fd()) == Some(false) => {
+                return Err(
+                    "the VMM has another open /dev/iommu than before; give all its devices one (for QEMU, one `-object iommufd`)"
+                        .into(),
+                );
+            }
+            Some(_) => {}
+            None => {
+                let iommufd = file
+                    .try_clone()
+                    .and_then(IommuFd::adopt)
+                    .map_err(unusable)?;
+                kept::keep(&self.keeper, kept::IOMMUFD, file.as_fd());
+                self.iommufd.set(Some(iommufd));
+                state.iommufd = Some(file);
+            }
+        }
+        for (host, file) in found.devices {
+            let mut devices = self.devices.iter();
+            let Some(device) = devices.find(|device| device.host == host && !device.cdev.is_open())
+            else {
+                continue;
+            };
+            let file = super::iommufd::check_kind(file).map_err(unusable)?;
+            let cdev = Cdev::adopt(file);
+            if !cdev.is_bound() {
+                continue;
+            }
+            kept::keep(&self.keeper, &kept::device_name(host), cdev.as_fd());
+            device.cdev.set(Some(cdev));
+            info!(
+                "endpoint {}: {host} is taken over from the VMM",
+                device.endpoint
+            );
+        }
+        Ok(())
+    }
+}
+
+impl VmmWatcher for VmmDevices {
+    fn connected(&self, socket: BorrowedFd<'_>) {
+        match socket.try_clone_to_owned() {
+            Ok(socket) => {
+                let mut state = self.state.lock();
+                state.vmm = Some(Arc::new(socket));
+                state.has_started = false;
+            }
+            Err(cause) => warn_limited!("the VMM's devices cannot be taken over: {cause}"),
+        }
+    }
+
+    fn driver_starts(&self) {
+        let vmm = {
+            let mut state = self.state.lock();
+            let is_first = !std::mem::replace(&mut state.has_started, true);
+            state.vmm.clone().filter(|_| is_first)
+        };
+        if let Some(vmm) = vmm.filter(|_| !self.missing().is_empty()) {
+            self.order_files(vmm, Instant::now() + START_PATIENCE);
+        }
+    }
+}
+
+/// The files as a backend sees them.
+#[derive(Clone, Debug)]
+pub(super) struct FilesOfVmm(pub Arc<VmmDevices>);
+
+impl VmmFiles for FilesOfVmm {
+    fn is_open(&self) -> bool {
+        self.0.iommufd.file().is_some()
+    }
+
+    fn fetch(&self) {
+        let devices = &self.0;
+        if devices.missing().is_empty() {
+            return;
+        }
+        let (vmm, wait) = {
+            let mut state = devices.state.lock();
+            let Some(vmm) = state.vmm.clone() else {
+                return;
+            };
+            (vmm, state.budget.allow(ATTACH_PATIENCE, Instant::now()))
+        };
+        devices.order_files(vmm, wait.until);
+        devices.state.lock().budget.charge(&wait, Instant::now());
+    }
+
+    fn release(&self) {
+        let devices = &self.0;
+        let mut state = devices.state.lock();
+        state.vmm = None;
+        let ours = state.iommufd.take();
+        let taken = devices.devices.iter().filter_map(|device| {
+            let cdev = device.cdev.set(None)?;
+            // However often it was claimed.
+            devices.keeper.drop_file(&kept::device_name(device.host));
+            Some(cdev)
+        });
+        let taken: Vec<_> = taken.collect();
+        let iommufd = devices.iommufd.set(None);
+        if ours.is_none() && taken.is_empty() {
+            return;
+        }
+        devices.keeper.drop_file(kept::IOMMUFD);
+        drop(state);
+        info!("the VMM has gone: its devices are given up");
+        let order = Order::Close(taken, ours, iommufd);
+        if let Some(orders) = devices.orders.get() {
+            // If the thread is busy, they are closed here.
+            drop(orders.try_send(order));
+        }
+    }
+}
