@@ -34,7 +34,8 @@ pub struct Region {
     pub gpa: u64,
     /// Length in bytes.
     pub len: u64,
-    file: Arc<File>,
+    /// Its file.
+    pub file: Arc<File>,
     file_start: u64,
     map: MmapRegion,
 }

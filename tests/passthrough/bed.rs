@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Child, Command};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -30,6 +31,8 @@ pub enum Backend {
     SharedAll,
     /// iommufd. The VMM binds the devices, and the daemon maps RAM as the guest maps it.
     SharedMapped,
+    /// iommufd. The VMM opens and binds the devices by itself, and the daemon takes the open files over, through the helper.
+    TakenOver,
     /// iommufd. The daemon opens and binds the devices.
     Owned,
     /// type1. The daemon opens containers and devices.
@@ -42,11 +45,16 @@ impl Backend {
     pub fn is_type1(self) -> bool {
         matches!(self, Self::Type1 | Self::Type1Inherited)
     }
+
+    fn has_vmm(self) -> bool {
+        matches!(self, Self::SharedAll | Self::SharedMapped | Self::TakenOver)
+    }
 }
 
-pub const BACKENDS: [Backend; 5] = [
+pub const BACKENDS: [Backend; 6] = [
     Backend::SharedAll,
     Backend::SharedMapped,
+    Backend::TakenOver,
     Backend::Owned,
     Backend::Type1,
     Backend::Type1Inherited,
@@ -69,10 +77,52 @@ pub struct Bed {
     vmm: Option<Vmm>,
     /// Containers and devices that the daemon inherits.
     _opened: Vec<(Rc<Container>, Cdev)>,
+    /// Takes files out of this process, which is the VMM.
+    _helper: Option<Helper>,
+}
+
+/// A running helper, and the folder of its socket.
+struct Helper {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Helper {
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().expect("a folder")
+    }
+
+    fn socket(folder: &tempfile::TempDir) -> String {
+        folder.path().join("adopt.sock").display().to_string()
+    }
+
+    /// Starts the helper for the VM of this file.
+    fn start(folder: tempfile::TempDir, config: &Path) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-iommu"))
+            .args(["adopt", "--socket-path", &Self::socket(&folder), "--config"])
+            .arg(config)
+            .spawn()
+            .expect("the helper starts");
+        while !folder.path().join("adopt.sock").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Self { child, folder }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(self.folder.path().join("adopt.sock"));
+    }
 }
 
 /// A VMM on rust-vmm's crates, like Cloud Hypervisor. It binds the devices and maps all guest RAM for them.
 struct Vmm {
+    /// The host's names of the devices.
+    names: Vec<String>,
     iommufd: Arc<IommuFd>,
     /// Devices not bound yet.
     opened: Vec<File>,
@@ -88,6 +138,7 @@ impl Vmm {
             node.open(Function::new(function).node()).expect("a device")
         };
         Self {
+            names: functions.iter().map(|name| (*name).to_owned()).collect(),
             iommufd: Arc::new(IommuFd::new().expect("iommufd")),
             opened: functions.iter().map(open).collect(),
             devices: Vec::new(),
@@ -224,7 +275,7 @@ impl Bed {
     ) -> Self {
         let machine = host_iommu().machine_key();
         let (backend_name, pin) = match backend {
-            Backend::SharedAll | Backend::Owned => ("iommufd", "all"),
+            Backend::SharedAll | Backend::TakenOver | Backend::Owned => ("iommufd", "all"),
             Backend::SharedMapped => ("iommufd", "mapped"),
             Backend::Type1 | Backend::Type1Inherited => ("type1", "all"),
         };
@@ -237,13 +288,20 @@ impl Bed {
                 config += &format!("export = {path:?}\n");
             }
         }
-        let mut vmm = matches!(backend, Backend::SharedAll | Backend::SharedMapped)
-            .then(|| Vmm::new(functions));
+        let folder = (backend == Backend::TakenOver).then(Helper::folder);
+        if let Some(folder) = &folder {
+            let socket = Helper::socket(folder);
+            config = format!("vfio-from = \"vmm\"\nvfio-helper = \"{socket}\"\n{config}");
+        }
+        // It opens the devices when the daemon, which has looked at them, runs.
+        let mut vmm = (backend.has_vmm() && folder.is_none()).then(|| Vmm::new(functions));
         let opened = match backend {
             Backend::Type1Inherited => open_containers(functions),
-            Backend::SharedAll | Backend::SharedMapped | Backend::Owned | Backend::Type1 => {
-                Vec::new()
-            }
+            Backend::SharedAll
+            | Backend::SharedMapped
+            | Backend::TakenOver
+            | Backend::Owned
+            | Backend::Type1 => Vec::new(),
         };
         let arguments = match &vmm {
             Some(vmm) => vmm.arguments(),
@@ -254,6 +312,10 @@ impl Bed {
             Some(keeper) => Daemon::kept_with_config(keeper, &config, &arguments),
             None => Daemon::with_config_and(&config, &arguments),
         };
+        let helper = folder.map(|folder| {
+            vmm = Some(Vmm::new(functions));
+            Helper::start(folder, &daemon.folder().join("vm.toml"))
+        });
         // In QEMU's order: it connects, makes the devices, then the vhost-user device.
         let stream = daemon.stream();
         let ours = stream.try_clone().expect("a descriptor");
@@ -282,6 +344,7 @@ impl Bed {
             stream,
             vmm,
             _opened: opened,
+            _helper: helper,
         }
     }
 
@@ -290,6 +353,25 @@ impl Bed {
         self.stream.shutdown(Shutdown::Both).expect("connected");
         let daemon = &self.daemon;
         daemon.wait_for("the VMM's end", || daemon.status()["connected"] == false);
+    }
+
+    /// The VMM has gone. Calls `between` when nobody has its devices any more, and starts another one.
+    pub fn replace_vmm(&mut self, between: impl FnOnce()) {
+        let vmm = self.vmm.take().expect("a VMM");
+        let devices = vmm.names.clone();
+        drop(vmm);
+        between();
+        let names: Vec<_> = devices.iter().map(String::as_str).collect();
+        let mut vmm = Vmm::new(&names);
+        vmm.bind();
+        let regions = self.guest.memory.regions.iter();
+        let files: Vec<_> = regions.map(|r| (r.gpa, r.len, r.file.clone())).collect();
+        vmm.attach(&files);
+        self.vmm = Some(vmm);
+        self.reconnect();
+        for name in &devices {
+            Function::new(name).enable();
+        }
     }
 
     /// Connects another VMM with a new guest in the same memory.

@@ -217,6 +217,12 @@ fn dma_reaches_mapped_memory_shared_pin_mapped() {
 
 #[test]
 #[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
+fn dma_reaches_mapped_memory_taken_over() {
+    scenario(Backend::TakenOver);
+}
+
+#[test]
+#[ignore = "needs the L1 machine; run qemu-scripts/test.sh passthrough"]
 fn dma_reaches_mapped_memory_owned() {
     scenario(Backend::Owned);
 }

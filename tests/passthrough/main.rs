@@ -37,6 +37,7 @@ mod resets;
 mod restarts;
 mod server;
 mod successor;
+mod taken_over;
 #[path = "../common/vm.rs"]
 mod vm;
 

@@ -118,6 +118,27 @@ impl Drop for WaitOnDrop {
 }
 
 impl Nested {
+    /// A VM that was started in another way.
+    pub fn of(vm: Vm, control: Control, test_dir: TestDir) -> Self {
+        Self {
+            vm,
+            control,
+            _ends: WaitOnDrop(test_dir.path("")),
+            test_dir,
+        }
+    }
+
+    /// Goes on after [`Self::drive`]: the device reaches what is mapped, and nothing else.
+    pub fn drive_on(&mut self) {
+        self.tables_agree(4);
+        self.copies(SOURCE, TARGET, &[(40, "0")]);
+        self.copies(SOURCE, TARGET + PAGE, &[]);
+        self.ask(&format!("unmap {TARGET:x} 1"));
+        self.copies(SOURCE, TARGET, &[]);
+        self.ask(&format!("map {TARGET:x} 1 rw 41"));
+        self.copies(SOURCE, TARGET, &[(41, "0")]);
+    }
+
     /// Starts a VM with more keys in the configuration and in its one endpoint. In `endpoint`, `@` stands for the VM's
     /// directory.
     pub fn launch(setup: &Setup, name: &str, keys: &str, endpoint: &str) -> Self {
