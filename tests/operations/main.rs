@@ -7,6 +7,7 @@
     reason = "a failure here is a failed test wherever it happens"
 )]
 
+mod adopt;
 mod apparmor;
 #[path = "../common/mod.rs"]
 mod common;

@@ -19,6 +19,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_complete::aot::generate;
 use vhost_device_iommu::args::Args;
+use vhost_device_iommu::config::Config;
 use vhost_device_iommu::process::keeper::MAX_KEPT;
 
 const PROGRAM: &str = "vhost-device-iommu";
@@ -269,6 +270,40 @@ fn units_and_example_agree() {
             let (_, page) = line.split_once("man:").expect("a page");
             assert!(page.starts_with(PROGRAM), "{line}");
         }
+    }
+}
+
+/// The helper of `vfio-from = "vmm"`: its socket is where daemons look for it, and is theirs alone; it has one right.
+#[test]
+fn the_helper_has_one_right_and_the_socket_of_the_configuration() {
+    let read =
+        |name: &str| fs::read_to_string(tree("packaging/systemd").join(name)).expect("a unit");
+    let socket = read("vhost-device-iommu-adopt.socket");
+    let service = read("vhost-device-iommu-adopt@.service");
+    let config = Config::from_text(Path::new("vm.toml"), "address = '00:05.0'\n");
+    let helper = config.expect("a configuration").vfio_helper;
+    let lines = |unit: &str| unit.lines().map(str::to_owned).collect::<Vec<_>>();
+    for line in [
+        format!("ListenStream={}", helper.display()),
+        "Accept=yes".into(),
+        "SocketMode=0600".into(),
+        "SocketUser=vhost-device-iommu".into(),
+    ] {
+        assert!(lines(&socket).contains(&line), "{line}");
+    }
+    for line in [
+        "ExecStart=/usr/bin/vhost-device-iommu adopt",
+        "CapabilityBoundingSet=CAP_SYS_PTRACE",
+        "AmbientCapabilities=CAP_SYS_PTRACE",
+        "DynamicUser=yes",
+        "NoNewPrivileges=yes",
+        "PrivateDevices=yes",
+        // With these it would not see the VMMs, or its capability would be worth nothing.
+        "PrivateUsers=no",
+        "ProtectProc=default",
+        "ProcSubset=all",
+    ] {
+        assert!(lines(&service).contains(&line.to_owned()), "{line}");
     }
 }
 
