@@ -7,7 +7,7 @@ use log::{info, warn};
 
 use super::iommufd::{claim_cdev, probe_vmm_device};
 use super::kept::{self, DeviceFacts, KnownDevices};
-use super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices};
+use super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices, missing_helper};
 use super::{HostBackends, PassthroughError, capabilities, check_granule, group_of};
 use crate::address::IovaRange;
 use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
@@ -94,6 +94,10 @@ pub(super) fn open(
         "the devices come from the VMM that connects, through the helper at {}",
         helper.display()
     );
+    if !helper.exists() {
+        // It may be started later.
+        warn!("{}", missing_helper(&helper, "there is no such socket"));
+    }
     let left_iommufd = left_iommufd.filter(|_| is_left);
     let vmm = VmmDevices::new(helper, iommufd.clone(), left_iommufd, files, keeper.clone());
     let vmm = Arc::new(vmm);

@@ -10,10 +10,11 @@
 //!
 //! What comes later than its waiter likes is taken all the same. What comes for a VMM that has gone meanwhile is closed.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -203,13 +204,9 @@ impl VmmDevices {
 
     fn connect(&self) -> Result<UnixStream, String> {
         let connected = connector::connect(&self.helper);
-        connected.map(UnixStream::from).map_err(|cause| {
-            let path = self.helper.display();
-            format!(
-                "no helper answers at {path}: {cause}; start one with `systemctl enable --now vhost-device-iommu-adopt.socket`, or \
-                 as root with `vhost-device-iommu adopt --config FILE --socket-path {path}`, and then the VM anew"
-            )
-        })
+        connected
+            .map(UnixStream::from)
+            .map_err(|cause| missing_helper(&self.helper, cause))
     }
 
     /// Takes files that have come, unless the VMM has gone meanwhile.
@@ -262,6 +259,15 @@ impl VmmDevices {
         }
         Ok(())
     }
+}
+
+/// The message that no helper answers at `path`, with the cure.
+pub(super) fn missing_helper(path: &Path, cause: impl fmt::Display) -> String {
+    let path = path.display();
+    format!(
+        "no helper answers at {path}: {cause}; start one with `systemctl enable --now vhost-device-iommu-adopt.socket`, or as root \
+         with `vhost-device-iommu adopt --config FILE --socket-path {path}`, before the VM"
+    )
 }
 
 impl VmmWatcher for VmmDevices {

@@ -331,6 +331,21 @@ mod tests {
     }
 
     #[test]
+    fn a_helper_that_nobody_has_started_is_reported() {
+        let host = FakeHost::new();
+        let keys = "vfio-from = \"vmm\"";
+        let finding = only(&host, keys);
+        assert_eq!(
+            finding.commands,
+            ["systemctl enable --now vhost-device-iommu-adopt.socket"]
+        );
+        host.file("run/vhost-device-iommu/adopt.sock", "");
+        assert_eq!(found(&host, keys), []);
+        let keys = format!("{keys}\nvfio-helper = \"/run/other.sock\"");
+        assert!(only(&host, &keys).problem.contains("/run/other.sock"));
+    }
+
+    #[test]
     fn a_host_without_iommufd_is_reported() {
         let host = FakeHost::new();
         assert_eq!(found(&host, ""), []);

@@ -147,6 +147,27 @@ fn devices_of_the_host_come_before_the_iommu() {
     }
 }
 
+/// The daemon takes over what QEMU opens.
+#[test]
+fn devices_that_the_vmm_opens_have_their_address_on_the_host() {
+    let made = arguments(&format!("vfio-from = 'vmm'\n{DEVICES}")).expect("arguments");
+    assert_eq!(
+        made.arguments[6..10],
+        [
+            "-object",
+            "iommufd,id=viommu-iommufd",
+            "-device",
+            "vfio-pci,id=viommu-vfio-00-10-0,host=0001:65:00.0,iommufd=viommu-iommufd,addr=10.0",
+        ]
+    );
+    let notes = made.notes.join("\n");
+    assert!(notes.contains("vhost-device-iommu-adopt.socket"), "{notes}");
+    assert!(
+        !notes.contains("exec ") && !notes.contains("-fd "),
+        "{notes}"
+    );
+}
+
 const TYPES: &str = "socket = '/run/s'\nmemory = '2G'\n";
 
 #[test]
