@@ -1,6 +1,6 @@
 //! All counters and gauges, gathered once for every form of answer.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
 
@@ -23,6 +23,8 @@ const COUNTED_PER_LOCK: usize = 1024;
 
 /// Gauges as of now, and counters since the daemon started.
 pub(super) struct Figures {
+    /// When they were gathered.
+    pub gathered_at: SystemTime,
     pub name: String,
     pub connected: bool,
     /// All endpoints are blocked because the state of the guest's driver is unknown.
@@ -34,7 +36,7 @@ pub(super) struct Figures {
     pub tables: (u64, u64),
     /// The number of domain IDs.
     pub max_domains: u64,
-    /// Counts by kind and status, without those that are 0.
+    /// Counts by kind and status.
     pub requests: Vec<(RequestKind, Vec<(Status, u64)>)>,
     pub chains_refused: u64,
     /// Upper bound in nanoseconds and number of batches of each bucket; the last bucket has no bound.
@@ -139,6 +141,7 @@ impl Figures {
         };
         let readers = subjects.readers.as_deref();
         let mut figures = Self {
+            gathered_at: SystemTime::now(),
             name: subjects.name.clone(),
             connected: subjects.device.is_connected(),
             driver_unknown,
@@ -258,7 +261,8 @@ impl Figures {
     /// Counts by request kind and status, without those that are 0.
     fn requests_json(&self) -> Value {
         let kinds = self.requests.iter().map(|(kind, statuses)| {
-            let counts = by_name(statuses.iter().map(|(status, n)| (status.name(), *n)));
+            let counted = statuses.iter().filter(|(_, n)| *n > 0);
+            let counts = by_name(counted.map(|(status, n)| (status.name(), *n)));
             (kind.name().to_owned(), counts)
         });
         Value::Object(kinds.collect())
@@ -348,7 +352,7 @@ fn requests(subjects: &Subjects) -> Vec<(RequestKind, Vec<(Status, u64)>)> {
         .map(|(kind, counters)| {
             let counts = counters.iter().map(Counter::get);
             let counts = Status::ALL.into_iter().zip(counts);
-            (kind, counts.filter(|(_, count)| *count > 0).collect())
+            (kind, counts.collect())
         })
         .collect()
 }

@@ -1,6 +1,7 @@
 //! Figures in Prometheus' text format, version 0.0.4.
 
 use std::fmt::{self, Display, Write};
+use std::time::UNIX_EPOCH;
 
 use super::figures::{Figures, KindFigures};
 use crate::process::sandbox::{FileRules, Protection};
@@ -28,6 +29,12 @@ impl Page {
     fn write_all(&mut self, figures: &Figures) -> fmt::Result {
         self.head("info", "gauge", "The version of the daemon.")?;
         self.line("info", &[("version", &env!("CARGO_PKG_VERSION"))], 1)?;
+        let since_epoch = figures.gathered_at.duration_since(UNIX_EPOCH);
+        self.gauge(
+            "updated_timestamp_seconds",
+            "When the daemon gathered these figures, in seconds since 1970.",
+            since_epoch.unwrap_or_default().as_secs(),
+        )?;
         self.gauge(
             "connected",
             "Whether a VM is connected.",
@@ -106,6 +113,7 @@ impl Page {
     fn work(&mut self, figures: &Figures) -> fmt::Result {
         let name = "requests_total";
         self.head(name, "counter", "Answered requests, by type and status.")?;
+        // Zeros, too: without them `increase()` would miss the first request of each status.
         for (kind, statuses) in &figures.requests {
             for (status, count) in statuses {
                 let labels: [(&str, &dyn Display); 2] =

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::bed::{Bed, exchange, make_refused_access, sample};
 use crate::common::daemon::EP;
@@ -116,6 +116,8 @@ fn the_socket_answers_in_the_format_of_prometheus() {
     for (name, labels, value) in [
         ("requests_total", ",type=\"map\",status=\"ok\"", 20.0),
         ("requests_total", ",type=\"unmap\",status=\"noent\"", 1.0),
+        // A counter that begins with 1 would hide the first request from `increase()`.
+        ("requests_total", ",type=\"map\",status=\"nomem\"", 0.0),
         ("mappings", "", 20.0),
         ("domains", "", 1.0),
         ("connected", "", 1.0),
@@ -140,6 +142,10 @@ fn the_socket_answers_in_the_format_of_prometheus() {
             "{name}{labels} in {page}"
         );
     }
+    let updated = sample(&page, "updated_timestamp_seconds", "").expect("a time");
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
+    let elapsed = elapsed.expect("after 1970").as_secs_f64();
+    assert!(updated <= elapsed && updated > elapsed - 300.0, "{updated}");
     assert!(sample(&page, "page_table_bytes", "").is_some_and(|bytes| bytes >= 8192.0));
     assert!(sample(&page, "wakeups_total", "").is_some_and(|count| count > 0.0));
     assert!(sample(&page, "polls_total", ",result=\"paid\"").is_some());
