@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Usage: qemu-scripts/setup.sh [--arch ARCH] [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--print]
+# Usage: qemu-scripts/setup.sh [--arch ARCH] [--kernels "KERNEL..."] [--host-kernel] [--debian] [--firmware] [--promtool]
+#                              [--print]
 #
 # Fills a cache outside the tree with everything that the guest tests need: QEMU, iasl, busybox, Debian's stock
 # kernels and an initramfs for each. Needs no root and no KVM. With a warm cache it does not use the network.
@@ -17,6 +18,7 @@
 #   --debian        also install a clean Debian with systemd (see debian.sh) in a machine of its own: 33 MB to
 #                   download, a minute
 #   --firmware      also fetch a UEFI firmware (OVMF; arm64: AAVMF) and make a GRUB for it: 20 MB to download
+#   --promtool      also fetch promtool, which tests the alert rules of packaging/monitoring: 20 MB to download
 #   --print         also write CACHE/env to standard output
 #
 # Environment:
@@ -36,7 +38,7 @@ set -euo pipefail
 . "$SCRIPTS/lib/debian-root.sh"
 
 arch=amd64 kernels=
-print=no host_kernel=no debian=no firmware=no
+print=no host_kernel=no debian=no firmware=no promtool=no
 while [ $# -gt 0 ]; do
     case $1 in
     --arch)
@@ -52,6 +54,7 @@ while [ $# -gt 0 ]; do
     --host-kernel) host_kernel=yes ;;
     --debian) debian=yes ;;
     --firmware) firmware=yes ;;
+    --promtool) promtool=yes ;;
     --print) print=yes ;;
     -h | --help)
         usage
@@ -74,6 +77,13 @@ cache_lock
 trap 'rm -rf "$CACHE"/tmp.*' EXIT
 apt_open
 tools_ready
+if [ $promtool = yes ]; then
+    tools_promtool
+fi
+promtool_entry=
+if [ -x "$CACHE/bin/promtool" ]; then
+    promtool_entry="VIOMMU_PROMTOOL=\"$CACHE/bin/promtool\""
+fi
 apt_open "$ARCH"
 guest_tools_ready
 
@@ -153,6 +163,7 @@ VIOMMU_STORAGE_KERNELS="${storage_entries[*]}"
 $host_entries
 $debian_entry
 $firmware_entries
+$promtool_entry
 ENV
 
 for entry in "${entries[@]}"; do

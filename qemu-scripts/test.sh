@@ -296,7 +296,7 @@ if [ $quick = no ]; then
             [ $arch = amd64 ] || setup+=(--debian)
             ;;
         passthrough | emulated) setup+=(--print --host-kernel) ;;
-        operations) setup+=(--print --debian) ;;
+        operations) setup+=(--print --debian --promtool) ;;
         esac
     done
 fi
@@ -310,9 +310,14 @@ if [ ${#setup[@]} -gt 0 ]; then
     # shellcheck source=/dev/null
     . "$LOGS/env"
     set +a
-elif [ -x "$CACHE/bin/iasl" ]; then
-    # With iasl, some unit tests check the VIOT table, too.
-    export VIOMMU_IASL=$CACHE/bin/iasl
+else
+    # With iasl, some unit tests check the VIOT table, too, and with promtool the alert rules.
+    if [ -x "$CACHE/bin/iasl" ]; then
+        export VIOMMU_IASL=$CACHE/bin/iasl
+    fi
+    if [ -x "$CACHE/bin/promtool" ]; then
+        export VIOMMU_PROMTOOL=$CACHE/bin/promtool
+    fi
 fi
 
 times=()

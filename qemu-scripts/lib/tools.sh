@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
 # Fetches the programs for the host (QEMU, iasl and a static busybox, as CACHE/bin/*), busybox and e2fsprogs for the
-# guests, and a UEFI firmware with a boot loader.
+# guests, a UEFI firmware with a boot loader, and promtool.
 
 QEMU_OLDEST=10.2
 QEMU_DEVICE=vhost-user-test-device-pci
@@ -70,6 +70,16 @@ guest_tools_ready() {
         apt_sysroot "$sysroot" trixie busybox-static
     fi
     GUEST_BUSYBOX=$sysroot/usr/bin/busybox
+}
+
+# tools_promtool: fetches the program that checks and tests rules of Prometheus.
+tools_promtool() {
+    local sysroot=$CACHE/sysroot/promtool
+    if [ ! -e "$sysroot/versions" ]; then
+        say "downloading promtool (about 20 MB) ..."
+        apt_sysroot "$sysroot" trixie promtool
+    fi
+    in_sysroot_wrapper "$sysroot" /usr/bin/promtool | install_wrapper promtool
 }
 
 # tools_storage: fetches the programs that make file systems in guests; they go into the initramfs.
