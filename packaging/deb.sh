@@ -136,6 +136,9 @@ put_page "$TREE/docs/$NAME.toml.5"
 for file in "$TREE"/docs/examples/*.toml; do
     put 644 "$file" "usr/share/doc/$NAME/examples/$(basename "$file")"
 done
+for file in prometheus-rules.yml grafana-dashboard.json; do
+    put 644 "$PACKAGING/monitoring/$file" usr/share/$NAME/$file
+done
 put 644 "$PACKAGING/debian/copyright" usr/share/doc/$NAME/copyright
 put 644 "$TREE/LICENSE-BSD-3-Clause" usr/share/doc/$NAME/LICENSE-BSD-3-Clause
 put 644 "$TREE/docs/operations.md" usr/share/doc/$NAME/operations.md

@@ -16,3 +16,4 @@ mod limits;
 mod load;
 mod logs;
 mod metrics;
+mod monitoring;
