@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use super::{Finding, access, kernel};
+use super::{Finding, access, depends, kernel};
 use crate::config::HostIommu;
 use crate::host::sysfs::{
     HostFacts, HostGroup, HostRegionKind, HostRoot, SharingReason, SysfsDevice, uses,
@@ -22,6 +22,10 @@ pub(super) fn findings(
             "give `vfio` an address that lspci -D lists",
         )];
     };
+    if let Some(finding) = depends::finding(root, device) {
+        // No other driver would help.
+        return vec![finding];
+    }
     let mut found = Vec::new();
     if device.is_bridge() {
         found.push(Finding::missing(
@@ -126,7 +130,7 @@ fn group_findings<'a>(
     let others = group
         .members
         .iter()
-        .filter(|other| other.name != device.name);
+        .filter(|other| other.name != device.name && !depends::goes_with(root, device, other));
     let spoiled = others.filter_map(move |other| {
         let spoils = other.spoils_group();
         if !spoils && !other.may_spoil_group() {

@@ -4,6 +4,7 @@
 
 mod access;
 mod coherency;
+mod depends;
 mod device;
 mod interrupts;
 mod kernel;
