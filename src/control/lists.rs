@@ -174,6 +174,8 @@ pub(super) fn endpoint(state: &EndpointState, devices: &DeviceReports) -> Value 
         "address": PciAddress::from_endpoint_id(id).to_string(),
         "state": if state.quarantined {
             "quarantined"
+        } else if state.misplaced {
+            "misplaced"
         } else if state.domain.is_some() {
             "attached"
         } else {

@@ -440,6 +440,7 @@ fn count_cause(metrics: &Metrics, kind: RequestKind, error: &RequestError) {
         | RequestError::BypassMismatch { .. }
         | RequestError::BypassDomain(_)
         | RequestError::UnknownDriver
+        | RequestError::Misplaced(_)
         | RequestError::UnknownFlags(_)
         | RequestError::ReservedNotZero
         | RequestError::EmptyRange { .. }

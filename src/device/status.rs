@@ -31,7 +31,9 @@ impl From<&RequestError> for Status {
                 BackendErrorKind::Unsupp => Self::Unsupp,
                 BackendErrorKind::DevErr => Self::DevErr,
             },
-            RequestError::Quarantined { .. } | RequestError::UnknownDriver => Self::DevErr,
+            RequestError::Quarantined { .. }
+            | RequestError::UnknownDriver
+            | RequestError::Misplaced(_) => Self::DevErr,
         }
     }
 }

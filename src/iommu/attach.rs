@@ -31,6 +31,9 @@ impl Iommu {
         if self.driver == DriverState::Unknown {
             return Err(RequestError::UnknownDriver);
         }
+        if self.is_withheld(endpoint) {
+            return Err(RequestError::Misplaced(endpoint));
+        }
         let existing = self.domains.get(&domain);
         // ATTACH-5
         if let Some(existing) = existing

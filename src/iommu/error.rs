@@ -20,6 +20,11 @@ pub enum RequestError {
     /// A driver runs whose domains the core does not have.
     #[error("all endpoints are blocked until a driver starts anew")]
     UnknownDriver,
+    /// The guest may have another device at this address than the core.
+    #[error(
+        "endpoint {0} is blocked: the number of its bus in the guest is not that of the table, or not known"
+    )]
+    Misplaced(EndpointId),
     /// The domain ID lies outside `domain_range`.
     #[error("domain {id} is above {last}")]
     DomainOutOfRange {

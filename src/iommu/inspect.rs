@@ -32,6 +32,8 @@ pub struct EndpointState {
     pub dma: Dma,
     /// Blocked because a backend failed.
     pub quarantined: bool,
+    /// Blocked because its place in the guest is not the one in the topology, or not known.
+    pub misplaced: bool,
 }
 
 /// The state of a domain, as reported to operators.
@@ -134,6 +136,7 @@ impl Iommu {
             domain: endpoint.domain,
             dma: self.dma(id, &endpoint),
             quarantined: endpoint.quarantined,
+            misplaced: self.is_withheld(id),
         })
     }
 
@@ -184,7 +187,7 @@ impl Iommu {
 
     /// How the IOMMU treats the DMA of an endpoint in this state. DMA in doubt counts as blocked.
     pub(super) fn dma(&self, id: EndpointId, endpoint: &EndpointRecord) -> Dma {
-        if endpoint.quarantined || endpoint.suspended {
+        if endpoint.quarantined || endpoint.suspended || self.is_withheld(id) {
             return Dma::Blocked;
         }
         match endpoint.domain {

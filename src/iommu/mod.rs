@@ -39,6 +39,7 @@ mod stored;
 mod target;
 #[cfg(test)]
 mod tests;
+mod withheld;
 
 use std::collections::BTreeMap;
 
@@ -47,7 +48,7 @@ use crate::backends::{DmaBackend, MemorySlot};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::{Arena, ArenaError, Levels};
 use crate::store::Store;
-use crate::topology::{GroupId, MAX_ENDPOINTS, ReservedRegions, Topology};
+use crate::topology::{GroupId, MAX_ENDPOINTS, PciRange, ReservedRegions, Topology};
 
 use self::domain::Domain;
 use self::groups::Groups;
@@ -117,6 +118,8 @@ pub struct Iommu {
     groups: Groups,
     /// Guest RAM, as the backends have it.
     memory: Vec<MemorySlot>,
+    /// The endpoints whose places in the guest differ from the topology, or are not known.
+    withheld: Vec<PciRange>,
 }
 
 /// The knowledge of the guest's driver. Endpoints reach memory only if its state is known.
@@ -168,6 +171,7 @@ impl Iommu {
             domains: BTreeMap::new(),
             groups: Groups::default(),
             memory: Vec::new(),
+            withheld: Vec::new(),
         };
         if adopting {
             iommu.keep_journal();

@@ -65,6 +65,7 @@ impl Iommu {
         target: Target,
         new_domain: Option<&Domain>,
     ) -> Result<(), AttachError> {
+        let target = self.allowed_target(endpoint, target);
         let contents = DomainContents {
             domains: &self.domains,
             new_domain,
@@ -81,6 +82,7 @@ impl Iommu {
         let Some(&index) = self.backend_of.get(&endpoint) else {
             return;
         };
+        let target = self.allowed_target(endpoint, target);
         match self.switch(index, endpoint, target, None) {
             Ok(()) => {
                 if let Some(state) = self.endpoints.get_mut(&endpoint)

@@ -7,6 +7,7 @@ mod hotplug;
 mod model;
 mod rules;
 mod runs;
+mod withheld;
 
 use std::collections::{BTreeMap, VecDeque};
 
