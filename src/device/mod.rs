@@ -24,6 +24,7 @@ mod request_ring;
 pub(crate) mod resume;
 pub mod ring;
 mod serve;
+mod start_gate;
 mod status;
 mod stored_ring;
 pub mod take_over;
@@ -67,6 +68,7 @@ use self::execute::probe_size;
 use self::polling::Polling;
 use self::request_queue::RequestQueue;
 use self::resume::RingState;
+use self::start_gate::StartGate;
 use self::stored_ring::StoredRing;
 
 pub use self::vmm_watcher::VmmWatcher;
@@ -133,6 +135,8 @@ pub struct Device {
     /// What this process has taken over.
     life: OnceLock<Arc<Life>>,
     watcher: OnceLock<Arc<dyn VmmWatcher>>,
+    /// Holds back the requests of a driver that starts, if something is to be checked before.
+    start_gate: OnceLock<StartGate>,
 }
 
 #[derive(Default)]
@@ -191,6 +195,7 @@ impl Device {
             table_state: Mutex::new(Rank::TableState, TableState::default()),
             life: OnceLock::new(),
             watcher: OnceLock::new(),
+            start_gate: OnceLock::new(),
         })
     }
 
@@ -306,6 +311,7 @@ impl Device {
 
     /// The VMM has gone and the worker's thread is joined. Clears all state of its VM.
     pub fn disconnect(&self) {
+        self.close_start_gate();
         *self.requests.lock() = Requests::default();
         *self.events.lock() = None;
         *self.memory.lock() = None;
@@ -443,6 +449,7 @@ impl Device {
             && let Some(ring) = &requests.ring
         {
             let features = self.features.load(Ordering::Acquire);
+            self.close_start_gate();
             requests.stopped = Some(ring.state(features, requests.queue.last_used));
         }
     }

@@ -142,6 +142,14 @@ impl Device {
             if !ring.lock().is_running() {
                 return Pass::Stopped;
             }
+            // A driver that an earlier process has served goes on at once.
+            if let Some(gate) = self.start_gate.get()
+                && !self.iommu.lock().is_interrupted()
+                && !gate.enter()
+            {
+                // The worker serves the ring when the check is done.
+                return Pass::Stopped;
+            }
             let interrupted = {
                 let mut iommu = self.iommu.lock();
                 if iommu.is_interrupted() {

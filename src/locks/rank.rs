@@ -41,6 +41,8 @@ pub enum Rank {
     GuestMemory,
     /// What became of the table that tells the guest its endpoints.
     TableState,
+    /// The outcome of the last comparison of places in the guest.
+    PlaceReport,
     /// One ring of the virtio-pci transport, or of a device without a transport. The rings of vhost-user have the lock
     /// of its crate, without a rank.
     Ring,
