@@ -288,6 +288,7 @@ impl Operator {
             keeper.clone(),
         );
         let subjects = Subjects {
+            places: None,
             name: "bench".into(),
             iommu,
             device,

@@ -10,10 +10,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_device_iommu::qemu::qmp::Qmp;
+use vhost_device_iommu::qemu::pci_tree::PciTree;
+use vhost_device_iommu::qemu::qmp::{Asker, Qmp, VmReports};
 
 const GREETING: &[u8] = b"{\"QMP\": {}}\n";
 const RESET: &[u8] = b"\"RESET\"";
+
+struct Counter(Arc<AtomicUsize>);
+
+impl VmReports for Counter {
+    fn reset(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn places(&self, _: Result<PciTree, String>) {}
+}
 
 fuzz_target!(|input: (bool, &[u8])| {
     let (greets, bytes) = input;
@@ -22,9 +33,9 @@ fuzz_target!(|input: (bool, &[u8])| {
     let listener = LISTENER.get_or_init(|| UnixListener::bind(&path).expect("a socket"));
     let resets = Arc::new(AtomicUsize::new(0));
     let counted = resets.clone();
-    let qmp = Qmp::start(path, move || {
-        counted.fetch_add(1, Ordering::Relaxed);
-    });
+    let asker = Asker::new().expect("an event");
+    asker.ask_when_connected();
+    let qmp = Qmp::start(path, &asker, Counter(counted));
     let qmp = qmp.expect("a thread");
     qmp.set_vmm_present(true);
     let (mut stream, _) = listener.accept().expect("a connection");
@@ -46,7 +57,7 @@ fuzz_target!(|input: (bool, &[u8])| {
             "the daemon hangs"
         );
     }
-    assert!(answer.len() < 64, "the daemon sends one command");
+    assert!(answer.len() < 128, "the daemon sends two commands");
     drop(qmp);
     let named = bytes.windows(RESET.len()).filter(|w| *w == RESET).count();
     // An event may be written with escapes: the bound is one in ten bytes.

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Map, Value, json};
 
+use super::places::PlaceState;
 use super::subjects::{DeviceReports, Subjects};
 use crate::endpoints::kinds;
 use crate::endpoints::status::{DeviceFigure, FigureValue};
@@ -29,6 +30,8 @@ pub(super) struct Figures {
     pub connected: bool,
     /// All endpoints are blocked because the state of the guest's driver is unknown.
     pub driver_unknown: bool,
+    /// The places of devices behind ports and the number of checks; `None` if nothing is compared.
+    pub places: Option<(PlaceState, u64)>,
     /// Address spaces that the host has refused to destroy.
     pub condemned_spaces: usize,
     pub totals: Totals,
@@ -145,6 +148,10 @@ impl Figures {
             name: subjects.name.clone(),
             connected: subjects.device.is_connected(),
             driver_unknown,
+            places: subjects
+                .places
+                .as_ref()
+                .map(|places| (places.state(), places.checks())),
             condemned_spaces,
             totals,
             tables,
@@ -203,6 +210,7 @@ impl Figures {
             "name": self.name,
             "connected": self.connected,
             "driver_unknown": self.driver_unknown,
+            "places": self.places.as_ref().map(|(state, checks)| state.to_json(*checks)),
             "condemned_spaces": self.condemned_spaces,
             "domain_count": totals.domains,
             "mappings": totals.mappings,

@@ -12,6 +12,7 @@ mod figures;
 mod hotplug;
 mod http;
 mod lists;
+pub mod places;
 mod prometheus;
 mod subjects;
 mod textfile;

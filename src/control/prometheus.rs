@@ -45,6 +45,18 @@ impl Page {
             "Whether all endpoints are blocked: the domains of the guest's driver are unknown.",
             u64::from(figures.driver_unknown),
         )?;
+        if let Some((state, checks)) = &figures.places {
+            self.gauge(
+                "places_wrong",
+                "Whether endpoints are blocked: the guest numbers buses otherwise than its table, or it is not known.",
+                u64::from(state.is_bad()),
+            )?;
+            self.counter(
+                "place_checks_total",
+                "Comparisons of the guest's bus numbers with its table.",
+                *checks,
+            )?;
+        }
         self.gauge(
             "condemned_spaces",
             "Address spaces that the host has refused to destroy.",

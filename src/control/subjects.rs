@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::places::PlaceReport;
 use crate::device::Device;
 use crate::endpoints::hotplug::{DeviceReport, Hotplug};
 use crate::ids::EndpointId;
@@ -29,6 +30,8 @@ pub struct Subjects {
     pub readers: Option<Arc<Registry>>,
     /// The devices of passthrough, emulated and exported endpoints, which hotplug changes.
     pub hotplug: Arc<Hotplug>,
+    /// Whether the guest has the devices behind ports where its table has them; `None` if nothing is compared.
+    pub places: Option<Arc<PlaceReport>>,
     /// What this process has taken over.
     pub life: Arc<Life>,
     /// What the program needs to know that is to take over from this process now.

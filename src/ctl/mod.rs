@@ -3,6 +3,7 @@
 mod ask;
 mod fields;
 mod hotplug;
+mod places;
 mod render;
 mod watch;
 

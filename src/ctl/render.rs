@@ -5,7 +5,7 @@ use std::fmt::{Result, Write};
 use serde_json::Value;
 
 use super::fields::{items, number, text};
-use super::hotplug;
+use super::{hotplug, places};
 use crate::args::Question;
 
 /// The answer to `question` as text for the operator.
@@ -56,6 +56,7 @@ fn status(out: &mut String, answer: &Value) -> Result {
             "all endpoints are blocked: the VMM has shared memory, and the guest's driver has not started yet"
         )?;
     }
+    places::render(out, &answer["places"])?;
     life(out, &answer["life"])?;
     sandbox(out, &answer["sandbox"])?;
     if let Some(tables) = answer["acpi_tables"]["text"].as_str() {

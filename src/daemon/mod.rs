@@ -4,6 +4,7 @@ pub mod drop_in;
 mod handover;
 mod left;
 mod left_readers;
+mod places;
 pub mod sandbox_needs;
 pub mod signals;
 mod successor;
@@ -20,16 +21,17 @@ use thiserror::Error;
 
 use self::left::{KeptMemory, LeftMemory, discard_orphans, release_unclaimed};
 use self::left_readers::end_left_readers;
+use self::places::PlaceChecker;
 use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
 
 use crate::config::{Config, VmmTransport};
+use crate::control::places::PlaceReport;
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
 use crate::endpoints::hotplug::{Files, Hotplug};
 use crate::endpoints::sockets::rights;
 use crate::endpoints::start::{OpenedDevices, ServedDevices, StartError};
-use crate::info_limited;
 use crate::iommu::{Iommu, Settings};
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Metrics;
@@ -40,7 +42,7 @@ use crate::process::peer_event;
 use crate::process::realtime::{Realtime, RealtimeError};
 use crate::process::socket::SocketFile;
 use crate::process::watchdog::Pulse;
-use crate::qemu::qmp::Qmp;
+use crate::qemu::qmp::{Asker, Qmp};
 use crate::shadow::ShadowServer;
 use crate::topology::viot;
 use crate::transport::vhost_user::LeftVmm;
@@ -175,7 +177,10 @@ impl Daemon {
         end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
         let shadow = shadow.map(Arc::new);
         let shadow_files = shadow.iter().flat_map(|shadow| shadow.files()).cloned();
+        let places =
+            (config.qmp.is_some() && !config.ports.is_empty()).then(Arc::<PlaceReport>::default);
         let subjects = Subjects {
+            places: places.clone(),
             name: config.name.clone(),
             iommu: iommu.clone(),
             device: device.clone(),
@@ -209,13 +214,23 @@ impl Daemon {
             .flat_map(ControlServer::files)
             .cloned()
             .collect();
+        let asker = Asker::new().map_err(no_events)?;
+        if places.is_some() {
+            let of_device = asker.clone();
+            device.check_starts(move || of_device.ask());
+            if left.is_some() {
+                // The daemon before has let the guest attach what it has found in place.
+                asker.ask_when_connected();
+            }
+        }
         let qmp = config.qmp.clone().map(|path| {
-            let device = device.clone();
-            Qmp::start(path, move || {
-                if device.reset_vm() {
-                    info_limited!("the VM was reset: all domains are gone");
-                }
-            })
+            let checker = PlaceChecker {
+                ports: config.ports.clone(),
+                iommu: iommu.clone(),
+                device: device.clone(),
+                report: places.unwrap_or_default(),
+            };
+            Qmp::start(path, &asker, checker)
         });
         let qmp = qmp.transpose().map_err(no_thread)?.map(Arc::new);
         let successor = Successor {

@@ -2,4 +2,7 @@
 
 pub mod args;
 #[cfg(not(miri))]
+mod lines;
+pub mod pci_tree;
+#[cfg(not(miri))]
 pub mod qmp;

@@ -1,37 +1,51 @@
-//! Listens to the VMM's QMP socket for resets of the VM.
+//! Listens to the VMM's QMP socket for resets of the VM, and asks for the places of its devices.
 //!
 //! The vhost-user protocol reports only that rings stop and start. QMP tells a reset from a pause at once;
 //! without it, the daemon has to wait for the next driver.
 //!
 //! The VMM may send anything: lines are bounded, a message that cannot be parsed ends the connection, and
-//! the daemon connects again after a pause that grows.
+//! the daemon connects again after a pause that grows. An answer has a deadline.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::warn;
-use serde_json::Value;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 
-use crate::locks::{Condvar, Mutex, Rank};
+use super::lines::{Lines, refuse};
+use super::pci_tree::PciTree;
+use crate::locks::{Mutex, Rank};
 use crate::process::connector;
 use crate::process::sandbox::{self, Role};
 use crate::{info_limited, warn_limited};
 
-/// The longest line, in bytes. QEMU's events and its answers to this client have a few hundred.
-const MAX_LINE: usize = 1 << 16;
 /// The pause before the second attempt to connect. Each further pause is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause between two attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How long the VMM may take to read a line.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the VMM may take to list its devices, while requests of the guest wait.
+const DEADLINE: Duration = Duration::from_secs(2);
 /// The shortest time between two resets that the daemon acts on.
 const RESET_PAUSE: Duration = Duration::from_millis(10);
+
+/// Receives what the VMM reports.
+pub trait VmReports: Send + 'static {
+    /// The VM was reset.
+    fn reset(&self);
+    /// The answer to [`Asker::ask`]: the devices, or the reason why they are not known. A later call replaces it.
+    fn places(&self, answer: Result<PciTree, String>);
+}
 
 /// The thread that listens to the VMM. Dropping this ends it.
 pub struct Qmp {
@@ -39,9 +53,23 @@ pub struct Qmp {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Asks for the places of the devices. Any thread may use it, whatever locks it holds.
+#[derive(Clone)]
+pub struct Asker(Arc<Signals>);
+
+/// What other threads tell the thread without a lock.
+struct Signals {
+    /// The places are to be asked for.
+    asked: AtomicBool,
+    /// The same, once there is a connection.
+    asked_later: AtomicBool,
+    /// Wakes the thread.
+    wake: OwnedFd,
+}
+
 struct Monitor {
     state: Mutex<MonitorState>,
-    changed: Condvar,
+    signals: Arc<Signals>,
 }
 
 #[derive(Default)]
@@ -53,19 +81,55 @@ struct MonitorState {
     stream: Option<UnixStream>,
 }
 
+impl Asker {
+    /// An asker before there is a thread.
+    ///
+    /// # Errors
+    /// The system has no event descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(Signals {
+            asked: AtomicBool::new(false),
+            asked_later: AtomicBool::new(false),
+            wake,
+        })))
+    }
+
+    /// Asks for the places. [`VmReports::places`] is called soon, whatever the VMM does. Does not wait.
+    pub fn ask(&self) {
+        self.0.asked.store(true, Ordering::Release);
+        self.0.wake();
+    }
+}
+
+impl Asker {
+    /// Asks for the places once there is a connection, for a driver that does not wait for the answer. Call this before
+    /// the thread is started.
+    pub fn ask_when_connected(&self) {
+        self.0.asked_later.store(true, Ordering::Release);
+    }
+}
+
+impl Signals {
+    fn wake(&self) {
+        // Fails only if the thread has not read the last 2^64 - 2 wakeups.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
 impl Qmp {
-    /// Starts a thread that calls `reset` for each reset that the VMM at the socket `path` reports, while
+    /// Starts a thread that calls `reports` for what the VMM at the socket `path` reports, while
     /// a VMM is connected: see [`Self::set_vmm_present`].
     ///
     /// # Errors
     /// The system has no thread left.
-    pub fn start(path: PathBuf, reset: impl Fn() + Send + 'static) -> io::Result<Self> {
+    pub fn start(path: PathBuf, asker: &Asker, reports: impl VmReports) -> io::Result<Self> {
         let monitor = Arc::new(Monitor {
             state: Mutex::new(Rank::Qmp, MonitorState::default()),
-            changed: Condvar::new(),
+            signals: asker.0.clone(),
         });
         let listened = monitor.clone();
-        let thread = sandbox::spawn(Role::Qmp, move || listen(&path, &listened, reset))?;
+        let thread = sandbox::spawn(Role::Qmp, move || listen(&path, &listened, &reports))?;
         Ok(Self {
             monitor,
             thread: Some(thread),
@@ -100,24 +164,68 @@ impl Monitor {
             // The peer may be gone already.
             let _ = stream.shutdown(Shutdown::Both);
         }
-        self.changed.notify_one();
+        drop(state);
+        self.signals.wake();
     }
 
     /// Waits until a connection is wanted. Returns `false` when the thread is to end.
-    fn wait_until_wanted(&self) -> bool {
-        let mut state = self.state.lock();
-        while !state.wanted && !state.ended {
-            self.changed.wait(&mut state);
+    fn wait_until_wanted(&self, reports: &impl VmReports) -> io::Result<bool> {
+        loop {
+            {
+                let state = self.state.lock();
+                if state.ended || state.wanted {
+                    return Ok(!state.ended);
+                }
+            }
+            self.wait(None, None)?;
+            self.refuse_question(reports);
         }
-        !state.ended
     }
 
-    /// Waits for `pause`, or until the state changes.
-    fn wait_for(&self, pause: Duration) {
-        let mut state = self.state.lock();
-        if state.wanted && !state.ended {
-            self.changed.wait_for(&mut state, pause);
+    /// Waits for `pause`, or until no connection is wanted.
+    fn wait_for(&self, pause: Duration, reports: &impl VmReports) -> io::Result<()> {
+        let end = Instant::now() + pause;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            {
+                let state = self.state.lock();
+                if state.ended || !state.wanted || left.is_zero() {
+                    return Ok(());
+                }
+            }
+            self.wait(None, Some(left))?;
+            self.refuse_question(reports);
         }
+    }
+
+    /// Answers a question for which there is no connection.
+    fn refuse_question(&self, reports: &impl VmReports) {
+        if self.signals.asked.swap(false, Ordering::AcqRel) {
+            // The next connection asks.
+            self.signals.asked_later.store(true, Ordering::Release);
+            reports.places(Err("the daemon has no connection to QMP".to_owned()));
+        }
+    }
+
+    /// Waits for `limit`, for a wakeup, or for something to read. Returns whether there is something.
+    fn wait(&self, stream: Option<&UnixStream>, limit: Option<Duration>) -> io::Result<bool> {
+        let limit = limit.map(|limit| Timespec {
+            // Limits are seconds.
+            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: limit.subsec_nanos().into(),
+        });
+        let mut waited = vec![PollFd::new(&self.signals.wake, PollFlags::IN)];
+        waited.extend(stream.map(|stream| PollFd::new(stream, PollFlags::IN)));
+        match poll(&mut waited, limit.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(cause) => return Err(cause.into()),
+        }
+        let is_ready = |at: usize| waited.get(at).is_some_and(|it| !it.revents().is_empty());
+        if is_ready(0) {
+            // Fails if an earlier call has read it.
+            let _ = rustix::io::read(&self.signals.wake, &mut [0u8; 8]);
+        }
+        Ok(is_ready(1))
     }
 
     /// Registers `stream` as the connection that a change ends. Returns whether it is still wanted.
@@ -129,31 +237,52 @@ impl Monitor {
         Ok(wanted)
     }
 
-    /// Calls `reset`, unless the VMM is gone: the unread events of one VMM are not about the next VMM's
+    /// Calls `report`, unless the VMM is gone: the unread events of one VMM are not about the next VMM's
     /// VM. Returns whether the VMM is still connected.
-    fn report_reset(&self, reset: &impl Fn()) -> bool {
+    fn report(&self, report: impl FnOnce()) -> bool {
         let state = self.state.lock();
         let there = state.stream.is_some();
         if there {
             // The state stays locked, so that no other VMM can connect meanwhile.
-            reset();
+            report();
         }
         there
     }
 }
 
-fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
+fn listen(path: &Path, monitor: &Monitor, reports: &impl VmReports) {
     let mut pause = FIRST_PAUSE;
-    while monitor.wait_until_wanted() {
+    // Whether the places were asked for and are not known.
+    let mut unanswered = false;
+    let ended = loop {
+        match monitor.wait_until_wanted(reports) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(cause) => break cause,
+        }
         let mut greeted = false;
         let ended = connect_to(path).and_then(|stream| {
             if monitor.publish(&stream)? {
-                read_events(stream, monitor, &mut greeted, &reset)
+                let mut session = QmpSession {
+                    monitor,
+                    reports,
+                    out: stream.try_clone()?,
+                    greeted: false,
+                    ready: false,
+                    unanswered,
+                    deadline: None,
+                    question: 0,
+                };
+                let ended = session.run(stream);
+                greeted = session.greeted;
+                unanswered = session.end();
+                ended
             } else {
                 Ok(())
             }
         });
         monitor.state.lock().stream = None;
+        monitor.refuse_question(reports);
         if greeted {
             pause = FIRST_PAUSE;
         }
@@ -167,9 +296,12 @@ fn listen(path: &Path, monitor: &Monitor, reset: impl Fn()) {
                  -qmp unix:{path},server=on,wait=off, for the daemon alone"
             );
         }
-        monitor.wait_for(pause);
+        if let Err(cause) = monitor.wait_for(pause, reports) {
+            break cause;
+        }
         pause = (pause * 2).min(LONGEST_PAUSE);
-    }
+    };
+    warn_limited!("the thread that listens to QMP cannot wait for events: {ended}");
 }
 
 /// Connects without waiting: a listener with a full backlog fails the call.
@@ -180,101 +312,136 @@ fn connect_to(path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Reads events until the connection ends.
-fn read_events(
-    stream: UnixStream,
-    monitor: &Monitor,
-    greeted: &mut bool,
-    reset: &impl Fn(),
-) -> io::Result<()> {
-    let refuse = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidData, why));
-    let mut out = stream.try_clone()?;
-    let mut lines = Lines::new(stream);
-    while let Some(line) = lines.next()? {
-        let message: Value = serde_json::from_slice(line)?;
-        if !*greeted {
-            if message.get("QMP").is_none() {
+/// A message of the VMM.
+#[derive(Deserialize)]
+struct QmpMessage {
+    #[serde(rename = "QMP")]
+    greeting: Option<IgnoredAny>,
+    error: Option<IgnoredAny>,
+    #[serde(rename = "return")]
+    returned: Option<IgnoredAny>,
+    event: Option<String>,
+    /// The name of the command that this answers.
+    id: Option<String>,
+}
+
+/// One connection to the VMM.
+struct QmpSession<'a, R> {
+    monitor: &'a Monitor,
+    reports: &'a R,
+    out: UnixStream,
+    greeted: bool,
+    /// The VMM takes commands.
+    ready: bool,
+    /// The places were asked for and are not known.
+    unanswered: bool,
+    /// When the VMM must have answered, while it has not.
+    deadline: Option<Instant>,
+    /// The number of the last question. Answers to earlier ones are out of date.
+    question: u64,
+}
+
+/// The name of the command for the places, before its number.
+const PLACES: &str = "places-";
+
+impl<R: VmReports> QmpSession<'_, R> {
+    /// Handles messages and questions until the connection ends.
+    fn run(&mut self, stream: UnixStream) -> io::Result<()> {
+        let mut lines = Lines::new(stream);
+        loop {
+            let limit = self
+                .deadline
+                .map(|end| end.saturating_duration_since(Instant::now()));
+            let readable = self.monitor.wait(Some(lines.stream()), limit)?;
+            if self.monitor.signals.asked.swap(false, Ordering::AcqRel) {
+                self.unanswered = true;
+                self.deadline = Some(Instant::now() + DEADLINE);
+                if self.ready {
+                    self.ask()?;
+                }
+            }
+            if self.deadline.is_some_and(|end| end <= Instant::now()) {
+                self.deadline = None;
+                let why = "the VMM has not listed its devices in time";
+                self.reports.places(Err(why.to_owned()));
+            }
+            if !readable {
+                continue;
+            }
+            if !lines.fill()? {
+                return refuse("the VMM has closed the connection");
+            }
+            while let Some(line) = lines.next()? {
+                if !self.message(line)? {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Handles a message. Returns whether the VMM is still there.
+    fn message(&mut self, line: &[u8]) -> io::Result<bool> {
+        let message: QmpMessage = serde_json::from_slice(line)?;
+        if !self.greeted {
+            if message.greeting.is_none() {
                 return refuse("the peer sent no QMP greeting");
             }
-            *greeted = true;
-            out.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+            self.greeted = true;
+            self.out
+                .write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
             info_limited!("the VMM reports resets of the VM over QMP");
-        } else if message.get("error").is_some() {
+            return Ok(true);
+        }
+        if let Some(number) = message.id.as_deref().and_then(|id| id.strip_prefix(PLACES)) {
+            if number != self.question.to_string() {
+                return Ok(true);
+            }
+            let answer = match message.error {
+                None => PciTree::parse(line).map_err(|cause| cause.to_string()),
+                Some(_) => Err("the VMM refuses query-pci".to_owned()),
+            };
+            self.deadline = None;
+            self.unanswered = answer.is_err();
+            return Ok(self.monitor.report(|| self.reports.places(answer)));
+        }
+        if message.error.is_some() {
             return refuse("the VMM refuses qmp_capabilities");
-        } else if message.get("event").and_then(Value::as_str) == Some("RESET") {
-            if !monitor.report_reset(reset) {
-                return Ok(());
+        }
+        if message.returned.is_some() && !self.ready {
+            self.ready = true;
+            if self.unanswered
+                || self
+                    .monitor
+                    .signals
+                    .asked_later
+                    .swap(false, Ordering::AcqRel)
+            {
+                self.unanswered = true;
+                self.ask()?;
+            }
+        }
+        if message.event.as_deref() == Some("RESET") {
+            if !self.monitor.report(|| self.reports.reset()) {
+                return Ok(false);
             }
             std::thread::sleep(RESET_PAUSE);
         }
+        Ok(true)
     }
-    refuse("the VMM has closed the connection")
-}
 
-/// Splits a stream into lines of up to [`MAX_LINE`] bytes.
-struct Lines<R> {
-    stream: R,
-    buffer: Vec<u8>,
-    /// The length of the line that was returned last, from the start of the buffer.
-    taken: usize,
-}
+    fn ask(&mut self) -> io::Result<()> {
+        self.question = self.question.wrapping_add(1);
+        let id = format!("{PLACES}{}", self.question);
+        let command = format!("{{\"execute\":\"query-pci\",\"id\":\"{id}\"}}\n");
+        self.out.write_all(command.as_bytes())
+    }
 
-impl<R: Read> Lines<R> {
-    fn new(stream: R) -> Self {
-        Self {
-            stream,
-            buffer: Vec::new(),
-            taken: 0,
+    /// The connection has ended. Returns whether the next one must ask for the places.
+    fn end(self) -> bool {
+        if self.deadline.is_some() {
+            let why = "the connection to QMP has ended";
+            self.reports.places(Err(why.to_owned()));
         }
-    }
-
-    /// The next line, without its end; `None` at the end of the stream.
-    fn next(&mut self) -> io::Result<Option<&[u8]>> {
-        self.buffer.drain(..self.taken);
-        self.taken = 0;
-        let mut searched = 0;
-        loop {
-            let rest = self.buffer.iter().skip(searched);
-            if let Some(more) = rest.clone().position(|byte| *byte == b'\n') {
-                let end = searched + more;
-                self.taken = end + 1;
-                return Ok(self.buffer.get(..end));
-            }
-            searched = self.buffer.len();
-            if searched >= MAX_LINE {
-                let why = "a line is longer than any of QMP's";
-                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
-            }
-            let mut piece = [0; 4096];
-            match self.stream.read(&mut piece) {
-                Ok(0) => return Ok(None),
-                Ok(count) => self.buffer.extend(piece.iter().take(count)),
-                Err(cause) if cause.kind() == io::ErrorKind::Interrupted => {}
-                Err(cause) => return Err(cause),
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn all(bytes: &[u8]) -> io::Result<Vec<Vec<u8>>> {
-        let mut lines = Lines::new(bytes);
-        let mut all = Vec::new();
-        while let Some(line) = lines.next()? {
-            all.push(line.to_vec());
-        }
-        Ok(all)
-    }
-
-    #[test]
-    fn lines_are_split_and_limited_in_length() {
-        let long = vec![b'x'; MAX_LINE - 1];
-        let text = [&b"one\n\n"[..], &long, b"\nlast\nno line"].concat();
-        let found = all(&text).expect("lines");
-        assert_eq!(found, [b"one".to_vec(), Vec::new(), long, b"last".to_vec()]);
-        assert!(all(&vec![b'x'; 2 * MAX_LINE]).is_err());
+        self.unanswered
     }
 }

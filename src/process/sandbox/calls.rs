@@ -104,6 +104,7 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.push(fcntl(libc::F_ADD_SEALS));
         }
         Role::Qmp => {
+            list.extend(always(WAIT));
             list.extend(always(&MESSAGES));
             list.extend(descriptors());
             list.extend(backends(needs));

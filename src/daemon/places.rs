@@ -1,0 +1,99 @@
+//! Compares the places of devices in the running guest with those in its table, at each start of a driver.
+//!
+//! 1. The worker finds that the request ring has started, asks for the places, and serves nothing yet
+//!    (`device::start_gate`).
+//! 2. The thread `qmp` asks the VMM, and gets an answer or none within its deadline (`qemu::qmp`).
+//! 3. [`PlaceChecker`] withholds the endpoints whose places differ or are not known, and opens the gate.
+
+use std::sync::Arc;
+
+use crate::control::places::{PlaceReport, PlaceState, WrongPort};
+use crate::device::Device;
+use crate::iommu::Iommu;
+use crate::locks::Mutex;
+use crate::qemu::pci_tree::{Difference, PciTree, all_on};
+use crate::qemu::qmp::VmReports;
+use crate::topology::{PciRange, Ports};
+use crate::{error_limited, info_limited};
+
+/// Carries out what the VMM reports over QMP.
+pub(super) struct PlaceChecker {
+    pub ports: Ports,
+    pub iommu: Arc<Mutex<Iommu>>,
+    pub device: Arc<Device>,
+    pub report: Arc<PlaceReport>,
+}
+
+impl VmReports for PlaceChecker {
+    fn reset(&self) {
+        if self.device.reset_vm() {
+            info_limited!("the VM was reset: all domains are gone");
+        }
+    }
+
+    fn places(&self, answer: Result<PciTree, String>) {
+        if self.ports.is_empty() {
+            self.device.start_is_checked();
+            return;
+        }
+        let (withheld, state) = match answer {
+            Ok(tree) => self.compare(&tree),
+            Err(why) => {
+                error_limited!(
+                    "the numbers of the buses behind ports are not known: {why}; all endpoints behind ports are blocked \
+                     until the VMM lists its devices over QMP"
+                );
+                (self.all(), PlaceState::Unknown { why })
+            }
+        };
+        self.iommu.lock().withhold(withheld);
+        self.report.set(state);
+        // Last: the driver's requests must meet the endpoints as the check has left them.
+        self.device.start_is_checked();
+    }
+}
+
+impl PlaceChecker {
+    /// The functions to withhold, and the state to report.
+    fn compare(&self, tree: &PciTree) -> (Vec<PciRange>, PlaceState) {
+        let differences = tree.differences(&self.ports);
+        for Difference {
+            path,
+            expected,
+            found,
+        } in &differences
+        {
+            let found = found.map_or_else(
+                || "no port there".to_owned(),
+                |bus| format!("the number {bus:02x} for it"),
+            );
+            error_limited!(
+                "the bus behind port {path} has the number {expected:02x} in the guest's table, and the guest has {found}; \
+                 all endpoints there are blocked. Another port that the file does not have may have taken a number: \
+                 declare every port (`[[port]]`), and start the VM anew"
+            );
+        }
+        if differences.is_empty() {
+            return (Vec::new(), PlaceState::Agree);
+        }
+        let withheld = differences
+            .iter()
+            .filter_map(|difference| all_on(difference.expected))
+            .collect();
+        let ports = differences
+            .into_iter()
+            .map(|difference| WrongPort {
+                port: difference.path.to_string(),
+                expected: difference.expected,
+                found: difference.found,
+            })
+            .collect();
+        (withheld, PlaceState::Differ { ports })
+    }
+
+    /// All functions behind ports.
+    fn all(&self) -> Vec<PciRange> {
+        let ports = self.ports.iter();
+        ports.filter_map(|port| all_on(port.bus)).collect()
+    }
+}
