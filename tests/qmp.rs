@@ -11,11 +11,14 @@ mod common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, EP};
 use common::guest::{Guest, Setup};
-use common::wire::{CONFIG_BYPASS, OK};
+use common::wire::{CONFIG_BYPASS, DEVERR, OK};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 11}}, "capabilities": ["oob"]}}"#;
@@ -32,11 +35,16 @@ struct Bed {
 
 impl Bed {
     fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With more endpoints or ports.
+    fn with(more: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).expect("a socket");
         let daemon = Daemon::with_config(&format!(
-            "address = '00:05.0'\nqmp = {path:?}\n[[endpoint]]\naddress = '00:06.0'\n"
+            "address = '00:05.0'\nqmp = {path:?}\n[[endpoint]]\naddress = '00:06.0'\n{more}"
         ));
         Self {
             daemon,
@@ -135,6 +143,139 @@ fn unread_events_of_one_vm_do_not_affect_the_next() {
     assert_eq!(bed.daemon.domains(), [1]);
     guest.driver_ok();
     assert_eq!(guest.map_page(1, IOVA + 0x1000, PAGE), OK);
+}
+
+/// An endpoint behind the only port.
+const BEHIND: u32 = 0x100;
+const PORT: &str = "[[endpoint]]\nport = '00:02.0'\n";
+
+/// The next question for the places, with its name.
+fn question(reader: &mut impl BufRead) -> Option<String> {
+    let mut line = String::new();
+    while reader.read_line(&mut line).unwrap_or(0) > 0 {
+        let command: Value = serde_json::from_str(&line).expect("JSON");
+        if command["execute"] == "query-pci" {
+            return Some(command["id"].as_str().expect("a name").to_owned());
+        }
+        line.clear();
+    }
+    None
+}
+
+/// Tells the daemon that the guest has given the bus behind the port the number `bus`.
+fn tell(stream: &mut UnixStream, id: &str, bus: u8) {
+    let port = json!({ "bus": 0, "slot": 2, "function": 0, "qdev_id": "p",
+        "pci_bridge": { "bus": { "number": 0, "secondary": bus, "subordinate": bus } } });
+    let answer = json!({ "id": id, "return": [{ "bus": 0, "devices": [port] }] });
+    writeln!(stream, "{answer}\r").expect("taken");
+}
+
+/// Answers all questions for the places in a thread.
+fn answer_all(mut stream: UnixStream, bus: &Arc<AtomicU8>) {
+    let bus = bus.clone();
+    let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+    std::thread::spawn(move || {
+        while let Some(id) = question(&mut reader) {
+            tell(&mut stream, &id, bus.load(Ordering::Relaxed));
+        }
+    });
+}
+
+fn connected(bed: &Bed) -> Guest {
+    let mut guest = Guest::connect(&bed.daemon, Setup::default());
+    guest.driver_ok();
+    guest
+}
+
+/// The daemon asks before it answers the driver's first request, and at each start of a driver.
+#[test]
+fn a_port_with_another_number_is_blocked() {
+    let bed = Bed::with(PORT);
+    let bus = Arc::new(AtomicU8::new(2));
+    let mut guest = connected(&bed);
+    answer_all(bed.negotiate(), &bus);
+    assert_eq!(guest.attach(1, BEHIND), DEVERR);
+    assert_eq!(guest.attach(1, EP), OK);
+    let places = || bed.daemon.status()["places"].clone();
+    bed.daemon
+        .wait_for("the comparison", || places()["state"] == "differ");
+    let ports = json!([{ "port": "00:02.0", "bus": 1, "guest_bus": 2 }]);
+    assert_eq!(places()["ports"], ports);
+    let endpoint = bed.daemon.endpoint(BEHIND);
+    assert_eq!(
+        (&endpoint["state"], &endpoint["dma"]),
+        (&json!("misplaced"), &json!("blocked"))
+    );
+    assert_eq!(bed.daemon.endpoint(EP)["dma"], "translated");
+    let log = bed.daemon.log();
+    assert!(
+        log.contains("the bus behind port 00:02.0 has the number 01"),
+        "{log}"
+    );
+
+    bus.store(1, Ordering::Relaxed);
+    guest.reboot();
+    // On a busy machine the answer may come after the deadline.
+    bed.daemon
+        .wait_for("the other number", || guest.attach(1, BEHIND) == OK);
+    assert_eq!(places()["state"], "agree");
+    assert_eq!(bed.daemon.endpoint(BEHIND)["dma"], "translated");
+}
+
+/// A VMM that does not answer holds nothing up for ever, and what it may have done stays blocked.
+#[test]
+fn places_that_are_not_known_are_blocked_until_they_are() {
+    let bed = Bed::with(PORT);
+    let mut guest = connected(&bed);
+    let mut qmp = bed.negotiate();
+    // Submitted before anybody answers.
+    assert_eq!(guest.attach(1, BEHIND), DEVERR);
+    assert_eq!(guest.attach(1, EP), OK);
+    assert_eq!(bed.daemon.status()["places"]["state"], "unknown");
+    assert_eq!(bed.daemon.endpoint(BEHIND)["dma"], "blocked");
+    let mut reader = BufReader::new(qmp.try_clone().expect("a descriptor"));
+    let id = question(&mut reader).expect("a question");
+    for wrong in ["places-0", "other"] {
+        tell(&mut qmp, wrong, 1);
+    }
+    tell(&mut qmp, &id, 2);
+    bed.daemon.wait_for("the late answer", || {
+        bed.daemon.status()["places"]["state"] == "differ"
+    });
+    assert_eq!(bed.daemon.endpoint(BEHIND)["dma"], "blocked");
+    drop((reader, qmp));
+    // The next driver's start asks the next connection.
+    let bus = Arc::new(AtomicU8::new(1));
+    answer_all(bed.negotiate(), &bus);
+    guest.reboot();
+    bed.daemon
+        .wait_for("the right number", || guest.attach(1, BEHIND) == OK);
+    assert_eq!(bed.daemon.endpoint(BEHIND)["dma"], "translated");
+}
+
+#[test]
+fn answers_that_are_none_leave_the_endpoints_blocked() {
+    let bed = Bed::with(PORT);
+    let mut guest = connected(&bed);
+    for answer in [
+        json!({ "return": {} }),
+        json!({ "return": [{ "bus": 0, "devices": [{ "slot": "2" }] }] }),
+        json!({ "error": { "class": "GenericError" } }),
+        json!({ "return": [] }),
+    ] {
+        let mut qmp = bed.negotiate();
+        let mut reader = BufReader::new(qmp.try_clone().expect("a descriptor"));
+        let id = question(&mut reader).expect("a question");
+        let mut answer = answer;
+        answer["id"] = id.into();
+        writeln!(qmp, "{answer}").expect("taken");
+        assert_eq!(guest.attach(1, BEHIND), DEVERR);
+        assert_eq!(guest.attach(1, EP), OK);
+        assert_eq!(guest.detach(1, EP), OK);
+        guest.stop_rings();
+        guest.clear_rings();
+        guest.driver_ok();
+    }
 }
 
 #[test]
