@@ -495,7 +495,8 @@ impl Vm {
         loop {
             // The command must not be repeated: it may be the one that restarts the guest.
             match self.next_line(deadline.min(Instant::now() + LOOK_AFTER), false) {
-                Some(line) if line == "= ready" => {
+                // Firmware may have written there before, without the end of a line.
+                Some(line) if line.ends_with("= ready") => {
                     self.sent = None;
                     return;
                 }

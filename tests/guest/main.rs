@@ -22,6 +22,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+use ports::{a_wrong_number, ports_under_ovmf, ports_under_seabios};
 use serde_json::json;
 use tables::{tables_by_grub, tables_by_the_bar};
 use vm::machine::Machine;
@@ -168,6 +169,7 @@ macro_rules! guest_tests {
 }
 
 mod arm;
+mod ports;
 mod restart;
 mod tables;
 
@@ -200,6 +202,9 @@ guest_tests! {
     launched_newest_strict_over_virtio_pci: launched(newest, Strict, VirtioPci);
     tables_by_the_bar_oldest_strict: tables_by_the_bar(oldest, Strict, VirtioPci);
     tables_by_the_bar_newest_lazy: tables_by_the_bar(newest, Lazy, VirtioPci);
+    ports_under_seabios_oldest_strict: ports_under_seabios(oldest, Strict, VhostUser);
+    ports_under_ovmf_newest_lazy: ports_under_ovmf(newest, Lazy, VirtioPci);
+    a_wrong_number_newest_strict: a_wrong_number(newest, Strict, VhostUser);
     tables_by_grub_newest_lazy: tables_by_grub(newest, Lazy, VirtioPci);
 }
 
