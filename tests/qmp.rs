@@ -253,6 +253,36 @@ fn places_that_are_not_known_are_blocked_until_they_are() {
     assert_eq!(bed.daemon.endpoint(BEHIND)["dma"], "translated");
 }
 
+/// An endpoint that names its device is blocked until the device is there.
+#[test]
+fn a_named_device_must_be_at_its_address() {
+    const NAMED: u32 = 0x38;
+    let bed = Bed::with("[[endpoint]]\naddress = '00:07.0'\ndevice = 'hostdev0'\n");
+    assert_eq!(bed.daemon.endpoint(NAMED)["dma"], "blocked");
+    let mut guest = connected(&bed);
+    let mut qmp = bed.negotiate();
+    for (slot, status) in [(8, DEVERR), (7, OK)] {
+        let mut reader = BufReader::new(qmp.try_clone().expect("a descriptor"));
+        let id = question(&mut reader).expect("a question");
+        let device = json!({ "slot": slot, "function": 0, "qdev_id": "hostdev0" });
+        let answer = json!({ "id": id, "return": [{ "bus": 0, "devices": [device] }] });
+        writeln!(qmp, "{answer}").expect("taken");
+        let state = if status == OK { "agree" } else { "differ" };
+        bed.daemon.wait_for("the comparison", || {
+            bed.daemon.status()["places"]["state"] == state
+        });
+        assert_eq!(guest.attach(1, NAMED), status);
+        assert_eq!(guest.attach(1, EP), OK);
+        if status != OK {
+            let places = bed.daemon.status()["places"].clone();
+            let device = json!({ "device": "hostdev0", "address": "0000:00:07.0", "guest_address": "00:08.0" });
+            assert_eq!(places["devices"], json!([device]));
+            guest.reboot();
+        }
+    }
+    assert_eq!(bed.daemon.endpoint(NAMED)["dma"], "translated");
+}
+
 #[test]
 fn answers_that_are_none_leave_the_endpoints_blocked() {
     let bed = Bed::with(PORT);

@@ -71,6 +71,14 @@ impl Checker<'_> {
             );
             return Err(self.finish());
         }
+        if let Some(device) = &given.value.device {
+            self.refuse(
+                &device.origin,
+                "endpoint[0].device",
+                ProblemKind::DeviceInAddition,
+            );
+            return Err(self.finish());
+        }
         let vmm = match &config.socket {
             Some(Socket::Path(path)) => Some(path),
             Some(Socket::Fd(_)) | None => None,

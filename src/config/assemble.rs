@@ -61,6 +61,7 @@ impl Checker<'_> {
         let passthrough = self.passthrough(draft);
         let shadow = self.shadow(draft, socket.as_ref(), control.as_ref());
         let readers = self.readers(draft);
+        let named = self.named(draft);
         let mut taken: Vec<_> = control.iter().collect();
         if let Some(Socket::Path(path)) = &socket {
             taken.push(path);
@@ -106,6 +107,7 @@ impl Checker<'_> {
             && let Some(emulated) = emulated
             && let Some(shadow) = shadow
             && let Some(readers) = readers
+            && let Some(named) = named
             && let Some(host_iommu) = host_iommu
             && let Some(machine) = machine
             && let Some(pin) = pin
@@ -140,6 +142,7 @@ impl Checker<'_> {
                     emulated,
                     shadow,
                 },
+                named,
                 readers,
                 host_iommu,
                 machine,

@@ -222,6 +222,7 @@ pub(super) struct EndpointDraft {
     pub port: Option<Located<Scalar>>,
     pub address: Option<Located<Scalar>>,
     pub range: Option<Located<Scalar>>,
+    pub device: Option<Located<Scalar>>,
     pub group: Option<Located<Scalar>>,
     pub vfio: Option<Located<Scalar>>,
     pub export: Option<Located<Scalar>>,

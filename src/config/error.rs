@@ -495,6 +495,32 @@ pub enum ProblemKind {
          and give the address, such as 01:00.0"
     )]
     PortInAddition,
+    /// Not the ID of a device.
+    #[error(
+        "{0:?} is not the ID of a device in QEMU; give one that begins with a letter, has letters, digits, `-`, `.` and \
+         `_` only, and does not begin with viommu-"
+    )]
+    DeviceId(String),
+    /// A device for several functions.
+    #[error(
+        "a device is one function, and {range} are several; give each function an [[endpoint]] with its device"
+    )]
+    DeviceOnRange {
+        /// The functions.
+        range: PciRange,
+    },
+    /// Nobody says where the device is.
+    #[error("only QEMU knows where its devices are; give `qmp`, or leave `device` out")]
+    DeviceWithoutQmp,
+    /// Two endpoints name one device.
+    #[error("the device of endpoint {other} has this ID; give each device one endpoint")]
+    DeviceTwice {
+        /// The other endpoint.
+        other: PciAddress,
+    },
+    /// An added endpoint names a device.
+    #[error("the place of a device that is added later is not compared; leave `device` out")]
+    DeviceInAddition,
     /// The ports contradict each other, or the endpoints.
     #[error(transparent)]
     Port(#[from] PortError),

@@ -17,6 +17,7 @@ mod kind;
 mod limits;
 mod load;
 mod machine;
+mod named;
 mod operator;
 mod passthrough;
 mod ports;
@@ -47,6 +48,7 @@ pub use error::{ConfigError, Location, Problem, ProblemKind};
 pub use exported::Exported;
 pub use kind::{ConfiguredDevice, DeviceKind};
 pub use machine::Machine;
+pub use named::NamedDevice;
 pub use operator::{MetricsOutput, SocketAccess, Textfile};
 pub use passthrough::{Descriptors, HostIommu, Passthrough, Pin, VfioFrom};
 pub use readers::Readers;
@@ -121,6 +123,8 @@ pub struct Config {
     pub ports: Ports,
     /// The devices behind the endpoints.
     pub devices: DeviceLists,
+    /// The endpoints that name the device which must be at their address. There are none without `qmp`.
+    pub named: Vec<NamedDevice>,
     /// Which users' shadow readers may register, how many, and how long the daemon waits for them.
     pub readers: Readers,
     /// How the daemon programs the host's IOMMU for passthrough devices.

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::locks::{Mutex, Rank};
 use crate::metrics::Counter;
+use crate::topology::PciAddress;
 
 /// Whether the guest has the devices behind ports where its table has them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -13,10 +14,12 @@ pub enum PlaceState {
     Unchecked,
     /// All ports have the numbers of the table.
     Agree,
-    /// Some have others.
+    /// Some have others, or a named device is elsewhere.
     Differ {
         /// These ports.
         ports: Vec<WrongPort>,
+        /// The named devices that are at other addresses.
+        devices: Vec<MisplacedDevice>,
     },
     /// The VMM has not said.
     Unknown {
@@ -34,6 +37,17 @@ pub struct WrongPort {
     pub expected: u8,
     /// The number in the guest; `None` without a port there.
     pub found: Option<i64>,
+}
+
+/// A named device that is not at the address of its endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MisplacedDevice {
+    /// Its ID in QEMU.
+    pub id: String,
+    /// The address of the endpoint.
+    pub expected: PciAddress,
+    /// Its address in the guest; `None` without such a device.
+    pub found: Option<String>,
 }
 
 /// The present state, and how often it was determined.
@@ -91,11 +105,16 @@ impl PlaceState {
         match self {
             Self::Unchecked | Self::Agree => {}
             Self::Unknown { why } => value["why"] = why.as_str().into(),
-            Self::Differ { ports } => {
+            Self::Differ { ports, devices } => {
                 let ports = ports.iter().map(|port| {
                     json!({ "port": port.port, "bus": port.expected, "guest_bus": port.found })
                 });
                 value["ports"] = ports.collect();
+                let devices = devices.iter().map(|device| {
+                    json!({ "device": device.id, "address": device.expected.to_string(),
+                        "guest_address": device.found })
+                });
+                value["devices"] = devices.collect();
             }
         }
         value

@@ -36,6 +36,14 @@ pub(super) fn render(out: &mut String, places: &Value) -> Result {
                     None => writeln!(out, "no port")?,
                 }
             }
+            for device in items(&places["devices"]) {
+                let found = device["guest_address"].as_str().unwrap_or("not there");
+                let (id, address) = (text(&device["device"]), text(&device["address"]));
+                writeln!(
+                    out,
+                    "  device {id}: endpoint {address}, in the guest {found}"
+                )?;
+            }
             Ok(())
         }
         Some(_) | None => Ok(()),

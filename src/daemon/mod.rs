@@ -177,8 +177,8 @@ impl Daemon {
         end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
         let shadow = shadow.map(Arc::new);
         let shadow_files = shadow.iter().flat_map(|shadow| shadow.files()).cloned();
-        let places =
-            (config.qmp.is_some() && !config.ports.is_empty()).then(Arc::<PlaceReport>::default);
+        let is_compared = !config.ports.is_empty() || !config.named.is_empty();
+        let places = (config.qmp.is_some() && is_compared).then(Arc::<PlaceReport>::default);
         let subjects = Subjects {
             places: places.clone(),
             name: config.name.clone(),
@@ -218,7 +218,11 @@ impl Daemon {
         if places.is_some() {
             let of_device = asker.clone();
             device.check_starts(move || of_device.ask());
-            if left.is_some() {
+            if left.is_none() {
+                // Until the VMM has said that each of them is the device at its address.
+                let named = config.named.iter().map(|device| device.endpoint.into());
+                iommu.lock().withhold(named.collect());
+            } else {
                 // The daemon before has let the guest attach what it has found in place.
                 asker.ask_when_connected();
             }
@@ -226,6 +230,7 @@ impl Daemon {
         let qmp = config.qmp.clone().map(|path| {
             let checker = PlaceChecker {
                 ports: config.ports.clone(),
+                named: config.named.clone(),
                 iommu: iommu.clone(),
                 device: device.clone(),
                 report: places.unwrap_or_default(),

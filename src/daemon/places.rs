@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use crate::control::places::{PlaceReport, PlaceState, WrongPort};
+use crate::config::NamedDevice;
+use crate::control::places::{MisplacedDevice, PlaceReport, PlaceState, WrongPort};
 use crate::device::Device;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
@@ -19,6 +20,7 @@ use crate::{error_limited, info_limited};
 /// Carries out what the VMM reports over QMP.
 pub(super) struct PlaceChecker {
     pub ports: Ports,
+    pub named: Vec<NamedDevice>,
     pub iommu: Arc<Mutex<Iommu>>,
     pub device: Arc<Device>,
     pub report: Arc<PlaceReport>,
@@ -32,7 +34,7 @@ impl VmReports for PlaceChecker {
     }
 
     fn places(&self, answer: Result<PciTree, String>) {
-        if self.ports.is_empty() {
+        if self.ports.is_empty() && self.named.is_empty() {
             self.device.start_is_checked();
             return;
         }
@@ -40,8 +42,8 @@ impl VmReports for PlaceChecker {
             Ok(tree) => self.compare(&tree),
             Err(why) => {
                 error_limited!(
-                    "the numbers of the buses behind ports are not known: {why}; all endpoints behind ports are blocked \
-                     until the VMM lists its devices over QMP"
+                    "the places of the guest's devices are not known: {why}; all endpoints behind ports and those with `device` \
+                     are blocked until the VMM lists its devices over QMP"
                 );
                 (self.all(), PlaceState::Unknown { why })
             }
@@ -73,12 +75,23 @@ impl PlaceChecker {
                  declare every port (`[[port]]`), and start the VM anew"
             );
         }
-        if differences.is_empty() {
+        let wrong = tree.wrong_devices(&self.named);
+        for device in &wrong {
+            let found = device.found.as_deref().unwrap_or("nowhere");
+            error_limited!(
+                "the device {} of endpoint {} is at {found} in the guest; the endpoint is blocked. Correct the address or \
+                 the port of the endpoint, or the place of the device in QEMU's arguments, and start the VM anew",
+                device.id,
+                device.endpoint
+            );
+        }
+        if differences.is_empty() && wrong.is_empty() {
             return (Vec::new(), PlaceState::Agree);
         }
         let withheld = differences
             .iter()
             .filter_map(|difference| all_on(difference.expected))
+            .chain(wrong.iter().map(|device| device.endpoint.into()))
             .collect();
         let ports = differences
             .into_iter()
@@ -88,12 +101,20 @@ impl PlaceChecker {
                 found: difference.found,
             })
             .collect();
-        (withheld, PlaceState::Differ { ports })
+        let devices = wrong.into_iter().map(|device| MisplacedDevice {
+            id: device.id,
+            expected: device.endpoint,
+            found: device.found,
+        });
+        let devices = devices.collect();
+        (withheld, PlaceState::Differ { ports, devices })
     }
 
-    /// All functions behind ports.
+    /// All functions that are compared.
     fn all(&self) -> Vec<PciRange> {
         let ports = self.ports.iter();
-        ports.filter_map(|port| all_on(port.bus)).collect()
+        let ports = ports.filter_map(|port| all_on(port.bus));
+        let named = self.named.iter().map(|device| device.endpoint.into());
+        ports.chain(named).collect()
     }
 }

@@ -1,7 +1,10 @@
 //! The PCI devices of a running VM, as QEMU's `query-pci` lists them, compared with the ports of the configuration.
 
+use std::collections::{HashMap, HashSet};
+
 use serde::Deserialize;
 
+use crate::config::NamedDevice;
 use crate::topology::ports::Place;
 use crate::topology::{PciAddress, PciRange, Port, PortPath, Ports};
 
@@ -26,6 +29,8 @@ struct RootBus {
 struct Device {
     slot: i64,
     function: i64,
+    #[serde(default)]
+    qdev_id: String,
     #[serde(default)]
     pci_bridge: Option<Bridge>,
 }
@@ -53,6 +58,17 @@ pub struct Difference {
     pub found: Option<i64>,
 }
 
+/// A device that is not at the address of its endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrongDevice {
+    /// Its ID in QEMU.
+    pub id: String,
+    /// The endpoint.
+    pub endpoint: PciAddress,
+    /// Its address in the guest, without the segment; `None` without such a device.
+    pub found: Option<String>,
+}
+
 impl PciTree {
     /// The tree in the answer to `query-pci`, `{ "return": [...] }`.
     ///
@@ -77,6 +93,25 @@ impl PciTree {
         ports.iter().filter_map(of_port).collect()
     }
 
+    /// The devices that are not at the address of their endpoint.
+    pub fn wrong_devices(&self, named: &[NamedDevice]) -> Vec<WrongDevice> {
+        let mut places = HashMap::new();
+        let wanted = named.iter().map(|device| device.id.as_str()).collect();
+        note_places(&self.0, 0, &wanted, &mut places);
+        let of_device = |device: &NamedDevice| {
+            let found = places.get(device.id.as_str()).copied();
+            let address = device.endpoint;
+            let expected = [address.bus(), address.device(), address.function()].map(i64::from);
+            (address.segment() != 0 || found != Some(expected)).then(|| WrongDevice {
+                id: device.id.clone(),
+                endpoint: address,
+                found: found
+                    .map(|[bus, slot, function]| format!("{bus:02x}:{slot:02x}.{function:x}")),
+            })
+        };
+        named.iter().filter_map(of_device).collect()
+    }
+
     /// The bridge at the end of a way.
     fn bridge(&self, path: &PortPath) -> Option<&Bridge> {
         let mut here = &self.0;
@@ -88,6 +123,23 @@ impl PciTree {
             found = Some(bridge);
         }
         found
+    }
+}
+
+/// Notes bus, device and function of each device with a wanted ID. The parser has limited the depth.
+fn note_places<'a>(
+    devices: &'a [Device],
+    bus: i64,
+    wanted: &HashSet<&str>,
+    places: &mut HashMap<&'a str, [i64; 3]>,
+) {
+    for device in devices {
+        if wanted.contains(device.qdev_id.as_str()) {
+            places.insert(&device.qdev_id, [bus, device.slot, device.function]);
+        }
+        if let Some(bridge) = &device.pci_bridge {
+            note_places(&bridge.devices, bridge.bus.secondary, wanted, places);
+        }
     }
 }
 
@@ -171,6 +223,37 @@ mod tests {
         assert_eq!(tree(&[]).differences(&ports).len(), 5);
         let functions = all_on(7).map(|range| range.to_string());
         assert_eq!(functions.as_deref(), Some("0000:07:00.0-0000:07:1f.7"));
+    }
+
+    #[test]
+    fn named_devices_are_found_behind_ports() {
+        let device = |id: &str| json!({ "slot": 0, "function": 1, "qdev_id": id });
+        let inner = bridge(3, 0, 9, &[device("a")]);
+        let tree = tree(&[bridge(2, 0, 7, &[inner, device("b")]), device("")]);
+        let named = |id: &str, endpoint: &str| NamedDevice {
+            endpoint: endpoint.parse().expect(endpoint),
+            id: id.to_owned(),
+        };
+        let good = [named("a", "09:00.1"), named("b", "07:00.1")];
+        assert_eq!(tree.wrong_devices(&good), []);
+        let bad = [
+            named("a", "09:00.0"),
+            named("b", "0001:07:00.1"),
+            named("c", "00:00.1"),
+        ];
+        let found: Vec<_> = tree
+            .wrong_devices(&bad)
+            .into_iter()
+            .map(|wrong| (wrong.id, wrong.found))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("a".to_owned(), Some("09:00.1".to_owned())),
+                ("b".to_owned(), Some("07:00.1".to_owned())),
+                ("c".to_owned(), None)
+            ]
+        );
     }
 
     #[test]

@@ -617,6 +617,29 @@ pub const CASES: &[Case] = &[
         Ctl("", &["add-endpoint", "01:00.0", "port = \"00:02.0\""]),
     ),
     case(
+        "ProblemKind::DeviceId",
+        File("qmp = 'q'\n[[endpoint]]\naddress = '00:06.0'\ndevice = '1'"),
+    ),
+    case(
+        "ProblemKind::DeviceOnRange",
+        File("qmp = 'q'\n[[endpoint]]\nrange = '00:06.0-00:06.1'\ndevice = 'd'"),
+    ),
+    case(
+        "ProblemKind::DeviceWithoutQmp",
+        File("[[endpoint]]\naddress = '00:06.0'\ndevice = 'd'"),
+    ),
+    case(
+        "ProblemKind::DeviceTwice",
+        File(
+            "qmp = 'q'\n[[endpoint]]\naddress = '00:06.0'\ndevice = 'd'\n\
+             [[endpoint]]\naddress = '00:07.0'\ndevice = 'd'",
+        ),
+    ),
+    case(
+        "ProblemKind::DeviceInAddition",
+        Ctl("", &["add-endpoint", "00:08.0", "device = \"d\""]),
+    ),
+    case(
         "PortError::Duplicate",
         File("[[port]]\naddress = '00:02.0'\n[[port]]\naddress = '00:02.0'"),
     ),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::RawFd;
 
-use super::places::{has_bus, place};
+use super::places::{device_id, has_bus, place};
 use super::{PREFIX, QemuArgsError};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::topology::PciAddress;
@@ -26,6 +26,8 @@ pub struct PassthroughArguments {
 struct VmmDevice {
     device: Passthrough,
     fd: RawFd,
+    /// Its ID in QEMU.
+    id: String,
     /// The properties that put it at its endpoint's address.
     place: String,
     /// Whether they suffice: its bus is known.
@@ -69,6 +71,7 @@ impl PassthroughArguments {
                     device: *device,
                     fd: number(given),
                     place: place(config, device.endpoint),
+                    id: device_id(config, device.endpoint, "vfio"),
                     is_placed: has_bus(config, device.endpoint),
                 }
             })
@@ -162,7 +165,6 @@ impl PassthroughArguments {
 
 impl VmmDevice {
     fn argument(&self, opens_node: bool) -> String {
-        let endpoint = self.device.endpoint;
         let device = if opens_node {
             format!("host={}", self.device.host)
         } else {
@@ -170,11 +172,8 @@ impl VmmDevice {
         };
         // QEMU refuses a device given by descriptor that has no name.
         format!(
-            "vfio-pci,id={PREFIX}vfio-{:02x}-{:02x}-{},{device},iommufd={PREFIX}iommufd,{}",
-            endpoint.bus(),
-            endpoint.device(),
-            endpoint.function(),
-            self.place
+            "vfio-pci,id={},{device},iommufd={PREFIX}iommufd,{}",
+            self.id, self.place
         )
     }
 }

@@ -47,6 +47,16 @@ pub(super) fn bus_number(ports: &Ports, name: Option<&str>) -> Option<u8> {
     }
 }
 
+/// The ID of the device of an endpoint: the one that the file names, or `kind` and the address.
+pub(super) fn device_id(config: &Config, endpoint: PciAddress, kind: &str) -> String {
+    let mut named = config.named.iter();
+    if let Some(device) = named.find(|device| device.endpoint == endpoint) {
+        return device.id.clone();
+    }
+    let (bus, device, function) = (endpoint.bus(), endpoint.device(), endpoint.function());
+    format!("{PREFIX}{kind}-{bus:02x}-{device:02x}-{function}")
+}
+
 /// `device.function` as QEMU's `addr=` takes it.
 pub(super) fn slot(address: PciAddress) -> String {
     format!("{:02x}.{:x}", address.device(), address.function())

@@ -4,17 +4,16 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::PREFIX;
-use super::places::{bus, has_several_functions, slot};
+use super::places::{bus, device_id, has_several_functions, slot};
 use crate::config::Config;
 use crate::topology::PciAddress;
 
 /// A device at `endpoint` whose server listens at `socket`.
 pub(super) fn argument(config: &Config, endpoint: PciAddress, socket: &Path) -> String {
-    let (number, function) = (endpoint.device(), endpoint.function());
     let mut argument = json!({
         "driver": "vfio-user-pci",
-        "id": format!("{PREFIX}vfio-user-{:02x}-{number:02x}-{function}", endpoint.bus()),
+        "id": device_id(config, endpoint, "vfio-user"),
+
         "addr": slot(endpoint),
         "socket": { "type": "unix", "path": socket },
     });
