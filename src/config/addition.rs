@@ -104,7 +104,9 @@ impl Checker<'_> {
         {
             self.refuse_topology(draft, cause, config.machine);
         }
-        if let Err(cause) = made.ports.check(&made.topology) {
+        if let Some(spec) = &spec
+            && let Err(cause) = made.ports.check_added(spec.range)
+        {
             let place = given.value.address.as_ref().or(given.value.range.as_ref());
             let origin = place.map_or(&given.origin, |place| &place.origin);
             let key = format!("endpoint[0].{}", given.value.place_key());

@@ -69,15 +69,21 @@ fn endpoints_of_every_kind_can_be_behind_ports() {
 
 #[test]
 fn a_port_can_wait_for_devices() {
-    let config =
-        good("[[port]]\naddress = '00:02.0'\nhotplug = true\n[[port]]\naddress = '00:03.0'\n");
+    // The bridge has an endpoint for its ID, where no device can be.
+    let config = good(
+        "[[port]]\naddress = '00:02.0'\nhotplug = true\n[[port]]\naddress = '00:03.0'\n\
+         [[port]]\naddress = '00:04.0'\nkind = 'pcie-pci-bridge'\nhotplug = true\n",
+    );
     let expected: Vec<_> = config
         .topology
         .expected()
         .iter()
         .map(ToString::to_string)
         .collect();
-    assert_eq!(expected, ["0000:01:00.0-0000:01:00.7"]);
+    assert_eq!(
+        expected,
+        ["0000:01:00.0-0000:01:00.7", "0000:03:01.0-0000:03:1f.7"]
+    );
     assert!(
         config
             .summary()

@@ -280,6 +280,21 @@ impl Ports {
             .try_for_each(|range| self.check_range(range))
     }
 
+    /// Checks the place of an endpoint that is added.
+    ///
+    /// # Errors
+    /// It has the address of a port, or is where none can be.
+    pub fn check_added(&self, range: PciRange) -> Result<(), PortError> {
+        match self.iter().find(|port| range.contains(port.address)) {
+            None => self.check_range(range),
+            Some(port) => Err(PortError::IsEndpoint {
+                path: port.path.clone(),
+                address: port.address,
+                range,
+            }),
+        }
+    }
+
     /// Checks that a device can be at each function of `range`, if all of them are behind one port.
     ///
     /// # Errors
