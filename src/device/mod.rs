@@ -68,6 +68,7 @@ use self::execute::probe_size;
 use self::polling::Polling;
 use self::request_queue::RequestQueue;
 use self::resume::RingState;
+use self::ring::send_interrupts;
 use self::start_gate::StartGate;
 use self::stored_ring::StoredRing;
 
@@ -442,6 +443,7 @@ impl Device {
         if index != REQUEST_QUEUE {
             return;
         }
+        self.close_start_gate();
         let mut requests = self.requests.lock();
         // A second stop before any pass must not replace the first: the first has the index that the last driver
         // reached.
@@ -449,7 +451,6 @@ impl Device {
             && let Some(ring) = &requests.ring
         {
             let features = self.features.load(Ordering::Acquire);
-            self.close_start_gate();
             requests.stopped = Some(ring.state(features, requests.queue.last_used));
         }
     }
@@ -467,6 +468,7 @@ impl Device {
     }
 
     fn reset_core(&self, reset: impl FnOnce(&mut Iommu)) {
+        self.close_start_gate();
         let mut requests = self.requests.lock();
         requests.queue = RequestQueue::default();
         requests.stopped = None;
@@ -492,12 +494,5 @@ impl Device {
     /// The event descriptor cannot be written to.
     pub fn wake_worker(&self) -> io::Result<()> {
         self.wake.write(1)
-    }
-}
-
-/// Sends the interrupts of a ring, and logs a failure.
-fn send_interrupts(send: impl FnOnce() -> io::Result<()>) {
-    if let Err(cause) = send() {
-        warn_limited!("cannot notify the driver: {cause}");
     }
 }

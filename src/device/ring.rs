@@ -8,6 +8,8 @@ use std::io;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 
+use crate::warn_limited;
+
 /// A handle to a ring that a transport has set up. Clones name the same ring.
 pub trait Ring: Clone + Send + Sync + 'static {
     /// The ring while its lock is held.
@@ -50,5 +52,12 @@ pub fn notify(ring: &mut impl LockedRing, memory: &GuestMemoryMmap) {
     let wanted = ring.queue_mut().needs_notification(memory);
     if wanted.unwrap_or(true) {
         ring.request_interrupt();
+    }
+}
+
+/// Sends the interrupts of a ring, and logs a failure.
+pub(super) fn send_interrupts(send: impl FnOnce() -> io::Result<()>) {
+    if let Err(cause) = send() {
+        warn_limited!("cannot notify the driver: {cause}");
     }
 }
