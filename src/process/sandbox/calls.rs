@@ -642,10 +642,10 @@ mod tests {
             let allowed = calls(role, &plain);
             let reads_at = allowed.iter().any(|call| call.0 == libc::SYS_pread64);
             // The firmware's root pointer; registers of a device.
-            let may = [Role::VirtioPci, Role::Export].contains(&role);
-            assert_eq!(reads_at, may, "{role:?}");
+            let registers = [Role::Export, Role::Resets].contains(&role);
+            assert_eq!(reads_at, registers || role == Role::VirtioPci, "{role:?}");
             let writes_at = allowed.iter().any(|call| call.0 == libc::SYS_pwrite64);
-            assert_eq!(writes_at, role == Role::Export, "{role:?}");
+            assert_eq!(writes_at, registers, "{role:?}");
         }
         let worker = calls(Role::Worker, &plain);
         assert!(!worker.iter().any(|(number, _)| *number == libc::SYS_ioctl));
