@@ -8,6 +8,8 @@ mod depends;
 mod device;
 mod interrupts;
 mod kernel;
+#[cfg(test)]
+mod machines;
 mod system;
 
 use std::fmt;
