@@ -33,10 +33,15 @@ pub(super) fn findings(
             "give `vfio` the address of a device behind it",
         ));
     }
-    if !device.is_held_by_vfio() {
-        found.push(not_bound(root, device));
-    }
     let group = facts.translated_group(address);
+    if !device.is_held_by_vfio() {
+        let mut finding = not_bound(root, device);
+        if group.is_err() {
+            // VFIO would refuse the device, and the commands would only take it from the host.
+            finding.commands.clear();
+        }
+        found.push(finding);
+    }
     match &group {
         Err(reason) => found.push(Finding::missing(
             format!("no IOMMU translates for {}: {reason}", device.name),
