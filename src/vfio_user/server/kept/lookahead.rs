@@ -166,7 +166,8 @@ impl Lookahead {
         let Some(mut count) = looked? else {
             return Ok(None);
         };
-        if count == room && !files.is_empty() {
+        let is_full = count == room;
+        if is_full && !files.is_empty() {
             // The descriptors may be those of bytes behind the room. The next read returns them with their last byte.
             count -= 1;
             files.clear();
@@ -175,7 +176,7 @@ impl Lookahead {
             let offset = u32::try_from(offset).unwrap_or(u32::MAX);
             set_peek_offset(socket.as_fd(), offset)?;
         }
-        self.is_drained = count > 0 && count < room && files.is_empty();
+        self.is_drained = count > 0 && !is_full && files.is_empty();
         if !files.is_empty() {
             self.descriptors.push((seen + count, files));
         }

@@ -9,7 +9,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::super::super::respond::ClientError;
 use super::super::KeptEnd;
-use super::super::lookahead::MAX_KEPT_DATA;
+use super::super::lookahead::{Lookahead, Looked, MAX_KEPT_DATA};
 use super::Steps;
 use super::bed::{Ended, IDLE, Pace, Sent, live, receive, run_client, send_files};
 use crate::process::keeper_testing::Manager;
@@ -59,6 +59,34 @@ fn descriptors_of_one_message_are_bounded() {
         "{:?}",
         ended.end
     );
+}
+
+/// Linux returns descriptors of bytes behind a read that is full.
+#[test]
+fn descriptors_belong_to_their_message_where_a_read_ends_before_it() {
+    let (client, socket) = UnixStream::pair().expect("sockets");
+    let file = memfd_create("file", MemfdFlags::CLOEXEC).expect("a memfd");
+    // As much as the first read has room for: a header, and what is read ahead.
+    let first = HEADER_BYTES + (4 << 10);
+    let plain = Header::command(1, Command::RegionWrite, 0).with_body(&vec![0; 1000]);
+    let rest = vec![0; first - plain.len() - HEADER_BYTES];
+    let last = Header::command(2, Command::RegionWrite, 0).with_body(&rest);
+    assert_eq!(plain.len() + last.len(), first);
+    let map = Header::command(3, Command::DmaMap, 0).with_body(&[0; 32]);
+    send_files(&client, &plain, &[]);
+    send_files(&client, &last, &[]);
+    send_files(&client, &map, &[file.as_fd()]);
+    let mut lookahead = Lookahead::new(&socket).expect("peek offsets");
+    for (id, count) in [(1, 0), (2, 0), (3, 1)] {
+        match lookahead.next(&socket).expect("sound") {
+            Looked::Message(message, len) => {
+                assert_eq!(message.header.id, id);
+                assert_eq!(message.descriptors.len(), count, "message {id}");
+                lookahead.finish(len);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 /// A message stays in the socket until it was executed, so it must fit there.
