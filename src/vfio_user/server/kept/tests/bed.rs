@@ -45,6 +45,8 @@ pub(super) struct Adder {
     regions: [ServedRegion; 3],
     has_changed: bool,
     is_held: bool,
+    /// The sum when it went on.
+    sum_at_go_on: Option<u64>,
     /// Executed writes of all lives.
     pub(super) writes: Arc<AtomicUsize>,
 }
@@ -68,6 +70,7 @@ impl Adder {
             ],
             has_changed: false,
             is_held: false,
+            sum_at_go_on: None,
             writes,
         }
     }
@@ -173,6 +176,7 @@ impl ServedDevice for Adder {
 
     fn go_on(&mut self) {
         assert!(std::mem::take(&mut self.is_held), "it has gone on");
+        self.sum_at_go_on = Some(self.sum);
     }
 }
 
@@ -322,6 +326,8 @@ pub(super) fn receive(mut stream: &UnixStream) -> Option<Vec<u8>> {
 pub(super) struct Ended {
     pub(super) end: Result<KeptEnd, ClientError>,
     pub(super) sum: u64,
+    /// The sum when the device of an earlier life went on.
+    pub(super) sum_at_go_on: Option<u64>,
     pub(super) lost: Vec<String>,
     pub(super) keeper: Arc<Keeper>,
 }
@@ -359,6 +365,7 @@ pub(super) fn live(
             let ended = Ended {
                 end,
                 sum: 0,
+                sum_at_go_on: None,
                 lost,
                 keeper,
             };
@@ -380,10 +387,10 @@ pub(super) fn live(
         device.release();
         keeping.close(&socket);
     }
-    let sum = device.sum;
     Some(Ended {
         end,
-        sum,
+        sum: device.sum,
+        sum_at_go_on: device.sum_at_go_on,
         lost,
         keeper,
     })

@@ -66,18 +66,24 @@ fn a_lost_connection_releases_each_descriptor_once() {
             names: names.iter().map(|name| (*name).into()).collect(),
             kept: vec![keep()],
         };
+        let before = keeper.users(&name);
         book.execute(at, Some(record));
+        if !keeper.unkept().any() {
+            // Nothing goes before the client has its reply.
+            assert_eq!(keeper.users(&name), before);
+        }
         book.release_unused();
         keeper.users(&name)
     };
     // Another user has it.
     assert_eq!(execute(&mut book, 1, &[&name]), 2);
+    assert_eq!(execute(&mut book, 2, &[&name]), 2, "it replaces itself");
     assert!(!keeper.unkept().any());
     // The second name stands for a descriptor that is not kept.
-    assert_eq!(execute(&mut book, 2, &[&name, ""]), 1);
+    assert_eq!(execute(&mut book, 3, &[&name, ""]), 1);
     assert!(keeper.unkept().any());
-    assert_eq!(execute(&mut book, 3, &[&name]), 1);
-    assert_eq!(execute(&mut book, 4, &[]), 1);
+    assert_eq!(execute(&mut book, 4, &[&name]), 1);
+    assert_eq!(execute(&mut book, 5, &[]), 1);
     book.close();
     assert_eq!(keeper.users(&name), 1);
     assert!(!keeper.unkept().any());

@@ -1,6 +1,7 @@
 //! The server ends at each of its steps, as the process would, and the next one goes on.
 
 mod bed;
+mod books;
 mod counts;
 mod deaths;
 mod limits;
