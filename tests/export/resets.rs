@@ -12,7 +12,7 @@ use vhost_device_iommu::vfio::{AffectedDevice, BusReset, HostFunction};
 use crate::bed::{Bed, RecordingDevice, eventually};
 use crate::common::memory::memfd;
 
-fn function(number: u8) -> HostFunction {
+pub fn function(number: u8) -> HostFunction {
     HostFunction {
         domain: 0,
         bus: 0x65,

@@ -15,7 +15,7 @@ use vhost_device_iommu::process::keeper::Keeper;
 use vhost_device_iommu::process::life::Life;
 use vhost_device_iommu::process::peer_event::PeerEvent;
 use vhost_device_iommu::topology::PciAddress;
-use vhost_device_iommu::vfio::{AffectedDevice, HostFunction};
+use vhost_device_iommu::vfio::AffectedDevice;
 use vhost_device_iommu::vfio_user::message::{Command, DmaMapBody, DmaUnmapBody};
 use vhost_device_iommu::vfio_user::server::{
     ClientFiles, DeviceRecord, IrqAction, IrqSet, IrqSetData, ServedDevice,
@@ -25,6 +25,7 @@ use vhost_device_iommu::vfio_user::version::{Capabilities, Version};
 use crate::bed::{BAR, CLIENT_TEXT, CONFIG, MSI, ROM, RecordingDevice, eventually};
 use crate::common::memory::memfd;
 use crate::connection::{Connection, VERSION, region, version_body};
+use crate::resets::function;
 
 struct DeviceLife {
     keeper: Arc<Keeper>,
@@ -166,6 +167,95 @@ fn a_record_that_does_not_fit_the_device_is_refused() {
     missing.expect_err("no eventfds");
 }
 
+/// Each change of what a later process must know is recorded.
+#[test]
+fn each_change_makes_a_record() {
+    let mut life = DeviceLife::new(&RecordingDevice::new());
+    assert!(life.device.take_record().is_none());
+    let (client, mut answer) = (Version::default(), Capabilities::default());
+    life.device.negotiate(&client, &mut answer);
+    assert!(life.device.take_record().is_some(), "a client");
+    assert_eq!(life.map(0x1000), Ok(()));
+    assert!(life.device.take_record().is_some(), "a window more");
+    assert_eq!(life.unmap(0x1000), Ok(()));
+    let record = life.device.take_record().expect("a window less");
+    assert!(String::from_utf8_lossy(&record.bytes).contains("\"windows\":[]"));
+    life.set_events(MSI, 0, 1);
+    assert!(life.device.take_record().is_some(), "interrupts");
+    let mut into = [0; 4];
+    assert_eq!(life.device.read_region(CONFIG, 0, &mut into), Ok(4));
+    assert!(life.device.take_record().is_none(), "nothing has changed");
+    std::mem::forget(life.device);
+}
+
+/// A client goes on, or there is none that could: a device with what its last client may have made of it is reset.
+#[test]
+fn a_device_whose_client_nobody_goes_on_with_is_reset() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text = format!(
+        "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\nvfio = \"0000:65:00.0\"\nexport = {:?}\n",
+        folder.path().join("export")
+    );
+    let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
+    let endpoint = config.devices.exported[0].endpoint;
+    for is_left in [true, false] {
+        let (_manager, ours) = UnixDatagram::pair().expect("sockets");
+        let kept = KeptExport {
+            keeper: Arc::new(Keeper::new(ours, []).expect("a keeper")),
+            life: Arc::new(Life::new(true)),
+            is_left,
+        };
+        let hardware = RecordingDevice::new();
+        hardware.state().bytes[CONFIG as usize][4] = 7;
+        let device = Box::new(hardware.clone());
+        let registry = HotResetRegistry::default();
+        let bound = bind_export(&config, endpoint, device, &registry, Some(kept));
+        let mut bound = bound.expect("bound");
+        bound.serve().expect("served");
+        let resets = hardware.state().resets;
+        let command = hardware.state().bytes[CONFIG as usize][4];
+        drop(bound);
+        let expected = if is_left { (1, 0) } else { (0, 7) };
+        assert_eq!((resets, command), expected, "is_left: {is_left}");
+    }
+}
+
+/// The bus of a device whose client goes on is not reset, although that client has not negotiated with this process.
+#[test]
+fn a_device_that_goes_on_is_not_reset_with_its_bus() {
+    let hardware = RecordingDevice::new();
+    let mut first = DeviceLife::new(&hardware);
+    first
+        .device
+        .negotiate(&Version::default(), &mut Capabilities::default());
+    let (record, files) = first.die();
+    let registry = HotResetRegistry::default();
+    let bus = [0, 1].map(|devfn| AffectedDevice {
+        function: function(devfn),
+        is_unused: false,
+        group: None,
+    });
+    let on_bus = |hardware: &RecordingDevice, devfn| {
+        hardware.state().resets_alone = false;
+        hardware.state().bus = bus.to_vec();
+        let device = ExportedDevice::new("device".into(), Box::new(hardware.clone()));
+        let device = device.expect("a device");
+        device
+            .with_hot_reset(&registry, function(devfn))
+            .expect("registered")
+    };
+    let mut resumed = on_bus(&hardware, 0);
+    let other = RecordingDevice::new();
+    let mut mate = on_bus(&other, 1);
+    resumed.resume(&record.bytes, &files).expect("resumed");
+    mate.negotiate(&Version::default(), &mut Capabilities::default());
+    mate.release();
+    let resets = || hardware.state().hot_resets + other.state().hot_resets;
+    assert_eq!(resets(), 0, "a client has the other device");
+    resumed.release();
+    eventually("the reset of the bus", || resets() == 1);
+}
+
 /// A register that counts or that a read clears must not be accessed twice for one access of the client.
 #[test]
 fn only_accesses_without_effects_are_repeated() {
@@ -201,11 +291,7 @@ impl Pair {
             );
         }
         let affected = |devfn| AffectedDevice {
-            function: HostFunction {
-                domain: 0,
-                bus: 0x65,
-                devfn,
-            },
+            function: function(devfn),
             is_unused: false,
             group: Some(7),
         };
