@@ -193,6 +193,11 @@ mod tests {
             (false, "granule = \"64k\"\n"),
             (false, "domains = 16\n"),
             (false, "machine = \"virt\"\n"),
+            (false, "vfio-user-socket = \"/s\"\n"),
+            (
+                false,
+                "reserved = [{ first = 0, last = 0xfff, kind = \"reserved\" }]\n",
+            ),
         ] {
             let other = of(&format!("{text}{endpoint}"));
             assert_eq!(other.offer == plain.offer, same, "{text}");
@@ -201,6 +206,44 @@ mod tests {
         assert_eq!(more, plain, "an endpoint more");
         let device = of("[[endpoint]]\naddress = \"00:06.0\"\nvfio = \"0000:65:00.0\"\n");
         assert_ne!(device.offer, plain.offer);
+        let moved = "address = \"00:04.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n";
+        let moved = Config::from_text(Path::new("vm.toml"), moved).expect("a configuration");
+        assert_ne!(
+            handover(&moved).offer,
+            plain.offer,
+            "the IOMMU's own address"
+        );
+    }
+
+    /// PROBE's answer has room for the regions of the endpoint that has most.
+    #[test]
+    fn the_room_for_reserved_regions_is_part_of_the_offer() {
+        let endpoint = "[[endpoint]]\naddress = \"00:06.0\"\n";
+        let own = |count: u64| {
+            let region = |n: u64| {
+                let first = n << 20;
+                let last = first + 0xfff;
+                format!("{{ first = {first}, last = {last}, kind = \"reserved\" }}")
+            };
+            let regions: Vec<_> = (1..=count).map(region).collect();
+            of(&format!("{endpoint}reserved = [{}]\n", regions.join(", ")))
+        };
+        let (few, many) = (own(1).offer, own(40).offer);
+        assert_ne!(few[ROOM], many[ROOM]);
+    }
+
+    /// Which device the guest has, and how its DMA is limited: the kernel's objects that are left are those of one interface.
+    #[test]
+    fn the_devices_of_the_host_are_part_of_the_offer() {
+        let with = |host: &str, more: &str| {
+            of(&format!(
+                "{more}[[endpoint]]\naddress = \"00:06.0\"\nvfio = \"{host}\"\n"
+            ))
+        };
+        let device = with("0000:65:00.0", "");
+        assert_ne!(device.offer, with("0000:66:00.0", "").offer, "another one");
+        let type1 = with("0000:65:00.0", "host-iommu = \"type1\"\n");
+        assert_ne!(device.offer, type1.offer, "another interface");
     }
 
     #[test]
@@ -224,6 +267,12 @@ mod tests {
         let plain = of(endpoint).formats;
         assert!(plain.contains_key(VMM) && !plain.contains_key(CLIENTS));
         assert!(!plain.contains_key(EMULATED));
+        let emulated = "vfio-user = { listen = \"/a\", connect = \"/b\" }\n";
+        let emulated = of(&format!("{endpoint}{emulated}")).formats;
+        assert!(emulated.contains_key(EMULATED) && !emulated.contains_key(CLIENTS));
+        let exported = "vfio = \"0000:65:00.0\"\nexport = \"/a\"\n";
+        let exported = of(&format!("{endpoint}{exported}")).formats;
+        assert!(exported.contains_key(CLIENTS));
         let pci = of(&format!("vfio-user-socket = \"/s\"\n{endpoint}")).formats;
         assert!(pci.contains_key(CLIENTS) && !pci.contains_key(VMM));
     }

@@ -139,6 +139,24 @@ fn a_daemon_whose_successor_would_refuse_its_state_goes_on() {
     assert_eq!(daemon.status()["life"]["number"], 1);
 }
 
+/// The command waits for a daemon that has just begun. The file that counts is the one after that.
+#[test]
+fn a_file_that_changes_meanwhile_is_compared_again() {
+    let keeper = Keeper::empty();
+    let daemon = Daemon::kept_with_config(&keeper, FILE, &[]);
+    let mut guest = Guest::boot(&daemon);
+    assert_eq!(guest.attach(1, EP), OK);
+    let upgrade = command(&daemon).spawn().expect("it runs");
+    thread::sleep(Duration::from_secs(2));
+    let file = daemon.folder().join("vm.toml");
+    fs::write(file, format!("domains = 7\n{FILE}")).expect("written");
+    let Output { status, stderr, .. } = upgrade.wait_with_output().expect("it ends");
+    let errors = String::from_utf8(stderr).expect("text");
+    assert_eq!(status.code(), Some(1), "{errors}");
+    assert!(errors.contains("was offered \"domains\""), "{errors}");
+    assert_eq!(daemon.status()["life"]["number"], 1);
+}
+
 /// The start's configuration does not have the device, but its connections end all the same.
 #[test]
 fn connections_of_a_device_that_was_plugged_in_hold_the_upgrade_up() {

@@ -243,6 +243,42 @@ mod tests {
         assert_eq!(done, Ok(()));
     }
 
+    /// With the file's offer the guest would have something that it was not offered.
+    #[test]
+    fn what_only_the_file_offers_is_an_obstacle_too() {
+        let refused = outcome(|s, _| {
+            let offer = s["handover"]["offer"].as_object_mut();
+            offer.expect("an object").remove("domains");
+        });
+        let refused = refused.expect_err("another offer");
+        assert!(refused.contains("\"domains\": none, and"), "{refused}");
+    }
+
+    /// A driver may have begun with the state, although no VMM is connected now.
+    #[test]
+    fn a_state_that_nobody_keeps_is_an_obstacle_without_a_vmm_too() {
+        let refused = outcome(|s, _| {
+            s["connected"] = false.into();
+            s["life"]["kept"] = false.into();
+        });
+        let refused = refused.expect_err("the state would end");
+        assert!(refused.contains("nobody keeps its state"), "{refused}");
+    }
+
+    /// The driver has attached it, so it is more than an endpoint that nobody uses.
+    #[test]
+    fn an_endpoint_that_is_blocked_in_a_domain_must_be_configured() {
+        for state in ["attached", "quarantined"] {
+            let refused = outcome(|_, e| {
+                e["endpoints"][0]["id"] = 0x31.into();
+                e["endpoints"][0]["state"] = state.into();
+                e["endpoints"][0]["dma"] = "blocked".into();
+            });
+            let refused = refused.expect_err(state);
+            assert!(refused.contains("which vm.toml does not have"), "{refused}");
+        }
+    }
+
     #[test]
     fn features_and_groups_that_nobody_uses_are_no_obstacle() {
         let done = outcome(|s, _| {
