@@ -28,6 +28,8 @@ pub mod version;
 pub(crate) use self::client_windows::ClientWindows;
 pub use self::dma::{AccessDenied, DmaTarget, Window};
 pub use self::interposer::{Interposer, InterposerSettings};
+#[cfg(test)]
+pub(crate) use self::kept::testing;
 pub use self::kept::{KeptDevice, RECORD_VERSION};
 pub use self::link::{
     Announced, BatchTicket, Deadlines, DmaUpdate, DmaUpdateError, DmaUpdates, Ends, Link,

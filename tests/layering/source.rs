@@ -20,7 +20,7 @@ impl Source {
 
     /// Whether the whole file is compiled for tests alone.
     pub fn is_test(&self) -> bool {
-        const TEST_ONLY: [&str; 9] = [
+        const TEST_ONLY: [&str; 10] = [
             "page_table/crash.rs",
             "device/plain_ring.rs",
             "device/testing.rs",
@@ -30,6 +30,7 @@ impl Source {
             "vfio/fake/mod.rs",
             "host/sysfs/fake.rs",
             "process/keeper_testing.rs",
+            "vfio_user/kept/testing.rs",
         ];
         self.path
             .iter()

@@ -19,6 +19,8 @@ mod memory;
 mod positions;
 mod ring;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 pub(in crate::vfio_user) use self::book::{Book, Place, Recorded};

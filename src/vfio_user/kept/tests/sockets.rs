@@ -73,12 +73,20 @@ fn a_socket_is_known_by_its_number_and_its_state() {
 fn memory_that_does_not_add_up_is_replaced_and_that_is_said() {
     let life = Arc::new(Life::new(true));
     let (_manager, first) = keeper(Vec::new());
-    drop(open(&first, &life));
+    let device = open(&first, &life);
+    let (socket, mut peer) = UnixStream::pair().expect("sockets");
+    let patience = Some(std::time::Duration::from_secs(30));
+    peer.set_read_timeout(patience).expect("set");
+    let kept = device.connections.keep(Leg::Client, socket.as_fd());
+    kept.expect("kept");
+    drop((device, socket));
     let mut files = pass_on(&first);
     files.retain(|(name, _)| name != "vfio-user.48.server-out");
     let (_other, next) = keeper(files);
     assert!(open(&next, &life).left.is_none());
     assert_eq!(life.lost().len(), 1);
+    let end = std::io::Read::read(&mut peer, &mut [0]);
+    assert_eq!(end.expect("its connection has ended"), 0);
     let mut names = next.names();
     names.sort();
     assert_eq!(

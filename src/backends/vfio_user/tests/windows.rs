@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::dma_window::windows_of;
-use super::view::DeviceView;
+use super::super::dma_window::windows_of;
+use super::super::view::DeviceView;
 use crate::address::{Access, Gpa, Iova, IovaRange, Mapping};
 use crate::backends::MemorySlot;
 use crate::backends::testing::slot;

@@ -1,0 +1,4 @@
+//! Tests of the parts that the tests over messages do not reach.
+
+mod taken_over;
+mod windows;
