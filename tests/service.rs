@@ -11,6 +11,7 @@
 mod common;
 
 use std::ffi::OsString;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -59,6 +60,16 @@ impl Service {
     }
 
     fn spawn(listener: Option<UnixListener>, script: &str, variables: &[(&str, &str)]) -> Self {
+        Self::spawn_with_file(listener, script, variables, "")
+    }
+
+    /// The same; a daemon with a file has its endpoints from these lines, if there are any.
+    fn spawn_with_file(
+        listener: Option<UnixListener>,
+        script: &str,
+        variables: &[(&str, &str)],
+        lines: &str,
+    ) -> Self {
         let folder = TempDir::new().expect("a folder");
         let manager = UnixDatagram::bind(folder.path().join("notify")).expect("a socket");
         manager.set_read_timeout(Some(PATIENCE)).expect("a socket");
@@ -67,17 +78,20 @@ impl Service {
         if listener.is_some() {
             // A descriptor that is passed overrides this path.
             let file = folder.path().join("vm.toml");
-            fs::write(&file, "socket = \"/nonexistent/vm.sock\"\n").expect("a file");
+            let text = format!("socket = \"/nonexistent/vm.sock\"\n{lines}");
+            fs::write(&file, text).expect("a file");
             command.arg("--config").arg(file);
         } else {
             command
                 .arg("--socket-path")
                 .arg(folder.path().join("vhost.sock"));
         }
+        if lines.is_empty() {
+            command.args(["--iommu", "00:05.0", "--endpoint", "00:06.0"]);
+        }
         command
             .arg("--control-path")
             .arg(folder.path().join("control.sock"))
-            .args(["--iommu", "00:05.0", "--endpoint", "00:06.0"])
             .env("NOTIFY_SOCKET", folder.path().join("notify"))
             .env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string())
             .envs(variables.iter().copied())
@@ -248,6 +262,28 @@ fn kept_files_are_told_from_the_activation_socket() {
     let log = service.log();
     assert!(!log.contains(NO_KEEPER), "{log}");
     assert!(!log.contains("closed"), "the file was taken over: {log}");
+}
+
+/// The manager has room for the VM's state, and not for the memory of an emulated device.
+#[test]
+fn a_daemon_says_that_a_device_is_not_kept() {
+    for (room, is_kept) in [("1024", true), ("4", false)] {
+        let folder = TempDir::new().expect("a folder");
+        let listener = UnixListener::bind(folder.path().join("vm.sock")).expect("a socket");
+        let [listen, connect] = ["listen", "connect"].map(|name| folder.path().join(name));
+        let device = format!(
+            "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:07.0\"\nvfio-user = {{ listen = {listen:?}, connect = {connect:?} }}\n"
+        );
+        let variables = [("FDSTORE", room)];
+        let service = Service::spawn_with_file(Some(listener), ACTIVATED, &variables, &device);
+        while service.receive() != "READY=1" {}
+        let mut control = UnixStream::connect(service.path("control.sock")).expect("connected");
+        control.write_all(b"status\n").expect("asked");
+        let mut answer = String::new();
+        control.read_to_string(&mut answer).expect("an answer");
+        let status: serde_json::Value = serde_json::from_str(&answer).expect("JSON");
+        assert_eq!(status["life"]["kept"], is_kept, "{}", service.log());
+    }
 }
 
 #[test]

@@ -160,10 +160,13 @@ impl OpenedDevices {
                 .is_present()
                 .then(|| emulated::keep(configured, keeper, life, iommu.is_adopting()))
                 .flatten();
-            if kept.is_none() && keeper.is_present() && configured.shares_memory() {
-                warn!("{MEMORY_SERVER}");
-                iommu.forgo_restart();
-                life.forgo();
+            if kept.is_none() && keeper.is_present() {
+                keeper.unkept().count_always();
+                if configured.shares_memory() {
+                    warn!("{MEMORY_SERVER}");
+                    iommu.forgo_restart();
+                    life.forgo();
+                }
             }
             let topology = iommu.topology();
             let mut device = emulated::open(configured, config, topology, &faults, kept)

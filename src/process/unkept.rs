@@ -14,6 +14,12 @@ impl UnkeptConnections {
         UnkeptConnection(self.clone())
     }
 
+    /// No connection of a device can be kept: none that it has, and none that it will have. They count until this process
+    /// ends.
+    pub fn count_always(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Whether there is one.
     pub fn any(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0

@@ -159,6 +159,7 @@ impl Proxy {
             receiver: Receiver::kept(input, false),
             outbox: Outbox::from(ring),
             kept: positions.client.peer.connected(),
+            unkept: None,
         };
         let socket = UnixStream::from(socket.try_clone()?);
         let takes_no_refusal = self.settings.answers_all_accesses;

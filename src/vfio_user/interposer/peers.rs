@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::unclaimed::FixedReplies;
+use crate::process::unkept::UnkeptConnection;
 use crate::vfio_user::client_windows::ClientWindows;
 use crate::vfio_user::irq_replay::IrqReplay;
 use crate::vfio_user::link::{ClientProgress, LinkStatus};
@@ -38,6 +39,8 @@ pub(super) struct ClientLeg {
     pub(super) holds_descriptors: bool,
     /// How far the record says that it is; `None` if its connection ends with this process.
     pub(super) recorded: Option<ClientProgress>,
+    /// Counts the connection if the keeper did not take it.
+    _unkept: Option<UnkeptConnection>,
 }
 
 /// The state of the negotiation with a client.
@@ -83,6 +86,8 @@ pub(super) struct Buffers {
     pub(super) outbox: Outbox,
     /// The number of the socket, if another process keeps that and the buffers.
     pub(super) kept: Option<u64>,
+    /// Counts a connection that could not be kept.
+    pub(super) unkept: Option<UnkeptConnection>,
 }
 
 impl ClientLeg {
@@ -98,6 +103,7 @@ impl ClientLeg {
             fixed: takes_no_refusal.then(FixedReplies::default),
             holds_descriptors: false,
             recorded: buffers.kept.map(|_| ClientProgress::default()),
+            _unkept: buffers.unkept,
         }
     }
 

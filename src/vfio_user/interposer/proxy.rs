@@ -122,6 +122,7 @@ impl Proxy {
             receiver: Receiver::kept(input, reads_ahead),
             outbox: ring.into(),
             kept: Some(cookie),
+            unkept: None,
         })
     }
 

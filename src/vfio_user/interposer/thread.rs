@@ -18,7 +18,7 @@ use crate::process::connector;
 use crate::process::event_loop::{EventLoop, Events, Interest};
 use crate::process::sandbox::{self, Role};
 use crate::vfio_user::dma::{DmaTarget, Replies};
-use crate::vfio_user::kept::{KeptDevice, Leg};
+use crate::vfio_user::kept::{KeptConnections, KeptDevice, Leg};
 use crate::vfio_user::link::Link;
 use crate::{info_limited, warn_limited};
 
@@ -345,7 +345,10 @@ impl Proxy {
                 "{}: the client's connection will end with this daemon: {cause}",
                 self.settings.name
             );
-            Buffers::default()
+            Buffers {
+                unkept: self.kept.as_ref().map(KeptConnections::count_unkept),
+                ..Buffers::default()
+            }
         });
         if let Some(cookie) = buffers.kept {
             self.link.begin_client(cookie);

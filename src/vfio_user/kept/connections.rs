@@ -17,6 +17,7 @@ use super::ring::SendRing;
 use crate::ids::EndpointId;
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
+use crate::process::unkept::UnkeptConnection;
 
 /// The parts of the names. A record is forgotten first, and kept last: it relies on the rest.
 const PARTS: [&str; 7] = [
@@ -319,6 +320,11 @@ impl KeptConnections {
         for part in PARTS {
             self.keeper.drop_file(&format!("{}{part}", self.names));
         }
+    }
+
+    /// A connection, or what a peer was told, cannot be kept. It counts until the returned value is dropped.
+    pub(in crate::vfio_user) fn count_unkept(&self) -> UnkeptConnection {
+        self.keeper.unkept().count()
     }
 
     /// Says that something of the earlier process could not be taken over.

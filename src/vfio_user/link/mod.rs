@@ -21,6 +21,8 @@ mod removal;
 mod requester;
 mod sending;
 mod state;
+#[cfg(test)]
+mod tests;
 mod thread;
 mod trial;
 mod update;

@@ -63,7 +63,7 @@ impl LinkState {
             let announcement = &connection.announcement;
             now.next_id = connection.next_id;
             now.shares_memory = connection.shares_memory;
-            now.is_announced = !self.has_unrecorded_regions
+            now.is_announced = self.unrecorded_regions.is_none()
                 && announcement.next.is_none()
                 && announcement.batch.is_none()
                 && connection.backlog.is_empty();
@@ -368,7 +368,9 @@ impl DmaUpdates<'_> {
         let state = self.state();
         if let Some(book) = &mut state.book {
             book.remove_regions();
-            state.has_unrecorded_regions = !regions.iter().all(|first| book.add_region(*first));
+            let is_whole = regions.iter().all(|first| book.add_region(*first));
+            let kept = state.kept.as_ref().filter(|_| !is_whole);
+            state.unrecorded_regions = kept.map(KeptConnections::count_unkept);
         }
     }
 }

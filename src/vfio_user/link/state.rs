@@ -16,6 +16,7 @@ use super::deadlines::{Deadlines, LimitCounters, Progress, WaitLimit};
 use super::update::{DmaUpdateError, MAX_UPDATES, REPLAY, WindowRefusal};
 use crate::locks::{Condvar, Mutex, Rank};
 use crate::metrics::Counter;
+use crate::process::unkept::UnkeptConnection;
 use crate::process::wait_budget::WaitBudget;
 use crate::vfio_user::dma::DmaTarget;
 use crate::vfio_user::kept::{Book, KeptConnections, Place};
@@ -95,8 +96,8 @@ pub(super) struct LinkState {
     pub(super) replied: Vec<Place>,
     /// The server's second socket, if the connections outlive this process.
     pub(super) twin: Option<Arc<OwnedFd>>,
-    /// The record has no room for all regions that the server is told.
-    pub(super) has_unrecorded_regions: bool,
+    /// The record has no room for all regions that the server is told, so its connection ends with this process.
+    pub(super) unrecorded_regions: Option<UnkeptConnection>,
 }
 
 impl fmt::Debug for Link {
@@ -314,7 +315,7 @@ impl LinkState {
             kept: None,
             replied: Vec::new(),
             twin: None,
-            has_unrecorded_regions: false,
+            unrecorded_regions: None,
         }
     }
 
