@@ -284,6 +284,21 @@ fn a_server_without_memory_is_closed_at_once() {
     }
 }
 
+/// Also one that reaches memory by messages alone.
+#[test]
+fn a_quarantined_device_has_no_server() {
+    let left = Left {
+        shares_memory: false,
+        ..Left::default()
+    };
+    let mut next = Next::new(&left, Isolation::Messages, true);
+    let quarantined = |adoption: &mut Adoption<'_>| adoption.quarantined = &[ENDPOINT];
+    assert!(next.adopt(Target::Blocked, quarantined).is_empty());
+    assert!(!next.has_server());
+    next.assert_lost("is quarantined");
+    assert!(receive(&next.peers.server).is_none());
+}
+
 /// The peers get nothing before the endpoint has its target.
 #[test]
 fn messages_wait_for_the_target() {

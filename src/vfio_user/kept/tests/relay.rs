@@ -118,6 +118,15 @@ fn a_slow_reader_and_a_death_at_each_step_tear_no_large_message() {
     }
 }
 
+/// Each message is more than the lap after which the ring begins at its front again.
+#[test]
+fn a_death_while_the_ring_begins_anew_doubles_nothing() {
+    let to_server: Vec<u8> = (0..4).flat_map(|id| message(id, 70_000)).collect();
+    for at in 0..150 {
+        forward(&to_server, &message(9, 100), &[at], |_| true);
+    }
+}
+
 #[test]
 fn the_ring_begins_anew_and_wraps_around() {
     let count = 400;
