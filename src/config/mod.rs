@@ -7,6 +7,7 @@
 mod addition;
 mod assemble;
 mod bounds;
+mod changes;
 mod checker;
 mod devices;
 mod draft;
@@ -41,6 +42,9 @@ pub use bounds::{
     MAX_MEMORY, MAX_NAME, MAX_POLL_US, MAX_PRIORITY, MAX_PROBLEMS, MAX_READERS, MAX_RESERVED_BUSES,
     MAX_SOCKET_PATH, MAX_USERS, MAX_WIDTH, MAX_WINDOWS, MIN_ARENA, MIN_DEADLINE_MS, MIN_INTERVAL_S,
     MIN_WIDTH,
+};
+pub use changes::{
+    AddedEndpoint, ChangedConfig, Contradiction, EndpointChanges, MAX_CHANGES, TooManyChanges,
 };
 pub use devices::DeviceLists;
 pub use emulated::{Emulated, ServerDeadlines, ServerIsolation};
