@@ -185,6 +185,10 @@ pub trait DmaBackend: Send {
     /// `vmm_present`, `add_memory` and `remove_memory`, which must make no objects.
     fn keep_records(&mut self, _records: Arc<dyn ObjectRecords>, _adopts: bool) {}
 
+    /// Removes the backend's records. The core calls this before it drops the backend, with which the kernel destroys the
+    /// objects.
+    fn forget_records(&mut self) {}
+
     /// A VMM has connected, or has gone. A VMM that connects has bound the devices that it shares with this process, and
     /// its memory slots follow. Without a VMM, an `attach` of an unbound shared device is deferred: an unbound device
     /// can do no DMA.

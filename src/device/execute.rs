@@ -23,7 +23,7 @@ use crate::protocol::wire::{
     VIRTIO_IOMMU_MAP_F_WRITE,
 };
 use crate::store::UNWRITTEN;
-use crate::topology::ReservedKind;
+use crate::topology::{ReservedKind, Topology};
 use crate::warn_limited;
 
 /// Work between two reads of the clock. The unit is a small MAP without a backend.
@@ -304,6 +304,13 @@ const _: () = assert!(FaultReason::COUNT == FAULT_REASONS);
 /// Size of PROBE's property list that holds `regions` regions, in bytes.
 pub fn probe_size(regions: usize) -> u32 {
     u32::try_from(regions.saturating_mul(RESV_MEM_LEN).max(512)).unwrap_or(u32::MAX)
+}
+
+/// The number of reserved regions of one endpoint that a property list of PROBE has room for: one of `bytes`, or the larger
+/// one that the endpoints of a topology need.
+pub fn probe_room(bytes: u32, topology: &Topology) -> usize {
+    let bytes = bytes.max(probe_size(topology.max_reserved_count()));
+    usize::try_from(bytes).unwrap_or(usize::MAX) / RESV_MEM_LEN
 }
 
 /// Whether the driver has accepted the feature that a request belongs to.

@@ -164,7 +164,7 @@ impl Device {
         let (config, bypass) = {
             let mut iommu = iommu.lock();
             let probe_size = probe_size(iommu.topology().max_reserved_count());
-            iommu.offer_probe_size(probe_size);
+            let probe_size = iommu.offer_probe_size(probe_size);
             let config = ConfigSpace {
                 page_sizes: iommu.page_sizes(),
                 input_range: iommu.input_range(),

@@ -52,12 +52,15 @@ impl Iommu {
             endpoint: new.range.first().endpoint_id(),
             state: None,
         };
+        // Before it makes any object, and while the core is unlocked, because the kernel is asked for one.
+        let records = iommu.lock().object_records();
+        filled.backend.keep_records(records, false);
         for _ in 0..MAX_ROUNDS {
             let state = {
                 let mut core = iommu.lock();
                 if let Err(cause) = core.check_new(new, Some(filled.backend.capabilities())) {
                     drop(core);
-                    return Err((cause, filled.backend));
+                    return Err((cause, filled.given_up()));
                 }
                 let state = core.state_for(new);
                 if filled.state.as_ref() == Some(&state) {
@@ -66,10 +69,10 @@ impl Iommu {
                 state
             };
             if let Err(cause) = filled.follow(state) {
-                return Err((AddError::Backend(cause), filled.backend));
+                return Err((AddError::Backend(cause), filled.given_up()));
             }
         }
-        Err((AddError::Unsettled, filled.backend))
+        Err((AddError::Unsettled, filled.given_up()))
     }
 
     /// As [`Self::remove_endpoints`], but blocks the endpoints in `silent` after the core is unlocked, if their backend
@@ -123,7 +126,7 @@ impl Iommu {
             .topology
             .add_with_regions(new.range, new.group, regions)
         {
-            return Err((cause.into(), filled.backend));
+            return Err((cause.into(), filled.given_up()));
         }
         let index = self.place_backend(filled.backend);
         self.backend_of.insert(filled.endpoint, index);
@@ -132,6 +135,12 @@ impl Iommu {
 }
 
 impl FilledBackend {
+    /// The backend of an endpoint that is not added. Its objects end with it.
+    fn given_up(mut self) -> Box<dyn DmaBackend> {
+        self.backend.forget_records();
+        self.backend
+    }
+
     /// Brings the backend into a state of the VM.
     fn follow(&mut self, state: VmState) -> Result<(), BackendError> {
         let (was_present, memory) = match &self.state {

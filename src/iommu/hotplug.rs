@@ -124,6 +124,32 @@ impl Iommu {
         Err((AddError::Backend(refusal.cause().clone()), Some(backend)))
     }
 
+    /// Adds endpoints that were added while an earlier process served the guest, whose state [`Self::restore`] takes over.
+    /// Must be called after the backends of the start are added, and before the guest runs. Unlike
+    /// [`Self::add_backend`], it does not narrow the offer.
+    ///
+    /// # Errors
+    /// See [`AddError`]. Also returns the backend to the caller.
+    pub fn add_late_endpoints(
+        &mut self,
+        new: NewEndpoints<'_>,
+        backend: Option<Box<dyn DmaBackend>>,
+    ) -> Result<(), (AddError, Option<Box<dyn DmaBackend>>)> {
+        if let Err(cause) = self.check_new(&new, backend.as_ref().map(|b| b.capabilities())) {
+            return Err((cause, backend));
+        }
+        if let Err(cause) = self
+            .topology
+            .add_with_regions(new.range, new.group, new.reserved)
+        {
+            return Err((cause.into(), backend));
+        }
+        if let Some(backend) = backend {
+            self.push_backend(backend, &[new.range.first().endpoint_id()]);
+        }
+        Ok(())
+    }
+
     /// Removes endpoints, all of one configured range. When this returns, none of them can reach
     /// memory. Returns the backends that are left without endpoints.
     ///
@@ -263,6 +289,7 @@ impl Iommu {
     /// Installs a backend, and reports a connected VMM and its memory slots to it. Returns its
     /// index.
     fn install_backend(&mut self, mut backend: Box<dyn DmaBackend>) -> usize {
+        backend.keep_records(self.object_records(), false);
         if self.vmm_present {
             backend.vmm_present(true);
         }
@@ -294,7 +321,9 @@ impl Iommu {
     /// Removes a backend without endpoints. The indexes of the others stay valid.
     fn remove_backend(&mut self, index: usize) -> Box<dyn DmaBackend> {
         self.vacant.push(index);
-        let backend = std::mem::replace(&mut self.backends[index], Box::new(Vacant));
+        let mut backend = std::mem::replace(&mut self.backends[index], Box::new(Vacant));
+        // A later backend may have the same owner, and a later process must find no object twice.
+        backend.forget_records();
         debug_assert!(!self.backend_of.values().any(|other| *other == index));
         backend
     }

@@ -6,7 +6,7 @@
 //! This file holds the state, `attach` moves endpoints between domains, `map` changes mappings,
 //! `inspect` reads, `target` switches endpoints over in their backends, `memory` follows guest RAM
 //! and the VMM, `hotplug` adds and removes endpoints, `filled` fills the backend of a new one,
-//! `records` counts the memory of records, `stored` writes the store, and `restore` goes on where an earlier process has
+//! `records` counts the memory of records, `offer` has the offer to the guest, `stored` writes the store, and `restore` goes on where an earlier process has
 //! died: `rebuild` reads its tables and records, `adopt` has the backends take over their endpoints.
 //!
 //! An endpoint is in one of these states:
@@ -31,6 +31,7 @@ mod hotplug;
 mod inspect;
 mod map;
 mod memory;
+mod offer;
 mod reachable;
 mod rebuild;
 mod records;
@@ -56,6 +57,7 @@ use self::groups::Groups;
 pub use self::error::RequestError;
 pub use self::hotplug::{AddError, NewEndpoints, RemoveError};
 pub use self::inspect::{Dma, DomainState, EndpointState, Totals, TotalsCursor};
+pub use self::offer::GuestOffer;
 pub use self::restore::{InterruptedBatch, Predecessor, RestoreError, Restored};
 
 /// The IOMMU's offer to the guest, before backends narrow it.
@@ -111,6 +113,8 @@ pub struct Iommu {
     store: Store,
     /// The state of an earlier process has not been restored yet: no endpoint is switched.
     adopting: bool,
+    /// See [`Self::suspect`].
+    suspects: Vec<PciRange>,
     /// The batch that an earlier process has left.
     interrupted: Option<InterruptedBatch>,
     endpoints: BTreeMap<EndpointId, EndpointRecord>,
@@ -166,6 +170,7 @@ impl Iommu {
             arena: Arena::new(settings.arena_limit)?,
             store: Store::new(domains, MAX_ENDPOINTS)?,
             adopting,
+            suspects: Vec::new(),
             interrupted: None,
             endpoints: BTreeMap::new(),
             domains: BTreeMap::new(),
@@ -189,7 +194,7 @@ impl Iommu {
     /// The backend's aperture has no address in common with the input range.
     pub fn add_backend(
         &mut self,
-        mut backend: Box<dyn DmaBackend>,
+        backend: Box<dyn DmaBackend>,
         endpoints: &[EndpointId],
     ) -> Result<(), String> {
         let can = backend.capabilities();
@@ -204,6 +209,12 @@ impl Iommu {
         self.page_sizes = PageMask::new(shared | granule).unwrap_or(self.page_sizes);
         self.input = input;
         self.store.set_offer(&self.offer_words());
+        self.push_backend(backend, endpoints);
+        Ok(())
+    }
+
+    /// Puts endpoints behind a backend of the start.
+    fn push_backend(&mut self, mut backend: Box<dyn DmaBackend>, endpoints: &[EndpointId]) {
         let index = self.backends.len();
         self.batches_maps |= backend.batches_maps();
         backend.keep_records(self.object_records(), self.adopting);
@@ -212,7 +223,6 @@ impl Iommu {
             self.backend_of.insert(endpoint, index);
             self.retarget(endpoint, self.bypass_target());
         }
-        Ok(())
     }
 
     /// The addresses MAP accepts.
@@ -223,12 +233,6 @@ impl Iommu {
     /// The page sizes offered to the guest.
     pub fn page_sizes(&self) -> PageMask {
         self.page_sizes
-    }
-
-    /// The device offers the guest a property list of so many bytes for PROBE. Must be called before the guest runs.
-    pub fn offer_probe_size(&mut self, bytes: u32) {
-        self.probe_size = bytes;
-        self.store.set_offer(&self.offer_words());
     }
 
     /// Highest domain ID.

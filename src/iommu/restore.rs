@@ -11,7 +11,7 @@
 //! Both describe the same state. If the memory does not add up, it is refused as a whole: every endpoint is blocked until
 //! the driver starts anew.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicU64;
 
 use log::{error, info};
@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use super::adopt::LeftInBackends;
 use super::stored::identity_of;
-use super::{DriverState, Iommu, Settings};
+use super::{DriverState, EndpointRecord, Iommu, Settings};
 use crate::address::IovaRange;
 use crate::backends::{ObjectRecord, RecordId, Target};
 use crate::ids::{DomainId, EndpointId};
@@ -28,7 +28,7 @@ use crate::store::{
     Effect, JournalEntry, Loaded, Phase, RingBatch, STATUS_DEVERR, STATUS_OK, Store, StoreError,
     UNWRITTEN,
 };
-use crate::topology::Topology;
+use crate::topology::{PciRange, Topology};
 
 /// A request that was in progress when so many processes died is not executed again.
 const MAX_DEATHS: u8 = 2;
@@ -161,6 +161,20 @@ impl Iommu {
         interrupted.is_some_and(|interrupted| interrupted.batch.is_some())
     }
 
+    /// Has [`Self::restore`] quarantine the endpoints in a range that have a backend, or that the earlier process had
+    /// attached: what became of them is unknown.
+    pub fn suspect(&mut self, range: PciRange) {
+        self.suspects.push(range);
+    }
+
+    /// Refuses the state of an earlier process: blocks every endpoint until the driver starts anew, as [`Self::restore`] does
+    /// when it fails.
+    pub fn refuse(&mut self, old: Predecessor<'_>) {
+        if self.adopting {
+            self.refuse_predecessor(old);
+        }
+    }
+
     /// Whether this core waits for [`Self::restore`].
     pub fn is_adopting(&self) -> bool {
         self.adopting
@@ -199,6 +213,7 @@ impl Iommu {
         for (&id, _) in self.endpoints.iter().filter(|(_, e)| e.quarantined) {
             rebuilt.endpoints.entry(id).or_default().quarantined = true;
         }
+        self.quarantine_suspects(&mut rebuilt.endpoints);
         self.domains = rebuilt.domains;
         self.endpoints = rebuilt.endpoints;
         self.groups = rebuilt.groups;
@@ -250,6 +265,19 @@ impl Iommu {
             published: loaded.published,
         });
         Ok(restored)
+    }
+
+    fn quarantine_suspects(&self, endpoints: &mut BTreeMap<EndpointId, EndpointRecord>) {
+        for range in &self.suspects {
+            let ids = range.first().endpoint_id()..=range.last().endpoint_id();
+            for (&id, _) in self.backend_of.range(ids.clone()) {
+                endpoints.entry(id).or_default();
+            }
+            for (id, endpoint) in endpoints.range_mut(ids) {
+                error!("endpoint {id} is quarantined: what became of it is unknown");
+                endpoint.quarantined = true;
+            }
+        }
     }
 
     /// Writes the state to the new store, and makes it the newest. Returns the records of kernel objects.

@@ -8,8 +8,7 @@ use crate::backends::{MemorySlot, ObjectRecord, ObjectRecords, RecordId};
 use crate::ids::{DomainId, EndpointId};
 use crate::page_table::Levels;
 use crate::store::{
-    Journal, ObjectWriter, OfferWords, Store, StoredDomain, StoredDriver, StoredEndpoint,
-    StoredObject,
+    Journal, ObjectWriter, Store, StoredDomain, StoredDriver, StoredEndpoint, StoredObject,
 };
 
 impl Iommu {
@@ -45,16 +44,6 @@ impl Iommu {
     /// Keeps the records of a backend.
     pub(super) fn object_records(&self) -> Arc<dyn ObjectRecords> {
         Arc::new(StoreObjects(self.store.objects()))
-    }
-
-    pub(super) fn offer_words(&self) -> OfferWords {
-        OfferWords {
-            input: self.input,
-            page_sizes: self.page_sizes.bits(),
-            levels: self.levels,
-            last_domain: self.last_domain,
-            probe_size: self.probe_size,
-        }
     }
 
     /// Records the state of an endpoint, after it has changed.

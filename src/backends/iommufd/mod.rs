@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use self::group::{Attachment, DeviceGroup, GroupMember};
-use self::noted::SpaceRole;
+use self::noted::{SpaceNotes, SpaceRole};
 use self::spaces::Spaces;
 use super::reach::{Reach, refused, unmapped};
 use super::{
@@ -136,6 +136,13 @@ impl Iommufd {
         for group in self.groups.iter().filter(|group| group.is_verified()) {
             notes.add_group(group.number());
         }
+    }
+
+    /// Names the owner of this backend's records: that of an endpoint whose device was plugged in.
+    #[must_use]
+    pub fn of_plugged(mut self, endpoint: EndpointId) -> Self {
+        *self.spaces.notes.get_mut() = SpaceNotes::of_plugged(endpoint);
+        self
     }
 
     /// Updates the address spaces after devices have moved.
@@ -302,6 +309,10 @@ impl DmaBackend for Iommufd {
             notes.make_anchor(&*self.spaces.kernel);
             self.note_verified_groups();
         }
+    }
+
+    fn forget_records(&mut self) {
+        self.spaces.notes.get_mut().end();
     }
 
     fn prepare_adoption(&mut self, adoption: &Adoption<'_>) -> Vec<(EndpointId, BackendError)> {

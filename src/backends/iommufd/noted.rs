@@ -17,12 +17,15 @@ use vm_memory::MmapRegion;
 
 use crate::address::{Access, Iova, IovaRange};
 use crate::backends::objects::{Ledger, Noted, ObjectRecord, ObjectRecords, RecordId};
-use crate::ids::DomainId;
+use crate::ids::{DomainId, EndpointId};
 use crate::vfio::{AddressSpaces, DmaSource};
 use crate::warn_limited;
 
 /// The owner in the records of the backend of a daemon's start.
 const OWNER: u64 = 1 << 32;
+
+/// The owner also has this bit, and the endpoint, in the records of the backend of an endpoint whose device was plugged in.
+const PLUGGED: u64 = 1 << 33;
 
 /// What an object is, in the high byte of its number.
 const KIND_SHIFT: u32 = 56;
@@ -100,8 +103,17 @@ pub(super) struct SpaceNotes {
 
 impl SpaceNotes {
     pub(super) fn new() -> Self {
+        Self::of(OWNER)
+    }
+
+    /// The records of the backend of one plugged endpoint.
+    pub(super) fn of_plugged(endpoint: EndpointId) -> Self {
+        Self::of(OWNER | PLUGGED | u64::from(endpoint.0))
+    }
+
+    fn of(owner: u64) -> Self {
         Self {
-            ledger: Ledger::none(OWNER),
+            ledger: Ledger::none(owner),
             spaces: BTreeMap::new(),
             groups: BTreeMap::new(),
             anchor: None,
@@ -115,6 +127,16 @@ impl SpaceNotes {
     /// Keeps records from now on.
     pub(super) fn begin(&mut self, records: Arc<dyn ObjectRecords>) {
         self.ledger.begin(records);
+    }
+
+    /// Removes all records, and keeps none from now on.
+    pub(super) fn end(&mut self) {
+        let spaces = std::mem::take(&mut self.spaces).into_values();
+        let groups = std::mem::take(&mut self.groups).into_values();
+        for noted in spaces.chain(groups).chain(self.anchor.take()) {
+            self.ledger.forget(&noted);
+        }
+        self.ledger.end();
     }
 
     /// Makes the anchor. Keeps no records without it.

@@ -318,6 +318,14 @@ impl DmaBackend for Type1Group {
         }
     }
 
+    fn forget_records(&mut self) {
+        let noted = [self.noted_filled.take(), self.noted_room.take()];
+        for noted in noted.iter().flatten() {
+            self.ledger.forget(noted);
+        }
+        self.ledger.end();
+    }
+
     fn prepare_adoption(&mut self, adoption: &Adoption<'_>) -> Vec<(EndpointId, BackendError)> {
         self.adopt_records(adoption);
         self.block_moving(adoption)

@@ -6,6 +6,7 @@
 )]
 
 mod bed;
+mod changed;
 mod exhaustive;
 mod host;
 mod hostile;

@@ -163,6 +163,7 @@ impl Bed {
                     let peers = vec![memory_of(1), memory_of(0)];
                     let backend =
                         Type1Group::new(Box::new(container), capabilities, devices, peers);
+                    let backend = backend.of_group(group, false);
                     iommu.add_backend(Box::new(backend), &mine).expect("added");
                 }
             }

@@ -1,6 +1,9 @@
 //! Devices that are added and removed while the guest runs.
 
+use std::collections::BTreeSet;
+
 use super::*;
+use crate::topology::PciRange;
 
 /// A new device of a second kernel, its backend, and its address space if it has a container.
 fn added_device(interface: Interface) -> (FakeKernel, Box<dyn crate::backends::DmaBackend>, u32) {
@@ -18,7 +21,7 @@ fn added_device(interface: Interface) -> (FakeKernel, Box<dyn crate::backends::D
             };
             let calls = Arc::new(kernel.clone());
             let backend = Iommufd::new(calls, all_capabilities(), pin, vec![device]);
-            (kernel, Box::new(backend), 0)
+            (kernel, Box::new(backend.of_plugged(C)), 0)
         }
         Interface::Type1 => {
             let (container, space) = kernel.container();
@@ -33,7 +36,7 @@ fn added_device(interface: Interface) -> (FakeKernel, Box<dyn crate::backends::D
                 vec![device],
                 vec![],
             );
-            (kernel, Box::new(backend), space)
+            (kernel, Box::new(backend.of_group(7, false)), space)
         }
     }
 }
@@ -96,11 +99,49 @@ fn hot_adding_a_device_keeps_no_request_waiting() {
     }
 }
 
+/// Otherwise a later process would find an object twice, and refuse the whole state.
+#[test]
+fn a_device_that_comes_and_goes_leaves_no_records() {
+    for interface in INTERFACES {
+        let mut bed = Bed::new(interface);
+        bed.iommu.keep_journal();
+        let iommu = Mutex::new(Rank::Core, bed.iommu);
+        let objects = || {
+            let core = iommu.lock();
+            let loaded = crate::store::Loaded::read(core.store().memory().words());
+            loaded.expect("no object twice").objects.len()
+        };
+        let before = objects();
+        let range = PciRange::from(PciAddress::from_endpoint_id(C));
+        for refuse in [false, true, false] {
+            let (kernel, backend, _) = added_device(interface);
+            if refuse {
+                let mut state = kernel.state();
+                let calls = state.calls + 4..state.calls + 16;
+                state.fail.extend(calls.map(|call| (call, libc::ENOMEM)));
+            }
+            let new = NewEndpoints {
+                range,
+                group: None,
+                reserved: ReservedRegions::default(),
+                room: 8,
+            };
+            let added = Iommu::add_filled(&iommu, &new, backend);
+            assert_eq!(added.is_err(), refuse, "{interface:?}");
+            if !refuse {
+                assert!(objects() > before, "{interface:?}");
+                let unused = Iommu::remove_emptied(&iommu, range, &BTreeSet::from([C]));
+                assert_eq!(unused.expect("removed").len(), 1);
+            }
+            assert_eq!(objects(), before, "{interface:?}");
+        }
+    }
+}
+
 /// While the kernel unpins guest RAM of a removed device, the guest's requests are served, also in the domain in which
 /// the device was. The device then reaches nothing.
 #[test]
 fn removing_a_device_keeps_no_request_waiting() {
-    use std::collections::BTreeSet;
     use std::sync::mpsc;
     use std::time::Duration;
 
