@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{Config, ConfiguredDevice, Socket, SocketAccess, VmmTransport};
 use crate::endpoints::kinds;
 use crate::process::connector::ReachableSockets;
-use crate::process::sandbox::{Needs, Plugging};
+use crate::process::sandbox::{self, Needs, Plugging};
 
 /// The system calls, ioctls and files that a daemon with this configuration needs while it serves. `is_kept`: another process
 /// keeps its descriptors.
@@ -72,6 +72,21 @@ pub fn reachable_sockets(config: &Config) -> ReachableSockets {
             .collect(),
         folders,
     }
+}
+
+/// Whether a daemon with this configuration may make a socket at `path` while it serves: in the folders to which the sandbox
+/// limits it, or below them. Always without a sandbox.
+pub fn may_listen(config: &Config, path: &Path) -> bool {
+    if !sandbox::is_armed() {
+        return true;
+    }
+    let real = |folder: &Path| folder.canonicalize().ok();
+    let Some(wanted) = real(&folder(path)) else {
+        return false;
+    };
+    let folders = needs(config, true).socket_folders;
+    let mut folders = folders.iter().filter_map(|folder| real(folder));
+    folders.any(|folder| wanted.starts_with(folder))
 }
 
 /// The folder of a file. A bare name stands for a file in the working directory.

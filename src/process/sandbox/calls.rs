@@ -89,6 +89,9 @@ pub(super) fn calls(role: Role, needs: &Needs) -> Vec<Call> {
             list.extend(always(&MESSAGES));
             list.extend(descriptors());
             list.extend(always(&[libc::SYS_geteuid]));
+            if needs.kept_clients {
+                list.extend(always(&CHANGES));
+            }
             if let Some(plugged) = &needs.plugging {
                 list.extend(plugging(needs, plugged));
             }
@@ -272,6 +275,13 @@ const BYTES_UNREAD: u32 = 0x5411;
 /// descriptor (`process::keeper`).
 const RECORD: [c_long; 3] = [libc::SYS_pwrite64, libc::SYS_splice, libc::SYS_kcmp];
 
+/// Writing the record of the endpoints that were added and removed.
+const CHANGES: [c_long; 1] = [libc::SYS_pwrite64];
+
+/// Making the memory and the pipe that outlive this process with the connections of a device (`process::record`,
+/// `process::reply_pipe`).
+const KEPT_MEMORY: [c_long; 3] = [libc::SYS_memfd_create, libc::SYS_ftruncate, libc::SYS_pipe2];
+
 /// Connecting a socket that `stream_sockets` allows.
 const CONNECT: [c_long; 1] = [libc::SYS_connect];
 
@@ -395,6 +405,11 @@ fn plugging(needs: &Needs, plugging: &Plugging) -> Vec<Call> {
     list.extend(threads_only());
     list.extend(confine());
     list.extend(backends(needs));
+    if needs.kept_clients {
+        list.extend(always(&KEPT_MEMORY));
+        list.push(fcntl(libc::F_ADD_SEALS));
+        list.push(fcntl(libc::F_GETPIPE_SZ));
+    }
     list
 }
 

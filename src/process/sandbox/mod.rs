@@ -185,6 +185,11 @@ pub fn is_confined() -> bool {
     CONFINED.get().is_some()
 }
 
+/// Whether the threads of this process are confined, or will be.
+pub fn is_armed() -> bool {
+    ARMED.get().is_some()
+}
+
 /// The protection of this process by its sandbox; `None` without a sandbox.
 pub fn protection() -> Option<Protection> {
     let armed = ARMED.get()?;
