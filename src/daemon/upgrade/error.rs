@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, Contradiction};
 use crate::ctl::CtlError;
 
 /// Why the VM has no new daemon. Unless the error says otherwise, the running one goes on.
@@ -86,9 +86,20 @@ pub enum UpgradeError {
         /// The file of the configuration.
         file: PathBuf,
     },
+    /// The file has something else where `ctl` has added an endpoint.
+    #[error(
+        "the running daemon goes on: {contradiction}; change {} back, or unplug the device and remove the endpoint with `ctl`",
+        file.display()
+    )]
+    Contradiction {
+        /// The endpoint.
+        contradiction: Contradiction,
+        /// The file of the configuration.
+        file: PathBuf,
+    },
     /// The guest uses an endpoint that is not configured.
     #[error(
-        "the running daemon goes on: the guest uses the endpoint {address}, which {} does not have; add it there, or \
+        "the running daemon goes on: the guest uses the endpoint {address}, which {} does not have; change the file back, or \
          unplug the device and remove the endpoint with `ctl`",
         file.display()
     )]
@@ -173,6 +184,7 @@ impl UpgradeError {
             | Self::Program { .. }
             | Self::Format { .. }
             | Self::Offer { .. }
+            | Self::Contradiction { .. }
             | Self::Endpoint { .. }
             | Self::EndpointOffer { .. }
             | Self::Arena { .. } => Some(
