@@ -107,6 +107,25 @@ impl KeptMemory {
     }
 }
 
+/// Keeps the state of `iommu` for the next process. Without a keeper, or if it does not take the state, the state ends with
+/// this process.
+pub(super) fn keep_state(keeper: &Keeper, iommu: &mut Iommu) -> Option<KeptMemory> {
+    if !keeper.is_present() {
+        return None;
+    }
+    iommu.keep_journal();
+    match KeptMemory::keep(keeper, iommu) {
+        Ok(kept) => Some(kept),
+        Err(cause) => {
+            warn!(
+                "the state of this daemon ends with it, because {cause}; let the service manager keep more descriptors \
+                 (FileDescriptorStoreMax= of the unit)"
+            );
+            None
+        }
+    }
+}
+
 /// The numbers of the lives that have left a file of this kind, in ascending order.
 fn lives(keeper: &Keeper, kind: &str) -> Vec<u64> {
     let names = keeper.names();

@@ -19,7 +19,7 @@ use std::time::Duration;
 use log::{error, warn};
 use thiserror::Error;
 
-use self::left::{KeptMemory, LeftMemory, discard_orphans, release_unclaimed};
+use self::left::{LeftMemory, discard_orphans, keep_state, release_unclaimed};
 use self::left_readers::end_left_readers;
 use self::places::PlaceChecker;
 use self::successor::Successor;
@@ -458,23 +458,4 @@ fn kept_vmm(
     is_kept
         .then(|| VmmKeeping::find(keeper.clone(), life.clone()))
         .transpose()
-}
-
-/// Keeps the state of `iommu` for the next process. Without a keeper, or if it does not take the state, the state ends with
-/// this process.
-fn keep_state(keeper: &Keeper, iommu: &mut Iommu) -> Option<KeptMemory> {
-    if !keeper.is_present() {
-        return None;
-    }
-    iommu.keep_journal();
-    match KeptMemory::keep(keeper, iommu) {
-        Ok(kept) => Some(kept),
-        Err(cause) => {
-            warn!(
-                "the state of this daemon ends with it, because {cause}; let the service manager keep more descriptors \
-                 (FileDescriptorStoreMax= of the unit)"
-            );
-            None
-        }
-    }
 }
