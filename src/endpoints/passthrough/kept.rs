@@ -22,7 +22,7 @@ use crate::vfio::AllowedIovas;
 /// The name of the daemon's iommufd at the keeper.
 pub(super) const IOMMUFD: &str = "iommufd";
 /// The name of the file with the properties of the devices.
-const FACTS: &str = "vfio.facts";
+pub(super) const FACTS: &str = "vfio.facts";
 /// The most bytes that are read of this file.
 const MAX_FACTS: usize = 1 << 20;
 /// The most ranges of a device.
@@ -64,23 +64,6 @@ pub(super) fn claim(keeper: &Keeper, name: &str) -> Option<OwnedFd> {
             None
         }
     }
-}
-
-/// Closes all devices, containers and iommufds that the process before has left. Returns their names.
-///
-/// For a process that knows nothing of their address spaces: the kernel destroys these with the descriptors, and closes the
-/// devices, which ends their DMA.
-pub fn discard_devices(keeper: &Keeper) -> Vec<String> {
-    let names = keeper.unclaimed().into_iter();
-    let names: Vec<_> = names
-        .filter(|name| name == IOMMUFD || name.starts_with("vfio."))
-        .collect();
-    // The devices first: they keep their address spaces.
-    let (devices, rest): (Vec<_>, Vec<_>) = names.iter().partition(|name| *name != IOMMUFD);
-    for name in devices.into_iter().chain(rest) {
-        keeper.drop_file(name);
-    }
-    names
 }
 
 /// Closes what the process before has left under a name.

@@ -12,6 +12,7 @@ mod kept;
 mod kind;
 #[cfg(test)]
 mod refusals;
+mod strays;
 #[cfg(test)]
 mod tests;
 mod type1;
@@ -32,9 +33,9 @@ use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
-pub use kept::discard_devices;
 pub(super) use kept::{client_name, device_name};
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
+pub use strays::{discard_devices, end_stray_devices};
 pub use vmm_devices::VmmDevices;
 
 /// The passthrough devices of a VM, opened.

@@ -1,0 +1,115 @@
+//! Ending devices at the keeper: those of the process before that this one does not take over, and those that could not be
+//! plugged in.
+
+use std::collections::BTreeSet;
+
+use log::warn;
+
+use super::kept::{FACTS, IOMMUFD};
+use crate::process::keeper::Keeper;
+use crate::vfio::{Attach, Cdev};
+
+/// Closes all devices, containers and iommufds that the process before has left. Returns their names.
+///
+/// For a process that knows nothing of their address spaces: the kernel destroys these with the descriptors, and closes the
+/// devices, which ends their DMA.
+pub fn discard_devices(keeper: &Keeper) -> Vec<String> {
+    let names = keeper.unclaimed().into_iter();
+    let names: Vec<_> = names
+        .filter(|name| is_iommufd(name) || name.starts_with("vfio."))
+        .collect();
+    // The devices first: they keep their address spaces.
+    let (devices, rest): (Vec<_>, Vec<_>) = names.iter().partition(|name| !is_iommufd(name));
+    for name in devices.into_iter().chain(rest) {
+        keeper.drop_file(name);
+    }
+    names
+}
+
+/// Stops the devices that the process before has left and that this one has not taken over: nobody knows what they may reach.
+/// The kernel closes each one when the keeper has closed it, too, which may take a moment. Returns their names.
+pub fn end_stray_devices(keeper: &Keeper) -> Vec<String> {
+    let unclaimed = keeper.unclaimed().into_iter();
+    let strays: Vec<_> = unclaimed.filter(|name| is_device(name)).collect();
+    strays.iter().for_each(|name| stop_and_drop(keeper, name));
+    strays
+}
+
+/// Whether a name is that of a device. The others are containers, groups and facts, which do nothing.
+fn is_device(name: &str) -> bool {
+    let others = ["vfio.container.", "vfio.group.", FACTS];
+    name.starts_with("vfio.") && !others.iter().any(|other| name.starts_with(other))
+}
+
+/// Ends the DMA of a device if the name is that of one, and has the keeper close the file.
+fn stop_and_drop(keeper: &Keeper, name: &str) {
+    if is_device(name)
+        && let Some(file) = keeper.claim(name)
+        && let Ok(file) = file.try_clone()
+    {
+        let device = Cdev::adopt(file);
+        // Each of both is enough. A device of type1 has no address space to leave.
+        let stopped = device.clear_bus_master();
+        if device.detach().is_err()
+            && let Err(cause) = stopped
+        {
+            warn!("{name} is not in use any more, and cannot be stopped: {cause}");
+        }
+    }
+    keeper.drop_file(name);
+}
+
+/// Ends the DMA of devices, and has the keeper close them and what they share.
+pub(in super::super) fn drop_devices(keeper: &Keeper, names: &[String]) {
+    names.iter().for_each(|name| stop_and_drop(keeper, name));
+}
+
+/// An attempt to plug a device in. If it fails, the keeper must have nothing of it.
+pub(in super::super) struct PlugAttempt<'a> {
+    keeper: &'a Keeper,
+    in_use_before: BTreeSet<String>,
+    has_succeeded: bool,
+}
+
+impl<'a> PlugAttempt<'a> {
+    /// Begins an attempt. No other one may begin before its end.
+    pub(in super::super) fn begin(keeper: &'a Keeper) -> Self {
+        Self {
+            keeper,
+            in_use_before: in_use(keeper),
+            has_succeeded: false,
+        }
+    }
+
+    /// The device is open, and [`OpenDevice::kept`](super::super::kind::OpenDevice::kept) has its names.
+    pub(in super::super) fn succeed(mut self) {
+        self.has_succeeded = true;
+    }
+}
+
+impl Drop for PlugAttempt<'_> {
+    fn drop(&mut self) {
+        if self.has_succeeded {
+            return;
+        }
+        for name in in_use(self.keeper).difference(&self.in_use_before) {
+            stop_and_drop(self.keeper, name);
+        }
+    }
+}
+
+/// The names of devices, and of what they share, that this process uses.
+fn in_use(keeper: &Keeper) -> BTreeSet<String> {
+    let unclaimed: BTreeSet<_> = keeper.unclaimed().into_iter().collect();
+    let names = keeper.names().into_iter();
+    names
+        .filter(|name| is_iommufd(name) || name.starts_with("vfio."))
+        .filter(|name| !unclaimed.contains(name))
+        .collect()
+}
+
+/// Whether a name is that of an iommufd.
+fn is_iommufd(name: &str) -> bool {
+    let more = name.strip_prefix(IOMMUFD);
+    more.is_some_and(|more| more.is_empty() || more.starts_with('.'))
+}
