@@ -45,7 +45,9 @@ use vhost_device_iommu::config::Config;
 use vhost_device_iommu::control::{ControlPaths, ControlServer, SetLimits, Subjects};
 use vhost_device_iommu::daemon::Daemon;
 use vhost_device_iommu::device::{Device, WorkerSettings};
-use vhost_device_iommu::endpoints::hotplug::Hotplug;
+use vhost_device_iommu::endpoints::changes::ChangeRecord;
+use vhost_device_iommu::endpoints::hotplug::{ChangedVm, Hotplug};
+use vhost_device_iommu::export::HotResetRegistry;
 use vhost_device_iommu::faults::report::FaultReporter;
 use vhost_device_iommu::iommu::{Iommu, Settings};
 use vhost_device_iommu::locks::{Mutex, Rank};
@@ -280,12 +282,17 @@ impl Operator {
         let config = config.expect("a configuration");
         let reporter = Arc::new(FaultReporter::new(metrics.clone(), 100));
         let keeper = Arc::new(Keeper::none());
+        let vm = ChangedVm {
+            config,
+            record: ChangeRecord::unkept(),
+        };
         let hotplug = Hotplug::new(
-            &config,
+            vm,
+            HotResetRegistry::default(),
             iommu.clone(),
             device.clone(),
             reporter,
-            keeper.clone(),
+            (keeper.clone(), Arc::new(Life::new(false))),
         );
         let subjects = Subjects {
             places: None,

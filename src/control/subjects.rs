@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::places::PlaceReport;
 use crate::device::Device;
-use crate::endpoints::hotplug::{DeviceReport, Hotplug};
+use crate::endpoints::hotplug::Hotplug;
+use crate::endpoints::status::DeviceReport;
 use crate::ids::EndpointId;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;

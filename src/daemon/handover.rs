@@ -1,18 +1,20 @@
 //! What this program can take over, and what a configuration offers to the guest.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::address::IovaRange;
-use crate::config::{Config, VmmTransport};
+use crate::config::{Config, EndpointChanges, VmmTransport};
 use crate::device::Device;
 use crate::device::execute::probe_size;
+use crate::endpoints::changes;
 use crate::endpoints::hotplug::Hotplug;
+use crate::iommu::GuestOffer;
 use crate::page_table::layout::ABI_VERSION;
 use crate::process::handover::Handover;
 use crate::store;
-use crate::topology::{EndpointInfo, PciAddress, ReservedRegions, Topology};
+use crate::topology::{EndpointInfo, ReservedRegions, Topology};
 use crate::transport::vhost_user::RECORD_VERSION;
 use crate::vfio_user::{self, server};
 
@@ -20,6 +22,7 @@ use crate::vfio_user::{self, server};
 const VMM: &str = "VMM's connection";
 const CLIENTS: &str = "vfio-user clients";
 const EMULATED: &str = "emulated devices";
+const CHANGES: &str = "endpoints changed by ctl";
 
 /// The formats of the memory that a daemon leaves to the next one. This program reads no other version of them.
 pub(super) fn formats() -> BTreeMap<String, u64> {
@@ -29,14 +32,15 @@ pub(super) fn formats() -> BTreeMap<String, u64> {
         (VMM, RECORD_VERSION),
         (CLIENTS, server::RECORD_VERSION),
         (EMULATED, vfio_user::RECORD_VERSION),
+        (CHANGES, changes::VERSION),
     ];
     formats
         .map(|(name, version)| (name.to_owned(), version))
         .into()
 }
 
-/// The formats of what a daemon with this configuration leaves.
-fn left_formats(config: &Config) -> BTreeMap<String, u64> {
+/// The formats of what a daemon with this configuration and these changes leaves.
+fn left_formats(config: &Config, changes: &EndpointChanges) -> BTreeMap<String, u64> {
     let mut left = formats();
     let devices = &config.devices;
     let is_pci = config.transport == VmmTransport::VirtioPci;
@@ -44,6 +48,7 @@ fn left_formats(config: &Config) -> BTreeMap<String, u64> {
         (VMM, !is_pci),
         (CLIENTS, is_pci || !devices.exported.is_empty()),
         (EMULATED, !devices.emulated.is_empty()),
+        (CHANGES, !changes.is_empty()),
     ] {
         if !is_used {
             left.remove(name);
@@ -53,39 +58,38 @@ fn left_formats(config: &Config) -> BTreeMap<String, u64> {
 }
 
 /// The property that endpoints decide that were there at the start.
-const ROOM: &str = "room for reserved regions";
+pub(super) const ROOM: &str = "room for reserved regions";
 
-/// Describes a running daemon that was started with this configuration, with the endpoints that it has now.
+/// Describes a running daemon that offers this to its guest, with the endpoints that it has now.
 pub(super) fn describer(
-    config: &Config,
     hotplug: Arc<Hotplug>,
+    offer: GuestOffer,
 ) -> impl Fn() -> Handover + Send + Sync + use<> {
-    let room = offer(config).remove(ROOM);
-    move || {
-        let mut now = hotplug.describe(describe);
-        now.offer
-            .extend(room.clone().map(|room| (ROOM.into(), room)));
-        now
-    }
+    let room = offer.probe_size();
+    move || hotplug.describe(|config, changes| handover_with(config, changes, room))
 }
 
-/// How a daemon describes itself that is started with this configuration.
-pub(super) fn handover(config: &Config) -> Handover {
-    describe(config, &BTreeSet::new())
-}
-
-/// How a daemon with this configuration describes itself. The devices of the endpoints `plugged` were plugged in while the VM
-/// ran.
-fn describe(config: &Config, plugged: &BTreeSet<PciAddress>) -> Handover {
+/// How a daemon describes itself that is started with this configuration, and with the changes that the daemon before has
+/// made. `least_room`: the bytes of PROBE's property list that the daemon before offers.
+pub(super) fn handover_with(
+    config: &Config,
+    changes: &EndpointChanges,
+    least_room: u32,
+) -> Handover {
     // Not the file that runs: the path may lead to another one by now, and that is what the keeper starts.
     let program = std::env::args_os().next().map(PathBuf::from);
+    let room = probe_size(config.topology.max_reserved_count()).max(least_room);
+    let mut offer = offer(config);
+    offer.insert(ROOM.into(), room.to_string());
     Handover {
         program: program.filter(|path| path.is_absolute()),
-        formats: left_formats(config),
-        offer: offer(config),
+        formats: left_formats(config, changes),
+        offer,
         features: Device::offered_features(),
         endpoints: endpoints(config),
-        ends: ends(config, plugged),
+        // This version keeps all of them.
+        ends: Vec::new(),
+        changes: serde_json::to_value(changes).unwrap_or_default(),
     }
 }
 
@@ -109,10 +113,6 @@ fn offer(config: &Config) -> BTreeMap<String, String> {
         ("domains", config.max_domains.to_string()),
         ("machine", config.machine.name().into()),
         ("page sizes", format!("{:#x}", config.page_mask.bits())),
-        (
-            ROOM,
-            probe_size(config.topology.max_reserved_count()).to_string(),
-        ),
         ("transport", transport.into()),
     ]);
     let reserved = config.topology.common_reserved();
@@ -155,21 +155,6 @@ fn regions(reserved: &ReservedRegions) -> String {
     regions.join(" ")
 }
 
-/// The connections that end with the daemon.
-fn ends(config: &Config, plugged: &BTreeSet<PciAddress>) -> Vec<String> {
-    let devices = &config.devices;
-    // The keeper has nothing of a device that was plugged in.
-    let emulated = devices.emulated.iter();
-    let emulated = emulated.filter(|device| plugged.contains(&device.endpoint));
-    let emulated =
-        emulated.map(|device| format!("those of the emulated device {}", device.endpoint));
-    let exported = devices.exported.iter();
-    let exported = exported.filter(|device| plugged.contains(&device.endpoint));
-    let exported =
-        exported.map(|device| format!("that of the exported device {}", device.endpoint));
-    emulated.chain(exported).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -179,7 +164,11 @@ mod tests {
     fn of(text: &str) -> Handover {
         let text = format!("address = \"00:05.0\"\n{text}");
         let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
-        handover(&config)
+        of_config(&config)
+    }
+
+    fn of_config(config: &Config) -> Handover {
+        handover_with(config, &EndpointChanges::default(), 0)
     }
 
     #[test]
@@ -209,7 +198,7 @@ mod tests {
         let moved = "address = \"00:04.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n";
         let moved = Config::from_text(Path::new("vm.toml"), moved).expect("a configuration");
         assert_ne!(
-            handover(&moved).offer,
+            of_config(&moved).offer,
             plain.offer,
             "the IOMMU's own address"
         );
@@ -247,17 +236,13 @@ mod tests {
     }
 
     #[test]
-    fn an_exported_device_that_was_plugged_in_ends() {
+    fn no_connection_of_a_device_ends() {
         for host_iommu in ["iommufd", "type1"] {
-            let text = format!(
-                "address = \"00:05.0\"\nhost-iommu = \"{host_iommu}\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
+            let ends = of(&format!(
+                "host-iommu = \"{host_iommu}\"\n[[endpoint]]\naddress = \"00:06.0\"\n\
                  vfio = \"0000:65:00.0\"\nexport = \"/a\"\n"
-            );
-            let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
-            assert!(handover(&config).ends.is_empty(), "{host_iommu}");
-            let plugged = ["00:06.0".parse().expect("an address")].into();
-            let ends = describe(&config, &plugged).ends;
-            assert_eq!(ends, ["that of the exported device 0000:00:06.0"]);
+            ));
+            assert!(ends.ends.is_empty(), "{host_iommu}");
         }
     }
 
@@ -290,16 +275,5 @@ mod tests {
         assert_eq!(described.endpoints["0000:00:06.0"], "group g");
         let own = &described.endpoints["0000:00:07.0"];
         assert!(own.contains("0xfff") && own.contains("0x2fff"), "{own}");
-    }
-
-    #[test]
-    fn an_emulated_device_that_was_plugged_in_ends() {
-        let text = "[[endpoint]]\naddress = \"00:06.0\"\nvfio-user = { listen = \"/a\", connect = \"/b\" }\n";
-        let text = format!("address = \"00:05.0\"\n{text}");
-        let config = Config::from_text(Path::new("vm.toml"), &text).expect("a configuration");
-        assert!(handover(&config).ends.is_empty());
-        let plugged = ["00:06.0".parse().expect("an address")].into();
-        let ends = describe(&config, &plugged).ends;
-        assert_eq!(ends, ["those of the emulated device 0000:00:06.0"]);
     }
 }

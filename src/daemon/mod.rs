@@ -1,5 +1,6 @@
 //! Assembles a daemon from one core, one device and one transport, and runs it until a signal ends it.
 
+mod changes;
 pub mod drop_in;
 mod handover;
 mod left;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use log::{error, warn};
 use thiserror::Error;
 
+use self::changes::LeftEndpoints;
 use self::left::{LeftMemory, discard_orphans, keep_state, release_unclaimed};
 use self::left_readers::end_left_readers;
 use self::places::PlaceChecker;
@@ -29,7 +31,7 @@ use crate::config::{Config, VmmTransport};
 use crate::control::places::PlaceReport;
 use crate::control::{ControlPaths, ControlServer, MetricsFile, SetLimits, Subjects};
 use crate::device::{Device, WorkerSettings};
-use crate::endpoints::hotplug::{Files, Hotplug};
+use crate::endpoints::hotplug::{ChangedVm, Files, Hotplug};
 use crate::endpoints::sockets::rights;
 use crate::endpoints::start::{OpenedDevices, ServedDevices, StartError};
 use crate::iommu::{Iommu, Settings};
@@ -117,6 +119,8 @@ impl Daemon {
         let life = Life::new(keeper.is_present()).with_connections(keeper.unkept().clone());
         let life = Arc::new(life);
         discard_orphans(&keeper);
+        let left_endpoints = LeftEndpoints::find(config, &keeper, &life);
+        let config = &left_endpoints.file.clone();
         // First: a file opened earlier could get the number of a descriptor that the configuration names.
         let (topology, opened) = OpenedDevices::open(config, &keeper)?;
         let realtime = config.realtime_priority.map(Realtime::new).transpose()?;
@@ -158,7 +162,10 @@ impl Daemon {
             life.forgo();
         }
         let metrics = Arc::new(Metrics::default());
-        let attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper, &life)?;
+        let mut attached = opened.attach(config, &mut iommu, metrics.clone(), &keeper, &life)?;
+        let mut late = left_endpoints.tell(&mut iommu);
+        attached.add_late(&mut late, &mut iommu, &life);
+        attached.end_strays(&life);
         let iommu = Arc::new(Mutex::new(Rank::Core, iommu));
         let worker = WorkerSettings {
             longest_poll: config.longest_poll,
@@ -168,11 +175,25 @@ impl Daemon {
         let device = Device::new(iommu.clone(), metrics.clone(), worker).map_err(no_events)?;
         let device = Arc::new(device);
         device.record_life(life.clone());
+        let LeftEndpoints {
+            mut record,
+            refusal,
+            suspects,
+            ..
+        } = left_endpoints;
+        let offer = iommu.lock().guest_offer();
+        if let Err(cause) = record.settled(late.changes, &suspects, offer) {
+            warn!("a later daemon may find other endpoints: {cause}");
+        }
+        let vm = ChangedVm {
+            config: late.config,
+            record,
+        };
         let ServedDevices {
             hotplug,
             readers,
             shadow,
-        } = attached.serve(config, &iommu, &device, &keeper, &life)?;
+        } = attached.serve(vm, &iommu, &device, &keeper, &life)?;
         // Before any request is served.
         end_left_readers(&keeper, config.readers.patience, readers.as_deref(), &life);
         let shadow = shadow.map(Arc::new);
@@ -188,7 +209,7 @@ impl Daemon {
             readers,
             hotplug: hotplug.clone(),
             life: life.clone(),
-            handover: Arc::new(handover::describer(config, hotplug.clone())),
+            handover: Arc::new(handover::describer(hotplug.clone(), offer)),
             keeper: keeper.clone(),
             limits: SetLimits {
                 batch: config.max_batch,
@@ -245,6 +266,8 @@ impl Daemon {
             kept,
             life: life.clone(),
             shadow: shadow.clone(),
+            hotplug: hotplug.clone(),
+            refusal,
         };
         let mut successor = Some(successor);
         let mut left = left;
@@ -365,7 +388,8 @@ impl Daemon {
                 // No VMM is left: its domains end, as they do when it disconnects.
                 self.device.disconnect();
             }
-            (None, None) => {}
+            // There is nothing to block.
+            (None, None) => successor.hotplug.taken_over(),
         }
     }
 }

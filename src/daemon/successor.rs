@@ -6,6 +6,7 @@ use log::error;
 
 use super::left::{KeptMemory, LeftMemory};
 use crate::device::Device;
+use crate::endpoints::hotplug::Hotplug;
 use crate::iommu::Iommu;
 use crate::locks::Mutex;
 use crate::process::keeper::Keeper;
@@ -21,6 +22,10 @@ pub(super) struct Successor {
     pub(super) life: Arc<Life>,
     /// Admits shadow readers once there are tables for them.
     pub(super) shadow: Option<Arc<ShadowServer>>,
+    /// Learns that endpoints which must be blocked are blocked.
+    pub(super) hotplug: Arc<Hotplug>,
+    /// Why the state is refused whatever it says.
+    pub(super) refusal: Option<String>,
 }
 
 impl Successor {
@@ -28,13 +33,7 @@ impl Successor {
     /// taken over, all endpoints are blocked until the driver starts anew.
     pub(super) fn take_over(&self, left: Option<&LeftMemory>) {
         let refusal = match left {
-            Some(left) => match self.iommu.lock().restore(left.predecessor()) {
-                Ok(restored) => {
-                    self.life.take_over(restored.generation);
-                    None
-                }
-                Err(cause) => Some(cause.to_string()),
-            },
+            Some(left) => self.restore(left),
             None => Some(
                 "the daemon before has left a VMM, and no state of the guest's IOMMU that can be read; reset the VM"
                     .into(),
@@ -45,6 +44,7 @@ impl Successor {
             self.life.refuse(cause);
             self.device.distrust_next_driver();
         }
+        self.hotplug.taken_over();
         if let Some(kept) = &self.kept {
             kept.release_earlier(&self.keeper);
         }
@@ -52,6 +52,21 @@ impl Successor {
             && let Err(cause) = shadow.admit()
         {
             error!("shadow readers are not admitted: {cause}");
+        }
+    }
+    /// Restores the core, or returns why its state is refused.
+    fn restore(&self, left: &LeftMemory) -> Option<String> {
+        let mut iommu = self.iommu.lock();
+        if let Some(cause) = &self.refusal {
+            iommu.refuse(left.predecessor());
+            return Some(cause.clone());
+        }
+        match iommu.restore(left.predecessor()) {
+            Ok(restored) => {
+                self.life.take_over(restored.generation);
+                None
+            }
+            Err(cause) => Some(cause.to_string()),
         }
     }
 }

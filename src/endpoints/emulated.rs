@@ -9,18 +9,26 @@ use log::{error, info, warn};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, Shutdown};
 
-use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
+use super::kind::{
+    EndpointKind, OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin, Resources, check_prepared,
+};
 use super::sockets::rights;
 use super::status::{DeviceFigure, DeviceMetric, DeviceStatus, StatusNames};
 use crate::backends::vfio_user::{self, Deadlines, EmulatedDevice, Isolation, KeptDevice, Watch};
 use crate::config::{Config, Emulated, ServerIsolation};
 use crate::faults::report::FaultReporter;
+use crate::ids::EndpointId;
 use crate::process::connector;
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::process::sandbox::Needs;
 use crate::process::socket::bind_for;
 use crate::topology::Topology;
+
+/// Why the state ends with this process although there is a keeper.
+pub(super) const MEMORY_SERVER: &str = "the next daemon will not go on where this one ends: the server of an emulated device has guest \
+    memory (isolation = \"mappings\"), its connection is not kept, and it goes on using the memory until it notices the end of \
+    its connection; with isolation = \"messages\" it has none";
 
 /// Whether the server of a device is connected.
 const SERVER_UP: DeviceMetric = DeviceMetric {
@@ -174,21 +182,44 @@ pub fn end_strays(keeper: &Keeper, life: &Life) {
     let strays = keeper.unclaimed().into_iter().filter(is_server);
     let deadline = Instant::now() + Duration::from_secs(1);
     for name in strays {
-        let Some(socket) = keeper.claim(&name) else {
+        end_server(keeper, life, &name, deadline);
+    }
+}
+
+/// Ends the connections of a device that cannot be opened.
+fn end_connections(keeper: &Keeper, life: &Life, endpoint: EndpointId) {
+    let names = format!("vfio-user.{}.", endpoint.0);
+    let deadline = Instant::now() + Duration::from_secs(1);
+    let of_device = keeper.names().into_iter();
+    for name in of_device.filter(|name| name.starts_with(&names)) {
+        if name.ends_with(".server") {
+            end_server(keeper, life, &name, deadline);
             continue;
-        };
-        // Fails if it has hung up.
-        let _ = rustix::net::shutdown(&*socket, Shutdown::Write);
-        if !hangs_up(socket.as_fd(), deadline) {
-            let text = format!(
-                "{name}: the device is not configured any more, and its server has not hung up; if it has guest memory, it may \
-                 still use that: end that server"
-            );
-            error!("{text}");
-            life.lose(text);
+        }
+        if let Some(file) = keeper.claim(&name) {
+            // Fails if the peer has gone, and for the memory of the connections.
+            let _ = rustix::net::shutdown(&*file, Shutdown::Both);
         }
         keeper.drop_file(&name);
     }
+}
+
+/// Ends a server that the daemon before has left. Waits until it hangs up.
+fn end_server(keeper: &Keeper, life: &Life, name: &str, deadline: Instant) {
+    let Some(socket) = keeper.claim(name) else {
+        return;
+    };
+    // Fails if it has hung up.
+    let _ = rustix::net::shutdown(&*socket, Shutdown::Write);
+    if !hangs_up(socket.as_fd(), deadline) {
+        let text = format!(
+            "{name}: the device is not configured any more, and its server has not hung up; if it has guest memory, it may \
+             still use that: end that server"
+        );
+        error!("{text}");
+        life.lose(text);
+    }
+    keeper.drop_file(name);
 }
 
 /// Whether the peer of a socket closes it in time. Whatever it sends is discarded.
@@ -264,14 +295,29 @@ impl EndpointKind for EmulatedKind {
         if !connector::may_connect(&device.connect) {
             return Err(PlugError::OutOfReach(device.connect.clone()));
         }
-        Ok(open(
-            device,
-            plug.config,
-            &plug.config.topology,
-            plug.faults,
-            // The sandbox lets no thread make the memory for it, and the next daemon does not know the endpoint.
-            None,
-        )?)
+        let PlugKeeping {
+            keeper,
+            life,
+            origin,
+            forgo_restart,
+        } = plug.keeping;
+        let has_state = origin == PlugOrigin::Before { has_state: true };
+        let kept = keeper
+            .is_present()
+            .then(|| keep(device, keeper, life, has_state))
+            .flatten();
+        if kept.is_none() && keeper.is_present() {
+            keeper.unkept().count_always();
+            if device.shares_memory() {
+                warn!("endpoint {}: {MEMORY_SERVER}", device.endpoint);
+                forgo_restart();
+            }
+        }
+        let topology = &plug.config.topology;
+        let opened = open(device, plug.config, topology, plug.faults, kept);
+        Ok(opened.inspect_err(|_| {
+            end_connections(keeper, life, device.endpoint.endpoint_id());
+        })?)
     }
 
     fn check_unplug(&self, config: &Config) -> Result<(), PlugError> {

@@ -5,8 +5,12 @@ use std::io;
 use std::sync::Arc;
 
 use super::bound::BoundExport;
-use super::kind::{EndpointKind, OpenDevice, Plug, PlugError, Resources, check_prepared};
-use super::passthrough::{OpenedExport, PassthroughDevices, client_name, device_name};
+use super::kind::{
+    EndpointKind, OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin, Resources, check_prepared,
+};
+use super::passthrough::{
+    DeviceKeeping, OpenedExport, PassthroughDevices, PlugAttempt, client_name, device_name,
+};
 use super::sockets::rights;
 use super::status::StatusNames;
 use crate::config::{Config, Descriptors};
@@ -70,6 +74,15 @@ pub fn bind_export(
         host: host.map(|host| host.to_string()),
         ..OpenDevice::default()
     })
+}
+
+/// Has the keeper close all that it has of the clients of an endpoint's exported device: the endpoint is removed.
+pub(super) fn drop_client(keeper: &Keeper, endpoint: PciAddress) {
+    let names = format!("{}-", client_name(endpoint));
+    let of_client = keeper.names().into_iter();
+    for name in of_client.filter(|name| name.starts_with(&names)) {
+        keeper.drop_file(&name);
+    }
 }
 
 /// What lets the connections of an exported device's clients outlive this process.
@@ -148,25 +161,45 @@ impl EndpointKind for ExportedKind {
         let mut alone = plug.config.clone();
         alone.devices.passthrough = vec![device];
         alone.descriptors = Descriptors::default();
-        // Not kept: a device that was plugged in is not in the next process's configuration.
-        let opened = PassthroughDevices::open(&alone, &Arc::new(Keeper::none()))?;
+        let PlugKeeping {
+            keeper,
+            life,
+            origin,
+            ..
+        } = plug.keeping;
+        let attempt = PlugAttempt::begin(keeper);
+        let keeping = DeviceKeeping::of_plugged(keeper, endpoint, origin == PlugOrigin::Here);
+        let opened = PassthroughDevices::open(&alone, &keeping)?;
         let info = opened.topology.endpoint(endpoint.endpoint_id());
         let facts = info.map(|info| {
             let group = info.group.and_then(|id| opened.topology.group_name(id));
             (group.cloned(), info.reserved.clone())
         });
         let backend = opened.backends.into_iter().next();
-        let Some(OpenedExport { access, .. }) = opened.exported.into_iter().next() else {
+        let Some(OpenedExport {
+            access, is_left, ..
+        }) = opened.exported.into_iter().next()
+        else {
             return Ok(OpenDevice::default());
         };
-        // VFIO opens a device without bus mastering. Make sure of it: the backend is filled before the core knows the
-        // endpoint.
-        access.stop_dma()?;
+        if !is_left {
+            // VFIO opens a device without bus mastering. Make sure of it: the backend is filled before the core knows the
+            // endpoint.
+            access.stop_dma()?;
+        }
+        let kept = keeper.is_present().then(|| KeptExport {
+            keeper: keeper.clone(),
+            life: life.clone(),
+            is_left,
+        });
+        let bound = bind_export(&alone, endpoint, access, plug.hot_resets, kept)?;
+        attempt.succeed();
         Ok(OpenDevice {
             backend: backend.map(|(backend, _)| backend),
             facts,
             host_iommu: opened.iommus.get(&endpoint).cloned(),
-            ..bind_export(&alone, endpoint, access, plug.hot_resets, None)?
+            kept: opened.kept.get(&endpoint).cloned().unwrap_or_default(),
+            ..bound
         })
     }
 

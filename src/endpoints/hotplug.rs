@@ -10,22 +10,23 @@ use log::{info, warn};
 use thiserror::Error;
 
 use super::bound::ServedExport;
-use super::kind::{OpenDevice, Plug, PlugError};
+use super::changes::{ChangeRecord, RecordError};
+use super::exported::drop_client;
+use super::kind::{OpenDevice, Plug, PlugError, PlugKeeping, PlugOrigin};
 use super::kinds;
-use super::status::{DeviceStatus, StatusNames};
-use crate::config::{Config, ConfigError, DeviceKind};
+use super::status::DeviceReport;
+use crate::config::{Config, ConfigError, DeviceKind, EndpointChanges};
 use crate::device::Device;
 use crate::export::HotResetRegistry;
 use crate::faults::queue::FaultDelivery;
 use crate::faults::report::FaultReporter;
-use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
 use crate::iommu::{AddError, Iommu, NewEndpoints, RemoveError};
 use crate::locks::{Mutex, Rank};
 use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::socket::SocketFile;
 use crate::topology::{NoSuchEndpoints, PciAddress, PciRange};
-use crate::vfio::VmmCdev;
 
 /// Why an endpoint was not added or removed. Nothing has changed.
 #[derive(Debug, Error)]
@@ -45,6 +46,12 @@ pub enum HotplugError {
     /// The core refuses to remove the endpoint.
     #[error(transparent)]
     Remove(#[from] RemoveError),
+    /// The change cannot be recorded.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The state of the process before is not taken over yet.
+    #[error("the daemon still takes over from the one before; try again")]
+    TakingOver,
 }
 
 /// An endpoint that was added.
@@ -63,59 +70,53 @@ pub struct Hotplug {
     device: Arc<Device>,
     reporter: Arc<FaultReporter>,
     keeper: Arc<Keeper>,
+    life: Arc<Life>,
     hot_resets: HotResetRegistry,
-    /// The configuration with all changes. Locked while an endpoint is added or removed.
-    config: Mutex<Config>,
+    /// Locked while an endpoint is added or removed.
+    vm: Mutex<ChangedVm>,
     /// Locked briefly; only `files` may be locked after it.
     parts: Mutex<DevicesInService>,
     files: Files,
 }
 
+/// The endpoints of the running VM.
+pub struct ChangedVm {
+    /// The configuration with all changes.
+    pub config: Config,
+    /// What differs from the file, for a later process.
+    pub record: ChangeRecord,
+}
+
 /// The files of the devices' sockets.
 pub type Files = Arc<Mutex<BTreeMap<PciAddress, Arc<SocketFile>>>>;
-
-/// What the daemon reports of the device behind an endpoint.
-#[derive(Clone)]
-pub struct DeviceReport {
-    /// The names under which answers report devices of its kind, if the kind has a status.
-    pub names: Option<StatusNames>,
-    /// The host's name of the device, if it is one of the host's.
-    pub host: Option<String>,
-    /// The host's IOMMU that translates for the device, if sysfs names it.
-    pub host_iommu: Option<IommuInstance>,
-    /// Reports its figures, if its kind has any.
-    pub status: Option<Arc<dyn DeviceStatus>>,
-    /// The open file of a device that the VMM brings.
-    pub vmm_file: Option<VmmCdev>,
-}
 
 #[derive(Default)]
 struct DevicesInService {
     reports: BTreeMap<PciAddress, DeviceReport>,
     servers: BTreeMap<PciAddress, ServedExport>,
-    /// The endpoints with a device that was plugged in while the VM ran.
-    plugged: BTreeSet<PciAddress>,
     /// See [`OpenDevice::kept`].
     kept: BTreeMap<PciAddress, Vec<String>>,
     faults: Option<FaultDelivery>,
 }
 
 impl Hotplug {
-    /// Hotplug for a VM with `config`, without devices.
+    /// Hotplug for a VM, without devices.
     pub fn new(
-        config: &Config,
+        vm: ChangedVm,
+        hot_resets: HotResetRegistry,
         iommu: Arc<Mutex<Iommu>>,
         device: Arc<Device>,
         reporter: Arc<FaultReporter>,
-        keeper: Arc<Keeper>,
+        (keeper, life): (Arc<Keeper>, Arc<Life>),
     ) -> Self {
         Self {
-            hot_resets: HotResetRegistry::default(),
+            hot_resets,
             iommu,
             device,
             reporter,
             keeper,
-            config: Mutex::new(Rank::HotplugConfig, config.clone()),
+            life,
+            vm: Mutex::new(Rank::HotplugConfig, vm),
             parts: Mutex::new(Rank::HotplugParts, DevicesInService::default()),
             files: Arc::new(Mutex::new(Rank::SocketFiles, BTreeMap::new())),
         }
@@ -135,7 +136,7 @@ impl Hotplug {
         devices: impl IntoIterator<Item = (PciAddress, OpenDevice)>,
     ) -> io::Result<()> {
         for (endpoint, device) in devices {
-            let kind = self.config.lock().devices.kind_of(endpoint);
+            let kind = self.vm.lock().config.devices.kind_of(endpoint);
             if device.reports_faults {
                 self.deliver_faults()?;
             }
@@ -159,11 +160,10 @@ impl Hotplug {
             .collect()
     }
 
-    /// Calls `describe` with the configuration with all changes, and with the endpoints whose devices were plugged in.
-    pub fn describe<T>(&self, describe: impl FnOnce(&Config, &BTreeSet<PciAddress>) -> T) -> T {
-        let config = self.config.lock();
-        let plugged = self.parts.lock().plugged.clone();
-        describe(&config, &plugged)
+    /// Calls `describe` with the configuration with all changes, and with the changes.
+    pub fn describe<T>(&self, describe: impl FnOnce(&Config, &EndpointChanges) -> T) -> T {
+        let vm = self.vm.lock();
+        describe(&vm.config, vm.record.changes())
     }
 
     /// The files of the devices' sockets. Hotplug changes the shared map.
@@ -176,20 +176,37 @@ impl Hotplug {
     /// # Errors
     /// See [`HotplugError`].
     pub fn add(&self, text: &str) -> Result<Added, HotplugError> {
-        let mut config = self.config.lock();
-        let (with, range) = config.with_endpoint(text)?;
+        let mut vm = self.vm.lock();
+        self.check_settled()?;
+        let (with, range) = vm.config.with_endpoint(text)?;
         let kind = with.devices.kind_of(range.first());
-        let mut emulated = with.devices.emulated.iter();
-        if emulated.any(|device| device.endpoint == range.first() && device.shares_memory()) {
-            warn!(
-                "the server of endpoint {} gets guest memory (isolation = \"mappings\"), so no later daemon will go on where \
-                 this one ends",
-                range.first()
-            );
-            // Before the server connects.
-            self.device.forgo_restart();
-        }
         let mut opened = self.open(&with, range.first(), kind)?;
+        if let Err(cause) = self.publish(&mut vm.record, text, &with, range, &mut opened) {
+            let names = std::mem::take(&mut opened.kept);
+            drop(opened);
+            self.forget_names(range, names);
+            return Err(cause);
+        }
+        self.take_into_service(range.first(), kind, opened);
+        let is_described = with.topology.is_expected(range);
+        vm.config = with;
+        vm.record.finish_addition();
+        info!("endpoint {range} is added");
+        Ok(Added {
+            range,
+            is_described,
+        })
+    }
+
+    /// Records that an endpoint is being added, has the core add it, and serves its device. On an error, it is not there.
+    fn publish(
+        &self,
+        record: &mut ChangeRecord,
+        text: &str,
+        with: &Config,
+        range: PciRange,
+        opened: &mut OpenDevice,
+    ) -> Result<(), HotplugError> {
         let info = with.topology.endpoint(range.first().endpoint_id());
         let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
             let group = info.and_then(|info| with.topology.group_name(info.group?));
@@ -202,36 +219,33 @@ impl Hotplug {
             reserved,
             room: self.device.probe_room(),
         };
+        self.forgo_unrecorded(record);
+        record.begin_addition(text, range)?;
         // If the core refuses the backend, the error returns it, so that it is dropped after the core is unlocked:
         // dropping it waits for its threads.
-        match (opened.backend.take(), &opened.bound) {
+        let added = match (opened.backend.take(), &opened.bound) {
             // An exported device does no DMA before its server accepts a client, so its backend can be filled before
             // the core has it. Another device may do DMA as soon as its backend lets it.
             (Some(backend), Some(_)) => {
-                Iommu::add_filled(&self.iommu, &new, backend).map_err(|(cause, _)| cause)?;
+                Iommu::add_filled(&self.iommu, &new, backend).map_err(|(cause, _)| cause)
             }
             (backend, _) => {
                 let added = self.iommu.lock().add_endpoints(new, backend);
-                added.map_err(|(cause, _)| cause)?;
+                added.map_err(|(cause, _)| cause)
             }
+        };
+        if let Err(cause) = added {
+            record.abandon_addition(range);
+            return Err(cause.into());
         }
         if let Err(cause) = opened.serve() {
             // The device has no client yet, so nobody uses the endpoint.
             let unused = self.iommu.lock().remove_endpoints(range);
             drop(unused);
+            record.abandon_addition(range);
             return Err(PlugError::System(cause).into());
         }
-        self.take_into_service(range.first(), kind, opened);
-        if kind.is_some() {
-            self.parts.lock().plugged.insert(range.first());
-        }
-        let is_described = with.topology.is_expected(range);
-        *config = with;
-        info!("endpoint {range} is added");
-        Ok(Added {
-            range,
-            is_described,
-        })
+        Ok(())
     }
 
     /// Removes endpoints. When this returns, their devices reach no memory.
@@ -239,24 +253,30 @@ impl Hotplug {
     /// # Errors
     /// See [`HotplugError`].
     pub fn remove(&self, range: PciRange) -> Result<(), HotplugError> {
-        let mut config = self.config.lock();
-        let without = config.without_endpoints(range)?;
-        let devices = config.devices.iter();
+        let mut vm = self.vm.lock();
+        self.check_settled()?;
+        let without = vm.config.without_endpoints(range)?;
+        let devices = vm.config.devices.iter();
         for device in devices.filter(|device| range.contains(device.endpoint())) {
-            kinds::of(device.kind()).check_unplug(&config)?;
+            kinds::of(device.kind()).check_unplug(&vm.config)?;
         }
-        // The lock of `config` excludes other changes, so the removal below cannot fail.
+        // The lock of `vm` excludes other changes, so the removal below cannot fail.
         self.iommu.lock().check_removal(range)?;
+        self.forgo_unrecorded(&vm.record);
+        vm.record.begin_removal(range)?;
         let silent = self.end_servers(range);
-        let unused = Iommu::remove_emptied(&self.iommu, range, &silent)?;
-        *config = without;
-        let (reports, files, mut kept);
+        let unused = match Iommu::remove_emptied(&self.iommu, range, &silent) {
+            Ok(unused) => unused,
+            Err(cause) => {
+                vm.record.abandon_removal();
+                return Err(cause.into());
+            }
+        };
+        vm.config = without;
+        let (reports, files, kept);
         {
             let mut parts = self.parts.lock();
             kept = take_range(&mut parts.kept, range).concat();
-            let others: BTreeSet<_> = parts.kept.values().flatten().collect();
-            kept.retain(|name| !others.contains(name));
-            parts.plugged.retain(|at| !range.contains(*at));
             reports = take_range(&mut parts.reports, range);
             files = take_range(&mut self.files.lock(), range);
         }
@@ -266,12 +286,50 @@ impl Hotplug {
         }
         // Drops wait for threads, so `parts` must not be locked here.
         drop((unused, reports, files));
-        // Otherwise nobody else could use the devices before the VM ends.
-        for name in kept {
-            self.keeper.drop_file(&name);
-        }
+        vm.record.finish_removal(range);
+        self.forget_names(range, kept);
         info!("endpoint {range} is removed");
         Ok(())
+    }
+
+    /// The state that the process before has left is taken over or refused: what was half removed is blocked there.
+    pub fn taken_over(&self) {
+        self.vm.lock().record.blocked();
+    }
+
+    /// Refuses changes while the core waits for the state of the process before.
+    fn check_settled(&self) -> Result<(), HotplugError> {
+        if self.iommu.lock().is_adopting() {
+            return Err(HotplugError::TakingOver);
+        }
+        Ok(())
+    }
+
+    /// Has no later process go on after this one if the change about to be made cannot be recorded: that process would have
+    /// other endpoints than the guest.
+    fn forgo_unrecorded(&self, record: &ChangeRecord) {
+        if self.keeper.is_present() && record.file().is_none() {
+            warn!(
+                "endpoints change without a record, so no later daemon will go on where this one ends"
+            );
+            self.device.forgo_restart();
+        }
+    }
+
+    /// Makes the keeper close what only endpoints had that are gone. Otherwise nobody else could use the devices before the
+    /// VM ends.
+    fn forget_names(&self, range: PciRange, mut names: Vec<String>) {
+        {
+            let parts = self.parts.lock();
+            let others: BTreeSet<_> = parts.kept.values().flatten().collect();
+            names.retain(|name| !others.contains(name));
+        }
+        for name in names {
+            self.keeper.drop_file(&name);
+        }
+        if range.count() == 1 {
+            drop_client(&self.keeper, range.first());
+        }
     }
 
     /// Ends the servers of exported devices. Returns the endpoints whose devices do no DMA any more.
@@ -310,6 +368,12 @@ impl Hotplug {
             endpoint,
             faults: &self.reporter,
             hot_resets: &self.hot_resets,
+            keeping: PlugKeeping {
+                keeper: &self.keeper,
+                life: &self.life,
+                origin: PlugOrigin::Here,
+                forgo_restart: &|| self.device.forgo_restart(),
+            },
         })?;
         if opened.reports_faults {
             self.deliver_faults()?;
@@ -401,7 +465,13 @@ mod tests {
         };
         let device = Device::new(iommu.clone(), metrics.clone(), worker).expect("descriptors");
         let reporter = Arc::new(FaultReporter::new(metrics, 1));
-        Hotplug::new(&config, iommu, Arc::new(device), reporter, keeper)
+        let vm = ChangedVm {
+            config,
+            record: ChangeRecord::unkept(),
+        };
+        let kept = (keeper, Arc::new(Life::new(true)));
+        let resets = HotResetRegistry::default();
+        Hotplug::new(vm, resets, iommu, Arc::new(device), reporter, kept)
     }
 
     /// Otherwise nobody else could use the device, nor the group of its host.

@@ -15,6 +15,8 @@ use crate::config::Config;
 use crate::export::HotResetRegistry;
 use crate::faults::report::FaultReporter;
 use crate::host::sysfs::IommuInstance;
+use crate::process::keeper::Keeper;
+use crate::process::life::Life;
 use crate::process::sandbox::Needs;
 use crate::process::socket::SocketFile;
 use crate::topology::{GroupName, PciAddress, ReservedRegions};
@@ -29,7 +31,8 @@ pub trait EndpointKind: Sync {
     /// The resources that the service manager must grant for the devices of `config`.
     fn resources(&self, config: &Config) -> Resources;
 
-    /// Opens the device of one endpoint for a running VM. The core does not have its backend yet.
+    /// Opens the device of one endpoint that was added to a running VM: by this process, or by one before. The core does not
+    /// have its backend yet.
     ///
     /// # Errors
     /// The device cannot be opened, or devices of this kind cannot be plugged in.
@@ -72,6 +75,33 @@ pub struct Plug<'a> {
     pub faults: &'a Arc<FaultReporter>,
     /// Knows all exported devices.
     pub hot_resets: &'a HotResetRegistry,
+    /// Lets the device and its connections outlive this process.
+    pub keeping: PlugKeeping<'a>,
+}
+
+/// How a device that is plugged in outlives this process.
+#[derive(Clone, Copy)]
+pub struct PlugKeeping<'a> {
+    /// Keeps descriptors.
+    pub keeper: &'a Arc<Keeper>,
+    /// Learns what is lost.
+    pub life: &'a Arc<Life>,
+    /// The process that adds the endpoint.
+    pub origin: PlugOrigin,
+    /// Is called before a peer gets guest memory whose use does not end with this process.
+    pub forgo_restart: &'a dyn Fn(),
+}
+
+/// The process that has added an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlugOrigin {
+    /// This one.
+    Here,
+    /// One before, whose devices and connections this process takes over. `has_state`: it has left the core's state, too.
+    Before {
+        /// See above.
+        has_state: bool,
+    },
 }
 
 /// An open device behind an endpoint.

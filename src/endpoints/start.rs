@@ -2,41 +2,43 @@
 //!
 //! 1. [`OpenedDevices::open`] opens the host's devices. It must run before the process opens any other file,
 //!    which could get the number of an inherited descriptor.
-//! 2. [`OpenedDevices::attach`] puts the backends of all kinds behind the core.
+//! 2. [`OpenedDevices::attach`] puts the backends of all kinds behind the core. [`AttachedDevices::add_late`] does so for the
+//!    endpoints that were added while an earlier process served the guest.
 //! 3. [`AttachedDevices::serve`] accepts shadow readers and the VMM's clients. It runs last: a client may use
 //!    every other part as soon as it connects.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use log::warn;
+use log::{error, info, warn};
 use thiserror::Error;
 
 use super::exported::KeptExport;
-use super::hotplug::Hotplug;
-use super::kind::OpenDevice;
-use super::passthrough::{OpenedExport, PassthroughDevices, PassthroughError, VmmDevices};
+use super::hotplug::{ChangedVm, Hotplug};
+use super::kind::{OpenDevice, Plug, PlugKeeping, PlugOrigin};
+use super::kinds;
+use super::passthrough::{
+    DeviceKeeping, OpenedExport, PassthroughDevices, PassthroughError, VmmDevices, drop_devices,
+    end_stray_devices,
+};
 use super::shadow::ShadowError;
 use super::{emulated, exported, shadow};
 use crate::backends::DmaBackend;
-use crate::config::Config;
+use crate::config::{Config, EndpointChanges};
 use crate::device::Device;
+use crate::export::HotResetRegistry;
 use crate::faults::report::FaultReporter;
 use crate::host::sysfs::IommuInstance;
 use crate::ids::EndpointId;
-use crate::iommu::Iommu;
+use crate::iommu::{Iommu, NewEndpoints};
 use crate::locks::Mutex;
 use crate::metrics::Metrics;
 use crate::process::keeper::Keeper;
 use crate::process::life::Life;
 use crate::shadow::{Registry, ShadowServer};
-use crate::topology::{PciAddress, Topology};
-
-/// Why the state ends with this process although there is a keeper.
-const MEMORY_SERVER: &str = "the next daemon will not go on where this one ends: the server of an emulated device has guest \
-    memory (isolation = \"mappings\"), its connection is not kept, and it goes on using the memory until it notices the end of \
-    its connection; with isolation = \"messages\" it has none";
+use crate::topology::{PciAddress, PciRange, Topology};
 
 /// Why the configured devices cannot be brought up.
 #[derive(Debug, Error)]
@@ -79,7 +81,20 @@ pub struct AttachedDevices {
     readers: Option<Arc<Registry>>,
     /// All devices but the exported ones.
     devices: Vec<(PciAddress, OpenDevice)>,
+    hot_resets: HotResetRegistry,
+    /// Exported devices that were added while the VM ran.
+    bound: Vec<(PciAddress, OpenDevice)>,
     faults: Arc<FaultReporter>,
+}
+
+/// The endpoints that were added while an earlier process served the guest.
+pub struct LateEndpoints {
+    /// The configuration, to which they are added.
+    pub config: Config,
+    /// The changes, from which those are taken out that cannot be added.
+    pub changes: EndpointChanges,
+    /// The number of reserved regions of one endpoint that a PROBE of this guest has room for.
+    pub room: usize,
 }
 
 /// Devices in service.
@@ -106,7 +121,7 @@ impl OpenedDevices {
             iommus,
             kept,
             vmm,
-        } = PassthroughDevices::open(config, keeper)?;
+        } = PassthroughDevices::open(config, &DeviceKeeping::of_start(keeper))?;
         let opened = Self {
             backends,
             exported,
@@ -163,7 +178,7 @@ impl OpenedDevices {
             if kept.is_none() && keeper.is_present() {
                 keeper.unkept().count_always();
                 if configured.shares_memory() {
-                    warn!("{MEMORY_SERVER}");
+                    warn!("{}", emulated::MEMORY_SERVER);
                     iommu.forgo_restart();
                     life.forgo();
                 }
@@ -178,9 +193,9 @@ impl OpenedDevices {
             }
             devices.push((configured.endpoint, device));
         }
-        // Before the state of the daemon before is taken over.
-        emulated::end_strays(keeper, life);
         Ok(AttachedDevices {
+            hot_resets: HotResetRegistry::default(),
+            bound: Vec::new(),
             exported: self.exported,
             iommus: self.iommus,
             kept: self.kept,
@@ -194,6 +209,107 @@ impl OpenedDevices {
 }
 
 impl AttachedDevices {
+    /// Opens the devices of the endpoints that were added to `late.config` while an earlier process served the guest, and has
+    /// the core add the endpoints. An endpoint whose device cannot be opened is not there any more, which `life` learns.
+    pub fn add_late(&mut self, late: &mut LateEndpoints, iommu: &mut Iommu, life: &Arc<Life>) {
+        for added in late.changes.added().to_vec() {
+            let range = added.range();
+            let with = late.config.with_added(&added);
+            let with = with.map_err(|cause| cause.to_string());
+            let outcome = with.and_then(|with| {
+                self.add_late_one(&with, &added.present(), late.room, iommu, life)?;
+                Ok(with)
+            });
+            match outcome {
+                Ok(with) => late.config = with,
+                Err(cause) => {
+                    let text = format!(
+                        "endpoint {range}, which `ctl` has added, is gone, because it cannot be added again: {cause}; unplug \
+                         its device, and add both again"
+                    );
+                    error!("{text}");
+                    life.lose(text);
+                    late.changes.forget(range);
+                }
+            }
+        }
+    }
+
+    /// Opens the device of an endpoint of `with`, or of the parts of a range that are present.
+    fn add_late_one(
+        &mut self,
+        with: &Config,
+        present: &[PciRange],
+        room: usize,
+        iommu: &mut Iommu,
+        life: &Arc<Life>,
+    ) -> Result<(), String> {
+        let has_state = iommu.is_adopting();
+        for &range in present {
+            let first = range.first();
+            let kind = with.devices.kind_of(first);
+            let core = RefCell::new(&mut *iommu);
+            let opened = kind.map(|kind| {
+                kinds::of(kind).plug(&Plug {
+                    config: with,
+                    endpoint: first,
+                    faults: &self.faults,
+                    hot_resets: &self.hot_resets,
+                    keeping: PlugKeeping {
+                        keeper: &self.keeper,
+                        life,
+                        origin: PlugOrigin::Before { has_state },
+                        forgo_restart: &|| {
+                            core.borrow_mut().forgo_restart();
+                            life.forgo();
+                        },
+                    },
+                })
+            });
+            let mut opened = opened
+                .transpose()
+                .map_err(|cause| cause.to_string())?
+                .unwrap_or_default();
+            let info = with.topology.endpoint(first.endpoint_id());
+            let (group, reserved) = opened.facts.take().unwrap_or_else(|| {
+                let group = info.and_then(|info| with.topology.group_name(info.group?));
+                let reserved = info.map(|info| info.reserved.clone());
+                (group.cloned(), reserved.unwrap_or_default())
+            });
+            let new = NewEndpoints {
+                range,
+                group: group.as_ref(),
+                reserved,
+                room,
+            };
+            if let Err((cause, backend)) = iommu.add_late_endpoints(new, opened.backend.take()) {
+                let names = std::mem::take(&mut opened.kept);
+                drop((backend, opened));
+                drop_devices(&self.keeper, &names);
+                return Err(cause.to_string());
+            }
+            info!("endpoint {range}, which `ctl` has added, is there again");
+            match (kind, opened.bound.is_some()) {
+                (None, _) => {}
+                (Some(_), true) => self.bound.push((first, opened)),
+                (Some(_), false) => self.devices.push((first, opened)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what the daemon before has left of devices that this one does not have. Before its state is taken over.
+    pub fn end_strays(&self, life: &Life) {
+        emulated::end_strays(&self.keeper, life);
+        let devices = end_stray_devices(&self.keeper);
+        if !devices.is_empty() {
+            warn!(
+                "the daemon before has left devices that this one does not have: {}",
+                devices.join(", ")
+            );
+        }
+    }
+
     /// Accepts shadow readers and the VMM's clients, and reports the devices' faults through `device`. `keeper` keeps the
     /// connections of exported devices, and `life` learns which are lost.
     ///
@@ -201,18 +317,20 @@ impl AttachedDevices {
     /// A socket or a thread cannot be made.
     pub fn serve(
         self,
-        config: &Config,
+        vm: ChangedVm,
         iommu: &Arc<Mutex<Iommu>>,
         device: &Arc<Device>,
         keeper: &Arc<Keeper>,
         life: &Arc<Life>,
     ) -> Result<ServedDevices, StartError> {
+        let config = &vm.config.clone();
         let hotplug = Hotplug::new(
-            config,
+            vm,
+            self.hot_resets,
             iommu.clone(),
             device.clone(),
             self.faults,
-            self.keeper,
+            (self.keeper, life.clone()),
         );
         let hotplug = Arc::new(hotplug);
         hotplug.adopt(self.devices).map_err(StartError::Thread)?;
@@ -227,7 +345,7 @@ impl AttachedDevices {
         });
         let shadow = shadow.transpose()?;
         // A hot reset concerns several devices, so all of them are registered before one of them has a client.
-        let mut bound = Vec::new();
+        let mut bound = self.bound;
         for export in self.exported {
             let endpoint = export.endpoint;
             let kept = keeper.is_present().then(|| KeptExport {

@@ -1,6 +1,26 @@
 //! The status that a device in service reports, in one form for all kinds of endpoints. The control socket and the
 //! metrics show every figure of a status without knowing the kind.
 
+use std::sync::Arc;
+
+use crate::host::sysfs::IommuInstance;
+use crate::vfio::VmmCdev;
+
+/// What the daemon reports of the device behind an endpoint.
+#[derive(Clone)]
+pub struct DeviceReport {
+    /// The names under which answers report devices of its kind, if the kind has a status.
+    pub names: Option<StatusNames>,
+    /// The host's name of the device, if it is one of the host's.
+    pub host: Option<String>,
+    /// The host's IOMMU that translates for the device, if sysfs names it.
+    pub host_iommu: Option<IommuInstance>,
+    /// Reports its figures, if its kind has any.
+    pub status: Option<Arc<dyn DeviceStatus>>,
+    /// The open file of a device that the VMM brings.
+    pub vmm_file: Option<VmmCdev>,
+}
+
 /// The names of the devices of one kind in the answers of the control socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusNames {

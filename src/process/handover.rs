@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// The shortest life of a daemon that is asked to leave. The unit and `launch` allow five starts in 60 seconds: planned ends
 /// alone must never reach that limit, beyond which the VM has no IOMMU any more.
@@ -26,4 +27,8 @@ pub struct Handover {
     pub endpoints: BTreeMap<String, String>,
     /// Connections that end with the daemon, although another one takes over.
     pub ends: Vec<String>,
+    /// The endpoints that were added and removed since the file was read, which the next daemon changes, too; null if the
+    /// daemon is of a version that leaves none.
+    #[serde(default)]
+    pub changes: Value,
 }

@@ -7,11 +7,11 @@ use std::{fs, thread};
 
 use serde_json::json;
 
-use super::common::daemon::{Daemon, EP};
+use super::common::daemon::{Daemon, EP, EP2, NO_EP};
 use super::common::guest::Guest;
 use super::common::kept::Keeper;
 use super::common::rng::Rng;
-use super::common::wire::{OK, RW};
+use super::common::wire::{NOENT, OK, RW};
 use super::{Req, Spec, endpoints_agree, model_of, submit};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-device-iommu");
@@ -157,31 +157,47 @@ fn a_file_that_changes_meanwhile_is_compared_again() {
     assert_eq!(daemon.status()["life"]["number"], 1);
 }
 
-/// The start's configuration does not have the device, but its connections end all the same.
+/// The next daemon has the endpoints that `ctl` has added, although the file has not, and not those that it has removed.
 #[test]
-fn connections_of_a_device_that_was_plugged_in_hold_the_upgrade_up() {
-    let keeper = Keeper::empty();
+fn endpoints_that_ctl_has_changed_are_no_obstacle() {
+    let mut keeper = Keeper::empty();
     let file = format!("hotplug = [\"01:00.0\"]\n{FILE}");
-    let daemon = Daemon::kept_with_config(&keeper, &file, &[]);
-    let _guest = Guest::boot(&daemon);
-    let ends = || daemon.status()["handover"]["ends"].clone();
-    assert_eq!(ends(), json!([]));
+    let mut daemon = Daemon::kept_with_config(&keeper, &file, &[]);
+    let mut guest = Guest::boot(&daemon);
     let [listen, connect] = ["listen", "connect"].map(|name| daemon.folder().join(name));
     let keys = format!(
-        "address = \"01:00.0\"\nvfio-user = {{ listen = {listen:?}, connect = {connect:?} }}\n"
+        "address = \"01:00.0\", vfio-user = {{ listen = {listen:?}, connect = {connect:?} }}"
     );
-    let added = daemon.control(&format!("add-endpoint {}", keys.trim().replace('\n', ", ")));
-    assert!(added["error"].is_null(), "{added}");
-    let expected = "those of the emulated device 0000:01:00.0";
-    assert_eq!(ends(), json!([expected]));
-    // Also if the next daemon's file has the device.
-    let with_device = format!("{file}[[endpoint]]\n{keys}");
-    fs::write(daemon.folder().join("vm.toml"), with_device).expect("written");
+    for line in [
+        format!("add-endpoint {keys}"),
+        "add-endpoint address = \"00:09.0\", group = \"g\"".into(),
+        "remove-endpoint 00:07.0".into(),
+    ] {
+        let done = daemon.control(&line);
+        assert!(done["error"].is_null(), "{line}: {done}");
+    }
+    assert_eq!(guest.attach(1, NO_EP), OK);
+    assert_eq!(guest.attach(2, 0x100), OK);
+    assert_eq!(daemon.status()["handover"]["ends"], json!([]));
+    // But the file must not have another endpoint there.
+    let path = daemon.folder().join("vm.toml");
+    fs::write(
+        &path,
+        format!("{file}[[endpoint]]\naddress = \"00:09.0\"\n"),
+    )
+    .expect("written");
     let refused = refusal(&daemon);
-    assert!(refused.contains(expected), "{refused}");
-    let removed = daemon.control("remove-endpoint 01:00.0");
-    assert!(removed["error"].is_null(), "{removed}");
-    assert_eq!(ends(), json!([]));
+    assert!(refused.contains("contradicts the file"), "{refused}");
+    fs::write(&path, &file).expect("written");
+    let upgrade = command(&daemon).spawn().expect("it runs");
+    assert!(daemon.wait_for_end().success());
+    daemon.start_again(&mut keeper);
+    succeeded(upgrade);
+    for endpoint in [NO_EP, 0x100] {
+        assert_eq!(daemon.endpoint(endpoint)["state"], "attached");
+    }
+    assert_eq!(guest.attach(1, EP2), NOENT);
+    assert_eq!(daemon.status()["life"]["lost"], json!([]));
 }
 
 #[test]

@@ -6,8 +6,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::error::UpgradeError;
-use crate::config::Config;
-use crate::daemon::handover::{describe_endpoint, formats, handover};
+use crate::config::{ChangedConfig, Config, EndpointChanges};
+use crate::daemon::handover::{ROOM, describe_endpoint, formats, handover_with};
 use crate::ids::EndpointId;
 use crate::process::handover::Handover;
 use crate::topology::{PciAddress, PciRange};
@@ -20,7 +20,6 @@ pub(super) fn compare(
     endpoints: &Value,
 ) -> Result<(), UpgradeError> {
     let theirs = Handover::deserialize(&status["handover"]).map_err(UpgradeError::Silent)?;
-    let ours = handover(config);
     if status["life"]["kept"] != true {
         return Err(UpgradeError::NotKept);
     }
@@ -28,6 +27,12 @@ pub(super) fn compare(
     if status["connected"] != true {
         return Ok(());
     }
+    let changed = changed_config(file, config, &theirs)?;
+    let config = &changed.whole;
+    let room = theirs.offer.get(ROOM).and_then(|room| room.parse().ok());
+    // The next daemon offers what the guest was offered if an endpoint is gone that had more regions.
+    let least = room.filter(|_| changed.changes.has_removals()).unwrap_or(0);
+    let ours = handover_with(config, &changed.changes, least);
     // Not those that this configuration uses: another transport is a matter of the offer.
     let readable = formats();
     for (name, &version) in &theirs.formats {
@@ -77,6 +82,26 @@ pub(super) fn compare(
         return Err(UpgradeError::Ends(theirs.ends.join("; ")));
     }
     Ok(())
+}
+
+/// The configuration that the next daemon will have: the file's, with the endpoints that `ctl` has added and removed.
+fn changed_config(
+    file: &Path,
+    config: &Config,
+    theirs: &Handover,
+) -> Result<ChangedConfig, UpgradeError> {
+    let changes = match &theirs.changes {
+        Value::Null => EndpointChanges::default(),
+        changes => EndpointChanges::deserialize(changes).map_err(UpgradeError::Silent)?,
+    };
+    let mut changed = changes.apply(config);
+    match changed.contradictions.pop() {
+        None => Ok(changed),
+        Some(contradiction) => Err(UpgradeError::Contradiction {
+            contradiction,
+            file: file.to_owned(),
+        }),
+    }
 }
 
 /// Whether each endpoint that the guest can use is configured, and with the group and the reserved regions that it has now.
@@ -138,11 +163,12 @@ mod tests {
     /// The status of a daemon with the same configuration, after a change.
     fn outcome(change: impl FnOnce(&mut Value, &mut Value)) -> Result<(), String> {
         let config = config();
+        let told = handover_with(&config, &EndpointChanges::default(), 0);
         let mut status = json!({
             "connected": true,
             "life": { "kept": true },
             "arena": { "used_bytes": 1 << 20 },
-            "handover": serde_json::to_value(handover(&config)).expect("JSON"),
+            "handover": serde_json::to_value(told).expect("JSON"),
         });
         let attached = json!({ "id": 0x30, "address": "0000:00:06.0", "state": "attached",
                                "dma": "translated" });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use log::{info, warn};
 
 use super::iommufd::{claim_cdev, probe_vmm_device};
-use super::kept::{self, DeviceFacts, KnownDevices};
+use super::kept::{self, DeviceFacts, DeviceKeeping, KnownDevices};
 use super::vmm_devices::{FilesOfVmm, VmmDeviceFile, VmmDevices, missing_helper};
 use super::{HostBackends, PassthroughError, capabilities, check_granule, group_of};
 use crate::address::IovaRange;
@@ -14,7 +14,6 @@ use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin, Socket};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::is_readable;
-use crate::process::keeper::Keeper;
 use crate::topology::PciAddress;
 use crate::vfio::{IommuFd, VmmCdev, VmmIommufd};
 
@@ -22,11 +21,12 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
-    keeper: &Arc<Keeper>,
+    keeping: &DeviceKeeping<'_>,
 ) -> Result<HostBackends, PassthroughError> {
+    let keeper = keeping.keeper;
     let node = root.path("dev/iommu");
     let iommufd = VmmIommufd::default();
-    let left_iommufd = kept::claim(keeper, kept::IOMMUFD);
+    let left_iommufd = keeping.claim(kept::IOMMUFD);
     if let Some(file) = left_iommufd.as_ref().and_then(|file| file.try_clone().ok()) {
         match IommuFd::adopt(file) {
             Ok(file) => drop(iommufd.set(Some(file))),
@@ -38,7 +38,7 @@ pub(super) fn open(
         kept::close_left(keeper, kept::IOMMUFD);
     }
     let is_vmm_waiting = is_vmm_waiting(config);
-    let left = KnownDevices::claim(keeper);
+    let left = KnownDevices::claim(keeping);
     let mut known = KnownDevices::default();
     let mut allowed: BTreeMap<PciAddress, Vec<IovaRange>> = BTreeMap::new();
     let mut granule = 1;
@@ -57,7 +57,7 @@ pub(super) fn open(
         let name = kept::device_name(host);
         let cdev = VmmCdev::default();
         match is_left
-            .then(|| claim_cdev(keeper, &name, Some(&path)))
+            .then(|| claim_cdev(keeping, &name, Some(&path)))
             .flatten()
         {
             Some(file) => drop(cdev.set(Some(file))),
@@ -88,7 +88,7 @@ pub(super) fn open(
             memory: Arc::new(cdev),
         });
     }
-    known.keep(&left, keeper);
+    known.keep(&left, keeping);
     let helper = config.vfio_helper.clone();
     info!(
         "the devices come from the VMM that connects, through the helper at {}",

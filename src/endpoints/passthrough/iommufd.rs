@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::kept::{self, DeviceFacts, KnownDevices};
+use super::kept::{self, DeviceFacts, DeviceKeeping, KnownDevices};
 use super::{
     HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
     group_of, stop_export,
@@ -21,7 +21,6 @@ use crate::backends::iommufd::{Iommufd, PassthroughDevice, Pinning};
 use crate::config::{Config, Passthrough, Pin};
 use crate::host::sysfs::{HostFacts, HostRoot};
 use crate::process::inherited::adopt;
-use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::{AddressSpaces, Attach, Cdev, IommuFd, VfioError, probe_allowed_iovas};
 
@@ -29,8 +28,9 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
-    keeper: &Keeper,
+    keeping: &DeviceKeeping<'_>,
 ) -> Result<HostBackends, PassthroughError> {
+    let keeper = keeping.keeper;
     let node = root.path("dev/iommu");
     // Inherited descriptors first: a file that is opened earlier could get one of their numbers.
     let inherited = config
@@ -63,10 +63,10 @@ pub(super) fn open(
     let (iommufd, is_left) = match inherited {
         // The file is open elsewhere, so it outlives this process without a keeper.
         Some(iommufd) => (iommufd, true),
-        None => open_iommufd(&node, keeper)?,
+        None => open_iommufd(&node, keeping)?,
     };
 
-    let left = KnownDevices::claim(keeper);
+    let left = KnownDevices::claim(keeping);
     let mut known = KnownDevices::default();
     let mut bound_before = Vec::new();
     let mut devices = Vec::new();
@@ -99,7 +99,7 @@ pub(super) fn open(
             None => {
                 // Otherwise it is bound to an iommufd that is gone. An exported device without a client is taken over, too:
                 // a device that the keeper still has open cannot be bound anew.
-                let left = is_left.then(|| claim_cdev(keeper, &name, path.as_deref()));
+                let left = is_left.then(|| claim_cdev(keeping, &name, path.as_deref()));
                 match left.flatten() {
                     Some(cdev) => (cdev, true),
                     None => {
@@ -152,7 +152,7 @@ pub(super) fn open(
             memory: Arc::new(cdev),
         });
     }
-    known.keep(&left, keeper);
+    known.keep(&left, keeping);
     let mixed = |d: &&PassthroughDevice| {
         devices
             .iter()
@@ -171,6 +171,10 @@ pub(super) fn open(
     let capabilities = capabilities(allowed.values(), granule)?;
     let backend = Iommufd::new(Arc::new(iommufd), capabilities, pin, devices);
     let backend = backend.with_bound_before(&bound_before);
+    let backend = match keeping.plugged {
+        Some(endpoint) => backend.of_plugged(endpoint.endpoint_id()),
+        None => backend,
+    };
     Ok(HostBackends {
         backends: vec![(Box::new(backend), endpoints)],
         allowed,
@@ -180,26 +184,31 @@ pub(super) fn open(
 }
 
 /// Opens the host's iommufd, or takes over that of the process before. Also returns whether it is taken over.
-fn open_iommufd(node: &Path, keeper: &Keeper) -> Result<(IommuFd, bool), VfioError> {
-    if let Some(file) = kept::claim(keeper, kept::IOMMUFD) {
+fn open_iommufd(node: &Path, keeping: &DeviceKeeping<'_>) -> Result<(IommuFd, bool), VfioError> {
+    let name = keeping.iommufd_name();
+    if let Some(file) = keeping.claim(&name) {
         match IommuFd::adopt(file) {
             Ok(iommufd) => return Ok((iommufd, true)),
             Err(cause) => {
                 warn!(
                     "the iommufd of the daemon before cannot be used, so all devices are opened anew: {cause}"
                 );
-                keeper.release(kept::IOMMUFD);
+                keeping.keeper.release(&name);
             }
         }
     }
     let file = IommuFd::open_node(node)?;
-    kept::keep(keeper, kept::IOMMUFD, file.as_fd());
+    kept::keep(keeping.keeper, &name, file.as_fd());
     Ok((IommuFd::from(file), false))
 }
 
 /// The device that the process before has left under a name, if it is still the one with this node.
-pub(super) fn claim_cdev(keeper: &Keeper, name: &str, path: Option<&Path>) -> Option<Cdev> {
-    let cdev = Cdev::adopt(check_kind(kept::claim(keeper, name)?).ok()?);
+pub(super) fn claim_cdev(
+    keeping: &DeviceKeeping<'_>,
+    name: &str,
+    path: Option<&Path>,
+) -> Option<Cdev> {
+    let cdev = Cdev::adopt(check_kind(keeping.claim(name)?).ok()?);
     let node = path.and_then(|path| std::fs::metadata(path).ok());
     if cdev.node_number().ok() == node.map(|node| node.rdev()) {
         return Some(cdev);
@@ -207,7 +216,7 @@ pub(super) fn claim_cdev(keeper: &Keeper, name: &str, path: Option<&Path>) -> Op
     warn!(
         "the descriptor {name} of the daemon before is open on another device, so the device is opened anew"
     );
-    keeper.release(name);
+    keeping.keeper.release(name);
     None
 }
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use log::warn;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -19,7 +20,7 @@ use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress};
 use crate::vfio::AllowedIovas;
 
-/// The name of the daemon's iommufd at the keeper.
+/// The name of the daemon's iommufd at the keeper. That of a device that was plugged in is longer.
 pub(super) const IOMMUFD: &str = "iommufd";
 /// The name of the file with the properties of the devices.
 pub(super) const FACTS: &str = "vfio.facts";
@@ -27,6 +28,80 @@ pub(super) const FACTS: &str = "vfio.facts";
 const MAX_FACTS: usize = 1 << 20;
 /// The most ranges of a device.
 const MAX_RANGES: usize = 1024;
+
+/// How the descriptors of some devices are kept.
+#[derive(Clone, Copy)]
+pub struct DeviceKeeping<'a> {
+    pub(super) keeper: &'a Arc<Keeper>,
+    /// The endpoint whose device is plugged in while the VM runs, or was. It has an iommufd of its own, which ends with it.
+    pub(super) plugged: Option<PciAddress>,
+    /// Takes over what the process before has left.
+    takes_over: bool,
+}
+
+impl<'a> DeviceKeeping<'a> {
+    /// For the devices of the configuration at the start.
+    pub fn of_start(keeper: &'a Arc<Keeper>) -> Self {
+        Self {
+            keeper,
+            plugged: None,
+            takes_over: true,
+        }
+    }
+
+    /// For a device that is plugged in: by this process, or by one before, whose descriptors this one takes over.
+    pub fn of_plugged(
+        keeper: &'a Arc<Keeper>,
+        endpoint: PciAddress,
+        by_this_process: bool,
+    ) -> Self {
+        Self {
+            keeper,
+            plugged: Some(endpoint),
+            takes_over: !by_this_process,
+        }
+    }
+
+    /// The name of the iommufd.
+    pub(super) fn iommufd_name(&self) -> String {
+        self.name(IOMMUFD, '.')
+    }
+
+    /// The name of the file with the properties of the devices.
+    fn facts_name(&self) -> String {
+        self.name(FACTS, '-')
+    }
+
+    fn name(&self, name: &str, separator: char) -> String {
+        match self.plugged {
+            Some(endpoint) => format!("{name}{separator}{endpoint}").replace(':', "-"),
+            None => name.to_owned(),
+        }
+    }
+
+    /// The file that the process before has left under a name.
+    pub(super) fn claim(&self, name: &str) -> Option<OwnedFd> {
+        let keeper = self.takes_over.then_some(self.keeper)?;
+        let kept = keeper.claim(name)?;
+        match kept.try_clone() {
+            Ok(file) => Some(file),
+            Err(cause) => {
+                warn!("the descriptor {name} of the daemon before cannot be used: {cause}");
+                keeper.release(name);
+                None
+            }
+        }
+    }
+
+    /// The names of everything that may be kept of a device in this host group, and of nothing else.
+    pub(super) fn names_of(&self, host: HostAddress, group: u32) -> Vec<String> {
+        let mut names = vec![device_name(host), container_name(group), group_name(group)];
+        if self.plugged.is_some() {
+            names.extend([self.iommufd_name(), self.facts_name()]);
+        }
+        names
+    }
+}
 
 /// The name of a device's descriptor at the keeper.
 pub(in super::super) fn device_name(host: HostAddress) -> String {
@@ -46,24 +121,6 @@ pub(super) fn container_name(group: u32) -> String {
 /// The name of a host group's descriptor.
 pub(super) fn group_name(group: u32) -> String {
     format!("vfio.group.{group}")
-}
-
-/// The names of everything that may be kept of a device in this host group.
-pub(super) fn names_of(host: HostAddress, group: u32) -> Vec<String> {
-    vec![device_name(host), container_name(group), group_name(group)]
-}
-
-/// The file that the process before has left under a name.
-pub(super) fn claim(keeper: &Keeper, name: &str) -> Option<OwnedFd> {
-    let kept = keeper.claim(name)?;
-    match kept.try_clone() {
-        Ok(file) => Some(file),
-        Err(cause) => {
-            warn!("the descriptor {name} of the daemon before cannot be used: {cause}");
-            keeper.release(name);
-            None
-        }
-    }
 }
 
 /// Closes what the process before has left under a name.
@@ -113,15 +170,11 @@ pub(super) struct KnownDevices(BTreeMap<HostAddress, Option<DeviceFacts>>);
 
 impl KnownDevices {
     /// What the process before knew.
-    pub(super) fn claim(keeper: &Keeper) -> Self {
-        let Some(file) = keeper.claim(FACTS) else {
+    pub(super) fn claim(keeping: &DeviceKeeping<'_>) -> Self {
+        let Some(file) = keeping.claim(&keeping.facts_name()) else {
             return Self::default();
         };
-        match file
-            .try_clone()
-            .map(File::from)
-            .and_then(|file| read(&file))
-        {
+        match read(&File::from(file)) {
             Ok(text) => Self::parse(&text),
             Err(cause) => {
                 warn!("the properties of the devices are asked for again: {cause}");
@@ -141,8 +194,8 @@ impl KnownDevices {
     }
 
     /// Keeps the knowledge for the next process. `left` is that of the process before.
-    pub(super) fn keep(&self, left: &Self, keeper: &Keeper) {
-        if !keeper.is_present() || self == left {
+    pub(super) fn keep(&self, left: &Self, keeping: &DeviceKeeping<'_>) {
+        if !keeping.keeper.is_present() || self == left {
             return;
         }
         let written = || -> io::Result<File> {
@@ -151,7 +204,7 @@ impl KnownDevices {
             Ok(file)
         };
         match written() {
-            Ok(file) => keep(keeper, FACTS, file.as_fd()),
+            Ok(file) => keep(keeping.keeper, &keeping.facts_name(), file.as_fd()),
             Err(cause) => warn!("the properties of the devices cannot be kept: {cause}"),
         }
     }
@@ -272,16 +325,17 @@ mod tests {
     #[test]
     fn the_next_process_knows_the_devices() {
         let (_manager, ours) = UnixDatagram::pair().expect("sockets");
-        let keeper = Keeper::new(ours, []).expect("a keeper");
-        known().keep(&KnownDevices::default(), &keeper);
-        let file = claim(&keeper, FACTS).expect("kept");
+        let keeper = Arc::new(Keeper::new(ours, []).expect("a keeper"));
+        known().keep(&KnownDevices::default(), &DeviceKeeping::of_start(&keeper));
+        let file = DeviceKeeping::of_start(&keeper).claim(FACTS).expect("kept");
         let (_manager, ours) = UnixDatagram::pair().expect("sockets");
-        let next = Keeper::new(ours, [(FACTS.to_owned(), file)]).expect("a keeper");
+        let next = Arc::new(Keeper::new(ours, [(FACTS.to_owned(), file)]).expect("a keeper"));
+        let next = DeviceKeeping::of_start(&next);
         let left = KnownDevices::claim(&next);
         assert_eq!(left, known());
         known().keep(&left, &next);
         assert_eq!(
-            KnownDevices::claim(&Keeper::none()),
+            KnownDevices::claim(&DeviceKeeping::of_start(&Arc::new(Keeper::none()))),
             KnownDevices::default()
         );
     }
@@ -294,9 +348,13 @@ mod tests {
         let (_manager, ours) = UnixDatagram::pair().expect("sockets");
         let keeper = Keeper::new(ours, []).expect("a keeper");
         assert!(!keep_inherited(&keeper, "vfio.a", device.as_fd()));
-        let left = claim(&keeper, "vfio.a").expect("kept");
+        let left = keeper.claim("vfio.a").expect("kept");
         let (_manager, ours) = UnixDatagram::pair().expect("sockets");
-        let next = Keeper::new(ours, [("vfio.a".to_owned(), left)]).expect("a keeper");
+        let next = Keeper::new(
+            ours,
+            [("vfio.a".to_owned(), left.try_clone().expect("a copy"))],
+        )
+        .expect("a keeper");
         assert!(keep_inherited(&next, "vfio.a", device.as_fd()));
         assert!(next.unclaimed().is_empty());
         assert!(!keep_inherited(&next, "vfio.a", other.as_fd()));

@@ -28,13 +28,14 @@ use crate::backends::{BackendCapabilities, DmaBackend};
 use crate::config::{Config, HostIommu, Passthrough};
 use crate::host::sysfs::{HostFacts, HostRoot, IommuInstance, refine};
 use crate::ids::EndpointId;
-use crate::process::keeper::Keeper;
 use crate::topology::{HostAddress, PciAddress, Topology};
 use crate::vfio::{Attach, Cdev, DeviceAccess};
 
 pub use error::PassthroughError;
+pub use kept::DeviceKeeping;
 pub(super) use kept::{client_name, device_name};
 pub use kind::{IOMMUFD_RECORD, PassthroughKind, TYPE1_RECORD};
+pub(super) use strays::{PlugAttempt, drop_devices};
 pub use strays::{discard_devices, end_stray_devices};
 pub use vmm_devices::VmmDevices;
 
@@ -79,7 +80,7 @@ impl PassthroughDevices {
     ///
     /// # Errors
     /// See [`PassthroughError`].
-    pub fn open(config: &Config, keeper: &Arc<Keeper>) -> Result<Self, PassthroughError> {
+    pub fn open(config: &Config, keeping: &DeviceKeeping<'_>) -> Result<Self, PassthroughError> {
         if config.devices.passthrough.is_empty() {
             return Ok(Self {
                 topology: config.topology.clone(),
@@ -94,10 +95,10 @@ impl PassthroughDevices {
         let facts = HostFacts::read(&root, config.devices.passthrough.iter().map(|p| p.host));
         let opened = match config.host_iommu {
             HostIommu::Iommufd if config.takes_vmm_files() => {
-                adopted::open(config, &root, &facts, keeper)?
+                adopted::open(config, &root, &facts, keeping)?
             }
-            HostIommu::Iommufd => iommufd::open(config, &root, &facts, keeper)?,
-            HostIommu::Type1 => type1::open(config, &root, &facts, keeper)?,
+            HostIommu::Iommufd => iommufd::open(config, &root, &facts, keeping)?,
+            HostIommu::Type1 => type1::open(config, &root, &facts, keeping)?,
         };
         let pairs: Vec<_> = config
             .devices
@@ -114,7 +115,7 @@ impl PassthroughDevices {
         let mut kept = BTreeMap::new();
         for (endpoint, host) in pairs {
             let group = group_of(&facts, host, endpoint)?;
-            kept.insert(endpoint, kept::names_of(host, group));
+            kept.insert(endpoint, keeping.names_of(host, group));
             info!(
                 "endpoint {endpoint} is the host's device {host}, through {}",
                 config.host_iommu.name()

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use log::warn;
 
-use super::kept;
+use super::kept::{self, DeviceKeeping};
 use super::{
     HostBackends, OpenedExport, PassthroughError, capabilities, check_coherency, check_granule,
     group_of, stop_export,
@@ -44,7 +44,7 @@ pub(super) fn open(
     config: &Config,
     root: &HostRoot,
     facts: &HostFacts,
-    keeper: &Keeper,
+    keeping: &DeviceKeeping<'_>,
 ) -> Result<HostBackends, PassthroughError> {
     let mut inherited = Inherited::adopt(config)?;
     let mut groups: BTreeMap<u32, OpenedGroup> = BTreeMap::new();
@@ -64,12 +64,12 @@ pub(super) fn open(
                 let (container, is_left) = match container {
                     // The file is open elsewhere, so it outlives this process without a keeper.
                     Some(container) => (container, true),
-                    None => match claim_container(keeper, number) {
+                    None => match claim_container(keeping, number) {
                         Some(container) => (container, true),
                         None => {
-                            close_devices(config, facts, keeper, number);
+                            close_devices(config, facts, keeping.keeper, number);
                             let container = open_container(root, number).map_err(failed)?;
-                            keep_container(keeper, number, &container);
+                            keep_container(keeping.keeper, number, &container);
                             (container, false)
                         }
                     },
@@ -85,12 +85,12 @@ pub(super) fn open(
         let (device, is_left) = match (device, open.container.group()) {
             (Some(device), _) if is_exported => {
                 let name = kept::device_name(host);
-                let is_left = kept::keep_inherited(keeper, &name, device.as_fd());
+                let is_left = kept::keep_inherited(keeping.keeper, &name, device.as_fd());
                 (Some(device), is_left)
             }
             (Some(device), _) => (Some(device), false),
             (None, Some(group)) => {
-                let opened = open_device(keeper, group, host, open.is_left);
+                let opened = open_device(keeping, group, host, open.is_left);
                 let (device, is_left) = opened.map_err(failed)?;
                 (Some(device), is_left)
             }
@@ -199,10 +199,10 @@ fn open_container(root: &HostRoot, number: u32) -> Result<Container, VfioError> 
 }
 
 /// The container of a group, and the group, as the process before has left them.
-fn claim_container(keeper: &Keeper, number: u32) -> Option<Container> {
+fn claim_container(keeping: &DeviceKeeping<'_>, number: u32) -> Option<Container> {
     let names = [kept::container_name(number), kept::group_name(number)];
-    let container = kept::claim(keeper, &names[0]);
-    let group = kept::claim(keeper, &names[1]);
+    let container = keeping.claim(&names[0]);
+    let group = keeping.claim(&names[1]);
     let adopted = match (container, group) {
         (Some(container), Some(group)) => Container::adopt_with_group(container, group),
         (None, None) => return None,
@@ -214,7 +214,7 @@ fn claim_container(keeper: &Keeper, number: u32) -> Option<Container> {
             warn!(
                 "the container of group {number} of the daemon before cannot be used, so its devices are opened anew: {cause}"
             );
-            names.iter().for_each(|name| keeper.release(name));
+            names.iter().for_each(|name| keeping.keeper.release(name));
             None
         }
     }
@@ -241,13 +241,14 @@ fn close_devices(config: &Config, facts: &HostFacts, keeper: &Keeper, number: u3
 /// Takes a device of a group over from the process before, if the group `is_left` by that process, or opens it. Also returns
 /// whether it is taken over.
 fn open_device(
-    keeper: &Keeper,
+    keeping: &DeviceKeeping<'_>,
     group: &Group,
     host: HostAddress,
     is_left: bool,
 ) -> Result<(Cdev, bool), VfioError> {
+    let keeper = keeping.keeper;
     let name = kept::device_name(host);
-    let left = kept::claim(keeper, &name).filter(|_| is_left);
+    let left = keeping.claim(&name).filter(|_| is_left);
     if let Some(file) = left {
         let device = group.adopt_device(&host.to_string(), file)?;
         match device.info() {
