@@ -246,6 +246,24 @@ mod tests {
         }
     }
 
+    /// The changes of `ctl` are told, and only a program that reads them may take over.
+    #[test]
+    fn changes_are_part_of_what_is_left() {
+        let text = "address = \"00:05.0\"\n[[endpoint]]\naddress = \"00:06.0\"\n";
+        let config = Config::from_text(Path::new("vm.toml"), text).expect("a configuration");
+        assert!(!of_config(&config).formats.contains_key(CHANGES));
+        let keys = "address = \"00:07.0\", group = \"g\"";
+        let (with, range) = config.with_endpoint(keys).expect("added");
+        let mut changes = EndpointChanges::default();
+        changes.add(keys, range).expect("room");
+        let left = handover_with(&with, &changes, 4000);
+        assert!(left.formats.contains_key(CHANGES));
+        assert_eq!(left.endpoints["0000:00:07.0"], "group g");
+        assert_eq!(left.offer[ROOM], "4000");
+        let told: EndpointChanges = serde_json::from_value(left.changes).expect("decoded");
+        assert_eq!(told, changes);
+    }
+
     #[test]
     fn formats_that_no_connection_uses_are_not_named() {
         let endpoint = "[[endpoint]]\naddress = \"00:06.0\"\n";

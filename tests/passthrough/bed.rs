@@ -253,6 +253,11 @@ impl Bed {
         Self::start(backend, functions, "", Some(keeper))
     }
 
+    /// The same, with more keys.
+    pub fn kept_with(backend: Backend, functions: &[&str], keys: &str, keeper: &Keeper) -> Self {
+        Self::start(backend, functions, keys, Some(keeper))
+    }
+
     /// The same, and exports the device `function` at `path`: the daemon binds it in any case.
     pub fn exported(backend: Backend, function: &str, path: &Path, keeper: &Keeper) -> Self {
         Self::begin(backend, &[function], "", Some(path), Some(keeper))

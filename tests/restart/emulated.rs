@@ -41,16 +41,35 @@ struct Bed {
 
 impl Bed {
     fn new(isolation: &str) -> Self {
+        Self::with(isolation, false)
+    }
+
+    /// `added`: by `ctl`.
+    fn with(isolation: &str, added: bool) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let (client, server) = (folder.path().join("client"), folder.path().join("server"));
         let listener = UnixListener::bind(&server).expect("a socket");
-        let toml = format!(
-            "address = '00:05.0'\nbypass = false\n[[endpoint]]\naddress = '00:06.0'\n\
-             vfio-user = {{ listen = {client:?}, connect = {server:?}, isolation = '{isolation}', \
-             deadline-ms = 20000 }}\n"
+        let keys = format!(
+            "address = '00:06.0'\nvfio-user = {{ listen = {client:?}, connect = {server:?}, isolation = '{isolation}', \
+             deadline-ms = 20000 }}"
         );
+        let other = folder.path().join("other");
+        let file = if added {
+            // Its socket makes the folder one of those that later endpoints can use.
+            format!(
+                "hotplug = ['00:06.0']\n[[endpoint]]\naddress = '00:09.0'\n\
+                 vfio-user = {{ listen = {other:?}, connect = {server:?} }}\n"
+            )
+        } else {
+            format!("[[endpoint]]\n{keys}\n")
+        };
         let keeper = Keeper::empty();
+        let toml = format!("address = '00:05.0'\nbypass = false\n{file}");
         let daemon = Daemon::kept_with_config(&keeper, &toml, &[]);
+        if added {
+            let answer = daemon.control(&format!("add-endpoint {}", keys.replace('\n', ", ")));
+            assert!(answer["error"].is_null(), "{answer}");
+        }
         let mut guest = Guest::boot(&daemon);
         assert_eq!(guest.attach(1, EP), OK);
         assert_eq!(guest.map_page(1, IOVA, READ_GPA), OK);
@@ -79,7 +98,10 @@ impl Bed {
     }
 
     fn emulated(&self) -> serde_json::Value {
-        self.daemon.status()["emulated"][0].clone()
+        let status = self.daemon.status();
+        let devices = status["emulated"].as_array().expect("a list");
+        let ours = devices.iter().find(|device| device["id"] == EP);
+        ours.expect("the device").clone()
     }
 }
 
@@ -312,7 +334,10 @@ fn replace_by_plan(bed: &mut Bed) {
 }
 
 fn check(isolation: &str, twin: bool, act: impl FnOnce(&mut Bed)) {
-    let mut bed = Bed::new(isolation);
+    check_in(Bed::new(isolation), twin, act);
+}
+
+fn check_in(mut bed: Bed, twin: bool, act: impl FnOnce(&mut Bed)) {
     let (accepted, refused) = under_load(&mut bed, twin, |bed| {
         act(bed);
         bed.assert_nothing_lost();
@@ -346,6 +371,31 @@ fn both_peers_notice_no_kill() {
 #[test]
 fn both_peers_notice_no_planned_end() {
     check("messages", false, replace_by_plan);
+}
+
+/// The same device, which `ctl` has added, and removes at the end.
+#[test]
+fn peers_of_an_added_device_notice_no_end() {
+    for isolation in ["messages", "mappings"] {
+        check_in(Bed::with(isolation, true), false, |bed| {
+            for _ in 0..kills() / 4 {
+                bed.daemon.die(&mut bed.keeper);
+                bed.end_by_plan();
+            }
+        });
+    }
+    check_in(Bed::with("messages", true), true, kill_at_random);
+    let mut bed = Bed::with("messages", true);
+    bed.daemon.die(&mut bed.keeper);
+    let answer = bed.daemon.control("remove-endpoint 00:06.0");
+    assert!(answer["error"].is_null(), "{answer}");
+    bed.daemon.die(&mut bed.keeper);
+    assert_eq!(bed.guest.attach(1, EP), NOENT);
+    bed.keeper.take();
+    let names = bed.keeper.files.keys();
+    let of_device = format!("vfio-user.{EP}.");
+    assert_eq!(names.filter(|name| name.starts_with(&of_device)).count(), 0);
+    bed.assert_nothing_lost();
 }
 
 #[test]

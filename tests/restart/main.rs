@@ -23,6 +23,7 @@ mod common;
 )]
 mod connection;
 mod emulated;
+mod hotplug;
 mod pci;
 mod upgrade;
 

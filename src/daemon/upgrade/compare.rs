@@ -313,4 +313,50 @@ mod tests {
         });
         assert_eq!(done, Ok(()));
     }
+
+    /// What `ctl` has done to a running daemon with the file's configuration.
+    fn after_ctl(added: &str, removed: &str) -> Value {
+        let mut config = config();
+        let mut changes = EndpointChanges::default();
+        for range in removed.split_whitespace() {
+            let range = range.parse().expect("a range");
+            config = config.without_endpoints(range).expect("removed");
+            changes.remove(range).expect("room");
+        }
+        let (with, range) = config.with_endpoint(added).expect("added");
+        changes.add(added, range).expect("room");
+        serde_json::to_value(handover_with(&with, &changes, 0)).expect("JSON")
+    }
+
+    #[test]
+    fn the_next_daemon_has_the_endpoints_that_ctl_has_added() {
+        let attach = |e: &mut Value| {
+            e["endpoints"][0]["id"] = 0x38.into();
+            e["endpoints"][0]["address"] = "0000:00:07.0".into();
+        };
+        let done = outcome(|s, e| {
+            s["handover"] = after_ctl("address = '00:07.0', group = 'g'", "00:06.0");
+            attach(e);
+        });
+        assert_eq!(done, Ok(()));
+        // A daemon of an earlier version leaves none.
+        let refused = outcome(|s, e| {
+            s["handover"]["changes"] = Value::Null;
+            attach(e);
+        });
+        assert!(refused.expect_err("gone").contains("does not have"));
+    }
+
+    #[test]
+    fn a_file_that_contradicts_an_addition_keeps_the_running_daemon() {
+        // The file has the endpoint still.
+        let refused = outcome(|s, _| {
+            s["handover"] = after_ctl("address = '00:06.0', group = 'g'", "00:06.0");
+            s["handover"]["changes"]["removed"] = json!([]);
+        });
+        let refused = refused.expect_err("contradiction");
+        assert!(refused.contains("contradicts the file"), "{refused}");
+        let refused = outcome(|s, _| s["handover"]["changes"] = json!([7]));
+        assert!(refused.expect_err("no changes").contains("does not tell"));
+    }
 }
