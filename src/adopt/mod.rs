@@ -11,9 +11,9 @@
 //! ```
 //!
 //! The helper trusts neither of the two. It asks the kernel who is at the other end of its own connection, and lets this
-//! daemon ask for the devices of its own VM's file alone ([`policy`]). It asks the kernel who is at the other end of the
-//! VMM's socket ([`peer`]). It tells descriptors apart by the numbers of their devices in sysfs, on duplicates that the
-//! VMM cannot change any more ([`pick`]). [`server`] puts this together, and [`message`] has the messages.
+//! daemon ask for the devices of its own VM's file alone (`policy`). It asks the kernel who is at the other end of the
+//! VMM's socket (`peer`). It tells descriptors apart by the numbers of their devices in sysfs, on duplicates that the
+//! VMM cannot change any more (`pick`). [`server`] puts this together, and [`message`] has the messages.
 //!
 //! A subcommand and not a program of its own: it uses the reader of configurations and of sysfs, and an installation has one
 //! program to replace. A process that runs as the helper never is a daemon.
