@@ -39,6 +39,8 @@ const DEADLINE: Duration = Duration::from_secs(2);
 /// The shortest time between two resets that the daemon acts on.
 const RESET_PAUSE: Duration = Duration::from_millis(10);
 
+const NO_CONNECTION: &str = "the daemon has no connection to QMP";
+
 /// Receives what the VMM reports.
 pub trait VmReports: Send + 'static {
     /// The VM was reset.
@@ -103,8 +105,9 @@ impl Asker {
 }
 
 impl Asker {
-    /// Asks for the places once there is a connection, for a driver that does not wait for the answer. Call this before
-    /// the thread is started.
+    /// Asks for the places once there is a connection, for a driver that does not wait for the answer. [`VmReports::places`]
+    /// is called within the deadline after a VMM has connected, whatever the VMM does. Call this before the thread is
+    /// started.
     pub fn ask_when_connected(&self) {
         self.0.asked_later.store(true, Ordering::Release);
     }
@@ -203,7 +206,7 @@ impl Monitor {
         if self.signals.asked.swap(false, Ordering::AcqRel) {
             // The next connection asks.
             self.signals.asked_later.store(true, Ordering::Release);
-            reports.places(Err("the daemon has no connection to QMP".to_owned()));
+            reports.places(Err(NO_CONNECTION.to_owned()));
         }
     }
 
@@ -254,11 +257,18 @@ fn listen(path: &Path, monitor: &Monitor, reports: &impl VmReports) {
     let mut pause = FIRST_PAUSE;
     // Whether the places were asked for and are not known.
     let mut unanswered = false;
+    // Whether [`Asker::ask_when_connected`] has asked, and its deadline does not run yet.
+    let mut is_owed = monitor.signals.asked_later.load(Ordering::Acquire);
+    // That deadline, while there is no connection.
+    let mut owed_until: Option<Instant> = None;
     let ended = loop {
         match monitor.wait_until_wanted(reports) {
             Ok(true) => {}
             Ok(false) => return,
             Err(cause) => break cause,
+        }
+        if std::mem::take(&mut is_owed) {
+            owed_until = Some(Instant::now() + DEADLINE);
         }
         let mut greeted = false;
         let ended = connect_to(path).and_then(|stream| {
@@ -270,7 +280,7 @@ fn listen(path: &Path, monitor: &Monitor, reports: &impl VmReports) {
                     greeted: false,
                     ready: false,
                     unanswered,
-                    deadline: None,
+                    deadline: owed_until.take(),
                     question: 0,
                 };
                 let ended = session.run(stream);
@@ -296,8 +306,12 @@ fn listen(path: &Path, monitor: &Monitor, reports: &impl VmReports) {
                  -qmp unix:{path},server=on,wait=off, for the daemon alone"
             );
         }
-        if let Err(cause) = monitor.wait_for(pause, reports) {
+        let left = owed_until.map(|end| end.saturating_duration_since(Instant::now()));
+        if let Err(cause) = monitor.wait_for(left.unwrap_or(pause).min(pause), reports) {
             break cause;
+        }
+        if owed_until.take_if(|end| *end <= Instant::now()).is_some() {
+            reports.places(Err(NO_CONNECTION.to_owned()));
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     };
@@ -443,5 +457,40 @@ impl<R: VmReports> QmpSession<'_, R> {
             self.reports.places(Err(why.to_owned()));
         }
         self.unanswered
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    struct Answers(Sender<bool>);
+
+    impl VmReports for Answers {
+        fn reset(&self) {}
+
+        fn places(&self, answer: Result<PciTree, String>) {
+            // Fails when the test has ended.
+            let _ = self.0.send(answer.is_ok());
+        }
+    }
+
+    #[test]
+    fn a_question_for_a_driver_that_does_not_wait_is_answered_whatever_the_vmm_does() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (silent, absent) = (folder.path().join("silent"), folder.path().join("absent"));
+        let _listener = UnixListener::bind(&silent).expect("a socket");
+        for path in [silent, absent] {
+            let asker = Asker::new().expect("an event");
+            asker.ask_when_connected();
+            let (sender, answers) = channel();
+            let qmp = Qmp::start(path, &asker, Answers(sender)).expect("a thread");
+            qmp.set_vmm_present(true);
+            let answer = answers.recv_timeout(Duration::from_secs(30));
+            assert_eq!(answer, Ok(false), "the places are not known");
+        }
     }
 }
