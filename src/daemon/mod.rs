@@ -23,7 +23,7 @@ use thiserror::Error;
 use self::changes::LeftEndpoints;
 use self::left::{LeftMemory, discard_orphans, keep_state, release_unclaimed};
 use self::left_readers::end_left_readers;
-use self::places::PlaceChecker;
+use self::places::{PlaceChecker, all_compared};
 use self::successor::Successor;
 use self::transport::{ServerStopper, VmmServer, listener};
 
@@ -244,7 +244,9 @@ impl Daemon {
                 let named = config.named.iter().map(|device| device.endpoint.into());
                 iommu.lock().withhold(named.collect());
             } else {
-                // The daemon before has let the guest attach what it has found in place.
+                // The daemon before has let the guest attach what it has found in place. It may have withheld the rest.
+                let compared = all_compared(&config.ports, &config.named);
+                iommu.lock().withhold_unattached(compared);
                 asker.ask_when_connected();
             }
         }

@@ -45,7 +45,10 @@ impl VmReports for PlaceChecker {
                     "the places of the guest's devices are not known: {why}; all endpoints behind ports and those with `device` \
                      are blocked until the VMM lists its devices over QMP"
                 );
-                (self.all(), PlaceState::Unknown { why })
+                (
+                    all_compared(&self.ports, &self.named),
+                    PlaceState::Unknown { why },
+                )
             }
         };
         self.iommu.lock().withhold(withheld);
@@ -109,12 +112,12 @@ impl PlaceChecker {
         let devices = devices.collect();
         (withheld, PlaceState::Differ { ports, devices })
     }
+}
 
-    /// All functions that are compared.
-    fn all(&self) -> Vec<PciRange> {
-        let ports = self.ports.iter();
-        let ports = ports.filter_map(|port| all_on(port.bus));
-        let named = self.named.iter().map(|device| device.endpoint.into());
-        ports.chain(named).collect()
-    }
+/// All functions that are compared.
+pub(super) fn all_compared(ports: &Ports, named: &[NamedDevice]) -> Vec<PciRange> {
+    let ports = ports.iter();
+    let ports = ports.filter_map(|port| all_on(port.bus));
+    let named = named.iter().map(|device| device.endpoint.into());
+    ports.chain(named).collect()
 }

@@ -152,8 +152,11 @@ impl Iommu {
         }
     }
 
-    /// The target that the record of an endpoint says.
+    /// The target that the record of an endpoint says, unless the endpoint is withheld.
     fn adopted_target(&self, endpoint: EndpointId) -> Target {
+        if self.is_withheld(endpoint) {
+            return Target::Blocked;
+        }
         match self.endpoints.get(&endpoint) {
             Some(record) if record.quarantined || record.suspended => Target::Blocked,
             Some(EndpointRecord {

@@ -124,6 +124,8 @@ pub struct Iommu {
     memory: Vec<MemorySlot>,
     /// The endpoints whose places in the guest differ from the topology, or are not known.
     withheld: Vec<PciRange>,
+    /// See [`Self::withhold_unattached`].
+    spares_attached: bool,
 }
 
 /// The knowledge of the guest's driver. Endpoints reach memory only if its state is known.
@@ -177,6 +179,7 @@ impl Iommu {
             groups: Groups::default(),
             memory: Vec::new(),
             withheld: Vec::new(),
+            spares_attached: false,
         };
         if adopting {
             iommu.keep_journal();

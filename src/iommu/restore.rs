@@ -217,6 +217,7 @@ impl Iommu {
         self.domains = rebuilt.domains;
         self.endpoints = rebuilt.endpoints;
         self.groups = rebuilt.groups;
+        self.spare_attached();
         self.count_records();
         let is_memory_same = loaded.memory == identity_of(&self.memory);
         let objects = self.publish_store(&loaded, old, is_memory_same);

@@ -15,6 +15,7 @@ impl Iommu {
     /// Withholds the endpoints in `ranges`, and no others. A withheld endpoint stays in its domain, and is blocked.
     /// Endpoints that are withheld no more get the target of their domain again.
     pub fn withhold(&mut self, ranges: Vec<PciRange>) {
+        self.spares_attached = false;
         let before = std::mem::replace(&mut self.withheld, ranges);
         let changed: Vec<_> = self
             .backend_of
@@ -43,6 +44,30 @@ impl Iommu {
                 None => self.unattached_target(endpoint),
             };
             self.retarget(endpoint, target);
+        }
+    }
+
+    /// Withholds the endpoints in `ranges` before [`Self::restore`], which lets those go that it finds in a domain: the
+    /// earlier process may have withheld the others, and its memory does not say which. [`Self::withhold`] replaces all
+    /// this.
+    pub fn withhold_unattached(&mut self, ranges: Vec<PciRange>) {
+        self.withhold(ranges);
+        self.spares_attached = self.adopting;
+    }
+
+    /// Lets the endpoints go that [`Self::withhold_unattached`] does not mean. Their backends adopt them afterwards.
+    pub(super) fn spare_attached(&mut self) {
+        if !std::mem::replace(&mut self.spares_attached, false) {
+            return;
+        }
+        let attached = self.endpoints.iter().filter(|(_, e)| e.domain.is_some());
+        for (&endpoint, _) in attached {
+            let address = PciAddress::from_endpoint_id(endpoint);
+            let hit = |range: &PciRange| range.contains(address);
+            while let Some(at) = self.withheld.iter().position(hit) {
+                let range = self.withheld.swap_remove(at);
+                self.withheld.extend(range.without(address.into()));
+            }
         }
     }
 

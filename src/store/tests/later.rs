@@ -20,6 +20,7 @@ use crate::store::StoreError;
 use crate::store::layout::{
     COMPLETE, DOMAIN_RECORD, HEADER_OWNER, HEADER_VERSION, RING_BATCH, header_salt, seal,
 };
+use crate::topology::{PciAddress, PciRange};
 
 const NEVER: u64 = u64::MAX;
 
@@ -330,4 +331,45 @@ fn a_backend_with_new_objects_blocks_all_endpoints_first() {
         assert!(!is_open || targets.len() == ALL.len(), "{targets:?}");
     }
     assert_eq!(backend.state().targets[&G2], Target::Domain(D1));
+}
+
+/// A restore gives no endpoint memory whose place is wrong, or was not known to be right.
+#[test]
+fn withheld_endpoints_are_adopted_as_blocked() {
+    let at = |endpoint| PciRange::from(PciAddress::from_endpoint_id(endpoint));
+    // Whether the VMM has answered before the restore: it finds A misplaced.
+    for has_answered in [false, true] {
+        let kernel = KernelHandle::default();
+        let (mut iommu, left) = first_life(&kernel);
+        iommu.connect();
+        iommu.attach(A, D1, false).expect("attached");
+        drop(iommu);
+        let mut iommu = Iommu::successor(settings(), topology()).expect("memory");
+        let backend = Recorder::new();
+        iommu
+            .add_backend(Box::new(backend.clone()), &ALL)
+            .expect("added");
+        let (first, last) = (at(A).first(), at(B).last());
+        iommu.withhold_unattached(vec![PciRange::new(first, last).expect("in order")]);
+        iommu.connect();
+        if has_answered {
+            iommu.withhold(vec![at(A)]);
+        }
+        let restored = iommu.restore(Predecessor {
+            arena: left.arena.words(),
+            store: left.store.words(),
+        });
+        restored.expect("restored");
+        let target = |endpoint| backend.state().targets[&endpoint];
+        let expected = if has_answered {
+            (Target::Blocked, Target::Bypass)
+        } else {
+            (Target::Domain(D1), Target::Blocked)
+        };
+        assert_eq!((target(A), target(B)), expected);
+        assert_eq!(iommu.attach(B, D2, false).is_ok(), has_answered);
+        iommu.withhold(Vec::new());
+        assert_eq!(target(A), Target::Domain(D1));
+        assert_ne!(target(B), Target::Blocked);
+    }
 }
