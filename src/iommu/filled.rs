@@ -105,10 +105,11 @@ impl Iommu {
     fn state_for(&self, new: &NewEndpoints<'_>) -> VmState {
         let group = new.group.and_then(|name| self.topology.group_named(name));
         let follows_group = group.is_some_and(|group| self.groups.is_active(group));
+        let is_withheld = self.is_withheld(new.range.first().endpoint_id());
         VmState {
             is_present: self.vmm_present,
             memory: self.memory.clone(),
-            target: if self.vmm_present && !follows_group {
+            target: if self.vmm_present && !follows_group && !is_withheld {
                 self.bypass_target()
             } else {
                 Target::Blocked

@@ -224,6 +224,21 @@ fn a_new_device_is_filled_until_guest_memory_stays_as_it_is() {
 }
 
 #[test]
+fn a_new_device_at_a_withheld_address_is_blocked() {
+    let mut core = empty();
+    core.withhold(vec![function(A)]);
+    let iommu = Mutex::new(Rank::Core, core);
+    for (endpoint, target) in [(A, Target::Blocked), (B, Target::Bypass)] {
+        let recorder = Recorder::new();
+        let added = Iommu::add_filled(&iommu, &new(endpoint, None), Box::new(recorder.clone()));
+        assert!(added.is_ok());
+        assert_eq!(recorder.state().targets[&endpoint], target);
+    }
+    iommu.lock().withhold(Vec::new());
+    assert_eq!(dma(&iommu.lock(), A), Dma::Bypass);
+}
+
+#[test]
 fn a_backend_that_fails_on_removal_is_quarantined() {
     let mut iommu = empty();
     let recorder = Recorder::new();
