@@ -312,8 +312,11 @@ impl Device {
 
     /// The VMM has gone and the worker's thread is joined. Clears all state of its VM.
     pub fn disconnect(&self) {
-        self.close_start_gate();
-        *self.requests.lock() = Requests::default();
+        {
+            let mut requests = self.requests.lock();
+            self.close_start_gate(&requests);
+            *requests = Requests::default();
+        }
         *self.events.lock() = None;
         *self.memory.lock() = None;
         self.features.store(0, Ordering::Relaxed);
@@ -443,8 +446,8 @@ impl Device {
         if index != REQUEST_QUEUE {
             return;
         }
-        self.close_start_gate();
         let mut requests = self.requests.lock();
+        self.close_start_gate(&requests);
         // A second stop before any pass must not replace the first: the first has the index that the last driver
         // reached.
         if requests.stopped.is_none()
@@ -468,8 +471,8 @@ impl Device {
     }
 
     fn reset_core(&self, reset: impl FnOnce(&mut Iommu)) {
-        self.close_start_gate();
         let mut requests = self.requests.lock();
+        self.close_start_gate(&requests);
         requests.queue = RequestQueue::default();
         requests.stopped = None;
         // The next pass asks for the index at which the ring starts.

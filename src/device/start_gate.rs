@@ -7,8 +7,9 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::Device;
+use super::{Device, Requests};
 use crate::error_limited;
+use crate::locks::MutexGuard;
 
 const CLOSED: u8 = 0;
 const ASKED: u8 = 1;
@@ -79,8 +80,10 @@ impl Device {
         }
     }
 
-    /// The driver that may wait before the gate has gone.
-    pub(super) fn close_start_gate(&self) {
+    /// The driver that may wait before the gate has gone. The caller holds `requests`, as the worker does while it looks
+    /// whether the ring runs and then asks: otherwise it could ask for that driver after the gate has closed, and the
+    /// answer would let the next driver pass.
+    pub(super) fn close_start_gate(&self, _requests: &MutexGuard<'_, Requests>) {
         if let Some(gate) = self.start_gate.get() {
             gate.close();
         }
