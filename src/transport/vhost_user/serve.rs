@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -124,6 +124,14 @@ impl VhostUserServer {
         }
     }
 
+    /// Lets no relay begin.
+    #[cfg(test)]
+    pub(super) fn refuse_relays(&mut self) {
+        if let Some(relays) = &mut self.relays {
+            relays.lose_book();
+        }
+    }
+
     /// A handle that ends [`VhostUserServer::run`] from another thread.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.stop.clone())
@@ -168,12 +176,12 @@ impl VhostUserServer {
                 Err(cause) => break Err(ServeError::Wait(io::Error::other(cause))),
             }
         };
-        if let Ok(vmm) = &accepted {
-            self.device.tell_connection(vmm.as_fd());
-        }
         let begun = accepted.and_then(|vmm| relays.begin(vmm).map_err(ServeError::Relay));
         match begun {
             Ok((relay, listener)) => {
+                // Not before: a watcher keeps the socket until the VMM has gone, and a VMM without a relay must see its
+                // connection end.
+                self.device.tell_connection(relay.vmm());
                 let started = daemon.start(&mut listener.into());
                 self.serve(
                     daemon,

@@ -105,18 +105,26 @@ impl Relays {
     /// connection of the returned listener.
     ///
     /// # Errors
-    /// The system has no descriptor left.
+    /// The system has no descriptor left. The connection is then closed.
     pub(super) fn begin(&mut self, vmm: UnixStream) -> io::Result<(Relay, UnixListener)> {
         let mut book = self.book.take().ok_or_else(no_book)?;
         book.open(&vmm);
         match self.connect(&vmm, false) {
             Ok((link, inbox, listener)) => Ok((self.relay(link, inbox, book), listener)),
             Err(cause) => {
+                // The keeper has the socket, too.
+                let _ = vmm.shutdown(Shutdown::Both);
                 book.close();
                 self.book = Some(book);
                 Err(cause)
             }
         }
+    }
+
+    /// Lets no relay begin.
+    #[cfg(test)]
+    pub(super) fn lose_book(&mut self) {
+        self.book = None;
     }
 
     /// Makes a relay for a VMM that an earlier process has left.
@@ -245,6 +253,11 @@ impl Relay {
             }
             Err(cause) => Err(Box::new((self, cause))),
         }
+    }
+
+    /// The VMM's socket.
+    pub(super) fn vmm(&self) -> BorrowedFd<'_> {
+        self.inbox.socket().as_fd()
     }
 
     /// Relays until the connection ends.

@@ -64,10 +64,23 @@ impl Life {
         let listener = socket.listener.try_clone().expect("a copy");
         let mut server = VhostUserServer::new(device, listener, keeper).expect("a server");
         server.end_at(steps.clone());
-        let stopper = server.stopper();
         if let Some((left, restore)) = left {
             server.resume(left, restore);
         }
+        Self::run(server, steps)
+    }
+
+    /// As [`Self::start`], but no relay can begin.
+    pub(super) fn without_relays(socket: &Socket, device: Arc<Device>) -> Self {
+        let listener = socket.listener.try_clone().expect("a copy");
+        let keeper = Arc::new(Keeper::none());
+        let mut server = VhostUserServer::new(device, listener, keeper).expect("a server");
+        server.refuse_relays();
+        Self::run(server, Steps::default())
+    }
+
+    fn run(mut server: VhostUserServer, steps: Steps) -> Self {
+        let stopper = server.stopper();
         let thread = std::thread::spawn(move || server.run(|_| {}).expect("an orderly end"));
         Self {
             steps,

@@ -1,11 +1,13 @@
 //! What a VMM sees through the relay, which must be what it sees without one.
 
-use std::sync::Arc;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::FrontendReq as Req;
 
 use super::Steps;
 use super::bed::{Life, Manager, Sent, Socket, event, memfd, wait_for};
+use crate::device::VmmWatcher;
 use crate::device::testing::device;
 use crate::process::keeper::Keeper;
 
@@ -183,5 +185,28 @@ fn the_connection_after_one_that_cannot_be_kept_is_kept() {
     let mut next = socket.connect();
     next.tell(&features).expect("served");
     assert!(!unkept.any());
+    life.stop();
+}
+
+/// A watcher that keeps the sockets of all VMMs.
+#[derive(Default)]
+struct Hoarder(Mutex<Vec<OwnedFd>>);
+
+impl VmmWatcher for Hoarder {
+    fn connected(&self, socket: BorrowedFd<'_>) {
+        let copy = socket.try_clone_to_owned().expect("a copy");
+        self.0.lock().expect("sockets").push(copy);
+    }
+
+    fn driver_starts(&self) {}
+}
+
+#[test]
+fn a_vmm_whose_relay_cannot_begin_is_disconnected() {
+    let socket = Socket::new();
+    let device = device().0;
+    device.watch_vmm(Arc::<Hoarder>::default());
+    let life = Life::without_relays(&socket, device);
+    assert!(socket.connect().has_ended());
     life.stop();
 }
