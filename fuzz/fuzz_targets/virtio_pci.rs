@@ -6,13 +6,14 @@ use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::process::keeper::Keeper;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -43,7 +44,7 @@ fn connect() -> UnixStream {
             socket.display().to_string()
         );
         let config = Config::from_text(&folder.join("vm.toml"), &text).expect("a configuration");
-        let mut daemon = Daemon::new(&config).expect("a daemon");
+        let mut daemon = Daemon::new(&config, Arc::new(Keeper::none())).expect("a daemon");
         std::thread::spawn(move || daemon.run().expect("it runs"));
         socket
     });

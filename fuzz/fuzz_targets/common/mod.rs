@@ -5,11 +5,12 @@ use std::io::Read;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use vhost_device_iommu::config::Config;
 use vhost_device_iommu::daemon::Daemon;
+use vhost_device_iommu::process::keeper::Keeper;
 
 /// Longer than the daemon takes to close a connection whose other end is shut down.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,7 +33,7 @@ pub fn folder() -> &'static PathBuf {
             at("metrics")
         );
         let config = Config::from_text(&folder.join("vm.toml"), &text).expect("a configuration");
-        let mut daemon = Daemon::new(&config).expect("a daemon");
+        let mut daemon = Daemon::new(&config, Arc::new(Keeper::none())).expect("a daemon");
         std::thread::spawn(move || daemon.run().expect("it runs"));
         folder
     })
