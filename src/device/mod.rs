@@ -312,11 +312,10 @@ impl Device {
 
     /// The VMM has gone and the worker's thread is joined. Clears all state of its VM.
     pub fn disconnect(&self) {
-        {
-            let mut requests = self.requests.lock();
-            self.close_start_gate(&requests);
-            *requests = Requests::default();
-        }
+        let mut requests = self.requests.lock();
+        self.close_start_gate(&requests);
+        *requests = Requests::default();
+        drop(requests);
         *self.events.lock() = None;
         *self.memory.lock() = None;
         self.features.store(0, Ordering::Relaxed);
